@@ -13,9 +13,10 @@
 
 On CPUs without bfloat16 or float16 instructions, half-precision products, including those of attention, are computed
 in float32 and then rounded. The subclasses add no state. Parameters, state dicts, `isinstance` checks, copying and
-pickling work as in plain modules. Plain PyTorch is used on other devices, in exported and traced programs, under torch.func, for
-modules with hooks, for quantized, sharded or parametrized weights, and if a private PyTorch API is missing. oneDNN is
-not used under autocast. docs/speed.md shows what each kernel is worth in the whole model, together with the others.
+pickling work as in plain modules. Plain PyTorch is used on other devices, in exported and traced programs, under
+torch.func, for modules with hooks, for quantized, sharded or parametrized weights, and if a private PyTorch API is
+missing. oneDNN is not used under autocast. docs/speed.md shows what each kernel is worth in the whole model, together
+with the others.
 """
 
 import os

@@ -9,6 +9,7 @@ model's classifier.
 """
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,7 @@ from torch import nn
 from ..configuration_vitcls import ViTCLSConfig
 from ..heads_vitcls import TokenPooler
 from .evaluator import Evaluator, HeldOutBatch
-from .linear_probe import Candidate
+from .linear_probe import LAST_CLS_MEAN, Candidate, LinearClassifier
 
 
 OWN_POOLING = "own"  # tokens of a candidate that reads the output of the model's pooler
@@ -52,18 +53,33 @@ class FeatureLayout:
             return (OWN_POOLING,)
         return ("cls", "cls_mean") if "cls" in self.widths else ("mean",)
 
-    def select(self, features: np.ndarray, candidate: Candidate) -> np.ndarray:
-        """Return the features [N, F] that a candidate reads, from features [N, all]."""
-        kinds = [kind for kind in self.widths if candidate.tokens in (kind, f"cls_{kind}", f"{kind}_mean")]
+    def get_columns(self, layers: Sequence[int], tokens: str) -> np.ndarray:
+        """Return the columns of what a classifier reads, in the order of its input: layer after layer, each with CLS
+        before the mean of the patches. `tokens` is that of a `Candidate`."""
         layer_width = sum(self.widths.values())
-        parts = []
-        for layer in candidate.layers:
+        columns = []
+        for layer in layers:
             start = (self.num_layers + layer) * layer_width
             for kind, width in self.widths.items():
-                if kind in kinds:
-                    parts.append(features[:, start : start + width])
+                if reads_kind(tokens, kind, is_last=layer == -1):
+                    columns.append(np.arange(start, start + width))
                 start += width
-        return np.concatenate(parts, axis=1)
+        return np.concatenate(columns)
+
+    def expand(self, classifier: LinearClassifier, candidate: Candidate) -> LinearClassifier:
+        """Return the classifier with zeros for the part of the model's input that a candidate does not read."""
+        read = self.get_columns(candidate.layers, candidate.tokens)
+        pooled = self.get_columns(candidate.layers, candidate.pooling)
+        weight = np.zeros((len(classifier.weight), len(pooled)), np.float32)
+        weight[:, np.isin(pooled, read)] = classifier.weight
+        return LinearClassifier(weight, classifier.bias)
+
+
+def reads_kind(tokens: str, kind: str, is_last: bool) -> bool:
+    """Return whether a candidate's tokens include a kind of token in a layer."""
+    if tokens == LAST_CLS_MEAN:
+        return kind == "mean" or is_last
+    return tokens in (kind, f"cls_{kind}", f"{kind}_mean")
 
 
 def has_searchable_pooling(config: ViTCLSConfig) -> bool:
@@ -91,7 +107,7 @@ class Features:
 
     def select(self, candidate: Candidate) -> np.ndarray:
         """Return the features [N, F] that a candidate reads."""
-        return self.layout.select(self.values, candidate)
+        return self.values[:, self.layout.get_columns(candidate.layers, candidate.tokens)]
 
     def take(self, is_taken: np.ndarray) -> "Features":
         """Return the features of some images."""
@@ -184,8 +200,8 @@ class HeadEvaluator(Evaluator):
         """Return a batch whose "pixels" are the features [G, F] that the classifier reads."""
         if batch.pixel_values is None:
             return batch
-        features = layout.select(batch.pixel_values.numpy(), candidate)
-        return replace(batch, pixel_values=torch.from_numpy(features))
+        columns = torch.from_numpy(layout.get_columns(candidate.layers, candidate.pooling))
+        return replace(batch, pixel_values=batch.pixel_values[:, columns])
 
     def pad_batch(self, model: nn.Module, pixel_values: torch.Tensor | None) -> torch.Tensor:
         """Return features [G, F] on the device; the classifier needs no padding."""

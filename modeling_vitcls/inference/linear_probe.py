@@ -26,6 +26,8 @@ from scipy.special import log_softmax
 
 NUM_FOLDS = 5
 NUM_LAST_LAYERS = 4  # of the largest candidate
+LAST_CLS_MEAN = "last_cls_mean"  # tokens of a candidate with several layers
+TOKEN_ORDER = ("own", "cls", "mean", LAST_CLS_MEAN, "cls_mean")  # by the number of vectors
 NUM_SINGLE_LAYERS = 6  # the last ones, each of which is a candidate
 # Inverse strengths of the regularization, for features that are scaled to a mean squared norm of 1
 STRENGTHS = (1.0, 4.0, 16.0, 64.0, 256.0, 1024.0, 4096.0)
@@ -41,8 +43,11 @@ ABSENT_CLASS_MARGIN = 100.0  # difference of a class without training images to 
 class Candidate:
     """What a linear classifier reads.
 
-    `layers` are negative indices, -1 for the last layer. `tokens` is "cls", "mean", "cls_mean", or "own" for the
-    model's own pooling. `scale` is "raw", or "standardized" for features with a standard deviation of 1.
+    Attributes:
+        layers: negative indices, -1 for the last layer.
+        tokens: "cls", "mean", "cls_mean", "last_cls_mean" for the last layer's CLS token and the means of all layers,
+            or "own" for the model's own pooling.
+        scale: "raw", or "standardized" for features with a standard deviation of 1.
     """
 
     layers: tuple[int, ...]
@@ -56,10 +61,22 @@ class Candidate:
         A single layer other than the last comes after the last four: it must be better than both.
         """
         is_inner_layer = self.layers[-1] != -1
-        return (is_inner_layer, len(self.layers), abs(self.layers[-1]), len(self.tokens), self.scale != "raw")
+        num_vectors = TOKEN_ORDER.index(self.tokens)
+        return (is_inner_layer, len(self.layers), abs(self.layers[-1]), num_vectors, self.scale != "raw")
+
+    @property
+    def pooling(self) -> str:
+        """Return `config.pooling` of a model whose classifier reads the candidate, with zeros for what is not read."""
+        return "cls_mean" if self.tokens == LAST_CLS_MEAN else self.tokens
 
 
-TOKEN_TEXTS = {"cls": "CLS", "mean": "mean of the patches", "cls_mean": "CLS + mean", "own": "the model's own pooling"}
+TOKEN_TEXTS = {
+    "cls": "CLS",
+    "mean": "mean of the patches",
+    "cls_mean": "CLS + mean",
+    LAST_CLS_MEAN: "last CLS + means",
+    "own": "the model's own pooling",
+}
 
 
 def describe_candidate(row: Mapping[str, Any]) -> str:
@@ -129,9 +146,10 @@ def list_candidates(
         layer_choices = [(-index,) for index in range(1, min(num_layers, NUM_SINGLE_LAYERS) + 1)]
         if num_layers >= NUM_LAST_LAYERS:
             layer_choices.append(tuple(range(-NUM_LAST_LAYERS, 0)))
-    candidates = [
-        Candidate(each, kind, scale) for each in layer_choices for kind in tokens for scale in ("raw", "standardized")
-    ]
+    candidates = []
+    for each in layer_choices:
+        kinds = [*tokens, LAST_CLS_MEAN] if len(each) > 1 and each[-1] == -1 and len(tokens) > 1 else tokens
+        candidates += [Candidate(each, kind, scale) for kind in kinds for scale in ("raw", "standardized")]
     return sorted(candidates, key=lambda candidate: candidate.complexity)
 
 

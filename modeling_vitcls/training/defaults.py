@@ -97,7 +97,10 @@ def compute_max_epochs(options: Options, initial: InitialModel, num_training_ima
     if has_number or not num_training_images or PartialState().device.type != "cpu":
         return math.inf
     sizes = {name: value for name, value in options.model.get_config_values().items() if name in SIZE_FLAGS}
-    config = ViTCLSConfig(**(initial.config.to_diff_dict() | sizes))
+    if initial.folder is None:
+        config = ViTCLSConfig.from_preset(initial.name, **sizes)
+    else:
+        config = ViTCLSConfig.from_pretrained(initial.folder, **sizes)
     with torch.device("meta"):
         model = ViTCLSModel(config)
     step_flops = 3 * model.flops()  # for each image; a backward pass is two forward passes

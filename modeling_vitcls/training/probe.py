@@ -113,6 +113,7 @@ def explain_missing_steps(
 class FittedProbe:
     """The choice of a probe, and the features that its regression is fitted to and evaluated on."""
 
+    layout: FeatureLayout
     choice: ProbeChoice
     record: dict[str, Any]  # for results.json
     features: np.ndarray  # [N, F] of the training images; the first ones are those of the choice
@@ -127,9 +128,11 @@ class FittedProbe:
             selected = self.selection.features
             features = np.concatenate([features, selected.select(self.choice.candidate)])
             labels = np.concatenate([labels, selected.labels])
-        return fit_classifier(
-            features.astype(np.float64), labels, num_labels, self.choice.candidate.scale, self.choice.strength
+        candidate = self.choice.candidate
+        classifier = fit_classifier(
+            features.astype(np.float64), labels, num_labels, candidate.scale, self.choice.strength
         )
+        return self.layout.expand(classifier, candidate)
 
     def get_held_out_logits(self) -> tuple[np.ndarray, np.ndarray] | None:
         """Return logits [M, L] and labels [M] of images that the regression of a fold was not fitted to; None without
@@ -203,6 +206,7 @@ class Probe:
         if len(data.held_out):
             held_out = self.compute_features(data.held_out, layout, warn=reporter.warn)
         probe = FittedProbe(
+            layout=layout,
             choice=choice,
             record=build_record(choice, get_fit(self.processor), comparison, parts),
             features=np.concatenate([part.select(choice.candidate) for part in parts]),
@@ -310,7 +314,7 @@ class Probe:
         """Give the model a pooler and a classifier that read the tokens of a candidate."""
         config = self.model.config
         if candidate.tokens != OWN_POOLING:
-            config.pooling = candidate.tokens
+            config.pooling = candidate.pooling
             config.pooled_layers = None if candidate.layers == (-1,) else list(candidate.layers)
             self.model.vitcls.pooler = build_pooler(config)
         self.model.build_classifiers()
