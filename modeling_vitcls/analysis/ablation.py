@@ -368,8 +368,8 @@ def collect_outputs(model: Any, batches: Batches, hidden_indices: Sequence[int] 
 
 def extract_outputs(model: Any, outputs: Any, labels: torch.Tensor | None = None) -> Outputs:
     """Return the outputs of a batch, on the CPU. `outputs` is the output of the classifier, or of the encoder inside
-    any other model. The features of an encoder are "cls" and "distillation" (if there are such tokens), "pooled" (the
-    pooler's output, or the mean of the patches) and "patches".
+    any other model. The features of an encoder are "cls" and "distillation" (if there are such tokens), "pooled" (its
+    `pooler_output`) or, without a pooler, "mean of patches", and "patches".
 
     Raises:
         ValueError: if the shape of the labels does not match the predictions.
@@ -377,14 +377,13 @@ def extract_outputs(model: Any, outputs: Any, labels: torch.Tensor | None = None
     config = model.config
     if not is_classifier(model):
         layout, states = config.token_layout, outputs.last_hidden_state
+        features = {"cls": states[:, layout.cls], "distillation": states[:, layout.distillation]}
         pooled = getattr(outputs, "pooler_output", None)
-        pooled = states[:, layout.patches].mean(dim=1) if pooled is None else pooled
-        features = {
-            "cls": states[:, layout.cls],
-            "distillation": states[:, layout.distillation],
-            "pooled": pooled.unsqueeze(1),
-            "patches": states[:, layout.patches],
-        }
+        if pooled is not None:
+            features["pooled"] = pooled.unsqueeze(1)
+        else:
+            features["mean of patches"] = states[:, layout.patches].mean(dim=1, keepdim=True)
+        features["patches"] = states[:, layout.patches]
         return {name: Features(list(rows.float().cpu())) for name, rows in features.items() if rows.shape[1]}
     logits_by_task = outputs.logits if isinstance(outputs.logits, dict) else {"": outputs.logits}
     predicted = {task: predict_labels(logits, config).cpu() for task, logits in logits_by_task.items()}

@@ -95,12 +95,6 @@ class Verdict:
     reason: str
     numbers: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def headline(self) -> str:
-        """Return the verdict in few words, such as "matters"."""
-        has_effect = self.numbers.get("outcome") == self.word and self.numbers.get("is_measurable")
-        return "matters" if has_effect and self.rating == "good" else self.word
-
 
 def diagnose_tokens(
     model: Any,

@@ -361,6 +361,13 @@ def open_images(options: InspectOptions, model: Any, record: HeldOutRecord | Non
     return InspectionImages(DatasetImages.from_list(files), names, get_folder_labels(files, model), source)
 
 
+def name_images(images: ArrayImages | DatasetImages, source: str) -> list[str]:
+    """Return the path of each image within the dataset or, if it has none, the source and the number of its row."""
+    if isinstance(images, ArrayImages):
+        return [f"{source} {index}" for index in range(len(images))]
+    return [f"{source} {name}" if name.isdigit() else name for name in images.get_names()]
+
+
 def get_short_name(path: str) -> str:
     """Return the last component of a path; URLs are returned unchanged."""
     return path if "://" in path else Path(path).resolve().name
@@ -389,5 +396,5 @@ def load_from_dataset(
     if has_head:
         labels = match_labels(data.images, data.label_space, get_label_space(model.config)).labels
     dataset_name = get_short_name(dataset)
-    names = [f"{dataset_name} {index}" for index in range(len(data.images))]
+    names = name_images(data.images.images, dataset_name)
     return InspectionImages(data.images.images, names, labels, f"{dataset_name}, {data.part.describe(data.split)}")

@@ -26,7 +26,13 @@ from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, ViTCLSPreTrainedModel
 from ..system import get_versions
 from .parity_report import MAX_DIFFERENCE, Report, compare_models, describe_position_embeddings
-from .processors import apply_processor, build_preprocessing_record, check_processor, select_settings
+from .processors import (
+    apply_processor,
+    build_preprocessing_record,
+    check_processor,
+    get_processor_size,
+    select_settings,
+)
 from .source_files import FileSource
 from .source_models import SourceModel, TimmSource, TransformersSource
 from .to_transformers import MIN_TRANSFORMERS_VERSIONS, convert_to_transformers
@@ -57,7 +63,9 @@ def convert_checkpoint(source_name: str, output: Path, random_init: bool = False
     with create_output_folder(output) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        comparisons, native_size_reason = compare_models(source, model, source.native_size_reason)
+        comparisons, native_size_reason = compare_models(
+            source, model, source.native_size_reason, get_processor_size(processor)
+        )
         return write_parity_report(
             folder,
             source_name,
@@ -180,7 +188,10 @@ def write_native_model(source: str, output: Path) -> Report:
         preprocessing = write_processor(folder, output_folder)
         reloaded_source = TransformersSource.load(str(output_folder), random_init=False)
         reloaded_source.model.float()
-        comparisons, native_size_reason = compare_models(reloaded_source, model, native_size_reason)
+        processor_size = None
+        if (folder / "preprocessor_config.json").is_file():
+            processor_size = get_processor_size(ViTCLSImageProcessor.from_pretrained(folder))
+        comparisons, native_size_reason = compare_models(reloaded_source, model, native_size_reason, processor_size)
         copy_results(folder, output_folder)
         return write_parity_report(
             output_folder,

@@ -4,8 +4,8 @@
     comparisons, reason = compare_models(source, model)
 
 The comparison covers all token groups of the final hidden state, and the logits or the pooled output. The inputs are
-random images of the native size. If the source supports other sizes, the comparison is repeated at a non-square size,
-for which position embeddings are resampled.
+random images of the native size. If the source supports other sizes, the comparison is repeated at the size that the
+image processor makes and at a non-square size, for which position embeddings are resampled.
 """
 
 from typing import Any
@@ -28,26 +28,32 @@ Report = dict[str, Any]  # content of parity_report.json, or of one of its compa
 
 @torch.no_grad()
 def compare_models(
-    source: SourceModel, model: ViTCLSPreTrainedModel, native_size_reason: str = ""
+    source: SourceModel,
+    model: ViTCLSPreTrainedModel,
+    native_size_reason: str = "",
+    processor_size: tuple[int, int] | None = None,
 ) -> tuple[list[Report], str]:
-    """Compare the outputs at the native size and at a non-square size. Raise ConversionError if a difference exceeds
-    `MAX_DIFFERENCE`.
+    """Compare the outputs at the native size, the size that the image processor makes, and a non-square size. Raise
+    ConversionError if a difference exceeds `MAX_DIFFERENCE`.
 
     Args:
         source: Source whose model is in float32.
         model: The converted model. It is cast to float32, and its CPU kernels are removed, because their rounding
             errors grow with the magnitude of the values (docs/speed.md).
-        native_size_reason: Reason why only the native size is compared. If empty, both sizes are compared.
+        native_size_reason: Reason why only the native size is compared. If empty, all sizes are compared.
+        processor_size: Height and width of the processor's outputs.
 
     Returns:
-        One dict per size, and the reason why only the native size is compared (empty if both sizes are compared).
+        One dict per size, and the reason why a size is not compared (empty if all sizes are compared).
         `image_size` is (height, width) in pixels. `differences` and `magnitudes` contain the largest absolute
         differences and the largest absolute values of the source, by token group ("cls", ...), "logits" or "pooled".
     """
     uninstall_cpu_kernels(model)
     model.to(dtype=torch.float32)  # type: ignore[call-arg]  # `to` is untyped in transformers
     comparisons: list[Report] = []
-    for height, width in (source.image_size, get_non_square_size(source.image_size, model.config.patch_height_width)):
+    non_square_size = get_non_square_size(source.image_size, model.config.patch_height_width)
+    sizes = dict.fromkeys([source.image_size, processor_size or source.image_size, non_square_size])
+    for height, width in sizes:
         pixel_values = build_random_images((2, model.config.num_channels, height, width))
         try:
             source_outputs = source.compute_outputs(pixel_values)

@@ -40,6 +40,14 @@ SHARED_SETTINGS = (
 ConvertedPreprocessing = tuple[ViTCLSImageProcessor, dict[str, Any]]
 
 
+def get_processor_size(processor: Any) -> tuple[int, int]:
+    """Return the height and width that an image processor makes of a square photo."""
+    mode = "L" if len(np.atleast_1d(processor.image_mean)) == 1 and not processor.do_convert_rgb else "RGB"
+    pixel_values = processor(PIL.Image.new(mode, (600, 600)), return_tensors="pt")["pixel_values"]
+    height, width = pixel_values.shape[-2:]
+    return height, width
+
+
 def convert_timm_preprocessing(model: nn.Module) -> ConvertedPreprocessing:
     """Convert timm's evaluation transform, which is built from the model's `pretrained_cfg`."""
     from timm.data import create_transform, resolve_data_config

@@ -36,7 +36,7 @@ def describe_predictions(folder: ModelFolder, images: Sequence[Image.Image] | No
     if not folder.results or not file.is_file() or config is None:
         return None
     try:
-        rows = pd.read_parquet(file, columns=["index", "label", "prediction", "probabilities", "loss"])
+        rows = pd.read_parquet(file, columns=["index", "image", "label", "prediction", "probabilities", "loss"])
     except (OSError, ValueError):  # pyarrow's errors are subclasses
         warn_once(f"ignoring {file}, because it is not readable. Write it again with `vitcls evaluate --per-image`")
         return None
@@ -44,7 +44,9 @@ def describe_predictions(folder: ModelFolder, images: Sequence[Image.Image] | No
         return None
     rows["confidence"] = rows["probabilities"].map(max)
     wrong = rows[rows["label"] != rows["prediction"]].sort_values("loss", ascending=False)
-    wrong_rows = wrong.head(MAX_WRONG_IMAGES)[["index", "label", "prediction", "confidence"]].to_dict("records")
+    wrong_rows = wrong.head(MAX_WRONG_IMAGES)[["index", "image", "label", "prediction", "confidence"]].to_dict(
+        "records"
+    )
     for row in wrong_rows:
         if images is None:
             break

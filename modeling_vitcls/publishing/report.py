@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .. import modeling_vitcls
-from ..analysis.inspection import Inspection, InspectionImages, inspect_model
+from ..analysis.inspection import Inspection, InspectionImages, inspect_model, name_images
 from ..analysis.report import write_page
 from ..data.splits import TrainingData, load_training_data
 from ..data.streaming import StreamedImages
@@ -45,7 +45,7 @@ def write_report(folder: ModelFolder, warn: Callable[[str], None]) -> str | None
             data = replace(data, held_out=data.held_out.read_first(NUM_STREAMED_IMAGES))
         if data is not None and len(data.held_out):
             labels = data.held_out.labels if data.label_space.columns else None
-            names = [f"held out, {index}" for index in range(len(data.held_out))]
+            names = name_images(data.held_out.images, "held out,")
             source = f"{folder.results['dataset']}, {folder.results['split']}"
             images = InspectionImages(data.held_out.images, names, labels, source)
             model = getattr(modeling_vitcls, folder.architecture).from_pretrained(folder.path).eval()

@@ -140,7 +140,7 @@ def test_the_effect_that_decides() -> None:
     ):
         cls, register, *_ = judge_effects(information, presence)
         assert (register.word, register.numbers["decided_by"]["ablation"]) == (outcome, "presence")
-        assert (register.headline == "matters") == (outcome == "has an effect")
+        assert (register.rating == "good") == (outcome == "has an effect")
         assert ("accuracy" in register.reason) == (presence.redraw_drop is not None)
         assert (cls.word, cls.numbers["decided_by"]["ablation"]) == ("read by the classifier", "information")
     assert judge_effects(effect, effect, mixed)[0].word == "has an effect"

@@ -90,7 +90,7 @@ def model(trained: ViTCLSForImageClassification) -> Iterator[ViTCLSForImageClass
 def test_a_token_that_alone_feeds_the_head_is_read_by_the_classifier(model: Any) -> None:
     found = judge(model)["CLS"]
     effect = found.numbers["information"][""]
-    assert (found.word, found.headline) == ("read by the classifier", "matters")
+    assert (found.word, found.rating) == ("read by the classifier", "good")
     assert effect["limit"] is None and effect["changed"] > 0.5  # there is no test
     assert effect["changed_interval"][0] < effect["changed"] < effect["changed_interval"][1]
     with hide_keys(model, slice(1, None)):
@@ -108,7 +108,7 @@ def test_registers_that_carry_all_information_have_an_effect(num_registers: int)
         train(model, lambda outputs, indices: F.cross_entropy(outputs.logits, LABELS[indices]))
         found = judge(model)
     verdict = found["register" if num_registers == 1 else "all 2 registers"]
-    assert verdict.word == "has an effect" and verdict.headline == "matters"
+    assert (verdict.word, verdict.rating) == ("has an effect", "good")
     assert verdict.numbers["decided_by"]["limit"] is not None
 
 
@@ -164,7 +164,7 @@ def test_each_task_has_its_own_effects(trained_tasks: Any) -> None:
     """Scaling the head of one task by 10 changes no value of the other task."""
     found = judge_tasks(trained_tasks)
     for task in TASKS:
-        assert found[f"CLS {task}"].word == "read by the classifier" and found[f"CLS {task}"].headline == "matters"
+        assert found[f"CLS {task}"].word == "read by the classifier" and found[f"CLS {task}"].rating == "good"
         assert found[f"CLS {task}"].numbers["heads"] == [task] and f"({task})" in found[f"CLS {task}"].reason
         assert found[f"task {task}"].word == "better than chance"
     assert "all 2 CLS tokens" in found
@@ -190,8 +190,8 @@ def test_a_useless_and_a_healthy_task(trained_tasks: Any) -> None:
         head.weight.zero_()
     found = judge_tasks(trained_tasks)
     head.load_state_dict(weights)
-    assert found["CLS parity"].headline == "matters" and found["task parity"].rating == "good"
-    assert found["CLS size"].headline != "matters" and found["CLS size"].rating == "doubtful"
+    assert found["CLS parity"].rating == "good" and found["task parity"].rating == "good"
+    assert found["CLS size"].rating == "doubtful"
     assert (found["task size"].word, found["task size"].rating) == ("not better than chance", "bad")
 
 

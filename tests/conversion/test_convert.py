@@ -246,6 +246,18 @@ def test_a_non_square_source(tmp_path: Path) -> None:
     assert dict(ViTCLSImageProcessor.from_pretrained(tmp_path / "made").size) == {"height": 32, "width": 48}
 
 
+def test_the_size_that_the_image_processor_makes_is_compared(tmp_path: Path) -> None:
+    """As for checkpoints of 518 pixels whose processor makes images of 224 pixels."""
+    source = save_checkpoint(build_vit_classifier(), tmp_path / "source")
+    processor = transformers.ViTImageProcessor(size={"height": 48, "width": 48})
+    processor.save_pretrained(tmp_path / "source")
+    made = convert_checkpoint(source, tmp_path / "made")
+    sizes = [comparison["image_size"] for comparison in made["comparisons"]]
+    assert sizes[:2] == [(32, 32), (48, 48)]
+    assert len(sizes) == 3
+    assert max(made["comparisons"][1]["differences"].values()) <= LIMIT
+
+
 def test_the_vision_part_of_a_larger_model(tmp_path: Path) -> None:
     text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     config = transformers.CLIPConfig(vision_config=SIZES, text_config=text)

@@ -29,6 +29,7 @@ def folder(tmp_path: Path) -> Path:
     probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     columns = {
         "index": range(400),
+        "image": [f"dusk/photo {index}.jpg" for index in range(400)],
         "label": [NAMES[label] for label in labels],
         "prediction": [NAMES[index] for index in logits.argmax(axis=1)],
         "probabilities": list(probabilities),
@@ -66,6 +67,7 @@ def test_wrong_images_and_prediction_sets_are_counted(folder: Path) -> None:
 def test_the_card_states_wrong_images_and_the_size_of_the_sets(folder: Path) -> None:
     found = describe_predictions(ModelFolder(folder))
     card = render_card(ModelFolder(folder))
+    assert "`dusk/photo " in card
     (sentence,) = re.findall(r"- (\d+) of 400 predictions are wrong; .* these exceeds 90%.*", card)
     assert int(sentence) == found["num_wrong"] and f"contain {found['sets'][0]['size']:.2f} labels" in card
 
