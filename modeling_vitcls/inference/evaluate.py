@@ -7,6 +7,7 @@ If the dataset has no split for evaluation, the model is evaluated on the images
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -37,7 +38,7 @@ from ..data.streaming import StreamedImages
 from ..distributed import build_accelerator
 from ..files import read_json, write_json
 from ..heads_vitcls import IGNORED_LABEL
-from ..hub.model_files import RESULTS_FILE
+from ..hub.model_files import RESULTS_FILE, find_weights_hash
 from ..options import DataOptions, EvaluateOptions
 from ..system import describe_device, get_versions
 from .confidence import measure_unknown
@@ -56,6 +57,7 @@ class EvaluationSetup(NamedTuple):
     split: str
     rule: HeldOutRule | None  # rule that selected the held-out images; None if the dataset has an evaluation split
     warning: str | None  # warning that the model may have been trained on the images, or None
+    weights_hash: dict[str, str] | None  # SHA-256 of each weight file, by file name
 
 
 def load_evaluation(
@@ -87,7 +89,15 @@ def load_evaluation(
         warn=warn,
     )
     evaluator = build_evaluator(match_labels(images, label_space, model_space))
-    return EvaluationSetup(model, evaluator, build_evaluator, split, rule, warning)
+    return EvaluationSetup(
+        model=model,
+        evaluator=evaluator,
+        build_evaluator=build_evaluator,
+        split=split,
+        rule=rule,
+        warning=warning,
+        weights_hash=find_weights_hash(Path(folder)),
+    )
 
 
 def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
@@ -113,6 +123,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     seconds = time.perf_counter() - start_time
     results = {
         **describe_evaluation(options, setup, metrics["num_images"], seconds, accelerator),
+        "weights_sha256": setup.weights_hash,
         "is_recorded_part": None if setup.rule is None else setup.warning is None,
         **metrics,
     }
@@ -123,7 +134,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
         write_results(options, results, console)
         if options.per_image is not None:
             options.per_image.parent.mkdir(parents=True, exist_ok=True)
-            write_predictions(options.per_image, evaluator)
+            write_predictions(options.per_image, evaluator, setup.weights_hash)
             console.print(f"saved {options.per_image}", markup=False)
         run_results = Path(options.model, RESULTS_FILE)
         if "unknown" in results and run_results.is_file():
@@ -226,8 +237,9 @@ def set_label_columns(options: DataOptions, config: ViTCLSConfig, folder: str) -
 
 def match_labels(images: Any, data_space: LabelSpace, model_space: LabelSpace) -> Any:
     """Convert the label indices of the dataset to the label indices of the model. Labels are matched by name, and
-    missing labels (-100) are left unchanged. Raise ValueError if the kinds of labels or the tasks differ, or if an
-    image has a label that the model lacks; for a stream, when the label is read."""
+    missing labels (-100) are left unchanged. Raise ValueError if the kinds of labels or the tasks differ, if the model
+    has several labels with the same name, or if an image has a label that the model lacks (in a stream, when the label
+    is read)."""
     if data_space.kind != model_space.kind:
         raise ValueError(
             f"the model was trained for {model_space.kind}, but the labels of the dataset are for {data_space.kind}. "
@@ -238,6 +250,14 @@ def match_labels(images: Any, data_space: LabelSpace, model_space: LabelSpace) -
             f"the model has the tasks {', '.join(model_space.columns)}, but the dataset has "
             f"{', '.join(data_space.columns)}. Select the columns of the tasks with --label-column"
         )
+    for column, names in model_space.columns.items():
+        data_names = data_space.columns[column] if data_space.kind == "multi_task" else data_space.names
+        repeated = sorted(name for name, number in Counter(names).items() if number > 1 and name in data_names)
+        if repeated:
+            raise ValueError(
+                f"the model has several labels with the name {repeated[0]!r}, so that images of the dataset cannot be "
+                "matched with one of them. Give these labels different names in the model's config.json"
+            )
     convert = partial(convert_label, data_space, model_space)
     if isinstance(images, StreamedImages):
         return replace(images, convert_label=convert)

@@ -24,6 +24,7 @@ from torch.distributed.fsdp import FSDPModule
 from ..checkpoints import Checkpoint, CheckpointStore
 from ..data.batches import Normalizer, iterate_training_batches
 from ..data.held_out import HELD_OUT_RECORD_KEY
+from ..data.image_folder import compute_files_digest
 from ..data.images import LabeledImages, UnreadableImageCounter
 from ..data.sampling import BatchPlan
 from ..data.splits import TrainingData, describe_data, load_on_main
@@ -157,6 +158,7 @@ class Run:
             "images_per_step": self.plan.images_per_step,
             "mixed_precision": accelerator.mixed_precision,
             "data": run_on_main(accelerator, partial(describe_data, self.data)),
+            "files": run_on_main(accelerator, partial(compute_files_digest, Path(self.options.data.dataset))),
             "flags": get_relative_flags(self.options, self.options.run.hub_checkpoint_branch is not None),
         }
         if self.checkpoint is not None:
