@@ -23,6 +23,7 @@ import numpy as np
 from accelerate import Accelerator
 
 from ..distributed import run_on_main
+from ..files import escape_csv_cell
 from ..heads_vitcls import IGNORED_LABEL
 from ..options import DataOptions
 from .held_out import HeldOutRecord, HeldOutRule
@@ -151,9 +152,13 @@ def exclude_images(images: LabeledImages, split: str, file: Path) -> LabeledImag
     table = pd.read_csv(file, dtype=str)
     if not {"split", "id"} <= set(table.columns):
         raise ValueError(f"--exclude {file}: the column `split` or `id` is missing. Use a table of evaluate --audit")
-    excluded = set(table["id"][table["split"] == split])
+    excluded = set(table["id"][table["split"].isin([split, escape_csv_cell(split)])])
     names = images.images.get_names()
-    kept = [index for index, name in enumerate(names) if name not in excluded]
+    kept = [
+        index
+        for index, name in enumerate(names)
+        if name not in excluded and escape_csv_cell(name) not in excluded  # the audit writes escaped names
+    ]
     if excluded and len(kept) == len(names):
         raise ValueError(
             f"--exclude {file} lists {len(excluded):,} images of the split {split!r}, but none of them is one of the "
