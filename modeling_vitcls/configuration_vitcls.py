@@ -797,6 +797,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                 raise ValueError(f"`{name}` must be at least 0 and below 1, but it is {getattr(self, name)}.")
         if not math.isfinite(self.layer_scale_init_value or 0):
             raise ValueError(f"`layer_scale_init_value` must be finite or None, not {self.layer_scale_init_value}.")
+        if not math.isfinite(self.energy_threshold or 0):
+            raise ValueError(f"`energy_threshold` must be finite or None, not {self.energy_threshold}.")
         for name in ("initializer_range", "rope_theta", "layer_norm_eps", "temperature"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"`{name}` must be a finite positive number, but it is {getattr(self, name)}.")

@@ -1,13 +1,17 @@
-"""Read and write JSON, write files and folders atomically, and replace unprintable characters."""
+"""Read and write JSON, write files and folders atomically, and replace or escape unprintable characters."""
 
 import json
 import os
 import secrets
 import tempfile
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+
+FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r")  # first characters of formulas in spreadsheets
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -24,6 +28,19 @@ def read_json(file: Path) -> dict[str, Any]:
 def replace_control_characters(text: str) -> str:
     """Replace line breaks and tabs with spaces, and all other unprintable characters with U+FFFD."""
     return "".join(char if char.isprintable() else " " if char.isspace() else "\ufffd" for char in text)
+
+
+def escape_csv_cell(text: str) -> str:
+    """Return the text of a CSV cell that spreadsheets do not run as a formula and that stays on one line.
+
+    Control characters and line separators become escape sequences such as \\n. A single quote is put before a text
+    that begins with a character of `FORMULA_PREFIXES`, as OWASP recommends against CSV injection.
+    """
+    escaped = "".join(
+        char.encode("unicode_escape").decode() if unicodedata.category(char) in ("Cc", "Zl", "Zp") else char
+        for char in text
+    )
+    return f"'{escaped}" if text.startswith(FORMULA_PREFIXES) else escaped
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:

@@ -514,6 +514,8 @@ class EvaluateOptions:
     """HTML page of likely label errors, near duplicates, outliers and overlapping classes, with a CSV file for
     `finetune --exclude` in the same folder. Checks the labels of held-out images; with --frozen logreg, or if --model
     is the output folder of a run with --folds, all labels."""
+    overwrite: bool = False
+    """Replace the files of an earlier --audit."""
     config: Path | None = None
     """Recipe: a YAML file of flags. Flags on the command line override flags in the recipe."""
 

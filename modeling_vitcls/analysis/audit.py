@@ -35,6 +35,7 @@ from ..data.evaluated_images import (
 from ..data.held_out import read_held_out_record
 from ..data.labels import get_label_space
 from ..data.sources import load_splits
+from ..files import escape_csv_cell, write_atomically
 from ..hub.loading import MODEL_FILE_PATTERNS
 from ..hub.model_files import PREDICTIONS_FILE, RESULTS_FILE
 from ..inference.evaluate import match_labels, set_up_evaluation
@@ -78,10 +79,14 @@ def audit_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     images, and the features are those of the first fold's model.
 
     Raises:
-        ValueError: if the dataset has several labels per image, or the model has no classifier without --frozen.
+        ValueError: if the dataset has several labels per image, if the model has no classifier without --frozen, or if
+            the page or the table exists without --overwrite.
         OSError: if the model or the dataset cannot be read, or the page cannot be written.
     """
     assert options.audit is not None
+    for file in (options.audit, options.audit.with_suffix(".csv")):
+        if file.exists() and not options.overwrite:
+            raise ValueError(f"{file} exists, and may have been edited. Set --overwrite, or another --audit")
     images, num_unreadable, console = load_audited_images(options)
     audit = audit_dataset(images)
     title = f"Audit of {Path(options.data.dataset).name}"
@@ -299,26 +304,28 @@ def build_rows(images: AuditedImages, indices: np.ndarray, scores: np.ndarray) -
 
 
 def write_audit(audit: dict[str, pd.DataFrame], images: AuditedImages, page: Path, title: str) -> Path:
-    """Write the page, and a CSV file with one row per issue to the same folder. Return the path of the file."""
+    """Write the page, and a CSV file with one row per issue to the same folder. Return the path of the file. Texts in
+    the table are escaped, because labels and file names may be formulas of a spreadsheet."""
     tables = {issue: rows for issue, rows in audit.items() if issue != "overlap"}
     table = pd.concat(tables, names=["issue", None]).drop(columns=["row", "other_row"])
     page.parent.mkdir(parents=True, exist_ok=True)
     csv_file = page.with_suffix(".csv")
-    table.reset_index("issue").to_csv(csv_file, index=False)
+    table = table.reset_index("issue").map(lambda value: escape_csv_cell(value) if isinstance(value, str) else value)
     environment = Environment(loader=PackageLoader("modeling_vitcls.analysis", "."), autoescape=True)
     shown = {issue: rows.head(MAX_SHOWN).to_dict("records") for issue, rows in audit.items()}
-    page.write_text(
-        environment.get_template("audit.html.j2").render(
-            title=title,
-            shown=shown,
-            counts={issue: len(rows) for issue, rows in audit.items()},
-            across=count_pairs_across_splits(audit),
-            num_images=len(images.ids),
-            thumbnail=lambda row: encode_data_url(Image.fromarray(images.pixels[row])),
-            csv_name=csv_file.name,
-        ),
-        encoding="utf-8",
+    html = environment.get_template("audit.html.j2").render(
+        title=title,
+        shown=shown,
+        counts={issue: len(rows) for issue, rows in audit.items()},
+        across=count_pairs_across_splits(audit),
+        num_images=len(images.ids),
+        thumbnail=lambda row: encode_data_url(Image.fromarray(images.pixels[row])),
+        csv_name=csv_file.name,
     )
+    with write_atomically(csv_file) as temporary_file:
+        table.to_csv(temporary_file, index=False)
+    with write_atomically(page) as temporary_file:
+        temporary_file.write_text(html, encoding="utf-8")
     return csv_file
 
 

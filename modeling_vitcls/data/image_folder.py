@@ -99,6 +99,25 @@ def list_files(root: str | Path) -> Iterator[str]:
         yield from ((relative_parent / name).as_posix() for name in sorted(files) if not is_hidden(name))
 
 
+def compute_files_digest(path: Path) -> str | None:
+    """Return a hash of the names, sizes and modification times of the images and tables in a folder, or of one file;
+    None if there is no such path. Files are not read."""
+    suffixes = IMAGE_SUFFIXES | TABLE_SUFFIXES
+    if path.is_dir():
+        files = [path / name for name in list_files(path) if PurePosixPath(name).suffix.lower() in suffixes]
+    elif path.is_file():
+        files = [path]
+    else:
+        return None
+    digest = hashlib.sha256()
+    for file in files:
+        with suppress(OSError):  # a broken link
+            stat = file.stat()
+            name = os.fsencode(file.relative_to(path))
+            digest.update(name + f" {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
 def is_hidden(name: str) -> bool:
     """Return whether a file or folder is hidden or is a `__MACOSX` folder, which macOS adds to archives."""
     return name.startswith(".") or name == "__MACOSX"

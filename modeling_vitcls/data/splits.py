@@ -23,6 +23,7 @@ import numpy as np
 from accelerate import Accelerator
 
 from ..distributed import run_on_main
+from ..files import escape_csv_cell
 from ..heads_vitcls import IGNORED_LABEL
 from ..options import DataOptions
 from .held_out import MAX_RECORDED_IMAGES, HeldOutRecord, HeldOutRule, encode_content_keys
@@ -72,7 +73,7 @@ class TrainingData:
     record: HeldOutRecord
     selection: Any = None  # images for selecting the best checkpoint (`--select best`), as `held_out`
     selection_name: str = ""  # name of the selection split, or description of the rule
-    num_excluded: int = 0  # number of training images that `--exclude` leaves out
+    num_excluded: int | None = None  # number of training images that `--exclude` leaves out; None without it
 
     @property
     def num_training_images(self) -> int | None:
@@ -143,7 +144,7 @@ def load_training_data(
         train, held_out, record = hold_out_images(train, rule, options)
         if options.streaming and len(held_out) == MAX_HELD_OUT_IMAGES:
             held_out_name += f", evaluated on the first {MAX_HELD_OUT_IMAGES:,} images"
-    num_excluded = 0
+    num_excluded = None
     if options.exclude is not None:
         num_images, train = len(train), exclude_images(train, training_splits.train, options.exclude)
         num_excluded = num_images - len(train)
@@ -162,14 +163,27 @@ def load_training_data(
 def exclude_images(images: LabeledImages, split: str, file: Path) -> LabeledImages:
     """Return the training images without those that a table of `evaluate --audit` lists in this split. Held-out images
     are never left out, because this would only make the accuracy look better. Raise ValueError if the table does not
-    have the columns `split` and `id`, and OSError if it cannot be read."""
+    have the columns `split` and `id`, or lists only other images or all images, and OSError if it cannot be read."""
     import pandas as pd
 
     table = pd.read_csv(file, dtype=str)
     if not {"split", "id"} <= set(table.columns):
         raise ValueError(f"--exclude {file}: the column `split` or `id` is missing. Use a table of evaluate --audit")
-    excluded = set(table["id"][table["split"] == split])
-    return images.select(index for index, name in enumerate(images.images.get_names()) if name not in excluded)
+    excluded = set(table["id"][table["split"].isin([split, escape_csv_cell(split)])])
+    names = images.images.get_names()
+    kept = [
+        index
+        for index, name in enumerate(names)
+        if name not in excluded and escape_csv_cell(name) not in excluded  # the audit writes escaped names
+    ]
+    if excluded and len(kept) == len(names):
+        raise ValueError(
+            f"--exclude {file} lists {len(excluded):,} images of the split {split!r}, but none of them is one of the "
+            f"{len(names):,} training images. Use a table of evaluate --audit with this dataset, or remove --exclude"
+        )
+    if not kept:
+        raise ValueError(f"--exclude {file} lists all {len(names):,} training images. Keep some of them")
+    return images.select(kept)
 
 
 class TrainingSplits(NamedTuple):

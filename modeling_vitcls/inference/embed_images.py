@@ -57,13 +57,15 @@ class EmbedImages:
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return the columns of a batch without the images, one array [B, D] or [B, n, D] per feature, and `error`:
-        the error message of each unreadable image, whose features are NaN, or an empty text."""
+        the error message of each unreadable image, whose features are NaN, or an empty text. Ray and Spark also pass
+        empty batches, for which the columns are empty."""
         if self.predictor is None:
             self.predictor = self.build_predictor()
         column = self.image_column or next((name for name in IMAGE_COLUMNS if name in batch), None)
-        if column is None or column not in batch:
+        if batch and column not in batch:
             raise ValueError(f"the batch has only the columns {', '.join(batch)}. Set image_column to one of them")
-        records = (build_record(index, image, Path()) for index, image in enumerate(batch[column]))
+        images = batch[column] if column is not None and batch else ()
+        records = (build_record(index, image, Path()) for index, image in enumerate(images))
         rows = list(self.predictor.iterate_rows(records))
         columns: Any = self.predictor.columns
         outputs: dict[str, Any] = {name: values for name, values in batch.items() if name != column}
@@ -71,8 +73,10 @@ class EmbedImages:
             width = self.predictor.model.config.hidden_size
             shape = (width,) if feature.num_tokens == 1 else (feature.num_tokens, width)
             missing = np.full(shape, np.nan, self.dtype)
-            values = [missing if row["error"] is not None else np.stack([*row[output_name]]) for row in rows]
-            outputs[name] = np.stack([value.reshape(shape) for value in values])
+            outputs[name] = np.empty((len(rows), *shape), self.dtype)
+            for index, row in enumerate(rows):
+                values = missing if row["error"] is not None else np.stack([*row[output_name]])
+                outputs[name][index] = values.reshape(shape)
         return outputs | {"error": np.array([row["error"] or "" for row in rows], dtype=object)}
 
     def build_predictor(self) -> Predictor:

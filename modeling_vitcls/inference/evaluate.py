@@ -6,6 +6,7 @@ Images that the model was trained on are not evaluated unless --split is set (da
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -31,7 +32,7 @@ from ..data.streaming import StreamedImages
 from ..distributed import build_accelerator
 from ..files import read_json, write_json
 from ..heads_vitcls import IGNORED_LABEL
-from ..hub.model_files import RESULTS_FILE
+from ..hub.model_files import RESULTS_FILE, find_weights_hash
 from ..options import DataOptions, EvaluateOptions
 from ..system import describe_device, get_versions
 from .confidence import measure_unknown
@@ -49,6 +50,7 @@ class EvaluationSetup(NamedTuple):
     build_evaluator: Callable[[LabeledImages], Evaluator]  # for other images with the labels of the model
     split: str
     part: EvaluatedPart  # of the split
+    weights_hash: dict[str, str] | None  # SHA-256 of each weight file, by file name
 
 
 def load_evaluation(
@@ -77,8 +79,14 @@ def load_evaluation(
         num_channels=model.config.num_channels,
         warn=warn,
     )
-    evaluator = build_evaluator(match_labels(data.images, data.label_space, model_space))
-    return EvaluationSetup(model, evaluator, build_evaluator, data.split, data.part)
+    return EvaluationSetup(
+        model=model,
+        evaluator=build_evaluator(match_labels(data.images, data.label_space, model_space)),
+        build_evaluator=build_evaluator,
+        split=data.split,
+        part=data.part,
+        weights_hash=find_weights_hash(Path(folder)),
+    )
 
 
 def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
@@ -104,6 +112,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     seconds = time.perf_counter() - start_time
     results = {
         **describe_evaluation(options, setup, metrics["num_images"], seconds, accelerator),
+        "weights_sha256": setup.weights_hash,
         **metrics,
     }
     if options.unknown_dataset is not None:
@@ -113,7 +122,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
         write_results(options, results, console)
         if options.per_image is not None:
             options.per_image.parent.mkdir(parents=True, exist_ok=True)
-            write_predictions(options.per_image, evaluator)
+            write_predictions(options.per_image, evaluator, setup.weights_hash)
             console.print(f"saved {options.per_image}", markup=False)
     accelerator.end_training()
     return results
@@ -198,8 +207,9 @@ def set_label_columns(options: DataOptions, config: ViTCLSConfig, folder: str) -
 
 def match_labels(images: Any, data_space: LabelSpace, model_space: LabelSpace) -> Any:
     """Convert the label indices of the dataset to the label indices of the model. Labels are matched by name, and
-    missing labels (-100) are left unchanged. Raise ValueError if the kinds of labels or the tasks differ, or if an
-    image has a label that the model lacks; for a stream, when the label is read."""
+    missing labels (-100) are left unchanged. Raise ValueError if the kinds of labels or the tasks differ, if the model
+    has several labels with the same name, or if an image has a label that the model lacks (in a stream, when the label
+    is read)."""
     if data_space.kind != model_space.kind:
         raise ValueError(
             f"the model was trained for {model_space.kind}, but the labels of the dataset are for {data_space.kind}. "
@@ -210,6 +220,14 @@ def match_labels(images: Any, data_space: LabelSpace, model_space: LabelSpace) -
             f"the model has the tasks {', '.join(model_space.columns)}, but the dataset has "
             f"{', '.join(data_space.columns)}. Select the columns of the tasks with --label-column"
         )
+    for column, names in model_space.columns.items():
+        data_names = data_space.columns[column] if data_space.kind == "multi_task" else data_space.names
+        repeated = sorted(name for name, number in Counter(names).items() if number > 1 and name in data_names)
+        if repeated:
+            raise ValueError(
+                f"the model has several labels with the name {repeated[0]!r}, so that images of the dataset cannot be "
+                "matched with one of them. Give these labels different names in the model's config.json"
+            )
     convert = partial(convert_label, data_space, model_space)
     if isinstance(images, StreamedImages):
         return replace(images, convert_label=convert)

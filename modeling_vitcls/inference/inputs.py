@@ -24,7 +24,7 @@ import fsspec
 import torch
 from huggingface_hub.utils import http_backoff
 
-from ..data.image_folder import IMAGE_SUFFIXES, list_files, make_printable
+from ..data.image_folder import IMAGE_SUFFIXES, compute_files_digest, list_files, make_printable
 from ..data.images import ROWS_PER_READ, ArrayImages, resolve_path
 from ..data.labels import find_image_column
 from ..data.sources import get_dataset_folder, is_idx_folder, load_splits, open_splits
@@ -190,8 +190,8 @@ def open_input(options: PredictOptions) -> PredictionInput:
     features = read_features(split, data_options)
     column, folder = find_image_column(data_options, features), get_dataset_folder(data_options)
     settings: dict[str, Any] = {"dataset": dataset, "split": options.split, "column": column}
-    if path.is_file():
-        settings["bytes and time"] = get_file_stat(dataset)
+    if options.streaming or path.is_file():
+        settings["files"] = compute_files_digest(path)
     split = split.select_columns([column])
     if isinstance(features[column], datasets.Image):  # the threads decode the images
         split = split.cast_column(column, datasets.Image(decode=False))

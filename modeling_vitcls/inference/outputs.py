@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..files import replace_control_characters, write_atomically
+from ..files import escape_csv_cell, replace_control_characters, write_atomically
 from ..progress import track
 from .prediction_rows import Row
 
@@ -51,13 +51,21 @@ def write_table(table: pa.Table, file: Path) -> None:
 
 
 def write_csv(table: pa.Table, file: Path) -> None:
-    """Write comma-separated values with a header. All labels of a multi-label image are in one cell."""
+    """Write comma-separated values with a header. All labels of a multi-label image are in one cell. Texts are
+    escaped, because labels and file names may be formulas of a spreadsheet."""
     frame = table.to_pandas()
     for column in table.schema:
-        if pa.types.is_list(column.type):
-            values = table[column.name].to_pylist()
-            frame[column.name] = [None if value is None else LABEL_SEPARATOR.join(map(str, value)) for value in values]
-    frame.to_csv(file, index=False)
+        is_list = pa.types.is_list(column.type)
+        is_text = pa.types.is_string(column.type.value_type if is_list else column.type)
+        if not is_list and not is_text:
+            continue
+        values = table[column.name].to_pylist()
+        if is_list:
+            values = [None if value is None else LABEL_SEPARATOR.join(map(str, value)) for value in values]
+        if is_text:
+            values = [None if value is None else escape_csv_cell(value) for value in values]
+        frame[column.name] = values
+    frame.to_csv(file, index=False, header=[escape_csv_cell(name) for name in table.column_names])
 
 
 def write_json(table: pa.Table, file: Path, pattern: str, separator: str) -> None:

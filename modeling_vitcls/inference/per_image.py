@@ -9,23 +9,33 @@ probabilities   list, in the order of the model's labels (calibrated if the mode
 loss            cross-entropy                           binary cross-entropy, mean over the labels
 energy          -log(sum(exp(logits)))                  -
 
-`finetune` writes the same file for its held-out images, predictions.parquet. Several tasks are not supported.
+`finetune` writes the same file for its held-out images, predictions.parquet. Several tasks are not supported. The
+metadata of the file contains the hash of the model's weights, because predictions of other weights must not be used.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
+from ..errors import format_error
+from ..files import write_atomically
 from .confidence import compute_energies
 from .evaluator import Evaluator, OutputRow
 
 
-def write_predictions(file: Path, evaluator: Evaluator) -> None:
+METADATA_KEY = b"vitcls"
+
+
+def write_predictions(file: Path, evaluator: Evaluator, weights_hash: dict[str, str] | None) -> None:
     """Write the columns in the header of this file for the images of the last evaluation (`Evaluator.rows`) to a
-    Parquet file. Raise ValueError without labeled images, and OSError if the file cannot be written."""
+    Parquet file, and the SHA-256 of each weight file of the model to its metadata. Raise ValueError without labeled
+    images, and OSError if the file cannot be written."""
     import pandas as pd
 
     names = evaluator.label_space.names
@@ -50,16 +60,47 @@ def write_predictions(file: Path, evaluator: Evaluator) -> None:
             "probabilities": list(logits.sigmoid().numpy()),
             "loss": binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(dim=1).numpy(),
         }
-    pd.DataFrame(columns).to_parquet(file, index=False)
+    table = pa.Table.from_pandas(pd.DataFrame(columns), preserve_index=False)
+    metadata = {METADATA_KEY: json.dumps({"weights_sha256": weights_hash})}
+    table = table.replace_schema_metadata((table.schema.metadata or {}) | metadata)
+    with write_atomically(file) as temporary_file:
+        pq.write_table(table, temporary_file)
+
+
+def read_weights_hash(file: Path) -> dict[str, str] | None:
+    """Return the SHA-256 of each weight file of the model that computed a file of predictions, or None if the file
+    does not contain it. Raise ValueError if the file is damaged."""
+    try:
+        metadata = pq.read_schema(file).metadata or {}
+        return json.loads(metadata[METADATA_KEY])["weights_sha256"] if METADATA_KEY in metadata else None
+    except Exception as error:  # pyarrow raises several types of errors
+        raise ValueError(f"cannot read {file}: {format_error(error)}") from error
 
 
 def read_predictions(file: Path, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the probabilities [N, L] and label indices [N] of a file of images with one label each. `names` are the
-    labels of the model, in order."""
-    import pandas as pd
+    """Return the probabilities [N, L] and label indices [N] of a file of images with one label each.
 
-    rows = pd.read_parquet(file, columns=["label", "probabilities"])
-    return np.stack(rows["probabilities"]), np.array([names.index(label) for label in rows["label"]])
+    Args:
+        file: A file that `write_predictions` wrote.
+        names: The labels of the model, in order.
+
+    Raises:
+        ValueError: If the file is damaged, lacks a column, or has probabilities or labels that are not the model's.
+    """
+    try:
+        rows = pq.read_table(file, columns=["label", "probabilities"]).to_pydict()
+        labels, probabilities = rows["label"], np.array(rows["probabilities"], dtype=np.float64)
+    except Exception as error:  # pyarrow raises several types of errors
+        raise ValueError(f"cannot read label and probabilities in {file}: {format_error(error)}") from error
+    if probabilities.shape != (len(labels), len(names)):
+        raise ValueError(f"{file} does not have {len(names)} probabilities for each image, one for each label")
+    num_wrong = int((~np.isfinite(probabilities).all(axis=1)).sum())
+    if num_wrong:
+        raise ValueError(f"{file} has probabilities that are not finite for {num_wrong} of {len(labels)} images")
+    if other := next((label for label in labels if names.count(label) != 1), None):
+        raise ValueError(f"{file} has the label {other!r}, which is not exactly one label of the model")
+    index_by_name = {name: index for index, name in enumerate(names)}
+    return probabilities, np.array([index_by_name[label] for label in labels])
 
 
 def get_outputs(evaluator: Evaluator, images: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:

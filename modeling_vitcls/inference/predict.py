@@ -27,16 +27,16 @@ from ..conversion.any_checkpoint import resolve_checkpoint
 from ..data.labels import get_label_space
 from ..data.splits import load_on_main
 from ..distributed import build_accelerator, run_on_main
-from ..hub.model_files import PREDICTIONS_FILE
+from ..hub.model_files import PREDICTIONS_FILE, find_weights_hash
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..modeling_vitcls import ViTCLSPreTrainedModel
 from ..options import PredictOptions
 from .confidence import find_score_limit
 from .exported_graphs import ExportedModel
 from .inputs import ImageRecord, ListInput, PredictionInput, StreamInput, build_list_input, open_input, prepare_images
-from .load_model import load_model
+from .load_model import list_file_patterns, load_model
 from .outputs import WRITERS, get_output_columns, print_table, show_progress, write_rows
-from .per_image import read_predictions
+from .per_image import read_predictions, read_weights_hash
 from .prediction_rows import AutocastFactory, PredictionColumns, Row, build_prediction_columns, predict_rows
 from .shards import ShardFolder, list_shard_indices
 
@@ -114,11 +114,18 @@ def find_set_limit(options: PredictOptions, model: ViTCLSPreTrainedModel) -> flo
     label_space = get_label_space(model.config)
     if label_space.kind != "single_label_classification":
         raise ValueError(f"--coverage requires one label per image, not {label_space.kind}. Remove --coverage")
-    file = Path(resolve_checkpoint(options.model, [PREDICTIONS_FILE]), PREDICTIONS_FILE)
+    patterns = list_file_patterns(options.backend)
+    folder = Path(resolve_checkpoint(options.model, [*patterns, PREDICTIONS_FILE]))
+    file = folder / PREDICTIONS_FILE
+    remedy = f"Write it with `vitcls evaluate --model {options.model} --dataset D --per-image {file}`"
     if not file.is_file():
         raise ValueError(
-            f"--coverage requires {PREDICTIONS_FILE} in the model folder, but {options.model} has none. Write it with "
-            f" `vitcls evaluate --model {options.model} --dataset D --per-image {file}`"
+            f"--coverage requires {PREDICTIONS_FILE} in the model folder, but {options.model} has none. {remedy}"
+        )
+    weights_hash = find_weights_hash(folder)
+    if weights_hash is None or read_weights_hash(file) != weights_hash:
+        raise ValueError(
+            f"--coverage requires predictions of this model, but {file} contains those of other weights. {remedy}"
         )
     probabilities, labels = read_predictions(file, label_space.names)
     return find_score_limit(probabilities, labels, options.coverage)

@@ -14,6 +14,7 @@ from ..analysis.report import encode_data_url
 from ..data.labels import get_label_space
 from ..hub.model_files import PREDICTIONS_FILE
 from ..inference.confidence import measure_prediction_sets
+from ..inference.per_image import read_weights_hash
 from .model_folder import ModelFolder, warn_once
 
 
@@ -36,6 +37,9 @@ def describe_predictions(folder: ModelFolder, images: Sequence[Image.Image] | No
     if not folder.results or not file.is_file() or config is None:
         return None
     try:
+        if read_weights_hash(file) != folder.weights_sha256:
+            warn_once(f"ignoring {file}, because it contains the predictions of other weights")
+            return None
         rows = pd.read_parquet(file, columns=["index", "image", "label", "prediction", "probabilities", "loss"])
     except (OSError, ValueError):  # pyarrow's errors are subclasses
         warn_once(f"ignoring {file}, because it is not readable. Write it again with `vitcls evaluate --per-image`")

@@ -26,7 +26,7 @@ from ..checkpoints import WRITE_ERRORS, Checkpoint, CheckpointStore, Tensors
 from ..data.image_folder import format_name_list
 from ..distributed import run_on_main
 from ..errors import RunStopped, format_error
-from ..files import sync_to_disk, write_json
+from ..files import read_json, sync_to_disk, write_json
 from ..hub.connection import silence_transformers
 from ..hub.local_paths import is_local, split_prefix
 from ..hub.model_files import (
@@ -179,8 +179,8 @@ def save_output(
     accelerator: Accelerator,
     evaluator: Evaluator | None,
 ) -> None:
-    """Write the evaluator's predictions, the model, the image processor and finally results.json. All processes must
-    call this function. Raise RunStopped on all processes if the folder cannot be written."""
+    """Write the model, the image processor, results.json and the evaluator's predictions. All processes must call
+    this function. Raise RunStopped on all processes if the folder cannot be written."""
     weights = gather_weights(task.model)
     if task.encoder is not None:
         weights = {name.removeprefix("vitcls."): weights[name] for name in weights if name.startswith("vitcls.")}
@@ -188,9 +188,10 @@ def save_output(
     def write() -> None:
         try:
             with stage_files(options.output_dir) as folder, silence_transformers():
-                if evaluator is not None:
-                    write_predictions(folder / PREDICTIONS_FILE, evaluator)
                 write_model_files(task, folder, weights, results, options, initial)
+                if evaluator is not None:
+                    weights_hash = read_json(folder / RESULTS_FILE)["weights_sha256"]
+                    write_predictions(folder / PREDICTIONS_FILE, evaluator, weights_hash)
         except WRITE_ERRORS as error:
             raise OSError(format_error(error)) from error
 

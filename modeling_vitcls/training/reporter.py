@@ -149,7 +149,7 @@ def describe_splits(data: TrainingData, processor: ViTCLSImageProcessor, labels_
         lines["selection"] = (
             f"the best checkpoint is selected on {selection_text} separate images ({data.selection_name})"
         )
-    if data.num_excluded:
+    if data.num_excluded is not None:
         total = data.num_excluded + (data.num_training_images or 0)
         lines["excluded"] = f"{data.num_excluded:,} of {total:,} training images are left out (--exclude)"
     is_streamed = isinstance(data.held_out, StreamedImages)

@@ -102,6 +102,11 @@ def check_run_unchanged(metadata: dict[str, Any], current: dict[str, Any], folde
             f"--resume: the dataset has changed since the run in {folder} was started: {change}. Restore the dataset, "
             "or choose a different --output-dir"
         )
+    if metadata.get("files") != current["files"]:
+        raise ValueError(
+            f"--resume: the sizes or times of the dataset's files have changed since the run in {folder} was started. "
+            "Restore the files and their times, or choose a different --output-dir"
+        )
     if metadata["mixed_precision"] != current["mixed_precision"]:
         raise ValueError(
             f"--resume: the run in {folder} requires --mixed-precision {metadata['mixed_precision']}, but the mixed "

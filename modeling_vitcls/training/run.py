@@ -25,6 +25,7 @@ from torch.distributed.fsdp import FSDPModule
 from ..checkpoints import Checkpoint, CheckpointStore
 from ..data.batches import Normalizer, iterate_training_batches
 from ..data.held_out import HELD_OUT_RECORD_KEY
+from ..data.image_folder import compute_files_digest
 from ..data.images import LabeledImages, UnreadableImageCounter
 from ..data.sampling import BatchPlan
 from ..data.splits import TrainingData, describe_data, load_on_main
@@ -244,6 +245,7 @@ def load(kind: Any, options: Options, environment: Environment) -> Loaded:
         "images_per_step": plan.images_per_step,
         "mixed_precision": accelerator.mixed_precision,
         "data": run_on_main(accelerator, partial(describe_data, data)),
+        "files": run_on_main(accelerator, partial(compute_files_digest, Path(options.data.dataset))),
         "flags": get_relative_flags(options, options.run.hub_checkpoint_branch is not None),
     }
     if checkpoint is not None:

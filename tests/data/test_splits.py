@@ -10,6 +10,7 @@ import pytest
 from helpers.photo_folders import write_photos
 from helpers.tiny_models import raises_one_line
 from helpers.tiny_options import build_tiny_options, prepare_task, run_training
+from PIL import Image
 
 from modeling_vitcls.data.evaluated_images import load_evaluation_data
 from modeling_vitcls.data.held_out import HeldOutRecord, HeldOutRule
@@ -50,6 +51,32 @@ def test_a_changed_folder_is_an_error(tmp_path: Path) -> None:
     assert_change("training images was 32 and is 64")
     write_photos(photos, range(20), "ant")
     assert_change("classes")
+
+
+@pytest.fixture
+def unfinished(tmp_path: Path) -> Any:
+    """Return options that continue a run that did not finish."""
+    photos = write_photos(tmp_path / "photos", range(20), "cat", "dog")
+    options = build_tiny_options(tmp_path / "run", photos, max_steps=2, batch_size=8)
+    run_training(options)
+    (options.output_dir / "results.json").unlink()
+    return replace(options, run=replace(options.run, resume=True))
+
+
+def test_images_that_were_replaced_are_an_error(unfinished: Any) -> None:
+    file = Path(unfinished.data.dataset, "cat", "1.png")
+    Image.new("RGB", (8, 8)).save(file)
+    with raises_one_line("--resume", "sizes or times"):
+        run_training(unfinished)
+
+
+def test_images_that_changed_their_classes_are_an_error(unfinished: Any) -> None:
+    photos = Path(unfinished.data.dataset)
+    (photos / "cat" / "1.png").rename(photos / "other.png")
+    (photos / "dog" / "1.png").rename(photos / "cat" / "1.png")
+    (photos / "other.png").rename(photos / "dog" / "1.png")
+    with raises_one_line("--resume", "sizes or times"):
+        run_training(unfinished)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -185,6 +212,15 @@ def test_listed_images_of_the_training_split_are_excluded(tmp_path: Path) -> Non
         (tmp_path / "audit.csv").write_text(f"{name}\n1\n", encoding="utf-8")
         with raises_one_line("--exclude", "audit.csv"):
             exclude_images(images, "train", tmp_path / "audit.csv")
+
+
+@pytest.mark.parametrize("ids", [["cat/other.png", "absent.png"], [f"cat/{index}.png" for index in range(20)]])
+def test_a_table_that_excludes_no_or_all_images_is_an_error(ids: list[str], tmp_path: Path) -> None:
+    images = DatasetImages.from_list([{"path": f"cat/{index}.png", "bytes": None} for index in range(20)])
+    table = tmp_path / "audit.csv"
+    table.write_text("\n".join(["id,split", *(f"{name},train" for name in ids)]), encoding="utf-8")
+    with raises_one_line("--exclude", str(table)):
+        exclude_images(LabeledImages(images, [0] * 20), "train", table)
 
 
 def test_training_on_a_split_named_test_is_reported(tmp_path: Path) -> None:

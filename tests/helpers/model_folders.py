@@ -1,14 +1,18 @@
 """Folders of tiny models, as training writes them, for publishing."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import yaml
 
 from helpers.tiny_models import build_tiny_config, save_with_processor
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification
 from modeling_vitcls.files import write_json
-from modeling_vitcls.hub.model_files import hash_weights
+from modeling_vitcls.hub.model_files import PREDICTIONS_FILE, hash_weights
 
 
 RESULTS: dict[str, Any] = {
@@ -58,3 +62,10 @@ def write_run_folder(
 def write_results(folder: Path, results: dict[str, Any] | None = None) -> None:
     """Write results.json for the weights in a folder."""
     write_json(folder / "results.json", RESULTS | {"weights_sha256": hash_weights(folder)} | (results or {}))
+
+
+def write_predictions(folder: Path, rows: pd.DataFrame) -> None:
+    """Write predictions.parquet of the weights in a folder."""
+    metadata = {"vitcls": json.dumps({"weights_sha256": hash_weights(folder)})}
+    table = pa.Table.from_pandas(rows, preserve_index=False).replace_schema_metadata(metadata)
+    pq.write_table(table, folder / PREDICTIONS_FILE)

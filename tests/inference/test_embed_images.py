@@ -53,6 +53,16 @@ def test_features_equal_those_of_predict(encoder: Path, photos: Path) -> None:
         assert outputs.get("id", list(range(9))) == list(range(9))
 
 
+@pytest.mark.parametrize("batch", [{"path": [], "id": []}, {}])
+def test_an_empty_batch_has_empty_columns(batch: dict[str, Any], encoder: Path) -> None:
+    """Ray and Spark pass empty batches, for example after a filter."""
+    outputs = EmbedImages(encoder, ["cls", "registers"])(batch)
+    assert outputs["cls"].shape == (0, 16)
+    assert outputs["registers"].shape == (0, 2, 16)
+    assert len(outputs["error"]) == 0
+    assert "path" not in outputs
+
+
 def test_unreadable_images_have_an_error(encoder: Path, photos: Path) -> None:
     embed = EmbedImages(encoder, image_column="photo", dtype="float16", fit="pad")
     outputs = embed({"path": ["x", "y"], "photo": [b"broken", (photos / "a.jpg").read_bytes()]})

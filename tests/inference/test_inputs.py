@@ -19,6 +19,7 @@ from helpers.prediction_photos import sorted_photos
 from helpers.tiny_models import raises_one_line
 from PIL import Image
 
+from modeling_vitcls.data.image_folder import compute_files_digest
 from modeling_vitcls.data.images import ArrayImages
 from modeling_vitcls.inference import inputs
 from modeling_vitcls.inference.inputs import (
@@ -59,8 +60,8 @@ def test_images_of_folders_are_sorted_whatever_the_file_system_lists_first(
         (tmp_path / name).touch()
     walk = os.walk
 
-    def walk_backwards(folder: Any, followlinks: bool) -> Iterator[Any]:
-        for parent, folders, files in walk(folder, followlinks=followlinks):
+    def walk_backwards(folder: Any, **options: Any) -> Iterator[Any]:
+        for parent, folders, files in walk(folder, **options):
             folders.sort(reverse=True)
             yield parent, folders, sorted(files, reverse=True)
 
@@ -102,9 +103,9 @@ def test_an_input_is_identified_by_its_content(photos: Path, tmp_path: Path) -> 
     def identities() -> list[dict[str, Any]]:
         return [open_input(PredictOptions("model", **options)).compute_fingerprint() for options in given]
 
-    first, stat = identities(), table.stat()
+    first = identities()
     assert identities() == first
-    settings = {"dataset": str(table), "column": "image", "bytes and time": [stat.st_size, stat.st_mtime_ns]}
+    settings = {"dataset": str(table), "column": "image", "files": compute_files_digest(table)}
     assert first[3] == settings | {"split": "train"}
     assert first[2] == settings | {"split": None, "images": 1, "fingerprint": first[2]["fingerprint"]}
     Image.new("L", (8, 8), 30).save(folder / "10.bmp")

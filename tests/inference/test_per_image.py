@@ -55,7 +55,7 @@ def test_rows_keep_the_index_of_their_image(tmp_path: Path) -> None:
     evaluator = build_evaluator("single", build_accelerator(), images, max_unreadable_images=4)
     evaluator.keep_logits = True
     evaluator(build_classifier("single"))
-    write_predictions(tmp_path / "rows.parquet", evaluator)
+    write_predictions(tmp_path / "rows.parquet", evaluator, None)
     table = pd.read_parquet(tmp_path / "rows.parquet")
     assert table["index"].tolist() == rows and table["label"].tolist() == [CLASSES[labels[index]] for index in rows]
     logits, found = get_outputs(evaluator, slice(1, 4))
@@ -63,7 +63,7 @@ def test_rows_keep_the_index_of_their_image(tmp_path: Path) -> None:
     evaluator.rows = evaluator.rows[:2]
     assert [len(part) for part in get_outputs(evaluator)] == [0, 0]
     with raises_one_line("label"):
-        write_predictions(tmp_path / "rows.parquet", evaluator)
+        write_predictions(tmp_path / "rows.parquet", evaluator, None)
     assert select_names(["a", "b"], torch.tensor([0.5, 0.6])) == ["b"]
 
 

@@ -15,13 +15,14 @@ from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow as pa
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import sklearn.datasets
 import torch
 from helpers import prediction_photos
 from helpers.accelerate_state import reset_accelerate
+from helpers.model_folders import write_predictions
 from helpers.prediction_photos import predict, sorted_photos
 from helpers.scripts_in_process import run_in_process
 from helpers.tiny_models import build_tiny_config, raises_one_line, randomize
@@ -432,7 +433,7 @@ def test_a_second_start_must_have_the_same_options(models: Path, photos: Path, t
         return predict_images(PredictOptions(str(models / model), (str(path),), output=folder, **options))
 
     predictions = {"label": ["ant"] * 9, "probabilities": [[0.5, 0.25, 0.25]] * 9}
-    pq.write_table(pa.table(predictions), models / "one_label" / "predictions.parquet")  # for --coverage
+    write_predictions(models / "one_label", pd.DataFrame(predictions))  # for --coverage
     assert again() == PredictionCounts(9, 0)
     written = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
     assert len(written) == 3

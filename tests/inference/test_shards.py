@@ -155,6 +155,19 @@ def test_merge_refuses_a_shard_after_the_last_one_of_a_stream(
     check_error(capsys, str(extra))
 
 
+def test_a_stream_whose_files_changed_is_not_continued(
+    model: Path, stream: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, labels = shutil.copytree(stream, tmp_path / "source"), tmp_path / "labels"
+    assert predict(model, labels, "--dataset", source, "--streaming") == 0
+    (labels / "shard-0000-000005.parquet").unlink()
+    table = pq.read_table(source / "0.parquet")
+    pq.write_table(table.slice(0, 2), source / "0.parquet")
+    capsys.readouterr()
+    assert predict(model, labels, "--dataset", source, "--streaming") == 1
+    check_error(capsys, "another input")
+
+
 def test_a_living_process_keeps_its_partial_file(labels: Path, model: Path, photos: Path) -> None:
     """Several processes may write the same shard, for example after a job was requeued."""
     living, killed = (labels / f".shard-000001.parquet.{name}.unfinished" for name in ("living", "killed"))

@@ -7,7 +7,7 @@ from urllib.request import urlopen
 import numpy as np
 import pandas as pd
 import pytest
-from helpers.model_folders import write_run_folder
+from helpers.model_folders import write_predictions, write_results, write_run_folder
 from helpers.tiny_models import build_tiny_config, save_with_processor
 from PIL import Image
 
@@ -37,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
     }
     calibration = {"temperature": 0.651, "num_images": 180, "calibration_error_before": 0.0871}
     target = write_run_folder(tmp_path / "mine", {"calibration": calibration, "calibration_error": 0.0123})
-    pd.DataFrame(columns).to_parquet(target / "predictions.parquet")
+    write_predictions(target, pd.DataFrame(columns))
     return target
 
 
@@ -74,12 +74,18 @@ def test_the_card_states_wrong_images_and_the_size_of_the_sets(folder: Path) -> 
 
 def test_predictions_of_other_weights_or_kinds_are_not_shown(folder: Path) -> None:
     few = pd.read_parquet(folder / "predictions.parquet").head(10)
-    few.to_parquet(folder / "predictions.parquet")
+    write_predictions(folder, few)
     assert describe_predictions(ModelFolder(folder))["sets"] == []  # too few images for a limit
     # several labels per image, no images, and a file of another program
     for rows in (few.assign(label=[["dusk"]] * 10), few.head(0), few.drop(columns="loss")):
-        rows.to_parquet(folder / "predictions.parquet")
+        write_predictions(folder, rows)
         assert describe_predictions(ModelFolder(folder)) is None
-    few.to_parquet(folder / "predictions.parquet")
+    write_predictions(folder, few)
     save_with_processor(ViTCLSForImageClassification(build_tiny_config(num_register_tokens=1)), folder)
+    assert describe_predictions(ModelFolder(folder)) is None
+
+
+def test_predictions_before_the_weights_were_replaced_are_not_shown(folder: Path) -> None:
+    save_with_processor(ViTCLSForImageClassification(build_tiny_config(num_register_tokens=1)), folder)
+    write_results(folder)  # of the new weights
     assert describe_predictions(ModelFolder(folder)) is None

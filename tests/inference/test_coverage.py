@@ -1,0 +1,109 @@
+"""`predict --coverage` uses only predictions that the same weights computed."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from helpers.accelerate_state import reset_accelerate
+from helpers.command_in_process import run_here
+from helpers.model_folders import write_predictions
+from helpers.photo_folders import write_photos
+from helpers.tiny_models import build_tiny_config, save_with_processor
+
+from modeling_vitcls import ViTCLSForImageClassification
+from modeling_vitcls.files import read_json
+from modeling_vitcls.hub.model_files import hash_weights
+
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+NAMES = ("cat", "dog", "fox")
+LABELS = {"id2label": dict(enumerate(NAMES)), "label2id": {name: index for index, name in enumerate(NAMES)}}
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    return write_photos(tmp_path / "photos", range(6), *NAMES)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return save_with_processor(ViTCLSForImageClassification(build_tiny_config(**LABELS)), tmp_path / "model")
+
+
+def run_evaluation(model: Path, photos: Path, *flags: object) -> int:
+    reset_accelerate()
+    data = ["--dataset", photos, "--held-out-fraction", "0.5", "--num-workers", "0"]
+    return run_here("evaluate", "--model", str(model), *map(str, [*data, *flags]))
+
+
+def run_prediction(model: Path, photos: Path) -> int:
+    reset_accelerate()
+    return run_here("predict", "--model", str(model), str(photos), "--coverage", "0.5")
+
+
+def check_error(capsys: pytest.CaptureFixture[str], *words: str) -> None:
+    printed = capsys.readouterr()
+    assert printed.err.count("\n") == 1, printed.err
+    assert all(word in printed.err for word in words), printed.err
+
+
+def test_predictions_of_the_same_weights_are_used(model: Path, photos: Path) -> None:
+    assert run_evaluation(model, photos, "--per-image", model / "predictions.parquet") == 0
+    assert run_prediction(model, photos) == 0
+
+
+def test_predictions_of_other_weights_are_an_error(
+    model: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_evaluation(model, photos, "--per-image", model / "predictions.parquet") == 0
+    ViTCLSForImageClassification(build_tiny_config(**LABELS)).save_pretrained(model)
+    capsys.readouterr()
+    assert run_prediction(model, photos) == 1
+    check_error(capsys, "predictions.parquet", "other weights")
+
+
+def test_the_results_of_an_evaluation_name_the_weights(model: Path, photos: Path, tmp_path: Path) -> None:
+    assert run_evaluation(model, photos, "--output", tmp_path / "results.json") == 0
+    assert read_json(tmp_path / "results.json")["weights_sha256"] == hash_weights(model)
+
+
+DAMAGES: dict[str, tuple[dict[str, Any], str]] = {
+    "NaN": ({"label": ["cat"] * 9, "probabilities": [[np.nan, 0.5, 0.5]] * 9}, "not finite"),
+    "one column is missing": ({"label": ["cat"] * 9}, "probabilities"),
+    "two probabilities of three labels": ({"label": ["cat"] * 9, "probabilities": [[0.5, 0.5]] * 9}, "3 prob"),
+    "other labels": ({"label": ["zebra"] * 9, "probabilities": [[0.5, 0.25, 0.25]] * 9}, "'zebra'"),
+}
+
+
+@pytest.mark.parametrize(("columns", "words"), DAMAGES.values(), ids=DAMAGES)
+def test_damaged_predictions_are_an_error(
+    columns: dict[str, Any], words: str, model: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_predictions(model, pd.DataFrame(columns))
+    assert run_prediction(model, photos) == 1
+    check_error(capsys, "predictions.parquet", words)
+
+
+def test_labels_with_the_same_name_are_not_evaluated(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Published models have such labels: two classes of ImageNet are called crane."""
+    names = ("cat", "dog", "fox", "cat")
+    labels = {"id2label": dict(enumerate(names)), "label2id": {"cat": 3, "dog": 1, "fox": 2}, "num_labels": 4}
+    model = save_with_processor(ViTCLSForImageClassification(build_tiny_config(**labels)), tmp_path / "model")
+    assert run_evaluation(model, photos) == 1
+    check_error(capsys, "'cat'")
+
+
+def test_an_energy_threshold_that_is_not_finite_is_an_error(
+    model: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = (model / "config.json").read_text()
+    for value in ("NaN", "Infinity"):
+        (model / "config.json").write_text(config.replace("{", f'{{"energy_threshold": {value},', 1))
+        reset_accelerate()
+        assert run_here("predict", "--model", str(model), str(photos)) == 1
+        check_error(capsys, "energy_threshold")
