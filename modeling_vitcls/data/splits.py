@@ -212,6 +212,7 @@ def hold_out_images(images: Any, rule: HeldOutRule, options: DataOptions) -> tup
         return train, held_out, HeldOutRecord.from_keys(rule, held_out.images.compute_keys())
     keys = images.images.compute_keys()
     labels = np.array(images.labels) if is_stratified(images) else np.full(len(keys), IGNORED_LABEL)
+    check_folds(rule, keys, labels, options)
     is_held_out = rule.select(keys, labels)
     train_indices, held_out_indices = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
     if not len(train_indices) or (not len(held_out_indices) and rule.fraction > 0):
@@ -221,6 +222,16 @@ def hold_out_images(images: Any, rule: HeldOutRule, options: DataOptions) -> tup
         )
     record = HeldOutRecord.from_keys(rule, keys[is_held_out])
     return images.select(train_indices.tolist()), images.select(held_out_indices.tolist()), record
+
+
+def check_folds(rule: HeldOutRule, keys: np.ndarray, labels: np.ndarray, options: DataOptions) -> None:
+    """Raise ValueError if one of the folds of a cross-validation has no images, before the first fold is trained."""
+    for fold in range(1, (rule.num_folds or 0) + 1):
+        if not replace(rule, fold=fold).select(keys, labels).any():
+            raise ValueError(
+                f"{options.dataset}: fold {fold} of {rule.num_folds} has no images, because the dataset has only "
+                f"{len(keys)}. Set a smaller --folds"
+            )
 
 
 def is_stratified(images: Any) -> bool:
