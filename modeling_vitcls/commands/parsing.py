@@ -169,7 +169,7 @@ def check_paths(options: Any) -> None:
                 exit_with_message(f"error: there is no file or folder {path}. Check --{name}", status=1)
     for name in ("output_dir", "output", "dataset", "model"):
         value = values.get(name)
-        if isinstance(value, str) and not is_utf8(f"{value} {Path(value).absolute().name}"):
+        if isinstance(value, str) and not is_utf8(value):
             exit_with_message(
                 f"error: --{name.replace('_', '-')} {value!a} is not valid UTF-8. Rename the folder, or set "
                 "another one",
