@@ -10,6 +10,7 @@ imports this file.
 """
 
 import importlib
+import os
 import signal
 import sys
 from types import ModuleType
@@ -36,7 +37,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         run_command(arguments)
     except KeyboardInterrupt:
-        print("interrupted by Ctrl-C", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print("interrupted by Ctrl-C", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
 
 

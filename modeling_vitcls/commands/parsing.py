@@ -131,19 +131,20 @@ def check_choices(name: str, type_hint: Any, flags: list[str]) -> None:
     types = [type_hint]
     if get_origin(type_hint) in (Union, UnionType):
         types = [each for each in get_args(type_hint) if each is not type(None)]
-    if len(types) == 1 and get_origin(types[0]) is tuple:
+    has_several_values = len(types) == 1 and get_origin(types[0]) is tuple
+    if has_several_values:
         types = [each for each in get_args(types[0]) if each is not Ellipsis]
     if not all(get_origin(each) is Literal for each in types):
         return
     flag = f"--{name.replace('_', '-')}"
     choices = [str(choice) for each in types for choice in get_args(each)]
     allowed = {*choices, "None"} if type_hint is not types[0] else set(choices)
-    for value in read_values(flags, flag):
+    for value in read_values(flags, flag, has_several_values):
         if value not in allowed:
             exit_with_message(f"error: {flag} is {value}, but it must be one of {', '.join(choices)}")
 
 
-def read_values(flags: list[str], flag: str) -> list[str]:
+def read_values(flags: list[str], flag: str, has_several_values: bool) -> list[str]:
     """Return all values of a flag, given as `--flag value ...` or `--flag=value`."""
     values: list[str] = []
     is_value = False
@@ -154,6 +155,7 @@ def read_values(flags: list[str], flag: str) -> list[str]:
             values += [value] if is_value and separator else []
         elif is_value:
             values.append(word)
+            is_value = has_several_values  # otherwise, paths follow
     return values
 
 

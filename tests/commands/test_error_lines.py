@@ -132,7 +132,8 @@ def test_an_interrupted_prediction_ends_with_one_line(
     assert capsys.readouterr().err == "interrupted by Ctrl-C\n"
 
 
-def test_a_dataset_of_other_classes_is_named(folder: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dataset_of_other_classes_is_named(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photos = write_photos(tmp_path / "animals", range(8))
     flags = ["--model", str(folder), "--dataset", str(photos), "--num-workers", "0"]
     assert run_here("evaluate", *flags) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]

@@ -98,6 +98,12 @@ def test_values_of_flags_are_checked_in_the_words_of_the_user(
     assert capsys.readouterr().err.strip() == message
 
 
+def test_paths_may_follow_a_choice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--model", "/no/such/model", "--fit", "crop", str(tmp_path)]
+    assert run_here("predict", *flags) == 1
+    assert "/no/such/model" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "flags",
     [
