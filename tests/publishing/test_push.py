@@ -417,7 +417,10 @@ def test_temporary_failures_are_retried(hub: LocalHub, folder: Path, method: str
     assert set(hub.files("ann/model")) >= MODEL_FILES and len(hub.repositories["ann/model"].commits) == 2
 
 
-@pytest.mark.parametrize("kind", ["corrupt", "hang", "drop", 500])
+@pytest.mark.parametrize(
+    "kind",
+    ["corrupt", "hang", pytest.param("drop", marks=pytest.mark.slow), pytest.param(500, marks=pytest.mark.slow)],
+)
 def test_a_push_gives_up_if_every_upload_fails(
     hub: LocalHub, folder: Path, kind: str | int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
