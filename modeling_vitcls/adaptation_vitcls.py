@@ -307,19 +307,23 @@ ADAPTERS: dict[str, Callable[[AdaptationContext], AdaptedWeight]] = {
 RENAMED_PARAMETERS = {r"\bview\.tables": "relative_position_bias.tables", r"\.second_share": ".lambda_full"}
 
 
+class MismatchedWeightsError(ValueError, RuntimeError):
+    """Raised if weights do not match the configuration: a RuntimeError, as in transformers, and an error of a file."""
+
+
 def load_checkpoint(load: Callable[..., Any], source: Any, *args: Any, **kwargs: Any) -> Any:
     """Return the output of `load` (a `from_pretrained` method); raise one-line errors that name the checkpoint.
 
     Raises:
         OSError: if the folder, config.json or the weights are missing or damaged.
-        RuntimeError: if the weights do not match the configuration.
+        MismatchedWeightsError: if the weights do not match the configuration.
     """
     check_checkpoint_folder(source, needs_config_file=kwargs.get("config") is None and not kwargs.get("subfolder"))
     try:
         model_or_tuple = load(source, *args, **{"key_mapping": RENAMED_PARAMETERS, **kwargs})
     except Exception as error:
         if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error):
-            raise RuntimeError(describe_mismatch(load, source, *args, **kwargs)) from error
+            raise MismatchedWeightsError(describe_mismatch(load, source, *args, **kwargs)) from error
         is_damaged = type(error).__name__ == "SafetensorError"  # compare names to avoid importing safetensors
         if is_damaged or (isinstance(error, OSError) and "\n" in str(error)):
             prefix = "the weights in " if is_damaged else ""

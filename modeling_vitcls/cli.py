@@ -10,8 +10,12 @@ imports this file.
 """
 
 import importlib
+import os
+import signal
 import sys
 from types import ModuleType
+
+from .errors import describe_installation
 
 
 # Names of the subcommands, which are the names of their modules in commands/, in the order of the help
@@ -30,6 +34,16 @@ def main(arguments: list[str] | None = None) -> None:
 
         print(f"vitcls {__version__}")
         return
+    try:
+        run_command(arguments)
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print("interrupted by Ctrl-C", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
+
+
+def run_command(arguments: list[str]) -> None:
+    """Parse the flags, import the libraries, and run the subcommand."""
     modules = load_modules()
     from .commands.parsing import exit_on_error, parse_command_line, silence_libraries
 
@@ -50,8 +64,8 @@ def load_modules() -> dict[str, ModuleType]:
     except ModuleNotFoundError as error:
         if error.name not in ("docstring_parser", "tyro", "yaml"):
             raise
-        message = f"error: the vitcls command requires {error.name}: run pip install 'modeling_vitcls[cli]'"
-        print(message, file=sys.stderr)
+        message = f"the vitcls command requires {error.name}. {describe_installation('cli')}"
+        print(f"error: {message}", file=sys.stderr)
         raise SystemExit(1) from None
 
 

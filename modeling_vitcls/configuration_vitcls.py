@@ -84,6 +84,8 @@ SIZE_LIMITS: dict[str, tuple[int, int]] = {
 }
 ALWAYS_SAVED_FIELDS = {"image_size", "patch_size", "pooling", *SIZE_LIMITS}  # saved even with default values
 MAX_LABELS = 1_000_000  # maximum number of labels of one classifier
+MAX_PATCHES = 2**22  # maximum number of patches of an image
+MAX_PATCH_SIDE = 4096  # maximum height and width of a patch, in pixels
 
 PROBLEM_TYPES = (None, "single_label_classification", "multi_label_classification", "regression")
 
@@ -752,6 +754,13 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                 raise ValueError(
                     f"`{name}` must be a positive number of pixels or [height, width], but it is {value}."
                 )
+        if max(self.patch_height_width) > MAX_PATCH_SIDE:
+            raise ValueError(f"`patch_size` must be at most {MAX_PATCH_SIDE:,}, but it is {self.patch_size}.")
+        if math.prod(self.grid_size) > MAX_PATCHES:
+            raise ValueError(
+                f"`image_size` {self.image_size} makes {math.prod(self.grid_size):,} patches of {self.patch_size} "
+                f"pixels, but at most {MAX_PATCHES:,} are supported. Use a smaller image size."
+            )
         axes = zip(("height", "width"), self.image_height_width, self.patch_height_width, strict=True)
         for axis, size, patch_size in axes:
             if size % patch_size:

@@ -1,4 +1,4 @@
-"""Format error messages as one line and mark errors that are raised on all processes of a run."""
+"""Format error messages as one line, name missing extras, and mark errors that all processes of a run raise."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +30,11 @@ def mark_errors_of_all_processes() -> Iterator[None]:
 def is_raised_on_all_processes(error: BaseException) -> bool:
     """Return whether an error was marked by `mark_errors_of_all_processes`."""
     return ALL_PROCESSES_NOTE in getattr(error, "__notes__", ())
+
+
+def describe_installation(extra: str) -> str:
+    """Return the sentence that says how to install an extra of this package, which is not on PyPI."""
+    return f'Run pip install ".[{extra}]" in the checkout of this package'
 
 
 class RunStopped(Exception):

@@ -20,6 +20,8 @@ def read_json(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:  # not UTF-8 or not JSON
         raise ValueError(f"cannot read {file}: {error}") from None
+    except RecursionError:
+        raise ValueError(f"cannot read {file}: the JSON is nested too deeply") from None
     if not isinstance(content, dict):
         raise ValueError(f"cannot read {file}: the file does not contain a JSON object")
     return content

@@ -92,7 +92,9 @@ def test_a_missing_extra_is_named(
     for arguments in ((), ("predict", "--help")):
         assert run_here(*arguments) == 1
         error = capsys.readouterr().err
-        assert f"requires {missing}: run pip install 'modeling_vitcls[cli]'" in error and error.count("\n") == 1
+        assert f"requires {missing}" in error
+        assert 'pip install ".[cli]"' in error
+        assert error.count("\n") == 1
 
 
 def test_completion_includes_all_commands_and_their_flags(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,9 +10,11 @@ neighbors in the model's features, or in small copies of the images, whose pixel
 """
 
 import warnings
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +35,12 @@ from ..data.evaluated_images import (
     find_evaluated_images,
 )
 from ..data.held_out import read_held_out_record
-from ..data.labels import get_label_space
+from ..data.images import LabeledImages
+from ..data.labels import LabelSpace, get_label_space
 from ..data.sources import load_splits
+from ..errors import describe_installation
 from ..files import escape_csv_cell, write_atomically
+from ..heads_vitcls import IGNORED_LABEL
 from ..hub.loading import MODEL_FILE_PATTERNS
 from ..hub.model_files import PREDICTIONS_FILE, RESULTS_FILE
 from ..inference.evaluate import match_labels, set_up_evaluation
@@ -46,6 +51,7 @@ from ..options import EvaluateOptions
 from .report import encode_data_url
 
 
+NUM_FOLDS = 5  # folds of the cross-validation with --frozen
 NUM_NEIGHBORS = 5  # neighbors in feature space whose pixels are compared
 THUMBNAIL_SIZE = 32  # side of the compared images in pixels
 MAX_PIXEL_DISTANCE = 0.1  # maximum distance of near duplicates, 1 - correlation of the pixels
@@ -106,6 +112,8 @@ def audit_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
 def load_audited_images(options: EvaluateOptions) -> tuple[AuditedImages, int, Console]:
     """Return the training and held-out images with features and probabilities, the number of unreadable images, and
     the console of the main process."""
+    if find_spec("cleanlab") is None:
+        raise ValueError(f"--audit requires cleanlab. {describe_installation('audit')}")
     folds = [] if options.frozen else sorted(Path(options.model).glob(f"fold-*/{PREDICTIONS_FILE}"))
     source = str(folds[0].parent) if folds else options.model
     model, processor = load_model(source, use_head=options.frozen is None, fit=options.fit)
@@ -119,6 +127,8 @@ def load_audited_images(options: EvaluateOptions) -> tuple[AuditedImages, int, C
         record = read_held_out_record(resolve_checkpoint(options.model, [*MODEL_FILE_PATTERNS, RESULTS_FILE]))
     data = load_splits(options.data, select=list if folds else partial(choose_audited_splits, options))
     label_space = data.label_space
+    if options.frozen:
+        check_class_sizes(label_space, data.images_by_split.values())
     model_space, num_unreadable = get_label_space(model.config), 0
     audited_space = label_space if options.frozen else model_space
     ids, split_names, labels, features, pixels = [], [], [], [], []
@@ -162,10 +172,13 @@ def load_audited_images(options: EvaluateOptions) -> tuple[AuditedImages, int, C
     elif options.frozen is None:
         probabilities = softmax(np.concatenate(logits), axis=1)
     else:
-        classifier = build_classifier(options.frozen, len(all_labels) * 4 // 5)
+        num_training_images = len(all_labels) * (NUM_FOLDS - 1) // NUM_FOLDS
+        classifier = build_classifier(options.frozen, num_training_images)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # classes with fewer than five images
-            probabilities = cross_val_predict(classifier, all_features, all_labels, cv=5, method="predict_proba")
+            probabilities = cross_val_predict(
+                classifier, all_features, all_labels, cv=NUM_FOLDS, method="predict_proba"
+            )
     names = audited_space.names
     audited = AuditedImages(ids, split_names, all_labels, probabilities, all_features, np.stack(pixels), names)
     return audited, num_unreadable, console
@@ -175,6 +188,18 @@ def choose_audited_splits(options: EvaluateOptions, names: list[str]) -> list[st
     """Return the names of the training split and the split to evaluate, which may be the same."""
     evaluated = choose_evaluation_split(options.split, names, options.data)
     return list(dict.fromkeys([choose_fitting_split(evaluated, names), evaluated]))
+
+
+def check_class_sizes(label_space: LabelSpace, parts: Iterable[LabeledImages]) -> None:
+    """Raise ValueError if no class has an image for each fold of the cross-validation with --frozen."""
+    if label_space.kind != "single_label_classification":
+        return
+    sizes = Counter(label for images in parts for label in images.labels if label != IGNORED_LABEL)
+    if sizes and max(sizes.values()) < NUM_FOLDS:
+        raise ValueError(
+            f"--audit with --frozen requires {NUM_FOLDS} images of a class, but the largest class has "
+            f"{max(sizes.values())}. Add images, or audit with a classifier (without --frozen)"
+        )
 
 
 def read_fold_probabilities(files: list[Path], ids: Sequence[str], num_labels: int) -> np.ndarray:

@@ -7,7 +7,10 @@
 """
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+
+from ..errors import describe_installation
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,9 @@ OPTIONS_CLASS = DemoOptions
 
 
 def run(options: DemoOptions) -> None:
-    """Load the model and serve the demo page."""
+    """Load the model and serve the demo page. Raise ValueError if gradio is not installed."""
+    if find_spec("gradio") is None:
+        raise ValueError(f"vitcls demo requires gradio. {describe_installation('demo')}")
     from ..conversion.any_checkpoint import resolve_checkpoint
     from ..hub.loading import force_offline
     from ..inference.load_model import list_file_patterns, load_model

@@ -17,18 +17,20 @@ import re
 import shutil
 import sys
 import textwrap
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
-from typing import Annotated, Any, NoReturn, Union
+from types import ModuleType, UnionType
+from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
 
 import docstring_parser
 import tyro
 import yaml
 
-from ..errors import is_raised_on_all_processes
-from ..options import get_flag_fields, to_arguments
+from ..errors import format_error, is_raised_on_all_processes
+from ..hub.local_paths import split_prefix
+from ..options import get_flag_fields, to_arguments, to_flags
 
 
 PACKAGE_FOLDER = Path(__file__).parents[1]
@@ -86,7 +88,9 @@ def parse_command_line(modules: dict[str, ModuleType], arguments: list[str]) -> 
         )
     with one_line_errors():
         union: Any = Union[tuple(subcommands)]  # noqa: UP007  # the number of types is not known here
-        return name, tyro.cli(union, prog="vitcls", args=[name, *flags], config=TYRO_CONFIG)
+        options = tyro.cli(union, prog="vitcls", args=[name, *flags], config=TYRO_CONFIG)
+    check_paths(options)
+    return name, options
 
 
 def prepare_flags(command: str, options_class: type, flags: list[str]) -> list[str]:
@@ -100,12 +104,16 @@ def prepare_flags(command: str, options_class: type, flags: list[str]) -> list[s
         exit_with_message(f"error: vitcls {command} has no positional arguments. Set --{flag} {flags[0]}")
     if has_recipes and (recipe := read_value(flags, "--config")) is not None:
         flags = [*read_recipe(find_recipe(Path(recipe))), *flags]
+    if command == "study" and (study := read_value(flags, "--config")) is not None:
+        check_recipe_exists(find_recipe(Path(study)), "study", "study_*.yaml")
     names = [flag.partition("=")[0].removeprefix("--").replace("-", "_") for flag in flags if flag.startswith("--")]
     for name in names:
         if not {name, name.removeprefix("no_")} & flag_names and not name.startswith("tyro_"):
             exit_with_message(
                 f"error: vitcls {command} has no flag --{name.replace('_', '-')}; {hint(name, flag_names)}"
             )
+    for name, field in flag_fields.items():
+        check_choices(name, field.type, flags)
     missing = [
         f"--{name.replace('_', '-')}"
         for name, field in flag_fields.items()
@@ -116,6 +124,72 @@ def prepare_flags(command: str, options_class: type, flags: list[str]) -> list[s
             f"error: vitcls {command} requires {', '.join(missing)}. `vitcls {command} --help` lists flags"
         )
     return flags
+
+
+def check_choices(name: str, type_hint: Any, flags: list[str]) -> None:
+    """Exit with status 2 if a value of a flag is not one of its choices, which are listed in a fixed order."""
+    types = [type_hint]
+    if get_origin(type_hint) in (Union, UnionType):
+        types = [each for each in get_args(type_hint) if each is not type(None)]
+    has_several_values = len(types) == 1 and get_origin(types[0]) is tuple
+    if has_several_values:
+        types = [each for each in get_args(types[0]) if each is not Ellipsis]
+    if not all(get_origin(each) is Literal for each in types):
+        return
+    flag = f"--{name.replace('_', '-')}"
+    choices = [str(choice) for each in types for choice in get_args(each)]
+    allowed = {*choices, "None"} if type_hint is not types[0] else set(choices)
+    for value in read_values(flags, flag, has_several_values):
+        if value not in allowed:
+            exit_with_message(f"error: {flag} is {value}, but it must be one of {', '.join(choices)}")
+
+
+def read_values(flags: list[str], flag: str, has_several_values: bool) -> list[str]:
+    """Return all values of a flag, given as `--flag value ...` or `--flag=value`."""
+    values: list[str] = []
+    is_value = False
+    for word in flags:
+        if word.startswith("--"):
+            name, separator, value = word.partition("=")
+            is_value = name.replace("_", "-") == flag
+            values += [value] if is_value and separator else []
+        elif is_value:
+            values.append(word)
+            is_value = has_several_values  # otherwise, paths follow
+    return values
+
+
+def check_paths(options: Any) -> None:
+    """Exit with a message if a model, a source or a dataset is a local path that does not exist, before libraries are
+    imported, or if a name cannot be written to the files of a run."""
+    values = to_flags(options)
+    for name in ("model", "source", "teacher", "teachers", "dataset"):
+        value = values.get(name) or []
+        for source in value if isinstance(value, list) else [value]:
+            path = split_prefix(source)[1].partition("@")[0]
+            if is_path(path) and not Path(path).exists() and not Path(source).exists():
+                exit_with_message(f"error: there is no file or folder {path}. Check --{name}", status=1)
+    for name in ("output_dir", "output", "dataset", "model"):
+        value = values.get(name)
+        if isinstance(value, str) and not is_utf8(value):
+            exit_with_message(
+                f"error: --{name.replace('_', '-')} {value!a} is not valid UTF-8. Rename the folder, or set "
+                "another one",
+                status=1,
+            )
+
+
+def is_path(source: str) -> bool:
+    """Return whether a name can only be a local path. `runs` is the folder of the output in all examples."""
+    if "://" in source or {"*", "?", "["} & set(source):
+        return False
+    parts = Path(source).parts
+    return Path(source).is_absolute() or source.startswith((".", "~")) or len(parts) > 2 or parts[:1] == ("runs",)
+
+
+def is_utf8(text: str) -> bool:
+    """Return whether a text contains no bytes of file names that are not UTF-8."""
+    return not any(0xDC80 <= ord(character) <= 0xDCFF for character in text)
 
 
 def hint(name: str, flag_names: set[str]) -> str:
@@ -143,17 +217,30 @@ def one_line_errors() -> Iterator[None]:
     except SystemExit as ended:
         if not ended.code:
             raise
+        if (error := find_own_error(ended)) is not None:
+            exit_with_message(f"error: {format_error(error)}")
         # A box has a title and, between horizontal lines, text; an ASCII terminal gets no vertical lines.
         plain_text = re.sub(r"\x1b\[[\d;]*m", "", output.getvalue())  # without colors
         _, *rows = [line.strip("│ ") for line in plain_text.splitlines()]
         rows = list(itertools.dropwhile(lambda row: not row.strip("─-"), rows))
         message = " ".join(itertools.takewhile(lambda row: row.strip("─-"), rows))
         message = message.partition(" Got errors:")[0]
-        message = re.sub(r"^Error parsing (\w+Options: )?", "", message)
+        message = message.removeprefix("Error parsing ")
         type_error = re.compile(
             r"(--\S+): no type matching (?:{None}\|)?(.+) could be instantiated from \['(.*)'\]\.?"
         )
         exit_with_message(f"error: {type_error.sub(NOT_OF_TYPE, message)}")
+
+
+def find_own_error(ended: BaseException) -> BaseException | None:
+    """Return the error of the options' own checks that made tyro exit; None if tyro found the error."""
+    error: BaseException | None = ended
+    while (error := error.__context__) is not None:
+        frames = list(traceback.walk_tb(error.__traceback__))
+        file = Path(frames[-1][0].f_code.co_filename) if frames else Path()
+        if isinstance(error, ValueError) and PACKAGE_FOLDER in file.parents:
+            return error
+    return None
 
 
 # Help ----------------------------------------------------------------------------------------------------------------
@@ -203,9 +290,8 @@ def find_recipe(path: Path) -> Path:
 
 def read_recipe(path: Path) -> list[str]:
     """Read a recipe and return its flags. Exit with status 2 if the file cannot be read."""
-    if not path.is_file() and not path.suffix:
-        names = sorted({file.stem for folder in RECIPE_FOLDERS for file in folder.glob("[!s]*.yaml")})
-        exit_with_message(f"error: there is no recipe {path}: set --config to a file, or to one of {', '.join(names)}")
+    if not path.suffix:
+        check_recipe_exists(path, "recipe", "[!s]*.yaml")
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -213,6 +299,14 @@ def read_recipe(path: Path) -> list[str]:
     if not isinstance(recipe, dict):
         exit_with_message(f"error: the recipe {path} must contain lines of the form `flag: value`")
     return [argument for name, value in recipe.items() for argument in to_arguments(str(name), value)]
+
+
+def check_recipe_exists(path: Path, kind: str, pattern: str) -> None:
+    """Exit with status 2, and list the names of the recipes that match the pattern, if a file does not exist."""
+    if path.is_file():
+        return
+    names = sorted({file.stem for folder in RECIPE_FOLDERS for file in folder.glob(pattern)})
+    exit_with_message(f"error: there is no {kind} {path}: set --config to a file, or to one of {', '.join(names)}")
 
 
 # Errors and output of libraries --------------------------------------------------------------------------------------
@@ -235,7 +329,25 @@ def exit_on_error() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
+        if isinstance(error, FileNotFoundError) and not has_working_directory():
+            exit_with_message("error: the working directory no longer exists. Change to another folder", status=1)
         exit_with_message(f"error: {error}", status=1, is_on_all_processes=is_raised_on_all_processes(error))
+    except RuntimeError as error:
+        if "can't start new thread" not in str(error):
+            raise
+        exit_with_message(
+            "error: no more threads can be started. Raise the limit of processes (ulimit -u), or end other programs",
+            status=1,
+            is_on_all_processes=False,
+        )
+
+
+def has_working_directory() -> bool:
+    """Return whether the working directory exists."""
+    try:
+        return Path.cwd().exists()
+    except FileNotFoundError:
+        return False
 
 
 def exit_with_message(message: str, status: int = 2, is_on_all_processes: bool = True) -> NoReturn:

@@ -8,6 +8,7 @@ A source converts its model and its preprocessing, and computes reference output
 """
 
 import copy
+import difflib
 import inspect
 import pickle
 from math import isqrt
@@ -28,7 +29,7 @@ from ..hub.loading import (
     split_revision,
 )
 from ..modeling_vitcls import ViTCLSPreTrainedModel
-from .from_timm import convert_from_timm
+from .from_timm import TIMM_CLASSES, convert_from_timm
 from .from_transformers import CONVERTIBLE_CLASSES, convert_from_transformers
 from .processors import ConvertedPreprocessing, convert_timm_preprocessing, convert_transformers_preprocessing
 from .random_weights import randomize_weights
@@ -62,10 +63,9 @@ class TimmSource(Source):
     def load(cls, name: str, random_init: bool) -> "TimmSource":
         """Load a model by its timm name, with or without a tag and `@FILE`, or with timm's prefix `hf-hub:` or
         `local-dir:`."""
-        import timm
 
-        if ":" not in name and not timm.is_model(architecture := name.partition("@")[0].partition(".")[0]):
-            raise ConversionError(f"timm {timm.__version__} has no model {architecture}. Run timm.list_models()")
+        if ":" not in name:
+            check_timm_architecture(name.partition("@")[0].partition(".")[0])
         if random_init and "@" in name and ":" not in name:
             raise ConversionError(f"--random-init reads no file, but the source is timm:{name}. Remove one of them")
         try:
@@ -201,6 +201,31 @@ class TransformersSource(Source):
 
 
 SourceModel = TimmSource | TransformersSource
+
+
+def check_timm_architecture(name: str) -> None:
+    """Raise ConversionError if timm has no architecture of this name, or if it is not a ViT, before any download."""
+    import timm
+
+    if not timm.is_model(name):
+        similar = difflib.get_close_matches(name, timm.list_models(), n=1)
+        hint = f"Did you mean {similar[0]}?" if similar else "Run timm.list_models()"
+        raise ConversionError(f"timm {timm.__version__} has no model {name}. {hint}")
+    try:
+        with torch.device("meta"):  # without memory and values
+            model = timm.create_model(name, pretrained=False)
+    except Exception:  # the code of an architecture may read values; the class is checked after loading
+        return
+    if type(model).__name__ in TIMM_CLASSES:
+        return
+    modules = [type(module).__name__ for module in model.modules()]
+    has_attention = any("attention" in module.lower() or "attn" in module.lower() for module in modules)
+    is_cnn = not has_attention and modules.count("Conv2d") > 1
+    kind = "a CNN" if is_cnn else f"a model of the class {type(model).__name__}"
+    raise ConversionError(
+        f"timm:{name} is {kind}, not a plain ViT. Use a model that docs/coverage.md lists, such as "
+        "timm:vit_small_patch16_224"
+    )
 
 
 def get_convertible_class(config: transformers.PreTrainedConfig) -> Any:

@@ -230,6 +230,8 @@ def read_with_datasets(options: DataOptions) -> Any:
             saved = datasets.load_from_disk(path)
             return convert_to_streams(saved if isinstance(saved, dict) else {"train": saved}, options)
         return datasets.load_dataset(options.dataset, streaming=options.streaming)
+    except datasets.data_files.EmptyDatasetError:
+        raise ValueError(f"{options.dataset} contains no images and no tables. Check the path") from None
     except Exception as error:  # the readers raise many types of errors on damaged data
         reason = f"{type(error).__name__}: {format_error(error)}"
         advice = "Check the path and the file format (--help lists the formats)"

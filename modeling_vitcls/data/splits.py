@@ -251,6 +251,7 @@ def select_held_out(images: LabeledImages, rule: HeldOutRule) -> tuple[np.ndarra
     """Return whether the rule holds out each image, and the record of the held-out images."""
     keys = images.images.compute_keys()
     labels = np.array(images.labels) if is_stratified(images) else np.full(len(keys), IGNORED_LABEL)
+    check_folds(rule, keys, labels, options)
     is_held_out = rule.select(keys, labels)
     return is_held_out, HeldOutRecord.from_keys(rule, keys[is_held_out])
 
@@ -263,6 +264,16 @@ def check_both_parts(is_held_out: np.ndarray, rule: HeldOutRule, options: DataOp
             f"{options.dataset}: {amount} {len(is_held_out)} images would be held out. "
             f"Set a {change} --held-out-fraction"
         )
+
+
+def check_folds(rule: HeldOutRule, keys: np.ndarray, labels: np.ndarray, options: DataOptions) -> None:
+    """Raise ValueError if one of the folds of a cross-validation has no images, before the first fold is trained."""
+    for fold in range(1, (rule.num_folds or 0) + 1):
+        if not replace(rule, fold=fold).select(keys, labels).any():
+            raise ValueError(
+                f"{options.dataset}: fold {fold} of {rule.num_folds} has no images, because the dataset has only "
+                f"{len(keys)}. Set a smaller --folds"
+            )
 
 
 def is_stratified(images: Any) -> bool:

@@ -19,6 +19,7 @@ from ..conversion.any_checkpoint import resolve_checkpoint
 from ..conversion.parity_report import build_random_images, get_max_magnitude, get_non_square_size
 from ..conversion.processors import SHARED_SETTINGS, select_settings
 from ..data.held_out import HELD_OUT_RECORD_KEY
+from ..errors import describe_installation
 from ..files import read_json, write_json
 from ..hub.local_paths import resolve_name, strip_folders
 from ..hub.model_files import CONFIG_FILES, RESULTS_FILE, hash_files, hash_weights
@@ -67,8 +68,8 @@ def export_model(options: ExportOptions, output_attentions: bool = False) -> Rep
     packages = (*file_format.packages, *(["nncf"] if options.int8 else []))
     if missing_packages := [name for name in packages if find_spec(name) is None]:
         raise ValueError(
-            f"--format {format_name} requires packages that are not installed: {', '.join(missing_packages)}. Run pip "
-            "install 'modeling_vitcls[export]'"
+            f"--format {format_name} requires packages that are not installed: {', '.join(missing_packages)}. "
+            f"{describe_installation('export')}"
         )
     model, processor, is_trained = load_exportable_model(source)
     excluded_layers, num_layers = list(options.exclude_layers), model.config.num_hidden_layers

@@ -1,7 +1,9 @@
 """Requests to the Hub: timeouts, retries after temporary failures, and one-line error messages."""
 
+import importlib
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ from ..errors import format_error
 
 # Base class of the errors in the HTTP library (httpx or httpx2) that huggingface_hub uses.
 HTTPError: type[Exception] = next(base for base in HfHubHTTPError.__bases__ if base is not OSError)
+TimeoutException: type[Exception] = importlib.import_module(HTTPError.__module__.partition(".")[0]).TimeoutException
 # Errors that requests to the Hub can raise: OSError for a refused connection, RuntimeError for a failed upload, and
 # ValueError for invalid metadata.
 HUB_ERRORS: tuple[type[Exception], ...] = (HTTPError, OSError, RuntimeError, ValueError)
@@ -26,6 +29,8 @@ TEMPORARY_STATUSES = frozenset({408, 409, 412, 429, 500, 502, 503, 504})
 # Wait before each retry, in seconds. The Hub may request a longer wait, up to its rate limit window of five minutes.
 RETRY_WAITS = (1.0, 2.0, 4.0, 8.0)
 MAX_RETRY_WAIT = 300.0  # maximum wait before a retry, in seconds
+# Time after the first failure, without waits that the Hub requests, after which no retry starts, in seconds.
+MAX_RETRY_SECONDS = 60.0
 
 Result = TypeVar("Result")
 
@@ -55,6 +60,29 @@ def set_hub_timeout(seconds: float) -> Iterator[None]:
         yield
     finally:
         client.timeout = previous_timeout
+
+
+@contextmanager
+def end_requests_without_response(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError, a temporary error for `retry`, if the Hub sends nothing for `seconds` within the block.
+
+    huggingface_hub itself repeats such a request five times without a word.
+    """
+    client = get_session()
+    send = client.send
+
+    def send_once(*arguments: Any, **options: Any) -> Any:
+        try:
+            return send(*arguments, **options)
+        except TimeoutException as error:
+            raise TimeoutError(f"no response for {seconds:.0f} s") from error
+
+    with set_hub_timeout(seconds):
+        client.send = send_once  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del client.send
 
 
 @contextmanager
@@ -89,15 +117,20 @@ def retry(action: Callable[[], Result], description: str, waits: Sequence[float]
     Before each retry, a line with the `description`, such as "pushing to someone/model", is logged. `waits` contains
     the wait before each retry in seconds (default: `RETRY_WAITS`).
     """
+    deadline = math.inf
     for wait in RETRY_WAITS if waits is None else waits:
         try:
             return action()
         except HUB_ERRORS as error:
-            if not is_temporary(error):
+            now = time.monotonic()
+            if not is_temporary(error) or now > deadline:
                 raise
+            deadline = min(deadline, now + MAX_RETRY_SECONDS)
             response = find_response(error)
             requested_wait = response.headers.get("Retry-After", "") if response is not None else ""
-            wait = min(max(wait, float(requested_wait) if requested_wait.isdecimal() else 0.0), MAX_RETRY_WAIT)
+            if requested_wait.isdecimal() and float(requested_wait) > wait:
+                wait = min(float(requested_wait), MAX_RETRY_WAIT)
+                deadline += wait
             delay_text = f"in {wait:.0f} s" if wait >= 1 else "immediately"
             logger.warning("%s: %s; trying again %s", description, format_hub_error(error), delay_text)
             time.sleep(wait)

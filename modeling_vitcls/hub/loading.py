@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from huggingface_hub import HfApi, constants, is_offline_mode, snapshot_download
 from huggingface_hub.errors import (
     HFValidationError,
@@ -46,7 +47,7 @@ from .connection import (
     retry,
     set_hub_timeout,
 )
-from .model_files import CONFIG_FILE, CONFIG_FILES, WEIGHTS_PATTERNS
+from .model_files import CONFIG_FILE, CONFIG_FILES, WEIGHTS_PATTERNS, list_weight_files
 
 
 # Files of a model that this package reads. The model's code files are not needed.
@@ -100,8 +101,8 @@ def get_model_folder(source: str, patterns: Sequence[str] = MODEL_FILE_PATTERNS,
 def check_is_vitcls(source: str, folder: str | Path) -> dict[str, Any]:
     """Check that a folder contains a vitcls model, and return the contents of config.json.
 
-    `source` is the name of the model in error messages. Raise ValueError for other model types or a damaged
-    config.json, and OSError if config.json is missing.
+    `source` is the name of the model in error messages. Raise ValueError for other model types, a damaged config.json
+    or a damaged index of the weights, and OSError if config.json is missing or the weights may not be read.
     """
     check_checkpoint_folder(str(folder), needs_config_file=True)
     config_dict = read_json(Path(folder, CONFIG_FILE))
@@ -111,6 +112,18 @@ def check_is_vitcls(source: str, folder: str | Path) -> dict[str, Any]:
             f"{source} contains a model of type {model_type!r}, not {ViTCLSConfig.model_type!r}. Convert the model "
             "with `vitcls convert` first"
         )
+    dtype = config_dict.get("dtype") or "float32"
+    if not isinstance(getattr(torch, str(dtype), None), torch.dtype):
+        raise ValueError(f"{Path(folder, CONFIG_FILE)}: `dtype` is {dtype!r}, but it must be a type such as float32")
+    is_classifier = any(str(name).endswith("Classification") for name in config_dict.get("architectures") or ())
+    if is_classifier and not config_dict.get("tasks") and config_dict.get("id2label", {}) is None:
+        raise ValueError(
+            f"{Path(folder, CONFIG_FILE)}: `id2label` is null, but a classifier requires the names of its labels. "
+            "Download or save the model again"
+        )
+    for name in list_weight_files(Path(folder)):
+        if (file := Path(folder, name)).exists():
+            file.open("rb").close()  # otherwise, safetensors reports a file without read permission as missing
     return config_dict
 
 
@@ -166,7 +179,8 @@ def fall_back_to_cache(
             yield None
     except Exception as error:  # libraries raise different errors for files that are not in the cache
         raise OSError(
-            f"{repo_id} is not a {PATH_NOUNS[repo_type]} and is missing or incomplete in the cache, and {hub_error}"
+            f"there is no {PATH_NOUNS[repo_type]} {repo_id}, and as a {repo_type} on the Hub it is missing or "
+            f"incomplete in the cache, and {hub_error}"
         ) from error
     logger.warning("%s. Loading %s from the cache, which may be outdated", hub_error, repo_id)
 
@@ -243,9 +257,9 @@ def download_files(
 def describe_incomplete_cache(repo_id: str) -> str:
     """Return the error message, with remedy, for a model that is not complete in the cache in offline mode."""
     return (
-        f"{repo_id} is not a folder and is missing or incomplete in the cache, and HF_HUB_OFFLINE (or "
-        f"TRANSFORMERS_OFFLINE) is set. Run `hf download {repo_id}` on a machine with network access, copy that "
-        "machine's cache to this machine, and set HF_HUB_CACHE to the copy"
+        f"there is no folder {repo_id}, and as a model on the Hub it is missing or incomplete in the cache, and "
+        f"HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set. Check the path, or run `hf download {repo_id}` on a "
+        "machine with network access, copy that machine's cache to this machine, and set HF_HUB_CACHE to the copy"
     )
 
 

@@ -250,6 +250,12 @@ def convert_label(data_space: LabelSpace, model_space: LabelSpace, label: Any, t
     column = task or next(iter(model_space.columns))
     if name not in model_space.index_by_name[column]:
         names = format_name_list(model_space.columns[column], 20)
+        data_names = data_space.columns[task] if task else data_space.names
+        if not set(data_names) & set(model_space.columns[column]):
+            raise ValueError(
+                f"the classes differ: the dataset has {format_name_list(data_names, 20)}, but the model has {names}. "
+                "Fine-tune the model on these classes, or set --frozen knn to evaluate its features"
+            )
         raise ValueError(
             f"the dataset has the label {name!r}, but the model has only the labels {names}. Remove the images with "
             "this label"

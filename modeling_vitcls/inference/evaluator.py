@@ -169,11 +169,13 @@ class Evaluator:
             images, processor, label_space, batch_size, process_index, num_processes, num_channels
         )
         height, width = get_output_size(processor)
+        image_bytes = (num_channels or 3) * (height or 0) * (width or 0) * torch.float32.itemsize
+        batch_images = batch_size if isinstance(images, StreamedImages) else min(batch_size, len(images))
         self.num_workers = options.num_workers
         self.loader = build_loader(
             batches,
             self.num_workers,
-            batch_bytes=batch_size * (num_channels or 3) * (height or 0) * (width or 0) * torch.float32.itemsize,
+            batch_bytes=batch_images * image_bytes,
             sampler=batches,
             generator=torch.Generator(),  # a separate generator, so that evaluations do not affect training
         )

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..configuration_vitcls import ViTCLSConfig
-from ..errors import format_error
+from ..errors import describe_installation, format_error
 from ..files import read_json
 from ..hub.model_files import find_weights_hash, hash_files
 from ..image_processing_vitcls import ViTCLSImageProcessor
@@ -55,7 +55,7 @@ class ExportedGraph(nn.Module):
         try:
             self.run = open_openvino(file, precision) if file.suffix == ".xml" else open_onnx(file)
         except ImportError as error:
-            raise ValueError(f"{file} requires {error.name}. Run pip install 'modeling_vitcls[export]'") from error
+            raise ValueError(f"{file} requires {error.name}. {describe_installation('export')}") from error
         except Exception as error:  # both runtimes raise undocumented exceptions
             raise ValueError(f"{file} cannot be read: {format_error(error)}") from error
 

@@ -4,7 +4,8 @@
     push_result = push_folder(ModelFolder(Path("runs/mine")), repo_id)
     push_result.commit                                                  # the commit hash to pin
 
-Temporary failures are retried. Files that the Hub already has are not uploaded again. The folder is not changed.
+Temporary failures are retried for about a minute. Files that the Hub already has are not uploaded again. The folder is
+not changed.
 """
 
 import shlex
@@ -20,6 +21,7 @@ from ..hub.connection import (
     HUB_ERRORS,
     check_is_online,
     describe_no_response,
+    end_requests_without_response,
     format_hub_error,
     hide_hub_progress_bars,
     retry,
@@ -29,7 +31,7 @@ from .model_folder import ModelFolder
 from .staging import DELETE_PATTERNS, stage_folder
 
 
-TIMEOUT = 120.0  # maximum time without a response, in seconds; the duration of an upload is not limited
+TIMEOUT = 50.0  # maximum time without a response, in seconds; the duration of an upload is not limited
 TOKEN_SETTINGS_URL = "https://huggingface.co/settings/tokens"
 
 
@@ -164,7 +166,10 @@ def upload_folder(
         return PushResult(repo_id, commit.oid, url, bool(info.private))
 
     try:
-        with set_hub_timeout(TIMEOUT), nullcontext() if sys.stderr.isatty() else hide_hub_progress_bars():
+        with (
+            end_requests_without_response(TIMEOUT),
+            nullcontext() if sys.stderr.isatty() else hide_hub_progress_bars(),
+        ):
             return retry(push_once, f"pushing to {repo_id}")
     except HUB_ERRORS as error:
         raise PushError(f"the push to {repo_id} failed: {format_hub_error(error)}. {advice}") from error

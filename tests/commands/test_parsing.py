@@ -1,6 +1,8 @@
 """Flags, recipes and help of the vitcls command; every error is one line."""
 
+import importlib.util
 import logging
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import pytest
 from helpers.command_in_process import parse_flags, run_here
 from helpers.tiny_models import build_tiny_config, save_with_processor
 
-from modeling_vitcls import ViTCLSForImageClassification, cli
+from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, cli
 from modeling_vitcls.commands.parsing import find_recipe, read_help_texts, silence_libraries
 from modeling_vitcls.options import FinetuneOptions, get_flag_fields
 
@@ -78,6 +80,118 @@ def test_errors_of_flags_are_one_line(command: str, words: list[str], capsys: py
     assert run_here(*command.split()) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and all(word in error for word in words)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--epochs -1", "error: --epochs is -1.0, but it must be above 0"),
+        ("--folds 1", "error: --folds is 1, but it must be 2 or more"),
+        ("--pooling sum", "error: --pooling is sum, but it must be one of cls, mean, cls_mean, max, attention"),
+        ("--log-with x wandb", "error: --log-with is x, but it must be one of tensorboard, wandb, trackio"),
+    ],
+)
+def test_values_of_flags_are_checked_in_the_words_of_the_user(
+    flags: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_here("finetune", *RUN.split(), *flags.split()) == 2
+    assert capsys.readouterr().err.strip() == message
+
+
+def test_paths_may_follow_a_choice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--model", "/no/such/model", "--fit", "crop", str(tmp_path)]
+    assert run_here("predict", *flags) == 1
+    assert "/no/such/model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "predict --model runs/nosuch a.png",
+        "predict --model ./nosuch a.png",
+        "evaluate --model m --dataset /no/such/nosuch",
+        "finetune --model vitcls-tiny --dataset d --output-dir o --teacher timm:resnet18@/no/nosuch.pt",
+        "convert --source transformers:./nosuch --output o",
+    ],
+)
+def test_a_path_that_does_not_exist_is_named_before_libraries_are_imported(
+    flags: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ViTCLSConfig, "register_auto_classes", None)  # the first step after the flags are parsed
+    assert run_here(*flags.split()) == 1
+    error = capsys.readouterr().err
+    assert "nosuch" in error
+    assert "there is no file or folder" in error
+    assert error.count("\n") == 1
+
+
+def test_a_folder_that_is_not_utf_8_is_an_error_before_training(capsys: pytest.CaptureFixture[str]) -> None:
+    folder = os.fsdecode(b"out\xff")
+    assert run_here("finetune", "--model", "vitcls-tiny", "--dataset", "digits", "--output-dir", folder) == 1
+    error = capsys.readouterr().err
+    assert "--output-dir" in error
+    assert "UTF-8" in error
+    assert not Path(folder).exists()
+
+
+def test_a_deleted_working_directory_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert run_here("finetune", "--model", "vitcls-tiny", "--dataset", "digits", "--output-dir", "o") == 1
+    assert "the working directory no longer exists" in capsys.readouterr().err
+
+
+def test_a_study_with_a_wrong_name_lists_the_studies(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_here("study", "--config", "study_nosuch", "--output-dir", "o") == 2
+    error = capsys.readouterr().err
+    assert "study_nosuch" in error
+    assert "study_digits" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "library", "extra"),
+    [
+        ("demo --model m", "gradio", "demo"),
+        ("evaluate --model m --dataset digits --audit audit.html", "cleanlab", "audit"),
+    ],
+)
+def test_a_missing_library_is_named_with_the_extra_of_the_checkout(
+    command: str,
+    library: str,
+    extra: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = importlib.util.find_spec
+    for module in ("modeling_vitcls.commands.demo", "modeling_vitcls.analysis.audit"):
+        monkeypatch.setattr(f"{module}.find_spec", lambda name: None if name == library else found(name))
+    assert run_here(*command.split()) == 1
+    error = capsys.readouterr().err
+    assert library in error
+    assert f'pip install ".[{extra}]"' in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("timm:resnet50", ["resnet50 is a CNN", "not a plain ViT"]),
+        ("timm:mixer_b16_224", ["MlpMixer", "not a plain ViT"]),
+        ("timm:vit_smal_patch16_224", ["vit_small_patch16_224"]),
+    ],
+)
+def test_an_unsupported_architecture_is_named_before_any_download(
+    source: str, words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("modeling_vitcls.conversion.source_models.load_timm_model", None)
+    assert run_here("convert", "--source", source, "--output", str(tmp_path / "converted")) == 1
+    error = capsys.readouterr().err
+    assert all(word in error for word in words)
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize("command", ["finetune", "pretrain"])

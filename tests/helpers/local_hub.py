@@ -105,8 +105,8 @@ class Repository:
 class Fault:
     """A fault of the next `times` requests with this method and a matching path.
 
-    Kinds: "drop" closes the connection before the request is handled. "cut" sends half of the response. A number is
-    the status of the response.
+    Kinds: "drop" closes the connection before the request is handled. "cut" sends half of the response. "corrupt"
+    changes the last byte of the request. "hang" sends no response. A number is the status of the response.
     """
 
     method: str
@@ -130,6 +130,7 @@ class LocalHub:
         self.requests: list[tuple[str, str]] = []
         self.faults: list[Fault] = []
         self.lock = threading.RLock()
+        self.is_stopped = threading.Event()
         self._folder = folder
 
     # Methods for tests -----------------------------------------------------------------------------------------------
@@ -217,7 +218,10 @@ def running_hub(folder: Path | None = None) -> Iterator[LocalHub]:
     hub = LocalHub(folder)
     with serve(hub, server.HUB_ROUTES) as hub_port, serve(hub, server.STORAGE_ROUTES) as storage_port:
         hub.url, hub.storage_url = f"http://127.0.0.1:{hub_port}", f"http://localhost:{storage_port}"
-        yield hub
+        try:
+            yield hub
+        finally:
+            hub.is_stopped.set()
 
 
 def point_client_at(url: str, token: str | None, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:

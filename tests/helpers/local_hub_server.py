@@ -394,6 +394,11 @@ def build_handler(hub: "LocalHub", routes: Routes) -> type[BaseHTTPRequestHandle
                 self.drop_connection()
                 return
             body = self.read_body()
+            if fault is not None and fault.kind == "corrupt":
+                body = body[:-1] + bytes([body[-1] ^ 1])
+            if fault is not None and fault.kind == "hang":
+                hub.is_stopped.wait()
+                return
             if fault is not None and isinstance(fault.kind, int):  # as of an overloaded server or proxy
                 self.send(Response(b"<html><h1>not now</h1></html>", fault.kind, {"Content-Type": "text/html"}))
                 return

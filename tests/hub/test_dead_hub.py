@@ -146,11 +146,11 @@ def test_a_mistyped_folder_is_named_in_one_line(
     """Check also that the error follows within seconds if the Hub does not respond."""
     monkeypatch.chdir(tmp_path)
     for name, words in {
-        "runs/none": [", and the Hub has no such"],
-        "runs/my/none": ["not a valid id of a"],
-        "runs/gone": ["missing or incomplete in the cache", f"{DEAD} does not respond", "Check the network"],
+        "lab/none": [", and the Hub has no such"],
+        "runs/my/none": ["there is no file or folder"],
+        "lab/gone": ["missing or incomplete in the cache", f"{DEAD} does not respond", "Check the network"],
     }.items():
-        if name == "runs/gone":
+        if name == "lab/gone":
             stop_hub(monkeypatch)
         started = time.monotonic()
         status = run_in_process(script, *flags.format(name).split())

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -414,6 +415,22 @@ def test_temporary_failures_are_retried(hub: LocalHub, folder: Path, method: str
     pushed = push_folder(ModelFolder(folder), "ann/model")
     assert hub.repositories["ann/model"].branches["main"] == pushed.commit
     assert set(hub.files("ann/model")) >= MODEL_FILES and len(hub.repositories["ann/model"].commits) == 2
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["corrupt", "hang", pytest.param("drop", marks=pytest.mark.slow), pytest.param(500, marks=pytest.mark.slow)],
+)
+def test_a_push_gives_up_if_every_upload_fails(
+    hub: LocalHub, folder: Path, kind: str | int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"{PUBLISHING}.push.TIMEOUT", 0.5)
+    monkeypatch.setattr(connection, "MAX_RETRY_SECONDS", 0.1)
+    hub.fail("PUT", "/objects/", kind, times=1000)
+    started = time.monotonic()
+    with raises_one_line("vitcls push --model", error=PushError):
+        push_folder(ModelFolder(folder), "ann/model")
+    assert time.monotonic() - started < 120
 
 
 def test_another_push_in_the_meantime_is_noticed(hub: LocalHub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,171 @@
+"""Commands that end with one line: damaged model folders, limits of the system, and Ctrl-C."""
+
+import json
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.command_in_process import run_here
+from helpers.photo_folders import write_photos
+from helpers.tiny_models import save_classifier
+
+from modeling_vitcls.inference import inputs
+
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+NOBODY = 65534  # the user of Linux without permissions
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Return a folder of two photographs."""
+    return write_photos(tmp_path / "photos", range(1))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return the folder of a classifier."""
+    return save_classifier(tmp_path / "model")
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """Yield a folder that every user can reach."""
+    path = Path(tempfile.mkdtemp())
+    path.chmod(0o755)
+    yield path
+    shutil.rmtree(path)
+
+
+def predict_with_error(folder: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """Return the line with which `vitcls predict` ends."""
+    capsys.readouterr()
+    assert run_here("predict", "--model", str(folder), str(photos)) == 1
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ")
+    assert "\n" not in error
+    return error
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("id2label", None), ("image_size", 10**9), ("patch_size", 10**9), ("dtype", "evil"), ("num_hidden_layers", [])],
+)
+def test_a_wrong_value_in_the_configuration_is_named(
+    field: str, value: Any, folder: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {field: value}))
+    assert field in predict_with_error(folder, photos, capsys)
+
+
+@pytest.mark.parametrize("text", ['{"a": ' * 100_000, '{"model_type": "vitcls", "a": ' + "[" * 50_000])
+def test_a_deeply_nested_configuration_is_an_error(
+    text: str, folder: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "config.json").write_text(text)
+    assert "config.json" in predict_with_error(folder, photos, capsys)
+
+
+@pytest.mark.parametrize("weight_map", ["x", ["model.safetensors"], {"a": 3}, {"a": "../x.safetensors"}, None])
+def test_a_malformed_index_of_the_weights_is_an_error(
+    weight_map: Any, folder: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "model.safetensors").rename(folder.parent / "x.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    assert "weight_map" in predict_with_error(folder, photos, capsys)
+
+
+def test_weights_of_another_model_are_an_error(folder: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = folder / "config.json"
+    labels = {str(index): f"class {index}" for index in range(5)}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"id2label": labels, "label2id": None}))
+    assert "classifier" in predict_with_error(folder, photos, capsys)
+
+
+@pytest.mark.skipif(not hasattr(os, "seteuid"), reason="Windows has other permissions")
+def test_weights_without_read_permission_are_not_called_missing(
+    open_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, photos = save_classifier(open_folder / "model"), write_photos(open_folder / "photos", range(1))
+    (folder / "model.safetensors").chmod(0)
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.seteuid(NOBODY)
+    try:
+        error = predict_with_error(folder, photos, capsys)
+    finally:
+        if is_root:
+            os.seteuid(0)
+    assert "Permission denied" in error
+    assert "model.safetensors" in error
+
+
+def test_a_limit_of_threads_is_named(
+    folder: Path, photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("can't start new thread")  # what Python raises at the limit of `ulimit -u`
+
+    monkeypatch.setattr("threading.Thread.start", fail)
+    assert "ulimit -u" in predict_with_error(folder, photos, capsys)
+
+
+def test_an_interrupted_prediction_ends_with_one_line(
+    folder: Path, photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare_image = inputs.prepare_image
+
+    def interrupt(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return prepare_image(*arguments)
+
+    monkeypatch.setattr(inputs, "prepare_image", interrupt)
+    capsys.readouterr()
+    assert run_here("predict", "--model", str(folder), str(photos)) == 128 + signal.SIGINT
+    assert capsys.readouterr().err == "interrupted by Ctrl-C\n"
+
+
+def test_a_dataset_of_other_classes_is_named(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photos = write_photos(tmp_path / "animals", range(8))
+    flags = ["--model", str(folder), "--dataset", str(photos), "--num-workers", "0"]
+    assert run_here("evaluate", *flags) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "the classes differ" in error
+    assert "cat" in error
+    assert "LABEL_0" in error
+
+
+def test_all_folds_are_checked_before_the_first_one_is_trained(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = write_photos(tmp_path / "few", range(2))
+    flags = ["--model", str(folder), "--dataset", str(photos), "--folds", "5", "--num-workers", "0"]
+    assert run_here("finetune", *flags, "--output-dir", str(tmp_path / "run")) == 1
+    assert "--folds" in capsys.readouterr().err
+    assert not list(tmp_path.glob("run/fold-*/model.safetensors"))
+
+
+def test_an_audit_names_the_number_of_images_that_its_folds_require(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = write_photos(tmp_path / "few", range(3))
+    flags = ["--model", str(folder), "--dataset", str(photos), "--frozen", "logreg", "--num-workers", "0"]
+    assert run_here("evaluate", *flags, "--audit", str(tmp_path / "audit.html")) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "requires 5 images of a class" in error
+
+
+def test_an_empty_folder_is_not_a_dataset(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    flags = ["--model", str(folder), "--dataset", str(tmp_path / "empty"), "--output-dir", str(tmp_path / "run")]
+    assert run_here("finetune", *flags) == 1
+    error = capsys.readouterr().err.strip()
+    assert "contains no images" in error
+    assert "\n" not in error
