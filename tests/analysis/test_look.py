@@ -1,0 +1,239 @@
+"""The command `vitcls look` and the function `look`: files, numbers, token layouts, and legible sheets."""
+
+import json
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.command_in_process import run_here
+from helpers.sample_photographs import photograph
+from helpers.tiny_models import LAYOUTS, build_tiny_config, each_layout, randomize, save_with_processor
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from PIL import Image
+
+from modeling_vitcls import (
+    ViTCLSForImageClassification,
+    ViTCLSForMultiTaskClassification,
+    ViTCLSImageProcessor,
+    ViTCLSModel,
+    look,
+)
+from modeling_vitcls.analysis.photo import PhotoMeasurements, match_colors, measure_photo
+from modeling_vitcls.analysis.sheet import COLORMAP, Sheet, draw_attention, draw_sheet
+
+
+PROCESSOR = ViTCLSImageProcessor(size=32)
+
+
+def save_encoder(folder: Path, processor: ViTCLSImageProcessor | None = None, **fields: Any) -> str:
+    """Save an encoder with random weights and its image processor, and return the folder."""
+    config = build_tiny_config(**{"num_register_tokens": 2, **fields})
+    return str(save_with_processor(ViTCLSModel(config, add_pooling_layer=False), folder, processor))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_encoder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> str:
+    file = tmp_path / "china.jpg"
+    photograph("china.jpg").save(file)
+    return str(file)
+
+
+def measure(model: Any, processor: Any = PROCESSOR) -> PhotoMeasurements:
+    return measure_photo(randomize(model), processor, photograph("flower.jpg"))
+
+
+def read_error(capsys: pytest.CaptureFixture[str]) -> str:
+    """Return the error of a command, which is one line."""
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
+
+
+def test_one_photo_gives_one_sheet(model: str, photo: str, tmp_path: Path) -> None:
+    assert run_here("look", photo, "--model", model, "-o", str(tmp_path / "new" / "sheet.png")) == 0
+    with Image.open(tmp_path / "new" / "sheet.png") as sheet:
+        assert sheet.width == 1800
+        assert sheet.format == "PNG"
+
+
+def test_a_folder_gives_one_sheet_per_photo_and_names_broken_files(
+    model: str, photo: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / "photos" / folder).mkdir(parents=True)
+        photograph("china.jpg").save(tmp_path / "photos" / folder / "same.jpg")
+    (tmp_path / "photos" / "broken.png").write_bytes(b"no picture")
+    assert run_here("look", str(tmp_path / "photos"), "--model", model, "-o", str(tmp_path / "sheets")) == 0
+    assert {file.name for file in (tmp_path / "sheets").iterdir()} == {"same.png", "same-2.png"}
+    assert "broken.png" in capsys.readouterr().err
+
+
+def test_several_photos_do_not_overwrite_one_file(model: str, photo: str, tmp_path: Path) -> None:
+    photograph("flower.jpg").save(tmp_path / "flower.jpg")
+    photos = [photo, str(tmp_path / "flower.jpg")]
+    assert run_here("look", *photos, "--model", model, "-o", str(tmp_path / "out.webp")) == 0
+    assert {file.name for file in tmp_path.glob("*.webp")} == {"out-china.webp", "out-flower.webp"}
+
+
+def test_an_animated_image_gives_one_sheet_per_frame(model: str, tmp_path: Path) -> None:
+    frames = [photograph(name) for name in ("china.jpg", "flower.jpg", "china.jpg")]
+    frames[0].save(tmp_path / "clip.gif", save_all=True, append_images=frames[1:])
+    numbers = tmp_path / "numbers.json"
+    flags = ["--model", model, "-o", str(tmp_path / "out.png"), "--json", str(numbers)]
+    assert run_here("look", str(tmp_path / "clip.gif"), *flags) == 0
+    first, second, third = json.loads(numbers.read_text())["photos"]
+    assert [Path(each["sheet"]).name for each in (first, second, third)] == [
+        "out-clip-1.png",
+        "out-clip-2.png",
+        "out-clip-3.png",
+    ]
+    assert first["tokens"] == third["tokens"]
+    assert first["tokens"] != second["tokens"]
+
+
+def test_a_video_is_an_error_with_a_remedy(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "clip.mp4").write_bytes(b"video")
+    assert run_here("look", str(tmp_path / "clip.mp4"), "--model", model) == 1
+    assert "ffmpeg" in read_error(capsys)
+
+
+def test_a_folder_without_readable_photos_is_an_error(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(b"no picture")
+    assert run_here("look", str(tmp_path), "--model", model, "-o", str(tmp_path / "out")) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: none of the 2 photos")
+
+
+@pytest.mark.parametrize(
+    "flags", [("p.png", "-o", "sheet.pdf"), ("p.png", "--json", "numbers.txt"), ("p.png", "--image-size", "0"), ()]
+)
+def test_unusable_flags_are_reported_before_the_model_is_loaded(
+    flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_here("look", *flags, "--model", "no/such/model") == 2
+    read_error(capsys)
+
+
+# Numbers -------------------------------------------------------------------------------------------------------------
+
+
+@each_layout
+def test_the_numbers_are_those_of_eager_attention(layout: dict[str, Any], photo: str, tmp_path: Path) -> None:
+    folder = save_encoder(tmp_path / "model", **layout)
+    numbers = tmp_path / "numbers.json"
+    assert run_here("look", photo, "--model", folder, "-o", str(tmp_path / "out.png"), "--json", str(numbers)) == 0
+    (record,) = json.loads(numbers.read_text())["photos"]
+    model = ViTCLSModel.from_pretrained(folder, attn_implementation="eager", add_pooling_layer=False).eval()
+    with torch.no_grad():
+        pixel_values = PROCESSOR(Image.open(photo), return_tensors="pt")["pixel_values"]
+        outputs = model(pixel_values, output_attentions=True, output_hidden_states=True)
+    attention = torch.cat(outputs.attentions)  # [L, H, N, N]
+    num_special_tokens = model.config.token_layout.num_prefix_tokens
+    rows = [attention[:, :, index] for index in range(num_special_tokens)]
+    if not model.config.num_cls_tokens:
+        rows.insert(0, attention[:, :, num_special_tokens:].mean(dim=2))
+    assert len(record["tokens"]) == len(rows)
+    for token, row in zip(record["tokens"], rows, strict=True):
+        for head, values in zip(token["heads"].values(), row[token["layer"] - 1], strict=True):
+            assert head["patches"] == pytest.approx(values[num_special_tokens:].sum().item(), abs=1e-5)
+            assert head["entropy"] == pytest.approx(-(values * values.log()).sum().item(), abs=1e-4)
+    norms = outputs.hidden_states[-1][0, num_special_tokens:].norm(dim=-1)
+    assert record["patches"]["by_layer"][-1]["norm"]["max"] == pytest.approx(norms.max().item(), rel=1e-5)
+
+
+def test_the_image_size_sets_the_number_of_patches(model: str, photo: str, tmp_path: Path) -> None:
+    numbers = tmp_path / "numbers.json"
+    flags = ["--model", model, "-o", str(tmp_path / "out.png"), "--json", str(numbers)]
+    assert run_here("look", photo, *flags, "--image-size", "48", "64", "--fit", "crop") == 0
+    (record,) = json.loads(numbers.read_text())["photos"]
+    assert record["patch_grid"] == [6, 8]
+    left, top, right, bottom = record["visible_region"]
+    assert (right - left) / (bottom - top) == pytest.approx(64 / 48, rel=0.01)
+
+
+def test_registers_are_shown_in_the_last_layer_that_uses_them() -> None:
+    """A classifier that reads CLS does not use the other tokens of the last layer."""
+    measured = measure(ViTCLSForImageClassification(build_tiny_config(num_register_tokens=1)))
+    assert dict(zip(measured.token_names, measured.token_layers, strict=True)) == {"CLS": 2, "register": 1}
+    assert measured.patch_layer == 1
+
+
+def test_components_keep_their_color_from_layer_to_layer() -> None:
+    last = torch.rand(5, 6, 3, generator=torch.Generator().manual_seed(0))
+    earlier = torch.stack([1 - last[..., 2], last[..., 0], 1 - last[..., 1]], dim=-1)
+    matched = match_colors(torch.stack([earlier, last, last.flip(-1)]), last_layer=1)
+    assert torch.allclose(matched, last.expand(3, -1, -1, -1))
+
+
+# Sheets --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_brightest_patch_has_the_most_attention() -> None:
+    measured = measure(ViTCLSModel(build_tiny_config(), add_pooling_layer=False))
+    values = torch.zeros(4, 4)
+    values[2, 1] = 1.0
+    picture = np.asarray(draw_attention(measured, values))
+    height, width = picture.shape[:2]
+    brightest = np.array(colormaps[COLORMAP](1.0)[:3]) * 255
+    is_bright = np.abs(picture - brightest).max(axis=-1) <= 1
+    rows, columns = np.nonzero(is_bright)
+    assert (rows.mean() + 0.5) / height == pytest.approx(2.5 / 4, abs=0.02)
+    assert (columns.mean() + 0.5) / width == pytest.approx(1.5 / 4, abs=0.02)
+
+
+MANY_HEADS = {"hidden_size": 96, "num_attention_heads": 24, "num_hidden_layers": 3}
+LONG_NAMES = {"tasks": {"species": 4, "a_long_name_of_a_task": 2}, "num_cls_tokens": 2}
+MANY_TOKENS = {"num_cls_tokens": 12, "num_register_tokens": 16}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [*LAYOUTS.values(), MANY_HEADS, LONG_NAMES, MANY_TOKENS, {"attention_type": "differential"}],
+    ids=[*LAYOUTS, "many_heads", "long_names", "many_tokens", "differential"],
+)
+def test_no_text_of_a_sheet_overlaps_or_is_cut_off(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model_class = ViTCLSForMultiTaskClassification if "tasks" in fields else ViTCLSForImageClassification
+    drawn: list[Sheet] = []
+    render = Sheet.render
+    monkeypatch.setattr(Sheet, "render", lambda sheet: drawn.append(sheet) or render(sheet))  # type: ignore[func-returns-value]
+    processor = ViTCLSImageProcessor(size=40, do_center_crop=True, crop_size=32)  # a part of the photo is hidden
+    picture = draw_sheet(measure(model_class(build_tiny_config(**fields)), processor), "model · " + "photo" * 30)
+    (sheet,) = drawn
+    renderer = FigureCanvasAgg(sheet.figure).get_renderer()
+    boxes = [text.get_window_extent(renderer) for text in sheet.axes.texts if text.get_text()]
+    assert all(box.x0 >= 0 and box.x1 <= picture.width for box in boxes)
+    assert all(box.y0 >= 0 and box.y1 <= picture.height for box in boxes)
+    texts = [text.get_text() for text in sheet.axes.texts if text.get_text()]
+    overlapping = [
+        (texts[first], texts[second])
+        for first, second in combinations(range(len(boxes)), 2)
+        if boxes[first].padded(-2).overlaps(boxes[second].padded(-2))
+    ]
+    assert not overlapping
+
+
+def test_the_function_returns_the_image_of_the_command(model: str, photo: str, tmp_path: Path) -> None:
+    assert run_here("look", photo, "--model", model, "-o", str(tmp_path / "out.png"), "--image-size", "64") == 0
+    sheet = look(model, photo, image_size=64)
+    assert np.array_equal(np.asarray(sheet), np.asarray(Image.open(tmp_path / "out.png")))
+
+
+def test_gray_models_take_color_photos(tmp_path: Path) -> None:
+    gray = ViTCLSImageProcessor(size=32, do_convert_rgb=False, image_mean=[0.5], image_std=[0.5])
+    folder = save_encoder(tmp_path, gray, num_channels=1)
+    assert look(folder, photograph("china.jpg").convert("L")).width == 1800
