@@ -241,6 +241,7 @@ def hold_out_images(images: Any, rule: HeldOutRule, options: DataOptions) -> tup
         if rule.fraction:
             held_out = replace(train, is_held_out_part=True).read_first(MAX_HELD_OUT_IMAGES)
         return train, held_out, HeldOutRecord.from_keys(rule, held_out.images.compute_keys())
+    check_folds(rule, images, options)
     is_held_out, record = select_held_out(images, rule)
     check_both_parts(is_held_out, rule, options)
     train_indices, held_out_indices = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
@@ -251,7 +252,6 @@ def select_held_out(images: LabeledImages, rule: HeldOutRule) -> tuple[np.ndarra
     """Return whether the rule holds out each image, and the record of the held-out images."""
     keys = images.images.compute_keys()
     labels = np.array(images.labels) if is_stratified(images) else np.full(len(keys), IGNORED_LABEL)
-    check_folds(rule, keys, labels, options)
     is_held_out = rule.select(keys, labels)
     return is_held_out, HeldOutRecord.from_keys(rule, keys[is_held_out])
 
@@ -266,13 +266,13 @@ def check_both_parts(is_held_out: np.ndarray, rule: HeldOutRule, options: DataOp
         )
 
 
-def check_folds(rule: HeldOutRule, keys: np.ndarray, labels: np.ndarray, options: DataOptions) -> None:
+def check_folds(rule: HeldOutRule, images: LabeledImages, options: DataOptions) -> None:
     """Raise ValueError if one of the folds of a cross-validation has no images, before the first fold is trained."""
     for fold in range(1, (rule.num_folds or 0) + 1):
-        if not replace(rule, fold=fold).select(keys, labels).any():
+        if not select_held_out(images, replace(rule, fold=fold))[0].any():
             raise ValueError(
                 f"{options.dataset}: fold {fold} of {rule.num_folds} has no images, because the dataset has only "
-                f"{len(keys)}. Set a smaller --folds"
+                f"{len(images)}. Set a smaller --folds"
             )
 
 

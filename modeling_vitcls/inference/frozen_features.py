@@ -91,7 +91,7 @@ def has_searchable_pooling(config: ViTCLSConfig) -> bool:
 def build_kind_config(config: ViTCLSConfig, kind: str) -> ViTCLSConfig:
     """Return the configuration of a model that pools one kind of token of the last layer."""
     kind_config = copy.deepcopy(config)
-    kind_config.pooling = kind
+    kind_config.pooling = kind  # type: ignore[assignment]
     kind_config.pooled_layers = None
     return kind_config
 
@@ -145,7 +145,7 @@ class FrozenPass(Evaluator):
 
     def __call__(self, model: nn.Module, console: Any = None) -> dict[str, Any]:
         """Compute the features with a classifier or an encoder, and return the numbers of images."""
-        encoder = getattr(model, "vitcls", model)
+        encoder: Any = getattr(model, "vitcls", model)
         self.poolers = {
             kind: TokenPooler(build_kind_config(encoder.config, kind))
             for kind in self.layout.widths

@@ -263,7 +263,7 @@ class CrossValidation:
         self.num_labels = num_labels
         # The scale and the rotation see no labels, so that one of each serves all folds.
         self.features = Transform.fit(features, candidate.scale).apply(features)
-        self.strengths = STRENGTHS
+        self.strengths: tuple[float, ...] = STRENGTHS
         shape = (len(STRENGTHS), len(labels), num_labels)
         self.logits = np.full(shape, np.nan)
 

@@ -212,7 +212,7 @@ class FeatureColumns:
 
     def count_special_tokens(self) -> int | None:
         """Return the number of leading special tokens that contain all features, or None if patches are required."""
-        config = self.encoder.config
+        config: Any = self.encoder.config
         groups = {feature.group for feature in self.features.values()}
         if groups & {"mean", "patches"} or not config.can_trim_last_layer:
             return None

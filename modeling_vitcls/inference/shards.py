@@ -216,8 +216,8 @@ def iterate_missing_shards(metadata: dict[str, dict[str, Any]]) -> Iterator[str]
         yield from (name for name in names if name not in metadata)
         return
     for worker_index in range(first["settings"]["num_workers"]):
-        names = (format_shard_name(index, worker_index) for index in count())
-        name = next(name for name in names if name not in metadata or metadata[name]["is_last"])
+        worker_names = (format_shard_name(index, worker_index) for index in count())
+        name = next(name for name in worker_names if name not in metadata or metadata[name]["is_last"])
         if name not in metadata:
             yield name
 

@@ -227,9 +227,8 @@ def describe_run(folder: ModelFolder) -> dict[str, Any]:
 
 def describe_probe(results: dict[str, Any]) -> dict[str, Any]:
     """Return the variables about a classifier that is a regression on frozen features, if it is one."""
-    record, selection = results.get("frozen"), results.get("selection")
-    was_selected = bool(selection) and selection["step"] == 0
-    if record is None or (results["steps"] and not was_selected):
+    record, selection = results.get("frozen"), results.get("selection", {})
+    if record is None or (results["steps"] and selection.get("step") != 0):
         return {"is_frozen": False}
     reason = ""
     if results["steps"]:

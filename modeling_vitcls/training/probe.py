@@ -279,8 +279,8 @@ class Probe:
         shared = np.intersect1d(own.indices[is_compared[own.indices]], squashed.indices)
         for fit, features in ((own_fit, own), (SQUASH, squashed)):
             choices[fit] = self.choose(features.take(np.isin(features.indices, shared)))
-        scores = {fit: choice.score for fit, choice in choices.items()}
-        if any(score is None for score in scores.values()):  # too few images to compare
+        scores = {fit: choice.score for fit, choice in choices.items() if choice.score is not None}
+        if len(scores) < 2:  # too few images to compare
             self.set_geometry(own_fit)
             return own, {}
 

@@ -427,7 +427,7 @@ def train_steps(
         if not loaded.has_steps:
             return Trained(loop, metrics, 0, loop.get_training_seconds())
         if frozen is not None and frozen.selection is not None:
-            evaluate_frozen_model(loop, frozen)
+            evaluate_frozen_model(loop, HeadEvaluator(frozen.selection, frozen.choice.candidate))
         batches = iterate_training_batches(
             images, plan, accelerator.process_index, options.data.num_workers, state.step
         )
@@ -445,12 +445,12 @@ def train_steps(
     return Trained(loop, metrics, selected_step, seconds)
 
 
-def evaluate_frozen_model(loop: TrainingLoop, frozen: FittedProbe) -> None:
+def evaluate_frozen_model(loop: TrainingLoop, evaluate: HeadEvaluator) -> None:
     """Let the frozen model take part in the selection, as step 0, with the features of the probe."""
-    evaluate = loop.evaluate_model
-    loop.evaluate_model = HeadEvaluator(frozen.selection, frozen.choice.candidate)
-    loop.evaluate_step()
+    evaluate_model = loop.evaluate_model
     loop.evaluate_model = evaluate
+    loop.evaluate_step()
+    loop.evaluate_model = evaluate_model
 
 
 def finish_model(
