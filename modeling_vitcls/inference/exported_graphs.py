@@ -208,7 +208,7 @@ def check_weights(file: Path, folder: Path, requires_report: bool) -> None:
 def check_outputs(model: ExportedModel, processor: ViTCLSImageProcessor) -> None:
     """Run a graph on a blank image. Raise GraphError if the outputs do not have the shapes of the model's outputs, or
     are not floating-point numbers."""
-    config = model.config
+    config: Any = model.config
     image = torch.zeros(config.num_channels, *config.image_height_width, dtype=torch.uint8)
     pixel_values = processor(image, input_data_format="channels_first", return_tensors="pt")[INPUT_NAME]
     outputs = model.graph(pixel_values)
