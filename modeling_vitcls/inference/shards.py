@@ -212,8 +212,8 @@ def iterate_missing_shards(metadata: dict[str, dict[str, Any]]) -> Iterator[str]
     stream lacks the shard after its existing ones, unless the last one is complete."""
     first = next(iter(metadata.values()))
     if "num_shards" in first:
-        names = map(format_shard_name, range(first["num_shards"]))
-        yield from (name for name in names if name not in metadata)
+        expected = map(format_shard_name, range(first["num_shards"]))
+        yield from (name for name in expected if name not in metadata)
         return
     for worker_index in range(first["settings"]["num_workers"]):
         worker_names = (format_shard_name(index, worker_index) for index in count())
