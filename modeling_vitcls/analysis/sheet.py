@@ -10,7 +10,7 @@ All positions and sizes are in inches from the upper left corner of the sheet, s
 
 import textwrap
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -94,7 +94,7 @@ class Sheet:
         """Place a picture, stretched to a size, with its upper left corner at (x, y)."""
         self.axes.imshow(picture, extent=(x, x + width, y + height, y), aspect="auto", interpolation="antialiased")
 
-    def write(self, x: float, y: float, text: str, size: float = 8.5, color: str = MEDIUM_GRAY, **style: str) -> None:
+    def write(self, x: float, y: float, text: str, size: float = 8.5, color: str = MEDIUM_GRAY, **style: Any) -> None:
         """Write text on the baseline y."""
         self.axes.text(x, y, text, fontsize=size, color=color, parse_math=False, **style)
 
@@ -193,7 +193,7 @@ def draw_overview(sheet: Sheet, measurements: PhotoMeasurements) -> None:
     height = width * picture.height / picture.width
     tiles = [
         Tile(picture, "What the model sees"),
-        Tile(draw_overlay(measurements, attention), f"Attention of {shorten_text(token, 12)}, layer {token_layer}"),
+        Tile(draw_overlay(measurements, attention), f"Attention of {shorten_text(token, 11)}, layer {token_layer}"),
         Tile(draw_colors(measurements, layer - 1, LARGE_SIDE), f"Patch features, layer {layer}"),
         Tile(draw_norms(measurements, layer - 1, LARGE_SIDE), f"Patch norms, layer {layer}"),
     ]
