@@ -193,7 +193,7 @@ def draw_overview(sheet: Sheet, measurements: PhotoMeasurements) -> None:
     height = width * picture.height / picture.width
     tiles = [
         Tile(picture, "What the model sees"),
-        Tile(draw_overlay(measurements, attention), f"Attention of {shorten_text(token, 12)}, layer {token_layer}"),
+        Tile(draw_overlay(measurements, attention), f"Attention of {shorten_text(token, 11)}, layer {token_layer}"),
         Tile(draw_colors(measurements, layer - 1, LARGE_SIDE), f"Patch features, layer {layer}"),
         Tile(draw_norms(measurements, layer - 1, LARGE_SIDE), f"Patch norms, layer {layer}"),
     ]
