@@ -157,7 +157,9 @@ def load_audited_images(options: EvaluateOptions) -> tuple[AuditedImages, int, C
                 ]
             logits.append(split_logits[[row.index for row in evaluator.rows]])
             num_evaluated = int(is_evaluated.sum())
-            console.print(f"labels checked: {num_evaluated:,} images, {part.describe(split)}", markup=False)
+            console.print(
+                f"labels checked: {num_evaluated:,} images of split {split!r} ({part.describe()})", markup=False
+            )
         tokens = output["features"]  # special tokens and the mean of the patches
         vectors = np.concatenate([tokens[:, model.config.token_layout.cls], tokens[:, -1:]], axis=1)
         features.append(vectors.reshape(len(vectors), -1))

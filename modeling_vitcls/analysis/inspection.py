@@ -397,4 +397,4 @@ def load_from_dataset(
         labels = match_labels(data.images, data.label_space, get_label_space(model.config)).labels
     dataset_name = get_short_name(dataset)
     names = name_images(data.images.images, dataset_name)
-    return InspectionImages(data.images.images, names, labels, f"{dataset_name}, {data.part.describe(data.split)}")
+    return InspectionImages(data.images.images, names, labels, f"{dataset_name}, {data.part.describe()}")

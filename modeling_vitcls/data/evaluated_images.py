@@ -35,18 +35,22 @@ class EvaluatedPart:
     num_given: int | None  # None for a stream
     num_trained: int | None = None  # number of given images that training used; None if unknown
     warning: str | None = None  # reason why training images may be among the evaluated images
+    split: str | None = None  # None if the dataset has only one
+    num_drawn: int | None = None  # number of images that were drawn at random from the part; None: all of them
 
-    def describe(self, split: str) -> str:
-        """Return the description of the part of a split as text."""
-        if self.kind == "whole" and self.num_trained:
-            return f"all images of split {split!r}, of which training used {self.num_trained:,}"
-        given = f"of the {self.num_given:,} images" if self.num_given is not None else "of the images"
-        return {
-            "whole": f"all images of split {split!r}",
-            "held_out": f"those {given} of split {split!r} that training held out",
-            "untrained": f"those {given} of split {split!r} that training did not use",
-            "fraction": f"selected by checksum; the others {given} of split {split!r} fit the classifier",
+    def describe(self) -> str:
+        """Return the description of the evaluated images as text."""
+        number = "" if self.num_given is None else f"{self.num_given:,} "
+        images = f"{number}images" if self.split is None else f"{number}images of split {self.split!r}"
+        text = {
+            "whole": f"all {images}",
+            "held_out": f"those of the {images} that training held out",
+            "untrained": f"those of the {images} that training did not use",
+            "fraction": f"those of the {images} that the classifier is not fitted to",
         }[self.kind]
+        if self.kind == "whole" and self.num_trained:
+            text += f", of which training used {self.num_trained:,}"
+        return text if self.num_drawn is None else f"drawn at random from {text}"
 
     def build_record(self) -> dict[str, Any]:
         """Return the entries of the results."""
@@ -101,7 +105,8 @@ def load_evaluation_data(
         else:
             check_any_evaluated(is_evaluated, options, name)
             images = images.select(np.flatnonzero(is_evaluated).tolist())
-    return EvaluationData(splits.label_space, draw(images, max_images, options), name, part)
+    images, part = draw_part(images, part, max_images, options)
+    return EvaluationData(splits.label_space, images, name, replace(part, split=get_split_name(name, splits)))
 
 
 def load_fitting_and_evaluation_data(
@@ -133,11 +138,25 @@ def load_fitting_and_evaluation_data(
         if fitting_name == name:
             fitting_images = images.select(np.flatnonzero(~is_evaluated).tolist())
         images = images.select(np.flatnonzero(is_evaluated).tolist())
-    whole = EvaluatedPart("whole", len(fitting_images))
+    images, part = draw_part(images, part, max_images, options)
     return (
-        EvaluationData(splits.label_space, fitting_images, fitting_name, whole),
-        EvaluationData(splits.label_space, draw(images, max_images, options), name, part),
+        EvaluationData(splits.label_space, fitting_images, fitting_name, EvaluatedPart("whole", len(fitting_images))),
+        EvaluationData(splits.label_space, images, name, replace(part, split=get_split_name(name, splits))),
     )
+
+
+def get_split_name(name: str, splits: Splits) -> str | None:
+    """Return the name of a split, or None if the dataset has only one, whose name users have not given."""
+    return name if len(splits.names) > 1 else None
+
+
+def draw_part(
+    images: Any, part: EvaluatedPart, max_images: int | None, options: DataOptions
+) -> tuple[Any, EvaluatedPart]:
+    """Return at most `max_images` images of a part, and the part with their number if some were left out."""
+    drawn = draw(images, max_images, options)
+    has_all = drawn is images or (isinstance(images, LabeledImages) and len(drawn) == len(images))
+    return drawn, part if has_all else replace(part, num_drawn=len(drawn))
 
 
 def draw(images: Any, num_images: int | None, options: DataOptions) -> Any:

@@ -269,7 +269,7 @@ def convert_label(data_space: LabelSpace, model_space: LabelSpace, label: Any, t
 def print_results(results: dict[str, Any], part: EvaluatedPart, config: ViTCLSConfig, console: Console) -> None:
     """Print the metrics, and the metrics of each class if there are few classes."""
     images_text = f"{results['num_images']:,} images of {results['dataset']}"
-    summary = f"{images_text} ({part.describe(results['split'])}), each counted once"
+    summary = f"{images_text} ({part.describe()}), each counted once"
     console.print(f"{summary}; {results['images_per_second']:,} images/s", markup=False)
     console.print(build_table("", ["Metric", "Value"], build_metric_rows(results, config)))
     if unknown := results.get("unknown"):

@@ -153,7 +153,7 @@ def print_accuracies(results: dict[str, Any], data: EvaluationData, console: Con
     console.print(
         f"{results['frozen']} on frozen features: {results['num_training_images']:,} training images, "
         f"evaluated on {results['num_images']:,} images of {results['dataset']} "
-        f"({data.part.describe(data.split)}); "
+        f"({data.part.describe()}); "
         f"{results['images_per_second']:,} images/s",
         markup=False,
     )

@@ -172,6 +172,16 @@ def test_images_are_drawn_at_random(photos: Path, tmp_path: Path) -> None:
     assert drawn[0]["loss"] == drawn[1]["loss"] != drawn[2]["loss"]
 
 
+def test_the_number_of_drawn_images_is_printed(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = write_photos(tmp_path / "test", range(100, 130))
+    run_evaluate(tmp_path, photos / "run", other, "--max-images", "7")
+    printed = capsys.readouterr().out
+    assert "7 images of" in printed
+    assert "at random from all 60 images" in printed
+
+
 def test_frozen_features_are_evaluated_on_the_same_images(photos: Path, tmp_path: Path) -> None:
     """A new folder without splits is divided, because the classifier needs images."""
     other = write_photos(tmp_path / "other", range(100, 130))
