@@ -28,7 +28,7 @@ from ..data.images import LabeledImages, UnreadableImageCounter
 from ..data.sampling import BatchPlan
 from ..data.splits import TrainingData, describe_data, load_on_main
 from ..data.streaming import StreamedImages
-from ..distributed import build_accelerator, configure_layer_sharding, run_on_main
+from ..distributed import build_accelerator, configure_layer_sharding, run_on_main, set_mixed_precision
 from ..errors import RunStopped, is_raised_on_all_processes
 from ..options import FinetuneOptions, PretrainOptions, to_flags
 from ..system import describe_device
@@ -148,6 +148,10 @@ class Run:
             self.forward_flops = (self.task.encoder or self.task.model).flops()
         if self.options.training.gradient_checkpointing:
             self.task.model.gradient_checkpointing_enable()
+        recorded = None if self.checkpoint is None else self.checkpoint.metadata["mixed_precision"]
+        self.precision_text = set_mixed_precision(
+            accelerator, self.options.training.mixed_precision, self.task.model.config, recorded
+        )
         self.plan = self.full_plan = BatchPlan.from_options(
             self.data.num_training_images, self.options.training, accelerator.num_processes
         )
@@ -183,7 +187,7 @@ class Run:
                 "which is saved. Set --select last to fine-tune on all images"
             )
         lines["batches"] = None if self.has_no_steps else describe_batches(self.plan)
-        lines["device"] = f"{describe_device(self.accelerator)}, mixed precision: {self.accelerator.mixed_precision}"
+        lines["device"] = f"{describe_device(self.accelerator)}, mixed precision: {self.precision_text}"
         for name, text in lines.items():
             if text:
                 self.reporter.print_line(name, text)
