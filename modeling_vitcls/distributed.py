@@ -4,6 +4,7 @@ The shards of FSDP2 are gathered in training/distributed_state.py.
 """
 
 import importlib.util
+import os
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import (
     FullyShardedDataParallelPlugin,
     InitProcessGroupKwargs,
@@ -22,16 +24,21 @@ from accelerate.utils import (
 from torch import nn
 
 from .blocks_vitcls import EncoderLayer
+from .configuration_vitcls import ViTCLSConfig
 from .errors import mark_errors_of_all_processes
+from .system import has_bfloat16
 
 
 # Maximum time that processes wait for each other, for example for a download or push by the main process.
 PROCESS_GROUP_TIMEOUT = timedelta(hours=12)
+# Minimum width of a model for which --mixed-precision auto selects bf16 on a CPU: that of ViT-Ti. Narrower models are
+# also faster in bf16, but they take little time, and float32 is more exact.
+MIN_BFLOAT16_WIDTH = 192
 
 
 def build_accelerator(
     gradient_accumulation_steps: int = 1,
-    mixed_precision: str | None = None,
+    mixed_precision: str = "auto",
     trackers: tuple[str, ...] = (),
     tracker_folder: Path | None = None,
 ) -> Accelerator:
@@ -39,7 +46,8 @@ def build_accelerator(
 
     Args:
         gradient_accumulation_steps: number of forward and backward passes per optimizer step.
-        mixed_precision: "no", "bf16" or "fp16". Default: the setting of `accelerate launch`.
+        mixed_precision: "no", "bf16", "fp16", or "auto" for the setting of `accelerate launch`, which
+            `set_mixed_precision` may then change. Default: "auto".
         trackers: names of experiment trackers, such as "wandb".
         tracker_folder: folder for the files of the trackers.
 
@@ -52,9 +60,11 @@ def build_accelerator(
             raise ValueError(f"--log-with {name} requires the package {name}. Run pip install {name}")
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         raise ValueError("DeepSpeed is not supported. Use FSDP2 (scripts/accelerate/fsdp2.yaml) instead")
+    if AcceleratorState._shared_state and AcceleratorState().distributed_type is not DistributedType.FSDP:
+        AcceleratorState._reset_state()  # an earlier accelerator of this process may have another precision
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # otherwise, several processes on CPUs would run independently
-        mixed_precision=mixed_precision,
+        mixed_precision=None if mixed_precision == "auto" else mixed_precision,
         log_with=list(trackers) or None,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_GROUP_TIMEOUT)],
         project_config=ProjectConfiguration(logging_dir=str(tracker_folder)) if tracker_folder else None,
@@ -66,6 +76,41 @@ def build_accelerator(
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ValueError("FSDP 1 is not supported. Set fsdp_version: 2 in accelerate's configuration")
     return accelerator
+
+
+def set_mixed_precision(
+    accelerator: Accelerator, setting: str, config: ViTCLSConfig, recorded: str | None = None
+) -> str:
+    """Set the precision of an accelerator for a model if `setting` is "auto", and return its description for the user.
+
+    Args:
+        accelerator: accelerator that `build_accelerator(mixed_precision=setting)` returned. It has not prepared a
+            model yet.
+        setting: the value of `--mixed-precision`. "auto" does not change the setting of `accelerate launch`.
+        config: configuration of the model.
+        recorded: the precision of the run that is resumed, which is kept.
+    """
+    if setting != "auto" or "ACCELERATE_MIXED_PRECISION" in os.environ or recorded == "fp16":
+        return accelerator.mixed_precision
+    device = accelerator.device
+    precision = recorded or choose_precision(device, config)
+    accelerator.state._mixed_precision = precision
+    accelerator.native_amp = precision == "bf16"
+
+    device_name = "CPU" if device.type == "cpu" else "GPU"
+    if recorded == "bf16" and not has_bfloat16(device):
+        return f"bf16, as in the checkpoint, but this {device_name} has no instructions for it"
+    if recorded is not None:
+        return f"{recorded}, as in the checkpoint"
+    if precision == "bf16":
+        return f"bf16, because this {device_name} has instructions for it. --mixed-precision no turns it off"
+    return precision
+
+
+def choose_precision(device: torch.device, config: ViTCLSConfig) -> str:
+    """Return "bf16" if a device has instructions for it and the model is large enough to gain much, otherwise "no"."""
+    is_large_enough = device.type != "cpu" or config.hidden_size >= MIN_BFLOAT16_WIDTH
+    return "bf16" if has_bfloat16(device) and is_large_enough else "no"
 
 
 def enable_fsdp_on_cpu(accelerator: Accelerator) -> None:

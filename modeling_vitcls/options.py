@@ -256,8 +256,9 @@ class TrainingOptions:
     print the accuracy of the frozen model. `--trainable head` then stops. --no-probe: start from random values."""
     lora_rank: int = 8
     """Rank of the LoRA matrices for the query and value projections (Hu et al. 2021)."""
-    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
-    """Precision of the forward pass. Default: the setting of `accelerate launch`."""
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    """Precision of the forward pass. `auto`: the setting of `accelerate launch` or, without it, `bf16` on GPUs and CPUs
+    with bf16 instructions (on CPUs, for models at least as wide as ViT-Ti), and otherwise `no`."""
     compile: bool = False
     """Compile the model with torch.compile."""
     gradient_checkpointing: bool = False
@@ -495,8 +496,9 @@ class EvaluateOptions:
     or add gray (`pad`). Default: the setting of the image processor."""
     batch_size: int = 64
     """Number of images per process and forward pass."""
-    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
-    """Precision of the forward pass. Default: the setting of `accelerate launch`."""
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    """Precision of the forward pass. `auto`: the setting of `accelerate launch` or, without it, `bf16` on GPUs and CPUs
+    with bf16 instructions (on CPUs, for models at least as wide as ViT-Ti), and otherwise `no`."""
     backend: str = "torch"
     """Engine: `torch`, or `onnx` or `openvino` for model.onnx or model.xml in the model's folder, which then
     requires no other weights, or a file that `vitcls export` wrote."""
@@ -594,8 +596,9 @@ class PredictOptions(ImageOptions):
     requires no other weights, or a file that `vitcls export` wrote."""
     num_workers: int | None = None
     """Number of image loading threads per process. Default: the number of CPU cores, but at most 8."""
-    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
-    """Precision of the forward pass. Default: the setting of `accelerate launch`."""
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    """Precision of the forward pass. `auto`: the setting of `accelerate launch` or, without it, `bf16` on GPUs and CPUs
+    with bf16 instructions (on CPUs, for models at least as wide as ViT-Ti), and otherwise `no`."""
 
     def __post_init__(self) -> None:
         check_minimum(self, 1, "shard_size", "batch_size", "top_k", "num_workers")
@@ -658,6 +661,9 @@ class InspectOptions(ImageOptions):
     """Number of images in the report: wrong predictions, then the least confident predictions, then typical images."""
     max_images: int = 256
     """Maximum number of images for the statistics. The images are drawn at random and stored in memory."""
+    mixed_precision: Literal["auto", "no", "bf16"] = "auto"
+    """Precision of the forward pass. `auto`: `bf16` on GPUs and CPUs with bf16 instructions (on CPUs, for models at
+    least as wide as ViT-Ti), and otherwise `no`."""
 
     def __post_init__(self) -> None:
         check_minimum(self, 1, "num_images", "max_images", "batch_size")

@@ -28,6 +28,14 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Return whether a device has instructions for bfloat16: CUDA from Ampere on, CPUs with avx512_bf16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    checks = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
+    return device.type == "cpu" and any(check is not None and check() for check in checks)
+
+
 def get_peak_memory(device: torch.device) -> int:
     """Return the peak allocated memory of a GPU, or the peak memory of this process on other devices, in bytes."""
     if device.type == "cuda":

@@ -157,7 +157,7 @@ def test_options_of_evaluation_and_prediction() -> None:
     options = build_options(EvaluateOptions, model=Path("m"), dataset="digits", output="out.json")
     assert options == parse_flags(EvaluateOptions, ["--model", "m", "--dataset", "digits", "--output", "out.json"])
     assert build_options(EvaluateOptions, model="m", dataset=Path("d")).data.dataset == "d"
-    assert build_options(EvaluateOptions, model="m", dataset="d", mixed_precision=None).mixed_precision is None
+    assert build_options(EvaluateOptions, model="m", dataset="d", mixed_precision="no").mixed_precision == "no"
     assert build_options(PredictOptions, model="m", list="files.txt").list == Path("files.txt")
     assert build_options(EvaluateOptions, model="m", dataset="d", label_column="age").data.label_column == ("age",)
 

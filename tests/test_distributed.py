@@ -11,7 +11,7 @@ from accelerate import DistributedType, PartialState
 from helpers.tiny_models import build_tiny_config, raises_one_line
 
 from modeling_vitcls import ViTCLSForImageClassification, distributed
-from modeling_vitcls.distributed import build_accelerator, configure_layer_sharding
+from modeling_vitcls.distributed import build_accelerator, configure_layer_sharding, set_mixed_precision
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -80,6 +80,51 @@ def test_only_version_2_of_fsdp_is_supported(
     arguments["result"] = {"distributed_type": DistributedType.FSDP, "is_fsdp2": is_fsdp2}
     with nullcontext() if is_fsdp2 else raises_one_line("fsdp_version"):
         build_accelerator()
+
+
+# Precision -----------------------------------------------------------------------------------------------------------
+
+
+def choose(monkeypatch: pytest.MonkeyPatch, width: int, is_supported: bool = True, **arguments: Any) -> Any:
+    """Return the accelerator with the precision that --mixed-precision auto selects for a model of a width."""
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    monkeypatch.setattr(distributed, "has_bfloat16", lambda device: is_supported)
+    accelerator = build_accelerator()
+    set_mixed_precision(accelerator, "auto", build_tiny_config(hidden_size=width), **arguments)
+    return accelerator
+
+
+@pytest.mark.parametrize(("width", "is_supported"), [(192, True), (176, True), (768, False)])
+def test_bfloat16_is_selected_for_large_models_on_cpus_with_bfloat16(
+    width: int, is_supported: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accelerator = choose(monkeypatch, width, is_supported)
+    expected = torch.bfloat16 if (width, is_supported) == (192, True) else torch.float32
+    with accelerator.autocast():
+        assert torch.nn.functional.linear(torch.ones(2, 2), torch.ones(2, 2)).dtype == expected
+    model = accelerator.prepare(torch.nn.Linear(2, 2))
+    assert model(torch.ones(2, 2)).dtype == torch.float32  # outputs are float32 in any precision
+    assert accelerator.mixed_precision == ("bf16" if expected == torch.bfloat16 else "no")
+
+
+def test_the_precision_of_the_launcher_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "has_bfloat16", lambda device: True)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    accelerator = build_accelerator()
+    assert set_mixed_precision(accelerator, "auto", build_tiny_config(hidden_size=768)) == "no"
+    assert accelerator.mixed_precision == "no"
+
+
+def test_a_resumed_run_keeps_its_precision_on_another_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose(monkeypatch, 192, False, recorded="bf16").mixed_precision == "bf16"
+    assert choose(monkeypatch, 192, True, recorded="no").mixed_precision == "no"
+
+
+def test_later_accelerators_of_a_process_may_have_another_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    choose(monkeypatch, 192)
+    assert build_accelerator(mixed_precision="no").mixed_precision == "no"
+    assert build_accelerator(mixed_precision="bf16").mixed_precision == "bf16"
+    assert choose(monkeypatch, 16).mixed_precision == "no"
 
 
 def test_deepspeed_is_an_error(arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

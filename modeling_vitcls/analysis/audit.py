@@ -46,7 +46,7 @@ from ..hub.model_files import PREDICTIONS_FILE, RESULTS_FILE
 from ..inference.evaluate import match_labels, set_up_evaluation
 from ..inference.evaluator import Evaluator
 from ..inference.frozen import FeatureEvaluator, build_classifier
-from ..inference.load_model import load_model
+from ..inference.load_model import announce_precision, load_model
 from ..options import EvaluateOptions
 from .report import encode_data_url
 
@@ -120,6 +120,8 @@ def load_audited_images(options: EvaluateOptions) -> tuple[AuditedImages, int, C
     if options.frozen is None and not getattr(model.config, "num_labels", 0):
         raise ValueError("--audit requires a classifier, but the model has none. Set --frozen logreg")
     accelerator, console, warn = set_up_evaluation(options)
+    if precision := announce_precision(accelerator, options.mixed_precision, source, "torch"):
+        console.print(precision, markup=False)
     model = model.to(accelerator.device).eval()
     arguments = (options.data, options.batch_size, accelerator, model.config.num_channels, warn)
     record = None

@@ -9,6 +9,7 @@ from rich.markup import escape
 
 from ..conversion.any_checkpoint import resolve_checkpoint
 from ..data.held_out import read_held_out_record
+from ..distributed import choose_precision
 from ..files import read_json
 from ..hub.loading import split_revision
 from ..hub.model_files import RESULTS_FILE
@@ -33,21 +34,28 @@ def inspect_tokens(options: InspectOptions) -> Inspection:
     error_console = Console(stderr=True, soft_wrap=True, highlight=False)
     model, processor = load_model(options.model, use_head=None)
     folder = resolve_checkpoint(options.model, list_file_patterns("torch"))
-    model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu")).eval()  # type: ignore[arg-type]  # `to` is decorated
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device).eval()
+    precision = options.mixed_precision
+    if precision == "auto":
+        precision = choose_precision(device, model.config)
+        if precision == "bf16":
+            console.print("mixed precision: bf16. --mixed-precision no turns it off")
     results = read_json(Path(folder, RESULTS_FILE)) if Path(folder, RESULTS_FILE).is_file() else {}
     images = open_images(options, model, read_held_out_record(folder))
     for file in (options.output, options.json):
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)  # raise errors before the measurements
-    inspection = inspect_model(
-        model,
-        processor,
-        **images.build_arguments(options.num_images, options.max_images),
-        token_movement=results.get("token_movement"),
-        batch_size=options.batch_size,
-        on_warning=lambda message: error_console.print(f"WARNING: {message}", style="bold yellow", markup=False),
-        watch=partial(track, console=error_console, unit=""),
-    )
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        inspection = inspect_model(
+            model,
+            processor,
+            **images.build_arguments(options.num_images, options.max_images),
+            token_movement=results.get("token_movement"),
+            batch_size=options.batch_size,
+            on_warning=lambda message: error_console.print(f"WARNING: {message}", style="bold yellow", markup=False),
+            watch=partial(track, console=error_console, unit=""),
+        )
     title = get_model_name(split_revision(options.model)[0])
     write_page(options.output, inspection, title, images.source)
     if options.json is not None:

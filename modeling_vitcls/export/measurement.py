@@ -97,7 +97,13 @@ def load_export_images(source: str, dataset: str, split: str | None = None, batc
     Raises:
         ValueError, OSError: If the dataset cannot be read, or the labels do not match the model.
     """
-    options = EvaluateOptions(model=source, data=DataOptions(dataset=dataset), split=split, batch_size=batch_size)
+    options = EvaluateOptions(
+        model=source,
+        data=DataOptions(dataset=dataset),
+        split=split,
+        batch_size=batch_size,
+        mixed_precision="no",
+    )
     try:
         setup = load_evaluation(options, build_accelerator(mixed_precision="no"), print)
     except ValueError as error:

@@ -37,7 +37,7 @@ from ..options import DataOptions, EvaluateOptions
 from ..system import describe_device, get_versions
 from .confidence import measure_unknown
 from .evaluator import Evaluator, round_floats
-from .load_model import check_is_classifier, list_file_patterns, load_model
+from .load_model import announce_precision, check_is_classifier, list_file_patterns, load_model
 from .metric_tables import build_class_tables, build_metric_rows
 from .per_image import get_outputs, write_predictions
 
@@ -54,14 +54,20 @@ class EvaluationSetup(NamedTuple):
 
 
 def load_evaluation(
-    options: EvaluateOptions, accelerator: Accelerator, warn: Callable[[str], None]
+    options: EvaluateOptions,
+    accelerator: Accelerator,
+    warn: Callable[[str], None],
+    print_line: Callable[[str], None] = print,
 ) -> EvaluationSetup:
     """Load the model and the labeled images. The errors are the same as in `evaluate_checkpoint`."""
     with accelerator.main_process_first():  # the main process downloads the files
+        precision = announce_precision(accelerator, options.mixed_precision, options.model, options.backend)
         model, processor = load_model(options.model, True, options.fit, options.backend, accelerator.mixed_precision)
         check_is_classifier(model.config)
         folder = resolve_checkpoint(options.model, list_file_patterns(options.backend))
         record = read_held_out_record(folder)
+    if precision:
+        print_line(precision)
     model = model.to(accelerator.device).eval()
     data_options = set_label_columns(options.data, model.config, folder)
     load_data = partial(load_evaluation_data, data_options, options.split, record, max_images=options.max_images)
@@ -100,7 +106,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
             written.
     """
     accelerator, console, warn = set_up_evaluation(options)
-    setup = load_evaluation(options, accelerator, warn)
+    setup = load_evaluation(options, accelerator, warn, partial(console.print, markup=False))
     model, evaluator, kind = setup.model, setup.evaluator, setup.evaluator.label_space.kind
     if options.per_image is not None and kind == "multi_task":
         raise ValueError("--per-image requires a single task. Use `vitcls predict --dataset` for several tasks")

@@ -33,7 +33,7 @@ from .evaluate import (
     write_results,
 )
 from .evaluator import Evaluator, round_floats
-from .load_model import list_file_patterns, load_model
+from .load_model import announce_precision, list_file_patterns, load_model
 from .metric_tables import format_percent
 
 
@@ -93,8 +93,11 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
         raise ValueError("--frozen does not support streams. Remove --streaming")
     accelerator, console, warn = set_up_evaluation(options)
     with accelerator.main_process_first():  # the main process downloads the files
+        precision = announce_precision(accelerator, options.mixed_precision, options.model, "torch")
         model, processor = load_model(options.model, use_head=False, fit=options.fit)
         record = read_held_out_record(resolve_checkpoint(options.model, list_file_patterns("torch")))
+    if precision:
+        console.print(precision, markup=False)
     training_data, held_out_data = load_on_main(
         accelerator,
         options.data.dataset,

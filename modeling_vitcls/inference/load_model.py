@@ -3,10 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+
 from ..adaptation_vitcls import load_checkpoint
 from ..configuration_vitcls import PRESETS, ViTCLSConfig
 from ..conversion.any_checkpoint import resolve_checkpoint
 from ..data.fit import set_fit
+from ..distributed import set_mixed_precision
 from ..hub.connection import silence_transformers
 from ..hub.loading import MODEL_FILE_PATTERNS, check_is_vitcls
 from ..hub.model_files import CONFIG_FILES, RESULTS_FILE
@@ -49,15 +52,7 @@ def load_model(
             is requested, or if an exported file is not one of the model (exported_graphs.py).
         OSError: If the checkpoint cannot be found or read.
     """
-    if is_preset(source):
-        raise ValueError(
-            f"{source} is a preset without trained weights. Set --model to a folder or a model on the Hub"
-        )
-    if Path(source, "checkpoints").is_dir() and not Path(source, "config.json").exists():
-        raise ValueError(
-            f"{source} contains an unfinished run without a model. Repeat the training command with --resume"
-        )
-    folder = resolve_checkpoint(source, list_file_patterns(backend))
+    folder = find_model_folder(source, backend)
     settings = check_is_vitcls(source, folder)
     model_class: Any = ViTCLSModel
     arguments = {"add_pooling_layer": False}
@@ -95,6 +90,30 @@ def load_model(
         weight_name = min(missing_weights)
         raise ValueError(f"the checkpoint {source} does not contain the weight {weight_name}. Train the model first")
     return model, processor
+
+
+def find_model_folder(source: str, backend: str = "torch") -> str:
+    """Return the local folder of a model, with the files that a backend reads. The errors are those of `load_model`."""
+    if is_preset(source):
+        raise ValueError(
+            f"{source} is a preset without trained weights. Set --model to a folder or a model on the Hub"
+        )
+    if Path(source, "checkpoints").is_dir() and not Path(source, "config.json").exists():
+        raise ValueError(
+            f"{source} contains an unfinished run without a model. Repeat the training command with --resume"
+        )
+    return resolve_checkpoint(source, list_file_patterns(backend))
+
+
+def announce_precision(accelerator: Accelerator, setting: str, source: str, backend: str) -> str:
+    """Set the precision for `--mixed-precision auto` before a model is loaded, and return a line for the user, or an
+    empty text if no choice was made. ONNX files run in float32."""
+    folder = find_model_folder(source, backend)
+    check_is_vitcls(source, folder)
+    if setting != "auto" or backend.endswith("onnx"):
+        return ""
+    text = set_mixed_precision(accelerator, setting, ViTCLSConfig.from_pretrained(folder))
+    return f"mixed precision: {text}" if accelerator.mixed_precision != "no" else ""
 
 
 def check_is_classifier(config: ViTCLSConfig) -> None:

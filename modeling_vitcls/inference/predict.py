@@ -11,6 +11,7 @@ for any number of processes, even after a restart. A stream is divided among the
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,7 +35,7 @@ from ..options import PredictOptions
 from .confidence import find_score_limit
 from .exported_graphs import ExportedModel
 from .inputs import ImageRecord, ListInput, PredictionInput, StreamInput, build_list_input, open_input, prepare_images
-from .load_model import list_file_patterns, load_model
+from .load_model import announce_precision, list_file_patterns, load_model
 from .outputs import WRITERS, get_output_columns, print_table, show_progress, write_rows
 from .per_image import read_predictions, read_weights_hash
 from .prediction_rows import AutocastFactory, PredictionColumns, Row, build_prediction_columns, predict_rows
@@ -84,6 +85,9 @@ def read_all_records(source: PredictionInput) -> Iterator[ImageRecord]:
 def build_predictor(options: PredictOptions, accelerator: Accelerator) -> Predictor:
     """Load the model and the image processor, and build a predictor on the device of the accelerator."""
     assert options.model is not None
+    precision = announce_precision(accelerator, options.mixed_precision, options.model, options.backend)
+    if precision and accelerator.is_main_process:
+        print(precision, file=sys.stderr)
     model, processor = load_model(
         options.model, options.features is None, options.fit, options.backend, accelerator.mixed_precision
     )

@@ -31,7 +31,7 @@ from ..data.sampling import BatchPlan
 from ..data.splits import TrainingData, describe_data, load_on_main
 from ..data.streaming import StreamedImages
 from ..data.workers import explain_worker_errors
-from ..distributed import build_accelerator, configure_layer_sharding, run_on_main
+from ..distributed import build_accelerator, configure_layer_sharding, run_on_main, set_mixed_precision
 from ..errors import RunStopped, is_raised_on_all_processes
 from ..inference.frozen_features import HeadEvaluator
 from ..inference.per_image import get_outputs
@@ -239,6 +239,10 @@ def load(kind: Any, options: Options, environment: Environment) -> Loaded:
         forward_flops = (task.encoder or task.model).flops()
     if options.training.gradient_checkpointing:
         task.model.gradient_checkpointing_enable()
+    recorded_precision = None if checkpoint is None else checkpoint.metadata["mixed_precision"]
+    precision_text = set_mixed_precision(
+        accelerator, options.training.mixed_precision, task.model.config, recorded_precision
+    )
 
     plan = BatchPlan.from_options(data.num_training_images, options.training, accelerator.num_processes)
     metadata = {
@@ -259,6 +263,7 @@ def load(kind: Any, options: Options, environment: Environment) -> Loaded:
         **describe_model(initial.name, task.model, forward_flops),
         **default_lines,
         **task.summary_lines,
+        "device": f"{describe_device(accelerator)}, mixed precision: {precision_text}",
     }
     reason = None
     if task.probe is not None:
@@ -320,13 +325,12 @@ def resolve_options(options: Any, initial: InitialModel, data: TrainingData) -> 
 
 def print_summary(loaded: Loaded, environment: Environment) -> None:
     """Print what the run does, before it starts."""
-    accelerator, reporter = environment.accelerator, environment.reporter
+    reporter = environment.reporter
     lines = dict(loaded.lines)
     if loaded.has_steps:
         lines["batches"] = describe_batches(loaded.plan)
     else:
         lines |= {"defaults": None, "selection": None, "steps": loaded.missing_steps_reason}
-    lines["device"] = f"{describe_device(accelerator)}, mixed precision: {accelerator.mixed_precision}"
     for name, text in lines.items():
         if text:
             reporter.print_line(name, text)

@@ -69,6 +69,15 @@ def build_options(model: str, tmp_path: Path, *paths: Any, **fields: Any) -> Ins
     return InspectOptions(model, tuple(map(str, paths)), output=tmp_path / "report.html", **fields)
 
 
+def test_all_measurements_run_in_bfloat16(model: str, image_folder: Path, tmp_path: Path) -> None:
+    verdicts = [
+        inspect_tokens(build_options(model, tmp_path, image_folder, mixed_precision=precision)).verdicts
+        for precision in ("no", "bf16")
+    ]
+    assert [verdict.token for verdict in verdicts[1]] == [verdict.token for verdict in verdicts[0]]
+    assert verdicts[1] != verdicts[0]
+
+
 def test_a_revision_of_a_model_on_the_hub(
     model: str, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

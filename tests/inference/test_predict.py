@@ -37,6 +37,7 @@ from modeling_vitcls import (
     ViTCLSImageProcessor,
     ViTCLSModel,
     api,
+    distributed,
 )
 from modeling_vitcls.distributed import build_accelerator
 from modeling_vitcls.inference import predict as predict_module
@@ -564,6 +565,18 @@ def test_rows_of_options_have_the_settings_of_the_options(models: Path, photos: 
         expected = predict(model, processor, photos, **flags)
     assert predict_module.predict_from_options(options, []) == expected
     assert expected != predict(model, processor, photos, **flags)
+
+
+def test_predictions_are_in_bfloat16_where_it_is_faster(
+    models: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "has_bfloat16", lambda device: True)
+    monkeypatch.setattr(distributed, "MIN_BFLOAT16_WIDTH", 16)
+    source = str(models / "one_label")
+    rows, in_bfloat16, in_float32 = (
+        api.predict(source, photos, mixed_precision=precision) for precision in ("auto", "bf16", "no")
+    )
+    assert rows == in_bfloat16 != in_float32
 
 
 def test_images_of_several_shapes_share_a_batch(photos: Path) -> None:

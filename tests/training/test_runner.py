@@ -14,6 +14,7 @@ import pytest
 from helpers.tiny_models import raises_one_line
 from helpers.tiny_options import build_tiny_options, read_metrics, run_to_folder, run_training
 
+from modeling_vitcls import distributed
 from modeling_vitcls.checkpoints import CheckpointStore, format_state, read_state
 from modeling_vitcls.errors import RunStopped
 from modeling_vitcls.files import read_json
@@ -160,6 +161,23 @@ def test_a_resumed_run_uses_the_commits_of_its_checkpoint() -> None:
     checkpoint.metadata["flags"] = {"teachers": [*stored.values()]}
     options = build_tiny_options(Path("run"), "digits", PretrainOptions, teachers=("acme/other", "acme/vit"))
     assert pin_models(options, checkpoint).distillation.teachers == (stored["teacher"], stored["model"])
+
+
+def test_a_run_resumed_on_a_machine_without_bfloat16_keeps_its_precision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    monkeypatch.setattr(distributed, "MIN_BFLOAT16_WIDTH", 16)
+    monkeypatch.setattr(distributed, "has_bfloat16", lambda device: True)
+    folder = run_to_folder(build_options(tmp_path / "run"))
+    results = get_compared_values(folder)
+    assert results[0]["mixed_precision"] == "bf16"
+
+    shutil.rmtree(folder / "checkpoints" / "step-00000003")
+    (folder / "results.json").unlink()
+    monkeypatch.setattr(distributed, "has_bfloat16", lambda device: False)
+    run_training(build_options(folder, resume=True))
+    assert get_compared_values(folder) == results
 
 
 def test_another_precision_is_an_error() -> None:
