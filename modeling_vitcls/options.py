@@ -257,8 +257,8 @@ class TrainingOptions:
     lora_rank: int = 8
     """Rank of the LoRA matrices for the query and value projections (Hu et al. 2021)."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """Precision of the forward pass. `auto`: the setting of `accelerate launch` or, without it, `bf16` on GPUs and CPUs
-    with bf16 instructions (on CPUs, for models at least as wide as ViT-Ti), and otherwise `no`."""
+    """Precision of the forward pass. `auto`: the setting of `accelerate launch` or, without it, `bf16` on GPUs and
+    CPUs with bf16 instructions (on CPUs, for models at least as wide as ViT-Ti), and otherwise `no`."""
     compile: bool = False
     """Compile the model with torch.compile."""
     gradient_checkpointing: bool = False
@@ -497,8 +497,8 @@ class EvaluateOptions:
     batch_size: int = 64
     """Number of images per process and forward pass."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """Precision of the forward pass. `auto`: the setting of `accelerate launch` or, without it, `bf16` on GPUs and CPUs
-    with bf16 instructions (on CPUs, for models at least as wide as ViT-Ti), and otherwise `no`."""
+    """Precision of the forward pass. `auto`: the setting of `accelerate launch` or, without it, `bf16` on GPUs and
+    CPUs with bf16 instructions (on CPUs, for models at least as wide as ViT-Ti), and otherwise `no`."""
     backend: str = "torch"
     """Engine: `torch`, or `onnx` or `openvino` for model.onnx or model.xml in the model's folder, which then
     requires no other weights, or a file that `vitcls export` wrote."""
@@ -597,8 +597,8 @@ class PredictOptions(ImageOptions):
     num_workers: int | None = None
     """Number of image loading threads per process. Default: the number of CPU cores, but at most 8."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """Precision of the forward pass. `auto`: the setting of `accelerate launch` or, without it, `bf16` on GPUs and CPUs
-    with bf16 instructions (on CPUs, for models at least as wide as ViT-Ti), and otherwise `no`."""
+    """Precision of the forward pass. `auto`: the setting of `accelerate launch` or, without it, `bf16` on GPUs and
+    CPUs with bf16 instructions (on CPUs, for models at least as wide as ViT-Ti), and otherwise `no`."""
 
     def __post_init__(self) -> None:
         check_minimum(self, 1, "shard_size", "batch_size", "top_k", "num_workers")

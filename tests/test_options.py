@@ -180,7 +180,7 @@ DEFAULTS = """
     model=m flip=True auto_augment=none
     gradient_accumulation_steps=1 warmup=0.1 weight_decay=0.05 label_smoothing=0.1 class_balance=none
     max_gradient_norm=1.0 trainable=full lora_rank=8 log_every=10 log_attention_every=100 evaluate_every=1 probe=True
-    keep_checkpoints=2 report=True hub_verify=True distillation=hard
+    keep_checkpoints=2 report=True hub_verify=True distillation=hard mixed_precision=auto
     distillation_alpha=0.5 distillation_tau=3.0
 
     global_crops=2 local_crops=6 global_crop_scale=0.3 sigreg_weight=0.05 projector_width=1024
@@ -188,11 +188,12 @@ DEFAULTS = """
     mask_ratio=0.75 decoder_layers=4
 
     model=m dataset=digits held_out_fraction=0.2 shuffle_buffer=1000 max_unreadable_images=100 num_workers=2
-    batch_size=64 backend=torch
+    batch_size=64 backend=torch mixed_precision=auto
 
     model=m dataset=digits batch_size=32 shard_size=10000 threshold=0.5 feature_dtype=float32 backend=torch
+    mixed_precision=auto
 
-    model=m dataset=digits batch_size=32 output=report.html num_images=8 max_images=256
+    model=m dataset=digits batch_size=32 output=report.html num_images=8 max_images=256 mixed_precision=auto
 """
 
 

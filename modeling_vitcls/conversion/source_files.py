@@ -169,7 +169,8 @@ def unwrap_weights(weights: Mapping[str, Any], notes: list[str]) -> tuple[Weight
     is_array = (torch.Tensor, np.ndarray)
     tensors: dict[str, Any] = {str(name): value for name, value in weights.items() if isinstance(value, is_array)}
     while prefix := next((prefix for prefix in WRAPPER_PREFIXES if has_encoder(tensors, prefix)), None):
-        kept = {name: tensor for name, tensor in tensors.items() if name.startswith((prefix, "linear_head."))}
+        prefixes = (prefix, "linear_head.") if LINEAR_HEAD in tensors else (prefix,)
+        kept = {name: tensor for name, tensor in tensors.items() if name.startswith(prefixes)}
         if other_names := [name for name in tensors if name not in kept]:
             notes.append(
                 f"{len(other_names)} weights outside of {prefix}* are not converted, for example {other_names[0]}"

@@ -93,7 +93,7 @@ def load_model(
 
 
 def find_model_folder(source: str, backend: str = "torch") -> str:
-    """Return the local folder of a model, with the files that a backend reads. The errors are those of `load_model`."""
+    """Return the local folder of a model, with the files that a backend reads. The errors are as in `load_model`."""
     if is_preset(source):
         raise ValueError(
             f"{source} is a preset without trained weights. Set --model to a folder or a model on the Hub"

@@ -197,7 +197,7 @@ def test_the_audit_checks_the_labels_of_all_images_that_the_model_was_not_traine
     for dataset, count in ((photos / "train", 12), (other, 20)):
         capsys.readouterr()
         reset_accelerate()
-        evaluate(photos / "run", dataset, audit=tmp_path / "audit.html", num_workers=0)
+        evaluate(photos / "run", dataset, audit=tmp_path / f"{count}.html", num_workers=0)
         assert f"labels checked: {count} images" in capsys.readouterr().out
 
 

@@ -78,7 +78,7 @@ def test_cached_hub_datasets_load_without_the_hub(
     assert len(load_splits(DataOptions("ann/pictures")).images_by_split["train"]) == 8
     assert "127.0.0.1:9 does not respond" in caplog.text and ". Loading ann/pictures from the cache" in caplog.text
     for streaming in (False, True):
-        with raises_one_line("ann/none is not a file or folder", f"{DEAD} does not respond", error=OSError):
+        with raises_one_line("there is no file or folder ann/none", f"{DEAD} does not respond", error=OSError):
             load_training_data(DataOptions("ann/none", streaming=streaming))
     with raises_one_line("ann/none", f"{DEAD} does not respond", error=OSError):
         load_training_data(DataOptions("ann/none"), use_labels=False)

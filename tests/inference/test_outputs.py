@@ -29,7 +29,7 @@ def test_lists_and_half_precision_are_written_to_every_format(tmp_path: Path) ->
     with (tmp_path / "out.csv").open(newline="", encoding="utf-8") as file:
         header, *found = csv.reader(file)
     assert header == ["index", "image", "labels", "p", "unknown", "error"]
-    assert found == [["0", "a\nb,c", "x|ü", "0.5|0.25", "True", ""], ["1", "d", "", "", "", "unreadable"]]
+    assert found == [["0", "a\\nb,c", "x|ü", "0.5|0.25", "True", ""], ["1", "d", "", "", "", "unreadable"]]
     expected = [
         {"index": 0, "image": "a\nb,c", "labels": ["x", "ü"], "p": [0.5, 0.25]},
         {"index": 1, "image": "d", "labels": None, "p": None, "unknown": None, "error": "unreadable"},

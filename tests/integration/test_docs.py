@@ -51,7 +51,9 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 MODULE = ["-m", "modeling_vitcls.cli"]
 OTHER_COMMANDS = "cd git hf sbatch torchrun make pip .venv/bin/pip .venv/bin/python pre-commit".split()
 # flags of pip, hf and pytest that the text mentions
-OTHER_FLAGS = set("--help --help-all --tyro-print-completion --node-rank --version --include --local-dir".split())
+OTHER_FLAGS = set(
+    "--help --help-all --tyro-print-completion --node-rank --version --include --local-dir --shm-size".split()
+)
 OTHER_SUBCOMMANDS = {"--version", "--tyro-print-completion", "env"}
 
 # Added to commands so that they take only seconds.

@@ -58,9 +58,9 @@ def test_evaluate_reports_no_accuracy(
     classifier: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--per-image", str(tmp_path / "rows.parquet"), "--output", str(tmp_path / "results.json")]
-    held_out = ["--held-out-fraction", "0.5", "--num-workers", "0"]
-    assert run_here("evaluate", "--model", str(classifier), "--dataset", str(photos), *held_out, *flags) == 1
-    check_error(capsys, "8 of 8 images")
+    data = ["--dataset", str(photos), "--num-workers", "0"]
+    assert run_here("evaluate", "--model", str(classifier), *data, *flags) == 1
+    check_error(capsys, "16 of 16 images")
     assert not list(tmp_path.iterdir())
 
 

@@ -182,7 +182,7 @@ def test_a_run_resumed_on_a_machine_without_bfloat16_keeps_its_precision(
 
 def test_another_precision_is_an_error() -> None:
     """The launcher of the resumed run may set it."""
-    metadata = {"data": {}, "mixed_precision": "no", "images_per_step": 8}
+    metadata = {"data": {}, "files": None, "mixed_precision": "no", "images_per_step": 8}
     check_run_unchanged(metadata, metadata, Path("run"))
     with raises_one_line("--mixed-precision bf16"):
         check_run_unchanged(metadata | {"mixed_precision": "bf16"}, metadata, Path("run"))
