@@ -234,12 +234,13 @@ def one_line_errors() -> Iterator[None]:
 
 def find_own_error(ended: BaseException) -> BaseException | None:
     """Return the error of the options' own checks that made tyro exit; None if tyro found the error."""
-    error: BaseException | None = ended
-    while (error := error.__context__) is not None:
+    error = ended.__context__
+    while error is not None:
         frames = list(traceback.walk_tb(error.__traceback__))
         file = Path(frames[-1][0].f_code.co_filename) if frames else Path()
         if isinstance(error, ValueError) and PACKAGE_FOLDER in file.parents:
             return error
+        error = error.__context__
     return None
 
 

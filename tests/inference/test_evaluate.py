@@ -361,7 +361,9 @@ def test_labels_are_matched_to_the_model_by_name() -> None:
     many = [f"label {index}" for index in range(22)]
     for number, shown in ((20, r", label 19\. Remove"), (21, r", label 19 and 1 more\. Remove")):
         with pytest.raises(ValueError, match=f"'noon'.*{shown}"):
-            match_labels(pictures, build_single_label_space("noon"), build_single_label_space(*many[:number]))
+            match_labels(
+                pictures, build_single_label_space("noon", "label 0"), build_single_label_space(*many[:number])
+            )
     # an unused name has no effect
     match_labels(LabeledImages([], [1]), build_single_label_space("noon", "dusk"), build_single_label_space("dusk"))
 
