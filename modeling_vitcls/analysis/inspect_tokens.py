@@ -36,7 +36,7 @@ def inspect_tokens(options: InspectOptions) -> Inspection:
     folder = resolve_checkpoint(options.model, list_file_patterns("torch"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device).eval()
-    precision = options.mixed_precision
+    precision: str = options.mixed_precision
     if precision == "auto":
         precision = choose_precision(device, model.config)
         if precision == "bf16":

@@ -179,8 +179,7 @@ def fall_back_to_cache(
             yield None
     except Exception as error:  # libraries raise different errors for files that are not in the cache
         raise OSError(
-            f"there is no {PATH_NOUNS[repo_type]} {repo_id}, and as a {repo_type} on the Hub it is missing or "
-            f"incomplete in the cache, and {hub_error}"
+            f"{repo_id} is not a {PATH_NOUNS[repo_type]} and is missing or incomplete in the cache, and {hub_error}"
         ) from error
     logger.warning("%s. Loading %s from the cache, which may be outdated", hub_error, repo_id)
 
@@ -257,9 +256,9 @@ def download_files(
 def describe_incomplete_cache(repo_id: str) -> str:
     """Return the error message, with remedy, for a model that is not complete in the cache in offline mode."""
     return (
-        f"there is no folder {repo_id}, and as a model on the Hub it is missing or incomplete in the cache, and "
-        f"HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set. Check the path, or run `hf download {repo_id}` on a "
-        "machine with network access, copy that machine's cache to this machine, and set HF_HUB_CACHE to the copy"
+        f"{repo_id} is not a folder and is missing or incomplete in the cache, and HF_HUB_OFFLINE (or "
+        f"TRANSFORMERS_OFFLINE) is set. Check the path, or run `hf download {repo_id}` on a machine with network "
+        "access, copy that machine's cache to this machine, and set HF_HUB_CACHE to the copy"
     )
 
 

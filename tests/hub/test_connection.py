@@ -42,7 +42,8 @@ def test_failed_attempts_are_repeated_after_the_given_waits(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     waits: list[float] = []
-    monkeypatch.setattr(connection, "time", SimpleNamespace(sleep=waits.append, monotonic=lambda: 0.0))
+    clock = SimpleNamespace(sleep=waits.append, monotonic=lambda: sum(waits))
+    monkeypatch.setattr(connection, "time", clock)
     errors: list[Exception] = [build_hub_error(503, reason="Down"), build_hub_error(503)]
     errors += [build_hub_error(429, reason="Busy", Retry_After=wait) for wait in ("2", "3", "86400", "Mon, 1 Jan")]
 
