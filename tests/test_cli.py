@@ -132,7 +132,7 @@ def test_a_study_of_the_package_has_a_name(tmp_path: Path, monkeypatch: pytest.M
 def test_scripts_run_the_same_programs(
     command: str, script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert {*WRAPPERS, "env"} == set(cli.COMMANDS)
+    assert {*WRAPPERS, "env", "look"} == set(cli.COMMANDS)
     monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(SCRIPTS / f"{script}.py"), run_name="__main__")
