@@ -23,6 +23,7 @@ of 5e-4 and no layer decay.
 The default values are printed with their reasons and written to config.resolved.yaml.
 """
 
+import copy
 import math
 from dataclasses import replace
 from typing import Literal, TypeVar
@@ -30,7 +31,7 @@ from typing import Literal, TypeVar
 import torch
 from accelerate import PartialState
 
-from ..configuration_vitcls import ViTCLSConfig, to_pair
+from ..configuration_vitcls import to_pair
 from ..modeling_vitcls import ViTCLSModel
 from ..options import FinetuneOptions, PretrainOptions
 from .model import InitialModel
@@ -47,7 +48,6 @@ MAX_SMALL_IMAGE_SIZE = 64  # maximum length of the longer side of a small image,
 MIN_LARGE_DATASET_SIZE = 10_000  # minimum number of training images in a large dataset
 MAX_CPU_FLOPS = 1e15  # of all training steps; about an hour at 300 GFLOP/s
 # Flags with defaults of this file
-STAGE_FIELDS = ("out_features", "out_indices", "stage_names")  # of a backbone, which depend on the number of layers
 SIZE_FLAGS = "image_size patch_size hidden_size num_hidden_layers num_attention_heads intermediate_size".split()
 DEFAULT_FLAGS = "learning_rate initializer_range layer_decay epochs batch_size crop_scale shift".split()
 
@@ -97,9 +97,10 @@ def compute_max_epochs(options: Options, initial: InitialModel, num_training_ima
     has_number = options.training.epochs is not None or options.training.max_steps is not None
     if has_number or not num_training_images or PartialState().device.type != "cpu":
         return math.inf
-    sizes = {name: value for name, value in options.model.get_config_values().items() if name in SIZE_FLAGS}
-    fields = {name: value for name, value in initial.config.to_diff_dict().items() if name not in STAGE_FIELDS}
-    config = ViTCLSConfig(**(fields | sizes))
+    config = copy.deepcopy(initial.config)
+    for name, value in options.model.get_config_values().items():
+        if name in SIZE_FLAGS:
+            setattr(config, name, value)
     with torch.device("meta"):
         model = ViTCLSModel(config)
     step_flops = 3 * model.flops()  # for each image; a backward pass is two forward passes
