@@ -175,7 +175,7 @@ def split_linear_head(weights: Weights) -> tuple[torch.Tensor, ...]:
             f"{LINEAR_HEAD} has {weight.shape[1]} inputs instead of (1 + layers) * {width}. Remove linear_head.* from "
             "the file to convert the encoder"
         )
-    return tuple(weight.split(width, dim=1))  # type: ignore[no-untyped-call]
+    return tuple(weight.split(width, dim=1))
 
 
 def get_family(family: str, weights: Weights) -> FileFamily:
