@@ -206,9 +206,9 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         distillation_inference (`"mean"`, `"cls"` or `"distillation"`, defaults to `"mean"`): Logits that a model with
             two heads returns: the mean of both heads' logits (DeiT, section 5.2), or the logits of one head.
 
-        extra_heads (`dict[str, dict]`, *optional*): Task name -> fields of `ExtraHead`, such as `{"weather": {"labels":
-            ["rain", "sun"], "pooling": "mean", "pooled_layers": [-2, -1]}}`. Extra heads are linear classifiers that
-            only read the tokens of the model: they do not change its other outputs. `vitcls add-task` adds them.
+        extra_heads (`dict[str, dict]`, *optional*): Task name -> fields of `ExtraHead`, for example
+            `{"weather": {"labels": ["rain", "sun"], "pooling": "mean", "pooled_layers": [-2, -1]}}`. Extra heads are
+            linear classifiers that only read the tokens of the model: they do not change its other outputs.
 
     Image and patches:
         image_size (`int` or `[height, width]`, defaults to 224): Image size in pixels, a multiple of the patch size.
@@ -759,9 +759,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         for name, fields in (self.extra_heads or {}).items():
             owner = f"`extra_heads`: {name!r}"
             if not name.isidentifier() or name in (*RESERVED_OUTPUT_NAMES, *(self.tasks or ())):
-                raise ValueError(
-                    f"{owner} is not a free name. Use letters, digits and underscores, and no other task."
-                )
+                raise ValueError(f"{owner} is not a free name. Use another one, of letters, digits and underscores.")
             known_names = [field.name for field in dataclasses.fields(ExtraHead)]
             for field_name in fields:
                 if field_name not in known_names:

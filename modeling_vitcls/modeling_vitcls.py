@@ -374,7 +374,7 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         The first pass, of fewer tokens, stays as it is: a product of more rows could be rounded differently. Hooks of
         transformers and the recorder of the attention have seen the first pass, and do not see the second.
         """
-        layer = self.layers[-1]
+        layer: Any = self.layers[-1]
         recorder, layer.attention.recorder = layer.attention.recorder, None
         try:
             return self.normalize(layer(*inputs, **kwargs))
