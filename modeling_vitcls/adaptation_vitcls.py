@@ -331,7 +331,22 @@ def load_checkpoint(load: Callable[..., Any], source: Any, *args: Any, **kwargs:
         raise
     model = model_or_tuple[0] if isinstance(model_or_tuple, tuple) else model_or_tuple
     model._weight_conversions = []  # by default, transformers would save the model with the former names
+    if isinstance(model, PreTrainedModel):
+        align_weights(model)
     return model_or_tuple
+
+
+def align_weights(model: PreTrainedModel) -> None:
+    """Copy weights on the CPU to addresses that are multiples of 64 bytes, as PyTorch allocates memory.
+
+    transformers maps files into memory, where the address of a weight depends on the length of the file's header. MKL
+    rounds products of one row in float32 differently if the address is not a multiple of 16 bytes: a model that is
+    saved with one more weight would have different outputs for single images.
+    """
+    for parameter in model.parameters():
+        is_plain = type(parameter) is torch.nn.Parameter and parameter.device.type == "cpu"
+        if is_plain and parameter.data_ptr() % 64:
+            parameter.data = parameter.data.clone()
 
 
 def check_checkpoint_folder(source: Any, needs_config_file: bool) -> None:

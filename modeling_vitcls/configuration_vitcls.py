@@ -70,7 +70,7 @@ GROUPS_WITH_POSITIONS: dict[str, tuple[str, ...]] = {"patches": (), "cls": ("cls
 # Fields for which `from_pretrained(..., field=value)` adapts the weights of a checkpoint (adaptation_vitcls.py).
 ADAPTABLE_FIELDS = (
     *("image_size", "patch_size", *COUNT_FIELDS.values()),
-    *("cls_scopes", "gated_tokens", "register_neurons", "specialized_layers"),
+    *("cls_scopes", "gated_tokens", "register_neurons", "specialized_layers", "extra_heads"),
 )
 
 # Field -> smallest and largest value. The upper limits only reject typos that would exhaust the memory.
@@ -88,6 +88,10 @@ MAX_PATCHES = 2**22  # maximum number of patches of an image
 MAX_PATCH_SIDE = 4096  # maximum height and width of a patch, in pixels
 
 PROBLEM_TYPES = (None, "single_label_classification", "multi_label_classification", "regression")
+
+EXTRA_HEAD_POOLINGS = ("cls", "mean", "cls_mean", "max")
+# Names that an extra head cannot have, because exported graphs have outputs with these names.
+RESERVED_OUTPUT_NAMES = ("logits", "cls_logits", "distillation_logits", "cls_attention")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +124,28 @@ class TokenLayout:
     def items(self) -> Iterator[tuple[str, slice]]:
         """Return the `(name, slice)` pairs of the four groups, in sequence order."""
         return ((name, getattr(self, name)) for name in ("cls", "distillation", "registers", "patches"))
+
+
+@dataclasses.dataclass(frozen=True)
+class ExtraHead:
+    """An entry of `ViTCLSConfig.extra_heads`, with default values.
+
+    Attributes:
+        labels: label names, in the order of the logits.
+        pooling: "cls", "mean", "cls_mean" or "max".
+        pooled_layers: layers whose tokens are pooled, as in `ViTCLSConfig`.
+        problem_type: "single_label_classification" or "multi_label_classification".
+        temperature: number by which the logits are divided in evaluation mode.
+        threshold: for several labels per image, the probability from which a label is predicted; for one label per
+            image, the energy above which an image is unlikely to show any of the labels.
+    """
+
+    labels: list[str]
+    pooling: str = "cls"
+    pooled_layers: list[int] | None = None
+    problem_type: str = "single_label_classification"
+    temperature: float = 1.0
+    threshold: float | None = None
 
 
 @contextmanager
@@ -183,6 +209,9 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             two heads returns: the mean of both heads' logits (DeiT, section 5.2), or the logits of one head.
         compute_all_tokens (`bool`, defaults to `False`): Whether the last layer of a classifier computes all tokens.
             By default, it computes only the tokens that its heads read, which is faster; the logits are the same.
+        extra_heads (`dict[str, dict]`, *optional*): Task name -> fields of `ExtraHead`, for example
+            `{"weather": {"labels": ["rain", "sun"], "pooling": "mean", "pooled_layers": [-2, -1]}}`. Extra heads are
+            linear classifiers that only read the tokens of the model: they do not change its other outputs.
 
     Image and patches:
         image_size (`int` or `[height, width]`, defaults to 224): Image size in pixels, a multiple of the patch size.
@@ -287,7 +316,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     _skip_validation: ClassVar[bool] = False
     # Outputs that Trainer does not collect as predictions.
     keys_to_ignore_at_inference: ClassVar[list[str]] = (
-        "cls_logits distillation_logits losses hidden_states attentions".split()
+        "cls_logits distillation_logits task_logits losses hidden_states attentions".split()
     )
     base_model_fsdp_plan: ClassVar[dict[Any, str]] = {
         "embeddings": "free_full_weight",
@@ -316,6 +345,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     distillation_head: bool | None = None
     distillation_inference: Literal["mean", "cls", "distillation"] = "mean"
     compute_all_tokens: bool = False
+    extra_heads: dict[str, dict[str, Any]] | None = None
     image_size: int | list[int] | tuple[int, int] = 224
     patch_size: int | list[int] | tuple[int, int] = 16
     num_channels: int = 3
@@ -592,6 +622,10 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             for name, labels in sorted((self.tasks or {}).items())
         }
 
+    def get_extra_heads(self) -> dict[str, ExtraHead]:
+        """Return the extra heads with default values, sorted by name."""
+        return {name: ExtraHead(**fields) for name, fields in sorted((self.extra_heads or {}).items())}
+
     # Size checks, which the other checks require -------------------------------------------------------------------
     def validate_architecture(self) -> None:
         """Check sizes before transformers' own check, which uses `head_dim`. Checks run in alphabetical order."""
@@ -730,6 +764,47 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                 "and leave distillation_head unset."
             )
 
+    def validate_extra_heads(self) -> None:
+        """Check the names and the fields of the extra heads."""
+        for name, fields in (self.extra_heads or {}).items():
+            owner = f"`extra_heads`: {name!r}"
+            if not name.isidentifier() or name in (*RESERVED_OUTPUT_NAMES, *(self.tasks or ())):
+                raise ValueError(f"{owner} is not a free name. Use another one, of letters, digits and underscores.")
+            known_names = [field.name for field in dataclasses.fields(ExtraHead)]
+            for field_name in fields:
+                if field_name not in known_names:
+                    suggestion = _format_suggestion(field_name, known_names)
+                    raise ValueError(f"{owner} has an unknown field {field_name!r}{suggestion}")
+            self._check_extra_head(owner, fields)
+
+    def _check_extra_head(self, owner: str, fields: dict[str, Any]) -> None:
+        """Check the values of an extra head. Messages start with its `owner`."""
+        labels = fields.get("labels")
+        if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+            raise ValueError(f'{owner} requires `labels`, a list of names. Set labels=["rain", "sun"].')
+        head = ExtraHead(**fields)
+        is_multi_label = head.problem_type == "multi_label_classification"
+        if not is_multi_label and head.problem_type != "single_label_classification":
+            raise ValueError(f"{owner} supports the problem types {', '.join(PROBLEM_TYPES[1:3])}. Set one of them.")
+        num_labels = len(set(labels))
+        if num_labels != len(labels) or not 2 - is_multi_label <= num_labels <= MAX_LABELS:
+            raise ValueError(f"{owner} requires {2 - is_multi_label} to {MAX_LABELS:,} distinct labels.")
+        if head.pooling not in EXTRA_HEAD_POOLINGS:
+            raise ValueError(f"{owner} supports the poolings {', '.join(EXTRA_HEAD_POOLINGS)}. Set one of them.")
+        if "cls" in head.pooling and not self.num_cls_tokens:
+            raise ValueError(f'{owner} requires a CLS token, but the model has none. Set pooling="mean".')
+        are_layers = isinstance(head.pooled_layers, list) and all(type(layer) is int for layer in head.pooled_layers)
+        if head.pooled_layers is not None and not are_layers:
+            raise ValueError(f"{owner} requires `pooled_layers`, a list of numbers. Set pooled_layers=[-1].")
+        self._check_layers(f"{owner}: `pooled_layers`", head.pooled_layers)
+        if not _is_number(head.temperature) or not head.temperature > 0:
+            raise ValueError(f"{owner}: `temperature` must be a positive number, but it is {head.temperature}.")
+        if head.threshold is None:
+            return
+        if not _is_number(head.threshold) or (is_multi_label and not 0 < head.threshold < 1):
+            kind = "a probability between 0 and 1" if is_multi_label else "an energy"
+            raise ValueError(f"{owner}: `threshold` must be {kind}, but it is {head.threshold}.")
+
     def validate_problem_type(self) -> None:
         """Check that a loss exists for `problem_type`."""
         if self.problem_type not in PROBLEM_TYPES:
@@ -853,6 +928,10 @@ def update_gated_tokens(
 def to_pair(value: int | Sequence[int]) -> tuple[int, int]:
     """Return (height, width) of a size that is given as one number for both axes or as [height, width]."""
     return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _format_suggestion(name: str, known_names: list[str], cutoff: float = 0.6) -> str:

@@ -8,7 +8,7 @@ Unlike the `loss_function` of transformers, the losses do not set `config.proble
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,15 +23,15 @@ IGNORED_LABEL = -100
 
 # Poolers -------------------------------------------------------------------------------------------------------------
 class TokenPooler(nn.Module):
-    """Pooling without parameters, selected by `config.pooling`. [B, N, D] -> [B, P].
+    """Pooling without parameters, selected by `pooling` (default: `config.pooling`). [B, N, D] -> [B, P].
 
     "cls": the CLS token, or several CLS tokens combined as `config.cls_pooling` specifies. "mean" and "max": the mean
     or maximum over the patches. "cls_mean": the CLS token and the mean of the patches, concatenated.
     """
 
-    def __init__(self, config: ViTCLSConfig) -> None:
+    def __init__(self, config: ViTCLSConfig, pooling: str | None = None) -> None:
         super().__init__()
-        self.pooling = config.pooling
+        self.pooling = config.pooling if pooling is None else pooling
         self.cls_pooling = config.cls_pooling
         self.cls_tokens = config.token_layout.cls if config.pooled_cls_tokens is None else config.pooled_cls_tokens
         self.patches = config.token_layout.patches
@@ -135,6 +135,59 @@ def build_head(config: ViTCLSConfig, in_features: int, num_labels: int | None) -
         return nn.Linear(in_features, num_labels)
     hidden_size = config.head_hidden_size or config.hidden_size
     return nn.Sequential(nn.Linear(in_features, hidden_size), nn.GELU(), nn.Linear(hidden_size, num_labels))
+
+
+class ExtraHeads(nn.ModuleDict):
+    """Linear classifiers that read the tokens of a finished forward pass (`config.extra_heads`).
+
+    The state dict has the names `task_NAME.weight` and `task_NAME.bias`. The weights are frozen: they are fitted to
+    the features of the model, and the loss of the model does not contain the extra heads.
+
+    Attributes:
+        layers: indices, from 1, of the layers that the heads read.
+    """
+
+    def __init__(self, config: ViTCLSConfig) -> None:
+        super().__init__()
+        self.config = config
+        heads = config.get_extra_heads()
+        self.pooled_layers = {name: config.resolve_layers(head.pooled_layers) for name, head in heads.items()}
+        self.layers = sorted({layer for layers in self.pooled_layers.values() for layer in layers})
+        self.poolers = {name: TokenPooler(config, head.pooling) for name, head in heads.items()}
+        for name, head in heads.items():
+            size = config.compute_pooled_size(head.pooling, len(self.pooled_layers[name]))
+            self[f"task_{name}"] = nn.Linear(size, len(head.labels))  # nn.ModuleDict has methods `keys` and `values`
+        self.requires_grad_(False)
+
+    def forward(
+        self, layer_tokens: Mapping[int, Tensor], compute_all_tokens: Callable[[], Tensor] | None
+    ) -> dict[str, Tensor]:
+        """Return the logits [B, labels] of each head.
+
+        Every head is computed alone, so that its logits do not depend on which other heads exist.
+
+        Args:
+            layer_tokens: layer index -> tokens [B, N, D] after the final norm.
+            compute_all_tokens: function that returns all tokens of the last layer, if `layer_tokens` contains only
+                the tokens that the other classifiers read; None otherwise.
+        """
+        logits: dict[str, Tensor] = {}
+        all_tokens = None
+        last_layer, num_cls_tokens = self.config.num_hidden_layers, self.config.num_cls_tokens
+        for name, pooler in self.poolers.items():
+            pooled = []
+            for layer in self.pooled_layers[name]:
+                tokens = layer_tokens[layer]
+                has_too_few_tokens = pooler.pooling != "cls" or tokens.shape[1] < num_cls_tokens
+                if layer == last_layer and compute_all_tokens is not None and has_too_few_tokens:
+                    all_tokens = compute_all_tokens() if all_tokens is None else all_tokens
+                    tokens = all_tokens
+                pooled.append(pooler(tokens))
+            logits[name] = self[f"task_{name}"](torch.cat(pooled, dim=-1))
+            temperature = (self.config.extra_heads or {})[name].get("temperature", 1)
+            if temperature != 1 and not self.training:
+                logits[name] = logits[name] / temperature
+        return logits
 
 
 # Pixel decoder -------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ adaptation_vitcls.py (different special tokens and sizes), token_attention_vitcl
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import torch
@@ -45,6 +46,7 @@ from .cpu_kernels_vitcls import install_cpu_kernels
 from .heads_vitcls import (
     IGNORED_LABEL,
     AttentionPooler,
+    ExtraHeads,
     PixelDecoder,
     build_head,
     build_pooler,
@@ -83,6 +85,8 @@ class ViTCLSModelOutput(BaseModelOutputWithPooling):
     grid_size: ClassVar[tuple[int, int] | None] = None  # number of patch rows and columns
     layer_tokens: ClassVar[Mapping[int, Tensor]] = {}  # layer -> tokens after the final norm, see `output_layers`
     pooled_tokens: ClassVar[Mapping[int, Tensor]] = {}  # layer -> tokens after the final norm that the pooler reads
+    # function that returns all tokens of the last layer after the final norm; None if `last_hidden_state` has them
+    compute_all_tokens: ClassVar[Callable[[], Tensor] | None] = None
 
     @property
     def tokens(self) -> dict[str, Tensor]:
@@ -108,6 +112,7 @@ class ViTCLSImageClassifierOutput(ModelOutput):
         logits: [B, num_labels], the logits selected by `config.distillation_inference`.
         cls_logits: [B, num_labels], the output of the classifier on the pooled tokens.
         distillation_logits: [B, num_labels], the output of the distillation classifier, if the model has one.
+        task_logits: dict that maps the names of `config.extra_heads` to logits [B, labels], if the model has any.
         hidden_states, attentions: as in `ViTCLSModelOutput`.
     """
 
@@ -115,6 +120,7 @@ class ViTCLSImageClassifierOutput(ModelOutput):
     logits: Tensor | None = None
     cls_logits: Tensor | None = None
     distillation_logits: Tensor | None = None
+    task_logits: dict[str, Tensor] | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
 
@@ -127,12 +133,14 @@ class ViTCLSMultiTaskOutput(ModelOutput):
         loss: sum of `losses`, if labels were given.
         losses: dict that maps task names to losses, for tasks with labels.
         logits: dict that maps task names to logits [B, num_labels].
+        task_logits: as in `ViTCLSImageClassifierOutput`.
         hidden_states, attentions: as in `ViTCLSModelOutput`.
     """
 
     loss: Tensor | None = None
     losses: dict[str, Tensor] | None = None
     logits: dict[str, Tensor] | None = None
+    task_logits: dict[str, Tensor] | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
 
@@ -301,7 +309,8 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
                 Classifiers pass the number of tokens that their heads read (`count_output_tokens`).
             interpolate_pos_encoding: has no effect, because positions are always interpolated to the image size.
             output_layers: indices of layers, from 1 to `num_hidden_layers`, whose tokens after the final norm are
-                returned as `layer_tokens` (index -> [B, N, D]). Other layers are not kept in memory.
+                returned as `layer_tokens` (index -> [B, N, D]). Other layers are not kept in memory. If
+                `num_output_tokens` limits the last layer, `compute_all_tokens()` computes it again for all tokens.
             output_hidden_states, output_attentions, return_dict: as in all transformers models.
 
         Raises:
@@ -331,13 +340,12 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         layer_tokens: dict[int, Tensor] = {}
         for index, layer in enumerate(self.layers, start=1):
             is_last = index == len(self.layers)
-            hidden_states = layer(
+            inputs = (
                 hidden_states,
                 mask[index - 1] if isinstance(mask, list) else mask,
                 position_embeddings[index - 1] if isinstance(position_embeddings, list) else position_embeddings,
-                num_output_tokens if is_last else None,
-                **kwargs,
             )
+            hidden_states = layer(*inputs, num_output_tokens if is_last else None, **kwargs)
             if is_last or index in pooled_layers or index in output_layers:
                 tokens = self.normalize(hidden_states)  # [B, N, D]
             if index in output_layers:
@@ -356,7 +364,22 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         output.grid_size = grid_size  # type: ignore[misc]
         output.layer_tokens = layer_tokens  # type: ignore[misc]
         output.pooled_tokens = pooled_tokens  # type: ignore[misc]
+        if num_output_tokens is not None and len(self.layers) in output_layers:
+            output.compute_all_tokens = partial(self.compute_last_layer, inputs, **kwargs)  # type: ignore[misc]
         return output
+
+    def compute_last_layer(self, inputs: tuple[Tensor, Any, Any], **kwargs: Unpack[TransformersKwargs]) -> Tensor:
+        """Return all tokens of the last layer after the final norm, [B, N, D], in a second pass of this layer.
+
+        The first pass, of fewer tokens, stays as it is: a product of more rows could be rounded differently. Hooks of
+        transformers and the recorder of the attention have seen the first pass, and do not see the second.
+        """
+        layer: Any = self.layers[-1]
+        recorder, layer.attention.recorder = layer.attention.recorder, None
+        try:
+            return self.normalize(layer(*inputs, **kwargs))
+        finally:
+            layer.attention.recorder = recorder
 
     def normalize(self, hidden_states: Tensor) -> Tensor:
         """Apply the final norm, if the model has one, to the output of a layer."""
@@ -369,7 +392,11 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
 
 # Classifiers ---------------------------------------------------------------------------------------------------------
 class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
-    """A ViT with a classifier on the pooled tokens. Models with a distillation head have a second classifier."""
+    """A ViT with a classifier on the pooled tokens. Models with a distillation head have a second classifier.
+
+    Classifiers of further tasks (`config.extra_heads`) read the tokens of the same forward pass; the other outputs
+    have the same bits as without them.
+    """
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__(config)
@@ -377,6 +404,7 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
             raise ValueError("config.tasks requires ViTCLSForMultiTaskClassification: use that class, or omit tasks")
         self.vitcls = ViTCLSModel(config)
         self.build_classifiers()
+        self.extra_heads = ExtraHeads(config)
         self.post_init()
 
     def build_classifiers(self) -> None:
@@ -415,8 +443,13 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
             compute_all_tokens: as in `count_output_tokens`. Default: `config.compute_all_tokens`.
             pixel_values, attention_mask and other arguments: as in `ViTCLSModel.forward`.
         """
-        num_tokens = count_output_tokens(self.vitcls, compute_all_tokens, kwargs)
-        outputs = self.vitcls(pixel_values, attention_mask=attention_mask, num_output_tokens=num_tokens, **kwargs)
+        outputs = self.vitcls(
+            pixel_values,
+            attention_mask=attention_mask,
+            num_output_tokens=count_output_tokens(self.vitcls, compute_all_tokens, kwargs),
+            output_layers=self.extra_heads.layers,
+            **kwargs,
+        )
         logits = cls_logits = self.classifier(outputs.pooler_output)  # [B, num_labels]
         distillation_logits = None
         if self.distillation_classifier is not None:
@@ -445,6 +478,7 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
             logits=logits,
             cls_logits=cls_logits,
             distillation_logits=distillation_logits,
+            task_logits=self.extra_heads(outputs.layer_tokens, outputs.compute_all_tokens) or None,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -469,6 +503,7 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
                 for name, labels in config.task_labels().items()
             }
         )
+        self.extra_heads = ExtraHeads(config)
         self.post_init()
 
     @can_return_tuple
@@ -494,7 +529,7 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
             pixel_values,
             attention_mask=attention_mask,
             num_output_tokens=count_output_tokens(self.vitcls, compute_all_tokens, kwargs),
-            output_layers=pooled_layers,
+            output_layers={*pooled_layers, *self.extra_heads.layers},
             **kwargs,
         )
         layer_tokens = [outputs.layer_tokens[index][:, self.config.token_layout.cls] for index in pooled_layers]
@@ -507,7 +542,12 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
             loss = torch.stack(list(losses.values())).sum()
             losses = {name: losses[name] for name in logits if name in labels}
         return ViTCLSMultiTaskOutput(
-            loss=loss, losses=losses, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+            loss=loss,
+            losses=losses,
+            logits=logits,
+            task_logits=self.extra_heads(outputs.layer_tokens, outputs.compute_all_tokens) or None,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )
 
     def compute_losses(self, logits: dict[str, Tensor], labels: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -196,7 +196,14 @@ def is_mismatch(name: str, value: Any, target_value: Any) -> bool:
 
 
 POOLING_FIELDS = {"pooling", "cls_pooling", "pooled_cls_tokens"}
-HEAD_FIELDS = {"head_type", "head_hidden_size", "distillation_head", "distillation_inference", "temperature"}
+HEAD_FIELDS = {
+    "head_type",
+    "head_hidden_size",
+    "distillation_head",
+    "distillation_inference",
+    "temperature",
+    "extra_heads",
+}
 LEARNED_POSITION_FIELDS = {
     "position_embedding_tokens",
     "position_interpolation",
@@ -229,6 +236,7 @@ def get_effective_fields(config: ViTCLSConfig, has_head: bool) -> dict[str, Any]
         "position_embedding_tokens": [name for name in groups_with_positions if getattr(config, COUNT_FIELDS[name])],
         "distillation_head": config.has_distillation_head,
         "pooled_layers": None if config.pooled_layer_indices == [config.num_hidden_layers] else config.pooled_layers,
+        "extra_heads": sorted(config.extra_heads or {}),
         "cls_scopes": config.cls_scopes if any(scope != "image" for scope in config.cls_scopes or ()) else None,
     }
     unused_fields = get_unused_fields(config, has_head)

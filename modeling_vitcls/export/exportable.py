@@ -3,6 +3,7 @@
 ViTCLSModel                         last_hidden_state, pooler_output
 ViTCLSForImageClassification        logits; if there are two heads, also cls_logits and distillation_logits
 ViTCLSForMultiTaskClassification    one output per task, named after the task
+both classifiers                    then one output per extra head, named after its task
 ViTCLSBackbone                      feature maps, named after their stages
 
 With `output_attentions=True`, the model also outputs `cls_attention` [B, layers, CLS tokens, rows, columns], the
@@ -62,10 +63,11 @@ class NamedOutputsModel(nn.Module):
 
 
 def get_classifier_outputs(outputs: Any, model: Any) -> dict[str, torch.Tensor | None]:
-    """Return the logits [B, labels] and, if the model has two heads, the logits of each head."""
-    if outputs.distillation_logits is None:
-        return {"logits": outputs.logits}
-    return {name: outputs[name] for name in ("logits", "cls_logits", "distillation_logits")}
+    """Return the logits [B, labels]; if the model has two heads, the logits of each head; and those of extra heads."""
+    names = ["logits"]
+    if outputs.distillation_logits is not None:
+        names += ["cls_logits", "distillation_logits"]
+    return {name: outputs[name] for name in names} | (outputs.task_logits or {})
 
 
 # Model class -> function that selects the outputs by name.
@@ -75,7 +77,7 @@ OUTPUT_SELECTORS: dict[type, Callable[[Any, Any], dict[str, torch.Tensor | None]
         "pooler_output": outputs.pooler_output,
     },
     ViTCLSForImageClassification: get_classifier_outputs,
-    ViTCLSForMultiTaskClassification: lambda outputs, model: outputs.logits,
+    ViTCLSForMultiTaskClassification: lambda outputs, model: outputs.logits | (outputs.task_logits or {}),
     ViTCLSBackbone: lambda outputs, model: dict(zip(model.out_features, outputs.feature_maps, strict=True)),
 }
 MODEL_CLASSES: dict[str, Any] = {model_class.__name__: model_class for model_class in OUTPUT_SELECTORS}

@@ -285,7 +285,9 @@ def describe_preprocessing(processor: ViTCLSImageProcessor | None) -> dict[str, 
 
 def get_label_names(config: ViTCLSConfig, names: list[str]) -> dict[str, list[str]]:
     """Return a dict that maps the name of each logits output to its class names, in the order of the logits."""
+    extra_labels = {name: head.labels for name, head in config.get_extra_heads().items()}
     if config.tasks:
-        return config.task_labels()
+        return config.task_labels() | extra_labels
     id2label: dict[Any, str] = dict(config.id2label or {})
-    return {name: [id2label[index] for index in range(len(id2label))] for name in names if name.endswith("logits")}
+    labels = [id2label[index] for index in range(len(id2label))]
+    return {name: labels for name in names if name.endswith("logits")} | extra_labels

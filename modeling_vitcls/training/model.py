@@ -114,6 +114,7 @@ def load_with_label_space(
     has a classifier with the same labels. Return the model, and the names of the newly initialized parameters."""
     stored_config = initial.config
     model_class = CLASSIFIER_CLASSES[label_space.kind]
+    config_values = config_values | {"extra_heads": None}  # fitted to features that fine-tuning changes
     if has_labels(stored_config, label_space) and model_class.__name__ in (stored_config.architectures or ()):
         model, loading_info = model_class.from_pretrained(
             initial.folder, dtype=torch.float32, output_loading_info=True, **config_values

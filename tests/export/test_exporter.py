@@ -101,6 +101,16 @@ MODELS: dict[str, tuple[type, dict[str, Any], list[str]]] = {
         {"pooled_layers": [-2, -1], "pooling": "cls_mean", "num_register_tokens": 1},
         ["logits"],
     ),
+    "extra heads": (
+        ViTCLSForImageClassification,
+        {
+            "extra_heads": {
+                "weather": {"labels": ["rain", "snow", "sun"], "pooling": "cls_mean", "pooled_layers": [-2, -1]},
+                "indoors": {"labels": ["no", "yes"], "temperature": 2.0},
+            }
+        },
+        ["logits", "indoors", "weather"],
+    ),
     "backbone": (
         ViTCLSBackbone,
         {"out_indices": [0, 2], "position_embedding_type": "learned_rope_mixed", "layer_type": "post"},
@@ -133,9 +143,10 @@ def compute_outputs(model: Any, pixel_values: torch.Tensor) -> dict[str, np.ndar
     elif isinstance(model, ViTCLSBackbone):
         outputs = dict(zip(model.out_features, outputs.feature_maps, strict=True))
     else:
+        task_logits = outputs.get("task_logits", {})
         outputs = {name: value for name, value in outputs.items() if isinstance(value, torch.Tensor)}
         if isinstance(model, ViTCLSForImageClassification) and outputs["logits"] is outputs["cls_logits"]:
-            outputs = {"logits": outputs["logits"]}
+            outputs = {"logits": outputs["logits"]} | task_logits
     return {name: output.numpy() for name, output in outputs.items()}
 
 

@@ -57,6 +57,17 @@ def two_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("labels", [["LABEL_0", "LABEL_1", "LABEL_2"], ["no", "yes"]])
+def test_extra_heads_are_dropped_because_fine_tuning_changes_their_features(labels: list[str], tmp_path: Path) -> None:
+    config = build_tiny_config(extra_heads={"weather": {"labels": ["rain", "sun"]}})
+    ViTCLSForImageClassification(config).save_pretrained(tmp_path)
+    ViTCLSImageProcessor(size=32).save_pretrained(tmp_path)
+    label_space = LabelSpace("single_label_classification", {"label": labels})
+    model, _, new_names = build_initial_model(ModelOptions(model=str(tmp_path)), label_space)
+    assert model.config.extra_heads is None and not model.extra_heads
+    assert ("classifier.weight" in new_names) == (labels == ["no", "yes"])
+
+
 @pytest.mark.parametrize(
     "label_space",
     [
