@@ -575,6 +575,8 @@ def count_output_tokens(
     config = encoder.config
     if config.compute_all_tokens if compute_all_tokens is None else compute_all_tokens:
         return None
+    if not config.num_labels:  # the logits are the pooler output of the encoder, to the bit
+        return None
     if any(kwargs.get(name, getattr(config, name, False)) for name in ("output_hidden_states", "output_attentions")):
         return None
     last_layer: Any = encoder.layers[-1]

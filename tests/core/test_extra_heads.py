@@ -75,8 +75,8 @@ def test_logits_keep_their_bits(fields: dict[str, Any], dtype: torch.dtype, has_
     for batch_size in (1, 3, 16):
         images = build_images(batch_size, 80, 80).to(dtype)
         for num_tokens in {None, model.config.num_head_tokens}:
-            logits = model(images, num_output_tokens=num_tokens).logits
-            assert torch.equal(extended(images, num_output_tokens=num_tokens).logits, logits)
+            logits = model(images, compute_all_tokens=num_tokens is None).logits
+            assert torch.equal(extended(images, compute_all_tokens=num_tokens is None).logits, logits)
 
 
 @torch.no_grad()
@@ -88,7 +88,7 @@ def test_logits_of_saved_models_keep_their_bits(fields: dict[str, Any], tmp_path
     for name, each in (("old", model), ("new", extended)):
         each.save_pretrained(tmp_path / name)
         loaded = AutoModelForImageClassification.from_pretrained(tmp_path / name)
-        outputs.append(loaded(build_images(1, 80, 80), num_output_tokens=model.config.num_head_tokens).logits)
+        outputs.append(loaded(build_images(1, 80, 80)).logits)
     assert torch.equal(*outputs)
 
 
@@ -96,7 +96,7 @@ def test_logits_of_saved_models_keep_their_bits(fields: dict[str, Any], tmp_path
 def test_the_logits_of_tasks_keep_their_bits() -> None:
     model, extended = build_pair(HEADS, **WIDE | {"tasks": TASKS, "num_cls_tokens": 2})
     images = build_images(3, 80, 80)
-    found, expected = (each(images, num_output_tokens=2).logits for each in (extended, model))
+    found, expected = (each(images).logits for each in (extended, model))
     assert found.keys() == expected.keys() == TASKS.keys()
     assert all(torch.equal(found[task], expected[task]) for task in TASKS)
 
@@ -105,9 +105,9 @@ def test_the_logits_of_tasks_keep_their_bits() -> None:
 @pytest.mark.parametrize("num_tokens", [None, 1])
 def test_a_head_has_the_same_bits_whichever_other_heads_exist(num_tokens: int | None) -> None:
     _, extended = build_pair(HEADS, **WIDE)
-    together = extended(build_images(3, 80, 80), num_output_tokens=num_tokens).task_logits
+    together = extended(build_images(3, 80, 80), compute_all_tokens=num_tokens is None).task_logits
     for name, head in HEADS.items():
-        alone = extended.adapt(extra_heads={name: head})(build_images(3, 80, 80), num_output_tokens=num_tokens)
+        alone = extended.adapt(extra_heads={name: head})(build_images(3, 80, 80), compute_all_tokens=num_tokens is None)
         assert torch.equal(alone.task_logits[name], together[name])
 
 
@@ -118,8 +118,8 @@ def test_hidden_states_attentions_and_recorders_are_those_of_one_pass() -> None:
     for each in (model, extended):
         each.set_attn_implementation("eager")
     with record_attention(extended.vitcls, range(2), lambda layer, *_: calls.append(layer)):
-        found = extended(build_images(), num_output_tokens=1, output_hidden_states=True, output_attentions=True)
-    expected = model(build_images(), num_output_tokens=1, output_hidden_states=True, output_attentions=True)
+        found = extended(build_images(), output_hidden_states=True, output_attentions=True)
+    expected = model(build_images(), output_hidden_states=True, output_attentions=True)
     for name in ("hidden_states", "attentions"):
         assert [each.shape for each in found[name]] == [each.shape for each in expected[name]]
     assert calls == [0, 1]
@@ -149,7 +149,7 @@ def test_heads_read_the_normalized_tokens_of_their_layers(num_tokens: int | None
         "indoors": [tokens[2][:, 0]],
         "objects": [tokens[2][:, 3:].mean(1)],
     }
-    found = model(build_images(), num_output_tokens=num_tokens).task_logits
+    found = model(build_images(), compute_all_tokens=num_tokens is None).task_logits
     assert found.keys() == inputs.keys()
     for name, vectors in inputs.items():
         expected = model.extra_heads[f"task_{name}"](torch.cat(vectors, dim=1))
@@ -214,7 +214,7 @@ def test_the_pipeline_returns_the_main_labels(tmp_path: Path) -> None:
 def test_compiled_models_compute_the_heads() -> None:
     _, model = build_pair(HEADS)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    found, expected = (each(build_images(), num_output_tokens=1) for each in (compiled, model))
+    found, expected = (each(build_images()) for each in (compiled, model))
     for name in HEADS:
         assert get_largest_difference(found.task_logits[name], expected.task_logits[name]) <= 1e-5
 
