@@ -107,7 +107,9 @@ def test_a_head_has_the_same_bits_whichever_other_heads_exist(num_tokens: int | 
     _, extended = build_pair(HEADS, **WIDE)
     together = extended(build_images(3, 80, 80), compute_all_tokens=num_tokens is None).task_logits
     for name, head in HEADS.items():
-        alone = extended.adapt(extra_heads={name: head})(build_images(3, 80, 80), compute_all_tokens=num_tokens is None)
+        alone = extended.adapt(extra_heads={name: head})(
+            build_images(3, 80, 80), compute_all_tokens=num_tokens is None
+        )
         assert torch.equal(alone.task_logits[name], together[name])
 
 
