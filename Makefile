@@ -66,14 +66,15 @@ site: setup
 
 # Files that take at most 8 s of CPU time each
 QUICK := \
-	test_errors test_files test_import_order test_options test_token_names \
+	test_import_order test_options \
 	$(addprefix analysis/test_,maps token_statistics) \
-	$(addprefix commands/test_,parsing) \
+	$(addprefix cli/test_,parsing) \
 	$(addprefix conversion/test_,parity_report processors) \
-	$(addprefix core/test_,adaptation configuration outputs positions released_checkpoints structure tokens) \
 	$(addprefix data/test_,batches labels sampling sources splits) \
 	$(addprefix hub/test_,provenance) \
-	$(addprefix inference/test_,inputs metrics prediction_rows) \
+	$(addprefix inference/test_,inputs metrics prediction_rows token_names) \
+	$(addprefix model/test_,adaptation configuration outputs positions released_checkpoints structure tokens) \
+	$(addprefix runtime/test_,errors files) \
 	$(addprefix training/test_,defaults model optimizer)
 
 test-quick: setup

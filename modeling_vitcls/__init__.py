@@ -14,14 +14,14 @@ from .version import __version__
 
 
 if TYPE_CHECKING:
-    from .api import evaluate, finetune, inspect_tokens, look, predict, pretrain
-    from .configuration_vitcls import TokenLayout, ViTCLSConfig
+    from .cli.functions import evaluate, finetune, inspect_tokens, look, predict, pretrain
     from .conversion.from_timm import convert_from_timm
     from .conversion.from_transformers import convert_from_transformers
     from .conversion.to_transformers import convert_to_transformers
-    from .image_processing_vitcls import ViTCLSImageProcessor, ViTCLSImageProcessorPil
     from .inference.embed_images import EmbedImages
-    from .modeling_vitcls import (
+    from .model.configuration_vitcls import TokenLayout, ViTCLSConfig
+    from .model.image_processing_vitcls import ViTCLSImageProcessor, ViTCLSImageProcessorPil
+    from .model.modeling_vitcls import (
         ViTCLSBackbone,
         ViTCLSForImageClassification,
         ViTCLSForMaskedImageModeling,
@@ -56,14 +56,14 @@ __all__ = [
 
 # Module -> names of its public objects.
 IMPORT_STRUCTURE = {
-    "api": ("evaluate", "finetune", "inspect_tokens", "look", "predict", "pretrain"),
-    "configuration_vitcls": ("TokenLayout", "ViTCLSConfig"),
+    "cli.functions": ("evaluate", "finetune", "inspect_tokens", "look", "predict", "pretrain"),
+    "model.configuration_vitcls": ("TokenLayout", "ViTCLSConfig"),
     "conversion.from_timm": ("convert_from_timm",),
     "conversion.from_transformers": ("convert_from_transformers",),
     "conversion.to_transformers": ("convert_to_transformers",),
     "inference.embed_images": ("EmbedImages",),
-    "image_processing_vitcls": ("ViTCLSImageProcessor", "ViTCLSImageProcessorPil"),
-    "modeling_vitcls": (
+    "model.image_processing_vitcls": ("ViTCLSImageProcessor", "ViTCLSImageProcessorPil"),
+    "model.modeling_vitcls": (
         "ViTCLSBackbone",
         "ViTCLSForImageClassification",
         "ViTCLSForMaskedImageModeling",
@@ -92,7 +92,7 @@ def __dir__() -> list[str]:
 def is_cli_process() -> bool:
     """Return whether this process runs the `vitcls` command, as a script or with `python -m modeling_vitcls.cli`.
 
-    The command parses flags before importing torch, and registers the Auto classes itself (cli.py).
+    The command parses flags before importing torch, and registers the Auto classes itself (cli/__init__.py).
     """
     program = sys.argv[0] if getattr(sys, "argv", None) else ""
     return PurePath(program).stem == "vitcls" or (program == "-m" and f"{__name__}.cli" in sys.orig_argv)

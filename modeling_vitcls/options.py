@@ -715,34 +715,6 @@ class LookOptions:
 
 
 @dataclass(frozen=True)
-class BenchmarkOptions:
-    """Measure the speed of a model by backend and precision, and compare it with timm and transformers."""
-
-    model: str = "vitcls-small"
-    """A model folder, the id of a model on the Hub, or a preset (random weights)."""
-    work: tuple[Literal["inference", "step"], ...] = ("inference",)
-    """inference: forward passes. step: training steps (forward, backward, AdamW) without data loading."""
-    backends: tuple[Literal["torch", "compiled", "onnx", "openvino"], ...] | None = None
-    """Backends. Default: torch, compiled and, on the CPU, the installed ones of onnx and openvino."""
-    peers: tuple[Literal["timm", "transformers"], ...] | None = None
-    """Other packages, with the plain ViT of the same size. Default: the installed ones."""
-    precisions: tuple[Literal["fp32", "bf16", "int8"], ...] = ("fp32", "bf16", "int8")
-    """Precisions. int8 is OpenVINO's."""
-    batch_sizes: tuple[int, ...] = (1, 16)
-    """Numbers of images per call."""
-    rounds: int = 7
-    """Number of rounds. Each round measures each row once."""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """Device. Exported files are measured on the CPU only."""
-    markdown: Path | None = None
-    """Markdown file for the table. The table is also printed."""
-
-    def __post_init__(self) -> None:
-        check_minimum(self, 1, "rounds")
-        check_value(self, "batch_sizes", min(self.batch_sizes) >= 1, "1 or more")
-
-
-@dataclass(frozen=True)
 class ExportOptions:
     """Export a model. Nothing is written if the outputs of the graph and the model differ by more than the limit."""
 

@@ -5,17 +5,406 @@
 # [tool.uv.sources]
 # modeling_vitcls = { path = "..", editable = true }
 # ///
-"""Measure the speed of a model on this machine. This script is equivalent to `vitcls benchmark`.
+"""Speed of one model on this machine, by backend and precision, next to the same ViT in timm and transformers.
 
-python scripts/benchmark.py --model runs/mine --work inference step --markdown speed.md
+    python scripts/benchmark.py --model runs/mine
+    python scripts/benchmark.py --work inference step --backends torch compiled --markdown speed.md
+
+    torch        PyTorch with the CPU kernels of this package        fp32, bf16
+    compiled     torch.compile                                       fp32, bf16
+    onnx         onnxruntime (CPU)                                   fp32, int8
+    openvino     OpenVINO (CPU)                                      fp32, bf16, int8
+    timm, transformers    the plain ViT of the same size             fp32, bf16
+
+In each round, all rows are measured one after the other, and every other round runs in reverse order. A ratio is the
+median of the ratios in each round, because the load of the machine affects all rows of a round. A row whose outputs
+differ from those of the model by more than `LIMITS` is an error: speed is compared only if the results agree.
 """
 
-import sys
+import copy
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.benchmark import Timer, timer
+from transformers import PreTrainedModel
+
+from modeling_vitcls.cli.parsing import run_script
+from modeling_vitcls.conversion.from_timm import convert_from_timm
+from modeling_vitcls.conversion.from_transformers import convert_from_transformers
+from modeling_vitcls.conversion.parity_report import build_random_images
+from modeling_vitcls.conversion.random_weights import randomize_weights
+from modeling_vitcls.export.exportable import OUTPUT_SELECTORS, NamedOutputsModel, load_exportable_model
+from modeling_vitcls.export.exporter import export_model
+from modeling_vitcls.export.quantization import quantize_graph
+from modeling_vitcls.hub.local_paths import strip_folders
+from modeling_vitcls.inference.exported_graphs import BACKEND_FILES, ExportedGraph
+from modeling_vitcls.model.configuration_vitcls import ViTCLSConfig
+from modeling_vitcls.model.cpu_kernels_vitcls import EMULATED_DTYPES
+from modeling_vitcls.options import ExportOptions, check_minimum, check_value
+from modeling_vitcls.runtime.system import get_processor_name, get_versions
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Backend -> precisions. The last backends run exported files, on the CPU and without training.
+BACKENDS = {
+    "torch": ("fp32", "bf16"),
+    "compiled": ("fp32", "bf16"),
+    "onnx": ("fp32", "int8"),
+    "openvino": ("fp32", "bf16", "int8"),
+}
+EXPORT_PACKAGES = ("onnx", "onnxscript", "nncf")
+PACKAGES = {"onnx": (*EXPORT_PACKAGES, "onnxruntime"), "openvino": (*EXPORT_PACKAGES, "openvino")}
+# Largest difference from the float32 output of the model, divided by the largest absolute value of this output. A
+# quantized graph is not checked: its error depends on the weights.
+LIMITS = {"fp32": 1e-4, "bf16": 0.08, "int8": float("inf")}
+SECONDS_PER_MEASUREMENT = 0.5
+NUM_CHECKED_IMAGES = 2
+NUM_CALIBRATION_IMAGES = 16  # random images; the accuracy of int8 is measured by `vitcls export --int8`
+
+Function = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class BenchmarkOptions:
+    """Measure the speed of a model by backend and precision, and compare it with timm and transformers."""
+
+    model: str = "vitcls-small"
+    """A model folder, the id of a model on the Hub, or a preset (random weights)."""
+    work: tuple[Literal["inference", "step"], ...] = ("inference",)
+    """inference: forward passes. step: training steps (forward, backward, AdamW) without data loading."""
+    backends: tuple[Literal["torch", "compiled", "onnx", "openvino"], ...] | None = None
+    """Backends. Default: torch, compiled and, on the CPU, the installed ones of onnx and openvino."""
+    peers: tuple[Literal["timm", "transformers"], ...] | None = None
+    """Other packages, with the plain ViT of the same size. Default: the installed ones."""
+    precisions: tuple[Literal["fp32", "bf16", "int8"], ...] = ("fp32", "bf16", "int8")
+    """Precisions. int8 is OpenVINO's."""
+    batch_sizes: tuple[int, ...] = (1, 16)
+    """Numbers of images per call."""
+    rounds: int = 7
+    """Number of rounds. Each round measures each row once."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Device. Exported files are measured on the CPU only."""
+    markdown: Path | None = None
+    """Markdown file for the table. The table is also printed."""
+
+    def __post_init__(self) -> None:
+        check_minimum(self, 1, "rounds")
+        check_value(self, "batch_sizes", min(self.batch_sizes) >= 1, "1 or more")
+
+
+@dataclass
+class Row:
+    """One engine (a backend or peer) in one precision, and its throughput in each round."""
+
+    work: str
+    engine: str
+    precision: str
+    batch_size: int
+    flops_per_image: int
+    difference: float  # from the float32 output of the model, relative to its largest absolute value
+    throughputs: list[float] = field(default_factory=list)  # images per second
+
+    def compute_ratios(self, other: "Row") -> list[float]:
+        """Return the lower quartile, median and upper quartile of the ratios of this row to another row."""
+        ratios = [a / b for a, b in zip(self.throughputs, other.throughputs, strict=True)]
+        return statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+
+
+def run_benchmarks(settings: BenchmarkOptions) -> list[Row]:
+    """Measure all rows, and print one line about each row.
+
+    Raises:
+        ValueError: If the model cannot be loaded, the device does not support a backend, or outputs differ by more
+            than the limit.
+    """
+    settings = set_default_engines(settings)
+    exported = set(PACKAGES) & set(settings.backends or ())
+    if exported and settings.device != "cpu":
+        raise ValueError(f"{', '.join(exported)} is measured on the CPU only. Change --backends, or omit --device")
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder:
+        model = load_model(settings.model, Path(folder, "model"))
+        for work in settings.work:
+            build_engines = {"inference": build_inference_engines, "step": build_step_engines}[work]
+            num_flops = model.flops() * (3 if work == "step" else 1)  # backward: twice the FLOPs of forward
+            for batch_size in settings.batch_sizes:
+                images = build_random_images((batch_size, *get_image_shape(model.config))).to(settings.device)
+                functions: list[Function] = []
+                new_rows = []
+                for name, precision, function, difference in build_engines(model, settings, images, Path(folder)):
+                    if not difference <= LIMITS[precision]:  # also true for NaN
+                        raise ValueError(
+                            f"{name} in {precision} differs from the model by {difference:.2g} of the largest output, "
+                            f"more than {LIMITS[precision]:g}. Speed is compared only if the outputs agree"
+                        )
+                    functions.append(function)
+                    new_rows.append(Row(work, name, precision, batch_size, num_flops, difference))
+                measure_rows(new_rows, functions, settings.rounds)
+                for row in new_rows:
+                    speed = statistics.median(row.throughputs)
+                    print(f"{work}, batch {batch_size}: {row.engine} {row.precision}: {speed:.1f} images/s")
+                rows += new_rows
+    return rows
+
+
+def set_default_engines(settings: BenchmarkOptions) -> BenchmarkOptions:
+    """Replace None by all backends and peers that are installed and that run on the device."""
+    is_cpu = settings.device == "cpu"
+    exported = [name for name, packages in PACKAGES.items() if is_cpu and all(map(find_spec, packages))]
+    defaults: dict[str, Any] = {
+        "backends": ("torch", "compiled", *exported),
+        "peers": tuple(filter(find_spec, ("timm", "transformers"))),
+    }
+    return replace(settings, **{name: value for name, value in defaults.items() if getattr(settings, name) is None})
+
+
+def load_model(source: str, folder: Path) -> Any:
+    """Load a model in float32, and save it to `folder`, from which it is exported. A preset gets random weights."""
+    model, _, is_trained = load_exportable_model(source)
+    model = model if is_trained else randomize_weights(model)
+    model.save_pretrained(folder)
+    return model
+
+
+def get_image_shape(config: ViTCLSConfig) -> tuple[int, int, int]:
+    """Return (channels, height, width)."""
+    return (config.num_channels, *config.image_height_width)
+
+
+# Engines -------------------------------------------------------------------------------------------------------------
+
+# Name, precision, function to measure, relative difference of the outputs
+Engines = Iterator[tuple[str, str, Function, float]]
+
+
+def build_inference_engines(model: Any, settings: BenchmarkOptions, images: torch.Tensor, folder: Path) -> Engines:
+    """Yield a function that computes the outputs for a batch of images [B, C, H, W], for each engine."""
+    for name, precision in list_engines(settings):
+        ours, engine = build_engine(name, precision, model, settings.device, folder)
+        batch = images if name in PACKAGES else images.to(DTYPES[precision])
+        with torch.inference_mode():
+            difference = compare_outputs(engine(batch[:NUM_CHECKED_IMAGES]), ours(images[:NUM_CHECKED_IMAGES].cpu()))
+        yield name, precision, torch.inference_mode()(partial(engine, batch)), difference
+
+
+def build_step_engines(model: Any, settings: BenchmarkOptions, images: torch.Tensor, folder: Path) -> Engines:
+    """Yield a function that takes a training step (forward, backward, AdamW), for each engine that can be trained. The
+    weights are float32; bf16 is autocast."""
+    for name, precision in list_engines(settings):
+        if name in PACKAGES:
+            continue
+        ours, engine = build_engine(name, "fp32", model, settings.device, folder)
+        autocast = partial(torch.autocast, images.device.type, torch.bfloat16, enabled=precision == "bf16")
+        with torch.inference_mode(), autocast():
+            outputs = engine(images[:NUM_CHECKED_IMAGES])
+        with torch.inference_mode():
+            difference = compare_outputs(outputs, ours(images[:NUM_CHECKED_IMAGES].cpu()))
+        optimizer = torch.optim.AdamW(engine.train().parameters(), lr=1e-5, fused=True)
+        yield name, precision, partial(take_step, engine, optimizer, images, autocast), difference
+
+
+def take_step(engine: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor, autocast: Any) -> None:
+    """Take one training step with fixed labels."""
+    with autocast():
+        logits = engine(images).float().flatten(1)
+        loss = nn.functional.cross_entropy(logits, torch.arange(len(images), device=images.device) % logits.shape[1])
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def list_engines(settings: BenchmarkOptions) -> list[tuple[str, str]]:
+    """Return the names and precisions of the engines that the settings select."""
+    engines: dict[str, tuple[str, ...]] = {name: BACKENDS[name] for name in settings.backends or ()}
+    engines |= {name: tuple(DTYPES) for name in settings.peers or ()}
+    return [(name, key) for name, precisions in engines.items() for key in precisions if key in settings.precisions]
+
+
+def build_engine(name: str, precision: str, model: Any, device: str, folder: Path) -> tuple[nn.Module, nn.Module]:
+    """Return a vitcls model in float32 on the CPU, and the engine that must have the same outputs."""
+    if name in PACKAGES:
+        return FirstOutput(model), FirstOutput(open_exported_graph(name, precision, model.config, folder))
+    ours = model
+    if name == "timm":
+        engine = build_timm_vit(model.config)
+        ours = convert_from_timm(engine)
+    elif name == "transformers":
+        engine = build_transformers_vit(model.config)
+        ours = convert_from_transformers(engine)
+    else:
+        engine = copy.deepcopy(model)
+    engine = FirstOutput(nn.Module.to(engine, device, DTYPES[precision]))
+    if name == "compiled":
+        engine.compile()
+    return FirstOutput(ours).eval(), engine.eval()
+
+
+def open_exported_graph(backend: Any, precision: str, config: ViTCLSConfig, folder: Path) -> ExportedGraph:
+    """Export the saved model in `folder` once, and open the graph."""
+    file = folder / ("int8" if precision == "int8" else "fp32") / BACKEND_FILES[backend][0]
+    if not file.exists():
+        export_model(ExportOptions(str(folder / "model"), backend, file, dynamic=False))
+        if precision == "int8":
+            images = build_random_images((NUM_CALIBRATION_IMAGES, *get_image_shape(config)))
+            quantize_graph(file, list(images.split(1)))
+    return ExportedGraph(file, precision="fp32" if precision == "fp32" else "bf16")
+
+
+class FirstOutput(nn.Module):
+    """Wrapper that returns the first output of a model: the logits of a classifier, the final tokens of an encoder."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = NamedOutputsModel(model) if type(model) in OUTPUT_SELECTORS else model
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return the first output [B, ...] for images [B, C, H, W]."""
+        outputs = self.model(pixel_values)
+        return outputs if isinstance(outputs, torch.Tensor) else next(iter(outputs.values()))
+
+
+def build_timm_vit(config: ViTCLSConfig) -> nn.Module:
+    """Build timm's ViT of the same size, with random weights."""
+    from timm.models import VisionTransformer
+
+    return randomize_weights(
+        VisionTransformer(
+            img_size=config.image_height_width,
+            patch_size=config.patch_height_width,
+            in_chans=config.num_channels,
+            embed_dim=config.hidden_size,
+            depth=config.num_hidden_layers,
+            num_heads=config.num_attention_heads,
+            mlp_ratio=config.intermediate_size / config.hidden_size,
+            num_classes=config.num_labels or 0,
+        )
+    )
+
+
+def build_transformers_vit(config: ViTCLSConfig) -> PreTrainedModel:
+    """Build transformers' ViT of the same size, with random weights."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    names = ("image_size", "patch_size", "num_channels", "hidden_size", "num_hidden_layers", "num_attention_heads")
+    sizes = {name: getattr(config, name) for name in (*names, "intermediate_size", "num_labels")}
+    return randomize_weights(ViTForImageClassification(ViTConfig(**sizes)))
+
+
+def compare_outputs(outputs: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the largest absolute difference, divided by the largest absolute expected value."""
+    return ((outputs.float().cpu() - expected).abs().max() / expected.abs().max()).item()
+
+
+# Measurement ---------------------------------------------------------------------------------------------------------
+
+
+def measure_rows(rows: list[Row], functions: list[Function], num_rounds: int) -> None:
+    """Append one throughput per round to each row."""
+    for round_index in range(num_rounds):
+        for row, function in list(zip(rows, functions, strict=True))[:: -1 if round_index % 2 else 1]:
+            row.throughputs.append(row.batch_size * measure_calls_per_second(function))
+
+
+def measure_calls_per_second(function: Function) -> float:
+    """Return the number of calls per second."""
+    clock = time.process_time if uses_cpu_time() else timer  # `timer` synchronizes the GPU
+    measurement = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads(), timer=clock)
+    return 1 / measurement.blocked_autorange(min_run_time=SECONDS_PER_MEASUREMENT).median
+
+
+def uses_cpu_time() -> bool:
+    """Return whether speed is measured per second of CPU time, which other programs hardly change: with one thread."""
+    return torch.get_num_threads() == 1 and not torch.cuda.is_initialized()
+
+
+@torch.no_grad()
+def measure_matrix_product(device: str, dtype: torch.dtype) -> float:
+    """Return the highest throughput of large matrix products in FLOP/s. On the CPU, oneDNN's packed matrices are also
+    measured, because PyTorch's default may be half as fast. If the CPU has no instructions for the dtype, float32 is
+    measured instead, because its products are faster."""
+    size = 1024 if device == "cpu" else 8192
+    if device == "cpu" and dtype in EMULATED_DTYPES:
+        dtype = torch.float32
+    x, weight = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    matrices = [(x, weight)]
+    if device == "cpu" and torch.backends.mkldnn.is_available():
+        matrices.append((x.to_mkldnn(), weight.to_mkldnn()))
+    return 2 * size**3 * max(measure_calls_per_second(partial(nn.functional.linear, *pair)) for pair in matrices)
+
+
+# Report --------------------------------------------------------------------------------------------------------------
+
+
+def format_markdown(rows: list[Row], settings: BenchmarkOptions) -> str:
+    """Return a Markdown table with one line per row, and a caption with the machine and the versions."""
+    settings = set_default_engines(settings)
+    peaks = {
+        precision: measure_matrix_product(settings.device, DTYPES[precision])
+        for precision in sorted({row.precision for row in rows} & DTYPES.keys())
+    }
+    lines = [
+        "| work | engine | images/s | x torch fp32 | x peers, same precision | of best matrix product |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        group = [other for other in rows if (other.work, other.batch_size) == (row.work, row.batch_size)]
+        baseline = [other for other in group if (other.engine, other.precision) == ("torch", "fp32")]
+        peers = [
+            other for other in group if other.engine in (settings.peers or ()) and other.precision == row.precision
+        ]
+        speed = statistics.median(row.throughputs)
+        cells = (
+            f"{row.work}, batch {row.batch_size}",
+            f"{row.engine} {row.precision}",
+            f"{speed:.1f}",
+            *(format_ratio(row, other) for other in baseline),
+            "" if row in peers else ", ".join(f"{other.engine} {format_ratio(row, other)}" for other in peers),
+            f"{speed * row.flops_per_image / peaks[row.precision]:.0%}" if row.precision in peaks else "",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    peak_texts = [f"{peak / 1e9:,.0f} GFLOP/s in {precision}" for precision, peak in peaks.items()]
+    libraries = ("timm", *(package for name in settings.backends or () for package in PACKAGES.get(name, ())[2:]))
+    versions = ", ".join(f"{name} {version}" for name, version in get_versions(*libraries).items())
+    second = "CPU second" if uses_cpu_time() else "second"
+    machine = torch.cuda.get_device_name() if settings.device == "cuda" else get_processor_name()
+    caption = (
+        f"{strip_folders(settings.model)}: images per {second}, medians of {settings.rounds} rounds, with quartiles. "
+        f"{machine}, "
+        f"{torch.get_num_threads()} thread(s); best matrix product {', '.join(peak_texts)}; {versions}; "
+        f"{time.strftime('%Y-%m-%d')}."
+    )
+    return "\n".join([*lines, "", caption, ""])
+
+
+def format_ratio(row: Row, other: Row) -> str:
+    """Format the median and the quartiles of the ratios of two rows."""
+    lower, median, upper = row.compute_ratios(other)
+    return f"{median:.2f} ({lower:.2f} to {upper:.2f})"
+
+
+# The program ---------------------------------------------------------------------------------------------------------
+
+
+def run(options: BenchmarkOptions) -> None:
+    """Measure, print the table, and write the file."""
+    from modeling_vitcls.cli.export import silence_exporters
+
+    silence_exporters()
+    text = format_markdown(run_benchmarks(options), options)
+    print(f"\n{text}")
+    if options.markdown is not None:
+        options.markdown.parent.mkdir(parents=True, exist_ok=True)
+        options.markdown.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    sys.argv[:1] = ["vitcls", "benchmark"]
-
-    from modeling_vitcls.cli import main
-
-    main()
+    run_script(BenchmarkOptions, run)

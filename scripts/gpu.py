@@ -21,17 +21,16 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from benchmark import BenchmarkOptions, format_markdown, run_benchmarks
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification
-from modeling_vitcls.benchmark import format_markdown, run_benchmarks
-from modeling_vitcls.files import read_json
-from modeling_vitcls.options import BenchmarkOptions
+from modeling_vitcls.runtime.files import read_json
 
 
 REPOSITORY = Path(__file__).parents[1]
 OUTPUT = REPOSITORY / "docs" / "speed-gpu.md"
 ACCELERATE_SETTINGS = REPOSITORY / "scripts" / "accelerate"
-TESTS = [*"-q tests/core -n 4 --dist loadfile -m".split(), "not slow"]
+TESTS = [*"-q tests/model -n 4 --dist loadfile -m".split(), "not slow"]
 FSDP2_TIMEOUT = 300  # seconds
 
 
@@ -67,7 +66,7 @@ def main() -> None:
 
 
 def measure(work: str, is_dry_run: bool) -> str:
-    """Return the table of `vitcls benchmark` with a ViT-S/16, or a tiny model on the CPU."""
+    """Return the table of `scripts/benchmark.py` with a ViT-S/16, or a tiny model on the CPU."""
     if not is_dry_run:
         settings = BenchmarkOptions(work=(work,), backends=("torch", "compiled"), batch_sizes=(1, 64), device="cuda")
         return format_markdown(run_benchmarks(settings), settings)
@@ -97,7 +96,7 @@ def run_tests(is_dry_run: bool) -> str:
     """Run the core tests with one thread per process; with `is_dry_run`, only collect the tests."""
     command = [sys.executable, "-m", "pytest", *TESTS, *(["--collect-only"] if is_dry_run else [])]
     subprocess.run(command, cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
-    return "passed: `pytest tests/core -m 'not slow'`"
+    return "passed: `pytest tests/model -m 'not slow'`"
 
 
 PARTS = {

@@ -63,7 +63,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def build_api_page() -> str:
     """Return the page with the public objects, from their docstrings."""
     sections = ["# API reference", "All objects are imported from `modeling_vitcls`."]
-    titles = {"api": "Commands as functions", "conversion": "Conversion", "inference": "Features"}
+    titles = {"cli": "Commands as functions", "conversion": "Conversion", "inference": "Features"}
     last_title = ""
     for module, names in IMPORT_STRUCTURE.items():
         title = titles.get(module.partition(".")[0], "Models")

@@ -27,15 +27,15 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 
 from modeling_vitcls import ViTCLSImageProcessor, ViTCLSModel, convert_from_timm
-from modeling_vitcls.analysis.test_time_registers import add_test_time_register, compute_outlier_fraction
-from modeling_vitcls.blocks_vitcls import ViTCLSAttention
+from modeling_vitcls.analysis.register_neurons import add_test_time_register, compute_outlier_fraction
 from modeling_vitcls.conversion.random_weights import randomize_weights
-from modeling_vitcls.cpu_kernels_vitcls import uninstall_cpu_kernels
 from modeling_vitcls.export.exportable import NamedOutputsModel
 from modeling_vitcls.export.formats import write_openvino
 from modeling_vitcls.export.quantization import quantize_graph, round_inputs, round_to_int8
 from modeling_vitcls.export.tracing import select_graph_shape, trace_model
 from modeling_vitcls.inference.exported_graphs import ExportedGraph
+from modeling_vitcls.model.blocks_vitcls import ViTCLSAttention
+from modeling_vitcls.model.cpu_kernels_vitcls import uninstall_cpu_kernels
 
 
 LAYER, NUM_NEURONS, SHARE = 1, 2, 0.03  # of the planted neurons; share of the patches at which a neuron is active

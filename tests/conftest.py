@@ -31,10 +31,12 @@ NO_BROWSER = "Chromium is required for tests of HTML pages: install it with `mak
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 GROUPS = {
     "processes": ("fresh_processes", "fast_verification", "warm_processes"),
-    "graphs": ("onnx", "openvino", "demo.page"),
+    "graphs": ("onnx", "openvino", "demo_page"),
 }
 PAGE_TIMEOUT = 60_000  # timeout of expectations about a page in milliseconds; pages take seconds on a busy machine
 
+
+sys.path.append(str(Path(__file__).parents[1] / "scripts"))  # scripts import their siblings
 
 gc.disable()  # while the libraries are imported
 if os.environ.get("PYTEST_XDIST_WORKER") == "gw1":  # the first processes of a new environment compile different files
@@ -109,7 +111,7 @@ def few_digits() -> Iterator[None]:
 @pytest.fixture
 def store(tmp_path: Path) -> Any:
     """Return an empty store of checkpoints, which keeps the newest two."""
-    from modeling_vitcls.checkpoints import CheckpointStore
+    from modeling_vitcls.training.checkpoints import CheckpointStore
 
     return CheckpointStore(tmp_path / "checkpoints", num_kept=2)
 

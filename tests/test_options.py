@@ -6,10 +6,8 @@ from typing import Any
 import pytest
 from helpers.tiny_models import raises_one_line
 
-from modeling_vitcls.commands.study import StudyOptions
 from modeling_vitcls.options import (
     AugmentationOptions,
-    BenchmarkOptions,
     DataOptions,
     DistillationOptions,
     EvaluateOptions,
@@ -29,6 +27,8 @@ from modeling_vitcls.options import (
     to_arguments,
     to_flags,
 )
+from scripts.benchmark import BenchmarkOptions
+from scripts.study import StudyOptions
 
 
 # Required arguments of the option classes.

@@ -13,7 +13,7 @@ map_checks.py           checks whether rollout and attribution show what predict
 model_utils.py          helpers that unwrap models and set evaluation mode
 image_report.py         predictions, maps and patch features (PCA) of one image
 figures.py              figures of statistics, for reports and notebooks
-test_time_registers.py  neuron activations moved from patches to a register, without training
+register_neurons.py     neuron activations moved from patches to a register, without training
 inspection.py           images of an inspection, and all measurements for a model and images
 report.py               the HTML report, and its values for programs
 inspect_tokens.py       the command `vitcls inspect`

@@ -23,11 +23,16 @@ import torch
 from scipy import stats
 from torch import nn
 
-from ..configuration_vitcls import TokenLayout, ViTCLSConfig
 from ..data.labels import is_multi_label
-from ..heads_vitcls import IGNORED_LABEL
+from ..inference.intervals import (
+    Interval,
+    compute_bootstrap_interval,
+    compute_prediction_limit,
+    compute_proportion_interval,
+)
 from ..inference.prediction_rows import DEFAULT_THRESHOLD
-from ..intervals import Interval, compute_bootstrap_interval, compute_prediction_limit, compute_proportion_interval
+from ..model.configuration_vitcls import TokenLayout, ViTCLSConfig
+from ..model.heads_vitcls import IGNORED_LABEL
 from .maps import get_head_readers, get_used_token_mask
 from .model_utils import evaluation_mode, get_classifier_or_encoder, is_classifier, unwrap_model
 

@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from ..configuration_vitcls import ViTCLSConfig
-from ..token_attention_vitcls import compute_attention_rows, record_attention, select_mask_rows
+from ..model.configuration_vitcls import ViTCLSConfig
+from ..model.token_attention_vitcls import compute_attention_rows, record_attention, select_mask_rows
 from .model_utils import evaluation_mode, unwrap_model
 
 

@@ -38,16 +38,16 @@ from ..data.held_out import read_held_out_record
 from ..data.images import LabeledImages
 from ..data.labels import LabelSpace, get_label_space
 from ..data.sources import load_splits
-from ..errors import describe_installation
-from ..files import escape_csv_cell, write_atomically
-from ..heads_vitcls import IGNORED_LABEL
 from ..hub.loading import MODEL_FILE_PATTERNS
 from ..hub.model_files import PREDICTIONS_FILE, RESULTS_FILE
 from ..inference.evaluate import match_labels, set_up_evaluation
 from ..inference.evaluator import Evaluator
 from ..inference.frozen import FeatureEvaluator, build_classifier
 from ..inference.load_model import announce_precision, load_model
+from ..model.heads_vitcls import IGNORED_LABEL
 from ..options import EvaluateOptions
+from ..runtime.errors import describe_installation
+from ..runtime.files import escape_csv_cell, write_atomically
 from .report import encode_data_url
 
 

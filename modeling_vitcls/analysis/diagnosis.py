@@ -23,9 +23,9 @@ from typing import Any, Literal
 
 import torch
 
-from ..configuration_vitcls import ViTCLSConfig
-from ..intervals import compute_proportion_interval
-from ..token_names import SINGLE_TOKEN_NAMES, get_token_names
+from ..inference.intervals import compute_proportion_interval
+from ..inference.token_names import SINGLE_TOKEN_NAMES, get_token_names
+from ..model.configuration_vitcls import ViTCLSConfig
 from .ablation import (
     MIN_IMAGES,
     Ablations,
@@ -37,7 +37,7 @@ from .ablation import (
 )
 from .maps import count_used_layers, get_used_token_mask
 from .model_utils import is_classifier
-from .test_time_registers import OUTLIER_RATIO
+from .register_neurons import OUTLIER_RATIO
 from .token_statistics import Findings
 
 

@@ -18,8 +18,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from ..configuration_vitcls import ViTCLSConfig
-from ..token_names import get_token_names_by_group
+from ..inference.token_names import get_token_names_by_group
+from ..model.configuration_vitcls import ViTCLSConfig
 from .diagnosis import find_second_mode
 from .token_statistics import Findings
 

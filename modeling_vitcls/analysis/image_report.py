@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 from sklearn.decomposition import PCA
 
-from ..configuration_vitcls import ViTCLSConfig
-from ..data.fit import VisibleRegion, get_visible_region
+from ..data.aspect_ratio import VisibleRegion, get_visible_region
 from ..data.labels import get_label_space, is_multi_label
 from ..inference.prediction_rows import Label, select_probable_labels, select_top_labels
+from ..model.configuration_vitcls import ViTCLSConfig
 from .attribution import trace_attention
 from .maps import extract_patch_maps, to_upright_rgb
 from .model_utils import is_classifier, unwrap_model

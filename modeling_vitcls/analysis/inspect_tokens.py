@@ -9,13 +9,13 @@ from rich.markup import escape
 
 from ..conversion.any_checkpoint import resolve_checkpoint
 from ..data.held_out import read_held_out_record
-from ..distributed import choose_precision
-from ..files import read_json
 from ..hub.loading import split_revision
 from ..hub.model_files import RESULTS_FILE
 from ..inference.load_model import list_file_patterns, load_model
 from ..options import InspectOptions
-from ..progress import track
+from ..runtime.distributed import choose_precision
+from ..runtime.files import read_json
+from ..runtime.progress import track
 from .inspection import Inspection, inspect_model, open_images
 from .report import SIGNS, get_model_name, write_json_values, write_page
 

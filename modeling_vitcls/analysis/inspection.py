@@ -21,12 +21,12 @@ from ..data.evaluated_images import load_evaluation_data
 from ..data.held_out import HeldOutRecord
 from ..data.images import ArrayImages, DatasetImages, check_channels
 from ..data.labels import get_label_space, is_multi_label
-from ..errors import format_error
-from ..heads_vitcls import IGNORED_LABEL
 from ..inference.evaluate import match_labels
 from ..inference.inputs import build_list_input
 from ..inference.prediction_rows import group_by_shape
+from ..model.heads_vitcls import IGNORED_LABEL
 from ..options import DataOptions, InspectOptions
+from ..runtime.errors import format_error
 from .ablation import (
     MIN_IMAGES,
     Ablations,

@@ -13,14 +13,14 @@ from PIL import Image, ImageSequence
 from rich.console import Console
 from rich.progress import track
 
-from ..configuration_vitcls import to_pair
-from ..data.fit import get_fit, get_output_size, set_fit
-from ..files import write_atomically, write_json
+from ..data.aspect_ratio import get_fit, get_output_size, set_fit
 from ..hub.loading import split_revision
-from ..image_processing_vitcls import read_image
 from ..inference.inputs import build_list_input
 from ..inference.load_model import load_model
+from ..model.configuration_vitcls import to_pair
+from ..model.image_processing_vitcls import read_image
 from ..options import LookOptions
+from ..runtime.files import write_atomically, write_json
 from .photo import build_json_record, measure_photo
 from .report import get_model_name
 from .sheet import draw_sheet

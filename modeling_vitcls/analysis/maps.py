@@ -2,7 +2,7 @@
 
     rows [..., key] -> extract_patch_maps [..., gh, gw] -> upsample_maps [..., h, w] -> overlay, an image
                                                            |
-    processor, image size -> get_visible_region (data/fit.py), a box ____|
+    processor, image size -> get_visible_region (data/aspect_ratio.py), a box ____|
 
 The rows are returned by `model.token_attention`. Figures are in figures.py.
 """
@@ -15,9 +15,9 @@ from matplotlib import colormaps
 from PIL import Image
 from torch import nn
 
-from ..configuration_vitcls import ViTCLSConfig
-from ..data.fit import Size, VisibleRegion
-from ..image_processing_vitcls import pil_to_tensor
+from ..data.aspect_ratio import Size, VisibleRegion
+from ..model.configuration_vitcls import ViTCLSConfig
+from ..model.image_processing_vitcls import pil_to_tensor
 
 
 def get_head_names(config: ViTCLSConfig) -> list[str]:

@@ -16,14 +16,14 @@ import torch
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
 
-from ..configuration_vitcls import ViTCLSConfig
-from ..data.fit import Size, VisibleRegion, get_visible_region
-from ..token_names import get_token_names_by_group
+from ..data.aspect_ratio import Size, VisibleRegion, get_visible_region
+from ..inference.token_names import get_token_names_by_group
+from ..model.configuration_vitcls import ViTCLSConfig
 from .attribution import AttentionTrace, trace_attention
 from .image_report import ImagePrediction, build_image_predictions, decompose_patches
 from .maps import count_used_layers, extract_patch_maps, get_head_names, to_upright_rgb
 from .model_utils import is_classifier, unwrap_model
-from .test_time_registers import OUTLIER_RATIO
+from .register_neurons import OUTLIER_RATIO
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,9 @@ from markupsafe import Markup
 from matplotlib import colormaps
 from PIL import Image
 
-from ..files import write_atomically
 from ..hub.loading import get_cached_commit
-from ..token_names import get_token_names
+from ..inference.token_names import get_token_names
+from ..runtime.files import write_atomically
 from ..version import __version__
 from .ablation import get_token_keys
 from .diagnosis import Verdict

@@ -19,9 +19,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ..configuration_vitcls import ViTCLSConfig
-from ..data.fit import VisibleRegion
-from ..token_names import SINGLE_TOKEN_NAMES
+from ..data.aspect_ratio import VisibleRegion
+from ..inference.token_names import SINGLE_TOKEN_NAMES
+from ..model.configuration_vitcls import ViTCLSConfig
 from .figures import DARK_GRAY, GROUP_COLORS, shorten_text
 from .maps import COLORMAP, MIN_SCALE, overlay, resize_with_region
 from .photo import PhotoMeasurements

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from ..configuration_vitcls import TokenLayout
-from ..token_attention_vitcls import select_mask_rows
+from ..model.configuration_vitcls import TokenLayout
+from ..model.token_attention_vitcls import select_mask_rows
 from .ablation import build_hiding_mask
 from .attribution import RecordedLayer, process_attention_layers
 from .model_utils import evaluation_mode, get_classifier_or_encoder, unwrap_model
-from .test_time_registers import OUTLIER_RATIO
+from .register_neurons import OUTLIER_RATIO
 
 
 MAX_NORMS = 200_000  # maximum number of stored patch norms per layer, for histograms

@@ -22,7 +22,6 @@ from pathlib import Path
 from huggingface_hub import constants
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from ..files import read_json
 from ..hub.loading import (
     CONFIG_FILE,
     CONFIG_FILES,
@@ -33,6 +32,7 @@ from ..hub.loading import (
 )
 from ..hub.local_paths import split_prefix
 from ..hub.model_files import PARITY_REPORT_FILE
+from ..runtime.files import read_json
 from ..version import __version__
 
 

@@ -16,15 +16,15 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from ..configuration_vitcls import ViTCLSConfig
-from ..files import create_output_folder, read_json, write_json
 from ..hub.loading import check_is_vitcls, get_model_folder
 from ..hub.local_paths import check_output_is_empty, resolve_name, strip_folders
 from ..hub.model_files import PARITY_REPORT_FILE, RECIPE_FILE, RESULTS_FILE, hash_weights
 from ..hub.provenance import find_provenance
-from ..image_processing_vitcls import ViTCLSImageProcessor
-from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, ViTCLSPreTrainedModel
-from ..system import get_versions
+from ..model.configuration_vitcls import ViTCLSConfig
+from ..model.image_processing_vitcls import ViTCLSImageProcessor
+from ..model.modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, ViTCLSPreTrainedModel
+from ..runtime.files import create_output_folder, read_json, write_json
+from ..runtime.system import get_versions
 from .parity_report import MAX_DIFFERENCE, Report, compare_models, describe_position_embeddings
 from .processors import (
     apply_processor,

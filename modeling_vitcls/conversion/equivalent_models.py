@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..configuration_vitcls import GROUPS_WITH_POSITIONS, ViTCLSConfig
+from ..model.configuration_vitcls import GROUPS_WITH_POSITIONS, ViTCLSConfig
 from .weight_rules import Weights
 
 

@@ -26,10 +26,10 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
-from ..adaptation_vitcls import replace_fields
-from ..errors import format_error
-from ..files import replace_control_characters
-from ..modeling_vitcls import ViTCLSPreTrainedModel
+from ..model.adaptation_vitcls import replace_fields
+from ..model.modeling_vitcls import ViTCLSPreTrainedModel
+from ..runtime.errors import format_error
+from ..runtime.files import replace_control_characters
 from .from_timm import has_pooler, read_timm_model
 from .weight_rules import ConversionError, Fields, Weights, build_model
 

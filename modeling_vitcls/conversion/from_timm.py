@@ -19,8 +19,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ..configuration_vitcls import ViTCLSConfig
-from ..modeling_vitcls import ViTCLSPreTrainedModel
+from ..model.configuration_vitcls import ViTCLSConfig
+from ..model.modeling_vitcls import ViTCLSPreTrainedModel
 from .timm_modules import TimmModule, get_class_name, is_present, read_config_fields
 from .weight_rules import (
     LAYER_SCALES,

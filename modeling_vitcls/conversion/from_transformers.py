@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..configuration_vitcls import ViTCLSConfig
-from ..modeling_vitcls import ViTCLSPreTrainedModel
+from ..model.configuration_vitcls import ViTCLSConfig
+from ..model.modeling_vitcls import ViTCLSPreTrainedModel
 from . import transformers_families as families
 from .weight_rules import (
     ConversionError,

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from ..configuration_vitcls import ViTCLSConfig
-from ..cpu_kernels_vitcls import uninstall_cpu_kernels
-from ..errors import format_error
-from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSPreTrainedModel
+from ..model.configuration_vitcls import ViTCLSConfig
+from ..model.cpu_kernels_vitcls import uninstall_cpu_kernels
+from ..model.modeling_vitcls import ViTCLSForImageClassification, ViTCLSPreTrainedModel
+from ..runtime.errors import format_error
 from .source_models import Outputs, SourceModel
 from .weight_rules import ConversionError
 

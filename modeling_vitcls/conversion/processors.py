@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoImageProcessor, ImageProcessingMixin
 from transformers.image_processing_backends import PilBackend
 
-from ..image_processing_vitcls import ViTCLSImageProcessor, ViTCLSImageProcessorPil
+from ..model.image_processing_vitcls import ViTCLSImageProcessor, ViTCLSImageProcessorPil
 
 
 # Maximum allowed pixel difference on the test images, in gray levels (0 to 255). The converted processor is

@@ -23,9 +23,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from ..checkpoints import compute_file_digest
-from ..errors import format_error
-from ..modeling_vitcls import ViTCLSPreTrainedModel
+from ..model.modeling_vitcls import ViTCLSPreTrainedModel
+from ..runtime.errors import format_error
+from ..runtime.files import compute_file_digest
 from .from_state_dict import (
     LINEAR_HEAD,
     build_timm_model,

@@ -18,7 +18,6 @@ import torch
 import transformers
 from torch import nn
 
-from ..errors import format_error
 from ..hub.connection import iter_causes
 from ..hub.loading import (
     CONFIG_FILES,
@@ -28,7 +27,8 @@ from ..hub.loading import (
     load_timm_model,
     split_revision,
 )
-from ..modeling_vitcls import ViTCLSPreTrainedModel
+from ..model.modeling_vitcls import ViTCLSPreTrainedModel
+from ..runtime.errors import format_error
 from .from_timm import TIMM_CLASSES, convert_from_timm
 from .from_transformers import CONVERTIBLE_CLASSES, convert_from_transformers
 from .processors import ConvertedPreprocessing, convert_timm_preprocessing, convert_transformers_preprocessing

@@ -18,10 +18,10 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from ..adaptation_vitcls import replace_fields
-from ..configuration_vitcls import COUNT_FIELDS, GROUPS_WITH_POSITIONS, ViTCLSConfig
-from ..errors import format_error
-from ..modeling_vitcls import ViTCLSPreTrainedModel
+from ..model.adaptation_vitcls import replace_fields
+from ..model.configuration_vitcls import COUNT_FIELDS, GROUPS_WITH_POSITIONS, ViTCLSConfig
+from ..model.modeling_vitcls import ViTCLSPreTrainedModel
+from ..runtime.errors import format_error
 from .equivalent_models import REWRITES, Rewrite
 from .from_transformers import CONVERTIBLE_CLASSES, HEAD_RULES, read_labels, strip_encoder_name
 from .transformers_families import FIELD_NAMES, compute_dinov2_mlp_size

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..configuration_vitcls import ViTCLSConfig
+from ..model.configuration_vitcls import ViTCLSConfig
 from .weight_rules import (
     LAYER_SCALES,
     POSITIONS,

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from transformers.initialization import no_init_weights
 
-from ..configuration_vitcls import COUNT_FIELDS, GROUPS_WITH_POSITIONS, TokenLayout, ViTCLSConfig
-from ..errors import format_error
-from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, ViTCLSPreTrainedModel
+from ..model.configuration_vitcls import COUNT_FIELDS, GROUPS_WITH_POSITIONS, TokenLayout, ViTCLSConfig
+from ..model.modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, ViTCLSPreTrainedModel
+from ..runtime.errors import format_error
 
 
 Weights = dict[str, torch.Tensor]

@@ -20,7 +20,7 @@ from torch import nn
 from torchvision.transforms import InterpolationMode, v2
 
 from ..options import AugmentationOptions
-from .fit import FitTransform, get_output_size
+from .aspect_ratio import FitTransform, get_output_size
 from .sampling import draw_random_bits
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..image_processing_vitcls import pil_to_tensor
+from ..model.image_processing_vitcls import pil_to_tensor
 from .augmentation import Augmentation
 from .images import LabeledImages, UnreadableImage, check_channels
 from .sampling import BatchPlan, ImageKey, derive_seed

@@ -26,9 +26,9 @@ from typing import BinaryIO
 
 import numpy as np
 
-from ..files import read_json
-from ..heads_vitcls import IGNORED_LABEL
 from ..hub.model_files import RESULTS_FILE
+from ..model.heads_vitcls import IGNORED_LABEL
+from ..runtime.files import read_json
 
 
 HELD_OUT_RECORD_KEY = "held_out"  # key of the held-out record in results.json

@@ -26,8 +26,8 @@ from itertools import chain, pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..errors import format_error
-from ..files import replace_control_characters, write_atomically
+from ..runtime.errors import format_error
+from ..runtime.files import replace_control_characters, write_atomically
 from .images import get_cache_file
 
 

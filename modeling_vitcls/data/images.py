@@ -26,9 +26,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..errors import format_error
-from ..files import write_atomically
-from ..image_processing_vitcls import read_image, shorten_text
+from ..model.image_processing_vitcls import read_image, shorten_text
+from ..runtime.errors import format_error
+from ..runtime.files import write_atomically
 from .held_out import compute_content_key, compute_image_key, get_relative_path
 from .labels import MultiHotLabels
 

@@ -1,4 +1,5 @@
-"""Datasets in memory for the Python functions (api.py). Each dataset is converted to a named `datasets.DatasetDict`:
+"""Datasets in memory for the Python functions (cli/functions.py). Each dataset is converted to a named
+`datasets.DatasetDict`:
 
     datasets.Dataset, DatasetDict         used unchanged; columns are selected as for files (labels.py)
     list of (image, label)                images: PIL images, arrays, tensors, encoded bytes or paths
@@ -21,7 +22,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
 
-from ..image_processing_vitcls import image_to_tensor
+from ..model.image_processing_vitcls import image_to_tensor
 
 
 MEMORY_PREFIX = "memory:"

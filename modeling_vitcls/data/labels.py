@@ -20,8 +20,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..configuration_vitcls import ViTCLSConfig
-from ..heads_vitcls import IGNORED_LABEL
+from ..model.configuration_vitcls import ViTCLSConfig
+from ..model.heads_vitcls import IGNORED_LABEL
 from ..options import DataOptions
 
 

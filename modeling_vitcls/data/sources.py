@@ -26,10 +26,10 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import format_error
-from ..heads_vitcls import IGNORED_LABEL
 from ..hub.loading import describe_missing_repo, fall_back_to_cache, is_hub_id
+from ..model.heads_vitcls import IGNORED_LABEL
 from ..options import DataOptions
+from ..runtime.errors import format_error
 from .image_folder import read_image_folder, scan_folder
 from .images import ArrayImages, DatasetImages, LabeledImages
 from .in_memory import MEMORY_PREFIX, get_dataset

@@ -22,10 +22,10 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from accelerate import Accelerator
 
-from ..distributed import run_on_main
-from ..files import escape_csv_cell
-from ..heads_vitcls import IGNORED_LABEL
+from ..model.heads_vitcls import IGNORED_LABEL
 from ..options import DataOptions
+from ..runtime.distributed import run_on_main
+from ..runtime.files import escape_csv_cell
 from .held_out import MAX_RECORDED_IMAGES, HeldOutRecord, HeldOutRule, encode_content_keys
 from .image_folder import describe_single_class, format_name_list
 from .images import DatasetImages, LabeledImages

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..heads_vitcls import IGNORED_LABEL
+from ..model.heads_vitcls import IGNORED_LABEL
 from ..options import DataOptions
 from .batches import Batch, BatchBuilder
 from .held_out import HeldOutRule

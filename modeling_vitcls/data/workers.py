@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 from torch.utils.data import DataLoader
 
-from ..errors import format_error
+from ..runtime.errors import format_error
 
 
 TIMEOUT = 600.0  # maximum time without a batch, in seconds

@@ -17,15 +17,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adaptation_vitcls import load_checkpoint
 from ..analysis.maps import extract_patch_maps
-from ..configuration_vitcls import ViTCLSConfig
 from ..conversion.any_checkpoint import resolve_checkpoint
-from ..data.fit import set_fit
+from ..data.aspect_ratio import set_fit
 from ..hub.loading import check_is_vitcls
-from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..inference.load_model import is_preset
-from ..modeling_vitcls import (
+from ..model.adaptation_vitcls import load_checkpoint
+from ..model.configuration_vitcls import ViTCLSConfig
+from ..model.image_processing_vitcls import ViTCLSImageProcessor
+from ..model.modeling_vitcls import (
     ViTCLSBackbone,
     ViTCLSForImageClassification,
     ViTCLSForMultiTaskClassification,

@@ -14,21 +14,21 @@ from typing import Any
 import torch
 from transformers.image_utils import PILImageResampling
 
-from ..configuration_vitcls import ViTCLSConfig
 from ..conversion.any_checkpoint import resolve_checkpoint
 from ..conversion.parity_report import build_random_images, get_max_magnitude, get_non_square_size
 from ..conversion.processors import SHARED_SETTINGS, select_settings
 from ..data.held_out import HELD_OUT_RECORD_KEY
-from ..errors import describe_installation
-from ..files import read_json, write_json
 from ..hub.local_paths import resolve_name, strip_folders
 from ..hub.model_files import CONFIG_FILES, RESULTS_FILE, hash_files, hash_weights
-from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..inference.exported_graphs import INPUT_NAME, ExportedModel
 from ..inference.speed import measure_inference_speed
-from ..modeling_vitcls import ViTCLSBackbone
+from ..model.configuration_vitcls import ViTCLSConfig
+from ..model.image_processing_vitcls import ViTCLSImageProcessor
+from ..model.modeling_vitcls import ViTCLSBackbone
 from ..options import ExportOptions
-from ..system import get_versions
+from ..runtime.errors import describe_installation
+from ..runtime.files import read_json, write_json
+from ..runtime.system import get_versions
 from .exportable import Outputs, compute_named_outputs, load_exportable_model
 from .formats import FORMATS, run_graph
 from .measurement import NUM_COMPARED_IMAGES, compare_outputs_on_images, load_export_images

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch.export import ExportedProgram
 
-from ..errors import format_error
 from ..inference.exported_graphs import INPUT_NAME, ExportedGraph
+from ..runtime.errors import format_error
 from .exportable import Outputs
 from .tracing import GraphShape, build_dynamic_shapes
 

@@ -22,14 +22,14 @@ from ..data.evaluated_images import load_fitting_and_evaluation_data
 from ..data.held_out import read_held_out_record
 from ..data.images import LabeledImages
 from ..data.splits import load_training_data
-from ..distributed import build_accelerator
 from ..hub.loading import MODEL_FILE_PATTERNS
 from ..hub.local_paths import BUILT_IN_DATASET, resolve_name, strip_folders
 from ..hub.model_files import RESULTS_FILE
 from ..inference.evaluate import EvaluationSetup, load_evaluation, set_label_columns
 from ..inference.exported_graphs import INPUT_NAME, ExportedModel
-from ..intervals import compute_proportion_interval
+from ..inference.intervals import compute_proportion_interval
 from ..options import DataOptions, EvaluateOptions
+from ..runtime.distributed import build_accelerator
 from .exportable import Outputs
 
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..cpu_kernels_vitcls import uninstall_cpu_kernels
-from ..errors import format_error
 from ..inference.exported_graphs import INPUT_NAME
+from ..model.cpu_kernels_vitcls import uninstall_cpu_kernels
+from ..runtime.errors import format_error
 from .exportable import NamedOutputsModel
 
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch.export import Dim, ExportedProgram
 
-from ..configuration_vitcls import ViTCLSConfig
-from ..errors import format_error
 from ..inference.exported_graphs import INPUT_NAME
-from ..modeling_vitcls import ViTCLSPreTrainedModel
+from ..model.configuration_vitcls import ViTCLSConfig
+from ..model.modeling_vitcls import ViTCLSPreTrainedModel
+from ..runtime.errors import format_error
 from .exportable import NamedOutputsModel
 
 

@@ -12,7 +12,7 @@
                                 weights of the model
 
 The graph contains the complete model, including special tokens, pooling and heads. The graph also outputs the
-attention of the CLS tokens, which static Spaces display (publishing/static_space.py).
+attention of the CLS tokens, which static Spaces display (scripts/space/static_space.py).
 """
 
 import json
@@ -26,12 +26,12 @@ from ..conversion.any_checkpoint import resolve_checkpoint
 from ..conversion.parity_report import build_random_images, get_max_magnitude
 from ..conversion.processors import select_settings
 from ..data.labels import is_multi_label
-from ..files import create_output_folder, write_json
 from ..hub.local_paths import check_output_is_empty
 from ..hub.model_files import hash_files, hash_weights
-from ..image_processing_vitcls import ViTCLSImageProcessor
-from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, ViTCLSPreTrainedModel
+from ..model.image_processing_vitcls import ViTCLSImageProcessor
+from ..model.modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, ViTCLSPreTrainedModel
 from ..options import ExportOptions
+from ..runtime.files import create_output_folder, write_json
 from .exportable import Outputs, compute_named_outputs, load_exportable_model
 from .exporter import export_model, get_report_path
 from .formats import run_graph

@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers.utils import logging as transformers_logging
 
-from ..errors import format_error
+from ..runtime.errors import format_error
 
 
 # Base class of the errors in the HTTP library (httpx or httpx2) that huggingface_hub uses.

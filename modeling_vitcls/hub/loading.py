@@ -36,9 +36,9 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
-from ..adaptation_vitcls import check_checkpoint_folder
-from ..configuration_vitcls import ViTCLSConfig
-from ..files import read_json
+from ..model.adaptation_vitcls import check_checkpoint_folder
+from ..model.configuration_vitcls import ViTCLSConfig
+from ..runtime.files import read_json
 from .connection import (
     HUB_ERRORS,
     describe_no_response,

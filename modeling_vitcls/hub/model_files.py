@@ -10,8 +10,7 @@ from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from ..checkpoints import compute_file_digest
-from ..files import read_json
+from ..runtime.files import compute_file_digest, read_json
 
 
 CONFIG_FILE = "config.json"

@@ -11,6 +11,8 @@
     shards.py           folders of Parquet files, written by any number of jobs
     embed_images.py     EmbedImages, for Ray, Spark and datasets.map
     predict.py          the command `vitcls predict`
+    intervals.py        confidence intervals
+    token_names.py      names of special tokens in tables, reports and figures
 
 The files in this folder are not pushed to the Hub.
 """

@@ -19,7 +19,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..configuration_vitcls import ViTCLSConfig
 from ..conversion.any_checkpoint import resolve_checkpoint
 from ..data.evaluated_images import EvaluatedPart, EvaluationData, load_evaluation_data
 from ..data.held_out import read_held_out_record
@@ -29,12 +28,13 @@ from ..data.labels import LabelSpace, MultiHotLabels, get_label_space
 from ..data.sources import load_splits
 from ..data.splits import EVALUATION_SPLITS, load_on_main
 from ..data.streaming import StreamedImages
-from ..distributed import build_accelerator
-from ..files import read_json, write_json
-from ..heads_vitcls import IGNORED_LABEL
 from ..hub.model_files import RESULTS_FILE, find_weights_hash
+from ..model.configuration_vitcls import ViTCLSConfig
+from ..model.heads_vitcls import IGNORED_LABEL
 from ..options import DataOptions, EvaluateOptions
-from ..system import describe_device, get_versions
+from ..runtime.distributed import build_accelerator
+from ..runtime.files import read_json, write_json
+from ..runtime.system import describe_device, get_versions
 from .confidence import measure_unknown
 from .evaluator import Evaluator, round_floats
 from .load_model import announce_precision, check_is_classifier, list_file_patterns, load_model

@@ -26,14 +26,14 @@ from rich.console import Console
 from torch import nn
 from torch.utils.data import Dataset
 
-from ..data.fit import get_output_size
+from ..data.aspect_ratio import get_output_size
 from ..data.images import LabeledImages, UnreadableImageCounter, check_channels, decode_image
 from ..data.labels import LabelSpace
 from ..data.streaming import Example, StreamedImages, read_ahead
 from ..data.workers import build_loader, explain_worker_errors
-from ..image_processing_vitcls import ViTCLSImageProcessor
+from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..options import DataOptions
-from ..progress import track
+from ..runtime.progress import track
 from .metrics import METRICS, select_scalars
 
 
@@ -189,7 +189,7 @@ class Evaluator:
 
         In the returned dict, numbers come before lists and dicts, and the first number is the metric for comparing
         models. `num_unreadable_images` is the number of unreadable images, which `num_images` excludes. Floats are
-        rounded to six decimals. `console` shows the progress (progress.py).
+        rounded to six decimals. `console` shows the progress (runtime/progress.py).
 
         Raises:
             ValueError: if all images are unreadable, if more than `max_unreadable_images` images are unreadable, or if

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..configuration_vitcls import ViTCLSConfig
-from ..errors import describe_installation, format_error
-from ..files import read_json
 from ..hub.model_files import find_weights_hash, hash_files
-from ..image_processing_vitcls import ViTCLSImageProcessor
+from ..model.configuration_vitcls import ViTCLSConfig
+from ..model.image_processing_vitcls import ViTCLSImageProcessor
+from ..runtime.errors import describe_installation, format_error
+from ..runtime.files import read_json
 
 
 INPUT_NAME = "pixel_values"

@@ -23,9 +23,7 @@ from ..conversion.any_checkpoint import resolve_checkpoint
 from ..data.evaluated_images import EvaluationData, load_fitting_and_evaluation_data
 from ..data.held_out import read_held_out_record
 from ..data.splits import load_on_main
-from ..intervals import compute_proportion_interval
 from ..options import EvaluateOptions
-from ..token_names import get_token_names
 from .evaluate import (
     build_table,
     describe_evaluation,
@@ -33,8 +31,10 @@ from .evaluate import (
     write_results,
 )
 from .evaluator import Evaluator, round_floats
+from .intervals import compute_proportion_interval
 from .load_model import announce_precision, list_file_patterns, load_model
 from .metric_tables import format_percent
+from .token_names import get_token_names
 
 
 class FeatureEvaluator(Evaluator):

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..configuration_vitcls import ViTCLSConfig
-from ..heads_vitcls import TokenPooler
+from ..model.configuration_vitcls import ViTCLSConfig
+from ..model.heads_vitcls import TokenPooler
 from .evaluator import Evaluator, HeldOutBatch
 from .linear_probe import LAST_CLS_MEAN, Candidate, LinearClassifier
 

@@ -29,9 +29,9 @@ from ..data.images import ROWS_PER_READ, ArrayImages, resolve_path
 from ..data.labels import find_image_column
 from ..data.sources import get_dataset_folder, is_idx_folder, load_splits, open_splits
 from ..data.streaming import read_features
-from ..errors import format_error
-from ..image_processing_vitcls import ViTCLSImageProcessor
+from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..options import DataOptions, PredictOptions
+from ..runtime.errors import format_error
 
 
 SECONDS_BEFORE_RETRY = 1.0  # wait before the first retry of a download in seconds; doubled before each further retry

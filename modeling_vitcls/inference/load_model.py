@@ -5,20 +5,20 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from ..adaptation_vitcls import load_checkpoint
-from ..configuration_vitcls import PRESETS, ViTCLSConfig
 from ..conversion.any_checkpoint import resolve_checkpoint
-from ..data.fit import set_fit
-from ..distributed import set_mixed_precision
+from ..data.aspect_ratio import set_fit
 from ..hub.connection import silence_transformers
 from ..hub.loading import MODEL_FILE_PATTERNS, check_is_vitcls
 from ..hub.model_files import CONFIG_FILES, RESULTS_FILE
-from ..image_processing_vitcls import ViTCLSImageProcessor
-from ..modeling_vitcls import (
+from ..model.adaptation_vitcls import load_checkpoint
+from ..model.configuration_vitcls import PRESETS, ViTCLSConfig
+from ..model.image_processing_vitcls import ViTCLSImageProcessor
+from ..model.modeling_vitcls import (
     ViTCLSForImageClassification,
     ViTCLSForMultiTaskClassification,
     ViTCLSModel,
 )
+from ..runtime.distributed import set_mixed_precision
 from .exported_graphs import BACKEND_FILES, load_exported_model
 
 

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from ..configuration_vitcls import ViTCLSConfig
-from ..files import replace_control_characters
+from ..model.configuration_vitcls import ViTCLSConfig
+from ..runtime.files import replace_control_characters
 
 
 METRIC_NAMES = {

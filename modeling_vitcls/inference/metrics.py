@@ -23,8 +23,8 @@ from torchmetrics.classification import (
 )
 
 from ..data.labels import LabelKind, LabelSpace
-from ..heads_vitcls import IGNORED_LABEL
-from ..intervals import compute_proportion_interval
+from ..model.heads_vitcls import IGNORED_LABEL
+from .intervals import compute_proportion_interval
 
 
 MAX_MATRIX_CLASSES = 200  # maximum number of classes for which a confusion matrix is computed

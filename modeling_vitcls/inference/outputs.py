@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..files import escape_csv_cell, replace_control_characters, write_atomically
-from ..progress import track
+from ..runtime.files import escape_csv_cell, replace_control_characters, write_atomically
+from ..runtime.progress import track
 from .prediction_rows import Row
 
 

@@ -23,8 +23,8 @@ import pyarrow.parquet as pq
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from ..errors import format_error
-from ..files import write_atomically
+from ..runtime.errors import format_error
+from ..runtime.files import write_atomically
 from .confidence import compute_energies
 from .evaluator import Evaluator, OutputRow
 

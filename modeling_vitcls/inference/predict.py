@@ -27,11 +27,11 @@ from transformers import PreTrainedModel
 from ..conversion.any_checkpoint import resolve_checkpoint
 from ..data.labels import get_label_space
 from ..data.splits import load_on_main
-from ..distributed import build_accelerator, run_on_main
 from ..hub.model_files import PREDICTIONS_FILE, find_weights_hash
-from ..image_processing_vitcls import ViTCLSImageProcessor
-from ..modeling_vitcls import ViTCLSPreTrainedModel
+from ..model.image_processing_vitcls import ViTCLSImageProcessor
+from ..model.modeling_vitcls import ViTCLSPreTrainedModel
 from ..options import PredictOptions
+from ..runtime.distributed import build_accelerator, run_on_main
 from .confidence import find_score_limit
 from .exported_graphs import ExportedModel
 from .inputs import ImageRecord, ListInput, PredictionInput, StreamInput, build_list_input, open_input, prepare_images

@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..data.image_folder import format_name_list
-from ..errors import format_error
+from ..runtime.errors import format_error
 from .outputs import Columns, get_output_columns, write_rows, write_table
 
 

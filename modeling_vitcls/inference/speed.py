@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..system import format_device_name, synchronize
+from ..runtime.system import format_device_name, synchronize
 
 
 MAX_BATCH_SIZE = 32  # maximum batch size in images

@@ -1,4 +1,4 @@
-"""Publish a model folder: report, card, push, verification and Spaces. Only the files of the folder are read.
+"""Publish a model folder: report, card, push and verification. Only the files of the folder are read.
 
 model_folder.py            what is in a folder, and which of its results belong to its weights
 report.py                  report.html and the card's images
@@ -10,6 +10,4 @@ push.py                    permissions and push, with retries
 verify.py                  verification of a published model, which is loaded in a new process
 verification_script.py     the script that the new process runs, independent of this package
 finish.py                  all of these after a training run
-space.py                   a Space with the demo
-static_space.py            a Space with a page that runs the model in the browser
 """

@@ -21,7 +21,6 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader
 
-from ..configuration_vitcls import MIN_TRANSFORMERS_VERSION
 from ..data.held_out import HELD_OUT_RECORD_KEY
 from ..hub.local_paths import is_hub_dataset, strip_folders
 from ..hub.model_files import CARD_FILE, RECIPE_FILE, REPORT_FILE
@@ -35,6 +34,7 @@ from ..inference.metric_tables import (
     format_percent,
     get_metric_names,
 )
+from ..model.configuration_vitcls import MIN_TRANSFORMERS_VERSION
 from ..version import __version__
 from .held_out_predictions import describe_predictions
 from .model_folder import ModelFolder, warn_once

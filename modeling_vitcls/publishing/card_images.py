@@ -18,9 +18,9 @@ from ..analysis.figures import create_figure, shorten_text
 from ..analysis.inspection import Inspection
 from ..analysis.maps import overlay, resize_with_region
 from ..analysis.report import iterate_overview
-from ..configuration_vitcls import ViTCLSConfig
 from ..data.labels import get_label_space
 from ..hub.model_files import IMAGES_FOLDER, RESULT_IMAGE_PATTERNS
+from ..model.configuration_vitcls import ViTCLSConfig
 
 
 MAX_IMAGES = 4  # maximum number of images in the attention figure

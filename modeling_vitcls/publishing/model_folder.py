@@ -11,8 +11,6 @@ import yaml
 from safetensors import safe_open
 from transformers.dynamic_module_utils import get_relative_imports
 
-from ..configuration_vitcls import ViTCLSConfig
-from ..files import read_json
 from ..hub.loading import check_is_vitcls
 from ..hub.local_paths import can_publish_images, strip_folders
 from ..hub.model_files import (
@@ -35,6 +33,8 @@ from ..hub.model_files import (
     list_weight_files,
 )
 from ..hub.provenance import Provenance, read_folder_provenance
+from ..model.configuration_vitcls import ViTCLSConfig
+from ..runtime.files import read_json
 
 
 # Model types that `vitcls convert --to transformers` writes.

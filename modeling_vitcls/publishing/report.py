@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 
-from .. import modeling_vitcls
 from ..analysis.inspection import Inspection, InspectionImages, inspect_model, name_images
 from ..analysis.report import write_page
 from ..data.splits import TrainingData, load_training_data
 from ..data.streaming import StreamedImages
 from ..hub.model_files import REPORT_FILE
-from ..image_processing_vitcls import ViTCLSImageProcessor
+from ..model import modeling_vitcls
+from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..options import DataOptions
-from ..progress import track
+from ..runtime.progress import track
 from .card_images import write_card_images
 from .held_out_predictions import describe_predictions
 from .model_folder import ModelFolder

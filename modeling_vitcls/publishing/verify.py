@@ -34,8 +34,8 @@ from ..hub.connection import (
 )
 from ..hub.loading import HubCommit, download_files, resolve_commit
 from ..hub.model_files import CARD_FILE, CODE_PATTERN, MODEL_PATTERNS, PARITY_REPORT_FILE
-from ..modeling_vitcls import ViTCLSBackbone
-from ..system import get_versions
+from ..model.modeling_vitcls import ViTCLSBackbone
+from ..runtime.system import get_versions
 from ..version import __version__
 from . import verification_script
 from .model_folder import ModelFolder
@@ -165,7 +165,7 @@ def check_hashes(commit: HubCommit, files: Path, pushed: ModelFolder | None = No
 
 def describe_code_differences(folder: Path) -> str:
     """Compare all Python files of a folder with the code files of this package, and return the result in one line."""
-    expected_files = {file.name: file.read_bytes() for file in PACKAGE_FOLDER.glob(CODE_PATTERN)}
+    expected_files = {file.name: file.read_bytes() for file in (PACKAGE_FOLDER / "model").glob(CODE_PATTERN)}
     actual_files = {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*.py")}
     names = expected_files.keys() | actual_files.keys()
     different_names = sorted(name for name in names if expected_files.get(name) != actual_files.get(name))

@@ -6,9 +6,9 @@
     pretrain.py         data, model, loss and evaluator of pre-training; lejepa.py and mae.py are its methods
     probe.py            k-NN and logistic regression on the frozen model, before fine-tuning
     loop.py             training loop
+    checkpoints.py      checkpoints on disk, written completely or not at all
     calibration.py      temperature and energy threshold of the trained classifier
     output_folder.py    checks of the output folder, removal of replaced files, lock of the folder
 
-Outside this folder, checkpoints.py writes and reads checkpoints, options.py defines the flags, and distributed.py
-configures processes and devices.
+Outside this folder, options.py defines the flags, and runtime/distributed.py configures processes and devices.
 """

@@ -31,8 +31,8 @@ from typing import Literal, TypeVar
 import torch
 from accelerate import PartialState
 
-from ..configuration_vitcls import to_pair
-from ..modeling_vitcls import ViTCLSModel
+from ..model.configuration_vitcls import to_pair
+from ..model.modeling_vitcls import ViTCLSModel
 from ..options import FinetuneOptions, PretrainOptions
 from .model import InitialModel
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ..data.batches import Batch, Normalizer
 from ..inference.frozen import FeatureEvaluator
-from ..modeling_vitcls import ViTCLSModel, ViTCLSPreTrainedModel
+from ..model.modeling_vitcls import ViTCLSModel, ViTCLSPreTrainedModel
 from .teacher import Teacher, TeacherCache
 
 

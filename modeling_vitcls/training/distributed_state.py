@@ -31,8 +31,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ..checkpoints import Checkpoint, Tensors
-from ..distributed import run_on_main
+from ..runtime.distributed import run_on_main
+from .checkpoints import Checkpoint, Tensors
 
 
 FULL_STATE_DICT_OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=True)

@@ -14,8 +14,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints import CheckpointStore
 from ..data.sampling import BatchPlan
+from .checkpoints import CheckpointStore
 from .loop import TrainingLoop
 from .output_folder import CHECKPOINTS_FOLDER, check_replaceable
 

@@ -26,13 +26,13 @@ from ..data.held_out import read_held_out_record
 from ..data.images import LabeledImages
 from ..data.sampling import compute_class_weights
 from ..data.splits import TrainingData, describe_missing_classes, load_training_data
-from ..files import read_json
 from ..hub.local_paths import strip_folders
 from ..hub.model_files import RESULTS_FILE
 from ..inference.evaluator import Evaluator
 from ..inference.load_model import is_preset
 from ..inference.metrics import SELECTION_METRICS
 from ..options import FinetuneOptions
+from ..runtime.files import read_json
 from . import losses
 from .model import InitialModel, build_model, set_trainable_parameters, uses_patch_dropout
 from .probe import MAX_PROBE_IMAGES, Probe, explain_missing_probe

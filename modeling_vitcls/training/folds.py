@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from ..distributed import build_accelerator, run_on_main
-from ..files import write_json
-from ..intervals import compute_mean_interval
+from ..inference.intervals import compute_mean_interval
+from ..runtime.distributed import build_accelerator, run_on_main
+from ..runtime.files import write_json
 from .output_folder import METRICS_FILE
 from .reporter import Reporter, format_metric
 

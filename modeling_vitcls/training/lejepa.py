@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from ..data.batches import Batch, Normalizer
-from ..modeling_vitcls import ViTCLSModel, ViTCLSPreTrainedModel
+from ..model.modeling_vitcls import ViTCLSModel, ViTCLSPreTrainedModel
 from ..options import LeJEPAOptions
 from .losses import Losses
 

@@ -23,15 +23,15 @@ from accelerate.utils import gather_object, send_to_device
 from scipy.stats import norm
 from torch import nn
 
-from ..checkpoints import Checkpoint, CheckpointStore
 from ..data.batches import Batch, Normalizer
 from ..data.images import UnreadableImageCounter
 from ..data.sampling import BatchPlan, derive_seed
-from ..distributed import run_on_main
-from ..errors import RunStopped, mark_errors_of_all_processes
 from ..inference.metrics import select_scalars
 from ..options import TrainingOptions
-from ..system import get_peak_memory
+from ..runtime.distributed import run_on_main
+from ..runtime.errors import RunStopped, mark_errors_of_all_processes
+from ..runtime.system import get_peak_memory
+from .checkpoints import Checkpoint, CheckpointStore
 from .distributed_state import gather_state, reshard, scatter_state, scatter_weights_and_ema
 from .duration import describe_duration
 from .losses import Losses, Objective

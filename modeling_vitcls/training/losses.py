@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from ..data.batches import Batch, Normalizer
-from ..heads_vitcls import IGNORED_LABEL
+from ..model.heads_vitcls import IGNORED_LABEL
 
 
 Losses = dict[str, torch.Tensor]

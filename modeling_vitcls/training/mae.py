@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.modeling_outputs import MaskedImageModelingOutput
 
-from ..blocks_vitcls import SinCosPositionEmbeddings, build_norm
-from ..configuration_vitcls import ViTCLSConfig
 from ..data.batches import Batch, Normalizer
-from ..heads_vitcls import PixelDecoder, compute_masked_pixel_loss
-from ..modeling_vitcls import ViTCLSModel, ViTCLSPreTrainedModel
-from ..variants_vitcls import ATTENTION_CLASSES, LAYER_CLASSES, keep_patches
+from ..model.blocks_vitcls import SinCosPositionEmbeddings, build_norm
+from ..model.configuration_vitcls import ViTCLSConfig
+from ..model.heads_vitcls import PixelDecoder, compute_masked_pixel_loss
+from ..model.modeling_vitcls import ViTCLSModel, ViTCLSPreTrainedModel
+from ..model.variants_vitcls import ATTENTION_CLASSES, LAYER_CLASSES, keep_patches
 from .losses import Losses
 
 

@@ -21,16 +21,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..blocks_vitcls import EncoderLayer, ViTCLSEmbeddings
-from ..configuration_vitcls import PRESETS, ViTCLSConfig
 from ..conversion.any_checkpoint import has_random_weights, resolve_checkpoint
-from ..data.fit import get_fit, set_fit
+from ..data.aspect_ratio import get_fit, set_fit
 from ..data.labels import LabelSpace
 from ..hub.loading import MODEL_FILE_PATTERNS, check_is_vitcls
 from ..hub.model_files import PARITY_REPORT_FILE, RESULTS_FILE
-from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..inference.load_model import CLASSIFIER_CLASSES, Classifier, is_preset, load_processor
-from ..modeling_vitcls import ViTCLSModel
+from ..model.blocks_vitcls import EncoderLayer, ViTCLSEmbeddings
+from ..model.configuration_vitcls import PRESETS, ViTCLSConfig
+from ..model.image_processing_vitcls import ViTCLSImageProcessor
+from ..model.modeling_vitcls import ViTCLSModel
 from ..options import ModelOptions
 
 

@@ -22,11 +22,7 @@ from accelerate import Accelerator
 from filelock import FileLock, Timeout
 from torch.distributed.fsdp import FSDPModule
 
-from ..checkpoints import WRITE_ERRORS, Checkpoint, CheckpointStore, Tensors
 from ..data.image_folder import format_name_list
-from ..distributed import run_on_main
-from ..errors import RunStopped, format_error
-from ..files import read_json, sync_to_disk, write_json
 from ..hub.connection import silence_transformers
 from ..hub.local_paths import is_local, split_prefix
 from ..hub.model_files import (
@@ -52,6 +48,10 @@ from ..inference.evaluator import Evaluator
 from ..inference.per_image import write_predictions
 from ..inference.speed import measure_inference_speed
 from ..options import FinetuneOptions, PretrainOptions
+from ..runtime.distributed import run_on_main
+from ..runtime.errors import RunStopped, format_error
+from ..runtime.files import read_json, sync_to_disk, write_json
+from .checkpoints import WRITE_ERRORS, Checkpoint, CheckpointStore, Tensors
 from .distributed_state import gather_weights
 from .model import InitialModel, merge_lora
 from .resume import replace_sources

@@ -20,17 +20,17 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 
-from ..configuration_vitcls import ViTCLSConfig
+from ..data.aspect_ratio import get_fit, set_fit
 from ..data.batches import Batch, Normalizer, iterate_training_batches
-from ..data.fit import get_fit, set_fit
 from ..data.images import LabeledImages
 from ..data.sampling import BatchPlan
 from ..data.splits import TrainingData, load_training_data
 from ..hub.local_paths import strip_folders
-from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..inference.frozen import FeatureEvaluator, build_classifier
 from ..inference.load_model import is_preset, load_processor
-from ..modeling_vitcls import ViTCLSModel
+from ..model.configuration_vitcls import ViTCLSConfig
+from ..model.image_processing_vitcls import ViTCLSImageProcessor
+from ..model.modeling_vitcls import ViTCLSModel
 from ..options import ModelOptions, PretrainOptions, to_flags
 from .distillation import Distillation, FeatureTeachers, TeacherCosines, compute_feature_loss
 from .lejepa import LeJEPA, LeJEPAObjective

@@ -21,10 +21,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..data.fit import get_fit, set_fit
+from ..data.aspect_ratio import get_fit, set_fit
 from ..data.images import LabeledImages
-from ..distributed import run_on_main
-from ..heads_vitcls import build_pooler
 from ..inference.evaluator import round_floats
 from ..inference.frozen_features import (
     OWN_POOLING,
@@ -47,6 +45,8 @@ from ..inference.linear_probe import (
     is_clearly_worse,
     list_candidates,
 )
+from ..model.heads_vitcls import build_pooler
+from ..runtime.distributed import run_on_main
 from .reporter import Reporter
 
 

@@ -16,15 +16,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
-from ..configuration_vitcls import ViTCLSConfig
-from ..data.fit import MAX_MEASURED_IMAGES, describe_fit
+from ..data.aspect_ratio import MAX_MEASURED_IMAGES, describe_fit
 from ..data.sampling import BatchPlan
 from ..data.splits import HELD_OUT_SPLITS, TrainingData
 from ..data.streaming import StreamedImages
-from ..files import write_atomically
-from ..image_processing_vitcls import ViTCLSImageProcessor
-from ..progress import LINE_SECONDS
-from ..system import describe_device, get_versions
+from ..model.configuration_vitcls import ViTCLSConfig
+from ..model.image_processing_vitcls import ViTCLSImageProcessor
+from ..runtime.files import write_atomically
+from ..runtime.progress import LINE_SECONDS
+from ..runtime.system import describe_device, get_versions
 
 
 class Reporter:

@@ -5,12 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints import Checkpoint
 from ..conversion.any_checkpoint import is_pinned, pin_revision
 from ..data.splits import describe_change
 from ..hub.local_paths import BUILT_IN_DATASET, is_same_source, make_relative, resolve_name, strip_folders
 from ..inference.load_model import is_preset
 from ..options import PretrainOptions, to_flags
+from .checkpoints import Checkpoint
 from .defaults import DEFAULT_FLAGS
 
 

@@ -22,7 +22,6 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch.distributed.fsdp import FSDPModule
 
-from ..checkpoints import Checkpoint, CheckpointStore
 from ..data.batches import Normalizer, iterate_training_batches
 from ..data.held_out import HELD_OUT_RECORD_KEY
 from ..data.image_folder import compute_files_digest
@@ -31,12 +30,12 @@ from ..data.sampling import BatchPlan
 from ..data.splits import TrainingData, describe_data, load_on_main
 from ..data.streaming import StreamedImages
 from ..data.workers import explain_worker_errors
-from ..distributed import build_accelerator, configure_layer_sharding, run_on_main, set_mixed_precision
-from ..errors import RunStopped, is_raised_on_all_processes
 from ..inference.frozen_features import HeadEvaluator
 from ..inference.per_image import get_outputs
 from ..options import FinetuneOptions, PretrainOptions, to_flags
-from ..system import describe_device
+from ..runtime.distributed import build_accelerator, configure_layer_sharding, run_on_main, set_mixed_precision
+from ..runtime.errors import RunStopped, is_raised_on_all_processes
+from ..runtime.system import describe_device
 from . import finetune, output_folder, pretrain
 from .calibration import (
     compute_calibration_errors,
@@ -44,6 +43,7 @@ from .calibration import (
     find_calibration,
     has_enough_images,
 )
+from .checkpoints import Checkpoint, CheckpointStore
 from .defaults import describe_random_weights, resolve_defaults
 from .distributed_state import reshard
 from .dry_run import NUM_PROBE_IMAGES, NUM_STEPS, build_dry_run_options, describe_dry_probe, describe_dry_run

@@ -9,13 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..data.aspect_ratio import get_output_size
 from ..data.augmentation import build_augmentation
 from ..data.batches import BatchBuilder, TrainingImages
-from ..data.fit import get_output_size
 from ..data.images import LabeledImages
 from ..data.splits import TrainingData
 from ..data.streaming import StreamedImages, TrainingStream
-from ..image_processing_vitcls import ViTCLSImageProcessor
+from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from .losses import Objective
 from .probe import Probe
 from .reporter import Reporter

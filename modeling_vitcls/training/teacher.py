@@ -32,16 +32,16 @@ from torchvision.transforms.v2 import functional as transforms
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 from transformers.image_utils import pil_torch_interpolation_mapping
 
-from ..configuration_vitcls import ViTCLSConfig
 from ..conversion.any_checkpoint import resolve_checkpoint
 from ..data.image_folder import format_name_list
 from ..data.labels import LabelSpace
-from ..errors import format_error
 from ..hub.connection import silence_transformers
 from ..hub.loading import check_is_vitcls, get_external_model_folder, load_timm_model, split_revision
 from ..inference.evaluator import count_not_finite
 from ..inference.load_model import load_processor
-from ..modeling_vitcls import ViTCLSModel, ViTCLSModelOutput
+from ..model.configuration_vitcls import ViTCLSConfig
+from ..model.modeling_vitcls import ViTCLSModel, ViTCLSModelOutput
+from ..runtime.errors import format_error
 
 
 TIMM_PREFIX = "timm:"

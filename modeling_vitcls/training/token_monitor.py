@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..blocks_vitcls import ViTCLSEmbeddings
+from ..model.blocks_vitcls import ViTCLSEmbeddings
 from .distributed_state import gather_tensor
 from .model import set_train_mode
 

@@ -36,9 +36,9 @@ from modeling_vitcls.analysis.ablation import (
     redraw_tokens,
     replace_by_means,
 )
-from modeling_vitcls.attention_masks_vitcls import build_attention_mask
-from modeling_vitcls.heads_vitcls import IGNORED_LABEL
-from modeling_vitcls.intervals import compute_bootstrap_interval
+from modeling_vitcls.inference.intervals import compute_bootstrap_interval
+from modeling_vitcls.model.attention_masks_vitcls import build_attention_mask
+from modeling_vitcls.model.heads_vitcls import IGNORED_LABEL
 
 
 PIXELS = build_images(6)

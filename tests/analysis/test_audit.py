@@ -26,7 +26,7 @@ from modeling_vitcls.analysis.audit import (
     make_thumbnail,
     write_audit,
 )
-from modeling_vitcls.data.fit import set_fit
+from modeling_vitcls.data.aspect_ratio import set_fit
 from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.options import DataOptions, EvaluateOptions
 

@@ -19,7 +19,7 @@ from modeling_vitcls.analysis.figures import (
     render_svg,
     shorten_text,
 )
-from modeling_vitcls.token_names import get_token_names
+from modeling_vitcls.inference.token_names import get_token_names
 
 
 @pytest.mark.parametrize("name", CURVES)

@@ -31,7 +31,7 @@ from modeling_vitcls.analysis.inspection import (
     select_images,
 )
 from modeling_vitcls.data.images import ArrayImages
-from modeling_vitcls.heads_vitcls import IGNORED_LABEL
+from modeling_vitcls.model.heads_vitcls import IGNORED_LABEL
 from modeling_vitcls.options import InspectOptions
 
 

@@ -26,7 +26,7 @@ from modeling_vitcls.analysis.maps import (
     resize_with_region,
     upsample_maps,
 )
-from modeling_vitcls.data.fit import VisibleRegion, get_visible_region
+from modeling_vitcls.data.aspect_ratio import VisibleRegion, get_visible_region
 
 
 RAW = {"do_rescale": False, "do_normalize": False}

@@ -23,8 +23,8 @@ from modeling_vitcls.analysis.diagnosis import (
     diagnose_tokens,
 )
 from modeling_vitcls.analysis.report import build_effect_rows
-from modeling_vitcls.heads_vitcls import IGNORED_LABEL
-from modeling_vitcls.intervals import compute_proportion_interval
+from modeling_vitcls.inference.intervals import compute_proportion_interval
+from modeling_vitcls.model.heads_vitcls import IGNORED_LABEL
 
 
 NUM_EPOCHS = 5

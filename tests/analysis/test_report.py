@@ -26,7 +26,7 @@ from modeling_vitcls.analysis import report as report_module
 from modeling_vitcls.analysis.inspection import Inspection, inspect_model
 from modeling_vitcls.analysis.maps import overlay
 from modeling_vitcls.analysis.report import write_json_values, write_page
-from modeling_vitcls.token_names import get_token_names
+from modeling_vitcls.inference.token_names import get_token_names
 from modeling_vitcls.version import __version__
 
 

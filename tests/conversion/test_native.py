@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
-from modeling_vitcls.commands.convert import ConvertOptions, run
+from modeling_vitcls.cli.convert import ConvertOptions, run
 from modeling_vitcls.conversion.convert import copy_results, write_native_model
 from modeling_vitcls.hub.model_files import hash_weights
 from modeling_vitcls.publishing.model_folder import ModelFolder

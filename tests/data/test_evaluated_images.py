@@ -18,8 +18,8 @@ from modeling_vitcls.data.evaluated_images import load_evaluation_data, load_fit
 from modeling_vitcls.data.held_out import HeldOutRecord, encode_content_keys
 from modeling_vitcls.data.images import DatasetImages
 from modeling_vitcls.data.splits import load_training_data
-from modeling_vitcls.files import read_json
 from modeling_vitcls.options import DataOptions
+from modeling_vitcls.runtime.files import read_json
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")

@@ -17,7 +17,6 @@ from helpers.tiny_models import raises_one_line
 from helpers.tiny_options import build_tiny_options, run_training
 
 from modeling_vitcls.analysis.inspection import open_images
-from modeling_vitcls.configuration_vitcls import ViTCLSConfig
 from modeling_vitcls.data.evaluated_images import load_evaluation_data
 from modeling_vitcls.data.held_out import (
     HeldOutRecord,
@@ -30,6 +29,7 @@ from modeling_vitcls.data.in_memory import add_dataset
 from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.inference.evaluate import evaluate_checkpoint
 from modeling_vitcls.inference.load_model import load_model
+from modeling_vitcls.model.configuration_vitcls import ViTCLSConfig
 from modeling_vitcls.options import DataOptions, EvaluateOptions, InspectOptions
 from modeling_vitcls.publishing.model_folder import ModelFolder
 from modeling_vitcls.publishing.staging import list_published_files

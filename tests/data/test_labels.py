@@ -8,7 +8,6 @@ import datasets
 import pytest
 from helpers.tiny_models import raises_one_line
 
-from modeling_vitcls.configuration_vitcls import ViTCLSConfig
 from modeling_vitcls.data.labels import (
     LabelReader,
     LabelSpace,
@@ -17,6 +16,7 @@ from modeling_vitcls.data.labels import (
     get_label_space,
     is_multi_label,
 )
+from modeling_vitcls.model.configuration_vitcls import ViTCLSConfig
 from modeling_vitcls.options import DataOptions
 
 

@@ -22,7 +22,7 @@ from modeling_vitcls.data.in_memory import add_dataset
 from modeling_vitcls.data.labels import MultiHotLabels
 from modeling_vitcls.data.sources import load_splits
 from modeling_vitcls.data.splits import load_training_data
-from modeling_vitcls.image_processing_vitcls import pil_to_tensor
+from modeling_vitcls.model.image_processing_vitcls import pil_to_tensor
 from modeling_vitcls.options import DataOptions
 
 

@@ -30,8 +30,8 @@ from modeling_vitcls.export import exporter
 from modeling_vitcls.export.exporter import check_drop, export_model
 from modeling_vitcls.export.quantization import rank_layers, round_to_int8
 from modeling_vitcls.inference.exported_graphs import ExportedGraph, ExportedModel
+from modeling_vitcls.inference.intervals import compute_proportion_interval
 from modeling_vitcls.inference.predict import compute_model_digest
-from modeling_vitcls.intervals import compute_proportion_interval
 from modeling_vitcls.options import ExportOptions
 
 
@@ -95,7 +95,7 @@ def test_a_folder_without_weights_is_evaluated_and_shown(
     """The graph, the configuration and the image processor are enough; --backend torch names the remedy."""
     folder = tmp_path / "exported"
     shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    page: Any = importlib.import_module("modeling_vitcls.demo.page")  # gradio
+    page: Any = importlib.import_module("modeling_vitcls.cli.demo_page")  # gradio
     images = model.parent / "images"
     results = [
         evaluate(str(source), str(images), backend=name) for source, name in ((model, "torch"), (folder, backend))

@@ -14,8 +14,8 @@ from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.export import exporter
 from modeling_vitcls.export.exportable import NamedOutputsModel, compute_named_outputs, load_exportable_model
 from modeling_vitcls.export.measurement import load_export_images
-from modeling_vitcls.files import write_json
 from modeling_vitcls.options import DataOptions
+from modeling_vitcls.runtime.files import write_json
 
 
 pytestmark = pytest.mark.integration

@@ -83,7 +83,7 @@ def model(saved: Path, tmp_path: Path) -> Path:
 def no_server(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `vitcls demo` end in place of serving its page."""
     page = SimpleNamespace(serve_demo=lambda *arguments: None)
-    monkeypatch.setitem(sys.modules, "modeling_vitcls.demo.page", page)
+    monkeypatch.setitem(sys.modules, "modeling_vitcls.cli.demo_page", page)
 
 
 def check_error(command: list[str], capsys: pytest.CaptureFixture[str], *words: str) -> None:

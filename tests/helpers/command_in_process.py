@@ -5,7 +5,7 @@ from typing import Any
 import tyro
 
 from modeling_vitcls import cli
-from modeling_vitcls.commands.parsing import TYRO_CONFIG, one_line_errors, prepare_flags
+from modeling_vitcls.cli.parsing import TYRO_CONFIG, one_line_errors, prepare_flags
 
 
 def run_here(*arguments: str) -> int:

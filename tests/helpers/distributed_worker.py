@@ -26,12 +26,12 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import modeling_vitcls as vitcls
 from helpers.process_checks import write_report
-from modeling_vitcls.checkpoints import CheckpointStore
 from modeling_vitcls.data.batches import BatchPlan
 from modeling_vitcls.data.images import UnreadableImageCounter
-from modeling_vitcls.distributed import run_on_main
-from modeling_vitcls.errors import RunStopped
 from modeling_vitcls.options import TrainingOptions
+from modeling_vitcls.runtime.distributed import run_on_main
+from modeling_vitcls.runtime.errors import RunStopped
+from modeling_vitcls.training.checkpoints import CheckpointStore
 from modeling_vitcls.training.loop import TrainingLoop, TrainingState
 from modeling_vitcls.training.losses import Objective
 from modeling_vitcls.training.optimizer import build_parameter_groups

@@ -7,7 +7,7 @@ import torch
 
 from helpers.evaluation_worker import build_classifier, build_labeled_images, evaluate_all
 from modeling_vitcls import ViTCLSImageProcessor
-from modeling_vitcls.distributed import build_accelerator
+from modeling_vitcls.runtime.distributed import build_accelerator
 
 
 @pytest.fixture(scope="module")

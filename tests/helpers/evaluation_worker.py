@@ -30,11 +30,11 @@ from modeling_vitcls import (
 from modeling_vitcls.data.images import DatasetImages, LabeledImages
 from modeling_vitcls.data.labels import LabelColumn, LabelReader, LabelSpace
 from modeling_vitcls.data.streaming import StreamedImages
-from modeling_vitcls.distributed import build_accelerator
 from modeling_vitcls.inference.evaluate import evaluate_checkpoint
 from modeling_vitcls.inference.evaluator import Evaluator
 from modeling_vitcls.inference.frozen import evaluate_frozen
 from modeling_vitcls.options import DataOptions, EvaluateOptions
+from modeling_vitcls.runtime.distributed import build_accelerator
 
 
 BATCH_SIZE = 3

@@ -11,8 +11,8 @@ import yaml
 
 from helpers.tiny_models import build_tiny_config, save_with_processor
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification
-from modeling_vitcls.files import write_json
 from modeling_vitcls.hub.model_files import PREDICTIONS_FILE, hash_weights
+from modeling_vitcls.runtime.files import write_json
 
 
 RESULTS: dict[str, Any] = {

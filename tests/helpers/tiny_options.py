@@ -9,11 +9,11 @@ from typing import Any
 from accelerate import Accelerator
 
 from helpers.accelerate_state import reset_accelerate
-from modeling_vitcls.api import build_options
+from modeling_vitcls.cli.functions import build_options
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.data.sampling import BatchPlan
-from modeling_vitcls.files import read_json
 from modeling_vitcls.options import AugmentationOptions, FinetuneOptions, ModelOptions, PretrainOptions
+from modeling_vitcls.runtime.files import read_json
 from modeling_vitcls.training import finetune, pretrain
 from modeling_vitcls.training.model import build_model, resolve_initial_model
 from modeling_vitcls.training.reporter import Reporter

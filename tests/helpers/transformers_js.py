@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 
 from helpers.tiny_models import build_tiny_config, randomize
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
-from modeling_vitcls.publishing.static_space import TRANSFORMERS_JS_VERSION
+from scripts.space.static_space import TRANSFORMERS_JS_VERSION
 
 
 NUM_DIGITS = 500

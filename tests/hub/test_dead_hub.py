@@ -21,7 +21,7 @@ from huggingface_hub import constants
 from timm.models import save_for_hf
 
 from modeling_vitcls import ViTCLSConfig
-from modeling_vitcls.commands.convert import ConvertOptions, run
+from modeling_vitcls.cli.convert import ConvertOptions, run
 from modeling_vitcls.conversion.convert import convert_checkpoint
 from modeling_vitcls.conversion.random_weights import randomize_weights
 from modeling_vitcls.data.labels import LabelSpace

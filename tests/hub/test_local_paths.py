@@ -8,7 +8,6 @@ import pytest
 import yaml
 from helpers.tiny_models import raises_one_line
 
-from modeling_vitcls.checkpoints import CheckpointStore
 from modeling_vitcls.hub.loading import split_revision
 from modeling_vitcls.hub.local_paths import (
     can_publish_images,
@@ -29,6 +28,7 @@ from modeling_vitcls.options import (
     to_flags,
 )
 from modeling_vitcls.training import output_folder
+from modeling_vitcls.training.checkpoints import CheckpointStore
 from modeling_vitcls.training.resume import check_flags_unchanged, get_relative_flags, resolve_local_paths
 
 

@@ -13,8 +13,8 @@ from helpers.photo_folders import write_photos
 from helpers.tiny_models import build_tiny_config, save_with_processor
 
 from modeling_vitcls import ViTCLSForImageClassification
-from modeling_vitcls.files import read_json
 from modeling_vitcls.hub.model_files import hash_weights
+from modeling_vitcls.runtime.files import read_json
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")

@@ -17,7 +17,7 @@ from helpers.scripts_in_process import SCRIPTS
 from helpers.tiny_models import build_tiny_config, raises_one_line, save_with_processor
 
 from modeling_vitcls import EmbedImages, ViTCLSImageProcessor, ViTCLSModel
-from modeling_vitcls.data.fit import set_fit
+from modeling_vitcls.data.aspect_ratio import set_fit
 
 
 photos = prediction_photos.photos  # a fixture

@@ -34,16 +34,16 @@ from helpers.warm_processes import OFFLINE, run_together
 from PIL import Image
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSImageProcessor
-from modeling_vitcls.data.fit import set_fit
+from modeling_vitcls.data.aspect_ratio import set_fit
 from modeling_vitcls.data.images import LabeledImages
 from modeling_vitcls.data.labels import LabelSpace
-from modeling_vitcls.distributed import build_accelerator
-from modeling_vitcls.files import read_json, write_json
 from modeling_vitcls.inference import evaluate as evaluate_module
 from modeling_vitcls.inference.evaluate import evaluate_checkpoint, load_evaluation, match_labels, set_label_columns
 from modeling_vitcls.inference.metric_tables import build_class_tables, get_metric_names
 from modeling_vitcls.options import DataOptions, EvaluateOptions
-from modeling_vitcls.system import describe_device, get_versions
+from modeling_vitcls.runtime.distributed import build_accelerator
+from modeling_vitcls.runtime.files import read_json, write_json
+from modeling_vitcls.runtime.system import describe_device, get_versions
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")

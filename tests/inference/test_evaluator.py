@@ -23,9 +23,9 @@ from PIL import Image
 from modeling_vitcls import ViTCLSConfig, ViTCLSImageProcessor
 from modeling_vitcls.data.images import DatasetImages, LabeledImages
 from modeling_vitcls.data.labels import LabelSpace
-from modeling_vitcls.distributed import build_accelerator
 from modeling_vitcls.inference import evaluator as evaluator_module
 from modeling_vitcls.options import DataOptions
+from modeling_vitcls.runtime.distributed import build_accelerator
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")

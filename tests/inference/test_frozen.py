@@ -19,11 +19,11 @@ from sklearn.preprocessing import StandardScaler
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
 from modeling_vitcls.analysis.audit import load_audited_images
+from modeling_vitcls.data.aspect_ratio import set_fit
 from modeling_vitcls.data.evaluated_images import load_evaluation_data
-from modeling_vitcls.data.fit import set_fit
 from modeling_vitcls.inference import frozen
 from modeling_vitcls.inference.frozen import build_classifier, evaluate_frozen
-from modeling_vitcls.intervals import compute_proportion_interval
+from modeling_vitcls.inference.intervals import compute_proportion_interval
 from modeling_vitcls.options import DataOptions, EvaluateOptions
 
 

@@ -17,10 +17,10 @@ from sklearn.metrics import log_loss, roc_auc_score
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, evaluate, predict
 from modeling_vitcls.data.images import LabeledImages
-from modeling_vitcls.distributed import build_accelerator
 from modeling_vitcls.hub.model_files import PREDICTIONS_FILE, RESULTS_FILE
 from modeling_vitcls.inference.confidence import compute_energies
 from modeling_vitcls.inference.per_image import get_outputs, select_names, write_predictions
+from modeling_vitcls.runtime.distributed import build_accelerator
 
 
 @pytest.fixture(scope="module")

@@ -36,14 +36,14 @@ from modeling_vitcls import (
     ViTCLSForMultiTaskClassification,
     ViTCLSImageProcessor,
     ViTCLSModel,
-    api,
-    distributed,
 )
-from modeling_vitcls.distributed import build_accelerator
+from modeling_vitcls.cli import functions
 from modeling_vitcls.inference import predict as predict_module
 from modeling_vitcls.inference.predict import PredictionCounts, compute_model_digest, predict_images
 from modeling_vitcls.inference.shards import merge_shards
 from modeling_vitcls.options import PredictOptions
+from modeling_vitcls.runtime import distributed
+from modeling_vitcls.runtime.distributed import build_accelerator
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -543,12 +543,12 @@ def test_models_without_labels_are_a_one_line_error(models: Path, photos: Path, 
 def test_predict_accepts_images_of_any_kind(models: Path, photos: Path) -> None:
     model, picture = models / "one_label", photos / "a.jpg"
     given = [str(picture), picture, picture.read_bytes(), Image.open(picture), np.asarray(Image.open(picture))]
-    rows = api.predict(model, [*given, b"broken", photos / "inner"], top_k=2)
+    rows = functions.predict(model, [*given, b"broken", photos / "inner"], top_k=2)
     assert [row["image"] for row in rows][:6] == [str(picture), str(picture), "2", "3", "4", "5"]
     assert len({(row["label"], row["probability"], row["label_2"]) for row in rows[:5]}) == 1
     assert "cannot read an image" in rows[5]["error"]
     assert len(rows) == 12
-    (alone,) = api.predict(model, picture)
+    (alone,) = functions.predict(model, picture)
     assert alone["image"] == str(picture) and alone["label"] == rows[0]["label"]
 
 
@@ -574,7 +574,7 @@ def test_predictions_are_in_bfloat16_where_it_is_faster(
     monkeypatch.setattr(distributed, "MIN_BFLOAT16_WIDTH", 16)
     source = str(models / "one_label")
     rows, in_bfloat16, in_float32 = (
-        api.predict(source, photos, mixed_precision=precision) for precision in ("auto", "bf16", "no")
+        functions.predict(source, photos, mixed_precision=precision) for precision in ("auto", "bf16", "no")
     )
     assert rows == in_bfloat16 != in_float32
 

@@ -8,7 +8,7 @@ from helpers.tiny_models import build_tiny_config
 
 from modeling_vitcls import ViTCLSModel
 from modeling_vitcls.inference import speed
-from modeling_vitcls.system import format_device_name
+from modeling_vitcls.runtime.system import format_device_name
 
 
 @pytest.mark.parametrize(("seconds", "batch_size"), [(0.001, 32), (0.025, 13), (9.0, 1)])

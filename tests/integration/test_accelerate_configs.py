@@ -25,7 +25,7 @@ from helpers.warm_processes import OFFLINE, run_together
 from safetensors.torch import load_file
 
 from modeling_vitcls import ViTCLSForImageClassification
-from modeling_vitcls.files import read_json
+from modeling_vitcls.runtime.files import read_json
 
 
 pytestmark = pytest.mark.integration

@@ -34,6 +34,7 @@ import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
 from helpers.fresh_processes import run_fresh
+from helpers.scripts_in_process import run_in_process
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -54,6 +55,9 @@ OTHER_COMMANDS = "cd git hf sbatch torchrun make pip .venv/bin/pip .venv/bin/pyt
 OTHER_FLAGS = set(
     "--help --help-all --tyro-print-completion --node-rank --version --include --local-dir --shm-size".split()
 )
+# programs that are no subcommands of vitcls
+PROGRAMS = ("scripts/benchmark.py", "scripts/study.py", "scripts/push_space.py")
+ALL_PROGRAMS = (*cli.COMMANDS, *PROGRAMS)
 OTHER_SUBCOMMANDS = {"--version", "--tyro-print-completion", "env"}
 
 # Added to commands so that they take only seconds.
@@ -70,12 +74,15 @@ FENCE = re.compile(
 )
 REPLACEMENT = re.compile(r'run with: "(.+)" instead of "(.+)"')
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-COMMAND = re.compile(r"(vitcls [a-z]+|accelerate launch -m modeling_vitcls\.cli [a-z]+) \S")  # in inline code
+COMMAND = re.compile(
+    r"(vitcls [a-z]+|python scripts/(?:benchmark|study|push_space)\.py|"
+    r"accelerate launch -m modeling_vitcls\.cli [a-z]+) \S"
+)  # in inline code
 INLINE = re.compile(r"`([^`\n]+)`")
 FLAG = re.compile(r"--[a-z][a-z0-9_-]*")
 PRINTED = re.compile(r"^# (?=[{(\[])", re.MULTILINE)  # comments that show the output of the line before
 FILE = re.compile(r"[\w./-]+\.(?:py|toml|j2)|(?:modeling_vitcls|scripts|tests|docs|model_cards)/[\w./-]*")
-FOLDERS = (ROOT, PACKAGE, ROOT / "tests")  # start of relative paths in the pages
+FOLDERS = (ROOT, PACKAGE, PACKAGE / "model", ROOT / "tests")  # start of relative paths in the pages
 # written by `make gpu` and `vitcls push`; timm's program
 OTHER_FILES = {"docs/speed-gpu.md", "handler.py", "train.py"}
 
@@ -164,10 +171,13 @@ def test_every_page_is_in_the_index() -> None:
 # Commands and flags --------------------------------------------------------------------------------------------------
 
 
-@cache
 def read_flags(name: str) -> frozenset[str]:
-    """Return the flags in `vitcls NAME --help`."""
+    """Return the flags in `vitcls NAME --help`, or in the help of a program of scripts/."""
     output = io.StringIO()
+    if name in PROGRAMS:
+        with contextlib.redirect_stdout(output):
+            assert run_in_process(Path(name).name, "--help") == 0
+        return frozenset(FLAG.findall(output.getvalue()))
     with contextlib.redirect_stdout(output), pytest.raises(SystemExit) as ended:
         cli.main([name, "--help-all"])
     assert ended.value.code == 0
@@ -217,7 +227,10 @@ def parse_command(words: list[str]) -> Command | None:
 
 
 def read_subcommand(script: Path) -> str:
-    """Return the name of the subcommand that a program in scripts/ runs."""
+    """Return the name of the subcommand that a program in scripts/ runs, or the path of a program of its own."""
+    name = script.relative_to(ROOT).as_posix()
+    if name in PROGRAMS:
+        return name
     found = re.search(r'sys\.argv\[:1\] = \["vitcls", "(\w+)"\]', script.read_text(encoding="utf-8"))
     assert found, f"{script} runs no subcommand"
     return found[1]
@@ -238,12 +251,12 @@ def test_commands_have_the_flags_of_their_programs() -> None:
     found = [(place, parse_command(words)) for place, words in read_all_commands()]
     commands = [(place, command) for place, command in found if command and command.name not in OTHER_SUBCOMMANDS]
     for place, command in commands:
-        assert command.name in cli.COMMANDS, f"{place}: there is no `vitcls {command.name}`"
+        assert command.name in ALL_PROGRAMS, f"{place}: there is no `vitcls {command.name}`"
         unknown = get_flags(command.arguments) - read_flags(command.name)
         assert not unknown, f"{place}: `vitcls {command.name}` has no {', '.join(unknown)}"
         unknown = get_flags(command.launcher) - read_accelerate_flags()
         assert not unknown, f"{place}: `accelerate launch` has no {', '.join(unknown)}"
-    assert {command.name for _, command in commands} == set(cli.COMMANDS) - {"env"}
+    assert {command.name for _, command in commands} == {*ALL_PROGRAMS} - {"env"}
 
 
 def get_flags(words: list[str]) -> set[str]:
@@ -252,7 +265,7 @@ def get_flags(words: list[str]) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=get_name)
 def test_flags_in_the_text_exist(page: Path) -> None:
-    known = set().union(*map(read_flags, cli.COMMANDS)) | read_accelerate_flags() | OTHER_FLAGS
+    known = set().union(*map(read_flags, ALL_PROGRAMS)) | read_accelerate_flags() | OTHER_FLAGS
     text = read_prose(page)
     if page.name == "coming-from.md":  # only the first column of its first table contains flags of this package
         text = re.sub(r"^(\| `--.*?) \| .*$", r"\1", text, flags=re.MULTILINE)
@@ -297,7 +310,9 @@ def read_table(page: Path, heading: str) -> list[list[str]]:
 
 def test_the_list_of_shipped_files_is_complete() -> None:
     rows = read_table(ROOT / "docs" / "architecture.md", "Files")
-    assert sorted(row[0].strip("`") for row in rows) == sorted(file.name for file in PACKAGE.glob("*_vitcls.py"))
+    assert sorted(row[0].strip("`") for row in rows) == sorted(
+        file.name for file in (PACKAGE / "model").glob("*_vitcls.py")
+    )
 
 
 def test_the_list_of_folders_is_complete() -> None:
@@ -418,4 +433,5 @@ def test_commands_run(page: Path, run: Run) -> None:
         )
         quick = QUICK.get(command.name, "").split() + (SMALL_MODEL.split() if is_new else [])
         launcher = ["-m", "accelerate.commands.launch", *command.launcher[2:]] if command.launcher else []
-        run([*launcher, *MODULE, command.name, *command.arguments, *quick], command.variables)
+        program = [command.name] if command.name in PROGRAMS else [*MODULE, command.name]
+        run([*launcher, *program, *command.arguments, *quick], command.variables)

@@ -25,7 +25,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSImageProcessor
-from modeling_vitcls.checkpoints import CheckpointStore, DamagedCheckpointError, read_checkpoint
 from modeling_vitcls.conversion.from_state_dict import (
     FAMILIES,
     build_timm_model,
@@ -33,9 +32,10 @@ from modeling_vitcls.conversion.from_state_dict import (
     prepare_weights,
 )
 from modeling_vitcls.data.sources import load_splits
-from modeling_vitcls.image_processing_vitcls import IMAGE_FORMATS
 from modeling_vitcls.inference.metric_tables import format_name
+from modeling_vitcls.model.image_processing_vitcls import IMAGE_FORMATS
 from modeling_vitcls.options import DataOptions
+from modeling_vitcls.training.checkpoints import CheckpointStore, DamagedCheckpointError, read_checkpoint
 
 
 pytestmark = pytest.mark.slow

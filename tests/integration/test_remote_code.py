@@ -26,7 +26,7 @@ pytestmark = pytest.mark.integration
 
 
 PACKAGE = Path(vitcls.__file__).parent
-SHIPPED_FILES = sorted(PACKAGE.glob("*_vitcls.py"))
+SHIPPED_FILES = sorted((PACKAGE / "model").glob("*_vitcls.py"))
 ALLOWED_LIBRARIES = {"torch", "transformers", "huggingface_hub", "PIL", "numpy"} | sys.stdlib_module_names
 CHILD = Path(__file__).parents[1] / "helpers" / "load_without_package.py"
 

@@ -20,7 +20,7 @@ from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 from modeling_vitcls.conversion.from_timm import convert_from_timm
 from modeling_vitcls.conversion.random_weights import randomize_weights
 from modeling_vitcls.conversion.weight_rules import ConversionError
-from modeling_vitcls.cpu_kernels_vitcls import uninstall_cpu_kernels
+from modeling_vitcls.model.cpu_kernels_vitcls import uninstall_cpu_kernels
 
 
 pytestmark = pytest.mark.integration
@@ -314,7 +314,7 @@ def test_every_architecture() -> None:
         except ConversionError:
             refused.append(name)
             continue
-        uninstall_cpu_kernels(ours)  # their rounding grows with the values; tests/core/test_cpu_kernels.py
+        uninstall_cpu_kernels(ours)  # their rounding grows with the values; tests/model/test_cpu_kernels.py
         difference = largest_difference(model, ours)
         if difference <= TOLERANCE:
             exact.append(name)

@@ -14,8 +14,8 @@ from markdown_it import MarkdownIt
 
 import modeling_vitcls as vitcls
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification, ViTCLSModel
-from modeling_vitcls.configuration_vitcls import MIN_TRANSFORMERS_VERSION
 from modeling_vitcls.conversion.convert import convert_checkpoint, write_native_model
+from modeling_vitcls.model.configuration_vitcls import MIN_TRANSFORMERS_VERSION
 from modeling_vitcls.publishing.card import (
     build_metadata,
     describe_architecture,
@@ -67,7 +67,7 @@ def test_a_classifier(tmp_path: Path) -> None:
     assert "| Accuracy | 98.33% (95% interval: 96.00% to 99.00%) |" in text
     assert r"| `noon\|late` | 160 | 50.00% | 100.00% | 50.00% |" in text
     assert all(number in text for number in ("by 1.23 percentage points", "8.71", "0.65", "180 images"))
-    code_files = sorted(file.name for file in Path(vitcls.__file__).parent.glob("*_vitcls.py"))
+    code_files = sorted(file.name for file in (Path(vitcls.__file__).parent / "model").glob("*_vitcls.py"))
     assert sorted(set(re.findall(r"`(\w+_vitcls\.py)`", text))) == code_files  # in reading order
     assert "trained from scratch on `digits`" in text
     assert f"These files belong to modeling_vitcls {__version__}." in text and "sha256sum" not in text

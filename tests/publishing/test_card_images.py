@@ -14,8 +14,8 @@ from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.analysis.inspection import inspect_model
 from modeling_vitcls.analysis.maps import overlay
 from modeling_vitcls.analysis.report import iterate_overview
+from modeling_vitcls.inference.token_names import get_token_names
 from modeling_vitcls.publishing.card_images import plot_attention, plot_confusion_matrix, write_card_images
-from modeling_vitcls.token_names import get_token_names
 
 
 PROCESSOR = ViTCLSImageProcessor(size={"height": 40, "width": 40}, do_center_crop=True, crop_size=32)

@@ -14,14 +14,14 @@ from helpers.tiny_models import build_tiny_config, raises_one_line, save_with_pr
 from huggingface_hub import ModelCard
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMaskedImageModeling, finetune
-from modeling_vitcls.api import build_options
+from modeling_vitcls.cli.functions import build_options
 from modeling_vitcls.data.splits import load_training_data
-from modeling_vitcls.files import read_json, write_json
 from modeling_vitcls.options import DataOptions, FinetuneOptions, RunOptions
 from modeling_vitcls.publishing.card import write_card
 from modeling_vitcls.publishing.finish import finish_run, prepare_push
 from modeling_vitcls.publishing.model_folder import ModelFolder
 from modeling_vitcls.publishing.report import load_run_data, write_report
+from modeling_vitcls.runtime.files import read_json, write_json
 
 
 SMALL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}

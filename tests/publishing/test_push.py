@@ -18,8 +18,8 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import enable_progress_bars
 
 import modeling_vitcls as vitcls
-from modeling_vitcls.commands.push import PushOptions
-from modeling_vitcls.commands.push import run as run_push
+from modeling_vitcls.cli.push import PushOptions
+from modeling_vitcls.cli.push import run as run_push
 from modeling_vitcls.hub import connection
 from modeling_vitcls.hub.model_files import hash_weights
 from modeling_vitcls.publishing.card import write_card
@@ -29,7 +29,7 @@ from modeling_vitcls.publishing.push import PushError, build_push_command, prepa
 
 pytestmark = pytest.mark.integration
 
-CODE = {file.name for file in Path(vitcls.__file__).parent.glob("*_vitcls.py")}
+CODE = {file.name for file in (Path(vitcls.__file__).parent / "model").glob("*_vitcls.py")}
 WEIGHTS = "model.safetensors"
 PUBLISHING = "modeling_vitcls.publishing"
 MODEL_FILES = CODE | {WEIGHTS, "config.json", "preprocessor_config.json"}

@@ -15,8 +15,8 @@ from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 
 import modeling_vitcls as vitcls
-from modeling_vitcls.commands.push import PushOptions
-from modeling_vitcls.commands.push import run as run_push
+from modeling_vitcls.cli.push import PushOptions
+from modeling_vitcls.cli.push import run as run_push
 from modeling_vitcls.hub import connection
 from modeling_vitcls.publishing.model_folder import ModelFolder
 from modeling_vitcls.publishing.push import push_folder

@@ -20,8 +20,8 @@ from torchvision.transforms.v2.functional import resize
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSImageProcessor, ViTCLSModel
-from modeling_vitcls.files import read_json
 from modeling_vitcls.options import PretrainOptions
+from modeling_vitcls.runtime.files import read_json
 from modeling_vitcls.training.distillation import Distillation, build_hadamard_matrix, compute_feature_loss, fit_phi_s
 from modeling_vitcls.training.pretrain import FeatureTeachers, TokenFeatures
 from modeling_vitcls.training.teacher import load_feature_teacher

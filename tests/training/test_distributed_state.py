@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification
-from modeling_vitcls.checkpoints import CheckpointStore
+from modeling_vitcls.training.checkpoints import CheckpointStore
 from modeling_vitcls.training.distributed_state import gather_state, reshard, scatter_state
 from modeling_vitcls.training.model import set_trainable_parameters
 from modeling_vitcls.training.optimizer import Ema

@@ -31,15 +31,15 @@ from safetensors.torch import load_file
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification
-from modeling_vitcls.checkpoints import CheckpointStore
 from modeling_vitcls.data.batches import Normalizer, iterate_training_batches
 from modeling_vitcls.data.labels import LabelSpace
-from modeling_vitcls.errors import RunStopped
-from modeling_vitcls.files import read_json
 from modeling_vitcls.hub.model_files import hash_weights
 from modeling_vitcls.inference.evaluator import Evaluator
 from modeling_vitcls.options import FinetuneOptions
+from modeling_vitcls.runtime.errors import RunStopped
+from modeling_vitcls.runtime.files import read_json
 from modeling_vitcls.training import run as run_module
+from modeling_vitcls.training.checkpoints import CheckpointStore
 from modeling_vitcls.training.finetune import build_label_loss, build_objective, build_task, describe_imbalance
 from modeling_vitcls.training.losses import (
     compute_distillation_loss,

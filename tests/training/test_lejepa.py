@@ -11,7 +11,7 @@ from torch import distributed, multiprocessing
 
 from modeling_vitcls import ViTCLSModel
 from modeling_vitcls.data.batches import Normalizer
-from modeling_vitcls.image_processing_vitcls import ViTCLSImageProcessor
+from modeling_vitcls.model.image_processing_vitcls import ViTCLSImageProcessor
 from modeling_vitcls.options import LeJEPAOptions
 from modeling_vitcls.training import lejepa
 from modeling_vitcls.training.lejepa import LeJEPA, LeJEPAObjective, compute_invariance_loss, compute_sigreg, crop

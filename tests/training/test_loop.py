@@ -32,8 +32,8 @@ from modeling_vitcls.data.batches import BatchBuilder, Normalizer, TrainingImage
 from modeling_vitcls.data.images import UnreadableImageCounter
 from modeling_vitcls.data.sampling import BatchPlan
 from modeling_vitcls.data.splits import load_training_data
-from modeling_vitcls.errors import RunStopped
 from modeling_vitcls.options import DataOptions, TrainingOptions
+from modeling_vitcls.runtime.errors import RunStopped
 from modeling_vitcls.training import duration
 from modeling_vitcls.training import loop as loop_module
 from modeling_vitcls.training.loop import TrainingLoop, TrainingState, is_end_of_epochs

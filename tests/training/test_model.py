@@ -19,9 +19,8 @@ from modeling_vitcls import (
     ViTCLSImageProcessor,
     ViTCLSModel,
 )
-from modeling_vitcls.api import build_options
+from modeling_vitcls.cli.functions import build_options
 from modeling_vitcls.data.labels import LabelSpace
-from modeling_vitcls.files import write_json
 from modeling_vitcls.options import (
     DataOptions,
     DistillationOptions,
@@ -30,6 +29,7 @@ from modeling_vitcls.options import (
     PretrainOptions,
     TrainingOptions,
 )
+from modeling_vitcls.runtime.files import write_json
 from modeling_vitcls.training import model as model_module
 from modeling_vitcls.training.finetune import check_label_kind, check_options
 from modeling_vitcls.training.model import (

@@ -16,10 +16,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
-from modeling_vitcls.checkpoints import format_state, read_state
-from modeling_vitcls.data.fit import get_fit, set_fit
+from modeling_vitcls.data.aspect_ratio import get_fit, set_fit
 from modeling_vitcls.training import output_folder
 from modeling_vitcls.training import probe as probe_module
+from modeling_vitcls.training.checkpoints import format_state, read_state
 from modeling_vitcls.training.probe import explain_missing_probe
 
 

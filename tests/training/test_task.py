@@ -16,7 +16,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
-from modeling_vitcls.checkpoints import CheckpointStore
 from modeling_vitcls.data.augmentation import build_augmentation
 from modeling_vitcls.data.batches import BatchBuilder, TrainingImages, iterate_training_batches
 from modeling_vitcls.data.evaluated_images import load_evaluation_data
@@ -24,10 +23,11 @@ from modeling_vitcls.data.sampling import BatchPlan
 from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.inference.evaluate import evaluate_checkpoint
 from modeling_vitcls.inference.evaluator import Evaluator
-from modeling_vitcls.intervals import compute_mean_interval
+from modeling_vitcls.inference.intervals import compute_mean_interval
 from modeling_vitcls.options import DataOptions, EvaluateOptions
 from modeling_vitcls.training import duration as duration_module
 from modeling_vitcls.training import finetune
+from modeling_vitcls.training.checkpoints import CheckpointStore
 from modeling_vitcls.training.dry_run import describe_dry_run
 from modeling_vitcls.training.folds import run_folds
 from modeling_vitcls.training.run import draw_few_images

@@ -1,0 +1,76 @@
+"""The `vitcls` command: one program with a subcommand for each task.
+
+    vitcls finetune --model vitcls-tiny --dataset path/to/images --output-dir runs/mine
+    accelerate launch -m modeling_vitcls.cli finetune --model vitcls-tiny ...       several processes
+    vitcls --tyro-print-completion bash                                             shell completion
+
+    parsing.py      recipes and flags -> options; one-line errors and exit statuses
+    functions.py    the commands as Python functions
+    NAME.py         vitcls NAME
+    demo_page.py    the page of `vitcls demo`
+
+A subcommand defines OPTIONS_CLASS and `run(options)`. OPTIONS_CLASS is a dataclass whose fields are the flags, and
+whose `__post_init__` raises ValueError if flags contradict each other. ValueErrors and OSErrors raised by subcommands
+are printed as one-line messages. At module level, a subcommand imports only the standard library, tyro, parsing.py
+and options.py, because flags are parsed before torch is imported: `vitcls --help` and errors about flags are printed
+immediately. The scripts in scripts/ run the same subcommands.
+"""
+
+import importlib
+import os
+import signal
+import sys
+from types import ModuleType
+
+from ..runtime.errors import describe_installation
+
+
+# Names of the subcommands, which are the names of their modules in this folder, in the order of the help
+COMMANDS = "finetune pretrain evaluate predict convert inspect look push export demo env".split()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a subcommand, or print the help or the version. Exit with status 2 if the command line is invalid.
+
+    Args:
+        arguments: The subcommand and its flags. Default: `sys.argv[1:]`.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] in (["--version"], ["-V"]):
+        from ..version import __version__
+
+        print(f"vitcls {__version__}")
+        return
+    try:
+        run_command(arguments)
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print("interrupted by Ctrl-C", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
+
+
+def run_command(arguments: list[str]) -> None:
+    """Parse the flags, import the libraries, and run the subcommand."""
+    modules = load_modules()
+    from .parsing import exit_on_error, parse_command_line, silence_libraries
+
+    name, options = parse_command_line(modules, arguments or ["--help"])
+
+    from ..model.configuration_vitcls import ViTCLSConfig
+
+    ViTCLSConfig.register_auto_classes()  # __init__.py does not register the classes in a CLI process
+    silence_libraries()
+    with exit_on_error():
+        modules[name].run(options)
+
+
+def load_modules() -> dict[str, ModuleType]:
+    """Import the modules of all subcommands. Exit with status 1 if the extra `cli` is not installed."""
+    try:
+        return {name: importlib.import_module(f"modeling_vitcls.cli.{name}") for name in COMMANDS}
+    except ModuleNotFoundError as error:
+        if error.name not in ("docstring_parser", "tyro", "yaml"):
+            raise
+        message = f"the vitcls command requires {error.name}. {describe_installation('cli')}"
+        print(f"error: {message}", file=sys.stderr)
+        raise SystemExit(1) from None

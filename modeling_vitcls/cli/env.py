@@ -1,0 +1,44 @@
+"""`vitcls env`: print versions, the device and CPU kernels, for bug reports.
+
+vitcls env --help
+"""
+
+from dataclasses import dataclass
+
+
+LIBRARIES = "huggingface_hub datasets timm peft onnxruntime openvino nncf gradio tyro".split()
+# Instructions that make bf16 and int8 fast, as in /proc/cpuinfo
+INSTRUCTIONS = {"amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", "avx_vnni"}
+
+
+@dataclass(frozen=True)
+class EnvOptions:
+    """Print versions, the device and CPU kernels, for bug reports."""
+
+
+OPTIONS_CLASS = EnvOptions
+
+
+def run(options: EnvOptions) -> None:
+    """Print the versions of the libraries, the processor and its instructions, the device and the CPU kernels."""
+    import platform
+    from pathlib import Path
+
+    import torch
+
+    from ..model import cpu_kernels_vitcls as kernels
+    from ..runtime.system import format_device_name, get_processor_name, get_versions
+
+    cpuinfo, accelerator = Path("/proc/cpuinfo"), torch.accelerator.current_accelerator(check_available=True)
+    cpu_flags = set(cpuinfo.read_text(encoding="utf-8").split()) if cpuinfo.is_file() else set()
+    onednn_dtypes = {str(dtype).removeprefix("torch.") for dtype, _ in kernels.MIN_MULTIPLICATIONS}
+    environment = get_versions(*LIBRARIES) | {
+        "platform": platform.platform(),
+        "processor": get_processor_name(),
+        "instructions": ", ".join([torch.backends.cpu.get_cpu_capability(), *sorted(INSTRUCTIONS & cpu_flags)]),
+        "device": format_device_name(accelerator or torch.device("cpu")),
+        "CPU kernels": "on" if kernels.can_use_cpu_kernels() else "off",
+        "oneDNN products": ", ".join(sorted(onednn_dtypes)) or "none",
+    }
+    for name, value in environment.items():
+        print(f"{name:<16}  {value}")

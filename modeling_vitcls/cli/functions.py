@@ -1,0 +1,233 @@
+"""The commands as Python functions, for notebooks and other programs.
+
+    from modeling_vitcls import evaluate, finetune, inspect_tokens, look, predict, pretrain
+
+    results = finetune("timm:vit_tiny_patch16_224", train_images, "runs/mine", epochs=5, batch_size=32)
+    rows = predict("runs/mine", [image, "photo.jpg"], top_k=3)
+    look("runs/mine", "photo.jpg")      # a PIL image, which a notebook shows
+
+Keyword arguments are the flags of the commands: `learning_rate=1e-4` is `--learning-rate 1e-4`. A dataset is
+a path, a Hub id, or data in memory (data/in_memory.py).
+"""
+
+import dataclasses
+import difflib
+import types
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from ..options import (
+    EvaluateOptions,
+    FinetuneOptions,
+    InspectOptions,
+    LookOptions,
+    PredictOptions,
+    PretrainOptions,
+    get_flag_fields,
+)
+
+
+Options = TypeVar("Options")
+
+
+def finetune(model: str | Path, dataset: Any, output_dir: str | Path, **flags: Any) -> dict[str, Any]:
+    """Fine-tune a model on labeled images, as `vitcls finetune` does.
+
+    Args:
+        model: a preset, a folder or any other checkpoint that `--model` accepts.
+        dataset: a path, a Hub id, a `datasets.Dataset` or `DatasetDict`, a torch Dataset, a list of (image, label), or
+            a dict of splits.
+        output_dir: output folder of the run.
+        flags: other flags of `vitcls finetune`.
+
+    Returns:
+        The contents of results.json, or of folds.json if `folds` is set.
+
+    Raises:
+        TypeError: if a flag is unknown.
+        ValueError, OSError: if a flag has an invalid value, or the model or the data cannot be read.
+        RunStopped: if the run is interrupted or fails.
+        PushError: if `push_to_hub` is set and the push fails. The folder is complete.
+    """
+    options = build_options(FinetuneOptions, model=model, dataset=dataset, output_dir=output_dir, **flags)
+    return run_training(options)
+
+
+def pretrain(model: str | Path, dataset: Any, output_dir: str | Path, **flags: Any) -> dict[str, Any]:
+    """Pre-train a model on images without labels, as `vitcls pretrain` does.
+
+    The arguments, return value and errors are the same as for `finetune`. The labels of the dataset are ignored.
+    """
+    options = build_options(PretrainOptions, model=model, dataset=dataset, output_dir=output_dir, **flags)
+    return run_training(options)
+
+
+def run_training(options: Any) -> dict[str, Any]:
+    """Train, then write the report and the card and push the folder. Return the contents of results.json or
+    folds.json, or an empty dict if `dry_run` is set."""
+    from accelerate import PartialState
+
+    from ..hub.model_files import RESULTS_FILE
+    from ..publishing.finish import build_uploader, finish_run, prepare_push
+    from ..runtime.files import read_json
+    from ..training.folds import run_folds
+    from ..training.run import train
+
+    repo_id = prepare_push(options)
+
+    def train_one(options: Any) -> dict[str, Any]:
+        folder = train(options, build_uploader(options.run, repo_id))
+        if options.run.dry_run:
+            return {}
+        if PartialState().is_main_process:
+            finish_run(folder, options.run, repo_id)
+        return read_json(folder / RESULTS_FILE)
+
+    if options.data.folds is not None and options.data.fold is None and not options.run.dry_run:
+        return run_folds(options, train_one)
+    return train_one(options)
+
+
+def evaluate(model: str | Path, dataset: Any, **flags: Any) -> dict[str, Any]:
+    """Evaluate a saved model, or its frozen features with `frozen="knn"`, as `vitcls evaluate` does.
+
+    Args:
+        model: a folder, a Hub id or any other checkpoint that `--model` accepts.
+        dataset: as in `finetune`. All images of the split `test` are evaluated or, if there is none, of `validation`
+            or the only split, except those that the model was trained on.
+        flags: other flags of `vitcls evaluate`.
+
+    Returns:
+        The metrics that `vitcls evaluate --output FILE` writes or, if `audit` is set, the numbers of issues.
+
+    Raises:
+        TypeError, ValueError, OSError: as in `finetune`.
+    """
+    return run_evaluation(build_options(EvaluateOptions, model=model, dataset=dataset, **flags))
+
+
+def run_evaluation(options: EvaluateOptions) -> dict[str, Any]:
+    """Evaluate the classifier, or the frozen features if `frozen` is set; or audit the dataset if `audit` is set."""
+    from ..inference.evaluate import evaluate_checkpoint
+    from ..inference.frozen import evaluate_frozen
+
+    if options.audit is not None:
+        from ..analysis.audit import audit_checkpoint
+
+        return audit_checkpoint(options)
+    return evaluate_frozen(options) if options.frozen else evaluate_checkpoint(options)
+
+
+def predict(model: str | Path, images: Any = (), **flags: Any) -> list[dict[str, Any]]:
+    """Predict the labels of images, or compute their features with `features="cls"`, as `vitcls predict` does.
+
+    Args:
+        model: a folder, a Hub id or any other checkpoint that `--model` accepts.
+        images: a path, a URL, or a list of paths, URLs, encoded images (bytes), PIL images or arrays. A folder path
+            selects all images in the folder. To use a dataset instead, set `dataset`.
+        flags: other flags of `vitcls predict`, except `output`, `shard_size`, `shard` and `merge`.
+
+    Returns:
+        A list with one dict per image: `index`, `image`, the predicted columns, and `error` (None, or the reason why
+        the image has no prediction).
+
+    Raises:
+        TypeError, ValueError, OSError: as in `finetune`.
+    """
+    from ..inference.predict import predict_from_options
+
+    images = [images] if isinstance(images, str | bytes | Path) else list(images)
+    placeholder_paths = tuple(map(str, range(len(images))))  # PredictOptions requires one path per image
+    # Features require an output file. The other flags are about output folders.
+    fixed_flags: dict[str, Any] = {"paths": placeholder_paths, "output": Path("not-written.json")}
+    fixed_flags |= {name: getattr(PredictOptions, name) for name in ("shard_size", "shard", "merge")}
+    options = build_options(PredictOptions, model=model, **fixed_flags, **flags)
+    return predict_from_options(options, images)
+
+
+def inspect_tokens(model: str | Path, images: Any = (), **flags: Any) -> Any:
+    """Write the report on the special tokens of a model, as `vitcls inspect` does.
+
+    Args:
+        model: a folder, a Hub id or any other checkpoint that `--model` accepts.
+        images: a path, a URL, or a list of paths or URLs. To inspect the images of a dataset instead, set `dataset`.
+        flags: other flags of `vitcls inspect`.
+
+    Returns:
+        An `Inspection` object with the values of the report.
+
+    Raises:
+        TypeError, ValueError, OSError: as in `finetune`.
+    """
+    from ..analysis.inspect_tokens import inspect_tokens
+
+    paths = [images] if isinstance(images, str | Path) else images
+    return inspect_tokens(build_options(InspectOptions, model=model, paths=tuple(map(str, paths)), **flags))
+
+
+def look(model: str | Path, image: Any, **flags: Any) -> Any:
+    """Draw what a model sees in a photo, as `vitcls look` does.
+
+    Args:
+        model: a folder, a Hub id or any other checkpoint that `--model` accepts.
+        image: a path, a URL, encoded bytes or a PIL image.
+        flags: `image_size` and `fit`, as in `vitcls look`.
+
+    Returns:
+        The sheet as a PIL image, 1,800 pixels wide. A notebook displays the image.
+
+    Raises:
+        TypeError, ValueError, OSError: as in `finetune`.
+    """
+    from ..analysis.look import draw_photo
+
+    fixed_flags: dict[str, Any] = {"paths": ("image",), "output": LookOptions.output, "json": None}
+    return draw_photo(build_options(LookOptions, model=model, **fixed_flags, **flags), image)
+
+
+# Options -------------------------------------------------------------------------------------------------------------
+
+
+def build_options(options_class: type[Options], /, **flags: Any) -> Options:
+    """Build the options of a command. An in-memory dataset is registered under a generated name. Raise TypeError if a
+    flag is unknown, and ValueError if a value is not allowed."""
+    known_flags = get_flag_fields(options_class).keys() - {"config"}
+    for name in flags:
+        if name not in known_flags:
+            hint = "".join(f". Use {similar}" for similar in difflib.get_close_matches(name, known_flags, n=1))
+            raise TypeError(f"unknown keyword argument {name!r}{hint}")
+    if "dataset" in flags and not isinstance(flags["dataset"], str | Path):
+        from ..data.in_memory import add_dataset
+
+        flags["dataset"] = add_dataset(flags["dataset"])
+    return build_dataclass(options_class, flags)
+
+
+def build_dataclass(dataclass_type: Any, flags: dict[str, Any]) -> Any:
+    """Build an options dataclass, including nested dataclasses, from flags (name -> value)."""
+    field_values, type_hints = {}, get_type_hints(dataclass_type)
+    for field in dataclasses.fields(dataclass_type):
+        if dataclasses.is_dataclass(field.type):
+            field_values[field.name] = build_dataclass(field.type, flags)
+        elif field.name in flags:
+            field_values[field.name] = convert_value(field.name, flags[field.name], type_hints[field.name])
+    return dataclass_type(**field_values)
+
+
+def convert_value(name: str, value: Any, type_hint: Any) -> Any:
+    """Convert a value to the type of the flag `name`. Lists become tuples, and strings become paths if the flag
+    expects a path. Raise ValueError if the value is not one of the flag's choices."""
+    value_types = get_args(type_hint) if get_origin(type_hint) in (Union, types.UnionType) else (type_hint,)
+    choices = [choice for type_ in value_types if get_origin(type_) is Literal for choice in get_args(type_)]
+    has_only_choices = choices and all(get_origin(type_) is Literal or type_ is type(None) for type_ in value_types)
+    if choices and value not in [None, *choices] and (has_only_choices or isinstance(value, str)):
+        raise ValueError(f"{name} is {value!r}. Set {name} to one of {', '.join(map(repr, choices))}")
+    if isinstance(value, list):
+        return tuple(value)
+    if isinstance(value, str) and value not in choices and any(get_origin(type_) is tuple for type_ in value_types):
+        return (value,)  # the flag accepts several values
+    if isinstance(value, str) and Path in value_types:
+        return Path(value)
+    if isinstance(value, str) and not choices and str not in value_types:
+        raise ValueError(f"{name} must be of type {value_types[0].__name__}, but it is the string {value!r}")
+    return str(value) if isinstance(value, Path) and Path not in value_types else value

@@ -1,0 +1,381 @@
+"""The command line: subcommands, flags and recipe files -> options; help; errors of one line.
+
+    name, options = parse_command_line(modules, ["finetune", "--config", "digits", "--epochs", "3"])
+
+tyro parses the flags. A recipe is a YAML file of flags, which are inserted before the flags on the command line, so
+that tyro validates all flags and the command line overrides the recipe. Invalid flags are reported before torch is
+imported.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import itertools
+import os
+import re
+import shutil
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType, UnionType
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
+
+import docstring_parser
+import tyro
+import yaml
+
+from ..hub.local_paths import split_prefix
+from ..options import get_flag_fields, to_arguments, to_flags
+from ..runtime.errors import format_error, is_raised_on_all_processes
+
+
+Options = TypeVar("Options")
+
+PACKAGE_FOLDER = Path(__file__).parents[1]
+# Folders with the recipes that --config accepts by name: one in an installed package, one in a source checkout.
+RECIPE_FOLDERS = (PACKAGE_FOLDER / "recipes", PACKAGE_FOLDER.parent / "scripts" / "recipes")
+
+# Flags of other training scripts -> equivalent flags in this package.
+EQUIVALENT_FLAGS = {
+    "lr": "learning_rate",
+    "bs": "batch_size",
+    "wd": "weight_decay",
+    "per_device_train_batch_size": "batch_size",
+    "num_train_epochs": "epochs",
+    "data": "dataset",
+    "data_dir": "dataset",
+    "model_name_or_path": "model",
+    "fp16": "mixed_precision",
+    "bf16": "mixed_precision",
+    "clip_grad": "max_gradient_norm",
+}
+
+NOT_OF_TYPE = r"\1 requires \2, but got \3"
+TYRO_CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
+
+
+def parse_command_line(modules: dict[str, ModuleType], arguments: list[str]) -> tuple[str, Any]:
+    """Return the name of the subcommand and its options. `modules` maps names of subcommands to modules, whose
+    docstrings start with the name and a summary, followed by examples.
+
+    Print the help and exit with status 0 if the help is requested; exit with status 2 if the command line is invalid.
+    """
+    name, flags = arguments[0], arguments[1:]
+    is_command = name in modules
+    if is_command:
+        options_class = modules[name].OPTIONS_CLASS
+        common_flags = getattr(modules[name], "COMMON_FLAGS", None)
+        if common_flags and {"--help", "-h"} & set(flags):
+            print(format_short_help(name, options_class, common_flags))
+            raise SystemExit(0)
+        flags = ["--help" if flag == "--help-all" else flag for flag in flags]
+        if "--help" not in flags:
+            flags = prepare_flags(name, options_class, flags)
+    elif not name.startswith("-"):
+        similar = difflib.get_close_matches(name, modules, n=1, cutoff=0.5)
+        hint = f"did you mean {similar[0]}?" if similar else f"choose from {', '.join(modules)}"
+        exit_with_message(f"error: vitcls has no command {name}: {hint}")
+    subcommands: list[Any] = []
+    for command, module in modules.items():
+        title, _, examples = str(module.__doc__).partition("\n\n")
+        description = title.partition(": ")[2]
+        if command == name:
+            description = f"{textwrap.dedent(str(module.OPTIONS_CLASS.__doc__))}\n\n{examples}".strip()
+        subcommands.append(
+            Annotated[module.OPTIONS_CLASS, tyro.conf.subcommand(name=command, description=description)]
+        )
+    with one_line_errors():
+        union: Any = Union[tuple(subcommands)]  # noqa: UP007  # the number of types is not known here
+        options = tyro.cli(union, prog="vitcls", args=[name, *flags], config=TYRO_CONFIG)
+    check_paths(options)
+    return name, options
+
+
+def prepare_flags(command: str, options_class: type, flags: list[str]) -> list[str]:
+    """Insert the flags of a recipe, and check the names of all flags. Exit with status 2 if a flag is unknown or
+    missing."""
+    flag_fields = get_flag_fields(options_class)
+    flag_names = set(flag_fields)
+    has_recipes = "config" in flag_names
+    flag = "source" if "source" in flag_names else "model"
+    if flags and not flags[0].startswith("-") and "paths" not in flag_names and flag in flag_names:
+        exit_with_message(f"error: vitcls {command} has no positional arguments. Set --{flag} {flags[0]}")
+    if has_recipes and (recipe := read_value(flags, "--config")) is not None:
+        flags = [*read_recipe(find_recipe(Path(recipe))), *flags]
+    if command == "study" and (study := read_value(flags, "--config")) is not None:
+        check_recipe_exists(find_recipe(Path(study)), "study", "study_*.yaml")
+    names = [flag.partition("=")[0].removeprefix("--").replace("-", "_") for flag in flags if flag.startswith("--")]
+    for name in names:
+        if not {name, name.removeprefix("no_")} & flag_names and not name.startswith("tyro_"):
+            exit_with_message(
+                f"error: vitcls {command} has no flag --{name.replace('_', '-')}; {hint(name, flag_names)}"
+            )
+    for name, field in flag_fields.items():
+        check_choices(name, field.type, flags)
+    missing = [
+        f"--{name.replace('_', '-')}"
+        for name, field in flag_fields.items()
+        if field.default is field.default_factory is dataclasses.MISSING and name not in names
+    ]
+    if missing:
+        exit_with_message(
+            f"error: vitcls {command} requires {', '.join(missing)}. `vitcls {command} --help` lists flags"
+        )
+    return flags
+
+
+def check_choices(name: str, type_hint: Any, flags: list[str]) -> None:
+    """Exit with status 2 if a value of a flag is not one of its choices, which are listed in a fixed order."""
+    types = [type_hint]
+    if get_origin(type_hint) in (Union, UnionType):
+        types = [each for each in get_args(type_hint) if each is not type(None)]
+    has_several_values = len(types) == 1 and get_origin(types[0]) is tuple
+    if has_several_values:
+        types = [each for each in get_args(types[0]) if each is not Ellipsis]
+    if not all(get_origin(each) is Literal for each in types):
+        return
+    flag = f"--{name.replace('_', '-')}"
+    choices = [str(choice) for each in types for choice in get_args(each)]
+    allowed = {*choices, "None"} if type_hint is not types[0] else set(choices)
+    for value in read_values(flags, flag, has_several_values):
+        if value not in allowed:
+            exit_with_message(f"error: {flag} is {value}, but it must be one of {', '.join(choices)}")
+
+
+def read_values(flags: list[str], flag: str, has_several_values: bool) -> list[str]:
+    """Return all values of a flag, given as `--flag value ...` or `--flag=value`."""
+    values: list[str] = []
+    is_value = False
+    for word in flags:
+        if word.startswith("--"):
+            name, separator, value = word.partition("=")
+            is_value = name.replace("_", "-") == flag
+            values += [value] if is_value and separator else []
+        elif is_value:
+            values.append(word)
+            is_value = has_several_values  # otherwise, paths follow
+    return values
+
+
+def check_paths(options: Any) -> None:
+    """Exit with a message if a model, a source or a dataset is a local path that does not exist, before libraries are
+    imported, or if a name cannot be written to the files of a run."""
+    values = to_flags(options)
+    for name in ("model", "source", "teacher", "teachers", "dataset"):
+        value = values.get(name) or []
+        for source in value if isinstance(value, list) else [value]:
+            path = split_prefix(source)[1].partition("@")[0]
+            if is_path(path) and not Path(path).exists() and not Path(source).exists():
+                exit_with_message(f"error: there is no file or folder {path}. Check --{name}", status=1)
+    for name in ("output_dir", "output", "dataset", "model"):
+        value = values.get(name)
+        if isinstance(value, str) and not is_utf8(value):
+            exit_with_message(
+                f"error: --{name.replace('_', '-')} {value!a} is not valid UTF-8. Rename the folder, or set "
+                "another one",
+                status=1,
+            )
+
+
+def is_path(source: str) -> bool:
+    """Return whether a name can only be a local path. `runs` is the folder of the output in all examples."""
+    if "://" in source or {"*", "?", "["} & set(source):
+        return False
+    parts = Path(source).parts
+    return Path(source).is_absolute() or source.startswith((".", "~")) or len(parts) > 2 or parts[:1] == ("runs",)
+
+
+def is_utf8(text: str) -> bool:
+    """Return whether a text contains no bytes of file names that are not UTF-8."""
+    return not any(0xDC80 <= ord(character) <= 0xDCFF for character in text)
+
+
+def hint(name: str, flag_names: set[str]) -> str:
+    """Return what to use instead of an unknown flag."""
+    if name == "revision" and "model" in flag_names:
+        return "use --branch" if "branch" in flag_names else "to pin a commit, set --model ID@COMMIT"
+    similar = EQUIVALENT_FLAGS.get(name) or next(iter(difflib.get_close_matches(name, flag_names, n=1)), None)
+    return f"use --{similar.replace('_', '-')}" if similar in flag_names else "`--help` lists the flags"
+
+
+def read_value(flags: list[str], flag: str) -> str | None:
+    """Return the last value of a flag, given as `--flag value` or `--flag=value`; None if the flag is not given."""
+    values = [flags[index + 1] for index in range(len(flags) - 1) if flags[index] == flag]
+    values += [each.partition("=")[2] for each in flags if each.startswith(f"{flag}=")]
+    return values[-1] if values else None
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Replace tyro's error boxes with one line. Exit with status 2 after an error."""
+    output = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(output):
+            yield
+    except SystemExit as ended:
+        if not ended.code:
+            raise
+        if (error := find_own_error(ended)) is not None:
+            exit_with_message(f"error: {format_error(error)}")
+        # A box has a title and, between horizontal lines, text; an ASCII terminal gets no vertical lines.
+        plain_text = re.sub(r"\x1b\[[\d;]*m", "", output.getvalue())  # without colors
+        _, *rows = [line.strip("│ ") for line in plain_text.splitlines()]
+        rows = list(itertools.dropwhile(lambda row: not row.strip("─-"), rows))
+        message = " ".join(itertools.takewhile(lambda row: row.strip("─-"), rows))
+        message = message.partition(" Got errors:")[0]
+        message = message.removeprefix("Error parsing ")
+        type_error = re.compile(
+            r"(--\S+): no type matching (?:{None}\|)?(.+) could be instantiated from \['(.*)'\]\.?"
+        )
+        exit_with_message(f"error: {type_error.sub(NOT_OF_TYPE, message)}")
+
+
+def find_own_error(ended: BaseException) -> BaseException | None:
+    """Return the error of the options' own checks that made tyro exit; None if tyro found the error."""
+    error = ended.__context__
+    while error is not None:
+        frames = list(traceback.walk_tb(error.__traceback__))
+        file = Path(frames[-1][0].f_code.co_filename) if frames else Path()
+        if isinstance(error, ValueError) and PACKAGE_FOLDER in file.parents:
+            return error
+        error = error.__context__
+    return None
+
+
+# Help ----------------------------------------------------------------------------------------------------------------
+
+
+def format_short_help(command: str, options_class: type, common_flags: dict[str, str]) -> str:
+    """Format the help of the flags that are set most often, on one screen.
+
+    Args:
+        common_flags: Title of a group -> names of its flags, separated by spaces.
+    """
+    width = max(60, shutil.get_terminal_size().columns)
+    texts = read_help_texts(options_class)
+    lines = [f"usage: vitcls {command} --model M --dataset D --output-dir FOLDER [FLAGS]"]
+    for title, names in common_flags.items():
+        lines += ["", f"{title}:"]
+        for name in names.split():
+            first_sentence = re.split(r"(?<!al)[.:] ", " ".join(texts[name].split()))[0].rstrip(".")
+            text = textwrap.shorten(first_sentence, width - 26, placeholder=" ...")
+            lines.append(f"  --{name.replace('_', '-'):<22}{text}")
+    rest = len(texts) - sum(len(names.split()) for names in common_flags.values())
+    return "\n".join([*lines, "", f"`vitcls {command} --help-all` also shows the other {rest} flags."])
+
+
+def read_help_texts(options_class: Any) -> dict[str, str]:
+    """Return the docstrings below the fields of a dataclass, its base classes and its nested dataclasses."""
+    texts: dict[str, str] = {}
+    for base in reversed(options_class.__mro__[:-1]):
+        parameters = docstring_parser.parse_from_object(base).params
+        texts |= {parameter.arg_name: str(parameter.description) for parameter in parameters}
+    for option in dataclasses.fields(options_class):
+        if dataclasses.is_dataclass(option.type):
+            texts |= read_help_texts(option.type)
+    return texts
+
+
+# Recipes -------------------------------------------------------------------------------------------------------------
+
+
+def find_recipe(path: Path) -> Path:
+    """Return `path` itself, or the path of the recipe in the package if `path` is a name, such as `digits`."""
+    if path.is_file() or path.suffix or path.name != str(path):
+        return path
+    recipe_files = (folder / f"{path}.yaml" for folder in RECIPE_FOLDERS)
+    return next((file for file in recipe_files if file.is_file()), path)
+
+
+def read_recipe(path: Path) -> list[str]:
+    """Read a recipe and return its flags. Exit with status 2 if the file cannot be read."""
+    if not path.suffix:
+        check_recipe_exists(path, "recipe", "[!s]*.yaml")
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        exit_with_message(f"error: cannot read the recipe {path}: {' '.join(str(error).split())}")
+    if not isinstance(recipe, dict):
+        exit_with_message(f"error: the recipe {path} must contain lines of the form `flag: value`")
+    return [argument for name, value in recipe.items() for argument in to_arguments(str(name), value)]
+
+
+def check_recipe_exists(path: Path, kind: str, pattern: str) -> None:
+    """Exit with status 2, and list the names of the recipes that match the pattern, if a file does not exist."""
+    if path.is_file():
+        return
+    names = sorted({file.stem for folder in RECIPE_FOLDERS for file in folder.glob(pattern)})
+    exit_with_message(f"error: there is no {kind} {path}: set --config to a file, or to one of {', '.join(names)}")
+
+
+# Errors and output of libraries --------------------------------------------------------------------------------------
+
+
+def silence_libraries() -> None:
+    """Hide the progress bars of weight loading, and transformers' tables about the loaded weights. Our commands check
+    the weights, and log what was adapted in one line."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.get_logger("transformers.modeling_utils").addFilter(
+        lambda record: "LOAD REPORT" not in record.getMessage()  # type: ignore[arg-type]  # logging accepts functions
+    )
+
+
+@contextmanager
+def exit_on_error() -> Iterator[None]:
+    """Exit with status 1 and a one-line message if the block raises ValueError or OSError."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if isinstance(error, FileNotFoundError) and not has_working_directory():
+            exit_with_message("error: the working directory no longer exists. Change to another folder", status=1)
+        exit_with_message(f"error: {error}", status=1, is_on_all_processes=is_raised_on_all_processes(error))
+    except RuntimeError as error:
+        if "can't start new thread" not in str(error):
+            raise
+        exit_with_message(
+            "error: no more threads can be started. Raise the limit of processes (ulimit -u), or end other programs",
+            status=1,
+            is_on_all_processes=False,
+        )
+
+
+def has_working_directory() -> bool:
+    """Return whether the working directory exists."""
+    try:
+        return Path.cwd().exists()
+    except FileNotFoundError:
+        return False
+
+
+def run_script(
+    options_class: type[Options], run: Callable[[Options], None], arguments: list[str] | None = None
+) -> None:
+    """Run a program of scripts/ that is not a subcommand of `vitcls`, with the same errors of one line.
+
+    Args:
+        options_class: A dataclass whose fields are the flags.
+        run: The program.
+        arguments: The flags. Default: `sys.argv[1:]`.
+    """
+    with one_line_errors():
+        options = tyro.cli(options_class, args=arguments, config=TYRO_CONFIG)
+    silence_libraries()
+    with exit_on_error():
+        run(options)
+
+
+def exit_with_message(message: str, status: int = 2, is_on_all_processes: bool = True) -> NoReturn:
+    """Print a one-line message to stderr and exit. Status 2 means that a flag is invalid. If all processes exit with
+    the message (`is_on_all_processes`), only the first process prints the message."""
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        print(message, file=sys.stderr)
+    elif not is_on_all_processes:
+        print(f"process {rank}: {message}", file=sys.stderr)
+    raise SystemExit(status)

@@ -1,0 +1,178 @@
+"""How an image of any aspect ratio becomes the input of the model (`--fit`), and which region the model sees.
+
+    squash  the whole image is resized to the input size, which changes its aspect ratio
+    crop    the shorter side is resized, and the center is cropped
+    pad     the longer side is resized, and gray is added on the right or at the bottom
+
+The setting is stored only in the image processor (`size`, `do_center_crop`, `do_pad`), so training, prediction, export
+and transformers' pipelines agree.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torchvision.transforms.v2 import functional
+from transformers.image_transforms import get_size_with_aspect_ratio
+from transformers.image_utils import SizeDict, get_image_size_for_max_height_width
+
+from ..model.fast_image_processing_vitcls import resize_and_crop
+from ..model.image_processing_vitcls import CROP_ROUNDINGS
+
+
+MAX_MEASURED_IMAGES = 64  # number of images for the median share of the image area
+
+Size = tuple[int, int]  # height, width in pixels
+Processor = Any  # a ViTCLSImageProcessor or ViTCLSImageProcessorPil; transformers sets the attributes dynamically
+
+
+class VisibleRegion(NamedTuple):
+    """Edges, in pixels, of the image region that the model receives; (0, 0, w, h) is the whole image.
+
+    The region extends beyond the image if the processor pads the image.
+    """
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+
+def set_fit(processor: Processor, fit: str, height_width: Size) -> None:
+    """Set the size and the fit of an image processor. A center crop keeps its ratio to the resized image."""
+    height, width = height_width
+    size = SizeDict(height=height, width=width)
+    has_same_crop = processor.do_center_crop and dict(processor.crop_size) == dict(size)
+    if fit == "crop" and has_same_crop:
+        return
+    crop_ratio = get_crop_ratio(processor)
+    processor.do_resize, processor.do_center_crop, processor.do_pad = True, fit == "crop", fit == "pad"
+    processor.size = size
+    if fit == "crop":
+        processor.size, processor.crop_size = SizeDict(shortest_edge=math.floor(max(height_width) / crop_ratio)), size
+    elif fit == "pad":
+        processor.size, processor.pad_size = SizeDict(max_height=height, max_width=width), size
+
+
+def get_crop_ratio(processor: Processor) -> float:
+    """Return the ratio of the crop to the resized image (`crop_pct` in timm), or 1 without a crop."""
+    if not (processor.do_resize and processor.do_center_crop):
+        return 1.0
+    resized_side = processor.size.shortest_edge or processor.size.height or processor.size.max_height
+    return min(processor.crop_size.height / resized_side, 1.0)
+
+
+def get_output_size(processor: Processor) -> Size:
+    """Return the height and width of the preprocessed images, after `set_fit`."""
+    names = {"crop": "crop_size", "pad": "pad_size", "squash": "size"}
+    size = getattr(processor, names[get_fit(processor)])
+    return size.height, size.width
+
+
+def get_fit(processor: Processor) -> str:
+    """Return the fit of an image processor."""
+    if processor.do_center_crop:
+        return "crop"
+    return "pad" if processor.do_pad else "squash"
+
+
+class FitTransform(nn.Module):
+    """The image processor's resizing, cropping and padding, without normalization.
+
+    With `keep_resolution`, images are padded to the aspect ratio of the input, but not resized or cropped.
+    """
+
+    def __init__(self, processor: Processor, keep_resolution: bool = False) -> None:
+        super().__init__()
+        self.processor = processor
+        self.keep_resolution = keep_resolution
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return the image [..., C, h, w] `uint8` for an image [..., C, H, W] `uint8`."""
+        if not self.keep_resolution:
+            pixels = resize_and_crop(self.processor, pixels)
+        if not self.processor.do_pad:
+            return pixels
+        (height, width), size = pixels.shape[-2:], self.processor.pad_size
+        scale = max(height / size.height, width / size.width) if self.keep_resolution else 1.0
+        right, bottom = round(size.width * scale) - width, round(size.height * scale) - height
+        mean = self.processor.image_mean if self.processor.do_normalize else 0.0  # 0 after normalization
+        fill = [round(255 * value) for value in (mean if isinstance(mean, list | tuple) else [mean])]
+        return functional.pad(pixels, [0, 0, right, bottom], fill if len(fill) == pixels.shape[-3] else fill[0])
+
+
+# Visible region ------------------------------------------------------------------------------------------------------
+
+
+def get_visible_region(processor: Processor, image_size: Size, patch_size: Size | None = None) -> VisibleRegion:
+    """Return the image region that the model receives from the image processor.
+
+    Without cropping, the region is the whole image. A center crop keeps the middle of the image. A crop larger than
+    the resized image adds padding on both sides, and `do_pad` adds padding on the right and at the bottom. The region
+    then extends beyond the image.
+
+    Args:
+        image_size: height and width of the upright image.
+        patch_size: height and width of patches (`config.patch_height_width`). If `patch_size` is given, pixels on the
+            right and at the bottom that do not fill a patch are excluded, as in the model.
+    """
+    resized_size = image_size
+    if processor.do_resize:
+        size = dict(processor.size)
+        resized_size = RESIZE_RULES[frozenset(size)](image_size, **size)
+    (height, width), (top, left) = resized_size, (0, 0)
+    if processor.do_center_crop:
+        height, width = processor.crop_size["height"], processor.crop_size["width"]
+        offsets = (resized_size[0] - height) / 2, (resized_size[1] - width) / 2  # negative if the crop pads
+        is_padded = min(offsets) < 0
+        round_offset = PAD_ROUNDINGS[processor.backend] if is_padded else CROP_ROUNDINGS[processor.crop_rounding]
+        top, left = map(round_offset, offsets)
+    if processor.do_pad and processor.pad_size:
+        height, width = processor.pad_size["height"], processor.pad_size["width"]
+    if patch_size is not None:
+        height, width = height // patch_size[0] * patch_size[0], width // patch_size[1] * patch_size[1]
+    y_scale, x_scale = image_size[0] / resized_size[0], image_size[1] / resized_size[1]
+    return VisibleRegion(left * x_scale, top * y_scale, (left + width) * x_scale, (top + height) * y_scale)
+
+
+# Keys of the processor's size -> function that returns height and width after resizing, as in transformers.
+RESIZE_RULES: dict[frozenset[str], Callable[..., Size]] = {
+    frozenset({"height", "width"}): lambda _, height, width: (height, width),
+    frozenset({"shortest_edge"}): lambda size, shortest_edge: get_size_with_aspect_ratio(size, shortest_edge),
+    frozenset({"shortest_edge", "longest_edge"}): lambda size, shortest_edge, longest_edge: get_size_with_aspect_ratio(
+        size, shortest_edge, longest_edge
+    ),
+    frozenset({"max_height", "max_width"}): get_image_size_for_max_height_width,
+}
+
+# Backend of the processor -> rounding of half pixels in a center crop that pads.
+PAD_ROUNDINGS: dict[str, Callable[[float], int]] = {"torchvision": math.trunc, "pil": math.floor}
+
+
+def get_visible_share(processor: Processor, image_size: Size) -> float:
+    """Return the fraction of the area of an image (height, width) that the model receives."""
+    (height, width), region = image_size, get_visible_region(processor, image_size)
+    visible_height = min(region.bottom, height) - max(region.top, 0)
+    visible_width = min(region.right, width) - max(region.left, 0)
+    return visible_height * visible_width / (height * width)
+
+
+def describe_fit(processor: Processor, images: Sequence[Any]) -> str:
+    """Return a line of text with the fit and the median share of the image area that the model sees. For a crop, a
+    sample of `images` is read."""
+    fit, share = get_fit(processor), 1.0
+    if fit == "crop":
+        shares = []
+        for index in range(0, len(images), -(-len(images) // MAX_MEASURED_IMAGES) or 1):
+            try:
+                shares.append(get_visible_share(processor, images[index].size[::-1]))
+            except ValueError:  # an unreadable image is reported when it is used
+                continue
+        if not shares:
+            return fit
+        share = median(shares)
+    median_text = "a median of " if fit == "crop" else ""
+    return f"{fit}; evaluation sees {median_text}{100 * share:.0f} % of the image area"

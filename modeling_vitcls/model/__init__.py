@@ -1,0 +1,20 @@
+"""The files that travel with every checkpoint, in reading order. They import only one another and public libraries.
+
+    configuration_vitcls.py           the fields of a model and their checks, TokenLayout
+    blocks_vitcls.py                  the ViT in plain PyTorch: embeddings, attention, MLP, the encoder layer
+    modeling_vitcls.py                output classes, encoder, task classes
+    heads_vitcls.py                   poolers, classifiers, pixel decoder, losses
+    (a default model executes only these four files)
+
+    positions_vitcls.py               rotary position embeddings, resampling
+    attention_masks_vitcls.py         masks of CLS tokens, relative position bias, token gates
+    variants_vitcls.py                other layers and attentions, register neurons, patch dropout
+    adaptation_vitcls.py              a checkpoint with other special tokens or sizes; loading errors
+    token_attention_vitcls.py         attention maps of the special tokens
+    cpu_kernels_vitcls.py             faster CPU versions of plain modules, installed from outside
+    image_processing_vitcls.py        image processors with two backends
+    fast_image_processing_vitcls.py   faster image processing with the same outputs
+
+What is in this folder is what a checkpoint carries. transformers copies the files next to the weights, so they import
+each other in the form `from .blocks_vitcls import ViTCLSAttention`, and nothing else of this package.
+"""

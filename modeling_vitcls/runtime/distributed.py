@@ -1,0 +1,152 @@
+"""Build the Accelerator, configure FSDP2, and run functions on the main process.
+
+The shards of FSDP2 are gathered in training/distributed_state.py.
+"""
+
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedType, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import (
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    parse_flag_from_env,
+)
+from torch import nn
+
+from ..model.blocks_vitcls import EncoderLayer
+from ..model.configuration_vitcls import ViTCLSConfig
+from .errors import mark_errors_of_all_processes
+from .system import has_bfloat16
+
+
+# Maximum time that processes wait for each other, for example for a download or push by the main process.
+PROCESS_GROUP_TIMEOUT = timedelta(hours=12)
+# Minimum width of a model for which --mixed-precision auto selects bf16 on a CPU: that of ViT-Ti. Narrower models are
+# also faster in bf16, but they take little time, and float32 is more exact.
+MIN_BFLOAT16_WIDTH = 192
+
+
+def build_accelerator(
+    gradient_accumulation_steps: int = 1,
+    mixed_precision: str = "auto",
+    trackers: tuple[str, ...] = (),
+    tracker_folder: Path | None = None,
+) -> Accelerator:
+    """Build the Accelerator for the configuration of `accelerate launch`.
+
+    Args:
+        gradient_accumulation_steps: number of forward and backward passes per optimizer step.
+        mixed_precision: "no", "bf16", "fp16", or "auto" for the setting of `accelerate launch`, which
+            `set_mixed_precision` may then change. Default: "auto".
+        trackers: names of experiment trackers, such as "wandb".
+        tracker_folder: folder for the files of the trackers.
+
+    Raises:
+        ValueError: if this machine does not support the precision, if FSDP 1 or DeepSpeed is configured, or if a
+            tracker is not installed.
+    """
+    for name in trackers:
+        if importlib.util.find_spec(name) is None:  # Accelerate would ignore the tracker
+            raise ValueError(f"--log-with {name} requires the package {name}. Run pip install {name}")
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        raise ValueError("DeepSpeed is not supported. Use FSDP2 (scripts/accelerate/fsdp2.yaml) instead")
+    if AcceleratorState._shared_state and AcceleratorState().distributed_type is not DistributedType.FSDP:
+        AcceleratorState._reset_state()  # an earlier accelerator of this process may have another precision
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # otherwise, several processes on CPUs would run independently
+        mixed_precision=None if mixed_precision == "auto" else mixed_precision,
+        log_with=list(trackers) or None,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_GROUP_TIMEOUT)],
+        project_config=ProjectConfiguration(logging_dir=str(tracker_folder)) if tracker_folder else None,
+    )
+    # Set here, because an environment variable of the launcher overrides the constructor argument.
+    accelerator.gradient_accumulation_steps = gradient_accumulation_steps
+    if accelerator.distributed_type == DistributedType.MULTI_CPU and parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        enable_fsdp_on_cpu(accelerator)
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ValueError("FSDP 1 is not supported. Set fsdp_version: 2 in accelerate's configuration")
+    return accelerator
+
+
+def set_mixed_precision(
+    accelerator: Accelerator, setting: str, config: ViTCLSConfig, recorded: str | None = None
+) -> str:
+    """Set the precision of an accelerator for a model if `setting` is "auto", and return its description for the user.
+
+    Args:
+        accelerator: accelerator that `build_accelerator(mixed_precision=setting)` returned. It has not prepared a
+            model yet.
+        setting: the value of `--mixed-precision`. "auto" does not change the setting of `accelerate launch`.
+        config: configuration of the model.
+        recorded: the precision of the run that is resumed, which is kept.
+    """
+    if setting != "auto" or "ACCELERATE_MIXED_PRECISION" in os.environ or recorded == "fp16":
+        return accelerator.mixed_precision
+    device = accelerator.device
+    precision = recorded or choose_precision(device, config)
+    accelerator.state._mixed_precision = precision
+    accelerator.native_amp = precision == "bf16"
+
+    device_name = "CPU" if device.type == "cpu" else "GPU"
+    if recorded == "bf16" and not has_bfloat16(device):
+        return f"bf16, as in the checkpoint, but this {device_name} has no instructions for it"
+    if recorded is not None:
+        return f"{recorded}, as in the checkpoint"
+    if precision == "bf16":
+        return f"bf16, because this {device_name} has instructions for it. --mixed-precision no turns it off"
+    return precision
+
+
+def choose_precision(device: torch.device, config: ViTCLSConfig) -> str:
+    """Return "bf16" if a device has instructions for it and the model is large enough to gain much, otherwise "no"."""
+    is_large_enough = device.type != "cpu" or config.hidden_size >= MIN_BFLOAT16_WIDTH
+    return "bf16" if has_bfloat16(device) and is_large_enough else "no"
+
+
+def enable_fsdp_on_cpu(accelerator: Accelerator) -> None:
+    """Enable the FSDP2 configuration of `accelerate launch` on CPUs, where Accelerate would otherwise silently use
+    DDP."""
+    plugin = FullyShardedDataParallelPlugin()  # reads the environment variables of the launcher
+    if accelerator.mixed_precision != "no":
+        plugin.set_mixed_precision(accelerator.mixed_precision)
+    accelerator.state.fsdp_plugin = plugin
+    accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP  # shared state
+
+
+def configure_layer_sharding(accelerator: Accelerator, model: nn.Module) -> None:
+    """Configure FSDP to wrap each encoder layer, unless `accelerate launch` sets the module classes to wrap.
+
+    By default, Accelerate raises an error if the model does not contain all layer classes in `_no_split_modules`.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.transformer_cls_names_to_wrap is None:
+        layer_class_names = {type(module).__name__ for module in model.modules() if isinstance(module, EncoderLayer)}
+        plugin.transformer_cls_names_to_wrap = sorted(layer_class_names)
+    # FSDP2 warns that the patch embeddings are a view. This is harmless, because no operation modifies them in place.
+    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(FSDPViTCLSPatchEmbeddings\)")
+
+
+def run_on_main(accelerator: Accelerator, function: Callable[[], Any]) -> Any:
+    """Run a function on the main process. On all processes, return its result or raise its ValueError or OSError."""
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome = [function(), None]
+        except (ValueError, OSError) as error:
+            outcome = [None, error]
+    broadcast_object_list(outcome)
+    result, main_error = outcome
+    if main_error is not None:
+        with mark_errors_of_all_processes():
+            raise main_error
+    return result

@@ -1,0 +1,107 @@
+"""Read and write JSON, write files and folders atomically, and replace or escape unprintable characters."""
+
+import hashlib
+import json
+import os
+import secrets
+import tempfile
+import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r")  # first characters of formulas in spreadsheets
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object from a file. Raise ValueError if the file does not contain a valid JSON object."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # not UTF-8 or not JSON
+        raise ValueError(f"cannot read {file}: {error}") from None
+    except RecursionError:
+        raise ValueError(f"cannot read {file}: the JSON is nested too deeply") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"cannot read {file}: the file does not contain a JSON object")
+    return content
+
+
+def replace_control_characters(text: str) -> str:
+    """Replace line breaks and tabs with spaces, and all other unprintable characters with U+FFFD."""
+    return "".join(char if char.isprintable() else " " if char.isspace() else "\ufffd" for char in text)
+
+
+def escape_csv_cell(text: str) -> str:
+    """Return the text of a CSV cell that spreadsheets do not run as a formula and that stays on one line.
+
+    Control characters and line separators become escape sequences such as \\n. A single quote is put before a text
+    that begins with a character of `FORMULA_PREFIXES`, as OWASP recommends against CSV injection.
+    """
+    escaped = "".join(
+        char.encode("unicode_escape").decode() if unicodedata.category(char) in ("Cc", "Zl", "Zp") else char
+        for char in text
+    )
+    return f"'{escaped}" if text.startswith(FORMULA_PREFIXES) else escaped
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Write a JSON object to a file atomically."""
+    with write_atomically(file) as temporary_file:
+        temporary_file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def write_atomically(file: Path) -> Iterator[Path]:
+    """Yield the path of a temporary file to write. After the block, rename the temporary file to `file`, or remove
+    the temporary file if an error is raised. Raise OSError with `file` in the message if writing fails.
+
+    The name of the temporary file is random, because processes on other hosts may have the same process id."""
+    temporary_file = file.with_name(f".{file.name}.{secrets.token_hex(8)}.unfinished")
+    try:
+        yield temporary_file
+        sync_to_disk(temporary_file)
+        temporary_file.replace(file)
+    except OSError as error:
+        if error.errno is None:  # not raised by a file operation
+            raise
+        raise OSError(f"cannot write {file}: {error.strerror}") from error
+    finally:
+        temporary_file.unlink(missing_ok=True)
+    sync_to_disk(file.parent)
+
+
+@contextmanager
+def create_output_folder(output: Path) -> Iterator[Path]:
+    """Create a temporary folder, and rename it to `output` on exit, or move its contents to an existing `output`.
+    If the block raises an error, nothing is left."""
+    output = output.resolve()
+    existing_folder = next(folder for folder in (output, *output.parents) if folder.is_dir())
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=existing_folder) as temporary_folder:
+        folder = Path(temporary_folder, output.name)
+        folder.mkdir()
+        yield folder
+        if output.exists():  # it may be the working directory or a mount point, which cannot be replaced
+            for path in folder.iterdir():
+                path.rename(output / path.name)
+        else:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            folder.rename(output)
+
+
+def sync_to_disk(path: Path) -> None:
+    """Flush a file, or the file names in a folder, to disk (fsync). Windows has no such call for folders."""
+    if os.name == "nt" and path.is_dir():
+        return
+    file_descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(file_descriptor)
+    finally:
+        os.close(file_descriptor)
+
+
+def compute_file_digest(file: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

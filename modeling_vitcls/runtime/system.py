@@ -1,0 +1,81 @@
+"""Library versions, device names and memory."""
+
+import platform
+import sys
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import psutil
+import torch
+from accelerate import Accelerator, DistributedType
+
+from ..version import __version__
+
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
+
+CORE_LIBRARIES = ("torch", "torchvision", "transformers", "accelerate")
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until all work on a device is complete."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Return whether a device has instructions for bfloat16: CUDA from Ampere on, CPUs with avx512_bf16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    checks = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
+    return device.type == "cpu" and any(check is not None and check() for check in checks)
+
+
+def get_peak_memory(device: torch.device) -> int:
+    """Return the peak allocated memory of a GPU, or the peak memory of this process on other devices, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return psutil.Process().memory_info().peak_wset
+    bytes_per_unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * bytes_per_unit
+
+
+def describe_device(accelerator: Accelerator) -> str:
+    """Return the name of the device and, if the model is sharded, the sharding method."""
+    name = format_device_name(accelerator.device) + (" per process" if accelerator.device.type == "cpu" else "")
+    return f"{name}, weights sharded by FSDP" if accelerator.distributed_type is DistributedType.FSDP else name
+
+
+def format_device_name(device: torch.device) -> str:
+    """Return the name of a GPU, the number of CPU threads, or the type of another device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {format_count(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else device.type
+
+
+def format_count(count: int, noun: str) -> str:
+    """Format a count with its noun, such as "1 layer" or "2 layers"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def get_versions(*libraries: str) -> dict[str, str]:
+    """Return the versions of this package, Python, and the installed libraries in `CORE_LIBRARIES` and `libraries`."""
+    versions = {"modeling_vitcls": __version__, "python": platform.python_version()}
+    for name in (*CORE_LIBRARIES, *libraries):
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions | {"torch": str(torch.__version__)}  # includes the build, such as +cu132
+
+
+def get_processor_name() -> str:
+    """Return the model name of the CPU from /proc/cpuinfo, or from Python if the file does not exist."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

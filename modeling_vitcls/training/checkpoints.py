@@ -1,0 +1,228 @@
+"""Checkpoints on disk: folders of tensors and metadata, written completely or not at all.
+
+    checkpoints/
+      step-00000120/           model.safetensors, optimizer.safetensors, ...: named tensors
+                               state.json: step, metadata, the SHA-256 of each file, and a SHA-256 of these fields
+      step-00000240/
+      .step-00000360.partial/  incomplete folder of an interrupted save or removal; deleted by the next save or load
+
+A checkpoint is written to a hidden folder, synchronized to the disk and then renamed, so that the previous checkpoint
+remains intact even if the process is killed. Only safetensors and JSON are read: nothing is unpickled or
+executed. training/distributed_state.py collects the tensors from the processes.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ..runtime.errors import format_error
+from ..runtime.files import compute_file_digest, sync_to_disk
+
+
+Tensors = dict[str, torch.Tensor]
+
+STATE_FILE = "state.json"
+STEP_FOLDER_PATTERN = re.compile(r"step-(\d{8,})")
+WRITE_ERRORS = (OSError, SafetensorError)  # exceptions raised by failed writes
+
+
+class DamagedCheckpointError(ValueError):
+    """Raised if a file of a checkpoint is missing or has changed since the checkpoint was written."""
+
+    def __init__(self, folder: Path, reason: str) -> None:
+        super().__init__(f"the checkpoint {folder} is damaged: {reason}")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk whose files have been verified."""
+
+    folder: Path
+    step: int
+    metadata: dict[str, Any]  # `metadata` in state.json
+
+    def load_tensors(self, name: str) -> Tensors:
+        """Return the tensors of `name`.safetensors on the CPU. Raise DamagedCheckpointError if the file is damaged."""
+        try:
+            return load_file(self.folder / f"{name}.safetensors")
+        except SafetensorError as error:
+            raise DamagedCheckpointError(self.folder, f"{name}.safetensors ({error})") from error
+
+
+@dataclass
+class CheckpointStore:
+    """The checkpoints of one run. Only the main process writes and reads checkpoints."""
+
+    folder: Path
+    num_kept: int  # number of most recent checkpoints to keep; the best checkpoint is always kept
+
+    def save(self, step: int, tensor_groups: dict[str, Tensors], metadata: dict[str, Any], is_best: bool) -> None:
+        """Write a checkpoint, then remove old checkpoints.
+
+        Args:
+            step: number of completed optimizer steps.
+            tensor_groups: file name without its suffix -> named tensors, on any device.
+            metadata: JSON-serializable metadata. Floats are restored exactly, and tuples become lists.
+            is_best: whether the model is the best model so far.
+
+        Raises:
+            OSError: if the checkpoint cannot be written; earlier checkpoints are left unchanged.
+        """
+        target = self.get_folder(step)
+        old_folder = get_partial_path(target)
+        partial_folder = old_folder.with_suffix(".new.partial")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.clean_up_interrupted_saves()
+            partial_folder.mkdir()
+            write_checkpoint(partial_folder, step, tensor_groups, metadata, is_best)
+            if target.exists():  # saved before the evaluation of this step, or damaged
+                target.rename(old_folder)
+            partial_folder.rename(target)
+            sync_to_disk(target.parent)
+            shutil.rmtree(old_folder, ignore_errors=True)
+        except WRITE_ERRORS as error:
+            shutil.rmtree(partial_folder, ignore_errors=True)
+            message = f"cannot write the checkpoint of step {step} to {self.folder}: {format_error(error)}"
+            raise OSError(f"{message}. Earlier checkpoints are intact. Free disk space, then use --resume") from error
+        self.prune(step)
+
+    def load_newest(self, warn: Callable[[str], None]) -> Checkpoint | None:
+        """Return the newest undamaged checkpoint, or None if there are no checkpoints. Call `warn` with a message for
+        each damaged checkpoint. Raise ValueError if all checkpoints are damaged."""
+        self.clean_up_interrupted_saves()
+        error_messages = []
+        for step in reversed(self.list_steps()):
+            try:
+                return read_checkpoint(self.get_folder(step))
+            except DamagedCheckpointError as error:
+                error_messages.append(str(error))
+                warn(f"{error}; trying the previous checkpoint")
+        if error_messages:
+            raise ValueError(
+                f"all checkpoints in {self.folder} are damaged ({error_messages[0]}). To start from the beginning, "
+                "set --overwrite instead of --resume"
+            )
+        return None
+
+    def load_best(self) -> Checkpoint:
+        """Return the checkpoint with the best evaluation. Raise ValueError if the checkpoint is missing or damaged."""
+        for step in reversed(self.list_steps()):
+            if is_best_checkpoint(self.get_folder(step)):
+                return read_checkpoint(self.get_folder(step))
+        raise ValueError(f"{self.folder} does not contain the best checkpoint. Restart the run with --overwrite")
+
+    def clear(self) -> None:
+        """Remove all checkpoints of an earlier run, and the folder if it contains nothing else."""
+        self.clean_up_interrupted_saves()
+        for step in self.list_steps():
+            remove_checkpoint(self.get_folder(step))
+        with suppress(OSError):  # the folder is missing or not empty
+            self.folder.rmdir()
+
+    def list_steps(self) -> list[int]:
+        """Return the steps of the checkpoints in ascending order."""
+        if not self.folder.is_dir():
+            return []
+        matches = [STEP_FOLDER_PATTERN.fullmatch(path.name) for path in self.folder.iterdir() if path.is_dir()]
+        return sorted(int(match[1]) for match in matches if match)
+
+    def get_folder(self, step: int) -> Path:
+        """Return the folder of the checkpoint that is saved at `step`."""
+        return self.folder / f"step-{step:08d}"
+
+    def prune(self, step: int) -> None:
+        """Keep only the `num_kept` newest checkpoints and the best checkpoint up to `step`, the last saved step.
+
+        Checkpoints of later steps, saved before the run was resumed from an earlier step, are also removed.
+        """
+        steps = self.list_steps()
+        earlier_steps = [stored_step for stored_step in steps if stored_step <= step]
+        best_steps = [stored_step for stored_step in earlier_steps if is_best_checkpoint(self.get_folder(stored_step))]
+        steps_to_keep = {*earlier_steps[-self.num_kept :], *best_steps[-1:]}
+        for stored_step in steps:
+            if stored_step not in steps_to_keep:
+                remove_checkpoint(self.get_folder(stored_step))
+
+    def clean_up_interrupted_saves(self) -> None:
+        """Remove the partial folders of interrupted saves and removals. Links are not followed."""
+        for partial_folder in self.folder.glob(get_partial_path(Path("step-*")).name):
+            shutil.rmtree(partial_folder, ignore_errors=True)
+
+
+# Checkpoint files ----------------------------------------------------------------------------------------------------
+
+
+def write_checkpoint(
+    folder: Path, step: int, tensor_groups: dict[str, Tensors], metadata: dict[str, Any], is_best: bool
+) -> None:
+    """Write the files of a checkpoint to an empty folder, and flush the files and the folder to the disk."""
+    for name, tensors in tensor_groups.items():
+        cpu_tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        save_file(cpu_tensors, folder / f"{name}.safetensors")
+    files = {path.name: compute_file_digest(path) for path in sorted(folder.iterdir())}
+    state = {"format": 1, "step": step, "is_best": is_best, "metadata": metadata, "files": files}
+    (folder / STATE_FILE).write_text(format_state(state), encoding="utf-8")
+    for path in (*folder.iterdir(), folder):
+        sync_to_disk(path)
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Verify and return a checkpoint. Raise DamagedCheckpointError if a file is missing or damaged."""
+    state = read_state(folder)
+    for name, expected_digest in state["files"].items():
+        if not (folder / name).is_file() or compute_file_digest(folder / name) != expected_digest:
+            raise DamagedCheckpointError(folder, f"{name} is missing, or its checksum does not match")
+    return Checkpoint(folder, state["step"], state["metadata"])
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Return the contents of state.json. Raise DamagedCheckpointError if the file is missing or invalid."""
+    try:
+        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        expected_digest = state.pop("sha256")
+        is_valid = compute_json_digest(state) == expected_digest
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):  # other types of values
+        is_valid = False
+    if not is_valid:
+        raise DamagedCheckpointError(folder, f"{STATE_FILE} is missing or not valid")
+    return state
+
+
+def format_state(state: dict[str, Any]) -> str:
+    """Format the contents of state.json: the fields of `state` and a checksum of the fields."""
+    return json.dumps(state | {"sha256": compute_json_digest(state)}, indent=1) + "\n"
+
+
+def is_best_checkpoint(folder: Path) -> bool:
+    """Return whether the model in a checkpoint was the best model when the checkpoint was written."""
+    try:
+        return bool(read_state(folder)["is_best"])
+    except DamagedCheckpointError:
+        return False
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Rename a checkpoint to its partial path, then remove it. An interrupted removal does not leave a damaged
+    checkpoint."""
+    shutil.rmtree(folder.rename(get_partial_path(folder)), ignore_errors=True)
+
+
+def get_partial_path(folder: Path) -> Path:
+    """Return the hidden path of a checkpoint that is incomplete or being removed."""
+    return folder.with_name(f".{folder.name}.partial")
+
+
+def compute_json_digest(state: dict[str, Any]) -> str:
+    """Return the SHA-256 of a JSON object, independent of its formatting."""
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()

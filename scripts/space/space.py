@@ -1,0 +1,158 @@
+"""A Space on the Hub that runs the page of `vitcls demo`: predictions and attention maps of a model.
+
+    model = find_published_model("someone/model@COMMIT")
+    write_space(folder, model)
+    push_result = push_space(folder, model, "someone/model-demo")
+
+    app.py              the model, the commit, and the call that serves the page
+    vitcls_demo/        the files of the page from this package, which is not installed in the Space
+    examples/           example images
+    requirements.txt    requirements of the page, with the minimum versions from pyproject.toml
+    README.md           the settings of the Space
+
+The Space does not contain a copy of the model; the app loads the model at a pinned commit.
+"""
+
+import importlib.metadata
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import SpaceCard, SpaceCardData, constants
+from packaging.requirements import Requirement
+
+from modeling_vitcls.hub.connection import check_is_online
+from modeling_vitcls.hub.loading import HubCommit, download_files, resolve_commit, split_revision
+from modeling_vitcls.hub.model_files import CONFIG_FILES
+from modeling_vitcls.model.configuration_vitcls import ViTCLSConfig
+from modeling_vitcls.publishing.model_folder import list_strings
+from modeling_vitcls.publishing.push import PushResult, build_push_command, upload_folder
+from modeling_vitcls.publishing.staging import PACKAGE_FOLDER
+from modeling_vitcls.runtime.files import read_json
+
+
+PAGE_FOLDER = "vitcls_demo"
+EXAMPLES_FOLDER = "examples"
+
+# Files from this package that the page requires. These files import no other files from this package.
+PAGE_FILES = ("cli/demo_page.py", "inference/token_names.py")
+# Libraries that the page files and the model's code import. The SDK of the Space contains gradio.
+REQUIRED_LIBRARIES = "huggingface_hub matplotlib numpy pillow safetensors torch torchvision transformers".split()
+
+APP_TEMPLATE = '''"""Run the demo page of a model. The code of the page is in {folder}/."""
+
+from pathlib import Path
+
+from {folder}.cli.demo_page import load_from_hub, serve_demo
+
+
+MODEL = {model!r}
+# The app runs the code of the model. Review the code before you change the commit.
+COMMIT = {commit!r}
+
+if __name__ == "__main__":
+    examples = sorted(Path(__file__).parent.glob("{examples}/*"))
+    serve_demo(*load_from_hub(MODEL, COMMIT), MODEL, examples)
+'''
+
+DESCRIPTION_TEMPLATE = """
+Upload an image to see the predictions of the Vision Transformer [{model}]({url}), and the attention maps of its
+special tokens (CLS, distillation, registers) in every layer.
+
+The model is loaded at commit [`{commit}`]({url}/tree/{commit}). The commit is set in `app.py`.
+To run this page on your own machine: `pip install gradio=={gradio} -r requirements.txt`, then `python app.py`.
+"""
+
+
+def find_published_model(source: str) -> HubCommit:
+    """Look up a model on the Hub by its id, with an optional `@REVISION` (commit hash, branch or tag).
+
+    Raise ValueError if `source` is a local folder, if the model is not on the Hub, or if it is not a vitcls model
+    with code and an image processor, and OSError if the Hub does not respond.
+    """
+    repo_id, revision = split_revision(source)
+    if Path(repo_id).is_dir():
+        command = build_push_command(Path(repo_id), f"YOUR-NAME/{Path(repo_id).resolve().name}")
+        raise ValueError(
+            f"a Space requires a model on the Hub, but {repo_id} is a folder. Push the folder first: {command}"
+        )
+    check_is_online()
+    model = resolve_commit(repo_id, revision or "main")
+    folder = download_files(repo_id, model.sha, CONFIG_FILES)
+    config_file, processor_config_file = (folder / name for name in CONFIG_FILES)
+    config_dict = read_json(config_file) if config_file.is_file() else {}
+    code_references = list_strings(config_dict.get("auto_map"))
+    if config_dict.get("model_type") != ViTCLSConfig.model_type or not code_references:
+        raise ValueError(
+            f"{repo_id} at {model.sha} does not contain a {ViTCLSConfig.model_type} model with its code. "
+            "Convert the model with `vitcls convert` and push the result"
+        )
+    if not processor_config_file.is_file():
+        raise ValueError(f"{repo_id} has no preprocessor_config.json. Save the image processor next to the model")
+    return model
+
+
+def write_space(folder: Path, model: HubCommit, examples: Sequence[Path] = ()) -> None:
+    """Write the files of the Space to a folder. Raise ValueError if gradio is not installed."""
+    try:
+        gradio_version = importlib.metadata.version("gradio")
+    except importlib.metadata.PackageNotFoundError:
+        raise ValueError(
+            "the Space uses the installed version of gradio, but gradio is not installed. Run `pip install gradio`"
+        ) from None
+    settings = {
+        "sdk": "gradio",
+        "sdk_version": gradio_version,
+        # The default version on the Hub is too old.
+        "python_version": f"{sys.version_info.major}.{sys.version_info.minor}",
+        "app_file": "app.py",
+    }
+    card = build_space_card(model, DESCRIPTION_TEMPLATE, settings, gradio=gradio_version)
+    requirements = [Requirement(line) for line in importlib.metadata.requires(PACKAGE_FOLDER.name) or ()]
+    specifiers = {
+        requirement.name: str(requirement.specifier) for requirement in requirements if requirement.specifier
+    }
+    files = {f"{PAGE_FOLDER}/{name}": PACKAGE_FOLDER / name for name in PAGE_FILES}
+    files |= {f"{EXAMPLES_FOLDER}/{index}_{file.name}": file for index, file in enumerate(examples)}
+    for name, file in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, folder / name)
+    app_code = APP_TEMPLATE.format(folder=PAGE_FOLDER, model=model.repo_id, commit=model.sha, examples=EXAMPLES_FOLDER)
+    (folder / "app.py").write_text(app_code, encoding="utf-8")
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    requirements_text = "".join(f"{name}{specifiers[name]}\n" for name in REQUIRED_LIBRARIES)
+    (folder / "requirements.txt").write_text(requirements_text, encoding="utf-8")
+
+
+def build_space_card(model: HubCommit, description: str, settings: dict[str, Any], **fields: str) -> str:
+    """Return the text of README.md, whose header configures the Space. `description` is a template with the
+    placeholders `model`, `commit`, `url` and the names in `fields`."""
+    title = f"{model.repo_id.partition('/')[2]}: labels and attention"
+    header = SpaceCardData(
+        title=title,
+        emoji="🔎",
+        colorFrom="indigo",
+        colorTo="gray",
+        models=[model.repo_id],
+        tags=["vision", "vit", "vitcls"],
+        short_description="Predictions and attention maps of a ViT",
+        license="apache-2.0",  # of the page
+        **settings,
+    )
+    url = f"{constants.ENDPOINT}/{model.repo_id}"
+    text = description.format(model=model.repo_id, commit=model.sha, url=url, **fields)
+    return str(SpaceCard(f"---\n{header.to_yaml()}\n---\n# {title}\n{text}"))
+
+
+def push_space(folder: Path, model: HubCommit, space_id: str) -> PushResult:
+    """Push the files of a Space. Outdated files in the same folders are removed, and all other files are kept.
+
+    Call this function after `prepare_repository(..., space_sdk=...)`. If nothing has changed, no commit is made.
+    Raise PushError if the push fails. The message is a single line and ends with the remedy.
+    """
+    subfolders = {PAGE_FOLDER, EXAMPLES_FOLDER, *(file.name for file in folder.iterdir() if file.is_dir())}
+    message = f"Show {model.repo_id} at {model.sha[:7]}"
+    delete_patterns = [f"{name}/*" for name in subfolders]
+    return upload_folder(folder, space_id, "space", message, delete_patterns, "Repeat the command")

@@ -1,0 +1,200 @@
+"""The vitcls command: help, version, errors, completion, and the modules that importing the package loads."""
+
+import ast
+import contextlib
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from helpers.command_in_process import run_here
+from helpers.fresh_processes import run_fresh
+from helpers.tiny_models import SIZES
+
+import modeling_vitcls
+from modeling_vitcls import cli
+from modeling_vitcls.cli import finetune
+from modeling_vitcls.cli.parsing import exit_on_error
+from modeling_vitcls.data.splits import load_training_data
+from modeling_vitcls.model.configuration_vitcls import AUTO_MAP
+from modeling_vitcls.options import DataOptions
+from modeling_vitcls.runtime.errors import RunStopped, mark_errors_of_all_processes
+from modeling_vitcls.version import __version__
+from scripts.demo_load import load_held_out_digits
+
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+WRAPPERS = {
+    **{name: name for name in ("finetune", "pretrain", "evaluate", "predict", "convert", "export")},
+    "inspect": "inspect_tokens",
+    "push": "push_to_hub",
+    "demo": "demo_app",
+}
+# Runs the command in a new process, then prints the loaded libraries to stderr.
+COMMAND = """
+import sys
+sys.argv[:1] = ["vitcls"]
+try:
+    from modeling_vitcls.cli import main
+    main()
+finally:
+    print(*sorted(sys.modules), file=sys.stderr)
+"""
+
+
+def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run `vitcls` in a new process."""
+    return subprocess.run([sys.executable, "-c", COMMAND, *arguments], capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("finetune", "--help"), ("finetune", "--epoch", "3")])
+def test_help_and_wrong_flags_do_not_load_torch(arguments: tuple[str, ...]) -> None:
+    ran = run_command(*arguments)
+    assert "modeling_vitcls.cli" in ran.stderr.split(), ran.stderr
+    assert not {"torch", "transformers", "numpy", "datasets", "accelerate"} & set(ran.stderr.split())
+    assert ran.returncode == (2 if "--epoch" in arguments else 0)
+
+
+def test_help_names_each_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    assert run_here() == 0
+    text = capsys.readouterr().out
+    lines = " ".join(text.split())
+    for name, module in cli.load_modules().items():
+        summary = str(module.__doc__).splitlines()[0].partition(": ")[2]
+        assert name in lines and summary in lines
+    assert run_here("--help") == 0 and capsys.readouterr().out == text
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("--version", "-V"):
+        assert run_here(name) == 0
+        assert capsys.readouterr().out == f"vitcls {__version__}\n"
+
+
+@pytest.mark.parametrize("missing", ["docstring_parser", "tyro", "yaml"])
+def test_a_missing_extra_is_named(
+    missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("predict", "parsing"):
+        monkeypatch.delitem(sys.modules, f"modeling_vitcls.cli.{name}", raising=False)
+    with monkeypatch.context() as other, pytest.raises(ModuleNotFoundError, match="textwrap"):
+        other.setitem(sys.modules, "textwrap", None)  # importing it fails
+        run_here()
+    monkeypatch.setitem(sys.modules, missing, None)
+    for arguments in ((), ("predict", "--help")):
+        assert run_here(*arguments) == 1
+        error = capsys.readouterr().err
+        assert f"requires {missing}" in error
+        assert 'pip install ".[cli]"' in error
+        assert error.count("\n") == 1
+
+
+def test_completion_includes_all_commands_and_their_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_here("--tyro-print-completion", "bash") == 0
+    script = capsys.readouterr().out
+    assert all(name in script for name in cli.COMMANDS)
+    assert "--num-register-tokens" in script and "--top-k" in script
+
+
+def test_a_run_that_stops_early_ends_with_its_status(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(options: Any) -> None:
+        raise RunStopped("stopped by a signal", exit_status=143, is_on_all_processes=False)
+
+    monkeypatch.setattr("modeling_vitcls.cli.functions.run_training", stop)
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit, match="143"):
+        finetune.run(None)  # type: ignore[arg-type]
+    assert capsys.readouterr().err == "process 1: stopped by a signal\n"
+    for mark, printed in ((contextlib.nullcontext, "process 1: error: wrong\n"), (mark_errors_of_all_processes, "")):
+        with pytest.raises(SystemExit, match=r"^1$"), exit_on_error(), mark():
+            raise ValueError("wrong")
+        assert capsys.readouterr().err == printed
+
+
+@pytest.mark.parametrize(("command", "script"), WRAPPERS.items())
+def test_scripts_run_the_same_programs(
+    command: str, script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert {*WRAPPERS, "env", "look"} == set(cli.COMMANDS)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(SCRIPTS / f"{script}.py"), run_name="__main__")
+    assert ended.value.code == 0
+    assert f"usage: vitcls {command} " in capsys.readouterr().out
+    text = (SCRIPTS / f"{script}.py").read_text(encoding="utf-8")
+    assert text.startswith("# /// script\n") and len(text.splitlines()) < 35
+
+
+def test_the_demo_evaluates_the_held_out_digits() -> None:
+    """scripts/demo_load.py selects the images without this package."""
+    images, labels = load_held_out_digits()
+    data = load_training_data(DataOptions("digits"))
+    assert labels == [data.label_space.names[label] for label in data.held_out.labels]
+    assert [image.tobytes() for image in images] == [image.tobytes() for image in data.held_out.images]
+    assert len(images) == 359
+
+
+# Importing the package -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_importing_the_package_loads_no_optional_library() -> None:
+    command = [sys.executable, "-c", "import modeling_vitcls, sys; print(*sys.modules)"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    assert not {"timm", "datasets", "matplotlib", "sklearn", "rich", "tyro"} & set(ran.stdout.split())
+
+
+def test_importing_the_package_registers_the_auto_classes() -> None:
+    config = transformers.AutoConfig.for_model("vitcls", **SIZES)
+    for auto_class, path in AUTO_MAP.items():
+        built = config if auto_class == "AutoConfig" else getattr(transformers, auto_class).from_config(config)
+        assert type(built) is getattr(modeling_vitcls, path.partition(".")[2])
+
+
+def test_the_command_registers_the_auto_classes_after_flags_are_checked(tmp_path: Path) -> None:
+    """Check that the command loads a model folder through an Auto class without trust_remote_code."""
+    code = COMMAND.replace("finally:", "finally:\n    from transformers.models.auto import CONFIG_MAPPING\n").replace(
+        "print(*sorted(sys.modules)", "print('vitcls' in CONFIG_MAPPING"
+    )
+    ran = run_fresh("-c", code, "export", "--model", tmp_path, "--format", "onnx", "--output", tmp_path / "a.onnx")
+    assert ran.returncode == 1 and ran.stderr.splitlines()[-1] == "True", ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command", "expected"),
+    [
+        (["bin/vitcls", "env"], [], True),
+        (["C:/Scripts/vitcls.exe"], [], True),
+        (["-m", "env"], ["python", "-m", "modeling_vitcls.cli", "env"], True),
+        (["-m"], ["python", "-m", "pytest"], False),
+        (["scripts/train.py"], ["python", "scripts/train.py", "modeling_vitcls.cli"], False),
+        (["vitcls/train.py"], [], False),
+        ([], [], False),
+    ],
+)
+def test_the_command_is_recognized(
+    arguments: list[str], command: list[str], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.setattr(sys, "orig_argv", command)
+    assert modeling_vitcls.is_cli_process() is expected
+
+
+def test_public_names_are_visible_to_type_checkers() -> None:
+    tree = ast.parse(Path(modeling_vitcls.__file__).read_text(encoding="utf-8"))
+    (checked,) = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    seen = {
+        alias.name: node.module for node in checked.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    assert seen == modeling_vitcls.MODULE_BY_NAME
+    assert {*seen, "__version__"} == set(modeling_vitcls.__all__) <= set(dir(modeling_vitcls))
+    for name in modeling_vitcls.__all__:
+        assert getattr(modeling_vitcls, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'ViTCLSModell'"):
+        modeling_vitcls.ViTCLSModell  # noqa: B018

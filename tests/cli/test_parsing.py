@@ -1,0 +1,236 @@
+"""Flags, recipes and help of the vitcls command; every error is one line."""
+
+import importlib.util
+import logging
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from helpers.command_in_process import parse_flags, run_here
+from helpers.tiny_models import build_tiny_config, save_with_processor
+
+from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, cli
+from modeling_vitcls.cli.parsing import find_recipe, read_help_texts, silence_libraries
+from modeling_vitcls.options import FinetuneOptions, get_flag_fields
+
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+RUN = "--model m --dataset d --output-dir o"
+
+
+def test_recipes_are_flags_that_the_command_line_overrides(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    flags = ["--config", str(recipe), "--output-dir", "out", "--model", "vitcls-tiny", "--dataset", "data"]
+    recipe.write_text("epochs: 3\nbatch_size: 7\n", encoding="utf-8")
+    options = parse_flags(FinetuneOptions, ["--config", "replaced", *flags, "--epochs", "5"])
+    assert (options.training.epochs, options.training.batch_size, options.data.dataset) == (5, 7, "data")
+    recipe.write_text("# no flags\n", encoding="utf-8")
+    assert replace(parse_flags(FinetuneOptions, flags), config=None) == parse_flags(FinetuneOptions, flags[2:])
+    assert parse_flags(FinetuneOptions, [f"--config={recipe}", *flags[2:]]).config == recipe
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"\xff\xfe\xff", ["cannot read", "recipe.yaml"]),
+        (b"epochs: [3", ["cannot read", "recipe.yaml"]),
+        (b"- epochs", ["flag: value", "recipe.yaml"]),
+        (b"epochs: 3\nlr: 0.1", ["--lr", "use --learning-rate"]),
+        (b"qqqq: 1", ["--qqqq", "--help"]),
+    ],
+)
+def test_errors_of_recipes_are_one_line(
+    content: bytes, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_bytes(content)
+    assert run_here("finetune", "--config", str(recipe), "--output-dir", "out") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and all(word in error for word in words)
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("nosuch", ["nosuch", "finetune"]),
+        ("finetun --model x", ["finetune"]),
+        (f"finetune {RUN} --lr 3", ["--lr", "--learning-rate"]),
+        (f"finetune {RUN} --epochs abc", ["--epochs", "abc"]),
+        ("finetune --model m", ["--dataset", "--output-dir"]),
+        ("finetune --config nosuch --output-dir o", ["nosuch", "digits"]),
+        ("evaluate --model m --dataset d --batch-size", ["--batch-size"]),
+        ("predict --model m a.png --revision abc", ["--revision", "ID@COMMIT"]),
+        ("inspect --model m", ["PATHS", "--dataset"]),
+        ("inspect --model m a.png --num-images 0", ["--num-images"]),
+        ("inspect --model m a.png --output page.pdf", ["--output page.pdf"]),
+        ("inspect --model m a.png --label-column x", ["--label-column", "--dataset"]),
+        ("push", ["--model", "--verify-only"]),
+        ("push --model m --revision x", ["--revision", "--branch"]),
+        ("export --model m --format tflite --output o", ["--format", "tflite", "onnx"]),
+        ("convert timm:test_vit --output o", ["--source timm:test_vit"]),
+        ("convert --output o", ["--source", "--model"]),
+        ("convert --to transformers --model m --source timm:test_vit --output o", ["--source", "--model"]),
+        ("push runs/mine", ["--model runs/mine"]),
+    ],
+)
+def test_errors_of_flags_are_one_line(command: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_here(*command.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and all(word in error for word in words)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--epochs -1", "error: --epochs is -1.0, but it must be above 0"),
+        ("--folds 1", "error: --folds is 1, but it must be 2 or more"),
+        ("--pooling sum", "error: --pooling is sum, but it must be one of cls, mean, cls_mean, max, attention"),
+        ("--log-with x wandb", "error: --log-with is x, but it must be one of tensorboard, wandb, trackio"),
+    ],
+)
+def test_values_of_flags_are_checked_in_the_words_of_the_user(
+    flags: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_here("finetune", *RUN.split(), *flags.split()) == 2
+    assert capsys.readouterr().err.strip() == message
+
+
+def test_paths_may_follow_a_choice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--model", "/no/such/model", "--fit", "crop", str(tmp_path)]
+    assert run_here("predict", *flags) == 1
+    assert "/no/such/model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "predict --model runs/nosuch a.png",
+        "predict --model ./nosuch a.png",
+        "evaluate --model m --dataset /no/such/nosuch",
+        "finetune --model vitcls-tiny --dataset d --output-dir o --teacher timm:resnet18@/no/nosuch.pt",
+        "convert --source transformers:./nosuch --output o",
+    ],
+)
+def test_a_path_that_does_not_exist_is_named_before_libraries_are_imported(
+    flags: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ViTCLSConfig, "register_auto_classes", None)  # the first step after the flags are parsed
+    assert run_here(*flags.split()) == 1
+    error = capsys.readouterr().err
+    assert "nosuch" in error
+    assert "there is no file or folder" in error
+    assert error.count("\n") == 1
+
+
+def test_a_folder_that_is_not_utf_8_is_an_error_before_training(capsys: pytest.CaptureFixture[str]) -> None:
+    folder = os.fsdecode(b"out\xff")
+    assert run_here("finetune", "--model", "vitcls-tiny", "--dataset", "digits", "--output-dir", folder) == 1
+    error = capsys.readouterr().err
+    assert "--output-dir" in error
+    assert "UTF-8" in error
+    assert not Path(folder).exists()
+
+
+def test_a_deleted_working_directory_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert run_here("finetune", "--model", "vitcls-tiny", "--dataset", "digits", "--output-dir", "o") == 1
+    assert "the working directory no longer exists" in capsys.readouterr().err
+
+
+def test_a_study_with_a_wrong_name_lists_the_studies(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_here("study", "--config", "study_nosuch", "--output-dir", "o") == 2
+    error = capsys.readouterr().err
+    assert "study_nosuch" in error
+    assert "study_digits" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "library", "extra"),
+    [
+        ("demo --model m", "gradio", "demo"),
+        ("evaluate --model m --dataset digits --audit audit.html", "cleanlab", "audit"),
+    ],
+)
+def test_a_missing_library_is_named_with_the_extra_of_the_checkout(
+    command: str,
+    library: str,
+    extra: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = importlib.util.find_spec
+    for module in ("modeling_vitcls.cli.demo", "modeling_vitcls.analysis.audit"):
+        monkeypatch.setattr(f"{module}.find_spec", lambda name: None if name == library else found(name))
+    assert run_here(*command.split()) == 1
+    error = capsys.readouterr().err
+    assert library in error
+    assert f'pip install ".[{extra}]"' in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("timm:resnet50", ["resnet50 is a CNN", "not a plain ViT"]),
+        ("timm:mixer_b16_224", ["MlpMixer", "not a plain ViT"]),
+        ("timm:vit_smal_patch16_224", ["vit_small_patch16_224"]),
+    ],
+)
+def test_an_unsupported_architecture_is_named_before_any_download(
+    source: str, words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("modeling_vitcls.conversion.source_models.load_timm_model", None)
+    assert run_here("convert", "--source", source, "--output", str(tmp_path / "converted")) == 1
+    error = capsys.readouterr().err
+    assert all(word in error for word in words)
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["finetune", "pretrain"])
+def test_the_help_of_training_fits_on_a_screen(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "90")
+    assert run_here(command, "--help") == 0
+    short_help = capsys.readouterr().out
+    assert run_here(command, "-h") == 0 and capsys.readouterr().out == short_help
+    lines = short_help.splitlines()
+    flags = [line.split()[0] for line in lines if line.startswith("  --")]
+    assert 15 <= len(flags) <= 30 and len(lines) <= 45 and max(map(len, lines)) <= 90
+    assert {"--model", "--dataset", "--output-dir", "--epochs", "--learning-rate", "--resume"} <= set(flags)
+    assert run_here(command, "--help-all") == 0
+    text = capsys.readouterr().out
+    names = get_flag_fields(cli.load_modules()[command].OPTIONS_CLASS)
+    assert all(f"--{name.replace('_', '-')}" in text for name in names)
+    assert f" {len(names) - len(flags)} flags" in lines[-1] and f"    vitcls {command} " in text  # an example
+
+
+def test_every_flag_has_a_help_text() -> None:
+    for name, module in cli.load_modules().items():
+        assert get_flag_fields(module.OPTIONS_CLASS).keys() <= read_help_texts(module.OPTIONS_CLASS).keys(), name
+
+
+def test_recipes_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("digits").mkdir()  # a folder is not a recipe
+    assert find_recipe(Path("digits")).read_text() == (SCRIPTS / "recipes" / "digits.yaml").read_text()
+    Path("digits").rmdir()
+    Path("digits").write_text("epochs: 1", encoding="utf-8")  # a file in the working folder takes precedence
+    assert find_recipe(Path("digits")) == Path("digits")
+
+
+def test_commands_do_not_print_transformers_reports_about_weights(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    save_with_processor(ViTCLSForImageClassification(build_tiny_config()), tmp_path)
+    silence_libraries()
+    with caplog.at_level(logging.WARNING):
+        ViTCLSForImageClassification.from_pretrained(tmp_path, num_labels=7, ignore_mismatched_sizes=True)
+    printed = caplog.text + "".join(capfd.readouterr())
+    assert "LOAD REPORT" not in printed and "Loading weights" not in printed

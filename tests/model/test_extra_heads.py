@@ -1,0 +1,262 @@
+"""Extra heads: classifiers of further tasks that leave all other outputs of the model as they are, to the bit."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.tiny_models import (
+    TASKS,
+    build_images,
+    build_tiny_config,
+    get_largest_difference,
+    raises_one_line,
+    randomize,
+)
+from PIL import Image
+from transformers import AutoModelForImageClassification, pipeline
+
+from modeling_vitcls import (
+    ViTCLSConfig,
+    ViTCLSForImageClassification,
+    ViTCLSForMultiTaskClassification,
+    ViTCLSImageProcessor,
+    ViTCLSModel,
+)
+from modeling_vitcls.model.cpu_kernels_vitcls import uninstall_cpu_kernels
+from modeling_vitcls.model.token_attention_vitcls import record_attention
+
+
+LABELS = ["rain", "snow", "sun"]
+HEADS: dict[str, dict[str, Any]] = {
+    "weather": {"labels": LABELS, "pooling": "cls_mean", "pooled_layers": [-2, -1]},
+    "indoors": {"labels": LABELS[:2]},
+    "objects": {"labels": LABELS[:1], "pooling": "mean", "problem_type": "multi_label_classification"},
+}
+
+# Models with the width of ViT-S, for which the products of one row and of all rows are computed by different kernels.
+WIDE: dict[str, Any] = {
+    "hidden_size": 384,
+    "num_attention_heads": 6,
+    "num_hidden_layers": 2,
+    "intermediate_size": 768,
+    "image_size": 80,
+    "patch_size": 16,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "cls": {},
+    "mean": {"pooling": "mean", "num_register_tokens": 4},
+    "several layers": {"pooled_layers": [-2, -1], "num_distillation_tokens": 1},
+    "gates": {"num_register_tokens": 2, "gated_tokens": {"registers": 2}},
+}
+
+
+def build_pair(heads: dict[str, dict[str, Any]], **fields: Any) -> tuple[Any, Any]:
+    """Return a classifier without extra heads, and the same classifier with extra heads."""
+    model_class = ViTCLSForMultiTaskClassification if "tasks" in fields else ViTCLSForImageClassification
+    model = randomize(model_class(build_tiny_config(**fields)))
+    extended = model.adapt(extra_heads=heads)
+    extended.load_state_dict(randomize(model_class(extended.config)).state_dict() | model.state_dict())
+    return model, extended
+
+
+# The other outputs -------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("has_kernels", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS)
+def test_logits_keep_their_bits(fields: dict[str, Any], dtype: torch.dtype, has_kernels: bool) -> None:
+    model, extended = (each.to(dtype) for each in build_pair(HEADS, **WIDE | fields))
+    for each in (model, extended):
+        if not has_kernels:
+            uninstall_cpu_kernels(each)
+    for batch_size in (1, 3, 16):
+        images = build_images(batch_size, 80, 80).to(dtype)
+        for num_tokens in {None, model.config.num_head_tokens}:
+            logits = model(images, compute_all_tokens=num_tokens is None).logits
+            assert torch.equal(extended(images, compute_all_tokens=num_tokens is None).logits, logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS)
+def test_logits_of_saved_models_keep_their_bits(fields: dict[str, Any], tmp_path: Path) -> None:
+    """A longer header in the weights file moves the weights in memory, which changed products of one row."""
+    model, extended = build_pair(HEADS, **WIDE | fields)
+    outputs = []
+    for name, each in (("old", model), ("new", extended)):
+        each.save_pretrained(tmp_path / name)
+        loaded = AutoModelForImageClassification.from_pretrained(tmp_path / name)
+        outputs.append(loaded(build_images(1, 80, 80)).logits)
+    assert torch.equal(*outputs)
+
+
+@torch.no_grad()
+def test_the_logits_of_tasks_keep_their_bits() -> None:
+    model, extended = build_pair(HEADS, **WIDE | {"tasks": TASKS, "num_cls_tokens": 2})
+    images = build_images(3, 80, 80)
+    found, expected = (each(images).logits for each in (extended, model))
+    assert found.keys() == expected.keys() == TASKS.keys()
+    assert all(torch.equal(found[task], expected[task]) for task in TASKS)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_tokens", [None, 1])
+def test_a_head_has_the_same_bits_whichever_other_heads_exist(num_tokens: int | None) -> None:
+    _, extended = build_pair(HEADS, **WIDE)
+    together = extended(build_images(3, 80, 80), compute_all_tokens=num_tokens is None).task_logits
+    for name, head in HEADS.items():
+        alone = extended.adapt(extra_heads={name: head})(
+            build_images(3, 80, 80), compute_all_tokens=num_tokens is None
+        )
+        assert torch.equal(alone.task_logits[name], together[name])
+
+
+@torch.no_grad()
+def test_hidden_states_attentions_and_recorders_are_those_of_one_pass() -> None:
+    model, extended = build_pair(HEADS)
+    calls: list[int] = []
+    for each in (model, extended):
+        each.set_attn_implementation("eager")
+    with record_attention(extended.vitcls, range(2), lambda layer, *_: calls.append(layer)):
+        found = extended(build_images(), output_hidden_states=True, output_attentions=True)
+    expected = model(build_images(), output_hidden_states=True, output_attentions=True)
+    for name in ("hidden_states", "attentions"):
+        assert [each.shape for each in found[name]] == [each.shape for each in expected[name]]
+    assert calls == [0, 1]
+
+
+def test_gradients_of_the_model_do_not_change() -> None:
+    model, extended = build_pair(HEADS)
+    for each in (model, extended):
+        each(build_images(), labels=torch.tensor([0, 2])).loss.backward()
+    gradients = {name: parameter.grad for name, parameter in extended.named_parameters()}
+    assert all(torch.equal(gradients[name], parameter.grad) for name, parameter in model.named_parameters())
+    assert all(gradient is None for name, gradient in gradients.items() if "extra_heads" in name)
+
+
+# The heads ---------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_tokens", [None, 1])
+def test_heads_read_the_normalized_tokens_of_their_layers(num_tokens: int | None) -> None:
+    """The reference slices hidden states; `num_tokens` limits the tokens of the last layer in the main pass."""
+    _, model = build_pair(HEADS, num_register_tokens=2)
+    hidden_states = model(build_images(), output_hidden_states=True).hidden_states
+    tokens = [model.vitcls.layernorm(states) for states in hidden_states]
+    inputs = {
+        "weather": [tokens[1][:, 0], tokens[1][:, 3:].mean(1), tokens[2][:, 0], tokens[2][:, 3:].mean(1)],
+        "indoors": [tokens[2][:, 0]],
+        "objects": [tokens[2][:, 3:].mean(1)],
+    }
+    found = model(build_images(), compute_all_tokens=num_tokens is None).task_logits
+    assert found.keys() == inputs.keys()
+    for name, vectors in inputs.items():
+        expected = model.extra_heads[f"task_{name}"](torch.cat(vectors, dim=1))
+        assert get_largest_difference(found[name], expected) <= 1e-5
+
+
+@torch.no_grad()
+def test_temperatures_apply_in_evaluation_mode() -> None:
+    _, plain = build_pair(HEADS)
+    cooled = plain.adapt(extra_heads=HEADS | {"indoors": HEADS["indoors"] | {"temperature": 4.0}})
+    for mode, factor in ((False, 4.0), (True, 1.0)):
+        found, expected = (each.train(mode)(build_images()).task_logits["indoors"] for each in (cooled, plain))
+        assert get_largest_difference(found * factor, expected) <= 1e-6
+
+
+@torch.no_grad()
+def test_a_model_with_heads_is_saved_and_loaded(tmp_path: Path) -> None:
+    _, model = build_pair(HEADS)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert loaded.config.extra_heads == HEADS
+    expected = model(build_images()).task_logits
+    found = loaded(build_images()).task_logits
+    assert all(torch.equal(found[name], expected[name]) for name in HEADS)
+
+
+@torch.no_grad()
+def test_an_encoder_becomes_a_model_with_heads_only(tmp_path: Path) -> None:
+    encoder = randomize(ViTCLSModel(build_tiny_config(num_labels=0)))
+    encoder.save_pretrained(tmp_path)
+    model = ViTCLSForImageClassification.from_pretrained(tmp_path, extra_heads=HEADS)
+    outputs = model(build_images())
+    assert torch.equal(outputs.logits, encoder(build_images()).pooler_output)
+    assert outputs.task_logits.keys() == HEADS.keys()
+
+
+@torch.no_grad()
+def test_adapting_keeps_adds_and_removes_heads() -> None:
+    _, model = build_pair(HEADS)
+    heads = {"indoors": HEADS["indoors"], "season": {"labels": LABELS}}
+    changed = model.adapt(extra_heads=heads)
+    assert changed.extra_heads.keys() == {"task_indoors", "task_season"}
+    images = build_images()
+    assert torch.equal(changed(images).task_logits["indoors"], model(images).task_logits["indoors"])
+
+
+def test_models_without_heads_have_no_task_logits() -> None:
+    model = ViTCLSForImageClassification(build_tiny_config())
+    assert "task_logits" not in model(build_images())
+    assert not [name for name in model.state_dict() if "extra" in name]
+
+
+def test_the_pipeline_returns_the_main_labels(tmp_path: Path) -> None:
+    _, model = build_pair(HEADS)
+    model.save_pretrained(tmp_path)
+    ViTCLSImageProcessor(size=32).save_pretrained(tmp_path)
+    (answers,) = pipeline("image-classification", model=str(tmp_path))([Image.new("RGB", (32, 32))])
+    assert {answer["label"] for answer in answers} == {"LABEL_0", "LABEL_1", "LABEL_2"}
+
+
+@torch.no_grad()
+def test_compiled_models_compute_the_heads() -> None:
+    _, model = build_pair(HEADS)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    found, expected = (each(build_images()) for each in (compiled, model))
+    for name in HEADS:
+        assert get_largest_difference(found.task_logits[name], expected.task_logits[name]) <= 1e-5
+
+
+# Configuration -----------------------------------------------------------------------------------
+
+HEAD = HEADS["indoors"]
+INVALID: dict[str, tuple[dict[str, Any], str]] = {
+    "name": ({"in doors": HEAD}, "in doors"),
+    "output name": ({"logits": HEAD}, "logits"),
+    "unknown field": ({"a": HEAD | {"poling": "mean"}}, "did you mean pooling"),
+    "no labels": ({"a": {}}, "labels"),
+    "one label": ({"a": {"labels": ["x"]}}, "2 to"),
+    "equal labels": ({"a": {"labels": ["x", "x"]}}, "distinct"),
+    "pooling": ({"a": HEAD | {"pooling": "attention"}}, "cls, mean, cls_mean, max"),
+    "layer": ({"a": HEAD | {"pooled_layers": [3]}}, "pooled_layers"),
+    "layers": ({"a": HEAD | {"pooled_layers": -1}}, "pooled_layers"),
+    "problem type": ({"a": HEAD | {"problem_type": "regression"}}, "single_label_classification"),
+    "temperature": ({"a": HEAD | {"temperature": 0}}, "temperature"),
+    "threshold": ({"a": HEAD | {"problem_type": "multi_label_classification", "threshold": 1.5}}, "threshold"),
+}
+
+
+@pytest.mark.parametrize(("heads", "word"), INVALID.values(), ids=INVALID)
+def test_invalid_heads_are_refused_in_one_line(heads: dict[str, Any], word: str) -> None:
+    with raises_one_line("extra_heads", word):
+        build_tiny_config(extra_heads=heads)
+
+
+def test_a_head_cannot_have_the_name_of_a_task() -> None:
+    with raises_one_line("extra_heads", "species"):
+        build_tiny_config(num_cls_tokens=2, tasks=TASKS, extra_heads={"species": HEAD})
+
+
+def test_a_head_on_a_missing_cls_token_is_refused() -> None:
+    with raises_one_line("extra_heads", 'pooling="mean"'):
+        build_tiny_config(num_cls_tokens=0, pooling="mean", extra_heads={"a": HEAD})
+
+
+def test_default_values_of_a_head() -> None:
+    head = ViTCLSConfig(extra_heads={"a": HEAD}).get_extra_heads()["a"]
+    assert (head.pooling, head.pooled_layers, head.temperature, head.threshold) == ("cls", None, 1.0, None)
+    assert head.problem_type == "single_label_classification"

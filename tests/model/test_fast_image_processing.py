@@ -1,0 +1,194 @@
+"""The fast path of the image processor returns the values of the slow path, to the bit, for supported settings."""
+
+import copy
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from helpers.tiny_models import raises_one_line
+from sklearn.datasets import load_sample_images
+from transformers.image_utils import SizeDict
+
+from modeling_vitcls import ViTCLSImageProcessor, ViTCLSImageProcessorPil
+from modeling_vitcls.model.fast_image_processing_vitcls import read_jpeg_bytes
+
+
+SIZES: list[dict[str, Any]] = [
+    {"size": {"height": 48, "width": 48}},
+    {"size": {"shortest_edge": 40}, "do_center_crop": True, "crop_size": 33},
+    {"size": {"shortest_edge": 40}, "do_center_crop": True, "crop_size": 33, "crop_rounding": "even"},
+    {
+        "size": {"shortest_edge": 40, "longest_edge": 60},
+        "do_center_crop": True,
+        "crop_size": {"height": 24, "width": 30},
+    },
+    {"size": {"max_height": 40, "max_width": 50}, "do_center_crop": True, "crop_size": 20},
+    {"size": 50, "do_resize": False, "do_center_crop": True, "crop_size": 60},
+]
+
+
+def encode_jpeg(image: PIL.Image.Image, **settings: Any) -> bytes:
+    buffer = BytesIO()
+    image.save(buffer, format="JPEG", **settings)
+    return buffer.getvalue()
+
+
+def make_exif(orientation: int) -> PIL.Image.Exif:
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+def build_photograph(height: int = 77, width: int = 101) -> PIL.Image.Image:
+    return PIL.Image.fromarray(load_sample_images().images[0][100 : 100 + height, 40 : 40 + width])
+
+
+def build_example_images() -> dict[str, Any]:
+    """Return one image in every form that the image processor accepts."""
+    image = build_photograph()
+    values = np.array(image)
+    return {
+        "jpeg": encode_jpeg(image, quality=60),
+        "jpeg 4:4:4 progressive": encode_jpeg(image, quality=95, subsampling=0, progressive=True),
+        "gray jpeg": encode_jpeg(image.convert("L")),
+        "cmyk jpeg": encode_jpeg(image.convert("CMYK")),
+        **{
+            f"jpeg turned {orientation}": encode_jpeg(image, exif=make_exif(orientation))
+            for orientation in range(2, 9)
+        },
+        **{mode: image.convert(mode) for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV")},
+        "16 bits": PIL.Image.fromarray(values[..., 0].astype(np.uint16) * 257),
+        "array": values,
+        "array of floats": values.astype(np.float32),
+        "array of whole numbers": values.astype(np.int64),
+        "gray array": values[..., 0],
+        "channels first": torch.from_numpy(values).permute(2, 0, 1).contiguous(),
+        "batch": torch.from_numpy(values).permute(2, 0, 1).expand(2, -1, -1, -1),
+    }
+
+
+def run_slow_path(processor: ViTCLSImageProcessor, images: Any) -> torch.Tensor:
+    return super(ViTCLSImageProcessor, processor).preprocess(images, return_tensors="pt")["pixel_values"]
+
+
+def check_same(processor: ViTCLSImageProcessor, images: Any, name: str) -> None:
+    """Check that the second call uses the fast path and returns the values of the slow path."""
+    wanted = run_slow_path(processor, images)
+    processor(images, return_tensors="pt")
+    assert processor._checked_settings is not None
+    found = processor(images, return_tensors="pt")["pixel_values"]
+    assert found.dtype == torch.float32 and found.is_contiguous()
+    assert torch.equal(found, wanted), name
+
+
+@pytest.mark.parametrize(("sizes", "resample"), zip(SIZES, [3, 3, 2, 0, 1, 3], strict=True), ids=str)
+def test_all_images_have_the_same_values(sizes: dict[str, Any], resample: int) -> None:
+    processor = ViTCLSImageProcessor(**sizes, resample=resample)
+    for name, image in build_example_images().items():
+        check_same(processor, image, name)
+
+
+def test_lists_keep_their_order(tmp_path: Path) -> None:
+    files = [tmp_path / f"{index}.jpg" for index in range(4)]
+    for index, file in enumerate(files):
+        build_photograph(30 + 5 * index, 40).save(file)
+    images = [list(map(str, files[:3])), files[3].read_bytes(), build_photograph()]
+    check_same(ViTCLSImageProcessor(size=32), images, "nested and mixed")
+
+
+def test_jpeg_files_and_bytes_are_read_once_and_completely(tmp_path: Path) -> None:
+    """Otherwise, each file would be read and decoded a second time, by the slow path."""
+    content = encode_jpeg(build_photograph(), quality=60)
+    (tmp_path / "a.jpg").write_bytes(content)
+    (tmp_path / "a.png").write_bytes(b"no JPEG")
+    assert read_jpeg_bytes(tmp_path / "a.jpg") == read_jpeg_bytes(content) == content
+    assert isinstance(read_jpeg_bytes(content), bytearray)  # PyTorch warns about read-only buffers
+    assert read_jpeg_bytes(tmp_path / "a.png") is None
+
+
+def test_errors_are_those_of_the_slow_path(tmp_path: Path) -> None:
+    whole = build_example_images()["jpeg"]
+    (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.jpg").write_text("no image")
+    known = ViTCLSImageProcessor(do_resize=False)
+    known(whole, return_tensors="pt")
+    wrong = [
+        tmp_path / "cut.jpg",
+        [whole, str(tmp_path / "text.jpg")],
+        "a\0b.jpg",
+        "x" * 5000,  # too long for a name
+        None,
+        [],
+        [whole, build_photograph(20, 20)],  # images of two shapes
+        np.full((8, 8, 3), 300.0),
+        PIL.Image.new("F", (5, 5)),
+    ]
+    for images in wrong:
+        with pytest.raises(ValueError) as fresh:
+            ViTCLSImageProcessor(do_resize=False)(images, return_tensors="pt")
+        with raises_one_line(str(fresh.value)):
+            known(images, return_tensors="pt")
+
+
+def test_settings_may_change_between_calls() -> None:
+    """Change a setting, a value within a size, and set a wrong value."""
+    image = build_example_images()["jpeg"]
+    processor = ViTCLSImageProcessor(size=32)
+    check_same(processor, image, "as built")
+    for name, value in {"size": SizeDict(height=20, width=30), "image_mean": (0.1, 0.2, 0.3), "resample": 2}.items():
+        setattr(processor, name, value)
+        check_same(processor, image, name)
+    processor.size["height"] = 24
+    assert processor(image, return_tensors="pt")["pixel_values"].shape == (1, 3, 24, 30)
+    assert isinstance(processor(image, return_tensors="np")["pixel_values"], np.ndarray)
+    processor.size["height"] = -1
+    with raises_one_line("must contain positive integers"):
+        processor(image, return_tensors="pt")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_normalize": False},
+        {"do_rescale": False},
+        {"do_pad": True, "pad_size": {"height": 64, "width": 64}},
+        {"image_mean": 0.5},
+        {"image_std": 0.5},
+        {"input_data_format": "channels_first"},
+        {"device": "cpu"},
+    ],
+    ids=str,
+)
+def test_other_settings_use_the_slow_path(settings: dict[str, Any]) -> None:
+    processor = ViTCLSImageProcessor(size=32, **settings)
+    for _ in range(2):
+        found = processor(build_example_images()["jpeg"], return_tensors="pt")["pixel_values"]
+        assert torch.equal(found, run_slow_path(processor, build_example_images()["jpeg"]))
+    assert processor._checked_settings is None
+
+
+def test_methods_of_a_subclass_are_called() -> None:
+    class Brighter(ViTCLSImageProcessor):
+        def rescale_and_normalize(self, images: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            return super().rescale_and_normalize(images, *args, **kwargs) + 1
+
+    image = build_example_images()["jpeg"]
+    plain, brighter = ViTCLSImageProcessor(size=32), Brighter(size=32)
+    for _ in range(2):
+        values = [processor(image, return_tensors="pt")["pixel_values"] for processor in (plain, brighter)]
+        assert torch.equal(values[0] + 1, values[1])
+
+
+def test_checked_settings_are_not_saved(tmp_path: Path) -> None:
+    processor = ViTCLSImageProcessor(size=32)
+    fresh = processor.to_dict()
+    check_same(processor, build_example_images()["jpeg"], "jpeg")
+    assert processor.to_dict() == fresh
+    check_same(copy.deepcopy(processor), build_example_images()["jpeg"], "copy")
+    processor.save_pretrained(tmp_path)
+    assert "_checked" not in (tmp_path / "preprocessor_config.json").read_text()
+    assert ViTCLSImageProcessorPil.from_pretrained(tmp_path).to_dict() == fresh

@@ -1,0 +1,118 @@
+"""Tokens that are added with closed gates: outputs stay the same, gradients are not zero, and training opens the
+gates.
+"""
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.adaptation_cases import adapt_with_loader, get_logged_lines
+from helpers.tiny_models import build_images, build_tiny_config, get_largest_difference, raises_one_line, randomize
+from transformers import AutoModel, AutoModelForImageClassification
+
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
+from modeling_vitcls.model.attention_masks_vitcls import TokenGates
+
+
+GATED = {
+    "plain": {},
+    "scopes": {"num_cls_tokens": 2, "cls_scopes": ["image", [2, 2, 0, 1]]},
+    "distances": {"relative_position_bias": "layer"},
+    "rope": {"position_embedding_type": "rope_2d"},
+    "mean": {"pooling": "mean"},
+    "parallel": {"layer_type": "parallel"},
+}
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("fields", GATED.values(), ids=GATED)
+def test_gated_tokens_change_nothing_at_first(fields: dict[str, Any], implementation: str, tmp_path: Path) -> None:
+    saved = randomize(ViTCLSForImageClassification(build_tiny_config(**fields)))
+    saved.save_pretrained(tmp_path)
+    for loader in (ViTCLSForImageClassification, AutoModelForImageClassification):
+        options = {"num_register_tokens": 4, "attn_implementation": implementation}
+        gated = loader.from_pretrained(tmp_path, gate_new_tokens=True, **options)
+        with torch.no_grad():
+            wanted, found = saved.vitcls(build_images()), gated.vitcls(build_images())
+            assert get_largest_difference(gated(build_images()).logits, saved(build_images()).logits) < 1e-5
+            for group in ("cls", "patches"):
+                assert get_largest_difference(found.tokens[group], wanted.tokens[group]) < 1e-5
+            # otherwise, the test could not detect unused tokens
+            open_tokens = loader.from_pretrained(tmp_path, **options)
+            assert get_largest_difference(open_tokens(build_images()).logits, saved(build_images()).logits) > 1e-3
+
+
+def test_gradient_reaches_gates_and_new_tokens() -> None:
+    """The gate's gradient is as large as the gradient of an open token's gate, and points to a lower loss."""
+    model = randomize(ViTCLSForImageClassification(build_tiny_config()))
+    torch.manual_seed(0)
+    gated = model.adapt(num_register_tokens=4, gate_new_tokens=True).double()  # for a finite difference
+    pixels, labels = build_images().double(), torch.tensor([0, 2])
+
+    def loss(of: ViTCLSForImageClassification) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(of(pixels).logits, labels)
+
+    loss(gated).backward()
+    gradient, token_gradient = gated.vitcls.gates.gates.grad, gated.vitcls.embeddings.register_tokens.grad
+    assert token_gradient.isfinite().all()
+    assert token_gradient.any(dim=-1).all()
+    slopes = []
+    for index in range(4):
+        opened = copy.deepcopy(gated)
+        with torch.no_grad():
+            opened.vitcls.gates.gates[index] += 1e-4
+            slopes.append(((loss(opened) - loss(gated)) / 1e-4).item())
+    assert gradient.tolist() == pytest.approx(slopes, rel=0.02)
+    assert min(map(abs, slopes)) > 1e-4
+
+
+@pytest.mark.parametrize("value", [-1e-4, 0.0])
+def test_a_gate_at_zero_or_below_still_learns(value: float) -> None:
+    """Adam's first step has the size of the learning rate for any gradient, so half of all gates become negative."""
+    gated = randomize(ViTCLSForImageClassification(build_tiny_config())).adapt(
+        num_register_tokens=4, gate_new_tokens=True
+    )
+    with torch.no_grad():
+        gated.vitcls.gates.gates.fill_(value)
+    gated(build_images(), labels=torch.tensor([0, 2])).loss.backward()
+    assert gated.vitcls.gates.gates.grad.abs().min() > 1e-5
+
+
+@pytest.mark.parametrize("fields", [{"gated_tokens": {"cls": 1}}, {"relative_position_bias": "layer"}], ids=str)
+@pytest.mark.parametrize("implementation", ["flex_attention", "flash_attention_2"])
+def test_attention_without_bias_support_is_an_error(implementation: str, fields: dict[str, Any]) -> None:
+    model = randomize(ViTCLSModel(build_tiny_config(**fields)))
+    model.config._attn_implementation_internal = implementation  # the package of flash attention need not be installed
+    with raises_one_line(*fields, implementation, "sdpa"), torch.no_grad():
+        model(build_images())
+
+
+@pytest.mark.parametrize("loader", [None, ViTCLSModel, AutoModel])
+def test_gates_stay_with_their_tokens(loader: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Check two open registers followed by two gated registers, and one CLS token followed by a gated one."""
+    model = randomize(ViTCLSModel(build_tiny_config(num_register_tokens=2)))
+    gated = model.adapt(num_cls_tokens=2, num_register_tokens=4, gate_new_tokens=True)
+    with torch.no_grad():
+        gated.gates.gates.copy_(torch.tensor([0.5, 0.2, 0.3]) * TokenGates.OPEN)
+    for change, gated_tokens, values, logged in (  # numbers of kept, dropped and closed gates
+        (
+            {"num_register_tokens": 5, "gate_new_tokens": True},  # the added register gets one gate, not two
+            {"cls": 1, "registers": 3},
+            [0.5, 0.2, 0.3, 1e-6],
+            ["3", "0", "1"],
+        ),
+        ({"num_register_tokens": 3}, {"cls": 1, "registers": 1}, [0.5, 0.2], ["2", "1", "0"]),
+        ({"num_register_tokens": 2}, {"cls": 1}, [0.5], ["1", "2", "0"]),
+        ({"gated_tokens": {"registers": 3}}, {"registers": 3}, [1.0, 0.2, 0.3], ["2", "1", "0"]),
+        ({"num_cls_tokens": 1}, {"registers": 2}, [0.2, 0.3], ["2", "1", "0"]),
+        ({"num_distillation_tokens": 1}, {"cls": 1, "registers": 2}, [0.5, 0.2, 0.3], []),
+    ):
+        caplog.clear()
+        changed = adapt_with_loader(gated, loader, tmp_path, **change)
+        assert changed.config.gated_tokens == gated_tokens
+        notes = [line for line in get_logged_lines(caplog) if line.startswith("gates.gates")]
+        assert re.findall(r"\d+", " ".join(notes)) == logged
+        assert changed.gates.get_gate_values().tolist() == pytest.approx(values, abs=2e-7)

@@ -1,0 +1,508 @@
+"""The image processor: all kinds of images, both backends, errors, and loading it as remote code."""
+
+import base64
+import contextlib
+import functools
+import http.server
+import json
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import PIL.EpsImagePlugin
+import PIL.Image
+import pytest
+import torch
+from helpers.tiny_models import raises_one_line
+from sklearn.datasets import load_sample_images
+
+from modeling_vitcls import ViTCLSImageProcessor, ViTCLSImageProcessorPil
+from modeling_vitcls.model import image_processing_vitcls
+from modeling_vitcls.model.fast_image_processing_vitcls import read_jpeg_bytes
+from modeling_vitcls.model.image_processing_vitcls import IMAGE_FORMATS, image_to_tensor
+
+
+BACKENDS = {"torchvision": ViTCLSImageProcessor, "pil": ViTCLSImageProcessorPil}
+# Settings that leave the values unchanged, so that tests can state the expected values.
+RAW = {"do_resize": False, "do_rescale": False, "do_normalize": False}
+SIZES = [
+    {"size": 224},
+    {"size": {"height": 64, "width": 300}},
+    {"size": {"shortest_edge": 256}, "do_center_crop": True, "crop_size": 224},
+]
+
+
+@pytest.fixture(params=BACKENDS.values(), ids=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> type:
+    return request.param
+
+
+@functools.cache
+def photographs() -> list[np.ndarray]:
+    """Return two real photographs, [427, 640, 3]."""
+    return load_sample_images().images
+
+
+def build_gradient(height: int = 5, width: int = 6) -> PIL.Image.Image:
+    """Return a color image in which all pixels differ."""
+    values = np.arange(height * width * 3, dtype=np.uint8).reshape(height, width, 3)
+    return PIL.Image.fromarray(values)
+
+
+def encode(image: PIL.Image.Image, file_format: str = "PNG", **options: object) -> bytes:
+    buffer = BytesIO()
+    image.save(buffer, format=file_format, **options)
+    return buffer.getvalue()
+
+
+def get_raw_values(backend: type, image: object, **settings: object) -> np.ndarray:
+    """Return the image before resizing: [C, H, W]."""
+    return backend(**RAW, **settings)(image, return_tensors="np")["pixel_values"][0]
+
+
+def as_hwc(values: np.ndarray) -> np.ndarray:
+    return np.moveaxis(values, 0, -1)
+
+
+def get_error(backend: type, image: object, **settings: object) -> str:
+    """Return the one-line message of the ValueError that the image or the settings raise."""
+    with pytest.raises(ValueError) as caught:
+        backend(**settings)(image, return_tensors="pt")
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# Results -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_defaults_resize_rescale_and_normalize(backend: type) -> None:
+    gray = PIL.Image.new("RGB", (50, 40), (128, 64, 0))
+    assert backend().resample == PIL.Image.Resampling.BICUBIC
+    pixel_values = backend()(gray, return_tensors="pt").pixel_values
+    assert pixel_values.shape == (1, 3, 224, 224)
+    assert pixel_values.dtype == torch.float32
+    # Manually computed: (value / 255 - mean) / standard deviation of ImageNet, as published with torchvision's models.
+    expected = torch.tensor([(128 / 255 - 0.485) / 0.229, (64 / 255 - 0.456) / 0.224, -0.406 / 0.225])
+    torch.testing.assert_close(pixel_values[0, :, 100, 100], expected)
+
+
+def test_shortest_edge_and_center_crop_keep_the_proportions(backend: type) -> None:
+    stripes = np.zeros((100, 200, 3), dtype=np.uint8)
+    stripes[:, 50:150] = 255  # the exact result of a center crop
+    settings = {"size": {"shortest_edge": 50}, "do_center_crop": True, "crop_size": 50, "do_normalize": False}
+    pixel_values = backend(**settings)(stripes, return_tensors="pt").pixel_values
+    assert pixel_values.shape == (1, 3, 50, 50)
+    assert (pixel_values[..., 3:-3] == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "crop", "rounding", "top", "left"),
+    [
+        (9, 12, (6, 7), "down", 1, 2),  # margins of 1.5 and 2.5 pixels
+        (9, 12, (6, 7), "even", 2, 2),
+        (6, 7, (6, 7), "down", 0, 0),
+    ],
+)
+def test_margins_of_a_center_crop_are_rounded(
+    backend: type, height: int, width: int, crop: tuple[int, int], rounding: str, top: int, left: int
+) -> None:
+    values = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    size = dict(zip(("height", "width"), crop, strict=True))
+    processor = backend(**RAW, do_center_crop=True, crop_size=size, crop_rounding=rounding)
+    cropped = as_hwc(processor(values, return_tensors="np")["pixel_values"][0])
+    np.testing.assert_array_equal(cropped, values[top : top + crop[0], left : left + crop[1]])
+    padded = processor(values[:5], return_tensors="np")["pixel_values"][0]  # the image is too small
+    assert padded.shape == (3, *crop)
+
+
+@pytest.mark.parametrize("settings", SIZES, ids=str)
+@pytest.mark.parametrize("resample", [2, 3], ids=["bilinear", "bicubic"])
+def test_backends_agree_within_the_tolerance_of_the_docstring(resample: int, settings: dict) -> None:
+    settings = {"resample": resample, "do_rescale": False, "do_normalize": False, **settings}
+    noise = np.random.default_rng(0).integers(0, 256, (150, 333, 3), dtype=np.uint8)
+    for image, at_any_pixel, on_average in [*((photo, 2, 0.05) for photo in photographs()), (noise, 16, 0.5)]:
+        results = [cls(**settings)(image, return_tensors="pt").pixel_values.float() for cls in BACKENDS.values()]
+        difference = (results[0] - results[1]).abs()
+        assert difference.max() <= at_any_pixel
+        assert difference.mean() <= on_average
+
+
+def test_images_of_several_shapes_are_returned_as_a_list(backend: type) -> None:
+    images = [build_gradient(), build_gradient(9, 4)]
+    pixel_values = backend(**RAW)(images)["pixel_values"]
+    for values, image in zip(pixel_values, images, strict=True):
+        np.testing.assert_array_equal(as_hwc(np.asarray(values)), np.asarray(image))
+
+
+# Sources -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def web_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Serve the files in tmp_path on this machine, and return the address."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    huggingface_hub.close_session()  # the client reads its environment once, at import
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+    huggingface_hub.close_session()
+
+
+def test_paths_bytes_images_arrays_and_tensors_are_the_same_image(backend: type, tmp_path: Path) -> None:
+    image = build_gradient()
+    path = tmp_path / "image.png"
+    image.save(path)
+    values = np.array(image)
+    sources = [
+        path,
+        str(path),
+        encode(image),
+        bytearray(encode(image)),
+        "data:image/png;base64," + base64.b64encode(encode(image)).decode(),
+        image,
+        PIL.Image.open(path),  # opened, but not decoded yet
+        values,
+        values[::-1][::-1],  # negative strides
+        values.astype(np.int64),
+        values.astype(np.uint32),
+        values.astype(np.float64),
+        np.moveaxis(values, -1, 0),
+        torch.from_numpy(values),
+        torch.from_numpy(values).permute(2, 0, 1),
+    ]
+    for source in sources:
+        np.testing.assert_array_equal(as_hwc(get_raw_values(backend, source)), values)
+    batch = backend(**RAW)(sources, return_tensors="np")["pixel_values"]
+    assert batch.shape == (len(sources), 3, 5, 6)
+
+
+def test_urls(backend: type, tmp_path: Path, web_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "folder").mkdir()
+    for name in ("image.png", "folder/index.html"):
+        (tmp_path / name).write_bytes(encode(build_gradient()))
+    for address in ("image.png", "folder"):  # the server redirects folder to folder/
+        found = as_hwc(get_raw_values(backend, f"{web_server}/{address}"))
+        np.testing.assert_array_equal(found, np.array(build_gradient()))
+    assert f"{web_server}/missing.png" in (message := get_error(backend, f"{web_server}/missing.png"))
+    assert "404" in message
+    monkeypatch.setattr(image_processing_vitcls, "DOWNLOAD_TIMEOUT", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts connections and never answers
+        timer = threading.Timer(1, silent.close)
+        timer.start()
+        assert "timed out" in get_error(backend, f"http://127.0.0.1:{silent.getsockname()[1]}")
+        timer.cancel()
+
+
+def test_nested_lists_and_batches_keep_their_order(backend: type) -> None:
+    shades = [np.full((5, 5, 3), shade, dtype=np.uint8) for shade in range(5)]
+    images = ([shades[0], shades[1]], np.stack(shades[2:4]), [shades[4]])
+    batch = backend(**RAW)(images, return_tensors="np")["pixel_values"]
+    assert batch[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("file_format", ["GIF", "TIFF"])
+def test_the_first_of_several_frames_is_used(backend: type, file_format: str) -> None:
+    frames = [PIL.Image.new("L", (6, 5), shade) for shade in (10, 200)]
+    file = encode(frames[0], file_format, save_all=True, append_images=frames[1:])
+    for source in (file, PIL.Image.open(BytesIO(file))):
+        assert (get_raw_values(backend, source) == 10).all()
+
+
+def test_inputs_are_not_changed(backend: type) -> None:
+    tensor, array = torch.rand(3, 8, 8), np.array(build_gradient())
+    array.setflags(write=False)
+    before = tensor.clone()
+    backend(do_rescale=False, do_resize=False)(tensor, return_tensors="pt")
+    assert torch.equal(tensor, before)
+    # PyTorch would share the memory of a read-only array.
+    pixels = image_to_tensor(array, to_rgb=True, do_rescale=True, input_data_format=None)
+    assert not np.shares_memory(pixels.numpy(), array)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied_once(backend: type, orientation: int, tmp_path: Path) -> None:
+    upright = np.array(build_gradient())
+    # The image that a camera stores for each orientation tag, by the definition of the tag (EXIF 2.3, 4.6.4 A).
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright),
+        7: upright[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(upright, -1),
+    }[orientation]
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "image.png"
+    PIL.Image.fromarray(np.ascontiguousarray(stored)).save(path, exif=exif)
+    for source in (path, path.read_bytes(), PIL.Image.open(path)):
+        np.testing.assert_array_equal(as_hwc(get_raw_values(backend, source)), upright)
+    np.testing.assert_array_equal(np.array(backend().fetch_images(path)), upright)
+
+
+# Channels and bit depth ----------------------------------------------------------------------------------------------
+
+
+def build_rgba(alpha: int) -> PIL.Image.Image:
+    image = build_gradient()
+    image.putalpha(alpha)
+    return image
+
+
+def build_palette_with_transparency() -> PIL.Image.Image:
+    """Return an image whose left half is red and whose right half is transparent, in the mode of a palette PNG."""
+    image = PIL.Image.new("P", (6, 4), 0)
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.paste(1, (3, 0, 6, 4))
+    return PIL.Image.open(BytesIO(encode(image, transparency=1)))
+
+
+def test_transparency_is_composited_on_white(backend: type) -> None:
+    color = np.array(build_gradient()).astype(float)
+    np.testing.assert_array_equal(as_hwc(get_raw_values(backend, build_rgba(255))), color)
+    assert (get_raw_values(backend, build_rgba(0)) == 255).all()
+    expected = np.round(color * 100 / 255 + 155)
+    for source in (build_rgba(100), np.array(build_rgba(100)), torch.from_numpy(np.array(build_rgba(100)))):
+        np.testing.assert_allclose(as_hwc(get_raw_values(backend, source)), expected, atol=1)
+    half_gray = PIL.Image.merge("LA", [PIL.Image.new("L", (6, 4), value) for value in (50, 100)])
+    for to_rgb, channels in ((True, 3), (False, 1)):
+        values = get_raw_values(backend, half_gray, do_convert_rgb=to_rgb)
+        assert values.shape == (channels, 4, 6) and (values == round(50 * 100 / 255 + 155)).all()
+    rgba = np.array(build_rgba(100), dtype=np.float32) / 255
+    np.testing.assert_allclose(as_hwc(get_raw_values(backend, rgba)) * 255, expected, atol=1)
+    for one_bit in (PIL.Image.new("1", (6, 4), 1), np.ones((4, 6), dtype=bool)):
+        assert (get_raw_values(backend, one_bit) == 255).all()
+    one_shade = PIL.Image.open(BytesIO(encode(PIL.Image.new("L", (6, 4), 7), transparency=7)))
+    assert (get_raw_values(backend, one_shade) == 255).all()
+    palette = get_raw_values(backend, build_palette_with_transparency())
+    assert palette[:, 0, 0].tolist() == [255, 0, 0]
+    assert palette[:, 0, 5].tolist() == [255, 255, 255]
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "CMYK", "YCbCr"])
+def test_other_modes_become_rgb(backend: type, mode: str) -> None:
+    red = PIL.Image.new("RGB", (6, 4), (200, 0, 0)).convert(mode)
+    expected = (60, 60, 60) if mode == "L" else (200, 0, 0)  # 0.299 * 200 for gray
+    # A palette contains 216 web colors with steps of 51; other colors are rounded.
+    np.testing.assert_allclose(get_raw_values(backend, red)[:, 0, 0], expected, atol=26 if mode == "P" else 1)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I", "array"])
+def test_sixteen_bits_are_scaled_not_clipped(backend: type, mode: str) -> None:
+    values = np.linspace(0, 65535, 24).astype(np.uint16).reshape(4, 6)
+    if mode == "array":
+        source: object = values
+    elif mode == "I":
+        source = PIL.Image.fromarray(values.astype(np.int32))
+    else:
+        source = PIL.Image.frombytes(mode, (6, 4), values.astype(">u2" if mode == "I;16B" else "<u2").tobytes())
+    assert getattr(source, "mode", "array") == mode
+    result = get_raw_values(backend, source)
+    np.testing.assert_array_equal(result, np.stack([np.round(values / 257)] * 3))
+
+
+def test_without_rgb_an_image_keeps_its_own_channels(backend: type) -> None:
+    gray = build_gradient().convert("L")
+    channels = {
+        "gray file": (encode(gray), 1),
+        "gray": (gray, 1),
+        "1 bit": (gray.convert("1"), 1),
+        "16 bits": (np.zeros((5, 6), dtype=np.uint16), 1),
+        "gray with alpha": (gray.convert("LA"), 1),
+        "color": (build_gradient(), 3),
+        "palette": (build_gradient().convert("P"), 3),
+        "ink": (build_gradient().convert("CMYK"), 3),
+        "color with alpha": (build_rgba(100), 4),
+        "array": (np.zeros((5, 6, 4), dtype=np.uint8), 4),
+    }
+    for name, (source, expected) in channels.items():
+        assert get_raw_values(backend, source, do_convert_rgb=False).shape == (expected, 5, 6), name
+
+
+def test_a_gray_model_gets_one_channel(backend: type) -> None:
+    processor = backend(do_convert_rgb=False, image_mean=[0.5], image_std=[0.5], size=28)
+    arrays = [np.zeros((8, 8)), np.linspace(254.6, 255, 64).reshape(8, 8)]
+    digits = [build_gradient().convert("L"), build_gradient().convert("LA"), *arrays]
+    pixel_values = processor(digits, return_tensors="pt").pixel_values
+    assert pixel_values.shape == (4, 1, 28, 28)
+    assert pixel_values[2:].flatten(1).unique(dim=1).tolist() == [[-1], [1]]
+    with raises_one_line("image_mean"):
+        processor(build_gradient(), return_tensors="pt")
+
+
+# Errors --------------------------------------------------------------------------------------------------------------
+
+
+def test_unreadable_sources_are_named(backend: type, tmp_path: Path) -> None:
+    missing, text, truncated = (tmp_path / name for name in ("missing.png", "text.png", "truncated.jpg"))
+    text.write_text("not an image")
+    photo = encode(PIL.Image.fromarray(photographs()[0]), "JPEG")
+    truncated.write_bytes(photo[: len(photo) // 2])
+    for path in (missing, text, truncated, tmp_path):
+        assert path.name in get_error(backend, path) and path.name in get_error(backend, str(path))
+    assert truncated.name in get_error(backend, PIL.Image.open(truncated))
+    for broken in (b"", b"not an image", photo[:1000]):
+        assert f"{len(broken)} bytes" in get_error(backend, broken)
+    for start in ("x", "data:image/png;base64,"):  # the end of a long name is kept
+        assert len(message := get_error(backend, start + "A" * 100_000 + "/cat.png")) < 1000 and "/cat.png" in message
+
+
+@pytest.mark.parametrize("file_format", IMAGE_FORMATS)
+def test_supported_formats_are_read(backend: type, file_format: str, tmp_path: Path) -> None:
+    path = tmp_path / "image.png"  # the content determines the format
+    path.write_bytes(encode(build_gradient(16, 16), file_format))
+    expected = np.asarray(PIL.Image.open(path).convert("RGB"))
+    for source in (path, path.read_bytes()):
+        assert np.array_equal(as_hwc(get_raw_values(backend, source)), expected)
+
+
+@pytest.mark.parametrize("file_format", ["EPS", "TGA", "PCX", "PDF"])
+def test_other_formats_are_errors(
+    backend: type, file_format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PIL would start Ghostscript to decode EPS."""
+    monkeypatch.setattr(PIL.EpsImagePlugin, "Ghostscript", lambda *_args: pytest.fail("Ghostscript was started"))
+    path = tmp_path / "image.png"
+    path.write_bytes(encode(build_gradient(), file_format))
+    for source in (path, path.read_bytes()):
+        message = get_error(backend, source)
+        assert "not an image in a supported format (JPEG, PNG, " in message
+    assert path.name in get_error(backend, path)
+
+
+def test_pipes_sockets_and_devices_are_errors(backend: type, tmp_path: Path) -> None:
+    pipe, listening, device, link = (tmp_path / f"{name}.png" for name in ("pipe", "socket", "device", "link"))
+    os.mkfifo(pipe)
+    device.symlink_to("/dev/zero")
+    link.symlink_to(pipe)
+    messages: dict[str, str] = {}
+    contents: list[bytes | None] = []
+
+    def process() -> None:
+        contents.append(read_jpeg_bytes(pipe))
+        for path in (pipe, listening, device, link, tmp_path):
+            messages[path.name] = get_error(backend, path)
+
+    with socket.socket(socket.AF_UNIX) as listener, contextlib.chdir(tmp_path):  # names of sockets must be short
+        listener.bind(listening.name)
+        thread = threading.Thread(target=process, daemon=True)  # opening a pipe blocks until a process writes to it
+        thread.start()
+        thread.join(60)
+    assert contents == [None] and len(messages) == 5
+    for name, message in messages.items():
+        assert name in message and "it is not a regular file" in message
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP"])
+def test_damaged_files_return_an_image_or_a_value_error(file_format: str) -> None:
+    whole = encode(PIL.Image.fromarray(photographs()[0][::8, ::8]), file_format)
+    processor = ViTCLSImageProcessorPil(size=8)
+    random = np.random.default_rng(0)
+    num_errors = 0
+    for _ in range(150):
+        damaged = np.frombuffer(whole, dtype=np.uint8).copy()
+        damaged[random.integers(0, min(len(damaged), 1000), 3)] = random.integers(0, 256, 3)
+        damaged = damaged[: random.integers(1, 2 * len(damaged))]
+        try:
+            processor(damaged.tobytes(), return_tensors="pt")
+        except ValueError as error:
+            assert f"{len(damaged)} bytes" in str(error)
+            assert "\n" not in str(error)
+            num_errors += 1
+    assert num_errors > 20
+
+
+@pytest.mark.parametrize("bad", [None, 3, {"bytes": b""}], ids=lambda bad: type(bad).__name__)
+def test_objects_that_are_not_images_are_named(backend: type, bad: object) -> None:
+    assert type(bad).__name__ in get_error(backend, [build_gradient(), bad])
+
+
+# Image, settings, and what the error names.
+UNUSABLE: list[tuple[object, dict, str]] = [
+    ([], {}, "empty"),
+    (np.zeros(5), {}, "[5]"),
+    (np.zeros((0, 8, 3)), {}, "[0, 8, 3]"),
+    (np.zeros((7, 8, 9), dtype=np.uint8), {}, "channel"),
+    (np.full((4, 4), 300), {}, "300"),
+    (np.full((4, 4), -1), {}, "-1"),
+    (np.full((4, 4), np.nan), {}, "nan"),
+    (np.ones((4, 4)), {}, "do_rescale=False"),
+    (PIL.Image.new("F", (4, 4)), {}, "mode F"),
+    (PIL.Image.new("I", (4, 4), 70_000), {}, "70000"),
+    (PIL.Image.new("I", (4, 4), -1), {}, "-1"),
+    (build_gradient().convert("L"), {"do_convert_rgb": False}, "image_mean"),
+    (np.zeros((2, 5, 6), dtype=np.uint8), {"input_data_format": "channels_first"}, "2 channels"),
+    (build_gradient(), {"crop_rounding": "up"}, "crop_rounding"),
+    ([build_gradient(), build_gradient(9, 4)], {"do_resize": False}, "[(3, 5, 6), (3, 9, 4)]"),
+]
+
+
+@pytest.mark.parametrize(("image", "settings", "named"), UNUSABLE, ids=[case[-1] for case in UNUSABLE])
+def test_unusable_images_are_errors(backend: type, image: object, settings: dict, named: str) -> None:
+    assert named in get_error(backend, image, **settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"size": {"height": 224}},
+        *({"size": {"height": 224, "width": width}} for width in (0, 224.5)),
+        {"crop_size": None, "do_center_crop": True},
+        {"crop_size": {"height": 8, "width": 225}, "do_center_crop": True},
+        {"crop_size": 225, "do_center_crop": True, "size": {"shortest_edge": 224}},
+        *({"resample": resample} for resample in ("bicubic", 4)),
+        {"do_centre_crop": True},
+    ],
+    ids=str,
+)
+def test_contradictory_settings_are_errors(backend: type, settings: dict) -> None:
+    """The error names the first setting."""
+    processor = backend()
+    for attempt in (
+        lambda **values: backend(**values)(build_gradient()),
+        functools.partial(processor, build_gradient()),
+    ):
+        with raises_one_line(next(iter(settings))):
+            attempt(**settings)
+
+
+def test_a_setting_of_a_wrong_type_is_an_error(backend: type) -> None:
+    with raises_one_line("do_resize"):
+        backend()(build_gradient(), do_resize="yes")
+
+
+# Saving and loading --------------------------------------------------------------------------------------------------
+
+SETTINGS = {"size": {"height": 32, "width": 48}, "resample": 2, "image_mean": [0.1, 0.2, 0.3]}
+
+
+def read_settings(folder: Path) -> dict:
+    return json.loads((folder / "preprocessor_config.json").read_text())
+
+
+def test_saved_settings_name_both_backends(backend: type, tmp_path: Path) -> None:
+    backend(**SETTINGS).save_pretrained(tmp_path)
+    code = {"image_processing_vitcls.py", "fast_image_processing_vitcls.py"}
+    assert {path.name for path in tmp_path.iterdir()} == {"preprocessor_config.json", *code}
+    assert read_settings(tmp_path)["image_processor_type"] == "ViTCLSImageProcessor"
+    assert read_settings(tmp_path)["auto_map"] == {
+        "AutoImageProcessor": {
+            "torchvision": "image_processing_vitcls.ViTCLSImageProcessor",
+            "pil": "image_processing_vitcls.ViTCLSImageProcessorPil",
+        }
+    }
+    for other in BACKENDS.values():
+        assert other.from_pretrained(tmp_path).to_dict() == backend(**SETTINGS).to_dict()
+    assert backend.from_pretrained(tmp_path, size=64).size == {"height": 64, "width": 64}

@@ -1,0 +1,276 @@
+"""Losses: their formulas, gradient accumulation, and errors."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.tiny_models import build_images, build_tiny_config, raises_one_line, randomize
+from torch.nn import functional
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+from modeling_vitcls import (
+    ViTCLSForImageClassification,
+    ViTCLSForMaskedImageModeling,
+    ViTCLSForMultiTaskClassification,
+)
+from modeling_vitcls.model.heads_vitcls import compute_masked_pixel_loss
+
+
+TASKS = {"species": 4, "age": ["young", "old"], "colour": 3}
+
+
+def build_classifier(**fields: Any) -> ViTCLSForImageClassification:
+    return randomize(ViTCLSForImageClassification(build_tiny_config(**fields)))
+
+
+def build_multi_task() -> ViTCLSForMultiTaskClassification:
+    return randomize(ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=3, tasks=TASKS)))
+
+
+def build_masked_modeler(**fields: Any) -> ViTCLSForMaskedImageModeling:
+    return randomize(ViTCLSForMaskedImageModeling(build_tiny_config(**fields)))
+
+
+# Kinds of labels: fields of the configuration, labels of four images, the formula of the loss.
+
+KINDS: dict[str, tuple[dict[str, Any], torch.Tensor, Any]] = {
+    "classes": ({}, torch.tensor([0, 2, 1, 2]), functional.cross_entropy),
+    "ignored_int32": (
+        {},
+        torch.tensor([[0], [-100], [-100], [2]], dtype=torch.int32),
+        lambda logits, labels: functional.cross_entropy(logits, labels[:, 0].long()),
+    ),
+    "probabilities": (
+        {"problem_type": "single_label_classification"},
+        torch.tensor([[0.2, 0.8, 0.0], [1.0, 0.0, 0.0], [0.1, 0.2, 0.7], [0.0, 0.5, 0.5]]),
+        functional.cross_entropy,
+    ),
+    "several_labels": (
+        {"problem_type": "multi_label_classification"},
+        torch.tensor([[1, 1, 0], [0, 0, 0], [1, 0, 1], [0, 1, 0]]),
+        lambda logits, labels: functional.binary_cross_entropy_with_logits(logits, labels.float()),
+    ),
+    "one_number": (
+        {"num_labels": 1},
+        torch.tensor([1, -1, 2, 4]),
+        lambda logits, labels: functional.mse_loss(logits[:, 0], labels.float()),
+    ),
+    "several_numbers": (
+        {"problem_type": "regression"},
+        torch.tensor([[0.5, -1.0, 2.0], [3.5, 0.0, 1.0], [0.1, 0.2, 0.3], [1.0, 1.0, 1.0]]),
+        functional.mse_loss,
+    ),
+}
+all_kinds = pytest.mark.parametrize(("fields", "labels", "formula"), KINDS.values(), ids=KINDS)
+
+
+@all_kinds
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_losses_equal_their_formulas_in_float32(
+    fields: dict[str, Any], labels: torch.Tensor, formula: Any, dtype: torch.dtype
+) -> None:
+    """Unlike the losses of transformers, the losses do not set `problem_type`."""
+    model = build_classifier(**fields).to(dtype)
+    before = model.config.to_dict()
+    output = model(build_images(4), labels=labels)
+    assert (output.logits.dtype, output.loss.dtype) == (dtype, torch.float32)
+    assert output.loss.item() == pytest.approx(formula(output.logits.float(), labels).item(), rel=1e-5)
+    assert model.config.to_dict() == before and model.config.problem_type == fields.get("problem_type")
+
+
+@all_kinds
+def test_accumulated_gradients_equal_those_of_the_whole_batch(
+    fields: dict[str, Any], labels: torch.Tensor, formula: Any
+) -> None:
+    """As in Trainer, all labels other than -100 are counted, and the loss of each batch is divided by this number."""
+    whole, parts = build_classifier(**fields), build_classifier(**fields)
+    whole(build_images(4), labels=labels).loss.backward()
+    num_items = labels.ne(-100).sum()
+    for part in (slice(0, 1), slice(1, 4)):
+        parts(build_images(4)[part], labels=labels[part], num_items_in_batch=num_items).loss.backward()
+    for expected, got in zip(whole.parameters(), parts.parameters(), strict=True):
+        if expected.grad is not None:
+            assert torch.allclose(got.grad, expected.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_a_batch_without_labels_has_zero_loss_and_gradient() -> None:
+    model = build_classifier()
+    loss = model(build_images(), labels=torch.tensor([-100, -100])).loss
+    loss.backward()
+    assert loss.item() == 0.0
+    assert not any(parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None)
+
+
+def test_both_heads_are_trained() -> None:
+    """In training, the loss is the mean of both heads' losses; in evaluation, that of the predicting head."""
+    labels = torch.tensor([0, 2])
+    for choice in ("mean", "cls", "distillation"):
+        model = build_classifier(num_distillation_tokens=1, distillation_inference=choice).train()
+        output = model(build_images(), labels=labels)
+        losses = [functional.cross_entropy(head, labels) for head in (output.cls_logits, output.distillation_logits)]
+        assert output.loss.item() == pytest.approx((losses[0] + losses[1]).item() / 2, rel=1e-5)
+        output.loss.backward()
+        assert model.classifier.weight.grad.any()
+        assert model.distillation_classifier.weight.grad.any()
+        output = model.eval()(build_images(), labels=labels)
+        assert choice == "mean" or torch.equal(output.logits, getattr(output, f"{choice}_logits"))
+        assert output.loss.item() == pytest.approx(functional.cross_entropy(output.logits, labels).item(), rel=1e-5)
+
+
+def test_float_labels_require_a_problem_type() -> None:
+    model = build_classifier()
+    with raises_one_line("float labels", "problem_type", "single_label", "multi_label"):
+        model(build_images(), labels=torch.rand(2, 3))
+    assert model.config.problem_type is None
+
+
+@pytest.mark.parametrize("label", [3, -1])
+def test_unknown_label_ids_are_named(label: int) -> None:
+    with raises_one_line(str(label), "0 to 2"):
+        build_classifier()(build_images(), labels=torch.tensor([0, label]))
+
+
+def test_labels_of_a_wrong_shape_are_an_error() -> None:
+    with raises_one_line():
+        build_classifier()(build_images(), labels=torch.zeros(3, dtype=torch.long))
+
+
+# Several tasks
+
+
+def test_task_losses_are_summed() -> None:
+    labels = {"species": torch.tensor([3, 0]), "age": torch.tensor([1, -100]), "colour": torch.tensor([2, 2])}
+    output = build_multi_task()(build_images(), labels=labels)
+    assert list(output.losses) == sorted(TASKS)
+    assert [logits.shape for logits in output.logits.values()] == [(2, 2), (2, 3), (2, 4)]
+    for name, loss in output.losses.items():
+        assert loss.item() == pytest.approx(
+            functional.cross_entropy(output.logits[name], labels[name]).item(), rel=1e-5
+        )
+    assert output.loss.item() == pytest.approx(sum(loss.item() for loss in output.losses.values()), rel=1e-5)
+
+
+def test_each_task_reads_its_own_cls_token() -> None:
+    model = build_multi_task()
+    tokens = model.vitcls(build_images()).tokens["cls"]
+    logits = model(build_images()).logits
+    assert list(logits) == sorted(TASKS)
+    for index, (name, classifier) in enumerate(zip(logits, model.classifiers.children(), strict=True)):
+        torch.testing.assert_close(logits[name], classifier(tokens[:, index]), atol=1e-6, rtol=0)
+
+
+def test_missing_tasks_are_ignored() -> None:
+    model = build_multi_task()
+    output = model(build_images(), labels={"colour": torch.tensor([2, 0])})
+    assert list(output.losses) == ["colour"]
+    assert torch.equal(output.loss, output.losses["colour"])
+    output.loss.backward()
+    trained = [bool(classifier.weight.grad.any()) for classifier in model.classifiers.children()]
+    assert trained == [False, True, False]  # age, color, species
+
+
+def test_unknown_tasks_and_their_label_ids_are_named() -> None:
+    with raises_one_line("'size'", "age, colour, species"):
+        build_multi_task()(build_images(), labels={"size": torch.tensor([0, 0])})
+    with raises_one_line("'age'", "0 to 1"):
+        build_multi_task()(build_images(), labels={"age": torch.tensor([0, 2])})
+
+
+def test_tasks_and_the_multi_task_class_require_each_other() -> None:
+    with raises_one_line("tasks"):
+        ViTCLSForMultiTaskClassification(build_tiny_config())
+    with raises_one_line("tasks", "ViTCLSForMultiTaskClassification"):
+        ViTCLSForImageClassification(build_tiny_config(num_cls_tokens=3, tasks=TASKS))
+
+
+# Masked image modeling (test_models.py and test_exactness.py test the values of the loss)
+
+
+def test_an_empty_mask_has_zero_loss() -> None:
+    loss = build_masked_modeler()(build_images(), bool_masked_pos=torch.zeros(2, 16, dtype=torch.bool)).loss
+    assert loss.item() == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("fields", [{}, {"mim_loss": "l2"}, {"norm_pixel_target": True}], ids=str)
+def test_pixel_losses_are_computed_in_float32(fields: dict[str, Any], dtype: torch.dtype) -> None:
+    """bfloat16 counts only to 256 and float16 to 65,504: too few for the pixels of a batch."""
+    config = build_tiny_config(**fields)
+    exact = build_images(4, seed=1).to(dtype)
+    mask = torch.ones(4, 16, dtype=torch.bool)
+    loss = compute_masked_pixel_loss(exact, build_images(4), mask, config)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(
+        compute_masked_pixel_loss(exact.float(), build_images(4), mask, config).item(), rel=1e-5
+    )
+
+
+def test_normalized_targets_of_a_uniform_patch_are_zero() -> None:
+    """The standard deviation of a uniform patch is zero."""
+    for patch_size in (8, 1):  # with a single value, the corrected variance is not defined
+        config = build_tiny_config(norm_pixel_target=True, mim_loss="l2", patch_size=patch_size, num_channels=1)
+        grey = torch.full((1, 1, 32, 32), 0.7)
+        mask = torch.ones(1, (32 // patch_size) ** 2, dtype=torch.bool)
+        loss = compute_masked_pixel_loss(torch.zeros(1, 1, 32, 32), grey, mask, config)
+        assert loss.item() == pytest.approx(0.0, abs=1e-6)
+
+
+# Trainer: one step on four images, in one batch and in two batches of two
+
+
+def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
+    batch = {name: torch.stack([example[name] for example in examples]) for name in examples[0] if name != "tasks"}
+    if "tasks" in examples[0]:
+        del batch["labels"]
+        batch["labels"] = {name: torch.stack([example["tasks"][name] for example in examples]) for name in TASKS}
+    return batch
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["probabilities", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("ignored_int32", "tasks", "masks"))],
+)
+def test_trainer_accumulates_to_the_same_step(kind: str, tmp_path: Path) -> None:
+    def build() -> PreTrainedModel:
+        if kind == "tasks":
+            return build_multi_task()
+        return build_masked_modeler() if kind == "masks" else build_classifier(**KINDS[kind][0])
+
+    examples: list[dict[str, Any]] = [{"pixel_values": image} for image in build_images(4)]
+    for index, example in enumerate(examples):
+        if kind == "tasks":
+            example["labels"] = torch.tensor(0)
+            example["tasks"] = {name: torch.tensor(index % 2) for name in TASKS}
+        elif kind == "masks":
+            example["bool_masked_pos"] = torch.arange(16) % 4 == index
+        else:
+            example["labels"] = KINDS[kind][1][index]
+
+    trained = []
+    for batch_size, steps in ((4, 1), (2, 2)):
+        model = build()
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=steps,
+            max_steps=1,
+            optim="sgd",
+            learning_rate=0.1,
+            lr_scheduler_type="constant",
+            max_grad_norm=0.0,
+            use_cpu=True,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            label_names=["labels"],
+        )
+        Trainer(model=model, args=arguments, train_dataset=examples, data_collator=collate).train()
+        trained.append(model)
+    start = build()
+    moved = 0
+    for first, second, original in zip(*(model.parameters() for model in (*trained, start)), strict=True):
+        assert torch.allclose(first, second, atol=1e-6, rtol=1e-4)
+        moved += int(not torch.equal(first, original))
+    assert moved > 10

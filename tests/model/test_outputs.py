@@ -1,0 +1,102 @@
+"""Outputs contain only tensors: gather, DataParallel, pytrees and tuples handle them like transformers' outputs."""
+
+from typing import Any
+
+import pytest
+import torch
+from helpers.tiny_models import (
+    KINDS,
+    assert_same_outputs,
+    build_images,
+    build_tiny_config,
+    each_kind,
+    get_largest_difference,
+    raises_one_line,
+    randomize,
+)
+from torch.nn.parallel import scatter_gather
+from torch.utils import _pytree as pytree
+
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
+from modeling_vitcls.model.modeling_vitcls import ViTCLSModelOutput
+
+
+FIELDS: dict[str, Any] = {"num_register_tokens": 2}
+NUM_TOKENS = 1 + 2 + 16
+
+
+def build_model() -> ViTCLSModel:
+    """Return an encoder with random weights."""
+    return randomize(ViTCLSModel(build_tiny_config(**FIELDS)))
+
+
+def contains_tensors_only(value: Any) -> bool:
+    """Return whether a value is a tensor, or a tuple or dict of tensors."""
+    if isinstance(value, tuple | dict):
+        return all(map(contains_tensors_only, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, torch.Tensor)
+
+
+@torch.no_grad()
+@each_kind
+def test_outputs_hold_tensors_only(model_class: Any, fields: dict[str, Any], inputs: dict[str, Any]) -> None:
+    model = randomize(model_class(build_tiny_config(**fields)))
+    model.set_attn_implementation("eager")
+    output = model(build_images(), **inputs, output_hidden_states=True, output_attentions=True)
+    assert {"hidden_states", "attentions"} <= output.keys()
+    assert contains_tensors_only(output.to_tuple())
+
+
+@torch.no_grad()
+def test_a_tuple_ends_with_the_pooler_output() -> None:
+    """As in the ViT of transformers."""
+    model = build_model()
+    output, values = model(build_images()), model(build_images(), return_dict=False)
+    assert isinstance(values, tuple) and len(values) == 2
+    assert torch.equal(values[0], output.last_hidden_state) and torch.equal(values[-1], output.pooler_output)
+
+
+def rebuild_by_data_parallel(output: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return the output that DataParallel gathers from two devices. Only the copy between devices is replaced."""
+
+    class Gather:
+        @staticmethod
+        def apply(target_device: Any, dim: int, *tensors: torch.Tensor) -> torch.Tensor:
+            return torch.cat(tensors, dim)
+
+    monkeypatch.setattr(scatter_gather, "Gather", Gather)
+    return scatter_gather.gather([output, output], "cpu")
+
+
+@torch.no_grad()
+def test_data_parallel(monkeypatch: pytest.MonkeyPatch) -> None:
+    for model_class, fields, _ in KINDS.values():
+        output = randomize(model_class(build_tiny_config(**fields)))(build_images())
+        gathered = rebuild_by_data_parallel(output, monkeypatch)
+        assert type(gathered) is type(output) and list(gathered) == list(output)
+        flat, spec = pytree.tree_flatten(output)
+        assert_same_outputs(gathered, pytree.tree_unflatten([torch.cat([each, each]) for each in flat], spec))
+
+
+@torch.no_grad()
+def test_tokens_of_a_rebuilt_output_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gathered output has lost its layout; the error explains how to slice the tokens."""
+    output = build_model()(build_images())
+    leaves, spec = pytree.tree_flatten(output)
+    for rebuilt in (
+        pytree.tree_unflatten(leaves, spec),
+        rebuild_by_data_parallel(output, monkeypatch),
+        ViTCLSModelOutput(**output),
+    ):
+        assert rebuilt.last_hidden_state.shape[1:] == (NUM_TOKENS, 16)
+        with raises_one_line("rebuilt", "config.token_layout"):
+            _ = rebuilt.tokens
+
+
+def test_the_temperature_divides_the_logits_in_evaluation_only() -> None:
+    """The loss of training does not depend on it."""
+    warm = randomize(ViTCLSForImageClassification(build_tiny_config(temperature=2.0)))
+    plain = randomize(ViTCLSForImageClassification(build_tiny_config()))
+    for is_training, factor in ((False, 2.0), (True, 1.0)):
+        logits, expected = (each.train(is_training)(build_images()).logits for each in (warm, plain))
+        assert get_largest_difference(logits * factor, expected) <= 1e-6

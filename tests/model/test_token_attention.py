@@ -1,0 +1,162 @@
+"""`token_attention`: the attention of the special tokens, equal to the rows of eager attention maps."""
+
+from typing import Any
+
+import pytest
+import torch
+from helpers.tiny_models import (
+    assert_no_recording,
+    build_images,
+    build_tiny_config,
+    each_kind,
+    each_layout,
+    get_largest_difference,
+    raises_one_line,
+    randomize,
+)
+
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
+from modeling_vitcls.model.token_attention_vitcls import record_attention
+
+
+TOKENS: dict[str, Any] = {"num_cls_tokens": 2, "num_distillation_tokens": 1, "num_register_tokens": 3}
+NUM_SPECIAL, NUM_PATCHES, NUM_LAYERS = 6, 16, 2
+
+# Fields that change attention scores or masks.
+ATTENTIONS: dict[str, dict[str, Any]] = {
+    "scopes": {"cls_scopes": ["image", [2, 2, 0, 1]]},
+    "gates": {"gated_tokens": {"registers": 2}},
+    "scopes and gates": {"cls_scopes": [[2, 1, 1, 0], "image"], "gated_tokens": {"cls": 1}},
+    "rotary": {"position_embedding_type": "rope_2d"},
+    "mixed rotary": {"position_embedding_type": "rope_mixed"},
+    "normalised queries": {"qk_norm": True},
+    "relative positions": {"relative_position_bias": "layer"},
+    "shared relative positions": {"relative_position_bias": "shared", "gated_tokens": {"registers": 1}},
+    "differential": {"attention_type": "differential"},
+    "parallel": {"layer_type": "parallel"},
+    "specialized": {"specialized_layers": {"norm": [0], "qkv": [0, 1]}},
+    "post-norm": {"layer_type": "post", "attention_head_size": 12},
+}
+MASK = torch.ones(2, NUM_SPECIAL + NUM_PATCHES, dtype=torch.long)
+MASK[1, 10:14] = 0
+
+
+def get_eager_rows(model: Any, pixels: torch.Tensor, **inputs: Any) -> torch.Tensor:
+    """Return all special tokens' rows [batch, layer, head, special token, key] of the full attention maps."""
+    implementation = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    maps = model(pixels, output_attentions=True, **inputs).attentions
+    model.set_attn_implementation(implementation)
+    return torch.stack(maps, dim=1)[..., : model.config.token_layout.num_prefix_tokens, :]
+
+
+@torch.no_grad()
+@each_layout
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex_attention"])
+def test_every_layout_equals_eager_attention(layout: dict[str, Any], implementation: str) -> None:
+    model = randomize(ViTCLSModel(build_tiny_config(**layout)))
+    model.set_attn_implementation(implementation)
+    for pixels in (build_images(), build_images(2, 24, 56)):
+        rows = model.token_attention(pixels)
+        assert get_largest_difference(rows, get_eager_rows(model, pixels)) <= 1e-5
+        layout_of = model.config.token_layout
+        num_keys = layout_of.num_prefix_tokens + pixels.shape[-2] * pixels.shape[-1] // 64
+        assert rows.shape == (2, NUM_LAYERS, 2, layout_of.num_prefix_tokens, num_keys)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mask", [None, MASK], ids=["unmasked", "masked"])
+@pytest.mark.parametrize("fields", ATTENTIONS.values(), ids=ATTENTIONS)
+def test_every_attention_equals_eager_attention(fields: dict[str, Any], mask: torch.Tensor | None) -> None:
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(**TOKENS | fields)))
+    rows = model.token_attention(build_images(), attention_mask=mask)
+    assert get_largest_difference(rows, get_eager_rows(model, build_images(), attention_mask=mask)) <= 1e-5
+    assert get_largest_difference(rows.sum(-1), torch.ones(rows.shape[:-1])) <= 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mask", [None, MASK], ids=["unmasked", "masked"])
+def test_scopes_of_flex_attention(mask: torch.Tensor | None) -> None:
+    model = randomize(ViTCLSModel(build_tiny_config(**TOKENS | ATTENTIONS["scopes"])))
+    model.set_attn_implementation("flex_attention")
+    rows = model.token_attention(build_images(), attention_mask=mask)
+    assert get_largest_difference(rows, get_eager_rows(model, build_images(), attention_mask=mask)) <= 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("flash_attention")
+@pytest.mark.parametrize("fields", [{}, {"position_embedding_type": "rope_2d"}], ids=["learned", "rotary"])
+def test_padding_masks_of_flash_attention(fields: dict[str, Any]) -> None:
+    """The model and its token attention mask the same tokens as eager attention."""
+    model = randomize(ViTCLSModel(build_tiny_config(**TOKENS | fields)))
+    eager = get_eager_rows(model, build_images(), attention_mask=MASK)
+    wanted = model(build_images(), attention_mask=MASK).last_hidden_state[MASK.bool()]
+    unmasked = model(build_images()).last_hidden_state[MASK.bool()]
+    model.config._attn_implementation = "flash_attention_2"
+    found = model(build_images(), attention_mask=MASK).last_hidden_state[MASK.bool()]
+    assert get_largest_difference(found, wanted) <= 1e-5 < get_largest_difference(unmasked, wanted)
+    rows = model.token_attention(build_images(), attention_mask=MASK)
+    assert get_largest_difference(rows, eager) <= 1e-5
+    assert rows[1, ..., 10:14].abs().max() == 0 < rows[0, ..., 10:14].min()
+
+
+@torch.no_grad()
+@each_kind
+def test_every_class_has_it(model_class: type, fields: dict[str, Any], inputs: dict[str, Any]) -> None:
+    model = randomize(model_class(build_tiny_config(**fields)))
+    assert get_largest_difference(model.token_attention(build_images()), get_eager_rows(model, build_images())) <= 1e-5
+
+
+@torch.no_grad()
+def test_groups_and_layers_can_be_selected() -> None:
+    model = randomize(ViTCLSModel(build_tiny_config(**TOKENS, num_hidden_layers=3)))
+    everything = model.token_attention(build_images())
+    for tokens, places in {
+        ("cls",): [0, 1],
+        ("distillation",): [2],
+        ("registers", "cls"): [0, 1, 3, 4, 5],  # in the order of the sequence
+        (): [],
+    }.items():
+        assert torch.equal(model.token_attention(build_images(), tokens=tokens), everything[:, :, :, places])
+    for layers, indices in {(1,): [1], (-1,): [2], (-3,): [0], (2, 0, 2): [2, 0, 2]}.items():
+        assert torch.equal(model.token_attention(build_images(), layers=list(layers)), everything[:, indices])
+
+
+def test_unknown_groups_and_layers_are_errors() -> None:
+    model = randomize(ViTCLSModel(build_tiny_config()))
+    with pytest.raises(KeyError):
+        model.token_attention(build_images(), tokens=("cls", "patches"))
+    for index in (2, -3):
+        with pytest.raises(IndexError):
+            model.token_attention(build_images(), layers=[0, index])
+    with raises_one_line("pixel_values has 4"):
+        model.token_attention(build_images(channels=4))
+    assert_no_recording(model)
+
+
+def test_recorders_are_restored() -> None:
+    model = randomize(ViTCLSForImageClassification(build_tiny_config()))
+    recorded: list[int] = []
+    with torch.no_grad(), record_attention(model.vitcls, [0, 1], lambda layer, *_: recorded.append(layer)):
+        model.token_attention(build_images(), layers=[0])
+        model(build_images())
+    assert recorded == [1, 0, 1]  # the recorder of the outer context is back after the inner one
+    assert_no_recording(model)
+
+
+def test_gradients_flow() -> None:
+    model = randomize(ViTCLSModel(build_tiny_config(**TOKENS)))
+    pixels = build_images().requires_grad_()
+    gradients = []
+    for rows in (model.token_attention(pixels), get_eager_rows(model, pixels)):
+        gradients.append(torch.autograd.grad(rows.square().sum(), pixels)[0])
+    assert gradients[0].abs().max() > 0
+    assert get_largest_difference(*gradients) <= 1e-5
+
+
+@torch.no_grad()
+def test_half_precision() -> None:
+    model = randomize(ViTCLSModel(build_tiny_config(**TOKENS))).bfloat16()
+    rows = model.token_attention(build_images())
+    assert rows.dtype == torch.bfloat16
+    assert get_largest_difference(rows.float(), get_eager_rows(model, build_images()).float()) <= 0.02

@@ -1,0 +1,149 @@
+"""Settings of the Accelerator that depend on the device and the configuration of `accelerate launch`."""
+
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import DistributedType, PartialState
+from helpers.tiny_models import build_tiny_config, raises_one_line
+
+from modeling_vitcls import ViTCLSForImageClassification
+from modeling_vitcls.runtime import distributed
+from modeling_vitcls.runtime.distributed import build_accelerator, configure_layer_sharding, set_mixed_precision
+
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+
+@pytest.fixture
+def arguments(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Replace the Accelerator, which cannot be built without a launcher, and return the arguments of its constructor.
+    The argument "result" contains its attributes."""
+    found: dict[str, Any] = {"result": {"distributed_type": DistributedType.NO}}
+
+    def build(**arguments: Any) -> SimpleNamespace:
+        found.update(arguments)
+        return SimpleNamespace(**found["result"])
+
+    monkeypatch.setattr(distributed, "Accelerator", build)
+    for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
+        monkeypatch.delenv(name, raising=False)
+    return found
+
+
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_the_device(has_gpu: bool, arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: has_gpu)
+    accelerator: Any = build_accelerator(3, "bf16", trackers=("json",), tracker_folder=tmp_path)
+    (handler,) = arguments["kwargs_handlers"]
+    assert arguments["cpu"] == (not has_gpu)
+    assert handler.timeout.total_seconds() == 12 * 3600
+    assert (arguments["mixed_precision"], arguments["log_with"]) == ("bf16", ["json"])
+    assert accelerator.gradient_accumulation_steps == 3
+    assert arguments["project_config"].logging_dir == str(tmp_path)
+
+
+def test_fsdp_on_cpus_is_enabled(arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerate ignores FSDP on CPUs."""
+    plugins: list[Any] = []
+
+    class Plugin(SimpleNamespace):
+        def __init__(self) -> None:
+            super().__init__(precision=None)
+            plugins.append(self)
+
+        def set_mixed_precision(self, precision: str) -> None:
+            self.precision = precision
+
+    monkeypatch.setattr(distributed, "FullyShardedDataParallelPlugin", Plugin)
+    result = {"distributed_type": DistributedType.MULTI_CPU, "is_fsdp2": True}
+    for number, (use_fsdp, precision) in enumerate(((False, "bf16"), (True, "no"), (True, "bf16"))):
+        arguments["result"] = result | {"mixed_precision": precision, "state": SimpleNamespace()}
+        if use_fsdp:
+            monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+        accelerator: Any = build_accelerator()
+        assert len(plugins) == number
+        if use_fsdp:
+            assert accelerator.state.fsdp_plugin is plugins[-1]
+            assert plugins[-1].precision == (None if precision == "no" else precision)
+            assert accelerator.state.distributed_type == DistributedType.FSDP
+            assert PartialState().distributed_type == DistributedType.FSDP
+
+
+@pytest.mark.parametrize("is_fsdp2", [False, True])
+def test_only_version_2_of_fsdp_is_supported(
+    is_fsdp2: bool, arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # Accelerate has enabled FSDP on GPUs
+    arguments["result"] = {"distributed_type": DistributedType.FSDP, "is_fsdp2": is_fsdp2}
+    with nullcontext() if is_fsdp2 else raises_one_line("fsdp_version"):
+        build_accelerator()
+
+
+# Precision -----------------------------------------------------------------------------------------------------------
+
+
+def choose(monkeypatch: pytest.MonkeyPatch, width: int, is_supported: bool = True, **arguments: Any) -> Any:
+    """Return the accelerator with the precision that --mixed-precision auto selects for a model of a width."""
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    monkeypatch.setattr(distributed, "has_bfloat16", lambda device: is_supported)
+    accelerator = build_accelerator()
+    set_mixed_precision(accelerator, "auto", build_tiny_config(hidden_size=width), **arguments)
+    return accelerator
+
+
+@pytest.mark.parametrize(("width", "is_supported"), [(192, True), (176, True), (768, False)])
+def test_bfloat16_is_selected_for_large_models_on_cpus_with_bfloat16(
+    width: int, is_supported: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accelerator = choose(monkeypatch, width, is_supported)
+    expected = torch.bfloat16 if (width, is_supported) == (192, True) else torch.float32
+    with accelerator.autocast():
+        assert torch.nn.functional.linear(torch.ones(2, 2), torch.ones(2, 2)).dtype == expected
+    model = accelerator.prepare(torch.nn.Linear(2, 2))
+    assert model(torch.ones(2, 2)).dtype == torch.float32  # outputs are float32 in any precision
+    assert accelerator.mixed_precision == ("bf16" if expected == torch.bfloat16 else "no")
+
+
+def test_the_precision_of_the_launcher_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "has_bfloat16", lambda device: True)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    accelerator = build_accelerator()
+    assert set_mixed_precision(accelerator, "auto", build_tiny_config(hidden_size=768)) == "no"
+    assert accelerator.mixed_precision == "no"
+
+
+def test_a_resumed_run_keeps_its_precision_on_another_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose(monkeypatch, 192, False, recorded="bf16").mixed_precision == "bf16"
+    assert choose(monkeypatch, 192, True, recorded="no").mixed_precision == "no"
+
+
+def test_later_accelerators_of_a_process_may_have_another_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    choose(monkeypatch, 192)
+    assert build_accelerator(mixed_precision="no").mixed_precision == "no"
+    assert build_accelerator(mixed_precision="bf16").mixed_precision == "bf16"
+    assert choose(monkeypatch, 16).mixed_precision == "no"
+
+
+def test_deepspeed_is_an_error(arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with raises_one_line("DeepSpeed", "fsdp2.yaml"):
+        build_accelerator()
+
+
+def test_missing_trackers_are_errors() -> None:
+    with raises_one_line("--log-with", "no_tracker"):
+        build_accelerator(trackers=("json", "no_tracker"))
+
+
+def test_models_are_sharded_by_layer_unless_the_configuration_names_modules() -> None:
+    model = ViTCLSForImageClassification(build_tiny_config(layer_type="parallel"))
+    names = {type(layer).__name__ for layer in model.vitcls.layers}
+    for configured, expected in ((None, sorted(names)), (["Linear"], ["Linear"])):
+        plugin = SimpleNamespace(transformer_cls_names_to_wrap=configured)
+        configure_layer_sharding(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)), model)  # type: ignore[arg-type]
+        assert plugin.transformer_cls_names_to_wrap == expected
+    configure_layer_sharding(SimpleNamespace(state=SimpleNamespace()), model)  # type: ignore[arg-type]

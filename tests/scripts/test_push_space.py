@@ -1,0 +1,115 @@
+"""`scripts/push_space.py`: the files of a Space, pushes to a local Hub, and flags that contradict each other."""
+
+import importlib.metadata
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.local_hub import LocalHub
+from helpers.tiny_models import raises_one_line, save_classifier
+from huggingface_hub import SpaceCard
+from packaging.requirements import Requirement
+
+from modeling_vitcls.publishing.model_folder import ModelFolder
+from modeling_vitcls.publishing.push import push_folder
+from modeling_vitcls.runtime.files import write_json
+from scripts.push_space import SpaceOptions, run
+from scripts.space.space import find_published_model
+
+
+@pytest.fixture
+def hub(hub: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> LocalHub:
+    """Start a Hub with an empty cache, as ann."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    return hub
+
+
+@pytest.mark.integration
+def test_a_space_shows_a_commit_of_a_model(hub: LocalHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = push_folder(ModelFolder(save_classifier(tmp_path / "mine")), "ann/mine").commit
+    newest = hub.repositories["ann/mine"].commit("main", "again", hub.files("ann/mine"))
+    photos = (tmp_path / "a" / "photo.png", tmp_path / "b" / "photo.png")  # equal names
+    for photo in photos:
+        photo.parent.mkdir()
+        photo.write_text(str(photo))
+    files = {"examples/old.png": b"old", "vitcls_demo/old.py": b"old", "notes.md": b"mine"}
+    hub.create("spaces/ann/mine-demo", private=False, files=files)
+    run(SpaceOptions(f"ann/mine@{first}", examples=photos))
+    names = {"README.md", "app.py", "requirements.txt", "examples/0_photo.png", "examples/1_photo.png"}
+    names |= {f"vitcls_demo/{name}" for name in ("cli/demo_page.py", "inference/token_names.py")}
+    space = {name: hub.read("spaces/ann/mine-demo", name).decode() for name in hub.files("spaces/ann/mine-demo")}
+    assert space.keys() == names | {"notes.md"}
+    assert space["examples/1_photo.png"] == str(photos[1])
+    assert "MODEL = 'ann/mine'\n" in space["app.py"] and f"COMMIT = '{first}'\n" in space["app.py"]
+    card = SpaceCard(space["README.md"]).data
+    assert (card.sdk, card.sdk_version) == ("gradio", importlib.metadata.version("gradio"))
+    assert card.python_version == "{}.{}".format(*sys.version_info)
+    assert (card.models, card.license, card.app_file) == (["ann/mine"], "apache-2.0", "app.py")
+    assert f"{hub.url}/ann/mine/tree/{first}" in space["README.md"]
+    minimum = {each.name: each for each in map(Requirement, importlib.metadata.requires("modeling_vitcls") or ())}
+    requirements = [Requirement(line) for line in space["requirements.txt"].split()]
+    assert {"torch", "transformers"} <= {requirement.name for requirement in requirements}
+    for requirement in requirements:
+        assert requirement.specifier == minimum[requirement.name].specifier
+    assert capsys.readouterr().out.endswith(f" {hub.url}/spaces/ann/mine-demo\n")
+    run(SpaceOptions("ann/mine", output=tmp_path / "space"))
+    assert f"COMMIT = '{newest}'\n" in (tmp_path / "space" / "app.py").read_text()
+    assert f"python {tmp_path / 'space' / 'app.py'}\n" in capsys.readouterr().out
+    with raises_one_line("not empty"):
+        run(SpaceOptions("ann/mine", output=tmp_path / "space"))
+
+
+@pytest.mark.integration
+def test_spaces_of_private_models(
+    hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The weights are published only in a private Space. The export is replaced, because it takes seconds."""
+    commit = push_folder(ModelFolder(save_classifier(tmp_path / "mine")), "ann/mine", private=True).commit
+    config = {"id2label": {"0": "cat"}}
+
+    def export(source: str, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        write_json(folder / "config.json", config | {"source": source})
+
+    monkeypatch.setattr("modeling_vitcls.export.transformers_js.export_for_transformers_js", export)
+    with raises_one_line("ann/mine", "--private"):
+        run(SpaceOptions("ann/mine", static=True))
+    run(SpaceOptions("ann/mine", static=True, private=True, space_id="page"))
+    assert hub.repositories["spaces/ann/page"].private and "HF_TOKEN" not in capsys.readouterr().out
+    names = {".gitattributes", "README.md", "index.html", "app.js", "model/config.json"}
+    assert set(hub.files("spaces/ann/page")) == names
+    assert f'"ann/mine@{commit}"' in hub.read("spaces/ann/page", "model/config.json").decode()
+    card = SpaceCard(hub.read("spaces/ann/page", "README.md").decode())
+    assert (card.data.sdk, card.data.license, card.data.models) == ("static", "apache-2.0", ["ann/mine"])
+    assert "`model/`" in card.text and f"tree/{commit}" in card.text
+    run(SpaceOptions("ann/mine"))
+    assert not hub.repositories["spaces/ann/mine-demo"].private and "HF_TOKEN" in capsys.readouterr().out
+    config.clear()
+    with raises_one_line("ann/mine is an encoder"):
+        run(SpaceOptions("ann/mine", static=True, output=tmp_path / "encoder"))
+
+
+@pytest.mark.integration
+def test_a_space_requires_a_model_on_the_hub(hub: LocalHub, tmp_path: Path) -> None:
+    code = b'{"model_type": "vitcls", "auto_map": {"AutoModel": "modeling_vitcls.ViTCLSModel"}}'
+    for name, config in (("ann/vit", code.replace(b"cls", b"")), ("ann/code", b'{"model_type": "vitcls"}')):
+        hub.create(name, private=False, files={"config.json": config, "preprocessor_config.json": b"{}"})
+    hub.create("ann/bare", private=False, files={"config.json": code})
+    words = {
+        str(tmp_path): f"vitcls push --model {tmp_path} ",
+        "ann/vit": "vitcls convert",
+        "ann/code": "vitcls convert",
+    }
+    for source, remedy in (words | {"ann/bare": "preprocessor_config.json", "ann/none": "no such model"}).items():
+        with raises_one_line(source, remedy, error=(ValueError, OSError)):
+            find_published_model(source)
+
+
+def test_flags_that_only_apply_to_pushes_are_errors_of_other_spaces(tmp_path: Path) -> None:
+    for flags, name in (({"space_id": "ann/demo"}, "--space-id"), ({"private": True}, "--private")):
+        with raises_one_line("--output", name):
+            SpaceOptions("ann/model", output=tmp_path, **flags)
+        assert SpaceOptions("ann/model", **flags).output is None
+    with raises_one_line("--static", "--examples"):
+        SpaceOptions("ann/model", static=True, examples=(tmp_path,))
+    assert SpaceOptions("ann/model", output=tmp_path, static=True).output == tmp_path

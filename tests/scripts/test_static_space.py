@@ -1,0 +1,62 @@
+"""The page of a static Space in Chromium, with a model of fixed outputs in place of transformers.js."""
+
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from playwright.sync_api import Browser, expect
+
+from modeling_vitcls.hub.loading import HubCommit
+from scripts.space.static_space import MODEL_FOLDER, TRANSFORMERS_JS_URL, write_static_space
+
+
+pytestmark = pytest.mark.integration
+
+MODEL = HubCommit("ann/mine", "0" * 40, needs_token=False)
+# A black image of 8 x 8 pixels; of its 2 x 2 patches, the first receives the most attention.
+LIBRARY = """
+export const env = {};
+export const softmax = (logits) => logits.map((logit) => logit / 10);
+export const RawImage = { read: async () => null };
+const pixel_values = { data: new Float32Array(3 * 8 * 8), dims: [1, 3, 8, 8] };
+const settings = { do_normalize: false, image_mean: [0, 0, 0], image_std: [1, 1, 1] };
+export const AutoImageProcessor = {
+  from_pretrained: async () => Object.assign(async () => ({ pixel_values }), settings),
+};
+const outputs = { logits: { data: [2, 8] }, cls_attention: { dims: [1, 1, 1, 2, 2], data: [0.9, 0, 0.05, 0.05] } };
+export const AutoModelForImageClassification = {
+  from_pretrained: async () => ({ config: { id2label: { 0: "dusk", 1: "noon" } }, forward: async () => outputs }),
+};
+"""
+HEADERS = {"content-type": "text/javascript", "access-control-allow-origin": "*"}
+READ_CORNERS = """() => {
+  const context = document.getElementById("map").getContext("2d");
+  return [[0, 0], [7, 0]].map(([x, y]) => Array.from(context.getImageData(x, y, 1, 1).data.slice(0, 3)));
+}"""
+
+
+def test_attention_is_a_heat_map_that_is_visible_on_a_dark_image(browser: Browser, tmp_path: Path) -> None:
+    space = tmp_path / "space"
+    (space / MODEL_FOLDER).mkdir(parents=True)
+    write_static_space(space, MODEL)
+    Image.new("RGB", (8, 8)).save(tmp_path / "dark.png")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(space)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    page = browser.new_page()
+    page.route(TRANSFORMERS_JS_URL, lambda route: route.fulfill(body=LIBRARY, headers=HEADERS))
+    try:
+        page.goto(f"http://127.0.0.1:{server.server_port}/index.html")
+        expect(page.get_by_role("heading", name="ann/mine")).to_be_visible()
+        page.locator("#file").set_input_files(tmp_path / "dark.png")
+        expect(page.locator("#labels tr").first).to_contain_text("noon80.0%")
+        expect(page.locator("#number")).to_have_text("1 of 1")
+        most, least = page.evaluate(READ_CORNERS)
+    finally:
+        page.close()
+        server.shutdown()
+        server.server_close()
+    assert sum(most) > 250 > 150 > sum(least) > 0
+    assert most[0] > most[2] and least[2] > least[0]  # yellow and blue

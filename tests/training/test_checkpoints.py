@@ -1,0 +1,295 @@
+"""Checkpoints on disk: whole or not at all, verified and pruned. test_resume.py kills and resumes whole runs."""
+
+import json
+import math
+import multiprocessing
+import os
+import resource
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.tiny_models import raises_one_line
+from helpers.warm_processes import READY
+from torch import nn
+
+from modeling_vitcls.runtime.files import compute_file_digest
+from modeling_vitcls.training.checkpoints import CheckpointStore, DamagedCheckpointError, format_state, read_state
+
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
+
+
+def build_tensors(step: int, size: int = 100) -> dict[str, dict[str, torch.Tensor]]:
+    """Return tensors to save, which depend on the step."""
+    return {"model": {"weight": torch.full((size,), float(step))}, "optimizer": {"step/weight": torch.tensor(step)}}
+
+
+def save(store: CheckpointStore, *steps: int, best: int | None = None) -> None:
+    for step in steps:
+        store.save(step, build_tensors(step), {"flag": step}, is_best=step == best)
+
+
+def get_newest(store: CheckpointStore) -> tuple[int | None, list[str]]:
+    """Return the step that would be resumed, after a check of its contents, and the warnings."""
+    warnings: list[str] = []
+    checkpoint = store.load_newest(warnings.append)
+    if checkpoint is None:
+        return None, warnings
+    assert checkpoint.metadata == {"flag": checkpoint.step}
+    assert checkpoint.load_tensors("model")["weight"].eq(checkpoint.step).all()
+    assert checkpoint.load_tensors("optimizer")["step/weight"].item() == checkpoint.step
+    return checkpoint.step, warnings
+
+
+def list_files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_a_checkpoint_comes_back_to_the_bit(store: CheckpointStore) -> None:
+    tensors = {
+        "a part": torch.randn(6, 4)[2:4],
+        "transposed": torch.randn(6, 4).T,
+        "half": torch.randn(3).bfloat16(),
+        "scalar": torch.tensor(3.0),
+        "empty": torch.empty(0, 5),
+        "count": torch.tensor([2**53 + 1]),
+        "no numbers": torch.tensor([math.nan, math.inf, -math.inf, -0.0]),
+        "parameter": nn.Parameter(torch.randn(2)),
+    }
+    facts = {
+        "loss": 0.1 + 0.2,
+        "inf": -math.inf,
+        "none": None,
+        "big": 2**63 + 1,
+        "nested": {"name": ["é", True, -0.0]},
+    }
+    store.save(7, {"model": tensors}, facts, is_best=False)
+    assert list_files(store.folder) == ["step-00000007", "step-00000007/model.safetensors", "step-00000007/state.json"]
+    checkpoint = store.load_newest(pytest.fail)
+    assert checkpoint is not None and checkpoint.step == 7
+    assert json.dumps(checkpoint.metadata) == json.dumps(facts)
+    loaded = checkpoint.load_tensors("model")
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert loaded[name].dtype == tensor.dtype and loaded[name].shape == tensor.shape, name
+        assert bits(loaded[name]) == bits(tensor), name
+
+
+def bits(tensor: torch.Tensor) -> list[int]:
+    return tensor.detach().reshape(-1).view(torch.uint8).tolist()
+
+
+def test_the_newest_and_the_best_are_kept(store: CheckpointStore) -> None:
+    save(store, 10, 20, 30, 40, 50, best=20)
+    assert store.list_steps() == [20, 40, 50]
+    save(store, 60, best=60)
+    assert store.list_steps() == [50, 60]
+    save(store, 100_000_000)
+    assert get_newest(store) == (100_000_000, [])
+
+
+def test_saving_an_earlier_step_removes_later_checkpoints(store: CheckpointStore) -> None:
+    save(store, 10, 20, 30)
+    truncate(store.get_folder(30) / "model.safetensors")
+    assert get_newest(store)[0] == 20
+    save(store, 25)
+    assert store.list_steps() == [20, 25]
+
+
+def test_the_best_checkpoint_is_the_newest_that_was_saved_as_the_best(store: CheckpointStore) -> None:
+    with raises_one_line("does not contain the best checkpoint", "--overwrite"):
+        store.load_best()
+    store.num_kept = 3
+    save(store, 10, best=10)
+    save(store, 20, best=20)
+    save(store, 30)
+    assert store.list_steps() == [10, 20, 30] and store.load_best().step == 20
+    flip(store.get_folder(20) / "model.safetensors")
+    with raises_one_line("step-00000020 is damaged", error=DamagedCheckpointError):
+        store.load_best()
+    flip(store.get_folder(30) / "state.json")  # whether it was the best is unknown
+    save(store, 40)
+    assert store.list_steps() == [20, 30, 40]
+    save(store, 50, 60)
+    assert store.list_steps() == [20, 40, 50, 60]
+
+
+def test_the_same_step_is_replaced(store: CheckpointStore) -> None:
+    save(store, 10)
+    store.save(10, build_tensors(10), {"flag": 10, "again": True}, is_best=False)
+    assert [path.name for path in store.folder.iterdir()] == ["step-00000010"]
+    checkpoint = store.load_newest(pytest.fail)
+    assert checkpoint is not None and checkpoint.metadata["again"]
+
+
+def test_the_rest_of_a_killed_save_is_removed(store: CheckpointStore) -> None:
+    for act in (lambda: save(store, 20), lambda: get_newest(store), store.clear):
+        save(store, 10)
+        for left in (".step-00000010.partial", ".step-00000020.new.partial"):
+            (store.folder / left).mkdir()
+            (store.folder / left / "model.safetensors").touch()
+        act()
+        assert not list(store.folder.glob(".*"))
+    assert not store.folder.exists()
+
+
+# Damage --------------------------------------------------------------------------------------------------------------
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def edit(file: Path) -> None:
+    file.write_text(file.read_text(encoding="utf-8").replace('"flag": 20', '"flag": 21'), encoding="utf-8")
+
+
+DAMAGES: dict[str, tuple[str, Callable[[Path], Any]]] = {
+    "truncated tensors": ("model.safetensors", truncate),
+    "a flipped bit in the tensors": ("optimizer.safetensors", flip),
+    "missing tensors": ("optimizer.safetensors", Path.unlink),
+    "truncated state": ("state.json", truncate),
+    "edited state": ("state.json", edit),
+    "missing state": ("state.json", Path.unlink),
+    "deep state": ("state.json", lambda file: file.write_text("[" * 100_000)),
+    "a list as state": ("state.json", lambda file: file.write_text("[]")),
+    "a state without checksum": ("state.json", lambda file: file.write_text("{}")),
+    "null as state": ("state.json", lambda file: file.write_text("null")),
+    "a state that is not text": ("state.json", lambda file: file.write_bytes(b"\xff\xfe")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(store: CheckpointStore, damage: str) -> None:
+    name, harm = DAMAGES[damage]
+    save(store, 10, 20)
+    harm(store.get_folder(20) / name)
+    step, (warning,) = get_newest(store)
+    assert step == 10 and "step-00000020" in warning and name in warning and "\n" not in warning
+
+
+def test_only_damaged_checkpoints_are_an_error(store: CheckpointStore) -> None:
+    save(store, 10, 20)
+    for step in (10, 20):
+        truncate(store.get_folder(step) / "model.safetensors")
+    with pytest.raises(ValueError, match=r"all checkpoints in .* are damaged .*step-00000020.*--overwrite"):
+        get_newest(store)
+
+
+def test_nothing_is_unpickled(store: CheckpointStore, tmp_path: Path) -> None:
+    """Replace the tensors with pickled code and a matching checksum: an error, and the code does not run."""
+    save(store, 10)
+    file = store.get_folder(10) / "model.safetensors"
+    ran = tmp_path / "ran"
+    file.unlink()
+    torch.save({"weight": Trap(ran)}, file)
+    state = read_state(store.get_folder(10))
+    state["files"]["model.safetensors"] = compute_file_digest(file)
+    (store.get_folder(10) / "state.json").write_text(format_state(state), encoding="utf-8")
+    checkpoint = store.load_newest(pytest.fail)
+    assert checkpoint is not None
+    with pytest.raises(DamagedCheckpointError, match=r"(?i)header"):
+        checkpoint.load_tensors("model")
+    assert not ran.exists()
+
+
+def test_a_link_is_not_followed(store: CheckpointStore, tmp_path: Path) -> None:
+    """A run does not write links, and must not remove the files of a link's target."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").touch()
+    save(store, 10)
+    (store.folder / ".step-00000009.partial").symlink_to(tmp_path / "mine")
+    assert get_newest(store) == (10, [])
+    save(store, 20)
+    store.clear()
+    assert list_files(store.folder) == [".step-00000009.partial"] and list_files(tmp_path / "mine") == ["notes.txt"]
+
+
+class Trap:
+    """Create a file when unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.file,))
+
+
+# Killed in the middle of a save --------------------------------------------------------------------------------------
+
+
+def save_and_die(folder: Path, calls: int) -> None:
+    """Save step 20; exit when files or folders are flushed to disk for the `calls`-th time."""
+    count = 0
+
+    def fsync(descriptor: int) -> None:
+        nonlocal count
+        count += 1
+        if count == calls:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.fsync = fsync
+    torch.set_num_threads(1)
+    save(CheckpointStore(folder, num_kept=2), 20)
+
+
+@pytest.mark.slow
+@needs_fork
+@pytest.mark.parametrize("calls", range(1, 7))
+def test_a_save_killed_before_each_step_of_it(store: CheckpointStore, calls: int) -> None:
+    save(store, 10)
+    process = READY.Process(target=save_and_die, args=(store.folder, calls))
+    process.start()
+    process.join()
+    assert process.exitcode == (-signal.SIGKILL if calls <= 5 else 0)  # 3 files, their folder, all folders
+    assert get_newest(store) == (10 if calls <= 4 else 20, [])
+    save(store, 30)
+    assert store.list_steps() == ([10, 30] if calls <= 4 else [20, 30])
+    assert not list(store.folder.glob(".*"))
+
+
+def test_files_are_flushed_before_the_folder_is_renamed(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise, a checkpoint may be empty after a power failure."""
+    flushed: list[tuple[int, bool]] = []
+    folder = store.get_folder(10)
+    monkeypatch.setattr(os, "fsync", lambda file: flushed.append((os.fstat(file).st_ino, folder.exists())))
+    save(store, 10)
+    *files, own_folder = [(path.stat().st_ino, False) for path in (*folder.iterdir(), folder)]
+    assert len(files) == 3 and set(flushed[:3]) == set(files)
+    assert flushed[3:] == [own_folder, (store.folder.stat().st_ino, True)]
+
+
+# Disk full -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("large", ["model", "metadata"])
+def test_files_that_may_not_grow(store: CheckpointStore, large: str) -> None:
+    """Writing fails, as on a full disk. The earlier checkpoint of step 20 is kept if its replacement fails."""
+    save(store, 10, 20)
+    tensors = {"model": {"weight": torch.ones(500_000)}} if large == "model" else build_tensors(20)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        words = (f"cannot write the checkpoint of step 20 to {store.folder}", "File too large", "--resume")
+        with raises_one_line(*words, error=OSError):
+            store.save(20, tensors, {"notes": "x" * (200_000 if large == "metadata" else 0)}, is_best=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(path.name for path in store.folder.iterdir()) == ["step-00000010", "step-00000020"]
+    assert get_newest(store) == (20, [])
+    save(store, 30)
+    assert get_newest(store) == (30, [])
