@@ -46,6 +46,21 @@ AUTO_MAP = {
     "AutoBackbone": "modeling_vitcls.ViTCLSBackbone",
 }
 
+# transformers' remote code loader copies the files that these lines name. As imports, they would form a ring.
+_COPIED_FILES = """
+from .adaptation_vitcls import *
+from .attention_masks_vitcls import *
+from .blocks_vitcls import *
+from .cpu_kernels_vitcls import *
+from .fast_image_processing_vitcls import *
+from .heads_vitcls import *
+from .image_processing_vitcls import *
+from .modeling_vitcls import *
+from .positions_vitcls import *
+from .token_attention_vitcls import *
+from .variants_vitcls import *
+"""
+
 PRESETS: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 192, "num_attention_heads": 3, "num_hidden_layers": 12, "intermediate_size": 768},
     "small": {"hidden_size": 384, "num_attention_heads": 6, "num_hidden_layers": 12, "intermediate_size": 1536},
@@ -497,20 +512,6 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 
         Composite models, for example `VisionTextDualEncoderModel`, require this registration. A registered class takes
         precedence over `trust_remote_code` and `revision` in all later loads in this process.
-
-        transformers' remote code loader copies the files that these lines name (imports would form a ring):
-
-            from .adaptation_vitcls import *
-            from .attention_masks_vitcls import *
-            from .blocks_vitcls import *
-            from .cpu_kernels_vitcls import *
-            from .fast_image_processing_vitcls import *
-            from .heads_vitcls import *
-            from .image_processing_vitcls import *
-            from .modeling_vitcls import *
-            from .positions_vitcls import *
-            from .token_attention_vitcls import *
-            from .variants_vitcls import *
         """
         processing = importlib.import_module(".image_processing_vitcls", __package__)
         modeling = importlib.import_module(".modeling_vitcls", __package__)

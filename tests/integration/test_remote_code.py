@@ -250,7 +250,7 @@ def test_shipped_files_import_only_what_the_hub_can_load(file: Path) -> None:
     assert all(node.level == 1 and node.module for node in relative), "only `from .x_vitcls import Y` works"
     siblings = {node.module for node in relative} | set(filter(None, map(get_module_imported_by_name, nodes)))
     shipped = {shipped.stem for shipped in SHIPPED_FILES}
-    if file.stem == "configuration_vitcls":  # a docstring lists all other files, so that transformers copies them
+    if file.stem == "configuration_vitcls":  # a string lists all other files, so that transformers copies them
         assert siblings <= shipped and set(get_relative_imports(file)) == shipped - {file.stem}
     else:
         assert siblings == set(get_relative_imports(file)) and siblings <= shipped
