@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas
 import pytest
@@ -22,6 +23,7 @@ from pyarrow import parquet
 from scipy import stats
 
 from modeling_vitcls import cli
+from modeling_vitcls.cli.parsing import run_script
 from modeling_vitcls.training.pretrain import check_options
 from scripts.study import Study, StudyOptions, StudyRunner, build_row, format_table, load_study, run_study, summarize
 from scripts.study import run as run_command
@@ -344,6 +346,19 @@ def test_all_runs_are_executed_and_summarized(tmp_path: Path, capsys: pytest.Cap
     for changes in ({"subsets": {"one": {}}}, {"stages": {}}, {"factors": {}}):
         with raises_one_line("--output-dir"):
             run_study(StudyRunner(replace(load_study(file), **changes), output), "python scripts/study.py")
+
+
+def test_a_study_of_the_package_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runners: list[StudyRunner] = []
+
+    def run_nothing(runner: StudyRunner, command: str) -> list[dict[str, Any]]:
+        runners.append(runner)
+        return []
+
+    monkeypatch.setattr("scripts.study.run_study", run_nothing)
+    run_script(StudyOptions, run_command, f"--config study_digits --output-dir {tmp_path}".split())
+    (runner,) = runners
+    assert runner.study == load_study(RECIPES / "study_digits.yaml")
 
 
 @pytest.mark.slow
