@@ -1,16 +1,19 @@
-"""Accuracy of simple classifiers on frozen features, for each token (`vitcls evaluate --frozen`).
+"""Accuracy of simple classifiers on frozen features, by token and by layer (`vitcls evaluate --frozen`).
 
     training images -> encoder, once -> features -> fit scikit-learn's classifier  --+
-    held-out images -> encoder, once -> features ------------------------------------+-> accuracy by token
+    held-out images -> encoder, once -> features ------------------------------------+-> accuracy by token, by layer
 
 --frozen      classifier
 knn           KNeighborsClassifier: 10 nearest neighbors by cosine distance, weighted by inverse distance
 logreg        LogisticRegression on standardized features
 
-The features are the special tokens and the mean of the patch tokens after the final norm of the encoder.
+The features by token are the special tokens and the mean of the patch tokens after the final norm of the encoder. The
+rows by layer are the candidates of the probe (linear_probe.py), each compared with CLS of the last layer on the same
+images.
 """
 
 import time
+from collections.abc import Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -31,7 +34,9 @@ from .evaluate import (
     write_results,
 )
 from .evaluator import Evaluator, round_floats
-from .intervals import compute_proportion_interval
+from .frozen_features import FeatureLayout, pool_layers
+from .intervals import compute_mean_interval, compute_proportion_interval
+from .linear_probe import NUM_SINGLE_LAYERS, TOKEN_TEXTS, describe_layers, list_candidates
 from .load_model import announce_precision, list_file_patterns, load_model
 from .metric_tables import format_percent
 from .token_names import get_token_names
@@ -62,6 +67,26 @@ class FeatureEvaluator(Evaluator):
         num_prefix_tokens = self.accelerator.unwrap_model(model).config.token_layout.num_prefix_tokens
         mean = tokens[:, num_prefix_tokens:].mean(dim=1, keepdim=True)
         return torch.cat([tokens[:, :num_prefix_tokens], mean], dim=1)
+
+
+class TokensAndLayers(FeatureEvaluator):
+    """Computes the special tokens and the mean of the patches of the last layer, and the features of the last layers
+    that a probe chooses from, with one pass."""
+
+    def __init__(self, images: Any, layout: FeatureLayout, *arguments: Any) -> None:
+        super().__init__(images, *arguments)
+        self.layout = layout
+
+    def compute_features(self, model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return features [B, F]: those of the tokens, then those of the layers."""
+        encoder = self.accelerator.unwrap_model(model)
+        outputs = encoder(pixel_values, output_hidden_states=True)
+        tokens = outputs.last_hidden_state
+        num_prefix_tokens = encoder.config.token_layout.num_prefix_tokens
+        mean = tokens[:, num_prefix_tokens:].mean(dim=1, keepdim=True)
+        token_features = torch.cat([tokens[:, :num_prefix_tokens], mean], dim=1).flatten(1)
+        layer_features = pool_layers(encoder, outputs, self.layout)
+        return torch.cat([token_features.float(), layer_features], dim=1)
 
 
 def build_classifier(kind: str, num_training_images: int) -> Any:
@@ -116,11 +141,13 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
     if held_out_data.part.warning is not None:
         warn(held_out_data.part.warning)
     model = model.to(accelerator.device).eval()
+    layout = FeatureLayout.from_config(model.config, NUM_SINGLE_LAYERS)
     arguments = (options.data, options.batch_size, accelerator, model.config.num_channels, warn)
 
     def extract_features(data: EvaluationData) -> tuple[dict[str, Any], np.ndarray]:
         """Return the output of the evaluator, and the class name of each image."""
-        output = FeatureEvaluator(data.images, processor, data.label_space, *arguments)(model, console)
+        evaluate = TokensAndLayers(data.images, layout, processor, data.label_space, *arguments)
+        output = evaluate(model, console)
         return output, np.array(data.label_space.names)[output["labels"]]
 
     start_time = time.perf_counter()
@@ -136,19 +163,63 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
         "num_unreadable_images": training["num_unreadable_images"] + held_out["num_unreadable_images"],
     }
     if accelerator.is_main_process:
-        rows: list[dict[str, Any]] = []
-        for index, token in enumerate([*get_token_names(model.config), "mean of patches"]):
-            classifier = build_classifier(options.frozen, len(training_labels))
-            classifier.fit(training["features"][:, index], training_labels)
-            num_correct = int((classifier.predict(held_out["features"][:, index]) == held_out_labels).sum())
-            interval = compute_proportion_interval(num_correct, len(held_out_labels))
-            accuracy = num_correct / len(held_out_labels)
-            rows.append({"token": token, "accuracy": accuracy, "accuracy_interval": interval})
-        results["rows"] = round_floats(rows)
+        tokens = [*get_token_names(model.config), "mean of patches"]
+        num_token_features = len(tokens) * model.config.hidden_size
+        token_features, layer_features = (
+            [features[:, part] for features in (training["features"], held_out["features"])]
+            for part in (slice(num_token_features), slice(num_token_features, None))
+        )
+        labels = (training_labels, held_out_labels)
+        results["rows"] = round_floats(measure_tokens(options.frozen, tokens, token_features, labels))
+        results["layers"] = round_floats(measure_layers(options.frozen, layout, layer_features, labels))
         print_accuracies(results, held_out_data, console)
         write_results(options, results, console)
     accelerator.end_training()
     return results
+
+
+Pair = Sequence[np.ndarray]  # of the training images and of the evaluated images
+
+
+def measure_tokens(kind: str, tokens: list[str], features: Pair, labels: Pair) -> list[dict[str, Any]]:
+    """Return the accuracy of each token of the last layer. `features` are [N, tokens * D]."""
+    rows = []
+    widths = [part.reshape(len(part), len(tokens), -1) for part in features]
+    for index, token in enumerate(tokens):
+        is_right = predict_correctly(kind, [part[:, index] for part in widths], labels)
+        interval = compute_proportion_interval(int(is_right.sum()), len(is_right))
+        rows.append({"token": token, "accuracy": float(is_right.mean()), "accuracy_interval": interval})
+    return rows
+
+
+def measure_layers(kind: str, layout: FeatureLayout, features: Pair, labels: Pair) -> list[dict[str, Any]]:
+    """Return the accuracy of each choice of layers and tokens, and its difference from the first, which is CLS of the
+    last layer if there is one. The interval of the difference is paired by image."""
+    rows: list[dict[str, Any]] = []
+    first = None
+    for candidate in list_candidates(layout.num_layers, tokens=layout.token_choices):
+        if candidate.scale != "raw":
+            continue
+        columns = layout.get_columns(candidate.layers, candidate.tokens)
+        is_right = predict_correctly(kind, [part[:, columns] for part in features], labels)
+        first = is_right if first is None else first
+        difference, half_width = compute_mean_interval(is_right.astype(float) - first)
+        rows.append(
+            {
+                "layers": list(candidate.layers),
+                "tokens": candidate.tokens,
+                "accuracy": float(is_right.mean()),
+                "difference": difference,
+                "difference_interval": [difference - half_width, difference + half_width],
+            }
+        )
+    return rows
+
+
+def predict_correctly(kind: str, features: Pair, labels: Pair) -> np.ndarray:
+    """Return whether a classifier that is fitted to the training images is right about each evaluated image."""
+    classifier = build_classifier(kind, len(labels[0])).fit(features[0], labels[0])
+    return classifier.predict(features[1]) == labels[1]
 
 
 def print_accuracies(results: dict[str, Any], data: EvaluationData, console: Console) -> None:
@@ -165,3 +236,11 @@ def print_accuracies(results: dict[str, Any], data: EvaluationData, console: Con
         interval_text = " to ".join(map(format_percent, row["accuracy_interval"]))
         table_rows.append([row["token"], format_percent(row["accuracy"]), interval_text])
     console.print(build_table("", ["Token", "Accuracy", "95% interval"], table_rows))
+
+    table_rows = []
+    for row in results["layers"]:
+        name = f"{describe_layers(row['layers'])}, {TOKEN_TEXTS[row['tokens']]}"
+        low, high = (f"{100 * value:+.1f}" for value in row["difference_interval"])
+        difference_text = f"{100 * row['difference']:+.1f} ({low} to {high})" if table_rows else "–"
+        table_rows.append([name, format_percent(row["accuracy"]), difference_text])
+    console.print(build_table("", ["Layers and tokens", "Accuracy", "Difference, points (95%)"], table_rows))

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from ..model.configuration_vitcls import ViTCLSConfig
-from ..model.heads_vitcls import TokenPooler
+from ..model.heads_vitcls import TokenPooler, build_pooler
 from .evaluator import Evaluator, HeldOutBatch
 from .linear_probe import LAST_CLS_MEAN, Candidate, LinearClassifier
 
@@ -96,6 +96,21 @@ def build_kind_config(config: ViTCLSConfig, kind: str) -> ViTCLSConfig:
     return kind_config
 
 
+def pool_layers(encoder: Any, outputs: Any, layout: FeatureLayout) -> torch.Tensor:
+    """Return the features [B, all] of an encoder's outputs, which contain the hidden states unless the layout is that
+    of the encoder's own pooling."""
+    if OWN_POOLING in layout.widths:
+        if encoder.pooler is None:
+            return build_pooler(encoder.config)(outputs.last_hidden_state).float()
+        return outputs.pooler_output.float()
+    poolers = [TokenPooler(build_kind_config(encoder.config, kind)) for kind in layout.widths]
+    parts = []
+    for states in outputs.hidden_states[-layout.num_layers :]:
+        normalized = encoder.normalize(states)
+        parts += [pooler(normalized).float() for pooler in poolers]
+    return torch.cat(parts, dim=1)
+
+
 @dataclass(frozen=True)
 class Features:
     """Features and labels of the readable images of a pass."""
@@ -141,16 +156,10 @@ class FrozenPass(Evaluator):
         self.arguments = arguments
         self.layout = layout
         self.batches: list[HeldOutBatch] = []
-        self.poolers: dict[str, nn.Module] = {}
 
     def __call__(self, model: nn.Module, console: Any = None) -> dict[str, Any]:
         """Compute the features with a classifier or an encoder, and return the numbers of images."""
         encoder: Any = getattr(model, "vitcls", model)
-        self.poolers = {
-            kind: TokenPooler(build_kind_config(encoder.config, kind))
-            for kind in self.layout.widths
-            if kind != OWN_POOLING
-        }
         counts = super().__call__(encoder, console)
         self.features = Features(
             self.layout,
@@ -172,16 +181,9 @@ class FrozenPass(Evaluator):
 
     def compute_outputs(self, model: Any, pixel_values: torch.Tensor) -> SimpleNamespace:
         """Return the features [B, all] of images [B, C, H, W] as `logits`."""
-        if OWN_POOLING in self.layout.widths:
-            features = model(pixel_values).pooler_output.float()
-        else:
-            outputs = model(pixel_values, output_hidden_states=True)
-            norm = nn.Identity() if model.layernorm is None else model.layernorm
-            parts = []
-            for states in outputs.hidden_states[-self.layout.num_layers :]:
-                normalized = norm(states)
-                parts += [pooler(normalized).float() for pooler in self.poolers.values()]
-            features = torch.cat(parts, dim=1)
+        has_layers = OWN_POOLING not in self.layout.widths
+        outputs = model(pixel_values, output_hidden_states=has_layers)
+        features = pool_layers(model, outputs, self.layout)
 
         batch = self.batches[-1]
         if batch.pixel_values is not None:

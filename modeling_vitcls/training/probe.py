@@ -47,6 +47,7 @@ from ..inference.linear_probe import (
 )
 from ..model.heads_vitcls import build_pooler
 from ..runtime.distributed import run_on_main
+from ..runtime.progress import report_work
 from .reporter import Reporter
 
 
@@ -238,10 +239,11 @@ class Probe:
         def select(candidate: Candidate) -> np.ndarray:
             return features.select(candidate).astype(np.float64)
 
-        return run_on_main(
-            self.accelerator,
-            lambda: choose_probe(select, features.labels, self.model.config.num_labels, candidates),
-        )
+        def choose() -> ProbeChoice:
+            with report_work("cross-validation"):
+                return choose_probe(select, features.labels, self.model.config.num_labels, candidates)
+
+        return run_on_main(self.accelerator, choose)
 
     def list_token_choices(self, layout: FeatureLayout) -> tuple[str, ...]:
         """Return the kinds of tokens to choose from: that of the user, or CLS with and without the patches."""

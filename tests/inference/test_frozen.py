@@ -153,3 +153,33 @@ def test_other_labels_are_an_error(model: Path, tmp_path: Path) -> None:
         run(model, "knn", data=data)
     with pytest.raises(ValueError, match=r"--audit requires one label per image.* --label-column"):
         load_audited_images(EvaluateOptions(str(model), data, frozen="knn", audit=tmp_path / "page.html"))
+
+
+def test_each_row_by_layer_is_scikit_learn_on_that_layer(model: Path, tmp_path: Path) -> None:
+    """The first row is CLS of the last layer, with which the others are compared on the same images."""
+    dataset = str(write_noise(tmp_path, {"train": (8, 8), "val": (6, 6)}))
+    data = DataOptions(dataset=dataset, num_workers=0)
+    rows = run(model, "knn", data=data, split="validation")["layers"]
+    encoder = ViTCLSModel.from_pretrained(model).eval()
+    processor = ViTCLSImageProcessor.from_pretrained(model)
+
+    @torch.no_grad()
+    def compute(split: str, row: dict[str, Any]) -> tuple[np.ndarray, list[int]]:
+        images = load_evaluation_data(data, split).images
+        pixels = torch.cat([processor(image, return_tensors="pt")["pixel_values"] for image in images.images])
+        states = encoder(pixels, output_hidden_states=True).hidden_states
+        parts = []
+        for layer in row["layers"]:
+            tokens = encoder.layernorm(states[layer])
+            if row["tokens"] == "cls" or row["tokens"] == "cls_mean" or layer == -1:
+                parts.append(tokens[:, 0])
+            if row["tokens"] != "cls":
+                parts.append(tokens[:, 6:].mean(dim=1))
+        return torch.cat(parts, dim=1).numpy(), images.labels
+
+    assert (rows[0]["layers"], rows[0]["tokens"]) == ([-1], "cls")
+    for row in rows:
+        classifier = CLASSIFIERS["knn"]().fit(*compute("train", row))
+        features, labels = compute("validation", row)
+        assert row["accuracy"] == pytest.approx(classifier.score(features, labels), abs=1e-6)
+        assert row["difference"] == pytest.approx(row["accuracy"] - rows[0]["accuracy"], abs=2e-6)

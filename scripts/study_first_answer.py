@@ -1,0 +1,204 @@
+"""Study: `vitcls finetune` on few photographs, and ten lines of scikit-learn (model_cards/studies/first_answer.md).
+
+    python scripts/study_first_answer.py --encoder ENCODER --photos PHOTOS --output runs/first-answer
+
+ENCODER is a transformers folder of a ViT, and PHOTOS has the folders train/CLASS and test/CLASS. For each number of
+labels and each seed, the same training photographs go through
+
+    ours          `vitcls finetune` and `vitcls evaluate` with no other flags than paths
+    scikit-learn  the encoder and its own image processor in transformers, `LogisticRegressionCV` on the CLS token
+
+The features of scikit-learn's side are computed once; its CPU time is that of the images that a run needs. An
+interrupted study continues: finished runs are read from OUTPUT.
+"""
+
+import random
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image
+from sklearn.linear_model import LogisticRegressionCV
+from torchmetrics.functional.classification import multiclass_calibration_error
+from transformers import AutoImageProcessor, AutoModel
+
+from modeling_vitcls.runtime.files import read_json, write_json
+
+
+BATCH_SIZE = 8
+STRENGTHS = (1e-3, 1e-2, 0.1, 1.0, 10.0)  # C of the peer, chosen by its own cross-validation
+
+
+@dataclass(frozen=True)
+class Options:
+    """Encoder, photographs and size of the study."""
+
+    encoder: Path
+    """Folder of a ViT, as `AutoModel.from_pretrained` takes it."""
+    photos: Path
+    """Folder with train/CLASS/PHOTO and test/CLASS/PHOTO."""
+    output: Path
+    """Folder for the runs, runs.json and README.md."""
+    labels: tuple[int, ...] = (20, 50, 100)
+    """Numbers of training photographs per class."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds that draw the training photographs."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """CLS tokens of the peer, with the CPU seconds per photograph."""
+
+    values: dict[Path, np.ndarray]
+    seconds_per_image: float
+
+
+def main() -> None:
+    options = tyro.cli(Options)
+    options.output.mkdir(parents=True, exist_ok=True)
+    file = options.output / "runs.json"
+    rows: list[dict[str, Any]] = read_json(file)["rows"] if file.exists() else []
+    features: Features | None = None
+
+    for num_labels in options.labels:
+        for seed in options.seeds:
+            if any((row["labels"], row["seed"]) == (num_labels, seed) for row in rows):
+                continue
+            if features is None:
+                features = compute_features(options)
+            chosen = draw_photos(options.photos / "train", num_labels, seed)
+            ours = run_ours(options, chosen, f"{num_labels}-{seed}")
+            peer = run_peer(options, chosen, features)
+            rows.append({"labels": num_labels, "seed": seed, "ours": ours, "peer": peer})
+            write_json(file, {"rows": rows})
+            print(rows[-1], flush=True)
+    (options.output / "README.md").write_text(format_page(rows), encoding="utf-8")
+
+
+# Photographs ---------------------------------------------------------------------------------------------------------
+
+
+def draw_photos(folder: Path, num_labels: int, seed: int) -> list[Path]:
+    """Return `num_labels` random photographs of each class."""
+    chooser = random.Random(seed)
+    classes = [sorted(each.iterdir()) for each in sorted(folder.iterdir())]
+    return [file for files in classes for file in chooser.sample(files, min(num_labels, len(files)))]
+
+
+def list_photos(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*/*"))
+
+
+# Ours ----------------------------------------------------------------------------------------------------------------
+
+
+def run_ours(options: Options, chosen: list[Path], name: str) -> dict[str, float]:
+    """Fine-tune on the chosen photographs, and evaluate on all test photographs."""
+    folder = options.output / name
+    photos = folder / "photos"
+    shutil.rmtree(folder, ignore_errors=True)
+    for file in chosen:
+        (photos / file.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, photos / file.parent.name)
+
+    run, result = folder / "run", folder / "evaluation.json"
+    model = ["--model", options.encoder, "--dataset", photos, "--output-dir", run]
+    train_seconds = run_command("finetune", *model)
+    data = ["--model", run, "--dataset", options.photos / "test", "--output", result]
+    evaluate_seconds = run_command("evaluate", *data)
+    metrics = read_json(result)
+    return {
+        "accuracy": metrics["accuracy"],
+        "calibration_error": metrics["calibration_error"],
+        "num_images": metrics["num_images"],
+        "cpu_seconds": train_seconds + evaluate_seconds,
+    }
+
+
+def run_command(*arguments: object) -> float:
+    """Run a `vitcls` command, and return its CPU seconds."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-m", "modeling_vitcls.cli", *map(str, arguments)], check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+# scikit-learn --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def compute_features(options: Options) -> Features:
+    """Return the CLS tokens of all photographs, with the checkpoint's own image processor."""
+    model = AutoModel.from_pretrained(options.encoder).eval()
+    processor = AutoImageProcessor.from_pretrained(options.encoder)
+    files = list_photos(options.photos / "train") + list_photos(options.photos / "test")
+    values: dict[Path, np.ndarray] = {}
+    start_time = time.process_time()
+    for start in range(0, len(files), BATCH_SIZE):
+        batch = files[start : start + BATCH_SIZE]
+        images = processor([Image.open(file).convert("RGB") for file in batch], return_tensors="pt")
+        tokens = model(**images).last_hidden_state[:, 0].numpy()
+        values |= dict(zip(batch, tokens, strict=True))
+    return Features(values, (time.process_time() - start_time) / len(files))
+
+
+def run_peer(options: Options, chosen: list[Path], features: Features) -> dict[str, float]:
+    """Fit scikit-learn's regression to the chosen photographs, and measure it on all test photographs."""
+    test = list_photos(options.photos / "test")
+    labels, test_labels = (np.array([file.parent.name for file in files]) for files in (chosen, test))
+    train_features, test_features = (np.stack([features.values[file] for file in files]) for files in (chosen, test))
+
+    start_time = time.process_time()
+    classifier = LogisticRegressionCV(Cs=STRENGTHS, cv=5, scoring="neg_log_loss", max_iter=500)
+    classifier.fit(train_features, labels)
+    probabilities = classifier.predict_proba(test_features)
+    seconds = time.process_time() - start_time
+
+    predicted = probabilities.argmax(axis=1)
+    targets = np.searchsorted(classifier.classes_, test_labels)
+    error = multiclass_calibration_error(
+        torch.from_numpy(probabilities).float(), torch.from_numpy(targets), len(classifier.classes_), n_bins=15
+    )
+    return {
+        "accuracy": float((predicted == targets).mean()),
+        "calibration_error": float(error),
+        "cpu_seconds": seconds + features.seconds_per_image * (len(chosen) + len(test)),
+    }
+
+
+# Page ----------------------------------------------------------------------------------------------------------------
+
+
+def format_page(rows: list[dict[str, Any]]) -> str:
+    """Return the tables of the study."""
+    lines = ["| labels per class | seed | ours | scikit-learn | difference, points |", "|---:|---:|---:|---:|---:|"]
+    for row in rows:
+        ours, peer = 100 * row["ours"]["accuracy"], 100 * row["peer"]["accuracy"]
+        lines.append(f"| {row['labels']} | {row['seed']} | {ours:.1f}% | {peer:.1f}% | {ours - peer:+.1f} |")
+    lines += [
+        "",
+        "| labels per class | | accuracy | calibration error, points | CPU seconds |",
+        "|---:|---|---:|---:|---:|",
+    ]
+    for num_labels in dict.fromkeys(row["labels"] for row in rows):
+        for name in ("ours", "peer"):
+            runs = [row[name] for row in rows if row["labels"] == num_labels]
+            means = {key: fmean(run[key] for run in runs) for key in ("accuracy", "calibration_error", "cpu_seconds")}
+            lines.append(
+                f"| {num_labels} | {'scikit-learn' if name == 'peer' else name} | {means['accuracy']:.1%} "
+                f"| {100 * means['calibration_error']:.1f} | {means['cpu_seconds']:.0f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
