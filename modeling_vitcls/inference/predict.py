@@ -37,7 +37,6 @@ from .exported_graphs import ExportedModel
 from .inputs import ImageRecord, ListInput, PredictionInput, StreamInput, build_list_input, open_input, prepare_images
 from .load_model import announce_precision, list_file_patterns, load_model
 from .outputs import WRITERS, get_output_columns, print_table, show_progress, write_rows
-from .per_image import read_predictions, read_weights_hash
 from .prediction_rows import AutocastFactory, PredictionColumns, Row, build_prediction_columns, predict_rows
 from .shards import ShardFolder, list_shard_indices
 
@@ -126,6 +125,8 @@ def find_set_limit(options: PredictOptions, model: ViTCLSPreTrainedModel) -> flo
         raise ValueError(
             f"--coverage requires {PREDICTIONS_FILE} in the model folder, but {options.model} has none. {remedy}"
         )
+    from .per_image import read_predictions, read_weights_hash  # imports torchmetrics, which takes a second
+
     weights_hash = find_weights_hash(folder)
     if weights_hash is None or read_weights_hash(file) != weights_hash:
         raise ValueError(

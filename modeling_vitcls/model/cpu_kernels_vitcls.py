@@ -15,8 +15,7 @@ On CPUs without bfloat16 or float16 instructions, half-precision products, inclu
 in float32 and then rounded. The subclasses add no state. Parameters, state dicts, `isinstance` checks, copying and
 pickling work as in plain modules. Plain PyTorch is used on other devices, in exported and traced programs, under
 torch.func, for modules with hooks, for quantized, sharded or parametrized weights, and if a private PyTorch API is
-missing. oneDNN is not used under autocast. docs/speed.md shows what each kernel is worth in the whole model, together
-with the others.
+missing. oneDNN is not used under autocast. docs/speed.md shows what each kernel is worth together with the others.
 """
 
 import os
@@ -406,8 +405,9 @@ def can_chunk_attention(query: Tensor, key: Tensor) -> bool:
 def attend_in_chunks(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     """Return softmax(query @ key.T * scaling) @ value, a few heads at a time, so that scores stay in the cache.
 
-    Scores are rounded to the dtype of the inputs before the softmax, as in transformers' eager attention. Subtracting
-    the mean of the keys does not change the softmax, but makes scores smaller, so that less is lost by rounding.
+    The scores of a few heads stay in the cache. They are rounded to the dtype of the inputs before the softmax, as in
+    transformers' eager attention. Subtracting the mean of the keys does not change the softmax, but makes scores
+    smaller, so that less is lost by rounding.
 
     Args:
         query: [B, heads, n, head_dim].
