@@ -85,7 +85,8 @@ def add_test_time_register(model: ViTCLSPreTrainedModel, neurons: list[list[int]
     """
     if model.config.register_neurons:
         raise ValueError("The model already has a test-time register. Pass all neurons in a single call.")
-    adapted_model = model.adapt(num_register_tokens=model.config.num_register_tokens + 1, register_neurons=neurons)
+    num_registers = model.config.num_register_tokens + 1
+    adapted_model = model.adapt(num_register_tokens=num_registers, register_neurons=neurons, gate_new_tokens=False)
     encoder: Any = adapted_model.base_model
     encoder.embeddings.register_tokens[:, -1] = 0
     if "registers" in (adapted_model.config.gated_tokens or {}):

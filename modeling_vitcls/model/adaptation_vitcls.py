@@ -16,7 +16,8 @@ is adapted, and every change is logged in one line:
     specialized weights    copies of the shared weights; shared weights are copies of those of the patches
     other weights          newly initialized if they are missing or their shape changes
 
-With `gate_new_tokens=True`, added tokens initially do not affect the other tokens (`TokenGates`).
+Added tokens are gated (`TokenGates`): initially, they do not affect the other tokens. `gate_new_tokens=False` adds
+tokens without gates.
 """
 
 import copy
@@ -30,7 +31,12 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
-from .attention_masks_vitcls import TokenGates, list_gated_tokens, resample_bias_tables
+from .attention_masks_vitcls import (
+    ADDITIVE_MASK_IMPLEMENTATIONS,
+    TokenGates,
+    list_gated_tokens,
+    resample_bias_tables,
+)
 from .configuration_vitcls import ADAPTABLE_FIELDS, COUNT_FIELDS, ViTCLSConfig, update_gated_tokens
 from .positions_vitcls import resample_positions, resize_patch_kernel
 
@@ -49,11 +55,12 @@ class AdaptableModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: Any, *model_args: Any, gate_new_tokens: bool = False, **kwargs: Any
+        cls, pretrained_model_name_or_path: Any, *model_args: Any, gate_new_tokens: bool | None = None, **kwargs: Any
     ) -> Any:
         """Load a checkpoint, and adapt the model if arguments change `ADAPTABLE_FIELDS` of the stored configuration.
 
-        Other arguments are passed to `PreTrainedModel.from_pretrained`.
+        `gate_new_tokens` is explained in `adapt`; other arguments are passed to `PreTrainedModel.from_pretrained`. If
+        training has opened all gates of the checkpoint, the gates are removed.
 
         Raises:
             OSError, RuntimeError: if the checkpoint is missing, damaged or incompatible. The message is a single line.
@@ -66,18 +73,21 @@ class AdaptableModel(PreTrainedModel):
         if changes:
             kwargs["config"] = replace_fields(config, old_fields, validate=False)
         model_or_tuple = load_checkpoint(super().from_pretrained, source, *model_args, **kwargs)
+        remove_open_gates(model_or_tuple[0] if isinstance(model_or_tuple, tuple) else model_or_tuple)
         if not changes:
             return model_or_tuple
         if isinstance(model_or_tuple, tuple):  # output_loading_info=True
             return model_or_tuple[0].adapt(gate_new_tokens=gate_new_tokens, **changes), *model_or_tuple[1:]
         return model_or_tuple.adapt(gate_new_tokens=gate_new_tokens, **changes)
 
-    def adapt(self, gate_new_tokens: bool = False, **changes: Any) -> Self:
+    def adapt(self, gate_new_tokens: bool | None = None, **changes: Any) -> Self:
         """Return a model with new values of `ADAPTABLE_FIELDS` and adapted weights, or this model if no field changes.
 
         Args:
-            gate_new_tokens: whether to gate the added tokens, initially with closed gates. If True, only outputs that
-                are computed directly from added tokens change, for example with pooling over all CLS tokens.
+            gate_new_tokens: whether to gate the added tokens, initially with closed gates: only outputs that are
+                computed directly from added tokens change, for example with pooling over all CLS tokens. Default:
+                True if the attention implementation supports gates. A model with random weights does not require
+                gates: build it from its configuration, or set False.
             changes: new values of `ADAPTABLE_FIELDS`.
 
         Raises:
@@ -88,6 +98,8 @@ class AdaptableModel(PreTrainedModel):
         changes = {name: value for name, value in changes.items() if value != getattr(self.config, name)}
         if not changes:
             return self
+        if gate_new_tokens is None:
+            gate_new_tokens = can_gate_new_tokens(self.config, changes)
         gated_tokens = get_gated_tokens(self.config, changes, gate_new_tokens)
         model = self.new_like(replace_fields(self.config, changes | {"gated_tokens": gated_tokens}))
         model.train(self.training)
@@ -147,6 +159,28 @@ def replace_fields(config: Any, values: Mapping[str, Any], validate: bool = True
     else:
         config._skip_validation = True
     return config
+
+
+def can_gate_new_tokens(config: ViTCLSConfig, changes: Mapping[str, Any]) -> bool:
+    """Return whether the attention implementation supports gates. Log a line if it does not, and tokens are added."""
+    if config._attn_implementation in (None, *ADDITIVE_MASK_IMPLEMENTATIONS):
+        return True
+    if any(changes.get(field, 0) > getattr(config, field) for field in COUNT_FIELDS.values()):
+        logger.warning(
+            f"new tokens change the outputs, because {config._attn_implementation} does not support gates: set "
+            'attn_implementation="sdpa" to keep the outputs'
+        )
+    return False
+
+
+def remove_open_gates(model: AdaptableModel) -> None:
+    """Remove the gates of a loaded model if all of them are open: attention without a bias is faster, and equal."""
+    encoder: Any = model.base_model
+    gates = getattr(encoder, "gates", None)
+    if gates is not None and not gates.gates.is_meta and bool((gates.get_gate_values() == 1).all()):
+        encoder.gates = None
+        model.config.gated_tokens = encoder.config.gated_tokens = None
+        logger.info("gates.gates: removed, because all gates are open")
 
 
 def get_gated_tokens(config: ViTCLSConfig, changes: Mapping[str, Any], gate_new_tokens: bool) -> dict[str, int] | None:

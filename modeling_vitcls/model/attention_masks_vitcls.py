@@ -58,9 +58,12 @@ def build_attention_mask(
     return mask
 
 
+ADDITIVE_MASK_IMPLEMENTATIONS = ("sdpa", "eager")  # attention implementations that support an additive bias
+
+
 def require_additive_mask(config: ViTCLSConfig, feature: str) -> None:
     """Raise ValueError if the attention implementation does not support an additive bias."""
-    if config._attn_implementation not in ("sdpa", "eager"):
+    if config._attn_implementation not in ADDITIVE_MASK_IMPLEMENTATIONS:
         raise ValueError(
             f"{feature} requires an attention bias, but {config._attn_implementation} does not support biases: "
             'set attn_implementation to "sdpa" or "eager"'
@@ -185,6 +188,8 @@ class TokenGates(nn.Module):
     - g is linear in the parameter. With parameter log(g), a closed gate's gradient would be a million times smaller.
     - g is 50 times the magnitude of the parameter, because g ranges from 0 to 1 and typical weights are about 0.02.
     - The sign of the parameter is ignored. A gate clamped at zero would stay at zero after one step below zero.
+    - g is at most 1. A gate that reaches 1 stays open: the token is then an ordinary token. If all gates of a
+      checkpoint are open, `from_pretrained` removes them, and attention runs without a bias.
     """
 
     SCALE = 50.0
@@ -211,7 +216,7 @@ class TokenGates(nn.Module):
     def get_gate_values(self) -> Tensor:
         """Return the value g of each gate, [n]. A gate with g = 1 has no effect."""
         magnitude = torch.where(self.gates < 0, -self.gates, self.gates)  # has a nonzero gradient at 0, unlike abs
-        return magnitude * self.SCALE + self.EPS
+        return (magnitude * self.SCALE + self.EPS).clamp(max=1.0)
 
 
 def list_gated_tokens(config: ViTCLSConfig) -> list[tuple[str, int]]:

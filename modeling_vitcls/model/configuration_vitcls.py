@@ -199,7 +199,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             `"image"`, or `[rows, columns, row, column]` for one cell of a rows x columns grid over the image. Every
             token can attend to all special tokens. Default: the whole image for each CLS token.
         gated_tokens (`dict[str, int]`, *optional*): Token group -> number of gated tokens at the end of the group. A
-            gate scales the influence of a token on other tokens. `model.adapt(gate_new_tokens=True)` sets this field.
+            gate scales the influence of a token on other tokens. `model.adapt` and `from_pretrained` set this field
+            when they add tokens.
         register_neurons (`list[[layer, neuron]]`, *optional*): MLP neurons whose activations are moved to the last
             register (Jiang et al. 2025, arXiv 2506.08010). `find_register_neurons` finds such neurons.
         specialized_layers (`dict[str, list[int]]`, *optional*): Part of a layer, `"norm"` or `"qkv"` -> indices of the

@@ -49,6 +49,11 @@ class InitialModel:
     config: ViTCLSConfig
     has_random_weights: bool  # a preset, or a conversion with --random-init
 
+    @property
+    def gate_new_tokens(self) -> bool | None:
+        """Return the argument of `from_pretrained`: only tokens that are added to trained weights are gated."""
+        return False if self.has_random_weights else None
+
 
 def resolve_initial_model(name: str) -> InitialModel:
     """Return the initial model with the name `name`. Checkpoints are downloaded or converted if necessary. Raise
@@ -117,7 +122,11 @@ def load_with_label_space(
     config_values = config_values | {"extra_heads": None}  # fitted to features that fine-tuning changes
     if has_labels(stored_config, label_space) and model_class.__name__ in (stored_config.architectures or ()):
         model, loading_info = model_class.from_pretrained(
-            initial.folder, dtype=torch.float32, output_loading_info=True, **config_values
+            initial.folder,
+            dtype=torch.float32,
+            output_loading_info=True,
+            gate_new_tokens=initial.gate_new_tokens,
+            **config_values,
         )
         new_parameter_names = set(loading_info["missing_keys"])
     else:
@@ -127,6 +136,7 @@ def load_with_label_space(
             initial.folder,
             dtype=torch.float32,
             output_loading_info=True,
+            gate_new_tokens=initial.gate_new_tokens,
             tasks=None,  # the checkpoint's tasks may not match the number of CLS tokens
             **config_values,
         )
@@ -166,11 +176,13 @@ def has_labels(config: ViTCLSConfig, label_space: LabelSpace) -> bool:
 
 
 def get_added_token_names(stored_config: ViTCLSConfig, model: Classifier) -> set[str]:
-    """Return the names of the token parameters that contain more tokens than in the checkpoint."""
+    """Return the names of the token parameters that contain more tokens than in the checkpoint, and of their gates."""
     groups = ("cls", "distillation", "registers")
     group_sizes = zip(groups, stored_config.token_counts, model.config.token_counts, strict=True)
     tokens = model.vitcls.embeddings.get_special_tokens()
     larger = [tokens[group] for group, old_size, new_size in group_sizes if new_size > old_size]
+    if larger and model.vitcls.gates is not None:
+        larger.append(model.vitcls.gates.gates)
     return {name for name, parameter in model.named_parameters() if any(parameter is each for each in larger)}
 
 

@@ -244,7 +244,10 @@ def build_encoder(options: ModelOptions, initial: InitialModel) -> tuple[ViTCLSM
     if initial.folder is None:
         encoder, processor = ViTCLSModel(ViTCLSConfig.from_preset(name, **config_values)), ViTCLSImageProcessor()
     else:
-        encoder = ViTCLSModel.from_pretrained(initial.folder, dtype=torch.float32, **config_values)
+        gate_new_tokens = initial.gate_new_tokens
+        encoder = ViTCLSModel.from_pretrained(
+            initial.folder, dtype=torch.float32, gate_new_tokens=gate_new_tokens, **config_values
+        )
         processor = load_processor(name, initial.folder)
     config = encoder.config
     if config.patch_drop_rate:

@@ -65,7 +65,7 @@ GROUPS = {"cls": "cls_token", "distillation": "distillation_token", "registers":
 @pytest.mark.parametrize(("saver", "loader"), LOADERS.values(), ids=LOADERS)
 def test_adapted_weights(saver: Any, loader: Any, change: dict[str, Any], tmp_path: Path) -> None:
     old = randomize(saver(build_tiny_config(**FIELDS)))
-    new = adapt_with_loader(old, loader, tmp_path, **change)
+    new = adapt_with_loader(old, loader, tmp_path, gate_new_tokens=False, **change)
     assert type(new) is saver
     assert not new.training
     for field, value in (COUNTS | change).items():
@@ -148,7 +148,7 @@ def test_each_change_is_logged_once_in_a_line_of_its_own(caplog: pytest.LogCaptu
     config = build_tiny_config(**FIELDS | {"num_cls_tokens": 3})
     randomize(ViTCLSForImageClassification(config)).save_pretrained(tmp_path)
     change = {"num_cls_tokens": 1, "num_distillation_tokens": 0, "num_register_tokens": 6, "patch_size": 16}
-    AutoModelForImageClassification.from_pretrained(tmp_path, **change)
+    AutoModelForImageClassification.from_pretrained(tmp_path, gate_new_tokens=False, **change)
     numbers = {"patch_embeddings.projection.weight": "8 8 16 16", "position_embeddings.patches": "4 6 2 3"}
     for group, kept_and_changed in (("cls", "1 2"), ("distillation", ""), ("registers", "2 4")):
         numbers |= dict.fromkeys((GROUPS[group], f"position_embeddings.{group}"), kept_and_changed)
@@ -201,7 +201,7 @@ def test_new_parameters_of_a_frozen_model_are_trainable() -> None:
 @pytest.mark.parametrize("positions", ["patches", "cls", "all"])
 def test_adding_and_removing_tokens_restores_the_model(positions: str) -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config(position_embedding_tokens=positions)))
-    larger = model.adapt(num_register_tokens=4, num_cls_tokens=3, num_distillation_tokens=1)
+    larger = model.adapt(num_register_tokens=4, num_cls_tokens=3, num_distillation_tokens=1, gate_new_tokens=False)
     with torch.no_grad():
         wanted = model(build_images(), output_hidden_states=True)
         between = larger(build_images()).cls_logits

@@ -34,14 +34,14 @@ def test_gated_tokens_change_nothing_at_first(fields: dict[str, Any], implementa
     saved.save_pretrained(tmp_path)
     for loader in (ViTCLSForImageClassification, AutoModelForImageClassification):
         options = {"num_register_tokens": 4, "attn_implementation": implementation}
-        gated = loader.from_pretrained(tmp_path, gate_new_tokens=True, **options)
+        gated = loader.from_pretrained(tmp_path, **options)
         with torch.no_grad():
             wanted, found = saved.vitcls(build_images()), gated.vitcls(build_images())
             assert get_largest_difference(gated(build_images()).logits, saved(build_images()).logits) < 1e-5
             for group in ("cls", "patches"):
                 assert get_largest_difference(found.tokens[group], wanted.tokens[group]) < 1e-5
             # otherwise, the test could not detect unused tokens
-            open_tokens = loader.from_pretrained(tmp_path, **options)
+            open_tokens = loader.from_pretrained(tmp_path, gate_new_tokens=False, **options)
             assert get_largest_difference(open_tokens(build_images()).logits, saved(build_images()).logits) > 1e-3
 
 
@@ -90,6 +90,52 @@ def test_attention_without_bias_support_is_an_error(implementation: str, fields:
         model(build_images())
 
 
+@torch.no_grad()
+def test_tokens_that_are_added_to_a_model_keep_its_outputs_by_default() -> None:
+    model = randomize(ViTCLSForImageClassification(build_tiny_config()))
+    logits = model.adapt(num_register_tokens=4)(build_images()).logits
+    assert get_largest_difference(logits, model(build_images()).logits) < 1e-5
+
+
+def test_tokens_are_not_gated_if_the_attention_does_not_support_gates(caplog: pytest.LogCaptureFixture) -> None:
+    model = randomize(ViTCLSModel(build_tiny_config()))
+    model.set_attn_implementation("flex_attention")
+    adapted = model.adapt(num_register_tokens=1)
+    assert adapted.config.gated_tokens is None
+    assert any("flex_attention does not support gates" in line for line in get_logged_lines(caplog))
+
+
+def test_a_gate_does_not_exceed_one() -> None:
+    gates = TokenGates(build_tiny_config(num_register_tokens=3, gated_tokens={"registers": 3}))
+    with torch.no_grad():
+        gates.gates.copy_(torch.tensor([1.0, 3.0, -2.0]) * TokenGates.OPEN)
+    assert gates.get_gate_values().tolist() == [1, 1, 1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("loader", [ViTCLSModel, AutoModel])
+def test_open_gates_are_removed_when_a_checkpoint_is_loaded(loader: Any, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = randomize(ViTCLSModel(build_tiny_config())).to(dtype).adapt(num_register_tokens=2)
+    model.gates.gates.fill_(1.2 * TokenGates.OPEN)
+    model.save_pretrained(tmp_path)
+    loaded = loader.from_pretrained(tmp_path)
+    assert loaded.gates is None and loaded.config.gated_tokens is None
+    ungated = model.adapt(gated_tokens=None)
+    images = build_images().to(dtype)
+    assert torch.equal(loaded(images).last_hidden_state, ungated(images).last_hidden_state)
+    if dtype == torch.float32:
+        assert get_largest_difference(loaded(images).last_hidden_state, model(images).last_hidden_state) < 1e-5
+
+
+def test_gates_that_are_not_all_open_are_kept(tmp_path: Path) -> None:
+    model = randomize(ViTCLSModel(build_tiny_config())).adapt(num_register_tokens=2)
+    with torch.no_grad():
+        model.gates.gates.copy_(torch.tensor([1.0, 0.9]) * TokenGates.OPEN)
+    model.save_pretrained(tmp_path)
+    assert ViTCLSModel.from_pretrained(tmp_path).config.gated_tokens == {"registers": 2}
+
+
 @pytest.mark.parametrize("loader", [None, ViTCLSModel, AutoModel])
 def test_gates_stay_with_their_tokens(loader: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Check two open registers followed by two gated registers, and one CLS token followed by a gated one."""
@@ -99,7 +145,7 @@ def test_gates_stay_with_their_tokens(loader: Any, tmp_path: Path, caplog: pytes
         gated.gates.gates.copy_(torch.tensor([0.5, 0.2, 0.3]) * TokenGates.OPEN)
     for change, gated_tokens, values, logged in (  # numbers of kept, dropped and closed gates
         (
-            {"num_register_tokens": 5, "gate_new_tokens": True},  # the added register gets one gate, not two
+            {"num_register_tokens": 5},  # the added register gets one gate, not two
             {"cls": 1, "registers": 3},
             [0.5, 0.2, 0.3, 1e-6],
             ["3", "0", "1"],
@@ -108,7 +154,12 @@ def test_gates_stay_with_their_tokens(loader: Any, tmp_path: Path, caplog: pytes
         ({"num_register_tokens": 2}, {"cls": 1}, [0.5], ["1", "2", "0"]),
         ({"gated_tokens": {"registers": 3}}, {"registers": 3}, [1.0, 0.2, 0.3], ["2", "1", "0"]),
         ({"num_cls_tokens": 1}, {"registers": 2}, [0.2, 0.3], ["2", "1", "0"]),
-        ({"num_distillation_tokens": 1}, {"cls": 1, "registers": 2}, [0.5, 0.2, 0.3], []),
+        (
+            {"num_distillation_tokens": 1, "gate_new_tokens": False},
+            {"cls": 1, "registers": 2},
+            [0.5, 0.2, 0.3],
+            [],
+        ),
     ):
         caplog.clear()
         changed = adapt_with_loader(gated, loader, tmp_path, **change)
