@@ -40,6 +40,7 @@ MAX_COLUMNS = 17  # maximum number of tiles per line: the mean and 16 heads
 MIN_COLUMNS, MIN_COLUMNS_OF_MANY = 7, 12  # tiles are not larger than a line of this number of tiles
 MANY_TOKENS = 3  # minimum number of tokens for MIN_COLUMNS_OF_MANY
 MAX_TOKENS = 9  # maximum number of tokens with a row
+MAX_TITLE = 64  # maximum number of characters of the title, beside the small photo
 
 MEDIUM_GRAY = "#666666"
 NORM_COLORMAP = "viridis"
@@ -168,7 +169,7 @@ def draw_header(sheet: Sheet, measurements: PhotoMeasurements, title: str) -> No
         lines.append(f"{prediction.task or 'prediction'}: {labels or 'no label'}")
 
     sheet.y += 0.14
-    sheet.write(MARGIN, sheet.y, shorten_text(title, 80), size=15, color=DARK_GRAY, weight="bold")
+    sheet.write(MARGIN, sheet.y, shorten_text(title, MAX_TITLE), size=15, color=DARK_GRAY, weight="bold")
     for line in lines:
         sheet.y += 0.2
         sheet.write(MARGIN, sheet.y, line, size=9)

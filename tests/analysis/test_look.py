@@ -1,7 +1,6 @@
 """The command `vitcls look` and the function `look`: files, numbers, token layouts, and legible sheets."""
 
 import json
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +205,9 @@ MANY_TOKENS = {"num_cls_tokens": 12, "num_register_tokens": 16}
     [*LAYOUTS.values(), MANY_HEADS, LONG_NAMES, MANY_TOKENS, {"attention_type": "differential"}],
     ids=[*LAYOUTS, "many_heads", "long_names", "many_tokens", "differential"],
 )
-def test_no_text_of_a_sheet_overlaps_or_is_cut_off(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_text_covers_a_tile_or_another_text_or_is_cut_off(
+    fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model_class = ViTCLSForMultiTaskClassification if "tasks" in fields else ViTCLSForImageClassification
     drawn: list[Sheet] = []
     render = Sheet.render
@@ -215,16 +216,14 @@ def test_no_text_of_a_sheet_overlaps_or_is_cut_off(fields: dict[str, Any], monke
     picture = draw_sheet(measure(model_class(build_tiny_config(**fields)), processor), "model · " + "photo" * 30)
     (sheet,) = drawn
     renderer = FigureCanvasAgg(sheet.figure).get_renderer()
-    boxes = [text.get_window_extent(renderer) for text in sheet.axes.texts if text.get_text()]
-    assert all(box.x0 >= 0 and box.x1 <= picture.width for box in boxes)
-    assert all(box.y0 >= 0 and box.y1 <= picture.height for box in boxes)
-    texts = [text.get_text() for text in sheet.axes.texts if text.get_text()]
-    overlapping = [
-        (texts[first], texts[second])
-        for first, second in combinations(range(len(boxes)), 2)
-        if boxes[first].padded(-2).overlaps(boxes[second].padded(-2))
-    ]
-    assert not overlapping
+    texts = [text for text in sheet.axes.texts if text.get_text()]
+    boxes = [text.get_window_extent(renderer).padded(-2) for text in texts]
+    tiles = [tile.get_window_extent(renderer) for tile in sheet.axes.images]
+    for text, box in zip(texts, boxes, strict=True):
+        is_inside = box.x0 >= 0 and box.x1 <= picture.width and box.y0 >= 0 and box.y1 <= picture.height
+        assert is_inside, text.get_text()
+        assert not box.count_overlaps(tiles), text.get_text()
+        assert box.count_overlaps(boxes) == 1, text.get_text()  # only itself
 
 
 def test_the_function_returns_the_image_of_the_command(model: str, photo: str, tmp_path: Path) -> None:
