@@ -7,6 +7,7 @@
     probe.py            k-NN and logistic regression on the frozen model, before fine-tuning
     loop.py             training loop
     checkpoints.py      checkpoints on disk, written completely or not at all
+    duration.py         expected duration of a run, before its first step
     calibration.py      temperature and energy threshold of the trained classifier
     output_folder.py    checks of the output folder, removal of replaced files, lock of the folder
 
