@@ -52,7 +52,8 @@ class ShardFolder:
         return self.path / format_shard_name(shard_index, worker_index)
 
     def open(self) -> None:
-        """Create the folder. Raise ValueError if it contains other files, or shards with other settings."""
+        """Create the folder. Raise ValueError if it contains other files, or shards with other settings. Remove the
+        partial files of processes that were killed, but not those of living ones."""
         self.path.mkdir(parents=True, exist_ok=True)
         shards, other_files = list_shards(self.path)
         if other_files:
@@ -62,6 +63,10 @@ class ShardFolder:
             self.check_settings(shards[0], read_metadata(shards[0]))
         for file in shards:
             check_name(file, self.num_shards, self.settings)
+        for unfinished_file in self.path.glob(".shard-*.unfinished"):
+            with suppress(FileNotFoundError):  # renamed or removed by another process
+                if time.time() - unfinished_file.stat().st_mtime > MIN_UNFINISHED_AGE:
+                    unfinished_file.unlink()
 
     def check_settings(self, file: Path, metadata: dict[str, Any]) -> None:
         """Raise ValueError if the settings in the metadata of a shard differ from those of this prediction."""
@@ -74,16 +79,12 @@ class ShardFolder:
 
     def read_finished(self, file: Path) -> dict[str, Any] | None:
         """Return the metadata of a finished shard, or None. Raise ValueError if the shard belongs to another
-        prediction. Remove the partial files of processes that were killed, but not those of living ones."""
+        prediction."""
         if file.exists():
             metadata = read_metadata(file)
             self.check_settings(file, metadata)
             check_indices(file, metadata)
             return metadata
-        for unfinished_file in self.path.glob(f".{file.name}.*.unfinished"):
-            with suppress(FileNotFoundError):  # renamed or removed by another process
-                if time.time() - unfinished_file.stat().st_mtime > MIN_UNFINISHED_AGE:
-                    unfinished_file.unlink()
         return None
 
     def write(self, file: Path, rows: list[dict[str, Any]], columns: Columns, **fields: Any) -> dict[str, Any]:
