@@ -44,7 +44,7 @@ from .calibration import (
     has_enough_images,
 )
 from .checkpoints import Checkpoint, CheckpointStore
-from .defaults import describe_random_weights, resolve_defaults
+from .defaults import choose_learning_rate_after_probe, describe_random_weights, resolve_defaults
 from .distributed_state import reshard
 from .dry_run import NUM_PROBE_IMAGES, NUM_STEPS, build_dry_run_options, describe_dry_probe, describe_dry_run
 from .loop import TrainingLoop, TrainingState
@@ -232,11 +232,16 @@ def load(kind: Any, options: Options, environment: Environment) -> Loaded:
         options = pin_models(options, checkpoint)
         initial = resolve_initial_model(options.model.model)
     data = load_on_main(accelerator, options.data.dataset, partial(kind.load_data, options, initial))
+    is_rate_set = options.training.learning_rate is not None
     is_length_set = options.training.epochs is not None or options.training.max_steps is not None
     with accelerator.main_process_first():
         options, default_lines = resolve_options(options, initial, data)
         task = kind.build_task(options, initial, data, environment.reporter)
         forward_flops = (task.encoder or task.model).flops()
+    if task.probe is not None and not is_rate_set:
+        rate = choose_learning_rate_after_probe(task.model.config.hidden_size)
+        options = replace(options, training=replace(options.training, learning_rate=rate))
+        default_lines["rate"] = f"{rate:g}, because the classifier starts from the regression on the frozen encoder"
     if options.training.gradient_checkpointing:
         task.model.gradient_checkpointing_enable()
     recorded_precision = None if checkpoint is None else checkpoint.metadata["mixed_precision"]
@@ -330,7 +335,7 @@ def print_summary(loaded: Loaded, environment: Environment) -> None:
     if loaded.has_steps:
         lines["batches"] = describe_batches(loaded.plan)
     else:
-        lines |= {"defaults": None, "selection": None, "steps": loaded.missing_steps_reason}
+        lines |= {"defaults": None, "rate": None, "selection": None, "steps": loaded.missing_steps_reason}
     for name, text in lines.items():
         if text:
             reporter.print_line(name, text)
