@@ -13,7 +13,10 @@ from setuptools import find_packages, setup
 
 
 ROOT = Path(__file__).parent
-DATA_FOLDERS = {"modeling_vitcls.model_cards": "model_cards", "modeling_vitcls.recipes": "scripts/recipes"}
+DATA_FOLDERS = {
+    "modeling_vitcls.model_cards": "model_cards",
+    "modeling_vitcls.recipes": "scripts/recipes",
+}
 
 
 def read_description() -> str:

@@ -95,7 +95,9 @@ def is_cli_process() -> bool:
     The command parses flags before importing torch, and registers the Auto classes itself (cli/__init__.py).
     """
     program = sys.argv[0] if getattr(sys, "argv", None) else ""
-    return PurePath(program).stem == "vitcls" or (program == "-m" and f"{__name__}.cli" in sys.orig_argv)
+    return PurePath(program).stem == "vitcls" or (
+        program == "-m" and f"{__name__}.cli" in sys.orig_argv
+    )
 
 
 if not is_cli_process():

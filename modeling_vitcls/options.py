@@ -56,13 +56,19 @@ class DataOptions:
     """Number of data loading processes per training process. 0: images are loaded in the training process."""
 
     def __post_init__(self) -> None:
-        check_value(self, "held_out_fraction", 0 <= self.held_out_fraction < 1, "at least 0 and below 1")
+        check_value(
+            self, "held_out_fraction", 0 <= self.held_out_fraction < 1, "at least 0 and below 1"
+        )
         check_minimum(self, 2, "folds")
         if self.fold is not None:
-            check_value(self, "fold", 1 <= self.fold <= (self.folds or 0), "from 1 to the value of --folds")
+            check_value(
+                self, "fold", 1 <= self.fold <= (self.folds or 0), "from 1 to the value of --folds"
+            )
         check_minimum(self, 1, "shuffle_buffer")
         if self.streaming and self.exclude is not None:
-            raise ValueError("--exclude requires all image names, which a stream lacks. Remove --streaming")
+            raise ValueError(
+                "--exclude requires all image names, which a stream lacks. Remove --streaming"
+            )
         check_minimum(self, 0, "split_seed", "max_unreadable_images", "num_workers")
 
 
@@ -156,8 +162,11 @@ def parse_cls_scopes(values: Sequence[str]) -> list[str | list[int]]:
         if value == "image":
             scopes.append(value)
         elif match := re.fullmatch(r"([1-9]\d{0,2})x([1-9]\d{0,2})", value):
-            rows, columns = int(match[1]), int(match[2])
-            scopes += [[rows, columns, row, column] for row in range(rows) for column in range(columns)]
+            rows = int(match[1])
+            columns = int(match[2])
+            scopes += [
+                [rows, columns, row, column] for row in range(rows) for column in range(columns)
+            ]
         else:
             raise ValueError(
                 f"--cls-scopes requires `image` or ROWSxCOLUMNS, but got {value!r}. Example: --cls-scopes image 2x2"
@@ -205,10 +214,17 @@ class AugmentationOptions:
     """Alpha of CutMix (Yun et al. 2019). 0: off."""
 
     def __post_init__(self) -> None:
-        check_value(self, "crop_scale", self.crop_scale is None or 0 < self.crop_scale <= 1, "above 0 and at most 1")
+        check_value(
+            self,
+            "crop_scale",
+            self.crop_scale is None or 0 < self.crop_scale <= 1,
+            "above 0 and at most 1",
+        )
         check_value(self, "rotation", 0 <= self.rotation <= 180, "from 0 to 180")
         check_value(self, "random_erasing", 0 <= self.random_erasing <= 1, "from 0 to 1")
-        check_value(self, "shift", self.shift is None or 0 <= self.shift < 1, "at least 0 and below 1")
+        check_value(
+            self, "shift", self.shift is None or 0 <= self.shift < 1, "at least 0 and below 1"
+        )
         check_value(self, "zoom", 0 <= self.zoom < 1, "at least 0 and below 1")
         check_minimum(self, 0, "mixup", "cutmix")
 
@@ -280,21 +296,40 @@ class TrainingOptions:
     pre-trained weights if the dataset has enough images, otherwise last."""
 
     def __post_init__(self) -> None:
-        check_minimum(self, 1, "max_steps", "batch_size", "gradient_accumulation_steps", "log_every", "evaluate_every")
+        check_minimum(
+            self,
+            1,
+            "max_steps",
+            "batch_size",
+            "gradient_accumulation_steps",
+            "log_every",
+            "evaluate_every",
+        )
         check_minimum(self, 1, "lora_rank", "early_stopping")
         if self.early_stopping is not None and self.select == "last":
-            raise ValueError("--early-stopping requires --select best. Remove --select last or --early-stopping")
+            raise ValueError(
+                "--early-stopping requires --select best. Remove --select last or --early-stopping"
+            )
         check_minimum(self, 0, "weight_decay", "seed", "log_attention_every")
         for name in ("epochs", "learning_rate", "max_gradient_norm"):
-            check_value(self, name, getattr(self, name) is None or getattr(self, name) > 0, "above 0")
+            check_value(
+                self, name, getattr(self, name) is None or getattr(self, name) > 0, "above 0"
+            )
         for name in ("warmup", "label_smoothing"):
             check_value(self, name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
         check_value(
-            self, "layer_decay", self.layer_decay is None or 0 < self.layer_decay <= 1, "above 0 and at most 1"
+            self,
+            "layer_decay",
+            self.layer_decay is None or 0 < self.layer_decay <= 1,
+            "above 0 and at most 1",
         )
-        check_value(self, "ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "between 0 and 1")
+        check_value(
+            self, "ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "between 0 and 1"
+        )
         is_valid_trainable = bool(re.fullmatch(r"full|head|lora|last-[1-9]\d*", self.trainable))
-        check_value(self, "trainable", is_valid_trainable, "full, head, lora or last-N such as last-2")
+        check_value(
+            self, "trainable", is_valid_trainable, "full, head, lora or last-N such as last-2"
+        )
 
     @property
     def needs_selection(self) -> bool:
@@ -324,7 +359,9 @@ class DistillationOptions:
     epochs. 0: views and predictions are computed in each step."""
 
     def __post_init__(self) -> None:
-        check_value(self, "distillation_alpha", 0 < self.distillation_alpha <= 1, "above 0 and at most 1")
+        check_value(
+            self, "distillation_alpha", 0 < self.distillation_alpha <= 1, "above 0 and at most 1"
+        )
         check_value(self, "distillation_tau", self.distillation_tau > 0, "above 0")
         check_minimum(self, 0, "teacher_views")
 
@@ -373,7 +410,9 @@ class RunOptions:
         check_minimum(self, 1, "save_every", "keep_checkpoints")
         is_valid_branch = self.hub_checkpoint_branch not in ("", "main")
         check_value(self, "hub_checkpoint_branch", is_valid_branch, "a branch other than main")
-        is_valid_license = self.license is None or bool(re.fullmatch(r"[a-z0-9][a-z0-9.-]*", self.license))
+        is_valid_license = self.license is None or bool(
+            re.fullmatch(r"[a-z0-9][a-z0-9.-]*", self.license)
+        )
         requirement = "a Hub license identifier, such as apache-2.0 or cc-by-4.0"
         check_value(self, "license", is_valid_license, requirement)
         if self.hub_checkpoint_branch and not self.push_to_hub:
@@ -397,7 +436,9 @@ class TaskOptions:
 
     def __post_init__(self) -> None:
         if self.output_dir.is_file():
-            raise ValueError(f"--output-dir {self.output_dir} is a file. Set --output-dir to a folder")
+            raise ValueError(
+                f"--output-dir {self.output_dir} is a file. Set --output-dir to a folder"
+            )
 
 
 @dataclass(frozen=True)
@@ -425,7 +466,12 @@ class LeJEPAOptions:
     def __post_init__(self) -> None:
         check_minimum(self, 1, "global_crops", "projector_width")
         check_minimum(self, 0, "local_crops")
-        check_value(self, "global_crop_scale", 0.05 < self.global_crop_scale <= 1, "above 0.05 and at most 1")
+        check_value(
+            self,
+            "global_crop_scale",
+            0.05 < self.global_crop_scale <= 1,
+            "above 0.05 and at most 1",
+        )
         check_value(self, "sigreg_weight", 0 < self.sigreg_weight < 1, "between 0 and 1")
 
 
@@ -603,17 +649,25 @@ class PredictOptions(ImageOptions):
     def __post_init__(self) -> None:
         check_minimum(self, 1, "shard_size", "batch_size", "top_k", "num_workers")
         check_value(self, "threshold", 0 <= self.threshold <= 1, "from 0 to 1")
-        check_value(self, "coverage", self.coverage is None or 0 < self.coverage < 1, "between 0 and 1")
+        check_value(
+            self, "coverage", self.coverage is None or 0 < self.coverage < 1, "between 0 and 1"
+        )
         if self.coverage is not None and self.features:
-            raise ValueError("--coverage requires labels, but --features writes features. Remove one of the two flags")
+            raise ValueError(
+                "--coverage requires labels, but --features writes features. Remove one of the two flags"
+            )
         if self.merge is None and self.model is None:
             raise ValueError("Set --model to the model, or --merge to a folder of predictions.")
         if self.merge is None and sum(map(bool, (self.paths, self.list, self.dataset))) != 1:
             raise ValueError("Set exactly one of PATHS, --list and --dataset to select the images.")
         if self.dataset is None and (self.split or self.image_column or self.streaming):
-            raise ValueError("--split, --image-column and --streaming require --dataset. Set --dataset.")
+            raise ValueError(
+                "--split, --image-column and --streaming require --dataset. Set --dataset."
+            )
         for name in self.features or ():
-            is_feature = bool(re.fullmatch(r"(cls|registers|distillation|patches|mean)(@[1-9]\d*)?", name))
+            is_feature = bool(
+                re.fullmatch(r"(cls|registers|distillation|patches|mean)(@[1-9]\d*)?", name)
+            )
             requirement = "cls, registers, distillation, patches or mean, and optionally a layer such as cls@6"
             check_value(self, "features", is_feature, requirement)
         match = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", self.shard or "1/1")
@@ -625,7 +679,9 @@ class PredictOptions(ImageOptions):
                 f"--output {self.output}: set a .csv, .json, .jsonl or .parquet file, or a folder without a suffix"
             )
         if self.shard is not None and (self.output is None or suffix):
-            raise ValueError("--shard requires a folder of Parquet files. Set --output to a folder.")
+            raise ValueError(
+                "--shard requires a folder of Parquet files. Set --output to a folder."
+            )
         if self.features and (self.output is None or suffix == ".csv"):
             output_text = "a printed table" if self.output is None else "a CSV file"
             raise ValueError(
@@ -669,8 +725,12 @@ class InspectOptions(ImageOptions):
         check_minimum(self, 1, "num_images", "max_images", "batch_size")
         if bool(self.paths) == (self.dataset is not None):
             raise ValueError("Set either PATHS or --dataset to select the images.")
-        if self.dataset is None and (self.image_column or self.label_column or self.label_separator):
-            raise ValueError("--image-column, --label-column and --label-separator require --dataset. Set --dataset.")
+        if self.dataset is None and (
+            self.image_column or self.label_column or self.label_separator
+        ):
+            raise ValueError(
+                "--image-column, --label-column and --label-separator require --dataset. Set --dataset."
+            )
         if self.output.suffix.lower() not in (".html", ".htm"):
             raise ValueError(f"--output {self.output}: the file name must end in .html")
         if self.json is not None and self.json.suffix.lower() != ".json":
@@ -704,12 +764,18 @@ class LookOptions:
 
     def __post_init__(self) -> None:
         if not self.paths:
-            raise ValueError("Name at least one photo, folder or URL: vitcls look photo.jpg --model M")
+            raise ValueError(
+                "Name at least one photo, folder or URL: vitcls look photo.jpg --model M"
+            )
         sizes = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,)
-        check_value(self, "image_size", all(size is None or size >= 1 for size in sizes), "1 or more")
+        check_value(
+            self, "image_size", all(size is None or size >= 1 for size in sizes), "1 or more"
+        )
         suffixes = ("", ".png", ".jpg", ".jpeg", ".webp")
         if self.output.suffix.lower() not in suffixes:
-            raise ValueError(f"--output {self.output}: set a .png, .jpg or .webp file, or a folder without a suffix")
+            raise ValueError(
+                f"--output {self.output}: set a .png, .jpg or .webp file, or a folder without a suffix"
+            )
         if self.json is not None and self.json.suffix.lower() != ".json":
             raise ValueError(f"--json {self.json}: the file name must end in .json")
 
@@ -746,14 +812,18 @@ class ExportOptions:
     """Split of --dataset, as in `vitcls evaluate`."""
 
     def __post_init__(self) -> None:
-        size, has_dataset, is_js = self.image_size, self.dataset is not None, self.format == "transformers.js"
+        size = self.image_size
+        has_dataset = self.dataset is not None
+        is_js = self.format == "transformers.js"
         has_graph_settings = (size, self.dynamic, self.dtype) != (None, True, "float32")
         errors = {
-            f"--image-size requires positive numbers, but got {size}. Set --image-size HEIGHT WIDTH": size is not None
+            f"--image-size requires positive numbers, but got {size}. Set --image-size HEIGHT WIDTH": size
+            is not None
             and min(size) < 1,
             "--format transformers.js does not support --image-size, --no-dynamic or --dtype. Remove the flag": is_js
             and has_graph_settings,
-            "--int8 requires --format onnx or openvino, and --dataset": self.int8 and (is_js or not has_dataset),
+            "--int8 requires --format onnx or openvino, and --dataset": self.int8
+            and (is_js or not has_dataset),
             "--int8 does not support --dtype or --no-dynamic. Remove the flag": self.int8
             and (not self.dynamic or self.dtype != "float32"),
             "--exclude-layers requires --int8": bool(self.exclude_layers) and not self.int8,
@@ -767,7 +837,9 @@ class ExportOptions:
 def check_value(options: Any, name: str, is_valid: bool, requirement: str) -> None:
     """Raise ValueError with the value of a flag and the requirement if `is_valid` is False."""
     if not is_valid:
-        raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}, but it must be {requirement}")
+        raise ValueError(
+            f"--{name.replace('_', '-')} is {getattr(options, name)}, but it must be {requirement}"
+        )
 
 
 def check_minimum(options: Any, minimum: int, *names: str) -> None:
@@ -781,7 +853,11 @@ def get_flag_fields(options_class: Any) -> dict[str, dataclasses.Field[Any]]:
     """Return the fields of an options dataclass and its nested dataclasses, by name, such as `batch_size`."""
     fields: dict[str, dataclasses.Field[Any]] = {}
     for option in dataclasses.fields(options_class):
-        fields |= get_flag_fields(option.type) if dataclasses.is_dataclass(option.type) else {option.name: option}
+        fields |= (
+            get_flag_fields(option.type)
+            if dataclasses.is_dataclass(option.type)
+            else {option.name: option}
+        )
     return fields
 
 

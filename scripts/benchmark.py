@@ -42,7 +42,11 @@ from modeling_vitcls.conversion.from_timm import convert_from_timm
 from modeling_vitcls.conversion.from_transformers import convert_from_transformers
 from modeling_vitcls.conversion.parity_report import build_random_images
 from modeling_vitcls.conversion.random_weights import randomize_weights
-from modeling_vitcls.export.exportable import OUTPUT_SELECTORS, NamedOutputsModel, load_exportable_model
+from modeling_vitcls.export.exportable import (
+    OUTPUT_SELECTORS,
+    NamedOutputsModel,
+    load_exportable_model,
+)
 from modeling_vitcls.export.exporter import export_model
 from modeling_vitcls.export.quantization import quantize_graph
 from modeling_vitcls.hub.local_paths import strip_folders
@@ -68,7 +72,9 @@ PACKAGES = {"onnx": (*EXPORT_PACKAGES, "onnxruntime"), "openvino": (*EXPORT_PACK
 LIMITS = {"fp32": 1e-4, "bf16": 0.08, "int8": float("inf")}
 SECONDS_PER_MEASUREMENT = 0.5
 NUM_CHECKED_IMAGES = 2
-NUM_CALIBRATION_IMAGES = 16  # random images; the accuracy of int8 is measured by `vitcls export --int8`
+NUM_CALIBRATION_IMAGES = (
+    16  # random images; the accuracy of int8 is measured by `vitcls export --int8`
+)
 
 Function = Callable[[], object]
 
@@ -110,13 +116,17 @@ class Row:
     precision: str
     batch_size: int
     flops_per_image: int
-    difference: float  # from the float32 output of the model, relative to its largest absolute value
+    difference: (
+        float  # from the float32 output of the model, relative to its largest absolute value
+    )
     throughputs: list[float] = field(default_factory=list)  # images per second
 
     def compute_ratios(self, other: "Row") -> list[float]:
         """Return the lower quartile, median and upper quartile of the ratios of this row to another row."""
         ratios = [a / b for a, b in zip(self.throughputs, other.throughputs, strict=True)]
-        return statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+        return (
+            statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+        )
 
 
 def run_benchmarks(settings: BenchmarkOptions) -> list[Row]:
@@ -129,18 +139,26 @@ def run_benchmarks(settings: BenchmarkOptions) -> list[Row]:
     settings = set_default_engines(settings)
     exported = set(PACKAGES) & set(settings.backends or ())
     if exported and settings.device != "cpu":
-        raise ValueError(f"{', '.join(exported)} is measured on the CPU only. Change --backends, or omit --device")
+        raise ValueError(
+            f"{', '.join(exported)} is measured on the CPU only. Change --backends, or omit --device"
+        )
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         model = load_model(settings.model, Path(folder, "model"))
         for work in settings.work:
             build_engines = {"inference": build_inference_engines, "step": build_step_engines}[work]
-            num_flops = model.flops() * (3 if work == "step" else 1)  # backward: twice the FLOPs of forward
+            num_flops = model.flops() * (
+                3 if work == "step" else 1
+            )  # backward: twice the FLOPs of forward
             for batch_size in settings.batch_sizes:
-                images = build_random_images((batch_size, *get_image_shape(model.config))).to(settings.device)
+                images = build_random_images((batch_size, *get_image_shape(model.config))).to(
+                    settings.device
+                )
                 functions: list[Function] = []
                 new_rows = []
-                for name, precision, function, difference in build_engines(model, settings, images, Path(folder)):
+                for name, precision, function, difference in build_engines(
+                    model, settings, images, Path(folder)
+                ):
                     if not difference <= LIMITS[precision]:  # also true for NaN
                         raise ValueError(
                             f"{name} in {precision} differs from the model by {difference:.2g} of the largest output, "
@@ -151,7 +169,9 @@ def run_benchmarks(settings: BenchmarkOptions) -> list[Row]:
                 measure_rows(new_rows, functions, settings.rounds)
                 for row in new_rows:
                     speed = statistics.median(row.throughputs)
-                    print(f"{work}, batch {batch_size}: {row.engine} {row.precision}: {speed:.1f} images/s")
+                    print(
+                        f"{work}, batch {batch_size}: {row.engine} {row.precision}: {speed:.1f} images/s"
+                    )
                 rows += new_rows
     return rows
 
@@ -159,12 +179,17 @@ def run_benchmarks(settings: BenchmarkOptions) -> list[Row]:
 def set_default_engines(settings: BenchmarkOptions) -> BenchmarkOptions:
     """Replace None by all backends and peers that are installed and that run on the device."""
     is_cpu = settings.device == "cpu"
-    exported = [name for name, packages in PACKAGES.items() if is_cpu and all(map(find_spec, packages))]
+    exported = [
+        name for name, packages in PACKAGES.items() if is_cpu and all(map(find_spec, packages))
+    ]
     defaults: dict[str, Any] = {
         "backends": ("torch", "compiled", *exported),
         "peers": tuple(filter(find_spec, ("timm", "transformers"))),
     }
-    return replace(settings, **{name: value for name, value in defaults.items() if getattr(settings, name) is None})
+    return replace(
+        settings,
+        **{name: value for name, value in defaults.items() if getattr(settings, name) is None},
+    )
 
 
 def load_model(source: str, folder: Path) -> Any:
@@ -186,24 +211,32 @@ def get_image_shape(config: ViTCLSConfig) -> tuple[int, int, int]:
 Engines = Iterator[tuple[str, str, Function, float]]
 
 
-def build_inference_engines(model: Any, settings: BenchmarkOptions, images: torch.Tensor, folder: Path) -> Engines:
+def build_inference_engines(
+    model: Any, settings: BenchmarkOptions, images: torch.Tensor, folder: Path
+) -> Engines:
     """Yield a function that computes the outputs for a batch of images [B, C, H, W], for each engine."""
     for name, precision in list_engines(settings):
         ours, engine = build_engine(name, precision, model, settings.device, folder)
         batch = images if name in PACKAGES else images.to(DTYPES[precision])
         with torch.inference_mode():
-            difference = compare_outputs(engine(batch[:NUM_CHECKED_IMAGES]), ours(images[:NUM_CHECKED_IMAGES].cpu()))
+            difference = compare_outputs(
+                engine(batch[:NUM_CHECKED_IMAGES]), ours(images[:NUM_CHECKED_IMAGES].cpu())
+            )
         yield name, precision, torch.inference_mode()(partial(engine, batch)), difference
 
 
-def build_step_engines(model: Any, settings: BenchmarkOptions, images: torch.Tensor, folder: Path) -> Engines:
+def build_step_engines(
+    model: Any, settings: BenchmarkOptions, images: torch.Tensor, folder: Path
+) -> Engines:
     """Yield a function that takes a training step (forward, backward, AdamW), for each engine that can be trained. The
     weights are float32; bf16 is autocast."""
     for name, precision in list_engines(settings):
         if name in PACKAGES:
             continue
         ours, engine = build_engine(name, "fp32", model, settings.device, folder)
-        autocast = partial(torch.autocast, images.device.type, torch.bfloat16, enabled=precision == "bf16")
+        autocast = partial(
+            torch.autocast, images.device.type, torch.bfloat16, enabled=precision == "bf16"
+        )
         with torch.inference_mode(), autocast():
             outputs = engine(images[:NUM_CHECKED_IMAGES])
         with torch.inference_mode():
@@ -212,11 +245,15 @@ def build_step_engines(model: Any, settings: BenchmarkOptions, images: torch.Ten
         yield name, precision, partial(take_step, engine, optimizer, images, autocast), difference
 
 
-def take_step(engine: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor, autocast: Any) -> None:
+def take_step(
+    engine: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor, autocast: Any
+) -> None:
     """Take one training step with fixed labels."""
     with autocast():
         logits = engine(images).float().flatten(1)
-        loss = nn.functional.cross_entropy(logits, torch.arange(len(images), device=images.device) % logits.shape[1])
+        loss = nn.functional.cross_entropy(
+            logits, torch.arange(len(images), device=images.device) % logits.shape[1]
+        )
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -226,13 +263,22 @@ def list_engines(settings: BenchmarkOptions) -> list[tuple[str, str]]:
     """Return the names and precisions of the engines that the settings select."""
     engines: dict[str, tuple[str, ...]] = {name: BACKENDS[name] for name in settings.backends or ()}
     engines |= {name: tuple(DTYPES) for name in settings.peers or ()}
-    return [(name, key) for name, precisions in engines.items() for key in precisions if key in settings.precisions]
+    return [
+        (name, key)
+        for name, precisions in engines.items()
+        for key in precisions
+        if key in settings.precisions
+    ]
 
 
-def build_engine(name: str, precision: str, model: Any, device: str, folder: Path) -> tuple[nn.Module, nn.Module]:
+def build_engine(
+    name: str, precision: str, model: Any, device: str, folder: Path
+) -> tuple[nn.Module, nn.Module]:
     """Return a vitcls model in float32 on the CPU, and the engine that must have the same outputs."""
     if name in PACKAGES:
-        return FirstOutput(model), FirstOutput(open_exported_graph(name, precision, model.config, folder))
+        return FirstOutput(model), FirstOutput(
+            open_exported_graph(name, precision, model.config, folder)
+        )
     ours = model
     if name == "timm":
         engine = build_timm_vit(model.config)
@@ -248,7 +294,9 @@ def build_engine(name: str, precision: str, model: Any, device: str, folder: Pat
     return FirstOutput(ours).eval(), engine.eval()
 
 
-def open_exported_graph(backend: Any, precision: str, config: ViTCLSConfig, folder: Path) -> ExportedGraph:
+def open_exported_graph(
+    backend: Any, precision: str, config: ViTCLSConfig, folder: Path
+) -> ExportedGraph:
     """Export the saved model in `folder` once, and open the graph."""
     file = folder / ("int8" if precision == "int8" else "fp32") / BACKEND_FILES[backend][0]
     if not file.exists():
@@ -294,7 +342,14 @@ def build_transformers_vit(config: ViTCLSConfig) -> PreTrainedModel:
     """Build transformers' ViT of the same size, with random weights."""
     from transformers import ViTConfig, ViTForImageClassification
 
-    names = ("image_size", "patch_size", "num_channels", "hidden_size", "num_hidden_layers", "num_attention_heads")
+    names = (
+        "image_size",
+        "patch_size",
+        "num_channels",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+    )
     sizes = {name: getattr(config, name) for name in (*names, "intermediate_size", "num_labels")}
     return randomize_weights(ViTForImageClassification(ViTConfig(**sizes)))
 
@@ -310,14 +365,21 @@ def compare_outputs(outputs: torch.Tensor, expected: torch.Tensor) -> float:
 def measure_rows(rows: list[Row], functions: list[Function], num_rounds: int) -> None:
     """Append one throughput per round to each row."""
     for round_index in range(num_rounds):
-        for row, function in list(zip(rows, functions, strict=True))[:: -1 if round_index % 2 else 1]:
+        for row, function in list(zip(rows, functions, strict=True))[
+            :: -1 if round_index % 2 else 1
+        ]:
             row.throughputs.append(row.batch_size * measure_calls_per_second(function))
 
 
 def measure_calls_per_second(function: Function) -> float:
     """Return the number of calls per second."""
     clock = time.process_time if uses_cpu_time() else timer  # `timer` synchronizes the GPU
-    measurement = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads(), timer=clock)
+    measurement = Timer(
+        "function()",
+        globals={"function": function},
+        num_threads=torch.get_num_threads(),
+        timer=clock,
+    )
     return 1 / measurement.blocked_autorange(min_run_time=SECONDS_PER_MEASUREMENT).median
 
 
@@ -338,7 +400,11 @@ def measure_matrix_product(device: str, dtype: torch.dtype) -> float:
     matrices = [(x, weight)]
     if device == "cpu" and torch.backends.mkldnn.is_available():
         matrices.append((x.to_mkldnn(), weight.to_mkldnn()))
-    return 2 * size**3 * max(measure_calls_per_second(partial(nn.functional.linear, *pair)) for pair in matrices)
+    return (
+        2
+        * size**3
+        * max(measure_calls_per_second(partial(nn.functional.linear, *pair)) for pair in matrices)
+    )
 
 
 # Report --------------------------------------------------------------------------------------------------------------
@@ -356,10 +422,16 @@ def format_markdown(rows: list[Row], settings: BenchmarkOptions) -> str:
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        group = [other for other in rows if (other.work, other.batch_size) == (row.work, row.batch_size)]
-        baseline = [other for other in group if (other.engine, other.precision) == ("torch", "fp32")]
+        group = [
+            other for other in rows if (other.work, other.batch_size) == (row.work, row.batch_size)
+        ]
+        baseline = [
+            other for other in group if (other.engine, other.precision) == ("torch", "fp32")
+        ]
         peers = [
-            other for other in group if other.engine in (settings.peers or ()) and other.precision == row.precision
+            other
+            for other in group
+            if other.engine in (settings.peers or ()) and other.precision == row.precision
         ]
         speed = statistics.median(row.throughputs)
         cells = (
@@ -367,12 +439,19 @@ def format_markdown(rows: list[Row], settings: BenchmarkOptions) -> str:
             f"{row.engine} {row.precision}",
             f"{speed:.1f}",
             *(format_ratio(row, other) for other in baseline),
-            "" if row in peers else ", ".join(f"{other.engine} {format_ratio(row, other)}" for other in peers),
-            f"{speed * row.flops_per_image / peaks[row.precision]:.0%}" if row.precision in peaks else "",
+            ""
+            if row in peers
+            else ", ".join(f"{other.engine} {format_ratio(row, other)}" for other in peers),
+            f"{speed * row.flops_per_image / peaks[row.precision]:.0%}"
+            if row.precision in peaks
+            else "",
         )
         lines.append(f"| {' | '.join(cells)} |")
     peak_texts = [f"{peak / 1e9:,.0f} GFLOP/s in {precision}" for precision, peak in peaks.items()]
-    libraries = ("timm", *(package for name in settings.backends or () for package in PACKAGES.get(name, ())[2:]))
+    libraries = (
+        "timm",
+        *(package for name in settings.backends or () for package in PACKAGES.get(name, ())[2:]),
+    )
     versions = ", ".join(f"{name} {version}" for name, version in get_versions(*libraries).items())
     second = "CPU second" if uses_cpu_time() else "second"
     machine = torch.cuda.get_device_name() if settings.device == "cuda" else get_processor_name()

@@ -19,7 +19,9 @@ OUTPUT = Path("runs", "demo")
 PRETRAINED_MODEL = "timm:vit_small_patch14_reg4_dinov2"
 
 # Default values of accelerate's flags. accelerate prints a warning if these flags are not set.
-LAUNCH_FLAGS = "--quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no".split()
+LAUNCH_FLAGS = (
+    "--quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no".split()
+)
 
 console = Console(soft_wrap=True, highlight=False)
 
@@ -34,7 +36,14 @@ def main() -> None:
     run_step(
         "1. Fine-tune a small ViT on 1,438 handwritten digits",
         ["accelerate", "launch", *finetune_arguments],
-        [sys.executable, "-m", "accelerate.commands.launch", *LAUNCH_FLAGS, *finetune_arguments, *sys.argv[1:]],
+        [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            *LAUNCH_FLAGS,
+            *finetune_arguments,
+            *sys.argv[1:],
+        ],
     )
     run_step(
         "2. Load the model in a new process, without importing this package, and classify the 359 held-out digits",
@@ -42,13 +51,19 @@ def main() -> None:
         [sys.executable, SCRIPTS / "demo_load.py", output],
     )
     console.print(f"\n[bold green]Done in {time.perf_counter() - start_time:.0f} s.[/] Next:")
-    console.print(f"  {output / 'README.md'}: the model card, next to the weights, results.json and metrics.jsonl")
+    console.print(
+        f"  {output / 'README.md'}: the model card, next to the weights, results.json and metrics.jsonl"
+    )
     if (output / "report.html").exists():
-        console.print(f"  {output / 'report.html'}: open it in a browser to see the attention of the tokens")
+        console.print(
+            f"  {output / 'report.html'}: open it in a browser to see the attention of the tokens"
+        )
     console.print(f"  {RECIPE}: the recipe; change the number of tokens and run the demo again")
     console.print("  fine-tune a pre-trained model on your own images, with one folder per class:")
     vitcls_command = os.path.relpath(Path(sys.executable).with_name("vitcls"))
-    console.print(f"    {vitcls_command} finetune --model {PRETRAINED_MODEL} --dataset FOLDER --output-dir runs/mine")
+    console.print(
+        f"    {vitcls_command} finetune --model {PRETRAINED_MODEL} --dataset FOLDER --output-dir runs/mine"
+    )
     console.print("  docs/README.md: the documentation, one page per task")
 
 

@@ -22,7 +22,9 @@ def main(folder: str) -> None:
     """Load the model and classify images. If the accuracy differs from that in results.json, exit with status 1."""
     disable_progress_bar()  # hides the progress bar of weight loading
     model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)
-    print(f"AutoModelForImageClassification: {type(model).__name__}, {model.num_parameters():,} parameters")
+    print(
+        f"AutoModelForImageClassification: {type(model).__name__}, {model.num_parameters():,} parameters"
+    )
     for name, group in model.config.token_layout.items():
         print(f"  config.token_layout.{name} = {group}")
 
@@ -34,14 +36,20 @@ def main(folder: str) -> None:
 
     pairs = list(zip(predictions, labels, strict=True))
     for prediction, label in pairs[:5]:
-        print(f"  a handwritten {label}: prediction {prediction['label']}, probability {prediction['score']:.0%}")
+        print(
+            f"  a handwritten {label}: prediction {prediction['label']}, probability {prediction['score']:.0%}"
+        )
     num_correct = sum(prediction["label"] == label for prediction, label in pairs)
     images_per_second = len(labels) / seconds
     accuracy = num_correct / len(labels)
-    print(f"accuracy {accuracy:.2%} on {len(labels)} held-out images, {images_per_second:.0f} images/s")
+    print(
+        f"accuracy {accuracy:.2%} on {len(labels)} held-out images, {images_per_second:.0f} images/s"
+    )
 
     results = json.loads(Path(folder, "results.json").read_text(encoding="utf-8"))
-    if len(labels) != results["num_images"] or num_correct != round(results["accuracy"] * results["num_images"]):
+    if len(labels) != results["num_images"] or num_correct != round(
+        results["accuracy"] * results["num_images"]
+    ):
         raise SystemExit(
             f"error: the accuracy in results.json is {results['accuracy']:.2%} on {results['num_images']} images"
         )
@@ -65,7 +73,9 @@ def load_held_out_digits() -> tuple[list[Image.Image], list[str]]:
 def hash_image(image_bytes: bytes, seed: int = 0) -> int:
     """Return the hash of an image's bytes and the seed, by which fine-tuning orders the images of a class."""
     image_hash = int.from_bytes(hashlib.blake2b(image_bytes, digest_size=8).digest(), "big") >> 1
-    return int.from_bytes(hashlib.blake2b(f"{seed} {image_hash}".encode(), digest_size=8).digest(), "big")
+    return int.from_bytes(
+        hashlib.blake2b(f"{seed} {image_hash}".encode(), digest_size=8).digest(), "big"
+    )
 
 
 if __name__ == "__main__":

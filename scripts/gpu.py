@@ -36,13 +36,21 @@ FSDP2_TIMEOUT = 300  # seconds
 
 def main() -> None:
     """Run the selected parts, and exit with status 1 if a part failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=tuple(PARTS))
-    parser.add_argument("--output", type=Path, default=OUTPUT, help="Markdown file; default: docs/speed-gpu.md")
-    parser.add_argument("--dry-run", action="store_true", help="run on the CPU with a tiny model, and write nothing")
+    parser.add_argument(
+        "--output", type=Path, default=OUTPUT, help="Markdown file; default: docs/speed-gpu.md"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="run on the CPU with a tiny model, and write nothing"
+    )
     flags = parser.parse_args()
     if not flags.dry_run and not torch.cuda.is_available():
-        print("PyTorch found no CUDA device: nothing was measured. --dry-run runs all parts on the CPU")
+        print(
+            "PyTorch found no CUDA device: nothing was measured. --dry-run runs all parts on the CPU"
+        )
         return
     device = "the CPU" if flags.dry_run else torch.cuda.get_device_name()
     sections = [
@@ -68,27 +76,45 @@ def main() -> None:
 def measure(work: str, is_dry_run: bool) -> str:
     """Return the table of `scripts/benchmark.py` with a ViT-S/16, or a tiny model on the CPU."""
     if not is_dry_run:
-        settings = BenchmarkOptions(work=(work,), backends=("torch", "compiled"), batch_sizes=(1, 64), device="cuda")
+        settings = BenchmarkOptions(
+            work=(work,), backends=("torch", "compiled"), batch_sizes=(1, 64), device="cuda"
+        )
         return format_markdown(run_benchmarks(settings), settings)
     with tempfile.TemporaryDirectory() as folder:
-        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+        sizes = {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 64,
+        }
         config = ViTCLSConfig(**sizes, image_size=32, patch_size=8, num_labels=5)
         ViTCLSForImageClassification(config).save_pretrained(folder)
-        settings = BenchmarkOptions(folder, (work,), backends=("torch",), batch_sizes=(2,), rounds=1)
+        settings = BenchmarkOptions(
+            folder, (work,), backends=("torch",), batch_sizes=(2,), rounds=1
+        )
         return format_markdown(run_benchmarks(settings), settings)
 
 
 def train_sharded(is_dry_run: bool) -> str:
     """Train a small model with sharded weights, with a process per GPU, and return a sentence with the loss."""
-    settings_file, num_processes = ("fsdp2_cpu.yaml", 2) if is_dry_run else ("fsdp2.yaml", torch.cuda.device_count())
+    settings_file, num_processes = (
+        ("fsdp2_cpu.yaml", 2) if is_dry_run else ("fsdp2.yaml", torch.cuda.device_count())
+    )
     with tempfile.TemporaryDirectory() as folder:
-        launch = f"-m accelerate.commands.launch --config_file {ACCELERATE_SETTINGS / settings_file}"
-        flags = f"finetune --config digits --max-steps 10 --no-report --overwrite --output-dir {folder}"
+        launch = (
+            f"-m accelerate.commands.launch --config_file {ACCELERATE_SETTINGS / settings_file}"
+        )
+        flags = (
+            f"finetune --config digits --max-steps 10 --no-report --overwrite --output-dir {folder}"
+        )
         command = f"{launch} --num_processes {num_processes} -m modeling_vitcls.cli {flags}"
-        subprocess.run([sys.executable, *command.split()], cwd=REPOSITORY, check=True, timeout=FSDP2_TIMEOUT)
+        subprocess.run(
+            [sys.executable, *command.split()], cwd=REPOSITORY, check=True, timeout=FSDP2_TIMEOUT
+        )
         results = read_json(Path(folder, "results.json"))
     return (
-        f"{results['steps']} steps with {num_processes} process(es) on {results['device']}: loss {results['loss']:.3f}"
+        f"{results['steps']} steps with {num_processes} process(es) on {results['device']}: "
+        f"loss {results['loss']:.3f}"
     )
 
 

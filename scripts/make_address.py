@@ -12,14 +12,22 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "notebooks" / "quickstart.ipynb"]
-COMMAND = re.compile(r'pip install (\\?")(?:\.|modeling_vitcls)\[([a-z,]+)\](?: @ git\+[^\s"\\]+)?\\?"')
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "notebooks" / "quickstart.ipynb",
+]
+COMMAND = re.compile(
+    r'pip install (\\?")(?:\.|modeling_vitcls)\[([a-z,]+)\](?: @ git\+[^\s"\\]+)?\\?"'
+)
 
 
 def write_address(text: str, address: str | None) -> str:
     """Return a page whose commands install from `address`, or from a checkout."""
     source = f"modeling_vitcls[EXTRAS] @ git+{address}" if address else ".[EXTRAS]"
-    return COMMAND.sub(lambda found: f"pip install {found[1]}{source.replace('EXTRAS', found[2])}{found[1]}", text)
+    return COMMAND.sub(
+        lambda found: f"pip install {found[1]}{source.replace('EXTRAS', found[2])}{found[1]}", text
+    )
 
 
 def read_address() -> str | None:
@@ -31,7 +39,9 @@ def read_address() -> str | None:
 def main() -> None:
     """Rewrite all pages."""
     for page in PAGES:
-        page.write_text(write_address(page.read_text(encoding="utf-8"), read_address()), encoding="utf-8")
+        page.write_text(
+            write_address(page.read_text(encoding="utf-8"), read_address()), encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

@@ -57,7 +57,13 @@ SMALL_CONFIG = {
     "max_img_size": 64,
     "mask_ratio": 0.0,
 }
-ENCODER_FIELDS = ("patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "image_size")
+ENCODER_FIELDS = (
+    "patch_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "image_size",
+)
 # Configuration fields of models that are not plain ViTs, keyed by reason.
 NOT_PLAIN_REASONS = {
     "window attention or several resolutions": ("window_size", "depths", "global_attn_indexes"),
@@ -77,7 +83,8 @@ UNSUPPORTED_FEATURES = {
     "DeepseekVitEncoder": "a projector that merges patches",
     **dict.fromkeys(("Gemma4VitClassifier", "Gemma4VitEncoder"), "four norms per block"),
     **dict.fromkeys(
-        ("Qwen3VitClassifier", "Qwen3VitEncoder"), "position embeddings are resampled with aligned corners"
+        ("Qwen3VitClassifier", "Qwen3VitEncoder"),
+        "position embeddings are resampled with aligned corners",
     ),
     # transformers
     "DPTModel": "a depth estimation encoder, which may start with a ResNet",
@@ -133,7 +140,9 @@ def main() -> None:
     output = parser.parse_args().output
     logging.set_verbosity_error()
     text = HEADER.format(timm=timm.__version__, transformers=transformers.__version__)
-    output.write_text(f"{text}{format_timm_section()}\n\n{format_transformers_section()}\n", encoding="utf-8")
+    output.write_text(
+        f"{text}{format_timm_section()}\n\n{format_transformers_section()}\n", encoding="utf-8"
+    )
 
 
 # timm ----------------------------------------------------------------------------------------------------------------
@@ -142,9 +151,12 @@ def main() -> None:
 def format_timm_section() -> str:
     """Return the section about timm."""
     results = {
-        module: [measure_timm_model(name) for name in timm.list_models(module=module)] for module in TIMM_MODULES
+        module: [measure_timm_model(name) for name in timm.list_models(module=module)]
+        for module in TIMM_MODULES
     }
-    exact_differences = [difference for rows in results.values() for difference, _ in rows if difference is not None]
+    exact_differences = [
+        difference for rows in results.values() for difference, _ in rows if difference is not None
+    ]
     lines = [
         "## timm\n",
         f"{len(exact_differences)} of {sum(map(len, results.values()))} architectures convert exactly. The largest "
@@ -155,7 +167,9 @@ def format_timm_section() -> str:
     for module, rows in results.items():
         reason_counts = Counter(reason for _, reason in rows if reason)
         num_exact = len(rows) - sum(reason_counts.values())
-        reason_text = "; ".join(f"{reason} ({count})" for reason, count in reason_counts.most_common())
+        reason_text = "; ".join(
+            f"{reason} ({count})" for reason, count in reason_counts.most_common()
+        )
         lines.append(f"| `{module}` | {len(rows)} | {num_exact} | {reason_text} |")
     return "\n".join(lines)
 
@@ -167,12 +181,18 @@ def measure_timm_model(name: str) -> tuple[float | None, str]:
     try:
         model = build_timm_model(name)
         converted_model = convert_from_timm(model)
-        comparisons, reason = compare_models(TimmSource(f"timm:{name}", model, None, []), converted_model)
+        comparisons, reason = compare_models(
+            TimmSource(f"timm:{name}", model, None, []), converted_model
+        )
     except ConversionError as error:
         return None, shorten_message(str(error))
     except Exception as error:  # unsupported modules may raise any exception
         return None, shorten_message(f"{type(error).__name__}: {error}")
-    difference = max(difference for comparison in comparisons for difference in comparison["differences"].values())
+    difference = max(
+        difference
+        for comparison in comparisons
+        for difference in comparison["differences"].values()
+    )
     return (None, shorten_message(reason)) if reason else (difference, "")
 
 
@@ -185,12 +205,19 @@ def build_timm_model(name: str) -> Any:
     options: dict[str, Any] = {"depth": 2, "num_classes": 7}
     try:
         original_model: Any = timm.create_model(name, device="meta", **options)
-    except (TypeError, AssertionError):  # an architecture that has no such arguments, or requires one value per block
+    except (
+        TypeError,
+        AssertionError,
+    ):  # an architecture that has no such arguments, or requires one value per block
         original_model = timm.create_model(name, device="meta")
     if get_class_name(original_model) not in TIMM_CLASSES:
         class_name = get_class_name(original_model)
-        raise ConversionError(f"{class_name} is not supported: {UNSUPPORTED_FEATURES.get(class_name, 'no rules')}")
-    num_heads = next(module.num_heads for module in original_model.modules() if hasattr(module, "num_heads"))
+        raise ConversionError(
+            f"{class_name} is not supported: {UNSUPPORTED_FEATURES.get(class_name, 'no rules')}"
+        )
+    num_heads = next(
+        module.num_heads for module in original_model.modules() if hasattr(module, "num_heads")
+    )
     options |= {"embed_dim": 6 * original_model.embed_dim // num_heads, "num_heads": 6}
     if "sapiens2" in name:  # the default has one value for each block of the full depth
         options["num_kv_heads"] = (6, 3)
@@ -205,10 +232,13 @@ def build_timm_model(name: str) -> Any:
 
 def format_transformers_section() -> str:
     """Return the section about transformers."""
-    exact_differences, reasons = {}, defaultdict(list)
+    exact_differences = {}
+    reasons = defaultdict(list)
     for name, config in list_vision_classes().items():
         difference, reason = (
-            measure_transformers_class(name) if config is None else (None, describe_config(name, config))
+            measure_transformers_class(name)
+            if config is None
+            else (None, describe_config(name, config))
         )
         if difference is None:
             reasons[reason].append(name)
@@ -224,7 +254,10 @@ def format_transformers_section() -> str:
             f"difference is {max(exact_differences.values()):.1e}.\n",
             "| result | classes |",
             "|---|---|",
-            *(f"| {result} | {', '.join(f'`{name}`' for name in sorted(names))} |" for result, names in rows.items()),
+            *(
+                f"| {result} | {', '.join(f'`{name}`' for name in sorted(names))} |"
+                for result, names in rows.items()
+            ),
         ]
     )
 
@@ -258,15 +291,21 @@ def measure_transformers_class(name: str) -> tuple[float | None, str]:
         comparisons, _ = compare_models(source, source.convert())
     except Exception as error:  # some classes do not support the small sizes
         return None, shorten_message(f"{type(error).__name__}: {error}")
-    return max(value for comparison in comparisons for value in comparison["differences"].values()), ""
+    return max(
+        value for comparison in comparisons for value in comparison["differences"].values()
+    ), ""
 
 
 def build_config(config_class: Any) -> Any:
     """Build a small configuration, with a small vision configuration if `config_class` contains one."""
     default_config = config_class()
     if hasattr(default_config, "vision_config"):
-        return config_class(vision_config=build_config(type(default_config.vision_config)).to_dict())
-    fields: dict[str, Any] = {name: value for name, value in SMALL_CONFIG.items() if hasattr(default_config, name)}
+        return config_class(
+            vision_config=build_config(type(default_config.vision_config)).to_dict()
+        )
+    fields: dict[str, Any] = {
+        name: value for name, value in SMALL_CONFIG.items() if hasattr(default_config, name)
+    }
     if isinstance(getattr(default_config, "mlp_ratio", None), float):
         fields["mlp_ratio"] = float(SMALL_CONFIG["mlp_ratio"])
     if hasattr(default_config, "summary_idxs"):

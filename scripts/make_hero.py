@@ -49,8 +49,11 @@ def load_photographs() -> list[Image.Image]:
     images = []
     for image in map(Image.fromarray, arrays):
         side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        images.append(image.crop((left, top, left + side, top + side)).resize((IMAGE_SIZE, IMAGE_SIZE)))
+        left = (image.width - side) // 2
+        top = (image.height - side) // 2
+        images.append(
+            image.crop((left, top, left + side, top + side)).resize((IMAGE_SIZE, IMAGE_SIZE))
+        )
     return images
 
 
@@ -61,7 +64,8 @@ def compute_maps(folder: Path, images: list[Image.Image]) -> list[np.ndarray]:
     processor = ViTCLSImageProcessor.from_pretrained(folder)
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     pixel_values = processor(images, size=size, return_tensors="pt")["pixel_values"]
-    patches, side = model.config.token_layout.patches, IMAGE_SIZE // model.config.patch_size
+    patches = model.config.token_layout.patches
+    side = IMAGE_SIZE // model.config.patch_size
     hidden_states = model(pixel_values, output_hidden_states=True).hidden_states
     maps = []
     for layer in (LAYER, -1):
@@ -71,14 +75,19 @@ def compute_maps(folder: Path, images: list[Image.Image]) -> list[np.ndarray]:
         maps.append(((colors - low) / (high - low)).clip(0, 1))
     attention = model.token_attention(pixel_values, tokens=("cls",), layers=[LAYER - 1])
     attention = attention.mean(dim=(1, 2, 3))[:, patches].reshape(len(images), side, side).numpy()
-    return [*maps, (attention / np.percentile(attention, 99, axis=(1, 2), keepdims=True)).clip(0, 1)]
+    return [
+        *maps,
+        (attention / np.percentile(attention, 99, axis=(1, 2), keepdims=True)).clip(0, 1),
+    ]
 
 
 def blend(image: Image.Image, values: np.ndarray) -> Image.Image:
     """Return a map over the image in gray: colors, or a heat map of numbers."""
     if values.ndim == 2:
         values = np.stack([values, values**2, values**6], axis=-1)  # black, orange, white
-    colors = Image.fromarray((values * 255).astype(np.uint8)).resize(image.size, Image.Resampling.BILINEAR)
+    colors = Image.fromarray((values * 255).astype(np.uint8)).resize(
+        image.size, Image.Resampling.BILINEAR
+    )
     return Image.blend(image.convert("L").convert("RGB"), colors, 0.7)
 
 
@@ -88,10 +97,15 @@ def main() -> None:
     images = load_photographs()
     maps = compute_maps(options.model, images)
     step = TILE + MARGIN
-    figure = Image.new("RGB", (step * len(TITLES) - MARGIN, HEADER + step * len(images) - MARGIN), "white")
-    draw, font = ImageDraw.Draw(figure), ImageFont.load_default(size=20)
+    figure = Image.new(
+        "RGB", (step * len(TITLES) - MARGIN, HEADER + step * len(images) - MARGIN), "white"
+    )
+    draw = ImageDraw.Draw(figure)
+    font = ImageFont.load_default(size=20)
     for column, title in enumerate(TITLES):
-        draw.text((column * step + TILE / 2, HEADER / 2), title, fill="#24292f", font=font, anchor="mm")
+        draw.text(
+            (column * step + TILE / 2, HEADER / 2), title, fill="#24292f", font=font, anchor="mm"
+        )
     for row, image in enumerate(images):
         tiles = [image, *(blend(image, values[row]) for values in maps)]
         for column, tile in enumerate(tiles):

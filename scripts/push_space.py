@@ -49,7 +49,9 @@ class SpaceOptions:
 
     def __post_init__(self) -> None:
         if self.output is not None and (self.space_id is not None or self.private):
-            raise ValueError("--space-id and --private apply to pushes. Remove --output, which prevents the push")
+            raise ValueError(
+                "--space-id and --private apply to pushes. Remove --output, which prevents the push"
+            )
         if self.static and self.examples:
             raise ValueError("--static does not support --examples. Omit one of these flags")
 
@@ -70,10 +72,15 @@ def run(options: SpaceOptions) -> None:
     if options.output is not None:
         check_output_is_empty(options.output)
         write_files(options, model, options.output)
-        arguments = f"-m http.server --directory {options.output}" if options.static else options.output / "app.py"
+        arguments = (
+            f"-m http.server --directory {options.output}"
+            if options.static
+            else options.output / "app.py"
+        )
         print(f"wrote {options.output}: to serve the page, run python {arguments}")
         return
-    default_name, sdk = f"{model.repo_id.rpartition('/')[2]}-demo", "static" if options.static else "gradio"
+    default_name = f"{model.repo_id.rpartition('/')[2]}-demo"
+    sdk = "static" if options.static else "gradio"
     with tempfile.TemporaryDirectory() as folder:
         write_files(options, model, Path(folder))
         space_id = prepare_repository(options.space_id, default_name, options.private, sdk)
@@ -100,7 +107,9 @@ def write_files(options: SpaceOptions, model: "HubCommit", folder: Path) -> None
     silence_exporters()
     export_for_transformers_js(f"{model.repo_id}@{model.sha}", folder / MODEL_FOLDER)
     if "id2label" not in read_json(folder / MODEL_FOLDER / "config.json"):
-        raise ValueError(f"--static requires a classifier, but {model.repo_id} is an encoder. Remove --static")
+        raise ValueError(
+            f"--static requires a classifier, but {model.repo_id} is an encoder. Remove --static"
+        )
     write_static_space(folder, model)
 
 

@@ -16,7 +16,9 @@ from modeling_vitcls import EmbedImages
 
 def main() -> None:
     """Read the images, compute the features in several processes, and write Parquet files."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True)
     parser.add_argument("--images", required=True)
     parser.add_argument("--output", required=True)

@@ -19,7 +19,10 @@ from modeling_vitcls import IMPORT_STRUCTURE
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-RENAMED = {"README.md": "index.md", "docs/README.md": "contents.md"}  # path in the repository -> path in the site
+RENAMED = {
+    "README.md": "index.md",
+    "docs/README.md": "contents.md",
+}  # path in the repository -> path in the site
 ADDED = [
     "CONTRIBUTING.md",
     "SECURITY.md",
@@ -87,10 +90,14 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             return found[0]
         target = posixpath.normpath(posixpath.join(posixpath.dirname(source), link))
         if target in ("model_cards/studies", "model_cards"):
-            target = "docs/what-to-choose.md" if target.endswith("studies") else "model_cards/README.md"
+            target = (
+                "docs/what-to-choose.md" if target.endswith("studies") else "model_cards/README.md"
+            )
         relative = posixpath.relpath(to_site_path(target), posixpath.dirname(site_path) or ".")
         return f"{found[1]}{relative}{mark}{anchor}{found[3]}"
 
     parts = FENCE.split(markdown)
     blocks = [*FENCE.findall(markdown), ""]
-    return "".join(LINK.sub(rewrite, part) + block for part, block in zip(parts, blocks, strict=True))
+    return "".join(
+        LINK.sub(rewrite, part) + block for part, block in zip(parts, blocks, strict=True)
+    )

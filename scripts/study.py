@@ -95,9 +95,13 @@ class Study:
     def plan_runs(self) -> list[StudyRun]:
         """Return all runs of the grid, ordered by combination of levels, then by seed."""
         runs = []
-        for levels, seed in itertools.product(itertools.product(*self.factors.values()), self.seeds):
+        for levels, seed in itertools.product(
+            itertools.product(*self.factors.values()), self.seeds
+        ):
             run_levels = dict(zip(self.factors, levels, strict=True))
-            level_names = [to_file_name(f"{factor}-{level}") for factor, level in run_levels.items()]
+            level_names = [
+                to_file_name(f"{factor}-{level}") for factor, level in run_levels.items()
+            ]
             name = "_".join([*level_names, f"seed-{seed}"])
             runs.append(StudyRun(name, run_levels, seed, self.combine_flags(run_levels, seed)))
         return runs
@@ -113,7 +117,11 @@ class Study:
             for name, flags in level_stages.items():
                 stages[name] = None if flags is None else (stages.get(name) or {}) | flags
         seed_flags = {name: {"seed": seed} if name in SEEDED_STAGES else {} for name in STAGES}
-        return {name: flags | seed_flags[name] for name in STAGES if (flags := stages.get(name)) is not None}
+        return {
+            name: flags | seed_flags[name]
+            for name in STAGES
+            if (flags := stages.get(name)) is not None
+        }
 
 
 def load_study(file: Path) -> Study:
@@ -125,7 +133,9 @@ def load_study(file: Path) -> Study:
             f"cannot read {file}: {format_error(error)}. Compare it with recipes/study_digits.yaml"
         ) from None
     if unknown_stages := set(study.stages) - set(STAGES):
-        raise ValueError(f"{file} has unknown stages: {', '.join(unknown_stages)}. Choose from {', '.join(STAGES)}")
+        raise ValueError(
+            f"{file} has unknown stages: {', '.join(unknown_stages)}. Choose from {', '.join(STAGES)}"
+        )
     factors = {
         str(name): {str(level): flags or {} for level, flags in levels.items()}
         for name, levels in study.factors.items()
@@ -133,13 +143,17 @@ def load_study(file: Path) -> Study:
     baseline = {str(factor): str(level) for factor, level in study.baseline.items()}
     for factor, level in baseline.items():
         if level not in factors.get(factor, {}):
-            raise ValueError(f"{file}: `baseline` has the level {level} of {factor}. Set a level that `factors` has")
+            raise ValueError(
+                f"{file}: `baseline` has the level {level} of {factor}. Set a level that `factors` has"
+            )
     return replace(study, factors=factors, baseline=baseline)
 
 
 def to_file_name(text: str) -> str:
     """Replace all characters except letters, digits, dots and hyphens with hyphens."""
-    return "".join(character if character.isalnum() or character in "-." else "-" for character in text)
+    return "".join(
+        character if character.isalnum() or character in "-." else "-" for character in text
+    )
 
 
 # Execution -----------------------------------------------------------------------------------------------------------
@@ -153,7 +167,9 @@ class StudyRunner:
     folder: Path
     num_jobs: int = 1  # maximum number of parallel runs
     num_threads: int = 1  # number of CPU threads per run
-    dataset: str | None = None  # dataset from which all subsets are drawn; overrides the datasets in the study file
+    dataset: str | None = (
+        None  # dataset from which all subsets are drawn; overrides the datasets in the study file
+    )
 
     def execute(self) -> None:
         """Run all unfinished runs. A failed run does not stop the others; Ctrl-C also interrupts the runs, which then
@@ -163,7 +179,11 @@ class StudyRunner:
                 write_subset(self.get_subset_folder(name), subset, self.dataset)
         runs = self.study.plan_runs()
         with ThreadPoolExecutor(self.num_jobs) as executor:
-            futures = {executor.submit(self.execute_run, run): run for run in runs if not self.is_finished(run)}
+            futures = {
+                executor.submit(self.execute_run, run): run
+                for run in runs
+                if not self.is_finished(run)
+            }
             print(f"{len(runs)} runs ({len(runs) - len(futures)} already finished)", flush=True)
             try:
                 for future in as_completed(futures):
@@ -175,7 +195,10 @@ class StudyRunner:
         """Run the unfinished stages of a run, and return its metrics or the last line of its log."""
         log_file = self.get_run_folder(run) / "log.txt"
         log_file.parent.mkdir(parents=True, exist_ok=True)
-        environment = os.environ | {"OMP_NUM_THREADS": str(self.num_threads), "MKL_NUM_THREADS": str(self.num_threads)}
+        environment = os.environ | {
+            "OMP_NUM_THREADS": str(self.num_threads),
+            "MKL_NUM_THREADS": str(self.num_threads),
+        }
         for stage, flags in self.build_commands(run):
             if self.get_result_file(run, stage).exists():
                 continue
@@ -183,7 +206,9 @@ class StudyRunner:
                 log.write(f"$ vitcls {stage} {' '.join(flags)}\n".encode())
                 log.flush()
                 command = [sys.executable, "-m", "modeling_vitcls.cli", stage, *flags]
-                process = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False)
+                process = subprocess.run(
+                    command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False
+                )
             if process.returncode:
                 return f"failed: {log_file.read_text(encoding='utf-8', errors='replace').strip().splitlines()[-1]}"
         row = build_row(self, run)
@@ -200,7 +225,9 @@ class StudyRunner:
     def get_result_file(self, run: StudyRun, stage: str) -> Path:
         """Return the path of the JSON file with the results of a stage."""
         folder = self.get_run_folder(run)
-        return folder / stage / "results.json" if stage in SEEDED_STAGES else folder / f"{stage}.json"
+        return (
+            folder / stage / "results.json" if stage in SEEDED_STAGES else folder / f"{stage}.json"
+        )
 
     def is_finished(self, run: StudyRun) -> bool:
         """Return whether the outputs of all stages of a run exist."""
@@ -210,7 +237,9 @@ class StudyRunner:
         """Return the name and the command-line arguments of each stage of a run."""
         folder = self.get_run_folder(run)
         placeholders = {"{seed}": str(run.seed), "{run}": str(folder), "{folder}": str(self.folder)}
-        placeholders |= {f"{{subset:{name}}}": str(self.get_subset_folder(name)) for name in self.study.subsets}
+        placeholders |= {
+            f"{{subset:{name}}}": str(self.get_subset_folder(name)) for name in self.study.subsets
+        }
         commands = []
 
         def fill(value: Any) -> Any:
@@ -228,10 +257,14 @@ class StudyRunner:
                 flags["resume" if has_checkpoint else "overwrite"] = True
             else:
                 flags.setdefault("model", str(folder / "finetune"))
-                flags["output" if stage == "evaluate" else "json"] = str(self.get_result_file(run, stage))
+                flags["output" if stage == "evaluate" else "json"] = str(
+                    self.get_result_file(run, stage)
+                )
                 if stage == "inspect":
                     flags["output"] = str(folder / "report.html")
-            commands.append((stage, [argument for flag in flags.items() for argument in to_arguments(*flag)]))
+            commands.append(
+                (stage, [argument for flag in flags.items() for argument in to_arguments(*flag)])
+            )
         return commands
 
 
@@ -244,23 +277,31 @@ def write_subset(folder: Path, subset: Flags, source: str | None) -> None:
     partial_folder.mkdir(parents=True)
     source = os.path.expandvars(source or subset["dataset"])
     split_files = {file.stem: str(file) for file in sorted(Path(source).glob("*.parquet"))}
-    splits = load_dataset("parquet", data_files=split_files) if split_files else load_dataset(source)
+    splits = (
+        load_dataset("parquet", data_files=split_files) if split_files else load_dataset(source)
+    )
     for split, dataset in splits.items():
         if split == "train":
-            dataset = dataset.shuffle(seed=subset.get("seed", 0)).select(range(subset["num_images"]))
+            dataset = dataset.shuffle(seed=subset.get("seed", 0)).select(
+                range(subset["num_images"])
+            )
         for column, groups in subset.get("groups", {}).items():
             dataset = add_label_groups(dataset, column, groups)
         dataset.to_parquet(partial_folder / f"{split}.parquet")
     partial_folder.rename(folder)
 
 
-def add_label_groups(dataset: "Dataset", column: str, groups: Mapping[str, Sequence[str]]) -> "Dataset":
+def add_label_groups(
+    dataset: "Dataset", column: str, groups: Mapping[str, Sequence[str]]
+) -> "Dataset":
     """Return a copy of a dataset with an additional column that contains the group of each image's label."""
     from datasets import ClassLabel
 
     indices = {label: index for index, labels in enumerate(groups.values()) for label in labels}
     group_indices = [indices[dataset.features["label"].names[label]] for label in dataset["label"]]
-    return dataset.add_column(column, group_indices).cast_column(column, ClassLabel(names=list(groups)))
+    return dataset.add_column(column, group_indices).cast_column(
+        column, ClassLabel(names=list(groups))
+    )
 
 
 # Results -------------------------------------------------------------------------------------------------------------
@@ -326,7 +367,9 @@ def write_page(runner: StudyRunner, rows: "pandas.DataFrame", command: str) -> P
         "Each value is the mean over seeds with its 95% confidence interval (Student's t). "
         "Differences are paired by seed. Each finished run is evaluated once on the held-out images.\n\n"
         f"```bash\n{command}\n```\n\n"
-        + ", ".join(f"{name} {version}" for name, version in get_versions("transformers", "timm").items())
+        + ", ".join(
+            f"{name} {version}" for name, version in get_versions("transformers", "timm").items()
+        )
     )
     page_file = runner.folder / "README.md"
     page_file.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
@@ -345,7 +388,9 @@ def summarize(study: Study, rows: "pandas.DataFrame", metric: str) -> "pandas.Da
 
     factors = list(study.factors)
     prefix = metric.removesuffix("*")
-    columns = [name for name in rows.columns if name == metric or name.removeprefix(prefix).isdigit()]
+    columns = [
+        name for name in rows.columns if name == metric or name.removeprefix(prefix).isdigit()
+    ]
     long = rows.melt([*factors, "seed"], columns, "index", "value").dropna(subset="value")
     long["value"] *= 100 if study.metrics[metric].endswith("(%)") else 1
     keys = factors
@@ -353,11 +398,19 @@ def summarize(study: Study, rows: "pandas.DataFrame", metric: str) -> "pandas.Da
         index_name = study.metrics[metric].partition(" per ")[2].split(",")[0] or "index"
         long[index_name] = [str(int(name.removeprefix(prefix)) + 1) for name in long["index"]]
         keys = [*factors, index_name]
-    groups = {key: group.set_index("seed")["value"] for key, group in long.groupby(keys, sort=False)}
+    groups = {
+        key: group.set_index("seed")["value"] for key, group in long.groupby(keys, sort=False)
+    }
     summary = []
     for levels, values in groups.items():
-        baseline = tuple(study.baseline.get(key, level) for key, level in zip(keys, levels, strict=True))
-        differences = (values - groups[baseline]).dropna() if baseline in groups and baseline != levels else values[:0]
+        baseline = tuple(
+            study.baseline.get(key, level) for key, level in zip(keys, levels, strict=True)
+        )
+        differences = (
+            (values - groups[baseline]).dropna()
+            if baseline in groups and baseline != levels
+            else values[:0]
+        )
         interval = compute_mean_interval(differences) if len(differences) else (math.nan, math.nan)
         summary.append(
             dict(zip(keys, levels, strict=True))
@@ -377,9 +430,14 @@ def format_table(summary: "pandas.DataFrame") -> str:
     rows = [[*keys, "runs", "mean", "difference from the baseline"], ["---"] * (len(keys) + 3)]
     for row in summary.to_dict("records"):
         intervals = []
-        for mean, width, sign in (("mean", "half_width", ""), ("difference", "difference_half_width", "+")):
+        for mean, width, sign in (
+            ("mean", "half_width", ""),
+            ("difference", "difference_half_width", "+"),
+        ):
             text = "" if math.isnan(row[mean]) else f"{row[mean]:{sign},.{decimals}f}"
-            intervals.append(text if math.isnan(row[width]) else f"{text} ± {row[width]:,.{decimals}f}")
+            intervals.append(
+                text if math.isnan(row[width]) else f"{text} ± {row[width]:,.{decimals}f}"
+            )
         difference = "baseline" if row["is_baseline"] else intervals[1]
         rows.append([*(row[key] for key in keys), str(len(row["runs"])), intervals[0], difference])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
@@ -394,8 +452,12 @@ def run_study(runner: StudyRunner, command: str) -> list[dict[str, Any]]:
     folder.mkdir(parents=True, exist_ok=True)
     settings_file = folder / "study.json"
     study_settings = {"stages": study.stages, "factors": study.factors, "subsets": study.subsets}
-    if settings_file.exists() and read_json(settings_file) != json.loads(json.dumps(study_settings)):
-        raise ValueError(f"{folder} contains runs of a study with different flags. Set a different --output-dir")
+    if settings_file.exists() and read_json(settings_file) != json.loads(
+        json.dumps(study_settings)
+    ):
+        raise ValueError(
+            f"{folder} contains runs of a study with different flags. Set a different --output-dir"
+        )
     write_json(settings_file, study_settings)
     try:
         runner.execute()
@@ -431,13 +493,26 @@ class StudyOptions:
 
 def run(options: StudyOptions) -> None:
     """Run the study. Exit with status 1 if a run fails."""
-    words = ["python", "scripts/study.py", "--config", options.config, "--output-dir", options.output_dir]
+    words = [
+        "python",
+        "scripts/study.py",
+        "--config",
+        options.config,
+        "--output-dir",
+        options.output_dir,
+    ]
     words += ["--jobs", options.jobs, "--threads", options.threads]
     words += ["--dataset", options.dataset] if options.dataset else []
-    study, command = load_study(find_recipe(options.config)), shlex.join(map(str, words))
-    rows = run_study(StudyRunner(study, options.output_dir, options.jobs, options.threads, options.dataset), command)
+    study = load_study(find_recipe(options.config))
+    command = shlex.join(map(str, words))
+    rows = run_study(
+        StudyRunner(study, options.output_dir, options.jobs, options.threads, options.dataset),
+        command,
+    )
     if num_unfinished := sum(row["status"] != "finished" for row in rows):
-        message = f"error: {num_unfinished} of {len(rows)} runs failed. See log.txt in their folders"
+        message = (
+            f"error: {num_unfinished} of {len(rows)} runs failed. See log.txt in their folders"
+        )
         exit_with_message(message, status=1)
 
 

@@ -91,7 +91,9 @@ def draw_photos(folder: Path, num_labels: int, seed: int) -> list[Path]:
     """Return `num_labels` random photographs of each class."""
     chooser = random.Random(seed)
     classes = [sorted(each.iterdir()) for each in sorted(folder.iterdir())]
-    return [file for files in classes for file in chooser.sample(files, min(num_labels, len(files)))]
+    return [
+        file for files in classes for file in chooser.sample(files, min(num_labels, len(files)))
+    ]
 
 
 def list_photos(folder: Path) -> list[Path]:
@@ -110,7 +112,8 @@ def run_ours(options: Options, chosen: list[Path], name: str) -> dict[str, float
         (photos / file.parent.name).mkdir(parents=True, exist_ok=True)
         shutil.copy(file, photos / file.parent.name)
 
-    run, result = folder / "run", folder / "evaluation.json"
+    run = folder / "run"
+    result = folder / "evaluation.json"
     model = ["--model", options.encoder, "--dataset", photos, "--output-dir", run]
     train_seconds = run_command("finetune", *model)
     data = ["--model", run, "--dataset", options.photos / "test", "--output", result]
@@ -154,8 +157,12 @@ def compute_features(options: Options) -> Features:
 def run_peer(options: Options, chosen: list[Path], features: Features) -> dict[str, float]:
     """Fit scikit-learn's regression to the chosen photographs, and measure it on all test photographs."""
     test = list_photos(options.photos / "test")
-    labels, test_labels = (np.array([file.parent.name for file in files]) for files in (chosen, test))
-    train_features, test_features = (np.stack([features.values[file] for file in files]) for files in (chosen, test))
+    labels, test_labels = (
+        np.array([file.parent.name for file in files]) for files in (chosen, test)
+    )
+    train_features, test_features = (
+        np.stack([features.values[file] for file in files]) for files in (chosen, test)
+    )
 
     start_time = time.process_time()
     classifier = LogisticRegressionCV(Cs=STRENGTHS, cv=5, scoring="neg_log_loss", max_iter=500)
@@ -166,7 +173,10 @@ def run_peer(options: Options, chosen: list[Path], features: Features) -> dict[s
     predicted = probabilities.argmax(axis=1)
     targets = np.searchsorted(classifier.classes_, test_labels)
     error = multiclass_calibration_error(
-        torch.from_numpy(probabilities).float(), torch.from_numpy(targets), len(classifier.classes_), n_bins=15
+        torch.from_numpy(probabilities).float(),
+        torch.from_numpy(targets),
+        len(classifier.classes_),
+        n_bins=15,
     )
     return {
         "accuracy": float((predicted == targets).mean()),
@@ -180,10 +190,16 @@ def run_peer(options: Options, chosen: list[Path], features: Features) -> dict[s
 
 def format_page(rows: list[dict[str, Any]]) -> str:
     """Return the tables of the study."""
-    lines = ["| labels per class | seed | ours | scikit-learn | difference, points |", "|---:|---:|---:|---:|---:|"]
+    lines = [
+        "| labels per class | seed | ours | scikit-learn | difference, points |",
+        "|---:|---:|---:|---:|---:|",
+    ]
     for row in rows:
-        ours, peer = 100 * row["ours"]["accuracy"], 100 * row["peer"]["accuracy"]
-        lines.append(f"| {row['labels']} | {row['seed']} | {ours:.1f}% | {peer:.1f}% | {ours - peer:+.1f} |")
+        ours = 100 * row["ours"]["accuracy"]
+        peer = 100 * row["peer"]["accuracy"]
+        lines.append(
+            f"| {row['labels']} | {row['seed']} | {ours:.1f}% | {peer:.1f}% | {ours - peer:+.1f} |"
+        )
     lines += [
         "",
         "| labels per class | | accuracy | calibration error, points | CPU seconds |",
@@ -192,7 +208,10 @@ def format_page(rows: list[dict[str, Any]]) -> str:
     for num_labels in dict.fromkeys(row["labels"] for row in rows):
         for name in ("ours", "peer"):
             runs = [row[name] for row in rows if row["labels"] == num_labels]
-            means = {key: fmean(run[key] for run in runs) for key in ("accuracy", "calibration_error", "cpu_seconds")}
+            means = {
+                key: fmean(run[key] for run in runs)
+                for key in ("accuracy", "calibration_error", "cpu_seconds")
+            }
             lines.append(
                 f"| {num_labels} | {'scikit-learn' if name == 'peer' else name} | {means['accuracy']:.1%} "
                 f"| {100 * means['calibration_error']:.1f} | {means['cpu_seconds']:.0f} |"

@@ -27,7 +27,10 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 
 from modeling_vitcls import ViTCLSImageProcessor, ViTCLSModel, convert_from_timm
-from modeling_vitcls.analysis.register_neurons import add_test_time_register, compute_outlier_fraction
+from modeling_vitcls.analysis.register_neurons import (
+    add_test_time_register,
+    compute_outlier_fraction,
+)
 from modeling_vitcls.conversion.random_weights import randomize_weights
 from modeling_vitcls.export.exportable import NamedOutputsModel
 from modeling_vitcls.export.formats import write_openvino
@@ -38,17 +41,28 @@ from modeling_vitcls.model.blocks_vitcls import ViTCLSAttention
 from modeling_vitcls.model.cpu_kernels_vitcls import uninstall_cpu_kernels
 
 
-LAYER, NUM_NEURONS, SHARE = 1, 2, 0.03  # of the planted neurons; share of the patches at which a neuron is active
-ACTIVATION, NORM = 40.0, 6.0  # at these patches, on average: activation, norm written in median norms of last patches
+LAYER, NUM_NEURONS, SHARE = (
+    1,
+    2,
+    0.03,
+)  # of the planted neurons; share of the patches at which a neuron is active
+ACTIVATION, NORM = (
+    40.0,
+    6.0,
+)  # at these patches, on average: activation, norm written in median norms of last patches
 NUM_TRAIN, NUM_TEST, NUM_CALIBRATION_IMAGES = 3000, 2000, 128
 
 
 class PrefixAttention(ViTCLSAttention):
     """Attention of all tokens to the tokens and to cached keys and values [1, heads, 1, head_dim]."""
 
-    def project_qkv(self, hidden_states: Tensor, num_queries: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def project_qkv(
+        self, hidden_states: Tensor, num_queries: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value = super().project_qkv(hidden_states, num_queries)
-        cached_key, cached_value = (cached.expand(key.shape[0], -1, -1, -1) for cached in self.prefix)
+        cached_key, cached_value = (
+            cached.expand(key.shape[0], -1, -1, -1) for cached in self.prefix
+        )
         return query, torch.cat([key, cached_key], dim=2), torch.cat([value, cached_value], dim=2)
 
 
@@ -56,11 +70,20 @@ class PrefixAttention(ViTCLSAttention):
 def plant_outliers(model: Any, images: Tensor, seed: int) -> tuple[Any, list[list[int]]]:
     """Return a copy of the model with neurons that are active at patches similar to a random one, and the neurons."""
     model, first_patch, inputs = copy.deepcopy(model), model.config.token_layout.patches.start, []
-    layer, generator = model.layers[LAYER], torch.Generator().manual_seed(seed)
-    hook = layer.mlp.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0]))
-    norm = model(images, output_hidden_states=True).hidden_states[-1][:, first_patch:].norm(dim=-1).median()
+    layer = model.layers[LAYER]
+    generator = torch.Generator().manual_seed(seed)
+    hook = layer.mlp.register_forward_pre_hook(
+        lambda module, arguments: inputs.append(arguments[0])
+    )
+    norm = (
+        model(images, output_hidden_states=True)
+        .hidden_states[-1][:, first_patch:]
+        .norm(dim=-1)
+        .median()
+    )
     hook.remove()
-    special, patches = inputs[0][:, :first_patch].flatten(0, 1), inputs[0][:, first_patch:].flatten(0, 1)
+    special = inputs[0][:, :first_patch].flatten(0, 1)
+    patches = inputs[0][:, first_patch:].flatten(0, 1)
     for neuron in range(NUM_NEURONS):
         for candidate in torch.randperm(len(patches), generator=generator):
             direction = patches[candidate] - special.mean(0)
@@ -69,25 +92,33 @@ def plant_outliers(model: Any, images: Tensor, seed: int) -> tuple[Any, list[lis
             if (special @ direction).max() < threshold:  # not active at the CLS token
                 break
         scale = ACTIVATION / (values[values > threshold].mean() - threshold)
-        layer.mlp.fc1.weight[neuron], layer.mlp.fc1.bias[neuron] = scale * direction, -scale * threshold
+        layer.mlp.fc1.weight[neuron] = scale * direction
+        layer.mlp.fc1.bias[neuron] = -scale * threshold
         layer.mlp.fc2.weight[:, neuron] = 0
-        layer.mlp.fc2.weight[torch.randint(len(direction), (), generator=generator), neuron] = NORM * norm / ACTIVATION
+        layer.mlp.fc2.weight[torch.randint(len(direction), (), generator=generator), neuron] = (
+            NORM * norm / ACTIVATION
+        )
     return model, [[LAYER, neuron] for neuron in range(NUM_NEURONS)]
 
 
 @torch.no_grad()
 def build_arms(model: Any, neurons: list[list[int]], images: Tensor) -> dict[str, Any]:
     """Return the models to compare."""
-    with_register, without_neurons = add_test_time_register(model, neurons).eval(), copy.deepcopy(model)
+    with_register = add_test_time_register(model, neurons).eval()
+    without_neurons = copy.deepcopy(model)
     uninstall_cpu_kernels(with_register)
     for layer, neuron in neurons:
         without_neurons.layers[layer].mlp.fc1.weight[neuron] = 0
         without_neurons.layers[layer].mlp.fc1.bias[neuron] = 0
-    with_prefix, register = copy.deepcopy(without_neurons), with_register.config.token_layout.registers
+    with_prefix = copy.deepcopy(without_neurons)
+    register = with_register.config.token_layout.registers
     for source, target in zip(with_register.layers, with_prefix.layers, strict=True):
-        target.attention.__class__, target.attention.prefix = PrefixAttention, []
-        source.attention.recorder = lambda query, key, value, *_, target=target: target.attention.prefix.extend(
-            states[:, :, register].mean(0, keepdim=True) for states in (key, value)
+        target.attention.__class__ = PrefixAttention
+        target.attention.prefix = []
+        source.attention.recorder = lambda query, key, value, *_, target=target: (
+            target.attention.prefix.extend(
+                states[:, :, register].mean(0, keepdim=True) for states in (key, value)
+            )
         )
     with_register(images)
     for source in with_register.layers:
@@ -101,14 +132,17 @@ def simulate_int8(model: Any) -> Any:
     model = copy.deepcopy(model)
     for module in model.layers.modules():
         if isinstance(module, nn.Linear):
-            module.weight.data = round_to_int8(module.weight.data, module.weight.data.abs().amax(1, keepdim=True))
+            module.weight.data = round_to_int8(
+                module.weight.data, module.weight.data.abs().amax(1, keepdim=True)
+            )
             module.register_forward_pre_hook(round_inputs)
     return model
 
 
 def export_int8(model: Any, images: Tensor, folder: str) -> ExportedGraph:
     """Export the model to OpenVINO, and quantize it with NNCF."""
-    shape, file = select_graph_shape(model, None, dynamic=False), Path(folder, "model.xml")
+    shape = select_graph_shape(model, None, dynamic=False)
+    file = Path(folder, "model.xml")
     graph = trace_model(model, shape, torch.float32)
     write_openvino(graph, shape, list(NamedOutputsModel(model)(images[:2])), file)
     quantize_graph(file, list(images[:NUM_CALIBRATION_IMAGES].split(1)))
@@ -149,32 +183,48 @@ def main(model: Path, train: Path, test: Path, seeds: int = 3) -> None:
     processor = ViTCLSImageProcessor.from_pretrained(model)
     train_images, train_labels = load_images(train, NUM_TRAIN, processor)
     test_images, test_labels = load_images(test, NUM_TEST, processor)
-    converted = convert_from_timm(randomize_weights(timm.create_model("vit_tiny_patch16_224"))).vitcls.eval()
-    large = nn.functional.interpolate(torch.cat([train_images[:NUM_CALIBRATION_IMAGES], test_images[:64]]), 224)
+    converted = convert_from_timm(
+        randomize_weights(timm.create_model("vit_tiny_patch16_224"))
+    ).vitcls.eval()
+    large = nn.functional.interpolate(
+        torch.cat([train_images[:NUM_CALIBRATION_IMAGES], test_images[:64]]), 224
+    )
     for name, source, images, compared in (
         ("trained", encoder, train_images, test_images),
         ("converted, random", converted, large[:-64], large[-64:]),
     ):
         uninstall_cpu_kernels(source)
-        calibration, num_patches = images[:NUM_CALIBRATION_IMAGES], math.prod(source.config.grid_size)
+        calibration = images[:NUM_CALIBRATION_IMAGES]
+        num_patches = math.prod(source.config.grid_size)
         arms = {"as it is": source}
         for seed in range(seeds if source is encoder else 1):
             planted, neurons = plant_outliers(source, calibration, seed)
-            arms |= {f"{arm}, seed {seed}": each for arm, each in build_arms(planted, neurons, calibration).items()}
+            arms |= {
+                f"{arm}, seed {seed}": each
+                for arm, each in build_arms(planted, neurons, calibration).items()
+            }
         for arm, each in arms.items():
             fraction = compute_outlier_fraction(each, compared[:64])
             expected = compute_tokens(each, compared, num_patches)
             if not arm.startswith(("test-time", "neurons", "cached")):
                 planted_tokens = expected
-            simulated = compare(compute_tokens(simulate_int8(each), compared, num_patches), expected)
+            simulated = compare(
+                compute_tokens(simulate_int8(each), compared, num_patches), expected
+            )
             with tempfile.TemporaryDirectory() as folder:
                 graph = export_int8(each, calibration, folder)
                 tokens = compute_tokens(graph, compared, num_patches)
-                line = f"{name} | {arm} | {fraction:.1%} | {simulated} | {compare(tokens, expected)}"
+                line = (
+                    f"{name} | {arm} | {fraction:.1%} | {simulated} | {compare(tokens, expected)}"
+                )
                 line += f" | {compare(expected, planted_tokens)}"
-                for run, features in ((each, expected), (graph, tokens)) if source is encoder else ():
+                for run, features in (
+                    ((each, expected), (graph, tokens)) if source is encoder else ()
+                ):
                     neighbors = compute_tokens(run, images, num_patches)[:, 0]
-                    classifier = KNeighborsClassifier(20, metric="cosine").fit(neighbors, train_labels)
+                    classifier = KNeighborsClassifier(20, metric="cosine").fit(
+                        neighbors, train_labels
+                    )
                     line += f" | {classifier.score(features[:, 0], test_labels):.2%}"
             print(line, flush=True)
 

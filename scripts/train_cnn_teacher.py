@@ -68,7 +68,9 @@ def train_cnn_teacher(
 
     def prepare_split(split: LabeledImages) -> tuple[torch.Tensor, torch.Tensor]:
         images = [split.images[index].convert("RGB") for index in range(len(split))]
-        labels = torch.tensor([label_order.index(dataset_label_names[label]) for label in split.labels])
+        labels = torch.tensor(
+            [label_order.index(dataset_label_names[label]) for label in split.labels]
+        )
         return processor(images, return_tensors="pt")["pixel_values"], labels
 
     train_network(model, *prepare_split(data.train), epochs, flip)
@@ -80,7 +82,9 @@ def train_cnn_teacher(
     return (logits.argmax(-1) == labels).float().mean().item()
 
 
-def train_network(model: nn.Module, pixel_values: torch.Tensor, labels: torch.Tensor, epochs: int, flip: bool) -> None:
+def train_network(
+    model: nn.Module, pixel_values: torch.Tensor, labels: torch.Tensor, epochs: int, flip: bool
+) -> None:
     """Train a model on randomly shifted images, with AdamW and a one-cycle learning rate schedule."""
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     num_steps = epochs * (len(labels) // BATCH_SIZE)
@@ -89,9 +93,13 @@ def train_network(model: nn.Module, pixel_values: torch.Tensor, labels: torch.Te
     model.train()
     for _ in range(num_steps):
         indices = torch.randint(len(labels), (BATCH_SIZE,))
-        images = pixel_values[indices].roll(torch.randint(-max_shift, max_shift + 1, (2,)).tolist(), dims=(2, 3))
+        images = pixel_values[indices].roll(
+            torch.randint(-max_shift, max_shift + 1, (2,)).tolist(), dims=(2, 3)
+        )
         if flip:
-            images = torch.where((torch.rand(BATCH_SIZE) < 0.5)[:, None, None, None], images.flip(-1), images)
+            images = torch.where(
+                (torch.rand(BATCH_SIZE) < 0.5)[:, None, None, None], images.flip(-1), images
+            )
         loss = nn.functional.cross_entropy(model(images).logits, labels[indices])
         loss.backward()
         optimizer.step()

@@ -79,17 +79,29 @@ def train_dual_encoder(
     processor = VisionTextDualEncoderProcessor(image_processor, tokenizer)
     vision_config = ViTCLSConfig(image_size=image_size, patch_size=patch_size, **ENCODER_FIELDS)
     text_config = BertConfig(
-        vocab_size=len(tokenizer), max_position_embeddings=16, hidden_dropout_prob=0.0, **ENCODER_FIELDS
+        vocab_size=len(tokenizer),
+        max_position_embeddings=16,
+        hidden_dropout_prob=0.0,
+        **ENCODER_FIELDS,
     )
-    model = VisionTextDualEncoderModel(vision_model=ViTCLSModel(vision_config), text_model=BertModel(text_config))
+    model = VisionTextDualEncoderModel(
+        vision_model=ViTCLSModel(vision_config), text_model=BertModel(text_config)
+    )
 
     def preprocess(split: LabeledImages) -> tuple[torch.Tensor, torch.Tensor]:
         images = [split.images[index].convert("RGB") for index in range(len(split))]
-        return image_processor(images, return_tensors="pt")["pixel_values"], torch.tensor(split.labels)
+        return image_processor(images, return_tensors="pt")["pixel_values"], torch.tensor(
+            split.labels
+        )
 
     captions = [[caption.format(name) for name in class_names] for caption in TRAINING_CAPTIONS]
-    encodings = [tokenizer(texts, padding="max_length", max_length=8, return_tensors="pt") for texts in captions]
-    train_model(model, *preprocess(data.train), [dict(encoding) for encoding in encodings], epochs, flip)
+    encodings = [
+        tokenizer(texts, padding="max_length", max_length=8, return_tensors="pt")
+        for texts in captions
+    ]
+    train_model(
+        model, *preprocess(data.train), [dict(encoding) for encoding in encodings], epochs, flip
+    )
     accuracy = evaluate_model(model, *preprocess(data.held_out), processor, class_names)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -99,12 +111,18 @@ def train_dual_encoder(
 def build_tokenizer(class_names: list[str]) -> PreTrainedTokenizerFast:
     """Build a tokenizer with one token for each distinct word in the captions. A caption starts with [CLS], as in
     BERT."""
-    texts = [caption.format(name) for caption in (*TRAINING_CAPTIONS, EVALUATION_CAPTION) for name in class_names]
+    texts = [
+        caption.format(name)
+        for caption in (*TRAINING_CAPTIONS, EVALUATION_CAPTION)
+        for name in class_names
+    ]
     words = sorted({word for text in texts for word, _ in Whitespace().pre_tokenize_str(text)})
     vocabulary = {word: index for index, word in enumerate(["[PAD]", "[UNK]", "[CLS]", *words])}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = Whitespace()
-    tokenizer.post_processor = TemplateProcessing("[CLS] $A", special_tokens=[("[CLS]", vocabulary["[CLS]"])])
+    tokenizer.post_processor = TemplateProcessing(
+        "[CLS] $A", special_tokens=[("[CLS]", vocabulary["[CLS]"])]
+    )
     special_tokens = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]"}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special_tokens)
 
@@ -128,13 +146,17 @@ def train_model(
     """
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     num_steps = epochs * (len(labels) // BATCH_SIZE)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=num_steps, pct_start=0.1)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=1e-3, total_steps=num_steps, pct_start=0.1
+    )
     model.train()
     for step in range(num_steps):
         indices = torch.randint(len(labels), (BATCH_SIZE,))
         images, classes = pixel_values[indices], labels[indices]
         if flip:
-            images = torch.where((torch.rand(BATCH_SIZE) < 0.5)[:, None, None, None], images.flip(-1), images)
+            images = torch.where(
+                (torch.rand(BATCH_SIZE) < 0.5)[:, None, None, None], images.flip(-1), images
+            )
         texts = {name: values[classes] for name, values in captions[step % len(captions)].items()}
         outputs = model(pixel_values=images, **texts)
         targets = (classes[:, None] == classes).float()
@@ -163,7 +185,9 @@ def evaluate_model(
     texts = [EVALUATION_CAPTION.format(name) for name in class_names]
     tokens = processor(text=texts, padding="max_length", max_length=8, return_tensors="pt")
     num_correct = 0
-    for images, classes in zip(pixel_values.split(BATCH_SIZE), labels.split(BATCH_SIZE), strict=True):
+    for images, classes in zip(
+        pixel_values.split(BATCH_SIZE), labels.split(BATCH_SIZE), strict=True
+    ):
         logits = model(pixel_values=images, **tokens).logits_per_image
         num_correct += (logits.argmax(-1) == classes).sum().item()
     return num_correct / len(labels)

@@ -39,7 +39,9 @@ PAGE_TIMEOUT = 60_000  # timeout of expectations about a page in milliseconds; p
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))  # scripts import their siblings
 
 gc.disable()  # while the libraries are imported
-if os.environ.get("PYTEST_XDIST_WORKER") == "gw1":  # the first processes of a new environment compile different files
+if (
+    os.environ.get("PYTEST_XDIST_WORKER") == "gw1"
+):  # the first processes of a new environment compile different files
     for library in ("sympy", "scipy.signal", "pandas", "sklearn.linear_model", "matplotlib.pyplot"):
         importlib.import_module(library)
 
@@ -65,7 +67,9 @@ class GroupScheduling(LoadFileScheduling):
     def _split_scope(self, nodeid: str) -> str:
         file = super()._split_scope(nodeid)
         text = (Path(__file__).parents[1] / file).read_text(encoding="utf-8")
-        return next((name for name, words in GROUPS.items() if any(word in text for word in words)), file)
+        return next(
+            (name for name, words in GROUPS.items() if any(word in text for word in words)), file
+        )
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -102,7 +106,9 @@ def few_digits() -> Iterator[None]:
     from sklearn.utils import Bunch
 
     digits = sklearn.datasets.load_digits()
-    few = Bunch(images=digits.images[:300], target=digits.target[:300], target_names=digits.target_names)
+    few = Bunch(
+        images=digits.images[:300], target=digits.target[:300], target_names=digits.target_names
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sklearn.datasets.load_digits", lambda: few)
         yield
@@ -127,8 +133,11 @@ def enable_ctrl_c() -> None:
 def fast_verification(monkeypatch: pytest.MonkeyPatch) -> None:
     """Verify pushed models in forks that have already imported torch."""
 
-    def run(command: list[str], cwd: str, env: dict[str, str], **options: Any) -> subprocess.CompletedProcess[str]:
-        assert command[0] == sys.executable and options == {"capture_output": True, "text": True, "check": False}
+    def run(
+        command: list[str], cwd: str, env: dict[str, str], **options: Any
+    ) -> subprocess.CompletedProcess[str]:
+        assert command[0] == sys.executable
+        assert options == {"capture_output": True, "text": True, "check": False}
         return run_fresh(*command[1:], environment=env, cwd=Path(cwd))
 
     monkeypatch.setattr("modeling_vitcls.publishing.verify.subprocess", SimpleNamespace(run=run))

@@ -60,7 +60,12 @@ LIMITS: list[tuple[type, str, list[Any], list[Any]]] = [
     (TrainingOptions, "warmup label_smoothing", [0, 0.9], [-0.1, 1]),
     (TrainingOptions, "layer_decay", [None, 0.1, 1], [0, 1.1]),
     (TrainingOptions, "ema_decay", [None, 0.1, 0.9], [0, 1]),
-    (TrainingOptions, "trainable", ["full", "head", "lora", "last-12"], ["none", "last", "last-0", "last-1x"]),
+    (
+        TrainingOptions,
+        "trainable",
+        ["full", "head", "lora", "last-12"],
+        ["none", "last", "last-0", "last-1x"],
+    ),
     (DistillationOptions, "distillation_alpha", [0.1, 1], [0, 1.1]),
     (DistillationOptions, "distillation_tau", [0.1], [0]),
     (DistillationOptions, "teacher_views", [0], [-1]),
@@ -79,7 +84,12 @@ LIMITS: list[tuple[type, str, list[Any], list[Any]]] = [
     (PredictOptions, "coverage", [None, 0.1, 0.9], [0, 1]),
     (PredictOptions, "shard_size batch_size top_k num_workers", [1], [0]),
     (PredictOptions, "shard", ["1/1", "2/12"], ["0/2", "3/2", "2", "1/0"]),
-    (PredictOptions, "features", [("mean",), ("cls@10", "patches")], [("cls@0",), ("cls", "token"), ("mean@",)]),
+    (
+        PredictOptions,
+        "features",
+        [("mean",), ("cls@10", "patches")],
+        [("cls@0",), ("cls", "token"), ("mean@",)],
+    ),
     (InspectOptions, "num_images max_images batch_size", [1], [0]),
     (BenchmarkOptions, "batch_sizes", [(1,)], [(4, 0)]),
     (BenchmarkOptions, "rounds", [1], [0]),
@@ -103,19 +113,39 @@ COMBINATIONS: list[tuple[type, dict[str, Any], dict[str, Any], str]] = [
     (DataOptions, {"folds": 3, "fold": 1}, {"fold": 0}, "--fold is 0"),
     (DataOptions, {"folds": 3, "fold": 2}, {"folds": None}, "--fold is 2"),
     (DataOptions, {"exclude": Path("a.csv")}, {"streaming": True}, "--exclude"),
-    (RunOptions, {"hub_checkpoint_branch": "dev", "push_to_hub": True}, {"push_to_hub": False}, "--push-to-hub"),
+    (
+        RunOptions,
+        {"hub_checkpoint_branch": "dev", "push_to_hub": True},
+        {"push_to_hub": False},
+        "--push-to-hub",
+    ),
     (TeachersOptions, {"distill_patches": True}, {"teacher_views": 1}, "--teacher-views"),
     (EvaluateOptions, {"frozen": "knn"}, {"backend": "onnx"}, "--backend"),
     (EvaluateOptions, {"audit": Path("a.html")}, {"backend": "onnx"}, "--backend"),
     (PredictOptions, {"coverage": 0.9}, {"features": ("cls",)}, "--coverage"),
-    (PredictOptions, {"merge": Path("a"), "model": None, "paths": ()}, {"merge": None, "paths": ("a",)}, "--model"),
+    (
+        PredictOptions,
+        {"merge": Path("a"), "model": None, "paths": ()},
+        {"merge": None, "paths": ("a",)},
+        "--model",
+    ),
     (PredictOptions, {"paths": ("a",)}, {"paths": ()}, "PATHS"),
     (PredictOptions, {"paths": (), "list": Path("b")}, {"dataset": "c"}, "PATHS"),
     (PredictOptions, {"output": Path("a.JSON")}, {"output": Path("a.txt")}, "--output a.txt"),
     (PredictOptions, {"shard": "1/2"}, {"output": Path("a.csv")}, "--shard"),
     (PredictOptions, {"shard": "1/2"}, {"output": None}, "--shard"),
-    (PredictOptions, {"features": ("cls",), "output": Path("a.json")}, {"output": None}, "--features"),
-    (PredictOptions, {"features": ("cls",), "output": Path("a")}, {"output": Path("a.csv")}, "--features"),
+    (
+        PredictOptions,
+        {"features": ("cls",), "output": Path("a.json")},
+        {"output": None},
+        "--features",
+    ),
+    (
+        PredictOptions,
+        {"features": ("cls",), "output": Path("a")},
+        {"output": Path("a.csv")},
+        "--features",
+    ),
     (InspectOptions, {"paths": (), "dataset": "c"}, {"paths": ("a",)}, "PATHS"),
     (InspectOptions, {"paths": ("a",)}, {"paths": ()}, "PATHS"),
     (InspectOptions, {"output": Path("a.HTM")}, {"output": Path("a.json")}, "--output a.json"),
@@ -130,13 +160,21 @@ COMBINATIONS: list[tuple[type, dict[str, Any], dict[str, Any], str]] = [
     (ExportOptions, {"int8": True}, {"dataset": None}, "--int8"),
     (ExportOptions, {"int8": True, "exclude_layers": (1,)}, {"int8": False}, "--exclude-layers"),
     (ExportOptions, {"split": "test"}, {"dataset": None}, "--split"),
-    *((PredictOptions, {}, {name: "a"}, "--dataset") for name in ("split", "image_column", "streaming")),
-    *((InspectOptions, {}, {name: "a"}, "--dataset") for name in ("image_column", "label_column", "label_separator")),
+    *(
+        (PredictOptions, {}, {name: "a"}, "--dataset")
+        for name in ("split", "image_column", "streaming")
+    ),
+    *(
+        (InspectOptions, {}, {name: "a"}, "--dataset")
+        for name in ("image_column", "label_column", "label_separator")
+    ),
 ]
 
 
 @pytest.mark.parametrize(("kind", "accepted", "changes", "words"), COMBINATIONS)
-def test_combinations_of_flags(kind: type, accepted: dict[str, Any], changes: dict[str, Any], words: str) -> None:
+def test_combinations_of_flags(
+    kind: type, accepted: dict[str, Any], changes: dict[str, Any], words: str
+) -> None:
     kind(**REQUIRED.get(kind, {}) | accepted)
     with raises_one_line(words):
         kind(**REQUIRED.get(kind, {}) | accepted | changes)
@@ -161,7 +199,9 @@ def test_regions_of_cls_tokens() -> None:
 
 def test_specialized_layers() -> None:
     options = ModelOptions("vitcls-tiny", specialized_layers=("norm:100", "qkv:1"))
-    assert options.get_config_values() == {"specialized_layers": {"norm": list(range(100)), "qkv": [0]}}
+    assert options.get_config_values() == {
+        "specialized_layers": {"norm": list(range(100)), "qkv": [0]}
+    }
     for text in ("norm", "mlp:2", "qkv:0", "norm:1:2", "norm:1000"):
         with raises_one_line("--specialized-layers", text):
             ModelOptions("vitcls-tiny", specialized_layers=(text,))
@@ -169,10 +209,21 @@ def test_specialized_layers() -> None:
 
 def test_fields_of_the_configuration() -> None:
     assert ModelOptions("vitcls-tiny").get_config_values() == {}
-    options = ModelOptions("vitcls-tiny", num_register_tokens=0, cls_scopes=("image", "2x1"), image_size="native")
+    options = ModelOptions(
+        "vitcls-tiny", num_register_tokens=0, cls_scopes=("image", "2x1"), image_size="native"
+    )
     scopes = ["image", [2, 1, 0, 0], [2, 1, 1, 0]]
-    assert options.get_config_values() == {"num_register_tokens": 0, "cls_scopes": scopes, "num_cls_tokens": 3}
-    assert ModelOptions("m", cls_scopes=("image",), num_cls_tokens=2).get_config_values()["num_cls_tokens"] == 2
+    assert options.get_config_values() == {
+        "num_register_tokens": 0,
+        "cls_scopes": scopes,
+        "num_cls_tokens": 3,
+    }
+    assert (
+        ModelOptions("m", cls_scopes=("image",), num_cls_tokens=2).get_config_values()[
+            "num_cls_tokens"
+        ]
+        == 2
+    )
 
 
 DEFAULTS = """
@@ -208,18 +259,28 @@ def test_defaults_of_flags() -> None:
         PredictOptions("m", dataset="digits"),
         InspectOptions("m", dataset="digits"),
     ]
-    flags = [{f"{name}={value}" for name, value in to_flags(each).items() if value} for each in options]
+    flags = [
+        {f"{name}={value}" for name, value in to_flags(each).items() if value} for each in options
+    ]
     assert flags == [set(text.split()) for text in DEFAULTS.split("\n\n")]
 
 
 def test_flags_of_a_run_are_those_of_a_recipe() -> None:
     options = FinetuneOptions(
-        Path("out"), DataOptions("digits", label_column=("a", "b")), ModelOptions("vitcls-tiny"), config=Path("a.yaml")
+        Path("out"),
+        DataOptions("digits", label_column=("a", "b")),
+        ModelOptions("vitcls-tiny"),
+        config=Path("a.yaml"),
     )
     flags = to_flags(options)
     assert flags.keys() == get_flag_fields(FinetuneOptions).keys() - {"config"}
-    assert flags["output_dir"] == "out" and flags["label_column"] == ["a", "b"] and flags["model"] == "vitcls-tiny"
-    assert flags["distillation_tau"] == 3.0 and flags["flip"] is True and flags["teacher"] is None
+    assert flags["output_dir"] == "out"
+    assert flags["label_column"] == ["a", "b"]
+    assert flags["model"] == "vitcls-tiny"
+    assert flags["distillation_tau"] == 3.0
+    assert flags["flip"] is True
+    assert flags["teacher"] is None
     arguments = [to_arguments(name, flags[name]) for name in ("output_dir", "label_column", "flip")]
     assert arguments == [["--output-dir", "out"], ["--label-column", "a", "b"], ["--flip"]]
-    assert to_arguments("hub_verify", False) == ["--no-hub-verify"] and to_arguments("seed", 0) == ["--seed", "0"]
+    assert to_arguments("hub_verify", False) == ["--no-hub-verify"]
+    assert to_arguments("seed", 0) == ["--seed", "0"]

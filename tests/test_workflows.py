@@ -9,7 +9,10 @@ import yaml
 
 
 FOLDER = Path(__file__).parents[1] / ".github" / "workflows"
-WORKFLOWS = {file.stem: yaml.safe_load(file.read_text(encoding="utf-8")) for file in sorted(FOLDER.glob("*.yml"))}
+WORKFLOWS = {
+    file.stem: yaml.safe_load(file.read_text(encoding="utf-8"))
+    for file in sorted(FOLDER.glob("*.yml"))
+}
 JOBS = [
     pytest.param(job, id=f"{name}-{job_name}")
     for name, workflow in WORKFLOWS.items()
@@ -25,7 +28,11 @@ def test_actions_are_pinned_to_commits(job: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("job", JOBS)
 def test_a_checkout_keeps_no_credentials(job: dict[str, Any]) -> None:
-    checkouts = [step for step in job.get("steps", []) if step.get("uses", "").startswith("actions/checkout@")]
+    checkouts = [
+        step
+        for step in job.get("steps", [])
+        if step.get("uses", "").startswith("actions/checkout@")
+    ]
     assert all(step["with"]["persist-credentials"] is False for step in checkouts)
 
 
@@ -37,7 +44,9 @@ def test_a_workflow_may_only_read(workflow: dict[str, Any]) -> None:
 @pytest.mark.parametrize("job", JOBS)
 def test_a_job_with_more_permissions_runs_no_code_of_the_checkout(job: dict[str, Any]) -> None:
     may_write = "write" in job.get("permissions", {}).values()
-    commands = [step for step in job.get("steps", []) if "run" in step or "checkout" in step["uses"]]
+    commands = [
+        step for step in job.get("steps", []) if "run" in step or "checkout" in step["uses"]
+    ]
     assert not (may_write and commands)
 
 

@@ -40,7 +40,9 @@ from .model_utils import evaluation_mode, get_classifier_or_encoder, is_classifi
 # Callable that returns batches: pixel_values [B, C, H, W] on the model's device, and labels or None. Labels are [B, A]
 # with the columns of all tasks (see `Predictions`), or [B] if A is 1. Each call returns the same batches.
 Batches = Callable[[], Iterable[tuple[torch.Tensor, torch.Tensor | None]]]
-Watch = Callable[[Collection[Any], str], Iterable[Any]]  # (items, description) -> items, with a progress bar
+Watch = Callable[
+    [Collection[Any], str], Iterable[Any]
+]  # (items, description) -> items, with a progress bar
 Outputs = dict[str, Any]  # name of a task or a feature -> `Predictions` or `Features`
 
 MIN_IMAGES = 16  # minimum number of images required to judge an effect
@@ -89,26 +91,42 @@ class Effect:
     def limit(self) -> float | None:
         """Return the limit of the null distribution: the upper bound of its prediction interval at NULL_LEVEL, which
         accounts for rare large effects. None if there is no null distribution."""
-        return max(compute_prediction_limit(self.null_sizes, NULL_LEVEL), MIN_CHANGE) if self.null_sizes else None
+        return (
+            max(compute_prediction_limit(self.null_sizes, NULL_LEVEL), MIN_CHANGE)
+            if self.null_sizes
+            else None
+        )
 
     @property
     def is_measurable(self) -> bool:
         """Return whether the interval excludes no change: any prediction changes, or the features change by more than
         rounding errors."""
-        return self.interval[0] > MIN_CHANGE if self.changed is None else self.changed > 0 and self.size > MIN_CHANGE
+        return (
+            self.interval[0] > MIN_CHANGE
+            if self.changed is None
+            else self.changed > 0 and self.size > MIN_CHANGE
+        )
 
     @property
     def is_beyond_limit(self) -> bool:
         """Return whether the effect is measurable, and exceeds the limit of its null distribution or a random token in
         its place costs accuracy."""
         costs_accuracy = self.redraw_drop is not None and self.redraw_drop[0] > MAX_REDRAW_DROP
-        return self.is_measurable and self.limit is not None and (self.size > self.limit or costs_accuracy)
+        return (
+            self.is_measurable
+            and self.limit is not None
+            and (self.size > self.limit or costs_accuracy)
+        )
 
 
-Ablations = dict[str, dict[str, dict[str, Effect]]]  # kind -> token key or group name -> output name -> effect
+Ablations = dict[
+    str, dict[str, dict[str, Effect]]
+]  # kind -> token key or group name -> output name -> effect
 
 
-def compute_ablations(model: Any, batches: Batches, watch: Watch = lambda items, description: items) -> Ablations:
+def compute_ablations(
+    model: Any, batches: Batches, watch: Watch = lambda items, description: items
+) -> Ablations:
     """Return the effects of each special token and of each group of several tokens, with their null distributions.
 
     Args:
@@ -121,11 +139,14 @@ def compute_ablations(model: Any, batches: Batches, watch: Watch = lambda items,
         ValueError: if there are no images, or labels have the wrong shape.
     """
     model = unwrap_model(model)
-    targets, generator = get_ablation_targets(model.config.token_layout), torch.Generator().manual_seed(0)
+    targets = get_ablation_targets(model.config.token_layout)
+    generator = torch.Generator().manual_seed(0)
     ablations: Ablations = {kind: {} for kind in ABLATION_KINDS}
     if not targets:
         return ablations
-    means, before = collect_mean_states(model, batches, range(model.config.token_layout.num_prefix_tokens))
+    means, before = collect_mean_states(
+        model, batches, range(model.config.token_layout.num_prefix_tokens)
+    )
 
     def compute_effects(after: Outputs) -> dict[str, Effect]:
         return {name: compute_effect(output, after[name]) for name, output in before.items()}
@@ -138,7 +159,9 @@ def compute_ablations(model: Any, batches: Batches, watch: Watch = lambda items,
         ablations["presence"][key] = compute_effects(hidden[key])
     for keys, draws in watch(list(plan_redraws(model)), "ablating random tokens"):
         sizes: dict[tuple[str, str], list[float]] = {}  # (kind, output name) -> null distribution
-        drops: dict[tuple[str, str], list[torch.Tensor]] = {}  # (redrawn key, output name) -> drops [images] per draw
+        drops: dict[
+            tuple[str, str], list[torch.Tensor]
+        ] = {}  # (redrawn key, output name) -> drops [images] per draw
         for key in draws:
             with redraw_tokens(model, targets[key], generator):
                 redrawn_means, redrawn = collect_mean_states(model, batches, targets[key])
@@ -146,8 +169,12 @@ def compute_ablations(model: Any, batches: Batches, watch: Watch = lambda items,
                     replaced = collect_outputs(model, batches)
             for name, output in redrawn.items():
                 if isinstance(output, Predictions) and bool(output.is_known.all()):
-                    was_correct, is_correct = ((each.predicted == output.labels) for each in (before[name], output))
-                    drops.setdefault((key, name), []).append((was_correct.float() - is_correct.float()).mean(dim=1))
+                    was_correct, is_correct = (
+                        (each.predicted == output.labels) for each in (before[name], output)
+                    )
+                    drops.setdefault((key, name), []).append(
+                        (was_correct.float() - is_correct.float()).mean(dim=1)
+                    )
             # No head reads the tokens, so the outputs with hidden tokens do not depend on their embeddings.
             for kind, after in (("information", replaced), ("presence", hidden[key])):
                 for name, output in after.items():
@@ -159,8 +186,11 @@ def compute_ablations(model: Any, batches: Batches, watch: Watch = lambda items,
         }
         for (kind, name), null_sizes in sizes.items():
             for key in keys:
-                effects, drop = ablations[kind][key], intervals.get((key, name))
-                effects[name] = replace(effects[name], null_sizes=tuple(null_sizes), redraw_drop=drop)
+                effects = ablations[kind][key]
+                drop = intervals.get((key, name))
+                effects[name] = replace(
+                    effects[name], null_sizes=tuple(null_sizes), redraw_drop=drop
+                )
     return ablations
 
 
@@ -168,11 +198,15 @@ def plan_redraws(model: Any) -> Iterator[tuple[list[str], list[str]]]:
     """Yield the keys that share a null distribution, and the key that each draw redraws. The draws cycle through the
     tokens of a group. Tokens that a head reads are not redrawn."""
     layout = model.config.token_layout
-    keys, is_read = get_token_keys(layout), get_used_token_mask(model.config, is_classifier(model))
+    keys = get_token_keys(layout)
+    is_read = get_used_token_mask(model.config, is_classifier(model))
     for group, members in get_group_indices(layout).items():
         unread_keys = [keys[index] for index in members if not is_read[index]]
         if unread_keys:
-            yield unread_keys, [unread_keys[draw % len(unread_keys)] for draw in range(NUM_NULL_DRAWS)]
+            yield (
+                unread_keys,
+                [unread_keys[draw % len(unread_keys)] for draw in range(NUM_NULL_DRAWS)],
+            )
         if len(unread_keys) == len(members) > 1:
             yield [group], [group] * NUM_NULL_DRAWS
 
@@ -189,11 +223,17 @@ def feeds_head_alone(model: Any, indices: Sequence[int]) -> list[str]:
 def compute_effect(before: Any, after: Any) -> Effect:
     """Return the effect of an ablation on one output (`Predictions` or `Features`)."""
     changes = measure_changes(before, after)
-    size, (low, high) = summarize_changes(after, changes), compute_bootstrap_interval(changes.tolist())
+    size, (low, high) = (
+        summarize_changes(after, changes),
+        compute_bootstrap_interval(changes.tolist()),
+    )
     if isinstance(before, Features):
         return Effect(size, (low, high), len(before))
     is_changed = (before.predicted != after.predicted).any(dim=-1)
-    changed_low, changed_high = compute_proportion_interval(int(is_changed.sum()), len(before)) or (0.0, 1.0)
+    changed_low, changed_high = compute_proportion_interval(int(is_changed.sum()), len(before)) or (
+        0.0,
+        1.0,
+    )
     effect = Effect(
         size=size,
         interval=(low**0.5, high**0.5),
@@ -201,11 +241,18 @@ def compute_effect(before: Any, after: Any) -> Effect:
         changed=is_changed.float().mean().item(),
         changed_interval=(changed_low, changed_high),
     )
-    was_correct, is_correct = ((outputs.predicted == before.labels)[before.is_known] for outputs in (before, after))
+    was_correct, is_correct = (
+        (outputs.predicted == before.labels)[before.is_known] for outputs in (before, after)
+    )
     if not len(is_correct):
         return effect
-    num_gained, num_lost = int((is_correct & ~was_correct).sum()), int((was_correct & ~is_correct).sum())
-    p_value = stats.binomtest(num_gained, num_gained + num_lost, alternative="greater").pvalue if num_gained else 1.0
+    num_gained = int((is_correct & ~was_correct).sum())
+    num_lost = int((was_correct & ~is_correct).sum())
+    p_value = (
+        stats.binomtest(num_gained, num_gained + num_lost, alternative="greater").pvalue
+        if num_gained
+        else 1.0
+    )
     return replace(
         effect,
         accuracy_change=(num_gained - num_lost) / len(is_correct),
@@ -219,10 +266,17 @@ def measure_changes(before: Any, after: Any) -> torch.Tensor:
     images, or 1 minus the cosine similarity of the features."""
     if isinstance(before, Features):
         pairs = zip(before.vectors, after.vectors, strict=True)
-        return 1 - torch.stack([nn.functional.cosine_similarity(*pair, dim=-1).mean() for pair in pairs]).clamp(max=1)
+        return 1 - torch.stack(
+            [nn.functional.cosine_similarity(*pair, dim=-1).mean() for pair in pairs]
+        ).clamp(max=1)
     root_mean_square = before.logits.square().mean().sqrt()
     variances = (before.logits - before.logits.mean(dim=0)).square().mean(dim=1)  # [images]
-    scale = variances.mean().sqrt().clamp(min=MIN_RELATIVE_DEVIATION * root_mean_square).clamp(min=1e-12)
+    scale = (
+        variances.mean()
+        .sqrt()
+        .clamp(min=MIN_RELATIVE_DEVIATION * root_mean_square)
+        .clamp(min=1e-12)
+    )
     return (after.logits - before.logits).square().mean(dim=1) / scale.square()
 
 
@@ -238,30 +292,44 @@ def summarize_changes(output: Any, changes: torch.Tensor) -> float:
 def get_group_indices(layout: TokenLayout) -> dict[str, list[int]]:
     """Return a dict that maps each nonempty group to the sequence indices of its special tokens."""
     special_indices = range(layout.num_prefix_tokens)
-    return {name: list(special_indices[group]) for name, group in layout.items() if special_indices[group]}
+    return {
+        name: list(special_indices[group])
+        for name, group in layout.items()
+        if special_indices[group]
+    }
 
 
 def get_token_keys(layout: TokenLayout) -> list[str]:
     """Return the keys of the special tokens as in metrics.jsonl (`cls[0]`, `registers[1]`), in sequence order."""
     groups = get_group_indices(layout)
-    return [f"{group}[{index}]" for group, members in groups.items() for index in range(len(members))]
+    return [
+        f"{group}[{index}]" for group, members in groups.items() for index in range(len(members))
+    ]
 
 
 def get_ablation_targets(layout: TokenLayout) -> dict[str, list[int]]:
     """Return a dict that maps token keys, and names of groups with several tokens, to sequence indices."""
     targets = {key: [index] for index, key in enumerate(get_token_keys(layout))}
-    return targets | {name: members for name, members in get_group_indices(layout).items() if len(members) > 1}
+    return targets | {
+        name: members for name, members in get_group_indices(layout).items() if len(members) > 1
+    }
 
 
 @torch.no_grad()
-def collect_mean_states(model: Any, batches: Batches, indices: Sequence[int]) -> tuple[torch.Tensor, Outputs]:
+def collect_mean_states(
+    model: Any, batches: Batches, indices: Sequence[int]
+) -> tuple[torch.Tensor, Outputs]:
     """Return the mean states [L + 1, n, D] of the tokens at sequence indices `indices`, in double precision, and the
     outputs of the same forward passes."""
-    batch_outputs, state_sums, module = [], [], get_classifier_or_encoder(model)
+    batch_outputs = []
+    state_sums = []
+    module = get_classifier_or_encoder(model)
     with evaluation_mode(model):
         for pixel_values, labels in batches():
             outputs = module(pixel_values, output_hidden_states=True)
-            states = torch.stack([state[:, list(indices)] for state in outputs.hidden_states], dim=1)
+            states = torch.stack(
+                [state[:, list(indices)] for state in outputs.hidden_states], dim=1
+            )
             state_sums.append(states.cpu().double().sum(dim=0))
             batch_outputs.append(extract_outputs(model, outputs, labels))
     joined_outputs = join_outputs(batch_outputs)
@@ -269,15 +337,20 @@ def collect_mean_states(model: Any, batches: Batches, indices: Sequence[int]) ->
 
 
 @contextmanager
-def replace_by_means(model: Any, indices: Sequence[int], mean_states: torch.Tensor) -> Iterator[None]:
+def replace_by_means(
+    model: Any, indices: Sequence[int], mean_states: torch.Tensor
+) -> Iterator[None]:
     """Replace the states of the tokens at sequence indices `indices` with `mean_states` [L + 1, n, D], after the
     embeddings and after each layer. The last layer is included only if the head uses one of the tokens."""
-    encoder, is_used_by_head = model.base_model, get_used_token_mask(model.config, is_classifier(model))
+    encoder = model.base_model
+    is_used_by_head = get_used_token_mask(model.config, is_classifier(model))
     modules = [encoder.embeddings, *encoder.layers]
     if not any(is_used_by_head[min(index, len(is_used_by_head) - 1)] for index in indices):
         modules.pop()  # a hook on the last layer would make the layer compute all tokens
     with ExitStack() as hooks:
-        hooks.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code does not call hooks
+        hooks.enter_context(
+            torch.compiler.set_stance("force_eager")
+        )  # compiled code does not call hooks
         for module, means in zip(modules, mean_states, strict=False):
             hooks.enter_context(replace_tokens(module, indices, means))
         yield
@@ -286,24 +359,33 @@ def replace_by_means(model: Any, indices: Sequence[int], mean_states: torch.Tens
 @contextmanager
 def redraw_tokens(model: Any, indices: Sequence[int], generator: torch.Generator) -> Iterator[None]:
     """Replace the embeddings of the tokens at sequence indices `indices` with random vectors of the same norms."""
-    directions = nn.functional.normalize(torch.randn(len(indices), model.config.hidden_size, generator=generator))
+    directions = nn.functional.normalize(
+        torch.randn(len(indices), model.config.hidden_size, generator=generator)
+    )
 
     def redraw(tokens: torch.Tensor) -> torch.Tensor:
         return tokens.norm(dim=-1, keepdim=True) * directions.to(tokens)
 
-    with torch.compiler.set_stance("force_eager"), replace_tokens(model.base_model.embeddings, indices, redraw):
+    with (
+        torch.compiler.set_stance("force_eager"),
+        replace_tokens(model.base_model.embeddings, indices, redraw),
+    ):
         yield
 
 
 def replace_tokens(
-    module: nn.Module, indices: Sequence[int], new_tokens: torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
+    module: nn.Module,
+    indices: Sequence[int],
+    new_tokens: torch.Tensor | Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.utils.hooks.RemovableHandle:
     """Replace the tokens at sequence indices `indices` in the output of a module until the returned handle is removed.
     `new_tokens` is a tensor [n, D], or a function that maps the old tokens [B, n, D] to the new tokens."""
 
     def hook(module: nn.Module, args: tuple, hidden_states: torch.Tensor) -> torch.Tensor:
         new_states = hidden_states.clone()  # [B, N, D]
-        replacements = new_tokens(new_states[:, list(indices)]) if callable(new_tokens) else new_tokens
+        replacements = (
+            new_tokens(new_states[:, list(indices)]) if callable(new_tokens) else new_tokens
+        )
         new_states[:, list(indices)] = replacements.to(hidden_states)
         return new_states
 
@@ -318,7 +400,9 @@ class Predictions:
     """Predictions of one task for all images."""
 
     logits: torch.Tensor  # [images, labels]
-    predicted: torch.Tensor  # [images, 1], class indices; [images, labels] with values 0 or 1 for a multi-label model
+    predicted: (
+        torch.Tensor
+    )  # [images, 1], class indices; [images, labels] with values 0 or 1 for a multi-label model
     labels: torch.Tensor  # same shape as `predicted`; IGNORED_LABEL if unknown
 
     def __len__(self) -> int:
@@ -337,7 +421,9 @@ class Predictions:
     def compute_chance(self) -> float:
         """Return the accuracy of predicting the most frequent label of each column."""
         columns = [column[column != IGNORED_LABEL] for column in self.labels.unbind(dim=1)]
-        counts = [column.unique(return_counts=True)[1].max().item() for column in columns if len(column)]
+        counts = [
+            column.unique(return_counts=True)[1].max().item() for column in columns if len(column)
+        ]
         return sum(counts) / sum(map(len, columns))
 
     def is_better_than_chance(self) -> bool | None:
@@ -345,7 +431,8 @@ class Predictions:
         accuracy = self.compute_accuracy()
         if accuracy is None:
             return None
-        chance, num_known_images = self.compute_chance(), int(self.is_known.any(dim=1).sum())
+        chance = self.compute_chance()
+        num_known_images = int(self.is_known.any(dim=1).sum())
         return accuracy > chance + 2 * math.sqrt(chance * (1 - chance) / num_known_images)
 
 
@@ -363,11 +450,16 @@ class Features:
 def collect_outputs(model: Any, batches: Batches, hidden_indices: Sequence[int] = ()) -> Outputs:
     """Return the outputs for all images, on the CPU. The tokens at the sequence indices `hidden_indices` are hidden
     from attention."""
-    batch_outputs, module = [], get_classifier_or_encoder(model)
+    batch_outputs = []
+    module = get_classifier_or_encoder(model)
     with evaluation_mode(model):
         for pixel_values, labels in batches():
-            mask = build_hiding_mask(model, pixel_values, hidden_indices) if hidden_indices else None
-            batch_outputs.append(extract_outputs(model, module(pixel_values, attention_mask=mask), labels))
+            mask = (
+                build_hiding_mask(model, pixel_values, hidden_indices) if hidden_indices else None
+            )
+            batch_outputs.append(
+                extract_outputs(model, module(pixel_values, attention_mask=mask), labels)
+            )
     return join_outputs(batch_outputs)
 
 
@@ -389,9 +481,15 @@ def extract_outputs(model: Any, outputs: Any, labels: torch.Tensor | None = None
         else:
             features["mean of patches"] = states[:, layout.patches].mean(dim=1, keepdim=True)
         features["patches"] = states[:, layout.patches]
-        return {name: Features(list(rows.float().cpu())) for name, rows in features.items() if rows.shape[1]}
+        return {
+            name: Features(list(rows.float().cpu()))
+            for name, rows in features.items()
+            if rows.shape[1]
+        }
     logits_by_task = outputs.logits if isinstance(outputs.logits, dict) else {"": outputs.logits}
-    predicted = {task: predict_labels(logits, config).cpu() for task, logits in logits_by_task.items()}
+    predicted = {
+        task: predict_labels(logits, config).cpu() for task, logits in logits_by_task.items()
+    }
     shape = torch.cat(list(predicted.values()), dim=1).shape
     labels = torch.full(shape, IGNORED_LABEL) if labels is None else labels.cpu()
     if len(labels) != shape[0] or labels.numel() != shape.numel():
@@ -399,7 +497,9 @@ def extract_outputs(model: Any, outputs: Any, labels: torch.Tensor | None = None
             f"The predictions have shape {list(shape)} [images, labels per image], but the labels have shape "
             f"{list(labels.shape)}. Pass one label per prediction."
         )
-    label_columns = labels.view(shape).split([columns.shape[1] for columns in predicted.values()], dim=1)
+    label_columns = labels.view(shape).split(
+        [columns.shape[1] for columns in predicted.values()], dim=1
+    )
     return {
         task: Predictions(logits.float().cpu(), predicted[task], columns)
         for (task, logits), columns in zip(logits_by_task.items(), label_columns, strict=True)
@@ -409,7 +509,9 @@ def extract_outputs(model: Any, outputs: Any, labels: torch.Tensor | None = None
 def join_outputs(batches: Sequence[Outputs]) -> Outputs:
     """Return the outputs of all batches. Raise ValueError if there are no batches."""
     if not batches:
-        raise ValueError("Ablation requires at least one image, but there are no images. Pass one or more images.")
+        raise ValueError(
+            "Ablation requires at least one image, but there are no images. Pass one or more images."
+        )
     joined: Outputs = {}
     for name, first in batches[0].items():
         if isinstance(first, Features):
@@ -425,7 +527,9 @@ def count_images(outputs: Outputs) -> int:
     return len(next(iter(outputs.values())))
 
 
-def build_hiding_mask(model: Any, pixel_values: torch.Tensor, hidden_indices: Sequence[int]) -> torch.Tensor:
+def build_hiding_mask(
+    model: Any, pixel_values: torch.Tensor, hidden_indices: Sequence[int]
+) -> torch.Tensor:
     """Return an attention mask [B, N] that hides the tokens at sequence indices `hidden_indices` from all tokens."""
     shape = len(pixel_values), count_tokens(model, pixel_values)
     mask = torch.ones(shape, dtype=torch.long, device=pixel_values.device)

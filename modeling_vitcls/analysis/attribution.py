@@ -23,7 +23,11 @@ from typing import Any
 import torch
 
 from ..model.configuration_vitcls import ViTCLSConfig
-from ..model.token_attention_vitcls import compute_attention_rows, record_attention, select_mask_rows
+from ..model.token_attention_vitcls import (
+    compute_attention_rows,
+    record_attention,
+    select_mask_rows,
+)
 from .model_utils import evaluation_mode, unwrap_model
 
 
@@ -41,12 +45,17 @@ class RecordedLayer:
     def compute_weights(self, num_rows: int | None = None) -> torch.Tensor:
         """Return the maps [B, maps, N, N] of eager attention, or only the rows of the first `num_rows` tokens. Maps
         are computed in float32, so that rows sum to 1 for half-precision models too."""
-        query, key = self.query[:, :, :num_rows].float(), self.key.float()
-        return compute_attention_rows(query, key, select_mask_rows(self.mask, query, key), self.scaling)
+        query = self.query[:, :, :num_rows].float()
+        key = self.key.float()
+        return compute_attention_rows(
+            query, key, select_mask_rows(self.mask, query, key), self.scaling
+        )
 
 
 @contextmanager
-def process_attention_layers(model: Any, process_layer: Callable[[RecordedLayer], None]) -> Iterator[None]:
+def process_attention_layers(
+    model: Any, process_layer: Callable[[RecordedLayer], None]
+) -> Iterator[None]:
     """Call `process_layer` with the attention of each layer, including all tokens of the last layer, during forward
     passes inside the block."""
     encoder = unwrap_model(model).base_model
@@ -80,12 +89,17 @@ def average_heads(weights: torch.Tensor, attention: Any) -> torch.Tensor:
     first_maps, second_maps = weights.unflatten(1, (-1, 2)).unbind(dim=2)  # [B, heads, N, N] each
     positive_weights = (first_maps - attention.lambda_full.float() * second_maps).clamp(min=0)
     row_sums = positive_weights.sum(dim=-1, keepdim=True)
-    identity = torch.eye(weights.shape[-1], device=weights.device)  # replaces rows without positive weights
+    identity = torch.eye(
+        weights.shape[-1], device=weights.device
+    )  # replaces rows without positive weights
     return torch.where(row_sums > 0, positive_weights / row_sums, identity).mean(dim=1)
 
 
 def compute_attribution(
-    model: Any, pixel_values: torch.Tensor, target: torch.Tensor | int | None = None, task: str | None = None
+    model: Any,
+    pixel_values: torch.Tensor,
+    target: torch.Tensor | int | None = None,
+    task: str | None = None,
 ) -> torch.Tensor:
     """Return the attribution of a class to each token: attention weighted by its gradient (Chefer et al. 2021, arXiv
     2103.15679, equations 5 and 6). The attribution starts from the tokens that the head uses.
@@ -102,7 +116,9 @@ def compute_attribution(
     Returns:
         Nonnegative tensor [B, key]. Values have no unit and are comparable only within an image.
     """
-    return trace_attention(model, pixel_values, needs_gradients=True).compute_attribution(target, task)
+    return trace_attention(model, pixel_values, needs_gradients=True).compute_attribution(
+        target, task
+    )
 
 
 @dataclass(frozen=True)
@@ -113,55 +129,88 @@ class AttentionTrace:
     outputs: Any  # outputs of the model, with hidden states
     layers: list[RecordedLayer]
     attention_modules: list[Any]  # one per layer
-    read_tokens: dict[int, Any]  # layer -> tokens [B, n, D] that the heads read; the last layer may be None (backbone)
+    read_tokens: dict[
+        int, Any
+    ]  # layer -> tokens [B, n, D] that the heads read; the last layer may be None (backbone)
 
     @torch.no_grad()
     def compute_token_attention(self) -> torch.Tensor:
         """Return the attention of the special tokens [B, L, maps, S, N], as in `model.token_attention`."""
         num_special_tokens = self.config.token_layout.num_prefix_tokens
-        return torch.stack([layer.compute_weights(num_special_tokens) for layer in self.layers], dim=1)
+        return torch.stack(
+            [layer.compute_weights(num_special_tokens) for layer in self.layers], dim=1
+        )
 
     @torch.no_grad()
     def compute_rollout(self) -> torch.Tensor:
         """Return the attention rollout [B, S, N] (`compute_attention_rollout`)."""
         query = self.layers[-1].query
         identity = torch.eye(query.shape[2], device=query.device)
-        rollout = identity[: self.config.token_layout.num_prefix_tokens].expand(len(query), -1, -1)  # [B, S, N]
-        for layer, attention in zip(reversed(self.layers), reversed(self.attention_modules), strict=True):
-            rollout = 0.5 * rollout + 0.5 * rollout @ average_heads(layer.compute_weights(), attention)
+        rollout = identity[: self.config.token_layout.num_prefix_tokens].expand(
+            len(query), -1, -1
+        )  # [B, S, N]
+        for layer, attention in zip(
+            reversed(self.layers), reversed(self.attention_modules), strict=True
+        ):
+            rollout = 0.5 * rollout + 0.5 * rollout @ average_heads(
+                layer.compute_weights(), attention
+            )
         return rollout
 
-    def compute_attribution(self, target: torch.Tensor | int | None = None, task: str | None = None) -> torch.Tensor:
+    def compute_attribution(
+        self, target: torch.Tensor | int | None = None, task: str | None = None
+    ) -> torch.Tensor:
         """Return the attribution [B, N] of a class (`compute_attribution`). The trace must be recorded with
         `needs_gradients=True`."""
         attention_outputs = [layer.attention_output for layer in self.layers]
         with torch.inference_mode(False), torch.enable_grad():
             logits = select_logits(self.outputs, target, task)  # [B]
             gradients = torch.autograd.grad(
-                logits.sum(), [*attention_outputs, *self.read_tokens.values()], retain_graph=True, allow_unused=True
+                logits.sum(),
+                [*attention_outputs, *self.read_tokens.values()],
+                retain_graph=True,
+                allow_unused=True,
             )  # None for layers above the last layer that the head reads
         token_gradients = dict(zip(self.read_tokens, gradients[len(self.layers) :], strict=True))
         with torch.no_grad():
-            relevance = start_weights = attention_outputs[0].new_zeros(1, 1, self.layers[0].key.shape[2]).float()
+            relevance = start_weights = (
+                attention_outputs[0].new_zeros(1, 1, self.layers[0].key.shape[2]).float()
+            )
             for index in range(len(self.layers), 0, -1):
                 layer, gradient = self.layers[index - 1], gradients[index - 1]
                 if token_gradients.get(index) is not None:
-                    layer_weights = compute_start_weights(token_gradients[index], self.config, relevance.shape[-1])
-                    relevance, start_weights = relevance + layer_weights, start_weights + layer_weights  # [B, 1, N]
+                    layer_weights = compute_start_weights(
+                        token_gradients[index], self.config, relevance.shape[-1]
+                    )
+                    relevance = relevance + layer_weights
+                    start_weights = start_weights + layer_weights  # [B, 1, N]
                 if gradient is not None:
-                    map_gradient = gradient.transpose(1, 2) @ layer.value.transpose(2, 3)  # [B, maps, N, N]
+                    map_gradient = gradient.transpose(1, 2) @ layer.value.transpose(
+                        2, 3
+                    )  # [B, maps, N, N]
                     weighted_map = (map_gradient * layer.compute_weights()).clamp(min=0).mean(dim=1)
                     relevance = relevance + relevance @ weighted_map
-            return (relevance - start_weights).squeeze(1)  # the start weights do not depend on attention
+            return (relevance - start_weights).squeeze(
+                1
+            )  # the start weights do not depend on attention
 
 
-def trace_attention(model: Any, pixel_values: torch.Tensor, needs_gradients: bool = False) -> AttentionTrace:
+def trace_attention(
+    model: Any, pixel_values: torch.Tensor, needs_gradients: bool = False
+) -> AttentionTrace:
     """Run the model on images [B, C, H, W] in evaluation mode, and record the attention of all layers."""
     model = unwrap_model(model)
     encoder_outputs: list[Any] = []
     layers: list[RecordedLayer] = []
-    hook = model.base_model.register_forward_hook(lambda _, args, output: encoder_outputs.append(output))
-    with hook, torch.inference_mode(False), torch.set_grad_enabled(needs_gradients), evaluation_mode(model):
+    hook = model.base_model.register_forward_hook(
+        lambda _, args, output: encoder_outputs.append(output)
+    )
+    with (
+        hook,
+        torch.inference_mode(False),
+        torch.set_grad_enabled(needs_gradients),
+        evaluation_mode(model),
+    ):
         # Pixels that require gradients make attention part of the autograd graph even if all weights are frozen.
         inputs = pixel_values.detach().clone().requires_grad_(needs_gradients)
         with process_attention_layers(model, layers.append):
@@ -176,7 +225,9 @@ def trace_attention(model: Any, pixel_values: torch.Tensor, needs_gradients: boo
     return AttentionTrace(model.config, outputs, layers, attention_modules, read_tokens)
 
 
-def select_logits(outputs: Any, target: torch.Tensor | int | None, task: str | None) -> torch.Tensor:
+def select_logits(
+    outputs: Any, target: torch.Tensor | int | None, task: str | None
+) -> torch.Tensor:
     """Return the logit [B] of each image's target class, or of its predicted class if `target` is None. `task` is
     the name of a task for a multi-task model, and None for any other model."""
     logits = outputs.logits if task is None else outputs.logits[task]
@@ -186,7 +237,9 @@ def select_logits(outputs: Any, target: torch.Tensor | int | None, task: str | N
     return logits.gather(1, classes[:, None]).squeeze(1)
 
 
-def compute_start_weights(gradient: torch.Tensor, config: ViTCLSConfig, num_tokens: int) -> torch.Tensor:
+def compute_start_weights(
+    gradient: torch.Tensor, config: ViTCLSConfig, num_tokens: int
+) -> torch.Tensor:
     """Return the start weight [B, 1, N] of each token: 1 for a special token that the head uses, 1 in total for all
     patches that the head uses, and 0 for other tokens. The head uses tokens with a nonzero `gradient` [B, n, D], in
     which the tokens after the first n may be missing."""

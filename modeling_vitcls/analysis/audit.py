@@ -92,7 +92,9 @@ def audit_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     assert options.audit is not None
     for file in (options.audit, options.audit.with_suffix(".csv")):
         if file.exists() and not options.overwrite:
-            raise ValueError(f"{file} exists, and may have been edited. Set --overwrite, or another --audit")
+            raise ValueError(
+                f"{file} exists, and may have been edited. Set --overwrite, or another --audit"
+            )
     images, num_unreadable, console = load_audited_images(options)
     audit = audit_dataset(images)
     title = f"Audit of {Path(options.data.dataset).name}"
@@ -100,13 +102,20 @@ def audit_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     counts = {issue: len(rows) for issue, rows in audit.items()}
     across = count_pairs_across_splits(audit)
     if across:
-        console.print(f"WARNING: {across} pairs of near duplicates are in different splits", style="bold yellow")
+        console.print(
+            f"WARNING: {across} pairs of near duplicates are in different splits",
+            style="bold yellow",
+        )
     console.print(
         f"{len(images.ids):,} images: {counts['duplicate']} near duplicates, {counts['label']} likely label errors, "
         f"{counts['outlier']} outliers, {counts['overlap']} pairs of classes that overlap"
     )
     console.print(f"saved {options.audit} and {csv_file.name}", markup=False)
-    return counts | {"across_splits": across, "num_images": len(images.ids), "num_unreadable_images": num_unreadable}
+    return counts | {
+        "across_splits": across,
+        "num_images": len(images.ids),
+        "num_unreadable_images": num_unreadable,
+    }
 
 
 def load_audited_images(options: EvaluateOptions) -> tuple[AuditedImages, int, Console]:
@@ -118,7 +127,9 @@ def load_audited_images(options: EvaluateOptions) -> tuple[AuditedImages, int, C
     source = str(folds[0].parent) if folds else options.model
     model, processor = load_model(source, use_head=options.frozen is None, fit=options.fit)
     if options.frozen is None and not getattr(model.config, "num_labels", 0):
-        raise ValueError("--audit requires a classifier, but the model has none. Set --frozen logreg")
+        raise ValueError(
+            "--audit requires a classifier, but the model has none. Set --frozen logreg"
+        )
     accelerator, console, warn = set_up_evaluation(options)
     if precision := announce_precision(accelerator, options.mixed_precision, source, "torch"):
         console.print(precision, markup=False)
@@ -126,14 +137,23 @@ def load_audited_images(options: EvaluateOptions) -> tuple[AuditedImages, int, C
     arguments = (options.data, options.batch_size, accelerator, model.config.num_channels, warn)
     record = None
     if not folds:
-        record = read_held_out_record(resolve_checkpoint(options.model, [*MODEL_FILE_PATTERNS, RESULTS_FILE]))
-    data = load_splits(options.data, select=list if folds else partial(choose_audited_splits, options))
+        record = read_held_out_record(
+            resolve_checkpoint(options.model, [*MODEL_FILE_PATTERNS, RESULTS_FILE])
+        )
+    data = load_splits(
+        options.data, select=list if folds else partial(choose_audited_splits, options)
+    )
     label_space = data.label_space
     if options.frozen:
         check_class_sizes(label_space, data.images_by_split.values())
-    model_space, num_unreadable = get_label_space(model.config), 0
+    model_space = get_label_space(model.config)
+    num_unreadable = 0
     audited_space = label_space if options.frozen else model_space
-    ids, split_names, labels, features, pixels = [], [], [], [], []
+    ids = []
+    split_names = []
+    labels = []
+    features = []
+    pixels = []
     logits: list[np.ndarray] = []
     for split, all_images in data.images_by_split.items():
         images = draw(all_images, options.max_images, options.data)
@@ -147,11 +167,15 @@ def load_audited_images(options: EvaluateOptions) -> tuple[AuditedImages, int, C
             is_evaluated, part = find_evaluated_images(images, record, options.data, data.name)
             is_training_split = split != list(data.images_by_split)[-1]
             if is_training_split and record is not None and record.training_images is None:
-                is_evaluated[:] = False  # the record does not tell which of the images training used
+                is_evaluated[:] = (
+                    False  # the record does not tell which of the images training used
+                )
             split_logits = np.full((len(images), len(model_space.names)), np.nan)
             if is_evaluated.any():  # an image that the model was trained on has no probabilities
                 evaluated = np.flatnonzero(is_evaluated)
-                classifier = Evaluator(images.select(evaluated.tolist()), processor, model_space, *arguments)
+                classifier = Evaluator(
+                    images.select(evaluated.tolist()), processor, model_space, *arguments
+                )
                 classifier.keep_logits = True
                 classifier(model, console)
                 split_logits[evaluated[[row.index for row in classifier.rows]]] = [
@@ -160,7 +184,8 @@ def load_audited_images(options: EvaluateOptions) -> tuple[AuditedImages, int, C
             logits.append(split_logits[[row.index for row in evaluator.rows]])
             num_evaluated = int(is_evaluated.sum())
             console.print(
-                f"labels checked: {num_evaluated:,} images of split {split!r} ({part.describe()})", markup=False
+                f"labels checked: {num_evaluated:,} images of split {split!r} ({part.describe()})",
+                markup=False,
             )
         tokens = output["features"]  # special tokens and the mean of the patches
         vectors = np.concatenate([tokens[:, model.config.token_layout.cls], tokens[:, -1:]], axis=1)
@@ -170,7 +195,8 @@ def load_audited_images(options: EvaluateOptions) -> tuple[AuditedImages, int, C
         split_names += [split] * len(vectors)
         pixels += [make_thumbnail(images.images[row.index]) for row in evaluator.rows]
         num_unreadable += output["num_unreadable_images"]
-    all_features, all_labels = np.concatenate(features), np.concatenate(labels)
+    all_features = np.concatenate(features)
+    all_labels = np.concatenate(labels)
     if folds:
         probabilities = read_fold_probabilities(folds, ids, len(model_space.names))
     elif options.frozen is None:
@@ -184,7 +210,9 @@ def load_audited_images(options: EvaluateOptions) -> tuple[AuditedImages, int, C
                 classifier, all_features, all_labels, cv=NUM_FOLDS, method="predict_proba"
             )
     names = audited_space.names
-    audited = AuditedImages(ids, split_names, all_labels, probabilities, all_features, np.stack(pixels), names)
+    audited = AuditedImages(
+        ids, split_names, all_labels, probabilities, all_features, np.stack(pixels), names
+    )
     return audited, num_unreadable, console
 
 
@@ -217,7 +245,9 @@ def read_fold_probabilities(files: list[Path], ids: Sequence[str], num_labels: i
 
 def make_thumbnail(image: Image.Image) -> np.ndarray:
     """Return the image at the size for comparisons and for the page."""
-    return np.asarray(image.convert("RGB").resize((THUMBNAIL_SIZE, THUMBNAIL_SIZE), Image.Resampling.BOX))
+    return np.asarray(
+        image.convert("RGB").resize((THUMBNAIL_SIZE, THUMBNAIL_SIZE), Image.Resampling.BOX)
+    )
 
 
 def audit_dataset(images: AuditedImages) -> dict[str, pd.DataFrame]:
@@ -249,7 +279,9 @@ def find_label_errors(images: AuditedImages) -> pd.DataFrame:
     order = np.argsort(scores, kind="stable")
     order = order[is_issue[order]]
     rows = build_rows(images, known[order], scores[order])
-    return rows.assign(suggested=[images.names[index] for index in probabilities[order].argmax(axis=1)])
+    return rows.assign(
+        suggested=[images.names[index] for index in probabilities[order].argmax(axis=1)]
+    )
 
 
 def find_outliers(images: AuditedImages) -> pd.DataFrame:
@@ -266,22 +298,29 @@ def find_class_overlap(images: AuditedImages) -> pd.DataFrame:
     from cleanlab.dataset import find_overlapping_classes
 
     known = np.isfinite(images.probabilities).all(axis=1)
-    table = find_overlapping_classes(images.labels[known], images.probabilities[known], class_names=images.names)
+    table = find_overlapping_classes(
+        images.labels[known], images.probabilities[known], class_names=images.names
+    )
     return table[table["Num Overlapping Examples"] > 0]
 
 
 def find_near_duplicates(images: AuditedImages) -> pd.DataFrame:
     """Return pairs of images with the same content. Pairs across splits come first."""
-    colors, num_images = images.pixels.astype(np.float32), len(images.pixels)
-    pixels, mirrored = standardize(colors), standardize(colors[:, :, ::-1])
+    colors = images.pixels.astype(np.float32)
+    num_images = len(images.pixels)
+    pixels = standardize(colors)
+    mirrored = standardize(colors[:, :, ::-1])
     cell = THUMBNAIL_SIZE // 8
     cells = colors.reshape(num_images, 8, cell, 8, cell, 3).mean(axis=(2, 4))  # [N, 8, 8, 3]
-    coarse, coarse_mirrored = standardize(cells), standardize(cells[:, :, ::-1])
+    coarse = standardize(cells)
+    coarse_mirrored = standardize(cells[:, :, ::-1])
     num_neighbors = min(NUM_NEIGHBORS + 1, num_images)  # including the image itself
     searches = ((images.features, images.features), (coarse, coarse), (coarse_mirrored, coarse))
     all_neighbors = np.hstack(
         [
-            NearestNeighbors(n_neighbors=num_neighbors, metric="cosine").fit(vectors).kneighbors(queries)[1]
+            NearestNeighbors(n_neighbors=num_neighbors, metric="cosine")
+            .fit(vectors)
+            .kneighbors(queries)[1]
             for queries, vectors in searches
         ]
     )  # [N, K]
@@ -292,7 +331,8 @@ def find_near_duplicates(images: AuditedImages) -> pd.DataFrame:
         rows = np.arange(start, start + len(neighbors))
         candidates = pixels[neighbors]  # [B, K, P]
         agreement = np.maximum(
-            np.einsum("bp,bkp->bk", pixels[rows], candidates), np.einsum("bp,bkp->bk", mirrored[rows], candidates)
+            np.einsum("bp,bkp->bk", pixels[rows], candidates),
+            np.einsum("bp,bkp->bk", mirrored[rows], candidates),
         )
         agreement[neighbors == rows[:, None]] = -1
         closest[rows] = (1 - agreement).min(axis=1)
@@ -303,7 +343,11 @@ def find_near_duplicates(images: AuditedImages) -> pd.DataFrame:
     # An identical image is a duplicate even if most images of the dataset have one.
     found = [(pair, distance) for pair, distance in pairs.items() if distance <= max(limit, 1e-5)]
     found.sort(key=lambda item: (images.splits[item[0][0]] == images.splits[item[0][1]], item[1]))
-    rows = build_rows(images, np.array([pair[0] for pair, _ in found], int), np.array([d for _, d in found], float))
+    rows = build_rows(
+        images,
+        np.array([pair[0] for pair, _ in found], int),
+        np.array([d for _, d in found], float),
+    )
     others = [pair[1] for pair, _ in found]
     return rows.assign(
         other=[images.ids[index] for index in others],
@@ -332,15 +376,21 @@ def build_rows(images: AuditedImages, indices: np.ndarray, scores: np.ndarray) -
     )
 
 
-def write_audit(audit: dict[str, pd.DataFrame], images: AuditedImages, page: Path, title: str) -> Path:
+def write_audit(
+    audit: dict[str, pd.DataFrame], images: AuditedImages, page: Path, title: str
+) -> Path:
     """Write the page, and a CSV file with one row per issue to the same folder. Return the path of the file. Texts in
     the table are escaped, because labels and file names may be formulas of a spreadsheet."""
     tables = {issue: rows for issue, rows in audit.items() if issue != "overlap"}
     table = pd.concat(tables, names=["issue", None]).drop(columns=["row", "other_row"])
     page.parent.mkdir(parents=True, exist_ok=True)
     csv_file = page.with_suffix(".csv")
-    table = table.reset_index("issue").map(lambda value: escape_csv_cell(value) if isinstance(value, str) else value)
-    environment = Environment(loader=PackageLoader("modeling_vitcls.analysis", "."), autoescape=True)
+    table = table.reset_index("issue").map(
+        lambda value: escape_csv_cell(value) if isinstance(value, str) else value
+    )
+    environment = Environment(
+        loader=PackageLoader("modeling_vitcls.analysis", "."), autoescape=True
+    )
     shown = {issue: rows.head(MAX_SHOWN).to_dict("records") for issue, rows in audit.items()}
     html = environment.get_template("audit.html.j2").render(
         title=title,

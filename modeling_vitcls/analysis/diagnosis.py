@@ -44,22 +44,38 @@ from .token_statistics import Findings
 Rating = Literal["good", "neutral", "doubtful", "bad"]
 
 MIN_IMAGE_VARIATION = 1e-3  # minimum variation of a token whose state depends on the image
-MIN_IDENTICAL_SIMILARITY = 0.999  # minimum cosine similarity between tokens that are considered identical
-MAX_IDENTICAL_DISTANCE = 0.01  # maximum distance between identical tokens, relative to their variation over images
-MAX_MAP_DISTANCE = 0.1  # maximum distance between equal maps, relative to their distance from uniform attention
-MIN_SELECTIVITY, MIN_MAP_VARIATION = 0.2, 0.1  # limits of `map_selectivity` and `map_variation` of equal maps
-MIN_PATCH_MASS = 0.01  # minimum fraction of attention to patches of a token that is not cut off from the patches
-MAX_NORM_RATIO = 3.0  # maximum norm of a token's embedding, as a multiple of the median norm of embedded patches
+MIN_IDENTICAL_SIMILARITY = (
+    0.999  # minimum cosine similarity between tokens that are considered identical
+)
+MAX_IDENTICAL_DISTANCE = (
+    0.01  # maximum distance between identical tokens, relative to their variation over images
+)
+MAX_MAP_DISTANCE = (
+    0.1  # maximum distance between equal maps, relative to their distance from uniform attention
+)
+MIN_SELECTIVITY, MIN_MAP_VARIATION = (
+    0.2,
+    0.1,
+)  # limits of `map_selectivity` and `map_variation` of equal maps
+MIN_PATCH_MASS = (
+    0.01  # minimum fraction of attention to patches of a token that is not cut off from the patches
+)
+MAX_NORM_RATIO = (
+    3.0  # maximum norm of a token's embedding, as a multiple of the median norm of embedded patches
+)
 # Maximum cosine similarity between the embedding and the last state of a token that the layers change.
 MAX_EMBEDDING_SIMILARITY = 0.8
 ROUNDING_ERROR = 1e-6  # rounding error of a state as a fraction of its norm
-MAX_HARM_P_VALUE = 0.05  # significance level of "harmful"; divided by the number of ablations (Bonferroni)
+MAX_HARM_P_VALUE = (
+    0.05  # significance level of "harmful"; divided by the number of ablations (Bonferroni)
+)
 MIN_HEAD_OUTPUT = 1e-3  # minimum `head_outputs` of a head that is not dead
 # Minimum `head_selectivity` of a head that is not uniform, and minimum as a fraction of the median over all heads
 MIN_HEAD_SELECTIVITY, MIN_RELATIVE_SELECTIVITY = 1e-3, 0.02
 
 # Bin width in the histogram of norm ratios (natural logarithms), and widths of the compared windows, in bins
-BIN_WIDTH, WINDOW_WIDTHS = 0.05, (5, 9, 17)
+BIN_WIDTH = 0.05
+WINDOW_WIDTHS = (5, 9, 17)
 MAX_LOG_RATIO = 5.0  # maximum logarithm of the ratio of a norm to the median; the last bin includes larger norms
 MIN_VALLEY_LOG_RATIO = 0.25  # minimum logarithm of the ratio of the valley to the median
 MIN_MODE_SCORE = 4.0  # minimum `SecondMode.score`
@@ -67,11 +83,21 @@ MODE_FRACTION_RANGE = 0.001, 0.45  # range of the fraction of patches in a secon
 # A mode with a larger fraction may be the foreground, unless its norms are OUTLIER_RATIO times the median
 MAX_OUTLIER_FRACTION = 0.2
 MIN_PATCHES = 1000  # minimum number of patches that show a mode of 2% of the patches
-MIN_RISE_SCORE = 4.0  # minimum increase in the outlier fraction, in standard errors, if registers are hidden
+MIN_RISE_SCORE = (
+    4.0  # minimum increase in the outlier fraction, in standard errors, if registers are hidden
+)
 
-ABLATION_TERMS = {"information": "replacing {} with {} mean{}", "presence": "hiding {} from attention"}
+ABLATION_TERMS = {
+    "information": "replacing {} with {} mean{}",
+    "presence": "hiding {} from attention",
+}
 RATINGS: dict[str, Rating] = {"read by the classifier": "good", "an output of the encoder": "good"}
-RATINGS |= {"has an effect": "good", "equal attention": "doubtful", "no artifacts": "good", "artifacts": "bad"}
+RATINGS |= {
+    "has an effect": "good",
+    "equal attention": "doubtful",
+    "no artifacts": "good",
+    "artifacts": "bad",
+}
 NEUTRAL_WORDS = ("replaceable", "no measurable effect", "too few images to tell", "not measured")
 
 
@@ -112,7 +138,8 @@ def diagnose_tokens(
         token_movement: distance by which training moved each token, with keys such as `cls[0]` (`token_movement` in
             results.json); None if unknown.
     """
-    names, movement = get_token_names(model.config), token_movement or {}
+    names = get_token_names(model.config)
+    movement = token_movement or {}
     verdicts = []
     for key, indices in get_ablation_targets(model.config.token_layout).items():
         effects = {kind: effects_by_key[key] for kind, effects_by_key in (ablations or {}).items()}
@@ -124,14 +151,24 @@ def diagnose_tokens(
             moved = movement.get(key)
             numbers |= {"movement": moved, **collect_numbers(model, findings, indices[0])}
             faults |= find_faults(model, findings, indices[0], names, numbers)
-            if moved == 0 and outcome in ("replaceable", "no measurable effect") and any(movement.values()):
+            if (
+                moved == 0
+                and outcome in ("replaceable", "no measurable effect")
+                and any(movement.values())
+            ):
                 faults["not moved"] = "Training did not move the token, but moved other tokens."
         word = next(iter(faults), outcome)
         rating = RATINGS.get(word, "neutral" if word in NEUTRAL_WORDS else "bad")
-        if outcome.startswith(("read", "an output")) and word == outcome and not numbers["is_measurable"]:
+        if (
+            outcome.startswith(("read", "an output"))
+            and word == outcome
+            and not numbers["is_measurable"]
+        ):
             rating = "doubtful"
         name = f"all {len(indices)} {group_name}s" if is_group else names[indices[0]]
-        verdicts.append(Verdict(name, word, rating, " ".join([*faults.values(), sentence]), numbers))
+        verdicts.append(
+            Verdict(name, word, rating, " ".join([*faults.values(), sentence]), numbers)
+        )
     return verdicts
 
 
@@ -144,16 +181,31 @@ def judge_effects(
     """Return the outcome for the tokens at sequence indices `indices`, a sentence, and the measured values.
     `effects` maps (kind of ablation, name of output) to effects."""
     if not effects:
-        return "not measured", "The effects of ablating the token were not measured.", {"outcome": "not measured"}
-    is_group, has_head = len(indices) > 1, is_classifier(model)
-    flat_effects = [(kind, name, effect) for kind, by_name in effects.items() for name, effect in by_name.items()]
+        return (
+            "not measured",
+            "The effects of ablating the token were not measured.",
+            {"outcome": "not measured"},
+        )
+    is_group = len(indices) > 1
+    has_head = is_classifier(model)
+    flat_effects = [
+        (kind, name, effect)
+        for kind, by_name in effects.items()
+        for name, effect in by_name.items()
+    ]
     heads = feeds_head_alone(model, indices)
     is_read = any(get_used_token_mask(model.config, has_head)[index] for index in indices)
-    candidates = [item for item in flat_effects if item[0] == "information" and item[1] in heads] or flat_effects
+    candidates = [
+        item for item in flat_effects if item[0] == "information" and item[1] in heads
+    ] or flat_effects
     # The effect with the largest ratio to its limit decides; without limits, the largest effect.
     kind, name, effect = max(
         candidates,
-        key=lambda item: (item[2].is_beyond_limit, item[2].is_measurable, item[2].size / (item[2].limit or 1)),
+        key=lambda item: (
+            item[2].is_beyond_limit,
+            item[2].is_measurable,
+            item[2].size / (item[2].limit or 1),
+        ),
     )
     sentence = f"{describe_ablation(kind, is_group).capitalize()} {describe_effect(effect, name)}."
     subject, place = ("They are", "their") if is_group else ("It is", "its")
@@ -183,7 +235,9 @@ def judge_effects(
         "num_images": effect.num_images,
     }
     for kind, by_name in effects.items():
-        numbers[kind] = {key: asdict(value) | {"limit": value.limit} for key, value in by_name.items()}
+        numbers[kind] = {
+            key: asdict(value) | {"limit": value.limit} for key, value in by_name.items()
+        }
     return outcome, sentence, numbers
 
 
@@ -202,13 +256,19 @@ def describe_effect(effect: Effect, name: str) -> str:
     return f"changes {effect.changed:.0%} of predictions{task} ({low:.0%} to {high:.0%})"
 
 
-def find_harm(effects: dict[str, dict[str, Effect]], num_tests: int, is_group: bool) -> dict[str, str]:
+def find_harm(
+    effects: dict[str, dict[str, Effect]], num_tests: int, is_group: bool
+) -> dict[str, str]:
     """Return {"harmful": sentence} if predictions are significantly more accurate after an ablation, and better than
     a constant prediction."""
     for kind, by_name in effects.items():
         for name, effect in by_name.items():
             limit = MAX_HARM_P_VALUE / (num_tests * len(by_name))
-            if effect.improvement is not None and effect.improvement < limit and effect.is_better_than_chance:
+            if (
+                effect.improvement is not None
+                and effect.improvement < limit
+                and effect.is_better_than_chance
+            ):
                 change = 100 * (effect.accuracy_change or 0)
                 return {
                     "harmful": f"{describe_ablation(kind, is_group).capitalize()} changes the accuracy"
@@ -226,12 +286,19 @@ def find_faults(
 ) -> dict[str, str]:
     """Return a dict that maps the faults of the token at sequence index `index` to sentences. `numbers` are the values
     of `collect_numbers`."""
-    last, num_layers = numbers["read_layers"], len(findings.entropy)
-    layer = "After the last layer" if last == num_layers else f"After layer {last}, the last layer that is used"
+    last = numbers["read_layers"]
+    num_layers = len(findings.entropy)
+    layer = (
+        "After the last layer"
+        if last == num_layers
+        else f"After layer {last}, the last layer that is used"
+    )
     faults = {}
     if (identical := find_identical_token(model, findings, index)) is not None:
         other, shared = identical
-        faults["identical"] = f"After layer {shared}, its state is identical to the state of {names[other]}."
+        faults["identical"] = (
+            f"After layer {shared}, its state is identical to the state of {names[other]}."
+        )
     if last == num_layers and numbers["patch_mass"] < MIN_PATCH_MASS:
         faults["cut off from the patches"] = (
             f"At most {numbers['patch_mass']:.2%} of its attention goes to patches, in each layer and head."
@@ -245,7 +312,10 @@ def find_faults(
             "Its attention selects the same patches in every image (layers "
             f"{', '.join(str(number + 1) for number in is_selective.nonzero().flatten().tolist())})."
         )
-    if numbers["norm_ratio"] > MAX_NORM_RATIO and numbers["embedding_similarity"] > MAX_EMBEDDING_SIMILARITY:
+    if (
+        numbers["norm_ratio"] > MAX_NORM_RATIO
+        and numbers["embedding_similarity"] > MAX_EMBEDDING_SIMILARITY
+    ):
         faults["norm too large"] = (
             f"The norm of its embedding is {numbers['norm_ratio']:.3g} times the median norm of the patches, so the "
             f"layers hardly change it (cosine {numbers['embedding_similarity']:.3f} between embedding and last state)."
@@ -263,7 +333,9 @@ def collect_numbers(model: Any, findings: Findings, index: int) -> dict[str, Any
     """Return the measured values of the token at sequence index `index` by name. The smaller variation of one very
     large channel does not hide the variation of the other channels."""
     last = count_used_layers(model.config, is_classifier(model))[index]
-    fractions = findings.attention_fractions[:last, :, index, -1]  # [layers, H], attention to patches
+    fractions = findings.attention_fractions[
+        :last, :, index, -1
+    ]  # [layers, H], attention to patches
     variation = torch.max(findings.variation[last, index], findings.channel_variation[last, index])
     median_norm = findings.patch_norms[0].median().clamp(min=1e-12)
     return {
@@ -284,7 +356,9 @@ def find_identical_token(model: Any, findings: Findings, index: int) -> tuple[in
         last = min(used_layers[index], used_layers[other])
         norms = findings.mean_states[last].norm(dim=-1)  # [S]
         variation = findings.variation[last] * norms  # [S], in the unit of `state_distance`
-        limit = MAX_IDENTICAL_DISTANCE * variation[[index, other]].min() + ROUNDING_ERROR * norms[index]
+        limit = (
+            MAX_IDENTICAL_DISTANCE * variation[[index, other]].min() + ROUNDING_ERROR * norms[index]
+        )
         distance = findings.state_distance[last, index, other]
         is_similar = findings.between_tokens[last, index, other] >= MIN_IDENTICAL_SIMILARITY
         if other != index and is_similar and distance <= limit:
@@ -356,7 +430,9 @@ def find_second_mode(ratios: torch.Tensor) -> SecondMode | None:
         threshold = math.exp((valley_indices.float().mean().item() + width / 2) * BIN_WIDTH)
         is_in_mode = ratios > threshold
         fraction = is_in_mode.float().mean().item()
-        is_second_mode = score >= MIN_MODE_SCORE and MODE_FRACTION_RANGE[0] <= fraction <= MODE_FRACTION_RANGE[1]
+        is_second_mode = (
+            score >= MIN_MODE_SCORE and MODE_FRACTION_RANGE[0] <= fraction <= MODE_FRACTION_RANGE[1]
+        )
         if is_second_mode and (best_mode is None or score > best_mode.score):
             ratio = ratios[is_in_mode].median().item()
             if fraction <= MAX_OUTLIER_FRACTION or ratio >= OUTLIER_RATIO:
@@ -391,7 +467,9 @@ def diagnose_patches(config: ViTCLSConfig, findings: Findings, has_head: bool = 
         )
     elif len(ratios) < MIN_PATCHES:
         word = "too few patches to tell"
-        sentence = f"There are {len(ratios):,} patches, but {MIN_PATCHES:,} are needed. Pass more images."
+        sentence = (
+            f"There are {len(ratios):,} patches, but {MIN_PATCHES:,} are needed. Pass more images."
+        )
     hidden_mode, hidden_sentence = compare_without_registers(findings, layer)
     numbers = {
         "layer": layer,
@@ -399,7 +477,13 @@ def diagnose_patches(config: ViTCLSConfig, findings: Findings, has_head: bool = 
         "second_mode": None if mode is None else asdict(mode),
         "second_mode_without_registers": None if hidden_mode is None else asdict(hidden_mode),
     }
-    return Verdict("patches", word, RATINGS.get(word, "neutral"), f"{sentence} {hidden_sentence}".strip(), numbers)
+    return Verdict(
+        "patches",
+        word,
+        RATINGS.get(word, "neutral"),
+        f"{sentence} {hidden_sentence}".strip(),
+        numbers,
+    )
 
 
 def compare_without_registers(findings: Findings, layer: int) -> tuple[SecondMode | None, str]:
@@ -428,7 +512,9 @@ def compare_without_registers(findings: Findings, layer: int) -> tuple[SecondMod
 def diagnose_heads(findings: Findings) -> Verdict:
     """Return the verdict on all attention heads: heads that add almost nothing to the tokens ("dead"), and heads whose
     attention is uniform although the attention of other heads is not ("uniform")."""
-    limit = max(MIN_HEAD_SELECTIVITY, MIN_RELATIVE_SELECTIVITY * findings.head_selectivity.median().item())
+    limit = max(
+        MIN_HEAD_SELECTIVITY, MIN_RELATIVE_SELECTIVITY * findings.head_selectivity.median().item()
+    )
     heads = {
         "dead": (findings.head_outputs < MIN_HEAD_OUTPUT).nonzero().tolist(),
         "uniform": (findings.head_selectivity < limit).nonzero().tolist(),
@@ -445,7 +531,8 @@ def diagnose_heads(findings: Findings) -> Verdict:
         "heads",
         f"{word} heads" if word else "no dead or uniform heads",
         "bad" if word else "good",
-        " ".join(sentences) or f"All {findings.head_outputs.numel()} heads select tokens and change them.",
+        " ".join(sentences)
+        or f"All {findings.head_outputs.numel()} heads select tokens and change them.",
         heads,
     )
 
@@ -454,21 +541,37 @@ def diagnose_tasks(outputs: Outputs) -> list[Verdict]:
     """Return the accuracy of each task with known labels, compared with predicting the most frequent label."""
     verdicts = []
     for task, predictions in outputs.items():
-        if not isinstance(predictions, Predictions) or (accuracy := predictions.compute_accuracy()) is None:
+        if (
+            not isinstance(predictions, Predictions)
+            or (accuracy := predictions.compute_accuracy()) is None
+        ):
             continue
-        chance, num_known = predictions.compute_chance(), int(predictions.is_known.sum())
-        low, high = compute_proportion_interval(round(accuracy * num_known), num_known) or (0.0, 1.0)
-        is_useful, has_images = predictions.is_better_than_chance(), num_known >= MIN_IMAGES
+        chance = predictions.compute_chance()
+        num_known = int(predictions.is_known.sum())
+        low, high = compute_proportion_interval(round(accuracy * num_known), num_known) or (
+            0.0,
+            1.0,
+        )
+        is_useful = predictions.is_better_than_chance()
+        has_images = num_known >= MIN_IMAGES
         word = "better than chance" if is_useful else "not better than chance"
         sentence = (
             f"Accuracy {accuracy:.1%} (95% interval {low:.1%} to {high:.1%}, {num_known:,} labels); the most frequent "
             f"label alone gives {chance:.1%}."
         )
         if not has_images:
-            word, sentence = "too few images to tell", f"There are {num_known} labels, but {MIN_IMAGES} are needed."
-        numbers = {"accuracy": accuracy, "interval": [low, high], "chance": chance, "num_labels": num_known}
+            word = "too few images to tell"
+            sentence = f"There are {num_known} labels, but {MIN_IMAGES} are needed."
+        numbers = {
+            "accuracy": accuracy,
+            "interval": [low, high],
+            "chance": chance,
+            "num_labels": num_known,
+        }
         rating: Rating = "neutral" if not has_images else "good" if is_useful else "bad"
-        verdicts.append(Verdict(f"task {task}" if task else "predictions", word, rating, sentence, numbers))
+        verdicts.append(
+            Verdict(f"task {task}" if task else "predictions", word, rating, sentence, numbers)
+        )
     return verdicts
 
 

@@ -26,7 +26,12 @@ from .token_statistics import Findings
 
 # Color of each group of `config.token_layout` in all figures and pages. Color-blind readers can distinguish the colors
 # (palette of Okabe and Ito).
-GROUP_COLORS = {"cls": "#0072B2", "distillation": "#D55E00", "registers": "#009E73", "patches": "#8C8C8C"}
+GROUP_COLORS = {
+    "cls": "#0072B2",
+    "distillation": "#D55E00",
+    "registers": "#009E73",
+    "patches": "#8C8C8C",
+}
 
 DARK_GRAY = "#222222"
 
@@ -36,7 +41,11 @@ DARK_GRAY = "#222222"
 FIGURE_SIZE = 7.0, 3.0  # width and height in inches
 MAX_LEGEND_NAME = 24  # maximum length of a name in a legend, in characters
 MIN_RATIO_FOR_LOG_SCALE = 30.0  # minimum ratio of largest to smallest norm for a logarithmic scale
-PATCH_QUANTILES = (0.05, 0.5, 0.95)  # quantiles of the patch norms: lower edge of the band, line, upper edge
+PATCH_QUANTILES = (
+    0.05,
+    0.5,
+    0.95,
+)  # quantiles of the patch norms: lower edge of the band, line, upper edge
 NUM_BINS = 48  # number of bins in a histogram
 OUTLIER_COLOR = "#B3261E"  # color of the bars of the second mode
 DASHES = ("o-", "s--", "^:", "D-.")  # markers and dashes of the tokens of a group
@@ -67,16 +76,26 @@ def plot_curve(config: ViTCLSConfig, findings: Findings, name: str) -> Figure:
         name: name of the figure.
     """
     title, y_label, is_percentage = CURVES[name]
-    styles, lines = get_token_styles(config), getattr(findings, name)  # [L, H, S] or [L + 1, S]
+    styles = get_token_styles(config)
+    lines = getattr(findings, name)  # [L, H, S] or [L + 1, S]
     first_layer = 0 if lines.ndim == 2 else 1
     uniform_values = findings.uniform_entropy_by_token.tolist() if name == "entropy" else []
     baselines = sorted({float(f"{value:.5g}") for value in uniform_values})
     figure, axes = create_axes(title, y_label)
     for style, line in zip(styles, lines.unbind(dim=-1), strict=True):
         head_values = line if line.ndim == 2 else line.unsqueeze(1)  # [L, H]
-        draw_line(axes, style, head_values.mean(dim=1), head_values.amin(dim=1), head_values.amax(dim=1), first_layer)
+        draw_line(
+            axes,
+            style,
+            head_values.mean(dim=1),
+            head_values.amin(dim=1),
+            head_values.amax(dim=1),
+            first_layer,
+        )
     for index, value in enumerate(baselines):
-        axes.axhline(value, color=DARK_GRAY, linewidth=1, linestyle="--", label="_" * (index > 0) + "uniform")
+        axes.axhline(
+            value, color=DARK_GRAY, linewidth=1, linestyle="--", label="_" * (index > 0) + "uniform"
+        )
     axes.set_ylim(bottom=min(axes.get_ylim()[0], 0))
     if is_percentage:
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
@@ -96,14 +115,23 @@ def get_token_styles(config: ViTCLSConfig) -> list[LineStyle]:
 
 
 def draw_line(
-    axes: Axes, style: LineStyle, mean: torch.Tensor, low: torch.Tensor, high: torch.Tensor, first_layer: int
+    axes: Axes,
+    style: LineStyle,
+    mean: torch.Tensor,
+    low: torch.Tensor,
+    high: torch.Tensor,
+    first_layer: int,
 ) -> None:
     """Draw the `mean` [L] as a line over the layers, and a band from `low` to `high` if these values differ."""
     name, color, line_format = style
     layer_numbers = range(first_layer, first_layer + len(mean))
     if bool((high > low).any()):
-        axes.fill_between(layer_numbers, low.numpy(), high.numpy(), color=color, alpha=0.15, linewidth=0)
-    axes.plot(layer_numbers, mean, line_format, color=color, markersize=4, linewidth=1.6, label=name)
+        axes.fill_between(
+            layer_numbers, low.numpy(), high.numpy(), color=color, alpha=0.15, linewidth=0
+        )
+    axes.plot(
+        layer_numbers, mean, line_format, color=color, markersize=4, linewidth=1.6, label=name
+    )
 
 
 # Norms ---------------------------------------------------------------------------------------------------------------
@@ -117,7 +145,9 @@ def plot_norms(config: ViTCLSConfig, findings: Findings) -> Figure:
     """
     styles = get_token_styles(config)
     figure, axes = create_axes("Norms of tokens and patches", "norm")
-    low, median, high = findings.patch_norms.float().quantile(torch.tensor(PATCH_QUANTILES), dim=1)  # [L + 1] each
+    low, median, high = findings.patch_norms.float().quantile(
+        torch.tensor(PATCH_QUANTILES), dim=1
+    )  # [L + 1] each
     draw_line(axes, PATCH_STYLE, median, low, high, 0)
     for style, line in zip(styles, findings.token_norms.unbind(dim=-1), strict=True):
         draw_line(axes, style, line, line, line, 0)
@@ -138,9 +168,15 @@ def plot_norm_histogram(config: ViTCLSConfig, findings: Findings, layer: int = -
     """
     ratios = findings.patch_ratios[layer].float().clamp(min=1e-3)
     median = findings.patch_norms[layer].median().clamp(min=1e-12)
-    registers = (findings.token_norms[layer, config.token_layout.registers] / median).clamp(min=1e-3).tolist()
-    low, high = min(ratios.min().item(), 0.5, *registers), max(ratios.max().item(), 2.0, *registers)
-    mode, edges = find_second_mode(findings.patch_ratios[layer]), np.geomspace(low, high, NUM_BINS + 1)
+    registers = (
+        (findings.token_norms[layer, config.token_layout.registers] / median)
+        .clamp(min=1e-3)
+        .tolist()
+    )
+    low = min(ratios.min().item(), 0.5, *registers)
+    high = max(ratios.max().item(), 2.0, *registers)
+    mode = find_second_mode(findings.patch_ratios[layer])
+    edges = np.geomspace(low, high, NUM_BINS + 1)
     title = f"Norms of the patches, after layer {range(len(findings.patch_norms))[layer]}"
     figure, axes = create_axes(title, "patches, logarithmic")
     is_outlier = np.sqrt(edges[1:] * edges[:-1]) >= (math.inf if mode is None else mode.threshold)
@@ -151,9 +187,16 @@ def plot_norm_histogram(config: ViTCLSConfig, findings: Findings, layer: int = -
     axes.set_xlabel("norm / median norm of the image, logarithmic")
     if mode is not None:
         axes.axvline(mode.threshold, color=DARK_GRAY, linewidth=1, linestyle="--")
-    transform, color = axes.get_xaxis_transform(), GROUP_COLORS["registers"]
+    transform = axes.get_xaxis_transform()
+    color = GROUP_COLORS["registers"]
     axes.plot(
-        registers, [0.97] * len(registers), "v", transform=transform, color=color, label="registers", clip_on=False
+        registers,
+        [0.97] * len(registers),
+        "v",
+        transform=transform,
+        color=color,
+        label="registers",
+        clip_on=False,
     )
     if registers:
         figure.legend(loc="outside right upper", frameon=False, fontsize=8.5)

@@ -39,7 +39,9 @@ class ImagePrediction:
     """Prediction of a model, or of one task of a multi-task model, for an image."""
 
     task: str | None
-    labels: list[Label]  # in order of decreasing probability; empty if a multi-label model predicts no label
+    labels: list[
+        Label
+    ]  # in order of decreasing probability; empty if a multi-label model predicts no label
     top_label: str  # the most probable label, even if a multi-label model does not predict it
 
 
@@ -92,10 +94,14 @@ def build_image_report(
     """
     model = unwrap_model(model)
     config: ViTCLSConfig = model.config
-    pixel_values = processor(image, return_tensors="pt")["pixel_values"].to(model.device)  # [1, C, H, W]
+    pixel_values = processor(image, return_tensors="pt")["pixel_values"].to(
+        model.device
+    )  # [1, C, H, W]
     upright_image = to_upright_rgb(image)
     trace = trace_attention(model, pixel_values, needs_gradients=is_classifier(model))
-    predictions = build_image_predictions(trace.outputs.logits, config) if is_classifier(model) else []
+    predictions = (
+        build_image_predictions(trace.outputs.logits, config) if is_classifier(model) else []
+    )
 
     def extract_maps(rows: torch.Tensor) -> torch.Tensor:
         return extract_patch_maps(rows.detach().float().cpu(), config, pixel_values.shape[-2:])
@@ -109,8 +115,13 @@ def build_image_report(
         predictions=predictions,
         attention=extract_maps(trace.compute_token_attention()[0]),
         rollout=extract_maps(trace.compute_rollout()[0]),
-        attributions=[extract_maps(trace.compute_attribution(task=prediction.task)[0]) for prediction in predictions],
-        features=torch.stack([extract_maps(state[0].T) for state in trace.outputs.hidden_states[1:]]).movedim(1, -1),
+        attributions=[
+            extract_maps(trace.compute_attribution(task=prediction.task)[0])
+            for prediction in predictions
+        ],
+        features=torch.stack(
+            [extract_maps(state[0].T) for state in trace.outputs.hidden_states[1:]]
+        ).movedim(1, -1),
         kind=kind,
     )
 
@@ -122,7 +133,11 @@ def build_image_predictions(logits: Any, config: ViTCLSConfig) -> list[ImagePred
     for task, names in names_by_task.items():
         task_logits = logits if task is None else logits[task]
         (most_probable_labels,) = select_top_labels(task_logits, names, MAX_LABELS)
-        (labels,) = select_probable_labels(task_logits, names) if is_multi_label(config) else [most_probable_labels]
+        (labels,) = (
+            select_probable_labels(task_logits, names)
+            if is_multi_label(config)
+            else [most_probable_labels]
+        )
         predictions.append(ImagePrediction(task, labels, top_label=most_probable_labels[0][0]))
     return predictions
 
@@ -153,8 +168,13 @@ def decompose_patches(features: Sequence[torch.Tensor]) -> tuple[list[torch.Tens
     # 0.5 is the value of missing components if there are fewer than three components.
     colors = np.full((len(rows), NUM_COLOR_CHANNELS), 0.5, dtype=np.float32)
     colors[:, :num_components] = ((components - low) / np.maximum(high - low, 1e-12)).clip(0, 1)
-    pixels_by_image = torch.from_numpy(colors).split([image.shape[0] * image.shape[1] for image in features])
+    pixels_by_image = torch.from_numpy(colors).split(
+        [image.shape[0] * image.shape[1] for image in features]
+    )
     return (
-        [rows.unflatten(0, image.shape[:2]) for rows, image in zip(pixels_by_image, features, strict=True)],
+        [
+            rows.unflatten(0, image.shape[:2])
+            for rows, image in zip(pixels_by_image, features, strict=True)
+        ],
         np.nan_to_num(pca.explained_variance_ratio_).tolist(),
     )

@@ -53,7 +53,9 @@ def inspect_tokens(options: InspectOptions) -> Inspection:
             **images.build_arguments(options.num_images, options.max_images),
             token_movement=results.get("token_movement"),
             batch_size=options.batch_size,
-            on_warning=lambda message: error_console.print(f"WARNING: {message}", style="bold yellow", markup=False),
+            on_warning=lambda message: error_console.print(
+                f"WARNING: {message}", style="bold yellow", markup=False
+            ),
             watch=partial(track, console=error_console, unit=""),
         )
     title = get_model_name(split_revision(options.model)[0])
@@ -76,7 +78,10 @@ def print_inspection(inspection: Inspection, options: InspectOptions, console: C
         console.print(f"[bold]{escape(verdict.token)}[/]: {headline}. {escape(verdict.reason)}")
     for name, check in inspection.map_checks.items():
         console.print(check.describe(name), markup=False)
-    num_images, num_shown = inspection.findings.num_images, len(inspection.image_reports)
-    console.print(f"saved {options.output} ({num_images:,} images, {num_shown} shown)", markup=False)
+    num_images = inspection.findings.num_images
+    num_shown = len(inspection.image_reports)
+    console.print(
+        f"saved {options.output} ({num_images:,} images, {num_shown} shown)", markup=False
+    )
     if options.json is not None:
         console.print(f"saved {options.json}", markup=False)

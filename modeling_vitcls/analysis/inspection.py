@@ -58,7 +58,10 @@ MAX_BATCH_BYTES = 2**29  # maximum memory of a batch in bytes (`get_max_batch_si
 # Maximum number of images for effects and their null distributions, and maximum number of floating-point operations
 # in a pass over these images; MIN_IMAGES images are always used
 MAX_ABLATION_IMAGES, MAX_ABLATION_FLOPS = 256, 2.5e11
-MIN_CHECKED_IMAGES, MAX_CHECKED_IMAGES = 5, 16  # minimum and maximum number of images for the checks of maps
+MIN_CHECKED_IMAGES, MAX_CHECKED_IMAGES = (
+    5,
+    16,
+)  # minimum and maximum number of images for the checks of maps
 
 WarningCallback = Callable[[str], None]
 
@@ -142,19 +145,26 @@ def inspect_model(
         ValueError: if no image can be read, or the hidden states of the model are not finite.
     """
     model = unwrap_model(model)
-    config, has_head = model.config, is_classifier(model)
+    config = model.config
+    has_head = is_classifier(model)
     pixels_by_index = read_pixels(processor, config.num_channels, images, on_warning, watch)
-    readable_indices, pixels = list(pixels_by_index), list(pixels_by_index.values())
+    readable_indices = list(pixels_by_index)
+    pixels = list(pixels_by_index.values())
     readable_labels = None if labels is None else [labels[index] for index in readable_indices]
     batches = InspectionBatches(model, pixels, encode_labels(readable_labels, model), batch_size)
-    sample_batches = batches.sample(min(max(count_affordable_images(model, pixels), MIN_IMAGES), MAX_ABLATION_IMAGES))
+    sample_batches = batches.sample(
+        min(max(count_affordable_images(model, pixels), MIN_IMAGES), MAX_ABLATION_IMAGES)
+    )
     findings, outputs = collect_statistics(model, batches, watch)
     ablations = compute_ablations(model, sample_batches, watch)
     kinds_by_index = dict.fromkeys(readable_indices)
     if num_shown is not None:
         selected_images = select_images(outputs, config, num_shown)
-        kinds_by_index = {readable_indices[batches.order[each]]: kind for each, kind in selected_images.items()}
-    label_space, image_reports = get_label_space(config), []
+        kinds_by_index = {
+            readable_indices[batches.order[each]]: kind for each, kind in selected_images.items()
+        }
+    label_space = get_label_space(config)
+    image_reports = []
     for index, kind in watch(kinds_by_index.items(), "computing maps"):
         name = f"image {index + 1}" if names is None else names[index]
         truth = label_space.format_label(labels[index]) if has_head and labels is not None else None
@@ -177,13 +187,22 @@ def inspect_model(
     )
 
 
-def check_sampled_maps(model: Any, batches: "InspectionBatches", watch: Watch) -> dict[str, MapCheck]:
+def check_sampled_maps(
+    model: Any, batches: "InspectionBatches", watch: Watch
+) -> dict[str, MapCheck]:
     """Return the checks of rollout and attribution for a few images. Each image requires about 40 forward passes. The
     dict is empty for large models and for models other than single-label classifiers."""
     num_affordable = count_affordable_images(model, batches.pixels)
-    if not is_classifier(model) or model.config.tasks or is_multi_label(model.config) or num_affordable < MIN_IMAGES:
+    if (
+        not is_classifier(model)
+        or model.config.tasks
+        or is_multi_label(model.config)
+        or num_affordable < MIN_IMAGES
+    ):
         return {}
-    sample_batches = batches.sample(min(max(num_affordable // 8, MIN_CHECKED_IMAGES), MAX_CHECKED_IMAGES))
+    sample_batches = batches.sample(
+        min(max(num_affordable // 8, MIN_CHECKED_IMAGES), MAX_CHECKED_IMAGES)
+    )
     images = [image.unsqueeze(0) for pixel_values, _ in sample_batches() for image in pixel_values]
     return check_maps(model, watch(images, "checking maps"))
 
@@ -195,20 +214,38 @@ def select_images(outputs: Outputs, config: Any, num_selected: int) -> dict[int,
     predictions. About a quarter have the least confident correct or unlabeled predictions. The remaining images are
     evenly spaced. For an encoder, all selected images are evenly spaced and have no kind.
     """
-    tasks = [predictions for predictions in outputs.values() if isinstance(predictions, Predictions)]
+    tasks = [
+        predictions for predictions in outputs.values() if isinstance(predictions, Predictions)
+    ]
     if not tasks:
         return dict.fromkeys(select_evenly_spaced(range(count_images(outputs)), num_selected))
-    confidences = torch.stack([compute_confidences(task.logits, config) for task in tasks]).amin(dim=0).tolist()
+    confidences = (
+        torch.stack([compute_confidences(task.logits, config) for task in tasks])
+        .amin(dim=0)
+        .tolist()
+    )
     sorted_indices = sorted(range(len(tasks[0])), key=lambda index: confidences[index])
-    is_wrong = torch.stack([((task.predicted != task.labels) & task.is_known).any(dim=1) for task in tasks]).any(dim=0)
+    is_wrong = torch.stack(
+        [((task.predicted != task.labels) & task.is_known).any(dim=1) for task in tasks]
+    ).any(dim=0)
     other_indices = [index for index in sorted_indices if not is_wrong[index]]
     num_wrong = max((num_selected + 1) // 2, num_selected - len(other_indices))
     wrong_indices = [index for index in reversed(sorted_indices) if is_wrong[index]][:num_wrong]
     uncertain_indices = other_indices[: (num_selected + 3) // 4]
     num_typical = num_selected - len(wrong_indices) - len(uncertain_indices)
-    typical_indices = select_evenly_spaced(sorted(other_indices[len(uncertain_indices) :]), num_typical)
-    indices_by_kind = {"wrong": wrong_indices, "uncertain": uncertain_indices, "typical": typical_indices}
-    return dict([(index, kind) for kind, indices in indices_by_kind.items() for index in indices][:num_selected])
+    typical_indices = select_evenly_spaced(
+        sorted(other_indices[len(uncertain_indices) :]), num_typical
+    )
+    indices_by_kind = {
+        "wrong": wrong_indices,
+        "uncertain": uncertain_indices,
+        "typical": typical_indices,
+    }
+    return dict(
+        [(index, kind) for kind, indices in indices_by_kind.items() for index in indices][
+            :num_selected
+        ]
+    )
 
 
 def compute_confidences(logits: torch.Tensor, config: Any) -> torch.Tensor:
@@ -222,18 +259,26 @@ def compute_confidences(logits: torch.Tensor, config: Any) -> torch.Tensor:
 def select_evenly_spaced(indices: Sequence[int], num_selected: int) -> list[int]:
     """Return at most `num_selected` evenly spaced indices from `indices`."""
     num_selected = max(min(num_selected, len(indices)), 0)
-    return [indices[(2 * number + 1) * len(indices) // (2 * num_selected)] for number in range(num_selected)]
+    return [
+        indices[(2 * number + 1) * len(indices) // (2 * num_selected)]
+        for number in range(num_selected)
+    ]
 
 
-def collect_statistics(model: Any, batches: "InspectionBatches", watch: Watch) -> tuple[Findings, Outputs]:
+def collect_statistics(
+    model: Any, batches: "InspectionBatches", watch: Watch
+) -> tuple[Findings, Outputs]:
     """Return the statistics over all images, and the outputs of the same forward passes."""
-    statistics, batch_outputs = TokenStatistics(model), []
+    statistics = TokenStatistics(model)
+    batch_outputs = []
     for indices in watch(batches.index_batches, "collecting statistics"):
         pixel_values, labels = batches.build(indices)
         batch_outputs.append(extract_outputs(model, statistics.update(pixel_values), labels))
     findings = statistics.compute()
     if not bool(findings.patch_norms.isfinite().all() and findings.token_norms.isfinite().all()):
-        raise ValueError("The hidden states of the model are not finite. Check the weights, or load them in float32.")
+        raise ValueError(
+            "The hidden states of the model are not finite. Check the weights, or load them in float32."
+        )
     return findings, join_outputs(batch_outputs)
 
 
@@ -249,7 +294,8 @@ def read_pixels(
 ) -> dict[int, torch.Tensor]:
     """Return a dict that maps indices to the pixels [C, H, W] of all usable images, and warn about each other image.
     Raise ValueError if no image is usable."""
-    pixels_by_index, error_messages = {}, []
+    pixels_by_index = {}
+    error_messages = []
     for index in watch(range(len(images)), "reading images"):
         try:
             image = images[index]
@@ -272,7 +318,9 @@ class InspectionBatches:
     """Batches of equally shaped images [C, H, W] in memory, with labels [B, A] (`Predictions.labels`) or None. Batches
     are smaller than `batch_size` if full batches would require more than MAX_BATCH_BYTES of memory."""
 
-    def __init__(self, model: Any, pixels: list[torch.Tensor], labels: torch.Tensor | None, batch_size: int) -> None:
+    def __init__(
+        self, model: Any, pixels: list[torch.Tensor], labels: torch.Tensor | None, batch_size: int
+    ) -> None:
         self.model, self.pixels, self.labels, self.batch_size = model, pixels, labels, batch_size
         self.index_batches = [
             indices[start : start + size]
@@ -289,11 +337,16 @@ class InspectionBatches:
     def build(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the images and labels of one batch."""
         pixel_values = torch.stack([self.pixels[index] for index in indices])  # [B, C, H, W]
-        return pixel_values.to(self.model.device), None if self.labels is None else self.labels[indices]
+        return pixel_values.to(self.model.device), None if self.labels is None else self.labels[
+            indices
+        ]
 
     def sample(self, num_selected: int) -> "InspectionBatches":
         """Return the batches of a sample of at most `num_selected` evenly spaced images."""
-        indices = [self.order[position] for position in select_evenly_spaced(range(len(self.order)), num_selected)]
+        indices = [
+            self.order[position]
+            for position in select_evenly_spaced(range(len(self.order)), num_selected)
+        ]
         pixels = [self.pixels[index] for index in indices]
         labels = None if self.labels is None else self.labels[indices]
         return InspectionBatches(self.model, pixels, labels, self.batch_size)
@@ -303,7 +356,8 @@ def get_max_batch_size(model: Any, pixels: torch.Tensor) -> int:
     """Return the largest batch size for which images [C, H, W] require at most MAX_BATCH_BYTES of memory, or 1 if one
     image requires more. The estimate includes all hidden states, a few copies of the attention maps of one layer, and
     the activations of one MLP."""
-    config, num_tokens = model.config, count_tokens(model, pixels.unsqueeze(0))
+    config = model.config
+    num_tokens = count_tokens(model, pixels.unsqueeze(0))
     num_maps = config.num_attention_heads * (2 if config.attention_type == "differential" else 1)
     num_states = (config.num_hidden_layers + 8) * num_tokens * config.hidden_size
     num_activations = 2 * num_tokens * config.intermediate_size
@@ -343,7 +397,9 @@ class InspectionImages:
         }
 
 
-def open_images(options: InspectOptions, model: Any, record: HeldOutRecord | None = None) -> InspectionImages:
+def open_images(
+    options: InspectOptions, model: Any, record: HeldOutRecord | None = None
+) -> InspectionImages:
     """Open the images of PATHS or `--dataset`. `record` is the held-out record of the model's training run.
 
     Raises:
@@ -358,7 +414,9 @@ def open_images(options: InspectOptions, model: Any, record: HeldOutRecord | Non
             raise ValueError(f"Image {file} does not exist. Check the path.")
     names = [name if "://" in name else Path(name).name for name in list_input.names]
     source = ", ".join(map(get_short_name, options.paths))
-    return InspectionImages(DatasetImages.from_list(files), names, get_folder_labels(files, model), source)
+    return InspectionImages(
+        DatasetImages.from_list(files), names, get_folder_labels(files, model), source
+    )
 
 
 def name_images(images: ArrayImages | DatasetImages, source: str) -> list[str]:
@@ -377,7 +435,11 @@ def get_folder_labels(files: Sequence[str], model: Any) -> list[int] | None:
     """Return the class index of each file: the index of the class with the same name as the file's folder, or
     IGNORED_LABEL if there is no such class. Return None if no folder has the name of a class."""
     config = model.config
-    if not is_classifier(model) or config.tasks or config.problem_type == "multi_label_classification":
+    if (
+        not is_classifier(model)
+        or config.tasks
+        or config.problem_type == "multi_label_classification"
+    ):
         return None
     class_indices = {name: index for index, name in enumerate(get_label_space(config).names)}
     labels = [class_indices.get(Path(file).resolve().parent.name, IGNORED_LABEL) for file in files]
@@ -388,7 +450,9 @@ def load_from_dataset(
     options: InspectOptions, dataset: str, model: Any, record: HeldOutRecord | None
 ) -> InspectionImages:
     """Load one split, with the label indices of the model, or without labels if the model is not a classifier."""
-    column_options = {name: getattr(options, name) for name in ("image_column", "label_column", "label_separator")}
+    column_options = {
+        name: getattr(options, name) for name in ("image_column", "label_column", "label_separator")
+    }
     has_head = is_classifier(model)
     data_options = DataOptions(dataset, **column_options)
     data = load_evaluation_data(data_options, options.split, record, use_labels=has_head)
@@ -397,4 +461,6 @@ def load_from_dataset(
         labels = match_labels(data.images, data.label_space, get_label_space(model.config)).labels
     dataset_name = get_short_name(dataset)
     names = name_images(data.images.images, dataset_name)
-    return InspectionImages(data.images.images, names, labels, f"{dataset_name}, {data.part.describe()}")
+    return InspectionImages(
+        data.images.images, names, labels, f"{dataset_name}, {data.part.describe()}"
+    )

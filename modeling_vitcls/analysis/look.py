@@ -52,22 +52,34 @@ def write_sheets(options: LookOptions) -> list[Path]:
     is_single = len(sources.names) == 1
     records: list[dict[str, Any]] = []
     written: list[Path] = []
-    watch = track(sources.names, console=error_console, transient=True, disable=not error_console.is_terminal)
+    watch = track(
+        sources.names, console=error_console, transient=True, disable=not error_console.is_terminal
+    )
     for name, source in zip(watch, sources.contents, strict=True):
         try:
             for frame_name, photo in iterate_frames(name, source):
                 measurements = measure_photo(model, processor, photo)
-                file = choose_file(options.output, Path(frame_name).stem, is_single and frame_name == name, written)
-                save_image(draw_sheet(measurements, f"{model_name} · {Path(frame_name).name}"), file)
+                file = choose_file(
+                    options.output, Path(frame_name).stem, is_single and frame_name == name, written
+                )
+                save_image(
+                    draw_sheet(measurements, f"{model_name} · {Path(frame_name).name}"), file
+                )
                 written.append(file)
-                records.append({"photo": frame_name, "sheet": str(file), **build_json_record(measurements)})
+                records.append(
+                    {"photo": frame_name, "sheet": str(file), **build_json_record(measurements)}
+                )
                 console.print(f"saved {file}", markup=False)
         except ValueError as error:
             if is_single:
                 raise
-            error_console.print(f"WARNING: skipped a photo: {error}", style="bold yellow", markup=False)
+            error_console.print(
+                f"WARNING: skipped a photo: {error}", style="bold yellow", markup=False
+            )
     if not records:
-        raise ValueError(f"none of the {len(sources.names)} photos can be read. Pass other image files")
+        raise ValueError(
+            f"none of the {len(sources.names)} photos can be read. Pass other image files"
+        )
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         write_json(options.json, {"model": model_name, "photos": records})
@@ -80,7 +92,11 @@ def load_adjusted_model(options: LookOptions) -> tuple[Any, Any]:
     model, processor = load_model(options.model, use_head=None)
     if options.image_size is not None or options.fit is not None:
         fit = options.fit or get_fit(processor)
-        size = get_output_size(processor) if options.image_size is None else to_pair(options.image_size)
+        size = (
+            get_output_size(processor)
+            if options.image_size is None
+            else to_pair(options.image_size)
+        )
         set_fit(processor, fit, size)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(device).eval(), processor  # type: ignore[arg-type]  # `to` is decorated
@@ -93,7 +109,9 @@ def iterate_frames(name: str, source: str) -> Iterator[tuple[str, Image.Image]]:
         ValueError: if the source is a video, or cannot be read.
     """
     if (mimetypes.guess_type(source)[0] or "").startswith("video/"):
-        raise ValueError(f"{name} is a video. Extract its frames first: ffmpeg -i {name} frames/%04d.png")
+        raise ValueError(
+            f"{name} is a video. Extract its frames first: ffmpeg -i {name} frames/%04d.png"
+        )
     image = read_image(source)
     if "://" in source:
         yield name, image
@@ -119,7 +137,8 @@ def choose_file(output: Path, stem: str, is_single: bool, written: list[Path]) -
         return output
     base = output / stem if is_folder else output.with_name(f"{output.stem}-{stem}")
     suffix = ".png" if is_folder else output.suffix
-    file, number = base.with_name(f"{base.name}{suffix}"), 1
+    file = base.with_name(f"{base.name}{suffix}")
+    number = 1
     while file in written:
         number += 1
         file = base.with_name(f"{base.name}-{number}{suffix}")
@@ -131,5 +150,8 @@ def save_image(image: Image.Image, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with write_atomically(file) as temporary_file:
         image.save(
-            temporary_file, format=Image.registered_extensions()[file.suffix.lower()], optimize=True, quality=90
+            temporary_file,
+            format=Image.registered_extensions()[file.suffix.lower()],
+            optimize=True,
+            quality=90,
         )

@@ -21,7 +21,14 @@ from .maps import extract_patch_maps, get_used_token_mask
 from .model_utils import evaluation_mode, unwrap_model
 
 
-FRACTIONS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # fractions of the patches that deletion replaces and insertion keeps
+FRACTIONS = (
+    0.0,
+    0.2,
+    0.4,
+    0.6,
+    0.8,
+    1.0,
+)  # fractions of the patches that deletion replaces and insertion keeps
 MAX_CORRELATION = 0.5  # maximum `weight_correlation` of a map that depends on the weights
 MAX_P_VALUE = 0.05  # maximum `p_value` of a map that is significantly better than a random order
 
@@ -58,7 +65,9 @@ class MapCheck:
 
     def describe(self, name: str) -> str:
         """Describe the results of the checks."""
-        curves = torch.tensor([self.deletion, self.random_deletion, self.insertion, self.random_insertion])
+        curves = torch.tensor(
+            [self.deletion, self.random_deletion, self.insertion, self.random_insertion]
+        )
         areas = torch.trapezoid(curves, torch.tensor(FRACTIONS)).tolist()
         verdict = "shows what predictions depend on"
         if self.p_value > MAX_P_VALUE:
@@ -95,12 +104,16 @@ def check_maps(model: Any, images: Iterable[torch.Tensor], seed: int = 0) -> dic
         shuffled_maps, _ = compute_maps(shuffled_model, pixel_values, probabilities.argmax())
         random_order = torch.rand(next(iter(maps.values())).shape, generator=generator)
         for name, values in (maps | {"random": random_order}).items():
-            curve = measure_curves(model, pixel_values, values, int(probabilities.argmax()))  # [2, fractions]
+            curve = measure_curves(
+                model, pixel_values, values, int(probabilities.argmax())
+            )  # [2, fractions]
             curves.setdefault(name, []).append(curve)
         for name, values in maps.items():
             correlation = stats.spearmanr(values.flatten(), shuffled_maps[name].flatten()).statistic
             correlations.setdefault(name, []).append(float(np.nan_to_num(correlation)))
-    curves_by_map = {name: torch.stack(map_curves) for name, map_curves in curves.items()}  # [images, 2, fractions]
+    curves_by_map = {
+        name: torch.stack(map_curves) for name, map_curves in curves.items()
+    }  # [images, 2, fractions]
     random_curves = curves_by_map.pop("random")
     means = {name: map_curves.mean(dim=0).tolist() for name, map_curves in curves_by_map.items()}
     random_means = random_curves.mean(dim=0).tolist()
@@ -137,23 +150,40 @@ def compute_maps(
     if any(is_used):
         rows["rollout"] = trace.compute_rollout()[0, is_used.index(True)]
     image_size = (pixel_values.shape[-2], pixel_values.shape[-1])
-    maps = {name: extract_patch_maps(row.float().cpu(), config, image_size) for name, row in rows.items()}
+    maps = {
+        name: extract_patch_maps(row.float().cpu(), config, image_size)
+        for name, row in rows.items()
+    }
     return maps, logits.detach()[0].float().softmax(dim=0).cpu()
 
 
 @torch.no_grad()
-def measure_curves(model: Any, pixel_values: torch.Tensor, values: torch.Tensor, target: int) -> torch.Tensor:
+def measure_curves(
+    model: Any, pixel_values: torch.Tensor, values: torch.Tensor, target: int
+) -> torch.Tensor:
     """Return the deletion and insertion curves [2, len(FRACTIONS)] of a map [gh, gw]: the probability of a class for
     the image `pixel_values` [1, C, H, W] with replaced patches."""
-    ranks = values.flatten().argsort(descending=True).argsort().view(values.shape)  # rank 0 is the highest value
-    masks = torch.stack([ranks < round(fraction * ranks.numel()) for fraction in FRACTIONS])  # [fractions, gh, gw]
-    masks = torch.cat([masks, ~masks]).to(pixel_values.device)  # replaced patches in deletion, then in insertion
+    ranks = (
+        values.flatten().argsort(descending=True).argsort().view(values.shape)
+    )  # rank 0 is the highest value
+    masks = torch.stack(
+        [ranks < round(fraction * ranks.numel()) for fraction in FRACTIONS]
+    )  # [fractions, gh, gw]
+    masks = torch.cat([masks, ~masks]).to(
+        pixel_values.device
+    )  # replaced patches in deletion, then in insertion
     patch_height, patch_width = model.config.patch_height_width
-    is_replaced = masks.repeat_interleave(patch_height, dim=1).repeat_interleave(patch_width, dim=2).unsqueeze(1)
+    is_replaced = (
+        masks.repeat_interleave(patch_height, dim=1)
+        .repeat_interleave(patch_width, dim=2)
+        .unsqueeze(1)
+    )
     height, width = is_replaced.shape[-2:]
     changed_pixels = pixel_values.repeat(len(masks), 1, 1, 1)
     mean_color = pixel_values.mean(dim=(-2, -1), keepdim=True)
-    changed_pixels[..., :height, :width] = torch.where(is_replaced, mean_color, changed_pixels[..., :height, :width])
+    changed_pixels[..., :height, :width] = torch.where(
+        is_replaced, mean_color, changed_pixels[..., :height, :width]
+    )
     with evaluation_mode(model):
         logits = torch.cat([model(batch).logits for batch in changed_pixels.split(len(FRACTIONS))])
     return logits.float().softmax(dim=1)[:, target].cpu().view(2, len(FRACTIONS))

@@ -37,7 +37,8 @@ def get_head_readers(config: ViTCLSConfig, has_head: bool = True) -> dict[str, s
     is "distillation". The outputs of a model without a head are its CLS tokens, distillation tokens and patches."""
     layout = config.token_layout
     special_indices = range(layout.num_prefix_tokens)
-    cls, distillation = special_indices[layout.cls], set(special_indices[layout.distillation])
+    cls = special_indices[layout.cls]
+    distillation = set(special_indices[layout.distillation])
     if not has_head:
         return {"cls": set(cls), "distillation": distillation, "patches": {-1}}
     if config.tasks:
@@ -62,7 +63,9 @@ def count_used_layers(config: ViTCLSConfig, has_head: bool) -> list[int]:
     The last layer that a head reads is counted only if a head reads the token there. The attention of a token is used
     in the same layers."""
     readers = get_head_readers(config, has_head)
-    last_layers = dict.fromkeys(readers, max(config.pooled_layer_indices) if has_head else config.num_hidden_layers)
+    last_layers = dict.fromkeys(
+        readers, max(config.pooled_layer_indices) if has_head else config.num_hidden_layers
+    )
     if has_head and "distillation" in readers:
         last_layers["distillation"] = config.num_hidden_layers
     used_layers = [max(last_layers.values()) - 1] * (config.token_layout.num_prefix_tokens + 1)
@@ -89,7 +92,8 @@ def extract_patch_maps(rows: torch.Tensor, config: ViTCLSConfig, image_size: Siz
         ValueError: if the number of keys does not match the image size.
     """
     (height, width), (patch_height, patch_width) = image_size, config.patch_height_width
-    grid_height, grid_width = height // patch_height, width // patch_width
+    grid_height = height // patch_height
+    grid_width = width // patch_width
     patch_rows = rows[..., config.token_layout.patches]
     if patch_rows.shape[-1] != grid_height * grid_width:
         raise ValueError(
@@ -99,7 +103,9 @@ def extract_patch_maps(rows: torch.Tensor, config: ViTCLSConfig, image_size: Siz
     return patch_rows.unflatten(-1, (grid_height, grid_width))
 
 
-def upsample_maps(maps: torch.Tensor, image_size: Size, visible_region: VisibleRegion) -> torch.Tensor:
+def upsample_maps(
+    maps: torch.Tensor, image_size: Size, visible_region: VisibleRegion
+) -> torch.Tensor:
     """Interpolate maps [..., gh, gw] to the pixels of an image, bilinearly between patch centers.
 
     Args:
@@ -114,9 +120,13 @@ def upsample_maps(maps: torch.Tensor, image_size: Size, visible_region: VisibleR
     # Centers of the pixels, scaled so that the edges of the visible region are -1 and 1
     y = (torch.arange(height, dtype=torch.float64) + 0.5 - top) / (bottom - top) * 2 - 1
     x = (torch.arange(width, dtype=torch.float64) + 0.5 - left) / (right - left) * 2 - 1
-    centers = torch.stack(torch.meshgrid(x.float(), y.float(), indexing="xy"), dim=-1).to(maps.device)  # [h, w, 2]
+    centers = torch.stack(torch.meshgrid(x.float(), y.float(), indexing="xy"), dim=-1).to(
+        maps.device
+    )  # [h, w, 2]
     flat_maps = maps.float().reshape(1, -1, *maps.shape[-2:])  # [1, maps, gh, gw]
-    pixel_maps = nn.functional.grid_sample(flat_maps, centers[None], padding_mode="border", align_corners=False)
+    pixel_maps = nn.functional.grid_sample(
+        flat_maps, centers[None], padding_mode="border", align_corners=False
+    )
     is_outside = (centers.abs() > 1).any(dim=-1)  # [h, w]
     return pixel_maps.masked_fill(is_outside, math.nan).reshape(*maps.shape[:-2], height, width)
 
@@ -155,14 +165,18 @@ def overlay(
     Raises:
         ValueError: if the image cannot be read or converted to RGB.
     """
-    resized_image, region = resize_with_region(to_upright_rgb(image), visible_region, max_side, min_side)
+    resized_image, region = resize_with_region(
+        to_upright_rgb(image), visible_region, max_side, min_side
+    )
     size = (resized_image.height, resized_image.width)
     map_values = torch.as_tensor(values).detach().float().cpu()
     if visible_region is not None or map_values.shape != size:
         map_values = upsample_maps(map_values, size, region)  # [h, w]
     finite_values = map_values.nan_to_num().numpy()  # [h, w]
     is_hidden = map_values.isnan().numpy()
-    max_value = max(finite_values.max(), MIN_SCALE * finite_values.sum() / max((~is_hidden).sum(), 1))
+    max_value = max(
+        finite_values.max(), MIN_SCALE * finite_values.sum() / max((~is_hidden).sum(), 1)
+    )
     strength = (finite_values / max_value if max_value > 0 else finite_values).clip(0, 1)  # [h, w]
     colors, opacity = colormaps[COLORMAP](strength)[:, :, :3], (0.25 + 0.6 * strength)[:, :, None]
     gray = np.asarray(resized_image.convert("L"), dtype=np.float32)[:, :, None] / 255  # [h, w, 1]
@@ -177,16 +191,23 @@ def to_upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def resize_with_region(
-    image: Image.Image, visible_region: VisibleRegion | None, max_side: int | None, min_side: int | None
+    image: Image.Image,
+    visible_region: VisibleRegion | None,
+    max_side: int | None,
+    min_side: int | None,
 ) -> tuple[Image.Image, VisibleRegion]:
     """Scale an image and the visible region: down with averaging, or up by an integer factor without smoothing."""
     (width, height), longer_side = image.size, max(image.size)
     left, top, right, bottom = visible_region or VisibleRegion(0, 0, width, height)
     if max_side is not None and longer_side > max_side:
-        size = max(round(width * max_side / longer_side), 1), max(round(height * max_side / longer_side), 1)
+        size = (
+            max(round(width * max_side / longer_side), 1),
+            max(round(height * max_side / longer_side), 1),
+        )
         image = image.resize(size, Image.Resampling.BOX)
     elif min_side is not None and longer_side < min_side:
         factor = math.ceil(min_side / longer_side)
         image = image.resize((width * factor, height * factor), Image.Resampling.NEAREST)
-    x_scale, y_scale = image.width / width, image.height / height
+    x_scale = image.width / width
+    y_scale = image.height / height
     return image, VisibleRegion(left * x_scale, top * y_scale, right * x_scale, bottom * y_scale)

@@ -23,8 +23,12 @@ def is_classifier(model: Any) -> bool:
     """Return whether a model is a classifier (including subclasses). Regression models are not classifiers."""
     unwrapped_model = unwrap_model(model)
     config = unwrapped_model.config
-    has_head = any(base.__name__ in CLASSIFIER_CLASS_NAMES for base in type(unwrapped_model).__mro__)
-    return has_head and bool(config.tasks or config.num_labels) and config.problem_type != "regression"
+    has_head = any(
+        base.__name__ in CLASSIFIER_CLASS_NAMES for base in type(unwrapped_model).__mro__
+    )
+    return (
+        has_head and bool(config.tasks or config.num_labels) and config.problem_type != "regression"
+    )
 
 
 def get_classifier_or_encoder(model: Any) -> Any:

@@ -78,13 +78,19 @@ def measure_photo(model: Any, processor: Any, image: Image.Image) -> PhotoMeasur
     """
     model = unwrap_model(model)
     config: ViTCLSConfig = model.config
-    pixel_values = processor(image, return_tensors="pt")["pixel_values"].to(model.device)  # [1, C, H, W]
+    pixel_values = processor(image, return_tensors="pt")["pixel_values"].to(
+        model.device
+    )  # [1, C, H, W]
     input_size = tuple(pixel_values.shape[-2:])
     trace = trace_attention(model, pixel_values)
 
-    states = torch.stack([state[0].detach().float().cpu() for state in trace.outputs.hidden_states[1:]])  # [L, N, D]
+    states = torch.stack(
+        [state[0].detach().float().cpu() for state in trace.outputs.hidden_states[1:]]
+    )  # [L, N, D]
     if not states.isfinite().all():
-        raise ValueError("the features of the model are not finite. Load the model in float32, or train it again")
+        raise ValueError(
+            "the features of the model are not finite. Load the model in float32, or train it again"
+        )
     features = extract_patch_maps(states.mT, config, input_size).movedim(1, -1)  # [L, gh, gw, D]
     decompositions = [decompose_patches([layer]) for layer in features]
     colors = torch.stack([layer_colors for (layer_colors,), _ in decompositions])  # [L, gh, gw, 3]
@@ -125,7 +131,9 @@ def measure_photo(model: Any, processor: Any, image: Image.Image) -> PhotoMeasur
 def compute_patch_attention(trace: AttentionTrace) -> torch.Tensor:
     """Return the attention of the patches, averaged over the patches: [L, H, 1, N]."""
     patches = trace.config.token_layout.patches
-    rows = [layer.compute_weights()[0, :, patches].mean(dim=1, keepdim=True) for layer in trace.layers]
+    rows = [
+        layer.compute_weights()[0, :, patches].mean(dim=1, keepdim=True) for layer in trace.layers
+    ]
     return torch.stack(rows).cpu()
 
 
@@ -140,8 +148,12 @@ def match_colors(colors: torch.Tensor, last_layer: int) -> torch.Tensor:
     earlier = [(layer, layer + 1) for layer in reversed(range(last_layer))]
     later = [(layer, layer - 1) for layer in range(last_layer + 1, len(colors))]
     for layer, neighbor in (*earlier, *later):
-        channels = torch.cat([matched[neighbor].flatten(0, 1), matched[layer].flatten(0, 1)], dim=1)  # [patches, 6]
-        correlation = channels.T.corrcoef()[:3, 3:].nan_to_num()  # a channel without variation has no correlation
+        channels = torch.cat(
+            [matched[neighbor].flatten(0, 1), matched[layer].flatten(0, 1)], dim=1
+        )  # [patches, 6]
+        correlation = channels.T.corrcoef()[
+            :3, 3:
+        ].nan_to_num()  # a channel without variation has no correlation
         _, order = linear_sum_assignment(correlation.abs(), maximize=True)
         is_opposite = correlation[range(3), order] < 0
         reordered = matched[layer][..., order]
@@ -159,7 +171,13 @@ def build_json_record(measurements: PhotoMeasurements) -> dict[str, Any]:
     for index, name in enumerate(measurements.token_names):
         layer = measurements.token_layers[index]
         rows = measurements.attention[:, :, index]  # [L, H, N]
-        heads = dict(zip(get_head_names(config), map(partial(summarize_row, config), rows[layer - 1]), strict=True))
+        heads = dict(
+            zip(
+                get_head_names(config),
+                map(partial(summarize_row, config), rows[layer - 1]),
+                strict=True,
+            )
+        )
         by_layer = [summarize_row(config, row) for row in rows.mean(dim=1)]
         tokens.append({"token": name, "layer": layer, "heads": heads, "mean_by_layer": by_layer})
 
@@ -167,12 +185,16 @@ def build_json_record(measurements: PhotoMeasurements) -> dict[str, Any]:
     for norms, variance in zip(measurements.norms, measurements.explained_variance, strict=True):
         statistics = {name: getattr(norms, name)().item() for name in ("min", "median", "max")}
         outliers = (norms > OUTLIER_RATIO * norms.median()).float().mean().item()
-        patches_by_layer.append({"norm": statistics, "outliers": outliers, "explained_variance": variance})
+        patches_by_layer.append(
+            {"norm": statistics, "outliers": outliers, "explained_variance": variance}
+        )
     return {
         "input_size": list(measurements.input_size),
         "patch_grid": list(measurements.norms.shape[1:]),
         "visible_region": list(measurements.visible_region),
-        "predictions": [{"task": each.task, "labels": each.labels} for each in measurements.predictions],
+        "predictions": [
+            {"task": each.task, "labels": each.labels} for each in measurements.predictions
+        ],
         "uniform_entropy": math.log(measurements.attention.shape[-1]),
         "tokens": tokens,
         "patches": {"layer": measurements.patch_layer, "by_layer": patches_by_layer},

@@ -65,15 +65,21 @@ def find_register_neurons(
             f"Register neurons require outlier patches, but no patch has a norm above {ratio} times the median norm "
             "of the image. Decrease ratio or pass more images."
         )
-    outlier_fractions = [is_outlier(patches, ratio)[outliers].float().mean() for patches in hidden_states[1:]]
+    outlier_fractions = [
+        is_outlier(patches, ratio)[outliers].float().mean() for patches in hidden_states[1:]
+    ]
     last_layer = next(index for index, fraction in enumerate(outlier_fractions) if fraction >= 0.5)
-    scores = torch.stack([average_outlier_activations(outliers, states) for states in activations[: last_layer + 1]])
+    scores = torch.stack(
+        [average_outlier_activations(outliers, states) for states in activations[: last_layer + 1]]
+    )
     top_indices = scores.flatten().topk(num_neurons).indices.tolist()
     return [list(divmod(index, scores.shape[1])) for index in top_indices]
 
 
 @torch.no_grad()
-def add_test_time_register(model: ViTCLSPreTrainedModel, neurons: list[list[int]]) -> ViTCLSPreTrainedModel:
+def add_test_time_register(
+    model: ViTCLSPreTrainedModel, neurons: list[list[int]]
+) -> ViTCLSPreTrainedModel:
     """Return a copy of the model with an additional zero-initialized register, which receives the activations of
     `neurons`.
 
@@ -84,9 +90,13 @@ def add_test_time_register(model: ViTCLSPreTrainedModel, neurons: list[list[int]
         ValueError: if a neuron does not exist, or the model already has a test-time register.
     """
     if model.config.register_neurons:
-        raise ValueError("The model already has a test-time register. Pass all neurons in a single call.")
+        raise ValueError(
+            "The model already has a test-time register. Pass all neurons in a single call."
+        )
     num_registers = model.config.num_register_tokens + 1
-    adapted_model = model.adapt(num_register_tokens=num_registers, register_neurons=neurons, gate_new_tokens=False)
+    adapted_model = model.adapt(
+        num_register_tokens=num_registers, register_neurons=neurons, gate_new_tokens=False
+    )
     encoder: Any = adapted_model.base_model
     encoder.embeddings.register_tokens[:, -1] = 0
     if "registers" in (adapted_model.config.gated_tokens or {}):
@@ -109,7 +119,9 @@ def encode_patches(
     with ExitStack() as hooks, evaluation_mode(model), torch.no_grad():
         for layer in encoder.layers:
             down_projection = layer.mlp.fc2 if hasattr(layer.mlp, "fc2") else layer.mlp.down_proj
-            hooks.enter_context((layer.mlp.norm or down_projection).register_forward_pre_hook(read_activations))
+            hooks.enter_context(
+                (layer.mlp.norm or down_projection).register_forward_pre_hook(read_activations)
+            )
         outputs = encoder(pixel_values.to(model.device), output_hidden_states=True)
     return [states[:, patches] for states in outputs.hidden_states], activations
 
@@ -124,6 +136,8 @@ def is_outlier(patches: torch.Tensor, ratio: float) -> torch.Tensor:
 def average_outlier_activations(outliers: torch.Tensor, activations: torch.Tensor) -> torch.Tensor:
     """Return the magnitude [neurons] of activations [B, patches, neurons], averaged over the outlier patches of each
     image, and then over the images with outliers."""
-    activation_sums = (activations.float().abs() * outliers.unsqueeze(-1)).sum(dim=1)  # [B, neurons]
+    activation_sums = (activations.float().abs() * outliers.unsqueeze(-1)).sum(
+        dim=1
+    )  # [B, neurons]
     num_outliers = outliers.sum(dim=1, keepdim=True)  # [B, 1]
     return (activation_sums / num_outliers)[num_outliers[:, 0] > 0].mean(dim=0)

@@ -58,7 +58,12 @@ MAX_OVERVIEW_TOKENS = 8  # maximum number of tokens per image on the first scree
 MAX_MAP_BYTES = 11 * 2**20
 MAX_IMAGE_SIDE = 640  # maximum length of the longer side of an image in the page, in pixels
 MAX_PNG_SIDE = 96  # maximum length of the longer side of an image that is stored as PNG, in pixels
-SIGNS = {"good": "✓", "bad": "✕", "doubtful": "≈", "neutral": "○"}  # symbols distinguish ratings without color
+SIGNS = {
+    "good": "✓",
+    "bad": "✕",
+    "doubtful": "≈",
+    "neutral": "○",
+}  # symbols distinguish ratings without color
 
 
 def write_page(
@@ -102,7 +107,9 @@ def write_page(
         figures=build_figures(inspection),
         image_kinds=IMAGE_KINDS,
         signs=SIGNS,
-        data=htmlsafe_json_dumps(build_page_data(inspection), allow_nan=False, separators=(",", ":")),
+        data=htmlsafe_json_dumps(
+            build_page_data(inspection), allow_nan=False, separators=(",", ":")
+        ),
         style=Markup((TEMPLATE_FOLDER / "report.css").read_text(encoding="utf-8")),
         script=Markup((TEMPLATE_FOLDER / "report_maps.js").read_text(encoding="utf-8")),
     )
@@ -116,10 +123,15 @@ def write_json_values(file: str | Path, inspection: Inspection, title: str | Non
     Raises:
         OSError: if the file cannot be written.
     """
-    model, commit = title or get_model_name(inspection.config.name_or_path), get_commit(inspection.config)
-    values = {"model": model, "commit": commit, "version": __version__} | build_json_values(inspection)
+    model = title or get_model_name(inspection.config.name_or_path)
+    commit = get_commit(inspection.config)
+    values = {"model": model, "commit": commit, "version": __version__} | build_json_values(
+        inspection
+    )
     text = json.dumps(values, default=torch.Tensor.tolist)
-    write_text(file, json.dumps(json.loads(text, parse_constant=lambda constant: None), indent=1) + "\n")
+    write_text(
+        file, json.dumps(json.loads(text, parse_constant=lambda constant: None), indent=1) + "\n"
+    )
 
 
 def write_text(file: str | Path, text: str) -> None:
@@ -143,7 +155,11 @@ def iterate_overview(
     for report in inspection.image_reports[:num_images]:
         maps = report.attention.mean(dim=1)[layers, torch.arange(len(layers))]  # [S, gh, gw]
         labels = [label for prediction in report.predictions for label, _ in prediction.labels[:1]]
-        caption = f"{report.truth} → {', '.join(labels)}" if report.truth and labels else ", ".join(labels)
+        caption = (
+            f"{report.truth} → {', '.join(labels)}"
+            if report.truth and labels
+            else ", ".join(labels)
+        )
         yield report, caption, dict(zip(names, maps, strict=False))
 
 
@@ -153,11 +169,23 @@ def build_overview(inspection: Inspection) -> list[dict[str, Any]]:
     for report, caption, maps in iterate_overview(inspection, NUM_OVERVIEW_IMAGES):
         sides = {"max_side": OVERVIEW_SIDE, "min_side": OVERVIEW_SIDE}
         overlays = [
-            {"name": name, "url": encode_data_url(overlay(report.image, values, report.visible_region, **sides))}
+            {
+                "name": name,
+                "url": encode_data_url(
+                    overlay(report.image, values, report.visible_region, **sides)
+                ),
+            }
             for name, values in maps.items()
         ]
         image, _ = resize_with_region(report.image, None, OVERVIEW_SIDE, OVERVIEW_SIDE)
-        rows.append({"name": report.name, "caption": caption, "url": encode_data_url(image), "maps": overlays})
+        rows.append(
+            {
+                "name": report.name,
+                "caption": caption,
+                "url": encode_data_url(image),
+                "maps": overlays,
+            }
+        )
     return rows
 
 
@@ -175,8 +203,12 @@ def build_effect_rows(verdicts: Sequence[Verdict]) -> list[dict[str, str]]:
                 row["changed predictions"] = "–"
                 if effect["changed"] is not None:
                     low, high = effect["changed_interval"]
-                    row["changed predictions"] = f"{effect['changed']:.1%} ({low:.1%} to {high:.1%})"
-                row["effect (95% interval)"] = "{:.2g} ({:.2g} to {:.2g})".format(effect["size"], *effect["interval"])
+                    row["changed predictions"] = (
+                        f"{effect['changed']:.1%} ({low:.1%} to {high:.1%})"
+                    )
+                row["effect (95% interval)"] = "{:.2g} ({:.2g} to {:.2g})".format(
+                    effect["size"], *effect["interval"]
+                )
                 row["limit"] = "no test" if effect["limit"] is None else f"{effect['limit']:.2g}"
                 rows.append(row)
     return rows
@@ -188,7 +220,9 @@ def build_figures(inspection: Inspection) -> list[Markup]:
     histogram = plot_norm_histogram(config, findings, inspection.patches.numbers["layer"])
     figures = [plot_norms(config, findings), histogram]
     if config.token_layout.num_prefix_tokens:
-        curves = [plot_curve(config, findings, name) for name in ("entropy", "received", "variation")]
+        curves = [
+            plot_curve(config, findings, name) for name in ("entropy", "received", "variation")
+        ]
         figures = [*curves, *figures]
     return [Markup(render_svg(figure)) for figure in figures]
 
@@ -214,11 +248,15 @@ def build_page_data(inspection: Inspection) -> dict[str, Any]:
     groups = [key.partition("[")[0] for key in get_token_keys(config.token_layout)]
     color_table = (colormaps[COLORMAP](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
     features_by_layer = zip(*(report.features for report in reports), strict=True)
-    patch_colors = [compute_patch_colors(layer) for layer in features_by_layer]  # colors of each layer and image
+    patch_colors = [
+        compute_patch_colors(layer) for layer in features_by_layer
+    ]  # colors of each layer and image
     return {
         "tokens": [
             {"name": name, "group": group, "used": num_layers}
-            for name, group, num_layers in zip(get_token_names(config), groups, num_used_layers, strict=True)
+            for name, group, num_layers in zip(
+                get_token_names(config), groups, num_used_layers, strict=True
+            )
         ],
         "layers": config.num_hidden_layers,
         "patch_layers": num_used_patch_layers,
@@ -227,7 +265,9 @@ def build_page_data(inspection: Inspection) -> dict[str, Any]:
         "min_scale": MIN_SCALE,
         "images": [
             build_image_data(
-                report, torch.stack([layer[index] for layer in patch_colors]), index < num_images_with_heads
+                report,
+                torch.stack([layer[index] for layer in patch_colors]),
+                index < num_images_with_heads,
             )
             for index, report in enumerate(reports)
         ],
@@ -240,7 +280,9 @@ def count_images_with_heads(image_reports: list[ImageReport]) -> int:
     return sum(size <= MAX_MAP_BYTES for size in cumulative_sizes)
 
 
-def build_image_data(report: ImageReport, colors: torch.Tensor, has_head_maps: bool) -> dict[str, Any]:
+def build_image_data(
+    report: ImageReport, colors: torch.Tensor, has_head_maps: bool
+) -> dict[str, Any]:
     """Return the values of one image, with patch colors [L, gh, gw, 3] and attention maps in the order [layer, mean
     and heads, token]."""
     width, height = report.image.size
@@ -259,7 +301,8 @@ def build_image_data(report: ImageReport, colors: torch.Tensor, has_head_maps: b
         "num_heads": report.attention.shape[1] if has_head_maps else 0,
         "attribution": pack_maps(torch.stack(report.attributions)) if report.attributions else None,
         "attributed": [
-            ": ".join(filter(None, (prediction.task, prediction.top_label))) for prediction in report.predictions
+            ": ".join(filter(None, (prediction.task, prediction.top_label)))
+            for prediction in report.predictions
         ],
         "patch_colors": encode_base64((colors * 255).round().to(torch.uint8)),
     }
@@ -267,7 +310,8 @@ def build_image_data(report: ImageReport, colors: torch.Tensor, has_head_maps: b
 
 def encode_data_url(image: Image.Image) -> str:
     """Return an image as a data URL. An image larger than MAX_IMAGE_SIDE is scaled down."""
-    thumbnail, buffer = image.copy(), io.BytesIO()
+    thumbnail = image.copy()
+    buffer = io.BytesIO()
     thumbnail.thumbnail((MAX_IMAGE_SIDE, MAX_IMAGE_SIDE))
     file_type = "png" if max(thumbnail.size) <= MAX_PNG_SIDE else "jpeg"
     thumbnail.save(buffer, file_type, quality=85)
@@ -280,7 +324,9 @@ def pack_maps(maps: torch.Tensor) -> dict[str, str]:
     maps = maps.double()
     maxima = maps.amax(dim=(-2, -1), keepdim=True)
     return {
-        "values": encode_base64(((maps / maxima.clamp(min=1e-30)).sqrt() * 255).round().to(torch.uint8)),
+        "values": encode_base64(
+            ((maps / maxima.clamp(min=1e-30)).sqrt() * 255).round().to(torch.uint8)
+        ),
         "largest": encode_base64(maxima.float()),
         "sum": encode_base64(maps.sum(dim=(-2, -1)).float()),
     }
@@ -300,7 +346,11 @@ def build_json_values(inspection: Inspection) -> dict[str, Any]:
     omitted. `tokens` are the special tokens, then the groups of several tokens; "information" and "presence" contain
     all values of an ablation by output (`Effect`), and `decided_by` names the effect that decided the outcome."""
     omitted_names = ("mean_states", "patch_norms", "patch_ratios", "patch_ratios_without_registers")
-    findings = {name: value for name, value in vars(inspection.findings).items() if name not in omitted_names}
+    findings = {
+        name: value
+        for name, value in vars(inspection.findings).items()
+        if name not in omitted_names
+    }
 
     def build_record(verdict: Verdict) -> dict[str, Any]:
         values = dataclasses.asdict(verdict)
@@ -314,7 +364,8 @@ def build_json_values(inspection: Inspection) -> dict[str, Any]:
         "patches": build_record(inspection.patches),
         "num_ablation_images": inspection.num_ablation_images,
         "map_checks": {
-            name: {"statement": check.describe(name), "is_faithful": check.is_faithful} | dataclasses.asdict(check)
+            name: {"statement": check.describe(name), "is_faithful": check.is_faithful}
+            | dataclasses.asdict(check)
             for name, check in inspection.map_checks.items()
         },
         "findings": findings,

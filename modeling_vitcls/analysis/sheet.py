@@ -91,11 +91,26 @@ class Sheet:
         self.axes.axis("off")
         self.y = MARGIN  # upper edge of the free space
 
-    def place(self, picture: Image.Image | np.ndarray, x: float, y: float, width: float, height: float) -> None:
+    def place(
+        self, picture: Image.Image | np.ndarray, x: float, y: float, width: float, height: float
+    ) -> None:
         """Place a picture, stretched to a size, with its upper left corner at (x, y)."""
-        self.axes.imshow(picture, extent=(x, x + width, y + height, y), aspect="auto", interpolation="antialiased")
+        self.axes.imshow(
+            picture,
+            extent=(x, x + width, y + height, y),
+            aspect="auto",
+            interpolation="antialiased",
+        )
 
-    def write(self, x: float, y: float, text: str, size: float = 8.5, color: str = MEDIUM_GRAY, **style: Any) -> None:
+    def write(
+        self,
+        x: float,
+        y: float,
+        text: str,
+        size: float = 8.5,
+        color: str = MEDIUM_GRAY,
+        **style: Any,
+    ) -> None:
         """Write text on the baseline y."""
         self.axes.text(x, y, text, fontsize=size, color=color, parse_math=False, **style)
 
@@ -117,7 +132,13 @@ class Sheet:
             columns = slice(start, start + num_columns)
             self.y += 0.17
             for index, header in enumerate(headers[columns]):
-                self.write(MARGIN + NAME_WIDTH + index * (width + GAP), self.y, header, size=7.5, color=DARK_GRAY)
+                self.write(
+                    MARGIN + NAME_WIDTH + index * (width + GAP),
+                    self.y,
+                    header,
+                    size=7.5,
+                    color=DARK_GRAY,
+                )
             for row in rows:
                 self.draw_line(row, row.tiles[columns], width)
             self.y += 0.05
@@ -165,11 +186,16 @@ def draw_header(sheet: Sheet, measurements: PhotoMeasurements, title: str) -> No
         f"{width} × {height} pixels, as {columns} × {rows} patches",
     ]
     for prediction in measurements.predictions:
-        labels = ", ".join(f"{shorten_text(label, 40)} {probability:.0%}" for label, probability in prediction.labels)
+        labels = ", ".join(
+            f"{shorten_text(label, 40)} {probability:.0%}"
+            for label, probability in prediction.labels
+        )
         lines.append(f"{prediction.task or 'prediction'}: {labels or 'no label'}")
 
     sheet.y += 0.14
-    sheet.write(MARGIN, sheet.y, shorten_text(title, MAX_TITLE), size=15, color=DARK_GRAY, weight="bold")
+    sheet.write(
+        MARGIN, sheet.y, shorten_text(title, MAX_TITLE), size=15, color=DARK_GRAY, weight="bold"
+    )
     for line in lines:
         sheet.y += 0.2
         sheet.write(MARGIN, sheet.y, line, size=9)
@@ -178,7 +204,13 @@ def draw_header(sheet: Sheet, measurements: PhotoMeasurements, title: str) -> No
         thumbnail_height = sheet.y - MARGIN + 0.05
         thumbnail_width = min(thumbnail_height * thumbnail.width / thumbnail.height, 2.65)
         x = WIDTH - MARGIN - thumbnail_width
-        sheet.place(thumbnail, x, MARGIN, thumbnail_width, thumbnail_width * thumbnail.height / thumbnail.width)
+        sheet.place(
+            thumbnail,
+            x,
+            MARGIN,
+            thumbnail_width,
+            thumbnail_width * thumbnail.height / thumbnail.width,
+        )
 
 
 def draw_overview(sheet: Sheet, measurements: PhotoMeasurements) -> None:
@@ -194,7 +226,10 @@ def draw_overview(sheet: Sheet, measurements: PhotoMeasurements) -> None:
     height = width * picture.height / picture.width
     tiles = [
         Tile(picture, "What the model sees"),
-        Tile(draw_overlay(measurements, attention), f"Attention of {shorten_text(token, 11)}, layer {token_layer}"),
+        Tile(
+            draw_overlay(measurements, attention),
+            f"Attention of {shorten_text(token, 11)}, layer {token_layer}",
+        ),
         Tile(draw_colors(measurements, layer - 1, LARGE_SIDE), f"Patch features, layer {layer}"),
         Tile(draw_norms(measurements, layer - 1, LARGE_SIDE), f"Patch norms, layer {layer}"),
     ]
@@ -205,14 +240,22 @@ def draw_overview(sheet: Sheet, measurements: PhotoMeasurements) -> None:
     sheet.y += height + 0.08
     brightest = max(attention.max().item(), MIN_SCALE * attention.mean().item())  # as in `overlay`
     draw_color_bar(sheet, MARGIN + pitch, width, COLORMAP, "0", f"{brightest:.2%} in one patch")
-    draw_color_bar(sheet, MARGIN + 3 * pitch, width, NORM_COLORMAP, f"{norms.min():.3g}", f"{norms.max():.3g}")
+    draw_color_bar(
+        sheet, MARGIN + 3 * pitch, width, NORM_COLORMAP, f"{norms.min():.3g}", f"{norms.max():.3g}"
+    )
     share = sum(measurements.explained_variance[layer - 1])
-    sheet.write(MARGIN + 2 * pitch, sheet.y + 0.08, "red, green, blue: 3 principal components,", size=8)
-    sheet.write(MARGIN + 2 * pitch, sheet.y + 0.22, f"which explain {share:.0%} of the variance", size=8)
+    sheet.write(
+        MARGIN + 2 * pitch, sheet.y + 0.08, "red, green, blue: 3 principal components,", size=8
+    )
+    sheet.write(
+        MARGIN + 2 * pitch, sheet.y + 0.22, f"which explain {share:.0%} of the variance", size=8
+    )
     sheet.y += 0.28
 
 
-def draw_color_bar(sheet: Sheet, x: float, width: float, colormap: str, low: str, high: str) -> None:
+def draw_color_bar(
+    sheet: Sheet, x: float, width: float, colormap: str, low: str, high: str
+) -> None:
     """Draw a color bar with the values at its ends."""
     sheet.place(colormaps[colormap](np.linspace(0, 1, 256))[None], x, sheet.y, width, 0.07)
     sheet.write(x, sheet.y + 0.22, low, size=8)
@@ -222,7 +265,9 @@ def draw_color_bar(sheet: Sheet, x: float, width: float, colormap: str, low: str
 def draw_heads(sheet: Sheet, measurements: PhotoMeasurements) -> None:
     """Draw the mean and the heads of each token in the last layer in which the token is used."""
     num_tokens = len(measurements.token_names)
-    heading = "Attention by head" + (f", first {MAX_TOKENS} of {num_tokens} tokens" if num_tokens > MAX_TOKENS else "")
+    heading = "Attention by head" + (
+        f", first {MAX_TOKENS} of {num_tokens} tokens" if num_tokens > MAX_TOKENS else ""
+    )
     explanation = (
         "In the last layer that uses the token. Percentages: attention on patches; the rest is on special tokens. "
         "Each map has its own scale: black is 0, bright is the highest 1% of its values"
@@ -235,7 +280,9 @@ def draw_heads(sheet: Sheet, measurements: PhotoMeasurements) -> None:
         layer = measurements.token_layers[index]
         maps = measurements.maps[layer - 1, :, index]  # [H, gh, gw]
         maps = torch.cat([maps.mean(dim=0, keepdim=True), maps])
-        tiles = [Tile(draw_attention(measurements, values), f"{values.sum():.0%}") for values in maps]
+        tiles = [
+            Tile(draw_attention(measurements, values), f"{values.sum():.0%}") for values in maps
+        ]
         rows.append(Row(name, f"layer {layer}", color, tiles))
     sheet.draw_rows(headers, rows, get_min_columns(measurements))
 
@@ -251,7 +298,9 @@ def draw_layers(sheet: Sheet, measurements: PhotoMeasurements) -> None:
     rows = []
     for name, color, index in list_tokens(measurements):
         maps = measurements.maps[:, :, index].mean(dim=1)  # [L, gh, gw]
-        tiles = [Tile(draw_attention(measurements, values), f"{values.sum():.0%}") for values in maps]
+        tiles = [
+            Tile(draw_attention(measurements, values), f"{values.sum():.0%}") for values in maps
+        ]
         rows.append(Row(name, "attention", color, tiles))
     shares = [f"{sum(each):.0%}" for each in measurements.explained_variance]
     tiles = [Tile(draw_colors(measurements, layer, SMALL_SIDE), shares[layer]) for layer in layers]
@@ -265,7 +314,10 @@ def draw_layers(sheet: Sheet, measurements: PhotoMeasurements) -> None:
 def list_tokens(measurements: PhotoMeasurements) -> list[tuple[str, str, int]]:
     """Return the name, the color and the index of each token with a row."""
     names = measurements.token_names[:MAX_TOKENS]
-    return [(name, GROUP_COLORS[measurements.token_groups[index]], index) for index, name in enumerate(names)]
+    return [
+        (name, GROUP_COLORS[measurements.token_groups[index]], index)
+        for index, name in enumerate(names)
+    ]
 
 
 def get_min_columns(measurements: PhotoMeasurements) -> int:
@@ -279,8 +331,14 @@ def get_min_columns(measurements: PhotoMeasurements) -> int:
 def describe_tokens(config: ViTCLSConfig) -> str:
     """Return the numbers of special tokens as text, such as "1 CLS token, 4 register tokens"."""
     indices = range(config.token_layout.num_prefix_tokens)
-    counts = {name: len(indices[group]) for name, group in config.token_layout.items() if name != "patches"}
-    texts = [f"{n} {SINGLE_TOKEN_NAMES[name]} token{'s' * (n > 1)}" for name, n in counts.items() if n]
+    counts = {
+        name: len(indices[group])
+        for name, group in config.token_layout.items()
+        if name != "patches"
+    }
+    texts = [
+        f"{n} {SINGLE_TOKEN_NAMES[name]} token{'s' * (n > 1)}" for name, n in counts.items() if n
+    ]
     return ", ".join(texts) or "no special tokens"
 
 
@@ -317,17 +375,23 @@ def draw_visible_part(measurements: PhotoMeasurements, side: int) -> Image.Image
 
 def draw_whole_photo(measurements: PhotoMeasurements) -> Image.Image:
     """Draw the whole photo. The part that the model does not see is pale."""
-    image, region = resize_with_region(measurements.image, measurements.visible_region, LARGE_SIDE, LARGE_SIDE)
+    image, region = resize_with_region(
+        measurements.image, measurements.visible_region, LARGE_SIDE, LARGE_SIDE
+    )
     left, top, right, bottom = map(round, region)
     box = (max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height))
-    pale = Image.blend(Image.new("RGB", image.size, "white"), image.convert("L").convert("RGB"), HIDDEN_OPACITY)
+    pale = Image.blend(
+        Image.new("RGB", image.size, "white"), image.convert("L").convert("RGB"), HIDDEN_OPACITY
+    )
     pale.paste(image.crop(box), box[:2])
     return pale
 
 
 def draw_overlay(measurements: PhotoMeasurements, values: torch.Tensor) -> Image.Image:
     """Draw an attention map [gh, gw] over the photo."""
-    image, region = resize_with_region(measurements.image, measurements.visible_region, LARGE_SIDE, LARGE_SIDE)
+    image, region = resize_with_region(
+        measurements.image, measurements.visible_region, LARGE_SIDE, LARGE_SIDE
+    )
     return crop_to_region(overlay(image, values, region), region)
 
 
@@ -353,4 +417,6 @@ def draw_norms(measurements: PhotoMeasurements, layer: int, side: int) -> Image.
 def fill_region(measurements: PhotoMeasurements, colors: np.ndarray, side: int) -> Image.Image:
     """Return one color per patch [gh, gw, 3] (0 to 1) as a picture with the size of the visible part of the photo."""
     size = draw_visible_part(measurements, side).size
-    return Image.fromarray((colors * 255).round().astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
+    return Image.fromarray((colors * 255).round().astype(np.uint8)).resize(
+        size, Image.Resampling.NEAREST
+    )

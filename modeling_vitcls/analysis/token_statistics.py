@@ -98,7 +98,9 @@ class TokenStatistics:
         self.layout: TokenLayout = self.model.config.token_layout
         self.num_images = 0
         self.sums: dict[str, torch.Tensor] = {}
-        self.patch_values: dict[str, list[torch.Tensor]] = {}  # name -> one tensor [L + 1, n] per batch
+        self.patch_values: dict[
+            str, list[torch.Tensor]
+        ] = {}  # name -> one tensor [L + 1, n] per batch
 
     @torch.no_grad()
     def update(self, pixel_values: torch.Tensor) -> Any:
@@ -125,15 +127,21 @@ class TokenStatistics:
                 outputs = module(pixel_values, output_hidden_states=True)
             if register_indices:  # register neurons still move activations to the hidden registers
                 mask = build_hiding_mask(self.model, pixel_values, register_indices)
-                outputs_without_registers = module(pixel_values, attention_mask=mask, output_hidden_states=True)
+                outputs_without_registers = module(
+                    pixel_values, attention_mask=mask, output_hidden_states=True
+                )
         names = list(layer_statistics[0])
-        statistics = {name: torch.stack([layer[name] for layer in layer_statistics], dim=1) for name in names}
+        statistics = {
+            name: torch.stack([layer[name] for layer in layer_statistics], dim=1) for name in names
+        }
         # All layers have the same visible tokens, and therefore the same entropy of uniform attention.
         statistics["uniform_entropy_by_token"] = statistics.pop("uniform_entropy_by_token")[:, 0]
         statistics |= self.compute_state_statistics(outputs.hidden_states)
         norms = self.compute_patch_norms(outputs.hidden_states)
         patch_statistics = {"norms": norms, "ratios": divide_by_median(norms)}
-        statistics["outliers"] = (patch_statistics["ratios"] > OUTLIER_RATIO).float().mean(dim=-1)  # [B, L + 1]
+        statistics["outliers"] = (
+            (patch_statistics["ratios"] > OUTLIER_RATIO).float().mean(dim=-1)
+        )  # [B, L + 1]
         if outputs_without_registers is not None:
             norms = self.compute_patch_norms(outputs_without_registers.hidden_states)
             patch_statistics["ratios_without_registers"] = divide_by_median(norms)
@@ -146,7 +154,9 @@ class TokenStatistics:
         for name, patch_values in patch_statistics.items():
             batches = self.patch_values.setdefault(name, [])
             num_stored_norms = sum(batch.shape[1] for batch in batches)
-            batches.append(patch_values.transpose(0, 1).flatten(1)[:, : MAX_NORMS - num_stored_norms].cpu())
+            batches.append(
+                patch_values.transpose(0, 1).flatten(1)[:, : MAX_NORMS - num_stored_norms].cpu()
+            )
         self.num_images += len(pixel_values)
         return outputs
 
@@ -157,29 +167,45 @@ class TokenStatistics:
             ValueError: if `update` has not been called.
         """
         if not self.num_images:
-            raise ValueError("Statistics require at least one image, but no images were added. Call update first.")
+            raise ValueError(
+                "Statistics require at least one image, but no images were added. Call update first."
+            )
         means = {name: total / self.num_images for name, total in self.sums.items()}
         mean_states = means.pop("states")  # [L + 1, S, D]
-        deviations = (means.pop("squares") - mean_states.square()).clamp(min=0).sqrt()  # [L + 1, S, D]
-        maps, map_squares = means.pop("maps"), means.pop("map_squares")  # [L, S, N], [L, S]
+        deviations = (
+            (means.pop("squares") - mean_states.square()).clamp(min=0).sqrt()
+        )  # [L + 1, S, D]
+        maps = means.pop("maps")
+        map_squares = means.pop("map_squares")  # [L, S, N], [L, S]
         map_deviation = (map_squares - maps.square().sum(dim=-1)).clamp(min=0).sqrt()
         map_distance = (maps - maps.mean(dim=-1, keepdim=True)).norm(dim=-1)
         head_outputs = means.pop("head_outputs")
         return Findings(
             num_images=self.num_images,
-            map_variation=(map_deviation / map_distance.clamp(min=1e-12)).nan_to_num(nan=torch.inf).float(),
-            head_outputs=(head_outputs / head_outputs.mean(dim=1, keepdim=True).clamp(min=1e-12)).float(),
+            map_variation=(map_deviation / map_distance.clamp(min=1e-12))
+            .nan_to_num(nan=torch.inf)
+            .float(),
+            head_outputs=(
+                head_outputs / head_outputs.mean(dim=1, keepdim=True).clamp(min=1e-12)
+            ).float(),
             mean_states=mean_states.float(),
             variation=(deviations.norm(dim=-1) / mean_states.norm(dim=-1).clamp(min=1e-12)).float(),
-            channel_variation=(deviations / mean_states.abs().clamp(min=1e-12)).median(dim=-1).values.float(),
+            channel_variation=(deviations / mean_states.abs().clamp(min=1e-12))
+            .median(dim=-1)
+            .values.float(),
             state_distance=means.pop("squared_distances").sqrt().float(),
             **{name: mean.float() for name, mean in means.items()},
-            **{f"patch_{name}": torch.cat(batches, dim=1) for name, batches in self.patch_values.items()},
+            **{
+                f"patch_{name}": torch.cat(batches, dim=1)
+                for name, batches in self.patch_values.items()
+            },
         )
 
     # Statistics of one batch, tensors [B, ...] -----------------------------------------------------------------------
 
-    def compute_layer_statistics(self, layer: RecordedLayer, attention: Any) -> dict[str, torch.Tensor]:
+    def compute_layer_statistics(
+        self, layer: RecordedLayer, attention: Any
+    ) -> dict[str, torch.Tensor]:
         """Return the statistics of one layer's attention maps."""
         layout = self.layout
         weights = layer.compute_weights()  # [B, H, N, N]
@@ -192,10 +218,12 @@ class TokenStatistics:
             "uniform_entropy_by_token": is_visible.sum(dim=-1).log(),
             "maps": maps,
             "map_squares": maps.cpu().double().square().sum(dim=-1),
-            "head_selectivity": (weights - 1 / weights.shape[-1]).abs().sum(dim=-1).mean(dim=-1) / 2,
+            "head_selectivity": (weights - 1 / weights.shape[-1]).abs().sum(dim=-1).mean(dim=-1)
+            / 2,
             "head_outputs": compute_head_outputs(layer, attention),
             "map_distance": torch.cdist(special_rows, special_rows, p=1).mean(dim=1) / 2,
-            "map_selectivity": (special_rows - uniform.unsqueeze(1)).abs().sum(dim=-1).mean(dim=1) / 2,
+            "map_selectivity": (special_rows - uniform.unsqueeze(1)).abs().sum(dim=-1).mean(dim=1)
+            / 2,
             "entropy": torch.special.entr(special_rows).sum(dim=-1),
             "attention_fractions": torch.stack(
                 [special_rows[..., group].sum(dim=-1) for _, group in layout.items()], dim=-1
@@ -205,12 +233,18 @@ class TokenStatistics:
 
     def compute_patch_norms(self, hidden_states: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return the norms [B, L + 1, P] of the patches in the L + 1 hidden states [B, N, D]."""
-        return torch.stack([state[:, self.layout.patches].float().norm(dim=-1) for state in hidden_states], dim=1)
+        return torch.stack(
+            [state[:, self.layout.patches].float().norm(dim=-1) for state in hidden_states], dim=1
+        )
 
-    def compute_state_statistics(self, hidden_states: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    def compute_state_statistics(
+        self, hidden_states: Sequence[torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
         """Return the statistics of the special tokens in the L + 1 hidden states [B, N, D]."""
         num_special_tokens = self.layout.num_prefix_tokens
-        special_states = torch.stack([state[:, :num_special_tokens] for state in hidden_states], dim=1).float()
+        special_states = torch.stack(
+            [state[:, :num_special_tokens] for state in hidden_states], dim=1
+        ).float()
         directions = torch.nn.functional.normalize(special_states, dim=-1)  # [B, L + 1, S, D]
         return {
             "between_tokens": directions @ directions.transpose(-1, -2),
@@ -247,7 +281,9 @@ def compute_head_outputs(layer: RecordedLayer, attention: Any) -> torch.Tensor:
     if weight.shape[1] != num_maps * size:  # differential attention merges the two maps of a head
         return outputs.norm(dim=-1).mean(dim=1)
     weights = weight.unflatten(1, (num_maps, size)).unbind(dim=1)  # [D, d] each
-    return torch.stack([(outputs[:, :, i] @ w.T).norm(dim=-1).mean(dim=1) for i, w in enumerate(weights)], dim=1)
+    return torch.stack(
+        [(outputs[:, :, i] @ w.T).norm(dim=-1).mean(dim=1) for i, w in enumerate(weights)], dim=1
+    )
 
 
 def compute_distances(points: torch.Tensor) -> torch.Tensor:

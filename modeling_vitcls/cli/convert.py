@@ -38,7 +38,8 @@ class ConvertOptions:
     names."""
 
     def __post_init__(self) -> None:
-        source, is_back = self.source, self.to == "transformers"
+        source = self.source
+        is_back = self.to == "transformers"
         if (self.model is None) == is_back or (source is None) != is_back:
             required, other = ("--model", "--source") if is_back else ("--source", "--model")
             raise ValueError(f"--to {self.to} requires {required} and does not support {other}")
@@ -56,7 +57,9 @@ def run(options: ConvertOptions) -> None:
     if options.to == "transformers":
         report = write_native_model(str(options.model), options.output)
     else:
-        report = convert_checkpoint(str(options.source), options.output, options.random_init, options.family)
+        report = convert_checkpoint(
+            str(options.source), options.output, options.random_init, options.family
+        )
     write_card(ModelFolder(options.output))
     print_report(report, options.output)
 
@@ -65,14 +68,20 @@ def print_report(report: "Report", output: Path) -> None:
     """Print the parity report, and the command that pushes the model to the Hub."""
     from ..publishing.push import build_push_command
 
-    print(f"Largest differences between {report['model_class']} and {report['source']} (limit {report['limit']:g}):")
+    print(
+        f"Largest differences between {report['model_class']} and {report['source']} (limit {report['limit']:g}):"
+    )
     for comparison in report["comparisons"]:
-        differences = ", ".join(f"{name} {value:.1e}" for name, value in comparison["differences"].items())
+        differences = ", ".join(
+            f"{name} {value:.1e}" for name, value in comparison["differences"].items()
+        )
         print("- {} x {} pixels: {}".format(*comparison["image_size"], differences))
     if report["not_compared"]:
         print(f"No other image size was compared: {report['not_compared']}")
     if reason := report["preprocessing"]["assumed_because"]:
         print(f"Image processor: the settings are assumed, because {reason}. Check them")
     print(*report["notes"], f"Classifier: {report['classifier']}", sep="\n")
-    print(f"\nWritten to {output}. README.md has the code that loads the model. To push and verify the model, run")
+    print(
+        f"\nWritten to {output}. README.md has the code that loads the model. To push and verify the model, run"
+    )
     print(f"  {build_push_command(output, f'YOUR-NAME/{output.resolve().name}')}")

@@ -46,4 +46,6 @@ def run(options: DemoOptions) -> None:
         model, processor = load_model(folder, use_head=None, backend=options.backend)
         from .demo_page import serve_demo  # importing gradio is slow
 
-        serve_demo(model.eval(), processor, options.model, options.examples, options.host, options.port)
+        serve_demo(
+            model.eval(), processor, options.model, options.examples, options.host, options.port
+        )

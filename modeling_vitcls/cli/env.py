@@ -29,13 +29,16 @@ def run(options: EnvOptions) -> None:
     from ..model import cpu_kernels_vitcls as kernels
     from ..runtime.system import format_device_name, get_processor_name, get_versions
 
-    cpuinfo, accelerator = Path("/proc/cpuinfo"), torch.accelerator.current_accelerator(check_available=True)
+    cpuinfo = Path("/proc/cpuinfo")
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     cpu_flags = set(cpuinfo.read_text(encoding="utf-8").split()) if cpuinfo.is_file() else set()
     onednn_dtypes = {str(dtype).removeprefix("torch.") for dtype, _ in kernels.MIN_MULTIPLICATIONS}
     environment = get_versions(*LIBRARIES) | {
         "platform": platform.platform(),
         "processor": get_processor_name(),
-        "instructions": ", ".join([torch.backends.cpu.get_cpu_capability(), *sorted(INSTRUCTIONS & cpu_flags)]),
+        "instructions": ", ".join(
+            [torch.backends.cpu.get_cpu_capability(), *sorted(INSTRUCTIONS & cpu_flags)]
+        ),
         "device": format_device_name(accelerator or torch.device("cpu")),
         "CPU kernels": "on" if kernels.can_use_cpu_kernels() else "off",
         "oneDNN products": ", ".join(sorted(onednn_dtypes)) or "none",

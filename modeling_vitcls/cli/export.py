@@ -25,12 +25,18 @@ def run(options: ExportOptions) -> None:
 
     silence_exporters()
     if options.format == "transformers.js":
-        web_report = export_for_transformers_js(options.model, options.output, options.dataset, options.split)
+        web_report = export_for_transformers_js(
+            options.model, options.output, options.dataset, options.split
+        )
         for comparison in web_report["comparisons"]:
             agreement = comparison["top1_agreement"]
             text = "" if agreement is None else f", same top-1 label: {agreement:.1%}"
-            print(f"{comparison['file']:26} largest difference {comparison['largest_difference']:.1e}{text}")
-        print(f"Wrote the files to {options.output}; onnx/report.json contains all comparisons and scores")
+            print(
+                f"{comparison['file']:26} largest difference {comparison['largest_difference']:.1e}{text}"
+            )
+        print(
+            f"Wrote the files to {options.output}; onnx/report.json contains all comparisons and scores"
+        )
         return
     print_report(export_model(options), options.output)
 
@@ -45,10 +51,14 @@ def silence_exporters() -> None:
 
 def print_report(report: dict[str, Any], output: Path) -> None:
     """Print the report and, for an output folder, the command that runs the exported model."""
-    print(f"Largest differences between {report['format']} in {report['dtype']} and {report['model']}:")
+    print(
+        f"Largest differences between {report['format']} in {report['dtype']} and {report['model']}:"
+    )
     for comparison in report["tried"]:
         batch_size, _, height, width = comparison["shape"]
-        differences = ", ".join(f"{name} {value:.1e}" for name, value in comparison["differences"].items())
+        differences = ", ".join(
+            f"{name} {value:.1e}" for name, value in comparison["differences"].items()
+        )
         print(f"- {batch_size} images of {height} x {width}: {differences}")
     print("\n".join(format_notes(report)))
     print(f"\nWrote the model to {output}, with a description (.json)")
@@ -58,9 +68,15 @@ def print_report(report: dict[str, Any], output: Path) -> None:
 
 def format_notes(report: dict[str, Any]) -> list[str]:
     """Format what a user has to know about the file, one fact per line. The other fields are in the description."""
-    size, smallest_size = (" x ".join(map(str, report["input"][key])) for key in ("image_size", "smallest_image_size"))
+    size, smallest_size = (
+        " x ".join(map(str, report["input"][key])) for key in ("image_size", "smallest_image_size")
+    )
     is_dynamic = "height" in report["input"]["shape"]
-    sizes = f" and images of at least {smallest_size} pixels" if is_dynamic else f", but only images of {size} pixels"
+    sizes = (
+        f" and images of at least {smallest_size} pixels"
+        if is_dynamic
+        else f", but only images of {size} pixels"
+    )
     lines = [f"Accepts any batch size{sizes}"]
     if report["fixed_because"]:
         lines.append(f"The image size is fixed: {report['fixed_because']}")
@@ -74,5 +90,7 @@ def format_notes(report: dict[str, Any]) -> list[str]:
         lines.append(f"{scores['metric']}: {accuracies}, on {scores['num_images']} images")
     if "speed" in report:
         speed = report["speed"]
-        lines.append(f"{speed['images_per_second']:g} images/s in batches of {speed['batch_size']}, {speed['device']}")
+        lines.append(
+            f"{speed['images_per_second']:g} images/s in batches of {speed['batch_size']}, {speed['device']}"
+        )
     return [*lines, f"Size: {report['num_bytes'] / 2**20:.1f} MiB"]

@@ -30,7 +30,9 @@ from ..options import (
 Options = TypeVar("Options")
 
 
-def finetune(model: str | Path, dataset: Any, output_dir: str | Path, **flags: Any) -> dict[str, Any]:
+def finetune(
+    model: str | Path, dataset: Any, output_dir: str | Path, **flags: Any
+) -> dict[str, Any]:
     """Fine-tune a model on labeled images, as `vitcls finetune` does.
 
     Args:
@@ -49,16 +51,22 @@ def finetune(model: str | Path, dataset: Any, output_dir: str | Path, **flags: A
         RunStopped: if the run is interrupted or fails.
         PushError: if `push_to_hub` is set and the push fails. The folder is complete.
     """
-    options = build_options(FinetuneOptions, model=model, dataset=dataset, output_dir=output_dir, **flags)
+    options = build_options(
+        FinetuneOptions, model=model, dataset=dataset, output_dir=output_dir, **flags
+    )
     return run_training(options)
 
 
-def pretrain(model: str | Path, dataset: Any, output_dir: str | Path, **flags: Any) -> dict[str, Any]:
+def pretrain(
+    model: str | Path, dataset: Any, output_dir: str | Path, **flags: Any
+) -> dict[str, Any]:
     """Pre-train a model on images without labels, as `vitcls pretrain` does.
 
     The arguments, return value and errors are the same as for `finetune`. The labels of the dataset are ignored.
     """
-    options = build_options(PretrainOptions, model=model, dataset=dataset, output_dir=output_dir, **flags)
+    options = build_options(
+        PretrainOptions, model=model, dataset=dataset, output_dir=output_dir, **flags
+    )
     return run_training(options)
 
 
@@ -137,10 +145,14 @@ def predict(model: str | Path, images: Any = (), **flags: Any) -> list[dict[str,
     from ..inference.predict import predict_from_options
 
     images = [images] if isinstance(images, str | bytes | Path) else list(images)
-    placeholder_paths = tuple(map(str, range(len(images))))  # PredictOptions requires one path per image
+    placeholder_paths = tuple(
+        map(str, range(len(images)))
+    )  # PredictOptions requires one path per image
     # Features require an output file. The other flags are about output folders.
     fixed_flags: dict[str, Any] = {"paths": placeholder_paths, "output": Path("not-written.json")}
-    fixed_flags |= {name: getattr(PredictOptions, name) for name in ("shard_size", "shard", "merge")}
+    fixed_flags |= {
+        name: getattr(PredictOptions, name) for name in ("shard_size", "shard", "merge")
+    }
     options = build_options(PredictOptions, model=model, **fixed_flags, **flags)
     return predict_from_options(options, images)
 
@@ -162,7 +174,9 @@ def inspect_tokens(model: str | Path, images: Any = (), **flags: Any) -> Any:
     from ..analysis.inspect_tokens import inspect_tokens
 
     paths = [images] if isinstance(images, str | Path) else images
-    return inspect_tokens(build_options(InspectOptions, model=model, paths=tuple(map(str, paths)), **flags))
+    return inspect_tokens(
+        build_options(InspectOptions, model=model, paths=tuple(map(str, paths)), **flags)
+    )
 
 
 def look(model: str | Path, image: Any, **flags: Any) -> Any:
@@ -194,7 +208,9 @@ def build_options(options_class: type[Options], /, **flags: Any) -> Options:
     known_flags = get_flag_fields(options_class).keys() - {"config"}
     for name in flags:
         if name not in known_flags:
-            hint = "".join(f". Use {similar}" for similar in difflib.get_close_matches(name, known_flags, n=1))
+            hint = "".join(
+                f". Use {similar}" for similar in difflib.get_close_matches(name, known_flags, n=1)
+            )
             raise TypeError(f"unknown keyword argument {name!r}{hint}")
     if "dataset" in flags and not isinstance(flags["dataset"], str | Path):
         from ..data.in_memory import add_dataset
@@ -205,29 +221,49 @@ def build_options(options_class: type[Options], /, **flags: Any) -> Options:
 
 def build_dataclass(dataclass_type: Any, flags: dict[str, Any]) -> Any:
     """Build an options dataclass, including nested dataclasses, from flags (name -> value)."""
-    field_values, type_hints = {}, get_type_hints(dataclass_type)
+    field_values = {}
+    type_hints = get_type_hints(dataclass_type)
     for field in dataclasses.fields(dataclass_type):
         if dataclasses.is_dataclass(field.type):
             field_values[field.name] = build_dataclass(field.type, flags)
         elif field.name in flags:
-            field_values[field.name] = convert_value(field.name, flags[field.name], type_hints[field.name])
+            field_values[field.name] = convert_value(
+                field.name, flags[field.name], type_hints[field.name]
+            )
     return dataclass_type(**field_values)
 
 
 def convert_value(name: str, value: Any, type_hint: Any) -> Any:
     """Convert a value to the type of the flag `name`. Lists become tuples, and strings become paths if the flag
     expects a path. Raise ValueError if the value is not one of the flag's choices."""
-    value_types = get_args(type_hint) if get_origin(type_hint) in (Union, types.UnionType) else (type_hint,)
-    choices = [choice for type_ in value_types if get_origin(type_) is Literal for choice in get_args(type_)]
-    has_only_choices = choices and all(get_origin(type_) is Literal or type_ is type(None) for type_ in value_types)
+    value_types = (
+        get_args(type_hint) if get_origin(type_hint) in (Union, types.UnionType) else (type_hint,)
+    )
+    choices = [
+        choice
+        for type_ in value_types
+        if get_origin(type_) is Literal
+        for choice in get_args(type_)
+    ]
+    has_only_choices = choices and all(
+        get_origin(type_) is Literal or type_ is type(None) for type_ in value_types
+    )
     if choices and value not in [None, *choices] and (has_only_choices or isinstance(value, str)):
-        raise ValueError(f"{name} is {value!r}. Set {name} to one of {', '.join(map(repr, choices))}")
+        raise ValueError(
+            f"{name} is {value!r}. Set {name} to one of {', '.join(map(repr, choices))}"
+        )
     if isinstance(value, list):
         return tuple(value)
-    if isinstance(value, str) and value not in choices and any(get_origin(type_) is tuple for type_ in value_types):
+    if (
+        isinstance(value, str)
+        and value not in choices
+        and any(get_origin(type_) is tuple for type_ in value_types)
+    ):
         return (value,)  # the flag accepts several values
     if isinstance(value, str) and Path in value_types:
         return Path(value)
     if isinstance(value, str) and not choices and str not in value_types:
-        raise ValueError(f"{name} must be of type {value_types[0].__name__}, but it is the string {value!r}")
+        raise ValueError(
+            f"{name} must be of type {value_types[0].__name__}, but it is the string {value!r}"
+        )
     return str(value) if isinstance(value, Path) and Path not in value_types else value

@@ -84,9 +84,13 @@ def parse_command_line(modules: dict[str, ModuleType], arguments: list[str]) -> 
         title, _, examples = str(module.__doc__).partition("\n\n")
         description = title.partition(": ")[2]
         if command == name:
-            description = f"{textwrap.dedent(str(module.OPTIONS_CLASS.__doc__))}\n\n{examples}".strip()
+            description = (
+                f"{textwrap.dedent(str(module.OPTIONS_CLASS.__doc__))}\n\n{examples}".strip()
+            )
         subcommands.append(
-            Annotated[module.OPTIONS_CLASS, tyro.conf.subcommand(name=command, description=description)]
+            Annotated[
+                module.OPTIONS_CLASS, tyro.conf.subcommand(name=command, description=description)
+            ]
         )
     with one_line_errors():
         union: Any = Union[tuple(subcommands)]  # noqa: UP007  # the number of types is not known here
@@ -103,12 +107,18 @@ def prepare_flags(command: str, options_class: type, flags: list[str]) -> list[s
     has_recipes = "config" in flag_names
     flag = "source" if "source" in flag_names else "model"
     if flags and not flags[0].startswith("-") and "paths" not in flag_names and flag in flag_names:
-        exit_with_message(f"error: vitcls {command} has no positional arguments. Set --{flag} {flags[0]}")
+        exit_with_message(
+            f"error: vitcls {command} has no positional arguments. Set --{flag} {flags[0]}"
+        )
     if has_recipes and (recipe := read_value(flags, "--config")) is not None:
         flags = [*read_recipe(find_recipe(Path(recipe))), *flags]
     if command == "study" and (study := read_value(flags, "--config")) is not None:
         check_recipe_exists(find_recipe(Path(study)), "study", "study_*.yaml")
-    names = [flag.partition("=")[0].removeprefix("--").replace("-", "_") for flag in flags if flag.startswith("--")]
+    names = [
+        flag.partition("=")[0].removeprefix("--").replace("-", "_")
+        for flag in flags
+        if flag.startswith("--")
+    ]
     for name in names:
         if not {name, name.removeprefix("no_")} & flag_names and not name.startswith("tyro_"):
             exit_with_message(
@@ -143,7 +153,9 @@ def check_choices(name: str, type_hint: Any, flags: list[str]) -> None:
     allowed = {*choices, "None"} if type_hint is not types[0] else set(choices)
     for value in read_values(flags, flag, has_several_values):
         if value not in allowed:
-            exit_with_message(f"error: {flag} is {value}, but it must be one of {', '.join(choices)}")
+            exit_with_message(
+                f"error: {flag} is {value}, but it must be one of {', '.join(choices)}"
+            )
 
 
 def read_values(flags: list[str], flag: str, has_several_values: bool) -> list[str]:
@@ -170,7 +182,9 @@ def check_paths(options: Any) -> None:
         for source in value if isinstance(value, list) else [value]:
             path = split_prefix(source)[1].partition("@")[0]
             if is_path(path) and not Path(path).exists() and not Path(source).exists():
-                exit_with_message(f"error: there is no file or folder {path}. Check --{name}", status=1)
+                exit_with_message(
+                    f"error: there is no file or folder {path}. Check --{name}", status=1
+                )
     for name in ("output_dir", "output", "dataset", "model"):
         value = values.get(name)
         if isinstance(value, str) and not is_utf8(value):
@@ -186,7 +200,12 @@ def is_path(source: str) -> bool:
     if "://" in source or {"*", "?", "["} & set(source):
         return False
     parts = Path(source).parts
-    return Path(source).is_absolute() or source.startswith((".", "~")) or len(parts) > 2 or parts[:1] == ("runs",)
+    return (
+        Path(source).is_absolute()
+        or source.startswith((".", "~"))
+        or len(parts) > 2
+        or parts[:1] == ("runs",)
+    )
 
 
 def is_utf8(text: str) -> bool:
@@ -197,9 +216,17 @@ def is_utf8(text: str) -> bool:
 def hint(name: str, flag_names: set[str]) -> str:
     """Return what to use instead of an unknown flag."""
     if name == "revision" and "model" in flag_names:
-        return "use --branch" if "branch" in flag_names else "to pin a commit, set --model ID@COMMIT"
-    similar = EQUIVALENT_FLAGS.get(name) or next(iter(difflib.get_close_matches(name, flag_names, n=1)), None)
-    return f"use --{similar.replace('_', '-')}" if similar in flag_names else "`--help` lists the flags"
+        return (
+            "use --branch" if "branch" in flag_names else "to pin a commit, set --model ID@COMMIT"
+        )
+    similar = EQUIVALENT_FLAGS.get(name) or next(
+        iter(difflib.get_close_matches(name, flag_names, n=1)), None
+    )
+    return (
+        f"use --{similar.replace('_', '-')}"
+        if similar in flag_names
+        else "`--help` lists the flags"
+    )
 
 
 def read_value(flags: list[str], flag: str) -> str | None:
@@ -265,7 +292,9 @@ def format_short_help(command: str, options_class: type, common_flags: dict[str,
             text = textwrap.shorten(first_sentence, width - 26, placeholder=" ...")
             lines.append(f"  --{name.replace('_', '-'):<22}{text}")
     rest = len(texts) - sum(len(names.split()) for names in common_flags.values())
-    return "\n".join([*lines, "", f"`vitcls {command} --help-all` also shows the other {rest} flags."])
+    return "\n".join(
+        [*lines, "", f"`vitcls {command} --help-all` also shows the other {rest} flags."]
+    )
 
 
 def read_help_texts(options_class: Any) -> dict[str, str]:
@@ -301,7 +330,9 @@ def read_recipe(path: Path) -> list[str]:
         exit_with_message(f"error: cannot read the recipe {path}: {' '.join(str(error).split())}")
     if not isinstance(recipe, dict):
         exit_with_message(f"error: the recipe {path} must contain lines of the form `flag: value`")
-    return [argument for name, value in recipe.items() for argument in to_arguments(str(name), value)]
+    return [
+        argument for name, value in recipe.items() for argument in to_arguments(str(name), value)
+    ]
 
 
 def check_recipe_exists(path: Path, kind: str, pattern: str) -> None:
@@ -309,7 +340,9 @@ def check_recipe_exists(path: Path, kind: str, pattern: str) -> None:
     if path.is_file():
         return
     names = sorted({file.stem for folder in RECIPE_FOLDERS for file in folder.glob(pattern)})
-    exit_with_message(f"error: there is no {kind} {path}: set --config to a file, or to one of {', '.join(names)}")
+    exit_with_message(
+        f"error: there is no {kind} {path}: set --config to a file, or to one of {', '.join(names)}"
+    )
 
 
 # Errors and output of libraries --------------------------------------------------------------------------------------
@@ -333,8 +366,12 @@ def exit_on_error() -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         if isinstance(error, FileNotFoundError) and not has_working_directory():
-            exit_with_message("error: the working directory no longer exists. Change to another folder", status=1)
-        exit_with_message(f"error: {error}", status=1, is_on_all_processes=is_raised_on_all_processes(error))
+            exit_with_message(
+                "error: the working directory no longer exists. Change to another folder", status=1
+            )
+        exit_with_message(
+            f"error: {error}", status=1, is_on_all_processes=is_raised_on_all_processes(error)
+        )
     except RuntimeError as error:
         if "can't start new thread" not in str(error):
             raise

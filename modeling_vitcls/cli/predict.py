@@ -40,7 +40,9 @@ def run(options: PredictCommandOptions) -> None:
         return
     summary = predict_images(options)
     if options.output is not None and summary.num_images:
-        print(f"{options.output}: {summary.num_images:,} images, {summary.num_failed:,} without a prediction")
+        print(
+            f"{options.output}: {summary.num_images:,} images, {summary.num_failed:,} without a prediction"
+        )
     if summary.num_failed and summary.num_failed == summary.num_images:
         exit_with_message(
             f"error: none of the {summary.num_images} images has a prediction. See the column `error` in the output",

@@ -32,12 +32,16 @@ class PushOptions:
     def __post_init__(self) -> None:
         if self.verify_only is None:
             if self.model is None:
-                raise ValueError("Set --model FOLDER to push a model, or --verify-only ID to verify a repository")
+                raise ValueError(
+                    "Set --model FOLDER to push a model, or --verify-only ID to verify a repository"
+                )
             return
         for field in fields(self):
             is_push_flag = field.name not in ("verify_only", "model")
             if is_push_flag and getattr(self, field.name) != field.default:
-                flag = "--no-verify" if field.name == "verify" else f"--{field.name.replace('_', '-')}"
+                flag = (
+                    "--no-verify" if field.name == "verify" else f"--{field.name.replace('_', '-')}"
+                )
                 raise ValueError(
                     f"--verify-only pushes nothing, but {flag} applies only to pushes. Omit one of these flags"
                 )
@@ -61,9 +65,13 @@ def run(options: PushOptions) -> None:
     assert options.model is not None
     folder = ModelFolder(options.model)
     folder.check_is_complete()
-    repo_id = prepare_repository(options.hub_model_id, options.model.resolve().name, options.private)
+    repo_id = prepare_repository(
+        options.hub_model_id, options.model.resolve().name, options.private
+    )
     pushed_model = push_folder(folder, repo_id, options.private, options.branch)
     print(f"pushed    {pushed_model.summary}", flush=True)
-    if options.verify and folder.has_weights:  # adapters and exported files do not load without other files
+    if (
+        options.verify and folder.has_weights
+    ):  # adapters and exported files do not load without other files
         print("verifying the pushed commit in a new process", flush=True)
         print(verify_push(pushed_model, folder))

@@ -86,14 +86,18 @@ def is_pinned(pinned_source: object, source: object) -> bool:
     if not isinstance(pinned_source, str) or not isinstance(source, str) or pinned_source == source:
         return False
     name, revision = split_revision(source)
-    return pinned_source.rpartition("@")[0] == name and not re.fullmatch("[0-9a-f]{40}", revision or "")
+    return pinned_source.rpartition("@")[0] == name and not re.fullmatch(
+        "[0-9a-f]{40}", revision or ""
+    )
 
 
 def convert_once(source: str) -> str:
     """Return the cached folder of a converted source. Convert the source if it is not in the cache."""
     from .convert import convert_checkpoint  # slow, because it imports many transformers models
 
-    folder = Path(constants.HF_HUB_CACHE).parent / "vitcls" / "converted" / compute_cache_name(source)
+    folder = (
+        Path(constants.HF_HUB_CACHE).parent / "vitcls" / "converted" / compute_cache_name(source)
+    )
     if not (folder / CONFIG_FILE).is_file():
         logger.warning("converting %s", source)
         convert_checkpoint(source, folder)
@@ -116,5 +120,7 @@ def compute_cache_name(source: str) -> str:
         files = sorted(path.iterdir()) if path.is_dir() else [path]
         cache_key.append(str(path.resolve()))
         cache_key += [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    readable_name = "".join(character if character.isalnum() or character in "-_." else "-" for character in path.name)
+    readable_name = "".join(
+        character if character.isalnum() or character in "-_." else "-" for character in path.name
+    )
     return f"{readable_name}-{hashlib.sha256(json.dumps(cache_key).encode()).hexdigest()[:16]}"

@@ -39,10 +39,15 @@ from .to_transformers import MIN_TRANSFORMERS_VERSIONS, convert_to_transformers
 from .weight_rules import ConversionError
 
 
-SOURCE_CLASSES: dict[str, type[SourceModel]] = {"timm": TimmSource, "transformers": TransformersSource}
+SOURCE_CLASSES: dict[str, type[SourceModel]] = {
+    "timm": TimmSource,
+    "transformers": TransformersSource,
+}
 
 
-def convert_checkpoint(source_name: str, output: Path, random_init: bool = False, family: str | None = None) -> Report:
+def convert_checkpoint(
+    source_name: str, output: Path, random_init: bool = False, family: str | None = None
+) -> Report:
     """Convert a checkpoint and write the model, image processor, parity report and license to `output`.
 
     Args:
@@ -87,7 +92,13 @@ def convert_checkpoint(source_name: str, output: Path, random_init: bool = False
 
 
 def write_parity_report(
-    folder: Path, source_name: str, model: PreTrainedModel, config: ViTCLSConfig, *, random_init: bool, **fields: Any
+    folder: Path,
+    source_name: str,
+    model: PreTrainedModel,
+    config: ViTCLSConfig,
+    *,
+    random_init: bool,
+    **fields: Any,
 ) -> Report:
     """Write the parity report of a model in a folder and, unless the weights are random, copy the license of the
     source. `config` is the configuration of the ViTCLS model, and `fields` are further fields of the report.
@@ -117,13 +128,17 @@ def write_parity_report(
     return report
 
 
-def load_source(source_name: str, random_init: bool = False, family: str | None = None) -> SourceModel:
+def load_source(
+    source_name: str, random_init: bool = False, family: str | None = None
+) -> SourceModel:
     """Load `timm:NAME`, `transformers:PATH_OR_ID` (an id may end with `@REVISION`), or a state-dict file with an
     optional family. Raise ValueError or OSError if the source does not exist or is not supported."""
     project, _, name = source_name.partition(":")
     if project in SOURCE_CLASSES or not Path(source_name).suffix:
         if family is not None:
-            raise ConversionError(f"--family {family} requires a state-dict file, but the source is {source_name}")
+            raise ConversionError(
+                f"--family {family} requires a state-dict file, but the source is {source_name}"
+            )
         if project not in SOURCE_CLASSES or not name:
             raise ConversionError(
                 f"the source {source_name!r} is not supported. Use timm:NAME, transformers:PATH_OR_ID or a "
@@ -143,7 +158,10 @@ def convert_source(source: SourceModel) -> ViTCLSPreTrainedModel:
     saved_dtype = source.saved_dtype
     source.model.float()
     model = source.convert()
-    if all(torch.equal(weight.to(saved_dtype).float(), weight) for weight in model.base_model.state_dict().values()):
+    if all(
+        torch.equal(weight.to(saved_dtype).float(), weight)
+        for weight in model.base_model.state_dict().values()
+    ):
         model.to(dtype=saved_dtype)  # type: ignore[call-arg]  # `to` is untyped in transformers
         return model
     source.notes.append(
@@ -182,7 +200,9 @@ def write_native_model(source: str, output: Path) -> Report:
         converted_model = convert_to_transformers(model)
     except ConversionError:
         converted_model = convert_to_transformers(model, native_size_only=True)
-        native_size_reason = "at other image sizes, the two models resample position embeddings differently"
+        native_size_reason = (
+            "at other image sizes, the two models resample position embeddings differently"
+        )
     with create_output_folder(output) as output_folder:
         converted_model.save_pretrained(output_folder)
         preprocessing = write_processor(folder, output_folder)
@@ -191,7 +211,9 @@ def write_native_model(source: str, output: Path) -> Report:
         processor_size = None
         if (folder / "preprocessor_config.json").is_file():
             processor_size = get_processor_size(ViTCLSImageProcessor.from_pretrained(folder))
-        comparisons, native_size_reason = compare_models(reloaded_source, model, native_size_reason, processor_size)
+        comparisons, native_size_reason = compare_models(
+            reloaded_source, model, native_size_reason, processor_size
+        )
         copy_results(folder, output_folder)
         return write_parity_report(
             output_folder,
@@ -207,7 +229,9 @@ def write_native_model(source: str, output: Path) -> Report:
             not_compared=native_size_reason,
             preprocessing=preprocessing,
             versions=get_versions(),
-            required_versions={"transformers": MIN_TRANSFORMERS_VERSIONS[type(converted_model).__name__]},
+            required_versions={
+                "transformers": MIN_TRANSFORMERS_VERSIONS[type(converted_model).__name__]
+            },
         )
 
 
@@ -218,7 +242,9 @@ def copy_results(folder: Path, output_folder: Path) -> None:
         return
     results = read_json(folder / RESULTS_FILE)
     if results.get("weights_sha256") == hash_weights(folder):
-        write_json(output_folder / RESULTS_FILE, results | {"weights_sha256": hash_weights(output_folder)})
+        write_json(
+            output_folder / RESULTS_FILE, results | {"weights_sha256": hash_weights(output_folder)}
+        )
         with suppress(FileNotFoundError):
             shutil.copyfile(folder / RECIPE_FILE, output_folder / RECIPE_FILE)
 
@@ -229,6 +255,10 @@ def write_processor(folder: Path, output_folder: Path) -> dict[str, Any]:
     if not (folder / "preprocessor_config.json").is_file():
         return build_preprocessing_record("", "the model has no image processor")
     vitcls_processor = ViTCLSImageProcessor.from_pretrained(folder)
-    transformers.ViTImageProcessor(**select_settings(vitcls_processor)).save_pretrained(output_folder)
-    preprocess = partial(apply_processor, transformers.ViTImageProcessor.from_pretrained(output_folder))
+    transformers.ViTImageProcessor(**select_settings(vitcls_processor)).save_pretrained(
+        output_folder
+    )
+    preprocess = partial(
+        apply_processor, transformers.ViTImageProcessor.from_pretrained(output_folder)
+    )
     return check_processor(vitcls_processor, preprocess, type(vitcls_processor).__name__)

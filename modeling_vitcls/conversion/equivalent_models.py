@@ -38,10 +38,14 @@ class Rewrite:
     """A change of configuration fields and weights that preserves the outputs of a model."""
 
     fields: tuple[str, ...]  # fields that get the values of the target
-    is_possible: Callable[[ViTCLSConfig, ViTCLSConfig], bool]  # function of the configurations of model and target
+    is_possible: Callable[
+        [ViTCLSConfig, ViTCLSConfig], bool
+    ]  # function of the configurations of model and target
     # function (weights, old configuration, new configuration) that changes the weights of the model in place
     rewrite_weights: Callable[[Weights, ViTCLSConfig, ViTCLSConfig], None] = lambda *arguments: None
-    is_native_size_only: bool = False  # whether the outputs are the same only for images of `config.image_size`
+    is_native_size_only: bool = (
+        False  # whether the outputs are the same only for images of `config.image_size`
+    )
 
 
 # Classifiers ---------------------------------------------------------------------------------------------------------
@@ -49,19 +53,27 @@ class Rewrite:
 
 def can_widen_classifier(config: ViTCLSConfig, target: ViTCLSConfig) -> bool:
     """Return whether a linear classifier uses the CLS token or the mean of the patches, and the target uses both."""
-    is_linear = bool(config.num_labels) and config.head_type == "linear" and config.num_cls_tokens > 0
+    is_linear = (
+        bool(config.num_labels) and config.head_type == "linear" and config.num_cls_tokens > 0
+    )
     return is_linear and config.pooling in ("cls", "mean") and target.pooling == "cls_mean"
 
 
 def widen_classifier(weights: Weights, old_config: ViTCLSConfig, new_config: ViTCLSConfig) -> None:
     """Pad the classifier weight [labels, D] with zeros to [labels, 2 * D], for a classifier on [CLS, mean]."""
     halves = [weights["classifier.weight"], torch.zeros_like(weights["classifier.weight"])]
-    weights["classifier.weight"] = torch.cat(halves if old_config.pooling == "cls" else halves[::-1], dim=1)
+    weights["classifier.weight"] = torch.cat(
+        halves if old_config.pooling == "cls" else halves[::-1], dim=1
+    )
 
 
 def can_fold_temperature(config: ViTCLSConfig, target: ViTCLSConfig) -> bool:
     """Return whether the model has one linear classifier, whose weights can be divided by the temperature."""
-    return bool(config.num_labels) and config.head_type == "linear" and not config.has_distillation_head
+    return (
+        bool(config.num_labels)
+        and config.head_type == "linear"
+        and not config.has_distillation_head
+    )
 
 
 def fold_temperature(weights: Weights, old_config: ViTCLSConfig, new_config: ViTCLSConfig) -> None:
@@ -73,14 +85,19 @@ def fold_temperature(weights: Weights, old_config: ViTCLSConfig, new_config: ViT
 # Positions -----------------------------------------------------------------------------------------------------------
 
 
-def move_position_embeddings(weights: Weights, old_config: ViTCLSConfig, new_config: ViTCLSConfig) -> None:
+def move_position_embeddings(
+    weights: Weights, old_config: ViTCLSConfig, new_config: ViTCLSConfig
+) -> None:
     """Add the position embeddings of special tokens to the tokens, or create zero position embeddings."""
     old_groups, new_groups = (
-        GROUPS_WITH_POSITIONS[config.position_embedding_tokens] for config in (old_config, new_config)
+        GROUPS_WITH_POSITIONS[config.position_embedding_tokens]
+        for config in (old_config, new_config)
     )
     for group, token_name in TOKEN_WEIGHT_NAMES.items():
         if token_name in weights and group in old_groups and group not in new_groups:
-            weights[token_name] = weights[token_name] + weights.pop(f"{POSITION_EMBEDDINGS}.{group}")
+            weights[token_name] = weights[token_name] + weights.pop(
+                f"{POSITION_EMBEDDINGS}.{group}"
+            )
         elif token_name in weights and group in new_groups and group not in old_groups:
             weights[f"{POSITION_EMBEDDINGS}.{group}"] = torch.zeros_like(weights[token_name])
 

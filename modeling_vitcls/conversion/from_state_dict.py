@@ -44,13 +44,17 @@ BILINEAR_ANTIALIASED: Fields = {"position_interpolation": "bilinear"}
 BILINEAR_ALIGNED: Fields = {"position_interpolation": "bilinear", "position_antialias": False}
 
 
-def resample_as_authors(maps: torch.Tensor, grid: tuple[int, int], resampling: Fields) -> torch.Tensor:
+def resample_as_authors(
+    maps: torch.Tensor, grid: tuple[int, int], resampling: Fields
+) -> torch.Tensor:
     """Resample maps [1, D, rows, columns] to a grid with PyTorch's function, as in the authors' code."""
     mode = resampling.get("position_interpolation", "bicubic")
     if offset := resampling.get("position_offset"):
         factors = [(new + offset) / old for new, old in zip(grid, maps.shape[-2:], strict=True)]
         return interpolate(maps, scale_factor=factors, mode=mode)
-    return interpolate(maps, size=grid, mode=mode, antialias=resampling.get("position_antialias", True))
+    return interpolate(
+        maps, size=grid, mode=mode, antialias=resampling.get("position_antialias", True)
+    )
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,18 @@ FAMILIES = {
 }
 FAMILY_NAMES = tuple(name for name in FAMILIES if " " not in name)  # values of --family
 # Number of heads by width, for the published models. DINOv3 has 20 heads for the width 1280.
-NUM_HEADS = {192: 3, 384: 6, 512: 8, 768: 12, 1024: 16, 1152: 16, 1280: 16, 1408: 16, 1536: 24, 4096: 32}
+NUM_HEADS = {
+    192: 3,
+    384: 6,
+    512: 8,
+    768: 12,
+    1024: 16,
+    1152: 16,
+    1280: 16,
+    1408: 16,
+    1536: 24,
+    4096: 32,
+}
 # Preprocessing of the authors that differs from timm's settings for the model, or that timm does not have (MSN).
 PREPROCESSING: dict[str, dict[str, Any]] = {
     "tips": {"interpolation": "bilinear", "crop_mode": "squash"},
@@ -132,7 +147,10 @@ def apply_family(converted_weights: Weights, weights: Weights, family: str) -> F
     if family == "dinov3" and "rope_embed.periods" in weights:
         fields["rope_periods"] = weights["rope_embed.periods"].float().tolist()
     if family == "tips":
-        tokens = [converted_weights["embeddings.cls_token"], converted_weights.pop("embeddings.register_tokens")]
+        tokens = [
+            converted_weights["embeddings.cls_token"],
+            converted_weights.pop("embeddings.register_tokens"),
+        ]
         converted_weights["embeddings.cls_token"] = torch.cat(tokens, dim=1)
         fields |= {"num_cls_tokens": 2, "num_register_tokens": 0, "pooled_cls_tokens": [0]}
     if LINEAR_HEAD in weights:
@@ -151,11 +169,15 @@ def convert_linear_head(converted_weights: Weights, weights: Weights) -> Fields:
     (dinov2/hub/classifiers.py). The converted classifier also reads the means of the earlier layers, with weights of
     zero.
     """
-    weight, bias = weights[LINEAR_HEAD].float(), weights["linear_head.bias"].float()
+    weight = weights[LINEAR_HEAD].float()
+    bias = weights["linear_head.bias"].float()
     *cls_columns, mean_columns = split_linear_head(weights)
     columns = []
     for index, cls_column in enumerate(cls_columns, start=1):
-        columns += [cls_column, mean_columns if index == len(cls_columns) else torch.zeros_like(mean_columns)]
+        columns += [
+            cls_column,
+            mean_columns if index == len(cls_columns) else torch.zeros_like(mean_columns),
+        ]
     converted_weights["classifier.weight"] = torch.cat(columns, dim=1).float()
     converted_weights["classifier.bias"] = bias
     return {
@@ -180,7 +202,9 @@ def split_linear_head(weights: Weights) -> tuple[torch.Tensor, ...]:
 
 def get_family(family: str, weights: Weights) -> FileFamily:
     """Return the entry of a family in `FAMILIES`. DINOv2 has one with and one without registers."""
-    return FAMILIES["dinov2 with registers" if family == "dinov2" and "register_tokens" in weights else family]
+    return FAMILIES[
+        "dinov2 with registers" if family == "dinov2" and "register_tokens" in weights else family
+    ]
 
 
 # Preparation ---------------------------------------------------------------------------------------------------------
@@ -190,25 +214,42 @@ def prepare_weights(weights: Mapping[str, Any], family: str) -> Weights:
     """Convert published arrays to tensors for timm. Raise ConversionError if the family is unknown, or the weights are
     not floating-point numbers."""
     if family not in FAMILY_NAMES:
-        raise ConversionError(f"the family {family!r} is unknown. Set --family to one of {', '.join(FAMILY_NAMES)}")
+        raise ConversionError(
+            f"the family {family!r} is unknown. Set --family to one of {', '.join(FAMILY_NAMES)}"
+        )
     ignored_prefixes = ("decoder", "mask_token") if family == "mae" else ("local_cls_norm",)
     tensors: Weights = {}
     for name, array in weights.items():
         if not str(name).startswith(ignored_prefixes):
             tensors[replace_control_characters(str(name))] = convert_to_tensor(str(name), array)
     if family == "dinov2":  # larger models have names `blocks.CHUNK.BLOCK`
-        tensors = {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name): tensor for name, tensor in tensors.items()}
+        tensors = {
+            re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name): tensor
+            for name, tensor in tensors.items()
+        }
     if family == "dinov3":
         for name, bias in tensors.items():
-            if name.endswith("attn.qkv.bias") and f"{name}_mask" not in tensors and bias.chunk(3)[1].any():
-                raise ConversionError(f"{name} contains nonzero key biases, but DINOv3 has no key biases")
+            if (
+                name.endswith("attn.qkv.bias")
+                and f"{name}_mask" not in tensors
+                and bias.chunk(3)[1].any()
+            ):
+                raise ConversionError(
+                    f"{name} contains nonzero key biases, but DINOv3 has no key biases"
+                )
     if family == "big_vision":
         # Prefixes of the image model in two-tower models (SigLIP), and in files with optimizer state.
         prefixes = ("params/img/", "params/", "opt/target/img/", "opt/target/", "img/")
         prefix = next((prefix for prefix in prefixes if f"{prefix}embedding/kernel" in tensors), "")
-        tensors = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        tensors = {
+            name.removeprefix(prefix): value
+            for name, value in tensors.items()
+            if name.startswith(prefix)
+        }
         if "pre_logits/kernel" in tensors:
-            raise ConversionError("timm does not support the layer pre_logits. Use a file without this layer")
+            raise ConversionError(
+                "timm does not support the layer pre_logits. Use a file without this layer"
+            )
     return tensors
 
 
@@ -239,13 +280,24 @@ def build_timm_model(weights: Weights, family: str) -> Any:
     try:
         entry = get_family(family, weights)
         names = (entry.timm_names or {}).items()
-        name = next((name for keys, name in names if weights.keys() >= set(keys.split())), entry.timm_name)
-        options = read_big_vision_options(weights) if family == "big_vision" else read_vit_options(weights, family)
+        name = next(
+            (name for keys, name in names if weights.keys() >= set(keys.split())), entry.timm_name
+        )
+        options = (
+            read_big_vision_options(weights)
+            if family == "big_vision"
+            else read_vit_options(weights, family)
+        )
         model: Any = timm.create_model(name, pretrained=False, **options)
         load_timm_weights(model, weights, family)
     except ConversionError:
         raise
-    except (LookupError, RuntimeError, ValueError, AssertionError) as error:  # weights that do not match the model
+    except (
+        LookupError,
+        RuntimeError,
+        ValueError,
+        AssertionError,
+    ) as error:  # weights that do not match the model
         raise ConversionError(
             f"the weights do not match the family {family}: {format_error(error)}. Set --family to another family, or "
             "use timm:NAME@FILE"
@@ -260,8 +312,12 @@ def load_timm_weights(model: Any, weights: Weights, family: str) -> None:
     tensors = {name: weight.float() for name, weight in weights.items()}
     if family == "big_vision":
         file = io.BytesIO()
-        prefix = "params/" if "pos_embedding" in tensors else ""  # timm detects big_vision by this prefix
-        arrays: dict[str, Any] = {f"{prefix}{name}": tensor.numpy() for name, tensor in tensors.items()}
+        prefix = (
+            "params/" if "pos_embedding" in tensors else ""
+        )  # timm detects big_vision by this prefix
+        arrays: dict[str, Any] = {
+            f"{prefix}{name}": tensor.numpy() for name, tensor in tensors.items()
+        }
         np.savez(file, **arrays)
         file.seek(0)
         model.load_pretrained(file)
@@ -269,12 +325,18 @@ def load_timm_weights(model: Any, weights: Weights, family: str) -> None:
     for name in ("masked_embed", LINEAR_HEAD, "linear_head.bias"):
         tensors.pop(name, None)
     if "rope_embed.periods" in tensors:  # timm computes the periods
-        model.rope._compute_periods = lambda device="cpu", dtype=None: tensors["rope_embed.periods"].to(device, dtype)
+        model.rope._compute_periods = lambda device="cpu", dtype=None: tensors[
+            "rope_embed.periods"
+        ].to(device, dtype)
         model.rope.reset_parameters()
     if family in ("dinov2", "tips"):
         tensors.setdefault("mask_token", torch.zeros(1))  # timm detects DINOv2 weights by this name
-    options = {"adapt_layer_scale": True} if "blocks.0.gamma_1" in tensors and family == "deit" else {}
-    model.load_state_dict(sys.modules[type(model).__module__].checkpoint_filter_fn(tensors, model, **options))
+    options = (
+        {"adapt_layer_scale": True} if "blocks.0.gamma_1" in tensors and family == "deit" else {}
+    )
+    model.load_state_dict(
+        sys.modules[type(model).__module__].checkpoint_filter_fn(tensors, model, **options)
+    )
 
 
 def read_vit_options(weights: Weights, family: str) -> dict[str, Any]:
@@ -306,8 +368,14 @@ def read_vit_options(weights: Weights, family: str) -> dict[str, Any]:
     if family == "mae" and "fc_norm.weight" in weights:
         options["global_pool"] = "avg"
     if family != "dinov3":
-        has_cls_position = family != "ijepa" and not (family == "deit" and "blocks.0.gamma_1" in weights)
-        num_patches = find_weight(weights, "pos_embed").shape[1] - has_cls_position - ("dist_token" in weights)
+        has_cls_position = family != "ijepa" and not (
+            family == "deit" and "blocks.0.gamma_1" in weights
+        )
+        num_patches = (
+            find_weight(weights, "pos_embed").shape[1]
+            - has_cls_position
+            - ("dist_token" in weights)
+        )
         options["img_size"] = compute_image_size(num_patches, patch_size)
     return options
 
@@ -319,14 +387,17 @@ def read_big_vision_options(weights: Weights) -> dict[str, Any]:
     mlp_kernel = find_weight(weights, r"Transformer/encoderblock(_0)?/MlpBlock_\d/Dense_0/kernel")
     is_stacked = "Transformer/encoderblock/LayerNorm_0/scale" in weights
     positions = find_weight(weights, r"(Transformer/posembed_input/)?pos_embedding")
-    has_cls, has_cls_position = "cls" in weights, "cls" in weights and "pos_embedding" not in weights
+    has_cls = "cls" in weights
+    has_cls_position = "cls" in weights and "pos_embedding" not in weights
     num_positions = positions.shape[-2] - has_cls_position
     options: dict[str, Any] = {
         "img_size": compute_image_size(num_positions, patch_size),
         "patch_size": patch_size,
         "in_chans": channels,
         "embed_dim": width,
-        "depth": len(query_kernel) if is_stacked else count_blocks(weights, r"Transformer/encoderblock_(\d+)/"),
+        "depth": len(query_kernel)
+        if is_stacked
+        else count_blocks(weights, r"Transformer/encoderblock_(\d+)/"),
         "num_heads": query_kernel.shape[-2],
         "mlp_ratio": (mlp_kernel.shape[-1] + 0.5) / width,
         "num_classes": weights["head/kernel"].shape[1] if "head/kernel" in weights else 0,
@@ -343,7 +414,9 @@ def compute_image_size(num_patches: int, patch_size: list[int]) -> list[int]:
     """Return the image size (height, width) in pixels. Raise ConversionError if the patch grid is not square."""
     grid_side = math.isqrt(max(num_patches, 0))
     if grid_side**2 != num_patches:
-        raise ConversionError("pos_embed must belong to a square grid of patches. Use convert_from_timm")
+        raise ConversionError(
+            "pos_embed must belong to a square grid of patches. Use convert_from_timm"
+        )
     return [grid_side * length for length in patch_size]
 
 
@@ -357,4 +430,6 @@ def find_weight(weights: Weights, pattern: str) -> torch.Tensor:
     for name, weight in weights.items():
         if re.fullmatch(pattern, name):
             return weight
-    raise ConversionError(f"the family requires the weight {pattern}. Set --family to another family")
+    raise ConversionError(
+        f"the family requires the weight {pattern}. Set --family to another family"
+    )

@@ -61,7 +61,9 @@ def read_timm_model(model: nn.Module) -> tuple[ViTCLSConfig, Weights]:
     if get_class_name(model) not in TIMM_CLASSES or not type(model).__module__.startswith("timm."):
         hint = f"{model!r}. Set model=timm.create_model({model!r})"
         found = hint if isinstance(model, str) else get_class_name(model)
-        raise ConversionError(f"the model must be one of {', '.join(TIMM_CLASSES)} of timm, but it is {found}")
+        raise ConversionError(
+            f"the model must be one of {', '.join(TIMM_CLASSES)} of timm, but it is {found}"
+        )
     try:
         config = ViTCLSConfig(**read_config_fields(model))
     except ValueError as error:
@@ -82,7 +84,9 @@ def rewrite_state_dict(model: TimmModule) -> Weights:
         prefix = f"blocks.{index}."
         if get_class_name(block) == "ParallelThingsBlock":
             merge_branches(weights, prefix, len(block.attns))
-        attention, attention_prefix = (block.attn, f"{prefix}attn.") if hasattr(block, "attn") else (block, prefix)
+        attention, attention_prefix = (
+            (block.attn, f"{prefix}attn.") if hasattr(block, "attn") else (block, prefix)
+        )
         if hasattr(attention, "lambda_q1"):
             fold_differential_lambda(weights, attention_prefix, attention.lambda_init)
     return weights
@@ -99,12 +103,18 @@ def merge_branches(weights: Weights, prefix: str, num_branches: int) -> None:
     mlps = [pop_branch(weights, f"{prefix}ffns.{index}.") for index in range(num_branches)]
     qkv_layers = [fold_norm(branch, "attn.qkv") for branch in attentions]
     for index, letter in enumerate("qkv"):
-        layers = [{name: tensor.chunk(3)[index] for name, tensor in layer.items()} for layer in qkv_layers]
+        layers = [
+            {name: tensor.chunk(3)[index] for name, tensor in layer.items()} for layer in qkv_layers
+        ]
         set_merged_layer(weights, f"{prefix}attn.{letter}_proj", layers, dim=0)
-    set_merged_layer(weights, f"{prefix}mlp.fc1", [fold_norm(branch, "mlp.fc1") for branch in mlps], dim=0)
+    set_merged_layer(
+        weights, f"{prefix}mlp.fc1", [fold_norm(branch, "mlp.fc1") for branch in mlps], dim=0
+    )
     projections = [fold_layer_scale(branch, "attn.proj") for branch in attentions]
     set_merged_layer(weights, f"{prefix}attn.proj", projections, dim=1)
-    set_merged_layer(weights, f"{prefix}mlp.fc2", [fold_layer_scale(branch, "mlp.fc2") for branch in mlps], dim=1)
+    set_merged_layer(
+        weights, f"{prefix}mlp.fc2", [fold_layer_scale(branch, "mlp.fc2") for branch in mlps], dim=1
+    )
     for name, branch in (("norm1", attentions[0]), ("norm2", mlps[0])):
         weights[f"{prefix}{name}.weight"] = torch.ones_like(branch["norm.weight"])
         if "norm.bias" in branch:
@@ -113,7 +123,11 @@ def merge_branches(weights: Weights, prefix: str, num_branches: int) -> None:
 
 def pop_branch(weights: Weights, prefix: str) -> Weights:
     """Remove one branch from the state dict and return its weights without the prefix. Missing biases are set to 0."""
-    branch = {name.removeprefix(prefix): weights.pop(name) for name in list(weights) if name.startswith(prefix)}
+    branch = {
+        name.removeprefix(prefix): weights.pop(name)
+        for name in list(weights)
+        if name.startswith(prefix)
+    }
     for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
         if f"{layer}.weight" in branch and f"{layer}.bias" not in branch:
             branch[f"{layer}.bias"] = torch.zeros_like(branch[f"{layer}.weight"][:, 0])
@@ -122,7 +136,8 @@ def pop_branch(weights: Weights, prefix: str) -> Weights:
 
 def fold_norm(branch_weights: Weights, layer_name: str) -> Weights:
     """Return the weight and bias of a layer with the preceding norm folded in. The bias is computed in float64."""
-    weight, bias = branch_weights[f"{layer_name}.weight"], branch_weights[f"{layer_name}.bias"].double()
+    weight = branch_weights[f"{layer_name}.weight"]
+    bias = branch_weights[f"{layer_name}.bias"].double()
     if "norm.bias" in branch_weights:
         bias = bias + weight.double() @ branch_weights["norm.bias"].double()
     return {"weight": weight * branch_weights["norm.weight"], "bias": bias.to(weight.dtype)}
@@ -145,14 +160,20 @@ def set_merged_layer(weights: Weights, name: str, layers: Sequence[Weights], dim
 
 def fold_differential_lambda(weights: Weights, prefix: str, lambda_init: float) -> None:
     """Replace the four lambda vectors with the weight of the second attention map."""
-    products = [weights.pop(f"{prefix}lambda_q{n}") * weights.pop(f"{prefix}lambda_k{n}") for n in "12"]
+    products = [
+        weights.pop(f"{prefix}lambda_q{n}") * weights.pop(f"{prefix}lambda_k{n}") for n in "12"
+    ]
     lambda_1, lambda_2 = (product.double().sum().reshape(1) for product in products)
     scale = weights[f"{prefix}sub_norm.weight"]
-    weights[f"{prefix}lambda_full"] = (lambda_1.exp() - lambda_2.exp() + lambda_init).to(scale.dtype)
+    weights[f"{prefix}lambda_full"] = (lambda_1.exp() - lambda_2.exp() + lambda_init).to(
+        scale.dtype
+    )
     weights[f"{prefix}sub_norm.weight"] = scale * (1 - lambda_init)
 
 
-def deinterleave_rotary_channels(weights: Weights, model: TimmModule, config: ViTCLSConfig) -> Weights:
+def deinterleave_rotary_channels(
+    weights: Weights, model: TimmModule, config: ViTCLSConfig
+) -> Weights:
     """Move the even channels of queries and keys to the front of each head if the rotary position embeddings rotate
     pairs of adjacent channels. The attention scores are unchanged."""
     if getattr(model, "rope", None) is None or getattr(model.blocks[0].attn, "rotate_half", False):
@@ -194,10 +215,14 @@ BLOCK_RULES = [
     Rule("blocks.{i}.attn.qkv.{rest}", QKV_NAMES),
     Rule("blocks.{i}.attn.q_proj.{rest}", "layers.{i}.attention.q_proj.{rest}"),
     Rule("blocks.{i}.attn.{x}_bias", "layers.{i}.attention.{x}_proj.bias"),
-    Rule("blocks.{i}.attn.{x}_proj.{rest}", "layers.{i}.attention.{x}_proj.{rest}", repeat_kv),  # k_proj, v_proj
+    Rule(
+        "blocks.{i}.attn.{x}_proj.{rest}", "layers.{i}.attention.{x}_proj.{rest}", repeat_kv
+    ),  # k_proj, v_proj
     Rule("blocks.{i}.(attn.)?sub_norm.{rest}", "layers.{i}.attention.head_norm.{rest}"),
     Rule("blocks.{i}.attn.proj.{rest}", "layers.{i}.attention.o_proj.{rest}"),
-    Rule("blocks.{i}.attn.{rest}", "layers.{i}.attention.{rest}"),  # lambda_full, norm, q_norm, k_norm
+    Rule(
+        "blocks.{i}.attn.{rest}", "layers.{i}.attention.{rest}"
+    ),  # lambda_full, norm, q_norm, k_norm
     Rule("blocks.{i}.ls{n}.gamma", "layers.{i}.layer_scale{n}.lambda1"),  # VisionTransformer
     Rule("blocks.{i}.gamma_{n}", "layers.{i}.layer_scale{n}.lambda1"),  # Eva
     Rule("blocks.{i}.mlp.fc1_g.{rest}", "layers.{i}.mlp.gate_proj.{rest}"),
@@ -219,7 +244,9 @@ PARALLEL_RULES = [
         lambda tensor, config: tensor.tensor_split([config.hidden_size], dim=1),
     ),
     Rule(
-        "blocks.{i}.out_proj.bias", ["layers.{i}.attention.o_proj.bias", "layers.{i}.mlp.fc2.bias"], append_zero_bias
+        "blocks.{i}.out_proj.bias",
+        ["layers.{i}.attention.o_proj.bias", "layers.{i}.mlp.fc2.bias"],
+        append_zero_bias,
     ),
     Rule("blocks.{i}.ls.gamma", "layers.{i}.layer_scale1.lambda1"),
 ]
@@ -249,10 +276,16 @@ def build_mlp_rules(mlp: TimmModule) -> list[Rule]:
     """Build the rules of the first and last layer of an MLP. `GluMlp` fuses the gate with the first layer. `mlp` is
     None for a plain MLP that is fused with attention or merged from branches."""
     if get_class_name(mlp) not in ("GluMlp", "SwiGLU"):
-        return [Rule(f"blocks.{{i}}.mlp.fc{n}.{{rest}}", f"layers.{{i}}.mlp.fc{n}.{{rest}}") for n in (1, 2)]
+        return [
+            Rule(f"blocks.{{i}}.mlp.fc{n}.{{rest}}", f"layers.{{i}}.mlp.fc{n}.{{rest}}")
+            for n in (1, 2)
+        ]
     gated_names = ["layers.{i}.mlp.gate_proj.{rest}", "layers.{i}.mlp.up_proj.{rest}"]
     return [
-        Rule("blocks.{i}.mlp.fc1.{rest}", gated_names[:: -1 if getattr(mlp, "gate_last", False) else 1]),
+        Rule(
+            "blocks.{i}.mlp.fc1.{rest}",
+            gated_names[:: -1 if getattr(mlp, "gate_last", False) else 1],
+        ),
         Rule("blocks.{i}.mlp.fc2.{rest}", "layers.{i}.mlp.down_proj.{rest}"),
     ]
 
@@ -260,10 +293,16 @@ def build_mlp_rules(mlp: TimmModule) -> list[Rule]:
 def build_rules(model: TimmModule) -> list[Rule]:
     """Build the weight conversion rules of a timm model."""
     block = model.blocks[0]
-    has_only_attention_layer_scale = getattr(block, "gamma_1", None) is not None and block.gamma_2 is None
+    has_only_attention_layer_scale = (
+        getattr(block, "gamma_1", None) is not None and block.gamma_2 is None
+    )
     return [
         *STEM_RULES,
-        *([Rule("blocks.{i}.gamma_1", LAYER_SCALES, append_ones)] if has_only_attention_layer_scale else []),
+        *(
+            [Rule("blocks.{i}.gamma_1", LAYER_SCALES, append_ones)]
+            if has_only_attention_layer_scale
+            else []
+        ),
         *BLOCK_RULES,
         *PARALLEL_RULES,
         *build_mlp_rules(getattr(block, "mlp", None)),

@@ -43,17 +43,27 @@ def convert_from_transformers(model: PreTrainedModel) -> ViTCLSPreTrainedModel:
         ConversionError: If the class or a feature is not supported, or weights are missing or unexpected.
     """
     if not is_convertible(model):
-        submodule_names = [name for name, module in model.named_children() if is_convertible(module)]
+        submodule_names = [
+            name for name, module in model.named_children() if is_convertible(module)
+        ]
         hint = (
-            f"Convert the submodule .{submodule_names[0]}" if submodule_names else "docs/coverage.md lists the classes"
+            f"Convert the submodule .{submodule_names[0]}"
+            if submodule_names
+            else "docs/coverage.md lists the classes"
         )
         raise ConversionError(f"{type(model).__name__} cannot be converted. {hint}")
     convertible_class = CONVERTIBLE_CLASSES[type(model).__name__]
     family = convertible_class.family
     weights = strip_encoder_name(model.state_dict(), convertible_class.encoder_name)
     fields = family.read_all_fields(getattr(model.config, "vision_config", model.config), weights)
-    config = ViTCLSConfig(**fields | dict(convertible_class.fields) | convertible_class.read_labels(model.config))
-    rules = [*(Rule(name, []) for name in convertible_class.unused_patterns), *HEAD_RULES, *family.rules]
+    config = ViTCLSConfig(
+        **fields | dict(convertible_class.fields) | convertible_class.read_labels(model.config)
+    )
+    rules = [
+        *(Rule(name, []) for name in convertible_class.unused_patterns),
+        *HEAD_RULES,
+        *family.rules,
+    ]
     weights = convert_weights(family.prepare_weights(weights), rules, config)
     has_classifier = convertible_class.encoder_name is not None
     return build_model(config, weights, has_classifier=has_classifier)
@@ -61,7 +71,11 @@ def convert_from_transformers(model: PreTrainedModel) -> ViTCLSPreTrainedModel:
 
 def read_labels(config: Any) -> Fields:
     """Return the label names and the problem type that are set in the configuration of the source."""
-    label_fields = {"id2label": config.id2label, "label2id": config.label2id, "problem_type": config.problem_type}
+    label_fields = {
+        "id2label": config.id2label,
+        "label2id": config.label2id,
+        "problem_type": config.problem_type,
+    }
     return {name: value for name, value in label_fields.items() if value is not None}
 
 
@@ -70,15 +84,25 @@ class ConvertibleClass:
     """A transformers model class that can be converted."""
 
     family: families.TransformersFamily
-    encoder_name: str | None = None  # attribute name of the encoder; None if the class itself is the encoder
-    fields: Mapping[str, Any] = field(default_factory=dict)  # fields of `ViTCLSConfig` that depend on the class
-    unused_patterns: tuple[str, ...] = ()  # name patterns of encoder weights that the class does not use
-    read_labels: Callable[[Any], Fields] = read_labels  # function that reads the labels from the configuration
+    encoder_name: str | None = (
+        None  # attribute name of the encoder; None if the class itself is the encoder
+    )
+    fields: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # fields of `ViTCLSConfig` that depend on the class
+    unused_patterns: tuple[
+        str, ...
+    ] = ()  # name patterns of encoder weights that the class does not use
+    read_labels: Callable[[Any], Fields] = (
+        read_labels  # function that reads the labels from the configuration
+    )
 
 
 def is_convertible(module: torch.nn.Module) -> bool:
     """Return whether the class of a module is a supported transformers class; subclasses are not supported."""
-    return type(module).__name__ in CONVERTIBLE_CLASSES and type(module).__module__.startswith("transformers.")
+    return type(module).__name__ in CONVERTIBLE_CLASSES and type(module).__module__.startswith(
+        "transformers."
+    )
 
 
 def strip_encoder_name(weights: Weights, encoder_name: str | None) -> Weights:
@@ -108,7 +132,9 @@ CONVERTIBLE_CLASSES: dict[str, ConvertibleClass] = {
     "ViTModel": ConvertibleClass(families.VIT),
     "ViTForImageClassification": ConvertibleClass(families.VIT, "vit"),
     "DeiTModel": ConvertibleClass(families.DEIT),
-    "DeiTForImageClassification": ConvertibleClass(families.DEIT, "deit", {"distillation_head": False}),
+    "DeiTForImageClassification": ConvertibleClass(
+        families.DEIT, "deit", {"distillation_head": False}
+    ),
     "DeiTForImageClassificationWithTeacher": ConvertibleClass(families.DEIT, "deit"),
     "ViTMSNModel": ConvertibleClass(families.VIT),
     "ViTMSNForImageClassification": ConvertibleClass(families.VIT, "vit"),
@@ -116,7 +142,9 @@ CONVERTIBLE_CLASSES: dict[str, ConvertibleClass] = {
     "IJepaModel": ConvertibleClass(families.IJEPA),
     "IJepaForImageClassification": ConvertibleClass(families.IJEPA, "ijepa"),
     "Dinov2Model": ConvertibleClass(families.DINOV2),
-    "Dinov2ForImageClassification": ConvertibleClass(families.DINOV2, "dinov2", {"pooling": "cls_mean"}),
+    "Dinov2ForImageClassification": ConvertibleClass(
+        families.DINOV2, "dinov2", {"pooling": "cls_mean"}
+    ),
     "Dinov2WithRegistersModel": ConvertibleClass(families.DINOV2),
     "Dinov2WithRegistersForImageClassification": ConvertibleClass(
         families.DINOV2, "dinov2_with_registers", {"pooling": "cls_mean"}

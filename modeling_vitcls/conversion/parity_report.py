@@ -60,13 +60,18 @@ def compare_models(
         except Exception as error:  # the exception type depends on the source
             if not comparisons:
                 raise
-            return comparisons, f"the source does not support {height} x {width} pixels: {format_error(error)}"
+            return (
+                comparisons,
+                f"the source does not support {height} x {width} pixels: {format_error(error)}",
+            )
         source_groups = split_token_groups(source_outputs, model)
         outputs = compute_model_outputs(model, pixel_values)
         if ("logits" in source_groups) != ("logits" in outputs):
             raise ConversionError(f"only one of {source.name} and the converted model has logits")
         names = [name for name in source_groups if name in outputs]
-        differences = {name: get_max_magnitude(outputs[name] - source_groups[name]) for name in names}
+        differences = {
+            name: get_max_magnitude(outputs[name] - source_groups[name]) for name in names
+        }
         magnitudes = {name: get_max_magnitude(source_groups[name]) for name in names}
         # `not value <= limit` is also true for NaN.
         excessive = [
@@ -79,7 +84,9 @@ def compare_models(
                 f"the outputs of the converted model differ from those of {source.name} at {height} x {width} pixels: "
                 f"{', '.join(excessive)}; the limit is {MAX_DIFFERENCE:g} of the largest value"
             )
-        comparisons.append({"image_size": (height, width), "differences": differences, "magnitudes": magnitudes})
+        comparisons.append(
+            {"image_size": (height, width), "differences": differences, "magnitudes": magnitudes}
+        )
         if native_size_reason:
             return comparisons, native_size_reason
     return comparisons, ""
@@ -105,7 +112,9 @@ def describe_position_embeddings(source: SourceModel, config: ViTCLSConfig) -> l
             "rotary periods: as stored in the file and used by the authors' code; timm and transformers compute the "
             "periods in float32"
         )
-    elif config.position_embedding_type.endswith("rope_2d") and config.rope_coordinates == "centered":
+    elif (
+        config.position_embedding_type.endswith("rope_2d") and config.rope_coordinates == "centered"
+    ):
         notes.append(
             f"rotary periods: computed in float32, as in {source.project}; the authors' DINOv3 files store rounded "
             "periods"
@@ -113,10 +122,13 @@ def describe_position_embeddings(source: SourceModel, config: ViTCLSConfig) -> l
     return notes
 
 
-def get_non_square_size(image_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, int]:
+def get_non_square_size(
+    image_size: tuple[int, int], patch_size: tuple[int, int]
+) -> tuple[int, int]:
     """Return an image size (height, width) with fewer rows and more columns of patches than `image_size`."""
     (height, width), (patch_height, patch_width) = image_size, patch_size
-    rows, columns = height // patch_height, width // patch_width
+    rows = height // patch_height
+    columns = width // patch_width
     return max(1, rows * 3 // 4) * patch_height, (columns * 5 // 4 + 1) * patch_width
 
 
@@ -133,7 +145,9 @@ def compute_model_outputs(model: ViTCLSPreTrainedModel, pixel_values: torch.Tens
         pooled = encoder_outputs.pooler_output
         return token_groups | ({} if pooled is None else {"pooled": pooled})
     outputs = model(pixel_values)
-    return token_groups | {n: outputs[n] for n in ("logits", "cls_logits", "distillation_logits") if n in outputs}
+    return token_groups | {
+        n: outputs[n] for n in ("logits", "cls_logits", "distillation_logits") if n in outputs
+    }
 
 
 def split_token_groups(outputs: Outputs, model: ViTCLSPreTrainedModel) -> Outputs:

@@ -42,7 +42,11 @@ ConvertedPreprocessing = tuple[ViTCLSImageProcessor, dict[str, Any]]
 
 def get_processor_size(processor: Any) -> tuple[int, int]:
     """Return the height and width that an image processor makes of a square photo."""
-    mode = "L" if len(np.atleast_1d(processor.image_mean)) == 1 and not processor.do_convert_rgb else "RGB"
+    mode = (
+        "L"
+        if len(np.atleast_1d(processor.image_mean)) == 1 and not processor.do_convert_rgb
+        else "RGB"
+    )
     pixel_values = processor(PIL.Image.new(mode, (600, 600)), return_tensors="pt")["pixel_values"]
     height, width = pixel_values.shape[-2:]
     return height, width
@@ -57,8 +61,12 @@ def convert_timm_preprocessing(model: nn.Module) -> ConvertedPreprocessing:
     source_transform: Any = create_transform(**settings, is_training=False)
     try:
         processor = ViTCLSImageProcessor(**convert_timm_settings(settings), crop_rounding="even")
-        same_backend_processor = ViTCLSImageProcessorPil.from_dict(processor.to_dict())  # timm resizes with PIL
-        return processor, check_processor(same_backend_processor, source_transform, "timm's pretrained_cfg")
+        same_backend_processor = ViTCLSImageProcessorPil.from_dict(
+            processor.to_dict()
+        )  # timm resizes with PIL
+        return processor, check_processor(
+            same_backend_processor, source_transform, "timm's pretrained_cfg"
+        )
     except ValueError as error:
         return build_default_preprocessing((height, width), str(error))
 
@@ -66,10 +74,14 @@ def convert_timm_preprocessing(model: nn.Module) -> ConvertedPreprocessing:
 def convert_timm_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """Convert the settings returned by `timm.data.resolve_data_config` to settings of the image processor."""
     channels, height, width = settings["input_size"]
-    scaled_height, scaled_width = (math.floor(length / settings["crop_pct"]) for length in (height, width))
+    scaled_height, scaled_width = (
+        math.floor(length / settings["crop_pct"]) for length in (height, width)
+    )
     interpolation, crop_mode = settings["interpolation"], settings["crop_mode"]
     if interpolation not in RESAMPLING_FILTERS:
-        raise ValueError(f"interpolation={interpolation!r} in timm's pretrained_cfg is not supported")
+        raise ValueError(
+            f"interpolation={interpolation!r} in timm's pretrained_cfg is not supported"
+        )
     if crop_mode == "squash":
         size = {"height": scaled_height, "width": scaled_width}
     elif crop_mode == "center" and height == width:
@@ -89,19 +101,27 @@ def convert_timm_settings(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def convert_transformers_preprocessing(folder: str, image_size: tuple[int, int]) -> ConvertedPreprocessing:
+def convert_transformers_preprocessing(
+    folder: str, image_size: tuple[int, int]
+) -> ConvertedPreprocessing:
     """Convert the image processor in a folder. If the folder has no supported image processor, build the default image
     processor for `image_size` (height, width)."""
     try:
         source_processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError):
         return build_default_preprocessing(image_size, "the source has no image processor")
-    backend_class = ViTCLSImageProcessorPil if isinstance(source_processor, PilBackend) else ViTCLSImageProcessor
+    backend_class = (
+        ViTCLSImageProcessorPil
+        if isinstance(source_processor, PilBackend)
+        else ViTCLSImageProcessor
+    )
     preprocess = partial(apply_processor, source_processor)
     try:
         processor = ViTCLSImageProcessor(**select_settings(source_processor))
         same_backend_processor = backend_class.from_dict(processor.to_dict())
-        return processor, check_processor(same_backend_processor, preprocess, type(source_processor).__name__)
+        return processor, check_processor(
+            same_backend_processor, preprocess, type(source_processor).__name__
+        )
     except ValueError as error:
         return build_default_preprocessing(image_size, str(error))
 
@@ -112,7 +132,9 @@ def apply_processor(processor: Any, image: PIL.Image.Image) -> torch.Tensor:
     return pixels
 
 
-def select_settings(processor: ImageProcessingMixin, names: Sequence[str] = SHARED_SETTINGS) -> dict[str, Any]:
+def select_settings(
+    processor: ImageProcessingMixin, names: Sequence[str] = SHARED_SETTINGS
+) -> dict[str, Any]:
     """Return the settings of an image processor that are listed in `names` and are not None."""
     settings = processor.to_dict()
     return {name: settings[name] for name in names if settings.get(name) is not None}
@@ -129,22 +151,31 @@ def check_processor(
     largest_difference = 0.0  # in gray levels
     for image in (build_test_image(301, 428), build_test_image(428, 301)):
         image = image if processor.do_convert_rgb else image.convert("L")
-        pixels, expected = apply_processor(processor, image), preprocess(image)
+        pixels = apply_processor(processor, image)
+        expected = preprocess(image)
         if pixels.shape != expected.shape:
-            raise ValueError(f"the converted processor differs from {settings_name} in the output shape")
+            raise ValueError(
+                f"the converted processor differs from {settings_name} in the output shape"
+            )
         std = torch.tensor(processor.image_std if processor.do_normalize else 1.0).view(-1, 1, 1)
         difference = ((pixels - expected).abs() * std * 255).max().item()
         if not difference <= MAX_PIXEL_DIFFERENCE:
-            raise ValueError(f"the converted processor differs from {settings_name} by {difference:.3g} gray levels")
+            raise ValueError(
+                f"the converted processor differs from {settings_name} by {difference:.3g} gray levels"
+            )
         largest_difference = max(largest_difference, difference)
-    return build_preprocessing_record(settings_name, "") | {"largest_difference_in_gray_levels": largest_difference}
+    return build_preprocessing_record(settings_name, "") | {
+        "largest_difference_in_gray_levels": largest_difference
+    }
 
 
 def build_test_image(height: int, width: int) -> PIL.Image.Image:
     """Build a smooth image with one edge. With an odd height or width, center crops can have half-pixel offsets, which
     make differences in rounding visible."""
     y, x = np.mgrid[0:height, 0:width] / 60.0
-    channels = [127 + 100 * np.sin(x * frequency + y) + 25 * (x > y) for frequency in (1.0, 2.0, 3.0)]
+    channels = [
+        127 + 100 * np.sin(x * frequency + y) + 25 * (x > y) for frequency in (1.0, 2.0, 3.0)
+    ]
     return PIL.Image.fromarray(np.stack(channels, axis=-1).clip(0, 255).astype(np.uint8))
 
 

@@ -42,7 +42,15 @@ from .weight_rules import ConversionError, Weights
 
 FILE_SUFFIXES = (".npz", ".safetensors", ".pth", ".pt", ".bin")
 # Keys of nested state dicts in order of precedence, with teachers and averaged weights first.
-CONTAINER_KEYS = ("target_encoder", "teacher", "model_ema", "state_dict", "model", "student", "module")
+CONTAINER_KEYS = (
+    "target_encoder",
+    "teacher",
+    "model_ema",
+    "state_dict",
+    "model",
+    "student",
+    "module",
+)
 MAX_CONTAINER_DEPTH = 8
 WRAPPER_PREFIXES = ("module.", "_orig_mod.", "backbone.")
 
@@ -63,7 +71,9 @@ FAMILIES_BY_CONTAINER = {"teacher": "dino", "student": "dino", "model": "mae"}
 class FileSource(TimmSource):
     """A published state dict of an image encoder, and a timm model with the same weights."""
 
-    def __init__(self, file: Path, family: str, weights: Weights, model: nn.Module, notes: list[str]) -> None:
+    def __init__(
+        self, file: Path, family: str, weights: Weights, model: nn.Module, notes: list[str]
+    ) -> None:
         super().__init__(str(file), model, None, notes)
         self.family: str = family
         self.weights = weights  # weights by parameter name, without containers and prefixes
@@ -72,9 +82,7 @@ class FileSource(TimmSource):
         self.resampling = get_family(family, weights).resampling
         self.project = "timm" if self.resampling is None else "the authors' code"
         if family == "big_vision":
-            self.native_size_reason = (
-                "the authors' code resamples position embeddings with aligned corners, which ViTCLS does not support"
-            )
+            self.native_size_reason = "the authors' code resamples position embeddings with aligned corners, which ViTCLS does not support"
 
     @classmethod
     def load(cls, file: Path, family: str | None = None) -> "FileSource":  # type: ignore[override]
@@ -102,9 +110,12 @@ class FileSource(TimmSource):
         size = pixel_values.shape[-2], pixel_values.shape[-1]
         model: Any = self.model if size == self.image_size else self.build_resized_model(size)
         num_layers = len(split_linear_head(self.weights)) - 1
-        layers = model.get_intermediate_layers(pixel_values, num_layers, return_prefix_tokens=True, norm=True)
+        layers = model.get_intermediate_layers(
+            pixel_values, num_layers, return_prefix_tokens=True, norm=True
+        )
         inputs = [prefix_tokens[:, 0] for _, prefix_tokens in layers] + [layers[-1][0].mean(dim=1)]
-        weight, bias = self.weights[LINEAR_HEAD].float(), self.weights["linear_head.bias"].float()
+        weight = self.weights[LINEAR_HEAD].float()
+        bias = self.weights["linear_head.bias"].float()
         logits = nn.functional.linear(torch.cat(inputs, dim=1), weight, bias)
         return {"sequence": model.forward_features(pixel_values), "logits": logits}
 
@@ -117,10 +128,14 @@ class FileSource(TimmSource):
         model = super().build_resized_model(size)
         if self.resampling is not None:
             num_prefix_tokens = 0 if self.model.no_embed_class else self.model.num_prefix_tokens
-            prefix_positions, positions = self.model.pos_embed.data.tensor_split([num_prefix_tokens], dim=1)
+            prefix_positions, positions = self.model.pos_embed.data.tensor_split(
+                [num_prefix_tokens], dim=1
+            )
             maps = positions.unflatten(1, self.model.patch_embed.grid_size).permute(0, 3, 1, 2)
             maps = resample_as_authors(maps, model.patch_embed.grid_size, self.resampling)
-            model.pos_embed.data = torch.cat([prefix_positions, maps.flatten(2).transpose(1, 2)], dim=1)
+            model.pos_embed.data = torch.cat(
+                [prefix_positions, maps.flatten(2).transpose(1, 2)], dim=1
+            )
         return model
 
     def convert_preprocessing(self) -> ConvertedPreprocessing:
@@ -136,7 +151,9 @@ def read_state_dict(file: Path) -> Mapping[str, Any]:
     """Read a state dict, which may be nested, without running code in the file. Raise ConversionError if the file has
     an unsupported format, or is a pickle of objects other than tensors."""
     if not file.is_file():
-        raise FileNotFoundError(f"{file} is not a file. Use timm:NAME, transformers:PATH_OR_ID or an existing file")
+        raise FileNotFoundError(
+            f"{file} is not a file. Use timm:NAME, transformers:PATH_OR_ID or an existing file"
+        )
     if file.suffix not in FILE_SUFFIXES:
         raise ConversionError(
             f"{file} is not supported. Use a file with one of the suffixes {' '.join(FILE_SUFFIXES)}"
@@ -151,9 +168,13 @@ def read_state_dict(file: Path) -> Mapping[str, Any]:
             weights = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load may raise any exception for a damaged file
         raise_if_unsafe_pickle(str(file), error)
-        raise ConversionError(f"cannot read the weights in {file}: {format_error(error)}") from error
+        raise ConversionError(
+            f"cannot read the weights in {file}: {format_error(error)}"
+        ) from error
     if not isinstance(weights, Mapping):
-        raise ConversionError(f"{file} contains an object of type {type(weights).__name__} instead of a state dict")
+        raise ConversionError(
+            f"{file} contains an object of type {type(weights).__name__} instead of a state dict"
+        )
     return weights
 
 
@@ -164,11 +185,17 @@ def unwrap_weights(weights: Mapping[str, Any], notes: list[str]) -> tuple[Weight
     """
     container_key = None
     for _ in range(MAX_CONTAINER_DEPTH):  # a state dict may contain itself
-        if key := next((key for key in CONTAINER_KEYS if isinstance(weights.get(key), Mapping)), None):
+        if key := next(
+            (key for key in CONTAINER_KEYS if isinstance(weights.get(key), Mapping)), None
+        ):
             container_key, weights = key, weights[key]
     is_array = (torch.Tensor, np.ndarray)
-    tensors: dict[str, Any] = {str(name): value for name, value in weights.items() if isinstance(value, is_array)}
-    while prefix := next((prefix for prefix in WRAPPER_PREFIXES if has_encoder(tensors, prefix)), None):
+    tensors: dict[str, Any] = {
+        str(name): value for name, value in weights.items() if isinstance(value, is_array)
+    }
+    while prefix := next(
+        (prefix for prefix in WRAPPER_PREFIXES if has_encoder(tensors, prefix)), None
+    ):
         prefixes = (prefix, "linear_head.") if LINEAR_HEAD in tensors else (prefix,)
         kept = {name: tensor for name, tensor in tensors.items() if name.startswith(prefixes)}
         if other_names := [name for name in tensors if name not in kept]:
@@ -181,21 +208,29 @@ def unwrap_weights(weights: Mapping[str, Any], notes: list[str]) -> tuple[Weight
 
 def has_encoder(weights: Weights, prefix: str) -> bool:
     """Return whether the weights contain an image encoder whose parameter names start with `prefix`."""
-    return any(re.match(rf"{re.escape(prefix)}.*patch_embed\.proj\.weight", name) for name in weights)
+    return any(
+        re.match(rf"{re.escape(prefix)}.*patch_embed\.proj\.weight", name) for name in weights
+    )
 
 
 def detect_family(weights: Weights, container_key: str | None, file: Path) -> str:
     """Return the family of a state dict. Raise ConversionError if no family or several families match."""
     matches = (
-        family for family, pattern in FAMILY_PATTERNS.items() if any(re.fullmatch(pattern, name) for name in weights)
+        family
+        for family, pattern in FAMILY_PATTERNS.items()
+        if any(re.fullmatch(pattern, name) for name in weights)
     )
     family = next(matches, None)
     registers = weights.get("register_tokens")
     candidates = ["dino", "ibot", "msn", "mae", "deit", "ijepa"]
     if family == "dinov2" and registers is not None and registers.shape[-2] == 1:
         # TIPS has the parameter names of DINOv2 and one register, which is its second CLS token.
-        family, candidates = "tips" if file.suffix == ".npz" else None, ["tips", "dinov2"]
-    elif family is None and not {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= weights.keys():
+        family = "tips" if file.suffix == ".npz" else None
+        candidates = ["tips", "dinov2"]
+    elif (
+        family is None
+        and not {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= weights.keys()
+    ):
         names = f"weights such as {', '.join(list(weights)[:3])}" if weights else "no weights"
         raise ConversionError(
             f"{file} does not contain a supported image encoder; it contains {names}. Use timm:NAME@FILE "

@@ -31,7 +31,11 @@ from ..model.modeling_vitcls import ViTCLSPreTrainedModel
 from ..runtime.errors import format_error
 from .from_timm import TIMM_CLASSES, convert_from_timm
 from .from_transformers import CONVERTIBLE_CLASSES, convert_from_transformers
-from .processors import ConvertedPreprocessing, convert_timm_preprocessing, convert_transformers_preprocessing
+from .processors import (
+    ConvertedPreprocessing,
+    convert_timm_preprocessing,
+    convert_transformers_preprocessing,
+)
 from .random_weights import randomize_weights
 from .weight_rules import ConversionError
 
@@ -67,7 +71,9 @@ class TimmSource(Source):
         if ":" not in name:
             check_timm_architecture(name.partition("@")[0].partition(".")[0])
         if random_init and "@" in name and ":" not in name:
-            raise ConversionError(f"--random-init reads no file, but the source is timm:{name}. Remove one of them")
+            raise ConversionError(
+                f"--random-init reads no file, but the source is timm:{name}. Remove one of them"
+            )
         try:
             model, commit = load_timm_model(name, pretrained=not random_init)
         except Exception as error:  # downloads raise errors of many types
@@ -97,7 +103,11 @@ class TimmSource(Source):
         """Return a dict with "sequence" and either "logits" or "pooled" for images [B, C, H, W]. timm may raise any
         exception if the model does not support the image size."""
         height, width = pixel_values.shape[-2:]
-        model: Any = self.model if (height, width) == self.image_size else self.build_resized_model((height, width))
+        model: Any = (
+            self.model
+            if (height, width) == self.image_size
+            else self.build_resized_model((height, width))
+        )
         sequence = model.forward_features(pixel_values)
         output_name = "logits" if self.has_classifier else "pooled"
         return {"sequence": sequence, output_name: model.forward_head(sequence)}
@@ -129,15 +139,25 @@ class TransformersSource(Source):
             folder = get_external_model_folder(name_or_path, revision)
         try:
             config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        except Exception as error:  # ValueError for unknown model types, OSError for missing files, Hub errors
+        except (
+            Exception
+        ) as error:  # ValueError for unknown model types, OSError for missing files, Hub errors
             is_remote = "trust_remote_code" in str(error)
-            reason = "it requires remote code, which is never run" if is_remote else format_error(error)
-            raise OSError(f"transformers cannot read the configuration of {name_or_path}: {reason}") from error
+            reason = (
+                "it requires remote code, which is never run" if is_remote else format_error(error)
+            )
+            raise OSError(
+                f"transformers cannot read the configuration of {name_or_path}: {reason}"
+            ) from error
         model_class = get_convertible_class(config)
         if random_init:
-            model_config = config if isinstance(config, model_class.config_class) else config.vision_config
+            model_config = (
+                config if isinstance(config, model_class.config_class) else config.vision_config
+            )
             return cls(name_or_path, folder, randomize_weights(model_class(model_config)), [])
-        return cls(name_or_path, folder, *load_transformers_model(model_class, name_or_path, folder))
+        return cls(
+            name_or_path, folder, *load_transformers_model(model_class, name_or_path, folder)
+        )
 
     def __init__(self, name_or_path: str, folder: str, model: nn.Module, notes: list[str]) -> None:
         super().__init__(f"transformers:{name_or_path}", model, get_cached_commit(folder), notes)
@@ -147,7 +167,11 @@ class TransformersSource(Source):
     def image_size(self) -> tuple[int, int]:
         """Image size in the configuration, or, for SigLIP 2, the size of a square image with `num_patches` patches."""
         config = getattr(self.model.config, "vision_config", self.model.config)
-        size = config.image_size if hasattr(config, "image_size") else isqrt(config.num_patches) * config.patch_size
+        size = (
+            config.image_size
+            if hasattr(config, "image_size")
+            else isqrt(config.num_patches) * config.patch_size
+        )
         return (size, size) if isinstance(size, int) else tuple(size)
 
     @property
@@ -162,7 +186,8 @@ class TransformersSource(Source):
     def compute_outputs(self, pixel_values: torch.Tensor) -> Outputs:
         """Return the outputs for images [B, C, H, W]. At sizes other than the native size, the position embeddings are
         interpolated."""
-        encoder, inputs = self.encoder, self.build_inputs(pixel_values)
+        encoder = self.encoder
+        inputs = self.build_inputs(pixel_values)
         encoder_outputs = encoder(**inputs)
         outputs = {"sequence": encoder_outputs.last_hidden_state}
         if encoder is self.model:
@@ -170,7 +195,9 @@ class TransformersSource(Source):
         else:
             head_outputs = self.model(**inputs)
             outputs["logits"] = head_outputs.get("logits", head_outputs.get("image_embeds"))
-            outputs |= {name: head_outputs.get(name) for name in ("cls_logits", "distillation_logits")}
+            outputs |= {
+                name: head_outputs.get(name) for name in ("cls_logits", "distillation_logits")
+            }
         return {name: output for name, output in outputs.items() if output is not None}
 
     @property
@@ -186,13 +213,18 @@ class TransformersSource(Source):
         if "spatial_shapes" in parameters:
             return flatten_patches(pixel_values, config.patch_size)
         inputs: dict[str, Any] = {"pixel_values": pixel_values}
-        if "interpolate_pos_encoding" in parameters and tuple(pixel_values.shape[-2:]) != self.image_size:
+        if (
+            "interpolate_pos_encoding" in parameters
+            and tuple(pixel_values.shape[-2:]) != self.image_size
+        ):
             inputs["interpolate_pos_encoding"] = True
         if "noise" in parameters:  # MAE sorts the patches by this noise and masks the last patches
             config.mask_ratio = 0.0
             height, width = pixel_values.shape[-2:]
             num_patches = (height // config.patch_size) * (width // config.patch_size)
-            inputs["noise"] = torch.arange(num_patches, dtype=torch.float32).expand(len(pixel_values), -1)
+            inputs["noise"] = torch.arange(num_patches, dtype=torch.float32).expand(
+                len(pixel_values), -1
+            )
         return inputs
 
     def convert_preprocessing(self) -> ConvertedPreprocessing:
@@ -214,12 +246,16 @@ def check_timm_architecture(name: str) -> None:
     try:
         with torch.device("meta"):  # without memory and values
             model = timm.create_model(name, pretrained=False)
-    except Exception:  # the code of an architecture may read values; the class is checked after loading
+    except (
+        Exception
+    ):  # the code of an architecture may read values; the class is checked after loading
         return
     if type(model).__name__ in TIMM_CLASSES:
         return
     modules = [type(module).__name__ for module in model.modules()]
-    has_attention = any("attention" in module.lower() or "attn" in module.lower() for module in modules)
+    has_attention = any(
+        "attention" in module.lower() or "attn" in module.lower() for module in modules
+    )
     is_cnn = not has_attention and modules.count("Conv2d") > 1
     kind = "a CNN" if is_cnn else f"a model of the class {type(model).__name__}"
     raise ConversionError(
@@ -235,7 +271,9 @@ def get_convertible_class(config: transformers.PreTrainedConfig) -> Any:
     model_name, encoder_name = (
         f"{type(each).__name__.removesuffix('Config')}Model" for each in (config, encoder_config)
     )
-    has_encoder = encoder_config is config or architecture == model_name  # ViTForX, or CLIPModel but not LlavaForX
+    has_encoder = (
+        encoder_config is config or architecture == model_name
+    )  # ViTForX, or CLIPModel but not LlavaForX
     name = encoder_name if architecture not in CONVERTIBLE_CLASSES and has_encoder else architecture
     if name not in CONVERTIBLE_CLASSES:
         raise ConversionError(
@@ -244,15 +282,21 @@ def get_convertible_class(config: transformers.PreTrainedConfig) -> Any:
     return getattr(transformers, name)
 
 
-def load_transformers_model(model_class: Any, name_or_path: str, folder: str) -> tuple[Any, list[str]]:
+def load_transformers_model(
+    model_class: Any, name_or_path: str, folder: str
+) -> tuple[Any, list[str]]:
     """Load a transformers model in the saved dtype, and return the model and notes on loading. If the checkpoint has
     no pooler, the model is loaded without a pooler; by default, transformers adds a pooler with random values."""
     notes: list[str] = []
     options: dict[str, Any] = {"dtype": "auto", "output_loading_info": True}
     try:
         model, loading_info = model_class.from_pretrained(folder, **options)
-        if loading_info["missing_keys"] and all(name.startswith("pooler.") for name in loading_info["missing_keys"]):
-            model, loading_info = model_class.from_pretrained(folder, **options, add_pooling_layer=False)
+        if loading_info["missing_keys"] and all(
+            name.startswith("pooler.") for name in loading_info["missing_keys"]
+        ):
+            model, loading_info = model_class.from_pretrained(
+                folder, **options, add_pooling_layer=False
+            )
             notes.append("the checkpoint has no pooler, so the converted model has no pooler")
     except Exception as error:  # downloads raise errors of many types
         raise_if_unsafe_pickle(name_or_path, error)
@@ -263,7 +307,9 @@ def load_transformers_model(model_class: Any, name_or_path: str, folder: str) ->
             f"example {missing_names[0]}"
         )
     unexpected_names = sorted(loading_info["unexpected_keys"])
-    if unexpected_names and model.config.architectures:  # not the vision model of a text-image model
+    if (
+        unexpected_names and model.config.architectures
+    ):  # not the vision model of a text-image model
         notes.append(
             f"{model_class.__name__} does not use {len(unexpected_names)} weights of the checkpoint, "
             f"for example {unexpected_names[0]}"
@@ -274,7 +320,9 @@ def load_transformers_model(model_class: Any, name_or_path: str, folder: str) ->
 def raise_if_unsafe_pickle(name_or_path: str, error: BaseException) -> None:
     """Raise ConversionError if loading failed because a file contains code or objects other than tensors."""
     if "TorchScript" in str(error):
-        raise ConversionError(f"{name_or_path} is a TorchScript archive. Save its state dict") from error
+        raise ConversionError(
+            f"{name_or_path} is a TorchScript archive. Save its state dict"
+        ) from error
     if any(isinstance(cause, pickle.UnpicklingError) for cause in iter_causes(error)):
         raise ConversionError(
             f"{name_or_path} is a pickle with objects other than tensors. Loading such objects could run code. Save "
@@ -285,9 +333,12 @@ def raise_if_unsafe_pickle(name_or_path: str, error: BaseException) -> None:
 def flatten_patches(pixel_values: torch.Tensor, patch_size: int) -> dict[str, Any]:
     """Build the inputs of SigLIP 2: flattened patches with channels last, and the size of the patch grid."""
     batch_size, _, height, width = pixel_values.shape
-    rows, columns = height // patch_size, width // patch_size
+    rows = height // patch_size
+    columns = width // patch_size
     patches = pixel_values.unflatten(2, (rows, patch_size)).unflatten(4, (columns, patch_size))
-    patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # [B, rows * columns, pixels * C]
+    patches = (
+        patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+    )  # [B, rows * columns, pixels * C]
     return {
         "pixel_values": patches,
         "pixel_attention_mask": torch.ones(batch_size, rows * columns),

@@ -31,12 +31,16 @@ POOLINGS = {"token": "cls", "avg": "mean", "max": "max", "map": "attention"}
 
 def read_config_fields(model: TimmModule) -> Fields:
     """Return the configuration of a `VisionTransformer`, `VisionTransformerDistilled` or `Eva`."""
-    first_block = model.blocks[0]  # the other blocks differ only in drop path and the number of key and value heads
+    first_block = model.blocks[
+        0
+    ]  # the other blocks differ only in drop path and the number of key and value heads
     block_class = get_class_name(first_block)
     check_supported(block_class in BLOCK_READERS, f"blocks of class {block_class}")
     block_fields = BLOCK_READERS[block_class](first_block)
     last_block_modules = model.blocks[-1].modules()  # the last block has the highest drop path rate
-    drop_path_rates = [module.drop_prob for module in last_block_modules if get_class_name(module) == "DropPath"]
+    drop_path_rates = [
+        module.drop_prob for module in last_block_modules if get_class_name(module) == "DropPath"
+    ]
     return {
         **read_patch_embedding(model),
         **read_tokens(model),
@@ -55,8 +59,12 @@ def read_patch_embedding(model: TimmModule) -> Fields:
     """Return the fields of the patch embedding. `image_size` is rounded down to whole patches, because timm ignores
     the remaining pixels."""
     embedding = model.patch_embed
-    check_supported(get_class_name(embedding) == "PatchEmbed", f"patch embedding {get_class_name(embedding)}")
-    check_supported(not embedding.dynamic_img_pad, "dynamic_img_pad, which pads images to whole patches")
+    check_supported(
+        get_class_name(embedding) == "PatchEmbed", f"patch embedding {get_class_name(embedding)}"
+    )
+    check_supported(
+        not embedding.dynamic_img_pad, "dynamic_img_pad, which pads images to whole patches"
+    )
     height, width = embedding.patch_size
     rows, columns = embedding.grid_size
     return {
@@ -73,9 +81,16 @@ def read_patch_embedding(model: TimmModule) -> Fields:
 def read_tokens(model: TimmModule) -> Fields:
     """Return the number of special tokens of each type."""
     names = {"cls": "cls_token", "distillation": "dist_token", "register": "reg_token"}
-    parameters = {f"num_{group}_tokens": getattr(model, name, None) for group, name in names.items()}
-    counts = {field: 0 if parameter is None else parameter.shape[1] for field, parameter in parameters.items()}
-    is_distilled_with_registers = counts["num_distillation_tokens"] and counts["num_register_tokens"]
+    parameters = {
+        f"num_{group}_tokens": getattr(model, name, None) for group, name in names.items()
+    }
+    counts = {
+        field: 0 if parameter is None else parameter.shape[1]
+        for field, parameter in parameters.items()
+    }
+    is_distilled_with_registers = (
+        counts["num_distillation_tokens"] and counts["num_register_tokens"]
+    )
     check_supported(not is_distilled_with_registers, "registers together with a distillation token")
     return counts
 
@@ -85,7 +100,9 @@ def read_positions(model: TimmModule) -> Fields:
     if model.pos_embed is None:
         return {"position_embedding_type": "none"}
     token_counts = read_tokens(model)
-    num_non_cls_tokens = token_counts["num_distillation_tokens"] + token_counts["num_register_tokens"]
+    num_non_cls_tokens = (
+        token_counts["num_distillation_tokens"] + token_counts["num_register_tokens"]
+    )
     if model.no_embed_class or not (num_non_cls_tokens or token_counts["num_cls_tokens"]):
         position_embedding_tokens = "patches"
     else:
@@ -136,7 +153,9 @@ def read_norms(model: TimmModule) -> Fields:
     norms = {
         (NORM_TYPES.get(get_class_name(module), get_class_name(module)), module.eps)
         for name, module in model.named_modules()
-        if "Norm" in get_class_name(module) and hasattr(module, "eps") and not name.endswith(".sub_norm")
+        if "Norm" in get_class_name(module)
+        and hasattr(module, "eps")
+        and not name.endswith(".sub_norm")
     }
     names = ", ".join(f"{norm_type} {eps}" for norm_type, eps in sorted(norms))
     check_supported(len(norms) == 1, f"norms with different types or eps values: {names}")
@@ -152,7 +171,9 @@ def read_norms(model: TimmModule) -> Fields:
 
 def read_block(block: TimmModule) -> Fields:
     """Return the fields of a block that applies attention and then an MLP."""
-    layer_type = "post" if get_class_name(block) in ("ResPostBlock", "EvaBlockPostNorm") else "standard"
+    layer_type = (
+        "post" if get_class_name(block) in ("ResPostBlock", "EvaBlockPostNorm") else "standard"
+    )
     return {
         "layer_type": layer_type,
         **read_attention(block.attn),
@@ -190,7 +211,9 @@ def read_branched_block(block: TimmModule) -> Fields:
         "num_attention_heads": num_branches * attention.num_heads,
         "attention_head_size": attention.head_dim,
         "intermediate_size": num_branches * mlp.fc1.out_features,
-        **dict.fromkeys(("qkv_bias", "projection_bias", "mlp_bias"), True),  # biases from folded norms
+        **dict.fromkeys(
+            ("qkv_bias", "projection_bias", "mlp_bias"), True
+        ),  # biases from folded norms
     }
 
 
@@ -231,8 +254,14 @@ def read_qkv_biases(attention: TimmModule) -> Fields:
     if getattr(attention, "q_bias", None) is not None:
         bias_fields = {"query_bias": True, "key_bias": False, "value_bias": True}
     elif attention.qkv is None:
-        projections = {"query": attention.q_proj, "key": attention.k_proj, "value": attention.v_proj}
-        bias_fields = {f"{name}_bias": projection.bias is not None for name, projection in projections.items()}
+        projections = {
+            "query": attention.q_proj,
+            "key": attention.k_proj,
+            "value": attention.v_proj,
+        }
+        bias_fields = {
+            f"{name}_bias": projection.bias is not None for name, projection in projections.items()
+        }
     else:
         return {"qkv_bias": attention.qkv.bias is not None}
     has_equal_biases = len(set(bias_fields.values())) == 1
@@ -245,7 +274,9 @@ def read_mlp(mlp: TimmModule) -> Fields:
     check_supported(name in ("Mlp", "GluMlp", "SwiGLU"), f"MLP of class {name}")
     activation = read_activation(mlp.act)
     check_supported(name == "Mlp" or activation == "silu", f"an MLP gated by {activation}")
-    fields = {"mlp_type": "swiglu"} if name != "Mlp" else {"mlp_type": "mlp", "hidden_act": activation}
+    fields = (
+        {"mlp_type": "swiglu"} if name != "Mlp" else {"mlp_type": "mlp", "hidden_act": activation}
+    )
     return {
         **fields,
         "intermediate_size": mlp.fc2.in_features,
@@ -267,24 +298,35 @@ def read_pooling(model: TimmModule, hidden_act: str | None) -> Fields:
     """Return the fields of the pooling method before the head."""
     if not model.global_pool:
         check_supported(not model.num_classes, "a classifier on every token (global_pool='')")
-        return {"pooling": "cls" if model.cls_token is not None else "mean"}  # used by a new classifier
+        return {
+            "pooling": "cls" if model.cls_token is not None else "mean"
+        }  # used by a new classifier
     check_supported(model.global_pool in POOLINGS, f"global_pool={model.global_pool!r}")
     pooling = POOLINGS[model.global_pool]
     if pooling == "attention":
         return {"pooling": pooling, **read_attention_pool(model, hidden_act)}
     use_prefix_tokens = getattr(model, "pool_include_prefix", False)
-    check_supported(pooling == "cls" or not use_prefix_tokens, f"{pooling} pooling that includes special tokens")
+    check_supported(
+        pooling == "cls" or not use_prefix_tokens, f"{pooling} pooling that includes special tokens"
+    )
     return {"pooling": pooling}
 
 
 def read_attention_pool(model: TimmModule, hidden_act: str | None) -> Fields:
     """Return the fields of attention pooling. In `Eva`, the query also attends to special tokens."""
     pooler = model.attn_pool
-    check_supported(get_class_name(pooler) == "AttentionPoolLatent", f"pooling of class {get_class_name(pooler)}")
+    check_supported(
+        get_class_name(pooler) == "AttentionPoolLatent",
+        f"pooling of class {get_class_name(pooler)}",
+    )
     activation = read_activation(pooler.mlp.act)
-    check_supported(hidden_act in (activation, None), "different activations in attention pooling and blocks")
+    check_supported(
+        hidden_act in (activation, None), "different activations in attention pooling and blocks"
+    )
     return {
-        "attention_pool_tokens": "all" if getattr(model, "pool_include_prefix", True) else "patches",
+        "attention_pool_tokens": "all"
+        if getattr(model, "pool_include_prefix", True)
+        else "patches",
         "attention_pool_heads": pooler.num_heads,
         "attention_pool_intermediate_size": pooler.mlp.fc1.out_features,
         "hidden_act": activation,
@@ -303,7 +345,9 @@ def read_labels(model: TimmModule) -> Fields:
 
 def read_activation(module: TimmModule) -> str:
     """Return the transformers name of an activation."""
-    name = "GELUTanh" if getattr(module, "approximate", "none") == "tanh" else get_class_name(module)
+    name = (
+        "GELUTanh" if getattr(module, "approximate", "none") == "tanh" else get_class_name(module)
+    )
     check_supported(name in ACTIVATIONS, f"activation {name}")
     return ACTIVATIONS[name]
 

@@ -31,7 +31,9 @@ from .weight_rules import ConversionError, revert_weights, simplify_size
 logger = logging.get_logger(__name__)
 
 
-def convert_to_transformers(model: ViTCLSPreTrainedModel, native_size_only: bool = False) -> PreTrainedModel:
+def convert_to_transformers(
+    model: ViTCLSPreTrainedModel, native_size_only: bool = False
+) -> PreTrainedModel:
     """Convert a model to a transformers model in eval mode with the same outputs, dtype and device.
 
     `ViTCLSForImageClassification` becomes an image classification model of type ViT, DeiT, DINOv2 or DINOv2 with
@@ -51,10 +53,14 @@ def convert_to_transformers(model: ViTCLSPreTrainedModel, native_size_only: bool
     """
     name = type(model).__name__
     if name not in TARGETS:
-        raise ConversionError(f"transformers has no class for the task of {name}. Convert the encoder, model.vitcls")
+        raise ConversionError(
+            f"transformers has no class for the task of {name}. Convert the encoder, model.vitcls"
+        )
     best_match = find_best_match(name, model.config, native_size_only)
     if best_match.mismatches:
-        is_native_size_enough = not find_best_match(name, model.config, native_size_only=True).mismatches
+        is_native_size_enough = not find_best_match(
+            name, model.config, native_size_only=True
+        ).mismatches
         hint = ". Set native_size_only=True if one size is enough" if is_native_size_enough else ""
         raise ConversionError(
             f"{best_match.target.name}, the nearest class of transformers, does not support the model: "
@@ -69,17 +75,23 @@ class TargetClass:
 
     name: str
     min_version: str  # lowest version of transformers that contains the class
-    has_optional_pooler: bool = False  # whether the class has the arguments `add_pooling_layer` and `use_mask_token`
+    has_optional_pooler: bool = (
+        False  # whether the class has the arguments `add_pooling_layer` and `use_mask_token`
+    )
 
     def build(self, config: ViTCLSConfig) -> PreTrainedModel:
         """Build a newly initialized transformers model with the settings of a configuration."""
         model_class = getattr(transformers, self.name)
         supported_fields = {field.name for field in dataclasses.fields(model_class.config_class)}
-        biases, is_gated = get_qkv_biases(config), config.mlp_type != "mlp"
+        biases = get_qkv_biases(config)
+        is_gated = config.mlp_type != "mlp"
         mlp_ratios = {
-            compute_dinov2_mlp_size(config.hidden_size, ratio, is_gated): ratio for ratio in range(16, 0, -1)
+            compute_dinov2_mlp_size(config.hidden_size, ratio, is_gated): ratio
+            for ratio in range(16, 0, -1)
         }
-        settings: dict[str, Any] = {name: getattr(config, target) for name, target in FIELD_NAMES.items()}
+        settings: dict[str, Any] = {
+            name: getattr(config, target) for name, target in FIELD_NAMES.items()
+        }
         settings |= {
             "image_size": simplify_size(*config.image_height_width),
             "patch_size": simplify_size(*config.patch_height_width),
@@ -89,7 +101,9 @@ class TargetClass:
             "use_swiglu_ffn": is_gated,
             "use_gated_mlp": is_gated,
             # The gated MLP of DINOv2 ignores `hidden_act`.
-            "hidden_act": get_activation_name(config) if "use_gated_mlp" in supported_fields else config.hidden_act,
+            "hidden_act": get_activation_name(config)
+            if "use_gated_mlp" in supported_fields
+            else config.hidden_act,
             "layerscale_value": float(config.layer_scale_init_value or 1.0),
             "use_mask_token": config.use_mask_token,  # DINOv2; with registers, a mask token always exists
             **biases,
@@ -120,7 +134,9 @@ TARGETS: dict[str, list[TargetClass]] = {
         TargetClass("Dinov2WithRegistersForImageClassification", "4.48"),
     ],
 }
-MIN_TRANSFORMERS_VERSIONS = {target.name: target.min_version for targets in TARGETS.values() for target in targets}
+MIN_TRANSFORMERS_VERSIONS = {
+    target.name: target.min_version for targets in TARGETS.values() for target in targets
+}
 
 
 @dataclass(frozen=True)
@@ -130,18 +146,24 @@ class TargetMatch:
     target: TargetClass
     config: ViTCLSConfig  # configuration of the model after `applied_rewrites`
     target_config: ViTCLSConfig  # configuration of the target, converted back; after an error, that of the model
-    mismatches: dict[str, str]  # description of each field that the target does not support, or of an error, by name
+    mismatches: dict[
+        str, str
+    ]  # description of each field that the target does not support, or of an error, by name
     # rewrites, each with the configuration before and after the rewrite
     applied_rewrites: tuple[tuple[Rewrite, ViTCLSConfig, ViTCLSConfig], ...] = ()
 
 
 def find_best_match(model_class: str, config: ViTCLSConfig, native_size_only: bool) -> TargetMatch:
     """Return the match with the fewest mismatches. Ties are broken by the number of rewrites."""
-    matches = [find_equivalent_match(target, config, native_size_only) for target in TARGETS[model_class]]
+    matches = [
+        find_equivalent_match(target, config, native_size_only) for target in TARGETS[model_class]
+    ]
     return min(matches, key=lambda match: (len(match.mismatches), len(match.applied_rewrites)))
 
 
-def find_equivalent_match(target: TargetClass, config: ViTCLSConfig, native_size_only: bool) -> TargetMatch:
+def find_equivalent_match(
+    target: TargetClass, config: ViTCLSConfig, native_size_only: bool
+) -> TargetMatch:
     """Apply all rewrites that reduce the number of mismatches, and return the match of the new configuration."""
     match = compare_with_target(target, config)
     for rewrite in REWRITES:
@@ -151,7 +173,10 @@ def find_equivalent_match(target: TargetClass, config: ViTCLSConfig, native_size
         if is_useful and rewrite.is_possible(match.config, match.target_config):
             new_match = compare_with_target(target, replace_fields(match.config, changes))
             if len(new_match.mismatches) < len(match.mismatches):
-                applied_rewrites = (*match.applied_rewrites, (rewrite, match.config, new_match.config))
+                applied_rewrites = (
+                    *match.applied_rewrites,
+                    (rewrite, match.config, new_match.config),
+                )
                 match = replace(new_match, applied_rewrites=applied_rewrites)
     return match
 
@@ -165,19 +190,28 @@ def compare_with_target(target: TargetClass, config: ViTCLSConfig) -> TargetMatc
         weights = strip_encoder_name(target_model.state_dict(), convertible_class.encoder_name)
         fields = convertible_class.family.read_all_fields(target_model.config, weights)
         round_trip_config = ViTCLSConfig(**fields | dict(convertible_class.fields))
-    except (TypeError, ValueError) as error:  # a value that the class or this version of transformers does not support
+    except (
+        TypeError,
+        ValueError,
+    ) as error:  # a value that the class or this version of transformers does not support
         return TargetMatch(target, config, config, {"error": format_error(error)})
     has_head = convertible_class.encoder_name is not None
-    values, target_values = get_effective_fields(config, has_head), get_effective_fields(round_trip_config, has_head)
+    values = get_effective_fields(config, has_head)
+    target_values = get_effective_fields(round_trip_config, has_head)
     # If pooling has no weights, users can pool the outputs of a model without a pooler.
     has_weightless_pooler = (
-        config.pooling != "attention" and not config.pooled_norm and config.pooled_activation is None
+        config.pooling != "attention"
+        and not config.pooled_norm
+        and config.pooled_activation is None
     )
-    ignored_fields = POOLING_FIELDS if target.has_optional_pooler and has_weightless_pooler else set()
+    ignored_fields = (
+        POOLING_FIELDS if target.has_optional_pooler and has_weightless_pooler else set()
+    )
     mismatches = {
         name: f"{name}={value!r} instead of {target_values[name]!r}"
         for name, value in values.items()
-        if name in target_values.keys() - ignored_fields and is_mismatch(name, value, target_values[name])
+        if name in target_values.keys() - ignored_fields
+        and is_mismatch(name, value, target_values[name])
     }
     return TargetMatch(target, config, round_trip_config, mismatches)
 
@@ -223,7 +257,11 @@ IGNORED_FIELDS = frozenset(
 def get_effective_fields(config: ViTCLSConfig, has_head: bool) -> dict[str, Any]:
     """Return the fields that affect the outputs of a model. Equivalent values are mapped to the same value."""
     inherited_fields = {field.name for field in dataclasses.fields(PreTrainedConfig)}
-    names = [field.name for field in dataclasses.fields(config) if field.name not in inherited_fields | IGNORED_FIELDS]
+    names = [
+        field.name
+        for field in dataclasses.fields(config)
+        if field.name not in inherited_fields | IGNORED_FIELDS
+    ]
     field_values = {name: getattr(config, name) for name in names}
     groups_with_positions = GROUPS_WITH_POSITIONS[config.position_embedding_tokens]
     field_values |= {
@@ -233,11 +271,17 @@ def get_effective_fields(config: ViTCLSConfig, has_head: bool) -> dict[str, Any]
         **get_qkv_biases(config),
         "mlp_type": "mlp" if config.mlp_type == "mlp" else "glu",
         "hidden_act": get_activation_name(config),
-        "position_embedding_tokens": [name for name in groups_with_positions if getattr(config, COUNT_FIELDS[name])],
+        "position_embedding_tokens": [
+            name for name in groups_with_positions if getattr(config, COUNT_FIELDS[name])
+        ],
         "distillation_head": config.has_distillation_head,
-        "pooled_layers": None if config.pooled_layer_indices == [config.num_hidden_layers] else config.pooled_layers,
+        "pooled_layers": None
+        if config.pooled_layer_indices == [config.num_hidden_layers]
+        else config.pooled_layers,
         "extra_heads": sorted(config.extra_heads or {}),
-        "cls_scopes": config.cls_scopes if any(scope != "image" for scope in config.cls_scopes or ()) else None,
+        "cls_scopes": config.cls_scopes
+        if any(scope != "image" for scope in config.cls_scopes or ())
+        else None,
     }
     unused_fields = get_unused_fields(config, has_head)
     return {name: value for name, value in field_values.items() if name not in unused_fields}
@@ -292,7 +336,8 @@ def build_transformers_model(match: TargetMatch, model: ViTCLSPreTrainedModel) -
         del weights["embeddings.mask_token"]
     weights = revert_weights(weights, [*HEAD_RULES, *convertible_class.family.rules], reference)
     for name, weight in target_weights.items():
-        encoder_weight_name, parameter_name = name.removeprefix(f"{encoder_name}."), name.rpartition(".")[2]
+        encoder_weight_name = name.removeprefix(f"{encoder_name}.")
+        parameter_name = name.rpartition(".")[2]
         if encoder_weight_name in weights:
             target_weights[name] = weights[encoder_weight_name]
         elif parameter_name in NEUTRAL_WEIGHTS or not weight.numel():

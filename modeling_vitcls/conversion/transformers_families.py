@@ -35,15 +35,23 @@ class TransformersFamily:
 
     # function (configuration, weights) that returns fields of `ViTCLSConfig`
     read_fields: Callable[[Any, Weights], Fields]
-    family_rules: Sequence[Rule] = ()  # rules for encoder weights that take precedence over `COMMON_RULES`
-    fields: Fields = field(default_factory=dict)  # fields of `ViTCLSConfig` that are the same for all models
+    family_rules: Sequence[
+        Rule
+    ] = ()  # rules for encoder weights that take precedence over `COMMON_RULES`
+    fields: Fields = field(
+        default_factory=dict
+    )  # fields of `ViTCLSConfig` that are the same for all models
     # function that prepares the weights for the rules, for example by merging several weights
     prepare_weights: Callable[[Weights], Weights] = dict
-    has_square_grid: bool = False  # whether transformers resamples the position embeddings as a square grid
+    has_square_grid: bool = (
+        False  # whether transformers resamples the position embeddings as a square grid
+    )
 
     def read_all_fields(self, config: Any, weights: Weights) -> Fields:
         """Return the fields of `ViTCLSConfig`. Raise ConversionError if the model is not supported."""
-        if self.has_square_grid and not isinstance(round_to_patches(config.image_size, config.patch_size), int):
+        if self.has_square_grid and not isinstance(
+            round_to_patches(config.image_size, config.patch_size), int
+        ):
             raise ConversionError(
                 f"image_size={config.image_size} is not square, but transformers resamples the position embeddings "
                 f"of {type(config).__name__} as a square grid"
@@ -60,7 +68,10 @@ COMMON_RULES = [
     Rule("embeddings.class_embedding", "embeddings.cls_token", reshape_token),
     Rule("embeddings.mask_token", "embeddings.mask_token", reshape_token),
     Rule("embeddings.position_embedding(s|.weight)?", POSITIONS, split_positions, axis=1),
-    Rule("embeddings.patch_embed(dings?)?(.projection)?.{rest}", "embeddings.patch_embeddings.projection.{rest}"),
+    Rule(
+        "embeddings.patch_embed(dings?)?(.projection)?.{rest}",
+        "embeddings.patch_embeddings.projection.{rest}",
+    ),
     Rule("embeddings.rms_norm.{rest}", "embeddings.patch_embeddings.norm.{rest}"),
     Rule("embeddings.{rest}", "embeddings.{rest}"),
     Rule("pre_layrnorm.{rest}", "embeddings.norm.{rest}"),
@@ -76,7 +87,10 @@ COMMON_RULES = [
     Rule("{stack}.{i}.self_attn.{rest}", "layers.{i}.attention.{rest}"),
     Rule("{stack}.{i}.intermediate.dense.{rest}", "layers.{i}.mlp.fc1.{rest}"),
     Rule("{stack}.{i}.output.dense.{rest}", "layers.{i}.mlp.fc2.{rest}"),
-    Rule("{stack}.{i}.mlp.weights_in.{rest}", ["layers.{i}.mlp.gate_proj.{rest}", "layers.{i}.mlp.up_proj.{rest}"]),
+    Rule(
+        "{stack}.{i}.mlp.weights_in.{rest}",
+        ["layers.{i}.mlp.gate_proj.{rest}", "layers.{i}.mlp.up_proj.{rest}"],
+    ),
     Rule("{stack}.{i}.mlp.weights_out.{rest}", "layers.{i}.mlp.down_proj.{rest}"),
     Rule("{stack}.{i}.ffn.{rest}", "layers.{i}.mlp.{rest}"),
     Rule("{stack}.{i}.lambda_{n}", "layers.{i}.layer_scale{n}.lambda1"),
@@ -111,17 +125,25 @@ FIELD_NAMES = {
 
 def read_common_fields(config: Any, weights: Weights) -> Fields:
     """Return the fields that most families share."""
-    fields = {target: getattr(config, name) for name, target in FIELD_NAMES.items() if hasattr(config, name)}
+    fields = {
+        target: getattr(config, name)
+        for name, target in FIELD_NAMES.items()
+        if hasattr(config, name)
+    }
     if hasattr(config, "image_size"):
         fields["image_size"] = round_to_patches(config.image_size, config.patch_size)
     if hasattr(config, "mlp_ratio"):  # DINOv2 and families with the same layers
         is_gated = getattr(config, "use_swiglu_ffn", False)
         fields["mlp_type"] = "swiglu" if is_gated else "mlp"
-        fields["intermediate_size"] = compute_dinov2_mlp_size(config.hidden_size, config.mlp_ratio, is_gated)
+        fields["intermediate_size"] = compute_dinov2_mlp_size(
+            config.hidden_size, config.mlp_ratio, is_gated
+        )
     if hasattr(config, "use_gated_mlp"):  # DINOv3 and Sapiens2
         fields["mlp_type"] = get_glu_type(config) if config.use_gated_mlp else "mlp"
     if hasattr(config, "use_absolute_position_embeddings"):  # BEiT and InternViT
-        fields["position_embedding_type"] = "learned" if config.use_absolute_position_embeddings else "none"
+        fields["position_embedding_type"] = (
+            "learned" if config.use_absolute_position_embeddings else "none"
+        )
         fields["pooling"] = "mean" if config.use_mean_pooling else "cls"
         fields["final_norm"] = not config.use_mean_pooling
     return fields | {"use_mask_token": "embeddings.mask_token" in weights}
@@ -195,8 +217,12 @@ DINOV3_RULES = [
 
 # Sapiens2 (arXiv 2604.21681): DINOv3 with RMS norms, grouped-query attention, and LayerScale after attention only.
 SAPIENS2_RULES = [
-    Rule("model.layer.{i}.attention.k_proj.{rest}", "layers.{i}.attention.k_proj.{rest}", repeat_kv),
-    Rule("model.layer.{i}.attention.v_proj.{rest}", "layers.{i}.attention.v_proj.{rest}", repeat_kv),
+    Rule(
+        "model.layer.{i}.attention.k_proj.{rest}", "layers.{i}.attention.k_proj.{rest}", repeat_kv
+    ),
+    Rule(
+        "model.layer.{i}.attention.v_proj.{rest}", "layers.{i}.attention.v_proj.{rest}", repeat_kv
+    ),
     Rule("model.layer.{i}.layer_scale1.lambda1", LAYER_SCALES, append_ones),
     *DINOV3_RULES,
 ]
@@ -219,7 +245,9 @@ SIGLIP_RULES = [
 def read_siglip_fields(config: Any, weights: Weights) -> Fields:
     """Return the fields of SigLIP, which has no special tokens and uses attention pooling if the model has a head. The
     converted SigLIP 2 expects images instead of flattened patches."""
-    fields = read_common_fields(config, weights) | {"pooling": "attention" if "head.probe" in weights else "mean"}
+    fields = read_common_fields(config, weights) | {
+        "pooling": "attention" if "head.probe" in weights else "mean"
+    }
     if hasattr(config, "num_patches"):  # SigLIP 2
         fields["image_size"] = isqrt(config.num_patches) * config.patch_size
     return fields
@@ -230,7 +258,9 @@ SIGLIP2_RULES = [
         "embeddings.patch_embedding.weight",
         "embeddings.patch_embeddings.projection.weight",
         lambda weight, config: [
-            weight.unflatten(1, (*config.patch_height_width, config.num_channels)).permute(0, 3, 1, 2)
+            weight.unflatten(1, (*config.patch_height_width, config.num_channels)).permute(
+                0, 3, 1, 2
+            )
         ],
     ),
     *SIGLIP_RULES,
@@ -243,7 +273,9 @@ SIGLIP2_RULES = [
 def read_internvl_fields(config: Any, weights: Weights) -> Fields:
     """Return the fields of InternViT, which has no pooler."""
     if config.use_qk_norm:
-        raise ConversionError("ViTCLS does not support query and key norms over all heads (use_qk_norm)")
+        raise ConversionError(
+            "ViTCLS does not support query and key norms over all heads (use_qk_norm)"
+        )
     norm_type = "layernorm" if config.norm_type == "layer_norm" else "rmsnorm"
     return read_common_fields(config, weights) | {"norm_type": norm_type}
 
@@ -261,7 +293,11 @@ def append_missing_bias(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[
 
 # AIMv2 (arXiv 2411.14402).
 AIMV2_RULES = [
-    Rule("head.cls_token", ["pooler.probe", "pooler.q_proj.weight", "pooler.q_proj.bias"], add_identity_projection),
+    Rule(
+        "head.cls_token",
+        ["pooler.probe", "pooler.q_proj.weight", "pooler.q_proj.bias"],
+        add_identity_projection,
+    ),
     Rule("head.k_proj.weight", ["pooler.k_proj.weight", "pooler.k_proj.bias"], append_missing_bias),
     Rule("head.v_proj.weight", ["pooler.v_proj.weight", "pooler.v_proj.bias"], append_missing_bias),
     Rule("head.output_proj.{rest}", "pooler.o_proj.{rest}"),
@@ -295,8 +331,12 @@ def read_beit_fields(config: Any, weights: Weights) -> Fields:
     shared_bias_type = "shared" if config.use_shared_relative_position_bias else "none"
     return read_common_fields(config, weights) | {
         "key_bias": False,
-        "layer_scale_init_value": config.layer_scale_init_value if config.layer_scale_init_value > 0 else None,
-        "relative_position_bias": "layer" if config.use_relative_position_bias else shared_bias_type,
+        "layer_scale_init_value": config.layer_scale_init_value
+        if config.layer_scale_init_value > 0
+        else None,
+        "relative_position_bias": "layer"
+        if config.use_relative_position_bias
+        else shared_bias_type,
         "pooled_norm": "pooler.layernorm.weight" in weights,
     }
 
@@ -305,7 +345,9 @@ def add_shared_bias(weights: Weights) -> Weights:
     """Add the shared relative position bias table to the table of each layer, if the model has both types."""
     shared_prefixes = ("shared_position_bias.", "encoder.relative_position_bias.")
     table_names = [name for name in weights if name.endswith("relative_position_bias_table")]
-    shared_table_name = next((name for name in table_names if name.startswith(shared_prefixes)), None)
+    shared_table_name = next(
+        (name for name in table_names if name.startswith(shared_prefixes)), None
+    )
     if shared_table_name is None or len(table_names) == 1:
         return weights
     weights = dict(weights)
@@ -318,13 +360,18 @@ RADIO_RULES = [
     Rule(  # [D, C * height * width] -> [D, C, height, width]
         "embeddings.patch_projection.weight",
         "embeddings.patch_embeddings.projection.weight",
-        lambda weight, config: [weight.unflatten(1, (config.num_channels, *config.patch_height_width))],
+        lambda weight, config: [
+            weight.unflatten(1, (config.num_channels, *config.patch_height_width))
+        ],
     ),
     Rule("embeddings.patch_projection.bias", "embeddings.patch_embeddings.projection.bias"),
     Rule(
         "embeddings.cls_register_token",
         ["embeddings.cls_token", "embeddings.register_tokens"],
-        lambda tokens, config: [tokens[None, config.token_layout.cls], tokens[None, config.token_layout.registers]],
+        lambda tokens, config: [
+            tokens[None, config.token_layout.cls],
+            tokens[None, config.token_layout.registers],
+        ],
     ),
     Rule("summary_idxs", []),
 ]
@@ -362,14 +409,22 @@ def fold_pixel_normalization(weights: Weights) -> Weights:
 NO_SPECIAL_TOKENS: Fields = {"num_cls_tokens": 0, "position_embedding_tokens": "patches"}
 
 VIT = TransformersFamily(read_vit_fields)
-DEIT = TransformersFamily(read_vit_fields, fields={"num_distillation_tokens": 1, "position_embedding_tokens": "all"})
+DEIT = TransformersFamily(
+    read_vit_fields, fields={"num_distillation_tokens": 1, "position_embedding_tokens": "all"}
+)
 IJEPA = TransformersFamily(read_ijepa_fields, fields=NO_SPECIAL_TOKENS)
 PIXIO = TransformersFamily(read_common_fields, fields={"cls_pooling": "mean"}, has_square_grid=True)
 DINOV2 = TransformersFamily(read_dinov2_fields, has_square_grid=True)
-TIPSV2 = TransformersFamily(read_dinov2_fields, fields={"position_interpolation": "bilinear"}, has_square_grid=True)
-DINOV3 = TransformersFamily(read_common_fields, DINOV3_RULES, {"position_embedding_type": "rope_2d"})
+TIPSV2 = TransformersFamily(
+    read_dinov2_fields, fields={"position_interpolation": "bilinear"}, has_square_grid=True
+)
+DINOV3 = TransformersFamily(
+    read_common_fields, DINOV3_RULES, {"position_embedding_type": "rope_2d"}
+)
 SAPIENS2 = TransformersFamily(
-    read_common_fields, SAPIENS2_RULES, {"position_embedding_type": "rope_2d", "norm_type": "rmsnorm"}
+    read_common_fields,
+    SAPIENS2_RULES,
+    {"position_embedding_type": "rope_2d", "norm_type": "rmsnorm"},
 )
 CLIP = TransformersFamily(
     read_common_fields,
@@ -383,6 +438,8 @@ SIGLIP2 = TransformersFamily(
     NO_SPECIAL_TOKENS | {"position_interpolation": "bilinear", "position_antialias": True},
 )
 AIMV2 = TransformersFamily(read_aimv2_fields, AIMV2_RULES, NO_SPECIAL_TOKENS)
-BEIT = TransformersFamily(read_beit_fields, BEIT_RULES, prepare_weights=add_shared_bias, has_square_grid=True)
+BEIT = TransformersFamily(
+    read_beit_fields, BEIT_RULES, prepare_weights=add_shared_bias, has_square_grid=True
+)
 INTERNVL = TransformersFamily(read_internvl_fields, has_square_grid=True)
 RADIO = TransformersFamily(read_radio_fields, RADIO_RULES, prepare_weights=fold_pixel_normalization)

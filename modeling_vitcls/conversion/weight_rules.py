@@ -23,7 +23,12 @@ from typing import Any
 import torch
 from transformers.initialization import no_init_weights
 
-from ..model.configuration_vitcls import COUNT_FIELDS, GROUPS_WITH_POSITIONS, TokenLayout, ViTCLSConfig
+from ..model.configuration_vitcls import (
+    COUNT_FIELDS,
+    GROUPS_WITH_POSITIONS,
+    TokenLayout,
+    ViTCLSConfig,
+)
 from ..model.modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, ViTCLSPreTrainedModel
 from ..runtime.errors import format_error
 
@@ -33,7 +38,10 @@ Fields = dict[str, Any]  # fields of ViTCLSConfig
 Transform = Callable[[torch.Tensor, ViTCLSConfig], Sequence[torch.Tensor]]
 
 # Names of the weights that `split_positions` returns.
-POSITIONS = [f"embeddings.position_embeddings.{group}" for group in ("cls", "distillation", "registers", "patches")]
+POSITIONS = [
+    f"embeddings.position_embeddings.{group}"
+    for group in ("cls", "distillation", "registers", "patches")
+]
 
 # Names of the weights that `append_ones` returns.
 LAYER_SCALES = ["layers.{i}.layer_scale1.lambda1", "layers.{i}.layer_scale2.lambda1"]
@@ -47,7 +55,9 @@ def split_positions(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torc
     """Split position embeddings [1, N, D] or [N, D] into the token groups of `POSITIONS`, [1, n, D] each."""
     positions = tensor.reshape(1, -1, config.hidden_size)
     groups = GROUPS_WITH_POSITIONS[config.position_embedding_tokens]
-    token_counts = [getattr(config, field) if group in groups else 0 for group, field in COUNT_FIELDS.items()]
+    token_counts = [
+        getattr(config, field) if group in groups else 0 for group, field in COUNT_FIELDS.items()
+    ]
     return [positions[:, group] for _, group in TokenLayout.from_counts(*token_counts).items()]
 
 
@@ -82,7 +92,9 @@ class Rule:
     """Conversion of the parameters whose names match a pattern."""
 
     pattern: str  # pattern of parameter names in the other project
-    targets: str | Sequence[str]  # parameter names in this package; empty if the parameter is ignored
+    targets: (
+        str | Sequence[str]
+    )  # parameter names in this package; empty if the parameter is ignored
     # function that returns one tensor per target; empty tensors are skipped, for example the position embeddings of a
     # token group that the model does not have. Default: the tensor [n * D, ...] is divided among the n targets
     transform: Transform | None = None
@@ -107,7 +119,9 @@ def convert_weights(weights: Weights, rules: Sequence[Rule], config: ViTCLSConfi
         if rule is None:
             unmatched_names.append(name)
             continue
-        converted_tensors = rule.transform(tensor, config) if rule.transform else divide(tensor, len(targets))
+        converted_tensors = (
+            rule.transform(tensor, config) if rule.transform else divide(tensor, len(targets))
+        )
         for target, converted_weight in zip(targets, converted_tensors, strict=True):
             if index_match := re.fullmatch(r"(.+)\[(\d+)\]", target):
                 weights_to_stack.setdefault(index_match[1], {})[index_match[2]] = converted_weight
@@ -132,10 +146,14 @@ def revert_weights(weights: Weights, rules: Sequence[Rule], reference: Weights) 
         used_targets = [target for target in targets if target in weights]
         used_names.update(used_targets)
         if rule and used_targets:
-            concatenated_weight = torch.cat([weights[target] for target in used_targets], dim=rule.axis)
+            concatenated_weight = torch.cat(
+                [weights[target] for target in used_targets], dim=rule.axis
+            )
             reverted_weights[name] = concatenated_weight.reshape(reference_weight.shape)
     if unused_names := sorted(weights.keys() - used_names):
-        raise ConversionError(f"the target model has no counterparts of these weights: {join_names(unused_names)}")
+        raise ConversionError(
+            f"the target model has no counterparts of these weights: {join_names(unused_names)}"
+        )
     return reverted_weights
 
 
@@ -156,7 +174,10 @@ def find_rule(rules: Sequence[Rule], name: str) -> tuple[Rule | None, list[str]]
 
 
 def build_model(
-    config: ViTCLSConfig, weights: Weights, add_pooling_layer: bool = True, has_classifier: bool | None = None
+    config: ViTCLSConfig,
+    weights: Weights,
+    add_pooling_layer: bool = True,
+    has_classifier: bool | None = None,
 ) -> ViTCLSPreTrainedModel:
     """Build a model in eval mode from converted weights, with the dtype and device of these weights.
 
@@ -175,13 +196,18 @@ def build_model(
     with no_init_weights():
         if has_classifier or (has_classifier is None and head_names):
             model = ViTCLSForImageClassification(config)
-            weights = {name if name in head_names else f"vitcls.{name}": weight for name, weight in weights.items()}
+            weights = {
+                name if name in head_names else f"vitcls.{name}": weight
+                for name, weight in weights.items()
+            }
         else:
             model = ViTCLSModel(config, add_pooling_layer=add_pooling_layer)
     model.to(device=kernel.device, dtype=kernel.dtype)  # type: ignore[call-arg]  # `to` is untyped in transformers
     try:
         model.load_state_dict(weights)
-    except RuntimeError as error:  # missing and unexpected weights, and weights of a different shape
+    except (
+        RuntimeError
+    ) as error:  # missing and unexpected weights, and weights of a different shape
         raise ConversionError(format_error(error)) from None
     model.eval()
     return model

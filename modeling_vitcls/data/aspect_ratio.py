@@ -49,19 +49,25 @@ def set_fit(processor: Processor, fit: str, height_width: Size) -> None:
     if fit == "crop" and has_same_crop:
         return
     crop_ratio = get_crop_ratio(processor)
-    processor.do_resize, processor.do_center_crop, processor.do_pad = True, fit == "crop", fit == "pad"
+    processor.do_resize = True
+    processor.do_center_crop = fit == "crop"
+    processor.do_pad = fit == "pad"
     processor.size = size
     if fit == "crop":
-        processor.size, processor.crop_size = SizeDict(shortest_edge=math.floor(max(height_width) / crop_ratio)), size
+        processor.size = SizeDict(shortest_edge=math.floor(max(height_width) / crop_ratio))
+        processor.crop_size = size
     elif fit == "pad":
-        processor.size, processor.pad_size = SizeDict(max_height=height, max_width=width), size
+        processor.size = SizeDict(max_height=height, max_width=width)
+        processor.pad_size = size
 
 
 def get_crop_ratio(processor: Processor) -> float:
     """Return the ratio of the crop to the resized image (`crop_pct` in timm), or 1 without a crop."""
     if not (processor.do_resize and processor.do_center_crop):
         return 1.0
-    resized_side = processor.size.shortest_edge or processor.size.height or processor.size.max_height
+    resized_side = (
+        processor.size.shortest_edge or processor.size.height or processor.size.max_height
+    )
     return min(processor.crop_size.height / resized_side, 1.0)
 
 
@@ -98,16 +104,25 @@ class FitTransform(nn.Module):
             return pixels
         (height, width), size = pixels.shape[-2:], self.processor.pad_size
         scale = max(height / size.height, width / size.width) if self.keep_resolution else 1.0
-        right, bottom = round(size.width * scale) - width, round(size.height * scale) - height
-        mean = self.processor.image_mean if self.processor.do_normalize else 0.0  # 0 after normalization
-        fill = [round(255 * value) for value in (mean if isinstance(mean, list | tuple) else [mean])]
-        return functional.pad(pixels, [0, 0, right, bottom], fill if len(fill) == pixels.shape[-3] else fill[0])
+        right = round(size.width * scale) - width
+        bottom = round(size.height * scale) - height
+        mean = (
+            self.processor.image_mean if self.processor.do_normalize else 0.0
+        )  # 0 after normalization
+        fill = [
+            round(255 * value) for value in (mean if isinstance(mean, list | tuple) else [mean])
+        ]
+        return functional.pad(
+            pixels, [0, 0, right, bottom], fill if len(fill) == pixels.shape[-3] else fill[0]
+        )
 
 
 # Visible region ------------------------------------------------------------------------------------------------------
 
 
-def get_visible_region(processor: Processor, image_size: Size, patch_size: Size | None = None) -> VisibleRegion:
+def get_visible_region(
+    processor: Processor, image_size: Size, patch_size: Size | None = None
+) -> VisibleRegion:
     """Return the image region that the model receives from the image processor.
 
     Without cropping, the region is the whole image. A center crop keeps the middle of the image. A crop larger than
@@ -126,24 +141,37 @@ def get_visible_region(processor: Processor, image_size: Size, patch_size: Size 
     (height, width), (top, left) = resized_size, (0, 0)
     if processor.do_center_crop:
         height, width = processor.crop_size["height"], processor.crop_size["width"]
-        offsets = (resized_size[0] - height) / 2, (resized_size[1] - width) / 2  # negative if the crop pads
+        offsets = (
+            (resized_size[0] - height) / 2,
+            (resized_size[1] - width) / 2,
+        )  # negative if the crop pads
         is_padded = min(offsets) < 0
-        round_offset = PAD_ROUNDINGS[processor.backend] if is_padded else CROP_ROUNDINGS[processor.crop_rounding]
+        round_offset = (
+            PAD_ROUNDINGS[processor.backend]
+            if is_padded
+            else CROP_ROUNDINGS[processor.crop_rounding]
+        )
         top, left = map(round_offset, offsets)
     if processor.do_pad and processor.pad_size:
         height, width = processor.pad_size["height"], processor.pad_size["width"]
     if patch_size is not None:
-        height, width = height // patch_size[0] * patch_size[0], width // patch_size[1] * patch_size[1]
-    y_scale, x_scale = image_size[0] / resized_size[0], image_size[1] / resized_size[1]
-    return VisibleRegion(left * x_scale, top * y_scale, (left + width) * x_scale, (top + height) * y_scale)
+        height = height // patch_size[0] * patch_size[0]
+        width = width // patch_size[1] * patch_size[1]
+    y_scale = image_size[0] / resized_size[0]
+    x_scale = image_size[1] / resized_size[1]
+    return VisibleRegion(
+        left * x_scale, top * y_scale, (left + width) * x_scale, (top + height) * y_scale
+    )
 
 
 # Keys of the processor's size -> function that returns height and width after resizing, as in transformers.
 RESIZE_RULES: dict[frozenset[str], Callable[..., Size]] = {
     frozenset({"height", "width"}): lambda _, height, width: (height, width),
-    frozenset({"shortest_edge"}): lambda size, shortest_edge: get_size_with_aspect_ratio(size, shortest_edge),
-    frozenset({"shortest_edge", "longest_edge"}): lambda size, shortest_edge, longest_edge: get_size_with_aspect_ratio(
-        size, shortest_edge, longest_edge
+    frozenset({"shortest_edge"}): lambda size, shortest_edge: get_size_with_aspect_ratio(
+        size, shortest_edge
+    ),
+    frozenset({"shortest_edge", "longest_edge"}): lambda size, shortest_edge, longest_edge: (
+        get_size_with_aspect_ratio(size, shortest_edge, longest_edge)
     ),
     frozenset({"max_height", "max_width"}): get_image_size_for_max_height_width,
 }
@@ -163,7 +191,8 @@ def get_visible_share(processor: Processor, image_size: Size) -> float:
 def describe_fit(processor: Processor, images: Sequence[Any]) -> str:
     """Return a line of text with the fit and the median share of the image area that the model sees. For a crop, a
     sample of `images` is read."""
-    fit, share = get_fit(processor), 1.0
+    fit = get_fit(processor)
+    share = 1.0
     if fit == "crop":
         shares = []
         for index in range(0, len(images), -(-len(images) // MAX_MEASURED_IMAGES) or 1):

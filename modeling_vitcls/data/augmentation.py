@@ -45,13 +45,17 @@ class Augmentation:
         if self.image_transform is not None:
             transformed_images = []
             with torch.random.fork_rng(devices=[]):
-                for image, seed in zip(pixels, (random_bits[:, 0] >> np.uint64(1)).tolist(), strict=True):
+                for image, seed in zip(
+                    pixels, (random_bits[:, 0] >> np.uint64(1)).tolist(), strict=True
+                ):
                     torch.default_generator.manual_seed(seed)
                     transformed_images.append(self.image_transform(image))
             pixels = transformed_images
         if not isinstance(pixels, torch.Tensor):
             pixels = torch.stack(list(pixels))
-        return self.batch_transform(pixels, (random_bits[:, 1:] >> np.uint64(11)) * 2.0**-53)  # in [0, 1)
+        return self.batch_transform(
+            pixels, (random_bits[:, 1:] >> np.uint64(11)) * 2.0**-53
+        )  # in [0, 1)
 
 
 def build_augmentation(options: AugmentationOptions, processor: Any) -> Augmentation:
@@ -63,21 +67,30 @@ def build_augmentation(options: AugmentationOptions, processor: Any) -> Augmenta
     assert options.crop_scale is not None
     if options.crop_scale < 1:
         transforms.append(
-            v2.RandomResizedCrop(height_width, scale=(options.crop_scale, 1.0), interpolation=processor.resample)
+            v2.RandomResizedCrop(
+                height_width, scale=(options.crop_scale, 1.0), interpolation=processor.resample
+            )
         )
     if options.auto_augment == "rand":
-        transforms.append(v2.RandAugment(magnitude=9, interpolation=InterpolationMode.BILINEAR))  # as in DeiT
+        transforms.append(
+            v2.RandAugment(magnitude=9, interpolation=InterpolationMode.BILINEAR)
+        )  # as in DeiT
     elif options.auto_augment == "trivial":
         transforms.append(v2.TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR))
     if options.random_erasing:
         transforms.append(Erasing(options.random_erasing))
-    return Augmentation(fixed_transform, v2.Compose(transforms) if transforms else None, BatchTransform(options))
+    return Augmentation(
+        fixed_transform, v2.Compose(transforms) if transforms else None, BatchTransform(options)
+    )
 
 
 class Erasing(nn.Module):
     """Random erasing (Zhong et al. 2020) with Gaussian noise around mid-gray."""
 
-    NOISE_MEAN, NOISE_STD = 128.0, 64.0  # mean and standard deviation of the noise, in gray levels (0 to 255)
+    NOISE_MEAN, NOISE_STD = (
+        128.0,
+        64.0,
+    )  # mean and standard deviation of the noise, in gray levels (0 to 255)
 
     def __init__(self, probability: float) -> None:
         super().__init__()
@@ -86,7 +99,9 @@ class Erasing(nn.Module):
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Erase a random rectangle of an image [C, H, W] `uint8` and return an image of the same shape and dtype."""
         erased_pixels = self.erase((pixels.float() - self.NOISE_MEAN) / self.NOISE_STD)
-        return (erased_pixels * self.NOISE_STD + self.NOISE_MEAN).round().clamp(0, 255).to(torch.uint8)
+        return (
+            (erased_pixels * self.NOISE_STD + self.NOISE_MEAN).round().clamp(0, 255).to(torch.uint8)
+        )
 
 
 class BatchTransform:
@@ -103,22 +118,33 @@ class BatchTransform:
         """Return the transformed pixels [B, C, H, W] `uint8` for random numbers [B, 5] in [0, 1)."""
         is_flipped = torch.from_numpy(random_numbers[:, 0] < 0.5) & self.flip  # [B]
         if not (self.rotation or self.shift or self.zoom):
-            return torch.where(is_flipped[:, None, None, None], pixels.flip(-1), pixels) if self.flip else pixels
+            return (
+                torch.where(is_flipped[:, None, None, None], pixels.flip(-1), pixels)
+                if self.flip
+                else pixels
+            )
         num_channels, height, width = pixels.shape[1:]
-        if torch.equal(pixels, pixels[:, :1].expand_as(pixels)):  # gray images: transform one channel
+        if torch.equal(
+            pixels, pixels[:, :1].expand_as(pixels)
+        ):  # gray images: transform one channel
             pixels = pixels[:, :1]
         factors = torch.from_numpy(random_numbers[:, 1:] * 2 - 1).float()  # [B, 4], from -1 to 1
         angle, shift_x, shift_y, zoom = factors[:, :, None, None].unbind(1)  # [B, 1, 1] each
         scale = 1 + self.zoom * zoom
-        cos, sin = (self.rotation * angle).cos() / scale, (self.rotation * angle).sin() / scale
+        cos = (self.rotation * angle).cos() / scale
+        sin = (self.rotation * angle).sin() / scale
         # Coordinates of each output pixel, in pixels from the shifted center. Pixels outside the input become black.
         x = torch.arange(width) - (width - 1) / 2 - shift_x * self.shift * width  # [B, 1, W]
-        y = (torch.arange(height) - (height - 1) / 2)[:, None] - shift_y * self.shift * height  # [B, H, 1]
+        y = (torch.arange(height) - (height - 1) / 2)[
+            :, None
+        ] - shift_y * self.shift * height  # [B, H, 1]
         sign = 1 - 2 * is_flipped[:, None, None].float()
         sampling_grid = torch.empty(len(pixels), height, width, 2)
         sampling_grid[..., 0] = (cos * sign * 2 / width) * x + (sin * sign * 2 / width) * y
         sampling_grid[..., 1] = (cos * 2 / height) * y - (sin * 2 / height) * x
-        outputs = nn.functional.grid_sample(pixels.float(), sampling_grid, align_corners=False)  # [B, C, H, W]
+        outputs = nn.functional.grid_sample(
+            pixels.float(), sampling_grid, align_corners=False
+        )  # [B, C, H, W]
         return outputs.round_().to(torch.uint8).expand(-1, num_channels, -1, -1)
 
 
@@ -133,7 +159,9 @@ class BatchMixer:
             mixers.append(v2.CutMix(alpha=options.cutmix, num_classes=num_classes))
         self.mix = mixers[0] if len(mixers) == 1 else v2.RandomChoice(mixers)
 
-    def __call__(self, pixels: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(
+        self, pixels: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Mix pixels [B, C, H, W] and class indices [B]. Return the pixels as floats from 0 to 255, and the labels as
         probabilities [B, classes]."""
         return self.mix(pixels.float(), labels)

@@ -53,7 +53,11 @@ class BatchBuilder:
         return self.augmentation.fixed_transform(pixels)
 
     def build(
-        self, pixels: list[torch.Tensor], labels: list[Any], keys: list[ImageKey], errors: dict[int, str]
+        self,
+        pixels: list[torch.Tensor],
+        labels: list[Any],
+        keys: list[ImageKey],
+        errors: dict[int, str],
     ) -> Batch:
         """Apply the random transforms to outputs of `prepare_image` and return a batch. `errors` are the error
         messages of the images that were replaced with other images."""
@@ -90,12 +94,16 @@ class TrainingImages:
         self.cache: dict[int, torch.Tensor] = {}
         self.errors: dict[int, str] = {}  # index of each unreadable image -> error message
 
-    def iterate_keys(self, plan: BatchPlan, process_index: int, first_step: int) -> Iterator[list[ImageKey]]:
+    def iterate_keys(
+        self, plan: BatchPlan, process_index: int, first_step: int
+    ) -> Iterator[list[ImageKey]]:
         return plan.iterate_keys(process_index, first_step)
 
     def __getitem__(self, keys: list[ImageKey]) -> Batch:
         """Return the batch for a list of keys. Raise ValueError if no image can be read."""
-        loaded_indices, pixels = zip(*(self.load_readable_image(index) for _, index in keys), strict=True)
+        loaded_indices, pixels = zip(
+            *(self.load_readable_image(index) for _, index in keys), strict=True
+        )
         pairs = zip(keys, loaded_indices, strict=True)
         return self.builder.build(
             list(pixels),
@@ -148,7 +156,9 @@ def iterate_training_batches(
         return
     except ValueError as error:  # in a worker, the traceback precedes the message
         message = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
-        error.__traceback__ = None  # the traceback references the loader and would keep the workers alive
+        error.__traceback__ = (
+            None  # the traceback references the loader and would keep the workers alive
+        )
     raise ValueError(message)
 
 
@@ -156,11 +166,16 @@ class Normalizer:
     """Rescaling and normalization of pixels in [0, 255] with the settings of an image processor."""
 
     def __init__(self, processor: Any, device: torch.device) -> None:
-        mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else (0.0, 1.0)
         mean, std = (
-            torch.as_tensor(values, dtype=torch.float32, device=device).reshape(-1, 1, 1) for values in (mean, std)
+            (processor.image_mean, processor.image_std) if processor.do_normalize else (0.0, 1.0)
         )
-        self.scale = (processor.rescale_factor if processor.do_rescale else 1.0) / std  # [1 or C, 1, 1]
+        mean, std = (
+            torch.as_tensor(values, dtype=torch.float32, device=device).reshape(-1, 1, 1)
+            for values in (mean, std)
+        )
+        self.scale = (
+            processor.rescale_factor if processor.do_rescale else 1.0
+        ) / std  # [1 or C, 1, 1]
         self.offset = mean / std
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:

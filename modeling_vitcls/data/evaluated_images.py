@@ -21,7 +21,13 @@ from .held_out import HeldOutRecord, HeldOutRule
 from .images import LabeledImages
 from .labels import LabelSpace
 from .sources import Splits, load_splits
-from .splits import EVALUATION_SPLITS, build_held_out_rule, check_both_parts, hold_out_images, select_held_out
+from .splits import (
+    EVALUATION_SPLITS,
+    build_held_out_rule,
+    check_both_parts,
+    hold_out_images,
+    select_held_out,
+)
 from .streaming import StreamedImages, open_streams
 
 
@@ -36,12 +42,16 @@ class EvaluatedPart:
     num_trained: int | None = None  # number of given images that training used; None if unknown
     warning: str | None = None  # reason why training images may be among the evaluated images
     split: str | None = None  # None if the dataset has only one
-    num_drawn: int | None = None  # number of images that were drawn at random from the part; None: all of them
+    num_drawn: int | None = (
+        None  # number of images that were drawn at random from the part; None: all of them
+    )
 
     def describe(self) -> str:
         """Return the description of the evaluated images as text."""
         number = "" if self.num_given is None else f"{self.num_given:,} "
-        images = f"{number}images" if self.split is None else f"{number}images of split {self.split!r}"
+        images = (
+            f"{number}images" if self.split is None else f"{number}images of split {self.split!r}"
+        )
         text = {
             "whole": f"all {images}",
             "held_out": f"those of the {images} that training held out",
@@ -54,7 +64,11 @@ class EvaluatedPart:
 
     def build_record(self) -> dict[str, Any]:
         """Return the entries of the results."""
-        return {"images": self.kind, "num_given_images": self.num_given, "num_trained_images": self.num_trained}
+        return {
+            "images": self.kind,
+            "num_given_images": self.num_given,
+            "num_trained_images": self.num_trained,
+        }
 
 
 class EvaluationData(NamedTuple):
@@ -93,7 +107,11 @@ def load_evaluation_data(
     def select(names: list[str]) -> list[str]:
         return [choose_evaluation_split(split, names, options)]
 
-    splits = open_streams(options, use_labels) if options.streaming else load_splits(options, use_labels, select)
+    splits = (
+        open_streams(options, use_labels)
+        if options.streaming
+        else load_splits(options, use_labels, select)
+    )
     (name,) = select(splits.names)
     images = splits.images_by_split[name]
     if isinstance(images, StreamedImages):
@@ -106,11 +124,16 @@ def load_evaluation_data(
             check_any_evaluated(is_evaluated, options, name)
             images = images.select(np.flatnonzero(is_evaluated).tolist())
     images, part = draw_part(images, part, max_images, options)
-    return EvaluationData(splits.label_space, images, name, replace(part, split=get_split_name(name, splits)))
+    return EvaluationData(
+        splits.label_space, images, name, replace(part, split=get_split_name(name, splits))
+    )
 
 
 def load_fitting_and_evaluation_data(
-    options: DataOptions, split: str | None, record: HeldOutRecord | None = None, max_images: int | None = None
+    options: DataOptions,
+    split: str | None,
+    record: HeldOutRecord | None = None,
+    max_images: int | None = None,
 ) -> tuple[EvaluationData, EvaluationData]:
     """Load images to fit a classifier or to calibrate a graph, and the images to evaluate, as `load_evaluation_data`.
 
@@ -140,8 +163,15 @@ def load_fitting_and_evaluation_data(
         images = images.select(np.flatnonzero(is_evaluated).tolist())
     images, part = draw_part(images, part, max_images, options)
     return (
-        EvaluationData(splits.label_space, fitting_images, fitting_name, EvaluatedPart("whole", len(fitting_images))),
-        EvaluationData(splits.label_space, images, name, replace(part, split=get_split_name(name, splits))),
+        EvaluationData(
+            splits.label_space,
+            fitting_images,
+            fitting_name,
+            EvaluatedPart("whole", len(fitting_images)),
+        ),
+        EvaluationData(
+            splits.label_space, images, name, replace(part, split=get_split_name(name, splits))
+        ),
     )
 
 
@@ -173,10 +203,17 @@ def draw(images: Any, num_images: int | None, options: DataOptions) -> Any:
 def choose_evaluation_split(split: str | None, names: Sequence[str], options: DataOptions) -> str:
     """Return the name of the split to evaluate. Raise ValueError if there is no such split."""
     if split is None:
-        split = next((name for name in EVALUATION_SPLITS if name in names), names[0] if len(names) == 1 else None)
+        split = next(
+            (name for name in EVALUATION_SPLITS if name in names),
+            names[0] if len(names) == 1 else None,
+        )
     if split is not None and split in names:
         return split
-    problem = f"has no split {split!r}" if split is not None else "has several splits, none of them for evaluation"
+    problem = (
+        f"has no split {split!r}"
+        if split is not None
+        else "has several splits, none of them for evaluation"
+    )
     raise ValueError(f"{options.dataset} {problem}. Set --split to one of {', '.join(names)}")
 
 
@@ -201,7 +238,8 @@ def find_evaluated_images(
     if record is None:
         return everything, EvaluatedPart("whole", num_images)
 
-    is_training_image, recorded_fraction = np.zeros(num_images, bool), 0.0
+    is_training_image = np.zeros(num_images, bool)
+    recorded_fraction = 0.0
     if record.training_images is not None:
         keys, recorded_fraction = record.decode_training_images()
         is_training_image = np.isin(images.images.compute_content_keys(), keys)
@@ -213,7 +251,9 @@ def find_evaluated_images(
     # The recorded rule selects exactly the images that training held out if the names of all images are the same.
     if record.rule is not None:
         is_held_out, found = select_held_out(images, check_rule(record.rule, options))
-        is_same_dataset = is_training_image[~is_held_out].sum() > recorded_fraction / 2 * (~is_held_out).sum()
+        is_same_dataset = (
+            is_training_image[~is_held_out].sum() > recorded_fraction / 2 * (~is_held_out).sum()
+        )
         if found.sha256 == record.sha256 and (is_same_dataset or record.training_images is None):
             return is_held_out, EvaluatedPart("held_out", num_images, int((~is_held_out).sum()))
         if record.training_images is None or (recorded_fraction < 1 and is_same_dataset):
@@ -223,11 +263,17 @@ def find_evaluated_images(
             )
             return is_held_out, EvaluatedPart("held_out", num_images, None, warning)
     num_trained = int(is_training_image.sum())
-    return ~is_training_image, EvaluatedPart("untrained" if num_trained else "whole", num_images, num_trained)
+    return ~is_training_image, EvaluatedPart(
+        "untrained" if num_trained else "whole", num_images, num_trained
+    )
 
 
 def select_streamed_images(
-    images: StreamedImages, splits: Splits, split: str | None, record: HeldOutRecord | None, options: DataOptions
+    images: StreamedImages,
+    splits: Splits,
+    split: str | None,
+    record: HeldOutRecord | None,
+    options: DataOptions,
 ) -> tuple[Any, EvaluatedPart]:
     """Return the images of a stream to evaluate: those that the recorded rule holds out, if the stream is the only
     split of a dataset with the name of the training data; otherwise all images."""
@@ -256,5 +302,7 @@ def check_rule(rule: HeldOutRule, options: DataOptions) -> HeldOutRule:
         value = getattr(options, name)
         if value not in (recorded_value, getattr(DataOptions, name)):
             flag = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{flag} is {value}, but training held out images with {recorded_value}. Remove {flag}")
+            raise ValueError(
+                f"{flag} is {value}, but training held out images with {recorded_value}. Remove {flag}"
+            )
     return rule

@@ -32,9 +32,15 @@ from ..runtime.files import read_json
 
 
 HELD_OUT_RECORD_KEY = "held_out"  # key of the held-out record in results.json
-CONTENT_KEY_BYTES = 5  # two of a million different images have equal keys with a probability of 1e-6 for each image
-CONTENT_PART_BYTES = 16_384  # an image file larger than three parts is identified by its size, start, middle and end
-MAX_RECORDED_IMAGES = 100_000  # of more training images, this many are drawn at random for the record
+CONTENT_KEY_BYTES = (
+    5  # two of a million different images have equal keys with a probability of 1e-6 for each image
+)
+CONTENT_PART_BYTES = (
+    16_384  # an image file larger than three parts is identified by its size, start, middle and end
+)
+MAX_RECORDED_IMAGES = (
+    100_000  # of more training images, this many are drawn at random for the record
+)
 
 
 @dataclass(frozen=True)
@@ -66,11 +72,15 @@ class HeldOutRule:
         for label in np.unique(key_labels).tolist():
             members = np.flatnonzero(key_labels == label)
             if label == IGNORED_LABEL:
-                is_held_out[members] = [self.is_held_out(key) for key in unique_keys[members].tolist()]
+                is_held_out[members] = [
+                    self.is_held_out(key) for key in unique_keys[members].tolist()
+                ]
                 continue
             members = members[np.argsort(hashes[members], kind="stable")]
             if self.num_folds is not None and self.fold is not None:
-                is_held_out[members[(self.fold - 1 - label) % self.num_folds :: self.num_folds]] = True
+                is_held_out[members[(self.fold - 1 - label) % self.num_folds :: self.num_folds]] = (
+                    True
+                )
             elif self.fraction and len(members) > 1:
                 num_held_out = round(self.fraction * len(members))
                 is_held_out[members[: min(max(num_held_out, 1), len(members) - 1)]] = True
@@ -105,7 +115,15 @@ class HeldOutRecord:
     @classmethod
     def from_keys(cls, rule: HeldOutRule, keys: np.ndarray) -> "HeldOutRecord":
         """Build the record from the keys of the images that `rule` selected."""
-        return cls(None, len(keys), rule.fraction, rule.seed, compute_key_digest(keys), rule.num_folds, rule.fold)
+        return cls(
+            None,
+            len(keys),
+            rule.fraction,
+            rule.seed,
+            compute_key_digest(keys),
+            rule.num_folds,
+            rule.fold,
+        )
 
     @property
     def rule(self) -> HeldOutRule | None:
@@ -131,9 +149,15 @@ def read_held_out_record(folder: str | Path) -> HeldOutRecord | None:
     try:
         results = read_json(file)
         record = results.get(HELD_OUT_RECORD_KEY)
-        return None if record is None else HeldOutRecord(**{"dataset": results.get("dataset"), **record})
+        return (
+            None
+            if record is None
+            else HeldOutRecord(**{"dataset": results.get("dataset"), **record})
+        )
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{file} is damaged: {error}. Remove it to use the model without its record") from error
+        raise ValueError(
+            f"{file} is damaged: {error}. Remove it to use the model without its record"
+        ) from error
 
 
 def compute_image_key(content: bytes) -> int:

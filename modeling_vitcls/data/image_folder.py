@@ -44,7 +44,9 @@ SPLIT_BY_FOLDER_NAME = {
     **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
-MIN_STORED_IMAGES = 10_000  # number of images from which the table of a folder is stored in the cache
+MIN_STORED_IMAGES = (
+    10_000  # number of images from which the table of a folder is stored in the cache
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,9 @@ class ImageFolder:
     images: list[str] = field(default_factory=list)
     metadata: list[str] = field(default_factory=list)
     tables: list[str] = field(default_factory=list)
-    other_files: list[str] = field(default_factory=list)  # also files with names that are not valid text
+    other_files: list[str] = field(
+        default_factory=list
+    )  # also files with names that are not valid text
     notes: list[str] = field(default_factory=list)  # one line for each kind of unused file
 
     @property
@@ -96,7 +100,9 @@ def list_files(root: str | Path) -> Iterator[str]:
         visible = sorted(name for name in folders if not is_hidden(name))
         folders[:] = [name for name in visible if Path(parent, name).resolve() not in visited]
         relative_parent = Path(parent).relative_to(root)
-        yield from ((relative_parent / name).as_posix() for name in sorted(files) if not is_hidden(name))
+        yield from (
+            (relative_parent / name).as_posix() for name in sorted(files) if not is_hidden(name)
+        )
 
 
 def compute_files_digest(path: Path) -> str | None:
@@ -104,7 +110,11 @@ def compute_files_digest(path: Path) -> str | None:
     None if there is no such path. Files are not read."""
     suffixes = IMAGE_SUFFIXES | TABLE_SUFFIXES
     if path.is_dir():
-        files = [path / name for name in list_files(path) if PurePosixPath(name).suffix.lower() in suffixes]
+        files = [
+            path / name
+            for name in list_files(path)
+            if PurePosixPath(name).suffix.lower() in suffixes
+        ]
     elif path.is_file():
         files = [path]
     else:
@@ -142,21 +152,29 @@ def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
 
     images_by_folder = divide_into_splits(folder)
     images_by_split = {
-        SPLIT_BY_FOLDER_NAME.get(name.lower(), "train"): images for name, images in images_by_folder.items()
+        SPLIT_BY_FOLDER_NAME.get(name.lower(), "train"): images
+        for name, images in images_by_folder.items()
     }
     note_unused_files(folder, sorted([*folder.other_files, *folder.tables]), "of other types")
     if folder.metadata:
         patterns = {
-            SPLIT_BY_FOLDER_NAME.get(name.lower(), "train"): glob.escape(str(folder.path / name)) + "/**"
+            SPLIT_BY_FOLDER_NAME.get(name.lower(), "train"): glob.escape(str(folder.path / name))
+            + "/**"
             for name in images_by_folder
         }
         try:
             return datasets.load_dataset("imagefolder", data_files=patterns)
         except Exception as error:  # many types of errors on damaged data
-            raise ValueError(f"cannot read {folder.path / folder.metadata[0]}: {format_error(error)}") from error
+            raise ValueError(
+                f"cannot read {folder.path / folder.metadata[0]}: {format_error(error)}"
+            ) from error
     if use_labels:
-        return build_labeled_splits(folder, images_by_split, depth=0 if "" in images_by_folder else 1)
-    parts = {split: build_dataset(folder, split, images) for split, images in images_by_split.items()}
+        return build_labeled_splits(
+            folder, images_by_split, depth=0 if "" in images_by_folder else 1
+        )
+    parts = {
+        split: build_dataset(folder, split, images) for split, images in images_by_split.items()
+    }
     return datasets.DatasetDict(parts)
 
 
@@ -176,7 +194,9 @@ def divide_into_splits(folder: ImageFolder) -> dict[str, list[str]]:
     other_folders = [name for name in images_by_folder if name not in split_folders]
     if not split_folders or other_folders or any("/" not in file for file in folder.metadata):
         for name in split_folders if not folder.metadata else []:
-            subfolders = sorted({image.split("/")[1] for image in images_by_folder[name] if image.count("/") > 1})
+            subfolders = sorted(
+                {image.split("/")[1] for image in images_by_folder[name] if image.count("/") > 1}
+            )
             if subfolders:
                 raise ValueError(
                     f"{folder.path}: {name!r} has the name of a split and contains folders "
@@ -187,40 +207,58 @@ def divide_into_splits(folder: ImageFolder) -> dict[str, list[str]]:
     split_folders.sort(key=lambda name: splits.index(SPLIT_BY_FOLDER_NAME[name.lower()]))
     for first, second in pairwise(split_folders):
         if SPLIT_BY_FOLDER_NAME[first.lower()] == SPLIT_BY_FOLDER_NAME[second.lower()]:
-            raise ValueError(f"{folder.path}: the folders {first!r} and {second!r} are the same split. Merge them")
-    note_unused_files(folder, [image for image in folder.images if "/" not in image], "next to the split folders")
+            raise ValueError(
+                f"{folder.path}: the folders {first!r} and {second!r} are the same split. Merge them"
+            )
+    note_unused_files(
+        folder, [image for image in folder.images if "/" not in image], "next to the split folders"
+    )
     return {name: images_by_folder[name] for name in split_folders}
 
 
-def build_labeled_splits(folder: ImageFolder, images_by_split: dict[str, list[str]], depth: int) -> Any:
+def build_labeled_splits(
+    folder: ImageFolder, images_by_split: dict[str, list[str]], depth: int
+) -> Any:
     """Return the `DatasetDict` of the splits that have class folders. Class folders are first-level folders (`depth`
     0) or subfolders of split folders (`depth` 1). Raise ValueError if no split has class folders."""
     import datasets
 
     labels: dict[str, str | None] = {
-        image: next(iter(image.split("/")[depth:-1]), None) for image in chain.from_iterable(images_by_split.values())
+        image: next(iter(image.split("/")[depth:-1]), None)
+        for image in chain.from_iterable(images_by_split.values())
     }
     classes = sorted({label for label in labels.values() if label is not None})
     unlabeled_images = [image for image, label in labels.items() if label is None]
     if not classes:
         parent = folder.path / PurePosixPath(unlabeled_images[0]).parent
         tables = [folder.path / table for table in folder.tables]
-        tables += sorted(file for file in folder.path.parent.iterdir() if file.suffix.lower() in TABLE_SUFFIXES)
+        tables += sorted(
+            file for file in folder.path.parent.iterdir() if file.suffix.lower() in TABLE_SUFFIXES
+        )
         raise ValueError(
             f"{parent} contains images, but no class folders. Move the images of each class into a separate folder, "
             f"or set --dataset to {tables[0] if tables else 'a table of images and labels'}"
         )
     note_unused_files(folder, unlabeled_images, "outside of class folders")
-    parts, index_by_class = {}, {name: index for index, name in enumerate(classes)}
+    parts = {}
+    index_by_class = {name: index for index, name in enumerate(classes)}
     for split, images in images_by_split.items():
-        indices = {image: index_by_class[label] for image in images if (label := labels[image]) is not None}
+        indices = {
+            image: index_by_class[label] for image in images if (label := labels[image]) is not None
+        }
         if indices:
-            parts[split] = build_dataset(folder, split, list(indices), list(indices.values()), classes)
+            parts[split] = build_dataset(
+                folder, split, list(indices), list(indices.values()), classes
+            )
     return datasets.DatasetDict(parts)
 
 
 def build_dataset(
-    folder: ImageFolder, split: str, images: list[str], labels: Sequence[int] = (), classes: Sequence[str] = ()
+    folder: ImageFolder,
+    split: str,
+    images: list[str],
+    labels: Sequence[int] = (),
+    classes: Sequence[str] = (),
 ) -> Any:
     """Return a `datasets.Dataset` with the image paths and, if there are classes, the labels. The fingerprint is a
     hash of the labels, and of the names, sizes and modification times of the images. A large table is stored in the
@@ -230,32 +268,45 @@ def build_dataset(
 
     paths = pyarrow.array([str(folder.path / image) for image in images], pyarrow.string())
     contents = pyarrow.nulls(len(images), pyarrow.binary())
-    columns = {"image": pyarrow.StructArray.from_arrays([contents, paths], ["bytes", "path"])}  # of `datasets.Image`
+    columns = {
+        "image": pyarrow.StructArray.from_arrays([contents, paths], ["bytes", "path"])
+    }  # of `datasets.Image`
     features: dict[str, Any] = {"image": datasets.Image()}
     if classes:
         columns["label"] = pyarrow.array(labels, pyarrow.int64())
         features["label"] = datasets.ClassLabel(names=list(classes))
-    table, digest = pyarrow.table(columns), hashlib.sha256(repr([classes, labels]).encode())
+    table = pyarrow.table(columns)
+    digest = hashlib.sha256(repr([classes, labels]).encode())
     for image in images:
         with suppress(OSError):  # an error is reported when the image is read
             stat = (folder.path / image).stat()
             digest.update(f"{image} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    fingerprint, stored_table = digest.hexdigest()[:16], datasets.table.InMemoryTable(table)
+    fingerprint = digest.hexdigest()[:16]
+    stored_table = datasets.table.InMemoryTable(table)
     if len(images) >= MIN_STORED_IMAGES:
         file = get_cache_file(f"{fingerprint}.arrow")
         with suppress(OSError):  # a full disk
             if not file.is_file():
-                with write_atomically(file) as temporary, pyarrow.ipc.new_stream(temporary, table.schema) as writer:
+                with (
+                    write_atomically(file) as temporary,
+                    pyarrow.ipc.new_stream(temporary, table.schema) as writer,
+                ):
                     writer.write_table(table)
             stored_table = datasets.table.MemoryMappedTable.from_file(str(file))
     info = datasets.DatasetInfo(features=datasets.Features(features))
-    return datasets.Dataset(stored_table, info=info, split=datasets.NamedSplit(split), fingerprint=fingerprint)
+    return datasets.Dataset(
+        stored_table, info=info, split=datasets.NamedSplit(split), fingerprint=fingerprint
+    )
 
 
 def describe_single_class(dataset: str, name: str) -> str:
     """Return the error message for a dataset with only one class."""
     folder = Path(dataset, name)
-    hint = f". If its subfolders are the classes or splits, set --dataset {folder}" if folder.is_dir() else ""
+    hint = (
+        f". If its subfolders are the classes or splits, set --dataset {folder}"
+        if folder.is_dir()
+        else ""
+    )
     return f"a classifier requires two or more classes, but {dataset} has the single class {name!r}{hint}"
 
 
@@ -263,7 +314,9 @@ def note_unused_files(folder: ImageFolder, files: list[str], reason: str) -> Non
     """Add a note about unused files, if there are any. `reason` follows the word "files" in the note."""
     if files:
         count_text = "1 file" if len(files) == 1 else f"{len(files):,} files"
-        folder.notes.append(f"{folder.path}: skipped {count_text} {reason}: {format_name_list(files)}")
+        folder.notes.append(
+            f"{folder.path}: skipped {count_text} {reason}: {format_name_list(files)}"
+        )
 
 
 def format_name_list(names: Sequence[str], max_names: int = 3) -> str:

@@ -88,7 +88,9 @@ class ArrayImages(Sequence):
         return [f"{key:x}" for key in self.compute_keys().tolist()]
 
     def compute_keys(self) -> np.ndarray:
-        return np.fromiter((compute_image_key(array.tobytes()) for array in self.pixels), np.int64, len(self))
+        return np.fromiter(
+            (compute_image_key(array.tobytes()) for array in self.pixels), np.int64, len(self)
+        )
 
     def compute_content_keys(self) -> np.ndarray:
         streams = (io.BytesIO(array.tobytes()) for array in self.pixels)
@@ -108,8 +110,15 @@ class DatasetImages(Sequence):
         """Build a sequence in memory from paths, or from encoded images {"path": ..., "bytes": ...}."""
         import datasets
 
-        feature = datasets.Value("string") if values and isinstance(values[0], str) else datasets.Image(decode=False)
-        return cls(datasets.Dataset.from_dict({"image": values}, datasets.Features({"image": feature})), folder)
+        feature = (
+            datasets.Value("string")
+            if values and isinstance(values[0], str)
+            else datasets.Image(decode=False)
+        )
+        return cls(
+            datasets.Dataset.from_dict({"image": values}, datasets.Features({"image": feature})),
+            folder,
+        )
 
     def __len__(self) -> int:
         return len(self.dataset) if self.rows is None else len(self.rows)
@@ -123,7 +132,9 @@ class DatasetImages(Sequence):
 
     def get_encoded_image(self, index: int) -> dict[str, Any]:
         """Return {"path": ..., "bytes": ...}, the input of `decode_image`."""
-        return to_encoded_image(self.dataset[self.get_row(index)][self.dataset.column_names[0]], self.folder)
+        return to_encoded_image(
+            self.dataset[self.get_row(index)][self.dataset.column_names[0]], self.folder
+        )
 
     def select(self, indices: Sequence[int]) -> "DatasetImages":
         selected = np.asarray(indices, np.int64)
@@ -131,7 +142,10 @@ class DatasetImages(Sequence):
 
     def get_names(self) -> list[str]:
         rows = np.arange(len(self.dataset)) if self.rows is None else self.rows
-        return [name or str(row) for row, name in zip(rows.tolist(), self.iterate_names(rows), strict=True)]
+        return [
+            name or str(row)
+            for row, name in zip(rows.tolist(), self.iterate_names(rows), strict=True)
+        ]
 
     def compute_keys(self) -> np.ndarray:
         """Return the keys of the images. The keys of a table on disk are computed once and stored in the cache of
@@ -141,7 +155,11 @@ class DatasetImages(Sequence):
         else:
             file = get_cache_file(f"{self.dataset._fingerprint}-keys.npy")
             if not file.is_file():
-                with suppress(OSError), write_atomically(file) as temporary_file, temporary_file.open("wb") as stream:
+                with (
+                    suppress(OSError),
+                    write_atomically(file) as temporary_file,
+                    temporary_file.open("wb") as stream,
+                ):
                     np.save(stream, self.compute_all_keys())
             keys = np.load(file) if file.is_file() else self.compute_all_keys()
         return keys if self.rows is None else keys[self.rows]
@@ -161,16 +179,30 @@ class DatasetImages(Sequence):
     def compute_all_keys(self) -> np.ndarray:
         """Return the keys of all rows: a checksum of the path if all paths differ or the rows contain only paths;
         otherwise of the row number, or of the bytes if the rows are in memory."""
-        num_rows, no_name = len(self.dataset), compute_image_key(b"")
-        keys = np.fromiter((compute_image_key(name.encode()) for name in self.iterate_names(None)), np.int64, num_rows)
+        num_rows = len(self.dataset)
+        no_name = compute_image_key(b"")
+        keys = np.fromiter(
+            (compute_image_key(name.encode()) for name in self.iterate_names(None)),
+            np.int64,
+            num_rows,
+        )
         if not self.has_bytes() or (len(np.unique(keys)) == num_rows and no_name not in keys):
             return keys
         if self.dataset.cache_files:
-            return np.fromiter((compute_image_key(b"row %d" % row) for row in range(num_rows)), np.int64, num_rows)
-        starts, column = range(0, num_rows, ROWS_PER_READ), self.dataset.column_names[0]
-        values = (value for start in starts for value in self.dataset[start : start + ROWS_PER_READ][column])
+            return np.fromiter(
+                (compute_image_key(b"row %d" % row) for row in range(num_rows)), np.int64, num_rows
+            )
+        starts = range(0, num_rows, ROWS_PER_READ)
+        column = self.dataset.column_names[0]
+        values = (
+            value
+            for start in starts
+            for value in self.dataset[start : start + ROWS_PER_READ][column]
+        )
         encoded_images = (to_encoded_image(value, self.folder) for value in values)
-        return np.fromiter((compute_encoded_image_key(image, self.folder) for image in encoded_images), np.int64)
+        return np.fromiter(
+            (compute_encoded_image_key(image, self.folder) for image in encoded_images), np.int64
+        )
 
     def iterate_names(self, rows: np.ndarray | None) -> Iterator[str]:
         """Yield the path of each image within the folder, or "". Images are not read."""
@@ -181,7 +213,9 @@ class DatasetImages(Sequence):
         paths = pyarrow.compute.struct_field(values, "path") if is_encoded else values
         for chunk in (paths if rows is None else paths.take(pyarrow.array(rows))).chunks:
             for path in chunk.to_pylist():
-                yield get_relative_path((path if is_encoded else resolve_path(self.folder, path)) or "", self.folder)
+                yield get_relative_path(
+                    (path if is_encoded else resolve_path(self.folder, path)) or "", self.folder
+                )
 
     def has_bytes(self) -> bool:
         """Return whether any row contains the bytes of the image."""
@@ -212,7 +246,8 @@ def compute_encoded_image_key(encoded_image: dict[str, Any], folder: Path) -> in
 
 def compute_encoded_content_key(encoded_image: dict[str, Any]) -> int:
     """Return the key of the content of an encoded image or, if it is not in memory or a local file, of its path."""
-    content, path = encoded_image["bytes"], encoded_image["path"] or ""
+    content = encoded_image["bytes"]
+    path = encoded_image["path"] or ""
     if content is not None:
         return compute_content_key(io.BytesIO(content))
     try:
@@ -229,7 +264,9 @@ def check_channels(image: Image.Image, pixels: torch.Tensor, num_channels: int |
         path = getattr(image, "filename", "")
         image_name = f"the image {shorten_text(path)}" if path else f"an image of mode {image.mode}"
         count_text = "1 channel" if len(pixels) == 1 else f"{len(pixels)} channels"
-        raise UnreadableImage(f"{image_name} has {count_text}, but the model requires {num_channels}")
+        raise UnreadableImage(
+            f"{image_name} has {count_text}, but the model requires {num_channels}"
+        )
 
 
 def to_encoded_image(value: Any, folder: Path) -> dict[str, Any]:
@@ -259,7 +296,9 @@ def decode_image(encoded_image: dict[str, Any], fallback_name: str) -> Image.Ima
     if content is None and not path:
         raise UnreadableImage(f"{fallback_name} has no image")
     try:
-        if content is None and (path.startswith("hf://") or "::" in path):  # a file in a Hub repository or an archive
+        if content is None and (
+            path.startswith("hf://") or "::" in path
+        ):  # a file in a Hub repository or an archive
             import datasets
 
             image = datasets.Image().decode_example({"path": path, "bytes": None})
@@ -268,7 +307,9 @@ def decode_image(encoded_image: dict[str, Any], fallback_name: str) -> Image.Ima
     except Exception as error:  # Pillow's decoders raise many types of errors on damaged data
         message = format_error(error)
         if content is not None:
-            message = f"cannot read the image {shorten_text(path) if path else fallback_name}: {message}"
+            message = (
+                f"cannot read the image {shorten_text(path) if path else fallback_name}: {message}"
+            )
         elif not isinstance(error, ValueError):  # the messages of `read_image` contain the path
             message = f"{shorten_text(path)}: {message}"
         raise UnreadableImage(message) from error
@@ -297,4 +338,6 @@ class UnreadableImageCounter:
             self.warn(f"skipped an image: {message}")
             if len(self.indices) > self.limit:
                 text = f"more than {self.limit} images cannot be read; the last: {message}"
-                raise ValueError(f"{text}. Remove these images, or set a larger --max-unreadable-images")
+                raise ValueError(
+                    f"{text}. Remove these images, or set a larger --max-unreadable-images"
+                )

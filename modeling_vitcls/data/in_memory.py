@@ -37,7 +37,9 @@ def add_dataset(data: Any) -> str:
     data_by_split = data if isinstance(data, Mapping) else {"train": data}
     if not data_by_split:
         raise ValueError("the dataset in memory has no splits. Pass at least one split")
-    splits = datasets.DatasetDict({split: convert_split(data) for split, data in data_by_split.items()})
+    splits = datasets.DatasetDict(
+        {split: convert_split(data) for split, data in data_by_split.items()}
+    )
     fingerprints = [f"{split} {dataset._fingerprint}" for split, dataset in splits.items()]
     name = f"{MEMORY_PREFIX}{hashlib.sha256(repr(fingerprints).encode()).hexdigest()[:16]}"
     DATASETS[name] = splits
@@ -47,7 +49,9 @@ def add_dataset(data: Any) -> str:
 def get_dataset(name: str) -> Any:
     """Return the `datasets.DatasetDict` with this name. Raise ValueError if this process has no such dataset."""
     if name not in DATASETS:
-        raise ValueError(f"{name} exists only in the memory of another process. Pass the data again")
+        raise ValueError(
+            f"{name} exists only in the memory of another process. Pass the data again"
+        )
     return DATASETS[name]
 
 
@@ -57,9 +61,15 @@ def convert_split(data: Any) -> Any:
 
     if isinstance(data, datasets.Dataset):
         if data.format["type"] == "custom":
-            raise ValueError("the dataset has a transform, which would be ignored. Pass dataset.with_format(None)")
+            raise ValueError(
+                "the dataset has a transform, which would be ignored. Pass dataset.with_format(None)"
+            )
         return data
-    if type(data).__name__ == "DataFrame" or not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
+    if (
+        type(data).__name__ == "DataFrame"
+        or not hasattr(data, "__len__")
+        or not hasattr(data, "__getitem__")
+    ):
         raise TypeError(
             "a dataset must be a path, a datasets.Dataset, a torch Dataset with a length, or a list of (image, label) "
             f"pairs, but the type of the data is {type(data).__name__}. Convert a DataFrame with "
@@ -67,9 +77,13 @@ def convert_split(data: Any) -> Any:
         )
     rows = [convert_pair(data[index], index) for index in range(len(data))]
     if not rows:
-        raise ValueError("the dataset in memory has no images. Pass at least one (image, label) pair")
+        raise ValueError(
+            "the dataset in memory has no images. Pass at least one (image, label) pair"
+        )
     dataset = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
-    names = [str(name) for name in getattr(data, "classes", ())]  # class names of torchvision's datasets
+    names = [
+        str(name) for name in getattr(data, "classes", ())
+    ]  # class names of torchvision's datasets
     if names and dataset.features.get("label") == datasets.Value("int64"):
         dataset = dataset.cast_column("label", datasets.ClassLabel(names=names))
     return dataset

@@ -25,7 +25,9 @@ from ..model.heads_vitcls import IGNORED_LABEL
 from ..options import DataOptions
 
 
-IMAGE_COLUMN_NAMES = tuple("image img picture photo pixel_values file_name filename file path jpg png".split())
+IMAGE_COLUMN_NAMES = tuple(
+    "image img picture photo pixel_values file_name filename file path jpg png".split()
+)
 LABEL_COLUMN_NAMES = ("label", "labels", "class", "target", "category", "fine_label", "cls")
 NO_LABELS = "no label"  # text for an image without labels in a multi-label dataset
 
@@ -50,26 +52,43 @@ class LabelSpace:
     @cached_property
     def index_by_name(self) -> dict[str, dict[str, int]]:
         """Return class indices by column and class name."""
-        return {column: {name: index for index, name in enumerate(names)} for column, names in self.columns.items()}
+        return {
+            column: {name: index for index, name in enumerate(names)}
+            for column, names in self.columns.items()
+        }
 
     def to_config_values(self) -> dict[str, Any]:
         """Return the fields of ViTCLSConfig that describe the labels."""
         if self.kind == "multi_task":
             return {"tasks": self.columns}
         (label2id,) = self.index_by_name.values()
-        return {"id2label": dict(enumerate(self.names)), "label2id": label2id, "problem_type": self.kind}
+        return {
+            "id2label": dict(enumerate(self.names)),
+            "label2id": label2id,
+            "problem_type": self.kind,
+        }
 
     def format_label(self, label: Any) -> str | None:
         """Return a label as text, such as "cat", "cat, dog" or "age old, kind cat", or None for an unknown label."""
         if isinstance(label, dict):
-            known_tasks = {task: names for task, names in self.columns.items() if is_known(label.get(task))}
-            return ", ".join(f"{task} {names[label[task]]}" for task, names in known_tasks.items()) or None
+            known_tasks = {
+                task: names for task, names in self.columns.items() if is_known(label.get(task))
+            }
+            return (
+                ", ".join(f"{task} {names[label[task]]}" for task, names in known_tasks.items())
+                or None
+            )
         if isinstance(label, list | tuple):
-            return ", ".join(name for name, value in zip(self.names, label, strict=True) if value) or NO_LABELS
+            return (
+                ", ".join(name for name, value in zip(self.names, label, strict=True) if value)
+                or NO_LABELS
+            )
         return self.names[label] if is_known(label) else None
 
 
-UNLABELED = LabelSpace("single_label_classification", {})  # label space of datasets that are read without labels
+UNLABELED = LabelSpace(
+    "single_label_classification", {}
+)  # label space of datasets that are read without labels
 
 
 def get_label_space(config: ViTCLSConfig) -> LabelSpace:
@@ -78,7 +97,9 @@ def get_label_space(config: ViTCLSConfig) -> LabelSpace:
         return LabelSpace("multi_task", config.task_labels())
     id2label: dict[Any, str] = dict(config.id2label or {})
     has_several_labels = config.problem_type == "multi_label_classification"
-    kind: LabelKind = "multi_label_classification" if has_several_labels else "single_label_classification"
+    kind: LabelKind = (
+        "multi_label_classification" if has_several_labels else "single_label_classification"
+    )
     return LabelSpace(kind, {"label": [id2label[index] for index in range(len(id2label))]})
 
 
@@ -89,7 +110,9 @@ def is_known(label: int | None) -> bool:
 
 def is_multi_label(config: ViTCLSConfig) -> bool:
     """Return whether a sigmoid is applied to each logit; True for models with one label, as in transformers."""
-    return not config.tasks and (config.problem_type == "multi_label_classification" or config.num_labels == 1)
+    return not config.tasks and (
+        config.problem_type == "multi_label_classification" or config.num_labels == 1
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +126,9 @@ class MultiHotLabels(Sequence):
     @classmethod
     def from_indices(cls, labels: Iterable[Iterable[int]], num_classes: int) -> "MultiHotLabels":
         """Build labels from the class indices of each image; negative indices (missing labels) are ignored."""
-        rows = [np.unique([index for index in label if index >= 0]).astype(np.int32) for label in labels]
+        rows = [
+            np.unique([index for index in label if index >= 0]).astype(np.int32) for label in labels
+        ]
         offsets = np.cumsum([0, *map(len, rows)])
         return cls(np.concatenate([*rows, np.zeros(0, np.int32)]), offsets, num_classes)
 
@@ -114,7 +139,9 @@ class MultiHotLabels(Sequence):
         if isinstance(index, slice):
             return [self[position] for position in range(len(self))[index]]
         multi_hot = np.zeros(self.num_classes)
-        multi_hot[self.get_indices(range(len(self))[index])] = 1  # IndexError at the end, so that it can be iterated
+        multi_hot[self.get_indices(range(len(self))[index])] = (
+            1  # IndexError at the end, so that it can be iterated
+        )
         return multi_hot.tolist()
 
     def get_indices(self, index: int) -> np.ndarray:
@@ -134,7 +161,9 @@ class LabelColumn:
 
     name: str
     classes: list[str]
-    is_declared: bool  # whether the dataset declares the classes, so that labels are indices into `classes`
+    is_declared: (
+        bool  # whether the dataset declares the classes, so that labels are indices into `classes`
+    )
 
     def get_index(self, value: Any, row_name: str) -> int:
         """Return the class index of one value, or -100 if the value is missing. Raise ValueError if the value is not
@@ -145,7 +174,9 @@ class LabelColumn:
         if self.has_class_indices and isinstance(value, int) and 0 <= value < len(self.classes):
             return value
         if str(value) not in self.index_by_name:
-            raise ValueError(f"{row_name} has the label {value!r}, not one of the {len(self.classes)} classes")
+            raise ValueError(
+                f"{row_name} has the label {value!r}, not one of the {len(self.classes)} classes"
+            )
         return self.index_by_name[str(value)]
 
     def get_indices(self, values: Sequence[Any], name_row: Callable[[int], str]) -> list[int]:
@@ -160,7 +191,9 @@ class LabelColumn:
     def has_class_indices(self) -> bool:
         """Return whether integers are class indices: True if the classes are declared or no class name is an
         integer."""
-        return self.is_declared or not any(name.removeprefix("-").isdecimal() for name in self.classes)
+        return self.is_declared or not any(
+            name.removeprefix("-").isdecimal() for name in self.classes
+        )
 
     @cached_property
     def index_by_name(self) -> dict[str, int]:
@@ -183,7 +216,9 @@ class LabelReader:
     def read(self, row: Row, row_name: str) -> Any:
         """Return the label of one row in the format of the label kind. Raise ValueError if a value is not one of the
         classes. `row_name` is the name of the row in error messages."""
-        (label,) = self.read_columns([[row[column.name]] for column in self.columns], lambda _: row_name)
+        (label,) = self.read_columns(
+            [[row[column.name]] for column in self.columns], lambda _: row_name
+        )
         return label
 
     def read_columns(self, values: Sequence[Sequence[Any]], name_row: Callable[[int], str]) -> Any:
@@ -197,14 +232,20 @@ class LabelReader:
         if self.kind == "multi_label_classification":
             (column,) = self.columns
             rows = (
-                [column.get_index(label, name_row(row)) for label in split_labels(value, self.separator)]
+                [
+                    column.get_index(label, name_row(row))
+                    for label in split_labels(value, self.separator)
+                ]
                 for row, value in enumerate(values[0])
             )
             return MultiHotLabels.from_indices(rows, len(column.classes))
         indices = [self.columns[n].get_indices(column, name_row) for n, column in enumerate(values)]
         if self.kind == "single_label_classification":
             return indices[0]
-        return [dict(zip(self.label_space.columns, row, strict=True)) for row in zip(*indices, strict=True)]
+        return [
+            dict(zip(self.label_space.columns, row, strict=True))
+            for row in zip(*indices, strict=True)
+        ]
 
 
 def build_label_reader(
@@ -216,7 +257,9 @@ def build_label_reader(
         find_column("label", name, features, find_class_label, LABEL_COLUMN_NAMES, options.dataset)
         for name in options.label_column or (None,)
     ]
-    has_lists = bool(options.label_separator) or any(get_item_type(features[name]) is not None for name in names)
+    has_lists = bool(options.label_separator) or any(
+        get_item_type(features[name]) is not None for name in names
+    )
     if has_lists and len(names) > 1:
         raise ValueError(
             f"{options.dataset}: several label columns require one label per image. Set one --label-column, or omit "
@@ -239,10 +282,15 @@ def build_label_column(
     for value in read_column(name):
         for label in map(normalize_value, split_labels(value, options.label_separator)):
             if isinstance(label, float) or not isinstance(label, Hashable):
-                raise ValueError(f"{options.dataset}: the column {name!r} has no class labels. Set --label-column")
+                raise ValueError(
+                    f"{options.dataset}: the column {name!r} has no class labels. Set --label-column"
+                )
             distinct_values.add(label)
     distinct_values.discard(None)
-    classes = [str(value) for value in sorted(distinct_values, key=lambda value: (isinstance(value, str), value))]
+    classes = [
+        str(value)
+        for value in sorted(distinct_values, key=lambda value: (isinstance(value, str), value))
+    ]
     return LabelColumn(name, classes, is_declared=False)
 
 
@@ -268,7 +316,14 @@ def normalize_value(value: Any) -> Any:
 
 def find_image_column(options: DataOptions, features: Features) -> str:
     """Return the name of the column of images or image paths."""
-    return find_column("image", options.image_column, features, is_image_feature, IMAGE_COLUMN_NAMES, options.dataset)
+    return find_column(
+        "image",
+        options.image_column,
+        features,
+        is_image_feature,
+        IMAGE_COLUMN_NAMES,
+        options.dataset,
+    )
 
 
 def find_column(
@@ -284,25 +339,36 @@ def find_column(
         raise ValueError(f"{dataset} has no column {name!r}. Choose one of {', '.join(features)}")
     if name is not None:
         return name
-    matching_columns = [column for column, feature in features.items() if has_matching_type(feature)]
+    matching_columns = [
+        column for column, feature in features.items() if has_matching_type(feature)
+    ]
     if len(matching_columns) == 1:
         return matching_columns[0]
     for column in common_names:
         if column in (matching_columns or features):
             return column
-    raise ValueError(f"{dataset}: cannot identify the {kind} column among {', '.join(features)}. Set --{kind}-column")
+    raise ValueError(
+        f"{dataset}: cannot identify the {kind} column among {', '.join(features)}. Set --{kind}-column"
+    )
 
 
 def is_image_feature(feature: Any) -> bool:
     """Return whether a column with the type `feature` contains images and not paths."""
     is_encoded = isinstance(feature, dict) and {"bytes", "path"} <= feature.keys()
-    return type(feature).__name__ == "Image" or is_encoded or getattr(feature, "dtype", None) == "binary"
+    return (
+        type(feature).__name__ == "Image"
+        or is_encoded
+        or getattr(feature, "dtype", None) == "binary"
+    )
 
 
 def find_class_label(feature: Any) -> Any:
     """Return the `ClassLabel` of a column of labels or lists of labels, or None for any other column."""
     column_types = (feature, get_item_type(feature))
-    return next((column_type for column_type in column_types if type(column_type).__name__ == "ClassLabel"), None)
+    return next(
+        (column_type for column_type in column_types if type(column_type).__name__ == "ClassLabel"),
+        None,
+    )
 
 
 def get_item_type(feature: Any) -> Any:

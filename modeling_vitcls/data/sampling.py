@@ -27,7 +27,9 @@ ImageKey = tuple[int, int]  # index of the epoch and index of the image
 # Random numbers ------------------------------------------------------------------------------------------------------
 
 
-GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)  # increment of SplitMix64: 2**64 divided by the golden ratio
+GOLDEN_GAMMA = np.uint64(
+    0x9E3779B97F4A7C15
+)  # increment of SplitMix64: 2**64 divided by the golden ratio
 
 
 def derive_seed(*numbers: int) -> int:
@@ -41,7 +43,9 @@ def draw_random_bits(seeds: np.ndarray, indices: np.ndarray, num_per_image: int)
     Each row is a SplitMix64 sequence (Steele, Lea and Flood 2014) that depends only on its seed and index.
     """
     starts = mix_bits(seeds ^ mix_bits(indices + GOLDEN_GAMMA))  # [images]
-    return mix_bits(starts[:, None] + GOLDEN_GAMMA * np.arange(1, num_per_image + 1, dtype=np.uint64))
+    return mix_bits(
+        starts[:, None] + GOLDEN_GAMMA * np.arange(1, num_per_image + 1, dtype=np.uint64)
+    )
 
 
 def mix_bits(counters: np.ndarray) -> np.ndarray:
@@ -64,9 +68,13 @@ def shuffle_indices(num_images: int, seed: int, epoch: int) -> np.ndarray:
 def compute_class_weights(labels: Sequence[int], num_classes: int) -> torch.Tensor:
     """Return class weights [classes], inversely proportional to the class sizes, with a mean of 1 over the images.
     Missing labels (-100) are ignored. A class without images has weight 0."""
-    class_counts = torch.bincount(torch.tensor([label for label in labels if label >= 0]), minlength=num_classes)
+    class_counts = torch.bincount(
+        torch.tensor([label for label in labels if label >= 0]), minlength=num_classes
+    )
     is_present = class_counts > 0
-    return torch.where(is_present, class_counts.sum() / (is_present.sum() * class_counts.clamp(min=1)), 0.0)
+    return torch.where(
+        is_present, class_counts.sum() / (is_present.sum() * class_counts.clamp(min=1)), 0.0
+    )
 
 
 # Batches -------------------------------------------------------------------------------------------------------------
@@ -84,7 +92,9 @@ class BatchPlan:
     seed: int
 
     @classmethod
-    def from_options(cls, num_images: int | None, options: TrainingOptions, num_processes: int) -> "BatchPlan":
+    def from_options(
+        cls, num_images: int | None, options: TrainingOptions, num_processes: int
+    ) -> "BatchPlan":
         """Build a plan of `max_steps` steps, or of `epochs` epochs rounded up to whole steps. `num_images` is None for
         a stream. Raise ValueError for a stream without `max_steps`."""
         assert options.batch_size is not None
@@ -92,11 +102,20 @@ class BatchPlan:
         num_steps = options.max_steps
         if not num_steps:
             if num_images is None:
-                raise ValueError("a stream of unknown length requires a number of steps. Set --max-steps")
+                raise ValueError(
+                    "a stream of unknown length requires a number of steps. Set --max-steps"
+                )
             assert options.epochs is not None
             num_steps = math.ceil(options.epochs * num_images / images_per_step)
         accumulation_steps = options.gradient_accumulation_steps
-        return cls(num_images, options.batch_size, accumulation_steps, num_processes, num_steps, options.seed)
+        return cls(
+            num_images,
+            options.batch_size,
+            accumulation_steps,
+            num_processes,
+            num_steps,
+            options.seed,
+        )
 
     @property
     def images_per_step(self) -> int:
@@ -112,7 +131,10 @@ class BatchPlan:
         for step in range(first_step, self.num_steps):
             for batch_index in range(self.accumulation_steps):
                 start = (batch_index * self.num_processes + process_index) * self.batch_size
-                yield [self.compute_key(step, position) for position in range(start, start + self.batch_size)]
+                yield [
+                    self.compute_key(step, position)
+                    for position in range(start, start + self.batch_size)
+                ]
 
     def compute_key(self, step: int, position: int) -> ImageKey:
         """Return the key of the image at a position in a step."""

@@ -36,16 +36,26 @@ from .in_memory import MEMORY_PREFIX, get_dataset
 from .labels import UNLABELED, LabelSpace, build_label_reader, find_image_column, is_image_feature
 
 
-READERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".parquet": "parquet", ".tar": "webdataset"}
+READERS = {
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".jsonl": "json",
+    ".parquet": "parquet",
+    ".tar": "webdataset",
+}
 
 IDX_SPLITS = {"train": "train", "t10k": "test"}
 IDX_CLASSES = {
-    "fashion-mnist": "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(","),
+    "fashion-mnist": "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(
+        ","
+    ),
 }
 
 logger = logging.getLogger(__name__)
 
-SplitSelector = Callable[[list[str]], Collection[str]]  # names of all splits -> names of the splits to read
+SplitSelector = Callable[
+    [list[str]], Collection[str]
+]  # names of all splits -> names of the splits to read
 
 
 @dataclass(frozen=True)
@@ -58,7 +68,9 @@ class Splits:
     names: list[str]  # names of all splits
 
 
-def load_splits(options: DataOptions, use_labels: bool = True, select: SplitSelector = list) -> Splits:
+def load_splits(
+    options: DataOptions, use_labels: bool = True, select: SplitSelector = list
+) -> Splits:
     """Load the splits of `--dataset`.
 
     Args:
@@ -78,7 +90,9 @@ def load_splits(options: DataOptions, use_labels: bool = True, select: SplitSele
     images_by_split = {name: splits.images_by_split[name] for name in select(splits.names)}
     if use_labels:
         return replace(splits, images_by_split=images_by_split)
-    images_by_split = {name: mark_as_unlabeled(split.images) for name, split in images_by_split.items()}
+    images_by_split = {
+        name: mark_as_unlabeled(split.images) for name, split in images_by_split.items()
+    }
     return replace(splits, label_space=UNLABELED, images_by_split=images_by_split)
 
 
@@ -96,7 +110,9 @@ def load_digits() -> Splits:
 
     digits = sklearn.datasets.load_digits()
     gray_levels = (digits.images * (255 / 16)).round().astype(np.uint8)  # [1797, 8, 8]
-    label_space = LabelSpace("single_label_classification", {"label": [str(name) for name in digits.target_names]})
+    label_space = LabelSpace(
+        "single_label_classification", {"label": [str(name) for name in digits.target_names]}
+    )
     images = LabeledImages(ArrayImages(gray_levels), digits.target.tolist())
     return Splits("digits", label_space, {"train": images}, ["train"])
 
@@ -115,16 +131,24 @@ def find_idx_file(folder: Path, split: str, kind: str) -> Path | None:
 def load_idx_folder(folder: Path) -> Splits:
     """Load the splits of a folder in the MNIST format. Raise ValueError if a label file is missing, or if a file is
     damaged."""
-    images_by_split, num_classes = {}, 10
+    images_by_split = {}
+    num_classes = 10
     for prefix, name in IDX_SPLITS.items():
-        image_file, label_file = (find_idx_file(folder, prefix, kind) for kind in ("images-idx3", "labels-idx1"))
+        image_file, label_file = (
+            find_idx_file(folder, prefix, kind) for kind in ("images-idx3", "labels-idx1")
+        )
         if image_file is None:
             continue
         if label_file is None:
-            raise ValueError(f"{folder} has no file {prefix}-labels-idx1-ubyte. Download the files again")
-        images, labels = read_idx(image_file, num_dimensions=3), read_idx(label_file, num_dimensions=1)
+            raise ValueError(
+                f"{folder} has no file {prefix}-labels-idx1-ubyte. Download the files again"
+            )
+        images = read_idx(image_file, num_dimensions=3)
+        labels = read_idx(label_file, num_dimensions=1)
         if len(images) != len(labels):
-            raise ValueError(f"{image_file} has {len(images)} images, but {len(labels)} labels. Download both files")
+            raise ValueError(
+                f"{image_file} has {len(images)} images, but {len(labels)} labels. Download both files"
+            )
         num_classes = max(num_classes, int(labels.max(initial=0)) + 1)
         images_by_split[name] = LabeledImages(ArrayImages(images), labels.tolist())
     name = folder.resolve().name
@@ -143,7 +167,9 @@ def read_idx(file: Path, num_dimensions: int) -> np.ndarray:
         shape = struct.unpack_from(f">{num_dimensions}I", content, 4)
         return np.frombuffer(content, np.uint8, offset=4 + 4 * num_dimensions).reshape(shape)
     except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
-        raise ValueError(f"cannot read {file} as a file in the MNIST format: {format_error(error)}") from error
+        raise ValueError(
+            f"cannot read {file} as a file in the MNIST format: {format_error(error)}"
+        ) from error
 
 
 # Read by `datasets` --------------------------------------------------------------------------------------------------
@@ -155,10 +181,15 @@ def load_with_datasets(options: DataOptions, use_labels: bool, select: SplitSele
     datasets = {split: all_splits[split] for split in select(list(all_splits))}
     features = next(iter(datasets.values())).features
     image_column = find_image_column(options, features)
-    folder, name = get_dataset_folder(options), get_dataset_name(options)
-    images_by_split = {split: build_images(dataset, image_column, folder) for split, dataset in datasets.items()}
+    folder = get_dataset_folder(options)
+    name = get_dataset_name(options)
+    images_by_split = {
+        split: build_images(dataset, image_column, folder) for split, dataset in datasets.items()
+    }
     if not use_labels:
-        unlabeled_splits = {split: mark_as_unlabeled(images) for split, images in images_by_split.items()}
+        unlabeled_splits = {
+            split: mark_as_unlabeled(images) for split, images in images_by_split.items()
+        }
         return Splits(name, UNLABELED, unlabeled_splits, list(all_splits))
 
     def read_all(column: str) -> Iterable[Any]:
@@ -168,8 +199,12 @@ def load_with_datasets(options: DataOptions, use_labels: bool, select: SplitSele
     labeled_splits = {}
     for split, dataset in datasets.items():
         name_row = partial("{}, split {!r}: row {}".format, options.dataset, split)
-        labels = reader.read_columns([read_column(dataset, column.name) for column in reader.columns], name_row)
-        labeled_splits[split] = drop_unlabeled_images(LabeledImages(images_by_split[split], labels), options, split)
+        labels = reader.read_columns(
+            [read_column(dataset, column.name) for column in reader.columns], name_row
+        )
+        labeled_splits[split] = drop_unlabeled_images(
+            LabeledImages(images_by_split[split], labels), options, split
+        )
     return Splits(name, reader.label_space, labeled_splits, list(all_splits))
 
 
@@ -184,7 +219,9 @@ def drop_unlabeled_images(images: LabeledImages, options: DataOptions, split: st
     name = f"{options.dataset}, split {split!r}"
     if not labeled:
         raise ValueError(f"{name}: no image has a label. Set a different --label-column or --split")
-    warn_on_first_process(f"{name}: skipped {len(images) - len(labeled):,} of {len(images):,} images (no label)")
+    warn_on_first_process(
+        f"{name}: skipped {len(images) - len(labeled):,} of {len(images):,} images (no label)"
+    )
     return images.select(labeled)
 
 
@@ -213,7 +250,9 @@ def open_splits(options: DataOptions, use_labels: bool = True) -> Any:
         return read_with_datasets(options)
     if not is_hub_id(options.dataset):
         raise OSError(describe_missing_repo(options.dataset, "dataset"))
-    with fall_back_to_cache(options.dataset, "dataset"):  # otherwise `datasets` retries for almost a minute
+    with fall_back_to_cache(
+        options.dataset, "dataset"
+    ):  # otherwise `datasets` retries for almost a minute
         return read_with_datasets(options)
 
 
@@ -224,23 +263,38 @@ def read_with_datasets(options: DataOptions) -> Any:
     path = Path(options.dataset)
     try:
         if path.suffix in READERS:
-            reader, arguments = READERS[path.suffix], {"sep": "\t"} if path.suffix == ".tsv" else {}
-            return datasets.load_dataset(reader, data_files=str(path), streaming=options.streaming, **arguments)
-        if any((path / file).is_file() for file in ("dataset_dict.json", "state.json")):  # written by `save_to_disk`
+            reader = READERS[path.suffix]
+            arguments = {"sep": "\t"} if path.suffix == ".tsv" else {}
+            return datasets.load_dataset(
+                reader, data_files=str(path), streaming=options.streaming, **arguments
+            )
+        if any(
+            (path / file).is_file() for file in ("dataset_dict.json", "state.json")
+        ):  # written by `save_to_disk`
             saved = datasets.load_from_disk(path)
-            return convert_to_streams(saved if isinstance(saved, dict) else {"train": saved}, options)
+            return convert_to_streams(
+                saved if isinstance(saved, dict) else {"train": saved}, options
+            )
         return datasets.load_dataset(options.dataset, streaming=options.streaming)
     except datasets.data_files.EmptyDatasetError:
-        raise ValueError(f"{options.dataset} contains no images and no tables. Check the path") from None
+        raise ValueError(
+            f"{options.dataset} contains no images and no tables. Check the path"
+        ) from None
     except Exception as error:  # the readers raise many types of errors on damaged data
         reason = f"{type(error).__name__}: {format_error(error)}"
         advice = "Check the path and the file format (--help lists the formats)"
-        raise ValueError(f"cannot read the dataset {options.dataset!r} ({reason}). {advice}") from error
+        raise ValueError(
+            f"cannot read the dataset {options.dataset!r} ({reason}). {advice}"
+        ) from error
 
 
 def convert_to_streams(splits: Any, options: DataOptions) -> Any:
     """Return the splits, converted to streams if --streaming is set."""
-    return {name: split.to_iterable_dataset() for name, split in splits.items()} if options.streaming else splits
+    return (
+        {name: split.to_iterable_dataset() for name, split in splits.items()}
+        if options.streaming
+        else splits
+    )
 
 
 def get_dataset_name(options: DataOptions) -> str:

@@ -35,8 +35,17 @@ from .sources import Splits, load_splits
 from .streaming import MAX_HELD_OUT_IMAGES, StreamedImages, open_streams
 
 
-HELD_OUT_SPLITS = ("validation", "valid", "val", "dev", "test")  # names of held-out splits, in order of precedence
-EVALUATION_SPLITS = ("test", *HELD_OUT_SPLITS[:-1])  # splits that `vitcls evaluate` reads, in order of precedence
+HELD_OUT_SPLITS = (
+    "validation",
+    "valid",
+    "val",
+    "dev",
+    "test",
+)  # names of held-out splits, in order of precedence
+EVALUATION_SPLITS = (
+    "test",
+    *HELD_OUT_SPLITS[:-1],
+)  # splits that `vitcls evaluate` reads, in order of precedence
 
 Data = TypeVar("Data")
 
@@ -69,11 +78,17 @@ class TrainingData:
     train_split: str  # name of the split with the training images
     train: LabeledImages | StreamedImages
     held_out: Any  # `LabeledImages`, or `StreamedImages` if the split is streamed
-    held_out_name: str  # name of the held-out split, or description of the rule that selected the images
+    held_out_name: (
+        str  # name of the held-out split, or description of the rule that selected the images
+    )
     record: HeldOutRecord
-    selection: Any = None  # images for selecting the best checkpoint (`--select best`), as `held_out`
+    selection: Any = (
+        None  # images for selecting the best checkpoint (`--select best`), as `held_out`
+    )
     selection_name: str = ""  # name of the selection split, or description of the rule
-    num_excluded: int | None = None  # number of training images that `--exclude` leaves out; None without it
+    num_excluded: int | None = (
+        None  # number of training images that `--exclude` leaves out; None without it
+    )
 
     @property
     def num_training_images(self) -> int | None:
@@ -88,11 +103,16 @@ class TrainingData:
     def build_record(self) -> HeldOutRecord:
         """Return the record for results.json, which identifies the training and selection images by their content.
         Up to `MAX_RECORDED_IMAGES` images are read, without decoding them."""
-        parts = [images for images in (self.train, self.selection) if isinstance(images, LabeledImages)]
+        parts = [
+            images for images in (self.train, self.selection) if isinstance(images, LabeledImages)
+        ]
         if not isinstance(self.train, LabeledImages):
             return replace(self.record, dataset=self.name)
         num_images = sum(map(len, parts))
-        drawn = [part.draw(len(part) * MAX_RECORDED_IMAGES // max(num_images, MAX_RECORDED_IMAGES)) for part in parts]
+        drawn = [
+            part.draw(len(part) * MAX_RECORDED_IMAGES // max(num_images, MAX_RECORDED_IMAGES))
+            for part in parts
+        ]
         keys = np.concatenate([part.images.compute_content_keys() for part in drawn])
         return replace(
             self.record,
@@ -128,16 +148,24 @@ def load_training_data(
     """
 
     def select(names: list[str]) -> list[str]:
-        return [name for name in choose_training_splits(names, use_selection_split) if name is not None]
+        return [
+            name for name in choose_training_splits(names, use_selection_split) if name is not None
+        ]
 
-    splits = open_streams(options, use_labels) if options.streaming else load_splits(options, use_labels, select)
+    splits = (
+        open_streams(options, use_labels)
+        if options.streaming
+        else load_splits(options, use_labels, select)
+    )
     training_splits = choose_training_splits(splits.names, use_selection_split)
     check_splits(options, splits, training_splits, use_selection_split)
     train = splits.images_by_split[training_splits.train]
     if training_splits.held_out is not None:
         held_out = splits.images_by_split[training_splits.held_out]
         held_out_name = f"split {training_splits.held_out!r}"
-        record = HeldOutRecord(training_splits.held_out, None if options.streaming else len(held_out))
+        record = HeldOutRecord(
+            training_splits.held_out, None if options.streaming else len(held_out)
+        )
     else:
         rule = build_held_out_rule(options)
         held_out_name = describe_rule(rule, train)
@@ -146,7 +174,8 @@ def load_training_data(
             held_out_name += f", evaluated on the first {MAX_HELD_OUT_IMAGES:,} images"
     num_excluded = None
     if options.exclude is not None:
-        num_images, train = len(train), exclude_images(train, training_splits.train, options.exclude)
+        num_images = len(train)
+        train = exclude_images(train, training_splits.train, options.exclude)
         num_excluded = num_images - len(train)
     selection, selection_name = None, ""
     if training_splits.selection is not None:
@@ -156,7 +185,16 @@ def load_training_data(
         rule = HeldOutRule(options.held_out_fraction, options.split_seed, "selection")
         train, selection, _ = hold_out_images(train, rule, options)
         selection_name = f"{rule}; from the training images"
-    images = (training_splits.train, train, held_out, held_out_name, record, selection, selection_name, num_excluded)
+    images = (
+        training_splits.train,
+        train,
+        held_out,
+        held_out_name,
+        record,
+        selection,
+        selection_name,
+        num_excluded,
+    )
     return TrainingData(splits.name, splits.label_space, *images)
 
 
@@ -168,13 +206,16 @@ def exclude_images(images: LabeledImages, split: str, file: Path) -> LabeledImag
 
     table = pd.read_csv(file, dtype=str)
     if not {"split", "id"} <= set(table.columns):
-        raise ValueError(f"--exclude {file}: the column `split` or `id` is missing. Use a table of evaluate --audit")
+        raise ValueError(
+            f"--exclude {file}: the column `split` or `id` is missing. Use a table of evaluate --audit"
+        )
     excluded = set(table["id"][table["split"].isin([split, escape_csv_cell(split)])])
     names = images.images.get_names()
     kept = [
         index
         for index, name in enumerate(names)
-        if name not in excluded and escape_csv_cell(name) not in excluded  # the audit writes escaped names
+        if name not in excluded
+        and escape_csv_cell(name) not in excluded  # the audit writes escaped names
     ]
     if excluded and len(kept) == len(names):
         raise ValueError(
@@ -182,7 +223,9 @@ def exclude_images(images: LabeledImages, split: str, file: Path) -> LabeledImag
             f"{len(names):,} training images. Use a table of evaluate --audit with this dataset, or remove --exclude"
         )
     if not kept:
-        raise ValueError(f"--exclude {file} lists all {len(names):,} training images. Keep some of them")
+        raise ValueError(
+            f"--exclude {file} lists all {len(names):,} training images. Keep some of them"
+        )
     return images.select(kept)
 
 
@@ -209,8 +252,13 @@ def check_splits(
 ) -> None:
     """Raise ValueError if there is only one class, or if `--folds` or `--select best` is not possible with the
     splits."""
-    label_space, lacks_selection = splits.label_space, use_selection_split and training_splits.selection is None
-    if label_space.kind == "single_label_classification" and label_space.columns and len(label_space.names) == 1:
+    label_space = splits.label_space
+    lacks_selection = use_selection_split and training_splits.selection is None
+    if (
+        label_space.kind == "single_label_classification"
+        and label_space.columns
+        and len(label_space.names) == 1
+    ):
         raise ValueError(describe_single_class(options.dataset, label_space.names[0]))
     if options.folds is not None and training_splits.held_out is not None:
         split = training_splits.held_out
@@ -223,28 +271,36 @@ def check_splits(
             f"only {', '.join(splits.names)}. Remove one of the two flags"
         )
     if lacks_selection and not options.held_out_fraction:
-        raise ValueError("--select best requires images, but --held-out-fraction is 0. Set a larger one")
+        raise ValueError(
+            "--select best requires images, but --held-out-fraction is 0. Set a larger one"
+        )
 
 
 def build_held_out_rule(options: DataOptions) -> HeldOutRule:
     """Build the rule that selects the held-out images, as specified by the options."""
     if options.folds is not None and options.fold is not None:
-        return HeldOutRule(1 / options.folds, options.split_seed, num_folds=options.folds, fold=options.fold)
+        return HeldOutRule(
+            1 / options.folds, options.split_seed, num_folds=options.folds, fold=options.fold
+        )
     return HeldOutRule(options.held_out_fraction, options.split_seed)
 
 
-def hold_out_images(images: Any, rule: HeldOutRule, options: DataOptions) -> tuple[Any, LabeledImages, HeldOutRecord]:
+def hold_out_images(
+    images: Any, rule: HeldOutRule, options: DataOptions
+) -> tuple[Any, LabeledImages, HeldOutRecord]:
     """Return the training images (stored or streamed), the held-out images, and the record of the held-out images.
     Raise ValueError if none or all of the images would be held out."""
     if isinstance(images, StreamedImages):
-        train, held_out = replace(images, held_out_rule=rule), LabeledImages(DatasetImages.from_list([]), [])
+        train = replace(images, held_out_rule=rule)
+        held_out = LabeledImages(DatasetImages.from_list([]), [])
         if rule.fraction:
             held_out = replace(train, is_held_out_part=True).read_first(MAX_HELD_OUT_IMAGES)
         return train, held_out, HeldOutRecord.from_keys(rule, held_out.images.compute_keys())
     check_folds(rule, images, options)
     is_held_out, record = select_held_out(images, rule)
     check_both_parts(is_held_out, rule, options)
-    train_indices, held_out_indices = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
+    train_indices = np.flatnonzero(~is_held_out)
+    held_out_indices = np.flatnonzero(is_held_out)
     return images.select(train_indices.tolist()), images.select(held_out_indices.tolist()), record
 
 
@@ -287,7 +343,9 @@ def describe_rule(rule: HeldOutRule, images: Any) -> str:
     """Return the description of a rule, and whether the split is stratified."""
     if is_stratified(images):
         return f"{rule}, stratified by class"
-    has_several_labels = not isinstance(images, StreamedImages) and isinstance(images.labels[0], dict | list)
+    has_several_labels = not isinstance(images, StreamedImages) and isinstance(
+        images.labels[0], dict | list
+    )
     return f"{rule}, not stratified: several labels per image" if has_several_labels else str(rule)
 
 
@@ -302,23 +360,42 @@ def describe_data(training_data: TrainingData) -> dict[str, Any]:
         "num_training_images": training_data.num_training_images,
         "num_held_out_images": training_data.num_held_out_images,
     }
-    images = training_data.held_out if isinstance(training_data.train, StreamedImages) else training_data.train
+    images = (
+        training_data.held_out
+        if isinstance(training_data.train, StreamedImages)
+        else training_data.train
+    )
     if not isinstance(images, StreamedImages):
         labels = images.labels
         if isinstance(labels, MultiHotLabels):
             labels = [labels.offsets.tolist(), labels.indices.tolist()]
-        digests = hashlib.sha256(images.images.compute_keys().tobytes()), hashlib.sha256(json.dumps(labels).encode())
-        description |= {"image_names_or_order": digests[0].hexdigest(), "labels": digests[1].hexdigest()}
+        digests = (
+            hashlib.sha256(images.images.compute_keys().tobytes()),
+            hashlib.sha256(json.dumps(labels).encode()),
+        )
+        description |= {
+            "image_names_or_order": digests[0].hexdigest(),
+            "labels": digests[1].hexdigest(),
+        }
     return description | {"held_out_images": asdict(training_data.record)}
 
 
-def describe_change(stored_description: dict[str, Any], current_description: dict[str, Any]) -> str | None:
+def describe_change(
+    stored_description: dict[str, Any], current_description: dict[str, Any]
+) -> str | None:
     """Return the first difference between two outputs of `describe_data` as text, or None if they are equal."""
     for name, current in current_description.items():
         stored = stored_description.get(name)
         if stored != current:
-            numbers = f" was {stored:,} and is {current:,}" if isinstance(stored, int) and current else " changed"
-            return name.replace("num_", "number of ").replace("held_out", "held-out").replace("_", " ") + numbers
+            numbers = (
+                f" was {stored:,} and is {current:,}"
+                if isinstance(stored, int) and current
+                else " changed"
+            )
+            return (
+                name.replace("num_", "number of ").replace("held_out", "held-out").replace("_", " ")
+                + numbers
+            )
     return None
 
 
@@ -332,6 +409,9 @@ def describe_missing_classes(training_data: TrainingData) -> list[str]:
     train, held_out = ({names[label] for label in images.labels} for images in parts)
     return [
         f"{len(missing)} of the {len(train | held_out)} classes have no {images}: {format_name_list(sorted(missing))}"
-        for missing, images in ((train - held_out, "held-out images"), (held_out - train, "training images"))
+        for missing, images in (
+            (train - held_out, "held-out images"),
+            (held_out - train, "training images"),
+        )
         if missing
     ]

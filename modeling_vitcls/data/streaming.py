@@ -32,12 +32,21 @@ from .images import (
     decode_image,
     to_encoded_image,
 )
-from .labels import UNLABELED, Features, LabelReader, MultiHotLabels, build_label_reader, find_image_column
+from .labels import (
+    UNLABELED,
+    Features,
+    LabelReader,
+    MultiHotLabels,
+    build_label_reader,
+    find_image_column,
+)
 from .sampling import BatchPlan, derive_seed
 from .sources import Splits, get_dataset_folder, get_dataset_name, open_splits
 
 
-MAX_HELD_OUT_IMAGES = 10_000  # maximum number of held-out images of a stream without an evaluation split
+MAX_HELD_OUT_IMAGES = (
+    10_000  # maximum number of held-out images of a stream without an evaluation split
+)
 
 
 StreamRow = tuple[dict[str, Any], int]  # (column name -> value, image key)
@@ -72,7 +81,9 @@ class StreamedImages:
     is_held_out_part: bool = False  # whether the images are those that `held_out_rule` holds out
     convert_label: Callable[[Any], Any] | None = None  # applied to each label
 
-    def iterate_examples(self, seed: int, process_index: int, num_processes: int, start: int = 0) -> Iterator[Example]:
+    def iterate_examples(
+        self, seed: int, process_index: int, num_processes: int, start: int = 0
+    ) -> Iterator[Example]:
         """Yield the examples of one process indefinitely, starting at example `start`. `Example.epoch` is the number
         of completed passes. Raise ValueError if a label is not one of the classes, or if a process has no examples."""
         pass_index = 0
@@ -87,16 +98,24 @@ class StreamedImages:
                     f"{self.name} has no training image for process {process_index} of {num_processes}. Add images or "
                     "start fewer processes"
                 )
-            num_passes, remaining_start = divmod(start, num_examples)  # all passes of a process have the same length
-            pass_index, start = (pass_index + num_passes, remaining_start) if num_passes else (pass_index + 1, 0)
+            num_passes, remaining_start = divmod(
+                start, num_examples
+            )  # all passes of a process have the same length
+            pass_index, start = (
+                (pass_index + num_passes, remaining_start) if num_passes else (pass_index + 1, 0)
+            )
 
-    def iterate_pass(self, seed: int, pass_index: int, process_index: int, num_processes: int) -> Iterator[Example]:
+    def iterate_pass(
+        self, seed: int, pass_index: int, process_index: int, num_processes: int
+    ) -> Iterator[Example]:
         """Yield the examples of one process in one shuffled pass."""
         stream = self.stream
         has_own_shards = stream.num_shards % num_processes == 0
         if has_own_shards and num_processes > 1:
             stream = stream.shard(num_processes, process_index)
-        stream = stream.shuffle(seed=derive_seed(seed, pass_index), buffer_size=self.shuffle_buffer_size)
+        stream = stream.shuffle(
+            seed=derive_seed(seed, pass_index), buffer_size=self.shuffle_buffer_size
+        )
         rows = self.iterate_rows(stream, is_held_out=False)
         local_rows = rows if has_own_shards else islice(rows, process_index, None, num_processes)
         return self.build_examples(local_rows)
@@ -116,13 +135,18 @@ class StreamedImages:
         there are none."""
         examples = list(islice(self.iterate_in_order(), num_images))
         if not examples:
-            remedy = "Set a larger --held-out-fraction" if self.is_held_out_part else "Remove the evaluation split"
+            remedy = (
+                "Set a larger --held-out-fraction"
+                if self.is_held_out_part
+                else "Remove the evaluation split"
+            )
             raise ValueError(f"{self.name} has no images for evaluation. {remedy}")
         labels: Any = [example.label for example in examples]
         if labels and isinstance(labels[0], list):
             labels = MultiHotLabels.from_indices(map(np.flatnonzero, labels), len(labels[0]))
         return LabeledImages(
-            DatasetImages.from_list([example.encoded_image for example in examples], self.folder), labels
+            DatasetImages.from_list([example.encoded_image for example in examples], self.folder),
+            labels,
         )
 
     def iterate_rows(self, stream: Any, is_held_out: bool) -> Iterator[StreamRow]:
@@ -140,7 +164,9 @@ class StreamedImages:
         for values, index in rows:
             encoded_image, label = values[self.image_column], IGNORED_LABEL
             if self.reader is not None:
-                label = self.reader.read(values, f"{self.name}: the image {encoded_image['path'] or hex(index)}")
+                label = self.reader.read(
+                    values, f"{self.name}: the image {encoded_image['path'] or hex(index)}"
+                )
                 label = label if self.convert_label is None else self.convert_label(label)
             if self.reader is None or label != IGNORED_LABEL:
                 yield Example(encoded_image, label, index)
@@ -159,16 +185,24 @@ def open_streams(options: DataOptions, use_labels: bool = True) -> Splits:
     image_column = find_image_column(options, features)
     reader = None
     if use_labels:
-        reader = build_label_reader(options, features, lambda column: read_label_column(streams, column, options))
+        reader = build_label_reader(
+            options, features, lambda column: read_label_column(streams, column, options)
+        )
     label_space = UNLABELED if reader is None else reader.label_space
     columns = [image_column, *label_space.columns]
-    name, folder = get_dataset_name(options), get_dataset_folder(options)
+    name = get_dataset_name(options)
+    folder = get_dataset_folder(options)
     images_by_split = {}
     for split, stream in streams.items():
         if isinstance(features[image_column], datasets.Image):
             stream = stream.cast_column(image_column, datasets.Image(decode=False))
         images_by_split[split] = StreamedImages(
-            name, stream.select_columns(columns), image_column, reader, folder, options.shuffle_buffer
+            name,
+            stream.select_columns(columns),
+            image_column,
+            reader,
+            folder,
+            options.shuffle_buffer,
         )
     return Splits(name, label_space, images_by_split, list(streams))
 
@@ -178,7 +212,9 @@ def read_label_column(streams: Any, column: str, options: DataOptions) -> Iterat
     ValueError for WebDataset shards on the Hub, of which all images would be downloaded."""
     for stream in streams.values():
         if "__url__" in (stream.features or {}) and not Path(options.dataset).exists():
-            raise ValueError(f"{options.dataset} does not declare the classes of {column!r}. Set --label-names")
+            raise ValueError(
+                f"{options.dataset} does not declare the classes of {column!r}. Set --label-names"
+            )
         for row in stream.select_columns([column]):
             yield row[column]
 
@@ -207,9 +243,12 @@ class TrainingStream:
     source: StreamedImages
     builder: BatchBuilder
 
-    def iterate_keys(self, plan: BatchPlan, process_index: int, first_step: int) -> Iterator[list[Example]]:
+    def iterate_keys(
+        self, plan: BatchPlan, process_index: int, first_step: int
+    ) -> Iterator[list[Example]]:
         """Yield the encoded examples of each batch of one process, starting at `first_step`. A thread reads ahead."""
-        first_batch, last_batch = first_step * plan.accumulation_steps, plan.num_steps * plan.accumulation_steps
+        first_batch = first_step * plan.accumulation_steps
+        last_batch = plan.num_steps * plan.accumulation_steps
         start = first_batch * plan.batch_size
         examples = self.source.iterate_examples(plan.seed, process_index, plan.num_processes, start)
         batches = (list(islice(examples, plan.batch_size)) for _ in range(first_batch, last_batch))
@@ -217,7 +256,9 @@ class TrainingStream:
 
     def __getitem__(self, examples: list[Example]) -> Batch:
         """Build a batch from encoded examples. Raise ValueError if none of the images can be read."""
-        pixels: dict[int, torch.Tensor] = {}  # position of each readable image in the batch -> pixels
+        pixels: dict[
+            int, torch.Tensor
+        ] = {}  # position of each readable image in the batch -> pixels
         errors: dict[int, str] = {}
         for position, example in enumerate(examples):
             try:
@@ -231,7 +272,8 @@ class TrainingStream:
             )
         first = min(pixels)  # replaces images after the last readable image
         used_positions = [
-            next((readable for readable in pixels if readable >= position), first) for position in range(len(examples))
+            next((readable for readable in pixels if readable >= position), first)
+            for position in range(len(examples))
         ]
         used_examples = [examples[position] for position in used_positions]
         return self.builder.build(

@@ -50,7 +50,11 @@ def build_loader(dataset: Any, num_workers: int, batch_bytes: int, **options: An
     if num_workers:
         check_open_files(num_workers)
         check_shared_memory(num_workers, batch_bytes)
-        options |= {"timeout": TIMEOUT, "prefetch_factor": PREFETCH_FACTOR, "worker_init_fn": prepare_worker}
+        options |= {
+            "timeout": TIMEOUT,
+            "prefetch_factor": PREFETCH_FACTOR,
+            "worker_init_fn": prepare_worker,
+        }
     return DataLoader(dataset, batch_size=None, num_workers=num_workers, **options)
 
 
@@ -69,7 +73,9 @@ def explain_worker_errors(num_workers: int) -> Iterator[None]:
         causes = "too little memory, a limit (ulimit), or storage that does not respond"
         if SHARED_MEMORY.is_dir():
             free_bytes = shutil.disk_usage(SHARED_MEMORY).free
-            causes = f"a full {SHARED_MEMORY} ({format_megabytes(free_bytes)} are free now), {causes}"
+            causes = (
+                f"a full {SHARED_MEMORY} ({format_megabytes(free_bytes)} are free now), {causes}"
+            )
         raise OSError(f"{reason}. Possible causes: {causes}. Set --num-workers 0") from error
 
 
@@ -125,7 +131,11 @@ def prepare_worker(worker_index: int) -> None:
 
 def end_worker(error: BaseException, item: Any) -> NoReturn:
     """End this process, because it cannot pass on a batch. PyTorch raises an error in the parent process."""
-    print(f"a data loading process cannot pass on a batch: {format_error(error)}", file=sys.stderr, flush=True)
+    print(
+        f"a data loading process cannot pass on a batch: {format_error(error)}",
+        file=sys.stderr,
+        flush=True,
+    )
     os._exit(1)
 
 

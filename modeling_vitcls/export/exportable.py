@@ -51,11 +51,17 @@ class NamedOutputsModel(nn.Module):
         attention_outputs: Outputs = {}
         if self.output_attentions:
             model_outputs: list[Any] = []  # outputs of the forward pass that `token_attention` runs
-            hook = self.model.register_forward_hook(lambda module, inputs, output: model_outputs.append(output))
-            cls_attention = self.model.token_attention(pixel_values, tokens=["cls"]).mean(2)  # mean over heads
+            hook = self.model.register_forward_hook(
+                lambda module, inputs, output: model_outputs.append(output)
+            )
+            cls_attention = self.model.token_attention(pixel_values, tokens=["cls"]).mean(
+                2
+            )  # mean over heads
             hook.remove()
             height, width = pixel_values.shape[-2:]
-            attention_outputs["cls_attention"] = extract_patch_maps(cls_attention, self.model.config, (height, width))
+            attention_outputs["cls_attention"] = extract_patch_maps(
+                cls_attention, self.model.config, (height, width)
+            )
         else:
             model_outputs = [self.model(pixel_values)]
         outputs = self.select_outputs(model_outputs[0], self.model) | attention_outputs
@@ -77,10 +83,16 @@ OUTPUT_SELECTORS: dict[type, Callable[[Any, Any], dict[str, torch.Tensor | None]
         "pooler_output": outputs.pooler_output,
     },
     ViTCLSForImageClassification: get_classifier_outputs,
-    ViTCLSForMultiTaskClassification: lambda outputs, model: outputs.logits | (outputs.task_logits or {}),
-    ViTCLSBackbone: lambda outputs, model: dict(zip(model.out_features, outputs.feature_maps, strict=True)),
+    ViTCLSForMultiTaskClassification: lambda outputs, model: (
+        outputs.logits | (outputs.task_logits or {})
+    ),
+    ViTCLSBackbone: lambda outputs, model: dict(
+        zip(model.out_features, outputs.feature_maps, strict=True)
+    ),
 }
-MODEL_CLASSES: dict[str, Any] = {model_class.__name__: model_class for model_class in OUTPUT_SELECTORS}
+MODEL_CLASSES: dict[str, Any] = {
+    model_class.__name__: model_class for model_class in OUTPUT_SELECTORS
+}
 
 
 @torch.no_grad()
@@ -92,7 +104,9 @@ def compute_named_outputs(
     return [wrapped_model(batch) for batch in batches]
 
 
-def load_exportable_model(source: str) -> tuple[ViTCLSPreTrainedModel, ViTCLSImageProcessor | None, bool]:
+def load_exportable_model(
+    source: str,
+) -> tuple[ViTCLSPreTrainedModel, ViTCLSImageProcessor | None, bool]:
     """Load a model folder, a model on the Hub, or a preset with random weights.
 
     Returns:
@@ -104,7 +118,9 @@ def load_exportable_model(source: str) -> tuple[ViTCLSPreTrainedModel, ViTCLSIma
         OSError: If the checkpoint cannot be found or read.
     """
     if is_preset(source):
-        model: ViTCLSPreTrainedModel = ViTCLSForImageClassification(ViTCLSConfig.from_preset(source))
+        model: ViTCLSPreTrainedModel = ViTCLSForImageClassification(
+            ViTCLSConfig.from_preset(source)
+        )
         processor = ViTCLSImageProcessor()
         set_fit(processor, "squash", model.config.image_height_width)
         return model.eval(), processor, False
@@ -118,8 +134,16 @@ def load_exportable_model(source: str) -> tuple[ViTCLSPreTrainedModel, ViTCLSIma
             "model of a supported class"
         )
     model_class = MODEL_CLASSES[class_name]
-    model, loading_info = model_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    model, loading_info = model_class.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
     if missing_weights := sorted(loading_info["missing_keys"]):
-        raise ValueError(f"the checkpoint {source} has no weights for {missing_weights[0]}. Train the model first")
+        raise ValueError(
+            f"the checkpoint {source} has no weights for {missing_weights[0]}. Train the model first"
+        )
     has_processor = Path(folder, "preprocessor_config.json").is_file()
-    return model.eval(), ViTCLSImageProcessor.from_pretrained(folder) if has_processor else None, True
+    return (
+        model.eval(),
+        ViTCLSImageProcessor.from_pretrained(folder) if has_processor else None,
+        True,
+    )

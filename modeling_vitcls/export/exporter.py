@@ -59,11 +59,18 @@ def export_model(options: ExportOptions, output_attentions: bool = False) -> Rep
             are missing, or if `output` is invalid or exists. The message is a single line. Nothing is written if an
             error is raised.
     """
-    source, format_name, output, dtype = options.model, options.format, options.output, options.dtype
+    source, format_name, output, dtype = (
+        options.model,
+        options.format,
+        options.output,
+        options.dtype,
+    )
     file_format = FORMATS[format_name]
     target = output if output.suffix else output / f"model{file_format.suffix}"
     if target.suffix != file_format.suffix:
-        raise ValueError(f"--output {output}: the file name must end in {file_format.suffix}, or have no suffix")
+        raise ValueError(
+            f"--output {output}: the file name must end in {file_format.suffix}, or have no suffix"
+        )
     check_files_do_not_exist(target, get_report_path(target))
     packages = (*file_format.packages, *(["nncf"] if options.int8 else []))
     if missing_packages := [name for name in packages if find_spec(name) is None]:
@@ -72,30 +79,47 @@ def export_model(options: ExportOptions, output_attentions: bool = False) -> Rep
             f"{describe_installation('export')}"
         )
     model, processor, is_trained = load_exportable_model(source)
-    excluded_layers, num_layers = list(options.exclude_layers), model.config.num_hidden_layers
+    excluded_layers = list(options.exclude_layers)
+    num_layers = model.config.num_hidden_layers
     if not set(excluded_layers) <= set(range(1, num_layers + 1)):
         raise ValueError(f"--exclude-layers requires numbers from 1 to {num_layers}")
     if options.dataset is not None and processor is None:
-        raise ValueError(f"--dataset requires an image processor, but {source} has none. Omit --dataset")
-    images = None if options.dataset is None else load_export_images(source, options.dataset, options.split)
+        raise ValueError(
+            f"--dataset requires an image processor, but {source} has none. Omit --dataset"
+        )
+    images = (
+        None
+        if options.dataset is None
+        else load_export_images(source, options.dataset, options.split)
+    )
     is_dynamic = options.dynamic and not options.int8  # int8 graphs have a fixed size
-    graph_shape = select_graph_shape(model, options.image_size, is_dynamic, file_format.has_pytorch_antialias_filter)
-    batches = [build_random_images(shape) for shape in select_image_shapes(model.config, graph_shape)]
+    graph_shape = select_graph_shape(
+        model, options.image_size, is_dynamic, file_format.has_pytorch_antialias_filter
+    )
+    batches = [
+        build_random_images(shape) for shape in select_image_shapes(model.config, graph_shape)
+    ]
     reference_outputs = compute_named_outputs(model, batches, output_attentions)
     names = list(reference_outputs[0])
     graph = trace_model(model, graph_shape, getattr(torch, dtype), output_attentions)
     existing_parent = next(folder for folder in target.absolute().parents if folder.is_dir())
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=existing_parent) as temporary_folder:
+    with tempfile.TemporaryDirectory(
+        prefix=f".{output.name}.", dir=existing_parent
+    ) as temporary_folder:
         folder = Path(temporary_folder)
         file = folder / target.name
         file_format.write(graph, graph_shape, names, file)
-        comparisons = compare_outputs(batches, reference_outputs, run_graph(file, batches, names), dtype)
+        comparisons = compare_outputs(
+            batches, reference_outputs, run_graph(file, batches, names), dtype
+        )
         calibration_images: list[torch.Tensor] = []
         if options.int8:
             assert images is not None, "int8 requires a dataset"
             calibration_images = images.prepare(images.training, processor, NUM_CALIBRATION_IMAGES)
             quantize_graph(file, calibration_images, excluded_layers)
-            comparisons = compare_outputs(batches, reference_outputs, run_graph(file, batches, names), None)
+            comparisons = compare_outputs(
+                batches, reference_outputs, run_graph(file, batches, names), None
+            )
         height_width = ["height", "width"] if graph_shape.is_dynamic else graph_shape.image_size
         report: Report = {
             "format": format_name,
@@ -104,7 +128,9 @@ def export_model(options: ExportOptions, output_attentions: bool = False) -> Rep
             "weights": "trained" if is_trained else "random",
             "dtype": "int8" if options.int8 else dtype,
             "limit": None if options.int8 else LIMITS[dtype],
-            "largest_differences": {name: max(each["differences"][name] for each in comparisons) for name in names},
+            "largest_differences": {
+                name: max(each["differences"][name] for each in comparisons) for name in names
+            },
             "tried": comparisons,
             "input": {
                 "name": INPUT_NAME,
@@ -127,17 +153,25 @@ def export_model(options: ExportOptions, output_attentions: bool = False) -> Rep
             "comparison": None,
         }
         if format_name == "openvino":
-            report["compile_config"] = {"INFERENCE_PRECISION_HINT": "f32"}  # without it, OpenVINO computes in bfloat16
+            report["compile_config"] = {
+                "INFERENCE_PRECISION_HINT": "f32"
+            }  # without it, OpenVINO computes in bfloat16
         if is_trained:
             report["weights_sha256"] = hash_weights(Path(resolve_checkpoint(source)))
-        has_native_size = graph_shape.is_dynamic or graph_shape.image_size == model.config.image_height_width
+        has_native_size = (
+            graph_shape.is_dynamic or graph_shape.image_size == model.config.image_height_width
+        )
         if has_native_size and not isinstance(model, ViTCLSBackbone):
-            exported_model = ExportedModel(file, model.config, use_head="last_hidden_state" not in names)
+            exported_model = ExportedModel(
+                file, model.config, use_head="last_hidden_state" not in names
+            )
             report["speed"] = measure_inference_speed(exported_model, torch.device("cpu"))
         if images is not None:
             pixels = images.prepare(images.held_out, processor, NUM_COMPARED_IMAGES)
             outputs = run_graph(file, pixels, names)
-            report["comparison"] = compare_outputs_on_images(outputs, compute_named_outputs(model, pixels))
+            report["comparison"] = compare_outputs_on_images(
+                outputs, compute_named_outputs(model, pixels)
+            )
             report["evaluation"] = images.measure_file(file)
             if options.int8:
                 check_drop(report, options.max_drop, model, torch.cat(calibration_images[:16]))
@@ -157,7 +191,11 @@ def check_drop(report: Report, max_drop: float, model: Any, images: torch.Tensor
     excluded = report["excluded_layers"]
     layers = [number for number in rank_layers(model, images) if number not in excluded]
     worst = sorted([*excluded, *layers[: max(1, len(layers) // 4)]])
-    interval = f" ({scores['interval'][0]:.1%} to {scores['interval'][1]:.1%})" if scores["interval"] else ""
+    interval = (
+        f" ({scores['interval'][0]:.1%} to {scores['interval'][1]:.1%})"
+        if scores["interval"]
+        else ""
+    )
     raise ValueError(
         f"int8 lowers the {scores['metric']} from {scores['model']:.1%} to {scores['file']:.1%}{interval} on "
         f"{scores['num_images']} images, more than --max-drop {max_drop:g} points. Set --exclude-layers "
@@ -180,7 +218,8 @@ def write_model_files(source: str, folder: Path, report: Report) -> None:
     kept = {key: results[key] for key in kept_keys if key in results}
     (file_name,) = (name for name in report["sha256"] if not name.endswith((".bin", ".data")))
     write_json(
-        folder / RESULTS_FILE, kept | {"weights_sha256": report["weights_sha256"], "files": {file_name: report}}
+        folder / RESULTS_FILE,
+        kept | {"weights_sha256": report["weights_sha256"], "files": {file_name: report}},
     )
 
 
@@ -209,13 +248,19 @@ def move_files(source: Path, target: Path) -> None:
 # Report --------------------------------------------------------------------------------------------------------------
 
 
-def select_image_shapes(config: ViTCLSConfig, graph_shape: GraphShape) -> list[tuple[int, int, int, int]]:
+def select_image_shapes(
+    config: ViTCLSConfig, graph_shape: GraphShape
+) -> list[tuple[int, int, int, int]]:
     """Return the image shapes for the comparison. For a dynamic graph, the shapes include the native, requested and
     smallest sizes, non-square sizes, and a size that is not a multiple of the patch size."""
     if not graph_shape.is_dynamic:
-        return [(batch_size, config.num_channels, *graph_shape.image_size) for batch_size in (1, 2, 3)]
+        return [
+            (batch_size, config.num_channels, *graph_shape.image_size) for batch_size in (1, 2, 3)
+        ]
     (height, width), (patch_height, patch_width) = graph_shape.image_size, config.patch_height_width
-    portrait_width, portrait_height = get_non_square_size((width, height), (patch_width, patch_height))
+    portrait_width, portrait_height = get_non_square_size(
+        (width, height), (patch_width, patch_height)
+    )
     batch_sizes = {
         config.image_height_width: 1,
         graph_shape.image_size: 3,
@@ -231,7 +276,10 @@ def select_image_shapes(config: ViTCLSConfig, graph_shape: GraphShape) -> list[t
 
 
 def compare_outputs(
-    batches: list[torch.Tensor], reference_outputs: list[Outputs], outputs: list[Outputs], dtype: str | None
+    batches: list[torch.Tensor],
+    reference_outputs: list[Outputs],
+    outputs: list[Outputs],
+    dtype: str | None,
 ) -> list[Report]:
     """Return the largest differences between the outputs of a file and of the model for each batch. Raise ValueError
     if the names or shapes differ, or if a difference exceeds `LIMITS`; a dtype of None has no limit."""
@@ -247,7 +295,9 @@ def compare_outputs(
             raise ValueError(
                 f"the written graph must have the outputs {expected_shapes} for images {shape}, but has {shapes}"
             )
-        differences = {name: get_max_magnitude(result[name] - reference[name]) for name in reference}
+        differences = {
+            name: get_max_magnitude(result[name] - reference[name]) for name in reference
+        }
         magnitudes = {name: get_max_magnitude(reference[name]) for name in reference}
         for name, difference in differences.items():
             limit = absolute_limit + relative_limit * magnitudes[name]

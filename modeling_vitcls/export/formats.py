@@ -39,7 +39,9 @@ class Format:
 # ONNX ----------------------------------------------------------------------------------------------------------------
 
 
-def write_onnx(graph: ExportedProgram, graph_shape: GraphShape, names: list[str], file: Path) -> None:
+def write_onnx(
+    graph: ExportedProgram, graph_shape: GraphShape, names: list[str], file: Path
+) -> None:
     """Write a graph to an ONNX file with torch.onnx."""
     try:
         program = torch.onnx.export(
@@ -53,7 +55,9 @@ def write_onnx(graph: ExportedProgram, graph_shape: GraphShape, names: list[str]
     except Exception as error:  # torch.onnx raises many types of errors
         raise ValueError(f"torch.onnx cannot export this model: {format_error(error)}") from error
     assert program is not None
-    for node in program.model.graph:  # names of nodes tell which layer of the model they compute (quantization.py)
+    for node in (
+        program.model.graph
+    ):  # names of nodes tell which layer of the model they compute (quantization.py)
         if match := re.search(r"\blayers\.\d+\b", node.metadata_props.get("namespace", "")):
             node.name = f"{match[0]}/{node.name}"
     num_weight_bytes = sum(weight.nbytes for weight in graph.state_dict.values())
@@ -70,7 +74,9 @@ def run_graph(file: Path, batches: Sequence[torch.Tensor], names: list[str]) -> 
 # OpenVINO ------------------------------------------------------------------------------------------------------------
 
 
-def write_openvino(graph: ExportedProgram, graph_shape: GraphShape, names: list[str], file: Path) -> None:
+def write_openvino(
+    graph: ExportedProgram, graph_shape: GraphShape, names: list[str], file: Path
+) -> None:
     """Write a graph to an ONNX file, and convert the file with OpenVINO."""
     import openvino
 
@@ -88,5 +94,7 @@ OPENVINO_PACKAGES = ("onnx", "onnxscript", "openvino")
 
 FORMATS: dict[str, Format] = {
     "onnx": Format(".onnx", ONNX_PACKAGES, write_onnx),
-    "openvino": Format(".xml", OPENVINO_PACKAGES, write_openvino, has_pytorch_antialias_filter=False),
+    "openvino": Format(
+        ".xml", OPENVINO_PACKAGES, write_openvino, has_pytorch_antialias_filter=False
+    ),
 }

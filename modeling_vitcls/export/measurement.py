@@ -69,7 +69,10 @@ class ExportImages:
             "num_images": metrics["num_images"],
             "metric": metric,
             "model": metrics[metric],
-            "files": {name: evaluator(ExportedModel(file, config, True))[metric] for name, file in files.items()},
+            "files": {
+                name: evaluator(ExportedModel(file, config, True))[metric]
+                for name, file in files.items()
+            },
         }
 
     def measure_file(self, file: Path) -> dict[str, Any] | None:
@@ -80,11 +83,17 @@ class ExportImages:
         scores |= scores.pop("files")
         num_correct = round(scores["file"] * scores["num_images"])
         is_proportion = scores["metric"] == "accuracy"
-        interval = compute_proportion_interval(num_correct, scores["num_images"]) if is_proportion else None
+        interval = (
+            compute_proportion_interval(num_correct, scores["num_images"])
+            if is_proportion
+            else None
+        )
         return scores | {"interval": interval}
 
 
-def load_export_images(source: str, dataset: str, split: str | None = None, batch_size: int = 64) -> ExportImages:
+def load_export_images(
+    source: str, dataset: str, split: str | None = None, batch_size: int = 64
+) -> ExportImages:
     """Load the training images and the held-out images of a dataset. Without labels, or for a model without
     classifier, print why no accuracy is measured.
 
@@ -114,7 +123,9 @@ def load_export_images(source: str, dataset: str, split: str | None = None, batc
         return ExportImages(dataset, getattr(data.train, "images", ()), data.held_out.images, None)
     folder = resolve_checkpoint(source, [*MODEL_FILE_PATTERNS, RESULTS_FILE])
     data_options = set_label_columns(options.data, setup.model.config, folder)
-    training, _ = load_fitting_and_evaluation_data(data_options, split, read_held_out_record(folder))
+    training, _ = load_fitting_and_evaluation_data(
+        data_options, split, read_held_out_record(folder)
+    )
     held_out = setup.evaluator.images
     assert isinstance(held_out, LabeledImages)  # nothing is streamed
     return ExportImages(dataset, training.images.images, held_out.images, setup)
@@ -124,13 +135,19 @@ def compare_outputs_on_images(found: list[Outputs], expected: list[Outputs]) -> 
     """Compare the first output of a file with that of the model, one dict per image: relative error (Frobenius norm),
     mean cosine similarity and, for logits, the fraction of images with the same top-1 label."""
     name = next(iter(expected[0]))
-    values, reference = (torch.cat([outputs[name] for outputs in each]) for each in (found, expected))
+    values, reference = (
+        torch.cat([outputs[name] for outputs in each]) for each in (found, expected)
+    )
     is_logits = reference.ndim == 2
-    top1_agreement = (values.argmax(-1) == reference.argmax(-1)).float().mean().item() if is_logits else None
+    top1_agreement = (
+        (values.argmax(-1) == reference.argmax(-1)).float().mean().item() if is_logits else None
+    )
     return {
         "num_images": len(reference),
         "output": name,
         "relative_error": ((values - reference).norm() / reference.norm()).item(),
-        "cosine_similarity": F.cosine_similarity(values.flatten(1), reference.flatten(1)).mean().item(),
+        "cosine_similarity": F.cosine_similarity(values.flatten(1), reference.flatten(1))
+        .mean()
+        .item(),
         "top1_agreement": top1_agreement,
     }

@@ -24,7 +24,9 @@ from .exportable import NamedOutputsModel
 NUM_CALIBRATION_IMAGES = 300
 
 
-def quantize_graph(file: Path, images: Sequence[torch.Tensor], excluded_layers: Iterable[int] = ()) -> None:
+def quantize_graph(
+    file: Path, images: Sequence[torch.Tensor], excluded_layers: Iterable[int] = ()
+) -> None:
     """Quantize the matrix products of an .onnx or .xml file, except for the patch projection, to int8, in place.
 
     Args:
@@ -39,20 +41,28 @@ def quantize_graph(file: Path, images: Sequence[torch.Tensor], excluded_layers: 
 
     logging.getLogger("nncf").setLevel(logging.ERROR)
     dataset = nncf.Dataset(images, lambda image: {INPUT_NAME: image.numpy()})
-    patterns = [rf"layers\.{number - 1}/.*" for number in excluded_layers]  # names of nodes (formats.py)
+    patterns = [
+        rf"layers\.{number - 1}/.*" for number in excluded_layers
+    ]  # names of nodes (formats.py)
     settings: dict[str, Any] = {
         "model_type": nncf.ModelType.TRANSFORMER,
         "subset_size": len(images),
         # The patch projection, the only convolution, is 1% of the operations. In int8, it doubles the squared error.
-        "ignored_scope": nncf.IgnoredScope(patterns=patterns, types=["Convolution", "Conv"], validate=False),
+        "ignored_scope": nncf.IgnoredScope(
+            patterns=patterns, types=["Convolution", "Conv"], validate=False
+        ),
     }
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # progress bars
             if file.suffix == ".xml":
                 import openvino
 
-                graph = openvino.Core().read_model(file.read_bytes(), file.with_suffix(".bin").read_bytes())
-                openvino.save_model(nncf.quantize(graph, dataset, **settings), file, compress_to_fp16=False)
+                graph = openvino.Core().read_model(
+                    file.read_bytes(), file.with_suffix(".bin").read_bytes()
+                )
+                openvino.save_model(
+                    nncf.quantize(graph, dataset, **settings), file, compress_to_fp16=False
+                )
             else:
                 import onnx
 
@@ -74,13 +84,16 @@ def rank_layers(model: Any, images: torch.Tensor) -> list[int]:
     def compute_output(model: Any) -> torch.Tensor:
         return next(iter(NamedOutputsModel(model)(images).values()))
 
-    expected, errors = compute_output(model), {}
+    expected = compute_output(model)
+    errors = {}
     for number in range(1, model.config.num_hidden_layers + 1):
         quantized = copy.deepcopy(model)
         uninstall_cpu_kernels(quantized)  # fused kernels would skip the hooks
         for module in quantized.base_model.layers[number - 1].modules():
             if isinstance(module, nn.Linear):
-                module.weight.copy_(round_to_int8(module.weight, module.weight.abs().amax(1, keepdim=True)))
+                module.weight.copy_(
+                    round_to_int8(module.weight, module.weight.abs().amax(1, keepdim=True))
+                )
                 module.register_forward_pre_hook(round_inputs)
         errors[number] = (compute_output(quantized) - expected).norm().item()
     return sorted(errors, key=lambda number: -errors[number])

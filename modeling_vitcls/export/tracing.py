@@ -29,10 +29,14 @@ MIN_DYNAMIC_SIZE = 2
 class GraphShape:
     """Image sizes that a graph accepts. The batch size is always dynamic."""
 
-    image_size: tuple[int, int]  # (height, width) in pixels; the only accepted size unless `is_dynamic`
+    image_size: tuple[
+        int, int
+    ]  # (height, width) in pixels; the only accepted size unless `is_dynamic`
     smallest_size: tuple[int, int]  # smallest accepted (height, width) in pixels
     is_dynamic: bool  # whether the graph accepts sizes other than `image_size`
-    fixed_size_reason: str = ""  # reason why the size is fixed although a dynamic size was requested; empty otherwise
+    fixed_size_reason: str = (
+        ""  # reason why the size is fixed although a dynamic size was requested; empty otherwise
+    )
 
 
 def select_graph_shape(
@@ -79,7 +83,10 @@ def get_smallest_size(config: ViTCLSConfig) -> tuple[int, int]:
 
 
 def trace_model(
-    model: ViTCLSPreTrainedModel, graph_shape: GraphShape, dtype: torch.dtype, output_attentions: bool = False
+    model: ViTCLSPreTrainedModel,
+    graph_shape: GraphShape,
+    dtype: torch.dtype,
+    output_attentions: bool = False,
 ) -> ExportedProgram:
     """Trace a copy of a model to a graph with float32 inputs and outputs. Weights and computations have the given
     dtype. Raise ValueError if the model cannot be traced."""
@@ -89,12 +96,15 @@ def trace_model(
     else:
         model = copy.deepcopy(model)
     model.set_attn_implementation("sdpa")  # PyTorch's fused attention
-    model.requires_grad_(False)  # attention masks that require gradients would select a different attention kernel
+    model.requires_grad_(
+        False
+    )  # attention masks that require gradients would select a different attention kernel
     model.to(dtype=dtype)  # type: ignore[call-arg]  # the wrapper of `to` in transformers is untyped
     height, width = graph_shape.image_size
     if graph_shape.is_dynamic:  # not square, and not the native size
         (patch_height, patch_width), num_patches = config.patch_height_width, max(config.grid_size)
-        height, width = (num_patches + 1) * patch_height, (num_patches + 3) * patch_width
+        height = (num_patches + 1) * patch_height
+        width = (num_patches + 3) * patch_width
     images = torch.zeros(MIN_DYNAMIC_SIZE, config.num_channels, height, width)
     try:
         with torch.no_grad():
@@ -103,10 +113,14 @@ def trace_model(
                 (images,),
                 dynamic_shapes=build_dynamic_shapes(graph_shape),
             )
-            graph = graph.run_decompositions({})  # decomposition is required to save vectorized attention masks
+            graph = graph.run_decompositions(
+                {}
+            )  # decomposition is required to save vectorized attention masks
     except Exception as error:  # torch.export raises many types of errors
         hint = ". Set --no-dynamic" if graph_shape.is_dynamic else ""
-        message = f"torch.export cannot trace this {type(model).__name__} ({format_error(error)}){hint}"
+        message = (
+            f"torch.export cannot trace this {type(model).__name__} ({format_error(error)}){hint}"
+        )
         raise ValueError(message) from error
     for node in graph.graph.nodes:
         node.meta.pop("stack_trace", None)  # stack traces contain local paths

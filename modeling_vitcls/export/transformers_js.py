@@ -76,10 +76,14 @@ def export_for_transformers_js(
             "image processor. Set a different --model"
         )
     if dataset is not None and isinstance(model, ViTCLSModel):
-        raise ValueError(f"--dataset requires a classifier, but {source} is an encoder. Remove --dataset")
+        raise ValueError(
+            f"--dataset requires a classifier, but {source} is an encoder. Remove --dataset"
+        )
     preprocessor_config = build_preprocessor_config(processor)
     batches = [
-        build_random_images((BATCH_SIZE, model.config.num_channels, *model.config.image_height_width))
+        build_random_images(
+            (BATCH_SIZE, model.config.num_channels, *model.config.image_height_width)
+        )
         + torch.arange(BATCH_SIZE).view(-1, 1, 1, 1) * index / BATCH_SIZE
         for index in range(NUM_IMAGES // BATCH_SIZE)
     ]
@@ -116,7 +120,8 @@ def export_for_transformers_js(
 
 def build_config(model: ViTCLSPreTrainedModel) -> dict[str, Any]:
     """Return the contents of config.json, from which transformers.js reads the model type and the labels."""
-    config, is_classifier = model.config, isinstance(model, ViTCLSForImageClassification)
+    config = model.config
+    is_classifier = isinstance(model, ViTCLSForImageClassification)
     labels = {"id2label": config.id2label, "label2id": config.label2id} if is_classifier else {}
     return labels | {
         "model_type": "vit",
@@ -151,8 +156,12 @@ def quantize_onnx_file(source: Path, target: Path) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     model = onnx.load(source)
-    model.graph.ClearField("value_info")  # stored shapes do not match the transposed weights of the copy
-    quantize_dynamic(model, target, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"])
+    model.graph.ClearField(
+        "value_info"
+    )  # stored shapes do not match the transposed weights of the copy
+    quantize_dynamic(
+        model, target, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"]
+    )
 
 
 def compare_file(

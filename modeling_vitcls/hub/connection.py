@@ -11,7 +11,11 @@ from typing import Any, TypeVar
 
 from huggingface_hub import constants, get_session, is_offline_mode
 from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
 from transformers.utils import logging as transformers_logging
 
 from ..runtime.errors import format_error
@@ -19,7 +23,9 @@ from ..runtime.errors import format_error
 
 # Base class of the errors in the HTTP library (httpx or httpx2) that huggingface_hub uses.
 HTTPError: type[Exception] = next(base for base in HfHubHTTPError.__bases__ if base is not OSError)
-TimeoutException: type[Exception] = importlib.import_module(HTTPError.__module__.partition(".")[0]).TimeoutException
+TimeoutException: type[Exception] = importlib.import_module(
+    HTTPError.__module__.partition(".")[0]
+).TimeoutException
 # Errors that requests to the Hub can raise: OSError for a refused connection, RuntimeError for a failed upload, and
 # ValueError for invalid metadata.
 HUB_ERRORS: tuple[type[Exception], ...] = (HTTPError, OSError, RuntimeError, ValueError)
@@ -88,7 +94,8 @@ def end_requests_without_response(seconds: float) -> Iterator[None]:
 @contextmanager
 def silence_transformers() -> Iterator[None]:
     """Turn off transformers' progress bars and warnings, for example about unused classifier weights."""
-    verbosity, had_progress_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    verbosity = transformers_logging.get_verbosity()
+    had_progress_bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
@@ -111,7 +118,9 @@ def hide_hub_progress_bars() -> Iterator[None]:
             enable_progress_bars()
 
 
-def retry(action: Callable[[], Result], description: str, waits: Sequence[float] | None = None) -> Result:
+def retry(
+    action: Callable[[], Result], description: str, waits: Sequence[float] | None = None
+) -> Result:
     """Call `action`, retry after temporary failures, and return the result or raise the last error.
 
     Before each retry, a line with the `description`, such as "pushing to someone/model", is logged. `waits` contains
@@ -132,7 +141,9 @@ def retry(action: Callable[[], Result], description: str, waits: Sequence[float]
                 wait = min(float(requested_wait), MAX_RETRY_WAIT)
                 deadline += wait
             delay_text = f"in {wait:.0f} s" if wait >= 1 else "immediately"
-            logger.warning("%s: %s; trying again %s", description, format_hub_error(error), delay_text)
+            logger.warning(
+                "%s: %s; trying again %s", description, format_hub_error(error), delay_text
+            )
             time.sleep(wait)
     return action()
 
@@ -142,7 +153,13 @@ def is_temporary(error: BaseException) -> bool:
     if (response := find_response(error)) is not None:
         return response.status_code in TEMPORARY_STATUSES
     # If the Hub is down, a proxy may return an HTML page instead of JSON.
-    temporary_errors = (HTTPError, ConnectionError, TimeoutError, RuntimeError, json.JSONDecodeError)
+    temporary_errors = (
+        HTTPError,
+        ConnectionError,
+        TimeoutError,
+        RuntimeError,
+        json.JSONDecodeError,
+    )
     return any(isinstance(cause, temporary_errors) for cause in iter_causes(error))
 
 
@@ -155,7 +172,9 @@ def iter_causes(error: BaseException | None) -> Iterator[BaseException]:
 
 def find_response(error: BaseException) -> Any:
     """Return the response of the Hub in the chain of an error and its causes, or None."""
-    return next((cause.response for cause in iter_causes(error) if isinstance(cause, HfHubHTTPError)), None)
+    return next(
+        (cause.response for cause in iter_causes(error) if isinstance(cause, HfHubHTTPError)), None
+    )
 
 
 def format_hub_error(error: BaseException) -> str:

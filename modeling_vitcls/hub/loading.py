@@ -53,7 +53,11 @@ from .model_files import CONFIG_FILE, CONFIG_FILES, WEIGHTS_PATTERNS, list_weigh
 # Files of a model that this package reads. The model's code files are not needed.
 MODEL_FILE_PATTERNS = (*CONFIG_FILES, *WEIGHTS_PATTERNS)
 # Pickled weight files, which older models from other projects contain.
-PICKLED_WEIGHTS_PATTERNS = ("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json")
+PICKLED_WEIGHTS_PATTERNS = (
+    "pytorch_model.bin",
+    "pytorch_model-*-of-*.bin",
+    "pytorch_model.bin.index.json",
+)
 
 TIMEOUT = 6.0  # maximum time without a response, in seconds
 COMMIT_TIMEOUT = 60.0  # maximum time without a response for the files of a commit, in seconds
@@ -71,14 +75,18 @@ class HubCommit:
 
     repo_id: str  # `namespace/name`
     sha: str  # commit hash, 40 hexadecimal digits
-    needs_token: bool  # whether a download requires a token, because the repository is private or gated
+    needs_token: (
+        bool  # whether a download requires a token, because the repository is private or gated
+    )
 
 
 class HubUnreachableError(OSError):
     """Raised if the Hub does not respond. The message is a single line and names the remedy."""
 
 
-def get_model_folder(source: str, patterns: Sequence[str] = MODEL_FILE_PATTERNS, revision: str | None = None) -> str:
+def get_model_folder(
+    source: str, patterns: Sequence[str] = MODEL_FILE_PATTERNS, revision: str | None = None
+) -> str:
     """Return the folder that contains a model's files: `source` itself, or a folder in the cache.
 
     `source` is a folder, or `namespace/name` on the Hub. The files whose names match `patterns` are downloaded.
@@ -90,7 +98,9 @@ def get_model_folder(source: str, patterns: Sequence[str] = MODEL_FILE_PATTERNS,
     """
     if Path(source).exists():
         if revision is not None:
-            raise ValueError(f"a revision requires a model on the Hub, but {source} is a folder. Remove @{revision}")
+            raise ValueError(
+                f"a revision requires a model on the Hub, but {source} is a folder. Remove @{revision}"
+            )
         return source
     if not is_hub_id(source):
         raise OSError(describe_missing_repo(source))
@@ -114,8 +124,12 @@ def check_is_vitcls(source: str, folder: str | Path) -> dict[str, Any]:
         )
     dtype = config_dict.get("dtype") or "float32"
     if not isinstance(getattr(torch, str(dtype), None), torch.dtype):
-        raise ValueError(f"{Path(folder, CONFIG_FILE)}: `dtype` is {dtype!r}, but it must be a type such as float32")
-    is_classifier = any(str(name).endswith("Classification") for name in config_dict.get("architectures") or ())
+        raise ValueError(
+            f"{Path(folder, CONFIG_FILE)}: `dtype` is {dtype!r}, but it must be a type such as float32"
+        )
+    is_classifier = any(
+        str(name).endswith("Classification") for name in config_dict.get("architectures") or ()
+    )
     if is_classifier and not config_dict.get("tasks") and config_dict.get("id2label", {}) is None:
         raise ValueError(
             f"{Path(folder, CONFIG_FILE)}: `id2label` is null, but a classifier requires the names of its labels. "
@@ -123,7 +137,9 @@ def check_is_vitcls(source: str, folder: str | Path) -> dict[str, Any]:
         )
     for name in list_weight_files(Path(folder)):
         if (file := Path(folder, name)).exists():
-            file.open("rb").close()  # otherwise, safetensors reports a file without read permission as missing
+            file.open(
+                "rb"
+            ).close()  # otherwise, safetensors reports a file without read permission as missing
     return config_dict
 
 
@@ -135,19 +151,25 @@ def get_external_model_folder(source: str, revision: str | None = None) -> str:
     return get_model_folder(source, (*MODEL_FILE_PATTERNS, *PICKLED_WEIGHTS_PATTERNS), revision)
 
 
-def fetch_repo_info(repo_id: str, repo_type: RepoType = "model", revision: str | None = None) -> Any:
+def fetch_repo_info(
+    repo_id: str, repo_type: RepoType = "model", revision: str | None = None
+) -> Any:
     """Return the Hub's information about a repository, using at most two requests.
 
     Raise HubUnreachableError if the Hub does not respond, and OSError if there is no such repository or revision.
     """
     try:
         return retry(
-            lambda: HfApi().repo_info(repo_id, repo_type=repo_type, revision=revision, timeout=TIMEOUT),
+            lambda: HfApi().repo_info(
+                repo_id, repo_type=repo_type, revision=revision, timeout=TIMEOUT
+            ),
             f"looking up {repo_id}",
             waits=(RETRY_WAIT,),
         )
     except RepositoryNotFoundError as error:
-        raise OSError(f"{describe_missing_repo(repo_id, repo_type)} ({format_hub_error(error)})") from None
+        raise OSError(
+            f"{describe_missing_repo(repo_id, repo_type)} ({format_hub_error(error)})"
+        ) from None
     except RevisionNotFoundError as error:
         message = f"{repo_id} has no revision {revision} ({format_hub_error(error)})"
         raise OSError(f"{message}. Set an existing commit hash, branch or tag") from None
@@ -177,7 +199,9 @@ def fall_back_to_cache(
     try:
         with force_offline():
             yield None
-    except Exception as error:  # libraries raise different errors for files that are not in the cache
+    except (
+        Exception
+    ) as error:  # libraries raise different errors for files that are not in the cache
         raise OSError(
             f"{repo_id} is not a {PATH_NOUNS[repo_type]} and is missing or incomplete in the cache, and {hub_error}"
         ) from error
@@ -228,7 +252,9 @@ def download_model(repo_id: str, patterns: Sequence[str], revision: str | None) 
     if not (folder / CONFIG_FILE).is_file():
         if is_offline_mode():  # only other files are in the cache
             raise OSError(describe_incomplete_cache(repo_id))
-        raise OSError(f"{repo_id} does not contain a model, because {CONFIG_FILE} is missing. Check the name")
+        raise OSError(
+            f"{repo_id} does not contain a model, because {CONFIG_FILE} is missing. Check the name"
+        )
     return str(folder)
 
 
@@ -245,7 +271,9 @@ def download_files(
         with set_hub_timeout(timeout):
             # Without `local_files_only`, huggingface_hub looks for a commit's files on the Hub even in offline mode.
             target: dict[str, Any] = {"local_dir": folder, "local_files_only": is_offline_mode()}
-            path = snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns), **target)
+            path = snapshot_download(
+                repo_id, revision=revision, allow_patterns=list(patterns), **target
+            )
     except HUB_ERRORS as error:
         if not is_offline_mode():
             raise OSError(f"cannot download {repo_id}: {format_hub_error(error)}") from error
@@ -297,7 +325,11 @@ def load_timm_model(name: str, pretrained: bool = True) -> tuple[nn.Module, str 
         return timm.create_model(name, pretrained=pretrained, pretrained_cfg_overlay=overlay), None
     if not separator:
         config = timm.get_pretrained_cfg(name) if pretrained else None
-        with fall_back_to_cache(config.hf_hub_id) if config is not None and config.hf_hub_id else nullcontext():
+        with (
+            fall_back_to_cache(config.hf_hub_id)
+            if config is not None and config.hf_hub_id
+            else nullcontext()
+        ):
             return timm.create_model(name, pretrained=pretrained), None
     if kind.lower().replace("_", "-") != "hf-hub":
         return timm.create_model(name, pretrained=pretrained), None

@@ -28,7 +28,11 @@ def resolve_name(name: str, is_built_in: bool = False) -> str:
     built-in name (`digits`, a preset) takes precedence over a path.
     """
     prefix, path = split_prefix(name)
-    return f"{prefix}{Path(path).absolute()}" if path and not is_built_in and Path(path).exists() else name
+    return (
+        f"{prefix}{Path(path).absolute()}"
+        if path and not is_built_in and Path(path).exists()
+        else name
+    )
 
 
 def is_local(name: Any) -> bool:
@@ -48,12 +52,19 @@ def make_relative(name: Any) -> Any:
         relative_path = Path(os.path.relpath(path)).as_posix()
     except ValueError:  # the paths are on different Windows drives
         return name
-    return prefix + (relative_path if relative_path.startswith(RELATIVE_PREFIXES) else f"./{relative_path}")
+    return prefix + (
+        relative_path if relative_path.startswith(RELATIVE_PREFIXES) else f"./{relative_path}"
+    )
 
 
 def is_hub_dataset(name: Any) -> bool:
     """Return whether a resolved name is the id of a dataset on the Hub."""
-    return isinstance(name, str) and name != BUILT_IN_DATASET and not is_local(name) and ":" not in name
+    return (
+        isinstance(name, str)
+        and name != BUILT_IN_DATASET
+        and not is_local(name)
+        and ":" not in name
+    )
 
 
 def can_publish_images(flags: dict[str, Any]) -> bool:
@@ -73,9 +84,16 @@ def is_same_source(stored_name: Any, current_name: Any) -> bool:
     """Return whether two names refer to the same dataset or model, even if the files have been moved."""
     if stored_name == current_name or not (isinstance(stored_name, str) and is_local(current_name)):
         return bool(stored_name == current_name)
-    (old_prefix, old_path), (new_prefix, new_path) = split_prefix(stored_name), split_prefix(current_name)
+    (old_prefix, old_path), (new_prefix, new_path) = (
+        split_prefix(stored_name),
+        split_prefix(current_name),
+    )
     is_same_file = Path(old_path).resolve() == Path(new_path).resolve()
-    has_moved = is_local(stored_name) and not Path(old_path).exists() and Path(old_path).name == Path(new_path).name
+    has_moved = (
+        is_local(stored_name)
+        and not Path(old_path).exists()
+        and Path(old_path).name == Path(new_path).name
+    )
     return old_prefix == new_prefix and (is_same_file or has_moved)
 
 
@@ -84,7 +102,9 @@ def split_prefix(name: str) -> tuple[str, str]:
     if name.startswith("timm:"):
         kind, separator, folder = name.removeprefix("timm:").partition(":")
         if separator:
-            return (f"timm:{kind}:", folder) if kind.replace("_", "-") == "local-dir" else (name, "")
+            return (
+                (f"timm:{kind}:", folder) if kind.replace("_", "-") == "local-dir" else (name, "")
+            )
         model, separator, file = name.partition("@")
         return f"{model}{separator}", file
     if name.startswith("transformers:"):
@@ -95,4 +115,6 @@ def split_prefix(name: str) -> tuple[str, str]:
 def check_output_is_empty(output: Path) -> None:
     """Raise ValueError if `output` exists and is not an empty folder."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output} exists and is not empty. Set a different --output, or remove {output}")
+        raise ValueError(
+            f"{output} exists and is not empty. Set a different --output, or remove {output}"
+        )

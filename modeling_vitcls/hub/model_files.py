@@ -23,7 +23,9 @@ PARITY_REPORT_FILE = "parity_report.json"  # parity report of a conversion
 CARD_FILE = "README.md"
 REPORT_FILE = "report.html"  # HTML report with held-out images
 IMAGES_FOLDER = "images"
-SAMPLE_IMAGES_FILE = f"{IMAGES_FOLDER}/attention.png"  # the only figure that shows images of the dataset
+SAMPLE_IMAGES_FILE = (
+    f"{IMAGES_FOLDER}/attention.png"  # the only figure that shows images of the dataset
+)
 CODE_PATTERN = "*_vitcls.py"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = f"{WEIGHTS_FILE}.index.json"  # which file contains which weight, if there are several
@@ -43,7 +45,9 @@ def iter_license_patterns() -> Iterator[str]:
 
 LICENSE_PATTERNS = tuple(iter_license_patterns())
 # License files of a model that was not fine-tuned or converted with this package.
-LICENSE_FILES = tuple(f"{name}{ending}" for name in ("LICENSE", "NOTICE") for ending in ("", ".md", ".txt"))
+LICENSE_FILES = tuple(
+    f"{name}{ending}" for name in ("LICENSE", "NOTICE") for ending in ("", ".md", ".txt")
+)
 # Files that define the model.
 MODEL_PATTERNS = (*CONFIG_FILES, *WEIGHTS_PATTERNS, CODE_PATTERN)
 # Files of a training run, which belong to certain weights.
@@ -62,7 +66,9 @@ ONNX_PATTERNS = ("onnx/*.onnx", ONNX_REPORT_FILE)
 
 def is_match(name: str, patterns: Iterable[str]) -> bool:
     """Return whether a path, such as `images/cat.png`, matches any of the patterns. `*` does not match `/`."""
-    return any(name.count("/") == pattern.count("/") and fnmatchcase(name, pattern) for pattern in patterns)
+    return any(
+        name.count("/") == pattern.count("/") and fnmatchcase(name, pattern) for pattern in patterns
+    )
 
 
 def list_weight_files(folder: Path) -> list[str]:
@@ -73,7 +79,9 @@ def list_weight_files(folder: Path) -> list[str]:
         return [WEIGHTS_FILE]
     weight_map = read_json(index_file).get("weight_map")
     names = list(weight_map.values()) if isinstance(weight_map, dict) else []
-    if not names or not all(isinstance(name, str) and is_match(name, WEIGHTS_PATTERNS) for name in names):
+    if not names or not all(
+        isinstance(name, str) and is_match(name, WEIGHTS_PATTERNS) for name in names
+    ):
         raise ValueError(
             f"cannot read {index_file}: `weight_map` must contain a file such as model-00001-of-00002.safetensors for "
             "each weight. Save or download the model again"
@@ -98,7 +106,10 @@ def list_export_files(folder: Path) -> list[str]:
                 continue
             stem = report_file.name.removesuffix(f"{suffix}.json")
             if isinstance(files, dict):
-                names += [report_file.name, *(name for name in files if name.startswith(f"{stem}."))]
+                names += [
+                    report_file.name,
+                    *(name for name in files if name.startswith(f"{stem}.")),
+                ]
     return [name for name in names if "/" not in name and (folder / name).is_file()]
 
 

@@ -23,8 +23,12 @@ from .model_files import CARD_FILE, CONFIG_FILE, LICENSE_PATTERNS, is_match
 
 
 # timm's license identifiers that the Hub supports. Any other license is `other` on the Hub, with a name and a link.
-HUB_LICENSES = frozenset({"apache-2.0", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "gemma", "mit"})
-LICENSE_LINKS = {"dinov3-license": "https://ai.meta.com/resources/models-and-libraries/dinov3-license/"}
+HUB_LICENSES = frozenset(
+    {"apache-2.0", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "gemma", "mit"}
+)
+LICENSE_LINKS = {
+    "dinov3-license": "https://ai.meta.com/resources/models-and-libraries/dinov3-license/"
+}
 
 
 @dataclass(frozen=True)
@@ -32,17 +36,27 @@ class Provenance:
     """Name, base model and license of a source model, for the card of a derived model."""
 
     name: str  # public name: a Hub id, a timm name, or the last component of a local path
-    base_model: str | list[str] | None = None  # the Hub id or ids for `base_model` in a card; None if unknown
+    base_model: str | list[str] | None = (
+        None  # the Hub id or ids for `base_model` in a card; None if unknown
+    )
     # One or more Hub license identifiers; `other` requires a name and a link.
     license: str | list[str] | None = None
     license_name: str | None = None  # name of an `other` license
-    license_link: str | None = None  # URL of the text of an `other` license, or the name of one of `license_files`
-    license_files: tuple[Path, ...] = field(default=(), repr=False)  # local files with the license text
+    license_link: str | None = (
+        None  # URL of the text of an `other` license, or the name of one of `license_files`
+    )
+    license_files: tuple[Path, ...] = field(
+        default=(), repr=False
+    )  # local files with the license text
 
     @property
     def license_metadata(self) -> dict[str, Any]:
         """Return the license as keyword arguments of ModelCardData."""
-        return {"license": self.license, "license_name": self.license_name, "license_link": self.license_link}
+        return {
+            "license": self.license,
+            "license_name": self.license_name,
+            "license_link": self.license_link,
+        }
 
     @property
     def license_label(self) -> str | None:
@@ -57,7 +71,9 @@ class Provenance:
     @classmethod
     def from_dict(cls, values: dict[str, Any], folder: Path) -> Self:
         """Return the provenance that `to_dict` stored in the results.json of a model folder."""
-        names = [name for name in values.get("license_files", ()) if is_match(name, LICENSE_PATTERNS)]
+        names = [
+            name for name in values.get("license_files", ()) if is_match(name, LICENSE_PATTERNS)
+        ]
         files = (folder / name for name in names)
         return cls(**values | {"license_files": tuple(file for file in files if file.is_file())})
 
@@ -101,17 +117,26 @@ def read_folder_provenance(folder: Path, repo_id: str | None = None) -> Provenan
         card_metadata = metadata_load(folder / CARD_FILE) or {}
     except (OSError, ValueError, yaml.YAMLError):  # no readable card
         card_metadata = {}
-    provenance = Provenance(repo_id or folder.resolve().name, base_model=repo_id or card_metadata.get("base_model"))
+    provenance = Provenance(
+        repo_id or folder.resolve().name, base_model=repo_id or card_metadata.get("base_model")
+    )
     license_id = card_metadata.get("license")
     if not license_id or license_id == "unknown":
         return provenance
-    matching_files = (file for pattern in LICENSE_PATTERNS for file in sorted(folder.glob(pattern)) if file.is_file())
+    matching_files = (
+        file
+        for pattern in LICENSE_PATTERNS
+        for file in sorted(folder.glob(pattern))
+        if file.is_file()
+    )
     license_files = tuple(dict.fromkeys(matching_files))  # license files come before notice files
     license_link = card_metadata.get("license_link")
     if not license_link and license_id == "other" and license_files:
         license_link = license_files[0].name
     if license_link and "://" not in license_link and not (folder / license_link).is_file():
-        license_link = f"{constants.ENDPOINT}/{repo_id}/blob/main/{license_link}" if repo_id else None
+        license_link = (
+            f"{constants.ENDPOINT}/{repo_id}/blob/main/{license_link}" if repo_id else None
+        )
     return replace(
         provenance,
         license=license_id,
@@ -126,7 +151,11 @@ def find_timm_provenance(name: str) -> Provenance:
     kind, separator, location = name.partition(":")
     if separator:
         is_hub = kind.replace("_", "-") == "hf-hub"
-        return fetch_hub_provenance(location.partition("@")[0]) if is_hub else read_folder_provenance(Path(location))
+        return (
+            fetch_hub_provenance(location.partition("@")[0])
+            if is_hub
+            else read_folder_provenance(Path(location))
+        )
     name, _, file = name.partition("@")
     if file:
         return Provenance(f"timm:{name}")
@@ -145,4 +174,6 @@ def find_timm_provenance(name: str) -> Provenance:
     license_link = LICENSE_LINKS.get(config.license) or (
         f"https://huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else None
     )
-    return replace(provenance, license="other", license_name=config.license, license_link=license_link)
+    return replace(
+        provenance, license="other", license_name=config.license, license_link=license_link
+    )

@@ -33,7 +33,9 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
         return -float(log_probabilities[np.arange(len(labels)), labels].mean())
 
     bounds = (math.log(MIN_TEMPERATURE), math.log(MAX_TEMPERATURE))
-    return math.exp(minimize_scalar(compute_loss, bounds=bounds, method="bounded", options={"xatol": 1e-6}).x)
+    return math.exp(
+        minimize_scalar(compute_loss, bounds=bounds, method="bounded", options={"xatol": 1e-6}).x
+    )
 
 
 def compute_energies(logits: np.ndarray) -> np.ndarray:
@@ -47,7 +49,9 @@ def find_energy_threshold(logits: np.ndarray, recall: float = KNOWN_RECALL) -> f
     return float(np.quantile(compute_energies(logits), recall, method="higher"))
 
 
-def measure_unknown(known_logits: np.ndarray, unknown_logits: np.ndarray, threshold: float | None) -> dict[str, Any]:
+def measure_unknown(
+    known_logits: np.ndarray, unknown_logits: np.ndarray, threshold: float | None
+) -> dict[str, Any]:
     """Return the area under the ROC curve of the energy for the logits [N, L] of images of the classes and [M, L] of
     other images, and the fraction of the other images above the energy threshold (None without a threshold)."""
     from sklearn.metrics import roc_auc_score
@@ -71,7 +75,9 @@ def find_score_limit(probabilities: np.ndarray, labels: np.ndarray, coverage: fl
     """
     rank = math.ceil((len(labels) + 1) * coverage)
     if rank > len(labels):
-        required = math.ceil(coverage / (1 - coverage) - 1e-9)  # without rounding errors, as for 0.9
+        required = math.ceil(
+            coverage / (1 - coverage) - 1e-9
+        )  # without rounding errors, as for 0.9
         raise ValueError(
             f"--coverage {coverage} requires at least {required} labeled images, but there are {len(labels)}. "
             "Set a lower --coverage"
@@ -96,7 +102,8 @@ def measure_prediction_sets(
         limit = find_score_limit(probabilities[::2], labels[::2], coverage)
     except ValueError:
         return []
-    sets, labels = build_prediction_sets(probabilities[1::2], limit), labels[1::2]
+    sets = build_prediction_sets(probabilities[1::2], limit)
+    labels = labels[1::2]
     is_covered = sets[np.arange(len(sets)), labels]
     groups = [(ALL_CLASSES, np.ones(len(labels), dtype=bool))]
     groups += [(name, labels == index) for index, name in enumerate(names)]

@@ -47,7 +47,9 @@ class EmbedImages:
         fit: str | None = None,
         device: str | None = None,
     ) -> None:
-        self.model, self.features, self.image_column = str(model), tuple(features), image_column
+        self.model = str(model)
+        self.features = tuple(features)
+        self.image_column = image_column
         self.dtype, self.batch_size, self.fit, self.device = dtype, batch_size, fit, device
         self.predictor: Predictor | None = None
 
@@ -63,13 +65,17 @@ class EmbedImages:
             self.predictor = self.build_predictor()
         column = self.image_column or next((name for name in IMAGE_COLUMNS if name in batch), None)
         if batch and column not in batch:
-            raise ValueError(f"the batch has only the columns {', '.join(batch)}. Set image_column to one of them")
+            raise ValueError(
+                f"the batch has only the columns {', '.join(batch)}. Set image_column to one of them"
+            )
         images = batch[column] if column is not None and batch else ()
         records = (build_record(index, image, Path()) for index, image in enumerate(images))
         rows = list(self.predictor.iterate_rows(records))
         columns: Any = self.predictor.columns
         outputs: dict[str, Any] = {name: values for name, values in batch.items() if name != column}
-        for name, (output_name, feature) in zip(self.features, columns.features.items(), strict=True):
+        for name, (output_name, feature) in zip(
+            self.features, columns.features.items(), strict=True
+        ):
             width = self.predictor.model.config.hidden_size
             shape = (width,) if feature.num_tokens == 1 else (feature.num_tokens, width)
             missing = np.full(shape, np.nan, self.dtype)

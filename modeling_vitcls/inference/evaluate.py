@@ -47,7 +47,9 @@ class EvaluationSetup(NamedTuple):
 
     model: Any  # on the device, in eval mode
     evaluator: Evaluator
-    build_evaluator: Callable[[LabeledImages], Evaluator]  # for other images with the labels of the model
+    build_evaluator: Callable[
+        [LabeledImages], Evaluator
+    ]  # for other images with the labels of the model
     split: str
     part: EvaluatedPart  # of the split
     weights_hash: dict[str, str] | None  # SHA-256 of each weight file, by file name
@@ -61,8 +63,12 @@ def load_evaluation(
 ) -> EvaluationSetup:
     """Load the model and the labeled images. The errors are the same as in `evaluate_checkpoint`."""
     with accelerator.main_process_first():  # the main process downloads the files
-        precision = announce_precision(accelerator, options.mixed_precision, options.model, options.backend)
-        model, processor = load_model(options.model, True, options.fit, options.backend, accelerator.mixed_precision)
+        precision = announce_precision(
+            accelerator, options.mixed_precision, options.model, options.backend
+        )
+        model, processor = load_model(
+            options.model, True, options.fit, options.backend, accelerator.mixed_precision
+        )
         check_is_classifier(model.config)
         folder = resolve_checkpoint(options.model, list_file_patterns(options.backend))
         record = read_held_out_record(folder)
@@ -70,7 +76,9 @@ def load_evaluation(
         print_line(precision)
     model = model.to(accelerator.device).eval()
     data_options = set_label_columns(options.data, model.config, folder)
-    load_data = partial(load_evaluation_data, data_options, options.split, record, max_images=options.max_images)
+    load_data = partial(
+        load_evaluation_data, data_options, options.split, record, max_images=options.max_images
+    )
     data = load_on_main(accelerator, data_options.dataset, load_data)
     if data.part.warning is not None:
         warn(data.part.warning)
@@ -109,9 +117,13 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     setup = load_evaluation(options, accelerator, warn, partial(console.print, markup=False))
     model, evaluator, kind = setup.model, setup.evaluator, setup.evaluator.label_space.kind
     if options.per_image is not None and kind == "multi_task":
-        raise ValueError("--per-image requires a single task. Use `vitcls predict --dataset` for several tasks")
+        raise ValueError(
+            "--per-image requires a single task. Use `vitcls predict --dataset` for several tasks"
+        )
     if options.unknown_dataset is not None and kind != "single_label_classification":
-        raise ValueError(f"--unknown-dataset requires one label per image, not {kind}. Remove --unknown-dataset")
+        raise ValueError(
+            f"--unknown-dataset requires one label per image, not {kind}. Remove --unknown-dataset"
+        )
     evaluator.keep_logits = options.unknown_dataset is not None or options.per_image is not None
     start_time = time.perf_counter()
     metrics = evaluator(model, console)
@@ -122,7 +134,9 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
         **metrics,
     }
     if options.unknown_dataset is not None:
-        results["unknown"] = evaluate_unknown(options, setup, accelerator, get_outputs(evaluator)[0])
+        results["unknown"] = evaluate_unknown(
+            options, setup, accelerator, get_outputs(evaluator)[0]
+        )
     print_results(results, setup.part, model.config, console)
     if accelerator.is_main_process:
         write_results(options, results, console)
@@ -135,16 +149,23 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
 
 
 def evaluate_unknown(
-    options: EvaluateOptions, setup: EvaluationSetup, accelerator: Accelerator, known_logits: np.ndarray
+    options: EvaluateOptions,
+    setup: EvaluationSetup,
+    accelerator: Accelerator,
+    known_logits: np.ndarray,
 ) -> dict[str, Any]:
     """Return how well the energy separates the images of `--unknown-dataset` from those with `known_logits` [N, L].
     The test split is used or, if there is none, another evaluation split or the only split."""
     assert options.unknown_dataset is not None
     data_options = replace(options.data, dataset=options.unknown_dataset, streaming=False)
-    splits = load_on_main(accelerator, data_options.dataset, partial(load_splits, data_options, use_labels=False))
+    splits = load_on_main(
+        accelerator, data_options.dataset, partial(load_splits, data_options, use_labels=False)
+    )
     split = next((name for name in EVALUATION_SPLITS if name in splits.names), splits.names[0])
     images = splits.images_by_split[split].images
-    evaluator = setup.build_evaluator(LabeledImages(images, [0] * len(images)))  # the labels are not used
+    evaluator = setup.build_evaluator(
+        LabeledImages(images, [0] * len(images))
+    )  # the labels are not used
     evaluator.keep_logits = True
     evaluator(setup.model)
     unknown_logits = get_outputs(evaluator)[0]
@@ -152,7 +173,9 @@ def evaluate_unknown(
     return {"dataset": splits.name, "split": split, **round_floats(measured)}
 
 
-def set_up_evaluation(options: EvaluateOptions) -> tuple[Accelerator, Console, Callable[[str], None]]:
+def set_up_evaluation(
+    options: EvaluateOptions,
+) -> tuple[Accelerator, Console, Callable[[str], None]]:
     """Build the accelerator, the console of the main process, and a function that prints a warning to the console."""
     accelerator = build_accelerator(mixed_precision=options.mixed_precision)
     console = Console(quiet=not accelerator.is_main_process, soft_wrap=True, highlight=False)
@@ -205,7 +228,11 @@ def set_label_columns(options: DataOptions, config: ViTCLSConfig, folder: str) -
         return options
     results = read_json(file)
     columns = results.get("label_column")
-    return replace(options, label_column=columns and tuple(columns), label_separator=results.get("label_separator"))
+    return replace(
+        options,
+        label_column=columns and tuple(columns),
+        label_separator=results.get("label_separator"),
+    )
 
 
 # Labels --------------------------------------------------------------------------------------------------------------
@@ -227,8 +254,12 @@ def match_labels(images: Any, data_space: LabelSpace, model_space: LabelSpace) -
             f"{', '.join(data_space.columns)}. Select the columns of the tasks with --label-column"
         )
     for column, names in model_space.columns.items():
-        data_names = data_space.columns[column] if data_space.kind == "multi_task" else data_space.names
-        repeated = sorted(name for name, number in Counter(names).items() if number > 1 and name in data_names)
+        data_names = (
+            data_space.columns[column] if data_space.kind == "multi_task" else data_space.names
+        )
+        repeated = sorted(
+            name for name, number in Counter(names).items() if number > 1 and name in data_names
+        )
         if repeated:
             raise ValueError(
                 f"the model has several labels with the name {repeated[0]!r}, so that images of the dataset cannot be "
@@ -239,16 +270,27 @@ def match_labels(images: Any, data_space: LabelSpace, model_space: LabelSpace) -
         return replace(images, convert_label=convert)
     if isinstance(images.labels, MultiHotLabels):
         rows = (map(convert, images.labels.get_indices(row).tolist()) for row in range(len(images)))
-        return LabeledImages(images.images, MultiHotLabels.from_indices(rows, len(model_space.names)))
+        return LabeledImages(
+            images.images, MultiHotLabels.from_indices(rows, len(model_space.names))
+        )
     return LabeledImages(images.images, list(map(convert, images.labels)))
 
 
-def convert_label(data_space: LabelSpace, model_space: LabelSpace, label: Any, task: str | None = None) -> Any:
+def convert_label(
+    data_space: LabelSpace, model_space: LabelSpace, label: Any, task: str | None = None
+) -> Any:
     """Convert a label of a dataset to the label of the model with the same name. `task` is the task of an index."""
     if isinstance(label, dict):
-        return {name: convert_label(data_space, model_space, label[name], name) for name in model_space.columns}
+        return {
+            name: convert_label(data_space, model_space, label[name], name)
+            for name in model_space.columns
+        }
     if isinstance(label, list):
-        indices = [convert_label(data_space, model_space, index) for index, value in enumerate(label) if value]
+        indices = [
+            convert_label(data_space, model_space, index)
+            for index, value in enumerate(label)
+            if value
+        ]
         return MultiHotLabels.from_indices([indices], len(model_space.names))[0]
     if label == IGNORED_LABEL:
         return IGNORED_LABEL
@@ -272,14 +314,20 @@ def convert_label(data_space: LabelSpace, model_space: LabelSpace, label: Any, t
 # Output --------------------------------------------------------------------------------------------------------------
 
 
-def print_results(results: dict[str, Any], part: EvaluatedPart, config: ViTCLSConfig, console: Console) -> None:
+def print_results(
+    results: dict[str, Any], part: EvaluatedPart, config: ViTCLSConfig, console: Console
+) -> None:
     """Print the metrics, and the metrics of each class if there are few classes."""
     images_text = f"{results['num_images']:,} images of {results['dataset']}"
     summary = f"{images_text} ({part.describe()}), each counted once"
     console.print(f"{summary}; {results['images_per_second']:,} images/s", markup=False)
     console.print(build_table("", ["Metric", "Value"], build_metric_rows(results, config)))
     if unknown := results.get("unknown"):
-        flagged = "" if unknown["flagged"] is None else f"; {unknown['flagged']:.1%} are flagged as unknown"
+        flagged = (
+            ""
+            if unknown["flagged"] is None
+            else f"; {unknown['flagged']:.1%} are flagged as unknown"
+        )
         console.print(
             f"unknown images: AUROC {unknown['auroc']:.4f} of the energy against {unknown['num_images']:,} images of "
             f"{unknown['dataset']} ({unknown['split']}){flagged}",

@@ -37,7 +37,9 @@ from ..runtime.progress import track
 from .metrics import METRICS, select_scalars
 
 
-MAX_CACHE_BYTES = 256 * 2**20  # maximum size of the cache of preprocessed images per process, in bytes
+MAX_CACHE_BYTES = (
+    256 * 2**20
+)  # maximum size of the cache of preprocessed images per process, in bytes
 
 
 @dataclass
@@ -82,15 +84,21 @@ class HeldOutBatches(Dataset):
     def __iter__(self) -> Iterator[Sequence[Key]]:
         if isinstance(self.source, StreamedImages):
             examples = self.source.iterate_in_order(self.process_index, self.num_processes)
-            keys = ((self.process_index + n * self.num_processes, example) for n, example in enumerate(examples))
-            yield from read_ahead(iter(lambda: list(islice(keys, self.batch_size)), []), num_items=2)
+            keys = (
+                (self.process_index + n * self.num_processes, example)
+                for n, example in enumerate(examples)
+            )
+            yield from read_ahead(
+                iter(lambda: list(islice(keys, self.batch_size)), []), num_items=2
+            )
             return
         for batch_index in range(len(self)):
             start = (batch_index * self.num_processes + self.process_index) * self.batch_size
             yield range(start, min(start + self.batch_size, len(self.source)))
 
     def __getitem__(self, keys: Sequence[Key]) -> HeldOutBatch:
-        pixel_values, labels = [], []
+        pixel_values = []
+        labels = []
         batch = HeldOutBatch(None, None, [], {})
         for key in keys:
             index, example = key if isinstance(key, tuple) else (key, None)
@@ -98,10 +106,13 @@ class HeldOutBatches(Dataset):
                 if example is None:
                     image, label = self.source.images[index], self.source.labels[index]  # type: ignore[union-attr]
                 else:
-                    image, label = decode_image(example.encoded_image, example.name), example.label
+                    image = decode_image(example.encoded_image, example.name)
+                    label = example.label
                 pixels = self.processor(image, return_tensors="pt")["pixel_values"][0]  # [C, H, W]
                 check_channels(image, pixels, self.num_channels)
-            except ValueError as error:  # UnreadableImage, or an image that the image processor does not support
+            except (
+                ValueError
+            ) as error:  # UnreadableImage, or an image that the image processor does not support
                 batch.error_messages[index] = str(error)
                 continue
             pixel_values.append(pixels)
@@ -118,7 +129,8 @@ def collate_labels(labels: list[Any], label_space: LabelSpace) -> Any:
     """Return the labels of G images, 0 or more, as [G] `int64`, [G, L] `float32`, or {task: [G] `int64`}."""
     if label_space.kind == "multi_task":
         return {
-            task: torch.tensor([label[task] for label in labels], dtype=torch.int64) for task in label_space.columns
+            task: torch.tensor([label[task] for label in labels], dtype=torch.int64)
+            for task in label_space.columns
         }
     if label_space.kind == "multi_label_classification":
         return torch.tensor(labels, dtype=torch.float32).reshape(-1, len(label_space.names))
@@ -170,7 +182,9 @@ class Evaluator:
         )
         height, width = get_output_size(processor)
         image_bytes = (num_channels or 3) * (height or 0) * (width or 0) * torch.float32.itemsize
-        batch_images = batch_size if isinstance(images, StreamedImages) else min(batch_size, len(images))
+        batch_images = (
+            batch_size if isinstance(images, StreamedImages) else min(batch_size, len(images))
+        )
         self.num_workers = options.num_workers
         self.loader = build_loader(
             batches,
@@ -200,8 +214,11 @@ class Evaluator:
             batches,
             self.pass_name,
             len(self.images) if isinstance(self.images, LabeledImages) else None,
-            count=lambda batch: (len(batch.indices) + len(batch.error_messages)) * self.accelerator.num_processes,
-            console=console or Console(quiet=not self.accelerator.is_main_process, soft_wrap=True, highlight=False),
+            count=lambda batch: (
+                (len(batch.indices) + len(batch.error_messages)) * self.accelerator.num_processes
+            ),
+            console=console
+            or Console(quiet=not self.accelerator.is_main_process, soft_wrap=True, highlight=False),
             has_bar=console is not None,
         )
         metrics = self.build_metrics()
@@ -219,8 +236,16 @@ class Evaluator:
             if metrics is not None:
                 metrics.update(outputs, send_to_device(batch.labels, self.accelerator.device))
             if self.keep_logits:  # without padding
-                logits = outputs.logits.float().cpu().numpy()  # a row of a tensor would be pickled with its batch
-                rows += map(OutputRow, batch.indices, batch.labels, logits, batch.names or [""] * len(batch.indices))
+                logits = (
+                    outputs.logits.float().cpu().numpy()
+                )  # a row of a tensor would be pickled with its batch
+                rows += map(
+                    OutputRow,
+                    batch.indices,
+                    batch.labels,
+                    logits,
+                    batch.names or [""] * len(batch.indices),
+                )
 
         error_messages = dict(sorted(gather_object(list(error_messages.items()))))
         if self.keep_logits:
@@ -229,15 +254,21 @@ class Evaluator:
                 names = self.images.images.get_names()
                 self.rows = [replace(row, name=names[row.index]) for row in self.rows]
         self.unreadable_counter.add(error_messages)
-        num_readable, num_wrong = map(sum, zip(*gather_object([(num_readable, num_not_finite.item())]), strict=True))
+        num_readable, num_wrong = map(
+            sum, zip(*gather_object([(num_readable, num_not_finite.item())]), strict=True)
+        )
         if not num_readable:
-            raise ValueError(f"none of the {len(error_messages)} images can be read. Check the dataset")
+            raise ValueError(
+                f"none of the {len(error_messages)} images can be read. Check the dataset"
+            )
         if num_wrong:
             raise ValueError(
                 f"the outputs of the model are not finite for {num_wrong:,} of {num_readable:,} images. Check the "
                 "weights, or set --mixed-precision no"
             )
-        values = {"num_images": len(self.rows)} if metrics is None else round_floats(metrics.compute())
+        values = (
+            {"num_images": len(self.rows)} if metrics is None else round_floats(metrics.compute())
+        )
         return select_scalars(values) | {"num_unreadable_images": len(error_messages)} | values
 
     def synchronize(self, batches: Iterable[HeldOutBatch]) -> Iterator[HeldOutBatch]:
@@ -266,8 +297,12 @@ class Evaluator:
             pixel_values = torch.zeros(0, config.num_channels, *config.image_height_width)
         is_compiled = getattr(model, "_compiled_call_impl", None) is not None
         num_padding = self.batch_size - len(pixel_values)
-        if num_padding and (self.accelerator.num_processes > 1 or is_compiled or not len(pixel_values)):
-            pixel_values = torch.cat([pixel_values, pixel_values.new_zeros(num_padding, *pixel_values.shape[1:])])
+        if num_padding and (
+            self.accelerator.num_processes > 1 or is_compiled or not len(pixel_values)
+        ):
+            pixel_values = torch.cat(
+                [pixel_values, pixel_values.new_zeros(num_padding, *pixel_values.shape[1:])]
+            )
         return pixel_values.to(self.accelerator.device)
 
     def load_batches(self) -> Iterator[HeldOutBatch]:
@@ -283,7 +318,9 @@ class Evaluator:
                 num_bytes += 0 if batch.pixel_values is None else batch.pixel_values.nbytes
                 if num_bytes > MAX_CACHE_BYTES:
                     cache = None
-                elif cache is not None:  # without a copy, shared memory would keep one file per tensor open
+                elif (
+                    cache is not None
+                ):  # without a copy, shared memory would keep one file per tensor open
                     cache.append(copy.deepcopy(batch))
                 yield batch
         self.cache = cache

@@ -55,7 +55,9 @@ class ExportedGraph(nn.Module):
         try:
             self.run = open_openvino(file, precision) if file.suffix == ".xml" else open_onnx(file)
         except ImportError as error:
-            raise ValueError(f"{file} requires {error.name}. {describe_installation('export')}") from error
+            raise ValueError(
+                f"{file} requires {error.name}. {describe_installation('export')}"
+            ) from error
         except Exception as error:  # both runtimes raise undocumented exceptions
             raise ValueError(f"{file} cannot be read: {format_error(error)}") from error
 
@@ -97,7 +99,10 @@ def get_openvino_core() -> Any:
 
 def open_openvino(file: Path, precision: str) -> Runner:
     """Compile an OpenVINO file for the CPU."""
-    hints = {"INFERENCE_PRECISION_HINT": OPENVINO_HINTS[precision], "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    hints = {
+        "INFERENCE_PRECISION_HINT": OPENVINO_HINTS[precision],
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+    }
     compiled_model = get_openvino_core().compile_model(file, "CPU", hints)
     names = [output.get_any_name() for output in compiled_model.outputs]
     return lambda inputs: dict(zip(names, compiled_model(inputs).to_tuple(), strict=True))
@@ -116,13 +121,18 @@ class ExportedModel(nn.Module):
         ValueError: If the file cannot be read, or the runtime does not support the precision.
     """
 
-    device, dtype = torch.device("cpu"), torch.float32
+    device = torch.device("cpu")
+    dtype = torch.float32
 
-    def __init__(self, file: Path, config: ViTCLSConfig, use_head: bool, mixed_precision: str = "no") -> None:
+    def __init__(
+        self, file: Path, config: ViTCLSConfig, use_head: bool, mixed_precision: str = "no"
+    ) -> None:
         super().__init__()
         supported = ("no", "bf16") if file.suffix == ".xml" else ("no",)
         if mixed_precision not in supported:
-            raise ValueError(f"{file.name} supports --mixed-precision {' or '.join(supported)}. Set one of them")
+            raise ValueError(
+                f"{file.name} supports --mixed-precision {' or '.join(supported)}. Set one of them"
+            )
         self.config, self.use_head = config, use_head
         weights_file = file.with_suffix(".bin") if file.suffix == ".xml" else Path(f"{file}.data")
         self.files = [file, *filter(Path.is_file, [weights_file])]
@@ -134,23 +144,35 @@ class ExportedModel(nn.Module):
         return self
 
     def forward(
-        self, pixel_values: torch.Tensor, output_hidden_states: bool = False, num_output_tokens: int | None = None
+        self,
+        pixel_values: torch.Tensor,
+        output_hidden_states: bool = False,
+        num_output_tokens: int | None = None,
     ) -> SimpleNamespace:
         """Return the outputs [B, ...] of the model for images [B, C, H, W], on the device of the images. The graph
         always computes all tokens (`num_output_tokens`)."""
         if output_hidden_states:
-            raise ValueError(f"{self.graph.file} has only the outputs of the last layer. Set --backend torch")
-        outputs = {name: output.to(pixel_values.device) for name, output in self.graph(pixel_values).items()}
+            raise ValueError(
+                f"{self.graph.file} has only the outputs of the last layer. Set --backend torch"
+            )
+        outputs = {
+            name: output.to(pixel_values.device)
+            for name, output in self.graph(pixel_values).items()
+        }
         tasks = self.config.task_labels() if self.use_head else {}
         for name in tasks or ["logits" if self.use_head else "last_hidden_state"]:
             if name not in outputs:
-                raise GraphError(f"{self.graph.file} has no output {name}. Export the model that --model names")
+                raise GraphError(
+                    f"{self.graph.file} has no output {name}. Export the model that --model names"
+                )
             if len(outputs[name]) != len(pixel_values):
                 raise GraphError(
                     f"{self.graph.file} has {len(outputs[name])} rows of {name} for {len(pixel_values)} images. "
                     "Export the model that --model names"
                 )
-        return SimpleNamespace(**{"logits": outputs} if tasks else {"distillation_logits": None} | outputs)
+        return SimpleNamespace(
+            **{"logits": outputs} if tasks else {"distillation_logits": None} | outputs
+        )
 
 
 def load_exported_model(
@@ -192,16 +214,22 @@ def check_weights(file: Path, folder: Path, requires_report: bool) -> None:
     if weights_hash is None:
         return
     report_file = file.with_name(f"{file.name}.json")
-    remedy = f"Remove {file} and {report_file.name}, and repeat `{format_export_command(file, folder)}`"
+    remedy = (
+        f"Remove {file} and {report_file.name}, and repeat `{format_export_command(file, folder)}`"
+    )
     if not report_file.is_file():
         if requires_report:
-            raise GraphError(f"{file} may belong to other weights, because {report_file.name} is missing. {remedy}")
+            raise GraphError(
+                f"{file} may belong to other weights, because {report_file.name} is missing. {remedy}"
+            )
         return
     report = read_json(report_file)
     if report.get("weights_sha256") != weights_hash:
         raise GraphError(f"{file} was exported from other weights than those in {folder}. {remedy}")
     file_hashes = report.get("sha256", {})
-    if file_hashes != hash_files(file.with_name(name) for name in file_hashes if file.with_name(name).is_file()):
+    if file_hashes != hash_files(
+        file.with_name(name) for name in file_hashes if file.with_name(name).is_file()
+    ):
         raise GraphError(f"{file} has changed since {report_file.name} was written. {remedy}")
 
 
@@ -210,18 +238,30 @@ def check_outputs(model: ExportedModel, processor: ViTCLSImageProcessor) -> None
     are not floating-point numbers."""
     config: Any = model.config
     image = torch.zeros(config.num_channels, *config.image_height_width, dtype=torch.uint8)
-    pixel_values = processor(image, input_data_format="channels_first", return_tensors="pt")[INPUT_NAME]
+    pixel_values = processor(image, input_data_format="channels_first", return_tensors="pt")[
+        INPUT_NAME
+    ]
     outputs = model.graph(pixel_values)
     if model.use_head:
         label_counts = {task: len(labels) for task, labels in config.task_labels().items()}
-        shapes = {name: [1, count] for name, count in (label_counts or {"logits": config.num_labels}).items()}
+        shapes = {
+            name: [1, count]
+            for name, count in (label_counts or {"logits": config.num_labels}).items()
+        }
         if "distillation_logits" in outputs:
             shapes["distillation_logits"] = [1, config.num_labels]
     else:
         rows, columns = (
-            pixels // patch for pixels, patch in zip(pixel_values.shape[2:], config.patch_height_width, strict=True)
+            pixels // patch
+            for pixels, patch in zip(pixel_values.shape[2:], config.patch_height_width, strict=True)
         )
-        shapes = {"last_hidden_state": [1, config.token_layout.get_num_tokens(rows, columns), config.hidden_size]}
+        shapes = {
+            "last_hidden_state": [
+                1,
+                config.token_layout.get_num_tokens(rows, columns),
+                config.hidden_size,
+            ]
+        }
     for name, shape in shapes.items():
         output = outputs.get(name)
         remedy = "Export the model that --model names"
@@ -234,7 +274,9 @@ def check_outputs(model: ExportedModel, processor: ViTCLSImageProcessor) -> None
             )
         if not output.is_floating_point():
             dtype = str(output.dtype).removeprefix("torch.")
-            raise GraphError(f"{model.graph.file} has an output {name} of type {dtype}, not of floats. {remedy}")
+            raise GraphError(
+                f"{model.graph.file} has an output {name} of type {dtype}, not of floats. {remedy}"
+            )
 
 
 def find_exported_file(backend: str, folder: Path) -> Path:

@@ -52,19 +52,25 @@ class FeatureEvaluator(Evaluator):
     def __call__(self, model: torch.nn.Module, console: Console | None = None) -> dict[str, Any]:
         """Return the features [N, ...], the class indices [N], and the numbers of images."""
         counts = super().__call__(model, console)
-        features, labels = (np.stack([getattr(row, name) for row in self.rows]) for name in ("logits", "label"))
+        features, labels = (
+            np.stack([getattr(row, name) for row in self.rows]) for name in ("logits", "label")
+        )
         return counts | {"features": features, "labels": labels}
 
     def build_metrics(self) -> None:
         return None
 
-    def compute_outputs(self, model: torch.nn.Module, pixel_values: torch.Tensor) -> SimpleNamespace:
+    def compute_outputs(
+        self, model: torch.nn.Module, pixel_values: torch.Tensor
+    ) -> SimpleNamespace:
         return SimpleNamespace(logits=self.compute_features(model, pixel_values))
 
     def compute_features(self, model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
         """Return the special tokens and the mean of the patch tokens [B, tokens, D] of images [B, C, H, W]."""
         tokens = model(pixel_values).last_hidden_state
-        num_prefix_tokens = self.accelerator.unwrap_model(model).config.token_layout.num_prefix_tokens
+        num_prefix_tokens = self.accelerator.unwrap_model(
+            model
+        ).config.token_layout.num_prefix_tokens
         mean = tokens[:, num_prefix_tokens:].mean(dim=1, keepdim=True)
         return torch.cat([tokens[:, :num_prefix_tokens], mean], dim=1)
 
@@ -97,7 +103,9 @@ def build_classifier(kind: str, num_training_images: int) -> Any:
     from sklearn.preprocessing import StandardScaler
 
     if kind == "knn":
-        return KNeighborsClassifier(min(10, num_training_images), weights="distance", metric="cosine")
+        return KNeighborsClassifier(
+            min(10, num_training_images), weights="distance", metric="cosine"
+        )
     return make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
 
 
@@ -120,13 +128,21 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
     with accelerator.main_process_first():  # the main process downloads the files
         precision = announce_precision(accelerator, options.mixed_precision, options.model, "torch")
         model, processor = load_model(options.model, use_head=False, fit=options.fit)
-        record = read_held_out_record(resolve_checkpoint(options.model, list_file_patterns("torch")))
+        record = read_held_out_record(
+            resolve_checkpoint(options.model, list_file_patterns("torch"))
+        )
     if precision:
         console.print(precision, markup=False)
     training_data, held_out_data = load_on_main(
         accelerator,
         options.data.dataset,
-        partial(load_fitting_and_evaluation_data, options.data, options.split, record, options.max_images),
+        partial(
+            load_fitting_and_evaluation_data,
+            options.data,
+            options.split,
+            record,
+            options.max_images,
+        ),
     )
     kind = held_out_data.label_space.kind
     if kind != "single_label_classification":
@@ -160,7 +176,8 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
         "frozen": options.frozen,
         "num_training_images": len(training_labels),
         "num_images": len(held_out_labels),
-        "num_unreadable_images": training["num_unreadable_images"] + held_out["num_unreadable_images"],
+        "num_unreadable_images": training["num_unreadable_images"]
+        + held_out["num_unreadable_images"],
     }
     if accelerator.is_main_process:
         tokens = [*get_token_names(model.config), "mean of patches"]
@@ -170,8 +187,12 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
             for part in (slice(num_token_features), slice(num_token_features, None))
         )
         labels = (training_labels, held_out_labels)
-        results["rows"] = round_floats(measure_tokens(options.frozen, tokens, token_features, labels))
-        results["layers"] = round_floats(measure_layers(options.frozen, layout, layer_features, labels))
+        results["rows"] = round_floats(
+            measure_tokens(options.frozen, tokens, token_features, labels)
+        )
+        results["layers"] = round_floats(
+            measure_layers(options.frozen, layout, layer_features, labels)
+        )
         print_accuracies(results, held_out_data, console)
         write_results(options, results, console)
     accelerator.end_training()
@@ -181,18 +202,24 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
 Pair = Sequence[np.ndarray]  # of the training images and of the evaluated images
 
 
-def measure_tokens(kind: str, tokens: list[str], features: Pair, labels: Pair) -> list[dict[str, Any]]:
+def measure_tokens(
+    kind: str, tokens: list[str], features: Pair, labels: Pair
+) -> list[dict[str, Any]]:
     """Return the accuracy of each token of the last layer. `features` are [N, tokens * D]."""
     rows = []
     widths = [part.reshape(len(part), len(tokens), -1) for part in features]
     for index, token in enumerate(tokens):
         is_right = predict_correctly(kind, [part[:, index] for part in widths], labels)
         interval = compute_proportion_interval(int(is_right.sum()), len(is_right))
-        rows.append({"token": token, "accuracy": float(is_right.mean()), "accuracy_interval": interval})
+        rows.append(
+            {"token": token, "accuracy": float(is_right.mean()), "accuracy_interval": interval}
+        )
     return rows
 
 
-def measure_layers(kind: str, layout: FeatureLayout, features: Pair, labels: Pair) -> list[dict[str, Any]]:
+def measure_layers(
+    kind: str, layout: FeatureLayout, features: Pair, labels: Pair
+) -> list[dict[str, Any]]:
     """Return the accuracy of each choice of layers and tokens, and its difference from the first, which is CLS of the
     last layer if there is one. The interval of the difference is paired by image."""
     rows: list[dict[str, Any]] = []
@@ -243,4 +270,6 @@ def print_accuracies(results: dict[str, Any], data: EvaluationData, console: Con
         low, high = (f"{100 * value:+.1f}" for value in row["difference_interval"])
         difference_text = f"{100 * row['difference']:+.1f} ({low} to {high})" if table_rows else "–"
         table_rows.append([name, format_percent(row["accuracy"]), difference_text])
-    console.print(build_table("", ["Layers and tokens", "Accuracy", "Difference, points (95%)"], table_rows))
+    console.print(
+        build_table("", ["Layers and tokens", "Accuracy", "Difference, points (95%)"], table_rows)
+    )

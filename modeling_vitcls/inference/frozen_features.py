@@ -127,7 +127,10 @@ class Features:
     def take(self, is_taken: np.ndarray) -> "Features":
         """Return the features of some images."""
         return replace(
-            self, values=self.values[is_taken], labels=self.labels[is_taken], indices=self.indices[is_taken]
+            self,
+            values=self.values[is_taken],
+            labels=self.labels[is_taken],
+            indices=self.indices[is_taken],
         )
 
 
@@ -196,9 +199,14 @@ class HeadEvaluator(Evaluator):
 
     def __init__(self, frozen_pass: FrozenPass, candidate: Candidate) -> None:
         super().__init__(frozen_pass.images, **frozen_pass.arguments | {"warn": ignore_message})
-        self.cache = [self.select_columns(batch, frozen_pass.layout, candidate) for batch in frozen_pass.batches]
+        self.cache = [
+            self.select_columns(batch, frozen_pass.layout, candidate)
+            for batch in frozen_pass.batches
+        ]
 
-    def select_columns(self, batch: HeldOutBatch, layout: FeatureLayout, candidate: Candidate) -> HeldOutBatch:
+    def select_columns(
+        self, batch: HeldOutBatch, layout: FeatureLayout, candidate: Candidate
+    ) -> HeldOutBatch:
         """Return a batch whose "pixels" are the features [G, F] that the classifier reads."""
         if batch.pixel_values is None:
             return batch

@@ -34,7 +34,9 @@ from ..options import DataOptions, PredictOptions
 from ..runtime.errors import format_error
 
 
-SECONDS_BEFORE_RETRY = 1.0  # wait before the first retry of a download in seconds; doubled before each further retry
+SECONDS_BEFORE_RETRY = (
+    1.0  # wait before the first retry of a download in seconds; doubled before each further retry
+)
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,9 @@ class ListInput:
         if isinstance(self.contents, ArrayImages):
             digest.update(self.contents.pixels.tobytes())
         else:
-            digest.update(json.dumps([get_file_stat(content) for content in self.contents]).encode())
+            digest.update(
+                json.dumps([get_file_stat(content) for content in self.contents]).encode()
+            )
         return {"images": self.num_images, "sha256": digest.hexdigest()}
 
     def read_records(self, ranges: Iterable[range]) -> Iterator[ImageRecord]:
@@ -83,10 +87,16 @@ def build_list_input(paths: Iterable[str]) -> ListInput:
     files: list[str] = []
     for path in paths:
         is_folder = Path(path).is_dir()
-        names = (name for name in list_files(path) if Path(name).suffix.lower() in IMAGE_SUFFIXES) if is_folder else ()
+        names = (
+            (name for name in list_files(path) if Path(name).suffix.lower() in IMAGE_SUFFIXES)
+            if is_folder
+            else ()
+        )
         files += (str(Path(path, name)) for name in names) if is_folder else [path]
     if not files:
-        raise ValueError(f"there are no images in {', '.join(paths)}. Pass image files, or folders of images")
+        raise ValueError(
+            f"there are no images in {', '.join(paths)}. Pass image files, or folders of images"
+        )
     return ListInput([make_printable(file) for file in files], files)
 
 
@@ -117,8 +127,11 @@ def build_record(index: int, value: Any, folder: Path) -> ImageRecord:
     if isinstance(value, str):
         return ImageRecord(index, make_printable(value), resolve_path(folder, value))
     if isinstance(value, dict):
-        name, encoded = value.get("path"), value.get("bytes")
-        return ImageRecord(index, make_printable(name or str(index)), name if encoded is None else encoded)
+        name = value.get("path")
+        encoded = value.get("bytes")
+        return ImageRecord(
+            index, make_printable(name or str(index)), name if encoded is None else encoded
+        )
     return ImageRecord(index, str(index), value)
 
 
@@ -137,7 +150,11 @@ class DatasetInput:
 
     def compute_fingerprint(self) -> dict[str, Any]:
         """Return the options, the number of images and the fingerprint of the dataset."""
-        return {**self.settings, "images": self.num_images, "fingerprint": self.dataset._fingerprint}
+        return {
+            **self.settings,
+            "images": self.num_images,
+            "fingerprint": self.dataset._fingerprint,
+        }
 
     def read_records(self, ranges: Iterable[range]) -> Iterator[ImageRecord]:
         """Yield the records in the index ranges."""
@@ -162,7 +179,9 @@ class StreamInput:
         """Return the options of the dataset."""
         return self.settings
 
-    def build_records(self, rows: Iterable[dict[str, Any]], indices: Iterable[int]) -> Iterator[ImageRecord]:
+    def build_records(
+        self, rows: Iterable[dict[str, Any]], indices: Iterable[int]
+    ) -> Iterator[ImageRecord]:
         """Yield the records of rows of the dataset."""
         for row, index in zip(rows, indices, strict=False):
             yield build_record(index, row[self.column], self.folder)
@@ -176,19 +195,26 @@ def open_input(options: PredictOptions) -> PredictionInput:
     input has no images or the dataset cannot be read, and OSError if the list cannot be read or the dataset cannot be
     found."""
     if options.dataset is None:
-        return build_list_input(list(options.paths) if options.list is None else read_path_list(options.list))
+        return build_list_input(
+            list(options.paths) if options.list is None else read_path_list(options.list)
+        )
     import datasets
 
     dataset = options.dataset
-    data_options = DataOptions(dataset, image_column=options.image_column, streaming=options.streaming)
+    data_options = DataOptions(
+        dataset, image_column=options.image_column, streaming=options.streaming
+    )
     path = Path(dataset)
     if not options.streaming and (dataset == "digits" or is_idx_folder(path)):
-        images = select_split(load_splits(data_options, use_labels=False).images_by_split, options).images
+        images = select_split(
+            load_splits(data_options, use_labels=False).images_by_split, options
+        ).images
         return ListInput([f"{path.name}/{index}" for index in range(len(images))], images)
 
     split = select_split(open_splits(data_options, use_labels=False), options)
     features = read_features(split, data_options)
-    column, folder = find_image_column(data_options, features), get_dataset_folder(data_options)
+    column = find_image_column(data_options, features)
+    folder = get_dataset_folder(data_options)
     settings: dict[str, Any] = {"dataset": dataset, "split": options.split, "column": column}
     if options.streaming or path.is_file():
         settings["files"] = compute_files_digest(path)
@@ -207,7 +233,9 @@ def select_split(splits: Mapping[str, Any], options: PredictOptions) -> Any:
     no such split."""
     split = next(iter(splits)) if options.split is None and len(splits) == 1 else options.split
     if split is None or split not in splits:
-        raise ValueError(f"{options.dataset} has several or other splits. Set --split to one of {', '.join(splits)}")
+        raise ValueError(
+            f"{options.dataset} has several or other splits. Set --split to one of {', '.join(splits)}"
+        )
     return splits[split]
 
 
@@ -229,7 +257,10 @@ class FetchError(OSError):
 
 
 def prepare_images(
-    records: Iterator[ImageRecord], processor: ViTCLSImageProcessor, num_workers: int, num_ahead: int
+    records: Iterator[ImageRecord],
+    processor: ViTCLSImageProcessor,
+    num_workers: int,
+    num_ahead: int,
 ) -> Iterator[PreparedImage]:
     """Yield the preprocessed images in order. `num_workers` threads process up to `num_ahead` images in advance."""
     pool = ThreadPoolExecutor(num_workers)
@@ -273,10 +304,14 @@ def fetch(url: str) -> bytes:
             return response.content
         with fsspec.open(url, "rb") as file:
             return file.read()
-    except Exception as error:  # the types depend on the file system and on the version of huggingface_hub
+    except (
+        Exception
+    ) as error:  # the types depend on the file system and on the version of huggingface_hub
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status is not None and 400 <= status < 500 and status not in (408, 429):
-            raise ValueError(f"cannot fetch the image: the server returned status {status}") from error
+            raise ValueError(
+                f"cannot fetch the image: the server returned status {status}"
+            ) from error
         reason = f"{type(error).__name__}: {format_error(error)}"
         raise FetchError(
             f"cannot fetch {url} ({reason}). Repeat the command to continue, or remove the URL"

@@ -27,7 +27,9 @@ def compute_proportion_interval(num_successes: int, num_trials: int) -> list[flo
     """
     if num_trials == 0:
         return None
-    interval = stats.binomtest(num_successes, num_trials).proportion_ci(CONFIDENCE_LEVEL, method="wilson")
+    interval = stats.binomtest(num_successes, num_trials).proportion_ci(
+        CONFIDENCE_LEVEL, method="wilson"
+    )
     return [float(interval.low), float(interval.high)]
 
 
@@ -44,7 +46,9 @@ def compute_bootstrap_interval(values: Sequence[float]) -> Interval:
     if len(values) < 2:
         return float(values[0]), float(values[0])
     options = {"confidence_level": CONFIDENCE_LEVEL, "n_resamples": NUM_RESAMPLES, "rng": 0}
-    interval = stats.bootstrap((values,), np.mean, method="percentile", **options).confidence_interval
+    interval = stats.bootstrap(
+        (values,), np.mean, method="percentile", **options
+    ).confidence_interval
     return float(interval.low), float(interval.high)
 
 
@@ -53,5 +57,9 @@ def compute_prediction_limit(values: Sequence[float], level: float) -> float:
     (normal distribution with unknown variance), but at least the largest of the values."""
     if len(values) < 2:
         return max(values)
-    margin = stats.t.ppf(level, len(values) - 1) * np.std(values, ddof=1) * math.sqrt(1 + 1 / len(values))
+    margin = (
+        stats.t.ppf(level, len(values) - 1)
+        * np.std(values, ddof=1)
+        * math.sqrt(1 + 1 / len(values))
+    )
     return max(*values, float(np.mean(values) + margin))

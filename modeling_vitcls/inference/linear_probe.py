@@ -35,8 +35,12 @@ DEFAULT_STRENGTH = 64.0  # if there are too few images for a choice
 MAX_ITERATIONS = 300
 MAX_PILOT_IMAGES = 1000  # of the first fold, which all candidates run
 STOP_MARGIN = 2.0  # standard errors behind the best after the first fold, from which a candidate is not continued
-RANK_TOLERANCE = 1e-10  # directions in which features vary less, relative to the largest, are dropped
-ABSENT_CLASS_MARGIN = 100.0  # difference of a class without training images to the smallest bias, in logits
+RANK_TOLERANCE = (
+    1e-10  # directions in which features vary less, relative to the largest, are dropped
+)
+ABSENT_CLASS_MARGIN = (
+    100.0  # difference of a class without training images to the smallest bias, in logits
+)
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,13 @@ class Candidate:
         """
         is_inner_layer = self.layers[-1] != -1
         num_vectors = TOKEN_ORDER.index(self.tokens)
-        return (is_inner_layer, len(self.layers), abs(self.layers[-1]), num_vectors, self.scale != "raw")
+        return (
+            is_inner_layer,
+            len(self.layers),
+            abs(self.layers[-1]),
+            num_vectors,
+            self.scale != "raw",
+        )
 
     @property
     def pooling(self) -> str:
@@ -98,7 +108,9 @@ class Score:
 
     candidate: Candidate
     strength: float
-    losses: np.ndarray  # [N] log loss of each image in the fold that leaves it out; NaN if the fold was not run
+    losses: (
+        np.ndarray
+    )  # [N] log loss of each image in the fold that leaves it out; NaN if the fold was not run
     logits: np.ndarray  # [N, L], out of fold; NaN if the fold was not run
 
     @property
@@ -131,7 +143,9 @@ class ProbeChoice:
 
 
 def list_candidates(
-    num_layers: int, layers: Sequence[int] | None = None, tokens: Sequence[str] = ("cls", "cls_mean")
+    num_layers: int,
+    layers: Sequence[int] | None = None,
+    tokens: Sequence[str] = ("cls", "cls_mean"),
 ) -> list[Candidate]:
     """Return the candidates, the simplest first.
 
@@ -148,8 +162,14 @@ def list_candidates(
             layer_choices.append(tuple(range(-NUM_LAST_LAYERS, 0)))
     candidates = []
     for each in layer_choices:
-        kinds = [*tokens, LAST_CLS_MEAN] if len(each) > 1 and each[-1] == -1 and len(tokens) > 1 else tokens
-        candidates += [Candidate(each, kind, scale) for kind in kinds for scale in ("raw", "standardized")]
+        kinds = (
+            [*tokens, LAST_CLS_MEAN]
+            if len(each) > 1 and each[-1] == -1 and len(tokens) > 1
+            else tokens
+        )
+        candidates += [
+            Candidate(each, kind, scale) for kind in kinds for scale in ("raw", "standardized")
+        ]
     return sorted(candidates, key=lambda candidate: candidate.complexity)
 
 
@@ -180,7 +200,9 @@ class Transform:
         rotation = None
         if len(features) < features.shape[1]:
             scaled = (features - mean) / divisor
-            values, vectors = np.linalg.eigh(scaled @ scaled.T)  # faster than an SVD of the features
+            values, vectors = np.linalg.eigh(
+                scaled @ scaled.T
+            )  # faster than an SVD of the features
             is_used = values > RANK_TOLERANCE * values.max(initial=0.0)
             rotation = scaled.T @ (vectors[:, is_used] / np.sqrt(values[is_used]))
         return cls(mean, divisor, rotation)
@@ -189,7 +211,9 @@ class Transform:
         scaled = (features - self.mean) / self.scale
         return scaled if self.rotation is None else scaled @ self.rotation
 
-    def fold(self, coefficients: np.ndarray, intercepts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def fold(
+        self, coefficients: np.ndarray, intercepts: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Return the weight [L, F] and the bias [L] that give the same logits on features without the transform."""
         if self.rotation is not None:
             coefficients = coefficients @ self.rotation.T
@@ -257,7 +281,9 @@ class CrossValidation:
     The first fold tries all strengths. The other folds try the best of them and its two neighbors.
     """
 
-    def __init__(self, candidate: Candidate, features: np.ndarray, labels: np.ndarray, num_labels: int) -> None:
+    def __init__(
+        self, candidate: Candidate, features: np.ndarray, labels: np.ndarray, num_labels: int
+    ) -> None:
         self.candidate = candidate
         self.labels = labels
         self.num_labels = num_labels
@@ -335,7 +361,9 @@ def choose_probe(
         complete_scores.append(scores[index])
 
     best = min(complete_scores, key=lambda score: score.losses.mean())
-    chosen = next(score for score in complete_scores if not is_clearly_worse(score.losses, best.losses, 1.0))
+    chosen = next(
+        score for score in complete_scores if not is_clearly_worse(score.losses, best.losses, 1.0)
+    )
     return ProbeChoice(chosen.candidate, chosen.strength, chosen, tuple(scores))
 
 

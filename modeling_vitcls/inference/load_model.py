@@ -36,7 +36,11 @@ def is_preset(name: str) -> bool:
 
 
 def load_model(
-    source: str, use_head: bool | None, fit: str | None = None, backend: str = "torch", mixed_precision: str = "no"
+    source: str,
+    use_head: bool | None,
+    fit: str | None = None,
+    backend: str = "torch",
+    mixed_precision: str = "no",
 ) -> tuple[Any, ViTCLSImageProcessor]:
     """Load a model and its image processor for prediction.
 
@@ -65,9 +69,14 @@ def load_model(
                 f"labels require a classifier, but {source} contains {architectures[0]}. Fine-tune the model first, "
                 "or set --features in `vitcls predict`"
             )
-        model_class = ViTCLSForMultiTaskClassification if settings.get("tasks") else ViTCLSForImageClassification
+        model_class = (
+            ViTCLSForMultiTaskClassification
+            if settings.get("tasks")
+            else ViTCLSForImageClassification
+        )
         arguments = {}
-    processor, config = load_processor(source, folder), ViTCLSConfig.from_pretrained(folder)
+    processor = load_processor(source, folder)
+    config = ViTCLSConfig.from_pretrained(folder)
     if fit is not None:
         set_fit(processor, fit, config.image_height_width)
     if backend != "torch":
@@ -82,13 +91,19 @@ def load_model(
         return graph, processor
     backends = [name for name, (file, _) in BACKEND_FILES.items() if Path(folder, file).is_file()]
     if backends and not any(Path(folder).glob("*.safetensors")):
-        raise ValueError(f"--backend torch requires weights, but {source} has none. Set --backend {backends[0]}")
+        raise ValueError(
+            f"--backend torch requires weights, but {source} has none. Set --backend {backends[0]}"
+        )
     # Hide the warnings of transformers: missing weights raise ValueError, and an unused classifier is intended.
     with silence_transformers():
-        model, loading_info = model_class.from_pretrained(folder, output_loading_info=True, **arguments)
+        model, loading_info = model_class.from_pretrained(
+            folder, output_loading_info=True, **arguments
+        )
     if missing_weights := loading_info["missing_keys"]:
         weight_name = min(missing_weights)
-        raise ValueError(f"the checkpoint {source} does not contain the weight {weight_name}. Train the model first")
+        raise ValueError(
+            f"the checkpoint {source} does not contain the weight {weight_name}. Train the model first"
+        )
     return model, processor
 
 

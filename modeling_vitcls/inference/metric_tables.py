@@ -18,7 +18,12 @@ METRIC_NAMES = {
     "exact_match": "Exact match (all classes of an image are correct)",
     "calibration_error": "Calibration error",
 }
-CLASS_COLUMNS = {"recall": "Recall", "precision": "Precision", "f1": "F1", "average_precision": "Average precision"}
+CLASS_COLUMNS = {
+    "recall": "Recall",
+    "precision": "Precision",
+    "f1": "F1",
+    "average_precision": "Average precision",
+}
 MAX_CLASSES_IN_TABLE = 20
 MAX_NAME_LENGTH = 100  # maximum length of a name in a card, in characters
 
@@ -37,12 +42,18 @@ def build_metric_rows(results: dict[str, Any], config: ViTCLSConfig | None) -> l
     rows = []
     for key, name in get_metric_names(results, config).items():
         interval = results.get(f"{key}_interval")  # [low, high]
-        suffix = f" (95% interval: {format_percent(interval[0])} to {format_percent(interval[1])})" if interval else ""
+        suffix = (
+            f" (95% interval: {format_percent(interval[0])} to {format_percent(interval[1])})"
+            if interval
+            else ""
+        )
         rows.append([name, format_percent(results[key]) + suffix])
     return rows
 
 
-def build_class_tables(results: dict[str, Any], config: ViTCLSConfig | None) -> dict[str, list[dict[str, str]]]:
+def build_class_tables(
+    results: dict[str, Any], config: ViTCLSConfig | None
+) -> dict[str, list[dict[str, str]]]:
     """Return a dict that maps table titles to rows, for each task with at most `MAX_CLASSES_IN_TABLE` classes."""
     tasks = config.task_labels() if config is not None else {}
     titles = {"": "Per class"} | {f"{task}_": f"{task}, per class" for task in tasks}
@@ -57,9 +68,15 @@ def build_class_tables(results: dict[str, Any], config: ViTCLSConfig | None) -> 
 def build_class_row(metrics: dict[str, Any]) -> dict[str, str]:
     """Return a dict that maps column names to table cells for one class."""
     metric_cells = {
-        CLASS_COLUMNS[key]: format_percent(value) for key, value in metrics.items() if key not in ("name", "images")
+        CLASS_COLUMNS[key]: format_percent(value)
+        for key, value in metrics.items()
+        if key not in ("name", "images")
     }
-    return {"Class": format_name(metrics["name"]), "Images": f"{metrics['images']:,}", **metric_cells}
+    return {
+        "Class": format_name(metrics["name"]),
+        "Images": f"{metrics['images']:,}",
+        **metric_cells,
+    }
 
 
 def format_percent(value: float | None) -> str:

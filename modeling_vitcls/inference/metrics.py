@@ -61,12 +61,16 @@ class SingleLabelMetrics:
         num_classes = len(self.names)
         self.counts = ClassCounts(num_classes).to(device)
         self.loss = build_aggregator(MeanMetric, device)
-        self.calibration_error = MulticlassCalibrationError(num_classes, n_bins=15, validate_args=False).to(device)
+        self.calibration_error = MulticlassCalibrationError(
+            num_classes, n_bins=15, validate_args=False
+        ).to(device)
         self.top_5_accuracy = build_aggregator(MeanMetric, device) if num_classes > 5 else None
         self.head_accuracies = {name: build_aggregator(MeanMetric, device) for name in HEAD_OUTPUTS}
         self.confusion_matrix = None
         if num_classes <= MAX_MATRIX_CLASSES:
-            self.confusion_matrix = MulticlassConfusionMatrix(num_classes, validate_args=False).to(device)
+            self.confusion_matrix = MulticlassConfusionMatrix(num_classes, validate_args=False).to(
+                device
+            )
 
     def update(self, outputs: Any, labels: torch.Tensor) -> None:
         """Update the metrics with logits [B, L], labels [G] and, if the model has two heads, the logits of each
@@ -80,7 +84,8 @@ class SingleLabelMetrics:
     def update_logits(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Update the metrics with logits [B, L] and labels [G]. Images with the label -100 are ignored."""
         is_known = labels != IGNORED_LABEL
-        logits, labels = logits[: len(labels)][is_known].float(), labels[is_known]
+        logits = logits[: len(labels)][is_known].float()
+        labels = labels[is_known]
         predictions = logits.argmax(dim=1)  # [G]
         num_classes = len(self.names)
         self.counts.update(
@@ -92,7 +97,9 @@ class SingleLabelMetrics:
         # Probabilities are passed, because torchmetrics does not apply softmax to logits that are all in [0, 1].
         self.calibration_error.update(logits.softmax(dim=1), labels)
         if self.top_5_accuracy is not None:
-            self.top_5_accuracy.update((logits.topk(5).indices == labels[:, None]).any(dim=1).float())
+            self.top_5_accuracy.update(
+                (logits.topk(5).indices == labels[:, None]).any(dim=1).float()
+            )
         if self.confusion_matrix is not None:
             self.confusion_matrix.update(predictions, labels)
 
@@ -107,7 +114,9 @@ class SingleLabelMetrics:
         values["macro_f1"] = compute_mean([row["f1"] for row in class_metrics])
         values["calibration_error"] = to_number(self.calibration_error.compute())
         values |= {
-            name: to_number(metric.compute()) for name, metric in self.head_accuracies.items() if metric.update_called
+            name: to_number(metric.compute())
+            for name, metric in self.head_accuracies.items()
+            if metric.update_called
         }
         values["loss"] = to_number(self.loss.compute())
         values["num_images"] = num_images
@@ -115,7 +124,9 @@ class SingleLabelMetrics:
         values["per_class"] = class_metrics
         if self.confusion_matrix is not None:
             num_classes = len(self.names)
-            values["confusion_matrix"] = self.confusion_matrix.compute().reshape(num_classes, num_classes).tolist()
+            values["confusion_matrix"] = (
+                self.confusion_matrix.compute().reshape(num_classes, num_classes).tolist()
+            )
         return values
 
 
@@ -135,7 +146,9 @@ class MultiLabelMetrics:
     def __init__(self, label_space: LabelSpace, device: torch.device) -> None:
         self.names = label_space.names
         self.counts = ClassCounts(len(self.names)).to(device)
-        average_precision = MultilabelAveragePrecision(len(self.names), average=None, validate_args=False)
+        average_precision = MultilabelAveragePrecision(
+            len(self.names), average=None, validate_args=False
+        )
         self.average_precision = average_precision.to(device)
         self.exact_match = build_aggregator(MeanMetric, device)
         self.loss = build_aggregator(MeanMetric, device)
@@ -144,12 +157,17 @@ class MultiLabelMetrics:
     def update(self, outputs: Any, labels: torch.Tensor) -> None:
         """Update the metrics with logits [B, L] and labels [G, L], which are 0 or 1."""
         logits = outputs.logits[: len(labels)].float()
-        probabilities = logits.sigmoid()  # torchmetrics does not apply sigmoid to logits that are all in [0, 1]
-        predictions, targets = probabilities > 0.5, labels > 0.5  # [G, L]
+        probabilities = (
+            logits.sigmoid()
+        )  # torchmetrics does not apply sigmoid to logits that are all in [0, 1]
+        predictions = probabilities > 0.5
+        targets = labels > 0.5  # [G, L]
         self.counts.update((predictions & targets).sum(0), predictions.sum(0), targets.sum(0))
         self.average_precision.update(probabilities, targets.long())
         self.exact_match.update((predictions == targets).all(dim=1).float())
-        losses = nn.functional.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none")
+        losses = nn.functional.binary_cross_entropy_with_logits(
+            logits, labels.float(), reduction="none"
+        )
         self.loss.update(losses.mean(dim=1))
         self.num_images.update(len(labels))
 
@@ -159,11 +177,15 @@ class MultiLabelMetrics:
         class_metrics = compute_class_metrics(self.names, counts)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torchmetrics warns about classes without images
-            average_precisions = self.average_precision.compute().reshape(-1).tolist()  # a scalar for one class
+            average_precisions = (
+                self.average_precision.compute().reshape(-1).tolist()
+            )  # a scalar for one class
         for row, average_precision in zip(class_metrics, average_precisions, strict=True):
             row["average_precision"] = average_precision if row["images"] else None
         return {
-            "mean_average_precision": compute_mean([row["average_precision"] for row in class_metrics]),
+            "mean_average_precision": compute_mean(
+                [row["average_precision"] for row in class_metrics]
+            ),
             "micro_f1": safe_divide(2 * num_correct, num_predicted + num_true),
             "macro_f1": compute_mean([row["f1"] for row in class_metrics]),
             "exact_match": to_number(self.exact_match.compute()),
@@ -183,7 +205,9 @@ class MultiTaskMetrics:
 
     def __init__(self, label_space: LabelSpace, device: torch.device) -> None:
         self.tasks = {
-            task: SingleLabelMetrics(LabelSpace("single_label_classification", {task: names}), device)
+            task: SingleLabelMetrics(
+                LabelSpace("single_label_classification", {task: names}), device
+            )
             for task, names in label_space.columns.items()
         }
         self.num_images = build_aggregator(SumMetric, device)
@@ -202,7 +226,9 @@ class MultiTaskMetrics:
             "num_images": int(self.num_images.compute()),
         }
         task_values = {
-            f"{task}_{name}": value for task, metrics in task_metrics.items() for name, value in metrics.items()
+            f"{task}_{name}": value
+            for task, metrics in task_metrics.items()
+            for name, value in metrics.items()
         }
         return values | select_scalars(task_values) | task_values
 
@@ -233,9 +259,13 @@ class ClassCounts(Metric):
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
-        self.add_state("counts", torch.zeros(3, num_classes, dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state(
+            "counts", torch.zeros(3, num_classes, dtype=torch.long), dist_reduce_fx="sum"
+        )
 
-    def update(self, num_correct: torch.Tensor, num_predicted: torch.Tensor, num_images: torch.Tensor) -> None:
+    def update(
+        self, num_correct: torch.Tensor, num_predicted: torch.Tensor, num_images: torch.Tensor
+    ) -> None:
         """Add the counts [L] of one batch."""
         self.counts += torch.stack([num_correct, num_predicted, num_images])
 

@@ -28,7 +28,9 @@ def get_output_columns(columns: Columns) -> Columns:
     return {"index": pa.int64(), "image": pa.string(), **columns, "error": pa.string()}
 
 
-def show_progress(items: Iterable[Any], unit: str, total: int | None, is_shown: bool) -> Iterable[Any]:
+def show_progress(
+    items: Iterable[Any], unit: str, total: int | None, is_shown: bool
+) -> Iterable[Any]:
     """Yield the items, and show the progress on the standard error."""
     console = Console(stderr=True, quiet=not is_shown, soft_wrap=True, highlight=False)
     return track(items, "predicting", total, unit=unit, console=console)
@@ -37,7 +39,9 @@ def show_progress(items: Iterable[Any], unit: str, total: int | None, is_shown: 
 # Files ---------------------------------------------------------------------------------------------------------------
 
 
-def write_rows(rows: Iterable[Row], columns: Columns, file: Path, metadata: dict[str, str] | None = None) -> None:
+def write_rows(
+    rows: Iterable[Row], columns: Columns, file: Path, metadata: dict[str, str] | None = None
+) -> None:
     """Write rows to a file in the format given by the suffix of the file name, and replace an existing file. If an
     OSError is raised, no partial file remains. Parquet files also store `metadata`."""
     write_table(pa.Table.from_pylist(list(rows), pa.schema(list(columns.items()), metadata)), file)
@@ -61,7 +65,9 @@ def write_csv(table: pa.Table, file: Path) -> None:
             continue
         values = table[column.name].to_pylist()
         if is_list:
-            values = [None if value is None else LABEL_SEPARATOR.join(map(str, value)) for value in values]
+            values = [
+                None if value is None else LABEL_SEPARATOR.join(map(str, value)) for value in values
+            ]
         if is_text:
             values = [None if value is None else escape_csv_cell(value) for value in values]
         frame[column.name] = values
@@ -70,7 +76,10 @@ def write_csv(table: pa.Table, file: Path) -> None:
 
 def write_json(table: pa.Table, file: Path, pattern: str, separator: str) -> None:
     """Write one JSON object per line. Missing values are null."""
-    lines = (json.dumps(row, ensure_ascii=False, allow_nan=False, default=float) for row in table.to_pylist())
+    lines = (
+        json.dumps(row, ensure_ascii=False, allow_nan=False, default=float)
+        for row in table.to_pylist()
+    )
     file.write_text(pattern.format(separator.join(lines)), encoding="utf-8")
 
 
@@ -94,7 +103,11 @@ def print_table(rows: Iterable[Row], columns: Columns) -> None:
     table = Table()
     for name in names:
         header = Text(replace_control_characters(name))
-        table.add_column(header, justify="right" if pa.types.is_floating(columns[name]) else "left", overflow="fold")
+        table.add_column(
+            header,
+            justify="right" if pa.types.is_floating(columns[name]) else "left",
+            overflow="fold",
+        )
     for row in rows:
         table.add_row(*(Text(format_table_cell(row[name])) for name in names))
     console = Console(highlight=False)

@@ -32,7 +32,9 @@ from .evaluator import Evaluator, OutputRow
 METADATA_KEY = b"vitcls"
 
 
-def write_predictions(file: Path, evaluator: Evaluator, weights_hash: dict[str, str] | None) -> None:
+def write_predictions(
+    file: Path, evaluator: Evaluator, weights_hash: dict[str, str] | None
+) -> None:
     """Write the columns in the header of this file for the images of the last evaluation (`Evaluator.rows`) to a
     Parquet file, and the SHA-256 of each weight file of the model to its metadata. Raise ValueError without labeled
     images, and OSError if the file cannot be written."""
@@ -44,7 +46,10 @@ def write_predictions(file: Path, evaluator: Evaluator, weights_hash: dict[str, 
         raise ValueError("no evaluated image has a label")
     logits = torch.from_numpy(np.stack([row.logits for row in rows]))
     targets = torch.stack([row.label for row in rows])
-    columns: dict[str, Any] = {"index": [row.index for row in rows], "image": [row.name for row in rows]}
+    columns: dict[str, Any] = {
+        "index": [row.index for row in rows],
+        "image": [row.name for row in rows],
+    }
     if evaluator.label_space.kind == "single_label_classification":
         columns |= {
             "label": [names[label] for label in targets.tolist()],
@@ -58,7 +63,9 @@ def write_predictions(file: Path, evaluator: Evaluator, weights_hash: dict[str, 
             "label": [select_names(names, row) for row in targets],
             "prediction": [select_names(names, row) for row in logits.sigmoid()],
             "probabilities": list(logits.sigmoid().numpy()),
-            "loss": binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(dim=1).numpy(),
+            "loss": binary_cross_entropy_with_logits(logits, targets, reduction="none")
+            .mean(dim=1)
+            .numpy(),
         }
     table = pa.Table.from_pandas(pd.DataFrame(columns), preserve_index=False)
     metadata = {METADATA_KEY: json.dumps({"weights_sha256": weights_hash})}
@@ -72,7 +79,11 @@ def read_weights_hash(file: Path) -> dict[str, str] | None:
     does not contain it. Raise ValueError if the file is damaged."""
     try:
         metadata = pq.read_schema(file).metadata or {}
-        return json.loads(metadata[METADATA_KEY])["weights_sha256"] if METADATA_KEY in metadata else None
+        return (
+            json.loads(metadata[METADATA_KEY])["weights_sha256"]
+            if METADATA_KEY in metadata
+            else None
+        )
     except Exception as error:  # pyarrow raises several types of errors
         raise ValueError(f"cannot read {file}: {format_error(error)}") from error
 
@@ -89,16 +100,25 @@ def read_predictions(file: Path, names: list[str]) -> tuple[np.ndarray, np.ndarr
     """
     try:
         rows = pq.read_table(file, columns=["label", "probabilities"]).to_pydict()
-        labels, probabilities = rows["label"], np.array(rows["probabilities"], dtype=np.float64)
+        labels = rows["label"]
+        probabilities = np.array(rows["probabilities"], dtype=np.float64)
     except Exception as error:  # pyarrow raises several types of errors
-        raise ValueError(f"cannot read label and probabilities in {file}: {format_error(error)}") from error
+        raise ValueError(
+            f"cannot read label and probabilities in {file}: {format_error(error)}"
+        ) from error
     if probabilities.shape != (len(labels), len(names)):
-        raise ValueError(f"{file} does not have {len(names)} probabilities for each image, one for each label")
+        raise ValueError(
+            f"{file} does not have {len(names)} probabilities for each image, one for each label"
+        )
     num_wrong = int((~np.isfinite(probabilities).all(axis=1)).sum())
     if num_wrong:
-        raise ValueError(f"{file} has probabilities that are not finite for {num_wrong} of {len(labels)} images")
+        raise ValueError(
+            f"{file} has probabilities that are not finite for {num_wrong} of {len(labels)} images"
+        )
     if other := next((label for label in labels if names.count(label) != 1), None):
-        raise ValueError(f"{file} has the label {other!r}, which is not exactly one label of the model")
+        raise ValueError(
+            f"{file} has the label {other!r}, which is not exactly one label of the model"
+        )
     index_by_name = {name: index for index, name in enumerate(names)}
     return probabilities, np.array([index_by_name[label] for label in labels])
 

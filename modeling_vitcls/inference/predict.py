@@ -34,10 +34,24 @@ from ..options import PredictOptions
 from ..runtime.distributed import build_accelerator, run_on_main
 from .confidence import find_score_limit
 from .exported_graphs import ExportedModel
-from .inputs import ImageRecord, ListInput, PredictionInput, StreamInput, build_list_input, open_input, prepare_images
+from .inputs import (
+    ImageRecord,
+    ListInput,
+    PredictionInput,
+    StreamInput,
+    build_list_input,
+    open_input,
+    prepare_images,
+)
 from .load_model import announce_precision, list_file_patterns, load_model
 from .outputs import WRITERS, get_output_columns, print_table, show_progress, write_rows
-from .prediction_rows import AutocastFactory, PredictionColumns, Row, build_prediction_columns, predict_rows
+from .prediction_rows import (
+    AutocastFactory,
+    PredictionColumns,
+    Row,
+    build_prediction_columns,
+    predict_rows,
+)
 from .shards import ShardFolder, list_shard_indices
 
 
@@ -54,7 +68,9 @@ class Predictor:
 
     def iterate_rows(self, records: Iterator[ImageRecord]) -> Iterator[Row]:
         """Yield a row for each image, in order."""
-        images = prepare_images(records, self.processor, self.num_workers, num_ahead=2 * self.batch_size)
+        images = prepare_images(
+            records, self.processor, self.num_workers, num_ahead=2 * self.batch_size
+        )
         batches = iter(lambda: list(islice(images, self.batch_size)), [])
         return predict_rows(batches, self.columns, self.model.device, self.autocast)
 
@@ -84,11 +100,17 @@ def read_all_records(source: PredictionInput) -> Iterator[ImageRecord]:
 def build_predictor(options: PredictOptions, accelerator: Accelerator) -> Predictor:
     """Load the model and the image processor, and build a predictor on the device of the accelerator."""
     assert options.model is not None
-    precision = announce_precision(accelerator, options.mixed_precision, options.model, options.backend)
+    precision = announce_precision(
+        accelerator, options.mixed_precision, options.model, options.backend
+    )
     if precision and accelerator.is_main_process:
         print(precision, file=sys.stderr)
     model, processor = load_model(
-        options.model, options.features is None, options.fit, options.backend, accelerator.mixed_precision
+        options.model,
+        options.features is None,
+        options.fit,
+        options.backend,
+        accelerator.mixed_precision,
     )
     return Predictor(
         model=model.eval().to(accelerator.device),
@@ -116,16 +138,23 @@ def find_set_limit(options: PredictOptions, model: ViTCLSPreTrainedModel) -> flo
     assert options.model is not None
     label_space = get_label_space(model.config)
     if label_space.kind != "single_label_classification":
-        raise ValueError(f"--coverage requires one label per image, not {label_space.kind}. Remove --coverage")
+        raise ValueError(
+            f"--coverage requires one label per image, not {label_space.kind}. Remove --coverage"
+        )
     patterns = list_file_patterns(options.backend)
     folder = Path(resolve_checkpoint(options.model, [*patterns, PREDICTIONS_FILE]))
     file = folder / PREDICTIONS_FILE
-    remedy = f"Write it with `vitcls evaluate --model {options.model} --dataset D --per-image {file}`"
+    remedy = (
+        f"Write it with `vitcls evaluate --model {options.model} --dataset D --per-image {file}`"
+    )
     if not file.is_file():
         raise ValueError(
             f"--coverage requires {PREDICTIONS_FILE} in the model folder, but {options.model} has none. {remedy}"
         )
-    from .per_image import read_predictions, read_weights_hash  # imports torchmetrics, which takes a second
+    from .per_image import (  # imports torchmetrics, which takes a second
+        read_predictions,
+        read_weights_hash,
+    )
 
     weights_hash = find_weights_hash(folder)
     if weights_hash is None or read_weights_hash(file) != weights_hash:
@@ -142,7 +171,9 @@ def wrap_images(images: Sequence[Any]) -> ListInput:
     contents: list[Any] = []
     for index, image in enumerate(images):
         is_path = isinstance(image, str | Path)
-        image_input = build_list_input([str(image)]) if is_path else ListInput([str(index)], [image])
+        image_input = (
+            build_list_input([str(image)]) if is_path else ListInput([str(index)], [image])
+        )
         names += image_input.names
         contents += image_input.contents
     return ListInput(names, contents)
@@ -156,7 +187,9 @@ def predict_images(options: PredictOptions) -> PredictionCounts:
     with accelerator.main_process_first():  # the main process downloads the files
         predictor = build_predictor(options, accelerator)
     is_folder = options.output is not None and options.output.suffix.lower() not in WRITERS
-    counts = (predict_to_folder if is_folder else predict_to_file)(options, accelerator, source, predictor)
+    counts = (predict_to_folder if is_folder else predict_to_file)(
+        options, accelerator, source, predictor
+    )
     accelerator.end_training()
     return counts if accelerator.is_main_process else PredictionCounts(0, 0)
 
@@ -173,12 +206,16 @@ def predict_to_file(
     """Print a table or write one file. The main process gathers the rows of all processes."""
     if isinstance(source, StreamInput):
         if accelerator.num_processes > 1:
-            raise ValueError("--streaming with several processes requires a folder. Set --output to a folder")
-        records, num_local_images = read_all_records(source), None
+            raise ValueError(
+                "--streaming with several processes requires a folder. Set --output to a folder"
+            )
+        records = read_all_records(source)
+        num_local_images = None
     else:
         chunks = list_shard_indices(source.num_images, options.batch_size)
         ranges = chunks[accelerator.process_index :: accelerator.num_processes]
-        records, num_local_images = source.read_records(ranges), sum(map(len, ranges))
+        records = source.read_records(ranges)
+        num_local_images = sum(map(len, ranges))
     columns = get_output_columns(predictor.columns.columns)
     is_main = accelerator.is_main_process
     rows = list(show_progress(predictor.iterate_rows(records), "images", num_local_images, is_main))
@@ -218,37 +255,63 @@ def predict_to_folder(
     num_shards = None
     if not isinstance(source, StreamInput):
         num_shards = len(list_shard_indices(source.num_images, options.shard_size))
-    folder = ShardFolder(options.output, options.shard_size, json.loads(json.dumps(settings)), num_shards)
+    folder = ShardFolder(
+        options.output, options.shard_size, json.loads(json.dumps(settings)), num_shards
+    )
     folder.open()
-    write_shards: Any = write_stream_shards if isinstance(source, StreamInput) else write_list_shards
+    write_shards: Any = (
+        write_stream_shards if isinstance(source, StreamInput) else write_list_shards
+    )
     is_shown = accelerator.is_main_process
-    shards = gather_object(write_shards(folder, worker_index, num_workers, source, predictor, is_shown))
-    return PredictionCounts(*(sum(shard[name] for shard in shards) for name in ("images", "failed")))
+    shards = gather_object(
+        write_shards(folder, worker_index, num_workers, source, predictor, is_shown)
+    )
+    return PredictionCounts(
+        *(sum(shard[name] for shard in shards) for name in ("images", "failed"))
+    )
 
 
 def write_list_shards(
-    folder: ShardFolder, worker_index: int, num_workers: int, source: Any, predictor: Predictor, is_shown: bool
+    folder: ShardFolder,
+    worker_index: int,
+    num_workers: int,
+    source: Any,
+    predictor: Predictor,
+    is_shown: bool,
 ) -> list[dict[str, Any]]:
     """Write the missing shards of one worker, and return the metadata of each shard."""
     shards = list_shard_indices(source.num_images, folder.shard_size)
     local_shards = shards[worker_index::num_workers]
     files = [folder.get_file(indices.start // folder.shard_size) for indices in local_shards]
-    metadata = [folder.read_finished(file) for file in files]  # all are checked before the first image
+    metadata = [
+        folder.read_finished(file) for file in files
+    ]  # all are checked before the first image
     for position in show_progress(range(len(files)), "files", len(files), is_shown):
         if metadata[position] is None:
             rows = list(predictor.iterate_rows(source.read_records([local_shards[position]])))
-            metadata[position] = folder.write(files[position], rows, predictor.columns.columns, num_shards=len(shards))
+            metadata[position] = folder.write(
+                files[position], rows, predictor.columns.columns, num_shards=len(shards)
+            )
     return [fields for fields in metadata if fields is not None]
 
 
 def write_stream_shards(
-    folder: ShardFolder, worker_index: int, num_workers: int, source: StreamInput, predictor: Predictor, is_shown: bool
+    folder: ShardFolder,
+    worker_index: int,
+    num_workers: int,
+    source: StreamInput,
+    predictor: Predictor,
+    is_shown: bool,
 ) -> list[dict[str, Any]]:
     """Continue the shards of one worker from the state of the stream in its last shard, as `write_list_shards`."""
     from datasets.distributed import split_dataset_by_node
 
-    stream, metadata, first_shard = split_dataset_by_node(source.dataset, worker_index, num_workers), [], 0
-    while (finished := folder.read_finished(folder.get_file(first_shard, worker_index))) is not None:
+    stream = split_dataset_by_node(source.dataset, worker_index, num_workers)
+    metadata = []
+    first_shard = 0
+    while (
+        finished := folder.read_finished(folder.get_file(first_shard, worker_index))
+    ) is not None:
         metadata.append(finished)
         if finished["is_last"]:
             return metadata
@@ -263,7 +326,9 @@ def write_stream_shards(
         next_example = list(islice(examples, 1))
         examples = chain(next_example, examples)
         file = folder.get_file(shard_index, worker_index)
-        finished = folder.write(file, rows, predictor.columns.columns, is_last=not next_example, state=state)
+        finished = folder.write(
+            file, rows, predictor.columns.columns, is_last=not next_example, state=state
+        )
         metadata.append(finished)
         if not next_example:
             break

@@ -36,12 +36,16 @@ Row = dict[str, Any]
 
 
 Label = tuple[str, float]  # name and probability
-DEFAULT_THRESHOLD = 0.5  # default minimum probability of a predicted label in multi-label classification
+DEFAULT_THRESHOLD = (
+    0.5  # default minimum probability of a predicted label in multi-label classification
+)
 
 
 def select_top_labels(logits: torch.Tensor, names: list[str], top_k: int) -> list[list[Label]]:
     """Return the `top_k` most probable labels of each image, given single-label logits [B, num_labels]."""
-    top_labels = logits.float().softmax(dim=1).topk(min(top_k, len(names)), dim=1)  # values and indices, [B, top_k]
+    top_labels = (
+        logits.float().softmax(dim=1).topk(min(top_k, len(names)), dim=1)
+    )  # values and indices, [B, top_k]
     return build_labels(top_labels.indices, top_labels.values, names)
 
 
@@ -58,11 +62,18 @@ def select_probable_labels(
     ]
 
 
-def build_labels(indices: torch.Tensor, probabilities: torch.Tensor, names: list[str]) -> list[list[Label]]:
+def build_labels(
+    indices: torch.Tensor, probabilities: torch.Tensor, names: list[str]
+) -> list[list[Label]]:
     """Return the names and probabilities of labels, given the label indices [B, n] and the probabilities [B, n]."""
     return [
-        [(names[index], probability) for index, probability in zip(image_indices, image_probabilities, strict=True)]
-        for image_indices, image_probabilities in zip(indices.tolist(), probabilities.tolist(), strict=True)
+        [
+            (names[index], probability)
+            for index, probability in zip(image_indices, image_probabilities, strict=True)
+        ]
+        for image_indices, image_probabilities in zip(
+            indices.tolist(), probabilities.tolist(), strict=True
+        )
     ]
 
 
@@ -78,14 +89,21 @@ class TopLabelColumns:
         set_limit: float | None = None,
     ) -> None:
         self.model = model
-        self.set_limit = set_limit  # limit of the scores of labels in prediction sets (confidence.py)
+        self.set_limit = (
+            set_limit  # limit of the scores of labels in prediction sets (confidence.py)
+        )
         self.energy_threshold: float | None = model.config.energy_threshold if "" in names else None
         self.names = names  # task -> label names
-        self.column_pairs: dict[str, list[tuple[str, str]]] = {}  # task -> names of label and probability columns
+        self.column_pairs: dict[
+            str, list[tuple[str, str]]
+        ] = {}  # task -> names of label and probability columns
         self.columns: dict[str, pa.DataType] = {}
         for task, task_names in names.items():
             prefix = f"{task}_" if task else ""
-            suffixes = ["", *(f"_{rank}" for rank in range(2, min(top_k or 1, len(task_names)) + 1))]
+            suffixes = [
+                "",
+                *(f"_{rank}" for rank in range(2, min(top_k or 1, len(task_names)) + 1)),
+            ]
             self.column_pairs[task] = [
                 (f"{prefix}label{suffix}", f"{prefix}probability{suffix}") for suffix in suffixes
             ]
@@ -108,7 +126,9 @@ class TopLabelColumns:
         for task, pairs in self.column_pairs.items():
             top_labels = select_top_labels(outputs[task], self.names[task], len(pairs))
             for row, labels in zip(rows, top_labels, strict=True):
-                for (label_column, probability_column), (label, probability) in zip(pairs, labels, strict=True):
+                for (label_column, probability_column), (label, probability) in zip(
+                    pairs, labels, strict=True
+                ):
                     row |= {label_column: label, probability_column: probability}
         if self.energy_threshold is not None:
             energies = compute_energies(outputs[""].cpu().numpy())
@@ -140,7 +160,10 @@ class LabelListColumns:
         images = select_probable_labels(outputs["logits"], self.names, self.threshold)
         top_labels = [labels[: self.top_k] for labels in images]
         return [
-            {"labels": [name for name, _ in labels], "probabilities": [probability for _, probability in labels]}
+            {
+                "labels": [name for name, _ in labels],
+                "probabilities": [probability for _, probability in labels],
+            }
             for labels in top_labels
         ]
 
@@ -148,7 +171,10 @@ class LabelListColumns:
 # Features ------------------------------------------------------------------------------------------------------------
 
 
-FEATURE_DTYPES = {"float32": (torch.float32, pa.float32()), "float16": (torch.float16, pa.float16())}
+FEATURE_DTYPES = {
+    "float32": (torch.float32, pa.float32()),
+    "float16": (torch.float16, pa.float16()),
+}
 
 
 @dataclass(frozen=True)
@@ -163,7 +189,9 @@ class Feature:
     def from_name(cls, name: str, config: Any) -> "Feature":
         """Parse a name such as `cls` or `cls@6`. Raise ValueError if the model has no such tokens or layer."""
         rows, columns = config.grid_size
-        token_counts = dict(zip(("cls", "distillation", "registers"), config.token_counts, strict=True))
+        token_counts = dict(
+            zip(("cls", "distillation", "registers"), config.token_counts, strict=True)
+        )
         token_counts |= {"mean": 1, "patches": rows * columns}
         group, _, layer = name.partition("@")
         choices = [choice for choice, count in token_counts.items() if count]
@@ -191,11 +219,14 @@ class FeatureColumns:
     """Output columns with features: `features` for a single feature, otherwise one column per feature, such as `cls`
     and `mean@6`. Raise ValueError if the model has no such tokens."""
 
-    def __init__(self, model: PreTrainedModel, names: Sequence[str], dtype: str = "float32") -> None:
+    def __init__(
+        self, model: PreTrainedModel, names: Sequence[str], dtype: str = "float32"
+    ) -> None:
         self.encoder = model.base_model
         columns = ["features"] if len(names) == 1 else names
         self.features = {
-            column: Feature.from_name(name, model.config) for column, name in zip(columns, names, strict=True)
+            column: Feature.from_name(name, model.config)
+            for column, name in zip(columns, names, strict=True)
         }
         self.dtype, arrow_type = FEATURE_DTYPES[dtype]
         self.columns = {
@@ -207,8 +238,13 @@ class FeatureColumns:
         """Return each feature as [B, D], or [B, n, D] if there are n > 1 tokens."""
         has_layers = any(feature.layer is not None for feature in self.features.values())
         num_tokens = None if has_layers else self.count_special_tokens()
-        outputs = self.encoder(pixel_values, output_hidden_states=has_layers, num_output_tokens=num_tokens)
-        return {name: feature.select(self.encoder, outputs).to(self.dtype) for name, feature in self.features.items()}
+        outputs = self.encoder(
+            pixel_values, output_hidden_states=has_layers, num_output_tokens=num_tokens
+        )
+        return {
+            name: feature.select(self.encoder, outputs).to(self.dtype)
+            for name, feature in self.features.items()
+        }
 
     def count_special_tokens(self) -> int | None:
         """Return the number of leading special tokens that contain all features, or None if patches are required."""
@@ -222,7 +258,10 @@ class FeatureColumns:
         """Return one row per image with the features: one array, or a list with one array per token."""
         arrays = {name: output.cpu().numpy() for name, output in outputs.items()}
         return [
-            {name: array[index] if array.ndim == 2 else list(array[index]) for name, array in arrays.items()}
+            {
+                name: array[index] if array.ndim == 2 else list(array[index])
+                for name, array in arrays.items()
+            }
             for index in range(len(next(iter(arrays.values()))))
         ]
 
@@ -231,7 +270,9 @@ class FeatureColumns:
 
 
 PredictionColumns = TopLabelColumns | LabelListColumns | FeatureColumns
-AutocastFactory = Callable[[], AbstractContextManager]  # function that returns a context manager for a forward pass
+AutocastFactory = Callable[
+    [], AbstractContextManager
+]  # function that returns a context manager for a forward pass
 
 
 def build_prediction_columns(
@@ -256,7 +297,10 @@ def build_prediction_columns(
 
 
 def predict_rows(
-    batches: Iterator[list[PreparedImage]], columns: PredictionColumns, device: torch.device, autocast: AutocastFactory
+    batches: Iterator[list[PreparedImage]],
+    columns: PredictionColumns,
+    device: torch.device,
+    autocast: AutocastFactory,
 ) -> Iterator[Row]:
     """Yield a row for each image, in order."""
     empty_row = dict.fromkeys(columns.columns)
@@ -268,7 +312,13 @@ def predict_rows(
             predictions |= dict(zip(group, rows, strict=True))
         for image in batch:
             index, name = image.record.index, image.record.name
-            yield {"index": index, "image": name, **empty_row, "error": image.error, **predictions.get(index, {})}
+            yield {
+                "index": index,
+                "image": name,
+                **empty_row,
+                "error": image.error,
+                **predictions.get(index, {}),
+            }
 
 
 def group_by_shape(pixels: Mapping[int, torch.Tensor]) -> list[dict[int, torch.Tensor]]:
@@ -279,7 +329,9 @@ def group_by_shape(pixels: Mapping[int, torch.Tensor]) -> list[dict[int, torch.T
     return list(groups.values())
 
 
-def predict_batch(pixel_values: torch.Tensor, columns: PredictionColumns, autocast: AutocastFactory) -> list[Row]:
+def predict_batch(
+    pixel_values: torch.Tensor, columns: PredictionColumns, autocast: AutocastFactory
+) -> list[Row]:
     """Return one row for each of the images [B, C, H, W]. A row contains an error if the model does not support the
     image or the outputs are not finite. Raise GraphError if an exported graph cannot be run."""
     try:
@@ -289,9 +341,12 @@ def predict_batch(pixel_values: torch.Tensor, columns: PredictionColumns, autoca
         raise
     except ValueError as error:  # sizes or channels that the model does not support
         return [{"error": str(error)}] * len(pixel_values)
-    is_finite = torch.stack([output.flatten(1).isfinite().all(dim=1) for output in outputs.values()]).all(dim=0)  # [B]
+    is_finite = torch.stack(
+        [output.flatten(1).isfinite().all(dim=1) for output in outputs.values()]
+    ).all(dim=0)  # [B]
     overflow_row = {"error": "the model output is not finite. Set a different --mixed-precision"}
     rows = columns.build_rows(outputs)
     return [
-        row if is_row_finite else overflow_row for row, is_row_finite in zip(rows, is_finite.tolist(), strict=True)
+        row if is_row_finite else overflow_row
+        for row, is_row_finite in zip(rows, is_finite.tolist(), strict=True)
     ]

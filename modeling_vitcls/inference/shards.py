@@ -32,7 +32,9 @@ from .outputs import Columns, get_output_columns, write_rows, write_table
 
 METADATA_KEY = b"vitcls"
 SHARD_NAME = re.compile(r"shard-(?:(?P<worker>\d{4,})-)?(?P<shard>\d{6,})\.parquet", re.ASCII)
-MAX_COUNTED_SHARDS = 1000  # maximum number of missing shards that are counted; a damaged file may name trillions
+MAX_COUNTED_SHARDS = (
+    1000  # maximum number of missing shards that are counted; a damaged file may name trillions
+)
 # Age in seconds from which a partial file belongs to a process that was killed. Writing a shard takes seconds.
 MIN_UNFINISHED_AGE = 3600.0
 
@@ -58,7 +60,9 @@ class ShardFolder:
         shards, other_files = list_shards(self.path)
         if other_files:
             names = format_name_list([file.name for file in other_files])
-            raise ValueError(f"--output {self.path} contains other files ({names}). Set a new or empty folder")
+            raise ValueError(
+                f"--output {self.path} contains other files ({names}). Set a new or empty folder"
+            )
         if shards:
             self.check_settings(shards[0], read_metadata(shards[0]))
         for file in shards:
@@ -72,7 +76,11 @@ class ShardFolder:
         """Raise ValueError if the settings in the metadata of a shard differ from those of this prediction."""
         for name, value in self.settings.items():
             if metadata["settings"].get(name) != value:
-                difference = f"another {name}" if name in ("input", "model") else f"other --{name.replace('_', '-')}"
+                difference = (
+                    f"another {name}"
+                    if name in ("input", "model")
+                    else f"other --{name.replace('_', '-')}"
+                )
                 raise ValueError(
                     f"--output {self.path} was written with {difference} ({file.name}). Set a new --output folder"
                 )
@@ -87,17 +95,24 @@ class ShardFolder:
             return metadata
         return None
 
-    def write(self, file: Path, rows: list[dict[str, Any]], columns: Columns, **fields: Any) -> dict[str, Any]:
+    def write(
+        self, file: Path, rows: list[dict[str, Any]], columns: Columns, **fields: Any
+    ) -> dict[str, Any]:
         """Write a shard, and return its metadata. `fields` are added to the metadata."""
         num_failed = sum(row["error"] is not None for row in rows)
         metadata = {"settings": self.settings, "images": len(rows), "failed": num_failed, **fields}
-        write_rows(rows, get_output_columns(columns), file, {METADATA_KEY.decode(): json.dumps(metadata)})
+        write_rows(
+            rows, get_output_columns(columns), file, {METADATA_KEY.decode(): json.dumps(metadata)}
+        )
         return metadata
 
 
 def list_shard_indices(num_images: int, shard_size: int) -> list[range]:
     """Return the image indices of each shard."""
-    return [range(start, min(start + shard_size, num_images)) for start in range(0, num_images, shard_size)]
+    return [
+        range(start, min(start + shard_size, num_images))
+        for start in range(0, num_images, shard_size)
+    ]
 
 
 # Names ---------------------------------------------------------------------------------------------------------------
@@ -153,7 +168,9 @@ def read_metadata(file: Path) -> dict[str, Any]:
             raise ValueError("its number of shards is not a number")
         return fields
     except Exception as error:  # pyarrow raises several types of errors
-        raise ValueError(f"{file} is damaged ({format_error(error)}). Delete the file, and repeat") from error
+        raise ValueError(
+            f"{file} is damaged ({format_error(error)}). Delete the file, and repeat"
+        ) from error
 
 
 def check_indices(file: Path, metadata: dict[str, Any]) -> None:
@@ -162,7 +179,9 @@ def check_indices(file: Path, metadata: dict[str, Any]) -> None:
     try:
         settings, num_images = metadata["settings"], metadata["images"]
         shard_size = settings["shard_size"]
-        start, step, expected_size = shard_index * shard_size, 1, shard_size
+        start = shard_index * shard_size
+        step = 1
+        expected_size = shard_size
         if worker_index is not None:
             step = settings["num_workers"]
             start = start * step + worker_index
@@ -173,9 +192,13 @@ def check_indices(file: Path, metadata: dict[str, Any]) -> None:
         expected = list(range(start, start + num_images * step, step))
         indices = pq.read_table(file, columns=["index"])["index"].to_pylist()
     except Exception as error:  # pyarrow raises several types of errors
-        raise ValueError(f"{file} is damaged ({format_error(error)}). Delete the file, and repeat") from error
+        raise ValueError(
+            f"{file} is damaged ({format_error(error)}). Delete the file, and repeat"
+        ) from error
     if num_images != expected_size or indices != expected:
-        raise ValueError(f"{file} contains other images than its name says. Delete the file, and repeat")
+        raise ValueError(
+            f"{file} contains other images than its name says. Delete the file, and repeat"
+        )
 
 
 def check_shards(folder: Path) -> list[dict[str, Any]]:
@@ -183,28 +206,43 @@ def check_shards(folder: Path) -> list[dict[str, Any]]:
     contains other files, or if the shards are not those of one prediction."""
     shards, other_files = list_shards(folder) if folder.is_dir() else ([], [])
     if not shards:
-        raise ValueError(f"{folder} contains no shards. Set --merge to the --output folder of `vitcls predict`")
+        raise ValueError(
+            f"{folder} contains no shards. Set --merge to the --output folder of `vitcls predict`"
+        )
     if other_files:
         names = format_name_list([file.name for file in other_files])
         raise ValueError(f"{folder} contains other files ({names}). Move them elsewhere")
     metadata = {file.name: read_metadata(file) for file in shards}
-    first, columns = metadata[shards[0].name], pq.read_schema(shards[0])
+    first = metadata[shards[0].name]
+    columns = pq.read_schema(shards[0])
     for file in shards:
         fields = metadata[file.name]
-        is_same = fields["settings"] == first["settings"] and fields.get("num_shards") == first.get("num_shards")
+        is_same = fields["settings"] == first["settings"] and fields.get("num_shards") == first.get(
+            "num_shards"
+        )
         if not is_same or not pq.read_schema(file).equals(columns):
-            raise ValueError(f"{file} was written with other flags than {shards[0].name}. Delete the file")
+            raise ValueError(
+                f"{file} was written with other flags than {shards[0].name}. Delete the file"
+            )
         check_indices(file, fields)
         check_name(file, first.get("num_shards"), first["settings"])
     for name in metadata:
         shard_index, worker_index = parse_shard_name(name) or (0, None)
         previous = format_shard_name(shard_index - 1, worker_index)
         if worker_index is not None and metadata.get(previous, {}).get("is_last"):
-            raise ValueError(f"{folder / name} follows the last shard of its worker. Delete the file, and repeat")
+            raise ValueError(
+                f"{folder / name} follows the last shard of its worker. Delete the file, and repeat"
+            )
     if missing := list(islice(iterate_missing_shards(metadata), MAX_COUNTED_SHARDS + 1)):
-        number = f"{len(missing):,}" if len(missing) <= MAX_COUNTED_SHARDS else f"more than {MAX_COUNTED_SHARDS:,}"
+        number = (
+            f"{len(missing):,}"
+            if len(missing) <= MAX_COUNTED_SHARDS
+            else f"more than {MAX_COUNTED_SHARDS:,}"
+        )
         names = format_name_list(missing)
-        raise ValueError(f"{folder} lacks {number} shards: {names}. Repeat the commands that write them")
+        raise ValueError(
+            f"{folder} lacks {number} shards: {names}. Repeat the commands that write them"
+        )
     return list(metadata.values())
 
 
@@ -218,7 +256,9 @@ def iterate_missing_shards(metadata: dict[str, dict[str, Any]]) -> Iterator[str]
         return
     for worker_index in range(first["settings"]["num_workers"]):
         worker_names = (format_shard_name(index, worker_index) for index in count())
-        name = next(name for name in worker_names if name not in metadata or metadata[name]["is_last"])
+        name = next(
+            name for name in worker_names if name not in metadata or metadata[name]["is_last"]
+        )
         if name not in metadata:
             yield name
 
@@ -231,9 +271,15 @@ def merge_shards(folder: Path, output: Path | None) -> str:
         OSError: If the file cannot be written.
     """
     if output is not None and output.parent.resolve() == folder.resolve():
-        raise ValueError(f"--output {output} is in the folder of --merge. Set a file in another folder")
+        raise ValueError(
+            f"--output {output} is in the folder of --merge. Set a file in another folder"
+        )
     metadata = check_shards(folder)
-    num_images, num_failed = (sum(fields[name] for fields in metadata) for name in ("images", "failed"))
+    num_images, num_failed = (
+        sum(fields[name] for fields in metadata) for name in ("images", "failed")
+    )
     if output is not None:
-        write_table(pa.concat_tables(pq.read_table(file) for file in list_shards(folder)[0]), output)
+        write_table(
+            pa.concat_tables(pq.read_table(file) for file in list_shards(folder)[0]), output
+        )
     return f"{output or folder}: {num_images:,} images, {num_failed:,} without a prediction"

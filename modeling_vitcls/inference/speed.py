@@ -26,9 +26,15 @@ def measure_inference_speed(model: Any, device: torch.device) -> dict[str, Any]:
         return time.perf_counter() - start_time
 
     config = model.config
-    image = torch.rand(1, config.num_channels, *config.image_height_width, device=device, dtype=model.dtype)
+    image = torch.rand(
+        1, config.num_channels, *config.image_height_width, device=device, dtype=model.dtype
+    )
     measure_seconds(image)  # warm up
-    batch_size = int(MEASUREMENT_SECONDS / (NUM_REPEATS + 1) / min(measure_seconds(image), measure_seconds(image)))
+    batch_size = int(
+        MEASUREMENT_SECONDS
+        / (NUM_REPEATS + 1)
+        / min(measure_seconds(image), measure_seconds(image))
+    )
     batch = image.expand(max(1, min(MAX_BATCH_SIZE, batch_size)), -1, -1, -1).contiguous()
     measure_seconds(batch)
     seconds = [measure_seconds(batch) for _ in range(NUM_REPEATS)]

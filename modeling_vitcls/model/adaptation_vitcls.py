@@ -44,7 +44,15 @@ from .positions_vitcls import resample_positions, resize_patch_kernel
 logger = logging.get_logger(__name__)
 
 # Arguments of `from_pretrained` that control how files are loaded, and arguments that configurations do not accept.
-HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+HUB_KEYWORDS = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+)
 MODEL_KEYWORDS = ("dtype", "torch_dtype", "quantization_config", "state_dict")
 
 
@@ -55,7 +63,11 @@ class AdaptableModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: Any, *model_args: Any, gate_new_tokens: bool | None = None, **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: Any,
+        *model_args: Any,
+        gate_new_tokens: bool | None = None,
+        **kwargs: Any,
     ) -> Any:
         """Load a checkpoint, and adapt the model if arguments change `ADAPTABLE_FIELDS` of the stored configuration.
 
@@ -66,18 +78,27 @@ class AdaptableModel(PreTrainedModel):
             OSError, RuntimeError: if the checkpoint is missing, damaged or incompatible. The message is a single line.
             ValueError: if configuration fields contradict each other.
         """
-        source, config_class = pretrained_model_name_or_path, cast(type[ViTCLSConfig], cls.config_class)
+        source = pretrained_model_name_or_path
+        config_class = cast(type[ViTCLSConfig], cls.config_class)
         config, kwargs = resolve_config(config_class, source, kwargs)
         old_fields = {} if config is None else read_adaptable_fields(config_class, source, kwargs)
-        changes = {name: getattr(config, name) for name, value in old_fields.items() if getattr(config, name) != value}
+        changes = {
+            name: getattr(config, name)
+            for name, value in old_fields.items()
+            if getattr(config, name) != value
+        }
         if changes:
             kwargs["config"] = replace_fields(config, old_fields, validate=False)
         model_or_tuple = load_checkpoint(super().from_pretrained, source, *model_args, **kwargs)
-        remove_open_gates(model_or_tuple[0] if isinstance(model_or_tuple, tuple) else model_or_tuple)
+        remove_open_gates(
+            model_or_tuple[0] if isinstance(model_or_tuple, tuple) else model_or_tuple
+        )
         if not changes:
             return model_or_tuple
         if isinstance(model_or_tuple, tuple):  # output_loading_info=True
-            return model_or_tuple[0].adapt(gate_new_tokens=gate_new_tokens, **changes), *model_or_tuple[1:]
+            return model_or_tuple[0].adapt(
+                gate_new_tokens=gate_new_tokens, **changes
+            ), *model_or_tuple[1:]
         return model_or_tuple.adapt(gate_new_tokens=gate_new_tokens, **changes)
 
     def adapt(self, gate_new_tokens: bool | None = None, **changes: Any) -> Self:
@@ -94,8 +115,12 @@ class AdaptableModel(PreTrainedModel):
             ValueError: if a field cannot be adapted, or the new values contradict other fields.
         """
         if unknown_names := sorted(set(changes) - set(ADAPTABLE_FIELDS)):
-            raise ValueError(f"{unknown_names[0]} cannot be adapted. Choose from {', '.join(ADAPTABLE_FIELDS)}")
-        changes = {name: value for name, value in changes.items() if value != getattr(self.config, name)}
+            raise ValueError(
+                f"{unknown_names[0]} cannot be adapted. Choose from {', '.join(ADAPTABLE_FIELDS)}"
+            )
+        changes = {
+            name: value for name, value in changes.items() if value != getattr(self.config, name)
+        }
         if not changes:
             return self
         if gate_new_tokens is None:
@@ -127,15 +152,21 @@ def resolve_config(
         return config, kwargs | {"config": config}
     if not overrides:
         return None, kwargs
-    check_checkpoint_folder(source, needs_config_file=config is None and not kwargs.get("subfolder"))
+    check_checkpoint_folder(
+        source, needs_config_file=config is None and not kwargs.get("subfolder")
+    )
     model_kwargs = {name: kwargs.pop(name) for name in MODEL_KEYWORDS if name in kwargs}
     hub_kwargs = {name: kwargs[name] for name in HUB_KEYWORDS if name in kwargs}
     kwargs.pop("config", None)
-    config, kwargs = config_class.from_pretrained(config or source, return_unused_kwargs=True, **kwargs)
+    config, kwargs = config_class.from_pretrained(
+        config or source, return_unused_kwargs=True, **kwargs
+    )
     return config, kwargs | model_kwargs | hub_kwargs | {"config": config}
 
 
-def read_adaptable_fields(config_class: type[ViTCLSConfig], source: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def read_adaptable_fields(
+    config_class: type[ViTCLSConfig], source: Any, kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return the values of `ADAPTABLE_FIELDS` in a checkpoint, or {} if the checkpoint has no configuration."""
     if source is None:  # the caller passes a state dict instead of a checkpoint
         return {}
@@ -144,7 +175,11 @@ def read_adaptable_fields(config_class: type[ViTCLSConfig], source: Any, kwargs:
         config_dict, _ = config_class.get_config_dict(source, **hub_kwargs)
     except OSError:
         return {}
-    return {name: config_dict.get(name, getattr(config_class, name)) for name in ADAPTABLE_FIELDS if config_dict}
+    return {
+        name: config_dict.get(name, getattr(config_class, name))
+        for name in ADAPTABLE_FIELDS
+        if config_dict
+    }
 
 
 def replace_fields(config: Any, values: Mapping[str, Any], validate: bool = True) -> Any:
@@ -152,7 +187,9 @@ def replace_fields(config: Any, values: Mapping[str, Any], validate: bool = True
     config = copy.deepcopy(config)
     for name, value in values.items():
         setattr(config, name, value)
-    config.distillation_teachers = (config.distillation_teachers or [])[: config.num_distillation_tokens] or None
+    config.distillation_teachers = (config.distillation_teachers or [])[
+        : config.num_distillation_tokens
+    ] or None
     if validate:
         config.__dict__.pop("_skip_validation", None)
         config.validate()
@@ -183,7 +220,9 @@ def remove_open_gates(model: AdaptableModel) -> None:
         logger.info("gates.gates: removed, because all gates are open")
 
 
-def get_gated_tokens(config: ViTCLSConfig, changes: Mapping[str, Any], gate_new_tokens: bool) -> dict[str, int] | None:
+def get_gated_tokens(
+    config: ViTCLSConfig, changes: Mapping[str, Any], gate_new_tokens: bool
+) -> dict[str, int] | None:
     """Return the value of `gated_tokens` after `changes`, with all added tokens if `gate_new_tokens` is True."""
     counts = {field: getattr(config, field) for field in COUNT_FIELDS.values()}
     new_counts = {field: changes.get(field, count) for field, count in counts.items()}
@@ -205,14 +244,21 @@ def load_adapted_weights(source: AdaptableModel, target: AdaptableModel) -> None
     """
     old_weights = source.state_dict()
     new_weights = target.state_dict()
-    frozen_names = {name for name, parameter in source.named_parameters() if not parameter.requires_grad}
+    frozen_names = {
+        name for name, parameter in source.named_parameters() if not parameter.requires_grad
+    }
     parameters = dict(target.named_parameters())
     dropped_names = set(old_weights)
     for name, initial_value in new_weights.items():
         old_name = find_old_name(name, old_weights)
         dropped_names.discard(old_name)
         context = AdaptationContext(
-            name, initial_value, old_weights.get(old_name), old_weights, source.config, target.config
+            name,
+            initial_value,
+            old_weights.get(old_name),
+            old_weights,
+            source.config,
+            target.config,
         )
         weight, note = adapt_weight(context)
         if old_name in frozen_names and weight is not initial_value:
@@ -223,7 +269,9 @@ def load_adapted_weights(source: AdaptableModel, target: AdaptableModel) -> None
     for name in sorted(dropped_names):
         logger.warning(f"{name}: dropped")
     if source.config.specialized_layers != target.config.specialized_layers:
-        logger.warning(f"specialized_layers: {target.config.specialized_layers}, with copied weights")
+        logger.warning(
+            f"specialized_layers: {target.config.specialized_layers}, with copied weights"
+        )
 
 
 def find_old_name(name: str, old_weights: Mapping[str, Tensor]) -> str:
@@ -239,13 +287,17 @@ class AdaptationContext(NamedTuple):
 
     name: str
     initial_value: Tensor  # the newly initialized weight
-    old_value: Tensor | None  # the weight with this name in the old model; None if there is no such weight
+    old_value: (
+        Tensor | None
+    )  # the weight with this name in the old model; None if there is no such weight
     old_weights: Mapping[str, Tensor]
     old_config: ViTCLSConfig
     new_config: ViTCLSConfig
 
 
-AdaptedWeight = tuple[Tensor, str]  # the adapted weight, and a description of the change (empty if unchanged)
+AdaptedWeight = tuple[
+    Tensor, str
+]  # the adapted weight, and a description of the change (empty if unchanged)
 
 
 def adapt_weight(context: AdaptationContext) -> AdaptedWeight:
@@ -261,7 +313,9 @@ def adapt_weight(context: AdaptationContext) -> AdaptedWeight:
 def adapt_tokens(context: AdaptationContext, are_positions: bool = False) -> AdaptedWeight:
     """Keep the first min(m, n) of m tokens, or their position embeddings, [1, m, D] -> [1, n, D]. New tokens keep
     their initial values; the position embeddings of new tokens are zero."""
-    new_weight = torch.zeros_like(context.initial_value) if are_positions else context.initial_value.clone()
+    new_weight = (
+        torch.zeros_like(context.initial_value) if are_positions else context.initial_value.clone()
+    )
     num_old_tokens = 0 if context.old_value is None else context.old_value.shape[1]
     num_kept = min(num_old_tokens, new_weight.shape[1])
     if context.old_value is not None:
@@ -272,7 +326,9 @@ def adapt_tokens(context: AdaptationContext, are_positions: bool = False) -> Ada
     if num_old_tokens > num_kept:
         notes.append(f"{num_old_tokens - num_kept} dropped")
     if new_weight.shape[1] > num_kept:
-        initialization = "to zero" if are_positions else f"by token_init={context.new_config.token_init!r}"
+        initialization = (
+            "to zero" if are_positions else f"by token_init={context.new_config.token_init!r}"
+        )
         notes.append(f"{new_weight.shape[1] - num_kept} added, initialized {initialization}")
     return new_weight, ", ".join(notes)
 
@@ -288,7 +344,10 @@ def adapt_to_grid(resample: Callable[..., Tensor], context: AdaptationContext) -
 
 def adapt_to_patch_size(context: AdaptationContext) -> AdaptedWeight:
     """Resize the kernel of the patch projection, if the patch size changes."""
-    old_size, new_size = context.old_config.patch_height_width, context.new_config.patch_height_width
+    old_size, new_size = (
+        context.old_config.patch_height_width,
+        context.new_config.patch_height_width,
+    )
     if old_size == new_size:
         return context.old_weights[context.name], ""
     note = f"resized from {old_size[0]} x {old_size[1]} to {new_size[0]} x {new_size[1]} pixels per patch"
@@ -311,7 +370,9 @@ def adapt_gates(context: AdaptationContext) -> AdaptedWeight:
     old_gate_values = () if context.old_value is None else context.old_value
     old_gates = dict(zip(list_gated_tokens(context.old_config), old_gate_values, strict=True))
     gated_tokens = list_gated_tokens(context.new_config)
-    old_counts = {group: getattr(context.old_config, field) for group, field in COUNT_FIELDS.items()}
+    old_counts = {
+        group: getattr(context.old_config, field) for group, field in COUNT_FIELDS.items()
+    }
     for gate_index, (group, token_index) in enumerate(gated_tokens):
         if token_index < old_counts[group]:
             gates[gate_index] = old_gates.get((group, token_index), TokenGates.OPEN)
@@ -324,7 +385,10 @@ def adapt_gates(context: AdaptationContext) -> AdaptedWeight:
 
 # Substring of a parameter's name -> function that adapts the parameter.
 ADAPTERS: dict[str, Callable[[AdaptationContext], AdaptedWeight]] = {
-    **dict.fromkeys(("embeddings.cls_token", "embeddings.distillation_token", "embeddings.register_"), adapt_tokens),
+    **dict.fromkeys(
+        ("embeddings.cls_token", "embeddings.distillation_token", "embeddings.register_"),
+        adapt_tokens,
+    ),
     "position_embeddings.patches": partial(adapt_to_grid, resample_positions),
     "position_embeddings.": partial(adapt_tokens, are_positions=True),
     "patch_embeddings.projection.weight": adapt_to_patch_size,
@@ -338,7 +402,10 @@ ADAPTERS: dict[str, Callable[[AdaptationContext], AdaptedWeight]] = {
 
 # Loading -------------------------------------------------------------------------------------------------------------
 # Patterns of former parameter names -> current names.
-RENAMED_PARAMETERS = {r"\bview\.tables": "relative_position_bias.tables", r"\.second_share": ".lambda_full"}
+RENAMED_PARAMETERS = {
+    r"\bview\.tables": "relative_position_bias.tables",
+    r"\.second_share": ".lambda_full",
+}
 
 
 class MismatchedWeightsError(ValueError, RuntimeError):
@@ -352,16 +419,24 @@ def load_checkpoint(load: Callable[..., Any], source: Any, *args: Any, **kwargs:
         OSError: if the folder, config.json or the weights are missing or damaged.
         MismatchedWeightsError: if the weights do not match the configuration.
     """
-    check_checkpoint_folder(source, needs_config_file=kwargs.get("config") is None and not kwargs.get("subfolder"))
+    check_checkpoint_folder(
+        source, needs_config_file=kwargs.get("config") is None and not kwargs.get("subfolder")
+    )
     try:
         model_or_tuple = load(source, *args, **{"key_mapping": RENAMED_PARAMETERS, **kwargs})
     except Exception as error:
         if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error):
-            raise MismatchedWeightsError(describe_mismatch(load, source, *args, **kwargs)) from error
-        is_damaged = type(error).__name__ == "SafetensorError"  # compare names to avoid importing safetensors
+            raise MismatchedWeightsError(
+                describe_mismatch(load, source, *args, **kwargs)
+            ) from error
+        is_damaged = (
+            type(error).__name__ == "SafetensorError"
+        )  # compare names to avoid importing safetensors
         if is_damaged or (isinstance(error, OSError) and "\n" in str(error)):
             prefix = "the weights in " if is_damaged else ""
-            raise OSError(f"cannot load {prefix}{source}: {' '.join(str(error).split())}") from error
+            raise OSError(
+                f"cannot load {prefix}{source}: {' '.join(str(error).split())}"
+            ) from error
         raise
     model = model_or_tuple[0] if isinstance(model_or_tuple, tuple) else model_or_tuple
     model._weight_conversions = []  # by default, transformers would save the model with the former names
@@ -386,15 +461,26 @@ def align_weights(model: PreTrainedModel) -> None:
 def check_checkpoint_folder(source: Any, needs_config_file: bool) -> None:
     """Raise OSError if a local path is not a checkpoint folder; Hub ids and None (a state dict) are not checked."""
     folder = Path("." if source is None else source)
-    if not folder.exists() and (folder.is_absolute() or len(folder.parts) > 2 or str(source).startswith((".", "~"))):
+    if not folder.exists() and (
+        folder.is_absolute() or len(folder.parts) > 2 or str(source).startswith((".", "~"))
+    ):
         raise OSError(f"there is no folder {source}. Check the path")
-    if source is not None and folder.is_dir() and needs_config_file and not (folder / "config.json").is_file():
-        raise OSError(f"there is no config.json in {source}. Save the model with save_pretrained to write this file")
+    if (
+        source is not None
+        and folder.is_dir()
+        and needs_config_file
+        and not (folder / "config.json").is_file()
+    ):
+        raise OSError(
+            f"there is no config.json in {source}. Save the model with save_pretrained to write this file"
+        )
 
 
 def describe_mismatch(load: Callable[..., Any], source: Any, *args: Any, **kwargs: Any) -> str:
     """Load the checkpoint again, and return an error message that names a weight with a mismatched shape."""
-    _, loading_info = load(source, *args, **{**kwargs, "ignore_mismatched_sizes": True, "output_loading_info": True})
+    _, loading_info = load(
+        source, *args, **{**kwargs, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    )
     name, saved_shape, expected_shape = min(loading_info["mismatched_keys"])
     return (
         f"the weights in {source} do not match the model: {name} has shape {list(saved_shape)}, but the model "

@@ -41,7 +41,11 @@ def build_attention_mask(
     Raises:
         ValueError: if `attention_mask` has an invalid shape, or the attention implementation does not support a mask.
     """
-    if attention_mask is not None and attention_mask.ndim != 4 and attention_mask.shape != hidden_states.shape[:2]:
+    if (
+        attention_mask is not None
+        and attention_mask.ndim != 4
+        and attention_mask.shape != hidden_states.shape[:2]
+    ):
         raise ValueError(
             f"attention_mask must have shape [batch, tokens] = {list(hidden_states.shape[:2])}, special tokens "
             f"included, but it has shape {list(attention_mask.shape)}"
@@ -49,8 +53,12 @@ def build_attention_mask(
     mask = None
     if config.cls_scopes is not None:
         mask = build_cls_attention_mask(config, hidden_states, attention_mask, grid_size)
-    elif attention_mask is not None:  # with None, transformers would build an all-true mask during tracing
-        mask = create_bidirectional_mask(config=config, inputs_embeds=hidden_states, attention_mask=attention_mask)
+    elif (
+        attention_mask is not None
+    ):  # with None, transformers would build an all-true mask during tracing
+        mask = create_bidirectional_mask(
+            config=config, inputs_embeds=hidden_states, attention_mask=attention_mask
+        )
     if relative_position_bias is not None:
         mask = relative_position_bias(hidden_states, mask, grid_size)
     if gates is not None:
@@ -58,7 +66,10 @@ def build_attention_mask(
     return mask
 
 
-ADDITIVE_MASK_IMPLEMENTATIONS = ("sdpa", "eager")  # attention implementations that support an additive bias
+ADDITIVE_MASK_IMPLEMENTATIONS = (
+    "sdpa",
+    "eager",
+)  # attention implementations that support an additive bias
 
 
 def require_additive_mask(config: ViTCLSConfig, feature: str) -> None:
@@ -81,7 +92,10 @@ def apply_mask(bias: Tensor, mask: Tensor | None) -> Tensor:
 
 # CLS scopes ----------------------------------------------------------------------------------------------------------
 def build_cls_attention_mask(
-    config: ViTCLSConfig, hidden_states: Tensor, attention_mask: Tensor | None, grid_size: tuple[int, int]
+    config: ViTCLSConfig,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None,
+    grid_size: tuple[int, int],
 ) -> Any:
     """Build the mask that hides from each CLS token the patches outside its scope."""
     if "flash" in config._attn_implementation:
@@ -90,18 +104,25 @@ def build_cls_attention_mask(
             'set attn_implementation to "sdpa", "flex_attention" or "eager"'
         )
     if attention_mask is not None and attention_mask.ndim == 4:
-        raise ValueError("cls_scopes does not support a 4-dimensional attention_mask: pass a mask [batch, tokens]")
+        raise ValueError(
+            "cls_scopes does not support a 4-dimensional attention_mask: pass a mask [batch, tokens]"
+        )
     visibility = build_cls_visibility(config, grid_size, hidden_states.device)  # [N, N]
 
     def is_visible(batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return visibility[q_idx, kv_idx]
 
     return create_bidirectional_mask(
-        config=config, inputs_embeds=hidden_states, attention_mask=attention_mask, and_mask_function=is_visible
+        config=config,
+        inputs_embeds=hidden_states,
+        attention_mask=attention_mask,
+        and_mask_function=is_visible,
     )
 
 
-def build_cls_visibility(config: ViTCLSConfig, grid_size: tuple[int, int], device: torch.device) -> Tensor:
+def build_cls_visibility(
+    config: ViTCLSConfig, grid_size: tuple[int, int], device: torch.device
+) -> Tensor:
     """Return a boolean matrix [N, N] whose element [q, k] is true if token q may attend to token k."""
     layout = config.token_layout
     num_tokens = layout.get_num_tokens(*grid_size)
@@ -120,9 +141,12 @@ def build_cell_mask(scope: list[int], grid_size: tuple[int, int], device: torch.
             f"cls_scopes: a grid of {rows} x {columns} cells requires at least {rows} x {columns} patches, but the "
             f"image has {grid_rows} x {grid_columns} patches: use larger images"
         )
-    y, x = torch.arange(grid_rows, device=device), torch.arange(grid_columns, device=device)
+    y = torch.arange(grid_rows, device=device)
+    x = torch.arange(grid_columns, device=device)
     is_cell_row = (y >= row * grid_rows // rows) & (y < (row + 1) * grid_rows // rows)
-    is_cell_column = (x >= column * grid_columns // columns) & (x < (column + 1) * grid_columns // columns)
+    is_cell_column = (x >= column * grid_columns // columns) & (
+        x < (column + 1) * grid_columns // columns
+    )
     return (is_cell_row[:, None] & is_cell_column).flatten()
 
 
@@ -140,41 +164,62 @@ class RelativePositionBias(nn.Module):
         rows, columns = config.grid_size
         num_tables = 1 if config.relative_position_bias == "shared" else config.num_hidden_layers
         num_table_rows = (2 * rows - 1) * (2 * columns - 1) + 3
-        self.tables = nn.Parameter(torch.empty(num_tables, num_table_rows, config.num_attention_heads))
+        self.tables = nn.Parameter(
+            torch.empty(num_tables, num_table_rows, config.num_attention_heads)
+        )
 
     def forward(self, hidden_states: Tensor, mask: Any, grid_size: tuple[int, int]) -> Any:
         """Return the bias [B or 1, heads, N, N] with the mask applied, or a list with one bias per layer."""
         require_additive_mask(self.config, "relative_position_bias")
         index = self.get_relative_position_index(grid_size, hidden_states.device)  # [N, N]
-        tables = resample_bias_tables(self.tables, self.config.grid_size, grid_size).to(hidden_states.dtype)
+        tables = resample_bias_tables(self.tables, self.config.grid_size, grid_size).to(
+            hidden_states.dtype
+        )
         biases = [apply_mask(table[index].permute(2, 0, 1).unsqueeze(0), mask) for table in tables]
         return biases if len(biases) > 1 else biases[0]
 
-    def get_relative_position_index(self, grid_size: tuple[int, int], device: torch.device) -> Tensor:
+    def get_relative_position_index(
+        self, grid_size: tuple[int, int], device: torch.device
+    ) -> Tensor:
         """Return the index of the table row for each pair of tokens, [N, N]."""
         layout = self.config.token_layout
         rows, columns = grid_size
-        y, x = torch.meshgrid(torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij")
-        y, x = y.flatten(), x.flatten()  # [rows * columns] each
+        y, x = torch.meshgrid(
+            torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij"
+        )
+        y = y.flatten()
+        x = x.flatten()  # [rows * columns] each
         row_offset = y[:, None] - y[None, :] + rows - 1
         column_offset = x[:, None] - x[None, :] + columns - 1
         num_distances = (2 * rows - 1) * (2 * columns - 1)
         num_tokens = layout.get_num_tokens(rows, columns)
-        index = torch.full((num_tokens, num_tokens), num_distances + 2, dtype=torch.long, device=device)
+        index = torch.full(
+            (num_tokens, num_tokens), num_distances + 2, dtype=torch.long, device=device
+        )
         index[: layout.num_prefix_tokens, layout.patches] = num_distances
         index[layout.patches, : layout.num_prefix_tokens] = num_distances + 1
         index[layout.patches, layout.patches] = row_offset * (2 * columns - 1) + column_offset
         return index
 
 
-def resample_bias_tables(tables: Tensor, grid_size: tuple[int, int], new_grid_size: tuple[int, int]) -> Tensor:
+def resample_bias_tables(
+    tables: Tensor, grid_size: tuple[int, int], new_grid_size: tuple[int, int]
+) -> Tensor:
     """Resample bias tables [tables, distances + 3, heads] to another grid; rows of special tokens do not change."""
     if not needs_resampling(grid_size, new_grid_size):
         return tables
-    table_size, new_table_size = ([2 * size - 1 for size in sizes] for sizes in (grid_size, new_grid_size))
-    maps = tables[:, :-3].float().unflatten(1, table_size).permute(0, 3, 1, 2)  # [tables, heads, y, x]
-    maps = nn.functional.interpolate(maps, size=new_table_size, mode="bilinear", align_corners=False)
-    return torch.cat([maps.permute(0, 2, 3, 1).flatten(1, 2).to(tables.dtype), tables[:, -3:]], dim=1)
+    table_size, new_table_size = (
+        [2 * size - 1 for size in sizes] for sizes in (grid_size, new_grid_size)
+    )
+    maps = (
+        tables[:, :-3].float().unflatten(1, table_size).permute(0, 3, 1, 2)
+    )  # [tables, heads, y, x]
+    maps = nn.functional.interpolate(
+        maps, size=new_table_size, mode="bilinear", align_corners=False
+    )
+    return torch.cat(
+        [maps.permute(0, 2, 3, 1).flatten(1, 2).to(tables.dtype), tables[:, -3:]], dim=1
+    )
 
 
 # Token gates ---------------------------------------------------------------------------------------------------------
@@ -201,7 +246,9 @@ class TokenGates(nn.Module):
         super().__init__()
         self.config = config
         layout = config.token_layout
-        self.token_indices = [getattr(layout, group).start + index for group, index in list_gated_tokens(config)]
+        self.token_indices = [
+            getattr(layout, group).start + index for group, index in list_gated_tokens(config)
+        ]
         self.gates = nn.Parameter(torch.empty(len(self.token_indices)))
 
     def forward(self, hidden_states: Tensor, mask: Any) -> Any:
@@ -215,7 +262,9 @@ class TokenGates(nn.Module):
 
     def get_gate_values(self) -> Tensor:
         """Return the value g of each gate, [n]. A gate with g = 1 has no effect."""
-        magnitude = torch.where(self.gates < 0, -self.gates, self.gates)  # has a nonzero gradient at 0, unlike abs
+        magnitude = torch.where(
+            self.gates < 0, -self.gates, self.gates
+        )  # has a nonzero gradient at 0, unlike abs
         return (magnitude * self.SCALE + self.EPS).clamp(max=1.0)
 
 
@@ -225,5 +274,7 @@ def list_gated_tokens(config: ViTCLSConfig) -> list[tuple[str, int]]:
     return [
         (group, index)
         for group, field in COUNT_FIELDS.items()
-        for index in range(getattr(config, field) - gated_tokens.get(group, 0), getattr(config, field))
+        for index in range(
+            getattr(config, field) - gated_tokens.get(group, 0), getattr(config, field)
+        )
     ]

@@ -28,7 +28,12 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from .configuration_vitcls import ViTCLSConfig
-from .positions_vitcls import PositionEmbeddings, needs_resampling, resample_positions, rotate_patches
+from .positions_vitcls import (
+    PositionEmbeddings,
+    needs_resampling,
+    resample_positions,
+    rotate_patches,
+)
 
 
 NORMS: dict[str, type[nn.Module]] = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
@@ -48,7 +53,9 @@ class ViTCLSPatchEmbeddings(nn.Module):
         self.num_channels = config.num_channels
         self.patch_size = config.patch_height_width
         channels, width, size = config.num_channels, config.hidden_size, self.patch_size
-        self.projection = nn.Conv2d(channels, width, kernel_size=size, stride=size, bias=config.patch_bias)
+        self.projection = nn.Conv2d(
+            channels, width, kernel_size=size, stride=size, bias=config.patch_bias
+        )
         self.norm = build_norm(config) if config.patch_norm else None
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -93,7 +100,10 @@ class ViTCLSEmbeddings(nn.Module):
         self.norm = build_norm(config) if config.pre_norm else None
 
     def forward(
-        self, pixel_values: Tensor, grid_size: tuple[int, int], bool_masked_pos: Tensor | None = None
+        self,
+        pixel_values: Tensor,
+        grid_size: tuple[int, int],
+        bool_masked_pos: Tensor | None = None,
     ) -> Tensor:
         """Embed images, and replace patches with the mask token where `bool_masked_pos` [B, rows * columns] is True.
 
@@ -104,7 +114,9 @@ class ViTCLSEmbeddings(nn.Module):
             ValueError: if `bool_masked_pos` does not have one value per patch.
         """
         batch_size = pixel_values.shape[0]
-        patches = self.mask_patches(self.patch_embeddings(pixel_values), bool_masked_pos)  # [B, rows * columns, D]
+        patches = self.mask_patches(
+            self.patch_embeddings(pixel_values), bool_masked_pos
+        )  # [B, rows * columns, D]
         special_tokens = self.get_special_tokens()  # group -> [1, n, D]
         if self.position_embeddings is not None:
             special_tokens, patches = self.position_embeddings(special_tokens, patches, grid_size)
@@ -114,7 +126,11 @@ class ViTCLSEmbeddings(nn.Module):
 
     def get_special_tokens(self) -> dict[str, Tensor]:
         """Return the learned tokens [1, n, D] of each group, in sequence order. Empty groups are omitted."""
-        groups = {"cls": self.cls_token, "distillation": self.distillation_token, "registers": self.register_tokens}
+        groups = {
+            "cls": self.cls_token,
+            "distillation": self.distillation_token,
+            "registers": self.register_tokens,
+        }
         return {group: tokens for group, tokens in groups.items() if tokens is not None}
 
     def mask_patches(self, patches: Tensor, bool_masked_pos: Tensor | None) -> Tensor:
@@ -123,10 +139,14 @@ class ViTCLSEmbeddings(nn.Module):
             if self.mask_token is None or not self.training:
                 return patches
             # Use an all-false mask, because distributed training requires a gradient for every parameter.
-            bool_masked_pos = torch.zeros(patches.shape[:2], dtype=torch.bool, device=patches.device)
+            bool_masked_pos = torch.zeros(
+                patches.shape[:2], dtype=torch.bool, device=patches.device
+            )
         if self.mask_token is None:
             raise ValueError("bool_masked_pos requires a mask token: set use_mask_token=True")
-        return torch.where(bool_masked_pos.bool().unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
+        return torch.where(
+            bool_masked_pos.bool().unsqueeze(-1), self.mask_token.to(patches.dtype), patches
+        )
 
 
 class LearnedPositionEmbeddings(nn.Module):
@@ -138,9 +158,15 @@ class LearnedPositionEmbeddings(nn.Module):
         self.grid_size = config.grid_size
         has_cls_position = config.position_embedding_tokens in ("cls", "all")
         has_all_positions = config.position_embedding_tokens == "all"
-        self.cls = build_tokens(config.num_cls_tokens * has_cls_position, config.hidden_size)  # [1, n, D] or None
-        self.distillation = build_tokens(config.num_distillation_tokens * has_all_positions, config.hidden_size)
-        self.registers = build_tokens(config.num_register_tokens * has_all_positions, config.hidden_size)
+        self.cls = build_tokens(
+            config.num_cls_tokens * has_cls_position, config.hidden_size
+        )  # [1, n, D] or None
+        self.distillation = build_tokens(
+            config.num_distillation_tokens * has_all_positions, config.hidden_size
+        )
+        self.registers = build_tokens(
+            config.num_register_tokens * has_all_positions, config.hidden_size
+        )
         self.patches = nn.Parameter(torch.empty(1, math.prod(self.grid_size), config.hidden_size))
 
     def forward(
@@ -171,19 +197,28 @@ class SinCosPositionEmbeddings(nn.Module):
         y = torch.arange(rows, dtype=torch.float32, device=patches.device)
         x = torch.arange(columns, dtype=torch.float32, device=patches.device)
         y, x = torch.meshgrid(y, x, indexing="ij")  # [rows, columns] each
-        exponents = torch.arange(0, self.hidden_size, 4, dtype=torch.float32, device=patches.device) / self.hidden_size
+        exponents = (
+            torch.arange(0, self.hidden_size, 4, dtype=torch.float32, device=patches.device)
+            / self.hidden_size
+        )
         frequencies = 10000.0**-exponents  # [D / 4]
         x_angles = x.flatten()[:, None] * frequencies  # [rows * columns, D / 4]
         y_angles = y.flatten()[:, None] * frequencies
-        positions = torch.cat([x_angles.sin(), x_angles.cos(), y_angles.sin(), y_angles.cos()], dim=-1)
+        positions = torch.cat(
+            [x_angles.sin(), x_angles.cos(), y_angles.sin(), y_angles.cos()], dim=-1
+        )
         return special_tokens, patches + positions.to(patches.dtype)
 
 
-def build_position_embeddings(config: ViTCLSConfig) -> LearnedPositionEmbeddings | SinCosPositionEmbeddings | None:
+def build_position_embeddings(
+    config: ViTCLSConfig,
+) -> LearnedPositionEmbeddings | SinCosPositionEmbeddings | None:
     """Build learned or sin-cos position embeddings; return None if the model has neither."""
     if config.position_embedding_type.startswith("learned"):
         return LearnedPositionEmbeddings(config)
-    return SinCosPositionEmbeddings(config) if config.position_embedding_type == "sincos_2d" else None
+    return (
+        SinCosPositionEmbeddings(config) if config.position_embedding_type == "sincos_2d" else None
+    )
 
 
 def build_tokens(num_tokens: int, width: int) -> nn.Parameter | None:
@@ -226,7 +261,9 @@ class ViTCLSAttention(nn.Module):
             recorder to read queries, keys and values. Default: None.
     """
 
-    MAPS_PER_HEAD = 1  # number of attention maps that each head computes; 2 in differential attention
+    MAPS_PER_HEAD = (
+        1  # number of attention maps that each head computes; 2 in differential attention
+    )
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
@@ -237,7 +274,8 @@ class ViTCLSAttention(nn.Module):
         self.attention_dropout = config.attention_probs_dropout_prob
         self.is_causal = False
         self.recorder: AttentionRecorder | None = None
-        width, inner_dim = config.hidden_size, config.num_attention_heads * config.head_dim
+        width = config.hidden_size
+        inner_dim = config.num_attention_heads * config.head_dim
         query_bias, key_bias, value_bias = (
             config.qkv_bias if bias is None else bias
             for bias in (config.query_bias, config.key_bias, config.value_bias)
@@ -271,21 +309,32 @@ class ViTCLSAttention(nn.Module):
             query, key = rotate_patches(query, key, position_embeddings)
         if attention_mask is not None and num_queries is not None:
             attention_mask = attention_mask[:, :, :num_queries]
-        attn_output, weights = self.attend(query, key, value, attention_mask, **kwargs)  # [B, n, heads, head_dim]
+        attn_output, weights = self.attend(
+            query, key, value, attention_mask, **kwargs
+        )  # [B, n, heads, head_dim]
         attn_output = attn_output.flatten(2)  # [B, n, heads * head_dim]
         if self.norm is not None:
             attn_output = self.norm(attn_output)
         return self.o_proj(attn_output), weights
 
-    def project_qkv(self, hidden_states: Tensor, num_queries: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def project_qkv(
+        self, hidden_states: Tensor, num_queries: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries [B, heads, n, head_dim], keys and values [B, heads, N, head_dim], before rotary embedding."""
         # torch.cat copies the tokens: with a view, torch.onnx would fix the batch size if the example has one image.
-        queries = hidden_states if num_queries is None else torch.cat([hidden_states[:, :num_queries]], dim=1)
+        queries = (
+            hidden_states
+            if num_queries is None
+            else torch.cat([hidden_states[:, :num_queries]], dim=1)
+        )
         query = self.q_proj(queries).unflatten(-1, (-1, self.qk_head_dim))
-        key = self.k_proj(hidden_states).unflatten(-1, (-1, self.qk_head_dim))  # [B, N, heads, head_dim]
+        key = self.k_proj(hidden_states).unflatten(
+            -1, (-1, self.qk_head_dim)
+        )  # [B, N, heads, head_dim]
         value = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
         if self.q_norm is not None and self.k_norm is not None:
-            query, key = self.q_norm(query), self.k_norm(key)
+            query = self.q_norm(query)
+            key = self.k_norm(key)
         return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
     def attend(
@@ -293,7 +342,10 @@ class ViTCLSAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Return the attention output [B, n, heads, head_dim] and the weights. Fused attention returns no weights."""
         attention_function = self.get_attention_function()
-        kwargs |= {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling}
+        kwargs |= {
+            "dropout": self.attention_dropout if self.training else 0.0,
+            "scaling": self.scaling,
+        }
         attn_output, weights = attention_function(self, query, key, value, attention_mask, **kwargs)
         if self.recorder is not None:
             self.recorder(query, key, value, attention_mask, self.scaling, attn_output)
@@ -301,7 +353,9 @@ class ViTCLSAttention(nn.Module):
 
     def get_attention_function(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
         """Return the function for `config._attn_implementation` from the attention interface of transformers."""
-        return ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        return ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
 
 
 # MLP -----------------------------------------------------------------------------------------------------------------
@@ -337,14 +391,20 @@ class ViTCLSGLU(nn.Module):
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
         self.activation_fn = ACT2FN["silu" if config.mlp_type == "swiglu" else config.hidden_act]
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.gate_proj = nn.Linear(
+            config.hidden_size, config.intermediate_size, bias=config.mlp_bias
+        )
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.register_neurons: nn.Module | None = None
         self.norm = build_norm(config, config.intermediate_size) if config.mlp_norm else None
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(
+            config.intermediate_size, config.hidden_size, bias=config.mlp_bias
+        )
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        activations = self.activation_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
+        activations = self.activation_fn(self.gate_proj(hidden_states)) * self.up_proj(
+            hidden_states
+        )
         if self.register_neurons is not None:
             activations = self.register_neurons(activations)
         if self.norm is not None:
@@ -417,12 +477,18 @@ class ViTCLSLayer(EncoderLayer):
     ) -> Tensor:
         """Apply attention, then the MLP, to all tokens, or only to the first `num_tokens` (special tokens)."""
         normalized_states = self.layernorm_before(hidden_states)
-        attn_output, _ = self.attention(normalized_states, attention_mask, position_embeddings, num_tokens, **kwargs)
-        hidden_states = self.add_branch(hidden_states[:, :num_tokens], self.dropout(attn_output), self.layer_scale1)
+        attn_output, _ = self.attention(
+            normalized_states, attention_mask, position_embeddings, num_tokens, **kwargs
+        )
+        hidden_states = self.add_branch(
+            hidden_states[:, :num_tokens], self.dropout(attn_output), self.layer_scale1
+        )
         mlp_output = self.mlp(self.layernorm_after(hidden_states))
         return self.add_branch(hidden_states, self.dropout(mlp_output), self.layer_scale2)
 
-    def add_branch(self, hidden_states: Tensor, branch: Tensor, layer_scale: LayerScale | None) -> Tensor:
+    def add_branch(
+        self, hidden_states: Tensor, branch: Tensor, layer_scale: LayerScale | None
+    ) -> Tensor:
         """Apply layer scale and stochastic depth to a residual branch [B, n, D], and add it to the hidden states."""
         if layer_scale is not None:
             branch = layer_scale(branch)

@@ -62,10 +62,30 @@ from .variants_vitcls import *
 """
 
 PRESETS: dict[str, dict[str, int]] = {
-    "tiny": {"hidden_size": 192, "num_attention_heads": 3, "num_hidden_layers": 12, "intermediate_size": 768},
-    "small": {"hidden_size": 384, "num_attention_heads": 6, "num_hidden_layers": 12, "intermediate_size": 1536},
-    "base": {"hidden_size": 768, "num_attention_heads": 12, "num_hidden_layers": 12, "intermediate_size": 3072},
-    "large": {"hidden_size": 1024, "num_attention_heads": 16, "num_hidden_layers": 24, "intermediate_size": 4096},
+    "tiny": {
+        "hidden_size": 192,
+        "num_attention_heads": 3,
+        "num_hidden_layers": 12,
+        "intermediate_size": 768,
+    },
+    "small": {
+        "hidden_size": 384,
+        "num_attention_heads": 6,
+        "num_hidden_layers": 12,
+        "intermediate_size": 1536,
+    },
+    "base": {
+        "hidden_size": 768,
+        "num_attention_heads": 12,
+        "num_hidden_layers": 12,
+        "intermediate_size": 3072,
+    },
+    "large": {
+        "hidden_size": 1024,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 24,
+        "intermediate_size": 4096,
+    },
 }
 
 # Keywords that are not fields of `ViTCLSConfig`, but that transformers passes to every configuration or stores in it.
@@ -77,10 +97,18 @@ TRANSFORMERS_KEYWORDS = frozenset(
 )
 
 # Group of special tokens -> field with the number of tokens.
-COUNT_FIELDS = {"cls": "num_cls_tokens", "distillation": "num_distillation_tokens", "registers": "num_register_tokens"}
+COUNT_FIELDS = {
+    "cls": "num_cls_tokens",
+    "distillation": "num_distillation_tokens",
+    "registers": "num_register_tokens",
+}
 
 # Value of `position_embedding_tokens` -> groups of special tokens that have position embeddings.
-GROUPS_WITH_POSITIONS: dict[str, tuple[str, ...]] = {"patches": (), "cls": ("cls",), "all": tuple(COUNT_FIELDS)}
+GROUPS_WITH_POSITIONS: dict[str, tuple[str, ...]] = {
+    "patches": (),
+    "cls": ("cls",),
+    "all": tuple(COUNT_FIELDS),
+}
 
 # Fields for which `from_pretrained(..., field=value)` adapts the weights of a checkpoint (adaptation_vitcls.py).
 ADAPTABLE_FIELDS = (
@@ -93,11 +121,19 @@ SIZE_LIMITS: dict[str, tuple[int, int]] = {
     **dict.fromkeys(COUNT_FIELDS.values(), (0, 100_000)),
     "num_channels": (1, 100_000),
     "num_hidden_layers": (1, 10_000),
-    **dict.fromkeys(("hidden_size", "num_attention_heads", "intermediate_size", "head_hidden_size"), (1, 1_000_000)),
+    **dict.fromkeys(
+        ("hidden_size", "num_attention_heads", "intermediate_size", "head_hidden_size"),
+        (1, 1_000_000),
+    ),
     **dict.fromkeys(("attention_head_size", "attention_pool_heads"), (1, 1_000_000)),
     "attention_pool_intermediate_size": (1, 1_000_000),
 }
-ALWAYS_SAVED_FIELDS = {"image_size", "patch_size", "pooling", *SIZE_LIMITS}  # saved even with default values
+ALWAYS_SAVED_FIELDS = {
+    "image_size",
+    "patch_size",
+    "pooling",
+    *SIZE_LIMITS,
+}  # saved even with default values
 MAX_LABELS = 1_000_000  # maximum number of labels of one classifier
 MAX_PATCHES = 2**22  # maximum number of patches of an image
 MAX_PATCH_SIDE = 4096  # maximum height and width of a patch, in pixels
@@ -138,7 +174,9 @@ class TokenLayout:
 
     def items(self) -> Iterator[tuple[str, slice]]:
         """Return the `(name, slice)` pairs of the four groups, in sequence order."""
-        return ((name, getattr(self, name)) for name in ("cls", "distillation", "registers", "patches"))
+        return (
+            (name, getattr(self, name)) for name in ("cls", "distillation", "registers", "patches")
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -370,7 +408,13 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     num_attention_heads: int = 12
     intermediate_size: int = 3072
     position_embedding_type: Literal[
-        "learned", "sincos_2d", "rope_2d", "rope_mixed", "learned_rope_2d", "learned_rope_mixed", "none"
+        "learned",
+        "sincos_2d",
+        "rope_2d",
+        "rope_mixed",
+        "learned_rope_2d",
+        "learned_rope_mixed",
+        "none",
     ] = "learned"
     attention_type: Literal["softmax", "differential"] = "softmax"
     qk_norm: bool = False
@@ -429,22 +473,31 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         for name in kwargs:
             if not self._is_known_keyword(name):
-                known_names = [*(field.name for field in dataclasses.fields(self)), *TRANSFORMERS_KEYWORDS]
+                known_names = [
+                    *(field.name for field in dataclasses.fields(self)),
+                    *TRANSFORMERS_KEYWORDS,
+                ]
                 raise ValueError(f"Unknown field {name!r}{_format_suggestion(name, known_names)}")
         self.validate_sizes()  # checked before lists of these sizes are built
         self.auto_map = kwargs.pop("auto_map", None) or self.build_auto_map()
         # AutoModelForImageClassification selects one of two classes by `architectures`, which must not be None.
         self.architectures = self.architectures or []
-        self.stage_names = ["stem", *(f"stage{index}" for index in range(1, self.num_hidden_layers + 1))]
+        self.stage_names = [
+            "stem",
+            *(f"stage{index}" for index in range(1, self.num_hidden_layers + 1)),
+        ]
         kwargs.pop("stage_names", None)
         self.set_output_features_output_indices(
-            out_features=kwargs.pop("out_features", None), out_indices=kwargs.pop("out_indices", None)
+            out_features=kwargs.pop("out_features", None),
+            out_indices=kwargs.pop("out_indices", None),
         )
         self._check_labels(kwargs.get("num_labels"))
         super().__post_init__(**kwargs)
         # transformers derives labels from `num_labels`, but leaves `label2id` empty if only `id2label` is given.
         if self.label2id is None:
-            self.label2id = {str(label): int(index) for index, label in (self.id2label or {}).items()}
+            self.label2id = {
+                str(label): int(index) for index, label in (self.id2label or {}).items()
+            }
 
     # Building and saving ---------------------------------------------------------------------------------------------
     @classmethod
@@ -468,28 +521,60 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         overrides = {key: kwargs.pop(key) for key in list(kwargs) if key in field_names}
         for name in kwargs:
             known_names = sorted(field_names | TRANSFORMERS_KEYWORDS | {"gate_new_tokens"})
-            if name not in known_names and (hint := _format_suggestion(name, known_names, cutoff=0.8)):
+            if name not in known_names and (
+                hint := _format_suggestion(name, known_names, cutoff=0.8)
+            ):
                 raise ValueError(f"Unknown field {name!r}{hint}")
         config_dict, labels = dict(config_dict), config_dict.get("id2label")
-        if "id2label" in overrides or kwargs.get("num_labels") not in (None, isinstance(labels, dict) and len(labels)):
-            config_dict |= {"id2label": None, "label2id": None}  # stored labels do not apply to the new classifier
+        if "id2label" in overrides or kwargs.get("num_labels") not in (
+            None,
+            isinstance(labels, dict) and len(labels),
+        ):
+            config_dict |= {
+                "id2label": None,
+                "label2id": None,
+            }  # stored labels do not apply to the new classifier
         if overrides.get("num_hidden_layers") not in (None, config_dict.get("num_hidden_layers")):
-            config_dict |= {"out_features": None, "out_indices": None}  # stored stages do not apply to the new layers
-        if changed_counts := {field: overrides[field] for field in COUNT_FIELDS.values() if field in overrides}:
-            stored_counts = {field: config_dict.get(field, getattr(cls, field)) for field in COUNT_FIELDS.values()}
-            new_counts, gated_tokens = stored_counts | changed_counts, config_dict.get("gated_tokens")
-            config_dict["gated_tokens"] = update_gated_tokens(gated_tokens, stored_counts, new_counts)
+            config_dict |= {
+                "out_features": None,
+                "out_indices": None,
+            }  # stored stages do not apply to the new layers
+        if changed_counts := {
+            field: overrides[field] for field in COUNT_FIELDS.values() if field in overrides
+        }:
+            stored_counts = {
+                field: config_dict.get(field, getattr(cls, field))
+                for field in COUNT_FIELDS.values()
+            }
+            new_counts = stored_counts | changed_counts
+            gated_tokens = config_dict.get("gated_tokens")
+            config_dict["gated_tokens"] = update_gated_tokens(
+                gated_tokens, stored_counts, new_counts
+            )
             teachers = config_dict.get("distillation_teachers") or []
-            config_dict["distillation_teachers"] = teachers[: new_counts["num_distillation_tokens"]] or None
-        unknown_fields = {name: config_dict.pop(name) for name in list(config_dict) if not cls._is_known_keyword(name)}
+            config_dict["distillation_teachers"] = (
+                teachers[: new_counts["num_distillation_tokens"]] or None
+            )
+        unknown_fields = {
+            name: config_dict.pop(name)
+            for name in list(config_dict)
+            if not cls._is_known_keyword(name)
+        }
         config_or_tuple = super().from_dict({**config_dict, **overrides}, **kwargs)
         config = config_or_tuple[0] if isinstance(config_or_tuple, tuple) else config_or_tuple
-        for name, value in unknown_fields.items():  # set by the user before saving, or written by another version
-            logger.warning(f"The stored configuration has a field {name!r} that this version does not use.")
+        for (
+            name,
+            value,
+        ) in unknown_fields.items():  # set by the user before saving, or written by another version
+            logger.warning(
+                f"The stored configuration has a field {name!r} that this version does not use."
+            )
             setattr(config, name, value)
         return config_or_tuple
 
-    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
         """Save the configuration as transformers does, with an `auto_map` that refers to code in the same folder."""
         self.auto_map = self.build_auto_map()
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
@@ -499,13 +584,19 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(self)}
         defaults |= dict.fromkeys(ALWAYS_SAVED_FIELDS)
         values = super().to_diff_dict()
-        return {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
+        return {
+            name: value
+            for name, value in values.items()
+            if name not in defaults or value != defaults[name]
+        }
 
     def build_auto_map(self) -> dict[str, str]:
         """Return `AUTO_MAP`, with the multi-task class as the classifier if the configuration has tasks."""
         if self.tasks is None:
             return dict(AUTO_MAP)
-        return AUTO_MAP | {"AutoModelForImageClassification": "modeling_vitcls.ViTCLSForMultiTaskClassification"}
+        return AUTO_MAP | {
+            "AutoModelForImageClassification": "modeling_vitcls.ViTCLSForMultiTaskClassification"
+        }
 
     @classmethod
     def register_auto_classes(cls) -> None:
@@ -519,13 +610,25 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         transformers.AutoConfig.register(cls.model_type, cls, exist_ok=True)
         transformers.AutoModel.register(cls, modeling.ViTCLSModel, exist_ok=True)
         # transformers selects the class named in `config.architectures`, or else the first class.
-        classifier_classes = (modeling.ViTCLSForImageClassification, modeling.ViTCLSForMultiTaskClassification)
-        transformers.AutoModelForImageClassification.register(cls, classifier_classes, exist_ok=True)
+        classifier_classes = (
+            modeling.ViTCLSForImageClassification,
+            modeling.ViTCLSForMultiTaskClassification,
+        )
+        transformers.AutoModelForImageClassification.register(
+            cls, classifier_classes, exist_ok=True
+        )
         masked_model_class = modeling.ViTCLSForMaskedImageModeling
-        transformers.AutoModelForMaskedImageModeling.register(cls, masked_model_class, exist_ok=True)
+        transformers.AutoModelForMaskedImageModeling.register(
+            cls, masked_model_class, exist_ok=True
+        )
         transformers.AutoBackbone.register(cls, modeling.ViTCLSBackbone, exist_ok=True)
-        processor_classes = {"torchvision": processing.ViTCLSImageProcessor, "pil": processing.ViTCLSImageProcessorPil}
-        transformers.AutoImageProcessor.register(cls, image_processor_classes=processor_classes, exist_ok=True)
+        processor_classes = {
+            "torchvision": processing.ViTCLSImageProcessor,
+            "pil": processing.ViTCLSImageProcessorPil,
+        }
+        transformers.AutoImageProcessor.register(
+            cls, image_processor_classes=processor_classes, exist_ok=True
+        )
 
     # Derived values --------------------------------------------------------------------------------------------------
     @property
@@ -551,7 +654,10 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     @property
     def grid_size(self) -> tuple[int, int]:
         """Return the number of patch rows and columns for images of `image_size`."""
-        (height, width), (patch_height, patch_width) = self.image_height_width, self.patch_height_width
+        (height, width), (patch_height, patch_width) = (
+            self.image_height_width,
+            self.patch_height_width,
+        )
         return height // patch_height, width // patch_width
 
     @property
@@ -562,7 +668,11 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     @property
     def pooled_cls_indices(self) -> list[int]:
         """Return the indices of the CLS tokens that are pooled."""
-        return list(range(self.num_cls_tokens)) if self.pooled_cls_tokens is None else self.pooled_cls_tokens
+        return (
+            list(range(self.num_cls_tokens))
+            if self.pooled_cls_tokens is None
+            else self.pooled_cls_tokens
+        )
 
     @property
     def pooled_layer_indices(self) -> list[int]:
@@ -620,13 +730,17 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     def task_labels(self) -> dict[str, list[str]]:
         """Return the label names of each task, sorted by task name. Task i uses CLS token i."""
         return {
-            name: [f"LABEL_{index}" for index in range(labels)] if isinstance(labels, int) else labels
+            name: [f"LABEL_{index}" for index in range(labels)]
+            if isinstance(labels, int)
+            else labels
             for name, labels in sorted((self.tasks or {}).items())
         }
 
     def get_extra_heads(self) -> dict[str, ExtraHead]:
         """Return the extra heads with default values, sorted by name."""
-        return {name: ExtraHead(**fields) for name, fields in sorted((self.extra_heads or {}).items())}
+        return {
+            name: ExtraHead(**fields) for name, fields in sorted((self.extra_heads or {}).items())
+        }
 
     # Size checks, which the other checks require -------------------------------------------------------------------
     def validate_architecture(self) -> None:
@@ -639,15 +753,23 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         for name, (minimum, maximum) in SIZE_LIMITS.items():
             value = getattr(self, name)
             if value is not None and not minimum <= value <= maximum:
-                raise ValueError(f"`{name}` must be between {minimum} and {maximum:,}, but it is {value}.")
+                raise ValueError(
+                    f"`{name}` must be between {minimum} and {maximum:,}, but it is {value}."
+                )
 
     # Checks of the main options --------------------------------------------------------------------------------------
     def validate_token_init(self) -> None:
         """Check that special tokens cannot remain identical during training."""
         has_learned_positions = self.position_embedding_type.startswith("learned")
-        distinct_groups = GROUPS_WITH_POSITIONS[self.position_embedding_tokens] if has_learned_positions else ()
+        distinct_groups = (
+            GROUPS_WITH_POSITIONS[self.position_embedding_tokens] if has_learned_positions else ()
+        )
         for group, field in COUNT_FIELDS.items():
-            if self.token_init == "zeros" and group not in distinct_groups and getattr(self, field) > 1:
+            if (
+                self.token_init == "zeros"
+                and group not in distinct_groups
+                and getattr(self, field) > 1
+            ):
                 raise ValueError(
                     f'`token_init="zeros"` keeps the tokens of "{group}" identical. Set token_init="trunc_normal".'
                 )
@@ -663,7 +785,9 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             if scope == "image":
                 continue
             if isinstance(scope, str) or len(scope) != 4:
-                raise ValueError(f'`cls_scopes`: {scope!r} must be "image" or [rows, columns, row, column].')
+                raise ValueError(
+                    f'`cls_scopes`: {scope!r} must be "image" or [rows, columns, row, column].'
+                )
             rows, columns, row, column = scope
             if not (0 <= row < rows <= grid_rows and 0 <= column < columns <= grid_columns):
                 raise ValueError(
@@ -675,7 +799,9 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         """Check that gated tokens exist."""
         for group, num_gated in (self.gated_tokens or {}).items():
             if group not in COUNT_FIELDS:
-                raise ValueError(f"`gated_tokens`: unknown group {group!r}. Use {', '.join(COUNT_FIELDS)}.")
+                raise ValueError(
+                    f"`gated_tokens`: unknown group {group!r}. Use {', '.join(COUNT_FIELDS)}."
+                )
             num_tokens = getattr(self, COUNT_FIELDS[group])
             if not 0 < num_gated <= num_tokens:
                 raise ValueError(
@@ -685,9 +811,13 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     def validate_register_neurons(self) -> None:
         """Check that register neurons exist, and that a register receives their activations."""
         if self.register_neurons is not None and self.num_register_tokens == 0:
-            raise ValueError("`register_neurons` requires a register token. Set num_register_tokens=1.")
+            raise ValueError(
+                "`register_neurons` requires a register token. Set num_register_tokens=1."
+            )
         for pair in self.register_neurons or ():
-            if len(pair) != 2 or not (0 <= pair[0] < self.num_hidden_layers and 0 <= pair[1] < self.intermediate_size):
+            if len(pair) != 2 or not (
+                0 <= pair[0] < self.num_hidden_layers and 0 <= pair[1] < self.intermediate_size
+            ):
                 raise ValueError(
                     f"`register_neurons`: {pair} must be [layer, neuron], with a layer below {self.num_hidden_layers} "
                     f"and a neuron below {self.intermediate_size}."
@@ -696,30 +826,44 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     def validate_specialized_layers(self) -> None:
         """Check that the parts and layers exist, and that the model has special tokens."""
         for part, layers in (self.specialized_layers or {}).items():
-            if part not in ("norm", "qkv") or len(set(layers) & set(range(self.num_hidden_layers))) != len(layers):
+            if part not in ("norm", "qkv") or len(
+                set(layers) & set(range(self.num_hidden_layers))
+            ) != len(layers):
                 raise ValueError(
                     f'`specialized_layers` maps "norm" or "qkv" to different layers from 0 to '
                     f"{self.num_hidden_layers - 1}, not {part!r} to {layers}."
                 )
             if not self.token_layout.num_prefix_tokens:
-                raise ValueError("`specialized_layers` requires a special token. Set num_cls_tokens=1.")
+                raise ValueError(
+                    "`specialized_layers` requires a special token. Set num_cls_tokens=1."
+                )
 
     def validate_tasks(self) -> None:
         """Check that every task has its own CLS token, a valid name, and labels."""
         if self.tasks is None:
             return
         if len(self.tasks) != self.num_cls_tokens or not self.tasks:
-            raise ValueError(f"`tasks` requires one CLS token per task. Set num_cls_tokens={max(len(self.tasks), 1)}.")
+            raise ValueError(
+                f"`tasks` requires one CLS token per task. Set num_cls_tokens={max(len(self.tasks), 1)}."
+            )
         if self.cls_scopes and list(self.tasks) != sorted(self.tasks):
             order = ", ".join(sorted(self.tasks))
-            raise ValueError(f"`cls_scopes` requires `tasks` in alphabetical order. Reorder both fields: {order}.")
+            raise ValueError(
+                f"`cls_scopes` requires `tasks` in alphabetical order. Reorder both fields: {order}."
+            )
         if self.pooling != "cls":
-            raise ValueError(f'`tasks` requires CLS pooling, but `pooling` is "{self.pooling}". Set pooling="cls".')
+            raise ValueError(
+                f'`tasks` requires CLS pooling, but `pooling` is "{self.pooling}". Set pooling="cls".'
+            )
         for name, labels in self.tasks.items():
             if not name.isidentifier():
-                raise ValueError(f"`tasks` does not support the name {name!r}. Use letters, digits and underscores.")
+                raise ValueError(
+                    f"`tasks` does not support the name {name!r}. Use letters, digits and underscores."
+                )
             num_labels = labels if isinstance(labels, int) else len(set(labels))
-            if not 1 <= num_labels <= MAX_LABELS or (isinstance(labels, list) and len(labels) != num_labels):
+            if not 1 <= num_labels <= MAX_LABELS or (
+                isinstance(labels, list) and len(labels) != num_labels
+            ):
                 raise ValueError(f"`tasks`: {name!r} requires 1 to {MAX_LABELS:,} distinct labels.")
 
     def validate_pooling(self) -> None:
@@ -731,7 +875,9 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             )
         pooled = self.pooled_cls_tokens
         if pooled is not None and not (pooled and set(pooled) <= set(range(self.num_cls_tokens))):
-            raise ValueError(f"`pooled_cls_tokens` is {pooled}. Set indices from 0 to {self.num_cls_tokens - 1}.")
+            raise ValueError(
+                f"`pooled_cls_tokens` is {pooled}. Set indices from 0 to {self.num_cls_tokens - 1}."
+            )
 
     def validate_pooled_layers(self) -> None:
         """Check that the pooled layers exist and differ, and that several layers are not pooled by attention."""
@@ -757,9 +903,13 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     def validate_distillation(self) -> None:
         """Check that a distillation head and each named teacher have a distillation token."""
         if len(self.distillation_teachers or ()) > self.num_distillation_tokens:
-            raise ValueError("`distillation_teachers` has more names than `num_distillation_tokens`. Remove names.")
+            raise ValueError(
+                "`distillation_teachers` has more names than `num_distillation_tokens`. Remove names."
+            )
         if self.distillation_head and self.num_distillation_tokens == 0:
-            raise ValueError("`distillation_head=True` requires a distillation token. Set num_distillation_tokens=1.")
+            raise ValueError(
+                "`distillation_head=True` requires a distillation token. Set num_distillation_tokens=1."
+            )
         if self.distillation_inference == "distillation" and not self.has_distillation_head:
             raise ValueError(
                 '`distillation_inference="distillation"` requires a distillation head. Set num_distillation_tokens=1, '
@@ -771,7 +921,9 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         for name, fields in (self.extra_heads or {}).items():
             owner = f"`extra_heads`: {name!r}"
             if not name.isidentifier() or name in (*RESERVED_OUTPUT_NAMES, *(self.tasks or ())):
-                raise ValueError(f"{owner} is not a free name. Use another one, of letters, digits and underscores.")
+                raise ValueError(
+                    f"{owner} is not a free name. Use another one, of letters, digits and underscores."
+                )
             known_names = [field.name for field in dataclasses.fields(ExtraHead)]
             for field_name in fields:
                 if field_name not in known_names:
@@ -783,24 +935,40 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         """Check the values of an extra head. Messages start with its `owner`."""
         labels = fields.get("labels")
         if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-            raise ValueError(f'{owner} requires `labels`, a list of names. Set labels=["rain", "sun"].')
+            raise ValueError(
+                f'{owner} requires `labels`, a list of names. Set labels=["rain", "sun"].'
+            )
         head = ExtraHead(**fields)
         is_multi_label = head.problem_type == "multi_label_classification"
         if not is_multi_label and head.problem_type != "single_label_classification":
-            raise ValueError(f"{owner} supports the problem types {', '.join(PROBLEM_TYPES[1:3])}. Set one of them.")
+            raise ValueError(
+                f"{owner} supports the problem types {', '.join(PROBLEM_TYPES[1:3])}. Set one of them."
+            )
         num_labels = len(set(labels))
         if num_labels != len(labels) or not 2 - is_multi_label <= num_labels <= MAX_LABELS:
-            raise ValueError(f"{owner} requires {2 - is_multi_label} to {MAX_LABELS:,} distinct labels.")
+            raise ValueError(
+                f"{owner} requires {2 - is_multi_label} to {MAX_LABELS:,} distinct labels."
+            )
         if head.pooling not in EXTRA_HEAD_POOLINGS:
-            raise ValueError(f"{owner} supports the poolings {', '.join(EXTRA_HEAD_POOLINGS)}. Set one of them.")
+            raise ValueError(
+                f"{owner} supports the poolings {', '.join(EXTRA_HEAD_POOLINGS)}. Set one of them."
+            )
         if "cls" in head.pooling and not self.num_cls_tokens:
-            raise ValueError(f'{owner} requires a CLS token, but the model has none. Set pooling="mean".')
-        are_layers = isinstance(head.pooled_layers, list) and all(type(layer) is int for layer in head.pooled_layers)
+            raise ValueError(
+                f'{owner} requires a CLS token, but the model has none. Set pooling="mean".'
+            )
+        are_layers = isinstance(head.pooled_layers, list) and all(
+            type(layer) is int for layer in head.pooled_layers
+        )
         if head.pooled_layers is not None and not are_layers:
-            raise ValueError(f"{owner} requires `pooled_layers`, a list of numbers. Set pooled_layers=[-1].")
+            raise ValueError(
+                f"{owner} requires `pooled_layers`, a list of numbers. Set pooled_layers=[-1]."
+            )
         self._check_layers(f"{owner}: `pooled_layers`", head.pooled_layers)
         if not _is_number(head.temperature) or not head.temperature > 0:
-            raise ValueError(f"{owner}: `temperature` must be a positive number, but it is {head.temperature}.")
+            raise ValueError(
+                f"{owner}: `temperature` must be a positive number, but it is {head.temperature}."
+            )
         if head.threshold is None:
             return
         if not _is_number(head.threshold) or (is_multi_label and not 0 < head.threshold < 1):
@@ -810,15 +978,29 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     def validate_problem_type(self) -> None:
         """Check that a loss exists for `problem_type`."""
         if self.problem_type not in PROBLEM_TYPES:
-            raise ValueError(f"Unknown problem_type {self.problem_type!r}. Use {', '.join(PROBLEM_TYPES[1:])}.")
+            raise ValueError(
+                f"Unknown problem_type {self.problem_type!r}. Use {', '.join(PROBLEM_TYPES[1:])}."
+            )
 
     def _check_labels(self, num_labels: Any) -> None:
         """Check `num_labels` and `id2label` before transformers builds label names."""
-        if self.id2label is not None and set(map(str, self.id2label)) != set(map(str, range(len(self.id2label)))):
-            raise ValueError(f"`id2label` has the ids {list(self.id2label)}. Number the labels from 0 without gaps.")
-        if num_labels is not None and not (isinstance(num_labels, int) and 0 <= num_labels <= MAX_LABELS):
-            raise ValueError(f"`num_labels` must be between 0 (no classifier) and {MAX_LABELS:,}, not {num_labels!r}.")
-        if num_labels is not None and self.id2label is not None and len(self.id2label) != num_labels:
+        if self.id2label is not None and set(map(str, self.id2label)) != set(
+            map(str, range(len(self.id2label)))
+        ):
+            raise ValueError(
+                f"`id2label` has the ids {list(self.id2label)}. Number the labels from 0 without gaps."
+            )
+        if num_labels is not None and not (
+            isinstance(num_labels, int) and 0 <= num_labels <= MAX_LABELS
+        ):
+            raise ValueError(
+                f"`num_labels` must be between 0 (no classifier) and {MAX_LABELS:,}, not {num_labels!r}."
+            )
+        if (
+            num_labels is not None
+            and self.id2label is not None
+            and len(self.id2label) != num_labels
+        ):
             raise ValueError(
                 f"`num_labels` is {num_labels}, but `id2label` has {len(self.id2label)} labels. Omit num_labels."
             )
@@ -832,17 +1014,25 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                     f"`{name}` must be a positive number of pixels or [height, width], but it is {value}."
                 )
         if max(self.patch_height_width) > MAX_PATCH_SIDE:
-            raise ValueError(f"`patch_size` must be at most {MAX_PATCH_SIDE:,}, but it is {self.patch_size}.")
+            raise ValueError(
+                f"`patch_size` must be at most {MAX_PATCH_SIDE:,}, but it is {self.patch_size}."
+            )
         if math.prod(self.grid_size) > MAX_PATCHES:
             raise ValueError(
                 f"`image_size` {self.image_size} makes {math.prod(self.grid_size):,} patches of {self.patch_size} "
                 f"pixels, but at most {MAX_PATCHES:,} are supported. Use a smaller image size."
             )
-        axes = zip(("height", "width"), self.image_height_width, self.patch_height_width, strict=True)
+        axes = zip(
+            ("height", "width"), self.image_height_width, self.patch_height_width, strict=True
+        )
         for axis, size, patch_size in axes:
             if size % patch_size:
                 rounded_down = size // patch_size * patch_size
-                multiples = f"{rounded_down} or {rounded_down + patch_size}" if rounded_down else f"{patch_size}"
+                multiples = (
+                    f"{rounded_down} or {rounded_down + patch_size}"
+                    if rounded_down
+                    else f"{patch_size}"
+                )
                 raise ValueError(
                     f"`image_size`: {axis} {size} is not a multiple of the patch {axis} {patch_size}. Use {multiples}."
                 )
@@ -860,10 +1050,16 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"{self.head_dim}. Change hidden_size, num_attention_heads or attention_head_size."
             )
         if self.position_embedding_type == "sincos_2d" and self.hidden_size % 4:
-            raise ValueError(f"sincos_2d requires `hidden_size` to be a multiple of 4, but it is {self.hidden_size}.")
+            raise ValueError(
+                f"sincos_2d requires `hidden_size` to be a multiple of 4, but it is {self.hidden_size}."
+            )
         if self.attention_type == "differential" and self.relative_position_bias != "none":
-            raise ValueError('`attention_type="differential"` requires relative_position_bias="none".')
-        if self.attention_type == "differential" and (self.head_dim % 2 or self.has_rotary_positions):
+            raise ValueError(
+                '`attention_type="differential"` requires relative_position_bias="none".'
+            )
+        if self.attention_type == "differential" and (
+            self.head_dim % 2 or self.has_rotary_positions
+        ):
             raise ValueError(
                 '`attention_type="differential"` requires an even head size and no rotary positions, but the head '
                 f'size is {self.head_dim} and position_embedding_type is "{self.position_embedding_type}".'
@@ -874,36 +1070,62 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         for name in ("hidden_act", "pooled_activation"):
             value = getattr(self, name)
             if value is not None and value not in ACT2FN:
-                raise ValueError(f"Unknown {name} {value!r}{_format_suggestion(value, list(ACT2FN))}")
+                raise ValueError(
+                    f"Unknown {name} {value!r}{_format_suggestion(value, list(ACT2FN))}"
+                )
 
     def validate_numbers(self) -> None:
         """Check that rates are in [0, 1), and that constants are finite and, where required, positive."""
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "patch_drop_rate"):
+        for name in (
+            "hidden_dropout_prob",
+            "attention_probs_dropout_prob",
+            "drop_path_rate",
+            "patch_drop_rate",
+        ):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 0 and below 1, but it is {getattr(self, name)}.")
+                raise ValueError(
+                    f"`{name}` must be at least 0 and below 1, but it is {getattr(self, name)}."
+                )
         if not math.isfinite(self.layer_scale_init_value or 0):
-            raise ValueError(f"`layer_scale_init_value` must be finite or None, not {self.layer_scale_init_value}.")
+            raise ValueError(
+                f"`layer_scale_init_value` must be finite or None, not {self.layer_scale_init_value}."
+            )
         if not math.isfinite(self.energy_threshold or 0):
-            raise ValueError(f"`energy_threshold` must be finite or None, not {self.energy_threshold}.")
+            raise ValueError(
+                f"`energy_threshold` must be finite or None, not {self.energy_threshold}."
+            )
         for name in ("initializer_range", "rope_theta", "layer_norm_eps", "temperature"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"`{name}` must be a finite positive number, but it is {getattr(self, name)}.")
+                raise ValueError(
+                    f"`{name}` must be a finite positive number, but it is {getattr(self, name)}."
+                )
 
     # Checks of the options for converted checkpoints -----------------------------------------------------------------
     def validate_rope_reference_grid(self) -> None:
         """Check the reference grid and the periods of rotary positions."""
         grid = self.rope_reference_grid
         if grid is not None and (len(grid) != 2 or min(grid) < 1):
-            raise ValueError(f"`rope_reference_grid` must be two positive numbers [rows, columns], but it is {grid}.")
-        periods, num_periods = self.rope_periods, self.head_dim // 4
-        if periods is not None and (len(periods) != num_periods or not 0 < min(periods) <= max(periods) < math.inf):
-            raise ValueError(f"`rope_periods` must have head_dim / 4 = {num_periods} positive numbers, not {periods}.")
+            raise ValueError(
+                f"`rope_reference_grid` must be two positive numbers [rows, columns], but it is {grid}."
+            )
+        periods = self.rope_periods
+        num_periods = self.head_dim // 4
+        if periods is not None and (
+            len(periods) != num_periods or not 0 < min(periods) <= max(periods) < math.inf
+        ):
+            raise ValueError(
+                f"`rope_periods` must have head_dim / 4 = {num_periods} positive numbers, not {periods}."
+            )
 
     def validate_attention_pool(self) -> None:
         """Check that the number of heads of the attention pooler divides the hidden size."""
         num_heads = self.attention_pool_heads or self.num_attention_heads
-        if (self.attention_pool_heads or self.pooling == "attention") and self.hidden_size % num_heads:
-            raise ValueError(f"attention_pool_heads={num_heads} must divide hidden_size={self.hidden_size}.")
+        if (
+            self.attention_pool_heads or self.pooling == "attention"
+        ) and self.hidden_size % num_heads:
+            raise ValueError(
+                f"attention_pool_heads={num_heads} must divide hidden_size={self.hidden_size}."
+            )
 
     # Unknown keywords ------------------------------------------------------------------------------------------------
     @classmethod

@@ -39,12 +39,16 @@ try:
     from torch.autograd import forward_ad
 
     peek_functorch_stack = _functorch.peek_interpreter_stack
-    onednn_pointwise: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # None in builds without oneDNN
+    onednn_pointwise: Any = getattr(
+        torch.ops.mkldnn, "_linear_pointwise", None
+    )  # None in builds without oneDNN
     HALF_PRECISION_CHECKS: dict[torch.dtype, Callable[[], bool] | None] = {
         torch.bfloat16: getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None),
         torch.float16: getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", None),
     }
-    HAS_AMX = torch.cpu._is_amx_tile_supported()  # in float32, MKL is as fast as oneDNN or faster on these CPUs
+    HAS_AMX = (
+        torch.cpu._is_amx_tile_supported()
+    )  # in float32, MKL is as fast as oneDNN or faster on these CPUs
     HAS_AVX512_BFLOAT16 = torch.cpu._is_avx512_bf16_supported()
 
     def is_functorch_active() -> bool:
@@ -68,8 +72,15 @@ def install_cpu_kernels(model: nn.Module) -> None:
     if not can_use_cpu_kernels():
         return
     for module in model.modules():
-        conv_settings = [getattr(module, name, None) for name in ("stride", "padding", "dilation", "groups")]
-        if not isinstance(module, nn.Conv2d) or conv_settings == [module.kernel_size, (0, 0), (1, 1), 1]:
+        conv_settings = [
+            getattr(module, name, None) for name in ("stride", "padding", "dilation", "groups")
+        ]
+        if not isinstance(module, nn.Conv2d) or conv_settings == [
+            module.kernel_size,
+            (0, 0),
+            (1, 1),
+            1,
+        ]:
             module.__class__ = KERNEL_CLASSES.get(type(module), type(module))
 
 
@@ -107,7 +118,9 @@ class CPULinear(CPUKernel, nn.Linear):
         """Return `inputs @ weight.T + bias`."""
         if can_use_onednn(self, inputs):
             parameters = self._parameters  # a dict lookup is ten times as fast as attribute access
-            linear: Callable[..., Tensor] = onednn_linear_autograd if torch.is_grad_enabled() else onednn_linear
+            linear: Callable[..., Tensor] = (
+                onednn_linear_autograd if torch.is_grad_enabled() else onednn_linear
+            )
             return linear(inputs, parameters["weight"], parameters["bias"])
         if is_emulated(inputs) and has_plain_parameters(self):
             return linear_in_float32(inputs, self.weight, self.bias)
@@ -131,12 +144,21 @@ class CPUMLP(CPUKernel, ViTCLSMLP):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Apply the MLP, [B, N, D] -> [B, N, D]."""
         is_plain = hidden_states.is_cpu and self.register_neurons is None and self.norm is None
-        if not is_plain or is_capturing_graph() or not can_fuse_gelu(self) or not torch.backends.mkldnn.enabled:
+        if (
+            not is_plain
+            or is_capturing_graph()
+            or not can_fuse_gelu(self)
+            or not torch.backends.mkldnn.enabled
+        ):
             return super().forward(hidden_states)
         if not torch.is_grad_enabled():
             if can_use_onednn(self.fc1, hidden_states):
-                return self.fc2(onednn_linear(hidden_states, self.fc1.weight, self.fc1.bias, "gelu"))
-            return self.fc2(torch.ops.aten.gelu_(self.fc1(hidden_states)))  # in place: allocating takes longer
+                return self.fc2(
+                    onednn_linear(hidden_states, self.fc1.weight, self.fc1.bias, "gelu")
+                )
+            return self.fc2(
+                torch.ops.aten.gelu_(self.fc1(hidden_states))
+            )  # in place: allocating takes longer
         preactivations = self.fc1(hidden_states)  # [B, N, intermediate]
         if can_use_onednn(self.fc2, preactivations):
             return OneDNNGELULinear.apply(preactivations, self.fc2.weight, self.fc2.bias)
@@ -146,15 +168,25 @@ class CPUMLP(CPUKernel, ViTCLSMLP):
 class CPUAttention(CPUKernel, ViTCLSAttention):
     """CPU kernel of `ViTCLSAttention`, and base class of the other attention kernels."""
 
-    def project_qkv(self, hidden_states: Tensor, num_queries: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def project_qkv(
+        self, hidden_states: Tensor, num_queries: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values. Under autocast, the three projections share one cast of the input."""
-        if hidden_states.dtype == torch.float32 and hidden_states.is_cpu and not is_capturing_graph():
+        if (
+            hidden_states.dtype == torch.float32
+            and hidden_states.is_cpu
+            and not is_capturing_graph()
+        ):
             hidden_states = hidden_states.to(get_matmul_dtype(hidden_states))
         return super().project_qkv(hidden_states, num_queries)
 
     def get_attention_function(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
         """Return `sdpa_attention` for "sdpa", and the function of `ViTCLSAttention` for other implementations."""
-        return sdpa_attention if self.config._attn_implementation == "sdpa" else super().get_attention_function()
+        return (
+            sdpa_attention
+            if self.config._attn_implementation == "sdpa"
+            else super().get_attention_function()
+        )
 
 
 class CPUDifferentialAttention(CPUAttention, ViTCLSDifferentialAttention):
@@ -174,14 +206,21 @@ KERNEL_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
 def can_use_onednn(linear: nn.Linear | nn.Conv2d, inputs: Tensor) -> bool:
     """Return whether oneDNN can be used and is faster. Return False under autocast, torch.func or a dispatch mode."""
     min_multiplications = MIN_MULTIPLICATIONS.get((inputs.dtype, torch.is_grad_enabled()))
-    if min_multiplications is None or not inputs.is_cpu or is_capturing_graph() or not has_plain_parameters(linear):
+    if (
+        min_multiplications is None
+        or not inputs.is_cpu
+        or is_capturing_graph()
+        or not has_plain_parameters(linear)
+    ):
         return False
     weight: Tensor = linear._parameters["weight"]  # type: ignore[assignment]
     return (
         weight.dtype == inputs.dtype
         and inputs.numel() * len(weight) >= min_multiplications
         and bool(torch.backends.mkldnn.enabled)
-        and not (count_dispatch_modes() or torch.is_autocast_enabled("cpu") or is_functorch_active())
+        and not (
+            count_dispatch_modes() or torch.is_autocast_enabled("cpu") or is_functorch_active()
+        )
     )
 
 
@@ -195,12 +234,19 @@ def can_fuse_gelu(mlp: ViTCLSMLP) -> bool:
 def has_plain_parameters(linear: nn.Linear | nn.Conv2d) -> bool:
     """Return whether weight and bias are plain parameters, that is, not quantized, sharded or parametrized."""
     parameters = linear._parameters
-    return type(parameters.get("weight")) is nn.Parameter and "bias" in parameters  # the bias may be None
+    return (
+        type(parameters.get("weight")) is nn.Parameter and "bias" in parameters
+    )  # the bias may be None
 
 
 def has_hooks(module: nn.Module) -> bool:
     """Return whether a module has hooks or a replaced `forward`."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
     return any(hooks) or "forward" in module.__dict__
 
 
@@ -210,7 +256,9 @@ def is_capturing_graph() -> bool:
 
 
 # oneDNN --------------------------------------------------------------------------------------------------------------
-def onednn_linear(inputs: Tensor, weight: Tensor | None, bias: Tensor | None, activation: str = "none") -> Tensor:
+def onednn_linear(
+    inputs: Tensor, weight: Tensor | None, bias: Tensor | None, activation: str = "none"
+) -> Tensor:
     """Return `activation(inputs @ weight.T + bias)`, [..., in], [out, in] -> [..., out]; "gelu" is the exact GELU."""
     return onednn_pointwise.default(inputs, weight, bias, activation, [], "none")
 
@@ -239,10 +287,13 @@ def compute_linear_gradients(
         needs_grad: which of the three gradients to compute; the other gradients are None.
         grad: gradient of the output, [..., out].
     """
-    grad_rows, input_rows = grad.reshape(-1, grad.shape[-1]), inputs.reshape(-1, inputs.shape[-1])  # [n, out], [n, in]
+    grad_rows = grad.reshape(-1, grad.shape[-1])
+    input_rows = inputs.reshape(-1, inputs.shape[-1])  # [n, out], [n, in]
     input_grad = linear(grad, weight.t(), None) if needs_grad[0] else None
     weight_grad = None
-    if needs_grad[1] and len(weight) <= weight.shape[1]:  # oneDNN is faster if the second argument has more rows
+    if (
+        needs_grad[1] and len(weight) <= weight.shape[1]
+    ):  # oneDNN is faster if the second argument has more rows
         weight_grad = linear(grad_rows.t(), input_rows.t(), None)
     elif needs_grad[1]:
         weight_grad = linear(input_rows.t(), grad_rows.t(), None).t()
@@ -255,7 +306,9 @@ class LinearFunction(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(linear: Callable[..., Tensor], inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(
+        linear: Callable[..., Tensor], inputs: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
         return linear(inputs, weight, bias)
 
     @staticmethod
@@ -297,7 +350,8 @@ def is_onednn_correct() -> bool:
     if count_dispatch_modes():  # fake tensors have no values to compare
         return True
     inputs, weight = (
-        torch.linspace(-1, 1, rows * 16, dtype=torch.float32, device="cpu").view(rows, 16) for rows in (4, 8)
+        torch.linspace(-1, 1, rows * 16, dtype=torch.float32, device="cpu").view(rows, 16)
+        for rows in (4, 8)
     )
     try:
         with torch.no_grad():
@@ -308,8 +362,14 @@ def is_onednn_correct() -> bool:
 
 # Minimum number of multiplications for which oneDNN is faster, by (dtype, whether gradients are enabled).
 MIN_MULTIPLICATIONS: dict[tuple[torch.dtype, bool], int] = {}
-HAS_ONEDNN = HAS_PRIVATE_NAMES and torch.backends.mkldnn.is_available() and onednn_pointwise is not None
-if HAS_ONEDNN and torch.backends.cpu.get_cpu_capability().startswith("AVX512") and is_onednn_correct():
+HAS_ONEDNN = (
+    HAS_PRIVATE_NAMES and torch.backends.mkldnn.is_available() and onednn_pointwise is not None
+)
+if (
+    HAS_ONEDNN
+    and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    and is_onednn_correct()
+):
     if HAS_AMX or HAS_AVX512_BFLOAT16:
         MIN_MULTIPLICATIONS[torch.bfloat16, False] = 0
     if not HAS_AMX:
@@ -321,8 +381,12 @@ if HAS_ONEDNN and torch.backends.cpu.get_cpu_capability().startswith("AVX512") a
 # Like PyTorch, these functions accumulate in float32. Tensors saved for the backward pass stay in half precision.
 
 EMULATED_DTYPES: set[torch.dtype] = set()
-if HAS_PRIVATE_NAMES and torch.backends.cpu.get_cpu_capability().startswith("AVX"):  # measured on x86 only
-    EMULATED_DTYPES = {dtype for dtype, check in HALF_PRECISION_CHECKS.items() if check is not None and not check()}
+if HAS_PRIVATE_NAMES and torch.backends.cpu.get_cpu_capability().startswith(
+    "AVX"
+):  # measured on x86 only
+    EMULATED_DTYPES = {
+        dtype for dtype, check in HALF_PRECISION_CHECKS.items() if check is not None and not check()
+    }
 
 
 def is_emulated(inputs: Tensor) -> bool:
@@ -343,11 +407,15 @@ def get_matmul_dtype(inputs: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(inputs.device.type)
 
 
-def compute_in_float32(function: Callable[..., Tensor], inputs: Tensor, *other_inputs: Tensor | None) -> Tensor:
+def compute_in_float32(
+    function: Callable[..., Tensor], inputs: Tensor, *other_inputs: Tensor | None
+) -> Tensor:
     """Compute `function(inputs, *other_inputs)` in float32 and return the result in half precision."""
     dtype = get_matmul_dtype(inputs)
     with torch.autocast("cpu", enabled=False):
-        return function(*(to_float32(tensor, dtype) for tensor in (inputs, *other_inputs))).to(dtype)
+        return function(*(to_float32(tensor, dtype) for tensor in (inputs, *other_inputs))).to(
+            dtype
+        )
 
 
 def to_float32(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -363,8 +431,12 @@ def linear_in_float32(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Te
 
 
 # Attention -----------------------------------------------------------------------------------------------------------
-MAX_CHUNKED_KEYS = 1200  # chunked attention stores its weights for the backward pass, which takes memory
-SCORES_PER_THREAD = 2**19  # number of attention scores per chunk and thread: 1 MiB in bfloat16, about one L2 cache
+MAX_CHUNKED_KEYS = (
+    1200  # chunked attention stores its weights for the backward pass, which takes memory
+)
+SCORES_PER_THREAD = (
+    2**19
+)  # number of attention scores per chunk and thread: 1 MiB in bfloat16, about one L2 cache
 
 
 def sdpa_attention(
@@ -383,7 +455,9 @@ def sdpa_attention(
         return attend_in_chunks(query, key, value, scaling), None
 
     def call_sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **kwargs)[0]
+        return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **kwargs)[
+            0
+        ]
 
     attend = partial(compute_in_float32, call_sdpa) if is_emulated(query) else call_sdpa
     return attend(query, key, value, attention_mask), None
@@ -419,8 +493,12 @@ def attend_in_chunks(query: Tensor, key: Tensor, value: Tensor, scaling: float) 
     key = key - key.mean(dim=2, keepdim=True)
     query = query * scaling
     scores_per_head = query.shape[2] * key.shape[2]
-    chunk_size = max(1, SCORES_PER_THREAD * torch.get_num_threads() // scores_per_head)  # in heads of all images
-    chunks = zip(*(states.flatten(0, 1).split(chunk_size) for states in (query, key, value)), strict=True)
+    chunk_size = max(
+        1, SCORES_PER_THREAD * torch.get_num_threads() // scores_per_head
+    )  # in heads of all images
+    chunks = zip(
+        *(states.flatten(0, 1).split(chunk_size) for states in (query, key, value)), strict=True
+    )
 
     outputs = [torch.bmm(torch.bmm(q, k.mT).softmax(dim=-1), v) for q, k, v in chunks]
     return torch.cat(outputs).unflatten(0, query.shape[:2]).transpose(1, 2)

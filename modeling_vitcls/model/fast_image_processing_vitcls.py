@@ -41,7 +41,9 @@ def read_jpeg(source: Any) -> Tensor | None:
         return None
     try:
         encoded_bytes = torch.frombuffer(jpeg_bytes, dtype=torch.uint8)
-        pixels: Tensor = decode_jpeg(encoded_bytes, mode=ImageReadMode.UNCHANGED, apply_exif_orientation=True)
+        pixels: Tensor = decode_jpeg(
+            encoded_bytes, mode=ImageReadMode.UNCHANGED, apply_exif_orientation=True
+        )
     except RuntimeError:
         return None
     if len(pixels) == 1:
@@ -68,7 +70,9 @@ def read_jpeg_bytes(source: Any) -> bytearray | None:
 def get_settings(processor: Any, names: list[str]) -> tuple[Any, ...]:
     """Return the settings of an image processor, with a copy of the mutable sizes, for comparison in later calls."""
     values = (getattr(processor, name, None) for name in names)
-    return tuple(tuple(vars(value).values()) if isinstance(value, SizeDict) else value for value in values)
+    return tuple(
+        tuple(vars(value).values()) if isinstance(value, SizeDict) else value for value in values
+    )
 
 
 def can_use_fast_path(processor: Any) -> bool:
@@ -88,12 +92,16 @@ def resize_and_crop(processor: Any, pixels: Tensor) -> Tensor:
     """Resize and crop one image [C, H, W] `uint8`; return [C, h, w] `uint8`."""
     if processor.do_resize:
         pixels = processor.resize(pixels, size=processor.size, resample=processor.resample)
-    return processor.center_crop(pixels, processor.crop_size) if processor.do_center_crop else pixels
+    return (
+        processor.center_crop(pixels, processor.crop_size) if processor.do_center_crop else pixels
+    )
 
 
 def normalize_batch(processor: Any, images: list[Tensor]) -> Tensor:
     """Rescale and normalize images of equal shape [C, h, w], `uint8` on the CPU; return [B, C, h, w] float32."""
-    mean, std = scale_statistics(processor.image_mean, processor.image_std, processor.rescale_factor)
+    mean, std = scale_statistics(
+        processor.image_mean, processor.image_std, processor.rescale_factor
+    )
     batch = np.empty((len(images), *images[0].shape), dtype=np.float32)  # [B, C, h, w]
     for pixels, image in zip(batch, images, strict=True):
         np.copyto(pixels, image.numpy())
@@ -107,5 +115,7 @@ def scale_statistics(
     mean: tuple[float, ...], std: tuple[float, ...], rescale_factor: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return mean and standard deviation for pixels in [0, 255], float32 [C, 1, 1], computed as in transformers."""
-    scaled_statistics = [torch.tensor(values).float() * (1.0 / rescale_factor) for values in (mean, std)]
+    scaled_statistics = [
+        torch.tensor(values).float() * (1.0 / rescale_factor) for values in (mean, std)
+    ]
     return scaled_statistics[0].view(-1, 1, 1).numpy(), scaled_statistics[1].view(-1, 1, 1).numpy()

@@ -33,7 +33,11 @@ class TokenPooler(nn.Module):
         super().__init__()
         self.pooling = config.pooling if pooling is None else pooling
         self.cls_pooling = config.cls_pooling
-        self.cls_tokens = config.token_layout.cls if config.pooled_cls_tokens is None else config.pooled_cls_tokens
+        self.cls_tokens = (
+            config.token_layout.cls
+            if config.pooled_cls_tokens is None
+            else config.pooled_cls_tokens
+        )
         self.patches = config.token_layout.patches
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -43,7 +47,11 @@ class TokenPooler(nn.Module):
         if self.pooling == "max":
             return patches.amax(dim=1)
         mean = patches.mean(dim=1)
-        return mean if self.pooling == "mean" else torch.cat([self.pool_cls(hidden_states), mean], dim=-1)
+        return (
+            mean
+            if self.pooling == "mean"
+            else torch.cat([self.pool_cls(hidden_states), mean], dim=-1)
+        )
 
     def pool_cls(self, hidden_states: Tensor) -> Tensor:
         """Return the first, the mean or the concatenation of the pooled CLS tokens."""
@@ -73,7 +81,9 @@ class AttentionPooler(nn.Module):
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
         width = config.hidden_size
-        self.token_slice = slice(None) if config.attention_pool_tokens == "all" else config.token_layout.patches
+        self.token_slice = (
+            slice(None) if config.attention_pool_tokens == "all" else config.token_layout.patches
+        )
         self.head_dim = width // (config.attention_pool_heads or config.num_attention_heads)
         self.probe = nn.Parameter(torch.empty(1, 1, width))
         self.q_proj = nn.Linear(width, width)
@@ -84,12 +94,17 @@ class AttentionPooler(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         tokens = hidden_states[:, self.token_slice]  # [B, N', D]: patches, or all tokens
-        query, key, value = self.q_proj(self.probe), self.k_proj(tokens), self.v_proj(tokens)
+        query = self.q_proj(self.probe)
+        key = self.k_proj(tokens)
+        value = self.v_proj(tokens)
         query, key, value = (
-            states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for states in (query, key, value)
+            states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for states in (query, key, value)
         )  # query [1, heads, 1, head_dim], key and value [B, heads, N', head_dim]
         query = query.expand(hidden_states.shape[0], -1, -1, -1)
-        attn_output = nn.functional.scaled_dot_product_attention(query, key, value)  # [B, heads, 1, head_dim]
+        attn_output = nn.functional.scaled_dot_product_attention(
+            query, key, value
+        )  # [B, heads, 1, head_dim]
         pooled_output: Tensor = self.o_proj(attn_output.transpose(1, 2).flatten(1))  # [B, D]
         return pooled_output if self.transform is None else self.transform(pooled_output)
 
@@ -114,7 +129,9 @@ def build_pooler(config: ViTCLSConfig) -> nn.Module:
 
     The pooler maps tokens [B, N, D] to [B, P]; with several `pooled_layers`, it maps a list of tokens, one per layer.
     """
-    pooler: nn.Module = AttentionPooler(config) if config.pooling == "attention" else TokenPooler(config)
+    pooler: nn.Module = (
+        AttentionPooler(config) if config.pooling == "attention" else TokenPooler(config)
+    )
     if len(config.pooled_layer_indices) > 1:
         pooler = MultiLayerPooler(pooler)
     layers: dict[str, nn.Module] = {}
@@ -134,7 +151,9 @@ def build_head(config: ViTCLSConfig, in_features: int, num_labels: int | None) -
     if config.head_type == "linear":
         return nn.Linear(in_features, num_labels)
     hidden_size = config.head_hidden_size or config.hidden_size
-    return nn.Sequential(nn.Linear(in_features, hidden_size), nn.GELU(), nn.Linear(hidden_size, num_labels))
+    return nn.Sequential(
+        nn.Linear(in_features, hidden_size), nn.GELU(), nn.Linear(hidden_size, num_labels)
+    )
 
 
 class ExtraHeads(nn.ModuleDict):
@@ -151,12 +170,16 @@ class ExtraHeads(nn.ModuleDict):
         super().__init__()
         self.config = config
         heads = config.get_extra_heads()
-        self.pooled_layers = {name: config.resolve_layers(head.pooled_layers) for name, head in heads.items()}
+        self.pooled_layers = {
+            name: config.resolve_layers(head.pooled_layers) for name, head in heads.items()
+        }
         self.layers = sorted({layer for layers in self.pooled_layers.values() for layer in layers})
         self.poolers = {name: TokenPooler(config, head.pooling) for name, head in heads.items()}
         for name, head in heads.items():
             size = config.compute_pooled_size(head.pooling, len(self.pooled_layers[name]))
-            self[f"task_{name}"] = nn.Linear(size, len(head.labels))  # nn.ModuleDict has methods `keys` and `values`
+            self[f"task_{name}"] = nn.Linear(
+                size, len(head.labels)
+            )  # nn.ModuleDict has methods `keys` and `values`
         self.requires_grad_(False)
 
     def forward(
@@ -199,12 +222,16 @@ class PixelDecoder(nn.Module):
         self.num_channels = config.num_channels
         self.patch_size = config.patch_height_width
         patch_height, patch_width = self.patch_size
-        self.projection = nn.Linear(config.hidden_size, config.num_channels * patch_height * patch_width)
+        self.projection = nn.Linear(
+            config.hidden_size, config.num_channels * patch_height * patch_width
+        )
 
     def forward(self, patches: Tensor, grid_size: tuple[int, int]) -> Tensor:
         """Decode patches [B, rows * columns, D] to pixels [B, C, rows * patch height, columns * patch width]."""
         (rows, columns), (patch_height, patch_width) = grid_size, self.patch_size
-        pixels: Tensor = self.projection(patches)  # [B, rows * columns, C * patch height * patch width]
+        pixels: Tensor = self.projection(
+            patches
+        )  # [B, rows * columns, C * patch height * patch width]
         pixels = pixels.view(-1, rows, columns, self.num_channels, patch_height, patch_width)
         return pixels.permute(0, 3, 1, 4, 2, 5).reshape(
             -1, self.num_channels, rows * patch_height, columns * patch_width
@@ -213,7 +240,10 @@ class PixelDecoder(nn.Module):
 
 # Losses --------------------------------------------------------------------------------------------------------------
 def compute_classification_loss(
-    logits: Tensor, labels: Tensor, config: ViTCLSConfig, num_items_in_batch: Tensor | int | None = None
+    logits: Tensor,
+    labels: Tensor,
+    config: ViTCLSConfig,
+    num_items_in_batch: Tensor | int | None = None,
 ) -> Tensor:
     """Return the loss of logits [B, C] for C classes. `config.problem_type` selects the loss:
 
@@ -230,14 +260,20 @@ def compute_classification_loss(
     """
     labels = labels.to(logits.device)
     if logits.shape[-1] != config.num_labels:
-        raise ValueError("labels require a classifier, but the model has no classifier: set num_labels")
+        raise ValueError(
+            "labels require a classifier, but the model has no classifier: set num_labels"
+        )
     num_items = labels.numel() if num_items_in_batch is None else num_items_in_batch
     problem_type = config.problem_type or ("regression" if config.num_labels == 1 else None)
     if problem_type == "regression":
-        loss_sum = nn.functional.mse_loss(logits.float().view(-1), labels.float().view(-1), reduction="sum")
+        loss_sum = nn.functional.mse_loss(
+            logits.float().view(-1), labels.float().view(-1), reduction="sum"
+        )
         return loss_sum / num_items
     if problem_type == "multi_label_classification":
-        loss_sum = nn.functional.binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction="sum")
+        loss_sum = nn.functional.binary_cross_entropy_with_logits(
+            logits.float(), labels.float(), reduction="sum"
+        )
         return loss_sum / num_items
     if not labels.is_floating_point():
         return compute_cross_entropy(logits, labels, num_items_in_batch)
@@ -247,11 +283,16 @@ def compute_classification_loss(
             'or "multi_label_classification" for several labels per image'
         )
     loss_sum = nn.functional.cross_entropy(logits.float(), labels.float(), reduction="sum")
-    return loss_sum * labels.shape[-1] / num_items  # num_items is B * C, so the result is the mean over images
+    return (
+        loss_sum * labels.shape[-1] / num_items
+    )  # num_items is B * C, so the result is the mean over images
 
 
 def compute_cross_entropy(
-    logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None, owner: str = "the model"
+    logits: Tensor,
+    labels: Tensor,
+    num_items_in_batch: Tensor | int | None = None,
+    owner: str = "the model",
 ) -> Tensor:
     """Return the cross-entropy of logits [B, C] and class indices [B], ignoring -100; 0 if all indices are -100.
 
@@ -261,10 +302,14 @@ def compute_cross_entropy(
     """
     labels = labels.reshape(-1).to(logits.device, torch.long)
     try:
-        loss_sum = nn.functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED_LABEL, reduction="sum")
+        loss_sum = nn.functional.cross_entropy(
+            logits.float(), labels, ignore_index=IGNORED_LABEL, reduction="sum"
+        )
     except IndexError as error:
         num_labels = logits.shape[-1]
-        message = f"unknown label id: {owner} has {num_labels} labels, 0 to {num_labels - 1}. {error}"
+        message = (
+            f"unknown label id: {owner} has {num_labels} labels, 0 to {num_labels - 1}. {error}"
+        )
         raise ValueError(message) from error
     if num_items_in_batch is not None:
         return loss_sum / num_items_in_batch
@@ -283,13 +328,17 @@ def compute_masked_pixel_loss(
         pixel_values: images [B, C, H, W].
         bool_masked_pos: [B, rows * columns], true for masked patches.
     """
-    predictions = split_into_patches(reconstruction, config).float()  # [B, rows * columns, values per patch]
+    predictions = split_into_patches(
+        reconstruction, config
+    ).float()  # [B, rows * columns, values per patch]
     target = split_into_patches(pixel_values, config).float()
     if config.norm_pixel_target:
         correction = int(target.shape[-1] > 1)
         variance, mean = torch.var_mean(target, dim=-1, keepdim=True, correction=correction)
         target = (target - mean) / (variance + 1e-6).sqrt()
-    pixel_losses = (predictions - target).abs() if config.mim_loss == "l1" else (predictions - target) ** 2
+    pixel_losses = (
+        (predictions - target).abs() if config.mim_loss == "l1" else (predictions - target) ** 2
+    )
     mask = bool_masked_pos.bool().to(pixel_losses.dtype)
     return (pixel_losses.mean(dim=-1) * mask).sum() / mask.sum().clamp(min=1)
 
@@ -298,4 +347,6 @@ def split_into_patches(pixels: Tensor, config: ViTCLSConfig) -> Tensor:
     """Split images [B, C, H, W] into patches [B, rows * columns, C * patch height * patch width]."""
     patch_height, patch_width = config.patch_height_width
     patches = pixels.unfold(2, patch_height, patch_height).unfold(3, patch_width, patch_width)
-    return patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)  # from [B, C, rows, columns, height, width]
+    return (
+        patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+    )  # from [B, C, rows, columns, height, width]

@@ -89,7 +89,9 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
     def __init__(self, crop_rounding: str = "down", **kwargs: Unpack[ImagesKwargs]) -> None:
         check_setting_names(kwargs)
         if crop_rounding not in CROP_ROUNDINGS:
-            raise ValueError(f"Unknown crop_rounding {crop_rounding!r}. Use {' or '.join(CROP_ROUNDINGS)}.")
+            raise ValueError(
+                f"Unknown crop_rounding {crop_rounding!r}. Use {' or '.join(CROP_ROUNDINGS)}."
+            )
         super().__init__(**kwargs)
         self.crop_rounding = crop_rounding
 
@@ -126,17 +128,30 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
         )
 
     def process_image(
-        self, image: Any, do_convert_rgb: bool | None = None, input_data_format: Any = None, **kwargs: Any
+        self,
+        image: Any,
+        do_convert_rgb: bool | None = None,
+        input_data_format: Any = None,
+        **kwargs: Any,
     ) -> Any:
         """Convert one image in memory to the shape [C, H, W] and the type that the backend requires."""
-        pixels = image_to_tensor(image, bool(do_convert_rgb), bool(kwargs.get("do_rescale")), input_data_format)
+        pixels = image_to_tensor(
+            image, bool(do_convert_rgb), bool(kwargs.get("do_rescale")), input_data_format
+        )
         if kwargs.get("do_normalize"):
-            check_channels(len(pixels), **{name: kwargs.get(name) for name in ("image_mean", "image_std")})
-        return super().process_image(pixels, do_convert_rgb=False, input_data_format=ChannelDimension.FIRST, **kwargs)
+            check_channels(
+                len(pixels), **{name: kwargs.get(name) for name in ("image_mean", "image_std")}
+            )
+        return super().process_image(
+            pixels, do_convert_rgb=False, input_data_format=ChannelDimension.FIRST, **kwargs
+        )
 
     def center_crop(self, image: Any, size: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Crop images [..., H, W] to `size` around the center, and round the margins as `crop_rounding` specifies."""
-        margins = [(old - new) / 2 for old, new in zip(image.shape[-2:], (size.height, size.width), strict=True)]
+        margins = [
+            (old - new) / 2
+            for old, new in zip(image.shape[-2:], (size.height, size.width), strict=True)
+        ]
         if min(margins) < 0:  # transformers pads an image that is smaller than the crop
             return super().center_crop(image, size, **kwargs)
         top, left = map(CROP_ROUNDINGS[self.crop_rounding], margins)
@@ -154,12 +169,18 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
         settings = super()._standardize_kwargs(**kwargs)
         check_sizes(settings)
         resample = settings.get("resample")
-        if isinstance(resample, int | str) and resample not in RESAMPLING_FILTERS:  # PIL treats names as bilinear
-            filters_text = ", ".join(f"{int(value)} ({value.name.lower()})" for value in RESAMPLING_FILTERS)
+        if (
+            isinstance(resample, int | str) and resample not in RESAMPLING_FILTERS
+        ):  # PIL treats names as bilinear
+            filters_text = ", ".join(
+                f"{int(value)} ({value.name.lower()})" for value in RESAMPLING_FILTERS
+            )
             raise ValueError(f"unknown resample {resample!r}: use one of {filters_text}")
         return settings
 
-    def _preprocess(self, images: list[Any], return_tensors: Any = None, **kwargs: Any) -> BatchFeature:
+    def _preprocess(
+        self, images: list[Any], return_tensors: Any = None, **kwargs: Any
+    ) -> BatchFeature:
         """Resize, crop, rescale, normalize and stack the images."""
         batch = super()._preprocess(images, return_tensors=None, **kwargs)
         if return_tensors is not None:
@@ -211,11 +232,15 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
             are inconsistent, if values are out of range, or if a setting is misspelled. The message is a single line.
     """
 
-    _checked_settings: tuple[Any, ...] | None = None  # last checked settings, if the fast path supports them
+    _checked_settings: tuple[Any, ...] | None = (
+        None  # last checked settings, if the fast path supports them
+    )
 
     def __init__(self, crop_rounding: str = "down", **kwargs: Unpack[ImagesKwargs]) -> None:
         if not is_torchvision_available():
-            raise ImportError("ViTCLSImageProcessor requires torchvision. Install torchvision or set backend='pil'.")
+            raise ImportError(
+                "ViTCLSImageProcessor requires torchvision. Install torchvision or set backend='pil'."
+            )
         super().__init__(crop_rounding=crop_rounding, **kwargs)
 
     def preprocess(self, images: Any, *args: Any, **kwargs: Unpack[ImagesKwargs]) -> BatchFeature:
@@ -223,11 +248,19 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
 
         The first call checks the settings. Later calls with the same settings can use a fast path if all images are on
         the CPU and `return_tensors="pt"` is the only other argument."""
-        if args or dict(kwargs) != {"return_tensors": "pt"} or type(self) is not ViTCLSImageProcessor:
+        if (
+            args
+            or dict(kwargs) != {"return_tensors": "pt"}
+            or type(self) is not ViTCLSImageProcessor
+        ):
             return super().preprocess(images, *args, **kwargs)
         settings = get_settings(self, self._valid_kwargs_names)
         inputs = list(flatten_images(images))
-        if settings == self._checked_settings and inputs and all(getattr(image, "is_cpu", True) for image in inputs):
+        if (
+            settings == self._checked_settings
+            and inputs
+            and all(getattr(image, "is_cpu", True) for image in inputs)
+        ):
             return self._fast_preprocess(inputs)
         batch = super().preprocess(images, **kwargs)
         self._checked_settings = settings if can_use_fast_path(self) else None
@@ -269,22 +302,30 @@ def read_image(source: ImageSource) -> PIL.Image.Image:
     """
     file: str | BytesIO
     if isinstance(source, bytes | bytearray):
-        file, source_name = BytesIO(source), f"{len(source)} bytes"
+        file = BytesIO(source)
+        source_name = f"{len(source)} bytes"
     elif str(source).startswith(URL_PREFIXES):
         source_name = shorten_text(str(source))
         file = BytesIO(read_url(str(source), source_name))
     else:
-        file, source_name = os.fspath(source), shorten_text(os.fspath(source))
+        file = os.fspath(source)
+        source_name = shorten_text(os.fspath(source))
     try:
-        if isinstance(file, str) and Path(file).exists() and not Path(file).is_file():  # opening a pipe would block
+        if (
+            isinstance(file, str) and Path(file).exists() and not Path(file).is_file()
+        ):  # opening a pipe would block
             raise OSError("it is not a regular file")
         with PIL.Image.open(file, formats=get_image_formats()) as image:
             return PIL.ImageOps.exif_transpose(image)
-    except PIL.UnidentifiedImageError as error:  # PIL's message contains the repr of a BytesIO object
+    except (
+        PIL.UnidentifiedImageError
+    ) as error:  # PIL's message contains the repr of a BytesIO object
         reason = f"it is not an image in a supported format ({', '.join(get_image_formats())})"
         raise ValueError(f"cannot read an image from {source_name}: {reason}") from error
     except Exception as error:  # Pillow's decoders raise almost any exception for damaged data
-        raise ValueError(f"cannot read an image from {source_name}: {get_first_line(error)}") from error
+        raise ValueError(
+            f"cannot read an image from {source_name}: {get_first_line(error)}"
+        ) from error
 
 
 @cache
@@ -301,8 +342,12 @@ def read_url(url: str, source_name: str) -> bytes:
             return base64.b64decode(url.partition(",")[2], validate=True)
         response = get_session().get(url, follow_redirects=True, timeout=DOWNLOAD_TIMEOUT)
         response.raise_for_status()
-    except Exception as error:  # the type of the exception depends on the version of huggingface_hub
-        raise ValueError(f"cannot fetch the image at {source_name}: {get_first_line(error)}") from error
+    except (
+        Exception
+    ) as error:  # the type of the exception depends on the version of huggingface_hub
+        raise ValueError(
+            f"cannot fetch the image at {source_name}: {get_first_line(error)}"
+        ) from error
     return response.content
 
 
@@ -329,7 +374,10 @@ def flatten_images(images: Any) -> Iterator[Any]:
 
 # Channels and bit depth ----------------------------------------------------------------------------------------------
 def image_to_tensor(
-    image: Any, to_rgb: bool, do_rescale: bool = True, input_data_format: str | ChannelDimension | None = None
+    image: Any,
+    to_rgb: bool,
+    do_rescale: bool = True,
+    input_data_format: str | ChannelDimension | None = None,
 ) -> Tensor:
     """Convert one image in memory to an upright [C, H, W] tensor: `uint8`, or `float32` for floats without rescaling.
 
@@ -352,7 +400,9 @@ def pil_to_tensor(image: PIL.Image.Image, to_rgb: bool) -> Tensor:
         values = pil_to_array(image)
     except Exception as error:
         raise ValueError(f"cannot use the image {name}: {get_first_line(error)}") from error
-    pixels = to_uint8(to_channels_first(torch.from_numpy(values), ChannelDimension.LAST), do_rescale=True)
+    pixels = to_uint8(
+        to_channels_first(torch.from_numpy(values), ChannelDimension.LAST), do_rescale=True
+    )
     if to_rgb:
         return convert_to_rgb(pixels)
     is_gray_with_alpha = image.mode in GRAY_MODES and len(pixels) == 4
@@ -362,11 +412,15 @@ def pil_to_tensor(image: PIL.Image.Image, to_rgb: bool) -> Tensor:
 def pil_to_array(image: PIL.Image.Image) -> np.ndarray:
     """Return the values of a PIL image: [H, W] for gray, [H, W, 3] for color, [H, W, 4] with transparency."""
     if image.mode == "F":
-        raise ValueError("mode F has no fixed range: convert to mode L, or pass an array with do_rescale=False")
+        raise ValueError(
+            "mode F has no fixed range: convert to mode L, or pass an array with do_rescale=False"
+        )
     if image.mode.startswith("I"):
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"values must be between 0 and 65535, but range from {values.min()} to {values.max()}")
+            raise ValueError(
+                f"values must be between 0 and 65535, but range from {values.min()} to {values.max()}"
+            )
         return values.astype(np.uint16)
     if image.has_transparency_data:
         return np.array(image.convert("RGBA"))
@@ -377,12 +431,16 @@ def to_channels_first(image: Tensor, data_format: str | ChannelDimension | None)
     """Return an image as [C, H, W]; by default, the channel axis is the first or last axis of length 1, 3 or 4."""
     shape = list(image.shape)
     if image.ndim not in (2, 3) or image.numel() == 0:
-        raise ValueError(f"an image must have shape [H, W], [C, H, W] or [H, W, C] and at least 1 pixel, not {shape}")
+        raise ValueError(
+            f"an image must have shape [H, W], [C, H, W] or [H, W, C] and at least 1 pixel, not {shape}"
+        )
     if image.ndim == 2:
         return image[None]
     if data_format is None:
         data_format = infer_channel_dimension_format(image, num_channels=(1, 3, 4))  # type: ignore[arg-type]
-    return image.permute(2, 0, 1) if ChannelDimension(data_format) is ChannelDimension.LAST else image
+    return (
+        image.permute(2, 0, 1) if ChannelDimension(data_format) is ChannelDimension.LAST else image
+    )
 
 
 def to_uint8(pixels: Tensor, do_rescale: bool) -> Tensor:
@@ -395,7 +453,9 @@ def to_uint8(pixels: Tensor, do_rescale: bool) -> Tensor:
     if pixels.dtype is torch.bool:
         return pixels.to(torch.uint8) * 255
     if pixels.dtype is torch.uint16:
-        return ((pixels.to(torch.int32) + 128) // 257).to(torch.uint8)  # rounds to nearest: 65535 = 257 * 255
+        return ((pixels.to(torch.int32) + 128) // 257).to(
+            torch.uint8
+        )  # rounds to nearest: 65535 = 257 * 255
     if pixels.is_floating_point() and not do_rescale:
         return pixels.float()
     minimum, maximum = (bound.item() for bound in torch.aminmax(pixels.double()))
@@ -405,7 +465,9 @@ def to_uint8(pixels: Tensor, do_rescale: bool) -> Tensor:
             "values as uint16, or floats with do_rescale=False"
         )
     if pixels.is_floating_point() and 0 < maximum <= 1:
-        raise ValueError(f"this image is already rescaled (the maximum value is {maximum:g}): set do_rescale=False")
+        raise ValueError(
+            f"this image is already rescaled (the maximum value is {maximum:g}): set do_rescale=False"
+        )
     return pixels.round().to(torch.uint8) if pixels.is_floating_point() else pixels.to(torch.uint8)
 
 
@@ -414,14 +476,17 @@ def convert_to_rgb(pixels: Tensor) -> Tensor:
     if len(pixels) == 4:
         return composite_on_white(pixels)
     if len(pixels) not in (1, 3):
-        raise ValueError(f"cannot convert an image with {len(pixels)} channels to RGB: set do_convert_rgb=False")
+        raise ValueError(
+            f"cannot convert an image with {len(pixels)} channels to RGB: set do_convert_rgb=False"
+        )
     return pixels.expand(3, -1, -1)
 
 
 def composite_on_white(pixels: Tensor) -> Tensor:
     """Composite RGBA [4, H, W] on a white background; return RGB [3, H, W] in the same type."""
     white = 1.0 if pixels.is_floating_point() else 255.0
-    color, alpha = pixels[:3].float(), pixels[3:].float() / white  # [3, H, W], [1, H, W]
+    color = pixels[:3].float()
+    alpha = pixels[3:].float() / white  # [3, H, W], [1, H, W]
     composite = color * alpha + white * (1 - alpha)
     return composite if pixels.is_floating_point() else composite.round().to(pixels.dtype)
 
@@ -431,7 +496,9 @@ def check_setting_names(keywords: dict[str, Any] | ImagesKwargs) -> None:
     """Raise ValueError for misspelled settings. transformers handles other unknown keyword arguments."""
     settings = ImagesKwargs.__annotations__
     for keyword in keywords:
-        if keyword not in settings and (matches := difflib.get_close_matches(keyword, settings, n=1, cutoff=0.85)):
+        if keyword not in settings and (
+            matches := difflib.get_close_matches(keyword, settings, n=1, cutoff=0.85)
+        ):
             raise ValueError(f"unknown setting {keyword!r}: did you mean {matches[0]!r}?")
 
 
@@ -440,14 +507,20 @@ def check_sizes(settings: dict[str, Any]) -> None:
     size, crop_size = (dict(settings[name] or {}) for name in ("size", "crop_size"))
     for name, values in (("size", size), ("crop_size", crop_size)):
         if any(type(value) is not int or value < 1 for value in values.values()):
-            raise ValueError(f"{name} must contain positive integers (pixels), but {name} is {values}")
+            raise ValueError(
+                f"{name} must contain positive integers (pixels), but {name} is {values}"
+            )
     if settings.get("do_center_crop"):
         if set(crop_size) != {"height", "width"}:
-            raise ValueError(f"do_center_crop requires a crop_size with height and width, not {crop_size}")
+            raise ValueError(
+                f"do_center_crop requires a crop_size with height and width, not {crop_size}"
+            )
         for edge in ("height", "width") if settings.get("do_resize") else ():
             resized_edge = size.get(edge) or size.get("shortest_edge")
             if resized_edge and crop_size[edge] > resized_edge:  # transformers would pad with black
-                raise ValueError(f"crop_size {crop_size} is larger than an image resized to {size}: reduce crop_size")
+                raise ValueError(
+                    f"crop_size {crop_size} is larger than an image resized to {size}: reduce crop_size"
+                )
 
 
 def check_same_shape(images: list[Any]) -> None:

@@ -25,7 +25,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import initialization as init
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
-from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, MaskedImageModelingOutput
+from transformers.modeling_outputs import (
+    BackboneOutput,
+    BaseModelOutputWithPooling,
+    MaskedImageModelingOutput,
+)
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
@@ -83,8 +87,12 @@ class ViTCLSModelOutput(BaseModelOutputWithPooling):
     # Set by the model; not fields, because fields are tensors.
     token_layout: ClassVar[TokenLayout | None] = None
     grid_size: ClassVar[tuple[int, int] | None] = None  # number of patch rows and columns
-    layer_tokens: ClassVar[Mapping[int, Tensor]] = {}  # layer -> tokens after the final norm, see `output_layers`
-    pooled_tokens: ClassVar[Mapping[int, Tensor]] = {}  # layer -> tokens after the final norm that the pooler reads
+    layer_tokens: ClassVar[
+        Mapping[int, Tensor]
+    ] = {}  # layer -> tokens after the final norm, see `output_layers`
+    pooled_tokens: ClassVar[
+        Mapping[int, Tensor]
+    ] = {}  # layer -> tokens after the final norm that the pooler reads
     # function that returns all tokens of the last layer after the final norm; None if `last_hidden_state` has them
     compute_all_tokens: ClassVar[Callable[[], Tensor] | None] = None
 
@@ -100,7 +108,9 @@ class ViTCLSModelOutput(BaseModelOutputWithPooling):
                 "tokens requires an output that the model returned, but this output was rebuilt from tensors: slice "
                 "last_hidden_state with config.token_layout"
             )
-        return {group: self.last_hidden_state[:, tokens] for group, tokens in self.token_layout.items()}
+        return {
+            group: self.last_hidden_state[:, tokens] for group, tokens in self.token_layout.items()
+        }
 
 
 @dataclass
@@ -245,9 +255,13 @@ class ViTCLSPreTrainedModel(AdaptableModel):
         The count includes matrix products and convolutions; a multiply-add counts as two. `image_size` is in pixels
         and defaults to `config.image_size`.
         """
-        height, width = self.config.image_height_width if image_size is None else to_pair(image_size)
+        height, width = (
+            self.config.image_height_width if image_size is None else to_pair(image_size)
+        )
         config = copy.deepcopy(self.config)
-        config._attn_implementation = "eager"  # the counter supports fused kernels only on some devices
+        config._attn_implementation = (
+            "eager"  # the counter supports fused kernels only on some devices
+        )
         with torch.device("meta"):
             model = self.new_like(config).eval()
             pixel_values = torch.empty(batch_size, config.num_channels, height, width)
@@ -277,7 +291,9 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         has_position_bias = config.relative_position_bias != "none"
         self.relative_position_bias = RelativePositionBias(config) if has_position_bias else None
         self.gates = TokenGates(config) if config.gated_tokens else None
-        self.patch_dropout: nn.Module | None = PatchDropout(config) if config.patch_drop_rate > 0 else None
+        self.patch_dropout: nn.Module | None = (
+            PatchDropout(config) if config.patch_drop_rate > 0 else None
+        )
         self.layers = nn.ModuleList(
             layer_class(config, config.drop_path_rate * index / last_layer_index, attention_class)
             for index in range(config.num_hidden_layers)
@@ -321,19 +337,32 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
             if name not in TransformersKwargs.__annotations__:
                 raise TypeError(f"forward() got an unexpected argument {name!r}")
         if not isinstance(pixel_values, Tensor):
-            raise ValueError(f"pixel_values is a {type(pixel_values).__name__}: pass a tensor [B, C, H, W]")
+            raise ValueError(
+                f"pixel_values is a {type(pixel_values).__name__}: pass a tensor [B, C, H, W]"
+            )
         pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
         grid_size = self.embeddings.patch_embeddings.get_grid_size(pixel_values)
         hidden_states = self.embeddings(pixel_values, grid_size, bool_masked_pos)  # [B, N, D]
 
-        mask = position_embeddings = None  # None, a value for all layers, or a list with one value per layer
+        mask = position_embeddings = (
+            None  # None, a value for all layers, or a list with one value per layer
+        )
         bias, gates = self.relative_position_bias, self.gates
-        if attention_mask is not None or bias is not None or gates is not None or self.config.cls_scopes:
-            mask = build_attention_mask(self.config, hidden_states, attention_mask, grid_size, bias, gates)
+        if (
+            attention_mask is not None
+            or bias is not None
+            or gates is not None
+            or self.config.cls_scopes
+        ):
+            mask = build_attention_mask(
+                self.config, hidden_states, attention_mask, grid_size, bias, gates
+            )
         if self.rotary_positions is not None:
             position_embeddings = self.rotary_positions(grid_size, hidden_states)
         if self.patch_dropout is not None:
-            hidden_states, mask, position_embeddings = self.patch_dropout(hidden_states, mask, position_embeddings)
+            hidden_states, mask, position_embeddings = self.patch_dropout(
+                hidden_states, mask, position_embeddings
+            )
 
         pooled_layers = self.config.pooled_layer_indices if self.pooler is not None else []
         pooled_tokens: dict[int, Tensor] = {}
@@ -343,7 +372,9 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
             inputs = (
                 hidden_states,
                 mask[index - 1] if isinstance(mask, list) else mask,
-                position_embeddings[index - 1] if isinstance(position_embeddings, list) else position_embeddings,
+                position_embeddings[index - 1]
+                if isinstance(position_embeddings, list)
+                else position_embeddings,
             )
             hidden_states = layer(*inputs, num_output_tokens if is_last else None, **kwargs)
             if is_last or index in pooled_layers or index in output_layers:
@@ -351,14 +382,18 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
             if index in output_layers:
                 layer_tokens[index] = tokens
             if index in pooled_layers and self.config.pooling == "cls" and not is_last:
-                pooled_tokens[index] = tokens[:, self.config.token_layout.cls].clone()  # does not keep all tokens
+                pooled_tokens[index] = tokens[
+                    :, self.config.token_layout.cls
+                ].clone()  # does not keep all tokens
             elif index in pooled_layers:
                 pooled_tokens[index] = tokens
 
         pooler_output = None
         if self.pooler is not None:
             pooler_inputs = [pooled_tokens[index] for index in pooled_layers]
-            pooler_output = self.pooler(pooler_inputs if len(pooler_inputs) > 1 else pooler_inputs[0])  # [B, P]
+            pooler_output = self.pooler(
+                pooler_inputs if len(pooler_inputs) > 1 else pooler_inputs[0]
+            )  # [B, P]
         output = ViTCLSModelOutput(last_hidden_state=tokens, pooler_output=pooler_output)
         output.token_layout = self.config.token_layout  # type: ignore[misc]  # set on this instance
         output.grid_size = grid_size  # type: ignore[misc]
@@ -368,7 +403,9 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
             output.compute_all_tokens = partial(self.compute_last_layer, inputs, **kwargs)  # type: ignore[misc]
         return output
 
-    def compute_last_layer(self, inputs: tuple[Tensor, Any, Any], **kwargs: Unpack[TransformersKwargs]) -> Tensor:
+    def compute_last_layer(
+        self, inputs: tuple[Tensor, Any, Any], **kwargs: Unpack[TransformersKwargs]
+    ) -> Tensor:
         """Return all tokens of the last layer after the final norm, [B, N, D], in a second pass of this layer.
 
         The first pass, of fewer tokens, stays as it is: a product of more rows could be rounded differently. Hooks of
@@ -401,7 +438,9 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__(config)
         if config.tasks:
-            raise ValueError("config.tasks requires ViTCLSForMultiTaskClassification: use that class, or omit tasks")
+            raise ValueError(
+                "config.tasks requires ViTCLSForMultiTaskClassification: use that class, or omit tasks"
+            )
         self.vitcls = ViTCLSModel(config)
         self.build_classifiers()
         self.extra_heads = ExtraHeads(config)
@@ -413,11 +452,14 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
         self.classifier = build_head(self.config, self.config.pooled_size, self.num_labels)
         self.distillation_classifier = None
         if self.config.has_distillation_head and self.num_labels:
-            self.distillation_classifier = build_head(self.config, self.config.hidden_size, self.num_labels)
+            self.distillation_classifier = build_head(
+                self.config, self.config.hidden_size, self.num_labels
+            )
 
     def reset_classifier(self, num_classes: int) -> None:
         """Initialize new classifiers, or remove the classifiers if `num_classes` is 0 (as in timm)."""
-        self.config.id2label, self.config.label2id = {}, {}
+        self.config.id2label = {}
+        self.config.label2id = {}
         self.config.num_labels = num_classes
         self.build_classifiers()
         for head in filter(None, (self.classifier, self.distillation_classifier)):
@@ -453,7 +495,9 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
         logits = cls_logits = self.classifier(outputs.pooler_output)  # [B, num_labels]
         distillation_logits = None
         if self.distillation_classifier is not None:
-            tokens = outputs.last_hidden_state[:, self.config.token_layout.distillation]  # [B, n, D]
+            tokens = outputs.last_hidden_state[
+                :, self.config.token_layout.distillation
+            ]  # [B, n, D]
             distillation_logits = self.distillation_classifier(tokens.mean(dim=1))
             if self.config.distillation_inference == "mean":
                 logits = (cls_logits + distillation_logits) / 2
@@ -470,7 +514,8 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
                 all_logits = [cls_logits, distillation_logits]
             num_items = kwargs.get("num_items_in_batch")
             losses = [
-                compute_classification_loss(head_logits, labels, self.config, num_items) for head_logits in all_logits
+                compute_classification_loss(head_logits, labels, self.config, num_items)
+                for head_logits in all_logits
             ]
             loss = torch.stack(losses).mean()
         return ViTCLSImageClassifierOutput(
@@ -493,13 +538,17 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__(config)
         if not config.tasks:
-            raise ValueError('ViTCLSForMultiTaskClassification requires config.tasks, such as tasks={"species": 12}')
+            raise ValueError(
+                'ViTCLSForMultiTaskClassification requires config.tasks, such as tasks={"species": 12}'
+            )
         self.vitcls = ViTCLSModel(config, add_pooling_layer=False)
         num_pooled_layers = len(config.pooled_layer_indices)
         self.classifiers = nn.ModuleDict(
             {
                 # nn.Module has a method `type`
-                f"task_{name}": build_head(config, config.hidden_size * num_pooled_layers, len(labels))
+                f"task_{name}": build_head(
+                    config, config.hidden_size * num_pooled_layers, len(labels)
+                )
                 for name, labels in config.task_labels().items()
             }
         )
@@ -532,9 +581,13 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
             output_layers={*pooled_layers, *self.extra_heads.layers},
             **kwargs,
         )
-        layer_tokens = [outputs.layer_tokens[index][:, self.config.token_layout.cls] for index in pooled_layers]
+        layer_tokens = [
+            outputs.layer_tokens[index][:, self.config.token_layout.cls] for index in pooled_layers
+        ]
         cls_tokens = torch.cat(layer_tokens, dim=-1).unbind(dim=1)  # [B, layers * D] each
-        classifiers = zip(self.config.task_labels(), self.classifiers.values(), cls_tokens, strict=True)
+        classifiers = zip(
+            self.config.task_labels(), self.classifiers.values(), cls_tokens, strict=True
+        )
         logits = {name: classifier(token) for name, classifier, token in classifiers}
         loss = losses = None
         if labels is not None:
@@ -550,15 +603,21 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
             attentions=outputs.attentions,
         )
 
-    def compute_losses(self, logits: dict[str, Tensor], labels: dict[str, Tensor]) -> dict[str, Tensor]:
+    def compute_losses(
+        self, logits: dict[str, Tensor], labels: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         """Return each task's mean cross-entropy over labeled images (training/losses.py averages over all images)."""
         if unknown_tasks := sorted(set(labels) - set(logits)):
-            raise ValueError(f"labels contains the unknown task {unknown_tasks[0]!r}: use {', '.join(logits)}")
+            raise ValueError(
+                f"labels contains the unknown task {unknown_tasks[0]!r}: use {', '.join(logits)}"
+            )
         losses = {}
         for name, task_logits in logits.items():
             task_labels = labels.get(name)
             if task_labels is None:
-                task_labels = torch.full((task_logits.shape[0],), IGNORED_LABEL)  # all parameters must get gradients
+                task_labels = torch.full(
+                    (task_logits.shape[0],), IGNORED_LABEL
+                )  # all parameters must get gradients
             losses[name] = compute_cross_entropy(task_logits, task_labels, owner=f"task {name!r}")
         return losses
 
@@ -577,7 +636,10 @@ def count_output_tokens(
         return None
     if not config.num_labels:  # the logits are the pooler output of the encoder, to the bit
         return None
-    if any(kwargs.get(name, getattr(config, name, False)) for name in ("output_hidden_states", "output_attentions")):
+    if any(
+        kwargs.get(name, getattr(config, name, False))
+        for name in ("output_hidden_states", "output_attentions")
+    ):
         return None
     last_layer: Any = encoder.layers[-1]
     if last_layer.attention.recorder is not None:
@@ -593,7 +655,9 @@ def has_user_hooks(module: nn.Module | None) -> bool:
     names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     hooks = [hook for name in names for hook in (getattr(module, name, None) or {}).values()]
     module_names = (str(getattr(hook, "__module__", "")) for hook in hooks)
-    return any(not name.startswith(("transformers.", "torch.distributed.")) for name in module_names)
+    return any(
+        not name.startswith(("transformers.", "torch.distributed.")) for name in module_names
+    )
 
 
 # Masked image modeling -----------------------------------------------------------------------------------------------
@@ -626,12 +690,16 @@ class ViTCLSForMaskedImageModeling(ViTCLSPreTrainedModel):
             in the scale of `pixel_values` (normalized per patch if `config.norm_pixel_target`).
         """
         require_all_patches(self, self.config)
-        outputs = self.vitcls(pixel_values, bool_masked_pos=bool_masked_pos, attention_mask=attention_mask, **kwargs)
+        outputs = self.vitcls(
+            pixel_values, bool_masked_pos=bool_masked_pos, attention_mask=attention_mask, **kwargs
+        )
         patches = outputs.last_hidden_state[:, self.config.token_layout.patches]
         reconstruction = self.decoder(patches, outputs.grid_size)
         loss = None
         if bool_masked_pos is not None:
-            loss = compute_masked_pixel_loss(reconstruction, pixel_values, bool_masked_pos, self.config)
+            loss = compute_masked_pixel_loss(
+                reconstruction, pixel_values, bool_masked_pos, self.config
+            )
         return MaskedImageModelingOutput(
             loss=loss,
             reconstruction=reconstruction,
@@ -647,13 +715,18 @@ class ViTCLSBackbone(BackboneMixin, ViTCLSModel):  # type: ignore[misc]  # num_f
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__(config, add_pooling_layer=False)
         if not config.reshape_hidden_states and not config.num_cls_tokens:
-            raise ValueError("reshape_hidden_states=False requires a CLS token. Set num_cls_tokens to 1 or more.")
+            raise ValueError(
+                "reshape_hidden_states=False requires a CLS token. Set num_cls_tokens to 1 or more."
+            )
         self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
 
     @can_return_tuple
     @filter_output_hidden_states
     def forward(
-        self, pixel_values: Tensor, attention_mask: Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
+        self,
+        pixel_values: Tensor,
+        attention_mask: Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BackboneOutput:
         """Return the feature maps of `config.out_features`.
 
@@ -673,7 +746,9 @@ class ViTCLSBackbone(BackboneMixin, ViTCLSModel):  # type: ignore[misc]  # num_f
             attentions=outputs.attentions,
         )
 
-    def get_feature_map(self, hidden_states: Tensor, stage: str, grid_size: tuple[int, int]) -> Tensor:
+    def get_feature_map(
+        self, hidden_states: Tensor, stage: str, grid_size: tuple[int, int]
+    ) -> Tensor:
         """Return the feature map of a stage with hidden states [B, N, D]."""
         is_last_stage = stage == self.stage_names[-1]
         if self.layernorm is not None and (self.config.apply_layernorm or is_last_stage):
@@ -681,7 +756,9 @@ class ViTCLSBackbone(BackboneMixin, ViTCLSModel):  # type: ignore[misc]  # num_f
         patches: Tensor = hidden_states[:, self.config.token_layout.patches]
         if not self.config.reshape_hidden_states:
             return torch.cat([hidden_states[:, :1], patches], dim=1)
-        feature_map: Tensor = patches.transpose(1, 2).unflatten(2, grid_size).contiguous()  # [B, D, rows, columns]
+        feature_map: Tensor = (
+            patches.transpose(1, 2).unflatten(2, grid_size).contiguous()
+        )  # [B, D, rows, columns]
         return feature_map
 
     def new_like(self, config: ViTCLSConfig) -> Self:

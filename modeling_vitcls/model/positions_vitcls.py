@@ -21,7 +21,9 @@ PositionEmbeddings = tuple[Tensor, Tensor]
 
 
 # Rotary position embeddings ------------------------------------------------------------------------------------------
-def build_rotary_embeddings(config: ViTCLSConfig) -> "AxialRotaryEmbeddings | MixedRotaryEmbeddings | None":
+def build_rotary_embeddings(
+    config: ViTCLSConfig,
+) -> "AxialRotaryEmbeddings | MixedRotaryEmbeddings | None":
     """Build the rotary position embeddings; return None if `config.position_embedding_type` is not rotary."""
     if not config.has_rotary_positions:
         return None
@@ -40,10 +42,16 @@ class AxialRotaryEmbeddings(nn.Module):
 
     def forward(self, grid_size: tuple[int, int], hidden_states: Tensor) -> PositionEmbeddings:
         """Return cos and sin [rows * columns, head_dim] in the dtype of `hidden_states`."""
-        device, head_dim, periods = hidden_states.device, self.config.head_dim, self.config.rope_periods
+        device, head_dim, periods = (
+            hidden_states.device,
+            self.config.head_dim,
+            self.config.rope_periods,
+        )
         coordinates = get_patch_coordinates(self.config, grid_size, device)  # [rows * columns, 2]
         exponents = torch.arange(head_dim // 4, dtype=torch.float32, device=device) * 4 / head_dim
-        frequencies = self.theta**-exponents if periods is None else 1 / exponents.new_tensor(periods)
+        frequencies = (
+            self.theta**-exponents if periods is None else 1 / exponents.new_tensor(periods)
+        )
         angles = coordinates[:, :, None] * frequencies  # [rows * columns, 2, head_dim / 4]
         angles = angles.flatten(1).tile(2)  # [rows * columns, head_dim]
         return angles.cos().to(hidden_states.dtype), angles.sin().to(hidden_states.dtype)
@@ -57,47 +65,68 @@ class MixedRotaryEmbeddings(nn.Module):
         self.config = config
         self.theta = float(config.rope_theta)
         self.frequencies = nn.Parameter(
-            torch.empty(2, config.num_hidden_layers, config.num_attention_heads, config.head_dim // 2)
+            torch.empty(
+                2, config.num_hidden_layers, config.num_attention_heads, config.head_dim // 2
+            )
         )
 
-    def forward(self, grid_size: tuple[int, int], hidden_states: Tensor) -> list[PositionEmbeddings]:
+    def forward(
+        self, grid_size: tuple[int, int], hidden_states: Tensor
+    ) -> list[PositionEmbeddings]:
         """Return cos and sin [heads, rows * columns, head_dim] per layer, in the dtype of `hidden_states`."""
-        coordinates = get_patch_coordinates(self.config, grid_size, hidden_states.device)  # [rows * columns, 2]
-        first_frequencies, second_frequencies = self.frequencies.float().unsqueeze(-2)  # [layers, heads, 1, d / 2]
+        coordinates = get_patch_coordinates(
+            self.config, grid_size, hidden_states.device
+        )  # [rows * columns, 2]
+        first_frequencies, second_frequencies = self.frequencies.float().unsqueeze(
+            -2
+        )  # [layers, heads, 1, d / 2]
         angles = coordinates[:, :1] * first_frequencies + coordinates[:, 1:] * second_frequencies
         angles = angles.tile(2)  # [layers, heads, rows * columns, head_dim]
-        cos, sin = angles.cos().to(hidden_states.dtype), angles.sin().to(hidden_states.dtype)
+        cos = angles.cos().to(hidden_states.dtype)
+        sin = angles.sin().to(hidden_states.dtype)
         return list(zip(cos, sin, strict=True))
 
     def get_initial_frequencies(self) -> Tensor:
         """Return axial frequencies, rotated by a random angle per layer and head (initialization of RoPE-ViT)."""
         (num_layers, num_heads), head_dim = self.frequencies.shape[1:3], self.config.head_dim
-        magnitude = self.theta ** -(torch.arange(0, head_dim, 4, dtype=torch.float32) / head_dim)  # [head_dim / 4]
+        magnitude = self.theta ** -(
+            torch.arange(0, head_dim, 4, dtype=torch.float32) / head_dim
+        )  # [head_dim / 4]
         angle = torch.rand(num_layers, num_heads, 1) * 2 * math.pi
         first_frequencies = torch.cat([magnitude * angle.cos(), -magnitude * angle.sin()], dim=-1)
         second_frequencies = torch.cat([magnitude * angle.sin(), magnitude * angle.cos()], dim=-1)
         return torch.stack([first_frequencies, second_frequencies])
 
 
-def get_patch_coordinates(config: ViTCLSConfig, grid_size: tuple[int, int], device: torch.device) -> Tensor:
+def get_patch_coordinates(
+    config: ViTCLSConfig, grid_size: tuple[int, int], device: torch.device
+) -> Tensor:
     """Return the coordinates [rows * columns, 2] of all patches, row by row. `config.rope_axes` sets the axis order.
 
     Mixed rotary embeddings use `"grid"` coordinates. Coordinates are computed for each grid and need no resampling.
     """
     y, x = (torch.arange(size, dtype=torch.float32, device=device) for size in grid_size)
-    if config.rope_coordinates == "centered" and not config.position_embedding_type.endswith("rope_mixed"):
+    if config.rope_coordinates == "centered" and not config.position_embedding_type.endswith(
+        "rope_mixed"
+    ):
         # Centers of the patches, from -1 to 1 over the image, times 2 pi (DINOv3).
-        y, x = (2 * math.pi * ((axis + 0.5) / size * 2 - 1) for axis, size in zip((y, x), grid_size, strict=True))
+        y, x = (
+            2 * math.pi * ((axis + 0.5) / size * 2 - 1)
+            for axis, size in zip((y, x), grid_size, strict=True)
+        )
     else:
         # Indices of the patches, scaled to a reference grid (EVA-02, arXiv 2303.11331, section 2.1).
-        reference_grid, offset = config.rope_reference_grid or grid_size, float(config.rope_grid_offset)
+        reference_grid = config.rope_reference_grid or grid_size
+        offset = float(config.rope_grid_offset)
         axes = zip((y, x), grid_size, reference_grid, strict=True)
         y, x = ((axis + offset) / size * reference_size for axis, size, reference_size in axes)
     coordinates = torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).flatten(0, 1)
     return coordinates.flip(-1) if config.rope_axes == "xy" else coordinates
 
 
-def rotate_patches(query: Tensor, key: Tensor, position_embeddings: PositionEmbeddings) -> tuple[Tensor, Tensor]:
+def rotate_patches(
+    query: Tensor, key: Tensor, position_embeddings: PositionEmbeddings
+) -> tuple[Tensor, Tensor]:
     """Rotate the queries [B, heads, n, head_dim] and keys [B, heads, N, head_dim] of the patches.
 
     Special tokens come first and are not rotated. n is N, or at most the number of special tokens (no patch queries).
@@ -108,7 +137,9 @@ def rotate_patches(query: Tensor, key: Tensor, position_embeddings: PositionEmbe
     def rotate(states: Tensor) -> Tensor:
         special_tokens, patches = states.tensor_split([num_prefix_tokens], dim=-2)
         first_half, second_half = patches.chunk(2, dim=-1)
-        patches = patches * cos + torch.cat([-second_half, first_half], dim=-1) * sin  # may be float32 under autocast
+        patches = (
+            patches * cos + torch.cat([-second_half, first_half], dim=-1) * sin
+        )  # may be float32 under autocast
         return torch.cat([special_tokens, patches.to(states.dtype)], dim=-2)
 
     return query if query.shape[-2] <= num_prefix_tokens else rotate(query), rotate(key)
@@ -117,26 +148,40 @@ def rotate_patches(query: Tensor, key: Tensor, position_embeddings: PositionEmbe
 # Resampling ----------------------------------------------------------------------------------------------------------
 def needs_resampling(grid_size: tuple[int, int], new_grid_size: tuple[int, int]) -> bool:
     """Return whether two grids differ. Return True for dynamic grids, which a comparison would make static."""
-    if torch.compiler.is_exporting() and any(isinstance(size, torch.SymInt) for size in new_grid_size):
+    if torch.compiler.is_exporting() and any(
+        isinstance(size, torch.SymInt) for size in new_grid_size
+    ):
         return True
     return grid_size != new_grid_size
 
 
 def resample_positions(
-    positions: Tensor, grid_size: tuple[int, int], new_grid_size: tuple[int, int], config: ViTCLSConfig
+    positions: Tensor,
+    grid_size: tuple[int, int],
+    new_grid_size: tuple[int, int],
+    config: ViTCLSConfig,
 ) -> Tensor:
     """Resample learned positions [1, rows * columns, D] to another grid in float32, with the method in `config`."""
     maps = positions.float().unflatten(1, grid_size).permute(0, 3, 1, 2)  # [1, D, rows, columns]
     if config.position_interpolation == "crop":
         # Resample to a square as long as the longer side, and keep its top-left part (RADIO, arXiv 2312.06709).
         longer_side = max(new_grid_size)
-        square = nn.functional.interpolate(maps, size=(longer_side, longer_side), mode="bilinear", align_corners=False)
+        square = nn.functional.interpolate(
+            maps, size=(longer_side, longer_side), mode="bilinear", align_corners=False
+        )
         rows, columns = (torch.arange(length, device=maps.device) for length in new_grid_size)
-        maps = square.index_select(2, rows).index_select(3, columns)  # slices would make exported shapes static
+        maps = square.index_select(2, rows).index_select(
+            3, columns
+        )  # slices would make exported shapes static
     else:
         factors: list[float] | None = None
-        if config.position_offset:  # DINOv2: the scale factor is (new + offset) / old instead of new / old
-            factors = [(new + config.position_offset) / old for new, old in zip(new_grid_size, grid_size, strict=True)]
+        if (
+            config.position_offset
+        ):  # DINOv2: the scale factor is (new + offset) / old instead of new / old
+            factors = [
+                (new + config.position_offset) / old
+                for new, old in zip(new_grid_size, grid_size, strict=True)
+            ]
         maps = nn.functional.interpolate(
             maps,
             size=None if factors else new_grid_size,
@@ -145,7 +190,9 @@ def resample_positions(
             align_corners=False,
             antialias=config.position_antialias,
         )
-    return maps.permute(0, 2, 3, 1).flatten(1, 2).to(positions.dtype)  # [1, new rows * new columns, D]
+    return (
+        maps.permute(0, 2, 3, 1).flatten(1, 2).to(positions.dtype)
+    )  # [1, new rows * new columns, D]
 
 
 def resize_patch_kernel(kernel: Tensor, new_size: tuple[int, int]) -> Tensor:
@@ -155,8 +202,16 @@ def resize_patch_kernel(kernel: Tensor, new_size: tuple[int, int]) -> Tensor:
     and in the least-squares sense for smaller ones. The new kernel is pinv(B^T) @ kernel; B is the resize matrix.
     """
     height, width = kernel.shape[-2:]
-    basis = torch.eye(height * width, dtype=torch.float64).view(-1, 1, height, width)  # CPU: MPS has no float64
-    resized_basis = nn.functional.interpolate(basis, size=new_size, mode="bilinear", align_corners=False)
-    inverse = torch.linalg.pinv(resized_basis.flatten(1))  # [new pixels, old pixels]: the pseudo-inverse of B^T
-    new_kernel: Tensor = (kernel.cpu().double().flatten(2) @ inverse.T).unflatten(2, new_size)  # [D, C, *new_size]
+    basis = torch.eye(height * width, dtype=torch.float64).view(
+        -1, 1, height, width
+    )  # CPU: MPS has no float64
+    resized_basis = nn.functional.interpolate(
+        basis, size=new_size, mode="bilinear", align_corners=False
+    )
+    inverse = torch.linalg.pinv(
+        resized_basis.flatten(1)
+    )  # [new pixels, old pixels]: the pseudo-inverse of B^T
+    new_kernel: Tensor = (kernel.cpu().double().flatten(2) @ inverse.T).unflatten(
+        2, new_size
+    )  # [D, C, *new_size]
     return new_kernel.to(device=kernel.device, dtype=kernel.dtype)

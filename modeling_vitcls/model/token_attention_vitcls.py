@@ -25,34 +25,51 @@ LayerIndices = Sequence[int] | Literal["all"]
 
 
 def compute_token_attention(
-    model: Any, pixel_values: Tensor, attention_mask: Tensor | None, tokens: Sequence[str], layers: LayerIndices
+    model: Any,
+    pixel_values: Tensor,
+    attention_mask: Tensor | None,
+    tokens: Sequence[str],
+    layers: LayerIndices,
 ) -> Tensor:
     """Return the attention weights of special tokens; see `ViTCLSPreTrainedModel.token_attention`."""
     encoder = model.base_model
     layout = encoder.config.token_layout
-    indices, all_layers = range(layout.num_prefix_tokens), range(len(encoder.layers))
-    indices_by_group = {name: indices[group] for name, group in layout.items() if name in SPECIAL_TOKEN_GROUPS}
+    indices = range(layout.num_prefix_tokens)
+    all_layers = range(len(encoder.layers))
+    indices_by_group = {
+        name: indices[group] for name, group in layout.items() if name in SPECIAL_TOKEN_GROUPS
+    }
     token_indices = sorted(index for group in set(tokens) for index in indices_by_group[group])
     layer_indices = list(all_layers) if layers == "all" else [all_layers[index] for index in layers]
     rows: dict[int, Tensor] = {}
 
-    def record(layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, _: Any) -> None:
+    def record(
+        layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, _: Any
+    ) -> None:
         query = query[:, :, : layout.num_prefix_tokens]
-        rows[layer] = compute_attention_rows(query, key, select_mask_rows(mask, query, key), scaling)
+        rows[layer] = compute_attention_rows(
+            query, key, select_mask_rows(mask, query, key), scaling
+        )
 
     with record_attention(encoder, layer_indices, record):
-        model(pixel_values, attention_mask=attention_mask)  # FSDP2 may require calling the whole model
+        model(
+            pixel_values, attention_mask=attention_mask
+        )  # FSDP2 may require calling the whole model
     return torch.stack([rows[layer][:, :, token_indices] for layer in layer_indices], dim=1)
 
 
 @contextmanager
-def record_attention(encoder: Any, layers: Iterable[int], record: Callable[..., None]) -> Iterator[None]:
+def record_attention(
+    encoder: Any, layers: Iterable[int], record: Callable[..., None]
+) -> Iterator[None]:
     """Call `record(layer, query, key, value, mask, scaling, attn_output)` in each of `layers` within the context.
 
     Compiled models run eagerly within the context. The previous recorders are restored at the end of the context.
     """
     attention_modules = {index: encoder.layers[index].attention for index in layers}
-    previous_recorders = {index: attention.recorder for index, attention in attention_modules.items()}
+    previous_recorders = {
+        index: attention.recorder for index, attention in attention_modules.items()
+    }
     try:
         for index, attention in attention_modules.items():
             attention.recorder = partial(record, index)
@@ -63,7 +80,9 @@ def record_attention(encoder: Any, layers: Iterable[int], record: Callable[..., 
             attention.recorder = previous_recorders[index]
 
 
-def compute_attention_rows(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+def compute_attention_rows(
+    query: Tensor, key: Tensor, mask: Tensor | None, scaling: float
+) -> Tensor:
     """Return the attention weights [B, heads, n, N] of queries [B, heads, n, d] and keys [B, heads, N, d]."""
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
     return apply_mask(scores, mask).softmax(dim=-1, dtype=torch.float32).to(query.dtype)

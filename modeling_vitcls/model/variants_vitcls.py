@@ -36,9 +36,13 @@ class ViTCLSPostNormLayer(ViTCLSLayer):
         num_tokens: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Tensor:
-        attn_output, _ = self.attention(hidden_states, attention_mask, position_embeddings, num_tokens, **kwargs)
+        attn_output, _ = self.attention(
+            hidden_states, attention_mask, position_embeddings, num_tokens, **kwargs
+        )
         attn_output = self.layernorm_before(self.dropout(attn_output))
-        hidden_states = self.add_branch(hidden_states[:, :num_tokens], attn_output, self.layer_scale1)
+        hidden_states = self.add_branch(
+            hidden_states[:, :num_tokens], attn_output, self.layer_scale1
+        )
         mlp_output = self.layernorm_after(self.dropout(self.mlp(hidden_states)))
         return self.add_branch(hidden_states, mlp_output, self.layer_scale2)
 
@@ -48,7 +52,10 @@ class ViTCLSParallelLayer(ViTCLSLayer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        del self.layernorm_after, self.layer_scale2  # both branches share one norm and one layer scale
+        del (
+            self.layernorm_after,
+            self.layer_scale2,
+        )  # both branches share one norm and one layer scale
 
     def forward(
         self,
@@ -59,8 +66,12 @@ class ViTCLSParallelLayer(ViTCLSLayer):
         **kwargs: Unpack[TransformersKwargs],
     ) -> Tensor:
         normalized_states = self.layernorm_before(hidden_states)
-        attn_output, _ = self.attention(normalized_states, attention_mask, position_embeddings, num_tokens, **kwargs)
-        branch = self.dropout(attn_output) + self.dropout(self.mlp(normalized_states[:, :num_tokens]))
+        attn_output, _ = self.attention(
+            normalized_states, attention_mask, position_embeddings, num_tokens, **kwargs
+        )
+        branch = self.dropout(attn_output) + self.dropout(
+            self.mlp(normalized_states[:, :num_tokens])
+        )
         return self.add_branch(hidden_states[:, :num_tokens], branch, self.layer_scale1)
 
 
@@ -87,16 +98,24 @@ class ViTCLSDifferentialAttention(ViTCLSAttention):
         self.lambda_full = nn.Parameter(torch.empty(1))
         self.head_norm = nn.RMSNorm(self.head_dim, eps=1e-5)
 
-    def project_qkv(self, hidden_states: Tensor, num_queries: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def project_qkv(
+        self, hidden_states: Tensor, num_queries: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries and keys [B, 2 * heads, n or N, head_dim / 2], and values [B, 2 * heads, N, head_dim]."""
         query, key, value = super().project_qkv(hidden_states, num_queries)
-        return query, key, value.repeat_interleave(2, dim=1)  # both maps of a head use the same values
+        return (
+            query,
+            key,
+            value.repeat_interleave(2, dim=1),
+        )  # both maps of a head use the same values
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Return the normalized difference [B, n, heads, head_dim] of the maps' outputs, and the attention weights."""
-        outputs, weights = super().attend(query, key, value, attention_mask, **kwargs)  # [B, n, 2 * heads, head_dim]
+        outputs, weights = super().attend(
+            query, key, value, attention_mask, **kwargs
+        )  # [B, n, 2 * heads, head_dim]
         first_output, second_output = outputs.unflatten(2, (-1, 2)).unbind(3)
         return self.head_norm(first_output - self.lambda_full * second_output), weights
 
@@ -126,7 +145,8 @@ class SpecializedModule(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Return the outputs [B, N, out] of tokens [B, N, D], special tokens first."""
-        outputs, special_states = self.patches(hidden_states), hidden_states[:, : self.num_special_tokens]
+        outputs = self.patches(hidden_states)
+        special_states = hidden_states[:, : self.num_special_tokens]
         # A product may be rounded differently if it has fewer rows. Therefore, special tokens get their rows of
         # `outputs` plus the difference of two products of equal shape, which is exactly 0 for equal weights.
         difference = self.special_tokens(special_states) - self.patches(special_states).detach()
@@ -166,14 +186,18 @@ class RegisterNeurons(nn.Module):
         largest_index = patch_activations.abs().argmax(dim=1, keepdim=True)  # [B, 1, neurons]
         edited_activations = activations.clone()
         edited_activations[:, self.patches, self.neurons] = 0
-        edited_activations[:, self.last_register, self.neurons] = patch_activations.gather(1, largest_index).squeeze(1)
+        edited_activations[:, self.last_register, self.neurons] = patch_activations.gather(
+            1, largest_index
+        ).squeeze(1)
         return edited_activations
 
 
 def add_register_neurons(layers: Iterable[Any], config: ViTCLSConfig) -> None:
     """Add `RegisterNeurons` to the MLPs of the layers in `config.register_neurons`."""
     for index, layer in enumerate(layers):
-        if neurons := [neuron for layer_index, neuron in config.register_neurons or () if layer_index == index]:
+        if neurons := [
+            neuron for layer_index, neuron in config.register_neurons or () if layer_index == index
+        ]:
             layer.mlp.register_neurons = RegisterNeurons(config, neurons)
 
 
@@ -190,7 +214,9 @@ class PatchDropout(nn.Module):
         self.rate = config.patch_drop_rate
         self.num_prefix_tokens = config.token_layout.num_prefix_tokens
 
-    def forward(self, hidden_states: Tensor, mask: Any, position_embeddings: Any) -> tuple[Tensor, Any, Any]:
+    def forward(
+        self, hidden_states: Tensor, mask: Any, position_embeddings: Any
+    ) -> tuple[Tensor, Any, Any]:
         """Drop the same patches from hidden states [B, N, D], masks and position embeddings.
 
         Masks and position embeddings are each a single value for all layers, a list with one value per layer, or None.
@@ -198,26 +224,39 @@ class PatchDropout(nn.Module):
         if not self.training:
             return hidden_states, mask, position_embeddings
         kept_indices = self.choose_patches(hidden_states)  # [B, num_kept]
-        return keep_patches(hidden_states, mask, position_embeddings, kept_indices, self.num_prefix_tokens)
+        return keep_patches(
+            hidden_states, mask, position_embeddings, kept_indices, self.num_prefix_tokens
+        )
 
     def choose_patches(self, hidden_states: Tensor) -> Tensor:
         """Return the indices [B, num_kept] of the patches to keep, in ascending order."""
-        num_images, num_patches = hidden_states.shape[0], hidden_states.shape[1] - self.num_prefix_tokens
+        num_images = hidden_states.shape[0]
+        num_patches = hidden_states.shape[1] - self.num_prefix_tokens
         num_kept = max(1, round(num_patches * (1 - self.rate)))
-        random_order = torch.rand(num_images, num_patches, device=hidden_states.device).argsort(dim=1)
+        random_order = torch.rand(num_images, num_patches, device=hidden_states.device).argsort(
+            dim=1
+        )
         return random_order[:, :num_kept].sort(dim=1).values
 
 
 def keep_patches(
-    hidden_states: Tensor, mask: Any, position_embeddings: Any, kept_indices: Tensor, num_prefix_tokens: int
+    hidden_states: Tensor,
+    mask: Any,
+    position_embeddings: Any,
+    kept_indices: Tensor,
+    num_prefix_tokens: int,
 ) -> tuple[Tensor, Any, Any]:
     """Keep the special tokens and the patches at `kept_indices` [B, num_kept], as `PatchDropout.forward` does."""
-    prefix_indices = torch.arange(num_prefix_tokens, device=hidden_states.device).expand(len(hidden_states), -1)
+    prefix_indices = torch.arange(num_prefix_tokens, device=hidden_states.device).expand(
+        len(hidden_states), -1
+    )
     indices = torch.cat([prefix_indices, kept_indices + num_prefix_tokens], dim=1)  # [B, n]
     return (
         torch.take_along_dim(hidden_states, indices.unsqueeze(-1), dim=1),  # [B, n, D]
         map_layers(mask, lambda layer_mask: select_mask(layer_mask, indices)),
-        map_layers(position_embeddings, lambda cos_sin: select_position_embeddings(cos_sin, kept_indices)),
+        map_layers(
+            position_embeddings, lambda cos_sin: select_position_embeddings(cos_sin, kept_indices)
+        ),
     )
 
 
@@ -247,8 +286,12 @@ def select_mask(mask: Any, indices: Tensor) -> Any:
     return torch.take_along_dim(mask, indices[:, None, None, :], dim=3)
 
 
-def select_position_embeddings(position_embeddings: PositionEmbeddings, indices: Tensor) -> PositionEmbeddings:
+def select_position_embeddings(
+    position_embeddings: PositionEmbeddings, indices: Tensor
+) -> PositionEmbeddings:
     """Return cos and sin [B, heads or 1, n, head_dim] of the patches at `indices` [B, n]."""
     index = indices[:, None, :, None]
-    cos, sin = (embedding.reshape(1, -1, *embedding.shape[-2:]) for embedding in position_embeddings)
+    cos, sin = (
+        embedding.reshape(1, -1, *embedding.shape[-2:]) for embedding in position_embeddings
+    )
     return torch.take_along_dim(cos, index, dim=2), torch.take_along_dim(sin, index, dim=2)

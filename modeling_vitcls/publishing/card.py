@@ -42,7 +42,12 @@ from .verification_script import get_auto_class
 
 
 TAGS = ("vision", "vit", "vitcls")
-TOKEN_NAMES = {"cls": "CLS", "distillation": "distillation", "registers": "register", "patches": "patch"}
+TOKEN_NAMES = {
+    "cls": "CLS",
+    "distillation": "distillation",
+    "registers": "register",
+    "patches": "patch",
+}
 MAX_LISTED_CLASSES = 50
 MAX_LISTED_CANDIDATES = 5  # of the probe
 # The last line of a generated card, with a digest of the lines before.
@@ -57,9 +62,12 @@ def write_card(folder: ModelFolder) -> None:
     """Write the card of a model folder. An edited card is kept."""
     if not has_edited_card(folder):
         (folder.path / CARD_FILE).write_text(render_card(folder), encoding="utf-8")
-    flag, weights_license = folder.flags.get("license"), get_license_source(folder).license
+    flag = folder.flags.get("license")
+    weights_license = get_license_source(folder).license
     if flag is not None and flag != weights_license:
-        warn_once(f"--license {flag} is ignored: the initial weights remain under the license {weights_license}")
+        warn_once(
+            f"--license {flag} is ignored: the initial weights remain under the license {weights_license}"
+        )
 
 
 def has_edited_card(folder: ModelFolder) -> bool:
@@ -76,7 +84,9 @@ def compute_digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def render_card(folder: ModelFolder, name: str | None = None, hidden_files: set[str] | None = None) -> str:
+def render_card(
+    folder: ModelFolder, name: str | None = None, hidden_files: set[str] | None = None
+) -> str:
     """Return the card of a model folder.
 
     Args:
@@ -87,7 +97,11 @@ def render_card(folder: ModelFolder, name: str | None = None, hidden_files: set[
     name = name or folder.path.resolve().name
     hidden_files = hidden_files or set()
     images = {key: path for key, path in folder.images.items() if path not in hidden_files}
-    has_report = bool(folder.results) and (folder.path / REPORT_FILE).is_file() and REPORT_FILE not in hidden_files
+    has_report = (
+        bool(folder.results)
+        and (folder.path / REPORT_FILE).is_file()
+        and REPORT_FILE not in hidden_files
+    )
     variables = {
         "card_data": ModelCardData(**build_metadata(folder, name)).to_yaml(),
         "name": name,
@@ -101,13 +115,21 @@ def render_card(folder: ModelFolder, name: str | None = None, hidden_files: set[
         "parity": folder.parity_report,
         "onnx": folder.onnx_report,
         "exports": folder.exports,
-        **{name: getattr(folder, name) for name in ("config", "results", "flags", "provenance", "teacher_provenance")},
+        **{
+            name: getattr(folder, name)
+            for name in ("config", "results", "flags", "provenance", "teacher_provenance")
+        },
     }
     is_run = bool(folder.results and folder.flags)
     template = "encoder" if "method" in folder.results else "classifier"
-    variables |= describe_architecture(folder) | describe_use(folder) | (describe_run(folder) if is_run else {})
+    variables |= (
+        describe_architecture(folder)
+        | describe_use(folder)
+        | (describe_run(folder) if is_run else {})
+    )
     if folder.parity_report:
-        template, variables = "conversion", variables | describe_conversion(folder)
+        template = "conversion"
+        variables = variables | describe_conversion(folder)
     elif not is_run:
         template = "model" if folder.has_weights else "export"
     text = f"{TEMPLATES.get_template(f'{template}.md.j2').render(variables).rstrip()}\n\n"
@@ -119,7 +141,12 @@ def render_card(folder: ModelFolder, name: str | None = None, hidden_files: set[
 
 def build_metadata(folder: ModelFolder, name: str) -> dict[str, Any]:
     """Return the header of the card as keyword arguments of ModelCardData."""
-    config, results, flags, report = folder.config, folder.results, folder.flags, folder.parity_report
+    config, results, flags, report = (
+        folder.config,
+        folder.results,
+        folder.flags,
+        folder.parity_report,
+    )
     is_random = report.get("random_init", False)
     base_model = folder.provenance.base_model if folder.provenance and not is_random else None
     relation = None if report else "finetune"  # the Hub has no relation for exact copies
@@ -128,7 +155,9 @@ def build_metadata(folder: ModelFolder, name: str) -> dict[str, Any]:
         "library_name": "transformers",
         "pipeline_tag": "image-classification" if is_classifier else "image-feature-extraction",
         "tags": [tag for tag in TAGS if tag != "vitcls" or not folder.is_native],
-        "datasets": [flags["dataset"]] if results and is_hub_dataset(flags.get("dataset")) else None,
+        "datasets": [flags["dataset"]]
+        if results and is_hub_dataset(flags.get("dataset"))
+        else None,
         "base_model": base_model,
         "base_model_relation": relation if base_model else None,
         **({} if is_random else get_license_source(folder).license_metadata),
@@ -177,14 +206,18 @@ def get_license_source(folder: ModelFolder) -> Provenance:
 def describe_architecture(folder: ModelFolder) -> dict[str, Any]:
     """Return the variables about the model and its tokens."""
     config = folder.config
-    variables: dict[str, Any] = {"num_parameters": folder.num_parameters if folder.has_weights else None}
+    variables: dict[str, Any] = {
+        "num_parameters": folder.num_parameters if folder.has_weights else None
+    }
     if config is None:
         return variables
     length = config.token_layout.get_num_tokens(*config.grid_size)
     counts = {group: len(range(length)[tokens]) for group, tokens in config.token_layout.items()}
     return variables | {
         "sequence_length": length,
-        "layout": "[ " + " | ".join(f"{TOKEN_NAMES[key]} x {count}" for key, count in counts.items() if count) + " ]",
+        "layout": "[ "
+        + " | ".join(f"{TOKEN_NAMES[key]} x {count}" for key, count in counts.items() if count)
+        + " ]",
         "image_size": " x ".join(map(str, config.image_height_width)),
         "is_classifier": "ForImage" in folder.architecture or bool(config.tasks),
     }
@@ -192,7 +225,8 @@ def describe_architecture(folder: ModelFolder) -> dict[str, Any]:
 
 def describe_use(folder: ModelFolder) -> dict[str, Any]:
     """Return the variables of the section "Use". A pipeline supports classifiers with one task and trained weights."""
-    report, auto_class = folder.parity_report, get_auto_class(folder.architecture)
+    report = folder.parity_report
+    auto_class = get_auto_class(folder.architecture)
     is_classifier = auto_class == "AutoModelForImageClassification"
     is_trained = not report.get("random_init")
     min_transformers = ".".join(map(str, MIN_TRANSFORMERS_VERSION))
@@ -200,9 +234,12 @@ def describe_use(folder: ModelFolder) -> dict[str, Any]:
         min_transformers = report["required_versions"]["transformers"].lstrip(">=")
     return {
         "auto_class": auto_class,
-        "has_pipeline": is_classifier and is_trained and not (folder.config is not None and folder.config.tasks),
+        "has_pipeline": is_classifier
+        and is_trained
+        and not (folder.config is not None and folder.config.tasks),
         "min_transformers": min_transformers,
-        "can_be_finetuned": not folder.is_native and not (folder.results and is_classifier and is_trained),
+        "can_be_finetuned": not folder.is_native
+        and not (folder.results and is_classifier and is_trained),
     }
 
 
@@ -217,7 +254,9 @@ def describe_run(folder: ModelFolder) -> dict[str, Any]:
         "metrics": build_metric_rows(results, config),
         "class_tables": build_class_tables(results, config),
         "predictions": describe_predictions(folder),
-        "images_per_step": flags["batch_size"] * flags.get("gradient_accumulation_steps", 1) * results["num_processes"]
+        "images_per_step": flags["batch_size"]
+        * flags.get("gradient_accumulation_steps", 1)
+        * results["num_processes"]
         if "batch_size" in flags
         else None,
         "teacher": format_name(strip_folders(flags["teacher"])) if flags.get("teacher") else None,
@@ -227,7 +266,8 @@ def describe_run(folder: ModelFolder) -> dict[str, Any]:
 
 def describe_probe(results: dict[str, Any]) -> dict[str, Any]:
     """Return the variables about a classifier that is a regression on frozen features, if it is one."""
-    record, selection = results.get("frozen"), results.get("selection", {})
+    record = results.get("frozen")
+    selection = results.get("selection", {})
     if record is None or (results["steps"] and selection.get("step") != 0):
         return {"is_frozen": False}
     reason = ""
@@ -236,7 +276,9 @@ def describe_probe(results: dict[str, Any]) -> dict[str, Any]:
             f"Fine-tuning for {results['steps']:,} steps was not clearly better on {selection['num_images']:,} images "
             "that were used for this comparison only."
         )
-    rows = [row for row in record["candidates"] if row["num_images"] == record["num_images_of_choice"]]
+    rows = [
+        row for row in record["candidates"] if row["num_images"] == record["num_images_of_choice"]
+    ]
     rows = sorted(rows, key=lambda row: row["loss"])[:MAX_LISTED_CANDIDATES]
     return {
         "is_frozen": True,
@@ -250,7 +292,8 @@ def describe_probe(results: dict[str, Any]) -> dict[str, Any]:
 
 def describe_conversion(folder: ModelFolder) -> dict[str, Any]:
     """Return the variables about a conversion."""
-    report, provenance = folder.parity_report, folder.provenance or Provenance(folder.parity_report["source"])
+    report = folder.parity_report
+    provenance = folder.provenance or Provenance(folder.parity_report["source"])
     return {
         "random_init": report["random_init"],
         "source_name": provenance.name,
@@ -270,11 +313,15 @@ def format_class_list(class_names: list[str]) -> str:
     text = ", ".join(map(format_name, class_names[:MAX_LISTED_CLASSES]))
     if len(class_names) <= MAX_LISTED_CLASSES:
         return text
-    return f"{text} and {len(class_names) - MAX_LISTED_CLASSES:,} more (see `id2label` in config.json)"
+    return (
+        f"{text} and {len(class_names) - MAX_LISTED_CLASSES:,} more (see `id2label` in config.json)"
+    )
 
 
 TEMPLATES = Environment(  # of the installed package or of a source checkout
-    loader=FileSystemLoader([Path(__file__).parents[1] / "model_cards", Path(__file__).parents[2] / "model_cards"])
+    loader=FileSystemLoader(
+        [Path(__file__).parents[1] / "model_cards", Path(__file__).parents[2] / "model_cards"]
+    )
 )
 TEMPLATES.filters |= {
     "code": format_name,

@@ -31,7 +31,10 @@ MAX_CLASSES_WITH_NAMES = 50  # maximum number of classes for which names are sho
 
 
 def write_card_images(
-    folder: Path, config: ViTCLSConfig, results: Mapping[str, Any], inspection: Inspection | None = None
+    folder: Path,
+    config: ViTCLSConfig,
+    results: Mapping[str, Any],
+    inspection: Inspection | None = None,
 ) -> None:
     """Write the images of a card to `folder`/images, and delete those of an earlier run.
 
@@ -44,8 +47,14 @@ def write_card_images(
         OSError: if a file cannot be written.
     """
     matrices = find_confusion_matrices(results, config)
-    figures = {name: plot_confusion_matrix(matrix, class_names) for name, matrix, class_names in matrices}
-    if inspection is not None and inspection.image_reports and config.token_layout.num_prefix_tokens:
+    figures = {
+        name: plot_confusion_matrix(matrix, class_names) for name, matrix, class_names in matrices
+    }
+    if (
+        inspection is not None
+        and inspection.image_reports
+        and config.token_layout.num_prefix_tokens
+    ):
         figures["attention"] = plot_attention(inspection)
     for pattern in RESULT_IMAGE_PATTERNS:
         for file in folder.glob(pattern):
@@ -53,7 +62,9 @@ def write_card_images(
     if figures:
         (folder / IMAGES_FOLDER).mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
-        figure.savefig(folder / IMAGES_FOLDER / f"{name}.png", facecolor="white", pil_kwargs={"optimize": True})
+        figure.savefig(
+            folder / IMAGES_FOLDER / f"{name}.png", facecolor="white", pil_kwargs={"optimize": True}
+        )
 
 
 def find_confusion_matrices(
@@ -70,7 +81,8 @@ def find_confusion_matrices(
 def plot_confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) -> Figure:
     """Plot a confusion matrix [L, L]; rows are true classes, columns are predicted classes. The colors show fractions
     of the true class on a nonlinear scale, so that rare confusions are visible."""
-    counts, num_classes = np.asarray(matrix), len(class_names)
+    counts = np.asarray(matrix)
+    num_classes = len(class_names)
     fractions = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
     side = min(max(2.6 + 0.34 * num_classes, 4.0), 8.0)
     figure = create_figure(side + 0.6, side)
@@ -98,13 +110,24 @@ def plot_attention(inspection: Inspection) -> Figure:
     of the report. Each overlay has its own scale."""
     rows = []
     for report, caption, maps in iterate_overview(inspection, MAX_IMAGES):
-        image, region = resize_with_region(report.image, report.visible_region, TILE_SIDE, TILE_SIDE)
-        rows.append({caption: image} | {name: overlay(image, values, region) for name, values in maps.items()})
-    heights = [TILE_WIDTH * min(max(each.height / each.width for each in row.values()), 1) for row in rows]
+        image, region = resize_with_region(
+            report.image, report.visible_region, TILE_SIDE, TILE_SIDE
+        )
+        rows.append(
+            {caption: image}
+            | {name: overlay(image, values, region) for name, values in maps.items()}
+        )
+    heights = [
+        TILE_WIDTH * min(max(each.height / each.width for each in row.values()), 1) for row in rows
+    ]
     size = (TILE_WIDTH * len(rows[0]), sum(heights) + TITLE_HEIGHT * len(rows))
     figure = Figure(figsize=size, dpi=100, facecolor="white", layout="constrained")
-    grid = figure.subplots(len(rows), len(rows[0]), squeeze=False, gridspec_kw={"height_ratios": heights})
-    for axes, (title, image) in zip(grid.flat, (tile for row in rows for tile in row.items()), strict=True):
+    grid = figure.subplots(
+        len(rows), len(rows[0]), squeeze=False, gridspec_kw={"height_ratios": heights}
+    )
+    for axes, (title, image) in zip(
+        grid.flat, (tile for row in rows for tile in row.items()), strict=True
+    ):
         axes.axis("off")
         axes.imshow(image, interpolation="nearest")
         axes.set_title(textwrap.fill(shorten_text(title, 60), 22), fontsize=8)

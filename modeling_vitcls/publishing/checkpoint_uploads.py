@@ -9,7 +9,9 @@ from huggingface_hub import CommitInfo, HfApi
 from ..hub.connection import HUB_ERRORS, format_hub_error
 
 
-def build_checkpoint_uploader(repo_id: str, branch: str, warn: Callable[[str], None]) -> Callable[[Path], None]:
+def build_checkpoint_uploader(
+    repo_id: str, branch: str, warn: Callable[[str], None]
+) -> Callable[[Path], None]:
     """Return a function that uploads the folder of a saved checkpoint in the background, and removes earlier
     checkpoints from the branch.
 
@@ -22,7 +24,9 @@ def build_checkpoint_uploader(repo_id: str, branch: str, warn: Callable[[str], N
 
     def report_error(upload: "Future[CommitInfo]") -> None:
         if error := upload.exception():
-            warn(f"a checkpoint was not uploaded to the branch {branch} of {repo_id}: {format_hub_error(error)}")
+            warn(
+                f"a checkpoint was not uploaded to the branch {branch} of {repo_id}: {format_hub_error(error)}"
+            )
 
     def upload_checkpoint(folder: Path) -> None:
         if uploads and not uploads[-1].done():

@@ -39,7 +39,8 @@ def finish_run(path: Path, options: RunOptions, repo_id: str | None) -> None:
 
     Raise OSError if a file cannot be written, or if the push or the verification fails. The message is a single line.
     """
-    folder, report = ModelFolder(path), path / REPORT_FILE
+    folder = ModelFolder(path)
+    report = path / REPORT_FILE
     if options.report and not report.exists():
         with silence_transformers():
             diagnosis = write_report(folder, warn)

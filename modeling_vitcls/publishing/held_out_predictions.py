@@ -23,7 +23,9 @@ MAX_WRONG_IMAGES = 12  # maximum number of wrong images in the report
 THUMBNAIL_SIDE = 96  # longer side of a wrong image in the report, in pixels
 
 
-def describe_predictions(folder: ModelFolder, images: Sequence[Image.Image] | None = None) -> dict[str, Any] | None:
+def describe_predictions(
+    folder: ModelFolder, images: Sequence[Image.Image] | None = None
+) -> dict[str, Any] | None:
     """Return the wrong images, the prediction sets of each class, and the calibration; None if the folder has no
     predictions of these weights.
 
@@ -33,29 +35,36 @@ def describe_predictions(folder: ModelFolder, images: Sequence[Image.Image] | No
     """
     import pandas as pd
 
-    config, file = folder.config, folder.path / PREDICTIONS_FILE
+    config = folder.config
+    file = folder.path / PREDICTIONS_FILE
     if not folder.results or not file.is_file() or config is None:
         return None
     try:
         if read_weights_hash(file) != folder.weights_sha256:
             warn_once(f"ignoring {file}, because it contains the predictions of other weights")
             return None
-        rows = pd.read_parquet(file, columns=["index", "image", "label", "prediction", "probabilities", "loss"])
+        rows = pd.read_parquet(
+            file, columns=["index", "image", "label", "prediction", "probabilities", "loss"]
+        )
     except (OSError, ValueError):  # pyarrow's errors are subclasses
-        warn_once(f"ignoring {file}, because it is not readable. Write it again with `vitcls evaluate --per-image`")
+        warn_once(
+            f"ignoring {file}, because it is not readable. Write it again with `vitcls evaluate --per-image`"
+        )
         return None
     if not len(rows) or not isinstance(rows["label"][0], str):
         return None
     rows["confidence"] = rows["probabilities"].map(max)
     wrong = rows[rows["label"] != rows["prediction"]].sort_values("loss", ascending=False)
-    wrong_rows = wrong.head(MAX_WRONG_IMAGES)[["index", "image", "label", "prediction", "confidence"]].to_dict(
-        "records"
-    )
+    wrong_rows = wrong.head(MAX_WRONG_IMAGES)[
+        ["index", "image", "label", "prediction", "confidence"]
+    ].to_dict("records")
     for row in wrong_rows:
         if images is None:
             break
         try:
-            thumbnail, _ = resize_with_region(to_upright_rgb(images[row["index"]]), None, THUMBNAIL_SIDE, 1)
+            thumbnail, _ = resize_with_region(
+                to_upright_rgb(images[row["index"]]), None, THUMBNAIL_SIDE, 1
+            )
         except (IndexError, ValueError):  # the dataset has changed, or the image is unreadable
             continue
         row["url"] = encode_data_url(thumbnail)

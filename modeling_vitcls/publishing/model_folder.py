@@ -105,8 +105,15 @@ class ModelFolder:
     def num_parameters(self) -> int:
         """The number of values in the weight files."""
         with ExitStack() as stack:
-            files = [stack.enter_context(safe_open(self.path / name, "pt")) for name in list_weight_files(self.path)]
-            return sum(math.prod(file.get_slice(key).get_shape()) for file in files for key in file.keys())  # noqa: SIM118
+            files = [
+                stack.enter_context(safe_open(self.path / name, "pt"))
+                for name in list_weight_files(self.path)
+            ]
+            return sum(
+                math.prod(file.get_slice(key).get_shape())
+                for file in files
+                for key in file.keys()  # noqa: SIM118
+            )
 
     @cached_property
     def has_weights(self) -> bool:
@@ -156,7 +163,9 @@ class ModelFolder:
         """The reports (FILE.json) of the exported files by file name, without files that were exported from other
         weights."""
         files = sorted(file for suffix in EXPORT_SUFFIXES for file in self.path.glob(f"*{suffix}"))
-        reports = {file.name: self.read_current(f"{file.name}.json", "weights_sha256") for file in files}
+        reports = {
+            file.name: self.read_current(f"{file.name}.json", "weights_sha256") for file in files
+        }
         return {name: report for name, report in reports.items() if report}
 
     def read_current(self, name: str, key: str) -> dict[str, Any]:
@@ -182,7 +191,9 @@ class ModelFolder:
     @property
     def shareable_flags(self) -> dict[str, Any]:
         """The flags for publication, without unset flags, local folders or PRIVATE_FLAGS."""
-        sources = {name: strip_folders(self.flags[name]) for name in SOURCE_FLAGS if self.flags.get(name)}
+        sources = {
+            name: strip_folders(self.flags[name]) for name in SOURCE_FLAGS if self.flags.get(name)
+        }
         shareable_paths: dict[str, Any] = sources | {"output_dir": "my-model"}
         if teachers := self.flags.get("teachers"):
             shareable_paths["teachers"] = [strip_folders(teacher) for teacher in teachers]
@@ -196,8 +207,13 @@ class ModelFolder:
     def provenance(self) -> Provenance | None:
         """The provenance of the initial weights: from results.json or the parity report, or else from the card; None
         for random initial weights."""
-        for name in (RESULTS_FILE, PARITY_REPORT_FILE):  # also valid for weights that were changed afterwards
-            if (self.path / name).is_file() and "provenance" in (content := read_json(self.path / name)):
+        for name in (
+            RESULTS_FILE,
+            PARITY_REPORT_FILE,
+        ):  # also valid for weights that were changed afterwards
+            if (self.path / name).is_file() and "provenance" in (
+                content := read_json(self.path / name)
+            ):
                 values = content["provenance"]
                 return None if values is None else Provenance.from_dict(values, self.path)
         return read_folder_provenance(self.path)
@@ -211,7 +227,11 @@ class ModelFolder:
     @property
     def private_files(self) -> set[str]:
         """The files that show images of a dataset that may not be published."""
-        return set() if self.flags and can_publish_images(self.flags) else {REPORT_FILE, SAMPLE_IMAGES_FILE}
+        return (
+            set()
+            if self.flags and can_publish_images(self.flags)
+            else {REPORT_FILE, SAMPLE_IMAGES_FILE}
+        )
 
     @property
     def license_files(self) -> set[str]:
@@ -219,7 +239,10 @@ class ModelFolder:
         files = (self.path / name for name in (RESULTS_FILE, PARITY_REPORT_FILE))
         records = [read_json(file).get("provenance") or {} for file in files if file.is_file()]
         copied_files = {name for record in records for name in record.get("license_files", ())}
-        return {*LICENSE_FILES, *(name for name in copied_files if is_match(name, LICENSE_PATTERNS))}
+        return {
+            *LICENSE_FILES,
+            *(name for name in copied_files if is_match(name, LICENSE_PATTERNS)),
+        }
 
     @property
     def images(self) -> dict[str, str]:

@@ -31,7 +31,9 @@ from .model_folder import ModelFolder
 from .staging import DELETE_PATTERNS, stage_folder
 
 
-TIMEOUT = 50.0  # maximum time without a response, in seconds; the duration of an upload is not limited
+TIMEOUT = (
+    50.0  # maximum time without a response, in seconds; the duration of an upload is not limited
+)
 TOKEN_SETTINGS_URL = "https://huggingface.co/settings/tokens"
 
 
@@ -70,7 +72,8 @@ def prepare_repository(
         OSError: If the Hub does not respond.
     """
     check_is_online()
-    name, repo_type = repo_id or default_name, "space" if space_sdk else "model"
+    name = repo_id or default_name
+    repo_type = "space" if space_sdk else "model"
     remedy = (
         f"Run `hf auth login` with a token that may write to the repository ({TOKEN_SETTINGS_URL}), or set HF_TOKEN; "
         f"check {'--space-id' if space_sdk else '--hub-model-id'}"
@@ -79,7 +82,11 @@ def prepare_repository(
     try:
         with set_hub_timeout(TIMEOUT):
             name = api.create_repo(
-                name, private=private or None, repo_type=repo_type, space_sdk=space_sdk, exist_ok=True
+                name,
+                private=private or None,
+                repo_type=repo_type,
+                space_sdk=space_sdk,
+                exist_ok=True,
             ).repo_id
             api.auth_check(name, repo_type=repo_type, write=True)
             is_private = api.repo_info(name, repo_type=repo_type, timeout=TIMEOUT).private
@@ -119,7 +126,16 @@ def push_folder(
     command = build_push_command(folder.path, repo_id, private, branch)
     advice = f"The model is saved in {folder.path}; finish with: {command}"
     with stage_folder(folder, repo_id) as staged_folder:
-        return upload_folder(staged_folder, repo_id, "model", "Upload model", DELETE_PATTERNS, advice, private, branch)
+        return upload_folder(
+            staged_folder,
+            repo_id,
+            "model",
+            "Upload model",
+            DELETE_PATTERNS,
+            advice,
+            private,
+            branch,
+        )
 
 
 def upload_folder(
@@ -147,7 +163,9 @@ def upload_folder(
 
     def push_once() -> PushResult:
         if repo_type == "model":
-            api.create_repo(repo_id, private=private or None, exist_ok=True)  # None: the account's default visibility
+            api.create_repo(
+                repo_id, private=private or None, exist_ok=True
+            )  # None: the account's default visibility
         if branch is not None:
             api.create_branch(repo_id, branch=branch, exist_ok=True)
         info = api.repo_info(repo_id, repo_type=repo_type, revision=branch, timeout=TIMEOUT)
@@ -162,7 +180,9 @@ def upload_folder(
             parent_commit=info.sha,
         )
         prefix = "spaces/" if repo_type == "space" else ""
-        url = f"{constants.ENDPOINT}/{prefix}{repo_id}" + ("" if prefix else f"/commit/{commit.oid}")
+        url = f"{constants.ENDPOINT}/{prefix}{repo_id}" + (
+            "" if prefix else f"/commit/{commit.oid}"
+        )
         return PushResult(repo_id, commit.oid, url, bool(info.private))
 
     try:
@@ -172,10 +192,14 @@ def upload_folder(
         ):
             return retry(push_once, f"pushing to {repo_id}")
     except HUB_ERRORS as error:
-        raise PushError(f"the push to {repo_id} failed: {format_hub_error(error)}. {advice}") from error
+        raise PushError(
+            f"the push to {repo_id} failed: {format_hub_error(error)}. {advice}"
+        ) from error
 
 
-def build_push_command(folder: Path, repo_id: str, private: bool = False, branch: str | None = None) -> str:
+def build_push_command(
+    folder: Path, repo_id: str, private: bool = False, branch: str | None = None
+) -> str:
     """Return the command line that pushes a model folder."""
     flags = ["--model", str(folder), "--hub-model-id", repo_id]
     flags += ["--private"] if private else []

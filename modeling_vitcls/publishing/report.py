@@ -29,7 +29,9 @@ from .model_folder import ModelFolder
 
 NUM_REPORT_IMAGES = 6  # number of images shown in the report
 NUM_STATISTICS_IMAGES = 64  # number of images for the statistics in the report
-NUM_STREAMED_IMAGES = 1000  # number of images of a streamed held-out split from which images are selected
+NUM_STREAMED_IMAGES = (
+    1000  # number of images of a streamed held-out split from which images are selected
+)
 
 
 def write_report(folder: ModelFolder, warn: Callable[[str], None]) -> str | None:
@@ -48,14 +50,18 @@ def write_report(folder: ModelFolder, warn: Callable[[str], None]) -> str | None
             names = name_images(data.held_out.images, "held out,")
             source = f"{folder.results['dataset']}, {folder.results['split']}"
             images = InspectionImages(data.held_out.images, names, labels, source)
-            model = getattr(modeling_vitcls, folder.architecture).from_pretrained(folder.path).eval()
+            model = (
+                getattr(modeling_vitcls, folder.architecture).from_pretrained(folder.path).eval()
+            )
             inspection = inspect_model(
                 model.to("cuda" if torch.cuda.is_available() else "cpu"),
                 ViTCLSImageProcessor.from_pretrained(folder.path),
                 **images.build_arguments(NUM_REPORT_IMAGES, NUM_STATISTICS_IMAGES),
                 has_map_checks=False,  # they would take longer than the features of a small dataset
                 token_movement=folder.results.get("token_movement"),
-                watch=lambda items, description: track(items, f"report, {description}", unit="", has_bar=False),
+                watch=lambda items, description: track(
+                    items, f"report, {description}", unit="", has_bar=False
+                ),
             )
             predictions = describe_predictions(folder, data.held_out.images)
             name = folder.path.resolve().name
@@ -81,7 +87,12 @@ def load_run_data(folder: ModelFolder) -> TrainingData | None:
     flags = folder.flags
     if "dataset" not in flags:
         return None
-    stored_values = {field.name: flags[field.name] for field in fields(DataOptions) if field.name in flags}
-    values: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in stored_values.items()}
+    stored_values = {
+        field.name: flags[field.name] for field in fields(DataOptions) if field.name in flags
+    }
+    values: Any = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in stored_values.items()
+    }
     use_labels = folder.architecture != "ViTCLSForMaskedImageModeling"
     return load_training_data(DataOptions(**values), flags.get("select") == "best", use_labels)

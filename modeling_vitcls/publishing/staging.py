@@ -47,7 +47,14 @@ CODE_LICENSE_FILE = "CODE_LICENSE"
 # A push removes these files from the repository unless the folder contains them: an old model.safetensors would be
 # loaded instead of new shards, and old results describe other weights.
 DELETE_PATTERNS = [
-    *(*MODEL_PATTERNS, *RUN_FILES, *RESULT_IMAGE_PATTERNS, *ONNX_PATTERNS, *EXPORT_PATTERNS, PARITY_REPORT_FILE),
+    *(
+        *MODEL_PATTERNS,
+        *RUN_FILES,
+        *RESULT_IMAGE_PATTERNS,
+        *ONNX_PATTERNS,
+        *EXPORT_PATTERNS,
+        PARITY_REPORT_FILE,
+    ),
     *("handler.py", "checkpoints/step-*"),
 ]
 
@@ -59,7 +66,8 @@ def stage_folder(folder: ModelFolder, repo_id: str) -> Iterator[Path]:
     """Yield a temporary folder with the files to publish. Raise ValueError if the model is incomplete, or if one of
     the files is a link to a file elsewhere."""
     folder.check_is_complete()
-    path, files = folder.path, list_published_files(folder)
+    path = folder.path
+    files = list_published_files(folder)
     with tempfile.TemporaryDirectory(prefix="vitcls-push-") as temporary_path:
         staged = Path(temporary_path)
         for name in files:
@@ -73,7 +81,9 @@ def stage_folder(folder: ModelFolder, repo_id: str) -> Iterator[Path]:
         else:
             replace_file(staged / CARD_FILE, render_card(folder, repo_id, folder.private_files))
         if RECIPE_FILE in files:
-            replace_file(staged / RECIPE_FILE, yaml.safe_dump(folder.shareable_flags, sort_keys=False))
+            replace_file(
+                staged / RECIPE_FILE, yaml.safe_dump(folder.shareable_flags, sort_keys=False)
+            )
         if any(staged.glob("*.py")):
             replace_file(staged / CODE_LICENSE_FILE, read_code_license())
         yield staged
@@ -92,7 +102,11 @@ def list_published_files(folder: ModelFolder) -> set[str]:
         names |= {*CONFIG_FILES, *list_weight_files(folder.path), INDEX_FILE, *folder.code_files}
         names |= {PARITY_REPORT_FILE} if folder.parity_report else set()
         names |= {ONNX_REPORT_FILE, *ONNX_FILES} if folder.onnx_report else set()
-        names |= set(RUN_FILES) if folder.results or not (folder.path / RESULTS_FILE).is_file() else set()
+        names |= (
+            set(RUN_FILES)
+            if folder.results or not (folder.path / RESULTS_FILE).is_file()
+            else set()
+        )
         names |= set(folder.images.values())
         names -= folder.private_files
     else:
@@ -112,7 +126,9 @@ def warn_about_images(folder: ModelFolder, files: set[str]) -> None:
     """Log a warning if an edited card shows images of the folder that are not published."""
     card = (folder.path / CARD_FILE).read_text(encoding="utf-8")
     shown_images = set(re.findall(rf"\b{IMAGES_FOLDER}/[\w.-]+", card))
-    if missing_images := sorted(name for name in shown_images - files if (folder.path / name).is_file()):
+    if missing_images := sorted(
+        name for name in shown_images - files if (folder.path / name).is_file()
+    ):
         logger.warning(
             "%s shows images that vitcls did not write, and that are not pushed: %s. Upload them with `hf upload`",
             CARD_FILE,

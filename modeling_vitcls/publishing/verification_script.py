@@ -33,7 +33,9 @@ def main(repo_id: str, commit: str, trust_remote_code: bool, folder: Path) -> No
     """Load the model, and write report.json and outputs.safetensors to `folder`."""
     report: dict[str, Any]
     try:
-        outputs, report = collect_outputs(repo_id, {"revision": commit, "trust_remote_code": trust_remote_code})
+        outputs, report = collect_outputs(
+            repo_id, {"revision": commit, "trust_remote_code": trust_remote_code}
+        )
         save_file(outputs, folder / "outputs.safetensors")
     except Exception as error:  # published code may raise any error
         report = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
@@ -61,28 +63,40 @@ def collect_outputs(
     pixel_values = torch.randn(2, config.num_channels, height, width, generator=generator)
     outputs: Outputs = {}
     report: dict[str, Any] = {"classes": {}, "missing": []}
-    cache_options = {"revision": options.get("revision"), "_raise_exceptions_for_missing_entries": False}
-    has_processor = transformers.utils.cached_file(source, "preprocessor_config.json", **cache_options) is not None
+    cache_options = {
+        "revision": options.get("revision"),
+        "_raise_exceptions_for_missing_entries": False,
+    }
+    has_processor = (
+        transformers.utils.cached_file(source, "preprocessor_config.json", **cache_options)
+        is not None
+    )
     if has_processor:
         processor = transformers.AutoImageProcessor.from_pretrained(source, **options)
         num_channels = 3 if processor.do_convert_rgb else config.num_channels
         shape = (num_channels, height * 5 // 4 + 1, width * 3 // 2 + 1)
         image = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-        pixel_values = outputs["AutoImageProcessor/pixel_values"] = processor(image, return_tensors="pt")[
-            "pixel_values"
-        ]
+        pixel_values = outputs["AutoImageProcessor/pixel_values"] = processor(
+            image, return_tensors="pt"
+        )["pixel_values"]
     architecture = (config.architectures or ["ViTCLSModel"])[0]
     for auto_class in dict.fromkeys(["AutoModel", get_auto_class(architecture)]):
         torch.manual_seed(0)  # for a reproducible initialization of missing weights
         is_local_backbone = backbone_class is not None and auto_class == "AutoBackbone"
         model_class = backbone_class if is_local_backbone else getattr(transformers, auto_class)
-        model, info = model_class.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **options)
+        model, info = model_class.from_pretrained(
+            source, dtype=torch.float32, output_loading_info=True, **options
+        )
         report["classes"][auto_class] = type(model).__name__
-        if type(model).__name__ == architecture:  # other classes may have a head that the checkpoint lacks
+        if (
+            type(model).__name__ == architecture
+        ):  # other classes may have a head that the checkpoint lacks
             report["missing"] = sorted(info["missing_keys"])
         with torch.inference_mode():
             model_output = model.eval()(pixel_values)
-        outputs |= {f"{auto_class}/{name}": tensor for name, tensor in flatten_outputs(model_output)}
+        outputs |= {
+            f"{auto_class}/{name}": tensor for name, tensor in flatten_outputs(model_output)
+        }
     if has_processor:
         report["classes"]["AutoImageProcessor"] = type(processor).__name__
     return {name: tensor.detach().clone().contiguous() for name, tensor in outputs.items()}, report
@@ -91,7 +105,9 @@ def collect_outputs(
 def get_auto_class(architecture: str) -> str:
     """Return the Auto class for a model class of modeling_vitcls, or for a transformers classifier or encoder."""
     is_classifier = "ForImageClassification" in architecture
-    return AUTO_CLASSES.get(architecture, "AutoModelForImageClassification" if is_classifier else "AutoModel")
+    return AUTO_CLASSES.get(
+        architecture, "AutoModelForImageClassification" if is_classifier else "AutoModel"
+    )
 
 
 def flatten_outputs(outputs: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:

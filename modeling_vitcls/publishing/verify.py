@@ -84,10 +84,16 @@ def verify(repo_id: str, revision: str = "main", folder: ModelFolder | None = No
     """
     check_is_online()
     commit = resolve_commit(repo_id, revision)
-    with tempfile.TemporaryDirectory(prefix="vitcls-verify-") as temporary_path, silence_transformers():
+    with (
+        tempfile.TemporaryDirectory(prefix="vitcls-verify-") as temporary_path,
+        silence_transformers(),
+    ):
         if folder is None:
-            files = download_files(repo_id, commit.sha, VERIFIED_PATTERNS, folder=Path(temporary_path, "files"))
-            num_files, code = check_hashes(commit, files), describe_code_differences(files)
+            files = download_files(
+                repo_id, commit.sha, VERIFIED_PATTERNS, folder=Path(temporary_path, "files")
+            )
+            num_files = check_hashes(commit, files)
+            code = describe_code_differences(files)
             try:
                 reference = ModelFolder(files)
             except ValueError:
@@ -101,15 +107,22 @@ def verify(repo_id: str, revision: str = "main", folder: ModelFolder | None = No
                 code = describe_code_differences(staged_folder)
         is_native = reference.is_native
         # AutoBackbone queries the Hub even for a local folder.
-        expected_outputs, _ = collect_outputs(str(reference.path), {"trust_remote_code": False}, ViTCLSBackbone)
+        expected_outputs, _ = collect_outputs(
+            str(reference.path), {"trust_remote_code": False}, ViTCLSBackbone
+        )
         outputs, report = run_script(commit, Path(temporary_path), trust_remote_code=not is_native)
     if report["missing"]:
-        raise VerificationError(f"{repo_id} at {commit.sha} lacks the weights {', '.join(report['missing'])}")
-    differences, class_names = compare_outputs(repo_id, outputs, expected_outputs), report["classes"]
+        raise VerificationError(
+            f"{repo_id} at {commit.sha} lacks the weights {', '.join(report['missing'])}"
+        )
+    differences = compare_outputs(repo_id, outputs, expected_outputs)
+    class_names = report["classes"]
     width = max(map(len, differences))
     auto_class = next(name for name in reversed(class_names) if name != "AutoImageProcessor")
     trust_argument = "" if is_native else ", trust_remote_code=True"
-    advice = "" if is_native else " at a pinned commit, because loading runs the code in the repository"
+    advice = (
+        "" if is_native else " at a pinned commit, because loading runs the code in the repository"
+    )
     reference_text = folder.path if folder else f"the same files with modeling_vitcls {__version__}"
     lines = [
         f"verified: {repo_id} at {commit.sha}",
@@ -120,7 +133,9 @@ def verify(repo_id: str, revision: str = "main", folder: ModelFolder | None = No
             for name, difference in differences.items()
         ),
         f"  limit {TOLERANCE:g}; "
-        + ", ".join(f"{name} {version}" for name, version in get_versions("huggingface_hub").items()),
+        + ", ".join(
+            f"{name} {version}" for name, version in get_versions("huggingface_hub").items()
+        ),
         f"load the model{advice}:",
         f'  {auto_class}.from_pretrained("{repo_id}", revision="{commit.sha}"{trust_argument})',
     ]
@@ -150,12 +165,18 @@ def check_hashes(commit: HubCommit, files: Path, pushed: ModelFolder | None = No
     """
     try:
         with set_hub_timeout(TIMEOUT):
-            result = HfApi().verify_repo_checksums(commit.repo_id, revision=commit.sha, local_dir=files)
+            result = HfApi().verify_repo_checksums(
+                commit.repo_id, revision=commit.sha, local_dir=files
+            )
     except HUB_ERRORS as error:
         raise OSError(f"cannot check {commit.repo_id}: {format_hub_error(error)}") from error
-    names = [mismatch["path"] for mismatch in result.mismatches] + (result.extra_paths if pushed else [])
+    names = [mismatch["path"] for mismatch in result.mismatches] + (
+        result.extra_paths if pushed else []
+    )
     if names:
-        problem = "damaged on the Hub" if pushed is None else f"missing or different from {pushed.path}"
+        problem = (
+            "damaged on the Hub" if pushed is None else f"missing or different from {pushed.path}"
+        )
         raise VerificationError(
             f"files in {commit.repo_id} at {commit.sha} are {problem}: {', '.join(names)}. Push "
             f"{pushed.path if pushed else 'the model'} again"
@@ -165,15 +186,27 @@ def check_hashes(commit: HubCommit, files: Path, pushed: ModelFolder | None = No
 
 def describe_code_differences(folder: Path) -> str:
     """Compare all Python files of a folder with the code files of this package, and return the result in one line."""
-    expected_files = {file.name: file.read_bytes() for file in (PACKAGE_FOLDER / "model").glob(CODE_PATTERN)}
-    actual_files = {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*.py")}
+    expected_files = {
+        file.name: file.read_bytes() for file in (PACKAGE_FOLDER / "model").glob(CODE_PATTERN)
+    }
+    actual_files = {
+        file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*.py")
+    }
     names = expected_files.keys() | actual_files.keys()
-    different_names = sorted(name for name in names if expected_files.get(name) != actual_files.get(name))
+    different_names = sorted(
+        name for name in names if expected_files.get(name) != actual_files.get(name)
+    )
     package = f"modeling_vitcls {__version__}"
-    return f"code differs from {package}: {', '.join(different_names)}" if different_names else f"code of {package}"
+    return (
+        f"code differs from {package}: {', '.join(different_names)}"
+        if different_names
+        else f"code of {package}"
+    )
 
 
-def run_script(commit: HubCommit, temporary_folder: Path, trust_remote_code: bool) -> tuple[Outputs, dict[str, Any]]:
+def run_script(
+    commit: HubCommit, temporary_folder: Path, trust_remote_code: bool
+) -> tuple[Outputs, dict[str, Any]]:
     """Run verification_script.py once in a new process, and return the outputs and the report.
 
     Raise VerificationError if the process fails.
@@ -182,7 +215,13 @@ def run_script(commit: HubCommit, temporary_folder: Path, trust_remote_code: boo
     with tempfile.TemporaryDirectory(dir=temporary_folder) as home_folder:
         target = Path(home_folder, "outputs")
         target.mkdir()
-        arguments = [commit.repo_id, commit.sha, str(trust_remote_code), str(torch.get_num_threads()), str(target)]
+        arguments = [
+            commit.repo_id,
+            commit.sha,
+            str(trust_remote_code),
+            str(torch.get_num_threads()),
+            str(target),
+        ]
         process = subprocess.run(
             [sys.executable, "-P", verification_script.__file__, *arguments],
             cwd=home_folder,
@@ -193,7 +232,9 @@ def run_script(commit: HubCommit, temporary_folder: Path, trust_remote_code: boo
         )
         if not (target / "report.json").is_file():
             last_line = (process.stderr.strip().splitlines() or [""])[-1]
-            raise VerificationError(f"{error_prefix}: exit status {process.returncode}. {last_line}".rstrip(". "))
+            raise VerificationError(
+                f"{error_prefix}: exit status {process.returncode}. {last_line}".rstrip(". ")
+            )
         report = json.loads((target / "report.json").read_text(encoding="utf-8"))
         if "error" in report:
             raise VerificationError(f"{error_prefix}: {report['error']}")
@@ -208,7 +249,11 @@ def build_clean_environment(home_folder: str, needs_token: bool) -> dict[str, st
         if name.upper() in INHERITED_VARIABLES or name.upper().startswith(INHERITED_PREFIXES)
     }
     # PYTHONUSERBASE is the location of packages that were installed with `pip install --user`.
-    environment |= {"HOME": home_folder, "HF_HOME": home_folder, "PYTHONUSERBASE": site.getuserbase()}
+    environment |= {
+        "HOME": home_folder,
+        "HF_HOME": home_folder,
+        "PYTHONUSERBASE": site.getuserbase(),
+    }
     token = get_token() if needs_token else None
     return environment | ({"HF_TOKEN": token} if token else {})
 
@@ -218,9 +263,12 @@ def compare_outputs(repo_id: str, outputs: Outputs, expected_outputs: Outputs) -
     difference exceeds the tolerance."""
     differences: dict[str, float] = {}
     for name in [*expected_outputs, *(outputs.keys() - expected_outputs.keys())]:
-        output, expected = outputs.get(name), expected_outputs.get(name)
+        output = outputs.get(name)
+        expected = expected_outputs.get(name)
         if output is None or expected is None or output.shape != expected.shape:
-            raise VerificationError(f"the outputs of {repo_id} and the reference differ in the shape of {name}")
+            raise VerificationError(
+                f"the outputs of {repo_id} and the reference differ in the shape of {name}"
+            )
         difference = compute_max_abs(output.double() - expected.double())
         limit = TOLERANCE * max(1.0, compute_max_abs(expected.double()))
         if not difference <= limit:  # NaN also raises the error

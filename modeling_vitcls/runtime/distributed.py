@@ -57,24 +57,37 @@ def build_accelerator(
     """
     for name in trackers:
         if importlib.util.find_spec(name) is None:  # Accelerate would ignore the tracker
-            raise ValueError(f"--log-with {name} requires the package {name}. Run pip install {name}")
+            raise ValueError(
+                f"--log-with {name} requires the package {name}. Run pip install {name}"
+            )
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        raise ValueError("DeepSpeed is not supported. Use FSDP2 (scripts/accelerate/fsdp2.yaml) instead")
-    if AcceleratorState._shared_state and AcceleratorState().distributed_type is not DistributedType.FSDP:
+        raise ValueError(
+            "DeepSpeed is not supported. Use FSDP2 (scripts/accelerate/fsdp2.yaml) instead"
+        )
+    if (
+        AcceleratorState._shared_state
+        and AcceleratorState().distributed_type is not DistributedType.FSDP
+    ):
         AcceleratorState._reset_state()  # an earlier accelerator of this process may have another precision
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # otherwise, several processes on CPUs would run independently
         mixed_precision=None if mixed_precision == "auto" else mixed_precision,
         log_with=list(trackers) or None,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_GROUP_TIMEOUT)],
-        project_config=ProjectConfiguration(logging_dir=str(tracker_folder)) if tracker_folder else None,
+        project_config=ProjectConfiguration(logging_dir=str(tracker_folder))
+        if tracker_folder
+        else None,
     )
     # Set here, because an environment variable of the launcher overrides the constructor argument.
     accelerator.gradient_accumulation_steps = gradient_accumulation_steps
-    if accelerator.distributed_type == DistributedType.MULTI_CPU and parse_flag_from_env("ACCELERATE_USE_FSDP"):
+    if accelerator.distributed_type == DistributedType.MULTI_CPU and parse_flag_from_env(
+        "ACCELERATE_USE_FSDP"
+    ):
         enable_fsdp_on_cpu(accelerator)
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
-        raise ValueError("FSDP 1 is not supported. Set fsdp_version: 2 in accelerate's configuration")
+        raise ValueError(
+            "FSDP 1 is not supported. Set fsdp_version: 2 in accelerate's configuration"
+        )
     return accelerator
 
 
@@ -120,7 +133,9 @@ def enable_fsdp_on_cpu(accelerator: Accelerator) -> None:
     if accelerator.mixed_precision != "no":
         plugin.set_mixed_precision(accelerator.mixed_precision)
     accelerator.state.fsdp_plugin = plugin
-    accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP  # shared state
+    accelerator.state.distributed_type = PartialState().distributed_type = (
+        DistributedType.FSDP
+    )  # shared state
 
 
 def configure_layer_sharding(accelerator: Accelerator, model: nn.Module) -> None:
@@ -130,7 +145,9 @@ def configure_layer_sharding(accelerator: Accelerator, model: nn.Module) -> None
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.transformer_cls_names_to_wrap is None:
-        layer_class_names = {type(module).__name__ for module in model.modules() if isinstance(module, EncoderLayer)}
+        layer_class_names = {
+            type(module).__name__ for module in model.modules() if isinstance(module, EncoderLayer)
+        }
         plugin.transformer_cls_names_to_wrap = sorted(layer_class_names)
     # FSDP2 warns that the patch embeddings are a view. This is harmless, because no operation modifies them in place.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(FSDPViTCLSPatchEmbeddings\)")

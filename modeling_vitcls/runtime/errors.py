@@ -13,8 +13,13 @@ def format_error(error: BaseException) -> str:
 
     Invalid bytes in file names are replaced. If there is no message, the name of the error type is returned.
     """
-    message = " ".join(str(error).split()).encode("utf-8", errors="replace").decode() or type(error).__name__
-    return message if len(message) <= MAX_MESSAGE_LENGTH else f"{message[: MAX_MESSAGE_LENGTH - 3]}..."
+    message = (
+        " ".join(str(error).split()).encode("utf-8", errors="replace").decode()
+        or type(error).__name__
+    )
+    return (
+        message if len(message) <= MAX_MESSAGE_LENGTH else f"{message[: MAX_MESSAGE_LENGTH - 3]}..."
+    )
 
 
 @contextmanager
@@ -40,7 +45,11 @@ def describe_installation(extra: str) -> str:
 class RunStopped(Exception):
     """Exception that ends a training run early, with a one-line message for the user."""
 
-    def __init__(self, message: str, exit_status: int = 1, is_on_all_processes: bool = True) -> None:
+    def __init__(
+        self, message: str, exit_status: int = 1, is_on_all_processes: bool = True
+    ) -> None:
         super().__init__(message)
         self.exit_status = exit_status  # exit status of the program
-        self.is_on_all_processes = is_on_all_processes  # whether all processes stop for the same reason
+        self.is_on_all_processes = (
+            is_on_all_processes  # whether all processes stop for the same reason
+        )

@@ -30,7 +30,9 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def replace_control_characters(text: str) -> str:
     """Replace line breaks and tabs with spaces, and all other unprintable characters with U+FFFD."""
-    return "".join(char if char.isprintable() else " " if char.isspace() else "\ufffd" for char in text)
+    return "".join(
+        char if char.isprintable() else " " if char.isspace() else "\ufffd" for char in text
+    )
 
 
 def escape_csv_cell(text: str) -> str:
@@ -40,7 +42,9 @@ def escape_csv_cell(text: str) -> str:
     that begins with a character of `FORMULA_PREFIXES`, as OWASP recommends against CSV injection.
     """
     escaped = "".join(
-        char.encode("unicode_escape").decode() if unicodedata.category(char) in ("Cc", "Zl", "Zp") else char
+        char.encode("unicode_escape").decode()
+        if unicodedata.category(char) in ("Cc", "Zl", "Zp")
+        else char
         for char in text
     )
     return f"'{escaped}" if text.startswith(FORMULA_PREFIXES) else escaped
@@ -78,11 +82,15 @@ def create_output_folder(output: Path) -> Iterator[Path]:
     If the block raises an error, nothing is left."""
     output = output.resolve()
     existing_folder = next(folder for folder in (output, *output.parents) if folder.is_dir())
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=existing_folder) as temporary_folder:
+    with tempfile.TemporaryDirectory(
+        prefix=f".{output.name}.", dir=existing_folder
+    ) as temporary_folder:
         folder = Path(temporary_folder, output.name)
         folder.mkdir()
         yield folder
-        if output.exists():  # it may be the working directory or a mount point, which cannot be replaced
+        if (
+            output.exists()
+        ):  # it may be the working directory or a mount point, which cannot be replaced
             for path in folder.iterdir():
                 path.rename(output / path.name)
         else:

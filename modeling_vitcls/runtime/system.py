@@ -32,7 +32,10 @@ def has_bfloat16(device: torch.device) -> bool:
     """Return whether a device has instructions for bfloat16: CUDA from Ampere on, CPUs with avx512_bf16 or AMX."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    checks = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
+    checks = [
+        getattr(torch.cpu, name, None)
+        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    ]
     return device.type == "cpu" and any(check is not None and check() for check in checks)
 
 
@@ -48,15 +51,25 @@ def get_peak_memory(device: torch.device) -> int:
 
 def describe_device(accelerator: Accelerator) -> str:
     """Return the name of the device and, if the model is sharded, the sharding method."""
-    name = format_device_name(accelerator.device) + (" per process" if accelerator.device.type == "cpu" else "")
-    return f"{name}, weights sharded by FSDP" if accelerator.distributed_type is DistributedType.FSDP else name
+    name = format_device_name(accelerator.device) + (
+        " per process" if accelerator.device.type == "cpu" else ""
+    )
+    return (
+        f"{name}, weights sharded by FSDP"
+        if accelerator.distributed_type is DistributedType.FSDP
+        else name
+    )
 
 
 def format_device_name(device: torch.device) -> str:
     """Return the name of a GPU, the number of CPU threads, or the type of another device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {format_count(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else device.type
+    return (
+        f"CPU, {format_count(torch.get_num_threads(), 'thread')}"
+        if device.type == "cpu"
+        else device.type
+    )
 
 
 def format_count(count: int, noun: str) -> str:

@@ -72,7 +72,9 @@ def has_enough_images(num_images: int) -> bool:
 
 def explain_missing_calibration(num_images: int, images: str) -> Calibration:
     """Return a calibration that says why there is none."""
-    return Calibration(num_images, images, f"not calibrated: {num_images:,} images, {MIN_IMAGES} needed")
+    return Calibration(
+        num_images, images, f"not calibrated: {num_images:,} images, {MIN_IMAGES} needed"
+    )
 
 
 def is_improvement(logits: np.ndarray, labels: np.ndarray, temperature: float) -> bool:
@@ -81,14 +83,17 @@ def is_improvement(logits: np.ndarray, labels: np.ndarray, temperature: float) -
     halves = np.arange(len(labels)) % 2
     loss_before, loss_after = 0.0, 0.0
     for half in (0, 1):
-        fitted, measured = halves == half, halves != half
+        fitted = halves == half
+        measured = halves != half
         half_temperature = fit_temperature(logits[fitted], labels[fitted])
         loss_before += compute_loss(logits[measured], labels[measured])
         loss_after += compute_loss(logits[measured] / half_temperature, labels[measured])
     if loss_after > loss_before:
         return False
     has_error = len(labels) >= MIN_ERROR_IMAGES
-    return not has_error or compute_error(logits / temperature, labels) <= compute_error(logits, labels)
+    return not has_error or compute_error(logits / temperature, labels) <= compute_error(
+        logits, labels
+    )
 
 
 def compute_loss(logits: np.ndarray, labels: np.ndarray) -> float:
@@ -102,7 +107,9 @@ def describe_images(images: str, num_images: int) -> str:
     return f"{num_images:,} {images} images that are not reported"
 
 
-def compute_calibration_errors(logits: np.ndarray, labels: np.ndarray, temperature: float) -> dict[str, float]:
+def compute_calibration_errors(
+    logits: np.ndarray, labels: np.ndarray, temperature: float
+) -> dict[str, float]:
     """Return the expected calibration error (15 bins) of calibrated logits, and what it was before calibration."""
     return {
         "calibration_error_before": compute_error(logits * temperature, labels),
@@ -113,5 +120,7 @@ def compute_calibration_errors(logits: np.ndarray, labels: np.ndarray, temperatu
 def compute_error(logits: np.ndarray, labels: np.ndarray) -> float:
     """Return the expected calibration error (15 bins; Guo et al. 2017, arXiv 1706.04599, section 2)."""
     probabilities = torch.from_numpy(logits).float().softmax(dim=1)
-    error = multiclass_calibration_error(probabilities, torch.from_numpy(labels), logits.shape[1], n_bins=15)
+    error = multiclass_calibration_error(
+        probabilities, torch.from_numpy(labels), logits.shape[1], n_bins=15
+    )
     return round(float(error), 6)

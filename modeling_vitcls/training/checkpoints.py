@@ -66,7 +66,9 @@ class CheckpointStore:
     folder: Path
     num_kept: int  # number of most recent checkpoints to keep; the best checkpoint is always kept
 
-    def save(self, step: int, tensor_groups: dict[str, Tensors], metadata: dict[str, Any], is_best: bool) -> None:
+    def save(
+        self, step: int, tensor_groups: dict[str, Tensors], metadata: dict[str, Any], is_best: bool
+    ) -> None:
         """Write a checkpoint, then remove old checkpoints.
 
         Args:
@@ -94,7 +96,9 @@ class CheckpointStore:
         except WRITE_ERRORS as error:
             shutil.rmtree(partial_folder, ignore_errors=True)
             message = f"cannot write the checkpoint of step {step} to {self.folder}: {format_error(error)}"
-            raise OSError(f"{message}. Earlier checkpoints are intact. Free disk space, then use --resume") from error
+            raise OSError(
+                f"{message}. Earlier checkpoints are intact. Free disk space, then use --resume"
+            ) from error
         self.prune(step)
 
     def load_newest(self, warn: Callable[[str], None]) -> Checkpoint | None:
@@ -120,7 +124,9 @@ class CheckpointStore:
         for step in reversed(self.list_steps()):
             if is_best_checkpoint(self.get_folder(step)):
                 return read_checkpoint(self.get_folder(step))
-        raise ValueError(f"{self.folder} does not contain the best checkpoint. Restart the run with --overwrite")
+        raise ValueError(
+            f"{self.folder} does not contain the best checkpoint. Restart the run with --overwrite"
+        )
 
     def clear(self) -> None:
         """Remove all checkpoints of an earlier run, and the folder if it contains nothing else."""
@@ -134,7 +140,11 @@ class CheckpointStore:
         """Return the steps of the checkpoints in ascending order."""
         if not self.folder.is_dir():
             return []
-        matches = [STEP_FOLDER_PATTERN.fullmatch(path.name) for path in self.folder.iterdir() if path.is_dir()]
+        matches = [
+            STEP_FOLDER_PATTERN.fullmatch(path.name)
+            for path in self.folder.iterdir()
+            if path.is_dir()
+        ]
         return sorted(int(match[1]) for match in matches if match)
 
     def get_folder(self, step: int) -> Path:
@@ -148,7 +158,11 @@ class CheckpointStore:
         """
         steps = self.list_steps()
         earlier_steps = [stored_step for stored_step in steps if stored_step <= step]
-        best_steps = [stored_step for stored_step in earlier_steps if is_best_checkpoint(self.get_folder(stored_step))]
+        best_steps = [
+            stored_step
+            for stored_step in earlier_steps
+            if is_best_checkpoint(self.get_folder(stored_step))
+        ]
         steps_to_keep = {*earlier_steps[-self.num_kept :], *best_steps[-1:]}
         for stored_step in steps:
             if stored_step not in steps_to_keep:
@@ -164,7 +178,11 @@ class CheckpointStore:
 
 
 def write_checkpoint(
-    folder: Path, step: int, tensor_groups: dict[str, Tensors], metadata: dict[str, Any], is_best: bool
+    folder: Path,
+    step: int,
+    tensor_groups: dict[str, Tensors],
+    metadata: dict[str, Any],
+    is_best: bool,
 ) -> None:
     """Write the files of a checkpoint to an empty folder, and flush the files and the folder to the disk."""
     for name, tensors in tensor_groups.items():
@@ -182,7 +200,9 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     state = read_state(folder)
     for name, expected_digest in state["files"].items():
         if not (folder / name).is_file() or compute_file_digest(folder / name) != expected_digest:
-            raise DamagedCheckpointError(folder, f"{name} is missing, or its checksum does not match")
+            raise DamagedCheckpointError(
+                folder, f"{name} is missing, or its checksum does not match"
+            )
     return Checkpoint(folder, state["step"], state["metadata"])
 
 
@@ -192,7 +212,14 @@ def read_state(folder: Path) -> dict[str, Any]:
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         expected_digest = state.pop("sha256")
         is_valid = compute_json_digest(state) == expected_digest
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):  # other types of values
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ):  # other types of values
         is_valid = False
     if not is_valid:
         raise DamagedCheckpointError(folder, f"{STATE_FILE} is missing or not valid")

@@ -52,10 +52,14 @@ MIN_LARGE_DATASET_SIZE = 10_000  # minimum number of training images in a large 
 MAX_CPU_FLOPS = 1e15  # of all training steps; about an hour at 300 GFLOP/s
 # Flags with defaults of this file
 SIZE_FLAGS = "image_size patch_size hidden_size num_hidden_layers num_attention_heads intermediate_size".split()
-DEFAULT_FLAGS = "learning_rate initializer_range layer_decay epochs batch_size crop_scale shift".split()
+DEFAULT_FLAGS = (
+    "learning_rate initializer_range layer_decay epochs batch_size crop_scale shift".split()
+)
 
 
-def resolve_defaults(options: Options, initial: InitialModel, num_training_images: int | None) -> tuple[Options, str]:
+def resolve_defaults(
+    options: Options, initial: InitialModel, num_training_images: int | None
+) -> tuple[Options, str]:
     """Return the options with a value for each flag in `DEFAULT_FLAGS`, and a line of text with the default values
     that affect the run, grouped by reason. `num_training_images` is None for a stream. For checkpoints,
     `initializer_range` remains None."""
@@ -63,11 +67,17 @@ def resolve_defaults(options: Options, initial: InitialModel, num_training_image
     width = config_values.get("hidden_size", initial.config.hidden_size)
     image_size = max(to_pair(config_values.get("image_size", initial.config.image_size)))
     method = get_training_method(options, initial.has_random_weights)
-    is_pretrained, has_small_images = method == "pre-trained weights", image_size <= MAX_SMALL_IMAGE_SIZE
+    is_pretrained = method == "pre-trained weights"
+    has_small_images = image_size <= MAX_SMALL_IMAGE_SIZE
     is_large = num_training_images is None or num_training_images >= MIN_LARGE_DATASET_SIZE
-    initializer_range = max(round(0.8 / math.sqrt(width), 3), 0.02) if initial.folder is None else None
-    width_reason, size_reason = f"{method}, width {width}", f"image size {image_size}"
-    dataset_reason = f"{method}, " + ("a stream" if num_training_images is None else f"{num_training_images:,} images")
+    initializer_range = (
+        max(round(0.8 / math.sqrt(width), 3), 0.02) if initial.folder is None else None
+    )
+    width_reason = f"{method}, width {width}"
+    size_reason = f"image size {image_size}"
+    dataset_reason = f"{method}, " + (
+        "a stream" if num_training_images is None else f"{num_training_images:,} images"
+    )
     epochs = 10.0 if is_pretrained and is_large else 30.0
     notes = {}
     max_epochs = compute_max_epochs(options, initial, num_training_images)
@@ -92,10 +102,14 @@ def resolve_defaults(options: Options, initial: InitialModel, num_training_image
         if name != "epochs" or options.training.max_steps is None:
             text = f"{name.replace('_', ' ')} {value:g}{notes.get(name, '')}"
             values_by_reason.setdefault(reason, []).append(text)
-    return options, "; ".join(f"{reason}: {', '.join(values)}" for reason, values in values_by_reason.items())
+    return options, "; ".join(
+        f"{reason}: {', '.join(values)}" for reason, values in values_by_reason.items()
+    )
 
 
-def compute_max_epochs(options: Options, initial: InitialModel, num_training_images: int | None) -> float:
+def compute_max_epochs(
+    options: Options, initial: InitialModel, num_training_images: int | None
+) -> float:
     """Return the maximum default number of epochs: infinite on GPUs, for streams, and if no step is run."""
     has_number = options.training.epochs is not None or options.training.max_steps is not None
     if has_number or not num_training_images or PartialState().device.type != "cpu":
@@ -110,7 +124,9 @@ def compute_max_epochs(options: Options, initial: InitialModel, num_training_ima
     return max(1.0, MAX_CPU_FLOPS // (step_flops * num_training_images))
 
 
-def get_training_method(options: FinetuneOptions | PretrainOptions, has_random_weights: bool) -> TrainingMethod:
+def get_training_method(
+    options: FinetuneOptions | PretrainOptions, has_random_weights: bool
+) -> TrainingMethod:
     """Return the method that determines the learning rate."""
     if isinstance(options, PretrainOptions):
         return "self-supervised"
@@ -139,7 +155,9 @@ def choose_learning_rate_after_probe(width: int) -> float:
     Its features must stay near those that the regression was fitted to. With the rate for a new classifier, the loss
     of a ViT-S on 130 photographs rose from 0.7 to 1.2 and came back after 30 steps; with this rate, it fell.
     """
-    learning_rate = min(max(3e-5 * (384 / width) ** 2, 1e-5), choose_learning_rate("pre-trained weights", width))
+    learning_rate = min(
+        max(3e-5 * (384 / width) ** 2, 1e-5), choose_learning_rate("pre-trained weights", width)
+    )
     return float(f"{learning_rate:.1e}")
 
 
@@ -147,4 +165,6 @@ def describe_random_weights(initial: InitialModel) -> str | None:
     """Return the summary line about random initial weights, or None if the initial weights are pre-trained."""
     remedy = f"For better results on a small dataset, set --model to a checkpoint, for example {EXAMPLE_CHECKPOINT}"
     reason = "is a preset" if initial.folder is None else "was converted with --random-init"
-    return f"random, because {initial.name} {reason}. {remedy}" if initial.has_random_weights else None
+    return (
+        f"random, because {initial.name} {reason}. {remedy}" if initial.has_random_weights else None
+    )

@@ -40,12 +40,18 @@ class Distillation(ViTCLSPreTrainedModel):
         self.num_tokens = config.num_distillation_tokens
         width = config.hidden_size if self.num_tokens else config.pooled_size
         teacher_configs = [teacher.model.config for teacher in teachers]
-        self.projectors = nn.ModuleList(nn.Linear(width, each.pooled_size) for each in teacher_configs)
+        self.projectors = nn.ModuleList(
+            nn.Linear(width, each.pooled_size) for each in teacher_configs
+        )
         self.patch_projectors = nn.ModuleList(
-            nn.Linear(config.hidden_size, each.hidden_size) for each in teacher_configs if with_patches
+            nn.Linear(config.hidden_size, each.hidden_size)
+            for each in teacher_configs
+            if with_patches
         )
         self.post_init()
-        self.vitcls = encoder  # after the initialization of the linear layers, which keeps these weights
+        self.vitcls = (
+            encoder  # after the initialization of the linear layers, which keeps these weights
+        )
         if self.num_tokens and encoder.pooler is not None:
             encoder.pooler.requires_grad_(False)  # not part of the loss
 
@@ -56,11 +62,19 @@ class Distillation(ViTCLSPreTrainedModel):
         if not project:
             return outputs
         states, layout = outputs.last_hidden_state, self.config.token_layout
-        tokens = states[:, layout.distillation].unbind(dim=1) if self.num_tokens else [outputs.pooler_output]
+        tokens = (
+            states[:, layout.distillation].unbind(dim=1)
+            if self.num_tokens
+            else [outputs.pooler_output]
+        )
         if len(tokens) == 1:  # shared by all teachers
             tokens = [tokens[0]] * len(self.projectors)
-        predictions = [projector(token) for projector, token in zip(self.projectors, tokens, strict=True)]
-        return predictions + [projector(states[:, layout.patches]) for projector in self.patch_projectors]
+        predictions = [
+            projector(token) for projector, token in zip(self.projectors, tokens, strict=True)
+        ]
+        return predictions + [
+            projector(states[:, layout.patches]) for projector in self.patch_projectors
+        ]
 
 
 @dataclass
@@ -70,7 +84,9 @@ class FeatureTeachers:
     teachers: list[Teacher]
     with_patches: bool
     autocast: Callable[[], Any]
-    standardizations: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # mean and matrix for each target
+    standardizations: list[tuple[Tensor, Tensor]] = field(
+        default_factory=list
+    )  # mean and matrix for each target
 
     @torch.no_grad()
     def fit(self, batches: Iterable[Batch], num_images: int) -> None:
@@ -81,17 +97,26 @@ class FeatureTeachers:
             features = self.compute_features(batch, self.teachers)
             indices = torch.arange(len(batch["pixels"])) + sum(len(each[0]) for each in samples)
             rows = torch.arange(len(indices))
-            samples.append([each if each.ndim == 2 else each[rows, indices % each.shape[1]] for each in features])
+            samples.append(
+                [
+                    each if each.ndim == 2 else each[rows, indices % each.shape[1]]
+                    for each in features
+                ]
+            )
         for vectors in zip(*samples, strict=True):
             mean, matrix = fit_phi_s(torch.cat(vectors)[:num_images].cpu().double())
             self.standardizations.append((mean.to(vectors[0]), matrix.to(vectors[0])))
 
-    def compute_features(self, batch: Batch, sources: Sequence[Teacher | TeacherCache]) -> list[Tensor]:
+    def compute_features(
+        self, batch: Batch, sources: Sequence[Teacher | TeacherCache]
+    ) -> list[Tensor]:
         """Return the pooled vectors [B, P] and patches [B, N, D] from the teachers or their caches."""
         with self.autocast():
             outputs = [source.predict(batch) for source in sources]
         configs = [teacher.model.config for teacher in self.teachers]
-        pooled = [each[:, : config.pooled_size] for each, config in zip(outputs, configs, strict=True)]
+        pooled = [
+            each[:, : config.pooled_size] for each, config in zip(outputs, configs, strict=True)
+        ]
         if not self.with_patches:
             return pooled
         return pooled + [
@@ -99,16 +124,23 @@ class FeatureTeachers:
             for each, config in zip(outputs, configs, strict=True)
         ]
 
-    def compute_targets(self, batch: Batch, sources: Sequence[Teacher | TeacherCache] | None = None) -> list[Tensor]:
+    def compute_targets(
+        self, batch: Batch, sources: Sequence[Teacher | TeacherCache] | None = None
+    ) -> list[Tensor]:
         """Return the standardized features; `sources` are the teachers by default."""
         features = self.compute_features(batch, self.teachers if sources is None else sources)
-        return [(each - mean) @ matrix for each, (mean, matrix) in zip(features, self.standardizations, strict=True)]
+        return [
+            (each - mean) @ matrix
+            for each, (mean, matrix) in zip(features, self.standardizations, strict=True)
+        ]
 
 
 class TeacherCosines(FeatureEvaluator):
     """Computes the cosine similarity of each token's prediction with its target, for each image."""
 
-    def __init__(self, teachers: FeatureTeachers, normalize: Normalizer, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, teachers: FeatureTeachers, normalize: Normalizer, *args: Any, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.teachers, self.normalize = teachers, normalize
 
@@ -118,7 +150,10 @@ class TeacherCosines(FeatureEvaluator):
         with torch.autocast(pixel_values.device.type, enabled=False):
             targets = self.teachers.compute_targets({"pixels": self.normalize.invert(pixel_values)})
         pairs = zip(predictions[: len(self.teachers.teachers)], targets, strict=False)
-        cosines = [nn.functional.cosine_similarity(prediction.float(), target) for prediction, target in pairs]
+        cosines = [
+            nn.functional.cosine_similarity(prediction.float(), target)
+            for prediction, target in pairs
+        ]
         return torch.stack(cosines, dim=1)
 
 
@@ -130,7 +165,9 @@ def compute_feature_loss(predictions: list[Tensor], targets: list[Tensor]) -> Te
     losses = []
     for prediction, target in zip(predictions, targets, strict=True):
         cosine = nn.functional.cosine_similarity(prediction.float(), target, dim=-1).mean()
-        losses.append(0.5 * (1 - cosine) + 0.5 * nn.functional.smooth_l1_loss(prediction.float(), target))
+        losses.append(
+            0.5 * (1 - cosine) + 0.5 * nn.functional.smooth_l1_loss(prediction.float(), target)
+        )
     return torch.stack(losses).mean()
 
 
@@ -155,7 +192,9 @@ def build_hadamard_matrix(size: int) -> np.ndarray:
         return scipy.linalg.hadamard(size)
     while power >= 1:
         prime = size // power - 1
-        if prime % 4 == 3 and all(prime % divisor for divisor in range(3, math.isqrt(prime) + 1, 2)):
+        if prime % 4 == 3 and all(
+            prime % divisor for divisor in range(3, math.isqrt(prime) + 1, 2)
+        ):
             squares = {value**2 % prime for value in range(1, prime)}
             signs = np.array([0] + [1 if value in squares else -1 for value in range(1, prime)])
             paley = np.ones((prime + 1, prime + 1), dtype=int)

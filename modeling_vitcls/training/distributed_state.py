@@ -39,7 +39,10 @@ FULL_STATE_DICT_OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=Tru
 
 
 def gather_state(
-    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, shadow: Sequence[torch.Tensor] | None
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    shadow: Sequence[torch.Tensor] | None,
 ) -> tuple[dict[str, Tensors], dict[str, Any]]:
     """Return the full tensors of the training state, and a JSON-serializable dictionary with the loss scaler's state.
 
@@ -49,11 +52,17 @@ def gather_state(
     """
     torch_optimizer = unwrap_optimizer(optimizer)
     parameter_states: Any = (
-        get_optimizer_state_dict(model, torch_optimizer, options=FULL_STATE_DICT_OPTIONS).get("state", {})
+        get_optimizer_state_dict(model, torch_optimizer, options=FULL_STATE_DICT_OPTIONS).get(
+            "state", {}
+        )
         if torch_optimizer.state
         else {}
     )
-    moments = {f"{key}/{name}": value for name, state in parameter_states.items() for key, value in state.items()}
+    moments = {
+        f"{key}/{name}": value
+        for name, state in parameter_states.items()
+        for key, value in state.items()
+    }
     tensors = {"model": gather_weights(model), "optimizer": moments}
     if shadow is not None:
         tensors["ema"] = {}
@@ -87,10 +96,17 @@ def scatter_state(
 
 @torch.no_grad()
 def scatter_weights_and_ema(
-    checkpoint: Checkpoint, accelerator: Accelerator, model: nn.Module, shadow: Sequence[torch.Tensor] | None
+    checkpoint: Checkpoint,
+    accelerator: Accelerator,
+    model: nn.Module,
+    shadow: Sequence[torch.Tensor] | None,
 ) -> None:
     """Load the weights and the EMA weights of a checkpoint into `model` and `shadow`."""
-    scatter_weights(checkpoint.load_tensors("model") if accelerator.is_main_process else None, model, accelerator)
+    scatter_weights(
+        checkpoint.load_tensors("model") if accelerator.is_main_process else None,
+        model,
+        accelerator,
+    )
     if shadow is not None:
         averages = checkpoint.load_tensors("ema") if accelerator.is_main_process else {}
         targets = dict(zip(get_trainable_parameter_names(model), shadow, strict=True))
@@ -116,7 +132,9 @@ def get_named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def get_trainable_parameter_names(model: nn.Module) -> list[str]:
     """Return the names of the trainable parameters, in the order of the model's parameters."""
-    return [name for name, parameter in get_named_parameters(model).items() if parameter.requires_grad]
+    return [
+        name for name, parameter in get_named_parameters(model).items() if parameter.requires_grad
+    ]
 
 
 def unwrap_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -138,7 +156,9 @@ def gather_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def scatter_weights(full_tensors: Tensors | None, model: nn.Module, accelerator: Accelerator) -> None:
+def scatter_weights(
+    full_tensors: Tensors | None, model: nn.Module, accelerator: Accelerator
+) -> None:
     """Load full tensors from the main process into the model on all processes."""
     weights: dict[str, Any] = {} if full_tensors is None else {**full_tensors}
     targets: dict[str, Any] = get_model_state_dict(model)
@@ -150,7 +170,10 @@ def scatter_weights(full_tensors: Tensors | None, model: nn.Module, accelerator:
 
 
 def distribute_like(
-    full_tensor: torch.Tensor | None, dtype: torch.dtype, like: torch.Tensor, accelerator: Accelerator
+    full_tensor: torch.Tensor | None,
+    dtype: torch.dtype,
+    like: torch.Tensor,
+    accelerator: Accelerator,
 ) -> torch.Tensor:
     """Send `full_tensor` from the main process to all processes, and return a tensor with the device and the sharding
     of `like`. `full_tensor` must be None on all other processes."""
@@ -165,12 +188,17 @@ def distribute_like(
 
 
 def scatter_optimizer_state(
-    full_tensors: Tensors | None, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
+    full_tensors: Tensors | None,
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
 ) -> None:
     """Load the optimizer state. Moments are sharded like their parameters, and step counts are copied."""
     parameters: Tensors = {**get_named_parameters(model)}
     torch_optimizer = unwrap_optimizer(optimizer)
-    grouped_parameters = chain.from_iterable(group["params"] for group in torch_optimizer.param_groups)
+    grouped_parameters = chain.from_iterable(
+        group["params"] for group in torch_optimizer.param_groups
+    )
     indices = {id(parameter): index for index, parameter in enumerate(grouped_parameters)}
 
     def describe_state() -> dict[str, Any]:
@@ -179,7 +207,9 @@ def scatter_optimizer_state(
         dtypes_and_steps: dict[str, Any] = {}
         for name, tensor in (full_tensors or {}).items():
             parameter = parameters[name.split("/", 1)[1]]
-            dtypes_and_steps[name] = tensor.dtype if tensor.ndim and tensor.shape == parameter.shape else tensor
+            dtypes_and_steps[name] = (
+                tensor.dtype if tensor.ndim and tensor.shape == parameter.shape else tensor
+            )
         return dtypes_and_steps
 
     state: dict[int, dict[str, Any]] = {}
@@ -191,4 +221,6 @@ def scatter_optimizer_state(
                 None if full_tensors is None else full_tensors[name], value, parameter, accelerator
             )
         state.setdefault(indices[id(parameter)], {})[key] = value
-    torch_optimizer.load_state_dict({"state": state, "param_groups": torch_optimizer.state_dict()["param_groups"]})
+    torch_optimizer.load_state_dict(
+        {"state": state, "param_groups": torch_optimizer.state_dict()["param_groups"]}
+    )

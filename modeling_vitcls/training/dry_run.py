@@ -29,11 +29,16 @@ def build_dry_run_options(options: Any) -> Iterator[Any]:
     """Yield the options of a dry run, which writes to a temporary folder. The folder is removed at the end of the
     `with` block. Raise ValueError if the full run would not be allowed to replace the files in the output folder."""
     if not options.run.resume:
-        check_replaceable(options, CheckpointStore(options.output_dir / CHECKPOINTS_FOLDER, num_kept=1))
-    parent, prefix = options.output_dir.absolute().parent, f".{options.output_dir.name}-dry-run-"
+        check_replaceable(
+            options, CheckpointStore(options.output_dir / CHECKPOINTS_FOLDER, num_kept=1)
+        )
+    parent = options.output_dir.absolute().parent
+    prefix = f".{options.output_dir.name}-dry-run-"
     folder = parent / prefix
     if os.environ.get("RANK", "0") == "0":  # Accelerate is not initialized yet
-        parent.mkdir(parents=True, exist_ok=True)  # fails without the write permission that the full run requires
+        parent.mkdir(
+            parents=True, exist_ok=True
+        )  # fails without the write permission that the full run requires
         folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
     try:
         yield replace(
@@ -47,7 +52,11 @@ def build_dry_run_options(options: Any) -> Iterator[Any]:
 
 
 def describe_dry_run(
-    loop: TrainingLoop, full_plan: BatchPlan, options: Any, evaluated_fraction: float, seconds: float
+    loop: TrainingLoop,
+    full_plan: BatchPlan,
+    options: Any,
+    evaluated_fraction: float,
+    seconds: float,
 ) -> str:
     """Return the expected duration and memory of the full run as text.
 
@@ -61,7 +70,9 @@ def describe_dry_run(
     epochs = full_plan.count_epochs(full_plan.num_steps) if full_plan.num_images else 1.0
     num_evaluations = math.ceil(epochs / options.training.evaluate_every)
     # The first step is slower than later steps.
-    full_seconds = full_plan.num_steps * min(loop.step_seconds[1:] or loop.step_seconds, default=0.0)
+    full_seconds = full_plan.num_steps * min(
+        loop.step_seconds[1:] or loop.step_seconds, default=0.0
+    )
     full_seconds += num_evaluations * min(loop.evaluation_seconds) / evaluated_fraction
     return (
         f"ran {len(loop.step_seconds)} steps and an evaluation, and saved a checkpoint and the model, in "

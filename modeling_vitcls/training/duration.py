@@ -26,7 +26,9 @@ def describe_duration(loop: Any, batches: Iterator[Batch]) -> tuple[Iterator[Bat
     or not measured."""
     num_steps = loop.plan.num_steps - loop.state.step
     num_batches = num_steps * loop.plan.accumulation_steps
-    if num_batches < MIN_BATCHES or loop.options.compile:  # the first passes of a compiled model are compiled
+    if (
+        num_batches < MIN_BATCHES or loop.options.compile
+    ):  # the first passes of a compiled model are compiled
         return batches, None
 
     first = next(batches)

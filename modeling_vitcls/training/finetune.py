@@ -41,7 +41,9 @@ from .task import Task, build_evaluator_arguments
 from .teacher import Teacher, TeacherCache, load_teacher
 
 
-MAX_CLASS_RATIO = 10  # ratio of the largest to the smallest class, above which macro F1 is reported in step lines
+MAX_CLASS_RATIO = (
+    10  # ratio of the largest to the smallest class, above which macro F1 is reported in step lines
+)
 
 
 def load_data(options: FinetuneOptions, initial: InitialModel) -> TrainingData:
@@ -59,30 +61,44 @@ def load_data(options: FinetuneOptions, initial: InitialModel) -> TrainingData:
     return data
 
 
-def build_task(options: FinetuneOptions, initial: InitialModel, data: TrainingData, reporter: Reporter) -> Task:
+def build_task(
+    options: FinetuneOptions, initial: InitialModel, data: TrainingData, reporter: Reporter
+) -> Task:
     """Load the model and the teacher, freeze the parameters that are not trained, and build loss and evaluation."""
     accelerator, training_options, labels = reporter.accelerator, options.training, data.label_space
     model, processor, new_parameter_names = build_model(options.model, initial, labels)
     teacher = None
     if options.distillation.teacher is not None:
-        teacher = load_teacher(options.distillation.teacher, labels, model.config, accelerator.device)
-    set_trainable_parameters(model, training_options.trainable, training_options.lora_rank, new_parameter_names)
+        teacher = load_teacher(
+            options.distillation.teacher, labels, model.config, accelerator.device
+        )
+    set_trainable_parameters(
+        model, training_options.trainable, training_options.lora_rank, new_parameter_names
+    )
     if options.model.patch_drop_rate and not uses_patch_dropout(model.vitcls):
         raise ValueError(
             f"--patch-drop-rate has no effect with --trainable {training_options.trainable}, which freezes the "
             "embeddings and the first layer. Remove one of the two flags"
         )
 
-    evaluator_arguments = build_evaluator_arguments(options, data, processor, model.config.num_channels, reporter)
+    evaluator_arguments = build_evaluator_arguments(
+        options, data, processor, model.config.num_channels, reporter
+    )
     missing_probe_reason: str | None = "the initial weights are random"
     if not initial.has_random_weights:
-        missing_probe_reason = explain_missing_probe(options, model, new_parameter_names, labels.kind)
-    summary_lines = {} if missing_probe_reason is None else {"probe": f"off, because {missing_probe_reason}"}
+        missing_probe_reason = explain_missing_probe(
+            options, model, new_parameter_names, labels.kind
+        )
+    summary_lines = (
+        {} if missing_probe_reason is None else {"probe": f"off, because {missing_probe_reason}"}
+    )
     if teacher is not None:
         summary_lines["teacher"] = teacher.description
     normalize = Normalizer(processor, accelerator.device)
     metric = SELECTION_METRICS[labels.kind]
-    class_count_text = " + ".join(f"{len(names)} of {column!r}" for column, names in labels.columns.items())
+    class_count_text = " + ".join(
+        f"{len(names)} of {column!r}" for column, names in labels.columns.items()
+    )
     return Task(
         model,
         processor,
@@ -95,9 +111,13 @@ def build_task(options: FinetuneOptions, initial: InitialModel, data: TrainingDa
         can_calibrate=labels.kind == "single_label_classification",
         num_views=options.distillation.teacher_views,
         summary_lines=summary_lines,
-        warnings=describe_missing_classes(data) + describe_imbalance(options, data) + describe_overlap(initial, data),
+        warnings=describe_missing_classes(data)
+        + describe_imbalance(options, data)
+        + describe_overlap(initial, data),
         results={
-            "teacher": strip_folders(options.distillation.teacher) if options.distillation.teacher else None,
+            "teacher": strip_folders(options.distillation.teacher)
+            if options.distillation.teacher
+            else None,
             "label_column": list(labels.columns),
             "label_separator": options.data.label_separator,
         },
@@ -113,7 +133,9 @@ def build_probe(options: FinetuneOptions, model: Any, evaluator_arguments: dict[
         max_images=None if options.training.trainable == "head" else MAX_PROBE_IMAGES,
         fit=options.model.fit,
         pooling=options.model.pooling,
-        pooled_layers=None if options.model.pooled_layers is None else list(options.model.pooled_layers),
+        pooled_layers=None
+        if options.model.pooled_layers is None
+        else list(options.model.pooled_layers),
     )
 
 
@@ -136,13 +158,20 @@ def build_objective(
 ) -> losses.LabelObjective:
     """Build the label loss, combined with the distillation loss if a teacher is set."""
     augmentation, labels = options.augmentation, data.label_space
-    mixer = BatchMixer(augmentation, len(labels.names)) if augmentation.mixup or augmentation.cutmix else None
-    label_loss, distillation = build_label_loss(options, data, accelerator.device), options.distillation
+    mixer = (
+        BatchMixer(augmentation, len(labels.names))
+        if augmentation.mixup or augmentation.cutmix
+        else None
+    )
+    label_loss = build_label_loss(options, data, accelerator.device)
+    distillation = options.distillation
     if teacher is None:
         return losses.LabelObjective(normalize, label_loss, mixer)
     predict = teacher.predict
     if num_views := distillation.teacher_views:
-        predict = TeacherCache(teacher, data.num_training_images, num_views, len(labels.names)).predict
+        predict = TeacherCache(
+            teacher, data.num_training_images, num_views, len(labels.names)
+        ).predict
 
     def compute_loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
         with accelerator.autocast():
@@ -155,12 +184,16 @@ def build_objective(
     return losses.LabelObjective(normalize, label_loss, mixer, compute_loss, alpha)
 
 
-def build_label_loss(options: FinetuneOptions, data: TrainingData, device: torch.device) -> losses.LabelLossFunction:
+def build_label_loss(
+    options: FinetuneOptions, data: TrainingData, device: torch.device
+) -> losses.LabelLossFunction:
     labels, class_weights = data.label_space, None
     if options.training.class_balance == "weights" and isinstance(data.train, LabeledImages):
         class_weights = compute_class_weights(data.train.labels, len(labels.names)).to(device)
     functions: dict[str, Callable[..., torch.Tensor]] = {
-        "single_label_classification": partial(losses.compute_single_label_loss, class_weights=class_weights),
+        "single_label_classification": partial(
+            losses.compute_single_label_loss, class_weights=class_weights
+        ),
         "multi_label_classification": losses.compute_multi_label_loss,
         "multi_task": losses.compute_multi_task_loss,
     }
@@ -177,17 +210,23 @@ def check_options(options: FinetuneOptions) -> FinetuneOptions:
     if options.distillation.teacher is not None and options.model.num_distillation_tokens is None:
         options = replace(options, model=replace(options.model, num_distillation_tokens=1))
     if options.distillation.teacher is not None and not options.model.num_distillation_tokens:
-        raise ValueError("--teacher requires --num-distillation-tokens 1 or more. Change it, or remove --teacher")
+        raise ValueError(
+            "--teacher requires --num-distillation-tokens 1 or more. Change it, or remove --teacher"
+        )
     if training_options.trainable != "full" and is_preset(options.model.model):
         raise ValueError(
             f"--trainable {training_options.trainable} requires trained weights, but {options.model.model} has random "
             "weights. Set --model to a checkpoint"
         )
     if options.data.streaming and training_options.class_balance != "none":
-        raise ValueError("--class-balance requires all labels, which --streaming does not read. Remove one flag")
+        raise ValueError(
+            "--class-balance requires all labels, which --streaming does not read. Remove one flag"
+        )
     for flag in ("mixup", "cutmix"):
         if options.distillation.teacher_views and getattr(options.augmentation, flag):
-            raise ValueError(f"--teacher-views requires single images, but --{flag} mixes images. Remove one flag")
+            raise ValueError(
+                f"--teacher-views requires single images, but --{flag} mixes images. Remove one flag"
+            )
     return options
 
 
@@ -201,19 +240,30 @@ def check_label_kind(options: FinetuneOptions, kind: str) -> None:
     }
     for flag, is_set in flags.items():
         if is_set and kind != "single_label_classification":
-            raise ValueError(f"{flag} requires one label per image, but the labels are {kind}. Remove {flag}")
+            raise ValueError(
+                f"{flag} requires one label per image, but the labels are {kind}. Remove {flag}"
+            )
 
 
 def describe_overlap(initial: InitialModel, data: TrainingData) -> list[str]:
     """Return a warning if the initial model may have been trained on held-out images of this run. Raise ValueError if
     its results.json is damaged."""
     record = None if initial.folder is None else read_held_out_record(initial.folder)
-    old, new = None if record is None else record.rule, data.record.rule
-    if old is None or new is None or (new.fraction <= old.fraction and replace(new, fraction=old.fraction) == old):
+    old = None if record is None else record.rule
+    new = data.record.rule
+    if (
+        old is None
+        or new is None
+        or (new.fraction <= old.fraction and replace(new, fraction=old.fraction) == old)
+    ):
         return []  # this run holds out only images that the earlier run held out
     if read_json(Path(initial.folder or "", RESULTS_FILE)).get("dataset") != data.name:
         return []
-    size = f"--held-out-fraction {old.fraction}" if old.fold is None else f"--folds {old.num_folds} --fold {old.fold}"
+    size = (
+        f"--held-out-fraction {old.fraction}"
+        if old.fold is None
+        else f"--folds {old.num_folds} --fold {old.fold}"
+    )
     return [
         f"{initial.name} was trained on {data.name} with a different held-out split, so its training images may "
         f"include held-out images of this run. Set {size} --split-seed {old.seed}"

@@ -31,20 +31,28 @@ def run_folds(options: Any, train_fold: Callable[[Any], dict[str, Any]]) -> dict
     results = []
     for fold in range(1, options.data.folds + 1):
         folder = options.output_dir / f"fold-{fold}"
-        results.append(train_fold(replace(options, output_dir=folder, data=replace(options.data, fold=fold))))
+        results.append(
+            train_fold(replace(options, output_dir=folder, data=replace(options.data, fold=fold)))
+        )
     metric = results[0]["selection_metric"]
     values = [result[metric] for result in results]
     mean, half_width = compute_mean_interval(values)
     summary = {
         "metric": metric,
         "mean": round(mean, NUM_DECIMALS),
-        "interval": [round(mean - half_width, NUM_DECIMALS), round(mean + half_width, NUM_DECIMALS)],
-        "folds": [{"folder": f"fold-{index + 1}", metric: value} for index, value in enumerate(values)],
+        "interval": [
+            round(mean - half_width, NUM_DECIMALS),
+            round(mean + half_width, NUM_DECIMALS),
+        ],
+        "folds": [
+            {"folder": f"fold-{index + 1}", metric: value} for index, value in enumerate(values)
+        ],
     }
     accelerator = build_accelerator()
     run_on_main(accelerator, lambda: write_json(options.output_dir / FOLDS_FILE, summary))
     low, high = (format_metric(metric, value).split()[-1] for value in summary["interval"])
     Reporter(options.output_dir / METRICS_FILE, accelerator).print_line(
-        "folds", f"mean {format_metric(metric, mean)} (95% interval: {low} to {high}) over {len(values)} folds"
+        "folds",
+        f"mean {format_metric(metric, mean)} (95% interval: {low} to {high}) over {len(values)} folds",
     )
     return summary

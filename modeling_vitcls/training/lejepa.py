@@ -27,7 +27,10 @@ MAX_FREQUENCY, NUM_FREQUENCIES = 3.0, 17  # of the characteristic functions that
 NUM_DIRECTIONS = 256  # number of random directions per step
 LOCAL_SIZE = 0.43  # side length of local crops, as a fraction of the image size (98 of 224 pixels)
 MAX_ASPECT_RATIO = 4 / 3
-JITTER_PROBABILITY, JITTER = 0.8, 0.4  # brightness, contrast and saturation change by a factor of 1 - 0.4 to 1 + 0.4
+JITTER_PROBABILITY, JITTER = (
+    0.8,
+    0.4,
+)  # brightness, contrast and saturation change by a factor of 1 - 0.4 to 1 + 0.4
 GRAY_PROBABILITY = 0.2
 NUM_FEATURES = 64  # channels of the projector's output
 
@@ -44,7 +47,9 @@ class LeJEPA(ViTCLSPreTrainedModel):
             nn.Linear(width, NUM_FEATURES),
         )  # fmt: skip
         self.post_init()
-        self.vitcls = encoder  # after the initialization of the projector, which keeps these weights
+        self.vitcls = (
+            encoder  # after the initialization of the projector, which keeps these weights
+        )
 
     def forward(self, *views: Tensor, **kwargs: Any) -> Any:
         """Return the projections [views, B, P] of images [views, B, C, H, W] of one or more sizes, or the encoder's
@@ -67,22 +72,33 @@ class LeJEPAObjective:
     patch_size: tuple[int, int]
 
     def __call__(self, model: nn.Module, batch: Batch) -> Losses:
-        options, pixels = self.options, batch["pixels"].float() / 255
+        options = self.options
+        pixels = batch["pixels"].float() / 255
         height, width = pixels.shape[-2:]
         small = [
             max(2, round(LOCAL_SIZE * side / patch)) * patch
             for side, patch in zip((height, width), self.patch_size, strict=True)
         ]
-        views = [self.draw_crops(pixels, options.global_crops, [height, width], (options.global_crop_scale, 1.0))]
+        views = [
+            self.draw_crops(
+                pixels, options.global_crops, [height, width], (options.global_crop_scale, 1.0)
+            )
+        ]
         if options.local_crops:
-            views.append(self.draw_crops(pixels, options.local_crops, small, (0.05, options.global_crop_scale)))
+            views.append(
+                self.draw_crops(
+                    pixels, options.local_crops, small, (0.05, options.global_crop_scale)
+                )
+            )
         projections = model(*views).float()
         invariance = compute_invariance_loss(projections, options.global_crops)
         sigreg = compute_sigreg(projections, draw_directions(projections, NUM_DIRECTIONS))
         loss = (1 - options.sigreg_weight) * invariance + options.sigreg_weight * sigreg
         return {"loss": loss, "invariance_loss": invariance, "sigreg_loss": sigreg}
 
-    def draw_crops(self, pixels: Tensor, num_crops: int, size: list[int], scale: tuple[float, float]) -> Tensor:
+    def draw_crops(
+        self, pixels: Tensor, num_crops: int, size: list[int], scale: tuple[float, float]
+    ) -> Tensor:
         """Return normalized random crops [num_crops, B, C, *size] with random colors."""
         crops = [self.normalize(255 * jitter(crop(pixels, size, scale))) for _ in range(num_crops)]
         return torch.stack(crops)
@@ -99,10 +115,13 @@ def crop(pixels: Tensor, size: list[int], scale: tuple[float, float]) -> Tensor:
     area, ratio, x, y, flip = torch.rand(5, len(pixels), device=pixels.device)
     area = scale[0] + (scale[1] - scale[0]) * area
     ratio = torch.exp((2 * ratio - 1) * math.log(MAX_ASPECT_RATIO))
-    width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
+    width = (area * ratio).sqrt().clamp(max=1)
+    height = (area / ratio).sqrt().clamp(max=1)
     transforms = pixels.new_zeros(len(pixels), 2, 3)
-    transforms[:, 0, 0], transforms[:, 0, 2] = width * (1 - 2 * (flip < 0.5).float()), (2 * x - 1) * (1 - width)
-    transforms[:, 1, 1], transforms[:, 1, 2] = height, (2 * y - 1) * (1 - height)
+    transforms[:, 0, 0] = width * (1 - 2 * (flip < 0.5).float())
+    transforms[:, 0, 2] = (2 * x - 1) * (1 - width)
+    transforms[:, 1, 1] = height
+    transforms[:, 1, 2] = (2 * y - 1) * (1 - height)
     grid = nn.functional.affine_grid(transforms, [*pixels.shape[:2], *size], align_corners=False)
     return nn.functional.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
 
@@ -135,10 +154,14 @@ def compute_sigreg(projections: Tensor, directions: Tensor) -> Tensor:
     """
     frequencies = torch.linspace(0, MAX_FREQUENCY, NUM_FREQUENCIES, device=projections.device)
     gaussian = torch.exp(-frequencies.square() / 2)
-    weights = torch.full_like(frequencies, 2 * MAX_FREQUENCY / (NUM_FREQUENCIES - 1))  # twice, for both signs
+    weights = torch.full_like(
+        frequencies, 2 * MAX_FREQUENCY / (NUM_FREQUENCIES - 1)
+    )  # twice, for both signs
     weights[[0, -1]] /= 2
     angles = (projections @ directions).unsqueeze(-1) * frequencies  # [views, B, M, frequencies]
-    means = torch.stack([angles.cos().mean(dim=1), angles.sin().mean(dim=1)])  # [2, views, M, frequencies]
+    means = torch.stack(
+        [angles.cos().mean(dim=1), angles.sin().mean(dim=1)]
+    )  # [2, views, M, frequencies]
     cos, sin = average_over_processes(means)
     errors = (cos - gaussian).square() + sin.square()
     num_processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

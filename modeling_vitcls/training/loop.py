@@ -60,8 +60,12 @@ class TrainingState:
     step: int = 0  # number of completed optimizer steps
     best_score: float | None = None  # best score of all evaluations so far
     margin: float = 0.0  # by which an evaluation must exceed the best score: see `evaluate_step`
-    scores: list[float] = field(default_factory=list)  # scores of all evaluations after the first step, in order
-    recent_losses: list[dict[str, float]] = field(default_factory=list)  # losses of the steps since the last record
+    scores: list[float] = field(
+        default_factory=list
+    )  # scores of all evaluations after the first step, in order
+    recent_losses: list[dict[str, float]] = field(
+        default_factory=list
+    )  # losses of the steps since the last record
     # metrics of a step that has not been evaluated yet; otherwise empty
     pending_record: Metrics = field(default_factory=dict)
     earlier_seconds: float = 0.0  # training time before --resume
@@ -85,16 +89,28 @@ class TrainingLoop:
     store: CheckpointStore
     selection_metric: str
     unreadable_images: UnreadableImageCounter
-    save_every: int | None = None  # number of steps between checkpoints; None to save at each evaluation
-    evaluated_images: str = "held_out"  # "selection" if the best checkpoint is selected on separate images
+    save_every: int | None = (
+        None  # number of steps between checkpoints; None to save at each evaluation
+    )
+    evaluated_images: str = (
+        "held_out"  # "selection" if the best checkpoint is selected on separate images
+    )
     normalize: Normalizer | None = None  # for the attention entropy; None if it is not measured
     signals: SignalHandler | None = None
-    run_metadata: dict[str, Any] = field(default_factory=dict)  # constant values that checkpoints contain
-    on_checkpoint: Callable[[Path], None] | None = None  # called on the main process with each saved checkpoint
-    step_seconds: list[float] = field(default_factory=list)  # durations of all steps in this process, in seconds
+    run_metadata: dict[str, Any] = field(
+        default_factory=dict
+    )  # constant values that checkpoints contain
+    on_checkpoint: Callable[[Path], None] | None = (
+        None  # called on the main process with each saved checkpoint
+    )
+    step_seconds: list[float] = field(
+        default_factory=list
+    )  # durations of all steps in this process, in seconds
     evaluation_seconds: list[float] = field(default_factory=list)
     num_logged_steps: int = 0  # number of the steps in `step_seconds` that the last record includes
-    unreported_errors: dict[int, str] = field(default_factory=dict)  # unreadable images that are not reported yet
+    unreported_errors: dict[int, str] = field(
+        default_factory=dict
+    )  # unreadable images that are not reported yet
     is_best: bool = False  # whether the last step was evaluated and had the best score so far
     num_overflows: int = 0  # number of consecutive steps that the loss scaler skipped
     peak_memory: int = 0  # peak memory in bytes up to the last record
@@ -102,7 +118,9 @@ class TrainingLoop:
 
     def __post_init__(self) -> None:
         self.model = self.accelerator.unwrap_model(self.state.model)
-        self.monitor = TokenMonitor(self.model)  # stores the initial tokens, so a checkpoint is loaded later
+        self.monitor = TokenMonitor(
+            self.model
+        )  # stores the initial tokens, so a checkpoint is loaded later
         # With other values of --trainable, some tokens are frozen.
         self.should_warn_about_tokens = self.options.trainable in ("full", "lora")
 
@@ -118,11 +136,18 @@ class TrainingLoop:
         while self.state.step < self.plan.num_steps and not self.should_stop_early():
             metrics = self.run_step(batches)
             is_last_step = self.state.step == self.plan.num_steps
-            if self.signals is not None and not is_last_step and (name := self.signals.get_signal()):
+            if (
+                self.signals is not None
+                and not is_last_step
+                and (name := self.signals.get_signal())
+            ):
                 self.save(self.is_best)
                 raise RunStopped(
                     f"stopped by {name}; a checkpoint was saved. Repeat the command with --resume to continue the run",
-                    128 + signal.Signals[name],  # the exit status that shells use, such as 143 for SIGTERM
+                    128
+                    + signal.Signals[
+                        name
+                    ],  # the exit status that shells use, such as 143 for SIGTERM
                 )
         if self.state.step < self.plan.num_steps:
             steps = f"after step {self.state.step:,} of {self.plan.num_steps:,}"
@@ -142,11 +167,18 @@ class TrainingLoop:
         """Run one step and the actions that are due after this step. Return the metrics of the evaluation; empty if no
         evaluation is due. A checkpoint that is due is saved before the evaluation, because a cluster may kill the
         process during a long evaluation. A run that is resumed from this checkpoint starts with the evaluation."""
-        state, next_step = self.state, self.state.step + 1
+        state = self.state
+        next_step = self.state.step + 1
         is_last_step = next_step == self.plan.num_steps
-        should_evaluate = is_last_step or is_end_of_epochs(next_step, self.options.evaluate_every, self.plan)
+        should_evaluate = is_last_step or is_end_of_epochs(
+            next_step, self.options.evaluate_every, self.plan
+        )
         should_log = should_evaluate or next_step % self.options.log_every == 0
-        should_save = should_evaluate if self.save_every is None else is_last_step or next_step % self.save_every == 0
+        should_save = (
+            should_evaluate
+            if self.save_every is None
+            else is_last_step or next_step % self.save_every == 0
+        )
 
         start_time = time.perf_counter()
         record, batch = self.run_optimizer_step(batches, should_measure_tokens=should_log)
@@ -170,7 +202,9 @@ class TrainingLoop:
             self.save(False)
         return self.evaluate_step() if should_evaluate else {}
 
-    def run_optimizer_step(self, batches: Iterator[Batch], should_measure_tokens: bool) -> tuple[Metrics, Batch]:
+    def run_optimizer_step(
+        self, batches: Iterator[Batch], should_measure_tokens: bool
+    ) -> tuple[Metrics, Batch]:
         """Run one optimizer step with gradients accumulated over several batches. Return the record of the step, and
         the last batch, which is on the device. If `should_measure_tokens` is set, the record contains metrics of the
         special tokens."""
@@ -184,14 +218,22 @@ class TrainingLoop:
             self.unreported_errors |= batch["errors"]
             batch = send_to_device(batch, accelerator.device, non_blocking=True)
             # The processes draw different random numbers, for example for dropout.
-            torch.manual_seed(derive_seed(self.plan.seed, state.step, batch_index, accelerator.process_index))
+            torch.manual_seed(
+                derive_seed(self.plan.seed, state.step, batch_index, accelerator.process_index)
+            )
             with accelerator.accumulate(state.model):
                 batch_losses = self.objective(state.model, batch)
                 losses.append({name: loss.detach() for name, loss in batch_losses.items()})
                 accelerator.backward(batch_losses["loss"])
                 if accelerator.sync_gradients:  # after the last accumulated batch
-                    parameters = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
-                    gradient_norm = float(accelerator.clip_grad_norm_(parameters, options.max_gradient_norm))
+                    parameters = [
+                        parameter
+                        for parameter in state.model.parameters()
+                        if parameter.requires_grad
+                    ]
+                    gradient_norm = float(
+                        accelerator.clip_grad_norm_(parameters, options.max_gradient_norm)
+                    )
                     self.check_finite(losses, gradient_norm)
                     if should_measure_tokens:
                         token_gradients = self.monitor.copy_tokens(gradients=True)
@@ -200,7 +242,9 @@ class TrainingLoop:
         state.step += 1
         if state.ema is not None:
             state.ema.update(state.step)
-        state.recent_losses.append({name: fmean(loss[name].item() for loss in losses) for name in losses[0]})
+        state.recent_losses.append(
+            {name: fmean(loss[name].item() for loss in losses) for name in losses[0]}
+        )
         record: Metrics = {
             "step": state.step,
             "epoch": round(self.plan.count_epochs(state.step), 4),
@@ -211,7 +255,9 @@ class TrainingLoop:
             record |= self.monitor.compute_norms(token_gradients)
             for token, norm in record["token_gradient_norm"].items():
                 if norm == 0 and self.should_warn_about_tokens:
-                    self.reporter.warn(f"the token {token} received no gradient in step {state.step}")
+                    self.reporter.warn(
+                        f"the token {token} received no gradient in step {state.step}"
+                    )
             self.should_warn_about_tokens &= not math.isfinite(gradient_norm)  # warns once
         return record, batch
 
@@ -225,7 +271,9 @@ class TrainingLoop:
         is_finite = are_losses_finite and self.num_overflows <= max_overflows
         if self.accelerator.num_processes > 1:
             is_finite_tensor = torch.tensor(float(is_finite), device=self.accelerator.device)
-            is_finite = bool(self.accelerator.reduce(is_finite_tensor, "sum") == self.accelerator.num_processes)
+            is_finite = bool(
+                self.accelerator.reduce(is_finite_tensor, "sum") == self.accelerator.num_processes
+            )
         if not is_finite:
             self.state.optimizer.zero_grad()
             raise RunStopped(
@@ -259,16 +307,23 @@ class TrainingLoop:
         self.is_best = False
         if score is not None and state.step:
             state.scores.append(score)
-        if score is not None and (state.best_score is None or score > state.best_score + state.margin):
+        if score is not None and (
+            state.best_score is None or score > state.best_score + state.margin
+        ):
             self.is_best = True
             state.best_score = score
             state.margin = 0.0
             if not state.step:
-                num_evaluations = self.plan.count_epochs(self.plan.num_steps) // self.options.evaluate_every
+                num_evaluations = (
+                    self.plan.count_epochs(self.plan.num_steps) // self.options.evaluate_every
+                )
                 num_evaluations = max(min(num_evaluations, self.plan.num_steps), 1)
                 num_errors = float(norm.isf(MAX_CHANCE / num_evaluations))
                 state.margin = num_errors * math.sqrt(score * (1 - score) / metrics["num_images"])
-        scalars = {f"{self.evaluated_images}_{name}": value for name, value in select_scalars(metrics).items()}
+        scalars = {
+            f"{self.evaluated_images}_{name}": value
+            for name, value in select_scalars(metrics).items()
+        }
         if state.pending_record:  # empty before the first step
             self.log(state.pending_record | scalars)
         state.pending_record = {}
@@ -293,12 +348,18 @@ class TrainingLoop:
         seconds = self.step_seconds[self.num_logged_steps :]
         self.num_logged_steps = len(self.step_seconds)
         self.peak_memory = max(self.peak_memory, get_peak_memory(self.accelerator.device))
-        means = self.accelerator.reduce(torch.tensor(local_means, device=self.accelerator.device), "mean").tolist()
-        mean_losses = {name: round(mean, 6) for name, mean in zip(recent_losses[0], means, strict=True)}
+        means = self.accelerator.reduce(
+            torch.tensor(local_means, device=self.accelerator.device), "mean"
+        ).tolist()
+        mean_losses = {
+            name: round(mean, 6) for name, mean in zip(recent_losses[0], means, strict=True)
+        }
         recent_losses.clear()
         return {
             **mean_losses,
-            "images_per_second": round(len(seconds) * self.plan.images_per_step / math.fsum(seconds), 1),
+            "images_per_second": round(
+                len(seconds) * self.plan.images_per_step / math.fsum(seconds), 1
+            ),
             "peak_memory_mb": round(self.peak_memory / 2**20, 1),
         }
 
@@ -322,7 +383,9 @@ class TrainingLoop:
             "pending_record": state.pending_record,
             "unreadable_images": sorted(self.unreadable_images.indices),
         }
-        tensors, non_tensor_state = gather_state(self.accelerator, state.model, state.optimizer, state.shadow)
+        tensors, non_tensor_state = gather_state(
+            self.accelerator, state.model, state.optimizer, state.shadow
+        )
 
         def write() -> None:
             self.store.save(state.step, tensors, metadata | non_tensor_state, is_best)
@@ -339,7 +402,9 @@ class TrainingLoop:
         state.best_score, state.margin = metadata["best_score"], metadata["margin"]
         state.scores = metadata["scores"]
         losses_by_process = metadata["recent_losses"]
-        state.recent_losses = losses_by_process[self.accelerator.process_index % len(losses_by_process)]
+        state.recent_losses = losses_by_process[
+            self.accelerator.process_index % len(losses_by_process)
+        ]
         state.pending_record = metadata["pending_record"]
         self.unreadable_images.indices.update(metadata["unreadable_images"])
         state.earlier_seconds = metadata["training_seconds"]
@@ -354,4 +419,6 @@ class TrainingLoop:
 
 def is_end_of_epochs(step: int, num_epochs: int, plan: BatchPlan) -> bool:
     """Return whether the number of completed epochs reaches a multiple of `num_epochs` in this step."""
-    return math.floor(plan.count_epochs(step) / num_epochs) > math.floor(plan.count_epochs(step - 1) / num_epochs)
+    return math.floor(plan.count_epochs(step) / num_epochs) > math.floor(
+        plan.count_epochs(step - 1) / num_epochs
+    )

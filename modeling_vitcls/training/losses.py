@@ -24,15 +24,22 @@ from ..model.heads_vitcls import IGNORED_LABEL
 
 
 Losses = dict[str, torch.Tensor]
-Objective = Callable[[nn.Module, Batch], Losses]  # returns the "loss" to minimize, and other losses to log
-LabelLossFunction = Callable[[Any, Any], torch.Tensor]  # computes the mean loss from logits and labels
+Objective = Callable[
+    [nn.Module, Batch], Losses
+]  # returns the "loss" to minimize, and other losses to log
+LabelLossFunction = Callable[
+    [Any, Any], torch.Tensor
+]  # computes the mean loss from logits and labels
 
 
 # Losses of a head, by kind of labels ---------------------------------------------------------------------------------
 
 
 def compute_single_label_loss(
-    logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float, class_weights: torch.Tensor | None = None
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    label_smoothing: float,
+    class_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the cross-entropy of logits [B, L] against classes [B] or probabilities [B, L], averaged over images.
 
@@ -48,7 +55,9 @@ def compute_single_label_loss(
     return (image_weights * image_losses).mean()
 
 
-def compute_multi_label_loss(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float) -> torch.Tensor:
+def compute_multi_label_loss(
+    logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float
+) -> torch.Tensor:
     """Return the binary cross-entropy of logits [B, L] against binary labels [B, L], averaged over images and
     labels."""
     targets = labels * (1 - label_smoothing) + label_smoothing / 2
@@ -65,7 +74,9 @@ def compute_multi_task_loss(
     the loss of one large batch. In contrast, `ViTCLSForMultiTaskClassification`, which Trainer uses, averages over the
     labeled images. The two losses are equal if no labels are missing.
     """
-    loss = nn.CrossEntropyLoss(ignore_index=IGNORED_LABEL, label_smoothing=label_smoothing, reduction="none")
+    loss = nn.CrossEntropyLoss(
+        ignore_index=IGNORED_LABEL, label_smoothing=label_smoothing, reduction="none"
+    )
     return torch.stack([loss(logits[task].float(), labels[task]).mean() for task in logits]).sum()
 
 
@@ -98,8 +109,14 @@ class LabelObjective:
             return {"loss": loss, "label_loss": label_loss, "distillation_loss": distillation_loss}
         if isinstance(outputs.logits, dict):  # multi-task model
             return {"loss": self.label_loss(outputs.logits, labels)}
-        head_logits = [logits for logits in (outputs.cls_logits, outputs.distillation_logits) if logits is not None]
-        return {"loss": torch.stack([self.label_loss(logits, labels) for logits in head_logits]).mean()}
+        head_logits = [
+            logits
+            for logits in (outputs.cls_logits, outputs.distillation_logits)
+            if logits is not None
+        ]
+        return {
+            "loss": torch.stack([self.label_loss(logits, labels) for logits in head_logits]).mean()
+        }
 
 
 def compute_distillation_loss(
@@ -113,9 +130,12 @@ def compute_distillation_loss(
     divergence is the sum of p_teacher * log(p_teacher / p_student) (Hinton et al. 2015, arXiv 1503.02531). The factor
     tau² keeps the magnitude of the gradients roughly independent of the temperature tau.
     """
-    student_logits, teacher_logits = student_logits.float(), teacher_logits.float()
+    student_logits = student_logits.float()
+    teacher_logits = teacher_logits.float()
     if kind == "hard":
         return nn.functional.cross_entropy(student_logits, teacher_logits.argmax(dim=-1))
     student_log_probs = (student_logits / tau).log_softmax(dim=-1)
     teacher_log_probs = (teacher_logits / tau).log_softmax(dim=-1)
-    return tau**2 * nn.functional.kl_div(student_log_probs, teacher_log_probs, reduction="batchmean", log_target=True)
+    return tau**2 * nn.functional.kl_div(
+        student_log_probs, teacher_log_probs, reduction="batchmean", log_target=True
+    )

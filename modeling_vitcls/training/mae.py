@@ -52,11 +52,15 @@ class VisiblePatches(nn.Module):
         self.num_prefix_tokens = num_prefix_tokens
         self.indices: Tensor | None = None
 
-    def forward(self, hidden_states: Tensor, mask: Any, position_embeddings: Any) -> tuple[Tensor, Any, Any]:
+    def forward(
+        self, hidden_states: Tensor, mask: Any, position_embeddings: Any
+    ) -> tuple[Tensor, Any, Any]:
         """Select tokens in hidden states [B, N, D], masks and position embeddings."""
         if self.indices is None:
             return hidden_states, mask, position_embeddings
-        return keep_patches(hidden_states, mask, position_embeddings, self.indices, self.num_prefix_tokens)
+        return keep_patches(
+            hidden_states, mask, position_embeddings, self.indices, self.num_prefix_tokens
+        )
 
 
 class MAE(ViTCLSPreTrainedModel):
@@ -76,7 +80,8 @@ class MAE(ViTCLSPreTrainedModel):
         layer_class = LAYER_CLASSES[decoder_config.layer_type]
         attention_class = ATTENTION_CLASSES[decoder_config.attention_type]
         self.decoder_layers = nn.ModuleList(
-            layer_class(decoder_config, 0.0, attention_class) for _ in range(decoder_config.num_hidden_layers)
+            layer_class(decoder_config, 0.0, attention_class)
+            for _ in range(decoder_config.num_hidden_layers)
         )
         self.decoder_norm = build_norm(decoder_config)
         self.decoder = PixelDecoder(decoder_config)
@@ -93,7 +98,9 @@ class MAE(ViTCLSPreTrainedModel):
         else:
             super()._init_weights(module)
 
-    def forward(self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None, **kwargs: Any
+    ) -> Any:
         """Reconstruct images from their visible patches.
 
         Args:
@@ -108,24 +115,34 @@ class MAE(ViTCLSPreTrainedModel):
             return self.vitcls(pixel_values, **kwargs)
         grid_size = self.vitcls.embeddings.patch_embeddings.get_grid_size(pixel_values)
         num_visible = int((~bool_masked_pos[0]).sum())
-        visible = bool_masked_pos.int().argsort(dim=1, stable=True)[:, :num_visible]  # [B, K], ascending
+        visible = bool_masked_pos.int().argsort(dim=1, stable=True)[
+            :, :num_visible
+        ]  # [B, K], ascending
         visible_patches = self.vitcls.patch_dropout
         assert isinstance(visible_patches, VisiblePatches)
         visible_patches.indices = visible
         try:
-            tokens = self.decoder_embed(self.vitcls(pixel_values).last_hidden_state)  # [B, prefix + K, width]
+            tokens = self.decoder_embed(
+                self.vitcls(pixel_values).last_hidden_state
+            )  # [B, prefix + K, width]
         finally:
             visible_patches.indices = None
         special_tokens, patches = tokens.split([self.num_prefix_tokens, num_visible], dim=1)
-        all_patches = self.mask_token.to(tokens.dtype).expand(len(tokens), bool_masked_pos.shape[1], -1)
-        all_patches = all_patches.scatter(1, visible.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]), patches)
+        all_patches = self.mask_token.to(tokens.dtype).expand(
+            len(tokens), bool_masked_pos.shape[1], -1
+        )
+        all_patches = all_patches.scatter(
+            1, visible.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]), patches
+        )
         _, all_patches = self.decoder_positions({}, all_patches, grid_size)
         hidden_states = torch.cat([special_tokens, all_patches], dim=1)
         for layer in self.decoder_layers:
             hidden_states = layer(hidden_states)
         decoded = self.decoder_norm(hidden_states)[:, self.num_prefix_tokens :]
         reconstruction = self.decoder(decoded, grid_size)
-        loss = compute_masked_pixel_loss(reconstruction, pixel_values, bool_masked_pos, self.loss_config)
+        loss = compute_masked_pixel_loss(
+            reconstruction, pixel_values, bool_masked_pos, self.loss_config
+        )
         return MaskedImageModelingOutput(loss=loss, reconstruction=reconstruction)
 
 
@@ -139,10 +156,16 @@ class MAEObjective:
 
     def __call__(self, model: nn.Module, batch: Batch) -> Losses:
         pixels = self.normalize(batch["pixels"])
-        return {"loss": model(pixels, draw_masks(len(pixels), self.num_patches, self.mask_ratio, pixels.device)).loss}
+        return {
+            "loss": model(
+                pixels, draw_masks(len(pixels), self.num_patches, self.mask_ratio, pixels.device)
+            ).loss
+        }
 
 
-def draw_masks(num_images: int, num_patches: int, mask_ratio: float, device: torch.device) -> Tensor:
+def draw_masks(
+    num_images: int, num_patches: int, mask_ratio: float, device: torch.device
+) -> Tensor:
     """Return random masks [num_images, num_patches], True for masked patches; at least one patch stays visible."""
     num_visible = max(1, int(num_patches * (1 - mask_ratio)))
     order = torch.rand(num_images, num_patches, device=device).argsort(dim=1)

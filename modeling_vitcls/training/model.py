@@ -34,7 +34,10 @@ from ..model.modeling_vitcls import ViTCLSModel
 from ..options import ModelOptions
 
 
-MAX_NATIVE_SIDE, FINETUNING_SIDE = 256, 224  # image sides in pixels: largest side that is kept, and its replacement
+MAX_NATIVE_SIDE, FINETUNING_SIDE = (
+    256,
+    224,
+)  # image sides in pixels: largest side that is kept, and its replacement
 # Query and value projections (Hu et al. 2021, arXiv 2106.09685); the pattern excludes attention poolers
 LORA_TARGET_MODULES = r".*\.layers\.\d+\.attention\.[qv]_proj"
 LORA_A_SUFFIX, LORA_B_SUFFIX = ".lora_A.default.weight", ".lora_B.default.weight"
@@ -62,7 +65,9 @@ def resolve_initial_model(name: str) -> InitialModel:
         return InitialModel(name, None, ViTCLSConfig.from_preset(name), has_random_weights=True)
     folder = resolve_checkpoint(name, [*MODEL_FILE_PATTERNS, PARITY_REPORT_FILE, RESULTS_FILE])
     check_is_vitcls(name, folder)
-    return InitialModel(name, folder, ViTCLSConfig.from_pretrained(folder), has_random_weights(folder))
+    return InitialModel(
+        name, folder, ViTCLSConfig.from_pretrained(folder), has_random_weights(folder)
+    )
 
 
 def build_model(
@@ -75,7 +80,9 @@ def build_model(
     if label_space.kind == "multi_task":
         config_values = {"num_cls_tokens": len(label_space.columns)} | config_values
     if initial.folder is None:
-        config = ViTCLSConfig.from_preset(initial.name, **config_values, **label_space.to_config_values())
+        config = ViTCLSConfig.from_preset(
+            initial.name, **config_values, **label_space.to_config_values()
+        )
         model = CLASSIFIER_CLASSES[label_space.kind](config)
         processor = ViTCLSImageProcessor()
         new_parameter_names = {name for name, _ in model.named_parameters()}
@@ -83,13 +90,20 @@ def build_model(
         model, new_parameter_names = load_with_label_space(initial, config_values, label_space)
         processor = load_processor(initial.name, initial.folder)
     if (mask_token := model.vitcls.embeddings.mask_token) is not None:
-        mask_token.requires_grad_(False)  # not used in fine-tuning; DDP requires gradients of all trainable parameters
-    model.config.temperature, model.config.energy_threshold = 1.0, None  # fitted again after training (calibration.py)
+        mask_token.requires_grad_(
+            False
+        )  # not used in fine-tuning; DDP requires gradients of all trainable parameters
+    model.config.temperature, model.config.energy_threshold = (
+        1.0,
+        None,
+    )  # fitted again after training (calibration.py)
     set_fit(processor, options.fit or get_fit(processor), model.config.image_height_width)
     return model, processor, new_parameter_names
 
 
-def choose_image_size(options: ModelOptions, initial: InitialModel) -> tuple[ModelOptions, str | None]:
+def choose_image_size(
+    options: ModelOptions, initial: InitialModel
+) -> tuple[ModelOptions, str | None]:
     """Return the options of fine-tuning with an image size, and a line of text with the reason and the cost. Large
     images of a checkpoint are replaced with images of 224 pixels, unless `--image-size` is set."""
     if options.image_size is not None or initial.folder is None:
@@ -99,12 +113,16 @@ def choose_image_size(options: ModelOptions, initial: InitialModel) -> tuple[Mod
     if max(native_size) <= MAX_NATIVE_SIDE:
         return options, None
     scale = FINETUNING_SIDE / max(native_size)
-    size = [max(round(scale * side / patch), 1) * patch for side, patch in zip(native_size, patch_size, strict=True)]
+    size = [
+        max(round(scale * side / patch), 1) * patch
+        for side, patch in zip(native_size, patch_size, strict=True)
+    ]
     with torch.device("meta"):
         model = ViTCLSModel(config)
     costs = [f"{model.flops(each_size) / 1e9:.1f}" for each_size in (size, native_size)]
     size_text, native_text = (
-        str(height) if height == width else f"{height} x {width}" for height, width in (size, native_size)
+        str(height) if height == width else f"{height} x {width}"
+        for height, width in (size, native_size)
     )
     return replace(options, image_size=(size[0], size[1])), (
         f"{size_text} px: {costs[0]} GFLOP per image; native {native_text} px: {costs[1]}. A native side of more than "
@@ -119,8 +137,12 @@ def load_with_label_space(
     has a classifier with the same labels. Return the model, and the names of the newly initialized parameters."""
     stored_config = initial.config
     model_class = CLASSIFIER_CLASSES[label_space.kind]
-    config_values = config_values | {"extra_heads": None}  # fitted to features that fine-tuning changes
-    if has_labels(stored_config, label_space) and model_class.__name__ in (stored_config.architectures or ()):
+    config_values = config_values | {
+        "extra_heads": None
+    }  # fitted to features that fine-tuning changes
+    if has_labels(stored_config, label_space) and model_class.__name__ in (
+        stored_config.architectures or ()
+    ):
         model, loading_info = model_class.from_pretrained(
             initial.folder,
             dtype=torch.float32,
@@ -145,14 +167,22 @@ def load_with_label_space(
         for name, value in label_space.to_config_values().items():
             setattr(config, name, value)
         model = model_class(config)
-        load_result = model.vitcls.load_state_dict(encoder.state_dict(), strict=label_space.kind != "multi_task")
-        missing_names = {f"vitcls.{name}" for name in [*loading_info["missing_keys"], *load_result.missing_keys]}
-        head_names = {name for name, _ in model.named_parameters() if not name.startswith("vitcls.")}
+        load_result = model.vitcls.load_state_dict(
+            encoder.state_dict(), strict=label_space.kind != "multi_task"
+        )
+        missing_names = {
+            f"vitcls.{name}" for name in [*loading_info["missing_keys"], *load_result.missing_keys]
+        }
+        head_names = {
+            name for name, _ in model.named_parameters() if not name.startswith("vitcls.")
+        }
         new_parameter_names = missing_names | head_names
     return model, new_parameter_names | get_added_token_names(stored_config, model)
 
 
-def reads_patches_by_default(initial: InitialModel, config_values: dict[str, Any], label_space: LabelSpace) -> bool:
+def reads_patches_by_default(
+    initial: InitialModel, config_values: dict[str, Any], label_space: LabelSpace
+) -> bool:
     """Return whether a new classifier reads the CLS token and the mean of the patches, if `--pooling` is not set. It
     does for a pre-trained encoder that pools CLS without further weights, as in the linear evaluation of DINOv2
     (arXiv 2304.07193), and usually better than with CLS alone (model_cards/studies/probe.md)."""
@@ -172,7 +202,11 @@ def has_labels(config: ViTCLSConfig, label_space: LabelSpace) -> bool:
     if label_space.kind == "multi_task":
         return config.task_labels() == label_space.columns
     has_same_kind = (config.problem_type or "single_label_classification") == label_space.kind
-    return not config.tasks and has_same_kind and config.id2label == label_space.to_config_values()["id2label"]
+    return (
+        not config.tasks
+        and has_same_kind
+        and config.id2label == label_space.to_config_values()["id2label"]
+    )
 
 
 def get_added_token_names(stored_config: ViTCLSConfig, model: Classifier) -> set[str]:
@@ -183,12 +217,21 @@ def get_added_token_names(stored_config: ViTCLSConfig, model: Classifier) -> set
     larger = [tokens[group] for group, old_size, new_size in group_sizes if new_size > old_size]
     if larger and model.vitcls.gates is not None:
         larger.append(model.vitcls.gates.gates)
-    return {name for name, parameter in model.named_parameters() if any(parameter is each for each in larger)}
+    return {
+        name
+        for name, parameter in model.named_parameters()
+        if any(parameter is each for each in larger)
+    }
 
 
 def check_preset_name(name: str) -> None:
     """Raise ValueError if a name starts with "vitcls-" but is not a preset, file or folder."""
-    if name.startswith("vitcls-") and "/" not in name and not is_preset(name) and not Path(name).exists():
+    if (
+        name.startswith("vitcls-")
+        and "/" not in name
+        and not is_preset(name)
+        and not Path(name).exists()
+    ):
         raise ValueError(f"--model {name} is not a preset. Use vitcls-{', vitcls-'.join(PRESETS)}")
 
 
@@ -196,7 +239,10 @@ def check_preset_name(name: str) -> None:
 
 
 def set_trainable_parameters(
-    model: Any, trainable: str, lora_rank: int = 8, new_parameter_names: Collection[str] = frozenset()
+    model: Any,
+    trainable: str,
+    lora_rank: int = 8,
+    new_parameter_names: Collection[str] = frozenset(),
 ) -> nn.Module:
     """Freeze the parameters that `trainable` does not select, and return the same model. The value "lora" also adds
     LoRA layers to the query and value projections. The parameters in `new_parameter_names` are also trained, because
@@ -207,21 +253,33 @@ def set_trainable_parameters(
     parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
     prefixes = ["vitcls.pooler."]
     if trainable.startswith("last-"):
-        num_layers, num_trainable_layers = len(model.vitcls.layers), int(trainable.removeprefix("last-"))
+        num_layers = len(model.vitcls.layers)
+        num_trainable_layers = int(trainable.removeprefix("last-"))
         if num_trainable_layers > num_layers:
-            raise ValueError(f"--trainable is {trainable}, but the model has {num_layers} layers. Use a smaller N")
+            raise ValueError(
+                f"--trainable is {trainable}, but the model has {num_layers} layers. Use a smaller N"
+            )
         layer_indices = range(num_layers - num_trainable_layers, num_layers)
         prefixes += ["vitcls.layernorm.", *(f"vitcls.layers.{index}." for index in layer_indices)]
     trainable_names = {
-        name for name in parameters if not name.startswith("vitcls.") or name.startswith(tuple(prefixes))
+        name
+        for name in parameters
+        if not name.startswith("vitcls.") or name.startswith(tuple(prefixes))
     }
     tokens = model.vitcls.embeddings.get_special_tokens()
-    token_names = {group: name for group, token in tokens.items() for name in parameters if parameters[name] is token}
+    token_names = {
+        group: name
+        for group, token in tokens.items()
+        for name in parameters
+        if parameters[name] is token
+    }
     if trainable == "lora":
         trainable_names.update(token_names.values())
     trainable_names.update(new_parameter_names)
     if new_groups := [group for group, name in token_names.items() if name in new_parameter_names]:
-        trainable_names |= {f"vitcls.embeddings.position_embeddings.{group}" for group in new_groups}
+        trainable_names |= {
+            f"vitcls.embeddings.position_embeddings.{group}" for group in new_groups
+        }
         trainable_names.add("vitcls.gates.gates")
     trainable_names &= {name for name, parameter in parameters.items() if parameter.requires_grad}
     if trainable == "lora":
@@ -264,14 +322,20 @@ def add_lora(model: Any, rank: int) -> None:
     except ImportError as error:
         raise ValueError("--trainable lora requires PEFT: pip install peft") from error
     if "qkv" in (model.config.specialized_layers or {}):
-        raise ValueError('--trainable lora does not support specialized_layers with "qkv". Use --trainable full')
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGET_MODULES), model)
+        raise ValueError(
+            '--trainable lora does not support specialized_layers with "qkv". Use --trainable full'
+        )
+    inject_adapter_in_model(
+        LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGET_MODULES), model
+    )
 
 
 def merge_lora(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return a copy of a state dict of full tensors with the LoRA weights, if any, merged: W becomes W + B A."""
     merged_weights = {
-        name.replace(".base_layer.", "."): weight for name, weight in weights.items() if ".lora_" not in name
+        name.replace(".base_layer.", "."): weight
+        for name, weight in weights.items()
+        if ".lora_" not in name
     }
     for name, lora_a in weights.items():
         if name.endswith(LORA_A_SUFFIX):

@@ -21,19 +21,24 @@ from ..options import TrainingOptions
 
 def build_optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.Optimizer:
     """Build a fused AdamW optimizer for the trainable parameters."""
-    assert options.learning_rate is not None and options.layer_decay is not None
+    assert options.learning_rate is not None
+    assert options.layer_decay is not None
     groups = build_parameter_groups(model, options.weight_decay, options.layer_decay)
     return torch.optim.AdamW(groups, lr=options.learning_rate, fused=True)
 
 
-def build_parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
+def build_parameter_groups(
+    model: nn.Module, weight_decay: float, layer_decay: float = 1.0
+) -> list[dict[str, Any]]:
     """Group parameters by depth and weight decay.
 
     Weight decay applies to weights of linear and convolutional layers, but not to biases, norms, tokens, position
     embeddings or scales. The learning rate of each group is multiplied by `lr_scale`, which is
     `layer_decay ** (max_depth - depth)` for a group at `depth` (BEiT, arXiv 2106.08254, appendix).
     """
-    weight_decay_ids = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    weight_decay_ids = {
+        id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)
+    }
     depths = get_parameter_depths(model)
     max_depth = max(depths.values())
     groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
@@ -51,10 +56,16 @@ def get_parameter_depths(model: nn.Module) -> dict[str, int]:
     """Return the depth of each parameter: 0 for tokens, position embeddings and patch embeddings; 1, 2, ... for
     the layers; and the next number for the final norm and the heads."""
     names = [name for name, _ in model.named_parameters()]
-    layer_indices = {name: int(match[1]) for name in names if (match := re.search(r"\blayers\.(\d+)\.", name))}
+    layer_indices = {
+        name: int(match[1]) for name in names if (match := re.search(r"\blayers\.(\d+)\.", name))
+    }
     head_depth = max(layer_indices.values(), default=-1) + 2
     return {
-        name: layer_indices[name] + 1 if name in layer_indices else 0 if "embeddings." in name else head_depth
+        name: layer_indices[name] + 1
+        if name in layer_indices
+        else 0
+        if "embeddings." in name
+        else head_depth
         for name in names
     }
 
@@ -74,7 +85,9 @@ class Ema:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.trainable_parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.trainable_parameters = [
+            parameter for parameter in model.parameters() if parameter.requires_grad
+        ]
         self.shadow = [parameter.detach().clone() for parameter in self.trainable_parameters]
 
     @torch.no_grad()

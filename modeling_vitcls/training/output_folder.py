@@ -63,7 +63,14 @@ from .task import Task
 FINAL_FILE_PATTERNS = (
     RESULTS_FILE,
     *MODEL_PATTERNS,
-    *(PREDICTIONS_FILE, CARD_FILE, *LICENSE_PATTERNS, REPORT_FILE, PARITY_REPORT_FILE, *ONNX_PATTERNS),
+    *(
+        PREDICTIONS_FILE,
+        CARD_FILE,
+        *LICENSE_PATTERNS,
+        REPORT_FILE,
+        PARITY_REPORT_FILE,
+        *ONNX_PATTERNS,
+    ),
     f"{IMAGES_FOLDER}/*.png",
     *DEFAULT_EXPORT_PATTERNS,
 )
@@ -84,7 +91,9 @@ def check_replaceable(options: Any, store: CheckpointStore) -> None:
         check_sources_not_removed(options)
         return
     if (folder / RESULTS_FILE).exists() and (folder / CONFIG_FILE).exists():
-        raise ValueError(f"{folder} contains a finished run. Set --overwrite, or choose a different --output-dir")
+        raise ValueError(
+            f"{folder} contains a finished run. Set --overwrite, or choose a different --output-dir"
+        )
     if steps := store.list_steps():
         raise ValueError(
             f"{folder} contains an unfinished run (step {steps[-1]:,}). Set --resume or --overwrite, or choose a "
@@ -107,7 +116,9 @@ def check_sources_not_removed(options: FinetuneOptions | PretrainOptions) -> Non
     def check(flag: str, source: str) -> str:
         path = Path(split_prefix(source)[1]).resolve()
         if is_local(source) and folder in (path, *path.parents):
-            raise ValueError(f"--overwrite would remove the --{flag} in {folder}. Choose a different --output-dir")
+            raise ValueError(
+                f"--overwrite would remove the --{flag} in {folder}. Choose a different --output-dir"
+            )
         return source
 
     replace_sources(options, check)
@@ -115,7 +126,9 @@ def check_sources_not_removed(options: FinetuneOptions | PretrainOptions) -> Non
 
 def remove_run_files(folder: Path, store: CheckpointStore) -> None:
     """Remove the files of an earlier run or model. Other files are kept."""
-    has_marker_file = any((folder / name).exists() for name in (RESULTS_FILE, CONFIG_FILE, RECIPE_FILE))
+    has_marker_file = any(
+        (folder / name).exists() for name in (RESULTS_FILE, CONFIG_FILE, RECIPE_FILE)
+    )
     if not has_marker_file and not store.list_steps():
         return
     for name in (*list_final_files(folder), METRICS_FILE):
@@ -124,23 +137,35 @@ def remove_run_files(folder: Path, store: CheckpointStore) -> None:
         (folder / IMAGES_FOLDER).rmdir()
     shutil.rmtree(folder / STAGING_FOLDER, ignore_errors=True)
     store.clear()
-    (folder / RECIPE_FILE).unlink(missing_ok=True)  # removed last, because this file marks an output folder
+    (folder / RECIPE_FILE).unlink(
+        missing_ok=True
+    )  # removed last, because this file marks an output folder
 
 
-def prepare(folder: Path, store: CheckpointStore, flags: dict[str, Any], checkpoint: Checkpoint | None) -> None:
+def prepare(
+    folder: Path, store: CheckpointStore, flags: dict[str, Any], checkpoint: Checkpoint | None
+) -> None:
     """Remove the files of an earlier run unless that run is resumed, then write config.resolved.yaml."""
     if checkpoint is None:
         remove_run_files(folder, store)
-    flags = {name: value for name, value in flags.items() if name not in ("resume", "overwrite", "dry_run")}
+    flags = {
+        name: value
+        for name, value in flags.items()
+        if name not in ("resume", "overwrite", "dry_run")
+    }
     (folder / RECIPE_FILE).write_text(yaml.safe_dump(flags, sort_keys=False), encoding="utf-8")
 
 
 def list_final_files(folder: Path) -> list[str]:
     """Return the names of the existing files that a run writes at the end, in the order of `FINAL_FILE_PATTERNS`."""
     patterns = ("*", f"{IMAGES_FOLDER}/*", "onnx/*")
-    files = (path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file())
+    files = (
+        path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()
+    )
     names = [path.relative_to(folder).as_posix() for path in files]
-    matches = [name for pattern in FINAL_FILE_PATTERNS for name in names if is_match(name, (pattern,))]
+    matches = [
+        name for pattern in FINAL_FILE_PATTERNS for name in names if is_match(name, (pattern,))
+    ]
     return list(dict.fromkeys([*matches, *list_export_files(folder)]))
 
 
@@ -183,7 +208,11 @@ def save_output(
     this function. Raise RunStopped on all processes if the folder cannot be written."""
     weights = gather_weights(task.model)
     if task.encoder is not None:
-        weights = {name.removeprefix("vitcls."): weights[name] for name in weights if name.startswith("vitcls.")}
+        weights = {
+            name.removeprefix("vitcls."): weights[name]
+            for name in weights
+            if name.startswith("vitcls.")
+        }
 
     def write() -> None:
         try:
@@ -215,20 +244,29 @@ def write_model_files(
     # FSDP2 replaces the model's class with a subclass. With the subclass, transformers would save PyTorch's source
     # files as the model's code.
     model = task.encoder or task.model
-    unsharded_class: Any = next(base for base in type(model).__mro__ if not issubclass(base, FSDPModule))
+    unsharded_class: Any = next(
+        base for base in type(model).__mro__ if not issubclass(base, FSDPModule)
+    )
     model.__class__ = unsharded_class
     model.save_pretrained(folder, state_dict=merge_lora(weights))
     task.processor.save_pretrained(folder)
-    results = results | {"weights_sha256": hash_weights(folder), "provenance": None}  # None: random weights
+    results = results | {
+        "weights_sha256": hash_weights(folder),
+        "provenance": None,
+    }  # None: random weights
     if not initial.has_random_weights:
         provenance = find_provenance(initial.name)
         provenance.copy_license(folder)
         results["provenance"] = provenance.to_dict()
     if isinstance(options, PretrainOptions) and options.distillation.teachers:
-        results["teacher_licenses"] = [find_provenance(name).license for name in options.distillation.teachers]
+        results["teacher_licenses"] = [
+            find_provenance(name).license for name in options.distillation.teachers
+        ]
     elif isinstance(options, FinetuneOptions) and options.distillation.teacher is not None:
         results["teacher_provenance"] = find_provenance(options.distillation.teacher).to_dict()
-    saved_model = unsharded_class.from_pretrained(folder).to(model.device).eval()  # `model` may be sharded
+    saved_model = (
+        unsharded_class.from_pretrained(folder).to(model.device).eval()
+    )  # `model` may be sharded
     results["inference"] = measure_inference_speed(saved_model, model.device)
     write_json(folder / RESULTS_FILE, results)
 

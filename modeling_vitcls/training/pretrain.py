@@ -43,34 +43,54 @@ from .teacher import TeacherCache, load_feature_teacher
 
 
 MAX_NEIGHBORS = 10_000  # maximum number of training images for k-NN and logistic regression
-NUM_STANDARDIZATION_IMAGES, NUM_DRY_RUN_STANDARDIZATION_IMAGES = 2048, 64  # images for teachers' means and covariances
+NUM_STANDARDIZATION_IMAGES, NUM_DRY_RUN_STANDARDIZATION_IMAGES = (
+    2048,
+    64,
+)  # images for teachers' means and covariances
 MIN_RANK = 0.02  # effective rank below which the features have collapsed, as a fraction of the highest possible rank
 
 
 def check_options(options: PretrainOptions) -> PretrainOptions:
     """Return the options with the method's defaults. Raise ValueError if flags contradict each other, require labels
     or drop patches."""
-    num_teachers, num_tokens = len(options.distillation.teachers), options.model.num_distillation_tokens
+    num_teachers = len(options.distillation.teachers)
+    num_tokens = options.model.num_distillation_tokens
     method = options.method or ("distillation" if num_teachers else "lejepa")
     if (method == "distillation") != bool(num_teachers):
-        raise ValueError(f"--method {method} {'excludes' if num_teachers else 'requires'} --teachers. Change one flag")
+        raise ValueError(
+            f"--method {method} {'excludes' if num_teachers else 'requires'} --teachers. Change one flag"
+        )
     for name in filter(is_preset, options.distillation.teachers):
-        raise ValueError(f"--teachers requires trained models, but {name} has random weights. Set a checkpoint")
+        raise ValueError(
+            f"--teachers requires trained models, but {name} has random weights. Set a checkpoint"
+        )
     if num_teachers and num_tokens is None:
         num_tokens = num_teachers
     if num_teachers and num_tokens not in (0, 1, num_teachers):
         raise ValueError(
             f"--num-distillation-tokens is {num_tokens}, but {num_teachers} teachers require 0, 1 or {num_teachers}"
         )
-    options = replace(options, method=method, model=replace(options.model, num_distillation_tokens=num_tokens))
+    options = replace(
+        options, method=method, model=replace(options.model, num_distillation_tokens=num_tokens)
+    )
     flags = to_flags(options)
-    for name, default in {"mixup": 0, "cutmix": 0, "class_balance": "none", "trainable": "full"}.items():
+    for name, default in {
+        "mixup": 0,
+        "cutmix": 0,
+        "class_balance": "none",
+        "trainable": "full",
+    }.items():
         if flags[name] != default:
-            raise ValueError(f"--{name.replace('_', '-')} is supported only in fine-tuning. Remove the flag")
+            raise ValueError(
+                f"--{name.replace('_', '-')} is supported only in fine-tuning. Remove the flag"
+            )
     if options.method == "lejepa":  # draws its own crops
         augmentation = options.augmentation
-        crop_scale, shift = augmentation.crop_scale or 1.0, augmentation.shift or 0.0
-        options = replace(options, augmentation=replace(augmentation, crop_scale=crop_scale, shift=shift))
+        crop_scale = augmentation.crop_scale or 1.0
+        shift = augmentation.shift or 0.0
+        options = replace(
+            options, augmentation=replace(augmentation, crop_scale=crop_scale, shift=shift)
+        )
     return options
 
 
@@ -83,7 +103,9 @@ def load_data(options: PretrainOptions, initial: InitialModel) -> TrainingData:
         return load_training_data(options.data, should_select, use_labels=False)
 
 
-def build_task(options: PretrainOptions, initial: InitialModel, data: TrainingData, reporter: Reporter) -> Task:
+def build_task(
+    options: PretrainOptions, initial: InitialModel, data: TrainingData, reporter: Reporter
+) -> Task:
     """Load the model, and build loss and evaluation."""
     encoder, processor = build_encoder(options.model, initial)
     config, device = encoder.config, reporter.accelerator.device
@@ -100,29 +122,43 @@ def build_task(options: PretrainOptions, initial: InitialModel, data: TrainingDa
     elif options.method == "mae":
         method = MAE(encoder, build_decoder_config(config, options.mae.decoder_layers))
         objective = MAEObjective(normalize, rows * columns, options.mae.mask_ratio)
-        num_masked = int(draw_masks(1, rows * columns, options.mae.mask_ratio, torch.device("cpu")).sum())
+        num_masked = int(
+            draw_masks(1, rows * columns, options.mae.mask_ratio, torch.device("cpu")).sum()
+        )
         summary = f"MAE: {num_masked} of {rows} x {columns} patches are masked"
     else:
         lejepa = options.lejepa
         method = LeJEPA(encoder, lejepa.projector_width)
         objective = LeJEPAObjective(normalize, lejepa, config.patch_height_width)
-        summary = f"LeJEPA: {lejepa.global_crops} global and {lejepa.local_crops} local crops per image"
-    has_labels = data.label_space.kind == "single_label_classification" and bool(data.label_space.columns)
+        summary = (
+            f"LeJEPA: {lejepa.global_crops} global and {lejepa.local_crops} local crops per image"
+        )
+    has_labels = data.label_space.kind == "single_label_classification" and bool(
+        data.label_space.columns
+    )
     arguments = build_evaluator_arguments(options, data, processor, config.num_channels, reporter)
     neighbors = None
     if has_labels and isinstance(data.train, LabeledImages):
-        neighbors = TokenFeatures(data.train.draw(MAX_NEIGHBORS, options.data.split_seed), **arguments)
+        neighbors = TokenFeatures(
+            data.train.draw(MAX_NEIGHBORS, options.data.split_seed), **arguments
+        )
 
     def build_evaluator(images: LabeledImages, with_regression: bool = False) -> FeatureQuality:
-        cosines = None if teachers is None else TeacherCosines(teachers, normalize, images, **arguments)
-        return FeatureQuality(TokenFeatures(images, **arguments), neighbors, cosines, reporter.warn, with_regression)
+        cosines = (
+            None if teachers is None else TeacherCosines(teachers, normalize, images, **arguments)
+        )
+        return FeatureQuality(
+            TokenFeatures(images, **arguments), neighbors, cosines, reporter.warn, with_regression
+        )
 
     selection_metric = "effective_rank" if neighbors is None else "knn_accuracy"
     summary_lines = {"method": summary}
     results: dict[str, Any] = {"method": options.method}
     if teachers is not None:
         selection_metric = "teacher_cosine"
-        summary_lines |= {f"teacher {index}": each.description for index, each in enumerate(teachers.teachers)}
+        summary_lines |= {
+            f"teacher {index}": each.description for index, each in enumerate(teachers.teachers)
+        }
         results["teachers"] = [strip_folders(name) for name in options.distillation.teachers]
         has_own_tokens = config.num_distillation_tokens == len(teachers.teachers)
         config.distillation_teachers = results["teachers"] if has_own_tokens else None
@@ -134,7 +170,12 @@ def build_task(options: PretrainOptions, initial: InitialModel, data: TrainingDa
         build_evaluator,
         selection_metric=selection_metric,
         printed_metrics=(selection_metric,),
-        result_metrics=("teacher_cosine", "knn_accuracy", "knn_accuracy_of_patches", "effective_rank"),
+        result_metrics=(
+            "teacher_cosine",
+            "knn_accuracy",
+            "knn_accuracy_of_patches",
+            "effective_rank",
+        ),
         labels_text="labels are used only to measure the features" if has_labels else "no labels",
         num_views=options.distillation.teacher_views,
         summary_lines=summary_lines,
@@ -193,13 +234,18 @@ class FeatureQuality:
             metrics["teacher_cosines"] = [round(float(cosine), 6) for cosine in cosines]
         if self.neighbors is not None:
             train = self.neighbors(model)
-            kinds = {"knn_accuracy": "knn"} | ({"regression_accuracy": "logreg"} if self.with_regression else {})
+            kinds = {"knn_accuracy": "knn"} | (
+                {"regression_accuracy": "logreg"} if self.with_regression else {}
+            )
             for (name, kind), (suffix, part) in itertools.product(kinds.items(), parts.items()):
                 classifier = build_classifier(kind, len(train["labels"]))
                 classifier.fit(train["features"][part], train["labels"])
                 metrics[name + suffix] = round(float(classifier.score(features[part], labels)), 6)
-        rank, width = compute_effective_rank(features[parts[""]]), features.shape[-1] - patch_width
-        if rank < max(MIN_RANK * min(width, len(features) - 1), 1.5):  # n images have a rank of at most n - 1
+        rank = compute_effective_rank(features[parts[""]])
+        width = features.shape[-1] - patch_width
+        if rank < max(
+            MIN_RANK * min(width, len(features) - 1), 1.5
+        ):  # n images have a rank of at most n - 1
             self.warn(
                 f"the features have collapsed: their effective rank is {rank:.1f} of {width} channels, so images "
                 "have nearly the same features. Set a lower --learning-rate or, with --method lejepa, a larger "
@@ -212,12 +258,20 @@ class FeatureQuality:
 def compare_features(before: dict[str, Any], after: dict[str, Any]) -> str:
     """Return a line that compares the metrics of the held-out images before and after pre-training."""
     names = {"knn_accuracy": "k-NN", "regression_accuracy": "logistic regression"}
-    texts = [f"{text} {before[name]:.1%} -> {after[name]:.1%}" for name, text in names.items() if name in after]
+    texts = [
+        f"{text} {before[name]:.1%} -> {after[name]:.1%}"
+        for name, text in names.items()
+        if name in after
+    ]
     is_worse = all(after[name] < before[name] for name in names if name in after) and bool(texts)
     if not texts:
-        texts = [f"effective rank {before['effective_rank']} -> {after['effective_rank']} (no labels)"]
+        texts = [
+            f"effective rank {before['effective_rank']} -> {after['effective_rank']} (no labels)"
+        ]
     for index, cosine in enumerate(after.get("teacher_cosines", ())):
-        texts.append(f"cosine with teacher {index} {before['teacher_cosines'][index]:.3f} -> {cosine:.3f}")
+        texts.append(
+            f"cosine with teacher {index} {before['teacher_cosines'][index]:.3f} -> {cosine:.3f}"
+        )
     text = f"{', '.join(texts)} on {after['num_images']:,} held-out images, from before to after pre-training"
     return f"{text}. Pre-training made the features worse" if is_worse else text
 
@@ -238,11 +292,15 @@ def compute_effective_rank(features: np.ndarray) -> float:
 # Models --------------------------------------------------------------------------------------------------------------
 
 
-def build_encoder(options: ModelOptions, initial: InitialModel) -> tuple[ViTCLSModel, ViTCLSImageProcessor]:
+def build_encoder(
+    options: ModelOptions, initial: InitialModel
+) -> tuple[ViTCLSModel, ViTCLSImageProcessor]:
     """Build the encoder from a preset or a checkpoint."""
-    name, config_values = initial.name, options.get_config_values()
+    name = initial.name
+    config_values = options.get_config_values()
     if initial.folder is None:
-        encoder, processor = ViTCLSModel(ViTCLSConfig.from_preset(name, **config_values)), ViTCLSImageProcessor()
+        encoder = ViTCLSModel(ViTCLSConfig.from_preset(name, **config_values))
+        processor = ViTCLSImageProcessor()
     else:
         gate_new_tokens = initial.gate_new_tokens
         encoder = ViTCLSModel.from_pretrained(
@@ -251,9 +309,13 @@ def build_encoder(options: ModelOptions, initial: InitialModel) -> tuple[ViTCLSM
         processor = load_processor(name, initial.folder)
     config = encoder.config
     if config.patch_drop_rate:
-        raise ValueError(f"pre-training requires --patch-drop-rate 0, but the rate is {config.patch_drop_rate}")
+        raise ValueError(
+            f"pre-training requires --patch-drop-rate 0, but the rate is {config.patch_drop_rate}"
+        )
     if encoder.embeddings.mask_token is not None:
-        encoder.embeddings.mask_token.requires_grad_(False)  # not used; DDP requires gradients of all parameters
+        encoder.embeddings.mask_token.requires_grad_(
+            False
+        )  # not used; DDP requires gradients of all parameters
     set_fit(processor, options.fit or get_fit(processor), config.image_height_width)
     return encoder, processor
 
@@ -267,15 +329,21 @@ def load_teachers(
 ) -> FeatureTeachers:
     """Load the teachers, and fit the standardization of their features to augmented training images."""
     names, with_patches = options.distillation.teachers, options.distillation.distill_patches
-    loaded = [load_feature_teacher(name, config, with_patches, accelerator.device) for name in names]
+    loaded = [
+        load_feature_teacher(name, config, with_patches, accelerator.device) for name in names
+    ]
     teachers = FeatureTeachers(loaded, with_patches, accelerator.autocast)
-    num_images = NUM_DRY_RUN_STANDARDIZATION_IMAGES if options.run.dry_run else NUM_STANDARDIZATION_IMAGES
+    num_images = (
+        NUM_DRY_RUN_STANDARDIZATION_IMAGES if options.run.dry_run else NUM_STANDARDIZATION_IMAGES
+    )
     num_images = min(num_images, data.num_training_images or num_images)
     plan = BatchPlan.from_options(data.num_training_images, options.training, num_processes=1)
     images = build_training_images(options, data, processor, config.num_channels, num_views=0)
     with closing(iterate_training_batches(images, plan, 0, num_workers=0)) as batches:
         first_batches = itertools.islice(batches, math.ceil(num_images / plan.batch_size))
-        teachers.fit((send_to_device(batch, accelerator.device) for batch in first_batches), num_images)
+        teachers.fit(
+            (send_to_device(batch, accelerator.device) for batch in first_batches), num_images
+        )
     return teachers
 
 
@@ -286,7 +354,10 @@ def build_distillation_objective(
     sources: list[Any] = teachers.teachers
     if num_views := options.distillation.teacher_views:
         num_images = data.num_training_images
-        sources = [TeacherCache(each, num_images, num_views, each.model.config.pooled_size) for each in sources]
+        sources = [
+            TeacherCache(each, num_images, num_views, each.model.config.pooled_size)
+            for each in sources
+        ]
 
     def compute_loss(model: Any, batch: Batch) -> Losses:
         predictions = model(pixel_values=normalize(batch["pixels"]), project=True)

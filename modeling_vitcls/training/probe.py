@@ -51,28 +51,46 @@ from ..runtime.progress import report_work
 from .reporter import Reporter
 
 
-MAX_PROBE_IMAGES = 10_000  # maximum number of training images for the probe of a run with steps, drawn at random
+MAX_PROBE_IMAGES = (
+    10_000  # maximum number of training images for the probe of a run with steps, drawn at random
+)
 MAX_CHOICE_IMAGES = 5_000  # maximum number of images for the choice by cross-validation
-MAX_SQUASHED_IMAGES, SQUASHED_FRACTION = 500, 0.4  # images whose features are computed with both geometries
-MIN_SELECTION_IMAGES = 50  # with fewer images, the accuracy of the frozen model has a standard error of up to 7 points
+MAX_SQUASHED_IMAGES, SQUASHED_FRACTION = (
+    500,
+    0.4,
+)  # images whose features are computed with both geometries
+MIN_SELECTION_IMAGES = (
+    50  # with fewer images, the accuracy of the frozen model has a standard error of up to 7 points
+)
 FLOPS_OF_STEP = 3  # forward and backward pass of an image, relative to its forward pass
-CPU_FLOPS_PER_MINUTE = 60 * 150e9  # of two cores with AVX-512; the estimate of a duration is within a factor of 3
+CPU_FLOPS_PER_MINUTE = (
+    60 * 150e9
+)  # of two cores with AVX-512; the estimate of a duration is within a factor of 3
 MAX_CPU_FLOPS = 10 * CPU_FLOPS_PER_MINUTE  # of a run on a CPU whose length the user has not set
 NUM_MEASURED_SHAPES = 64  # images whose aspect ratio is read
-MIN_ASPECT_RATIO = 1.05  # median of the longer side divided by the shorter, from which two geometries are compared
+MIN_ASPECT_RATIO = (
+    1.05  # median of the longer side divided by the shorter, from which two geometries are compared
+)
 SQUASH = "squash"
 
 
-def explain_missing_probe(options: Any, model: Any, new_parameter_names: set[str], label_kind: str) -> str | None:
+def explain_missing_probe(
+    options: Any, model: Any, new_parameter_names: set[str], label_kind: str
+) -> str | None:
     """Return the reason why a run has no probe, or None if it has one."""
     reasons = {
         "--no-probe is set": not options.training.probe,
         "the dataset is a stream": options.data.streaming,
-        "the dataset does not have one label per image": label_kind != "single_label_classification",
-        "the model has a distillation head": getattr(model, "distillation_classifier", None) is not None,
+        "the dataset does not have one label per image": label_kind
+        != "single_label_classification",
+        "the model has a distillation head": getattr(model, "distillation_classifier", None)
+        is not None,
         "the head is an MLP": not isinstance(getattr(model, "classifier", None), nn.Linear),
-        "the pooler has random weights": any(name.startswith("vitcls.pooler.") for name in new_parameter_names),
-        "the checkpoint has a classifier for these labels": "classifier.weight" not in new_parameter_names,
+        "the pooler has random weights": any(
+            name.startswith("vitcls.pooler.") for name in new_parameter_names
+        ),
+        "the checkpoint has a classifier for these labels": "classifier.weight"
+        not in new_parameter_names,
     }
     return next((reason for reason, is_true in reasons.items() if is_true), None)
 
@@ -187,7 +205,11 @@ class Probe:
         # Geometry, on training images
         features = self.compute_features(first_images, layout).features
         comparison = None
-        if self.fit is None and get_fit(self.processor) != SQUASH and has_various_shapes(first_images):
+        if (
+            self.fit is None
+            and get_fit(self.processor) != SQUASH
+            and has_various_shapes(first_images)
+        ):
             features, comparison = self.compare_with_squash(first_images, features)
 
         # Layers, tokens, scale and strength, on all images that are not held out if no training follows
@@ -195,7 +217,8 @@ class Probe:
         if data.selection is not None and len(data.selection):
             selection = self.compute_features(data.selection, layout, warn=reporter.warn)
             if is_final:
-                features, selection = concatenate_features(features, selection.features), None
+                features = concatenate_features(features, selection.features)
+                selection = None
         choice = self.choose(features)
         self.set_pooling(choice.candidate)
 
@@ -224,7 +247,10 @@ class Probe:
         return probe
 
     def compute_features(
-        self, images: LabeledImages, layout: FeatureLayout, warn: Callable[[str], None] = ignore_message
+        self,
+        images: LabeledImages,
+        layout: FeatureLayout,
+        warn: Callable[[str], None] = ignore_message,
     ) -> FrozenPass:
         """Pass images through the encoder. Training reports unreadable images, so that the default does not."""
         frozen_pass = FrozenPass(images, layout, **(self.arguments | {"warn": warn}))
@@ -234,14 +260,18 @@ class Probe:
     def choose(self, features: Features) -> ProbeChoice:
         """Choose what the classifier reads, by cross-validation on the main process."""
         layout = features.layout
-        candidates = list_candidates(layout.num_layers, self.pooled_layers, self.list_token_choices(layout))
+        candidates = list_candidates(
+            layout.num_layers, self.pooled_layers, self.list_token_choices(layout)
+        )
 
         def select(candidate: Candidate) -> np.ndarray:
             return features.select(candidate).astype(np.float64)
 
         def choose() -> ProbeChoice:
             with report_work("cross-validation"):
-                return choose_probe(select, features.labels, self.model.config.num_labels, candidates)
+                return choose_probe(
+                    select, features.labels, self.model.config.num_labels, candidates
+                )
 
         return run_on_main(self.accelerator, choose)
 
@@ -257,7 +287,9 @@ class Probe:
 
     # Geometry ----------------------------------------------------------------------------------------------------
 
-    def compare_with_squash(self, images: LabeledImages, own: Features) -> tuple[Features, dict[str, Any]]:
+    def compare_with_squash(
+        self, images: LabeledImages, own: Features
+    ) -> tuple[Features, dict[str, Any]]:
         """Compare the checkpoint's own geometry with squashing, on a part of the images.
 
         Squashing is chosen only if its loss is lower by more than one standard error. The image processor is set to
@@ -294,9 +326,13 @@ class Probe:
         if not is_squashed:
             self.set_geometry(own_fit)
             return own, record
-        return concatenate_features(squashed, self.compute_part(images, ~is_compared, own.layout)), record
+        return concatenate_features(
+            squashed, self.compute_part(images, ~is_compared, own.layout)
+        ), record
 
-    def compute_part(self, images: LabeledImages, is_chosen: np.ndarray, layout: FeatureLayout) -> Features:
+    def compute_part(
+        self, images: LabeledImages, is_chosen: np.ndarray, layout: FeatureLayout
+    ) -> Features:
         """Compute the features of some of the images; the indices are those among all images."""
         indices = np.flatnonzero(is_chosen)
         features = self.compute_features(images.select(indices.tolist()), layout).features
@@ -346,7 +382,8 @@ def has_various_shapes(images: LabeledImages) -> bool:
 def split_at_random(images: LabeledImages, num_images: int) -> tuple[LabeledImages, LabeledImages]:
     """Return `num_images` random images, and the other images."""
     order = np.random.default_rng(0).permutation(len(images))
-    first, others = np.sort(order[:num_images]), np.sort(order[num_images:])
+    first = np.sort(order[:num_images])
+    others = np.sort(order[num_images:])
     return images.select(first.tolist()), images.select(others.tolist())
 
 
@@ -406,7 +443,9 @@ def describe_probe(record: dict[str, Any]) -> str:
     default = record["candidates"][0]
     is_other = any(default[name] != record[name] for name in ("layers", "tokens", "scale"))
     if is_other and default["num_images"] == record["num_images_of_choice"]:
-        text += f" ({describe_candidate(default)}: {default['accuracy']:.1%}, {default['loss']:.2f})"
+        text += (
+            f" ({describe_candidate(default)}: {default['accuracy']:.1%}, {default['loss']:.2f})"
+        )
     return text
 
 

@@ -32,7 +32,9 @@ class Reporter:
 
     def __init__(self, metrics_file: Path, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
-        self.console = Console(quiet=not accelerator.is_main_process, soft_wrap=True, highlight=False)
+        self.console = Console(
+            quiet=not accelerator.is_main_process, soft_wrap=True, highlight=False
+        )
         self.metrics_file = metrics_file
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -60,7 +62,11 @@ class Reporter:
         """Start the output of a run that continues after `step`. In metrics.jsonl, keep the records up to this
         step, and remove the records of later steps, which the resumed run repeats."""
         if self.accelerator.is_main_process:
-            lines = self.metrics_file.read_text(encoding="utf-8").splitlines() if self.metrics_file.exists() else []
+            lines = (
+                self.metrics_file.read_text(encoding="utf-8").splitlines()
+                if self.metrics_file.exists()
+                else []
+            )
             earlier_lines = []
             for line in lines:
                 with suppress(ValueError):  # the last line of a killed run may be truncated
@@ -80,7 +86,9 @@ class Reporter:
         is_due = self.progress.get_time() - self.last_line_time >= LINE_SECONDS
         if self.progress.disable and is_due and self.accelerator.is_main_process:
             task = self.progress.tasks[0]
-            remaining_time = f"  {timedelta(seconds=task.time_remaining)} left" if task.time_remaining else ""
+            remaining_time = (
+                f"  {timedelta(seconds=task.time_remaining)} left" if task.time_remaining else ""
+            )
             self.console.print(f"step {step}/{task.total}{remaining_time}", markup=False)
             self.last_line_time = self.progress.get_time()
 
@@ -101,12 +109,16 @@ class Reporter:
         self.progress.update(self.progress_task, completed=record["step"], description=text)
         task = self.progress.tasks[0]
         if self.progress.disable:
-            remaining_time = f"{timedelta(seconds=task.time_remaining)} left" if task.time_remaining else ""
+            remaining_time = (
+                f"{timedelta(seconds=task.time_remaining)} left" if task.time_remaining else ""
+            )
             columns = [f"step {record['step']}/{task.total}", text, remaining_time, score_text]
             self.console.print("  ".join(filter(None, columns)), markup=False)
             self.last_line_time = self.progress.get_time()
         elif score_text:
-            self.progress.console.print(f"epoch {record['epoch']:>5.1f}  {score_text}", markup=False)
+            self.progress.console.print(
+                f"epoch {record['epoch']:>5.1f}  {score_text}", markup=False
+            )
 
 
 def format_metric(name: str, value: float | None) -> str:
@@ -132,15 +144,21 @@ def flatten_record(record: dict[str, Any], prefix: str = "") -> dict[str, float]
 # Summary and results -------------------------------------------------------------------------------------------------
 
 
-def describe_splits(data: TrainingData, processor: ViTCLSImageProcessor, labels_text: str) -> dict[str, str]:
+def describe_splits(
+    data: TrainingData, processor: ViTCLSImageProcessor, labels_text: str
+) -> dict[str, str]:
     """Return the summary lines about the data."""
     train_text, held_out_text, selection_text = (
-        "a stream of" if images is None or isinstance(images, StreamedImages) else f"{len(images):,}"
+        "a stream of"
+        if images is None or isinstance(images, StreamedImages)
+        else f"{len(images):,}"
         for images in (data.train, data.held_out, data.selection)
     )
     lines = {}
     if data.train_split in HELD_OUT_SPLITS:
-        lines["split"] = f"training uses the split {data.train_split!r}, because no split is named 'train'"
+        lines["split"] = (
+            f"training uses the split {data.train_split!r}, because no split is named 'train'"
+        )
     lines["data"] = (
         f"{data.name}: {train_text} training images, {held_out_text} held-out images ({data.held_out_name}); "
         f"{labels_text}"
@@ -151,7 +169,9 @@ def describe_splits(data: TrainingData, processor: ViTCLSImageProcessor, labels_
         )
     if data.num_excluded is not None:
         total = data.num_excluded + (data.num_training_images or 0)
-        lines["excluded"] = f"{data.num_excluded:,} of {total:,} training images are left out (--exclude)"
+        lines["excluded"] = (
+            f"{data.num_excluded:,} of {total:,} training images are left out (--exclude)"
+        )
     is_streamed = isinstance(data.held_out, StreamedImages)
     measured = data.held_out.read_first(MAX_MEASURED_IMAGES) if is_streamed else data.held_out
     lines["fit"] = describe_fit(processor, measured.images)
@@ -216,4 +236,8 @@ def count_tokens(config: ViTCLSConfig) -> dict[str, int]:
 
 
 def count_parameters(model: nn.Module, only_trainable: bool = False) -> int:
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad or not only_trainable)
+    return sum(
+        parameter.numel()
+        for parameter in model.parameters()
+        if parameter.requires_grad or not only_trainable
+    )

@@ -7,7 +7,13 @@ from typing import Any
 
 from ..conversion.any_checkpoint import is_pinned, pin_revision
 from ..data.splits import describe_change
-from ..hub.local_paths import BUILT_IN_DATASET, is_same_source, make_relative, resolve_name, strip_folders
+from ..hub.local_paths import (
+    BUILT_IN_DATASET,
+    is_same_source,
+    make_relative,
+    resolve_name,
+    strip_folders,
+)
 from ..inference.load_model import is_preset
 from ..options import PretrainOptions, to_flags
 from .checkpoints import Checkpoint
@@ -25,10 +31,15 @@ PATH_FLAGS = ("dataset", "model", "teacher", "teachers")  # flags whose values m
 
 def resolve_local_paths(options: Any) -> Any:
     """Return the options with absolute paths for a local dataset, model and teachers."""
-    dataset = resolve_name(options.data.dataset, is_built_in=options.data.dataset == BUILT_IN_DATASET)
+    dataset = resolve_name(
+        options.data.dataset, is_built_in=options.data.dataset == BUILT_IN_DATASET
+    )
     options = replace(options, data=replace(options.data, dataset=dataset))
     return replace_sources(
-        options, lambda flag, source: resolve_name(source, is_built_in=flag == "model" and is_preset(source))
+        options,
+        lambda flag, source: resolve_name(
+            source, is_built_in=flag == "model" and is_preset(source)
+        ),
     )
 
 
@@ -40,15 +51,21 @@ def pin_models(options: Any, checkpoint: Checkpoint | None) -> Any:
     def pin(flag: str, source: str) -> str:
         if flag == "model" and is_preset(source):
             return source
-        stored_sources = [stored_flags.get(flag)] if flag != "teachers" else stored_flags.get(flag, [])
-        return next((stored for stored in stored_sources if is_pinned(stored, source)), None) or pin_revision(source)
+        stored_sources = (
+            [stored_flags.get(flag)] if flag != "teachers" else stored_flags.get(flag, [])
+        )
+        return next(
+            (stored for stored in stored_sources if is_pinned(stored, source)), None
+        ) or pin_revision(source)
 
     return replace_sources(options, pin)
 
 
 def replace_sources(options: Any, convert: Callable[[str, str], str]) -> Any:
     """Return the options with the values of --model, --teacher and --teachers replaced with `convert(flag, value)`."""
-    options = replace(options, model=replace(options.model, model=convert("model", options.model.model)))
+    options = replace(
+        options, model=replace(options.model, model=convert("model", options.model.model))
+    )
     if isinstance(options, PretrainOptions):
         teachers = tuple(convert("teachers", source) for source in options.distillation.teachers)
         return replace(options, distillation=replace(options.distillation, teachers=teachers))
@@ -63,11 +80,15 @@ def get_relative_flags(options: Any, should_strip: bool = False) -> dict[str, An
     folders are replaced with placeholders, because the flags are published."""
     convert = strip_folders if should_strip else make_relative
     options = replace_sources(options, lambda _, source: convert(source))
-    flags = to_flags(replace(options, data=replace(options.data, dataset=convert(options.data.dataset))))
+    flags = to_flags(
+        replace(options, data=replace(options.data, dataset=convert(options.data.dataset)))
+    )
     return flags | {"output_dir": convert(flags["output_dir"])}
 
 
-def check_flags_unchanged(stored_flags: dict[str, Any], current_flags: dict[str, Any], folder: Path) -> None:
+def check_flags_unchanged(
+    stored_flags: dict[str, Any], current_flags: dict[str, Any], folder: Path
+) -> None:
     """Raise ValueError if --resume would continue the run with flags that differ from the flags of the checkpoint.
 
     A current value of None is accepted if the default value of the flag depends on the run. A current model without a
@@ -81,7 +102,10 @@ def check_flags_unchanged(stored_flags: dict[str, Any], current_flags: dict[str,
         if (
             name in CHANGEABLE_FLAGS
             or current_value == value
-            or (name in PATH_FLAGS and all(is_same_source(*pair) or is_pinned(*pair) for pair in pairs))
+            or (
+                name in PATH_FLAGS
+                and all(is_same_source(*pair) or is_pinned(*pair) for pair in pairs)
+            )
             or (current_value is None and name in ("select", *DEFAULT_FLAGS))
         ):
             continue
@@ -122,4 +146,10 @@ def check_run_unchanged(metadata: dict[str, Any], current: dict[str, Any], folde
 
 def format_flag_value(value: Any) -> str:
     """Format a flag's value for messages: as on the command line, or "unset" if the value is None."""
-    return "unset" if value is None else " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return (
+        "unset"
+        if value is None
+        else " ".join(map(str, value))
+        if isinstance(value, list)
+        else str(value)
+    )

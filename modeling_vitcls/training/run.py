@@ -33,7 +33,12 @@ from ..data.workers import explain_worker_errors
 from ..inference.frozen_features import HeadEvaluator
 from ..inference.per_image import get_outputs
 from ..options import FinetuneOptions, PretrainOptions, to_flags
-from ..runtime.distributed import build_accelerator, configure_layer_sharding, run_on_main, set_mixed_precision
+from ..runtime.distributed import (
+    build_accelerator,
+    configure_layer_sharding,
+    run_on_main,
+    set_mixed_precision,
+)
 from ..runtime.errors import RunStopped, is_raised_on_all_processes
 from ..runtime.system import describe_device
 from . import finetune, output_folder, pretrain
@@ -46,13 +51,26 @@ from .calibration import (
 from .checkpoints import Checkpoint, CheckpointStore
 from .defaults import choose_learning_rate_after_probe, describe_random_weights, resolve_defaults
 from .distributed_state import reshard
-from .dry_run import NUM_PROBE_IMAGES, NUM_STEPS, build_dry_run_options, describe_dry_probe, describe_dry_run
+from .dry_run import (
+    NUM_PROBE_IMAGES,
+    NUM_STEPS,
+    build_dry_run_options,
+    describe_dry_probe,
+    describe_dry_run,
+)
 from .loop import TrainingLoop, TrainingState
 from .model import InitialModel, check_preset_name, choose_image_size, resolve_initial_model
 from .optimizer import Ema, build_optimizer
 from .output_folder import CHECKPOINTS_FOLDER, RESULTS_FILE, FolderLock, save_output
 from .probe import FittedProbe, explain_missing_steps
-from .reporter import Reporter, describe_batches, describe_model, describe_run, describe_splits, format_result
+from .reporter import (
+    Reporter,
+    describe_batches,
+    describe_model,
+    describe_run,
+    describe_splits,
+    format_result,
+)
 from .resume import (
     check_flags_unchanged,
     check_run_unchanged,
@@ -65,11 +83,17 @@ from .signals import SignalHandler
 from .task import Task, build_training_images
 
 
-DEFAULT_STREAM_SAVE_EVERY = 1000  # default of --save-every in steps for streams, which have no epochs
-ALL, FIRST_HALF, SECOND_HALF = slice(None), slice(0, None, 2), slice(1, None, 2)  # of the held-out images
+DEFAULT_STREAM_SAVE_EVERY = (
+    1000  # default of --save-every in steps for streams, which have no epochs
+)
+ALL = slice(None)
+FIRST_HALF = slice(0, None, 2)
+SECOND_HALF = slice(1, None, 2)  # of the held-out images
 
 Options = Any  # FinetuneOptions or PretrainOptions
-Evaluate = Callable[[Any], dict[str, Any]]  # from a model to metrics; an `Evaluator` if there are images
+Evaluate = Callable[
+    [Any], dict[str, Any]
+]  # from a model to metrics; an `Evaluator` if there are images
 
 
 @dataclass(frozen=True)
@@ -134,7 +158,9 @@ class Result:
     evaluator: Any  # whose outputs are written to predictions.parquet; None without predictions
 
 
-def train(options: FinetuneOptions | PretrainOptions, on_checkpoint: Callable[[Path], None] | None = None) -> Path:
+def train(
+    options: FinetuneOptions | PretrainOptions, on_checkpoint: Callable[[Path], None] | None = None
+) -> Path:
     """Train and evaluate a model, and return the folder with the model and its results. With `--dry-run`, run a few
     steps, print the expected duration and memory of the full run, and keep no files, not even the returned folder.
 
@@ -163,7 +189,9 @@ def run(kind: ModuleType, options: Options, on_checkpoint: Callable[[Path], None
         environment = set_up(options, lock)
         accelerator, reporter = environment.accelerator, environment.reporter
         if run_on_main(accelerator, partial(check_folder, options, environment)):
-            shutil.rmtree(folder / output_folder.STAGING_FOLDER, ignore_errors=True)  # killed at the end
+            shutil.rmtree(
+                folder / output_folder.STAGING_FOLDER, ignore_errors=True
+            )  # killed at the end
             reporter.print_line("finished", f"{folder} already contains the results of this run")
             return folder
 
@@ -178,11 +206,17 @@ def run(kind: ModuleType, options: Options, on_checkpoint: Callable[[Path], None
         result = finish_model(loaded, frozen, evaluators, trained, environment)
 
         features_after = measure_features(loaded, environment, trained.loop.state.model)
-        results = build_results(loaded, trained, result, environment, features_before, features_after)
-        save_output(loaded.task, results, loaded.options, loaded.initial, accelerator, result.evaluator)
+        results = build_results(
+            loaded, trained, result, environment, features_before, features_after
+        )
+        save_output(
+            loaded.task, results, loaded.options, loaded.initial, accelerator, result.evaluator
+        )
         print_result(results, loaded, trained, environment)
 
-        del trained  # DDP must not outlive its process group: with torch 2.11, gloo may wait forever
+        del (
+            trained
+        )  # DDP must not outlive its process group: with torch 2.11, gloo may wait forever
         accelerator.free_memory()
         accelerator.end_training()
         return folder
@@ -196,7 +230,10 @@ def set_up(options: Options, lock: FolderLock) -> Environment:
     start_time = time.perf_counter()
     folder, training = options.output_dir, options.training
     accelerator = build_accelerator(
-        training.gradient_accumulation_steps, training.mixed_precision, options.run.log_with, folder / "trackers"
+        training.gradient_accumulation_steps,
+        training.mixed_precision,
+        options.run.log_with,
+        folder / "trackers",
     )
     set_seed(training.seed)
     reporter = Reporter(folder / output_folder.METRICS_FILE, accelerator)
@@ -221,17 +258,25 @@ def check_folder(options: Options, environment: Environment) -> bool:
     if environment.checkpoint is None:
         output_folder.check_replaceable(options, environment.store)
         return False
-    check_flags_unchanged(environment.checkpoint.metadata["flags"], to_flags(options), environment.folder)
+    check_flags_unchanged(
+        environment.checkpoint.metadata["flags"], to_flags(options), environment.folder
+    )
     return (environment.folder / RESULTS_FILE).exists()
 
 
 def load(kind: Any, options: Options, environment: Environment) -> Loaded:
     """Load the data and the models, resolve all defaults, and prepare the output folder."""
-    accelerator, checkpoint, folder = environment.accelerator, environment.checkpoint, environment.folder
+    accelerator, checkpoint, folder = (
+        environment.accelerator,
+        environment.checkpoint,
+        environment.folder,
+    )
     with accelerator.main_process_first():  # only the main process downloads files
         options = pin_models(options, checkpoint)
         initial = resolve_initial_model(options.model.model)
-    data = load_on_main(accelerator, options.data.dataset, partial(kind.load_data, options, initial))
+    data = load_on_main(
+        accelerator, options.data.dataset, partial(kind.load_data, options, initial)
+    )
     is_rate_set = options.training.learning_rate is not None
     is_length_set = options.training.epochs is not None or options.training.max_steps is not None
     with accelerator.main_process_first():
@@ -241,7 +286,9 @@ def load(kind: Any, options: Options, environment: Environment) -> Loaded:
     if task.probe is not None and not is_rate_set:
         rate = choose_learning_rate_after_probe(task.model.config.hidden_size)
         options = replace(options, training=replace(options.training, learning_rate=rate))
-        default_lines["rate"] = f"{rate:g}, because the classifier starts from the regression on the frozen encoder"
+        default_lines["rate"] = (
+            f"{rate:g}, because the classifier starts from the regression on the frozen encoder"
+        )
     if options.training.gradient_checkpointing:
         task.model.gradient_checkpointing_enable()
     recorded_precision = None if checkpoint is None else checkpoint.metadata["mixed_precision"]
@@ -249,19 +296,25 @@ def load(kind: Any, options: Options, environment: Environment) -> Loaded:
         accelerator, options.training.mixed_precision, task.model.config, recorded_precision
     )
 
-    plan = BatchPlan.from_options(data.num_training_images, options.training, accelerator.num_processes)
+    plan = BatchPlan.from_options(
+        data.num_training_images, options.training, accelerator.num_processes
+    )
     metadata = {
         "images_per_step": plan.images_per_step,
         "mixed_precision": accelerator.mixed_precision,
         "data": run_on_main(accelerator, partial(describe_data, data)),
-        "files": run_on_main(accelerator, partial(compute_files_digest, Path(options.data.dataset))),
+        "files": run_on_main(
+            accelerator, partial(compute_files_digest, Path(options.data.dataset))
+        ),
         "flags": get_relative_flags(options, options.run.hub_checkpoint_branch is not None),
     }
     if checkpoint is not None:
         check_flags_unchanged(checkpoint.metadata["flags"], to_flags(options), folder)
         check_run_unchanged(checkpoint.metadata, metadata, folder)
     flags = get_relative_flags(options)
-    run_on_main(accelerator, lambda: output_folder.prepare(folder, environment.store, flags, checkpoint))
+    run_on_main(
+        accelerator, lambda: output_folder.prepare(folder, environment.store, flags, checkpoint)
+    )
 
     lines = {
         **describe_splits(data, task.processor, task.labels_text),
@@ -272,7 +325,9 @@ def load(kind: Any, options: Options, environment: Environment) -> Loaded:
     }
     reason = None
     if task.probe is not None:
-        reason = explain_missing_steps(options, data, forward_flops, accelerator.device, is_length_set)
+        reason = explain_missing_steps(
+            options, data, forward_flops, accelerator.device, is_length_set
+        )
     loaded = Loaded(
         options=options,
         initial=initial,
@@ -297,7 +352,10 @@ def reduce_for_dry_run(loaded: Loaded) -> Loaded:
     if task.probe is not None:
         task.probe = replace(task.probe, max_images=NUM_PROBE_IMAGES)
     return replace(
-        loaded, data=data, plan=replace(loaded.plan, num_steps=NUM_STEPS), evaluated_fraction=evaluated_fraction
+        loaded,
+        data=data,
+        plan=replace(loaded.plan, num_steps=NUM_STEPS),
+        evaluated_fraction=evaluated_fraction,
     )
 
 
@@ -305,7 +363,9 @@ def draw_few_images(data: TrainingData, plan: BatchPlan) -> tuple[TrainingData, 
     """Return data with one batch of held-out and selection images, and the fraction of the evaluated images."""
     num_images = plan.batch_size * plan.num_processes
     held_out, selection = (
-        images.read_first(num_images) if isinstance(images, StreamedImages) else images and images.draw(num_images)
+        images.read_first(num_images)
+        if isinstance(images, StreamedImages)
+        else images and images.draw(num_images)
         for images in (data.held_out, data.selection)
     )
     evaluated = data.held_out if data.selection is None else data.selection
@@ -315,16 +375,23 @@ def draw_few_images(data: TrainingData, plan: BatchPlan) -> tuple[TrainingData, 
     return replace(data, held_out=held_out, selection=selection), fraction
 
 
-def resolve_options(options: Any, initial: InitialModel, data: TrainingData) -> tuple[Any, dict[str, str | None]]:
+def resolve_options(
+    options: Any, initial: InitialModel, data: TrainingData
+) -> tuple[Any, dict[str, str | None]]:
     """Return the options with a value for each flag whose default depends on the run (defaults.py), and the summary
     lines about these values."""
     select = "last" if data.selection is None else "best"
-    options, size_line = replace(options, training=replace(options.training, select=select)), None
+    options = replace(options, training=replace(options.training, select=select))
+    size_line = None
     if isinstance(options, FinetuneOptions):
         model_options, size_line = choose_image_size(options.model, initial)
         options = replace(options, model=model_options)
     options, defaults_line = resolve_defaults(options, initial, data.num_training_images)
-    lines = {"weights": describe_random_weights(initial), "image size": size_line, "defaults": defaults_line}
+    lines = {
+        "weights": describe_random_weights(initial),
+        "image size": size_line,
+        "defaults": defaults_line,
+    }
     return options, lines
 
 
@@ -335,7 +402,12 @@ def print_summary(loaded: Loaded, environment: Environment) -> None:
     if loaded.has_steps:
         lines["batches"] = describe_batches(loaded.plan)
     else:
-        lines |= {"defaults": None, "rate": None, "selection": None, "steps": loaded.missing_steps_reason}
+        lines |= {
+            "defaults": None,
+            "rate": None,
+            "selection": None,
+            "steps": loaded.missing_steps_reason,
+        }
     for name, text in lines.items():
         if text:
             reporter.print_line(name, text)
@@ -364,7 +436,9 @@ def fit_probe(loaded: Loaded, environment: Environment) -> FittedProbe | None:
     return frozen
 
 
-def measure_features(loaded: Loaded, environment: Environment, model: Any = None) -> dict[str, Any] | None:
+def measure_features(
+    loaded: Loaded, environment: Environment, model: Any = None
+) -> dict[str, Any] | None:
     """Measure the features of an encoder before and after pre-training; None if there is nothing to measure."""
     measure = loaded.task.measure_features
     if measure is None or loaded.data.num_held_out_images == 0:
@@ -400,13 +474,23 @@ def train_steps(
 ) -> Trained:
     """Run the remaining steps, and load the selected weights. Without steps, the frozen model is selected."""
     options, data, task, plan = loaded.options, loaded.data, loaded.task, loaded.plan
-    accelerator, reporter, checkpoint = environment.accelerator, environment.reporter, environment.checkpoint
-    images = build_training_images(options, data, task.processor, task.model.config.num_channels, task.num_views)
+    accelerator, reporter, checkpoint = (
+        environment.accelerator,
+        environment.reporter,
+        environment.checkpoint,
+    )
+    images = build_training_images(
+        options, data, task.processor, task.model.config.num_channels, task.num_views
+    )
     state = prepare_state(options, task, accelerator)
     metrics: dict[str, Any] = {}
     selected_step = None
 
-    with SignalHandler(accelerator) as signals, reporter.progress, stop_on_errors(options.data.num_workers):
+    with (
+        SignalHandler(accelerator) as signals,
+        reporter.progress,
+        stop_on_errors(options.data.num_workers),
+    ):
         loop = TrainingLoop(
             state=state,
             objective=task.objective,
@@ -417,10 +501,15 @@ def train_steps(
             reporter=reporter,
             store=environment.store,
             selection_metric=task.selection_metric,
-            unreadable_images=UnreadableImageCounter(reporter.warn, options.data.max_unreadable_images),
-            save_every=options.run.save_every or (None if plan.num_images else DEFAULT_STREAM_SAVE_EVERY),
+            unreadable_images=UnreadableImageCounter(
+                reporter.warn, options.data.max_unreadable_images
+            ),
+            save_every=options.run.save_every
+            or (None if plan.num_images else DEFAULT_STREAM_SAVE_EVERY),
             evaluated_images="held_out" if data.selection is None else "selection",
-            normalize=Normalizer(task.processor, accelerator.device) if task.model.config.num_cls_tokens else None,
+            normalize=Normalizer(task.processor, accelerator.device)
+            if task.model.config.num_cls_tokens
+            else None,
             signals=signals,
             run_metadata=loaded.metadata,
             on_checkpoint=on_checkpoint,
@@ -481,11 +570,17 @@ def finish_model(
 
     can_calibrate = task.can_calibrate and not environment.is_dry_run
     calibration, reported = None, ALL
-    if can_calibrate and frozen is not None and (outputs := frozen.get_held_out_logits()) is not None:
+    if (
+        can_calibrate
+        and frozen is not None
+        and (outputs := frozen.get_held_out_logits()) is not None
+    ):
         calibration = find_calibration(*outputs, images="cross-validation")
     elif can_calibrate and data.selection is not None and loaded.has_steps:
         if isinstance(data.selection, StreamedImages) or has_enough_images(len(data.selection)):
-            calibration = find_calibration(*compute_outputs(evaluators.selection, model), images="selection")
+            calibration = find_calibration(
+                *compute_outputs(evaluators.selection, model), images="selection"
+            )
         else:
             calibration = explain_missing_calibration(len(data.selection), images="selection")
     elif can_calibrate and evaluators.has_held_out:
@@ -507,10 +602,12 @@ def finish_model(
         text = calibration.text
         record = calibration.to_dict() if calibration.is_fitted else None
         if record is not None and evaluators.has_held_out:
-            errors = compute_calibration_errors(*get_outputs(evaluate, reported), calibration.temperature)  # type: ignore[arg-type]
+            logits, labels = get_outputs(evaluate, reported)  # type: ignore[arg-type]
+            errors = compute_calibration_errors(logits, labels, record["temperature"])
             record |= errors
             metrics["calibration_error"] = errors["calibration_error"]
-            before, after = 100 * errors["calibration_error_before"], 100 * errors["calibration_error"]
+            before = 100 * errors["calibration_error_before"]
+            after = 100 * errors["calibration_error"]
             text += f"; calibration error {before:.1f} -> {after:.1f} points"
         environment.reporter.print_line("calibration", text)
     return Result(metrics, record, evaluate if keeps_predictions else None)
@@ -557,7 +654,9 @@ def build_results(
     results: dict[str, Any] = {
         "dataset": data.name,
         "split": data.held_out_name,
-        HELD_OUT_RECORD_KEY: run_on_main(environment.accelerator, lambda: asdict(data.build_record())),
+        HELD_OUT_RECORD_KEY: run_on_main(
+            environment.accelerator, lambda: asdict(data.build_record())
+        ),
         "num_training_images": count_training_images(loaded),
         **task.results,
     }
@@ -578,13 +677,19 @@ def build_results(
     if data.selection is not None and loaded.has_steps:
         results["selection"] = {
             "images": data.selection_name,
-            "num_images": len(data.selection) if isinstance(data.selection, LabeledImages) else None,
+            "num_images": len(data.selection)
+            if isinstance(data.selection, LabeledImages)
+            else None,
             "step": trained.selected_step,
             task.selection_metric: loop.state.best_score,
         }
     if features_before is not None and features_after is not None:
         summary = pretrain.compare_features(features_before, features_after)
-        results["features"] = {"before": features_before, "after": features_after, "summary": summary}
+        results["features"] = {
+            "before": features_before,
+            "after": features_after,
+            "summary": summary,
+        }
     return results
 
 
@@ -597,19 +702,25 @@ def count_training_images(loaded: Loaded) -> int | None:
     return data.num_training_images + len(data.selection)
 
 
-def print_result(results: dict[str, Any], loaded: Loaded, trained: Trained, environment: Environment) -> None:
+def print_result(
+    results: dict[str, Any], loaded: Loaded, trained: Trained, environment: Environment
+) -> None:
     """Print the last lines of the run."""
     reporter, loop = environment.reporter, trained.loop
     if environment.is_dry_run:
         seconds = time.perf_counter() - environment.start_time
         if loaded.has_steps:
-            text = describe_dry_run(loop, loaded.full_plan, loaded.options, loaded.evaluated_fraction, seconds)
+            text = describe_dry_run(
+                loop, loaded.full_plan, loaded.options, loaded.evaluated_fraction, seconds
+            )
         else:
             text = describe_dry_probe(results, loaded.full_plan, seconds)
         reporter.print_line("dry run", text)
         return
     if num_unreadable := len(loop.unreadable_images.indices):
-        reporter.warn(f"{num_unreadable} training image(s) could not be read and were replaced with other images")
+        reporter.warn(
+            f"{num_unreadable} training image(s) could not be read and were replaced with other images"
+        )
     reporter.print_line("result", format_result(results, loaded.task.result_metrics))
     if "features" in results:
         reporter.print_line("features", results["features"]["summary"])
@@ -624,7 +735,9 @@ def prepare_state(options: Any, task: Task, accelerator: Accelerator) -> Trainin
     if options.training.compile:
         task.model.compile()
     configure_layer_sharding(accelerator, task.model)
-    state = TrainingState(*accelerator.prepare(task.model, build_optimizer(task.model, options.training)))
+    state = TrainingState(
+        *accelerator.prepare(task.model, build_optimizer(task.model, options.training))
+    )
     if options.training.ema_decay:
         state.ema = Ema(state.model, options.training.ema_decay)
     return state
@@ -648,4 +761,6 @@ def stop_on_errors(num_workers: int) -> Iterator[None]:
         with explain_worker_errors(num_workers):
             yield
     except (OSError, ValueError) as error:
-        raise RunStopped(str(error), is_on_all_processes=is_raised_on_all_processes(error)) from error
+        raise RunStopped(
+            str(error), is_on_all_processes=is_raised_on_all_processes(error)
+        ) from error

@@ -14,9 +14,15 @@ from torch import distributed
 
 # environment variables that accelerate and torchrun set
 LAUNCHER_ENVIRONMENT_VARIABLES = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
-MAX_FORWARDING_SECONDS = 1.0  # maximum delay in seconds between a signal and the same signal forwarded by a launcher
+MAX_FORWARDING_SECONDS = (
+    1.0  # maximum delay in seconds between a signal and the same signal forwarded by a launcher
+)
 # Windows has only the first two. A terminal that is closed sends SIGHUP.
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
+STOP_SIGNALS = [
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
+    if hasattr(signal, name)
+]
 
 
 class SignalHandler:
@@ -43,15 +49,24 @@ class SignalHandler:
         self.received_signal: signal.Signals | None = None
         self.signal_times: dict[int, float] = {}  # when each signal was received first
         self.old_handlers: dict[signal.Signals, Any] = {}
-        self.parent_pid = os.getppid() if any(name in os.environ for name in LAUNCHER_ENVIRONMENT_VARIABLES) else None
+        self.parent_pid = (
+            os.getppid()
+            if any(name in os.environ for name in LAUNCHER_ENVIRONMENT_VARIABLES)
+            else None
+        )
         # A process group for CPU tensors avoids synchronization with the device.
-        self.process_group: Any = distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+        self.process_group: Any = (
+            distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+        )
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             for signum in STOP_SIGNALS:
                 old_handler = signal.getsignal(signum)
-                if old_handler not in (signal.SIG_IGN, None):  # None: the handler was not installed from Python
+                if old_handler not in (
+                    signal.SIG_IGN,
+                    None,
+                ):  # None: the handler was not installed from Python
                     self.old_handlers[signum] = old_handler
                     signal.signal(signum, self.handle_signal)
         return self
@@ -68,7 +83,10 @@ class SignalHandler:
         if self.received_signal is None:
             self.received_signal = signal.Signals(signum)
         first_time = self.signal_times.setdefault(signum, now)
-        if signum == signal.SIGINT and now - min(self.signal_times.values()) > MAX_FORWARDING_SECONDS:
+        if (
+            signum == signal.SIGINT
+            and now - min(self.signal_times.values()) > MAX_FORWARDING_SECONDS
+        ):
             raise KeyboardInterrupt
         if signum == signal.SIGTERM and now - first_time > MAX_FORWARDING_SECONDS:
             signal.signal(signum, signal.SIG_DFL)
@@ -82,6 +100,8 @@ class SignalHandler:
         signum = int(self.received_signal or 0)
         if self.process_group is not None:
             max_signum = torch.tensor(signum)
-            distributed.all_reduce(max_signum, op=distributed.ReduceOp.MAX, group=self.process_group)
+            distributed.all_reduce(
+                max_signum, op=distributed.ReduceOp.MAX, group=self.process_group
+            )
             signum = int(max_signum)
         return signal.Signals(signum).name if signum else None

@@ -35,9 +35,13 @@ class Task:
     printed_metrics: tuple[str, ...]  # metrics of evaluations that are printed during training
     result_metrics: tuple[str, ...]  # metrics of the printed result
     labels_text: str
-    can_calibrate: bool = False  # whether the model has a temperature: a classifier with one label per image
+    can_calibrate: bool = (
+        False  # whether the model has a temperature: a classifier with one label per image
+    )
     num_views: int = 0  # number of different views per image, or 0 if every epoch uses a new view
-    summary_lines: dict[str, str] = field(default_factory=dict)  # lines to print before training, keyed by name
+    summary_lines: dict[str, str] = field(
+        default_factory=dict
+    )  # lines to print before training, keyed by name
     warnings: list[str] = field(default_factory=list)  # warnings to print before training
     results: dict[str, Any] = field(default_factory=dict)  # fields of results.json
     probe: Probe | None = None  # sets the classifier from the features of the frozen encoder
@@ -60,9 +64,12 @@ def build_evaluator_arguments(
     }
 
 
-def build_training_images(options: Any, data: TrainingData, processor: Any, num_channels: int, num_views: int) -> Any:
+def build_training_images(
+    options: Any, data: TrainingData, processor: Any, num_channels: int, num_views: int
+) -> Any:
     """Build the augmented training images (`TrainingImages` or `TrainingStream`)."""
-    augmentation, to_rgb = build_augmentation(options.augmentation, processor), bool(processor.do_convert_rgb)
+    augmentation = build_augmentation(options.augmentation, processor)
+    to_rgb = bool(processor.do_convert_rgb)
     builder = BatchBuilder(
         augmentation,
         to_rgb,

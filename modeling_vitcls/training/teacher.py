@@ -36,7 +36,12 @@ from ..conversion.any_checkpoint import resolve_checkpoint
 from ..data.image_folder import format_name_list
 from ..data.labels import LabelSpace
 from ..hub.connection import silence_transformers
-from ..hub.loading import check_is_vitcls, get_external_model_folder, load_timm_model, split_revision
+from ..hub.loading import (
+    check_is_vitcls,
+    get_external_model_folder,
+    load_timm_model,
+    split_revision,
+)
 from ..inference.evaluator import count_not_finite
 from ..inference.load_model import load_processor
 from ..model.configuration_vitcls import ViTCLSConfig
@@ -56,7 +61,9 @@ class TeacherPreprocessing:
     num_channels: int
     height_width: tuple[int, int]
     interpolation: InterpolationMode
-    normalize: Callable[[torch.Tensor], torch.Tensor]  # converts uint8 [B, C, H, W] to normalized float32
+    normalize: Callable[
+        [torch.Tensor], torch.Tensor
+    ]  # converts uint8 [B, C, H, W] to normalized float32
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         """Convert the student's pixels [B, C, H, W] in [0, 255] to the teacher's input. Pixels of mixed images are
@@ -65,7 +72,9 @@ class TeacherPreprocessing:
             pixels = pixels.clamp(0, 255).round().to(torch.uint8)
         pixels = convert_channels(pixels, self.num_channels)
         if pixels.shape[-2:] != self.height_width:
-            pixels = transforms.resize(pixels, list(self.height_width), self.interpolation, antialias=True)
+            pixels = transforms.resize(
+                pixels, list(self.height_width), self.interpolation, antialias=True
+            )
         return self.normalize(pixels)
 
 
@@ -84,7 +93,9 @@ class Teacher(nn.Module):
         self.source = source
         self.model: Any = model.requires_grad_(False)
         self.preprocessing = preprocessing
-        self.read_outputs = read_outputs  # model's outputs -> logits of the student's labels, or features
+        self.read_outputs = (
+            read_outputs  # model's outputs -> logits of the student's labels, or features
+        )
         height, width = preprocessing.height_width
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.description = f"{source}: {num_parameters:,} parameters, at {height} x {width} pixels"
@@ -103,7 +114,9 @@ class Teacher(nn.Module):
         return self(batch["pixels"])
 
 
-def load_teacher(source: str, labels: LabelSpace, student: ViTCLSConfig, device: torch.device) -> Teacher:
+def load_teacher(
+    source: str, labels: LabelSpace, student: ViTCLSConfig, device: torch.device
+) -> Teacher:
     """Load a teacher for a student with the given labels and configuration. Raise ValueError if the
     teacher is not an image classifier or lacks a label, and OSError if the teacher cannot be found or read.
 
@@ -124,7 +137,9 @@ def load_teacher(source: str, labels: LabelSpace, student: ViTCLSConfig, device:
     return Teacher(source, model, preprocessing, read_logits, note).to(device)
 
 
-def load_feature_teacher(source: str, student: ViTCLSConfig, with_patches: bool, device: torch.device) -> Teacher:
+def load_feature_teacher(
+    source: str, student: ViTCLSConfig, with_patches: bool, device: torch.device
+) -> Teacher:
     """Load a teacher that returns its pooled vector [B, P], or, with patches, [B, P + rows * columns * D]: the pooled
     vector, and the patches, resampled to the student's grid.
 
@@ -141,9 +156,13 @@ def load_feature_teacher(source: str, student: ViTCLSConfig, with_patches: bool,
     folder = resolve_checkpoint(source)
     check_is_vitcls(source, folder)
     with silence_transformers():
-        model, loading_info = ViTCLSModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        model, loading_info = ViTCLSModel.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True
+        )
     if missing_names := loading_info["missing_keys"]:
-        raise ValueError(f"the teacher {source} lacks the weight {min(missing_names)}. Use a trained model")
+        raise ValueError(
+            f"the teacher {source} lacks the weight {min(missing_names)}. Use a trained model"
+        )
     processor = load_processor(source, folder)
     preprocessing = build_processor_preprocessing(processor, model.config.num_channels, student)
 
@@ -152,8 +171,12 @@ def load_feature_teacher(source: str, student: ViTCLSConfig, with_patches: bool,
         pooled = outputs.pooler_output.float()
         if not with_patches:
             return pooled
-        patches = outputs.tokens["patches"].float().transpose(1, 2).unflatten(2, outputs.grid_size)  # [B, D, r, c]
-        patches = nn.functional.interpolate(patches, student.grid_size, mode="bilinear", antialias=True)
+        patches = (
+            outputs.tokens["patches"].float().transpose(1, 2).unflatten(2, outputs.grid_size)
+        )  # [B, D, r, c]
+        patches = nn.functional.interpolate(
+            patches, student.grid_size, mode="bilinear", antialias=True
+        )
         return torch.cat([pooled, patches.flatten(2).transpose(1, 2).flatten(1)], dim=1)
 
     return Teacher(source, model, preprocessing, read_features).to(device)
@@ -165,18 +188,27 @@ def match_labels(
     """Return the index of each label in the teacher's logits, and a note on the label mapping. If the teacher has the
     same labels in the same order, return None and an empty note. `names` is None if its labels have no names."""
     if names is None and num_labels == len(labels):
-        return None, f"the teacher's {num_labels} labels have no names and are assumed to be in the dataset's order"
+        return (
+            None,
+            f"the teacher's {num_labels} labels have no names and are assumed to be in the dataset's order",
+        )
     if names == labels:
         return None, ""
     if missing_names := [name for name in labels if (names or []).count(name) != 1]:
-        names_text = f"{num_labels} labels without names" if names is None else format_name_list(names, 8)
+        names_text = (
+            f"{num_labels} labels without names" if names is None else format_name_list(names, 8)
+        )
         raise ValueError(
             f"the teacher {source} must have exactly one label {missing_names[0]!r}, like the dataset, but has "
             f"{names_text}. "
             "Use a teacher that was trained on the dataset's labels"
         )
     assert names is not None
-    note = f"{len(labels)} of the teacher's {len(names)} labels are used" if len(names) > len(labels) else ""
+    note = (
+        f"{len(labels)} of the teacher's {len(names)} labels are used"
+        if len(names) > len(labels)
+        else ""
+    )
     return [names.index(name) for name in labels], note
 
 
@@ -192,14 +224,18 @@ def load_transformers_teacher(source: str, student: ViTCLSConfig) -> LoadedTeach
         )
         processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
     if missing_names := loading_info["missing_keys"]:
-        raise ValueError(f"the teacher {source} lacks the weight {min(missing_names)}. Use a trained classifier")
+        raise ValueError(
+            f"the teacher {source} lacks the weight {min(missing_names)}. Use a trained classifier"
+        )
     config = model.config
     names = [config.id2label[index] for index in range(config.num_labels)]
     has_names = names != [f"LABEL_{index}" for index in range(config.num_labels)]
     if config.model_type == "timm_wrapper":
         preprocessing = build_timm_preprocessing(processor.data_config)
     else:
-        preprocessing = build_processor_preprocessing(processor, getattr(config, "num_channels", 3), student)
+        preprocessing = build_processor_preprocessing(
+            processor, getattr(config, "num_channels", 3), student
+        )
     return model, preprocessing, names if has_names else None, config.num_labels
 
 
@@ -216,14 +252,18 @@ def explain_loading_errors(source: str) -> Iterator[None]:
         raise OSError(f"cannot load the teacher {source} ({reason}){advice}") from error
 
 
-def build_processor_preprocessing(processor: Any, num_channels: int, student: ViTCLSConfig) -> TeacherPreprocessing:
+def build_processor_preprocessing(
+    processor: Any, num_channels: int, student: ViTCLSConfig
+) -> TeacherPreprocessing:
     """Build the preprocessing from a transformers image processor. The teacher's input size is the processor's output
     size for an image of the student's size."""
 
     def normalize(pixels: torch.Tensor) -> torch.Tensor:
         return run_processor(processor, pixels, do_resize=False)
 
-    blank_image = torch.zeros(1, student.num_channels, *student.image_height_width, dtype=torch.uint8)
+    blank_image = torch.zeros(
+        1, student.num_channels, *student.image_height_width, dtype=torch.uint8
+    )
     height, width = run_processor(processor, convert_channels(blank_image, num_channels)).shape[-2:]
     interpolation = get_interpolation(getattr(processor, "resample", None))
     return TeacherPreprocessing(num_channels, (height, width), interpolation, normalize)
@@ -240,7 +280,9 @@ def run_processor(processor: Any, pixels: torch.Tensor, **kwargs: Any) -> torch.
 
 def load_timm_teacher(source: str) -> LoadedTeacher:
     """Load a timm model, and the preprocessing that timm specifies for the model's weights."""
-    with explain_loading_errors(source):  # for example, timm is not installed, or the name is unknown
+    with explain_loading_errors(
+        source
+    ):  # for example, timm is not installed, or the name is unknown
         import timm
 
         model: Any = load_timm_model(source.removeprefix(TIMM_PREFIX))[0]
@@ -251,10 +293,13 @@ def load_timm_teacher(source: str) -> LoadedTeacher:
 def build_timm_preprocessing(data_config: dict[str, Any]) -> TeacherPreprocessing:
     """Build the preprocessing from timm's data configuration."""
     num_channels, height, width = data_config["input_size"]
-    mean, std = list(data_config["mean"]), list(data_config["std"])
+    mean = list(data_config["mean"])
+    std = list(data_config["std"])
 
     def normalize(pixels: torch.Tensor) -> torch.Tensor:
-        return transforms.normalize(transforms.to_dtype(pixels, torch.float32, scale=True), mean, std)
+        return transforms.normalize(
+            transforms.to_dtype(pixels, torch.float32, scale=True), mean, std
+        )
 
     interpolation = get_interpolation(data_config["interpolation"])
     return TeacherPreprocessing(num_channels, (height, width), interpolation, normalize)
@@ -293,7 +338,11 @@ def get_interpolation(resample: Any) -> InterpolationMode:
     is replaced with bicubic, because torchvision does not support Lanczos for tensors."""
     if resample is None or resample == "random":
         return InterpolationMode.BILINEAR
-    mode = InterpolationMode(resample) if isinstance(resample, str) else pil_torch_interpolation_mapping[resample]
+    mode = (
+        InterpolationMode(resample)
+        if isinstance(resample, str)
+        else pil_torch_interpolation_mapping[resample]
+    )
     return InterpolationMode.BICUBIC if mode is InterpolationMode.LANCZOS else mode
 
 
@@ -305,16 +354,21 @@ class TeacherCache:
     cached.
     """
 
-    def __init__(self, teacher: Teacher, num_images: int | None, num_views: int, width: int) -> None:
+    def __init__(
+        self, teacher: Teacher, num_images: int | None, num_views: int, width: int
+    ) -> None:
         if num_images is None:
-            raise ValueError("--teacher-views requires a dataset of known size, not --streaming. Remove one flag")
+            raise ValueError(
+                "--teacher-views requires a dataset of known size, not --streaming. Remove one flag"
+            )
         self.teacher = teacher
         self.outputs = torch.empty(num_views, num_images, width, dtype=torch.float16)
         self.is_cached = torch.zeros(num_views, num_images, dtype=torch.bool)
 
     def predict(self, batch: dict[str, Any]) -> torch.Tensor:
         """Return the teacher's `float32` outputs [B, width] for a batch, on the device of the pixels."""
-        views, indices = batch["view"].cpu(), batch["index"].cpu()
+        views = batch["view"].cpu()
+        indices = batch["index"].cpu()
         is_missing = ~self.is_cached[views, indices]  # [B]
         if is_missing.any():
             outputs = self.teacher.predict(batch).to("cpu", torch.float16)

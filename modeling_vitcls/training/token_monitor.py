@@ -34,7 +34,10 @@ class TokenMonitor:
 
     def copy_tokens(self, gradients: bool = False) -> Tokens:
         """Return a copy of each token, or of the gradient of each token that has one, on the CPU."""
-        tensors = {group: each.grad if gradients else each.detach() for group, each in self.parameters.items()}
+        tensors = {
+            group: each.grad if gradients else each.detach()
+            for group, each in self.parameters.items()
+        }
         return {
             f"{group}[{index}]": token
             for group, tensor in tensors.items()
@@ -45,13 +48,21 @@ class TokenMonitor:
     def compute_norms(self, gradients: Tokens) -> dict[str, dict[str, float | None]]:
         """Return the norm of each token and of its gradient (0 if it has none) for metrics.jsonl."""
         norms = {name: token.norm().item() for name, token in self.copy_tokens().items()}
-        gradient_norms = {name: gradients[name].norm().item() if name in gradients else 0.0 for name in norms}
+        gradient_norms = {
+            name: gradients[name].norm().item() if name in gradients else 0.0 for name in norms
+        }
         metrics = {"token_norm": norms, "token_gradient_norm": gradient_norms}
-        return {key: {name: round_finite(value) for name, value in values.items()} for key, values in metrics.items()}
+        return {
+            key: {name: round_finite(value) for name, value in values.items()}
+            for key, values in metrics.items()
+        }
 
     def compute_token_movement(self) -> dict[str, float]:
         """Return the Euclidean norm of each token's change since the start of training."""
-        return {name: (token - self.initial_tokens[name]).norm().item() for name, token in self.copy_tokens().items()}
+        return {
+            name: (token - self.initial_tokens[name]).norm().item()
+            for name, token in self.copy_tokens().items()
+        }
 
 
 @torch.no_grad()
@@ -62,10 +73,14 @@ def measure_attention_entropy(
     first images of the batch."""
     pixel_values = normalize(batch["pixels"][:MAX_ATTENTION_IMAGES])  # [B, C, H, W]
     model.eval()
-    attention_weights = model.token_attention(pixel_values, tokens=("cls",))  # [B, layers, heads, CLS, N]
+    attention_weights = model.token_attention(
+        pixel_values, tokens=("cls",)
+    )  # [B, layers, heads, CLS, N]
     set_train_mode(model)
     entropy = torch.special.entr(attention_weights.float()).sum(-1)  # [B, layers, heads, CLS]
-    return {"cls_attention_entropy": [round(value, 4) for value in entropy.mean(dim=(0, 2, 3)).tolist()]}
+    return {
+        "cls_attention_entropy": [round(value, 4) for value in entropy.mean(dim=(0, 2, 3)).tolist()]
+    }
 
 
 def round_finite(value: float) -> float | None:

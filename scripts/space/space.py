@@ -39,7 +39,9 @@ EXAMPLES_FOLDER = "examples"
 # Files from this package that the page requires. These files import no other files from this package.
 PAGE_FILES = ("cli/demo_page.py", "inference/token_names.py")
 # Libraries that the page files and the model's code import. The SDK of the Space contains gradio.
-REQUIRED_LIBRARIES = "huggingface_hub matplotlib numpy pillow safetensors torch torchvision transformers".split()
+REQUIRED_LIBRARIES = (
+    "huggingface_hub matplotlib numpy pillow safetensors torch torchvision transformers".split()
+)
 
 APP_TEMPLATE = '''"""Run the demo page of a model. The code of the page is in {folder}/."""
 
@@ -90,7 +92,9 @@ def find_published_model(source: str) -> HubCommit:
             "Convert the model with `vitcls convert` and push the result"
         )
     if not processor_config_file.is_file():
-        raise ValueError(f"{repo_id} has no preprocessor_config.json. Save the image processor next to the model")
+        raise ValueError(
+            f"{repo_id} has no preprocessor_config.json. Save the image processor next to the model"
+        )
     return model
 
 
@@ -110,23 +114,31 @@ def write_space(folder: Path, model: HubCommit, examples: Sequence[Path] = ()) -
         "app_file": "app.py",
     }
     card = build_space_card(model, DESCRIPTION_TEMPLATE, settings, gradio=gradio_version)
-    requirements = [Requirement(line) for line in importlib.metadata.requires(PACKAGE_FOLDER.name) or ()]
+    requirements = [
+        Requirement(line) for line in importlib.metadata.requires(PACKAGE_FOLDER.name) or ()
+    ]
     specifiers = {
-        requirement.name: str(requirement.specifier) for requirement in requirements if requirement.specifier
+        requirement.name: str(requirement.specifier)
+        for requirement in requirements
+        if requirement.specifier
     }
     files = {f"{PAGE_FOLDER}/{name}": PACKAGE_FOLDER / name for name in PAGE_FILES}
     files |= {f"{EXAMPLES_FOLDER}/{index}_{file.name}": file for index, file in enumerate(examples)}
     for name, file in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, folder / name)
-    app_code = APP_TEMPLATE.format(folder=PAGE_FOLDER, model=model.repo_id, commit=model.sha, examples=EXAMPLES_FOLDER)
+    app_code = APP_TEMPLATE.format(
+        folder=PAGE_FOLDER, model=model.repo_id, commit=model.sha, examples=EXAMPLES_FOLDER
+    )
     (folder / "app.py").write_text(app_code, encoding="utf-8")
     (folder / "README.md").write_text(card, encoding="utf-8")
     requirements_text = "".join(f"{name}{specifiers[name]}\n" for name in REQUIRED_LIBRARIES)
     (folder / "requirements.txt").write_text(requirements_text, encoding="utf-8")
 
 
-def build_space_card(model: HubCommit, description: str, settings: dict[str, Any], **fields: str) -> str:
+def build_space_card(
+    model: HubCommit, description: str, settings: dict[str, Any], **fields: str
+) -> str:
     """Return the text of README.md, whose header configures the Space. `description` is a template with the
     placeholders `model`, `commit`, `url` and the names in `fields`."""
     title = f"{model.repo_id.partition('/')[2]}: labels and attention"
@@ -152,7 +164,11 @@ def push_space(folder: Path, model: HubCommit, space_id: str) -> PushResult:
     Call this function after `prepare_repository(..., space_sdk=...)`. If nothing has changed, no commit is made.
     Raise PushError if the push fails. The message is a single line and ends with the remedy.
     """
-    subfolders = {PAGE_FOLDER, EXAMPLES_FOLDER, *(file.name for file in folder.iterdir() if file.is_dir())}
+    subfolders = {
+        PAGE_FOLDER,
+        EXAMPLES_FOLDER,
+        *(file.name for file in folder.iterdir() if file.is_dir()),
+    }
     message = f"Show {model.repo_id} at {model.sha[:7]}"
     delete_patterns = [f"{name}/*" for name in subfolders]
     return upload_folder(folder, space_id, "space", message, delete_patterns, "Repeat the command")

@@ -20,7 +20,9 @@ from .space import build_space_card
 
 MODEL_FOLDER = "model"
 TRANSFORMERS_JS_VERSION = "4.3.1"  # tested version of the npm package @huggingface/transformers
-TRANSFORMERS_JS_URL = f"https://cdn.jsdelivr.net/npm/@huggingface/transformers@{TRANSFORMERS_JS_VERSION}"
+TRANSFORMERS_JS_URL = (
+    f"https://cdn.jsdelivr.net/npm/@huggingface/transformers@{TRANSFORMERS_JS_VERSION}"
+)
 
 DESCRIPTION_TEMPLATE = """
 Select an image to see the predictions of the Vision Transformer [{model}]({url}) and the attention of its CLS

@@ -18,7 +18,11 @@ from helpers.tiny_models import (
 from helpers.varied_models import center_logits
 from scipy import stats
 
-from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification, ViTCLSModel
+from modeling_vitcls import (
+    ViTCLSForImageClassification,
+    ViTCLSForMultiTaskClassification,
+    ViTCLSModel,
+)
 from modeling_vitcls.analysis.ablation import (
     MIN_CHANGE,
     NUM_NULL_DRAWS,
@@ -63,7 +67,9 @@ def build_classifier(**fields: Any) -> ViTCLSForImageClassification:
 
 def collect_means(model: Any) -> torch.Tensor:
     """Return the mean states of the special tokens, [L + 1, S, D]."""
-    return collect_mean_states(model, Batches(), range(model.config.token_layout.num_prefix_tokens))[0]
+    return collect_mean_states(
+        model, Batches(), range(model.config.token_layout.num_prefix_tokens)
+    )[0]
 
 
 @torch.no_grad()
@@ -75,8 +81,12 @@ def compute_logits(model: Any, index: int | None, means: torch.Tensor) -> torch.
     states = encoder.embeddings(PIXELS, grid, None)
     if index is not None:
         states[:, index] = means[0, index].float()
-    mask = build_attention_mask(model.config, states, None, grid, encoder.relative_position_bias, encoder.gates)
-    position_embeddings = None if encoder.rotary_positions is None else encoder.rotary_positions(grid, states)
+    mask = build_attention_mask(
+        model.config, states, None, grid, encoder.relative_position_bias, encoder.gates
+    )
+    position_embeddings = (
+        None if encoder.rotary_positions is None else encoder.rotary_positions(grid, states)
+    )
     for layer, mean in zip(encoder.layers, means[1:], strict=True):
         states = layer(states, mask, position_embeddings)
         if index is not None:
@@ -101,7 +111,8 @@ def compute_logits(model: Any, index: int | None, means: torch.Tensor) -> torch.
 def test_replacing_a_token_with_its_mean(fields: dict[str, Any]) -> None:
     """The outputs equal a computation layer by layer, and effects are the changes of these outputs."""
     model = build_classifier(**fields)
-    means, found = collect_means(model), compute_ablations(model, Batches())["information"]
+    means = collect_means(model)
+    found = compute_ablations(model, Batches())["information"]
     before = compute_logits(model, None, means)
     keys = get_token_keys(model.config.token_layout)
     assert [key for key in found if "[" in key] == keys
@@ -109,7 +120,9 @@ def test_replacing_a_token_with_its_mean(fields: dict[str, Any]) -> None:
     for index, key in enumerate(keys):
         after = compute_logits(model, index, means)
         with replace_by_means(model, [index], means[:, [index]]):
-            assert get_largest_difference(collect_outputs(model, Batches())[""].logits, after) <= 1e-5
+            assert (
+                get_largest_difference(collect_outputs(model, Batches())[""].logits, after) <= 1e-5
+            )
         change = ((after - before).square().mean().sqrt() / scale).item()
         assert found[key][""].size == pytest.approx(change, abs=1e-5)
         changed = (after.argmax(-1) != before.argmax(-1)).float().mean().item()
@@ -133,14 +146,19 @@ def test_null_distributions_are_effects_of_redrawn_tokens() -> None:
     outputs = collect_outputs(model, Batches())[""]
     labels = outputs.predicted
     found = compute_ablations(model.train(), Batches(labels))
-    assert torch.equal(collect_outputs(model, Batches())[""].logits, outputs.logits)  # the model is unchanged
+    assert torch.equal(
+        collect_outputs(model, Batches())[""].logits, outputs.logits
+    )  # the model is unchanged
     mask = torch.ones(6, 20)
     mask[:, 1] = 0
     with torch.no_grad():
         hidden, before = (model.eval()(PIXELS, attention_mask=each).logits for each in (mask, None))
-    size = compute_effect(Predictions(before, labels, labels), Predictions(hidden, labels, labels)).size
+    size = compute_effect(
+        Predictions(before, labels, labels), Predictions(hidden, labels, labels)
+    ).size
     assert found["presence"]["registers[0]"][""].size == pytest.approx(size, rel=1e-4)
-    generator, embeddings = torch.Generator().manual_seed(0), []
+    generator = torch.Generator().manual_seed(0)
+    embeddings = []
     model.vitcls.layers[0].register_forward_pre_hook(lambda layer, args: embeddings.append(args[0]))
     sizes: dict[str, list[float]] = {kind: [] for kind in found}
     drops = []
@@ -150,7 +168,10 @@ def test_null_distributions_are_effects_of_redrawn_tokens() -> None:
             means, redrawn = collect_mean_states(model, Batches(labels), [index])
             with replace_by_means(model, [index], means):
                 replaced = collect_outputs(model, Batches())[""]
-        for kind, after in (("information", replaced), ("presence", collect_outputs(model, Batches(), [index])[""])):
+        for kind, after in (
+            ("information", replaced),
+            ("presence", collect_outputs(model, Batches(), [index])[""]),
+        ):
             sizes[kind].append(compute_effect(redrawn[""], after).size)
         drops.append((redrawn[""].predicted != labels).float()[:, 0])
     assert torch.stack(drops).any()
@@ -163,7 +184,8 @@ def test_null_distributions_are_effects_of_redrawn_tokens() -> None:
         for index in range(3):
             effect = found[kind][f"registers[{index}]"][""]
             drop = compute_bootstrap_interval(torch.stack(drops[index::3]).mean(dim=0).tolist())
-            assert effect.null_sizes == pytest.approx(null_sizes, rel=1e-4) and effect.redraw_drop == drop
+            assert effect.null_sizes == pytest.approx(null_sizes, rel=1e-4)
+            assert effect.redraw_drop == drop
 
 
 @pytest.mark.parametrize(
@@ -177,7 +199,9 @@ def test_null_distributions_are_effects_of_redrawn_tokens() -> None:
         ({"pooling": "cls_mean"}, [0], []),
     ],
 )
-def test_tokens_that_alone_feed_a_head(fields: dict[str, Any], indices: list[int], heads: list[str]) -> None:
+def test_tokens_that_alone_feed_a_head(
+    fields: dict[str, Any], indices: list[int], heads: list[str]
+) -> None:
     assert feeds_head_alone(build_classifier(**fields), indices) == heads
 
 
@@ -187,16 +211,30 @@ def test_tokens_that_alone_feed_a_head(fields: dict[str, Any], indices: list[int
 def test_effects_in_numbers() -> None:
     logits = torch.tensor([[2.0, 0.0], [0.0, 2.0]])
     before = Predictions(logits, torch.tensor([[0], [1]]), torch.tensor([[0], [0]]))
-    after = Predictions(logits + torch.tensor([[0.0, 0.0], [4.0, 0.0]]), torch.tensor([[0], [0]]), before.labels)
+    after = Predictions(
+        logits + torch.tensor([[0.0, 0.0], [4.0, 0.0]]), torch.tensor([[0], [0]]), before.labels
+    )
     found = compute_effect(before, after)
-    assert (found.changed, found.size, found.accuracy_change, found.num_images) == (0.5, 2.0, 0.5, 2)
+    assert (found.changed, found.size, found.accuracy_change, found.num_images) == (
+        0.5,
+        2.0,
+        0.5,
+        2,
+    )
     assert (found.improvement, found.is_better_than_chance) == (0.5, False)
     assert found.changed_interval == pytest.approx((0.0945, 0.9055), abs=1e-4)  # Wilson
     assert found.interval == pytest.approx((0.0, 8**0.5))
-    assert found.is_measurable and not found.is_beyond_limit
+    assert found.is_measurable
+    assert not found.is_beyond_limit
     labels, constant_labels, better = ([[0, 0], row] * 20 for row in ([1, 1], [0, 0], [1, 0]))
-    improved = compute_effect(build_predictions(constant_labels, labels), build_predictions(better, labels))
-    assert (improved.changed, improved.accuracy_change, improved.is_better_than_chance) == (0.5, 0.25, True)
+    improved = compute_effect(
+        build_predictions(constant_labels, labels), build_predictions(better, labels)
+    )
+    assert (improved.changed, improved.accuracy_change, improved.is_better_than_chance) == (
+        0.5,
+        0.25,
+        True,
+    )
     same = compute_effect(before, before)
     assert (same.changed, same.size, same.is_measurable) == (0.0, 0.0, False)
     constant = Predictions(torch.full((2, 2), 100.0), before.predicted, before.labels)
@@ -216,18 +254,29 @@ def test_improvements_have_the_p_value_of_mcnemar() -> None:
 
 
 def test_features_change_by_their_cosine_distance() -> None:
-    unit, turned = torch.tensor([[1.0, 0.0]] * 2), torch.tensor([[0.6, 0.8], [2.0, 0.0]])
+    unit = torch.tensor([[1.0, 0.0]] * 2)
+    turned = torch.tensor([[0.6, 0.8], [2.0, 0.0]])
     found = compute_effect(Features([unit] * 4), Features([turned] * 4))
-    assert found.size == pytest.approx(0.2) and found.interval == pytest.approx((0.2, 0.2))
-    assert found.changed is None and found.is_measurable
+    assert found.size == pytest.approx(0.2)
+    assert found.interval == pytest.approx((0.2, 0.2))
+    assert found.changed is None
+    assert found.is_measurable
     assert not replace(found, interval=(0.0, 0.6)).is_measurable
 
 
 def test_an_effect_is_beyond_its_limit() -> None:
     """The limit is at least the largest effect of a random token. A random token that costs accuracy is no
     replacement."""
-    effect = Effect(0.5, (0.4, 0.6), 20, changed=0.2, changed_interval=(0.1, 0.3), null_sizes=(0.1, 0.12, 0.11, 0.1))
-    assert effect.limit == pytest.approx(0.1700, abs=1e-4) and effect.is_beyond_limit
+    effect = Effect(
+        0.5,
+        (0.4, 0.6),
+        20,
+        changed=0.2,
+        changed_interval=(0.1, 0.3),
+        null_sizes=(0.1, 0.12, 0.11, 0.1),
+    )
+    assert effect.limit == pytest.approx(0.1700, abs=1e-4)
+    assert effect.is_beyond_limit
     assert not replace(effect, null_sizes=(0.1, 0.6)).is_beyond_limit
     assert not replace(effect, changed=0.0).is_beyond_limit
     assert not replace(effect, size=MIN_CHANGE / 2).is_measurable
@@ -242,7 +291,9 @@ def test_an_effect_is_beyond_its_limit() -> None:
 
 def test_each_task_has_its_own_output() -> None:
     """The tasks are in alphabetical order. Each has its own CLS token, labels and accuracy."""
-    config = build_tiny_config(num_cls_tokens=2, num_register_tokens=1, tasks={"species": 9, "age": 7})
+    config = build_tiny_config(
+        num_cls_tokens=2, num_register_tokens=1, tasks={"species": 9, "age": 7}
+    )
     model = center_logits(ViTCLSForMultiTaskClassification(config), PIXELS)
     with torch.no_grad():
         logits = model(PIXELS).logits
@@ -254,10 +305,14 @@ def test_each_task_has_its_own_output() -> None:
     labels[:3, 0] = IGNORED_LABEL
     labels[3, 0] = (labels[3, 0] + 1) % 7
     known = collect_outputs(model, Batches(labels))
-    assert known["age"].compute_accuracy() == pytest.approx(2 / 3) and known["species"].compute_accuracy() == 1
+    assert known["age"].compute_accuracy() == pytest.approx(2 / 3)
+    assert known["species"].compute_accuracy() == 1
     effects = compute_ablations(model, Batches(labels))["information"]
-    drops = {task: effect.redraw_drop is not None for task, effect in effects["registers[0]"].items()}
-    assert drops == {"age": False, "species": True} and effects["cls"]["age"].null_sizes == ()
+    drops = {
+        task: effect.redraw_drop is not None for task, effect in effects["registers[0]"].items()
+    }
+    assert drops == {"age": False, "species": True}
+    assert effects["cls"]["age"].null_sizes == ()
     for index, key in enumerate(("cls[0]", "cls[1]")):
         with replace_by_means(model, [index], collect_means(model)[:, [index]]):
             after = collect_outputs(model, Batches(labels))
@@ -271,15 +326,20 @@ def test_each_task_has_its_own_output() -> None:
 def test_each_of_several_labels_is_a_prediction() -> None:
     model = build_classifier(problem_type="multi_label_classification")
     with torch.no_grad():
-        model.classifier.weight[0] = model.classifier.bias[0] = 0  # the probability of this label is the threshold
+        model.classifier.weight[0] = model.classifier.bias[0] = (
+            0  # the probability of this label is the threshold
+        )
         expected = (model(PIXELS).logits >= 0).long()
     found = collect_outputs(model, Batches())[""]
-    assert torch.equal(found.predicted, expected) and 0 < expected.float().mean() < 1
+    assert torch.equal(found.predicted, expected)
+    assert 0 < expected.float().mean() < 1
     assert not found.logits.requires_grad
     labels = expected.float()
     labels[0, :3] = 1 - labels[0, :3]
     labels[1] = IGNORED_LABEL
-    assert collect_outputs(model, Batches(labels))[""].compute_accuracy() == pytest.approx(1 - 3 / (5 * LABELS))
+    assert collect_outputs(model, Batches(labels))[""].compute_accuracy() == pytest.approx(
+        1 - 3 / (5 * LABELS)
+    )
 
 
 def test_wrong_inputs_are_one_line_errors() -> None:
@@ -292,7 +352,9 @@ def test_wrong_inputs_are_one_line_errors() -> None:
 
 
 def build_predictions(predicted: list[list[int]], labels: list[list[int]]) -> Predictions:
-    return Predictions(torch.zeros(len(predicted), 2), torch.tensor(predicted), torch.tensor(labels))
+    return Predictions(
+        torch.zeros(len(predicted), 2), torch.tensor(predicted), torch.tensor(labels)
+    )
 
 
 # Chance --------------------------------------------------------------------------------------------------------------
@@ -300,7 +362,9 @@ def build_predictions(predicted: list[list[int]], labels: list[list[int]]) -> Pr
 
 def test_a_task_without_labels_does_not_change_chance() -> None:
     unknown = IGNORED_LABEL
-    found = build_predictions([[0, 1]] * 4, [[0, unknown], [0, unknown], [1, unknown], [unknown, unknown]])
+    found = build_predictions(
+        [[0, 1]] * 4, [[0, unknown], [0, unknown], [1, unknown], [unknown, unknown]]
+    )
     assert found.compute_chance() == pytest.approx(2 / 3) == pytest.approx(found.compute_accuracy())
     assert build_predictions([[0]], [[unknown]]).is_better_than_chance() is None
 
@@ -309,7 +373,11 @@ def test_each_image_with_a_known_label_counts_as_one_image() -> None:
     """Chance is 1/2. The standard error is 1/8 for 16 images and 1/4 for the 4 images in which both labels are known;
     the number of labels, 20, is not the number of images."""
     unknown = IGNORED_LABEL
-    labels = [[0, 0], [1, 1]] * 2 + [[0, unknown], [1, unknown], [unknown, 0], [unknown, 1]] * 3 + [[unknown] * 2]
+    labels = (
+        [[0, 0], [1, 1]] * 2
+        + [[0, unknown], [1, unknown], [unknown, 0], [unknown, 1]] * 3
+        + [[unknown] * 2]
+    )
     for num_wrong, is_better in ((4, True), (5, False)):  # 0.8 and 0.75, compared with 0.5 + 2 / 8
         predicted = [[0 if label == unknown else label for label in row] for row in labels]
         for index in range(num_wrong):
@@ -332,19 +400,26 @@ def test_each_image_with_a_known_label_counts_as_one_image() -> None:
         ({"num_cls_tokens": 0, "pooling": "mean"}, False),
     ],
 )
-def test_features_are_the_tokens_and_the_pooled_vector(fields: dict[str, Any], has_pooler: bool) -> None:
-    model = randomize(ViTCLSModel(build_tiny_config(**{"pooling": "max"} | fields), add_pooling_layer=has_pooler))
+def test_features_are_the_tokens_and_the_pooled_vector(
+    fields: dict[str, Any], has_pooler: bool
+) -> None:
+    model = randomize(
+        ViTCLSModel(build_tiny_config(**{"pooling": "max"} | fields), add_pooling_layer=has_pooler)
+    )
     batches = [build_images(2), build_images(1, seed=1)]
     found = collect_outputs(model, lambda: [(batch, None) for batch in batches])
     with torch.no_grad():
         outputs = [model(batch) for batch in batches]
     tokens = {
-        name: torch.cat([output.tokens[name] for output in outputs]) for name in ("cls", "distillation", "patches")
+        name: torch.cat([output.tokens[name] for output in outputs])
+        for name in ("cls", "distillation", "patches")
     }
     tokens = {name: values for name, values in tokens.items() if values.shape[1]}
-    maximum, mean = tokens["patches"].amax(dim=1, keepdim=True), tokens["patches"].mean(dim=1, keepdim=True)
+    maximum = tokens["patches"].amax(dim=1, keepdim=True)
+    mean = tokens["patches"].mean(dim=1, keepdim=True)
     expected = tokens | ({"pooled": maximum} if has_pooler else {"mean of patches": mean})
-    assert set(found) == set(expected) and count_images(found) == 3
+    assert set(found) == set(expected)
+    assert count_images(found) == 3
     for name, vectors in expected.items():
         assert torch.allclose(torch.stack(found[name].vectors), vectors, atol=1e-6), name
 
@@ -372,9 +447,14 @@ MULTI_TASK: dict[str, Any] = {"num_cls_tokens": 2, "tasks": TASKS}
         (MULTI_TASK, None, [IGNORED_LABEL] * 2),
     ],
 )
-def test_labels_of_datasets_are_converted(fields: dict[str, Any], label: Any, expected: list[int]) -> None:
+def test_labels_of_datasets_are_converted(
+    fields: dict[str, Any], label: Any, expected: list[int]
+) -> None:
     config = build_tiny_config(**fields)
-    model = (ViTCLSForMultiTaskClassification if config.tasks else ViTCLSForImageClassification)(config)
+    model = (ViTCLSForMultiTaskClassification if config.tasks else ViTCLSForImageClassification)(
+        config
+    )
     found = encode_labels([label, label], model)
-    assert found is not None and found.tolist() == [expected] * 2
+    assert found is not None
+    assert found.tolist() == [expected] * 2
     assert encode_labels(None, model) is None

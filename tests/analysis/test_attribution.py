@@ -17,8 +17,16 @@ from helpers.tiny_models import (
 )
 from torch import nn
 
-from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification, ViTCLSModel
-from modeling_vitcls.analysis.attribution import compute_attention_rollout, compute_attribution, trace_attention
+from modeling_vitcls import (
+    ViTCLSForImageClassification,
+    ViTCLSForMultiTaskClassification,
+    ViTCLSModel,
+)
+from modeling_vitcls.analysis.attribution import (
+    compute_attention_rollout,
+    compute_attribution,
+    trace_attention,
+)
 
 
 TOLERANCE = 1e-5
@@ -41,13 +49,25 @@ KINDS_OF_LAYERS: dict[str, dict[str, Any]] = {
 HEADS: dict[str, tuple[dict[str, Any], list[float], str]] = {
     "cls": ({"num_register_tokens": 2}, [1, 0, 0], ""),
     "cls and distillation": (LAYOUTS["cls_distillation_registers"], [1, 1, 0, 0, 0, 0], ""),
-    "a distillation token without a head": ({"num_distillation_tokens": 1, "distillation_head": False}, [1, 0], ""),
+    "a distillation token without a head": (
+        {"num_distillation_tokens": 1, "distillation_head": False},
+        [1, 0],
+        "",
+    ),
     "mean of the patches": (LAYOUTS["no_cls"], [0, 0], "all"),
     "cls and mean": ({"pooling": "cls_mean", "num_register_tokens": 1}, [1, 0], "all"),
     "largest of the patches": ({"pooling": "max"}, [0], "those with a maximum"),
-    "attention pooling of all": ({"pooling": "attention", "attention_pool_tokens": "all"}, [1], "all"),
+    "attention pooling of all": (
+        {"pooling": "attention", "attention_pool_tokens": "all"},
+        [1],
+        "all",
+    ),
     "first of three": ({"num_cls_tokens": 3}, [1, 0, 0], ""),
-    "two of three": ({"num_cls_tokens": 3, "cls_pooling": "concat", "pooled_cls_tokens": [2, 0]}, [1, 0, 1], ""),
+    "two of three": (
+        {"num_cls_tokens": 3, "cls_pooling": "concat", "pooled_cls_tokens": [2, 0]},
+        [1, 0, 1],
+        "",
+    ),
 }
 
 
@@ -68,7 +88,9 @@ def run_eager(model: Any, pixels: torch.Tensor) -> Any:
 def compute_rollout(model: Any, pixels: torch.Tensor) -> torch.Tensor:
     """Compute the definition: the product of (map + identity) / 2 over all layers, [B, N, N]."""
     product = None
-    for maps, layer in zip(run_eager(model, pixels).attentions, model.base_model.layers, strict=True):
+    for maps, layer in zip(
+        run_eager(model, pixels).attentions, model.base_model.layers, strict=True
+    ):
         if model.config.attention_type == "differential":
             maps = subtract_second_maps(maps, layer.attention.lambda_full.item())
         mixed = (maps.mean(dim=1) + torch.eye(maps.shape[-1])) / 2
@@ -79,8 +101,11 @@ def compute_rollout(model: Any, pixels: torch.Tensor) -> torch.Tensor:
 def subtract_second_maps(maps: torch.Tensor, share: float) -> torch.Tensor:
     """Return each head's first map [B, 2 * heads, N, N] minus a share of the second, as rows of sum 1."""
     left = (maps[:, 0::2] - share * maps[:, 1::2]).clamp(min=0)
-    rows, itself = left.flatten(0, 2), torch.eye(left.shape[-1]).repeat(left.shape[0] * left.shape[1], 1)
-    shares = [row / row.sum() if row.sum() > 0 else same for row, same in zip(rows, itself, strict=True)]
+    rows = left.flatten(0, 2)
+    itself = torch.eye(left.shape[-1]).repeat(left.shape[0] * left.shape[1], 1)
+    shares = [
+        row / row.sum() if row.sum() > 0 else same for row, same in zip(rows, itself, strict=True)
+    ]
     return torch.stack(shares).view_as(left)
 
 
@@ -123,7 +148,9 @@ def assert_same_relevance(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 @each_layout
 @pytest.mark.parametrize("implementation", ["sdpa", "flex_attention"])
-def test_rollout_equals_the_product_of_all_layers(layout: dict[str, Any], implementation: str) -> None:
+def test_rollout_equals_the_product_of_all_layers(
+    layout: dict[str, Any], implementation: str
+) -> None:
     model = randomize(ViTCLSModel(build_tiny_config(**LAYERS | layout)))
     model.set_attn_implementation(implementation)
     num_special = model.config.token_layout.num_prefix_tokens
@@ -144,7 +171,8 @@ def test_rollout_of_differential_attention(share: float) -> None:
             layer.attention.lambda_full.fill_(share)
     found = compute_attention_rollout(model, build_images())
     assert get_largest_difference(found, compute_rollout(model, build_images())[:, :1]) <= TOLERANCE
-    assert get_largest_difference(found.sum(-1), torch.ones(found.shape[:-1])) <= TOLERANCE and found.min() >= 0
+    assert get_largest_difference(found.sum(-1), torch.ones(found.shape[:-1])) <= TOLERANCE
+    assert found.min() >= 0
     with torch.no_grad():
         for layer in model.layers:
             for part in (layer.attention.q_proj, layer.attention.k_proj):
@@ -166,7 +194,8 @@ def test_attribution_starts_at_the_tokens_that_the_head_reads(
     relevance, sequence = compute_relevance(model, build_images(2, 24, 56), target=1)
     expected = (expand_shares(special, patches, sequence)[:, None] @ relevance).squeeze(1)
     assert_same_relevance(found, expected)
-    assert found.min() >= 0 and not found.requires_grad
+    assert found.min() >= 0
+    assert not found.requires_grad
 
 
 @pytest.mark.parametrize("fields", KINDS_OF_LAYERS.values(), ids=KINDS_OF_LAYERS)
@@ -180,11 +209,15 @@ def test_attribution_and_rollout_of_every_kind_of_layers(fields: dict[str, Any])
 
 
 @pytest.mark.parametrize("pooling", ["cls", "cls_mean", "max"])
-def test_attribution_of_a_head_on_an_earlier_layer_equals_that_of_the_model_without_later_layers(pooling: str) -> None:
+def test_attribution_of_a_head_on_an_earlier_layer_equals_that_of_the_model_without_later_layers(
+    pooling: str,
+) -> None:
     deep = build_classifier(num_hidden_layers=3, pooled_layers=[2], pooling=pooling)
     shallow = build_classifier(num_hidden_layers=2, pooling=pooling)
     shallow.load_state_dict({name: deep.state_dict()[name] for name in shallow.state_dict()})
-    found, expected = (compute_attribution(model, build_images(), target=1) for model in (deep, shallow))
+    found, expected = (
+        compute_attribution(model, build_images(), target=1) for model in (deep, shallow)
+    )
     assert get_largest_difference(found, expected) <= TOLERANCE
 
 
@@ -207,22 +240,33 @@ def test_attribution_starts_at_every_pooled_layer() -> None:
 
 def test_attribution_of_tasks() -> None:
     """Each task reads its own CLS token. Tasks are in alphabetical order."""
-    model = randomize(ViTCLSForMultiTaskClassification(build_tiny_config(**LAYERS, num_cls_tokens=2, tasks=TASKS)))
+    model = randomize(
+        ViTCLSForMultiTaskClassification(build_tiny_config(**LAYERS, num_cls_tokens=2, tasks=TASKS))
+    )
     for place, task in enumerate(["age", "species"]):
         found = compute_attribution(model, build_images(), target=1, task=task)
         assert_same_relevance(found, compute_relevance(model, build_images(), 1, task)[0][:, place])
-    assert get_largest_difference(found, compute_attribution(model, build_images(), target=1, task="age")) > 1e-3
+    assert (
+        get_largest_difference(
+            found, compute_attribution(model, build_images(), target=1, task="age")
+        )
+        > 1e-3
+    )
 
 
 def test_targets() -> None:
     model = build_classifier()
     pixels = build_images(3)
-    of_each = torch.stack([compute_attribution(model, pixels, target) for target in range(3)])  # [class, B, N]
+    of_each = torch.stack(
+        [compute_attribution(model, pixels, target) for target in range(3)]
+    )  # [class, B, N]
     chosen = model(pixels).logits.argmax(dim=-1)
     assert get_largest_difference(of_each[0], of_each[1]) > 1e-3
     assert torch.equal(compute_attribution(model, pixels), of_each[chosen, torch.arange(3)])
     for wanted in (torch.tensor([2, 0, 1]), torch.tensor([2, 0, 1], dtype=torch.int32)):
-        assert torch.equal(compute_attribution(model, pixels, wanted), of_each[wanted.long(), torch.arange(3)])
+        assert torch.equal(
+            compute_attribution(model, pixels, wanted), of_each[wanted.long(), torch.arange(3)]
+        )
 
 
 @pytest.mark.parametrize("frozen", ["all", "encoder", "none"])
@@ -236,22 +280,33 @@ def test_weights_are_not_changed(frozen: str) -> None:
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             found = compute_attribution(model, pixels, target=0)
-            same = compute_attribution(model, pixels.clone(), target=0)  # images that are created in this mode
+            same = compute_attribution(
+                model, pixels.clone(), target=0
+            )  # images that are created in this mode
         assert get_largest_difference(found, expected) <= TOLERANCE
         assert get_largest_difference(same, expected) <= TOLERANCE
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert pixels.grad is None and not pixels.requires_grad
+    assert pixels.grad is None
+    assert not pixels.requires_grad
     assert_no_recording(model)
 
 
 def test_the_mode_of_each_module_is_kept() -> None:
     """Dropout is disabled. Frozen modules, which are in evaluation mode while others train, stay in it."""
-    model = build_classifier(hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5, drop_path_rate=0.5)
-    expected = compute_attention_rollout(model, build_images()), compute_attribution(model, build_images())
+    model = build_classifier(
+        hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5, drop_path_rate=0.5
+    )
+    expected = (
+        compute_attention_rollout(model, build_images()),
+        compute_attribution(model, build_images()),
+    )
     model.train()
     model.vitcls.layers[0].eval()
     before = {name: module.training for name, module in model.named_modules()}
-    found = compute_attention_rollout(model, build_images()), compute_attribution(model, build_images())
+    found = (
+        compute_attention_rollout(model, build_images()),
+        compute_attribution(model, build_images()),
+    )
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
     assert {name: module.training for name, module in model.named_modules()} == before

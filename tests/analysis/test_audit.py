@@ -16,7 +16,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_val_predict
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
-from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel, evaluate
+from modeling_vitcls import (
+    ViTCLSForImageClassification,
+    ViTCLSImageProcessor,
+    ViTCLSModel,
+    evaluate,
+)
 from modeling_vitcls.analysis import audit as audit_module
 from modeling_vitcls.analysis.audit import (
     AuditedImages,
@@ -41,13 +46,16 @@ def planted() -> tuple[AuditedImages, np.ndarray, np.ndarray]:
     digits = load_digits()
     generator = np.random.default_rng(0)
     images = [Image.fromarray(np.uint8(pixels * 15.9)) for pixels in digits.images]
-    labels, num_images = digits.target.copy(), len(digits.images)
+    labels = digits.target.copy()
+    num_images = len(digits.images)
     flipped = generator.choice(num_images, NUM_FLIPPED, replace=False)
     labels[flipped] = (labels[flipped] + generator.integers(1, 10, NUM_FLIPPED)) % 10
     copied = generator.choice(num_images, NUM_COPIES, replace=False)
     for index in copied:
         buffer = io.BytesIO()
-        images[index].resize((32, 32)).point(lambda value: int(0.85 * value)).save(buffer, "JPEG", quality=90)
+        images[index].resize((32, 32)).point(lambda value: int(0.85 * value)).save(
+            buffer, "JPEG", quality=90
+        )
         images.append(Image.open(buffer).resize((8, 8), Image.Resampling.BOX))
     labels = np.concatenate([labels, labels[copied]])
     features = np.stack([np.asarray(image, float).reshape(-1) for image in images]) / 255
@@ -79,32 +87,48 @@ def test_planted_duplicates_are_found_and_none_is_invented(
     assert set(zip(across["row"], across["other_row"], strict=True)) == {
         (index, 1797 + number) for number, index in enumerate(copied)
     }
-    assert len(rows) - len(across) <= 5  # of 1,797 digits of 8 x 8 pixels, some of which agree by chance
-    assert (rows["split"] != rows["other_split"]).is_monotonic_decreasing  # errors of the split come first
-    assert across["score"].is_monotonic_increasing and 0 < rows["score"].max() <= 0.1
+    assert (
+        len(rows) - len(across) <= 5
+    )  # of 1,797 digits of 8 x 8 pixels, some of which agree by chance
+    assert (
+        rows["split"] != rows["other_split"]
+    ).is_monotonic_decreasing  # errors of the split come first
+    assert across["score"].is_monotonic_increasing
+    assert 0 < rows["score"].max() <= 0.1
     few = {name: values[:3] for name, values in vars(planted[0]).items() if name != "names"}
-    assert audit_module.find_near_duplicates(replace(planted[0], **few)).empty  # fewer images than neighbors
+    assert audit_module.find_near_duplicates(
+        replace(planted[0], **few)
+    ).empty  # fewer images than neighbors
 
 
-def test_copies_of_all_images_and_images_that_the_model_was_trained_on(planted: tuple[AuditedImages, ...]) -> None:
+def test_copies_of_all_images_and_images_that_the_model_was_trained_on(
+    planted: tuple[AuditedImages, ...],
+) -> None:
     """Pixels decide, also those of mirrored images. Constant images are no duplicates. Images without probabilities
     have no label score."""
-    rows, arrays = np.tile(np.arange(100), 2), ("labels", "probabilities", "features", "pixels")
-    twice = {name: getattr(planted[0], name)[rows] for name in arrays} | {"splits": ["train"] * 100 + ["test"] * 100}
+    rows = np.tile(np.arange(100), 2)
+    arrays = ("labels", "probabilities", "features", "pixels")
+    twice = {name: getattr(planted[0], name)[rows] for name in arrays} | {
+        "splits": ["train"] * 100 + ["test"] * 100
+    }
     twice["features"] = np.random.default_rng(0).random((200, 4))
     twice["pixels"][[0, 100]] = 7
     twice["pixels"][150:] = twice["pixels"][150:, :, ::-1]
     twice["probabilities"][::2] = np.nan
     found = audit_dataset(replace(planted[0], ids=[str(index) for index in range(200)], **twice))
     pairs = set(zip(found["duplicate"]["row"], found["duplicate"]["other_row"], strict=True))
-    assert {(index, index + 100) for index in range(1, 100)} <= pairs and (0, 100) not in pairs
+    assert {(index, index + 100) for index in range(1, 100)} <= pairs
+    assert (0, 100) not in pairs
     listed = found["label"]["row"]
-    assert len(listed) and (listed % 2 == 1).all()
+    assert len(listed)
+    assert (listed % 2 == 1).all()
     suggested = np.array(planted[0].names)[twice["probabilities"][listed].argmax(axis=1)]
     assert found["label"]["suggested"].tolist() == suggested.tolist()
 
 
-def test_results_equal_cleanlab(planted: tuple[AuditedImages, ...], audit: dict[str, pd.DataFrame]) -> None:
+def test_results_equal_cleanlab(
+    planted: tuple[AuditedImages, ...], audit: dict[str, pd.DataFrame]
+) -> None:
     """The score is the probability of the label. Outliers have the largest distance to their ten nearest neighbors."""
     from cleanlab import Datalab
 
@@ -114,28 +138,44 @@ def test_results_equal_cleanlab(planted: tuple[AuditedImages, ...], audit: dict[
     expected = np.flatnonzero(lab.get_issues("label")["is_label_issue"])
     scores = audited.probabilities[np.arange(len(audited.labels)), audited.labels]
     expected = expected[np.argsort(scores[expected], kind="stable")]
-    rows, names = audit["label"], np.array(audited.names)
-    assert rows["row"].tolist() == expected.tolist() and np.isin(flipped, expected).mean() > 0.75 and len(rows) < 80
+    rows = audit["label"]
+    names = np.array(audited.names)
+    assert rows["row"].tolist() == expected.tolist()
+    assert np.isin(flipped, expected).mean() > 0.75
+    assert len(rows) < 80
     assert rows["score"].tolist() == pytest.approx(scores[expected].tolist(), abs=1e-4)
-    assert rows["suggested"].tolist() == names[audited.probabilities[expected].argmax(axis=1)].tolist()
+    assert (
+        rows["suggested"].tolist() == names[audited.probabilities[expected].argmax(axis=1)].tolist()
+    )
     assert rows["label"].tolist() == names[audited.labels[expected]].tolist()
     neighbors = NearestNeighbors(n_neighbors=11, metric="cosine").fit(audited.features)
     distances = neighbors.kneighbors(audited.features)[0][:, 1:].mean(axis=1)
     assert audit["outlier"]["row"].tolist() == np.argsort(-distances)[:18].tolist()  # 1 % of 1,817
     overlap = audit["overlap"]["Num Overlapping Examples"]
-    assert len(overlap) and overlap.min() > 0 and overlap.is_monotonic_decreasing
+    assert len(overlap)
+    assert overlap.min() > 0
+    assert overlap.is_monotonic_decreasing
     assert set(audit["overlap"]["Class Name A"]) <= set(names)
 
 
 def test_page_and_table(
-    planted: tuple[AuditedImages, ...], audit: dict[str, pd.DataFrame], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    planted: tuple[AuditedImages, ...],
+    audit: dict[str, pd.DataFrame],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(audit_module, "MAX_SHOWN", 15)
-    table = pd.read_csv(write_audit(audit, planted[0], tmp_path / "new" / "audit.html", "Digits"), dtype=str)
+    table = pd.read_csv(
+        write_audit(audit, planted[0], tmp_path / "new" / "audit.html", "Digits"), dtype=str
+    )
     listed = {issue: rows["id"].tolist() for issue, rows in table.groupby("issue")}
-    assert listed == {issue: audit[issue]["id"].tolist() for issue in ("duplicate", "label", "outlier")}
+    assert listed == {
+        issue: audit[issue]["id"].tolist() for issue in ("duplicate", "label", "outlier")
+    }
     page = (tmp_path / "new" / "audit.html").read_text()
-    assert page.count("<img") == 4 * 15 and "1,817 images" in page and "--exclude audit.csv" in page
+    assert page.count("<img") == 4 * 15
+    assert "1,817 images" in page
+    assert "--exclude audit.csv" in page
     assert [int(number) for number in re.findall(r"<h2>.*[(](.*)[)]</h2>", page)] == [
         len(rows) for rows in listed.values()
     ]
@@ -170,28 +210,43 @@ def test_audit_of_a_folder_and_training_without_the_listed_images(
     save_with_processor(model, tmp_path / "model")
     page = tmp_path / "audit [old]" / "page.html"
     counts = evaluate(tmp_path / "model", tmp_path / "photos", frozen="logreg", audit=page)
-    assert (counts["num_images"], counts["num_unreadable_images"]) == (405, 1) and counts["across_splits"] >= 5
+    assert (counts["num_images"], counts["num_unreadable_images"]) == (405, 1)
+    assert counts["across_splits"] >= 5
     table = pd.read_csv(page.with_suffix(".csv"), dtype=str)
-    assert {issue: counts[issue] for issue in table["issue"]} == table["issue"].value_counts().to_dict()
+    assert {issue: counts[issue] for issue in table["issue"]} == table[
+        "issue"
+    ].value_counts().to_dict()
     *_, warning, summary, saved = capsys.readouterr().out.splitlines()
     assert saved.split() == ["saved", *str(page).split(), "and", "page.csv"]
     kinds = ("num_images", "duplicate", "label", "outlier", "overlap")
-    assert re.findall(r"\d+", f"{warning} {summary}") == [str(counts[kind]) for kind in ("across_splits", *kinds)]
+    assert re.findall(r"\d+", f"{warning} {summary}") == [
+        str(counts[kind]) for kind in ("across_splits", *kinds)
+    ]
     assert "of photos</h1>" in page.read_text()
-    pairs = {(Path(row["id"]).stem, Path(row["other"]).stem) for _, row in table.dropna(subset="other").iterrows()}
-    assert {(str(index), f"copy {index}") for index in range(5)} <= pairs | {pair[::-1] for pair in pairs}
+    pairs = {
+        (Path(row["id"]).stem, Path(row["other"]).stem)
+        for _, row in table.dropna(subset="other").iterrows()
+    }
+    assert {(str(index), f"copy {index}") for index in range(5)} <= pairs | {
+        pair[::-1] for pair in pairs
+    }
     listed = set(table["id"][(table["split"] == "train") & (table["issue"] == "label")])
     found = {index for index in wrong if any(Path(name).stem == str(index) for name in listed)}
     assert len(found) >= 5
-    without = load_training_data(DataOptions(str(tmp_path / "photos"), exclude=page.with_suffix(".csv")))
+    without = load_training_data(
+        DataOptions(str(tmp_path / "photos"), exclude=page.with_suffix(".csv"))
+    )
     excluded = set(table["id"][table["split"] == "train"])
     assert without.num_excluded == len(excluded) == 301 - len(without.train)
-    assert not excluded & set(without.train.images.get_names()) and len(without.held_out) == 105
+    assert not excluded & set(without.train.images.get_names())
+    assert len(without.held_out) == 105
 
 
 def test_audit_needs_a_classifier_or_frozen_features(tmp_path: Path) -> None:
     save_with_processor(ViTCLSModel(build_tiny_config()), tmp_path / "model")
-    options = EvaluateOptions(str(tmp_path / "model"), DataOptions("digits"), audit=tmp_path / "page.html")
+    options = EvaluateOptions(
+        str(tmp_path / "model"), DataOptions("digits"), audit=tmp_path / "page.html"
+    )
     with pytest.raises(ValueError, match="classifier"):
         audit_checkpoint(options)
 
@@ -206,13 +261,19 @@ def test_probabilities_are_of_models_that_were_not_trained_on_the_image(tmp_path
             pixels = generator.integers(256, size=(32, 40, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / "photos" / split / name / f"{index}.png")
     (tmp_path / "photos" / "train" / "ant" / "broken.png").write_bytes(b"broken")
-    config = build_tiny_config(id2label={0: "bee", 1: "ant"}, num_labels=2, num_cls_tokens=2, num_register_tokens=1)
+    config = build_tiny_config(
+        id2label={0: "bee", 1: "ant"}, num_labels=2, num_cls_tokens=2, num_register_tokens=1
+    )
     folder = save_with_processor(ViTCLSForImageClassification(config), tmp_path / "run" / "fold-1")
     data = DataOptions(str(tmp_path / "photos"), num_workers=0)
     (folder / "results.json").write_text('{"held_out": {"split": "validation", "num_images": 6}}')
     options = EvaluateOptions(str(folder), data, batch_size=4, fit="pad")
     found, num_unreadable, _ = load_audited_images(options)
-    assert (found.splits, found.names, num_unreadable) == (["train"] * 6 + ["validation"] * 6, ["bee", "ant"], 1)
+    assert (found.splits, found.names, num_unreadable) == (
+        ["train"] * 6 + ["validation"] * 6,
+        ["bee", "ant"],
+        1,
+    )
     assert found.labels.tolist() == [1, 1, 1, 0, 0, 0] * 2
     images = [Image.open(tmp_path / "photos" / name) for name in found.ids]
     areas = [np.asarray(image.resize((32, 32), Image.Resampling.BOX)) for image in images]
@@ -222,10 +283,12 @@ def test_probabilities_are_of_models_that_were_not_trained_on_the_image(tmp_path
     set_fit(processor, "pad", (32, 32))
     pixel_values = processor(images, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
-        tokens, expected = model.vitcls(pixel_values).tokens, model(pixel_values).logits.softmax(dim=1).numpy()
+        tokens = model.vitcls(pixel_values).tokens
+        expected = model(pixel_values).logits.softmax(dim=1).numpy()
     features = torch.cat([tokens["cls"].flatten(1), tokens["patches"].mean(dim=1)], dim=1).numpy()
     assert found.features == pytest.approx(features, abs=1e-5)
-    assert np.isnan(found.probabilities[:6]).all() and found.probabilities[6:] == pytest.approx(expected[6:], abs=1e-5)
+    assert np.isnan(found.probabilities[:6]).all()
+    assert found.probabilities[6:] == pytest.approx(expected[6:], abs=1e-5)
     frozen, _, _ = load_audited_images(replace(options, frozen="knn", split="validation"))
     assert len(audit_dataset(frozen)["outlier"]) == 1  # of 12 images
     knn = KNeighborsClassifier(9, weights="distance", metric="cosine")  # four fifths of the images
@@ -233,11 +296,18 @@ def test_probabilities_are_of_models_that_were_not_trained_on_the_image(tmp_path
     assert frozen.probabilities == pytest.approx(expected, abs=1e-4)
     assert (frozen.names, frozen.labels.tolist()) == (["ant", "bee"], [0, 0, 0, 1, 1, 1] * 2)
     recorded = generator.random((12, 2))
-    for fold, rows in (("fold-1", slice(8, None)), ("fold-2", slice(1, 8))):  # the first image has no prediction
+    for fold, rows in (
+        ("fold-1", slice(8, None)),
+        ("fold-2", slice(1, 8)),
+    ):  # the first image has no prediction
         (tmp_path / "run" / fold).mkdir(exist_ok=True)
         columns = {"image": found.ids[rows], "probabilities": list(recorded[rows])}
         pd.DataFrame(columns).to_parquet(tmp_path / "run" / fold / "predictions.parquet")
-    by_fold, _, _ = load_audited_images(replace(options, model=str(tmp_path / "run"), split="validation"))
+    by_fold, _, _ = load_audited_images(
+        replace(options, model=str(tmp_path / "run"), split="validation")
+    )
     assert (by_fold.ids, by_fold.splits, by_fold.names) == (found.ids, found.splits, found.names)
-    assert np.array_equal(by_fold.features, found.features) and np.array_equal(by_fold.labels, found.labels)
-    assert np.isnan(by_fold.probabilities[0]).all() and np.array_equal(by_fold.probabilities[1:], recorded[1:])
+    assert np.array_equal(by_fold.features, found.features)
+    assert np.array_equal(by_fold.labels, found.labels)
+    assert np.isnan(by_fold.probabilities[0]).all()
+    assert np.array_equal(by_fold.probabilities[1:], recorded[1:])

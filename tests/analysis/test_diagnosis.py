@@ -12,7 +12,12 @@ from helpers.tiny_models import build_images, build_tiny_config, randomize
 from helpers.varied_models import center_logits, collect_findings
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
-from modeling_vitcls.analysis.ablation import MIN_IMAGES, Effect, compute_ablations, get_ablation_targets
+from modeling_vitcls.analysis.ablation import (
+    MIN_IMAGES,
+    Effect,
+    compute_ablations,
+    get_ablation_targets,
+)
 from modeling_vitcls.analysis.diagnosis import (
     Verdict,
     diagnose_heads,
@@ -50,7 +55,9 @@ def fill(value: Any, *place: Any) -> Callable[[torch.Tensor], None]:
 
 def judge(model: Any, findings: Findings) -> list[str]:
     """Return the words of the verdicts on tokens, without effects."""
-    return [verdict.word for verdict in diagnose_tokens(model, findings)][: len(findings.token_norms[0])]
+    return [verdict.word for verdict in diagnose_tokens(model, findings)][
+        : len(findings.token_norms[0])
+    ]
 
 
 def test_states_that_are_not_used_are_not_judged() -> None:
@@ -69,7 +76,12 @@ def test_states_that_are_not_used_are_not_judged() -> None:
 
     for pair in ((1, 2), (0, 2)):
         assert judge(model, plant_layer(3, *pair)) == ["not measured"] * 4
-    assert judge(model, plant_layer(2, 1, 2)) == ["not measured", "identical", "identical", "same for all images"]
+    assert judge(model, plant_layer(2, 1, 2)) == [
+        "not measured",
+        "identical",
+        "identical",
+        "same for all images",
+    ]
     equal = plant_layer(2, 0, 2)  # CLS is used in three layers
     assert judge(model, equal) == ["identical", "not measured", "identical", "same for all images"]
     assert "After layer 2," in diagnose_tokens(model, equal)[0].reason
@@ -92,49 +104,103 @@ SIMILAR = {"between_tokens": fill(1.0, ALL, 0, 3), "variation": fill(0.0, ALL, 3
     [
         (0, {"attention_fractions": fill(0.009, ALL, ALL, 0, 3)}, "cut off from the patches"),
         (0, {"attention_fractions": fill(0.011, ALL, ALL, 0, 3)}, "not measured"),
-        (2, {"attention_fractions": fill(0.0, ALL, ALL, 2, 3)}, "not measured"),  # no output reads the token
+        (
+            2,
+            {"attention_fractions": fill(0.0, ALL, ALL, 2, 3)},
+            "not measured",
+        ),  # no output reads the token
         (0, {"variation": fill(0.0, ALL, 0)}, "not measured"),  # only one channel does not vary
-        (2, {"variation": fill(0.0, 2, 2), "channel_variation": fill(0.0, 2, 2)}, "same for all images"),
+        (
+            2,
+            {"variation": fill(0.0, 2, 2), "channel_variation": fill(0.0, 2, 2)},
+            "same for all images",
+        ),
         (0, SELECTIVE, "not measured"),
         (0, SELECTIVE | {"map_variation": fill(0.05, ALL, 0)}, "same attention for all images"),
         (0, SELECTIVE | {"map_variation": fill(0.05, 0, 0)}, "not measured"),  # in one layer
-        (0, LARGE | {"embedding_similarity": fill(0.9, ALL, 0), "patch_norms": fill(1e6, -1)}, "norm too large"),
+        (
+            0,
+            LARGE | {"embedding_similarity": fill(0.9, ALL, 0), "patch_norms": fill(1e6, -1)},
+            "norm too large",
+        ),
         (0, LARGE, "not measured"),
-        (2, {"token_norms": fill(1e3, 0, 2), "embedding_similarity": fill(0.9, 2, 2)}, "norm too large"),
-        (0, SIMILAR | {"state_distance": fill(3e-7, ALL, 0, 3)}, "identical"),  # within the rounding error
-        (0, {"between_tokens": fill(1.0), "state_distance": fill(DISTANCES, ALL, 0)}, "identical"),  # the nearest
-        (0, SIMILAR | {"state_distance": fill(1e-4, ALL, 0, 3)}, "not measured"),  # one of them varies less
+        (
+            2,
+            {"token_norms": fill(1e3, 0, 2), "embedding_similarity": fill(0.9, 2, 2)},
+            "norm too large",
+        ),
+        (
+            0,
+            SIMILAR | {"state_distance": fill(3e-7, ALL, 0, 3)},
+            "identical",
+        ),  # within the rounding error
+        (
+            0,
+            {"between_tokens": fill(1.0), "state_distance": fill(DISTANCES, ALL, 0)},
+            "identical",
+        ),  # the nearest
+        (
+            0,
+            SIMILAR | {"state_distance": fill(1e-4, ALL, 0, 3)},
+            "not measured",
+        ),  # one of them varies less
         (0, {"state_distance": fill(0.0, ALL, 0, 3)}, "not measured"),
-        (0, {"map_distance": fill(0.0, slice(2), 0, 2)}, "equal attention"),  # in the layers of both tokens
-        (0, {"map_distance": fill(0.04, ALL, 0, 2), "map_selectivity": fill(0.5)}, "equal attention"),
+        (
+            0,
+            {"map_distance": fill(0.0, slice(2), 0, 2)},
+            "equal attention",
+        ),  # in the layers of both tokens
+        (
+            0,
+            {"map_distance": fill(0.04, ALL, 0, 2), "map_selectivity": fill(0.5)},
+            "equal attention",
+        ),
         (0, {"map_distance": fill(0.06), "map_selectivity": fill(0.5)}, "not measured"),
     ],
 )
 def test_limits_of_single_measurements(token: int, planted: dict[str, Any], word: str) -> None:
     model = build_classifier()
     found = diagnose_tokens(model, plant(collect_findings(model, PIXELS), **planted))[token]
-    assert found.word == word and REASONS.get(word, "") in found.reason
-    assert found.rating == {"not measured": "neutral", "equal attention": "doubtful"}.get(word, "bad")
+    assert found.word == word
+    assert REASONS.get(word, "") in found.reason
+    assert found.rating == {"not measured": "neutral", "equal attention": "doubtful"}.get(
+        word, "bad"
+    )
 
 
 def test_the_effect_that_decides() -> None:
     """An effect beyond its limit, then a measurable one, then the largest ratio to its limit; for a token that alone
     feeds a head, its replacement. Harm is significant for all 16 tests together. Other tokens are read in part."""
     tokens = {"num_distillation_tokens": 0, "num_register_tokens": 2}
-    model, mixed = build_classifier(**tokens), build_classifier(**tokens, pooling="cls_mean")
-    findings, change = collect_findings(model, PIXELS), dataclasses.replace
-    effect = Effect(0.5, (0.4, 0.6), MIN_IMAGES, 0.2, (0.1, 0.3), 0.1, null_sizes=(0.5,) * 8)  # equals its limit
+    model = build_classifier(**tokens)
+    mixed = build_classifier(**tokens, pooling="cls_mean")
+    findings = collect_findings(model, PIXELS)
+    change = dataclasses.replace
+    effect = Effect(
+        0.5, (0.4, 0.6), MIN_IMAGES, 0.2, (0.1, 0.3), 0.1, null_sizes=(0.5,) * 8
+    )  # equals its limit
     unmeasurable = change(effect, size=0.9, changed=0.0)
 
-    def judge_effects(information: Effect, presence: Effect, judged: Any = model, **moved: float) -> list[Verdict]:
+    def judge_effects(
+        information: Effect, presence: Effect, judged: Any = model, **moved: float
+    ) -> list[Verdict]:
         keys = get_ablation_targets(model.config.token_layout)
         kinds = {"information": information, "presence": presence}
-        effects = {kind: {key: {"": found, "other": unmeasurable} for key in keys} for kind, found in kinds.items()}
-        return diagnose_tokens(judged, findings, effects, {f"{key}[0]": value for key, value in moved.items()})
+        effects = {
+            kind: {key: {"": found, "other": unmeasurable} for key in keys}
+            for kind, found in kinds.items()
+        }
+        return diagnose_tokens(
+            judged, findings, effects, {f"{key}[0]": value for key, value in moved.items()}
+        )
 
     for information, presence, outcome in (
         (effect, change(effect, size=0.4, redraw_drop=(0.2, 0.3)), "has an effect"),
-        (change(effect, size=0.9), change(effect, size=0.2, null_sizes=(0.1,) * 8), "has an effect"),
+        (
+            change(effect, size=0.9),
+            change(effect, size=0.2, null_sizes=(0.1,) * 8),
+            "has an effect",
+        ),
         (unmeasurable, effect, "replaceable"),
         (unmeasurable, change(unmeasurable, size=1.0), "no measurable effect"),
     ):
@@ -142,23 +208,45 @@ def test_the_effect_that_decides() -> None:
         assert (register.word, register.numbers["decided_by"]["ablation"]) == (outcome, "presence")
         assert (register.rating == "good") == (outcome == "has an effect")
         assert ("accuracy" in register.reason) == (presence.redraw_drop is not None)
-        assert (cls.word, cls.numbers["decided_by"]["ablation"]) == ("read by the classifier", "information")
+        assert (cls.word, cls.numbers["decided_by"]["ablation"]) == (
+            "read by the classifier",
+            "information",
+        )
     assert judge_effects(effect, effect, mixed)[0].word == "has an effect"
     _, register, _, group = judge_effects(effect, effect, cls=1.0, registers=0.0)
-    assert register.word == "not moved" and re.findall(r"\d+%", register.reason) == ["20%", "10%", "30%"]
-    assert "them" in group.reason and "them" not in register.reason
-    assert judge_effects(effect, change(effect, size=0.9), cls=1.0, registers=0.0)[1].word == "has an effect"
+    assert register.word == "not moved"
+    assert re.findall(r"\d+%", register.reason) == ["20%", "10%", "30%"]
+    assert "them" in group.reason
+    assert "them" not in register.reason
+    assert (
+        judge_effects(effect, change(effect, size=0.9), cls=1.0, registers=0.0)[1].word
+        == "has an effect"
+    )
     assert judge_effects(effect, effect, cls=0.0, registers=0.0)[1].word == "replaceable"
-    for p_value, is_better in ((0.0, True), (0.04 / 16, True), (0.06 / 16, True), (0.04 / 16, False)):
-        found = judge_effects(effect, change(effect, improvement=p_value, is_better_than_chance=is_better))[1]
-        assert (found.word == "harmful") == ("+10.0" in found.reason) == (is_better and p_value < 0.05 / 16)
+    for p_value, is_better in (
+        (0.0, True),
+        (0.04 / 16, True),
+        (0.06 / 16, True),
+        (0.04 / 16, False),
+    ):
+        found = judge_effects(
+            effect, change(effect, improvement=p_value, is_better_than_chance=is_better)
+        )[1]
+        assert (
+            (found.word == "harmful")
+            == ("+10.0" in found.reason)
+            == (is_better and p_value < 0.05 / 16)
+        )
 
 
 def test_encoders_are_judged_by_their_features() -> None:
     model = randomize(ViTCLSModel(build_tiny_config(num_register_tokens=2, num_hidden_layers=3)))
-    found = diagnose_tokens(model, collect_findings(model, PIXELS), compute_ablations(model, lambda: [(PIXELS, None)]))
+    found = diagnose_tokens(
+        model, collect_findings(model, PIXELS), compute_ablations(model, lambda: [(PIXELS, None)])
+    )
     cls, *registers, group = found
-    assert cls.word == "an output of the encoder" and set(cls.numbers["information"]) == {"cls", "pooled", "patches"}
+    assert cls.word == "an output of the encoder"
+    assert set(cls.numbers["information"]) == {"cls", "pooled", "patches"}
     assert group.token == "all 2 registers"
     assert {row["changed predictions"] for row in build_effect_rows(found)} == {"–"}
     for verdict in registers:
@@ -166,20 +254,30 @@ def test_encoders_are_judged_by_their_features() -> None:
         name = verdict.numbers["decided_by"]["output"]
         effect = verdict.numbers[verdict.numbers["decided_by"]["ablation"]][name]
         values = [f"{value:.2g}" for value in (effect["size"], *effect["interval"])]
-        assert f'"{name}"' in verdict.reason and re.findall(r"\d[\d.e-]*", verdict.reason)[:3] == values
+        assert f'"{name}"' in verdict.reason
+        assert re.findall(r"\d[\d.e-]*", verdict.reason)[:3] == values
 
 
 def test_uniform_heads_are_named() -> None:
     """The limit is 2% of the median selectivity, but at least 0.001."""
     model = build_classifier()
     findings = collect_findings(model, PIXELS)
-    for median, selectivity, uniform in ((0.5, 0.009, [[1, 0]]), (0.5, 0.011, []), (0.01, 0.0009, [[1, 0]])):
-        planted = plant(plant(findings, head_selectivity=fill(median)), head_selectivity=fill(selectivity, 1, 0))
+    for median, selectivity, uniform in (
+        (0.5, 0.009, [[1, 0]]),
+        (0.5, 0.011, []),
+        (0.01, 0.0009, [[1, 0]]),
+    ):
+        planted = plant(
+            plant(findings, head_selectivity=fill(median)), head_selectivity=fill(selectivity, 1, 0)
+        )
         assert diagnose_heads(planted).numbers["uniform"] == uniform
 
 
 def test_the_summary_is_one_line() -> None:
-    verdicts = [Verdict("CLS", "has an effect", "good", "A.\nB"), Verdict("heads", "dead heads", "bad", "C")]
+    verdicts = [
+        Verdict("CLS", "has an effect", "good", "A.\nB"),
+        Verdict("heads", "dead heads", "bad", "C"),
+    ]
     summary = summarize_diagnosis([*verdicts, Verdict("register", "has an effect", "good", "D")])
     assert summary == "CLS, register: has an effect; heads: dead heads"
 
@@ -204,13 +302,19 @@ def test_one_mode_has_no_artifacts(sigma: float, count: int) -> None:
     assert not any(find_second_mode(sample_norms(seed, sigma, count=count)) for seed in range(50))
 
 
-@pytest.mark.parametrize(("fraction", "ratio", "sigma"), [(0.02, 2.5, 0.15), (0.02, 5, 0.3), (0.06, 20, 0.3)])
-def test_a_second_mode_is_found_from_2_5_times_the_median(fraction: float, ratio: float, sigma: float) -> None:
+@pytest.mark.parametrize(
+    ("fraction", "ratio", "sigma"), [(0.02, 2.5, 0.15), (0.02, 5, 0.3), (0.06, 20, 0.3)]
+)
+def test_a_second_mode_is_found_from_2_5_times_the_median(
+    fraction: float, ratio: float, sigma: float
+) -> None:
     """Check ratios below three times the median, 20 samples each."""
     for seed in range(20):
         mode = find_second_mode(sample_norms(seed, sigma, fraction, ratio))
-        assert mode is not None and mode.fraction == pytest.approx(fraction, rel=0.2)
-        assert mode.ratio == pytest.approx(ratio, rel=0.1) and 1.2 < mode.threshold < ratio
+        assert mode is not None
+        assert mode.fraction == pytest.approx(fraction, rel=0.2)
+        assert mode.ratio == pytest.approx(ratio, rel=0.1)
+        assert 1.2 < mode.threshold < ratio
 
 
 def build_ratios(num_outliers: int, logarithm: float, count: int = 4096) -> torch.Tensor:
@@ -224,17 +328,26 @@ def test_the_second_mode_in_numbers() -> None:
     """Windows have 5 bins of 0.05. The valley begins at 0.25 or more, and all valleys from 0.25 to 0.75 are empty."""
     mode = find_second_mode(build_ratios(20, 1.02))
     assert mode is not None
-    assert mode.score == pytest.approx(20**0.5) and mode.fraction == pytest.approx(20 / 4096)
-    assert mode.ratio == pytest.approx(math.exp(1.02)) and mode.threshold == pytest.approx(math.exp(0.5 + 0.125))
-    assert find_second_mode(build_ratios(15, 1.02)) is None  # 15 ** 0.5 is less than 4 standard deviations
-    assert find_second_mode(build_ratios(20, 0.45)) is None  # too near to the median: no valley from 0.25 to 0.5
+    assert mode.score == pytest.approx(20**0.5)
+    assert mode.fraction == pytest.approx(20 / 4096)
+    assert mode.ratio == pytest.approx(math.exp(1.02))
+    assert mode.threshold == pytest.approx(math.exp(0.5 + 0.125))
+    assert (
+        find_second_mode(build_ratios(15, 1.02)) is None
+    )  # 15 ** 0.5 is less than 4 standard deviations
+    assert (
+        find_second_mode(build_ratios(20, 0.45)) is None
+    )  # too near to the median: no valley from 0.25 to 0.5
     assert find_second_mode(build_ratios(20, 0.52)) is not None
     ratios = build_ratios(20, 1.02)
     ratios[:5] = 4.0
     mode_of_two_norms = find_second_mode(ratios)
-    assert mode_of_two_norms is not None and mode_of_two_norms.ratio == pytest.approx(math.exp(1.02))  # the median
+    assert mode_of_two_norms is not None
+    assert mode_of_two_norms.ratio == pytest.approx(math.exp(1.02))  # the median
     far = find_second_mode(build_ratios(20, 8.0))  # beyond the histogram
-    assert far is not None and far.ratio == pytest.approx(math.exp(8)) and far.fraction == mode.fraction
+    assert far is not None
+    assert far.ratio == pytest.approx(math.exp(8))
+    assert far.fraction == mode.fraction
 
 
 def test_large_modes_are_outliers_only_at_three_times_the_median() -> None:
@@ -251,7 +364,8 @@ def test_the_best_window_width_is_used() -> None:
         ratios = build_ratios(count, 0.0)
         ratios[:count] = torch.linspace(1.52, 2.28, count).exp()
         mode = find_second_mode(ratios)
-        assert mode is not None and mode.score == pytest.approx(count**0.5)
+        assert mode is not None
+        assert mode.score == pytest.approx(count**0.5)
         assert mode.fraction == pytest.approx(count / 4096)
 
 
@@ -262,26 +376,43 @@ def replace_ratios(
     count = len(findings.patch_norms)
 
     def draw(fractions: dict[int, float]) -> torch.Tensor:
-        return torch.stack([sample_norms(layer, 0.2, fractions.get(layer, 0.0), 6.0) for layer in range(count)])
+        return torch.stack(
+            [sample_norms(layer, 0.2, fractions.get(layer, 0.0), 6.0) for layer in range(count)]
+        )
 
     hidden = None if without is None else draw(without)
-    return dataclasses.replace(findings, patch_ratios=draw(by_layer), patch_ratios_without_registers=hidden)
+    return dataclasses.replace(
+        findings, patch_ratios=draw(by_layer), patch_ratios_without_registers=hidden
+    )
 
 
 def test_the_last_layers_that_are_used_are_decisive() -> None:
     """The head does not use the patches of layer 9; the last quarter of 8 layers begins with layer 7."""
     model = build_classifier(num_hidden_layers=9, num_register_tokens=0)
     findings = collect_findings(model, PIXELS)
-    for layers, word in (([9], "no artifacts"), ([3], "no artifacts"), ([6], "no artifacts"), ([7], "artifacts")):
-        found = diagnose_patches(model.config, replace_ratios(findings, dict.fromkeys(layers, 0.02)))
+    for layers, word in (
+        ([9], "no artifacts"),
+        ([3], "no artifacts"),
+        ([6], "no artifacts"),
+        ([7], "artifacts"),
+    ):
+        found = diagnose_patches(
+            model.config, replace_ratios(findings, dict.fromkeys(layers, 0.02))
+        )
         assert found.word == word, layers
     ratio = found.numbers["second_mode"]["ratio"]
-    assert ratio == pytest.approx(6, rel=0.05) and "more registers" not in found.reason
+    assert ratio == pytest.approx(6, rel=0.05)
+    assert "more registers" not in found.reason
     assert all(part in found.reason for part in ("layer 7", "2.0%", f" {ratio:.1f} times"))
     assert (found.rating, found.numbers["layer"], found.numbers["num_patches"]) == ("bad", 7, 4096)
     encoder = diagnose_patches(model.config, replace_ratios(findings, {9: 0.02}), has_head=False)
     assert (encoder.word, encoder.numbers["layer"]) == ("artifacts", 9)
-    assert diagnose_patches(model.config, replace_ratios(findings, {7: 0.02, 8: 0.03})).numbers["layer"] == 8
+    assert (
+        diagnose_patches(model.config, replace_ratios(findings, {7: 0.02, 8: 0.03})).numbers[
+            "layer"
+        ]
+        == 8
+    )
 
 
 def test_the_patches_of_a_single_layer_are_judged_in_the_embeddings() -> None:
@@ -290,21 +421,29 @@ def test_the_patches_of_a_single_layer_are_judged_in_the_embeddings() -> None:
     findings = collect_findings(model, PIXELS)
     found = diagnose_patches(model.config, replace_ratios(findings, {0: 0.02}))
     assert (found.word, found.numbers["layer"]) == ("artifacts", 0)
-    assert judge(model, findings) == ["not measured"] * 5  # the registers are the same for all images
+    assert (
+        judge(model, findings) == ["not measured"] * 5
+    )  # the registers are the same for all images
 
 
 def test_registers_absorb_outliers_only_if_outliers_increase_without_them() -> None:
     model = build_classifier(num_register_tokens=2)
     findings = collect_findings(model, PIXELS)
     absorbed = diagnose_patches(model.config, replace_ratios(findings, {}, {2: 0.03})).reason
-    assert "absorb outliers" in absorbed and "0.00%" in absorbed and "3.00%" in absorbed
-    for before, after, is_increase in ((0.02, 0.033, False), (0.02, 0.036, True)):  # 3.7 and 4.4 standard deviations
+    assert "absorb outliers" in absorbed
+    assert "0.00%" in absorbed
+    assert "3.00%" in absorbed
+    for before, after, is_increase in (
+        (0.02, 0.033, False),
+        (0.02, 0.036, True),
+    ):  # 3.7 and 4.4 standard deviations
         found = diagnose_patches(model.config, replace_ratios(findings, {2: before}, {2: after}))
-        assert found.numbers["second_mode_without_registers"]["fraction"] == pytest.approx(after, rel=0.02)
+        assert found.numbers["second_mode_without_registers"]["fraction"] == pytest.approx(
+            after, rel=0.02
+        )
         assert ("absorb outliers" in found.reason) == is_increase
     for by_layer, without in (({2: 0.03}, {}), ({}, {}), ({2: 0.03}, {2: 0.03})):
         same = diagnose_patches(model.config, replace_ratios(findings, by_layer, without))
         assert ("more registers" in same.reason) == bool(by_layer)
-        assert "absorb outliers" not in same.reason and (same.numbers["second_mode_without_registers"] is None) == (
-            not without
-        )
+        assert "absorb outliers" not in same.reason
+        assert (same.numbers["second_mode_without_registers"] is None) == (not without)

@@ -8,7 +8,11 @@ import torch
 from helpers.tiny_models import TASKS, build_tiny_config, get_largest_difference, randomize
 from PIL import Image
 
-from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification, ViTCLSImageProcessor
+from modeling_vitcls import (
+    ViTCLSForImageClassification,
+    ViTCLSForMultiTaskClassification,
+    ViTCLSImageProcessor,
+)
 from modeling_vitcls.analysis.attribution import compute_attention_rollout, compute_attribution
 from modeling_vitcls.analysis.image_report import build_image_report, compute_patch_colors
 from modeling_vitcls.analysis.maps import VisibleRegion, extract_patch_maps
@@ -27,22 +31,35 @@ def test_the_maps_and_features_of_an_image() -> None:
     report = build_image_report(model, PROCESSOR, PHOTO, "photo", "cat", "wrong")
     assert (report.name, report.truth, report.kind) == ("photo", "cat", "wrong")
     assert np.array_equal(np.asarray(report.image), np.asarray(PHOTO))
-    assert report.visible_region == VisibleRegion(20, 8, 100, 72)  # the crop of 40 x 60 pixels, twice as large
+    assert report.visible_region == VisibleRegion(
+        20, 8, 100, 72
+    )  # the crop of 40 x 60 pixels, twice as large
     expected: dict[str, Any] = {
         "attention": model.token_attention(PIXELS)[0],
         "rollout": compute_attention_rollout(model, PIXELS)[0],
     }
     for name, rows in expected.items():
-        assert get_largest_difference(getattr(report, name), extract_patch_maps(rows, model.config, (32, 40))) < 1e-5
+        assert (
+            get_largest_difference(
+                getattr(report, name), extract_patch_maps(rows, model.config, (32, 40))
+            )
+            < 1e-5
+        )
     (attribution,) = report.attributions
     rows = compute_attribution(model, PIXELS)[0]
-    assert get_largest_difference(attribution, extract_patch_maps(rows, model.config, (32, 40))) < 1e-5
+    assert (
+        get_largest_difference(attribution, extract_patch_maps(rows, model.config, (32, 40))) < 1e-5
+    )
     with torch.no_grad():
         states = model.vitcls(PIXELS, output_hidden_states=True).hidden_states[1:]
         probabilities, indices = model(PIXELS).logits[0].softmax(dim=0).topk(3)
     (prediction,) = report.predictions
-    assert [name for name, _ in prediction.labels] == [f"LABEL_{index}" for index in indices.tolist()]
-    assert [value for _, value in prediction.labels] == pytest.approx(probabilities.tolist(), abs=1e-5)
+    assert [name for name, _ in prediction.labels] == [
+        f"LABEL_{index}" for index in indices.tolist()
+    ]
+    assert [value for _, value in prediction.labels] == pytest.approx(
+        probabilities.tolist(), abs=1e-5
+    )
     assert (prediction.task, prediction.top_label) == (None, f"LABEL_{indices[0]}")
     for features, state in zip(report.features, states, strict=True):
         assert get_largest_difference(features.flatten(0, 1), state[0, 3:]) < 1e-5
@@ -54,10 +71,14 @@ def test_a_rotated_photograph_is_upright_and_pixels_without_a_patch_are_not_cove
     photograph = PHOTO.copy()
     photograph.getexif()[0x0112] = 6  # the EXIF tag of the orientation: rotate clockwise
     crop = {"height": 36, "width": 32}  # 4 rows of patches, and 4 additional rows of pixels
-    processor = ViTCLSImageProcessor(size={"shortest_edge": 40}, do_center_crop=True, crop_size=crop)
+    processor = ViTCLSImageProcessor(
+        size={"shortest_edge": 40}, do_center_crop=True, crop_size=crop
+    )
     report = build_image_report(model, processor, photograph)
     assert np.array_equal(np.asarray(report.image), np.rot90(np.asarray(PHOTO), -1))
-    assert report.visible_region == VisibleRegion(8, 24, 72, 88)  # of 80 x 120 pixels, twice as large as resized
+    assert report.visible_region == VisibleRegion(
+        8, 24, 72, 88
+    )  # of 80 x 120 pixels, twice as large as resized
 
 
 def test_several_labels_are_predicted_from_one_half() -> None:
@@ -73,12 +94,16 @@ def test_several_labels_are_predicted_from_one_half() -> None:
             order = logits.argsort(descending=True)[:num_labels]
             assert [name for name, _ in prediction.labels] == [f"LABEL_{index}" for index in order]
             values = (logits[order] - threshold).sigmoid()
-            assert [value for _, value in prediction.labels] == pytest.approx(values.tolist(), abs=1e-5)
+            assert [value for _, value in prediction.labels] == pytest.approx(
+                values.tolist(), abs=1e-5
+            )
             assert prediction.top_label == f"LABEL_{logits.argmax()}"
 
 
 def test_each_task_has_a_prediction_and_an_attribution() -> None:
-    model = randomize(ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=2, tasks=TASKS)))
+    model = randomize(
+        ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=2, tasks=TASKS))
+    )
     report = build_image_report(model, PROCESSOR, PHOTO)
     assert [prediction.task for prediction in report.predictions] == ["age", "species"]
     for prediction, attribution in zip(report.predictions, report.attributions, strict=True):
@@ -86,7 +111,10 @@ def test_each_task_has_a_prediction_and_an_attribution() -> None:
             index = model(PIXELS).logits[prediction.task][0].argmax()
         assert prediction.top_label == prediction.labels[0][0] == f"LABEL_{index}"
         rows = compute_attribution(model, PIXELS, task=prediction.task)[0]
-        assert get_largest_difference(attribution, extract_patch_maps(rows, model.config, (32, 40))) < 1e-5
+        assert (
+            get_largest_difference(attribution, extract_patch_maps(rows, model.config, (32, 40)))
+            < 1e-5
+        )
 
 
 def draw_features(*sizes: tuple[int, int], width: int = 12) -> list[torch.Tensor]:
@@ -112,7 +140,9 @@ def test_colors_are_the_principal_components() -> None:
             low, high = np.quantile(sign * components[:, channel], (0.02, 0.98))
             candidates.append(((sign * components[:, channel] - low) / (high - low)).clip(0, 1))
         assert min(np.abs(found[:, channel] - one).max() for one in candidates) < 1e-4
-    for small, one in zip(compute_patch_colors([image / 1e4 for image in features]), colors, strict=True):
+    for small, one in zip(
+        compute_patch_colors([image / 1e4 for image in features]), colors, strict=True
+    ):
         assert torch.allclose(small, one, atol=1e-4)
 
 
@@ -120,6 +150,8 @@ def test_colors_are_the_principal_components() -> None:
 def test_few_patches_and_equal_patches_have_colors_too() -> None:
     """For example, the patches of a black image are equal."""
     (colors,) = compute_patch_colors([torch.randn(1, 2, 4)])
-    assert colors.isfinite().all() and (colors[..., 2] == 0.5).all()
+    assert colors.isfinite().all()
+    assert (colors[..., 2] == 0.5).all()
     (equal,) = compute_patch_colors([torch.ones(3, 4, 8)])
-    assert equal.isfinite().all() and len(equal.flatten(0, 1).unique(dim=0)) == 1
+    assert equal.isfinite().all()
+    assert len(equal.flatten(0, 1).unique(dim=0)) == 1

@@ -51,18 +51,25 @@ def test_a_folder_of_images(
     model: str, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Folder names are labels, the unreadable file is named, and the printed table equals the page."""
-    page, figures = tmp_path / "page.html", tmp_path / "figures.json"
+    page = tmp_path / "page.html"
+    figures = tmp_path / "figures.json"
     flags = ["--model", model, image_folder, "--output", page, "--json", figures, "--num-images", 4]
     assert run_in_process("inspect_tokens.py", *flags) == 0
     printed, errors = capsys.readouterr()
-    assert errors.count("\n") == 1 and "skipped an image" in errors and "broken [old].png" in errors
+    assert errors.count("\n") == 1
+    assert "skipped an image" in errors
+    assert "broken [old].png" in errors
     found = json.loads(figures.read_text())
     for verdict in [*found["tokens"], *found["tasks"], *found["heads"], found["patches"]]:
-        assert verdict["token"] in printed and verdict["word"] in printed and verdict["reason"] in printed
-    assert f"saved {page}" in printed and "(11 images, 4 shown)" in printed
+        assert verdict["token"] in printed
+        assert verdict["word"] in printed
+        assert verdict["reason"] in printed
+    assert f"saved {page}" in printed
+    assert "(11 images, 4 shown)" in printed
     text = page.read_text()
     assert found["tokens"][0]["reason"] in text.replace("&#39;", "'")
-    assert str(image_folder) not in text and model not in text  # local folders are not in the page
+    assert str(image_folder) not in text
+    assert model not in text  # local folders are not in the page
 
 
 def build_options(model: str, tmp_path: Path, *paths: Any, **fields: Any) -> InspectOptions:
@@ -71,7 +78,9 @@ def build_options(model: str, tmp_path: Path, *paths: Any, **fields: Any) -> Ins
 
 def test_all_measurements_run_in_bfloat16(model: str, image_folder: Path, tmp_path: Path) -> None:
     verdicts = [
-        inspect_tokens(build_options(model, tmp_path, image_folder, mixed_precision=precision)).verdicts
+        inspect_tokens(
+            build_options(model, tmp_path, image_folder, mixed_precision=precision)
+        ).verdicts
         for precision in ("no", "bf16")
     ]
     assert [verdict.token for verdict in verdicts[1]] == [verdict.token for verdict in verdicts[0]]
@@ -79,12 +88,20 @@ def test_all_measurements_run_in_bfloat16(model: str, image_folder: Path, tmp_pa
 
 
 def test_a_revision_of_a_model_on_the_hub(
-    model: str, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model: str,
+    image_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The page contains the commit, and everything is printed. A missing revision is a one-line error."""
     shutil.copytree(model, tmp_path / "hub" / "ann" / "pets")
-    write_json(tmp_path / "hub" / "ann" / "pets" / "results.json", {"token_movement": {"registers[1]": 0.25}})
-    page, figures = tmp_path / "new" / "folders" / "report.html", tmp_path / "other" / "folders" / "figures.json"
+    write_json(
+        tmp_path / "hub" / "ann" / "pets" / "results.json",
+        {"token_movement": {"registers[1]": 0.25}},
+    )
+    page = tmp_path / "new" / "folders" / "report.html"
+    figures = tmp_path / "other" / "folders" / "figures.json"
     flags = [str(image_folder / "owl"), "--output", str(page), "--json", str(figures)]
     with running_hub(tmp_path / "hub") as hub:
         point_client_at(hub.url, None, monkeypatch, tmp_path / "home")
@@ -94,16 +111,30 @@ def test_a_revision_of_a_model_on_the_hub(
         assert run_in_process("inspect_tokens.py", "--model", "ann/pets@v2", *flags) == 1
     assert "v2" in capsys.readouterr().err
     (commit,) = (tmp_path / "cache" / "models--ann--pets" / "snapshots").iterdir()
-    text, found = page.read_text(), json.loads(figures.read_text())
-    assert "ann/pets" in text and f"<code>{commit.name}</code>" in text and str(tmp_path) not in text
+    text = page.read_text()
+    found = json.loads(figures.read_text())
+    assert "ann/pets" in text
+    assert f"<code>{commit.name}</code>" in text
+    assert str(tmp_path) not in text
     assert "5 images of owl" in text
     assert (found["model"], found["commit"]) == ("ann/pets", commit.name)
     assert [token["movement"] for token in found["tokens"][:3]] == [None, None, 0.25]
-    assert [each["token"] for each in found["tokens"]] == ["CLS", "register 1", "register 2", "all 2 registers"]
-    lines, checks = printed.splitlines(), [check["statement"] for check in found["map_checks"].values()]
-    assert len(checks) == 2 and set(checks) <= set(lines)
-    assert len(lines) == len(found["tokens"]) + len(found["tasks"]) + 6  # heads, patches, checks, and written files
-    assert str(page) in lines[-2] and "5 shown" in lines[-2] and lines[-1] == f"saved {figures}"
+    assert [each["token"] for each in found["tokens"]] == [
+        "CLS",
+        "register 1",
+        "register 2",
+        "all 2 registers",
+    ]
+    lines = printed.splitlines()
+    checks = [check["statement"] for check in found["map_checks"].values()]
+    assert len(checks) == 2
+    assert set(checks) <= set(lines)
+    assert (
+        len(lines) == len(found["tokens"]) + len(found["tasks"]) + 6
+    )  # heads, patches, checks, and written files
+    assert str(page) in lines[-2]
+    assert "5 shown" in lines[-2]
+    assert lines[-1] == f"saved {figures}"
 
 
 def test_the_evaluation_split_is_read(image_folder: Path, tmp_path: Path, capsys: Any) -> None:
@@ -111,17 +142,26 @@ def test_the_evaluation_split_is_read(image_folder: Path, tmp_path: Path, capsys
         for name in ("cat", "owl"):
             shutil.copytree(image_folder / name, tmp_path / "photos" / split / name)
     model = save_classifier(tmp_path / "model", ["cat", "owl"], num_cls_tokens=0, pooling="mean")
-    options = build_options(model, tmp_path, dataset=str(tmp_path / "photos"), max_images=2, num_images=1)
-    assert inspect_tokens(options).verdicts == [] and "no special tokens" in capsys.readouterr().out
+    options = build_options(
+        model, tmp_path, dataset=str(tmp_path / "photos"), max_images=2, num_images=1
+    )
+    assert inspect_tokens(options).verdicts == []
+    assert "no special tokens" in capsys.readouterr().out
     assert "'validation'" in html.unescape((tmp_path / "report.html").read_text())
 
 
-def test_unusable_inputs(model: str, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unusable_inputs(
+    model: str, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run_in_process("inspect_tokens.py", "--model", model, tmp_path / "missing.png") == 1
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and "missing.png" in error and error.count("\n") == 1
+    assert error.startswith("error: ")
+    assert "missing.png" in error
+    assert error.count("\n") == 1
     with raises_one_line("model", error=OSError):
-        inspect_tokens(build_options(str(tmp_path / "no" / "such" / "model"), tmp_path, image_folder))
+        inspect_tokens(
+            build_options(str(tmp_path / "no" / "such" / "model"), tmp_path, image_folder)
+        )
     with raises_one_line("broken [old].png"):
         inspect_tokens(build_options(model, tmp_path, image_folder / "cat" / "broken [old].png"))
     with raises_one_line("cat, dog, owl"):

@@ -9,7 +9,13 @@ import pytest
 import torch
 from helpers.command_in_process import run_here
 from helpers.sample_photographs import photograph
-from helpers.tiny_models import LAYOUTS, build_tiny_config, each_layout, randomize, save_with_processor
+from helpers.tiny_models import (
+    LAYOUTS,
+    build_tiny_config,
+    each_layout,
+    randomize,
+    save_with_processor,
+)
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
@@ -75,7 +81,10 @@ def test_a_folder_gives_one_sheet_per_photo_and_names_broken_files(
         (tmp_path / "photos" / folder).mkdir(parents=True)
         photograph("china.jpg").save(tmp_path / "photos" / folder / "same.jpg")
     (tmp_path / "photos" / "broken.png").write_bytes(b"no picture")
-    assert run_here("look", str(tmp_path / "photos"), "--model", model, "-o", str(tmp_path / "sheets")) == 0
+    assert (
+        run_here("look", str(tmp_path / "photos"), "--model", model, "-o", str(tmp_path / "sheets"))
+        == 0
+    )
     assert {file.name for file in (tmp_path / "sheets").iterdir()} == {"same.png", "same-2.png"}
     assert "broken.png" in capsys.readouterr().err
 
@@ -103,7 +112,9 @@ def test_an_animated_image_gives_one_sheet_per_frame(model: str, tmp_path: Path)
     assert first["tokens"] != second["tokens"]
 
 
-def test_a_video_is_an_error_with_a_remedy(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_video_is_an_error_with_a_remedy(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "clip.mp4").write_bytes(b"video")
     assert run_here("look", str(tmp_path / "clip.mp4"), "--model", model) == 1
     assert "ffmpeg" in read_error(capsys)
@@ -119,7 +130,13 @@ def test_a_folder_without_readable_photos_is_an_error(
 
 
 @pytest.mark.parametrize(
-    "flags", [("p.png", "-o", "sheet.pdf"), ("p.png", "--json", "numbers.txt"), ("p.png", "--image-size", "0"), ()]
+    "flags",
+    [
+        ("p.png", "-o", "sheet.pdf"),
+        ("p.png", "--json", "numbers.txt"),
+        ("p.png", "--image-size", "0"),
+        (),
+    ],
 )
 def test_unusable_flags_are_reported_before_the_model_is_loaded(
     flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]
@@ -132,12 +149,28 @@ def test_unusable_flags_are_reported_before_the_model_is_loaded(
 
 
 @each_layout
-def test_the_numbers_are_those_of_eager_attention(layout: dict[str, Any], photo: str, tmp_path: Path) -> None:
+def test_the_numbers_are_those_of_eager_attention(
+    layout: dict[str, Any], photo: str, tmp_path: Path
+) -> None:
     folder = save_encoder(tmp_path / "model", **layout)
     numbers = tmp_path / "numbers.json"
-    assert run_here("look", photo, "--model", folder, "-o", str(tmp_path / "out.png"), "--json", str(numbers)) == 0
+    assert (
+        run_here(
+            "look",
+            photo,
+            "--model",
+            folder,
+            "-o",
+            str(tmp_path / "out.png"),
+            "--json",
+            str(numbers),
+        )
+        == 0
+    )
     (record,) = json.loads(numbers.read_text())["photos"]
-    model = ViTCLSModel.from_pretrained(folder, attn_implementation="eager", add_pooling_layer=False).eval()
+    model = ViTCLSModel.from_pretrained(
+        folder, attn_implementation="eager", add_pooling_layer=False
+    ).eval()
     with torch.no_grad():
         pixel_values = PROCESSOR(Image.open(photo), return_tensors="pt")["pixel_values"]
         outputs = model(pixel_values, output_attentions=True, output_hidden_states=True)
@@ -149,10 +182,14 @@ def test_the_numbers_are_those_of_eager_attention(layout: dict[str, Any], photo:
     assert len(record["tokens"]) == len(rows)
     for token, row in zip(record["tokens"], rows, strict=True):
         for head, values in zip(token["heads"].values(), row[token["layer"] - 1], strict=True):
-            assert head["patches"] == pytest.approx(values[num_special_tokens:].sum().item(), abs=1e-5)
+            assert head["patches"] == pytest.approx(
+                values[num_special_tokens:].sum().item(), abs=1e-5
+            )
             assert head["entropy"] == pytest.approx(-(values * values.log()).sum().item(), abs=1e-4)
     norms = outputs.hidden_states[-1][0, num_special_tokens:].norm(dim=-1)
-    assert record["patches"]["by_layer"][-1]["norm"]["max"] == pytest.approx(norms.max().item(), rel=1e-5)
+    assert record["patches"]["by_layer"][-1]["norm"]["max"] == pytest.approx(
+        norms.max().item(), rel=1e-5
+    )
 
 
 def test_the_image_size_sets_the_number_of_patches(model: str, photo: str, tmp_path: Path) -> None:
@@ -168,7 +205,10 @@ def test_the_image_size_sets_the_number_of_patches(model: str, photo: str, tmp_p
 def test_registers_are_shown_in_the_last_layer_that_uses_them() -> None:
     """A classifier that reads CLS does not use the other tokens of the last layer."""
     measured = measure(ViTCLSForImageClassification(build_tiny_config(num_register_tokens=1)))
-    assert dict(zip(measured.token_names, measured.token_layers, strict=True)) == {"CLS": 2, "register": 1}
+    assert dict(zip(measured.token_names, measured.token_layers, strict=True)) == {
+        "CLS": 2,
+        "register": 1,
+    }
     assert measured.patch_layer == 1
 
 
@@ -208,26 +248,41 @@ MANY_TOKENS = {"num_cls_tokens": 12, "num_register_tokens": 16}
 def test_no_text_covers_a_tile_or_another_text_or_is_cut_off(
     fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model_class = ViTCLSForMultiTaskClassification if "tasks" in fields else ViTCLSForImageClassification
+    model_class = (
+        ViTCLSForMultiTaskClassification if "tasks" in fields else ViTCLSForImageClassification
+    )
     drawn: list[Sheet] = []
     render = Sheet.render
     monkeypatch.setattr(Sheet, "render", lambda sheet: drawn.append(sheet) or render(sheet))  # type: ignore[func-returns-value]
-    processor = ViTCLSImageProcessor(size=40, do_center_crop=True, crop_size=32)  # a part of the photo is hidden
-    picture = draw_sheet(measure(model_class(build_tiny_config(**fields)), processor), "model · " + "photo" * 30)
+    processor = ViTCLSImageProcessor(
+        size=40, do_center_crop=True, crop_size=32
+    )  # a part of the photo is hidden
+    picture = draw_sheet(
+        measure(model_class(build_tiny_config(**fields)), processor), "model · " + "photo" * 30
+    )
     (sheet,) = drawn
     renderer = FigureCanvasAgg(sheet.figure).get_renderer()
     texts = [text for text in sheet.axes.texts if text.get_text()]
     boxes = [text.get_window_extent(renderer).padded(-2) for text in texts]
     tiles = [tile.get_window_extent(renderer) for tile in sheet.axes.images]
     for text, box in zip(texts, boxes, strict=True):
-        is_inside = box.x0 >= 0 and box.x1 <= picture.width and box.y0 >= 0 and box.y1 <= picture.height
+        is_inside = (
+            box.x0 >= 0 and box.x1 <= picture.width and box.y0 >= 0 and box.y1 <= picture.height
+        )
         assert is_inside, text.get_text()
         assert not box.count_overlaps(tiles), text.get_text()
         assert box.count_overlaps(boxes) == 1, text.get_text()  # only itself
 
 
-def test_the_function_returns_the_image_of_the_command(model: str, photo: str, tmp_path: Path) -> None:
-    assert run_here("look", photo, "--model", model, "-o", str(tmp_path / "out.png"), "--image-size", "64") == 0
+def test_the_function_returns_the_image_of_the_command(
+    model: str, photo: str, tmp_path: Path
+) -> None:
+    assert (
+        run_here(
+            "look", photo, "--model", model, "-o", str(tmp_path / "out.png"), "--image-size", "64"
+        )
+        == 0
+    )
     sheet = look(model, photo, image_size=64)
     assert np.array_equal(np.asarray(sheet), np.asarray(Image.open(tmp_path / "out.png")))
 

@@ -57,7 +57,9 @@ def test_shuffled_weights_have_the_same_values() -> None:
 
 def test_checks_average_over_images() -> None:
     """Compare with curves, correlations and a Wilcoxon test that are computed separately for each image."""
-    model = center_logits(ViTCLSForImageClassification(build_tiny_config(num_register_tokens=1)), build_images(6))
+    model = center_logits(
+        ViTCLSForImageClassification(build_tiny_config(num_register_tokens=1)), build_images(6)
+    )
     images = [image.unsqueeze(0) for image in build_images(6)]
     found = check_maps(model, images, seed=3)
     assert list(found) == ["attribution", "rollout"]
@@ -78,7 +80,9 @@ def test_checks_average_over_images() -> None:
         for name, values in (maps[0] | {"random": torch.rand(4, 4, generator=generator)}).items():
             curves[name].append(measure_curves(model, pixels, values, target))
         for name in correlations:
-            correlations[name].append(stats.spearmanr(maps[0][name].flatten(), maps[1][name].flatten()).statistic)
+            correlations[name].append(
+                stats.spearmanr(maps[0][name].flatten(), maps[1][name].flatten()).statistic
+            )
     means = {name: torch.stack(values).mean(dim=0) for name, values in curves.items()}
     for name, check in found.items():
         assert check.num_images == 6
@@ -97,11 +101,23 @@ def test_checks_average_over_images() -> None:
 def test_checks_in_words() -> None:
     """The areas under the curves are 0.5, 0.8, 0.6 and 0.3."""
     curves = ([1.0, 0.8, 0.6, 0.4, 0.2, 0.0], [0.3, 0.9, 0.9, 0.9, 0.8, 0.7], [0.6] * 6, [0.3] * 6)
-    check = MapCheck(9, curves[0], curves[2], curves[1], curves[3], weight_correlation=0.5, p_value=0.05)
+    check = MapCheck(
+        9, curves[0], curves[2], curves[1], curves[3], weight_correlation=0.5, p_value=0.05
+    )
     assert check.is_faithful
     numbers = re.findall(r"\d+\.\d+", check.describe("attribution"))
-    assert numbers == ["0.50", "0.80", "0.60", "0.30", "0.05", "0.50"]  # areas, p-value, correlation
-    worse = [dataclasses.replace(check, weight_correlation=0.51), dataclasses.replace(check, p_value=0.051)]
+    assert numbers == [
+        "0.50",
+        "0.80",
+        "0.60",
+        "0.30",
+        "0.05",
+        "0.50",
+    ]  # areas, p-value, correlation
+    worse = [
+        dataclasses.replace(check, weight_correlation=0.51),
+        dataclasses.replace(check, p_value=0.051),
+    ]
     assert not any(each.is_faithful for each in worse)
     assert len({each.describe("rollout").partition("(")[0] for each in (check, *worse)}) == 3
 
@@ -111,7 +127,8 @@ def test_constant_maps_have_no_correlation_and_curves_without_gains_are_not_bett
     with torch.no_grad():
         model.classifier.weight.zero_()
     check = check_maps(model, [build_images(1)])["attribution"]
-    assert check.weight_correlation == 0 and check.p_value == 1
+    assert check.weight_correlation == 0
+    assert check.p_value == 1
 
 
 @pytest.mark.slow
@@ -119,7 +136,8 @@ def test_attribution_of_a_trained_model_is_faithful() -> None:
     model = train_digits_model(epochs=6)
     pixels = [image.unsqueeze(0) for image in HELD_OUT[0][:24]]
     found = check_maps(model, pixels)
-    assert set(found) == {"attribution", "rollout"} and found["attribution"].num_images == 24
+    assert set(found) == {"attribution", "rollout"}
+    assert found["attribution"].num_images == 24
     attribution = found["attribution"]
     assert attribution.is_faithful
     assert attribution.weight_correlation < 0.5
@@ -135,10 +153,15 @@ def test_rollout_requires_a_token_that_the_head_reads() -> None:
 def test_rollout_is_the_map_of_the_first_token_that_the_head_reads() -> None:
     """The class of the attribution can be set."""
     config = build_tiny_config(num_cls_tokens=2, pooled_cls_tokens=[1])
-    model, pixels = center_logits(ViTCLSForImageClassification(config), build_images()), build_images(1)
+    model = center_logits(ViTCLSForImageClassification(config), build_images())
+    pixels = build_images(1)
     predicted = int(model(pixels).logits.argmax())
     for target in (predicted, (predicted + 1) % 3):
         maps, probabilities = map_checks.compute_maps(model, pixels, torch.tensor(target))
-        assert torch.allclose(maps["rollout"].flatten(), compute_attention_rollout(model, pixels)[0, 1, 2:])
-        assert torch.allclose(maps["attribution"].flatten(), compute_attribution(model, pixels, target)[0, 2:])
+        assert torch.allclose(
+            maps["rollout"].flatten(), compute_attention_rollout(model, pixels)[0, 1, 2:]
+        )
+        assert torch.allclose(
+            maps["attribution"].flatten(), compute_attribution(model, pixels, target)[0, 2:]
+        )
         assert int(probabilities.argmax()) == predicted

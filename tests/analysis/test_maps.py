@@ -42,7 +42,9 @@ def test_differential_attention_has_two_maps_per_head():
 
 
 def test_patch_maps_contain_the_attention_to_each_patch():
-    config = build_tiny_config(num_cls_tokens=2, num_distillation_tokens=1, num_register_tokens=3, patch_size=[8, 4])
+    config = build_tiny_config(
+        num_cls_tokens=2, num_distillation_tokens=1, num_register_tokens=3, patch_size=[8, 4]
+    )
     config._attn_implementation = "eager"
     model = randomize(ViTCLSModel(config))
     pixel_values = build_images(height=24, width=41)  # 3 x 10 patches, and one additional pixel
@@ -89,7 +91,11 @@ FIELDS = {
     "mean": {"pooling": "mean", "num_register_tokens": 2},
     "cls_mean": {"pooling": "cls_mean", "num_cls_tokens": 2},
     "attention": {"pooling": "attention", "num_register_tokens": 1},
-    "attention to all": {"pooling": "attention", "attention_pool_tokens": "all", "num_register_tokens": 1}
+    "attention to all": {
+        "pooling": "attention",
+        "attention_pool_tokens": "all",
+        "num_register_tokens": 1,
+    }
     | {"num_distillation_tokens": 1, "distillation_head": False},
     "tasks": {"num_cls_tokens": 2, "tasks": TASKS, "num_distillation_tokens": 1},
 }
@@ -98,7 +104,9 @@ FIELDS = {
 @pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
 def test_a_head_reads_the_tokens_with_a_gradient(fields: dict) -> None:
     config = build_tiny_config(**fields)
-    model = randomize((ViTCLSForMultiTaskClassification if config.tasks else ViTCLSForImageClassification)(config))
+    model = randomize(
+        (ViTCLSForMultiTaskClassification if config.tasks else ViTCLSForImageClassification)(config)
+    )
     sequences: list[torch.Tensor] = []
 
     def record(norm: nn.Module, args: tuple, sequence: torch.Tensor) -> None:
@@ -111,7 +119,10 @@ def test_a_head_reads_the_tokens_with_a_gradient(fields: dict) -> None:
     torch.stack([tensor.square().sum() for tensor in tensors]).sum().backward()
     gradient = sequences[0].grad[0].abs().sum(dim=1)  # one value per computed token
     layout = config.token_layout
-    is_read = [index < len(gradient) and bool(gradient[index] > 0) for index in range(layout.num_prefix_tokens)]
+    is_read = [
+        index < len(gradient) and bool(gradient[index] > 0)
+        for index in range(layout.num_prefix_tokens)
+    ]
     assert get_used_token_mask(config) == [*is_read, bool(gradient[layout.patches].sum() > 0)]
 
 
@@ -133,14 +144,28 @@ PROCESSORS = {
         "crop_size": 58,
         "crop_rounding": "even",
     },
-    "longest_edge_pads": {"size": {"shortest_edge": 64, "longest_edge": 72}, "do_center_crop": True, "crop_size": 64},
-    "crop_pads_one_side": {"do_resize": False, "do_center_crop": True, "crop_size": {"height": 195, "width": 101}},
-    "pad": {"size": {"height": 48, "width": 40}, "do_pad": True, "pad_size": {"height": 64, "width": 60}},
+    "longest_edge_pads": {
+        "size": {"shortest_edge": 64, "longest_edge": 72},
+        "do_center_crop": True,
+        "crop_size": 64,
+    },
+    "crop_pads_one_side": {
+        "do_resize": False,
+        "do_center_crop": True,
+        "crop_size": {"height": 195, "width": 101},
+    },
+    "pad": {
+        "size": {"height": 48, "width": 40},
+        "do_pad": True,
+        "pad_size": {"height": 64, "width": 60},
+    },
 }
 
 
 @pytest.mark.parametrize(
-    ("backend", "size"), [(ViTCLSImageProcessor, (180, 240)), (ViTCLSImageProcessorPil, (240, 180))], ids=str
+    ("backend", "size"),
+    [(ViTCLSImageProcessor, (180, 240)), (ViTCLSImageProcessorPil, (240, 180))],
+    ids=str,
 )
 @pytest.mark.parametrize("settings", PROCESSORS.values(), ids=PROCESSORS)
 def test_the_visible_part_equals_the_input_of_the_model(settings, backend, size):
@@ -153,10 +178,14 @@ def test_the_visible_part_equals_the_input_of_the_model(settings, backend, size)
         expected = start + (torch.arange(len(values)) + 0.5) * (stop - start) / len(values) - 0.5
         inside = (expected > -0.5) & (expected < size[1 - axis] - 0.5)
         assert torch.equal(values > 0, inside)
-        edge = (stop - start) / len(values) + 1  # at the border, the filter lacks pixels on one side
+        edge = (stop - start) / len(
+            values
+        ) + 1  # at the border, the filter lacks pixels on one side
         whole = (expected > edge) & (expected < size[1 - axis] - 1 - edge)
         assert whole.sum() > 10
-        assert (values[whole] - BLACK - expected[whole]).abs().max() < 0.76  # rounded to integer gray levels
+        assert (
+            values[whole] - BLACK - expected[whole]
+        ).abs().max() < 0.76  # rounded to integer gray levels
 
 
 # Maps on the image ---------------------------------------------------------------------------------------------------
@@ -176,7 +205,9 @@ def test_maps_are_bilinear_between_centers_and_nan_outside():
 
 def build_photograph(height: int = 60, width: int = 90) -> Image.Image:
     """Return a random color image."""
-    return Image.fromarray(np.random.default_rng(0).integers(60, 200, (height, width, 3)).astype(np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(0).integers(60, 200, (height, width, 3)).astype(np.uint8)
+    )
 
 
 def build_spot(rows: int = 4, columns: int = 6, place: tuple[int, int] = (1, 4)) -> torch.Tensor:
@@ -195,12 +226,20 @@ def test_the_maximum_is_bright_the_invisible_part_is_dark_and_uniform_maps_are_n
     """The value of the brightest color is at least three times the mean over the visible part."""
     gray = Image.new("RGB", (90, 60), (200, 200, 200))
     for value, strength in ((1.0, 1 / 3), (0.0, 0.0)):
-        drawn = np.asarray(overlay(gray, torch.full((4, 4), value), VisibleRegion(15, 0, 75, 60)), dtype=float)
-        color, opacity = np.array(colormaps["inferno"](strength)[:3]) * 255, 0.25 + 0.6 * strength
+        drawn = np.asarray(
+            overlay(gray, torch.full((4, 4), value), VisibleRegion(15, 0, 75, 60)), dtype=float
+        )
+        color = np.array(colormaps["inferno"](strength)[:3]) * 255
+        opacity = 0.25 + 0.6 * strength
         assert np.abs(drawn[:, 15:75] - (200 * 0.75 * (1 - opacity) + color * opacity)).max() < 1
-        assert (drawn[:, :15] == 70).all() and (drawn[:, 75:] == 70).all()
+        assert (drawn[:, :15] == 70).all()
+        assert (drawn[:, 75:] == 70).all()
     y, x = np.nonzero(get_lightness(overlay(build_photograph(), build_spot())) > 150)
-    assert len(y) > 20 and y.min() >= 15 and y.max() < 30 and x.min() >= 60 and x.max() < 75
+    assert len(y) > 20
+    assert y.min() >= 15
+    assert y.max() < 30
+    assert x.min() >= 60
+    assert x.max() < 75
 
 
 def test_overlays_of_large_and_small_images_are_scaled_on_request():
@@ -210,12 +249,15 @@ def test_overlays_of_large_and_small_images_are_scaled_on_request():
     assert overlay(build_photograph(900, 1), build_spot(), max_side=300).size == (1, 300)
     assert overlay(build_photograph(), build_spot(), max_side=300, min_side=40).size == (90, 60)
     stripes = Image.fromarray(np.uint8([[0, 200] * 300] * 400))
-    assert resize_with_region(stripes, None, 300, None)[0].getcolors() == [(300 * 200, 100)]  # averages
-    assert resize_with_region(stripes.crop((0, 0, 4, 4)), None, None, 8)[0].getcolors() == [(32, 0), (32, 200)]
+    assert resize_with_region(stripes, None, 300, None)[0].getcolors() == [
+        (300 * 200, 100)
+    ]  # averages
+    assert resize_with_region(stripes.crop((0, 0, 4, 4)), None, None, 8)[0].getcolors() == [
+        (32, 0),
+        (32, 200),
+    ]
     seen = VisibleRegion(150, 0, 750, 600)
-    small, large = (
-        overlay(build_photograph(600, 900), build_spot(), seen, max_side=90),
-        overlay(build_photograph(), build_spot(), seen),
-    )
+    small = overlay(build_photograph(600, 900), build_spot(), seen, max_side=90)
+    large = overlay(build_photograph(), build_spot(), seen)
     assert small.size == large.size
     assert (get_lightness(small)[:, :14] < 110).all()

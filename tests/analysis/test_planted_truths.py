@@ -7,13 +7,25 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.digits_models import HELD_OUT, LABELS, NUM_TRAINED, PIXELS, build_digits_config, train_digits_model
+from helpers.digits_models import (
+    HELD_OUT,
+    LABELS,
+    NUM_TRAINED,
+    PIXELS,
+    build_digits_config,
+    train_digits_model,
+)
 from helpers.tiny_models import build_images, build_tiny_config, randomize
 from helpers.varied_models import center_logits, collect_findings
 from torch.nn import functional as F
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification
-from modeling_vitcls.analysis.ablation import MIN_IMAGES, Predictions, collect_outputs, compute_ablations
+from modeling_vitcls.analysis.ablation import (
+    MIN_IMAGES,
+    Predictions,
+    collect_outputs,
+    compute_ablations,
+)
 from modeling_vitcls.analysis.diagnosis import (
     MIN_PATCHES,
     Verdict,
@@ -41,7 +53,10 @@ def judge(
     batches = lambda: [(pixels, labels)]  # noqa: E731
     findings = collect_findings(model, pixels)
     verdicts = diagnose_tokens(model, findings, compute_ablations(model, batches))
-    return {verdict.token: verdict for verdict in [*verdicts, *diagnose_tasks(collect_outputs(model, batches))]}
+    return {
+        verdict.token: verdict
+        for verdict in [*verdicts, *diagnose_tasks(collect_outputs(model, batches))]
+    }
 
 
 @contextmanager
@@ -56,7 +71,9 @@ def hide_keys(model: Any, hidden: slice) -> Iterator[None]:
 
     with ExitStack() as hooks:
         for layer in model.base_model.layers:
-            hooks.enter_context(layer.attention.register_forward_pre_hook(mask_keys, with_kwargs=True))
+            hooks.enter_context(
+                layer.attention.register_forward_pre_hook(mask_keys, with_kwargs=True)
+            )
         yield
 
 
@@ -91,11 +108,13 @@ def test_a_token_that_alone_feeds_the_head_is_read_by_the_classifier(model: Any)
     found = judge(model)["CLS"]
     effect = found.numbers["information"][""]
     assert (found.word, found.rating) == ("read by the classifier", "good")
-    assert effect["limit"] is None and effect["changed"] > 0.5  # there is no test
+    assert effect["limit"] is None
+    assert effect["changed"] > 0.5  # there is no test
     assert effect["changed_interval"][0] < effect["changed"] < effect["changed_interval"][1]
     with hide_keys(model, slice(1, None)):
         cut_off = judge(model)["CLS"]
-    assert cut_off.word == "cut off from the patches" and cut_off.rating == "bad"
+    assert cut_off.word == "cut off from the patches"
+    assert cut_off.rating == "bad"
 
 
 @pytest.mark.parametrize("num_registers", [1, pytest.param(2, marks=pytest.mark.slow)])
@@ -114,7 +133,10 @@ def test_registers_that_carry_all_information_have_an_effect(num_registers: int)
 
 def test_dead_and_uniform_heads(model: Any) -> None:
     findings = collect_findings(model, HELD_OUT[0])
-    assert (diagnose_heads(findings).rating, diagnose_patches(model.config, findings).word) == ("good", "no artifacts")
+    assert (diagnose_heads(findings).rating, diagnose_patches(model.config, findings).word) == (
+        "good",
+        "no artifacts",
+    )
     head_size = model.config.hidden_size // 2
     with torch.no_grad():
         model.vitcls.layers[1].attention.o_proj.weight[:, :head_size] = 0
@@ -122,17 +144,23 @@ def test_dead_and_uniform_heads(model: Any) -> None:
             getattr(model.vitcls.layers[0].attention.q_proj, name)[head_size:] = 0
     found = diagnose_heads(collect_findings(model, HELD_OUT[0]))
     assert found.numbers == {"dead": [[1, 0]], "uniform": [[0, 1]]}
-    assert found.rating == "bad" and "dead" in found.word and "uniform" in found.word
-    assert "layer 2 head 1" in found.reason and "layer 1 head 2" in found.reason and found.reason.count("1 of 6") == 2
+    assert found.rating == "bad"
+    assert "dead" in found.word
+    assert "uniform" in found.word
+    assert "layer 2 head 1" in found.reason
+    assert "layer 1 head 2" in found.reason
+    assert found.reason.count("1 of 6") == 2
 
 
 @pytest.mark.parametrize("num_images", [1, 2, MIN_IMAGES - 1])
 def test_too_few_images_and_patches(model: Any, num_images: int) -> None:
     found = judge(model, HELD_OUT[0][:num_images], HELD_OUT[1][:num_images])
     assert {verdict.word for verdict in found.values()} == {"too few images to tell"}
-    assert str(num_images) in found["register 1"].reason and str(MIN_IMAGES) in found["register 1"].reason
+    assert str(num_images) in found["register 1"].reason
+    assert str(MIN_IMAGES) in found["register 1"].reason
     patches = diagnose_patches(model.config, collect_findings(model, HELD_OUT[0][:num_images]))
-    assert patches.word == "too few patches to tell" and f"{MIN_PATCHES:,}" in patches.reason
+    assert patches.word == "too few patches to tell"
+    assert f"{MIN_PATCHES:,}" in patches.reason
 
 
 # Several tasks -------------------------------------------------------------------------------------------------------
@@ -164,11 +192,15 @@ def test_each_task_has_its_own_effects(trained_tasks: Any) -> None:
     """Scaling the head of one task by 10 changes no value of the other task."""
     found = judge_tasks(trained_tasks)
     for task in TASKS:
-        assert found[f"CLS {task}"].word == "read by the classifier" and found[f"CLS {task}"].rating == "good"
-        assert found[f"CLS {task}"].numbers["heads"] == [task] and f"({task})" in found[f"CLS {task}"].reason
+        assert found[f"CLS {task}"].word == "read by the classifier"
+        assert found[f"CLS {task}"].rating == "good"
+        assert found[f"CLS {task}"].numbers["heads"] == [task]
+        assert f"({task})" in found[f"CLS {task}"].reason
         assert found[f"task {task}"].word == "better than chance"
     assert "all 2 CLS tokens" in found
-    decided = [row["token"] for row in build_effect_rows(list(found.values())) if "•" in row["ablation"]]
+    decided = [
+        row["token"] for row in build_effect_rows(list(found.values())) if "•" in row["ablation"]
+    ]
     assert decided == [name for name, verdict in found.items() if "decided_by" in verdict.numbers]
     with torch.no_grad():
         trained_tasks.classifiers["task_size"].weight *= 10
@@ -190,7 +222,8 @@ def test_a_useless_and_a_healthy_task(trained_tasks: Any) -> None:
         head.weight.zero_()
     found = judge_tasks(trained_tasks)
     head.load_state_dict(weights)
-    assert found["CLS parity"].rating == "good" and found["task parity"].rating == "good"
+    assert found["CLS parity"].rating == "good"
+    assert found["task parity"].rating == "good"
     assert found["CLS size"].rating == "doubtful"
     assert (found["task size"].word, found["task size"].rating) == ("not better than chance", "bad")
 
@@ -202,28 +235,44 @@ def test_the_interval_of_a_task_is_that_of_its_counts() -> None:
     for num_right in (0, 1, 57, 99):
         predicted = (torch.arange(120) >= num_right).long().unsqueeze(1)
         (verdict,) = diagnose_tasks({"": Predictions(torch.zeros(120, 2), predicted, labels)})
-        counts = {"interval": compute_proportion_interval(num_right, 100), "chance": 1.0, "num_labels": 100}
+        counts = {
+            "interval": compute_proportion_interval(num_right, 100),
+            "chance": 1.0,
+            "num_labels": 100,
+        }
         assert verdict.numbers == {"accuracy": pytest.approx(num_right / 100)} | counts
         values = (num_right / 100, *counts["interval"], 1.0)
-        assert re.findall(r"[\d.]+%", verdict.reason.replace("95% ", "")) == [f"{value:.1%}" for value in values]
+        assert re.findall(r"[\d.]+%", verdict.reason.replace("95% ", "")) == [
+            f"{value:.1%}" for value in values
+        ]
 
 
 # Constructed and random models ---------------------------------------------------------------------------------------
 
 
 def build_random_model(seed: int, **fields: Any) -> Any:
-    tokens = {"num_distillation_tokens": 1, "num_register_tokens": 2, "num_hidden_layers": 3, "num_labels": 8}
+    tokens = {
+        "num_distillation_tokens": 1,
+        "num_register_tokens": 2,
+        "num_hidden_layers": 3,
+        "num_labels": 8,
+    }
     torch.manual_seed(seed)
     config = build_tiny_config(**(tokens | fields))
-    return center_logits(randomize(ViTCLSForImageClassification(config), seed), build_images(MIN_IMAGES))
+    return center_logits(
+        randomize(ViTCLSForImageClassification(config), seed), build_images(MIN_IMAGES)
+    )
 
 
-@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 10))])
+@pytest.mark.parametrize(
+    "seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 10))]
+)
 def test_random_models_raise_no_false_alarm(seed: int) -> None:
     pixels = build_images(MIN_IMAGES, seed=seed)
     model = build_random_model(seed)
     found = judge(model, pixels, torch.arange(len(pixels)) % 8)
     for name in ("register 1", "register 2", "all 2 registers"):
         assert found[name].word in UNIMPORTANT, found[name]
-    assert found["predictions"].numbers["num_labels"] == MIN_IMAGES and found["predictions"].rating != "neutral"
+    assert found["predictions"].numbers["num_labels"] == MIN_IMAGES
+    assert found["predictions"].rating != "neutral"
     assert diagnose_heads(collect_findings(model, pixels)).rating == "good"

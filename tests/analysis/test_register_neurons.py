@@ -22,8 +22,16 @@ from modeling_vitcls.analysis.register_neurons import (
 LAYER = 1
 PLANTED = (5, 17)  # neurons of layer 1
 PATCHES = (3, 9)  # patch at which each neuron is active, in every image
-SIZES: dict[str, Any] = {"num_hidden_layers": 3, "intermediate_size": 32, "position_embedding_tokens": "all"}
-MLPS = {"mlp": {"mlp_type": "mlp"}, "swiglu": {"mlp_type": "swiglu"}, "parallel": {"layer_type": "parallel"}}
+SIZES: dict[str, Any] = {
+    "num_hidden_layers": 3,
+    "intermediate_size": 32,
+    "position_embedding_tokens": "all",
+}
+MLPS = {
+    "mlp": {"mlp_type": "mlp"},
+    "swiglu": {"mlp_type": "swiglu"},
+    "parallel": {"layer_type": "parallel"},
+}
 
 all_mlps = pytest.mark.parametrize("fields", MLPS.values(), ids=MLPS)
 
@@ -41,7 +49,11 @@ def build_planted_model(model_class: type = ViTCLSModel, **fields: Any) -> Any:
     norm = getattr(layer, "layernorm_after", layer.layernorm_before)
     norm.weight.fill_(1)
     norm.bias.zero_()
-    writers = [part for block in base.layers[: LAYER + 1] for part in (block.attention.o_proj, _outer(block.mlp))]
+    writers = [
+        part
+        for block in base.layers[: LAYER + 1]
+        for part in (block.attention.o_proj, _outer(block.mlp))
+    ]
     for channel, (neuron, patch) in enumerate(zip(PLANTED, PATCHES, strict=True)):
         for part in (base.embeddings.patch_embeddings.projection, *writers):
             part.weight[channel] = 0
@@ -78,16 +90,24 @@ def test_outliers_move_to_the_register(fields: dict[str, Any]) -> None:
     neurons = find_register_neurons(model, build_images(), num_neurons=2)
     assert sorted(neurons) == [[LAYER, neuron] for neuron in PLANTED]
     more = find_register_neurons(model, build_images(), num_neurons=10)
-    assert more[:2] == neurons and len(more) == 10 and max(more)[0] <= LAYER  # not after the layer with outliers
+    assert more[:2] == neurons
+    assert len(more) == 10
+    assert max(more)[0] <= LAYER  # not after the layer with outliers
     better = add_test_time_register(model, neurons)
     assert compute_outlier_fraction(better, build_images()) == 0.0
     assert better.config.num_register_tokens == 1
     assert better.config.register_neurons == neurons
     with torch.no_grad():
-        norms = better(build_images(), output_hidden_states=True).hidden_states[-1].norm(dim=-1)  # [B, N]
+        norms = (
+            better(build_images(), output_hidden_states=True).hidden_states[-1].norm(dim=-1)
+        )  # [B, N]
     register = better.config.token_layout.registers
-    assert (norms[:, register] > 3 * norms.median()).all()  # position of the artifacts after the change
-    assert compute_outlier_fraction(model, build_images()) == 2 / 16  # the original model is not changed
+    assert (
+        norms[:, register] > 3 * norms.median()
+    ).all()  # position of the artifacts after the change
+    assert (
+        compute_outlier_fraction(model, build_images()) == 2 / 16
+    )  # the original model is not changed
 
 
 @pytest.mark.parametrize("ratio", [1.1, 1.2])
@@ -95,11 +115,16 @@ def test_neurons_are_ordered_by_their_mean_activation_at_outliers(ratio: float) 
     """Compare with loops over images, patches and neurons, for random weights."""
     model = randomize(ViTCLSModel(build_tiny_config(num_hidden_layers=3)))
     inputs: list[torch.Tensor] = []
-    hooks = [layer.mlp.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for layer in model.layers]
+    hooks = [
+        layer.mlp.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+        for layer in model.layers
+    ]
     with torch.no_grad():
         states = model(build_images(3), output_hidden_states=True).hidden_states
         activations = [
-            nn.functional.gelu(nn.functional.linear(rows, layer.mlp.fc1.weight, layer.mlp.fc1.bias))[:, 1:]
+            nn.functional.gelu(
+                nn.functional.linear(rows, layer.mlp.fc1.weight, layer.mlp.fc1.bias)
+            )[:, 1:]
             for rows, layer in zip(inputs, model.layers, strict=True)
         ]
     for hook in hooks:
@@ -108,19 +133,25 @@ def test_neurons_are_ordered_by_their_mean_activation_at_outliers(ratio: float) 
     def list_outliers(step: int) -> list[set[int]]:
         """Return the indices of the outlier patches of each image in a hidden state."""
         norms = [[patch.norm().item() for patch in image[1:]] for image in states[step]]
-        return [{i for i, norm in enumerate(row) if norm > ratio * sorted(row)[7]} for row in norms]  # 16 patches
+        return [
+            {i for i, norm in enumerate(row) if norm > ratio * sorted(row)[7]} for row in norms
+        ]  # 16 patches
 
     outliers = list_outliers(-1)
     num_outliers = sum(map(len, outliers))
-    assert all(outliers) and num_outliers < 3 * 16 / 2
-    assert compute_outlier_fraction(model, build_images(3), ratio) == pytest.approx(num_outliers / (3 * 16))
+    assert all(outliers)
+    assert num_outliers < 3 * 16 / 2
+    assert compute_outlier_fraction(model, build_images(3), ratio) == pytest.approx(
+        num_outliers / (3 * 16)
+    )
     shared = [sum(map(len, map(set.__and__, list_outliers(step), outliers))) for step in (1, 2, 3)]
     last_layer = next(layer for layer, number in enumerate(shared) if number >= num_outliers / 2)
     scores = {}
     for layer in range(last_layer + 1):
         for neuron in range(24):
             means = [
-                sum(abs(activations[layer][image, patch, neuron].item()) for patch in patches) / len(patches)
+                sum(abs(activations[layer][image, patch, neuron].item()) for patch in patches)
+                / len(patches)
                 for image, patches in enumerate(outliers)
             ]
             scores[layer, neuron] = sum(means) / len(means)
@@ -130,7 +161,9 @@ def test_neurons_are_ordered_by_their_mean_activation_at_outliers(ratio: float) 
 
 
 @all_mlps
-def test_only_planted_activations_of_patches_and_the_register_change(fields: dict[str, Any]) -> None:
+def test_only_planted_activations_of_patches_and_the_register_change(
+    fields: dict[str, Any],
+) -> None:
     model = build_planted_model(**fields, num_register_tokens=2)
     better = add_test_time_register(model, [[LAYER, neuron] for neuron in PLANTED])
     register_neurons = better.layers[LAYER].mlp.register_neurons
@@ -143,19 +176,30 @@ def test_only_planted_activations_of_patches_and_the_register_change(fields: dic
     assert torch.equal(moved[:, before], activations[:, before])
     assert not moved[:, layout.patches][..., PLANTED].any()
     of_patches = activations[:, layout.patches][..., PLANTED]
-    strongest = of_patches.gather(1, of_patches.abs().argmax(dim=1, keepdim=True))  # activations may be negative
+    strongest = of_patches.gather(
+        1, of_patches.abs().argmax(dim=1, keepdim=True)
+    )  # activations may be negative
     assert torch.equal(moved[:, [layout.registers.stop - 1]][..., PLANTED], strongest)
 
 
 def test_the_register_starts_at_zero_and_other_weights_are_not_changed() -> None:
     model = build_planted_model(ViTCLSForImageClassification, num_register_tokens=2)
     better = add_test_time_register(model, [[LAYER, 5]])
-    assert torch.equal(better.vitcls.embeddings.register_tokens[:, :2], model.vitcls.embeddings.register_tokens)
+    assert torch.equal(
+        better.vitcls.embeddings.register_tokens[:, :2], model.vitcls.embeddings.register_tokens
+    )
     assert not better.vitcls.embeddings.register_tokens[:, 2].any()
     assert not better.vitcls.embeddings.position_embeddings.registers[:, 2].any()
-    old, new = model.state_dict(), better.state_dict()
-    changed = {name for name in new if new[name].shape != old[name].shape or not torch.equal(new[name], old[name])}
-    assert changed == {f"vitcls.embeddings.{part}" for part in ("register_tokens", "position_embeddings.registers")}
+    old = model.state_dict()
+    new = better.state_dict()
+    changed = {
+        name
+        for name in new
+        if new[name].shape != old[name].shape or not torch.equal(new[name], old[name])
+    }
+    assert changed == {
+        f"vitcls.embeddings.{part}" for part in ("register_tokens", "position_embeddings.registers")
+    }
 
 
 def test_the_register_of_a_gated_group_is_open() -> None:
@@ -170,14 +214,18 @@ def test_images_without_outliers_do_not_count() -> None:
     model = build_planted_model(hidden_dropout_prob=0.5).train()  # measured in evaluation mode
     with torch.no_grad():
         model.embeddings.position_embeddings.patches[:, PATCHES, :2] = 0
-        model.embeddings.patch_embeddings.projection.weight[0] = 1.0  # now brightness activates the neuron at a patch
+        model.embeddings.patch_embeddings.projection.weight[0] = (
+            1.0  # now brightness activates the neuron at a patch
+        )
     bright = build_images(1, seed=3) * 0.01
     bright[:, :, 8:16, 8:16] = 0.2
     dark = build_images(1, seed=4) * 0.01
     assert compute_outlier_fraction(model, bright) == 1 / 16
     assert compute_outlier_fraction(model, dark) == 0
     both = torch.cat([bright, dark])
-    assert find_register_neurons(model, both, num_neurons=5) == find_register_neurons(model, bright, num_neurons=5)
+    assert find_register_neurons(model, both, num_neurons=5) == find_register_neurons(
+        model, bright, num_neurons=5
+    )
 
 
 def test_unsupported_models_are_errors() -> None:

@@ -42,11 +42,15 @@ def build_pil_images(count: int = len(NAMES)) -> list[Image.Image]:
     """Return images of 90 x 60 and 40 x 40 pixels."""
     generator = np.random.default_rng(0)
     sizes = [(60, 90) if index == 0 else (40, 40) for index in range(count)]
-    return [Image.fromarray(generator.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
+    return [
+        Image.fromarray(generator.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes
+    ]
 
 
 def build_classifier(**fields: Any) -> ViTCLSForImageClassification:
-    config = build_tiny_config(**{"num_labels": 8, "num_hidden_layers": 3, "num_register_tokens": 3} | fields)
+    config = build_tiny_config(
+        **{"num_labels": 8, "num_hidden_layers": 3, "num_register_tokens": 3} | fields
+    )
     pixels = PROCESSOR(build_pil_images(), return_tensors="pt")["pixel_values"]
     return center_logits(ViTCLSForImageClassification(config), pixels)
 
@@ -58,7 +62,9 @@ def inspection() -> Inspection:
     with torch.no_grad():
         registers = model.vitcls.embeddings.register_tokens
         registers[:, 2] = registers[:, 0]
-    return inspect_model(model, PROCESSOR, build_pil_images(), names=NAMES, labels=[0] * len(NAMES), num_shown=None)
+    return inspect_model(
+        model, PROCESSOR, build_pil_images(), names=NAMES, labels=[0] * len(NAMES), num_shown=None
+    )
 
 
 @pytest.fixture(scope="module")
@@ -72,21 +78,31 @@ def report(inspection: Inspection, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture
 def page(browser: Browser, report: Path) -> Any:
     context = browser.new_context(viewport={"width": 1280, "height": 900}, offline=True)
-    opened, errors = context.new_page(), []
+    opened = context.new_page()
+    errors = []
     opened.on("pageerror", lambda error: errors.append(error))
-    opened.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    opened.on(
+        "console", lambda message: errors.append(message.text) if message.type == "error" else None
+    )
     opened.goto(report.as_uri())
     yield opened
     context.close()
     assert errors == []
 
 
-def test_the_first_screen_shows_six_images_then_one_line_per_token(page: Page, inspection: Inspection) -> None:
-    rows, names = page.locator("#overview figure"), get_token_names(inspection.config)
+def test_the_first_screen_shows_six_images_then_one_line_per_token(
+    page: Page, inspection: Inspection
+) -> None:
+    rows = page.locator("#overview figure")
+    names = get_token_names(inspection.config)
     expect(rows).to_have_count(6)
     for index in range(6):
         expect(rows.nth(index).locator("img")).to_have_count(1 + len(names))
-        widths = rows.nth(index).locator("img").evaluate_all("images => images.map(image => image.naturalWidth)")
+        widths = (
+            rows.nth(index)
+            .locator("img")
+            .evaluate_all("images => images.map(image => image.naturalWidth)")
+        )
         assert set(widths) == {160 if index else 180}  # small images are enlarged by an integer
     assert rows.first.bounding_box()["y"] < page.locator("#verdicts").bounding_box()["y"] < 900
     lines = page.locator("#verdicts li")
@@ -94,17 +110,23 @@ def test_the_first_screen_shows_six_images_then_one_line_per_token(page: Page, i
     assert lines.count() == len(verdicts)
     for index, verdict in enumerate(verdicts):
         text = lines.nth(index).inner_text()
-        assert verdict.token.lower() in text.lower() and verdict.reason in text
-    assert [verdict.word for verdict in inspection.verdicts if verdict.word == "identical"] == ["identical"] * 2
+        assert verdict.token.lower() in text.lower()
+        assert verdict.reason in text
+    assert [verdict.word for verdict in inspection.verdicts if verdict.word == "identical"] == [
+        "identical"
+    ] * 2
 
 
-def test_the_table_contains_effects_intervals_and_limits(page: Page, inspection: Inspection) -> None:
+def test_the_table_contains_effects_intervals_and_limits(
+    page: Page, inspection: Inspection
+) -> None:
     rows = page.locator("#effects tbody tr")
     assert rows.count() == 2 * len(inspection.verdicts)
     first = rows.first.inner_text()
     effect = inspection.ablations["information"]["cls[0]"][""]
     low, high = effect.changed_interval
-    assert f"{effect.changed:.1%} ({low:.1%} to {high:.1%})" in first and "no test" in first
+    assert f"{effect.changed:.1%} ({low:.1%} to {high:.1%})" in first
+    assert "no test" in first
     assert "{:.2g} ({:.2g} to {:.2g})".format(effect.size, *effect.interval) in first
     register = rows.nth(2).inner_text()
     assert f"{inspection.ablations['information']['registers[0]'][''].limit:.2g}" in register
@@ -113,7 +135,9 @@ def test_the_table_contains_effects_intervals_and_limits(page: Page, inspection:
 def test_nothing_is_wider_than_the_window(page: Page) -> None:
     for width in (390, 1280):
         page.set_viewport_size({"width": width, "height": 844})
-        page.evaluate("document.querySelectorAll('details').forEach(details => details.open = true)")
+        page.evaluate(
+            "document.querySelectorAll('details').forEach(details => details.open = true)"
+        )
         assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
@@ -121,7 +145,8 @@ def test_maps_of_layers_and_heads(page: Page, inspection: Inspection) -> None:
     """A map equals the overlay in Python, and shows its values at the pointer."""
     page.locator(".image summary").first.click()
     box = page.locator("[data-maps='0']")
-    report, names = inspection.image_reports[0], get_token_names(inspection.config)
+    report = inspection.image_reports[0]
+    names = get_token_names(inspection.config)
     # the image and patch colors, rollout and layers of each token, and the attribution
     assert box.locator("canvas").count() == 4 + len(names) * 4 + 1
     button = box.get_by_label("enlarge CLS, layer 2, mean of all heads")
@@ -146,12 +171,17 @@ def test_maps_of_layers_and_heads(page: Page, inspection: Inspection) -> None:
 
 
 def test_the_page_names_the_model_and_escapes_names(page: Page, inspection: Inspection) -> None:
-    assert "A & <B>" in page.locator("h1").inner_text() and page.locator("b").count() == 0
+    assert "A & <B>" in page.locator("h1").inner_text()
+    assert page.locator("b").count() == 0
     about = page.locator("#about").inner_text()
-    assert f"{len(NAMES)} images of my photos" in about and __version__ in about
+    assert f"{len(NAMES)} images of my photos" in about
+    assert __version__ in about
     page.locator("#figures summary").click()
     assert page.locator("#figures svg").count() == 5
-    assert f"after layer {inspection.patches.numbers['layer']}" in page.locator("#figures svg").last.inner_html()
+    assert (
+        f"after layer {inspection.patches.numbers['layer']}"
+        in page.locator("#figures svg").last.inner_html()
+    )
 
 
 KINDS = {
@@ -159,7 +189,9 @@ KINDS = {
     "no tokens": ViTCLSModel(build_tiny_config(num_cls_tokens=0, pooling="mean")),
     "encoder": ViTCLSModel(build_tiny_config(num_register_tokens=2)),
     "masked": ViTCLSForMaskedImageModeling(build_tiny_config()),
-    "multi-label": ViTCLSForImageClassification(build_tiny_config(problem_type="multi_label_classification")),
+    "multi-label": ViTCLSForImageClassification(
+        build_tiny_config(problem_type="multi_label_classification")
+    ),
     "differential": ViTCLSForImageClassification(
         build_tiny_config(attention_type="differential", num_distillation_tokens=1)
     ),
@@ -167,7 +199,9 @@ KINDS = {
 FAST, *SLOW = KINDS
 
 
-@pytest.mark.parametrize("name", [FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+@pytest.mark.parametrize(
+    "name", [FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+)
 def test_every_kind_of_model_has_a_report(name: str, browser: Browser, tmp_path: Path) -> None:
     """Two images are sufficient for a page, but not for statements about effects."""
     file = tmp_path / "folder" / "report.html"
@@ -194,13 +228,21 @@ def test_values_for_programs(inspection: Inspection, tmp_path: Path) -> None:
     found = json.loads((tmp_path / "values.json").read_text())
     assert found["findings"]["map_variation"] == [None, 1.0]
     assert not [name for name in found["findings"] if name.startswith(("patch_", "mean_"))]
-    assert (found["model"], found["version"], found["diagnosis"]) == ("mine", __version__, inspection.summary)
-    assert [each["token"] for each in found["tokens"]] == [verdict.token for verdict in inspection.verdicts]
+    assert (found["model"], found["version"], found["diagnosis"]) == (
+        "mine",
+        __version__,
+        inspection.summary,
+    )
+    assert [each["token"] for each in found["tokens"]] == [
+        verdict.token for verdict in inspection.verdicts
+    ]
     effect = inspection.ablations["presence"]["registers[1]"][""]
     values = next(each for each in found["tokens"] if each["token"] == "register 2")["presence"][""]
     assert values["size"] == pytest.approx(effect.size, rel=1e-4)
     assert values["limit"] == pytest.approx(effect.limit, rel=1e-4)
-    assert found["tasks"][0]["accuracy"] == pytest.approx(inspection.tasks[0].numbers["accuracy"], rel=1e-4)
+    assert found["tasks"][0]["accuracy"] == pytest.approx(
+        inspection.tasks[0].numbers["accuracy"], rel=1e-4
+    )
     assert np.shape(found["findings"]["entropy"]) == inspection.findings.entropy.shape
     assert (found["num_unreadable"], found["num_ablation_images"]) == (0, 7)
 
@@ -210,7 +252,9 @@ def test_large_pages_omit_maps(inspection: Inspection, monkeypatch: pytest.Monke
     for count in (2, 0):
         monkeypatch.setattr(report_module, "MAX_MAP_BYTES", sum(sizes[:count]))
         data = report_module.build_page_data(inspection)
-        assert [image["num_heads"] for image in data["images"]] == [2] * count + [0] * (len(sizes) - count)
+        assert [image["num_heads"] for image in data["images"]] == [2] * count + [0] * (
+            len(sizes) - count
+        )
         assert len(data["heads"]) == count
     monkeypatch.setattr(report_module, "MAX_OVERVIEW_TOKENS", 2)
     assert len(next(report_module.iterate_overview(inspection, 1))[2]) == 2
@@ -218,7 +262,8 @@ def test_large_pages_omit_maps(inspection: Inspection, monkeypatch: pytest.Monke
 
 def test_values_and_maps_of_the_page(inspection: Inspection) -> None:
     """The head uses only CLS after the last layer. The processor crops the first image of 90 x 60 pixels."""
-    data, report = report_module.build_page_data(inspection), inspection.image_reports[0]
+    data = report_module.build_page_data(inspection)
+    report = inspection.image_reports[0]
     assert [(token["name"], token["group"], token["used"]) for token in data["tokens"]] == [
         ("CLS", "cls", 3),
         *((f"register {number}", "registers", 2) for number in (1, 2, 3)),
@@ -231,19 +276,33 @@ def test_values_and_maps_of_the_page(inspection: Inspection) -> None:
     assert len({image["patch_colors"] for image in data["images"]}) == len(NAMES)
     sums = np.frombuffer(base64.b64decode(first["rollout"]["sum"]), np.float32)
     assert sums == pytest.approx(report.rollout.sum(dim=(-2, -1)).numpy())
-    roots = np.frombuffer(base64.b64decode(first["rollout"]["values"]), np.uint8).reshape(-1, 4, 4) / 255
+    roots = (
+        np.frombuffer(base64.b64decode(first["rollout"]["values"]), np.uint8).reshape(-1, 4, 4)
+        / 255
+    )
     largest = np.frombuffer(base64.b64decode(first["rollout"]["largest"]), np.float32)
     assert largest == pytest.approx(report.rollout.amax(dim=(1, 2)).numpy())
-    assert roots == pytest.approx((report.rollout.numpy() / largest[:, None, None]) ** 0.5, abs=0.003)
+    assert roots == pytest.approx(
+        (report.rollout.numpy() / largest[:, None, None]) ** 0.5, abs=0.003
+    )
     shown, caption, maps = next(report_module.iterate_overview(inspection, 1))
-    assert (shown, caption, list(maps)) == (report, f"LABEL_0 → {label}", get_token_names(inspection.config))
+    assert (shown, caption, list(maps)) == (
+        report,
+        f"LABEL_0 → {label}",
+        get_token_names(inspection.config),
+    )
     for name, layer, token in (("CLS", 2, 0), ("register 2", 1, 2)):
         assert torch.equal(maps[name], report.attention[layer, :, token].mean(dim=0))
 
 
 def test_large_images_are_scaled_down_and_encoded_as_jpeg() -> None:
-    for width, file_type, size in ((96, "png", (96, 48)), (98, "jpeg", (98, 49)), (1000, "jpeg", (640, 320))):
+    for width, file_type, size in (
+        (96, "png", (96, 48)),
+        (98, "jpeg", (98, 49)),
+        (1000, "jpeg", (640, 320)),
+    ):
         image = Image.new("RGB", (width, width // 2))
         header, _, content = report_module.encode_data_url(image).partition(",")
-        assert header == f"data:image/{file_type};base64" and image.width == width
+        assert header == f"data:image/{file_type};base64"
+        assert image.width == width
         assert Image.open(io.BytesIO(base64.b64decode(content))).size == size

@@ -18,7 +18,12 @@ from helpers.tiny_models import (
 from helpers.varied_models import collect_findings
 from torch import nn
 
-from modeling_vitcls import ViTCLSBackbone, ViTCLSForImageClassification, ViTCLSForMaskedImageModeling, ViTCLSModel
+from modeling_vitcls import (
+    ViTCLSBackbone,
+    ViTCLSForImageClassification,
+    ViTCLSForMaskedImageModeling,
+    ViTCLSModel,
+)
 from modeling_vitcls.analysis import token_statistics
 from modeling_vitcls.analysis.attribution import compute_attention_rollout
 from modeling_vitcls.analysis.token_statistics import Findings, TokenStatistics
@@ -27,7 +32,11 @@ from modeling_vitcls.analysis.token_statistics import Findings, TokenStatistics
 TOLERANCE = 1e-5
 GROUPS = ("cls", "distillation", "registers", "patches")
 PATCH = {"patch_size": [8, 4], "num_hidden_layers": 3}
-TOKENS: dict[str, Any] = {"num_cls_tokens": 2, "num_distillation_tokens": 1, "num_register_tokens": 3}
+TOKENS: dict[str, Any] = {
+    "num_cls_tokens": 2,
+    "num_distillation_tokens": 1,
+    "num_register_tokens": 3,
+}
 
 
 @torch.no_grad()
@@ -42,7 +51,9 @@ def run_eager(model: Any, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
 def average(values: list[Any]) -> torch.Tensor:
     """Return the mean over the statistics of individual images."""
-    return torch.stack([torch.as_tensor(value, dtype=torch.float64) for value in values]).mean(dim=0)
+    return torch.stack([torch.as_tensor(value, dtype=torch.float64) for value in values]).mean(
+        dim=0
+    )
 
 
 def cosine(first: torch.Tensor, second: torch.Tensor) -> float:
@@ -55,19 +66,31 @@ def check_maps(found: Findings, model: Any, image: torch.Tensor) -> None:
     layout = model.config.token_layout
     num_special = layout.num_prefix_tokens
     num_patches = maps.shape[-1] - num_special
-    for layer, head in ((layer, head) for layer in range(maps.shape[0]) for head in range(maps.shape[1])):
+    for layer, head in (
+        (layer, head) for layer in range(maps.shape[0]) for head in range(maps.shape[1])
+    ):
         rows = maps[layer, head].tolist()
         distances = [get_total_variation(row, [1 / len(row)] * len(row)) for row in rows]
-        assert found.head_selectivity[layer, head] == pytest.approx(sum(distances) / len(rows), abs=TOLERANCE)
+        assert found.head_selectivity[layer, head] == pytest.approx(
+            sum(distances) / len(rows), abs=TOLERANCE
+        )
         for token in range(num_special):
             row = rows[token]
-            assert found.entropy[layer, head, token] == pytest.approx(-sum(p * math.log(p) for p in row), abs=1e-5)
+            assert found.entropy[layer, head, token] == pytest.approx(
+                -sum(p * math.log(p) for p in row), abs=1e-5
+            )
             for group, name in enumerate(GROUPS):
                 share = sum(row[getattr(layout, name)])
-                assert found.attention_fractions[layer, head, token, group] == pytest.approx(share, abs=TOLERANCE)
-            received = sum(rows[num_special + patch][token] for patch in range(num_patches)) / num_patches
+                assert found.attention_fractions[layer, head, token, group] == pytest.approx(
+                    share, abs=TOLERANCE
+                )
+            received = (
+                sum(rows[num_special + patch][token] for patch in range(num_patches)) / num_patches
+            )
             assert found.received[layer, head, token] == pytest.approx(received, abs=TOLERANCE)
-    for layer, token in ((layer, token) for layer in range(maps.shape[0]) for token in range(num_special)):
+    for layer, token in (
+        (layer, token) for layer in range(maps.shape[0]) for token in range(num_special)
+    ):
         rows = maps[layer, :, token].tolist()  # [H, N]
         uniform = [1 / len(rows[0])] * len(rows[0])
         selectivity = sum(get_total_variation(row, uniform) for row in rows) / len(rows)
@@ -94,14 +117,22 @@ def check_states(found: Findings, model: Any, image: torch.Tensor) -> None:
         outliers = sum(norm > 3 * median for norm in norms) / len(norms)
         assert found.outliers[step] == pytest.approx(outliers, abs=1e-6)
         assert sorted(found.patch_norms[step].tolist()) == pytest.approx(norms, rel=1e-4)
-        assert sorted(found.patch_ratios[step].tolist()) == pytest.approx([norm / median for norm in norms], rel=1e-4)
+        assert sorted(found.patch_ratios[step].tolist()) == pytest.approx(
+            [norm / median for norm in norms], rel=1e-4
+        )
         for token in range(num_special):
-            assert found.token_norms[step, token] == pytest.approx(special[token].norm().item(), rel=1e-4)
+            assert found.token_norms[step, token] == pytest.approx(
+                special[token].norm().item(), rel=1e-4
+            )
             for other in range(num_special):
                 similarity = cosine(special[token], special[other])
-                assert found.between_tokens[step, token, other] == pytest.approx(similarity, abs=TOLERANCE)
+                assert found.between_tokens[step, token, other] == pytest.approx(
+                    similarity, abs=TOLERANCE
+                )
             similarity = cosine(special[token], states[0, token])
-            assert found.embedding_similarity[step, token] == pytest.approx(similarity, abs=TOLERANCE)
+            assert found.embedding_similarity[step, token] == pytest.approx(
+                similarity, abs=TOLERANCE
+            )
 
 
 @each_layout
@@ -113,28 +144,44 @@ def test_statistics_of_an_image_equal_loops(layout: dict[str, Any]) -> None:
     check_maps(found, model, image[0])
     check_states(found, model, image[0])
     num_special = model.config.token_layout.num_prefix_tokens
-    assert get_largest_difference(found.mean_states, run_eager(model, image[0])[1][:, :num_special]) <= TOLERANCE
-    assert found.variation.shape == (4, num_special) and found.variation.sum() <= 1e-4  # there is only one image
+    assert (
+        get_largest_difference(found.mean_states, run_eager(model, image[0])[1][:, :num_special])
+        <= TOLERANCE
+    )
+    assert found.variation.shape == (4, num_special)
+    assert found.variation.sum() <= 1e-4  # there is only one image
     assert (found.patch_ratios_without_registers is None) == (not model.config.num_register_tokens)
 
 
 def test_statistics_over_images_are_means() -> None:
     """They are means over individual images for any batches, even with images of several sizes."""
     model = randomize(ViTCLSModel(build_tiny_config(**PATCH | TOKENS)))
-    pixels, oblong = build_images(5), build_images(2, 24, 40)
+    pixels = build_images(5)
+    oblong = build_images(2, 24, 40)
     together = collect_findings(model, pixels, oblong)
     assert together.num_images == 7
-    for batches in ((pixels[:1], pixels[1:4], pixels[4:], oblong), (oblong[:1], pixels, oblong[1:])):
+    for batches in (
+        (pixels[:1], pixels[1:4], pixels[4:], oblong),
+        (oblong[:1], pixels, oblong[1:]),
+    ):
         found = collect_findings(model, *batches)
         for name, value in vars(together).items():
             if name == "map_variation":  # not defined for images of several sizes
                 continue
             if isinstance(value, torch.Tensor) and not name.startswith("patch_"):
                 assert get_largest_difference(getattr(found, name), value) <= TOLERANCE, name
-        by_size = zip(found.patch_norms.sort().values, together.patch_norms.sort().values, strict=True)
+        by_size = zip(
+            found.patch_norms.sort().values, together.patch_norms.sort().values, strict=True
+        )
         assert all(get_largest_difference(one, other) <= 1e-4 for one, other in by_size)
     singles = [collect_findings(model, image[None]) for image in [*pixels, *oblong]]
-    means = ("entropy", "uniform_entropy_by_token", "attention_fractions", "received", "between_tokens")
+    means = (
+        "entropy",
+        "uniform_entropy_by_token",
+        "attention_fractions",
+        "received",
+        "between_tokens",
+    )
     for name in (*means, "embedding_similarity"):
         expected = average([getattr(single, name) for single in singles])
         assert get_largest_difference(getattr(together, name).double(), expected) <= TOLERANCE, name
@@ -146,16 +193,25 @@ def test_variation_and_distances_between_tokens() -> None:
     with torch.no_grad():
         model.embeddings.register_tokens[:, 2] = model.embeddings.register_tokens[:, 0]
     found = collect_findings(model, build_images(4)[:3], build_images(4)[3:])
-    states = torch.stack([run_eager(model, image)[1][:, :6] for image in build_images(4)]).double()  # [B, L + 1, S, D]
+    states = torch.stack(
+        [run_eager(model, image)[1][:, :6] for image in build_images(4)]
+    ).double()  # [B, L + 1, S, D]
     means = states.mean(dim=0)
     distances = (states - means).square().sum(dim=-1).mean(dim=0).sqrt()  # [L + 1, S]
     expected = distances / means.norm(dim=-1)
     by_channel = (states - means).square().mean(dim=0).sqrt() / means.abs()  # [L + 1, S, D]
-    assert get_largest_difference(found.channel_variation.double(), by_channel.median(dim=-1).values) <= 1e-4
+    assert (
+        get_largest_difference(found.channel_variation.double(), by_channel.median(dim=-1).values)
+        <= 1e-4
+    )
     assert get_largest_difference(found.variation.double(), expected) <= TOLERANCE
     assert get_largest_difference(found.mean_states.double(), means) <= TOLERANCE
-    assert found.variation[0].max() <= 1e-6 < 1e-2 < found.variation[1:].min()  # embeddings do not depend on the image
-    pairs = (states.unsqueeze(3) - states.unsqueeze(2)).square().sum(dim=-1).mean(dim=0).sqrt()  # [L + 1, S, S]
+    assert (
+        found.variation[0].max() <= 1e-6 < 1e-2 < found.variation[1:].min()
+    )  # embeddings do not depend on the image
+    pairs = (
+        (states.unsqueeze(3) - states.unsqueeze(2)).square().sum(dim=-1).mean(dim=0).sqrt()
+    )  # [L + 1, S, S]
     assert get_largest_difference(found.state_distance.double(), pairs) <= 1e-4
     assert found.state_distance[:, 3, 5].max() == 0 < 0.1 < found.state_distance[:, 3, 4].min()
 
@@ -170,7 +226,8 @@ def test_one_large_channel_does_not_hide_variation() -> None:
     plain = collect_findings(model, build_images(4))
     with model.layers[-1].mlp.register_forward_hook(shift):
         found = collect_findings(model, build_images(4))
-    assert found.variation[-1].max() < 1e-3 and found.between_tokens[-1].min() > 0.999
+    assert found.variation[-1].max() < 1e-3
+    assert found.between_tokens[-1].min() > 0.999
     difference = get_largest_difference(found.state_distance[-1], plain.state_distance[-1])
     assert difference <= 1e-2 < 1 < found.state_distance[-1, 0, 1]
     assert found.channel_variation[-1].min() > 0.05
@@ -186,7 +243,9 @@ def test_small_variation_is_not_lost_to_rounding() -> None:
                 part.weight *= 0.1
     found = collect_findings(model, build_images(4))
     states = torch.stack([run_eager(model, image)[1][:, 0] for image in build_images(4)]).double()
-    expected = (states - states.mean(0)).square().sum(-1).mean(0).sqrt() / states.mean(0).norm(dim=-1)
+    expected = (states - states.mean(0)).square().sum(-1).mean(0).sqrt() / states.mean(0).norm(
+        dim=-1
+    )
     assert 1e-7 < expected[-1] < 1e-3
     assert found.variation[-1, 0].item() == pytest.approx(expected[-1].item(), rel=0.05)
 
@@ -206,18 +265,30 @@ def test_uniform_attention_within_scopes(implementation: str) -> None:
     entropy = found.uniform_entropy_by_token
     assert entropy.tolist() == pytest.approx([math.log(3 + 16), math.log(3 + 4), math.log(3 + 16)])
     assert get_largest_difference(found.entropy, entropy.expand_as(found.entropy)) <= 1e-5
-    assert found.map_selectivity.max() <= 1e-6  # compared with uniform attention to the tokens in the scope
-    assert found.map_distance[:, 0, 1].tolist() == pytest.approx([12 / 19] * 2)  # 12 of 19 tokens are not in the scope
+    assert (
+        found.map_selectivity.max() <= 1e-6
+    )  # compared with uniform attention to the tokens in the scope
+    assert found.map_distance[:, 0, 1].tolist() == pytest.approx(
+        [12 / 19] * 2
+    )  # 12 of 19 tokens are not in the scope
 
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"position_embedding_type": "rope_2d"}, {"num_cls_tokens": 2, "cls_scopes": ["image", [2, 2, 0, 1]]}],
+    [
+        {},
+        {"position_embedding_type": "rope_2d"},
+        {"num_cls_tokens": 2, "cls_scopes": ["image", [2, 2, 0, 1]]},
+    ],
     ids=lambda fields: ", ".join(fields) or "plain",
 )
 def test_outliers_without_registers(fields: dict[str, Any]) -> None:
     """A register to which all patches attend keeps the norm of one patch low. Without it, the patch is an outlier."""
-    model = randomize(ViTCLSModel(build_tiny_config(**{"num_hidden_layers": 3, "num_register_tokens": 2, **fields})))
+    model = randomize(
+        ViTCLSModel(
+            build_tiny_config(**{"num_hidden_layers": 3, "num_register_tokens": 2, **fields})
+        )
+    )
     pixels = build_images(4)
     first = model.config.token_layout.patches.start
     registers = model.config.token_layout.registers
@@ -225,7 +296,11 @@ def test_outliers_without_registers(fields: dict[str, Any]) -> None:
 
     def plant(layer: nn.Module, args: tuple, states: torch.Tensor) -> torch.Tensor:
         """Simulate a trained layer, whose output depends on whether it attends to registers."""
-        rows = args[1][:, 0] if args[1] is not None else torch.ones(1, 1, states.shape[1], dtype=torch.bool)
+        rows = (
+            args[1][:, 0]
+            if args[1] is not None
+            else torch.ones(1, 1, states.shape[1], dtype=torch.bool)
+        )
         masks.append(rows)
         states = states.clone()
         states[:, first + 7] *= 1 if bool(rows[:, :, registers].any()) else 1000
@@ -239,7 +314,8 @@ def test_outliers_without_registers(fields: dict[str, Any]) -> None:
     assert found.patch_ratios_without_registers[2].max() > 100 > 3 > found.patch_ratios[2].max()
     # the last pass: no token attends to registers, and everything else is unchanged
     hidden = masks[-1].expand(4, -1, -1)
-    assert not hidden[:, :, registers].any() and hidden[:, first:, first:].all()
+    assert not hidden[:, :, registers].any()
+    assert hidden[:, first:, first:].all()
 
 
 @pytest.mark.parametrize("name", ["classifier", "masked", "backbone", "differential"])
@@ -253,12 +329,19 @@ def test_every_class_has_statistics(name: str) -> None:
     model = randomize(models[name])
     state = {key: value.clone() for key, value in model.state_dict().items()}
     found = collect_findings(model.train(), build_images())
-    assert model.training and found.entropy.isfinite().all()
-    assert found.head_outputs.shape == found.entropy.shape[:2] and found.head_outputs.std(dim=1).min() > 0
-    assert (compute_attention_rollout(model, build_images()).sum(dim=-1) - 1).abs().max() <= TOLERANCE
+    assert model.training
+    assert found.entropy.isfinite().all()
+    assert found.head_outputs.shape == found.entropy.shape[:2]
+    assert found.head_outputs.std(dim=1).min() > 0
+    assert (
+        compute_attention_rollout(model, build_images()).sum(dim=-1) - 1
+    ).abs().max() <= TOLERANCE
     encoder = randomize(ViTCLSModel(model.config))
     encoder.load_state_dict(getattr(model, "vitcls", model).state_dict(), strict=False)
-    assert get_largest_difference(found.entropy, collect_findings(encoder, build_images()).entropy) <= TOLERANCE
+    assert (
+        get_largest_difference(found.entropy, collect_findings(encoder, build_images()).entropy)
+        <= TOLERANCE
+    )
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert_no_recording(model)
 
@@ -271,7 +354,9 @@ def test_half_precision() -> None:
     assert all(value.dtype == torch.float32 for value in tensors)
     for name in ("entropy", "attention_fractions", "received", "between_tokens"):
         assert get_largest_difference(getattr(found, name), getattr(expected, name)) <= 0.05, name
-    assert get_largest_difference(found.attention_fractions.sum(-1), torch.ones(3, 2, 6)) <= TOLERANCE
+    assert (
+        get_largest_difference(found.attention_fractions.sum(-1), torch.ones(3, 2, 6)) <= TOLERANCE
+    )
 
 
 def test_norms_are_stored_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,7 +364,9 @@ def test_norms_are_stored_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None
     model = randomize(ViTCLSModel(build_tiny_config()))
     found = collect_findings(model, build_images(2), build_images(2), build_images(2))
     assert found.patch_norms.shape == (3, 40)
-    norms = torch.cat([run_eager(model, image)[1][:, 1:].norm(dim=-1) for image in build_images(2)], dim=1)
+    norms = torch.cat(
+        [run_eager(model, image)[1][:, 1:].norm(dim=-1) for image in build_images(2)], dim=1
+    )
     assert get_largest_difference(found.patch_norms[:, :32], norms) <= 1e-4
 
 
@@ -301,10 +388,18 @@ def test_map_variation_and_head_outputs() -> None:
         model.layers[1].attention.o_proj.weight[:, :8] = 0
     assert collect_findings(model, build_images(1)).map_variation.max() <= 1e-3
     found = collect_findings(model, build_images(3))
-    assert found.map_variation.min() > 1e-3 and found.map_variation.isfinite().all()
-    assert collect_findings(model, build_images(1), build_images(1, 24, 40)).map_variation.isinf().all()
-    assert found.head_outputs[1].tolist() == pytest.approx([0, 2]) and found.head_outputs[0].min() > 0.1
-    weights = torch.stack([run_eager(model, image)[0] for image in build_images(3)])  # [images, L, H, N, N]
+    assert found.map_variation.min() > 1e-3
+    assert found.map_variation.isfinite().all()
+    assert (
+        collect_findings(model, build_images(1), build_images(1, 24, 40))
+        .map_variation.isinf()
+        .all()
+    )
+    assert found.head_outputs[1].tolist() == pytest.approx([0, 2])
+    assert found.head_outputs[0].min() > 0.1
+    weights = torch.stack(
+        [run_eager(model, image)[0] for image in build_images(3)]
+    )  # [images, L, H, N, N]
     maps = weights.mean(dim=2)[:, :, 0]  # attention of the CLS token, mean over heads
     mean = maps.mean(dim=0)
     distance = (mean - 1 / mean.shape[-1]).norm(dim=-1)

@@ -47,26 +47,36 @@ finally:
 
 def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run `vitcls` in a new process."""
-    return subprocess.run([sys.executable, "-c", COMMAND, *arguments], capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, "-c", COMMAND, *arguments], capture_output=True, text=True, timeout=300
+    )
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("finetune", "--help"), ("finetune", "--epoch", "3")])
+@pytest.mark.parametrize(
+    "arguments", [("--help",), ("finetune", "--help"), ("finetune", "--epoch", "3")]
+)
 def test_help_and_wrong_flags_do_not_load_torch(arguments: tuple[str, ...]) -> None:
     ran = run_command(*arguments)
     assert "modeling_vitcls.cli" in ran.stderr.split(), ran.stderr
-    assert not {"torch", "transformers", "numpy", "datasets", "accelerate"} & set(ran.stderr.split())
+    assert not {"torch", "transformers", "numpy", "datasets", "accelerate"} & set(
+        ran.stderr.split()
+    )
     assert ran.returncode == (2 if "--epoch" in arguments else 0)
 
 
-def test_help_names_each_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_help_names_each_command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "120")
     assert run_here() == 0
     text = capsys.readouterr().out
     lines = " ".join(text.split())
     for name, module in cli.load_modules().items():
         summary = str(module.__doc__).splitlines()[0].partition(": ")[2]
-        assert name in lines and summary in lines
-    assert run_here("--help") == 0 and capsys.readouterr().out == text
+        assert name in lines
+        assert summary in lines
+    assert run_here("--help") == 0
+    assert capsys.readouterr().out == text
 
 
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -93,11 +103,14 @@ def test_a_missing_extra_is_named(
         assert error.count("\n") == 1
 
 
-def test_completion_includes_all_commands_and_their_flags(capsys: pytest.CaptureFixture[str]) -> None:
+def test_completion_includes_all_commands_and_their_flags(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert run_here("--tyro-print-completion", "bash") == 0
     script = capsys.readouterr().out
     assert all(name in script for name in cli.COMMANDS)
-    assert "--num-register-tokens" in script and "--top-k" in script
+    assert "--num-register-tokens" in script
+    assert "--top-k" in script
 
 
 def test_a_run_that_stops_early_ends_with_its_status(
@@ -111,7 +124,10 @@ def test_a_run_that_stops_early_ends_with_its_status(
     with pytest.raises(SystemExit, match="143"):
         finetune.run(None)  # type: ignore[arg-type]
     assert capsys.readouterr().err == "process 1: stopped by a signal\n"
-    for mark, printed in ((contextlib.nullcontext, "process 1: error: wrong\n"), (mark_errors_of_all_processes, "")):
+    for mark, printed in (
+        (contextlib.nullcontext, "process 1: error: wrong\n"),
+        (mark_errors_of_all_processes, ""),
+    ):
         with pytest.raises(SystemExit, match=r"^1$"), exit_on_error(), mark():
             raise ValueError("wrong")
         assert capsys.readouterr().err == printed
@@ -128,7 +144,8 @@ def test_scripts_run_the_same_programs(
     assert ended.value.code == 0
     assert f"usage: vitcls {command} " in capsys.readouterr().out
     text = (SCRIPTS / f"{script}.py").read_text(encoding="utf-8")
-    assert text.startswith("# /// script\n") and len(text.splitlines()) < 35
+    assert text.startswith("# /// script\n")
+    assert len(text.splitlines()) < 35
 
 
 def test_the_demo_evaluates_the_held_out_digits() -> None:
@@ -136,7 +153,9 @@ def test_the_demo_evaluates_the_held_out_digits() -> None:
     images, labels = load_held_out_digits()
     data = load_training_data(DataOptions("digits"))
     assert labels == [data.label_space.names[label] for label in data.held_out.labels]
-    assert [image.tobytes() for image in images] == [image.tobytes() for image in data.held_out.images]
+    assert [image.tobytes() for image in images] == [
+        image.tobytes() for image in data.held_out.images
+    ]
     assert len(images) == 359
 
 
@@ -147,23 +166,40 @@ def test_the_demo_evaluates_the_held_out_digits() -> None:
 def test_importing_the_package_loads_no_optional_library() -> None:
     command = [sys.executable, "-c", "import modeling_vitcls, sys; print(*sys.modules)"]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
-    assert not {"timm", "datasets", "matplotlib", "sklearn", "rich", "tyro"} & set(ran.stdout.split())
+    assert not {"timm", "datasets", "matplotlib", "sklearn", "rich", "tyro"} & set(
+        ran.stdout.split()
+    )
 
 
 def test_importing_the_package_registers_the_auto_classes() -> None:
     config = transformers.AutoConfig.for_model("vitcls", **SIZES)
     for auto_class, path in AUTO_MAP.items():
-        built = config if auto_class == "AutoConfig" else getattr(transformers, auto_class).from_config(config)
+        built = (
+            config
+            if auto_class == "AutoConfig"
+            else getattr(transformers, auto_class).from_config(config)
+        )
         assert type(built) is getattr(modeling_vitcls, path.partition(".")[2])
 
 
 def test_the_command_registers_the_auto_classes_after_flags_are_checked(tmp_path: Path) -> None:
     """Check that the command loads a model folder through an Auto class without trust_remote_code."""
-    code = COMMAND.replace("finally:", "finally:\n    from transformers.models.auto import CONFIG_MAPPING\n").replace(
-        "print(*sorted(sys.modules)", "print('vitcls' in CONFIG_MAPPING"
+    code = COMMAND.replace(
+        "finally:", "finally:\n    from transformers.models.auto import CONFIG_MAPPING\n"
+    ).replace("print(*sorted(sys.modules)", "print('vitcls' in CONFIG_MAPPING")
+    ran = run_fresh(
+        "-c",
+        code,
+        "export",
+        "--model",
+        tmp_path,
+        "--format",
+        "onnx",
+        "--output",
+        tmp_path / "a.onnx",
     )
-    ran = run_fresh("-c", code, "export", "--model", tmp_path, "--format", "onnx", "--output", tmp_path / "a.onnx")
-    assert ran.returncode == 1 and ran.stderr.splitlines()[-1] == "True", ran.stderr
+    assert ran.returncode == 1, ran.stderr
+    assert ran.stderr.splitlines()[-1] == "True", ran.stderr
 
 
 @pytest.mark.parametrize(
@@ -188,9 +224,16 @@ def test_the_command_is_recognized(
 
 def test_public_names_are_visible_to_type_checkers() -> None:
     tree = ast.parse(Path(modeling_vitcls.__file__).read_text(encoding="utf-8"))
-    (checked,) = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    (checked,) = (
+        node
+        for node in tree.body
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    )
     seen = {
-        alias.name: node.module for node in checked.body if isinstance(node, ast.ImportFrom) for alias in node.names
+        alias.name: node.module
+        for node in checked.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
     }
     assert seen == modeling_vitcls.MODULE_BY_NAME
     assert {*seen, "__version__"} == set(modeling_vitcls.__all__) <= set(dir(modeling_vitcls))

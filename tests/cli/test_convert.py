@@ -28,17 +28,26 @@ def test_the_parity_report_is_printed(capsys: pytest.CaptureFixture[str]) -> Non
     }
     convert.print_report(report, Path("out"))
     printed = capsys.readouterr().out
-    measured = ("32 x 32 .*cls 1.0e-06, logits 2.0e-06", "24 x 40 .*cls 3.0e-06, logits 4.0e-06", "a note", "kept")
+    measured = (
+        "32 x 32 .*cls 1.0e-06, logits 2.0e-06",
+        "24 x 40 .*cls 3.0e-06, logits 4.0e-06",
+        "a note",
+        "kept",
+    )
     for facts in (
         *measured,
         "ImageClassification .*timm:name .*1e-05",
         "push --model out --hub-model-id YOUR-NAME/out",
     ):
         assert re.search(facts, printed), facts
-    changes: dict[str, Any] = {"not_compared": "fixed size", "preprocessing": {"assumed_because": "there is none"}}
+    changes: dict[str, Any] = {
+        "not_compared": "fixed size",
+        "preprocessing": {"assumed_because": "there is none"},
+    }
     convert.print_report(report | changes, Path())
     printed = capsys.readouterr().out
-    assert "fixed size" in printed and "assumed, because there is none" in printed
+    assert "fixed size" in printed
+    assert "assumed, because there is none" in printed
     assert f" YOUR-NAME/{Path.cwd().name}\n" in printed
 
 

@@ -13,18 +13,29 @@ from transformers.utils import logging
 from modeling_vitcls.version import __version__
 
 
-def test_the_environment_of_a_bug_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_environment_of_a_bug_report(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setenv("VITCLS_CPU_KERNELS", "0")
     logging.enable_progress_bar()
-    assert run_here("env") == 0 and not logging.is_progress_bar_enabled()
+    assert run_here("env") == 0
+    assert not logging.is_progress_bar_enabled()
     printed = capsys.readouterr().out
-    facts = {name: text.strip() for name, text in (line.split("  ", maxsplit=1) for line in printed.splitlines())}
-    assert facts["modeling_vitcls"] == __version__ and facts["timm"] == importlib.metadata.version("timm")
+    facts = {
+        name: text.strip()
+        for name, text in (line.split("  ", maxsplit=1) for line in printed.splitlines())
+    }
+    assert facts["modeling_vitcls"] == __version__
+    assert facts["timm"] == importlib.metadata.version("timm")
     assert facts["platform"] == platform.platform()
-    assert facts["CPU kernels"] == "off" and "hf_secret" not in printed
+    assert facts["CPU kernels"] == "off"
+    assert "hf_secret" not in printed
     if not torch.cuda.is_available():
-        assert facts["device"] == f"CPU, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+        assert (
+            facts["device"]
+            == f"CPU, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+        )
     if sys.platform.startswith("linux"):
         cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8")
         assert f"model name\t: {facts['processor']}\n" in cpuinfo or "model name" not in cpuinfo

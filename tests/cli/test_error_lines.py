@@ -55,7 +55,13 @@ def predict_with_error(folder: Path, photos: Path, capsys: pytest.CaptureFixture
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("id2label", None), ("image_size", 10**9), ("patch_size", 10**9), ("dtype", "evil"), ("num_hidden_layers", [])],
+    [
+        ("id2label", None),
+        ("image_size", 10**9),
+        ("patch_size", 10**9),
+        ("dtype", "evil"),
+        ("num_hidden_layers", []),
+    ],
 )
 def test_a_wrong_value_in_the_configuration_is_named(
     field: str, value: Any, folder: Path, photos: Path, capsys: pytest.CaptureFixture[str]
@@ -65,7 +71,9 @@ def test_a_wrong_value_in_the_configuration_is_named(
     assert field in predict_with_error(folder, photos, capsys)
 
 
-@pytest.mark.parametrize("text", ['{"a": ' * 100_000, '{"model_type": "vitcls", "a": ' + "[" * 50_000])
+@pytest.mark.parametrize(
+    "text", ['{"a": ' * 100_000, '{"model_type": "vitcls", "a": ' + "[" * 50_000]
+)
 def test_a_deeply_nested_configuration_is_an_error(
     text: str, folder: Path, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -73,19 +81,27 @@ def test_a_deeply_nested_configuration_is_an_error(
     assert "config.json" in predict_with_error(folder, photos, capsys)
 
 
-@pytest.mark.parametrize("weight_map", ["x", ["model.safetensors"], {"a": 3}, {"a": "../x.safetensors"}, None])
+@pytest.mark.parametrize(
+    "weight_map", ["x", ["model.safetensors"], {"a": 3}, {"a": "../x.safetensors"}, None]
+)
 def test_a_malformed_index_of_the_weights_is_an_error(
     weight_map: Any, folder: Path, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "model.safetensors").rename(folder.parent / "x.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
     assert "weight_map" in predict_with_error(folder, photos, capsys)
 
 
-def test_weights_of_another_model_are_an_error(folder: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_weights_of_another_model_are_an_error(
+    folder: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = folder / "config.json"
     labels = {str(index): f"class {index}" for index in range(5)}
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"id2label": labels, "label2id": None}))
+    file.write_text(
+        json.dumps(json.loads(file.read_text()) | {"id2label": labels, "label2id": None})
+    )
     assert "classifier" in predict_with_error(folder, photos, capsys)
 
 
@@ -93,7 +109,8 @@ def test_weights_of_another_model_are_an_error(folder: Path, photos: Path, capsy
 def test_weights_without_read_permission_are_not_called_missing(
     open_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, photos = save_classifier(open_folder / "model"), write_photos(open_folder / "photos", range(1))
+    folder = save_classifier(open_folder / "model")
+    photos = write_photos(open_folder / "photos", range(1))
     (folder / "model.safetensors").chmod(0)
     is_root = os.geteuid() == 0
     if is_root:
@@ -111,7 +128,9 @@ def test_a_limit_of_threads_is_named(
     folder: Path, photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
-        raise RuntimeError("can't start new thread")  # what Python raises at the limit of `ulimit -u`
+        raise RuntimeError(
+            "can't start new thread"
+        )  # what Python raises at the limit of `ulimit -u`
 
     monkeypatch.setattr("threading.Thread.start", fail)
     assert "ulimit -u" in predict_with_error(folder, photos, capsys)
@@ -132,7 +151,9 @@ def test_an_interrupted_prediction_ends_with_one_line(
     assert capsys.readouterr().err == "interrupted by Ctrl-C\n"
 
 
-def test_a_dataset_of_other_classes_is_named(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dataset_of_other_classes_is_named(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     photos = write_photos(tmp_path / "animals", range(8))
     flags = ["--model", str(folder), "--dataset", str(photos), "--num-workers", "0"]
     assert run_here("evaluate", *flags) == 1
@@ -156,15 +177,33 @@ def test_an_audit_names_the_number_of_images_that_its_folds_require(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     photos = write_photos(tmp_path / "few", range(3))
-    flags = ["--model", str(folder), "--dataset", str(photos), "--frozen", "logreg", "--num-workers", "0"]
+    flags = [
+        "--model",
+        str(folder),
+        "--dataset",
+        str(photos),
+        "--frozen",
+        "logreg",
+        "--num-workers",
+        "0",
+    ]
     assert run_here("evaluate", *flags, "--audit", str(tmp_path / "audit.html")) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "requires 5 images of a class" in error
 
 
-def test_an_empty_folder_is_not_a_dataset(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_empty_folder_is_not_a_dataset(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "empty").mkdir()
-    flags = ["--model", str(folder), "--dataset", str(tmp_path / "empty"), "--output-dir", str(tmp_path / "run")]
+    flags = [
+        "--model",
+        str(folder),
+        "--dataset",
+        str(tmp_path / "empty"),
+        "--output-dir",
+        str(tmp_path / "run"),
+    ]
     assert run_here("finetune", *flags) == 1
     error = capsys.readouterr().err.strip()
     assert "contains no images" in error

@@ -12,7 +12,9 @@ from modeling_vitcls.export import exporter
 from modeling_vitcls.options import ExportOptions
 
 
-def test_flags_and_report_of_an_export(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_flags_and_report_of_an_export(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A real quantization takes minutes (tests/export/test_backends.py)."""
     passed: list[ExportOptions] = []
     report: dict[str, Any] = {
@@ -20,9 +22,18 @@ def test_flags_and_report_of_an_export(monkeypatch: pytest.MonkeyPatch, capsys: 
         "dtype": "float32",
         "model": "m",
         "tried": [{"shape": [2, 3, 32, 48], "differences": {"cls": 1e-6, "logits": 2e-6}}],
-        "input": {"image_size": [32, 48], "smallest_image_size": [8, 8], "shape": ["batch", 3, 32, 48]},
+        "input": {
+            "image_size": [32, 48],
+            "smallest_image_size": [8, 8],
+            "shape": ["batch", 3, 32, 48],
+        },
         "fixed_because": "the positions are learned",
-        "comparison": {"output": "cls", "num_images": 64, "relative_error": 0.0123, "cosine_similarity": 0.98765},
+        "comparison": {
+            "output": "cls",
+            "num_images": 64,
+            "relative_error": 0.0123,
+            "cosine_similarity": 0.98765,
+        },
         "speed": {"images_per_second": 123.5, "batch_size": 16, "device": "CPU"},
         "evaluation": {"metric": "accuracy", "file": 0.875, "model": 0.9375, "num_images": 321},
         "num_bytes": 3 * 2**20,
@@ -35,9 +46,21 @@ def test_flags_and_report_of_an_export(monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.setattr(exporter, "export_model", export_model)
     flags = "--model m --format onnx --output o.onnx --int8 --dataset d --split s --max-drop 2.5 --exclude-layers 1 3"
     assert run_here("export", *flags.split(), "--image-size", "32", "48") == 0
-    assert passed == [ExportOptions("m", "onnx", Path("o.onnx"), True, 2.5, (1, 3), (32, 48), dataset="d", split="s")]
+    assert passed == [
+        ExportOptions(
+            "m", "onnx", Path("o.onnx"), True, 2.5, (1, 3), (32, 48), dataset="d", split="s"
+        )
+    ]
     printed = capsys.readouterr().out
-    measured = ("file 87.50%", "model 93.75%", "321", "cls of 64", "1.2e-02", "0.9877", "positions are learned")
+    measured = (
+        "file 87.50%",
+        "model 93.75%",
+        "321",
+        "cls of 64",
+        "1.2e-02",
+        "0.9877",
+        "positions are learned",
+    )
     assert "--backend" not in printed  # a file
     measured += ("123.5 images/s in batches of 16, CPU", "3.0 MiB", "only images of 32 x 48")
     for fact in (*measured, "2 images of 32 x 48: cls 1.0e-06, logits 2.0e-06"):
@@ -45,7 +68,9 @@ def test_flags_and_report_of_an_export(monkeypatch: pytest.MonkeyPatch, capsys: 
     report["input"] |= {"shape": ["batch", 3, "height", "width"]}
     export.print_report(report | {"evaluation": None, "comparison": None}, Path("folder"))
     printed = capsys.readouterr().out
-    assert "8 x 8" in printed and "--model folder --backend onnx" in printed and "321" not in printed
+    assert "8 x 8" in printed
+    assert "--model folder --backend onnx" in printed
+    assert "321" not in printed
 
 
 def test_flags_and_report_of_an_export_for_transformers_js(
@@ -59,4 +84,7 @@ def test_flags_and_report_of_an_export_for_transformers_js(
     assert run_here("export", *flags.split()) == 0
     write.assert_called_once_with("m", Path("web"), "d", "s")
     first, second = capsys.readouterr().out.splitlines()[:2]
-    assert "1.2e-03" in first and "87.5%" in first and "5.0e-01" in second and "%" not in second
+    assert "1.2e-03" in first
+    assert "87.5%" in first
+    assert "5.0e-01" in second
+    assert "%" not in second

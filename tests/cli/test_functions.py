@@ -18,7 +18,13 @@ from torch.utils.data import Dataset
 from modeling_vitcls import evaluate, finetune, inspect_tokens, predict, pretrain
 from modeling_vitcls.analysis import inspect_tokens as inspect_tokens_module
 from modeling_vitcls.cli.functions import build_options
-from modeling_vitcls.options import EvaluateOptions, FinetuneOptions, InspectOptions, PredictOptions, PretrainOptions
+from modeling_vitcls.options import (
+    EvaluateOptions,
+    FinetuneOptions,
+    InspectOptions,
+    PredictOptions,
+    PretrainOptions,
+)
 from modeling_vitcls.publishing import finish
 from modeling_vitcls.runtime.files import write_json
 from modeling_vitcls.training import run
@@ -43,7 +49,10 @@ def get_digits() -> list[tuple[Image.Image, str]]:
     """Return scikit-learn's digits as images with labels."""
     digits = sklearn.datasets.load_digits()
     pixels = (digits.images * (255 / 16)).round().astype(np.uint8)
-    return [(Image.fromarray(image), str(label)) for image, label in zip(pixels, digits.target, strict=True)]
+    return [
+        (Image.fromarray(image), str(label))
+        for image, label in zip(pixels, digits.target, strict=True)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +95,9 @@ def test_pretrain_and_torch_datasets(tmp_path: Path) -> None:
     results = pretrain("vitcls-tiny", TorchDigits(), tmp_path / "encoder", **MODEL, **RUN)
     assert 0 <= results["knn_accuracy"] <= 1
     reset_accelerate()
-    finetuned = finetune(tmp_path / "encoder", TorchDigits(), tmp_path / "run", num_workers=0, select="last", **RUN)
+    finetuned = finetune(
+        tmp_path / "encoder", TorchDigits(), tmp_path / "run", num_workers=0, select="last", **RUN
+    )
     assert finetuned["num_training_images"] == results["num_training_images"]
 
 
@@ -94,15 +105,19 @@ def test_predict(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     folder, _ = trained
     images = [image for image, _ in get_digits()[:3]]
     rows = predict(folder, images, top_k=2)
-    assert [row["index"] for row in rows] == [0, 1, 2] and {"label", "label_2"} <= rows[0].keys()
+    assert [row["index"] for row in rows] == [0, 1, 2]
+    assert {"label", "label_2"} <= rows[0].keys()
     images[1].save(tmp_path / "1.png")
     (from_path,) = predict(folder, tmp_path / "1.png", top_k=2)
     assert from_path["label"] == rows[1]["label"]
     images[2].save(tmp_path / "2.png")
-    rows = predict(folder, [tmp_path, images[1]], top_k=2)  # images in memory are named by their position
+    rows = predict(
+        folder, [tmp_path, images[1]], top_k=2
+    )  # images in memory are named by their position
     assert [row["image"] for row in rows] == [str(tmp_path / "1.png"), str(tmp_path / "2.png"), "1"]
     (from_bytes,) = predict(folder, (tmp_path / "1.png").read_bytes(), top_k=2)
-    assert from_bytes["label"] == from_path["label"] and from_bytes["error"] is None
+    assert from_bytes["label"] == from_path["label"]
+    assert from_bytes["error"] is None
     assert len(predict(folder, dataset="digits", features="cls")) == 300
     assert len(predict(folder, images, features="registers")[0]["features"]) == 16
     for flag in ("output", "shard", "shard_size", "merge", "config"):
@@ -112,7 +127,9 @@ def test_predict(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
 
 def test_inspect_tokens(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     folder, _ = trained
-    inspection = inspect_tokens(folder, dataset="digits", output=tmp_path / "report.html", max_images=8, num_images=1)
+    inspection = inspect_tokens(
+        folder, dataset="digits", output=tmp_path / "report.html", max_images=8, num_images=1
+    )
     assert {verdict.token for verdict in inspection.verdicts} == {"CLS", "register"}
     assert (tmp_path / "report.html").exists()
 
@@ -122,16 +139,24 @@ def test_errors_name_the_argument(tmp_path: Path) -> None:
         finetune("vitcls-tiny", "digits", tmp_path, learning_rat=1e-3)
     for value in ("random", 3):
         with raises_one_line("auto_augment", "trivial"):
-            build_options(FinetuneOptions, model="m", dataset="digits", output_dir="o", auto_augment=value)
+            build_options(
+                FinetuneOptions, model="m", dataset="digits", output_dir="o", auto_augment=value
+            )
     with raises_one_line("config", error=TypeError):
         finetune("vitcls-tiny", "digits", tmp_path, config="digits.yaml")
     with raises_one_line("learning_rate"):
-        build_options(FinetuneOptions, model="m", dataset="digits", output_dir="o", learning_rate="1e-4")
+        build_options(
+            FinetuneOptions, model="m", dataset="digits", output_dir="o", learning_rate="1e-4"
+        )
     for size in ("native", 32, [32, 48]):
-        options = build_options(FinetuneOptions, model="m", dataset="digits", output_dir="o", image_size=size)
+        options = build_options(
+            FinetuneOptions, model="m", dataset="digits", output_dir="o", image_size=size
+        )
         assert options.model.image_size == (tuple(size) if isinstance(size, list) else size)
     with raises_one_line("image_size"):
-        build_options(FinetuneOptions, model="m", dataset="digits", output_dir="o", image_size="large")
+        build_options(
+            FinetuneOptions, model="m", dataset="digits", output_dir="o", image_size="large"
+        )
     with raises_one_line("--epochs"):
         finetune("vitcls-tiny", "digits", tmp_path, epochs=-1)
 
@@ -141,25 +166,55 @@ def test_errors_name_the_argument(tmp_path: Path) -> None:
     [
         (
             FinetuneOptions,
-            ["--image-size", "32", "48", "--label-column", "a", "b", "--no-flip", "--log-with", "wandb"],
-            {"image_size": [32, 48], "label_column": ["a", "b"], "flip": False, "log_with": ["wandb"]},
+            [
+                "--image-size",
+                "32",
+                "48",
+                "--label-column",
+                "a",
+                "b",
+                "--no-flip",
+                "--log-with",
+                "wandb",
+            ],
+            {
+                "image_size": [32, 48],
+                "label_column": ["a", "b"],
+                "flip": False,
+                "log_with": ["wandb"],
+            },
         ),
-        (PretrainOptions, ["--mask-ratio", "0.5", "--epochs", "3"], {"mask_ratio": 0.5, "epochs": 3.0}),
+        (
+            PretrainOptions,
+            ["--mask-ratio", "0.5", "--epochs", "3"],
+            {"mask_ratio": 0.5, "epochs": 3.0},
+        ),
     ],
 )
-def test_arguments_are_flags(options_class: Any, flags: list[str], arguments: dict[str, Any]) -> None:
+def test_arguments_are_flags(
+    options_class: Any, flags: list[str], arguments: dict[str, Any]
+) -> None:
     required = {"model": "m", "dataset": "digits", "output_dir": "out"}
-    by_flags = parse_flags(options_class, [*flags, "--model", "m", "--dataset", "digits", "--output-dir", "out"])
+    by_flags = parse_flags(
+        options_class, [*flags, "--model", "m", "--dataset", "digits", "--output-dir", "out"]
+    )
     assert build_options(options_class, **required, **arguments) == by_flags
 
 
 def test_options_of_evaluation_and_prediction() -> None:
     options = build_options(EvaluateOptions, model=Path("m"), dataset="digits", output="out.json")
-    assert options == parse_flags(EvaluateOptions, ["--model", "m", "--dataset", "digits", "--output", "out.json"])
+    assert options == parse_flags(
+        EvaluateOptions, ["--model", "m", "--dataset", "digits", "--output", "out.json"]
+    )
     assert build_options(EvaluateOptions, model="m", dataset=Path("d")).data.dataset == "d"
-    assert build_options(EvaluateOptions, model="m", dataset="d", mixed_precision="no").mixed_precision == "no"
+    assert (
+        build_options(EvaluateOptions, model="m", dataset="d", mixed_precision="no").mixed_precision
+        == "no"
+    )
     assert build_options(PredictOptions, model="m", list="files.txt").list == Path("files.txt")
-    assert build_options(EvaluateOptions, model="m", dataset="d", label_column="age").data.label_column == ("age",)
+    assert build_options(
+        EvaluateOptions, model="m", dataset="d", label_column="age"
+    ).data.label_column == ("age",)
 
 
 @pytest.mark.parametrize("function", [finetune, pretrain])
@@ -173,7 +228,11 @@ def test_options_of_evaluation_and_prediction() -> None:
     ],
 )
 def test_flags_select_one_run_all_folds_or_a_dry_run(
-    function: Any, flags: dict[str, Any], names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    function: Any,
+    flags: dict[str, Any],
+    names: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Nothing is trained: the stages of a run are replaced."""
     finished: list[tuple[str, str]] = []
@@ -182,20 +241,26 @@ def test_flags_select_one_run_all_folds_or_a_dry_run(
         assert on_checkpoint == (options.run, "ann/mine")
         assert isinstance(options, FinetuneOptions if function is finetune else PretrainOptions)
         options.output_dir.mkdir(parents=True)
-        write_json(options.output_dir / "results.json", {"accuracy": 1.0, "selection_metric": "accuracy"})
+        write_json(
+            options.output_dir / "results.json", {"accuracy": 1.0, "selection_metric": "accuracy"}
+        )
         return options.output_dir
 
     monkeypatch.setattr(run, "train", train)
     monkeypatch.setattr(finish, "prepare_push", lambda options: "ann/mine")
     monkeypatch.setattr(finish, "build_uploader", lambda *arguments: arguments)
-    monkeypatch.setattr(finish, "finish_run", lambda folder, run, repo_id: finished.append((folder.name, repo_id)))
+    monkeypatch.setattr(
+        finish, "finish_run", lambda folder, run, repo_id: finished.append((folder.name, repo_id))
+    )
     results = function("vitcls-tiny", "digits", tmp_path / "out", **flags)
     assert finished == [(name, "ann/mine") for name in names]
     assert len(results.get("folds", [])) == (3 if len(names) == 3 else 0)
     assert bool(results) == ("dry_run" not in flags)
 
 
-@pytest.mark.parametrize("images", ["photos", Path("photos"), ["photos"], (Path("photos"),)], ids=repr)
+@pytest.mark.parametrize(
+    "images", ["photos", Path("photos"), ["photos"], (Path("photos"),)], ids=repr
+)
 def test_one_path_is_a_list_of_one_path(images: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inspect_tokens_module, "inspect_tokens", lambda options: options)
     assert inspect_tokens("m", images) == InspectOptions("m", ("photos",))

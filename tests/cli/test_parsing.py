@@ -21,12 +21,27 @@ RUN = "--model m --dataset d --output-dir o"
 
 def test_recipes_are_flags_that_the_command_line_overrides(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
-    flags = ["--config", str(recipe), "--output-dir", "out", "--model", "vitcls-tiny", "--dataset", "data"]
+    flags = [
+        "--config",
+        str(recipe),
+        "--output-dir",
+        "out",
+        "--model",
+        "vitcls-tiny",
+        "--dataset",
+        "data",
+    ]
     recipe.write_text("epochs: 3\nbatch_size: 7\n", encoding="utf-8")
     options = parse_flags(FinetuneOptions, ["--config", "replaced", *flags, "--epochs", "5"])
-    assert (options.training.epochs, options.training.batch_size, options.data.dataset) == (5, 7, "data")
+    assert (options.training.epochs, options.training.batch_size, options.data.dataset) == (
+        5,
+        7,
+        "data",
+    )
     recipe.write_text("# no flags\n", encoding="utf-8")
-    assert replace(parse_flags(FinetuneOptions, flags), config=None) == parse_flags(FinetuneOptions, flags[2:])
+    assert replace(parse_flags(FinetuneOptions, flags), config=None) == parse_flags(
+        FinetuneOptions, flags[2:]
+    )
     assert parse_flags(FinetuneOptions, [f"--config={recipe}", *flags[2:]]).config == recipe
 
 
@@ -47,7 +62,9 @@ def test_errors_of_recipes_are_one_line(
     recipe.write_bytes(content)
     assert run_here("finetune", "--config", str(recipe), "--output-dir", "out") == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and all(word in error for word in words)
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert all(word in error for word in words)
 
 
 @pytest.mark.parametrize(
@@ -70,14 +87,21 @@ def test_errors_of_recipes_are_one_line(
         ("export --model m --format tflite --output o", ["--format", "tflite", "onnx"]),
         ("convert timm:test_vit --output o", ["--source timm:test_vit"]),
         ("convert --output o", ["--source", "--model"]),
-        ("convert --to transformers --model m --source timm:test_vit --output o", ["--source", "--model"]),
+        (
+            "convert --to transformers --model m --source timm:test_vit --output o",
+            ["--source", "--model"],
+        ),
         ("push runs/mine", ["--model runs/mine"]),
     ],
 )
-def test_errors_of_flags_are_one_line(command: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_of_flags_are_one_line(
+    command: str, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run_here(*command.split()) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and all(word in error for word in words)
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert all(word in error for word in words)
 
 
 @pytest.mark.parametrize(
@@ -85,8 +109,14 @@ def test_errors_of_flags_are_one_line(command: str, words: list[str], capsys: py
     [
         ("--epochs -1", "error: --epochs is -1.0, but it must be above 0"),
         ("--folds 1", "error: --folds is 1, but it must be 2 or more"),
-        ("--pooling sum", "error: --pooling is sum, but it must be one of cls, mean, cls_mean, max, attention"),
-        ("--log-with x wandb", "error: --log-with is x, but it must be one of tensorboard, wandb, trackio"),
+        (
+            "--pooling sum",
+            "error: --pooling is sum, but it must be one of cls, mean, cls_mean, max, attention",
+        ),
+        (
+            "--log-with x wandb",
+            "error: --log-with is x, but it must be one of tensorboard, wandb, trackio",
+        ),
     ],
 )
 def test_values_of_flags_are_checked_in_the_words_of_the_user(
@@ -115,7 +145,9 @@ def test_paths_may_follow_a_choice(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_a_path_that_does_not_exist_is_named_before_libraries_are_imported(
     flags: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ViTCLSConfig, "register_auto_classes", None)  # the first step after the flags are parsed
+    monkeypatch.setattr(
+        ViTCLSConfig, "register_auto_classes", None
+    )  # the first step after the flags are parsed
     assert run_here(*flags.split()) == 1
     error = capsys.readouterr().err
     assert "nosuch" in error
@@ -123,9 +155,16 @@ def test_a_path_that_does_not_exist_is_named_before_libraries_are_imported(
     assert error.count("\n") == 1
 
 
-def test_a_folder_that_is_not_utf_8_is_an_error_before_training(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_is_not_utf_8_is_an_error_before_training(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     folder = os.fsdecode(b"out\xff")
-    assert run_here("finetune", "--model", "vitcls-tiny", "--dataset", "digits", "--output-dir", folder) == 1
+    assert (
+        run_here(
+            "finetune", "--model", "vitcls-tiny", "--dataset", "digits", "--output-dir", folder
+        )
+        == 1
+    )
     error = capsys.readouterr().err
     assert "--output-dir" in error
     assert "UTF-8" in error
@@ -138,7 +177,10 @@ def test_a_deleted_working_directory_is_named(
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
-    assert run_here("finetune", "--model", "vitcls-tiny", "--dataset", "digits", "--output-dir", "o") == 1
+    assert (
+        run_here("finetune", "--model", "vitcls-tiny", "--dataset", "digits", "--output-dir", "o")
+        == 1
+    )
     assert "the working directory no longer exists" in capsys.readouterr().err
 
 
@@ -166,7 +208,9 @@ def test_a_missing_library_is_named_with_the_extra_of_the_checkout(
 ) -> None:
     found = importlib.util.find_spec
     for module in ("modeling_vitcls.cli.demo", "modeling_vitcls.analysis.audit"):
-        monkeypatch.setattr(f"{module}.find_spec", lambda name: None if name == library else found(name))
+        monkeypatch.setattr(
+            f"{module}.find_spec", lambda name: None if name == library else found(name)
+        )
     assert run_here(*command.split()) == 1
     error = capsys.readouterr().err
     assert library in error
@@ -183,7 +227,11 @@ def test_a_missing_library_is_named_with_the_extra_of_the_checkout(
     ],
 )
 def test_an_unsupported_architecture_is_named_before_any_download(
-    source: str, words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    source: str,
+    words: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     monkeypatch.setattr("modeling_vitcls.conversion.source_models.load_timm_model", None)
     assert run_here("convert", "--source", source, "--output", str(tmp_path / "converted")) == 1
@@ -199,29 +247,47 @@ def test_the_help_of_training_fits_on_a_screen(
     monkeypatch.setenv("COLUMNS", "90")
     assert run_here(command, "--help") == 0
     short_help = capsys.readouterr().out
-    assert run_here(command, "-h") == 0 and capsys.readouterr().out == short_help
+    assert run_here(command, "-h") == 0
+    assert capsys.readouterr().out == short_help
     lines = short_help.splitlines()
     flags = [line.split()[0] for line in lines if line.startswith("  --")]
-    assert 15 <= len(flags) <= 30 and len(lines) <= 45 and max(map(len, lines)) <= 90
-    assert {"--model", "--dataset", "--output-dir", "--epochs", "--learning-rate", "--resume"} <= set(flags)
+    assert 15 <= len(flags) <= 30
+    assert len(lines) <= 45
+    assert max(map(len, lines)) <= 90
+    assert {
+        "--model",
+        "--dataset",
+        "--output-dir",
+        "--epochs",
+        "--learning-rate",
+        "--resume",
+    } <= set(flags)
     assert run_here(command, "--help-all") == 0
     text = capsys.readouterr().out
     names = get_flag_fields(cli.load_modules()[command].OPTIONS_CLASS)
     assert all(f"--{name.replace('_', '-')}" in text for name in names)
-    assert f" {len(names) - len(flags)} flags" in lines[-1] and f"    vitcls {command} " in text  # an example
+    assert f" {len(names) - len(flags)} flags" in lines[-1]
+    assert f"    vitcls {command} " in text  # an example
 
 
 def test_every_flag_has_a_help_text() -> None:
     for name, module in cli.load_modules().items():
-        assert get_flag_fields(module.OPTIONS_CLASS).keys() <= read_help_texts(module.OPTIONS_CLASS).keys(), name
+        assert (
+            get_flag_fields(module.OPTIONS_CLASS).keys()
+            <= read_help_texts(module.OPTIONS_CLASS).keys()
+        ), name
 
 
 def test_recipes_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("digits").mkdir()  # a folder is not a recipe
-    assert find_recipe(Path("digits")).read_text() == (SCRIPTS / "recipes" / "digits.yaml").read_text()
+    assert (
+        find_recipe(Path("digits")).read_text() == (SCRIPTS / "recipes" / "digits.yaml").read_text()
+    )
     Path("digits").rmdir()
-    Path("digits").write_text("epochs: 1", encoding="utf-8")  # a file in the working folder takes precedence
+    Path("digits").write_text(
+        "epochs: 1", encoding="utf-8"
+    )  # a file in the working folder takes precedence
     assert find_recipe(Path("digits")) == Path("digits")
 
 
@@ -231,6 +297,9 @@ def test_commands_do_not_print_transformers_reports_about_weights(
     save_with_processor(ViTCLSForImageClassification(build_tiny_config()), tmp_path)
     silence_libraries()
     with caplog.at_level(logging.WARNING):
-        ViTCLSForImageClassification.from_pretrained(tmp_path, num_labels=7, ignore_mismatched_sizes=True)
+        ViTCLSForImageClassification.from_pretrained(
+            tmp_path, num_labels=7, ignore_mismatched_sizes=True
+        )
     printed = caplog.text + "".join(capfd.readouterr())
-    assert "LOAD REPORT" not in printed and "Loading weights" not in printed
+    assert "LOAD REPORT" not in printed
+    assert "Loading weights" not in printed

@@ -29,7 +29,12 @@ from modeling_vitcls import (
     convert_from_timm,
 )
 from modeling_vitcls.conversion import any_checkpoint
-from modeling_vitcls.conversion.any_checkpoint import compute_cache_name, is_pinned, pin_revision, resolve_checkpoint
+from modeling_vitcls.conversion.any_checkpoint import (
+    compute_cache_name,
+    is_pinned,
+    pin_revision,
+    resolve_checkpoint,
+)
 from modeling_vitcls.conversion.convert import convert_checkpoint, load_source
 from modeling_vitcls.conversion.weight_rules import ConversionError
 from modeling_vitcls.inference.load_model import load_model
@@ -54,7 +59,9 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 def source(tmp_path: Path) -> Path:
     """The folder of a small ViT of transformers, with a classifier."""
     save_checkpoint(build_vit_classifier(), tmp_path / "source")
-    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "source")
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(
+        tmp_path / "source"
+    )
     return tmp_path / "source"
 
 
@@ -75,11 +82,16 @@ def test_a_model_of_transformers_is_converted_once(
 ) -> None:
     with caplog.at_level(logging.WARNING):
         folder = resolve_checkpoint(str(source))
-        assert resolve_checkpoint(str(source)) == folder == resolve_checkpoint(f"transformers:{source}")
+        assert (
+            resolve_checkpoint(str(source))
+            == folder
+            == resolve_checkpoint(f"transformers:{source}")
+        )
     assert sum("converting" in record.message for record in caplog.records) == 1
     assert Path(folder).parent == own_cache
     report = json.loads((Path(folder) / "parity_report.json").read_text(encoding="utf-8"))
-    assert report["source_class"] == "ViTForImageClassification" and not report["random_init"]
+    assert report["source_class"] == "ViTForImageClassification"
+    assert not report["random_init"]
     pixel_values = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     theirs = transformers.ViTForImageClassification.from_pretrained(source).eval()
     ours, _ = load_model(str(source), use_head=True)
@@ -101,8 +113,13 @@ def test_conversions_of_other_sources_and_versions_are_not_used(
         names.append(compute_cache_name("source"))
     names += [compute_cache_name(f"timm:test_vit{number}") for number in ("", 2)]
     monkeypatch.setattr(any_checkpoint, "__version__", "9.9.9")
-    names += [compute_cache_name("timm:test_vit"), compute_cache_name(str(tmp_path / "one" / "source"))]
-    (tmp_path / "one" / "source" / "config.json").write_text("{ }")  # does not change the folder itself
+    names += [
+        compute_cache_name("timm:test_vit"),
+        compute_cache_name(str(tmp_path / "one" / "source")),
+    ]
+    (tmp_path / "one" / "source" / "config.json").write_text(
+        "{ }"
+    )  # does not change the folder itself
     names.append(compute_cache_name(str(tmp_path / "one" / "source")))
     os.utime(tmp_path / "one" / "source" / "config.json", (0, 0))  # changes only the time
     names.append(compute_cache_name(str(tmp_path / "one" / "source")))
@@ -119,13 +136,18 @@ def test_a_timm_model_on_the_hub_is_converted_at_the_requested_commit(tmp_path: 
         save_for_hf(model, repository / "snapshots" / commit, safe_serialization=True)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(COMMIT[::-1])
-    for name, num_labels, commit in ((f"ann/timm@{COMMIT}", 5, COMMIT), ("ann/timm", 6, COMMIT[::-1])):
+    for name, num_labels, commit in (
+        (f"ann/timm@{COMMIT}", 5, COMMIT),
+        ("ann/timm", 6, COMMIT[::-1]),
+    ):
         folder = Path(resolve_checkpoint(name))
         assert ViTCLSConfig.from_pretrained(folder).num_labels == num_labels
         report = json.loads((folder / "parity_report.json").read_text(encoding="utf-8"))
         assert report["source"] == f"timm:hf-hub:ann/timm@{commit}"
     assert load_source(f"timm:hf-hub:ann/timm@{COMMIT}", random_init=True).model.num_classes == 5
-    shutil.copytree(repository / "snapshots" / COMMIT, tmp_path / "local")  # a folder that timm saved
+    shutil.copytree(
+        repository / "snapshots" / COMMIT, tmp_path / "local"
+    )  # a folder that timm saved
     assert ViTCLSConfig.from_pretrained(resolve_checkpoint(str(tmp_path / "local"))).num_labels == 5
 
 
@@ -162,22 +184,35 @@ def test_commits_are_pinned(cached_hub_model: str) -> None:
     assert pin_revision(cached_hub_model) == pin_revision(pinned) == pinned
     assert pin_revision(f"transformers:{cached_hub_model}@main") == f"transformers:{pinned}"
     assert pin_revision("timm:test_vit") == "timm:test_vit"
-    assert is_pinned(pinned, cached_hub_model) and is_pinned(pinned, f"{cached_hub_model}@main")
-    main, other = f"{cached_hub_model}@main", f"{cached_hub_model}@{'f' * 40}"
-    for pair in ((pinned, pinned), (pinned, other), (main, main), (pinned, "ann/other"), (None, main), (pinned, None)):
+    assert is_pinned(pinned, cached_hub_model)
+    assert is_pinned(pinned, f"{cached_hub_model}@main")
+    main = f"{cached_hub_model}@main"
+    other = f"{cached_hub_model}@{'f' * 40}"
+    for pair in (
+        (pinned, pinned),
+        (pinned, other),
+        (main, main),
+        (pinned, "ann/other"),
+        (None, main),
+        (pinned, None),
+    ):
         assert not is_pinned(*pair)
     assert resolve_checkpoint(pinned).endswith(COMMIT)
     load_model(pinned, use_head=True)
     with pytest.raises(OSError, match="ann/mine"):
         resolve_checkpoint(f"{cached_hub_model}@{'f' * 40}")
-    Path(constants.HF_HUB_CACHE, "models--ann--mine", "refs", "main").unlink()  # only the commit can be loaded
+    Path(
+        constants.HF_HUB_CACHE, "models--ann--mine", "refs", "main"
+    ).unlink()  # only the commit can be loaded
     adapted = ViTCLSModel.from_pretrained(cached_hub_model, revision=COMMIT, num_register_tokens=1)
     assert adapted.config.num_register_tokens == 1
 
 
 def run(folder: Path, model: str) -> dict[str, Any]:
     """Fine-tune a model on digits for one step."""
-    return run_training(build_tiny_options(folder, "digits", model=model, max_steps=1, batch_size=8))
+    return run_training(
+        build_tiny_options(folder, "digits", model=model, max_steps=1, batch_size=8)
+    )
 
 
 def test_a_run_records_the_commit(cached_hub_model: str, tmp_path: Path) -> None:
@@ -204,7 +239,8 @@ def test_a_timm_model_that_cannot_be_loaded_names_a_remedy(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(OSError, match="timm:local-dir:FOLDER") as raised:
         run(tmp_path / "run", "timm:vit_tiny_patch16_224")
-    assert "--random-init" not in str(raised.value) and "\n" not in str(raised.value)
+    assert "--random-init" not in str(raised.value)
+    assert "\n" not in str(raised.value)
     assert "cached in" not in caplog.text
 
 

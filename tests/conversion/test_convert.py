@@ -19,13 +19,24 @@ import transformers
 from helpers.fresh_processes import run_fresh
 from helpers.sample_photographs import photograph
 from helpers.scripts_in_process import run_in_process
-from helpers.source_checkpoints import NAMES, SIZES, RunWhenUnpickled, build_vit_classifier, save_checkpoint
+from helpers.source_checkpoints import (
+    NAMES,
+    SIZES,
+    RunWhenUnpickled,
+    build_vit_classifier,
+    save_checkpoint,
+)
 from helpers.tiny_models import build_tiny_config, raises_one_line
 from safetensors.torch import load_file, save_file
 from timm.data import create_transform, resolve_data_config
 from transformers import AutoImageProcessor
 
-from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel, convert_from_timm
+from modeling_vitcls import (
+    ViTCLSForImageClassification,
+    ViTCLSImageProcessor,
+    ViTCLSModel,
+    convert_from_timm,
+)
 from modeling_vitcls.conversion import source_models
 from modeling_vitcls.conversion.any_checkpoint import has_random_weights
 from modeling_vitcls.conversion.convert import convert_checkpoint, load_source
@@ -65,7 +76,9 @@ def from_transformers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, P
     """Return the folder and the source of a converted checkpoint of transformers."""
     base = tmp_path_factory.mktemp("transformers")
     save_checkpoint(build_vit_classifier(), base / "source")
-    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(base / "source")
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(
+        base / "source"
+    )
     run("--source", f"transformers:{base / 'source'}", "--output", base / "converted")
     return base / "converted", base / "source"
 
@@ -85,7 +98,9 @@ def test_a_timm_model_with_random_weights(from_timm: Path) -> None:
         "modeling_vitcls.py",
         "image_processing_vitcls.py",
     }
-    assert [path.name for path in from_timm.parent.iterdir()] == ["there"]  # no temporary folder is left
+    assert [path.name for path in from_timm.parent.iterdir()] == [
+        "there"
+    ]  # no temporary folder is left
 
 
 def test_a_checkpoint_of_transformers(from_transformers: tuple[Path, Path]) -> None:
@@ -93,7 +108,8 @@ def test_a_checkpoint_of_transformers(from_transformers: tuple[Path, Path]) -> N
     source = transformers.ViTForImageClassification.from_pretrained(source_folder).eval()
     model = ViTCLSForImageClassification.from_pretrained(folder)
     assert model.config.id2label == NAMES
-    theirs, ours = AutoImageProcessor.from_pretrained(source_folder), AutoImageProcessor.from_pretrained(folder)
+    theirs = AutoImageProcessor.from_pretrained(source_folder)
+    ours = AutoImageProcessor.from_pretrained(folder)
     assert type(ours) is ViTCLSImageProcessor
     wanted = theirs(photograph("china.jpg"), return_tensors="pt")
     found = ours(photograph("china.jpg"), return_tensors="pt")
@@ -122,7 +138,10 @@ def test_the_parity_report(from_timm: Path, from_transformers: tuple[Path, Path]
     num_parameters = ViTCLSForImageClassification.from_pretrained(folder).num_parameters()
     assert (report["num_parameters"], report["num_labels"]) == (num_parameters, 3)
     assert report["source"].startswith("transformers:")
-    assert [has_random_weights(str(folder)) for folder in (from_timm, from_transformers[0])] == [True, False]
+    assert [has_random_weights(str(folder)) for folder in (from_timm, from_transformers[0])] == [
+        True,
+        False,
+    ]
 
 
 CHILD = """
@@ -173,7 +192,10 @@ def add_to_weight(name: str) -> Callable[[Any], None]:
 def use_bilinear_interpolation(model: Any) -> None:
     """Change the interpolation of positions."""
     positions = model.vitcls.embeddings.position_embeddings
-    assert (positions.config.position_interpolation, positions.config.position_antialias) == ("bicubic", True)
+    assert (positions.config.position_interpolation, positions.config.position_antialias) == (
+        "bicubic",
+        True,
+    )
     positions.config = copy.deepcopy(positions.config)
     positions.config.position_interpolation = "bilinear"
 
@@ -208,7 +230,12 @@ def test_a_wrong_weight_aborts_and_writes_nothing(
     monkeypatch.setattr(source_models, "convert_from_timm", wrong)
     assert (
         run_in_process(
-            "convert.py", "--source", "timm:test_vit", "--output", tmp_path / "deep" / "made", "--random-init"
+            "convert.py",
+            "--source",
+            "timm:test_vit",
+            "--output",
+            tmp_path / "deep" / "made",
+            "--random-init",
         )
         == 1
     )
@@ -241,9 +268,16 @@ def test_a_non_square_source(tmp_path: Path) -> None:
     config = transformers.ViTConfig(**SIZES | {"image_size": [32, 48]})
     source = save_checkpoint(randomize_weights(transformers.ViTModel(config)), tmp_path / "source")
     made = convert_checkpoint(source, tmp_path / "made")
-    assert [comparison["image_size"] for comparison in made["comparisons"]] == [made["image_size"]] == [(32, 48)]
+    assert (
+        [comparison["image_size"] for comparison in made["comparisons"]]
+        == [made["image_size"]]
+        == [(32, 48)]
+    )
     assert made["not_compared"].startswith("the source does not support 24 x 64 pixels: ")
-    assert dict(ViTCLSImageProcessor.from_pretrained(tmp_path / "made").size) == {"height": 32, "width": 48}
+    assert dict(ViTCLSImageProcessor.from_pretrained(tmp_path / "made").size) == {
+        "height": 32,
+        "width": 48,
+    }
 
 
 def test_the_size_that_the_image_processor_makes_is_compared(tmp_path: Path) -> None:
@@ -259,7 +293,12 @@ def test_the_size_that_the_image_processor_makes_is_compared(tmp_path: Path) -> 
 
 
 def test_the_vision_part_of_a_larger_model(tmp_path: Path) -> None:
-    text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    text = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
     config = transformers.CLIPConfig(vision_config=SIZES, text_config=text)
     clip = randomize_weights(transformers.CLIPModel(config))
     made = convert_checkpoint(save_checkpoint(clip, tmp_path / "source"), tmp_path / "made")
@@ -275,14 +314,18 @@ def test_the_vision_part_of_a_larger_model(tmp_path: Path) -> None:
 
 def test_the_encoder_of_a_model_with_another_head_is_converted_with_a_note(tmp_path: Path) -> None:
     sizes = SIZES | {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]}
-    model = randomize_weights(transformers.BeitForSemanticSegmentation(transformers.BeitConfig(**sizes)))
+    model = randomize_weights(
+        transformers.BeitForSemanticSegmentation(transformers.BeitConfig(**sizes))
+    )
     made = convert_checkpoint(save_checkpoint(model, tmp_path / "source"), tmp_path / "made")
     assert made["source_class"] == "BeitModel"
     assert any("auxiliary_head" in note for note in made["notes"])
 
 
 def test_a_missing_pooler_is_not_initialized(tmp_path: Path) -> None:
-    model = randomize_weights(transformers.ViTModel(transformers.ViTConfig(**SIZES), add_pooling_layer=False))
+    model = randomize_weights(
+        transformers.ViTModel(transformers.ViTConfig(**SIZES), add_pooling_layer=False)
+    )
     made = convert_checkpoint(save_checkpoint(model, tmp_path / "source"), tmp_path / "made")
     assert "no pooler" in made["notes"][0]
     assert ViTCLSModel.from_pretrained(tmp_path / "made").config.pooled_activation is None
@@ -293,7 +336,11 @@ def save_without_pooler(folder: Path, names: dict[str, str]) -> str:
     encoder = randomize_weights(transformers.ViTModel(transformers.ViTConfig(**SIZES)))
     source = save_checkpoint(encoder, folder)
     weights = load_file(folder / "model.safetensors")
-    weights = {names.get(name, name): value for name, value in weights.items() if not name.startswith("pooler.")}
+    weights = {
+        names.get(name, name): value
+        for name, value in weights.items()
+        if not name.startswith("pooler.")
+    }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return source
 
@@ -301,7 +348,8 @@ def save_without_pooler(folder: Path, names: dict[str, str]) -> str:
 def test_a_checkpoint_without_a_pooler_must_have_all_other_weights(tmp_path: Path) -> None:
     source = save_without_pooler(tmp_path / "source", {"layernorm.weight": "layernorm.scale"})
     with pytest.raises(
-        ConversionError, match=r"ViTModel requires 3 weights that are missing .*, for example layernorm\.weight"
+        ConversionError,
+        match=r"ViTModel requires 3 weights that are missing .*, for example layernorm\.weight",
     ):
         convert_checkpoint(source, tmp_path / "made")
     assert not (tmp_path / "made").exists()
@@ -309,24 +357,38 @@ def test_a_checkpoint_without_a_pooler_must_have_all_other_weights(tmp_path: Pat
 
 def test_pickles_with_code_are_errors(tmp_path: Path) -> None:
     source = save_checkpoint(
-        randomize_weights(transformers.ViTModel(transformers.ViTConfig(**SIZES))), tmp_path / "source"
+        randomize_weights(transformers.ViTModel(transformers.ViTConfig(**SIZES))),
+        tmp_path / "source",
     )
     (tmp_path / "source" / "model.safetensors").unlink()
-    torch.save({"layernorm.weight": RunWhenUnpickled(tmp_path / "ran")}, tmp_path / "source" / "pytorch_model.bin")
-    with raises_one_line("is a pickle with objects other than tensors", "safetensors", error=ConversionError):
+    torch.save(
+        {"layernorm.weight": RunWhenUnpickled(tmp_path / "ran")},
+        tmp_path / "source" / "pytorch_model.bin",
+    )
+    with raises_one_line(
+        "is a pickle with objects other than tensors", "safetensors", error=ConversionError
+    ):
         convert_checkpoint(source, tmp_path / "made")
-    assert not (tmp_path / "ran").exists() and not (tmp_path / "made").exists()
+    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "made").exists()
 
 
 @pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])
-def test_remote_code_is_never_run(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_remote_code_is_never_run(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """transformers must not ask for confirmation on the standard input either."""
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
-    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run remote code"))
-    source = save_checkpoint(
-        randomize_weights(transformers.ViTModel(transformers.ViTConfig(**SIZES))), tmp_path / "source"
+    monkeypatch.setattr(
+        "builtins.input", lambda *_: pytest.fail("asked whether to run remote code")
     )
-    (tmp_path / "source" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: ...\n")
+    source = save_checkpoint(
+        randomize_weights(transformers.ViTModel(transformers.ViTConfig(**SIZES))),
+        tmp_path / "source",
+    )
+    (tmp_path / "source" / "evil.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: ...\n"
+    )
     references = dict.fromkeys(("AutoConfig", "AutoModel", "AutoImageProcessor"), "evil.Evil")
     settings = {"model_type": "evil", "image_processor_type": "Evil", "auto_map": references}
     path = tmp_path / "source" / file
@@ -339,7 +401,9 @@ def test_remote_code_is_never_run(file: str, tmp_path: Path, monkeypatch: pytest
         assert "image processor" in made["preprocessing"]["assumed_because"]
     assert not (tmp_path / "ran").exists()
     assert not [
-        file for file in tmp_path.rglob("*") if file.name.startswith("evil") and file.parent != tmp_path / "source"
+        file
+        for file in tmp_path.rglob("*")
+        if file.name.startswith("evil") and file.parent != tmp_path / "source"
     ]
 
 
@@ -349,12 +413,23 @@ def test_half_precision_is_kept_if_conversion_is_exact(tmp_path: Path) -> None:
     assert max(made["comparisons"][0]["differences"].values()) <= LIMIT
     weights = load_file(tmp_path / "made" / "model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
-    sizes = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "mlp_ratio": 2.0, "patch_size": 8}
-    radio = transformers.RadioModel(transformers.RadioConfig(**sizes, image_size=32, max_img_size=64))
-    made = convert_checkpoint(
-        save_checkpoint(randomize_weights(radio).half(), tmp_path / "radio"), tmp_path / "radio made"
+    sizes = {
+        "num_hidden_layers": 2,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "mlp_ratio": 2.0,
+        "patch_size": 8,
+    }
+    radio = transformers.RadioModel(
+        transformers.RadioConfig(**sizes, image_size=32, max_img_size=64)
     )
-    assert "written in float32" in made["notes"][0]  # its normalization of pixels is folded into the patch projection
+    made = convert_checkpoint(
+        save_checkpoint(randomize_weights(radio).half(), tmp_path / "radio"),
+        tmp_path / "radio made",
+    )
+    assert (
+        "written in float32" in made["notes"][0]
+    )  # its normalization of pixels is folded into the patch projection
     assert set(made["comparisons"][0]["differences"]) == {"cls", "registers", "patches", "pooled"}
     weights = load_file(tmp_path / "radio made" / "model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
@@ -366,7 +441,9 @@ def test_the_limit_is_relative_to_the_largest_value(tmp_path: Path) -> None:
     with torch.no_grad():
         randomize_weights(aim).rms_norm.weight.mul_(300)
     report = convert_checkpoint(save_checkpoint(aim, tmp_path / "source"), tmp_path / "made")
-    assert max(max(comparison["differences"].values()) for comparison in report["comparisons"]) > 1e-5
+    assert (
+        max(max(comparison["differences"].values()) for comparison in report["comparisons"]) > 1e-5
+    )
     source = load_source(f"transformers:{tmp_path / 'source'}")
     model: Any = source.convert()
     with torch.no_grad():
@@ -382,19 +459,28 @@ def save_config(config: transformers.PreTrainedConfig, folder: Path) -> str:
 
 UNSUPPORTED: dict[str, Callable[[Path], str]] = {
     "SwinModel cannot be converted": lambda folder: save_checkpoint(
-        transformers.SwinModel(transformers.SwinConfig(embed_dim=8, depths=[1], num_heads=[1], image_size=32)), folder
+        transformers.SwinModel(
+            transformers.SwinConfig(embed_dim=8, depths=[1], num_heads=[1], image_size=32)
+        ),
+        folder,
     ),
     "LlavaForConditionalGeneration cannot be converted": lambda folder: save_config(
         transformers.LlavaConfig(architectures=["LlavaForConditionalGeneration"]), folder
     ),
     "timm 1.* has no model vit_huuge": lambda folder: "timm:vit_huuge",
     "nowhere/at/all is not a folder": lambda folder: f"transformers:{folder}/nowhere/at/all",
-    "cannot read the configuration of": lambda folder: f"transformers:{folder.parent}",  # without config.json
+    "cannot read the configuration of": lambda folder: (
+        f"transformers:{folder.parent}"
+    ),  # without config.json
     "source 'keras:resnet' is not supported": lambda folder: "keras:resnet",
     "source 'timm:' is not supported": lambda folder: "timm:",
-    "--random-init requires timm:NAME or transformers:PATH_OR_ID, but the source is": lambda folder: "weights.pth",
+    "--random-init requires timm:NAME or transformers:PATH_OR_ID, but the source is": lambda folder: (
+        "weights.pth"
+    ),
     "--random-init reads no file": lambda folder: "timm:test_vit@weights.pth",
-    "ViTCLSModel cannot be converted": lambda folder: save_checkpoint(ViTCLSModel(build_tiny_config()), folder),
+    "ViTCLSModel cannot be converted": lambda folder: save_checkpoint(
+        ViTCLSModel(build_tiny_config()), folder
+    ),
 }
 
 

@@ -30,7 +30,9 @@ def save(folder: Path, kind: str = "classifier", **fields: Any) -> Path:
     model_class, needed, _ = KINDS[kind]
     needed = needed if kind != "classifier" else {}
     randomize(model_class(build_tiny_config(**needed | fields))).save_pretrained(folder)
-    ViTCLSImageProcessor(size={"height": 32, "width": 32}, resample=2, image_mean=[0.5] * 3).save_pretrained(folder)
+    ViTCLSImageProcessor(
+        size={"height": 32, "width": 32}, resample=2, image_mean=[0.5] * 3
+    ).save_pretrained(folder)
     (folder / "README.md").write_text("---\nlicense: mit\n---\n# mine\n")
     return folder
 
@@ -47,33 +49,51 @@ def test_the_demo_model_has_the_same_outputs_at_its_native_size(tmp_path: Path) 
     with torch.no_grad():
         assert (native(build_images()).logits - original(build_images()).logits).abs().max() <= 1e-5
     assert native.config.id2label == original.config.id2label
-    processors = AutoImageProcessor.from_pretrained(tmp_path / "native"), ViTCLSImageProcessor.from_pretrained(folder)
+    processors = (
+        AutoImageProcessor.from_pretrained(tmp_path / "native"),
+        ViTCLSImageProcessor.from_pretrained(folder),
+    )
     pixels = torch.randint(0, 256, (3, 50, 70), dtype=torch.uint8)
-    own, theirs = (processor(pixels, return_tensors="pt")["pixel_values"] for processor in processors)
+    own, theirs = (
+        processor(pixels, return_tensors="pt")["pixel_values"] for processor in processors
+    )
     assert torch.equal(own, theirs)
 
 
 @pytest.mark.parametrize("kind", ["model", "masked", "backbone"])
 def test_only_the_encoder_of_other_models_is_written(tmp_path: Path, kind: str) -> None:
     report = write_native_model(str(save(tmp_path / "mine", kind)), tmp_path / "native")
-    assert report["model_class"] == "ViTModel" and report["classifier"] == "none"
+    assert report["model_class"] == "ViTModel"
+    assert report["classifier"] == "none"
 
 
 def test_the_card_requires_no_remote_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    run(ConvertOptions(tmp_path / "native", to="transformers", model=str(save(Path("mine"), **DEMO))))
+    run(
+        ConvertOptions(
+            tmp_path / "native", to="transformers", model=str(save(Path("mine"), **DEMO))
+        )
+    )
     card = ModelCard.load(tmp_path / "native" / "README.md")
-    assert card.data.license == "mit" and card.data.pipeline_tag == "image-classification"
-    assert card.data.tags == ["vision", "vit"] and "path/to/images" not in card.text
+    assert card.data.license == "mit"
+    assert card.data.pipeline_tag == "image-classification"
+    assert card.data.tags == ["vision", "vit"]
+    assert "path/to/images" not in card.text
     assert (
-        "`path/to/mine`, converted to the transformers class `Dinov2WithRegistersForImageClassification`." in card.text
+        "`path/to/mine`, converted to the transformers class `Dinov2WithRegistersForImageClassification`."
+        in card.text
     )
     report = json.loads((tmp_path / "native" / "parity_report.json").read_text())
-    assert (report["source"], report["source_class"]) == ("path/to/mine", "ViTCLSForImageClassification")
+    assert (report["source"], report["source_class"]) == (
+        "path/to/mine",
+        "ViTCLSForImageClassification",
+    )
     assert (report["source_revision"], report["random_init"]) == (None, False)
-    assert "trust_remote_code" not in card.text and "Python files" not in card.text
+    assert "trust_remote_code" not in card.text
+    assert "Python files" not in card.text
     assert "has the same outputs for images of 32 x 32 pixels" in card.text
-    assert "| logits |" in card.text and str(tmp_path) not in str(card)
+    assert "| logits |" in card.text
+    assert str(tmp_path) not in str(card)
 
 
 def test_a_model_without_an_image_processor(tmp_path: Path) -> None:
@@ -86,7 +106,9 @@ def test_a_model_without_an_image_processor(tmp_path: Path) -> None:
 
 
 def test_a_model_in_half_precision_without_labels(tmp_path: Path) -> None:
-    model = randomize(ViTCLSForImageClassification(build_tiny_config(num_labels=0))).to(torch.bfloat16)
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(num_labels=0))).to(
+        torch.bfloat16
+    )
     model.save_pretrained(tmp_path / "mine")
     report = write_native_model(str(tmp_path / "mine"), tmp_path / "native")
     assert (report["model_class"], report["classifier"]) == ("ViTForImageClassification", "none")
@@ -107,9 +129,15 @@ def test_wrong_sources_and_outputs_are_errors(tmp_path: Path) -> None:
     save_checkpoint(build_vit_classifier(), tmp_path / "vit")
     with raises_one_line("contains a model of type 'vit', not 'vitcls'"):
         write_native_model(str(tmp_path / "vit"), tmp_path / "other")
-    crop = {"do_center_crop": True, "crop_size": {"height": 32, "width": 32}, "crop_rounding": "even"}
+    crop = {
+        "do_center_crop": True,
+        "crop_size": {"height": 32, "width": 32},
+        "crop_rounding": "even",
+    }
     ViTCLSImageProcessor(size={"height": 35, "width": 35}, **crop).save_pretrained(folder)
-    with raises_one_line("the converted processor differs from ViTCLSImageProcessor by", "gray levels"):
+    with raises_one_line(
+        "the converted processor differs from ViTCLSImageProcessor by", "gray levels"
+    ):
         write_native_model(str(folder), tmp_path / "other")
     assert not (tmp_path / "other").exists()
     assert [path.name for path in (tmp_path / "native").iterdir()] == ["notes.txt"]
@@ -117,15 +145,30 @@ def test_wrong_sources_and_outputs_are_errors(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("fast_verification")
-def test_a_native_model_is_pushed_and_verified_without_remote_code(hub: LocalHub, tmp_path: Path) -> None:
-    run(ConvertOptions(tmp_path / "native", to="transformers", model=str(save(tmp_path / "mine", **DEMO))))
+def test_a_native_model_is_pushed_and_verified_without_remote_code(
+    hub: LocalHub, tmp_path: Path
+) -> None:
+    run(
+        ConvertOptions(
+            tmp_path / "native", to="transformers", model=str(save(tmp_path / "mine", **DEMO))
+        )
+    )
     pushed = push_folder(ModelFolder(tmp_path / "native"), "ann/native")
     names = set(hub.files("ann/native"))
-    assert {"config.json", "model.safetensors", "preprocessor_config.json", "README.md", "parity_report.json"} <= names
-    assert "CODE_LICENSE" not in names and not [name for name in names if name.endswith(".py")]
+    assert {
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+        "README.md",
+        "parity_report.json",
+    } <= names
+    assert "CODE_LICENSE" not in names
+    assert not [name for name in names if name.endswith(".py")]
     report = verify("ann/native", pushed.commit, ModelFolder(tmp_path / "native"))
-    assert "Dinov2WithRegistersForImageClassification" in report and "largest difference 0.0e+00" in report
-    assert "trust_remote_code" not in report and "no code" in report
+    assert "Dinov2WithRegistersForImageClassification" in report
+    assert "largest difference 0.0e+00" in report
+    assert "trust_remote_code" not in report
+    assert "no code" in report
     assert "no code" in verify("ann/native", pushed.commit)
 
 
@@ -161,6 +204,8 @@ def test_results_of_the_same_weights_are_kept(tmp_path: Path) -> None:
     (folder / "config.resolved.yaml").unlink()  # results are kept without the flags
     copy_results(folder, tmp_path / "native")
     (tmp_path / "native" / "results.json").unlink()
-    (folder / "results.json").write_text(json.dumps(results | {"weights_sha256": {"model.safetensors": "other"}}))
+    (folder / "results.json").write_text(
+        json.dumps(results | {"weights_sha256": {"model.safetensors": "other"}})
+    )
     copy_results(folder, tmp_path / "native")
     assert not (tmp_path / "native" / "results.json").exists()

@@ -6,7 +6,11 @@ import pytest
 from helpers.tiny_models import build_tiny_config, raises_one_line
 
 from modeling_vitcls import ViTCLSForImageClassification
-from modeling_vitcls.conversion.parity_report import compare_models, describe_position_embeddings, get_non_square_size
+from modeling_vitcls.conversion.parity_report import (
+    compare_models,
+    describe_position_embeddings,
+    get_non_square_size,
+)
 
 
 class StubSource:
@@ -37,8 +41,10 @@ def test_notes_on_positions() -> None:
     for name, fields, parts in cases:
         source: Any = StubSource(name, "timm")
         notes = describe_position_embeddings(source, build_tiny_config(**fields))
-        assert len(notes) == len(parts) and all(part in note for part, note in zip(parts, notes, strict=True))
-    source.name, source.model = "mine", type("Sapiens2Model", (), {})()
+        assert len(notes) == len(parts)
+        assert all(part in note for part, note in zip(parts, notes, strict=True))
+    source.name = "mine"
+    source.model = type("Sapiens2Model", (), {})()
     assert "bfloat16" in str(describe_position_embeddings(source, build_tiny_config(**fields)))
     source.model, source.native_size_reason = None, "the source supports only one size"
     assert describe_position_embeddings(source, build_tiny_config()) == []

@@ -48,7 +48,9 @@ def test_timm_preprocessing_is_equal(name: str, tmp_path: Path) -> None:
     wanted = create_transform(**config, is_training=False)(photograph("china.jpg"))
     std = torch.tensor(config["std"]).view(3, 1, 1)
     for backend, limit in ((ViTCLSImageProcessorPil, 1e-3), (ViTCLSImageProcessor, 2.01)):
-        found = backend.from_pretrained(tmp_path)(photograph("china.jpg"), return_tensors="pt")["pixel_values"][0]
+        found = backend.from_pretrained(tmp_path)(photograph("china.jpg"), return_tensors="pt")[
+            "pixel_values"
+        ][0]
         assert found.shape == wanted.shape
         assert ((found - wanted).abs() * std * 255).max() <= limit
 
@@ -72,13 +74,22 @@ def test_transformers_preprocessing_is_equal(
 ) -> None:
     theirs = getattr(transformers, name)(**settings)
     theirs.save_pretrained(tmp_path / "source")
-    processor, record = processors.convert_transformers_preprocessing(str(tmp_path / "source"), (32, 32))
+    processor, record = processors.convert_transformers_preprocessing(
+        str(tmp_path / "source"), (32, 32)
+    )
     assert not record["assumed_because"]
-    assert record["largest_difference_in_gray_levels"] <= limit <= 3 * record["largest_difference_in_gray_levels"]
+    assert (
+        record["largest_difference_in_gray_levels"]
+        <= limit
+        <= 3 * record["largest_difference_in_gray_levels"]
+    )
     processor.save_pretrained(tmp_path / "made")
     theirs = AutoImageProcessor.from_pretrained(tmp_path / "source")
     ours = ViTCLSImageProcessor.from_pretrained(tmp_path / "made")
-    wanted, found = (one(photograph("flower.jpg"), return_tensors="pt")["pixel_values"][0] for one in (theirs, ours))
+    wanted, found = (
+        one(photograph("flower.jpg"), return_tensors="pt")["pixel_values"][0]
+        for one in (theirs, ours)
+    )
     std = torch.tensor(ours.image_std if ours.do_normalize else [1.0]).view(-1, 1, 1)
     assert ((found - wanted).abs() * std * 255).max() <= limit + 1e-4
 
@@ -120,7 +131,8 @@ def test_timm_images_are_squashed_before_the_crop() -> None:
     model = PretrainedConfigOnly(TIMM_CONFIGS["crop"])
     model.pretrained_cfg |= {"input_size": (3, 224, 192), "crop_pct": 0.875, "crop_mode": "squash"}
     processor, record = processors.convert_timm_preprocessing(model)
-    assert record["largest_difference_in_gray_levels"] == 0 and not record["assumed_because"]
+    assert record["largest_difference_in_gray_levels"] == 0
+    assert not record["assumed_because"]
     assert dict(processor.size) == {"height": 256, "width": 219}
     assert dict(processor.crop_size) == {"height": 224, "width": 192}
 
@@ -129,7 +141,8 @@ def test_gray_images_of_timm() -> None:
     model = PretrainedConfigOnly(TIMM_CONFIGS["crop"])
     model.pretrained_cfg |= {"input_size": (1, 28, 28), "mean": (0.4,), "std": (0.3,)}
     processor, record = processors.convert_timm_preprocessing(model)
-    assert record["largest_difference_in_gray_levels"] == 0 and processor.do_convert_rgb is False
+    assert record["largest_difference_in_gray_levels"] == 0
+    assert processor.do_convert_rgb is False
     assert (record["origin"], record["limit"]) == ("timm's pretrained_cfg", 1.0)
     pixels = processor(photograph("china.jpg").convert("L"), return_tensors="pt")["pixel_values"]
     assert pixels.shape == (1, 1, 28, 28)
@@ -137,7 +150,9 @@ def test_gray_images_of_timm() -> None:
 
 @pytest.mark.parametrize("fields", [{"image_std": [0.2, 0.4, 0.5]}, {"do_normalize": False}])
 @pytest.mark.parametrize("shifts", [(0.5, -3), (3, 0.5)])
-def test_differences_are_measured_in_gray_levels(fields: dict[str, Any], shifts: tuple[float, float]) -> None:
+def test_differences_are_measured_in_gray_levels(
+    fields: dict[str, Any], shifts: tuple[float, float]
+) -> None:
     """Both test images are compared."""
     processor = ViTCLSImageProcessorPil(size={"height": 8, "width": 8}, **fields)
     std = torch.tensor(fields.get("image_std", [1.0])).view(-1, 1, 1)
@@ -149,15 +164,23 @@ def test_differences_are_measured_in_gray_levels(fields: dict[str, Any], shifts:
     with raises_one_line("the converted processor differs from theirs by 3 gray levels"):
         processors.check_processor(processor, shift_pixels, "theirs")
     with raises_one_line("by nan gray levels"):
-        processors.check_processor(processor, lambda image: shift_pixels(image) * torch.nan, "theirs")
+        processors.check_processor(
+            processor, lambda image: shift_pixels(image) * torch.nan, "theirs"
+        )
     for small in ((0.25, 0.5), (0.5, 0.25)):
-        record = processors.check_processor(processor, partial(shift_pixels, shifts=small), "theirs")
+        record = processors.check_processor(
+            processor, partial(shift_pixels, shifts=small), "theirs"
+        )
         assert record["largest_difference_in_gray_levels"] == pytest.approx(0.5, abs=1e-3)
 
 
 def test_a_processor_that_differs_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check on a test image detects a crop that is shifted by one pixel."""
     settings = processors.convert_timm_settings
-    monkeypatch.setattr(processors, "convert_timm_settings", lambda values: settings(values | {"crop_pct": 0.89}))
-    _processor, record = processors.convert_timm_preprocessing(PretrainedConfigOnly(TIMM_CONFIGS["crop"]))
+    monkeypatch.setattr(
+        processors, "convert_timm_settings", lambda values: settings(values | {"crop_pct": 0.89})
+    )
+    _processor, record = processors.convert_timm_preprocessing(
+        PretrainedConfigOnly(TIMM_CONFIGS["crop"])
+    )
     assert "gray levels" in record["assumed_because"]

@@ -44,9 +44,13 @@ def test_random_weights_are_reproducible() -> None:
 
 def test_distributions() -> None:
     model = build_model()
-    assert randomize_weights(model) is model and not model.training
+    assert randomize_weights(model) is model
+    assert not model.training
     weights = dict(model.named_parameters()) | dict(model.named_buffers())
-    scales = {"norm.weight", *(f"own.{name}" for name in ("lambda1", "gamma_1", "scale", "norm_std", "running_var"))}
+    scales = {
+        "norm.weight",
+        *(f"own.{name}" for name in ("lambda1", "gamma_1", "scale", "norm_std", "running_var")),
+    }
     stds = {
         "linear.weight": 0.1,
         "convolution.weight": 0.1,
@@ -60,7 +64,10 @@ def test_distributions() -> None:
         if name in constants:
             assert not weight.any(), name
         elif name in scales:
-            assert 0.5 <= weight.min() < 0.51 and 1.49 < weight.max() <= 1.5, name
+            assert 0.5 <= weight.min() < 0.51, name
+            assert 1.49 < weight.max() <= 1.5, name
         else:
-            torch.testing.assert_close(weight.std(), torch.tensor(stds.get(name, 0.2)), rtol=0.15, atol=0)
+            torch.testing.assert_close(
+                weight.std(), torch.tensor(stds.get(name, 0.2)), rtol=0.15, atol=0
+            )
             assert weight.mean().abs() < 0.1, name

@@ -60,7 +60,9 @@ HEAD = {"head.weight": (LABELS, 192), "head.bias": (LABELS,)}
 
 def resample_dino(maps: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """facebookresearch/dino, vision_transformer.py, and dinov2 without registers (interpolate_offset=0.1)."""
-    return interpolate(maps, scale_factor=((grid[0] + 0.1) / GRID, (grid[1] + 0.1) / GRID), mode="bicubic")
+    return interpolate(
+        maps, scale_factor=((grid[0] + 0.1) / GRID, (grid[1] + 0.1) / GRID), mode="bicubic"
+    )
 
 
 def resample_bicubic(maps: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -116,14 +118,23 @@ FILES: dict[str, tuple[str, str | None, Callable[[], Weights], Callable[[Weights
         "msn",
         None,
         lambda: build_vit_weights(width=384),
-        lambda weights: {"target_encoder": {f"module.{name}": tensor for name, tensor in weights.items()}},
+        lambda weights: {
+            "target_encoder": {f"module.{name}": tensor for name, tensor in weights.items()}
+        },
         resample_bicubic,
     ),
     "ijepa.pth": (
         "ijepa",
         None,
-        lambda: {name: tensor for name, tensor in build_vit_weights(0, width=768).items() if name != "cls_token"},
-        lambda weights: {"encoder": {}, "target_encoder": {f"module.{name}": t for name, t in weights.items()}},
+        lambda: {
+            name: tensor
+            for name, tensor in build_vit_weights(0, width=768).items()
+            if name != "cls_token"
+        },
+        lambda weights: {
+            "encoder": {},
+            "target_encoder": {f"module.{name}": t for name, t in weights.items()},
+        },
         resample_bicubic,
     ),
     "mae.pth": (
@@ -131,16 +142,29 @@ FILES: dict[str, tuple[str, str | None, Callable[[], Weights], Callable[[Weights
         None,
         lambda: build_vit_weights(width=768),
         lambda weights: {
-            "model": weights | {"decoder_embed.weight": torch.zeros(3, 768), "mask_token": torch.zeros(1, 1, 3)}
+            "model": weights
+            | {"decoder_embed.weight": torch.zeros(3, 768), "mask_token": torch.zeros(1, 1, 3)}
         },
         resample_bicubic,
     ),
-    "deit.pth": ("deit", None, lambda: build_vit_weights(extra=HEAD), lambda w: {"model": w}, resample_bicubic),
+    "deit.pth": (
+        "deit",
+        None,
+        lambda: build_vit_weights(extra=HEAD),
+        lambda w: {"model": w},
+        resample_bicubic,
+    ),
     "deit_distilled.pth": (
         "deit",
         None,
         lambda: build_vit_weights(
-            2, extra=HEAD | {"dist_token": (1, 1, 192), "head_dist.weight": (LABELS, 192), "head_dist.bias": (LABELS,)}
+            2,
+            extra=HEAD
+            | {
+                "dist_token": (1, 1, 192),
+                "head_dist.weight": (LABELS, 192),
+                "head_dist.bias": (LABELS,),
+            },
         ),
         lambda weights: {"model": weights},
         resample_bicubic,
@@ -149,7 +173,9 @@ FILES: dict[str, tuple[str, str | None, Callable[[], Weights], Callable[[Weights
         "deit",
         None,
         lambda: build_vit_weights(0, "gamma_{}", extra=HEAD),
-        lambda weights: {"model": {f"_orig_mod.{name}": tensor for name, tensor in weights.items()}},
+        lambda weights: {
+            "model": {f"_orig_mod.{name}": tensor for name, tensor in weights.items()}
+        },
         resample_bicubic,
     ),
     "dinov2.pth": (
@@ -162,15 +188,21 @@ FILES: dict[str, tuple[str, str | None, Callable[[], Weights], Callable[[Weights
     "dinov2_giant_reg4.pth": (  # block names with chunk indices
         "dinov2",
         None,
-        lambda: add_token(build_vit_weights(1, "ls{}.gamma", width=384, mlp="fused"), register_tokens=(1, 4, 384)),
-        lambda weights: {re.sub(r"^blocks\.(\d+)\.", r"blocks.\1.\1.", name): t for name, t in weights.items()},
+        lambda: add_token(
+            build_vit_weights(1, "ls{}.gamma", width=384, mlp="fused"), register_tokens=(1, 4, 384)
+        ),
+        lambda weights: {
+            re.sub(r"^blocks\.(\d+)\.", r"blocks.\1.\1.", name): t for name, t in weights.items()
+        },
         resample_dinov2_reg4,
     ),
     "tips.npz": (
         "tips",
         None,
         lambda: add_token(
-            build_vit_weights(1, "ls{}.gamma", width=384), register_tokens=(1, 1, 384), mask_token=(1, 384)
+            build_vit_weights(1, "ls{}.gamma", width=384),
+            register_tokens=(1, 1, 384),
+            mask_token=(1, 384),
         ),
         dict,
         resample_tips,
@@ -178,7 +210,9 @@ FILES: dict[str, tuple[str, str | None, Callable[[], Weights], Callable[[Weights
     "tips_giant.safetensors": (
         "tips",
         "tips",
-        lambda: add_token(build_vit_weights(1, "ls{}.gamma", width=384, mlp="fused"), register_tokens=(1, 1, 384)),
+        lambda: add_token(
+            build_vit_weights(1, "ls{}.gamma", width=384, mlp="fused"), register_tokens=(1, 1, 384)
+        ),
         dict,
         resample_tips,
     ),
@@ -198,15 +232,19 @@ def save(content: Any, file: Path) -> Path:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", FILES)
-def test_files_are_converted_exactly(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_converted_exactly(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All tokens equal those of the authors' code, at the native size and at a non-square size."""
     monkeypatch.chdir(tmp_path)
     family, option, build, wrap, resample = FILES[name]
     weights = build()
     file = save(wrap(weights), Path(name))
     report = convert_checkpoint(name, tmp_path / "made", family=option)
-    assert report["family"] == family and report["source"] == f"path/to/{name}"
-    assert len(report["comparisons"]) == 2 and "as in the authors' code" in report["notes"][-1]
+    assert report["family"] == family
+    assert report["source"] == f"path/to/{name}"
+    assert len(report["comparisons"]) == 2
+    assert "as in the authors' code" in report["notes"][-1]
     saved_report = json.loads((tmp_path / "made" / "parity_report.json").read_text())
     assert saved_report["source_sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
     assert str(tmp_path) not in json.dumps(saved_report)
@@ -226,7 +264,9 @@ def test_files_are_converted_exactly(name: str, tmp_path: Path, monkeypatch: pyt
     if is_classifier:
         logits = expected[:, 0] @ weights["head.weight"].T + weights["head.bias"]
         if "dist_token" in weights:
-            logits = (logits + expected[:, 1] @ weights["head_dist.weight"].T + weights["head_dist.bias"]) / 2
+            logits = (
+                logits + expected[:, 1] @ weights["head_dist.weight"].T + weights["head_dist.bias"]
+            ) / 2
         assert (model(images).logits - logits).abs().max() <= LIMIT * logits.abs().max()
     if (mask_token := weights.get("mask_token", weights.get("masked_embed"))) is not None:
         assert torch.equal(model.embeddings.mask_token.flatten(), mask_token.flatten())
@@ -239,13 +279,21 @@ def build_linear_classifier(num_layers: int, num_registers: int = 0) -> Weights:
     encoder = build_vit_weights(1, "ls{}.gamma", width=384, depth=6)
     if num_registers:
         encoder = add_token(encoder, register_tokens=(1, num_registers, 384))
-    head = fill({"linear_head.weight": (LABELS, (1 + num_layers) * 384), "linear_head.bias": (LABELS,)})
+    head = fill(
+        {"linear_head.weight": (LABELS, (1 + num_layers) * 384), "linear_head.bias": (LABELS,)}
+    )
     return {f"backbone.{name}": weight for name, weight in encoder.items()} | head
 
 
-def run_linear_classifier(weights: Weights, images: torch.Tensor, num_layers: int, num_prefix: int) -> torch.Tensor:
+def run_linear_classifier(
+    weights: Weights, images: torch.Tensor, num_layers: int, num_prefix: int
+) -> torch.Tensor:
     """Return the logits of DINOv2's hub classifiers (dinov2/hub/classifiers.py)."""
-    encoder = {name.removeprefix("backbone."): weight for name, weight in weights.items() if "linear" not in name}
+    encoder = {
+        name.removeprefix("backbone."): weight
+        for name, weight in weights.items()
+        if "linear" not in name
+    }
     inputs = []
     for depth in range(7 - num_layers, 7):
         deeper = tuple(f"blocks.{index}." for index in range(depth, 6))
@@ -294,14 +342,23 @@ def test_tips_files(tmp_path: Path) -> None:
     assert outputs.tokens["registers"].shape[1] == 0
     torch.testing.assert_close(outputs.pooler_output, expected[:, 0], atol=LIMIT, rtol=LIMIT)
     processor = source.convert_preprocessing()[0]
-    assert (list(processor.image_mean), list(processor.image_std), processor.resample) == ([0] * 3, [1] * 3, 2)
+    assert (list(processor.image_mean), list(processor.image_std), processor.resample) == (
+        [0] * 3,
+        [1] * 3,
+        2,
+    )
     assert dict(processor.size) == {"height": GRID * PATCH, "width": GRID * PATCH}
     with raises_one_line("--family", "tips", "dinov2", error=ConversionError):
         FileSource.load(save(weights, tmp_path / "unknown.pth"))
 
 
 def test_containers_are_read_in_order_and_tell_the_family(tmp_path: Path) -> None:
-    for key, family in (("teacher", "dino"), ("student", "dino"), ("model", "mae"), ("target_encoder", "msn")):
+    for key, family in (
+        ("teacher", "dino"),
+        ("student", "dino"),
+        ("model", "mae"),
+        ("target_encoder", "msn"),
+    ):
         assert detect_family(PLAIN, key, tmp_path) == family
     averaged, latest = ({"cls_token": torch.full((1,), value)} for value in (0.0, 1.0))
     weights, key = unwrap_weights({"model": latest, "model_ema": averaged, "module": latest}, [])
@@ -312,7 +369,12 @@ def test_an_encoder_of_two_pooled_tokens_has_no_pooler() -> None:
     """A distilled DeiT outputs its CLS and its distillation token."""
     weights = FILES["deit_distilled.pth"][2]()
     heads = ("head.", "head_dist.")
-    assert convert_state_dict({n: w for n, w in weights.items() if not n.startswith(heads)}, "deit").pooler is None
+    assert (
+        convert_state_dict(
+            {n: w for n, w in weights.items() if not n.startswith(heads)}, "deit"
+        ).pooler
+        is None
+    )
     assert convert_state_dict(build_vit_weights(), "deit").pooler is not None
 
 
@@ -321,21 +383,32 @@ def test_dinov3_with_stored_and_with_computed_periods(tmp_path: Path) -> None:
     """Both variants are exact: as the authors run the weights, and as timm and transformers do."""
     weights = build_dinov3_weights()
     stored = convert_state_dict(weights, "dinov3")
-    computed = convert_state_dict({n: w for n, w in weights.items() if n != "rope_embed.periods"}, "dinov3")
+    computed = convert_state_dict(
+        {n: w for n, w in weights.items() if n != "rope_embed.periods"}, "dinov3"
+    )
     periods = weights["rope_embed.periods"]
-    assert periods.dtype == torch.bfloat16 and stored.config.rope_periods == periods.float().tolist()
+    assert periods.dtype == torch.bfloat16
+    assert stored.config.rope_periods == periods.float().tolist()
     assert torch.equal(stored.embeddings.mask_token[0], weights["mask_token"])
     images = torch.randn(2, 3, GRID * PATCH, 6 * PATCH)
-    for model, expected in ((stored, periods.float()), (computed, 100.0 ** (torch.arange(16) / 16))):
+    for model, expected in (
+        (stored, periods.float()),
+        (computed, 100.0 ** (torch.arange(16) / 16)),
+    ):
         cos, _ = model.rotary_positions((GRID, 6), torch.zeros(1))
-        y, x = torch.meshgrid(*((torch.arange(n) + 0.5) / n * 2 - 1 for n in (GRID, 6)), indexing="ij")
+        y, x = torch.meshgrid(
+            *((torch.arange(n) + 0.5) / n * 2 - 1 for n in (GRID, 6)), indexing="ij"
+        )
         angles = 2 * torch.pi * torch.stack([y, x], dim=-1).flatten(0, 1)[:, :, None] / expected
         torch.testing.assert_close(cos, angles.flatten(1).tile(2).cos(), atol=2e-6, rtol=0)
-    assert (stored(images).last_hidden_state - computed(images).last_hidden_state).abs().max() > 1e-4
+    assert (
+        stored(images).last_hidden_state - computed(images).last_hidden_state
+    ).abs().max() > 1e-4
     for mlp, bias in (("plain", True), ("gated", True), ("gated", False)):
         file = save(build_dinov3_weights(mlp, bias), tmp_path / f"{mlp}{bias}.pth")
         report = convert_checkpoint(str(file), tmp_path / f"made {mlp} {bias}")
-        assert len(report["comparisons"]) == 2 and "stored in the file" in report["notes"][-1]
+        assert len(report["comparisons"]) == 2
+        assert "stored in the file" in report["notes"][-1]
         assert report["image_size"] == (16 * PATCH, 16 * PATCH)
 
 
@@ -367,14 +440,23 @@ def test_half_precision(registers: int, tmp_path: Path) -> None:
     report = convert_checkpoint(str(save(weights, tmp_path / "lc.pth")), tmp_path / "made")
     assert report["classifier"] == "none"
     assert any("linear_head.bias" in note for note in report["notes"])
-    dtypes = {weight.dtype for weight in load_file(tmp_path / "made" / "model.safetensors").values()}
-    assert dtypes == {torch.float32 if registers else torch.float16}  # the sum of the CLS token and its position
+    dtypes = {
+        weight.dtype for weight in load_file(tmp_path / "made" / "model.safetensors").values()
+    }
+    assert dtypes == {
+        torch.float32 if registers else torch.float16
+    }  # the sum of the CLS token and its position
 
 
 @torch.no_grad()
 def test_a_fine_tuned_mae(tmp_path: Path) -> None:
     """The mean of the patches, then the norm, then the classifier."""
-    extra = {"head.weight": (LABELS, 768), "head.bias": (LABELS,), "fc_norm.weight": (768,), "fc_norm.bias": (768,)}
+    extra = {
+        "head.weight": (LABELS, 768),
+        "head.bias": (LABELS,),
+        "fc_norm.weight": (768,),
+        "fc_norm.bias": (768,),
+    }
     weights = build_vit_weights(width=768, extra=extra)
     del weights["norm.weight"], weights["norm.bias"]
     source = FileSource.load(save({"model": weights}, tmp_path / "mae.pth"))
@@ -382,7 +464,9 @@ def test_a_fine_tuned_mae(tmp_path: Path) -> None:
     assert source.family == "mae"
     images = torch.randn(2, 3, GRID * PATCH, GRID * PATCH)
     pooled = run_authors_vit(weights, images)[:, 1:].mean(dim=1)
-    pooled = nn.functional.layer_norm(pooled, (768,), weights["fc_norm.weight"], weights["fc_norm.bias"], eps=1e-6)
+    pooled = nn.functional.layer_norm(
+        pooled, (768,), weights["fc_norm.weight"], weights["fc_norm.bias"], eps=1e-6
+    )
     expected = pooled @ weights["head.weight"].T + weights["head.bias"]
     torch.testing.assert_close(model(images).logits, expected, atol=LIMIT, rtol=LIMIT)
 
@@ -393,7 +477,9 @@ def test_rectangular_patches_of_gray_images() -> None:
     weights = build_vit_weights(extra=shapes)
     model = convert_state_dict(weights, "deit")
     images = torch.randn(2, 1, GRID * PATCH, 2 * GRID * PATCH)
-    torch.testing.assert_close(model(images).last_hidden_state, run_authors_vit(weights, images), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        model(images).last_hidden_state, run_authors_vit(weights, images), atol=1e-5, rtol=1e-5
+    )
 
 
 # Architectures of the published sizes, by family.
@@ -414,7 +500,10 @@ def test_published_widths_have_the_published_number_of_heads() -> None:
             assert NUM_HEADS[model.embed_dim] == model.blocks[0].attn.num_heads
     for size in ("small", "base", "large", "huge_plus", "7b"):
         model = timm.create_model(f"vit_{size}_patch16_dinov3", device="meta", depth=1)
-        weights = {"patch_embed.proj.weight": model.patch_embed.proj.weight, "blocks.0.mlp.fc1.weight": torch.ones(1)}
+        weights = {
+            "patch_embed.proj.weight": model.patch_embed.proj.weight,
+            "blocks.0.mlp.fc1.weight": torch.ones(1),
+        }
         assert read_vit_options(weights, "dinov3")["num_heads"] == model.blocks[0].attn.num_heads
 
 
@@ -425,8 +514,12 @@ FLAX_FILES: dict[str, Callable[[], Weights]] = {
     "mean": lambda: build_flax_weights(GRID**2),
     "cls": lambda: build_flax_weights(GRID**2) | fill({"cls": (1, 1, 48)}),
     "attention": lambda: build_flax_weights(GRID**2) | build_map_head(),
-    "rectangular patches": lambda: build_flax_weights(GRID**2) | fill({"embedding/kernel": (PATCH, 2 * PATCH, 3, 48)}),
-    "vision_transformer": lambda: build_flax_weights(1 + GRID**2, is_earlier=True) | fill({"cls": (1, 1, 48)}),
+    "rectangular patches": lambda: (
+        build_flax_weights(GRID**2) | fill({"embedding/kernel": (PATCH, 2 * PATCH, 3, 48)})
+    ),
+    "vision_transformer": lambda: (
+        build_flax_weights(1 + GRID**2, is_earlier=True) | fill({"cls": (1, 1, 48)})
+    ),
 }
 
 
@@ -434,11 +527,18 @@ FLAX_FILES: dict[str, Callable[[], Weights]] = {
 @pytest.mark.parametrize("name", FLAX_FILES)
 def test_npz_files_of_big_vision(name: str, tmp_path: Path) -> None:
     weights = FLAX_FILES[name]()
-    prefix = "" if name == "vision_transformer" else "params/img/" if name == "attention" else "params/"
-    arrays = {f"{prefix}{key}": tensor for key, tensor in weights.items()} | {"params/t": torch.ones(1)}
+    prefix = (
+        "" if name == "vision_transformer" else "params/img/" if name == "attention" else "params/"
+    )
+    arrays = {f"{prefix}{key}": tensor for key, tensor in weights.items()} | {
+        "params/t": torch.ones(1)
+    }
     if name == "attention":  # stacked blocks
         for key in [key for key in arrays if "encoderblock_0" in key]:
-            blocks = [arrays.pop(key.replace("encoderblock_0", f"encoderblock_{index}")) for index in range(2)]
+            blocks = [
+                arrays.pop(key.replace("encoderblock_0", f"encoderblock_{index}"))
+                for index in range(2)
+            ]
             arrays[key.replace("encoderblock_0", "encoderblock")] = torch.stack(blocks)
     source = FileSource.load(save(arrays, tmp_path / "vit.npz"))
     model: Any = source.convert()
@@ -454,7 +554,9 @@ def test_npz_files_of_big_vision(name: str, tmp_path: Path) -> None:
 def test_the_image_model_of_a_flax_file_is_found() -> None:
     """Files may contain a text model or the state of the optimizer."""
     for prefix in ("", "img/", "params/", "params/img/", "opt/target/", "opt/target/img/"):
-        arrays = {f"{prefix}{name}": torch.ones(1) for name in ("embedding/kernel", "cls")} | {"txt": torch.ones(1)}
+        arrays = {f"{prefix}{name}": torch.ones(1) for name in ("embedding/kernel", "cls")} | {
+            "txt": torch.ones(1)
+        }
         assert prepare_weights(arrays, "big_vision").keys() - {"txt"} == {"embedding/kernel", "cls"}
 
 
@@ -462,9 +564,12 @@ def test_resampling_that_is_not_supported_is_not_compared(tmp_path: Path) -> Non
     """big_vision aligns the corners, so that only the native size is compared."""
     file = save(FLAX_FILES["mean"](), tmp_path / "vit.npz")
     report = convert_checkpoint(str(file), tmp_path / "made")
-    assert len(report["comparisons"]) == 1 and "aligned corners" in report["not_compared"]
+    assert len(report["comparisons"]) == 1
+    assert "aligned corners" in report["not_compared"]
     with raises_one_line("pre_logits", error=ConversionError):
-        FileSource.load(save(FLAX_FILES["cls"]() | fill({"pre_logits/kernel": (48, 48)}), tmp_path / "pre.npz"))
+        FileSource.load(
+            save(FLAX_FILES["cls"]() | fill({"pre_logits/kernel": (48, 48)}), tmp_path / "pre.npz")
+        )
 
 
 # Files that timm reads -----------------------------------------------------------------------------------------------
@@ -491,7 +596,12 @@ def test_a_file_of_eva02(tmp_path: Path) -> None:
 
 def name_as_baai(weights: Weights) -> Weights:
     """Return the names of baaivision/EVA."""
-    swaps = {r"mlp\.fc1_g": "mlp.w1", r"mlp\.fc1_x": "mlp.w2", r"mlp\.norm": "mlp.ffn_ln", r"mlp\.fc2": "mlp.w3"}
+    swaps = {
+        r"mlp\.fc1_g": "mlp.w1",
+        r"mlp\.fc1_x": "mlp.w2",
+        r"mlp\.norm": "mlp.ffn_ln",
+        r"mlp\.fc2": "mlp.w3",
+    }
     for part, theirs in (swaps | {r"attn\.(q|v)_proj\.bias": r"attn.\1_bias"}).items():
         weights = {re.sub(part, theirs, name): tensor for name, tensor in weights.items()}
     return weights
@@ -518,21 +628,41 @@ REFUSED: dict[str, tuple[Any, str | None, tuple[str, ...]]] = {
     "list": ([torch.zeros(3)], None, ("list",)),
     "a state dict in itself": (build_nested_state_dict(), None, ("no weights",)),
     "integers": (
-        {"model": build_vit_weights(extra=HEAD) | {"blocks.0.attn.qkv.weight": torch.zeros(576, 192).to(torch.int8)}},
+        {
+            "model": build_vit_weights(extra=HEAD)
+            | {"blocks.0.attn.qkv.weight": torch.zeros(576, 192).to(torch.int8)}
+        },
         None,
         ("blocks.0.attn.qkv.weight", "int8"),
     ),
-    "no positions": ({n: t for n, t in PLAIN.items() if n != "pos_embed"}, "deit", ("pos_embed", "--family")),
-    "no final norm": ({n: t for n, t in PLAIN.items() if n != "norm.weight"}, "deit", ("norm.weight",)),
-    "another weight": (PLAIN | {"blocks.0.extra\nname": torch.zeros(1)}, "deit", ("blocks.0.extra name",)),
+    "no positions": (
+        {n: t for n, t in PLAIN.items() if n != "pos_embed"},
+        "deit",
+        ("pos_embed", "--family"),
+    ),
+    "no final norm": (
+        {n: t for n, t in PLAIN.items() if n != "norm.weight"},
+        "deit",
+        ("norm.weight",),
+    ),
+    "another weight": (
+        PLAIN | {"blocks.0.extra\nname": torch.zeros(1)},
+        "deit",
+        ("blocks.0.extra name",),
+    ),
     "no block 2": (
-        {n.replace("blocks.1.", "blocks.999."): t for n, t in PLAIN.items()} | {"blocks.1.x": PLAIN["cls_token"]},
+        {n.replace("blocks.1.", "blocks.999."): t for n, t in PLAIN.items()}
+        | {"blocks.1.x": PLAIN["cls_token"]},
         "deit",
         ("the family deit", "blocks."),
     ),
     "heads": (build_vit_weights(width=48), "deit", ("the width 48", "convert_from_timm")),
     "grid": (PLAIN | {"pos_embed": torch.zeros(1, 1 + 3 * 6, 192)}, "mae", ("pos_embed",)),
-    "shape": (PLAIN | {"blocks.0.attn.qkv.bias": torch.tensor(0.0)}, "deit", ("blocks.0.attn.qkv.bias",)),
+    "shape": (
+        PLAIN | {"blocks.0.attn.qkv.bias": torch.tensor(0.0)},
+        "deit",
+        ("blocks.0.attn.qkv.bias",),
+    ),
     "Flax": (PLAIN, "big_vision", ("embedding/kernel",)),
     "Flax without a layer": (
         {name: part for name, part in build_flax_weights(GRID**2).items() if "Dense_1" not in name},
@@ -540,7 +670,10 @@ REFUSED: dict[str, tuple[Any, str | None, tuple[str, ...]]] = {
         ("the family big_vision", "Dense_1"),
     ),
     "Flax with five heads": (
-        {n: t[:, :1].expand(-1, 5, -1) if "query/kernel" in n else t for n, t in build_flax_weights(GRID**2).items()},
+        {
+            n: t[:, :1].expand(-1, 5, -1) if "query/kernel" in n else t
+            for n, t in build_flax_weights(GRID**2).items()
+        },
         "big_vision",
         ("the family big_vision", "heads"),
     ),
@@ -577,8 +710,15 @@ def test_unreadable_files_and_unused_families_are_refused(tmp_path: Path) -> Non
 def test_no_code_in_a_file_runs(tmp_path: Path) -> None:
     torch.save({"model": RunWhenUnpickled(tmp_path / "ran")}, tmp_path / "evil.pth")
     torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "script.pt"))  # as OpenAI publishes CLIP
-    np.savez(tmp_path / "evil.npz", embedding=np.array([RunWhenUnpickled(tmp_path / "ran")], dtype=object))
-    for name, remedy in (("evil.pth", "safetensors"), ("script.pt", "state dict"), ("evil.npz", "")):
+    np.savez(
+        tmp_path / "evil.npz",
+        embedding=np.array([RunWhenUnpickled(tmp_path / "ran")], dtype=object),
+    )
+    for name, remedy in (
+        ("evil.pth", "safetensors"),
+        ("script.pt", "state dict"),
+        ("evil.npz", ""),
+    ):
         with raises_one_line(name, remedy, error=ConversionError):
             FileSource.load(tmp_path / name)
     with raises_one_line("evil.pth", "safetensors", error=ConversionError):
@@ -589,11 +729,16 @@ def test_no_code_in_a_file_runs(tmp_path: Path) -> None:
 def test_a_file_as_a_model_of_other_commands(tmp_path: Path) -> None:
     file = save({"model": build_vit_weights(extra=HEAD)}, tmp_path / "deit.pth")
     source = FileSource.load(file)
-    model, processor = source.convert(), source.convert_preprocessing()[0]
-    assert isinstance(model, ViTCLSForImageClassification) and model.config.num_labels == LABELS
+    model = source.convert()
+    processor = source.convert_preprocessing()[0]
+    assert isinstance(model, ViTCLSForImageClassification)
+    assert model.config.num_labels == LABELS
     assert (processor.crop_size.height, processor.crop_size.width) == (GRID * PATCH, GRID * PATCH)
     provenance = find_provenance(str(file))
-    assert provenance.name == "deit.pth" and provenance.license is None
+    assert provenance.name == "deit.pth"
+    assert provenance.license is None
     comparisons, _ = compare_models(source, model)
     assert "cpu_kernels" not in str(model)  # their rounding errors are not those of the conversion
-    assert [set(comparison["differences"]) for comparison in comparisons] == [{"cls", "patches", "logits"}] * 2
+    assert [set(comparison["differences"]) for comparison in comparisons] == [
+        {"cls", "patches", "logits"}
+    ] * 2

@@ -9,7 +9,11 @@ from helpers.tiny_models import build_tiny_config
 from helpers.tiny_options import build_initial_model
 from PIL import Image
 
-from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSImageProcessorPil
+from modeling_vitcls import (
+    ViTCLSForImageClassification,
+    ViTCLSImageProcessor,
+    ViTCLSImageProcessorPil,
+)
 from modeling_vitcls.data.aspect_ratio import describe_fit, get_visible_share, set_fit
 from modeling_vitcls.data.augmentation import build_augmentation
 from modeling_vitcls.data.batches import Normalizer
@@ -18,7 +22,11 @@ from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.options import AugmentationOptions, ModelOptions
 
 
-CROP = {"size": {"shortest_edge": 36}, "do_center_crop": True, "crop_size": {"height": 32, "width": 32}}
+CROP = {
+    "size": {"shortest_edge": 36},
+    "do_center_crop": True,
+    "crop_size": {"height": 32, "width": 32},
+}
 LABELS = LabelSpace("single_label_classification", {"label": ["yes", "no"]})
 
 
@@ -26,7 +34,13 @@ def build_edge_images() -> list[Image.Image]:
     """Return black images, wide and tall, each with a white square at one of its edges."""
     images = []
     for height, width in ((160, 640), (640, 160)):
-        for top, left in ((0, 0), (0, width - 40), (height - 40, 0), (height // 2, 0), (0, width // 2)):
+        for top, left in (
+            (0, 0),
+            (0, width - 40),
+            (height - 40, 0),
+            (height // 2, 0),
+            (0, width // 2),
+        ):
             pixels = np.zeros((height, width, 3), dtype=np.uint8)
             pixels[top : top + 40, left : left + 40] = 255
             images.append(Image.fromarray(pixels))
@@ -37,7 +51,9 @@ def build_edge_images() -> list[Image.Image]:
 def cropping_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a checkpoint whose processor crops, as after the conversion of most timm models."""
     folder = tmp_path_factory.mktemp("crop")
-    ViTCLSForImageClassification(build_tiny_config(num_labels=2, id2label={0: "yes", 1: "no"})).save_pretrained(folder)
+    ViTCLSForImageClassification(
+        build_tiny_config(num_labels=2, id2label={0: "yes", 1: "no"})
+    ).save_pretrained(folder)
     ViTCLSImageProcessor(**CROP).save_pretrained(folder)
     return folder
 
@@ -69,7 +85,9 @@ def test_a_white_square_at_each_edge_reaches_the_input(
             is_seen.append(bool((values > 1.5).any()))  # white is above 2 after normalization
         assert is_seen == [is_seen[0]] * 3
         assert is_seen[0] or fit in (None, "crop")
-    assert ("sees 100 %" in describe_fit(processor, build_edge_images())) is (fit not in (None, "crop"))
+    assert ("sees 100 %" in describe_fit(processor, build_edge_images())) is (
+        fit not in (None, "crop")
+    )
 
 
 def test_random_crops_of_padded_images_have_the_aspect_ratio_of_the_input() -> None:
@@ -77,13 +95,25 @@ def test_random_crops_of_padded_images_have_the_aspect_ratio_of_the_input() -> N
     set_fit(processor, "pad", (32, 48))
     assert processor.do_resize  # in prediction
     augmentation = build_augmentation(AugmentationOptions(crop_scale=0.5, shift=0.0), processor)
-    assert augmentation.fixed_transform(torch.zeros(3, 40, 30, dtype=torch.uint8)).shape == (3, 40, 60)
-    assert augmentation.fixed_transform(torch.zeros(1, 20, 90, dtype=torch.uint8)).shape == (1, 60, 90)
+    assert augmentation.fixed_transform(torch.zeros(3, 40, 30, dtype=torch.uint8)).shape == (
+        3,
+        40,
+        60,
+    )
+    assert augmentation.fixed_transform(torch.zeros(1, 20, 90, dtype=torch.uint8)).shape == (
+        1,
+        60,
+        90,
+    )
     processor.do_normalize = False
-    assert augmentation.fixed_transform(torch.ones(3, 40, 30, dtype=torch.uint8)).sum() == 3 * 40 * 30  # black
+    assert (
+        augmentation.fixed_transform(torch.ones(3, 40, 30, dtype=torch.uint8)).sum() == 3 * 40 * 30
+    )  # black
 
 
-def test_a_crop_keeps_its_ratio_at_another_size_and_the_seen_share_is_measured(tmp_path: Path) -> None:
+def test_a_crop_keeps_its_ratio_at_another_size_and_the_seen_share_is_measured(
+    tmp_path: Path,
+) -> None:
     for settings, share, edge in (
         ({"size": {"height": 40, "width": 40}}, (32 / 40) ** 2, 80),
         ({"size": {"max_height": 40, "max_width": 50}}, (32 / 40) ** 2, 80),
@@ -91,7 +121,9 @@ def test_a_crop_keeps_its_ratio_at_another_size_and_the_seen_share_is_measured(t
         ({"size": {"max_height": 24, "max_width": 24}}, 1, 64),  # padded by the crop
         ({"size": {"shortest_edge": 36}}, (32 / 36) ** 2, 72),
     ):
-        processor = ViTCLSImageProcessor(**settings, do_center_crop=True, crop_size={"height": 32, "width": 32})
+        processor = ViTCLSImageProcessor(
+            **settings, do_center_crop=True, crop_size={"height": 32, "width": 32}
+        )
         assert get_visible_share(processor, (100, 100)) == pytest.approx(share)
         set_fit(processor, "crop", (32, 32))  # the same crop
         assert dict(processor.size) == settings["size"]
@@ -100,9 +132,14 @@ def test_a_crop_keeps_its_ratio_at_another_size_and_the_seen_share_is_measured(t
     assert get_visible_share(processor, (160, 640)) == pytest.approx((64 / 72) ** 2 / 4)
     for size in ((640, 160), (100, 100), (100, 130)):
         Image.new("L", size).save(tmp_path / f"{size}.png")
-    text = describe_fit(processor, DatasetImages.from_list(["absent.png", *map(str, tmp_path.iterdir())]))
+    text = describe_fit(
+        processor, DatasetImages.from_list(["absent.png", *map(str, tmp_path.iterdir())])
+    )
     assert f"median of {100 * (64 / 72) ** 2 / 1.3:.0f} %" in text
     for none_readable in ([], DatasetImages.from_list(["absent.png"])):
         assert describe_fit(processor, none_readable) == "crop"
     set_fit(processor, "crop", (20, 28))
-    assert (processor.size.shortest_edge, processor.crop_size.width) == (31, 28)  # 31.5, rounded down
+    assert (processor.size.shortest_edge, processor.crop_size.width) == (
+        31,
+        28,
+    )  # 31.5, rounded down

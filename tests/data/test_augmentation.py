@@ -8,7 +8,13 @@ import torch
 from torchvision.transforms import InterpolationMode, v2
 
 from modeling_vitcls import ViTCLSImageProcessor
-from modeling_vitcls.data.augmentation import Augmentation, BatchMixer, BatchTransform, Erasing, build_augmentation
+from modeling_vitcls.data.augmentation import (
+    Augmentation,
+    BatchMixer,
+    BatchTransform,
+    Erasing,
+    build_augmentation,
+)
 from modeling_vitcls.data.sampling import draw_random_bits
 from modeling_vitcls.options import AugmentationOptions
 
@@ -25,10 +31,14 @@ def build(**options: Any) -> Augmentation:
 
 def build_pil_images(count: int, size: tuple[int, int] = (40, 36)) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return [torch.randint(256, (3, *size), generator=generator, dtype=torch.uint8) for _ in range(count)]
+    return [
+        torch.randint(256, (3, *size), generator=generator, dtype=torch.uint8) for _ in range(count)
+    ]
 
 
-def augment(augmentation: Augmentation, sources: list[torch.Tensor], seed: int, indices: list[int]) -> torch.Tensor:
+def augment(
+    augmentation: Augmentation, sources: list[torch.Tensor], seed: int, indices: list[int]
+) -> torch.Tensor:
     fixed = [augmentation.fixed_transform(source) for source in sources]
     seeds = np.full(len(sources), seed, dtype=np.uint64)
     return augmentation(fixed, seeds, np.array(indices, dtype=np.uint64))
@@ -42,8 +52,11 @@ def test_augmentation_depends_only_on_seed_and_index(name: str) -> None:
     state = torch.get_rng_state()
     first = augment(augmentation, sources, 3, indices)
     assert torch.equal(torch.get_rng_state(), state)
-    assert first.shape == (6, 3, 24, 32) and first.dtype == torch.uint8
-    torch.rand(1)  # Neither the state of the global generator nor the other images of the batch must matter.
+    assert first.shape == (6, 3, 24, 32)
+    assert first.dtype == torch.uint8
+    torch.rand(
+        1
+    )  # Neither the state of the global generator nor the other images of the batch must matter.
     assert torch.equal(augment(augmentation, sources[2:4], 3, indices[2:4]), first[2:4])
     assert not torch.equal(augment(augmentation, sources, 4, indices), first)
     assert not torch.equal(augment(augmentation, sources, 3, indices[::-1]), first)
@@ -65,7 +78,10 @@ def test_half_of_the_images_are_mirrored() -> None:
     mirrored = [torch.equal(result, source.flip(-1)) for result in results]
     bits = draw_random_bits(np.full(400, 3, dtype=np.uint64), np.arange(400, dtype=np.uint64), 6)
     assert mirrored == (bits[:, 1] < 2**63).tolist()  # never changes, as the numbers below
-    assert all(found or torch.equal(result, source) for found, result in zip(mirrored, results, strict=True))
+    assert all(
+        found or torch.equal(result, source)
+        for found, result in zip(mirrored, results, strict=True)
+    )
     assert 160 < sum(mirrored) < 240
 
 
@@ -84,14 +100,20 @@ def test_placement_equals_torchvision_affine(
 ) -> None:
     """Random numbers 0 and 1 are the ends of each range. The first number, 0, flips an image only with `flip`."""
     affine = affine or {"angle": 20, "translate": [-8, 6], "scale": 0.5}
-    smooth = v2.functional.gaussian_blur(torch.stack(build_pil_images(2, (24, 32))), [7, 7], [3.0, 3.0])
-    placed = BatchTransform(AugmentationOptions(**{"crop_scale": 1.0, "flip": False, "shift": 0.0} | change))(
-        smooth, np.array([numbers] * 2)
+    smooth = v2.functional.gaussian_blur(
+        torch.stack(build_pil_images(2, (24, 32))), [7, 7], [3.0, 3.0]
     )
+    placed = BatchTransform(
+        AugmentationOptions(**{"crop_scale": 1.0, "flip": False, "shift": 0.0} | change)
+    )(smooth, np.array([numbers] * 2))
     full = {"angle": 0, "translate": [0, 0], "scale": 1.0, "shear": [0.0, 0.0]} | affine
-    expected = v2.functional.affine(smooth.float(), interpolation=InterpolationMode.BILINEAR, **full)
+    expected = v2.functional.affine(
+        smooth.float(), interpolation=InterpolationMode.BILINEAR, **full
+    )
     inside = (slice(None), slice(None), slice(2, -2), slice(2, -2))
-    torch.testing.assert_close(placed.float()[inside], expected[inside], atol=0.51, rtol=0)  # rounded
+    torch.testing.assert_close(
+        placed.float()[inside], expected[inside], atol=0.51, rtol=0
+    )  # rounded
 
 
 def test_a_mirrored_image_is_placed_like_other_images() -> None:
@@ -102,7 +124,10 @@ def test_a_mirrored_image_is_placed_like_other_images() -> None:
     mirrored = BatchTransform(options)(source, numbers * [0, 1, 1, 1, 1])
     torch.testing.assert_close(mirrored.float(), of_mirrored.float(), atol=1.0, rtol=0)
     gray = source[:, :1].expand_as(source)  # one channel is computed
-    assert torch.equal(BatchTransform(options)(gray, numbers)[:, 2:], BatchTransform(options)(source, numbers)[:, :1])
+    assert torch.equal(
+        BatchTransform(options)(gray, numbers)[:, 2:],
+        BatchTransform(options)(source, numbers)[:, :1],
+    )
 
 
 def test_erasing_changes_only_a_rectangle() -> None:
@@ -115,8 +140,11 @@ def test_erasing_changes_only_a_rectangle() -> None:
     part = erased[:, top : bottom + 1, left : right + 1].float()
     assert 0.01 * 40 * 36 < part[0].numel() < 0.4 * 40 * 36
     assert len(changed) > 0.9 * part[0].numel()
-    assert 100 < part.mean() < 156 and 40 < part.std() < 80
-    assert all(0.01 < (part == limit).float().mean() < 0.04 for limit in (0, 255))  # noise beyond two deviations
+    assert 100 < part.mean() < 156
+    assert 40 < part.std() < 80
+    assert all(
+        0.01 < (part == limit).float().mean() < 0.04 for limit in (0, 255)
+    )  # noise beyond two deviations
     assert torch.equal(Erasing(0.0)(source), source)
 
 
@@ -126,12 +154,20 @@ PER_IMAGE: dict[str, tuple[dict[str, Any], list[Any]]] = {
         {"crop_scale": 0.9},
         [v2.RandomResizedCrop((24, 32), scale=(0.9, 1.0), interpolation=InterpolationMode.BICUBIC)],
     ),
-    "rand": (STILL | {"auto_augment": "rand"}, [v2.RandAugment(num_ops=2, magnitude=9, interpolation=BILINEAR)]),
-    "trivial": (STILL | {"auto_augment": "trivial"}, [v2.TrivialAugmentWide(interpolation=BILINEAR)]),
+    "rand": (
+        STILL | {"auto_augment": "rand"},
+        [v2.RandAugment(num_ops=2, magnitude=9, interpolation=BILINEAR)],
+    ),
+    "trivial": (
+        STILL | {"auto_augment": "trivial"},
+        [v2.TrivialAugmentWide(interpolation=BILINEAR)],
+    ),
     "all": (
         {"crop_scale": 0.5, "auto_augment": "rand", "random_erasing": 1.0},
         [
-            v2.RandomResizedCrop((24, 32), scale=(0.5, 1.0), interpolation=InterpolationMode.BICUBIC),
+            v2.RandomResizedCrop(
+                (24, 32), scale=(0.5, 1.0), interpolation=InterpolationMode.BICUBIC
+            ),
             v2.RandAugment(interpolation=BILINEAR),
             Erasing(1.0),
         ],
@@ -140,8 +176,12 @@ PER_IMAGE: dict[str, tuple[dict[str, Any], list[Any]]] = {
 
 
 @pytest.mark.parametrize(("options", "expected"), PER_IMAGE.values(), ids=PER_IMAGE)
-def test_transforms_of_single_images_are_those_of_torchvision(options: dict[str, Any], expected: list[Any]) -> None:
-    smooth = v2.functional.gaussian_blur(torch.stack(build_pil_images(1, (24, 32)))[0], [7, 7], [3.0, 3.0])
+def test_transforms_of_single_images_are_those_of_torchvision(
+    options: dict[str, Any], expected: list[Any]
+) -> None:
+    smooth = v2.functional.gaussian_blur(
+        torch.stack(build_pil_images(1, (24, 32)))[0], [7, 7], [3.0, 3.0]
+    )
     transform = build(**options).image_transform
     assert transform is not None
     for seed in range(8):
@@ -166,7 +206,9 @@ def test_the_fractions_follow_alpha(name: str, mixer: Any, alpha: float) -> None
 
 
 def test_each_batch_gets_mixup_or_cutmix_if_both_are_on() -> None:
-    pixels = torch.tensor([0, 80, 160, 240], dtype=torch.uint8)[:, None, None, None].expand(4, 3, 16, 16)
+    pixels = torch.tensor([0, 80, 160, 240], dtype=torch.uint8)[:, None, None, None].expand(
+        4, 3, 16, 16
+    )
     mixer = BatchMixer(AugmentationOptions(mixup=1.0, cutmix=1.0), num_classes=5)
     torch.manual_seed(0)
     is_mixup = [len(mixer(pixels, torch.arange(4))[0][0].unique()) == 1 for _ in range(40)]

@@ -20,7 +20,13 @@ from modeling_vitcls import ViTCLSImageProcessor
 from modeling_vitcls.data import batches as batches_module
 from modeling_vitcls.data import workers as workers_module
 from modeling_vitcls.data.augmentation import build_augmentation
-from modeling_vitcls.data.batches import Batch, BatchBuilder, Normalizer, TrainingImages, iterate_training_batches
+from modeling_vitcls.data.batches import (
+    Batch,
+    BatchBuilder,
+    Normalizer,
+    TrainingImages,
+    iterate_training_batches,
+)
 from modeling_vitcls.data.images import ArrayImages, DatasetImages, LabeledImages
 from modeling_vitcls.data.sampling import derive_seed
 from modeling_vitcls.data.streaming import TrainingStream
@@ -31,17 +37,27 @@ def build_images(
     source: LabeledImages, seed: int = 0, num_views: int = 0, **options: Any
 ) -> TrainingImages | TrainingStream:
     options = {"crop_scale": 1.0, "flip": False, "shift": 0.0} | options
-    augmentation = build_augmentation(AugmentationOptions(**options), ViTCLSImageProcessor(size=[16, 16]))
-    return TrainingImages(source, BatchBuilder(augmentation, to_rgb=True, seed=seed, num_views=num_views))
+    augmentation = build_augmentation(
+        AugmentationOptions(**options), ViTCLSImageProcessor(size=[16, 16])
+    )
+    return TrainingImages(
+        source, BatchBuilder(augmentation, to_rgb=True, seed=seed, num_views=num_views)
+    )
 
 
 def build_noise_images(count: int) -> list[Image.Image]:
     generator = np.random.default_rng(0)
-    return [Image.fromarray(generator.integers(0, 256, (12, 10, 3), dtype=np.uint8)) for _ in range(count)]
+    return [
+        Image.fromarray(generator.integers(0, 256, (12, 10, 3), dtype=np.uint8))
+        for _ in range(count)
+    ]
 
 
 def are_equal(first: Batch, second: Batch) -> bool:
-    return all(torch.equal(first[name], second[name]) for name in ("pixels", "labels", "index", "epoch", "view"))
+    return all(
+        torch.equal(first[name], second[name])
+        for name in ("pixels", "labels", "index", "epoch", "view")
+    )
 
 
 # Images --------------------------------------------------------------------------------------------------------------
@@ -63,14 +79,19 @@ def test_a_batch_contains_its_keys() -> None:
     assert batch["epoch"].tolist() == batch["view"].tolist() == [3, 0]
     seeds = np.array([derive_seed(7, 3), derive_seed(7, 0)], np.uint64)
     prepared = [images.builder.prepare_image(source.images[index]) for index in (4, 2)]
-    assert torch.equal(batch["pixels"], images.builder.augmentation(prepared, seeds, np.array([4, 2], np.uint64)))
+    assert torch.equal(
+        batch["pixels"], images.builder.augmentation(prepared, seeds, np.array([4, 2], np.uint64))
+    )
 
 
 @pytest.mark.parametrize(
     ("labels", "expected"),
     [
         ([[0.0, 1.0], [1.0, 1.0]], torch.tensor([[0.0, 1.0], [1.0, 1.0]])),
-        ([{"a": 1, "b": -100}, {"a": 0, "b": 2}], {"a": torch.tensor([1, 0]), "b": torch.tensor([-100, 2])}),
+        (
+            [{"a": 1, "b": -100}, {"a": 0, "b": 2}],
+            {"a": torch.tensor([1, 0]), "b": torch.tensor([-100, 2])},
+        ),
     ],
 )
 def test_labels_of_any_kind(labels: list[Any], expected: Any) -> None:
@@ -84,7 +105,8 @@ def test_views_repeat_after_the_last_one() -> None:
     assert batch["epoch"].tolist() == [0, 1, 2, 7]
     assert batch["view"].tolist() == [0, 1, 0, 1]
     first, second, third, eighth = batch["pixels"]
-    assert torch.equal(first, third) and torch.equal(second, eighth)
+    assert torch.equal(first, third)
+    assert torch.equal(second, eighth)
     assert not torch.equal(first, second)
 
 
@@ -105,7 +127,8 @@ def test_pixels_match_the_image_processor(settings: dict[str, Any]) -> None:
     prepared = build_images(LabeledImages(images, [0] * 9))
     keys = [(0, index) for index in range(9)]
     expected = processor(images, return_tensors="pt")["pixel_values"]
-    pixels, normalizer = prepared[keys]["pixels"], Normalizer(processor, torch.device("cpu"))
+    pixels = prepared[keys]["pixels"]
+    normalizer = Normalizer(processor, torch.device("cpu"))
     torch.testing.assert_close(normalizer(pixels), expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(normalizer.invert(expected), pixels.float(), atol=1e-2, rtol=0)
 
@@ -117,7 +140,8 @@ def test_only_small_datasets_are_decoded_once(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(batches_module, "MAX_CACHE_BYTES", limit)
         counted = CountedImages(build_noise_images(3))
         images = build_images(LabeledImages(counted, [0, 1, 2]), crop_scale=0.5)
-        assert are_equal(images[keys], images[keys]) and counted.num_reads == num_reads
+        assert are_equal(images[keys], images[keys])
+        assert counted.num_reads == num_reads
 
 
 # Unreadable images ---------------------------------------------------------------------------------------------------
@@ -132,37 +156,65 @@ def half_unreadable(tmp_path: Path) -> LabeledImages:
         else:
             image.save(tmp_path / f"{index}.png")
     return LabeledImages(
-        DatasetImages.from_list([str(tmp_path / f"{index}.png") for index in range(6)]), list(range(6))
+        DatasetImages.from_list([str(tmp_path / f"{index}.png") for index in range(6)]),
+        list(range(6)),
     )
 
 
 def test_the_next_image_replaces_an_unreadable_one(half_unreadable: LabeledImages) -> None:
     """The batches are the same with and without workers, and from any step."""
-    options = {"crop_scale": 0.5, "flip": True, "auto_augment": "trivial", "random_erasing": 0.5, "rotation": 20}
+    options = {
+        "crop_scale": 0.5,
+        "flip": True,
+        "auto_augment": "trivial",
+        "random_erasing": 0.5,
+        "rotation": 20,
+    }
     plan = build_plan(6, epochs=3, batch_size=3)
-    batches = list(iterate_training_batches(build_images(half_unreadable, **options), plan, 0, num_workers=2))
+    batches = list(
+        iterate_training_batches(build_images(half_unreadable, **options), plan, 0, num_workers=2)
+    )
     assert len(batches) == 6
     replacements = {1: 3, 2: 3, 5: 0}
     for keys, batch in zip(plan.iterate_keys(0), batches, strict=True):
         wanted = [index for _, index in keys]
-        assert batch["index"].tolist() == batch["labels"].tolist() == [replacements.get(at, at) for at in wanted]
+        assert (
+            batch["index"].tolist()
+            == batch["labels"].tolist()
+            == [replacements.get(at, at) for at in wanted]
+        )
         assert set(batch["errors"]) == replacements.keys() & set(wanted)
         assert all(f"{index}.png" in message for index, message in batch["errors"].items())
-    resumed = iterate_training_batches(build_images(half_unreadable, **options), plan, 0, 0, first_step=1)
+    resumed = iterate_training_batches(
+        build_images(half_unreadable, **options), plan, 0, 0, first_step=1
+    )
     assert all(are_equal(*pair) for pair in zip(resumed, batches[1:], strict=True))
 
 
 def test_an_image_of_an_unsupported_mode_is_unreadable() -> None:
     unsupported = Image.new("F", (9, 9))  # can be decoded, but not used
-    batch = build_images(LabeledImages([unsupported, *build_noise_images(1), unsupported], [0, 1, 2]))[[(0, 2)]]
-    assert batch["labels"].tolist() == [1] and "mode F" in batch["errors"][2]
+    batch = build_images(
+        LabeledImages([unsupported, *build_noise_images(1), unsupported], [0, 1, 2])
+    )[[(0, 2)]]
+    assert batch["labels"].tolist() == [1]
+    assert "mode F" in batch["errors"][2]
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_dataset_without_any_readable_image_is_a_one_line_error(tmp_path: Path, num_workers: int) -> None:
-    source = LabeledImages(DatasetImages.from_list([str(tmp_path / f"{index}.png") for index in range(3)]), [0, 1, 2])
-    with pytest.raises(ValueError, match=r"^none of the 3 images can be read\. First error: .*\.png") as caught:
-        next(iterate_training_batches(build_images(source), build_plan(3, batch_size=2, max_steps=2), 0, num_workers))
+def test_a_dataset_without_any_readable_image_is_a_one_line_error(
+    tmp_path: Path, num_workers: int
+) -> None:
+    source = LabeledImages(
+        DatasetImages.from_list([str(tmp_path / f"{index}.png") for index in range(3)]), [0, 1, 2]
+    )
+    with pytest.raises(
+        ValueError, match=r"^none of the 3 images can be read\. First error: .*\.png"
+    ) as caught:
+        next(
+            iterate_training_batches(
+                build_images(source), build_plan(3, batch_size=2, max_steps=2), 0, num_workers
+            )
+        )
     assert "\n" not in str(caught.value)
 
 
@@ -173,9 +225,11 @@ def test_batches_for_a_gpu_are_in_pinned_memory(monkeypatch: pytest.MonkeyPatch)
     loader = Mock(return_value=[])
     monkeypatch.setattr(workers_module, "DataLoader", loader)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    images, plan = build_images(LabeledImages(build_noise_images(2), [0, 1])), build_plan(2, batch_size=2, max_steps=1)
+    images = build_images(LabeledImages(build_noise_images(2), [0, 1]))
+    plan = build_plan(2, batch_size=2, max_steps=1)
     assert not list(iterate_training_batches(images, plan, 0, num_workers=3))
-    assert loader.call_args.kwargs["pin_memory"] and loader.call_args.kwargs["num_workers"] == 3
+    assert loader.call_args.kwargs["pin_memory"]
+    assert loader.call_args.kwargs["num_workers"] == 3
 
 
 def test_workers_ignore_the_signals_that_stop_a_run() -> None:
@@ -201,16 +255,21 @@ def test_workers_ignore_the_signals_that_stop_a_run() -> None:
 
 def test_a_gray_model_skips_color_images(tmp_path: Path) -> None:
     images = [
-        image.convert(mode) for image, mode in zip(build_noise_images(4), ("L", "RGB", "RGBA", "LA"), strict=True)
+        image.convert(mode)
+        for image, mode in zip(build_noise_images(4), ("L", "RGB", "RGBA", "LA"), strict=True)
     ]
     augmentation = build_augmentation(
-        AugmentationOptions(crop_scale=1.0, flip=False, shift=0.0), ViTCLSImageProcessor(size=[16, 16])
+        AugmentationOptions(crop_scale=1.0, flip=False, shift=0.0),
+        ViTCLSImageProcessor(size=[16, 16]),
     )
     source = LabeledImages(images, [0, 1, 2, 3])
-    prepared = TrainingImages(source, BatchBuilder(augmentation, to_rgb=False, seed=0, num_channels=1))
+    prepared = TrainingImages(
+        source, BatchBuilder(augmentation, to_rgb=False, seed=0, num_channels=1)
+    )
     batch = prepared[[(0, 0), (0, 1), (0, 2), (0, 3)]]
     assert batch["pixels"].shape == (4, 1, 16, 16)
-    assert batch["index"].tolist() == [0, 3, 3, 3] and batch["errors"].keys() == {1, 2}
+    assert batch["index"].tolist() == [0, 3, 3, 3]
+    assert batch["errors"].keys() == {1, 2}
     assert batch["errors"][1] == "an image of mode RGB has 3 channels, but the model requires 1"
     arrays = LabeledImages(ArrayImages(np.zeros((2, 12, 10), dtype=np.uint8)), [0, 1])
     options = AugmentationOptions(crop_scale=1.0, shift=0.0, auto_augment="rand")

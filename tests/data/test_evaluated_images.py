@@ -14,7 +14,10 @@ from helpers.tiny_options import build_tiny_options, run_training
 
 from modeling_vitcls import evaluate, inspect_tokens
 from modeling_vitcls.data import held_out, splits
-from modeling_vitcls.data.evaluated_images import load_evaluation_data, load_fitting_and_evaluation_data
+from modeling_vitcls.data.evaluated_images import (
+    load_evaluation_data,
+    load_fitting_and_evaluation_data,
+)
 from modeling_vitcls.data.held_out import HeldOutRecord, encode_content_keys
 from modeling_vitcls.data.images import DatasetImages
 from modeling_vitcls.data.splits import load_training_data
@@ -44,7 +47,16 @@ def run_evaluate(tmp_path: Path, model: Path, dataset: Path, *flags: str) -> dic
     """Run `vitcls evaluate` and return what it writes."""
     reset_accelerate()
     output = tmp_path / "evaluation.json"
-    arguments = ["--model", str(model), "--dataset", str(dataset), "--output", str(output), "--num-workers", "0"]
+    arguments = [
+        "--model",
+        str(model),
+        "--dataset",
+        str(dataset),
+        "--output",
+        str(output),
+        "--num-workers",
+        "0",
+    ]
     assert run_here("evaluate", *arguments, *flags) == 0
     return read_json(output)
 
@@ -52,7 +64,9 @@ def run_evaluate(tmp_path: Path, model: Path, dataset: Path, *flags: str) -> dic
 # Images that the model was not trained on ----------------------------------------------------------------------------
 
 
-def test_other_photos_are_evaluated_whole(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_photos_are_evaluated_whole(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The files have the same names as the training images."""
     other = write_photos(tmp_path / "test", range(100, 130))
     for path in other.glob("*/*.png"):
@@ -62,15 +76,23 @@ def test_other_photos_are_evaluated_whole(photos: Path, tmp_path: Path, capsys: 
     assert "60 images of" in capsys.readouterr().out
 
 
-def test_the_validation_split_is_evaluated_if_there_is_no_test_split(photos: Path, tmp_path: Path) -> None:
+def test_the_validation_split_is_evaluated_if_there_is_no_test_split(
+    photos: Path, tmp_path: Path
+) -> None:
     write_photos(tmp_path / "AB" / "train", range(40, 45))
     write_photos(tmp_path / "AB" / "val", range(50, 57))
     found = run_evaluate(tmp_path, photos / "run", tmp_path / "AB")
     assert (found["split"], found["num_images"]) == ("validation", 14)
 
 
-def test_the_test_split_is_evaluated_before_the_validation_split(photos: Path, tmp_path: Path) -> None:
-    for split, numbers in (("train", range(40, 45)), ("val", range(50, 57)), ("test", range(60, 63))):
+def test_the_test_split_is_evaluated_before_the_validation_split(
+    photos: Path, tmp_path: Path
+) -> None:
+    for split, numbers in (
+        ("train", range(40, 45)),
+        ("val", range(50, 57)),
+        ("test", range(60, 63)),
+    ):
         write_photos(tmp_path / "AB" / split, numbers)
     assert run_evaluate(tmp_path, photos / "run", tmp_path / "AB")["num_images"] == 6
 
@@ -114,7 +136,11 @@ def test_renamed_training_images_are_not_evaluated(photos: Path, tmp_path: Path)
         (tmp_path / "other" / path.parent.name).mkdir(parents=True, exist_ok=True)
         shutil.copy(path, tmp_path / "other" / path.parent.name / f"photo {path.name}")
     found = run_evaluate(tmp_path, photos / "run", tmp_path / "other")
-    assert (found["images"], found["num_images"], found["num_trained_images"]) == ("untrained", 12, 48)
+    assert (found["images"], found["num_images"], found["num_trained_images"]) == (
+        "untrained",
+        12,
+        48,
+    )
 
 
 def test_images_added_to_the_training_folder_are_evaluated(
@@ -123,13 +149,22 @@ def test_images_added_to_the_training_folder_are_evaluated(
     shutil.copytree(photos / "train", tmp_path / "more")
     write_photos(tmp_path / "more", range(30, 35))
     found = run_evaluate(tmp_path, photos / "run", tmp_path / "more")
-    assert (found["num_given_images"], found["num_images"], found["num_trained_images"]) == (70, 22, 48)
+    assert (found["num_given_images"], found["num_images"], found["num_trained_images"]) == (
+        70,
+        22,
+        48,
+    )
     printed = capsys.readouterr().out
-    assert "22 images" in printed and "70 images" in printed
+    assert "22 images" in printed
+    assert "70 images" in printed
 
 
-def test_a_part_of_the_training_folder_is_evaluated_without_training_images(photos: Path, tmp_path: Path) -> None:
-    held_out_names = set(load_training_data(DataOptions(str(photos / "train"))).held_out.images.get_names())
+def test_a_part_of_the_training_folder_is_evaluated_without_training_images(
+    photos: Path, tmp_path: Path
+) -> None:
+    held_out_names = set(
+        load_training_data(DataOptions(str(photos / "train"))).held_out.images.get_names()
+    )
     shutil.copytree(photos / "train", tmp_path / "part", ignore=shutil.ignore_patterns("1*.png"))
     found = run_evaluate(tmp_path, photos / "run", tmp_path / "part")
     is_left = [not Path(name).name.startswith("1") for name in held_out_names]
@@ -157,7 +192,9 @@ def test_only_training_images_are_an_error(photos: Path, tmp_path: Path) -> None
 # Flags ---------------------------------------------------------------------------------------------------------------
 
 
-def test_a_named_split_is_evaluated_whole(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_named_split_is_evaluated_whole(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     found = run_evaluate(tmp_path, photos / "run", photos / "train", "--split", "train")
     assert (found["num_images"], found["images"], found["num_trained_images"]) == (60, "whole", 48)
     assert "training used 48" in capsys.readouterr().out
@@ -166,7 +203,10 @@ def test_a_named_split_is_evaluated_whole(photos: Path, tmp_path: Path, capsys: 
 def test_images_are_drawn_at_random(photos: Path, tmp_path: Path) -> None:
     other = write_photos(tmp_path / "test", range(100, 130))
     flags = ("--max-images", "20", "--per-image", str(tmp_path / "rows.parquet"))
-    drawn = [run_evaluate(tmp_path, photos / "run", other, *flags, "--split-seed", seed) for seed in ("1", "1", "2")]
+    drawn = [
+        run_evaluate(tmp_path, photos / "run", other, *flags, "--split-seed", seed)
+        for seed in ("1", "1", "2")
+    ]
     assert {found["num_images"] for found in drawn} == {20}
     assert {row["images"] for row in drawn[0]["per_class"]} != {0, 20}  # not only the first class
     assert drawn[0]["loss"] == drawn[1]["loss"] != drawn[2]["loss"]
@@ -187,7 +227,11 @@ def test_frozen_features_are_evaluated_on_the_same_images(photos: Path, tmp_path
     other = write_photos(tmp_path / "other", range(100, 130))
     for dataset, kind in ((photos / "train", "held_out"), (other, "fraction")):
         found = run_evaluate(tmp_path, photos / "run", dataset, "--frozen", "knn")
-        assert (found["images"], found["num_images"], found["num_training_images"]) == (kind, 12, 48)
+        assert (found["images"], found["num_images"], found["num_training_images"]) == (
+            kind,
+            12,
+            48,
+        )
 
 
 def test_the_audit_checks_the_labels_of_all_images_that_the_model_was_not_trained_on(
@@ -238,7 +282,8 @@ def test_of_many_training_images_some_are_recorded(
     shutil.copytree(photos / "train", tmp_path / "more")
     write_photos(tmp_path / "more", range(30, 35))
     more = load_evaluation_data(DataOptions(str(tmp_path / "more")), None, record)
-    assert more.part.warning is not None and len(more.images) == 14
+    assert more.part.warning is not None
+    assert len(more.images) == 14
 
 
 def test_large_files_are_read_in_part(tmp_path: Path) -> None:
@@ -251,7 +296,9 @@ def test_large_files_are_read_in_part(tmp_path: Path) -> None:
         path.write_bytes(content)
     keys = DatasetImages.from_list(list(map(str, paths))).compute_content_keys()
     assert len(set(keys.tolist())) == 4
-    encoded = DatasetImages.from_list([{"path": None, "bytes": bytes(content)} for content in contents])
+    encoded = DatasetImages.from_list(
+        [{"path": None, "bytes": bytes(content)} for content in contents]
+    )
     assert encoded.compute_content_keys().tolist() == keys.tolist()
 
 

@@ -55,7 +55,9 @@ def run(output: Path, dataset: Path, **flags: Any) -> dict[str, Any]:
 
 def evaluate(model: Path, dataset: Path, split: str | None = None, **data: Any) -> dict[str, Any]:
     reset_accelerate()
-    return evaluate_checkpoint(EvaluateOptions(str(model), DataOptions(str(dataset), num_workers=0, **data), split))
+    return evaluate_checkpoint(
+        EvaluateOptions(str(model), DataOptions(str(dataset), num_workers=0, **data), split)
+    )
 
 
 # Selection -----------------------------------------------------------------------------------------------------------
@@ -69,26 +71,37 @@ def test_the_split_is_stratified(fraction: float, tmp_path: Path) -> None:
         write_photos(tmp_path / "photos", range(size), name)
     data = read(tmp_path / "photos", held_out_fraction=fraction)
     names = data.label_space.names
-    counts = [Counter(names[label] for label in part.labels) for part in (data.train, data.held_out)]
+    counts = [
+        Counter(names[label] for label in part.labels) for part in (data.train, data.held_out)
+    ]
     expected = {
-        name: 0 if size == 1 else min(max(round(fraction * size), 1), size - 1) for name, size in sizes.items()
+        name: 0 if size == 1 else min(max(round(fraction * size), 1), size - 1)
+        for name, size in sizes.items()
     }
-    assert counts[1] == Counter(expected) and counts[0] + counts[1] == Counter(sizes)
-    assert "stratified" in data.held_out_name and data.class_ratio == max(counts[0].values()) / min(counts[0].values())
+    assert counts[1] == Counter(expected)
+    assert counts[0] + counts[1] == Counter(sizes)
+    assert "stratified" in data.held_out_name
+    assert data.class_ratio == max(counts[0].values()) / min(counts[0].values())
 
 
 def test_the_folds_are_stratified(tmp_path: Path) -> None:
     """The images by which the classes exceed a multiple of the number of folds are divided among the folds."""
     folder = write_photos(tmp_path / "photos", range(13), "ant", "cat")
     folds = [read(folder, folds=3, fold=fold) for fold in (1, 2, 3)]
-    assert [Counter(fold.held_out.labels) for fold in folds] == [{0: 5, 1: 4}, {0: 4, 1: 5}, {0: 4, 1: 4}]
+    assert [Counter(fold.held_out.labels) for fold in folds] == [
+        {0: 5, 1: 4},
+        {0: 4, 1: 5},
+        {0: 4, 1: 4},
+    ]
     assert len(set.union(*(get_names(fold.held_out) for fold in folds))) == 26
     assert folds[1].record.rule == HeldOutRule(1 / 3, 0, num_folds=3, fold=2)
 
 
 def test_the_split_of_tags_is_not_stratified(tmp_path: Path) -> None:
     paths = sorted(write_photos(tmp_path / "photos", range(30)).glob("*/*.png"))
-    rows = [f"{path},{'x' if index % 2 else ''}" for index, path in enumerate(paths)]  # one tag is enough
+    rows = [
+        f"{path},{'x' if index % 2 else ''}" for index, path in enumerate(paths)
+    ]  # one tag is enough
     (tmp_path / "tags.csv").write_text("\n".join(["image,label", *rows]), encoding="utf-8")
     assert "not stratified" in read(tmp_path / "tags.csv", label_separator="|").held_out_name
 
@@ -100,7 +113,9 @@ def test_relative_paths_in_memory_do_not_depend_on_the_working_directory(
     for folder in (tmp_path / "a", tmp_path / "a" / "b"):
         write_photos(folder / "photos", range(20))
         monkeypatch.chdir(folder)
-        pairs = [(f"photos/{name}/{index}.png", name) for name in ("cat", "dog") for index in range(20)]
+        pairs = [
+            (f"photos/{name}/{index}.png", name) for name in ("cat", "dog") for index in range(20)
+        ]
         held_out.append(get_names(load_training_data(DataOptions(add_dataset(pairs))).held_out))
     assert held_out[0] == held_out[1]
 
@@ -113,15 +128,25 @@ def test_the_split_depends_only_on_names(tmp_path: Path, monkeypatch: pytest.Mon
     assert get_names(read(tmp_path / "there", split_seed=3).held_out) == held_out
     monkeypatch.chdir(tmp_path)
     moved = read("there/cat/..", split_seed=3)
-    assert get_names(moved.held_out) == held_out and moved.name == "there"
-    rows = [f"there/{path.relative_to(tmp_path / 'there')},x" for path in (tmp_path / "there").glob("*/*.png")]
-    (tmp_path / "list.csv").write_text("\n".join(["image,label", *rows[:40], "a.png,y", *rows[40:]]), encoding="utf-8")
+    assert get_names(moved.held_out) == held_out
+    assert moved.name == "there"
+    rows = [
+        f"there/{path.relative_to(tmp_path / 'there')},x"
+        for path in (tmp_path / "there").glob("*/*.png")
+    ]
+    (tmp_path / "list.csv").write_text(
+        "\n".join(["image,label", *rows[:40], "a.png,y", *rows[40:]]), encoding="utf-8"
+    )
     listed = get_names(read("list.csv", split_seed=3).held_out)
-    (tmp_path / "list.csv").write_text("\n".join(["image,label", "a.png,y", *rows[::-1]]), encoding="utf-8")
+    (tmp_path / "list.csv").write_text(
+        "\n".join(["image,label", "a.png,y", *rows[::-1]]), encoding="utf-8"
+    )
     assert get_names(read("list.csv", split_seed=3).held_out) == listed  # in any order
 
 
-def test_images_without_paths_are_selected_by_row_on_disk_and_by_content_in_memory(tmp_path: Path) -> None:
+def test_images_without_paths_are_selected_by_row_on_disk_and_by_content_in_memory(
+    tmp_path: Path,
+) -> None:
     """In memory, equal images are on the same side, in any order. On disk, the images are not read."""
     paths = sorted(write_photos(tmp_path / "photos", range(30)).glob("*/*.png"))
     pairs = [(path.read_bytes(), path.parent.name) for path in paths]
@@ -130,11 +155,13 @@ def test_images_without_paths_are_selected_by_row_on_disk_and_by_content_in_memo
         data = load_training_data(DataOptions(add_dataset(order)))
         found.append({image.tobytes() for image in data.held_out.images})
         assert not found[-1] & {image.tobytes() for image in data.train.images}
-    assert found[0] == found[1] == found[2] and len(found[0]) == 12
+    assert found[0] == found[1] == found[2]
+    assert len(found[0]) == 12
     rows = {"image": [b"unreadable"] * 60, "label": [label for _, label in pairs]}
     datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "table.parquet")
     held_out = read(tmp_path / "table.parquet").held_out
-    assert len(held_out) == 12 and len(get_names(held_out)) == 12
+    assert len(held_out) == 12
+    assert len(get_names(held_out)) == 12
     assert get_names(held_out) <= set(map(str, range(60)))
     keys = [compute_image_key(f"row {row}".encode()) for row in held_out.images.get_names()]
     assert held_out.images.compute_keys().tolist() == keys
@@ -149,7 +176,9 @@ def test_the_held_out_images_of_a_dataset_never_change() -> None:
     for purpose, prefix in (("", "3"), ("selection", "3 selection")):
         held_out = {key for key in range(200) if HeldOutRule(0.3, 3, purpose).is_held_out(key)}
         assert held_out == {key for key in range(200) if hash_text(f"{prefix} {key}") < 0.3 * 2**64}
-    assert [compute_image_key(name.encode()) for name in "abc"] == [hash_text(name) // 2 for name in "abc"]
+    assert [compute_image_key(name.encode()) for name in "abc"] == [
+        hash_text(name) // 2 for name in "abc"
+    ]
     for path in ("/photos/cat/1.png", "/photos//cat/1.png", "/photos/./cat//1.png", "cat/1.png"):
         assert get_relative_path(path, Path("/photos")) == "cat/1.png"
     assert get_relative_path("/other/1.png", Path("/photos")) == "../other/1.png"
@@ -165,10 +194,14 @@ def test_each_image_is_in_one_fold() -> None:
     assert all(abs(len(fold) - 2000) < 5 * (6000 * 2 / 9) ** 0.5 for fold in folds)
     assert folds[0] == [key for key in range(6000) if HeldOutRule(1 / 3, 1).is_held_out(key)]
     record = HeldOutRecord.from_keys(rules[1], np.array(folds[1]))
-    assert record.rule == rules[1] and str(record.rule) == "fold 2 of 3, by checksum, split seed 1"
+    assert record.rule == rules[1]
+    assert str(record.rule) == "fold 2 of 3, by checksum, split seed 1"
     assert (record.num_images, record.split) == (len(folds[1]), None)
     for keys in ([20, 3, 3], [3, 20, 3]):  # equal images have equal keys
-        assert HeldOutRecord.from_keys(rules[1], np.array(keys)).sha256 == hashlib.sha256(b"3 3 20").hexdigest()
+        assert (
+            HeldOutRecord.from_keys(rules[1], np.array(keys)).sha256
+            == hashlib.sha256(b"3 3 20").hexdigest()
+        )
 
 
 def test_empty_parts_are_errors(tmp_path: Path) -> None:
@@ -182,7 +215,9 @@ def test_empty_parts_are_errors(tmp_path: Path) -> None:
 # The record ----------------------------------------------------------------------------------------------------------
 
 
-def test_evaluation_uses_the_held_out_images_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_evaluation_uses_the_held_out_images_of_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     """Evaluate and inspect without --split-seed, for any --split-seed of the run. The record is published."""
     folder = write_photos(tmp_path / "photos", range(50))
     trained = run(tmp_path / "run", folder, split_seed=7, held_out_fraction=0.3)
@@ -215,7 +250,10 @@ def test_evaluation_uses_the_held_out_images_of_the_run(tmp_path: Path, capsys: 
 def test_the_label_columns_of_a_run_are_used_in_its_evaluation(tmp_path: Path) -> None:
     """The model of several tasks has their names, and results.json the column and the separator of tags."""
     paths = sorted(write_photos(tmp_path / "photos", range(10)).glob("*/*.png"))
-    rows = [f"{path},{path.parent.name}|all,{'old' if index % 2 else 'new'}" for index, path in enumerate(paths)]
+    rows = [
+        f"{path},{path.parent.name}|all,{'old' if index % 2 else 'new'}"
+        for index, path in enumerate(paths)
+    ]
     (tmp_path / "table.csv").write_text("\n".join(["image,tags,age", *rows]), encoding="utf-8")
     for name, flags in (
         ("tags", {"label_column": "tags", "label_separator": "|"}),
@@ -224,7 +262,9 @@ def test_the_label_columns_of_a_run_are_used_in_its_evaluation(tmp_path: Path) -
         reset_accelerate()
         results = run(tmp_path / name, tmp_path / "table.csv", **flags)
         metric = results["selection_metric"]
-        assert evaluate(tmp_path / name, tmp_path / "table.csv")[metric] == pytest.approx(results[metric], abs=1e-5)
+        assert evaluate(tmp_path / name, tmp_path / "table.csv")[metric] == pytest.approx(
+            results[metric], abs=1e-5
+        )
     with raises_one_line("--label-column"):  # the flags are used as a whole
         evaluate(tmp_path / "tags", tmp_path / "table.csv", label_separator="|")
 
@@ -233,15 +273,21 @@ def test_rare_classes_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture
     """With a ratio above 10, the run names --class-balance, and step lines contain macro F1."""
     for num_dogs, is_rare in ((50, True), (44, False)):
         folder = tmp_path / f"{num_dogs}"
-        for name, count in (("cat", 5), ("dog", num_dogs)):  # 4 training images of cats; 45 or 40 of dogs
+        for name, count in (
+            ("cat", 5),
+            ("dog", num_dogs),
+        ):  # 4 training images of cats; 45 or 40 of dogs
             write_photos(folder / "photos", range(count), name)
         reset_accelerate()
         capsys.readouterr()
         run(folder / "run", folder / "photos", held_out_fraction=0.1)
         output = capsys.readouterr().out
         assert ("--class-balance" in output) is is_rare
-        steps = [line for line in output.splitlines() if line.startswith("step ") and "held out" in line]
-        assert steps and all(("macro f1" in line) is is_rare for line in steps)
+        steps = [
+            line for line in output.splitlines() if line.startswith("step ") and "held out" in line
+        ]
+        assert steps
+        assert all(("macro f1" in line) is is_rare for line in steps)
 
 
 @pytest.mark.parametrize(
@@ -257,15 +303,18 @@ def test_rare_classes_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_a_model_trained_on_held_out_images_is_named(
     trained: dict[str, Any], other: dict[str, Any], flags: str, tmp_path: Path
 ) -> None:
-    folder, model = write_photos(tmp_path / "photos", range(30)), tmp_path / "model"
+    folder = write_photos(tmp_path / "photos", range(30))
+    model = tmp_path / "model"
     model.mkdir()
     initial = InitialModel(str(model), str(model), ViTCLSConfig(), has_random_weights=False)
-    first, second = read(folder, **trained), read(folder, **other)
+    first = read(folder, **trained)
+    second = read(folder, **other)
     assert not describe_overlap(initial, second)  # no results.json
     results = {"dataset": first.name, "held_out": asdict(first.record)}
     (model / "results.json").write_text(json.dumps(results), encoding="utf-8")
     warnings = describe_overlap(initial, second)
-    assert len(warnings) == bool(flags) and all(flags in warning for warning in warnings)
+    assert len(warnings) == bool(flags)
+    assert all(flags in warning for warning in warnings)
     assert bool(get_names(first.train) & get_names(second.held_out)) == bool(flags)
     assert not describe_overlap(initial, replace(second, name="another dataset"))
     assert not describe_overlap(replace(initial, folder=None), second)
@@ -277,9 +326,14 @@ def test_a_split_of_the_dataset_is_recorded_and_evaluated(tmp_path: Path) -> Non
     write_photos(tmp_path / "photos" / "val", range(20, 30))
     trained = run(tmp_path / "run", tmp_path / "photos")
     record = read_held_out_record(tmp_path / "run")
-    assert record is not None and (record.split, record.num_images, record.rule) == ("validation", 20, None)
+    assert record is not None
+    assert (record.split, record.num_images, record.rule) == ("validation", 20, None)
     measured = evaluate(tmp_path / "run", tmp_path / "photos")
-    assert (measured["split"], measured["num_images"], measured["images"]) == ("validation", 20, "whole")
+    assert (measured["split"], measured["num_images"], measured["images"]) == (
+        "validation",
+        20,
+        "whole",
+    )
     assert measured["accuracy"] == trained["accuracy"]
     assert evaluate(tmp_path / "run", tmp_path / "photos", "train")["num_images"] == 40
     with raises_one_line("'test'", "train, validation"):

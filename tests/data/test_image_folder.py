@@ -37,7 +37,9 @@ def read(root: Path, use_labels: bool = True) -> dict[str, dict[str, list[str]]]
     result: dict[str, dict[str, list[str]]] = {}
     for split, part in opened.items():
         part = part.cast_column("image", datasets.Image(decode=False))
-        result[split] = {name: [] for name in (part.features["label"].names if use_labels else [""])}
+        result[split] = {
+            name: [] for name in (part.features["label"].names if use_labels else [""])
+        }
         for row in part:
             label = part.features["label"].int2str(row["label"]) if use_labels else ""
             result[split][label].append(Path(row["image"]["path"]).relative_to(root).as_posix())
@@ -68,7 +70,8 @@ def test_a_class_called_train_is_not_a_split(tmp_path: Path) -> None:
     assert data.label_space.names == ["bus", "train"]
     trained = {image.filename for image in data.train.images}
     held_out = {image.filename for image in data.held_out.images}
-    assert len(trained) == len(held_out) == 12 and not trained & held_out
+    assert len(trained) == len(held_out) == 12
+    assert not trained & held_out
 
 
 @pytest.mark.parametrize(
@@ -81,13 +84,17 @@ def test_a_class_called_train_is_not_a_split(tmp_path: Path) -> None:
         ("training", "evaluation", "test"),
     ],
 )
-def test_split_folders_are_recognized_in_any_case(tmp_path: Path, train: str, other: str, split: str) -> None:
+def test_split_folders_are_recognized_in_any_case(
+    tmp_path: Path, train: str, other: str, split: str
+) -> None:
     write_class(tmp_path, f"{train}/cat", 3)
     write_class(tmp_path, f"{train}/dog", 4)
     write_class(tmp_path, f"{other}/cat", 2)
     write_class(tmp_path, f"{other}/cow", 1)
     found = read(tmp_path)
-    assert {name: {label: len(files) for label, files in part.items()} for name, part in found.items()} == {
+    assert {
+        name: {label: len(files) for label, files in part.items()} for name, part in found.items()
+    } == {
         "train": {"cat": 3, "cow": 0, "dog": 4},
         split: {"cat": 2, "cow": 1, "dog": 0},
     }
@@ -113,7 +120,10 @@ def test_a_split_without_class_folders_is_skipped_and_named(tmp_path: Path) -> N
     assert list(read(tmp_path)) == ["train"]
     write_images(tmp_path, "stray.png")
     notes = get_notes(tmp_path)
-    assert "skipped 5 files outside of class folders: test/0.png, test/1.png, test/2.png and 2 more" in notes
+    assert (
+        "skipped 5 files outside of class folders: test/0.png, test/1.png, test/2.png and 2 more"
+        in notes
+    )
     assert "skipped 1 file next to the split folders: stray.png" in notes
     assert {split: len(found[""]) for split, found in read(tmp_path, use_labels=False).items()} == {
         "train": 4,
@@ -138,7 +148,9 @@ def test_skipped_files_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     write_images(tmp_path, "stray.png", ".thumb\nnails/1.png", "__MACOSX/1.png")
     (tmp_path / "cat" / "notes.txt").write_text("?", encoding="utf-8")
     (tmp_path / "labels.csv").write_text("a,b\n", encoding="utf-8")
-    write_images(tmp_path, os.fsdecode(b".\xff/1.png"), os.fsdecode(b"cat/\xff.png"))  # not valid text
+    write_images(
+        tmp_path, os.fsdecode(b".\xff/1.png"), os.fsdecode(b"cat/\xff.png")
+    )  # not valid text
     data = load(tmp_path)
     assert len(data.train) + len(data.held_out) == 18
     assert [record.getMessage() for record in caplog.records] == [
@@ -172,7 +184,8 @@ def test_a_table_beside_images_is_named(tmp_path: Path) -> None:
 
 def test_one_class_can_be_evaluated(tmp_path: Path) -> None:
     found = load_evaluation_data(DataOptions(str(write_class(tmp_path, "test/cat", 4))), None)
-    assert found[0].names == ["cat"] and len(found[1]) == 4
+    assert found[0].names == ["cat"]
+    assert len(found[1]) == 4
 
 
 def test_links_are_followed_without_cycles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +196,9 @@ def test_links_are_followed_without_cycles(tmp_path: Path, monkeypatch: pytest.M
         (tmp_path / "photos" / "dog" / name).symlink_to(tmp_path / target)
     monkeypatch.chdir(tmp_path)
     for folder in (tmp_path / "photos", Path("photos")):
-        assert read(folder) == {"train": {"cat": ["cat/0.png", "cat/1.png"], "dog": ["dog/0.png", "dog/1.png"]}}
+        assert read(folder) == {
+            "train": {"cat": ["cat/0.png", "cat/1.png"], "dog": ["dog/0.png", "dog/1.png"]}
+        }
 
 
 # Other readers of folders --------------------------------------------------------------------------------------------
@@ -194,7 +209,9 @@ def test_metadata_files_name_the_labels(tmp_path: Path) -> None:
     folder = tmp_path / "photos [1]"
     for split, shades in (("Train", "abab"), ("TEST", "ba")):
         write_class(folder, split, 5)
-        table = pandas.DataFrame({"file_name": [f"{index}.png" for index in range(len(shades))], "shade": [*shades]})
+        table = pandas.DataFrame(
+            {"file_name": [f"{index}.png" for index in range(len(shades))], "shade": [*shades]}
+        )
         table.to_csv(folder / split / "metadata.csv", index=False)
     data = load(folder, label_column=("shade",))
     assert (list(data.train.labels), list(data.held_out.labels)) == ([0, 1, 0, 1], [1, 0])
@@ -206,9 +223,12 @@ def test_metadata_files_name_the_labels(tmp_path: Path) -> None:
 def test_folders_with_metadata_are_never_ambiguous(tmp_path: Path, other: str) -> None:
     names = ["train/cat/0.png", f"{other}/0.png"]
     write_images(tmp_path, *names)
-    (tmp_path / "metadata.csv").write_text(f"file_name,label\n{names[0]},a\n{names[1]},b\n", encoding="utf-8")
+    (tmp_path / "metadata.csv").write_text(
+        f"file_name,label\n{names[0]},a\n{names[1]},b\n", encoding="utf-8"
+    )
     images = load_evaluation_data(DataOptions(str(tmp_path), held_out_fraction=0.0), "train").images
-    assert list(images.labels) == [0, 1] and images.images.get_names() == names
+    assert list(images.labels) == [0, 1]
+    assert images.images.get_names() == names
     (tmp_path / "metadata.csv").write_text("label\na\n", encoding="utf-8")
     with raises_one_line("metadata.csv"):
         load(tmp_path)
@@ -222,7 +242,10 @@ def test_folders_with_metadata_are_never_ambiguous(tmp_path: Path, other: str) -
         (1, [], True),
         *((1, [f"a.{suffix}"], False) for suffix in ("CSV", "jsonl", "tar")),
         (2, ["a.parquet"], True),
-        *((1, ["a.parquet", "b.csv", f"metadata.{suffix}"], True) for suffix in ("csv", "jsonl", "parquet")),
+        *(
+            (1, ["a.parquet", "b.csv", f"metadata.{suffix}"], True)
+            for suffix in ("csv", "jsonl", "parquet")
+        ),
     ],
 )
 def test_folders_of_tables_are_not_image_folders(
@@ -236,17 +259,22 @@ def test_folders_of_tables_are_not_image_folders(
 
 def test_all_formats_that_can_be_decoded_are_images(tmp_path: Path) -> None:
     formats = get_image_formats()
-    names = {f"a{suffix}" for suffix, name in Image.registered_extensions().items() if name in formats}
+    names = {
+        f"a{suffix}" for suffix, name in Image.registered_extensions().items() if name in formats
+    }
     for name in names:
         (tmp_path / name).touch()
-    assert len(names) > 15 and names - set(scan_folder(tmp_path).images) <= {"a.pfm"}  # floating-point values
+    assert len(names) > 15
+    assert names - set(scan_folder(tmp_path).images) <= {"a.pfm"}  # floating-point values
 
 
 def test_the_fingerprint_depends_on_files_and_labels(tmp_path: Path) -> None:
     """`datasets` caches results and predictions are resumed by this fingerprint."""
     folder = write_class(write_class(tmp_path / "a", "cat", 2), "dog", 2)
     (folder / "cat" / "1.png").unlink()
-    (folder / "cat" / "1.png").symlink_to(tmp_path / "absent.png")  # reported when the image is read
+    (folder / "cat" / "1.png").symlink_to(
+        tmp_path / "absent.png"
+    )  # reported when the image is read
     last = folder / "dog" / "1.png"
     os.utime(last, ns=(0, 1000))
 

@@ -11,7 +11,13 @@ from helpers.tiny_models import raises_one_line
 from PIL import Image
 
 from modeling_vitcls.data.held_out import compute_image_key
-from modeling_vitcls.data.images import ArrayImages, DatasetImages, LabeledImages, UnreadableImage, decode_image
+from modeling_vitcls.data.images import (
+    ArrayImages,
+    DatasetImages,
+    LabeledImages,
+    UnreadableImage,
+    decode_image,
+)
 
 
 def encode(shade: int) -> bytes:
@@ -36,12 +42,20 @@ def test_a_subset_has_the_names_bytes_and_checksums_of_its_images(tmp_path: Path
     subset = images.select([1, 2, 0]).select([1, 2, 0])  # the last image, the first and the second
     assert [image.getpixel((0, 0)) for image in subset] == [3, 1, 2]
     assert subset.get_names() == ["c.png", "a.png", "1"]
-    assert subset.compute_keys().tolist() == list(map(compute_image_key, [encode(3), b"a.png", encode(2)]))
+    assert subset.compute_keys().tolist() == list(
+        map(compute_image_key, [encode(3), b"a.png", encode(2)])
+    )
     assert [image.filename for image in images] == [rows[0]["path"], "row 1", rows[2]["path"]]
     assert [image.filename for image in subset] == [rows[2]["path"], rows[0]["path"], "row 1"]
-    assert DatasetImages(datasets.Dataset.from_dict({"image": [encode(7)]}))[0].getpixel((0, 0)) == 7
-    same_path = DatasetImages.from_list([{"path": "c.png", "bytes": encode(shade)} for shade in (3, 4)])
-    assert same_path.compute_keys().tolist() == [compute_image_key(encode(shade)) for shade in (3, 4)]
+    assert (
+        DatasetImages(datasets.Dataset.from_dict({"image": [encode(7)]}))[0].getpixel((0, 0)) == 7
+    )
+    same_path = DatasetImages.from_list(
+        [{"path": "c.png", "bytes": encode(shade)} for shade in (3, 4)]
+    )
+    assert same_path.compute_keys().tolist() == [
+        compute_image_key(encode(shade)) for shade in (3, 4)
+    ]
 
 
 def test_arrays_are_named_by_their_checksums() -> None:
@@ -53,16 +67,21 @@ def test_arrays_are_named_by_their_checksums() -> None:
 
 def test_drawn_images_are_random_and_keep_their_order() -> None:
     images = LabeledImages(ArrayImages(np.zeros((50, 1, 1), np.uint8)), list(range(50)))
-    assert images.draw(None) is images and images.draw(50) is images
+    assert images.draw(None) is images
+    assert images.draw(50) is images
     labels = images.draw(20).labels
-    assert len(set(labels)) == 20 and labels == sorted(labels) and labels != list(range(20))
+    assert len(set(labels)) == 20
+    assert labels == sorted(labels)
+    assert labels != list(range(20))
     assert labels == images.draw(20).labels != images.draw(20, seed=1).labels
 
 
 def test_images_on_the_hub_are_read_by_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
-    path, image = "hf://datasets/ann/photos/a.png", Image.new("L", (5, 1))
+    path = "hf://datasets/ann/photos/a.png"
+    image = Image.new("L", (5, 1))
     monkeypatch.setattr(datasets.Image, "decode_example", lambda feature, value: image)
-    assert decode_image({"path": path, "bytes": None}, "row 1") is image and image.filename == path
+    assert decode_image({"path": path, "bytes": None}, "row 1") is image
+    assert image.filename == path
     assert decode_image({"path": path, "bytes": encode(7)}, "row 1").size == (3, 2)
 
 
@@ -71,7 +90,10 @@ def test_images_are_named_in_errors(tmp_path: Path) -> None:
     for value in (None, ""):
         with raises_one_line("row 0 has no image", error=UnreadableImage):
             DatasetImages.from_list([value])[0]
-    for path, reason in ((str(missing), "cannot read an image from "), (f"zip://a.png::{missing}", "")):
+    for path, reason in (
+        (str(missing), "cannot read an image from "),
+        (f"zip://a.png::{missing}", ""),
+    ):
         with pytest.raises(UnreadableImage, match=f"^{reason}{path!r}: "):
             decode_image({"path": path, "bytes": None}, "row 1")
     for path, name in (("b.png", "'b.png'"), (None, "row 1")):

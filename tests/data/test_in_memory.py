@@ -80,7 +80,9 @@ KINDS = ["images", "arrays", "bytes", "paths", "torch", "datasets", "splits"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_has_the_same_images_and_labels(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_kind_has_the_same_images_and_labels(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = load_training_data(DataOptions(add_dataset(build(kind, tmp_path))))
     assert data.label_space.names == ["cat", "dog"]
     assert len(data.train) + len(data.held_out) == NUM_IMAGES
@@ -104,23 +106,33 @@ def test_the_name_identifies_the_data(tmp_path: Path) -> None:
     assert add_dataset(build("images", tmp_path)[:-1]) != name
     split = get_dataset(name)["train"]
     other_names = [add_dataset(data) for data in ({"test": split}, build("images", tmp_path)[::-1])]
-    assert len({name, *other_names}) == 3 and add_dataset({"train": split}) == name
-    assert name.startswith("memory:") and len(get_dataset(name)["train"]) == NUM_IMAGES
+    assert len({name, *other_names}) == 3
+    assert add_dataset({"train": split}) == name
+    assert name.startswith("memory:")
+    assert len(get_dataset(name)["train"]) == NUM_IMAGES
 
 
 def test_several_tasks_and_several_labels() -> None:
     image = make_image(0)
-    tasks = add_dataset([(image, {"animal": name_class(index), "age": index}) for index in range(12)])
+    tasks = add_dataset(
+        [(image, {"animal": name_class(index), "age": index}) for index in range(12)]
+    )
     splits = load_splits(DataOptions(tasks, label_column=("animal", "age")))
     assert splits.label_space.kind == "multi_task"
     assert splits.images_by_split["train"].labels[3] == {"animal": 1, "age": 3}
-    splits = load_splits(DataOptions(add_dataset(NamedPairs([(image, [index]) for index in range(2)]))))
-    assert (splits.label_space.kind, splits.label_space.names) == ("multi_label_classification", ["0", "1"])
+    splits = load_splits(
+        DataOptions(add_dataset(NamedPairs([(image, [index]) for index in range(2)])))
+    )
+    assert (splits.label_space.kind, splits.label_space.names) == (
+        "multi_label_classification",
+        ["0", "1"],
+    )
     names = ["a", "b"]
     for convert in (list, np.array):
         tags = add_dataset([(image, convert(names[: index % 3])) for index in range(12)])
         splits = load_splits(DataOptions(tags))
-        assert splits.label_space.kind == "multi_label_classification" and splits.label_space.names == names
+        assert splits.label_space.kind == "multi_label_classification"
+        assert splits.label_space.names == names
         assert splits.images_by_split["train"].labels[:3] == [[0.0, 0.0], [1.0, 0.0], [1.0, 1.0]]
 
 
@@ -137,7 +149,10 @@ def test_gray_images_and_numbers_as_labels() -> None:
     [
         (torch.tensor([[0.0, 1.0], [0.2, 0.4]]), [[0, 255], [51, 102]]),  # from 0 to 1
         (torch.tensor([[0.0, 255.0], [51.0, 2.0]]), [[0, 255], [51, 2]]),  # from 0 to 255
-        (torch.tensor([[0, 1], [1, 0]], dtype=torch.uint8), [[0, 1], [1, 0]]),  # integers are never scaled
+        (
+            torch.tensor([[0, 1], [1, 0]], dtype=torch.uint8),
+            [[0, 1], [1, 0]],
+        ),  # integers are never scaled
     ],
 )
 def test_ranges_of_pixels(pixels: torch.Tensor, expected: list[list[int]]) -> None:
@@ -151,10 +166,19 @@ def test_ranges_of_pixels(pixels: torch.Tensor, expected: list[list[int]]) -> No
     [
         ([], "has no images"),
         ({}, "has no splits"),
-        ([make_image(0)], r"item 0 of the dataset is not an \(image, label\) pair, but of type Image"),
-        ([(make_image(0), 1), (make_image(0), 1, 2)], r"item 1 of the dataset is not an \(image, label\) pair"),
+        (
+            [make_image(0)],
+            r"item 0 of the dataset is not an \(image, label\) pair, but of type Image",
+        ),
+        (
+            [(make_image(0), 1), (make_image(0), 1, 2)],
+            r"item 1 of the dataset is not an \(image, label\) pair",
+        ),
         ([(np.zeros((2, 2, 7)), 1)], "item 0 of the dataset has no valid image"),
-        ([(Image.open(io.BytesIO(encode(make_image(0))[:-100])), 1)], "item 0 of the dataset has no valid image"),
+        (
+            [(Image.open(io.BytesIO(encode(make_image(0))[:-100])), 1)],
+            "item 0 of the dataset has no valid image",
+        ),
     ],
 )
 def test_unusable_data_is_an_error(data: Any, message: str) -> None:
@@ -164,7 +188,13 @@ def test_unusable_data_is_an_error(data: Any, message: str) -> None:
 
 def test_unusable_kinds_are_errors() -> None:
     rows = {"image": ["a.png"], "label": ["x"]}
-    for data in (3, {1, 2}, torch.utils.data.Dataset(), iter([(make_image(0), 1)]), pandas.DataFrame(rows)):
+    for data in (
+        3,
+        {1, 2},
+        torch.utils.data.Dataset(),
+        iter([(make_image(0), 1)]),
+        pandas.DataFrame(rows),
+    ):
         with pytest.raises(TypeError, match=f"but the type of the data is {type(data).__name__}"):
             add_dataset(data)
     stream = datasets.Dataset.from_dict({"image": [1], "label": [1]}).to_iterable_dataset()
@@ -183,9 +213,12 @@ def test_unusable_kinds_are_errors() -> None:
 def test_folders_of_save_to_disk(tmp_path: Path) -> None:
     part = build("datasets", tmp_path)
     part.save_to_disk(tmp_path / "one")
-    datasets.DatasetDict({"train": part, "validation": part.select(range(6))}).save_to_disk(tmp_path / "two")
+    datasets.DatasetDict({"train": part, "validation": part.select(range(6))}).save_to_disk(
+        tmp_path / "two"
+    )
     one = load_training_data(DataOptions(str(tmp_path / "one")))
-    assert len(one.train) + len(one.held_out) == NUM_IMAGES and one.record.rule is not None
+    assert len(one.train) + len(one.held_out) == NUM_IMAGES
+    assert one.record.rule is not None
     two = load_training_data(DataOptions(str(tmp_path / "two")))
     assert (len(two.train), len(two.held_out), two.record.split) == (NUM_IMAGES, 6, "validation")
     streamed = load_training_data(DataOptions(str(tmp_path / "two"), streaming=True))

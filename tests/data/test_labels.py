@@ -87,7 +87,12 @@ def test_empty_text_and_nan_are_missing_labels() -> None:
 def test_empty_text_between_separators_is_not_a_label() -> None:
     reader = build_reader(["b|a", None, "|b||", " "], datasets.Value("string"), label_separator="|")
     assert reader.label_space == LabelSpace("multi_label_classification", {"label": ["a", "b"]})
-    assert read_all(reader, ["b | a", None, "|b|| ", ""]) == [[1.0, 1.0], [0.0, 0.0], [0.0, 1.0], [0.0, 0.0]]
+    assert read_all(reader, ["b | a", None, "|b|| ", ""]) == [
+        [1.0, 1.0],
+        [0.0, 0.0],
+        [0.0, 1.0],
+        [0.0, 0.0],
+    ]
     with raises_one_line("row 1 has the label 'c'"):
         reader.read_columns([["a", "b|c"]], "row {}".format)
 
@@ -100,7 +105,13 @@ def test_columns_of_other_values_are_not_labels(value: Any) -> None:
 
 def test_labels_as_text() -> None:
     single = LabelSpace("single_label_classification", {"label": ["cat", "dog"]})
-    assert [single.format_label(label) for label in (0, 1, -100, -1, None)] == ["cat", "dog", None, None, None]
+    assert [single.format_label(label) for label in (0, 1, -100, -1, None)] == [
+        "cat",
+        "dog",
+        None,
+        None,
+        None,
+    ]
     several = LabelSpace("multi_label_classification", {"label": ["cat", "dog"]})
     texts = [several.format_label(label) for label in ([1.0, 1.0], (0.0, 1.0), [0.0, 0.0])]
     assert texts == ["cat, dog", "dog", "no label"]
@@ -125,34 +136,49 @@ def test_fields_of_the_configuration() -> None:
         assert is_multi_label(config) == (kind == "multi_label_classification")
     tasks = LabelSpace("multi_task", {"animal": names, "age": ["young", "old"]})
     assert tasks.to_config_values() == {"tasks": {"animal": names, "age": ["young", "old"]}}
-    config = ViTCLSConfig(**tasks.to_config_values(), num_cls_tokens=2, problem_type="multi_label_classification")
-    assert get_label_space(config) == tasks and not is_multi_label(config)
-    assert is_multi_label(ViTCLSConfig(num_labels=1)) and not is_multi_label(ViTCLSConfig(num_labels=2))
+    config = ViTCLSConfig(
+        **tasks.to_config_values(), num_cls_tokens=2, problem_type="multi_label_classification"
+    )
+    assert get_label_space(config) == tasks
+    assert not is_multi_label(config)
+    assert is_multi_label(ViTCLSConfig(num_labels=1))
+    assert not is_multi_label(ViTCLSConfig(num_labels=2))
 
 
-@pytest.mark.parametrize("build", [datasets.List, datasets.LargeList, datasets.Sequence, lambda feature: [feature]])
+@pytest.mark.parametrize(
+    "build", [datasets.List, datasets.LargeList, datasets.Sequence, lambda feature: [feature]]
+)
 def test_each_type_of_list_contains_several_labels(build: Callable[[Any], Any]) -> None:
     reader = build_reader([], build(datasets.ClassLabel(names=["1", "0"])))
     assert reader.label_space == LabelSpace("multi_label_classification", {"label": ["1", "0"]})
     assert read_all(reader, [[1], [1, 0], []]) == [[0.0, 1.0], [1.0, 1.0], [0.0, 0.0]]
-    assert build_reader([["b"], ["a"]], build(datasets.Value("string"))).label_space.columns == {"label": ["a", "b"]}
+    assert build_reader([["b"], ["a"]], build(datasets.Value("string"))).label_space.columns == {
+        "label": ["a", "b"]
+    }
 
 
 def test_the_image_column_contains_images() -> None:
     """A usual name is used only among columns of images, or among all columns if none contains images."""
-    options, image, text = DataOptions(dataset="table"), datasets.Image(), datasets.Value("string")
+    options = DataOptions(dataset="table")
+    image = datasets.Image()
+    text = datasets.Value("string")
     encoded = {"bytes": datasets.Value("binary"), "path": text, "source": text}
     for feature in (image, encoded, datasets.Value("binary")):
-        assert find_image_column(options, {"image": text, "thumbnail": feature, "photo": feature}) == "photo"
+        assert (
+            find_image_column(options, {"image": text, "thumbnail": feature, "photo": feature})
+            == "photo"
+        )
         assert find_image_column(options, {"image": text, "thumbnail": feature}) == "thumbnail"
-        assert find_image_column(options, {"file": feature, "photo": feature, "img": feature}) == "img"
+        assert (
+            find_image_column(options, {"file": feature, "photo": feature, "img": feature}) == "img"
+        )
     assert find_image_column(options, {"box": {"path": text}, "id": text, "file": text}) == "file"
     for name in "image img picture photo pixel_values file_name filename file path jpg png".split():
         assert find_image_column(options, {"a": text, name: text}) == name
     for name in "label labels class target category fine_label cls".split():
         features = {"image": image, "a": text, name: INTEGERS}
-        assert build_label_reader(DataOptions("table"), features, lambda column: [1]).label_space.columns == {
-            name: ["1"]
-        }
+        assert build_label_reader(
+            DataOptions("table"), features, lambda column: [1]
+        ).label_space.columns == {name: ["1"]}
     with raises_one_line("cannot identify the image column among a, b. Set --image-column"):
         find_image_column(options, {"a": image, "b": image})

@@ -39,19 +39,28 @@ def test_the_main_process_scans_a_folder_once_for_all_processes(
     monkeypatch.setattr(splits, "run_on_main", send)
     load = partial(load_training_data, DataOptions(str(photos)))
     main = load_on_main(SimpleNamespace(num_processes=2), str(photos), load)  # type: ignore[arg-type]
-    class_folders = [Path(path) for (path,), _ in scandir.call_args_list if Path(path).parent == photos]
-    assert sorted(class_folders) == sorted(photos.iterdir()) and len(sent[0]) < 10_000
+    class_folders = [
+        Path(path) for (path,), _ in scandir.call_args_list if Path(path).parent == photos
+    ]
+    assert sorted(class_folders) == sorted(photos.iterdir())
+    assert len(sent[0]) < 10_000
     scandir.reset_mock()
     other = load_on_main(SimpleNamespace(num_processes=2), str(photos), load)  # type: ignore[arg-type]
     assert str(photos) not in str(scandir.call_args_list)
-    assert other.record == main.record and other.train.images.get_names() == main.train.images.get_names()
+    assert other.record == main.record
+    assert other.train.images.get_names() == main.train.images.get_names()
     assert other.train.images[0].tobytes() == main.train.images[0].tobytes()
-    Path(main.train.images.dataset.cache_files[0]["filename"]).unlink()  # the processes do not share the cache
+    Path(
+        main.train.images.dataset.cache_files[0]["filename"]
+    ).unlink()  # the processes do not share the cache
     scandir.reset_mock()
     alone = load_on_main(SimpleNamespace(num_processes=2), str(photos), load)  # type: ignore[arg-type]
-    assert alone.record == main.record and str(photos) in str(scandir.call_args_list)
+    assert alone.record == main.record
+    assert str(photos) in str(scandir.call_args_list)
     assert load_on_main(SimpleNamespace(num_processes=2), "memory:0", lambda: "loaded") == "loaded"  # type: ignore[arg-type]
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(photos / "cat" / "0.png"))  # cannot be written
+    monkeypatch.setattr(
+        datasets.config, "HF_DATASETS_CACHE", str(photos / "cat" / "0.png")
+    )  # cannot be written
     assert load().record == main.record
 
 
@@ -59,14 +68,23 @@ def test_the_main_process_scans_a_folder_once_for_all_processes(
 def test_keys_of_a_table_are_computed_once_without_its_images(
     has_paths: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = [{"path": f"{index}.png" if has_paths else None, "bytes": b"unreadable"} for index in range(50)]
+    rows = [
+        {"path": f"{index}.png" if has_paths else None, "bytes": b"unreadable"}
+        for index in range(50)
+    ]
     table = datasets.Dataset.from_dict({"image": rows, "label": [index % 2 for index in range(50)]})
     table.to_parquet(tmp_path / "table.parquet")
-    compute = create_autospec(DatasetImages.compute_all_keys, side_effect=DatasetImages.compute_all_keys)
+    compute = create_autospec(
+        DatasetImages.compute_all_keys, side_effect=DatasetImages.compute_all_keys
+    )
     monkeypatch.setattr(DatasetImages, "compute_all_keys", compute)
     monkeypatch.setattr(DatasetImages, "get_encoded_image", None)  # no image is read
-    first, second = (load_training_data(DataOptions(str(tmp_path / "table.parquet"))) for _ in range(2))
-    assert first.record == second.record and first.record.num_images == 10 and compute.call_count == 1
+    first, second = (
+        load_training_data(DataOptions(str(tmp_path / "table.parquet"))) for _ in range(2)
+    )
+    assert first.record == second.record
+    assert first.record.num_images == 10
+    assert compute.call_count == 1
 
 
 @pytest.mark.parametrize("is_folder", [True, False])
@@ -76,15 +94,22 @@ def test_web_dataset_shards_need_no_flags(is_folder: bool, tmp_path: Path) -> No
     shard = tmp_path / "shards" / "train-0000.tar"
     with tarfile.open(shard, "w") as tar:
         for index, photo in enumerate(photos):
-            for suffix, content in (("png", photo.read_bytes()), ("cls", str(7 * (index % 3)).encode())):
+            for suffix, content in (
+                ("png", photo.read_bytes()),
+                ("cls", str(7 * (index % 3)).encode()),
+            ):
                 member = tarfile.TarInfo(f"{index:04}.{suffix}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
-    options = DataOptions(str(shard.parent if is_folder else shard), streaming=True, shuffle_buffer=1)
+    options = DataOptions(
+        str(shard.parent if is_folder else shard), streaming=True, shuffle_buffer=1
+    )
     data = load_training_data(options)
     assert data.label_space.columns == {"cls": ["0", "7", "14"]}
     examples = [*data.train.iterate_pass(0, 0, 0, 1)]
-    assert {int(Path(example.name).stem.split("/")[-1]) % 3 == example.label for example in examples} == {True}
+    assert {
+        int(Path(example.name).stem.split("/")[-1]) % 3 == example.label for example in examples
+    } == {True}
     assert len(examples) + len(data.held_out) == 40
     on_the_hub = {"train": SimpleNamespace(features={"__url__": datasets.Value("string")})}
     with raises_one_line("'cls'", "--label-names"):  # otherwise, all images would be downloaded

@@ -5,7 +5,12 @@ import pytest
 import torch
 from helpers.batch_plans import build_plan
 
-from modeling_vitcls.data.sampling import BatchPlan, compute_class_weights, derive_seed, draw_random_bits
+from modeling_vitcls.data.sampling import (
+    BatchPlan,
+    compute_class_weights,
+    derive_seed,
+    draw_random_bits,
+)
 from modeling_vitcls.options import TrainingOptions
 
 
@@ -24,12 +29,15 @@ def test_every_epoch_contains_each_image_once() -> None:
         assert sorted(index for at, index in keys if at == epoch) == list(range(10))
     assert [index for at, index in keys if at == 0] != [index for at, index in keys if at == 1]
     shared = build_plan(10, epochs=3, batch_size=2, gradient_accumulation_steps=2, num_processes=2)
-    assert shared.num_steps == 4 and shared.count_epochs(2) == 1.6  # 8 images per step
+    assert shared.num_steps == 4
+    assert shared.count_epochs(2) == 1.6  # 8 images per step
 
 
 def test_batches_do_not_depend_on_their_division() -> None:
     whole = build_plan(10, max_steps=7, batch_size=8)
-    shared = build_plan(10, max_steps=7, batch_size=1, gradient_accumulation_steps=4, num_processes=2)
+    shared = build_plan(
+        10, max_steps=7, batch_size=1, gradient_accumulation_steps=4, num_processes=2
+    )
     parts = [list(shared.iterate_keys(process)) for process in (0, 1)]
     for step, batch in enumerate(whole.iterate_keys(process_index=0)):
         pieces = [key for part in parts for piece in part[4 * step : 4 * step + 4] for key in piece]
@@ -41,7 +49,9 @@ def test_the_order_of_images_never_changes() -> None:
     expected = []
     for epoch in range(5):
         generator = torch.Generator().manual_seed(derive_seed(3, epoch))
-        expected.append([(epoch, index) for index in torch.randperm(8, generator=generator).tolist()])
+        expected.append(
+            [(epoch, index) for index in torch.randperm(8, generator=generator).tolist()]
+        )
     assert list(build_plan(8, epochs=5, batch_size=8, seed=3).iterate_keys(0)) == expected
 
 
@@ -55,7 +65,10 @@ def test_weights_are_inverse_to_frequency_with_mean_one() -> None:
 def test_streams_require_a_number_of_steps() -> None:
     with pytest.raises(ValueError, match=r"requires a number of steps.*Set --max-steps"):
         BatchPlan.from_options(None, TrainingOptions(batch_size=64), 1)
-    assert BatchPlan.from_options(None, TrainingOptions(max_steps=3, batch_size=64), 1).count_epochs(2) == 0
+    assert (
+        BatchPlan.from_options(None, TrainingOptions(max_steps=3, batch_size=64), 1).count_epochs(2)
+        == 0
+    )
 
 
 # Random numbers ------------------------------------------------------------------------------------------------------
@@ -72,9 +85,12 @@ def test_random_numbers_never_change() -> None:
     """A run that is resumed with a later version of the package uses the same augmentation."""
     gamma = 0x9E3779B97F4A7C15
     assert mix_in_python(gamma) == 0xE220A8397B1DCDAF  # first output of SplitMix64 for the seed 0
-    seeds, indices = [derive_seed(3, 0), derive_seed(3, 1)], [12, 5_000_000]
+    seeds = [derive_seed(3, 0), derive_seed(3, 1)]
+    indices = [12, 5_000_000]
     assert seeds == [6233904063939786893, 5712964121383671236]
-    found = draw_random_bits(np.array(seeds, dtype=np.uint64), np.array(indices, dtype=np.uint64), 3)
+    found = draw_random_bits(
+        np.array(seeds, dtype=np.uint64), np.array(indices, dtype=np.uint64), 3
+    )
     for row, seed, index in zip(found.tolist(), seeds, indices, strict=True):
         start = mix_in_python(seed ^ mix_in_python(index + gamma))
         assert row == [mix_in_python((start + step * gamma) % 2**64) for step in (1, 2, 3)]

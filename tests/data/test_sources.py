@@ -31,7 +31,10 @@ def color_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write a folder of images in two classes, with different sizes and modes."""
     folder = tmp_path_factory.mktemp("colors")
     for index in range(10):
-        for name, color in (("dusk", (20, 20, 90 + 5 * index)), ("noon", (250, 240, 120 + 5 * index))):
+        for name, color in (
+            ("dusk", (20, 20, 90 + 5 * index)),
+            ("noon", (250, 240, 120 + 5 * index)),
+        ):
             (folder / name).mkdir(exist_ok=True)
             image = Image.new("RGB", (20 + index, 40 - index), color)
             image.convert("RGBA" if index % 2 else "RGB").save(folder / name / f"{index}.png")
@@ -50,7 +53,11 @@ def read_single_split(dataset: object) -> LabeledImages:
 
 def list_all(data: Any) -> list[tuple[Any, Any]]:
     """Return all images of both parts with their labels."""
-    return [pair for part in (data.train, data.held_out) for pair in zip(part.images, part.labels, strict=True)]
+    return [
+        pair
+        for part in (data.train, data.held_out)
+        for pair in zip(part.images, part.labels, strict=True)
+    ]
 
 
 def is_noon(image: Image.Image) -> bool:
@@ -83,7 +90,8 @@ def test_folder_of_folders(color_images: Path) -> None:
     assert data.name == color_images.name
     assert data.label_space.kind == "single_label_classification"
     assert data.label_space.names == ["dusk", "noon"]
-    assert len(data.train) + len(data.held_out) == 20 and data.num_training_images == len(data.train)
+    assert len(data.train) + len(data.held_out) == 20
+    assert data.num_training_images == len(data.train)
     assert data.held_out_name == "about 20%, by checksum, split seed 0, stratified by class"
     assert_noon_is_class_1(data)
 
@@ -97,16 +105,24 @@ def test_table_of_relative_paths_and_named_labels(
         separator.join([f"images/{Path(path).relative_to(color_images)}", Path(path).parent.name])
         for path in list_paths(color_images)
     ]
-    (tmp_path / f"list{suffix}").write_text("\n".join([f"path{separator}category", *rows]), encoding="utf-8")
+    (tmp_path / f"list{suffix}").write_text(
+        "\n".join([f"path{separator}category", *rows]), encoding="utf-8"
+    )
     data = read(tmp_path / f"list{suffix}")
     assert data.name == f"list{suffix}"
     assert data.label_space.columns == {"category": ["dusk", "noon"]}
     assert_noon_is_class_1(data)
 
 
-def test_parquet_with_embedded_images_and_numbered_labels(color_images: Path, tmp_path: Path) -> None:
+def test_parquet_with_embedded_images_and_numbered_labels(
+    color_images: Path, tmp_path: Path
+) -> None:
     paths = list_paths(color_images)
-    rows = {"photo": paths, "extra": [0] * 20, "target": [7 if "noon" in path else 3 for path in paths]}
+    rows = {
+        "photo": paths,
+        "extra": [0] * 20,
+        "target": [7 if "noon" in path else 3 for path in paths],
+    }
     file = write_table(tmp_path / "table.parquet", rows, photo=datasets.Image())
     data = read(file)
     assert data.label_space.columns == {"target": ["3", "7"]}
@@ -115,9 +131,18 @@ def test_parquet_with_embedded_images_and_numbered_labels(color_images: Path, tm
 
 def test_class_names_match_labels_by_name_or_index(color_images: Path, tmp_path: Path) -> None:
     paths = list_paths(color_images)
-    numbers = write_table(tmp_path / "a.parquet", {"image": paths, "label": [int("noon" in path) for path in paths]})
-    words = write_table(tmp_path / "b.parquet", {"image": paths, "label": [Path(path).parent.name for path in paths]})
-    for file, names in ((numbers, ("dark", "light")), (words, ("dusk", "noon")), (words, ("noon", "dusk"))):
+    numbers = write_table(
+        tmp_path / "a.parquet", {"image": paths, "label": [int("noon" in path) for path in paths]}
+    )
+    words = write_table(
+        tmp_path / "b.parquet",
+        {"image": paths, "label": [Path(path).parent.name for path in paths]},
+    )
+    for file, names in (
+        (numbers, ("dark", "light")),
+        (words, ("dusk", "noon")),
+        (words, ("noon", "dusk")),
+    ):
         data = read(file, label_names=names)
         assert data.label_space.names == list(names)
         for image, label in list_all(data):
@@ -131,11 +156,16 @@ def test_digits() -> None:
     assert np.array_equal(images, np.rint(load_digits().images * 255 / 16))
     data = read("digits")
     assert data.label_space.names == [str(digit) for digit in range(10)]
-    assert (len(data.train), len(data.held_out)) == (1438, 359) and set(data.held_out.labels) == set(range(10))
+    assert (len(data.train), len(data.held_out)) == (1438, 359)
+    assert set(data.held_out.labels) == set(range(10))
 
 
 def write_idx(file: Path, values: np.ndarray) -> None:
-    content = bytes([0, 0, 8, values.ndim]) + struct.pack(f">{values.ndim}I", *values.shape) + values.tobytes()
+    content = (
+        bytes([0, 0, 8, values.ndim])
+        + struct.pack(f">{values.ndim}I", *values.shape)
+        + values.tobytes()
+    )
     file.write_bytes(gzip.compress(content) if file.suffix == ".gz" else content)
 
 
@@ -145,16 +175,26 @@ def write_mnist(folder: Path, ending: str = "") -> np.ndarray:
     images = np.random.default_rng(0).integers(0, 256, (12, 5, 7), dtype=np.uint8)
     for split, count in (("train", 12), ("t10k", 4)):
         write_idx(folder / f"{split}-images-idx3-ubyte{ending}", images[:count])
-        write_idx(folder / f"{split}-labels-idx1-ubyte{ending}", np.arange(count, dtype=np.uint8) % 10)
+        write_idx(
+            folder / f"{split}-labels-idx1-ubyte{ending}", np.arange(count, dtype=np.uint8) % 10
+        )
     return images
 
 
-@pytest.mark.parametrize(("name", "ending", "first"), [("mine", "", "0"), ("fashion-mnist", ".gz", "T-shirt/top")])
+@pytest.mark.parametrize(
+    ("name", "ending", "first"), [("mine", "", "0"), ("fashion-mnist", ".gz", "T-shirt/top")]
+)
 def test_folder_in_the_format_of_mnist(tmp_path: Path, name: str, ending: str, first: str) -> None:
     images = write_mnist(tmp_path / name, ending)
     data = read(tmp_path / name)
-    assert (data.name, data.held_out_name, len(data.train), len(data.held_out)) == (name, "split 'test'", 12, 4)
-    assert data.label_space.names[0] == first and len(data.label_space.names) == 10
+    assert (data.name, data.held_out_name, len(data.train), len(data.held_out)) == (
+        name,
+        "split 'test'",
+        12,
+        4,
+    )
+    assert data.label_space.names[0] == first
+    assert len(data.label_space.names) == 10
     assert list(data.train.labels) == [*range(10), 0, 1]
     assert np.array_equal(np.asarray(data.train.images[11]), images[11])
     assert data.train.images[0].size == (7, 5)
@@ -168,7 +208,15 @@ def test_damaged_folders_in_the_format_of_mnist_are_named(tmp_path: Path) -> Non
     short = gzip.compress(gzip.decompress(whole)[:-1])
     no_sizes = gzip.compress(b"\0\0\x08\x03")
     damaged = whole[:10] + bytes(20) + whole[30:]
-    for content in (whole[:40], damaged, b"not compressed", gzip.compress(b""), signed, short, no_sizes):
+    for content in (
+        whole[:40],
+        damaged,
+        b"not compressed",
+        gzip.compress(b""),
+        signed,
+        short,
+        no_sizes,
+    ):
         file.write_bytes(content)
         with raises_one_line("train-images-idx3-ubyte.gz"):
             read(tmp_path)
@@ -178,23 +226,34 @@ def test_damaged_folders_in_the_format_of_mnist_are_named(tmp_path: Path) -> Non
         read(tmp_path)
 
 
-def test_parts_of_folders_in_the_format_of_mnist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_of_folders_in_the_format_of_mnist(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The number of classes is the largest label plus 1, or 10; a split may be missing; the folder may be `.`."""
     write_mnist(tmp_path / "mine")
     write_idx(tmp_path / "mine" / "train-labels-idx1-ubyte", np.arange(12, dtype=np.uint8))
     monkeypatch.chdir(tmp_path / "mine")
-    assert len(load_splits(DataOptions(".")).label_space.names) == 12  # the other split has fewer classes
+    assert (
+        len(load_splits(DataOptions(".")).label_space.names) == 12
+    )  # the other split has fewer classes
     (tmp_path / "mine" / "t10k-images-idx3-ubyte").unlink()
     splits = load_splits(DataOptions("."))
-    assert (splits.name, splits.names, list(splits.images_by_split)) == ("mine", ["train"], ["train"])
+    assert (splits.name, splits.names, list(splits.images_by_split)) == (
+        "mine",
+        ["train"],
+        ["train"],
+    )
     assert splits.label_space.names == [str(index) for index in range(12)]
     (tmp_path / "test").mkdir()
     for kind in ("images-idx3", "labels-idx1"):  # only the second split
         name = f"{kind}-ubyte"
-        (tmp_path / "test" / f"t10k-{name}").write_bytes((tmp_path / "mine" / f"train-{name}").read_bytes())
+        (tmp_path / "test" / f"t10k-{name}").write_bytes(
+            (tmp_path / "mine" / f"train-{name}").read_bytes()
+        )
     assert load_splits(DataOptions(str(tmp_path / "test"))).names == ["test"]
     unlabeled = load_splits(DataOptions("."), use_labels=False)
-    assert unlabeled.images_by_split["train"].labels == [-100] * 12 and unlabeled.label_space.columns == {}
+    assert unlabeled.images_by_split["train"].labels == [-100] * 12
+    assert unlabeled.label_space.columns == {}
     for count in (11, 13):
         write_idx(tmp_path / "mine" / "train-labels-idx1-ubyte", np.arange(count, dtype=np.uint8))
         with raises_one_line("train-images-idx3-ubyte", f"12 images, but {count} labels"):
@@ -210,7 +269,8 @@ def test_lists_of_declared_labels_are_several_labels(color_images: Path, tmp_pat
     feature = datasets.List(datasets.ClassLabel(names=["sun", "moon", "sky"]))
     data = read(write_table(tmp_path / "table.parquet", rows, image=datasets.Image(), tags=feature))
     assert data.label_space.kind == "multi_label_classification"
-    assert data.label_space.names == ["sun", "moon", "sky"] and isinstance(data.train.labels, MultiHotLabels)
+    assert data.label_space.names == ["sun", "moon", "sky"]
+    assert isinstance(data.train.labels, MultiHotLabels)
     for image, label in list_all(data):
         assert label == ([1.0, 0.0, 1.0] if is_noon(image) else [0.0, 0.0, 0.0])
 
@@ -223,7 +283,8 @@ def test_several_columns_are_several_tasks(color_images: Path, tmp_path: Path) -
     ]
     (tmp_path / "list.csv").write_text("\n".join(["image,shade,count", *rows]), encoding="utf-8")
     data = read(tmp_path / "list.csv", label_column=("count", "shade"))
-    assert data.label_space.kind == "multi_task" and "not stratified" in data.held_out_name
+    assert data.label_space.kind == "multi_task"
+    assert "not stratified" in data.held_out_name
     assert data.label_space.columns == {"count": ["1", "2"], "shade": ["dusk", "noon"]}
     counts = Counter(label["count"] for _, label in list_all(data))
     assert counts == {-100: 5, 0: 5, 1: 10}
@@ -232,7 +293,10 @@ def test_several_columns_are_several_tasks(color_images: Path, tmp_path: Path) -
 
 
 def test_rows_without_a_label_are_skipped_and_counted(
-    color_images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    color_images: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     paths = list_paths(color_images)
     declared = write_table(
@@ -240,16 +304,21 @@ def test_rows_without_a_label_are_skipped_and_counted(
         {"image": paths, "label": [0, 1, -1, 1] * 5},
         label=datasets.ClassLabel(names=["a", "b"]),
     )
-    table = write_table(tmp_path / "b.parquet", {"image": paths, "label": ["x", None, "y", "y"] * 5})
+    table = write_table(
+        tmp_path / "b.parquet", {"image": paths, "label": ["x", None, "y", "y"] * 5}
+    )
     for file, classes in ((declared, ["a", "b"]), (table, ["x", "y"])):
         caplog.clear()
         data = read(file)
-        assert len(list_all(data)) == 15 and data.label_space.names == classes
+        assert len(list_all(data)) == 15
+        assert data.label_space.names == classes
         assert "5 of 20" in caplog.text
     caplog.clear()
-    assert len(list_all(read(table))) == 15 and not caplog.records  # once per process
+    assert len(list_all(read(table))) == 15
+    assert not caplog.records  # once per process
     monkeypatch.setenv("RANK", "1")  # only the first process prints the warning
-    assert len(list_all(read(table.rename(tmp_path / "c.parquet")))) == 15 and not caplog.records
+    assert len(list_all(read(table.rename(tmp_path / "c.parquet")))) == 15
+    assert not caplog.records
 
 
 def test_contradictory_labels_are_named(color_images: Path, tmp_path: Path) -> None:
@@ -273,7 +342,9 @@ def test_a_split_of_the_dataset_is_used_if_it_exists(color_images: Path, tmp_pat
         for label in ("dusk", "noon"):
             (tmp_path / split / label).mkdir(parents=True)
             for name in names:
-                (tmp_path / split / label / f"{name}.png").symlink_to(color_images / label / f"{name}.png")
+                (tmp_path / split / label / f"{name}.png").symlink_to(
+                    color_images / label / f"{name}.png"
+                )
     data = read(tmp_path)
     assert (len(data.train), len(data.held_out), data.held_out_name) == (14, 6, "split 'test'")
     options = DataOptions(dataset=str(tmp_path))
@@ -289,14 +360,22 @@ def write_splits(folder: Path, color_images: Path, **labels: int | None) -> Path
     names = datasets.ClassLabel(names=["dusk", "noon"])
     folder.mkdir(exist_ok=True)
     for split, label in labels.items():
-        rows = {"image": paths, "label": [int("noon" in path) if label is None else label for path in paths]}
+        rows = {
+            "image": paths,
+            "label": [int("noon" in path) if label is None else label for path in paths],
+        }
         write_table(folder / f"{split}.parquet", rows, image=datasets.Image(), label=names)
     return folder
 
 
-def test_classes_are_collected_from_all_splits_that_are_read(color_images: Path, tmp_path: Path) -> None:
+def test_classes_are_collected_from_all_splits_that_are_read(
+    color_images: Path, tmp_path: Path
+) -> None:
     for split, label in (("train", "b"), ("validation", "a"), ("test", "c")):
-        write_table(tmp_path / f"{split}.parquet", {"image": list_paths(color_images), "label": [label] * 20})
+        write_table(
+            tmp_path / f"{split}.parquet",
+            {"image": list_paths(color_images), "label": [label] * 20},
+        )
     data = read(tmp_path)
     assert data.label_space.names == ["a", "b"]
     assert (set(data.train.labels), set(data.held_out.labels)) == ({1}, {0})
@@ -305,7 +384,11 @@ def test_classes_are_collected_from_all_splits_that_are_read(color_images: Path,
 def test_missing_labels_of_an_unused_split_are_ignored(color_images: Path, tmp_path: Path) -> None:
     folder = write_splits(tmp_path / "a", color_images, train=None, validation=None, test=-1)
     data = read(folder)
-    assert (len(data.train), len(data.held_out), data.held_out_name) == (20, 20, "split 'validation'")
+    assert (len(data.train), len(data.held_out), data.held_out_name) == (
+        20,
+        20,
+        "split 'validation'",
+    )
     options = DataOptions(dataset=str(folder))
     assert len(load_evaluation_data(options, "validation")[1]) == 20
     with raises_one_line("split 'test'", "--label-column"):
@@ -319,10 +402,17 @@ def test_missing_labels_of_an_unused_split_are_ignored(color_images: Path, tmp_p
 def test_a_split_given_by_name_is_used_as_a_whole(
     color_images: Path, tmp_path: Path, only: str, streaming: bool
 ) -> None:
-    options = DataOptions(str(write_splits(tmp_path / "data", color_images, **{only: None})), streaming=streaming)
+    options = DataOptions(
+        str(write_splits(tmp_path / "data", color_images, **{only: None})), streaming=streaming
+    )
     images = load_evaluation_data(options, only)[1]
-    names = [each.name for each in images.iterate_in_order()] if streaming else images.images.get_names()
-    assert len(names) == 20 and all(name.endswith(".png") for name in names)
+    names = (
+        [each.name for each in images.iterate_in_order()]
+        if streaming
+        else images.images.get_names()
+    )
+    assert len(names) == 20
+    assert all(name.endswith(".png") for name in names)
 
 
 def test_unlabeled_images(color_images: Path, tmp_path: Path) -> None:
@@ -331,9 +421,12 @@ def test_unlabeled_images(color_images: Path, tmp_path: Path) -> None:
     for folder in (tmp_path, color_images):  # without and with sub-folders
         data = load_training_data(DataOptions(dataset=str(folder)), use_labels=False)
         assert len(data.train) + len(data.held_out) == 20
-        assert data.label_space.columns == {} and "stratified" not in data.held_out_name
+        assert data.label_space.columns == {}
+        assert "stratified" not in data.held_out_name
         assert {label for _, label in list_all(data)} == {-100}
-        assert len({np.asarray(image.convert("RGB")).tobytes() for image, _ in list_all(data)}) == 20
+        assert (
+            len({np.asarray(image.convert("RGB")).tobytes() for image, _ in list_all(data)}) == 20
+        )
     digits = load_training_data(DataOptions(dataset="digits"), use_labels=False)
     assert set(digits.train.labels) == {-100}
     with pytest.raises(ValueError, match="contains images, but no class folders"):
@@ -346,7 +439,9 @@ def test_unusable_datasets_are_named(tmp_path: Path) -> None:
     write_mnist(tmp_path / "mnist")
     in_memory = add_dataset([(Image.new("L", (4, 4)), 0)])
     for dataset in ("digits", tmp_path / "mnist", in_memory):
-        with pytest.raises(ValueError, match=rf"{dataset} is always loaded into memory. Remove --streaming"):
+        with pytest.raises(
+            ValueError, match=rf"{dataset} is always loaded into memory. Remove --streaming"
+        ):
             read(dataset, streaming=True)
 
 
@@ -361,7 +456,9 @@ def write_unusual_images(folder: Path) -> list[Path]:
     color.convert("1").save(folder / "bits.png")
     color.convert("LA").save(folder / "gray_alpha.png")
     color.convert("RGBA").save(folder / "alpha.webp")
-    Image.fromarray(np.arange(54, dtype=np.uint16).reshape(9, 6) * 1000).save(folder / "sixteen.png")
+    Image.fromarray(np.arange(54, dtype=np.uint16).reshape(9, 6) * 1000).save(
+        folder / "sixteen.png"
+    )
     color.save(folder / "moving.gif", save_all=True, append_images=[color.rotate(180)])
     exif = Image.Exif()
     exif[0x0112] = 6  # rotated by 90 degrees
@@ -372,7 +469,9 @@ def write_unusual_images(folder: Path) -> list[Path]:
 def write_unreadable_images(folder: Path) -> list[Path]:
     """Write files that are not complete images."""
     jpeg = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(jpeg, "JPEG")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(
+        jpeg, "JPEG"
+    )
     (folder / "truncated.jpg").write_bytes(jpeg.getvalue()[:-200])
     (folder / "empty.png").write_bytes(b"")
     (folder / "text.png").write_text("not an image", encoding="utf-8")
@@ -387,13 +486,19 @@ def build_three_sources(paths: list[Path], folder: Path) -> list[LabeledImages]:
     folder.mkdir()
     names = ["x", "y"] * (len(paths) // 2)
     (folder / "list.csv").write_text(
-        "\n".join(["image,label", *(f"{path},{name}" for path, name in zip(paths, names, strict=True))]),
+        "\n".join(
+            ["image,label", *(f"{path},{name}" for path, name in zip(paths, names, strict=True))]
+        ),
         encoding="utf-8",
     )
     encoded = [path.read_bytes() for path in paths]
     files = [
         folder / "list.csv",
-        write_table(folder / "a.parquet", {"image": list(map(str, paths)), "label": names}, image=datasets.Image()),
+        write_table(
+            folder / "a.parquet",
+            {"image": list(map(str, paths)), "label": names},
+            image=datasets.Image(),
+        ),
         write_table(folder / "b.parquet", {"image": encoded, "label": names}),
     ]
     return [read_single_split(file) for file in files]
@@ -412,14 +517,20 @@ def test_unreadable_images_are_named(tmp_path: Path) -> None:
     paths = write_unreadable_images(tmp_path / "images")
     by_path, in_column, as_bytes = build_three_sources(paths, tmp_path / "tables")
     for index, path in enumerate(paths):
-        for source, name in ((by_path, path.name), (in_column, path.name), (as_bytes, f"row {index}")):
+        for source, name in (
+            (by_path, path.name),
+            (in_column, path.name),
+            (as_bytes, f"row {index}"),
+        ):
             with pytest.raises(UnreadableImage, match=name) as caught:
                 source.images[index]
             assert "\n" not in str(caught.value)
 
 
 def test_missing_images_are_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "list.csv").write_text("image,label\nabsent.png,x\n,x\nabsent.png,x\n", encoding="utf-8")
+    (tmp_path / "list.csv").write_text(
+        "image,label\nabsent.png,x\n,x\nabsent.png,x\n", encoding="utf-8"
+    )
     images = read_single_split(tmp_path / "list.csv").images
     with pytest.raises(UnreadableImage, match=r"absent\.png"):
         images[0]
@@ -430,7 +541,9 @@ def test_missing_images_are_unreadable(tmp_path: Path, monkeypatch: pytest.Monke
     assert keys[0] == keys[2] != keys[1]
     monkeypatch.chdir("/")
     assert images.compute_keys().tolist() == keys.tolist()
-    table = write_table(tmp_path / "table.parquet", {"image": [None, b"", None], "label": ["x"] * 3})
+    table = write_table(
+        tmp_path / "table.parquet", {"image": [None, b"", None], "label": ["x"] * 3}
+    )
     images = read_single_split(table).images
     assert images.get_names() == ["0", "1", "2"]
     for index in range(3):
@@ -444,11 +557,14 @@ def test_addresses_are_not_joined_to_the_folder(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
         archive.write(tmp_path / "a.png", "b.png")
     paths = ["https://example.org/a.png", f"zip://b.png::{tmp_path / 'images.zip'}", "a.png"]
-    (tmp_path / "list.csv").write_text("\n".join(["image,label", *(f"{path},x" for path in paths)]), encoding="utf-8")
+    (tmp_path / "list.csv").write_text(
+        "\n".join(["image,label", *(f"{path},x" for path in paths)]), encoding="utf-8"
+    )
     images = read_single_split(tmp_path / "list.csv").images
     assert images.get_names() == paths
     for image in (images[1], images[2]):
-        assert image.size == (5, 4) and image.getpixel((0, 0)) == (1, 2, 3)
+        assert image.size == (5, 4)
+        assert image.getpixel((0, 0)) == (1, 2, 3)
 
 
 def test_each_unreadable_image_is_named_once_and_the_number_has_a_limit() -> None:

@@ -42,7 +42,9 @@ def test_a_changed_folder_is_an_error(tmp_path: Path) -> None:
     (options.output_dir / "results.json").unlink()
 
     def assert_change(reason: str) -> None:
-        with raises_one_line("--resume: the dataset has changed since the run in", reason, "Restore the dataset"):
+        with raises_one_line(
+            "--resume: the dataset has changed since the run in", reason, "Restore the dataset"
+        ):
             run_training(options)
 
     (photos / "cat" / "1.png").rename(photos / "cat" / "0a.png")
@@ -83,17 +85,24 @@ def test_images_that_changed_their_classes_are_an_error(unfinished: Any) -> None
 def test_changes_of_a_table_are_found(tmp_path: Path, streaming: bool) -> None:
     """Check order and labels, stored and streamed."""
     photos = write_photos(tmp_path / "photos", range(60), "cat", "dog")
-    rows = [f"photos/{path.parent.name}/{path.name},{path.parent.name}" for path in sorted(photos.glob("*/*.png"))]
+    rows = [
+        f"photos/{path.parent.name}/{path.name},{path.parent.name}"
+        for path in sorted(photos.glob("*/*.png"))
+    ]
 
     def describe(lines: list[str]) -> dict[str, Any]:
         (tmp_path / "list.csv").write_text("\n".join(["image,label", *lines]), encoding="utf-8")
-        options = DataOptions(str(tmp_path / "list.csv"), streaming=streaming, label_names=("cat", "dog"))
+        options = DataOptions(
+            str(tmp_path / "list.csv"), streaming=streaming, label_names=("cat", "dog")
+        )
         return describe_data(load_training_data(options))
 
     first = describe(rows)
     assert describe_change(first, describe(rows)) is None
     assert "order" in (describe_change(first, describe(rows[::-1])) or "")
-    assert describe_change(first, describe([row.replace(",cat", ",dog") for row in rows])) is not None
+    assert (
+        describe_change(first, describe([row.replace(",cat", ",dog") for row in rows])) is not None
+    )
 
 
 def test_the_description_of_the_data(tmp_path: Path) -> None:
@@ -106,14 +115,19 @@ def test_the_description_of_the_data(tmp_path: Path) -> None:
     write_photos(photos, [3, 7], "cat")  # the same files
     assert describe_data(load_training_data(DataOptions(str(photos)))) == description
     assert describe_change(description, description) is None
-    assert "held-out" in (describe_change(description, description | {"num_held_out_images": None}) or "")
+    assert "held-out" in (
+        describe_change(description, description | {"num_held_out_images": None}) or ""
+    )
     numbers = describe_change(description, description | {"num_held_out_images": 1012})
-    assert numbers is not None and "12" in numbers and "1,012" in numbers
+    assert numbers is not None
+    assert "12" in numbers
+    assert "1,012" in numbers
     sparse = MultiHotLabels.from_indices([[1], [0, 2]], 3)
     assert sparse[-1] == [1, 0, 1]
     images = DatasetImages.from_list(["a.png", "a.png"])
     changed = [
-        describe_data(replace(data, train=LabeledImages(images, labels))) for labels in (sparse, sparse.select([1, 0]))
+        describe_data(replace(data, train=LabeledImages(images, labels)))
+        for labels in (sparse, sparse.select([1, 0]))
     ]
     assert {name for name in changed[0] if changed[0][name] != changed[1][name]} == {"labels"}
 
@@ -153,9 +167,15 @@ def test_splits_are_used_for_their_purposes(tmp_path: Path, streaming: bool) -> 
     assert (data.held_out_name, data.selection_name) == ("split 'test'", "split 'validation'")
     assert data.record == HeldOutRecord("test", None if streaming else 8)
     if streaming:  # read in each evaluation
-        data = replace(data, held_out=data.held_out.read_first(99), selection=data.selection.read_first(99))
-    assert get_names(data.held_out) == {f"{name}/{number}.png" for name in ("cat", "dog") for number in range(8, 12)}
-    assert get_names(data.selection) == {f"{name}/{number}.png" for name in ("cat", "dog") for number in range(5, 8)}
+        data = replace(
+            data, held_out=data.held_out.read_first(99), selection=data.selection.read_first(99)
+        )
+    assert get_names(data.held_out) == {
+        f"{name}/{number}.png" for name in ("cat", "dog") for number in range(8, 12)
+    }
+    assert get_names(data.selection) == {
+        f"{name}/{number}.png" for name in ("cat", "dog") for number in range(5, 8)
+    }
     assert data.num_training_images == (None if streaming else 10)
 
 
@@ -169,12 +189,16 @@ def test_folds_of_a_dataset_with_a_held_out_split_are_an_error(tmp_path: Path) -
 def test_selection_images_of_a_single_split_are_not_used_for_anything_else(tmp_path: Path) -> None:
     photos = write_photos(tmp_path / "photos", range(40))
     options = DataOptions(str(photos), held_out_fraction=0.25, split_seed=3)
-    plain, data = load_training_data(options), load_training_data(options, use_selection_split=True)
+    plain = load_training_data(options)
+    data = load_training_data(options, use_selection_split=True)
     assert get_names(data.held_out) == get_names(plain.held_out)
-    train, selection = get_names(data.train), get_names(data.selection)
-    assert train | selection == get_names(plain.train) and not train & selection
+    train = get_names(data.train)
+    selection = get_names(data.selection)
+    assert train | selection == get_names(plain.train)
+    assert not train & selection
     selected = hold_out_images(plain.train, HeldOutRule(0.25, 3, "selection"), options)[1]
-    assert selection == get_names(selected) and len(selection) == 16  # 8 of the 30 training images of each class
+    assert selection == get_names(selected)
+    assert len(selection) == 16  # 8 of the 30 training images of each class
     assert data.selection_name == "about 25%, by checksum, split seed 3; from the training images"
     assert plain.selection is None
 
@@ -182,7 +206,9 @@ def test_selection_images_of_a_single_split_are_not_used_for_anything_else(tmp_p
 def test_selection_without_images_for_it_is_an_error(tmp_path: Path) -> None:
     photos = write_photos(tmp_path / "photos", range(10))
     with raises_one_line("--select best", "--held-out-fraction"):
-        load_training_data(DataOptions(str(photos), held_out_fraction=0.0), use_selection_split=True)
+        load_training_data(
+            DataOptions(str(photos), held_out_fraction=0.0), use_selection_split=True
+        )
     with raises_one_line("--select best", "--streaming"):
         load_training_data(DataOptions(str(photos), streaming=True), use_selection_split=True)
 
@@ -192,11 +218,13 @@ def test_without_a_held_out_part_all_images_are_trained_on(tmp_path: Path, strea
     photos = write_photos(tmp_path / "photos", range(10))
     options = DataOptions(str(photos), held_out_fraction=0.0, streaming=streaming)
     data = load_training_data(options)
-    assert len(data.held_out) == 0 and data.record.num_images == 0
+    assert len(data.held_out) == 0
+    assert data.record.num_images == 0
     if streaming:
         examples = data.train.iterate_examples(0, 0, 1)  # type: ignore[union-attr]
         first_pass = [next(examples) for _ in range(20)]
-        assert {example.epoch for example in first_pass} == {0} and next(examples).epoch == 1
+        assert {example.epoch for example in first_pass} == {0}
+        assert next(examples).epoch == 1
     else:
         assert data.num_training_images == 20
         with raises_one_line("all 20 images", "--split train"):
@@ -205,7 +233,9 @@ def test_without_a_held_out_part_all_images_are_trained_on(tmp_path: Path, strea
 
 def test_listed_images_of_the_training_split_are_excluded(tmp_path: Path) -> None:
     """The names of these images are row numbers, which remain text."""
-    images = LabeledImages(DatasetImages.from_list([{"path": None, "bytes": b"image"}] * 4), [0, 1, 2, 3])
+    images = LabeledImages(
+        DatasetImages.from_list([{"path": None, "bytes": b"image"}] * 4), [0, 1, 2, 3]
+    )
     (tmp_path / "audit.csv").write_text("id,split\n1,train\n2,test\n3,train\n", encoding="utf-8")
     assert exclude_images(images, "train", tmp_path / "audit.csv").labels == [0, 2]
     for name in ("id", "split"):
@@ -214,9 +244,13 @@ def test_listed_images_of_the_training_split_are_excluded(tmp_path: Path) -> Non
             exclude_images(images, "train", tmp_path / "audit.csv")
 
 
-@pytest.mark.parametrize("ids", [["cat/other.png", "absent.png"], [f"cat/{index}.png" for index in range(20)]])
+@pytest.mark.parametrize(
+    "ids", [["cat/other.png", "absent.png"], [f"cat/{index}.png" for index in range(20)]]
+)
 def test_a_table_that_excludes_no_or_all_images_is_an_error(ids: list[str], tmp_path: Path) -> None:
-    images = DatasetImages.from_list([{"path": f"cat/{index}.png", "bytes": None} for index in range(20)])
+    images = DatasetImages.from_list(
+        [{"path": f"cat/{index}.png", "bytes": None} for index in range(20)]
+    )
     table = tmp_path / "audit.csv"
     table.write_text("\n".join(["id,split", *(f"{name},train" for name in ids)]), encoding="utf-8")
     with raises_one_line("--exclude", str(table)):
@@ -226,7 +260,12 @@ def test_a_table_that_excludes_no_or_all_images_is_an_error(ids: list[str], tmp_
 def test_training_on_a_split_named_test_is_reported(tmp_path: Path) -> None:
     photos = write_photos(tmp_path / "photos" / "test", range(20))
     run = prepare_task(build_tiny_options(tmp_path / "out", photos.parent, epochs=1))
-    name, text = next(iter(describe_splits(run.data, run.task.processor, run.task.labels_text).items()))
-    assert name == "split" and "'test'" in text
-    run = prepare_task(build_tiny_options(tmp_path / "other", photos, epochs=1))  # a folder of classes
+    name, text = next(
+        iter(describe_splits(run.data, run.task.processor, run.task.labels_text).items())
+    )
+    assert name == "split"
+    assert "'test'" in text
+    run = prepare_task(
+        build_tiny_options(tmp_path / "other", photos, epochs=1)
+    )  # a folder of classes
     assert "split" not in describe_splits(run.data, run.task.processor, run.task.labels_text)

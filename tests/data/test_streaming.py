@@ -50,13 +50,20 @@ def write_shards(folder: Path, num_shards: int, labels: Any, broken: tuple[int, 
         indices = range(shard, NUM_IMAGES, num_shards)
         rows = {
             "image": [
-                {"bytes": b"no image" + bytes([index]) if index in broken else encode_example(index), "path": None}
+                {
+                    "bytes": b"no image" + bytes([index])
+                    if index in broken
+                    else encode_example(index),
+                    "path": None,
+                }
                 for index in indices
             ],
             "label": [names[index % 3] for index in indices],
         }
         folder.mkdir(exist_ok=True)
-        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"train-{shard}.parquet")
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(
+            folder / f"train-{shard}.parquet"
+        )
     return folder
 
 
@@ -74,11 +81,15 @@ def shards(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def two_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_shards(tmp_path_factory.mktemp("two") / "data", 2, datasets.ClassLabel(names=["a", "b", "c"]))
+    return write_shards(
+        tmp_path_factory.mktemp("two") / "data", 2, datasets.ClassLabel(names=["a", "b", "c"])
+    )
 
 
 def read(folder: Path, **options: Any) -> TrainingData:
-    return load_training_data(DataOptions(dataset=str(folder), streaming=True, shuffle_buffer=8, **options))
+    return load_training_data(
+        DataOptions(dataset=str(folder), streaming=True, shuffle_buffer=8, **options)
+    )
 
 
 def build_plan(num_processes: int = 1, **options: Any) -> BatchPlan:
@@ -89,7 +100,8 @@ def build_batches(
     source: Any, plan: BatchPlan, process: int = 0, num_workers: int = 0, first_step: int = 0
 ) -> list[Batch]:
     augmentation = build_augmentation(
-        AugmentationOptions(crop_scale=0.5, rotation=10, shift=0.0), ViTCLSImageProcessor(size=[8, 8])
+        AugmentationOptions(crop_scale=0.5, rotation=10, shift=0.0),
+        ViTCLSImageProcessor(size=[8, 8]),
     )
     images = TrainingStream(source, BatchBuilder(augmentation, True, plan.seed))
     return list(iterate_training_batches(images, plan, process, num_workers, first_step))
@@ -97,22 +109,33 @@ def build_batches(
 
 def get_indices(examples: Any) -> list[int]:
     """Return the indices of the images."""
-    return [Image.open(io.BytesIO(example.encoded_image["bytes"])).getpixel((0, 0))[0] for example in examples]
+    return [
+        Image.open(io.BytesIO(example.encoded_image["bytes"])).getpixel((0, 0))[0]
+        for example in examples
+    ]
 
 
 def get_held_out(data: TrainingData) -> list[int]:
     held_out = data.held_out
-    images = held_out.read_first(NUM_IMAGES).images if isinstance(held_out, StreamedImages) else held_out.images
+    images = (
+        held_out.read_first(NUM_IMAGES).images
+        if isinstance(held_out, StreamedImages)
+        else held_out.images
+    )
     return [image.getpixel((0, 0))[0] for image in images]
 
 
 def are_equal(first: Batch, second: Batch) -> bool:
-    return all(torch.equal(first[name], second[name]) for name in ("pixels", "labels", "index", "epoch", "view"))
+    return all(
+        torch.equal(first[name], second[name])
+        for name in ("pixels", "labels", "index", "epoch", "view")
+    )
 
 
 def test_every_pass_contains_each_image_once_in_another_order(shards: Path) -> None:
     data = read(shards)
-    assert isinstance(data.train, StreamedImages) and data.num_training_images is None
+    assert isinstance(data.train, StreamedImages)
+    assert data.num_training_images is None
     assert data.label_space.columns == {"label": ["a", "b", "c"]}
     held_out = get_held_out(data)
     length = NUM_IMAGES - len(held_out)
@@ -120,9 +143,14 @@ def test_every_pass_contains_each_image_once_in_another_order(shards: Path) -> N
     passes = [get_indices(examples[start : start + length]) for start in (0, length, 2 * length)]
     for number, order in enumerate(passes):
         assert sorted([*order, *held_out]) == list(range(NUM_IMAGES))
-        assert {example.epoch for example in examples[number * length : (number + 1) * length]} == {number}
+        assert {example.epoch for example in examples[number * length : (number + 1) * length]} == {
+            number
+        }
     assert passes[0] != passes[1] != passes[2]
-    assert all(example.label == number % 3 for example, number in zip(examples, get_indices(examples), strict=True))
+    assert all(
+        example.label == number % 3
+        for example, number in zip(examples, get_indices(examples), strict=True)
+    )
     assert get_indices(islice(data.train.iterate_examples(1, 0, 1), length)) != passes[0]
 
 
@@ -132,7 +160,9 @@ def test_processes_share_each_pass(shards: Path, num_processes: int) -> None:
     parts = [
         get_indices(
             example
-            for example in islice(data.train.iterate_examples(0, process, num_processes), NUM_IMAGES)
+            for example in islice(
+                data.train.iterate_examples(0, process, num_processes), NUM_IMAGES
+            )
             if example.epoch == 0
         )
         for process in range(num_processes)
@@ -143,22 +173,30 @@ def test_processes_share_each_pass(shards: Path, num_processes: int) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 8])
-def test_the_size_of_the_shuffle_buffer_limits_the_change_of_the_order(size: int, tmp_path: Path) -> None:
+def test_the_size_of_the_shuffle_buffer_limits_the_change_of_the_order(
+    size: int, tmp_path: Path
+) -> None:
     folder = write_shards(tmp_path / "data", 1, datasets.ClassLabel(names=["a", "b", "c"]))
     options = DataOptions(str(folder), held_out_fraction=0.0, streaming=True, shuffle_buffer=size)
-    order = get_indices(islice(load_training_data(options).train.iterate_examples(0, 0, 1), NUM_IMAGES))
+    order = get_indices(
+        islice(load_training_data(options).train.iterate_examples(0, 0, 1), NUM_IMAGES)
+    )
     assert (order == list(range(NUM_IMAGES))) == (size == 1)
     assert all(index < position + size for position, index in enumerate(order))
 
 
 def test_two_processes_have_the_same_images_per_step_as_one(tmp_path: Path) -> None:
     """The number of shards is not a multiple of the number of processes."""
-    source = read(write_shards(tmp_path / "data", 1, datasets.ClassLabel(names=["a", "b", "c"]))).train
+    source = read(
+        write_shards(tmp_path / "data", 1, datasets.ClassLabel(names=["a", "b", "c"]))
+    ).train
     whole = build_batches(source, build_plan(max_steps=9, batch_size=8))
     shared = build_plan(num_processes=2, max_steps=9, batch_size=2, gradient_accumulation_steps=2)
     parts = [build_batches(source, shared, process) for process in (0, 1)]
     for step, batch in enumerate(whole[:5]):  # within the first pass
-        pieces = torch.cat([piece["index"] for part in parts for piece in part[2 * step : 2 * step + 2]])
+        pieces = torch.cat(
+            [piece["index"] for part in parts for piece in part[2 * step : 2 * step + 2]]
+        )
         assert sorted(pieces.tolist()) == sorted(batch["index"].tolist())
 
 
@@ -167,7 +205,8 @@ def test_a_restart_continues_with_the_same_batches(two_shards: Path) -> None:
     source = read(two_shards).train
     plan = build_plan(max_steps=44, batch_size=2, gradient_accumulation_steps=2, num_processes=2)
     whole = build_batches(source, plan, process=1)
-    assert len(whole) == 2 * 44 and whole[-1]["epoch"].max() >= 3
+    assert len(whole) == 2 * 44
+    assert whole[-1]["epoch"].max() >= 3
     for first_step, num_workers in ((2, 0), (17, 0), (40, 2)):
         resumed = build_batches(source, plan, 1, num_workers, first_step)
         assert all(are_equal(*pair) for pair in zip(whole[2 * first_step :], resumed, strict=True))
@@ -189,13 +228,18 @@ def test_the_next_image_of_the_batch_replaces_an_unreadable_one(tmp_path: Path) 
             replacement = next(at % 8 for at in range(place, place + 8) if not is_broken[at % 8])
             assert batch["index"][place] == chosen[replacement].index
             assert batch["labels"][place] == chosen[replacement].label
-            assert (f"{example.index:x}" in batch["errors"].get(example.index, "")) is is_broken[place]
+            assert (f"{example.index:x}" in batch["errors"].get(example.index, "")) is is_broken[
+                place
+            ]
     assert found > 4
 
 
 def test_a_batch_of_unreadable_images_is_an_error(tmp_path: Path, two_shards: Path) -> None:
     folder = write_shards(
-        tmp_path / "data", 1, datasets.ClassLabel(names=["a", "b", "c"]), broken=tuple(range(NUM_IMAGES))
+        tmp_path / "data",
+        1,
+        datasets.ClassLabel(names=["a", "b", "c"]),
+        broken=tuple(range(NUM_IMAGES)),
     )
     message = "data: none of the 4 images of a batch can be read"
     with raises_one_line(message):
@@ -221,7 +265,9 @@ def test_a_process_without_images_is_an_error(two_shards: Path) -> None:
 # Held-out parts and labels -------------------------------------------------------------------------------------------
 
 
-def test_the_held_out_part_does_not_depend_on_order_or_files(shards: Path, two_shards: Path) -> None:
+def test_the_held_out_part_does_not_depend_on_order_or_files(
+    shards: Path, two_shards: Path
+) -> None:
     data = read(shards)
     assert data.held_out_name == "about 20%, by checksum, split seed 0"
     held_out = get_held_out(data)
@@ -231,13 +277,16 @@ def test_the_held_out_part_does_not_depend_on_order_or_files(shards: Path, two_s
     assert sorted(get_held_out(read(two_shards, split_seed=1))) != sorted(held_out)
     options = DataOptions(dataset=str(two_shards), streaming=True)
     space, images, *_ = load_evaluation_data(options, None, read(two_shards).build_record())
-    assert space.names == ["a", "b", "c"] and len(images) == len(held_out)
+    assert space.names == ["a", "b", "c"]
+    assert len(images) == len(held_out)
     other = replace(read(two_shards).build_record(), dataset="other")
     images = load_evaluation_data(options, None, other).images
     assert sum(1 for _ in images.iterate_in_order()) == NUM_IMAGES
 
 
-def test_a_stream_without_held_out_images_is_an_error(two_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_without_held_out_images_is_an_error(
+    two_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(HeldOutRule, "is_held_out", lambda rule, index: False)
     with pytest.raises(ValueError, match="Set a larger --held-out-fraction"):
         read(two_shards)
@@ -263,8 +312,12 @@ def test_only_the_first_images_of_a_large_held_out_part_are_kept(
     data = read(two_shards)
     assert get_held_out(data) == whole[:3]
     results = [holds(*arguments) for arguments, _ in compared.call_args_list]
-    assert sum(results) == 3 and len(results) < NUM_IMAGES
-    assert data.held_out_name == "about 20%, by checksum, split seed 0, evaluated on the first 3 images"
+    assert sum(results) == 3
+    assert len(results) < NUM_IMAGES
+    assert (
+        data.held_out_name
+        == "about 20%, by checksum, split seed 0, evaluated on the first 3 images"
+    )
     trained = get_indices(islice(data.train.iterate_examples(0, 0, 1), NUM_IMAGES - len(whole)))
     assert sorted([*trained, *whole]) == list(range(NUM_IMAGES))  # no held-out images
 
@@ -276,9 +329,15 @@ def test_a_split_of_the_dataset_is_read_as_a_whole(two_shards: Path, tmp_path: P
     assert data.held_out_name == "split 'validation'"
     assert sorted(get_held_out(data)) == list(range(1, NUM_IMAGES, 2))
     assert isinstance(data.train, StreamedImages)
-    assert sorted(get_indices(islice(data.train.iterate_examples(0, 0, 1), 30))) == list(range(0, NUM_IMAGES, 2))
-    _, images, *_ = load_evaluation_data(DataOptions(dataset=str(tmp_path), streaming=True), "validation")
-    parts = [list(images.iterate_in_order(process, 2)) for process in (0, 1)]  # each process reads its part
+    assert sorted(get_indices(islice(data.train.iterate_examples(0, 0, 1), 30))) == list(
+        range(0, NUM_IMAGES, 2)
+    )
+    _, images, *_ = load_evaluation_data(
+        DataOptions(dataset=str(tmp_path), streaming=True), "validation"
+    )
+    parts = [
+        list(images.iterate_in_order(process, 2)) for process in (0, 1)
+    ]  # each process reads its part
     assert sorted(chain.from_iterable(map(get_indices, parts))) == list(range(1, NUM_IMAGES, 2))
 
 
@@ -296,14 +355,21 @@ def test_undeclared_labels_are_collected(tmp_path: Path) -> None:
 
 def test_rows_without_a_label_are_skipped(tmp_path: Path) -> None:
     labels = [(0, 1, 2, None)[index % 4] for index in range(40)]
-    rows = {"image": [{"bytes": encode_example(index), "path": None} for index in range(40)], "label": labels}
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])})
+    rows = {
+        "image": [{"bytes": encode_example(index), "path": None} for index in range(40)],
+        "label": labels,
+    }
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])}
+    )
     datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "table.parquet")
     data = read(tmp_path / "table.parquet")
     held_out = get_held_out(data)
     assert list(data.held_out.labels) == [number % 4 for number in held_out]
     first_pass = list(islice(data.train.iterate_examples(0, 0, 1), 30 - len(held_out)))
-    assert sorted([*get_indices(first_pass), *held_out]) == [number for number in range(40) if number % 4 != 3]
+    assert sorted([*get_indices(first_pass), *held_out]) == [
+        number for number in range(40) if number % 4 != 3
+    ]
     assert next(islice(data.train.iterate_examples(0, 0, 1), 30 - len(held_out), None)).epoch == 1
 
 
@@ -322,11 +388,23 @@ def test_table_of_paths(tmp_path: Path) -> None:
     data = read(tmp_path / "list.csv", label_names=("even", "odd"), label_column=("kind",))
     assert data.name == "list.csv"
     with raises_one_line(f"list.csv: the image {tmp_path / '1.png'} has the label 'odd'"):
-        read(tmp_path / "list.csv", label_names=("even", "none"), label_column=("kind",), held_out_fraction=0.999)
+        read(
+            tmp_path / "list.csv",
+            label_names=("even", "none"),
+            label_column=("kind",),
+            held_out_fraction=0.999,
+        )
     assert list(data.held_out.labels) == [number % 2 for number in get_held_out(data)]
     assert data.held_out.images.get_names() == [f"{number}.png" for number in get_held_out(data)]
-    tags = read(tmp_path / "list.csv", label_names=("odd", "even"), label_column=("kind",), label_separator="|")
-    assert list(tags.held_out.labels) == [[number % 2, 1 - number % 2] for number in get_held_out(data)]
+    tags = read(
+        tmp_path / "list.csv",
+        label_names=("odd", "even"),
+        label_column=("kind",),
+        label_separator="|",
+    )
+    assert list(tags.held_out.labels) == [
+        [number % 2, 1 - number % 2] for number in get_held_out(data)
+    ]
     for batch in build_batches(data.train, build_plan(max_steps=3, batch_size=4)):
         assert torch.equal(batch["pixels"].amax(dim=(1, 2, 3)) % 2, batch["labels"])
 

@@ -36,16 +36,30 @@ SECONDS = 240  # limit of a process on a busy machine; without the limits, PyTor
 def run_with_shared_memory(size: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     """Run Python in a process with its own /dev/shm of the given size. Skip the test where this is not permitted."""
     unshare = shutil.which("unshare")
-    if unshare is None or subprocess.run([unshare, "-m", "true"], capture_output=True, check=False).returncode:
+    if (
+        unshare is None
+        or subprocess.run([unshare, "-m", "true"], capture_output=True, check=False).returncode
+    ):
         pytest.skip("another /dev/shm requires Linux and the permission to mount (unshare -m)")
     mount = f'mount -t tmpfs -o size={size} tmpfs /dev/shm && exec "$@"'
     command = [unshare, "-m", "sh", "-c", mount, "sh", sys.executable, *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=environment, check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=SECONDS, env=environment, check=False
+    )
 
 
 def test_a_tiny_shared_memory_is_an_error_before_training(tmp_path: Path) -> None:
-    flags = ["--config", "digits", "--output-dir", tmp_path / "run", "--max-steps", 2, "--num-workers", 2]
+    flags = [
+        "--config",
+        "digits",
+        "--output-dir",
+        tmp_path / "run",
+        "--max-steps",
+        2,
+        "--num-workers",
+        2,
+    ]
     ran = run_with_shared_memory("64k", "-m", "modeling_vitcls.cli", "finetune", *flags)
     assert ran.returncode == 1
     (error,) = ran.stderr.strip().splitlines()
@@ -54,8 +68,17 @@ def test_a_tiny_shared_memory_is_an_error_before_training(tmp_path: Path) -> Non
 
 
 def test_a_tiny_shared_memory_is_an_error_of_evaluate(tmp_path: Path) -> None:
-    flags = ["--model", save_classifier(tmp_path / "model"), "--dataset", "digits", "--frozen", "knn"]
-    ran = run_with_shared_memory("64k", "-m", "modeling_vitcls.cli", "evaluate", *flags, "--num-workers", 2)
+    flags = [
+        "--model",
+        save_classifier(tmp_path / "model"),
+        "--dataset",
+        "digits",
+        "--frozen",
+        "knn",
+    ]
+    ran = run_with_shared_memory(
+        "64k", "-m", "modeling_vitcls.cli", "evaluate", *flags, "--num-workers", 2
+    )
     assert ran.returncode == 1
     error = ran.stderr.strip().splitlines()[-1]
     assert "/dev/shm" in error

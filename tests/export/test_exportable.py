@@ -7,12 +7,22 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny_models import build_images, build_tiny_config, raises_one_line, randomize, save_with_processor
+from helpers.tiny_models import (
+    build_images,
+    build_tiny_config,
+    raises_one_line,
+    randomize,
+    save_with_processor,
+)
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.export import exporter
-from modeling_vitcls.export.exportable import NamedOutputsModel, compute_named_outputs, load_exportable_model
+from modeling_vitcls.export.exportable import (
+    NamedOutputsModel,
+    compute_named_outputs,
+    load_exportable_model,
+)
 from modeling_vitcls.export.measurement import load_export_images
 from modeling_vitcls.options import DataOptions
 from modeling_vitcls.runtime.files import write_json
@@ -25,28 +35,44 @@ def test_an_encoder_in_half_precision(tmp_path: Path) -> None:
     model = randomize(ViTCLSModel(build_tiny_config())).bfloat16()
     model.save_pretrained(tmp_path)
     loaded, processor, _ = load_exportable_model(str(tmp_path))
-    assert processor is None and loaded.dtype == torch.float32 and not loaded.training
+    assert processor is None
+    assert loaded.dtype == torch.float32
+    assert not loaded.training
     (outputs,) = compute_named_outputs(loaded, [build_images()])
-    assert list(outputs) == ["last_hidden_state", "pooler_output"] and not outputs["pooler_output"].requires_grad
+    assert list(outputs) == ["last_hidden_state", "pooler_output"]
+    assert not outputs["pooler_output"].requires_grad
     no_pooler = ViTCLSModel(build_tiny_config(), add_pooling_layer=False)
     assert list(NamedOutputsModel(no_pooler)(build_images())) == ["last_hidden_state"]
-    assert torch.equal(outputs["last_hidden_state"], model.float()(build_images()).last_hidden_state)
+    assert torch.equal(
+        outputs["last_hidden_state"], model.float()(build_images()).last_hidden_state
+    )
 
 
 @torch.no_grad()
 def test_the_attention_of_cls_tokens_is_an_output() -> None:
-    model = randomize(ViTCLSForImageClassification(build_tiny_config(num_cls_tokens=2, num_register_tokens=3)))
+    model = randomize(
+        ViTCLSForImageClassification(build_tiny_config(num_cls_tokens=2, num_register_tokens=3))
+    )
     pixel_values = build_images(2, 24, 40)
     outputs = NamedOutputsModel(model, output_attentions=True)(pixel_values)
-    assert list(outputs) == ["logits", "cls_attention"] and not model._forward_hooks
+    assert list(outputs) == ["logits", "cls_attention"]
+    assert not model._forward_hooks
     expected = model(pixel_values)
     torch.testing.assert_close(outputs["logits"], expected.logits)
     model.set_attn_implementation("eager")
     attentions = torch.stack(model(pixel_values, output_attentions=True).attentions, dim=1)
-    maps = attentions.mean(2)[:, :, :2, 5:].unflatten(-1, (3, 5))  # [B, layers, CLS tokens, rows, columns]
+    maps = attentions.mean(2)[:, :, :2, 5:].unflatten(
+        -1, (3, 5)
+    )  # [B, layers, CLS tokens, rows, columns]
     torch.testing.assert_close(outputs["cls_attention"], maps)
-    assert NamedOutputsModel(model.bfloat16())(pixel_values.bfloat16())["logits"].dtype == torch.float32
-    assert list(compute_named_outputs(model.float(), [pixel_values], True)[0]) == ["logits", "cls_attention"]
+    assert (
+        NamedOutputsModel(model.bfloat16())(pixel_values.bfloat16())["logits"].dtype
+        == torch.float32
+    )
+    assert list(compute_named_outputs(model.float(), [pixel_values], True)[0]) == [
+        "logits",
+        "cls_attention",
+    ]
 
 
 def read_number(image: int | None, return_tensors: str) -> dict[str, Any]:
@@ -56,17 +82,23 @@ def read_number(image: int | None, return_tensors: str) -> dict[str, Any]:
     return {"pixel_values": image}
 
 
-def test_calibration_uses_the_training_images_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calibration_uses_the_training_images_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = build_tiny_config(num_labels=10, id2label={label: str(label) for label in range(10)})
     save_with_processor(ViTCLSForImageClassification(config), tmp_path)
     record = load_training_data(DataOptions("digits", split_seed=5)).build_record()
     write_json(tmp_path / "results.json", {"dataset": "digits", "held_out": asdict(record)})
     images = load_export_images(str(tmp_path), "digits", batch_size=7)
     keys = [set(part.compute_keys().tolist()) for part in (images.training, images.held_out)]
-    assert len(keys[1]) == 359 and not keys[0] & keys[1] and images.setup.evaluator.batch_size == 7
+    assert len(keys[1]) == 359
+    assert not keys[0] & keys[1]
+    assert images.setup.evaluator.batch_size == 7
     assert images.prepare([0, None, 2, 3, 4, 5, 6], read_number, 3) == [0, 2, 4]
     assert images.prepare([0, None, 2], read_number, 4) == [0, 2]
-    setup: Any = SimpleNamespace(split="test", model=images.setup.model, evaluator=lambda model: {"num_images": 2})
+    setup: Any = SimpleNamespace(
+        split="test", model=images.setup.model, evaluator=lambda model: {"num_images": 2}
+    )
     monkeypatch.chdir(tmp_path)
     for dataset, published in (("digits", "digits"), ("mine", "path/to/mine")):
         Path(dataset).mkdir()  # "digits" is not the folder
@@ -74,14 +106,19 @@ def test_calibration_uses_the_training_images_of_the_run(tmp_path: Path, monkeyp
         assert scores["dataset"] == published
     save_with_processor(ViTCLSModel(config), tmp_path / "encoder")
     unlabeled = load_export_images(str(tmp_path / "encoder"), "digits")
-    assert len(unlabeled.training) > len(unlabeled.held_out) > 300 and unlabeled.measure_file(tmp_path) is None
+    assert len(unlabeled.training) > len(unlabeled.held_out) > 300
+    assert unlabeled.measure_file(tmp_path) is None
     with raises_one_line("LABEL_0"):  # labels of a requested split are required
-        save_with_processor(ViTCLSForImageClassification(build_tiny_config(num_labels=3)), tmp_path / "other")
+        save_with_processor(
+            ViTCLSForImageClassification(build_tiny_config(num_labels=3)), tmp_path / "other"
+        )
         load_export_images(str(tmp_path / "other"), "digits", split="train")
 
 
 def test_a_preset_has_random_weights() -> None:
     model, processor, is_trained = load_exportable_model("vitcls-tiny")
-    assert not is_trained and not model.training and model.config.hidden_size == 192
+    assert not is_trained
+    assert not model.training
+    assert model.config.hidden_size == 192
     assert exporter.describe_preprocessing(processor)["size"] == {"height": 224, "width": 224}
     assert exporter.describe_preprocessing(None) is None

@@ -13,7 +13,14 @@ import onnxruntime
 import pytest
 import torch
 from helpers.scripts_in_process import run_in_process
-from helpers.tiny_models import BLOCKS, LAYOUTS, build_images, build_tiny_config, raises_one_line, randomize
+from helpers.tiny_models import (
+    BLOCKS,
+    LAYOUTS,
+    build_images,
+    build_tiny_config,
+    raises_one_line,
+    randomize,
+)
 
 from modeling_vitcls import (
     ViTCLSBackbone,
@@ -38,7 +45,12 @@ ROOT = Path(__file__).parents[2]
 LIMIT = 1e-4
 TASKS = {"age": 2, "species": 4}
 NAMES = {0: "cow", 1: "ant", 2: "bee"}
-RUN = {"dataset": "d", "held_out": {"split": "test"}, "label_column": "kind", "label_separator": ","}
+RUN = {
+    "dataset": "d",
+    "held_out": {"split": "test"},
+    "label_column": "kind",
+    "label_separator": ",",
+}
 
 # Models that together have every token, position, pooling, mask and block type: class, fields, names of the outputs.
 MODELS: dict[str, tuple[type, dict[str, Any], list[str]]] = {
@@ -105,7 +117,11 @@ MODELS: dict[str, tuple[type, dict[str, Any], list[str]]] = {
         ViTCLSForImageClassification,
         {
             "extra_heads": {
-                "weather": {"labels": ["rain", "snow", "sun"], "pooling": "cls_mean", "pooled_layers": [-2, -1]},
+                "weather": {
+                    "labels": ["rain", "snow", "sun"],
+                    "pooling": "cls_mean",
+                    "pooled_layers": [-2, -1],
+                },
                 "indoors": {"labels": ["no", "yes"], "temperature": 2.0},
             }
         },
@@ -113,17 +129,25 @@ MODELS: dict[str, tuple[type, dict[str, Any], list[str]]] = {
     ),
     "backbone": (
         ViTCLSBackbone,
-        {"out_indices": [0, 2], "position_embedding_type": "learned_rope_mixed", "layer_type": "post"},
+        {
+            "out_indices": [0, 2],
+            "position_embedding_type": "learned_rope_mixed",
+            "layer_type": "post",
+        },
         ["stem", "stage2"],
     ),
 }
 
 
-def checkpoint(folder: Path, model_class: type = ViTCLSForImageClassification, **fields: Any) -> Any:
+def checkpoint(
+    folder: Path, model_class: type = ViTCLSForImageClassification, **fields: Any
+) -> Any:
     """Save a small model with random weights and an image processor, and return the model."""
     model = randomize(model_class(build_tiny_config(**fields)))
     model.save_pretrained(folder)
-    ViTCLSImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.5, 0.4, 0.3]).save_pretrained(folder)
+    ViTCLSImageProcessor(
+        size={"height": 32, "width": 32}, image_mean=[0.5, 0.4, 0.3]
+    ).save_pretrained(folder)
     return model
 
 
@@ -144,13 +168,20 @@ def compute_outputs(model: Any, pixel_values: torch.Tensor) -> dict[str, np.ndar
         outputs = dict(zip(model.out_features, outputs.feature_maps, strict=True))
     else:
         task_logits = outputs.get("task_logits", {})
-        outputs = {name: value for name, value in outputs.items() if isinstance(value, torch.Tensor)}
-        if isinstance(model, ViTCLSForImageClassification) and outputs["logits"] is outputs["cls_logits"]:
+        outputs = {
+            name: value for name, value in outputs.items() if isinstance(value, torch.Tensor)
+        }
+        if (
+            isinstance(model, ViTCLSForImageClassification)
+            and outputs["logits"] is outputs["cls_logits"]
+        ):
             outputs = {"logits": outputs["logits"]} | task_logits
     return {name: output.numpy() for name, output in outputs.items()}
 
 
-def assert_close(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray], limit: float = LIMIT) -> None:
+def assert_close(
+    found: dict[str, np.ndarray], wanted: dict[str, np.ndarray], limit: float = LIMIT
+) -> None:
     """Check that the names are equal and the values are within the limit."""
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
@@ -165,7 +196,12 @@ def assert_close(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray], li
 def check_onnx_file(file: Path, model: Any) -> None:
     """Check that an ONNX file has the outputs of the model for several batch and image sizes, and contains no paths of
     this machine."""
-    for batch, height, width in ((1, 32, 32), (5, 24, 72), (2, 61, 30), (1, *get_smallest_size(model.config))):
+    for batch, height, width in (
+        (1, 32, 32),
+        (5, 24, 72),
+        (2, 61, 30),
+        (1, *get_smallest_size(model.config)),
+    ):
         pixel_values = build_images(batch, height, width, seed=7)
         assert_close(run_onnx(file, pixel_values), compute_outputs(model, pixel_values))
     assert str(ROOT).encode() not in file.read_bytes()
@@ -189,16 +225,21 @@ def test_every_layout_and_block(fields: dict[str, Any], tmp_path: Path) -> None:
     model = checkpoint(tmp_path / "model", **fields)
     export_model(ExportOptions(str(tmp_path / "model"), "onnx", tmp_path / "model.onnx"))
     pixel_values = build_images(2, 48, 24, seed=7)
-    assert_close(run_onnx(tmp_path / "model.onnx", pixel_values), compute_outputs(model, pixel_values))
+    assert_close(
+        run_onnx(tmp_path / "model.onnx", pixel_values), compute_outputs(model, pixel_values)
+    )
 
 
 @pytest.mark.slow
 def test_a_graph_of_one_size_contains_resampled_positions(tmp_path: Path) -> None:
     model = checkpoint(tmp_path / "model", num_hidden_layers=1)
     file = tmp_path / "model.onnx"
-    report = export_model(ExportOptions(str(tmp_path / "model"), "onnx", file, image_size=(24, 56), dynamic=False))
+    report = export_model(
+        ExportOptions(str(tmp_path / "model"), "onnx", file, image_size=(24, 56), dynamic=False)
+    )
     assert report["input"]["shape"] == ["batch", 3, 24, 56]
-    assert not report["fixed_because"] and "speed" not in report  # a dynamic size was not requested
+    assert not report["fixed_because"]
+    assert "speed" not in report  # a dynamic size was not requested
     pixel_values = build_images(4, 24, 56, seed=7)
     assert_close(run_onnx(file, pixel_values), compute_outputs(model, pixel_values))
     assert b"Resize" not in file.read_bytes()
@@ -212,8 +253,13 @@ def test_a_graph_with_other_outputs_is_an_error_and_leaves_nothing(
     checkpoint(tmp_path / "model", num_hidden_layers=1)
     monkeypatch.setitem(exporter.LIMITS, "float32", (-1.0, 0.0))
     with raises_one_line("differs", "logits", "float32"):
-        export_model(ExportOptions(str(tmp_path / "model"), "openvino", tmp_path / "not" / "a.xml", dynamic=False))
-    assert not (tmp_path / "not").exists() and not list(tmp_path.glob(".*"))
+        export_model(
+            ExportOptions(
+                str(tmp_path / "model"), "openvino", tmp_path / "not" / "a.xml", dynamic=False
+            )
+        )
+    assert not (tmp_path / "not").exists()
+    assert not list(tmp_path.glob(".*"))
 
 
 # The script
@@ -229,16 +275,30 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     output = folder / "new" / "folder"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(formats, "MAX_ONNX_WEIGHTS", 2 * model.num_parameters())  # bytes
-        assert run_in_process("export.py", "--model", folder / "model", "--format", "onnx", "--output", output) == 0
+        assert (
+            run_in_process(
+                "export.py", "--model", folder / "model", "--format", "onnx", "--output", output
+            )
+            == 0
+        )
     return model, output / "model.onnx"
 
 
 def test_the_exported_file_has_the_outputs_of_the_model(exported: tuple[Any, Path]) -> None:
     model, file = exported
     check_onnx_file(file, model)
-    files = ["model.onnx", "model.onnx.data", "model.onnx.json", "preprocessor_config.json", "results.json"]
+    files = [
+        "model.onnx",
+        "model.onnx.data",
+        "model.onnx.json",
+        "preprocessor_config.json",
+        "results.json",
+    ]
     assert sorted(path.name for path in file.parent.iterdir()) == ["config.json", *files]
-    assert sorted(path.name for path in file.parents[2].iterdir()) == ["model", "new"]  # no temporary folder is left
+    assert sorted(path.name for path in file.parents[2].iterdir()) == [
+        "model",
+        "new",
+    ]  # no temporary folder is left
 
 
 def test_the_report_describes_inputs_and_outputs(exported: tuple[Any, Path]) -> None:
@@ -250,8 +310,11 @@ def test_the_report_describes_inputs_and_outputs(exported: tuple[Any, Path]) -> 
     assert str(file.parents[2]) not in json.dumps(report)
     names = ("model.onnx", "model.onnx.data")
     heads = MODELS["tokens"][2]
-    versions, tried, largest = (report.pop(name) for name in ("versions", "tried", "largest_differences"))
-    preprocessing, speed = report.pop("preprocessing"), report.pop("speed")
+    versions, tried, largest = (
+        report.pop(name) for name in ("versions", "tried", "largest_differences")
+    )
+    preprocessing = report.pop("preprocessing")
+    speed = report.pop("speed")
     assert report == {
         "format": "onnx",
         "model": "path/to/model",
@@ -278,7 +341,8 @@ def test_the_report_describes_inputs_and_outputs(exported: tuple[Any, Path]) -> 
         "evaluation": None,
         "comparison": None,
     }
-    assert preprocessing["image_mean"] == [0.5, 0.4, 0.3] and speed["images_per_second"] > 0
+    assert preprocessing["image_mean"] == [0.5, 0.4, 0.3]
+    assert speed["images_per_second"] > 0
     assert (preprocessing["resample"], preprocessing["crop_rounding"]) == ("bicubic", "down")
     assert versions.keys() >= {"torch", "timm", "onnx", "onnxruntime", "onnxscript", "transformers"}
     shapes = [tuple(trial["shape"]) for trial in tried]
@@ -308,18 +372,31 @@ def test_limits_are_absolute_and_relative_to_the_largest_value(dtype: str, limit
     below = [{"logits": reference[0]["logits"] - 0.9 * limit, "pooled": reference[0]["pooled"]}]
     (comparison,) = exporter.compare_outputs(images, reference, below, dtype)
     assert comparison["shape"] == [2, 3, 32, 32]
-    assert comparison["differences"] == {"logits": pytest.approx(0.9 * limit, rel=1e-2), "pooled": 0}
+    assert comparison["differences"] == {
+        "logits": pytest.approx(0.9 * limit, rel=1e-2),
+        "pooled": 0,
+    }
     assert comparison["magnitudes"] == {"logits": 4, "pooled": 100}
     for difference in (1.1 * limit, float("nan")):
         wrong = [{"logits": reference[0]["logits"] + difference, "pooled": reference[0]["pooled"]}]
-        with raises_one_line("the output logits", "for images [2, 3, 32, 32]", f"the limit in {dtype} is {limit:.2g}"):
+        with raises_one_line(
+            "the output logits", "for images [2, 3, 32, 32]", f"the limit in {dtype} is {limit:.2g}"
+        ):
             exporter.compare_outputs(images, reference, wrong, dtype)
 
 
 def test_shapes_labels_and_differences_of_other_models() -> None:
-    outputs = {"tokens": torch.zeros(2, 17, 8), "maps": torch.zeros(2, 8, 4, 4), "logits": torch.zeros(2, 3)}
+    outputs = {
+        "tokens": torch.zeros(2, 17, 8),
+        "maps": torch.zeros(2, 8, 4, 4),
+        "logits": torch.zeros(2, 3),
+    }
     dynamic, fixed = (GraphShape((32, 32), (8, 8), is_dynamic) for is_dynamic in (True, False))
-    axes = {"tokens": ["batch", "tokens", 8], "maps": ["batch", 8, "rows", "columns"], "logits": ["batch", 3]}
+    axes = {
+        "tokens": ["batch", "tokens", 8],
+        "maps": ["batch", 8, "rows", "columns"],
+        "logits": ["batch", 3],
+    }
     assert exporter.get_output_shapes(outputs, dynamic) == axes
     fixed_axes = {"tokens": ["batch", 17, 8], "maps": ["batch", 8, 4, 4], "logits": ["batch", 3]}
     assert exporter.get_output_shapes(outputs, fixed) == fixed_axes
@@ -327,10 +404,24 @@ def test_shapes_labels_and_differences_of_other_models() -> None:
     assert exporter.get_label_names(config, ["a", "b"]) == {"a": ["LABEL_0"], "b": ["x", "y"]}
     config = build_tiny_config(image_size=[32, 64])  # the patch size is 8
     shapes = exporter.select_image_shapes(config, GraphShape((32, 48), (16, 16), True))
-    assert shapes == [(1, 3, 32, 64), (3, 3, 32, 48), (2, 3, 24, 64), (1, 3, 48, 33), (1, 3, 16, 16)]
+    assert shapes == [
+        (1, 3, 32, 64),
+        (3, 3, 32, 48),
+        (2, 3, 24, 64),
+        (1, 3, 48, 33),
+        (1, 3, 16, 16),
+    ]
     shapes = exporter.select_image_shapes(config, GraphShape((8, 8), (16, 24), True))
-    assert shapes == [(1, 3, 32, 64), (3, 3, 16, 24), (2, 3, 16, 24), (1, 3, 16, 24), (1, 3, 16, 24)]
-    expected, found = ([{"logits": torch.tensor(values)}] for values in ([[3.0, 4.0]], [[3.0, 0.0]]))
+    assert shapes == [
+        (1, 3, 32, 64),
+        (3, 3, 16, 24),
+        (2, 3, 16, 24),
+        (1, 3, 16, 24),
+        (1, 3, 16, 24),
+    ]
+    expected, found = (
+        [{"logits": torch.tensor(values)}] for values in ([[3.0, 4.0]], [[3.0, 0.0]])
+    )
     assert compare_outputs_on_images(found * 2, expected * 2) == {
         "num_images": 2,
         "output": "logits",
@@ -348,9 +439,16 @@ def test_shapes_labels_and_differences_of_other_models() -> None:
 
 def test_a_folder_has_the_files_that_its_model_has(tmp_path: Path) -> None:
     ViTCLSModel(build_tiny_config()).save_pretrained(tmp_path / "model")
-    report = {"weights": "trained", "weights_sha256": {}, "sha256": {"model.xml": "a", "model.bin": "b"}}
+    report = {
+        "weights": "trained",
+        "weights_sha256": {},
+        "sha256": {"model.xml": "a", "model.bin": "b"},
+    }
     exporter.write_model_files(str(tmp_path / "model"), tmp_path, report)
-    assert [file.name for file in sorted(tmp_path.glob("*.json"))] == ["config.json", "results.json"]
+    assert [file.name for file in sorted(tmp_path.glob("*.json"))] == [
+        "config.json",
+        "results.json",
+    ]
     (tmp_path / "none").mkdir()
     exporter.write_model_files("vitcls-tiny", tmp_path / "none", report | {"weights": "random"})
     assert not list((tmp_path / "none").iterdir())
@@ -373,7 +471,9 @@ def test_unsupported_models(tmp_path: Path) -> None:
         (["ViTCLSForImageClassification"], "no weights for classifier.bias"),
         (None, "unknown class"),
     ):
-        (tmp_path / "incomplete" / "config.json").write_text(json.dumps(settings | {"architectures": names}))
+        (tmp_path / "incomplete" / "config.json").write_text(
+            json.dumps(settings | {"architectures": names})
+        )
         with raises_one_line(words):
             export_model(ExportOptions(str(tmp_path / "incomplete"), "onnx", tmp_path / "vit.onnx"))
 
@@ -406,6 +506,10 @@ def test_existing_files(tmp_path: Path) -> None:
 
 def test_packages_that_are_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for missing, flags in (("onnxruntime", {}), ("nncf", {"int8": True, "dataset": "digits"})):
-        monkeypatch.setattr(exporter, "find_spec", lambda name, missing=missing: None if name == missing else name)
-        with raises_one_line(f"--format onnx requires packages that are not installed: {missing}. Run pip install"):
+        monkeypatch.setattr(
+            exporter, "find_spec", lambda name, missing=missing: None if name == missing else name
+        )
+        with raises_one_line(
+            f"--format onnx requires packages that are not installed: {missing}. Run pip install"
+        ):
             export_model(ExportOptions("nowhere", "onnx", tmp_path / "vit.onnx", **flags))

@@ -22,7 +22,10 @@ from modeling_vitcls.hub.model_files import hash_weights
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate")]
 
 NAMES = ("cat", "dog", "fox")
-LABELS = {"id2label": dict(enumerate(NAMES)), "label2id": {name: index for index, name in enumerate(NAMES)}}
+LABELS = {
+    "id2label": dict(enumerate(NAMES)),
+    "label2id": {name: index for index, name in enumerate(NAMES)},
+}
 Command = Callable[[Path, Path], list[str]]
 COMMANDS: dict[str, Command] = {
     "predict": lambda model, photos: ["predict", "--model", str(model), str(photos)],
@@ -31,7 +34,9 @@ COMMANDS: dict[str, Command] = {
 }
 
 
-def write_graph(file: Path, num_outputs: int = 3, output_type: int = TensorProto.FLOAT, name: str = "logits") -> None:
+def write_graph(
+    file: Path, num_outputs: int = 3, output_type: int = TensorProto.FLOAT, name: str = "logits"
+) -> None:
     """Write an ONNX file whose logits are sums of the mean color, next to the report that `vitcls export` writes."""
     weights = np.ones((3, num_outputs), dtype=np.float32)
     nodes = [
@@ -42,7 +47,9 @@ def write_graph(file: Path, num_outputs: int = 3, output_type: int = TensorProto
     graph = helper.make_graph(
         nodes=nodes,
         name="graph",
-        inputs=[helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, ["batch", 3, 32, 32])],
+        inputs=[
+            helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, ["batch", 3, 32, 32])
+        ],
         outputs=[helper.make_tensor_value_info(name, output_type, ["batch", num_outputs])],
         initializer=[
             onnx.numpy_helper.from_array(np.array([2, 3]), "axes"),
@@ -95,7 +102,9 @@ def check_error(command: list[str], capsys: pytest.CaptureFixture[str], *words: 
     assert not printed.out
 
 
-def test_a_graph_of_the_model_is_run(model: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_graph_of_the_model_is_run(
+    model: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run_here(*COMMANDS["predict"](model, photos), "--backend", "onnx") == 0
     assert len([line for line in capsys.readouterr().out.splitlines() if ".png" in line]) == 12
 
@@ -103,7 +112,11 @@ def test_a_graph_of_the_model_is_run(model: Path, photos: Path, capsys: pytest.C
 @pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
 @pytest.mark.parametrize("num_outputs", [1, 2, 7])
 def test_a_graph_with_another_number_of_labels_is_an_error(
-    command: Command, num_outputs: int, model: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+    command: Command,
+    num_outputs: int,
+    model: Path,
+    photos: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     write_graph(model / "model.onnx", num_outputs)
     check_error(command(model, photos), capsys, "model.onnx", f"[1, {num_outputs}]", "[1, 3]")
@@ -156,14 +169,19 @@ def test_a_folder_with_a_graph_and_results_of_other_weights_is_an_error(
     model: Path, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (model / "model.safetensors").unlink()
-    (model / "results.json").write_text(json.dumps({"weights_sha256": {"model.safetensors": "other"}}))
+    (model / "results.json").write_text(
+        json.dumps({"weights_sha256": {"model.safetensors": "other"}})
+    )
     check_error(COMMANDS["predict"](model, photos), capsys, "other weights")
 
 
 def test_a_graph_that_replaced_the_exported_one_is_an_error(
     model: Path, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    report = {"weights_sha256": hash_weights(model), "sha256": {"model.onnx": "of the exported file"}}
+    report = {
+        "weights_sha256": hash_weights(model),
+        "sha256": {"model.onnx": "of the exported file"},
+    }
     (model / "model.onnx.json").write_text(json.dumps(report))
     check_error(COMMANDS["predict"](model, photos), capsys, "has changed")
 
@@ -174,10 +192,28 @@ def test_finetune_with_overwrite_removes_exported_graphs(model: Path, photos: Pa
     (model / "other.onnx.json").write_text(json.dumps(report))
     (model / "annotations.xml").write_text("<a/>")  # not written by `vitcls export`
     sizes = "--hidden-size 16 --num-hidden-layers 1 --num-attention-heads 2 --image-size 32 --patch-size 8".split()
-    flags = ["--model", "vitcls-tiny", *sizes, "--max-steps", "1", "--batch-size", "4", "--num-workers", "0"]
-    command = ["finetune", "--dataset", str(photos), "--output-dir", str(model), *flags, "--no-report"]
+    flags = [
+        "--model",
+        "vitcls-tiny",
+        *sizes,
+        "--max-steps",
+        "1",
+        "--batch-size",
+        "4",
+        "--num-workers",
+        "0",
+    ]
+    command = [
+        "finetune",
+        "--dataset",
+        str(photos),
+        "--output-dir",
+        str(model),
+        *flags,
+        "--no-report",
+    ]
     assert run_here(*command, "--overwrite") == 0
     assert (model / "results.json").is_file()
-    assert {file.name for file in model.iterdir() if ".onnx" in file.name or ".xml" in file.name} == {
-        "annotations.xml"
-    }
+    assert {
+        file.name for file in model.iterdir() if ".onnx" in file.name or ".xml" in file.name
+    } == {"annotations.xml"}

@@ -22,7 +22,14 @@ def export_and_run(model: torch.nn.Module, file: Path, num_images: int) -> dict[
     """Export with an example batch of one image, and return the outputs of the file for more images."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.onnx.export(model, (build_images(1),), file, dynamo=True, dynamic_shapes=({0: "batch"},), verbose=False)
+        torch.onnx.export(
+            model,
+            (build_images(1),),
+            file,
+            dynamo=True,
+            dynamic_shapes=({0: "batch"},),
+            verbose=False,
+        )
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     (graph_input,) = session.get_inputs()
     assert graph_input.shape == ["batch", 3, 32, 32]
@@ -33,12 +40,21 @@ def export_and_run(model: torch.nn.Module, file: Path, num_images: int) -> dict[
 
 @pytest.mark.slow
 @each_layout
-def test_the_batch_is_dynamic_and_no_output_is_repeated(tmp_path: Path, layout: dict[str, Any]) -> None:
+def test_the_batch_is_dynamic_and_no_output_is_repeated(
+    tmp_path: Path, layout: dict[str, Any]
+) -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config(**layout)))
     outputs = list(export_and_run(model, tmp_path / "model.onnx", 5).values())
     with torch.no_grad():
         expected = model(build_images(5))
-    names = ["logits", *(["cls_logits", "distillation_logits"] if expected.distillation_logits is not None else [])]
+    names = [
+        "logits",
+        *(
+            ["cls_logits", "distillation_logits"]
+            if expected.distillation_logits is not None
+            else []
+        ),
+    ]
     assert len(outputs) == len(names)
     for name, output in zip(names, outputs, strict=True):
         assert (output - expected[name]).abs().max() <= 1e-5, name

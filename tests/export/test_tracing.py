@@ -7,14 +7,21 @@ import torch
 from helpers.tiny_models import build_images, build_tiny_config, randomize
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
-from modeling_vitcls.export.tracing import GraphShape, get_smallest_size, select_graph_shape, trace_model
+from modeling_vitcls.export.tracing import (
+    GraphShape,
+    get_smallest_size,
+    select_graph_shape,
+    trace_model,
+)
 
 
 pytestmark = pytest.mark.integration
 
 
 def test_the_graph_has_fused_attention_for_any_attn_implementation() -> None:
-    model = randomize(ViTCLSForImageClassification(build_tiny_config(num_register_tokens=1, num_hidden_layers=1)))
+    model = randomize(
+        ViTCLSForImageClassification(build_tiny_config(num_register_tokens=1, num_hidden_layers=1))
+    )
     model.set_attn_implementation("eager")
     graph = trace_model(model, select_graph_shape(model, (48, 24), dynamic=True), torch.float32)
     operators = {str(node.target) for node in graph.graph.nodes}
@@ -22,7 +29,9 @@ def test_the_graph_has_fused_attention_for_any_attn_implementation() -> None:
     assert model.config._attn_implementation == "eager"  # the caller's model stays as it was
     for size in ((24, 48), model.config.image_height_width):
         pixel_values = build_images(3, *size)
-        torch.testing.assert_close(graph.module()(pixel_values)["logits"], model(pixel_values).logits)
+        torch.testing.assert_close(
+            graph.module()(pixel_values)["logits"], model(pixel_values).logits
+        )
 
 
 def test_models_that_cannot_be_traced_are_errors() -> None:
@@ -40,7 +49,9 @@ def test_the_smallest_size_contains_the_grids_of_cls_tokens() -> None:
     assert get_smallest_size(build_tiny_config(**sizes | scopes)) == (2 * 8, 5 * 4)
     assert get_smallest_size(build_tiny_config(**sizes)) == (2 * 8, 2 * 4)
     model = ViTCLSModel(build_tiny_config(**sizes | scopes))
-    assert select_graph_shape(model, (24, 40), dynamic=True) == GraphShape((24, 40), (16, 20), is_dynamic=True)
+    assert select_graph_shape(model, (24, 40), dynamic=True) == GraphShape(
+        (24, 40), (16, 20), is_dynamic=True
+    )
 
 
 @pytest.mark.parametrize(
@@ -49,7 +60,10 @@ def test_the_smallest_size_contains_the_grids_of_cls_tokens() -> None:
         ({}, ""),
         ({"position_offset": 0.1, "position_embedding_type": "learned_rope_2d"}, "position_offset"),
         ({"position_interpolation": "crop"}, ""),
-        ({"position_interpolation": "crop", "image_size": [32, 48]}, "crops position embeddings of a non-square grid"),
+        (
+            {"position_interpolation": "crop", "image_size": [32, 48]},
+            "crops position embeddings of a non-square grid",
+        ),
         ({"position_antialias": True}, "position_antialias=True"),
         ({"position_antialias": True, "position_embedding_type": "rope_2d"}, ""),
     ],
@@ -58,8 +72,12 @@ def test_reasons_for_a_fixed_size(fields: dict[str, Any], word: str) -> None:
     model = ViTCLSModel(build_tiny_config(**fields))
     native_size = model.config.image_height_width
     shape = select_graph_shape(model, None, dynamic=True, has_pytorch_antialias_filter=False)
-    assert word in shape.fixed_size_reason and bool(shape.fixed_size_reason) == bool(word)
-    assert shape.is_dynamic == (not word) and shape.image_size == native_size
+    assert word in shape.fixed_size_reason
+    assert bool(shape.fixed_size_reason) == bool(word)
+    assert shape.is_dynamic == (not word)
+    assert shape.image_size == native_size
     assert shape.smallest_size == (native_size if word else (16, 16))
     assert not word or select_graph_shape(model, (40, 24), True, False).image_size == (40, 24)
-    assert select_graph_shape(model, (40, 24), dynamic=False) == GraphShape((40, 24), (40, 24), is_dynamic=False)
+    assert select_graph_shape(model, (40, 24), dynamic=False) == GraphShape(
+        (40, 24), (40, 24), is_dynamic=False
+    )

@@ -12,14 +12,29 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny_models import KINDS, build_images, build_tiny_config, raises_one_line, randomize, save_with_processor
-from helpers.transformers_js import install_transformers_js, load_digit_images, save_digits_classifier
+from helpers.tiny_models import (
+    KINDS,
+    build_images,
+    build_tiny_config,
+    raises_one_line,
+    randomize,
+    save_with_processor,
+)
+from helpers.transformers_js import (
+    install_transformers_js,
+    load_digit_images,
+    save_digits_classifier,
+)
 from PIL import Image
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel, predict
 from modeling_vitcls.export.exportable import compute_named_outputs
 from modeling_vitcls.export.formats import run_graph
-from modeling_vitcls.export.transformers_js import build_config, compare_file, export_for_transformers_js
+from modeling_vitcls.export.transformers_js import (
+    build_config,
+    compare_file,
+    export_for_transformers_js,
+)
 
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate")]
@@ -53,12 +68,15 @@ def web(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of an exported classifier, next to its weights and six images, four of them with the label
     that the model predicts."""
     folder = tmp_path_factory.mktemp("models")
-    source, digits = save_digits_classifier(folder / "mine"), load_digit_images()[:6]
+    source = save_digits_classifier(folder / "mine")
+    digits = load_digit_images()[:6]
     for number, (digit, row) in enumerate(zip(digits, predict(source, digits), strict=True)):
         label = row["label"] if number < 4 else f"digit {(int(row['label'][-1]) + 1) % 10}"
         (folder / "images" / "train" / label).mkdir(parents=True, exist_ok=True)
         digit.save(folder / "images" / "train" / label / f"{number}.png")
-    shutil.copytree(folder / "images" / "train" / label, folder / "images" / "test" / label)  # the default
+    shutil.copytree(
+        folder / "images" / "train" / label, folder / "images" / "test" / label
+    )  # the default
     export_for_transformers_js(str(source), folder / "web", str(folder / "images"), split="train")
     return folder / "web"
 
@@ -84,7 +102,8 @@ def test_the_folder_has_the_layout_of_transformers_js(web: Path) -> None:
         "problem_type": "single_label_classification",
     }
     config = build_config(ViTCLSModel(build_tiny_config(problem_type="multi_label_classification")))
-    assert config["architectures"] == ["ViTModel"] and "id2label" not in config
+    assert config["architectures"] == ["ViTModel"]
+    assert "id2label" not in config
     assert config["problem_type"] == "multi_label_classification"
     assert json.loads((web / "preprocessor_config.json").read_text()) == {
         "image_processor_type": "ViTImageProcessor",
@@ -105,20 +124,31 @@ def test_the_report_describes_the_files(web: Path) -> None:
     processor = ViTCLSImageProcessor.from_pretrained(web.parent / "mine")
     images = list((web.parent / "images" / "train").rglob("*.png"))
     pixels = [processor(Image.open(image), return_tensors="pt")["pixel_values"] for image in images]
-    int8_outputs = run_graph(web / "onnx" / "model_quantized.onnx", pixels, ["logits"])  # one image per batch
+    int8_outputs = run_graph(
+        web / "onnx" / "model_quantized.onnx", pixels, ["logits"]
+    )  # one image per batch
     labels = [f"digit {outputs['logits'].argmax()}" for outputs in int8_outputs]
-    int8_accuracy = sum(label == image.parent.name for label, image in zip(labels, images, strict=True)) / 6
-    accuracies = {"model.onnx": 4 / 6, "model_fp16.onnx": 4 / 6, "model_quantized.onnx": int8_accuracy}
+    int8_accuracy = (
+        sum(label == image.parent.name for label, image in zip(labels, images, strict=True)) / 6
+    )
+    accuracies = {
+        "model.onnx": 4 / 6,
+        "model_fp16.onnx": 4 / 6,
+        "model_quantized.onnx": int8_accuracy,
+    }
     scores = {"dataset": "path/to/images", "split": "train", "num_images": 6, "metric": "accuracy"}
     assert report["labeled"].pop("files") == pytest.approx(accuracies, abs=1e-6)
-    assert report["labeled"] == scores | {"model": pytest.approx(4 / 6, abs=1e-6)} and report["num_images"] == 64
+    assert report["labeled"] == scores | {"model": pytest.approx(4 / 6, abs=1e-6)}
+    assert report["num_images"] == 64
     folders = {"sha256": web / "onnx", "weights_sha256": web.parent / "mine"}
     files = {
         "sha256": ["model.onnx", "model_fp16.onnx", "model_quantized.onnx"],
         "weights_sha256": ["model.safetensors"],
     }
     for key, names in files.items():
-        assert report[key] == {name: sha256((folders[key] / name).read_bytes()).hexdigest() for name in names}
+        assert report[key] == {
+            name: sha256((folders[key] / name).read_bytes()).hexdigest() for name in names
+        }
     fp32, fp16, int8 = report["comparisons"]
     assert [(each["file"], each["dtype"]) for each in report["comparisons"]] == [
         ("onnx/model.onnx", "fp32"),
@@ -127,7 +157,8 @@ def test_the_report_describes_the_files(web: Path) -> None:
     ]
     sizes = [(web / each["file"]).stat().st_size for each in (fp32, fp16)]
     assert sizes[1] < sizes[0]
-    assert fp32["largest_difference"] <= 1e-4 and fp32["top1_agreement"] == 1
+    assert fp32["largest_difference"] <= 1e-4
+    assert fp32["top1_agreement"] == 1
     assert fp32["largest_difference"] < fp16["largest_difference"] < int8["largest_difference"]
     assert int8["top1_agreement"] > 0.5
 
@@ -137,7 +168,11 @@ def test_the_files_have_the_logits_and_the_attention_of_the_model(web: Path) -> 
     model = ViTCLSForImageClassification.from_pretrained(web.parent / "mine")
     pixel_values = build_images(4)
     (reference,) = compute_named_outputs(model, [pixel_values], output_attentions=True)
-    for name, limit in (("model.onnx", 1e-4), ("model_fp16.onnx", 0.1), ("model_quantized.onnx", 1.0)):
+    for name, limit in (
+        ("model.onnx", 1e-4),
+        ("model_fp16.onnx", 0.1),
+        ("model_quantized.onnx", 1.0),
+    ):
         (outputs,) = run_graph(web / "onnx" / name, [pixel_values], ["logits", "cls_attention"])
         for output, expected in reference.items():
             assert outputs[output].shape == expected.shape
@@ -146,10 +181,19 @@ def test_the_files_have_the_logits_and_the_attention_of_the_model(web: Path) -> 
     compared = compare_file(web / "onnx" / "model.onnx", "fp32", [pixel_values] * 3, other)
     assert compared["largest_difference"] == pytest.approx(1, abs=1e-4)
     (graph_input,) = onnx.load(web / "onnx" / "model.onnx").graph.input
-    assert [axis.dim_value for axis in graph_input.type.tensor_type.shape.dim] == [0, 3, 32, 32]  # 0 is any
+    assert [axis.dim_value for axis in graph_input.type.tensor_type.shape.dim] == [
+        0,
+        3,
+        32,
+        32,
+    ]  # 0 is any
     for name, dtypes in (("model_fp16.onnx", {"FLOAT16"}), ("model_quantized.onnx", {"INT8"})):
         weights = onnx.load(web / "onnx" / name).graph.initializer
-        found = {onnx.TensorProto.DataType.Name(weight.data_type) for weight in weights if len(weight.dims) == 2}
+        found = {
+            onnx.TensorProto.DataType.Name(weight.data_type)
+            for weight in weights
+            if len(weight.dims) == 2
+        }
         assert found - {"INT64"} == dtypes, name
 
 
@@ -172,7 +216,9 @@ def test_other_models_and_gray_images_are_refused(tmp_path: Path) -> None:
     with raises_one_line("classifier for one task"):
         export_for_transformers_js(str(tmp_path / "tasks"), tmp_path / "web")
     for name, fields in (("regression", {"problem_type": "regression"}), ("no processor", {})):
-        randomize(ViTCLSForImageClassification(build_tiny_config(**fields))).save_pretrained(tmp_path / name)
+        randomize(ViTCLSForImageClassification(build_tiny_config(**fields))).save_pretrained(
+            tmp_path / name
+        )
         if fields:
             ViTCLSImageProcessor(size=32).save_pretrained(tmp_path / name)
         noun = "with" if fields else "without"
@@ -184,7 +230,9 @@ def test_other_models_and_gray_images_are_refused(tmp_path: Path) -> None:
     with raises_one_line("--dataset"):
         export_for_transformers_js(str(encoder), tmp_path / "web", dataset="digits")
     folder = save_digits_classifier(tmp_path / "gray", num_channels=1)
-    ViTCLSImageProcessor(size=32, do_convert_rgb=False, image_mean=[0.5], image_std=[0.5]).save_pretrained(folder)
+    ViTCLSImageProcessor(
+        size=32, do_convert_rgb=False, image_mean=[0.5], image_std=[0.5]
+    ).save_pretrained(folder)
     with raises_one_line("do_convert_rgb is False"):
         export_for_transformers_js(str(folder), tmp_path / "web")
     assert not (tmp_path / "web").exists()
@@ -212,7 +260,9 @@ def test_node_predicts_the_same_labels_for_500_digits(
         with torch.no_grad():
             logits = model(pixel_values).logits
     else:
-        batches = list(pixel_values.split(1))  # int8 inputs are scaled by the largest value of a batch
+        batches = list(
+            pixel_values.split(1)
+        )  # int8 inputs are scaled by the largest value of a batch
         outputs = run_graph(web / "onnx" / "model_quantized.onnx", batches, ["logits"])
         logits = torch.cat([output["logits"] for output in outputs])
     assert len(set(labels)) > 1

@@ -17,5 +17,7 @@ def adapt_with_loader(old: Any, loader: Any, folder: Path, **change: Any) -> Any
 def get_logged_lines(caplog: pytest.LogCaptureFixture) -> list[str]:
     """Return the messages that adaptation logged."""
     return [
-        record.getMessage() for record in caplog.records if record.name == "modeling_vitcls.model.adaptation_vitcls"
+        record.getMessage()
+        for record in caplog.records
+        if record.name == "modeling_vitcls.model.adaptation_vitcls"
     ]

@@ -18,7 +18,13 @@ HELD_OUT = PIXELS[NUM_TRAINED : NUM_TRAINED + 128], LABELS[NUM_TRAINED : NUM_TRA
 
 def build_digits_config(**fields: Any) -> ViTCLSConfig:
     """Return a configuration with 16 patches, width 32 and three layers."""
-    sizes = {"image_size": 8, "patch_size": 2, "num_channels": 1, "hidden_size": 32, "intermediate_size": 64}
+    sizes = {
+        "image_size": 8,
+        "patch_size": 2,
+        "num_channels": 1,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+    }
     settings = {"num_hidden_layers": 3, "num_attention_heads": 2, "initializer_range": 0.08}
     return ViTCLSConfig(**(sizes | settings | fields))
 
@@ -31,7 +37,9 @@ def train_digits_model(
     config = build_digits_config(**{"num_register_tokens": 2, "num_labels": 10} | fields)
     model = ViTCLSForImageClassification(config).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, epochs * NUM_TRAINED // batch_size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 3e-3, epochs * NUM_TRAINED // batch_size
+    )
     for _ in range(epochs):
         for indices in torch.randperm(NUM_TRAINED).split(batch_size):
             optimizer.zero_grad()

@@ -40,7 +40,12 @@ from modeling_vitcls.training.signals import SignalHandler
 
 
 NUM_PROCESSES = 2
-SIZES: dict[str, Any] = {"image_size": [16, 24], "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2}
+SIZES: dict[str, Any] = {
+    "image_size": [16, 24],
+    "patch_size": 8,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+}
 SIZES |= {"num_attention_heads": 4, "intermediate_size": 48}
 SCOPES: list[Any] = ["image", [2, 2, 0, 0], [2, 2, 1, 1]]
 
@@ -49,11 +54,21 @@ LAYOUTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "one CLS": (vitcls.ViTCLSForImageClassification, {"use_mask_token": True}),
     "distillation and registers": (
         vitcls.ViTCLSForImageClassification,
-        {"num_distillation_tokens": 1, "num_register_tokens": 4, "head_type": "mlp", "mlp_type": "swiglu"},
+        {
+            "num_distillation_tokens": 1,
+            "num_register_tokens": 4,
+            "head_type": "mlp",
+            "mlp_type": "swiglu",
+        },
     ),
     "attention pooling": (
         vitcls.ViTCLSForImageClassification,
-        {"num_cls_tokens": 0, "pooling": "attention", "position_embedding_type": "sincos_2d", "qk_norm": True},
+        {
+            "num_cls_tokens": 0,
+            "pooling": "attention",
+            "position_embedding_type": "sincos_2d",
+            "qk_norm": True,
+        },
     ),
     "three CLS with scopes": (
         vitcls.ViTCLSForImageClassification,
@@ -61,7 +76,11 @@ LAYOUTS: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     "only the CLS head answers": (
         vitcls.ViTCLSForImageClassification,
-        {"num_distillation_tokens": 1, "distillation_inference": "cls", "position_embedding_type": "rope_2d"},
+        {
+            "num_distillation_tokens": 1,
+            "distillation_inference": "cls",
+            "position_embedding_type": "rope_2d",
+        },
     ),
     "several tasks": (
         vitcls.ViTCLSForMultiTaskClassification,
@@ -101,7 +120,9 @@ def fsdp_by_block(layout: str, folder: Path) -> None:
     """
     model, path = save_model(layout, folder)
     sharded = type(model).from_pretrained(path)
-    blocks = [module for module in sharded.modules() if type(module).__name__ in sharded._no_split_modules]
+    blocks = [
+        module for module in sharded.modules() if type(module).__name__ in sharded._no_split_modules
+    ]
     assert len(blocks) == 1 + SIZES["num_hidden_layers"]
     outer_module = torch.nn.Sequential(sharded) if layout == "backbone" else sharded
     for block in [*blocks, outer_module]:
@@ -120,7 +141,8 @@ def token_attention_with_fsdp(layout: str, folder: Path) -> None:
     if layout != "backbone":  # see `fsdp_by_block`
         fully_shard(sharded)
     with torch.no_grad():
-        rows, expected = sharded.token_attention(build_own_images()), model.token_attention(build_own_images())
+        rows = sharded.token_attention(build_own_images())
+        expected = model.token_attention(build_own_images())
     torch.testing.assert_close(rows, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -154,7 +176,16 @@ def build_training_loop(folder: Path, objective: Objective) -> TrainingLoop:
     store = CheckpointStore(folder / "checkpoints", num_kept=1)
     unreadable_images = UnreadableImageCounter(print, 0)
     return TrainingLoop(
-        state, objective, dict, plan, options, accelerator, reporter, store, "accuracy", unreadable_images
+        state,
+        objective,
+        dict,
+        plan,
+        options,
+        accelerator,
+        reporter,
+        store,
+        "accuracy",
+        unreadable_images,
     )
 
 
@@ -186,7 +217,11 @@ def non_finite_loss_stops_all_processes(folder: Path) -> None:
 
     def get_loss(model: Any, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         loss = compute_loss(model, "one CLS", build_own_images())
-        return {"loss": loss, "logged": loss} if distributed.get_rank() != failing else {"loss": loss + math.inf}
+        return (
+            {"loss": loss, "logged": loss}
+            if distributed.get_rank() != failing
+            else {"loss": loss + math.inf}
+        )
 
     for failing in range(NUM_PROCESSES):
         loop = build_training_loop(folder, get_loss)
@@ -196,9 +231,12 @@ def non_finite_loss_stops_all_processes(folder: Path) -> None:
         except RunStopped:
             pass
         else:
-            raise AssertionError(f"the loss of process {failing} is infinite, but training continued")
+            raise AssertionError(
+                f"the loss of process {failing} is infinite, but training continued"
+            )
         for parameter, value in zip(loop.state.model.parameters(), before, strict=True):
-            assert torch.equal(parameter, value) and parameter.grad is None
+            assert torch.equal(parameter, value)
+            assert parameter.grad is None
 
 
 def signal_to_one_process_is_known_to_all(folder: Path) -> None:
@@ -215,7 +253,10 @@ def error_of_the_main_process_is_raised_by_all(folder: Path) -> None:
     (folder / "a file").touch()
     store = CheckpointStore(folder / "a file", num_kept=1)
     try:
-        run_on_main(Accelerator(cpu=True), lambda: store.save(1, {"model": {"x": torch.ones(1)}}, {"step": 1}, False))
+        run_on_main(
+            Accelerator(cpu=True),
+            lambda: store.save(1, {"model": {"x": torch.ones(1)}}, {"step": 1}, False),
+        )
     except OSError as error:
         assert "cannot write the checkpoint of step 1" in str(error)
     else:

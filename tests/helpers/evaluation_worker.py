@@ -41,7 +41,12 @@ BATCH_SIZE = 3
 NUM_IMAGES = 13  # not a multiple of 3 or 2 x 3
 UNREADABLE = (0, 5, 11, 12)  # the last batch has no readable image
 CLASSES = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
-SIZES: dict[str, Any] = {"image_size": 16, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 2}
+SIZES: dict[str, Any] = {
+    "image_size": 16,
+    "patch_size": 8,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+}
 SIZES |= {"num_attention_heads": 2, "intermediate_size": 24, "initializer_range": 0.5}
 SPACES = {
     "single": LabelSpace("single_label_classification", {"label": CLASSES}),
@@ -72,15 +77,20 @@ def draw_label(name: str, random: np.random.Generator) -> Any:
     return {"age": int(random.integers(2)), "species": int(random.choice([-100, 0, 3, 5]))}
 
 
-def build_labeled_images(name: str, number: int = NUM_IMAGES, unreadable: tuple[int, ...] = ()) -> LabeledImages:
+def build_labeled_images(
+    name: str, number: int = NUM_IMAGES, unreadable: tuple[int, ...] = ()
+) -> LabeledImages:
     """Return noise images with labels, as PNG files in memory. Files with an index in `unreadable` are truncated."""
     random = np.random.default_rng(0)
-    encoded, labels = [], []
+    encoded = []
+    labels = []
     for index in range(number):
         file = io.BytesIO()
         Image.fromarray(random.integers(256, size=(16, 16, 3), dtype=np.uint8)).save(file, "PNG")
         content = file.getvalue()
-        encoded.append({"path": f"{index}.png", "bytes": content[:200] if index in unreadable else content})
+        encoded.append(
+            {"path": f"{index}.png", "bytes": content[:200] if index in unreadable else content}
+        )
         labels.append(draw_label(name, random))
     return LabeledImages(DatasetImages.from_list(encoded), labels)
 
@@ -90,8 +100,11 @@ def build_evaluator(
 ) -> Evaluator:
     """Return an evaluator for one kind of labels."""
     data_options = DataOptions("", **{"num_workers": 0} | options)
-    images, processor = images or build_labeled_images(name), ViTCLSImageProcessor(size=16)
-    return Evaluator(images, processor, SPACES[name], data_options, BATCH_SIZE, accelerator, warn=warn)
+    images = images or build_labeled_images(name)
+    processor = ViTCLSImageProcessor(size=16)
+    return Evaluator(
+        images, processor, SPACES[name], data_options, BATCH_SIZE, accelerator, warn=warn
+    )
 
 
 def evaluate_all(accelerator: Accelerator) -> dict[str, Any]:
@@ -99,7 +112,9 @@ def evaluate_all(accelerator: Accelerator) -> dict[str, Any]:
     results = {name: build_evaluator(name, accelerator)(build_classifier(name)) for name in SPACES}
     for name in SPACES:
         images = build_labeled_images(name, number=1)
-        results[f"{name}, one image"] = build_evaluator(name, accelerator, images)(build_classifier(name))
+        results[f"{name}, one image"] = build_evaluator(name, accelerator, images)(
+            build_classifier(name)
+        )
     images = build_labeled_images("single", unreadable=UNREADABLE)
     evaluator = build_evaluator("single", accelerator, images, num_workers=1)
     model = build_classifier("single")
@@ -136,19 +151,25 @@ def shard(model: Any, accelerator: Accelerator) -> Any:
 def evaluate_digits(model: Path, output: Path | None = None) -> dict[str, Any]:
     """Evaluate as `vitcls evaluate` does. 359 digits are not a multiple of 2 x 7."""
     data = DataOptions(dataset="digits", num_workers=0)
-    return evaluate_checkpoint(EvaluateOptions(model=str(model), data=data, batch_size=7, output=output))
+    return evaluate_checkpoint(
+        EvaluateOptions(model=str(model), data=data, batch_size=7, output=output)
+    )
 
 
 def evaluate_frozen_digits(model: Path, output: Path | None = None) -> dict[str, Any]:
     """Evaluate as `vitcls evaluate --frozen knn` does."""
     data = DataOptions(dataset="digits", num_workers=0)
-    return evaluate_frozen(EvaluateOptions(str(model), data, batch_size=7, frozen="knn", output=output))
+    return evaluate_frozen(
+        EvaluateOptions(str(model), data, batch_size=7, frozen="knn", output=output)
+    )
 
 
 def main() -> None:
     """Evaluate. The main process writes the results."""
     folder = Path(sys.argv[1])
-    if sys.argv[2:] == ["frozen"]:  # in a separate run, because an evaluation ends the process group
+    if sys.argv[2:] == [
+        "frozen"
+    ]:  # in a separate run, because an evaluation ends the process group
         evaluate_frozen_digits(folder, folder / "frozen.json")
         return
     accelerator = build_accelerator()

@@ -25,7 +25,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 
-PRELOADED = ("torch", "torchvision.transforms.v2", "scipy.optimize", "sklearn.datasets", "rich.console", "tyro")
+PRELOADED = (
+    "torch",
+    "torchvision.transforms.v2",
+    "scipy.optimize",
+    "sklearn.datasets",
+    "rich.console",
+    "tyro",
+)
 NOT_LOADED = {"modeling_vitcls", "transformers", "huggingface_hub", "datasets", "accelerate"}
 SECONDS = 300  # timeout of a process
 OPTIONS = {"-I", "-P"}
@@ -62,7 +69,8 @@ def run_fresh(
             "outputs": list(map(str, outputs)),
         }
         requests, replies = start_server().stdin, start_server().stdout
-        assert requests is not None and replies is not None
+        assert requests is not None
+        assert replies is not None
         print(json.dumps(request), file=requests, flush=True)
         reply = replies.readline()
         assert reply, "the server of new processes has ended"
@@ -88,7 +96,9 @@ def start_server() -> subprocess.Popen[str]:
 def serve() -> None:
     """Run each request in a fork, and print the exit status of the fork."""
     for line in sys.stdin:
-        process = multiprocessing.get_context("fork").Process(target=run_request, kwargs=json.loads(line))
+        process = multiprocessing.get_context("fork").Process(
+            target=run_request, kwargs=json.loads(line)
+        )
         process.start()
         process.join(SECONDS)
         process.kill()
@@ -96,7 +106,9 @@ def serve() -> None:
         print(process.exitcode, flush=True)
 
 
-def run_request(words: list[str], environment: dict[str, str], cwd: str, outputs: list[str]) -> None:
+def run_request(
+    words: list[str], environment: dict[str, str], cwd: str, outputs: list[str]
+) -> None:
     """Run a Python command in this process as if the process had been started for it."""
     for descriptor, file in enumerate(outputs, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), descriptor)

@@ -18,7 +18,12 @@ from safetensors.torch import load_file, save_file
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 
-AUTO_CLASSES = ("AutoModel", "AutoModelForImageClassification", "AutoModelForMaskedImageModeling", "AutoBackbone")
+AUTO_CLASSES = (
+    "AutoModel",
+    "AutoModelForImageClassification",
+    "AutoModelForMaskedImageModeling",
+    "AutoBackbone",
+)
 BACKENDS = (None, "torchvision", "pil")
 SEED = 0
 
@@ -44,24 +49,39 @@ def main(inputs_file: str, target: Path, num_threads: int, sources: list[str]) -
         for auto_class in AUTO_CLASSES:
             model, loading = load(source, auto_class)
             report[name][auto_class] = describe(model, loading)
-            found |= add_prefix(f"{name}/{auto_class}", compute_outputs(model, inputs["pixel_values"]))
+            found |= add_prefix(
+                f"{name}/{auto_class}", compute_outputs(model, inputs["pixel_values"])
+            )
             if type(model).__name__ in model.config.architectures:
                 model.save_pretrained(target / name)
                 again, _ = load(str(target / name), auto_class)
                 found |= add_prefix(f"{name}/again", compute_outputs(again, inputs["pixel_values"]))
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=True)
-        report[name]["AutoConfig"] = {"class": type(config).__name__, "module": type(config).__module__}
+        report[name]["AutoConfig"] = {
+            "class": type(config).__name__,
+            "module": type(config).__module__,
+        }
         report[name]["AutoImageProcessor"] = {}
         for backend in BACKENDS:
             processor = transformers.AutoImageProcessor.from_pretrained(
                 source, backend=backend, trust_remote_code=True
             )
             report[name]["AutoImageProcessor"][str(backend)] = type(processor).__name__
-            found[f"{name}/processor/{backend}"] = processor(inputs["image"], return_tensors="pt")["pixel_values"]
-            processor.save_pretrained(target / name)  # saving must keep the settings of the other backends
-        report[name]["pipeline"] = classify(source, inputs["image"]) if name == "classifier" else None
-        larger = transformers.AutoModel.from_pretrained(source, image_size=[24, 32], trust_remote_code=True)
-        found |= add_prefix(f"{name}/larger", compute_outputs(larger, inputs["larger_pixel_values"]))
+            found[f"{name}/processor/{backend}"] = processor(inputs["image"], return_tensors="pt")[
+                "pixel_values"
+            ]
+            processor.save_pretrained(
+                target / name
+            )  # saving must keep the settings of the other backends
+        report[name]["pipeline"] = (
+            classify(source, inputs["image"]) if name == "classifier" else None
+        )
+        larger = transformers.AutoModel.from_pretrained(
+            source, image_size=[24, 32], trust_remote_code=True
+        )
+        found |= add_prefix(
+            f"{name}/larger", compute_outputs(larger, inputs["larger_pixel_values"])
+        )
     save_file(found, target / "answers.safetensors")
     (target / "report.json").write_text(json.dumps(report))
 
@@ -115,7 +135,9 @@ def classify(source: str, image: torch.Tensor) -> list[dict[str, Any]]:
     """Return the output of the image-classification pipeline for an image [C, H, W]."""
     from torchvision.transforms.functional import to_pil_image
 
-    return transformers.pipeline("image-classification", model=source, trust_remote_code=True)(to_pil_image(image))
+    return transformers.pipeline("image-classification", model=source, trust_remote_code=True)(
+        to_pil_image(image)
+    )
 
 
 if __name__ == "__main__":

@@ -27,7 +27,9 @@ from huggingface_hub import constants
 from helpers import local_hub_server as server
 
 
-LFS_NAMES = re.compile(r".*\.(safetensors|bin|pt|pth|pkl|onnx|parquet|npz)")  # as in a new repository's .gitattributes
+LFS_NAMES = re.compile(
+    r".*\.(safetensors|bin|pt|pth|pkl|onnx|parquet|npz)"
+)  # as in a new repository's .gitattributes
 GIT_ATTRIBUTES = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
 
 
@@ -36,9 +38,13 @@ class Token:
     """The user and the permissions of a token."""
 
     user: str
-    organizations: dict[str, str] = field(default_factory=dict)  # name -> role: admin, write, contributor or read
+    organizations: dict[str, str] = field(
+        default_factory=dict
+    )  # name -> role: admin, write, contributor or read
     role: str = "write"  # write, read or fineGrained
-    scopes: dict[tuple[str, str], list[str]] = field(default_factory=dict)  # (user | org | model, name) -> permissions
+    scopes: dict[tuple[str, str], list[str]] = field(
+        default_factory=dict
+    )  # (user | org | model, name) -> permissions
 
     def can_read(self, repo_id: str) -> bool:
         """Return whether the token can read private repositories of this name."""
@@ -49,9 +55,19 @@ class Token:
         """Return whether the token can commit to a repository of this name."""
         namespace = get_namespace(repo_id)
         if self.role == "fineGrained":
-            names = [name for (_, name), permissions in self.scopes.items() if "repo.write" in permissions]
-            return self.can_read(repo_id) and (namespace in names or repo_id.removeprefix("spaces/") in names)
-        is_member = namespace == self.user or self.organizations.get(namespace) in ("admin", "write", "contributor")
+            names = [
+                name
+                for (_, name), permissions in self.scopes.items()
+                if "repo.write" in permissions
+            ]
+            return self.can_read(repo_id) and (
+                namespace in names or repo_id.removeprefix("spaces/") in names
+            )
+        is_member = namespace == self.user or self.organizations.get(namespace) in (
+            "admin",
+            "write",
+            "contributor",
+        )
         return self.role == "write" and is_member
 
 
@@ -94,7 +110,9 @@ class Repository:
 
     def commit(self, branch: str, message: str, files: dict[str, StoredFile]) -> str:
         """Add a commit to a branch and return its hash."""
-        content = repr((self.branches.get(branch), message, len(self.commits), sorted(files.items())))
+        content = repr(
+            (self.branches.get(branch), message, len(self.commits), sorted(files.items()))
+        )
         name = hashlib.sha1(content.encode()).hexdigest()
         self.commits[name] = Commit(message, files)
         self.branches[branch] = name
@@ -123,7 +141,9 @@ class LocalHub:
         self.url = ""
         self.storage_url = ""
         self.tokens: dict[str, Token] = {}
-        self.private_by_default: set[str] = set()  # organizations whose new repositories are private
+        self.private_by_default: set[str] = (
+            set()
+        )  # organizations whose new repositories are private
         self.gated: set[str] = set()  # repositories whose files cannot be read
         self.repositories: dict[str, Repository] = {}
         self.contents: dict[str, bytes] = {}
@@ -175,16 +195,28 @@ class LocalHub:
     def repository(self, repo_id: str) -> Repository | None:
         """Return a repository, or None if it does not exist."""
         with self.lock:
-            if repo_id not in self.repositories and self._folder and (self._folder / repo_id).is_dir():
-                paths = sorted(path for path in (self._folder / repo_id).iterdir() if path.is_file())
-                self.create(repo_id, private=False, files={path.name: path.read_bytes() for path in paths})
+            if (
+                repo_id not in self.repositories
+                and self._folder
+                and (self._folder / repo_id).is_dir()
+            ):
+                paths = sorted(
+                    path for path in (self._folder / repo_id).iterdir() if path.is_file()
+                )
+                self.create(
+                    repo_id, private=False, files={path.name: path.read_bytes() for path in paths}
+                )
             return self.repositories.get(repo_id)
 
-    def create(self, repo_id: str, private: bool, files: dict[str, bytes] | None = None) -> Repository:
+    def create(
+        self, repo_id: str, private: bool, files: dict[str, bytes] | None = None
+    ) -> Repository:
         """Create a repository with one commit."""
         repository = Repository(private)
         files = {".gitattributes": GIT_ATTRIBUTES} if files is None else files
-        repository.commit("main", "initial commit", {path: self.store(path, data) for path, data in files.items()})
+        repository.commit(
+            "main", "initial commit", {path: self.store(path, data) for path, data in files.items()}
+        )
         self.repositories[repo_id] = repository
         return repository
 
@@ -216,15 +248,21 @@ def git_hash(content: bytes) -> str:
 def running_hub(folder: Path | None = None) -> Iterator[LocalHub]:
     """Start a Hub and its storage. Their host names differ, as on the real Hub, because clients depend on it."""
     hub = LocalHub(folder)
-    with serve(hub, server.HUB_ROUTES) as hub_port, serve(hub, server.STORAGE_ROUTES) as storage_port:
-        hub.url, hub.storage_url = f"http://127.0.0.1:{hub_port}", f"http://localhost:{storage_port}"
+    with (
+        serve(hub, server.HUB_ROUTES) as hub_port,
+        serve(hub, server.STORAGE_ROUTES) as storage_port,
+    ):
+        hub.url = f"http://127.0.0.1:{hub_port}"
+        hub.storage_url = f"http://localhost:{storage_port}"
         try:
             yield hub
         finally:
             hub.is_stopped.set()
 
 
-def point_client_at(url: str, token: str | None, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+def point_client_at(
+    url: str, token: str | None, monkeypatch: pytest.MonkeyPatch, home: Path
+) -> None:
     """Set the Hub address, the token and the cache of huggingface_hub in this process and its child processes.
 
     Constants that huggingface_hub reads from the environment at import are also set. The cache only changes in child
@@ -235,8 +273,12 @@ def point_client_at(url: str, token: str | None, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("HF_HOME", str(home))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
     monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)  # a client with the former address
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(
+        transformers.utils.hub, "_hf_api", None, raising=False
+    )  # a client with the former address
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
     if token is None:
@@ -250,7 +292,9 @@ def serve(hub: LocalHub, routes: "server.Routes") -> Iterator[int]:
     """Handle requests on a free port and yield the port."""
     listener = ThreadingHTTPServer(("127.0.0.1", 0), server.build_handler(hub, routes))
     listener.daemon_threads = True
-    thread = threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread = threading.Thread(
+        target=listener.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+    )
     thread.start()
     try:
         yield listener.server_port

@@ -48,7 +48,13 @@ class Response:
 class ErrorResponse(Exception):
     """An error response."""
 
-    def __init__(self, status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None):
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ):
         super().__init__(message)
         error = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
         self.response = Response({"error": message}, status, error | (headers or {}))
@@ -64,7 +70,9 @@ PREFIXES = {"model": "", "space": "spaces/"}
 def get_readable(hub: "LocalHub", repo_id: str, request: Request) -> "Repository":
     """Return a repository that the token can read. Repositories that it cannot read are reported as missing."""
     repository = hub.repository(repo_id)
-    if repository is None or (repository.private and not (request.token and request.token.can_read(repo_id))):
+    if repository is None or (
+        repository.private and not (request.token and request.token.can_read(repo_id))
+    ):
         if request.token is None:
             raise ErrorResponse(401, "Invalid username or password.", "RepoNotFound")
         raise ErrorResponse(404, "Repository not found", "RepoNotFound")
@@ -104,7 +112,10 @@ def who_am_i(hub: "LocalHub", match: re.Match[str], request: Request) -> Respons
             for (kind, name), permissions in token.scopes.items()
         ]
         access["fineGrained"] = {"canReadGatedRepos": False, "global": [], "scoped": scoped}
-    organizations = [{"type": "org", "name": name, "roleInOrg": role} for name, role in token.organizations.items()]
+    organizations = [
+        {"type": "org", "name": name, "roleInOrg": role}
+        for name, role in token.organizations.items()
+    ]
     return Response(
         {
             "type": "user",
@@ -126,10 +137,13 @@ def create_repository(hub: "LocalHub", match: re.Match[str], request: Request) -
     requested = request.json()
     if request.token is None:
         raise ErrorResponse(401, "Invalid username or password.")
-    kind, namespace = requested.get("type", "model"), requested.get("organization") or request.token.user
+    kind = requested.get("type", "model")
+    namespace = requested.get("organization") or request.token.user
     repo_id = f"{PREFIXES[kind]}{namespace}/{requested['name']}"
     if not request.token.can_write(repo_id):
-        raise ErrorResponse(403, f'You don\'t have the rights to create a {kind} under the namespace "{namespace}"')
+        raise ErrorResponse(
+            403, f'You don\'t have the rights to create a {kind} under the namespace "{namespace}"'
+        )
     if kind == "space" and not requested.get("sdk"):
         raise ErrorResponse(400, "sdk is required for a Space")
     url = f"{hub.url}/{repo_id}"
@@ -163,7 +177,9 @@ def create_branch(hub: "LocalHub", match: re.Match[str], request: Request) -> Re
     branch = unquote(match["name"])
     if branch in repository.branches:
         raise ErrorResponse(409, f"Reference already exists: refs/heads/{branch}")
-    repository.branches[branch], _ = get_commit(repository, request.json().get("startingPoint", "main"))
+    repository.branches[branch], _ = get_commit(
+        repository, request.json().get("startingPoint", "main")
+    )
     return Response()
 
 
@@ -209,8 +225,15 @@ def tree(hub: "LocalHub", match: re.Match[str], request: Request) -> Response:
     matches = {path: file for path, file in sorted(commit.files.items()) if path.startswith(start)}
     if start and not matches:
         raise ErrorResponse(404, "not found", "EntryNotFound")
-    folders = {"/".join(path.split("/")[:depth]) for path in matches for depth in range(1, path.count("/") + 1)}
-    entries = [{"type": "directory", "oid": "0" * 40, "size": 0, "path": folder} for folder in sorted(folders)]
+    folders = {
+        "/".join(path.split("/")[:depth])
+        for path in matches
+        for depth in range(1, path.count("/") + 1)
+    }
+    entries = [
+        {"type": "directory", "oid": "0" * 40, "size": 0, "path": folder}
+        for folder in sorted(folders)
+    ]
     entries += [file_entry(path, file) for path, file in matches.items()]
     if request.query.get("recursive", ["false"])[0].lower() != "true":
         entries = [entry for entry in entries if "/" not in str(entry["path"]).removeprefix(start)]
@@ -222,7 +245,13 @@ def paths_info(hub: "LocalHub", match: re.Match[str], request: Request) -> Respo
     _, commit = get_commit(get_readable(hub, match["repo"], request), match["revision"])
     is_json = request.headers.get("content-type") == "application/json"
     requested = request.json() if is_json else parse_qs(request.body.decode())
-    return Response([file_entry(path, commit.files[path]) for path in requested["paths"] if path in commit.files])
+    return Response(
+        [
+            file_entry(path, commit.files[path])
+            for path in requested["paths"]
+            if path in commit.files
+        ]
+    )
 
 
 def file_entry(path: str, file: "StoredFile") -> dict[str, Any]:
@@ -244,7 +273,11 @@ def resolve(hub: "LocalHub", match: re.Match[str], request: Request) -> Response
     headers = {"X-Repo-Commit": name, "ETag": f'"{file.oid}"', "Accept-Ranges": "bytes"}
     if file.is_lfs:
         location = f"{hub.storage_url}/objects/{file.sha256}"
-        linked = {"X-Linked-Etag": f'"{file.sha256}"', "X-Linked-Size": str(file.size), "Location": location}
+        linked = {
+            "X-Linked-Etag": f'"{file.sha256}"',
+            "X-Linked-Size": str(file.size),
+            "Location": location,
+        }
         return Response(b"", 302, headers | linked)
     return get_byte_range(hub.contents[file.sha256], request, headers)
 
@@ -274,7 +307,8 @@ def preupload(hub: "LocalHub", match: re.Match[str], request: Request) -> Respon
     _, commit = get_commit(get_writable(hub, match["repo"], request), match["revision"])
     entries = []
     for file in request.json()["files"]:
-        is_lfs, there = hub.is_lfs(file["path"], file["size"]), commit.files.get(file["path"])
+        is_lfs = hub.is_lfs(file["path"], file["size"])
+        there = commit.files.get(file["path"])
         entries.append(
             {
                 "path": file["path"],
@@ -336,20 +370,35 @@ def make_commit(hub: "LocalHub", match: re.Match[str], request: Request) -> Resp
                 case "header":
                     header = value
                     if value.get("parentCommit", parent) != parent:
-                        raise ErrorResponse(412, "A commit has happened since. Please refresh and try again.")
+                        raise ErrorResponse(
+                            412, "A commit has happened since. Please refresh and try again."
+                        )
                 case "file":
-                    files[value["path"]] = hub.store(value["path"], base64.b64decode(value["content"]))
+                    files[value["path"]] = hub.store(
+                        value["path"], base64.b64decode(value["content"])
+                    )
                 case "lfsFile":
                     if value["oid"] not in hub.contents:
-                        raise ErrorResponse(400, f"LFS pointer pointed to a file that does not exist: {value['path']}")
+                        raise ErrorResponse(
+                            400,
+                            f"LFS pointer pointed to a file that does not exist: {value['path']}",
+                        )
                     files[value["path"]] = lfs_file(value["oid"], len(hub.contents[value["oid"]]))
                 case "deletedFile":
                     if files.pop(value["path"], None) is None:
-                        raise ErrorResponse(404, "A file with this name doesn't exist", "EntryNotFound")
+                        raise ErrorResponse(
+                            404, "A file with this name doesn't exist", "EntryNotFound"
+                        )
                 case other:
                     raise ErrorResponse(400, f"unknown change {other}")
         name = repository.commit(branch, header["summary"], files)
-    return Response({"success": True, "commitOid": name, "commitUrl": f"{hub.url}/{match['repo']}/commit/{name}"})
+    return Response(
+        {
+            "success": True,
+            "commitOid": name,
+            "commitUrl": f"{hub.url}/{match['repo']}/commit/{name}",
+        }
+    )
 
 
 # HTTP ----------------------------------------------------------------------------------------------------------------
@@ -399,8 +448,14 @@ def build_handler(hub: "LocalHub", routes: Routes) -> type[BaseHTTPRequestHandle
             if fault is not None and fault.kind == "hang":
                 hub.is_stopped.wait()
                 return
-            if fault is not None and isinstance(fault.kind, int):  # as of an overloaded server or proxy
-                self.send(Response(b"<html><h1>not now</h1></html>", fault.kind, {"Content-Type": "text/html"}))
+            if fault is not None and isinstance(
+                fault.kind, int
+            ):  # as of an overloaded server or proxy
+                self.send(
+                    Response(
+                        b"<html><h1>not now</h1></html>", fault.kind, {"Content-Type": "text/html"}
+                    )
+                )
                 return
             self.send(self.response(body), is_cut=fault is not None and fault.kind == "cut")
 
@@ -439,11 +494,21 @@ def build_handler(hub: "LocalHub", routes: Routes) -> type[BaseHTTPRequestHandle
 
         def send(self, response: Response, is_cut: bool = False) -> None:
             content = (
-                response.content if isinstance(response.content, bytes) else json.dumps(response.content).encode()
+                response.content
+                if isinstance(response.content, bytes)
+                else json.dumps(response.content).encode()
             )
-            kind = "application/octet-stream" if isinstance(response.content, bytes) else "application/json"
+            kind = (
+                "application/octet-stream"
+                if isinstance(response.content, bytes)
+                else "application/json"
+            )
             self.send_response(response.status)
-            headers = {"Content-Type": kind, "Content-Length": str(len(content)), **response.headers}
+            headers = {
+                "Content-Type": kind,
+                "Content-Length": str(len(content)),
+                **response.headers,
+            }
             for header, value in headers.items():
                 self.send_header(header, value)
             self.end_headers()

@@ -53,15 +53,22 @@ def write_run_folder(
 ) -> Path:
     """Write the files of a training run: a tiny model, results.json and config.resolved.yaml. `results` and `flags`
     replace values of RESULTS and FLAGS."""
-    save_with_processor(model_class(config or build_tiny_config(id2label={0: "dusk", 1: "noon", 2: "x"})), folder)
+    save_with_processor(
+        model_class(config or build_tiny_config(id2label={0: "dusk", 1: "noon", 2: "x"})), folder
+    )
     write_results(folder, results)
-    (folder / "config.resolved.yaml").write_text(yaml.safe_dump(FLAGS | (flags or {}), sort_keys=False))
+    (folder / "config.resolved.yaml").write_text(
+        yaml.safe_dump(FLAGS | (flags or {}), sort_keys=False)
+    )
     return folder
 
 
 def write_results(folder: Path, results: dict[str, Any] | None = None) -> None:
     """Write results.json for the weights in a folder."""
-    write_json(folder / "results.json", RESULTS | {"weights_sha256": hash_weights(folder)} | (results or {}))
+    write_json(
+        folder / "results.json",
+        RESULTS | {"weights_sha256": hash_weights(folder)} | (results or {}),
+    )
 
 
 def write_predictions(folder: Path, rows: pd.DataFrame) -> None:

@@ -25,6 +25,8 @@ def write_photos(root: Path, numbers: range, *names: str) -> Path:
     for index, name in enumerate(names or ("cat", "dog")):
         for number in numbers:
             (root / name).mkdir(parents=True, exist_ok=True)
-            noise = np.random.default_rng([index, number]).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            noise = np.random.default_rng([index, number]).integers(
+                0, 256, (8, 8, 3), dtype=np.uint8
+            )
             Image.fromarray(noise).save(root / name / f"{number}.png")
     return root

@@ -43,7 +43,8 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def sorted_photos(photos: Path) -> list[str]:
     return [str(photos / name) for name in ("a.jpg", "b.JPEG", "c.png")] + [
-        str(photos / "inner" / name) for name in ("d.jpg", "e.jpg", "f.jpg", "g.webp", "h.jpg", "i.gif")
+        str(photos / "inner" / name)
+        for name in ("d.jpg", "e.jpg", "f.jpg", "g.webp", "h.jpg", "i.gif")
     ]
 
 

@@ -23,6 +23,8 @@ def write_report(checks: Mapping[str, Callable[..., None]], folder: Path, *argum
             error = traceback.format_exc()
         errors = [""] * distributed.get_world_size()
         distributed.all_gather_object(errors, error)
-        report[name] = "\n".join(f"process {rank}: {text}" for rank, text in enumerate(errors) if text)
+        report[name] = "\n".join(
+            f"process {rank}: {text}" for rank, text in enumerate(errors) if text
+        )
     if distributed.get_rank() == 0:
         (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")

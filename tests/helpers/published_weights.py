@@ -38,13 +38,21 @@ def fill(shapes: Shapes) -> Weights:
 
 
 def build_vit_shapes(
-    num_positions: int, width: int = 192, depth: int = 2, mlp: str = "plain", extra: Shapes | None = None
+    num_positions: int,
+    width: int = 192,
+    depth: int = 2,
+    mlp: str = "plain",
+    extra: Shapes | None = None,
 ) -> Shapes:
     """Return the shapes of an encoder with a CLS token. Without positions, it has no position embeddings."""
     mlps: dict[str, Shapes] = {
         "plain": {"mlp.fc1": (NEURONS, width), "mlp.fc2": (width, NEURONS)},
         "fused": {"mlp.w12": (2 * NEURONS, width), "mlp.w3": (width, NEURONS)},
-        "gated": {"mlp.w1": (NEURONS, width), "mlp.w2": (NEURONS, width), "mlp.w3": (width, NEURONS)},
+        "gated": {
+            "mlp.w1": (NEURONS, width),
+            "mlp.w2": (NEURONS, width),
+            "mlp.w3": (width, NEURONS),
+        },
     }
     layers: dict[str, tuple[int, ...]] = {"norm1": (width,), "norm2": (width,)}
     layers |= {"attn.qkv": (3 * width, width), "attn.proj": (width, width)} | mlps[mlp]
@@ -61,15 +69,24 @@ def build_vit_shapes(
 def build_vit_weights(num_prefix_positions: int = 1, scales: str = "", **arguments: Any) -> Weights:
     """Return the weights of an encoder. `scales` is the name of LayerScale, such as `ls{}.gamma`."""
     shapes = build_vit_shapes(num_prefix_positions + GRID**2, **arguments)
-    width, depth = shapes["cls_token"][-1], arguments.get("depth", 2)
+    width = shapes["cls_token"][-1]
+    depth = arguments.get("depth", 2)
     if scales:
-        shapes |= {f"blocks.{index}.{scales.format(number)}": (width,) for index in range(depth) for number in (1, 2)}
+        shapes |= {
+            f"blocks.{index}.{scales.format(number)}": (width,)
+            for index in range(depth)
+            for number in (1, 2)
+        }
     return fill(shapes)
 
 
 def build_dinov3_weights(mlp: str = "plain", bias: bool = True) -> Weights:
     """Return the weights of a DINOv3 model of width 384, with periods rounded to bfloat16."""
-    extra: Shapes = {"storage_tokens": (1, 4, 384), "mask_token": (1, 384), "local_cls_norm.weight": (384,)}
+    extra: Shapes = {
+        "storage_tokens": (1, 4, 384),
+        "mask_token": (1, 384),
+        "local_cls_norm.weight": (384,),
+    }
     extra |= {f"blocks.{index}.ls{number}.gamma": (384,) for index in range(2) for number in (1, 2)}
     weights = fill(build_vit_shapes(0, 384, mlp=mlp, extra=extra))
     for name in [name for name in weights if name.endswith("qkv.bias")]:
@@ -80,7 +97,9 @@ def build_dinov3_weights(mlp: str = "plain", bias: bool = True) -> Weights:
 
 
 @torch.no_grad()
-def run_authors_vit(weights: Weights, images: torch.Tensor, resample: Resample | None = None) -> torch.Tensor:
+def run_authors_vit(
+    weights: Weights, images: torch.Tensor, resample: Resample | None = None
+) -> torch.Tensor:
     """Return the normalized tokens [B, N, D] of DINO, DINOv2, DeiT, DeiT III, MAE, I-JEPA or TIPS.
 
     `resample` maps position embeddings [1, D, rows, columns] to the patch grid of the images.
@@ -88,8 +107,13 @@ def run_authors_vit(weights: Weights, images: torch.Tensor, resample: Resample |
     width = weights["patch_embed.proj.weight"].shape[0]
     kernel, bias = weights["patch_embed.proj.weight"], weights["patch_embed.proj.bias"]
     maps = functional.conv2d(images, kernel, bias, stride=kernel.shape[-2:])  # type: ignore[arg-type]
-    grid, tokens = maps.shape[-2:], maps.flatten(2).transpose(1, 2)
-    prefix = [weights[name].expand(len(images), -1, -1) for name in ("cls_token", "dist_token") if name in weights]
+    grid = maps.shape[-2:]
+    tokens = maps.flatten(2).transpose(1, 2)
+    prefix = [
+        weights[name].expand(len(images), -1, -1)
+        for name in ("cls_token", "dist_token")
+        if name in weights
+    ]
     positions = weights["pos_embed"]
     num_prefix = positions.shape[1] - GRID**2
     position_maps = positions[:, num_prefix:].transpose(1, 2).unflatten(2, (GRID, GRID))
@@ -103,7 +127,9 @@ def run_authors_vit(weights: Weights, images: torch.Tensor, resample: Resample |
         tokens = torch.cat([tokens[:, :1], registers, tokens[:, 1:]], dim=1)
 
     def norm(name: str) -> torch.Tensor:
-        return functional.layer_norm(tokens, (width,), weights[f"{name}.weight"], weights[f"{name}.bias"], eps=1e-6)
+        return functional.layer_norm(
+            tokens, (width,), weights[f"{name}.weight"], weights[f"{name}.bias"], eps=1e-6
+        )
 
     def linear(name: str, values: torch.Tensor) -> torch.Tensor:
         return functional.linear(values, weights[f"{name}.weight"], weights[f"{name}.bias"])
@@ -112,17 +138,25 @@ def run_authors_vit(weights: Weights, images: torch.Tensor, resample: Resample |
     for index in range(depth):
         block = f"blocks.{index}"
         attention_scale, mlp_scale = (
-            weights.get(f"{block}.ls{n}.gamma", weights.get(f"{block}.gamma_{n}", torch.ones(width))) for n in (1, 2)
+            weights.get(
+                f"{block}.ls{n}.gamma", weights.get(f"{block}.gamma_{n}", torch.ones(width))
+            )
+            for n in (1, 2)
         )
         qkv = linear(f"{block}.attn.qkv", norm(f"{block}.norm1")).unflatten(2, (3, -1, HEAD_SIZE))
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         attention = (query @ key.transpose(-2, -1) / HEAD_SIZE**0.5).softmax(dim=-1) @ value
-        tokens = tokens + attention_scale * linear(f"{block}.attn.proj", attention.transpose(1, 2).flatten(2))
+        tokens = tokens + attention_scale * linear(
+            f"{block}.attn.proj", attention.transpose(1, 2).flatten(2)
+        )
         if f"{block}.mlp.w12.weight" in weights:
             gate, hidden = linear(f"{block}.mlp.w12", norm(f"{block}.norm2")).chunk(2, dim=-1)
             output = linear(f"{block}.mlp.w3", functional.silu(gate) * hidden)
         else:
-            output = linear(f"{block}.mlp.fc2", functional.gelu(linear(f"{block}.mlp.fc1", norm(f"{block}.norm2"))))
+            output = linear(
+                f"{block}.mlp.fc2",
+                functional.gelu(linear(f"{block}.mlp.fc1", norm(f"{block}.norm2"))),
+            )
         tokens = tokens + mlp_scale * output
     return norm("norm") if "norm.weight" in weights else tokens
 
@@ -131,13 +165,15 @@ FLAX_WIDTH, FLAX_HEADS = 48, 4
 
 
 # Indices of attention, second norm and MLP in the names of a block.
-VISION_TRANSFORMER_INDICES, BIG_VISION_INDICES = (1, 2, 3), (0, 1, 0)
+VISION_TRANSFORMER_INDICES = (1, 2, 3)
+BIG_VISION_INDICES = (0, 1, 0)
 
 
 def build_flax_weights(num_positions: int, is_earlier: bool = False) -> Weights:
     """Return Flax arrays of big_vision, or of the earlier google-research/vision_transformer."""
     attention, second_norm, mlp = VISION_TRANSFORMER_INDICES if is_earlier else BIG_VISION_INDICES
-    positions, width = "Transformer/posembed_input/pos_embedding" if is_earlier else "pos_embedding", FLAX_WIDTH
+    positions = "Transformer/posembed_input/pos_embedding" if is_earlier else "pos_embedding"
+    width = FLAX_WIDTH
     shapes: Shapes = {
         "embedding/kernel": (PATCH, PATCH, 3, width),
         "embedding/bias": (width,),
@@ -148,7 +184,9 @@ def build_flax_weights(num_positions: int, is_earlier: bool = False) -> Weights:
     }
     for index in range(2):
         block = f"Transformer/encoderblock_{index}"
-        shapes |= build_flax_norm(f"{block}/LayerNorm_0") | build_flax_norm(f"{block}/LayerNorm_{second_norm}")
+        shapes |= build_flax_norm(f"{block}/LayerNorm_0") | build_flax_norm(
+            f"{block}/LayerNorm_{second_norm}"
+        )
         shapes |= build_flax_attention(f"{block}/MultiHeadDotProductAttention_{attention}")
         shapes |= build_flax_mlp(f"{block}/MlpBlock_{mlp}")
     return fill(shapes)
@@ -157,7 +195,9 @@ def build_flax_weights(num_positions: int, is_earlier: bool = False) -> Weights:
 def build_map_head() -> Weights:
     """Return the arrays of SigLIP's attention pooling."""
     shapes = {"MAPHead_0/probe": (1, 1, FLAX_WIDTH)} | build_flax_norm("MAPHead_0/LayerNorm_0")
-    shapes |= build_flax_attention("MAPHead_0/MultiHeadDotProductAttention_0") | build_flax_mlp("MAPHead_0/MlpBlock_0")
+    shapes |= build_flax_attention("MAPHead_0/MultiHeadDotProductAttention_0") | build_flax_mlp(
+        "MAPHead_0/MlpBlock_0"
+    )
     return fill(shapes)
 
 
@@ -175,7 +215,10 @@ def build_flax_attention(name: str) -> Shapes:
 
 def build_flax_mlp(name: str) -> Shapes:
     first = {f"{name}/Dense_0/kernel": (FLAX_WIDTH, NEURONS), f"{name}/Dense_0/bias": (NEURONS,)}
-    return first | {f"{name}/Dense_1/kernel": (NEURONS, FLAX_WIDTH), f"{name}/Dense_1/bias": (FLAX_WIDTH,)}
+    return first | {
+        f"{name}/Dense_1/kernel": (NEURONS, FLAX_WIDTH),
+        f"{name}/Dense_1/bias": (FLAX_WIDTH,),
+    }
 
 
 @torch.no_grad()
@@ -193,7 +236,10 @@ def run_big_vision(weights: Weights, images: torch.Tensor) -> torch.Tensor:
             for part, inputs in (("query", queries), ("key", values), ("value", values))
         )
         mixed = (query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5).softmax(dim=-1) @ value
-        return torch.einsum("bhne,hed->bnd", mixed, weights[f"{name}/out/kernel"]) + weights[f"{name}/out/bias"]
+        return (
+            torch.einsum("bhne,hed->bnd", mixed, weights[f"{name}/out/kernel"])
+            + weights[f"{name}/out/bias"]
+        )
 
     def run_mlp(name: str, values: torch.Tensor) -> torch.Tensor:
         hidden = values @ weights[f"{name}/Dense_0/kernel"] + weights[f"{name}/Dense_0/bias"]
@@ -214,13 +260,19 @@ def run_big_vision(weights: Weights, images: torch.Tensor) -> torch.Tensor:
     for index in range(2):
         block = f"Transformer/encoderblock_{index}"
         inputs = norm(f"{block}/LayerNorm_0", tokens)
-        tokens = tokens + attend(f"{block}/MultiHeadDotProductAttention_{attention}", inputs, inputs)
-        tokens = tokens + run_mlp(f"{block}/MlpBlock_{mlp}", norm(f"{block}/LayerNorm_{second_norm}", tokens))
+        tokens = tokens + attend(
+            f"{block}/MultiHeadDotProductAttention_{attention}", inputs, inputs
+        )
+        tokens = tokens + run_mlp(
+            f"{block}/MlpBlock_{mlp}", norm(f"{block}/LayerNorm_{second_norm}", tokens)
+        )
     tokens = norm("Transformer/encoder_norm", tokens)
     if "MAPHead_0/probe" in weights:
         probe = weights["MAPHead_0/probe"].expand(len(images), -1, -1)
         pooled = attend("MAPHead_0/MultiHeadDotProductAttention_0", probe, tokens)
-        pooled = (pooled + run_mlp("MAPHead_0/MlpBlock_0", norm("MAPHead_0/LayerNorm_0", pooled)))[:, 0]
+        pooled = (pooled + run_mlp("MAPHead_0/MlpBlock_0", norm("MAPHead_0/LayerNorm_0", pooled)))[
+            :, 0
+        ]
     else:
         pooled = tokens[:, 0] if "cls" in weights else tokens.mean(dim=1)
     return pooled @ weights["head/kernel"] + weights["head/bias"]

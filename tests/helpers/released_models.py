@@ -46,17 +46,34 @@ KINDS: dict[str, tuple[type, dict[str, Any], dict[str, Any]]] = {
     ),
     "multi_task": (
         vitcls.ViTCLSForMultiTaskClassification,
-        {"num_cls_tokens": 2, "tasks": {"species": ["cat", "dog", "owl"], "age": 2}, "mlp_type": "swiglu"},
+        {
+            "num_cls_tokens": 2,
+            "tasks": {"species": ["cat", "dog", "owl"], "age": 2},
+            "mlp_type": "swiglu",
+        },
         {"size": {"height": 16, "width": 24}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3},
     ),
     "no_cls": (
         vitcls.ViTCLSModel,
-        {"num_cls_tokens": 0, "pooling": "mean", "position_embedding_type": "rope_2d", "qk_norm": True},
-        {"size": {"shortest_edge": 24}, "do_center_crop": True, "crop_size": {"height": 16, "width": 24}},
+        {
+            "num_cls_tokens": 0,
+            "pooling": "mean",
+            "position_embedding_type": "rope_2d",
+            "qk_norm": True,
+        },
+        {
+            "size": {"shortest_edge": 24},
+            "do_center_crop": True,
+            "crop_size": {"height": 16, "width": 24},
+        },
     ),
     "masked": (
         vitcls.ViTCLSForMaskedImageModeling,
-        {"num_register_tokens": 1, "position_embedding_type": "sincos_2d", "norm_pixel_target": True},
+        {
+            "num_register_tokens": 1,
+            "position_embedding_type": "sincos_2d",
+            "norm_pixel_target": True,
+        },
         {"size": {"height": 16, "width": 24}, "resample": 2},
     ),
 }
@@ -66,7 +83,9 @@ def main() -> None:
     """Write the models of this version, unless they exist."""
     folder = RELEASED / __version__
     if folder.exists():
-        sys.exit(f"{folder} exists, and what a release saved does not change: set a different version in version.py")
+        sys.exit(
+            f"{folder} exists, and what a release saved does not change: set a different version in version.py"
+        )
     for kind in KINDS:
         write(kind, folder / kind)
     print(f"wrote {folder}: commit it with the release")

@@ -9,7 +9,12 @@ import transformers
 from modeling_vitcls.conversion.random_weights import randomize_weights
 
 
-WIDTHS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+WIDTHS = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+}
 NAMES = {0: "ant", 1: "bee", 2: "cow"}
 SIZES = WIDTHS | {"image_size": 32, "patch_size": 8}
 
@@ -23,7 +28,9 @@ def save_checkpoint(model: transformers.PreTrainedModel, folder: Path) -> str:
 def build_vit_classifier(**fields: Any) -> transformers.PreTrainedModel:
     """Return a small ViT classifier of transformers."""
     return randomize_weights(
-        transformers.ViTForImageClassification(transformers.ViTConfig(**SIZES, id2label=NAMES, **fields))
+        transformers.ViTForImageClassification(
+            transformers.ViTConfig(**SIZES, id2label=NAMES, **fields)
+        )
     )
 
 

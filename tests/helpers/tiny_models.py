@@ -37,7 +37,11 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "no_cls": {"num_cls_tokens": 0, "num_register_tokens": 2, "pooling": "mean"},
     "three_cls": {"num_cls_tokens": 3},
     "no_special_tokens": {"num_cls_tokens": 0, "pooling": "mean"},
-    "several_of_each": {"num_cls_tokens": 2, "num_distillation_tokens": 2, "num_register_tokens": 3},
+    "several_of_each": {
+        "num_cls_tokens": 2,
+        "num_distillation_tokens": 2,
+        "num_register_tokens": 3,
+    },
 }
 
 each_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
@@ -46,13 +50,21 @@ TASKS = {"species": 4, "age": 2}
 # Name -> model class, required fields, and inputs in addition to the images.
 KINDS: dict[str, tuple[type, dict[str, Any], dict[str, Any]]] = {
     "model": (ViTCLSModel, {}, {}),
-    "classifier": (ViTCLSForImageClassification, {"num_distillation_tokens": 1}, {"labels": torch.tensor([0, 2])}),
+    "classifier": (
+        ViTCLSForImageClassification,
+        {"num_distillation_tokens": 1},
+        {"labels": torch.tensor([0, 2])},
+    ),
     "multi_task": (
         ViTCLSForMultiTaskClassification,
         {"num_cls_tokens": 2, "tasks": TASKS},
         {"labels": {"species": torch.tensor([3, 0]), "age": torch.tensor([1, 0])}},
     ),
-    "masked": (ViTCLSForMaskedImageModeling, {}, {"bool_masked_pos": torch.arange(32).view(2, 16) % 3 == 0}),
+    "masked": (
+        ViTCLSForMaskedImageModeling,
+        {},
+        {"bool_masked_pos": torch.arange(32).view(2, 16) % 3 == 0},
+    ),
     "backbone": (ViTCLSBackbone, {"out_indices": [0, 2]}, {}),
 }
 each_kind = pytest.mark.parametrize(("model_class", "fields", "inputs"), KINDS.values(), ids=KINDS)
@@ -66,7 +78,12 @@ BLOCKS: dict[str, dict[str, Any]] = {
     "qk_norm": {"qk_norm": True},
     "no_qkv_bias": {"qkv_bias": False},
     "no_key_bias": {"key_bias": False},
-    "no_bias": {"qkv_bias": False, "projection_bias": False, "mlp_bias": False, "patch_bias": False},
+    "no_bias": {
+        "qkv_bias": False,
+        "projection_bias": False,
+        "mlp_bias": False,
+        "patch_bias": False,
+    },
     "pre_norm": {"pre_norm": True},
     "relu": {"hidden_act": "relu"},
     "mlp_head": {"head_type": "mlp", "head_hidden_size": 7},
@@ -99,7 +116,9 @@ def randomize(model: Model, seed: int = 0) -> Model:
     return model.eval()
 
 
-def save_with_processor(model: PreTrainedModel, folder: Path, processor: ViTCLSImageProcessor | None = None) -> Path:
+def save_with_processor(
+    model: PreTrainedModel, folder: Path, processor: ViTCLSImageProcessor | None = None
+) -> Path:
     """Save a model with random parameters and an image processor, by default for 32 x 32 pixels; return the folder."""
     randomize(model).save_pretrained(folder)
     (processor or ViTCLSImageProcessor(size=32)).save_pretrained(folder)
@@ -108,12 +127,18 @@ def save_with_processor(model: PreTrainedModel, folder: Path, processor: ViTCLSI
 
 def save_classifier(folder: Path) -> Path:
     """Save a tiny classifier with a register token and its image processor; return the folder."""
-    return save_with_processor(ViTCLSForImageClassification(build_tiny_config(num_register_tokens=1)), folder)
+    return save_with_processor(
+        ViTCLSForImageClassification(build_tiny_config(num_register_tokens=1)), folder
+    )
 
 
-def build_images(batch: int = 2, height: int = 32, width: int = 32, channels: int = 3, seed: int = 0) -> torch.Tensor:
+def build_images(
+    batch: int = 2, height: int = 32, width: int = 32, channels: int = 3, seed: int = 0
+) -> torch.Tensor:
     """Return random images [batch, channels, height, width]."""
-    return torch.randn(batch, channels, height, width, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(
+        batch, channels, height, width, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def record_outputs(module: torch.nn.Module) -> list[Any]:
@@ -121,7 +146,8 @@ def record_outputs(module: torch.nn.Module) -> list[Any]:
 
     The module's `forward` is replaced, because with a hook on the last layer, classifiers compute all of its tokens.
     """
-    forward, outputs = module.forward, []
+    forward = module.forward
+    outputs = []
 
     def record(*args: Any, **kwargs: Any) -> Any:
         outputs.append(forward(*args, **kwargs))
@@ -163,14 +189,17 @@ def list_tensors(output: Any) -> Iterator[torch.Tensor]:
 
 def assert_same_outputs(first: Any, second: Any, tolerance: float = 0.0) -> None:
     """Check that two outputs, or dicts or tuples of outputs, contain the same tensors in the same order."""
-    first_values, second_values = list(list_tensors(first)), list(list_tensors(second))
+    first_values = list(list_tensors(first))
+    second_values = list(list_tensors(second))
     assert first_values
     for one, other in zip(first_values, second_values, strict=True):
         assert get_largest_difference(one, other) <= tolerance
 
 
 @contextlib.contextmanager
-def raises_one_line(*words: str, error: type[Exception] | tuple[type[Exception], ...] = ValueError) -> Iterator[None]:
+def raises_one_line(
+    *words: str, error: type[Exception] | tuple[type[Exception], ...] = ValueError
+) -> Iterator[None]:
     """Expect an error with a one-line message that contains all `words`."""
     with pytest.raises(error) as raised:
         yield

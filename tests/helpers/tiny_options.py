@@ -12,7 +12,12 @@ from helpers.accelerate_state import reset_accelerate
 from modeling_vitcls.cli.functions import build_options
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.data.sampling import BatchPlan
-from modeling_vitcls.options import AugmentationOptions, FinetuneOptions, ModelOptions, PretrainOptions
+from modeling_vitcls.options import (
+    AugmentationOptions,
+    FinetuneOptions,
+    ModelOptions,
+    PretrainOptions,
+)
 from modeling_vitcls.runtime.files import read_json
 from modeling_vitcls.training import finetune, pretrain
 from modeling_vitcls.training.model import build_model, resolve_initial_model
@@ -33,10 +38,19 @@ TINY = ModelOptions(
 PLAIN = AugmentationOptions(crop_scale=1.0, flip=False, shift=0.0)
 
 
-def build_tiny_options(output_dir: Path, dataset: object, kind: type = FinetuneOptions, **flags: Any) -> Any:
+def build_tiny_options(
+    output_dir: Path, dataset: object, kind: type = FinetuneOptions, **flags: Any
+) -> Any:
     """Return options of a training run of a tiny model, or of `model`, in this process. `flags` sets further flags."""
     model = {} if "model" in flags else vars(TINY)
-    settings = {**model, **vars(PLAIN), "num_workers": 0, "report": False, "probe": False, "select": "last"} | flags
+    settings = {
+        **model,
+        **vars(PLAIN),
+        "num_workers": 0,
+        "report": False,
+        "probe": False,
+        "select": "last",
+    } | flags
     return build_options(kind, output_dir=output_dir, dataset=str(dataset), **settings)
 
 
@@ -60,13 +74,16 @@ def prepare_task(options: Any) -> SimpleNamespace:
     """Return what a run prepares before training: task, options with all defaults, data, plan and reporter."""
     reset_accelerate()
     kind: Any = pretrain if isinstance(options, PretrainOptions) else finetune
-    options, accelerator = kind.check_options(options), Accelerator(cpu=True)
+    options = kind.check_options(options)
+    accelerator = Accelerator(cpu=True)
     initial = resolve_initial_model(options.model.model)
     reporter = Reporter(options.output_dir / "metrics.jsonl", accelerator)
     data = kind.load_data(options, initial)
     options = resolve_options(options, initial, data)[0]
     task = kind.build_task(options, initial, data, reporter)
-    plan = BatchPlan.from_options(data.num_training_images, options.training, accelerator.num_processes)
+    plan = BatchPlan.from_options(
+        data.num_training_images, options.training, accelerator.num_processes
+    )
     return SimpleNamespace(task=task, options=options, data=data, plan=plan, reporter=reporter)
 
 
@@ -77,4 +94,7 @@ def build_initial_model(options: ModelOptions, label_space: LabelSpace) -> Any:
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Return the records of metrics.jsonl."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)
+        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]

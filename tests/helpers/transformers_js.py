@@ -29,14 +29,18 @@ def install_transformers_js(tmp_path_factory: pytest.TempPathFactory) -> Path:
         command = ["npm", "install", "--no-fund", "--no-audit", "--ignore-scripts", package]
         installed = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         if installed.returncode:
-            pytest.skip(f"npm cannot install {package}: {installed.stderr.strip().splitlines()[-1:]}")
+            pytest.skip(
+                f"npm cannot install {package}: {installed.stderr.strip().splitlines()[-1:]}"
+            )
     return folder
 
 
 def load_digit_images() -> list[Image.Image]:
     """Return digits in the size of the model, so that no image is resized."""
     return [
-        Image.fromarray((digit * 15.9).astype("uint8")).resize((32, 32), Image.Resampling.NEAREST).convert("RGB")
+        Image.fromarray((digit * 15.9).astype("uint8"))
+        .resize((32, 32), Image.Resampling.NEAREST)
+        .convert("RGB")
         for digit in load_digits().images[:NUM_DIGITS]
     ]
 
@@ -45,13 +49,16 @@ def save_digits_classifier(folder: Path, **fields: Any) -> Path:
     """Save a classifier with random weights that predicts several classes for the digits; return its folder."""
     names = {index: f"digit {index}" for index in range(10)}
     config = build_tiny_config(
-        **{"num_hidden_layers": 1, "num_register_tokens": 2, "num_labels": 10, "id2label": names} | fields
+        **{"num_hidden_layers": 1, "num_register_tokens": 2, "num_labels": 10, "id2label": names}
+        | fields
     )
     model = randomize(ViTCLSForImageClassification(config))
     processor = ViTCLSImageProcessor(size={"height": 32, "width": 32})
     if config.num_channels == 3:
         with torch.no_grad():  # without this, all images would have one label
-            model.classifier.bias -= model(**processor(load_digit_images(), return_tensors="pt")).logits.mean(0)
+            model.classifier.bias -= model(
+                **processor(load_digit_images(), return_tensors="pt")
+            ).logits.mean(0)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder

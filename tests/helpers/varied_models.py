@@ -17,7 +17,11 @@ def center_logits(model: Any, pixels: torch.Tensor) -> Any:
     """
     randomize_weights(model)
     by_task = model(pixels).logits
-    heads = dict(zip(by_task, model.classifiers.values(), strict=True)) if isinstance(by_task, dict) else {}
+    heads = (
+        dict(zip(by_task, model.classifiers.values(), strict=True))
+        if isinstance(by_task, dict)
+        else {}
+    )
     for task, head in (heads or {None: model.classifier}).items():
         subtract_from_bias(head, (by_task if task is None else by_task[task]).mean(dim=0))
     return model

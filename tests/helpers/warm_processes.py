@@ -28,17 +28,26 @@ READY = multiprocessing.get_context(METHOD)
 if multiprocessing.parent_process() is None:  # not inherited by the forks
     READY.set_forkserver_preload(PRELOADED)
 SECONDS = 240.0  # timeout of a process
-OFFLINE = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}  # environment variables of scripts
+OFFLINE = {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "COLUMNS": "200",
+}  # environment variables of scripts
 
 
 def run_script(
-    script: str | Path, flags: Sequence[str], log: Path, errors: Path, environment: Mapping[str, str]
+    script: str | Path,
+    flags: Sequence[str],
+    log: Path,
+    errors: Path,
+    environment: Mapping[str, str],
 ) -> None:
     """Run a script in this process, in a new session. Output and errors are appended to files."""
     os.setsid()  # signals to the session reach only this process and its workers
     for descriptor, file in ((1, log), (2, errors)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
     os.environ.update(environment)
     multiprocessing.set_start_method(None, force=True)  # the default for workers
     torch.set_num_threads(1)
@@ -91,9 +100,13 @@ def run_together(
     hanging = [process for process in started if process.is_alive()]
     for process in hanging:
         process.terminate()
-    assert not hanging, f"{len(hanging)} of {processes} did not end in {SECONDS} s: {log.read_text()}"
+    assert not hanging, (
+        f"{len(hanging)} of {processes} did not end in {SECONDS} s: {log.read_text()}"
+    )
     if not may_fail:
-        assert [process.exitcode for process in started] == [0] * processes, log.read_text() + errors.read_text()
+        assert [process.exitcode for process in started] == [0] * processes, (
+            log.read_text() + errors.read_text()
+        )
     return log.read_text(encoding="utf-8")
 
 
@@ -123,6 +136,13 @@ def run_checks(worker: str, folder: Path, num_processes: int) -> dict[str, str]:
     The exit status is ignored: with torch 2.11, gloo threads sometimes abort a process that has finished.
     """
     script = Path(__file__).parent / worker
-    run_together(script, folder, log=folder / "log", environment=OFFLINE, processes=num_processes, may_fail=True)
+    run_together(
+        script,
+        folder,
+        log=folder / "log",
+        environment=OFFLINE,
+        processes=num_processes,
+        may_fail=True,
+    )
     assert (folder / "report.json").is_file(), (folder / "log.errors").read_text()[-4000:]
     return json.loads((folder / "report.json").read_text())

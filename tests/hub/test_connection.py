@@ -14,10 +14,18 @@ from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_ba
 from transformers.utils import logging as transformers_logging
 
 from modeling_vitcls.hub import connection
-from modeling_vitcls.hub.connection import HTTPError, format_hub_error, is_temporary, retry, silence_transformers
+from modeling_vitcls.hub.connection import (
+    HTTPError,
+    format_hub_error,
+    is_temporary,
+    retry,
+    silence_transformers,
+)
 
 
-def build_hub_error(status: int, message: str | None = None, reason: str = "", **headers: str) -> HfHubHTTPError:
+def build_hub_error(
+    status: int, message: str | None = None, reason: str = "", **headers: str
+) -> HfHubHTTPError:
     """Return the error of a response of the Hub."""
     response: Any = SimpleNamespace(
         headers={name.replace("_", "-"): value for name, value in headers.items()},
@@ -45,7 +53,10 @@ def test_failed_attempts_are_repeated_after_the_given_waits(
     clock = SimpleNamespace(sleep=waits.append, monotonic=lambda: sum(waits))
     monkeypatch.setattr(connection, "time", clock)
     errors: list[Exception] = [build_hub_error(503, reason="Down"), build_hub_error(503)]
-    errors += [build_hub_error(429, reason="Busy", Retry_After=wait) for wait in ("2", "3", "86400", "Mon, 1 Jan")]
+    errors += [
+        build_hub_error(429, reason="Busy", Retry_After=wait)
+        for wait in ("2", "3", "86400", "Mon, 1 Jan")
+    ]
 
     def act() -> str:
         if errors:
@@ -57,18 +68,21 @@ def test_failed_attempts_are_repeated_after_the_given_waits(
     messages = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert messages[0] == "looking: HTTP 503, Down; trying again immediately"
     assert messages[1].endswith("; trying again in 1 s")
-    assert messages[2] == "looking: HTTP 429, Busy; trying again in 2 s" and len(messages) == 6
+    assert messages[2] == "looking: HTTP 429, Busy; trying again in 2 s"
+    assert len(messages) == 6
     waits.clear()
     errors += [build_hub_error(503)] * 5
     with pytest.raises(HfHubHTTPError):
         retry(act, "looking")
-    assert waits == [1.0, 2.0, 4.0, 8.0] and errors == []
+    assert waits == [1.0, 2.0, 4.0, 8.0]
+    assert errors == []
     waits.clear()
     for error, times in ((build_hub_error(404), (9.0,)), (build_hub_error(503), ())):
         errors.append(error)
         with pytest.raises(HfHubHTTPError):
             retry(act, "looking", waits=times)
-    assert waits == [] and errors == []
+    assert waits == []
+    assert errors == []
 
 
 @pytest.mark.parametrize(
@@ -96,7 +110,9 @@ def test_temporary_errors(error: BaseException, expected: bool) -> None:
 def test_messages_of_causes_are_joined_without_repetition() -> None:
     repeated = chain(OSError("cannot read x.\nAt all."), ValueError("x"), TimeoutError("timed out"))
     assert format_hub_error(repeated) == "cannot read x. At all: timed out"
-    error = chain(OSError("no file"), build_hub_error(500, "Out of\n order.", "Error"), HTTPError("500 Error"))
+    error = chain(
+        OSError("no file"), build_hub_error(500, "Out of\n order.", "Error"), HTTPError("500 Error")
+    )
     assert format_hub_error(error) == "no file: HTTP 500, Out of order"
     assert format_hub_error(build_hub_error(502, reason="Bad Gateway")) == "HTTP 502, Bad Gateway"
 
@@ -111,12 +127,18 @@ def get_transformers_output() -> tuple[int, bool]:
 def test_timeouts_and_progress_bars_are_restored() -> None:
     enable_progress_bars()  # commands in this process turn them off
     before = get_session().timeout
-    with suppress(ZeroDivisionError), connection.set_hub_timeout(3.5), connection.hide_hub_progress_bars():
+    with (
+        suppress(ZeroDivisionError),
+        connection.set_hub_timeout(3.5),
+        connection.hide_hub_progress_bars(),
+    ):
         with connection.hide_hub_progress_bars():
             pass
-        assert get_session().timeout.read == 3.5 and are_progress_bars_disabled()
+        assert get_session().timeout.read == 3.5
+        assert are_progress_bars_disabled()
         raise ZeroDivisionError
-    assert get_session().timeout == before and not are_progress_bars_disabled()
+    assert get_session().timeout == before
+    assert not are_progress_bars_disabled()
 
 
 def test_transformers_is_silent_within_the_block() -> None:

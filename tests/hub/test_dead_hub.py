@@ -55,7 +55,9 @@ def stop_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     """Point all libraries in this process to a closed port."""
     monkeypatch.setattr(constants, "ENDPOINT", DEAD)
     monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{DEAD}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        constants,
+        "HUGGINGFACE_CO_URL_TEMPLATE",
+        f"{DEAD}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
     )
     monkeypatch.setattr(datasets.config, "HF_ENDPOINT", DEAD)
 
@@ -63,22 +65,38 @@ def stop_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_cached_hub_datasets_load_without_the_hub(
     hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    pictures = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
-    rows = {"image": [PIL.Image.new("L", (4, 4), 9 * index) for index in range(8)], "label": [0, 1] * 4}
+    pictures = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])}
+    )
+    rows = {
+        "image": [PIL.Image.new("L", (4, 4), 9 * index) for index in range(8)],
+        "label": [0, 1] * 4,
+    }
     datasets.Dataset.from_dict(rows, features=pictures).to_parquet(tmp_path / "train.parquet")
     content = (tmp_path / "train.parquet").read_bytes()
-    hub.create("datasets/ann/pictures", private=False, files={"README.md": b"# x", "train.parquet": content})
+    hub.create(
+        "datasets/ann/pictures",
+        private=False,
+        files={"README.md": b"# x", "train.parquet": content},
+    )
     assert len(load_splits(DataOptions("ann/pictures")).images_by_split["train"]) == 8
-    with raises_one_line("ann/none is not a file or folder", "the Hub has no such dataset", error=OSError):
+    with raises_one_line(
+        "ann/none is not a file or folder", "the Hub has no such dataset", error=OSError
+    ):
         load_splits(DataOptions("ann/none"))
-    with raises_one_line("a/b/c is not a file or folder", "not a valid id of a dataset", error=OSError):
+    with raises_one_line(
+        "a/b/c is not a file or folder", "not a valid id of a dataset", error=OSError
+    ):
         load_splits(DataOptions("a/b/c"))
     stop_hub(monkeypatch)
     started = time.monotonic()
     assert len(load_splits(DataOptions("ann/pictures")).images_by_split["train"]) == 8
-    assert "127.0.0.1:9 does not respond" in caplog.text and ". Loading ann/pictures from the cache" in caplog.text
+    assert "127.0.0.1:9 does not respond" in caplog.text
+    assert ". Loading ann/pictures from the cache" in caplog.text
     for streaming in (False, True):
-        with raises_one_line("there is no file or folder ann/none", f"{DEAD} does not respond", error=OSError):
+        with raises_one_line(
+            "there is no file or folder ann/none", f"{DEAD} does not respond", error=OSError
+        ):
             load_training_data(DataOptions("ann/none", streaming=streaming))
     with raises_one_line("ann/none", f"{DEAD} does not respond", error=OSError):
         load_training_data(DataOptions("ann/none"), use_labels=False)
@@ -94,7 +112,9 @@ def test_cached_timm_models_of_the_hub_are_pinned_and_load_without_the_hub(
     hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_for_hf(
-        randomize_weights(timm.create_model("test_vit", num_classes=3)), tmp_path / "theirs", safe_serialization=True
+        randomize_weights(timm.create_model("test_vit", num_classes=3)),
+        tmp_path / "theirs",
+        safe_serialization=True,
     )
     files = {file.name: file.read_bytes() for file in (tmp_path / "theirs").iterdir()}
     commit = hub.create("ann/vit", private=False, files=files).branches["main"]
@@ -108,16 +128,21 @@ def test_cached_timm_models_of_the_hub_are_pinned_and_load_without_the_hub(
         "main", "broken", {name: hub.store(name, data) for name, data in broken.items()}
     )
     pinned, pinned_commit = loading.load_timm_model(f"hf-hub:ann/vit@{commit}")
-    assert pinned_commit == commit and pinned.num_classes == 3
+    assert pinned_commit == commit
+    assert pinned.num_classes == 3
     random, random_commit = loading.load_timm_model(f"hf-hub:ann/vit@{commit}", pretrained=False)
-    assert random_commit == commit and not torch.equal(random.cls_token, pinned.cls_token)
+    assert random_commit == commit
+    assert not torch.equal(random.cls_token, pinned.cls_token)
     hub.requests.clear()
-    assert loading.load_timm_model("test_vit", pretrained=False)[1] is None and not hub.requests
+    assert loading.load_timm_model("test_vit", pretrained=False)[1] is None
+    assert not hub.requests
     stop_hub(monkeypatch)
     started = time.monotonic()
     convert_checkpoint(f"timm:hf-hub:ann/vit@{commit}", tmp_path / "again")
     for source in ("timm:hf-hub:ann/none", "timm:vit_tiny_patch16_224"):
-        with raises_one_line(f"timm cannot load {source[5:]}", f"{DEAD} does not respond", error=OSError):
+        with raises_one_line(
+            f"timm cannot load {source[5:]}", f"{DEAD} does not respond", error=OSError
+        ):
             convert_checkpoint(source, tmp_path / "none")
     with raises_one_line("timm:hf-hub:ann/none", f"{DEAD} does not respond", error=OSError):
         load_teacher("timm:hf-hub:ann/none", DIGITS, ViTCLSConfig(), torch.device("cpu"))
@@ -148,7 +173,11 @@ def test_a_mistyped_folder_is_named_in_one_line(
     for name, words in {
         "lab/none": [", and the Hub has no such"],
         "runs/my/none": ["there is no file or folder"],
-        "lab/gone": ["missing or incomplete in the cache", f"{DEAD} does not respond", "Check the network"],
+        "lab/gone": [
+            "missing or incomplete in the cache",
+            f"{DEAD} does not respond",
+            "Check the network",
+        ],
     }.items():
         if name == "lab/gone":
             stop_hub(monkeypatch)
@@ -157,5 +186,7 @@ def test_a_mistyped_folder_is_named_in_one_line(
         assert time.monotonic() - started < 20
         errors = capsys.readouterr().err
         last = errors.strip().splitlines()[-1]
-        assert status == 1 and "Traceback" not in errors and last.startswith("error: ")
+        assert status == 1
+        assert "Traceback" not in errors
+        assert last.startswith("error: ")
         assert all(word in last for word in (name, *words)), last

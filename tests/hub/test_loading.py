@@ -27,7 +27,12 @@ import modeling_vitcls as vitcls
 from modeling_vitcls.conversion.any_checkpoint import resolve_checkpoint
 from modeling_vitcls.conversion.random_weights import randomize_weights
 from modeling_vitcls.hub import loading
-from modeling_vitcls.hub.loading import download_files, get_cached_commit, get_model_folder, resolve_commit
+from modeling_vitcls.hub.loading import (
+    download_files,
+    get_cached_commit,
+    get_model_folder,
+    resolve_commit,
+)
 from modeling_vitcls.hub.model_files import CONFIG_FILES
 from modeling_vitcls.publishing.model_folder import ModelFolder
 from modeling_vitcls.publishing.push import push_folder
@@ -55,13 +60,17 @@ print(json.dumps([model(torch.ones(1, 3, 32, 32)).logits[0].tolist() for model i
 def hub(hub: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> LocalHub:
     """Start a Hub with one model for this process, as ann, with an empty cache."""
     hub.tokens |= {"hf_bob": Token("bob")}
-    hub.create("ann/model", private=True, files={"config.json": b"{}", "model.safetensors": b"weights"})
+    hub.create(
+        "ann/model", private=True, files={"config.json": b"{}", "model.safetensors": b"weights"}
+    )
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(loading, "RETRY_WAIT", 0.01)
     return hub
 
 
-def test_each_commit_runs_its_own_code_in_a_process_without_the_package(hub: LocalHub, tmp_path: Path) -> None:
+def test_each_commit_runs_its_own_code_in_a_process_without_the_package(
+    hub: LocalHub, tmp_path: Path
+) -> None:
     """Both commits are loaded in one process; the second process loads them from the cache."""
     folder = save_classifier(tmp_path / "mine")
     commits = [push_folder(ModelFolder(folder), "ann/model").commit]
@@ -74,7 +83,10 @@ def test_each_commit_runs_its_own_code_in_a_process_without_the_package(hub: Loc
         expected = [old.tolist(), (2 * (old - bias) + bias).tolist()]
     for offline in ("0", "1"):
         asked = len(hub.requests)
-        environment = os.environ | {"HF_HUB_OFFLINE": offline, "HF_HUB_CACHE": str(tmp_path / "home")}
+        environment = os.environ | {
+            "HF_HUB_OFFLINE": offline,
+            "HF_HUB_CACHE": str(tmp_path / "home"),
+        }
         child = run_fresh("-P", "-c", LOAD_COMMITS, *commits, environment=environment, cwd=tmp_path)
         assert child.returncode == 0, child.stderr[-4000:]
         for found, logits in zip(json.loads(child.stdout), expected, strict=True):
@@ -86,22 +98,40 @@ def test_each_commit_runs_its_own_code_in_a_process_without_the_package(hub: Loc
 def test_card_and_license_are_converted_with_the_model(hub: LocalHub, tmp_path: Path) -> None:
     config = transformers.Dinov2WithRegistersConfig(**SIZES, num_register_tokens=3, id2label=NAMES)
     save_checkpoint(
-        randomize_weights(transformers.Dinov2WithRegistersForImageClassification(config)), tmp_path / "theirs"
+        randomize_weights(transformers.Dinov2WithRegistersForImageClassification(config)),
+        tmp_path / "theirs",
     )
-    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "theirs")
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(
+        tmp_path / "theirs"
+    )
     (tmp_path / "theirs" / "README.md").write_text(CARD)
     (tmp_path / "theirs" / "LICENSE.md").write_text("You may.\n")
     files = {file.name: file.read_bytes() for file in (tmp_path / "theirs").iterdir()}
-    repository, folder = hub.create("them/dino", private=False, files=files), tmp_path / "mine"
+    repository = hub.create("them/dino", private=False, files=files)
+    folder = tmp_path / "mine"
     commit = repository.branches["main"]
-    repository.commit("main", "broken", hub.files("them/dino") | {"config.json": hub.store("config.json", b"{}")})
-    assert run_in_process("convert.py", "--source", f"transformers:them/dino@{commit}", "--output", folder) == 0
-    pushed, ours = push_folder(ModelFolder(folder), "ann/dino"), hub.repositories["ann/dino"]
-    ours.commit("main", "broken", hub.files("ann/dino") | {"config.json": hub.store("config.json", b"{}")})
-    first, files_and_code, _, *rows, limit, _, call = verify_push(pushed, ModelFolder(folder)).splitlines()
-    assert first == f"verified: ann/dino at {pushed.commit}" and "1e-06" in limit
+    repository.commit(
+        "main", "broken", hub.files("them/dino") | {"config.json": hub.store("config.json", b"{}")}
+    )
+    assert (
+        run_in_process(
+            "convert.py", "--source", f"transformers:them/dino@{commit}", "--output", folder
+        )
+        == 0
+    )
+    pushed = push_folder(ModelFolder(folder), "ann/dino")
+    ours = hub.repositories["ann/dino"]
+    ours.commit(
+        "main", "broken", hub.files("ann/dino") | {"config.json": hub.store("config.json", b"{}")}
+    )
+    first, files_and_code, _, *rows, limit, _, call = verify_push(
+        pushed, ModelFolder(folder)
+    ).splitlines()
+    assert first == f"verified: ann/dino at {pushed.commit}"
+    assert "1e-06" in limit
     num_files = len(hub.files("ann/dino").keys() - {".gitattributes"})
-    assert files_and_code.split()[0] == str(num_files) and files_and_code.endswith(vitcls.__version__)
+    assert files_and_code.split()[0] == str(num_files)
+    assert files_and_code.endswith(vitcls.__version__)
     assert [row.split()[:2] for row in rows] == [
         ["AutoImageProcessor", "ViTCLSImageProcessor"],
         ["AutoModel", "ViTCLSModel"],
@@ -113,16 +143,21 @@ def test_card_and_license_are_converted_with_the_model(hub: LocalHub, tmp_path: 
     for line in ("base_model: them/dino", "license: other", "license_name: dinov3-license"):
         assert f"\n{line}\n" in card
     assert "base_model_relation" not in card
-    assert f"at commit `{commit}`" in card and 'from_pretrained("ann/dino", revision=revision,' in card
+    assert f"at commit `{commit}`" in card
+    assert 'from_pretrained("ann/dino", revision=revision,' in card
     assert hub.read("ann/dino", "LICENSE.md") == b"You may.\n"
     report = json.loads(hub.read("ann/dino", "parity_report.json"))
     assert (report["source"], report["source_revision"]) == ("transformers:them/dino", commit)
 
 
-def test_folders_are_local_and_impossible_ids_are_not_resolved(hub: LocalHub, tmp_path: Path) -> None:
+def test_folders_are_local_and_impossible_ids_are_not_resolved(
+    hub: LocalHub, tmp_path: Path
+) -> None:
     assert get_model_folder(str(tmp_path)) == str(tmp_path)
     for source in ("/not/there", "./not-there", "a/b/c"):
-        with raises_one_line(f"{source} is not a folder and not a valid id of a model", error=OSError):
+        with raises_one_line(
+            f"{source} is not a folder and not a valid id of a model", error=OSError
+        ):
             get_model_folder(source)
     with raises_one_line("requires a model on the Hub", str(tmp_path)):
         get_model_folder(str(tmp_path), revision="main")
@@ -134,7 +169,11 @@ def test_given_revisions_are_used(
 ) -> None:
     repository = hub.repositories["ann/model"]
     old = repository.branches["main"]
-    repository.commit("main", "newer", repository.commits[old].files | {"config.json": hub.store("config.json", b"1")})
+    repository.commit(
+        "main",
+        "newer",
+        repository.commits[old].files | {"config.json": hub.store("config.json", b"1")},
+    )
     newest = get_cached_commit(get_model_folder("ann/model"))
     assert old != newest == repository.branches["main"]
     assert get_cached_commit(get_model_folder("ann/model", revision=old)) == old
@@ -142,8 +181,11 @@ def test_given_revisions_are_used(
         get_model_folder("ann/model", revision="gone")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     assert get_cached_commit(get_model_folder("ann/model", revision=old)) == old
-    assert "127.0.0.1:9 does not respond" in caplog.text and ". Loading ann/model from the cache" in caplog.text
-    with raises_one_line("127.0.0.1:9 does not respond", "refused", "Check the network", error=OSError):
+    assert "127.0.0.1:9 does not respond" in caplog.text
+    assert ". Loading ann/model from the cache" in caplog.text
+    with raises_one_line(
+        "127.0.0.1:9 does not respond", "refused", "Check the network", error=OSError
+    ):
         get_model_folder("ann/model", revision="gone")
     assert get_cached_commit(get_model_folder("ann/model")) == newest
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -158,7 +200,12 @@ def test_a_revision_is_resolved_to_its_commit(hub: LocalHub) -> None:
     HfApi().create_tag("ann/model", tag="v1")
     model.commit("main", "new", {"config.json": hub.store("config.json", b"new")})
     model.commit("branch", "other", {"config.json": hub.store("config.json", b"branch")})
-    revisions = {"main": model.branches["main"], "branch": model.branches["branch"], "v1": old, old: old}
+    revisions = {
+        "main": model.branches["main"],
+        "branch": model.branches["branch"],
+        "v1": old,
+        old: old,
+    }
     assert len(set(revisions.values())) == 3
     for revision, commit in revisions.items():
         private = loading.HubCommit("ann/model", commit, needs_token=True)
@@ -179,14 +226,18 @@ def test_only_the_matching_files_of_the_commit_are_downloaded(
 ) -> None:
     model = hub.repositories["ann/model"]
     old = model.branches["main"]
-    model.commit("main", "new", {name: hub.store(name, b"new") for name in ("config.json", "notes.txt")})
+    model.commit(
+        "main", "new", {name: hub.store(name, b"new") for name in ("config.json", "notes.txt")}
+    )
     folder = download_files("ann/model", old, ["*.json"], folder=tmp_path / "files")
-    assert folder == tmp_path / "files" and (folder / "config.json").read_bytes() == b"{}"
+    assert folder == tmp_path / "files"
+    assert (folder / "config.json").read_bytes() == b"{}"
     assert not (folder / "model.safetensors").exists()
     with raises_one_line("cannot download ann/none: HTTP 40", error=OSError):
         download_files("ann/none", "0" * 40, ["*.json"])
     cached = Path(resolve_checkpoint("ann/model", ["config.json", "*.txt"]))
-    assert (cached / "notes.txt").read_bytes() == b"new" and cached.is_relative_to(tmp_path / "cache")
+    assert (cached / "notes.txt").read_bytes() == b"new"
+    assert cached.is_relative_to(tmp_path / "cache")
     timeouts: list[float] = []
 
     def download(*_: Any, **__: Any) -> Path:
@@ -197,7 +248,8 @@ def test_only_the_matching_files_of_the_commit_are_downloaded(
     download_files("ann/model", None, [])
     download_files("ann/model", None, [], 3.0)
     assert get_model_folder("ann/model") == str(cached)
-    assert timeouts == [loading.COMMIT_TIMEOUT, 3.0, loading.TIMEOUT] and loading.TIMEOUT < loading.COMMIT_TIMEOUT
+    assert timeouts == [loading.COMMIT_TIMEOUT, 3.0, loading.TIMEOUT]
+    assert loading.TIMEOUT < loading.COMMIT_TIMEOUT
 
 
 def test_files_are_downloaded_once_and_the_newest_is_used(
@@ -208,15 +260,22 @@ def test_files_are_downloaded_once_and_the_newest_is_used(
         monkeypatch.setenv("LOCAL_RANK", str(rank))
         folder = get_model_folder("ann/model")
         assert ("%" in capsys.readouterr().err) is (rank == 0)
-    assert sorted(file.name for file in Path(folder).iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(file.name for file in Path(folder).iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
     assert get_cached_commit(folder) == hub.repositories["ann/model"].branches["main"]
     hub.requests.clear()
     assert get_model_folder("ann/model") == folder
-    assert not hub.count_requests("GET", "/resolve/") and not hub.count_requests("GET", "/objects/")
+    assert not hub.count_requests("GET", "/resolve/")
+    assert not hub.count_requests("GET", "/objects/")
     repository = hub.repositories["ann/model"]
-    newest = repository.commit("main", "more", repository.commits[repository.branches["main"]].files)
+    newest = repository.commit(
+        "main", "more", repository.commits[repository.branches["main"]].files
+    )
     assert get_cached_commit(get_model_folder("ann/model")) == newest
-    assert get_cached_commit("runs/mine") is None and get_cached_commit(f"runs/{'a' * 40}") is None
+    assert get_cached_commit("runs/mine") is None
+    assert get_cached_commit(f"runs/{'a' * 40}") is None
     assert get_cached_commit("snapshots/mine") is None
 
 
@@ -238,14 +297,18 @@ def test_a_silent_hub_times_out(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) 
     assert 1.0 <= time.monotonic() - started < 10
 
 
-def test_forbidden_files_are_not_read_from_the_cache(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forbidden_files_are_not_read_from_the_cache(
+    hub: LocalHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with raises_one_line("the Hub has no such model", "hf auth login", error=OSError):
         get_model_folder("ann/typo")
     monkeypatch.setenv("HF_TOKEN", "hf_bob")
     with raises_one_line("ann/model is not a folder", "the token cannot read it", error=OSError):
         get_model_folder("ann/model")
     hub.create("ann/empty", private=False)
-    with raises_one_line("ann/empty does not contain a model", "config.json is missing", error=OSError):
+    with raises_one_line(
+        "ann/empty does not contain a model", "config.json is missing", error=OSError
+    ):
         get_model_folder("ann/empty")
 
 
@@ -256,8 +319,12 @@ def test_gated_files_are_an_error(hub: LocalHub) -> None:
         get_model_folder("ann/model")
 
 
-@pytest.mark.parametrize(("method", "words"), [("HEAD", "cannot find the requested files"), ("GET", "")])
-def test_failed_downloads_are_named(hub: LocalHub, method: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("method", "words"), [("HEAD", "cannot find the requested files"), ("GET", "")]
+)
+def test_failed_downloads_are_named(
+    hub: LocalHub, method: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """huggingface_hub retries each request, here without waiting."""
     monkeypatch.setattr(hub_http, "time", SimpleNamespace(sleep=lambda seconds: None))
     hub.fail(method, "/resolve/", 500, times=99)
@@ -265,9 +332,15 @@ def test_failed_downloads_are_named(hub: LocalHub, method: str, words: str, monk
         get_model_folder("ann/model")
 
 
-def test_pickled_weights_are_downloaded_only_if_there_are_no_others(hub: LocalHub, tmp_path: Path) -> None:
+def test_pickled_weights_are_downloaded_only_if_there_are_no_others(
+    hub: LocalHub, tmp_path: Path
+) -> None:
     names = ("pytorch_model-1-of-2.bin", "pytorch_model.bin.index.json", "preprocessor_config.json")
-    files = dict.fromkeys(names, b"{}") | {"config.json": b"{}", "pytorch_model.bin": b"pickled", "notes.txt": b"x"}
+    files = dict.fromkeys(names, b"{}") | {
+        "config.json": b"{}",
+        "pytorch_model.bin": b"pickled",
+        "notes.txt": b"x",
+    }
     hub.create("ann/old", private=False, files=files)
     folder = Path(loading.get_external_model_folder("ann/old"))
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == {
@@ -276,22 +349,36 @@ def test_pickled_weights_are_downloaded_only_if_there_are_no_others(hub: LocalHu
     shards = dict.fromkeys(("model-1-of-2.safetensors", "model.safetensors.index.json"), b"{}")
     hub.create("ann/new", private=False, files=files | shards)
     folder = Path(loading.get_external_model_folder("ann/new"))
-    assert {file.name for file in folder.iterdir()} == {"config.json", "preprocessor_config.json", *shards}
+    assert {file.name for file in folder.iterdir()} == {
+        "config.json",
+        "preprocessor_config.json",
+        *shards,
+    }
     assert loading.get_external_model_folder(str(tmp_path)) == str(tmp_path)
     old = hub.repositories["ann/old"].branches["main"]
-    hub.repositories["ann/old"].commit("main", "newer", {"config.json": hub.store("config.json", b"{}")})
-    assert Path(loading.get_external_model_folder("ann/old", old), "pytorch_model.bin").read_bytes() == b"pickled"
+    hub.repositories["ann/old"].commit(
+        "main", "newer", {"config.json": hub.store("config.json", b"{}")}
+    )
+    assert (
+        Path(loading.get_external_model_folder("ann/old", old), "pytorch_model.bin").read_bytes()
+        == b"pickled"
+    )
     assert not Path(loading.get_external_model_folder("ann/old"), "pytorch_model.bin").exists()
 
 
 def test_a_file_replaces_the_weights_of_timm(monkeypatch: pytest.MonkeyPatch) -> None:
     """With `custom_load`, timm reads only files in the format of its own weights."""
     monkeypatch.setattr("timm.create_model", lambda name, **options: (name, options))
-    options = {"pretrained": True, "pretrained_cfg_overlay": {"file": "a@b.pth", "custom_load": False}}
+    options = {
+        "pretrained": True,
+        "pretrained_cfg_overlay": {"file": "a@b.pth", "custom_load": False},
+    }
     assert loading.load_timm_model("vit@a@b.pth") == (("vit", options), None)
 
 
-def test_incomplete_cached_models_are_not_used(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_incomplete_cached_models_are_not_used(
+    hub: LocalHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     get_model_folder("ann/model", CONFIG_FILES)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert get_cached_commit(get_model_folder("ann/model", CONFIG_FILES)) is not None

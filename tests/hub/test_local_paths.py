@@ -29,7 +29,11 @@ from modeling_vitcls.options import (
 )
 from modeling_vitcls.training import output_folder
 from modeling_vitcls.training.checkpoints import CheckpointStore
-from modeling_vitcls.training.resume import check_flags_unchanged, get_relative_flags, resolve_local_paths
+from modeling_vitcls.training.resume import (
+    check_flags_unchanged,
+    get_relative_flags,
+    resolve_local_paths,
+)
 
 
 @pytest.fixture
@@ -49,7 +53,12 @@ def test_paths_become_absolute_and_names_with_at_are_kept(here: Path) -> None:
     assert resolve_name("timm:local-dir:data/teach") == f"timm:local-dir:{here}/data/teach"
     assert resolve_name("timm:local_dir:data/teach") == f"timm:local_dir:{here}/data/teach"
     assert resolve_name("transformers:data/teach") == f"transformers:{here}/data/teach"
-    for other in ("acme/none", "timm:weights.pt", "timm:hf-hub:acme/data@main", "timm:resnet18@none.pt"):
+    for other in (
+        "acme/none",
+        "timm:weights.pt",
+        "timm:hf-hub:acme/data@main",
+        "timm:resnet18@none.pt",
+    ):
         assert resolve_name(other) == other
     assert resolve_name("digits", is_built_in=True) == "digits"
     (here / "at@home").mkdir()
@@ -67,20 +76,26 @@ def test_paths_become_absolute_and_names_with_at_are_kept(here: Path) -> None:
         ("timm:resnet18@/gone/w.pt", "timm:resnet18@path/to/w.pt"),
         ("timm:local-dir:/gone/at@home", "timm:local-dir:path/to/at@home"),
         ("transformers:/gone/vit", "transformers:path/to/vit"),
-        *((name, name) for name in ("digits", "acme/data", "timm:resnet18", "transformers:acme/vit@main")),
+        *(
+            (name, name)
+            for name in ("digits", "acme/data", "timm:resnet18", "transformers:acme/vit@main")
+        ),
     ],
 )
 def test_only_absolute_paths_are_local(here: Path, name: str, shared: str) -> None:
     assert strip_folders(name) == shared
     assert is_local(name) is (name != shared)
-    assert not is_local(None) and not is_local(["/a"])
+    assert not is_local(None)
+    assert not is_local(["/a"])
 
 
 def options_of(output: Path, dataset: str, **others: Any) -> FinetuneOptions:
     """Return options of a run on local data, as on the command line."""
     teacher = DistillationOptions(teacher="timm:resnet18@weights.pt")
     model = ModelOptions("vitcls-tiny", num_distillation_tokens=1)
-    return FinetuneOptions(output, DataOptions(dataset), model, distillation=teacher, run=RunOptions(**others))
+    return FinetuneOptions(
+        output, DataOptions(dataset), model, distillation=teacher, run=RunOptions(**others)
+    )
 
 
 def write_recipe(options: FinetuneOptions) -> None:
@@ -90,7 +105,9 @@ def write_recipe(options: FinetuneOptions) -> None:
     output_folder.prepare(options.output_dir, store, get_relative_flags(options), None)
 
 
-def test_files_of_a_run_contain_no_local_paths(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_of_a_run_contain_no_local_paths(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The files repeat the run from the same folder, and show that data and teacher are local."""
     folder = tmp_path / "runs" / "mine"
     options = resolve_local_paths(options_of(folder, str(tmp_path / "clinic" / "scans")))
@@ -107,7 +124,9 @@ def test_files_of_a_run_contain_no_local_paths(here: Path, tmp_path: Path, monke
     published = get_relative_flags(options, should_strip=True)
     assert (published["output_dir"], published["dataset"]) == ("path/to/mine", "path/to/scans")
     monkeypatch.chdir(tmp_path / "clinic")  # the dataset is a local folder, from any working folder
-    assert is_local(flags["dataset"]) and is_local(flags["teacher"]) and not is_local(flags["model"])
+    assert is_local(flags["dataset"])
+    assert is_local(flags["teacher"])
+    assert not is_local(flags["model"])
     assert strip_folders(flags["teacher"]) == "timm:resnet18@path/to/weights.pt"
 
 
@@ -133,8 +152,13 @@ def test_relative_names_are_resolved_to_the_same_path(here: Path, name: str, rel
 def test_built_in_data_and_presets_take_precedence_over_folders(here: Path, tmp_path: Path) -> None:
     options = resolve_local_paths(options_of(tmp_path / "run", "digits"))
     assert (options.data.dataset, options.model.model) == ("digits", "vitcls-tiny")
-    pretraining = resolve_local_paths(PretrainOptions(tmp_path, DataOptions("data/teach"), ModelOptions("acme/data")))
-    assert (pretraining.data.dataset, pretraining.model.model) == (f"{here}/data/teach", f"{here}/acme/data")
+    pretraining = resolve_local_paths(
+        PretrainOptions(tmp_path, DataOptions("data/teach"), ModelOptions("acme/data"))
+    )
+    assert (pretraining.data.dataset, pretraining.model.model) == (
+        f"{here}/data/teach",
+        f"{here}/acme/data",
+    )
 
 
 def test_a_run_is_resumed_with_another_spelling_of_its_data(here: Path, tmp_path: Path) -> None:
@@ -143,7 +167,12 @@ def test_a_run_is_resumed_with_another_spelling_of_its_data(here: Path, tmp_path
 
     before = flags("data/teach")
     assert before["dataset"] == f"{here}/data/teach"
-    for spelling in ("./data/teach", str(here / "data/teach"), "../here/data/teach", "data/../data/teach"):
+    for spelling in (
+        "./data/teach",
+        str(here / "data/teach"),
+        "../here/data/teach",
+        "data/../data/teach",
+    ):
         check_flags_unchanged(before, flags(spelling), tmp_path)
         # as written by earlier versions
         check_flags_unchanged(before | {"dataset": "data/teach"}, flags(spelling), tmp_path)
@@ -159,7 +188,11 @@ def test_a_run_is_resumed_with_another_spelling_of_its_data(here: Path, tmp_path
 
 def test_a_folder_has_moved_only_if_its_old_path_is_gone(here: Path) -> None:
     (here / "new/teach").mkdir(parents=True)
-    for old, is_same in (("/gone/teach", True), (f"{here}/data/teach", False), ("gone/teach", False)):
+    for old, is_same in (
+        ("/gone/teach", True),
+        (f"{here}/data/teach", False),
+        ("gone/teach", False),
+    ):
         assert is_same_source(old, f"{here}/new/teach") is is_same
     assert is_same_source("timm:resnet18@/gone/w.pt", "timm:resnet18@/new/w.pt")
     assert not is_same_source("timm:resnet18@/gone/w.pt", "timm:resnet50@/new/w.pt")

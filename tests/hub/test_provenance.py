@@ -30,19 +30,30 @@ def write_folder(folder: Path, metadata: str, **files: str) -> Path:
     return folder
 
 
-def test_the_metadata_of_a_card_is_inherited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = write_folder(tmp_path / "mine", f"{DINOV3}base_model: timm/dinov3\n", LICENSE_md="the text")
+def test_the_metadata_of_a_card_is_inherited(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_folder(
+        tmp_path / "mine", f"{DINOV3}base_model: timm/dinov3\n", LICENSE_md="the text"
+    )
     found = find_provenance(str(source))
-    expected = Provenance("mine", "timm/dinov3", "other", "dinov3-license", "LICENSE.md", (source / "LICENSE.md",))
+    expected = Provenance(
+        "mine", "timm/dinov3", "other", "dinov3-license", "LICENSE.md", (source / "LICENSE.md",)
+    )
     assert (
-        found == expected == find_provenance(f"transformers:{source}") == find_provenance(f"timm:local-dir:{source}")
+        found
+        == expected
+        == find_provenance(f"transformers:{source}")
+        == find_provenance(f"timm:local-dir:{source}")
     )
     assert found.license_label == "dinov3-license"
     output = tmp_path / "out"
     output.mkdir()
     found.copy_license(output)
     assert (output / "LICENSE.md").read_text() == "the text"
-    assert Provenance.from_dict(found.to_dict(), output) == replace(found, license_files=(output / "LICENSE.md",))
+    assert Provenance.from_dict(found.to_dict(), output) == replace(
+        found, license_files=(output / "LICENSE.md",)
+    )
     assert Provenance.from_dict(found.to_dict(), tmp_path) == replace(found, license_files=())
     assert Provenance("mine", license=["mit", "gemma"]).license_label == "mit, gemma"
     assert replace(found, license="mit").license_label == "mit"
@@ -55,17 +66,29 @@ def test_the_metadata_of_a_card_is_inherited(tmp_path: Path, monkeypatch: pytest
 
 def test_other_licenses_link_to_their_file_if_it_exists(tmp_path: Path) -> None:
     assert find_provenance(str(write_folder(tmp_path / "missing", DINOV3))).license_link is None
-    source = write_folder(tmp_path / "mine", "license: other\nlicense_name: x\n", LICENSE="the text")
+    source = write_folder(
+        tmp_path / "mine", "license: other\nlicense_name: x\n", LICENSE="the text"
+    )
     assert find_provenance(str(source)).license_link == "LICENSE"
     write_folder(source, "license: other\nlicense_name: x\nlicense_link: https://x.org/license\n")
     assert find_provenance(str(source)).license_link == "https://x.org/license"
     write_folder(source, "license: mit\n")
-    assert find_provenance(str(source)) == Provenance("mine", license="mit", license_files=(source / "LICENSE",))
+    assert find_provenance(str(source)) == Provenance(
+        "mine", license="mit", license_files=(source / "LICENSE",)
+    )
 
 
 def test_files_that_a_license_requires_are_copied(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "mine", "license: other\nlicense_name: x\n")
-    taken = ["COPYING", "LICENCE.txt", "LICENSE-APACHE", "NOTICE", "licence-weights.md", "license", "license.rst"]
+    taken = [
+        "COPYING",
+        "LICENCE.txt",
+        "LICENSE-APACHE",
+        "NOTICE",
+        "licence-weights.md",
+        "license",
+        "license.rst",
+    ]
     for name in (*taken, "license_plates.pkl", "noticed.bin", "copying.py", "about.md"):
         (source / name).write_text(name)
     found = find_provenance(str(source))
@@ -81,7 +104,9 @@ def test_files_that_a_license_requires_are_copied(tmp_path: Path) -> None:
     assert {name for name in published if "." not in name or "lic" in name.lower()} == set(taken)
 
 
-@pytest.mark.parametrize("card", ["", "license: unknown\n", "license: [unclosed\n", "- mit\n", "tags:\n- vit\n"])
+@pytest.mark.parametrize(
+    "card", ["", "license: unknown\n", "license: [unclosed\n", "- mit\n", "tags:\n- vit\n"]
+)
 def test_missing_metadata_stays_unknown(tmp_path: Path, card: str) -> None:
     assert find_provenance(str(write_folder(tmp_path / "mine", card))) == Provenance("mine")
     (tmp_path / "mine" / "README.md").unlink()
@@ -91,14 +116,18 @@ def test_missing_metadata_stays_unknown(tmp_path: Path, card: str) -> None:
 def test_timm_weights_have_their_license() -> None:
     found = find_provenance("timm:vit_small_patch16_dinov3.lvd1689m")
     assert (found.license, found.license_name) == ("other", "dinov3-license")
-    assert found.license_link == "https://ai.meta.com/resources/models-and-libraries/dinov3-license/"
+    assert (
+        found.license_link == "https://ai.meta.com/resources/models-and-libraries/dinov3-license/"
+    )
     assert found.base_model == "timm/vit_small_patch16_dinov3.lvd1689m"
     assert find_provenance("timm:vit_base_patch16_224.mae").license_metadata == {
         "license": "cc-by-nc-4.0",
         "license_name": None,
         "license_link": None,
     }
-    assert find_provenance("timm:vit_tiny_patch16_224@mine.safetensors") == Provenance("timm:vit_tiny_patch16_224")
+    assert find_provenance("timm:vit_tiny_patch16_224@mine.safetensors") == Provenance(
+        "timm:vit_tiny_patch16_224"
+    )
     for unknown in ("timm:no_such_model", "timm:vit_base_patch16_224.no_such_tag"):
         assert find_provenance(unknown) == Provenance(unknown)
 
@@ -122,9 +151,17 @@ def test_other_licenses_of_timm_weights_link_to_their_card() -> None:
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
     """Start a Hub with one model, and set an empty cache."""
     with running_hub() as running:
-        files = {"README.md": f"---\n{DINOV3}---\n".encode(), "LICENSE.md": b"the text", "config.json": b"{}"}
+        files = {
+            "README.md": f"---\n{DINOV3}---\n".encode(),
+            "LICENSE.md": b"the text",
+            "config.json": b"{}",
+        }
         running.create("ann/dinov3", private=False, files=files)
-        running.create("ann/linked", private=False, files={"README.md": files["README.md"], "config.json": b"{}"})
+        running.create(
+            "ann/linked",
+            private=False,
+            files={"README.md": files["README.md"], "config.json": b"{}"},
+        )
         point_client_at(running.url, None, monkeypatch, tmp_path / "home")
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -136,21 +173,36 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
 @pytest.mark.parametrize(
     "source",
     [
-        *("ann/dinov3", "transformers:ann/dinov3@main", "timm:hf-hub:ann/dinov3", "timm:hf_hub:ann/dinov3"),
+        *(
+            "ann/dinov3",
+            "transformers:ann/dinov3@main",
+            "timm:hf-hub:ann/dinov3",
+            "timm:hf_hub:ann/dinov3",
+        ),
         "timm:hf-hub:ann/dinov3@main",
     ],
 )
-def test_a_model_on_the_hub_passes_its_license_on(hub: LocalHub, tmp_path: Path, source: str) -> None:
+def test_a_model_on_the_hub_passes_its_license_on(
+    hub: LocalHub, tmp_path: Path, source: str
+) -> None:
     found = find_provenance(source)
-    assert (found.name, found.base_model, found.license_name) == ("ann/dinov3", "ann/dinov3", "dinov3-license")
+    assert (found.name, found.base_model, found.license_name) == (
+        "ann/dinov3",
+        "ann/dinov3",
+        "dinov3-license",
+    )
     assert found.license_link == "LICENSE.md"
     found.copy_license(tmp_path)
     assert (tmp_path / "LICENSE.md").read_text() == "the text"
 
 
-def test_a_link_within_the_repository_becomes_an_address(hub: LocalHub, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_link_within_the_repository_becomes_an_address(
+    hub: LocalHub, capsys: pytest.CaptureFixture[str]
+) -> None:
     enable_progress_bars()
-    assert find_provenance("ann/linked").license_link == f"{hub.url}/ann/linked/blob/main/LICENSE.md"
+    assert (
+        find_provenance("ann/linked").license_link == f"{hub.url}/ann/linked/blob/main/LICENSE.md"
+    )
     assert "%" not in capsys.readouterr().err  # progress bars
 
 
@@ -159,7 +211,9 @@ def test_a_missing_model_has_an_unknown_license(hub: LocalHub) -> None:
     assert find_provenance("no id at all") == Provenance("no id at all")
 
 
-def test_without_a_network_the_cache_is_used(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_network_the_cache_is_used(
+    hub: LocalHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     known = find_provenance("ann/dinov3")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     asked = len(hub.requests)

@@ -20,7 +20,10 @@ from modeling_vitcls.runtime.files import read_json
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 NAMES = ("cat", "dog", "fox")
-LABELS = {"id2label": dict(enumerate(NAMES)), "label2id": {name: index for index, name in enumerate(NAMES)}}
+LABELS = {
+    "id2label": dict(enumerate(NAMES)),
+    "label2id": {name: index for index, name in enumerate(NAMES)},
+}
 
 
 @pytest.fixture
@@ -30,7 +33,9 @@ def photos(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    return save_with_processor(ViTCLSForImageClassification(build_tiny_config(**LABELS)), tmp_path / "model")
+    return save_with_processor(
+        ViTCLSForImageClassification(build_tiny_config(**LABELS)), tmp_path / "model"
+    )
 
 
 def run_evaluation(model: Path, photos: Path, *flags: object) -> int:
@@ -65,7 +70,9 @@ def test_predictions_of_other_weights_are_an_error(
     check_error(capsys, "predictions.parquet", "other weights")
 
 
-def test_the_results_of_an_evaluation_name_the_weights(model: Path, photos: Path, tmp_path: Path) -> None:
+def test_the_results_of_an_evaluation_name_the_weights(
+    model: Path, photos: Path, tmp_path: Path
+) -> None:
     assert run_evaluation(model, photos, "--output", tmp_path / "results.json") == 0
     assert read_json(tmp_path / "results.json")["weights_sha256"] == hash_weights(model)
 
@@ -73,14 +80,21 @@ def test_the_results_of_an_evaluation_name_the_weights(model: Path, photos: Path
 DAMAGES: dict[str, tuple[dict[str, Any], str]] = {
     "NaN": ({"label": ["cat"] * 9, "probabilities": [[np.nan, 0.5, 0.5]] * 9}, "not finite"),
     "one column is missing": ({"label": ["cat"] * 9}, "probabilities"),
-    "two probabilities of three labels": ({"label": ["cat"] * 9, "probabilities": [[0.5, 0.5]] * 9}, "3 prob"),
+    "two probabilities of three labels": (
+        {"label": ["cat"] * 9, "probabilities": [[0.5, 0.5]] * 9},
+        "3 prob",
+    ),
     "other labels": ({"label": ["zebra"] * 9, "probabilities": [[0.5, 0.25, 0.25]] * 9}, "'zebra'"),
 }
 
 
 @pytest.mark.parametrize(("columns", "words"), DAMAGES.values(), ids=DAMAGES)
 def test_damaged_predictions_are_an_error(
-    columns: dict[str, Any], words: str, model: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+    columns: dict[str, Any],
+    words: str,
+    model: Path,
+    photos: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     write_predictions(model, pd.DataFrame(columns))
     assert run_prediction(model, photos) == 1
@@ -92,8 +106,14 @@ def test_labels_with_the_same_name_are_not_evaluated(
 ) -> None:
     """Published models have such labels: two classes of ImageNet are called crane."""
     names = ("cat", "dog", "fox", "cat")
-    labels = {"id2label": dict(enumerate(names)), "label2id": {"cat": 3, "dog": 1, "fox": 2}, "num_labels": 4}
-    model = save_with_processor(ViTCLSForImageClassification(build_tiny_config(**labels)), tmp_path / "model")
+    labels = {
+        "id2label": dict(enumerate(names)),
+        "label2id": {"cat": 3, "dog": 1, "fox": 2},
+        "num_labels": 4,
+    }
+    model = save_with_processor(
+        ViTCLSForImageClassification(build_tiny_config(**labels)), tmp_path / "model"
+    )
     assert run_evaluation(model, photos) == 1
     check_error(capsys, "'cat'")
 
@@ -103,7 +123,9 @@ def test_an_energy_threshold_that_is_not_finite_is_an_error(
 ) -> None:
     config = (model / "config.json").read_text()
     for value in ("NaN", "Infinity"):
-        (model / "config.json").write_text(config.replace("{", f'{{"energy_threshold": {value},', 1))
+        (model / "config.json").write_text(
+            config.replace("{", f'{{"energy_threshold": {value},', 1)
+        )
         reset_accelerate()
         assert run_here("predict", "--model", str(model), str(photos)) == 1
         check_error(capsys, "energy_threshold")

@@ -27,19 +27,23 @@ photos = prediction_photos.photos  # a fixture
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return an encoder with two register tokens."""
     model = ViTCLSModel(build_tiny_config(num_register_tokens=2, image_size=(32, 48)))
-    return save_with_processor(model, tmp_path_factory.mktemp("model"), ViTCLSImageProcessor(size=[32, 48]))
+    return save_with_processor(
+        model, tmp_path_factory.mktemp("model"), ViTCLSImageProcessor(size=[32, 48])
+    )
 
 
 def test_features_equal_those_of_predict(encoder: Path, photos: Path) -> None:
     """Batches contain paths, bytes or encoded images. The other columns are kept. The model is not pickled."""
     names = ["cls", "registers@1", "mean", "patches"]
     paths = sorted_photos(photos)
-    model, processor = ViTCLSModel.from_pretrained(encoder).eval(), ViTCLSImageProcessor.from_pretrained(encoder)
+    model = ViTCLSModel.from_pretrained(encoder).eval()
+    processor = ViTCLSImageProcessor.from_pretrained(encoder)
     expected = predict(model, processor, paths, features=names)
     embed: Any = EmbedImages(encoder, names, batch_size=4)
     embed({"path": paths[:1]})
     restored = pickle.loads(pickle.dumps(embed))
-    assert embed.predictor.batch_size == 4 and restored.predictor is None
+    assert embed.predictor.batch_size == 4
+    assert restored.predictor is None
     contents = [Path(path).read_bytes() for path in paths]
     for batch in (
         {"path": np.array(paths)},
@@ -48,8 +52,11 @@ def test_features_equal_those_of_predict(encoder: Path, photos: Path) -> None:
     ):
         outputs = restored(batch)
         for name in names:
-            np.testing.assert_allclose(outputs[name], np.array([row[name] for row in expected]), atol=1e-6)
-        assert outputs["registers@1"].shape == (9, 2, 16) and set(outputs["error"]) == {""}
+            np.testing.assert_allclose(
+                outputs[name], np.array([row[name] for row in expected]), atol=1e-6
+            )
+        assert outputs["registers@1"].shape == (9, 2, 16)
+        assert set(outputs["error"]) == {""}
         assert outputs.get("id", list(range(9))) == list(range(9))
 
 
@@ -66,10 +73,14 @@ def test_an_empty_batch_has_empty_columns(batch: dict[str, Any], encoder: Path) 
 def test_unreadable_images_have_an_error(encoder: Path, photos: Path) -> None:
     embed = EmbedImages(encoder, image_column="photo", dtype="float16", fit="pad")
     outputs = embed({"path": ["x", "y"], "photo": [b"broken", (photos / "a.jpg").read_bytes()]})
-    assert outputs["cls"].dtype == np.float16 and np.isnan(outputs["cls"]).all(axis=1).tolist() == [True, False]
-    assert outputs["error"][0] and not outputs["error"][1] and list(outputs) == ["path", "cls", "error"]
+    assert outputs["cls"].dtype == np.float16
+    assert np.isnan(outputs["cls"]).all(axis=1).tolist() == [True, False]
+    assert outputs["error"][0]
+    assert not outputs["error"][1]
+    assert list(outputs) == ["path", "cls", "error"]
     assert EmbedImages(encoder, device="meta").build_predictor().model.device.type == "meta"
-    model, processor = ViTCLSModel.from_pretrained(encoder).eval(), ViTCLSImageProcessor.from_pretrained(encoder)
+    model = ViTCLSModel.from_pretrained(encoder).eval()
+    processor = ViTCLSImageProcessor.from_pretrained(encoder)
     set_fit(processor, "pad", (32, 48))
     (row,) = predict(model, processor, photos / "a.jpg", features="cls")
     np.testing.assert_allclose(outputs["cls"][1], row["features"], atol=1e-3)
@@ -101,16 +112,25 @@ def test_ray_workers_equal_predict_even_if_one_is_killed(
             return super().__call__(batch)
 
     paths = sorted_photos(photos)
-    model, processor = ViTCLSModel.from_pretrained(encoder).eval(), ViTCLSImageProcessor.from_pretrained(encoder)
-    expected = {row["image"]: row["features"] for row in predict(model, processor, paths, features="cls")}
+    model = ViTCLSModel.from_pretrained(encoder).eval()
+    processor = ViTCLSImageProcessor.from_pretrained(encoder)
+    expected = {
+        row["image"]: row["features"] for row in predict(model, processor, paths, features="cls")
+    }
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
     try:
         images = ray.data.read_binary_files(paths, include_paths=True)
         actors = ray.data.ActorPoolStrategy(size=2)
         rows = images.map_batches(
-            DyingEmbedImages, fn_constructor_args=[str(encoder)], batch_size=2, compute=actors, num_cpus=1
+            DyingEmbedImages,
+            fn_constructor_args=[str(encoder)],
+            batch_size=2,
+            compute=actors,
+            num_cpus=1,
         ).take_all()
-        assert marker.exists() and {row["path"] for row in rows} == set(paths) and len(rows) == 9
+        assert marker.exists()
+        assert {row["path"] for row in rows} == set(paths)
+        assert len(rows) == 9
         for row in rows:
             np.testing.assert_allclose(row["cls"], expected[row["path"]], atol=1e-6)
         table = tmp_path / "photos.parquet"

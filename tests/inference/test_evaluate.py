@@ -38,7 +38,12 @@ from modeling_vitcls.data.aspect_ratio import set_fit
 from modeling_vitcls.data.images import LabeledImages
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.inference import evaluate as evaluate_module
-from modeling_vitcls.inference.evaluate import evaluate_checkpoint, load_evaluation, match_labels, set_label_columns
+from modeling_vitcls.inference.evaluate import (
+    evaluate_checkpoint,
+    load_evaluation,
+    match_labels,
+    set_label_columns,
+)
 from modeling_vitcls.inference.metric_tables import build_class_tables, get_metric_names
 from modeling_vitcls.options import DataOptions, EvaluateOptions
 from modeling_vitcls.runtime.distributed import build_accelerator
@@ -76,13 +81,18 @@ def test_two_processes_equal_one(by_one_process: dict[str, Any], two_process_fol
     for name, metrics in by_one_process.items():
         assert list(measured[name]) == list(metrics), name
         for key, value in metrics.items():  # the losses depend on the batches' rounding
-            assert measured[name][key] == (close(value) if isinstance(value, float) else value), (name, key)
+            assert measured[name][key] == (close(value) if isinstance(value, float) else value), (
+                name,
+                key,
+            )
 
 
 def test_only_the_main_process_prints(two_process_folder: Path) -> None:
     printed = (two_process_folder / "stdout").read_text(encoding="utf-8")
     assert printed.count("each counted once") == 1
-    assert re.findall(r"'(\d+)\.png'", printed) == [*map(str, UNREADABLE)] * 2  # in order, by two evaluators
+    assert (
+        re.findall(r"'(\d+)\.png'", printed) == [*map(str, UNREADABLE)] * 2
+    )  # in order, by two evaluators
 
 
 # Saved models --------------------------------------------------------------------------------------------------------
@@ -120,7 +130,9 @@ def test_a_multi_label_model(models: Path, tmp_path: Path, by_one_process: dict[
     """The names are in another order, and one class is not in the data."""
 
     def text(label: list[float]) -> list[str]:
-        return ["|".join(name for name, value in reversed([*zip(CLASSES, label, strict=True)]) if value)]
+        return [
+            "|".join(name for name, value in reversed([*zip(CLASSES, label, strict=True)]) if value)
+        ]
 
     table = write_table(tmp_path, "multi_label", ["tags"], text)
     found = evaluate(models / "multi_label", table, label_column=("tags",), label_separator="|")
@@ -130,15 +142,28 @@ def test_a_multi_label_model(models: Path, tmp_path: Path, by_one_process: dict[
     assert [row["name"] for row in found["per_class"]] == CLASSES
     reset_accelerate()
     data = DataOptions(str(table), label_column=("tags",), label_separator="|")
-    options = EvaluateOptions(str(models / "multi_label"), data, per_image=tmp_path / "new" / "rows.parquet")
-    results, rows = evaluate_checkpoint(options), pd.read_parquet(options.per_image)
+    options = EvaluateOptions(
+        str(models / "multi_label"), data, per_image=tmp_path / "new" / "rows.parquet"
+    )
+    results = evaluate_checkpoint(options)
+    rows = pd.read_parquet(options.per_image)
     is_predicted = np.stack(rows["probabilities"]) > 0.5
-    assert [list(names) for names in rows["prediction"]] == [list(np.array(CLASSES)[row]) for row in is_predicted]
-    is_exact = [list(one) == list(other) for one, other in zip(rows["label"], rows["prediction"], strict=True)]
-    assert (np.mean(is_exact), rows["loss"].mean()) == (close(results["exact_match"]), close(results["loss"]))
+    assert [list(names) for names in rows["prediction"]] == [
+        list(np.array(CLASSES)[row]) for row in is_predicted
+    ]
+    is_exact = [
+        list(one) == list(other)
+        for one, other in zip(rows["label"], rows["prediction"], strict=True)
+    ]
+    assert (np.mean(is_exact), rows["loss"].mean()) == (
+        close(results["exact_match"]),
+        close(results["loss"]),
+    )
     reset_accelerate()
     with raises_one_line("--unknown-dataset"):
-        evaluate_checkpoint(EvaluateOptions(str(models / "multi_label"), data, unknown_dataset="digits"))
+        evaluate_checkpoint(
+            EvaluateOptions(str(models / "multi_label"), data, unknown_dataset="digits")
+        )
 
 
 def test_a_multi_task_model(models: Path, tmp_path: Path, by_one_process: dict[str, Any]) -> None:
@@ -146,7 +171,9 @@ def test_a_multi_task_model(models: Path, tmp_path: Path, by_one_process: dict[s
 
     def text(label: dict[str, int]) -> list[str]:
         columns = SPACES["multi_task"].columns
-        return [columns[task][label[task]] if label[task] >= 0 else "" for task in ("species", "age")]
+        return [
+            columns[task][label[task]] if label[task] >= 0 else "" for task in ("species", "age")
+        ]
 
     table = write_table(tmp_path, "multi_task", ["species", "age"], text)
     found = evaluate(models / "multi_task", table)  # the columns of the model
@@ -158,7 +185,9 @@ def test_a_multi_task_model(models: Path, tmp_path: Path, by_one_process: dict[s
     with raises_one_line("multi_task", "--label-column"):
         evaluate(models / "multi_task", table, label_column=("age",))
     reset_accelerate()
-    options = EvaluateOptions(str(models / "multi_task"), DataOptions(str(table)), per_image=tmp_path / "rows.parquet")
+    options = EvaluateOptions(
+        str(models / "multi_task"), DataOptions(str(table)), per_image=tmp_path / "rows.parquet"
+    )
     with raises_one_line("--per-image"):
         evaluate_checkpoint(options)
 
@@ -173,7 +202,14 @@ def test_a_single_label_model(
         assert found[name] == close(by_one_process["single"][name])
     printed = capsys.readouterr().out
     assert "100%" not in printed  # progress is shown on terminals only
-    for words in ("each counted once", "Balanced accuracy", "95% interval", "distillation head", "Per class", "gnu"):
+    for words in (
+        "each counted once",
+        "Balanced accuracy",
+        "95% interval",
+        "distillation head",
+        "Per class",
+        "gnu",
+    ):
         assert words in printed
 
 
@@ -190,7 +226,8 @@ def test_the_results_describe_the_evaluation(
     processor.save_pretrained(tmp_path / "model")
     set_fit(processor, "pad", (16, 24))
     images = [Image.new("L", (32, 16), 40 * index) for index in range(6)]
-    data, output = tmp_path / "data", tmp_path / "results.json"
+    data = tmp_path / "data"
+    output = tmp_path / "results.json"
     for index, image in enumerate([*images, Image.new("RGB", (16, 16))]):
         folder = data / ("validation" if index else "train") / names[index % 2]
         folder.mkdir(parents=True, exist_ok=True)
@@ -238,10 +275,14 @@ def test_the_results_describe_the_evaluation(
     assert results | expected == results
     printed = capsys.readouterr().out
     (warning,) = (line for line in printed.splitlines() if line.startswith("WARNING: "))
-    assert "[b]dark/6.png' has 3 channels, but the model requires 1" in warning and f"saved {output}" in printed
-    assert f"5 images of {data} (" in printed and "each counted once; 1,162.8 images/s" in printed
+    assert "[b]dark/6.png' has 3 channels, but the model requires 1" in warning
+    assert f"saved {output}" in printed
+    assert f"5 images of {data} (" in printed
+    assert "each counted once; 1,162.8 images/s" in printed
     for name, values in (("`[b]dark`", dark), ("`light`", light)):  # numbers are right-aligned
-        assert re.search(rf"│ {re.escape(name)} *│ {len(values):>6} │ +{np.mean(values):.2%} │", printed), printed
+        assert re.search(
+            rf"│ {re.escape(name)} *│ {len(values):>6} │ +{np.mean(values):.2%} │", printed
+        ), printed
     assert load_evaluation(options, accelerator, print).evaluator.batch_size == 4
 
 
@@ -256,14 +297,22 @@ def test_streamed_images(models: Path, tmp_path: Path, by_one_process: dict[str,
             (folder / f"{index}.png").symlink_to(tmp_path / row["path"])
     data = DataOptions(dataset=str(tmp_path / "data"), num_workers=0, streaming=True)
     options = EvaluateOptions(
-        str(models / "single"), data, batch_size=4, per_image=tmp_path / "rows.parquet", unknown_dataset=data.dataset
+        str(models / "single"),
+        data,
+        batch_size=4,
+        per_image=tmp_path / "rows.parquet",
+        unknown_dataset=data.dataset,
     )
-    metrics, rows = evaluate_checkpoint(options), pd.read_parquet(options.per_image)
-    assert metrics["num_images"] == 2 * NUM_IMAGES and rows["index"].tolist() == list(range(2 * NUM_IMAGES))
+    metrics = evaluate_checkpoint(options)
+    rows = pd.read_parquet(options.per_image)
+    assert metrics["num_images"] == 2 * NUM_IMAGES
+    assert rows["index"].tolist() == list(range(2 * NUM_IMAGES))
     assert {Path(name).stem for name in rows["image"]} == set(map(str, range(2 * NUM_IMAGES)))
     assert metrics["loss"] == close(by_one_process["single"]["loss"])
     unknown = {"dataset": "data", "split": "test", "num_images": 2 * NUM_IMAGES, "flagged": None}
-    assert metrics["unknown"] == unknown | {"auroc": pytest.approx(0.5, abs=0.01)}  # the same images
+    assert metrics["unknown"] == unknown | {
+        "auroc": pytest.approx(0.5, abs=0.01)
+    }  # the same images
     (tmp_path / "data" / "test" / "zebra").mkdir()
     (tmp_path / "data" / "test" / "zebra" / "0.png").symlink_to(tmp_path / "single0.png")
     reset_accelerate()
@@ -275,21 +324,39 @@ def test_two_processes_evaluate_a_saved_model(
     two_process_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
-    two, one = read_json(two_process_folder / "new" / "digits.json"), evaluate_digits(two_process_folder)
+    two = read_json(two_process_folder / "new" / "digits.json")
+    one = evaluate_digits(two_process_folder)
     assert (two["num_processes"], one["num_processes"]) == (2, 1)
-    assert two["num_images"] == NUM_DIGITS and "100%" in capsys.readouterr().out
-    assert two.pop("calibration_error") == close(one.pop("calibration_error"))  # depends on the batches' rounding
+    assert two["num_images"] == NUM_DIGITS
+    assert "100%" in capsys.readouterr().out
+    assert two.pop("calibration_error") == close(
+        one.pop("calibration_error")
+    )  # depends on the batches' rounding
     assert {**two, **dict.fromkeys(MEASURED)} == {**one, **dict.fromkeys(MEASURED)}
-    assert two.keys() >= {"model", "dataset", "split", "images_per_second", "versions", "per_class", "accuracy"}
+    assert two.keys() >= {
+        "model",
+        "dataset",
+        "split",
+        "images_per_second",
+        "versions",
+        "per_class",
+        "accuracy",
+    }
     printed = (two_process_folder / "stdout").read_text(encoding="utf-8")
-    assert f"{two['accuracy']:.2%}" in printed and "digits.json" in printed
-    assert [file.name for file in (two_process_folder / "new").iterdir()] == ["digits.json"]  # no partial file
+    assert f"{two['accuracy']:.2%}" in printed
+    assert "digits.json" in printed
+    assert [file.name for file in (two_process_folder / "new").iterdir()] == [
+        "digits.json"
+    ]  # no partial file
 
 
 @pytest.mark.slow
 def test_two_processes_evaluate_frozen_features(two_process_folder: Path) -> None:
-    run_together(WORKER, two_process_folder, "frozen", log=two_process_folder / "log", environment=OFFLINE)
-    two, one = read_json(two_process_folder / "frozen.json"), evaluate_frozen_digits(two_process_folder)
+    run_together(
+        WORKER, two_process_folder, "frozen", log=two_process_folder / "log", environment=OFFLINE
+    )
+    two = read_json(two_process_folder / "frozen.json")
+    one = evaluate_frozen_digits(two_process_folder)
     assert (two["num_processes"], one["num_processes"]) == (2, 1)
     assert two["num_images"] == 359
     assert {**two, **dict.fromkeys(MEASURED)} == {**one, **dict.fromkeys(MEASURED)}
@@ -303,10 +370,17 @@ def test_classes_in_tables() -> None:
     cells = {"Images": "1,200", "Recall": "50.00%", "Precision": "–", "F1": "0.00%"}
     names = ["`'a' `", f"`{'x' * 100}`", f"`{'x' * 99}…`"]
     assert table == [{"Class": name} | cells for name in names]
-    assert [len(build_class_tables({"per_class": rows[:1] * number}, None)) for number in (0, 20, 21)] == [0, 1, 0]
-    config = ViTCLSConfig(tasks={"age": ["old", "young"], "size": ["small", "large"]}, num_cls_tokens=2)
+    assert [
+        len(build_class_tables({"per_class": rows[:1] * number}, None)) for number in (0, 20, 21)
+    ] == [0, 1, 0]
+    config = ViTCLSConfig(
+        tasks={"age": ["old", "young"], "size": ["small", "large"]}, num_cls_tokens=2
+    )
     tables = build_class_tables({"size_per_class": rows, "age_per_class": rows[:2]}, config)
-    assert {title.split(",")[0]: len(rows) for title, rows in tables.items()} == {"age": 2, "size": 3}
+    assert {title.split(",")[0]: len(rows) for title, rows in tables.items()} == {
+        "age": 2,
+        "size": 3,
+    }
     keys = get_metric_names({"size_accuracy": 0.0, "accuracy": 0.0, "macro_f1": None}, config)
     assert list(keys) == ["accuracy", "size_accuracy"]
 
@@ -322,14 +396,17 @@ def test_a_regression_is_an_error(tmp_path: Path) -> None:
     type(build_classifier("single"))(config).save_pretrained(tmp_path)
     ViTCLSImageProcessor(size=16).save_pretrained(tmp_path)
     with raises_one_line("regression"):
-        evaluate_checkpoint(EvaluateOptions(model=str(tmp_path), data=DataOptions(dataset="digits")))
+        evaluate_checkpoint(
+            EvaluateOptions(model=str(tmp_path), data=DataOptions(dataset="digits"))
+        )
 
 
 # Labels by name ------------------------------------------------------------------------------------------------------
 
 
 def test_only_models_of_several_labels_use_the_columns_in_their_results(tmp_path: Path) -> None:
-    options, tags = DataOptions("data"), ViTCLSConfig(problem_type="multi_label_classification")
+    options = DataOptions("data")
+    tags = ViTCLSConfig(problem_type="multi_label_classification")
     assert set_label_columns(options, tags, str(tmp_path)) == options  # no results.json
     for columns, expected in ((["tags"], ("tags",)), (None, None)):
         write_json(tmp_path / "results.json", {"label_column": columns, "label_separator": ";"})
@@ -347,22 +424,33 @@ def build_single_label_space(*names: str) -> LabelSpace:
 def test_labels_are_matched_to_the_model_by_name() -> None:
     pictures = LabeledImages([], [0, 1, 0])
     assert match_labels(
-        pictures, build_single_label_space("noon", "dusk"), build_single_label_space("dawn", "dusk", "noon")
+        pictures,
+        build_single_label_space("noon", "dusk"),
+        build_single_label_space("dawn", "dusk", "noon"),
     ).labels == [2, 1, 2]
     many = [f"label {index}" for index in range(22)]
     for number, shown in ((20, r", label 19\. Remove"), (21, r", label 19 and 1 more\. Remove")):
         with pytest.raises(ValueError, match=f"'noon'.*{shown}"):
             match_labels(
-                pictures, build_single_label_space("noon", "label 0"), build_single_label_space(*many[:number])
+                pictures,
+                build_single_label_space("noon", "label 0"),
+                build_single_label_space(*many[:number]),
             )
     # an unused name has no effect
-    match_labels(LabeledImages([], [1]), build_single_label_space("noon", "dusk"), build_single_label_space("dusk"))
+    match_labels(
+        LabeledImages([], [1]),
+        build_single_label_space("noon", "dusk"),
+        build_single_label_space("dusk"),
+    )
 
 
 def test_several_labels_are_matched_by_name() -> None:
     kind = "multi_label_classification"
-    given, known = LabelSpace(kind, {"tags": ["b", "c", "a"]}), LabelSpace(kind, {"label": ["a", "b", "d", "e"]})
-    matched = match_labels(LabeledImages([], [[1.0, 0.0, 0.0], [1.0, 0.0, 1.0], [0.0, 0.0, 0.0]]), given, known)
+    given = LabelSpace(kind, {"tags": ["b", "c", "a"]})
+    known = LabelSpace(kind, {"label": ["a", "b", "d", "e"]})
+    matched = match_labels(
+        LabeledImages([], [[1.0, 0.0, 0.0], [1.0, 0.0, 1.0], [0.0, 0.0, 0.0]]), given, known
+    )
     assert matched.labels == [[0.0, 1.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0], [0.0] * 4]
     with pytest.raises(ValueError, match="the label 'c', but the model has only the labels"):
         match_labels(LabeledImages([], [[0.0, 1.0, 0.0]]), given, known)
@@ -373,7 +461,11 @@ def test_tasks_are_matched_by_name() -> None:
     known = LabelSpace("multi_task", {"a": ["p", "q"], "b": ["x", "y"]})
     matched = match_labels(LabeledImages([], [{"b": 0, "a": 0}, {"b": -100, "a": 1}]), given, known)
     assert matched.labels == [{"a": 1, "b": 1}, {"a": 0, "b": -100}]
-    with pytest.raises(ValueError, match=r"the model has the tasks a, c, but the dataset has b, a. Select"):
-        match_labels(LabeledImages([], []), given, LabelSpace("multi_task", {"a": ["p"], "c": ["x"]}))
+    with pytest.raises(
+        ValueError, match=r"the model has the tasks a, c, but the dataset has b, a. Select"
+    ):
+        match_labels(
+            LabeledImages([], []), given, LabelSpace("multi_task", {"a": ["p"], "c": ["x"]})
+        )
     with raises_one_line("multi_task", "--label-column"):
         match_labels(LabeledImages([], []), given, build_single_label_space("a"))

@@ -37,18 +37,28 @@ by_one_process = evaluation_results.by_one_process  # a fixture
 def test_a_batch_without_readable_images_has_the_shape_of_the_model() -> None:
     labels = LabelSpace("single_label_classification", {"label": ["a", "b"]})
     sizes = SIZES | {"image_size": (16, 24), "num_channels": 1}
-    model = type(build_classifier("single"))(ViTCLSConfig(**sizes, **labels.to_config_values())).eval()
+    model = type(build_classifier("single"))(
+        ViTCLSConfig(**sizes, **labels.to_config_values())
+    ).eval()
     shapes: list[tuple[int, ...]] = []
     model.register_forward_pre_hook(lambda module, inputs: shapes.append(tuple(inputs[0].shape)))
     file = io.BytesIO()
     Image.new("L", (24, 16)).save(file, "PNG")
     images = DatasetImages.from_list(
-        [{"path": name, "bytes": file.getvalue()[:end]} for name, end in (("a", None), ("b", 40), ("c", 40))]
+        [
+            {"path": name, "bytes": file.getvalue()[:end]}
+            for name, end in (("a", None), ("b", 40), ("c", 40))
+        ]
     )
     processor = ViTCLSImageProcessor(size={"height": 16, "width": 24}, do_convert_rgb=False)
     processor.image_mean = processor.image_std = [0.5]
     evaluator = evaluator_module.Evaluator(
-        LabeledImages(images, [0, 1, 0]), processor, labels, DataOptions("", num_workers=0), 2, Accelerator(cpu=True)
+        LabeledImages(images, [0, 1, 0]),
+        processor,
+        labels,
+        DataOptions("", num_workers=0),
+        2,
+        Accelerator(cpu=True),
     )
     assert evaluator(model)["num_unreadable_images"] == 2
     assert shapes == [(1, 1, 16, 24), (2, 1, 16, 24)]
@@ -66,7 +76,9 @@ def test_unreadable_images_are_named_once_and_not_counted(by_one_process: dict[s
     model = build_classifier("single")
     metrics = evaluator(model)
     assert (metrics["num_images"], metrics["num_unreadable_images"]) == (NUM_IMAGES - 4, 4)
-    assert [f"'{index}.png'" in line for index, line in zip(UNREADABLE, said, strict=True)] == [True] * 4
+    assert [f"'{index}.png'" in line for index, line in zip(UNREADABLE, said, strict=True)] == [
+        True
+    ] * 4
     assert evaluator(model) == metrics == by_one_process["unreadable"]
     assert len(said) == 4
     outputs, labels = compute_outputs("single")
@@ -81,7 +93,9 @@ def test_too_many_unreadable_images_are_an_error() -> None:
     evaluator = build_evaluator("single", accelerator, pictures, max_unreadable_images=3)
     with raises_one_line("more than 3 images cannot be read", "'12.png'"):
         evaluator(build_classifier("single"))
-    evaluator = build_evaluator("single", accelerator, build_labeled_images("single", number=2, unreadable=(0, 1)))
+    evaluator = build_evaluator(
+        "single", accelerator, build_labeled_images("single", number=2, unreadable=(0, 1))
+    )
     with pytest.raises(ValueError, match="none of the 2 images can be read"):
         evaluator(build_classifier("single"))
 
@@ -94,7 +108,9 @@ def test_small_datasets_are_preprocessed_once(
     monkeypatch.setattr(evaluator_module, "MAX_CACHE_BYTES", num_bytes + free_bytes)
     pictures = build_labeled_images("single")
     counted = CountedImages(pictures.images)
-    evaluator = build_evaluator("single", build_accelerator(), LabeledImages(counted, pictures.labels))
+    evaluator = build_evaluator(
+        "single", build_accelerator(), LabeledImages(counted, pictures.labels)
+    )
     for _ in range(3):
         assert evaluator(build_classifier("single")) == by_one_process["single"]
     assert counted.num_reads == num_reads * NUM_IMAGES
@@ -106,4 +122,5 @@ def test_evaluation_draws_no_random_numbers() -> None:
     model = build_classifier("single")
     before = torch.get_rng_state()
     evaluator(model)
-    assert evaluator.loader.num_workers == 1 and torch.equal(torch.get_rng_state(), before)
+    assert evaluator.loader.num_workers == 1
+    assert torch.equal(torch.get_rng_state(), before)

@@ -28,7 +28,15 @@ from modeling_vitcls.options import DataOptions, EvaluateOptions
 
 
 DIGITS = DataOptions(dataset="digits", num_workers=0, held_out_fraction=0.1)
-TOKENS = ["CLS", "distillation", "register 1", "register 2", "register 3", "register 4", "mean of patches"]
+TOKENS = [
+    "CLS",
+    "distillation",
+    "register 1",
+    "register 2",
+    "register 3",
+    "register 4",
+    "mean of patches",
+]
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 CLASSIFIERS: dict[str, Any] = {
@@ -94,10 +102,16 @@ def test_splits_of_the_data_set_and_unreadable_images(
     for split in ("train", "val"):
         (dataset / split / "a" / "3.png").write_bytes(b"no image")
     data = DataOptions(dataset=str(dataset), num_workers=0)
-    monkeypatch.setattr(frozen, "time", SimpleNamespace(perf_counter=iter([10.0, 11.234, 20.0]).__next__))
+    monkeypatch.setattr(
+        frozen, "time", SimpleNamespace(perf_counter=iter([10.0, 11.234, 20.0]).__next__)
+    )
     results = run(model, "knn", data=data, split="validation")
     assert (results["seconds"], results["images_per_second"]) == (1.23, 14.6)  # 18 images
-    assert (results["split"], results["num_training_images"], results["num_images"]) == ("validation", 11, 7)
+    assert (results["split"], results["num_training_images"], results["num_images"]) == (
+        "validation",
+        11,
+        7,
+    )
     assert results["num_unreadable_images"] == 2
     gray = save_model(tmp_path / "gray", num_channels=1)
     processor = ViTCLSImageProcessor(size=16, do_convert_rgb=False, image_mean=0.5, image_std=0.5)
@@ -115,14 +129,28 @@ def test_results_equal_scikit_learn(
     """The evaluated split lacks the first class."""
     dataset = str(write_noise(tmp_path, {"train": (4, 5, 6), "val": (0, 4, 3)}))
     data = DataOptions(dataset=dataset, num_workers=0)
-    results = run(model, frozen, data=data, split="validation", fit="pad", output=tmp_path / "new" / "frozen.json")
-    assert json.loads((tmp_path / "new" / "frozen.json").read_text(encoding="utf-8")) == results | {"frozen": frozen}
+    results = run(
+        model,
+        frozen,
+        data=data,
+        split="validation",
+        fit="pad",
+        output=tmp_path / "new" / "frozen.json",
+    )
+    assert json.loads((tmp_path / "new" / "frozen.json").read_text(encoding="utf-8")) == results | {
+        "frozen": frozen
+    }
     assert "versions" in results
     printed, rows = capsys.readouterr().out, results["rows"]
     before, _, after = printed.partition(dataset)
-    assert re.findall(r"\d+", before) == ["15", "7"] and f"; {results['images_per_second']:,} " in after
+    assert re.findall(r"\d+", before) == ["15", "7"]
+    assert f"; {results['images_per_second']:,} " in after
     for row in rows:
-        cells = [row["token"], f"{row['accuracy']:.2%}", "{:.2%} to {:.2%}".format(*row["accuracy_interval"])]
+        cells = [
+            row["token"],
+            f"{row['accuracy']:.2%}",
+            "{:.2%} to {:.2%}".format(*row["accuracy_interval"]),
+        ]
         assert re.search("│ {} +│ +{} │ +{} │".format(*cells), printed)
     assert [row["token"] for row in rows] == TOKENS
     assert (results["num_training_images"], results["num_images"]) == (15, 7)
@@ -131,13 +159,19 @@ def test_results_equal_scikit_learn(
     labels = [np.array(split.label_space.names)[split.images.labels] for split in splits]
     train, held_out = (encode(model, split.images.images) for split in splits)
     for index, row in enumerate(rows):
-        accuracy = CLASSIFIERS[frozen]().fit(train[:, index], labels[0]).score(held_out[:, index], labels[1])
+        accuracy = (
+            CLASSIFIERS[frozen]()
+            .fit(train[:, index], labels[0])
+            .score(held_out[:, index], labels[1])
+        )
         assert row["accuracy"] == pytest.approx(accuracy, abs=1e-6)
         interval = compute_proportion_interval(round(7 * accuracy), 7)
         assert row["accuracy_interval"] == pytest.approx(interval, abs=1e-6)
 
 
-def test_the_images_that_a_classifier_is_fitted_to_are_not_evaluated(model: Path, tmp_path: Path) -> None:
+def test_the_images_that_a_classifier_is_fitted_to_are_not_evaluated(
+    model: Path, tmp_path: Path
+) -> None:
     data = DataOptions(dataset=str(write_noise(tmp_path / "data", {".": (8, 8)})), num_workers=0)
     results = run(model, "knn", data=data)
     assert results["num_training_images"] + results["num_images"] == 16
@@ -149,10 +183,14 @@ def test_other_labels_are_an_error(model: Path, tmp_path: Path) -> None:
     table = tmp_path / "table.csv"
     table.write_text("path,a,b\n" + "".join(f"{n}.png,{n % 2},{n % 3}\n" for n in range(40)))
     data = DataOptions(dataset=str(table), label_column=("a", "b"), num_workers=0)
-    with pytest.raises(ValueError, match=r"--frozen knn requires one label per image.* --label-column"):
+    with pytest.raises(
+        ValueError, match=r"--frozen knn requires one label per image.* --label-column"
+    ):
         run(model, "knn", data=data)
     with pytest.raises(ValueError, match=r"--audit requires one label per image.* --label-column"):
-        load_audited_images(EvaluateOptions(str(model), data, frozen="knn", audit=tmp_path / "page.html"))
+        load_audited_images(
+            EvaluateOptions(str(model), data, frozen="knn", audit=tmp_path / "page.html")
+        )
 
 
 def test_each_row_by_layer_is_scikit_learn_on_that_layer(model: Path, tmp_path: Path) -> None:
@@ -166,7 +204,9 @@ def test_each_row_by_layer_is_scikit_learn_on_that_layer(model: Path, tmp_path: 
     @torch.no_grad()
     def compute(split: str, row: dict[str, Any]) -> tuple[np.ndarray, list[int]]:
         images = load_evaluation_data(data, split).images
-        pixels = torch.cat([processor(image, return_tensors="pt")["pixel_values"] for image in images.images])
+        pixels = torch.cat(
+            [processor(image, return_tensors="pt")["pixel_values"] for image in images.images]
+        )
         states = encoder(pixels, output_hidden_states=True).hidden_states
         parts = []
         for layer in row["layers"]:

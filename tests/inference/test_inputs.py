@@ -43,7 +43,9 @@ photos = prediction_photos.photos  # a fixture
 
 def test_a_list_contains_files_and_folders(photos: Path, tmp_path: Path) -> None:
     file = tmp_path / "list.txt"
-    file.write_bytes(f"\ufeff{photos / 'c.png'}\r\n\n{photos / 'inner'}\n".encode() + b"odd-\xff.png\n")
+    file.write_bytes(
+        f"\ufeff{photos / 'c.png'}\r\n\n{photos / 'inner'}\n".encode() + b"odd-\xff.png\n"
+    )
     source = open_input(PredictOptions("model", list=file))
     names = [record.name for record in source.read_records([range(source.num_images)])]
     assert names == [*sorted_photos(photos)[2:], "odd-\ufffd.png"]
@@ -79,16 +81,20 @@ def test_rows_of_a_dataset_keep_their_index_in_any_ranges(tmp_path: Path) -> Non
     source = DatasetInput(dataset, "image", tmp_path, {})
     ranges = [range(1, 3), range(60, 150)]
     records = list(source.read_records(ranges))
-    assert [record.index for record in records] == [1, 2, *range(60, 150)] and source.num_images == 150
+    assert [record.index for record in records] == [1, 2, *range(60, 150)]
+    assert source.num_images == 150
     assert "2" in (prepare_image(None, records[1]).error or "")
     for record in records:
         path = str(tmp_path / f"{record.index}.png")
-        assert (record.name, record.content) == (("2", None) if record.index == 2 else (f"{record.index}.png", path))
+        assert (record.name, record.content) == (
+            ("2", None) if record.index == 2 else (f"{record.index}.png", path)
+        )
 
 
 def test_an_input_is_identified_by_its_content(photos: Path, tmp_path: Path) -> None:
     """Check inputs of equal names and sizes: files, a folder as a dataset, a table, also as a stream."""
-    folder, table = tmp_path / "data" / "x", tmp_path / "table.csv"
+    folder = tmp_path / "data" / "x"
+    table = tmp_path / "table.csv"
     folder.mkdir(parents=True)
     table.write_text("image\nb.png\n", encoding="utf-8")
     for shade in (10, 20):
@@ -101,13 +107,20 @@ def test_an_input_is_identified_by_its_content(photos: Path, tmp_path: Path) -> 
     ]
 
     def identities() -> list[dict[str, Any]]:
-        return [open_input(PredictOptions("model", **options)).compute_fingerprint() for options in given]
+        return [
+            open_input(PredictOptions("model", **options)).compute_fingerprint()
+            for options in given
+        ]
 
     first = identities()
     assert identities() == first
     settings = {"dataset": str(table), "column": "image", "files": compute_files_digest(table)}
     assert first[3] == settings | {"split": "train"}
-    assert first[2] == settings | {"split": None, "images": 1, "fingerprint": first[2]["fingerprint"]}
+    assert first[2] == settings | {
+        "split": None,
+        "images": 1,
+        "fingerprint": first[2]["fingerprint"],
+    }
     Image.new("L", (8, 8), 30).save(folder / "10.bmp")
     table.write_text("image\nc.png\n", encoding="utf-8")
     assert all(now != then for now, then in zip(identities(), first, strict=True))
@@ -124,13 +137,18 @@ def test_arrays_are_identified_by_their_pixels() -> None:
 
 
 def test_files_are_identified_by_their_size_and_time(tmp_path: Path) -> None:
-    file, digests = tmp_path / "a.png", []
+    file = tmp_path / "a.png"
+    digests = []
     for content, seconds in ((b"1", 1), (b"22", 1), (b"22", 2), (b"22", 2)):
         file.write_bytes(content)
         os.utime(file, (seconds, seconds))
         digests.append(ListInput([file.name], [str(file)]).compute_fingerprint()["sha256"])
-    assert len(set(digests)) == 3 and digests[2] == digests[3]
-    urls = [ListInput([url], [url]).compute_fingerprint() for url in ("https://host/a.png", "https://host/b\0.png")]
+    assert len(set(digests)) == 3
+    assert digests[2] == digests[3]
+    urls = [
+        ListInput([url], [url]).compute_fingerprint()
+        for url in ("https://host/a.png", "https://host/b\0.png")
+    ]
     assert urls[0] != urls[1]
 
 
@@ -153,7 +171,11 @@ def test_files_of_other_file_systems_are_fetched() -> None:
     """The image processor reads files, and URLs of web servers."""
     with fsspec.open("memory://fetched.png", "wb") as file:
         file.write(b"encoded")
-    for content, read in (("a.png", "a.png"), ("memory://fetched.png", b"encoded"), (b"bytes", b"bytes")):
+    for content, read in (
+        ("a.png", "a.png"),
+        ("memory://fetched.png", b"encoded"),
+        (b"bytes", b"bytes"),
+    ):
         record = ImageRecord(0, "name", content)
         prepared = prepare_image(lambda given, return_tensors: {"pixel_values": [given]}, record)
         assert prepared == PreparedImage(record, read)
@@ -161,18 +183,28 @@ def test_files_of_other_file_systems_are_fetched() -> None:
     next(prepare_images(records, None, num_workers=1, num_ahead=4))
     assert len(list(records)) == 9 - (1 + 4)  # four images are read ahead
     with raises_one_line("memory://absent.png", error=FetchError):
-        prepare_image(lambda given, return_tensors: {}, ImageRecord(0, "name", "memory://absent.png"))
+        prepare_image(
+            lambda given, return_tensors: {}, ImageRecord(0, "name", "memory://absent.png")
+        )
 
 
 class FlakyServer(BaseHTTPRequestHandler):
     """A web server whose first two answers to each path are temporary errors. Only /photo.png exists."""
 
     num_requests: ClassVar[Counter[str]] = Counter()
-    statuses: ClassVar = {"/photo.png": 200, "/moved.png": 302, "/slow.png": 408, "/busy.png": 429, "/down.png": 500}
+    statuses: ClassVar = {
+        "/photo.png": 200,
+        "/moved.png": 302,
+        "/slow.png": 408,
+        "/busy.png": 429,
+        "/down.png": 500,
+    }
 
     def do_GET(self) -> None:
         self.num_requests[self.path] += 1
-        self.send_response(503 if self.num_requests[self.path] <= 2 else self.statuses.get(self.path, 400))
+        self.send_response(
+            503 if self.num_requests[self.path] <= 2 else self.statuses.get(self.path, 400)
+        )
         self.send_header("Location", "/photo.png")
         self.end_headers()
         self.wfile.write(b"encoded" if self.path == "/photo.png" else b"")
@@ -180,12 +212,16 @@ class FlakyServer(BaseHTTPRequestHandler):
     def log_message(self, *args: Any) -> None: ...
 
 
-def test_a_network_failure_is_retried_and_is_not_an_unreadable_image(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_network_failure_is_retried_and_is_not_an_unreadable_image(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """An image that the server lacks is a row with an error. Other failures stop the prediction."""
     monkeypatch.setattr(inputs, "SECONDS_BEFORE_RETRY", 0.01)
 
     def prepare(url: str) -> PreparedImage:
-        return prepare_image(lambda content, return_tensors: {"pixel_values": [content]}, ImageRecord(0, "name", url))
+        return prepare_image(
+            lambda content, return_tensors: {"pixel_values": [content]}, ImageRecord(0, "name", url)
+        )
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), FlakyServer)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -217,7 +253,8 @@ def test_idx_files_are_read(tmp_path: Path) -> None:
         (tmp_path / f"train-{name}-ubyte").write_bytes(content)
     source = open_input(PredictOptions("model", dataset=str(tmp_path)))
     (record,) = source.read_records([range(1, 2)])
-    assert source.num_images == 2 and record.name == f"{tmp_path.name}/1"
+    assert source.num_images == 2
+    assert record.name == f"{tmp_path.name}/1"
     np.testing.assert_array_equal(np.asarray(record.content), pixels[1])
     assert open_input(PredictOptions("model", dataset="digits")).names[-1] == "digits/1796"
 
@@ -230,7 +267,9 @@ def test_datasets_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         open_input(PredictOptions("model", dataset=str(tmp_path / "table.csv"), image_column="c"))
     with raises_one_line("--split", "train"):
         open_input(PredictOptions("model", dataset=str(tmp_path / "table.csv"), split="test"))
-    datasets.Dataset.from_dict({"image": ["a.png"]}).filter(lambda row: False).save_to_disk(tmp_path / "empty")
+    datasets.Dataset.from_dict({"image": ["a.png"]}).filter(lambda row: False).save_to_disk(
+        tmp_path / "empty"
+    )
     with raises_one_line("empty is empty"):
         open_input(PredictOptions("model", dataset=str(tmp_path / "empty")))
     with raises_one_line("there are no images in"):
@@ -247,4 +286,7 @@ def test_one_of_several_splits_has_to_be_named(tmp_path: Path) -> None:
     with raises_one_line("--split", "train, test"):
         open_input(PredictOptions("model", dataset=str(tmp_path)))
     for split, number in (("train", 2), ("test", 1)):
-        assert open_input(PredictOptions("model", dataset=str(tmp_path), split=split)).num_images == number
+        assert (
+            open_input(PredictOptions("model", dataset=str(tmp_path), split=split)).num_images
+            == number
+        )

@@ -16,9 +16,14 @@ from modeling_vitcls.inference.intervals import (
 @pytest.mark.parametrize(("num_correct", "num_images"), [(0, 7), (7, 7), (353, 360), (1, 2)])
 def test_proportions_have_the_interval_of_wilson(num_correct: int, num_images: int) -> None:
     z = 1.959963985
-    accuracy, weight = num_correct / num_images, z**2 / num_images
+    accuracy = num_correct / num_images
+    weight = z**2 / num_images
     center = (accuracy + weight / 2) / (1 + weight)
-    half_width = z / (1 + weight) * math.sqrt(accuracy * (1 - accuracy) / num_images + weight / (4 * num_images))
+    half_width = (
+        z
+        / (1 + weight)
+        * math.sqrt(accuracy * (1 - accuracy) / num_images + weight / (4 * num_images))
+    )
     expected = [max(center - half_width, 0), min(center + half_width, 1)]
     assert compute_proportion_interval(num_correct, num_images) == pytest.approx(expected, abs=1e-9)
 
@@ -26,8 +31,12 @@ def test_proportions_have_the_interval_of_wilson(num_correct: int, num_images: i
 def test_means_have_the_interval_of_student() -> None:
     """Student's t with two degrees of freedom: 4.302653 standard errors."""
     mean, half_width = compute_mean_interval([0.5, 0.6, 0.7])
-    assert (mean, half_width) == (pytest.approx(0.6), pytest.approx(4.302653 * 0.1 / 3**0.5, rel=1e-6))
-    assert math.isnan(compute_mean_interval([0.5])[1]) and compute_proportion_interval(0, 0) is None  # too few values
+    assert (mean, half_width) == (
+        pytest.approx(0.6),
+        pytest.approx(4.302653 * 0.1 / 3**0.5, rel=1e-6),
+    )
+    assert math.isnan(compute_mean_interval([0.5])[1])
+    assert compute_proportion_interval(0, 0) is None  # too few values
 
 
 def test_bootstrap_intervals_approach_the_normal_approximation() -> None:
@@ -36,11 +45,15 @@ def test_bootstrap_intervals_approach_the_normal_approximation() -> None:
     standard_error = values.std() / 20
     assert low == pytest.approx(values.mean() - 1.96 * standard_error, abs=0.3 * standard_error)
     assert high == pytest.approx(values.mean() + 1.96 * standard_error, abs=0.3 * standard_error)
-    assert compute_bootstrap_interval(values) == (low, high) and compute_bootstrap_interval([2.0]) == (2.0, 2.0)
-    assert compute_bootstrap_interval([0.0] * 9 + [1.0]) == pytest.approx((0, 0.3))  # quantiles of a binomial variable
+    assert compute_bootstrap_interval(values) == (low, high)
+    assert compute_bootstrap_interval([2.0]) == (2.0, 2.0)
+    assert compute_bootstrap_interval([0.0] * 9 + [1.0]) == pytest.approx(
+        (0, 0.3)
+    )  # quantiles of a binomial variable
 
 
 def test_limits_of_null_distributions() -> None:
     """The limit is the upper bound of the prediction interval (2.5 + 3.182 * 1.291 * 1.25 ** 0.5), or the maximum."""
     assert compute_prediction_limit([1.0, 2.0, 3.0, 4.0], 0.975) == pytest.approx(7.093, abs=1e-3)
-    assert compute_prediction_limit([0.2], 0.975) == 0.2 and compute_prediction_limit([0.0] * 20 + [9.0], 0.975) == 9
+    assert compute_prediction_limit([0.2], 0.975) == 0.2
+    assert compute_prediction_limit([0.0] * 20 + [9.0], 0.975) == 9

@@ -21,7 +21,9 @@ LAST_CLS = Candidate((-1,), "cls", "raw")
 EARLIER = Candidate((-3,), "cls", "raw")
 
 
-def build_features(num_images: int, num_features: int, num_classes: int = 3) -> tuple[np.ndarray, np.ndarray]:
+def build_features(
+    num_images: int, num_features: int, num_classes: int = 3
+) -> tuple[np.ndarray, np.ndarray]:
     """Return features with a mean and different scales, and labels that depend on them."""
     generator = np.random.default_rng(0)
     labels = np.arange(num_images) % num_classes
@@ -30,15 +32,21 @@ def build_features(num_images: int, num_features: int, num_classes: int = 3) -> 
     return 3 + (centers[labels] + 2 * noise) * generator.uniform(0.1, 10, num_features), labels
 
 
-@pytest.mark.parametrize("num_features", [6, 90], ids=["fewer features than images", "more features than images"])
+@pytest.mark.parametrize(
+    "num_features", [6, 90], ids=["fewer features than images", "more features than images"]
+)
 @pytest.mark.parametrize("num_classes", [2, 3])
-def test_the_classifier_is_the_regression_of_scikit_learn(num_features: int, num_classes: int) -> None:
+def test_the_classifier_is_the_regression_of_scikit_learn(
+    num_features: int, num_classes: int
+) -> None:
     """The strength is for features with a mean squared norm of 1, which is C / F on standardized features."""
     features, labels = build_features(60, num_features, num_classes)
     classifier = fit_classifier(features, labels, num_classes, "standardized", strength=16.0)
     scaler = StandardScaler().fit(features)
     regression = LogisticRegression(C=16.0 / num_features, max_iter=1000, tol=1e-6)
-    expected = regression.fit(scaler.transform(features), labels).predict_proba(scaler.transform(features))
+    expected = regression.fit(scaler.transform(features), labels).predict_proba(
+        scaler.transform(features)
+    )
     logits = features @ classifier.weight.T + classifier.bias
     np.testing.assert_allclose(softmax(logits, axis=1), expected, atol=2e-3)
 
@@ -95,4 +103,6 @@ def test_too_few_images_give_the_default() -> None:
 
 def test_given_layers_and_tokens_are_not_searched() -> None:
     candidates = list_candidates(12, layers=[-2, -1], tokens=["mean"])
-    assert {(candidate.layers, candidate.tokens) for candidate in candidates} == {((-2, -1), "mean")}
+    assert {(candidate.layers, candidate.tokens) for candidate in candidates} == {
+        ((-2, -1), "mean")
+    }

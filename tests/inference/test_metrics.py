@@ -54,12 +54,19 @@ def test_single_label_metrics(by_one_process: dict[str, Any]) -> None:
     right = answers == labels
     assert 0 < right.sum() < metrics["num_images"] == NUM_IMAGES
     assert metrics["accuracy"] == close(right.mean())
-    top_5 = [label in row for label, row in zip(labels, outputs.logits.argsort(1)[:, -5:].tolist(), strict=True)]
+    top_5 = [
+        label in row
+        for label, row in zip(labels, outputs.logits.argsort(1)[:, -5:].tolist(), strict=True)
+    ]
     assert metrics["top_5_accuracy"] == close(np.mean(top_5))
-    assert metrics["balanced_accuracy"] == close(sklearn.metrics.balanced_accuracy_score(labels, answers))
+    assert metrics["balanced_accuracy"] == close(
+        sklearn.metrics.balanced_accuracy_score(labels, answers)
+    )
     assert metrics["macro_f1"] == close(sklearn.metrics.f1_score(labels, answers, average="macro"))
     assert metrics["calibration_error"] == close(calibration_error(outputs.logits, labels))
-    assert metrics["loss"] == close(nn.functional.cross_entropy(outputs.logits, torch.tensor(labels)).item())
+    assert metrics["loss"] == close(
+        nn.functional.cross_entropy(outputs.logits, torch.tensor(labels)).item()
+    )
     expected = sklearn.metrics.confusion_matrix(labels, answers, labels=range(7))
     assert metrics["confusion_matrix"] == expected.tolist()
     interval = scipy.stats.binomtest(int(right.sum()), NUM_IMAGES).proportion_ci(method="wilson")
@@ -67,7 +74,9 @@ def test_single_label_metrics(by_one_process: dict[str, Any]) -> None:
     assert_per_class(metrics["per_class"], np.eye(7)[labels], np.eye(7)[answers])
 
 
-def assert_per_class(measured: list[dict[str, Any]], truth: np.ndarray, answers: np.ndarray) -> None:
+def assert_per_class(
+    measured: list[dict[str, Any]], truth: np.ndarray, answers: np.ndarray
+) -> None:
     """Check recall, precision and F1 of each class, for 0 or 1 per image and class [N, L]; None for 0 / 0."""
     expected = sklearn.metrics.precision_recall_fscore_support(truth, answers, zero_division=np.nan)
     assert [row["name"] for row in measured] == CLASSES
@@ -82,7 +91,10 @@ def test_each_head_has_its_own_metrics(by_one_process: dict[str, Any]) -> None:
     for name in ("cls", "distillation"):
         right = outputs[f"{name}_logits"].argmax(1) == torch.tensor(labels)
         assert by_one_process["single"][f"{name}_accuracy"] == close(right.float().mean().item())
-    answers = {name: tuple(outputs[f"{name}logits"].argmax(1).tolist()) for name in ("", "cls_", "distillation_")}
+    answers = {
+        name: tuple(outputs[f"{name}logits"].argmax(1).tolist())
+        for name in ("", "cls_", "distillation_")
+    }
     assert len(set(answers.values())) == 3  # otherwise, swapped heads would not be detected
 
 
@@ -90,16 +102,20 @@ def test_each_head_has_its_own_metrics(by_one_process: dict[str, Any]) -> None:
 def test_multi_label_metrics(by_one_process: dict[str, Any]) -> None:
     metrics = by_one_process["multi_label"]
     outputs, labels = compute_outputs("multi_label")
-    truth, probabilities = np.array(labels), outputs.logits.sigmoid().numpy()
+    truth = np.array(labels)
+    probabilities = outputs.logits.sigmoid().numpy()
     answers = (probabilities > 0.5).astype(int)
     precisions = [
-        sklearn.metrics.average_precision_score(truth[:, place], probabilities[:, place]) for place in range(6)
+        sklearn.metrics.average_precision_score(truth[:, place], probabilities[:, place])
+        for place in range(6)
     ]
     assert metrics["mean_average_precision"] == close(np.mean(precisions))
     assert metrics["micro_f1"] == close(sklearn.metrics.f1_score(truth, answers, average="micro"))
     assert metrics["macro_f1"] == close(sklearn.metrics.f1_score(truth, answers, average="macro"))
     assert metrics["exact_match"] == close((truth == answers).all(1).mean())
-    loss = nn.functional.binary_cross_entropy_with_logits(outputs.logits, torch.tensor(truth, dtype=torch.float32))
+    loss = nn.functional.binary_cross_entropy_with_logits(
+        outputs.logits, torch.tensor(truth, dtype=torch.float32)
+    )
     assert metrics["loss"] == close(loss.item())
     assert metrics["num_images"] == NUM_IMAGES
     assert_per_class(metrics["per_class"], truth, answers)
@@ -108,16 +124,24 @@ def test_multi_label_metrics(by_one_process: dict[str, Any]) -> None:
 
 
 def test_exact_match_requires_every_class() -> None:
-    metrics = MultiLabelMetrics(LabelSpace("multi_label_classification", {"label": ["a", "b"]}), CPU)
-    logits = torch.tensor([[0.2, -1.0], [3.0, 0.9], [0.0, -2.0], [1.0, 1.0]])  # 0 is not above a probability of 0.5
-    metrics.update(SimpleNamespace(logits=logits), torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 0.0], [0.0, 0.0]]))
+    metrics = MultiLabelMetrics(
+        LabelSpace("multi_label_classification", {"label": ["a", "b"]}), CPU
+    )
+    logits = torch.tensor(
+        [[0.2, -1.0], [3.0, 0.9], [0.0, -2.0], [1.0, 1.0]]
+    )  # 0 is not above a probability of 0.5
+    metrics.update(
+        SimpleNamespace(logits=logits),
+        torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 0.0], [0.0, 0.0]]),
+    )
     assert metrics.compute()["exact_match"] == 0.5
 
 
 def test_multi_task_metrics(by_one_process: dict[str, Any]) -> None:
     metrics = by_one_process["multi_task"]
     outputs, labels = compute_outputs("multi_task")
-    accuracies, losses = [], []
+    accuracies = []
+    losses = []
     for task, names in SPACES["multi_task"].columns.items():
         truth = torch.tensor([label[task] for label in labels])
         known = truth != -100
@@ -129,27 +153,44 @@ def test_multi_task_metrics(by_one_process: dict[str, Any]) -> None:
         assert metrics[f"{task}_loss"] == close(losses[-1])
         assert [row["name"] for row in metrics[f"{task}_per_class"]] == names
         assert np.sum(metrics[f"{task}_confusion_matrix"]) == len(right)
-    assert metrics["species_num_images"] < metrics["age_num_images"] == metrics["num_images"] == NUM_IMAGES
+    assert (
+        metrics["species_num_images"]
+        < metrics["age_num_images"]
+        == metrics["num_images"]
+        == NUM_IMAGES
+    )
     assert metrics["accuracy"] == close(np.mean(accuracies))
     assert metrics["loss"] == close(sum(losses))
 
 
-def test_numbers_come_first_and_the_first_one_compares_models(by_one_process: dict[str, Any]) -> None:
-    for name, first in (("single", "accuracy"), ("multi_label", "mean_average_precision"), ("multi_task", "accuracy")):
+def test_numbers_come_first_and_the_first_one_compares_models(
+    by_one_process: dict[str, Any],
+) -> None:
+    for name, first in (
+        ("single", "accuracy"),
+        ("multi_label", "mean_average_precision"),
+        ("multi_task", "accuracy"),
+    ):
         metrics = by_one_process[name]
         numbers = select_scalars(metrics)
         assert next(iter(numbers)) == first
         assert list(metrics)[: len(numbers)] == list(numbers)
-        assert "num_unreadable_images" in numbers and not any(isinstance(value, list) for value in numbers.values())
-        assert not re.search(r"\.\d{7}", json.dumps(metrics, allow_nan=False))  # at most six decimals
+        assert "num_unreadable_images" in numbers
+        assert not any(isinstance(value, list) for value in numbers.values())
+        assert not re.search(
+            r"\.\d{7}", json.dumps(metrics, allow_nan=False)
+        )  # at most six decimals
 
 
 def test_logits_between_0_and_1_are_not_interpreted_as_probabilities() -> None:
     generator = torch.Generator().manual_seed(0)
-    logits, labels = torch.rand(40, 7, generator=generator), torch.randint(7, (40,), generator=generator)
+    logits = torch.rand(40, 7, generator=generator)
+    labels = torch.randint(7, (40,), generator=generator)
     metrics = SingleLabelMetrics(SPACES["single"], CPU)
     metrics.update(SimpleNamespace(logits=logits, distillation_logits=None), labels)
-    assert metrics.compute()["calibration_error"] == close(calibration_error(logits, labels.numpy()))
+    assert metrics.compute()["calibration_error"] == close(
+        calibration_error(logits, labels.numpy())
+    )
 
 
 def test_many_classes_have_no_matrix_and_few_have_no_top_5() -> None:
@@ -159,29 +200,49 @@ def test_many_classes_have_no_matrix_and_few_have_no_top_5() -> None:
         (6, True, True),
         (5, True, False),
     ):
-        space = LabelSpace("single_label_classification", {"label": list(map(str, range(num_classes)))})
+        space = LabelSpace(
+            "single_label_classification", {"label": list(map(str, range(num_classes)))}
+        )
         metrics = SingleLabelMetrics(space, CPU)
         logits = torch.zeros(2, num_classes)
-        metrics.update(SimpleNamespace(logits=logits, distillation_logits=None), torch.tensor([0, 1]))
+        metrics.update(
+            SimpleNamespace(logits=logits, distillation_logits=None), torch.tensor([0, 1])
+        )
         values = metrics.compute()
         assert ("confusion_matrix" in values, "top_5_accuracy" in values) == (has_matrix, has_top_5)
-        assert (values["accuracy"], len(values["per_class"]), "cls_accuracy" in values) == (0.5, num_classes, False)
+        assert (values["accuracy"], len(values["per_class"]), "cls_accuracy" in values) == (
+            0.5,
+            num_classes,
+            False,
+        )
 
 
 def test_a_task_without_labeled_images_has_no_effect() -> None:
     space = LabelSpace("multi_task", {"age": ["old", "young"], "species": CLASSES})
     metrics = MultiTaskMetrics(space, CPU)
-    logits = {"age": torch.tensor([[2.0, 1.0], [0.0, 3.0], [1.0, 0.0]]), "species": torch.zeros(3, 7)}
+    logits = {
+        "age": torch.tensor([[2.0, 1.0], [0.0, 3.0], [1.0, 0.0]]),
+        "species": torch.zeros(3, 7),
+    }
     labels = {"age": torch.tensor([0, 0, -100]), "species": torch.full((3,), -100)}
     metrics.update(SimpleNamespace(logits=logits), labels)
     values = metrics.compute()
-    assert (values["accuracy"], values["age_accuracy"], values.get("species_accuracy")) == (0.5, 0.5, None)
-    assert (values["num_images"], values["age_num_images"], values["species_num_images"]) == (3, 2, 0)
+    assert (values["accuracy"], values["age_accuracy"], values.get("species_accuracy")) == (
+        0.5,
+        0.5,
+        None,
+    )
+    assert (values["num_images"], values["age_num_images"], values["species_num_images"]) == (
+        3,
+        2,
+        0,
+    )
     loss = nn.functional.cross_entropy(logits["age"][:2], labels["age"][:2]).item()
     assert values["loss"] == close(loss) == values["age_loss"]
     metrics.update(SimpleNamespace(logits=logits), labels | {"species": torch.tensor([0, 3, 6])})
     values = metrics.compute()
-    assert values["species_loss"] > 0 and values["loss"] == close(values["age_loss"] + values["species_loss"])
+    assert values["species_loss"] > 0
+    assert values["loss"] == close(values["age_loss"] + values["species_loss"])
 
 
 def test_means_of_many_batches_are_exact() -> None:
@@ -197,21 +258,35 @@ def test_means_of_many_batches_are_exact() -> None:
 def test_a_single_class_has_all_metrics() -> None:
     """A dataset may have one tag, or a task with one class. torchmetrics returns scalars for one class."""
     tags = MultiLabelMetrics(LabelSpace("multi_label_classification", {"label": ["a"]}), CPU)
-    logits, labels = torch.tensor([[1.0], [-1.0], [2.0]]), torch.tensor([[1.0], [0.0], [0.0]])
+    logits = torch.tensor([[1.0], [-1.0], [2.0]])
+    labels = torch.tensor([[1.0], [0.0], [0.0]])
     tags.update(SimpleNamespace(logits=logits), labels)
     expected = sklearn.metrics.average_precision_score(labels[:, 0], logits[:, 0])
-    assert tags.compute()["mean_average_precision"] == tags.compute()["per_class"][0]["average_precision"] == expected
-    tasks = MultiTaskMetrics(LabelSpace("multi_task", {"age": ["old"], "color": ["red", "blue"]}), CPU)
+    assert (
+        tags.compute()["mean_average_precision"]
+        == tags.compute()["per_class"][0]["average_precision"]
+        == expected
+    )
+    tasks = MultiTaskMetrics(
+        LabelSpace("multi_task", {"age": ["old"], "color": ["red", "blue"]}), CPU
+    )
     task_logits = {"age": torch.zeros(2, 1), "color": torch.eye(2)}
-    tasks.update(SimpleNamespace(logits=task_logits), {"age": torch.tensor([0, 0]), "color": torch.tensor([1, 1])})
+    tasks.update(
+        SimpleNamespace(logits=task_logits),
+        {"age": torch.tensor([0, 0]), "color": torch.tensor([1, 1])},
+    )
     values = tasks.compute()
-    assert (values["age_confusion_matrix"], values["color_confusion_matrix"]) == ([[2]], [[0, 0], [1, 1]])
+    assert (values["age_confusion_matrix"], values["color_confusion_matrix"]) == (
+        [[2]],
+        [[0, 0], [1, 1]],
+    )
 
 
 @pytest.mark.parametrize("name", SPACES)
 def test_half_precision_logits_are_evaluated_in_float32(name: str) -> None:
     outputs, values = compute_outputs(name)
-    kind, found = SPACES[name].kind, []
+    kind = SPACES[name].kind
+    found = []
     labels = collate_labels(values, SPACES[name])
     halves = tree_map(torch.Tensor.bfloat16, outputs.logits)
     for convert in (torch.Tensor.bfloat16, torch.Tensor.float):

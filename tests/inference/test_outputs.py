@@ -10,7 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 from helpers.tiny_models import raises_one_line
 
-from modeling_vitcls.inference.outputs import get_output_columns, print_table, show_progress, write_rows
+from modeling_vitcls.inference.outputs import (
+    get_output_columns,
+    print_table,
+    show_progress,
+    write_rows,
+)
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -22,52 +27,108 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 def test_lists_and_half_precision_are_written_to_every_format(tmp_path: Path) -> None:
     """In CSV files, the labels of an image are in one cell. A missing prediction is empty or null."""
     types = {"labels": pa.list_(pa.string()), "p": pa.list_(pa.float16()), "unknown": pa.bool_()}
-    rows = [{"index": 0, "image": "a\nb,c", "labels": ["x", "ü"], "p": np.float16([0.5, 0.25]), "unknown": True}]
-    rows += [{"index": 1, "image": "d", "labels": None, "p": None, "unknown": None, "error": "unreadable"}]
+    rows = [
+        {
+            "index": 0,
+            "image": "a\nb,c",
+            "labels": ["x", "ü"],
+            "p": np.float16([0.5, 0.25]),
+            "unknown": True,
+        }
+    ]
+    rows += [
+        {
+            "index": 1,
+            "image": "d",
+            "labels": None,
+            "p": None,
+            "unknown": None,
+            "error": "unreadable",
+        }
+    ]
     for suffix in (".csv", ".json", ".jsonl"):
         write_rows(rows, get_output_columns(types), tmp_path / f"out{suffix}")
     with (tmp_path / "out.csv").open(newline="", encoding="utf-8") as file:
         header, *found = csv.reader(file)
     assert header == ["index", "image", "labels", "p", "unknown", "error"]
-    assert found == [["0", "a\\nb,c", "x|ü", "0.5|0.25", "True", ""], ["1", "d", "", "", "", "unreadable"]]
+    assert found == [
+        ["0", "a\\nb,c", "x|ü", "0.5|0.25", "True", ""],
+        ["1", "d", "", "", "", "unreadable"],
+    ]
     expected = [
         {"index": 0, "image": "a\nb,c", "labels": ["x", "ü"], "p": [0.5, 0.25]},
-        {"index": 1, "image": "d", "labels": None, "p": None, "unknown": None, "error": "unreadable"},
+        {
+            "index": 1,
+            "image": "d",
+            "labels": None,
+            "p": None,
+            "unknown": None,
+            "error": "unreadable",
+        },
     ]
     expected[0] |= {"unknown": True, "error": None}
     assert json.loads((tmp_path / "out.json").read_text(encoding="utf-8")) == expected
     write_rows([{"index": 0}] * 1025, get_output_columns({}), tmp_path / "out.parquet")
     assert pq.read_metadata(tmp_path / "out.parquet").num_row_groups == 2
     lines = (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()
-    assert list(map(json.loads, lines)) == expected and "ü" in lines[0]
+    assert list(map(json.loads, lines)) == expected
+    assert "ü" in lines[0]
 
 
 @pytest.mark.parametrize(("is_terminal", "is_shown"), [("1", True), ("1", False), ("", True)])
 def test_progress_is_shown_on_a_terminal(
-    is_terminal: str, is_shown: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    is_terminal: str,
+    is_shown: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", is_terminal)
     assert list(show_progress((index for index in range(3)), "images", 3, is_shown)) == [0, 1, 2]
     printed, shown = capsys.readouterr()
-    assert ("100%" in shown) is bool(is_terminal and is_shown) and not printed
+    assert ("100%" in shown) is bool(is_terminal and is_shown)
+    assert not printed
 
 
-def test_tables_show_errors_only_if_there_are_any_and_no_index(capsys: pytest.CaptureFixture) -> None:
+def test_tables_show_errors_only_if_there_are_any_and_no_index(
+    capsys: pytest.CaptureFixture,
+) -> None:
     columns = {"index": pa.int64(), "image": pa.string(), "error": pa.string()}
     for error, header in ((None, ["image"]), ("damaged", ["image", "error"])):
         print_table(
-            [{"index": 0, "image": "1.png", "error": None}, {"index": 1, "image": "2.png", "error": error}], columns
+            [
+                {"index": 0, "image": "1.png", "error": None},
+                {"index": 1, "image": "2.png", "error": error},
+            ],
+            columns,
         )
-        assert [cell.strip() for cell in capsys.readouterr().out.splitlines()[1].strip("┃ ").split("┃")] == header
+        assert [
+            cell.strip() for cell in capsys.readouterr().out.splitlines()[1].strip("┃ ").split("┃")
+        ] == header
 
 
-def test_tables_show_numbers_with_four_decimals_and_lists_in_one_cell(capsys: pytest.CaptureFixture) -> None:
+def test_tables_show_numbers_with_four_decimals_and_lists_in_one_cell(
+    capsys: pytest.CaptureFixture,
+) -> None:
     columns = get_output_columns(
-        {"labels": pa.list_(pa.string()), "probabilities": pa.list_(pa.float32()), "probability": pa.float32()}
+        {
+            "labels": pa.list_(pa.string()),
+            "probabilities": pa.list_(pa.float32()),
+            "probability": pa.float32(),
+        }
     )
-    row = {"index": 0, "image": "1.png", "labels": ["ant", "bee"], "probabilities": [0.75, 0.5], "error": None}
+    row = {
+        "index": 0,
+        "image": "1.png",
+        "labels": ["ant", "bee"],
+        "probabilities": [0.75, 0.5],
+        "error": None,
+    }
     print_table(
-        [row | {"probability": 0.123456}, row | {"labels": [], "probabilities": [], "probability": None}], columns
+        [
+            row | {"probability": 0.123456},
+            row | {"labels": [], "probabilities": [], "probability": None},
+        ],
+        columns,
     )
     lines = [line for line in capsys.readouterr().out.splitlines() if "1.png" in line]
     cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
@@ -79,10 +140,13 @@ def test_tables_show_no_control_characters(capsys: pytest.CaptureFixture) -> Non
     """A terminal would interpret escape sequences in names of files and classes."""
     name = "\x1b]0;title\x07\x1b[31m[bold]red\u202e\n\r2"
     print_table(
-        [{"image": name, name: name, "error": None}], {"image": pa.string(), name: pa.string(), "error": pa.string()}
+        [{"image": name, name: name, "error": None}],
+        {"image": pa.string(), name: pa.string(), "error": pa.string()},
     )
     printed = capsys.readouterr().out
-    assert not [character for character in printed if not character.isprintable() and character != "\n"]
+    assert not [
+        character for character in printed if not character.isprintable() and character != "\n"
+    ]
     assert printed.count("[bold]red") == 3
 
 

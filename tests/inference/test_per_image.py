@@ -9,7 +9,13 @@ import pandas as pd
 import pytest
 import torch
 from helpers.digits_models import train_digits_model
-from helpers.evaluation_worker import CLASSES, UNREADABLE, build_classifier, build_evaluator, build_labeled_images
+from helpers.evaluation_worker import (
+    CLASSES,
+    UNREADABLE,
+    build_classifier,
+    build_evaluator,
+    build_labeled_images,
+)
 from helpers.tiny_models import raises_one_line
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -29,7 +35,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("models") / "digits"
     names = {index: str(index) for index in range(10)}
     train_digits_model(epochs=4, id2label=names).save_pretrained(target)
-    processor = ViTCLSImageProcessor(size=8, image_mean=[0.5], image_std=[0.5], do_convert_rgb=False)
+    processor = ViTCLSImageProcessor(
+        size=8, image_mean=[0.5], image_std=[0.5], do_convert_rgb=False
+    )
     processor.save_pretrained(target)
     return target
 
@@ -38,12 +46,17 @@ def test_rows_equal_the_metrics_of_the_same_evaluation(folder: Path, tmp_path: P
     results = evaluate(folder, "digits", per_image=tmp_path / "rows.parquet")
     rows = pd.read_parquet(tmp_path / "rows.parquet")
     assert len(rows) == results["num_images"]
-    assert (rows["label"] == rows["prediction"]).mean() == pytest.approx(results["accuracy"], abs=1e-6)
+    assert (rows["label"] == rows["prediction"]).mean() == pytest.approx(
+        results["accuracy"], abs=1e-6
+    )
     assert rows["loss"].mean() == pytest.approx(results["loss"], abs=1e-5)
     probabilities = np.stack(rows["probabilities"])
     names = sorted(rows["label"].unique())
-    assert log_loss(rows["label"], probabilities, labels=names) == pytest.approx(results["loss"], abs=1e-5)
-    assert rows["image"].is_unique and rows["index"].tolist() == list(range(len(rows)))
+    assert log_loss(rows["label"], probabilities, labels=names) == pytest.approx(
+        results["loss"], abs=1e-5
+    )
+    assert rows["image"].is_unique
+    assert rows["index"].tolist() == list(range(len(rows)))
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
@@ -51,13 +64,15 @@ def test_rows_keep_the_index_of_their_image(tmp_path: Path) -> None:
     """Unreadable images and images without a label have no row, but keep their index."""
     pictures = build_labeled_images("single", unreadable=UNREADABLE)
     labels = [-100 if index < 3 else label for index, label in enumerate(pictures.labels)]
-    images, rows = LabeledImages(pictures.images, labels), [3, 4, 6, 7, 8, 9, 10]
+    images = LabeledImages(pictures.images, labels)
+    rows = [3, 4, 6, 7, 8, 9, 10]
     evaluator = build_evaluator("single", build_accelerator(), images, max_unreadable_images=4)
     evaluator.keep_logits = True
     evaluator(build_classifier("single"))
     write_predictions(tmp_path / "rows.parquet", evaluator, None)
     table = pd.read_parquet(tmp_path / "rows.parquet")
-    assert table["index"].tolist() == rows and table["label"].tolist() == [CLASSES[labels[index]] for index in rows]
+    assert table["index"].tolist() == rows
+    assert table["label"].tolist() == [CLASSES[labels[index]] for index in rows]
     logits, found = get_outputs(evaluator, slice(1, 4))
     assert (len(logits), found.tolist()) == (2, labels[3:5])
     evaluator.rows = evaluator.rows[:2]
@@ -76,7 +91,10 @@ def test_prediction_adds_sets_and_unknown_images(folder: Path, tmp_path: Path) -
         predict(calibrated, images[:1], coverage=0.9)
     evaluate(calibrated, "digits", per_image=calibrated / PREDICTIONS_FILE)
     rows = predict(calibrated, images, coverage=0.9)
-    is_covered = [str(label) in row["label_set"] for row, label in zip(rows, load_digits().target[::3], strict=True)]
+    is_covered = [
+        str(label) in row["label_set"]
+        for row, label in zip(rows, load_digits().target[::3], strict=True)
+    ]
     assert 0.85 < np.mean(is_covered) < 0.96
     assert "unknown" not in rows[0]
 
@@ -85,7 +103,9 @@ def test_prediction_adds_sets_and_unknown_images(folder: Path, tmp_path: Path) -
     model.config.energy_threshold = threshold
     model.save_pretrained(calibrated)
     with torch.no_grad():
-        pixel_values = ViTCLSImageProcessor.from_pretrained(folder)(images, return_tensors="pt")["pixel_values"]
+        pixel_values = ViTCLSImageProcessor.from_pretrained(folder)(images, return_tensors="pt")[
+            "pixel_values"
+        ]
         is_unknown = -model(pixel_values).logits.logsumexp(dim=1) > threshold
     assert [row["unknown"] for row in predict(calibrated, images)] == is_unknown.tolist()
     assert 0.01 < is_unknown.float().mean() < 0.1
@@ -105,7 +125,12 @@ def test_unknown_images_are_measured_and_recorded(
         for split in ("test", "validation", "train") if index == 0 else ("test",):
             (tmp_path / "noise" / split).mkdir(parents=True, exist_ok=True)
             Image.fromarray(noise).save(tmp_path / "noise" / split / f"{index}.png")
-    evaluate(model, "digits", per_image=tmp_path / "rows.parquet", unknown_dataset=str(tmp_path / "noise"))
+    evaluate(
+        model,
+        "digits",
+        per_image=tmp_path / "rows.parquet",
+        unknown_dataset=str(tmp_path / "noise"),
+    )
     (model / RESULTS_FILE).write_text('{"dataset": "digits"}')
     found = evaluate(model, "digits", unknown_dataset=str(tmp_path / "noise"))["unknown"]
     assert (found["dataset"], found["split"], found["num_images"]) == ("noise", "test", 30)
@@ -114,11 +139,16 @@ def test_unknown_images_are_measured_and_recorded(
     assert f"30 images of noise (test); {found['flagged']:.1%}" in printed
     assert f"saved {tmp_path / 'rows.parquet'}" in printed
     images = [Image.open(tmp_path / "noise" / "test" / f"{index}.png") for index in range(30)]
-    pixels = ViTCLSImageProcessor.from_pretrained(model)(images, return_tensors="pt")["pixel_values"]
+    pixels = ViTCLSImageProcessor.from_pretrained(model)(images, return_tensors="pt")[
+        "pixel_values"
+    ]
     logits = classifier.eval()(pixels).logits.detach().numpy()
     known = pd.read_parquet(tmp_path / "rows.parquet")["energy"]
     energies = np.concatenate([known, compute_energies(logits)])
     flagged = (energies[-30:] > -3.0).mean()
-    assert found["flagged"] == pytest.approx(flagged, abs=1e-6) and 0 < flagged < 1
-    assert found["auroc"] == pytest.approx(roc_auc_score(np.arange(len(energies)) >= len(known), energies), abs=1e-5)
+    assert found["flagged"] == pytest.approx(flagged, abs=1e-6)
+    assert 0 < flagged < 1
+    assert found["auroc"] == pytest.approx(
+        roc_auc_score(np.arange(len(energies)) >= len(known), energies), abs=1e-5
+    )
     assert json.loads((model / RESULTS_FILE).read_text()) == {"dataset": "digits"}

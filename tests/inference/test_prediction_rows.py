@@ -7,7 +7,11 @@ import pytest
 import torch
 from helpers.tiny_models import TASKS, build_images, build_tiny_config, randomize
 
-from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification, ViTCLSModel
+from modeling_vitcls import (
+    ViTCLSForImageClassification,
+    ViTCLSForMultiTaskClassification,
+    ViTCLSModel,
+)
 from modeling_vitcls.inference.prediction_rows import (
     build_prediction_columns,
     predict_batch,
@@ -34,7 +38,8 @@ def test_the_most_probable_labels_come_first() -> None:
 def test_labels_with_the_probability_of_the_threshold_are_predicted() -> None:
     logits = torch.tensor([[0.0, 3.0, -0.1, 2.0], [-9.0, -8.0, -7.0, -6.0]])
     first, second = select_probable_labels(logits, NAMES, 0.5)
-    assert [name for name, _ in first] == ["bee", "dog", "ant"] and second == []
+    assert [name for name, _ in first] == ["bee", "dog", "ant"]
+    assert second == []
     expected = [1 / (1 + 2.718281828459045**-logit) for logit in (3.0, 2.0, 0.0)]
     assert [probability for _, probability in first] == pytest.approx(expected, abs=1e-6)
     names = list(map(str, range(100)))
@@ -69,21 +74,30 @@ def test_an_image_without_a_finite_output_does_not_affect_other_images(
             if isinstance(value, str):
                 assert row[name] == value
             elif not (isinstance(value, list) and isinstance(value[0], str)):
-                torch.testing.assert_close(torch.tensor(row[name]), torch.tensor(value), atol=1e-5, rtol=0)
+                torch.testing.assert_close(
+                    torch.tensor(row[name]), torch.tensor(value), atol=1e-5, rtol=0
+                )
 
 
 def test_one_task_without_a_finite_output_is_an_error() -> None:
-    model = randomize(ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=2, tasks=TASKS)))
+    model = randomize(
+        ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=2, tasks=TASKS))
+    )
     with torch.no_grad():
         model.classifiers["task_age"].bias[1] = torch.inf
-    rows = predict_batch(build_images(2), build_prediction_columns(model, 1, 0.5, None), nullcontext)
+    rows = predict_batch(
+        build_images(2), build_prediction_columns(model, 1, 0.5, None), nullcontext
+    )
     assert [row.keys() for row in rows] == [{"error"}] * 2
 
 
 def test_images_of_an_unsupported_shape_are_errors() -> None:
-    columns = build_prediction_columns(randomize(ViTCLSModel(build_tiny_config())), None, 0.5, ["cls"])
+    columns = build_prediction_columns(
+        randomize(ViTCLSModel(build_tiny_config())), None, 0.5, ["cls"]
+    )
     rows = predict_batch(build_images(2, channels=4), columns, nullcontext)
-    assert len(rows) == 2 and all("requires 3 channel" in row["error"] for row in rows)
+    assert len(rows) == 2
+    assert all("requires 3 channel" in row["error"] for row in rows)
 
 
 def test_names_are_in_the_order_of_their_indices_and_high_energies_are_unknown() -> None:
@@ -93,5 +107,7 @@ def test_names_are_in_the_order_of_their_indices_and_high_energies_are_unknown()
     config = build_tiny_config(id2label=names, label2id=label2id, energy_threshold=0.0)
     columns: Any = build_prediction_columns(ViTCLSForImageClassification(config), None, 0.5, None)
     assert columns.names == {"": ["ant", "bee", "cat"]}
-    rows = columns.build_rows({"": torch.tensor([[-torch.inf, 0.0, -torch.inf], [-1.0, -torch.inf, -torch.inf]])})
+    rows = columns.build_rows(
+        {"": torch.tensor([[-torch.inf, 0.0, -torch.inf], [-1.0, -torch.inf, -torch.inf]])}
+    )
     assert [(row["label"], row["unknown"]) for row in rows] == [("bee", False), ("ant", True)]

@@ -43,9 +43,14 @@ def stream(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with two Parquet files of six images."""
     folder = tmp_path_factory.mktemp("stream")
     for number in range(2):
-        images = [Image.fromarray(np.full((32, 32, 3), 20 * number + index, np.uint8)) for index in range(6)]
+        images = [
+            Image.fromarray(np.full((32, 32, 3), 20 * number + index, np.uint8))
+            for index in range(6)
+        ]
         features = datasets.Features({"image": datasets.Image()})
-        datasets.Dataset.from_dict({"image": images}, features).to_parquet(folder / f"{number}.parquet")
+        datasets.Dataset.from_dict({"image": images}, features).to_parquet(
+            folder / f"{number}.parquet"
+        )
     return folder
 
 
@@ -81,7 +86,9 @@ def change_settings(file: Path) -> None:
 
 
 CHANGES: dict[str, Change] = {
-    "a renamed copy": lambda folder: shutil.copy(folder / "shard-000003.parquet", folder / "shard-000003 (1).parquet"),
+    "a renamed copy": lambda folder: shutil.copy(
+        folder / "shard-000003.parquet", folder / "shard-000003 (1).parquet"
+    ),
     "a shard after the last": lambda folder: shutil.copy(
         folder / "shard-000003.parquet", folder / "shard-000018.parquet"
     ),
@@ -126,14 +133,18 @@ def test_a_repeated_prediction_refuses_files_of_another_one(
     assert not (labels / "shard-000000.parquet").exists()  # no image was predicted before the error
 
 
-def test_an_absurd_number_of_shards_is_an_error(labels: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_absurd_number_of_shards_is_an_error(
+    labels: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for file in labels.iterdir():
         change_metadata(file, num_shards=10**12)
     assert run_here("predict", "--merge", str(labels)) == 1
     check_error(capsys, str(labels))
 
 
-def test_merge_does_not_write_into_the_folder_of_shards(labels: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_merge_does_not_write_into_the_folder_of_shards(
+    labels: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = labels / "shard-000018.parquet"
     assert run_here("predict", "--merge", str(labels), "--output", str(output)) == 1
     check_error(capsys, str(output))
@@ -147,7 +158,8 @@ def test_merge_refuses_a_shard_after_the_last_one_of_a_stream(
     assert predict(model, labels, "--dataset", stream, "--streaming", shard_size=5) == 0
     assert run_here("predict", "--merge", str(labels)) == 0
     capsys.readouterr()
-    last, extra = labels / "shard-0000-000002.parquet", labels / "shard-0000-000003.parquet"
+    last = labels / "shard-0000-000002.parquet"
+    extra = labels / "shard-0000-000003.parquet"
     table = pq.read_table(last)
     table = table.set_column(0, "index", [np.arange(15, 17)])
     pq.write_table(table, extra)
@@ -158,7 +170,8 @@ def test_merge_refuses_a_shard_after_the_last_one_of_a_stream(
 def test_a_stream_whose_files_changed_is_not_continued(
     model: Path, stream: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source, labels = shutil.copytree(stream, tmp_path / "source"), tmp_path / "labels"
+    source = shutil.copytree(stream, tmp_path / "source")
+    labels = tmp_path / "labels"
     assert predict(model, labels, "--dataset", source, "--streaming") == 0
     (labels / "shard-0000-000005.parquet").unlink()
     table = pq.read_table(source / "0.parquet")
@@ -170,7 +183,9 @@ def test_a_stream_whose_files_changed_is_not_continued(
 
 def test_a_living_process_keeps_its_partial_file(labels: Path, model: Path, photos: Path) -> None:
     """Several processes may write the same shard, for example after a job was requeued."""
-    living, killed = (labels / f".shard-000001.parquet.{name}.unfinished" for name in ("living", "killed"))
+    living, killed = (
+        labels / f".shard-000001.parquet.{name}.unfinished" for name in ("living", "killed")
+    )
     living.touch()
     killed.touch()
     os.utime(killed, (0, time.time() - 86400))

@@ -19,7 +19,8 @@ def test_the_batch_is_as_large_as_the_time_permits(
     times = iter([*(seconds * number for number in range(17)), 999.0])
     monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=times.__next__))
     device = torch.device("cpu")
-    model, sizes = ViTCLSModel(build_tiny_config()).eval(), []
+    model = ViTCLSModel(build_tiny_config()).eval()
+    sizes = []
     model.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
     found = speed.measure_inference_speed(model, device)
     assert found == {
@@ -29,4 +30,5 @@ def test_the_batch_is_as_large_as_the_time_permits(
         "dtype": "float32",
         "device": format_device_name(device),
     }
-    assert sizes[-6:] == [batch_size] * 6 and set(sizes[:-6]) == {1}
+    assert sizes[-6:] == [batch_size] * 6
+    assert set(sizes[:-6]) == {1}

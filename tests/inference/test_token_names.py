@@ -19,7 +19,10 @@ def test_single_tokens_have_no_numbers() -> None:
 
 def test_tokens_of_tasks_and_of_cells_of_a_grid() -> None:
     tasks = {"age": ["young", "old", "dead"], "species": ["cat", "dog"]}
-    assert get_token_names(ViTCLSConfig(num_cls_tokens=2, tasks=tasks)) == ["CLS age", "CLS species"]
+    assert get_token_names(ViTCLSConfig(num_cls_tokens=2, tasks=tasks)) == [
+        "CLS age",
+        "CLS species",
+    ]
     scopes = ["image", [2, 3, 1, 2], [2, 3, 0, 1]]
     assert get_token_names(ViTCLSConfig(num_cls_tokens=3, cls_scopes=scopes)) == [
         "CLS 1",

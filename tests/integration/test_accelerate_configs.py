@@ -38,20 +38,54 @@ ENVIRONMENT = os.environ | SCRIPT_ENVIRONMENT
 NUM_HELD_OUT_DIGITS = 359
 TINY = [
     *("--model", "vitcls-tiny", "--dataset", "digits", "--image-size", 32, "--patch-size", 8),
-    *("--hidden-size", 32, "--num-hidden-layers", 2, "--num-attention-heads", 2, "--intermediate-size", 64),
-    *("--num-cls-tokens", 1, "--num-register-tokens", 2, "--num-workers", 0, "--crop-scale", 1, "--no-flip"),
+    *(
+        "--hidden-size",
+        32,
+        "--num-hidden-layers",
+        2,
+        "--num-attention-heads",
+        2,
+        "--intermediate-size",
+        64,
+    ),
+    *(
+        "--num-cls-tokens",
+        1,
+        "--num-register-tokens",
+        2,
+        "--num-workers",
+        0,
+        "--crop-scale",
+        1,
+        "--no-flip",
+    ),
     "--no-report",
 ]
 # An epoch has two steps of 2 x 2 x 180 images: three epochs, evaluated after each.
 STEPS = [
-    *("--max-steps", 6, "--batch-size", 180, "--gradient-accumulation-steps", 2, "--ema-decay", 0.9),
+    *(
+        "--max-steps",
+        6,
+        "--batch-size",
+        180,
+        "--gradient-accumulation-steps",
+        2,
+        "--ema-decay",
+        0.9,
+    ),
     *("--learning-rate", 3e-3, "--log-every", 1, "--log-attention-every", 2),
 ]
 
 
 def launch(config: str, script: str, *flags: object) -> str:
     """Run a script with a configuration and return its output; fail with the output if the exit status is not 0."""
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGS / config]
+    launcher = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        CONFIGS / config,
+    ]
     command = list(map(str, [*launcher, REPOSITORY / "scripts" / script, *flags]))
     ran = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
     assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr}"
@@ -60,7 +94,9 @@ def launch(config: str, script: str, *flags: object) -> str:
 
 def get_launcher_environment(config: str) -> dict[str, str]:
     """Return the environment variables that `accelerate launch` would set for a configuration."""
-    arguments = launch_command_parser().parse_args(["--config_file", str(CONFIGS / config), "finetune.py"])
+    arguments = launch_command_parser().parse_args(
+        ["--config_file", str(CONFIGS / config), "finetune.py"]
+    )
     environment = prepare_multi_gpu_env(_validate_launch_command(arguments)[0])
     return {name: value for name, value in environment.items() if os.environ.get(name) != value}
 
@@ -70,7 +106,10 @@ def assert_same_run(one: Path, other: Path, tolerance: float) -> None:
     for first, second in zip(read_metrics(one), read_metrics(other), strict=True):
         assert first.keys() == second.keys()
         for name in first.keys() - {"images_per_second", "peak_memory_mb"}:
-            assert second[name] == pytest.approx(first[name], abs=tolerance, rel=tolerance), (first["step"], name)
+            assert second[name] == pytest.approx(first[name], abs=tolerance, rel=tolerance), (
+                first["step"],
+                name,
+            )
     weights, others = (load_file(folder / "model.safetensors") for folder in (one, other))
     assert weights.keys() == others.keys()
     for name, weight in weights.items():
@@ -93,9 +132,12 @@ def fsdp2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fsdp2") / "model"
     log = folder.with_name("log")
     environment = OFFLINE | get_launcher_environment("fsdp2_cpu.yaml")
-    run_together("finetune.py", *TINY, *STEPS, "--output-dir", folder, log=log, environment=environment)
+    run_together(
+        "finetune.py", *TINY, *STEPS, "--output-dir", folder, log=log, environment=environment
+    )
     output = log.read_text() + log.with_name("log.errors").read_text()
-    assert "WARNING" not in output and "Warning" not in output
+    assert "WARNING" not in output
+    assert "Warning" not in output
     return folder
 
 
@@ -119,9 +161,12 @@ def test_fsdp2_trains_like_ddp(ddp: Path, fsdp2: Path) -> None:
     assert_same_run(ddp, fsdp2, tolerance=1e-4)
     for folder in (ddp, fsdp2):
         results = read_json(folder / "results.json")
-        assert results["num_processes"] == 2 and results["num_images"] == NUM_HELD_OUT_DIGITS
+        assert results["num_processes"] == 2
+        assert results["num_images"] == NUM_HELD_OUT_DIGITS
         assert all(moved > 0 for moved in results["token_movement"].values())
-        evaluated = [record["step"] for record in read_metrics(folder) if "held_out_accuracy" in record]
+        evaluated = [
+            record["step"] for record in read_metrics(folder) if "held_out_accuracy" in record
+        ]
         assert evaluated == [2, 4, 6]
     assert "weights sharded by FSDP" in read_json(fsdp2 / "results.json")["device"]
     assert "parts" not in read_json(ddp / "results.json")["device"]
@@ -136,14 +181,18 @@ def test_the_model_trained_with_fsdp2_loads(fsdp2: Path) -> None:
     saved = load_file(fsdp2 / "model.safetensors")
     averaged = load_file(fsdp2 / "checkpoints" / "step-00000006" / "ema.safetensors")
     for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, saved[name]) and torch.equal(parameter, averaged[name]), name
+        assert torch.equal(parameter, saved[name]), name
+        assert torch.equal(parameter, averaged[name]), name
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
 def test_through_the_launcher(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    output = launch(f"{name}_cpu.yaml", "finetune.py", *TINY, *STEPS, "--output-dir", tmp_path / "model")
-    assert "WARNING" not in output and "Warning" not in output
+    output = launch(
+        f"{name}_cpu.yaml", "finetune.py", *TINY, *STEPS, "--output-dir", tmp_path / "model"
+    )
+    assert "WARNING" not in output
+    assert "Warning" not in output
     assert_same_run(request.getfixturevalue(name), tmp_path / "model", tolerance=0)
 
 
@@ -163,6 +212,17 @@ def test_a_run_with_fsdp2_is_resumed_with_ddp(fsdp2: Path, tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_one_cpu_process(tmp_path: Path) -> None:
-    launch("cpu.yaml", "finetune.py", *TINY, "--max-steps", 2, "--batch-size", 32, "--output-dir", tmp_path / "model")
+    launch(
+        "cpu.yaml",
+        "finetune.py",
+        *TINY,
+        "--max-steps",
+        2,
+        "--batch-size",
+        32,
+        "--output-dir",
+        tmp_path / "model",
+    )
     results = read_json(tmp_path / "model" / "results.json")
-    assert results["num_processes"] == 1 and results["device"].startswith("CPU")
+    assert results["num_processes"] == 1
+    assert results["device"].startswith("CPU")

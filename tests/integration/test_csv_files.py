@@ -21,7 +21,10 @@ pytest.importorskip("cleanlab", reason="cleanlab is in the extras `audit` and `t
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate")]
 
 NAMES = ("=1+1", "@SUM(A1)", "-2\n3")
-LABELS = {"id2label": dict(enumerate(NAMES)), "label2id": {name: index for index, name in enumerate(NAMES)}}
+LABELS = {
+    "id2label": dict(enumerate(NAMES)),
+    "label2id": {name: index for index, name in enumerate(NAMES)},
+}
 FORMULA_PREFIXES = tuple("=+-@\t\r")
 
 
@@ -42,7 +45,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def audit(model: Path, photos: Path, page: Path, *flags: str) -> int:
     reset_accelerate()
     data = ["--dataset", str(photos), "--held-out-fraction", "0.5", "--num-workers", "0"]
-    return run_here("evaluate", "--model", str(model), *data, "--frozen", "knn", "--audit", str(page), *flags)
+    return run_here(
+        "evaluate", "--model", str(model), *data, "--frozen", "knn", "--audit", str(page), *flags
+    )
 
 
 def check_cells(file: Path) -> None:
@@ -60,7 +65,12 @@ def test_predictions_contain_no_formulas(
 ) -> None:
     monkeypatch.chdir(photos)
     output = tmp_path / "labels.csv"
-    assert run_here("predict", "--model", str(model), *NAMES[:2], "--top-k", "3", "--output", str(output)) == 0
+    assert (
+        run_here(
+            "predict", "--model", str(model), *NAMES[:2], "--top-k", "3", "--output", str(output)
+        )
+        == 0
+    )
     check_cells(output)
 
 
@@ -73,10 +83,14 @@ def test_audits_contain_no_formulas_and_exclude_the_images_they_list(
     values = dict(zip(header, row, strict=True))
     assert values["id"].startswith("'")
     assert values["label"].startswith("'")
-    whole = prepare_task(build_tiny_options(tmp_path / "whole", photos, held_out_fraction=0.5)).data.train
+    whole = prepare_task(
+        build_tiny_options(tmp_path / "whole", photos, held_out_fraction=0.5)
+    ).data.train
     listed = "'" + whole.images.get_names()[0].replace("\n", "\\n").replace("\x1b", "\\x1b")
     (tmp_path / "edited.csv").write_text(f'split,id\ntrain,"{listed}"\n', encoding="utf-8")
-    options = build_tiny_options(tmp_path / "out", photos, held_out_fraction=0.5, exclude=tmp_path / "edited.csv")
+    options = build_tiny_options(
+        tmp_path / "out", photos, held_out_fraction=0.5, exclude=tmp_path / "edited.csv"
+    )
     assert prepare_task(options).data.num_excluded == 1
 
 

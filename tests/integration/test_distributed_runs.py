@@ -14,7 +14,9 @@ pytestmark = pytest.mark.integration
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Return check -> error, "" if it passed."""
-    return run_checks("distributed_worker.py", tmp_path_factory.mktemp("distributed"), NUM_PROCESSES)
+    return run_checks(
+        "distributed_worker.py", tmp_path_factory.mktemp("distributed"), NUM_PROCESSES
+    )
 
 
 @pytest.mark.slow

@@ -38,7 +38,13 @@ from helpers.scripts_in_process import run_in_process
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel, cli
+from modeling_vitcls import (
+    ViTCLSConfig,
+    ViTCLSForImageClassification,
+    ViTCLSImageProcessor,
+    ViTCLSModel,
+    cli,
+)
 from scripts import make_address
 
 
@@ -50,7 +56,9 @@ PACKAGE = ROOT / "modeling_vitcls"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 MODULE = ["-m", "modeling_vitcls.cli"]
-OTHER_COMMANDS = "cd git hf sbatch torchrun make pip .venv/bin/pip .venv/bin/python pre-commit".split()
+OTHER_COMMANDS = (
+    "cd git hf sbatch torchrun make pip .venv/bin/pip .venv/bin/python pre-commit".split()
+)
 # flags of pip, hf and pytest that the text mentions
 OTHER_FLAGS = set(
     "--help --help-all --tyro-print-completion --node-rank --version --include --local-dir --shm-size".split()
@@ -67,10 +75,13 @@ QUICK = {
     "evaluate": "--num-workers 0",
     "inspect": "--max-images 8 --num-images 2",
 }
-SMALL_MODEL = "--image-size 32 --patch-size 16 --hidden-size 32 --num-hidden-layers 2 --num-attention-heads 2"
+SMALL_MODEL = (
+    "--image-size 32 --patch-size 16 --hidden-size 32 --num-hidden-layers 2 --num-attention-heads 2"
+)
 
 FENCE = re.compile(
-    r"(?:^<!-- (?P<comment>.*?) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
+    r"(?:^<!-- (?P<comment>.*?) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
 )
 REPLACEMENT = re.compile(r'run with: "(.+)" instead of "(.+)"')
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -80,8 +91,12 @@ COMMAND = re.compile(
 )  # in inline code
 INLINE = re.compile(r"`([^`\n]+)`")
 FLAG = re.compile(r"--[a-z][a-z0-9_-]*")
-PRINTED = re.compile(r"^# (?=[{(\[])", re.MULTILINE)  # comments that show the output of the line before
-FILE = re.compile(r"[\w./-]+\.(?:py|toml|j2)|(?:modeling_vitcls|scripts|tests|docs|model_cards)/[\w./-]*")
+PRINTED = re.compile(
+    r"^# (?=[{(\[])", re.MULTILINE
+)  # comments that show the output of the line before
+FILE = re.compile(
+    r"[\w./-]+\.(?:py|toml|j2)|(?:modeling_vitcls|scripts|tests|docs|model_cards)/[\w./-]*"
+)
 FOLDERS = (ROOT, PACKAGE, PACKAGE / "model", ROOT / "tests")  # start of relative paths in the pages
 # written by `make gpu` and `vitcls push`; timm's program
 OTHER_FILES = {"docs/speed-gpu.md", "handler.py", "train.py"}
@@ -122,14 +137,26 @@ class Block:
 def read_blocks(page: Path) -> list[Block]:
     text = page.read_text(encoding="utf-8")
     return [
-        Block(page, text.count("\n", 0, found.start()) + 1, found["language"], found["text"], found["comment"] or "")
+        Block(
+            page,
+            text.count("\n", 0, found.start()) + 1,
+            found["language"],
+            found["text"],
+            found["comment"] or "",
+        )
         for found in FENCE.finditer(text)
     ]
 
 
 BLOCKS = [block for page in PAGES for block in read_blocks(page)]
-PYTHON_PAGES = [page for page in PAGES if any(b.language == "python" and b.is_run for b in read_blocks(page))]
-COMMAND_PAGES = [page for page in PAGES if any(b.language == "bash" and b.comment == "run" for b in read_blocks(page))]
+PYTHON_PAGES = [
+    page for page in PAGES if any(b.language == "python" and b.is_run for b in read_blocks(page))
+]
+COMMAND_PAGES = [
+    page
+    for page in PAGES
+    if any(b.language == "bash" and b.comment == "run" for b in read_blocks(page))
+]
 
 
 def get_name(page: Path) -> str:
@@ -164,7 +191,9 @@ def test_links_resolve(page: Path) -> None:
 
 
 def test_every_page_is_in_the_index() -> None:
-    linked = {link.partition("#")[0] for link in LINK.findall((ROOT / "docs" / "README.md").read_text())}
+    linked = {
+        link.partition("#")[0] for link in LINK.findall((ROOT / "docs" / "README.md").read_text())
+    }
     assert {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"} <= linked
 
 
@@ -187,7 +216,9 @@ def read_flags(name: str) -> frozenset[str]:
 @cache
 def read_accelerate_flags() -> frozenset[str]:
     """Return the flags of `accelerate launch`."""
-    options = (option for action in launch_command_parser()._actions for option in action.option_strings)
+    options = (
+        option for action in launch_command_parser()._actions for option in action.option_strings
+    )
     return frozenset(options)
 
 
@@ -203,7 +234,9 @@ class Command:
 
 def parse_command(words: list[str]) -> Command | None:
     """Return the parsed command, or None for commands of other projects. Fails for unknown commands."""
-    first = next((index for index, word in enumerate(words) if not re.match(r"[A-Z_]+=", word)), len(words))
+    first = next(
+        (index for index, word in enumerate(words) if not re.match(r"[A-Z_]+=", word)), len(words)
+    )
     variables, words = words[:first], words[first:]
     if not words or words[0] in OTHER_COMMANDS:
         return None
@@ -231,7 +264,9 @@ def read_subcommand(script: Path) -> str:
     name = script.relative_to(ROOT).as_posix()
     if name in PROGRAMS:
         return name
-    found = re.search(r'sys\.argv\[:1\] = \["vitcls", "(\w+)"\]', script.read_text(encoding="utf-8"))
+    found = re.search(
+        r'sys\.argv\[:1\] = \["vitcls", "(\w+)"\]', script.read_text(encoding="utf-8")
+    )
     assert found, f"{script} runs no subcommand"
     return found[1]
 
@@ -249,7 +284,11 @@ def read_all_commands() -> Iterator[tuple[str, list[str]]]:
 
 def test_commands_have_the_flags_of_their_programs() -> None:
     found = [(place, parse_command(words)) for place, words in read_all_commands()]
-    commands = [(place, command) for place, command in found if command and command.name not in OTHER_SUBCOMMANDS]
+    commands = [
+        (place, command)
+        for place, command in found
+        if command and command.name not in OTHER_SUBCOMMANDS
+    ]
     for place, command in commands:
         assert command.name in ALL_PROGRAMS, f"{place}: there is no `vitcls {command.name}`"
         unknown = get_flags(command.arguments) - read_flags(command.name)
@@ -267,7 +306,9 @@ def get_flags(words: list[str]) -> set[str]:
 def test_flags_in_the_text_exist(page: Path) -> None:
     known = set().union(*map(read_flags, ALL_PROGRAMS)) | read_accelerate_flags() | OTHER_FLAGS
     text = read_prose(page)
-    if page.name == "coming-from.md":  # only the first column of its first table contains flags of this package
+    if (
+        page.name == "coming-from.md"
+    ):  # only the first column of its first table contains flags of this package
         text = re.sub(r"^(\| `--.*?) \| .*$", r"\1", text, flags=re.MULTILINE)
     for code in INLINE.findall(text):
         assert set(FLAG.findall(code)) <= known, f"{get_name(page)}: {code}"
@@ -295,9 +336,15 @@ def find_file(path: str) -> Path | None:
 @pytest.mark.parametrize("page", PAGES, ids=get_name)
 def test_files_in_the_text_exist(page: Path) -> None:
     for code in INLINE.findall(read_prose(page)):
-        for path in [code] if FILE.fullmatch(code) else re.findall(r"(?<!\S)scripts/[\w./-]+", code):
+        for path in (
+            [code] if FILE.fullmatch(code) else re.findall(r"(?<!\S)scripts/[\w./-]+", code)
+        ):
             pattern = path.replace("NAME", "*").replace("x.py", "*.py")
-            exists = any(any(folder.glob(pattern)) for folder in FOLDERS) if "*" in pattern else find_file(path)
+            exists = (
+                any(any(folder.glob(pattern)) for folder in FOLDERS)
+                if "*" in pattern
+                else find_file(path)
+            )
             assert exists or path in OTHER_FILES, f"{get_name(page)}: {path} does not exist"
 
 
@@ -318,30 +365,45 @@ def test_the_list_of_shipped_files_is_complete() -> None:
 def test_the_list_of_folders_is_complete() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     listing = text.partition("    modeling_vitcls/\n")[2].partition("    scripts/")[0]
-    listed = {name for line in listing.splitlines() for name in line.split("  ")[3].strip().split(", ")}
+    listed = {
+        name for line in listing.splitlines() for name in line.split("  ")[3].strip().split(", ")
+    }
     folders = {f"{file.parent.name}/" for file in PACKAGE.glob("*/__init__.py")}
     files = {file.name for file in PACKAGE.glob("*.py")} - {"__init__.py", "version.py"}
     assert listed == folders | {name for name in files if not name.endswith("_vitcls.py")}
 
 
-def test_links_of_the_package_page_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_links_of_the_package_page_are_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     described: list[str] = []
-    monkeypatch.setattr("setuptools.setup", lambda **arguments: described.append(arguments["long_description"]))
+    monkeypatch.setattr(
+        "setuptools.setup", lambda **arguments: described.append(arguments["long_description"])
+    )
     for name in ("README.md", "setup.py"):
         shutil.copy(ROOT / name, tmp_path)
     settings = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     address = '[project.urls]\nRepository = "https://example.org/vitcls"\n'
-    (tmp_path / "pyproject.toml").write_text(settings.replace("[project.urls]\n", address), encoding="utf-8")
+    (tmp_path / "pyproject.toml").write_text(
+        settings.replace("[project.urls]\n", address), encoding="utf-8"
+    )
     runpy.run_path(str(tmp_path / "setup.py"))
     targets = re.findall(r"\]\(([^)]+)\)", described[0])
-    assert targets and all(target.startswith(("https://", "http://")) for target in targets)
+    assert targets
+    assert all(target.startswith(("https://", "http://")) for target in targets)
     assert "https://example.org/vitcls/raw/main/docs/images/hero.jpg" in targets
 
 
 def test_the_study_in_the_docs_is_the_recipe() -> None:
-    blocks = [block for block in read_blocks(ROOT / "docs" / "what-to-choose.md") if block.language == "yaml"]
+    blocks = [
+        block
+        for block in read_blocks(ROOT / "docs" / "what-to-choose.md")
+        if block.language == "yaml"
+    ]
     (shown,) = (yaml.safe_load(block.text) for block in blocks)
-    recipe = yaml.safe_load((ROOT / "scripts" / "recipes" / "study_digits.yaml").read_text(encoding="utf-8"))
+    recipe = yaml.safe_load(
+        (ROOT / "scripts" / "recipes" / "study_digits.yaml").read_text(encoding="utf-8")
+    )
     assert {**shown, "question": ""} == {**recipe, "question": ""}
 
 
@@ -364,10 +426,15 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         id2label={0: "cat", 1: "dog"},
     )  # fmt: skip
     ViTCLSForImageClassification(config).save_pretrained(folder / "runs" / "photos")
-    ViTCLSImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder / "runs" / "photos")
+    ViTCLSImageProcessor(size={"height": 32, "width": 32}).save_pretrained(
+        folder / "runs" / "photos"
+    )
     # found before the study of this name in the package, which takes minutes
-    study = yaml.safe_load((ROOT / "scripts" / "recipes" / "study_digits.yaml").read_text(encoding="utf-8"))
-    study["stages"]["finetune"]["max_steps"], study["seeds"] = 2, [0, 1]
+    study = yaml.safe_load(
+        (ROOT / "scripts" / "recipes" / "study_digits.yaml").read_text(encoding="utf-8")
+    )
+    study["stages"]["finetune"]["max_steps"] = 2
+    study["seeds"] = [0, 1]
     (folder / "study_digits").write_text(yaml.safe_dump(study), encoding="utf-8")
     return folder
 
@@ -385,7 +452,9 @@ def run(prepared: Path, tmp_path: Path) -> Run:
     def start(command: list[str], variables: list[str] = []) -> subprocess.CompletedProcess[str]:  # noqa: B006
         environment = os.environ | hub | dict(each.split("=", 1) for each in variables)
         done = run_fresh(*command, environment=environment, cwd=tmp_path)
-        assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        assert done.returncode == 0, (
+            f"{shlex.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        )
         return done
 
     return start
@@ -397,10 +466,14 @@ def test_imports_of_python_blocks_resolve() -> None:
         if block.language != "python":
             continue
         for node in ast.walk(ast.parse(block.text)):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("modeling_vitcls"):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
+                "modeling_vitcls"
+            ):
                 module = importlib.import_module(node.module or "")
                 for alias in node.names:
-                    assert hasattr(module, alias.name), f"{block}: {node.module} has no {alias.name}"
+                    assert hasattr(module, alias.name), (
+                        f"{block}: {node.module} has no {alias.name}"
+                    )
                     num_names += 1
     assert num_names > 20
 
@@ -411,8 +484,15 @@ def test_python_blocks_run(page: Path, run: Run, tmp_path: Path) -> None:
     blocks = [block for block in read_blocks(page) if block.language == "python" and block.is_run]
     source = "\n\n".join(block.get_source() for block in blocks)
     if "runs/student" in source:  # which the page's command trains
-        student = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "num_distillation_tokens": 2}
-        config = ViTCLSConfig.from_preset("tiny", distillation_teachers=["photos", "small"], **student)
+        student = {
+            "hidden_size": 32,
+            "num_attention_heads": 2,
+            "num_hidden_layers": 2,
+            "num_distillation_tokens": 2,
+        }
+        config = ViTCLSConfig.from_preset(
+            "tiny", distillation_teachers=["photos", "small"], **student
+        )
         ViTCLSModel(config).save_pretrained(tmp_path / "runs" / "student")
     (tmp_path / "page.py").write_text(source, encoding="utf-8")
     done = run(["page.py"])
@@ -424,7 +504,9 @@ def test_python_blocks_run(page: Path, run: Run, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", COMMAND_PAGES, ids=get_name)
 def test_commands_run(page: Path, run: Run) -> None:
-    blocks = [block for block in read_blocks(page) if block.language == "bash" and block.comment == "run"]
+    blocks = [
+        block for block in read_blocks(page) if block.language == "bash" and block.comment == "run"
+    ]
     for words in (words for block in blocks for words in block.get_commands()):
         command = parse_command(words)
         assert command is not None
@@ -432,6 +514,8 @@ def test_commands_run(page: Path, run: Run) -> None:
             word.startswith("vitcls-") for word in command.arguments
         )
         quick = QUICK.get(command.name, "").split() + (SMALL_MODEL.split() if is_new else [])
-        launcher = ["-m", "accelerate.commands.launch", *command.launcher[2:]] if command.launcher else []
+        launcher = (
+            ["-m", "accelerate.commands.launch", *command.launcher[2:]] if command.launcher else []
+        )
         program = [command.name] if command.name in PROGRAMS else [*MODULE, command.name]
         run([*launcher, *program, *command.arguments, *quick], command.variables)

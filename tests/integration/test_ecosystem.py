@@ -25,7 +25,12 @@ from transformers import (
     pipeline,
 )
 
-from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSImageProcessorPil, ViTCLSModel
+from modeling_vitcls import (
+    ViTCLSForImageClassification,
+    ViTCLSImageProcessor,
+    ViTCLSImageProcessorPil,
+    ViTCLSModel,
+)
 from modeling_vitcls.hub.model_files import hash_weights
 
 
@@ -33,7 +38,11 @@ pytestmark = pytest.mark.integration
 
 
 LABELS = {0: "cat", 1: "dog", 2: "owl"}
-FIELDS: dict[str, Any] = {"id2label": LABELS, "num_distillation_tokens": 1, "num_register_tokens": 2}
+FIELDS: dict[str, Any] = {
+    "id2label": LABELS,
+    "num_distillation_tokens": 1,
+    "num_register_tokens": 2,
+}
 
 
 def build_tiny_classifier(**overrides: Any) -> ViTCLSForImageClassification:
@@ -70,8 +79,12 @@ def test_image_classification_pipeline(processor: Any) -> None:
     with torch.no_grad():
         scores = model(**processor(build_pil_image(), return_tensors="pt")).logits.softmax(-1)[0]
     best = scores.argmax().item()
-    assert len(found) == 2 and all(len(answer) == 2 for answer in found)
-    assert found[0][0] == {"label": LABELS[best], "score": pytest.approx(scores[best].item(), abs=1e-6)}
+    assert len(found) == 2
+    assert all(len(answer) == 2 for answer in found)
+    assert found[0][0] == {
+        "label": LABELS[best],
+        "score": pytest.approx(scores[best].item(), abs=1e-6),
+    }
 
 
 def test_image_feature_extraction_pipeline(processor: Any) -> None:
@@ -79,8 +92,12 @@ def test_image_feature_extraction_pipeline(processor: Any) -> None:
     model = ViTCLSModel(build_tiny_config(**FIELDS)).eval()
     with torch.no_grad():
         outputs = model(**processor(build_pil_image(), return_tensors="pt"))
-    tokens = pipeline("image-feature-extraction", model=model, image_processor=processor)(build_pil_image())
-    pooled = pipeline("image-feature-extraction", model=model, image_processor=processor, pool=True)(build_pil_image())
+    tokens = pipeline("image-feature-extraction", model=model, image_processor=processor)(
+        build_pil_image()
+    )
+    pooled = pipeline(
+        "image-feature-extraction", model=model, image_processor=processor, pool=True
+    )(build_pil_image())
     torch.testing.assert_close(torch.tensor(tokens), outputs.last_hidden_state)
     torch.testing.assert_close(torch.tensor(pooled), outputs.pooler_output)
 
@@ -102,11 +119,21 @@ class Examples(torch.utils.data.Dataset):
         return {"pixel_values": self.images[index], "labels": self.labels[index]}
 
 
-def build_trainer(model: Any, dataset: Any, folder: Path, *, trainer: Any = None, **arguments: Any) -> Trainer:
+def build_trainer(
+    model: Any, dataset: Any, folder: Path, *, trainer: Any = None, **arguments: Any
+) -> Trainer:
     """Return a Trainer on the CPU without trackers; `trainer` are further arguments of `Trainer`."""
-    values = {"output_dir": str(folder), "use_cpu": True, "report_to": [], "disable_tqdm": True, "logging_steps": 1}
+    values = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "report_to": [],
+        "disable_tqdm": True,
+        "logging_steps": 1,
+    }
     settings = TrainingArguments(**(values | {"save_strategy": "no"} | arguments))
-    return Trainer(model=model, args=settings, train_dataset=dataset, eval_dataset=dataset, **(trainer or {}))
+    return Trainer(
+        model=model, args=settings, train_dataset=dataset, eval_dataset=dataset, **(trainer or {})
+    )
 
 
 def test_trainer_trains_evaluates_and_saves(tmp_path: Path) -> None:
@@ -114,13 +141,18 @@ def test_trainer_trains_evaluates_and_saves(tmp_path: Path) -> None:
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         seen.append(prediction)
-        return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+        return {
+            "accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())
+        }
 
     trainer = build_trainer(
         build_tiny_classifier(),
         Examples(torch.arange(12) % 3),
         tmp_path,
-        trainer={"processing_class": ViTCLSImageProcessor(size=32), "compute_metrics": compute_metrics},
+        trainer={
+            "processing_class": ViTCLSImageProcessor(size=32),
+            "compute_metrics": compute_metrics,
+        },
         max_steps=30,
         learning_rate=3e-3,
         per_device_train_batch_size=12,
@@ -135,12 +167,15 @@ def test_trainer_trains_evaluates_and_saves(tmp_path: Path) -> None:
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     after = trainer.evaluate()
-    assert after["eval_loss"] < before and 0 <= after["eval_accuracy"] <= 1
-    assert isinstance(seen[-1].predictions, np.ndarray) and seen[-1].predictions.shape == (12, 3)
+    assert after["eval_loss"] < before
+    assert 0 <= after["eval_accuracy"] <= 1
+    assert isinstance(seen[-1].predictions, np.ndarray)
+    assert seen[-1].predictions.shape == (12, 3)
     trainer.save_model(str(tmp_path / "final"))
     for folder in (tmp_path / "checkpoint-30", tmp_path / "final"):
         assert_same_logits(AutoModelForImageClassification.from_pretrained(folder), trainer.model)
-        assert (folder / "preprocessor_config.json").is_file() and (folder / "modeling_vitcls.py").is_file()
+        assert (folder / "preprocessor_config.json").is_file()
+        assert (folder / "modeling_vitcls.py").is_file()
 
 
 # PEFT ----------------------------------------------------------------------------------------------------------------
@@ -150,8 +185,12 @@ def test_lora_trains_saves_loads_and_merges(tmp_path: Path) -> None:
     lora = LoraConfig(target_modules=["q_proj", "v_proj"], r=4, modules_to_save=["classifier"])
     model = get_peft_model(build_tiny_classifier(), lora)
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert len([name for name in trainable if "lora_" in name]) == 2 * 2 * 2  # layers, projections, factors
-    frozen = {name: p.detach().clone() for name, p in model.named_parameters() if name not in trainable}
+    assert (
+        len([name for name in trainable if "lora_" in name]) == 2 * 2 * 2
+    )  # layers, projections, factors
+    frozen = {
+        name: p.detach().clone() for name, p in model.named_parameters() if name not in trainable
+    }
 
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.1)
     for _ in range(2):
@@ -206,7 +245,9 @@ def test_vision_text_dual_encoder(encoder: Path, tmp_path: Path) -> None:
     again = VisionTextDualEncoderModel.from_pretrained(tmp_path / "both").eval()
     assert type(again.vision_model) is ViTCLSModel
     with torch.no_grad():
-        torch.testing.assert_close(again(**inputs).logits_per_image, model(**inputs).logits_per_image)
+        torch.testing.assert_close(
+            again(**inputs).logits_per_image, model(**inputs).logits_per_image
+        )
         cls_token = ViTCLSModel.from_pretrained(encoder)(build_images()).tokens["cls"][:, 0]
         features = model.get_image_features(pixel_values=build_images()).pooler_output
         torch.testing.assert_close(features, model.visual_projection(cls_token))
@@ -226,7 +267,8 @@ def test_vision_encoder_decoder(encoder: Path, tmp_path: Path) -> None:
     assert type(again.encoder) is ViTCLSModel
     options = {"max_new_tokens": 4, "do_sample": False, "decoder_start_token_id": 1}
     written = model.generate(pixel_values=build_images(), **options)
-    assert written.shape[0] == 2 and written.shape[1] > 1
+    assert written.shape[0] == 2
+    assert written.shape[1] > 1
     torch.testing.assert_close(again.generate(pixel_values=build_images(), **options), written)
 
 
@@ -236,15 +278,20 @@ def test_vision_encoder_decoder(encoder: Path, tmp_path: Path) -> None:
 def test_sharded_checkpoint(tmp_path: Path) -> None:
     build_tiny_classifier().save_pretrained(tmp_path, max_shard_size="10KB")
     names = {file.name for file in tmp_path.glob("model-*.safetensors")}
-    assert len(names) > 1 and hash_weights(tmp_path).keys() == names
+    assert len(names) > 1
+    assert hash_weights(tmp_path).keys() == names
     assert_same_logits(ViTCLSForImageClassification.from_pretrained(tmp_path), rtol=0, atol=0)
 
 
 def test_checkpoint_in_a_subfolder(tmp_path: Path) -> None:
     build_tiny_classifier().save_pretrained(tmp_path / "vision")
     for model_class in (ViTCLSForImageClassification, AutoModelForImageClassification):
-        assert_same_logits(model_class.from_pretrained(tmp_path, subfolder="vision"), rtol=0, atol=0)
-    adapted = ViTCLSForImageClassification.from_pretrained(tmp_path, subfolder="vision", num_register_tokens=3)
+        assert_same_logits(
+            model_class.from_pretrained(tmp_path, subfolder="vision"), rtol=0, atol=0
+        )
+    adapted = ViTCLSForImageClassification.from_pretrained(
+        tmp_path, subfolder="vision", num_register_tokens=3
+    )
     assert adapted.config.num_register_tokens == 3
 
 
@@ -258,7 +305,10 @@ def build_offload_map(model: ViTCLSForImageClassification) -> dict[str, str]:
 
 @pytest.mark.parametrize(
     "fields",
-    [{"position_embedding_tokens": "all"}, {"position_embedding_type": "rope_2d", "pooling": "attention"}],
+    [
+        {"position_embedding_tokens": "all"},
+        {"position_embedding_type": "rope_2d", "pooling": "attention"},
+    ],
     ids=["learned", "rotary"],
 )
 def test_offloaded_weights_have_equal_outputs(fields: dict[str, Any], tmp_path: Path) -> None:
@@ -268,5 +318,7 @@ def test_offloaded_weights_have_equal_outputs(fields: dict[str, Any], tmp_path: 
         tmp_path, device_map=build_offload_map(model), offload_folder=tmp_path / "offload"
     )
     assert_same_logits(on_disk, model)
-    in_memory = cpu_offload(build_tiny_classifier(**fields).eval(), execution_device=torch.device("cpu"))
+    in_memory = cpu_offload(
+        build_tiny_classifier(**fields).eval(), execution_device=torch.device("cpu")
+    )
     assert_same_logits(in_memory, model)

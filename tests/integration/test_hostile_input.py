@@ -35,7 +35,11 @@ from modeling_vitcls.data.sources import load_splits
 from modeling_vitcls.inference.metric_tables import format_name
 from modeling_vitcls.model.image_processing_vitcls import IMAGE_FORMATS
 from modeling_vitcls.options import DataOptions
-from modeling_vitcls.training.checkpoints import CheckpointStore, DamagedCheckpointError, read_checkpoint
+from modeling_vitcls.training.checkpoints import (
+    CheckpointStore,
+    DamagedCheckpointError,
+    read_checkpoint,
+)
 
 
 pytestmark = pytest.mark.slow
@@ -76,7 +80,9 @@ def limits() -> Iterator[None]:
 
     previous = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
-    faulthandler.dump_traceback_later(3 * SECONDS, exit=True)  # for code that runs no signal handlers
+    faulthandler.dump_traceback_later(
+        3 * SECONDS, exit=True
+    )  # for code that runs no signal handlers
     watched.clear()
     is_watching = True
     try:
@@ -95,23 +101,32 @@ def run_limited(function: Callable[[], Any], error: type[Exception] = ValueError
         try:
             return function()
         except error as raised:
-            assert str(raised) and "\n" not in str(raised), raised
+            assert str(raised), raised
+            assert "\n" not in str(raised), raised
             return None
 
 
 def examples(number: int) -> Any:
     """Return settings with a number of examples, or the profile `explore`."""
-    profile = settings.get_profile("explore") if settings.get_current_profile_name() == "explore" else None
+    profile = (
+        settings.get_profile("explore")
+        if settings.get_current_profile_name() == "explore"
+        else None
+    )
     return profile or settings(max_examples=number, deadline=None, derandomize=True)
 
 
 NUMBERS = st.one_of(st.integers(), st.sampled_from([10**9, 2**63, 10**30, -1, 0]), st.floats())
 JSON = st.recursive(
     st.one_of(st.none(), st.booleans(), NUMBERS, st.text(max_size=9)),
-    lambda values: st.one_of(st.lists(values, max_size=4), st.dictionaries(st.text(max_size=9), values, max_size=4)),
+    lambda values: st.one_of(
+        st.lists(values, max_size=4), st.dictionaries(st.text(max_size=9), values, max_size=4)
+    ),
     max_leaves=8,
 )
-FIELDS = sorted(ViTCLSConfig().to_dict().keys() - {"dtype"})  # transformers reads the dtype without checking it
+FIELDS = sorted(
+    ViTCLSConfig().to_dict().keys() - {"dtype"}
+)  # transformers reads the dtype without checking it
 
 
 @examples(300)
@@ -147,7 +162,9 @@ CHANGED_NAMES: dict[str, Callable[[str], str]] = {
     "nested": lambda name: f"model.{name}",
     "text": lambda name: f"{name}\n\x1b[31m",
 }
-CHANGES = st.tuples(st.sampled_from(sorted(WEIGHTS)), st.sampled_from([*CHANGED_TENSORS, *CHANGED_NAMES]))
+CHANGES = st.tuples(
+    st.sampled_from(sorted(WEIGHTS)), st.sampled_from([*CHANGED_TENSORS, *CHANGED_NAMES])
+)
 
 
 @examples(200)
@@ -188,7 +205,9 @@ def encode_images() -> dict[str, bytes]:
 
 EDITS = st.lists(
     st.tuples(
-        st.sampled_from(["flip", "cut", "insert", "repeat"]), st.floats(0, 1), st.binary(min_size=1, max_size=8)
+        st.sampled_from(["flip", "cut", "insert", "repeat"]),
+        st.floats(0, 1),
+        st.binary(min_size=1, max_size=8),
     ),
     min_size=1,
     max_size=4,
@@ -231,7 +250,9 @@ def test_image_files(file_format: str, edits: list[tuple[str, float, bytes]], su
 
 @examples(150)
 @given(
-    st.one_of(JSON, st.dictionaries(st.sampled_from(["step", "files", "metadata", "is_best"]), JSON)),
+    st.one_of(
+        JSON, st.dictionaries(st.sampled_from(["step", "files", "metadata", "is_best"]), JSON)
+    ),
     st.booleans(),
     EDITS,
 )
@@ -255,7 +276,10 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 @examples(25)
 @given(
     header=st.sampled_from(["file_name,label", "file_name", "label", "file_name,label,label", ""]),
-    rows=st.lists(st.tuples(st.sampled_from(["1.png", "2.png", "../1.png", "/etc/passwd", ""]), TEXT), max_size=4),
+    rows=st.lists(
+        st.tuples(st.sampled_from(["1.png", "2.png", "../1.png", "/etc/passwd", ""]), TEXT),
+        max_size=4,
+    ),
     garbage=st.binary(max_size=8),
 )
 def test_metadata_tables(header: str, rows: list[tuple[str, str]], garbage: bytes) -> None:
@@ -273,6 +297,9 @@ def test_metadata_tables(header: str, rows: list[tuple[str, str]], garbage: byte
 def test_names_of_labels(name: str) -> None:
     """In Markdown and YAML."""
     code = format_name(name)
-    assert code.startswith("`") and code.endswith("`") and "`" not in code[1:-1]
-    assert len(code.splitlines()) == 1 and code.isprintable()
+    assert code.startswith("`")
+    assert code.endswith("`")
+    assert "`" not in code[1:-1]
+    assert len(code.splitlines()) == 1
+    assert code.isprintable()
     assert yaml.safe_load(yaml.safe_dump({"name": name})) == {"name": name}

@@ -39,7 +39,11 @@ exit $status
 SCONTROL = """#!/usr/bin/env bash
 [ "$1" = requeue ] && echo requeue "$2" >> "$SCONTROL_LOG" || { echo 127.0.0.1; echo 127.0.0.2; }
 """
-ENVIRONMENT = os.environ | SCRIPT_ENVIRONMENT | {"GLOO_SOCKET_IFNAME": get_loopback(), "PYTHONUNBUFFERED": "1"}
+ENVIRONMENT = (
+    os.environ
+    | SCRIPT_ENVIRONMENT
+    | {"GLOO_SOCKET_IFNAME": get_loopback(), "PYTHONUNBUFFERED": "1"}
+)
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +69,25 @@ def uninterrupted(flags: list[str], tmp_path_factory: pytest.TempPathFactory) ->
 def start_agents(flags: list[str], folder: Path) -> list[subprocess.Popen[str]]:
     """Start two torchrun agents with one process each, as on two machines."""
     port = find_free_port()
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes",
+        "2",
+        "--nproc-per-node",
+        "1",
+    ]
     command += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
-    program = ["-m", "modeling_vitcls.cli", "finetune", "--resume", *flags, "--output-dir", str(folder)]
+    program = [
+        "-m",
+        "modeling_vitcls.cli",
+        "finetune",
+        "--resume",
+        *flags,
+        "--output-dir",
+        str(folder),
+    ]
     return [
         subprocess.Popen(
             [*command, "--node-rank", str(rank), *program],
@@ -85,7 +105,8 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen[Any]) -> No
     deadline = time.monotonic() + 240
     log = folder / "metrics.jsonl"
     while not log.exists() or f'"step": {step},' not in log.read_text():
-        assert time.monotonic() < deadline and process.poll() is None, f"step {step} was not reached"
+        assert time.monotonic() < deadline, f"step {step} was not reached"
+        assert process.poll() is None, f"step {step} was not reached"
         time.sleep(0.05)
 
 
@@ -94,15 +115,22 @@ def assert_equal_weights(first: Path, second: Path) -> None:
     weights, others = (load_file(folder / "model.safetensors") for folder in (first, second))
     assert weights.keys() == others.keys()
     assert all(weights[name].equal(others[name]) for name in weights)
-    accuracies = [json.loads((folder / "results.json").read_text())["accuracy"] for folder in (first, second)]
+    accuracies = [
+        json.loads((folder / "results.json").read_text())["accuracy"] for folder in (first, second)
+    ]
     assert accuracies[0] == accuracies[1]
 
 
-def test_a_killed_agent_is_started_again(flags: list[str], uninterrupted: Path, tmp_path: Path) -> None:
+def test_a_killed_agent_is_started_again(
+    flags: list[str], uninterrupted: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
     agents = start_agents(flags, folder)
     wait_for_step(folder, 5, agents[0])
-    for member in [*psutil.Process(agents[1].pid).children(recursive=True), psutil.Process(agents[1].pid)]:
+    for member in [
+        *psutil.Process(agents[1].pid).children(recursive=True),
+        psutil.Process(agents[1].pid),
+    ]:
         member.kill()
     assert agents[0].wait(timeout=240) != 0  # the other agent notices
     agents[1].wait()
@@ -121,16 +149,23 @@ def test_the_slurm_script_continues_after_the_time_limit(
     for name, text in {"srun": SRUN, "scontrol": SCONTROL}.items():
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
-    folder, log = tmp_path / "run", tmp_path / "scontrol.log"
+    folder = tmp_path / "run"
+    log = tmp_path / "scontrol.log"
     path = os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]])
-    slurm = {"SLURM_JOB_ID": str(find_free_port()), "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "a[1-2]"}
+    slurm = {
+        "SLURM_JOB_ID": str(find_free_port()),
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_NODELIST": "a[1-2]",
+    }
     environment = ENVIRONMENT | slurm | {"PATH": path, "SCONTROL_LOG": str(log)}
     script = REPOSITORY / "scripts" / "slurm" / "finetune.sbatch"
 
     def submit() -> subprocess.Popen[str]:
         command = ["bash", str(script), *flags, "--output-dir", str(folder)]
         output = (tmp_path / "output").open("a")
-        return subprocess.Popen(command, env=environment, text=True, stdout=output, stderr=output, cwd=REPOSITORY)
+        return subprocess.Popen(
+            command, env=environment, text=True, stdout=output, stderr=output, cwd=REPOSITORY
+        )
 
     job = submit()
     wait_for_step(folder, 3, job)

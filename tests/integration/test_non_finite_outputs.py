@@ -35,7 +35,9 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = randomize(ViTCLSForImageClassification(build_tiny_config(**LABELS)))
-    return save_nan_model(model, "classifier.weight", tmp_path_factory.mktemp("models") / "classifier")
+    return save_nan_model(
+        model, "classifier.weight", tmp_path_factory.mktemp("models") / "classifier"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -57,14 +59,21 @@ def check_error(capsys: pytest.CaptureFixture[str], *words: str) -> None:
 def test_evaluate_reports_no_accuracy(
     classifier: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["--per-image", str(tmp_path / "rows.parquet"), "--output", str(tmp_path / "results.json")]
+    flags = [
+        "--per-image",
+        str(tmp_path / "rows.parquet"),
+        "--output",
+        str(tmp_path / "results.json"),
+    ]
     data = ["--dataset", str(photos), "--num-workers", "0"]
     assert run_here("evaluate", "--model", str(classifier), *data, *flags) == 1
     check_error(capsys, "16 of 16 images")
     assert not list(tmp_path.iterdir())
 
 
-def test_evaluate_frozen_fits_no_classifier(encoder: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_frozen_fits_no_classifier(
+    encoder: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     flags = ["--frozen", "knn", "--held-out-fraction", "0.5", "--num-workers", "0"]
     assert run_here("evaluate", "--model", str(encoder), "--dataset", str(photos), *flags) == 1
     check_error(capsys, "8 of 8 images")
@@ -73,7 +82,14 @@ def test_evaluate_frozen_fits_no_classifier(encoder: Path, photos: Path, capsys:
 def test_finetune_does_not_learn_from_a_teacher(
     classifier: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["--model", "vitcls-tiny", "--dataset", str(photos), "--output-dir", str(tmp_path / "run")]
+    flags = [
+        "--model",
+        "vitcls-tiny",
+        "--dataset",
+        str(photos),
+        "--output-dir",
+        str(tmp_path / "run"),
+    ]
     assert run_here("finetune", *flags, *TRAINING, "--teacher", str(classifier)) == 1
     check_error(capsys, str(classifier), "4 of 4 images")
     assert not (tmp_path / "run" / "model.safetensors").exists()
@@ -82,14 +98,38 @@ def test_finetune_does_not_learn_from_a_teacher(
 def test_pretrain_does_not_learn_from_a_teacher(
     encoder: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["--model", "vitcls-tiny", "--dataset", str(photos), "--output-dir", str(tmp_path / "run")]
-    assert run_here("pretrain", *flags, *TRAINING, "--method", "distillation", "--teachers", str(encoder)) == 1
+    flags = [
+        "--model",
+        "vitcls-tiny",
+        "--dataset",
+        str(photos),
+        "--output-dir",
+        str(tmp_path / "run"),
+    ]
+    assert (
+        run_here(
+            "pretrain", *flags, *TRAINING, "--method", "distillation", "--teachers", str(encoder)
+        )
+        == 1
+    )
     check_error(capsys, str(encoder), "4 of 4 images")
 
 
 def test_finetune_fits_no_probe(
     encoder: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["--model", str(encoder), "--dataset", str(photos), "--output-dir", str(tmp_path / "run")]
-    assert run_here("finetune", *flags, "--batch-size", "4", "--num-workers", "0", "--trainable", "head") == 1
+    flags = [
+        "--model",
+        str(encoder),
+        "--dataset",
+        str(photos),
+        "--output-dir",
+        str(tmp_path / "run"),
+    ]
+    assert (
+        run_here(
+            "finetune", *flags, "--batch-size", "4", "--num-workers", "0", "--trainable", "head"
+        )
+        == 1
+    )
     check_error(capsys, "images")

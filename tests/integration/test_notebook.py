@@ -26,12 +26,19 @@ def test_the_notebook_is_stored_with_its_outputs() -> None:
 
 @pytest.mark.slow
 def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "MPLBACKEND": "agg"}.items():
+    for name, value in {
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "MPLBACKEND": "agg",
+    }.items():
         monkeypatch.setenv(name, value)
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    printed = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ()))
-    assert "'registers': (64, 2, 64)" in printed and "best features:" in printed
+    printed = "".join(
+        output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ())
+    )
+    assert "'registers': (64, 2, 64)" in printed
+    assert "best features:" in printed
     accuracy = float(printed.partition("\naccuracy ")[2].partition("%")[0])
     assert accuracy > 80
     assert (tmp_path / "runs" / "quickstart" / "report.html").stat().st_size > 100_000

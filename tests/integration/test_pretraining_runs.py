@@ -16,7 +16,14 @@ from typing import Any
 import pytest
 import torch
 from helpers.photo_folders import write_photos
-from helpers.warm_processes import OFFLINE, READY, find_free_port, get_rank_variables, run_script, run_together
+from helpers.warm_processes import (
+    OFFLINE,
+    READY,
+    find_free_port,
+    get_rank_variables,
+    run_script,
+    run_together,
+)
 from safetensors.torch import load_file
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSImageProcessor, ViTCLSModel
@@ -38,7 +45,11 @@ FLAGS = (
     "--image-size 32 --patch-size 8 --num-register-tokens 2 --drop-path-rate 0.2 --no-report --dataset {photos} "
     "--max-steps 12 --batch-size 4 --learning-rate 3e-3 --num-workers 0 --save-every 3 --log-every 1"
 )
-SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+SHARDED = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+}
 SHARDED |= {"FSDP_RESHARD_AFTER_FORWARD": "true"}
 NOT_COMPARED = ("images_per_second", "peak_memory_mb")
 Flags = Callable[[str], list[str]]
@@ -50,10 +61,14 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> Flags:
     folder = tmp_path_factory.mktemp("inputs")
     write_photos(folder, range(24), "photos")
     torch.manual_seed(0)
-    config = ViTCLSConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=16)
+    config = ViTCLSConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=16
+    )
     ViTCLSModel(config).save_pretrained(folder / "teacher")
     ViTCLSImageProcessor(size=32).save_pretrained(folder / "teacher")
-    return lambda method: f"{FLAGS} {METHODS[method]}".format(photos=folder, teacher=folder / "teacher").split()
+    return lambda method: f"{FLAGS} {METHODS[method]}".format(
+        photos=folder, teacher=folder / "teacher"
+    ).split()
 
 
 @pytest.fixture(scope="module", params=METHODS)
@@ -67,19 +82,34 @@ def whole(method: str, flags: Flags, tmp_path_factory: pytest.TempPathFactory) -
     return run_two(tmp_path_factory.mktemp(method) / "whole", flags(method))
 
 
-def run_two(folder: Path, flags: list[str], environment: dict[str, str] | None = None, processes: int = 2) -> Path:
-    log, environment = folder.with_suffix(".log"), OFFLINE | (environment or {})
-    run_together("pretrain.py", *flags, "--output-dir", folder, log=log, environment=environment, processes=processes)
+def run_two(
+    folder: Path, flags: list[str], environment: dict[str, str] | None = None, processes: int = 2
+) -> Path:
+    log = folder.with_suffix(".log")
+    environment = OFFLINE | (environment or {})
+    run_together(
+        "pretrain.py",
+        *flags,
+        "--output-dir",
+        folder,
+        log=log,
+        environment=environment,
+        processes=processes,
+    )
     return folder
 
 
-def interrupt(folder: Path, flags: list[str], step: int, number: signal.Signals) -> list[int | None]:
+def interrupt(
+    folder: Path, flags: list[str], step: int, number: signal.Signals
+) -> list[int | None]:
     """Start two processes, send them a signal after a step, and return their exit statuses."""
-    port, log = find_free_port(), folder.with_suffix(".log")
+    port = find_free_port()
+    log = folder.with_suffix(".log")
     arguments = [*flags, "--output-dir", str(folder)]
     started = [
         READY.Process(
-            target=run_script, args=("pretrain.py", arguments, log, log, OFFLINE | get_rank_variables(rank, 2, port))
+            target=run_script,
+            args=("pretrain.py", arguments, log, log, OFFLINE | get_rank_variables(rank, 2, port)),
         )
         for rank in range(2)
     ]
@@ -87,7 +117,8 @@ def interrupt(folder: Path, flags: list[str], step: int, number: signal.Signals)
         process.start()
     deadline = time.monotonic() + 240
     while len(read_records(folder)) < step:
-        assert time.monotonic() < deadline and started[0].is_alive(), log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        assert started[0].is_alive(), log.read_text()
         time.sleep(0.002)
     for process in started:
         os.kill(process.pid, number)
@@ -102,14 +133,21 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
     except OSError:
         return []
-    return [{name: value for name, value in json.loads(line).items() if name not in NOT_COMPARED} for line in lines]
+    return [
+        {name: value for name, value in json.loads(line).items() if name not in NOT_COMPARED}
+        for line in lines
+    ]
 
 
-def test_two_processes_are_stopped_killed_and_resumed(method: str, whole: Path, flags: Flags, tmp_path: Path) -> None:
+def test_two_processes_are_stopped_killed_and_resumed(
+    method: str, whole: Path, flags: Flags, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
     assert interrupt(folder, flags(method), 2, signal.SIGTERM) == [128 + signal.SIGTERM] * 2
     assert list((folder / "checkpoints").glob("step-*"))
-    assert interrupt(folder, [*flags(method), "--resume"], 6, signal.SIGKILL) == [-signal.SIGKILL] * 2
+    assert (
+        interrupt(folder, [*flags(method), "--resume"], 6, signal.SIGKILL) == [-signal.SIGKILL] * 2
+    )
     run_two(folder, [*flags(method), "--resume"])
     assert read_records(folder) == read_records(whole)
     weights, expected = (load_file(each / "model.safetensors") for each in (folder, whole))
@@ -139,7 +177,11 @@ def test_teachers_in_two_processes_equal_one(flags: Flags, tmp_path: Path) -> No
     """Distillation draws no random numbers except for stochastic depth."""
     command = [*flags("distillation"), "--drop-path-rate", "0"]
     two, one = (
-        run_two(tmp_path / str(processes), [*command, "--batch-size", str(8 // processes)], processes=processes)
+        run_two(
+            tmp_path / str(processes),
+            [*command, "--batch-size", str(8 // processes)],
+            processes=processes,
+        )
         for processes in (2, 1)
     )
     for found, expected in zip(read_records(two), read_records(one), strict=True):
@@ -148,4 +190,5 @@ def test_teachers_in_two_processes_equal_one(flags: Flags, tmp_path: Path) -> No
 
 def test_a_dry_run_in_two_processes(flags: Flags, tmp_path: Path) -> None:
     folder = run_two(tmp_path / "run", [*flags("distillation"), "--dry-run"])
-    assert "no files were kept" in folder.with_suffix(".log").read_text(encoding="utf-8") and not folder.exists()
+    assert "no files were kept" in folder.with_suffix(".log").read_text(encoding="utf-8")
+    assert not folder.exists()

@@ -17,15 +17,29 @@ from scripts.train_dual_encoder import train_dual_encoder
 REPOSITORY = Path(__file__).parents[2]
 SCRIPTS = REPOSITORY / "scripts"
 RECIPE = SCRIPTS / "recipes" / "digits.yaml"
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": str(REPOSITORY),
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
 
 pytestmark = pytest.mark.slow
 
 
 def finetune_digits(output: Path, *flags: object) -> dict[str, Any]:
     """Fine-tune with the digits recipe and further flags, and return the contents of results.json."""
-    command = [sys.executable, SCRIPTS / "finetune.py", "--config", RECIPE, "--output-dir", output, *flags]
-    ran = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    command = [
+        sys.executable,
+        SCRIPTS / "finetune.py",
+        "--config",
+        RECIPE,
+        "--output-dir",
+        output,
+        *flags,
+    ]
+    ran = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, env=ENVIRONMENT, check=False
+    )
     assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr}"
     return json.loads((output / "results.json").read_text(encoding="utf-8"))
 
@@ -39,7 +53,9 @@ def test_attention_pooling_learns_the_digits(tmp_path: Path) -> None:
 
 def test_a_cnn_trains_the_distillation_token(tmp_path: Path) -> None:
     assert train_cnn_teacher("digits", tmp_path / "teacher") >= 0.98
-    results = finetune_digits(tmp_path / "student", "--teacher", tmp_path / "teacher", "--distillation", "hard")
+    results = finetune_digits(
+        tmp_path / "student", "--teacher", tmp_path / "teacher", "--distillation", "hard"
+    )
     assert results["token_layout"]["distillation"] == 1
     assert results["accuracy"] >= 0.97
     assert min(results["cls_accuracy"], results["distillation_accuracy"]) >= 0.96
@@ -52,4 +68,11 @@ def test_a_dual_encoder_classifies_digits_by_captions(tmp_path: Path) -> None:
     assert type(model.vision_model).__name__ == "ViTCLSModel"
     processor = VisionTextDualEncoderProcessor.from_pretrained(tmp_path / "dual")
     tokens = processor(text=["a photo of the 3"])["input_ids"][0]
-    assert processor.tokenizer.convert_ids_to_tokens(tokens) == ["[CLS]", "a", "photo", "of", "the", "3"]
+    assert processor.tokenizer.convert_ids_to_tokens(tokens) == [
+        "[CLS]",
+        "a",
+        "photo",
+        "of",
+        "the",
+        "3",
+    ]

@@ -27,19 +27,41 @@ pytestmark = pytest.mark.integration
 
 PACKAGE = Path(vitcls.__file__).parent
 SHIPPED_FILES = sorted((PACKAGE / "model").glob("*_vitcls.py"))
-ALLOWED_LIBRARIES = {"torch", "transformers", "huggingface_hub", "PIL", "numpy"} | sys.stdlib_module_names
+ALLOWED_LIBRARIES = {
+    "torch",
+    "transformers",
+    "huggingface_hub",
+    "PIL",
+    "numpy",
+} | sys.stdlib_module_names
 CHILD = Path(__file__).parents[1] / "helpers" / "load_without_package.py"
 
-SIZES = {"image_size": [16, 24], "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES = {
+    "image_size": [16, 24],
+    "patch_size": 8,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 SIZES |= {"intermediate_size": 48}
 # Name of the checkpoint -> its class and configuration fields.
 CHECKPOINTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "classifier": (
         vitcls.ViTCLSForImageClassification,
-        {"num_distillation_tokens": 1, "num_register_tokens": 4, "id2label": {0: "cat", 1: "dog", 2: "owl"}},
+        {
+            "num_distillation_tokens": 1,
+            "num_register_tokens": 4,
+            "id2label": {0: "cat", 1: "dog", 2: "owl"},
+        },
     ),
-    "model": (vitcls.ViTCLSModel, {"num_cls_tokens": 0, "num_register_tokens": 2, "pooling": "attention"}),
-    "mim": (vitcls.ViTCLSForMaskedImageModeling, {"position_embedding_type": "rope_2d", "mlp_type": "swiglu"}),
+    "model": (
+        vitcls.ViTCLSModel,
+        {"num_cls_tokens": 0, "num_register_tokens": 2, "pooling": "attention"},
+    ),
+    "mim": (
+        vitcls.ViTCLSForMaskedImageModeling,
+        {"position_embedding_type": "rope_2d", "mlp_type": "swiglu"},
+    ),
     "backbone": (vitcls.ViTCLSBackbone, {"out_features": ["stage1", "stage2"]}),
     "multitask": (
         vitcls.ViTCLSForMultiTaskClassification,
@@ -74,7 +96,11 @@ class LoadedCheckpoints:
     def get_outputs(self, prefix: str) -> dict[str, torch.Tensor]:
         """Return the outputs under `prefix/`, without the prefix."""
         prefix += "/"
-        return {name.removeprefix(prefix): value for name, value in self.outputs.items() if name.startswith(prefix)}
+        return {
+            name.removeprefix(prefix): value
+            for name, value in self.outputs.items()
+            if name.startswith(prefix)
+        }
 
 
 @pytest.fixture(scope="module")
@@ -116,11 +142,15 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def first(saved: Path, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> LoadedCheckpoints:
     """Load the checkpoints in a process without the package."""
-    return load_in_child([str(saved / name) for name in CHECKPOINTS], inputs, tmp_path_factory, HF_HUB_OFFLINE="1")
+    return load_in_child(
+        [str(saved / name) for name in CHECKPOINTS], inputs, tmp_path_factory, HF_HUB_OFFLINE="1"
+    )
 
 
 @pytest.fixture(scope="module")
-def second(first: LoadedCheckpoints, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> LoadedCheckpoints:
+def second(
+    first: LoadedCheckpoints, inputs: Path, tmp_path_factory: pytest.TempPathFactory
+) -> LoadedCheckpoints:
     """Load the checkpoints that the first process saved in another process."""
     sources = [str(first.folder / name) for name in CHECKPOINTS]
     return load_in_child(sources, inputs, tmp_path_factory, HF_HUB_OFFLINE="1")
@@ -138,7 +168,11 @@ def load_in_child(
     """Run load_without_package.py in a separate process with an empty cache."""
     home = folders.mktemp("home")
     target = folders.mktemp("target")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("HF_", "TRANSFORMERS_"))
+    }
     environment |= {"HF_HOME": str(home), "NO_PROXY": "127.0.0.1,localhost", **settings}
     words = ["-I", CHILD, inputs, target, torch.get_num_threads(), *sources]
     child = run_fresh(*words, environment=environment, cwd=home)
@@ -177,7 +211,10 @@ def test_every_auto_class_loads_every_checkpoint_without_the_package(
     stored = {key.removeprefix("vitcls.") for key in load_file(saved / name / "model.safetensors")}
     assert not {key.removeprefix("vitcls.") for key in loading["missing_keys"]} & stored
     assert not (model_class is CHECKPOINTS[name][0] and loading["missing_keys"])
-    assert_same(child.get_outputs(f"{name}/{auto_class}"), compute_outputs(model, load_file(inputs)["pixel_values"]))
+    assert_same(
+        child.get_outputs(f"{name}/{auto_class}"),
+        compute_outputs(model, load_file(inputs)["pixel_values"]),
+    )
 
 
 @each_checkpoint
@@ -188,7 +225,10 @@ def test_a_checkpoint_is_saved_and_adapted_without_the_package(
     # Not equal to the bit: weights of a memory-mapped file are aligned differently, and kernels depend on alignment.
     torch.testing.assert_close(child.get_outputs(f"{name}/again"), wanted, rtol=1e-5, atol=1e-6)
     model = vitcls.ViTCLSModel.from_pretrained(saved / name, image_size=[24, 32])
-    assert_same(child.get_outputs(f"{name}/larger"), compute_outputs(model, load_file(inputs)["larger_pixel_values"]))
+    assert_same(
+        child.get_outputs(f"{name}/larger"),
+        compute_outputs(model, load_file(inputs)["larger_pixel_values"]),
+    )
 
 
 @each_checkpoint
@@ -202,7 +242,9 @@ def test_configuration_and_image_processor_load_without_the_package(
     for backend in BACKENDS:
         processor_class = PROCESSORS[backend]
         assert report["AutoImageProcessor"][str(backend)] == processor_class.__name__
-        pixel_values = processor_class(size={"height": 16, "width": 24})(image, return_tensors="pt")["pixel_values"]
+        pixel_values = processor_class(size={"height": 16, "width": 24})(
+            image, return_tensors="pt"
+        )["pixel_values"]
         assert torch.equal(child.outputs[f"{name}/processor/{backend}"], pixel_values)
 
 
@@ -213,7 +255,10 @@ def test_the_classification_pipeline_loads_without_the_package(
     processor = vitcls.ViTCLSImageProcessor.from_pretrained(saved / "classifier")
     with torch.no_grad():
         logits = model(**processor(load_file(inputs)["image"], return_tensors="pt")).logits
-    scores = {model.config.id2label[index]: score for index, score in enumerate(logits.softmax(-1)[0].tolist())}
+    scores = {
+        model.config.id2label[index]: score
+        for index, score in enumerate(logits.softmax(-1)[0].tolist())
+    }
     found = {entry["label"]: entry["score"] for entry in child.report["classifier"]["pipeline"]}
     assert found == pytest.approx(scores, abs=1e-6)
 
@@ -231,14 +276,23 @@ def test_a_checkpoint_contains_all_its_code_and_no_pickle(name: str, saved: Path
 
 
 @each_checkpoint
-def test_saving_without_the_package_writes_the_same_files(child: LoadedCheckpoints, name: str, saved: Path) -> None:
+def test_saving_without_the_package_writes_the_same_files(
+    child: LoadedCheckpoints, name: str, saved: Path
+) -> None:
     folder = child.folder / name
-    assert {file.name for file in folder.iterdir()} == {file.name for file in (saved / name).iterdir()}
+    assert {file.name for file in folder.iterdir()} == {
+        file.name for file in (saved / name).iterdir()
+    }
     for file in SHIPPED_FILES:
         assert (folder / file.name).read_bytes() == file.read_bytes()
-    assert json.loads((folder / "config.json").read_text()) == json.loads((saved / name / "config.json").read_text())
+    assert json.loads((folder / "config.json").read_text()) == json.loads(
+        (saved / name / "config.json").read_text()
+    )
     settings = json.loads((folder / "preprocessor_config.json").read_text())
-    assert settings["auto_map"] == json.loads((saved / name / "preprocessor_config.json").read_text())["auto_map"]
+    assert (
+        settings["auto_map"]
+        == json.loads((saved / name / "preprocessor_config.json").read_text())["auto_map"]
+    )
 
 
 @pytest.mark.parametrize("file", SHIPPED_FILES, ids=lambda file: file.name)
@@ -247,13 +301,21 @@ def test_shipped_files_import_only_what_the_hub_can_load(file: Path) -> None:
     assert set(get_imports(file)) <= ALLOWED_LIBRARIES
     nodes = list(ast.walk(ast.parse(file.read_text())))
     relative = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.level > 0]
-    assert all(node.level == 1 and node.module for node in relative), "only `from .x_vitcls import Y` works"
-    siblings = {node.module for node in relative} | set(filter(None, map(get_module_imported_by_name, nodes)))
+    assert all(node.level == 1 and node.module for node in relative), (
+        "only `from .x_vitcls import Y` works"
+    )
+    siblings = {node.module for node in relative} | set(
+        filter(None, map(get_module_imported_by_name, nodes))
+    )
     shipped = {shipped.stem for shipped in SHIPPED_FILES}
-    if file.stem == "configuration_vitcls":  # a string lists all other files, so that transformers copies them
-        assert siblings <= shipped and set(get_relative_imports(file)) == shipped - {file.stem}
+    if (
+        file.stem == "configuration_vitcls"
+    ):  # a string lists all other files, so that transformers copies them
+        assert siblings <= shipped
+        assert set(get_relative_imports(file)) == shipped - {file.stem}
     else:
-        assert siblings == set(get_relative_imports(file)) and siblings <= shipped
+        assert siblings == set(get_relative_imports(file))
+        assert siblings <= shipped
 
 
 def get_module_imported_by_name(node: ast.AST) -> str | None:
@@ -261,5 +323,7 @@ def get_module_imported_by_name(node: ast.AST) -> str | None:
     if not isinstance(node, ast.Call) or ast.unparse(node.func) != "importlib.import_module":
         return None
     name, package = node.args
-    assert isinstance(name, ast.Constant) and name.value.startswith(".") and ast.unparse(package) == "__package__"
+    assert isinstance(name, ast.Constant)
+    assert name.value.startswith(".")
+    assert ast.unparse(package) == "__package__"
     return name.value.removeprefix(".")

@@ -21,7 +21,14 @@ import psutil
 import pytest
 import torch
 from helpers.fresh_processes import SCRIPT_ENVIRONMENT
-from helpers.warm_processes import READY, SCRIPTS, find_free_port, get_loopback, get_rank_variables, run_script
+from helpers.warm_processes import (
+    READY,
+    SCRIPTS,
+    find_free_port,
+    get_loopback,
+    get_rank_variables,
+    run_script,
+)
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -78,12 +85,15 @@ class RunningProcess:
         """Wait until the run has logged a step."""
         deadline = time.monotonic() + 120
         while list_logged_steps(self.folder) < step:
-            assert time.monotonic() < deadline and self.is_alive(), self.output
+            assert time.monotonic() < deadline, self.output
+            assert self.is_alive(), self.output
             time.sleep(0.002)
 
     def is_alive(self) -> bool:
         process = self.process
-        return process.poll() is None if isinstance(process, subprocess.Popen) else process.is_alive()
+        return (
+            process.poll() is None if isinstance(process, subprocess.Popen) else process.is_alive()
+        )
 
     def kill(self) -> None:
         """Send `kill -9` to the run and its child processes. The children of a launcher are in their own sessions."""
@@ -112,7 +122,9 @@ def read_log(folder: Path) -> Path:
 
 def list_logged_steps(folder: Path) -> int:
     try:
-        return json.loads((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])["step"]
+        return json.loads((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])[
+            "step"
+        ]
     except (OSError, IndexError, ValueError):
         return 0
 
@@ -121,10 +133,14 @@ def build_command(folder: Path, flags: str) -> list[str]:
     return [str(SCRIPTS / "finetune.py"), "--output-dir", str(folder), *flags.split()]
 
 
-def build_ready_process(folder: Path, flags: str, target: Callable[..., None] | None = None, **several: str) -> Any:
+def build_ready_process(
+    folder: Path, flags: str, target: Callable[..., None] | None = None, **several: str
+) -> Any:
     """Return a process that runs the script and has already imported the libraries."""
     _, *all_flags = build_command(folder, flags)
-    process = READY.Process(target=target or finetune, args=(all_flags, read_log(folder), ENVIRONMENT | several))
+    process = READY.Process(
+        target=target or finetune, args=(all_flags, read_log(folder), ENVIRONMENT | several)
+    )
     process.start()
     return process
 
@@ -148,7 +164,13 @@ def start(folder: Path, flags: str) -> RunningProcess:
 def launch(folder: Path, flags: str, processes: int = 1, *launcher_flags: str) -> RunningProcess:
     """Run the script with the real `accelerate launch`, like a shell: in its own process group."""
     several = ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else []  # use CPUs
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
+    launcher = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--num_processes",
+        str(processes),
+    ]
     with read_log(folder).open("a", encoding="utf-8") as output:
         process = subprocess.Popen(
             [*launcher, *several, *launcher_flags, *build_command(folder, flags)],
@@ -182,7 +204,9 @@ def start_two(folder: Path, flags: str) -> list[RunningProcess]:
     """Start two processes of a run, the main process first."""
     port = find_free_port()
     return [
-        RunningProcess(folder, flags, build_ready_process(folder, flags, **get_rank_variables(rank, 2, port)))
+        RunningProcess(
+            folder, flags, build_ready_process(folder, flags, **get_rank_variables(rank, 2, port))
+        )
         for rank in range(2)
     ]
 
@@ -215,11 +239,15 @@ def remove_speeds(values: dict[str, Any]) -> dict[str, Any]:
 def assert_equal_runs(folder: Path, expected: Path) -> None:
     """Check losses, learning rates, gradient norms, weights and results to the bit; speeds may differ."""
     assert read_records(folder) == read_records(expected)
-    weights, expected_weights = (load_file(place / "model.safetensors") for place in (folder, expected))
+    weights, expected_weights = (
+        load_file(place / "model.safetensors") for place in (folder, expected)
+    )
     assert weights.keys() == expected_weights.keys()
     for name, weight in expected_weights.items():
         assert torch.equal(weights[name], weight), name
-    results, expected_results = (json.loads((place / "results.json").read_text()) for place in (folder, expected))
+    results, expected_results = (
+        json.loads((place / "results.json").read_text()) for place in (folder, expected)
+    )
     assert remove_speeds(results) == remove_speeds(expected_results)
 
 
@@ -286,7 +314,9 @@ def test_killed_at_any_step_with_all_options(
     assert get_resumed_step(output) > 3
     assert "skipped an image" not in output  # it was printed before
     assert_equal_runs(folder, uninterrupted(flags))
-    assert list_checkpoints(folder) == list_checkpoints(uninterrupted(flags))  # the newest two and the best
+    assert list_checkpoints(folder) == list_checkpoints(
+        uninterrupted(flags)
+    )  # the newest two and the best
 
 
 VARIANTS = {
@@ -300,7 +330,10 @@ VARIANTS = {
 
 @pytest.mark.parametrize(
     "variant",
-    [name if name == "several kinds of tokens" else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS],
+    [
+        name if name == "several kinds of tokens" else pytest.param(name, marks=pytest.mark.slow)
+        for name in VARIANTS
+    ],
 )
 def test_killed_and_resumed(
     variant: str, image_folder: Path, folder: Path, uninterrupted: Callable[[str], Path]
@@ -309,7 +342,9 @@ def test_killed_and_resumed(
     flags = f"{VARIANTS[variant]} --dataset {image_folder}"
     if "{trained}" in flags:
         flags = flags.format(trained=uninterrupted(f"{RUN} --dataset {image_folder}"))
-    before = f"{flags} --num-workers 1 --save-every 2 --keep-checkpoints 1 --max-unreadable-images 5"
+    before = (
+        f"{flags} --num-workers 1 --save-every 2 --keep-checkpoints 1 --max-unreadable-images 5"
+    )
     run = start(folder, before)
     run.wait_for_step(*draw_steps(1, seed=list(VARIANTS).index(variant)))
     run.kill()
@@ -318,9 +353,13 @@ def test_killed_and_resumed(
 
 
 @pytest.mark.slow
-def test_a_stream_is_resumed(image_folder: Path, folder: Path, uninterrupted: Callable[[str], Path]) -> None:
+def test_a_stream_is_resumed(
+    image_folder: Path, folder: Path, uninterrupted: Callable[[str], Path]
+) -> None:
     files = sorted(map(str, image_folder.glob("*/*/*.png")), key=lambda name: Path(name).stem)
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["dusk", "noon"])})
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["dusk", "noon"])}
+    )
     rows = {"image": files, "label": [int("noon" in name) for name in files]}
     parquet = image_folder.parent / "pictures.parquet"
     datasets.Dataset.from_dict(rows, features=features).to_parquet(parquet)
@@ -339,7 +378,9 @@ def test_resume_without_a_checkpoint_starts_from_the_beginning(
 
 
 @pytest.mark.slow
-def test_a_full_disk_loses_nothing(image_folder: Path, tmp_path: Path, uninterrupted: Callable[[str], Path]) -> None:
+def test_a_full_disk_loses_nothing(
+    image_folder: Path, tmp_path: Path, uninterrupted: Callable[[str], Path]
+) -> None:
     disk = ["tmpfs", str(tmp_path / "disk")]
     (tmp_path / "disk").mkdir()
     if subprocess.run(
@@ -353,7 +394,9 @@ def test_a_full_disk_loses_nothing(image_folder: Path, tmp_path: Path, uninterru
         run = start(folder, flags)
         assert run.wait() == 1
         message = run.output.splitlines()[-1]
-        assert "No space left on device" in message and "are intact" in message and "Traceback" not in run.output
+        assert "No space left on device" in message
+        assert "are intact" in message
+        assert "Traceback" not in run.output
         subprocess.run(["mount", "-o", "remount,size=50m", *disk], check=True)
         assert get_resumed_step(finish(folder, f"{flags} --resume")) > 0
         assert_equal_runs(folder, uninterrupted(flags))
@@ -386,7 +429,9 @@ def test_a_signal_saves_a_checkpoint(
 def test_delayed_workers_do_not_block_the_end(image_folder: Path, folder: Path) -> None:
     """The cluster's SIGTERM is still pending in a worker at the end of the run, so another SIGTERM would be lost."""
     flags = f"{RUN} --epochs 15 --dataset {image_folder} --num-workers 2 --save-every 1000"
-    run = RunningProcess(folder, flags, build_ready_process(folder, flags, finetune_with_late_workers))
+    run = RunningProcess(
+        folder, flags, build_ready_process(folder, flags, finetune_with_late_workers)
+    )
     run.wait_for_step(6)
     os.killpg(run.process.pid, signal.SIGTERM)
     assert run.wait() == 128 + signal.SIGTERM, run.output
@@ -414,7 +459,9 @@ def test_a_terminated_launcher_stops_its_run(
 
 
 @pytest.mark.slow
-def test_two_processes_are_interrupted_then_killed(image_folder: Path, folder: Path, tmp_path: Path) -> None:
+def test_two_processes_are_interrupted_then_killed(
+    image_folder: Path, folder: Path, tmp_path: Path
+) -> None:
     """Ctrl-C in a terminal goes to the launcher's process group, and torchrun forwards it. With workers."""
     flags = f"{EVERYTHING} --batch-size 2 --dataset {image_folder}"
     run = launch(folder, f"{flags} --num-workers 1 --save-every 1000", 2)

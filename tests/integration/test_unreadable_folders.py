@@ -22,7 +22,9 @@ pytestmark = pytest.mark.integration
 
 UNPRIVILEGED = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"]
 CAN_RUN = os.name == "posix" and (os.geteuid() != 0 or shutil.which("setpriv") is not None)
-needs_permissions = pytest.mark.skipif(not CAN_RUN, reason="root can read all folders; setpriv is missing")
+needs_permissions = pytest.mark.skipif(
+    not CAN_RUN, reason="root can read all folders; setpriv is missing"
+)
 
 
 @pytest.fixture
@@ -36,7 +38,12 @@ def photos(tmp_path: Path) -> Iterator[Path]:
 
 def run_unprivileged(*arguments: object) -> subprocess.CompletedProcess[str]:
     """Run `vitcls` in a process that can read only what its user may read."""
-    command = [*(UNPRIVILEGED if os.geteuid() == 0 else []), sys.executable, "-m", "modeling_vitcls.cli"]
+    command = [
+        *(UNPRIVILEGED if os.geteuid() == 0 else []),
+        sys.executable,
+        "-m",
+        "modeling_vitcls.cli",
+    ]
     return subprocess.run(
         [*command, *map(str, arguments)],
         env=os.environ | SCRIPT_ENVIRONMENT,
@@ -54,7 +61,9 @@ def check_error(ran: subprocess.CompletedProcess[str], folder: Path) -> None:
 
 @needs_permissions
 def test_predict_does_not_leave_out_a_folder(photos: Path, tmp_path: Path) -> None:
-    model = save_with_processor(ViTCLSForImageClassification(build_tiny_config()), tmp_path / "model")
+    model = save_with_processor(
+        ViTCLSForImageClassification(build_tiny_config()), tmp_path / "model"
+    )
     ran = run_unprivileged("predict", "--model", model, photos, "--output", tmp_path / "labels.csv")
     check_error(ran, photos / "dog")
     assert not (tmp_path / "labels.csv").exists()
@@ -63,7 +72,19 @@ def test_predict_does_not_leave_out_a_folder(photos: Path, tmp_path: Path) -> No
 @needs_permissions
 def test_finetune_does_not_leave_out_a_class(photos: Path, tmp_path: Path) -> None:
     sizes = "--hidden-size 16 --num-hidden-layers 1 --num-attention-heads 2 --image-size 32 --patch-size 8".split()
-    flags = ["--model", "vitcls-tiny", *sizes, "--max-steps", "1", "--batch-size", "4", "--num-workers", "0"]
-    ran = run_unprivileged("finetune", "--dataset", photos, "--output-dir", tmp_path / "run", *flags, "--no-report")
+    flags = [
+        "--model",
+        "vitcls-tiny",
+        *sizes,
+        "--max-steps",
+        "1",
+        "--batch-size",
+        "4",
+        "--num-workers",
+        "0",
+    ]
+    ran = run_unprivileged(
+        "finetune", "--dataset", photos, "--output-dir", tmp_path / "run", *flags, "--no-report"
+    )
     check_error(ran, photos / "dog")
     assert not (tmp_path / "run" / "model.safetensors").exists()

@@ -17,13 +17,23 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYT
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
 }
-DATA_FILES = ("py.typed", "model_cards/training.md.j2", "recipes/digits.yaml", "analysis/report.css")
+DATA_FILES = (
+    "py.typed",
+    "model_cards/training.md.j2",
+    "recipes/digits.yaml",
+    "analysis/report.css",
+)
 
 
 def run(*command: object, cwd: Path) -> str:
     """Run a command and return its output."""
     ran = subprocess.run(
-        list(map(str, command)), cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=1200
+        list(map(str, command)),
+        cwd=cwd,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=1200,
     )
     assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr}"
     return ran.stdout
@@ -38,7 +48,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if not name.startswith("tests/") and (REPOSITORY / name).is_file():
             (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / "source" / name).write_bytes((REPOSITORY / name).read_bytes())
-    run("make", "dist", f"PYTHON={sys.executable}", f"DIST={folder}", cwd=folder / "source")  # as a release does
+    run(
+        "make", "dist", f"PYTHON={sys.executable}", f"DIST={folder}", cwd=folder / "source"
+    )  # as a release does
     (file,) = folder.glob("*.whl")
     return file
 
@@ -56,8 +68,20 @@ def test_the_installed_wheel_trains_outside_the_checkout(wheel: Path, tmp_path: 
     run(sys.executable, "-m", "uv", "venv", "--python", sys.executable, "environment", cwd=tmp_path)
     programs = tmp_path / "environment" / "bin"
     python = programs / "python"
-    run(sys.executable, "-m", "uv", "pip", "install", "--python", python, f"{wheel}[cli]", cwd=tmp_path)
-    location = run(python, "-c", "import modeling_vitcls; print(modeling_vitcls.__file__)", cwd=tmp_path)
+    run(
+        sys.executable,
+        "-m",
+        "uv",
+        "pip",
+        "install",
+        "--python",
+        python,
+        f"{wheel}[cli]",
+        cwd=tmp_path,
+    )
+    location = run(
+        python, "-c", "import modeling_vitcls; print(modeling_vitcls.__file__)", cwd=tmp_path
+    )
     assert Path(location.strip()).is_relative_to(tmp_path)
 
     vitcls = programs / "vitcls"
@@ -70,4 +94,6 @@ def test_the_installed_wheel_trains_outside_the_checkout(wheel: Path, tmp_path: 
     assert {"model.safetensors", "README.md", "report.html", "results.json"} <= {
         file.name for file in (tmp_path / "out").iterdir()
     }
-    assert "accuracy" in run(vitcls, "evaluate", "--model", "out", "--dataset", "digits", cwd=tmp_path)
+    assert "accuracy" in run(
+        vitcls, "evaluate", "--model", "out", "--dataset", "digits", cwd=tmp_path
+    )

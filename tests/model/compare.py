@@ -8,13 +8,17 @@ import torch
 
 Tensors = dict[str, torch.Tensor]
 
-FLOAT32_LIMIT = 1e-5  # maximum difference in float32, as a fraction of the largest value of the tensor
+FLOAT32_LIMIT = (
+    1e-5  # maximum difference in float32, as a fraction of the largest value of the tensor
+)
 # Maximum error in half precision, as a multiple of the error of plain PyTorch in the same precision: the mean over
 # tensors, and the maximum. The rounding errors of two correct programs are equal only on average.
 MEAN_RATIO, MAX_RATIO = 1.25, 2.0
 
 
-def run_step(model: Any, *inputs: torch.Tensor, forward: Callable[..., Any] | None = None, **kwargs: Any) -> Tensors:
+def run_step(
+    model: Any, *inputs: torch.Tensor, forward: Callable[..., Any] | None = None, **kwargs: Any
+) -> Tensors:
     """Return the logits and the gradient of the loss with respect to each trained parameter.
 
     Args:
@@ -25,13 +29,19 @@ def run_step(model: Any, *inputs: torch.Tensor, forward: Callable[..., Any] | No
     model.zero_grad()
     output = (model if forward is None else forward)(*inputs, labels=torch.tensor([0, 2]), **kwargs)
     output.loss.backward()
-    gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
-    return {"logits": output.logits.detach(), **{name: grad.clone() for name, grad in gradients.items()}}
+    gradients = {
+        name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None
+    }
+    return {
+        "logits": output.logits.detach(),
+        **{name: grad.clone() for name, grad in gradients.items()},
+    }
 
 
 def assert_equal_in_float32(found: Tensors, plain: Tensors) -> None:
     """Check that each tensor differs by at most 1e-5 of its largest value."""
-    assert found.keys() == plain.keys() and found
+    assert found.keys() == plain.keys()
+    assert found
     for name, expected in plain.items():
         difference = (found[name].double() - expected.double()).abs().max().item()
         limit = FLOAT32_LIMIT * select_scale(name, plain).abs().max().item()
@@ -46,8 +56,11 @@ def assert_as_exact_in_half_precision(found: Tensors, plain: Tensors, exact: Ten
         plain: result of plain PyTorch, in half precision.
         exact: result of plain PyTorch, in float32.
     """
-    assert found.keys() == plain.keys() == exact.keys() and found
-    assert {name: value.dtype for name, value in found.items()} == {name: value.dtype for name, value in plain.items()}
+    assert found.keys() == plain.keys() == exact.keys()
+    assert found
+    assert {name: value.dtype for name, value in found.items()} == {
+        name: value.dtype for name, value in plain.items()
+    }
     errors, plain_errors = (get_relative_errors(values, exact) for values in (found, plain))
     assert plain_errors.max() > 0
     assert errors.mean() <= MEAN_RATIO * plain_errors.mean()
@@ -77,4 +90,6 @@ def select_scale(name: str, values: Tensors) -> torch.Tensor:
 
     The gradient of a key bias is 0 up to rounding, because adding a constant to all scores has no effect.
     """
-    return values[name.replace("k_proj.bias", "k_proj.weight").replace("k_norm.bias", "k_norm.weight")]
+    return values[
+        name.replace("k_proj.bias", "k_proj.weight").replace("k_norm.bias", "k_norm.weight")
+    ]

@@ -14,7 +14,13 @@ from typing import Any
 import pytest
 import torch
 from helpers.adaptation_cases import adapt_with_loader, get_logged_lines
-from helpers.tiny_models import build_images, build_tiny_config, get_largest_difference, raises_one_line, randomize
+from helpers.tiny_models import (
+    build_images,
+    build_tiny_config,
+    get_largest_difference,
+    raises_one_line,
+    randomize,
+)
 from torch import nn
 from transformers import AutoModel, AutoModelForImageClassification
 
@@ -74,42 +80,61 @@ def test_adapted_weights(saver: Any, loader: Any, change: dict[str, Any], tmp_pa
     assert_adapted(old, new)
     with torch.no_grad():
         outputs = new(build_images(1, *new.config.image_height_width))
-    assert all(value.isfinite().all() for value in outputs.values() if isinstance(value, torch.Tensor))
+    assert all(
+        value.isfinite().all() for value in outputs.values() if isinstance(value, torch.Tensor)
+    )
 
 
 def assert_adapted(old: Any, new: Any) -> None:
     """Check that the first tokens and their positions are kept, patches are resampled, and other weights are
     unchanged.
     """
-    before, after = old.state_dict(), new.state_dict()
+    before = old.state_dict()
+    after = new.state_dict()
     prefix = "" if old.base_model is old else "vitcls."
     expected = dict(before)
     for group, token in GROUPS.items():
-        for name in (f"{prefix}embeddings.{token}", f"{prefix}embeddings.position_embeddings.{group}"):
+        for name in (
+            f"{prefix}embeddings.{token}",
+            f"{prefix}embeddings.position_embeddings.{group}",
+        ):
             count = getattr(new.config, COUNT_FIELDS[group])
             tokens = expected.pop(name)
             assert (name in after) == (count > 0)
             if count:
-                found, kept = after.pop(name), min(count, tokens.shape[1])
+                found = after.pop(name)
+                kept = min(count, tokens.shape[1])
                 assert found.shape[1] == count
                 assert torch.equal(found[:, :kept], tokens[:, :kept])
                 assert found[:, kept:].any() == ("position" not in name and count > kept)
     name = f"{prefix}embeddings.position_embeddings.patches"
-    assert torch.equal(after.pop(name), resample(expected.pop(name), old.config.grid_size, new.config.grid_size))
-    kernels = [name for name in before if "patch_embeddings.projection.weight" in name or "decoder." in name]
+    assert torch.equal(
+        after.pop(name), resample(expected.pop(name), old.config.grid_size, new.config.grid_size)
+    )
+    kernels = [
+        name
+        for name in before
+        if "patch_embeddings.projection.weight" in name or "decoder." in name
+    ]
     for name in kernels:
         weight = after.pop(name)
         if old.config.patch_height_width == new.config.patch_height_width:
             assert torch.equal(weight, expected[name])
         expected.pop(name)
     if not new.config.num_distillation_tokens:
-        expected = {name: weight for name, weight in expected.items() if "distillation_classifier" not in name}
+        expected = {
+            name: weight
+            for name, weight in expected.items()
+            if "distillation_classifier" not in name
+        }
     assert after.keys() == expected.keys()
     for name, weight in after.items():
         assert torch.equal(weight, expected[name]), name
 
 
-def resample(positions: torch.Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> torch.Tensor:
+def resample(
+    positions: torch.Tensor, grid: tuple[int, int], new_grid: tuple[int, int]
+) -> torch.Tensor:
     """Return positions [1, N, D], resampled with PyTorch's bicubic interpolation."""
     if grid == new_grid:
         return positions
@@ -120,15 +145,19 @@ def resample(positions: torch.Tensor, grid: tuple[int, int], new_grid: tuple[int
 
 def test_the_source_model_is_unchanged() -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config(**FIELDS)))
-    before, config = copy.deepcopy(model.state_dict()), model.config.to_dict()
+    before = copy.deepcopy(model.state_dict())
+    config = model.config.to_dict()
     changed = model.adapt(**CHANGES["everything"])
     with torch.no_grad():
         for parameter in changed.parameters():
             parameter.add_(1)
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     assert model.config.to_dict() == config
-    bare = ViTCLSModel(build_tiny_config(), add_pooling_layer=False).to("meta").adapt(num_cls_tokens=2)
-    assert bare.pooler is None and bare.device.type == "meta"
+    bare = (
+        ViTCLSModel(build_tiny_config(), add_pooling_layer=False).to("meta").adapt(num_cls_tokens=2)
+    )
+    assert bare.pooler is None
+    assert bare.device.type == "meta"
 
 
 def test_nothing_changes_without_a_change(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
@@ -137,29 +166,47 @@ def test_nothing_changes_without_a_change(caplog: pytest.LogCaptureFixture, tmp_
     model.save_pretrained(tmp_path)
     for loader in (ViTCLSForImageClassification, AutoModelForImageClassification):
         again = loader.from_pretrained(tmp_path, **FIELDS_THAT_ADAPT)
-        assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in again.state_dict().items())
+        assert all(
+            torch.equal(weight, model.state_dict()[name])
+            for name, weight in again.state_dict().items()
+        )
     assert not get_logged_lines(caplog)
 
 
-FIELDS_THAT_ADAPT = {name: value for name, value in FIELDS.items() if name != "position_embedding_tokens"}
+FIELDS_THAT_ADAPT = {
+    name: value for name, value in FIELDS.items() if name != "position_embedding_tokens"
+}
 
 
-def test_each_change_is_logged_once_in_a_line_of_its_own(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+def test_each_change_is_logged_once_in_a_line_of_its_own(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
     config = build_tiny_config(**FIELDS | {"num_cls_tokens": 3})
     randomize(ViTCLSForImageClassification(config)).save_pretrained(tmp_path)
-    change = {"num_cls_tokens": 1, "num_distillation_tokens": 0, "num_register_tokens": 6, "patch_size": 16}
+    change = {
+        "num_cls_tokens": 1,
+        "num_distillation_tokens": 0,
+        "num_register_tokens": 6,
+        "patch_size": 16,
+    }
     AutoModelForImageClassification.from_pretrained(tmp_path, gate_new_tokens=False, **change)
-    numbers = {"patch_embeddings.projection.weight": "8 8 16 16", "position_embeddings.patches": "4 6 2 3"}
+    numbers = {
+        "patch_embeddings.projection.weight": "8 8 16 16",
+        "position_embeddings.patches": "4 6 2 3",
+    }
     for group, kept_and_changed in (("cls", "1 2"), ("distillation", ""), ("registers", "2 4")):
         numbers |= dict.fromkeys((GROUPS[group], f"position_embeddings.{group}"), kept_and_changed)
     expected = {f"vitcls.embeddings.{name}": number.split() for name, number in numbers.items()}
     expected |= {"distillation_classifier.bias": [], "distillation_classifier.weight": []}
     lines = [line.partition(": ") for line in get_logged_lines(caplog)]
-    assert {name: re.findall(r"\d+", note) for name, _, note in lines} == expected and len(lines) == len(expected)
+    assert {name: re.findall(r"\d+", note) for name, _, note in lines} == expected
+    assert len(lines) == len(expected)
 
 
 def test_other_arguments_are_applied(tmp_path: Path) -> None:
-    randomize(ViTCLSForImageClassification(build_tiny_config())).save_pretrained(tmp_path / "step 2")
+    randomize(ViTCLSForImageClassification(build_tiny_config())).save_pretrained(
+        tmp_path / "step 2"
+    )
     for loader in (ViTCLSForImageClassification, AutoModelForImageClassification):
         model, info = loader.from_pretrained(
             tmp_path,
@@ -172,15 +219,22 @@ def test_other_arguments_are_applied(tmp_path: Path) -> None:
             output_loading_info=True,
             gate_new_tokens=True,
         )
-        assert not info["missing_keys"] and model.config.gated_tokens == {"registers": 2}
+        assert not info["missing_keys"]
+        assert model.config.gated_tokens == {"registers": 2}
         assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-        assert model.config._attn_implementation == model.vitcls.config._attn_implementation == "eager"
+        assert (
+            model.config._attn_implementation == model.vitcls.config._attn_implementation == "eager"
+        )
         assert model.vitcls.layers[1].drop_path.rate == 0.2
 
 
 def test_new_parameters_of_a_frozen_model_are_trainable() -> None:
-    model = randomize(ViTCLSForImageClassification(build_tiny_config())).requires_grad_(False).train()
-    changed = model.adapt(num_register_tokens=2, num_distillation_tokens=1, image_size=48, gate_new_tokens=True)
+    model = (
+        randomize(ViTCLSForImageClassification(build_tiny_config())).requires_grad_(False).train()
+    )
+    changed = model.adapt(
+        num_register_tokens=2, num_distillation_tokens=1, image_size=48, gate_new_tokens=True
+    )
     assert changed.training
     assert {name for name, parameter in changed.named_parameters() if parameter.requires_grad} == {
         "vitcls.embeddings.register_tokens",
@@ -192,7 +246,8 @@ def test_new_parameters_of_a_frozen_model_are_trainable() -> None:
     config = build_tiny_config(num_cls_tokens=2, cls_pooling="concat")
     wider = ViTCLSForImageClassification(config).requires_grad_(False).adapt(num_cls_tokens=3)
     trainable = {name for name, parameter in wider.named_parameters() if parameter.requires_grad}
-    assert "classifier.weight" in trainable and "vitcls.embeddings.cls_token" not in trainable
+    assert "classifier.weight" in trainable
+    assert "vitcls.embeddings.cls_token" not in trainable
 
 
 # Tokens
@@ -200,8 +255,12 @@ def test_new_parameters_of_a_frozen_model_are_trainable() -> None:
 
 @pytest.mark.parametrize("positions", ["patches", "cls", "all"])
 def test_adding_and_removing_tokens_restores_the_model(positions: str) -> None:
-    model = randomize(ViTCLSForImageClassification(build_tiny_config(position_embedding_tokens=positions)))
-    larger = model.adapt(num_register_tokens=4, num_cls_tokens=3, num_distillation_tokens=1, gate_new_tokens=False)
+    model = randomize(
+        ViTCLSForImageClassification(build_tiny_config(position_embedding_tokens=positions))
+    )
+    larger = model.adapt(
+        num_register_tokens=4, num_cls_tokens=3, num_distillation_tokens=1, gate_new_tokens=False
+    )
     with torch.no_grad():
         wanted = model(build_images(), output_hidden_states=True)
         between = larger(build_images()).cls_logits
@@ -209,24 +268,34 @@ def test_adding_and_removing_tokens_restores_the_model(positions: str) -> None:
             build_images(), output_hidden_states=True
         )
     assert torch.equal(found.logits, wanted.logits)
-    assert all(torch.equal(one, other) for one, other in zip(found.hidden_states, wanted.hidden_states, strict=True))
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(found.hidden_states, wanted.hidden_states, strict=True)
+    )
     assert get_largest_difference(between, wanted.logits) > 1e-3
 
 
 def test_a_new_distillation_head_starts_as_the_classifier() -> None:
     for fields in ({}, {"head_type": "mlp"}):
-        model = randomize(ViTCLSForImageClassification(build_tiny_config(**fields))).adapt(num_distillation_tokens=1)
-        classifier, head = model.classifier.state_dict(), model.distillation_classifier.state_dict()
+        model = randomize(ViTCLSForImageClassification(build_tiny_config(**fields))).adapt(
+            num_distillation_tokens=1
+        )
+        classifier = model.classifier.state_dict()
+        head = model.distillation_classifier.state_dict()
         assert classifier.keys() == head.keys()
         assert all(torch.equal(weight, head[name]) for name, weight in classifier.items())
-    wide = randomize(ViTCLSForImageClassification(build_tiny_config(pooling="cls_mean")))  # 32 inputs
+    wide = randomize(
+        ViTCLSForImageClassification(build_tiny_config(pooling="cls_mean"))
+    )  # 32 inputs
     assert wide.adapt(num_distillation_tokens=1).distillation_classifier.weight.shape == (3, 16)
 
 
 @pytest.mark.parametrize("loader", [ViTCLSForImageClassification, AutoModelForImageClassification])
 def test_tokens_and_pooling_change_together(loader: Any, tmp_path: Path) -> None:
     """Check changes in which the new pooling does not match the old tokens, nor the old pooling the new tokens."""
-    without = randomize(ViTCLSForImageClassification(build_tiny_config(num_cls_tokens=0, pooling="mean")))
+    without = randomize(
+        ViTCLSForImageClassification(build_tiny_config(num_cls_tokens=0, pooling="mean"))
+    )
     without.save_pretrained(tmp_path / "without")
     gained = loader.from_pretrained(tmp_path / "without", num_cls_tokens=1, pooling="cls")
     assert torch.equal(gained.classifier.weight, without.classifier.weight)
@@ -236,7 +305,10 @@ def test_tokens_and_pooling_change_together(loader: Any, tmp_path: Path) -> None
     with torch.no_grad():
         assert torch.equal(lost(build_images()).logits, without(build_images()).logits)
     distilled = loader.from_pretrained(
-        tmp_path / "with", num_distillation_tokens=1, distillation_head=True, distillation_inference="distillation"
+        tmp_path / "with",
+        num_distillation_tokens=1,
+        distillation_head=True,
+        distillation_inference="distillation",
     )
     assert torch.equal(distilled.distillation_classifier.weight, without.classifier.weight)
 
@@ -264,7 +336,9 @@ def test_a_checkpoint_whose_configuration_is_in_another_folder(tmp_path: Path) -
     (tmp_path / "settings").mkdir()
     (tmp_path / "config.json").rename(tmp_path / "settings" / "config.json")
     for _ in range(2):
-        loaded = ViTCLSModel.from_pretrained(tmp_path, config=str(tmp_path / "settings"), num_register_tokens=1)
+        loaded = ViTCLSModel.from_pretrained(
+            tmp_path, config=str(tmp_path / "settings"), num_register_tokens=1
+        )
         assert loaded.config.num_register_tokens == 1
         assert torch.equal(loaded.embeddings.cls_token, model.embeddings.cls_token)
         (tmp_path / "config.json").write_text("{")  # a damaged file is not read either
@@ -297,7 +371,8 @@ def test_impossible_changes_are_errors(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [(48, 32), (16, 64)], ids=str)
 def test_positions_are_resampled_with_an_offset_or_cropped(size: tuple[int, int]) -> None:
     """DINO adds the offset to the new grid size in the scale factors. RADIO crops a square."""
-    rows, columns = size[0] // 8, size[1] // 8
+    rows = size[0] // 8
+    columns = size[1] // 8
     for policy in ({"position_offset": 0.1}, {"position_interpolation": "crop"}):
         model = randomize(ViTCLSModel(build_tiny_config(image_size=[32, 48], **policy)))
         found = model.adapt(image_size=size).embeddings.position_embeddings.patches
@@ -306,14 +381,18 @@ def test_positions_are_resampled_with_an_offset_or_cropped(size: tuple[int, int]
             factors = [(rows + 0.1) / 4, (columns + 0.1) / 6]
             wanted = nn.functional.interpolate(maps, scale_factor=factors, mode="bicubic")
         else:
-            square = nn.functional.interpolate(maps, size=2 * (max(rows, columns),), mode="bilinear")
+            square = nn.functional.interpolate(
+                maps, size=2 * (max(rows, columns),), mode="bilinear"
+            )
             wanted = square[:, :, :rows, :columns]
         assert torch.equal(found, wanted.permute(0, 2, 3, 1).flatten(1, 2))
 
 
 @pytest.mark.parametrize("kind", ["sincos_2d", "rope_2d", "learned_rope_mixed", "none"])
 def test_adapting_equals_running_with_larger_images(kind: str) -> None:
-    model = randomize(ViTCLSModel(build_tiny_config(position_embedding_type=kind, position_offset=0.1)))
+    model = randomize(
+        ViTCLSModel(build_tiny_config(position_embedding_type=kind, position_offset=0.1))
+    )
     with torch.no_grad():
         wanted = model(build_images(2, 48, 24)).last_hidden_state
         found = model.adapt(image_size=[48, 24])(build_images(2, 48, 24)).last_hidden_state
@@ -322,11 +401,15 @@ def test_adapting_equals_running_with_larger_images(kind: str) -> None:
 
 @pytest.mark.parametrize("shared", ["layer", "shared"])
 def test_relative_position_biases_are_resampled(shared: str) -> None:
-    model = randomize(ViTCLSModel(build_tiny_config(relative_position_bias=shared, image_size=[32, 48])))
+    model = randomize(
+        ViTCLSModel(build_tiny_config(relative_position_bias=shared, image_size=[32, 48]))
+    )
     turned = model.adapt(image_size=[48, 32])
     with torch.no_grad():
         wanted = model(build_images(2, 48, 32)).last_hidden_state
-        assert get_largest_difference(turned(build_images(2, 48, 32)).last_hidden_state, wanted) < 1e-5
+        assert (
+            get_largest_difference(turned(build_images(2, 48, 32)).last_hidden_state, wanted) < 1e-5
+        )
 
 
 @pytest.mark.parametrize("patch", [(16, 16), (10, 13), (8, 16)])
@@ -335,10 +418,8 @@ def test_growing_patches_are_exact(patch: tuple[int, int]) -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config()))
     larger = model.adapt(patch_size=list(patch), image_size=[4 * patch[0], 4 * patch[1]])
     with torch.no_grad():
-        wanted, found = (
-            model(build_images(), output_hidden_states=True),
-            larger(enlarge(build_images(), patch), output_hidden_states=True),
-        )
+        wanted = model(build_images(), output_hidden_states=True)
+        found = larger(enlarge(build_images(), patch), output_hidden_states=True)
     for one, other in zip(found.hidden_states, wanted.hidden_states, strict=True):
         assert get_largest_difference(one, other) < 1e-4 * other.abs().max()
     assert get_largest_difference(found.logits, wanted.logits) < 1e-4
@@ -347,22 +428,37 @@ def test_growing_patches_are_exact(patch: tuple[int, int]) -> None:
 def enlarge(pixels: torch.Tensor, patch: tuple[int, int]) -> torch.Tensor:
     """Return [B, C, 32, 32] with patches of 8 x 8, each resized bilinearly to `patch` pixels."""
     batch, channels = pixels.shape[:2]
-    patches = pixels.unflatten(3, (4, 8)).unflatten(2, (4, 8)).permute(0, 1, 2, 4, 3, 5)  # [B, C, 4, 4, 8, 8]
-    patches = nn.functional.interpolate(patches.flatten(0, 3).unsqueeze(1), size=patch, mode="bilinear")
+    patches = (
+        pixels.unflatten(3, (4, 8)).unflatten(2, (4, 8)).permute(0, 1, 2, 4, 3, 5)
+    )  # [B, C, 4, 4, 8, 8]
+    patches = nn.functional.interpolate(
+        patches.flatten(0, 3).unsqueeze(1), size=patch, mode="bilinear"
+    )
     patches = patches.reshape(batch, channels, 4, 4, *patch).permute(0, 1, 2, 4, 3, 5)
     return patches.reshape(batch, channels, 4 * patch[0], 4 * patch[1])
 
 
-@pytest.mark.parametrize(("size", "new_size"), [((8, 8), (4, 4)), ((8, 8), (5, 7)), ((4, 16), (16, 16))])
+@pytest.mark.parametrize(
+    ("size", "new_size"), [((8, 8), (4, 4)), ((8, 8), (5, 7)), ((4, 16), (16, 16))]
+)
 def test_patch_kernels_are_the_best_fit(size: tuple[int, int], new_size: tuple[int, int]) -> None:
     """Compare with a least-squares solver: over white noise x, <resized x, new kernel> is nearest to <x, kernel>."""
-    kernel = torch.randn(5, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    kernel = torch.randn(
+        5, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
     basis = torch.eye(64, dtype=torch.float64).view(64, 1, *size)
-    resize = nn.functional.interpolate(basis, size=new_size, mode="bilinear").flatten(1)  # [old pixels, new pixels]
-    wanted = torch.linalg.lstsq(resize, kernel.flatten(2).permute(2, 0, 1).flatten(1), driver="gelsd").solution
+    resize = nn.functional.interpolate(basis, size=new_size, mode="bilinear").flatten(
+        1
+    )  # [old pixels, new pixels]
+    wanted = torch.linalg.lstsq(
+        resize, kernel.flatten(2).permute(2, 0, 1).flatten(1), driver="gelsd"
+    ).solution
     found = resize_patch_kernel(kernel, new_size)
     assert found.dtype == kernel.dtype
-    assert get_largest_difference(found.flatten(2), wanted.unflatten(1, (5, 3)).permute(1, 2, 0)) < 1e-10
+    assert (
+        get_largest_difference(found.flatten(2), wanted.unflatten(1, (5, 3)).permute(1, 2, 0))
+        < 1e-10
+    )
 
 
 def test_validation_is_enabled_again_after_loading(tmp_path: Path) -> None:

@@ -14,7 +14,11 @@ from helpers.tiny_models import build_tiny_config, randomize
 from modeling_vitcls.model.attention_masks_vitcls import RelativePositionBias, TokenGates
 
 
-FIELDS: dict[str, Any] = {"num_cls_tokens": 1, "num_register_tokens": 2, "attn_implementation": "sdpa"}
+FIELDS: dict[str, Any] = {
+    "num_cls_tokens": 1,
+    "num_register_tokens": 2,
+    "attn_implementation": "sdpa",
+}
 NUM_SPECIAL = 3
 GRID = (3, 5)  # rows and columns of patches of the tables
 
@@ -50,30 +54,48 @@ def compute_bias(table: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
 @pytest.mark.parametrize("grid", [GRID, (2, 5), (4, 3)], ids=str)
 @pytest.mark.parametrize("sharing", ["shared", "layer"])
 @torch.no_grad()
-def test_the_bias_depends_on_the_distance_of_two_patches(sharing: str, grid: tuple[int, int]) -> None:
+def test_the_bias_depends_on_the_distance_of_two_patches(
+    sharing: str, grid: tuple[int, int]
+) -> None:
     """For other grids than the grid of the tables, the tables are interpolated."""
-    config = build_tiny_config(**FIELDS, relative_position_bias=sharing, image_size=[8 * size for size in GRID])
+    config = build_tiny_config(
+        **FIELDS, relative_position_bias=sharing, image_size=[8 * size for size in GRID]
+    )
     module = randomize(RelativePositionBias(config))
     num_tokens = NUM_SPECIAL + math.prod(grid)
     found = module(torch.zeros(2, num_tokens, 16), None, grid)
     biases = [found] if sharing == "shared" else found
-    assert len(module.tables) == len(biases) == (1 if sharing == "shared" else config.num_hidden_layers)
+    assert (
+        len(module.tables)
+        == len(biases)
+        == (1 if sharing == "shared" else config.num_hidden_layers)
+    )
     for bias, table in zip(biases, module.tables, strict=True):
-        expected = torch.from_numpy(compute_bias(table.double().numpy(), grid)).permute(2, 0, 1)  # [heads, N, N]
-        assert bias.shape == (1, *expected.shape) and bias.dtype == torch.float32
+        expected = torch.from_numpy(compute_bias(table.double().numpy(), grid)).permute(
+            2, 0, 1
+        )  # [heads, N, N]
+        assert bias.shape == (1, *expected.shape)
+        assert bias.dtype == torch.float32
         assert (bias[0] - expected).abs().max() <= 1e-5
 
 
 @torch.no_grad()
 def test_masks_hide_tokens_whatever_their_bias_is() -> None:
     """A boolean mask and an additive mask have the same effect on the softmax."""
-    config = build_tiny_config(**FIELDS, relative_position_bias="shared", gated_tokens={"registers": 1})
-    module, gates = randomize(RelativePositionBias(config)), TokenGates(config)
+    config = build_tiny_config(
+        **FIELDS, relative_position_bias="shared", gated_tokens={"registers": 1}
+    )
+    module = randomize(RelativePositionBias(config))
+    gates = TokenGates(config)
     gates.gates.fill_(0.25 * TokenGates.OPEN)
     states = torch.zeros(2, NUM_SPECIAL + 16, 16)
-    is_visible = torch.rand(2, 1, 1, NUM_SPECIAL + 16, generator=torch.Generator().manual_seed(0)) < 0.5
+    is_visible = (
+        torch.rand(2, 1, 1, NUM_SPECIAL + 16, generator=torch.Generator().manual_seed(0)) < 0.5
+    )
     is_visible[..., :4] = True
-    additive = torch.zeros(is_visible.shape).masked_fill(~is_visible, torch.finfo(torch.float32).min)
+    additive = torch.zeros(is_visible.shape).masked_fill(
+        ~is_visible, torch.finfo(torch.float32).min
+    )
     weights = module(states, None, (4, 4)).exp() * is_visible  # [2, heads, N, N]
     weights[..., 2] *= 0.25  # the last register is gated
     expected = weights / weights.sum(dim=-1, keepdim=True)

@@ -42,24 +42,40 @@ CONTRADICTIONS: list[dict[str, Any]] = [
     {"image_size": [32, 20]},
     {"distillation_head": True},
     {"distillation_teachers": ["a"]},
-    {"distillation_inference": "distillation", "num_distillation_tokens": 1, "distillation_head": False},
+    {
+        "distillation_inference": "distillation",
+        "num_distillation_tokens": 1,
+        "distillation_head": False,
+    },
     {"token_init": "zeros", "num_register_tokens": 2},
     {"token_init": "zeros", "num_cls_tokens": 2, "position_embedding_type": "rope_2d"},
     {"hidden_size": 12, "position_embedding_type": "rope_2d"},
     {"hidden_size": 18, "position_embedding_type": "sincos_2d"},
     {"num_cls_tokens": 0, "pooling": "cls_mean"},
     {"cls_scopes": ["image"], "num_cls_tokens": 2},
-    *({"cls_scopes": [scope]} for scope in ("whole", [2, 2, 0], [2, 2, 2, 0], [2, 2, 0, 2], [2, 2, -1, 0])),
+    *(
+        {"cls_scopes": [scope]}
+        for scope in ("whole", [2, 2, 0], [2, 2, 2, 0], [2, 2, 0, 2], [2, 2, -1, 0])
+    ),
     *({"cls_scopes": [scope]} for scope in ([2, 2, 0, -1], [1, 5, 0, 0], [5, 1, 0, 0])),
     {"tasks": {"species": 2}, "pooling": "mean"},
     *({"pooled_layers": layers} for layers in ([], [0], [3], [-3], [2, -1], [1, 1])),
     {"pooled_layers": [1, 2], "pooling": "attention"},
-    *({"tasks": tasks} for tasks in ({"species": 2, "age": 2}, {"species": ["cat", "cat"]}, {"a b": 2}, {"age": 0})),
+    *(
+        {"tasks": tasks}
+        for tasks in ({"species": 2, "age": 2}, {"species": ["cat", "cat"]}, {"a b": 2}, {"age": 0})
+    ),
     {"cls_scopes": ["image", [2, 2, 0, 0]], "num_cls_tokens": 2, "tasks": {"species": 2, "age": 2}},
     *({"gated_tokens": counts} for counts in ({"patches": 1}, {"cls": 2}, {"cls": 0})),
     {"register_neurons": [[0, 0]]},
-    *({"register_neurons": [pair], "num_register_tokens": 1} for pair in ([2, 0], [0, 24], [-1, 0], [0, -1], [0])),
-    *({"specialized_layers": layers} for layers in ({"mlp": [0]}, {"norm": [0, 2]}, {"qkv": [1, 1]})),
+    *(
+        {"register_neurons": [pair], "num_register_tokens": 1}
+        for pair in ([2, 0], [0, 24], [-1, 0], [0, -1], [0])
+    ),
+    *(
+        {"specialized_layers": layers}
+        for layers in ({"mlp": [0]}, {"norm": [0, 2]}, {"qkv": [1, 1]})
+    ),
     {"specialized_layers": {"qkv": [0]}, "num_cls_tokens": 0, "pooling": "mean"},
     {"pooled_cls_tokens": []},
     {"pooled_cls_tokens": [0, 2], "num_cls_tokens": 2},
@@ -85,7 +101,10 @@ WRONG_VALUES: list[tuple[str, Any]] = [
     *(("cls_scopes", value) for value in ("image", [[2, 2, 0, 0.5]])),
     ("layer_norm_eps", math.inf),
     *((name, 0.0) for name in ("temperature", "initializer_range", "rope_theta")),
-    *((name, 1.0) for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "patch_drop_rate")),
+    *(
+        (name, 1.0)
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "patch_drop_rate")
+    ),
     ("pooling", "other"),
     ("qkv_bias", 1),
     ("layer_scale_init_value", NAN),
@@ -100,7 +119,8 @@ CLASS_VARIABLES = {"_skip_validation", "keys_to_ignore_at_inference", "base_mode
 
 # Numbers of parameters with 1,000 labels in the papers' code (timm's vit_*_patch16_224 and deit_*_patch16_224).
 @pytest.mark.parametrize(
-    ("name", "parameters"), [("tiny", 5_717_416), ("small", 22_050_664), ("base", 86_567_656), ("large", 304_326_632)]
+    ("name", "parameters"),
+    [("tiny", 5_717_416), ("small", 22_050_664), ("base", 86_567_656), ("large", 304_326_632)],
 )
 def test_presets_have_the_published_sizes(name: str, parameters: int) -> None:
     with torch.device("meta"):
@@ -110,7 +130,11 @@ def test_presets_have_the_published_sizes(name: str, parameters: int) -> None:
 
 def test_presets_accept_overrides_and_names_of_the_command_line() -> None:
     config = ViTCLSConfig.from_preset("vitcls-tiny", hidden_size=96, num_register_tokens=4)
-    assert (config.hidden_size, config.num_attention_heads, config.num_register_tokens) == (96, 3, 4)
+    assert (config.hidden_size, config.num_attention_heads, config.num_register_tokens) == (
+        96,
+        3,
+        4,
+    )
     assert ViTCLSConfig(num_channels=100_000).num_channels == 100_000  # the largest value
     with raises_one_line("huge", "tiny, small, base, large"):
         ViTCLSConfig.from_preset("huge")
@@ -120,7 +144,11 @@ def test_fields_are_documented_in_their_order() -> None:
     """Check that the docstring and the class body have the same two groups of fields."""
     documented = re.findall(r"^        ((?:\w+, )*\w+) \(", ViTCLSConfig.__doc__, re.MULTILINE)
     names = [name for group in documented for name in group.split(", ")]
-    body = [name.removeprefix("_") for name in ViTCLSConfig.__annotations__ if name not in CLASS_VARIABLES]
+    body = [
+        name.removeprefix("_")
+        for name in ViTCLSConfig.__annotations__
+        if name not in CLASS_VARIABLES
+    ]
     assert names == body
 
 
@@ -134,7 +162,9 @@ def test_fields_are_documented_in_their_order() -> None:
     ],
     ids=str,
 )
-def test_too_large_values_are_errors_before_a_list_of_their_length_is_built(fields: dict[str, Any]) -> None:
+def test_too_large_values_are_errors_before_a_list_of_their_length_is_built(
+    fields: dict[str, Any],
+) -> None:
     tracemalloc.start()
     try:
         with raises_one_line(next(iter(fields)), "000"):
@@ -160,11 +190,20 @@ def test_a_wrong_value_names_its_field(name: str, value: Any) -> None:
 
 
 def test_a_misspelt_keyword_is_an_error(tmp_path: Path) -> None:
-    for keyword, meant in (("num_regster_tokens", "num_register_tokens"), ("out_feature", "out_features")):
+    for keyword, meant in (
+        ("num_regster_tokens", "num_register_tokens"),
+        ("out_feature", "out_features"),
+    ):
         with raises_one_line(keyword, meant):
             ViTCLSConfig(**{keyword: 4})
     ViTCLSModel(build_tiny_config()).save_pretrained(tmp_path)
-    for load in (ViTCLSConfig, AutoConfig, ViTCLSModel, ViTCLSForImageClassification, ViTCLSBackbone):
+    for load in (
+        ViTCLSConfig,
+        AutoConfig,
+        ViTCLSModel,
+        ViTCLSForImageClassification,
+        ViTCLSBackbone,
+    ):
         with raises_one_line("num_regster_tokens", "num_register_tokens"):
             load.from_pretrained(tmp_path, num_regster_tokens=4)
 
@@ -189,7 +228,12 @@ def test_loading_keywords_of_transformers_are_not_fields(tmp_path: Path) -> None
     )
     assert config.pooling == "mean"
     assert "device_map" in unused
-    others = {"token": "hf_ann", "generation_config": None, "kernel_config": None, "tp_size": 1}  # similar to fields
+    others = {
+        "token": "hf_ann",
+        "generation_config": None,
+        "kernel_config": None,
+        "tp_size": 1,
+    }  # similar to fields
     for name, value in others.items():
         assert ViTCLSConfig.from_pretrained(tmp_path, **{name: value}).pooling == "cls"
 
@@ -207,7 +251,11 @@ def test_overrides_at_load_are_validated_together(tmp_path: Path) -> None:
 def test_labels_at_load(tmp_path: Path) -> None:
     ViTCLSConfig(id2label={0: "cat", 1: "dog"}).save_pretrained(tmp_path)
     kept = ViTCLSConfig.from_pretrained(tmp_path)
-    assert (kept.id2label, kept.label2id, kept.num_labels) == ({0: "cat", 1: "dog"}, {"cat": 0, "dog": 1}, 2)
+    assert (kept.id2label, kept.label2id, kept.num_labels) == (
+        {0: "cat", 1: "dog"},
+        {"cat": 0, "dog": 1},
+        2,
+    )
     assert ViTCLSConfig.from_pretrained(tmp_path, num_labels=2).id2label == {0: "cat", 1: "dog"}
     more = ViTCLSConfig.from_pretrained(tmp_path, num_labels=4)
     assert (more.num_labels, len(more.label2id)) == (4, 4)
@@ -216,14 +264,23 @@ def test_labels_at_load(tmp_path: Path) -> None:
 
 
 def test_the_grid_of_patches_that_are_not_square() -> None:
-    assert build_tiny_config(image_size=[32, 48], patch_size=[8, 4]).grid_size == (4, 12)  # rows, columns
+    assert build_tiny_config(image_size=[32, 48], patch_size=[8, 4]).grid_size == (
+        4,
+        12,
+    )  # rows, columns
 
 
 def test_stages_at_load(tmp_path: Path) -> None:
     """The stored stages apply only to models with the same number of layers."""
     build_tiny_config(out_features=["stem", "stage2"]).save_pretrained(tmp_path)
-    assert ViTCLSConfig.from_pretrained(tmp_path, num_hidden_layers=2).out_features == ["stem", "stage2"]
-    assert ViTCLSConfig.from_pretrained(tmp_path, out_indices=[0, 1]).out_features == ["stem", "stage1"]
+    assert ViTCLSConfig.from_pretrained(tmp_path, num_hidden_layers=2).out_features == [
+        "stem",
+        "stage2",
+    ]
+    assert ViTCLSConfig.from_pretrained(tmp_path, out_indices=[0, 1]).out_features == [
+        "stem",
+        "stage1",
+    ]
     for num_layers in (1, 3):
         config = ViTCLSConfig.from_pretrained(tmp_path, num_hidden_layers=num_layers)
         assert (config.out_features, config.out_indices) == ([f"stage{num_layers}"], [num_layers])
@@ -233,10 +290,16 @@ def test_stages_at_load(tmp_path: Path) -> None:
 def test_gated_tokens_and_teachers_at_load(tmp_path: Path) -> None:
     """Gates stay with their tokens, the last of a group, and teachers with the first distillation tokens."""
     teachers = {"num_distillation_tokens": 2, "distillation_teachers": ["a", "b"]}
-    build_tiny_config(num_register_tokens=3, gated_tokens={"registers": 2}, **teachers).save_pretrained(tmp_path)
+    build_tiny_config(
+        num_register_tokens=3, gated_tokens={"registers": 2}, **teachers
+    ).save_pretrained(tmp_path)
     expected = {1: None, 2: {"registers": 1}, 3: {"registers": 2}, 5: {"registers": 4}}
     for num_registers, gated_tokens in expected.items():
-        counts = {"num_register_tokens": num_registers, "num_cls_tokens": 2, "num_distillation_tokens": 1}
+        counts = {
+            "num_register_tokens": num_registers,
+            "num_cls_tokens": 2,
+            "num_distillation_tokens": 1,
+        }
         config = ViTCLSConfig.from_pretrained(tmp_path, **counts)
         assert (config.gated_tokens, config.distillation_teachers) == (gated_tokens, ["a"])
 
@@ -244,21 +307,45 @@ def test_gated_tokens_and_teachers_at_load(tmp_path: Path) -> None:
 def test_labels_at_construction() -> None:
     config = ViTCLSConfig(id2label={0: "cat", 1: "dog", 2: "cow"})
     assert (config.num_labels, config.label2id) == (3, {"cat": 0, "dog": 1, "cow": 2})
-    assert ViTCLSConfig(id2label={0: "crane", 1: "crane"}).num_labels == 2  # two ImageNet classes have this name
+    assert (
+        ViTCLSConfig(id2label={0: "crane", 1: "crane"}).num_labels == 2
+    )  # two ImageNet classes have this name
 
 
 SAVED_CONFIGS = [
     {},
     {"image_size": (24, 64), "patch_size": [4, 16]},
-    {"num_labels": 1, "problem_type": "regression", "num_register_tokens": 1, "token_init": "zeros"},
+    {
+        "num_labels": 1,
+        "problem_type": "regression",
+        "num_register_tokens": 1,
+        "token_init": "zeros",
+    },
     {"id2label": {0: "cat", 1: "dog", 2: "cow"}},
     {"num_cls_tokens": 2, "tasks": {"age": 1, "species": 2}, "cls_scopes": ["image", [4, 4, 0, 1]]},
-    {"num_distillation_tokens": 1, "distillation_head": True, "distillation_inference": "distillation"},
+    {
+        "num_distillation_tokens": 1,
+        "distillation_head": True,
+        "distillation_inference": "distillation",
+    },
     {"out_indices": [0, 1]},
-    {"position_embedding_type": "rope_2d", "rope_periods": [1.0, 100.0], "rope_reference_grid": [1, 4]},
-    {"num_register_tokens": 2, "gated_tokens": {"cls": 1, "registers": 2}, "register_neurons": [[0, 0], [1, 23]]},
+    {
+        "position_embedding_type": "rope_2d",
+        "rope_periods": [1.0, 100.0],
+        "rope_reference_grid": [1, 4],
+    },
+    {
+        "num_register_tokens": 2,
+        "gated_tokens": {"cls": 1, "registers": 2},
+        "register_neurons": [[0, 0], [1, 23]],
+    },
     {"specialized_layers": {"norm": [0, 1], "qkv": [1]}},
-    {"num_cls_tokens": 2, "pooled_cls_tokens": [1, 0], "cls_pooling": "concat", "pooled_activation": "tanh"},
+    {
+        "num_cls_tokens": 2,
+        "pooled_cls_tokens": [1, 0],
+        "cls_pooling": "concat",
+        "pooled_activation": "tanh",
+    },
 ]
 
 
@@ -270,7 +357,10 @@ def test_saved_and_loaded_configs_are_equal(fields: dict[str, Any], tmp_path: Pa
         assert isinstance(loaded, ViTCLSConfig)
         assert _comparable(loaded) == _comparable(config)
         assert (loaded.num_labels, loaded.label2id) == (config.num_labels, config.label2id)
-        assert (loaded.out_features, loaded.out_indices) == (config.out_features, config.out_indices)
+        assert (loaded.out_features, loaded.out_indices) == (
+            config.out_features,
+            config.out_indices,
+        )
 
 
 def test_tasks_are_ordered_by_name() -> None:
@@ -292,18 +382,28 @@ def test_auto_classes_and_the_map_of_remote_code_agree(tmp_path: Path) -> None:
         model = getattr(transformers, auto_class).from_config(config)
         assert config.auto_map[auto_class] == f"modeling_vitcls.{type(model).__name__}"
     ViTCLSImageProcessor().save_pretrained(tmp_path)
-    processors = [AutoImageProcessor.from_pretrained(tmp_path, backend=name) for name in ("torchvision", "pil")]
-    assert [type(processor) for processor in processors] == [ViTCLSImageProcessor, ViTCLSImageProcessorPil]
+    processors = [
+        AutoImageProcessor.from_pretrained(tmp_path, backend=name)
+        for name in ("torchvision", "pil")
+    ]
+    assert [type(processor) for processor in processors] == [
+        ViTCLSImageProcessor,
+        ViTCLSImageProcessorPil,
+    ]
     with_tasks = build_tiny_config(tasks={"age": 2}).auto_map["AutoModelForImageClassification"]
     assert with_tasks == "modeling_vitcls.ViTCLSForMultiTaskClassification"
 
 
 def test_configurations_share_no_mutable_values() -> None:
     build_tiny_config().auto_map.clear()
-    stored = {"gated_tokens": {"cls": 1}, "unknown": 1}  # without num_cls_tokens, which is 1 by default
+    stored = {
+        "gated_tokens": {"cls": 1},
+        "unknown": 1,
+    }  # without num_cls_tokens, which is 1 by default
     before = copy.deepcopy(stored)
     assert ViTCLSConfig.from_dict(stored, num_cls_tokens=2).gated_tokens == {"cls": 2}
-    assert stored == before and len(build_tiny_config().auto_map) == 5
+    assert stored == before
+    assert len(build_tiny_config().auto_map) == 5
 
 
 def test_assigning_a_wrong_type_is_an_error() -> None:
@@ -332,13 +432,21 @@ def test_defaults_and_none_are_not_saved_except_sizes(tmp_path: Path) -> None:
     auto_map = {"AutoModel": "ann/mine--modeling_vitcls.ViTCLSModel"}  # of a model on the Hub
     ViTCLSConfig(num_register_tokens=2, qkv_bias=False, auto_map=auto_map).save_pretrained(tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())
-    assert {"hidden_size": 768, "num_cls_tokens": 1, "image_size": 224, "pooling": "cls"}.items() <= stored.items()
+    assert {
+        "hidden_size": 768,
+        "num_cls_tokens": 1,
+        "image_size": 224,
+        "pooling": "cls",
+    }.items() <= stored.items()
     assert (stored["num_register_tokens"], stored["qkv_bias"]) == (2, False)
-    assert None not in stored.values() and stored["auto_map"] == AUTO_MAP
+    assert None not in stored.values()
+    assert stored["auto_map"] == AUTO_MAP
     assert not {"position_antialias", "rope_theta", "hidden_act", "layer_type"} & stored.keys()
     loaded = ViTCLSConfig.from_pretrained(tmp_path)
     assert loaded.to_dict() == ViTCLSConfig(num_register_tokens=2, qkv_bias=False).to_dict() | {
-        name: loaded.to_dict()[name] for name in ("transformers_version", "architectures") if name in loaded.to_dict()
+        name: loaded.to_dict()[name]
+        for name in ("transformers_version", "architectures")
+        if name in loaded.to_dict()
     }
 
 
@@ -389,13 +497,16 @@ assert "modeling_vitcls" not in sys.modules
 
 @pytest.mark.slow
 def test_one_line_registers_remote_code_for_composite_models(tmp_path: Path) -> None:
-    first, second = tmp_path / "first", tmp_path / "second"
+    first = tmp_path / "first"
+    second = tmp_path / "second"
     ViTCLSModel(build_tiny_config()).save_pretrained(first)
     ViTCLSImageProcessor(size=32).save_pretrained(first)
     shutil.copytree(first, second)
     for folder in (first, second):
         code = folder / "modeling_vitcls.py"
-        code.write_text(f"{code.read_text()}\n\nViTCLSModel.version = lambda self: {folder.name!r}\n")
+        code.write_text(
+            f"{code.read_text()}\n\nViTCLSModel.version = lambda self: {folder.name!r}\n"
+        )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
     words = ["-I", "-c", REGISTER, first, second, tmp_path / "work"]
     run = run_fresh(*words, environment=environment, cwd=tmp_path)

@@ -8,7 +8,13 @@ rectangular size.
 import pytest
 import torch
 import transformers
-from helpers.tiny_models import SIZES, build_images, build_tiny_config, get_largest_difference, randomize
+from helpers.tiny_models import (
+    SIZES,
+    build_images,
+    build_tiny_config,
+    get_largest_difference,
+    randomize,
+)
 from timm.layers import build_sincos2d_pos_embed
 
 from modeling_vitcls import (
@@ -22,22 +28,37 @@ from modeling_vitcls.model.heads_vitcls import compute_masked_pixel_loss
 
 
 TOLERANCE = 1e-5
-NATIVE, RECTANGLE = (32, 32), (24, 56)
+NATIVE = (32, 32)
+RECTANGLE = (24, 56)
 
 
-@pytest.mark.parametrize(("apply_layernorm", "reshape"), [(True, True), (False, True), (True, False)])
+@pytest.mark.parametrize(
+    ("apply_layernorm", "reshape"), [(True, True), (False, True), (True, False)]
+)
 def test_dinov2_backbone(apply_layernorm: bool, reshape: bool) -> None:
     """Check stages, norm and order of the feature maps. DINOv2 keeps its registers in maps that are not reshaped."""
     sizes = {name: size for name, size in SIZES.items() if name != "intermediate_size"}
-    options = {"apply_layernorm": apply_layernorm, "reshape_hidden_states": reshape, "out_indices": [0, 1]}
-    peer_config = transformers.Dinov2WithRegistersConfig(**sizes, mlp_ratio=2, num_register_tokens=3, **options)
-    peer, model = (getattr(transformers, f"Dinov2WithRegisters{kind}")(peer_config) for kind in ("Backbone", "Model"))
+    options = {
+        "apply_layernorm": apply_layernorm,
+        "reshape_hidden_states": reshape,
+        "out_indices": [0, 1],
+    }
+    peer_config = transformers.Dinov2WithRegistersConfig(
+        **sizes, mlp_ratio=2, num_register_tokens=3, **options
+    )
+    peer, model = (
+        getattr(transformers, f"Dinov2WithRegisters{kind}")(peer_config)
+        for kind in ("Backbone", "Model")
+    )
     model.load_state_dict(randomize(peer).state_dict())
     encoder = convert_from_transformers(model)
     ours = ViTCLSBackbone(ViTCLSConfig.from_dict(encoder.config.to_dict(), **options)).eval()
     ours.load_state_dict(encoder.state_dict())
     for size in (NATIVE, RECTANGLE):
-        got, expected = ours(build_images(2, *size)).feature_maps, peer(build_images(2, *size)).feature_maps
+        got, expected = (
+            ours(build_images(2, *size)).feature_maps,
+            peer(build_images(2, *size)).feature_maps,
+        )
         for our_map, peer_map in zip(got, expected, strict=True):
             if not reshape:
                 peer_map = torch.cat([peer_map[:, :1], peer_map[:, 4:]], dim=1)
@@ -47,14 +68,17 @@ def test_dinov2_backbone(apply_layernorm: bool, reshape: bool) -> None:
 @pytest.mark.parametrize("size", [NATIVE, RECTANGLE])
 def test_sincos_positions(size: tuple[int, int]) -> None:
     """timm orders the channels as sin y, sin x, cos y, cos x; MoCo v3 and MAE, as sin x, cos x, sin y, cos y."""
-    rows, columns = size[0] // 8, size[1] // 8
+    rows = size[0] // 8
+    columns = size[1] // 8
     expected = build_sincos2d_pos_embed([rows, columns], dim=16, interleave_sin_cos=False)
     expected = expected.unflatten(1, (2, 2, 4)).flip(2).transpose(1, 2).flatten(1)
     fields = {"position_embedding_type": "sincos_2d", "num_register_tokens": 2}
     with_positions = randomize(ViTCLSModel(build_tiny_config(**fields))).embeddings(
         build_images(1, *size), (rows, columns)
     )
-    plain_model = randomize(ViTCLSModel(build_tiny_config(**fields | {"position_embedding_type": "none"})))
+    plain_model = randomize(
+        ViTCLSModel(build_tiny_config(**fields | {"position_embedding_type": "none"}))
+    )
     without = plain_model.embeddings(build_images(1, *size), (rows, columns))
     added = (with_positions - without)[0]
     assert torch.equal(added[:3], torch.zeros(3, 16))
@@ -62,20 +86,34 @@ def test_sincos_positions(size: tuple[int, int]) -> None:
 
 
 def test_masked_image_modeling_equals_simmim() -> None:
-    peer = randomize(transformers.ViTForMaskedImageModeling(transformers.ViTConfig(**SIZES, encoder_stride=8)))
-    encoder, decoder = convert_from_transformers(peer.vit), peer.decoder[0]
+    peer = randomize(
+        transformers.ViTForMaskedImageModeling(transformers.ViTConfig(**SIZES, encoder_stride=8))
+    )
+    encoder = convert_from_transformers(peer.vit)
+    decoder = peer.decoder[0]
     ours = ViTCLSForMaskedImageModeling(encoder.config).eval()
     ours.vitcls.load_state_dict(encoder.state_dict())
-    ours.decoder.projection.load_state_dict({"weight": decoder.weight.flatten(1), "bias": decoder.bias})
+    ours.decoder.projection.load_state_dict(
+        {"weight": decoder.weight.flatten(1), "bias": decoder.bias}
+    )
     mask = torch.arange(32).view(2, 16) % 3 == 0
     got, expected = (model(build_images(), bool_masked_pos=mask) for model in (ours, peer))
-    assert all(get_largest_difference(got[name], expected[name]) <= TOLERANCE for name in ("reconstruction", "loss"))
+    assert all(
+        get_largest_difference(got[name], expected[name]) <= TOLERANCE
+        for name in ("reconstruction", "loss")
+    )
 
 
 @pytest.mark.parametrize("normalised", [False, True])
 def test_squared_pixel_loss_equals_mae(normalised: bool) -> None:
-    peer = randomize(transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(**SIZES, norm_pix_loss=normalised)))
-    expected = peer(build_images(), noise=torch.rand(2, 16, generator=torch.Generator().manual_seed(0)))
+    peer = randomize(
+        transformers.ViTMAEForPreTraining(
+            transformers.ViTMAEConfig(**SIZES, norm_pix_loss=normalised)
+        )
+    )
+    expected = peer(
+        build_images(), noise=torch.rand(2, 16, generator=torch.Generator().manual_seed(0))
+    )
     config = build_tiny_config(mim_loss="l2", norm_pixel_target=normalised)
     reconstruction = peer.unpatchify(expected.logits)
     loss = compute_masked_pixel_loss(reconstruction, build_images(), expected.mask, config)

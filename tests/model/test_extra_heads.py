@@ -31,7 +31,11 @@ LABELS = ["rain", "snow", "sun"]
 HEADS: dict[str, dict[str, Any]] = {
     "weather": {"labels": LABELS, "pooling": "cls_mean", "pooled_layers": [-2, -1]},
     "indoors": {"labels": LABELS[:2]},
-    "objects": {"labels": LABELS[:1], "pooling": "mean", "problem_type": "multi_label_classification"},
+    "objects": {
+        "labels": LABELS[:1],
+        "pooling": "mean",
+        "problem_type": "multi_label_classification",
+    },
 }
 
 # Models with the width of ViT-S, for which the products of one row and of all rows are computed by different kernels.
@@ -53,10 +57,14 @@ MODELS: dict[str, dict[str, Any]] = {
 
 def build_pair(heads: dict[str, dict[str, Any]], **fields: Any) -> tuple[Any, Any]:
     """Return a classifier without extra heads, and the same classifier with extra heads."""
-    model_class = ViTCLSForMultiTaskClassification if "tasks" in fields else ViTCLSForImageClassification
+    model_class = (
+        ViTCLSForMultiTaskClassification if "tasks" in fields else ViTCLSForImageClassification
+    )
     model = randomize(model_class(build_tiny_config(**fields)))
     extended = model.adapt(extra_heads=heads)
-    extended.load_state_dict(randomize(model_class(extended.config)).state_dict() | model.state_dict())
+    extended.load_state_dict(
+        randomize(model_class(extended.config)).state_dict() | model.state_dict()
+    )
     return model, extended
 
 
@@ -67,7 +75,9 @@ def build_pair(heads: dict[str, dict[str, Any]], **fields: Any) -> tuple[Any, An
 @pytest.mark.parametrize("has_kernels", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS)
-def test_logits_keep_their_bits(fields: dict[str, Any], dtype: torch.dtype, has_kernels: bool) -> None:
+def test_logits_keep_their_bits(
+    fields: dict[str, Any], dtype: torch.dtype, has_kernels: bool
+) -> None:
     model, extended = (each.to(dtype) for each in build_pair(HEADS, **WIDE | fields))
     for each in (model, extended):
         if not has_kernels:
@@ -76,7 +86,9 @@ def test_logits_keep_their_bits(fields: dict[str, Any], dtype: torch.dtype, has_
         images = build_images(batch_size, 80, 80).to(dtype)
         for num_tokens in {None, model.config.num_head_tokens}:
             logits = model(images, compute_all_tokens=num_tokens is None).logits
-            assert torch.equal(extended(images, compute_all_tokens=num_tokens is None).logits, logits)
+            assert torch.equal(
+                extended(images, compute_all_tokens=num_tokens is None).logits, logits
+            )
 
 
 @torch.no_grad()
@@ -132,7 +144,9 @@ def test_gradients_of_the_model_do_not_change() -> None:
     for each in (model, extended):
         each(build_images(), labels=torch.tensor([0, 2])).loss.backward()
     gradients = {name: parameter.grad for name, parameter in extended.named_parameters()}
-    assert all(torch.equal(gradients[name], parameter.grad) for name, parameter in model.named_parameters())
+    assert all(
+        torch.equal(gradients[name], parameter.grad) for name, parameter in model.named_parameters()
+    )
     assert all(gradient is None for name, gradient in gradients.items() if "extra_heads" in name)
 
 
@@ -147,7 +161,12 @@ def test_heads_read_the_normalized_tokens_of_their_layers(num_tokens: int | None
     hidden_states = model(build_images(), output_hidden_states=True).hidden_states
     tokens = [model.vitcls.layernorm(states) for states in hidden_states]
     inputs = {
-        "weather": [tokens[1][:, 0], tokens[1][:, 3:].mean(1), tokens[2][:, 0], tokens[2][:, 3:].mean(1)],
+        "weather": [
+            tokens[1][:, 0],
+            tokens[1][:, 3:].mean(1),
+            tokens[2][:, 0],
+            tokens[2][:, 3:].mean(1),
+        ],
         "indoors": [tokens[2][:, 0]],
         "objects": [tokens[2][:, 3:].mean(1)],
     }
@@ -163,7 +182,9 @@ def test_temperatures_apply_in_evaluation_mode() -> None:
     _, plain = build_pair(HEADS)
     cooled = plain.adapt(extra_heads=HEADS | {"indoors": HEADS["indoors"] | {"temperature": 4.0}})
     for mode, factor in ((False, 4.0), (True, 1.0)):
-        found, expected = (each.train(mode)(build_images()).task_logits["indoors"] for each in (cooled, plain))
+        found, expected = (
+            each.train(mode)(build_images()).task_logits["indoors"] for each in (cooled, plain)
+        )
         assert get_largest_difference(found * factor, expected) <= 1e-6
 
 
@@ -236,7 +257,10 @@ INVALID: dict[str, tuple[dict[str, Any], str]] = {
     "layers": ({"a": HEAD | {"pooled_layers": -1}}, "pooled_layers"),
     "problem type": ({"a": HEAD | {"problem_type": "regression"}}, "single_label_classification"),
     "temperature": ({"a": HEAD | {"temperature": 0}}, "temperature"),
-    "threshold": ({"a": HEAD | {"problem_type": "multi_label_classification", "threshold": 1.5}}, "threshold"),
+    "threshold": (
+        {"a": HEAD | {"problem_type": "multi_label_classification", "threshold": 1.5}},
+        "threshold",
+    ),
 }
 
 
@@ -258,5 +282,10 @@ def test_a_head_on_a_missing_cls_token_is_refused() -> None:
 
 def test_default_values_of_a_head() -> None:
     head = ViTCLSConfig(extra_heads={"a": HEAD}).get_extra_heads()["a"]
-    assert (head.pooling, head.pooled_layers, head.temperature, head.threshold) == ("cls", None, 1.0, None)
+    assert (head.pooling, head.pooled_layers, head.temperature, head.threshold) == (
+        "cls",
+        None,
+        1.0,
+        None,
+    )
     assert head.problem_type == "single_label_classification"

@@ -20,7 +20,12 @@ from modeling_vitcls.model.fast_image_processing_vitcls import read_jpeg_bytes
 SIZES: list[dict[str, Any]] = [
     {"size": {"height": 48, "width": 48}},
     {"size": {"shortest_edge": 40}, "do_center_crop": True, "crop_size": 33},
-    {"size": {"shortest_edge": 40}, "do_center_crop": True, "crop_size": 33, "crop_rounding": "even"},
+    {
+        "size": {"shortest_edge": 40},
+        "do_center_crop": True,
+        "crop_size": 33,
+        "crop_rounding": "even",
+    },
     {
         "size": {"shortest_edge": 40, "longest_edge": 60},
         "do_center_crop": True,
@@ -60,7 +65,10 @@ def build_example_images() -> dict[str, Any]:
             f"jpeg turned {orientation}": encode_jpeg(image, exif=make_exif(orientation))
             for orientation in range(2, 9)
         },
-        **{mode: image.convert(mode) for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV")},
+        **{
+            mode: image.convert(mode)
+            for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV")
+        },
         "16 bits": PIL.Image.fromarray(values[..., 0].astype(np.uint16) * 257),
         "array": values,
         "array of floats": values.astype(np.float32),
@@ -72,7 +80,9 @@ def build_example_images() -> dict[str, Any]:
 
 
 def run_slow_path(processor: ViTCLSImageProcessor, images: Any) -> torch.Tensor:
-    return super(ViTCLSImageProcessor, processor).preprocess(images, return_tensors="pt")["pixel_values"]
+    return super(ViTCLSImageProcessor, processor).preprocess(images, return_tensors="pt")[
+        "pixel_values"
+    ]
 
 
 def check_same(processor: ViTCLSImageProcessor, images: Any, name: str) -> None:
@@ -81,11 +91,14 @@ def check_same(processor: ViTCLSImageProcessor, images: Any, name: str) -> None:
     processor(images, return_tensors="pt")
     assert processor._checked_settings is not None
     found = processor(images, return_tensors="pt")["pixel_values"]
-    assert found.dtype == torch.float32 and found.is_contiguous()
+    assert found.dtype == torch.float32
+    assert found.is_contiguous()
     assert torch.equal(found, wanted), name
 
 
-@pytest.mark.parametrize(("sizes", "resample"), zip(SIZES, [3, 3, 2, 0, 1, 3], strict=True), ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "resample"), zip(SIZES, [3, 3, 2, 0, 1, 3], strict=True), ids=str
+)
 def test_all_images_have_the_same_values(sizes: dict[str, Any], resample: int) -> None:
     processor = ViTCLSImageProcessor(**sizes, resample=resample)
     for name, image in build_example_images().items():
@@ -139,7 +152,11 @@ def test_settings_may_change_between_calls() -> None:
     image = build_example_images()["jpeg"]
     processor = ViTCLSImageProcessor(size=32)
     check_same(processor, image, "as built")
-    for name, value in {"size": SizeDict(height=20, width=30), "image_mean": (0.1, 0.2, 0.3), "resample": 2}.items():
+    for name, value in {
+        "size": SizeDict(height=20, width=30),
+        "image_mean": (0.1, 0.2, 0.3),
+        "resample": 2,
+    }.items():
         setattr(processor, name, value)
         check_same(processor, image, name)
     processor.size["height"] = 24
@@ -173,13 +190,18 @@ def test_other_settings_use_the_slow_path(settings: dict[str, Any]) -> None:
 
 def test_methods_of_a_subclass_are_called() -> None:
     class Brighter(ViTCLSImageProcessor):
-        def rescale_and_normalize(self, images: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        def rescale_and_normalize(
+            self, images: torch.Tensor, *args: Any, **kwargs: Any
+        ) -> torch.Tensor:
             return super().rescale_and_normalize(images, *args, **kwargs) + 1
 
     image = build_example_images()["jpeg"]
-    plain, brighter = ViTCLSImageProcessor(size=32), Brighter(size=32)
+    plain = ViTCLSImageProcessor(size=32)
+    brighter = Brighter(size=32)
     for _ in range(2):
-        values = [processor(image, return_tensors="pt")["pixel_values"] for processor in (plain, brighter)]
+        values = [
+            processor(image, return_tensors="pt")["pixel_values"] for processor in (plain, brighter)
+        ]
         assert torch.equal(values[0] + 1, values[1])
 
 

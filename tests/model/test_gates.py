@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 import torch
 from helpers.adaptation_cases import adapt_with_loader, get_logged_lines
-from helpers.tiny_models import build_images, build_tiny_config, get_largest_difference, raises_one_line, randomize
+from helpers.tiny_models import (
+    build_images,
+    build_tiny_config,
+    get_largest_difference,
+    raises_one_line,
+    randomize,
+)
 from transformers import AutoModel, AutoModelForImageClassification
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
@@ -29,34 +35,51 @@ GATED = {
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("fields", GATED.values(), ids=GATED)
-def test_gated_tokens_change_nothing_at_first(fields: dict[str, Any], implementation: str, tmp_path: Path) -> None:
+def test_gated_tokens_change_nothing_at_first(
+    fields: dict[str, Any], implementation: str, tmp_path: Path
+) -> None:
     saved = randomize(ViTCLSForImageClassification(build_tiny_config(**fields)))
     saved.save_pretrained(tmp_path)
     for loader in (ViTCLSForImageClassification, AutoModelForImageClassification):
         options = {"num_register_tokens": 4, "attn_implementation": implementation}
         gated = loader.from_pretrained(tmp_path, **options)
         with torch.no_grad():
-            wanted, found = saved.vitcls(build_images()), gated.vitcls(build_images())
-            assert get_largest_difference(gated(build_images()).logits, saved(build_images()).logits) < 1e-5
+            wanted = saved.vitcls(build_images())
+            found = gated.vitcls(build_images())
+            assert (
+                get_largest_difference(gated(build_images()).logits, saved(build_images()).logits)
+                < 1e-5
+            )
             for group in ("cls", "patches"):
                 assert get_largest_difference(found.tokens[group], wanted.tokens[group]) < 1e-5
             # otherwise, the test could not detect unused tokens
             open_tokens = loader.from_pretrained(tmp_path, gate_new_tokens=False, **options)
-            assert get_largest_difference(open_tokens(build_images()).logits, saved(build_images()).logits) > 1e-3
+            assert (
+                get_largest_difference(
+                    open_tokens(build_images()).logits, saved(build_images()).logits
+                )
+                > 1e-3
+            )
 
 
 def test_gradient_reaches_gates_and_new_tokens() -> None:
     """The gate's gradient is as large as the gradient of an open token's gate, and points to a lower loss."""
     model = randomize(ViTCLSForImageClassification(build_tiny_config()))
     torch.manual_seed(0)
-    gated = model.adapt(num_register_tokens=4, gate_new_tokens=True).double()  # for a finite difference
-    pixels, labels = build_images().double(), torch.tensor([0, 2])
+    gated = model.adapt(
+        num_register_tokens=4, gate_new_tokens=True
+    ).double()  # for a finite difference
+    pixels = build_images().double()
+    labels = torch.tensor([0, 2])
 
     def loss(of: ViTCLSForImageClassification) -> torch.Tensor:
         return torch.nn.functional.cross_entropy(of(pixels).logits, labels)
 
     loss(gated).backward()
-    gradient, token_gradient = gated.vitcls.gates.gates.grad, gated.vitcls.embeddings.register_tokens.grad
+    gradient, token_gradient = (
+        gated.vitcls.gates.gates.grad,
+        gated.vitcls.embeddings.register_tokens.grad,
+    )
     assert token_gradient.isfinite().all()
     assert token_gradient.any(dim=-1).all()
     slopes = []
@@ -81,11 +104,17 @@ def test_a_gate_at_zero_or_below_still_learns(value: float) -> None:
     assert gated.vitcls.gates.gates.grad.abs().min() > 1e-5
 
 
-@pytest.mark.parametrize("fields", [{"gated_tokens": {"cls": 1}}, {"relative_position_bias": "layer"}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{"gated_tokens": {"cls": 1}}, {"relative_position_bias": "layer"}], ids=str
+)
 @pytest.mark.parametrize("implementation", ["flex_attention", "flash_attention_2"])
-def test_attention_without_bias_support_is_an_error(implementation: str, fields: dict[str, Any]) -> None:
+def test_attention_without_bias_support_is_an_error(
+    implementation: str, fields: dict[str, Any]
+) -> None:
     model = randomize(ViTCLSModel(build_tiny_config(**fields)))
-    model.config._attn_implementation_internal = implementation  # the package of flash attention need not be installed
+    model.config._attn_implementation_internal = (
+        implementation  # the package of flash attention need not be installed
+    )
     with raises_one_line(*fields, implementation, "sdpa"), torch.no_grad():
         model(build_images())
 
@@ -97,7 +126,9 @@ def test_tokens_that_are_added_to_a_model_keep_its_outputs_by_default() -> None:
     assert get_largest_difference(logits, model(build_images()).logits) < 1e-5
 
 
-def test_tokens_are_not_gated_if_the_attention_does_not_support_gates(caplog: pytest.LogCaptureFixture) -> None:
+def test_tokens_are_not_gated_if_the_attention_does_not_support_gates(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     model = randomize(ViTCLSModel(build_tiny_config()))
     model.set_attn_implementation("flex_attention")
     adapted = model.adapt(num_register_tokens=1)
@@ -115,17 +146,25 @@ def test_a_gate_does_not_exceed_one() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("loader", [ViTCLSModel, AutoModel])
-def test_open_gates_are_removed_when_a_checkpoint_is_loaded(loader: Any, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_open_gates_are_removed_when_a_checkpoint_is_loaded(
+    loader: Any, dtype: torch.dtype, tmp_path: Path
+) -> None:
     model = randomize(ViTCLSModel(build_tiny_config())).to(dtype).adapt(num_register_tokens=2)
     model.gates.gates.fill_(1.2 * TokenGates.OPEN)
     model.save_pretrained(tmp_path)
     loaded = loader.from_pretrained(tmp_path)
-    assert loaded.gates is None and loaded.config.gated_tokens is None
+    assert loaded.gates is None
+    assert loaded.config.gated_tokens is None
     ungated = model.adapt(gated_tokens=None)
     images = build_images().to(dtype)
     assert torch.equal(loaded(images).last_hidden_state, ungated(images).last_hidden_state)
     if dtype == torch.float32:
-        assert get_largest_difference(loaded(images).last_hidden_state, model(images).last_hidden_state) < 1e-5
+        assert (
+            get_largest_difference(
+                loaded(images).last_hidden_state, model(images).last_hidden_state
+            )
+            < 1e-5
+        )
 
 
 def test_gates_that_are_not_all_open_are_kept(tmp_path: Path) -> None:
@@ -137,7 +176,9 @@ def test_gates_that_are_not_all_open_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("loader", [None, ViTCLSModel, AutoModel])
-def test_gates_stay_with_their_tokens(loader: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_gates_stay_with_their_tokens(
+    loader: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Check two open registers followed by two gated registers, and one CLS token followed by a gated one."""
     model = randomize(ViTCLSModel(build_tiny_config(num_register_tokens=2)))
     gated = model.adapt(num_cls_tokens=2, num_register_tokens=4, gate_new_tokens=True)

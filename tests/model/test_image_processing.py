@@ -88,14 +88,21 @@ def test_the_defaults_resize_rescale_and_normalize(backend: type) -> None:
     assert pixel_values.shape == (1, 3, 224, 224)
     assert pixel_values.dtype == torch.float32
     # Manually computed: (value / 255 - mean) / standard deviation of ImageNet, as published with torchvision's models.
-    expected = torch.tensor([(128 / 255 - 0.485) / 0.229, (64 / 255 - 0.456) / 0.224, -0.406 / 0.225])
+    expected = torch.tensor(
+        [(128 / 255 - 0.485) / 0.229, (64 / 255 - 0.456) / 0.224, -0.406 / 0.225]
+    )
     torch.testing.assert_close(pixel_values[0, :, 100, 100], expected)
 
 
 def test_shortest_edge_and_center_crop_keep_the_proportions(backend: type) -> None:
     stripes = np.zeros((100, 200, 3), dtype=np.uint8)
     stripes[:, 50:150] = 255  # the exact result of a center crop
-    settings = {"size": {"shortest_edge": 50}, "do_center_crop": True, "crop_size": 50, "do_normalize": False}
+    settings = {
+        "size": {"shortest_edge": 50},
+        "do_center_crop": True,
+        "crop_size": 50,
+        "do_normalize": False,
+    }
     pixel_values = backend(**settings)(stripes, return_tensors="pt").pixel_values
     assert pixel_values.shape == (1, 3, 50, 50)
     assert (pixel_values[..., 3:-3] == 1).all()
@@ -110,7 +117,13 @@ def test_shortest_edge_and_center_crop_keep_the_proportions(backend: type) -> No
     ],
 )
 def test_margins_of_a_center_crop_are_rounded(
-    backend: type, height: int, width: int, crop: tuple[int, int], rounding: str, top: int, left: int
+    backend: type,
+    height: int,
+    width: int,
+    crop: tuple[int, int],
+    rounding: str,
+    top: int,
+    left: int,
 ) -> None:
     values = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     size = dict(zip(("height", "width"), crop, strict=True))
@@ -123,11 +136,19 @@ def test_margins_of_a_center_crop_are_rounded(
 
 @pytest.mark.parametrize("settings", SIZES, ids=str)
 @pytest.mark.parametrize("resample", [2, 3], ids=["bilinear", "bicubic"])
-def test_backends_agree_within_the_tolerance_of_the_docstring(resample: int, settings: dict) -> None:
+def test_backends_agree_within_the_tolerance_of_the_docstring(
+    resample: int, settings: dict
+) -> None:
     settings = {"resample": resample, "do_rescale": False, "do_normalize": False, **settings}
     noise = np.random.default_rng(0).integers(0, 256, (150, 333, 3), dtype=np.uint8)
-    for image, at_any_pixel, on_average in [*((photo, 2, 0.05) for photo in photographs()), (noise, 16, 0.5)]:
-        results = [cls(**settings)(image, return_tensors="pt").pixel_values.float() for cls in BACKENDS.values()]
+    for image, at_any_pixel, on_average in [
+        *((photo, 2, 0.05) for photo in photographs()),
+        (noise, 16, 0.5),
+    ]:
+        results = [
+            cls(**settings)(image, return_tensors="pt").pixel_values.float()
+            for cls in BACKENDS.values()
+        ]
         difference = (results[0] - results[1]).abs()
         assert difference.max() <= at_any_pixel
         assert difference.mean() <= on_average
@@ -157,7 +178,9 @@ def web_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]
     huggingface_hub.close_session()
 
 
-def test_paths_bytes_images_arrays_and_tensors_are_the_same_image(backend: type, tmp_path: Path) -> None:
+def test_paths_bytes_images_arrays_and_tensors_are_the_same_image(
+    backend: type, tmp_path: Path
+) -> None:
     image = build_gradient()
     path = tmp_path / "image.png"
     image.save(path)
@@ -185,14 +208,18 @@ def test_paths_bytes_images_arrays_and_tensors_are_the_same_image(backend: type,
     assert batch.shape == (len(sources), 3, 5, 6)
 
 
-def test_urls(backend: type, tmp_path: Path, web_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_urls(
+    backend: type, tmp_path: Path, web_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "folder").mkdir()
     for name in ("image.png", "folder/index.html"):
         (tmp_path / name).write_bytes(encode(build_gradient()))
     for address in ("image.png", "folder"):  # the server redirects folder to folder/
         found = as_hwc(get_raw_values(backend, f"{web_server}/{address}"))
         np.testing.assert_array_equal(found, np.array(build_gradient()))
-    assert f"{web_server}/missing.png" in (message := get_error(backend, f"{web_server}/missing.png"))
+    assert f"{web_server}/missing.png" in (
+        message := get_error(backend, f"{web_server}/missing.png")
+    )
     assert "404" in message
     monkeypatch.setattr(image_processing_vitcls, "DOWNLOAD_TIMEOUT", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts connections and never answers
@@ -218,7 +245,8 @@ def test_the_first_of_several_frames_is_used(backend: type, file_format: str) ->
 
 
 def test_inputs_are_not_changed(backend: type) -> None:
-    tensor, array = torch.rand(3, 8, 8), np.array(build_gradient())
+    tensor = torch.rand(3, 8, 8)
+    array = np.array(build_gradient())
     array.setflags(write=False)
     before = tensor.clone()
     backend(do_rescale=False, do_resize=False)(tensor, return_tensors="pt")
@@ -273,12 +301,17 @@ def test_transparency_is_composited_on_white(backend: type) -> None:
     np.testing.assert_array_equal(as_hwc(get_raw_values(backend, build_rgba(255))), color)
     assert (get_raw_values(backend, build_rgba(0)) == 255).all()
     expected = np.round(color * 100 / 255 + 155)
-    for source in (build_rgba(100), np.array(build_rgba(100)), torch.from_numpy(np.array(build_rgba(100)))):
+    for source in (
+        build_rgba(100),
+        np.array(build_rgba(100)),
+        torch.from_numpy(np.array(build_rgba(100))),
+    ):
         np.testing.assert_allclose(as_hwc(get_raw_values(backend, source)), expected, atol=1)
     half_gray = PIL.Image.merge("LA", [PIL.Image.new("L", (6, 4), value) for value in (50, 100)])
     for to_rgb, channels in ((True, 3), (False, 1)):
         values = get_raw_values(backend, half_gray, do_convert_rgb=to_rgb)
-        assert values.shape == (channels, 4, 6) and (values == round(50 * 100 / 255 + 155)).all()
+        assert values.shape == (channels, 4, 6)
+        assert (values == round(50 * 100 / 255 + 155)).all()
     rgba = np.array(build_rgba(100), dtype=np.float32) / 255
     np.testing.assert_allclose(as_hwc(get_raw_values(backend, rgba)) * 255, expected, atol=1)
     for one_bit in (PIL.Image.new("1", (6, 4), 1), np.ones((4, 6), dtype=bool)):
@@ -295,7 +328,9 @@ def test_other_modes_become_rgb(backend: type, mode: str) -> None:
     red = PIL.Image.new("RGB", (6, 4), (200, 0, 0)).convert(mode)
     expected = (60, 60, 60) if mode == "L" else (200, 0, 0)  # 0.299 * 200 for gray
     # A palette contains 216 web colors with steps of 51; other colors are rounded.
-    np.testing.assert_allclose(get_raw_values(backend, red)[:, 0, 0], expected, atol=26 if mode == "P" else 1)
+    np.testing.assert_allclose(
+        get_raw_values(backend, red)[:, 0, 0], expected, atol=26 if mode == "P" else 1
+    )
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I;16B", "I", "array"])
@@ -306,7 +341,9 @@ def test_sixteen_bits_are_scaled_not_clipped(backend: type, mode: str) -> None:
     elif mode == "I":
         source = PIL.Image.fromarray(values.astype(np.int32))
     else:
-        source = PIL.Image.frombytes(mode, (6, 4), values.astype(">u2" if mode == "I;16B" else "<u2").tobytes())
+        source = PIL.Image.frombytes(
+            mode, (6, 4), values.astype(">u2" if mode == "I;16B" else "<u2").tobytes()
+        )
     assert getattr(source, "mode", "array") == mode
     result = get_raw_values(backend, source)
     np.testing.assert_array_equal(result, np.stack([np.round(values / 257)] * 3))
@@ -345,17 +382,21 @@ def test_a_gray_model_gets_one_channel(backend: type) -> None:
 
 
 def test_unreadable_sources_are_named(backend: type, tmp_path: Path) -> None:
-    missing, text, truncated = (tmp_path / name for name in ("missing.png", "text.png", "truncated.jpg"))
+    missing, text, truncated = (
+        tmp_path / name for name in ("missing.png", "text.png", "truncated.jpg")
+    )
     text.write_text("not an image")
     photo = encode(PIL.Image.fromarray(photographs()[0]), "JPEG")
     truncated.write_bytes(photo[: len(photo) // 2])
     for path in (missing, text, truncated, tmp_path):
-        assert path.name in get_error(backend, path) and path.name in get_error(backend, str(path))
+        assert path.name in get_error(backend, path)
+        assert path.name in get_error(backend, str(path))
     assert truncated.name in get_error(backend, PIL.Image.open(truncated))
     for broken in (b"", b"not an image", photo[:1000]):
         assert f"{len(broken)} bytes" in get_error(backend, broken)
     for start in ("x", "data:image/png;base64,"):  # the end of a long name is kept
-        assert len(message := get_error(backend, start + "A" * 100_000 + "/cat.png")) < 1000 and "/cat.png" in message
+        assert len(message := get_error(backend, start + "A" * 100_000 + "/cat.png")) < 1000
+        assert "/cat.png" in message
 
 
 @pytest.mark.parametrize("file_format", IMAGE_FORMATS)
@@ -372,7 +413,9 @@ def test_other_formats_are_errors(
     backend: type, file_format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """PIL would start Ghostscript to decode EPS."""
-    monkeypatch.setattr(PIL.EpsImagePlugin, "Ghostscript", lambda *_args: pytest.fail("Ghostscript was started"))
+    monkeypatch.setattr(
+        PIL.EpsImagePlugin, "Ghostscript", lambda *_args: pytest.fail("Ghostscript was started")
+    )
     path = tmp_path / "image.png"
     path.write_bytes(encode(build_gradient(), file_format))
     for source in (path, path.read_bytes()):
@@ -382,7 +425,9 @@ def test_other_formats_are_errors(
 
 
 def test_pipes_sockets_and_devices_are_errors(backend: type, tmp_path: Path) -> None:
-    pipe, listening, device, link = (tmp_path / f"{name}.png" for name in ("pipe", "socket", "device", "link"))
+    pipe, listening, device, link = (
+        tmp_path / f"{name}.png" for name in ("pipe", "socket", "device", "link")
+    )
     os.mkfifo(pipe)
     device.symlink_to("/dev/zero")
     link.symlink_to(pipe)
@@ -394,14 +439,21 @@ def test_pipes_sockets_and_devices_are_errors(backend: type, tmp_path: Path) -> 
         for path in (pipe, listening, device, link, tmp_path):
             messages[path.name] = get_error(backend, path)
 
-    with socket.socket(socket.AF_UNIX) as listener, contextlib.chdir(tmp_path):  # names of sockets must be short
+    with (
+        socket.socket(socket.AF_UNIX) as listener,
+        contextlib.chdir(tmp_path),
+    ):  # names of sockets must be short
         listener.bind(listening.name)
-        thread = threading.Thread(target=process, daemon=True)  # opening a pipe blocks until a process writes to it
+        thread = threading.Thread(
+            target=process, daemon=True
+        )  # opening a pipe blocks until a process writes to it
         thread.start()
         thread.join(60)
-    assert contents == [None] and len(messages) == 5
+    assert contents == [None]
+    assert len(messages) == 5
     for name, message in messages.items():
-        assert name in message and "it is not a regular file" in message
+        assert name in message
+        assert "it is not a regular file" in message
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
@@ -449,8 +501,12 @@ UNUSABLE: list[tuple[object, dict, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("image", "settings", "named"), UNUSABLE, ids=[case[-1] for case in UNUSABLE])
-def test_unusable_images_are_errors(backend: type, image: object, settings: dict, named: str) -> None:
+@pytest.mark.parametrize(
+    ("image", "settings", "named"), UNUSABLE, ids=[case[-1] for case in UNUSABLE]
+)
+def test_unusable_images_are_errors(
+    backend: type, image: object, settings: dict, named: str
+) -> None:
     assert named in get_error(backend, image, **settings)
 
 

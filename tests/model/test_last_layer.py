@@ -17,7 +17,11 @@ from torch.nn.functional import cross_entropy
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification
 
 
-TOKENS: dict[str, Any] = {"num_cls_tokens": 2, "num_distillation_tokens": 1, "num_register_tokens": 3}
+TOKENS: dict[str, Any] = {
+    "num_cls_tokens": 2,
+    "num_distillation_tokens": 1,
+    "num_register_tokens": 3,
+}
 
 # Fields, and the number of tokens that the classifiers read; None means all.
 NUM_READ: list[tuple[dict[str, Any], int | None]] = [
@@ -30,7 +34,11 @@ NUM_READ: list[tuple[dict[str, Any], int | None]] = [
     (TOKENS | {"position_embedding_type": "rope_mixed", "qk_norm": True}, 3),
     (TOKENS | {"specialized_layers": {"norm": [0, 1], "qkv": [1]}}, 3),
     (TOKENS | {"attention_type": "differential", "layer_type": "parallel"}, 3),
-    (TOKENS | {"layer_type": "post", "layer_scale_init_value": 1.0, "register_neurons": [[0, 3]]}, 3),
+    (
+        TOKENS
+        | {"layer_type": "post", "layer_scale_init_value": 1.0, "register_neurons": [[0, 3]]},
+        3,
+    ),
     (TOKENS | {"register_neurons": [[1, 3]]}, None),
     (TOKENS | {"pooling": "cls_mean"}, None),
     (TOKENS | {"pooling": "attention"}, None),
@@ -44,15 +52,21 @@ def compute_losses_and_gradients(model: Any, **inputs: Any) -> tuple[Any, list[t
     """Return the outputs, and the gradients of a loss on both heads with respect to every parameter."""
     model.zero_grad()
     output = model(build_images(), **inputs)
-    heads = [logits for logits in (output.cls_logits, output.distillation_logits) if logits is not None]
+    heads = [
+        logits for logits in (output.cls_logits, output.distillation_logits) if logits is not None
+    ]
     torch.stack([cross_entropy(logits, torch.tensor([0, 2])) for logits in heads]).sum().backward()
     gradients = [parameter.grad for parameter in model.parameters()]
-    assert all(gradient is not None for gradient in gradients)  # DDP waits for the gradients of all parameters
+    assert all(
+        gradient is not None for gradient in gradients
+    )  # DDP waits for the gradients of all parameters
     return (output.logits, output.cls_logits, output.distillation_logits), gradients
 
 
 @pytest.mark.parametrize(("fields", "num_read"), NUM_READ, ids=str)
-def test_outputs_and_gradients_equal_those_of_all_tokens(fields: dict[str, Any], num_read: int | None) -> None:
+def test_outputs_and_gradients_equal_those_of_all_tokens(
+    fields: dict[str, Any], num_read: int | None
+) -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config(**fields)))
     assert model.config.num_head_tokens == num_read
     num_tokens = model.config.token_layout.num_prefix_tokens + 16
@@ -60,16 +74,22 @@ def test_outputs_and_gradients_equal_those_of_all_tokens(fields: dict[str, Any],
         model.set_attn_implementation(implementation)
         for mask in (None, MASK) if fields.items() >= TOKENS.items() else (None,):
             found = compute_losses_and_gradients(model, attention_mask=mask)
-            wanted = compute_losses_and_gradients(model, attention_mask=mask, compute_all_tokens=True)
+            wanted = compute_losses_and_gradients(
+                model, attention_mask=mask, compute_all_tokens=True
+            )
             assert count_computed_tokens(model, attention_mask=mask) == (num_read or num_tokens)
             assert_same_outputs(found[0], wanted[0], 1e-5)
             for one, other in zip(found[1], wanted[1], strict=True):
-                assert get_largest_difference(one, other) <= 1e-5 * max(1.0, other.abs().max().item())
+                assert get_largest_difference(one, other) <= 1e-5 * max(
+                    1.0, other.abs().max().item()
+                )
 
 
 @torch.no_grad()
 def test_several_tasks() -> None:
-    model = randomize(ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=2, tasks=TASKS)))
+    model = randomize(
+        ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=2, tasks=TASKS))
+    )
     assert count_computed_tokens(model) == 2
     found = model(build_images()).logits
     for task, expected in model(build_images(), compute_all_tokens=True).logits.items():
@@ -78,7 +98,8 @@ def test_several_tasks() -> None:
 
 def count_computed_tokens(model: Any, **inputs: Any) -> int:
     """Return the number of tokens that the last layer returns. A replaced `forward` is not a hook."""
-    layer, counts = model.vitcls.layers[-1], []
+    layer = model.vitcls.layers[-1]
+    counts = []
     forward = layer.forward
 
     def count(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -126,7 +147,9 @@ def test_gradients_of_the_first_norm_of_the_last_layer_reach_all_tokens() -> Non
     """As Grad-CAM reads them, with hooks on that norm."""
     model = randomize(ViTCLSForImageClassification(build_tiny_config(**TOKENS)))
     activations: list[torch.Tensor] = []
-    model.vitcls.layers[-1].layernorm_before.register_forward_hook(lambda *call: activations.append(call[2]))
+    model.vitcls.layers[-1].layernorm_before.register_forward_hook(
+        lambda *call: activations.append(call[2])
+    )
     logits = model(build_images()).logits
     (gradient,) = torch.autograd.grad(logits[:, 0].sum(), activations)
     assert (gradient.abs().sum(dim=(0, 2)) > 0).all()
@@ -144,7 +167,11 @@ def test_other_attention_implementations_require_all_tokens(implementation: str)
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"mlp_type": "swiglu", "mlp_norm": True, "attention_norm": True}, {"layer_type": "parallel"}],
+    [
+        {},
+        {"mlp_type": "swiglu", "mlp_norm": True, "attention_norm": True},
+        {"layer_type": "parallel"},
+    ],
     ids=str,
 )
 def test_hooks_receive_all_tokens(fields: dict[str, Any]) -> None:
@@ -154,11 +181,16 @@ def test_hooks_receive_all_tokens(fields: dict[str, Any]) -> None:
 
     def see(module: Any, inputs: Any, output: Any) -> None:
         tensors = output if isinstance(output, tuple) else (output,)
-        counts.extend(tensor.shape[1] for tensor in tensors if isinstance(tensor, torch.Tensor) and tensor.ndim >= 3)
+        counts.extend(
+            tensor.shape[1]
+            for tensor in tensors
+            if isinstance(tensor, torch.Tensor) and tensor.ndim >= 3
+        )
 
     modules = [model.vitcls, model.vitcls.layernorm, *model.vitcls.layers[-1].modules()]
     for module in modules:
         module.register_forward_hook(see)
         module.register_full_backward_hook(see)
     model(build_images()).logits.sum().backward()
-    assert set(counts) == {22} and len(counts) >= len(modules)
+    assert set(counts) == {22}
+    assert len(counts) >= len(modules)

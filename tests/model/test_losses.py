@@ -25,7 +25,9 @@ def build_classifier(**fields: Any) -> ViTCLSForImageClassification:
 
 
 def build_multi_task() -> ViTCLSForMultiTaskClassification:
-    return randomize(ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=3, tasks=TASKS)))
+    return randomize(
+        ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=3, tasks=TASKS))
+    )
 
 
 def build_masked_modeler(**fields: Any) -> ViTCLSForMaskedImageModeling:
@@ -75,8 +77,11 @@ def test_losses_equal_their_formulas_in_float32(
     before = model.config.to_dict()
     output = model(build_images(4), labels=labels)
     assert (output.logits.dtype, output.loss.dtype) == (dtype, torch.float32)
-    assert output.loss.item() == pytest.approx(formula(output.logits.float(), labels).item(), rel=1e-5)
-    assert model.config.to_dict() == before and model.config.problem_type == fields.get("problem_type")
+    assert output.loss.item() == pytest.approx(
+        formula(output.logits.float(), labels).item(), rel=1e-5
+    )
+    assert model.config.to_dict() == before
+    assert model.config.problem_type == fields.get("problem_type")
 
 
 @all_kinds
@@ -84,11 +89,14 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(
     fields: dict[str, Any], labels: torch.Tensor, formula: Any
 ) -> None:
     """As in Trainer, all labels other than -100 are counted, and the loss of each batch is divided by this number."""
-    whole, parts = build_classifier(**fields), build_classifier(**fields)
+    whole = build_classifier(**fields)
+    parts = build_classifier(**fields)
     whole(build_images(4), labels=labels).loss.backward()
     num_items = labels.ne(-100).sum()
     for part in (slice(0, 1), slice(1, 4)):
-        parts(build_images(4)[part], labels=labels[part], num_items_in_batch=num_items).loss.backward()
+        parts(
+            build_images(4)[part], labels=labels[part], num_items_in_batch=num_items
+        ).loss.backward()
     for expected, got in zip(whole.parameters(), parts.parameters(), strict=True):
         if expected.grad is not None:
             assert torch.allclose(got.grad, expected.grad, atol=1e-6, rtol=1e-4)
@@ -99,7 +107,9 @@ def test_a_batch_without_labels_has_zero_loss_and_gradient() -> None:
     loss = model(build_images(), labels=torch.tensor([-100, -100])).loss
     loss.backward()
     assert loss.item() == 0.0
-    assert not any(parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None)
+    assert not any(
+        parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None
+    )
 
 
 def test_both_heads_are_trained() -> None:
@@ -108,14 +118,19 @@ def test_both_heads_are_trained() -> None:
     for choice in ("mean", "cls", "distillation"):
         model = build_classifier(num_distillation_tokens=1, distillation_inference=choice).train()
         output = model(build_images(), labels=labels)
-        losses = [functional.cross_entropy(head, labels) for head in (output.cls_logits, output.distillation_logits)]
+        losses = [
+            functional.cross_entropy(head, labels)
+            for head in (output.cls_logits, output.distillation_logits)
+        ]
         assert output.loss.item() == pytest.approx((losses[0] + losses[1]).item() / 2, rel=1e-5)
         output.loss.backward()
         assert model.classifier.weight.grad.any()
         assert model.distillation_classifier.weight.grad.any()
         output = model.eval()(build_images(), labels=labels)
         assert choice == "mean" or torch.equal(output.logits, getattr(output, f"{choice}_logits"))
-        assert output.loss.item() == pytest.approx(functional.cross_entropy(output.logits, labels).item(), rel=1e-5)
+        assert output.loss.item() == pytest.approx(
+            functional.cross_entropy(output.logits, labels).item(), rel=1e-5
+        )
 
 
 def test_float_labels_require_a_problem_type() -> None:
@@ -140,7 +155,11 @@ def test_labels_of_a_wrong_shape_are_an_error() -> None:
 
 
 def test_task_losses_are_summed() -> None:
-    labels = {"species": torch.tensor([3, 0]), "age": torch.tensor([1, -100]), "colour": torch.tensor([2, 2])}
+    labels = {
+        "species": torch.tensor([3, 0]),
+        "age": torch.tensor([1, -100]),
+        "colour": torch.tensor([2, 2]),
+    }
     output = build_multi_task()(build_images(), labels=labels)
     assert list(output.losses) == sorted(TASKS)
     assert [logits.shape for logits in output.logits.values()] == [(2, 2), (2, 3), (2, 4)]
@@ -148,7 +167,9 @@ def test_task_losses_are_summed() -> None:
         assert loss.item() == pytest.approx(
             functional.cross_entropy(output.logits[name], labels[name]).item(), rel=1e-5
         )
-    assert output.loss.item() == pytest.approx(sum(loss.item() for loss in output.losses.values()), rel=1e-5)
+    assert output.loss.item() == pytest.approx(
+        sum(loss.item() for loss in output.losses.values()), rel=1e-5
+    )
 
 
 def test_each_task_reads_its_own_cls_token() -> None:
@@ -156,7 +177,9 @@ def test_each_task_reads_its_own_cls_token() -> None:
     tokens = model.vitcls(build_images()).tokens["cls"]
     logits = model(build_images()).logits
     assert list(logits) == sorted(TASKS)
-    for index, (name, classifier) in enumerate(zip(logits, model.classifiers.children(), strict=True)):
+    for index, (name, classifier) in enumerate(
+        zip(logits, model.classifiers.children(), strict=True)
+    ):
         torch.testing.assert_close(logits[name], classifier(tokens[:, index]), atol=1e-6, rtol=0)
 
 
@@ -188,7 +211,9 @@ def test_tasks_and_the_multi_task_class_require_each_other() -> None:
 
 
 def test_an_empty_mask_has_zero_loss() -> None:
-    loss = build_masked_modeler()(build_images(), bool_masked_pos=torch.zeros(2, 16, dtype=torch.bool)).loss
+    loss = build_masked_modeler()(
+        build_images(), bool_masked_pos=torch.zeros(2, 16, dtype=torch.bool)
+    ).loss
     assert loss.item() == 0.0
 
 
@@ -209,7 +234,9 @@ def test_pixel_losses_are_computed_in_float32(fields: dict[str, Any], dtype: tor
 def test_normalized_targets_of_a_uniform_patch_are_zero() -> None:
     """The standard deviation of a uniform patch is zero."""
     for patch_size in (8, 1):  # with a single value, the corrected variance is not defined
-        config = build_tiny_config(norm_pixel_target=True, mim_loss="l2", patch_size=patch_size, num_channels=1)
+        config = build_tiny_config(
+            norm_pixel_target=True, mim_loss="l2", patch_size=patch_size, num_channels=1
+        )
         grey = torch.full((1, 1, 32, 32), 0.7)
         mask = torch.ones(1, (32 // patch_size) ** 2, dtype=torch.bool)
         loss = compute_masked_pixel_loss(torch.zeros(1, 1, 32, 32), grey, mask, config)
@@ -220,16 +247,28 @@ def test_normalized_targets_of_a_uniform_patch_are_zero() -> None:
 
 
 def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
-    batch = {name: torch.stack([example[name] for example in examples]) for name in examples[0] if name != "tasks"}
+    batch = {
+        name: torch.stack([example[name] for example in examples])
+        for name in examples[0]
+        if name != "tasks"
+    }
     if "tasks" in examples[0]:
         del batch["labels"]
-        batch["labels"] = {name: torch.stack([example["tasks"][name] for example in examples]) for name in TASKS}
+        batch["labels"] = {
+            name: torch.stack([example["tasks"][name] for example in examples]) for name in TASKS
+        }
     return batch
 
 
 @pytest.mark.parametrize(
     "kind",
-    ["probabilities", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("ignored_int32", "tasks", "masks"))],
+    [
+        "probabilities",
+        *(
+            pytest.param(kind, marks=pytest.mark.slow)
+            for kind in ("ignored_int32", "tasks", "masks")
+        ),
+    ],
 )
 def test_trainer_accumulates_to_the_same_step(kind: str, tmp_path: Path) -> None:
     def build() -> PreTrainedModel:
@@ -270,7 +309,9 @@ def test_trainer_accumulates_to_the_same_step(kind: str, tmp_path: Path) -> None
         trained.append(model)
     start = build()
     moved = 0
-    for first, second, original in zip(*(model.parameters() for model in (*trained, start)), strict=True):
+    for first, second, original in zip(
+        *(model.parameters() for model in (*trained, start)), strict=True
+    ):
         assert torch.allclose(first, second, atol=1e-6, rtol=1e-4)
         moved += int(not torch.equal(first, original))
     assert moved > 10

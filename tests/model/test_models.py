@@ -43,10 +43,16 @@ from modeling_vitcls import (
 
 @pytest.mark.parametrize("head_hidden_size", [None, 7])
 def test_the_mlp_head(head_hidden_size: int | None) -> None:
-    config = build_tiny_config(head_type="mlp", head_hidden_size=head_hidden_size, pooling="cls_mean")
+    config = build_tiny_config(
+        head_type="mlp", head_hidden_size=head_hidden_size, pooling="cls_mean"
+    )
     model = randomize(ViTCLSForImageClassification(config))
     first, activation, second = model.classifier
-    assert (first.in_features, first.out_features, second.out_features) == (32, head_hidden_size or 16, 3)
+    assert (first.in_features, first.out_features, second.out_features) == (
+        32,
+        head_hidden_size or 16,
+        3,
+    )
     assert isinstance(activation, nn.GELU)
     pooled = model.vitcls(build_images()).pooler_output
     assert torch.equal(model(build_images()).logits, second(nn.functional.gelu(first(pooled))))
@@ -56,15 +62,29 @@ def test_the_mlp_head(head_hidden_size: int | None) -> None:
     ("fields", "num_heads", "hidden_size", "first"),
     [
         ({}, 2, 24, 3),
-        ({"attention_pool_heads": 4, "attention_pool_intermediate_size": 40, "hidden_act": "relu"}, 4, 40, 3),
+        (
+            {
+                "attention_pool_heads": 4,
+                "attention_pool_intermediate_size": 40,
+                "hidden_act": "relu",
+            },
+            4,
+            40,
+            3,
+        ),
         ({"attention_pool_tokens": "all", "attention_pool_mlp": False}, 2, None, 0),
     ],
 )
 @torch.no_grad()
-def test_attention_pooling(fields: dict[str, Any], num_heads: int, hidden_size: int | None, first: int) -> None:
+def test_attention_pooling(
+    fields: dict[str, Any], num_heads: int, hidden_size: int | None, first: int
+) -> None:
     """Compare with PyTorch's multi-head attention. `first` is the index of the first token that is pooled."""
-    model = randomize(ViTCLSModel(build_tiny_config(pooling="attention", num_register_tokens=2, **fields)))
-    output, pooler = model(build_images()), model.pooler
+    model = randomize(
+        ViTCLSModel(build_tiny_config(pooling="attention", num_register_tokens=2, **fields))
+    )
+    output = model(build_images())
+    pooler = model.pooler
     peer = nn.MultiheadAttention(16, num_heads, batch_first=True)
     for name in ("weight", "bias"):
         values = [getattr(getattr(pooler, f"{letter}_proj"), name) for letter in "qkv"]
@@ -73,7 +93,8 @@ def test_attention_pooling(fields: dict[str, Any], num_heads: int, hidden_size: 
     tokens = output.last_hidden_state[:, first:]
     expected = peer(pooler.probe.expand(2, -1, -1), tokens, tokens)[0][:, 0]
     if hidden_size is not None:
-        mlp, activation = pooler.transform, torch.relu if "hidden_act" in fields else nn.functional.gelu
+        mlp = pooler.transform
+        activation = torch.relu if "hidden_act" in fields else nn.functional.gelu
         assert mlp.fc1.out_features == hidden_size
         expected = expected + mlp.fc2(activation(mlp.fc1(mlp.layernorm(expected))))
     assert_same_outputs(output.pooler_output, expected, 1e-5)
@@ -82,9 +103,12 @@ def test_attention_pooling(fields: dict[str, Any], num_heads: int, hidden_size: 
 def test_a_norm_and_a_layer_on_the_pooled_vector() -> None:
     fields = {"pooling": "cls_mean", "pooled_norm": True, "pooled_activation": "tanh"}
     model = randomize(ViTCLSModel(build_tiny_config(**fields, layer_norm_eps=0.1)))
-    output, pooler = model(build_images()), model.pooler
+    output = model(build_images())
+    pooler = model.pooler
     pooled = torch.cat([output.tokens["cls"][:, 0], output.tokens["patches"].mean(dim=1)], dim=-1)
-    pooled = nn.functional.layer_norm(pooled, (32,), pooler.layernorm.weight, pooler.layernorm.bias, eps=0.1)
+    pooled = nn.functional.layer_norm(
+        pooled, (32,), pooler.layernorm.weight, pooler.layernorm.bias, eps=0.1
+    )
     assert_same_outputs(output.pooler_output, pooler.dense(pooled).tanh(), 1e-5)
 
 
@@ -111,15 +135,21 @@ def test_initial_weights() -> None:
         if name.endswith(("bias", "relative_position_bias.tables")):
             assert not parameter.any(), name
         elif "norm" in name or "layer_scale" in name:
-            assert torch.equal(parameter, torch.full_like(parameter, 1 if "norm" in name else 0.1)), name
+            assert torch.equal(
+                parameter, torch.full_like(parameter, 1 if "norm" in name else 0.1)
+            ), name
         else:
-            tolerance = 4 * 0.05 / (2 * parameter.numel()) ** 0.5  # standard error of the deviation of so many values
+            tolerance = (
+                4 * 0.05 / (2 * parameter.numel()) ** 0.5
+            )  # standard error of the deviation of so many values
             assert parameter.std().item() == pytest.approx(0.05, abs=tolerance), name
             seen.append(name.split(".")[-1])
     assert {"cls_token", "mask_token", "cls", "patches", "probe", "weight"} == set(seen)
 
 
-@pytest.mark.parametrize("fields", [{}, BLOCKS["layer_scale"], BLOCKS["attention_pooling"]], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{}, BLOCKS["layer_scale"], BLOCKS["attention_pooling"]], ids=str
+)
 def test_missing_weights_of_a_checkpoint_are_initialized_as_in_a_new_model(
     fields: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -158,7 +188,11 @@ def test_every_parameter_of_a_block_option_is_used(fields: dict[str, Any]) -> No
             {"num_cls_tokens": 2, "tasks": TASKS, "pooled_norm": True},
             {"labels": {"age": torch.tensor([0, 1])}},
         ),
-        (ViTCLSForMaskedImageModeling, BLOCKS["tokens"], {"bool_masked_pos": torch.zeros(2, 16, dtype=torch.bool)}),
+        (
+            ViTCLSForMaskedImageModeling,
+            BLOCKS["tokens"],
+            {"bool_masked_pos": torch.zeros(2, 16, dtype=torch.bool)},
+        ),
         (
             ViTCLSForMaskedImageModeling,
             BLOCKS["attention_pooling"],
@@ -177,22 +211,32 @@ def test_every_parameter_has_a_gradient_in_every_step(
 
 
 def test_drop_path_increases_linearly_over_the_layers(tmp_path: Path) -> None:
-    ViTCLSModel(build_tiny_config(num_hidden_layers=5, drop_path_rate=0.4)).save_pretrained(tmp_path)
+    ViTCLSModel(build_tiny_config(num_hidden_layers=5, drop_path_rate=0.4)).save_pretrained(
+        tmp_path
+    )
     layers = ViTCLSModel.from_pretrained(tmp_path).layers  # built on the meta device
     rates = [getattr(layer.drop_path, "rate", 0.0) for layer in layers]
     assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
 
 
-@pytest.mark.parametrize(("layer_type", "num_kinds"), [("standard", 4), ("post", 4), ("parallel", 2)])
+@pytest.mark.parametrize(
+    ("layer_type", "num_kinds"), [("standard", 4), ("post", 4), ("parallel", 2)]
+)
 def test_drop_path_drops_whole_branches_of_single_images(layer_type: str, num_kinds: int) -> None:
     """In training, the last layer adds to each image one of the scaled branches, both, or nothing."""
     torch.manual_seed(0)
-    model = randomize(ViTCLSModel(build_tiny_config(drop_path_rate=0.3, layer_type=layer_type))).train()
+    model = randomize(
+        ViTCLSModel(build_tiny_config(drop_path_rate=0.3, layer_type=layer_type))
+    ).train()
     states = model(build_images(1).expand(400, -1, -1, -1), output_hidden_states=True).hidden_states
-    assert_same_outputs(states[1], states[1][:1].expand_as(states[1]), 1e-6)  # the first layer drops nothing
+    assert_same_outputs(
+        states[1], states[1][:1].expand_as(states[1]), 1e-6
+    )  # the first layer drops nothing
     change = (states[2] - states[1]).flatten(1)
     kinds = change.round(decimals=3).unique(dim=0)
-    assert len(kinds) == num_kinds  # neither, attention, MLP, both; parallel branches are dropped together
+    assert (
+        len(kinds) == num_kinds
+    )  # neither, attention, MLP, both; parallel branches are dropped together
     untouched = (change.abs().amax(dim=1) < 1e-6).float().mean().item()
     assert untouched == pytest.approx(0.3 if layer_type == "parallel" else 0.3**2, abs=0.06)
     if layer_type == "standard":
@@ -203,15 +247,23 @@ def test_drop_path_drops_whole_branches_of_single_images(layer_type: str, num_ki
 
 @torch.no_grad()
 def test_post_norm_layers_scale_each_branch() -> None:
-    layer = randomize(ViTCLSModel(build_tiny_config(layer_type="post", layer_scale_init_value=1.0))).layers[0].eval()
+    layer = (
+        randomize(ViTCLSModel(build_tiny_config(layer_type="post", layer_scale_init_value=1.0)))
+        .layers[0]
+        .eval()
+    )
     layer.layer_scale2.lambda1.zero_()
     states = torch.randn(2, 17, 16)
     expected = states + layer.layer_scale1(layer.layernorm_before(layer.attention(states)[0]))
     torch.testing.assert_close(layer(states), expected)
 
 
-@pytest.mark.parametrize("fields", [{}, {"layer_type": "post"}, {"layer_type": "parallel"}], ids=str)
-def test_dropout_is_on_the_embeddings_and_on_both_branches_of_each_layer(fields: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "fields", [{}, {"layer_type": "post"}, {"layer_type": "parallel"}], ids=str
+)
+def test_dropout_is_on_the_embeddings_and_on_both_branches_of_each_layer(
+    fields: dict[str, Any],
+) -> None:
     torch.manual_seed(0)
     model = randomize(ViTCLSModel(build_tiny_config(hidden_dropout_prob=0.5, **fields))).train()
     branches: list[torch.Tensor] = []
@@ -226,7 +278,9 @@ def test_dropout_is_on_the_embeddings_and_on_both_branches_of_each_layer(fields:
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_dropout_of_attention_weights(implementation: str) -> None:
     torch.manual_seed(0)
-    model = randomize(ViTCLSModel(build_tiny_config(attention_probs_dropout_prob=0.5, num_hidden_layers=1)))
+    model = randomize(
+        ViTCLSModel(build_tiny_config(attention_probs_dropout_prob=0.5, num_hidden_layers=1))
+    )
     model.set_attn_implementation(implementation)
     attention = model.layers[0].attention
     states = build_images().view(2, -1, 16)[:, :6]
@@ -239,10 +293,15 @@ def test_dropout_of_attention_weights(implementation: str) -> None:
 
 def test_drop_path_and_dropout_are_disabled_in_evaluation() -> None:
     fields = BLOCKS["dropout"] | BLOCKS["drop_path"]
-    regularised, plain = (randomize(ViTCLSModel(build_tiny_config(**each))) for each in (fields, {}))
+    regularised, plain = (
+        randomize(ViTCLSModel(build_tiny_config(**each))) for each in (fields, {})
+    )
     assert_same_outputs(regularised(build_images()), plain(build_images()))
     regularised.train()
-    assert get_largest_difference(*(regularised(build_images()).last_hidden_state for _ in range(2))) > 0.01
+    assert (
+        get_largest_difference(*(regularised(build_images()).last_hidden_state for _ in range(2)))
+        > 0.01
+    )
 
 
 # Saving, and loading a checkpoint with another class
@@ -254,19 +313,27 @@ def test_saved_and_loaded_models_are_equal(
 ) -> None:
     model = randomize(model_class(build_tiny_config(**fields)))
     assert_same_outputs(
-        save_and_load(model, tmp_path)(build_images(), **inputs), model(build_images(), **inputs), 1e-6
+        save_and_load(model, tmp_path)(build_images(), **inputs),
+        model(build_images(), **inputs),
+        1e-6,
     )
 
 
-@pytest.mark.parametrize("saver", [ViTCLSModel, ViTCLSForImageClassification, ViTCLSForMaskedImageModeling])
+@pytest.mark.parametrize(
+    "saver", [ViTCLSModel, ViTCLSForImageClassification, ViTCLSForMaskedImageModeling]
+)
 @pytest.mark.parametrize("loader", [ViTCLSModel, ViTCLSForImageClassification, ViTCLSBackbone])
-def test_every_class_loads_the_encoder_of_every_other_class(saver: type, loader: type, tmp_path: Path) -> None:
+def test_every_class_loads_the_encoder_of_every_other_class(
+    saver: type, loader: type, tmp_path: Path
+) -> None:
     saved = randomize(saver(build_tiny_config(num_register_tokens=2)))
     saved.save_pretrained(tmp_path)
     loaded, info = loader.from_pretrained(tmp_path, output_loading_info=True)
     assert not [name for name in info["missing_keys"] if "classifier" not in name]
     encoders = [getattr(model, "vitcls", model) for model in (saved, loaded)]
-    states = [encoder(build_images(), output_hidden_states=True).hidden_states for encoder in encoders]
+    states = [
+        encoder(build_images(), output_hidden_states=True).hidden_states for encoder in encoders
+    ]
     assert_same_outputs(*states)
 
 
@@ -277,7 +344,8 @@ def test_every_class_loads_the_encoder_of_every_other_class(saver: type, loader:
 @pytest.mark.parametrize("size", [(16, 32), (24, 20)], ids=str)
 def test_masked_image_modeling(layout: dict[str, Any], size: tuple[int, int]) -> None:
     model = randomize(ViTCLSForMaskedImageModeling(build_tiny_config(**layout, patch_size=[8, 4])))
-    rows, columns = size[0] // 8, size[1] // 4
+    rows = size[0] // 8
+    columns = size[1] // 4
     mask = torch.rand(2, rows * columns) < 0.5
     output = model(build_images(2, *size), bool_masked_pos=mask)
     assert output.reconstruction.shape == (2, 3, *size)
@@ -285,27 +353,37 @@ def test_masked_image_modeling(layout: dict[str, Any], size: tuple[int, int]) ->
     differences = []
     for row in range(rows):
         for column in range(columns):
-            index, area = row * columns + column, (..., slice(8 * row, 8 * row + 8), slice(4 * column, 4 * column + 4))
+            index = row * columns + column
+            area = (..., slice(8 * row, 8 * row + 8), slice(4 * column, 4 * column + 4))
             expected = model.decoder.projection(patches[:, index]).view(2, 3, 8, 4)
             assert get_largest_difference(output.reconstruction[area], expected) <= 1e-6
-            differences.append((expected - build_images(2, *size)[area]).abs()[mask[:, index]].flatten())
+            differences.append(
+                (expected - build_images(2, *size)[area]).abs()[mask[:, index]].flatten()
+            )
     torch.testing.assert_close(output.loss, torch.cat(differences).mean())
 
 
 @each_kind
 @torch.no_grad()
-def test_masked_patches_have_no_effect(model_class: type, fields: dict[str, Any], inputs: dict[str, Any]) -> None:
+def test_masked_patches_have_no_effect(
+    model_class: type, fields: dict[str, Any], inputs: dict[str, Any]
+) -> None:
     model = randomize(model_class(build_tiny_config(**fields)))
     mask = torch.ones(2, model.config.token_layout.num_prefix_tokens + 16)
     mask[:, -1] = 0  # the patch at the bottom right
     other = build_images()
     other[:, :, 24:, 24:] += 1
-    first, second = (model(pixels, attention_mask=mask, **inputs) for pixels in (build_images(), other))
+    first, second = (
+        model(pixels, attention_mask=mask, **inputs) for pixels in (build_images(), other)
+    )
     if model_class is ViTCLSForMaskedImageModeling:
         first, second = ([*output.reconstruction.split(24, dim=2)] for output in (first, second))
         first[1], second[1] = first[1][..., :24], second[1][..., :24]
     elif model_class is ViTCLSBackbone:
-        first, second = ([maps.flatten(2)[..., :-1] for maps in output.feature_maps] for output in (first, second))
+        first, second = (
+            [maps.flatten(2)[..., :-1] for maps in output.feature_maps]
+            for output in (first, second)
+        )
     elif model_class is ViTCLSModel:
         first, second = (output.last_hidden_state[:, :-1] for output in (first, second))
     assert_same_outputs(first, second, 1e-6)
@@ -316,7 +394,9 @@ def test_masked_patches_have_no_effect(model_class: type, fields: dict[str, Any]
 
 @each_layout
 def test_feature_maps(layout: dict[str, Any]) -> None:
-    config = build_tiny_config(**layout, out_features=["stem", "stage1", "stage2"], apply_layernorm=False)
+    config = build_tiny_config(
+        **layout, out_features=["stem", "stage1", "stage2"], apply_layernorm=False
+    )
     backbone = randomize(ViTCLSBackbone(config))
     assert backbone.stage_names == ["stem", "stage1", "stage2"]
     assert backbone.channels == [16, 16, 16]
@@ -334,7 +414,9 @@ def test_feature_maps(layout: dict[str, Any]) -> None:
 
 def test_maps_of_tokens_require_a_cls_token() -> None:
     with raises_one_line("reshape_hidden_states", "num_cls_tokens"):
-        ViTCLSBackbone(build_tiny_config(reshape_hidden_states=False, num_cls_tokens=0, pooling="mean"))
+        ViTCLSBackbone(
+            build_tiny_config(reshape_hidden_states=False, num_cls_tokens=0, pooling="mean")
+        )
 
 
 # Names of timm and transformers --------------------------------------------------------------------------------------
@@ -353,24 +435,42 @@ def test_names_of_timm_and_transformers() -> None:
 
 @pytest.mark.parametrize("head_type", ["linear", "mlp"])
 def test_reset_classifier(tmp_path: Path, head_type: str) -> None:
-    config = build_tiny_config(num_distillation_tokens=1, head_type=head_type, id2label={0: "a", 1: "b", 2: "c"})
+    config = build_tiny_config(
+        num_distillation_tokens=1, head_type=head_type, id2label={0: "a", 1: "b", 2: "c"}
+    )
     model = randomize(ViTCLSForImageClassification(config)).to(torch.float64)
     encoder = {name: weight.clone() for name, weight in model.vitcls.state_dict().items()}
     old = model(build_images()).cls_logits
     model.reset_classifier(5)
     logits = model(build_images()).logits
-    assert logits.shape == (2, 5) and logits.dtype == torch.float64 and 0 < logits.std() < old.std()
+    assert logits.shape == (2, 5)
+    assert logits.dtype == torch.float64
+    assert 0 < logits.std() < old.std()
     for head in (model.classifier, model.distillation_classifier):
         biases = [parameter for name, parameter in head.named_parameters() if name.endswith("bias")]
-        assert biases and not any(bias.any() for bias in biases)
-        assert all("cpu_kernels=True" in repr(module) for module in head.modules() if isinstance(module, nn.Linear))
-    assert model.num_labels == 5 and model.config.id2label[4] == "LABEL_4" and "a" not in model.config.label2id
-    assert all(torch.equal(weight, encoder[name]) for name, weight in model.vitcls.state_dict().items())
+        assert biases
+        assert not any(bias.any() for bias in biases)
+        assert all(
+            "cpu_kernels=True" in repr(module)
+            for module in head.modules()
+            if isinstance(module, nn.Linear)
+        )
+    assert model.num_labels == 5
+    assert model.config.id2label[4] == "LABEL_4"
+    assert "a" not in model.config.label2id
+    assert all(
+        torch.equal(weight, encoder[name]) for name, weight in model.vitcls.state_dict().items()
+    )
     assert torch.equal(save_and_load(model, tmp_path)(build_images()).logits, logits)
     model.reset_classifier(3)
     assert model.config.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
     model.reset_classifier(0)
-    assert get_largest_difference(model(build_images()).logits, model.vitcls(build_images()).pooler_output) <= 1e-12
+    assert (
+        get_largest_difference(
+            model(build_images()).logits, model.vitcls(build_images()).pooler_output
+        )
+        <= 1e-12
+    )
     assert model.distillation_classifier is None
 
 
@@ -378,7 +478,9 @@ def test_reset_classifier(tmp_path: Path, head_type: str) -> None:
 
 
 @each_kind
-def test_images_of_a_wrong_shape_are_errors(model_class: type, fields: dict[str, Any], inputs: dict[str, Any]) -> None:
+def test_images_of_a_wrong_shape_are_errors(
+    model_class: type, fields: dict[str, Any], inputs: dict[str, Any]
+) -> None:
     model = model_class(build_tiny_config(**fields))
     for shape in ((2, 32, 32, 1), (2, 7, 32, 3), (2, 32, 7, 3)):
         batch, height, width, channels = shape
@@ -408,7 +510,9 @@ def test_wrong_inputs_are_errors() -> None:
 
 
 @each_kind
-def test_an_unknown_argument_is_an_error(model_class: type, fields: dict[str, Any], inputs: dict[str, Any]) -> None:
+def test_an_unknown_argument_is_an_error(
+    model_class: type, fields: dict[str, Any], inputs: dict[str, Any]
+) -> None:
     with raises_one_line("pixel_value", error=TypeError):
         model_class(build_tiny_config(**fields))(build_images(), pixel_value=build_images())
 
@@ -429,7 +533,9 @@ CHECKPOINT_ERRORS = (ValueError, OSError, RuntimeError)
 
 @pytest.mark.parametrize("load", [ViTCLSForImageClassification, AutoModelForImageClassification])
 @pytest.mark.parametrize(("damage", "words"), DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_checkpoint_is_named(damage: Callable, words: list[str], load: Any, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_named(
+    damage: Callable, words: list[str], load: Any, tmp_path: Path
+) -> None:
     ViTCLSForImageClassification(build_tiny_config()).save_pretrained(tmp_path)
     damage(tmp_path)
     with raises_one_line(str(tmp_path), *words, error=CHECKPOINT_ERRORS):

@@ -39,7 +39,9 @@ def contains_tensors_only(value: Any) -> bool:
 
 @torch.no_grad()
 @each_kind
-def test_outputs_hold_tensors_only(model_class: Any, fields: dict[str, Any], inputs: dict[str, Any]) -> None:
+def test_outputs_hold_tensors_only(
+    model_class: Any, fields: dict[str, Any], inputs: dict[str, Any]
+) -> None:
     model = randomize(model_class(build_tiny_config(**fields)))
     model.set_attn_implementation("eager")
     output = model(build_images(), **inputs, output_hidden_states=True, output_attentions=True)
@@ -51,9 +53,12 @@ def test_outputs_hold_tensors_only(model_class: Any, fields: dict[str, Any], inp
 def test_a_tuple_ends_with_the_pooler_output() -> None:
     """As in the ViT of transformers."""
     model = build_model()
-    output, values = model(build_images()), model(build_images(), return_dict=False)
-    assert isinstance(values, tuple) and len(values) == 2
-    assert torch.equal(values[0], output.last_hidden_state) and torch.equal(values[-1], output.pooler_output)
+    output = model(build_images())
+    values = model(build_images(), return_dict=False)
+    assert isinstance(values, tuple)
+    assert len(values) == 2
+    assert torch.equal(values[0], output.last_hidden_state)
+    assert torch.equal(values[-1], output.pooler_output)
 
 
 def rebuild_by_data_parallel(output: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -73,9 +78,12 @@ def test_data_parallel(monkeypatch: pytest.MonkeyPatch) -> None:
     for model_class, fields, _ in KINDS.values():
         output = randomize(model_class(build_tiny_config(**fields)))(build_images())
         gathered = rebuild_by_data_parallel(output, monkeypatch)
-        assert type(gathered) is type(output) and list(gathered) == list(output)
+        assert type(gathered) is type(output)
+        assert list(gathered) == list(output)
         flat, spec = pytree.tree_flatten(output)
-        assert_same_outputs(gathered, pytree.tree_unflatten([torch.cat([each, each]) for each in flat], spec))
+        assert_same_outputs(
+            gathered, pytree.tree_unflatten([torch.cat([each, each]) for each in flat], spec)
+        )
 
 
 @torch.no_grad()
@@ -98,5 +106,7 @@ def test_the_temperature_divides_the_logits_in_evaluation_only() -> None:
     warm = randomize(ViTCLSForImageClassification(build_tiny_config(temperature=2.0)))
     plain = randomize(ViTCLSForImageClassification(build_tiny_config()))
     for is_training, factor in ((False, 2.0), (True, 1.0)):
-        logits, expected = (each.train(is_training)(build_images()).logits for each in (warm, plain))
+        logits, expected = (
+            each.train(is_training)(build_images()).logits for each in (warm, plain)
+        )
         assert get_largest_difference(logits * factor, expected) <= 1e-6

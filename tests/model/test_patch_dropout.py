@@ -17,7 +17,11 @@ from helpers.tiny_models import (
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 
 
-TOKENS: dict[str, Any] = {"num_cls_tokens": 2, "num_distillation_tokens": 1, "num_register_tokens": 3}
+TOKENS: dict[str, Any] = {
+    "num_cls_tokens": 2,
+    "num_distillation_tokens": 1,
+    "num_register_tokens": 3,
+}
 PREFIX = 6  # register tokens among them
 MASK = torch.ones(2, PREFIX + 16, dtype=torch.long)
 MASK[1, 8:14] = 0
@@ -30,7 +34,11 @@ SOURCES: dict[str, dict[str, Any]] = {
     "scopes": {"cls_scopes": [[2, 2, 0, 1], [2, 2, 1, 0]]},
     "gates": {"gated_tokens": {"registers": 2}, "position_embedding_type": "sincos_2d"},
     "distances": {"relative_position_bias": "layer"},
-    "no special tokens": {"num_cls_tokens": 0, "num_distillation_tokens": 0, "num_register_tokens": 0}
+    "no special tokens": {
+        "num_cls_tokens": 0,
+        "num_distillation_tokens": 0,
+        "num_register_tokens": 0,
+    }
     | {"pooling": "mean", "position_embedding_type": "rope_2d"},
 }
 CASES: list[Any] = [(source, "sdpa", None) for source in SOURCES]
@@ -59,14 +67,18 @@ def test_training_equals_evaluation_on_the_kept_patches(
     source: str, implementation: str, mask: torch.Tensor | None
 ) -> None:
     """If the dropped patches are masked for all tokens, the kept tokens must have the same states."""
-    model = randomize(ViTCLSModel(build_tiny_config(**(TOKENS | SOURCES[source]), patch_drop_rate=0.4)))
+    model = randomize(
+        ViTCLSModel(build_tiny_config(**(TOKENS | SOURCES[source]), patch_drop_rate=0.4))
+    )
     prefix = model.config.token_layout.num_prefix_tokens
     mask = None if mask is None else mask[:, PREFIX - prefix :]
     # `set_attn_implementation` requires the package of flash attention
     model.config._attn_implementation = implementation
     kept = record_kept_patches(model)
     found = model.train()(build_images(), attention_mask=mask, output_hidden_states=True)
-    assert kept[0].shape == (2, 10) and kept[0].diff().min() > 0 and not kept[0][0].equal(kept[0][1])
+    assert kept[0].shape == (2, 10)
+    assert kept[0].diff().min() > 0
+    assert not kept[0][0].equal(kept[0][1])
     visible = torch.zeros(2, prefix + 16, dtype=torch.long)
     visible[:, :prefix] = 1
     visible.scatter_(1, kept[0] + prefix, 1)
@@ -75,16 +87,24 @@ def test_training_equals_evaluation_on_the_kept_patches(
     places = torch.cat([torch.arange(prefix).expand(2, -1), kept[0] + prefix], dim=1).unsqueeze(-1)
     for one, other in zip(found.hidden_states, wanted.hidden_states, strict=True):
         assert get_largest_difference(one, other.take_along_dim(places, dim=1)) <= 2e-5
-    assert len(kept) == 1 and found.tokens["patches"].shape == (2, 10, 16)
+    assert len(kept) == 1
+    assert found.tokens["patches"].shape == (2, 10, 16)
 
 
 @torch.no_grad()
 def test_evaluation_and_weights_do_not_change(tmp_path: Path) -> None:
     plain = randomize(ViTCLSForImageClassification(build_tiny_config(**TOKENS)))
-    model = randomize(ViTCLSForImageClassification(build_tiny_config(**TOKENS, patch_drop_rate=0.5)))
+    model = randomize(
+        ViTCLSForImageClassification(build_tiny_config(**TOKENS, patch_drop_rate=0.5))
+    )
     assert plain.state_dict().keys() == model.state_dict().keys()
     assert_same_outputs(model(build_images()), plain(build_images()))
-    assert get_largest_difference(model.train()(build_images()).logits, plain.train()(build_images()).logits) > 1e-3
+    assert (
+        get_largest_difference(
+            model.train()(build_images()).logits, plain.train()(build_images()).logits
+        )
+        > 1e-3
+    )
     again = save_and_load(model, tmp_path)
     assert again.config.patch_drop_rate == 0.5
     assert_same_outputs(again(build_images()), plain.eval()(build_images()))
@@ -96,13 +116,17 @@ def test_gradient_checkpointing_uses_the_same_patches(reentrant: bool) -> None:
     gradients = []
     for checkpointing in (False, True):
         fields = TOKENS | {"position_embedding_type": "rope_2d", "relative_position_bias": "layer"}
-        model = randomize(ViTCLSForImageClassification(build_tiny_config(**fields, patch_drop_rate=0.5))).train()
+        model = randomize(
+            ViTCLSForImageClassification(build_tiny_config(**fields, patch_drop_rate=0.5))
+        ).train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         torch.manual_seed(0)
         model(build_images(), labels=torch.tensor([0, 2])).loss.backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
-        assert all(gradient is not None for gradient in gradients[-1])  # DDP waits for the gradients of all parameters
+        assert all(
+            gradient is not None for gradient in gradients[-1]
+        )  # DDP waits for the gradients of all parameters
     assert_same_outputs(*gradients, 1e-6)
 
 
@@ -114,7 +138,8 @@ def test_kept_patches_are_random_and_reproducible() -> None:
         torch.manual_seed(seed)
         model.patch_dropout(torch.zeros(4, 17, 16), None, None)
         counts += torch.bincount(kept[-1].flatten(), minlength=16)
-    assert counts.min() > 150 and counts.max() < 250  # expected 200, with a standard deviation of 10
+    assert counts.min() > 150
+    assert counts.max() < 250  # expected 200, with a standard deviation of 10
     torch.manual_seed(99)
     model(build_images(4))
     assert kept[-1].equal(kept[-2])

@@ -46,7 +46,9 @@ def test_the_head_reads_the_concatenated_poolings_of_the_normalized_layers(
     encoded = model.vitcls(build_images(), output_hidden_states=True)
     pool = ViTCLSModel(build_tiny_config(**fields)).pooler
     assert pool is not None
-    expected = torch.cat([pool(model.vitcls.layernorm(encoded.hidden_states[layer])) for layer in layers], dim=-1)
+    expected = torch.cat(
+        [pool(model.vitcls.layernorm(encoded.hidden_states[layer])) for layer in layers], dim=-1
+    )
     assert encoded.pooler_output.shape == (2, model.config.pooled_size)
     assert get_largest_difference(encoded.pooler_output, expected) <= 1e-6
     assert get_largest_difference(model(build_images()).logits, model.classifier(expected)) <= 1e-5
@@ -56,7 +58,9 @@ def test_the_head_reads_the_concatenated_poolings_of_the_normalized_layers(
 def test_fewer_tokens_of_the_last_layer_do_not_change_the_logits() -> None:
     model = build_classifier(pooled_layers=[-2, -1], num_register_tokens=2)
     fewer = model(build_images()).logits
-    assert get_largest_difference(fewer, model(build_images(), compute_all_tokens=True).logits) <= 1e-5
+    assert (
+        get_largest_difference(fewer, model(build_images(), compute_all_tokens=True).logits) <= 1e-5
+    )
 
 
 @torch.no_grad()
@@ -67,11 +71,15 @@ def test_the_last_layer_alone_is_the_default() -> None:
 
 @torch.no_grad()
 def test_each_task_reads_its_cls_token_of_every_layer() -> None:
-    config = build_tiny_config(num_hidden_layers=4, num_cls_tokens=2, tasks=TASKS, pooled_layers=[2, -1])
+    config = build_tiny_config(
+        num_hidden_layers=4, num_cls_tokens=2, tasks=TASKS, pooled_layers=[2, -1]
+    )
     model = randomize(ViTCLSForMultiTaskClassification(config))
     outputs = model(build_images(), output_hidden_states=True)
     tokens = [model.vitcls.layernorm(outputs.hidden_states[layer]) for layer in (2, 4)]
-    for index, (task, head) in enumerate(zip(["age", "species"], model.classifiers.values(), strict=True)):
+    for index, (task, head) in enumerate(
+        zip(["age", "species"], model.classifiers.values(), strict=True)
+    ):
         expected = head(torch.cat([states[:, index] for states in tokens], dim=-1))
         assert get_largest_difference(outputs.logits[task], expected) <= 1e-5
 
@@ -108,7 +116,10 @@ def test_adapting_keeps_the_classifier(tmp_path: Path) -> None:
     adapted = model.adapt(num_register_tokens=2, gate_new_tokens=True)
     loaded = save_and_load(model, tmp_path, num_register_tokens=2, gate_new_tokens=True)
     for other in (adapted, loaded):
-        assert get_largest_difference(other(build_images()).logits, model(build_images()).logits) <= 1e-4
+        assert (
+            get_largest_difference(other(build_images()).logits, model(build_images()).logits)
+            <= 1e-4
+        )
 
 
 def test_a_configuration_without_the_field_is_saved_without_it() -> None:
@@ -119,7 +130,10 @@ def test_a_configuration_without_the_field_is_saved_without_it() -> None:
 def test_compiled_models_read_the_same_layers() -> None:
     model = build_classifier(pooled_layers=[-3, -1], pooling="cls_mean")
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    assert get_largest_difference(compiled(build_images()).logits, model(build_images()).logits) <= 1e-5
+    assert (
+        get_largest_difference(compiled(build_images()).logits, model(build_images()).logits)
+        <= 1e-5
+    )
 
 
 @torch.no_grad()
@@ -128,5 +142,8 @@ def test_tokens_of_unpooled_layers_are_not_kept(pooling: str) -> None:
     model = build_classifier(pooled_layers=[-3, -1], pooling=pooling)
     outputs = model.vitcls(build_images())
     num_tokens = 1 if pooling == "cls" else 17
-    assert {layer: tokens.shape[1] for layer, tokens in outputs.pooled_tokens.items()} == {2: num_tokens, 4: 17}
+    assert {layer: tokens.shape[1] for layer, tokens in outputs.pooled_tokens.items()} == {
+        2: num_tokens,
+        4: 17,
+    }
     assert outputs.hidden_states is None

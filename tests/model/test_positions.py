@@ -4,7 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny_models import LAYOUTS, POSITIONS, build_images, build_tiny_config, get_largest_difference, randomize
+from helpers.tiny_models import (
+    LAYOUTS,
+    POSITIONS,
+    build_images,
+    build_tiny_config,
+    get_largest_difference,
+    randomize,
+)
 from timm.layers.pos_embed_sincos import init_random_2d_freqs
 from torch import nn
 
@@ -18,7 +25,9 @@ from modeling_vitcls import ViTCLSModel
 @pytest.mark.parametrize("size", [(8, 8), (37, 45)], ids=str)
 def test_any_size_at_run_time(kind: str, size: tuple[int, int]) -> None:
     """Pixels beyond the last whole patch are ignored."""
-    model = randomize(ViTCLSModel(build_tiny_config(position_embedding_type=kind, num_register_tokens=2)))
+    model = randomize(
+        ViTCLSModel(build_tiny_config(position_embedding_type=kind, num_register_tokens=2))
+    )
     patches = (size[0] // 8) * (size[1] // 8)
     pixels = build_images(2, *size)
     output = model(pixels).last_hidden_state
@@ -30,14 +39,20 @@ def test_any_size_at_run_time(kind: str, size: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize(
     ("tokens", "groups"),
-    [("patches", ["patches"]), ("cls", ["cls", "patches"]), ("all", ["cls", "distillation", "registers", "patches"])],
+    [
+        ("patches", ["patches"]),
+        ("cls", ["cls", "patches"]),
+        ("all", ["cls", "distillation", "registers", "patches"]),
+    ],
 )
 def test_which_tokens_have_learned_positions(tokens: str, groups: list[str]) -> None:
     layout = LAYOUTS["several_of_each"]
     model = randomize(ViTCLSModel(build_tiny_config(**layout, position_embedding_tokens=tokens)))
     positions = dict(model.embeddings.position_embeddings.named_parameters())
     assert list(positions) == groups
-    without_cls = ViTCLSModel(build_tiny_config(num_cls_tokens=0, pooling="mean", position_embedding_tokens=tokens))
+    without_cls = ViTCLSModel(
+        build_tiny_config(num_cls_tokens=0, pooling="mean", position_embedding_tokens=tokens)
+    )
     assert list(dict(without_cls.embeddings.position_embeddings.named_parameters())) == ["patches"]
     counts = {"cls": 2, "distillation": 2, "registers": 3, "patches": 16}
     assert {name: parameter.shape for name, parameter in positions.items()} == {
@@ -53,8 +68,12 @@ def test_which_tokens_have_learned_positions(tokens: str, groups: list[str]) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("fields", [{"position_interpolation": "bilinear"}, {"position_antialias": True}, {}], ids=str)
-def test_learned_positions_are_resampled_as_configured(fields: dict[str, Any], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    "fields", [{"position_interpolation": "bilinear"}, {"position_antialias": True}, {}], ids=str
+)
+def test_learned_positions_are_resampled_as_configured(
+    fields: dict[str, Any], dtype: torch.dtype
+) -> None:
     model = randomize(ViTCLSModel(build_tiny_config(image_size=[32, 48], **fields))).to(dtype)
     pixels = build_images(1, 16, 72).to(dtype)
     table = model.embeddings.position_embeddings.patches
@@ -64,7 +83,9 @@ def test_learned_positions_are_resampled_as_configured(fields: dict[str, Any], d
         mode=fields.get("position_interpolation", "bicubic"),
         antialias=fields.get("position_antialias", False),
     )
-    expected = model.embeddings.patch_embeddings(pixels) + resampled.to(dtype).flatten(2).transpose(1, 2)
+    expected = model.embeddings.patch_embeddings(pixels) + resampled.to(dtype).flatten(2).transpose(
+        1, 2
+    )
     limit = 1e-5 if dtype == torch.float32 else 0
     assert get_largest_difference(model.embeddings(pixels, (2, 9))[:, 1:], expected) <= limit
 
@@ -73,7 +94,9 @@ def test_learned_positions_are_resampled_as_configured(fields: dict[str, Any], d
 
 
 def test_initial_frequencies_of_mixed_rotary_positions_equal_those_of_timm() -> None:
-    config = build_tiny_config(position_embedding_type="rope_mixed", rope_theta=10.0, num_hidden_layers=3)
+    config = build_tiny_config(
+        position_embedding_type="rope_mixed", rope_theta=10.0, num_hidden_layers=3
+    )
     positions = ViTCLSModel(config).rotary_positions
     torch.manual_seed(0)
     expected = init_random_2d_freqs(head_dim=8, depth=3, num_heads=2, temperature=10.0)

@@ -81,18 +81,24 @@ def valid_fields(draw: st.DrawFn) -> dict[str, Any]:
     def chance(probability: float = 0.5) -> bool:
         return draw(st.floats(0, 1)) < probability
 
-    rows, columns = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    rows = draw(st.integers(1, 3))
+    columns = draw(st.integers(1, 3))
     patch = draw(st.integers(1, 4)), draw(st.integers(1, 4))
     positions = one_of("learned", "sincos_2d", "rope_2d", "none")
     heads = draw(st.integers(1, 3))
     num_layers = draw(st.integers(1, 3))
-    counts = {f"num_{kind}_tokens": draw(st.integers(0, 3)) for kind in ("cls", "distillation", "register")}
+    counts = {
+        f"num_{kind}_tokens": draw(st.integers(0, 3))
+        for kind in ("cls", "distillation", "register")
+    }
     fields: dict[str, Any] = {
         **counts,
         "image_size": draw(pairs(rows * patch[0], columns * patch[1])),
         "patch_size": draw(pairs(*patch)),
         "num_channels": draw(st.integers(1, 4)),
-        "hidden_size": heads * (4 if positions in ("rope_2d", "sincos_2d") else 1) * draw(st.integers(1, 4)),
+        "hidden_size": heads
+        * (4 if positions in ("rope_2d", "sincos_2d") else 1)
+        * draw(st.integers(1, 4)),
         "num_attention_heads": heads,
         "num_hidden_layers": num_layers,
         "intermediate_size": draw(st.integers(1, 9)),
@@ -104,7 +110,9 @@ def valid_fields(draw: st.DrawFn) -> dict[str, Any]:
         "position_embedding_tokens": one_of("patches", "cls", "all"),
         "position_interpolation": one_of("bicubic", "bilinear"),
         "rope_theta": one_of(1, 100.0, 1e4),
-        "pooling": one_of("mean", "max", "attention", *(["cls", "cls_mean"] if counts["num_cls_tokens"] else [])),
+        "pooling": one_of(
+            "mean", "max", "attention", *(["cls", "cls_mean"] if counts["num_cls_tokens"] else [])
+        ),
         "cls_pooling": one_of("first", "mean", "concat"),
         "head_type": one_of("linear", "mlp"),
         "head_hidden_size": one_of(None, 1, 5),
@@ -116,14 +124,29 @@ def valid_fields(draw: st.DrawFn) -> dict[str, Any]:
         "num_labels": draw(st.integers(0, 3)),
         "out_indices": one_of(None, [0], [num_layers], [0, num_layers]),
     }
-    for name in ("use_mask_token", "qk_norm", "pre_norm", "qkv_bias", "projection_bias", "mlp_bias", "patch_bias"):
+    for name in (
+        "use_mask_token",
+        "qk_norm",
+        "pre_norm",
+        "qkv_bias",
+        "projection_bias",
+        "mlp_bias",
+        "patch_bias",
+    ):
         fields[name] = chance()
-    for name in ("position_antialias", "norm_pixel_target", "apply_layernorm", "reshape_hidden_states"):
+    for name in (
+        "position_antialias",
+        "norm_pixel_target",
+        "apply_layernorm",
+        "reshape_hidden_states",
+    ):
         fields[name] = chance()
     for name in ("query_bias", "key_bias", "value_bias"):
         fields[name] = one_of(None, True, False)
     if counts["num_cls_tokens"] and chance():
-        fields["cls_scopes"] = [draw(cls_scopes((rows, columns))) for _ in range(counts["num_cls_tokens"])]
+        fields["cls_scopes"] = [
+            draw(cls_scopes((rows, columns))) for _ in range(counts["num_cls_tokens"])
+        ]
     if counts["num_distillation_tokens"]:
         fields["distillation_head"] = one_of(None, True, False)
     choices = ["mean", "cls"]
@@ -131,9 +154,13 @@ def valid_fields(draw: st.DrawFn) -> dict[str, Any]:
         choices.append("distillation")
     fields["distillation_inference"] = one_of(*choices)
     # Several tokens of one kind that are initialized with zeros require positions, because they would stay equal.
-    fields["token_init"] = one_of("trunc_normal", "near_zero", *(["zeros"] if max(counts.values()) < 2 else []))
+    fields["token_init"] = one_of(
+        "trunc_normal", "near_zero", *(["zeros"] if max(counts.values()) < 2 else [])
+    )
     if fields["pooling"] == "cls" and chance():
-        names = NAMES[: counts["num_cls_tokens"]] if chance() else NAMES[-counts["num_cls_tokens"] :]
+        names = (
+            NAMES[: counts["num_cls_tokens"]] if chance() else NAMES[-counts["num_cls_tokens"] :]
+        )
         if "cls_scopes" in fields:  # in the alphabetical order of the tasks
             names = sorted(names)
         fields["tasks"] = {name: one_of(1, 3, ["only"], ["yes", "no"]) for name in names}
@@ -174,14 +201,20 @@ def run_training_step(model: ViTCLSPreTrainedModel) -> None:
 
 @pytest.mark.slow
 @given(
-    fields=valid_fields(), model_class=st.sampled_from(CLASSES), more=st.tuples(st.integers(0, 9), st.integers(0, 9))
+    fields=valid_fields(),
+    model_class=st.sampled_from(CLASSES),
+    more=st.tuples(st.integers(0, 9), st.integers(0, 9)),
 )
 def test_valid_configurations_train_and_can_be_saved(
     fields: dict[str, Any], model_class: type[ViTCLSPreTrainedModel], more: tuple[int, int]
 ) -> None:
     config = ViTCLSConfig(**fields)
     # Without a CLS token, this combination is an error; tests/model/test_models.py checks the message.
-    assume(model_class is not ViTCLSBackbone or config.reshape_hidden_states or config.num_cls_tokens > 0)
+    assume(
+        model_class is not ViTCLSBackbone
+        or config.reshape_hidden_states
+        or config.num_cls_tokens > 0
+    )
     if model_class is ViTCLSForImageClassification:
         model_class = get_classifier_class(config)
     torch.manual_seed(0)
@@ -196,7 +229,12 @@ def test_valid_configurations_train_and_can_be_saved(
         assert torch.equal(loaded.state_dict()[name], weight), name
     # Native size and a larger one. Values may differ in the last bits: kernels depend on memory alignment.
     native_height, native_width = config.image_height_width
-    for height, width in ((native_height, native_width), (native_height + more[0], native_width + more[1])):
+    for height, width in (
+        (native_height, native_width),
+        (native_height + more[0], native_width + more[1]),
+    ):
         inputs = build_inputs(model, height, width)
-        for before, after in zip(list_tensors(model(**inputs)), list_tensors(loaded(**inputs)), strict=True):
+        for before, after in zip(
+            list_tensors(model(**inputs)), list_tensors(loaded(**inputs)), strict=True
+        ):
             torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)

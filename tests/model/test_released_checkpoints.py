@@ -102,10 +102,14 @@ def test_released_folders_are_small_and_contain_only_the_checkpoint(folder: Path
         ({"attention_type": "differential"}, ".lambda_full", ".second_share"),
     ],
 )
-def test_former_parameter_names(fields: dict[str, Any], new_name: str, old_name: str, tmp_path: Path) -> None:
+def test_former_parameter_names(
+    fields: dict[str, Any], new_name: str, old_name: str, tmp_path: Path
+) -> None:
     """They are renamed at load, and saved with the current names."""
     model = randomize(vitcls.ViTCLSForImageClassification(build_tiny_config(**fields)))
-    former = {name.replace(new_name, old_name): weight for name, weight in model.state_dict().items()}
+    former = {
+        name.replace(new_name, old_name): weight for name, weight in model.state_dict().items()
+    }
     assert former.keys() != model.state_dict().keys()
     model.save_pretrained(tmp_path / "former")
     save_file(former, tmp_path / "former" / "model.safetensors", metadata={"format": "pt"})
@@ -115,11 +119,13 @@ def test_former_parameter_names(fields: dict[str, Any], new_name: str, old_name:
         assert_same_weights(loaded.base_model, model.base_model)
         loaded.save_pretrained(tmp_path / "current")
         names = load_file(tmp_path / "current" / "model.safetensors")
-        assert any(new_name in name for name in names) and not any(old_name in name for name in names)
+        assert any(new_name in name for name in names)
+        assert not any(old_name in name for name in names)
 
 
 def assert_same_weights(model: Any, expected: Any) -> None:
     """Check that two models have the same parameters."""
-    weights, expected_weights = model.state_dict(), expected.state_dict()
+    weights = model.state_dict()
+    expected_weights = expected.state_dict()
     assert weights.keys() == expected_weights.keys()
     assert all(torch.equal(weights[name], weight) for name, weight in expected_weights.items())

@@ -24,19 +24,26 @@ from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 # Gradient checkpointing and precision
 
 
-@pytest.mark.parametrize("fields", [{}, BLOCKS["scopes"], BLOCKS["rope"] | BLOCKS["drop_path"]], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{}, BLOCKS["scopes"], BLOCKS["rope"] | BLOCKS["drop_path"]], ids=str
+)
 def test_gradient_checkpointing_changes_no_gradient(fields: dict[str, Any]) -> None:
-    gradients, calls = [], []
+    gradients = []
+    calls = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
         model = randomize(ViTCLSForImageClassification(build_tiny_config(**fields))).train()
         if checkpointing:
             model.gradient_checkpointing_enable()
         counted: list[int] = []
-        model.vitcls.layers[1].attention.register_forward_pre_hook(lambda *_, counted=counted: counted.append(1))
+        model.vitcls.layers[1].attention.register_forward_pre_hook(
+            lambda *_, counted=counted: counted.append(1)
+        )
         torch.manual_seed(1)
         model(build_images(), labels=torch.tensor([0, 2])).loss.backward()
-        gradients.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+        gradients.append(
+            [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        )
         calls.append(len(counted))
     assert calls == [1, 2]  # computed again for the backward pass
     assert_same_outputs(*gradients, 1e-6)
@@ -44,7 +51,9 @@ def test_gradient_checkpointing_changes_no_gradient(fields: dict[str, Any]) -> N
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @each_kind
-def test_half_precision(model_class: type, fields: dict[str, Any], inputs: dict[str, Any], dtype: torch.dtype) -> None:
+def test_half_precision(
+    model_class: type, fields: dict[str, Any], inputs: dict[str, Any], dtype: torch.dtype
+) -> None:
     """Images may be float32; positions are resampled in float32 for other image sizes."""
     model = model_class(build_tiny_config(**fields)).eval()
     expected = model(build_images(), **inputs)
@@ -56,12 +65,16 @@ def test_half_precision(model_class: type, fields: dict[str, Any], inputs: dict[
     for got, exact in zip(list_tensors(output), list_tensors(expected), strict=True):
         assert get_largest_difference(got.float(), exact) < 0.1
     for kind in POSITIONS:
-        other = model_class(build_tiny_config(**fields, position_embedding_type=kind)).eval().to(dtype)
+        other = (
+            model_class(build_tiny_config(**fields, position_embedding_type=kind)).eval().to(dtype)
+        )
         assert all(value.isfinite().all() for value in list_tensors(other(build_images(2, 24, 56))))
 
 
 @each_kind
-def test_automatic_mixed_precision(model_class: type, fields: dict[str, Any], inputs: dict[str, Any]) -> None:
+def test_automatic_mixed_precision(
+    model_class: type, fields: dict[str, Any], inputs: dict[str, Any]
+) -> None:
     """Weights stay in float32, as in mixed-precision training."""
     fields = {"position_embedding_type": "learned_rope_mixed", "num_register_tokens": 2, **fields}
     model = randomize(model_class(build_tiny_config(**fields)))
@@ -71,9 +84,13 @@ def test_automatic_mixed_precision(model_class: type, fields: dict[str, Any], in
         with torch.autocast("cpu", torch.bfloat16):
             output = model(build_images(), **inputs)
         for got, exact in zip(list_tensors(output), list_tensors(expected), strict=True):
-            assert get_largest_difference(got.float(), exact) < 0.1 * exact.abs().max().clamp(min=1.0)
+            assert get_largest_difference(got.float(), exact) < 0.1 * exact.abs().max().clamp(
+                min=1.0
+            )
         sum(value.float().sum() for value in list_tensors(output)).backward()
-        assert all(weight.grad.isfinite().all() for weight in model.parameters() if weight.grad is not None)
+        assert all(
+            weight.grad.isfinite().all() for weight in model.parameters() if weight.grad is not None
+        )
 
 
 # Attention implementations
@@ -84,7 +101,9 @@ MASKED[1, 10:14] = 0
 
 @pytest.mark.parametrize("mask", [None, MASKED], ids=["unmasked", "masked"])
 @pytest.mark.parametrize(
-    "fields", [{}, {"cls_scopes": ["image", [2, 2, 0, 1]]}, BLOCKS["rope"] | BLOCKS["qk_norm"]], ids=str
+    "fields",
+    [{}, {"cls_scopes": ["image", [2, 2, 0, 1]]}, BLOCKS["rope"] | BLOCKS["qk_norm"]],
+    ids=str,
 )
 def test_attention_implementations_agree(fields: dict[str, Any], mask: torch.Tensor | None) -> None:
     """Flex attention is not compiled here, which is mathematically equal."""
@@ -135,7 +154,13 @@ def test_options_compile_into_one_graph_with_gradients(name: str) -> None:
     for run in (model, compiled):
         model.zero_grad()
         run(build_images(), labels=torch.tensor([0, 2])).loss.backward()
-        gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
+        gradients.append(
+            [
+                parameter.grad.clone()
+                for parameter in model.parameters()
+                if parameter.grad is not None
+            ]
+        )
     assert_same_outputs(*gradients, 1e-6)
 
 
@@ -144,25 +169,33 @@ def test_options_compile_into_one_graph_with_gradients(name: str) -> None:
 @pytest.mark.parametrize("kind", POSITIONS)
 def test_compiled_code_agrees(kind: str) -> None:
     model = randomize(
-        ViTCLSForImageClassification(build_tiny_config(**BLOCKS["scopes"], position_embedding_type=kind))
+        ViTCLSForImageClassification(
+            build_tiny_config(**BLOCKS["scopes"], position_embedding_type=kind)
+        )
     )
     compiled = torch.compile(model, fullgraph=True)
     for size in ((32, 32), (24, 56)):
         assert_same_outputs(compiled(build_images(2, *size)), model(build_images(2, *size)), 1e-5)
 
 
-@pytest.mark.parametrize("name", ["bare", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_TO_TRACE)])
+@pytest.mark.parametrize(
+    "name", ["bare", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_TO_TRACE)]
+)
 def test_export_with_any_number_of_images(name: str) -> None:
     assert sorted(block for blocks in TOGETHER.values() for block in blocks) == sorted(BLOCKS)
     model = randomize(ViTCLSForImageClassification(build_tiny_config(**merge_blocks(name))))
     batch = torch.export.Dim("batch", min=1, max=1024)
     program = torch.export.export(model, (build_images(3),), dynamic_shapes=({0: batch},))
     for number in (1, 2, 7):
-        assert_same_outputs(program.module()(build_images(number)), model(build_images(number)), 1e-6)
+        assert_same_outputs(
+            program.module()(build_images(number)), model(build_images(number)), 1e-6
+        )
 
 
 @each_kind
-def test_export_of_each_class(model_class: type, fields: dict[str, Any], inputs: dict[str, Any]) -> None:
+def test_export_of_each_class(
+    model_class: type, fields: dict[str, Any], inputs: dict[str, Any]
+) -> None:
     model = randomize(model_class(build_tiny_config(**fields)))
     batch = torch.export.Dim("batch", min=1, max=1024)
     program = torch.export.export(model, (build_images(3),), dynamic_shapes=({0: batch},))

@@ -28,9 +28,18 @@ MODELS: dict[str, dict[str, Any]] = {
     "cls": {},
     "all tokens": {"num_cls_tokens": 2, "num_distillation_tokens": 1, "num_register_tokens": 4},
     "registers only": {"num_cls_tokens": 0, "num_register_tokens": 2, "pooling": "mean"},
-    "rotary": {"num_register_tokens": 2, "position_embedding_type": "rope_mixed", "qk_norm": True, "key_bias": False},
+    "rotary": {
+        "num_register_tokens": 2,
+        "position_embedding_type": "rope_mixed",
+        "qk_norm": True,
+        "key_bias": False,
+    },
     "post-norm": {"layer_type": "post", "norm_type": "rmsnorm", "cls_scopes": [[2, 2, 0, 1]]},
-    "parallel": {"layer_type": "parallel", "attention_type": "differential", "num_register_tokens": 1},
+    "parallel": {
+        "layer_type": "parallel",
+        "attention_type": "differential",
+        "num_register_tokens": 1,
+    },
 }
 
 
@@ -40,14 +49,18 @@ def test_copied_weights_change_no_bit(fields: dict[str, Any], tmp_path: Path) ->
     model = randomize(ViTCLSForImageClassification(build_tiny_config(**fields)))
     model.save_pretrained(tmp_path)
     adapted = model.adapt(specialized_layers=SPECIALIZED)
-    loaded = AutoModelForImageClassification.from_pretrained(tmp_path, specialized_layers=SPECIALIZED)
+    loaded = AutoModelForImageClassification.from_pretrained(
+        tmp_path, specialized_layers=SPECIALIZED
+    )
     assert adapted.config.specialized_layers == loaded.config.specialized_layers == SPECIALIZED
     assert_same_outputs(loaded.state_dict(), adapted.state_dict())
     models = (model, adapted, adapted.adapt(specialized_layers={"norm": [1], "qkv": [0, 1]}))
     for dtype in (torch.float32, torch.bfloat16):
         for size in ((32, 32), (24, 56)):
             images = build_images(3, *size)
-            expected, *found = (each.to(dtype)(images, output_hidden_states=True) for each in models)
+            expected, *found = (
+                each.to(dtype)(images, output_hidden_states=True) for each in models
+            )
             for outputs in found:
                 assert_same_outputs(outputs, expected)  # a difference of exactly 0
 
@@ -56,25 +69,32 @@ def test_copied_weights_change_no_bit(fields: dict[str, Any], tmp_path: Path) ->
 def test_special_tokens_and_patches_use_their_own_weights() -> None:
     """Compare with the formula of a layer, written out for the two kinds of tokens."""
     fields = {"num_distillation_tokens": 1, "num_register_tokens": 2, "layer_norm_eps": 0.1}
-    model = randomize(ViTCLSModel(build_tiny_config(**fields, specialized_layers={"norm": [0], "qkv": [0]})))
+    model = randomize(
+        ViTCLSModel(build_tiny_config(**fields, specialized_layers={"norm": [0], "qkv": [0]}))
+    )
     weights = model.state_dict()
 
     def apply(function: Any, states: torch.Tensor, name: str, *arguments: Any) -> torch.Tensor:
         parts = zip(states.tensor_split([4], dim=1), ("special_tokens", "patches"), strict=True)
         outputs = []
         for tokens, part in parts:
-            weight, bias = (weights[f"layers.0.{name}.{part}.{kind}"] for kind in ("weight", "bias"))
+            weight, bias = (
+                weights[f"layers.0.{name}.{part}.{kind}"] for kind in ("weight", "bias")
+            )
             outputs.append(function(tokens, *arguments, weight, bias))
         return torch.cat(outputs, dim=1)
 
     def norm(states: torch.Tensor, name: str) -> torch.Tensor:
-        return apply(lambda tokens, *values: layer_norm(tokens, (16,), *values, eps=0.1), states, name)
+        return apply(
+            lambda tokens, *values: layer_norm(tokens, (16,), *values, eps=0.1), states, name
+        )
 
     layer = model.layers[0]
     states, expected = model(build_images(), output_hidden_states=True).hidden_states[:2]
     normalized = norm(states, "layernorm_before")
     query, key, value = (
-        apply(linear, normalized, f"attention.{name}_proj").unflatten(-1, (2, 8)).transpose(1, 2) for name in "qkv"
+        apply(linear, normalized, f"attention.{name}_proj").unflatten(-1, (2, 8)).transpose(1, 2)
+        for name in "qkv"
     )
     mixed = (query @ key.mT / 8**0.5).softmax(dim=-1) @ value
     states = states + layer.attention.o_proj(mixed.transpose(1, 2).flatten(2))
@@ -90,23 +110,33 @@ def test_both_sets_of_weights_learn_from_their_own_tokens() -> None:
         module.zero_grad()
         module(states)[:, tokens].sum().backward()
         for name, child in module.named_children():
-            expected = states[:, tokens].sum(dim=(0, 1)).expand(16, -1) if name == part else torch.zeros(16, 16)
+            expected = (
+                states[:, tokens].sum(dim=(0, 1)).expand(16, -1)
+                if name == part
+                else torch.zeros(16, 16)
+            )
             assert get_largest_difference(child.weight.grad, expected) <= 1e-5
 
 
 @torch.no_grad()
 def test_saving_and_removing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    model = randomize(ViTCLSForImageClassification(build_tiny_config(specialized_layers=SPECIALIZED)))
+    model = randomize(
+        ViTCLSForImageClassification(build_tiny_config(specialized_layers=SPECIALIZED))
+    )
     assert_same_outputs(save_and_load(model, tmp_path)(build_images()), model(build_images()))
     caplog.clear()
     shared = model.adapt(specialized_layers=None)
     assert torch.equal(
-        shared.vitcls.layers[1].attention.q_proj.weight, model.vitcls.layers[1].attention.q_proj.patches.weight
+        shared.vitcls.layers[1].attention.q_proj.weight,
+        model.vitcls.layers[1].attention.q_proj.patches.weight,
     )
     lines = get_logged_lines(caplog)
-    assert all(".special_tokens." in line for line in lines[:-1]) and lines[-1].startswith("specialized_layers: ")
+    assert all(".special_tokens." in line for line in lines[:-1])
+    assert lines[-1].startswith("specialized_layers: ")
 
 
 def test_frozen_weights_stay_frozen() -> None:
     model = ViTCLSForImageClassification(build_tiny_config()).requires_grad_(False)
-    assert not any(weight.requires_grad for weight in model.adapt(specialized_layers=SPECIALIZED).parameters())
+    assert not any(
+        weight.requires_grad for weight in model.adapt(specialized_layers=SPECIALIZED).parameters()
+    )

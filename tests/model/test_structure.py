@@ -16,7 +16,9 @@ from modeling_vitcls import ViTCLSForImageClassification
 
 SHIPPED_FILES = sorted((Path(modeling_vitcls.__file__).parent / "model").glob("*_vitcls.py"))
 KERNEL_FILE = "cpu_kernels_vitcls.py"
-PRIVATE_NAME = re.compile(r"\btorch(\.\w+)*\._[a-zA-Z]|from torch(\.\w+)* import _|from torch(\.\w+)*\._\w+ import")
+PRIVATE_NAME = re.compile(
+    r"\btorch(\.\w+)*\._[a-zA-Z]|from torch(\.\w+)* import _|from torch(\.\w+)*\._\w+ import"
+)
 
 MAX_FILES = 12
 MAX_EXECUTED_FILES = 5
@@ -26,7 +28,9 @@ def test_number_of_shipped_files() -> None:
     assert len(SHIPPED_FILES) <= MAX_FILES, [file.name for file in SHIPPED_FILES]
 
 
-def test_a_forward_pass_executes_at_most_5_files_and_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forward_pass_executes_at_most_5_files_and_no_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Inference and a training step of the default classifier, without CPU kernels."""
     monkeypatch.setenv("VITCLS_CPU_KERNELS", "0")
     model = ViTCLSForImageClassification(build_tiny_config())
@@ -51,9 +55,15 @@ def test_private_names_of_pytorch_are_in_one_guarded_block() -> None:
     for file in SHIPPED_FILES:
         text = file.read_text()
         blocks = [node for node in ast.parse(text).body if isinstance(node, ast.Try)]
-        guarded = [range(block.lineno, block.end_lineno or 0) for block in blocks if file.name == KERNEL_FILE]
+        guarded = [
+            range(block.lineno, block.end_lineno or 0)
+            for block in blocks
+            if file.name == KERNEL_FILE
+        ]
         for number, line in enumerate(text.splitlines(), start=1):
             if PRIVATE_NAME.search(line):
                 found.append(line)
-                assert any(number in lines for lines in guarded), f"{file.name}, line {number}: {line}"
+                assert any(number in lines for lines in guarded), (
+                    f"{file.name}, line {number}: {line}"
+                )
     assert len(found) >= 3  # the search finds them

@@ -19,7 +19,11 @@ from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 from modeling_vitcls.model.token_attention_vitcls import record_attention
 
 
-TOKENS: dict[str, Any] = {"num_cls_tokens": 2, "num_distillation_tokens": 1, "num_register_tokens": 3}
+TOKENS: dict[str, Any] = {
+    "num_cls_tokens": 2,
+    "num_distillation_tokens": 1,
+    "num_register_tokens": 3,
+}
 NUM_SPECIAL, NUM_PATCHES, NUM_LAYERS = 6, 16, 2
 
 # Fields that change attention scores or masks.
@@ -31,7 +35,10 @@ ATTENTIONS: dict[str, dict[str, Any]] = {
     "mixed rotary": {"position_embedding_type": "rope_mixed"},
     "normalised queries": {"qk_norm": True},
     "relative positions": {"relative_position_bias": "layer"},
-    "shared relative positions": {"relative_position_bias": "shared", "gated_tokens": {"registers": 1}},
+    "shared relative positions": {
+        "relative_position_bias": "shared",
+        "gated_tokens": {"registers": 1},
+    },
     "differential": {"attention_type": "differential"},
     "parallel": {"layer_type": "parallel"},
     "specialized": {"specialized_layers": {"norm": [0], "qkv": [0, 1]}},
@@ -67,10 +74,15 @@ def test_every_layout_equals_eager_attention(layout: dict[str, Any], implementat
 @torch.no_grad()
 @pytest.mark.parametrize("mask", [None, MASK], ids=["unmasked", "masked"])
 @pytest.mark.parametrize("fields", ATTENTIONS.values(), ids=ATTENTIONS)
-def test_every_attention_equals_eager_attention(fields: dict[str, Any], mask: torch.Tensor | None) -> None:
+def test_every_attention_equals_eager_attention(
+    fields: dict[str, Any], mask: torch.Tensor | None
+) -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config(**TOKENS | fields)))
     rows = model.token_attention(build_images(), attention_mask=mask)
-    assert get_largest_difference(rows, get_eager_rows(model, build_images(), attention_mask=mask)) <= 1e-5
+    assert (
+        get_largest_difference(rows, get_eager_rows(model, build_images(), attention_mask=mask))
+        <= 1e-5
+    )
     assert get_largest_difference(rows.sum(-1), torch.ones(rows.shape[:-1])) <= 1e-5
 
 
@@ -80,12 +92,17 @@ def test_scopes_of_flex_attention(mask: torch.Tensor | None) -> None:
     model = randomize(ViTCLSModel(build_tiny_config(**TOKENS | ATTENTIONS["scopes"])))
     model.set_attn_implementation("flex_attention")
     rows = model.token_attention(build_images(), attention_mask=mask)
-    assert get_largest_difference(rows, get_eager_rows(model, build_images(), attention_mask=mask)) <= 1e-5
+    assert (
+        get_largest_difference(rows, get_eager_rows(model, build_images(), attention_mask=mask))
+        <= 1e-5
+    )
 
 
 @torch.no_grad()
 @pytest.mark.usefixtures("flash_attention")
-@pytest.mark.parametrize("fields", [{}, {"position_embedding_type": "rope_2d"}], ids=["learned", "rotary"])
+@pytest.mark.parametrize(
+    "fields", [{}, {"position_embedding_type": "rope_2d"}], ids=["learned", "rotary"]
+)
 def test_padding_masks_of_flash_attention(fields: dict[str, Any]) -> None:
     """The model and its token attention mask the same tokens as eager attention."""
     model = randomize(ViTCLSModel(build_tiny_config(**TOKENS | fields)))
@@ -102,9 +119,16 @@ def test_padding_masks_of_flash_attention(fields: dict[str, Any]) -> None:
 
 @torch.no_grad()
 @each_kind
-def test_every_class_has_it(model_class: type, fields: dict[str, Any], inputs: dict[str, Any]) -> None:
+def test_every_class_has_it(
+    model_class: type, fields: dict[str, Any], inputs: dict[str, Any]
+) -> None:
     model = randomize(model_class(build_tiny_config(**fields)))
-    assert get_largest_difference(model.token_attention(build_images()), get_eager_rows(model, build_images())) <= 1e-5
+    assert (
+        get_largest_difference(
+            model.token_attention(build_images()), get_eager_rows(model, build_images())
+        )
+        <= 1e-5
+    )
 
 
 @torch.no_grad()
@@ -117,9 +141,13 @@ def test_groups_and_layers_can_be_selected() -> None:
         ("registers", "cls"): [0, 1, 3, 4, 5],  # in the order of the sequence
         (): [],
     }.items():
-        assert torch.equal(model.token_attention(build_images(), tokens=tokens), everything[:, :, :, places])
+        assert torch.equal(
+            model.token_attention(build_images(), tokens=tokens), everything[:, :, :, places]
+        )
     for layers, indices in {(1,): [1], (-1,): [2], (-3,): [0], (2, 0, 2): [2, 0, 2]}.items():
-        assert torch.equal(model.token_attention(build_images(), layers=list(layers)), everything[:, indices])
+        assert torch.equal(
+            model.token_attention(build_images(), layers=list(layers)), everything[:, indices]
+        )
 
 
 def test_unknown_groups_and_layers_are_errors() -> None:
@@ -137,7 +165,10 @@ def test_unknown_groups_and_layers_are_errors() -> None:
 def test_recorders_are_restored() -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config()))
     recorded: list[int] = []
-    with torch.no_grad(), record_attention(model.vitcls, [0, 1], lambda layer, *_: recorded.append(layer)):
+    with (
+        torch.no_grad(),
+        record_attention(model.vitcls, [0, 1], lambda layer, *_: recorded.append(layer)),
+    ):
         model.token_attention(build_images(), layers=[0])
         model(build_images())
     assert recorded == [1, 0, 1]  # the recorder of the outer context is back after the inner one
@@ -159,4 +190,6 @@ def test_half_precision() -> None:
     model = randomize(ViTCLSModel(build_tiny_config(**TOKENS))).bfloat16()
     rows = model.token_attention(build_images())
     assert rows.dtype == torch.bfloat16
-    assert get_largest_difference(rows.float(), get_eager_rows(model, build_images()).float()) <= 0.02
+    assert (
+        get_largest_difference(rows.float(), get_eager_rows(model, build_images()).float()) <= 0.02
+    )

@@ -16,10 +16,19 @@ from helpers.tiny_models import (
     randomize,
 )
 
-from modeling_vitcls import TokenLayout, ViTCLSForImageClassification, ViTCLSForMaskedImageModeling, ViTCLSModel
+from modeling_vitcls import (
+    TokenLayout,
+    ViTCLSForImageClassification,
+    ViTCLSForMaskedImageModeling,
+    ViTCLSModel,
+)
 
 
-PARAMETERS = {"cls": "cls_token", "distillation": "distillation_token", "registers": "register_tokens"}
+PARAMETERS = {
+    "cls": "cls_token",
+    "distillation": "distillation_token",
+    "registers": "register_tokens",
+}
 
 
 # Layout
@@ -27,8 +36,14 @@ PARAMETERS = {"cls": "cls_token", "distillation": "distillation_token", "registe
 
 def test_the_layout_is_cls_distillation_registers_patches() -> None:
     layout = TokenLayout.from_counts(num_cls=2, num_distillation=1, num_registers=4)
-    groups = {"cls": slice(0, 2), "distillation": slice(2, 3), "registers": slice(3, 7), "patches": slice(7, None)}
-    assert list(layout.items()) == list(groups.items()) and layout.num_prefix_tokens == 7
+    groups = {
+        "cls": slice(0, 2),
+        "distillation": slice(2, 3),
+        "registers": slice(3, 7),
+        "patches": slice(7, None),
+    }
+    assert list(layout.items()) == list(groups.items())
+    assert layout.num_prefix_tokens == 7
 
 
 @each_layout
@@ -56,7 +71,9 @@ def test_embeddings_follow_the_layout(layout: dict[str, Any]) -> None:
 @pytest.mark.parametrize(("token_init", "std"), [("trunc_normal", 0.02), ("near_zero", 1e-6)])
 def test_random_token_inits_have_their_standard_deviation(token_init: str, std: float) -> None:
     counts = {"num_cls_tokens": 40, "num_distillation_tokens": 40, "num_register_tokens": 40}
-    embeddings = ViTCLSModel(build_tiny_config(**counts, token_init=token_init, hidden_size=64)).embeddings
+    embeddings = ViTCLSModel(
+        build_tiny_config(**counts, token_init=token_init, hidden_size=64)
+    ).embeddings
     for parameter in PARAMETERS.values():
         tokens = getattr(embeddings, parameter)
         assert tokens.std().item() == pytest.approx(std, rel=0.1)
@@ -65,10 +82,16 @@ def test_random_token_inits_have_their_standard_deviation(token_init: str, std: 
 
 @pytest.mark.parametrize(
     ("layout", "token_init"),
-    [(LAYOUTS["several_of_each"], "trunc_normal"), (LAYOUTS["several_of_each"], "near_zero"), ({}, "zeros")],
+    [
+        (LAYOUTS["several_of_each"], "trunc_normal"),
+        (LAYOUTS["several_of_each"], "near_zero"),
+        ({}, "zeros"),
+    ],
     ids=str,
 )
-def test_every_special_token_gets_gradient_and_moves(layout: dict[str, Any], token_init: str) -> None:
+def test_every_special_token_gets_gradient_and_moves(
+    layout: dict[str, Any], token_init: str
+) -> None:
     torch.manual_seed(0)
     model = ViTCLSForImageClassification(build_tiny_config(**layout, token_init=token_init)).train()
     tokens = {name: getattr(model.vitcls.embeddings, name) for name in PARAMETERS.values()}
@@ -83,7 +106,9 @@ def test_every_special_token_gets_gradient_and_moves(layout: dict[str, Any], tok
         optimizer.step()
     for name, token in tokens.items():
         assert ((token.detach() - starts[name]).norm(dim=-1) > 1e-4).all(), f"did not move: {name}"
-    masked = ViTCLSForMaskedImageModeling(build_tiny_config(**layout, token_init=token_init)).train()
+    masked = ViTCLSForMaskedImageModeling(
+        build_tiny_config(**layout, token_init=token_init)
+    ).train()
     masked(build_images(), bool_masked_pos=torch.arange(32).view(2, 16) % 3 == 0).loss.backward()
     assert masked.vitcls.embeddings.mask_token.grad.any()
 
@@ -99,7 +124,10 @@ def _mean_of_patches(tokens: dict[str, torch.Tensor]) -> torch.Tensor:
 POOLED: dict[str, tuple[dict[str, Any], Callable[[dict[str, torch.Tensor]], torch.Tensor]]] = {
     "cls": ({}, lambda tokens: tokens["cls"][:, 0]),
     "first": ({"num_cls_tokens": 3}, lambda tokens: tokens["cls"][:, 0]),
-    "mean_of_cls": ({"num_cls_tokens": 3, "cls_pooling": "mean"}, lambda tokens: sum(tokens["cls"].unbind(1)) / 3),
+    "mean_of_cls": (
+        {"num_cls_tokens": 3, "cls_pooling": "mean"},
+        lambda tokens: sum(tokens["cls"].unbind(1)) / 3,
+    ),
     "selected_cls": (
         {"num_cls_tokens": 3, "cls_pooling": "concat", "pooled_cls_tokens": [2, 0]},
         lambda tokens: torch.cat([tokens["cls"][:, 2], tokens["cls"][:, 0]], dim=-1),
@@ -117,7 +145,8 @@ POOLED: dict[str, tuple[dict[str, Any], Callable[[dict[str, torch.Tensor]], torc
 def test_both_heads_read_only_their_tokens(fields: dict[str, Any], expected: Callable) -> None:
     config = build_tiny_config(**fields, num_register_tokens=2, num_distillation_tokens=2)
     model = randomize(ViTCLSForImageClassification(config))
-    encoded, output = model.vitcls(build_images()), model(build_images())
+    encoded = model.vitcls(build_images())
+    output = model(build_images())
     assert encoded.pooler_output.shape == (2, config.pooled_size)
     assert get_largest_difference(encoded.pooler_output, expected(encoded.tokens)) < 1e-6
     assert get_largest_difference(output.cls_logits, model.classifier(encoded.pooler_output)) < 1e-6
@@ -182,7 +211,9 @@ def test_scopes_are_applied_with_an_attention_mask() -> None:
 def test_scopes_with_a_4d_mask_are_an_error() -> None:
     """In other models, a 4D mask is used without changes. Here, this would disable the scopes."""
     with raises_one_line("cls_scopes does not support a 4-dimensional attention_mask"):
-        _build_scoped_model()(build_images(1), attention_mask=torch.ones(1, 1, 24, 24, dtype=torch.bool))
+        _build_scoped_model()(
+            build_images(1), attention_mask=torch.ones(1, 1, 24, 24, dtype=torch.bool)
+        )
 
 
 def test_a_4d_mask_is_used_without_changes() -> None:
@@ -190,7 +221,9 @@ def test_a_4d_mask_is_used_without_changes() -> None:
     mask = torch.ones(2, 17, dtype=torch.long)
     mask[:, -1] = 0
     full_mask = mask.bool()[:, None, None].expand(2, 1, 17, 17)
-    outputs = [model(build_images(), attention_mask=each).last_hidden_state for each in (mask, full_mask)]
+    outputs = [
+        model(build_images(), attention_mask=each).last_hidden_state for each in (mask, full_mask)
+    ]
     assert_same_outputs(*outputs, 1e-6)
     assert get_largest_difference(outputs[0], model(build_images()).last_hidden_state) > 1e-3
 

@@ -79,7 +79,9 @@ def compute_source_maps(source: nn.Module, case: Case, pixels: torch.Tensor) -> 
     outputs = get_encoder(source)(**build_inputs(case, pixels), output_attentions=True)
     if "ids_restore" not in outputs:
         return list(outputs.attentions)
-    indices = torch.cat([torch.zeros(len(pixels), 1, dtype=torch.long), outputs.ids_restore + 1], dim=1)  # [B, N]
+    indices = torch.cat(
+        [torch.zeros(len(pixels), 1, dtype=torch.long), outputs.ids_restore + 1], dim=1
+    )  # [B, N]
     image = torch.arange(len(pixels))[:, None, None]
     return [
         maps.transpose(0, 1)[:, image, indices[:, :, None], indices[:, None, :]].transpose(0, 1)
@@ -95,5 +97,6 @@ def test_of_timm(name: str) -> None:
     size = timm_cases.pixels(model, timm_cases.RECTANGLE)
     model.set_input_size(img_size=size)
     check_maps(
-        convert_from_timm(model), torch.randn(2, model.in_chans, *size, generator=torch.Generator().manual_seed(0))
+        convert_from_timm(model),
+        torch.randn(2, model.in_chans, *size, generator=torch.Generator().manual_seed(0)),
     )

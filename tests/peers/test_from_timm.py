@@ -13,7 +13,11 @@ import pytest
 import timm
 import torch
 from timm.layers import Attention, GluMlp, LayerNorm, RmsNorm, SwiGLU
-from timm.models.vision_transformer import DiffParallelScalingBlock, ParallelScalingBlock, ParallelThingsBlock
+from timm.models.vision_transformer import (
+    DiffParallelScalingBlock,
+    ParallelScalingBlock,
+    ParallelThingsBlock,
+)
 from torch import nn
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
@@ -28,7 +32,8 @@ pytestmark = pytest.mark.integration
 
 TOLERANCE = 1e-5
 MODULES = ("vision_transformer", "deit", "eva")
-NATIVE, RECTANGLE = (4, 4), (3, 6)  # in patches
+NATIVE = (4, 4)
+RECTANGLE = (3, 6)  # in patches
 TINY = {"embed_dim": 96, "num_heads": 4, "depth": 2, "num_classes": 7}
 
 # One name for each set of switches among timm's architectures.
@@ -53,29 +58,60 @@ REPRESENTATIVES = [
     "vit_7b_patch16_dinov3",
     "vit_base_patch16_sapiens2",
 ]
-SMALL_HEADS = type("Attention", (Attention,), {"__init__": partialmethod(Attention.__init__, attn_head_dim=6)})
+SMALL_HEADS = type(
+    "Attention", (Attention,), {"__init__": partialmethod(Attention.__init__, attn_head_dim=6)}
+)
 
 # What no name has, but a user may ask `timm.create_model` for.
 OWN_ARGUMENTS: dict[str, tuple[str, dict[str, Any]]] = {
     "oblong": ("vit_tiny_patch16_224", {"patch_size": (8, 16), "in_chans": 1}),
     "no biases": ("vit_tiny_patch16_224", {"qkv_bias": False, "proj_bias": False}),
-    "CLS token, included": ("vit_tiny_patch16_224", {"global_pool": "token", "pool_include_prefix": True}),
+    "CLS token, included": (
+        "vit_tiny_patch16_224",
+        {"global_pool": "token", "pool_include_prefix": True},
+    ),
     "every norm": (
         "vit_tiny_patch16_224",
-        {"qk_norm": True, "scale_attn_norm": True, "scale_mlp_norm": True, "fc_norm": True, "norm_layer": RmsNorm},
+        {
+            "qk_norm": True,
+            "scale_attn_norm": True,
+            "scale_mlp_norm": True,
+            "fc_norm": True,
+            "norm_layer": RmsNorm,
+        },
     ),
-    "maximum": ("vit_tiny_patch16_224", {"global_pool": "max", "reg_tokens": 2, "act_layer": "relu"}),
+    "maximum": (
+        "vit_tiny_patch16_224",
+        {"global_pool": "max", "reg_tokens": 2, "act_layer": "relu"},
+    ),
     "attention pool, then norm": ("vit_tiny_patch16_224", {"global_pool": "map", "fc_norm": True}),
-    "parallel, with biases": ("vit_tiny_patch16_224", {"block_fn": ParallelScalingBlock, "init_values": 0.1}),
-    "parallel differential, normed": ("vit_tiny_patch16_224", {"block_fn": DiffParallelScalingBlock, "qk_norm": True}),
+    "parallel, with biases": (
+        "vit_tiny_patch16_224",
+        {"block_fn": ParallelScalingBlock, "init_values": 0.1},
+    ),
+    "parallel differential, normed": (
+        "vit_tiny_patch16_224",
+        {"block_fn": DiffParallelScalingBlock, "qk_norm": True},
+    ),
     "heads of another size": ("vit_tiny_patch16_224", {"attn_layer": SMALL_HEADS}),
     "tanh GELU": ("vit_tiny_patch16_224", {"act_layer": partial(nn.GELU, approximate="tanh")}),
-    "gate last": ("vit_tiny_patch16_224", {"mlp_layer": GluMlp, "act_layer": "silu", "scale_mlp_norm": True}),
+    "gate last": (
+        "vit_tiny_patch16_224",
+        {"mlp_layer": GluMlp, "act_layer": "silu", "scale_mlp_norm": True},
+    ),
     "branches without biases": (
         "vit_tiny_patch16_224",
-        {"block_fn": ParallelThingsBlock, "norm_layer": RmsNorm, "qkv_bias": False, "proj_bias": False},
+        {
+            "block_fn": ParallelThingsBlock,
+            "norm_layer": RmsNorm,
+            "qkv_bias": False,
+            "proj_bias": False,
+        },
     ),
-    "scaled branches": ("vit_tiny_patch16_224", {"block_fn": ParallelThingsBlock, "init_values": 0.1}),
+    "scaled branches": (
+        "vit_tiny_patch16_224",
+        {"block_fn": ParallelThingsBlock, "init_values": 0.1},
+    ),
     "DINOv3, neighbouring channels": (
         "vit_small_patch16_dinov3",
         {"rope_rotate_half": False, "rope_grid_indexing": "xy"},
@@ -83,7 +119,12 @@ OWN_ARGUMENTS: dict[str, tuple[str, dict[str, Any]]] = {
     "EVA, non-square reference grid": ("eva02_tiny_patch14_224", {"ref_feat_shape": (6, 12)}),
     "Sapiens, neighbouring channels": (
         "vit_base_patch16_sapiens2",
-        {"rope_rotate_half": False, "num_kv_heads": (2, 1), "global_pool": "avg", "use_fc_norm": True},
+        {
+            "rope_rotate_half": False,
+            "num_kv_heads": (2, 1),
+            "global_pool": "avg",
+            "use_fc_norm": True,
+        },
     ),
     "EVA, attention pool": (
         "eva02_tiny_patch14_224",
@@ -100,15 +141,24 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
         "vit_tiny_patch16_224",
         {"global_pool": "avg", "pool_include_prefix": True},
     ),
-    "dynamic_img_pad": ("vit_tiny_patch16_224", {"dynamic_img_size": True, "dynamic_img_pad": True}),
+    "dynamic_img_pad": (
+        "vit_tiny_patch16_224",
+        {"dynamic_img_size": True, "dynamic_img_pad": True},
+    ),
     "norms with different types or eps values": (
         "vit_tiny_patch16_224",
         {"embed_norm_layer": LayerNorm, "norm_layer": RmsNorm},
     ),
     "norms inside parallel": ("vit_small_patch16_18x2_224", {"scale_attn_norm": True}),
     "differential branches": ("vit_small_patch16_18x2_224", {"attn_layer": "diff"}),
-    "different activations in attention pooling and blocks": ("vit_pe_core_tiny_patch16_384", {"swiglu_mlp": False}),
-    "registers together with a distillation token": ("deit_tiny_distilled_patch16_224", {"reg_tokens": 2}),
+    "different activations in attention pooling and blocks": (
+        "vit_pe_core_tiny_patch16_384",
+        {"swiglu_mlp": False},
+    ),
+    "registers together with a distillation token": (
+        "deit_tiny_distilled_patch16_224",
+        {"reg_tokens": 2},
+    ),
     "multiple of 4": ("vit_small_patch16_dinov3", {"embed_dim": 24}),
 }
 
@@ -130,7 +180,10 @@ def all_names() -> list[str]:
 def peer(name: str, **arguments: Any) -> nn.Module:
     """Build a timm model with two blocks and random values, for images of `NATIVE` patches."""
     if "sapiens2" in name:  # by default one value per block of the full depth
-        arguments = {"num_kv_heads": (arguments["num_heads"], arguments["num_heads"] // 2), **arguments}
+        arguments = {
+            "num_kv_heads": (arguments["num_heads"], arguments["num_heads"] // 2),
+            **arguments,
+        }
     model = timm.create_model(name, **{"depth": 2, "num_classes": 7, **arguments})
     model.set_input_size(img_size=pixels(model, NATIVE))
     randomize_weights(model)
@@ -144,7 +197,8 @@ def build_narrow_peer(name: str) -> nn.Module:
     """Build a `peer` with the head size of the architecture, and at most six heads."""
     original = timm.create_model(name, device="meta")
     heads = next(module.num_heads for module in original.modules() if hasattr(module, "num_heads"))
-    head_dim, heads = original.embed_dim // heads, min(heads, 6)
+    head_dim = original.embed_dim // heads
+    heads = min(heads, 6)
     return peer(name, embed_dim=heads * head_dim, num_heads=heads)
 
 
@@ -205,7 +259,11 @@ def change_rotation(**settings: Any) -> Callable[[Any], None]:
 
 # Name of an architecture, a change of the model, and a part of the error message.
 CHANGES: dict[str, tuple[str, Callable[[Any], Any], str]] = {
-    "block": ("vit_tiny_patch16_224", lambda model: use_another_class(model.blocks[0]), "blocks of class Another"),
+    "block": (
+        "vit_tiny_patch16_224",
+        lambda model: use_another_class(model.blocks[0]),
+        "blocks of class Another",
+    ),
     "attention": (
         "vit_tiny_patch16_224",
         lambda model: use_another_class(model.blocks[0].attn),
@@ -216,11 +274,27 @@ CHANGES: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         lambda model: model.blocks[0].mlp.fc1.register_parameter("bias", None),
         "fc1.bias",
     ),
-    "pixels": ("eva02_tiny_patch14_224", change_rotation(in_pixels=True), "rotary positions in pixels"),
-    "grid": ("eva02_tiny_patch14_224", change_rotation(grid_type="offset"), "rotary positions in pixels"),
-    "coordinates": ("vit_small_patch16_dinov3", change_rotation(normalize_coords="max"), "normalize_coords='max'"),
+    "pixels": (
+        "eva02_tiny_patch14_224",
+        change_rotation(in_pixels=True),
+        "rotary positions in pixels",
+    ),
+    "grid": (
+        "eva02_tiny_patch14_224",
+        change_rotation(grid_type="offset"),
+        "rotary positions in pixels",
+    ),
+    "coordinates": (
+        "vit_small_patch16_dinov3",
+        change_rotation(normalize_coords="max"),
+        "normalize_coords='max'",
+    ),
     "offset": ("vit_small_patch16_dinov3", change_rotation(grid_offset=0.5), "with an offset"),
-    "periods": ("vit_small_patch16_dinov3", change_rotation(min_period=1.0, max_period=9.0), "min_period and max"),
+    "periods": (
+        "vit_small_patch16_dinov3",
+        change_rotation(min_period=1.0, max_period=9.0),
+        "min_period and max",
+    ),
     "query norm": (
         "vit_base_patch16_siglip_224",
         lambda model: setattr(model.attn_pool, "q_norm", LayerNorm(24)),
@@ -230,7 +304,9 @@ CHANGES: dict[str, tuple[str, Callable[[Any], Any], str]] = {
 
 
 @pytest.mark.parametrize(("name", "change", "message"), CHANGES.values(), ids=CHANGES)
-def test_changed_modules_raise_an_error(name: str, change: Callable[[Any], Any], message: str) -> None:
+def test_changed_modules_raise_an_error(
+    name: str, change: Callable[[Any], Any], message: str
+) -> None:
     model = peer(name, **TINY)
     convert_from_timm(model)
     change(model)
@@ -263,21 +339,32 @@ def test_fields_without_effect_on_outputs() -> None:
     ):
         config = convert_from_timm(peer(name, **TINY, **arguments, **rates)).config
         assert config.layer_scale_init_value == scale, name
-        assert (config.attention_probs_dropout_prob, config.drop_path_rate) == (0.1, pytest.approx(0.2)), name
-    model = timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=0, patch_size=8, img_size=(36, 47))
+        assert (config.attention_probs_dropout_prob, config.drop_path_rate) == (
+            0.1,
+            pytest.approx(0.2),
+        ), name
+    model = timm.create_model(
+        "vit_tiny_patch16_224", depth=1, num_classes=0, patch_size=8, img_size=(36, 47)
+    )
     assert convert_from_timm(model).config.image_height_width == (32, 40)
 
 
 def test_without_a_classifier() -> None:
     """`num_classes=0` gives a base model, which pools as timm's does."""
-    for name in ("vit_base_patch16_reg4_gap_256", "vit_base_patch16_siglip_224", "vit_pe_core_tiny_patch16_384"):
+    for name in (
+        "vit_base_patch16_reg4_gap_256",
+        "vit_base_patch16_siglip_224",
+        "vit_pe_core_tiny_patch16_384",
+    ):
         model = peer(name, **TINY | {"num_classes": 0})
         ours = convert_from_timm(model)
         images = torch.randn(2, 3, *pixels(model, NATIVE))
         with torch.no_grad():
             assert type(ours) is ViTCLSModel
             assert (ours(images).pooler_output - model(images)).abs().max() <= TOLERANCE
-    two_outputs = convert_from_timm(peer("deit_tiny_distilled_patch16_224", **TINY | {"num_classes": 0}))
+    two_outputs = convert_from_timm(
+        peer("deit_tiny_distilled_patch16_224", **TINY | {"num_classes": 0})
+    )
     assert two_outputs.pooler is None
     for name, pooling in (("vit_tiny_patch16_224", "cls"), ("vit_base_patch16_siglip_224", "mean")):
         unpooled = convert_from_timm(peer(name, **TINY | {"num_classes": 0, "global_pool": ""}))
@@ -289,8 +376,10 @@ def test_dtype_labels_and_the_source_are_kept() -> None:
     model.pretrained_cfg["label_names"] = list("abcdefg")
     before = copy.deepcopy(model.state_dict())
     ours = convert_from_timm(model)
-    assert ours.dtype == torch.bfloat16 and not ours.training
-    assert ours.config.id2label[1] == "b" and ours.config.label2id["g"] == 6
+    assert ours.dtype == torch.bfloat16
+    assert not ours.training
+    assert ours.config.id2label[1] == "b"
+    assert ours.config.label2id["g"] == 6
     for other in ("abc", "abcdefgh"):  # of another number of classes
         model.pretrained_cfg["label_names"] = list(other)
         assert convert_from_timm(model).config.num_labels == 7
@@ -306,7 +395,9 @@ def test_dtype_labels_and_the_source_are_kept() -> None:
 def test_every_architecture() -> None:
     """No architecture of timm differs after conversion, and at least 215 can be converted."""
     names = all_names()
-    exact, refused, wrong = [], [], {}
+    exact = []
+    refused = []
+    wrong = {}
     for name in names:
         model = build_narrow_peer(name)
         try:
@@ -314,7 +405,9 @@ def test_every_architecture() -> None:
         except ConversionError:
             refused.append(name)
             continue
-        uninstall_cpu_kernels(ours)  # their rounding grows with the values; tests/model/test_cpu_kernels.py
+        uninstall_cpu_kernels(
+            ours
+        )  # their rounding grows with the values; tests/model/test_cpu_kernels.py
         difference = largest_difference(model, ours)
         if difference <= TOLERANCE:
             exact.append(name)

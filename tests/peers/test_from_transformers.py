@@ -15,14 +15,27 @@ from modeling_vitcls.conversion.from_transformers import CONVERTIBLE_CLASSES
 from modeling_vitcls.conversion.parity_report import compare_models
 from modeling_vitcls.conversion.source_models import TransformersSource
 from modeling_vitcls.conversion.weight_rules import ConversionError
-from peers.transformers_cases import CASES, PLAIN, RADIO, RATIO, Case, compute_outputs, compute_source_outputs, images
+from peers.transformers_cases import (
+    CASES,
+    PLAIN,
+    RADIO,
+    RATIO,
+    Case,
+    compute_outputs,
+    compute_source_outputs,
+    images,
+)
 
 
 pytestmark = pytest.mark.integration
 
 
 LIMIT = 1e-5  # DESIGN.md, accuracy of equivalence
-SIZES = [pytest.param(name, size, id=f"{name}-{size[0]}x{size[1]}") for name, c in CASES.items() for size in c.sizes]
+SIZES = [
+    pytest.param(name, size, id=f"{name}-{size[0]}x{size[1]}")
+    for name, c in CASES.items()
+    for size in c.sizes
+]
 
 
 def assert_same(outputs: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
@@ -44,7 +57,10 @@ def test_same_numbers(name: str, size: tuple[int, int]) -> None:
     ("name", "outputs"),
     [
         ("vit of rectangles", {"cls", "patches", "pooled"}),
-        ("deit distilled", {"cls", "distillation", "patches", "logits", "cls_logits", "distillation_logits"}),
+        (
+            "deit distilled",
+            {"cls", "distillation", "patches", "logits", "cls_logits", "distillation_logits"},
+        ),
         ("mae", {"cls", "patches"}),
         ("clip projection", {"cls", "patches", "logits"}),
         ("metaclip 2 classifier", {"cls", "patches", "logits"}),
@@ -57,10 +73,14 @@ def test_outputs_in_the_parity_report(name: str, outputs: set[str]) -> None:
     """`TransformersSource` computes the outputs of the source for the parity report, at both sizes."""
     source = TransformersSource(name, "", CASES[name].build(), [])
     if name == "mae":
-        source.model.config.mask_ratio = 0.75  # as in published models; the comparison needs all patches
+        source.model.config.mask_ratio = (
+            0.75  # as in published models; the comparison needs all patches
+        )
     assert source.image_size == CASES[name].sizes[0]
     comparisons, reason = compare_models(source, source.convert())
-    assert [set(comparison["differences"]) for comparison in comparisons] == [outputs] * (1 if reason else 2)
+    assert [set(comparison["differences"]) for comparison in comparisons] == [outputs] * (
+        1 if reason else 2
+    )
     assert bool(reason) == (name == "vit of rectangles")
     assert source.has_classifier == ("logits" in outputs)
 
@@ -115,13 +135,55 @@ class Subclass(transformers.ViTModel):
 Subclass.__name__ = "ViTModel"
 
 REFUSED = {
-    "another architecture": ("SwinModel", "SwinConfig", {"depths": [1], "num_heads": [2]}, {}, "SwinModel cannot"),
-    "another task": ("ViTForMaskedImageModeling", "ViTConfig", PLAIN, {}, "Convert the submodule .vit"),
-    "a wider pooler": ("ViTModel", "ViTConfig", PLAIN | {"pooler_output_size": 64}, {}, "pooler.dense.weight"),
-    "norms over heads": ("InternVLVisionModel", "InternVLVisionConfig", PLAIN | {"use_qk_norm": True}, {}, "qk_norm"),
-    "a pooler on a patch": ("IJepaModel", "IJepaConfig", PLAIN, {"add_pooling_layer": True}, "uses the first patch"),
-    "videos": ("RadioModel", "RadioConfig", RADIO | {"video_temporal_patch_size": 2}, {}, "video_patch_projection"),
-    "rectangular positions": ("Dinov2Model", "Dinov2Config", RATIO | {"image_size": [16, 64]}, {}, "as a square grid"),
+    "another architecture": (
+        "SwinModel",
+        "SwinConfig",
+        {"depths": [1], "num_heads": [2]},
+        {},
+        "SwinModel cannot",
+    ),
+    "another task": (
+        "ViTForMaskedImageModeling",
+        "ViTConfig",
+        PLAIN,
+        {},
+        "Convert the submodule .vit",
+    ),
+    "a wider pooler": (
+        "ViTModel",
+        "ViTConfig",
+        PLAIN | {"pooler_output_size": 64},
+        {},
+        "pooler.dense.weight",
+    ),
+    "norms over heads": (
+        "InternVLVisionModel",
+        "InternVLVisionConfig",
+        PLAIN | {"use_qk_norm": True},
+        {},
+        "qk_norm",
+    ),
+    "a pooler on a patch": (
+        "IJepaModel",
+        "IJepaConfig",
+        PLAIN,
+        {"add_pooling_layer": True},
+        "uses the first patch",
+    ),
+    "videos": (
+        "RadioModel",
+        "RadioConfig",
+        RADIO | {"video_temporal_patch_size": 2},
+        {},
+        "video_patch_projection",
+    ),
+    "rectangular positions": (
+        "Dinov2Model",
+        "Dinov2Config",
+        RATIO | {"image_size": [16, 64]},
+        {},
+        "as a square grid",
+    ),
 }
 
 
@@ -145,5 +207,7 @@ def test_unexpected_weights_are_listed() -> None:
     source = CASES["vit"].build()
     for index in range(5):
         source.add_module(f"adapter{index}", nn.Linear(2, 2))
-    with pytest.raises(ConversionError, match=r"unexpected weights: adapter0\.weight, .*3\.bias and 2 more$"):
+    with pytest.raises(
+        ConversionError, match=r"unexpected weights: adapter0\.weight, .*3\.bias and 2 more$"
+    ):
         convert_from_transformers(source)

@@ -67,12 +67,27 @@ def test_round_trips_are_bit_identical(name: str) -> None:
 
 
 # Fields that have no effect because of other fields.
-UNUSED_FIELDS = {"rope_theta": 50.0, "head_hidden_size": 7, "cls_pooling": "mean", "distillation_inference": "cls"}
+UNUSED_FIELDS = {
+    "rope_theta": 50.0,
+    "head_hidden_size": 7,
+    "cls_pooling": "mean",
+    "distillation_inference": "cls",
+}
 # Model class, fields, class of transformers, and a case of that class.
 SUPPORTED = [
-    (ViTCLSModel, {"pooled_activation": "relu", "cls_scopes": ["image"], "attention_head_size": 8}, "ViTModel", "vit"),
+    (
+        ViTCLSModel,
+        {"pooled_activation": "relu", "cls_scopes": ["image"], "attention_head_size": 8},
+        "ViTModel",
+        "vit",
+    ),
     (ViTCLSModel, {"position_embedding_tokens": "all"}, "ViTModel", "vit without pooler"),
-    (ViTCLSModel, UNUSED_FIELDS | {"head_type": "mlp", "attention_pool_heads": 2}, "ViTModel", "vit without pooler"),
+    (
+        ViTCLSModel,
+        UNUSED_FIELDS | {"head_type": "mlp", "attention_pool_heads": 2},
+        "ViTModel",
+        "vit without pooler",
+    ),
     (ViTCLSForImageClassification, UNUSED_FIELDS, "ViTForImageClassification", "vit classifier"),
     (ViTCLSModel, {"position_embedding_type": "rope_2d"}, "DINOv3ViTModel", "dinov3"),
     (
@@ -86,23 +101,43 @@ SUPPORTED = [
         "DINOv3ViTModel",
         "dinov3",
     ),
-    (ViTCLSForImageClassification, DISTILLED, "DeiTForImageClassificationWithTeacher", "deit distilled"),
+    (
+        ViTCLSForImageClassification,
+        DISTILLED,
+        "DeiTForImageClassificationWithTeacher",
+        "deit distilled",
+    ),
     (
         ViTCLSForImageClassification,
         DISTILLED | {"distillation_head": False},
         "DeiTForImageClassification",
         "deit classifier",
     ),
-    (ViTCLSForImageClassification, {"pooling": "cls_mean"}, "Dinov2ForImageClassification", "dinov2 classifier"),
+    (
+        ViTCLSForImageClassification,
+        {"pooling": "cls_mean"},
+        "Dinov2ForImageClassification",
+        "dinov2 classifier",
+    ),
 ]
 
 
 # Models that are converted in an equivalent form -> the built-in class, and a case that says how to call it.
 SCALED = LAYER_SCALE | {"pooling": "mean"}
 EQUIVALENT = [
-    (ViTCLSForImageClassification, LAYER_SCALE, "Dinov2ForImageClassification", "dinov2 classifier"),
+    (
+        ViTCLSForImageClassification,
+        LAYER_SCALE,
+        "Dinov2ForImageClassification",
+        "dinov2 classifier",
+    ),
     (ViTCLSForImageClassification, SCALED, "Dinov2ForImageClassification", "dinov2 classifier"),
-    (ViTCLSForImageClassification, REGISTERS, "Dinov2WithRegistersForImageClassification", "registers classifier"),
+    (
+        ViTCLSForImageClassification,
+        REGISTERS,
+        "Dinov2WithRegistersForImageClassification",
+        "registers classifier",
+    ),
     (
         ViTCLSForImageClassification,
         REGISTERS | {"pooling": "mean", "position_embedding_tokens": "all"},
@@ -116,15 +151,27 @@ EQUIVALENT = [
         "deit distilled",
     ),
     (ViTCLSModel, {"position_embedding_tokens": "patches"}, "ViTModel", "vit without pooler"),
-    (ViTCLSModel, REGISTERS | {"position_embedding_tokens": "all"}, "Dinov2WithRegistersModel", "registers"),
-    (ViTCLSModel, REGISTERS | {"position_embedding_tokens": "patches"}, "Dinov2WithRegistersModel", "registers"),
+    (
+        ViTCLSModel,
+        REGISTERS | {"position_embedding_tokens": "all"},
+        "Dinov2WithRegistersModel",
+        "registers",
+    ),
+    (
+        ViTCLSModel,
+        REGISTERS | {"position_embedding_tokens": "patches"},
+        "Dinov2WithRegistersModel",
+        "registers",
+    ),
 ]
 
 
 @pytest.mark.parametrize("size", [(32, 32), (48, 24)], ids=["native", "interpolated"])
 @pytest.mark.parametrize(("model_class", "values", "built_in", "case"), [*SUPPORTED, *EQUIVALENT])
 @torch.no_grad()
-def test_same_numbers(model_class: Any, values: dict, built_in: str, case: str, size: tuple[int, int]) -> None:
+def test_same_numbers(
+    model_class: Any, values: dict, built_in: str, case: str, size: tuple[int, int]
+) -> None:
     model = randomize_weights(model_class(ViTCLSConfig(**BASE | values)))
     converted = convert_to_transformers(model)
     assert type(converted).__name__ == built_in
@@ -136,14 +183,21 @@ def test_same_numbers(model_class: Any, values: dict, built_in: str, case: str, 
 # The demo model, and others whose positions are resampled differently.
 DEMO = {"num_register_tokens": 2}
 NATIVE_SIZE = [
-    (ViTCLSForImageClassification, DEMO, "Dinov2WithRegistersForImageClassification", "registers classifier"),
+    (
+        ViTCLSForImageClassification,
+        DEMO,
+        "Dinov2WithRegistersForImageClassification",
+        "registers classifier",
+    ),
     (ViTCLSModel, {"position_interpolation": "bilinear"}, "ViTModel", "vit without pooler"),
 ]
 
 
 @pytest.mark.parametrize(("model_class", "values", "built_in", "case"), NATIVE_SIZE)
 @torch.no_grad()
-def test_forms_that_are_exact_at_the_native_size(model_class: Any, values: dict, built_in: str, case: str) -> None:
+def test_forms_that_are_exact_at_the_native_size(
+    model_class: Any, values: dict, built_in: str, case: str
+) -> None:
     model = randomize_weights(model_class(ViTCLSConfig(**BASE | values)))
     with pytest.raises(ConversionError, match="native_size_only=True"):
         convert_to_transformers(model)
@@ -157,7 +211,9 @@ def test_forms_that_are_exact_at_the_native_size(model_class: Any, values: dict,
 
 def test_everything_about_the_model_is_kept() -> None:
     labels = {"id2label": {0: "ant", 1: "bee"}, "label2id": {"ant": 0, "bee": 1}}
-    config = ViTCLSConfig(**{k: v for k, v in BASE.items() if k != "num_labels"} | labels, hidden_dropout_prob=0.1)
+    config = ViTCLSConfig(
+        **{k: v for k, v in BASE.items() if k != "num_labels"} | labels, hidden_dropout_prob=0.1
+    )
     model = ViTCLSForImageClassification(config).to(torch.bfloat16).train()
     converted = convert_to_transformers(model)
     assert converted.config.id2label == labels["id2label"]
@@ -168,11 +224,19 @@ def test_everything_about_the_model_is_kept() -> None:
     assert model.training
     fields = {"layer_scale_init_value": 0.1, "attention_probs_dropout_prob": 0.2}
     rotary = {"position_embedding_type": "rope_2d", "rope_theta": 50.0}
-    dinov2, dinov3 = (convert_to_transformers(ViTCLSModel(ViTCLSConfig(**BASE | fields | f))) for f in ({}, rotary))
-    assert (dinov2.config.layerscale_value, dinov2.config.attention_probs_dropout_prob) == (0.1, 0.2)
+    dinov2, dinov3 = (
+        convert_to_transformers(ViTCLSModel(ViTCLSConfig(**BASE | fields | f)))
+        for f in ({}, rotary)
+    )
+    assert (dinov2.config.layerscale_value, dinov2.config.attention_probs_dropout_prob) == (
+        0.1,
+        0.2,
+    )
     assert (dinov3.config.layerscale_value, dinov3.config.attention_dropout) == (0.1, 0.2)
     assert dinov3.config.rope_theta == 50
-    exact = convert_to_transformers(ViTCLSModel(ViTCLSConfig(**BASE, position_antialias=True)), native_size_only=True)
+    exact = convert_to_transformers(
+        ViTCLSModel(ViTCLSConfig(**BASE, position_antialias=True)), native_size_only=True
+    )
     assert type(exact).__name__ == "Dinov2WithRegistersModel"  # at all sizes, unlike ViTModel
 
 
@@ -189,12 +253,28 @@ UNSUPPORTED = [
     (ViTCLSModel, {"num_cls_tokens": 0, "pooling": "mean"}, "num_cls_tokens=0"),
     (ViTCLSModel, {"pooling": "attention"}, "pooling='attention'"),
     (ViTCLSModel, {"pooled_layers": [-2, -1]}, "pooled_layers=[-2, -1]"),
-    (ViTCLSForImageClassification, LAYER_SCALE | {"pooled_layers": [1], "pooling": "cls_mean"}, "pooled_layers=[1]"),
+    (
+        ViTCLSForImageClassification,
+        LAYER_SCALE | {"pooled_layers": [1], "pooling": "cls_mean"},
+        "pooled_layers=[1]",
+    ),
     (ViTCLSModel, {"pooling": "mean", "pooled_activation": "tanh"}, "pooling='mean'"),
-    (ViTCLSModel, {"position_antialias": True, "pooled_activation": "tanh"}, "position_antialias=True"),
+    (
+        ViTCLSModel,
+        {"position_antialias": True, "pooled_activation": "tanh"},
+        "position_antialias=True",
+    ),
     (ViTCLSModel, REGISTERS | {"gated_tokens": {"registers": 2}}, "gated_tokens={'registers': 2}"),
-    (ViTCLSForImageClassification, {"specialized_layers": {"norm": [0]}}, "specialized_layers={'norm': [0]}"),
-    (ViTCLSModel, {"qk_norm": True, "relative_position_bias": "layer"}, "relative_position_bias='layer'"),
+    (
+        ViTCLSForImageClassification,
+        {"specialized_layers": {"norm": [0]}},
+        "specialized_layers={'norm': [0]}",
+    ),
+    (
+        ViTCLSModel,
+        {"qk_norm": True, "relative_position_bias": "layer"},
+        "relative_position_bias='layer'",
+    ),
     (ViTCLSForImageClassification, {"head_type": "mlp", "norm_type": "rmsnorm"}, "head_type='mlp'"),
     (
         ViTCLSForImageClassification,
@@ -211,10 +291,17 @@ def test_errors_name_the_unsupported_field(model_class: Any, values: dict, field
 
 
 def test_errors_name_all_unsupported_fields() -> None:
-    fields = {"num_cls_tokens": 3, "norm_type": "rmsnorm", "layer_type": "parallel", "cls_scopes": [[2, 2, 0, 0]] * 3}
+    fields = {
+        "num_cls_tokens": 3,
+        "norm_type": "rmsnorm",
+        "layer_type": "parallel",
+        "cls_scopes": [[2, 2, 0, 0]] * 3,
+    }
     with pytest.raises(ConversionError) as raised:
         convert_to_transformers(ViTCLSModel(ViTCLSConfig(**BASE | fields)))
-    assert all(f"{name}={value!r} instead of" in str(raised.value) for name, value in fields.items())
+    assert all(
+        f"{name}={value!r} instead of" in str(raised.value) for name, value in fields.items()
+    )
     assert "native_size_only" not in str(raised.value)
 
 
@@ -229,18 +316,25 @@ def test_other_tasks_raise_an_error(model_class: Any) -> None:
 def test_weights_without_a_counterpart_are_listed() -> None:
     model = ViTCLSModel(ViTCLSConfig(**BASE))
     model.layers[0].mlp.adapter = nn.Linear(2, 2)
-    with pytest.raises(ConversionError, match=re.escape("counterparts of these weights: layers.0.mlp.adapter.bias")):
+    with pytest.raises(
+        ConversionError, match=re.escape("counterparts of these weights: layers.0.mlp.adapter.bias")
+    ):
         convert_to_transformers(model)
 
 
 @torch.no_grad()
 def test_pooling_without_weights_is_left_to_the_user() -> None:
     """ViTModel has no mean of the patches. Its tokens are those of the model."""
-    model = randomize_weights(ViTCLSModel(ViTCLSConfig(**BASE, pooling="mean", position_embedding_tokens="cls")))
+    model = randomize_weights(
+        ViTCLSModel(ViTCLSConfig(**BASE, pooling="mean", position_embedding_tokens="cls"))
+    )
     native: Any = convert_to_transformers(model)
-    assert type(native).__name__ == "ViTModel" and native.pooler is None
+    assert type(native).__name__ == "ViTModel"
+    assert native.pooler is None
     expected = model(images((32, 32))).last_hidden_state
-    torch.testing.assert_close(native(images((32, 32))).last_hidden_state, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        native(images((32, 32))).last_hidden_state, expected, atol=1e-5, rtol=1e-5
+    )
 
 
 def test_missing_weights_are_named() -> None:
@@ -251,11 +345,17 @@ def test_missing_weights_are_named() -> None:
 
 @torch.no_grad()
 def test_the_temperature_is_folded_into_the_classifier() -> None:
-    calibrated = ViTCLSConfig(**BASE, temperature=2.5, energy_threshold=-3.0)  # as fine-tuning saves it
+    calibrated = ViTCLSConfig(
+        **BASE, temperature=2.5, energy_threshold=-3.0
+    )  # as fine-tuning saves it
     model = randomize_weights(ViTCLSForImageClassification(calibrated))
     native: Any = convert_to_transformers(model)
-    torch.testing.assert_close(native(images((32, 32))).logits, model(images((32, 32))).logits, atol=1e-5, rtol=1e-5)
-    assert type(convert_to_transformers(ViTCLSModel(calibrated))).__name__ == "ViTModel"  # which has no classifier
+    torch.testing.assert_close(
+        native(images((32, 32))).logits, model(images((32, 32))).logits, atol=1e-5, rtol=1e-5
+    )
+    assert (
+        type(convert_to_transformers(ViTCLSModel(calibrated))).__name__ == "ViTModel"
+    )  # which has no classifier
     distilled = ViTCLSForImageClassification(ViTCLSConfig(**BASE | DISTILLED, temperature=2.5))
     with pytest.raises(ConversionError, match="temperature"):
         convert_to_transformers(distilled)

@@ -33,7 +33,11 @@ backbone_tests = load("test_backbone_common")
 configuration_tests = load("test_configuration_common")
 modeling_tests = load("test_modeling_common")
 
-DISTILLED_WITH_REGISTERS = {"num_cls_tokens": 1, "num_distillation_tokens": 1, "num_register_tokens": 4}
+DISTILLED_WITH_REGISTERS = {
+    "num_cls_tokens": 1,
+    "num_distillation_tokens": 1,
+    "num_register_tokens": 4,
+}
 NO_CLS = {"num_cls_tokens": 0, "num_register_tokens": 2, "pooling": "mean"}
 THREE_CLS = {"num_cls_tokens": 3}
 
@@ -76,13 +80,20 @@ class SmallModel:
 
     def prepare_config_and_inputs_for_common(self) -> tuple[ViTCLSConfig, dict[str, torch.Tensor]]:
         size = SIZES["image_size"]
-        return self.get_config(), {"pixel_values": modeling_tests.floats_tensor([self.batch_size, 3, size, size])}
+        return self.get_config(), {
+            "pixel_values": modeling_tests.floats_tensor([self.batch_size, 3, size, size])
+        }
 
 
 class ViTCLSModelTests(modeling_tests.ModelTesterMixin):
     """Model tests for the token layout `layout`."""
 
-    all_model_classes = (ViTCLSModel, ViTCLSForImageClassification, ViTCLSForMaskedImageModeling, ViTCLSBackbone)
+    all_model_classes = (
+        ViTCLSModel,
+        ViTCLSForImageClassification,
+        ViTCLSForMaskedImageModeling,
+        ViTCLSBackbone,
+    )
     # transformers runs this test only on models after 2022, which it identifies by the license header.
     test_can_init_all_missing_weights_before_2023 = True
     test_resize_embeddings = False
@@ -116,7 +127,9 @@ class ViTCLSModelTests(modeling_tests.ModelTesterMixin):
 
 
 for name in dir(ViTCLSModelTests):  # 28 combinations of dtype, padding and kernels
-    is_combination = name.startswith("test_eager_matches_sdpa_inference_") and "fp32_pad_left" not in name
+    is_combination = (
+        name.startswith("test_eager_matches_sdpa_inference_") and "fp32_pad_left" not in name
+    )
     if is_combination or name == "test_bc_torch_dtype":
         pytest.mark.slow(getattr(ViTCLSModelTests, name))
 
@@ -134,13 +147,17 @@ class NoCLSTest(ViTCLSModelTests, unittest.TestCase):
 class ThreeTasksTest(ViTCLSModelTests, unittest.TestCase):
     """Model tests for the multi-task class, which has one task per CLS token, and dicts of labels and logits."""
 
-    layout = THREE_CLS | {"tasks": {"digit": ["odd", "even"], "color": ["red", "green", "blue"], "size": ["any"]}}
+    layout = THREE_CLS | {
+        "tasks": {"digit": ["odd", "even"], "color": ["red", "green", "blue"], "size": ["any"]}
+    }
     all_model_classes = (ViTCLSModel, ViTCLSForMultiTaskClassification)
 
     def setUp(self) -> None:
         super().setUp()
         # These tests compare `logits` as one tensor; the next test compares the logits of each task.
-        if self._testMethodName.startswith(("test_determinism", "test_eager_matches_sdpa_inference")):
+        if self._testMethodName.startswith(
+            ("test_determinism", "test_eager_matches_sdpa_inference")
+        ):
             self.all_model_classes = (ViTCLSModel,)
 
     def test_logits_of_every_task_repeat_and_match_between_eager_and_sdpa(self) -> None:
@@ -161,7 +178,8 @@ class ThreeTasksTest(ViTCLSModelTests, unittest.TestCase):
         inputs = super()._prepare_for_class(inputs_dict, model_class)
         if return_labels and model_class is ViTCLSForMultiTaskClassification:
             inputs["labels"] = {
-                task: torch.zeros(self.model_tester.batch_size).long() for task in self.layout["tasks"]
+                task: torch.zeros(self.model_tester.batch_size).long()
+                for task in self.layout["tasks"]
             }
         return inputs
 

@@ -61,9 +61,14 @@ def list_marker_names() -> set[str]:
     except SuiteUnavailableError:
         return set()
     spec = importlib.util.find_spec("transformers")
-    assert spec is not None and spec.origin is not None
+    assert spec is not None
+    assert spec.origin is not None
     sources.append(Path(spec.origin).with_name("testing_utils.py"))
-    return {name for source in sources for name in re.findall(r"\bmark\.(\w+)", source.read_text(encoding="utf-8"))}
+    return {
+        name
+        for source in sources
+        for name in re.findall(r"\bmark\.(\w+)", source.read_text(encoding="utf-8"))
+    }
 
 
 def get_installed_suite() -> Path:
@@ -103,8 +108,11 @@ def _import_package() -> None:
     """Make transformers' tests importable as PACKAGE, without changing sys.path."""
     folder = get_installed_suite() / PACKAGE
     init = folder / "__init__.py"
-    spec = importlib.util.spec_from_file_location(PACKAGE, init, submodule_search_locations=[str(folder)])
-    assert spec is not None and spec.loader is not None
+    spec = importlib.util.spec_from_file_location(
+        PACKAGE, init, submodule_search_locations=[str(folder)]
+    )
+    assert spec is not None
+    assert spec.loader is not None
     package = importlib.util.module_from_spec(spec)
     sys.modules[PACKAGE] = package
     spec.loader.exec_module(package)
@@ -112,9 +120,27 @@ def _import_package() -> None:
 
 def _download(version: str, into: Path) -> Path:
     """Download the source distribution of transformers with pip, without building it."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--retries", "1"]
-    command += ["--no-deps", "--no-build-isolation", "--no-binary", "transformers", "--dest", str(into)]
-    run = subprocess.run([*command, f"transformers=={version}"], capture_output=True, text=True, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--retries",
+        "1",
+    ]
+    command += [
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-binary",
+        "transformers",
+        "--dest",
+        str(into),
+    ]
+    run = subprocess.run(
+        [*command, f"transformers=={version}"], capture_output=True, text=True, check=False
+    )
     archives = list(into.glob("transformers-*.tar.gz"))
     if run.returncode or not archives:
         last_line = (run.stderr.strip().splitlines() or ["no archive was downloaded"])[-1]

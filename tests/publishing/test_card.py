@@ -13,7 +13,11 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 import modeling_vitcls as vitcls
-from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification, ViTCLSModel
+from modeling_vitcls import (
+    ViTCLSForImageClassification,
+    ViTCLSForMultiTaskClassification,
+    ViTCLSModel,
+)
 from modeling_vitcls.conversion.convert import convert_checkpoint, write_native_model
 from modeling_vitcls.model.configuration_vitcls import MIN_TRANSFORMERS_VERSION
 from modeling_vitcls.publishing.card import (
@@ -41,7 +45,9 @@ def load_card(folder: Path, name: str | None = None) -> ModelCard:
     for index, kind in enumerate(kinds[:-3]):
         if kind == "heading_open":
             assert kinds[index + 3] != "heading_open", tokens[index + 1].content
-    assert "None" not in card.text and "{{" not in card.text and "{%" not in card.text
+    assert "None" not in card.text
+    assert "{{" not in card.text
+    assert "{%" not in card.text
     return card
 
 
@@ -60,28 +66,52 @@ def test_a_classifier(tmp_path: Path) -> None:
     ]
     matrix = [[198, 2], [80, 80]]
     calibration = {"temperature": 0.651, "num_images": 180, "calibration_error_before": 0.0871}
-    results = {"per_class": rows, "confusion_matrix": matrix, "calibration_error": 0.0123, "calibration": calibration}
+    results = {
+        "per_class": rows,
+        "confusion_matrix": matrix,
+        "calibration_error": 0.0123,
+        "calibration": calibration,
+    }
     card = load_card(write_run_folder(tmp_path / "mine", results), "ann/mine")
     text = card.text
-    assert "# ann/mine\n" in text and 'model="ann/mine", revision="main"' in text
+    assert "# ann/mine\n" in text
+    assert 'model="ann/mine", revision="main"' in text
     assert "| Accuracy | 98.33% (95% interval: 96.00% to 99.00%) |" in text
     assert r"| `noon\|late` | 160 | 50.00% | 100.00% | 50.00% |" in text
-    assert all(number in text for number in ("by 1.23 percentage points", "8.71", "0.65", "180 images"))
-    code_files = sorted(file.name for file in (Path(vitcls.__file__).parent / "model").glob("*_vitcls.py"))
+    assert all(
+        number in text for number in ("by 1.23 percentage points", "8.71", "0.65", "180 images")
+    )
+    code_files = sorted(
+        file.name for file in (Path(vitcls.__file__).parent / "model").glob("*_vitcls.py")
+    )
     assert sorted(set(re.findall(r"`(\w+_vitcls\.py)`", text))) == code_files  # in reading order
     assert "trained from scratch on `digits`" in text
-    assert f"These files belong to modeling_vitcls {__version__}." in text and "sha256sum" not in text
-    assert card.data.library_name == "transformers" and card.data.pipeline_tag == "image-classification"
-    assert card.data.license is None and "did not specify a license" in text and "report.html" not in text
+    assert f"These files belong to modeling_vitcls {__version__}." in text
+    assert "sha256sum" not in text
+    assert card.data.library_name == "transformers"
+    assert card.data.pipeline_tag == "image-classification"
+    assert card.data.license is None
+    assert "did not specify a license" in text
+    assert "report.html" not in text
 
 
 def test_the_variables_of_a_card(tmp_path: Path) -> None:
     config = build_tiny_config(num_cls_tokens=2, num_register_tokens=3, image_size=[32, 40])
-    flags = {"batch_size": 32, "gradient_accumulation_steps": 3, "teacher": "timm:resnet18@/home/ann/w.pt"}
-    folder = ModelFolder(write_run_folder(tmp_path / "mine", {"num_processes": 20}, flags, config=config))
-    card, run, model = load_card(folder.path).text, describe_run(folder), ViTCLSForImageClassification(config)
-    assert "used 1,920 images" in card and run["images_per_step"] == 32 * 3 * 20
-    assert run["teacher"] == "`timm:resnet18@path/to/w.pt`" and run["from_scratch"]
+    flags = {
+        "batch_size": 32,
+        "gradient_accumulation_steps": 3,
+        "teacher": "timm:resnet18@/home/ann/w.pt",
+    }
+    folder = ModelFolder(
+        write_run_folder(tmp_path / "mine", {"num_processes": 20}, flags, config=config)
+    )
+    card = load_card(folder.path).text
+    run = describe_run(folder)
+    model = ViTCLSForImageClassification(config)
+    assert "used 1,920 images" in card
+    assert run["images_per_step"] == 32 * 3 * 20
+    assert run["teacher"] == "`timm:resnet18@path/to/w.pt`"
+    assert run["from_scratch"]
     assert describe_architecture(folder) == {
         "num_parameters": model.num_parameters(),
         "sequence_length": 2 + 3 + 20,
@@ -89,25 +119,49 @@ def test_the_variables_of_a_card(tmp_path: Path) -> None:
         "image_size": "32 x 40",
         "is_classifier": True,
     }
-    use = {"auto_class": "AutoModelForImageClassification", "has_pipeline": True, "can_be_finetuned": False}
-    assert describe_use(folder) == use | {"min_transformers": ".".join(map(str, MIN_TRANSFORMERS_VERSION))}
+    use = {
+        "auto_class": "AutoModelForImageClassification",
+        "has_pipeline": True,
+        "can_be_finetuned": False,
+    }
+    assert describe_use(folder) == use | {
+        "min_transformers": ".".join(map(str, MIN_TRANSFORMERS_VERSION))
+    }
     names = [f"`{number}`" for number in range(52)]
     assert format_class_list(list(map(str, range(50)))) == ", ".join(names[:50])
-    assert format_class_list(list(map(str, range(52)))).startswith(", ".join(names[:50]) + " and 2 more")
+    assert format_class_list(list(map(str, range(52)))).startswith(
+        ", ".join(names[:50]) + " and 2 more"
+    )
 
 
-@pytest.mark.parametrize(("dataset", "is_on_hub"), [("acme/photos", True), ("digits", False), ("./photos", False)])
-def test_the_model_index_names_datasets_of_the_hub_only(tmp_path: Path, dataset: str, is_on_hub: bool) -> None:
-    folder = write_run_folder(tmp_path / "mine", {"dataset": "photos", "accuracy": 0.98333333}, {"dataset": dataset})
+@pytest.mark.parametrize(
+    ("dataset", "is_on_hub"), [("acme/photos", True), ("digits", False), ("./photos", False)]
+)
+def test_the_model_index_names_datasets_of_the_hub_only(
+    tmp_path: Path, dataset: str, is_on_hub: bool
+) -> None:
+    folder = write_run_folder(
+        tmp_path / "mine", {"dataset": "photos", "accuracy": 0.98333333}, {"dataset": dataset}
+    )
     card = load_card(folder, "ann/mine")
     assert (card.data.datasets == ["acme/photos"]) is is_on_hub
     if not is_on_hub:
-        assert card.data.eval_results is None and "98.33%" in card.text
+        assert card.data.eval_results is None
+        assert "98.33%" in card.text
         return
     (result,) = card.data.eval_results
-    assert (result.dataset_type, result.dataset_split, result.dataset_name) == ("acme/photos", "test", "photos")
-    assert (result.metric_type, result.metric_name, result.metric_value) == ("accuracy", "Accuracy", 0.983333)
-    assert result.dataset_args == {"num_images": 360} and card.data.metrics == ["accuracy"]
+    assert (result.dataset_type, result.dataset_split, result.dataset_name) == (
+        "acme/photos",
+        "test",
+        "photos",
+    )
+    assert (result.metric_type, result.metric_name, result.metric_value) == (
+        "accuracy",
+        "Accuracy",
+        0.983333,
+    )
+    assert result.dataset_args == {"num_images": 360}
+    assert card.data.metrics == ["accuracy"]
     assert yaml.safe_load(str(card).split("---")[1])["model-index"][0]["name"] == "ann/mine"
     several_labels = ModelFolder(folder)
     several_labels.results["mean_average_precision"] = several_labels.results.pop("accuracy")
@@ -116,43 +170,66 @@ def test_the_model_index_names_datasets_of_the_hub_only(tmp_path: Path, dataset:
 
 def test_an_encoder_shows_its_features_before_and_after_pre_training(tmp_path: Path) -> None:
     before, after = (
-        {"knn_accuracy": value, "knn_accuracy_of_patches": value, "effective_rank": 7.5} for value in (0.4321, 0.5678)
+        {"knn_accuracy": value, "knn_accuracy_of_patches": value, "effective_rank": 7.5}
+        for value in (0.4321, 0.5678)
     )
     features = {"before": before, "after": after, "summary": "k-NN 43.2% -> 56.8%"}
-    results = {"method": "mae", "features": features, "knn_accuracy": 0.5678, "token_layout": {"patches": 16}}
+    results = {
+        "method": "mae",
+        "features": features,
+        "knn_accuracy": 0.5678,
+        "token_layout": {"patches": 16},
+    }
     results |= {"accuracy": None, "accuracy_interval": None, "selection_metric": "knn_accuracy"}
     card = load_card(write_run_folder(tmp_path / "mine", results, None, ViTCLSModel))
-    assert "| 43.2% | 56.8% |" in card.text and "worse" not in card.text
-    assert "vitcls finetune --model mine" in card.text and "cli pretrain --config config.resolved.yaml" in card.text
-    assert card.data.pipeline_tag == "image-feature-extraction" and card.data.eval_results is None
+    assert "| 43.2% | 56.8% |" in card.text
+    assert "worse" not in card.text
+    assert "vitcls finetune --model mine" in card.text
+    assert "cli pretrain --config config.resolved.yaml" in card.text
+    assert card.data.pipeline_tag == "image-feature-extraction"
+    assert card.data.eval_results is None
     results["features"] |= {"summary": "k-NN 56.8% -> 43.2%. Pre-training made the features worse"}
-    assert "made the features worse" in load_card(write_run_folder(tmp_path / "b", results, None, ViTCLSModel)).text
+    assert (
+        "made the features worse"
+        in load_card(write_run_folder(tmp_path / "b", results, None, ViTCLSModel)).text
+    )
 
 
 def test_an_encoder_names_its_teachers(tmp_path: Path) -> None:
     measured = {"knn_accuracy": 0.5, "effective_rank": 7.5, "teacher_cosines": [0.25, 0.75]}
-    results: dict[str, Any] = {"method": "distillation", "teachers": ["ann/a", "path/to/b"], "knn_accuracy": 0.5}
-    results |= {"teacher_licenses": ["mit", None], "features": {"before": measured, "after": measured, "summary": ""}}
+    results: dict[str, Any] = {
+        "method": "distillation",
+        "teachers": ["ann/a", "path/to/b"],
+        "knn_accuracy": 0.5,
+    }
+    results |= {
+        "teacher_licenses": ["mit", None],
+        "features": {"before": measured, "after": measured, "summary": ""},
+    }
     results |= {"accuracy": None, "accuracy_interval": None, "selection_metric": "teacher_cosine"}
     config = build_tiny_config(num_distillation_tokens=2, distillation_teachers=results["teachers"])
     card = load_card(
-        write_run_folder(tmp_path / "mine", results, {"teachers": ["ann/a", "/home/b"]}, ViTCLSModel, config)
+        write_run_folder(
+            tmp_path / "mine", results, {"teachers": ["ann/a", "/home/b"]}, ViTCLSModel, config
+        )
     )
-    assert (
-        '`outputs.tokens["distillation"][:, k]`' in card.text
-        and "0 `ann/a` (license: mit), 1 `path/to/b`" in card.text
-    )
+    assert '`outputs.tokens["distillation"][:, k]`' in card.text
+    assert "0 `ann/a` (license: mit), 1 `path/to/b`" in card.text
     assert "/home/b" not in card.text
-    assert "| Cosine similarity with teacher 1 | 0.750 | 0.750 |" in card.text and "distillation tokens |" in card.text
+    assert "| Cosine similarity with teacher 1 | 0.750 | 0.750 |" in card.text
+    assert "distillation tokens |" in card.text
 
 
 def test_tasks_have_no_pipeline(tmp_path: Path) -> None:
     tasks = {"species": ["cat", "dog"], "coat": ["short", "long", "none"]}
     config = build_tiny_config(num_cls_tokens=2, tasks=tasks)
     results = {"species_accuracy": 0.75, "coat_accuracy": 0.5}
-    folder = write_run_folder(tmp_path / "mine", results, None, ViTCLSForMultiTaskClassification, config)
+    folder = write_run_folder(
+        tmp_path / "mine", results, None, ViTCLSForMultiTaskClassification, config
+    )
     card = load_card(folder)
-    assert "| species: Accuracy | 75.00% |" in card.text and "pipeline(" not in card.text
+    assert "| species: Accuracy | 75.00% |" in card.text
+    assert "pipeline(" not in card.text
     assert card.data.pipeline_tag == "image-feature-extraction"
     assert describe_architecture(ModelFolder(folder))["is_classifier"]
     save_with_processor(ViTCLSForMultiTaskClassification(config), tmp_path / "by hand")
@@ -163,19 +240,38 @@ def test_tasks_have_no_pipeline(tmp_path: Path) -> None:
     ("provenance", "flag", "license_id", "words"),
     [
         (None, "mit", "mit", "The weights are licensed under mit."),
-        ({"name": "ann/base", "base_model": "ann/base", "license": "cc-by-4.0"}, "mit", "cc-by-4.0", "derived from"),
+        (
+            {"name": "ann/base", "base_model": "ann/base", "license": "cc-by-4.0"},
+            "mit",
+            "cc-by-4.0",
+            "derived from",
+        ),
         ({"name": "ann/base", "base_model": "ann/base"}, None, None, "whose license is unknown"),
-        ({"name": "ann/base", "base_model": "ann/base"}, "mit", "mit", "The weights are licensed under mit."),
+        (
+            {"name": "ann/base", "base_model": "ann/base"},
+            "mit",
+            "mit",
+            "The weights are licensed under mit.",
+        ),
     ],
 )
 def test_the_license_of_the_initial_weights_is_inherited(
-    tmp_path: Path, provenance: dict[str, Any] | None, flag: str | None, license_id: str | None, words: str
+    tmp_path: Path,
+    provenance: dict[str, Any] | None,
+    flag: str | None,
+    license_id: str | None,
+    words: str,
 ) -> None:
-    flags = {"license": flag, "model": "ann/base" if provenance else "vitcls-tiny", "teacher": "timm:resnet18"}
+    flags = {
+        "license": flag,
+        "model": "ann/base" if provenance else "vitcls-tiny",
+        "teacher": "timm:resnet18",
+    }
     results = {"provenance": provenance, "teacher": "timm:resnet18"}
     results["teacher_provenance"] = {"name": "timm:resnet18", "license": "apache-2.0"}
     card = load_card(write_run_folder(tmp_path / "mine", results, flags))
-    assert card.data.license == license_id and words in card.text
+    assert card.data.license == license_id
+    assert words in card.text
     assert "teacher model of the distillation is licensed under apache-2.0" in card.text
     assert card.data.base_model == (provenance and "ann/base")
     assert getattr(card.data, "base_model_relation", None) == ("finetune" if provenance else None)
@@ -185,19 +281,38 @@ def test_an_ignored_license_is_reported(tmp_path: Path, caplog: pytest.LogCaptur
     provenance = {"name": "ann/base", "base_model": "ann/base", "license": "cc-by-4.0"}
     for name, flag in (("mine", "mit"), ("unset", None), ("same", "cc-by-4.0")):
         flags = {"license": flag, "model": "ann/base"}
-        write_card(ModelFolder(write_run_folder(tmp_path / name, {"provenance": provenance}, flags)))
+        write_card(
+            ModelFolder(write_run_folder(tmp_path / name, {"provenance": provenance}, flags))
+        )
     (message,) = caplog.messages
-    assert "--license mit" in message and "cc-by-4.0" in message
+    assert "--license mit" in message
+    assert "cc-by-4.0" in message
 
 
 def test_the_recipe_has_no_local_paths_and_no_destination(tmp_path: Path) -> None:
-    flags = {"dataset": "/home/ann/secret/photos", "model": "../secret/base", "output_dir": "/home/ann/secret/out"}
-    flags |= {"teachers": ["ann/a", "/home/ann/secret/b"], "overwrite": True, "resume": True, "shift": 0.0}
+    flags = {
+        "dataset": "/home/ann/secret/photos",
+        "model": "../secret/base",
+        "output_dir": "/home/ann/secret/out",
+    }
+    flags |= {
+        "teachers": ["ann/a", "/home/ann/secret/b"],
+        "overwrite": True,
+        "resume": True,
+        "shift": 0.0,
+    }
     results = {"provenance": {"name": "base"}, "dataset": "photos"}
     folder = ModelFolder(write_run_folder(tmp_path / "mine", results, flags))
-    sources = {"dataset": "path/to/photos", "model": "path/to/base", "teachers": ["ann/a", "path/to/b"]}
-    assert folder.shareable_flags == {"output_dir": "my-model", "epochs": 3.0, "shift": 0.0} | sources
-    assert "secret" not in render_card(folder) and "`path/to/base`" in render_card(folder)
+    sources = {
+        "dataset": "path/to/photos",
+        "model": "path/to/base",
+        "teachers": ["ann/a", "path/to/b"],
+    }
+    assert (
+        folder.shareable_flags == {"output_dir": "my-model", "epochs": 3.0, "shift": 0.0} | sources
+    )
+    assert "secret" not in render_card(folder)
+    assert "`path/to/base`" in render_card(folder)
     for unreadable in (b"[", b"- dataset", b"\xff"):
         (folder.path / "config.resolved.yaml").write_bytes(unreadable)
         assert ModelFolder(folder.path).flags == {}
@@ -205,14 +320,18 @@ def test_the_recipe_has_no_local_paths_and_no_destination(tmp_path: Path) -> Non
 
 def test_names_from_a_dataset_cannot_change_the_card(tmp_path: Path) -> None:
     config = build_tiny_config(id2label={0: "a`\n# Injected", 1: "b\x1b[31m", 2: "c"})
-    text = load_card(write_run_folder(tmp_path / "mine", None, None, ViTCLSForImageClassification, config)).text
-    assert "\n# Injected" not in text and "\x1b" not in text
+    text = load_card(
+        write_run_folder(tmp_path / "mine", None, None, ViTCLSForImageClassification, config)
+    ).text
+    assert "\n# Injected" not in text
+    assert "\x1b" not in text
 
 
 def test_a_run_without_held_out_images_has_no_results(tmp_path: Path) -> None:
     results = {"num_images": 0, "accuracy": None, "accuracy_interval": None}
     card = load_card(write_run_folder(tmp_path / "mine", results, {"dataset": "acme/photos"}))
-    assert "trained without held-out images" in card.text and card.data.eval_results is None
+    assert "trained without held-out images" in card.text
+    assert card.data.eval_results is None
 
 
 # Other folders -------------------------------------------------------------------------------------------------------
@@ -220,43 +339,65 @@ def test_a_run_without_held_out_images_has_no_results(tmp_path: Path) -> None:
 
 def test_a_merged_adapter_has_a_card_of_its_own(tmp_path: Path) -> None:
     """A model that was saved by hand, with a license in its former card."""
-    folder = save_with_processor(ViTCLSForImageClassification(build_tiny_config()), tmp_path / "merged")
+    folder = save_with_processor(
+        ViTCLSForImageClassification(build_tiny_config()), tmp_path / "merged"
+    )
     card = load_card(folder)
-    assert card.data.pipeline_tag == "image-classification" and "not measured" in card.text
+    assert card.data.pipeline_tag == "image-classification"
+    assert "not measured" in card.text
     encoder = load_card(save_with_processor(ViTCLSModel(build_tiny_config()), tmp_path / "encoder"))
-    assert encoder.data.pipeline_tag == "image-feature-extraction" and "AutoModel.from_pretrained" in encoder.text
+    assert encoder.data.pipeline_tag == "image-feature-extraction"
+    assert "AutoModel.from_pretrained" in encoder.text
 
 
 def test_a_converted_model(tmp_path: Path) -> None:
     convert_checkpoint("timm:vit_tiny_patch16_224", tmp_path / "vit", random_init=True)
     card = load_card(tmp_path / "vit", "ann/vit")
-    assert "All weights are random" in card.text and card.data.license is None and card.data.base_model is None
-    assert "pipeline(" not in card.text and "vitcls finetune --model ann/vit" in card.text
+    assert "All weights are random" in card.text
+    assert card.data.license is None
+    assert card.data.base_model is None
+    assert "pipeline(" not in card.text
+    assert "vitcls finetune --model ann/vit" in card.text
     assert "## Accuracy of the conversion" in card.text
     report = json.loads((tmp_path / "vit" / "parity_report.json").read_text())
     report |= {"random_init": False, "image_size": [224, 160]}
-    for name in (report["source"], "timm/vit", "mine"):  # the source, or a model that was made from the base model
+    for name in (
+        report["source"],
+        "timm/vit",
+        "mine",
+    ):  # the source, or a model that was made from the base model
         report["provenance"] = {"name": name, "base_model": "timm/vit"}
         (tmp_path / "vit" / "parity_report.json").write_text(json.dumps(report))
         card = load_card(tmp_path / "vit")
         is_linked = f"[`{name}`](https://huggingface.co/timm/vit)" in card.text
-        assert is_linked == (name != "mine") and "224 x 160" in card.text
-        assert (card.data.base_model, getattr(card.data, "base_model_relation", None)) == ("timm/vit", None)
+        assert is_linked == (name != "mine")
+        assert "224 x 160" in card.text
+        assert (card.data.base_model, getattr(card.data, "base_model_relation", None)) == (
+            "timm/vit",
+            None,
+        )
 
 
 def test_a_native_model_keeps_the_results_of_its_run(tmp_path: Path) -> None:
-    flags, config = {"dataset": "acme/photos"}, build_tiny_config(num_labels=3)
+    flags = {"dataset": "acme/photos"}
+    config = build_tiny_config(num_labels=3)
     folder = write_run_folder(tmp_path / "mine", {"dataset": "photos"}, flags, config=config)
     write_native_model(str(folder), tmp_path / "native")
     native = tmp_path / "native"
     if not (native / "results.json").is_file():  # the conversion copies both files
-        (native / "config.resolved.yaml").write_bytes((folder / "config.resolved.yaml").read_bytes())
+        (native / "config.resolved.yaml").write_bytes(
+            (folder / "config.resolved.yaml").read_bytes()
+        )
     write_results(native, {"dataset": "photos"})
     card = load_card(native, "ann/native")
-    assert card.data.eval_results[0].metric_value == RESULTS["accuracy"] and "98.33%" in card.text
-    assert card.data.tags == ["vision", "vit"] and "trust_remote_code" not in card.text
+    assert card.data.eval_results[0].metric_value == RESULTS["accuracy"]
+    assert "98.33%" in card.text
+    assert card.data.tags == ["vision", "vit"]
+    assert "trust_remote_code" not in card.text
     assert "vitcls finetune" not in card.text
-    required = json.loads((native / "parity_report.json").read_text())["required_versions"]["transformers"]
+    required = json.loads((native / "parity_report.json").read_text())["required_versions"][
+        "transformers"
+    ]
     assert f'"transformers>={required.lstrip(">=")}"' in card.text
 
 
@@ -271,7 +412,8 @@ def test_example_cards_have_the_headings_of_the_template(tmp_path: Path, name: s
     (folder / "images").mkdir()
     (folder / "images" / "attention.png").touch()
     assert list_headings(text) == list_headings(load_card(folder).text)
-    assert "modeling_vitcls " in text and "sha256sum" not in text
+    assert "modeling_vitcls " in text
+    assert "sha256sum" not in text
     for image in MarkdownIt().parse(text):
         for child in image.children or ():
             if child.type == "image":

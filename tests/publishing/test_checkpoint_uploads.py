@@ -20,7 +20,8 @@ def test_the_newest_checkpoint_replaces_the_earlier_one_on_the_branch(
     hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The files are uploaded at once, and the test ends each upload."""
-    upload_folder, uploads = HfApi.upload_folder, []
+    upload_folder = HfApi.upload_folder
+    uploads = []
 
     def start_upload(api: HfApi, *, run_as_future: bool, **arguments: Any) -> "Future[None]":
         assert run_as_future
@@ -32,23 +33,36 @@ def test_the_newest_checkpoint_replaces_the_earlier_one_on_the_branch(
     hub.create("ann/model", private=False)
     warnings: list[str] = []
     upload = build_checkpoint_uploader("ann/model", "live", warnings.append)
-    for step, uploaded in ((1, 1), (2, 1), (3, 3)):  # the second is saved during the upload of the first
+    for step, uploaded in (
+        (1, 1),
+        (2, 1),
+        (3, 3),
+    ):  # the second is saved during the upload of the first
         (tmp_path / f"step-{step}").mkdir()
         (tmp_path / f"step-{step}" / "state.json").write_text(f"{step}")
         upload(tmp_path / f"step-{step}")
-        assert set(hub.files("ann/model", "live")) - {".gitattributes"} == {f"checkpoints/step-{uploaded}/state.json"}
+        assert set(hub.files("ann/model", "live")) - {".gitattributes"} == {
+            f"checkpoints/step-{uploaded}/state.json"
+        }
         if step == 2:
             uploads[0].set_result(None)
-    assert not warnings and set(hub.files("ann/model")) == {".gitattributes"}
+    assert not warnings
+    assert set(hub.files("ann/model")) == {".gitattributes"}
     uploads[1].set_exception(OSError("no\nroom"))
     hub.fail("POST", "/branch/live", 500)
     upload(tmp_path / "step-1")
     assert len(warnings) == len(uploads) == 2
-    assert all("live" in warning and "ann/model" in warning and "\n" not in warning for warning in warnings)
+    assert all(
+        "live" in warning and "ann/model" in warning and "\n" not in warning for warning in warnings
+    )
 
 
 def test_checkpoints_are_uploaded_by_the_run_that_pushes_to_a_branch() -> None:
     flags: dict[str, Any] = {"push_to_hub": True, "hub_checkpoint_branch": "dev"}
     assert build_uploader(RunOptions(**flags), "ann/mine") is not None
-    for options, repo_id in ((flags, None), (flags | {"dry_run": True}, "ann/mine"), ({}, "ann/mine")):
+    for options, repo_id in (
+        (flags, None),
+        (flags | {"dry_run": True}, "ann/mine"),
+        ({}, "ann/mine"),
+    ):
         assert build_uploader(RunOptions(**options), repo_id) is None

@@ -24,38 +24,55 @@ from modeling_vitcls.publishing.report import load_run_data, write_report
 from modeling_vitcls.runtime.files import read_json, write_json
 
 
-SMALL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+SMALL: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+}
 SMALL |= {"image_size": 16, "patch_size": 8, "num_workers": 0}
 
 
 @pytest.mark.integration
 @pytest.mark.usefixtures("fresh_accelerate", "few_digits")
-def test_a_run_gets_a_report_and_a_card_from_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_gets_a_report_and_a_card_from_its_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "run"
     finetune("vitcls-tiny", "digits", folder, max_steps=2, num_register_tokens=1, **SMALL)
     output = capsys.readouterr().out
-    assert f"written   {folder}/README.md, {folder}/report.html" in output and "diagnosis" in output
-    results, card = read_json(folder / "results.json"), ModelCard.load(folder / "README.md").text
-    assert f"{results['accuracy']:.2%}" in card and "images/attention.png" in card and "[report.html]" in card
+    assert f"written   {folder}/README.md, {folder}/report.html" in output
+    assert "diagnosis" in output
+    results = read_json(folder / "results.json")
+    card = ModelCard.load(folder / "README.md").text
+    assert f"{results['accuracy']:.2%}" in card
+    assert "images/attention.png" in card
+    assert "[report.html]" in card
     report = (folder / "report.html").read_text()
     assert f"{results['dataset']}, {results['split']}" in html.unescape(report)
     rows = pd.read_parquet(folder / "predictions.parquet")
     wrong = rows[rows["label"] != rows["prediction"]]
     num_wrong = len(wrong)
     assert any(f"{row.label} → {row.prediction}" in report for row in wrong.itertuples())
-    assert f"{num_wrong} of {len(rows)} predictions are wrong" in report and f"- {num_wrong} of {len(rows)} " in card
-    assert report.count('alt="held out, ') == 6 and "labels per set" in report
+    assert f"{num_wrong} of {len(rows)} predictions are wrong" in report
+    assert f"- {num_wrong} of {len(rows)} " in card
+    assert report.count('alt="held out, ') == 6
+    assert "labels per set" in report
     assert sum(name in report for name in wrong["image"]) == min(num_wrong, 12)
-    assert results["provenance"] is None and "trained from scratch on `digits`" in card
+    assert results["provenance"] is None
+    assert "trained from scratch on `digits`" in card
     # The folder is all that publishing reads.
     for file in (folder / "README.md", folder / "report.html", *(folder / "images").iterdir()):
         file.unlink()
     moved = folder.rename(tmp_path / "moved")
-    write_json(moved / "results.json", results | {"token_movement": {"cls[0]": 1.0, "registers[0]": 0.0}})
+    write_json(
+        moved / "results.json", results | {"token_movement": {"cls[0]": 1.0, "registers[0]": 0.0}}
+    )
     assert write_report(ModelFolder(moved), pytest.fail)
     finish_run(moved, RunOptions(), None)  # the report is not written again
     assert "diagnosis" not in capsys.readouterr().out
-    assert "not moved" in (moved / "report.html").read_text() and "not moved" not in report
+    assert "not moved" in (moved / "report.html").read_text()
+    assert "not moved" not in report
     text = ModelCard.load(moved / "README.md").text
     expected = card.replace("# run", "# moved").replace('"run"', '"moved"')
     assert text.rpartition("<!--")[0] == expected.rpartition("<!--")[0]
@@ -71,65 +88,104 @@ def test_the_data_of_a_run_are_loaded_again(tmp_path: Path) -> None:
         flags: dict[str, Any] = {"split_seed": 5, "select": select, "output_dir": "./runs/out"}
         folder = ModelFolder(write_run_folder(tmp_path / select, None, flags, model_class))
         found: Any = load_run_data(folder)
-        expected = load_training_data(DataOptions("digits", split_seed=5), select == "best", is_labeled)
+        expected = load_training_data(
+            DataOptions("digits", split_seed=5), select == "best", is_labeled
+        )
         assert (found.record, found.label_space) == (expected.record, expected.label_space)
-        assert (len(found.train), len(found.held_out)) == (len(expected.train), len(expected.held_out))
+        assert (len(found.train), len(found.held_out)) == (
+            len(expected.train),
+            len(expected.held_out),
+        )
     (folder.path / "config.resolved.yaml").write_text("{dataset: digits, held_out_fraction: 0}")
     assert write_report(ModelFolder(folder.path), pytest.fail) is None  # no images are held out
     (folder.path / "config.resolved.yaml").unlink()
     assert load_run_data(ModelFolder(folder.path)) is None
 
 
-def test_the_report_shows_held_out_images_of_a_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_report_shows_held_out_images_of_a_stream(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It measures 64 of at most 80 images, and shows six. An error of the measurement is a warning."""
-    measure, warnings = Mock(side_effect=RuntimeError), []
+    measure = Mock(side_effect=RuntimeError)
+    warnings = []
     monkeypatch.setattr("modeling_vitcls.publishing.report.inspect_model", measure)
     monkeypatch.setattr("modeling_vitcls.publishing.report.NUM_STREAMED_IMAGES", 80)
     for split, numbers in (("train", range(1)), ("test", range(30))):
         write_photos(tmp_path / "photos" / split, numbers, "dusk", "noon", "x")
     flags = {"dataset": str(tmp_path / "photos"), "streaming": True}
-    assert write_report(ModelFolder(write_run_folder(tmp_path / "run", None, flags)), warnings.append) is None
+    assert (
+        write_report(ModelFolder(write_run_folder(tmp_path / "run", None, flags)), warnings.append)
+        is None
+    )
     found = measure.call_args.kwargs
-    assert [len(found[name]) for name in ("images", "labels", "names")] == [64] * 3 and found["num_shown"] == 6
+    assert [len(found[name]) for name in ("images", "labels", "names")] == [64] * 3
+    assert found["num_shown"] == 6
     assert all(Path(name).suffix == ".png" for name in found["names"])
-    assert len(warnings) == 1 and "RuntimeError" in warnings[0]
+    assert len(warnings) == 1
+    assert "RuntimeError" in warnings[0]
 
 
 @pytest.mark.integration
 @pytest.mark.usefixtures("fresh_accelerate", "few_digits", "fast_verification")
 def test_a_run_is_pushed_and_verified(
-    hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    hub: LocalHub,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A token without permission stops the run before the training. Other processes of a run do not push."""
     flags: dict[str, Any] = {"max_steps": 1, "report": False, **SMALL}
     with raises_one_line("bob/mine"):
-        finetune("vitcls-tiny", "digits", tmp_path / "run", push_to_hub=True, hub_model_id="bob/mine", **flags)
+        finetune(
+            "vitcls-tiny",
+            "digits",
+            tmp_path / "run",
+            push_to_hub=True,
+            hub_model_id="bob/mine",
+            **flags,
+        )
     assert not (tmp_path / "run").exists()
-    finetune("vitcls-tiny", "digits", tmp_path / "mine", push_to_hub=True, hub_private=True, **flags)
+    finetune(
+        "vitcls-tiny", "digits", tmp_path / "mine", push_to_hub=True, hub_private=True, **flags
+    )
     commit = hub.repositories["ann/mine"].branches["main"]
     output = capsys.readouterr().out
-    assert f"pushed    {hub.url}/ann/mine/commit/{commit} (private)" in output and "verified: ann/mine at" in output
+    assert f"pushed    {hub.url}/ann/mine/commit/{commit} (private)" in output
+    assert "verified: ann/mine at" in output
     assert "# ann/mine" in hub.read("ann/mine", "README.md").decode()
     lines = [line for line in output.splitlines() if line.strip()]
     assert len(lines) == len(set(lines))  # nothing is printed twice
     load = f'AutoModelForImageClassification.from_pretrained("ann/mine", revision="{commit}", trust_remote_code=True)'
-    assert load in output and f"  {len(hub.files('ann/mine')) - 1} files match their hashes; code of " in output
-    finish_run(tmp_path / "mine", RunOptions(report=False, hub_verify=False, hub_private=True), "ann/new")
+    assert load in output
+    assert f"  {len(hub.files('ann/mine')) - 1} files match their hashes; code of " in output
+    finish_run(
+        tmp_path / "mine", RunOptions(report=False, hub_verify=False, hub_private=True), "ann/new"
+    )
     output = capsys.readouterr().out
-    assert hub.repositories["ann/new"].private and "verified:" not in output and "report.html" not in output
+    assert hub.repositories["ann/new"].private
+    assert "verified:" not in output
+    assert "report.html" not in output
     monkeypatch.chdir(tmp_path / "mine")
-    options = build_options(FinetuneOptions, model="m", dataset="d", output_dir=".", push_to_hub=True)
+    options = build_options(
+        FinetuneOptions, model="m", dataset="d", output_dir=".", push_to_hub=True
+    )
     assert prepare_push(options) == "ann/mine"
     monkeypatch.setenv("RANK", "1")  # another process of a run
     assert prepare_push(options) is None
 
 
-def test_a_run_without_a_report_is_finished(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_without_a_report_is_finished(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The dataset was moved. Warnings and paths are printed as they are."""
-    folder = write_run_folder(tmp_path / "[old]", {"confusion_matrix": [[3, 0, 0]] * 3}, {"dataset": "./gone [old]"})
+    folder = write_run_folder(
+        tmp_path / "[old]", {"confusion_matrix": [[3, 0, 0]] * 3}, {"dataset": "./gone [old]"}
+    )
     finish_run(folder, RunOptions(), None)
     warning, written = capsys.readouterr().out.splitlines()
-    assert "report.html" in warning and "gone [old]" in warning and written.endswith(f" {folder}/README.md")
+    assert "report.html" in warning
+    assert "gone [old]" in warning
+    assert written.endswith(f" {folder}/README.md")
     assert (folder / "images" / "confusion_matrix.png").is_file()
 
 
@@ -139,9 +195,11 @@ def test_a_model_saved_by_hand_gets_a_card(tmp_path: Path) -> None:
     assert write_report(ModelFolder(tmp_path / "mine"), pytest.fail) is None
     write_card(ModelFolder(tmp_path / "mine"))
     card = ModelCard.load(tmp_path / "mine" / "README.md")
-    assert "for image classification with 3 classes" in card.text and card.data.eval_results is None
+    assert "for image classification with 3 classes" in card.text
+    assert card.data.eval_results is None
     assert 'model="mine"' in card.text
     write_json(
-        tmp_path / "mine" / "config.json", read_json(tmp_path / "mine" / "config.json") | {"architectures": None}
+        tmp_path / "mine" / "config.json",
+        read_json(tmp_path / "mine" / "config.json") | {"architectures": None},
     )
     assert ModelFolder(tmp_path / "mine").architecture == "ViTCLSModel"  # as in from_pretrained

@@ -36,7 +36,9 @@ def folder(tmp_path: Path) -> Path:
         "loss": -np.log(probabilities[range(400), labels]),
     }
     calibration = {"temperature": 0.651, "num_images": 180, "calibration_error_before": 0.0871}
-    target = write_run_folder(tmp_path / "mine", {"calibration": calibration, "calibration_error": 0.0123})
+    target = write_run_folder(
+        tmp_path / "mine", {"calibration": calibration, "calibration_error": 0.0123}
+    )
     write_predictions(target, pd.DataFrame(columns))
     return target
 
@@ -46,19 +48,27 @@ def test_wrong_images_and_prediction_sets_are_counted(folder: Path) -> None:
     wrong = rows[rows["label"] != rows["prediction"]].sort_values("loss")
     num_images = wrong["index"].tolist()[-1]  # the image with the highest loss is missing
     found = describe_predictions(ModelFolder(folder), [Image.new("RGB", (300, 200))] * num_images)
-    assert found["num_wrong"] == len(wrong) > 12 == len(found["wrong"]) and found["num_images"] == 400
+    assert found["num_wrong"] == len(wrong) > 12 == len(found["wrong"])
+    assert found["num_images"] == 400
     assert found["calibration"]["num_images"] == 180
-    assert found["num_confident_errors"] == sum(max(values) > 0.9 for values in wrong["probabilities"])
+    assert found["num_confident_errors"] == sum(
+        max(values) > 0.9 for values in wrong["probabilities"]
+    )
     assert [row["index"] for row in found["wrong"]] == wrong["index"].tolist()[:-13:-1]
-    assert [row["index"] < num_images for row in found["wrong"]] == ["url" in row for row in found["wrong"]]
+    assert [row["index"] < num_images for row in found["wrong"]] == [
+        "url" in row for row in found["wrong"]
+    ]
     urls = [row["url"] for row in found["wrong"] if "url" in row]
-    assert urls and all(Image.open(urlopen(url)).size == (96, 64) for url in urls)
+    assert urls
+    assert all(Image.open(urlopen(url)).size == (96, 64) for url in urls)
     # Split conformal prediction by hand.
-    probabilities, targets = np.stack(rows["probabilities"]), np.array([NAMES.index(name) for name in rows["label"]])
+    probabilities = np.stack(rows["probabilities"])
+    targets = np.array([NAMES.index(name) for name in rows["label"]])
     scores = np.sort(1 - probabilities[::2][range(200), targets[::2]])
     sets = 1 - probabilities[1::2] <= scores[int(np.ceil(201 * 0.9)) - 1]
     everything, *classes = found["sets"]
-    assert [row["class"] for row in classes] == NAMES and sum(row["images"] for row in classes) == 200
+    assert [row["class"] for row in classes] == NAMES
+    assert sum(row["images"] for row in classes) == 200
     assert everything["size"] == pytest.approx(sets.sum() / 200)
     assert classes[2]["coverage"] == pytest.approx(sets[targets[1::2] == 2, 2].mean())
     assert 0.85 < everything["coverage"] < 0.95
@@ -69,7 +79,8 @@ def test_the_card_states_wrong_images_and_the_size_of_the_sets(folder: Path) -> 
     card = render_card(ModelFolder(folder))
     assert "`dusk/photo " in card
     (sentence,) = re.findall(r"- (\d+) of 400 predictions are wrong; .* these exceeds 90%.*", card)
-    assert int(sentence) == found["num_wrong"] and f"contain {found['sets'][0]['size']:.2f} labels" in card
+    assert int(sentence) == found["num_wrong"]
+    assert f"contain {found['sets'][0]['size']:.2f} labels" in card
 
 
 def test_predictions_of_other_weights_or_kinds_are_not_shown(folder: Path) -> None:
@@ -81,11 +92,15 @@ def test_predictions_of_other_weights_or_kinds_are_not_shown(folder: Path) -> No
         write_predictions(folder, rows)
         assert describe_predictions(ModelFolder(folder)) is None
     write_predictions(folder, few)
-    save_with_processor(ViTCLSForImageClassification(build_tiny_config(num_register_tokens=1)), folder)
+    save_with_processor(
+        ViTCLSForImageClassification(build_tiny_config(num_register_tokens=1)), folder
+    )
     assert describe_predictions(ModelFolder(folder)) is None
 
 
 def test_predictions_before_the_weights_were_replaced_are_not_shown(folder: Path) -> None:
-    save_with_processor(ViTCLSForImageClassification(build_tiny_config(num_register_tokens=1)), folder)
+    save_with_processor(
+        ViTCLSForImageClassification(build_tiny_config(num_register_tokens=1)), folder
+    )
     write_results(folder)  # of the new weights
     assert describe_predictions(ModelFolder(folder)) is None

@@ -13,7 +13,12 @@ import yaml
 from helpers.command_in_process import run_here
 from helpers.local_hub import LocalHub, Token
 from helpers.model_folders import write_results, write_run_folder
-from helpers.tiny_models import build_tiny_config, raises_one_line, save_classifier, save_with_processor
+from helpers.tiny_models import (
+    build_tiny_config,
+    raises_one_line,
+    save_classifier,
+    save_with_processor,
+)
 from huggingface_hub import HfApi
 from huggingface_hub.utils import enable_progress_bars
 
@@ -24,7 +29,12 @@ from modeling_vitcls.hub import connection
 from modeling_vitcls.hub.model_files import hash_weights
 from modeling_vitcls.publishing.card import write_card
 from modeling_vitcls.publishing.model_folder import ModelFolder
-from modeling_vitcls.publishing.push import PushError, build_push_command, prepare_repository, push_folder
+from modeling_vitcls.publishing.push import (
+    PushError,
+    build_push_command,
+    prepare_repository,
+    push_folder,
+)
 
 
 pytestmark = pytest.mark.integration
@@ -37,7 +47,9 @@ MODEL_FILES = CODE | {WEIGHTS, "config.json", "preprocessor_config.json"}
 TOKENS = {
     "hf_ann": Token("ann", {"lab": "write", "school": "read"}),
     "hf_read": Token("ann", role="read"),
-    "hf_one_model": Token("ann", role="fineGrained", scopes={("model", "ann/there"): ["repo.write"]}),
+    "hf_one_model": Token(
+        "ann", role="fineGrained", scopes={("model", "ann/there"): ["repo.write"]}
+    ),
 }
 
 
@@ -66,7 +78,11 @@ def folder(tmp_path: Path) -> Path:
 
 def take_snapshot(folder: Path) -> dict[str, str]:
     """Return the hashes of all files of a folder."""
-    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 # Files ---------------------------------------------------------------------------------------------------------------
@@ -80,10 +96,21 @@ def test_a_push_is_one_commit_of_the_model_files(
     pushed = push_folder(ModelFolder(folder), "ann/model")
     assert "%" not in capsys.readouterr().err  # progress bars
     repository = hub.repositories["ann/model"]
-    assert len(repository.commits) == 2 and repository.branches == {"main": pushed.commit}
-    assert not repository.private and pushed.summary == f"{hub.url}/ann/model/commit/{pushed.commit} (public)"
-    accompanying = {"README.md", "results.json", "config.resolved.yaml", "images/attention.png", "report.html"}
-    assert set(hub.files("ann/model")) == {".gitattributes", "CODE_LICENSE", "LICENSE"} | MODEL_FILES | accompanying
+    assert len(repository.commits) == 2
+    assert repository.branches == {"main": pushed.commit}
+    assert not repository.private
+    assert pushed.summary == f"{hub.url}/ann/model/commit/{pushed.commit} (public)"
+    accompanying = {
+        "README.md",
+        "results.json",
+        "config.resolved.yaml",
+        "images/attention.png",
+        "report.html",
+    }
+    assert (
+        set(hub.files("ann/model"))
+        == {".gitattributes", "CODE_LICENSE", "LICENSE"} | MODEL_FILES | accompanying
+    )
     for name in MODEL_FILES | {"results.json"}:
         assert hub.read("ann/model", name) == (folder / name).read_bytes()
     assert hub.files("ann/model")[WEIGHTS].is_lfs
@@ -98,17 +125,34 @@ def test_a_push_is_one_commit_of_the_model_files(
 def test_only_files_that_the_package_wrote_are_pushed(hub: LocalHub, folder: Path) -> None:
     (folder / "onnx").mkdir()
     (folder / "onnx" / "model.onnx").write_bytes(b"graph")
-    (folder / "onnx" / "report.json").write_text(json.dumps({"weights_sha256": hash_weights(folder)}))
+    (folder / "onnx" / "report.json").write_text(
+        json.dumps({"weights_sha256": hash_weights(folder)})
+    )
     write_export(folder, sha256={"model.xml": "", "model.bin": "", "notes.txt": ""})
-    assert run_here("push", "--model", str(folder), "--hub-model-id", "ann/model", "--no-verify") == 0
+    assert (
+        run_here("push", "--model", str(folder), "--hub-model-id", "ann/model", "--no-verify") == 0
+    )
     published = set(hub.files("ann/model"))
     assert {"images/attention.png", "onnx/model.onnx", "model.bin", "LICENSE"} <= published
-    planted = ["LICENSE-secret.txt", "NOTICE.env", "images/private.png", "evil_vitcls.py", "onnx/other.onnx"]
-    planted += ["model-00001-of-00002.safetensors", "other.onnx", "other.bin", "images/confusion_matrix_other.png"]
+    planted = [
+        "LICENSE-secret.txt",
+        "NOTICE.env",
+        "images/private.png",
+        "evil_vitcls.py",
+        "onnx/other.onnx",
+    ]
+    planted += [
+        "model-00001-of-00002.safetensors",
+        "other.onnx",
+        "other.bin",
+        "images/confusion_matrix_other.png",
+    ]
     for name in planted:
         (folder / name).write_bytes(b"private")
     (folder / "LICENSE.link").symlink_to("/etc/hostname")
-    assert run_here("push", "--model", str(folder), "--hub-model-id", "ann/model", "--no-verify") == 0
+    assert (
+        run_here("push", "--model", str(folder), "--hub-model-id", "ann/model", "--no-verify") == 0
+    )
     assert set(hub.files("ann/model")) == published
 
 
@@ -118,20 +162,26 @@ def test_the_target_of_a_link_is_not_pushed(
 ) -> None:
     (folder / name).rename(folder.parent / "elsewhere")
     (folder / name).symlink_to(folder.parent / "elsewhere")
-    assert run_here("push", "--model", str(folder), "--hub-model-id", "ann/model", "--no-verify") == 1
+    assert (
+        run_here("push", "--model", str(folder), "--hub-model-id", "ann/model", "--no-verify") == 1
+    )
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert name in error
     assert "is a link" in error
     assert hub.count_requests("POST", "/commit/") == 0
 
 
-@pytest.mark.parametrize("weight_map", ['"model.safetensors"', '["model.safetensors"]', '{"a": "../x.safetensors"}'])
+@pytest.mark.parametrize(
+    "weight_map", ['"model.safetensors"', '["model.safetensors"]', '{"a": "../x.safetensors"}']
+)
 def test_an_index_that_names_no_weight_files_is_one_line(
     hub: LocalHub, folder: Path, weight_map: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / WEIGHTS).rename(folder.parent / "x.safetensors")
     (folder / "model.safetensors.index.json").write_text(f'{{"weight_map": {weight_map}}}')
-    assert run_here("push", "--model", str(folder), "--hub-model-id", "ann/model", "--no-verify") == 1
+    assert (
+        run_here("push", "--model", str(folder), "--hub-model-id", "ann/model", "--no-verify") == 1
+    )
     error = capsys.readouterr().err
     assert "weight_map" in error
     assert error.strip().count("\n") == 0
@@ -165,8 +215,10 @@ def test_images_of_local_datasets_are_published_only_on_request(
     push_folder(ModelFolder(folder), "ann/model")
     card = hub.read("ann/model", "README.md").decode()
     for name in ("report.html", "images/attention.png"):
-        assert (name in hub.files("ann/model")) is is_published and (name in card) is is_published
-    assert "/home/ann" not in card and "/home/ann" not in hub.read("ann/model", "config.resolved.yaml").decode()
+        assert (name in hub.files("ann/model")) is is_published
+        assert (name in card) is is_published
+    assert "/home/ann" not in card
+    assert "/home/ann" not in hub.read("ann/model", "config.resolved.yaml").decode()
 
 
 def test_results_of_other_weights_are_not_published(
@@ -192,20 +244,31 @@ def test_results_of_other_weights_are_not_published(
     assert "\n" not in message
 
 
-def test_onnx_files_are_pushed_only_with_the_weights_they_were_created_from(hub: LocalHub, folder: Path) -> None:
+def test_onnx_files_are_pushed_only_with_the_weights_they_were_created_from(
+    hub: LocalHub, folder: Path
+) -> None:
     (folder / "onnx").mkdir()
     (folder / "onnx" / "model.onnx").write_bytes(b"graph")
     digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
     comparison = {"file": "onnx/model.onnx", "largest_difference": 2.5e-7, "top1_agreement": 1.0}
-    scores = {"dataset": "digits", "split": "test", "num_images": 1000, "metric": "accuracy", "model": 0.974}
+    scores = {
+        "dataset": "digits",
+        "split": "test",
+        "num_images": 1000,
+        "metric": "accuracy",
+        "model": 0.974,
+    }
     report = {"weights_sha256": {WEIGHTS: digest}, "comparisons": [comparison]}
     report["labeled"] = scores | {"files": {"model.onnx": 0.9725}}
     (folder / "onnx" / "report.json").write_text(json.dumps(report))
     push_folder(ModelFolder(folder), "ann/model")
     assert {"onnx/model.onnx", "onnx/report.json"} <= set(hub.files("ann/model"))
     card = hub.read("ann/model", "README.md").decode()
-    assert "| `onnx/model.onnx` | 2.5e-07 | 100.00% | 97.25% |\n" in card and "97.40%" in card
-    save_with_processor(vitcls.ViTCLSForImageClassification(build_tiny_config(num_register_tokens=2)), folder)
+    assert "| `onnx/model.onnx` | 2.5e-07 | 100.00% | 97.25% |\n" in card
+    assert "97.40%" in card
+    save_with_processor(
+        vitcls.ViTCLSForImageClassification(build_tiny_config(num_register_tokens=2)), folder
+    )
     push_folder(ModelFolder(folder), "ann/model")
     assert not [name for name in hub.files("ann/model") if name.startswith("onnx/")]
     assert "onnx" not in hub.read("ann/model", "README.md").decode()
@@ -214,35 +277,73 @@ def test_onnx_files_are_pushed_only_with_the_weights_they_were_created_from(hub:
 def write_export(folder: Path, **values: Any) -> None:
     """Write an OpenVINO file with its report, as `vitcls export` does."""
     digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
-    scores = {"dataset": "digits", "split": "test", "num_images": 359, "metric": "accuracy", "model": 0.974}
-    speed = {"images_per_second": 1234.5, "batch_size": 32, "repeats": 5, "dtype": "float32", "device": "CPU"}
-    report = {"format": "openvino", "dtype": "int8", "weights_sha256": {WEIGHTS: digest}, "num_bytes": 3 * 2**19}
-    report |= {"evaluation": scores | {"file": 0.9725, "interval": [0.95, 0.99]}, "comparison": None, "speed": speed}
-    report |= {"largest_differences": {"logits": 2e-6}, "sha256": {"model.xml": "", "model.bin": ""}}
+    scores = {
+        "dataset": "digits",
+        "split": "test",
+        "num_images": 359,
+        "metric": "accuracy",
+        "model": 0.974,
+    }
+    speed = {
+        "images_per_second": 1234.5,
+        "batch_size": 32,
+        "repeats": 5,
+        "dtype": "float32",
+        "device": "CPU",
+    }
+    report = {
+        "format": "openvino",
+        "dtype": "int8",
+        "weights_sha256": {WEIGHTS: digest},
+        "num_bytes": 3 * 2**19,
+    }
+    report |= {
+        "evaluation": scores | {"file": 0.9725, "interval": [0.95, 0.99]},
+        "comparison": None,
+        "speed": speed,
+    }
+    report |= {
+        "largest_differences": {"logits": 2e-6},
+        "sha256": {"model.xml": "", "model.bin": ""},
+    }
     for name in ("model.xml", "model.bin"):
         (folder / name).write_bytes(b"graph")
     (folder / "model.xml.json").write_text(json.dumps(report | values))
 
 
-def test_exported_files_are_pushed_only_with_the_weights_they_were_created_from(hub: LocalHub, folder: Path) -> None:
+def test_exported_files_are_pushed_only_with_the_weights_they_were_created_from(
+    hub: LocalHub, folder: Path
+) -> None:
     write_export(folder)
     (folder / "pytorch_model.bin").write_bytes(b"pickled")
     push_folder(ModelFolder(folder), "ann/model")
     names = set(hub.files("ann/model"))
-    assert {"model.xml", "model.bin", "model.xml.json"} <= names and "pytorch_model.bin" not in names
+    assert {"model.xml", "model.bin", "model.xml.json"} <= names
+    assert "pytorch_model.bin" not in names
     card = hub.read("ann/model", "README.md").decode()
     (row,) = (line for line in card.splitlines() if line.startswith("| `model.xml` |"))
-    assert all(text in row for text in ("int8", "1.5 MiB", "97.25% (95.00% to 99.00%)", "97.40%", "359", "1,234"))
-    save_with_processor(vitcls.ViTCLSForImageClassification(build_tiny_config(num_register_tokens=2)), folder)
+    assert all(
+        text in row
+        for text in ("int8", "1.5 MiB", "97.25% (95.00% to 99.00%)", "97.40%", "359", "1,234")
+    )
+    save_with_processor(
+        vitcls.ViTCLSForImageClassification(build_tiny_config(num_register_tokens=2)), folder
+    )
     push_folder(ModelFolder(folder), "ann/model")
     assert not set(hub.files("ann/model")) & {"model.xml", "model.bin", "model.xml.json"}
     assert "model.xml" not in hub.read("ann/model", "README.md").decode()
 
 
-def test_a_folder_of_exported_files_is_pushed_without_weights_and_code(hub: LocalHub, folder: Path) -> None:
+def test_a_folder_of_exported_files_is_pushed_without_weights_and_code(
+    hub: LocalHub, folder: Path
+) -> None:
     comparison = {"num_images": 64, "relative_error": 0.0123, "top1_agreement": 0.984375}
     write_export(folder, evaluation=None, comparison=comparison)
-    for file in (*folder.glob("*.safetensors"), *folder.glob("*.py"), folder / "config.resolved.yaml"):
+    for file in (
+        *folder.glob("*.safetensors"),
+        *folder.glob("*.py"),
+        folder / "config.resolved.yaml",
+    ):
         file.unlink()
     (folder / "results.json").write_text('{"files": {}}')
     push_folder(ModelFolder(folder), "ann/export")
@@ -251,11 +352,17 @@ def test_a_folder_of_exported_files_is_pushed_without_weights_and_code(hub: Loca
         *("model.xml", "model.bin", "model.xml.json"),
     }
     card = hub.read("ann/export", "README.md").decode()
-    assert "1.2e-02" in card and "98.44%" in card and "--backend my-model/model.xml" in card
-    assert "trust_remote_code" not in card and "None" not in card and "Apache-2.0" not in card
+    assert "1.2e-02" in card
+    assert "98.44%" in card
+    assert "--backend my-model/model.xml" in card
+    assert "trust_remote_code" not in card
+    assert "None" not in card
+    assert "Apache-2.0" not in card
 
 
-def test_a_push_removes_outdated_files_of_its_branch_and_keeps_others(hub: LocalHub, folder: Path) -> None:
+def test_a_push_removes_outdated_files_of_its_branch_and_keeps_others(
+    hub: LocalHub, folder: Path
+) -> None:
     """Shards replace a single file, and files of earlier versions are removed."""
     push_folder(ModelFolder(folder), "ann/model")
     for name in ("notes.md", "handler.py", "parity_report.json", "checkpoints/step-1/state.json"):
@@ -269,8 +376,14 @@ def test_a_push_removes_outdated_files_of_its_branch_and_keeps_others(hub: Local
     push_folder(ModelFolder(folder), "ann/model", branch="new")
     names = set(hub.files("ann/model", "new"))
     shards = {path.name for path in folder.glob("model-*.safetensors")}
-    assert len(shards) > 1 and shards | {"notes.md", "results.json"} <= names
-    assert not names & {WEIGHTS, "handler.py", "parity_report.json", "checkpoints/step-1/state.json"}
+    assert len(shards) > 1
+    assert shards | {"notes.md", "results.json"} <= names
+    assert not names & {
+        WEIGHTS,
+        "handler.py",
+        "parity_report.json",
+        "checkpoints/step-1/state.json",
+    }
     (folder / "report.html").write_text("new")
     again = push_folder(ModelFolder(folder), "ann/model", branch="new").commit  # the branch exists
     assert hub.repositories["ann/model"].branches == {"main": main, "new": again}
@@ -279,16 +392,27 @@ def test_a_push_removes_outdated_files_of_its_branch_and_keeps_others(hub: Local
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda folder: (folder / "config.json").unlink(), ["does not contain a model", "config.json"]),
+        (
+            lambda folder: (folder / "config.json").unlink(),
+            ["does not contain a model", "config.json"],
+        ),
         (lambda folder: (folder / WEIGHTS).unlink(), ["lacks model.safetensors"]),
         (lambda folder: (folder / "modeling_vitcls.py").unlink(), ["lacks modeling_vitcls.py"]),
-        (lambda folder: [write_export(folder), (folder / "modeling_vitcls.py").unlink()], ["lacks modeling"]),
-        (lambda folder: (folder / "config.json").write_text('{"model_type": "vit"}'), ["'vit'", "vitcls convert"]),
+        (
+            lambda folder: [write_export(folder), (folder / "modeling_vitcls.py").unlink()],
+            ["lacks modeling"],
+        ),
+        (
+            lambda folder: (folder / "config.json").write_text('{"model_type": "vit"}'),
+            ["'vit'", "vitcls convert"],
+        ),
         (lambda folder: (folder / "config.json").write_text("{"), ["cannot read", "config.json"]),
         (lambda folder: folder.rename(folder.with_name("other")), ["is not a folder"]),
     ],
 )
-def test_an_incomplete_model_is_not_pushed(hub: LocalHub, folder: Path, spoil: Any, words: list[str]) -> None:
+def test_an_incomplete_model_is_not_pushed(
+    hub: LocalHub, folder: Path, spoil: Any, words: list[str]
+) -> None:
     spoil(folder)
     with raises_one_line(*words, error=(ValueError, OSError)):
         push_folder(ModelFolder(folder), "ann/model")
@@ -296,8 +420,15 @@ def test_an_incomplete_model_is_not_pushed(hub: LocalHub, folder: Path, spoil: A
 
 
 def test_code_in_another_repository_is_not_pushed(hub: LocalHub, folder: Path) -> None:
-    for name, module in (("preprocessor_config.json", "image_processing"), ("config.json", "modeling")):
-        text = (folder / name).read_text().replace(f'": "{module}_vitcls.', f'": "ann/code--{module}_vitcls.')
+    for name, module in (
+        ("preprocessor_config.json", "image_processing"),
+        ("config.json", "modeling"),
+    ):
+        text = (
+            (folder / name)
+            .read_text()
+            .replace(f'": "{module}_vitcls.', f'": "ann/code--{module}_vitcls.')
+        )
         (folder / name).write_text(text)
         with raises_one_line(f"ann/code--{module}_vitcls", "another repository"):
             push_folder(ModelFolder(folder), "ann/model")
@@ -306,13 +437,18 @@ def test_code_in_another_repository_is_not_pushed(hub: LocalHub, folder: Path) -
 # Cards ---------------------------------------------------------------------------------------------------------------
 
 
-def test_a_generated_card_names_the_repository_and_an_edited_card_is_kept(hub: LocalHub, folder: Path) -> None:
+def test_a_generated_card_names_the_repository_and_an_edited_card_is_kept(
+    hub: LocalHub, folder: Path
+) -> None:
     write_card(ModelFolder(folder))
     local_card = (folder / "README.md").read_text()
-    assert "# my-run\n" in local_card and 'model="my-run"' in local_card
+    assert "# my-run\n" in local_card
+    assert 'model="my-run"' in local_card
     push_folder(ModelFolder(folder), "ann/model")
     card = hub.read("ann/model", "README.md").decode()
-    assert "# ann/model\n" in card and 'model="ann/model"' in card and "my-run" not in card
+    assert "# ann/model\n" in card
+    assert 'model="ann/model"' in card
+    assert "my-run" not in card
     assert (folder / "README.md").read_text() == local_card
     text = local_card.replace("# my-run", "# My model")
     (folder / "README.md").write_text(text)
@@ -343,7 +479,8 @@ def test_the_repository_exists_before_a_run(
     hub.create("ann/there", private=False)
     monkeypatch.setenv("HF_TOKEN", token)
     assert prepare_repository(asked, "my-run") == found
-    assert found in hub.repositories and hub.count_requests("POST", "/commit/") == 0
+    assert found in hub.repositories
+    assert hub.count_requests("POST", "/commit/") == 0
 
 
 @pytest.mark.parametrize(
@@ -359,7 +496,11 @@ def test_the_repository_exists_before_a_run(
     ],
 )
 def test_a_push_that_is_not_permitted_is_an_error_before_a_run(
-    hub: LocalHub, token: str | None, repo_id: str, words: list[str], monkeypatch: pytest.MonkeyPatch
+    hub: LocalHub,
+    token: str | None,
+    repo_id: str,
+    words: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     hub.create("ann/there", private=False)
     monkeypatch.delenv("HF_TOKEN")
@@ -372,18 +513,22 @@ def test_a_push_that_is_not_permitted_is_an_error_before_a_run(
     assert set(hub.repositories) == {"ann/there"}
 
 
-def test_a_new_repository_has_the_default_visibility_of_the_account(hub: LocalHub, folder: Path) -> None:
+def test_a_new_repository_has_the_default_visibility_of_the_account(
+    hub: LocalHub, folder: Path
+) -> None:
     hub.private_by_default.add("ann")
     prepare_repository("ann/prepared", "my-run")
     assert push_folder(ModelFolder(folder), "ann/pushed").summary.endswith("(private)")
-    assert hub.repositories["ann/prepared"].private and hub.repositories["ann/pushed"].private
+    assert hub.repositories["ann/prepared"].private
+    assert hub.repositories["ann/pushed"].private
 
 
 def test_a_public_repository_is_not_accepted_for_a_private_push(hub: LocalHub) -> None:
     hub.create("ann/there", private=False)
     with raises_one_line("ann/there", "is public"):
         prepare_repository("ann/there", "my-run", private=True)
-    assert prepare_repository("ann/new", "my-run", private=True) == "ann/new" and hub.repositories["ann/new"].private
+    assert prepare_repository("ann/new", "my-run", private=True) == "ann/new"
+    assert hub.repositories["ann/new"].private
 
 
 def test_offline_mode_and_an_unavailable_hub_are_errors(
@@ -393,7 +538,10 @@ def test_offline_mode_and_an_unavailable_hub_are_errors(
     with raises_one_line("HTTP 500", "push later", error=OSError):
         prepare_repository("ann/model", "x")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    for push in (lambda: prepare_repository("ann/model", "x"), lambda: push_folder(ModelFolder(folder), "ann/model")):
+    for push in (
+        lambda: prepare_repository("ann/model", "x"),
+        lambda: push_folder(ModelFolder(folder), "ann/model"),
+    ):
         with raises_one_line("HF_HUB_OFFLINE"):
             push()
 
@@ -410,16 +558,24 @@ def test_offline_mode_and_an_unavailable_hub_are_errors(
         ("POST", "/commit/", 502),
     ],
 )
-def test_temporary_failures_are_retried(hub: LocalHub, folder: Path, method: str, path: str, kind: Any) -> None:
+def test_temporary_failures_are_retried(
+    hub: LocalHub, folder: Path, method: str, path: str, kind: Any
+) -> None:
     hub.fail(method, path, kind)
     pushed = push_folder(ModelFolder(folder), "ann/model")
     assert hub.repositories["ann/model"].branches["main"] == pushed.commit
-    assert set(hub.files("ann/model")) >= MODEL_FILES and len(hub.repositories["ann/model"].commits) == 2
+    assert set(hub.files("ann/model")) >= MODEL_FILES
+    assert len(hub.repositories["ann/model"].commits) == 2
 
 
 @pytest.mark.parametrize(
     "kind",
-    ["corrupt", "hang", pytest.param("drop", marks=pytest.mark.slow), pytest.param(500, marks=pytest.mark.slow)],
+    [
+        "corrupt",
+        "hang",
+        pytest.param("drop", marks=pytest.mark.slow),
+        pytest.param(500, marks=pytest.mark.slow),
+    ],
 )
 def test_a_push_gives_up_if_every_upload_fails(
     hub: LocalHub, folder: Path, kind: str | int, monkeypatch: pytest.MonkeyPatch
@@ -433,7 +589,9 @@ def test_a_push_gives_up_if_every_upload_fails(
     assert time.monotonic() - started < 120
 
 
-def test_another_push_in_the_meantime_is_noticed(hub: LocalHub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_push_in_the_meantime_is_noticed(
+    hub: LocalHub, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The Hub rejects a commit whose parent is outdated (HTTP 412), and the retry starts again."""
     upload = HfApi.upload_folder
 
@@ -445,13 +603,18 @@ def test_another_push_in_the_meantime_is_noticed(hub: LocalHub, folder: Path, mo
     monkeypatch.setattr(HfApi, "upload_folder", upload_second)
     monkeypatch.chdir(folder.parent)
     pushed = push_folder(ModelFolder(Path(folder.name)), "ann/model")
-    assert hub.count_requests("POST", "/commit/") == 3  # of the file, the rejected one, and the retry
+    assert (
+        hub.count_requests("POST", "/commit/") == 3
+    )  # of the file, the rejected one, and the retry
     assert hub.repositories["ann/model"].branches["main"] == pushed.commit
     assert set(hub.files("ann/model")) >= MODEL_FILES | {"notes.md"}
 
 
 def test_a_failed_push_prints_the_command_that_completes_it(hub: LocalHub, folder: Path) -> None:
-    assert build_push_command(Path("my run"), "a/b") == "vitcls push --model 'my run' --hub-model-id a/b"
+    assert (
+        build_push_command(Path("my run"), "a/b")
+        == "vitcls push --model 'my run' --hub-model-id a/b"
+    )
     hub.create("ann/model", private=False)
     hub.fail("POST", "/commit/", 403)
     command = f"vitcls push --model {folder} --hub-model-id ann/model --private --branch new"
@@ -459,13 +622,19 @@ def test_a_failed_push_prints_the_command_that_completes_it(hub: LocalHub, folde
         push_folder(ModelFolder(folder), "ann/model", private=True, branch="new")
 
 
-def test_flags_of_a_push(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_flags_of_a_push(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = save_classifier(tmp_path / "mine")
-    prepare, push = Mock(return_value="ann/new"), Mock(return_value=SimpleNamespace(summary="sent"))
+    prepare = Mock(return_value="ann/new")
+    push = Mock(return_value=SimpleNamespace(summary="sent"))
     monkeypatch.setattr(f"{PUBLISHING}.push.prepare_repository", prepare)
     monkeypatch.setattr(f"{PUBLISHING}.push.push_folder", push)
-    monkeypatch.setattr(f"{PUBLISHING}.verify.verify_push", lambda pushed, folder: f"verified {folder.path}")
+    monkeypatch.setattr(
+        f"{PUBLISHING}.verify.verify_push", lambda pushed, folder: f"verified {folder.path}"
+    )
     for is_verified in (True, False):
         run_push(PushOptions(folder, "new", private=True, branch="dev", verify=is_verified))
-        assert prepare.call_args.args == ("new", "mine", True) and push.call_args.args[1:] == ("ann/new", True, "dev")
+        assert prepare.call_args.args == ("new", "mine", True)
+        assert push.call_args.args[1:] == ("ann/new", True, "dev")
         assert (f"verified {folder}" in capsys.readouterr().out) == is_verified

@@ -10,7 +10,13 @@ import pytest
 import torch
 from helpers.fresh_processes import run_fresh
 from helpers.local_hub import LocalHub, Token
-from helpers.tiny_models import build_tiny_config, each_kind, raises_one_line, save_classifier, save_with_processor
+from helpers.tiny_models import (
+    build_tiny_config,
+    each_kind,
+    raises_one_line,
+    save_classifier,
+    save_with_processor,
+)
 from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 
@@ -53,12 +59,17 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_the_script_pushes_and_verifies_a_private_model(hub: LocalHub, folder: Path, tmp_path: Path) -> None:
+def test_the_script_pushes_and_verifies_a_private_model(
+    hub: LocalHub, folder: Path, tmp_path: Path
+) -> None:
     hub.fail("GET", "/objects/", "cut")  # the first request for weights
-    ended = run_fresh(SCRIPT, "--model", folder, "--hub-model-id", "model", "--private", cwd=tmp_path)
+    ended = run_fresh(
+        SCRIPT, "--model", folder, "--hub-model-id", "model", "--private", cwd=tmp_path
+    )
     assert ended.returncode == 0, ended.stderr[-2000:]
     commit = hub.repositories["ann/model"].branches["main"]
-    assert hub.repositories["ann/model"].private and f"verified: ann/model at {commit}" in ended.stdout
+    assert hub.repositories["ann/model"].private
+    assert f"verified: ann/model at {commit}" in ended.stdout
     assert not (tmp_path / "cache").exists()
 
 
@@ -69,11 +80,14 @@ def test_each_kind_of_model_is_verified_at_an_old_tag(
     hub: LocalHub, tmp_path: Path, model_class: Any, fields: dict[str, Any], inputs: dict[str, Any]
 ) -> None:
     model = model_class(build_tiny_config(**fields))
-    first = push_folder(ModelFolder(save_with_processor(model, tmp_path / "mine")), "ann/model").commit
+    first = push_folder(
+        ModelFolder(save_with_processor(model, tmp_path / "mine")), "ann/model"
+    ).commit
     HfApi().create_tag("ann/model", tag="v1", revision=first)
     push_folder(ModelFolder(save_classifier(tmp_path / "other")), "ann/model")
     report = verify("ann/model", "v1")
-    assert first in report and model_class.__name__ in report
+    assert first in report
+    assert model_class.__name__ in report
     names = ("AutoModel", get_auto_class(model_class.__name__), "AutoImageProcessor")
     assert all(f"    {name} " in report for name in names)
     assert f"code of modeling_vitcls {vitcls.__version__}" in report
@@ -91,7 +105,8 @@ def test_published_code_runs_in_another_process_and_other_logits_are_noticed(
     hub: LocalHub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The new process receives no secrets of this process."""
-    code, seen = folder / "heads_vitcls.py", tmp_path / "seen.json"
+    code = folder / "heads_vitcls.py"
+    seen = tmp_path / "seen.json"
     spy = f"import json, os\njson.dump([os.getpid(), dict(os.environ)], open({str(seen)!r}, 'w'))\n"
     code.write_text(code.read_text() + CHANGED_CODE + spy)
     pushed = push_folder(ModelFolder(folder), "ann/model")
@@ -101,21 +116,32 @@ def test_published_code_runs_in_another_process_and_other_logits_are_noticed(
         verify("ann/model", pushed.commit, ModelFolder(folder))
     process, environment = json.loads(seen.read_text())
     assert process != os.getpid()
-    assert "hf_ann" not in environment.values() and "MY_SECRET" not in environment
-    assert environment["HF_ENDPOINT"] == hub.url and environment["PATH"] == os.environ["PATH"]
+    assert "hf_ann" not in environment.values()
+    assert "MY_SECRET" not in environment
+    assert environment["HF_ENDPOINT"] == hub.url
+    assert environment["PATH"] == os.environ["PATH"]
 
 
 def test_only_private_repositories_are_loaded_with_the_token(
     hub: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    values = {"HF_HOME": "/mine", "AWS_KEY": "x", "RANK": "1", "no_proxy": "a", "OMP_NUM_THREADS": "1"}
+    values = {
+        "HF_HOME": "/mine",
+        "AWS_KEY": "x",
+        "RANK": "1",
+        "no_proxy": "a",
+        "OMP_NUM_THREADS": "1",
+    }
     for name, value in values.items():
         monkeypatch.setenv(name, value)
     found = build_clean_environment(str(tmp_path), needs_token=False)
     assert not {"HF_TOKEN", "AWS_KEY", "RANK"} & found.keys()
     assert found["HF_HOME"] == found["HOME"] == str(tmp_path)
-    assert found["no_proxy"] == "a" and found["OMP_NUM_THREADS"] == "1"
-    assert build_clean_environment(str(tmp_path), needs_token=True) == found | {"HF_TOKEN": "hf_ann"}
+    assert found["no_proxy"] == "a"
+    assert found["OMP_NUM_THREADS"] == "1"
+    assert build_clean_environment(str(tmp_path), needs_token=True) == found | {
+        "HF_TOKEN": "hf_ann"
+    }
     assert found["PYTHONUSERBASE"] == site.getuserbase()
 
 
@@ -126,10 +152,14 @@ def test_only_private_repositories_are_loaded_with_the_token(
         ("", ["lacks the weights classifier.bias"]),
         ("raise KeyError('x')\n", ["cannot load", "KeyError"]),
         pytest.param(CATCHING_IMPORT, ["cannot load", "modeling_vitcls"], marks=pytest.mark.slow),
-        pytest.param("import os\nos._exit(3)\n", ["cannot load", "exit status 3"], marks=pytest.mark.slow),
+        pytest.param(
+            "import os\nos._exit(3)\n", ["cannot load", "exit status 3"], marks=pytest.mark.slow
+        ),
     ],
 )
-def test_code_that_does_not_load_is_an_error(hub: LocalHub, folder: Path, code: str, words: list[str]) -> None:
+def test_code_that_does_not_load_is_an_error(
+    hub: LocalHub, folder: Path, code: str, words: list[str]
+) -> None:
     """The weights lack a tensor, or the code raises an error, requires this package, or ends the process."""
     file = folder / "modeling_vitcls.py"
     file.write_text(code + file.read_text())
@@ -147,7 +177,9 @@ def test_code_that_does_not_load_is_an_error(hub: LocalHub, folder: Path, code: 
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "modeling_vitcls.py", "config.json"])
-def test_a_file_that_is_corrupted_in_storage_is_named(hub: LocalHub, folder: Path, file: str) -> None:
+def test_a_file_that_is_corrupted_in_storage_is_named(
+    hub: LocalHub, folder: Path, file: str
+) -> None:
     pushed = push_folder(ModelFolder(folder), "ann/model")
     hub.corrupt("ann/model", file)
     with raises_one_line("damaged", file, error=(VerificationError, OSError)):
@@ -157,7 +189,9 @@ def test_a_file_that_is_corrupted_in_storage_is_named(hub: LocalHub, folder: Pat
 def test_a_folder_that_changed_after_the_push_is_noticed(hub: LocalHub, folder: Path) -> None:
     pushed = push_folder(ModelFolder(folder), "ann/model")
     HfApi().delete_file("preprocessor_config.json", "ann/model")
-    with raises_one_line("preprocessor_config.json", f"Push {folder} again", error=VerificationError):
+    with raises_one_line(
+        "preprocessor_config.json", f"Push {folder} again", error=VerificationError
+    ):
         verify("ann/model", "main", ModelFolder(folder))
     weights = load_file(folder / "model.safetensors")
     weights["classifier.bias"] += 1
@@ -180,12 +214,16 @@ def test_other_repositories_are_one_line_errors(hub: LocalHub) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "is_equal"), [(1.0, True), (1.0 + 5e-7, True), (1.0 + 5e-6, False), (float("nan"), False)]
+    ("value", "is_equal"),
+    [(1.0, True), (1.0 + 5e-7, True), (1.0 + 5e-6, False), (float("nan"), False)],
 )
 def test_outputs_are_compared_with_a_tolerance(value: float, is_equal: bool) -> None:
-    expected, found = {"AutoModel/logits": torch.ones(2, 3)}, {"AutoModel/logits": torch.full((2, 3), value)}
+    expected = {"AutoModel/logits": torch.ones(2, 3)}
+    found = {"AutoModel/logits": torch.full((2, 3), value)}
     if is_equal:
-        assert compare_outputs("ann/model", found, expected)["AutoModel"] == pytest.approx(value - 1, abs=2e-7)
+        assert compare_outputs("ann/model", found, expected)["AutoModel"] == pytest.approx(
+            value - 1, abs=2e-7
+        )
     else:
         with raises_one_line("AutoModel/logits", error=VerificationError):
             compare_outputs("ann/model", found, expected)
@@ -199,8 +237,14 @@ def test_the_largest_difference_may_grow_with_the_largest_value() -> None:
 
 def test_outputs_and_classes_of_a_folder(folder: Path, tmp_path: Path) -> None:
     _, report = collect_outputs(str(folder), {})
-    classes = {"AutoModel": "ViTCLSModel", "AutoModelForImageClassification": "ViTCLSForImageClassification"}
-    assert report == {"classes": classes | {"AutoImageProcessor": "ViTCLSImageProcessor"}, "missing": []}
+    classes = {
+        "AutoModel": "ViTCLSModel",
+        "AutoModelForImageClassification": "ViTCLSForImageClassification",
+    }
+    assert report == {
+        "classes": classes | {"AutoImageProcessor": "ViTCLSImageProcessor"},
+        "missing": [],
+    }
     config = build_tiny_config(num_cls_tokens=2, tasks=TASKS, image_size=[32, 40], num_channels=1)
     vitcls.ViTCLSForMultiTaskClassification(config).save_pretrained(tmp_path / "tasks")
     outputs, _ = collect_outputs(str(tmp_path / "tasks"), {})
@@ -208,7 +252,8 @@ def test_outputs_and_classes_of_a_folder(folder: Path, tmp_path: Path) -> None:
     assert {f"AutoModelForImageClassification/logits.{task}" for task in TASKS} < outputs.keys()
     vitcls.ViTCLSBackbone(build_tiny_config(out_indices=[1])).save_pretrained(tmp_path / "backbone")
     outputs, report = collect_outputs(str(tmp_path / "backbone"), {}, vitcls.ViTCLSBackbone)
-    assert report["classes"]["AutoBackbone"] == "ViTCLSBackbone" and "AutoBackbone/feature_maps.0" in outputs
+    assert report["classes"]["AutoBackbone"] == "ViTCLSBackbone"
+    assert "AutoBackbone/feature_maps.0" in outputs
 
 
 def test_code_is_compared_with_the_package(folder: Path) -> None:
@@ -216,10 +261,14 @@ def test_code_is_compared_with_the_package(folder: Path) -> None:
     (folder / "heads_vitcls.py").unlink()
     for name in ("blocks_vitcls.py", "other.py"):
         (folder / name).write_text("")
-    assert describe_code_differences(folder).endswith(": blocks_vitcls.py, heads_vitcls.py, other.py")
+    assert describe_code_differences(folder).endswith(
+        ": blocks_vitcls.py, heads_vitcls.py, other.py"
+    )
 
 
-@pytest.mark.parametrize("found", [{}, {"a": torch.ones(3)}, {"a": torch.ones(2), "b": torch.ones(1)}])
+@pytest.mark.parametrize(
+    "found", [{}, {"a": torch.ones(3)}, {"a": torch.ones(2), "b": torch.ones(1)}]
+)
 def test_missing_and_unexpected_outputs_are_noticed(found: dict[str, torch.Tensor]) -> None:
     with raises_one_line("shape", error=VerificationError):
         compare_outputs("ann/model", found, {"a": torch.ones(2)})

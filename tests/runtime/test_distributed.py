@@ -12,7 +12,11 @@ from helpers.tiny_models import build_tiny_config, raises_one_line
 
 from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.runtime import distributed
-from modeling_vitcls.runtime.distributed import build_accelerator, configure_layer_sharding, set_mixed_precision
+from modeling_vitcls.runtime.distributed import (
+    build_accelerator,
+    configure_layer_sharding,
+    set_mixed_precision,
+)
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -35,7 +39,9 @@ def arguments(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("has_gpu", [False, True])
-def test_the_device(has_gpu: bool, arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_device(
+    has_gpu: bool, arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: has_gpu)
     accelerator: Any = build_accelerator(3, "bf16", trackers=("json",), tracker_folder=tmp_path)
     (handler,) = arguments["kwargs_handlers"]
@@ -46,7 +52,9 @@ def test_the_device(has_gpu: bool, arguments: dict[str, Any], monkeypatch: pytes
     assert arguments["project_config"].logging_dir == str(tmp_path)
 
 
-def test_fsdp_on_cpus_is_enabled(arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fsdp_on_cpus_is_enabled(
+    arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Accelerate ignores FSDP on CPUs."""
     plugins: list[Any] = []
 
@@ -86,7 +94,9 @@ def test_only_version_2_of_fsdp_is_supported(
 # Precision -----------------------------------------------------------------------------------------------------------
 
 
-def choose(monkeypatch: pytest.MonkeyPatch, width: int, is_supported: bool = True, **arguments: Any) -> Any:
+def choose(
+    monkeypatch: pytest.MonkeyPatch, width: int, is_supported: bool = True, **arguments: Any
+) -> Any:
     """Return the accelerator with the precision that --mixed-precision auto selects for a model of a width."""
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     monkeypatch.setattr(distributed, "has_bfloat16", lambda device: is_supported)
@@ -116,12 +126,16 @@ def test_the_precision_of_the_launcher_is_kept(monkeypatch: pytest.MonkeyPatch) 
     assert accelerator.mixed_precision == "no"
 
 
-def test_a_resumed_run_keeps_its_precision_on_another_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_keeps_its_precision_on_another_machine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     assert choose(monkeypatch, 192, False, recorded="bf16").mixed_precision == "bf16"
     assert choose(monkeypatch, 192, True, recorded="no").mixed_precision == "no"
 
 
-def test_later_accelerators_of_a_process_may_have_another_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_later_accelerators_of_a_process_may_have_another_precision(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     choose(monkeypatch, 192)
     assert build_accelerator(mixed_precision="no").mixed_precision == "no"
     assert build_accelerator(mixed_precision="bf16").mixed_precision == "bf16"

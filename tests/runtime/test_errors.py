@@ -25,7 +25,11 @@ def test_messages_are_one_short_line(message: str, expected: str) -> None:
 def test_errors_of_the_main_process_are_marked() -> None:
     accelerator = Accelerator(cpu=True)
     assert run_on_main(accelerator, lambda: {"loss": 1.0}) == {"loss": 1.0}
-    for error, is_marked in ((ValueError("wrong"), True), (OSError("full"), True), (TypeError("defect"), False)):
+    for error, is_marked in (
+        (ValueError("wrong"), True),
+        (OSError("full"), True),
+        (TypeError("defect"), False),
+    ):
 
         def fail(error: Exception = error) -> None:
             raise error

@@ -18,7 +18,9 @@ from modeling_vitcls.runtime.files import (
 def test_json_is_read_and_written(tmp_path: Path) -> None:
     file = tmp_path / "results.json"
     write_json(file, {"loss": 0.1, "é": [None]})
-    assert file.read_text(encoding="utf-8") == '{\n  "loss": 0.1,\n  "\\u00e9": [\n    null\n  ]\n}\n'
+    assert (
+        file.read_text(encoding="utf-8") == '{\n  "loss": 0.1,\n  "\\u00e9": [\n    null\n  ]\n}\n'
+    )
     assert read_json(file) == {"loss": 0.1, "é": [None]}
     for content in (b"{", b"\xff", b"[1]"):
         file.write_bytes(content)
@@ -38,33 +40,44 @@ def test_a_failed_write_keeps_the_file(tmp_path: Path) -> None:
             unfinished_file.write_text("after", encoding="utf-8")
             assert file.read_text(encoding="utf-8") == "before"
             raise error
-        assert list(tmp_path.iterdir()) == [file] and file.read_text(encoding="utf-8") == "before"
+        assert list(tmp_path.iterdir()) == [file]
+        assert file.read_text(encoding="utf-8") == "before"
     missing = tmp_path / "missing" / "results.json"
     with raises_one_line(str(missing), error=OSError):
         write_json(missing, {})
 
 
-def test_a_file_is_flushed_before_it_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_flushed_before_it_is_renamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Otherwise, the file may be empty after a power failure."""
     flushed: list[tuple[int, bool]] = []
     file = tmp_path / "results.json"
-    monkeypatch.setattr(os, "fsync", lambda opened: flushed.append((os.fstat(opened).st_ino, file.exists())))
+    monkeypatch.setattr(
+        os, "fsync", lambda opened: flushed.append((os.fstat(opened).st_ino, file.exists()))
+    )
     with write_atomically(file) as unfinished_file:
         unfinished_file.touch()
-        assert unfinished_file.parent == tmp_path and unfinished_file.name.startswith(".results.json.")
+        assert unfinished_file.parent == tmp_path
+        assert unfinished_file.name.startswith(".results.json.")
     assert flushed == [(file.stat().st_ino, False), (tmp_path.stat().st_ino, True)]
 
 
 def test_two_writers_of_a_file_do_not_share_a_temporary_file(tmp_path: Path) -> None:
     """Process ids are not enough: on two hosts, they may be equal."""
-    with write_atomically(tmp_path / "a.txt") as first, write_atomically(tmp_path / "a.txt") as second:
+    with (
+        write_atomically(tmp_path / "a.txt") as first,
+        write_atomically(tmp_path / "a.txt") as second,
+    ):
         first.write_text("first")
         second.write_text("second")
         assert first.read_text() == "first"
 
 
 @pytest.mark.parametrize("output", ["new/made", "existing", "link", "."])
-def test_an_output_folder_is_new_or_empty(output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_output_folder_is_new_or_empty(
+    output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("work", "work/existing"):
         (tmp_path / name).mkdir()
     (tmp_path / "work/link").symlink_to("existing")

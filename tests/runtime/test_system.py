@@ -14,7 +14,9 @@ from modeling_vitcls.runtime.system import describe_device, get_peak_memory, get
 from modeling_vitcls.version import __version__
 
 
-def test_the_peak_memory_of_this_process_or_of_a_gpu_is_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_peak_memory_of_this_process_or_of_a_gpu_is_in_bytes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     peak = get_peak_memory(torch.device("cpu"))
     assert 0.9 * psutil.Process().memory_info().rss < peak < psutil.virtual_memory().total
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: device.index)
@@ -25,7 +27,11 @@ def test_versions_of_installed_libraries() -> None:
     versions = get_versions("numpy", "not-a-library")
     libraries = ("torchvision", "transformers", "accelerate", "numpy")
     expected = {name: importlib.metadata.version(name) for name in libraries}
-    expected |= {"modeling_vitcls": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    expected |= {
+        "modeling_vitcls": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
     assert versions == expected
 
 

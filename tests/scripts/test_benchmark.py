@@ -35,7 +35,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_calls_have_the_threads_of_this_process() -> None:
     """With one thread, the calls per second of CPU time are measured."""
-    before, seen = torch.get_num_threads(), []
+    before = torch.get_num_threads()
+    seen = []
 
     def note() -> None:
         seen.append(torch.get_num_threads())
@@ -45,7 +46,8 @@ def test_calls_have_the_threads_of_this_process() -> None:
         for num_threads in (1, 2):
             torch.set_num_threads(num_threads)
             speed = benchmark.measure_calls_per_second(note)
-            assert seen[-1] == num_threads and (speed > 110) == benchmark.uses_cpu_time() == (num_threads == 1)
+            assert seen[-1] == num_threads
+            assert (speed > 110) == benchmark.uses_cpu_time() == (num_threads == 1)
     finally:
         torch.set_num_threads(before)
 
@@ -64,38 +66,59 @@ def test_backends_and_peers_have_the_outputs_of_the_model(
     settings = BenchmarkOptions(model, ("inference", "step"), ("torch", "openvino"), **SMALL)
     settings = BenchmarkOptions(**vars(settings) | {"precisions": ("fp32", "bf16")})
     rows = run_benchmarks(settings)
-    peers = [(peer, precision) for peer in ("timm", "transformers") for precision in ("fp32", "bf16")]
+    peers = [
+        (peer, precision) for peer in ("timm", "transformers") for precision in ("fp32", "bf16")
+    ]
     ours = [("torch", "fp32"), ("torch", "bf16")]
     exported = [("openvino", "fp32"), ("openvino", "bf16")]
-    names = [("inference", *each) for each in (*ours, *exported, *peers)] + [("step", *each) for each in ours + peers]
+    names = [("inference", *each) for each in (*ours, *exported, *peers)] + [
+        ("step", *each) for each in ours + peers
+    ]
     assert [(row.work, row.engine, row.precision) for row in rows] == names
     assert all(row.difference < (1e-4 if row.precision == "fp32" else 0.08) for row in rows)
-    assert all(row.difference > 1e-4 for row in rows if row.precision == "bf16" and row.engine != "openvino")
+    assert all(
+        row.difference > 1e-4
+        for row in rows
+        if row.precision == "bf16" and row.engine != "openvino"
+    )
     num_flops = ViTCLSForImageClassification.from_pretrained(model).flops()
     assert all(row.flops_per_image == num_flops * (3 if row.work == "step" else 1) for row in rows)
     assert all(row.throughputs == [10.0, 10.0] for row in rows)  # two rounds
     inferred, stepped = outputs[:16], outputs[16:]
-    assert all(len(output) == 2 and output.is_inference() for output in inferred) and stepped == [None] * 12
+    assert all(len(output) == 2 and output.is_inference() for output in inferred)
+    assert stepped == [None] * 12
     printed = capsys.readouterr().out.splitlines()
     lines = [f"{row.work}, batch 2: {row.engine} {row.precision}: 10.0 images/s" for row in rows]
     assert printed == lines
     header, _, *lines, _, caption = format_markdown(rows, settings).strip().splitlines()
-    assert len(lines) == len(rows) and len({line.count("|") for line in (header, *lines)}) == 1
-    assert lines[0].startswith("| inference, batch 2 | torch fp32 |") and "timm" in lines[0] and "%" in lines[0]
-    assert str(Path(model).parent) not in caption and torch.__version__ in caption
+    assert len(lines) == len(rows)
+    assert len({line.count("|") for line in (header, *lines)}) == 1
+    assert lines[0].startswith("| inference, batch 2 | torch fp32 |")
+    assert "timm" in lines[0]
+    assert "%" in lines[0]
+    assert str(Path(model).parent) not in caption
+    assert torch.__version__ in caption
     assert " openvino " in caption
 
 
 @pytest.mark.slow
 def test_int8_and_encoders(tmp_path: Path) -> None:
     ViTCLSModel(build_tiny_config()).save_pretrained(tmp_path)
-    settings = BenchmarkOptions(str(tmp_path), ("inference",), ("onnx", "openvino"), (), ("fp32", "int8"), **SMALL)
+    settings = BenchmarkOptions(
+        str(tmp_path), ("inference",), ("onnx", "openvino"), (), ("fp32", "int8"), **SMALL
+    )
     rows = run_benchmarks(settings)
-    engines = [(engine, precision) for engine in ("onnx", "openvino") for precision in ("fp32", "int8")]
+    engines = [
+        (engine, precision) for engine in ("onnx", "openvino") for precision in ("fp32", "int8")
+    ]
     assert [(row.engine, row.precision) for row in rows] == engines
-    assert all(row.difference < 0.5 and (row.difference > 1e-4) == (row.precision == "int8") for row in rows)
+    assert all(
+        row.difference < 0.5 and (row.difference > 1e-4) == (row.precision == "int8")
+        for row in rows
+    )
     table = format_markdown(rows, settings)
-    assert "| openvino int8 |" in table and " onnxruntime " in table
+    assert "| openvino int8 |" in table
+    assert " onnxruntime " in table
 
 
 @pytest.mark.parametrize("error", [0.01, float("nan")])
@@ -120,22 +143,37 @@ def test_exported_files_are_measured_on_the_cpu(model: str) -> None:
         run_benchmarks(BenchmarkOptions(model, backends=("openvino",), device="cuda"))
     for device, exported in (("cpu", ("onnx", "openvino")), ("cuda", ())):
         settings = benchmark.set_default_engines(BenchmarkOptions(model, device=device))
-        assert (settings.backends, settings.peers) == (("torch", "compiled", *exported), ("timm", "transformers"))
+        assert (settings.backends, settings.peers) == (
+            ("torch", "compiled", *exported),
+            ("timm", "transformers"),
+        )
     assert benchmark.set_default_engines(BenchmarkOptions(model, peers=())).peers == ()
 
 
-def test_only_the_engine_of_this_name_is_compiled(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_engine_of_this_name_is_compiled(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     compiled: list[torch.nn.Module] = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda engine: compiled.append(engine))
     loaded = benchmark.load_model(model, tmp_path)
-    engines = [benchmark.build_engine(name, "fp32", loaded, "cpu", tmp_path)[1] for name in ("torch", "compiled")]
+    engines = [
+        benchmark.build_engine(name, "fp32", loaded, "cpu", tmp_path)[1]
+        for name in ("torch", "compiled")
+    ]
     assert compiled == engines[1:]
-    expected = ViTCLSForImageClassification.from_pretrained(model).state_dict()  # trained weights are not replaced
+    expected = ViTCLSForImageClassification.from_pretrained(
+        model
+    ).state_dict()  # trained weights are not replaced
     assert all(tensor.equal(expected[name]) for name, tensor in loaded.state_dict().items())
 
 
 def test_peers_have_the_size_of_the_model() -> None:
-    fields = {"image_size": [16, 24], "patch_size": [8, 4], "num_channels": 1, "num_attention_heads": 4}
+    fields = {
+        "image_size": [16, 24],
+        "patch_size": [8, 4],
+        "num_channels": 1,
+        "num_attention_heads": 4,
+    }
     names = ["image_height_width", "patch_height_width", "num_channels", "num_labels"]
     names += SIZES.keys() - {"image_size", "patch_size"}
     config = build_tiny_config(**fields)
@@ -146,7 +184,9 @@ def test_peers_have_the_size_of_the_model() -> None:
         assert all(getattr(built.config, name) == getattr(config, name) for name in names)
 
 
-def test_the_best_matrix_product_counts_multiplications_and_additions(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_matrix_product_counts_multiplications_and_additions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     dtypes: list[torch.dtype] = []
 
     def measure(function: Any) -> int:
@@ -155,13 +195,17 @@ def test_the_best_matrix_product_counts_multiplications_and_additions(monkeypatc
 
     monkeypatch.setattr(benchmark, "measure_calls_per_second", measure)
     monkeypatch.setattr(benchmark, "EMULATED_DTYPES", {torch.float16})
-    assert benchmark.measure_matrix_product("cpu", torch.float16) == 2 * 1024**3 * len(dtypes)  # the last is faster
+    assert benchmark.measure_matrix_product("cpu", torch.float16) == 2 * 1024**3 * len(
+        dtypes
+    )  # the last is faster
     assert set(dtypes) == {torch.float32}
 
 
 def test_a_training_step_changes_the_weights() -> None:
-    engine, autocast = torch.nn.Linear(4, 3), partial(torch.autocast, "cpu", torch.bfloat16)
-    before, images = engine.weight.detach().clone(), torch.randn(4, 4)
+    engine = torch.nn.Linear(4, 3)
+    autocast = partial(torch.autocast, "cpu", torch.bfloat16)
+    before = engine.weight.detach().clone()
+    images = torch.randn(4, 4)
     with autocast():
         loss = torch.nn.functional.cross_entropy(engine(images).float(), torch.tensor([0, 1, 2, 0]))
     (gradient,) = torch.autograd.grad(loss, engine.weight)
@@ -173,22 +217,45 @@ def test_a_training_step_changes_the_weights() -> None:
 def test_ratios_compare_measurements_of_the_same_round() -> None:
     rows = [Row("inference", name, "fp32", 3, 1, 0.0) for name in ("torch", "timm")]
     calls: list[str] = []
-    benchmark.measure_rows(rows, [lambda: calls.append("ours"), lambda: calls.append("theirs")], num_rounds=2)
-    assert [name for name, _ in itertools.groupby(calls)] == ["ours", "theirs", "ours"]  # the second is reversed
+    benchmark.measure_rows(
+        rows, [lambda: calls.append("ours"), lambda: calls.append("theirs")], num_rounds=2
+    )
+    assert [name for name, _ in itertools.groupby(calls)] == [
+        "ours",
+        "theirs",
+        "ours",
+    ]  # the second is reversed
     ours, theirs = (
-        Row("inference", "torch", "fp32", 1, 1, 0.0, values) for values in ([2.0, 9.0, 8.0], [1.0, 3.0, 2.0])
+        Row("inference", "torch", "fp32", 1, 1, 0.0, values)
+        for values in ([2.0, 9.0, 8.0], [1.0, 3.0, 2.0])
     )
     assert ours.compute_ratios(theirs) == [2.5, 3.0, 3.5]  # of 2, 3 and 4
-    assert Row("", "", "", 1, 1, 0.0, [6.0]).compute_ratios(Row("", "", "", 1, 1, 0.0, [2.0])) == [3.0] * 3
+    assert (
+        Row("", "", "", 1, 1, 0.0, [6.0]).compute_ratios(Row("", "", "", 1, 1, 0.0, [2.0]))
+        == [3.0] * 3
+    )
 
 
-def test_the_table_compares_rows_of_the_same_batch_and_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_compares_rows_of_the_same_batch_and_precision(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(benchmark, "measure_matrix_product", lambda device, dtype: 1e9)
-    speeds = {("torch", "fp32", 2): 100, ("torch", "bf16", 2): 200, ("timm", "fp32", 2): 50, ("torch", "fp32", 4): 400}
+    speeds = {
+        ("torch", "fp32", 2): 100,
+        ("torch", "bf16", 2): 200,
+        ("timm", "fp32", 2): 50,
+        ("torch", "fp32", 4): 400,
+    }
     speeds["onnx", "int8", 4] = 600
-    rows = [Row("step", *each, 10**6, 0.0, [speed - 1, speed, speed + 50]) for each, speed in speeds.items()]
+    rows = [
+        Row("step", *each, 10**6, 0.0, [speed - 1, speed, speed + 50])
+        for each, speed in speeds.items()
+    ]
     text = format_markdown(rows, BenchmarkOptions("m", backends=("torch",), peers=("timm",)))
-    cells = [[cell.split(" (")[0].strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:7]]
+    cells = [
+        [cell.split(" (")[0].strip() for cell in line.split("|")[1:-1]]
+        for line in text.splitlines()[2:7]
+    ]
     assert cells == [
         ["step, batch 2", "torch fp32", "100.0", "1.00", "timm 2.00", "10%"],
         ["step, batch 2", "torch bf16", "200.0", "2.00", "", "20%"],
@@ -196,7 +263,8 @@ def test_the_table_compares_rows_of_the_same_batch_and_precision(monkeypatch: py
         ["step, batch 4", "torch fp32", "400.0", "1.00", "", "40%"],
         ["step, batch 4", "onnx int8", "600.0", "1.50", "", ""],
     ]
-    assert "2.00 (1.83 to 2.01)" in text and "1 GFLOP/s in bf16" in text
+    assert "2.00 (1.83 to 2.01)" in text
+    assert "1 GFLOP/s in bf16" in text
     assert f"images per {'CPU ' * benchmark.uses_cpu_time()}second, medians of 7 rounds" in text
 
 
@@ -204,7 +272,13 @@ def test_the_table_is_printed_and_written(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(benchmark, "run_benchmarks", lambda settings: [settings.rounds])
-    monkeypatch.setattr(benchmark, "format_markdown", lambda rows, settings: f"table {rows} {settings.rounds}")
+    monkeypatch.setattr(
+        benchmark, "format_markdown", lambda rows, settings: f"table {rows} {settings.rounds}"
+    )
     flags = ["--rounds", "3", "--markdown", str(tmp_path / "new" / "speed.md")]
     run_script(BenchmarkOptions, benchmark.run, flags)
-    assert (tmp_path / "new" / "speed.md").read_text() == capsys.readouterr().out.strip() == "table [3] 3"
+    assert (
+        (tmp_path / "new" / "speed.md").read_text()
+        == capsys.readouterr().out.strip()
+        == "table [3] 3"
+    )

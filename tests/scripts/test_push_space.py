@@ -25,7 +25,9 @@ def hub(hub: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Local
 
 
 @pytest.mark.integration
-def test_a_space_shows_a_commit_of_a_model(hub: LocalHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_space_shows_a_commit_of_a_model(
+    hub: LocalHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     first = push_folder(ModelFolder(save_classifier(tmp_path / "mine")), "ann/mine").commit
     newest = hub.repositories["ann/mine"].commit("main", "again", hub.files("ann/mine"))
     photos = (tmp_path / "a" / "photo.png", tmp_path / "b" / "photo.png")  # equal names
@@ -35,18 +37,31 @@ def test_a_space_shows_a_commit_of_a_model(hub: LocalHub, tmp_path: Path, capsys
     files = {"examples/old.png": b"old", "vitcls_demo/old.py": b"old", "notes.md": b"mine"}
     hub.create("spaces/ann/mine-demo", private=False, files=files)
     run(SpaceOptions(f"ann/mine@{first}", examples=photos))
-    names = {"README.md", "app.py", "requirements.txt", "examples/0_photo.png", "examples/1_photo.png"}
+    names = {
+        "README.md",
+        "app.py",
+        "requirements.txt",
+        "examples/0_photo.png",
+        "examples/1_photo.png",
+    }
     names |= {f"vitcls_demo/{name}" for name in ("cli/demo_page.py", "inference/token_names.py")}
-    space = {name: hub.read("spaces/ann/mine-demo", name).decode() for name in hub.files("spaces/ann/mine-demo")}
+    space = {
+        name: hub.read("spaces/ann/mine-demo", name).decode()
+        for name in hub.files("spaces/ann/mine-demo")
+    }
     assert space.keys() == names | {"notes.md"}
     assert space["examples/1_photo.png"] == str(photos[1])
-    assert "MODEL = 'ann/mine'\n" in space["app.py"] and f"COMMIT = '{first}'\n" in space["app.py"]
+    assert "MODEL = 'ann/mine'\n" in space["app.py"]
+    assert f"COMMIT = '{first}'\n" in space["app.py"]
     card = SpaceCard(space["README.md"]).data
     assert (card.sdk, card.sdk_version) == ("gradio", importlib.metadata.version("gradio"))
     assert card.python_version == "{}.{}".format(*sys.version_info)
     assert (card.models, card.license, card.app_file) == (["ann/mine"], "apache-2.0", "app.py")
     assert f"{hub.url}/ann/mine/tree/{first}" in space["README.md"]
-    minimum = {each.name: each for each in map(Requirement, importlib.metadata.requires("modeling_vitcls") or ())}
+    minimum = {
+        each.name: each
+        for each in map(Requirement, importlib.metadata.requires("modeling_vitcls") or ())
+    }
     requirements = [Requirement(line) for line in space["requirements.txt"].split()]
     assert {"torch", "transformers"} <= {requirement.name for requirement in requirements}
     for requirement in requirements:
@@ -61,10 +76,15 @@ def test_a_space_shows_a_commit_of_a_model(hub: LocalHub, tmp_path: Path, capsys
 
 @pytest.mark.integration
 def test_spaces_of_private_models(
-    hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    hub: LocalHub,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The weights are published only in a private Space. The export is replaced, because it takes seconds."""
-    commit = push_folder(ModelFolder(save_classifier(tmp_path / "mine")), "ann/mine", private=True).commit
+    commit = push_folder(
+        ModelFolder(save_classifier(tmp_path / "mine")), "ann/mine", private=True
+    ).commit
     config = {"id2label": {"0": "cat"}}
 
     def export(source: str, folder: Path) -> None:
@@ -75,15 +95,22 @@ def test_spaces_of_private_models(
     with raises_one_line("ann/mine", "--private"):
         run(SpaceOptions("ann/mine", static=True))
     run(SpaceOptions("ann/mine", static=True, private=True, space_id="page"))
-    assert hub.repositories["spaces/ann/page"].private and "HF_TOKEN" not in capsys.readouterr().out
+    assert hub.repositories["spaces/ann/page"].private
+    assert "HF_TOKEN" not in capsys.readouterr().out
     names = {".gitattributes", "README.md", "index.html", "app.js", "model/config.json"}
     assert set(hub.files("spaces/ann/page")) == names
     assert f'"ann/mine@{commit}"' in hub.read("spaces/ann/page", "model/config.json").decode()
     card = SpaceCard(hub.read("spaces/ann/page", "README.md").decode())
-    assert (card.data.sdk, card.data.license, card.data.models) == ("static", "apache-2.0", ["ann/mine"])
-    assert "`model/`" in card.text and f"tree/{commit}" in card.text
+    assert (card.data.sdk, card.data.license, card.data.models) == (
+        "static",
+        "apache-2.0",
+        ["ann/mine"],
+    )
+    assert "`model/`" in card.text
+    assert f"tree/{commit}" in card.text
     run(SpaceOptions("ann/mine"))
-    assert not hub.repositories["spaces/ann/mine-demo"].private and "HF_TOKEN" in capsys.readouterr().out
+    assert not hub.repositories["spaces/ann/mine-demo"].private
+    assert "HF_TOKEN" in capsys.readouterr().out
     config.clear()
     with raises_one_line("ann/mine is an encoder"):
         run(SpaceOptions("ann/mine", static=True, output=tmp_path / "encoder"))
@@ -92,15 +119,22 @@ def test_spaces_of_private_models(
 @pytest.mark.integration
 def test_a_space_requires_a_model_on_the_hub(hub: LocalHub, tmp_path: Path) -> None:
     code = b'{"model_type": "vitcls", "auto_map": {"AutoModel": "modeling_vitcls.ViTCLSModel"}}'
-    for name, config in (("ann/vit", code.replace(b"cls", b"")), ("ann/code", b'{"model_type": "vitcls"}')):
-        hub.create(name, private=False, files={"config.json": config, "preprocessor_config.json": b"{}"})
+    for name, config in (
+        ("ann/vit", code.replace(b"cls", b"")),
+        ("ann/code", b'{"model_type": "vitcls"}'),
+    ):
+        hub.create(
+            name, private=False, files={"config.json": config, "preprocessor_config.json": b"{}"}
+        )
     hub.create("ann/bare", private=False, files={"config.json": code})
     words = {
         str(tmp_path): f"vitcls push --model {tmp_path} ",
         "ann/vit": "vitcls convert",
         "ann/code": "vitcls convert",
     }
-    for source, remedy in (words | {"ann/bare": "preprocessor_config.json", "ann/none": "no such model"}).items():
+    for source, remedy in (
+        words | {"ann/bare": "preprocessor_config.json", "ann/none": "no such model"}
+    ).items():
         with raises_one_line(source, remedy, error=(ValueError, OSError)):
             find_published_model(source)
 

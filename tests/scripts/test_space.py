@@ -42,13 +42,16 @@ def run_page(command: list[str], folder: Path, **environment: str) -> Iterator[s
     child = subprocess.Popen(
         [sys.executable, *command],
         cwd=folder,
-        env=os.environ | environment | {"PYTHONUNBUFFERED": "1", "GRADIO_TEMP_DIR": str(folder / "uploads")},
+        env=os.environ
+        | environment
+        | {"PYTHONUNBUFFERED": "1", "GRADIO_TEMP_DIR": str(folder / "uploads")},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
     try:
-        assert child.stdout is not None and child.stderr is not None
+        assert child.stdout is not None
+        assert child.stderr is not None
         line = child.stdout.readline()
         assert "http://" in line, child.stderr.read()
         yield line.split()[-1]
@@ -57,16 +60,29 @@ def run_page(command: list[str], folder: Path, **environment: str) -> Iterator[s
         child.communicate(timeout=60)
 
 
-def test_the_space_runs_without_this_package(hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_space_runs_without_this_package(
+    hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Later commits of the model have no effect."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
-    config = build_tiny_config(num_cls_tokens=2, num_distillation_tokens=1, num_register_tokens=2, num_labels=6)
-    model, photo, space = tmp_path / "mine", tmp_path / "photo.png", tmp_path / "space"
+    config = build_tiny_config(
+        num_cls_tokens=2, num_distillation_tokens=1, num_register_tokens=2, num_labels=6
+    )
+    model = tmp_path / "mine"
+    photo = tmp_path / "photo.png"
+    space = tmp_path / "space"
     save_with_processor(vitcls.ViTCLSForImageClassification(config), model)
     Image.fromarray(load_sample_images().images[0]).save(photo)
     push_folder(ModelFolder(model), "ann/mine")
-    assert run_in_process("push_space.py", "--model", "ann/mine", "--output", space, "--examples", photo) == 0
-    save_with_processor(vitcls.ViTCLSForImageClassification(build_tiny_config(num_labels=1)), tmp_path / "newer")
+    assert (
+        run_in_process(
+            "push_space.py", "--model", "ann/mine", "--output", space, "--examples", photo
+        )
+        == 0
+    )
+    save_with_processor(
+        vitcls.ViTCLSForImageClassification(build_tiny_config(num_labels=1)), tmp_path / "newer"
+    )
     push_folder(ModelFolder(tmp_path / "newer"), "ann/mine")
     command = WITHOUT_PACKAGE.format(tests=str(Path(__file__).parents[1]), folder=str(space))
     with run_page(["-P", "-c", command], space, HF_HOME=str(tmp_path / "empty")) as at:
@@ -75,6 +91,14 @@ def test_the_space_runs_without_this_package(hub: LocalHub, tmp_path: Path, monk
         label, maps = Client(at, verbose=False).predict(handle_file(photo), 1, api_name="/predict")
         confidences = {entry["label"]: entry["confidence"] for entry in label["confidences"]}
         (row,) = vitcls.predict(model, photo, top_k=5)
-        found = [(row[f"label{end}"], row[f"probability{end}"]) for end in ("", "_2", "_3", "_4", "_5")]
+        found = [
+            (row[f"label{end}"], row[f"probability{end}"]) for end in ("", "_2", "_3", "_4", "_5")
+        ]
         assert confidences == pytest.approx(dict(found), abs=1e-4)
-        assert [each["caption"] for each in maps] == ["CLS 1", "CLS 2", "distillation", "register 1", "register 2"]
+        assert [each["caption"] for each in maps] == [
+            "CLS 1",
+            "CLS 2",
+            "distillation",
+            "register 1",
+            "register 2",
+        ]

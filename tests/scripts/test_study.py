@@ -25,7 +25,16 @@ from scipy import stats
 from modeling_vitcls import cli
 from modeling_vitcls.cli.parsing import run_script
 from modeling_vitcls.training.pretrain import check_options
-from scripts.study import Study, StudyOptions, StudyRunner, build_row, format_table, load_study, run_study, summarize
+from scripts.study import (
+    Study,
+    StudyOptions,
+    StudyRunner,
+    build_row,
+    format_table,
+    load_study,
+    run_study,
+    summarize,
+)
 from scripts.study import run as run_command
 
 
@@ -35,8 +44,20 @@ STUDIES = [
     pytest.param(file, id=file.stem, marks=() if file.stem in FAST else pytest.mark.slow)
     for file in sorted(RECIPES.glob("study_*.yaml"))
 ]
-SIZES = {"model": "vitcls-tiny", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-FINETUNE = {"dataset": "digits", **SIZES, "image_size": 32, "patch_size": 16, "intermediate_size": 16, "report": False}
+SIZES = {
+    "model": "vitcls-tiny",
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+FINETUNE = {
+    "dataset": "digits",
+    **SIZES,
+    "image_size": 32,
+    "patch_size": 16,
+    "intermediate_size": 16,
+    "report": False,
+}
 STUDY = {
     "title": "Pooling",
     "question": "Which pooling?",
@@ -84,7 +105,15 @@ def write_study(folder: Path, **changes: object) -> Path:
 
 def start_study(file: Path, output: Path, *flags: str) -> subprocess.Popen[str]:
     """Start `scripts/study.py` in a process."""
-    command = [sys.executable, RECIPES.parent / "study.py", "--config", file, "--output-dir", output, *flags]
+    command = [
+        sys.executable,
+        RECIPES.parent / "study.py",
+        "--config",
+        file,
+        "--output-dir",
+        output,
+        *flags,
+    ]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, **pipes, text=True, start_new_session=True)
 
@@ -117,24 +146,36 @@ def test_the_grid_combines_levels_seeds_and_stages(tmp_path: Path) -> None:
     masked = next(run for run in runs if run.levels["pretraining"] == "masked")
     (first, _), (second, flags) = runner.build_commands(masked)
     assert (first, second) == ("pretrain", "finetune")
-    assert flags[flags.index("--model") + 1] == str(tmp_path / "out" / "runs" / masked.name / "pretrain")
+    assert flags[flags.index("--model") + 1] == str(
+        tmp_path / "out" / "runs" / masked.name / "pretrain"
+    )
 
 
 def test_flags_of_each_stage(tmp_path: Path) -> None:
     stages = {
         "pretrain": {"dataset": "{subset:few images {seed}}"},
-        "finetune": {"model": "{folder}/{run}", "flip": False, "image_size": [32, "{seed}8"], "folds": 2},
+        "finetune": {
+            "model": "{folder}/{run}",
+            "flip": False,
+            "image_size": [32, "{seed}8"],
+            "folds": 2,
+        },
         "evaluate": {"dataset": "digits"},
         "inspect": {"num_images": 4, "model": "{run}/pretrain"},  # by default, the fine-tuned model
     }
     subsets = {"few images 0": {"dataset": "digits", "num_images": 4}}
     study = load_study(
         write_study(
-            tmp_path, stages=stages, subsets=subsets, factors={"lr_1/2": {0.5: None}}, baseline={"lr_1/2": 0.5}
+            tmp_path,
+            stages=stages,
+            subsets=subsets,
+            factors={"lr_1/2": {0.5: None}},
+            baseline={"lr_1/2": 0.5},
         )
     )
     out = tmp_path / "out"
-    run, runner = study.plan_runs()[0], StudyRunner(study, out)
+    run = study.plan_runs()[0]
+    runner = StudyRunner(study, out)
     folder = out / "runs" / "lr-1-2-0.5_seed-0"
     (folder / "pretrain" / "checkpoints" / "step-00000001").mkdir(parents=True)
     (folder / "finetune" / "checkpoints").mkdir(parents=True)  # killed before the first checkpoint
@@ -155,7 +196,9 @@ def test_flags_of_each_stage(tmp_path: Path) -> None:
 
 
 WRONG_FILES = {
-    "seeds": yaml.safe_dump({name: value for name, value in STUDY.items() if name != "seeds"}).encode(),
+    "seeds": yaml.safe_dump(
+        {name: value for name, value in STUDY.items() if name != "seeds"}
+    ).encode(),
     "metric": yaml.safe_dump(STUDY | {"metric": ["loss"]}).encode(),
     "max": yaml.safe_dump(STUDY | {"baseline": {"pooling": "max"}}).encode(),
     "size": yaml.safe_dump(STUDY | {"baseline": {"size": "cls"}}).encode(),
@@ -175,10 +218,14 @@ def test_a_wrong_study_file_gets_one_line(tmp_path: Path, named: str, content: b
 
 @pytest.mark.parametrize("file", STUDIES)
 def test_the_commands_of_a_study_in_the_repository_are_valid(file: Path) -> None:
-    runner, modules = StudyRunner(load_study(file), Path("runs/study")), cli.load_modules()
+    runner = StudyRunner(load_study(file), Path("runs/study"))
+    modules = cli.load_modules()
     first_run, *other_runs = runner.study.plan_runs()
     for run in [first_run, *other_runs]:
-        if run.seed == first_run.seed and len(set(run.levels.items()) - set(first_run.levels.items())) <= 1:
+        if (
+            run.seed == first_run.seed
+            and len(set(run.levels.items()) - set(first_run.levels.items())) <= 1
+        ):
             for stage, flags in runner.build_commands(run):
                 options = parse_flags(modules[stage].OPTIONS_CLASS, flags)
                 if stage == "pretrain":
@@ -189,7 +236,9 @@ def test_a_subset_has_random_training_images_and_all_other_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for split, numbers in {"train": range(20), "test": range(100, 105)}.items():
-        images = Dataset.from_dict({"label": [number % 2 for number in numbers], "number": list(numbers)})
+        images = Dataset.from_dict(
+            {"label": [number % 2 for number in numbers], "number": list(numbers)}
+        )
         images = images.cast_column("label", ClassLabel(names=["cat", "ship"]))
         images.to_parquet(tmp_path / "data" / f"{split}.parquet")
     monkeypatch.setenv("DATA", str(tmp_path / "data"))
@@ -208,7 +257,9 @@ def test_a_subset_has_random_training_images_and_all_other_images(
     numbers = [read(name, "train")["number"] for name in "abc"]
     assert numbers[0] == numbers[1] != numbers[2]
     for one in numbers:
-        assert len(set(one)) == 6 and set(one) < set(range(20)) and sorted(one) != list(range(6))
+        assert len(set(one)) == 6
+        assert set(one) < set(range(20))
+        assert sorted(one) != list(range(6))
     assert read("c", "train")["kind"] == [1 - number % 2 for number in numbers[2]]
     assert read("c", "test")["kind"] == [1, 0, 1, 0, 1]
     assert (
@@ -217,7 +268,9 @@ def test_a_subset_has_random_training_images_and_all_other_images(
     )
     assert not (folder / "a" / "validation.parquet").exists()
     with pytest.raises(FileNotFoundError):
-        StudyRunner(replace(study, subsets={"d": subset}), tmp_path, dataset=str(tmp_path / "absent")).execute()
+        StudyRunner(
+            replace(study, subsets={"d": subset}), tmp_path, dataset=str(tmp_path / "absent")
+        ).execute()
     assert not (folder / "d").exists()
 
 
@@ -235,12 +288,32 @@ def test_a_row_has_the_first_and_the_last_value_of_the_training_log(tmp_path: Pa
         "pixels": [1] * 33,
     }
     (folder / "results.json").write_text(json.dumps(results | {"tokens": {"cls": {"norm": 2}}}))
-    records = [{"loss": 2.5, "entropy": [1.0, 2.0], "name": "a"}, {"loss": 1.5, "entropy": [3, 4]}, {"accuracy": 0.5}]
+    records = [
+        {"loss": 2.5, "entropy": [1.0, 2.0], "name": "a"},
+        {"loss": 1.5, "entropy": [3, 4]},
+        {"accuracy": 0.5},
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    expected = {"pooling": "cls", "seed": 0, "status": "finished", "accuracy": 0.5, "tokens.cls.norm": 2.0}
+    expected = {
+        "pooling": "cls",
+        "seed": 0,
+        "status": "finished",
+        "accuracy": 0.5,
+        "tokens.cls.norm": 2.0,
+    }
     expected |= {"loss": 0.25, **{f"counts.{index}": float(index) for index in range(32)}}
-    expected |= {"first.loss": 2.5, "first.entropy.0": 1.0, "first.entropy.1": 2.0, "first.accuracy": 0.5}
-    expected |= {"last.loss": 1.5, "last.entropy.0": 3.0, "last.entropy.1": 4.0, "last.accuracy": 0.5}
+    expected |= {
+        "first.loss": 2.5,
+        "first.entropy.0": 1.0,
+        "first.entropy.1": 2.0,
+        "first.accuracy": 0.5,
+    }
+    expected |= {
+        "last.loss": 1.5,
+        "last.entropy.0": 3.0,
+        "last.entropy.1": 4.0,
+        "last.accuracy": 0.5,
+    }
     assert build_row(runner, run) == expected
     of_one_task = {"kind_accuracy": 0.5, "kind_loss": 0.25}
     for label_column, more in (("kind", of_one_task), (["kind", "age"], {})):
@@ -249,31 +322,59 @@ def test_a_row_has_the_first_and_the_last_value_of_the_training_log(tmp_path: Pa
 
 
 def test_differences_are_paired_by_seed_within_the_other_levels() -> None:
-    values = {("cls", "s"): [50, 70, 90], ("mean", "s"): [60, 80, 98], ("cls", "l"): [75], ("mean", "l"): [None, 50]}
+    values = {
+        ("cls", "s"): [50, 70, 90],
+        ("mean", "s"): [60, 80, 98],
+        ("cls", "l"): [75],
+        ("mean", "l"): [None, 50],
+    }
     rows = pandas.DataFrame(
         {"pooling": pooling, "size": size, "seed": seed, "accuracy": value and value * 10}
         for (pooling, size), column in values.items()
         for seed, value in enumerate(column)
     )
-    study = replace(STUDY_OBJECT, factors={"pooling": {"cls": {}, "mean": {}}, "size": {"s": {}, "l": {}}})
+    study = replace(
+        STUDY_OBJECT, factors={"pooling": {"cls": {}, "mean": {}}, "size": {"s": {}, "l": {}}}
+    )
     summary = summarize(study, rows, "accuracy")
     high = stats.t.interval(0.95, 2, loc=70_000, scale=stats.sem([50_000, 70_000, 90_000]))[1]
     assert summary.loc[0, ["mean", "half_width"]].tolist() == pytest.approx([70_000, high - 70_000])
-    paired = stats.ttest_rel([60_000, 80_000, 98_000], [50_000, 70_000, 90_000]).confidence_interval(0.95)
+    paired = stats.ttest_rel(
+        [60_000, 80_000, 98_000], [50_000, 70_000, 90_000]
+    ).confidence_interval(0.95)
     found = summary.loc[1, "difference"], summary.loc[1, "difference_half_width"]
     assert found == pytest.approx(((paired.low + paired.high) / 2, (paired.high - paired.low) / 2))
     lines = format_table(summary).splitlines()
     assert len({line.count("|") for line in lines}) == 1
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
-    assert [row[:3] for row in table] == [["cls", "s", "3"], ["mean", "s", "3"], ["cls", "l", "1"], ["mean", "l", "1"]]
-    assert [row[4] for row in table] == ["baseline", "+9,333 ± 2,868", "baseline", ""]  # no seed in common
-    assert table[0][3] == "70,000 ± 49,683" and table[2][3] == "75,000"
-    assert summarize(study, rows[rows["pooling"] == "mean"], "accuracy")["difference"].isna().all()  # no baseline
+    assert [row[:3] for row in table] == [
+        ["cls", "s", "3"],
+        ["mean", "s", "3"],
+        ["cls", "l", "1"],
+        ["mean", "l", "1"],
+    ]
+    assert [row[4] for row in table] == [
+        "baseline",
+        "+9,333 ± 2,868",
+        "baseline",
+        "",
+    ]  # no seed in common
+    assert table[0][3] == "70,000 ± 49,683"
+    assert table[2][3] == "75,000"
+    assert (
+        summarize(study, rows[rows["pooling"] == "mean"], "accuracy")["difference"].isna().all()
+    )  # no baseline
 
 
 def test_a_list_has_one_row_per_number() -> None:
     rows = pandas.DataFrame(
-        {"pooling": level, "seed": seed, "entropy.0": 1.0 + seed, "entropy.1": -20.0, "entropy.largest": 9.0}
+        {
+            "pooling": level,
+            "seed": seed,
+            "entropy.0": 1.0 + seed,
+            "entropy.1": -20.0,
+            "entropy.largest": 9.0,
+        }
         for level in ("cls", "mean")
         for seed in (0, 1)
     )
@@ -282,9 +383,13 @@ def test_a_list_has_one_row_per_number() -> None:
         summary = summarize(study, rows, "entropy.*")
         found = {(row["pooling"], row[column]): row["mean"] for row in summary.to_dict("records")}
         assert found == {
-            (level, index): mean for level in ("cls", "mean") for index, mean in (("1", 1.5), ("2", -20.0))
+            (level, index): mean
+            for level in ("cls", "mean")
+            for index, mean in (("1", 1.5), ("2", -20.0))
         }
-    assert "| mean | 1 | 2 | 1.5 ± 6.4 | +0.0 ± 0.0 |" in format_table(summary)  # two digits of the interval
+    assert "| mean | 1 | 2 | 1.5 ± 6.4 | +0.0 ± 0.0 |" in format_table(
+        summary
+    )  # two digits of the interval
     table = format_table(summarize(study, rows[rows["seed"] == 0], "entropy.*"))
     assert "| mean | 1 | 1 | 1.00 | +0.00 |" in table  # without intervals
     zeros = rows[rows["seed"] == 0].assign(**{"entropy.0": 0.0, "entropy.1": 0.0})
@@ -292,19 +397,28 @@ def test_a_list_has_one_row_per_number() -> None:
 
 
 @pytest.mark.usefixtures("program")
-def test_all_runs_are_executed_and_summarized(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_runs_are_executed_and_summarized(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     factors = {"pooling": {"cls": {}, "mean": {"pooling": "mean"}, "median": {"pooling": "median"}}}
     metrics = {"evaluate.accuracy": "Accuracy", "accuracy": "Accuracy (%)", "f1": "F1"}
     stages = {"finetune": {"model": "vitcls-tiny"}, "evaluate": None}
     file = write_study(
-        tmp_path, factors=factors, stages=stages, answer="The\nmean.", metrics=metrics, subsets={100: {}}
+        tmp_path,
+        factors=factors,
+        stages=stages,
+        answer="The\nmean.",
+        metrics=metrics,
+        subsets={100: {}},
     )
     output = tmp_path / "the output"
     (output / "subsets" / "100").mkdir(parents=True)  # drawn before
     with pytest.raises(SystemExit) as ended:
         run_command(StudyOptions(file, output, "other", jobs=2, threads=3))
     printed = capsys.readouterr()
-    assert ended.value.code == 1 and "2 of 6" in printed.err and "6 runs (0 " in printed.out
+    assert ended.value.code == 1
+    assert "2 of 6" in printed.err
+    assert "6 runs (0 " in printed.out
     rows = parquet.read_table(output / "runs.parquet").to_pylist()
     assert [(row["pooling"], row["seed"], row["status"], row["accuracy"]) for row in rows] == [
         ("cls", 0, "finished", 0.5),
@@ -315,37 +429,54 @@ def test_all_runs_are_executed_and_summarized(tmp_path: Path, capsys: pytest.Cap
         ("median", 1, "unfinished", 0.3125),
     ]
     assert all(row["threads"] == 33 and row["running"] <= 2 for row in rows)
-    assert [row["evaluate.accuracy"] for row in rows[:4]] == [1.0] * 4 and "evaluate.is_frozen" not in rows[0]
+    assert [row["evaluate.accuracy"] for row in rows[:4]] == [1.0] * 4
+    assert "evaluate.is_frozen" not in rows[0]
     progress = set(printed.out.splitlines())
     assert "pooling-cls_seed-1: evaluate.accuracy 1, accuracy 0.5625" in progress
     assert "pooling-median_seed-0: failed: error: no median" in progress
     page = (output / "README.md").read_text()
-    assert page.startswith("# Pooling\n\nWhich pooling?\n\n") and "The mean." in page
-    assert "\n## Accuracy (%)\n" in page and "F1" not in page
+    assert page.startswith("# Pooling\n\nWhich pooling?\n\n")
+    assert "The mean." in page
+    assert "\n## Accuracy (%)\n" in page
+    assert "F1" not in page
     assert "| mean | 2 | 78 ± 40 | +25 ± 0 |\n" in page  # only finished runs, and equal decimals
-    assert (
-        "| median |" not in page and f"{file} --output-dir '{output}' --jobs 2 --threads 3 --dataset other\n" in page
+    assert "| median |" not in page
+    assert f"{file} --output-dir '{output}' --jobs 2 --threads 3 --dataset other\n" in page
+    assert all(
+        fact in page for fact in ("4 of 6 runs", "seeds 0, 1;", "; 6 minutes", "3 threads", "timm ")
     )
-    assert all(fact in page for fact in ("4 of 6 runs", "seeds 0, 1;", "; 6 minutes", "3 threads", "timm "))
 
     log = output / "runs" / "pooling-mean_seed-1" / "log.txt"
     lines = [" ".join(line.split()[:3]) for line in log.read_text().splitlines()]
-    assert lines == ["$ vitcls finetune", "the stage finetune", "$ vitcls evaluate", "the stage evaluate"]
+    assert lines == [
+        "$ vitcls finetune",
+        "the stage finetune",
+        "$ vitcls evaluate",
+        "the stage evaluate",
+    ]
     (log.parent / "evaluate.json").unlink()
     run_study(StudyRunner(load_study(file), output), "python scripts/study.py")
-    assert [line for line in log.read_text().splitlines() if line.startswith("the")][2:] == ["the stage evaluate"]
+    assert [line for line in log.read_text().splitlines() if line.startswith("the")][2:] == [
+        "the stage evaluate"
+    ]
     finished = output / "runs" / "pooling-cls_seed-0" / "log.txt"
     assert finished.read_text().count("the stage") == 2
     assert "6 runs (3 " in capsys.readouterr().out
     subsets = {"one": {"dataset": str(tmp_path / "absent")}}
     with pytest.raises(FileNotFoundError):
         run_study(
-            StudyRunner(replace(load_study(file), subsets=subsets), tmp_path / "failed"), "python scripts/study.py"
+            StudyRunner(replace(load_study(file), subsets=subsets), tmp_path / "failed"),
+            "python scripts/study.py",
         )
-    assert "0 of 6 runs finished, seeds 0, 1; 0 minutes" in (tmp_path / "failed" / "README.md").read_text()
+    assert (
+        "0 of 6 runs finished, seeds 0, 1; 0 minutes"
+        in (tmp_path / "failed" / "README.md").read_text()
+    )
     for changes in ({"subsets": {"one": {}}}, {"stages": {}}, {"factors": {}}):
         with raises_one_line("--output-dir"):
-            run_study(StudyRunner(replace(load_study(file), **changes), output), "python scripts/study.py")
+            run_study(
+                StudyRunner(replace(load_study(file), **changes), output), "python scripts/study.py"
+            )
 
 
 def test_a_study_of_the_package_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -364,7 +495,8 @@ def test_a_study_of_the_package_has_a_name(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.slow
 def test_a_killed_study_resumes_its_runs(tmp_path: Path) -> None:
     stages = {"finetune": {**STUDY["stages"]["finetune"], "max_steps": 60, "save_every": 5}}
-    file, output = write_study(tmp_path, stages=stages, seeds=[0]), tmp_path / "out"
+    file = write_study(tmp_path, stages=stages, seeds=[0])
+    output = tmp_path / "out"
     process = start_study(file, output, "--jobs", "2")
     while not list(output.glob("runs/*/finetune/checkpoints/*")):
         assert process.poll() is None
@@ -376,4 +508,5 @@ def test_a_killed_study_resumes_its_runs(tmp_path: Path) -> None:
     assert process.returncode == 0, error
     assert "--resume" in "".join(log.read_text() for log in output.glob("runs/*/log.txt"))
     rows = parquet.read_table(output / "runs.parquet").to_pylist()
-    assert len(rows) == 2 and all(row["status"] == "finished" and row["steps"] == 60 for row in rows)
+    assert len(rows) == 2
+    assert all(row["status"] == "finished" and row["steps"] == 60 for row in rows)

@@ -27,21 +27,32 @@ def test_calibration_uses_images_that_are_not_reported(
 ) -> None:
     """With just enough images."""
     data = load_training_data(DataOptions("digits"), use_selection_split=select == "best")
-    fitted = data.held_out.select(range(0, len(data.held_out), 2)) if select == "last" else data.selection
+    fitted = (
+        data.held_out.select(range(0, len(data.held_out), 2))
+        if select == "last"
+        else data.selection
+    )
     monkeypatch.setattr("modeling_vitcls.training.calibration.MIN_IMAGES", len(fitted))
     flags = {"image_size": 8, "patch_size": 4, "select": select, "max_steps": 20, "batch_size": 32}
     folder = train(build_tiny_options(tmp_path / "run", "digits", drop_path_rate=0.5, **flags))
     results = json.loads((folder / "results.json").read_text())
-    model, calibration = ViTCLSForImageClassification.from_pretrained(folder), results["calibration"]
+    model = ViTCLSForImageClassification.from_pretrained(folder)
+    calibration = results["calibration"]
     assert model.config.temperature == calibration["temperature"] != 1
     assert model.config.energy_threshold == calibration["energy_threshold"]
 
     rows = pd.read_parquet(folder / PREDICTIONS_FILE)
     assert len(rows) == results["num_images"]
-    assert (rows["label"] == rows["prediction"]).mean() == pytest.approx(results["accuracy"], abs=1e-6)
-    reported = rows[1::2] if select == "last" else rows  # the other half was used for the temperature
+    assert (rows["label"] == rows["prediction"]).mean() == pytest.approx(
+        results["accuracy"], abs=1e-6
+    )
+    reported = (
+        rows[1::2] if select == "last" else rows
+    )  # the other half was used for the temperature
     assert calibration["num_images"] == len(fitted)
-    pixels = ViTCLSImageProcessor.from_pretrained(folder)(list(fitted.images), return_tensors="pt")["pixel_values"]
+    pixels = ViTCLSImageProcessor.from_pretrained(folder)(list(fitted.images), return_tensors="pt")[
+        "pixel_values"
+    ]
     with torch.no_grad():
         logits = model.eval()(pixels).logits.numpy()
     assert fit_temperature(logits, np.array(fitted.labels)) == pytest.approx(1, abs=1e-3)

@@ -17,17 +17,27 @@ from helpers.warm_processes import READY
 from torch import nn
 
 from modeling_vitcls.runtime.files import compute_file_digest
-from modeling_vitcls.training.checkpoints import CheckpointStore, DamagedCheckpointError, format_state, read_state
+from modeling_vitcls.training.checkpoints import (
+    CheckpointStore,
+    DamagedCheckpointError,
+    format_state,
+    read_state,
+)
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
-needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
+needs_fork = pytest.mark.skipif(
+    "fork" not in multiprocessing.get_all_start_methods(), reason="needs fork"
+)
 
 
 def build_tensors(step: int, size: int = 100) -> dict[str, dict[str, torch.Tensor]]:
     """Return tensors to save, which depend on the step."""
-    return {"model": {"weight": torch.full((size,), float(step))}, "optimizer": {"step/weight": torch.tensor(step)}}
+    return {
+        "model": {"weight": torch.full((size,), float(step))},
+        "optimizer": {"step/weight": torch.tensor(step)},
+    }
 
 
 def save(store: CheckpointStore, *steps: int, best: int | None = None) -> None:
@@ -70,14 +80,20 @@ def test_a_checkpoint_comes_back_to_the_bit(store: CheckpointStore) -> None:
         "nested": {"name": ["é", True, -0.0]},
     }
     store.save(7, {"model": tensors}, facts, is_best=False)
-    assert list_files(store.folder) == ["step-00000007", "step-00000007/model.safetensors", "step-00000007/state.json"]
+    assert list_files(store.folder) == [
+        "step-00000007",
+        "step-00000007/model.safetensors",
+        "step-00000007/state.json",
+    ]
     checkpoint = store.load_newest(pytest.fail)
-    assert checkpoint is not None and checkpoint.step == 7
+    assert checkpoint is not None
+    assert checkpoint.step == 7
     assert json.dumps(checkpoint.metadata) == json.dumps(facts)
     loaded = checkpoint.load_tensors("model")
     assert loaded.keys() == tensors.keys()
     for name, tensor in tensors.items():
-        assert loaded[name].dtype == tensor.dtype and loaded[name].shape == tensor.shape, name
+        assert loaded[name].dtype == tensor.dtype, name
+        assert loaded[name].shape == tensor.shape, name
         assert bits(loaded[name]) == bits(tensor), name
 
 
@@ -102,14 +118,17 @@ def test_saving_an_earlier_step_removes_later_checkpoints(store: CheckpointStore
     assert store.list_steps() == [20, 25]
 
 
-def test_the_best_checkpoint_is_the_newest_that_was_saved_as_the_best(store: CheckpointStore) -> None:
+def test_the_best_checkpoint_is_the_newest_that_was_saved_as_the_best(
+    store: CheckpointStore,
+) -> None:
     with raises_one_line("does not contain the best checkpoint", "--overwrite"):
         store.load_best()
     store.num_kept = 3
     save(store, 10, best=10)
     save(store, 20, best=20)
     save(store, 30)
-    assert store.list_steps() == [10, 20, 30] and store.load_best().step == 20
+    assert store.list_steps() == [10, 20, 30]
+    assert store.load_best().step == 20
     flip(store.get_folder(20) / "model.safetensors")
     with raises_one_line("step-00000020 is damaged", error=DamagedCheckpointError):
         store.load_best()
@@ -125,7 +144,8 @@ def test_the_same_step_is_replaced(store: CheckpointStore) -> None:
     store.save(10, build_tensors(10), {"flag": 10, "again": True}, is_best=False)
     assert [path.name for path in store.folder.iterdir()] == ["step-00000010"]
     checkpoint = store.load_newest(pytest.fail)
-    assert checkpoint is not None and checkpoint.metadata["again"]
+    assert checkpoint is not None
+    assert checkpoint.metadata["again"]
 
 
 def test_the_rest_of_a_killed_save_is_removed(store: CheckpointStore) -> None:
@@ -153,7 +173,9 @@ def flip(file: Path) -> None:
 
 
 def edit(file: Path) -> None:
-    file.write_text(file.read_text(encoding="utf-8").replace('"flag": 20', '"flag": 21'), encoding="utf-8")
+    file.write_text(
+        file.read_text(encoding="utf-8").replace('"flag": 20', '"flag": 21'), encoding="utf-8"
+    )
 
 
 DAMAGES: dict[str, tuple[str, Callable[[Path], Any]]] = {
@@ -172,19 +194,26 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], Any]]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(store: CheckpointStore, damage: str) -> None:
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
+    store: CheckpointStore, damage: str
+) -> None:
     name, harm = DAMAGES[damage]
     save(store, 10, 20)
     harm(store.get_folder(20) / name)
     step, (warning,) = get_newest(store)
-    assert step == 10 and "step-00000020" in warning and name in warning and "\n" not in warning
+    assert step == 10
+    assert "step-00000020" in warning
+    assert name in warning
+    assert "\n" not in warning
 
 
 def test_only_damaged_checkpoints_are_an_error(store: CheckpointStore) -> None:
     save(store, 10, 20)
     for step in (10, 20):
         truncate(store.get_folder(step) / "model.safetensors")
-    with pytest.raises(ValueError, match=r"all checkpoints in .* are damaged .*step-00000020.*--overwrite"):
+    with pytest.raises(
+        ValueError, match=r"all checkpoints in .* are damaged .*step-00000020.*--overwrite"
+    ):
         get_newest(store)
 
 
@@ -214,7 +243,8 @@ def test_a_link_is_not_followed(store: CheckpointStore, tmp_path: Path) -> None:
     assert get_newest(store) == (10, [])
     save(store, 20)
     store.clear()
-    assert list_files(store.folder) == [".step-00000009.partial"] and list_files(tmp_path / "mine") == ["notes.txt"]
+    assert list_files(store.folder) == [".step-00000009.partial"]
+    assert list_files(tmp_path / "mine") == ["notes.txt"]
 
 
 class Trap:
@@ -253,7 +283,9 @@ def test_a_save_killed_before_each_step_of_it(store: CheckpointStore, calls: int
     process = READY.Process(target=save_and_die, args=(store.folder, calls))
     process.start()
     process.join()
-    assert process.exitcode == (-signal.SIGKILL if calls <= 5 else 0)  # 3 files, their folder, all folders
+    assert process.exitcode == (
+        -signal.SIGKILL if calls <= 5 else 0
+    )  # 3 files, their folder, all folders
     assert get_newest(store) == (10 if calls <= 4 else 20, [])
     save(store, 30)
     assert store.list_steps() == ([10, 30] if calls <= 4 else [20, 30])
@@ -266,10 +298,13 @@ def test_files_are_flushed_before_the_folder_is_renamed(
     """Otherwise, a checkpoint may be empty after a power failure."""
     flushed: list[tuple[int, bool]] = []
     folder = store.get_folder(10)
-    monkeypatch.setattr(os, "fsync", lambda file: flushed.append((os.fstat(file).st_ino, folder.exists())))
+    monkeypatch.setattr(
+        os, "fsync", lambda file: flushed.append((os.fstat(file).st_ino, folder.exists()))
+    )
     save(store, 10)
     *files, own_folder = [(path.stat().st_ino, False) for path in (*folder.iterdir(), folder)]
-    assert len(files) == 3 and set(flushed[:3]) == set(files)
+    assert len(files) == 3
+    assert set(flushed[:3]) == set(files)
     assert flushed[3:] == [own_folder, (store.folder.stat().st_ino, True)]
 
 
@@ -284,12 +319,21 @@ def test_files_that_may_not_grow(store: CheckpointStore, large: str) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        words = (f"cannot write the checkpoint of step 20 to {store.folder}", "File too large", "--resume")
+        words = (
+            f"cannot write the checkpoint of step 20 to {store.folder}",
+            "File too large",
+            "--resume",
+        )
         with raises_one_line(*words, error=OSError):
-            store.save(20, tensors, {"notes": "x" * (200_000 if large == "metadata" else 0)}, is_best=False)
+            store.save(
+                20, tensors, {"notes": "x" * (200_000 if large == "metadata" else 0)}, is_best=False
+            )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert sorted(path.name for path in store.folder.iterdir()) == ["step-00000010", "step-00000020"]
+    assert sorted(path.name for path in store.folder.iterdir()) == [
+        "step-00000010",
+        "step-00000020",
+    ]
     assert get_newest(store) == (20, [])
     save(store, 30)
     assert get_newest(store) == (30, [])

@@ -11,9 +11,19 @@ from helpers.tiny_options import build_tiny_options
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.conversion.convert import convert_checkpoint
-from modeling_vitcls.options import DataOptions, FinetuneOptions, ModelOptions, PretrainOptions, TrainingOptions
+from modeling_vitcls.options import (
+    DataOptions,
+    FinetuneOptions,
+    ModelOptions,
+    PretrainOptions,
+    TrainingOptions,
+)
 from modeling_vitcls.training import defaults
-from modeling_vitcls.training.defaults import DEFAULT_FLAGS, describe_random_weights, resolve_defaults
+from modeling_vitcls.training.defaults import (
+    DEFAULT_FLAGS,
+    describe_random_weights,
+    resolve_defaults,
+)
 from modeling_vitcls.training.model import InitialModel, resolve_initial_model
 
 
@@ -22,16 +32,23 @@ PRETRAINED = {"folder": "checkpoint", "has_random_weights": False}
 
 def build_options(kind: Any = FinetuneOptions, **groups: Any) -> Any:
     """Return the options of a run."""
-    return kind(Path("out"), DataOptions("digits"), **({"model": ModelOptions("vitcls-tiny")} | groups))
+    return kind(
+        Path("out"), DataOptions("digits"), **({"model": ModelOptions("vitcls-tiny")} | groups)
+    )
 
 
 def build_initial(
-    hidden_size: int = 96, image_size: int = 28, config_values: dict[str, Any] | None = None, **fields: Any
+    hidden_size: int = 96,
+    image_size: int = 28,
+    config_values: dict[str, Any] | None = None,
+    **fields: Any,
 ) -> InitialModel:
     """Return an initial model with one patch per image; by default with random weights."""
     sizes = {"image_size": image_size, "patch_size": image_size, "num_attention_heads": 1}
     config = ViTCLSConfig(hidden_size=hidden_size, **sizes | (config_values or {}))
-    return InitialModel(**{"name": "model", "folder": None, "config": config, "has_random_weights": True} | fields)
+    return InitialModel(
+        **{"name": "model", "folder": None, "config": config, "has_random_weights": True} | fields
+    )
 
 
 def get_values(options: Any) -> dict[str, Any]:
@@ -40,14 +57,31 @@ def get_values(options: Any) -> dict[str, Any]:
     return {name: flags[name] for name in DEFAULT_FLAGS}
 
 
-HEAD, LORA, LAST = (build_options(training=TrainingOptions(trainable=each)) for each in ("head", "lora", "last-2"))
+HEAD, LORA, LAST = (
+    build_options(training=TrainingOptions(trainable=each)) for each in ("head", "lora", "last-2")
+)
 
 
 @pytest.mark.parametrize(
     ("options", "initial", "num_images", "expected"),
     [
-        (None, {}, 2000, {"learning_rate": 1e-3, "layer_decay": 1.0, "initializer_range": 0.082, "crop_scale": 1.0}),
-        (None, {"hidden_size": 192, "image_size": 224}, 9, {"learning_rate": 5e-4, "initializer_range": 0.058}),
+        (
+            None,
+            {},
+            2000,
+            {
+                "learning_rate": 1e-3,
+                "layer_decay": 1.0,
+                "initializer_range": 0.082,
+                "crop_scale": 1.0,
+            },
+        ),
+        (
+            None,
+            {"hidden_size": 192, "image_size": 224},
+            9,
+            {"learning_rate": 5e-4, "initializer_range": 0.058},
+        ),
         (
             None,
             {"hidden_size": 4096, "image_size": 65},
@@ -63,21 +97,37 @@ HEAD, LORA, LAST = (build_options(training=TrainingOptions(trainable=each)) for 
             {"learning_rate": 1e-4, "layer_decay": 0.75, "initializer_range": None, "epochs": 30.0},
         ),
         (None, PRETRAINED | {"hidden_size": 48}, 10_000, {"learning_rate": 4e-4, "epochs": 10.0}),
-        (LAST, PRETRAINED | {"hidden_size": 1536}, None, {"learning_rate": 5e-5, "epochs": 10.0, "batch_size": 64}),
+        (
+            LAST,
+            PRETRAINED | {"hidden_size": 1536},
+            None,
+            {"learning_rate": 5e-5, "epochs": 10.0, "batch_size": 64},
+        ),
         (HEAD, PRETRAINED, 10_000, {"learning_rate": 1e-3, "layer_decay": 1.0, "epochs": 30.0}),
         (LORA, PRETRAINED, 9, {"learning_rate": 5e-4, "layer_decay": 1.0}),
-        (build_options(PretrainOptions), {}, 9, {"learning_rate": 5e-4, "initializer_range": 0.082}),
+        (
+            build_options(PretrainOptions),
+            {},
+            9,
+            {"learning_rate": 5e-4, "initializer_range": 0.082},
+        ),
     ],
 )
-def test_values(options: Any, initial: dict[str, Any], num_images: int | None, expected: dict[str, Any]) -> None:
-    values = get_values(resolve_defaults(options or build_options(), build_initial(**initial), num_images)[0])
+def test_values(
+    options: Any, initial: dict[str, Any], num_images: int | None, expected: dict[str, Any]
+) -> None:
+    values = get_values(
+        resolve_defaults(options or build_options(), build_initial(**initial), num_images)[0]
+    )
     assert {name: values[name] for name in expected} == expected
 
 
 def test_every_default_can_be_overridden_and_the_reasons_are_printed() -> None:
     initial = build_initial()
     flags = {"model": "vitcls-tiny", "learning_rate": 0.3, "crop_scale": None, "shift": 0.0}
-    options, line = resolve_defaults(build_tiny_options(Path("out"), "digits", **flags), initial, 2000)
+    options, line = resolve_defaults(
+        build_tiny_options(Path("out"), "digits", **flags), initial, 2000
+    )
     assert (options.training.learning_rate, options.augmentation.shift) == (0.3, 0.0)
     assert "random weights, width 96: initializer range 0.082" in line
     assert "image size 28: crop scale 1" in line
@@ -87,11 +137,14 @@ def test_every_default_can_be_overridden_and_the_reasons_are_printed() -> None:
     assert resolve_defaults(options, initial, 2000) == (options, "")
     sizes = ModelOptions("vitcls-tiny", hidden_size=192, image_size=(32, 96), patch_size=32)
     line = resolve_defaults(build_options(model=sizes), initial, 2000)[1]
-    assert "width 192: " in line and "image size 96: " in line
+    assert "width 192: " in line
+    assert "image size 96: " in line
 
 
 def set_device(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    monkeypatch.setattr(defaults, "PartialState", lambda: SimpleNamespace(device=torch.device(device)))
+    monkeypatch.setattr(
+        defaults, "PartialState", lambda: SimpleNamespace(device=torch.device(device))
+    )
 
 
 def test_the_default_epochs_are_limited_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +154,8 @@ def test_the_default_epochs_are_limited_on_cpus(monkeypatch: pytest.MonkeyPatch)
     initial = build_initial(384, 224, sizes, **PRETRAINED)
     options, line = resolve_defaults(build_options(), initial, 9_000)
     assert options.training.epochs == 1e15 // (3 * 9.2e9 * 9_000) == 4
-    assert "CPUs" in line and "--epochs 30" in line
+    assert "CPUs" in line
+    assert "--epochs 30" in line
     assert resolve_defaults(build_options(), initial, 900)[0].training.epochs == 30
     assert resolve_defaults(build_options(), initial, 10**6)[0].training.epochs == 1
     given = build_options(training=TrainingOptions(epochs=20.0))
@@ -111,16 +165,24 @@ def test_the_default_epochs_are_limited_on_cpus(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_max_steps_replace_the_epochs() -> None:
-    options, line = resolve_defaults(build_options(training=TrainingOptions(max_steps=3)), build_initial(), 9)
-    assert options.training.epochs == 30.0 and "epochs" not in line
+    options, line = resolve_defaults(
+        build_options(training=TrainingOptions(max_steps=3)), build_initial(), 9
+    )
+    assert options.training.epochs == 30.0
+    assert "epochs" not in line
 
 
 def test_initial_models(tmp_path: Path) -> None:
     """A conversion with random weights is not pre-trained, and the run says so."""
     preset = resolve_initial_model("vitcls-tiny")
-    assert (preset.folder, preset.config.hidden_size, preset.has_random_weights) == (None, 192, True)
+    assert (preset.folder, preset.config.hidden_size, preset.has_random_weights) == (
+        None,
+        192,
+        True,
+    )
     assert "preset" in str(describe_random_weights(preset))
-    trained, random = tmp_path / "trained", tmp_path / "random"
+    trained = tmp_path / "trained"
+    random = tmp_path / "random"
     randomize(ViTCLSForImageClassification(build_tiny_config())).save_pretrained(trained)
     ViTCLSImageProcessor(size=32).save_pretrained(trained)
     checkpoint = resolve_initial_model(str(trained))
@@ -128,7 +190,8 @@ def test_initial_models(tmp_path: Path) -> None:
     assert describe_random_weights(checkpoint) is None
     convert_checkpoint("timm:test_vit", random, random_init=True)
     initial = resolve_initial_model(str(random))
-    assert initial.has_random_weights and "--random-init" in str(describe_random_weights(initial))
+    assert initial.has_random_weights
+    assert "--random-init" in str(describe_random_weights(initial))
     values = get_values(resolve_defaults(build_options(), initial, 20_000)[0])
     assert (values["epochs"], values["layer_decay"]) == (30.0, 1.0)
     assert values["initializer_range"] is None  # the weights are those of the conversion

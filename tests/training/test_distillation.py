@@ -12,7 +12,13 @@ import pytest
 import scipy.linalg
 import torch
 from accelerate import Accelerator
-from helpers.tiny_models import build_images, build_tiny_config, get_largest_difference, raises_one_line, randomize
+from helpers.tiny_models import (
+    build_images,
+    build_tiny_config,
+    get_largest_difference,
+    raises_one_line,
+    randomize,
+)
 from helpers.tiny_options import TINY as TINY_FINETUNING
 from helpers.tiny_options import build_tiny_options, prepare_task, run_to_folder, run_training
 from safetensors.torch import load_file
@@ -22,7 +28,12 @@ from transformers import ViTConfig, ViTImageProcessor, ViTModel
 from modeling_vitcls import ViTCLSConfig, ViTCLSImageProcessor, ViTCLSModel
 from modeling_vitcls.options import PretrainOptions
 from modeling_vitcls.runtime.files import read_json
-from modeling_vitcls.training.distillation import Distillation, build_hadamard_matrix, compute_feature_loss, fit_phi_s
+from modeling_vitcls.training.distillation import (
+    Distillation,
+    build_hadamard_matrix,
+    compute_feature_loss,
+    fit_phi_s,
+)
 from modeling_vitcls.training.pretrain import FeatureTeachers, TokenFeatures
 from modeling_vitcls.training.teacher import load_feature_teacher
 
@@ -36,7 +47,9 @@ TINY = replace(TINY_FINETUNING, patch_size=8)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Cache converted teachers in a temporary folder."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path_factory.mktemp("cache") / "hub"))
+        patch.setattr(
+            "huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path_factory.mktemp("cache") / "hub")
+        )
         yield
 
 
@@ -45,8 +58,14 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """Return two teachers with other widths, sizes and kinds: a ViTCLS model, and a ViT of transformers."""
     folder = tmp_path_factory.mktemp("teachers")
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    config = ViTCLSConfig(hidden_size=24, image_size=48, patch_size=8, pooling="mean", num_register_tokens=1, **sizes)
+    sizes: dict[str, Any] = {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
+    config = ViTCLSConfig(
+        hidden_size=24, image_size=48, patch_size=8, pooling="mean", num_register_tokens=1, **sizes
+    )
     randomize(ViTCLSModel(config)).save_pretrained(folder / "ours")
     ViTCLSImageProcessor(size=48).save_pretrained(folder / "ours")
     (folder / "ours" / "README.md").write_text("---\nlicense: mit\n---\n", encoding="utf-8")
@@ -58,7 +77,12 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 def tiny_options(folder: Path, teachers: tuple[str, ...], **flags: Any) -> PretrainOptions:
     """Return options of a short run on digits."""
-    settings = vars(TINY) | {"teachers": teachers, "max_steps": 40, "batch_size": 32, "learning_rate": 4e-3}
+    settings = vars(TINY) | {
+        "teachers": teachers,
+        "max_steps": 40,
+        "batch_size": 32,
+        "learning_rate": 4e-3,
+    }
     return build_tiny_options(
         folder, "digits", PretrainOptions, **settings | {"log_every": 10, "select": None} | flags
     )
@@ -70,14 +94,18 @@ def tiny_options(folder: Path, teachers: tuple[str, ...], **flags: Any) -> Pretr
 def test_the_loss_is_that_of_unic() -> None:
     """Compare with the paper's formula in numpy, for a token and for patches."""
     generator = np.random.default_rng(0)
-    predictions, targets = ([generator.normal(size=(5, 8)), generator.normal(size=(5, 3, 8)) * 2] for _ in range(2))
+    predictions, targets = (
+        [generator.normal(size=(5, 8)), generator.normal(size=(5, 3, 8)) * 2] for _ in range(2)
+    )
     losses = []
     for x, y in zip(predictions, targets, strict=True):
         cosines = (x * y).sum(-1) / np.linalg.norm(x, axis=-1) / np.linalg.norm(y, axis=-1)
         distances = np.abs(x - y)
         smooth = np.where(distances < 1, distances**2 / 2, distances - 0.5)
         losses.append(0.5 * (1 - cosines).mean() + 0.5 * smooth.mean())
-    found = compute_feature_loss(*([torch.from_numpy(each).float() for each in x] for x in (predictions, targets)))
+    found = compute_feature_loss(
+        *([torch.from_numpy(each).float() for each in x] for x in (predictions, targets))
+    )
     assert float(found) == pytest.approx(np.mean(losses), abs=1e-6)
 
 
@@ -106,7 +134,9 @@ def test_the_targets_are_those_of_phi_s(width: int) -> None:
 def test_hadamard_matrices(width: int) -> None:
     matrix = build_hadamard_matrix(width)
     assert set(np.unique(matrix)) <= {-1, 1}
-    product = matrix.astype(np.float32) @ matrix.T.astype(np.float32)  # exact, and much faster than integers
+    product = matrix.astype(np.float32) @ matrix.T.astype(
+        np.float32
+    )  # exact, and much faster than integers
     assert np.array_equal(product, width * np.eye(width))
 
 
@@ -115,7 +145,9 @@ def test_a_width_without_hadamard_matrix_is_an_error() -> None:
         build_hadamard_matrix(36)
 
 
-def test_a_teacher_returns_its_pooled_vector_and_its_patches(teachers: tuple[str, str], tmp_path: Path) -> None:
+def test_a_teacher_returns_its_pooled_vector_and_its_patches(
+    teachers: tuple[str, str], tmp_path: Path
+) -> None:
     """The pixels have the teacher's size; the patches are resampled from a grid of 6 x 6 to 3 x 3."""
     student = build_tiny_config(image_size=48, patch_size=16)
     teacher = load_feature_teacher(teachers[0], student, True, torch.device("cpu"))
@@ -125,20 +157,28 @@ def test_a_teacher_returns_its_pooled_vector_and_its_patches(teachers: tuple[str
     with torch.no_grad():
         outputs = model(processor(list(pixels), return_tensors="pt")["pixel_values"])
     features = teacher(pixels)
-    ViTCLSModel(ViTCLSConfig.from_pretrained(teachers[0], num_hidden_layers=3)).config.save_pretrained(tmp_path)
+    ViTCLSModel(
+        ViTCLSConfig.from_pretrained(teachers[0], num_hidden_layers=3)
+    ).config.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").symlink_to(Path(teachers[0]) / "model.safetensors")
     with raises_one_line(f"the teacher {tmp_path} lacks the weight layers.2."):
         load_feature_teacher(str(tmp_path), student, True, torch.device("cpu"))
     assert get_largest_difference(features[:, :24], outputs.pooler_output) <= 1e-5
-    patches = resize(outputs.last_hidden_state[:, -36:].mT.unflatten(2, (6, 6)), [3, 3]).flatten(2).mT  # [3, 9, 24]
+    patches = (
+        resize(outputs.last_hidden_state[:, -36:].mT.unflatten(2, (6, 6)), [3, 3]).flatten(2).mT
+    )  # [3, 9, 24]
     assert get_largest_difference(features[:, 24:], patches.flatten(1)) <= 1e-5
     autocast = MagicMock()
     standardized = FeatureTeachers([teacher], True, autocast)
-    standardized.fit([{"pixels": image[None]} for image in pixels], num_images=2)  # one patch of each image
+    standardized.fit(
+        [{"pixels": image[None]} for image in pixels], num_images=2
+    )  # one patch of each image
     num_fitted = autocast.return_value.__enter__.call_count
     first, second = standardized.compute_targets({"pixels": pixels[:2]})[1][[0, 1], [0, 1]]
     assert 0 < num_fitted < autocast.return_value.__enter__.call_count
-    torch.testing.assert_close(first.abs(), torch.ones(24), atol=1e-3, rtol=0)  # two vectors with the variance 1
+    torch.testing.assert_close(
+        first.abs(), torch.ones(24), atol=1e-3, rtol=0
+    )  # two vectors with the variance 1
     torch.testing.assert_close(second, -first, atol=1e-3, rtol=0)
 
 
@@ -155,39 +195,58 @@ def test_each_token_follows_its_teacher(pretrained: Path) -> None:
     results = read_json(pretrained / "results.json")
     before, after = (results["features"][name]["teacher_cosines"] for name in ("before", "after"))
     assert len(before) == len(after) == 2
-    assert all(abs(cosine) < 0.2 for cosine in before) and all(cosine > 0.4 for cosine in after)
+    assert all(abs(cosine) < 0.2 for cosine in before)
+    assert all(cosine > 0.4 for cosine in after)
     assert f"teacher 1 {before[1]:.3f} -> {after[1]:.3f}" in results["features"]["summary"]
     assert results["selection_metric"] == "teacher_cosine"
-    assert results["method"] == "distillation" and results["token_layout"]["distillation"] == 2
+    assert results["method"] == "distillation"
+    assert results["token_layout"]["distillation"] == 2
 
 
 def test_the_folder_contains_the_encoder_and_the_names_of_the_teachers(
     pretrained: Path, teachers: tuple[str, str]
 ) -> None:
     model, info = ViTCLSModel.from_pretrained(pretrained, output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"]  # no linear layers
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]  # no linear layers
     names = [f"path/to/{Path(name).name}" for name in teachers]
     results = read_json(pretrained / "results.json")
     assert model.config.distillation_teachers == names == results["teachers"]
     assert results["teacher_licenses"] == ["mit", None]
     assert model.adapt(num_distillation_tokens=1).config.distillation_teachers == names[:1]
-    assert ViTCLSModel.from_pretrained(pretrained, num_distillation_tokens=3).config.distillation_teachers == names
-    assert any(name.startswith("patch_projectors.1.") for name in load_file(max(pretrained.glob("*/step*/model.s*"))))
+    assert (
+        ViTCLSModel.from_pretrained(
+            pretrained, num_distillation_tokens=3
+        ).config.distillation_teachers
+        == names
+    )
+    assert any(
+        name.startswith("patch_projectors.1.")
+        for name in load_file(max(pretrained.glob("*/step*/model.s*")))
+    )
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "pooling"), [(0, "cls_mean"), (0, "attention"), (1, "attention"), (2, "attention")]
+    ("num_tokens", "pooling"),
+    [(0, "cls_mean"), (0, "attention"), (1, "attention"), (2, "attention")],
 )
-def test_the_targets_are_predicted_from_the_tokens(num_tokens: int, pooling: str, teachers: tuple[str, str]) -> None:
+def test_the_targets_are_predicted_from_the_tokens(
+    num_tokens: int, pooling: str, teachers: tuple[str, str]
+) -> None:
     """The projections are initialized as in the encoder. The pooler is trained if it is part of the loss."""
     config = build_tiny_config(num_distillation_tokens=num_tokens, pooling=pooling)
     loaded = [load_feature_teacher(name, config, True, torch.device("cpu")) for name in teachers]
     model = Distillation(randomize(ViTCLSModel(config)), loaded, True).eval()
-    outputs, predictions = model(build_images()), model(build_images(), project=True)
+    outputs = model(build_images())
+    predictions = model(build_images(), project=True)
     tokens = [outputs.pooler_output] * 2
-    assert not any(projector.bias.any() for projector in (*model.projectors, *model.patch_projectors))
+    assert not any(
+        projector.bias.any() for projector in (*model.projectors, *model.patch_projectors)
+    )
     if pooling == "attention":
-        assert {weight.requires_grad for weight in model.vitcls.pooler.parameters()} == {not num_tokens}
+        assert {weight.requires_grad for weight in model.vitcls.pooler.parameters()} == {
+            not num_tokens
+        }
     if num_tokens:
         tokens = list(outputs.tokens["distillation"].unbind(dim=1)) * (2 // num_tokens)
     for prediction, projector, token in zip(predictions[:2], model.projectors, tokens, strict=True):
@@ -197,14 +256,23 @@ def test_the_targets_are_predicted_from_the_tokens(num_tokens: int, pooling: str
     evaluator: Any = SimpleNamespace(accelerator=Accelerator(cpu=True))
     token = outputs.tokens["distillation"].flatten(1) if num_tokens else outputs.tokens["cls"][:, 0]
     expected = torch.cat([token, outputs.tokens["patches"].mean(dim=1)], dim=1)
-    torch.testing.assert_close(TokenFeatures.compute_features(evaluator, model, build_images()), expected)
+    torch.testing.assert_close(
+        TokenFeatures.compute_features(evaluator, model, build_images()), expected
+    )
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "dry_run", "num_batches", "num_images"), [(512, False, 1, 240), (48, True, 2, 64)]
+    ("batch_size", "dry_run", "num_batches", "num_images"),
+    [(512, False, 1, 240), (48, True, 2, 64)],
 )
 def test_targets_are_standardized_with_the_first_images(
-    batch_size: int, dry_run: bool, num_batches: int, num_images: int, teachers: Any, tmp_path: Path, monkeypatch: Any
+    batch_size: int,
+    dry_run: bool,
+    num_batches: int,
+    num_images: int,
+    teachers: Any,
+    tmp_path: Path,
+    monkeypatch: Any,
 ) -> None:
     """Also with fewer images than a batch. A dry run uses 64 images. The teachers run in the precision of the run."""
     fitted = []
@@ -221,9 +289,14 @@ def test_targets_are_standardized_with_the_first_images(
 
 
 def test_cached_vectors_train_the_token(teachers: tuple[str, str], tmp_path: Path) -> None:
-    results = run_training(tiny_options(tmp_path / "out", teachers[:1], teacher_views=1, crop_scale=0.9, max_steps=15))
-    (before,), (after,) = (results["features"][name]["teacher_cosines"] for name in ("before", "after"))
-    assert after > before + 0.2 and results["token_layout"]["distillation"] == 1
+    results = run_training(
+        tiny_options(tmp_path / "out", teachers[:1], teacher_views=1, crop_scale=0.9, max_steps=15)
+    )
+    (before,), (after,) = (
+        results["features"][name]["teacher_cosines"] for name in ("before", "after")
+    )
+    assert after > before + 0.2
+    assert results["token_layout"]["distillation"] == 1
 
 
 WRONG: dict[str, dict[str, Any]] = {

@@ -20,7 +20,12 @@ from modeling_vitcls.training.optimizer import Ema
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate")]
 
-SIZES: dict[str, Any] = {"image_size": 16, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2}
+SIZES: dict[str, Any] = {
+    "image_size": 16,
+    "patch_size": 8,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+}
 SIZES |= {"num_attention_heads": 4, "intermediate_size": 48, "num_register_tokens": 2}
 
 
@@ -28,7 +33,9 @@ def build(kind: str, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     model: Any = ViTCLSForImageClassification(ViTCLSConfig(**SIZES, num_labels=3))
     if kind == "specialized":
-        model = ViTCLSForImageClassification(ViTCLSConfig(**SIZES, num_labels=3, specialized_layers={"qkv": [0]}))
+        model = ViTCLSForImageClassification(
+            ViTCLSConfig(**SIZES, num_labels=3, specialized_layers={"qkv": [0]})
+        )
     if kind == "head only":
         model.vitcls.requires_grad_(False)
     if kind == "LoRA":
@@ -72,7 +79,11 @@ def test_training_resumes_to_the_bit(store: CheckpointStore, kind: str) -> None:
     tensors, facts = gather_state(accelerator, model, optimizer, ema.shadow)
     store.save(3, tensors, facts, is_best=False)
     if kind != "LoRA":
-        assert tensors["model"].keys() == build("plain", seed=0).state_dict().keys() >= tensors["ema"].keys()
+        assert (
+            tensors["model"].keys()
+            == build("plain", seed=0).state_dict().keys()
+            >= tensors["ema"].keys()
+        )
         assert tensors["ema"]
     expected = [step_once(model, optimizer, ema, step) for step in range(3, 6)]
 
@@ -90,10 +101,12 @@ def test_training_resumes_to_the_bit(store: CheckpointStore, kind: str) -> None:
 
 def test_parameters_without_moments_have_none_after_a_resume(store: CheckpointStore) -> None:
     """A parameter that had no gradient before the checkpoint starts at step 1 after it, as without a resume."""
-    accelerator, losses = Accelerator(cpu=True), []
+    accelerator = Accelerator(cpu=True)
+    losses = []
     for seed in (0, 1):
         model: Any = build("plain", seed)
-        optimizer, ema = build_optimizer("plain", model), Ema(model, decay=0.9)
+        optimizer = build_optimizer("plain", model)
+        ema = Ema(model, decay=0.9)
         model.vitcls.layers[0].requires_grad_(False)
         if seed == 0:
             step_once(model, optimizer, ema, 0)
@@ -101,7 +114,9 @@ def test_parameters_without_moments_have_none_after_a_resume(store: CheckpointSt
         else:
             checkpoint: Any = store.load_newest(pytest.fail)
             scatter_state(checkpoint, accelerator, model, optimizer, None)
-        assert not any(optimizer.state.get(parameter) for parameter in model.vitcls.layers[0].parameters())
+        assert not any(
+            optimizer.state.get(parameter) for parameter in model.vitcls.layers[0].parameters()
+        )
         model.vitcls.layers[0].requires_grad_(True)
         losses.append([step_once(model, optimizer, ema, step) for step in (1, 2, 3)])
     assert losses[0] == losses[1]
@@ -113,7 +128,9 @@ def test_the_loss_scaler_is_resumed(store: CheckpointStore) -> None:
     model, optimizer = accelerator.prepare(model, build_optimizer("plain", model))
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=5)
     accelerator.scaler._growth_tracker = None
-    accelerator.scaler.load_state_dict(accelerator.scaler.state_dict() | {"scale": 512.5, "_growth_tracker": 3})
+    accelerator.scaler.load_state_dict(
+        accelerator.scaler.state_dict() | {"scale": 512.5, "_growth_tracker": 3}
+    )
     tensors, facts = gather_state(accelerator, model, optimizer, None)
     assert tensors.keys() == {"model", "optimizer"}
     store.save(1, tensors, facts, is_best=False)
@@ -154,7 +171,9 @@ def test_fsdp2_on_one_process_resumes_bit_for_bit(
     for step in range(2):
         step_once(model, optimizer, ema, step)
     tensors, facts = gather_state(accelerator, model, optimizer, ema.shadow)
-    assert not any(isinstance(tensor, DTensor) for group in tensors.values() for tensor in group.values())
+    assert not any(
+        isinstance(tensor, DTensor) for group in tensors.values() for tensor in group.values()
+    )
     assert tensors["model"].keys() == tensors["ema"].keys() == build(kind, 0).state_dict().keys()
     store.save(2, tensors, facts, is_best=False)
     expected = [step_once(model, optimizer, ema, step) for step in range(2, 4)]

@@ -24,7 +24,13 @@ from helpers.accelerate_state import reset_accelerate
 from helpers.fresh_processes import SCRIPT_ENVIRONMENT, run_fresh
 from helpers.scripts_in_process import run_in_process
 from helpers.tiny_models import raises_one_line
-from helpers.tiny_options import build_tiny_options, prepare_task, read_metrics, run_dry, run_training
+from helpers.tiny_options import (
+    build_tiny_options,
+    prepare_task,
+    read_metrics,
+    run_dry,
+    run_training,
+)
 from helpers.warm_processes import OFFLINE, run_together
 from PIL import Image
 from safetensors.torch import load_file
@@ -40,7 +46,12 @@ from modeling_vitcls.runtime.errors import RunStopped
 from modeling_vitcls.runtime.files import read_json
 from modeling_vitcls.training import run as run_module
 from modeling_vitcls.training.checkpoints import CheckpointStore
-from modeling_vitcls.training.finetune import build_label_loss, build_objective, build_task, describe_imbalance
+from modeling_vitcls.training.finetune import (
+    build_label_loss,
+    build_objective,
+    build_task,
+    describe_imbalance,
+)
 from modeling_vitcls.training.losses import (
     compute_distillation_loss,
     compute_multi_label_loss,
@@ -73,7 +84,15 @@ def recipe_run(color_images: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """Run a recipe with batches of 14, and two CLS tokens, a distillation token and registers."""
     folder = tmp_path_factory.mktemp("recipe") / "my-model"
     reset_accelerate()
-    flags = ["--config", RECIPE, "--dataset", color_images, "--batch-size", 14, *SHORT_RUN_FLAGS.split()]
+    flags = [
+        "--config",
+        RECIPE,
+        "--dataset",
+        color_images,
+        "--batch-size",
+        14,
+        *SHORT_RUN_FLAGS.split(),
+    ]
     assert run_in_process("finetune.py", *flags, "--output-dir", folder) == 0
     return folder
 
@@ -83,7 +102,10 @@ def color_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write images of two colors, one class each, in different sizes and modes."""
     folder = tmp_path_factory.mktemp("colours")
     for index in range(23):
-        for name, colour in (("dusk", (20, 20, 90 + 5 * index)), ("noon", (250, 240, 120 + 5 * index))):
+        for name, colour in (
+            ("dusk", (20, 20, 90 + 5 * index)),
+            ("noon", (250, 240, 120 + 5 * index)),
+        ):
             picture = Image.new("RGB", (20 + index, 40 - index), colour)
             (folder / name).mkdir(exist_ok=True)
             picture.convert("RGBA" if index % 2 else "RGB").save(folder / name / f"{index}.png")
@@ -92,7 +114,12 @@ def color_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def tiny_options(output_dir: Path, dataset: object, **flags: Any) -> FinetuneOptions:
     """Return the options of a run of a few steps in this process."""
-    settings = {"max_steps": 3, "batch_size": 8, "learning_rate": 3e-3, "log_attention_every": 2} | flags
+    settings = {
+        "max_steps": 3,
+        "batch_size": 8,
+        "learning_rate": 3e-3,
+        "log_attention_every": 2,
+    } | flags
     return build_tiny_options(output_dir, dataset, **settings)
 
 
@@ -106,12 +133,15 @@ def train(output_dir: Path, dataset: object, **others: Any) -> dict[str, Any]:
 
 def test_run_leaves_results_of_every_held_out_image(recipe_run: Path) -> None:
     results = read_json(recipe_run / "results.json")
-    assert results["num_images"] == NUM_HELD_OUT_COLORS and results["selection_metric"] == "accuracy"
+    assert results["num_images"] == NUM_HELD_OUT_COLORS
+    assert results["selection_metric"] == "accuracy"
     assert results["weights_sha256"] == hash_weights(recipe_run)
     assert (results["num_training_images"], results["steps"]) == (46 - NUM_HELD_OUT_COLORS - 8, 7)
     assert results["token_layout"] == {"cls": 2, "distillation": 1, "registers": 2, "patches": 16}
     assert results["versions"]["torch"] == torch.__version__
-    evaluated = {record["step"]: "selection_accuracy" in record for record in read_metrics(recipe_run)}
+    evaluated = {
+        record["step"]: "selection_accuracy" in record for record in read_metrics(recipe_run)
+    }
     assert evaluated == {2: False, 4: False, 6: False, 7: True}
 
 
@@ -121,11 +151,23 @@ def test_two_processes_train_and_evaluate_as_one(recipe_run: Path, tmp_path: Pat
     for name in ("results.json", "model.safetensors"):
         (tmp_path / "run" / name).unlink()
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000007")
-    flags = ("--config", recipe_run / "config.resolved.yaml", "--output-dir", tmp_path / "run", "--batch-size", 7)
-    printed = run_together("finetune.py", *flags, "--resume", log=tmp_path / "log", environment=OFFLINE)
-    assert printed.count(f" on {NUM_HELD_OUT_COLORS} held-out images") == 1  # only the main process prints
+    flags = (
+        "--config",
+        recipe_run / "config.resolved.yaml",
+        "--output-dir",
+        tmp_path / "run",
+        "--batch-size",
+        7,
+    )
+    printed = run_together(
+        "finetune.py", *flags, "--resume", log=tmp_path / "log", environment=OFFLINE
+    )
+    assert (
+        printed.count(f" on {NUM_HELD_OUT_COLORS} held-out images") == 1
+    )  # only the main process prints
     assert "resumed   after step 5 of 7" in printed
-    one, two = read_json(recipe_run / "results.json"), read_json(tmp_path / "run" / "results.json")
+    one = read_json(recipe_run / "results.json")
+    two = read_json(tmp_path / "run" / "results.json")
     assert two["num_processes"] == 2
     assert two["num_images"] == NUM_HELD_OUT_COLORS
     assert two["accuracy"] == one["accuracy"]
@@ -154,7 +196,12 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def tasks(color_images: Path) -> Path:
     """Return the same images with two columns of labels, some of them missing, and a column of several labels."""
     rows = [
-        (str(path), path.parent.name, "" if index % 7 == 0 else f"kind {index % 3}", f"{path.parent.name}|all")
+        (
+            str(path),
+            path.parent.name,
+            "" if index % 7 == 0 else f"kind {index % 3}",
+            f"{path.parent.name}|all",
+        )
         for index, path in enumerate(sorted(color_images.glob("*/*.png")))
     ]
     lines = ["image,time,kind,tags", *map(",".join, rows)]
@@ -168,10 +215,17 @@ def test_several_tasks(tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert results["kind_num_images"] < results["time_num_images"] == results["num_images"]
     assert results["token_layout"]["cls"] == 2
     model = ViTCLSForMultiTaskClassification.from_pretrained(tmp_path)
-    assert model.config.task_labels() == {"kind": ["kind 0", "kind 1", "kind 2"], "time": ["dusk", "noon"]}
-    again = train(tmp_path / "again", tasks, label_column=("time", "kind"), model=tmp_path, split_seed=1)
+    assert model.config.task_labels() == {
+        "kind": ["kind 0", "kind 1", "kind 2"],
+        "time": ["dusk", "noon"],
+    }
+    again = train(
+        tmp_path / "again", tasks, label_column=("time", "kind"), model=tmp_path, split_seed=1
+    )
     assert again["time_accuracy"] == 1.0  # with the saved heads
-    assert "--split-seed 0" in capsys.readouterr().out  # of the earlier run, which held out other images
+    assert (
+        "--split-seed 0" in capsys.readouterr().out
+    )  # of the earlier run, which held out other images
 
 
 def test_several_labels_per_image(tasks: Path, tmp_path: Path) -> None:
@@ -185,11 +239,17 @@ def test_several_labels_per_image(tasks: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "predictions.parquet").exists()  # only of images with one label
 
 
-def test_a_stream_is_learned(color_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_is_learned(
+    color_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(run_module, "DEFAULT_STREAM_SAVE_EVERY", 15)
     results = train(tmp_path, color_images, streaming=True, max_steps=20, held_out_fraction=0.4)
-    assert results["num_training_images"] is None and results["num_images"] > 4
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000015", "step-00000020"]
+    assert results["num_training_images"] is None
+    assert results["num_images"] > 4
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "step-00000015",
+        "step-00000020",
+    ]
     assert results["accuracy"] == 1.0
     with pytest.raises(ValueError, match="--max-steps"):
         run_training(tiny_options(tmp_path / "other", color_images, streaming=True, max_steps=None))
@@ -201,16 +261,32 @@ def test_unreadable_images_are_named_and_skipped(
     folder = shutil.copytree(color_images, tmp_path / "pictures")
     (folder / "noon" / "1.png").write_bytes(b"no picture")
     (folder / "dusk" / "2.png").write_bytes((color_images / "dusk" / "2.png").read_bytes()[:60])
-    flags = {"save_every": 4, "log_every": 100, "keep_checkpoints": 9}  # the first evaluation is after step 5
+    flags = {
+        "save_every": 4,
+        "log_every": 100,
+        "keep_checkpoints": 9,
+    }  # the first evaluation is after step 5
     results = train(tmp_path / "out", folder, epochs=2, max_steps=None, num_workers=1, **flags)
     state = read_json(tmp_path / "out" / "checkpoints" / "step-00000004" / "state.json")
-    assert len(state["metadata"]["unreadable_images"]) == results["num_unreadable_training_images"] > 0
+    assert (
+        len(state["metadata"]["unreadable_images"]) == results["num_unreadable_training_images"] > 0
+    )
     output = capsys.readouterr().out
     assert results["num_unreadable_training_images"] + results["num_unreadable_images"] == 2
-    assert "noon/1.png" in output and "dusk/2.png" in output
+    assert "noon/1.png" in output
+    assert "dusk/2.png" in output
     assert f"WARNING: {results['num_unreadable_training_images']} training image" in output
-    with pytest.raises(RunStopped, match=r"more than 1 images cannot be read.*--max-unreadable-images"):
-        train(tmp_path / "strict", folder, epochs=2, max_steps=None, max_unreadable_images=1, held_out_fraction=0.05)
+    with pytest.raises(
+        RunStopped, match=r"more than 1 images cannot be read.*--max-unreadable-images"
+    ):
+        train(
+            tmp_path / "strict",
+            folder,
+            epochs=2,
+            max_steps=None,
+            max_unreadable_images=1,
+            held_out_fraction=0.05,
+        )
 
 
 @pytest.fixture(scope="module")
@@ -227,65 +303,112 @@ def list_changed_weights(before: Path, after: Path) -> set[str]:
     return {name for name in new if name not in old or not torch.equal(old[name], new[name])}
 
 
-def test_linear_probing_trains_only_the_head(pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_linear_probing_trains_only_the_head(
+    pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     start = {"model": pretrained, "trainable": "head", "label_smoothing": 0.0}
     results = train(tmp_path, "digits", max_steps=20, **start)
     assert list_changed_weights(pretrained, tmp_path) == {"classifier.weight", "classifier.bias"}
-    assert results["num_parameters"] == sum(map(torch.numel, load_file(tmp_path / "model.safetensors").values()))
+    assert results["num_parameters"] == sum(
+        map(torch.numel, load_file(tmp_path / "model.safetensors").values())
+    )
     printed = capsys.readouterr().out
-    assert "WARNING" not in printed and f"accuracy {results['accuracy']:.2%} on 60 " in printed
-    assert results["calibration"] is None and results["selection_metric"] == "accuracy"  # 30 images are too few
+    assert "WARNING" not in printed
+    assert f"accuracy {results['accuracy']:.2%} on 60 " in printed
+    assert results["calibration"] is None
+    assert results["selection_metric"] == "accuracy"  # 30 images are too few
     assert ViTCLSForImageClassification.from_pretrained(tmp_path).config.temperature == 1
-    lines = {line.split(" ")[0]: re.findall(r"\d+(?:[.,]\d+)*", line) for line in printed.splitlines()}
+    lines = {
+        line.split(" ")[0]: re.findall(r"\d+(?:[.,]\d+)*", line) for line in printed.splitlines()
+    }
     assert {"data", "fit", "model", "tokens", "probe", "batches", "step"} <= lines.keys()
-    assert lines["data"][:2] == ["240", "60"] and lines["batches"] == ["8", "8", "1", "1", "20", "0.7"]
+    assert lines["data"][:2] == ["240", "60"]
+    assert lines["batches"] == ["8", "8", "1", "1", "20", "0.7"]
     assert lines["model"][-4:] == [f"{results['num_parameters']:,}", "330", "2", "32"]
-    assert lines["tokens"] == ["1", "2", "4", "7", "32", "32", f"{results['forward_flops_per_image'] / 1e9:.3g}"]
+    assert lines["tokens"] == [
+        "1",
+        "2",
+        "4",
+        "7",
+        "32",
+        "32",
+        f"{results['forward_flops_per_image'] / 1e9:.3g}",
+    ]
 
 
 def test_a_new_token_is_trained_with_a_frozen_encoder(pretrained: Path, tmp_path: Path) -> None:
     flags = {"model": pretrained, "trainable": "head", "num_distillation_tokens": 1}
     model = prepare_task(tiny_options(tmp_path, "digits", **flags)).task.model
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    heads = {f"{head}.{name}" for head in ("classifier", "distillation_classifier") for name in ("weight", "bias")}
+    heads = {
+        f"{head}.{name}"
+        for head in ("classifier", "distillation_classifier")
+        for name in ("weight", "bias")
+    }
     assert trained == heads | {"vitcls.embeddings.distillation_token"}
 
 
-def test_the_summary_counts_the_images_that_are_left_out(color_images: Path, tmp_path: Path) -> None:
+def test_the_summary_counts_the_images_that_are_left_out(
+    color_images: Path, tmp_path: Path
+) -> None:
     whole = prepare_task(tiny_options(tmp_path / "whole", color_images)).data
     names = whole.train.images.get_names()
     rows = ["id,split", *(f"{name},{whole.train_split}" for name in names[:3])]
     (tmp_path / "audit.csv").write_text("\n".join(rows))
     run = prepare_task(tiny_options(tmp_path / "out", color_images, exclude=tmp_path / "audit.csv"))
-    assert f"3 of {len(names)} " in describe_splits(run.data, run.task.processor, run.task.labels_text)["excluded"]
+    assert (
+        f"3 of {len(names)} "
+        in describe_splits(run.data, run.task.processor, run.task.labels_text)["excluded"]
+    )
 
 
-def test_images_are_mixed_and_classes_are_weighted_by_flags(color_images: Path, tmp_path: Path) -> None:
+def test_images_are_mixed_and_classes_are_weighted_by_flags(
+    color_images: Path, tmp_path: Path
+) -> None:
     run = prepare_task(tiny_options(tmp_path / "out", color_images, class_balance="weights"))
-    batch = {"pixels": torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8), "labels": torch.arange(8) % 2}
-    options, data, normalize = run.options, run.data, Normalizer(run.task.processor, torch.device("cpu"))
+    batch = {
+        "pixels": torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8),
+        "labels": torch.arange(8) % 2,
+    }
+    options = run.options
+    data = run.data
+    normalize = Normalizer(run.task.processor, torch.device("cpu"))
     for flag in (None, "mixup", "cutmix"):
-        changed = replace(options, augmentation=replace(options.augmentation, **({flag: 5.0} if flag else {})))
+        changed = replace(
+            options, augmentation=replace(options.augmentation, **({flag: 5.0} if flag else {}))
+        )
         objective: Any = build_objective(changed, data, None, normalize, run.reporter.accelerator)
         assert (objective.mixer is not None) == (flag is not None)
         if flag is not None:
             pixels, mixed_labels = objective.mixer(batch["pixels"], batch["labels"])
-            assert mixed_labels.is_floating_point() and not torch.equal(pixels, batch["pixels"])
+            assert mixed_labels.is_floating_point()
+            assert not torch.equal(pixels, batch["pixels"])
     counts = torch.bincount(torch.tensor(data.train.labels), minlength=2)
-    logits, labels = torch.randn(6, 2), torch.tensor([0, 1, 1, 0, 1, 1])
-    expected = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1, reduction="none")
+    logits = torch.randn(6, 2)
+    labels = torch.tensor([0, 1, 1, 0, 1, 1])
+    expected = torch.nn.functional.cross_entropy(
+        logits, labels, label_smoothing=0.1, reduction="none"
+    )
     weighted = (expected * (counts.sum() / (2 * counts))[labels]).mean()
     torch.testing.assert_close(build_label_loss(options, data, CPU)(logits, labels), weighted)
     plain = replace(options, training=replace(options.training, class_balance="none"))
-    dusk, noon = ([index for index, label in enumerate(data.train.labels) if label == each] for each in (0, 1))
+    dusk, noon = (
+        [index for index, label in enumerate(data.train.labels) if label == each] for each in (0, 1)
+    )
     for num_images, is_imbalanced in ((10, False), (11, True)):  # and one image of the other class
         rare = replace(data, train=data.train.select([*dusk[:num_images], noon[0]]))
         task = build_task(plain, resolve_initial_model("vitcls-tiny"), rare, run.reporter)
-        assert ("macro_f1" in task.printed_metrics, len(task.warnings)) == (is_imbalanced, is_imbalanced)
+        assert ("macro_f1" in task.printed_metrics, len(task.warnings)) == (
+            is_imbalanced,
+            is_imbalanced,
+        )
     assert describe_imbalance(options, rare) == []
     unweighted = compute_single_label_loss(logits, labels, label_smoothing=0.1)
     torch.testing.assert_close(build_label_loss(plain, data, CPU)(logits, labels), unweighted)
-    losses = {"multi_task": compute_multi_task_loss, "multi_label_classification": compute_multi_label_loss}
+    losses = {
+        "multi_task": compute_multi_task_loss,
+        "multi_label_classification": compute_multi_label_loss,
+    }
     for kind, loss in losses.items():
         other: Any = replace(data, label_space=LabelSpace(kind, {"label": ["dusk", "noon"]}))  # type: ignore[arg-type]
         built: Any = build_label_loss(options, other, CPU)
@@ -296,11 +419,18 @@ def test_lora_is_merged_into_a_plain_model(pretrained: Path, tmp_path: Path) -> 
     (pretrained / "README.md").write_text("---\nlicense: mit\n---\n")
     (pretrained / "LICENSE").touch()
     results = train(tmp_path, "digits", trainable="lora", lora_rank=2, model=pretrained)
-    assert (tmp_path / "LICENSE").is_file() and results["provenance"]["license"] == "mit"
-    names = {name for name in list_changed_weights(pretrained, tmp_path) if name.endswith("proj.weight")}
-    assert names == {f"vitcls.layers.{layer}.attention.{name}_proj.weight" for layer in (0, 1) for name in "qv"}
+    assert (tmp_path / "LICENSE").is_file()
+    assert results["provenance"]["license"] == "mit"
+    names = {
+        name for name in list_changed_weights(pretrained, tmp_path) if name.endswith("proj.weight")
+    }
+    assert names == {
+        f"vitcls.layers.{layer}.attention.{name}_proj.weight" for layer in (0, 1) for name in "qv"
+    }
     num_merged = sum(map(torch.numel, load_file(tmp_path / "model.safetensors").values()))
-    assert results["num_parameters"] - num_merged == 2 * 2 * 2 * (32 + 32)  # layers, q and v, rank, widths
+    assert results["num_parameters"] - num_merged == 2 * 2 * 2 * (
+        32 + 32
+    )  # layers, q and v, rank, widths
     ViTCLSForImageClassification.from_pretrained(tmp_path)
 
 
@@ -311,7 +441,9 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     labels = {str(digit): digit for digit in range(10)}
     sizes = {"embedding_size": 8, "hidden_sizes": [8], "depths": [1], "layer_type": "basic"}
-    config = ResNetConfig(**sizes, label2id=labels, id2label={index: name for name, index in labels.items()})
+    config = ResNetConfig(
+        **sizes, label2id=labels, id2label={index: name for name, index in labels.items()}
+    )
     ResNetForImageClassification(config).save_pretrained(folder)
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
     (folder / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n", encoding="utf-8")
@@ -322,37 +454,58 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_teacher_trains_the_distillation_token(
     teacher: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture
 ) -> None:
-    results = train(tmp_path, "digits", teacher=str(teacher), distillation=kind, max_steps=4, mixup=0.2)
-    assert results["token_layout"]["distillation"] == 1 and results["teacher"] == f"path/to/{teacher.name}"
+    results = train(
+        tmp_path, "digits", teacher=str(teacher), distillation=kind, max_steps=4, mixup=0.2
+    )
+    assert results["token_layout"]["distillation"] == 1
+    assert results["teacher"] == f"path/to/{teacher.name}"
     assert {"cls_accuracy", "distillation_accuracy"} <= results.keys()
     last = read_metrics(tmp_path)[-1]
     parts = last["label_loss"] / 2 + last["distillation_loss"] / 2
     assert last["loss"] == pytest.approx(parts, abs=1e-5)
     output = capsys.readouterr().out
-    assert "teacher " in output and "cls accuracy" in output and "distillation accuracy" in output
+    assert "teacher " in output
+    assert "cls accuracy" in output
+    assert "distillation accuracy" in output
     assert read_json(tmp_path / "results.json")["teacher_provenance"]["license"] == "cc-by-nc-4.0"
 
 
-def test_the_flags_determine_the_distillation(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_flags_determine_the_distillation(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With two views per image, the third epoch uses the first view again. The teacher predicts each view once, in
     the precision of the run."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    flags = {"distillation": "soft", "distillation_alpha": 0.3, "distillation_tau": 2.0, "teacher_views": 2}
+    flags = {
+        "distillation": "soft",
+        "distillation_alpha": 0.3,
+        "distillation_tau": 2.0,
+        "teacher_views": 2,
+    }
     flags |= {"batch_size": 80, "epochs": 3.0, "max_steps": None}  # three steps per epoch
     run = prepare_task(tiny_options(tmp_path, "digits", teacher=teacher, **flags))
-    task, seen = run.task, []
+    task = run.task
+    seen = []
     images = build_training_images(run.options, run.data, task.processor, 3, task.num_views)
     batch = next(iterate_training_batches(images, run.plan, 0, 0, 6))
-    assert batch["epoch"].unique().tolist() == [2] and batch["view"].unique().tolist() == [0]
+    assert batch["epoch"].unique().tolist() == [2]
+    assert batch["view"].unique().tolist() == [0]
     handle = torch.nn.modules.module.register_module_forward_hook(
-        lambda module, inputs, outputs: seen.append(outputs) if isinstance(module, Teacher) else None
+        lambda module, inputs, outputs: (
+            seen.append(outputs) if isinstance(module, Teacher) else None
+        )
     )
     losses = [task.objective(task.model.eval(), batch) for _ in range(2)]
     handle.remove()
-    assert losses[0] == losses[1] and [logits.dtype for logits in seen] == [torch.bfloat16]
+    assert losses[0] == losses[1]
+    assert [logits.dtype for logits in seen] == [torch.bfloat16]
     outputs = task.model(Normalizer(task.processor, CPU)(batch["pixels"]))
-    loss = torch.nn.functional.cross_entropy(outputs.cls_logits, batch["labels"], label_smoothing=0.1)
-    distillation_loss = compute_distillation_loss("soft", outputs.distillation_logits, seen[0].half(), 2.0)
+    loss = torch.nn.functional.cross_entropy(
+        outputs.cls_logits, batch["labels"], label_smoothing=0.1
+    )
+    distillation_loss = compute_distillation_loss(
+        "soft", outputs.distillation_logits, seen[0].half(), 2.0
+    )
     expected = {"label_loss": loss, "distillation_loss": distillation_loss}
     torch.testing.assert_close(losses[0], {"loss": 0.7 * loss + 0.3 * distillation_loss} | expected)
     assert task.summary_lines["teacher"].startswith(f"{teacher}: ")
@@ -362,17 +515,38 @@ def test_all_options_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """Combine all options that are possible with one label per image. Compiling itself takes a minute."""
     compiled: list[torch.nn.Module] = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda model: compiled.append(model))
-    flags = {"mixup": 0.4, "cutmix": 1.0, "auto_augment": "rand", "random_erasing": 0.3, "class_balance": "weights"}
-    flags |= {"ema_decay": 0.9, "layer_decay": 0.7, "drop_path_rate": 0.1, "gradient_accumulation_steps": 2}
-    flags |= {"gradient_checkpointing": True, "mixed_precision": "bf16", "pooling": "attention", "compile": True}
+    flags = {
+        "mixup": 0.4,
+        "cutmix": 1.0,
+        "auto_augment": "rand",
+        "random_erasing": 0.3,
+        "class_balance": "weights",
+    }
+    flags |= {
+        "ema_decay": 0.9,
+        "layer_decay": 0.7,
+        "drop_path_rate": 0.1,
+        "gradient_accumulation_steps": 2,
+    }
+    flags |= {
+        "gradient_checkpointing": True,
+        "mixed_precision": "bf16",
+        "pooling": "attention",
+        "compile": True,
+    }
     results = train(tmp_path, "digits", **flags)
-    assert results["mixed_precision"] == "bf16" and math.isfinite(results["loss"])
+    assert results["mixed_precision"] == "bf16"
+    assert math.isfinite(results["loss"])
     assert [type(model) for model in compiled] == [ViTCLSForImageClassification]
 
 
 @pytest.mark.slow
 def test_a_compiled_run_has_the_same_results(tmp_path: Path) -> None:
-    fields = {"max_steps": 2, "num_hidden_layers": 1, "num_register_tokens": 0}  # each kernel takes g++ a second
+    fields = {
+        "max_steps": 2,
+        "num_hidden_layers": 1,
+        "num_register_tokens": 0,
+    }  # each kernel takes g++ a second
     eager = train(tmp_path / "eager", "digits", **fields)
     compiled = train(tmp_path / "compiled", "digits", **fields, compile=True)
     assert compiled["loss"] == pytest.approx(eager["loss"], abs=1e-4)
@@ -386,11 +560,24 @@ def test_trackers_get_the_numbers(tmp_path: Path) -> None:
     events = event_files.EventAccumulator(str(folder))
     events.Reload()
     tags = events.Tags()["scalars"]
-    assert {"loss", "learning_rate", "token_norm/cls[0]", "held_out_accuracy", "cls_attention_entropy/00"} <= set(tags)
-    steps = [[event.step for event in events.Scalars(name)] for name in ("loss", "cls_attention_entropy/00")]
+    assert {
+        "loss",
+        "learning_rate",
+        "token_norm/cls[0]",
+        "held_out_accuracy",
+        "cls_attention_entropy/00",
+    } <= set(tags)
+    steps = [
+        [event.step for event in events.Scalars(name)]
+        for name in ("loss", "cls_attention_entropy/00")
+    ]
     assert steps == [[1, 2, 3], [2]]
     flags = yaml.safe_load(next((tmp_path / "trackers").rglob("hparams.yml")).read_text())
-    assert (flags["learning_rate"], flags["log_with"], flags["exclude"]) == ("0.003", "tensorboard", "unset")
+    assert (flags["learning_rate"], flags["log_with"], flags["exclude"]) == (
+        "0.003",
+        "tensorboard",
+        "unset",
+    )
 
 
 # Errors --------------------------------------------------------------------------------------------------------------
@@ -398,7 +585,12 @@ def test_trackers_get_the_numbers(tmp_path: Path) -> None:
 
 def test_a_failed_evaluation_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The disk with the held-out images may be removed, or a cluster may not wait for the evaluation."""
-    settings = {"max_steps": 6, "batch_size": 80, "log_every": 2, "ema_decay": 0.9}  # three steps per epoch
+    settings = {
+        "max_steps": 6,
+        "batch_size": 80,
+        "log_every": 2,
+        "ema_decay": 0.9,
+    }  # three steps per epoch
     whole = train(tmp_path / "whole", "digits", **settings)
     evaluate = Evaluator.__call__
     monkeypatch.setattr(Evaluator, "__call__", Mock(side_effect=OSError("the disk is gone")))
@@ -406,24 +598,39 @@ def test_a_failed_evaluation_is_repeated(tmp_path: Path, monkeypatch: pytest.Mon
         train(tmp_path / "cut", "digits", **settings)
     monkeypatch.setattr(Evaluator, "__call__", evaluate)
     assert (tmp_path / "cut" / "checkpoints" / "step-00000003").is_dir()
-    (tmp_path / "cut" / "metrics.jsonl").open("a").write('{"step": 3}\n')  # killed after it was logged
+    (tmp_path / "cut" / "metrics.jsonl").open("a").write(
+        '{"step": 3}\n'
+    )  # killed after it was logged
     again = train(tmp_path / "cut", "digits", resume=True, **settings)
     different = {"images_per_second", "peak_memory_mb", "seconds", "inference", "versions"}
     found, expected = (
-        [{name: value for name, value in values.items() if name not in different} for values in records]
-        for records in ([again, *read_metrics(tmp_path / "cut")], [whole, *read_metrics(tmp_path / "whole")])
+        [
+            {name: value for name, value in values.items() if name not in different}
+            for values in records
+        ]
+        for records in (
+            [again, *read_metrics(tmp_path / "cut")],
+            [whole, *read_metrics(tmp_path / "whole")],
+        )
     )
-    assert found == expected and [record["step"] for record in found[1:]] == [2, 3, 4, 6]
+    assert found == expected
+    assert [record["step"] for record in found[1:]] == [2, 3, 4, 6]
 
 
-def test_a_model_that_cannot_be_written_is_a_one_line_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_cannot_be_written_is_a_one_line_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The system refuses to write, as with a quota. Python would leave truncated files of compiled modules."""
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    monkeypatch.setattr(CheckpointStore, "save", lambda *arguments: None)  # the checkpoint is also too large
+    monkeypatch.setattr(
+        CheckpointStore, "save", lambda *arguments: None
+    )  # the checkpoint is also too large
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        with raises_one_line("cannot write the model to", "File too large", "Free disk space", error=RunStopped):
+        with raises_one_line(
+            "cannot write the model to", "File too large", "Free disk space", error=RunStopped
+        ):
             train(tmp_path, "digits")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -435,10 +642,18 @@ def test_a_dry_run_executes_all_steps_and_keeps_nothing(
     """Also of a stream with an evaluation split."""
     for split in ("train", "test"):
         shutil.copytree(color_images, tmp_path / "data" / split)
-    run_dry(tiny_options(tmp_path / "out", tmp_path / "data", streaming=True, max_steps=50, ema_decay=0.9))
+    run_dry(
+        tiny_options(
+            tmp_path / "out", tmp_path / "data", streaming=True, max_steps=50, ema_decay=0.9
+        )
+    )
     output = capsys.readouterr().out
-    assert re.search(r"ran 3 steps and an evaluation, and saved a checkpoint and the model, in \d+ s", output)
-    assert re.search(r"The full run has 50 steps, takes about \d:\d\d:\d\d, and needs about [\d,]+ MiB", output)
+    assert re.search(
+        r"ran 3 steps and an evaluation, and saved a checkpoint and the model, in \d+ s", output
+    )
+    assert re.search(
+        r"The full run has 50 steps, takes about \d:\d\d:\d\d, and needs about [\d,]+ MiB", output
+    )
     assert list(tmp_path.iterdir()) == [tmp_path / "data"]
 
 
@@ -446,14 +661,21 @@ def test_a_dry_run_executes_all_steps_and_keeps_nothing(
 def test_the_demo_trains_and_loads_a_model(tmp_path: Path) -> None:
     """With few epochs; test_readme.py checks the accuracy. The model is loaded without the package, too."""
     command = [sys.executable, SCRIPTS / "demo.py", "--output-dir", tmp_path, "--epochs", 8]
-    ran = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    ran = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, env=ENVIRONMENT, check=False
+    )
     assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr}"
     results = read_json(tmp_path / "results.json")
     assert results["num_images"] == NUM_HELD_OUT_DIGITS
     assert results["accuracy"] >= 0.5
     assert f"accuracy {results['accuracy']:.2%} on 359 held-out images" in ran.stdout
-    assert ran.stdout.index("1. Fine-tune") < ran.stdout.index("2. Load the model") < ran.stdout.index("Done in")
+    assert (
+        ran.stdout.index("1. Fine-tune")
+        < ran.stdout.index("2. Load the model")
+        < ran.stdout.index("Done in")
+    )
     environment = {name: value for name, value in ENVIRONMENT.items() if name != "PYTHONPATH"}
     words = ("-P", "-c", WITHOUT_PACKAGE, SCRIPTS / "demo_load.py", tmp_path)
     ran = run_fresh(*words, environment=environment, cwd=tmp_path)
-    assert ran.returncode == 0 and "This is also the accuracy in results.json" in ran.stdout
+    assert ran.returncode == 0
+    assert "This is also the accuracy in results.json" in ran.stdout

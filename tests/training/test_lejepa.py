@@ -14,11 +14,19 @@ from modeling_vitcls.data.batches import Normalizer
 from modeling_vitcls.model.image_processing_vitcls import ViTCLSImageProcessor
 from modeling_vitcls.options import LeJEPAOptions
 from modeling_vitcls.training import lejepa
-from modeling_vitcls.training.lejepa import LeJEPA, LeJEPAObjective, compute_invariance_loss, compute_sigreg, crop
+from modeling_vitcls.training.lejepa import (
+    LeJEPA,
+    LeJEPAObjective,
+    compute_invariance_loss,
+    compute_sigreg,
+    crop,
+)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("num_global", "num_local", "num_images"), [(2, 6, 32), (1, 1, 5), (3, 2, 1)])
+@pytest.mark.parametrize(
+    ("num_global", "num_local", "num_images"), [(2, 6, 32), (1, 1, 5), (3, 2, 1)]
+)
 def test_the_loss_equals_that_of_lightly(
     num_global: int, num_local: int, num_images: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -28,7 +36,9 @@ def test_the_loss_equals_that_of_lightly(
     theirs = loss_module.LeJEPALoss(lambda_param=0.1)
     monkeypatch.setattr(theirs.sigreg, "_generate_unit_vectors", lambda *arguments: directions)
     expected = theirs(global_proj=projections[:num_global], local_proj=projections[num_global:])
-    ours = 0.9 * compute_invariance_loss(projections, num_global) + 0.1 * compute_sigreg(projections, directions)
+    ours = 0.9 * compute_invariance_loss(projections, num_global) + 0.1 * compute_sigreg(
+        projections, directions
+    )
     torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-6)
 
 
@@ -47,16 +57,24 @@ def test_sigreg_measures_the_distance_from_a_gaussian() -> None:
     assert float(found) == pytest.approx(40 * integral, rel=0.02)
     gaussian = torch.randn(1, 2000, 8)
     directions = lejepa.draw_directions(gaussian, 64)
-    collapsed, scaled = torch.zeros(1, 2000, 8), 2 * gaussian
-    near, *far = (float(compute_sigreg(each, directions)) for each in (gaussian, collapsed, scaled, gaussian + 1))
-    assert near < 2 and min(far) > 20 * near
+    collapsed = torch.zeros(1, 2000, 8)
+    scaled = 2 * gaussian
+    near, *far = (
+        float(compute_sigreg(each, directions))
+        for each in (gaussian, collapsed, scaled, gaussian + 1)
+    )
+    assert near < 2
+    assert min(far) > 20 * near
 
 
 def compare_with_one_process(rank: int, folder: Path) -> None:
     """Check that the mean gradient over two processes equals the gradient of one process with all images."""
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2
+    )
     torch.manual_seed(0)
-    weight, images = torch.randn(6, 4), torch.randn(3, 10, 6)  # 3 views of 10 images
+    weight = torch.randn(6, 4)
+    images = torch.randn(3, 10, 6)  # 3 views of 10 images
     torch.manual_seed(rank)  # only the first process's directions are used
     directions = lejepa.draw_directions(torch.empty(3, 10, 4), 32)
     local = weight.clone().requires_grad_()
@@ -75,22 +93,33 @@ def compare_with_one_process(rank: int, folder: Path) -> None:
 
 @pytest.mark.integration
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    multiprocessing.start_processes(compare_with_one_process, (tmp_path,), nprocs=2, start_method=METHOD)
+    multiprocessing.start_processes(
+        compare_with_one_process, (tmp_path,), nprocs=2, start_method=METHOD
+    )
 
 
 def test_crops_are_parts_of_the_image() -> None:
     rows = torch.arange(32.0)[:, None].expand(32, 32)
     pixels = torch.stack([rows, rows.T, torch.full((32, 32), 7.0)]).expand(200, -1, -1, -1)
     crops = crop(pixels, [16, 16], (0.25, 0.25))
-    assert crops.shape == (200, 3, 16, 16) and (crops[:, 2] - 7).abs().max() < 1e-4
-    y_steps, x_steps = crops[:, 0].diff(dim=1)[:, 2:-2].mean((1, 2)), crops[:, 1].diff(dim=2)[:, :, 2:-2].mean((1, 2))
-    torch.testing.assert_close(y_steps * x_steps.abs(), torch.ones(200), atol=1e-3, rtol=0)  # a quarter of the area
-    assert (y_steps > 0).all() and 0.3 < (x_steps < 0).float().mean() < 0.7  # flipped only horizontally
-    assert 0.86 < y_steps.min() < 0.9 and 1.1 < y_steps.max() < 1.16  # aspect ratios of 3/4 to 4/3
+    assert crops.shape == (200, 3, 16, 16)
+    assert (crops[:, 2] - 7).abs().max() < 1e-4
+    y_steps = crops[:, 0].diff(dim=1)[:, 2:-2].mean((1, 2))
+    x_steps = crops[:, 1].diff(dim=2)[:, :, 2:-2].mean((1, 2))
+    torch.testing.assert_close(
+        y_steps * x_steps.abs(), torch.ones(200), atol=1e-3, rtol=0
+    )  # a quarter of the area
+    assert (y_steps > 0).all()
+    assert 0.3 < (x_steps < 0).float().mean() < 0.7  # flipped only horizontally
+    assert 0.86 < y_steps.min() < 0.9
+    assert 1.1 < y_steps.max() < 1.16  # aspect ratios of 3/4 to 4/3
     centers = crops[:, :2].mean((2, 3))
-    assert centers.amin(0).max() < 10 and centers.amax(0).min() > 21
+    assert centers.amin(0).max() < 10
+    assert centers.amax(0).min() > 21
     whole = crop(pixels[:8], [32, 32], (1.0, 1.0))[:, 0]
-    assert (whole.amax((1, 2)) - whole.amin((1, 2))).min() > 23  # at most the aspect ratio is cropped
+    assert (
+        whole.amax((1, 2)) - whole.amin((1, 2))
+    ).min() > 23  # at most the aspect ratio is cropped
     assert whole.diff(dim=1).min() > 0  # nothing is padded
 
 
@@ -106,12 +135,17 @@ def test_global_crops_are_large_and_local_crops_are_small() -> None:
     options = LeJEPAOptions(local_crops=3, global_crop_scale=0.5)
     normalize = Normalizer(ViTCLSImageProcessor(), torch.device("cpu"))
     losses = LeJEPAObjective(normalize, options, (8, 32))(model, {"pixels": pixels})  # type: ignore[arg-type]
-    assert [list(each.shape) for each in views] == [[2, 40, 3, 72, 96], [3, 40, 3, 32, 64]]  # at least two patches
+    assert [list(each.shape) for each in views] == [
+        [2, 40, 3, 72, 96],
+        [3, 40, 3, 32, 64],
+    ]  # at least two patches
     for each, low, high in zip(views, (13, 3), (24, 20), strict=True):
         row = each[:, :, 0, 8]
         stripes = (row > row.mean(-1, keepdim=True)).int().diff(dim=-1).abs().sum(-1)
-        assert low <= stripes.min() < low + 5 and high - 5 < stripes.max() <= high
-    assert views[0].min() < -1.5 and views[0].max() > 1.5  # normalized
+        assert low <= stripes.min() < low + 5
+        assert high - 5 < stripes.max() <= high
+    assert views[0].min() < -1.5
+    assert views[0].max() > 1.5  # normalized
     means = torch.cat([each.mean((-1, -2)) for each in views])
     expected = torch.nn.functional.mse_loss(means, means[:2].mean(dim=0).expand_as(means))
     torch.testing.assert_close(losses["invariance_loss"], expected)
@@ -127,22 +161,33 @@ def test_brightness_contrast_and_saturation_change_by_up_to_two_fifths() -> None
     is_gray = saturation < 0.1
     assert 0.1 < is_gray.float().mean() < 0.3
     colors = torch.stack([brightness, contrast, saturation])[:, ~is_gray]
-    assert colors.corrcoef().triu(diagonal=1).max() < 0.5  # independent, except for images that do not change
+    assert (
+        colors.corrcoef().triu(diagonal=1).max() < 0.5
+    )  # independent, except for images that do not change
     for factors in colors:
-        assert 0.599 < factors.min() < 0.65 and 1.35 < factors.max() < 1.401
+        assert 0.599 < factors.min() < 0.65
+        assert 1.35 < factors.max() < 1.401
         assert 0.1 < ((factors - 1).abs() < 1e-4).float().mean() < 0.3
     extremes = lejepa.jitter(torch.eye(2).expand(50, 3, 2, 2))  # black and white
     assert (extremes.min(), extremes.max()) == (0, 1)
 
 
-@pytest.mark.parametrize("fields", [{}, {"pooling": "mean"}, {"num_cls_tokens": 2, "cls_pooling": "concat"}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"pooling": "mean"}, {"num_cls_tokens": 2, "cls_pooling": "concat"}]
+)
 def test_gradients_reach_the_tokens(fields: dict) -> None:
     model = LeJEPA(ViTCLSModel(build_tiny_config(**fields)), width=32)
-    normalize, options = Normalizer(ViTCLSImageProcessor(), torch.device("cpu")), LeJEPAOptions(local_crops=0)
+    normalize = Normalizer(ViTCLSImageProcessor(), torch.device("cpu"))
+    options = LeJEPAOptions(local_crops=0)
     objective = LeJEPAObjective(normalize, options, (8, 8))
     losses = objective(model, {"pixels": (build_images(4).sigmoid() * 255).to(torch.uint8)})
     losses["loss"].backward()
-    torch.testing.assert_close(losses["loss"], 0.95 * losses["invariance_loss"] + 0.05 * losses["sigreg_loss"])
+    torch.testing.assert_close(
+        losses["loss"], 0.95 * losses["invariance_loss"] + 0.05 * losses["sigreg_loss"]
+    )
     without = [name for name, weight in model.named_parameters() if weight.grad is None]
-    assert without == [] and model.vitcls.embeddings.cls_token.grad.abs().sum() > 0
-    assert not any(model.projector[index].bias.any() for index in (0, 3, 6))  # initialized as in the encoder
+    assert without == []
+    assert model.vitcls.embeddings.cls_token.grad.abs().sum() > 0
+    assert not any(
+        model.projector[index].bias.any() for index in (0, 3, 6)
+    )  # initialized as in the encoder

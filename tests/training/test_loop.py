@@ -28,7 +28,12 @@ from modeling_vitcls import (
     ViTCLSImageProcessor,
 )
 from modeling_vitcls.data.augmentation import build_augmentation
-from modeling_vitcls.data.batches import BatchBuilder, Normalizer, TrainingImages, iterate_training_batches
+from modeling_vitcls.data.batches import (
+    BatchBuilder,
+    Normalizer,
+    TrainingImages,
+    iterate_training_batches,
+)
 from modeling_vitcls.data.images import UnreadableImageCounter
 from modeling_vitcls.data.sampling import BatchPlan
 from modeling_vitcls.data.splits import load_training_data
@@ -44,8 +49,17 @@ from modeling_vitcls.training.losses import (
     compute_multi_task_loss,
     compute_single_label_loss,
 )
-from modeling_vitcls.training.optimizer import Ema, build_optimizer, build_parameter_groups, get_learning_rate
-from modeling_vitcls.training.signals import LAUNCHER_ENVIRONMENT_VARIABLES, STOP_SIGNALS, SignalHandler
+from modeling_vitcls.training.optimizer import (
+    Ema,
+    build_optimizer,
+    build_parameter_groups,
+    get_learning_rate,
+)
+from modeling_vitcls.training.signals import (
+    LAUNCHER_ENVIRONMENT_VARIABLES,
+    STOP_SIGNALS,
+    SignalHandler,
+)
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -65,9 +79,12 @@ class LoopRecorder:
         **training: Any,
     ) -> None:
         self.options = replace(
-            TrainingOptions(max_steps=4, batch_size=8, learning_rate=1e-3, layer_decay=1.0), **training
+            TrainingOptions(max_steps=4, batch_size=8, learning_rate=1e-3, layer_decay=1.0),
+            **training,
         )
-        self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=self.options.gradient_accumulation_steps)
+        self.accelerator = Accelerator(
+            cpu=True, gradient_accumulation_steps=self.options.gradient_accumulation_steps
+        )
         torch.manual_seed(0)
         self.model, processor, _ = build_initial_model(TINY, DIGITS.label_space)
         prepare(self.model)
@@ -85,7 +102,9 @@ class LoopRecorder:
         self.evaluations: list[dict[str, torch.Tensor]] = []
         self.accuracies = iter([0.5, 0.75, 0.6, 0.7, 0.8, 0.9])
         self.signal_at: int | None = None
-        classification = LabelObjective(self.normalise, partial(compute_single_label_loss, label_smoothing=0.1))
+        classification = LabelObjective(
+            self.normalise, partial(compute_single_label_loss, label_smoothing=0.1)
+        )
         self.losses: list[float] = []  # loss of each batch
         self.seeds: list[int] = []  # random seed of each batch
 
@@ -166,11 +185,18 @@ def test_accumulation_equals_the_large_batch() -> None:
 def test_steps_equal_a_plain_training_loop() -> None:
     """Check the loss, the learning rates of all layers, clipping, and that the gradients of a step are cleared."""
     groups = lambda model: torch.optim.SGD(build_parameter_groups(model, 0.0, 0.5), lr=1.0)  # noqa: E731
-    settings = {"max_steps": 3, "learning_rate": 0.5, "warmup": 0.0, "max_gradient_norm": 0.1, "log_every": 1}
+    settings = {
+        "max_steps": 3,
+        "learning_rate": 0.5,
+        "warmup": 0.0,
+        "max_gradient_norm": 0.1,
+        "log_every": 1,
+    }
     bench = LoopRecorder(groups, log_attention_every=0, **settings)
     torch.manual_seed(0)
     reference = build_initial_model(TINY, DIGITS.label_space)[0].train()
-    optimizer, norms = groups(reference), []
+    optimizer = groups(reference)
+    norms = []
     for step, batch in zip(range(3), bench.batches(), strict=False):
         logits = reference(bench.normalise(batch["pixels"])).logits
         torch.nn.functional.cross_entropy(logits, batch["labels"], label_smoothing=0.1).backward()
@@ -193,7 +219,8 @@ def test_logged_records() -> None:
     for record in bench.records:
         assert record["epoch"] == round(record["step"] * 8 / 360, 4)
         assert record["learning_rate"] == get_learning_rate(record["step"] - 1, 5, bench.options)
-        assert record["gradient_norm"] > 0 and record["peak_memory_mb"] > 10
+        assert record["gradient_norm"] > 0
+        assert record["peak_memory_mb"] > 10
         for figure in ("token_norm", "token_gradient_norm"):
             assert record[figure].keys() == {"cls[0]", "registers[0]", "registers[1]"}
             assert all(value > 0 for value in record[figure].values())
@@ -202,12 +229,18 @@ def test_logged_records() -> None:
     assert bench.records[-1]["peak_memory_mb"] == round(bench.loop.peak_memory / 2**20, 1)
 
 
-def test_losses_and_speed_are_measured_since_the_last_record(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_losses_and_speed_are_measured_since_the_last_record(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Each step takes 2 s."""
-    bench, times = LoopRecorder(max_steps=5, log_every=2, gradient_accumulation_steps=2), itertools.count(0, 2)
+    bench = LoopRecorder(max_steps=5, log_every=2, gradient_accumulation_steps=2)
+    times = itertools.count(0, 2)
     monkeypatch.setattr(loop_module.time, "perf_counter", lambda: next(times))
     bench.run()
-    means = [sum(losses) / len(losses) for losses in (bench.losses[:4], bench.losses[4:8], bench.losses[8:])]
+    means = [
+        sum(losses) / len(losses)
+        for losses in (bench.losses[:4], bench.losses[4:8], bench.losses[8:])
+    ]
     assert [record["loss"] for record in bench.records] == pytest.approx(means, abs=1e-6)
     assert [record["images_per_second"] for record in bench.records] == [8.0, 8.0, 8.0]
 
@@ -222,7 +255,9 @@ def collect_seeds(first_step: int = 0, **training: Any) -> list[int]:
     return bench.seeds
 
 
-def test_each_batch_has_its_own_seed_and_the_same_seed_after_a_resume(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_batch_has_its_own_seed_and_the_same_seed_after_a_resume(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     seeds = collect_seeds()
     assert len(seeds) == len(set(seeds)) == 8
     assert collect_seeds(first_step=2) == seeds[4:]
@@ -240,9 +275,13 @@ def test_the_last_evaluation_is_repeated_if_all_steps_are_done() -> None:
 def test_frozen_layers_stay_in_eval_mode() -> None:
     """Check the steps before and after an evaluation."""
     bench = LoopRecorder(
-        prepare=lambda model: model.vitcls.layers[0].requires_grad_(False), epochs=2, max_steps=None, batch_size=175
+        prepare=lambda model: model.vitcls.layers[0].requires_grad_(False),
+        epochs=2,
+        max_steps=None,
+        batch_size=175,
     )
-    objective, modes = bench.loop.objective, []
+    objective = bench.loop.objective
+    modes = []
 
     def record_modes(model: Any, batch: Any) -> dict[str, torch.Tensor]:
         modes.append([layer.training for layer in model.vitcls.layers])
@@ -250,11 +289,14 @@ def test_frozen_layers_stay_in_eval_mode() -> None:
 
     bench.loop.objective = record_modes
     bench.run()
-    assert len(bench.evaluations) == 2 and modes == [[False, True]] * 5
+    assert len(bench.evaluations) == 2
+    assert modes == [[False, True]] * 5
 
 
 def test_evaluations_are_due_at_the_end_of_epochs() -> None:
-    plan = BatchPlan.from_options(100, TrainingOptions(max_steps=10, batch_size=40), num_processes=1)
+    plan = BatchPlan.from_options(
+        100, TrainingOptions(max_steps=10, batch_size=40), num_processes=1
+    )
     for num_epochs, steps in ((1, [3, 5, 8, 10]), (2, [5, 10]), (3, [8])):
         assert [step for step in range(1, 11) if is_end_of_epochs(step, num_epochs, plan)] == steps
 
@@ -267,7 +309,8 @@ def test_the_average_is_evaluated_and_the_weights_stay() -> None:
     bench = LoopRecorder(ema_decay=0.3, max_steps=4, learning_rate=1e-2)
     decays = iter([2 / 11, 3 / 12, 0.3, 0.3])  # (1 + step) / (10 + step), at most `ema_decay`
     reference = AveragedModel(
-        bench.model, multi_avg_fn=lambda averages, new, _: get_ema_multi_avg_fn(next(decays))(averages, new, 0)
+        bench.model,
+        multi_avg_fn=lambda averages, new, _: get_ema_multi_avg_fn(next(decays))(averages, new, 0),
     )
     reference.n_averaged.fill_(1)  # the average starts with the initial weights
     batches = bench.batches()
@@ -275,10 +318,16 @@ def test_the_average_is_evaluated_and_the_weights_stay() -> None:
         bench.loop.run_step(batches)
         reference.update_parameters(bench.model)
     shadow = list(reference.module.parameters())
-    assert all(torch.equal(mine, theirs) for mine, theirs in zip(bench.state.ema.shadow, shadow, strict=True))
+    assert all(
+        torch.equal(mine, theirs)
+        for mine, theirs in zip(bench.state.ema.shadow, shadow, strict=True)
+    )
     evaluated = bench.evaluations[-1].values()
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(evaluated, shadow, strict=True))
-    assert any(not torch.equal(now, average) for now, average in zip(bench.model.parameters(), shadow, strict=True))
+    assert any(
+        not torch.equal(now, average)
+        for now, average in zip(bench.model.parameters(), shadow, strict=True)
+    )
 
 
 # Checkpoints and signals ---------------------------------------------------------------------------------------------
@@ -289,7 +338,9 @@ def test_checkpoints_are_saved_when_due() -> None:
     bench.run()
     assert bench.saved == [(3, False), (6, False), (8, False), (8, True)]
     reset_accelerate()
-    at_evaluations = LoopRecorder(epochs=3, max_steps=None, batch_size=180, evaluate_every=2)  # two steps per epoch
+    at_evaluations = LoopRecorder(
+        epochs=3, max_steps=None, batch_size=180, evaluate_every=2
+    )  # two steps per epoch
     at_evaluations.run()
     assert at_evaluations.saved == [(4, False), (4, True), (6, False), (6, True)]
 
@@ -351,7 +402,9 @@ def test_the_measured_duration_does_not_change_the_run(monkeypatch: pytest.Monke
     assert measured.lines == ["duration"]
     assert measured.losses[2:] == whole.losses
     weights = copy_weights(measured.model)
-    assert all(torch.equal(weights[name], weight) for name, weight in copy_weights(whole.model).items())
+    assert all(
+        torch.equal(weights[name], weight) for name, weight in copy_weights(whole.model).items()
+    )
 
 
 @pytest.mark.parametrize("step", [3, 4])
@@ -378,22 +431,33 @@ def build_overflowing_loop(finite_every: int | None = None, **training: Any) -> 
     bench.state.optimizer = AcceleratedOptimizer(bench.state.optimizer.optimizer, scaler=scaler)
     for parameter in bench.model.parameters():
         parameter.register_hook(
-            lambda gradient: gradient if finite_every and bench.state.step % finite_every == 0 else gradient * math.inf
+            lambda gradient: (
+                gradient
+                if finite_every and bench.state.step % finite_every == 0
+                else gradient * math.inf
+            )
         )
     return bench
 
 
-@pytest.mark.parametrize(("accumulation", "build"), [(1, LoopRecorder), (2, build_overflowing_loop)])
+@pytest.mark.parametrize(
+    ("accumulation", "build"), [(1, LoopRecorder), (2, build_overflowing_loop)]
+)
 def test_a_non_finite_loss_stops_before_the_update(accumulation: int, build: Any) -> None:
     bench = build(max_steps=4, gradient_accumulation_steps=accumulation)
     batches = bench.batches()
     bench.loop.run_step(batches)
     before = copy_weights(bench.model)
-    objective, factors = bench.loop.objective, iter([math.nan, 1.0])
-    bench.loop.objective = lambda model, batch: {"loss": objective(model, batch)["loss"] * next(factors)}
+    objective = bench.loop.objective
+    factors = iter([math.nan, 1.0])
+    bench.loop.objective = lambda model, batch: {
+        "loss": objective(model, batch)["loss"] * next(factors)
+    }
     with pytest.raises(RunStopped, match=r"not finite in step 2\. Set a lower --learning-rate"):
         bench.loop.run_step(batches)
-    assert all(torch.equal(before[name], weight) for name, weight in copy_weights(bench.model).items())
+    assert all(
+        torch.equal(before[name], weight) for name, weight in copy_weights(bench.model).items()
+    )
     assert all(parameter.grad is None for parameter in bench.model.parameters())
     assert bench.state.step == 1
 
@@ -402,7 +466,8 @@ def test_overflowing_gradients_are_logged_as_null() -> None:
     bench = build_overflowing_loop(max_steps=2, log_every=1)
     bench.run()
     assert [record["token_gradient_norm"]["cls[0]"] for record in bench.records] == [None, None]
-    assert [record["gradient_norm"] for record in bench.records] == [None, None] and bench.warnings == []
+    assert [record["gradient_norm"] for record in bench.records] == [None, None]
+    assert bench.warnings == []
 
 
 def test_permanently_non_finite_gradients_stop_the_run() -> None:
@@ -425,8 +490,12 @@ def test_non_finite_gradients_without_a_loss_scaler_stop_the_run() -> None:
 # Tokens --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("trainable", "tokens"), [("full", "01"), ("lora", "01"), ("head", ""), ("last-1", "")])
-def test_a_token_without_gradient_is_named_once_unless_tokens_are_frozen(trainable: str, tokens: str) -> None:
+@pytest.mark.parametrize(
+    ("trainable", "tokens"), [("full", "01"), ("lora", "01"), ("head", ""), ("last-1", "")]
+)
+def test_a_token_without_gradient_is_named_once_unless_tokens_are_frozen(
+    trainable: str, tokens: str
+) -> None:
     bench = LoopRecorder(
         prepare=lambda model: model.vitcls.embeddings.register_tokens.requires_grad_(False),
         max_steps=6,
@@ -435,7 +504,10 @@ def test_a_token_without_gradient_is_named_once_unless_tokens_are_frozen(trainab
     )
     bench.run()
     assert len(bench.warnings) == len(tokens)
-    assert all(f"registers[{index}]" in message for index, message in zip(tokens, bench.warnings, strict=True))
+    assert all(
+        f"registers[{index}]" in message
+        for index, message in zip(tokens, bench.warnings, strict=True)
+    )
     movement = bench.loop.monitor.compute_token_movement()
     assert movement["registers[0]"] == movement["registers[1]"] == 0 < movement["cls[0]"]
 
@@ -449,7 +521,9 @@ def test_token_monitor_records_the_current_step() -> None:
     bench.run()
     (record,) = bench.records
     assert record["token_norm"]["cls[0]"] == pytest.approx(token.norm().item(), rel=1e-5)
-    assert record["token_gradient_norm"]["cls[0]"] == pytest.approx(gradients[0].norm().item(), rel=1e-5)
+    assert record["token_gradient_norm"]["cls[0]"] == pytest.approx(
+        gradients[0].norm().item(), rel=1e-5
+    )
     movement = bench.loop.monitor.compute_token_movement()["cls[0]"]
     assert movement == pytest.approx((token.detach() - before).norm().item(), rel=1e-5)
 
@@ -459,7 +533,8 @@ def test_token_monitor_records_the_current_step() -> None:
 
 def test_soft_and_hard_labels_agree() -> None:
     torch.manual_seed(0)
-    logits, labels = torch.randn(6, 4), torch.randint(4, (6,))
+    logits = torch.randn(6, 4)
+    labels = torch.randint(4, (6,))
     weights = torch.tensor([0.5, 1.0, 2.0, 0.1])
     plain = partial(compute_single_label_loss, label_smoothing=0.1)
     weighted = partial(compute_single_label_loss, label_smoothing=0.0, class_weights=weights)
@@ -479,11 +554,13 @@ def test_soft_and_hard_labels_agree() -> None:
 
 def test_multi_label_loss_is_binary() -> None:
     torch.manual_seed(0)
-    logits, labels = torch.randn(6, 4), torch.randint(2, (6, 4)).float()
+    logits = torch.randn(6, 4)
+    labels = torch.randint(2, (6, 4)).float()
     smooth = torch.where(labels == 1, 0.9, 0.1)
     expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, smooth)
     torch.testing.assert_close(compute_multi_label_loss(logits, labels, 0.2), expected)
-    half, loss = logits.bfloat16(), partial(compute_multi_label_loss, labels=labels, label_smoothing=0.2)
+    half = logits.bfloat16()
+    loss = partial(compute_multi_label_loss, labels=labels, label_smoothing=0.2)
     assert torch.equal(loss(half), loss(half.float()))
 
 
@@ -499,7 +576,9 @@ def test_multi_task_loss_ignores_missing_labels() -> None:
     outputs = model(normalise(batch["pixels"]), labels=labels)
     expected = torch.nn.functional.cross_entropy(outputs.logits["age"][:1], torch.tensor([0]))
     torch.testing.assert_close(loss, expected / 2)
-    torch.testing.assert_close(outputs.loss, expected)  # the mean over the labeled images, as in Trainer
+    torch.testing.assert_close(
+        outputs.loss, expected
+    )  # the mean over the labeled images, as in Trainer
     loss.backward()
     # DDP waits for the gradients of all parameters
     assert all(parameter.grad is not None for parameter in model.parameters())
@@ -511,7 +590,9 @@ def test_multi_task_loss_ignores_missing_labels() -> None:
 def test_every_head_is_trained_without_a_teacher() -> None:
     """Also if only the class head predicts."""
     torch.manual_seed(0)
-    model = build_random_model(num_distillation_tokens=1, initializer_range=0.5, distillation_inference="cls")
+    model = build_random_model(
+        num_distillation_tokens=1, initializer_range=0.5, distillation_inference="cls"
+    )
     batch = {"pixels": torch.zeros(2, 3, 32, 32, dtype=torch.uint8), "labels": torch.tensor([0, 1])}
     normalise = lambda pixels: pixels / 255  # noqa: E731
     label_loss = partial(compute_single_label_loss, label_smoothing=0.0)
@@ -531,10 +612,13 @@ def test_a_teacher_trains_the_distillation_head_on_mixed_images() -> None:
     """The mixer returns the images and the labels in other orders."""
     torch.manual_seed(0)
     model = build_random_model(num_distillation_tokens=1, num_labels=5, initializer_range=0.5)
-    pixels, labels = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8), torch.tensor([4, 0, 1])
+    pixels = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
+    labels = torch.tensor([4, 0, 1])
 
     def compute_loss(logits: torch.Tensor, batch: Any) -> torch.Tensor:
-        return compute_distillation_loss("soft", logits, batch["pixels"].flatten(1)[:, :5] / 50, 2.0)
+        return compute_distillation_loss(
+            "soft", logits, batch["pixels"].flatten(1)[:, :5] / 50, 2.0
+        )
 
     objective = LabelObjective(
         lambda values: values / 255,  # type: ignore[arg-type]
@@ -545,18 +629,26 @@ def test_a_teacher_trains_the_distillation_head_on_mixed_images() -> None:
     )
     losses = objective(model, {"pixels": pixels, "labels": labels})
     outputs = model(pixels.flip(0) / 255)
-    label_loss = torch.nn.functional.cross_entropy(outputs.cls_logits, labels.roll(1), label_smoothing=0.1)
+    label_loss = torch.nn.functional.cross_entropy(
+        outputs.cls_logits, labels.roll(1), label_smoothing=0.1
+    )
     teacher_logits = pixels.flip(0).flatten(1)[:, :5] / 50
-    teacher_loss = compute_distillation_loss("soft", outputs.distillation_logits, teacher_logits, 2.0)
+    teacher_loss = compute_distillation_loss(
+        "soft", outputs.distillation_logits, teacher_logits, 2.0
+    )
     expected = {"loss": 0.7 * label_loss + 0.3 * teacher_loss}
-    torch.testing.assert_close(losses, expected | {"label_loss": label_loss, "distillation_loss": teacher_loss})
+    torch.testing.assert_close(
+        losses, expected | {"label_loss": label_loss, "distillation_loss": teacher_loss}
+    )
 
 
 # Signals -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_signals_stop_training_at_the_next_check(number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_signals_stop_training_at_the_next_check(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A busy machine may pause between the signals."""
     monkeypatch.setattr("modeling_vitcls.training.signals.MAX_FORWARDING_SECONDS", SECONDS)
     before = signal.getsignal(number)
@@ -572,7 +664,9 @@ def test_signals_stop_training_at_the_next_check(number: signal.Signals, monkeyp
 def test_a_second_interrupt_ends_at_once() -> None:
     with SignalHandler(Accelerator(cpu=True)) as interruption:
         os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)  # a launcher forwards the signal: the checkpoint is still saved
+        os.kill(
+            os.getpid(), signal.SIGTERM
+        )  # a launcher forwards the signal: the checkpoint is still saved
         interruption.signal_times[signal.SIGTERM] -= 2
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
@@ -623,7 +717,8 @@ def test_a_change_of_the_parent_process_is_a_signal(
     launcher: str, name: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only if a launcher has started this process."""
-    accelerator, parent = Accelerator(cpu=True), [100]
+    accelerator = Accelerator(cpu=True)
+    parent = [100]
     for variable in LAUNCHER_ENVIRONMENT_VARIABLES:
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv(launcher, "no")

@@ -17,14 +17,28 @@ def build_mae(**fields: Any) -> MAE:
 
 
 def test_loss_and_reconstruction_equal_transformers() -> None:
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
-    decoder = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 40}
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+    }
+    decoder = {
+        "hidden_size": 24,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 3,
+        "intermediate_size": 40,
+    }
     sizes |= {f"decoder_{name}": value for name, value in decoder.items()}
     config = ViTMAEConfig(image_size=32, patch_size=8, norm_pix_loss=True, **sizes)
     theirs = ViTMAEForPreTraining(config).eval()
-    randomize(theirs).decoder.initialize_weights(16)  # sets the fixed positions, which a new model leaves at zero
+    randomize(theirs).decoder.initialize_weights(
+        16
+    )  # sets the fixed positions, which a new model leaves at zero
     encoder = convert_from_transformers(theirs.vit)
-    decoder_config = ViTCLSConfig(image_size=32, patch_size=8, layer_norm_eps=theirs.config.layer_norm_eps, **decoder)
+    decoder_config = ViTCLSConfig(
+        image_size=32, patch_size=8, layer_norm_eps=theirs.config.layer_norm_eps, **decoder
+    )
     ours = MAE(encoder, decoder_config).eval()
     state = theirs.decoder.state_dict()
     del state["decoder_pos_embed"]
@@ -32,8 +46,10 @@ def test_loss_and_reconstruction_equal_transformers() -> None:
         pixels = state.pop(f"decoder_pred.{name}").unflatten(0, (8, 8, 3))
         state[f"decoder.projection.{name}"] = pixels.movedim(2, 0).flatten(0, 2)
     missing, unexpected = ours.load_state_dict(state, strict=False)
-    assert not unexpected and all(name.startswith("vitcls.") for name in missing)
-    pixels, noise = build_images(3), torch.rand(3, 16)
+    assert not unexpected
+    assert all(name.startswith("vitcls.") for name in missing)
+    pixels = build_images(3)
+    noise = torch.rand(3, 16)
     with torch.no_grad():
         expected = theirs(pixels, noise=noise)
         found = ours(pixels, expected.mask.bool())
@@ -52,10 +68,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", VARIANTS)
 def test_only_visible_patches_are_encoded(name: str) -> None:
     model = randomize(build_mae(**VARIANTS[name])).eval()
-    pixels, masks = build_images(2), draw_masks(2, 16, 0.75, torch.device("cpu"))
+    pixels = build_images(2)
+    masks = draw_masks(2, 16, 0.75, torch.device("cpu"))
     assert masks.sum(dim=1).tolist() == [12, 12]
     seen: list[int] = []
-    model.vitcls.layers[0].register_forward_hook(lambda layer, inputs, output: seen.append(output.shape[1]))
+    model.vitcls.layers[0].register_forward_hook(
+        lambda layer, inputs, output: seen.append(output.shape[1])
+    )
     with torch.no_grad():
         expected = model(pixels, masks).reconstruction
         hidden = masks.view(2, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
@@ -70,18 +89,35 @@ def test_every_parameter_except_the_pooler_is_trained() -> None:
     """The pooler is frozen, because DDP would wait for its gradients. At least one patch is visible."""
     model = build_mae(num_register_tokens=1, pooling="attention")
     masks = draw_masks(2, 16, 0.99, torch.device("cpu"))
-    assert 0 < model.mask_token.abs().max() < 0.1 and masks.sum(dim=1).tolist() == [15, 15]
+    assert 0 < model.mask_token.abs().max() < 0.1
+    assert masks.sum(dim=1).tolist() == [15, 15]
     randomize(model).train()(build_images(2), masks).loss.backward()
     frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
     assert {name for name, weight in model.named_parameters() if weight.grad is None} == frozen
-    assert frozen and all(name.startswith("vitcls.pooler.") for name in frozen)
-    assert (model.vitcls.config.mim_loss, model.vitcls.config.norm_pixel_target) == ("l1", False)  # of SimMIM
+    assert frozen
+    assert all(name.startswith("vitcls.pooler.") for name in frozen)
+    assert (model.vitcls.config.mim_loss, model.vitcls.config.norm_pixel_target) == (
+        "l1",
+        False,
+    )  # of SimMIM
 
 
 def test_the_decoder_has_two_thirds_of_the_width() -> None:
-    fields: dict[str, Any] = {"layer_norm_eps": 1e-3, "image_size": [32, 48], "patch_size": 16, "num_channels": 1}
+    fields: dict[str, Any] = {
+        "layer_norm_eps": 1e-3,
+        "image_size": [32, 48],
+        "patch_size": 16,
+        "num_channels": 1,
+    }
     config = build_decoder_config(ViTCLSConfig(hidden_size=768, **fields), num_layers=5)
-    fields |= {"hidden_size": 512, "num_hidden_layers": 5, "num_attention_heads": 16, "intermediate_size": 2048}
+    fields |= {
+        "hidden_size": 512,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 16,
+        "intermediate_size": 2048,
+    }
     assert {name: getattr(config, name) for name in fields} == fields
-    rounded = build_decoder_config(ViTCLSConfig(hidden_size=128, num_attention_heads=4), num_layers=1)
+    rounded = build_decoder_config(
+        ViTCLSConfig(hidden_size=128, num_attention_heads=4), num_layers=1
+    )
     assert rounded.hidden_size == 96  # three heads of 32

@@ -10,7 +10,13 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from helpers.tiny_models import build_images, build_tiny_config, get_largest_difference, raises_one_line, randomize
+from helpers.tiny_models import (
+    build_images,
+    build_tiny_config,
+    get_largest_difference,
+    raises_one_line,
+    randomize,
+)
 from helpers.tiny_options import build_initial_model, prepare_task, run_training
 
 from modeling_vitcls import (
@@ -58,25 +64,32 @@ def two_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("labels", [["LABEL_0", "LABEL_1", "LABEL_2"], ["no", "yes"]])
-def test_extra_heads_are_dropped_because_fine_tuning_changes_their_features(labels: list[str], tmp_path: Path) -> None:
+def test_extra_heads_are_dropped_because_fine_tuning_changes_their_features(
+    labels: list[str], tmp_path: Path
+) -> None:
     config = build_tiny_config(extra_heads={"weather": {"labels": ["rain", "sun"]}})
     ViTCLSForImageClassification(config).save_pretrained(tmp_path)
     ViTCLSImageProcessor(size=32).save_pretrained(tmp_path)
     label_space = LabelSpace("single_label_classification", {"label": labels})
     model, _, new_names = build_initial_model(ModelOptions(model=str(tmp_path)), label_space)
-    assert model.config.extra_heads is None and not model.extra_heads
+    assert model.config.extra_heads is None
+    assert not model.extra_heads
     assert ("classifier.weight" in new_names) == (labels == ["no", "yes"])
 
 
 @pytest.mark.parametrize(
     "label_space",
     [
-        LabelSpace("multi_task", {"age": ["old", "young"], "kind": ["a", "b"], "size": ["s", "m", "l"]}),
+        LabelSpace(
+            "multi_task", {"age": ["old", "young"], "kind": ["a", "b"], "size": ["s", "m", "l"]}
+        ),
         LabelSpace("multi_task", {"colour": ["red", "green"]}),
         LabelSpace("single_label_classification", {"label": ["yes", "no"]}),
     ],
 )
-def test_a_checkpoint_of_several_tasks_is_trained_on_other_labels(two_tasks: Path, label_space: LabelSpace) -> None:
+def test_a_checkpoint_of_several_tasks_is_trained_on_other_labels(
+    two_tasks: Path, label_space: LabelSpace
+) -> None:
     saved = ViTCLSForMultiTaskClassification.from_pretrained(two_tasks)
     model, _, new_names = build_initial_model(ModelOptions(model=str(two_tasks)), label_space)
     heads = {name for name, _ in model.named_parameters() if not name.startswith("vitcls.")}
@@ -90,7 +103,8 @@ def test_a_checkpoint_of_several_tasks_is_trained_on_other_labels(two_tasks: Pat
         }
         assert model.config.num_cls_tokens == len(label_space.columns)
     else:
-        assert logits.shape == (1, 2) and model.config.tasks is None
+        assert logits.shape == (1, 2)
+        assert model.config.tasks is None
 
 
 SINGLE, MULTI = "single_label_classification", "multi_label_classification"
@@ -114,12 +128,17 @@ def test_a_classifier_is_kept_only_for_the_same_labels(
     saved = randomize(ViTCLSForImageClassification(build_tiny_config(**fields)))
     saved.save_pretrained(tmp_path)
     ViTCLSImageProcessor(size=32).save_pretrained(tmp_path)
-    model, _, new_names = build_initial_model(ModelOptions(model=str(tmp_path)), LabelSpace(kind, {"label": names}))
+    model, _, new_names = build_initial_model(
+        ModelOptions(model=str(tmp_path)), LabelSpace(kind, {"label": names})
+    )
     assert new_names == (set() if is_same else {"classifier.weight", "classifier.bias"})
     assert torch.equal(model.classifier.weight, saved.classifier.weight) is is_same
     assert model.config.problem_type == (stored_kind if is_same else kind)
     assert model.config.pooling == ("cls_mean" if kind == SINGLE and not is_same else "cls")
-    assert (model.config.temperature, model.config.energy_threshold) == (1.0, None)  # fitted after training
+    assert (model.config.temperature, model.config.energy_threshold) == (
+        1.0,
+        None,
+    )  # fitted after training
 
 
 @pytest.mark.parametrize(
@@ -135,7 +154,11 @@ def test_a_classifier_is_kept_only_for_the_same_labels(
     ],
 )
 def test_a_new_classifier_of_a_pretrained_encoder_reads_cls_and_the_patches(
-    stored: dict[str, Any], flags: dict[str, Any], report: dict[str, bool], expected: str, tmp_path: Path
+    stored: dict[str, Any],
+    flags: dict[str, Any],
+    report: dict[str, bool],
+    expected: str,
+    tmp_path: Path,
 ) -> None:
     """Encoders with random weights, other poolers or distillation heads keep the pooling of the checkpoint."""
     encoder = ViTCLSModel(build_tiny_config(num_distillation_tokens=0, **stored))
@@ -149,15 +172,23 @@ def test_a_new_classifier_of_a_pretrained_encoder_reads_cls_and_the_patches(
     assert all(torch.equal(weights[name], weight) for name, weight in encoder.state_dict().items())
 
 
-@pytest.mark.parametrize("names", [["ant", "bee", "cat"], ["bee", "cat"]], ids=["same labels", "other labels"])
+@pytest.mark.parametrize(
+    "names", [["ant", "bee", "cat"], ["bee", "cat"]], ids=["same labels", "other labels"]
+)
 def test_checkpoints_in_bfloat16_are_trained_in_float32(names: list[str], tmp_path: Path) -> None:
     """Parameters that the checkpoint lacks are new. The mask token is frozen, because DDP would wait for its gradient,
     also in pre-training."""
-    config = build_tiny_config(id2label={0: "ant", 1: "bee", 2: "cat"}, num_register_tokens=2, use_mask_token=True)
+    config = build_tiny_config(
+        id2label={0: "ant", 1: "bee", 2: "cat"}, num_register_tokens=2, use_mask_token=True
+    )
     randomize(ViTCLSForImageClassification(config)).bfloat16().save_pretrained(tmp_path)
     ViTCLSImageProcessor(size=32).save_pretrained(tmp_path)
-    options = ModelOptions(model=str(tmp_path), num_distillation_tokens=1, num_register_tokens=1, pooling="attention")
-    model, _, new_names = build_initial_model(options, LabelSpace("single_label_classification", {"label": names}))
+    options = ModelOptions(
+        model=str(tmp_path), num_distillation_tokens=1, num_register_tokens=1, pooling="attention"
+    )
+    model, _, new_names = build_initial_model(
+        options, LabelSpace("single_label_classification", {"label": names})
+    )
     encoder, _ = build_encoder(options, resolve_initial_model(options.model))
     for vit in (model.vitcls, encoder):
         assert {parameter.dtype for parameter in vit.parameters()} == {torch.float32}
@@ -178,7 +209,9 @@ def test_a_checkpoint_of_an_unknown_type_is_an_error(tmp_path: Path) -> None:
             run_training(kind(tmp_path / "run", DataOptions("digits"), ModelOptions(str(start))))
 
 
-def test_only_names_that_look_like_presets_must_be_presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_names_that_look_like_presets_must_be_presets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "vitcls-mine").mkdir()
     for name in ("vitcls-tiny", "vitcls-mine", "vitcls-lab/model", "other-model"):
@@ -187,14 +220,18 @@ def test_only_names_that_look_like_presets_must_be_presets(tmp_path: Path, monke
         check_preset_name("vitcls-yours")
 
 
-def test_the_history_of_a_model_is_downloaded(two_tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_history_of_a_model_is_downloaded(
+    two_tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The parity report tells whether weights are random, and the results tell which images were held out."""
     resolve = Mock(return_value=str(two_tasks))
     monkeypatch.setattr(model_module, "resolve_checkpoint", resolve)
     resolve_initial_model("acme/model")
     source, patterns = resolve.call_args.args
     assert source == "acme/model"
-    assert {"config.json", "model.safetensors", "parity_report.json", "results.json"} <= set(patterns)
+    assert {"config.json", "model.safetensors", "parity_report.json", "results.json"} <= set(
+        patterns
+    )
 
 
 def test_patches_are_dropped_only_in_trained_layers(two_tasks: Path, tmp_path: Path) -> None:
@@ -211,20 +248,32 @@ def test_patches_are_dropped_only_in_trained_layers(two_tasks: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        ({"teacher": "t", "num_distillation_tokens": 0}, ("--teacher", "--num-distillation-tokens")),
+        (
+            {"teacher": "t", "num_distillation_tokens": 0},
+            ("--teacher", "--num-distillation-tokens"),
+        ),
         ({"streaming": True, "class_balance": "weights"}, ("--class-balance", "--streaming")),
         ({"teacher_views": 3, "mixup": 0.8}, ("--teacher-views", "--mixup")),
         ({"teacher_views": 3, "cutmix": 1.0}, ("--teacher-views", "--cutmix")),
         ({"model": "vitcls-tiny", "trainable": "last-1"}, ("--trainable last-1", "--model")),
         ({"class_balance": "weights", "mixup": 0.8, "cutmix": 1.0}, ()),
         ({"teacher": "t", "num_distillation_tokens": 1, "teacher_views": 1}, ()),
-        ({"teacher": "t", "num_distillation_tokens": 1, "patch_drop_rate": 0.5, "trainable": "head"}, ()),
+        (
+            {
+                "teacher": "t",
+                "num_distillation_tokens": 1,
+                "patch_drop_rate": 0.5,
+                "trainable": "head",
+            },
+            (),
+        ),
         ({"model": "vitcls-tiny", "streaming": True}, ()),
     ],
 )
 def test_contradictory_flags_are_errors(flags: dict[str, Any], named: tuple[str, ...]) -> None:
     options = build_options(
-        FinetuneOptions, **{"output_dir": "out", "dataset": "digits", "model": "some/checkpoint"} | flags
+        FinetuneOptions,
+        **{"output_dir": "out", "dataset": "digits", "model": "some/checkpoint"} | flags,
     )
     with raises_one_line(*named) if named else nullcontext():
         check_options(options)
@@ -240,7 +289,8 @@ def test_a_teacher_adds_a_distillation_token() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flag", "value"), [("mixup", 0.1), ("cutmix", 0.1), ("class_balance", "weights"), ("teacher", "t")]
+    ("flag", "value"),
+    [("mixup", 0.1), ("cutmix", 0.1), ("class_balance", "weights"), ("teacher", "t")],
 )
 def test_flags_that_require_one_label_per_image(flag: str, value: Any) -> None:
     flags = {"output_dir": "out", "dataset": "digits", "model": "some/checkpoint", flag: value}
@@ -255,8 +305,14 @@ LAYOUT: dict[str, Any] = {"num_distillation_tokens": 1, "num_register_tokens": 2
 TASKS: dict[str, Any] = {"num_cls_tokens": 2, "tasks": {"species": 4, "age": 2}}
 MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "two heads": (ViTCLSForImageClassification, LAYOUT),
-    "attention pooling": (ViTCLSForImageClassification, {"pooling": "attention", "num_cls_tokens": 0}),
-    "mlp heads": (ViTCLSForImageClassification, LAYOUT | {"head_type": "mlp", "pooling": "cls_mean"}),
+    "attention pooling": (
+        ViTCLSForImageClassification,
+        {"pooling": "attention", "num_cls_tokens": 0},
+    ),
+    "mlp heads": (
+        ViTCLSForImageClassification,
+        LAYOUT | {"head_type": "mlp", "pooling": "cls_mean"},
+    ),
     "several tasks": (ViTCLSForMultiTaskClassification, TASKS),
     "mask token": (ViTCLSForImageClassification, LAYOUT | {"use_mask_token": True}),
     "gates": (ViTCLSForImageClassification, LAYOUT | {"gated_tokens": {"registers": 2}}),
@@ -277,7 +333,8 @@ def group_trainable(model: torch.nn.Module) -> set[str]:
     groups = {re.sub(r"^vitcls\.|^embeddings\.", "", name) for name in names}
     groups = {"lora" if "lora_" in name else name for name in groups}
     return {
-        re.sub(r"(layers\.\d+|pooler|classifiers?|layernorm|distillation_classifier)\..*", r"\1", n) for n in groups
+        re.sub(r"(layers\.\d+|pooler|classifiers?|layernorm|distillation_classifier)\..*", r"\1", n)
+        for n in groups
     }
 
 
@@ -286,7 +343,9 @@ def compute_loss(model: Any) -> torch.Tensor:
     outputs = model(build_images())
     if isinstance(outputs.logits, dict):
         return torch.stack([answer.square().mean() for answer in outputs.logits.values()]).sum()
-    heads = [logits for logits in (outputs.cls_logits, outputs.distillation_logits) if logits is not None]
+    heads = [
+        logits for logits in (outputs.cls_logits, outputs.distillation_logits) if logits is not None
+    ]
     return torch.stack([logits.square().mean() for logits in heads]).sum()
 
 
@@ -310,18 +369,28 @@ def test_what_is_trained(choice: str, expected: set[str]) -> None:
 
 
 @pytest.mark.parametrize("choice", ["head", "last-1", "lora"])
-def test_added_tokens_are_trained_with_their_positions_and_gates(choice: str, tmp_path: Path) -> None:
+def test_added_tokens_are_trained_with_their_positions_and_gates(
+    choice: str, tmp_path: Path
+) -> None:
     """All new tokens of an adapted checkpoint are trained."""
-    fields = {"position_embedding_tokens": "all", "num_register_tokens": 1, "gated_tokens": {"registers": 1}}
+    fields = {
+        "position_embedding_tokens": "all",
+        "num_register_tokens": 1,
+        "gated_tokens": {"registers": 1},
+    }
     names = ["ant", "bee", "cat"]
-    saved = ViTCLSForImageClassification(build_tiny_config(**fields, id2label=dict(enumerate(names))))
+    saved = ViTCLSForImageClassification(
+        build_tiny_config(**fields, id2label=dict(enumerate(names)))
+    )
     randomize(saved).save_pretrained(tmp_path)
     ViTCLSImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
     labels = LabelSpace("single_label_classification", {"label": names})
     options = ModelOptions(model=str(tmp_path), num_distillation_tokens=1, num_register_tokens=3)
     model, _, new_names = build_initial_model(options, labels)
     found = group_trainable(set_trainable_parameters(model, choice, 4, new_names))
-    new = {"gates.gates"} | {f"embeddings.{name}" for name in ("distillation_token", "register_tokens")}
+    new = {"gates.gates"} | {
+        f"embeddings.{name}" for name in ("distillation_token", "register_tokens")
+    }
     new |= {f"embeddings.position_embeddings.{group}" for group in ("distillation", "registers")}
     assert new <= found
     assert "embeddings.position_embeddings.cls" not in found
@@ -342,7 +411,8 @@ def test_invalid_choices_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "choice"), list(zip(MODELS, ["last-1", "head", "lora", "head", "last-2", "lora"], strict=True))
+    ("name", "choice"),
+    list(zip(MODELS, ["last-1", "head", "lora", "head", "last-2", "lora"], strict=True)),
 )
 def test_exactly_the_trainable_parameters_change(name: str, choice: str) -> None:
     """With several processes, a trainable parameter without a gradient stops the run."""
@@ -357,17 +427,25 @@ def test_exactly_the_trainable_parameters_change(name: str, choice: str) -> None
         compute_loss(model).backward()
         assert all(parameter.grad is not None for parameter in learns)
         optimizer.step()
-    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    moved = {
+        name
+        for name, parameter in model.named_parameters()
+        if not torch.equal(parameter, before[name])
+    }
     wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert moved <= wanted
-    assert all("k_proj.bias" in name for name in wanted - moved)  # key biases do not change the softmax
+    assert all(
+        "k_proj.bias" in name for name in wanted - moved
+    )  # key biases do not change the softmax
 
 
 # Modes ---------------------------------------------------------------------------------------------------------------
 
 
 def test_a_frozen_encoder_has_no_dropout() -> None:
-    model = build_random_model(hidden_dropout_prob=0.5, drop_path_rate=0.5, attention_probs_dropout_prob=0.5)
+    model = build_random_model(
+        hidden_dropout_prob=0.5, drop_path_rate=0.5, attention_probs_dropout_prob=0.5
+    )
     set_trainable_parameters(model, "head")
     set_train_mode(torch.nn.Sequential(model))  # as wrapped by other code
     first, second = (model(build_images()).logits for _ in range(2))
@@ -391,7 +469,9 @@ def test_frozen_first_layers_compute_all_patches(choice: str, fresh: set[str], d
     model = set_trainable_parameters(build_random_model(patch_drop_rate=0.5), choice, 4, fresh)
     set_train_mode(torch.nn.Sequential(model))
     lengths: list[int] = []
-    model.vitcls.layers[0].register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
+    model.vitcls.layers[0].register_forward_pre_hook(
+        lambda module, args: lengths.append(args[0].shape[1])
+    )
     model(build_images())
     assert lengths == [1 + 8 if drops else 1 + 16]
 
@@ -421,7 +501,9 @@ def test_a_merged_model_has_equal_outputs_and_plain_modules() -> None:
 def test_large_checkpoints_are_fine_tuned_at_224_pixels(
     native: Any, patch: int, flag: Any, expected: tuple[int, int], tmp_path: Path
 ) -> None:
-    config = build_tiny_config(image_size=native, patch_size=patch, position_embedding_type="sincos_2d")
+    config = build_tiny_config(
+        image_size=native, patch_size=patch, position_embedding_type="sincos_2d"
+    )
     encoder = ViTCLSModel(config)
     encoder.save_pretrained(tmp_path)
     ViTCLSImageProcessor(size=config.image_height_width).save_pretrained(tmp_path)
@@ -429,9 +511,14 @@ def test_large_checkpoints_are_fine_tuned_at_224_pixels(
     options, line = choose_image_size(options, resolve_initial_model(options.model))
     label_space = LabelSpace("single_label_classification", {"label": ["yes", "no"]})
     model, processor, _ = build_initial_model(options, label_space)
-    assert model.config.image_height_width == expected == (processor.size.height, processor.size.width)
+    assert (
+        model.config.image_height_width == expected == (processor.size.height, processor.size.width)
+    )
     if flag is None and expected != config.image_height_width:
-        sizes = [" x ".join(dict.fromkeys(map(str, size))) for size in (expected, config.image_height_width)]
+        sizes = [
+            " x ".join(dict.fromkeys(map(str, size)))
+            for size in (expected, config.image_height_width)
+        ]
         costs = [f"{encoder.flops(size) / 1e9:.1f}" for size in (expected, native)]
         assert all(fact in str(line) for fact in (*sizes, *costs, "--image-size native"))
     else:

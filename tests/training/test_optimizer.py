@@ -17,26 +17,40 @@ def test_learning_rate_rises_then_falls() -> None:
     options = TrainingOptions(learning_rate=1.0, warmup=0.1)
     rates = [get_learning_rate(step, 100, options) for step in range(100)]
     assert rates[:10] == pytest.approx([0.1 * step for step in range(1, 11)])
-    assert rates[10] == 1.0 and rates == [*rates[:10], *sorted(rates[10:], reverse=True)]
+    assert rates[10] == 1.0
+    assert rates == [*rates[:10], *sorted(rates[10:], reverse=True)]
     assert rates[55] == pytest.approx(0.5)  # half of the cosine decay
     assert rates[40] == pytest.approx((1 + math.cos(math.pi / 3)) / 2)  # a third of it
     assert get_learning_rate(0, 1, replace(options, warmup=0.0)) == 1.0
 
 
 def test_only_weights_of_linear_layers_and_patches_decay() -> None:
-    model = build_random_model(num_distillation_tokens=1, pooling="attention", layer_scale_init_value=0.1)
+    model = build_random_model(
+        num_distillation_tokens=1, pooling="attention", layer_scale_init_value=0.1
+    )
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     options = TrainingOptions(learning_rate=1.0, weight_decay=0.05, layer_decay=1.0)
     groups = build_optimizer(model, options).param_groups
     assert [group["fused"] for group in groups] == [True, True]
-    by_decay = {group["weight_decay"]: [names[id(one)] for one in group["params"]] for group in groups}
+    by_decay = {
+        group["weight_decay"]: [names[id(one)] for one in group["params"]] for group in groups
+    }
     decayed, rest = by_decay[0.05], by_decay[0.0]
     assert len(decayed) + len(rest) == len(names)
     assert all(name.endswith(".weight") and "norm" not in name for name in decayed)
-    tokens = ("cls_token", "distillation_token", "register_tokens", "position_embeddings.patches", "lambda1", "probe")
+    tokens = (
+        "cls_token",
+        "distillation_token",
+        "register_tokens",
+        "position_embeddings.patches",
+        "lambda1",
+        "probe",
+    )
     for end in tokens:
         assert any(name.endswith(end) for name in rest), end
-    assert all(name.endswith("weight") is ("norm" in name) for name in rest if name.endswith("weight"))
+    assert all(
+        name.endswith("weight") is ("norm" in name) for name in rest if name.endswith("weight")
+    )
 
 
 def test_learning_rates_decrease_from_the_head_to_the_tokens() -> None:
@@ -44,7 +58,9 @@ def test_learning_rates_decrease_from_the_head_to_the_tokens() -> None:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     scale_of = {
         names[id(parameter)]: group["lr_scale"]
-        for group in build_optimizer(model, TrainingOptions(learning_rate=1.0, layer_decay=0.5)).param_groups
+        for group in build_optimizer(
+            model, TrainingOptions(learning_rate=1.0, layer_decay=0.5)
+        ).param_groups
         for parameter in group["params"]
     }
     assert scale_of.keys() == set(names.values())

@@ -70,7 +70,9 @@ def lock_holder(folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_the_lock_of_a_process_that_has_ended_is_taken_over(folder: Path, lock_holder: Any, number: int) -> None:
+def test_the_lock_of_a_process_that_has_ended_is_taken_over(
+    folder: Path, lock_holder: Any, number: int
+) -> None:
     os.kill(lock_holder.pid, number)
     lock_holder.join(SECONDS)
     with FolderLock(folder) as lock:
@@ -81,7 +83,9 @@ def test_the_lock_of_a_process_that_has_ended_is_taken_over(folder: Path, lock_h
 
 
 def options_of(folder: Path, dataset: str = "digits", **flags: Any) -> FinetuneOptions:
-    return build_tiny_options(folder, dataset, **{"max_steps": 1, "batch_size": 4, "log_attention_every": 0} | flags)
+    return build_tiny_options(
+        folder, dataset, **{"max_steps": 1, "batch_size": 4, "log_attention_every": 0} | flags
+    )
 
 
 def run(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -120,7 +124,9 @@ def test_a_run_that_fails_releases_its_lock(folder: Path) -> None:
     assert not folder.exists()
 
 
-def test_a_finished_run_is_replaced_only_with_overwrite(earlier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_run_is_replaced_only_with_overwrite(
+    earlier: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = contents(earlier)
     with raises_one_line(f"{earlier} contains a finished run. Set --overwrite"):
         run(earlier)
@@ -128,7 +134,8 @@ def test_a_finished_run_is_replaced_only_with_overwrite(earlier: Path, monkeypat
     with raises_one_line(f"{earlier} contains a finished run"):
         run_dry(options_of(earlier))
     with build_dry_run_options(options_of(earlier, resume=True)) as options:  # next to the folder
-        assert options.output_dir.parent.parent == earlier.parent and not options.output_dir.exists()
+        assert options.output_dir.parent.parent == earlier.parent
+        assert not options.output_dir.exists()
         assert (options.training.log_every, options.run.resume) == (1, False)
     with build_dry_run_options(options_of(earlier / "new" / "run")):
         assert len(list((earlier / "new").iterdir())) == 1  # the temporary folder
@@ -140,7 +147,9 @@ def test_a_finished_run_is_replaced_only_with_overwrite(earlier: Path, monkeypat
     assert run(earlier, max_steps=2, overwrite=True)["steps"] == 2
 
 
-def test_the_old_model_is_never_next_to_the_new_configuration(earlier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_old_model_is_never_next_to_the_new_configuration(
+    earlier: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The new run may be killed at any time. Here, the contents are noted at each removal of a file."""
     config = (earlier / "config.resolved.yaml").read_bytes()
     (earlier / "notes.txt").write_text("mine")
@@ -164,34 +173,46 @@ def test_the_old_model_is_never_next_to_the_new_configuration(earlier: Path, mon
     monkeypatch.undo()
     assert set(contents(earlier)) == {"config.resolved.yaml", "notes.txt"}
     assert (earlier / "config.resolved.yaml").read_bytes() != config
-    (earlier / "metrics.jsonl").touch()  # a run that was killed before its first checkpoint is replaced
+    (
+        earlier / "metrics.jsonl"
+    ).touch()  # a run that was killed before its first checkpoint is replaced
     check_replaceable(options_of(earlier), CheckpointStore(earlier / "checkpoints", num_kept=1))
-    assert len(states) > 10 and "results.json" in states[0]
+    assert len(states) > 10
+    assert "results.json" in states[0]
     # an incomplete run is never recognized as finished
     assert not any("results.json" in names for names in states[1:])
 
 
-def test_a_resumed_run_that_is_finished_changes_nothing(earlier: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_resumed_run_that_is_finished_changes_nothing(
+    earlier: Path, capsys: pytest.CaptureFixture
+) -> None:
     """An earlier attempt to save the model is removed, if there is one."""
     before = contents(earlier)
     (earlier / ".model.partial").mkdir()
     (earlier / ".model.partial" / "model.safetensors").touch()
     for _ in range(2):
         run(earlier, resume=True, keep_checkpoints=5)  # a flag that may change
-        assert contents(earlier) == before and capsys.readouterr().out.startswith("finished ")
+        assert contents(earlier) == before
+        assert capsys.readouterr().out.startswith("finished ")
     with raises_one_line("--max-steps 1, but the value in this run is 2"):
         run(earlier, resume=True, max_steps=2)
 
 
-def test_sources_in_the_output_folder_are_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, inside, beside = tmp_path / "run", tmp_path / "run" / "models" / "mine", tmp_path / "run-2"
+def test_sources_in_the_output_folder_are_not_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    inside = tmp_path / "run" / "models" / "mine"
+    beside = tmp_path / "run-2"
     inside.mkdir(parents=True)
     beside.mkdir()
     monkeypatch.chdir(folder)  # Hub names are not folders in the output folder
 
     def check(**sources: object) -> None:
         flags = {name: str(value) for name, value in sources.items()}
-        options = resolve_local_paths(options_of(Path("../run"), overwrite=True, num_distillation_tokens=1, **flags))
+        options = resolve_local_paths(
+            options_of(Path("../run"), overwrite=True, num_distillation_tokens=1, **flags)
+        )
         check_replaceable(options, CheckpointStore(folder / "checkpoints", num_kept=1))
 
     for source in (inside, "models/mine", "../run", f"transformers:{inside}"):
@@ -200,12 +221,16 @@ def test_sources_in_the_output_folder_are_not_removed(tmp_path: Path, monkeypatc
                 check(**{flag: source})
     for source in (beside, tmp_path, "acme/model"):
         check(model=source, teacher=source)
-    pretraining = build_tiny_options(folder, "digits", PretrainOptions, overwrite=True, model=str(inside))
+    pretraining = build_tiny_options(
+        folder, "digits", PretrainOptions, overwrite=True, model=str(inside)
+    )
     with raises_one_line("--overwrite would remove the --model"):
         check_replaceable(pretraining, CheckpointStore(folder / "checkpoints", num_kept=1))
 
 
-@pytest.mark.parametrize("text", ["config.json", "results.json", "images/cat.png", "README.md LICENSE metrics.jsonl"])
+@pytest.mark.parametrize(
+    "text", ["config.json", "results.json", "images/cat.png", "README.md LICENSE metrics.jsonl"]
+)
 def test_files_of_other_programs_are_kept(folder: Path, text: str) -> None:
     names = text.split()
     for name in names:
@@ -218,14 +243,25 @@ def test_files_of_other_programs_are_kept(folder: Path, text: str) -> None:
 
 
 def test_only_the_files_of_a_run_are_removed(earlier: Path) -> None:
-    mine = ["notes.txt", "train.py", "images/mine.txt", "checkpoints/best.pt", "checkpoints/mine/weights.bin"]
+    mine = [
+        "notes.txt",
+        "train.py",
+        "images/mine.txt",
+        "checkpoints/best.pt",
+        "checkpoints/mine/weights.bin",
+    ]
     for name in mine:
         (earlier / name).parent.mkdir(parents=True, exist_ok=True)
         (earlier / name).write_text("mine")
     (earlier / ".model.partial").mkdir()
     remove_run_files(earlier, CheckpointStore(earlier / "checkpoints", num_kept=1))
     assert set(contents(earlier)) == set(mine)
-    assert {path.name for path in earlier.iterdir()} == {"notes.txt", "train.py", "images", "checkpoints"}
+    assert {path.name for path in earlier.iterdir()} == {
+        "notes.txt",
+        "train.py",
+        "images",
+        "checkpoints",
+    }
 
 
 @pytest.mark.parametrize("name", ["results.json", "config.json", "config.resolved.yaml", None])
@@ -246,15 +282,18 @@ def test_only_folders_of_runs_and_models_are_cleared(folder: Path, name: str | N
     else:
         (folder / name).touch()
     remove_run_files(folder, store)
-    assert contents(folder) == {} and not (folder / "images").exists()
+    assert contents(folder) == {}
+    assert not (folder / "images").exists()
 
 
 def test_the_configuration_is_moved_first_and_the_results_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All files and both folders are written to the disk."""
-    names, moved = ["config.json", "README.md", "model.safetensors", "onnx/a.onnx", "results.json"], []
-    move, sync = Path.replace, Mock()
+    names = ["config.json", "README.md", "model.safetensors", "onnx/a.onnx", "results.json"]
+    moved = []
+    move = Path.replace
+    sync = Mock()
 
     def note(path: Path, target: Path) -> Path:
         moved.append(path.relative_to(folder).as_posix())
@@ -267,14 +306,29 @@ def test_the_configuration_is_moved_first_and_the_results_last(
         (folder / "onnx").mkdir()
         for name in (*names[2:], *names[:2]):
             (folder / name).touch()
-    assert moved == names and set(contents(tmp_path)) == set(names) and not folder.exists()
-    assert {call.args[0] for call in sync.call_args_list} == {tmp_path, folder, *(folder / name for name in names)}
+    assert moved == names
+    assert set(contents(tmp_path)) == set(names)
+    assert not folder.exists()
+    assert {call.args[0] for call in sync.call_args_list} == {
+        tmp_path,
+        folder,
+        *(folder / name for name in names),
+    }
 
 
 # A kill in the final save --------------------------------------------------------------------------------------------
 
 KILLED = 9  # exit status
-CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "shutil.rmtree")
+CHANGES = (
+    "os.rename",
+    "os.remove",
+    "os.rmdir",
+    "os.mkdir",
+    "os.link",
+    "os.symlink",
+    "os.truncate",
+    "shutil.rmtree",
+)
 
 
 def end_at_change(number: int, folder: Path) -> None:
@@ -282,7 +336,9 @@ def end_at_change(number: int, folder: Path) -> None:
     numbers = itertools.count(1)
 
     def count(event: str, arguments: tuple[Any, ...]) -> None:
-        is_change = event in CHANGES or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+        is_change = event in CHANGES or (
+            event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        )
         if is_change and str(arguments[0]).startswith(f"{folder}/") and next(numbers) == number:
             os._exit(KILLED)
 
@@ -328,15 +384,22 @@ def save_and_end(folder: Path, model: Path, queue: Any) -> None:
         run_training(build_tiny_options(folder, "digits", **flags))
     run_module.save_output = save_output
     expected = contents(folder.parent / "whole")
-    killed = sorted((path for path in folder.parent.iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
+    killed = sorted(
+        (path for path in folder.parent.iterdir() if path.name.isdigit()),
+        key=lambda path: int(path.name),
+    )
     queue.put(len(killed))
-    for path in {tuple(entry.name for entry in sorted(path.iterdir())): path for path in killed}.values():
+    for path in {
+        tuple(entry.name for entry in sorted(path.iterdir())): path for path in killed
+    }.values():
         try:
             run_training(build_tiny_options(path, "digits", resume=True, **flags))
             found = contents(path)
             changed = [name for name in COMPARED if found.get(name) != expected[name]]
             changed += [entry.name for entry in path.iterdir() if entry.name.startswith(".")]
-            queue.put(f"{path.name}: {changed}" if changed or found.keys() != expected.keys() else None)
+            queue.put(
+                f"{path.name}: {changed}" if changed or found.keys() != expected.keys() else None
+            )
         except Exception as error:
             queue.put(f"{path.name}: {error!r}")
     queue.put("end")
@@ -347,17 +410,25 @@ COMPARED += ("predictions.parquet",)
 
 
 @pytest.mark.slow
-def test_a_final_save_that_is_killed_before_any_change_of_a_file_is_repeated(tmp_path: Path) -> None:
-    model, queue = save_with_processor(ViTCLSModel(build_tiny_config()), tmp_path / "model"), READY.SimpleQueue()
+def test_a_final_save_that_is_killed_before_any_change_of_a_file_is_repeated(
+    tmp_path: Path,
+) -> None:
+    model = save_with_processor(ViTCLSModel(build_tiny_config()), tmp_path / "model")
+    queue = READY.SimpleQueue()
     process = READY.Process(target=save_and_end, args=(tmp_path / "runs" / "mine", model, queue))
     process.start()
     number, *problems = iter(queue.get, "end")
     process.join(SECONDS)
-    assert number > 60 and len(problems) > 15, (number, problems)
+    assert number > 60, (number, problems)
+    assert len(problems) > 15, (number, problems)
     assert not [problem for problem in problems if problem is not None]
 
 
 def test_a_run_writes_only_listed_files(finished: Path) -> None:
     """A file that is not listed would stay next to the files of the next run."""
     names = {name for name in contents(finished) if not name.startswith("checkpoints/")}
-    assert names == {*list_final_files(finished), output_folder.METRICS_FILE, output_folder.RECIPE_FILE}
+    assert names == {
+        *list_final_files(finished),
+        output_folder.METRICS_FILE,
+        output_folder.RECIPE_FILE,
+    }

@@ -12,7 +12,14 @@ import pytest
 import torch
 from helpers.photo_folders import write_photos
 from helpers.tiny_models import build_tiny_config, raises_one_line
-from helpers.tiny_options import PLAIN, build_tiny_options, prepare_task, read_metrics, run_to_folder, run_training
+from helpers.tiny_options import (
+    PLAIN,
+    build_tiny_options,
+    prepare_task,
+    read_metrics,
+    run_to_folder,
+    run_training,
+)
 from helpers.tiny_options import TINY as TINY_FINETUNING
 from safetensors.torch import load_file
 from sklearn.neighbors import KNeighborsClassifier
@@ -21,7 +28,12 @@ from transformers import AutoModel
 from modeling_vitcls import ViTCLSImageProcessor, ViTCLSModel
 from modeling_vitcls.options import PretrainOptions
 from modeling_vitcls.runtime.files import read_json
-from modeling_vitcls.training.pretrain import FeatureQuality, check_options, compare_features, compute_effective_rank
+from modeling_vitcls.training.pretrain import (
+    FeatureQuality,
+    check_options,
+    compare_features,
+    compute_effective_rank,
+)
 from modeling_vitcls.training.reporter import format_metric
 
 
@@ -34,22 +46,34 @@ METHODS = ("lejepa", "mae")
 
 def tiny_options(folder: Path, dataset: object = "digits", **flags: Any) -> PretrainOptions:
     """Return options of six steps on digits, with an evaluation after each epoch of three steps."""
-    settings = {"max_steps": 6, "batch_size": 80, "learning_rate": 3e-3, "projector_width": 32, "decoder_layers": 1}
+    settings = {
+        "max_steps": 6,
+        "batch_size": 80,
+        "learning_rate": 3e-3,
+        "projector_width": 32,
+        "decoder_layers": 1,
+    }
     settings |= {"local_crops": 2, "log_every": 1, "log_attention_every": 2}
-    return build_tiny_options(folder, dataset, PretrainOptions, **vars(TINY) | settings | {"select": None} | flags)
+    return build_tiny_options(
+        folder, dataset, PretrainOptions, **vars(TINY) | settings | {"select": None} | flags
+    )
 
 
 @pytest.fixture(scope="module", params=METHODS)
 def pretrained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the output folder of a short run of a method."""
     folder = tmp_path_factory.mktemp("run") / "encoder"
-    return run_to_folder(tiny_options(folder, method=request.param, drop_path_rate=0.2))  # not in evaluations
+    return run_to_folder(
+        tiny_options(folder, method=request.param, drop_path_rate=0.2)
+    )  # not in evaluations
 
 
 def test_the_folder_contains_the_encoder_and_the_measured_features(pretrained: Path) -> None:
     weights = load_file(pretrained / "model.safetensors")
     model, info = ViTCLSModel.from_pretrained(pretrained, output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"] and weights.keys() == model.state_dict().keys()
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert weights.keys() == model.state_dict().keys()
     assert type(AutoModel.from_pretrained(pretrained)) is ViTCLSModel
     results = read_json(pretrained / "results.json")
     assert results["forward_flops_per_image"] == model.flops()
@@ -57,7 +81,8 @@ def test_the_folder_contains_the_encoder_and_the_measured_features(pretrained: P
     assert after["num_images"] == results["num_images"] == NUM_HELD_OUT_DIGITS
     for name in ("knn_accuracy", "regression_accuracy"):
         for part in ("", "_of_patches"):
-            assert 0.1 < before[name + part] < 1 and 0.1 < after[name + part] < 1
+            assert 0.1 < before[name + part] < 1
+            assert 0.1 < after[name + part] < 1
     assert after["knn_accuracy"] == results["knn_accuracy"]
     assert all(moved > 0 for moved in results["token_movement"].values())
     records = [record for record in read_metrics(pretrained) if "held_out_knn_accuracy" in record]
@@ -78,8 +103,10 @@ def test_a_resumed_run_equals_an_uninterrupted_run(method: str, tmp_path: Path) 
         (resumed / name).unlink()
     run_to_folder(tiny_options(resumed, **flags, resume=True))
     for file in ("model.safetensors", "checkpoints/step-00000006/model.safetensors"):
-        expected, found = load_file(whole / file), load_file(resumed / file)
-        assert expected.keys() == found.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+        expected = load_file(whole / file)
+        found = load_file(resumed / file)
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert any(name.startswith(("projector.", "decoder.")) for name in found)
     features = [read_json(folder / "results.json")["features"] for folder in (whole, resumed)]
     assert features[0] == features[1]
@@ -87,37 +114,63 @@ def test_a_resumed_run_equals_an_uninterrupted_run(method: str, tmp_path: Path) 
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "several tokens": {"num_cls_tokens": 2, "num_register_tokens": 1, "num_distillation_tokens": 1},
-    "mean of patches": {"num_cls_tokens": 0, "pooling": "mean", "num_register_tokens": 0, "mixed_precision": "bf16"},
-    "not square": {"image_size": [32, 48], "patch_size": 16, "ema_decay": 0.5, "gradient_accumulation_steps": 2},
+    "mean of patches": {
+        "num_cls_tokens": 0,
+        "pooling": "mean",
+        "num_register_tokens": 0,
+        "mixed_precision": "bf16",
+    },
+    "not square": {
+        "image_size": [32, 48],
+        "patch_size": 16,
+        "ema_decay": 0.5,
+        "gradient_accumulation_steps": 2,
+    },
 }
 
 
-@pytest.mark.parametrize(("method", "name"), [*(("lejepa", name) for name in LAYOUTS), ("mae", "not square")])
+@pytest.mark.parametrize(
+    ("method", "name"), [*(("lejepa", name) for name in LAYOUTS), ("mae", "not square")]
+)
 def test_any_layout_is_trained(method: str, name: str, tmp_path: Path) -> None:
     results = run_training(
-        tiny_options(tmp_path / "out", **{"method": method, "max_steps": 2, "batch_size": 24} | LAYOUTS[name])
+        tiny_options(
+            tmp_path / "out", **{"method": method, "max_steps": 2, "batch_size": 24} | LAYOUTS[name]
+        )
     )
     assert results["knn_accuracy"] > 0.2
 
 
-def test_images_without_labels_are_measured_by_rank(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_images_without_labels_are_measured_by_rank(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_photos(tmp_path / "photos", range(24), "photos")
     folder = tmp_path / "photos" / "photos"
-    results = run_training(tiny_options(tmp_path / "out", folder, max_steps=2, batch_size=8, select="best"))
+    results = run_training(
+        tiny_options(tmp_path / "out", folder, max_steps=2, batch_size=8, select="best")
+    )
     rank = results["selection"]["effective_rank"]
     printed = capsys.readouterr().out
-    assert rank >= 1 and f"selection: effective rank {rank:.1f}" in printed
-    assert results["selection_metric"] == "effective_rank" and "knn_accuracy" not in results
+    assert rank >= 1
+    assert f"selection: effective rank {rank:.1f}" in printed
+    assert results["selection_metric"] == "effective_rank"
+    assert "knn_accuracy" not in results
     before, after = (results["features"][name]["effective_rank"] for name in ("before", "after"))
-    assert f"\nfeatures  effective rank {before} -> {after} " in printed and "worse" not in printed
+    assert f"\nfeatures  effective rank {before} -> {after} " in printed
+    assert "worse" not in printed
     assert 1 <= after <= TINY.hidden_size
 
 
 def test_a_converted_checkpoint_is_continued(tmp_path: Path) -> None:
     """It is trained in float32, here on all images."""
-    ViTCLSModel(build_tiny_config(num_register_tokens=1)).bfloat16().save_pretrained(tmp_path / "model")
+    ViTCLSModel(build_tiny_config(num_register_tokens=1)).bfloat16().save_pretrained(
+        tmp_path / "model"
+    )
     ViTCLSImageProcessor(size=32).save_pretrained(tmp_path / "model")
-    model = {"model": str(tmp_path / "model"), **dict.fromkeys(name for name in vars(TINY) if name != "model")}
+    model = {
+        "model": str(tmp_path / "model"),
+        **dict.fromkeys(name for name in vars(TINY) if name != "model"),
+    }
     before = load_file(tmp_path / "model" / "model.safetensors")
     flags = {"max_steps": 1, "learning_rate": 1e-5, "held_out_fraction": 0.0}
     folder = run_to_folder(tiny_options(tmp_path / "out", **model, **flags))
@@ -128,22 +181,31 @@ def test_a_converted_checkpoint_is_continued(tmp_path: Path) -> None:
 # Quality of the features ---------------------------------------------------------------------------------------------
 
 
-def test_the_accuracy_is_that_of_scikit_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_accuracy_is_that_of_scikit_learn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The token is the first CLS token. The neighbors are some of the training images."""
     monkeypatch.setattr("modeling_vitcls.training.pretrain.MAX_NEIGHBORS", 150)
-    prepared = prepare_task(tiny_options(tmp_path / "out", num_cls_tokens=2, select="best", split_seed=3))
+    prepared = prepare_task(
+        tiny_options(tmp_path / "out", num_cls_tokens=2, select="best", split_seed=3)
+    )
     task, selection = prepared.task, prepared.data.selection
     train = prepared.data.train.draw(150, 3)
     found = task.build_evaluator(selection)(task.model.eval())
 
     def encode(images: Any) -> torch.Tensor:
-        pixels = task.processor([image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]
+        pixels = task.processor([image.convert("RGB") for image in images], return_tensors="pt")[
+            "pixel_values"
+        ]
         with torch.no_grad():
             return task.model.vitcls(pixels).last_hidden_state
 
     features = [encode(each.images) for each in (train, selection)]
     layout = task.model.vitcls.config.token_layout
-    for name, tokens in {"knn_accuracy": slice(0, 1), "knn_accuracy_of_patches": layout.patches}.items():
+    for name, tokens in {
+        "knn_accuracy": slice(0, 1),
+        "knn_accuracy_of_patches": layout.patches,
+    }.items():
         classifier = KNeighborsClassifier(10, weights="distance", metric="cosine")
         neighbors, images = (each[:, tokens].mean(dim=1).numpy() for each in features)
         expected = classifier.fit(neighbors, train.labels).score(images, selection.labels)
@@ -159,7 +221,9 @@ def test_the_effective_rank() -> None:
         assert compute_effective_rank(features) == pytest.approx(rank, rel=0.03)
     shares = np.array([0.75, 0.25])  # of the singular values
     features = np.array([[1, 0, 0], [-1, 0, 0], [0, 1, 0], [0, -1, 0]]) * [3, 1, 1]
-    assert compute_effective_rank(features) == pytest.approx(math.exp(-(shares * np.log(shares)).sum()))
+    assert compute_effective_rank(features) == pytest.approx(
+        math.exp(-(shares * np.log(shares)).sum())
+    )
     assert compute_effective_rank(generator.normal(size=(9, 4)) * 1e-9 - 1) == 1
 
 
@@ -174,7 +238,9 @@ def test_a_collapse_is_a_warning(tmp_path: Path) -> None:
     with torch.no_grad():
         prepared.task.model.vitcls.layernorm.weight.zero_()
     assert evaluate(prepared.task.model)["effective_rank"] == 1
-    assert len(warnings) == 1 and "1.0 of 32 channels" in warnings[0] and "--sigreg-weight" in warnings[0]
+    assert len(warnings) == 1
+    assert "1.0 of 32 channels" in warnings[0]
+    assert "--sigreg-weight" in warnings[0]
 
 
 def test_few_images_do_not_trigger_the_collapse_warning(tmp_path: Path) -> None:
@@ -182,7 +248,11 @@ def test_few_images_do_not_trigger_the_collapse_warning(tmp_path: Path) -> None:
     warnings: list[str] = []
     flags = {"hidden_size": 192, "method": "mae", "image_size": [32, 48], "patch_size": 16}
     prepared = prepare_task(tiny_options(tmp_path / "out", **flags))
-    assert re.findall(r"\d+", prepared.task.summary_lines["method"]) == ["5", "2", "3"]  # 5 of 2 x 3 are masked
+    assert re.findall(r"\d+", prepared.task.summary_lines["method"]) == [
+        "5",
+        "2",
+        "3",
+    ]  # 5 of 2 x 3 are masked
     evaluate = prepared.task.build_evaluator(prepared.data.held_out.draw(4, 0))
     evaluate.warn = warnings.append
     assert 1.5 < evaluate(prepared.task.model.eval())["effective_rank"] <= 3
@@ -190,12 +260,26 @@ def test_few_images_do_not_trigger_the_collapse_warning(tmp_path: Path) -> None:
 
 
 def test_worse_features_are_named() -> None:
-    good, bad = ({"knn_accuracy": value, "regression_accuracy": value, "num_images": 9} for value in (0.5, 0.4))
+    good, bad = (
+        {"knn_accuracy": value, "regression_accuracy": value, "num_images": 9}
+        for value in (0.5, 0.4)
+    )
     text = compare_features(good, bad)
-    assert "worse" in text and re.findall(r"\d+\.\d%", text) == ["50.0%", "40.0%"] * 2
-    assert "worse" not in compare_features(bad, good) + compare_features(good, bad | {"knn_accuracy": 0.5})
-    found = [format_metric(name, 12.3456) for name in ("effective_rank", "teacher_cosine", "loss", "macro_f1")]
-    assert found == ["effective rank 12.3", "teacher cosine 12.346", "loss 12.35", "macro f1 1234.56%"]
+    assert "worse" in text
+    assert re.findall(r"\d+\.\d%", text) == ["50.0%", "40.0%"] * 2
+    assert "worse" not in compare_features(bad, good) + compare_features(
+        good, bad | {"knn_accuracy": 0.5}
+    )
+    found = [
+        format_metric(name, 12.3456)
+        for name in ("effective_rank", "teacher_cosine", "loss", "macro_f1")
+    ]
+    assert found == [
+        "effective rank 12.3",
+        "teacher cosine 12.346",
+        "loss 12.35",
+        "macro f1 1234.56%",
+    ]
     assert format_metric("macro_f1", None).startswith("macro f1 ")  # if no image has a label
 
 
@@ -204,7 +288,12 @@ def test_lejepa_replaces_the_crops_of_the_augmentation() -> None:
     assert (options.method, options.augmentation) == ("lejepa", PLAIN)
     crops = replace(PLAIN, crop_scale=0.5, shift=0.1)
     assert check_options(tiny_options(Path("out"), **vars(crops))).augmentation == crops
-    assert check_options(tiny_options(Path("out"), crop_scale=None, method="mae")).augmentation.crop_scale is None
+    assert (
+        check_options(
+            tiny_options(Path("out"), crop_scale=None, method="mae")
+        ).augmentation.crop_scale
+        is None
+    )
 
 
 # Flags ---------------------------------------------------------------------------------------------------------------
@@ -212,8 +301,16 @@ def test_lejepa_replaces_the_crops_of_the_augmentation() -> None:
 
 @pytest.mark.parametrize(
     ("flag", "value"),
-    [("mixup", 0.1), ("cutmix", 1.0), ("class_balance", "weights"), ("trainable", "head"), ("patch_drop_rate", 0.5)],
+    [
+        ("mixup", 0.1),
+        ("cutmix", 1.0),
+        ("class_balance", "weights"),
+        ("trainable", "head"),
+        ("patch_drop_rate", 0.5),
+    ],
 )
-def test_flags_that_require_labels_or_drop_patches_are_errors(flag: str, value: Any, tmp_path: Path) -> None:
+def test_flags_that_require_labels_or_drop_patches_are_errors(
+    flag: str, value: Any, tmp_path: Path
+) -> None:
     with raises_one_line(f"--{flag.replace('_', '-')}"):
         run_training(tiny_options(tmp_path / "out", **{flag: value}))

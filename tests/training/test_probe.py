@@ -9,7 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.tiny_options import build_tiny_options, prepare_task, read_metrics, run_dry, run_training
+from helpers.tiny_options import (
+    build_tiny_options,
+    prepare_task,
+    read_metrics,
+    run_dry,
+    run_training,
+)
 from PIL import Image
 from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
@@ -30,7 +36,9 @@ pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return an encoder without a classifier that was trained on digits."""
     folder = tmp_path_factory.mktemp("encoder")
-    options = build_tiny_options(folder / "run", "digits", max_steps=60, batch_size=32, learning_rate=3e-3)
+    options = build_tiny_options(
+        folder / "run", "digits", max_steps=60, batch_size=32, learning_rate=3e-3
+    )
     run_training(options)
     ViTCLSModel.from_pretrained(folder / "run").save_pretrained(folder / "encoder")
     ViTCLSImageProcessor.from_pretrained(folder / "run").save_pretrained(folder / "encoder")
@@ -46,11 +54,11 @@ def build_options(folder: Path, encoder: Path, **flags: Any) -> Any:
 @torch.no_grad()
 def compute_logits(run: Path, images: Any) -> np.ndarray:
     """Compute the logits of a saved model with its public interface."""
-    model, processor = (
-        ViTCLSForImageClassification.from_pretrained(run).eval(),
-        ViTCLSImageProcessor.from_pretrained(run),
-    )
-    pixel_values = processor([images[index] for index in range(len(images))], return_tensors="pt")["pixel_values"]
+    model = ViTCLSForImageClassification.from_pretrained(run).eval()
+    processor = ViTCLSImageProcessor.from_pretrained(run)
+    pixel_values = processor([images[index] for index in range(len(images))], return_tensors="pt")[
+        "pixel_values"
+    ]
     return model(pixel_values).logits.numpy()
 
 
@@ -59,8 +67,11 @@ def fit_reference(run: Path, frozen: dict[str, Any], parts: list[Any], images: A
 
     @torch.no_grad()
     def compute_features(part: Any) -> np.ndarray:
-        model, processor = ViTCLSModel.from_pretrained(run).eval(), ViTCLSImageProcessor.from_pretrained(run)
-        pixel_values = processor([part[index] for index in range(len(part))], return_tensors="pt")["pixel_values"]
+        model = ViTCLSModel.from_pretrained(run).eval()
+        processor = ViTCLSImageProcessor.from_pretrained(run)
+        pixel_values = processor([part[index] for index in range(len(part))], return_tensors="pt")[
+            "pixel_values"
+        ]
         return model(pixel_values).pooler_output.double().numpy()
 
     features = np.concatenate([compute_features(part.images) for part in parts])
@@ -77,8 +88,13 @@ def test_the_frozen_model_is_the_regression_of_scikit_learn(encoder: Path, tmp_p
     results = run_training(options)
     data = prepare_task(options).data
     assert results["steps"] == 0
-    expected = fit_reference(tmp_path / "head", results["frozen"], [data.train], data.held_out.images)
-    logits = compute_logits(tmp_path / "head", data.held_out.images) * results["calibration"]["temperature"]
+    expected = fit_reference(
+        tmp_path / "head", results["frozen"], [data.train], data.held_out.images
+    )
+    logits = (
+        compute_logits(tmp_path / "head", data.held_out.images)
+        * results["calibration"]["temperature"]
+    )
     np.testing.assert_allclose(softmax(logits, axis=1), expected, atol=5e-3)
 
 
@@ -100,7 +116,9 @@ def test_no_image_passes_the_frozen_encoder_twice(
     forward = ViTCLSModel.forward
 
     def count(self: Any, pixel_values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        counts.append(len(pixel_values) if pixel_values.device.type == "cpu" else 0)  # FLOPs are counted without data
+        counts.append(
+            len(pixel_values) if pixel_values.device.type == "cpu" else 0
+        )  # FLOPs are counted without data
         return forward(self, pixel_values, *args, **kwargs)
 
     monkeypatch.setattr(ViTCLSModel, "forward", count)
@@ -109,18 +127,35 @@ def test_no_image_passes_the_frozen_encoder_twice(
     assert sum(counts) == results["num_training_images"] + results["num_images"]
 
 
-def test_a_learning_rate_that_is_too_large_ends_with_the_frozen_model(encoder: Path, tmp_path: Path) -> None:
+def test_a_learning_rate_that_is_too_large_ends_with_the_frozen_model(
+    encoder: Path, tmp_path: Path
+) -> None:
     """The default learning rate of this model is 4e-4, and 30 times this value is 1.2e-2. The classifier of the frozen
     model is then the regression on training and selection images."""
-    flags = {"learning_rate": 1.2e-2, "warmup": 0.0, "epochs": 1.0, "max_steps": None, "batch_size": 16}
+    flags = {
+        "learning_rate": 1.2e-2,
+        "warmup": 0.0,
+        "epochs": 1.0,
+        "max_steps": None,
+        "batch_size": 16,
+    }
     options = build_options(tmp_path / "run", encoder, **flags, weight_decay=10.0)
     results = run_training(options)
-    records = [record for record in read_metrics(tmp_path / "run") if "selection_accuracy" in record]
-    assert all(record["selection_accuracy"] <= results["selection"]["accuracy"] for record in records)
+    records = [
+        record for record in read_metrics(tmp_path / "run") if "selection_accuracy" in record
+    ]
+    assert all(
+        record["selection_accuracy"] <= results["selection"]["accuracy"] for record in records
+    )
     assert results["selection"]["step"] == 0
     data = prepare_task(options).data
-    expected = fit_reference(tmp_path / "run", results["frozen"], [data.train, data.selection], data.held_out.images)
-    logits = compute_logits(tmp_path / "run", data.held_out.images) * results["calibration"]["temperature"]
+    expected = fit_reference(
+        tmp_path / "run", results["frozen"], [data.train, data.selection], data.held_out.images
+    )
+    logits = (
+        compute_logits(tmp_path / "run", data.held_out.images)
+        * results["calibration"]["temperature"]
+    )
     np.testing.assert_allclose(softmax(logits, axis=1), expected, atol=5e-3)
 
 
@@ -132,18 +167,29 @@ def test_nothing_is_trained_with_too_few_selection_images(encoder: Path, tmp_pat
     assert len(data.selection) < 50
     assert results["steps"] == 0
     assert results["num_training_images"] == len(data.train) + len(data.selection)
-    assert not list((tmp_path / "run").rglob("checkpoints/*/*.safetensors"))  # no second copy of the weights
-    expected = fit_reference(tmp_path / "run", results["frozen"], [data.train, data.selection], data.held_out.images)
-    logits = compute_logits(tmp_path / "run", data.held_out.images) * results["calibration"]["temperature"]
+    assert not list(
+        (tmp_path / "run").rglob("checkpoints/*/*.safetensors")
+    )  # no second copy of the weights
+    expected = fit_reference(
+        tmp_path / "run", results["frozen"], [data.train, data.selection], data.held_out.images
+    )
+    logits = (
+        compute_logits(tmp_path / "run", data.held_out.images)
+        * results["calibration"]["temperature"]
+    )
     np.testing.assert_allclose(softmax(logits, axis=1), expected, atol=5e-3)
 
 
-def test_select_last_trains_on_few_images(encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_select_last_trains_on_few_images(
+    encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run_dry(build_options(tmp_path / "last", encoder, held_out_fraction=0.02, select="last"))
     assert "ran 3 steps" in capsys.readouterr().out
 
 
-def test_a_long_run_on_a_cpu_ends_at_the_probe(encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_run_on_a_cpu_ends_at_the_probe(
+    encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(probe_module, "MAX_CPU_FLOPS", 1.0)
     default = run_training(build_options(tmp_path / "default", encoder, max_steps=None))
     assert default["steps"] == 0
@@ -156,13 +202,21 @@ def test_fine_tuning_starts_from_the_regression(
 ) -> None:
     """The frozen model takes part in the selection. A resumed run does not evaluate the step after which it starts:
     here step 1, because the checkpoint of step 2 is damaged."""
-    flags = {"max_steps": 2, "learning_rate": 1e-6, "log_every": 1, "save_every": 1, "keep_checkpoints": 3}
+    flags = {
+        "max_steps": 2,
+        "learning_rate": 1e-6,
+        "log_every": 1,
+        "save_every": 1,
+        "keep_checkpoints": 3,
+    }
     options = build_options(tmp_path / "run", encoder, **flags)
     results = run_training(options)
     frozen = results["frozen"]
     assert results["selection"]["step"] == 0
     assert results["selection"]["num_images"] == 50
-    assert read_metrics(tmp_path / "run")[0]["loss"] < 0.6 * math.log(10)  # the loss of a random classifier
+    assert read_metrics(tmp_path / "run")[0]["loss"] < 0.6 * math.log(
+        10
+    )  # the loss of a random classifier
     capsys.readouterr()
     (tmp_path / "run" / "results.json").unlink()
     weights = tmp_path / "run" / "checkpoints" / "step-00000002" / "model.safetensors"
@@ -180,7 +234,9 @@ def test_fine_tuning_starts_from_the_regression(
 
 
 def test_a_resumed_run_keeps_what_the_regression_reads(encoder: Path, tmp_path: Path) -> None:
-    options = build_options(tmp_path / "run", encoder, pooled_layers=(-2, -1), pooling="cls_mean", max_steps=2)
+    options = build_options(
+        tmp_path / "run", encoder, pooled_layers=(-2, -1), pooling="cls_mean", max_steps=2
+    )
     run_training(replace(options, training=replace(options.training, select="last")))
     (tmp_path / "run" / "results.json").unlink()
     resume = replace(options, run=replace(options.run, resume=True))
@@ -203,7 +259,9 @@ def test_the_probe_chooses_what_the_user_has_not_set(
     encoder: Path, tmp_path: Path, flags: dict[str, Any], tokens: set[str]
 ) -> None:
     prepared = prepare_task(build_options(tmp_path / "run", encoder, **flags))
-    probe = replace(prepared.task.probe, max_images=64).run(prepared.data, prepared.reporter, is_final=False)
+    probe = replace(prepared.task.probe, max_images=64).run(
+        prepared.data, prepared.reporter, is_final=False
+    )
     assert {row["tokens"] for row in probe.record["candidates"]} == tokens
     assert probe.record["num_training_images"] == 64
 
@@ -223,7 +281,9 @@ def test_the_better_geometry_is_chosen(encoder: Path, tmp_path: Path) -> None:
     processor = ViTCLSImageProcessor.from_pretrained(own)
     set_fit(processor, "crop", (32, 32))
     processor.save_pretrained(own)
-    results = run_training(build_tiny_options(tmp_path / "run", folder, model=own, probe=True, select=None))
+    results = run_training(
+        build_tiny_options(tmp_path / "run", folder, model=own, probe=True, select=None)
+    )
     assert results["frozen"]["fit"] == "squash"
     assert get_fit(ViTCLSImageProcessor.from_pretrained(tmp_path / "run")) == "squash"
     assert results["accuracy"] == 1
@@ -238,14 +298,18 @@ def test_the_better_geometry_is_chosen(encoder: Path, tmp_path: Path) -> None:
         ({"pooling": "attention"}, "the pooler has random weights"),
     ],
 )
-def test_reasons_for_no_probe(encoder: Path, tmp_path: Path, flags: dict[str, Any], reason: str) -> None:
+def test_reasons_for_no_probe(
+    encoder: Path, tmp_path: Path, flags: dict[str, Any], reason: str
+) -> None:
     task = prepare_task(build_options(tmp_path / "run", encoder, **flags)).task
-    assert task.probe is None and task.summary_lines["probe"] == f"off, because {reason}"
+    assert task.probe is None
+    assert task.summary_lines["probe"] == f"off, because {reason}"
 
 
 def test_random_weights_have_no_probe(tmp_path: Path) -> None:
     run = prepare_task(build_tiny_options(tmp_path / "run", "digits", probe=True, select=None))
-    assert run.task.probe is None and run.options.training.select == "last"
+    assert run.task.probe is None
+    assert run.options.training.select == "last"
     assert run.task.summary_lines["probe"] == "off, because the initial weights are random"
     stream = replace(run.options, data=replace(run.options.data, streaming=True))
     for options, names, kind, reason in (

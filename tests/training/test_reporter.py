@@ -22,7 +22,9 @@ def build_reporter(folder: Path, **console: Any) -> tuple[Reporter, io.StringIO]
     output = io.StringIO()
     reporter = Reporter(folder / "metrics.jsonl", Accelerator(cpu=True))
     reporter.printed_metrics = ("accuracy",)
-    reporter.console = reporter.progress.live.console = Console(file=output, soft_wrap=True, **console)
+    reporter.console = reporter.progress.live.console = Console(
+        file=output, soft_wrap=True, **console
+    )
     return reporter, output
 
 
@@ -46,7 +48,9 @@ def test_a_line_shows_the_learning_rate_and_the_remaining_time(tmp_path: Path) -
 
 
 def test_the_images_per_step_of_all_processes() -> None:
-    numbers = re.findall(r"[\d.,]+", describe_batches(BatchPlan(30, 2, 3, 5, num_steps=1500, seed=0)))
+    numbers = re.findall(
+        r"[\d.,]+", describe_batches(BatchPlan(30, 2, 3, 5, num_steps=1500, seed=0))
+    )
     assert numbers == ["30", "2", "3", "5", "1,500", "1500.0"]
 
 
@@ -58,7 +62,8 @@ def test_the_bar_moves_at_every_step(tmp_path: Path) -> None:
         reporter.show_step(1)
         reporter.progress.refresh()
         reporter.log(RECORD | {"step": 1, "held_out_accuracy": 0.25})
-    assert "1/20" in output.getvalue() and "held out: accuracy 25.00%\n" in output.getvalue()
+    assert "1/20" in output.getvalue()
+    assert "held out: accuracy 25.00%\n" in output.getvalue()
 
 
 def test_records_of_repeated_steps_are_removed(tmp_path: Path) -> None:
@@ -69,7 +74,9 @@ def test_records_of_repeated_steps_are_removed(tmp_path: Path) -> None:
     reporter.start_after(4, 10)
     assert (tmp_path / "metrics.jsonl").read_text() == f"{lines[0]}\n{lines[1]}\n"
     reporter.log(RECORD | {"step": 5})
-    assert (tmp_path / "metrics.jsonl").read_text().splitlines()[2:] == [json.dumps(RECORD | {"step": 5})]
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines()[2:] == [
+        json.dumps(RECORD | {"step": 5})
+    ]
     with pytest.raises(ValueError, match="Out of range float values"):  # would not be valid JSON
         reporter.log(RECORD | {"step": 6, "loss": math.nan})
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
@@ -88,16 +95,30 @@ def test_only_the_main_process_writes_and_prints(
         reporter.print_line("data", "a line")
         reporter.warn("a warning")
         reporter.log(RECORD | {"step": 1})
-    assert not list(tmp_path.iterdir()) and capsys.readouterr().out == ""
+    assert not list(tmp_path.iterdir())
+    assert capsys.readouterr().out == ""
 
 
 def test_brackets_are_not_markup(tmp_path: Path) -> None:
     reporter, output = build_reporter(tmp_path)
     reporter.print_line("data", "[red] and registers[1]")
     reporter.warn("[bold]noon[/bold].png cannot be read")
-    assert output.getvalue() == "data      [red] and registers[1]\nWARNING: [bold]noon[/bold].png cannot be read\n"
+    assert (
+        output.getvalue()
+        == "data      [red] and registers[1]\nWARNING: [bold]noon[/bold].png cannot be read\n"
+    )
 
 
 def test_trackers_get_only_numbers() -> None:
-    record = {"step": 3, "norms": {"cls[0]": 1.5, "cls[1]": None}, "entropy": [0.25, {"a": 2}], "name": "x"}
-    assert flatten_record(record) == {"step": 3, "norms/cls[0]": 1.5, "entropy/00": 0.25, "entropy/01/a": 2}
+    record = {
+        "step": 3,
+        "norms": {"cls[0]": 1.5, "cls[1]": None},
+        "entropy": [0.25, {"a": 2}],
+        "name": "x",
+    }
+    assert flatten_record(record) == {
+        "step": 3,
+        "norms/cls[0]": 1.5,
+        "entropy/00": 0.25,
+        "entropy/01/a": 2,
+    }

@@ -31,7 +31,13 @@ NOT_COMPARED = ("images_per_second", "peak_memory_mb", "seconds", "inference", "
 
 def build_options(folder: Path, **flags: Any) -> FinetuneOptions:
     """Return the options of a run of three steps with averaged weights, which saves after each step."""
-    settings = {"max_steps": 3, "batch_size": 8, "learning_rate": 3e-3, "ema_decay": 0.5, "save_every": 1}
+    settings = {
+        "max_steps": 3,
+        "batch_size": 8,
+        "learning_rate": 3e-3,
+        "ema_decay": 0.5,
+        "save_every": 1,
+    }
     settings |= {"log_every": 3, "log_attention_every": 3, "keep_checkpoints": 5}
     return build_tiny_options(folder, "digits", **settings | flags)
 
@@ -57,7 +63,11 @@ def change_metadata(folder: Path, **changes: Any) -> None:
     file = folder / "checkpoints" / "step-00000002" / "state.json"
     state = read_state(file.parent)
     metadata = state["metadata"] | changes
-    state["metadata"] = {name: metadata[name] for name in metadata if name not in changes or changes[name] is not None}
+    state["metadata"] = {
+        name: metadata[name]
+        for name in metadata
+        if name not in changes or changes[name] is not None
+    }
     file.write_text(format_state(state), encoding="utf-8")
 
 
@@ -72,23 +82,34 @@ def get_compared_values(folder: Path) -> list[dict[str, Any]]:
 # Results -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_resumed_run_has_the_same_results(whole: Path, killed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_resumed_run_has_the_same_results(
+    whole: Path, killed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Flags that affect the result only by rounding may change. Times and metrics of earlier steps are included."""
-    changes = {"batch_size": 4, "gradient_accumulation_steps": 2, "keep_checkpoints": 1, "save_every": 5}
+    changes = {
+        "batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "keep_checkpoints": 1,
+        "save_every": 5,
+    }
     change_metadata(killed, training_seconds=1000.0)
     results = run_training(build_options(killed, resume=True, **changes))
     printed = capsys.readouterr().out
-    assert "resumed   after step 2 of 3" in printed and "step 3/3  " in printed
-    found, expected = get_compared_values(killed), get_compared_values(whole)
+    assert "resumed   after step 2 of 3" in printed
+    assert "step 3/3  " in printed
+    found = get_compared_values(killed)
+    expected = get_compared_values(whole)
     for one, other in zip(found, expected, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
     assert found[0]["token_movement"] == pytest.approx(expected[0]["token_movement"], abs=1e-5)
     assert [record["step"] for record in found[1:]] == [3]
-    assert 1000 < results["seconds"] < 1300 and results["images_per_second"] == round(24 / results["seconds"], 1)
+    assert 1000 < results["seconds"] < 1300
+    assert results["images_per_second"] == round(24 / results["seconds"], 1)
     checkpoints = CheckpointStore(killed / "checkpoints", num_kept=1)
     assert checkpoints.list_steps() == [3]
     metadata = read_json(checkpoints.get_folder(3) / "state.json")["metadata"]
-    assert 1000 < metadata["training_seconds"] <= results["seconds"] and metadata["flags"]["batch_size"] == 4
+    assert 1000 < metadata["training_seconds"] <= results["seconds"]
+    assert metadata["flags"]["batch_size"] == 4
     assert metadata["images_per_step"] == 8
 
 
@@ -97,7 +118,8 @@ def test_unreadable_images_and_evaluations_of_earlier_steps_are_counted(killed: 
     folders: list[Path] = []
     options = build_options(killed, resume=True, push_to_hub=True, hub_checkpoint_branch="dev")
     results = read_json(train(options, folders.append) / "results.json")
-    assert results["num_unreadable_training_images"] == 2 and folders == [killed / "checkpoints" / "step-00000003"]
+    assert results["num_unreadable_training_images"] == 2
+    assert folders == [killed / "checkpoints" / "step-00000003"]
     state = read_json(killed / "checkpoints" / "step-00000003" / "state.json")
     assert state["metadata"]["unreadable_images"] == [3, 7]
     assert (state["metadata"]["best_score"], state["metadata"]["margin"]) == (2.0, 0.25)
@@ -105,16 +127,22 @@ def test_unreadable_images_and_evaluations_of_earlier_steps_are_counted(killed: 
     assert "path/to" not in (killed / "config.resolved.yaml").read_text(encoding="utf-8")
 
 
-def test_a_signal_saves_a_checkpoint(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, flags = tmp_path / "run", {"save_every": 100, "log_every": 1}
+def test_a_signal_saves_a_checkpoint(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    flags = {"save_every": 100, "log_every": 1}
     show_step = Reporter.show_step
     monkeypatch.setattr(
-        Reporter, "show_step", lambda reporter, step: (show_step(reporter, step), os.kill(os.getpid(), signal.SIGUSR1))
+        Reporter,
+        "show_step",
+        lambda reporter, step: (show_step(reporter, step), os.kill(os.getpid(), signal.SIGUSR1)),
     )
     with pytest.raises(RunStopped, match=r"^stopped by SIGUSR1; .*--resume") as stopped:
         run_training(build_options(folder, **flags))
     assert stopped.value.exit_status == 128 + signal.SIGUSR1
-    assert not (folder / "results.json").exists() and not (folder / ".vitcls.lock").exists()
+    assert not (folder / "results.json").exists()
+    assert not (folder / ".vitcls.lock").exists()
     assert CheckpointStore(folder / "checkpoints", num_kept=1).list_steps() == [1]
     monkeypatch.setattr(Reporter, "show_step", show_step)
     run_training(build_options(folder, resume=True, **flags))
@@ -126,7 +154,10 @@ def test_a_signal_saves_a_checkpoint(whole: Path, tmp_path: Path, monkeypatch: p
 
 LENGTH = "To train for more steps, start another run with --model"
 CHANGES: list[tuple[dict[str, Any], str]] = [
-    ({"learning_rate": None}, "--learning-rate 0.003, but the value in this run is 0.001. Use the same flags"),
+    (
+        {"learning_rate": None},
+        "--learning-rate 0.003, but the value in this run is 0.001. Use the same flags",
+    ),
     ({"ema_decay": None}, "--ema-decay 0.5, but the value in this run is unset"),
     ({"max_steps": 9}, f"--max-steps 3, but the value in this run is 9. {LENGTH}"),
     ({"epochs": 9.0}, LENGTH),
@@ -144,23 +175,43 @@ def test_another_run_is_an_error(killed: Path, changes: dict[str, Any], message:
 def test_teachers_of_a_run_may_be_pinned_but_not_changed() -> None:
     """Flags that do not affect the result may change."""
     flags = {"teachers": [f"acme/vit@{'0' * 40}", "acme/other"], "select": "best"}
-    flags |= {"log_with": ["wandb"], "report": True, "push_to_hub": True, "license": "mit", "card_samples": 3}
-    flags |= {"num_workers": 3, "max_unreadable_images": 3, "hub_model_id": "a/b", "hub_private": True}
+    flags |= {
+        "log_with": ["wandb"],
+        "report": True,
+        "push_to_hub": True,
+        "license": "mit",
+        "card_samples": 3,
+    }
+    flags |= {
+        "num_workers": 3,
+        "max_unreadable_images": 3,
+        "hub_model_id": "a/b",
+        "hub_private": True,
+    }
     flags |= {"hub_verify": True}
     check_flags_unchanged(flags, {"teachers": ["acme/vit", "acme/other"]}, Path("run"))
     for teachers in (["acme/other", "acme/vit"], ["acme/vit"]):
-        with raises_one_line(f"--teachers {flags['teachers'][0]} acme/other, but", f"is {' '.join(teachers)}."):
+        with raises_one_line(
+            f"--teachers {flags['teachers'][0]} acme/other, but", f"is {' '.join(teachers)}."
+        ):
             check_flags_unchanged(flags, {"teachers": teachers}, Path("run"))
 
 
 def test_a_resumed_run_uses_the_commits_of_its_checkpoint() -> None:
     stored = {"model": f"acme/vit@{'0' * 40}", "teacher": f"acme/other@{'1' * 40}"}
     checkpoint: Any = SimpleNamespace(metadata={"flags": stored})
-    pinned = pin_models(build_options(Path("run"), model="acme/vit", teacher="acme/other"), checkpoint)
+    pinned = pin_models(
+        build_options(Path("run"), model="acme/vit", teacher="acme/other"), checkpoint
+    )
     assert {"model": pinned.model.model, "teacher": pinned.distillation.teacher} == stored
     checkpoint.metadata["flags"] = {"teachers": [*stored.values()]}
-    options = build_tiny_options(Path("run"), "digits", PretrainOptions, teachers=("acme/other", "acme/vit"))
-    assert pin_models(options, checkpoint).distillation.teachers == (stored["teacher"], stored["model"])
+    options = build_tiny_options(
+        Path("run"), "digits", PretrainOptions, teachers=("acme/other", "acme/vit")
+    )
+    assert pin_models(options, checkpoint).distillation.teachers == (
+        stored["teacher"],
+        stored["model"],
+    )
 
 
 def test_a_run_resumed_on_a_machine_without_bfloat16_keeps_its_precision(

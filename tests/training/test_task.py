@@ -11,7 +11,13 @@ import torch
 import yaml
 from helpers.accelerate_state import reset_accelerate
 from helpers.tiny_models import build_tiny_config, raises_one_line, save_with_processor
-from helpers.tiny_options import build_tiny_options, prepare_task, read_metrics, run_dry, run_training
+from helpers.tiny_options import (
+    build_tiny_options,
+    prepare_task,
+    read_metrics,
+    run_dry,
+    run_training,
+)
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -66,12 +72,21 @@ def test_defaults_are_printed_and_recorded(tmp_path: Path, capsys: pytest.Captur
     options = build_tiny_options(tmp_path / "run", "digits", **flags)
     run_training(options)
     printed = capsys.readouterr().out
-    assert "weights   random, because vitcls-tiny is a preset" in printed and "for example timm:" in printed
+    assert "weights   random, because vitcls-tiny is a preset" in printed
+    assert "for example timm:" in printed
     assert "random weights, width 32: learning rate 0.001, initializer range 0.141" in printed
     assert "random weights, 240 images: batch size 32" in printed
     assert "image size 32: crop scale 1, shift 0.04" in printed
-    resolved = yaml.safe_load((tmp_path / "run" / "config.resolved.yaml").read_text(encoding="utf-8"))
-    expected = {"learning_rate": 0.001, "batch_size": 32, "layer_decay": 1.0, "crop_scale": 1.0, "weight_decay": 0.1}
+    resolved = yaml.safe_load(
+        (tmp_path / "run" / "config.resolved.yaml").read_text(encoding="utf-8")
+    )
+    expected = {
+        "learning_rate": 0.001,
+        "batch_size": 32,
+        "layer_decay": 1.0,
+        "crop_scale": 1.0,
+        "weight_decay": 0.1,
+    }
     assert {name: resolved[name] for name in expected} == expected
     assert not resolved.keys() & {"config", "resume", "overwrite", "dry_run"}
 
@@ -79,30 +94,44 @@ def test_defaults_are_printed_and_recorded(tmp_path: Path, capsys: pytest.Captur
 def test_the_flags_and_the_checkpoint_determine_the_batches(tmp_path: Path) -> None:
     """The checkpoint requires gray images that are not square."""
     start = tmp_path / "start"
-    ViTCLSForImageClassification(build_tiny_config(num_channels=1, image_size=[24, 32])).save_pretrained(start)
+    ViTCLSForImageClassification(
+        build_tiny_config(num_channels=1, image_size=[24, 32])
+    ).save_pretrained(start)
     settings = {"image_mean": [0.4], "image_std": [0.2], "resample": 0, "do_convert_rgb": False}
     ViTCLSImageProcessor(size={"height": 24, "width": 32}, **settings).save_pretrained(start)
     flags = {"crop_scale": 0.6, "shift": 0.1, "seed": 5}
-    flags |= {"model": start, "max_steps": 2, "gradient_checkpointing": True, "max_unreadable_images": 0}
+    flags |= {
+        "model": start,
+        "max_steps": 2,
+        "gradient_checkpointing": True,
+        "max_unreadable_images": 0,
+    }
     run = prepare_task(build_options(tmp_path / "run", replace(DIGITS, split_seed=3), **flags))
     train, options, task = run.data.train, run.options, run.task
     plan = BatchPlan.from_options(len(train), options.training, 1)
     assert [*run.plan.iterate_keys(0)] == [*plan.iterate_keys(0)]
-    augmentation = build_augmentation(options.augmentation, ViTCLSImageProcessor(size=[24, 32], resample=0))
+    augmentation = build_augmentation(
+        options.augmentation, ViTCLSImageProcessor(size=[24, 32], resample=0)
+    )
     images = TrainingImages(train, BatchBuilder(augmentation, to_rgb=False, seed=5, num_channels=1))
     expected = next(iterate_training_batches(images, run.plan, 0, 0))
     images = build_training_images(options, run.data, task.processor, 1, 0)
     batch = next(iterate_training_batches(images, run.plan, 0, 0))
-    assert batch["pixels"].shape == (16, 1, 24, 32) and batch.keys() == expected.keys()
+    assert batch["pixels"].shape == (16, 1, 24, 32)
+    assert batch.keys() == expected.keys()
     assert batch.pop("errors") == expected.pop("errors") == {}
     assert all(torch.equal(batch[name], expected[name]) for name in expected)
-    assert task.build_evaluator(run.data.held_out)(task.model.eval())["num_images"] == len(run.data.held_out)
+    assert task.build_evaluator(run.data.held_out)(task.model.eval())["num_images"] == len(
+        run.data.held_out
+    )
 
 
 # The best checkpoint -------------------------------------------------------------------------------------------------
 
 
-def test_the_best_checkpoint_is_saved_and_reported(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_best_checkpoint_is_saved_and_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     """The learning rate is far too high, so that a later evaluation is worse than an earlier one."""
     folder = tmp_path / "run"
     flags = {"epochs": 4.0, "batch_size": 60, "learning_rate": 0.2, "warmup": 0.0, "ema_decay": 0.5}
@@ -110,25 +139,35 @@ def test_the_best_checkpoint_is_saved_and_reported(tmp_path: Path, capsys: pytes
     results = run_training(build_options(folder, select="best", **flags))
     records = [record for record in read_metrics(folder) if "selection_accuracy" in record]
     best = max(records, key=lambda record: record["selection_accuracy"])
-    assert results["selection"]["step"] == best["step"] and best is not records[-1]
+    assert results["selection"]["step"] == best["step"]
+    assert best is not records[-1]
     assert results["selection"]["accuracy"] == best["selection_accuracy"]
     # "held out" names only the reported images.
     assert not any(name.startswith("held_out") for record in records for name in record)
     printed = capsys.readouterr().out
-    assert f"selection: accuracy {best['selection_accuracy']:.2%}" in printed and "held out: " not in printed
+    assert f"selection: accuracy {best['selection_accuracy']:.2%}" in printed
+    assert "held out: " not in printed
 
     store = CheckpointStore(folder / "checkpoints", num_kept=2)
     assert store.load_best().step == best["step"]
-    saved, selected = load_file(folder / "model.safetensors"), store.load_best().load_tensors("ema")
-    assert saved.keys() == selected.keys() and all(torch.equal(saved[name], selected[name]) for name in saved)
+    saved = load_file(folder / "model.safetensors")
+    selected = store.load_best().load_tensors("ema")
+    assert saved.keys() == selected.keys()
+    assert all(torch.equal(saved[name], selected[name]) for name in saved)
     reset_accelerate()
     evaluated = evaluate_checkpoint(EvaluateOptions(str(folder), DIGITS, batch_size=16))
-    assert evaluated["accuracy"] == results["accuracy"] and evaluated["images"] == "held_out"
+    assert evaluated["accuracy"] == results["accuracy"]
+    assert evaluated["images"] == "held_out"
 
 
 def test_early_stopping_is_resumed_exactly(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """With a tiny learning rate, no evaluation improves. The run is killed before it writes its results."""
-    flags: dict[str, Any] = {"epochs": 8.0, "learning_rate": 1e-12, "warmup": 0.0, "early_stopping": 2}
+    flags: dict[str, Any] = {
+        "epochs": 8.0,
+        "learning_rate": 1e-12,
+        "warmup": 0.0,
+        "early_stopping": 2,
+    }
     first = run_training(build_options(tmp_path / "run", select=None, **flags))
     assert "stopped" in capsys.readouterr().out
     assert first["epochs"] == pytest.approx(3, abs=0.1)
@@ -151,33 +190,51 @@ def test_a_long_run_says_how_long_it_takes_before_the_first_step(
 
 def test_a_validation_split_selects_and_the_test_split_is_reported(tmp_path: Path) -> None:
     counts = {"train": 8, "val": 3, "test": 5}
-    data = write_images(tmp_path / "data", {split: dict.fromkeys(("dusk", "noon"), n) for split, n in counts.items()})
+    data = write_images(
+        tmp_path / "data",
+        {split: dict.fromkeys(("dusk", "noon"), n) for split, n in counts.items()},
+    )
     forwards: list[tuple[bool, int]] = []
 
     def note(model: Any, _: Any, output: Any) -> None:
         if isinstance(model, ViTCLSForImageClassification) and output.logits.device.type != "meta":
-            is_checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+            is_checkpointed = any(
+                getattr(module, "gradient_checkpointing", False) for module in model.modules()
+            )
             forwards.append((model.training and is_checkpointed, len(output.logits.unique(dim=0))))
 
     handle = torch.nn.modules.module.register_module_forward_hook(note)
     try:
-        options = build_options(tmp_path / "run", data, max_steps=2, select="best", gradient_checkpointing=True)
+        options = build_options(
+            tmp_path / "run", data, max_steps=2, select="best", gradient_checkpointing=True
+        )
         results = run_training(options)
     finally:
         handle.remove()
-    forwards = [forward for forward in forwards if forward[1] > 1 or forward[0]]  # without FLOPs and speed
+    forwards = [
+        forward for forward in forwards if forward[1] > 1 or forward[0]
+    ]  # without FLOPs and speed
     # The validation split is evaluated after each epoch, and the test split at the end.
     assert [count for is_trained, count in forwards if not is_trained] == [6, 6, 10]
     assert forwards[0][0]
-    assert (results["split"], results["num_images"], results["dataset"]) == ("split 'test'", 10, "data")
-    assert (results["selection"]["images"], results["selection"]["num_images"]) == ("split 'validation'", 6)
+    assert (results["split"], results["num_images"], results["dataset"]) == (
+        "split 'test'",
+        10,
+        "data",
+    )
+    assert (results["selection"]["images"], results["selection"]["num_images"]) == (
+        "split 'validation'",
+        6,
+    )
 
 
 def test_a_dry_run_evaluates_random_images_and_prints_no_result(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first selection images are all of one class."""
-    data = write_images(tmp_path / "data", {split: {"dusk": 40, "noon": 40} for split in ("train", "val")})
+    data = write_images(
+        tmp_path / "data", {split: {"dusk": 40, "noon": 40} for split in ("train", "val")}
+    )
     write_images(tmp_path / "data", {"test": {"dusk": 2, "noon": 2}})
     evaluated: list[Any] = []
 
@@ -188,9 +245,12 @@ def test_a_dry_run_evaluates_random_images_and_prints_no_result(
 
     monkeypatch.setattr(finetune, "Evaluator", RecordingEvaluator)
     run_dry(build_options(tmp_path / "run", data, report=False, select="best"))
-    assert set(evaluated[1].labels) == {0, 1} and len(evaluated[1]) == 16
+    assert set(evaluated[1].labels) == {0, 1}
+    assert len(evaluated[1]) == 16
     printed = capsys.readouterr().out
-    assert "accuracy" not in printed and "WARNING" not in printed and "ran 3 steps" in printed
+    assert "accuracy" not in printed
+    assert "WARNING" not in printed
+    assert "ran 3 steps" in printed
 
 
 @pytest.mark.parametrize(("batch_size", "fraction"), [(8, 0.4), (30, 1.0)])
@@ -198,7 +258,9 @@ def test_a_dry_run_of_two_processes_evaluates_a_batch_of_each(
     batch_size: int, fraction: float, tmp_path: Path
 ) -> None:
     """The full run evaluates 40 images."""
-    data = write_images(tmp_path, {"train": {"dusk": 2, "noon": 2}, "val": {"dusk": 20, "noon": 20}})
+    data = write_images(
+        tmp_path, {"train": {"dusk": 2, "noon": 2}, "val": {"dusk": 20, "noon": 20}}
+    )
     plan: Any = SimpleNamespace(batch_size=batch_size, num_processes=2)
     few, evaluated_fraction = draw_few_images(load_training_data(data), plan)
     assert evaluated_fraction == fraction
@@ -207,10 +269,14 @@ def test_a_dry_run_of_two_processes_evaluates_a_batch_of_each(
 
 def test_the_expected_duration_of_a_full_run() -> None:
     """25 steps of 2 s, and two evaluations of 7.8 s: 3.9 s with half of the images. The first step does not count."""
-    loop: Any = SimpleNamespace(step_seconds=[1.0, 3.0, 2.0], evaluation_seconds=[9.0, 3.9], peak_memory=5 * 2**20)
+    loop: Any = SimpleNamespace(
+        step_seconds=[1.0, 3.0, 2.0], evaluation_seconds=[9.0, 3.9], peak_memory=5 * 2**20
+    )
     options = build_options(Path("run"), evaluate_every=2)
     for num_images, duration in ((100, "0:01:06"), (None, "0:00:58")):  # a stream is evaluated once
-        plan = BatchPlan(num_images, 10, accumulation_steps=1, num_processes=1, num_steps=25, seed=0)
+        plan = BatchPlan(
+            num_images, 10, accumulation_steps=1, num_processes=1, num_steps=25, seed=0
+        )
         text = describe_dry_run(loop, plan, options, 0.5, 61.4)
         for part in ("ran 3 steps", "in 61 s", "25 steps", duration, " 5 MiB"):
             assert part in text
@@ -222,26 +288,36 @@ def test_the_expected_duration_of_a_full_run() -> None:
 def test_folds(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     data = replace(DIGITS, folds=3)
     summary = run_folds(build_options(tmp_path / "run", data, max_steps=2), run_training)
-    parts = [json.loads((tmp_path / "run" / f"fold-{fold}" / "results.json").read_text()) for fold in (1, 2, 3)]
+    parts = [
+        json.loads((tmp_path / "run" / f"fold-{fold}" / "results.json").read_text())
+        for fold in (1, 2, 3)
+    ]
     assert sum(part["num_images"] for part in parts) == 300
     accuracies = [part["accuracy"] for part in parts]
     assert summary["mean"] == pytest.approx(sum(accuracies) / 3, abs=1e-6)
     assert summary == json.loads((tmp_path / "run" / "folds.json").read_text(encoding="utf-8"))
     half_width = compute_mean_interval(accuracies)[1]
     interval = [summary["mean"] - half_width, summary["mean"] + half_width]
-    assert summary["interval"] == pytest.approx(interval, abs=2e-6) and half_width > 0
-    folds = [{"folder": f"fold-{fold}", "accuracy": value} for fold, value in enumerate(accuracies, 1)]
+    assert summary["interval"] == pytest.approx(interval, abs=2e-6)
+    assert half_width > 0
+    folds = [
+        {"folder": f"fold-{fold}", "accuracy": value} for fold, value in enumerate(accuracies, 1)
+    ]
     assert (summary["metric"], summary["folds"]) == ("accuracy", folds)
     line = f"mean accuracy {summary['mean']:.2%} (95% interval: {interval[0]:.2%} to {interval[1]:.2%}) over 3 folds"
     assert line in capsys.readouterr().out
     reset_accelerate()
-    evaluated = evaluate_checkpoint(EvaluateOptions(str(tmp_path / "run" / "fold-2"), DIGITS, batch_size=16))
+    evaluated = evaluate_checkpoint(
+        EvaluateOptions(str(tmp_path / "run" / "fold-2"), DIGITS, batch_size=16)
+    )
     assert (evaluated["accuracy"], evaluated["images"]) == (accuracies[1], "held_out")
 
 
 def test_folds_are_not_pushed(tmp_path: Path) -> None:
     options = build_options(tmp_path / "run", replace(DIGITS, folds=3), push_to_hub=True)
-    with pytest.raises(ValueError, match="--folds trains several models, but --push-to-hub pushes only one model"):
+    with pytest.raises(
+        ValueError, match="--folds trains several models, but --push-to-hub pushes only one model"
+    ):
         run_folds(options, run_training)
     assert not (tmp_path / "run").exists()
 
@@ -253,7 +329,9 @@ def test_training_on_all_images(tmp_path: Path, capsys: pytest.CaptureFixture) -
     results = run_training(options)
     assert (results["num_training_images"], results["num_images"]) == (300, 0)
     output = capsys.readouterr().out
-    assert "accuracy" not in results and "not evaluated" in output and "WARNING" not in output
+    assert "accuracy" not in results
+    assert "not evaluated" in output
+    assert "WARNING" not in output
     with raises_one_line("all 300 images", "--dataset"):
         evaluate_checkpoint(EvaluateOptions(str(tmp_path / "run"), DIGITS))
     assert len(load_evaluation_data(data, "train").images) == 300
@@ -264,7 +342,9 @@ def test_training_on_all_images(tmp_path: Path, capsys: pytest.CaptureFixture) -
 
 def test_a_class_that_only_the_validation_split_has(tmp_path: Path) -> None:
     """The training images of a trained model are too few for a selection split, which would be the default."""
-    model = save_with_processor(ViTCLSForImageClassification(build_tiny_config()), tmp_path / "model")
+    model = save_with_processor(
+        ViTCLSForImageClassification(build_tiny_config()), tmp_path / "model"
+    )
     splits = {"train": {"dusk": 1, "noon": 1}, "val": {"dusk": 2, "noon": 2, "night": 2}}
     data = write_images(tmp_path / "data", splits)
     run = prepare_task(build_options(tmp_path / "run", data, model=model, select=None))

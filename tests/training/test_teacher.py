@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers.tiny_models import build_tiny_config, get_largest_difference, raises_one_line, randomize
+from helpers.tiny_models import (
+    build_tiny_config,
+    get_largest_difference,
+    raises_one_line,
+    randomize,
+)
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import save_for_hf
@@ -29,7 +34,13 @@ from transformers import (
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.training.losses import compute_distillation_loss
-from modeling_vitcls.training.teacher import Teacher, TeacherCache, get_interpolation, load_teacher, match_labels
+from modeling_vitcls.training.teacher import (
+    Teacher,
+    TeacherCache,
+    get_interpolation,
+    load_teacher,
+    match_labels,
+)
 
 
 CPU = torch.device("cpu")
@@ -40,16 +51,22 @@ def build_label_space(*names: str) -> LabelSpace:
     return LabelSpace("single_label_classification", {"label": list(names)})
 
 
-def load_labeled_teacher(source: object, *names: str, channels: int = 3, size: tuple[int, int] = (32, 32)) -> Teacher:
+def load_labeled_teacher(
+    source: object, *names: str, channels: int = 3, size: tuple[int, int] = (32, 32)
+) -> Teacher:
     """Return the teacher of a student with these labels."""
     student = ViTCLSConfig(num_channels=channels, image_size=list(size))
     return load_teacher(str(source), build_label_space(*(names or NAMES)), student, CPU)
 
 
-def build_pixels(batch: int = 2, channels: int = 3, height: int = 32, width: int = 32, seed: int = 0) -> torch.Tensor:
+def build_pixels(
+    batch: int = 2, channels: int = 3, height: int = 32, width: int = 32, seed: int = 0
+) -> torch.Tensor:
     """Return random 8-bit images [B, C, H, W]."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (batch, channels, height, width), generator=generator, dtype=torch.uint8)
+    return torch.randint(
+        0, 256, (batch, channels, height, width), generator=generator, dtype=torch.uint8
+    )
 
 
 def build_pil_images(batch: torch.Tensor) -> list[Image.Image]:
@@ -63,8 +80,15 @@ def save_teacher(folder: Path, model: Any, processor: Any) -> Path:
     return folder
 
 
-def build_tiny_resnet(names: list[str] | None = NAMES, **fields: Any) -> ResNetForImageClassification:
-    sizes: dict[str, Any] = {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1], "layer_type": "basic"}
+def build_tiny_resnet(
+    names: list[str] | None = NAMES, **fields: Any
+) -> ResNetForImageClassification:
+    sizes: dict[str, Any] = {
+        "embedding_size": 8,
+        "hidden_sizes": [8, 8],
+        "depths": [1, 1],
+        "layer_type": "basic",
+    }
     labels = {"num_labels": 3} if names is None else {"id2label": dict(enumerate(names))}
     return ResNetForImageClassification(ResNetConfig(**sizes, **labels, **fields))
 
@@ -92,7 +116,9 @@ def build_mobile_vit() -> tuple[Any, Any]:
 
 def build_vitcls() -> tuple[Any, Any]:
     config = build_tiny_config(id2label=dict(enumerate(NAMES)), num_distillation_tokens=1)
-    return ViTCLSForImageClassification(config), ViTCLSImageProcessor(size={"height": 32, "width": 32}, resample=2)
+    return ViTCLSForImageClassification(config), ViTCLSImageProcessor(
+        size={"height": 32, "width": 32}, resample=2
+    )
 
 
 TEACHERS = {
@@ -111,10 +137,14 @@ def test_teachers_predict_as_with_their_own_image_processor(build: Any, tmp_path
     batch = build_pixels()
     teacher = load_labeled_teacher(folder)
     size = teacher.preprocessing.height_width
-    shown = torch.nn.functional.interpolate(batch.float(), size=size).to(torch.uint8)  # requires no resizing
+    shown = torch.nn.functional.interpolate(batch.float(), size=size).to(
+        torch.uint8
+    )  # requires no resizing
     processor = AutoImageProcessor.from_pretrained(folder)
     alone = AutoModelForImageClassification.from_pretrained(folder).eval()
-    whole = processor(build_pil_images(shown), do_resize=False, do_center_crop=False, return_tensors="pt")
+    whole = processor(
+        build_pil_images(shown), do_resize=False, do_center_crop=False, return_tensors="pt"
+    )
     with torch.no_grad():
         assert get_largest_difference(teacher(shown), alone(**whole).logits) <= 1e-5
         expected = alone(**processor(list(batch), return_tensors="pt")).logits
@@ -122,8 +152,12 @@ def test_teachers_predict_as_with_their_own_image_processor(build: Any, tmp_path
     assert teacher.description.endswith(f"{size[0]} x {size[1]} pixels")
 
 
-@pytest.mark.parametrize(("resample", "mode"), [(0, "nearest-exact"), (1, "bicubic"), (2, "bilinear")])
-def test_teachers_resize_with_the_filter_of_their_processor(resample: Any, mode: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("resample", "mode"), [(0, "nearest-exact"), (1, "bicubic"), (2, "bilinear")]
+)
+def test_teachers_resize_with_the_filter_of_their_processor(
+    resample: Any, mode: str, tmp_path: Path
+) -> None:
     """Lanczos (1) is replaced by bicubic. The weights of a teacher in half precision are converted to float32."""
     model = build_tiny_resnet().bfloat16()
     folder = save_teacher(tmp_path, model, build_half_processor(resample=resample))
@@ -133,11 +167,18 @@ def test_teachers_resize_with_the_filter_of_their_processor(resample: Any, mode:
     assert torch.equal(teacher.preprocessing(pixels), teacher.preprocessing(expected))
     assert get_interpolation("random") is InterpolationMode.BILINEAR  # of timm's configurations
     assert teacher(pixels).dtype == torch.float32
-    assert get_largest_difference(teacher(pixels), model.float()(teacher.preprocessing(pixels)).logits) <= 1e-6
+    assert (
+        get_largest_difference(teacher(pixels), model.float()(teacher.preprocessing(pixels)).logits)
+        <= 1e-6
+    )
 
 
 def test_the_whole_crop_is_used_without_a_center_crop(tmp_path: Path) -> None:
-    settings = {"size": {"height": 32, "width": 32}, "do_center_crop": True, "crop_size": {"height": 16, "width": 16}}
+    settings = {
+        "size": {"height": 32, "width": 32},
+        "do_center_crop": True,
+        "crop_size": {"height": 16, "width": 16},
+    }
     folder = save_teacher(tmp_path / "crops", build_tiny_resnet(), build_half_processor(**settings))
     teacher = load_labeled_teacher(folder)
     assert teacher.preprocessing.height_width == (16, 16)
@@ -149,14 +190,17 @@ def test_the_whole_crop_is_used_without_a_center_crop(tmp_path: Path) -> None:
 
 
 def test_the_size_depends_on_the_aspect_ratio_of_the_student(tmp_path: Path) -> None:
-    folder = save_teacher(tmp_path / "edges", build_tiny_resnet(), build_half_processor(size={"shortest_edge": 20}))
+    folder = save_teacher(
+        tmp_path / "edges", build_tiny_resnet(), build_half_processor(size={"shortest_edge": 20})
+    )
     teacher = load_labeled_teacher(folder, size=(32, 48))
     assert teacher.preprocessing.height_width == (20, 30)
     assert teacher(build_pixels(height=32, width=48)).shape == (2, 3)
 
 
 def test_mixed_pixels_are_rounded(resnet: Path) -> None:
-    teacher, batch = load_labeled_teacher(resnet), build_pixels()
+    teacher = load_labeled_teacher(resnet)
+    batch = build_pixels()
     assert get_largest_difference(teacher(batch), teacher(batch.float() + 0.3)) == 0
     brighter = (batch.int() + 21).clamp(max=255).to(torch.uint8)
     assert torch.equal(teacher(brighter), teacher(batch.float() + 20.7))
@@ -166,17 +210,25 @@ def test_mixed_pixels_are_rounded(resnet: Path) -> None:
 @pytest.mark.parametrize("channels", [1, 3])
 def test_gray_and_color_images_are_converted(channels: int, tmp_path: Path) -> None:
     one_mean = {"image_mean": [0.5], "image_std": [0.5]}
-    grey = save_teacher(tmp_path / "grey", build_tiny_resnet(num_channels=1), build_half_processor(**one_mean))
+    grey = save_teacher(
+        tmp_path / "grey", build_tiny_resnet(num_channels=1), build_half_processor(**one_mean)
+    )
     colour = save_teacher(tmp_path / "colour", build_tiny_resnet(), build_half_processor())
     batch = build_pixels(channels=channels)
     for folder in (grey, colour):
         assert load_labeled_teacher(folder, channels=channels)(batch).shape == (2, 3)
     pictures = build_pil_images(batch.expand(-1, 3, -1, -1))
-    as_grey = torch.stack([torch.from_numpy(np.array(picture.convert("L"))).float()[None] for picture in pictures])
-    found, expected = (load_labeled_teacher(grey, channels=each.shape[1])(each) for each in (batch, as_grey))
+    as_grey = torch.stack(
+        [torch.from_numpy(np.array(picture.convert("L"))).float()[None] for picture in pictures]
+    )
+    found, expected = (
+        load_labeled_teacher(grey, channels=each.shape[1])(each) for each in (batch, as_grey)
+    )
     assert get_largest_difference(found, expected) <= 2e-2
     in_color = batch.expand(-1, 3, -1, -1)
-    found, expected = (load_labeled_teacher(colour, channels=each.shape[1])(each) for each in (batch, in_color))
+    found, expected = (
+        load_labeled_teacher(colour, channels=each.shape[1])(each) for each in (batch, in_color)
+    )
     assert get_largest_difference(found, expected) <= 1e-5
 
 
@@ -197,14 +249,17 @@ def test_teacher_is_frozen_and_in_eval_mode(resnet: Path) -> None:
 def test_labels_are_matched_by_name(resnet: Path) -> None:
     plain = load_labeled_teacher(resnet)(build_pixels())
     permuted = load_labeled_teacher(resnet, "cat", "ant", "bee")
-    assert torch.equal(permuted(build_pixels()), plain[:, [2, 0, 1]]) and permuted.description.endswith("pixels")
+    assert torch.equal(permuted(build_pixels()), plain[:, [2, 0, 1]])
+    assert permuted.description.endswith("pixels")
     some = load_labeled_teacher(resnet, "cat", "ant")
     assert torch.equal(some(build_pixels()), plain[:, [2, 0]])
     assert some.description.endswith("pixels; 2 of the teacher's 3 labels are used")
 
 
 def test_labels_without_names_are_matched_by_index_with_a_message(tmp_path: Path) -> None:
-    folder = save_teacher(tmp_path / "unnamed", build_tiny_resnet(names=None), build_half_processor())
+    folder = save_teacher(
+        tmp_path / "unnamed", build_tiny_resnet(names=None), build_half_processor()
+    )
     teacher = load_labeled_teacher(folder)
     assert "order" in teacher.description
     with raises_one_line("3 labels without names"):
@@ -229,7 +284,9 @@ def test_model_without_a_trained_classifier(tmp_path: Path) -> None:
 
 def test_remote_code_is_not_run(tmp_path: Path) -> None:
     auto_map = '{"AutoConfig": "theirs.Config", "AutoModelForImageClassification": "theirs.Model"}'
-    (tmp_path / "config.json").write_text(f'{{"model_type": "theirs", "auto_map": {auto_map}}}', encoding="utf-8")
+    (tmp_path / "config.json").write_text(
+        f'{{"model_type": "theirs", "auto_map": {auto_map}}}', encoding="utf-8"
+    )
     (tmp_path / "theirs.py").write_text("raise SystemExit('this code was run')", encoding="utf-8")
     with raises_one_line("not executed", "timm:NAME", error=OSError):
         load_labeled_teacher(tmp_path)
@@ -238,15 +295,20 @@ def test_remote_code_is_not_run(tmp_path: Path) -> None:
 # timm ----------------------------------------------------------------------------------------------------------------
 
 
-def test_a_published_state_dict_is_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_published_state_dict_is_converted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache" / "hub"))
-    model = randomize(timm.models.VisionTransformer(32, 16, embed_dim=192, depth=1, num_heads=3, num_classes=3)).eval()
+    model = randomize(
+        timm.models.VisionTransformer(32, 16, embed_dim=192, depth=1, num_heads=3, num_classes=3)
+    ).eval()
     torch.save({"model": model.state_dict()}, tmp_path / "deit.pth")
     teacher = load_labeled_teacher(tmp_path / "deit.pth")
     normalized = build_pixels().div(255).sub(torch.tensor(IMAGENET_DEFAULT_MEAN)[:, None, None])
     normalized /= torch.tensor(IMAGENET_DEFAULT_STD)[:, None, None]
     assert get_largest_difference(teacher(build_pixels()), model(normalized)) <= 1e-5
-    assert "no names" in teacher.description and "deit.pth" in teacher.description
+    assert "no names" in teacher.description
+    assert "deit.pth" in teacher.description
 
 
 def test_timm_preprocessing_equals_timm(tmp_path: Path) -> None:
@@ -261,7 +323,9 @@ def test_timm_preprocessing_equals_timm(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = model(torch.stack([transform(picture) for picture in build_pil_images(batch)]))
         assert get_largest_difference(teacher(batch), expected[:, [2, 1, 0]]) <= 1e-5
-    resized = functional.resize(build_pixels(), [height, width], InterpolationMode.BICUBIC, antialias=True)
+    resized = functional.resize(
+        build_pixels(), [height, width], InterpolationMode.BICUBIC, antialias=True
+    )
     assert torch.equal(teacher.preprocessing(build_pixels()), teacher.preprocessing(resized))
 
 
@@ -278,17 +342,23 @@ def build_logits(batch: int = 6, seed: int = 0) -> torch.Tensor:
 
 
 def test_hard_loss_is_the_mean_negative_log_likelihood_of_the_teacher_label() -> None:
-    student, teacher = build_logits(seed=1), build_logits(seed=2)
+    student = build_logits(seed=1)
+    teacher = build_logits(seed=2)
     probabilities = student.float().softmax(-1)[torch.arange(6), teacher.argmax(-1)]
     found = compute_distillation_loss("hard", student, teacher, 3.0)
     assert get_largest_difference(found, -probabilities.log().mean()) <= 1e-6
 
 
 def test_soft_loss_is_the_scaled_kl_divergence_from_the_teacher() -> None:
-    student, teacher, tau = build_logits(seed=1), build_logits(seed=2), 2.5
+    student = build_logits(seed=1)
+    teacher = build_logits(seed=2)
+    tau = 2.5
     of_student, of_teacher = ((logits.float() / tau).softmax(-1) for logits in (student, teacher))
     expected = tau**2 * (of_teacher * (of_teacher / of_student).log()).sum(-1).mean()
-    assert get_largest_difference(compute_distillation_loss("soft", student, teacher, tau), expected) <= 1e-5
+    assert (
+        get_largest_difference(compute_distillation_loss("soft", student, teacher, tau), expected)
+        <= 1e-5
+    )
     assert compute_distillation_loss("soft", teacher, teacher.float() + 5, tau).abs() <= 1e-5
 
 
@@ -300,11 +370,16 @@ def iterate_views(num_images: int, num_views: int, seed: int) -> Iterator[dict[s
     everything = build_pixels(num_images * num_views, seed=99)
     order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(seed))
     for chosen in order.split(4):
-        yield {"pixels": everything[chosen], "view": chosen // num_images, "index": chosen % num_images}
+        yield {
+            "pixels": everything[chosen],
+            "view": chosen // num_images,
+            "index": chosen % num_images,
+        }
 
 
 def test_the_cache_predicts_each_view_once(resnet: Path) -> None:
-    teacher, calls = load_labeled_teacher(resnet), []
+    teacher = load_labeled_teacher(resnet)
+    calls = []
     teacher.register_forward_hook(lambda *_: calls.append(None))
     cache = TeacherCache(teacher, num_images=10, num_views=2, width=3)
     for seed in range(4):

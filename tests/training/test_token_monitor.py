@@ -20,7 +20,8 @@ def test_entropy_of_cls_attention_equals_eager_attention() -> None:
     pixels = torch.randint(256, (10, 3, 32, 32), dtype=torch.uint8)
     model.train()
     (found,) = measure_attention_entropy(model, normalise, {"pixels": pixels}).values()
-    assert model.training and [layer.training for layer in model.vitcls.layers] == [False, True]
+    assert model.training
+    assert [layer.training for layer in model.vitcls.layers] == [False, True]
     eager = build_random_model(num_cls_tokens=2)
     eager.load_state_dict(model.state_dict())
     eager.set_attn_implementation("eager")
