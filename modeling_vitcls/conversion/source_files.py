@@ -82,7 +82,10 @@ class FileSource(TimmSource):
         self.resampling = get_family(family, weights).resampling
         self.project = "timm" if self.resampling is None else "the authors' code"
         if family == "big_vision":
-            self.native_size_reason = "the authors' code resamples position embeddings with aligned corners, which ViTCLS does not support"
+            self.native_size_reason = (
+                "the authors' code resamples position embeddings with aligned corners, which "
+                "ViTCLS does not support"
+            )
 
     @classmethod
     def load(cls, file: Path, family: str | None = None) -> "FileSource":  # type: ignore[override]

@@ -184,14 +184,6 @@ def test_a_deleted_working_directory_is_named(
     assert "the working directory no longer exists" in capsys.readouterr().err
 
 
-def test_a_study_with_a_wrong_name_lists_the_studies(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_here("study", "--config", "study_nosuch", "--output-dir", "o") == 2
-    error = capsys.readouterr().err
-    assert "study_nosuch" in error
-    assert "study_digits" in error
-    assert error.count("\n") == 1
-
-
 @pytest.mark.parametrize(
     ("command", "library", "extra"),
     [

@@ -345,7 +345,7 @@ def test_a_new_token_is_trained_with_a_frozen_encoder(pretrained: Path, tmp_path
         for head in ("classifier", "distillation_classifier")
         for name in ("weight", "bias")
     }
-    assert trained == heads | {"vitcls.embeddings.distillation_token"}
+    assert trained == heads | {"vitcls.embeddings.distillation_token", "vitcls.gates.gates"}
 
 
 def test_the_summary_counts_the_images_that_are_left_out(
