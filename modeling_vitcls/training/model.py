@@ -210,13 +210,11 @@ def has_labels(config: ViTCLSConfig, label_space: LabelSpace) -> bool:
 
 
 def get_added_token_names(stored_config: ViTCLSConfig, model: Classifier) -> set[str]:
-    """Return the names of the token parameters that contain more tokens than in the checkpoint, and of their gates."""
+    """Return the names of the token parameters that contain more tokens than in the checkpoint."""
     groups = ("cls", "distillation", "registers")
     group_sizes = zip(groups, stored_config.token_counts, model.config.token_counts, strict=True)
     tokens = model.vitcls.embeddings.get_special_tokens()
     larger = [tokens[group] for group, old_size, new_size in group_sizes if new_size > old_size]
-    if larger and model.vitcls.gates is not None:
-        larger.append(model.vitcls.gates.gates)
     return {
         name
         for name, parameter in model.named_parameters()

@@ -200,6 +200,20 @@ def test_checkpoints_in_bfloat16_are_trained_in_float32(names: list[str], tmp_pa
     assert new_names == new | {"vitcls.embeddings.distillation_token", "vitcls.gates.gates"}
 
 
+@pytest.mark.parametrize(("is_random", "gated_tokens"), [(False, {"registers": 2}), (True, None)])
+def test_registers_are_gated_if_the_weights_are_trained(
+    is_random: bool, gated_tokens: dict[str, int] | None, tmp_path: Path
+) -> None:
+    ViTCLSModel(build_tiny_config()).save_pretrained(tmp_path)
+    ViTCLSImageProcessor(size=32).save_pretrained(tmp_path)
+    write_json(tmp_path / "parity_report.json", {"random_init": is_random})
+    options = ModelOptions(model=str(tmp_path), num_register_tokens=2)
+    label_space = LabelSpace("single_label_classification", {"label": ["no", "yes"]})
+    model, _, _ = build_initial_model(options, label_space)
+    encoder, _ = build_encoder(options, resolve_initial_model(options.model))
+    assert model.config.gated_tokens == encoder.config.gated_tokens == gated_tokens
+
+
 def test_a_checkpoint_of_an_unknown_type_is_an_error(tmp_path: Path) -> None:
     start = tmp_path / "start"
     ViTCLSForImageClassification(build_tiny_config()).save_pretrained(start)
