@@ -444,21 +444,23 @@ def diagnose_patches(config: ViTCLSConfig, findings: Findings, has_head: bool = 
     """Determine whether the patch norms have a second mode ("artifacts"), and whether registers absorb outliers.
 
     The verdict applies to the last quarter of the layers whose output is used; Darcet et al. (2023, arXiv 2309.16588)
-    measure only the last layer. `numbers["layer"]` is the layer with the largest mode; 0 means the embeddings.
+    measure only the last layer. `numbers["layer"]` is the layer with the largest mode, or the last layer that is used if
+    there is no second mode; 0 means the embeddings.
     """
     last_layer = count_used_layers(config, has_head)[-1]
     layers = range(last_layer - max(last_layer // 4, 1) + 1, last_layer + 1)
     modes = {layer: find_second_mode(findings.patch_ratios[layer]) for layer in layers}
-    layer = max(modes, key=lambda layer: 0.0 if (mode := modes[layer]) is None else mode.fraction)
+    fractions = {layer: mode.fraction for layer, mode in modes.items() if mode is not None}
+    layer = max(fractions, key=fractions.__getitem__, default=last_layer)
     mode, ratios = modes[layer], findings.patch_ratios[layer]
-    position = f"after layer {layer}" if layer else "in the embeddings"
     word = "no artifacts"
     sentence = (
-        f"The norms of {len(ratios):,} patches have one mode {position}; the largest norm is {ratios.max():.1f} times "
-        "the median norm of its image."
+        f"The norms of {len(ratios):,} patches have one mode; the largest norm is {ratios.max():.1f} times the median "
+        "norm of its image."
     )
     if mode is not None:
         word = "artifacts"
+        position = f"after layer {layer}" if layer else "in the embeddings"
         registers_text = "more registers" if config.num_register_tokens else "registers"
         sentence = (
             f"{position.capitalize()}, {mode.fraction:.1%} of the patches have outlier norms, at {mode.ratio:.1f} "

@@ -76,15 +76,17 @@ class Inspection:
         num_parameters: number of parameters of the model.
         has_head: whether the model is a classifier.
         findings: statistics over `findings.num_images` images.
-        ablations: effects of each special token and each group, with null distributions (`compute_ablations`).
+        ablations: effects of each special token and each group, with null distributions (`compute_ablations`);
+            empty if the effects were not measured.
         num_ablation_images: number of images for the effects and their null distributions.
-        verdicts: one verdict per special token, and one per group of several special tokens.
+        verdicts: one verdict per special token, and one per group of several special tokens. If the effects were not
+            measured, only the tokens with a fault.
         tasks: one verdict per task with known labels, over all images.
         heads: verdict on the attention heads.
         patches: verdict on the patch norms.
         image_reports: reports of the images to show.
         map_checks: checks of rollout and attribution (`check_maps`); empty unless the model is a small
-            single-label classifier.
+            single-label classifier and there are at least MIN_CHECKED_IMAGES images.
         num_unreadable: number of images that could not be read.
     """
 
@@ -117,6 +119,7 @@ def inspect_model(
     names: Sequence[str] | None = None,
     labels: Sequence[Any] | None = None,
     num_shown: int | None = None,
+    has_ablations: bool = True,
     has_map_checks: bool = True,
     token_movement: Mapping[str, float] | None = None,
     batch_size: int = 32,
@@ -135,6 +138,8 @@ def inspect_model(
         labels: labels of the images: class indices, lists with 0.0 or 1.0 per class, or {task: class index}; None or
             -100 if unknown.
         num_shown: number of images to show, selected by their predictions (`select_images`). Default: all images.
+        has_ablations: whether to measure the effect of each token, which takes up to 16 passes per token and image
+            (`compute_ablations`). Without the effects, only the faults of tokens have a verdict.
         has_map_checks: whether to check rollout and attribution, which takes 40 passes per image (`check_maps`).
         token_movement: distance by which training moved each token (`token_movement` in results.json).
         batch_size: maximum number of images per forward pass.
@@ -152,11 +157,19 @@ def inspect_model(
     pixels = list(pixels_by_index.values())
     readable_labels = None if labels is None else [labels[index] for index in readable_indices]
     batches = InspectionBatches(model, pixels, encode_labels(readable_labels, model), batch_size)
-    sample_batches = batches.sample(
-        min(max(count_affordable_images(model, pixels), MIN_IMAGES), MAX_ABLATION_IMAGES)
-    )
     findings, outputs = collect_statistics(model, batches, watch)
-    ablations = compute_ablations(model, sample_batches, watch)
+
+    ablations: Ablations = {}
+    num_ablation_images = 0
+    if has_ablations:
+        num_affordable = max(count_affordable_images(model, pixels), MIN_IMAGES)
+        sample_batches = batches.sample(min(num_affordable, MAX_ABLATION_IMAGES))
+        ablations = compute_ablations(model, sample_batches, watch)
+        num_ablation_images = len(sample_batches.order)
+    verdicts = diagnose_tokens(model, findings, ablations, token_movement)
+    if not has_ablations:
+        verdicts = [verdict for verdict in verdicts if verdict.word != "not measured"]
+
     kinds_by_index = dict.fromkeys(readable_indices)
     if num_shown is not None:
         selected_images = select_images(outputs, config, num_shown)
@@ -176,8 +189,8 @@ def inspect_model(
         has_head=has_head,
         findings=findings,
         ablations=ablations,
-        num_ablation_images=len(sample_batches.order),
-        verdicts=diagnose_tokens(model, findings, ablations, token_movement),
+        num_ablation_images=num_ablation_images,
+        verdicts=verdicts,
         tasks=diagnose_tasks(outputs),
         heads=diagnose_heads(findings),
         patches=diagnose_patches(config, findings, has_head),
@@ -191,7 +204,10 @@ def check_sampled_maps(
     model: Any, batches: "InspectionBatches", watch: Watch
 ) -> dict[str, MapCheck]:
     """Return the checks of rollout and attribution for a few images. Each image requires about 40 forward passes. The
-    dict is empty for large models and for models other than single-label classifiers."""
+    dict is empty for fewer than MIN_CHECKED_IMAGES images, for large models, and for models other than single-label
+    classifiers."""
+    if len(batches.order) < MIN_CHECKED_IMAGES:
+        return {}
     num_affordable = count_affordable_images(model, batches.pixels)
     if (
         not is_classifier(model)

@@ -3,10 +3,10 @@
     write_report(ModelFolder(Path("runs/mine")), warn)    report.html and images/, with the held-out images of the run
 
 The images are read from the dataset of the run again, so that the folder does not contain them. Their predictions are
-read from predictions.parquet.
+read from predictions.parquet. The report of a run measures fewer images and effects than `vitcls inspect`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import Any
@@ -27,8 +27,11 @@ from .held_out_predictions import describe_predictions
 from .model_folder import ModelFolder
 
 
-NUM_REPORT_IMAGES = 6  # number of images shown in the report
-NUM_STATISTICS_IMAGES = 64  # number of images for the statistics in the report
+# Number of images for the statistics, and number of images shown. A model whose statistics would take more than
+# MAX_STATISTICS_FLOPS floating-point operations gets the smaller numbers.
+NUM_STATISTICS_IMAGES, MIN_STATISTICS_IMAGES = 64, 16
+NUM_SHOWN_IMAGES, MIN_SHOWN_IMAGES = 6, 4
+MAX_STATISTICS_FLOPS = 2e11
 NUM_STREAMED_IMAGES = (
     1000  # number of images of a streamed held-out split from which images are selected
 )
@@ -56,7 +59,10 @@ def write_report(folder: ModelFolder, warn: Callable[[str], None]) -> str | None
             inspection = inspect_model(
                 model.to("cuda" if torch.cuda.is_available() else "cpu"),
                 ViTCLSImageProcessor.from_pretrained(folder.path),
-                **images.build_arguments(NUM_REPORT_IMAGES, NUM_STATISTICS_IMAGES),
+                **images.build_arguments(*choose_numbers_of_images(folder.results)),
+                # Effects of tokens are news only if there are several tokens, and training changed them.
+                has_ablations=model.config.token_layout.num_prefix_tokens > 1
+                and folder.results.get("steps") != 0,
                 has_map_checks=False,  # they would take longer than the features of a small dataset
                 token_movement=folder.results.get("token_movement"),
                 watch=lambda items, description: track(
@@ -70,6 +76,18 @@ def write_report(folder: ModelFolder, warn: Callable[[str], None]) -> str | None
         with convert_errors(warn, "the card has no images, because the images could not be drawn"):
             write_card_images(folder.path, folder.config, folder.results, inspection)
     return inspection.summary if inspection else None
+
+
+def choose_numbers_of_images(results: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the number of images to show, and the number of images for the statistics of a run's report.
+
+    The report of a large model must not take longer than the features of a small dataset. `vitcls inspect` measures
+    more images.
+    """
+    num_affordable = int(MAX_STATISTICS_FLOPS / results.get("forward_flops_per_image", 1))
+    if num_affordable >= NUM_STATISTICS_IMAGES:
+        return NUM_SHOWN_IMAGES, NUM_STATISTICS_IMAGES
+    return MIN_SHOWN_IMAGES, max(num_affordable, MIN_STATISTICS_IMAGES)
 
 
 @contextmanager
