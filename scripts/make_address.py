@@ -1,4 +1,4 @@
-"""Write the address of the repository into the installation commands of all pages.
+"""Write the address of the repository into the commands of all pages that clone or install it.
 
     python scripts/make_address.py
 
@@ -20,14 +20,34 @@ PAGES = [
 COMMAND = re.compile(
     r'pip install (\\?")(?:\.|modeling_vitcls)\[([a-z,]+)\](?: @ git\+[^\s"\\]+)?\\?"'
 )
+CLONE = re.compile(r"git clone \S+")
+NO_ADDRESS = "ADDRESS-OF-THIS-REPOSITORY"
+BADGES = re.compile(
+    r"^(\[!\[License.*\]\(pyproject\.toml\)).*$", re.MULTILINE
+)  # more follow if there is an address
 
 
 def write_address(text: str, address: str | None) -> str:
-    """Return a page whose commands install from `address`, or from a checkout."""
+    """Return a page whose commands clone `address` and install from it, or from a checkout."""
+    text = BADGES.sub(lambda found: found[1] + make_badges(address), text)
+    text = CLONE.sub(f"git clone {address or NO_ADDRESS}", text)
     source = f"modeling_vitcls[EXTRAS] @ git+{address}" if address else ".[EXTRAS]"
     return COMMAND.sub(
         lambda found: f"pip install {found[1]}{source.replace('EXTRAS', found[2])}{found[1]}", text
     )
+
+
+def make_badges(address: str | None) -> str:
+    """Return the badges of the tests and the site of a repository on GitHub."""
+    if (
+        address is None
+        or (found := re.fullmatch(r"https://github\.com/([^/]+)/([^/]+)", address)) is None
+    ):
+        return ""
+    tests = f"{address}/actions/workflows/test.yml"
+    site = f"https://{found[1].lower()}.github.io/{found[2]}"
+    docs = "https://img.shields.io/badge/docs-site-blue"
+    return f" [![CI]({tests}/badge.svg)]({tests}) [![Docs]({docs})]({site})"
 
 
 def read_address() -> str | None:

@@ -57,7 +57,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 
 MODULE = ["-m", "modeling_vitcls.cli"]
 OTHER_COMMANDS = (
-    "cd git hf sbatch torchrun make pip .venv/bin/pip .venv/bin/python pre-commit".split()
+    "cd python3 git hf sbatch torchrun make pip .venv/bin/pip .venv/bin/python pre-commit".split()
 )
 # flags of pip, hf and pytest that the text mentions
 OTHER_FLAGS = set(
@@ -321,6 +321,16 @@ def test_the_pages_contain_the_address_of_pyproject() -> None:
     command = make_address.write_address('pip install ".[cli,export]"', "https://example.org/x")
     assert command == 'pip install "modeling_vitcls[cli,export] @ git+https://example.org/x"'
     assert make_address.write_address(command, None) == 'pip install ".[cli,export]"'
+    clone = make_address.write_address(
+        "git clone ADDRESS-OF-THIS-REPOSITORY x", "https://example.org/x"
+    )
+    assert clone == "git clone https://example.org/x x"
+    assert make_address.write_address(clone, None) == "git clone ADDRESS-OF-THIS-REPOSITORY x"
+    readme = make_address.write_address(
+        (ROOT / "README.md").read_text(encoding="utf-8"), "https://github.com/a/x"
+    )
+    assert "https://github.com/a/x/actions/workflows/test.yml/badge.svg" in readme
+    assert "https://a.github.io/x" in readme
 
 
 # Names and messages --------------------------------------------------------------------------------------------------
@@ -391,7 +401,7 @@ def test_links_of_the_package_page_are_absolute(
     targets = re.findall(r"\]\(([^)]+)\)", described[0])
     assert targets
     assert all(target.startswith(("https://", "http://")) for target in targets)
-    assert "https://example.org/vitcls/raw/main/docs/images/hero.jpg" in targets
+    assert "https://example.org/vitcls/raw/main/docs/images/look.jpg" in targets
 
 
 def test_the_study_in_the_docs_is_the_recipe() -> None:
