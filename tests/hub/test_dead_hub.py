@@ -95,7 +95,7 @@ def test_cached_hub_datasets_load_without_the_hub(
     assert ". Loading ann/pictures from the cache" in caplog.text
     for streaming in (False, True):
         with raises_one_line(
-            "there is no file or folder ann/none", f"{DEAD} does not respond", error=OSError
+            "ann/none is not a file or folder", f"{DEAD} does not respond", error=OSError
         ):
             load_training_data(DataOptions("ann/none", streaming=streaming))
     with raises_one_line("ann/none", f"{DEAD} does not respond", error=OSError):
