@@ -444,8 +444,8 @@ def diagnose_patches(config: ViTCLSConfig, findings: Findings, has_head: bool = 
     """Determine whether the patch norms have a second mode ("artifacts"), and whether registers absorb outliers.
 
     The verdict applies to the last quarter of the layers whose output is used; Darcet et al. (2023, arXiv 2309.16588)
-    measure only the last layer. `numbers["layer"]` is the layer with the largest mode, or the last layer that is used if
-    there is no second mode; 0 means the embeddings.
+    measure only the last layer. `numbers["layer"]` is the layer with the largest mode, or the last layer that is used
+    if there is no second mode; 0 means the embeddings.
     """
     last_layer = count_used_layers(config, has_head)[-1]
     layers = range(last_layer - max(last_layer // 4, 1) + 1, last_layer + 1)

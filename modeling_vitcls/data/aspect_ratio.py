@@ -71,10 +71,16 @@ def get_crop_ratio(processor: Processor) -> float:
     return min(processor.crop_size.height / resized_side, 1.0)
 
 
-def get_output_size(processor: Processor) -> Size:
-    """Return the height and width of the preprocessed images, after `set_fit`."""
+def get_output_size(processor: Processor, default: Size | None = None) -> Size:
+    """Return the height and width of the preprocessed images.
+
+    They are known after `set_fit`. For another processor, whose images keep their aspect ratio,
+    `default` is returned if it is set.
+    """
     names = {"crop": "crop_size", "pad": "pad_size", "squash": "size"}
     size = getattr(processor, names[get_fit(processor)])
+    if default is not None and not (size and size.height and size.width):
+        return default
     return size.height, size.width
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from ..conversion.any_checkpoint import resolve_checkpoint
-from ..data.aspect_ratio import set_fit
+from ..data.aspect_ratio import get_output_size, set_fit
 from ..hub.connection import silence_transformers
 from ..hub.loading import MODEL_FILE_PATTERNS, check_is_vitcls
 from ..hub.model_files import CONFIG_FILES, RESULTS_FILE
@@ -78,7 +78,7 @@ def load_model(
     processor = load_processor(source, folder)
     config = ViTCLSConfig.from_pretrained(folder)
     if fit is not None:
-        set_fit(processor, fit, config.image_height_width)
+        set_fit(processor, fit, get_output_size(processor, config.image_height_width))
     if backend != "torch":
         graph = load_exported_model(
             backend=backend,

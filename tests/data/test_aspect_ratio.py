@@ -19,6 +19,7 @@ from modeling_vitcls.data.augmentation import build_augmentation
 from modeling_vitcls.data.batches import Normalizer
 from modeling_vitcls.data.images import DatasetImages
 from modeling_vitcls.data.labels import LabelSpace
+from modeling_vitcls.inference.load_model import load_model
 from modeling_vitcls.options import AugmentationOptions, ModelOptions
 
 
@@ -143,3 +144,16 @@ def test_a_crop_keeps_its_ratio_at_another_size_and_the_seen_share_is_measured(
         31,
         28,
     )  # 31.5, rounded down
+
+
+def test_another_fit_keeps_the_size_of_the_processor(tmp_path: Path) -> None:
+    """Checkpoints of large native images often come with a processor for 224 pixels."""
+    ViTCLSForImageClassification(build_tiny_config(image_size=64)).save_pretrained(tmp_path)
+    crop = {"height": 32, "width": 32}
+    ViTCLSImageProcessor(
+        size={"shortest_edge": 40}, do_center_crop=True, crop_size=crop
+    ).save_pretrained(tmp_path)
+    for fit in ("squash", "pad", "crop"):
+        _, processor = load_model(str(tmp_path), fit=fit)
+        pixels = processor(Image.new("RGB", (50, 40)), return_tensors="pt")["pixel_values"]
+        assert pixels.shape[-2:] == (32, 32)
