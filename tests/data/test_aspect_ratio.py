@@ -154,6 +154,6 @@ def test_another_fit_keeps_the_size_of_the_processor(tmp_path: Path) -> None:
         size={"shortest_edge": 40}, do_center_crop=True, crop_size=crop
     ).save_pretrained(tmp_path)
     for fit in ("squash", "pad", "crop"):
-        _, processor = load_model(str(tmp_path), fit=fit)
+        _, processor = load_model(str(tmp_path), use_head=True, fit=fit)
         pixels = processor(Image.new("RGB", (50, 40)), return_tensors="pt")["pixel_values"]
         assert pixels.shape[-2:] == (32, 32)
