@@ -61,7 +61,7 @@ OTHER_COMMANDS = (
 )
 # flags of pip, hf and pytest that the text mentions
 OTHER_FLAGS = set(
-    "--help --help-all --tyro-print-completion --node-rank --version --include --local-dir --shm-size".split()
+    "--help --help-all --tyro-print-completion --node-rank --version --include --local-dir --shm-size --torch-backend".split()
 )
 # programs that are no subcommands of vitcls
 PROGRAMS = ("scripts/benchmark.py", "scripts/study.py", "scripts/push_space.py")
