@@ -420,7 +420,7 @@ class RunOptions:
 
 
 @dataclass(frozen=True)
-class TaskOptions:
+class CommonOptions:
     """Flags of both fine-tuning and pre-training."""
 
     output_dir: Path
@@ -442,7 +442,7 @@ class TaskOptions:
 
 
 @dataclass(frozen=True)
-class FinetuneOptions(TaskOptions):
+class FinetuneOptions(CommonOptions):
     """Fine-tune a ViT on labeled images, evaluate the model on held-out images, and save the model and the results."""
 
     distillation: DistillationOptions = field(default_factory=DistillationOptions)
@@ -513,7 +513,7 @@ class TeachersOptions:
 
 
 @dataclass(frozen=True)
-class PretrainOptions(TaskOptions):
+class PretrainOptions(CommonOptions):
     """Pre-train a ViT on images without labels. The pre-trained model can be fine-tuned."""
 
     method: Literal["lejepa", "mae", "distillation"] | None = None

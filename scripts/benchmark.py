@@ -147,9 +147,8 @@ def run_benchmarks(settings: BenchmarkOptions) -> list[Row]:
         model = load_model(settings.model, Path(folder, "model"))
         for work in settings.work:
             build_engines = {"inference": build_inference_engines, "step": build_step_engines}[work]
-            num_flops = model.flops() * (
-                3 if work == "step" else 1
-            )  # backward: twice the FLOPs of forward
+            # backward: twice the FLOPs of forward
+            num_flops = model.flops() * (3 if work == "step" else 1)
             for batch_size in settings.batch_sizes:
                 images = build_random_images((batch_size, *get_image_shape(model.config))).to(
                     settings.device

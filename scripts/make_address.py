@@ -22,9 +22,8 @@ COMMAND = re.compile(
 )
 CLONE = re.compile(r"git clone \S+")
 NO_ADDRESS = "ADDRESS-OF-THIS-REPOSITORY"
-BADGES = re.compile(
-    r"^(\[!\[License.*\]\(pyproject\.toml\)).*$", re.MULTILINE
-)  # more follow if there is an address
+# more follow if there is an address
+BADGES = re.compile(r"^(\[!\[License.*\]\(pyproject\.toml\)).*$", re.MULTILINE)
 
 
 def write_address(text: str, address: str | None) -> str:

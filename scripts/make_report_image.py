@@ -32,9 +32,8 @@ def main() -> None:
     """Take a screenshot of the beginning of a report."""
     options = tyro.cli(ReportImageOptions, description=__doc__)
     with sync_playwright() as playwright:
-        browser_path = next(
-            filter(None, map(shutil.which, BROWSERS)), None
-        )  # None selects the browser of Playwright
+        # None selects the browser of Playwright
+        browser_path = next(filter(None, map(shutil.which, BROWSERS)), None)
         browser = playwright.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT}, color_scheme="light")
         page.goto(options.report.resolve().as_uri(), timeout=300_000)

@@ -167,9 +167,8 @@ class StudyRunner:
     folder: Path
     num_jobs: int = 1  # maximum number of parallel runs
     num_threads: int = 1  # number of CPU threads per run
-    dataset: str | None = (
-        None  # dataset from which all subsets are drawn; overrides the datasets in the study file
-    )
+    # dataset from which all subsets are drawn; overrides the datasets in the study file
+    dataset: str | None = None
 
     def execute(self) -> None:
         """Run all unfinished runs. A failed run does not stop the others; Ctrl-C also interrupts the runs, which then

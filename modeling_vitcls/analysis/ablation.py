@@ -40,9 +40,8 @@ from .model_utils import evaluation_mode, get_classifier_or_encoder, is_classifi
 # Callable that returns batches: pixel_values [B, C, H, W] on the model's device, and labels or None. Labels are [B, A]
 # with the columns of all tasks (see `Predictions`), or [B] if A is 1. Each call returns the same batches.
 Batches = Callable[[], Iterable[tuple[torch.Tensor, torch.Tensor | None]]]
-Watch = Callable[
-    [Collection[Any], str], Iterable[Any]
-]  # (items, description) -> items, with a progress bar
+# (items, description) -> items, with a progress bar
+Watch = Callable[[Collection[Any], str], Iterable[Any]]
 Outputs = dict[str, Any]  # name of a task or a feature -> `Predictions` or `Features`
 
 MIN_IMAGES = 16  # minimum number of images required to judge an effect
@@ -119,9 +118,8 @@ class Effect:
         )
 
 
-Ablations = dict[
-    str, dict[str, dict[str, Effect]]
-]  # kind -> token key or group name -> output name -> effect
+# kind -> token key or group name -> output name -> effect
+Ablations = dict[str, dict[str, dict[str, Effect]]]
 
 
 def compute_ablations(
@@ -348,9 +346,8 @@ def replace_by_means(
     if not any(is_used_by_head[min(index, len(is_used_by_head) - 1)] for index in indices):
         modules.pop()  # a hook on the last layer would make the layer compute all tokens
     with ExitStack() as hooks:
-        hooks.enter_context(
-            torch.compiler.set_stance("force_eager")
-        )  # compiled code does not call hooks
+        # compiled code does not call hooks
+        hooks.enter_context(torch.compiler.set_stance("force_eager"))
         for module, means in zip(modules, mean_states, strict=False):
             hooks.enter_context(replace_tokens(module, indices, means))
         yield
@@ -400,9 +397,8 @@ class Predictions:
     """Predictions of one task for all images."""
 
     logits: torch.Tensor  # [images, labels]
-    predicted: (
-        torch.Tensor
-    )  # [images, 1], class indices; [images, labels] with values 0 or 1 for a multi-label model
+    # [images, 1], class indices; [images, labels] with values 0 or 1 for a multi-label model
+    predicted: torch.Tensor
     labels: torch.Tensor  # same shape as `predicted`; IGNORED_LABEL if unknown
 
     def __len__(self) -> int:

@@ -89,9 +89,8 @@ def average_heads(weights: torch.Tensor, attention: Any) -> torch.Tensor:
     first_maps, second_maps = weights.unflatten(1, (-1, 2)).unbind(dim=2)  # [B, heads, N, N] each
     positive_weights = (first_maps - attention.lambda_full.float() * second_maps).clamp(min=0)
     row_sums = positive_weights.sum(dim=-1, keepdim=True)
-    identity = torch.eye(
-        weights.shape[-1], device=weights.device
-    )  # replaces rows without positive weights
+    # replaces rows without positive weights
+    identity = torch.eye(weights.shape[-1], device=weights.device)
     return torch.where(row_sums > 0, positive_weights / row_sums, identity).mean(dim=1)
 
 
@@ -129,9 +128,8 @@ class AttentionTrace:
     outputs: Any  # outputs of the model, with hidden states
     layers: list[RecordedLayer]
     attention_modules: list[Any]  # one per layer
-    read_tokens: dict[
-        int, Any
-    ]  # layer -> tokens [B, n, D] that the heads read; the last layer may be None (backbone)
+    # layer -> tokens [B, n, D] that the heads read; the last layer may be None (backbone)
+    read_tokens: dict[int, Any]
 
     @torch.no_grad()
     def compute_token_attention(self) -> torch.Tensor:
@@ -146,9 +144,8 @@ class AttentionTrace:
         """Return the attention rollout [B, S, N] (`compute_attention_rollout`)."""
         query = self.layers[-1].query
         identity = torch.eye(query.shape[2], device=query.device)
-        rollout = identity[: self.config.token_layout.num_prefix_tokens].expand(
-            len(query), -1, -1
-        )  # [B, S, N]
+        # [B, S, N]
+        rollout = identity[: self.config.token_layout.num_prefix_tokens].expand(len(query), -1, -1)
         for layer, attention in zip(
             reversed(self.layers), reversed(self.attention_modules), strict=True
         ):
@@ -185,14 +182,12 @@ class AttentionTrace:
                     relevance = relevance + layer_weights
                     start_weights = start_weights + layer_weights  # [B, 1, N]
                 if gradient is not None:
-                    map_gradient = gradient.transpose(1, 2) @ layer.value.transpose(
-                        2, 3
-                    )  # [B, maps, N, N]
+                    # [B, maps, N, N]
+                    map_gradient = gradient.transpose(1, 2) @ layer.value.transpose(2, 3)
                     weighted_map = (map_gradient * layer.compute_weights()).clamp(min=0).mean(dim=1)
                     relevance = relevance + relevance @ weighted_map
-            return (relevance - start_weights).squeeze(
-                1
-            )  # the start weights do not depend on attention
+            # the start weights do not depend on attention
+            return (relevance - start_weights).squeeze(1)
 
 
 def trace_attention(

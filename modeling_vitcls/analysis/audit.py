@@ -167,9 +167,8 @@ def load_audited_images(options: EvaluateOptions) -> tuple[AuditedImages, int, C
             is_evaluated, part = find_evaluated_images(images, record, options.data, data.name)
             is_training_split = split != list(data.images_by_split)[-1]
             if is_training_split and record is not None and record.training_images is None:
-                is_evaluated[:] = (
-                    False  # the record does not tell which of the images training used
-                )
+                # the record does not tell which of the images training used
+                is_evaluated[:] = False
             split_logits = np.full((len(images), len(model_space.names)), np.nan)
             if is_evaluated.any():  # an image that the model was trained on has no probabilities
                 evaluated = np.flatnonzero(is_evaluated)

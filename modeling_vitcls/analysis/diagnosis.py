@@ -333,9 +333,8 @@ def collect_numbers(model: Any, findings: Findings, index: int) -> dict[str, Any
     """Return the measured values of the token at sequence index `index` by name. The smaller variation of one very
     large channel does not hide the variation of the other channels."""
     last = count_used_layers(model.config, is_classifier(model))[index]
-    fractions = findings.attention_fractions[
-        :last, :, index, -1
-    ]  # [layers, H], attention to patches
+    # [layers, H], attention to patches
+    fractions = findings.attention_fractions[:last, :, index, -1]
     variation = torch.max(findings.variation[last, index], findings.channel_variation[last, index])
     median_norm = findings.patch_norms[0].median().clamp(min=1e-12)
     return {

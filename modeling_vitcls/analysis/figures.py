@@ -145,9 +145,8 @@ def plot_norms(config: ViTCLSConfig, findings: Findings) -> Figure:
     """
     styles = get_token_styles(config)
     figure, axes = create_axes("Norms of tokens and patches", "norm")
-    low, median, high = findings.patch_norms.float().quantile(
-        torch.tensor(PATCH_QUANTILES), dim=1
-    )  # [L + 1] each
+    # [L + 1] each
+    low, median, high = findings.patch_norms.float().quantile(torch.tensor(PATCH_QUANTILES), dim=1)
     draw_line(axes, PATCH_STYLE, median, low, high, 0)
     for style, line in zip(styles, findings.token_norms.unbind(dim=-1), strict=True):
         draw_line(axes, style, line, line, line, 0)

@@ -39,9 +39,8 @@ class ImagePrediction:
     """Prediction of a model, or of one task of a multi-task model, for an image."""
 
     task: str | None
-    labels: list[
-        Label
-    ]  # in order of decreasing probability; empty if a multi-label model predicts no label
+    # in order of decreasing probability; empty if a multi-label model predicts no label
+    labels: list[Label]
     top_label: str  # the most probable label, even if a multi-label model does not predict it
 
 
@@ -94,9 +93,8 @@ def build_image_report(
     """
     model = unwrap_model(model)
     config: ViTCLSConfig = model.config
-    pixel_values = processor(image, return_tensors="pt")["pixel_values"].to(
-        model.device
-    )  # [1, C, H, W]
+    # [1, C, H, W]
+    pixel_values = processor(image, return_tensors="pt")["pixel_values"].to(model.device)
     upright_image = to_upright_rgb(image)
     trace = trace_attention(model, pixel_values, needs_gradients=is_classifier(model))
     predictions = (

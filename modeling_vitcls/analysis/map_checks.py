@@ -104,16 +104,14 @@ def check_maps(model: Any, images: Iterable[torch.Tensor], seed: int = 0) -> dic
         shuffled_maps, _ = compute_maps(shuffled_model, pixel_values, probabilities.argmax())
         random_order = torch.rand(next(iter(maps.values())).shape, generator=generator)
         for name, values in (maps | {"random": random_order}).items():
-            curve = measure_curves(
-                model, pixel_values, values, int(probabilities.argmax())
-            )  # [2, fractions]
+            # [2, fractions]
+            curve = measure_curves(model, pixel_values, values, int(probabilities.argmax()))
             curves.setdefault(name, []).append(curve)
         for name, values in maps.items():
             correlation = stats.spearmanr(values.flatten(), shuffled_maps[name].flatten()).statistic
             correlations.setdefault(name, []).append(float(np.nan_to_num(correlation)))
-    curves_by_map = {
-        name: torch.stack(map_curves) for name, map_curves in curves.items()
-    }  # [images, 2, fractions]
+    # [images, 2, fractions]
+    curves_by_map = {name: torch.stack(map_curves) for name, map_curves in curves.items()}
     random_curves = curves_by_map.pop("random")
     means = {name: map_curves.mean(dim=0).tolist() for name, map_curves in curves_by_map.items()}
     random_means = random_curves.mean(dim=0).tolist()
@@ -163,15 +161,12 @@ def measure_curves(
 ) -> torch.Tensor:
     """Return the deletion and insertion curves [2, len(FRACTIONS)] of a map [gh, gw]: the probability of a class for
     the image `pixel_values` [1, C, H, W] with replaced patches."""
-    ranks = (
-        values.flatten().argsort(descending=True).argsort().view(values.shape)
-    )  # rank 0 is the highest value
-    masks = torch.stack(
-        [ranks < round(fraction * ranks.numel()) for fraction in FRACTIONS]
-    )  # [fractions, gh, gw]
-    masks = torch.cat([masks, ~masks]).to(
-        pixel_values.device
-    )  # replaced patches in deletion, then in insertion
+    # rank 0 is the highest value
+    ranks = values.flatten().argsort(descending=True).argsort().view(values.shape)
+    # [fractions, gh, gw]
+    masks = torch.stack([ranks < round(fraction * ranks.numel()) for fraction in FRACTIONS])
+    # replaced patches in deletion, then in insertion
+    masks = torch.cat([masks, ~masks]).to(pixel_values.device)
     patch_height, patch_width = model.config.patch_height_width
     is_replaced = (
         masks.repeat_interleave(patch_height, dim=1)

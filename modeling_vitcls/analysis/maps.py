@@ -120,9 +120,10 @@ def upsample_maps(
     # Centers of the pixels, scaled so that the edges of the visible region are -1 and 1
     y = (torch.arange(height, dtype=torch.float64) + 0.5 - top) / (bottom - top) * 2 - 1
     x = (torch.arange(width, dtype=torch.float64) + 0.5 - left) / (right - left) * 2 - 1
+    # [h, w, 2]
     centers = torch.stack(torch.meshgrid(x.float(), y.float(), indexing="xy"), dim=-1).to(
         maps.device
-    )  # [h, w, 2]
+    )
     flat_maps = maps.float().reshape(1, -1, *maps.shape[-2:])  # [1, maps, gh, gw]
     pixel_maps = nn.functional.grid_sample(
         flat_maps, centers[None], padding_mode="border", align_corners=False

@@ -78,15 +78,15 @@ def measure_photo(model: Any, processor: Any, image: Image.Image) -> PhotoMeasur
     """
     model = unwrap_model(model)
     config: ViTCLSConfig = model.config
-    pixel_values = processor(image, return_tensors="pt")["pixel_values"].to(
-        model.device
-    )  # [1, C, H, W]
+    # [1, C, H, W]
+    pixel_values = processor(image, return_tensors="pt")["pixel_values"].to(model.device)
     input_size = tuple(pixel_values.shape[-2:])
     trace = trace_attention(model, pixel_values)
 
+    # [L, N, D]
     states = torch.stack(
         [state[0].detach().float().cpu() for state in trace.outputs.hidden_states[1:]]
-    )  # [L, N, D]
+    )
     if not states.isfinite().all():
         raise ValueError(
             "the features of the model are not finite. Load the model in float32, or train it again"
@@ -148,9 +148,8 @@ def match_colors(colors: torch.Tensor, last_layer: int) -> torch.Tensor:
     earlier = [(layer, layer + 1) for layer in reversed(range(last_layer))]
     later = [(layer, layer - 1) for layer in range(last_layer + 1, len(colors))]
     for layer, neighbor in (*earlier, *later):
-        channels = torch.cat(
-            [matched[neighbor].flatten(0, 1), matched[layer].flatten(0, 1)], dim=1
-        )  # [patches, 6]
+        # [patches, 6]
+        channels = torch.cat([matched[neighbor].flatten(0, 1), matched[layer].flatten(0, 1)], dim=1)
         correlation = channels.T.corrcoef()[
             :3, 3:
         ].nan_to_num()  # a channel without variation has no correlation

@@ -136,8 +136,7 @@ def is_outlier(patches: torch.Tensor, ratio: float) -> torch.Tensor:
 def average_outlier_activations(outliers: torch.Tensor, activations: torch.Tensor) -> torch.Tensor:
     """Return the magnitude [neurons] of activations [B, patches, neurons], averaged over the outlier patches of each
     image, and then over the images with outliers."""
-    activation_sums = (activations.float().abs() * outliers.unsqueeze(-1)).sum(
-        dim=1
-    )  # [B, neurons]
+    # [B, neurons]
+    activation_sums = (activations.float().abs() * outliers.unsqueeze(-1)).sum(dim=1)
     num_outliers = outliers.sum(dim=1, keepdim=True)  # [B, 1]
     return (activation_sums / num_outliers)[num_outliers[:, 0] > 0].mean(dim=0)

@@ -248,9 +248,8 @@ def build_page_data(inspection: Inspection) -> dict[str, Any]:
     groups = [key.partition("[")[0] for key in get_token_keys(config.token_layout)]
     color_table = (colormaps[COLORMAP](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
     features_by_layer = zip(*(report.features for report in reports), strict=True)
-    patch_colors = [
-        compute_patch_colors(layer) for layer in features_by_layer
-    ]  # colors of each layer and image
+    # colors of each layer and image
+    patch_colors = [compute_patch_colors(layer) for layer in features_by_layer]
     return {
         "tokens": [
             {"name": name, "group": group, "used": num_layers}

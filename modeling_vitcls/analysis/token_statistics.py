@@ -139,9 +139,8 @@ class TokenStatistics:
         statistics |= self.compute_state_statistics(outputs.hidden_states)
         norms = self.compute_patch_norms(outputs.hidden_states)
         patch_statistics = {"norms": norms, "ratios": divide_by_median(norms)}
-        statistics["outliers"] = (
-            (patch_statistics["ratios"] > OUTLIER_RATIO).float().mean(dim=-1)
-        )  # [B, L + 1]
+        # [B, L + 1]
+        statistics["outliers"] = (patch_statistics["ratios"] > OUTLIER_RATIO).float().mean(dim=-1)
         if outputs_without_registers is not None:
             norms = self.compute_patch_norms(outputs_without_registers.hidden_states)
             patch_statistics["ratios_without_registers"] = divide_by_median(norms)
@@ -172,9 +171,8 @@ class TokenStatistics:
             )
         means = {name: total / self.num_images for name, total in self.sums.items()}
         mean_states = means.pop("states")  # [L + 1, S, D]
-        deviations = (
-            (means.pop("squares") - mean_states.square()).clamp(min=0).sqrt()
-        )  # [L + 1, S, D]
+        # [L + 1, S, D]
+        deviations = (means.pop("squares") - mean_states.square()).clamp(min=0).sqrt()
         maps = means.pop("maps")
         map_squares = means.pop("map_squares")  # [L, S, N], [L, S]
         map_deviation = (map_squares - maps.square().sum(dim=-1)).clamp(min=0).sqrt()

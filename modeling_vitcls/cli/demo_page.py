@@ -198,9 +198,8 @@ def compute_predictions(model: Any, pixel_values: torch.Tensor) -> list[Predicti
             for task, labels in config.task_labels().items()
         ]
     labels = [config.id2label[index] for index in range(config.num_labels)]
-    is_binary = (
-        config.num_labels == 1 and config.problem_type != "regression"
-    )  # as in transformers' pipelines
+    # as in transformers' pipelines
+    is_binary = config.num_labels == 1 and config.problem_type != "regression"
     return [
         format_prediction(
             logits, labels, "multi_label_classification" if is_binary else config.problem_type
@@ -228,9 +227,8 @@ def draw_attention(
     model: Any, processor: Any, pixel_values: torch.Tensor, layer: int
 ) -> list[Image.Image]:
     """Draw the attention of each special token in a layer, averaged over heads, over the image [1, C, H, W]."""
-    (attention,) = (
-        model.token_attention(pixel_values, layers=[layer])[0].float().mean(1).cpu()
-    )  # [token, key]
+    # [token, key]
+    (attention,) = model.token_attention(pixel_values, layers=[layer])[0].float().mean(1).cpu()
     height, width = pixel_values.shape[-2:]
     patch_height, patch_width = model.config.patch_height_width
     patches = attention[:, model.config.token_layout.num_prefix_tokens :]

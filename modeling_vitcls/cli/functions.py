@@ -76,7 +76,7 @@ def run_training(options: Any) -> dict[str, Any]:
     from accelerate import PartialState
 
     from ..hub.model_files import RESULTS_FILE
-    from ..publishing.finish import build_uploader, finish_run, prepare_push
+    from ..publishing.after_run import build_uploader, finish_run, prepare_push
     from ..runtime.files import read_json
     from ..training.folds import run_folds
     from ..training.run import train
@@ -145,9 +145,8 @@ def predict(model: str | Path, images: Any = (), **flags: Any) -> list[dict[str,
     from ..inference.predict import predict_from_options
 
     images = [images] if isinstance(images, str | bytes | Path) else list(images)
-    placeholder_paths = tuple(
-        map(str, range(len(images)))
-    )  # PredictOptions requires one path per image
+    # PredictOptions requires one path per image
+    placeholder_paths = tuple(map(str, range(len(images))))
     # Features require an output file. The other flags are about output folders.
     fixed_flags: dict[str, Any] = {"paths": placeholder_paths, "output": Path("not-written.json")}
     fixed_flags |= {

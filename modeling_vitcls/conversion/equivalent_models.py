@@ -38,14 +38,12 @@ class Rewrite:
     """A change of configuration fields and weights that preserves the outputs of a model."""
 
     fields: tuple[str, ...]  # fields that get the values of the target
-    is_possible: Callable[
-        [ViTCLSConfig, ViTCLSConfig], bool
-    ]  # function of the configurations of model and target
+    # function of the configurations of model and target
+    is_possible: Callable[[ViTCLSConfig, ViTCLSConfig], bool]
     # function (weights, old configuration, new configuration) that changes the weights of the model in place
     rewrite_weights: Callable[[Weights, ViTCLSConfig, ViTCLSConfig], None] = lambda *arguments: None
-    is_native_size_only: bool = (
-        False  # whether the outputs are the same only for images of `config.image_size`
-    )
+    # whether the outputs are the same only for images of `config.image_size`
+    is_native_size_only: bool = False
 
 
 # Classifiers ---------------------------------------------------------------------------------------------------------

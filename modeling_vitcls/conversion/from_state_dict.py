@@ -312,9 +312,8 @@ def load_timm_weights(model: Any, weights: Weights, family: str) -> None:
     tensors = {name: weight.float() for name, weight in weights.items()}
     if family == "big_vision":
         file = io.BytesIO()
-        prefix = (
-            "params/" if "pos_embedding" in tensors else ""
-        )  # timm detects big_vision by this prefix
+        # timm detects big_vision by this prefix
+        prefix = "params/" if "pos_embedding" in tensors else ""
         arrays: dict[str, Any] = {
             f"{prefix}{name}": tensor.numpy() for name, tensor in tensors.items()
         }

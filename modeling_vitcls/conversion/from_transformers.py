@@ -84,18 +84,15 @@ class ConvertibleClass:
     """A transformers model class that can be converted."""
 
     family: families.TransformersFamily
-    encoder_name: str | None = (
-        None  # attribute name of the encoder; None if the class itself is the encoder
-    )
-    fields: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # fields of `ViTCLSConfig` that depend on the class
+    # attribute name of the encoder; None if the class itself is the encoder
+    encoder_name: str | None = None
+    # fields of `ViTCLSConfig` that depend on the class
+    fields: Mapping[str, Any] = field(default_factory=dict)
     unused_patterns: tuple[
         str, ...
     ] = ()  # name patterns of encoder weights that the class does not use
-    read_labels: Callable[[Any], Fields] = (
-        read_labels  # function that reads the labels from the configuration
-    )
+    # function that reads the labels from the configuration
+    read_labels: Callable[[Any], Fields] = read_labels
 
 
 def is_convertible(module: torch.nn.Module) -> bool:

@@ -61,9 +61,8 @@ def convert_timm_preprocessing(model: nn.Module) -> ConvertedPreprocessing:
     source_transform: Any = create_transform(**settings, is_training=False)
     try:
         processor = ViTCLSImageProcessor(**convert_timm_settings(settings), crop_rounding="even")
-        same_backend_processor = ViTCLSImageProcessorPil.from_dict(
-            processor.to_dict()
-        )  # timm resizes with PIL
+        # timm resizes with PIL
+        same_backend_processor = ViTCLSImageProcessorPil.from_dict(processor.to_dict())
         return processor, check_processor(
             same_backend_processor, source_transform, "timm's pretrained_cfg"
         )

@@ -271,9 +271,8 @@ def get_convertible_class(config: transformers.PreTrainedConfig) -> Any:
     model_name, encoder_name = (
         f"{type(each).__name__.removesuffix('Config')}Model" for each in (config, encoder_config)
     )
-    has_encoder = (
-        encoder_config is config or architecture == model_name
-    )  # ViTForX, or CLIPModel but not LlavaForX
+    # ViTForX, or CLIPModel but not LlavaForX
+    has_encoder = encoder_config is config or architecture == model_name
     name = encoder_name if architecture not in CONVERTIBLE_CLASSES and has_encoder else architecture
     if name not in CONVERTIBLE_CLASSES:
         raise ConversionError(
@@ -336,9 +335,8 @@ def flatten_patches(pixel_values: torch.Tensor, patch_size: int) -> dict[str, An
     rows = height // patch_size
     columns = width // patch_size
     patches = pixel_values.unflatten(2, (rows, patch_size)).unflatten(4, (columns, patch_size))
-    patches = (
-        patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
-    )  # [B, rows * columns, pixels * C]
+    # [B, rows * columns, pixels * C]
+    patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
     return {
         "pixel_values": patches,
         "pixel_attention_mask": torch.ones(batch_size, rows * columns),

@@ -31,9 +31,8 @@ POOLINGS = {"token": "cls", "avg": "mean", "max": "max", "map": "attention"}
 
 def read_config_fields(model: TimmModule) -> Fields:
     """Return the configuration of a `VisionTransformer`, `VisionTransformerDistilled` or `Eva`."""
-    first_block = model.blocks[
-        0
-    ]  # the other blocks differ only in drop path and the number of key and value heads
+    # the other blocks differ only in drop path and the number of key and value heads
+    first_block = model.blocks[0]
     block_class = get_class_name(first_block)
     check_supported(block_class in BLOCK_READERS, f"blocks of class {block_class}")
     block_fields = BLOCK_READERS[block_class](first_block)
@@ -298,9 +297,8 @@ def read_pooling(model: TimmModule, hidden_act: str | None) -> Fields:
     """Return the fields of the pooling method before the head."""
     if not model.global_pool:
         check_supported(not model.num_classes, "a classifier on every token (global_pool='')")
-        return {
-            "pooling": "cls" if model.cls_token is not None else "mean"
-        }  # used by a new classifier
+        # used by a new classifier
+        return {"pooling": "cls" if model.cls_token is not None else "mean"}
     check_supported(model.global_pool in POOLINGS, f"global_pool={model.global_pool!r}")
     pooling = POOLINGS[model.global_pool]
     if pooling == "attention":

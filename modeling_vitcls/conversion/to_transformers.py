@@ -75,9 +75,8 @@ class TargetClass:
 
     name: str
     min_version: str  # lowest version of transformers that contains the class
-    has_optional_pooler: bool = (
-        False  # whether the class has the arguments `add_pooling_layer` and `use_mask_token`
-    )
+    # whether the class has the arguments `add_pooling_layer` and `use_mask_token`
+    has_optional_pooler: bool = False
 
     def build(self, config: ViTCLSConfig) -> PreTrainedModel:
         """Build a newly initialized transformers model with the settings of a configuration."""
@@ -146,9 +145,8 @@ class TargetMatch:
     target: TargetClass
     config: ViTCLSConfig  # configuration of the model after `applied_rewrites`
     target_config: ViTCLSConfig  # configuration of the target, converted back; after an error, that of the model
-    mismatches: dict[
-        str, str
-    ]  # description of each field that the target does not support, or of an error, by name
+    # description of each field that the target does not support, or of an error, by name
+    mismatches: dict[str, str]
     # rewrites, each with the configuration before and after the rewrite
     applied_rewrites: tuple[tuple[Rewrite, ViTCLSConfig, ViTCLSConfig], ...] = ()
 

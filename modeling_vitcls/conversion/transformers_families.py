@@ -38,14 +38,12 @@ class TransformersFamily:
     family_rules: Sequence[
         Rule
     ] = ()  # rules for encoder weights that take precedence over `COMMON_RULES`
-    fields: Fields = field(
-        default_factory=dict
-    )  # fields of `ViTCLSConfig` that are the same for all models
+    # fields of `ViTCLSConfig` that are the same for all models
+    fields: Fields = field(default_factory=dict)
     # function that prepares the weights for the rules, for example by merging several weights
     prepare_weights: Callable[[Weights], Weights] = dict
-    has_square_grid: bool = (
-        False  # whether transformers resamples the position embeddings as a square grid
-    )
+    # whether transformers resamples the position embeddings as a square grid
+    has_square_grid: bool = False
 
     def read_all_fields(self, config: Any, weights: Weights) -> Fields:
         """Return the fields of `ViTCLSConfig`. Raise ConversionError if the model is not supported."""

@@ -92,9 +92,8 @@ class Rule:
     """Conversion of the parameters whose names match a pattern."""
 
     pattern: str  # pattern of parameter names in the other project
-    targets: (
-        str | Sequence[str]
-    )  # parameter names in this package; empty if the parameter is ignored
+    # parameter names in this package; empty if the parameter is ignored
+    targets: str | Sequence[str]
     # function that returns one tensor per target; empty tensors are skipped, for example the position embeddings of a
     # token group that the model does not have. Default: the tensor [n * D, ...] is divided among the n targets
     transform: Transform | None = None

@@ -112,9 +112,8 @@ class FitTransform(nn.Module):
         scale = max(height / size.height, width / size.width) if self.keep_resolution else 1.0
         right = round(size.width * scale) - width
         bottom = round(size.height * scale) - height
-        mean = (
-            self.processor.image_mean if self.processor.do_normalize else 0.0
-        )  # 0 after normalization
+        # 0 after normalization
+        mean = self.processor.image_mean if self.processor.do_normalize else 0.0
         fill = [
             round(255 * value) for value in (mean if isinstance(mean, list | tuple) else [mean])
         ]

@@ -53,9 +53,8 @@ class Augmentation:
             pixels = transformed_images
         if not isinstance(pixels, torch.Tensor):
             pixels = torch.stack(list(pixels))
-        return self.batch_transform(
-            pixels, (random_bits[:, 1:] >> np.uint64(11)) * 2.0**-53
-        )  # in [0, 1)
+        # in [0, 1)
+        return self.batch_transform(pixels, (random_bits[:, 1:] >> np.uint64(11)) * 2.0**-53)
 
 
 def build_augmentation(options: AugmentationOptions, processor: Any) -> Augmentation:
@@ -72,9 +71,8 @@ def build_augmentation(options: AugmentationOptions, processor: Any) -> Augmenta
             )
         )
     if options.auto_augment == "rand":
-        transforms.append(
-            v2.RandAugment(magnitude=9, interpolation=InterpolationMode.BILINEAR)
-        )  # as in DeiT
+        # as in DeiT
+        transforms.append(v2.RandAugment(magnitude=9, interpolation=InterpolationMode.BILINEAR))
     elif options.auto_augment == "trivial":
         transforms.append(v2.TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR))
     if options.random_erasing:
@@ -142,9 +140,8 @@ class BatchTransform:
         sampling_grid = torch.empty(len(pixels), height, width, 2)
         sampling_grid[..., 0] = (cos * sign * 2 / width) * x + (sin * sign * 2 / width) * y
         sampling_grid[..., 1] = (cos * 2 / height) * y - (sin * 2 / height) * x
-        outputs = nn.functional.grid_sample(
-            pixels.float(), sampling_grid, align_corners=False
-        )  # [B, C, H, W]
+        # [B, C, H, W]
+        outputs = nn.functional.grid_sample(pixels.float(), sampling_grid, align_corners=False)
         return outputs.round_().to(torch.uint8).expand(-1, num_channels, -1, -1)
 
 

@@ -156,9 +156,8 @@ def iterate_training_batches(
         return
     except ValueError as error:  # in a worker, the traceback precedes the message
         message = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
-        error.__traceback__ = (
-            None  # the traceback references the loader and would keep the workers alive
-        )
+        # the traceback references the loader and would keep the workers alive
+        error.__traceback__ = None
     raise ValueError(message)
 
 

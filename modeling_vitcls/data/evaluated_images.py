@@ -42,9 +42,8 @@ class EvaluatedPart:
     num_trained: int | None = None  # number of given images that training used; None if unknown
     warning: str | None = None  # reason why training images may be among the evaluated images
     split: str | None = None  # None if the dataset has only one
-    num_drawn: int | None = (
-        None  # number of images that were drawn at random from the part; None: all of them
-    )
+    # number of images that were drawn at random from the part; None: all of them
+    num_drawn: int | None = None
 
     def describe(self) -> str:
         """Return the description of the evaluated images as text."""

@@ -57,9 +57,8 @@ class ImageFolder:
     images: list[str] = field(default_factory=list)
     metadata: list[str] = field(default_factory=list)
     tables: list[str] = field(default_factory=list)
-    other_files: list[str] = field(
-        default_factory=list
-    )  # also files with names that are not valid text
+    # also files with names that are not valid text
+    other_files: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # one line for each kind of unused file
 
     @property
@@ -268,9 +267,8 @@ def build_dataset(
 
     paths = pyarrow.array([str(folder.path / image) for image in images], pyarrow.string())
     contents = pyarrow.nulls(len(images), pyarrow.binary())
-    columns = {
-        "image": pyarrow.StructArray.from_arrays([contents, paths], ["bytes", "path"])
-    }  # of `datasets.Image`
+    # of `datasets.Image`
+    columns = {"image": pyarrow.StructArray.from_arrays([contents, paths], ["bytes", "path"])}
     features: dict[str, Any] = {"image": datasets.Image()}
     if classes:
         columns["label"] = pyarrow.array(labels, pyarrow.int64())

@@ -81,9 +81,8 @@ def convert_split(data: Any) -> Any:
             "the dataset in memory has no images. Pass at least one (image, label) pair"
         )
     dataset = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
-    names = [
-        str(name) for name in getattr(data, "classes", ())
-    ]  # class names of torchvision's datasets
+    # class names of torchvision's datasets
+    names = [str(name) for name in getattr(data, "classes", ())]
     if names and dataset.features.get("label") == datasets.Value("int64"):
         dataset = dataset.cast_column("label", datasets.ClassLabel(names=names))
     return dataset

@@ -86,9 +86,8 @@ class LabelSpace:
         return self.names[label] if is_known(label) else None
 
 
-UNLABELED = LabelSpace(
-    "single_label_classification", {}
-)  # label space of datasets that are read without labels
+# label space of datasets that are read without labels
+UNLABELED = LabelSpace("single_label_classification", {})
 
 
 def get_label_space(config: ViTCLSConfig) -> LabelSpace:
@@ -139,9 +138,8 @@ class MultiHotLabels(Sequence):
         if isinstance(index, slice):
             return [self[position] for position in range(len(self))[index]]
         multi_hot = np.zeros(self.num_classes)
-        multi_hot[self.get_indices(range(len(self))[index])] = (
-            1  # IndexError at the end, so that it can be iterated
-        )
+        # IndexError at the end, so that it can be iterated
+        multi_hot[self.get_indices(range(len(self))[index])] = 1
         return multi_hot.tolist()
 
     def get_indices(self, index: int) -> np.ndarray:

@@ -27,9 +27,8 @@ ImageKey = tuple[int, int]  # index of the epoch and index of the image
 # Random numbers ------------------------------------------------------------------------------------------------------
 
 
-GOLDEN_GAMMA = np.uint64(
-    0x9E3779B97F4A7C15
-)  # increment of SplitMix64: 2**64 divided by the golden ratio
+# increment of SplitMix64: 2**64 divided by the golden ratio
+GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 
 def derive_seed(*numbers: int) -> int:

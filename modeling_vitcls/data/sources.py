@@ -53,9 +53,8 @@ IDX_CLASSES = {
 
 logger = logging.getLogger(__name__)
 
-SplitSelector = Callable[
-    [list[str]], Collection[str]
-]  # names of all splits -> names of the splits to read
+# names of all splits -> names of the splits to read
+SplitSelector = Callable[[list[str]], Collection[str]]
 
 
 @dataclass(frozen=True)

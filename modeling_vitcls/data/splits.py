@@ -82,13 +82,11 @@ class TrainingData:
         str  # name of the held-out split, or description of the rule that selected the images
     )
     record: HeldOutRecord
-    selection: Any = (
-        None  # images for selecting the best checkpoint (`--select best`), as `held_out`
-    )
+    # images for selecting the best checkpoint (`--select best`), as `held_out`
+    selection: Any = None
     selection_name: str = ""  # name of the selection split, or description of the rule
-    num_excluded: int | None = (
-        None  # number of training images that `--exclude` leaves out; None without it
-    )
+    # number of training images that `--exclude` leaves out; None without it
+    num_excluded: int | None = None
 
     @property
     def num_training_images(self) -> int | None:

@@ -98,9 +98,8 @@ class StreamedImages:
                     f"{self.name} has no training image for process {process_index} of {num_processes}. Add images or "
                     "start fewer processes"
                 )
-            num_passes, remaining_start = divmod(
-                start, num_examples
-            )  # all passes of a process have the same length
+            # all passes of a process have the same length
+            num_passes, remaining_start = divmod(start, num_examples)
             pass_index, start = (
                 (pass_index + num_passes, remaining_start) if num_passes else (pass_index + 1, 0)
             )

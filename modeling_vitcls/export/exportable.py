@@ -54,9 +54,8 @@ class NamedOutputsModel(nn.Module):
             hook = self.model.register_forward_hook(
                 lambda module, inputs, output: model_outputs.append(output)
             )
-            cls_attention = self.model.token_attention(pixel_values, tokens=["cls"]).mean(
-                2
-            )  # mean over heads
+            # mean over heads
+            cls_attention = self.model.token_attention(pixel_values, tokens=["cls"]).mean(2)
             hook.remove()
             height, width = pixel_values.shape[-2:]
             attention_outputs["cls_attention"] = extract_patch_maps(

@@ -153,9 +153,8 @@ def export_model(options: ExportOptions, output_attentions: bool = False) -> Rep
             "comparison": None,
         }
         if format_name == "openvino":
-            report["compile_config"] = {
-                "INFERENCE_PRECISION_HINT": "f32"
-            }  # without it, OpenVINO computes in bfloat16
+            # without it, OpenVINO computes in bfloat16
+            report["compile_config"] = {"INFERENCE_PRECISION_HINT": "f32"}
         if is_trained:
             report["weights_sha256"] = hash_weights(Path(resolve_checkpoint(source)))
         has_native_size = (

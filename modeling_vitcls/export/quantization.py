@@ -41,9 +41,8 @@ def quantize_graph(
 
     logging.getLogger("nncf").setLevel(logging.ERROR)
     dataset = nncf.Dataset(images, lambda image: {INPUT_NAME: image.numpy()})
-    patterns = [
-        rf"layers\.{number - 1}/.*" for number in excluded_layers
-    ]  # names of nodes (formats.py)
+    # names of nodes (formats.py)
+    patterns = [rf"layers\.{number - 1}/.*" for number in excluded_layers]
     settings: dict[str, Any] = {
         "model_type": nncf.ModelType.TRANSFORMER,
         "subset_size": len(images),

@@ -29,14 +29,12 @@ MIN_DYNAMIC_SIZE = 2
 class GraphShape:
     """Image sizes that a graph accepts. The batch size is always dynamic."""
 
-    image_size: tuple[
-        int, int
-    ]  # (height, width) in pixels; the only accepted size unless `is_dynamic`
+    # (height, width) in pixels; the only accepted size unless `is_dynamic`
+    image_size: tuple[int, int]
     smallest_size: tuple[int, int]  # smallest accepted (height, width) in pixels
     is_dynamic: bool  # whether the graph accepts sizes other than `image_size`
-    fixed_size_reason: str = (
-        ""  # reason why the size is fixed although a dynamic size was requested; empty otherwise
-    )
+    # reason why the size is fixed although a dynamic size was requested; empty otherwise
+    fixed_size_reason: str = ""
 
 
 def select_graph_shape(
@@ -96,9 +94,8 @@ def trace_model(
     else:
         model = copy.deepcopy(model)
     model.set_attn_implementation("sdpa")  # PyTorch's fused attention
-    model.requires_grad_(
-        False
-    )  # attention masks that require gradients would select a different attention kernel
+    # attention masks that require gradients would select a different attention kernel
+    model.requires_grad_(False)
     model.to(dtype=dtype)  # type: ignore[call-arg]  # the wrapper of `to` in transformers is untyped
     height, width = graph_shape.image_size
     if graph_shape.is_dynamic:  # not square, and not the native size
@@ -113,9 +110,8 @@ def trace_model(
                 (images,),
                 dynamic_shapes=build_dynamic_shapes(graph_shape),
             )
-            graph = graph.run_decompositions(
-                {}
-            )  # decomposition is required to save vectorized attention masks
+            # decomposition is required to save vectorized attention masks
+            graph = graph.run_decompositions({})
     except Exception as error:  # torch.export raises many types of errors
         hint = ". Set --no-dynamic" if graph_shape.is_dynamic else ""
         message = (

@@ -156,9 +156,8 @@ def quantize_onnx_file(source: Path, target: Path) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     model = onnx.load(source)
-    model.graph.ClearField(
-        "value_info"
-    )  # stored shapes do not match the transposed weights of the copy
+    # stored shapes do not match the transposed weights of the copy
+    model.graph.ClearField("value_info")
     quantize_dynamic(
         model, target, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"]
     )

@@ -36,18 +36,15 @@ class Provenance:
     """Name, base model and license of a source model, for the card of a derived model."""
 
     name: str  # public name: a Hub id, a timm name, or the last component of a local path
-    base_model: str | list[str] | None = (
-        None  # the Hub id or ids for `base_model` in a card; None if unknown
-    )
+    # the Hub id or ids for `base_model` in a card; None if unknown
+    base_model: str | list[str] | None = None
     # One or more Hub license identifiers; `other` requires a name and a link.
     license: str | list[str] | None = None
     license_name: str | None = None  # name of an `other` license
-    license_link: str | None = (
-        None  # URL of the text of an `other` license, or the name of one of `license_files`
-    )
-    license_files: tuple[Path, ...] = field(
-        default=(), repr=False
-    )  # local files with the license text
+    # URL of the text of an `other` license, or the name of one of `license_files`
+    license_link: str | None = None
+    # local files with the license text
+    license_files: tuple[Path, ...] = field(default=(), repr=False)
 
     @property
     def license_metadata(self) -> dict[str, Any]:

@@ -75,9 +75,8 @@ def find_score_limit(probabilities: np.ndarray, labels: np.ndarray, coverage: fl
     """
     rank = math.ceil((len(labels) + 1) * coverage)
     if rank > len(labels):
-        required = math.ceil(
-            coverage / (1 - coverage) - 1e-9
-        )  # without rounding errors, as for 0.9
+        # without rounding errors, as for 0.9
+        required = math.ceil(coverage / (1 - coverage) - 1e-9)
         raise ValueError(
             f"--coverage {coverage} requires at least {required} labeled images, but there are {len(labels)}. "
             "Set a lower --coverage"

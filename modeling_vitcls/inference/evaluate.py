@@ -47,9 +47,8 @@ class EvaluationSetup(NamedTuple):
 
     model: Any  # on the device, in eval mode
     evaluator: Evaluator
-    build_evaluator: Callable[
-        [LabeledImages], Evaluator
-    ]  # for other images with the labels of the model
+    # for other images with the labels of the model
+    build_evaluator: Callable[[LabeledImages], Evaluator]
     split: str
     part: EvaluatedPart  # of the split
     weights_hash: dict[str, str] | None  # SHA-256 of each weight file, by file name
@@ -163,9 +162,8 @@ def evaluate_unknown(
     )
     split = next((name for name in EVALUATION_SPLITS if name in splits.names), splits.names[0])
     images = splits.images_by_split[split].images
-    evaluator = setup.build_evaluator(
-        LabeledImages(images, [0] * len(images))
-    )  # the labels are not used
+    # the labels are not used
+    evaluator = setup.build_evaluator(LabeledImages(images, [0] * len(images)))
     evaluator.keep_logits = True
     evaluator(setup.model)
     unknown_logits = get_outputs(evaluator)[0]

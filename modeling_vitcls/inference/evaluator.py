@@ -37,13 +37,12 @@ from ..runtime.progress import track
 from .metrics import METRICS, select_scalars
 
 
-MAX_CACHE_BYTES = (
-    256 * 2**20
-)  # maximum size of the cache of preprocessed images per process, in bytes
+# maximum size of the cache of preprocessed images per process, in bytes
+MAX_CACHE_BYTES = 256 * 2**20
 
 
 @dataclass
-class HeldOutBatch:
+class EvaluationBatch:
     """One batch of a process: the readable images with labels, and the error messages for unreadable images."""
 
     pixel_values: torch.Tensor | None  # [G, C, H, W]; None if there is no readable image
@@ -67,7 +66,7 @@ Key = int | tuple[int, Example]  # index of a stored image, or index and example
 
 
 @dataclass
-class HeldOutBatches(Dataset):
+class EvaluationBatches(Dataset):
     """Dataset whose items are the batches of one process. Iterating over it yields the keys of each batch."""
 
     source: LabeledImages | StreamedImages
@@ -96,10 +95,10 @@ class HeldOutBatches(Dataset):
             start = (batch_index * self.num_processes + self.process_index) * self.batch_size
             yield range(start, min(start + self.batch_size, len(self.source)))
 
-    def __getitem__(self, keys: Sequence[Key]) -> HeldOutBatch:
+    def __getitem__(self, keys: Sequence[Key]) -> EvaluationBatch:
         pixel_values = []
         labels = []
-        batch = HeldOutBatch(None, None, [], {})
+        batch = EvaluationBatch(None, None, [], {})
         for key in keys:
             index, example = key if isinstance(key, tuple) else (key, None)
             try:
@@ -177,7 +176,7 @@ class Evaluator:
         warn = accelerator.on_main_process(warn)
         self.unreadable_counter = UnreadableImageCounter(warn, options.max_unreadable_images)
         process_index, num_processes = accelerator.process_index, accelerator.num_processes
-        batches = HeldOutBatches(
+        batches = EvaluationBatches(
             images, processor, label_space, batch_size, process_index, num_processes, num_channels
         )
         height, width = get_output_size(processor)
@@ -194,7 +193,7 @@ class Evaluator:
             generator=torch.Generator(),  # a separate generator, so that evaluations do not affect training
         )
         self.num_batches = None if isinstance(images, StreamedImages) else len(batches)
-        self.cache: list[HeldOutBatch] | None = None
+        self.cache: list[EvaluationBatch] | None = None
         self.rows: list[OutputRow] = []
 
     @torch.no_grad()
@@ -209,7 +208,7 @@ class Evaluator:
             ValueError: if all images are unreadable, if more than `max_unreadable_images` images are unreadable, or if
                 the outputs of the model for any image are not finite.
         """
-        batches: Iterable[HeldOutBatch] = self.load_batches()
+        batches: Iterable[EvaluationBatch] = self.load_batches()
         batches = track(
             batches,
             self.pass_name,
@@ -236,9 +235,8 @@ class Evaluator:
             if metrics is not None:
                 metrics.update(outputs, send_to_device(batch.labels, self.accelerator.device))
             if self.keep_logits:  # without padding
-                logits = (
-                    outputs.logits.float().cpu().numpy()
-                )  # a row of a tensor would be pickled with its batch
+                # a row of a tensor would be pickled with its batch
+                logits = outputs.logits.float().cpu().numpy()
                 rows += map(
                     OutputRow,
                     batch.indices,
@@ -271,7 +269,7 @@ class Evaluator:
         )
         return select_scalars(values) | {"num_unreadable_images": len(error_messages)} | values
 
-    def synchronize(self, batches: Iterable[HeldOutBatch]) -> Iterator[HeldOutBatch]:
+    def synchronize(self, batches: Iterable[EvaluationBatch]) -> Iterator[EvaluationBatch]:
         """Yield the batches. All processes yield the same number of batches: processes with fewer batches of a stream
         yield batches without images."""
         if isinstance(self.images, LabeledImages) or self.accelerator.num_processes == 1:
@@ -305,13 +303,13 @@ class Evaluator:
             )
         return pixel_values.to(self.accelerator.device)
 
-    def load_batches(self) -> Iterator[HeldOutBatch]:
+    def load_batches(self) -> Iterator[EvaluationBatch]:
         """Yield the batches of this process. The first evaluation caches batches of up to `MAX_CACHE_BYTES` in total;
         a stream is not cached."""
         if self.cache is not None:
             yield from self.cache
             return
-        cache: list[HeldOutBatch] | None = None if self.num_batches is None else []
+        cache: list[EvaluationBatch] | None = None if self.num_batches is None else []
         num_bytes = 0
         with explain_worker_errors(self.num_workers):
             for batch in self.loader:

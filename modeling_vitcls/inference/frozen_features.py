@@ -20,7 +20,7 @@ from torch import nn
 
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.heads_vitcls import TokenPooler, build_pooler
-from .evaluator import Evaluator, HeldOutBatch
+from .evaluator import EvaluationBatch, Evaluator
 from .linear_probe import LAST_CLS_MEAN, Candidate, LinearClassifier
 
 
@@ -158,7 +158,7 @@ class FrozenPass(Evaluator):
         super().__init__(images, **arguments)
         self.arguments = arguments
         self.layout = layout
-        self.batches: list[HeldOutBatch] = []
+        self.batches: list[EvaluationBatch] = []
 
     def __call__(self, model: nn.Module, console: Any = None) -> dict[str, Any]:
         """Compute the features with a classifier or an encoder, and return the numbers of images."""
@@ -205,8 +205,8 @@ class HeadEvaluator(Evaluator):
         ]
 
     def select_columns(
-        self, batch: HeldOutBatch, layout: FeatureLayout, candidate: Candidate
-    ) -> HeldOutBatch:
+        self, batch: EvaluationBatch, layout: FeatureLayout, candidate: Candidate
+    ) -> EvaluationBatch:
         """Return a batch whose "pixels" are the features [G, F] that the classifier reads."""
         if batch.pixel_values is None:
             return batch

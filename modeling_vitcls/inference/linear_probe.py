@@ -108,9 +108,8 @@ class Score:
 
     candidate: Candidate
     strength: float
-    losses: (
-        np.ndarray
-    )  # [N] log loss of each image in the fold that leaves it out; NaN if the fold was not run
+    # [N] log loss of each image in the fold that leaves it out; NaN if the fold was not run
+    losses: np.ndarray
     logits: np.ndarray  # [N, L], out of fold; NaN if the fold was not run
 
     @property
@@ -200,9 +199,8 @@ class Transform:
         rotation = None
         if len(features) < features.shape[1]:
             scaled = (features - mean) / divisor
-            values, vectors = np.linalg.eigh(
-                scaled @ scaled.T
-            )  # faster than an SVD of the features
+            # faster than an SVD of the features
+            values, vectors = np.linalg.eigh(scaled @ scaled.T)
             is_used = values > RANK_TOLERANCE * values.max(initial=0.0)
             rotation = scaled.T @ (vectors[:, is_used] / np.sqrt(values[is_used]))
         return cls(mean, divisor, rotation)

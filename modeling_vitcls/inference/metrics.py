@@ -157,9 +157,8 @@ class MultiLabelMetrics:
     def update(self, outputs: Any, labels: torch.Tensor) -> None:
         """Update the metrics with logits [B, L] and labels [G, L], which are 0 or 1."""
         logits = outputs.logits[: len(labels)].float()
-        probabilities = (
-            logits.sigmoid()
-        )  # torchmetrics does not apply sigmoid to logits that are all in [0, 1]
+        # torchmetrics does not apply sigmoid to logits that are all in [0, 1]
+        probabilities = logits.sigmoid()
         predictions = probabilities > 0.5
         targets = labels > 0.5  # [G, L]
         self.counts.update((predictions & targets).sum(0), predictions.sum(0), targets.sum(0))
@@ -177,9 +176,8 @@ class MultiLabelMetrics:
         class_metrics = compute_class_metrics(self.names, counts)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torchmetrics warns about classes without images
-            average_precisions = (
-                self.average_precision.compute().reshape(-1).tolist()
-            )  # a scalar for one class
+            # a scalar for one class
+            average_precisions = self.average_precision.compute().reshape(-1).tolist()
         for row, average_precision in zip(class_metrics, average_precisions, strict=True):
             row["average_precision"] = average_precision if row["images"] else None
         return {

@@ -283,9 +283,8 @@ def write_list_shards(
     shards = list_shard_indices(source.num_images, folder.shard_size)
     local_shards = shards[worker_index::num_workers]
     files = [folder.get_file(indices.start // folder.shard_size) for indices in local_shards]
-    metadata = [
-        folder.read_finished(file) for file in files
-    ]  # all are checked before the first image
+    # all are checked before the first image
+    metadata = [folder.read_finished(file) for file in files]
     for position in show_progress(range(len(files)), "files", len(files), is_shown):
         if metadata[position] is None:
             rows = list(predictor.iterate_rows(source.read_records([local_shards[position]])))

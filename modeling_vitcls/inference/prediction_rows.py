@@ -43,9 +43,8 @@ DEFAULT_THRESHOLD = (
 
 def select_top_labels(logits: torch.Tensor, names: list[str], top_k: int) -> list[list[Label]]:
     """Return the `top_k` most probable labels of each image, given single-label logits [B, num_labels]."""
-    top_labels = (
-        logits.float().softmax(dim=1).topk(min(top_k, len(names)), dim=1)
-    )  # values and indices, [B, top_k]
+    # values and indices, [B, top_k]
+    top_labels = logits.float().softmax(dim=1).topk(min(top_k, len(names)), dim=1)
     return build_labels(top_labels.indices, top_labels.values, names)
 
 
@@ -89,9 +88,8 @@ class TopLabelColumns:
         set_limit: float | None = None,
     ) -> None:
         self.model = model
-        self.set_limit = (
-            set_limit  # limit of the scores of labels in prediction sets (confidence.py)
-        )
+        # limit of the scores of labels in prediction sets (confidence.py)
+        self.set_limit = set_limit
         self.energy_threshold: float | None = model.config.energy_threshold if "" in names else None
         self.names = names  # task -> label names
         self.column_pairs: dict[
@@ -270,9 +268,8 @@ class FeatureColumns:
 
 
 PredictionColumns = TopLabelColumns | LabelListColumns | FeatureColumns
-AutocastFactory = Callable[
-    [], AbstractContextManager
-]  # function that returns a context manager for a forward pass
+# function that returns a context manager for a forward pass
+AutocastFactory = Callable[[], AbstractContextManager]
 
 
 def build_prediction_columns(

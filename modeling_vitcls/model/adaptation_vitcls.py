@@ -287,17 +287,15 @@ class AdaptationContext(NamedTuple):
 
     name: str
     initial_value: Tensor  # the newly initialized weight
-    old_value: (
-        Tensor | None
-    )  # the weight with this name in the old model; None if there is no such weight
+    # the weight with this name in the old model; None if there is no such weight
+    old_value: Tensor | None
     old_weights: Mapping[str, Tensor]
     old_config: ViTCLSConfig
     new_config: ViTCLSConfig
 
 
-AdaptedWeight = tuple[
-    Tensor, str
-]  # the adapted weight, and a description of the change (empty if unchanged)
+# the adapted weight, and a description of the change (empty if unchanged)
+AdaptedWeight = tuple[Tensor, str]
 
 
 def adapt_weight(context: AdaptationContext) -> AdaptedWeight:
@@ -429,9 +427,8 @@ def load_checkpoint(load: Callable[..., Any], source: Any, *args: Any, **kwargs:
             raise MismatchedWeightsError(
                 describe_mismatch(load, source, *args, **kwargs)
             ) from error
-        is_damaged = (
-            type(error).__name__ == "SafetensorError"
-        )  # compare names to avoid importing safetensors
+        # compare names to avoid importing safetensors
+        is_damaged = type(error).__name__ == "SafetensorError"
         if is_damaged or (isinstance(error, OSError) and "\n" in str(error)):
             prefix = "the weights in " if is_damaged else ""
             raise OSError(

@@ -211,9 +211,8 @@ def resample_bias_tables(
     table_size, new_table_size = (
         [2 * size - 1 for size in sizes] for sizes in (grid_size, new_grid_size)
     )
-    maps = (
-        tables[:, :-3].float().unflatten(1, table_size).permute(0, 3, 1, 2)
-    )  # [tables, heads, y, x]
+    # [tables, heads, y, x]
+    maps = tables[:, :-3].float().unflatten(1, table_size).permute(0, 3, 1, 2)
     maps = nn.functional.interpolate(
         maps, size=new_table_size, mode="bilinear", align_corners=False
     )
@@ -262,9 +261,8 @@ class TokenGates(nn.Module):
 
     def get_gate_values(self) -> Tensor:
         """Return the value g of each gate, [n]. A gate with g = 1 has no effect."""
-        magnitude = torch.where(
-            self.gates < 0, -self.gates, self.gates
-        )  # has a nonzero gradient at 0, unlike abs
+        # has a nonzero gradient at 0, unlike abs
+        magnitude = torch.where(self.gates < 0, -self.gates, self.gates)
         return (magnitude * self.SCALE + self.EPS).clamp(max=1.0)
 
 

@@ -114,9 +114,8 @@ class ViTCLSEmbeddings(nn.Module):
             ValueError: if `bool_masked_pos` does not have one value per patch.
         """
         batch_size = pixel_values.shape[0]
-        patches = self.mask_patches(
-            self.patch_embeddings(pixel_values), bool_masked_pos
-        )  # [B, rows * columns, D]
+        # [B, rows * columns, D]
+        patches = self.mask_patches(self.patch_embeddings(pixel_values), bool_masked_pos)
         special_tokens = self.get_special_tokens()  # group -> [1, n, D]
         if self.position_embeddings is not None:
             special_tokens, patches = self.position_embeddings(special_tokens, patches, grid_size)
@@ -158,9 +157,8 @@ class LearnedPositionEmbeddings(nn.Module):
         self.grid_size = config.grid_size
         has_cls_position = config.position_embedding_tokens in ("cls", "all")
         has_all_positions = config.position_embedding_tokens == "all"
-        self.cls = build_tokens(
-            config.num_cls_tokens * has_cls_position, config.hidden_size
-        )  # [1, n, D] or None
+        # [1, n, D] or None
+        self.cls = build_tokens(config.num_cls_tokens * has_cls_position, config.hidden_size)
         self.distillation = build_tokens(
             config.num_distillation_tokens * has_all_positions, config.hidden_size
         )
@@ -261,9 +259,8 @@ class ViTCLSAttention(nn.Module):
             recorder to read queries, keys and values. Default: None.
     """
 
-    MAPS_PER_HEAD = (
-        1  # number of attention maps that each head computes; 2 in differential attention
-    )
+    # number of attention maps that each head computes; 2 in differential attention
+    MAPS_PER_HEAD = 1
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
@@ -309,9 +306,8 @@ class ViTCLSAttention(nn.Module):
             query, key = rotate_patches(query, key, position_embeddings)
         if attention_mask is not None and num_queries is not None:
             attention_mask = attention_mask[:, :, :num_queries]
-        attn_output, weights = self.attend(
-            query, key, value, attention_mask, **kwargs
-        )  # [B, n, heads, head_dim]
+        # [B, n, heads, head_dim]
+        attn_output, weights = self.attend(query, key, value, attention_mask, **kwargs)
         attn_output = attn_output.flatten(2)  # [B, n, heads * head_dim]
         if self.norm is not None:
             attn_output = self.norm(attn_output)
@@ -328,9 +324,8 @@ class ViTCLSAttention(nn.Module):
             else torch.cat([hidden_states[:, :num_queries]], dim=1)
         )
         query = self.q_proj(queries).unflatten(-1, (-1, self.qk_head_dim))
-        key = self.k_proj(hidden_states).unflatten(
-            -1, (-1, self.qk_head_dim)
-        )  # [B, N, heads, head_dim]
+        # [B, N, heads, head_dim]
+        key = self.k_proj(hidden_states).unflatten(-1, (-1, self.qk_head_dim))
         value = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
         if self.q_norm is not None and self.k_norm is not None:
             query = self.q_norm(query)

@@ -39,16 +39,14 @@ try:
     from torch.autograd import forward_ad
 
     peek_functorch_stack = _functorch.peek_interpreter_stack
-    onednn_pointwise: Any = getattr(
-        torch.ops.mkldnn, "_linear_pointwise", None
-    )  # None in builds without oneDNN
+    # None in builds without oneDNN
+    onednn_pointwise: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
     HALF_PRECISION_CHECKS: dict[torch.dtype, Callable[[], bool] | None] = {
         torch.bfloat16: getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None),
         torch.float16: getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", None),
     }
-    HAS_AMX = (
-        torch.cpu._is_amx_tile_supported()
-    )  # in float32, MKL is as fast as oneDNN or faster on these CPUs
+    # in float32, MKL is as fast as oneDNN or faster on these CPUs
+    HAS_AMX = torch.cpu._is_amx_tile_supported()
     HAS_AVX512_BFLOAT16 = torch.cpu._is_avx512_bf16_supported()
 
     def is_functorch_active() -> bool:
@@ -156,9 +154,8 @@ class CPUMLP(CPUKernel, ViTCLSMLP):
                 return self.fc2(
                     onednn_linear(hidden_states, self.fc1.weight, self.fc1.bias, "gelu")
                 )
-            return self.fc2(
-                torch.ops.aten.gelu_(self.fc1(hidden_states))
-            )  # in place: allocating takes longer
+            # in place: allocating takes longer
+            return self.fc2(torch.ops.aten.gelu_(self.fc1(hidden_states)))
         preactivations = self.fc1(hidden_states)  # [B, N, intermediate]
         if can_use_onednn(self.fc2, preactivations):
             return OneDNNGELULinear.apply(preactivations, self.fc2.weight, self.fc2.bias)
@@ -234,9 +231,8 @@ def can_fuse_gelu(mlp: ViTCLSMLP) -> bool:
 def has_plain_parameters(linear: nn.Linear | nn.Conv2d) -> bool:
     """Return whether weight and bias are plain parameters, that is, not quantized, sharded or parametrized."""
     parameters = linear._parameters
-    return (
-        type(parameters.get("weight")) is nn.Parameter and "bias" in parameters
-    )  # the bias may be None
+    # the bias may be None
+    return type(parameters.get("weight")) is nn.Parameter and "bias" in parameters
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -434,9 +430,8 @@ def linear_in_float32(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Te
 MAX_CHUNKED_KEYS = (
     1200  # chunked attention stores its weights for the backward pass, which takes memory
 )
-SCORES_PER_THREAD = (
-    2**19
-)  # number of attention scores per chunk and thread: 1 MiB in bfloat16, about one L2 cache
+# number of attention scores per chunk and thread: 1 MiB in bfloat16, about one L2 cache
+SCORES_PER_THREAD = 2**19
 
 
 def sdpa_attention(
@@ -493,9 +488,8 @@ def attend_in_chunks(query: Tensor, key: Tensor, value: Tensor, scaling: float) 
     key = key - key.mean(dim=2, keepdim=True)
     query = query * scaling
     scores_per_head = query.shape[2] * key.shape[2]
-    chunk_size = max(
-        1, SCORES_PER_THREAD * torch.get_num_threads() // scores_per_head
-    )  # in heads of all images
+    # in heads of all images
+    chunk_size = max(1, SCORES_PER_THREAD * torch.get_num_threads() // scores_per_head)
     chunks = zip(
         *(states.flatten(0, 1).split(chunk_size) for states in (query, key, value)), strict=True
     )

@@ -102,9 +102,8 @@ class AttentionPooler(nn.Module):
             for states in (query, key, value)
         )  # query [1, heads, 1, head_dim], key and value [B, heads, N', head_dim]
         query = query.expand(hidden_states.shape[0], -1, -1, -1)
-        attn_output = nn.functional.scaled_dot_product_attention(
-            query, key, value
-        )  # [B, heads, 1, head_dim]
+        # [B, heads, 1, head_dim]
+        attn_output = nn.functional.scaled_dot_product_attention(query, key, value)
         pooled_output: Tensor = self.o_proj(attn_output.transpose(1, 2).flatten(1))  # [B, D]
         return pooled_output if self.transform is None else self.transform(pooled_output)
 
@@ -177,9 +176,8 @@ class ExtraHeads(nn.ModuleDict):
         self.poolers = {name: TokenPooler(config, head.pooling) for name, head in heads.items()}
         for name, head in heads.items():
             size = config.compute_pooled_size(head.pooling, len(self.pooled_layers[name]))
-            self[f"task_{name}"] = nn.Linear(
-                size, len(head.labels)
-            )  # nn.ModuleDict has methods `keys` and `values`
+            # nn.ModuleDict has methods `keys` and `values`
+            self[f"task_{name}"] = nn.Linear(size, len(head.labels))
         self.requires_grad_(False)
 
     def forward(
@@ -229,9 +227,8 @@ class PixelDecoder(nn.Module):
     def forward(self, patches: Tensor, grid_size: tuple[int, int]) -> Tensor:
         """Decode patches [B, rows * columns, D] to pixels [B, C, rows * patch height, columns * patch width]."""
         (rows, columns), (patch_height, patch_width) = grid_size, self.patch_size
-        pixels: Tensor = self.projection(
-            patches
-        )  # [B, rows * columns, C * patch height * patch width]
+        # [B, rows * columns, C * patch height * patch width]
+        pixels: Tensor = self.projection(patches)
         pixels = pixels.view(-1, rows, columns, self.num_channels, patch_height, patch_width)
         return pixels.permute(0, 3, 1, 4, 2, 5).reshape(
             -1, self.num_channels, rows * patch_height, columns * patch_width
@@ -283,9 +280,8 @@ def compute_classification_loss(
             'or "multi_label_classification" for several labels per image'
         )
     loss_sum = nn.functional.cross_entropy(logits.float(), labels.float(), reduction="sum")
-    return (
-        loss_sum * labels.shape[-1] / num_items
-    )  # num_items is B * C, so the result is the mean over images
+    # num_items is B * C, so the result is the mean over images
+    return loss_sum * labels.shape[-1] / num_items
 
 
 def compute_cross_entropy(
@@ -347,6 +343,5 @@ def split_into_patches(pixels: Tensor, config: ViTCLSConfig) -> Tensor:
     """Split images [B, C, H, W] into patches [B, rows * columns, C * patch height * patch width]."""
     patch_height, patch_width = config.patch_height_width
     patches = pixels.unfold(2, patch_height, patch_height).unfold(3, patch_width, patch_width)
-    return (
-        patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
-    )  # from [B, C, rows, columns, height, width]
+    # from [B, C, rows, columns, height, width]
+    return patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)

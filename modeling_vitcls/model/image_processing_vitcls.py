@@ -232,9 +232,8 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
             are inconsistent, if values are out of range, or if a setting is misspelled. The message is a single line.
     """
 
-    _checked_settings: tuple[Any, ...] | None = (
-        None  # last checked settings, if the fast path supports them
-    )
+    # last checked settings, if the fast path supports them
+    _checked_settings: tuple[Any, ...] | None = None
 
     def __init__(self, crop_rounding: str = "down", **kwargs: Unpack[ImagesKwargs]) -> None:
         if not is_torchvision_available():
@@ -453,9 +452,8 @@ def to_uint8(pixels: Tensor, do_rescale: bool) -> Tensor:
     if pixels.dtype is torch.bool:
         return pixels.to(torch.uint8) * 255
     if pixels.dtype is torch.uint16:
-        return ((pixels.to(torch.int32) + 128) // 257).to(
-            torch.uint8
-        )  # rounds to nearest: 65535 = 257 * 255
+        # rounds to nearest: 65535 = 257 * 255
+        return ((pixels.to(torch.int32) + 128) // 257).to(torch.uint8)
     if pixels.is_floating_point() and not do_rescale:
         return pixels.float()
     minimum, maximum = (bound.item() for bound in torch.aminmax(pixels.double()))

@@ -259,9 +259,8 @@ class ViTCLSPreTrainedModel(AdaptableModel):
             self.config.image_height_width if image_size is None else to_pair(image_size)
         )
         config = copy.deepcopy(self.config)
-        config._attn_implementation = (
-            "eager"  # the counter supports fused kernels only on some devices
-        )
+        # the counter supports fused kernels only on some devices
+        config._attn_implementation = "eager"
         with torch.device("meta"):
             model = self.new_like(config).eval()
             pixel_values = torch.empty(batch_size, config.num_channels, height, width)
@@ -344,9 +343,8 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         grid_size = self.embeddings.patch_embeddings.get_grid_size(pixel_values)
         hidden_states = self.embeddings(pixel_values, grid_size, bool_masked_pos)  # [B, N, D]
 
-        mask = position_embeddings = (
-            None  # None, a value for all layers, or a list with one value per layer
-        )
+        # None, a value for all layers, or a list with one value per layer
+        mask = position_embeddings = None
         bias, gates = self.relative_position_bias, self.gates
         if (
             attention_mask is not None
@@ -391,9 +389,10 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         pooler_output = None
         if self.pooler is not None:
             pooler_inputs = [pooled_tokens[index] for index in pooled_layers]
+            # [B, P]
             pooler_output = self.pooler(
                 pooler_inputs if len(pooler_inputs) > 1 else pooler_inputs[0]
-            )  # [B, P]
+            )
         output = ViTCLSModelOutput(last_hidden_state=tokens, pooler_output=pooler_output)
         output.token_layout = self.config.token_layout  # type: ignore[misc]  # set on this instance
         output.grid_size = grid_size  # type: ignore[misc]
@@ -495,9 +494,8 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
         logits = cls_logits = self.classifier(outputs.pooler_output)  # [B, num_labels]
         distillation_logits = None
         if self.distillation_classifier is not None:
-            tokens = outputs.last_hidden_state[
-                :, self.config.token_layout.distillation
-            ]  # [B, n, D]
+            # [B, n, D]
+            tokens = outputs.last_hidden_state[:, self.config.token_layout.distillation]
             distillation_logits = self.distillation_classifier(tokens.mean(dim=1))
             if self.config.distillation_inference == "mean":
                 logits = (cls_logits + distillation_logits) / 2
@@ -615,9 +613,8 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
         for name, task_logits in logits.items():
             task_labels = labels.get(name)
             if task_labels is None:
-                task_labels = torch.full(
-                    (task_logits.shape[0],), IGNORED_LABEL
-                )  # all parameters must get gradients
+                # all parameters must get gradients
+                task_labels = torch.full((task_logits.shape[0],), IGNORED_LABEL)
             losses[name] = compute_cross_entropy(task_logits, task_labels, owner=f"task {name!r}")
         return losses
 
@@ -756,9 +753,8 @@ class ViTCLSBackbone(BackboneMixin, ViTCLSModel):  # type: ignore[misc]  # num_f
         patches: Tensor = hidden_states[:, self.config.token_layout.patches]
         if not self.config.reshape_hidden_states:
             return torch.cat([hidden_states[:, :1], patches], dim=1)
-        feature_map: Tensor = (
-            patches.transpose(1, 2).unflatten(2, grid_size).contiguous()
-        )  # [B, D, rows, columns]
+        # [B, D, rows, columns]
+        feature_map: Tensor = patches.transpose(1, 2).unflatten(2, grid_size).contiguous()
         return feature_map
 
     def new_like(self, config: ViTCLSConfig) -> Self:

@@ -74,12 +74,10 @@ class MixedRotaryEmbeddings(nn.Module):
         self, grid_size: tuple[int, int], hidden_states: Tensor
     ) -> list[PositionEmbeddings]:
         """Return cos and sin [heads, rows * columns, head_dim] per layer, in the dtype of `hidden_states`."""
-        coordinates = get_patch_coordinates(
-            self.config, grid_size, hidden_states.device
-        )  # [rows * columns, 2]
-        first_frequencies, second_frequencies = self.frequencies.float().unsqueeze(
-            -2
-        )  # [layers, heads, 1, d / 2]
+        # [rows * columns, 2]
+        coordinates = get_patch_coordinates(self.config, grid_size, hidden_states.device)
+        # [layers, heads, 1, d / 2]
+        first_frequencies, second_frequencies = self.frequencies.float().unsqueeze(-2)
         angles = coordinates[:, :1] * first_frequencies + coordinates[:, 1:] * second_frequencies
         angles = angles.tile(2)  # [layers, heads, rows * columns, head_dim]
         cos = angles.cos().to(hidden_states.dtype)
@@ -89,9 +87,8 @@ class MixedRotaryEmbeddings(nn.Module):
     def get_initial_frequencies(self) -> Tensor:
         """Return axial frequencies, rotated by a random angle per layer and head (initialization of RoPE-ViT)."""
         (num_layers, num_heads), head_dim = self.frequencies.shape[1:3], self.config.head_dim
-        magnitude = self.theta ** -(
-            torch.arange(0, head_dim, 4, dtype=torch.float32) / head_dim
-        )  # [head_dim / 4]
+        # [head_dim / 4]
+        magnitude = self.theta ** -(torch.arange(0, head_dim, 4, dtype=torch.float32) / head_dim)
         angle = torch.rand(num_layers, num_heads, 1) * 2 * math.pi
         first_frequencies = torch.cat([magnitude * angle.cos(), -magnitude * angle.sin()], dim=-1)
         second_frequencies = torch.cat([magnitude * angle.sin(), magnitude * angle.cos()], dim=-1)
@@ -137,9 +134,8 @@ def rotate_patches(
     def rotate(states: Tensor) -> Tensor:
         special_tokens, patches = states.tensor_split([num_prefix_tokens], dim=-2)
         first_half, second_half = patches.chunk(2, dim=-1)
-        patches = (
-            patches * cos + torch.cat([-second_half, first_half], dim=-1) * sin
-        )  # may be float32 under autocast
+        # may be float32 under autocast
+        patches = patches * cos + torch.cat([-second_half, first_half], dim=-1) * sin
         return torch.cat([special_tokens, patches.to(states.dtype)], dim=-2)
 
     return query if query.shape[-2] <= num_prefix_tokens else rotate(query), rotate(key)
@@ -170,9 +166,8 @@ def resample_positions(
             maps, size=(longer_side, longer_side), mode="bilinear", align_corners=False
         )
         rows, columns = (torch.arange(length, device=maps.device) for length in new_grid_size)
-        maps = square.index_select(2, rows).index_select(
-            3, columns
-        )  # slices would make exported shapes static
+        # slices would make exported shapes static
+        maps = square.index_select(2, rows).index_select(3, columns)
     else:
         factors: list[float] | None = None
         if (
@@ -190,9 +185,8 @@ def resample_positions(
             align_corners=False,
             antialias=config.position_antialias,
         )
-    return (
-        maps.permute(0, 2, 3, 1).flatten(1, 2).to(positions.dtype)
-    )  # [1, new rows * new columns, D]
+    # [1, new rows * new columns, D]
+    return maps.permute(0, 2, 3, 1).flatten(1, 2).to(positions.dtype)
 
 
 def resize_patch_kernel(kernel: Tensor, new_size: tuple[int, int]) -> Tensor:
@@ -202,16 +196,13 @@ def resize_patch_kernel(kernel: Tensor, new_size: tuple[int, int]) -> Tensor:
     and in the least-squares sense for smaller ones. The new kernel is pinv(B^T) @ kernel; B is the resize matrix.
     """
     height, width = kernel.shape[-2:]
-    basis = torch.eye(height * width, dtype=torch.float64).view(
-        -1, 1, height, width
-    )  # CPU: MPS has no float64
+    # CPU: MPS has no float64
+    basis = torch.eye(height * width, dtype=torch.float64).view(-1, 1, height, width)
     resized_basis = nn.functional.interpolate(
         basis, size=new_size, mode="bilinear", align_corners=False
     )
-    inverse = torch.linalg.pinv(
-        resized_basis.flatten(1)
-    )  # [new pixels, old pixels]: the pseudo-inverse of B^T
-    new_kernel: Tensor = (kernel.cpu().double().flatten(2) @ inverse.T).unflatten(
-        2, new_size
-    )  # [D, C, *new_size]
+    # [new pixels, old pixels]: the pseudo-inverse of B^T
+    inverse = torch.linalg.pinv(resized_basis.flatten(1))
+    # [D, C, *new_size]
+    new_kernel: Tensor = (kernel.cpu().double().flatten(2) @ inverse.T).unflatten(2, new_size)
     return new_kernel.to(device=kernel.device, dtype=kernel.dtype)

@@ -52,9 +52,8 @@ def compute_token_attention(
         )
 
     with record_attention(encoder, layer_indices, record):
-        model(
-            pixel_values, attention_mask=attention_mask
-        )  # FSDP2 may require calling the whole model
+        # FSDP2 may require calling the whole model
+        model(pixel_values, attention_mask=attention_mask)
     return torch.stack([rows[layer][:, :, token_indices] for layer in layer_indices], dim=1)
 
 

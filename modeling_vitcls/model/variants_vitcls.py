@@ -113,9 +113,8 @@ class ViTCLSDifferentialAttention(ViTCLSAttention):
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Return the normalized difference [B, n, heads, head_dim] of the maps' outputs, and the attention weights."""
-        outputs, weights = super().attend(
-            query, key, value, attention_mask, **kwargs
-        )  # [B, n, 2 * heads, head_dim]
+        # [B, n, 2 * heads, head_dim]
+        outputs, weights = super().attend(query, key, value, attention_mask, **kwargs)
         first_output, second_output = outputs.unflatten(2, (-1, 2)).unbind(3)
         return self.head_norm(first_output - self.lambda_full * second_output), weights
 

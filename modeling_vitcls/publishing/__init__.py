@@ -9,5 +9,5 @@ staging.py                 the files that a push publishes
 push.py                    permissions and push, with retries
 verify.py                  verification of a published model, which is loaded in a new process
 verification_script.py     the script that the new process runs, independent of this package
-finish.py                  all of these after a training run
+after_run.py                  all of these after a training run
 """

@@ -163,9 +163,8 @@ def upload_folder(
 
     def push_once() -> PushResult:
         if repo_type == "model":
-            api.create_repo(
-                repo_id, private=private or None, exist_ok=True
-            )  # None: the account's default visibility
+            # None: the account's default visibility
+            api.create_repo(repo_id, private=private or None, exist_ok=True)
         if branch is not None:
             api.create_branch(repo_id, branch=branch, exist_ok=True)
         info = api.repo_info(repo_id, repo_type=repo_type, revision=branch, timeout=TIMEOUT)

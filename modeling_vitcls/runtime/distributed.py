@@ -133,9 +133,8 @@ def enable_fsdp_on_cpu(accelerator: Accelerator) -> None:
     if accelerator.mixed_precision != "no":
         plugin.set_mixed_precision(accelerator.mixed_precision)
     accelerator.state.fsdp_plugin = plugin
-    accelerator.state.distributed_type = PartialState().distributed_type = (
-        DistributedType.FSDP
-    )  # shared state
+    # shared state
+    accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
 
 
 def configure_layer_sharding(accelerator: Accelerator, model: nn.Module) -> None:

@@ -50,6 +50,5 @@ class RunStopped(Exception):
     ) -> None:
         super().__init__(message)
         self.exit_status = exit_status  # exit status of the program
-        self.is_on_all_processes = (
-            is_on_all_processes  # whether all processes stop for the same reason
-        )
+        # whether all processes stop for the same reason
+        self.is_on_all_processes = is_on_all_processes

@@ -1,7 +1,7 @@
 """Training, from the options to a model folder with evaluation results.
 
     run.py              complete run of fine-tuning or pre-training; read this file first
-    task.py             what a run trains: the interface between run.py and the next two files
+    training_setup.py             what a run trains: the interface between run.py and the next two files
     finetune.py         data, model, loss and evaluator of fine-tuning
     pretrain.py         data, model, loss and evaluator of pre-training; lejepa.py and mae.py are its methods
     probe.py            k-NN and logistic regression on the frozen model, before fine-tuning

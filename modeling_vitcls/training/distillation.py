@@ -49,9 +49,8 @@ class Distillation(ViTCLSPreTrainedModel):
             if with_patches
         )
         self.post_init()
-        self.vitcls = (
-            encoder  # after the initialization of the linear layers, which keeps these weights
-        )
+        # after the initialization of the linear layers, which keeps these weights
+        self.vitcls = encoder
         if self.num_tokens and encoder.pooler is not None:
             encoder.pooler.requires_grad_(False)  # not part of the loss
 
@@ -84,9 +83,8 @@ class FeatureTeachers:
     teachers: list[Teacher]
     with_patches: bool
     autocast: Callable[[], Any]
-    standardizations: list[tuple[Tensor, Tensor]] = field(
-        default_factory=list
-    )  # mean and matrix for each target
+    # mean and matrix for each target
+    standardizations: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     @torch.no_grad()
     def fit(self, batches: Iterable[Batch], num_images: int) -> None:

@@ -36,9 +36,8 @@ def build_dry_run_options(options: Any) -> Iterator[Any]:
     prefix = f".{options.output_dir.name}-dry-run-"
     folder = parent / prefix
     if os.environ.get("RANK", "0") == "0":  # Accelerate is not initialized yet
-        parent.mkdir(
-            parents=True, exist_ok=True
-        )  # fails without the write permission that the full run requires
+        # fails without the write permission that the full run requires
+        parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
     try:
         yield replace(

@@ -37,8 +37,8 @@ from . import losses
 from .model import InitialModel, build_model, set_trainable_parameters, uses_patch_dropout
 from .probe import MAX_PROBE_IMAGES, Probe, explain_missing_probe
 from .reporter import Reporter
-from .task import Task, build_evaluator_arguments
 from .teacher import Teacher, TeacherCache, load_teacher
+from .training_setup import TrainingSetup, build_evaluator_arguments
 
 
 MAX_CLASS_RATIO = (
@@ -61,9 +61,9 @@ def load_data(options: FinetuneOptions, initial: InitialModel) -> TrainingData:
     return data
 
 
-def build_task(
+def build_training_setup(
     options: FinetuneOptions, initial: InitialModel, data: TrainingData, reporter: Reporter
-) -> Task:
+) -> TrainingSetup:
     """Load the model and the teacher, freeze the parameters that are not trained, and build loss and evaluation."""
     accelerator, training_options, labels = reporter.accelerator, options.training, data.label_space
     model, processor, new_parameter_names = build_model(options.model, initial, labels)
@@ -99,7 +99,7 @@ def build_task(
     class_count_text = " + ".join(
         f"{len(names)} of {column!r}" for column, names in labels.columns.items()
     )
-    return Task(
+    return TrainingSetup(
         model,
         processor,
         build_objective(options, data, teacher, normalize, accelerator),

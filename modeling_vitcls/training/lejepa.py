@@ -47,9 +47,8 @@ class LeJEPA(ViTCLSPreTrainedModel):
             nn.Linear(width, NUM_FEATURES),
         )  # fmt: skip
         self.post_init()
-        self.vitcls = (
-            encoder  # after the initialization of the projector, which keeps these weights
-        )
+        # after the initialization of the projector, which keeps these weights
+        self.vitcls = encoder
 
     def forward(self, *views: Tensor, **kwargs: Any) -> Any:
         """Return the projections [views, B, P] of images [views, B, C, H, W] of one or more sizes, or the encoder's
@@ -154,14 +153,12 @@ def compute_sigreg(projections: Tensor, directions: Tensor) -> Tensor:
     """
     frequencies = torch.linspace(0, MAX_FREQUENCY, NUM_FREQUENCIES, device=projections.device)
     gaussian = torch.exp(-frequencies.square() / 2)
-    weights = torch.full_like(
-        frequencies, 2 * MAX_FREQUENCY / (NUM_FREQUENCIES - 1)
-    )  # twice, for both signs
+    # twice, for both signs
+    weights = torch.full_like(frequencies, 2 * MAX_FREQUENCY / (NUM_FREQUENCIES - 1))
     weights[[0, -1]] /= 2
     angles = (projections @ directions).unsqueeze(-1) * frequencies  # [views, B, M, frequencies]
-    means = torch.stack(
-        [angles.cos().mean(dim=1), angles.sin().mean(dim=1)]
-    )  # [2, views, M, frequencies]
+    # [2, views, M, frequencies]
+    means = torch.stack([angles.cos().mean(dim=1), angles.sin().mean(dim=1)])
     cos, sin = average_over_processes(means)
     errors = (cos - gaussian).square() + sin.square()
     num_processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -60,12 +60,10 @@ class TrainingState:
     step: int = 0  # number of completed optimizer steps
     best_score: float | None = None  # best score of all evaluations so far
     margin: float = 0.0  # by which an evaluation must exceed the best score: see `evaluate_step`
-    scores: list[float] = field(
-        default_factory=list
-    )  # scores of all evaluations after the first step, in order
-    recent_losses: list[dict[str, float]] = field(
-        default_factory=list
-    )  # losses of the steps since the last record
+    # scores of all evaluations after the first step, in order
+    scores: list[float] = field(default_factory=list)
+    # losses of the steps since the last record
+    recent_losses: list[dict[str, float]] = field(default_factory=list)
     # metrics of a step that has not been evaluated yet; otherwise empty
     pending_record: Metrics = field(default_factory=dict)
     earlier_seconds: float = 0.0  # training time before --resume
@@ -89,28 +87,22 @@ class TrainingLoop:
     store: CheckpointStore
     selection_metric: str
     unreadable_images: UnreadableImageCounter
-    save_every: int | None = (
-        None  # number of steps between checkpoints; None to save at each evaluation
-    )
-    evaluated_images: str = (
-        "held_out"  # "selection" if the best checkpoint is selected on separate images
-    )
+    # number of steps between checkpoints; None to save at each evaluation
+    save_every: int | None = None
+    # "selection" if the best checkpoint is selected on separate images
+    evaluated_images: str = "held_out"
     normalize: Normalizer | None = None  # for the attention entropy; None if it is not measured
     signals: SignalHandler | None = None
-    run_metadata: dict[str, Any] = field(
-        default_factory=dict
-    )  # constant values that checkpoints contain
-    on_checkpoint: Callable[[Path], None] | None = (
-        None  # called on the main process with each saved checkpoint
-    )
-    step_seconds: list[float] = field(
-        default_factory=list
-    )  # durations of all steps in this process, in seconds
+    # constant values that checkpoints contain
+    run_metadata: dict[str, Any] = field(default_factory=dict)
+    # called on the main process with each saved checkpoint
+    on_checkpoint: Callable[[Path], None] | None = None
+    # durations of all steps in this process, in seconds
+    step_seconds: list[float] = field(default_factory=list)
     evaluation_seconds: list[float] = field(default_factory=list)
     num_logged_steps: int = 0  # number of the steps in `step_seconds` that the last record includes
-    unreported_errors: dict[int, str] = field(
-        default_factory=dict
-    )  # unreadable images that are not reported yet
+    # unreadable images that are not reported yet
+    unreported_errors: dict[int, str] = field(default_factory=dict)
     is_best: bool = False  # whether the last step was evaluated and had the best score so far
     num_overflows: int = 0  # number of consecutive steps that the loss scaler skipped
     peak_memory: int = 0  # peak memory in bytes up to the last record
@@ -118,9 +110,8 @@ class TrainingLoop:
 
     def __post_init__(self) -> None:
         self.model = self.accelerator.unwrap_model(self.state.model)
-        self.monitor = TokenMonitor(
-            self.model
-        )  # stores the initial tokens, so a checkpoint is loaded later
+        # stores the initial tokens, so a checkpoint is loaded later
+        self.monitor = TokenMonitor(self.model)
         # With other values of --trainable, some tokens are frozen.
         self.should_warn_about_tokens = self.options.trainable in ("full", "lora")
 

@@ -24,12 +24,10 @@ from ..model.heads_vitcls import IGNORED_LABEL
 
 
 Losses = dict[str, torch.Tensor]
-Objective = Callable[
-    [nn.Module, Batch], Losses
-]  # returns the "loss" to minimize, and other losses to log
-LabelLossFunction = Callable[
-    [Any, Any], torch.Tensor
-]  # computes the mean loss from logits and labels
+# returns the "loss" to minimize, and other losses to log
+Objective = Callable[[nn.Module, Batch], Losses]
+# computes the mean loss from logits and labels
+LabelLossFunction = Callable[[Any, Any], torch.Tensor]
 
 
 # Losses of a head, by kind of labels ---------------------------------------------------------------------------------
@@ -46,9 +44,10 @@ def compute_single_label_loss(
     Losses that are weighted with `class_weights` [L], whose mean is 1, are not divided by the sum of the weights,
     because the loss of one image would otherwise depend on the labels of other images.
     """
+    # [B]
     image_losses = nn.functional.cross_entropy(
         logits.float(), labels, label_smoothing=label_smoothing, reduction="none"
-    )  # [B]
+    )
     if class_weights is None:
         return image_losses.mean()
     image_weights = labels @ class_weights if labels.is_floating_point() else class_weights[labels]

@@ -115,16 +115,14 @@ class MAE(ViTCLSPreTrainedModel):
             return self.vitcls(pixel_values, **kwargs)
         grid_size = self.vitcls.embeddings.patch_embeddings.get_grid_size(pixel_values)
         num_visible = int((~bool_masked_pos[0]).sum())
-        visible = bool_masked_pos.int().argsort(dim=1, stable=True)[
-            :, :num_visible
-        ]  # [B, K], ascending
+        # [B, K], ascending
+        visible = bool_masked_pos.int().argsort(dim=1, stable=True)[:, :num_visible]
         visible_patches = self.vitcls.patch_dropout
         assert isinstance(visible_patches, VisiblePatches)
         visible_patches.indices = visible
         try:
-            tokens = self.decoder_embed(
-                self.vitcls(pixel_values).last_hidden_state
-            )  # [B, prefix + K, width]
+            # [B, prefix + K, width]
+            tokens = self.decoder_embed(self.vitcls(pixel_values).last_hidden_state)
         finally:
             visible_patches.indices = None
         special_tokens, patches = tokens.split([self.num_prefix_tokens, num_visible], dim=1)

@@ -90,9 +90,8 @@ def build_model(
         model, new_parameter_names = load_with_label_space(initial, config_values, label_space)
         processor = load_processor(initial.name, initial.folder)
     if (mask_token := model.vitcls.embeddings.mask_token) is not None:
-        mask_token.requires_grad_(
-            False
-        )  # not used in fine-tuning; DDP requires gradients of all trainable parameters
+        # not used in fine-tuning; DDP requires gradients of all trainable parameters
+        mask_token.requires_grad_(False)
     model.config.temperature, model.config.energy_threshold = (
         1.0,
         None,
@@ -137,9 +136,8 @@ def load_with_label_space(
     has a classifier with the same labels. Return the model, and the names of the newly initialized parameters."""
     stored_config = initial.config
     model_class = CLASSIFIER_CLASSES[label_space.kind]
-    config_values = config_values | {
-        "extra_heads": None
-    }  # fitted to features that fine-tuning changes
+    # fitted to features that fine-tuning changes
+    config_values = config_values | {"extra_heads": None}
     if has_labels(stored_config, label_space) and model_class.__name__ in (
         stored_config.architectures or ()
     ):

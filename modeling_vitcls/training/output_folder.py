@@ -55,7 +55,7 @@ from .checkpoints import WRITE_ERRORS, Checkpoint, CheckpointStore, Tensors
 from .distributed_state import gather_weights
 from .model import InitialModel, merge_lora
 from .resume import replace_sources
-from .task import Task
+from .training_setup import TrainingSetup
 
 
 # Files that a run writes at the end, and exports of them, in the order in which they are removed; the results and the
@@ -137,9 +137,8 @@ def remove_run_files(folder: Path, store: CheckpointStore) -> None:
         (folder / IMAGES_FOLDER).rmdir()
     shutil.rmtree(folder / STAGING_FOLDER, ignore_errors=True)
     store.clear()
-    (folder / RECIPE_FILE).unlink(
-        missing_ok=True
-    )  # removed last, because this file marks an output folder
+    # removed last, because this file marks an output folder
+    (folder / RECIPE_FILE).unlink(missing_ok=True)
 
 
 def prepare(
@@ -197,7 +196,7 @@ def stage_files(folder: Path) -> Iterator[Path]:
 
 
 def save_output(
-    task: Task,
+    setup: TrainingSetup,
     results: dict[str, Any],
     options: FinetuneOptions | PretrainOptions,
     initial: InitialModel,
@@ -206,8 +205,8 @@ def save_output(
 ) -> None:
     """Write the model, the image processor, results.json and the evaluator's predictions. All processes must call
     this function. Raise RunStopped on all processes if the folder cannot be written."""
-    weights = gather_weights(task.model)
-    if task.encoder is not None:
+    weights = gather_weights(setup.model)
+    if setup.encoder is not None:
         weights = {
             name.removeprefix("vitcls."): weights[name]
             for name in weights
@@ -217,7 +216,7 @@ def save_output(
     def write() -> None:
         try:
             with stage_files(options.output_dir) as folder, silence_transformers():
-                write_model_files(task, folder, weights, results, options, initial)
+                write_model_files(setup, folder, weights, results, options, initial)
                 if evaluator is not None:
                     weights_hash = read_json(folder / RESULTS_FILE)["weights_sha256"]
                     write_predictions(folder / PREDICTIONS_FILE, evaluator, weights_hash)
@@ -232,7 +231,7 @@ def save_output(
 
 
 def write_model_files(
-    task: Task,
+    setup: TrainingSetup,
     folder: Path,
     weights: Tensors,
     results: dict[str, Any],
@@ -243,13 +242,13 @@ def write_model_files(
     may call this function. `weights` are full tensors, because the model may be sharded."""
     # FSDP2 replaces the model's class with a subclass. With the subclass, transformers would save PyTorch's source
     # files as the model's code.
-    model = task.encoder or task.model
+    model = setup.encoder or setup.model
     unsharded_class: Any = next(
         base for base in type(model).__mro__ if not issubclass(base, FSDPModule)
     )
     model.__class__ = unsharded_class
     model.save_pretrained(folder, state_dict=merge_lora(weights))
-    task.processor.save_pretrained(folder)
+    setup.processor.save_pretrained(folder)
     results = results | {
         "weights_sha256": hash_weights(folder),
         "provenance": None,
@@ -264,9 +263,8 @@ def write_model_files(
         ]
     elif isinstance(options, FinetuneOptions) and options.distillation.teacher is not None:
         results["teacher_provenance"] = find_provenance(options.distillation.teacher).to_dict()
-    saved_model = (
-        unsharded_class.from_pretrained(folder).to(model.device).eval()
-    )  # `model` may be sharded
+    # `model` may be sharded
+    saved_model = unsharded_class.from_pretrained(folder).to(model.device).eval()
     results["inference"] = measure_inference_speed(saved_model, model.device)
     write_json(folder / RESULTS_FILE, results)
 

@@ -38,8 +38,8 @@ from .losses import Losses, Objective
 from .mae import MAE, MAEObjective, build_decoder_config, draw_masks
 from .model import InitialModel
 from .reporter import Reporter
-from .task import Task, build_evaluator_arguments, build_training_images
 from .teacher import TeacherCache, load_feature_teacher
+from .training_setup import TrainingSetup, build_evaluator_arguments, build_training_images
 
 
 MAX_NEIGHBORS = 10_000  # maximum number of training images for k-NN and logistic regression
@@ -103,9 +103,9 @@ def load_data(options: PretrainOptions, initial: InitialModel) -> TrainingData:
         return load_training_data(options.data, should_select, use_labels=False)
 
 
-def build_task(
+def build_training_setup(
     options: PretrainOptions, initial: InitialModel, data: TrainingData, reporter: Reporter
-) -> Task:
+) -> TrainingSetup:
     """Load the model, and build loss and evaluation."""
     encoder, processor = build_encoder(options.model, initial)
     config, device = encoder.config, reporter.accelerator.device
@@ -163,7 +163,7 @@ def build_task(
         has_own_tokens = config.num_distillation_tokens == len(teachers.teachers)
         config.distillation_teachers = results["teachers"] if has_own_tokens else None
 
-    return Task(
+    return TrainingSetup(
         method,
         processor,
         objective,
@@ -313,9 +313,8 @@ def build_encoder(
             f"pre-training requires --patch-drop-rate 0, but the rate is {config.patch_drop_rate}"
         )
     if encoder.embeddings.mask_token is not None:
-        encoder.embeddings.mask_token.requires_grad_(
-            False
-        )  # not used; DDP requires gradients of all parameters
+        # not used; DDP requires gradients of all parameters
+        encoder.embeddings.mask_token.requires_grad_(False)
     set_fit(processor, options.fit or get_fit(processor), config.image_height_width)
     return encoder, processor
 

@@ -63,9 +63,8 @@ MIN_SELECTION_IMAGES = (
     50  # with fewer images, the accuracy of the frozen model has a standard error of up to 7 points
 )
 FLOPS_OF_STEP = 3  # forward and backward pass of an image, relative to its forward pass
-CPU_FLOPS_PER_MINUTE = (
-    60 * 150e9
-)  # of two cores with AVX-512; the estimate of a duration is within a factor of 3
+# of two cores with AVX-512; the estimate of a duration is within a factor of 3
+CPU_FLOPS_PER_MINUTE = 60 * 150e9
 MAX_CPU_FLOPS = 10 * CPU_FLOPS_PER_MINUTE  # of a run on a CPU whose length the user has not set
 NUM_MEASURED_SHAPES = 64  # images whose aspect ratio is read
 MIN_ASPECT_RATIO = (

@@ -2,9 +2,10 @@
 
     options -> load -> describe -> probe of the frozen encoder -> steps -> calibration -> folder
 
-What is trained is a `Task` (finetune.py, pretrain.py); how the steps run is a `TrainingLoop` (loop.py). The run writes
-weights, configuration, code, image processor, config.resolved.yaml, metrics.jsonl, checkpoints and finally
-results.json, which marks the folder as complete. publishing/ builds the report and the card from the folder.
+What is trained is a `TrainingSetup` (finetune.py, pretrain.py); how the steps run is a `TrainingLoop`
+(loop.py). The run writes weights, configuration, code, image processor, config.resolved.yaml,
+metrics.jsonl, checkpoints and finally results.json, which marks the folder as complete. publishing/
+builds the report and the card from the folder.
 """
 
 import shutil
@@ -80,7 +81,7 @@ from .resume import (
     resolve_local_paths,
 )
 from .signals import SignalHandler
-from .task import Task, build_training_images
+from .training_setup import TrainingSetup, build_training_images
 
 
 DEFAULT_STREAM_SAVE_EVERY = (
@@ -91,9 +92,8 @@ FIRST_HALF = slice(0, None, 2)
 SECOND_HALF = slice(1, None, 2)  # of the held-out images
 
 Options = Any  # FinetuneOptions or PretrainOptions
-Evaluate = Callable[
-    [Any], dict[str, Any]
-]  # from a model to metrics; an `Evaluator` if there are images
+# from a model to metrics; an `Evaluator` if there are images
+Evaluate = Callable[[Any], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Loaded:
     options: Options
     initial: InitialModel
     data: TrainingData
-    task: Task
+    setup: TrainingSetup
     plan: BatchPlan
     full_plan: BatchPlan  # of the run that a dry run tests
     evaluated_fraction: float  # of the images that the full run evaluates, evaluated in a dry run
@@ -189,9 +189,8 @@ def run(kind: ModuleType, options: Options, on_checkpoint: Callable[[Path], None
         environment = set_up(options, lock)
         accelerator, reporter = environment.accelerator, environment.reporter
         if run_on_main(accelerator, partial(check_folder, options, environment)):
-            shutil.rmtree(
-                folder / output_folder.STAGING_FOLDER, ignore_errors=True
-            )  # killed at the end
+            # killed at the end
+            shutil.rmtree(folder / output_folder.STAGING_FOLDER, ignore_errors=True)
             reporter.print_line("finished", f"{folder} already contains the results of this run")
             return folder
 
@@ -210,13 +209,12 @@ def run(kind: ModuleType, options: Options, on_checkpoint: Callable[[Path], None
             loaded, trained, result, environment, features_before, features_after
         )
         save_output(
-            loaded.task, results, loaded.options, loaded.initial, accelerator, result.evaluator
+            loaded.setup, results, loaded.options, loaded.initial, accelerator, result.evaluator
         )
         print_result(results, loaded, trained, environment)
 
-        del (
-            trained
-        )  # DDP must not outlive its process group: with torch 2.11, gloo may wait forever
+        # DDP must not outlive its process group: with torch 2.11, gloo may wait forever
+        del trained
         accelerator.free_memory()
         accelerator.end_training()
         return folder
@@ -281,19 +279,19 @@ def load(kind: Any, options: Options, environment: Environment) -> Loaded:
     is_length_set = options.training.epochs is not None or options.training.max_steps is not None
     with accelerator.main_process_first():
         options, default_lines = resolve_options(options, initial, data)
-        task = kind.build_task(options, initial, data, environment.reporter)
-        forward_flops = (task.encoder or task.model).flops()
-    if task.probe is not None and not is_rate_set:
-        rate = choose_learning_rate_after_probe(task.model.config.hidden_size)
+        setup = kind.build_training_setup(options, initial, data, environment.reporter)
+        forward_flops = (setup.encoder or setup.model).flops()
+    if setup.probe is not None and not is_rate_set:
+        rate = choose_learning_rate_after_probe(setup.model.config.hidden_size)
         options = replace(options, training=replace(options.training, learning_rate=rate))
         default_lines["rate"] = (
             f"{rate:g}, because the classifier starts from the regression on the frozen encoder"
         )
     if options.training.gradient_checkpointing:
-        task.model.gradient_checkpointing_enable()
+        setup.model.gradient_checkpointing_enable()
     recorded_precision = None if checkpoint is None else checkpoint.metadata["mixed_precision"]
     precision_text = set_mixed_precision(
-        accelerator, options.training.mixed_precision, task.model.config, recorded_precision
+        accelerator, options.training.mixed_precision, setup.model.config, recorded_precision
     )
 
     plan = BatchPlan.from_options(
@@ -317,14 +315,14 @@ def load(kind: Any, options: Options, environment: Environment) -> Loaded:
     )
 
     lines = {
-        **describe_splits(data, task.processor, task.labels_text),
-        **describe_model(initial.name, task.model, forward_flops),
+        **describe_splits(data, setup.processor, setup.labels_text),
+        **describe_model(initial.name, setup.model, forward_flops),
         **default_lines,
-        **task.summary_lines,
+        **setup.summary_lines,
         "device": f"{describe_device(accelerator)}, mixed precision: {precision_text}",
     }
     reason = None
-    if task.probe is not None:
+    if setup.probe is not None:
         reason = explain_missing_steps(
             options, data, forward_flops, accelerator.device, is_length_set
         )
@@ -332,7 +330,7 @@ def load(kind: Any, options: Options, environment: Environment) -> Loaded:
         options=options,
         initial=initial,
         data=data,
-        task=task,
+        setup=setup,
         plan=plan,
         full_plan=plan,
         evaluated_fraction=1.0,
@@ -347,10 +345,10 @@ def load(kind: Any, options: Options, environment: Environment) -> Loaded:
 def reduce_for_dry_run(loaded: Loaded) -> Loaded:
     """Return the inputs of a dry run: a few steps, and a few images for evaluations and for the probe."""
     data, evaluated_fraction = draw_few_images(loaded.data, loaded.plan)
-    task = loaded.task
-    task.measure_features = None
-    if task.probe is not None:
-        task.probe = replace(task.probe, max_images=NUM_PROBE_IMAGES)
+    setup = loaded.setup
+    setup.measure_features = None
+    if setup.probe is not None:
+        setup.probe = replace(setup.probe, max_images=NUM_PROBE_IMAGES)
     return replace(
         loaded,
         data=data,
@@ -411,10 +409,10 @@ def print_summary(loaded: Loaded, environment: Environment) -> None:
     for name, text in lines.items():
         if text:
             reporter.print_line(name, text)
-    for warning in loaded.task.warnings:
+    for warning in loaded.setup.warnings:
         reporter.warn(warning)
     if not environment.is_dry_run:
-        reporter.printed_metrics = loaded.task.printed_metrics
+        reporter.printed_metrics = loaded.setup.printed_metrics
 
 
 # Stages --------------------------------------------------------------------------------------------------------------
@@ -423,7 +421,7 @@ def print_summary(loaded: Loaded, environment: Environment) -> None:
 def fit_probe(loaded: Loaded, environment: Environment) -> FittedProbe | None:
     """Start the classifier from a regression on the frozen encoder. A resumed run restores what the regression reads;
     the weights are those of the checkpoint."""
-    checkpoint, probe = environment.checkpoint, loaded.task.probe
+    checkpoint, probe = environment.checkpoint, loaded.setup.probe
     if checkpoint is not None:
         record = loaded.metadata["probe"] = checkpoint.metadata["probe"]
         if record and probe is not None:
@@ -440,10 +438,10 @@ def measure_features(
     loaded: Loaded, environment: Environment, model: Any = None
 ) -> dict[str, Any] | None:
     """Measure the features of an encoder before and after pre-training; None if there is nothing to measure."""
-    measure = loaded.task.measure_features
+    measure = loaded.setup.measure_features
     if measure is None or loaded.data.num_held_out_images == 0:
         return None
-    model = loaded.task.model.to(environment.accelerator.device) if model is None else model
+    model = loaded.setup.model.to(environment.accelerator.device) if model is None else model
     features = measure(model.eval())
     reshard(model)
     return features
@@ -451,12 +449,12 @@ def measure_features(
 
 def build_evaluators(loaded: Loaded) -> Evaluators:
     """Build the evaluations of selection and held-out images."""
-    data, task = loaded.data, loaded.task
+    data, setup = loaded.data, loaded.setup
     has_held_out = data.num_held_out_images != 0
     held_out: Evaluate = evaluate_nothing
     if has_held_out:
-        held_out = task.build_evaluator(data.held_out)
-    selection = held_out if data.selection is None else task.build_evaluator(data.selection)
+        held_out = setup.build_evaluator(data.held_out)
+    selection = held_out if data.selection is None else setup.build_evaluator(data.selection)
     return Evaluators(selection, held_out, has_held_out)
 
 
@@ -473,16 +471,16 @@ def train_steps(
     on_checkpoint: Callable[[Path], None] | None,
 ) -> Trained:
     """Run the remaining steps, and load the selected weights. Without steps, the frozen model is selected."""
-    options, data, task, plan = loaded.options, loaded.data, loaded.task, loaded.plan
+    options, data, setup, plan = loaded.options, loaded.data, loaded.setup, loaded.plan
     accelerator, reporter, checkpoint = (
         environment.accelerator,
         environment.reporter,
         environment.checkpoint,
     )
     images = build_training_images(
-        options, data, task.processor, task.model.config.num_channels, task.num_views
+        options, data, setup.processor, setup.model.config.num_channels, setup.num_views
     )
-    state = prepare_state(options, task, accelerator)
+    state = prepare_state(options, setup, accelerator)
     metrics: dict[str, Any] = {}
     selected_step = None
 
@@ -493,22 +491,22 @@ def train_steps(
     ):
         loop = TrainingLoop(
             state=state,
-            objective=task.objective,
+            objective=setup.objective,
             evaluate_model=evaluators.selection,
             plan=plan,
             options=options.training,
             accelerator=accelerator,
             reporter=reporter,
             store=environment.store,
-            selection_metric=task.selection_metric,
+            selection_metric=setup.selection_metric,
             unreadable_images=UnreadableImageCounter(
                 reporter.warn, options.data.max_unreadable_images
             ),
             save_every=options.run.save_every
             or (None if plan.num_images else DEFAULT_STREAM_SAVE_EVERY),
             evaluated_images="held_out" if data.selection is None else "selection",
-            normalize=Normalizer(task.processor, accelerator.device)
-            if task.model.config.num_cls_tokens
+            normalize=Normalizer(setup.processor, accelerator.device)
+            if setup.model.config.num_cls_tokens
             else None,
             signals=signals,
             run_metadata=loaded.metadata,
@@ -560,7 +558,7 @@ def finish_model(
 ) -> Result:
     """Fit the classifier of a frozen model to all images that are not held out, calibrate the classifier, and measure
     the metrics of the held-out images."""
-    data, task, model = loaded.data, loaded.task, trained.loop.state.model
+    data, setup, model = loaded.data, loaded.setup, trained.loop.state.model
     model.eval()
     is_frozen = trained.selected_step == 0
     frozen = refit_frozen_model(loaded, frozen, model, environment) if is_frozen else None
@@ -568,7 +566,7 @@ def finish_model(
     if frozen is not None and frozen.held_out is not None:
         evaluate = HeadEvaluator(frozen.held_out, frozen.choice.candidate)
 
-    can_calibrate = task.can_calibrate and not environment.is_dry_run
+    can_calibrate = setup.can_calibrate and not environment.is_dry_run
     calibration, reported = None, ALL
     if (
         can_calibrate
@@ -588,7 +586,7 @@ def finish_model(
         calibration = find_calibration(logits[FIRST_HALF], labels[FIRST_HALF], images="held-out")
         reported = SECOND_HALF
     if calibration is not None and calibration.is_fitted:
-        calibration.apply(task.model.config)
+        calibration.apply(setup.model.config)
 
     keeps_predictions = can_calibrate and evaluators.has_held_out
     metrics = trained.metrics
@@ -620,7 +618,7 @@ def refit_frozen_model(
 
     A resumed run computes the features again. Returns None for a sharded model, whose classifier is kept.
     """
-    probe = loaded.task.probe
+    probe = loaded.setup.probe
     if probe is None or isinstance(model, FSDPModule):
         return None
     if frozen is None:
@@ -650,7 +648,7 @@ def build_results(
     features_after: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Return the content of results.json."""
-    data, task, loop = loaded.data, loaded.task, trained.loop
+    data, setup, loop = loaded.data, loaded.setup, trained.loop
     results: dict[str, Any] = {
         "dataset": data.name,
         "split": data.held_out_name,
@@ -658,7 +656,7 @@ def build_results(
             environment.accelerator, lambda: asdict(data.build_record())
         ),
         "num_training_images": count_training_images(loaded),
-        **task.results,
+        **setup.results,
     }
     seconds = trained.seconds
     if probe_record := loaded.metadata["probe"]:
@@ -667,9 +665,9 @@ def build_results(
             seconds = probe_record["seconds"]
     results |= {
         "calibration": result.calibration,
-        "selection_metric": task.selection_metric,
+        "selection_metric": setup.selection_metric,
         "forward_flops_per_image": loaded.forward_flops,
-        **describe_run(loaded.plan, loop.state.step, task.model, environment.accelerator, seconds),
+        **describe_run(loaded.plan, loop.state.step, setup.model, environment.accelerator, seconds),
         **result.metrics,
         "num_unreadable_training_images": len(loop.unreadable_images.indices),
         "token_movement": loop.monitor.compute_token_movement(),
@@ -681,7 +679,7 @@ def build_results(
             if isinstance(data.selection, LabeledImages)
             else None,
             "step": trained.selected_step,
-            task.selection_metric: loop.state.best_score,
+            setup.selection_metric: loop.state.best_score,
         }
     if features_before is not None and features_after is not None:
         summary = pretrain.compare_features(features_before, features_after)
@@ -721,7 +719,7 @@ def print_result(
         reporter.warn(
             f"{num_unreadable} training image(s) could not be read and were replaced with other images"
         )
-    reporter.print_line("result", format_result(results, loaded.task.result_metrics))
+    reporter.print_line("result", format_result(results, loaded.setup.result_metrics))
     if "features" in results:
         reporter.print_line("features", results["features"]["summary"])
     reporter.print_line("saved", f"{environment.folder} (model, image processor, {RESULTS_FILE})")
@@ -730,13 +728,13 @@ def print_result(
 # Parts ---------------------------------------------------------------------------------------------------------------
 
 
-def prepare_state(options: Any, task: Task, accelerator: Accelerator) -> TrainingState:
+def prepare_state(options: Any, setup: TrainingSetup, accelerator: Accelerator) -> TrainingState:
     """Prepare the model and the optimizer for the launch configuration, and build the moving average."""
     if options.training.compile:
-        task.model.compile()
-    configure_layer_sharding(accelerator, task.model)
+        setup.model.compile()
+    configure_layer_sharding(accelerator, setup.model)
     state = TrainingState(
-        *accelerator.prepare(task.model, build_optimizer(task.model, options.training))
+        *accelerator.prepare(setup.model, build_optimizer(setup.model, options.training))
     )
     if options.training.ema_decay:
         state.ema = Ema(state.model, options.training.ema_decay)

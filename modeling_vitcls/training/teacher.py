@@ -61,9 +61,8 @@ class TeacherPreprocessing:
     num_channels: int
     height_width: tuple[int, int]
     interpolation: InterpolationMode
-    normalize: Callable[
-        [torch.Tensor], torch.Tensor
-    ]  # converts uint8 [B, C, H, W] to normalized float32
+    # converts uint8 [B, C, H, W] to normalized float32
+    normalize: Callable[[torch.Tensor], torch.Tensor]
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         """Convert the student's pixels [B, C, H, W] in [0, 255] to the teacher's input. Pixels of mixed images are
@@ -93,9 +92,8 @@ class Teacher(nn.Module):
         self.source = source
         self.model: Any = model.requires_grad_(False)
         self.preprocessing = preprocessing
-        self.read_outputs = (
-            read_outputs  # model's outputs -> logits of the student's labels, or features
-        )
+        # model's outputs -> logits of the student's labels, or features
+        self.read_outputs = read_outputs
         height, width = preprocessing.height_width
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.description = f"{source}: {num_parameters:,} parameters, at {height} x {width} pixels"
@@ -171,9 +169,8 @@ def load_feature_teacher(
         pooled = outputs.pooler_output.float()
         if not with_patches:
             return pooled
-        patches = (
-            outputs.tokens["patches"].float().transpose(1, 2).unflatten(2, outputs.grid_size)
-        )  # [B, D, r, c]
+        # [B, D, r, c]
+        patches = outputs.tokens["patches"].float().transpose(1, 2).unflatten(2, outputs.grid_size)
         patches = nn.functional.interpolate(
             patches, student.grid_size, mode="bilinear", antialias=True
         )

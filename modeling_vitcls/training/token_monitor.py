@@ -73,9 +73,8 @@ def measure_attention_entropy(
     first images of the batch."""
     pixel_values = normalize(batch["pixels"][:MAX_ATTENTION_IMAGES])  # [B, C, H, W]
     model.eval()
-    attention_weights = model.token_attention(
-        pixel_values, tokens=("cls",)
-    )  # [B, layers, heads, CLS, N]
+    # [B, layers, heads, CLS, N]
+    attention_weights = model.token_attention(pixel_values, tokens=("cls",))
     set_train_mode(model)
     entropy = torch.special.entr(attention_weights.float()).sum(-1)  # [B, layers, heads, CLS]
     return {

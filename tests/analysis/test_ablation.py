@@ -146,9 +146,8 @@ def test_null_distributions_are_effects_of_redrawn_tokens() -> None:
     outputs = collect_outputs(model, Batches())[""]
     labels = outputs.predicted
     found = compute_ablations(model.train(), Batches(labels))
-    assert torch.equal(
-        collect_outputs(model, Batches())[""].logits, outputs.logits
-    )  # the model is unchanged
+    # the model is unchanged
+    assert torch.equal(collect_outputs(model, Batches())[""].logits, outputs.logits)
     mask = torch.ones(6, 20)
     mask[:, 1] = 0
     with torch.no_grad():
@@ -326,9 +325,8 @@ def test_each_task_has_its_own_output() -> None:
 def test_each_of_several_labels_is_a_prediction() -> None:
     model = build_classifier(problem_type="multi_label_classification")
     with torch.no_grad():
-        model.classifier.weight[0] = model.classifier.bias[0] = (
-            0  # the probability of this label is the threshold
-        )
+        # the probability of this label is the threshold
+        model.classifier.weight[0] = model.classifier.bias[0] = 0
         expected = (model(PIXELS).logits >= 0).long()
     found = collect_outputs(model, Batches())[""]
     assert torch.equal(found.predicted, expected)

@@ -257,9 +257,8 @@ def test_attribution_of_tasks() -> None:
 def test_targets() -> None:
     model = build_classifier()
     pixels = build_images(3)
-    of_each = torch.stack(
-        [compute_attribution(model, pixels, target) for target in range(3)]
-    )  # [class, B, N]
+    # [class, B, N]
+    of_each = torch.stack([compute_attribution(model, pixels, target) for target in range(3)])
     chosen = model(pixels).logits.argmax(dim=-1)
     assert get_largest_difference(of_each[0], of_each[1]) > 1e-3
     assert torch.equal(compute_attribution(model, pixels), of_each[chosen, torch.arange(3)])
@@ -280,9 +279,8 @@ def test_weights_are_not_changed(frozen: str) -> None:
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             found = compute_attribution(model, pixels, target=0)
-            same = compute_attribution(
-                model, pixels.clone(), target=0
-            )  # images that are created in this mode
+            # images that are created in this mode
+            same = compute_attribution(model, pixels.clone(), target=0)
         assert get_largest_difference(found, expected) <= TOLERANCE
         assert get_largest_difference(same, expected) <= TOLERANCE
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -87,9 +87,8 @@ def test_planted_duplicates_are_found_and_none_is_invented(
     assert set(zip(across["row"], across["other_row"], strict=True)) == {
         (index, 1797 + number) for number, index in enumerate(copied)
     }
-    assert (
-        len(rows) - len(across) <= 5
-    )  # of 1,797 digits of 8 x 8 pixels, some of which agree by chance
+    # of 1,797 digits of 8 x 8 pixels, some of which agree by chance
+    assert len(rows) - len(across) <= 5
     assert (
         rows["split"] != rows["other_split"]
     ).is_monotonic_decreasing  # errors of the split come first

@@ -176,9 +176,8 @@ def test_the_effect_that_decides() -> None:
     mixed = build_classifier(**tokens, pooling="cls_mean")
     findings = collect_findings(model, PIXELS)
     change = dataclasses.replace
-    effect = Effect(
-        0.5, (0.4, 0.6), MIN_IMAGES, 0.2, (0.1, 0.3), 0.1, null_sizes=(0.5,) * 8
-    )  # equals its limit
+    # equals its limit
+    effect = Effect(0.5, (0.4, 0.6), MIN_IMAGES, 0.2, (0.1, 0.3), 0.1, null_sizes=(0.5,) * 8)
     unmeasurable = change(effect, size=0.9, changed=0.0)
 
     def judge_effects(
@@ -332,12 +331,10 @@ def test_the_second_mode_in_numbers() -> None:
     assert mode.fraction == pytest.approx(20 / 4096)
     assert mode.ratio == pytest.approx(math.exp(1.02))
     assert mode.threshold == pytest.approx(math.exp(0.5 + 0.125))
-    assert (
-        find_second_mode(build_ratios(15, 1.02)) is None
-    )  # 15 ** 0.5 is less than 4 standard deviations
-    assert (
-        find_second_mode(build_ratios(20, 0.45)) is None
-    )  # too near to the median: no valley from 0.25 to 0.5
+    # 15 ** 0.5 is less than 4 standard deviations
+    assert find_second_mode(build_ratios(15, 1.02)) is None
+    # too near to the median: no valley from 0.25 to 0.5
+    assert find_second_mode(build_ratios(20, 0.45)) is None
     assert find_second_mode(build_ratios(20, 0.52)) is not None
     ratios = build_ratios(20, 1.02)
     ratios[:5] = 4.0
@@ -421,9 +418,8 @@ def test_the_patches_of_a_single_layer_are_judged_in_the_embeddings() -> None:
     findings = collect_findings(model, PIXELS)
     found = diagnose_patches(model.config, replace_ratios(findings, {0: 0.02}))
     assert (found.word, found.numbers["layer"]) == ("artifacts", 0)
-    assert (
-        judge(model, findings) == ["not measured"] * 5
-    )  # the registers are the same for all images
+    # the registers are the same for all images
+    assert judge(model, findings) == ["not measured"] * 5
 
 
 def test_registers_absorb_outliers_only_if_outliers_increase_without_them() -> None:

@@ -52,9 +52,8 @@ def test_curves_show_the_mean_over_heads_for_each_token(name):
     assert axes.get_ylim()[0] <= 0
     assert axes.get_xlabel() == ("layer" if first_layer else "after layer")
     assert isinstance(axes.yaxis.get_major_formatter(), PercentFormatter) == CURVES[name][2]
-    assert (
-        len({line.get_marker() for line in lines[3:]}) == 4
-    )  # the fifth register has the marker of the first
+    # the fifth register has the marker of the first
+    assert len({line.get_marker() for line in lines[3:]}) == 4
     baselines = [line.get_ydata()[0] for line in axes.get_lines() if len(line.get_xdata()) == 2]
     uniform = [findings.uniform_entropy_by_token[0].item()] if name == "entropy" else []
     assert baselines == pytest.approx(uniform, rel=1e-4)

@@ -31,9 +31,8 @@ def test_the_maps_and_features_of_an_image() -> None:
     report = build_image_report(model, PROCESSOR, PHOTO, "photo", "cat", "wrong")
     assert (report.name, report.truth, report.kind) == ("photo", "cat", "wrong")
     assert np.array_equal(np.asarray(report.image), np.asarray(PHOTO))
-    assert report.visible_region == VisibleRegion(
-        20, 8, 100, 72
-    )  # the crop of 40 x 60 pixels, twice as large
+    # the crop of 40 x 60 pixels, twice as large
+    assert report.visible_region == VisibleRegion(20, 8, 100, 72)
     expected: dict[str, Any] = {
         "attention": model.token_attention(PIXELS)[0],
         "rollout": compute_attention_rollout(model, PIXELS)[0],
@@ -76,9 +75,8 @@ def test_a_rotated_photograph_is_upright_and_pixels_without_a_patch_are_not_cove
     )
     report = build_image_report(model, processor, photograph)
     assert np.array_equal(np.asarray(report.image), np.rot90(np.asarray(PHOTO), -1))
-    assert report.visible_region == VisibleRegion(
-        8, 24, 72, 88
-    )  # of 80 x 120 pixels, twice as large as resized
+    # of 80 x 120 pixels, twice as large as resized
+    assert report.visible_region == VisibleRegion(8, 24, 72, 88)
 
 
 def test_several_labels_are_predicted_from_one_half() -> None:

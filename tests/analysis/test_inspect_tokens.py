@@ -129,9 +129,8 @@ def test_a_revision_of_a_model_on_the_hub(
     checks = [check["statement"] for check in found["map_checks"].values()]
     assert len(checks) == 2
     assert set(checks) <= set(lines)
-    assert (
-        len(lines) == len(found["tokens"]) + len(found["tasks"]) + 6
-    )  # heads, patches, checks, and written files
+    # heads, patches, checks, and written files
+    assert len(lines) == len(found["tokens"]) + len(found["tasks"]) + 6
     assert str(page) in lines[-2]
     assert "5 shown" in lines[-2]
     assert lines[-1] == f"saved {figures}"

@@ -254,9 +254,8 @@ def test_no_text_covers_a_tile_or_another_text_or_is_cut_off(
     drawn: list[Sheet] = []
     render = Sheet.render
     monkeypatch.setattr(Sheet, "render", lambda sheet: drawn.append(sheet) or render(sheet))  # type: ignore[func-returns-value]
-    processor = ViTCLSImageProcessor(
-        size=40, do_center_crop=True, crop_size=32
-    )  # a part of the photo is hidden
+    # a part of the photo is hidden
+    processor = ViTCLSImageProcessor(size=40, do_center_crop=True, crop_size=32)
     picture = draw_sheet(
         measure(model_class(build_tiny_config(**fields)), processor), "model · " + "photo" * 30
     )

@@ -249,9 +249,8 @@ def test_overlays_of_large_and_small_images_are_scaled_on_request():
     assert overlay(build_photograph(900, 1), build_spot(), max_side=300).size == (1, 300)
     assert overlay(build_photograph(), build_spot(), max_side=300, min_side=40).size == (90, 60)
     stripes = Image.fromarray(np.uint8([[0, 200] * 300] * 400))
-    assert resize_with_region(stripes, None, 300, None)[0].getcolors() == [
-        (300 * 200, 100)
-    ]  # averages
+    # averages
+    assert resize_with_region(stripes, None, 300, None)[0].getcolors() == [(300 * 200, 100)]
     assert resize_with_region(stripes.crop((0, 0, 4, 4)), None, None, 8)[0].getcolors() == [
         (32, 0),
         (32, 200),

@@ -98,16 +98,14 @@ def test_outliers_move_to_the_register(fields: dict[str, Any]) -> None:
     assert better.config.num_register_tokens == 1
     assert better.config.register_neurons == neurons
     with torch.no_grad():
-        norms = (
-            better(build_images(), output_hidden_states=True).hidden_states[-1].norm(dim=-1)
-        )  # [B, N]
+        # [B, N]
+        norms = better(build_images(), output_hidden_states=True).hidden_states[-1].norm(dim=-1)
     register = better.config.token_layout.registers
     assert (
         norms[:, register] > 3 * norms.median()
     ).all()  # position of the artifacts after the change
-    assert (
-        compute_outlier_fraction(model, build_images()) == 2 / 16
-    )  # the original model is not changed
+    # the original model is not changed
+    assert compute_outlier_fraction(model, build_images()) == 2 / 16
 
 
 @pytest.mark.parametrize("ratio", [1.1, 1.2])
@@ -133,9 +131,8 @@ def test_neurons_are_ordered_by_their_mean_activation_at_outliers(ratio: float) 
     def list_outliers(step: int) -> list[set[int]]:
         """Return the indices of the outlier patches of each image in a hidden state."""
         norms = [[patch.norm().item() for patch in image[1:]] for image in states[step]]
-        return [
-            {i for i, norm in enumerate(row) if norm > ratio * sorted(row)[7]} for row in norms
-        ]  # 16 patches
+        # 16 patches
+        return [{i for i, norm in enumerate(row) if norm > ratio * sorted(row)[7]} for row in norms]
 
     outliers = list_outliers(-1)
     num_outliers = sum(map(len, outliers))
@@ -176,9 +173,8 @@ def test_only_planted_activations_of_patches_and_the_register_change(
     assert torch.equal(moved[:, before], activations[:, before])
     assert not moved[:, layout.patches][..., PLANTED].any()
     of_patches = activations[:, layout.patches][..., PLANTED]
-    strongest = of_patches.gather(
-        1, of_patches.abs().argmax(dim=1, keepdim=True)
-    )  # activations may be negative
+    # activations may be negative
+    strongest = of_patches.gather(1, of_patches.abs().argmax(dim=1, keepdim=True))
     assert torch.equal(moved[:, [layout.registers.stop - 1]][..., PLANTED], strongest)
 
 
@@ -214,9 +210,8 @@ def test_images_without_outliers_do_not_count() -> None:
     model = build_planted_model(hidden_dropout_prob=0.5).train()  # measured in evaluation mode
     with torch.no_grad():
         model.embeddings.position_embeddings.patches[:, PATCHES, :2] = 0
-        model.embeddings.patch_embeddings.projection.weight[0] = (
-            1.0  # now brightness activates the neuron at a patch
-        )
+        # now brightness activates the neuron at a patch
+        model.embeddings.patch_embeddings.projection.weight[0] = 1.0
     bright = build_images(1, seed=3) * 0.01
     bright[:, :, 8:16, 8:16] = 0.2
     dark = build_images(1, seed=4) * 0.01

@@ -206,12 +206,10 @@ def test_variation_and_distances_between_tokens() -> None:
     )
     assert get_largest_difference(found.variation.double(), expected) <= TOLERANCE
     assert get_largest_difference(found.mean_states.double(), means) <= TOLERANCE
-    assert (
-        found.variation[0].max() <= 1e-6 < 1e-2 < found.variation[1:].min()
-    )  # embeddings do not depend on the image
-    pairs = (
-        (states.unsqueeze(3) - states.unsqueeze(2)).square().sum(dim=-1).mean(dim=0).sqrt()
-    )  # [L + 1, S, S]
+    # embeddings do not depend on the image
+    assert found.variation[0].max() <= 1e-6 < 1e-2 < found.variation[1:].min()
+    # [L + 1, S, S]
+    pairs = (states.unsqueeze(3) - states.unsqueeze(2)).square().sum(dim=-1).mean(dim=0).sqrt()
     assert get_largest_difference(found.state_distance.double(), pairs) <= 1e-4
     assert found.state_distance[:, 3, 5].max() == 0 < 0.1 < found.state_distance[:, 3, 4].min()
 
@@ -265,12 +263,10 @@ def test_uniform_attention_within_scopes(implementation: str) -> None:
     entropy = found.uniform_entropy_by_token
     assert entropy.tolist() == pytest.approx([math.log(3 + 16), math.log(3 + 4), math.log(3 + 16)])
     assert get_largest_difference(found.entropy, entropy.expand_as(found.entropy)) <= 1e-5
-    assert (
-        found.map_selectivity.max() <= 1e-6
-    )  # compared with uniform attention to the tokens in the scope
-    assert found.map_distance[:, 0, 1].tolist() == pytest.approx(
-        [12 / 19] * 2
-    )  # 12 of 19 tokens are not in the scope
+    # compared with uniform attention to the tokens in the scope
+    assert found.map_selectivity.max() <= 1e-6
+    # 12 of 19 tokens are not in the scope
+    assert found.map_distance[:, 0, 1].tolist() == pytest.approx([12 / 19] * 2)
 
 
 @pytest.mark.parametrize(
@@ -397,9 +393,8 @@ def test_map_variation_and_head_outputs() -> None:
     )
     assert found.head_outputs[1].tolist() == pytest.approx([0, 2])
     assert found.head_outputs[0].min() > 0.1
-    weights = torch.stack(
-        [run_eager(model, image)[0] for image in build_images(3)]
-    )  # [images, L, H, N, N]
+    # [images, L, H, N, N]
+    weights = torch.stack([run_eager(model, image)[0] for image in build_images(3)])
     maps = weights.mean(dim=2)[:, :, 0]  # attention of the CLS token, mean over heads
     mean = maps.mean(dim=0)
     distance = (mean - 1 / mean.shape[-1]).norm(dim=-1)

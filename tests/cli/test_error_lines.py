@@ -128,9 +128,8 @@ def test_a_limit_of_threads_is_named(
     folder: Path, photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
-        raise RuntimeError(
-            "can't start new thread"
-        )  # what Python raises at the limit of `ulimit -u`
+        # what Python raises at the limit of `ulimit -u`
+        raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr("threading.Thread.start", fail)
     assert "ulimit -u" in predict_with_error(folder, photos, capsys)

@@ -111,9 +111,8 @@ def test_predict(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     (from_path,) = predict(folder, tmp_path / "1.png", top_k=2)
     assert from_path["label"] == rows[1]["label"]
     images[2].save(tmp_path / "2.png")
-    rows = predict(
-        folder, [tmp_path, images[1]], top_k=2
-    )  # images in memory are named by their position
+    # images in memory are named by their position
+    rows = predict(folder, [tmp_path, images[1]], top_k=2)
     assert [row["image"] for row in rows] == [str(tmp_path / "1.png"), str(tmp_path / "2.png"), "1"]
     (from_bytes,) = predict(folder, (tmp_path / "1.png").read_bytes(), top_k=2)
     assert from_bytes["label"] == from_path["label"]

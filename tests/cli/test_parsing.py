@@ -145,9 +145,8 @@ def test_paths_may_follow_a_choice(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_a_path_that_does_not_exist_is_named_before_libraries_are_imported(
     flags: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        ViTCLSConfig, "register_auto_classes", None
-    )  # the first step after the flags are parsed
+    # the first step after the flags are parsed
+    monkeypatch.setattr(ViTCLSConfig, "register_auto_classes", None)
     assert run_here(*flags.split()) == 1
     error = capsys.readouterr().err
     assert "nosuch" in error
@@ -277,9 +276,8 @@ def test_recipes_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         find_recipe(Path("digits")).read_text() == (SCRIPTS / "recipes" / "digits.yaml").read_text()
     )
     Path("digits").rmdir()
-    Path("digits").write_text(
-        "epochs: 1", encoding="utf-8"
-    )  # a file in the working folder takes precedence
+    # a file in the working folder takes precedence
+    Path("digits").write_text("epochs: 1", encoding="utf-8")
     assert find_recipe(Path("digits")) == Path("digits")
 
 

@@ -117,9 +117,8 @@ def test_conversions_of_other_sources_and_versions_are_not_used(
         compute_cache_name("timm:test_vit"),
         compute_cache_name(str(tmp_path / "one" / "source")),
     ]
-    (tmp_path / "one" / "source" / "config.json").write_text(
-        "{ }"
-    )  # does not change the folder itself
+    # does not change the folder itself
+    (tmp_path / "one" / "source" / "config.json").write_text("{ }")
     names.append(compute_cache_name(str(tmp_path / "one" / "source")))
     os.utime(tmp_path / "one" / "source" / "config.json", (0, 0))  # changes only the time
     names.append(compute_cache_name(str(tmp_path / "one" / "source")))
@@ -145,9 +144,8 @@ def test_a_timm_model_on_the_hub_is_converted_at_the_requested_commit(tmp_path: 
         report = json.loads((folder / "parity_report.json").read_text(encoding="utf-8"))
         assert report["source"] == f"timm:hf-hub:ann/timm@{commit}"
     assert load_source(f"timm:hf-hub:ann/timm@{COMMIT}", random_init=True).model.num_classes == 5
-    shutil.copytree(
-        repository / "snapshots" / COMMIT, tmp_path / "local"
-    )  # a folder that timm saved
+    # a folder that timm saved
+    shutil.copytree(repository / "snapshots" / COMMIT, tmp_path / "local")
     assert ViTCLSConfig.from_pretrained(resolve_checkpoint(str(tmp_path / "local"))).num_labels == 5
 
 

@@ -98,9 +98,8 @@ def test_a_timm_model_with_random_weights(from_timm: Path) -> None:
         "modeling_vitcls.py",
         "image_processing_vitcls.py",
     }
-    assert [path.name for path in from_timm.parent.iterdir()] == [
-        "there"
-    ]  # no temporary folder is left
+    # no temporary folder is left
+    assert [path.name for path in from_timm.parent.iterdir()] == ["there"]
 
 
 def test_a_checkpoint_of_transformers(from_transformers: tuple[Path, Path]) -> None:
@@ -427,9 +426,8 @@ def test_half_precision_is_kept_if_conversion_is_exact(tmp_path: Path) -> None:
         save_checkpoint(randomize_weights(radio).half(), tmp_path / "radio"),
         tmp_path / "radio made",
     )
-    assert (
-        "written in float32" in made["notes"][0]
-    )  # its normalization of pixels is folded into the patch projection
+    # its normalization of pixels is folded into the patch projection
+    assert "written in float32" in made["notes"][0]
     assert set(made["comparisons"][0]["differences"]) == {"cls", "registers", "patches", "pooled"}
     weights = load_file(tmp_path / "radio made" / "model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.float32}

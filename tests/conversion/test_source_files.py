@@ -443,9 +443,8 @@ def test_half_precision(registers: int, tmp_path: Path) -> None:
     dtypes = {
         weight.dtype for weight in load_file(tmp_path / "made" / "model.safetensors").values()
     }
-    assert dtypes == {
-        torch.float32 if registers else torch.float16
-    }  # the sum of the CLS token and its position
+    # the sum of the CLS token and its position
+    assert dtypes == {torch.float32 if registers else torch.float16}
 
 
 @torch.no_grad()

@@ -107,9 +107,10 @@ def test_random_crops_of_padded_images_have_the_aspect_ratio_of_the_input() -> N
         90,
     )
     processor.do_normalize = False
+    # black
     assert (
         augmentation.fixed_transform(torch.ones(3, 40, 30, dtype=torch.uint8)).sum() == 3 * 40 * 30
-    )  # black
+    )
 
 
 def test_a_crop_keeps_its_ratio_at_another_size_and_the_seen_share_is_measured(

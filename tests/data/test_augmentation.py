@@ -54,9 +54,8 @@ def test_augmentation_depends_only_on_seed_and_index(name: str) -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert first.shape == (6, 3, 24, 32)
     assert first.dtype == torch.uint8
-    torch.rand(
-        1
-    )  # Neither the state of the global generator nor the other images of the batch must matter.
+    # Neither the state of the global generator nor the other images of the batch must matter.
+    torch.rand(1)
     assert torch.equal(augment(augmentation, sources[2:4], 3, indices[2:4]), first[2:4])
     assert not torch.equal(augment(augmentation, sources, 4, indices), first)
     assert not torch.equal(augment(augmentation, sources, 3, indices[::-1]), first)
@@ -111,9 +110,8 @@ def test_placement_equals_torchvision_affine(
         smooth.float(), interpolation=InterpolationMode.BILINEAR, **full
     )
     inside = (slice(None), slice(None), slice(2, -2), slice(2, -2))
-    torch.testing.assert_close(
-        placed.float()[inside], expected[inside], atol=0.51, rtol=0
-    )  # rounded
+    # rounded
+    torch.testing.assert_close(placed.float()[inside], expected[inside], atol=0.51, rtol=0)
 
 
 def test_a_mirrored_image_is_placed_like_other_images() -> None:
@@ -142,9 +140,8 @@ def test_erasing_changes_only_a_rectangle() -> None:
     assert len(changed) > 0.9 * part[0].numel()
     assert 100 < part.mean() < 156
     assert 40 < part.std() < 80
-    assert all(
-        0.01 < (part == limit).float().mean() < 0.04 for limit in (0, 255)
-    )  # noise beyond two deviations
+    # noise beyond two deviations
+    assert all(0.01 < (part == limit).float().mean() < 0.04 for limit in (0, 255))
     assert torch.equal(Erasing(0.0)(source), source)
 
 

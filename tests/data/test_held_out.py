@@ -99,9 +99,8 @@ def test_the_folds_are_stratified(tmp_path: Path) -> None:
 
 def test_the_split_of_tags_is_not_stratified(tmp_path: Path) -> None:
     paths = sorted(write_photos(tmp_path / "photos", range(30)).glob("*/*.png"))
-    rows = [
-        f"{path},{'x' if index % 2 else ''}" for index, path in enumerate(paths)
-    ]  # one tag is enough
+    # one tag is enough
+    rows = [f"{path},{'x' if index % 2 else ''}" for index, path in enumerate(paths)]
     (tmp_path / "tags.csv").write_text("\n".join(["image,label", *rows]), encoding="utf-8")
     assert "not stratified" in read(tmp_path / "tags.csv", label_separator="|").held_out_name
 

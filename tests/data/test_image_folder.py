@@ -148,9 +148,8 @@ def test_skipped_files_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     write_images(tmp_path, "stray.png", ".thumb\nnails/1.png", "__MACOSX/1.png")
     (tmp_path / "cat" / "notes.txt").write_text("?", encoding="utf-8")
     (tmp_path / "labels.csv").write_text("a,b\n", encoding="utf-8")
-    write_images(
-        tmp_path, os.fsdecode(b".\xff/1.png"), os.fsdecode(b"cat/\xff.png")
-    )  # not valid text
+    # not valid text
+    write_images(tmp_path, os.fsdecode(b".\xff/1.png"), os.fsdecode(b"cat/\xff.png"))
     data = load(tmp_path)
     assert len(data.train) + len(data.held_out) == 18
     assert [record.getMessage() for record in caplog.records] == [
@@ -272,9 +271,8 @@ def test_the_fingerprint_depends_on_files_and_labels(tmp_path: Path) -> None:
     """`datasets` caches results and predictions are resumed by this fingerprint."""
     folder = write_class(write_class(tmp_path / "a", "cat", 2), "dog", 2)
     (folder / "cat" / "1.png").unlink()
-    (folder / "cat" / "1.png").symlink_to(
-        tmp_path / "absent.png"
-    )  # reported when the image is read
+    # reported when the image is read
+    (folder / "cat" / "1.png").symlink_to(tmp_path / "absent.png")
     last = folder / "dog" / "1.png"
     os.utime(last, ns=(0, 1000))
 

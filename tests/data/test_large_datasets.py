@@ -58,9 +58,8 @@ def test_the_main_process_scans_a_folder_once_for_all_processes(
     assert alone.record == main.record
     assert str(photos) in str(scandir.call_args_list)
     assert load_on_main(SimpleNamespace(num_processes=2), "memory:0", lambda: "loaded") == "loaded"  # type: ignore[arg-type]
-    monkeypatch.setattr(
-        datasets.config, "HF_DATASETS_CACHE", str(photos / "cat" / "0.png")
-    )  # cannot be written
+    # cannot be written
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(photos / "cat" / "0.png"))
     assert load().record == main.record
 
 

@@ -233,9 +233,8 @@ def test_parts_of_folders_in_the_format_of_mnist(
     write_mnist(tmp_path / "mine")
     write_idx(tmp_path / "mine" / "train-labels-idx1-ubyte", np.arange(12, dtype=np.uint8))
     monkeypatch.chdir(tmp_path / "mine")
-    assert (
-        len(load_splits(DataOptions(".")).label_space.names) == 12
-    )  # the other split has fewer classes
+    # the other split has fewer classes
+    assert len(load_splits(DataOptions(".")).label_space.names) == 12
     (tmp_path / "mine" / "t10k-images-idx3-ubyte").unlink()
     splits = load_splits(DataOptions("."))
     assert (splits.name, splits.names, list(splits.images_by_split)) == (

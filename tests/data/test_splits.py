@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from helpers.photo_folders import write_photos
 from helpers.tiny_models import raises_one_line
-from helpers.tiny_options import build_tiny_options, prepare_task, run_training
+from helpers.tiny_options import build_tiny_options, prepare_setup, run_training
 from PIL import Image
 
 from modeling_vitcls.data.evaluated_images import load_evaluation_data
@@ -259,13 +259,12 @@ def test_a_table_that_excludes_no_or_all_images_is_an_error(ids: list[str], tmp_
 
 def test_training_on_a_split_named_test_is_reported(tmp_path: Path) -> None:
     photos = write_photos(tmp_path / "photos" / "test", range(20))
-    run = prepare_task(build_tiny_options(tmp_path / "out", photos.parent, epochs=1))
+    run = prepare_setup(build_tiny_options(tmp_path / "out", photos.parent, epochs=1))
     name, text = next(
         iter(describe_splits(run.data, run.task.processor, run.task.labels_text).items())
     )
     assert name == "split"
     assert "'test'" in text
-    run = prepare_task(
-        build_tiny_options(tmp_path / "other", photos, epochs=1)
-    )  # a folder of classes
+    # a folder of classes
+    run = prepare_setup(build_tiny_options(tmp_path / "other", photos, epochs=1))
     assert "split" not in describe_splits(run.data, run.task.processor, run.task.labels_text)

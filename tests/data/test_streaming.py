@@ -335,9 +335,8 @@ def test_a_split_of_the_dataset_is_read_as_a_whole(two_shards: Path, tmp_path: P
     _, images, *_ = load_evaluation_data(
         DataOptions(dataset=str(tmp_path), streaming=True), "validation"
     )
-    parts = [
-        list(images.iterate_in_order(process, 2)) for process in (0, 1)
-    ]  # each process reads its part
+    # each process reads its part
+    parts = [list(images.iterate_in_order(process, 2)) for process in (0, 1)]
     assert sorted(chain.from_iterable(map(get_indices, parts))) == list(range(1, NUM_IMAGES, 2))
 
 

@@ -401,9 +401,8 @@ def test_the_layer_with_outliers_is_ranked_first_and_named_if_the_metric_falls()
     report["evaluation"] = scores | {"metric": "mean_average_precision", "interval": None}
     with raises_one_line("from 75.0% to 50.0% on 4 images"):
         check_drop(report, 24.9, model, build_images())
-    check_drop(
-        {"evaluation": None, "excluded_layers": []}, 0.0, model, build_images()
-    )  # images without labels
+    # images without labels
+    check_drop({"evaluation": None, "excluded_layers": []}, 0.0, model, build_images())
 
 
 @pytest.mark.slow

@@ -61,9 +61,8 @@ def test_the_attention_of_cls_tokens_is_an_output() -> None:
     torch.testing.assert_close(outputs["logits"], expected.logits)
     model.set_attn_implementation("eager")
     attentions = torch.stack(model(pixel_values, output_attentions=True).attentions, dim=1)
-    maps = attentions.mean(2)[:, :, :2, 5:].unflatten(
-        -1, (3, 5)
-    )  # [B, layers, CLS tokens, rows, columns]
+    # [B, layers, CLS tokens, rows, columns]
+    maps = attentions.mean(2)[:, :, :2, 5:].unflatten(-1, (3, 5))
     torch.testing.assert_close(outputs["cls_attention"], maps)
     assert (
         NamedOutputsModel(model.bfloat16())(pixel_values.bfloat16())["logits"].dtype

@@ -74,9 +74,8 @@ def web(tmp_path_factory: pytest.TempPathFactory) -> Path:
         label = row["label"] if number < 4 else f"digit {(int(row['label'][-1]) + 1) % 10}"
         (folder / "images" / "train" / label).mkdir(parents=True, exist_ok=True)
         digit.save(folder / "images" / "train" / label / f"{number}.png")
-    shutil.copytree(
-        folder / "images" / "train" / label, folder / "images" / "test" / label
-    )  # the default
+    # the default
+    shutil.copytree(folder / "images" / "train" / label, folder / "images" / "test" / label)
     export_for_transformers_js(str(source), folder / "web", str(folder / "images"), split="train")
     return folder / "web"
 
@@ -124,9 +123,8 @@ def test_the_report_describes_the_files(web: Path) -> None:
     processor = ViTCLSImageProcessor.from_pretrained(web.parent / "mine")
     images = list((web.parent / "images" / "train").rglob("*.png"))
     pixels = [processor(Image.open(image), return_tensors="pt")["pixel_values"] for image in images]
-    int8_outputs = run_graph(
-        web / "onnx" / "model_quantized.onnx", pixels, ["logits"]
-    )  # one image per batch
+    # one image per batch
+    int8_outputs = run_graph(web / "onnx" / "model_quantized.onnx", pixels, ["logits"])
     labels = [f"digit {outputs['logits'].argmax()}" for outputs in int8_outputs]
     int8_accuracy = (
         sum(label == image.parent.name for label, image in zip(labels, images, strict=True)) / 6
@@ -260,9 +258,8 @@ def test_node_predicts_the_same_labels_for_500_digits(
         with torch.no_grad():
             logits = model(pixel_values).logits
     else:
-        batches = list(
-            pixel_values.split(1)
-        )  # int8 inputs are scaled by the largest value of a batch
+        # int8 inputs are scaled by the largest value of a batch
+        batches = list(pixel_values.split(1))
         outputs = run_graph(web / "onnx" / "model_quantized.onnx", batches, ["logits"])
         logits = torch.cat([output["logits"] for output in outputs])
     assert len(set(labels)) > 1

@@ -70,9 +70,8 @@ def main(inputs_file: str, target: Path, num_threads: int, sources: list[str]) -
             found[f"{name}/processor/{backend}"] = processor(inputs["image"], return_tensors="pt")[
                 "pixel_values"
             ]
-            processor.save_pretrained(
-                target / name
-            )  # saving must keep the settings of the other backends
+            # saving must keep the settings of the other backends
+            processor.save_pretrained(target / name)
         report[name]["pipeline"] = (
             classify(source, inputs["image"]) if name == "classifier" else None
         )

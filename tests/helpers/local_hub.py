@@ -27,9 +27,8 @@ from huggingface_hub import constants
 from helpers import local_hub_server as server
 
 
-LFS_NAMES = re.compile(
-    r".*\.(safetensors|bin|pt|pth|pkl|onnx|parquet|npz)"
-)  # as in a new repository's .gitattributes
+# as in a new repository's .gitattributes
+LFS_NAMES = re.compile(r".*\.(safetensors|bin|pt|pth|pkl|onnx|parquet|npz)")
 GIT_ATTRIBUTES = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
 
 
@@ -38,13 +37,11 @@ class Token:
     """The user and the permissions of a token."""
 
     user: str
-    organizations: dict[str, str] = field(
-        default_factory=dict
-    )  # name -> role: admin, write, contributor or read
+    # name -> role: admin, write, contributor or read
+    organizations: dict[str, str] = field(default_factory=dict)
     role: str = "write"  # write, read or fineGrained
-    scopes: dict[tuple[str, str], list[str]] = field(
-        default_factory=dict
-    )  # (user | org | model, name) -> permissions
+    # (user | org | model, name) -> permissions
+    scopes: dict[tuple[str, str], list[str]] = field(default_factory=dict)
 
     def can_read(self, repo_id: str) -> bool:
         """Return whether the token can read private repositories of this name."""
@@ -141,9 +138,8 @@ class LocalHub:
         self.url = ""
         self.storage_url = ""
         self.tokens: dict[str, Token] = {}
-        self.private_by_default: set[str] = (
-            set()
-        )  # organizations whose new repositories are private
+        # organizations whose new repositories are private
+        self.private_by_default: set[str] = set()
         self.gated: set[str] = set()  # repositories whose files cannot be read
         self.repositories: dict[str, Repository] = {}
         self.contents: dict[str, bytes] = {}
@@ -276,9 +272,8 @@ def point_client_at(
     monkeypatch.setattr(
         constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}"
     )
-    monkeypatch.setattr(
-        transformers.utils.hub, "_hf_api", None, raising=False
-    )  # a client with the former address
+    # a client with the former address
+    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
     if token is None:

@@ -70,7 +70,7 @@ def run_to_folder(options: Any) -> Path:
     return train(options)
 
 
-def prepare_task(options: Any) -> SimpleNamespace:
+def prepare_setup(options: Any) -> SimpleNamespace:
     """Return what a run prepares before training: task, options with all defaults, data, plan and reporter."""
     reset_accelerate()
     kind: Any = pretrain if isinstance(options, PretrainOptions) else finetune
@@ -80,11 +80,11 @@ def prepare_task(options: Any) -> SimpleNamespace:
     reporter = Reporter(options.output_dir / "metrics.jsonl", accelerator)
     data = kind.load_data(options, initial)
     options = resolve_options(options, initial, data)[0]
-    task = kind.build_task(options, initial, data, reporter)
+    setup = kind.build_training_setup(options, initial, data, reporter)
     plan = BatchPlan.from_options(
         data.num_training_images, options.training, accelerator.num_processes
     )
-    return SimpleNamespace(task=task, options=options, data=data, plan=plan, reporter=reporter)
+    return SimpleNamespace(setup=setup, options=options, data=data, plan=plan, reporter=reporter)
 
 
 def build_initial_model(options: ModelOptions, label_space: LabelSpace) -> Any:

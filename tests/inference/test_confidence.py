@@ -42,9 +42,8 @@ def test_the_temperature_minimizes_the_cross_entropy(temperature: float) -> None
         torch.nn.functional.cross_entropy(each, torch.from_numpy(labels)).item() for each in divided
     ]
     assert min(losses) == losses[1]
-    assert fit_temperature(logits, logits.argmax(axis=1)) == pytest.approx(
-        0.05, rel=1e-3
-    )  # the limits
+    # the limits
+    assert fit_temperature(logits, logits.argmax(axis=1)) == pytest.approx(0.05, rel=1e-3)
     assert fit_temperature(logits, logits.argmin(axis=1)) == pytest.approx(20, rel=1e-3)
 
 
@@ -101,7 +100,6 @@ def test_measured_sets_and_unknown_images() -> None:
         np.array([[value, -99.0] for value in values]) for values in ([5.0, 4.0, 1.0], [2.0, 0.0])
     )
     measured = {"num_images": 2, "auroc": pytest.approx(5 / 6), "flagged": 0.5}
-    assert (
-        measure_unknown(known, unknown, threshold=-2.0) == measured
-    )  # an energy at the threshold is not flagged
+    # an energy at the threshold is not flagged
+    assert measure_unknown(known, unknown, threshold=-2.0) == measured
     assert measure_unknown(known, unknown, threshold=None) == measured | {"flagged": None}

@@ -90,9 +90,8 @@ def test_two_processes_equal_one(by_one_process: dict[str, Any], two_process_fol
 def test_only_the_main_process_prints(two_process_folder: Path) -> None:
     printed = (two_process_folder / "stdout").read_text(encoding="utf-8")
     assert printed.count("each counted once") == 1
-    assert (
-        re.findall(r"'(\d+)\.png'", printed) == [*map(str, UNREADABLE)] * 2
-    )  # in order, by two evaluators
+    # in order, by two evaluators
+    assert re.findall(r"'(\d+)\.png'", printed) == [*map(str, UNREADABLE)] * 2
 
 
 # Saved models --------------------------------------------------------------------------------------------------------
@@ -310,9 +309,8 @@ def test_streamed_images(models: Path, tmp_path: Path, by_one_process: dict[str,
     assert {Path(name).stem for name in rows["image"]} == set(map(str, range(2 * NUM_IMAGES)))
     assert metrics["loss"] == close(by_one_process["single"]["loss"])
     unknown = {"dataset": "data", "split": "test", "num_images": 2 * NUM_IMAGES, "flagged": None}
-    assert metrics["unknown"] == unknown | {
-        "auroc": pytest.approx(0.5, abs=0.01)
-    }  # the same images
+    # the same images
+    assert metrics["unknown"] == unknown | {"auroc": pytest.approx(0.5, abs=0.01)}
     (tmp_path / "data" / "test" / "zebra").mkdir()
     (tmp_path / "data" / "test" / "zebra" / "0.png").symlink_to(tmp_path / "single0.png")
     reset_accelerate()
@@ -329,9 +327,8 @@ def test_two_processes_evaluate_a_saved_model(
     assert (two["num_processes"], one["num_processes"]) == (2, 1)
     assert two["num_images"] == NUM_DIGITS
     assert "100%" in capsys.readouterr().out
-    assert two.pop("calibration_error") == close(
-        one.pop("calibration_error")
-    )  # depends on the batches' rounding
+    # depends on the batches' rounding
+    assert two.pop("calibration_error") == close(one.pop("calibration_error"))
     assert {**two, **dict.fromkeys(MEASURED)} == {**one, **dict.fromkeys(MEASURED)}
     assert two.keys() >= {
         "model",
@@ -345,9 +342,8 @@ def test_two_processes_evaluate_a_saved_model(
     printed = (two_process_folder / "stdout").read_text(encoding="utf-8")
     assert f"{two['accuracy']:.2%}" in printed
     assert "digits.json" in printed
-    assert [file.name for file in (two_process_folder / "new").iterdir()] == [
-        "digits.json"
-    ]  # no partial file
+    # no partial file
+    assert [file.name for file in (two_process_folder / "new").iterdir()] == ["digits.json"]
 
 
 @pytest.mark.slow

@@ -47,9 +47,8 @@ def test_bootstrap_intervals_approach_the_normal_approximation() -> None:
     assert high == pytest.approx(values.mean() + 1.96 * standard_error, abs=0.3 * standard_error)
     assert compute_bootstrap_interval(values) == (low, high)
     assert compute_bootstrap_interval([2.0]) == (2.0, 2.0)
-    assert compute_bootstrap_interval([0.0] * 9 + [1.0]) == pytest.approx(
-        (0, 0.3)
-    )  # quantiles of a binomial variable
+    # quantiles of a binomial variable
+    assert compute_bootstrap_interval([0.0] * 9 + [1.0]) == pytest.approx((0, 0.3))
 
 
 def test_limits_of_null_distributions() -> None:

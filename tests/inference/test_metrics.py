@@ -127,9 +127,8 @@ def test_exact_match_requires_every_class() -> None:
     metrics = MultiLabelMetrics(
         LabelSpace("multi_label_classification", {"label": ["a", "b"]}), CPU
     )
-    logits = torch.tensor(
-        [[0.2, -1.0], [3.0, 0.9], [0.0, -2.0], [1.0, 1.0]]
-    )  # 0 is not above a probability of 0.5
+    # 0 is not above a probability of 0.5
+    logits = torch.tensor([[0.2, -1.0], [3.0, 0.9], [0.0, -2.0], [1.0, 1.0]])
     metrics.update(
         SimpleNamespace(logits=logits),
         torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 0.0], [0.0, 0.0]]),
@@ -177,9 +176,8 @@ def test_numbers_come_first_and_the_first_one_compares_models(
         assert list(metrics)[: len(numbers)] == list(numbers)
         assert "num_unreadable_images" in numbers
         assert not any(isinstance(value, list) for value in numbers.values())
-        assert not re.search(
-            r"\.\d{7}", json.dumps(metrics, allow_nan=False)
-        )  # at most six decimals
+        # at most six decimals
+        assert not re.search(r"\.\d{7}", json.dumps(metrics, allow_nan=False))
 
 
 def test_logits_between_0_and_1_are_not_interpreted_as_probabilities() -> None:

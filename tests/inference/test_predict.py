@@ -425,9 +425,8 @@ def test_processes_take_batches_and_shards_in_turn(
     models: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second process of three predicts every third batch. In the second job of two, it writes every sixth file."""
-    monkeypatch.setattr(
-        predict_module, "gather_object", lambda rows: rows[::-1]
-    )  # processes are not in order
+    # processes are not in order
+    monkeypatch.setattr(predict_module, "gather_object", lambda rows: rows[::-1])
     options = PredictOptions(
         str(models / "one_label"), (str(photos),), output=tmp_path / "a.jsonl", batch_size=2
     )

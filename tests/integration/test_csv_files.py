@@ -12,7 +12,7 @@ from helpers.accelerate_state import reset_accelerate
 from helpers.command_in_process import run_here
 from helpers.photo_folders import write_photos
 from helpers.tiny_models import build_tiny_config, save_with_processor
-from helpers.tiny_options import build_tiny_options, prepare_task
+from helpers.tiny_options import build_tiny_options, prepare_setup
 
 from modeling_vitcls import ViTCLSForImageClassification
 
@@ -83,7 +83,7 @@ def test_audits_contain_no_formulas_and_exclude_the_images_they_list(
     values = dict(zip(header, row, strict=True))
     assert values["id"].startswith("'")
     assert values["label"].startswith("'")
-    whole = prepare_task(
+    whole = prepare_setup(
         build_tiny_options(tmp_path / "whole", photos, held_out_fraction=0.5)
     ).data.train
     listed = "'" + whole.images.get_names()[0].replace("\n", "\\n").replace("\x1b", "\\x1b")
@@ -91,7 +91,7 @@ def test_audits_contain_no_formulas_and_exclude_the_images_they_list(
     options = build_tiny_options(
         tmp_path / "out", photos, held_out_fraction=0.5, exclude=tmp_path / "edited.csv"
     )
-    assert prepare_task(options).data.num_excluded == 1
+    assert prepare_setup(options).data.num_excluded == 1
 
 
 def test_an_edited_audit_is_replaced_only_with_overwrite(

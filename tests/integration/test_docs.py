@@ -60,9 +60,10 @@ OTHER_COMMANDS = (
     "cd python3 git hf sbatch torchrun make pip .venv/bin/pip .venv/bin/python pre-commit".split()
 )
 # flags of pip, hf and pytest that the text mentions
-OTHER_FLAGS = set(
-    "--help --help-all --tyro-print-completion --node-rank --version --include --local-dir --shm-size --torch-backend".split()
-)
+OTHER_FLAGS = {
+    *"--help --help-all --tyro-print-completion --node-rank --version --include".split(),
+    *"--local-dir --shm-size --torch-backend".split(),
+}
 # programs that are no subcommands of vitcls
 PROGRAMS = ("scripts/benchmark.py", "scripts/study.py", "scripts/push_space.py")
 ALL_PROGRAMS = (*cli.COMMANDS, *PROGRAMS)

@@ -185,9 +185,8 @@ def test_lora_trains_saves_loads_and_merges(tmp_path: Path) -> None:
     lora = LoraConfig(target_modules=["q_proj", "v_proj"], r=4, modules_to_save=["classifier"])
     model = get_peft_model(build_tiny_classifier(), lora)
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert (
-        len([name for name in trainable if "lora_" in name]) == 2 * 2 * 2
-    )  # layers, projections, factors
+    # layers, projections, factors
+    assert len([name for name in trainable if "lora_" in name]) == 2 * 2 * 2
     frozen = {
         name: p.detach().clone() for name, p in model.named_parameters() if name not in trainable
     }

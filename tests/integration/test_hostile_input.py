@@ -80,9 +80,8 @@ def limits() -> Iterator[None]:
 
     previous = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
-    faulthandler.dump_traceback_later(
-        3 * SECONDS, exit=True
-    )  # for code that runs no signal handlers
+    # for code that runs no signal handlers
+    faulthandler.dump_traceback_later(3 * SECONDS, exit=True)
     watched.clear()
     is_watching = True
     try:
@@ -124,9 +123,8 @@ JSON = st.recursive(
     ),
     max_leaves=8,
 )
-FIELDS = sorted(
-    ViTCLSConfig().to_dict().keys() - {"dtype"}
-)  # transformers reads the dtype without checking it
+# transformers reads the dtype without checking it
+FIELDS = sorted(ViTCLSConfig().to_dict().keys() - {"dtype"})
 
 
 @examples(300)

@@ -36,9 +36,8 @@ BLOCKS = [
     )
     if not text.startswith("git clone")
 ]
-NEW_ENVIRONMENT = re.compile(
-    r"^python3 -m venv .*\n", re.MULTILINE
-)  # the fixture `environment` stands for it
+# the fixture `environment` stands for it
+NEW_ENVIRONMENT = re.compile(r"^python3 -m venv .*\n", re.MULTILINE)
 TIMM_MODELS = (
     "vit_small_patch16_224.augreg_in21k_ft_in1k",
     "vit_small_patch14_reg4_dinov2.lvd142m",

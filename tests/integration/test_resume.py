@@ -314,9 +314,8 @@ def test_killed_at_any_step_with_all_options(
     assert get_resumed_step(output) > 3
     assert "skipped an image" not in output  # it was printed before
     assert_equal_runs(folder, uninterrupted(flags))
-    assert list_checkpoints(folder) == list_checkpoints(
-        uninterrupted(flags)
-    )  # the newest two and the best
+    # the newest two and the best
+    assert list_checkpoints(folder) == list_checkpoints(uninterrupted(flags))
 
 
 VARIANTS = {

@@ -48,9 +48,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if not name.startswith("tests/") and (REPOSITORY / name).is_file():
             (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / "source" / name).write_bytes((REPOSITORY / name).read_bytes())
-    run(
-        "make", "dist", f"PYTHON={sys.executable}", f"DIST={folder}", cwd=folder / "source"
-    )  # as a release does
+    # as a release does
+    run("make", "dist", f"PYTHON={sys.executable}", f"DIST={folder}", cwd=folder / "source")
     (file,) = folder.glob("*.whl")
     return file
 

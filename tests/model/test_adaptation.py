@@ -284,9 +284,8 @@ def test_a_new_distillation_head_starts_as_the_classifier() -> None:
         head = model.distillation_classifier.state_dict()
         assert classifier.keys() == head.keys()
         assert all(torch.equal(weight, head[name]) for name, weight in classifier.items())
-    wide = randomize(
-        ViTCLSForImageClassification(build_tiny_config(pooling="cls_mean"))
-    )  # 32 inputs
+    # 32 inputs
+    wide = randomize(ViTCLSForImageClassification(build_tiny_config(pooling="cls_mean")))
     assert wide.adapt(num_distillation_tokens=1).distillation_classifier.weight.shape == (3, 16)
 
 
@@ -428,9 +427,8 @@ def test_growing_patches_are_exact(patch: tuple[int, int]) -> None:
 def enlarge(pixels: torch.Tensor, patch: tuple[int, int]) -> torch.Tensor:
     """Return [B, C, 32, 32] with patches of 8 x 8, each resized bilinearly to `patch` pixels."""
     batch, channels = pixels.shape[:2]
-    patches = (
-        pixels.unflatten(3, (4, 8)).unflatten(2, (4, 8)).permute(0, 1, 2, 4, 3, 5)
-    )  # [B, C, 4, 4, 8, 8]
+    # [B, C, 4, 4, 8, 8]
+    patches = pixels.unflatten(3, (4, 8)).unflatten(2, (4, 8)).permute(0, 1, 2, 4, 3, 5)
     patches = nn.functional.interpolate(
         patches.flatten(0, 3).unsqueeze(1), size=patch, mode="bilinear"
     )
@@ -447,9 +445,8 @@ def test_patch_kernels_are_the_best_fit(size: tuple[int, int], new_size: tuple[i
         5, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
     )
     basis = torch.eye(64, dtype=torch.float64).view(64, 1, *size)
-    resize = nn.functional.interpolate(basis, size=new_size, mode="bilinear").flatten(
-        1
-    )  # [old pixels, new pixels]
+    # [old pixels, new pixels]
+    resize = nn.functional.interpolate(basis, size=new_size, mode="bilinear").flatten(1)
     wanted = torch.linalg.lstsq(
         resize, kernel.flatten(2).permute(2, 0, 1).flatten(1), driver="gelsd"
     ).solution

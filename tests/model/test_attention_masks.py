@@ -71,9 +71,8 @@ def test_the_bias_depends_on_the_distance_of_two_patches(
         == (1 if sharing == "shared" else config.num_hidden_layers)
     )
     for bias, table in zip(biases, module.tables, strict=True):
-        expected = torch.from_numpy(compute_bias(table.double().numpy(), grid)).permute(
-            2, 0, 1
-        )  # [heads, N, N]
+        # [heads, N, N]
+        expected = torch.from_numpy(compute_bias(table.double().numpy(), grid)).permute(2, 0, 1)
         assert bias.shape == (1, *expected.shape)
         assert bias.dtype == torch.float32
         assert (bias[0] - expected).abs().max() <= 1e-5

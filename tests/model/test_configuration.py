@@ -307,9 +307,8 @@ def test_gated_tokens_and_teachers_at_load(tmp_path: Path) -> None:
 def test_labels_at_construction() -> None:
     config = ViTCLSConfig(id2label={0: "cat", 1: "dog", 2: "cow"})
     assert (config.num_labels, config.label2id) == (3, {"cat": 0, "dog": 1, "cow": 2})
-    assert (
-        ViTCLSConfig(id2label={0: "crane", 1: "crane"}).num_labels == 2
-    )  # two ImageNet classes have this name
+    # two ImageNet classes have this name
+    assert ViTCLSConfig(id2label={0: "crane", 1: "crane"}).num_labels == 2
 
 
 SAVED_CONFIGS = [

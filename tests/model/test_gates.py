@@ -112,9 +112,8 @@ def test_attention_without_bias_support_is_an_error(
     implementation: str, fields: dict[str, Any]
 ) -> None:
     model = randomize(ViTCLSModel(build_tiny_config(**fields)))
-    model.config._attn_implementation_internal = (
-        implementation  # the package of flash attention need not be installed
-    )
+    # the package of flash attention need not be installed
+    model.config._attn_implementation_internal = implementation
     with raises_one_line(*fields, implementation, "sdpa"), torch.no_grad():
         model(build_images())
 

@@ -444,9 +444,8 @@ def test_pipes_sockets_and_devices_are_errors(backend: type, tmp_path: Path) -> 
         contextlib.chdir(tmp_path),
     ):  # names of sockets must be short
         listener.bind(listening.name)
-        thread = threading.Thread(
-            target=process, daemon=True
-        )  # opening a pipe blocks until a process writes to it
+        # opening a pipe blocks until a process writes to it
+        thread = threading.Thread(target=process, daemon=True)
         thread.start()
         thread.join(60)
     assert contents == [None]

@@ -57,9 +57,8 @@ def compute_losses_and_gradients(model: Any, **inputs: Any) -> tuple[Any, list[t
     ]
     torch.stack([cross_entropy(logits, torch.tensor([0, 2])) for logits in heads]).sum().backward()
     gradients = [parameter.grad for parameter in model.parameters()]
-    assert all(
-        gradient is not None for gradient in gradients
-    )  # DDP waits for the gradients of all parameters
+    # DDP waits for the gradients of all parameters
+    assert all(gradient is not None for gradient in gradients)
     return (output.logits, output.cls_logits, output.distillation_logits), gradients
 
 

@@ -139,9 +139,8 @@ def test_initial_weights() -> None:
                 parameter, torch.full_like(parameter, 1 if "norm" in name else 0.1)
             ), name
         else:
-            tolerance = (
-                4 * 0.05 / (2 * parameter.numel()) ** 0.5
-            )  # standard error of the deviation of so many values
+            # standard error of the deviation of so many values
+            tolerance = 4 * 0.05 / (2 * parameter.numel()) ** 0.5
             assert parameter.std().item() == pytest.approx(0.05, abs=tolerance), name
             seen.append(name.split(".")[-1])
     assert {"cls_token", "mask_token", "cls", "patches", "probe", "weight"} == set(seen)
@@ -229,14 +228,12 @@ def test_drop_path_drops_whole_branches_of_single_images(layer_type: str, num_ki
         ViTCLSModel(build_tiny_config(drop_path_rate=0.3, layer_type=layer_type))
     ).train()
     states = model(build_images(1).expand(400, -1, -1, -1), output_hidden_states=True).hidden_states
-    assert_same_outputs(
-        states[1], states[1][:1].expand_as(states[1]), 1e-6
-    )  # the first layer drops nothing
+    # the first layer drops nothing
+    assert_same_outputs(states[1], states[1][:1].expand_as(states[1]), 1e-6)
     change = (states[2] - states[1]).flatten(1)
     kinds = change.round(decimals=3).unique(dim=0)
-    assert (
-        len(kinds) == num_kinds
-    )  # neither, attention, MLP, both; parallel branches are dropped together
+    # neither, attention, MLP, both; parallel branches are dropped together
+    assert len(kinds) == num_kinds
     untouched = (change.abs().amax(dim=1) < 1e-6).float().mean().item()
     assert untouched == pytest.approx(0.3 if layer_type == "parallel" else 0.3**2, abs=0.06)
     if layer_type == "standard":

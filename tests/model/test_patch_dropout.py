@@ -124,9 +124,8 @@ def test_gradient_checkpointing_uses_the_same_patches(reentrant: bool) -> None:
         torch.manual_seed(0)
         model(build_images(), labels=torch.tensor([0, 2])).loss.backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
-        assert all(
-            gradient is not None for gradient in gradients[-1]
-        )  # DDP waits for the gradients of all parameters
+        # DDP waits for the gradients of all parameters
+        assert all(gradient is not None for gradient in gradients[-1])
     assert_same_outputs(*gradients, 1e-6)
 
 

@@ -79,9 +79,10 @@ def compute_source_maps(source: nn.Module, case: Case, pixels: torch.Tensor) -> 
     outputs = get_encoder(source)(**build_inputs(case, pixels), output_attentions=True)
     if "ids_restore" not in outputs:
         return list(outputs.attentions)
+    # [B, N]
     indices = torch.cat(
         [torch.zeros(len(pixels), 1, dtype=torch.long), outputs.ids_restore + 1], dim=1
-    )  # [B, N]
+    )
     image = torch.arange(len(pixels))[:, None, None]
     return [
         maps.transpose(0, 1)[:, image, indices[:, :, None], indices[:, None, :]].transpose(0, 1)

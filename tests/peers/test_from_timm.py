@@ -405,9 +405,8 @@ def test_every_architecture() -> None:
         except ConversionError:
             refused.append(name)
             continue
-        uninstall_cpu_kernels(
-            ours
-        )  # their rounding grows with the values; tests/model/test_cpu_kernels.py
+        # their rounding grows with the values; tests/model/test_cpu_kernels.py
+        uninstall_cpu_kernels(ours)
         difference = largest_difference(model, ours)
         if difference <= TOLERANCE:
             exact.append(name)

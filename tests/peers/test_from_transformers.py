@@ -73,9 +73,8 @@ def test_outputs_in_the_parity_report(name: str, outputs: set[str]) -> None:
     """`TransformersSource` computes the outputs of the source for the parity report, at both sizes."""
     source = TransformersSource(name, "", CASES[name].build(), [])
     if name == "mae":
-        source.model.config.mask_ratio = (
-            0.75  # as in published models; the comparison needs all patches
-        )
+        # as in published models; the comparison needs all patches
+        source.model.config.mask_ratio = 0.75
     assert source.image_size == CASES[name].sizes[0]
     comparisons, reason = compare_models(source, source.convert())
     assert [set(comparison["differences"]) for comparison in comparisons] == [outputs] * (

@@ -345,17 +345,15 @@ def test_missing_weights_are_named() -> None:
 
 @torch.no_grad()
 def test_the_temperature_is_folded_into_the_classifier() -> None:
-    calibrated = ViTCLSConfig(
-        **BASE, temperature=2.5, energy_threshold=-3.0
-    )  # as fine-tuning saves it
+    # as fine-tuning saves it
+    calibrated = ViTCLSConfig(**BASE, temperature=2.5, energy_threshold=-3.0)
     model = randomize_weights(ViTCLSForImageClassification(calibrated))
     native: Any = convert_to_transformers(model)
     torch.testing.assert_close(
         native(images((32, 32))).logits, model(images((32, 32))).logits, atol=1e-5, rtol=1e-5
     )
-    assert (
-        type(convert_to_transformers(ViTCLSModel(calibrated))).__name__ == "ViTModel"
-    )  # which has no classifier
+    # which has no classifier
+    assert type(convert_to_transformers(ViTCLSModel(calibrated))).__name__ == "ViTModel"
     distilled = ViTCLSForImageClassification(ViTCLSConfig(**BASE | DISTILLED, temperature=2.5))
     with pytest.raises(ConversionError, match="temperature"):
         convert_to_transformers(distilled)

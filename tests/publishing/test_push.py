@@ -603,9 +603,8 @@ def test_another_push_in_the_meantime_is_noticed(
     monkeypatch.setattr(HfApi, "upload_folder", upload_second)
     monkeypatch.chdir(folder.parent)
     pushed = push_folder(ModelFolder(Path(folder.name)), "ann/model")
-    assert (
-        hub.count_requests("POST", "/commit/") == 3
-    )  # of the file, the rejected one, and the retry
+    # of the file, the rejected one, and the retry
+    assert hub.count_requests("POST", "/commit/") == 3
     assert hub.repositories["ann/model"].branches["main"] == pushed.commit
     assert set(hub.files("ann/model")) >= MODEL_FILES | {"notes.md"}
 

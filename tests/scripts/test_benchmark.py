@@ -195,9 +195,8 @@ def test_the_best_matrix_product_counts_multiplications_and_additions(
 
     monkeypatch.setattr(benchmark, "measure_calls_per_second", measure)
     monkeypatch.setattr(benchmark, "EMULATED_DTYPES", {torch.float16})
-    assert benchmark.measure_matrix_product("cpu", torch.float16) == 2 * 1024**3 * len(
-        dtypes
-    )  # the last is faster
+    # the last is faster
+    assert benchmark.measure_matrix_product("cpu", torch.float16) == 2 * 1024**3 * len(dtypes)
     assert set(dtypes) == {torch.float32}
 
 

@@ -361,9 +361,8 @@ def test_differences_are_paired_by_seed_within_the_other_levels() -> None:
     ]  # no seed in common
     assert table[0][3] == "70,000 ± 49,683"
     assert table[2][3] == "75,000"
-    assert (
-        summarize(study, rows[rows["pooling"] == "mean"], "accuracy")["difference"].isna().all()
-    )  # no baseline
+    # no baseline
+    assert summarize(study, rows[rows["pooling"] == "mean"], "accuracy")["difference"].isna().all()
 
 
 def test_a_list_has_one_row_per_number() -> None:
@@ -387,9 +386,8 @@ def test_a_list_has_one_row_per_number() -> None:
             for level in ("cls", "mean")
             for index, mean in (("1", 1.5), ("2", -20.0))
         }
-    assert "| mean | 1 | 2 | 1.5 ± 6.4 | +0.0 ± 0.0 |" in format_table(
-        summary
-    )  # two digits of the interval
+    # two digits of the interval
+    assert "| mean | 1 | 2 | 1.5 ± 6.4 | +0.0 ± 0.0 |" in format_table(summary)
     table = format_table(summarize(study, rows[rows["seed"] == 0], "entropy.*"))
     assert "| mean | 1 | 1 | 1.00 | +0.00 |" in table  # without intervals
     zeros = rows[rows["seed"] == 0].assign(**{"entropy.0": 0.0, "entropy.1": 0.0})

@@ -46,9 +46,8 @@ def test_calibration_uses_images_that_are_not_reported(
     assert (rows["label"] == rows["prediction"]).mean() == pytest.approx(
         results["accuracy"], abs=1e-6
     )
-    reported = (
-        rows[1::2] if select == "last" else rows
-    )  # the other half was used for the temperature
+    # the other half was used for the temperature
+    reported = rows[1::2] if select == "last" else rows
     assert calibration["num_images"] == len(fitted)
     pixels = ViTCLSImageProcessor.from_pretrained(folder)(list(fitted.images), return_tensors="pt")[
         "pixel_values"

@@ -283,9 +283,8 @@ def test_a_save_killed_before_each_step_of_it(store: CheckpointStore, calls: int
     process = READY.Process(target=save_and_die, args=(store.folder, calls))
     process.start()
     process.join()
-    assert process.exitcode == (
-        -signal.SIGKILL if calls <= 5 else 0
-    )  # 3 files, their folder, all folders
+    # 3 files, their folder, all folders
+    assert process.exitcode == (-signal.SIGKILL if calls <= 5 else 0)
     assert get_newest(store) == (10 if calls <= 4 else 20, [])
     save(store, 30)
     assert store.list_steps() == ([10, 30] if calls <= 4 else [20, 30])

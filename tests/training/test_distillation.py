@@ -20,7 +20,7 @@ from helpers.tiny_models import (
     randomize,
 )
 from helpers.tiny_options import TINY as TINY_FINETUNING
-from helpers.tiny_options import build_tiny_options, prepare_task, run_to_folder, run_training
+from helpers.tiny_options import build_tiny_options, prepare_setup, run_to_folder, run_training
 from safetensors.torch import load_file
 from torchvision.transforms.v2.functional import resize
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
@@ -134,9 +134,8 @@ def test_the_targets_are_those_of_phi_s(width: int) -> None:
 def test_hadamard_matrices(width: int) -> None:
     matrix = build_hadamard_matrix(width)
     assert set(np.unique(matrix)) <= {-1, 1}
-    product = matrix.astype(np.float32) @ matrix.T.astype(
-        np.float32
-    )  # exact, and much faster than integers
+    # exact, and much faster than integers
+    product = matrix.astype(np.float32) @ matrix.T.astype(np.float32)
     assert np.array_equal(product, width * np.eye(width))
 
 
@@ -164,21 +163,20 @@ def test_a_teacher_returns_its_pooled_vector_and_its_patches(
     with raises_one_line(f"the teacher {tmp_path} lacks the weight layers.2."):
         load_feature_teacher(str(tmp_path), student, True, torch.device("cpu"))
     assert get_largest_difference(features[:, :24], outputs.pooler_output) <= 1e-5
+    # [3, 9, 24]
     patches = (
         resize(outputs.last_hidden_state[:, -36:].mT.unflatten(2, (6, 6)), [3, 3]).flatten(2).mT
-    )  # [3, 9, 24]
+    )
     assert get_largest_difference(features[:, 24:], patches.flatten(1)) <= 1e-5
     autocast = MagicMock()
     standardized = FeatureTeachers([teacher], True, autocast)
-    standardized.fit(
-        [{"pixels": image[None]} for image in pixels], num_images=2
-    )  # one patch of each image
+    # one patch of each image
+    standardized.fit([{"pixels": image[None]} for image in pixels], num_images=2)
     num_fitted = autocast.return_value.__enter__.call_count
     first, second = standardized.compute_targets({"pixels": pixels[:2]})[1][[0, 1], [0, 1]]
     assert 0 < num_fitted < autocast.return_value.__enter__.call_count
-    torch.testing.assert_close(
-        first.abs(), torch.ones(24), atol=1e-3, rtol=0
-    )  # two vectors with the variance 1
+    # two vectors with the variance 1
+    torch.testing.assert_close(first.abs(), torch.ones(24), atol=1e-3, rtol=0)
     torch.testing.assert_close(second, -first, atol=1e-3, rtol=0)
 
 
@@ -282,10 +280,10 @@ def test_targets_are_standardized_with_the_first_images(
 
     monkeypatch.setattr(FeatureTeachers, "fit", fit)
     flags = {"batch_size": batch_size, "dry_run": dry_run, "num_distillation_tokens": 1}
-    run = prepare_task(tiny_options(tmp_path / "out", teachers, **flags))
+    run = prepare_setup(tiny_options(tmp_path / "out", teachers, **flags))
     assert fitted == [(num_batches, num_images, run.reporter.accelerator.autocast)]
-    assert run.task.summary_lines.keys() == {"method", "teacher 0", "teacher 1"}
-    assert run.task.encoder.config.distillation_teachers is None  # the teachers share a token
+    assert run.setup.summary_lines.keys() == {"method", "teacher 0", "teacher 1"}
+    assert run.setup.encoder.config.distillation_teachers is None  # the teachers share a token
 
 
 def test_cached_vectors_train_the_token(teachers: tuple[str, str], tmp_path: Path) -> None:

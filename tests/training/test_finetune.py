@@ -26,7 +26,7 @@ from helpers.scripts_in_process import run_in_process
 from helpers.tiny_models import raises_one_line
 from helpers.tiny_options import (
     build_tiny_options,
-    prepare_task,
+    prepare_setup,
     read_metrics,
     run_dry,
     run_training,
@@ -49,7 +49,7 @@ from modeling_vitcls.training.checkpoints import CheckpointStore
 from modeling_vitcls.training.finetune import (
     build_label_loss,
     build_objective,
-    build_task,
+    build_training_setup,
     describe_imbalance,
 )
 from modeling_vitcls.training.losses import (
@@ -60,8 +60,8 @@ from modeling_vitcls.training.losses import (
 )
 from modeling_vitcls.training.model import resolve_initial_model
 from modeling_vitcls.training.run import describe_splits
-from modeling_vitcls.training.task import build_training_images
 from modeling_vitcls.training.teacher import Teacher
+from modeling_vitcls.training.training_setup import build_training_images
 
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate", "few_digits")]
@@ -162,9 +162,8 @@ def test_two_processes_train_and_evaluate_as_one(recipe_run: Path, tmp_path: Pat
     printed = run_together(
         "finetune.py", *flags, "--resume", log=tmp_path / "log", environment=OFFLINE
     )
-    assert (
-        printed.count(f" on {NUM_HELD_OUT_COLORS} held-out images") == 1
-    )  # only the main process prints
+    # only the main process prints
+    assert printed.count(f" on {NUM_HELD_OUT_COLORS} held-out images") == 1
     assert "resumed   after step 5 of 7" in printed
     one = read_json(recipe_run / "results.json")
     two = read_json(tmp_path / "run" / "results.json")
@@ -223,9 +222,8 @@ def test_several_tasks(tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         tmp_path / "again", tasks, label_column=("time", "kind"), model=tmp_path, split_seed=1
     )
     assert again["time_accuracy"] == 1.0  # with the saved heads
-    assert (
-        "--split-seed 0" in capsys.readouterr().out
-    )  # of the earlier run, which held out other images
+    # of the earlier run, which held out other images
+    assert "--split-seed 0" in capsys.readouterr().out
 
 
 def test_several_labels_per_image(tasks: Path, tmp_path: Path) -> None:
@@ -338,7 +336,7 @@ def test_linear_probing_trains_only_the_head(
 
 def test_a_new_token_is_trained_with_a_frozen_encoder(pretrained: Path, tmp_path: Path) -> None:
     flags = {"model": pretrained, "trainable": "head", "num_distillation_tokens": 1}
-    model = prepare_task(tiny_options(tmp_path, "digits", **flags)).task.model
+    model = prepare_setup(tiny_options(tmp_path, "digits", **flags)).setup.model
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     heads = {
         f"{head}.{name}"
@@ -351,28 +349,30 @@ def test_a_new_token_is_trained_with_a_frozen_encoder(pretrained: Path, tmp_path
 def test_the_summary_counts_the_images_that_are_left_out(
     color_images: Path, tmp_path: Path
 ) -> None:
-    whole = prepare_task(tiny_options(tmp_path / "whole", color_images)).data
+    whole = prepare_setup(tiny_options(tmp_path / "whole", color_images)).data
     names = whole.train.images.get_names()
     rows = ["id,split", *(f"{name},{whole.train_split}" for name in names[:3])]
     (tmp_path / "audit.csv").write_text("\n".join(rows))
-    run = prepare_task(tiny_options(tmp_path / "out", color_images, exclude=tmp_path / "audit.csv"))
+    run = prepare_setup(
+        tiny_options(tmp_path / "out", color_images, exclude=tmp_path / "audit.csv")
+    )
     assert (
         f"3 of {len(names)} "
-        in describe_splits(run.data, run.task.processor, run.task.labels_text)["excluded"]
+        in describe_splits(run.data, run.setup.processor, run.setup.labels_text)["excluded"]
     )
 
 
 def test_images_are_mixed_and_classes_are_weighted_by_flags(
     color_images: Path, tmp_path: Path
 ) -> None:
-    run = prepare_task(tiny_options(tmp_path / "out", color_images, class_balance="weights"))
+    run = prepare_setup(tiny_options(tmp_path / "out", color_images, class_balance="weights"))
     batch = {
         "pixels": torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8),
         "labels": torch.arange(8) % 2,
     }
     options = run.options
     data = run.data
-    normalize = Normalizer(run.task.processor, torch.device("cpu"))
+    normalize = Normalizer(run.setup.processor, torch.device("cpu"))
     for flag in (None, "mixup", "cutmix"):
         changed = replace(
             options, augmentation=replace(options.augmentation, **({flag: 5.0} if flag else {}))
@@ -397,7 +397,7 @@ def test_images_are_mixed_and_classes_are_weighted_by_flags(
     )
     for num_images, is_imbalanced in ((10, False), (11, True)):  # and one image of the other class
         rare = replace(data, train=data.train.select([*dusk[:num_images], noon[0]]))
-        task = build_task(plain, resolve_initial_model("vitcls-tiny"), rare, run.reporter)
+        task = build_training_setup(plain, resolve_initial_model("vitcls-tiny"), rare, run.reporter)
         assert ("macro_f1" in task.printed_metrics, len(task.warnings)) == (
             is_imbalanced,
             is_imbalanced,
@@ -428,9 +428,8 @@ def test_lora_is_merged_into_a_plain_model(pretrained: Path, tmp_path: Path) -> 
         f"vitcls.layers.{layer}.attention.{name}_proj.weight" for layer in (0, 1) for name in "qv"
     }
     num_merged = sum(map(torch.numel, load_file(tmp_path / "model.safetensors").values()))
-    assert results["num_parameters"] - num_merged == 2 * 2 * 2 * (
-        32 + 32
-    )  # layers, q and v, rank, widths
+    # layers, q and v, rank, widths
+    assert results["num_parameters"] - num_merged == 2 * 2 * 2 * (32 + 32)
     ViTCLSForImageClassification.from_pretrained(tmp_path)
 
 
@@ -483,8 +482,8 @@ def test_the_flags_determine_the_distillation(
         "teacher_views": 2,
     }
     flags |= {"batch_size": 80, "epochs": 3.0, "max_steps": None}  # three steps per epoch
-    run = prepare_task(tiny_options(tmp_path, "digits", teacher=teacher, **flags))
-    task = run.task
+    run = prepare_setup(tiny_options(tmp_path, "digits", teacher=teacher, **flags))
+    task = run.setup
     seen = []
     images = build_training_images(run.options, run.data, task.processor, 3, task.num_views)
     batch = next(iterate_training_batches(images, run.plan, 0, 0, 6))
@@ -598,9 +597,8 @@ def test_a_failed_evaluation_is_repeated(tmp_path: Path, monkeypatch: pytest.Mon
         train(tmp_path / "cut", "digits", **settings)
     monkeypatch.setattr(Evaluator, "__call__", evaluate)
     assert (tmp_path / "cut" / "checkpoints" / "step-00000003").is_dir()
-    (tmp_path / "cut" / "metrics.jsonl").open("a").write(
-        '{"step": 3}\n'
-    )  # killed after it was logged
+    # killed after it was logged
+    (tmp_path / "cut" / "metrics.jsonl").open("a").write('{"step": 3}\n')
     again = train(tmp_path / "cut", "digits", resume=True, **settings)
     different = {"images_per_second", "peak_memory_mb", "seconds", "inference", "versions"}
     found, expected = (
@@ -622,9 +620,8 @@ def test_a_model_that_cannot_be_written_is_a_one_line_error(
 ) -> None:
     """The system refuses to write, as with a quota. Python would leave truncated files of compiled modules."""
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    monkeypatch.setattr(
-        CheckpointStore, "save", lambda *arguments: None
-    )  # the checkpoint is also too large
+    # the checkpoint is also too large
+    monkeypatch.setattr(CheckpointStore, "save", lambda *arguments: None)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:

@@ -106,9 +106,8 @@ def test_crops_are_parts_of_the_image() -> None:
     assert (crops[:, 2] - 7).abs().max() < 1e-4
     y_steps = crops[:, 0].diff(dim=1)[:, 2:-2].mean((1, 2))
     x_steps = crops[:, 1].diff(dim=2)[:, :, 2:-2].mean((1, 2))
-    torch.testing.assert_close(
-        y_steps * x_steps.abs(), torch.ones(200), atol=1e-3, rtol=0
-    )  # a quarter of the area
+    # a quarter of the area
+    torch.testing.assert_close(y_steps * x_steps.abs(), torch.ones(200), atol=1e-3, rtol=0)
     assert (y_steps > 0).all()
     assert 0.3 < (x_steps < 0).float().mean() < 0.7  # flipped only horizontally
     assert 0.86 < y_steps.min() < 0.9
@@ -161,9 +160,8 @@ def test_brightness_contrast_and_saturation_change_by_up_to_two_fifths() -> None
     is_gray = saturation < 0.1
     assert 0.1 < is_gray.float().mean() < 0.3
     colors = torch.stack([brightness, contrast, saturation])[:, ~is_gray]
-    assert (
-        colors.corrcoef().triu(diagonal=1).max() < 0.5
-    )  # independent, except for images that do not change
+    # independent, except for images that do not change
+    assert colors.corrcoef().triu(diagonal=1).max() < 0.5
     for factors in colors:
         assert 0.599 < factors.min() < 0.65
         assert 1.35 < factors.max() < 1.401
@@ -188,6 +186,5 @@ def test_gradients_reach_the_tokens(fields: dict) -> None:
     without = [name for name, weight in model.named_parameters() if weight.grad is None]
     assert without == []
     assert model.vitcls.embeddings.cls_token.grad.abs().sum() > 0
-    assert not any(
-        model.projector[index].bias.any() for index in (0, 3, 6)
-    )  # initialized as in the encoder
+    # initialized as in the encoder
+    assert not any(model.projector[index].bias.any() for index in (0, 3, 6))

@@ -338,9 +338,8 @@ def test_checkpoints_are_saved_when_due() -> None:
     bench.run()
     assert bench.saved == [(3, False), (6, False), (8, False), (8, True)]
     reset_accelerate()
-    at_evaluations = LoopRecorder(
-        epochs=3, max_steps=None, batch_size=180, evaluate_every=2
-    )  # two steps per epoch
+    # two steps per epoch
+    at_evaluations = LoopRecorder(epochs=3, max_steps=None, batch_size=180, evaluate_every=2)
     at_evaluations.run()
     assert at_evaluations.saved == [(4, False), (4, True), (6, False), (6, True)]
 
@@ -576,9 +575,8 @@ def test_multi_task_loss_ignores_missing_labels() -> None:
     outputs = model(normalise(batch["pixels"]), labels=labels)
     expected = torch.nn.functional.cross_entropy(outputs.logits["age"][:1], torch.tensor([0]))
     torch.testing.assert_close(loss, expected / 2)
-    torch.testing.assert_close(
-        outputs.loss, expected
-    )  # the mean over the labeled images, as in Trainer
+    # the mean over the labeled images, as in Trainer
+    torch.testing.assert_close(outputs.loss, expected)
     loss.backward()
     # DDP waits for the gradients of all parameters
     assert all(parameter.grad is not None for parameter in model.parameters())
@@ -664,9 +662,8 @@ def test_signals_stop_training_at_the_next_check(
 def test_a_second_interrupt_ends_at_once() -> None:
     with SignalHandler(Accelerator(cpu=True)) as interruption:
         os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(
-            os.getpid(), signal.SIGTERM
-        )  # a launcher forwards the signal: the checkpoint is still saved
+        # a launcher forwards the signal: the checkpoint is still saved
+        os.kill(os.getpid(), signal.SIGTERM)
         interruption.signal_times[signal.SIGTERM] -= 2
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)

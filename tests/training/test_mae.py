@@ -32,9 +32,8 @@ def test_loss_and_reconstruction_equal_transformers() -> None:
     sizes |= {f"decoder_{name}": value for name, value in decoder.items()}
     config = ViTMAEConfig(image_size=32, patch_size=8, norm_pix_loss=True, **sizes)
     theirs = ViTMAEForPreTraining(config).eval()
-    randomize(theirs).decoder.initialize_weights(
-        16
-    )  # sets the fixed positions, which a new model leaves at zero
+    # sets the fixed positions, which a new model leaves at zero
+    randomize(theirs).decoder.initialize_weights(16)
     encoder = convert_from_transformers(theirs.vit)
     decoder_config = ViTCLSConfig(
         image_size=32, patch_size=8, layer_norm_eps=theirs.config.layer_norm_eps, **decoder

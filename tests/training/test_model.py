@@ -17,7 +17,7 @@ from helpers.tiny_models import (
     raises_one_line,
     randomize,
 )
-from helpers.tiny_options import build_initial_model, prepare_task, run_training
+from helpers.tiny_options import build_initial_model, prepare_setup, run_training
 
 from modeling_vitcls import (
     ViTCLSForImageClassification,
@@ -255,7 +255,7 @@ def test_patches_are_dropped_only_in_trained_layers(two_tasks: Path, tmp_path: P
     with raises_one_line("--patch-drop-rate", "--trainable last-1"):
         run_training(replace(options, training=TrainingOptions(trainable="last-1")))
     assert not (tmp_path / "out").exists()
-    task = prepare_task(replace(options, training=TrainingOptions(trainable="last-2"))).task
+    task = prepare_setup(replace(options, training=TrainingOptions(trainable="last-2"))).setup
     assert task.model.config.patch_drop_rate == 0.5
 
 
@@ -448,9 +448,8 @@ def test_exactly_the_trainable_parameters_change(name: str, choice: str) -> None
     }
     wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert moved <= wanted
-    assert all(
-        "k_proj.bias" in name for name in wanted - moved
-    )  # key biases do not change the softmax
+    # key biases do not change the softmax
+    assert all("k_proj.bias" in name for name in wanted - moved)
 
 
 # Modes ---------------------------------------------------------------------------------------------------------------

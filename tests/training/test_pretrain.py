@@ -15,7 +15,7 @@ from helpers.tiny_models import build_tiny_config, raises_one_line
 from helpers.tiny_options import (
     PLAIN,
     build_tiny_options,
-    prepare_task,
+    prepare_setup,
     read_metrics,
     run_to_folder,
     run_training,
@@ -63,9 +63,8 @@ def tiny_options(folder: Path, dataset: object = "digits", **flags: Any) -> Pret
 def pretrained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the output folder of a short run of a method."""
     folder = tmp_path_factory.mktemp("run") / "encoder"
-    return run_to_folder(
-        tiny_options(folder, method=request.param, drop_path_rate=0.2)
-    )  # not in evaluations
+    # not in evaluations
+    return run_to_folder(tiny_options(folder, method=request.param, drop_path_rate=0.2))
 
 
 def test_the_folder_contains_the_encoder_and_the_measured_features(pretrained: Path) -> None:
@@ -186,10 +185,10 @@ def test_the_accuracy_is_that_of_scikit_learn(
 ) -> None:
     """The token is the first CLS token. The neighbors are some of the training images."""
     monkeypatch.setattr("modeling_vitcls.training.pretrain.MAX_NEIGHBORS", 150)
-    prepared = prepare_task(
+    prepared = prepare_setup(
         tiny_options(tmp_path / "out", num_cls_tokens=2, select="best", split_seed=3)
     )
-    task, selection = prepared.task, prepared.data.selection
+    task, selection = prepared.setup, prepared.data.selection
     train = prepared.data.train.draw(150, 3)
     found = task.build_evaluator(selection)(task.model.eval())
 
@@ -229,15 +228,15 @@ def test_the_effective_rank() -> None:
 
 def test_a_collapse_is_a_warning(tmp_path: Path) -> None:
     warnings: list[str] = []
-    prepared = prepare_task(tiny_options(tmp_path / "out", local_crops=3))
-    assert re.findall(r"\d+", prepared.task.summary_lines["method"]) == ["2", "3"]  # crops
-    evaluate: FeatureQuality = prepared.task.build_evaluator(prepared.data.held_out)
+    prepared = prepare_setup(tiny_options(tmp_path / "out", local_crops=3))
+    assert re.findall(r"\d+", prepared.setup.summary_lines["method"]) == ["2", "3"]  # crops
+    evaluate: FeatureQuality = prepared.setup.build_evaluator(prepared.data.held_out)
     evaluate.warn = warnings.append
-    evaluate(prepared.task.model.eval())
+    evaluate(prepared.setup.model.eval())
     assert warnings == []
     with torch.no_grad():
-        prepared.task.model.vitcls.layernorm.weight.zero_()
-    assert evaluate(prepared.task.model)["effective_rank"] == 1
+        prepared.setup.model.vitcls.layernorm.weight.zero_()
+    assert evaluate(prepared.setup.model)["effective_rank"] == 1
     assert len(warnings) == 1
     assert "1.0 of 32 channels" in warnings[0]
     assert "--sigreg-weight" in warnings[0]
@@ -247,15 +246,15 @@ def test_few_images_do_not_trigger_the_collapse_warning(tmp_path: Path) -> None:
     """Four images have a rank of at most 3, which is less than 2% of 192 channels."""
     warnings: list[str] = []
     flags = {"hidden_size": 192, "method": "mae", "image_size": [32, 48], "patch_size": 16}
-    prepared = prepare_task(tiny_options(tmp_path / "out", **flags))
-    assert re.findall(r"\d+", prepared.task.summary_lines["method"]) == [
+    prepared = prepare_setup(tiny_options(tmp_path / "out", **flags))
+    assert re.findall(r"\d+", prepared.setup.summary_lines["method"]) == [
         "5",
         "2",
         "3",
     ]  # 5 of 2 x 3 are masked
-    evaluate = prepared.task.build_evaluator(prepared.data.held_out.draw(4, 0))
+    evaluate = prepared.setup.build_evaluator(prepared.data.held_out.draw(4, 0))
     evaluate.warn = warnings.append
-    assert 1.5 < evaluate(prepared.task.model.eval())["effective_rank"] <= 3
+    assert 1.5 < evaluate(prepared.setup.model.eval())["effective_rank"] <= 3
     assert warnings == []
 
 

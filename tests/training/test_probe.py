@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers.tiny_options import (
     build_tiny_options,
-    prepare_task,
+    prepare_setup,
     read_metrics,
     run_dry,
     run_training,
@@ -86,7 +86,7 @@ def fit_reference(run: Path, frozen: dict[str, Any], parts: list[Any], images: A
 def test_the_frozen_model_is_the_regression_of_scikit_learn(encoder: Path, tmp_path: Path) -> None:
     options = build_options(tmp_path / "head", encoder, trainable="head")
     results = run_training(options)
-    data = prepare_task(options).data
+    data = prepare_setup(options).data
     assert results["steps"] == 0
     expected = fit_reference(
         tmp_path / "head", results["frozen"], [data.train], data.held_out.images
@@ -101,7 +101,7 @@ def test_the_frozen_model_is_the_regression_of_scikit_learn(encoder: Path, tmp_p
 def test_the_reported_accuracy_is_that_of_the_saved_model(encoder: Path, tmp_path: Path) -> None:
     options = build_options(tmp_path / "head", encoder, trainable="head")
     results = run_training(options)
-    held_out = prepare_task(options).data.held_out
+    held_out = prepare_setup(options).data.held_out
     predictions = compute_logits(tmp_path / "head", held_out.images).argmax(axis=1)
     assert results["num_images"] == len(held_out)
     assert results["accuracy"] == pytest.approx((predictions == held_out.labels).mean(), abs=1e-6)
@@ -116,9 +116,8 @@ def test_no_image_passes_the_frozen_encoder_twice(
     forward = ViTCLSModel.forward
 
     def count(self: Any, pixel_values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        counts.append(
-            len(pixel_values) if pixel_values.device.type == "cpu" else 0
-        )  # FLOPs are counted without data
+        # FLOPs are counted without data
+        counts.append(len(pixel_values) if pixel_values.device.type == "cpu" else 0)
         return forward(self, pixel_values, *args, **kwargs)
 
     monkeypatch.setattr(ViTCLSModel, "forward", count)
@@ -148,7 +147,7 @@ def test_a_learning_rate_that_is_too_large_ends_with_the_frozen_model(
         record["selection_accuracy"] <= results["selection"]["accuracy"] for record in records
     )
     assert results["selection"]["step"] == 0
-    data = prepare_task(options).data
+    data = prepare_setup(options).data
     expected = fit_reference(
         tmp_path / "run", results["frozen"], [data.train, data.selection], data.held_out.images
     )
@@ -163,13 +162,12 @@ def test_nothing_is_trained_with_too_few_selection_images(encoder: Path, tmp_pat
     """The classifier is the regression on training and selection images."""
     options = build_options(tmp_path / "run", encoder, held_out_fraction=0.02)
     results = run_training(options)
-    data = prepare_task(options).data
+    data = prepare_setup(options).data
     assert len(data.selection) < 50
     assert results["steps"] == 0
     assert results["num_training_images"] == len(data.train) + len(data.selection)
-    assert not list(
-        (tmp_path / "run").rglob("checkpoints/*/*.safetensors")
-    )  # no second copy of the weights
+    # no second copy of the weights
+    assert not list((tmp_path / "run").rglob("checkpoints/*/*.safetensors"))
     expected = fit_reference(
         tmp_path / "run", results["frozen"], [data.train, data.selection], data.held_out.images
     )
@@ -214,9 +212,8 @@ def test_fine_tuning_starts_from_the_regression(
     frozen = results["frozen"]
     assert results["selection"]["step"] == 0
     assert results["selection"]["num_images"] == 50
-    assert read_metrics(tmp_path / "run")[0]["loss"] < 0.6 * math.log(
-        10
-    )  # the loss of a random classifier
+    # the loss of a random classifier
+    assert read_metrics(tmp_path / "run")[0]["loss"] < 0.6 * math.log(10)
     capsys.readouterr()
     (tmp_path / "run" / "results.json").unlink()
     weights = tmp_path / "run" / "checkpoints" / "step-00000002" / "model.safetensors"
@@ -258,8 +255,8 @@ def test_a_resumed_run_keeps_what_the_regression_reads(encoder: Path, tmp_path: 
 def test_the_probe_chooses_what_the_user_has_not_set(
     encoder: Path, tmp_path: Path, flags: dict[str, Any], tokens: set[str]
 ) -> None:
-    prepared = prepare_task(build_options(tmp_path / "run", encoder, **flags))
-    probe = replace(prepared.task.probe, max_images=64).run(
+    prepared = prepare_setup(build_options(tmp_path / "run", encoder, **flags))
+    probe = replace(prepared.setup.probe, max_images=64).run(
         prepared.data, prepared.reporter, is_final=False
     )
     assert {row["tokens"] for row in probe.record["candidates"]} == tokens
@@ -301,20 +298,20 @@ def test_the_better_geometry_is_chosen(encoder: Path, tmp_path: Path) -> None:
 def test_reasons_for_no_probe(
     encoder: Path, tmp_path: Path, flags: dict[str, Any], reason: str
 ) -> None:
-    task = prepare_task(build_options(tmp_path / "run", encoder, **flags)).task
+    task = prepare_setup(build_options(tmp_path / "run", encoder, **flags)).setup
     assert task.probe is None
     assert task.summary_lines["probe"] == f"off, because {reason}"
 
 
 def test_random_weights_have_no_probe(tmp_path: Path) -> None:
-    run = prepare_task(build_tiny_options(tmp_path / "run", "digits", probe=True, select=None))
-    assert run.task.probe is None
+    run = prepare_setup(build_tiny_options(tmp_path / "run", "digits", probe=True, select=None))
+    assert run.setup.probe is None
     assert run.options.training.select == "last"
-    assert run.task.summary_lines["probe"] == "off, because the initial weights are random"
+    assert run.setup.summary_lines["probe"] == "off, because the initial weights are random"
     stream = replace(run.options, data=replace(run.options.data, streaming=True))
     for options, names, kind, reason in (
         (stream, {"classifier.weight"}, "single_label_classification", "stream"),
         (run.options, {"classifier.weight"}, "multi_task", "label"),
         (run.options, set(), "single_label_classification", "checkpoint has a classifier"),
     ):
-        assert reason in str(explain_missing_probe(options, run.task.model, names, kind))
+        assert reason in str(explain_missing_probe(options, run.setup.model, names, kind))

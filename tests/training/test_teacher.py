@@ -137,9 +137,8 @@ def test_teachers_predict_as_with_their_own_image_processor(build: Any, tmp_path
     batch = build_pixels()
     teacher = load_labeled_teacher(folder)
     size = teacher.preprocessing.height_width
-    shown = torch.nn.functional.interpolate(batch.float(), size=size).to(
-        torch.uint8
-    )  # requires no resizing
+    # requires no resizing
+    shown = torch.nn.functional.interpolate(batch.float(), size=size).to(torch.uint8)
     processor = AutoImageProcessor.from_pretrained(folder)
     alone = AutoModelForImageClassification.from_pretrained(folder).eval()
     whole = processor(

@@ -1,7 +1,7 @@
 """What a run trains: the interface between run.py and the two kinds of runs, finetune.py and pretrain.py.
 
 Each of the two files has three functions: `check_options(options)`, `load_data(options, initial)` and
-`build_task(options, initial, data, reporter)`.
+`build_training_setup(options, initial, data, reporter)`.
 """
 
 import math
@@ -22,7 +22,7 @@ from .reporter import Reporter
 
 
 @dataclass
-class Task:
+class TrainingSetup:
     """Model, loss and evaluation of a run, and its texts."""
 
     model: Any  # unwrapped ViTCLS model; parameters that are not trained are frozen
@@ -35,13 +35,11 @@ class Task:
     printed_metrics: tuple[str, ...]  # metrics of evaluations that are printed during training
     result_metrics: tuple[str, ...]  # metrics of the printed result
     labels_text: str
-    can_calibrate: bool = (
-        False  # whether the model has a temperature: a classifier with one label per image
-    )
+    # whether the model has a temperature: a classifier with one label per image
+    can_calibrate: bool = False
     num_views: int = 0  # number of different views per image, or 0 if every epoch uses a new view
-    summary_lines: dict[str, str] = field(
-        default_factory=dict
-    )  # lines to print before training, keyed by name
+    # lines to print before training, keyed by name
+    summary_lines: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)  # warnings to print before training
     results: dict[str, Any] = field(default_factory=dict)  # fields of results.json
     probe: Probe | None = None  # sets the classifier from the features of the frozen encoder

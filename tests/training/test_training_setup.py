@@ -13,7 +13,7 @@ from helpers.accelerate_state import reset_accelerate
 from helpers.tiny_models import build_tiny_config, raises_one_line, save_with_processor
 from helpers.tiny_options import (
     build_tiny_options,
-    prepare_task,
+    prepare_setup,
     read_metrics,
     run_dry,
     run_training,
@@ -37,7 +37,7 @@ from modeling_vitcls.training.checkpoints import CheckpointStore
 from modeling_vitcls.training.dry_run import describe_dry_run
 from modeling_vitcls.training.folds import run_folds
 from modeling_vitcls.training.run import draw_few_images
-from modeling_vitcls.training.task import build_training_images
+from modeling_vitcls.training.training_setup import build_training_images
 
 
 DIGITS = DataOptions("digits", num_workers=0)
@@ -106,8 +106,8 @@ def test_the_flags_and_the_checkpoint_determine_the_batches(tmp_path: Path) -> N
         "gradient_checkpointing": True,
         "max_unreadable_images": 0,
     }
-    run = prepare_task(build_options(tmp_path / "run", replace(DIGITS, split_seed=3), **flags))
-    train, options, task = run.data.train, run.options, run.task
+    run = prepare_setup(build_options(tmp_path / "run", replace(DIGITS, split_seed=3), **flags))
+    train, options, task = run.data.train, run.options, run.setup
     plan = BatchPlan.from_options(len(train), options.training, 1)
     assert [*run.plan.iterate_keys(0)] == [*plan.iterate_keys(0)]
     augmentation = build_augmentation(
@@ -211,9 +211,8 @@ def test_a_validation_split_selects_and_the_test_split_is_reported(tmp_path: Pat
         results = run_training(options)
     finally:
         handle.remove()
-    forwards = [
-        forward for forward in forwards if forward[1] > 1 or forward[0]
-    ]  # without FLOPs and speed
+    # without FLOPs and speed
+    forwards = [forward for forward in forwards if forward[1] > 1 or forward[0]]
     # The validation split is evaluated after each epoch, and the test split at the end.
     assert [count for is_trained, count in forwards if not is_trained] == [6, 6, 10]
     assert forwards[0][0]
@@ -347,7 +346,7 @@ def test_a_class_that_only_the_validation_split_has(tmp_path: Path) -> None:
     )
     splits = {"train": {"dusk": 1, "noon": 1}, "val": {"dusk": 2, "noon": 2, "night": 2}}
     data = write_images(tmp_path / "data", splits)
-    run = prepare_task(build_options(tmp_path / "run", data, model=model, select=None))
-    (warning,) = run.task.warnings
+    run = prepare_setup(build_options(tmp_path / "run", data, model=model, select=None))
+    (warning,) = run.setup.warnings
     assert "1 of the 3 classes have no training images: night" in warning
     assert (run.data.selection, run.options.training.select) == (None, "last")
