@@ -14,9 +14,16 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import (
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    PercentFormatter,
+)
 
 from ..inference.token_names import get_token_names_by_group
 from ..model.configuration_vitcls import ViTCLSConfig
@@ -153,6 +160,7 @@ def plot_norms(config: ViTCLSConfig, findings: Findings) -> Figure:
     min_value, max_value = torch.cat([low, high, findings.token_norms.flatten()]).aminmax()
     if min_value > 0 and max_value > MIN_RATIO_FOR_LOG_SCALE * min_value:
         axes.set(yscale="log", ylabel="norm, logarithmic")
+        use_plain_numbers(axes.yaxis)
     else:
         axes.set_ylim(bottom=0)
     format_layer_axis(figure, axes, len(median), 0)
@@ -176,13 +184,17 @@ def plot_norm_histogram(config: ViTCLSConfig, findings: Findings, layer: int = -
     high = max(ratios.max().item(), 2.0, *registers)
     mode = find_second_mode(findings.patch_ratios[layer])
     edges = np.geomspace(low, high, NUM_BINS + 1)
-    title = f"Norms of the patches, after layer {range(len(findings.patch_norms))[layer]}"
+    title = "Norms of the patches"
+    if mode is not None:
+        title += f", after layer {range(len(findings.patch_norms))[layer]}"
     figure, axes = create_axes(title, "patches, logarithmic")
     is_outlier = np.sqrt(edges[1:] * edges[:-1]) >= (math.inf if mode is None else mode.threshold)
     colors = [OUTLIER_COLOR if each else GROUP_COLORS["patches"] for each in is_outlier]
     counts, _ = np.histogram(ratios.numpy(), edges)
     axes.bar(edges[:-1], counts, width=0.94 * np.diff(edges), align="edge", color=colors)
     axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(0.7, None))
+    for axis in (axes.xaxis, axes.yaxis):
+        use_plain_numbers(axis)
     axes.set_xlabel("norm / median norm of the image, logarithmic")
     if mode is not None:
         axes.axvline(mode.threshold, color=DARK_GRAY, linewidth=1, linestyle="--")
@@ -213,6 +225,13 @@ def create_axes(title: str, y_label: str) -> tuple[Figure, Axes]:
     axes.set_ylabel(y_label)
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def use_plain_numbers(axis: Axis) -> None:
+    """Label a logarithmic axis with numbers such as 0.5, 1, 2 and 1,000, not with powers of 10."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.5g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def format_layer_axis(figure: Figure, axes: Axes, num_values: int, first_layer: int) -> None:

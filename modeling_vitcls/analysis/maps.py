@@ -186,6 +186,22 @@ def overlay(
     return Image.fromarray((pixels * 255).round().astype(np.uint8))
 
 
+def draw_patch_colors(
+    image: Image.Image, colors: torch.Tensor, visible_region: VisibleRegion, side: int
+) -> Image.Image:
+    """Draw colors [gh, gw, 3] (0 to 1) of the patches in the visible region of an image. Pixels outside the region are
+    gray and dark, as in `overlay`. The longer side becomes about `side` pixels (`resize_with_region`)."""
+    resized_image, region = resize_with_region(to_upright_rgb(image), visible_region, side, side)
+    drawn = Image.fromarray(
+        (np.asarray(resized_image.convert("L")) * HIDDEN_BRIGHTNESS).astype(np.uint8)
+    ).convert("RGB")
+    left, top, right, bottom = map(round, region)
+    patches = Image.fromarray((colors.numpy() * 255).round().astype(np.uint8))
+    size = (max(right - left, 1), max(bottom - top, 1))
+    drawn.paste(patches.resize(size, Image.Resampling.NEAREST), (left, top))
+    return drawn
+
+
 def to_upright_rgb(image: Image.Image) -> Image.Image:
     """Convert an image to 8-bit RGB as the image processor does: upright (EXIF) and on a white background."""
     return Image.fromarray(pil_to_tensor(image, to_rgb=True).permute(1, 2, 0).contiguous().numpy())

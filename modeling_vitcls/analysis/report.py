@@ -35,14 +35,16 @@ from ..inference.token_names import get_token_names
 from ..runtime.files import write_atomically
 from ..version import __version__
 from .ablation import get_token_keys
+from .depth import describe_attention_depth
 from .diagnosis import Verdict
-from .figures import plot_curve, plot_norm_histogram, plot_norms, render_svg
+from .figures import plot_curve, plot_norm_histogram, plot_norms, render_svg, shorten_text
 from .image_report import IMAGE_KINDS, ImageReport, compute_patch_colors
 from .inspection import Inspection
 from .maps import (
     COLORMAP,
     MIN_SCALE,
     count_used_layers,
+    draw_patch_colors,
     get_head_names,
     overlay,
     resize_with_region,
@@ -51,6 +53,8 @@ from .maps import (
 
 TEMPLATE_FOLDER = Path(__file__).parent
 NUM_OVERVIEW_IMAGES = 6  # number of images on the first screen
+NUM_LARGE_WRONG_IMAGES = 6  # number of wrong images on the first screen
+MAX_FILE_NAME = 32  # maximum length of a file name under an image, in characters
 OVERVIEW_SIDE = 160  # longer side of an image on the first screen, in pixels
 MAX_OVERVIEW_TOKENS = 8  # maximum number of tokens per image on the first screen
 # Maximum total size, in bytes, of the per-head attention maps, before base64 encoding (which adds a third). The maps
@@ -79,7 +83,7 @@ def write_page(
         file: path of the HTML file.
         title: name of the model. Default: name of the folder or Hub id that the model was loaded from.
         source: description of the images.
-        predictions: wrong images, prediction sets and calibration (publishing/held_out_predictions.py).
+        predictions: headline, wrong images, prediction sets and calibration (publishing/held_out_predictions.py).
 
     Raises:
         OSError: if the file cannot be written.
@@ -92,6 +96,7 @@ def write_page(
         lstrip_blocks=True,
     )
     config = inspection.config
+    shown_verdicts, other_verdicts = sort_verdicts(inspection)
     text = environment.get_template("report.html.j2").render(
         title=title or get_model_name(config.name_or_path) or inspection.model_class,
         source=source,
@@ -100,12 +105,17 @@ def write_page(
         date=datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z"),
         inspection=inspection,
         findings=inspection.findings,
-        other_verdicts=[*inspection.tasks, inspection.heads, inspection.patches],
+        shown_verdicts=shown_verdicts,
+        other_verdicts=other_verdicts,
+        depth_sentences=describe_attention_depth(config, inspection.findings, inspection.has_head),
         overview=build_overview(inspection),
         predictions=predictions,
         effects=build_effect_rows(inspection.verdicts),
         figures=build_figures(inspection),
         image_kinds=IMAGE_KINDS,
+        first_token=next(iter(get_token_names(config)), None),
+        num_large=NUM_LARGE_WRONG_IMAGES,
+        shorten=lambda name: shorten_text(name, MAX_FILE_NAME),
         signs=SIGNS,
         data=htmlsafe_json_dumps(
             build_page_data(inspection), allow_nan=False, separators=(",", ":")
@@ -164,9 +174,14 @@ def iterate_overview(
 
 
 def build_overview(inspection: Inspection) -> list[dict[str, Any]]:
-    """Return the images of the first screen and the attention of each special token as data URLs."""
+    """Return the images of the first screen, and their maps as data URLs: the attention of each special token, and the
+    patch features as colors."""
     rows = []
-    for report, caption, maps in iterate_overview(inspection, NUM_OVERVIEW_IMAGES):
+    reports = inspection.image_reports[:NUM_OVERVIEW_IMAGES]
+    last_layer = max(count_used_layers(inspection.config, inspection.has_head)[-1], 1) - 1
+    patch_colors = compute_patch_colors([report.features[last_layer] for report in reports])
+    overview = iterate_overview(inspection, NUM_OVERVIEW_IMAGES)
+    for (report, caption, maps), colors in zip(overview, patch_colors, strict=True):
         sides = {"max_side": OVERVIEW_SIDE, "min_side": OVERVIEW_SIDE}
         overlays = [
             {
@@ -177,6 +192,8 @@ def build_overview(inspection: Inspection) -> list[dict[str, Any]]:
             }
             for name, values in maps.items()
         ]
+        color_image = draw_patch_colors(report.image, colors, report.visible_region, OVERVIEW_SIDE)
+        overlays.append({"name": "patch features", "url": encode_data_url(color_image)})
         image, _ = resize_with_region(report.image, None, OVERVIEW_SIDE, OVERVIEW_SIDE)
         rows.append(
             {
@@ -187,6 +204,23 @@ def build_overview(inspection: Inspection) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def sort_verdicts(inspection: Inspection) -> tuple[list[Verdict], list[Verdict]]:
+    """Return the verdicts for the first screen, and the others, which would surprise nobody.
+
+    A token has a verdict on the first screen if there are several tokens or something is wrong with it; everything
+    else only if something is wrong."""
+    has_several_tokens = inspection.config.token_layout.num_prefix_tokens > 1
+    shown = [
+        verdict
+        for verdict in inspection.verdicts
+        if has_several_tokens or verdict.rating in ("bad", "doubtful")
+    ]
+    others = [verdict for verdict in inspection.verdicts if verdict not in shown]
+    for verdict in (*inspection.tasks, inspection.heads, inspection.patches):
+        (shown if verdict.rating in ("bad", "doubtful") else others).append(verdict)
+    return shown, others
 
 
 def build_effect_rows(verdicts: Sequence[Verdict]) -> list[dict[str, str]]:

@@ -166,21 +166,33 @@ function buildCell(map, caption = "") {
   return button;
 }
 
+// Layers from the last to the first, so that the last layers are visible without scrolling.
+const LAYERS = Array.from({ length: data.layers }, (_, index) => data.layers - 1 - index);
+const buildLayerNames = () => LAYERS.map((layer) => element("span", {}, `layer ${layer + 1}`));
+
+// Fill the strip of the first screen: the attention of the first token (if any) and the patch colors in each layer.
+function fillStrip(box) {
+  const image = Number(box.dataset.strip);
+  const kinds = data.tokens.length ? ["attention", "colors"] : ["colors"];
+  box.style.setProperty("--columns", data.layers);
+  const rows = kinds.flatMap((kind) => LAYERS.map((layer) => buildCell({ image, kind, layer, token: 0 })));
+  box.replaceChildren(...buildLayerNames(), ...rows);
+}
+
 // Fill a box with a grid of maps. Rows: patches and tokens; columns: the image or rollout, then layers.
 function fillBox(box) {
   const image = Number(box.dataset.maps);
-  const layers = Array.from({ length: data.layers }, (_, layer) => layer);
   box.style.setProperty("--columns", data.layers + 1);
-  const first = [element("span", {}), element("span", {}, ""), ...layers.map((layer) => element("span", {}, `layer ${layer + 1}`))];
+  const first = [element("span", {}), element("span", {}, ""), ...buildLayerNames()];
   const patches = [
     element("span", { class: "g-patches" }, "patches"),
     buildCell({ image, kind: "image" }, "image"),
-    ...layers.map((layer) => buildCell({ image, kind: "colors", layer })),
+    ...LAYERS.map((layer) => buildCell({ image, kind: "colors", layer })),
   ];
   const tokens = data.tokens.flatMap(({ name, group }, token) => [
     element("span", { class: `g-${group}` }, name),
     buildCell({ image, kind: "rollout", token }, "rollout"),
-    ...layers.map((layer) => {
+    ...LAYERS.map((layer) => {
       const map = { image, kind: "attention", layer, token };
       return buildCell(map, formatPercent(getMap(map).sum));
     }),
@@ -188,7 +200,7 @@ function fillBox(box) {
   const attributions = images[image].attributed.flatMap((name, token) => [
     element("span", {}, `attribution of ${name}`),
     buildCell({ image, kind: "attribution", token }),
-    ...layers.map(() => element("span", {})),
+    ...LAYERS.map(() => element("span", {})),
   ]);
   box.replaceChildren(...first, ...patches, ...tokens, ...attributions);
 }
@@ -198,3 +210,4 @@ data.heads.forEach((name, index) => control("head").append(element("option", { v
 control("head-choice").hidden = data.heads.length < 2 || !data.tokens.length;
 control("head").addEventListener("change", () => boxes.forEach(fillBox));
 boxes.forEach(fillBox);
+document.querySelectorAll("[data-strip]").forEach(fillStrip);

@@ -20,14 +20,14 @@ from .model_folder import ModelFolder, warn_once
 
 COVERAGE = 0.9  # probability with which a prediction set contains the true label
 MAX_WRONG_IMAGES = 12  # maximum number of wrong images in the report
-THUMBNAIL_SIDE = 96  # longer side of a wrong image in the report, in pixels
+THUMBNAIL_SIDE = 240  # longer side of a wrong image in the report, in pixels
 
 
 def describe_predictions(
     folder: ModelFolder, images: Sequence[Image.Image] | None = None
 ) -> dict[str, Any] | None:
-    """Return the wrong images, the prediction sets of each class, and the calibration; None if the folder has no
-    predictions of these weights.
+    """Return a headline, the wrong images, the prediction sets of each class, and the calibration; None if the folder
+    has no predictions of these weights.
 
     Args:
         folder: The folder of a run.
@@ -71,6 +71,7 @@ def describe_predictions(
     names = get_label_space(config).names
     targets = np.array([names.index(label) for label in rows["label"]])
     return {
+        "headline": describe_accuracy(rows),
         "num_images": len(rows),
         "num_wrong": len(wrong),
         "num_confident_errors": int((wrong["confidence"] > COVERAGE).sum()),
@@ -79,3 +80,22 @@ def describe_predictions(
         "coverage": COVERAGE,
         "sets": measure_prediction_sets(np.stack(rows["probabilities"]), targets, names, COVERAGE),
     }
+
+
+def describe_accuracy(rows: Any) -> str:
+    """Return the accuracy in one sentence, with the most frequent confusion if it happened more than once. `rows` are
+    the rows of predictions.parquet."""
+    num_images = len(rows)
+    wrong = rows[rows["label"] != rows["prediction"]]
+    if not len(wrong):
+        return f"All {num_images:,} held-out images are right"
+    percentage = f"{1 - len(wrong) / num_images:.1%}".replace(".0%", "%")
+    sentence = f"{percentage} of {num_images:,} held-out images are right"
+    confusions = wrong.groupby(["label", "prediction"], observed=True)["loss"].agg(["size", "sum"])
+    (label, prediction), most = next(
+        confusions.sort_values(["size", "sum"], ascending=False).iterrows()
+    )
+    if most["size"] > 1:
+        num_of_label = int((rows["label"] == label).sum())
+        sentence += f"; {label} is most often taken for {prediction} ({int(most['size'])} of {num_of_label:,})"
+    return sentence

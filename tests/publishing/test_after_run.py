@@ -1,19 +1,26 @@
 """A training run: the folder is complete, and publishing adds the report and the card from the folder alone."""
 
 import html
+import re
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
 import pandas as pd
 import pytest
+import torch
 from helpers.local_hub import LocalHub
 from helpers.model_folders import write_run_folder
 from helpers.photo_folders import write_photos
 from helpers.tiny_models import build_tiny_config, raises_one_line, save_with_processor
 from huggingface_hub import ModelCard
 
-from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMaskedImageModeling, finetune
+from modeling_vitcls import (
+    ViTCLSForImageClassification,
+    ViTCLSForMaskedImageModeling,
+    ViTCLSModel,
+    finetune,
+)
 from modeling_vitcls.cli.functions import build_options
 from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.options import DataOptions, FinetuneOptions, RunOptions
@@ -54,6 +61,9 @@ def test_a_run_gets_a_report_and_a_card_from_its_folder(
     wrong = rows[rows["label"] != rows["prediction"]]
     num_wrong = len(wrong)
     assert any(f"{row.label} → {row.prediction}" in report for row in wrong.itertuples())
+    headline = re.search("<h1>(.*?)%? of ", report)
+    assert headline
+    assert float(headline[1]) == pytest.approx(100 * results["accuracy"], abs=0.05)
     assert f"{num_wrong} of {len(rows)} predictions are wrong" in report
     assert f"- {num_wrong} of {len(rows)} " in card
     assert report.count('alt="held out, ') == 6
@@ -76,6 +86,30 @@ def test_a_run_gets_a_report_and_a_card_from_its_folder(
     text = ModelCard.load(moved / "README.md").text
     expected = card.replace("# run", "# moved").replace('"run"', '"moved"')
     assert text.rpartition("<!--")[0] == expected.rpartition("<!--")[0]
+
+
+@pytest.mark.usefixtures("few_digits")
+@pytest.mark.parametrize(("flops", "max_images"), [(1e11, 20), (1e6, 70)])
+def test_the_report_of_a_run_without_steps_costs_few_passes(
+    flops: float, max_images: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large model measures 16 images and shows 4 of them; a small one measures 64 and shows 6."""
+    counts = []
+    forward = ViTCLSModel.forward
+
+    def count(self: Any, pixel_values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        counts.append(len(pixel_values))
+        return forward(self, pixel_values, *args, **kwargs)
+
+    monkeypatch.setattr(ViTCLSModel, "forward", count)
+    config = build_tiny_config(num_labels=10, num_cls_tokens=2)
+    results = {"steps": 0, "forward_flops_per_image": flops}
+    folder = ModelFolder(
+        write_run_folder(tmp_path / "run", results, {"dataset": "digits"}, config=config)
+    )
+    assert write_report(folder, pytest.fail) is not None
+    assert 0 < sum(counts) <= max_images
+    assert "not measured" not in (folder.path / "report.html").read_text()
 
 
 @pytest.mark.usefixtures("few_digits")

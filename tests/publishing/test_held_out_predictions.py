@@ -13,7 +13,7 @@ from PIL import Image
 
 from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.publishing.card import render_card
-from modeling_vitcls.publishing.held_out_predictions import describe_predictions
+from modeling_vitcls.publishing.held_out_predictions import describe_accuracy, describe_predictions
 from modeling_vitcls.publishing.model_folder import ModelFolder
 
 
@@ -60,7 +60,7 @@ def test_wrong_images_and_prediction_sets_are_counted(folder: Path) -> None:
     ]
     urls = [row["url"] for row in found["wrong"] if "url" in row]
     assert urls
-    assert all(Image.open(urlopen(url)).size == (96, 64) for url in urls)
+    assert all(Image.open(urlopen(url)).size == (240, 160) for url in urls)
     # Split conformal prediction by hand.
     probabilities = np.stack(rows["probabilities"])
     targets = np.array([NAMES.index(name) for name in rows["label"]])
@@ -72,6 +72,33 @@ def test_wrong_images_and_prediction_sets_are_counted(folder: Path) -> None:
     assert everything["size"] == pytest.approx(sets.sum() / 200)
     assert classes[2]["coverage"] == pytest.approx(sets[targets[1::2] == 2, 2].mean())
     assert 0.85 < everything["coverage"] < 0.95
+
+
+def test_the_headline_names_the_accuracy_and_the_most_frequent_confusion(folder: Path) -> None:
+    rows = pd.read_parquet(folder / "predictions.parquet")
+    table = pd.crosstab(rows["label"], rows["prediction"])
+    for name in NAMES:
+        table.loc[name, name] = 0
+    label, prediction = table.stack().idxmax()
+    headline = describe_predictions(ModelFolder(folder))["headline"]
+    accuracy = (rows["label"] == rows["prediction"]).mean()
+    assert headline.startswith(
+        f"{accuracy:.1%} of 400 held-out images are right; ".replace(".0%", "%")
+    )
+    count = table.max().max()
+    total = (rows["label"] == label).sum()
+    assert headline.endswith(f"{label} is most often taken for {prediction} ({count} of {total})")
+
+
+def test_a_headline_without_errors_or_without_a_repeated_confusion() -> None:
+    rows = pd.DataFrame(
+        {"label": ["a", "b", "c"], "prediction": ["a", "b", "c"], "loss": [0.1, 0.2, 0.3]}
+    )
+    assert describe_accuracy(rows) == "All 3 held-out images are right"
+    assert (
+        describe_accuracy(rows.assign(prediction=["a", "b", "a"]))
+        == "66.7% of 3 held-out images are right"
+    )
 
 
 def test_the_card_states_wrong_images_and_the_size_of_the_sets(folder: Path) -> None:
