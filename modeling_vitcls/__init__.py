@@ -14,7 +14,17 @@ from .version import __version__
 
 
 if TYPE_CHECKING:
-    from .cli.functions import evaluate, finetune, inspect_tokens, look, predict, pretrain
+    from .cli.functions import (
+        add_class,
+        add_task,
+        evaluate,
+        finetune,
+        inspect_tokens,
+        look,
+        predict,
+        pretrain,
+        verify_unchanged,
+    )
     from .conversion.from_timm import convert_from_timm
     from .conversion.from_transformers import convert_from_transformers
     from .conversion.to_transformers import convert_to_transformers
@@ -43,6 +53,8 @@ __all__ = [
     "ViTCLSModel",
     "ViTCLSPreTrainedModel",
     "__version__",
+    "add_class",
+    "add_task",
     "convert_from_timm",
     "convert_from_transformers",
     "convert_to_transformers",
@@ -52,11 +64,24 @@ __all__ = [
     "look",
     "predict",
     "pretrain",
+    "verify_unchanged",
 ]
 
 # Module -> names of its public objects.
 IMPORT_STRUCTURE = {
-    "cli.functions": ("evaluate", "finetune", "inspect_tokens", "look", "predict", "pretrain"),
+    "cli.functions": (
+        *(
+            "add_class",
+            "add_task",
+            "evaluate",
+            "finetune",
+            "inspect_tokens",
+            "look",
+            "predict",
+            "pretrain",
+        ),
+        "verify_unchanged",
+    ),
     "model.configuration_vitcls": ("TokenLayout", "ViTCLSConfig"),
     "conversion.from_timm": ("convert_from_timm",),
     "conversion.from_transformers": ("convert_from_transformers",),

@@ -1,4 +1,5 @@
-"""Flags of `vitcls finetune`, `pretrain`, `evaluate`, `predict`, `inspect`, `look`, `benchmark` and `export`.
+"""Flags of the commands `finetune`, `pretrain`, `evaluate`, `predict`, `inspect`, `look`, `export`, `add-task`,
+`add-class` and `verify-unchanged`.
 
 Each field is a flag (`batch_size` is `--batch-size`) and a key of a recipe file. The docstring below a field is the
 help text of the flag. This file imports only the standard library, so that `--help` and errors about flags appear
@@ -553,6 +554,8 @@ class EvaluateOptions:
     to the features of the training images."""
     output: Path | None = None
     """JSON file for the metrics, including the metrics of each class and the confusion matrix."""
+    task: str | None = None
+    """Evaluate an added task (`vitcls add-task`) instead of the classifier of the model."""
     unknown_dataset: str | None = None
     """Dataset with images of none of the classes: measures how well the energy separates these images from the
     evaluated images (AUROC)."""
@@ -569,6 +572,12 @@ class EvaluateOptions:
 
     def __post_init__(self) -> None:
         check_minimum(self, 1, "batch_size", "max_images")
+        if self.task is not None and (
+            self.frozen or self.audit or self.per_image or self.unknown_dataset
+        ):
+            raise ValueError(
+                "--task only measures a task. Remove --frozen, --audit, --per-image, --unknown-dataset"
+            )
         if self.backend != "torch" and (self.frozen or self.audit):
             raise ValueError("--frozen and --audit require --backend torch. Remove --backend")
 
@@ -832,6 +841,94 @@ class ExportOptions:
         for message, is_wrong in errors.items():
             if is_wrong:
                 raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class AddTaskOptions:
+    """Add a task to a finished model: a classifier that reads the features of the model, whose other outputs stay
+    equal to the bit."""
+
+    model: str
+    """A classifier, a multi-task model or an encoder: a folder, a Hub id, or another ViT, which is converted once."""
+    data: DataOptions
+    output_dir: Path
+    """Output folder, which must be empty or must not exist."""
+    name: str | None = None
+    """Name of the task, of letters, digits and underscores: the key of `outputs.task_logits`."""
+    overwrite_task: bool = False
+    """Replace the added task with this name."""
+    remove_task: str | None = None
+    """Remove the added task with this name. Without --name, the images of --dataset are only compared."""
+    max_images: int | None = None
+    """Maximum number of images that the classifier is fitted to, drawn at random. Default: all."""
+    batch_size: int = 64
+    """Number of images per forward pass."""
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    """Precision of the forward pass, as in `vitcls evaluate`."""
+
+    def __post_init__(self) -> None:
+        check_minimum(self, 1, "batch_size", "max_images")
+        check_stored_images(self.data)
+        if self.name is None and self.remove_task is None:
+            raise ValueError(
+                "--name is missing. Set --name to the name of the task, or --remove-task"
+            )
+        if self.name is None and self.overwrite_task:
+            raise ValueError(
+                "--overwrite-task requires --name. Set --name to the task that is replaced"
+            )
+        if self.name is not None and not self.name.isidentifier():
+            raise ValueError(f"--name {self.name} must consist of letters, digits and underscores")
+
+
+@dataclass(frozen=True)
+class AddClassOptions:
+    """Add classes to a finished classifier, whose logits of the old classes stay equal to the bit."""
+
+    model: str
+    """A classifier with one label per image: a folder or a Hub id."""
+    data: DataOptions
+    output_dir: Path
+    """Output folder, which must be empty or must not exist."""
+    old_dataset: str | None = None
+    """Images of the old classes, which --dataset has no images of. Default: the held-out images of the dataset that
+    the model was trained on, if it is found."""
+    max_old_loss: float = 1.0
+    """Largest part of the images of old classes that may be predicted as one of the new classes although they were
+    right before, in points."""
+    batch_size: int = 64
+    """Number of images per forward pass."""
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    """Precision of the forward pass, as in `vitcls evaluate`."""
+
+    def __post_init__(self) -> None:
+        check_minimum(self, 1, "batch_size")
+        check_value(self, "max_old_loss", 0 <= self.max_old_loss <= 100, "from 0 to 100")
+        check_stored_images(self.data)
+
+
+@dataclass(frozen=True)
+class VerifyUnchangedOptions:
+    """Compare two models: weights and outputs, to the bit. The exit status is 1 if they differ."""
+
+    old: str
+    """The model before the change: a folder or a Hub id (`ID@COMMIT` pins the model)."""
+    new: str
+    """The model after the change."""
+    dataset: str | None = None
+    """Images to compare the outputs with. If the models differ, their predictions are compared, too. Default: random
+    pixels."""
+    label_column: tuple[str, ...] | None = None
+    """Column with the labels. By default, the column is detected by type or name."""
+    split: str | None = None
+    """Split of --dataset, as in `vitcls evaluate`."""
+
+
+def check_stored_images(data: DataOptions) -> None:
+    """Raise ValueError for flags that only training supports."""
+    for name in ("streaming", "folds", "exclude"):
+        if getattr(data, name):
+            raise ValueError(f"--{name} is only for `vitcls finetune`. Remove --{name}")
 
 
 def check_value(options: Any, name: str, is_valid: bool, requirement: str) -> None:

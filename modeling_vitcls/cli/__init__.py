@@ -6,7 +6,7 @@
 
     parsing.py      recipes and flags -> options; one-line errors and exit statuses
     functions.py    the commands as Python functions
-    NAME.py         vitcls NAME
+    NAME.py         vitcls NAME, with underscores for hyphens
     demo_page.py    the page of `vitcls demo`
 
 A subcommand defines OPTIONS_CLASS and `run(options)`. OPTIONS_CLASS is a dataclass whose fields are the flags, and
@@ -25,8 +25,11 @@ from types import ModuleType
 from ..runtime.errors import describe_installation
 
 
-# Names of the subcommands, which are the names of their modules in this folder, in the order of the help
-COMMANDS = "finetune pretrain evaluate predict convert inspect look push export demo env".split()
+# Names of the subcommands, in the order of the help
+COMMANDS = (
+    *("finetune", "pretrain", "evaluate", "predict", "convert", "inspect", "look"),
+    *("add-task", "add-class", "verify-unchanged", "push", "export", "demo", "env"),
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -64,10 +67,15 @@ def run_command(arguments: list[str]) -> None:
         modules[name].run(options)
 
 
+def import_command(name: str) -> ModuleType:
+    """Import the module of a subcommand."""
+    return importlib.import_module(f"modeling_vitcls.cli.{name.replace('-', '_')}")
+
+
 def load_modules() -> dict[str, ModuleType]:
     """Import the modules of all subcommands. Exit with status 1 if the extra `cli` is not installed."""
     try:
-        return {name: importlib.import_module(f"modeling_vitcls.cli.{name}") for name in COMMANDS}
+        return {name: import_command(name) for name in COMMANDS}
     except ModuleNotFoundError as error:
         if error.name not in ("docstring_parser", "tyro", "yaml"):
             raise

@@ -1,6 +1,7 @@
 """The commands as Python functions, for notebooks and other programs.
 
     from modeling_vitcls import evaluate, finetune, inspect_tokens, look, predict, pretrain
+    from modeling_vitcls import add_class, add_task, verify_unchanged
 
     results = finetune("timm:vit_tiny_patch16_224", train_images, "runs/mine", epochs=5, batch_size=32)
     rows = predict("runs/mine", [image, "photo.jpg"], top_k=3)
@@ -17,12 +18,15 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ..options import (
+    AddClassOptions,
+    AddTaskOptions,
     EvaluateOptions,
     FinetuneOptions,
     InspectOptions,
     LookOptions,
     PredictOptions,
     PretrainOptions,
+    VerifyUnchangedOptions,
     get_flag_fields,
 )
 
@@ -196,6 +200,90 @@ def look(model: str | Path, image: Any, **flags: Any) -> Any:
 
     fixed_flags: dict[str, Any] = {"paths": ("image",), "output": LookOptions.output, "json": None}
     return draw_photo(build_options(LookOptions, model=model, **fixed_flags, **flags), image)
+
+
+def add_task(
+    model: str | Path, dataset: Any, name: str | None, output_dir: str | Path, **flags: Any
+) -> dict[str, Any]:
+    """Add a task to a finished model, whose other outputs stay equal to the bit, as `vitcls add-task` does.
+
+    Args:
+        model: a classifier, a multi-task model or an encoder: a folder, a Hub id or any other ViT.
+        dataset: images with the labels of the task, as in `finetune`.
+        name: name of the task. None to only remove one (`remove_task`).
+        output_dir: output folder, which must be empty or must not exist.
+        flags: other flags of `vitcls add-task`.
+
+    Returns:
+        The record of the task in results.json: what its classifier reads, and its accuracy.
+
+    Raises:
+        TypeError, ValueError, OSError: as in `finetune`; ValueError if another output would change.
+    """
+    flags |= {"model": model, "dataset": dataset, "name": name, "output_dir": output_dir}
+    return run_addition(build_options(AddTaskOptions, **flags))
+
+
+def add_class(
+    model: str | Path, dataset: Any, output_dir: str | Path, **flags: Any
+) -> dict[str, Any]:
+    """Add classes to a finished classifier, whose old logits stay equal to the bit, as `vitcls add-class` does.
+
+    Args:
+        model: a classifier with one label per image: a folder or a Hub id.
+        dataset: images of the new classes, as in `finetune`.
+        output_dir: output folder, which must be empty or must not exist.
+        flags: other flags of `vitcls add-class`, such as `old_dataset`.
+
+    Returns:
+        The record of the classes in results.json: their recall, and what the old classes lose.
+
+    Raises:
+        TypeError, ValueError, OSError: as in `finetune`; ValueError if the old classes would lose too much.
+    """
+    flags |= {"model": model, "dataset": dataset, "output_dir": output_dir}
+    if not isinstance(flags.get("old_dataset", ""), str | Path | None):
+        from ..data.in_memory import add_dataset
+
+        flags["old_dataset"] = add_dataset(flags["old_dataset"])
+    return run_addition(build_options(AddClassOptions, **flags))
+
+
+def run_addition(options: AddTaskOptions | AddClassOptions) -> dict[str, Any]:
+    """Add a task or classes, and write the card. Return the record of the addition."""
+    from ..publishing.card import write_card
+    from ..publishing.model_folder import ModelFolder
+    from ..training.additions import add_classes_from_options, add_task_from_options
+
+    if isinstance(options, AddClassOptions):
+        record = add_classes_from_options(options)
+    else:
+        record = add_task_from_options(options)
+    write_card(ModelFolder(options.output_dir))
+    return record
+
+
+def verify_unchanged(
+    old: str | Path, new: str | Path, dataset: Any = None, **flags: Any
+) -> dict[str, Any]:
+    """Compare the weights and the outputs of two models to the bit, as `vitcls verify-unchanged` does.
+
+    Args:
+        old, new: folders or Hub ids.
+        dataset: images to compare the outputs with, as in `finetune`. Default: random pixels.
+        flags: other flags of `vitcls verify-unchanged`.
+
+    Returns:
+        `difference`, which is None if nothing changed, and the certificate or what changed.
+
+    Raises:
+        TypeError, ValueError, OSError: as in `finetune`.
+    """
+    from ..training.certificate import verify_models
+
+    if dataset is not None:
+        flags["dataset"] = dataset
+    return verify_models(build_options(VerifyUnchangedOptions, old=old, new=new, **flags))
 
 
 # Options -------------------------------------------------------------------------------------------------------------

@@ -31,6 +31,9 @@ from ..model.heads_vitcls import IGNORED_LABEL
 from ..runtime.files import read_json
 
 
+ADDITIONS_KEY = (
+    "additions"  # key of added tasks and classes in results.json: name of the head -> record
+)
 HELD_OUT_RECORD_KEY = "held_out"  # key of the held-out record in results.json
 CONTENT_KEY_BYTES = (
     5  # two of a million different images have equal keys with a probability of 1e-6 for each image
@@ -141,13 +144,16 @@ class HeldOutRecord:
         return padded.view("<u8")[:, 0], min(1.0, MAX_RECORDED_IMAGES / max(num_images, 1))
 
 
-def read_held_out_record(folder: str | Path) -> HeldOutRecord | None:
-    """Return the held-out record in a model folder, or None. Raise ValueError if results.json is damaged."""
+def read_held_out_record(folder: str | Path, task: str | None = None) -> HeldOutRecord | None:
+    """Return the held-out record in a model folder, or that of an added task, or None. Raise ValueError if
+    results.json is damaged."""
     file = Path(folder, RESULTS_FILE)
     if not file.is_file():
         return None
     try:
         results = read_json(file)
+        if task is not None:
+            results = results.get(ADDITIONS_KEY, {}).get(task, {})
         record = results.get(HELD_OUT_RECORD_KEY)
         return (
             None

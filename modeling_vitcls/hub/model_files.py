@@ -3,6 +3,7 @@
 config.json, preprocessor_config.json, model*.safetensors, *_vitcls.py      the model
 results.json, config.resolved.yaml, metrics.jsonl                           a training run
 parity_report.json                                                          a conversion
+certificate.json                                                            an added task or class
 README.md, report.html, images/, onnx/                                     for publication
 """
 
@@ -20,6 +21,7 @@ RECIPE_FILE = "config.resolved.yaml"  # the flags of a run
 PREDICTIONS_FILE = "predictions.parquet"  # predictions of the held-out images
 METRICS_FILE = "metrics.jsonl"
 PARITY_REPORT_FILE = "parity_report.json"  # parity report of a conversion
+CERTIFICATE_FILE = "certificate.json"  # which outputs of an earlier model did not change
 CARD_FILE = "README.md"
 REPORT_FILE = "report.html"  # HTML report with held-out images
 IMAGES_FOLDER = "images"

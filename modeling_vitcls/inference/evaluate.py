@@ -21,10 +21,10 @@ from rich.table import Table
 
 from ..conversion.any_checkpoint import resolve_checkpoint
 from ..data.evaluated_images import EvaluatedPart, EvaluationData, load_evaluation_data
-from ..data.held_out import read_held_out_record
+from ..data.held_out import ADDITIONS_KEY, read_held_out_record
 from ..data.image_folder import format_name_list
 from ..data.images import LabeledImages
-from ..data.labels import LabelSpace, MultiHotLabels, get_label_space
+from ..data.labels import LabelSpace, MultiHotLabels, build_task_config, get_label_space
 from ..data.sources import load_splits
 from ..data.splits import EVALUATION_SPLITS, load_on_main
 from ..data.streaming import StreamedImages
@@ -46,6 +46,7 @@ class EvaluationSetup(NamedTuple):
     """A loaded model and an evaluator with the labeled images."""
 
     model: Any  # on the device, in eval mode
+    config: ViTCLSConfig  # of the evaluated task
     evaluator: Evaluator
     # for other images with the labels of the model
     build_evaluator: Callable[[LabeledImages], Evaluator]
@@ -68,20 +69,23 @@ def load_evaluation(
         model, processor = load_model(
             options.model, True, options.fit, options.backend, accelerator.mixed_precision
         )
-        check_is_classifier(model.config)
+        config = (
+            model.config if options.task is None else build_task_config(model.config, options.task)
+        )
+        check_is_classifier(config)
         folder = resolve_checkpoint(options.model, list_file_patterns(options.backend))
-        record = read_held_out_record(folder)
+        record = read_held_out_record(folder, options.task)
     if precision:
         print_line(precision)
     model = model.to(accelerator.device).eval()
-    data_options = set_label_columns(options.data, model.config, folder)
+    data_options = set_label_columns(options.data, config, folder, options.task)
     load_data = partial(
         load_evaluation_data, data_options, options.split, record, max_images=options.max_images
     )
     data = load_on_main(accelerator, data_options.dataset, load_data)
     if data.part.warning is not None:
         warn(data.part.warning)
-    model_space = get_label_space(model.config)
+    model_space = get_label_space(config)
     build_evaluator = partial(
         Evaluator,
         processor=processor,
@@ -92,9 +96,12 @@ def load_evaluation(
         num_channels=model.config.num_channels,
         warn=warn,
     )
+    evaluator = build_evaluator(match_labels(data.images, data.label_space, model_space))
+    evaluator.task = options.task
     return EvaluationSetup(
         model=model,
-        evaluator=build_evaluator(match_labels(data.images, data.label_space, model_space)),
+        config=config,
+        evaluator=evaluator,
         build_evaluator=build_evaluator,
         split=data.split,
         part=data.part,
@@ -136,7 +143,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
         results["unknown"] = evaluate_unknown(
             options, setup, accelerator, get_outputs(evaluator)[0]
         )
-    print_results(results, setup.part, model.config, console)
+    print_results(results, setup.part, setup.config, console)
     if accelerator.is_main_process:
         write_results(options, results, console)
         if options.per_image is not None:
@@ -194,6 +201,7 @@ def describe_evaluation(
     """Return the results that describe the model, the images, the speed and the environment."""
     return {
         "model": options.model,
+        **({} if options.task is None else {"task": options.task}),
         "dataset": options.data.dataset,
         "split": data.split,
         **data.part.build_record(),
@@ -214,7 +222,9 @@ def write_results(options: EvaluateOptions, results: dict[str, Any], console: Co
         console.print(f"saved {options.output}", markup=False)
 
 
-def set_label_columns(options: DataOptions, config: ViTCLSConfig, folder: str) -> DataOptions:
+def set_label_columns(
+    options: DataOptions, config: ViTCLSConfig, folder: str, task: str | None = None
+) -> DataOptions:
     """Return the options with the label columns of a multi-task model, or the label column and the separator of a
     multi-label model, unless the flags are set."""
     if options.label_column is not None or options.label_separator is not None:
@@ -222,9 +232,11 @@ def set_label_columns(options: DataOptions, config: ViTCLSConfig, folder: str) -
     if config.tasks:
         return replace(options, label_column=tuple(config.task_labels()))
     file = Path(folder, RESULTS_FILE)
-    if config.problem_type != "multi_label_classification" or not file.is_file():
+    if (task is None and config.problem_type != "multi_label_classification") or not file.is_file():
         return options
     results = read_json(file)
+    if task is not None:
+        results = results.get(ADDITIONS_KEY, {}).get(task, {})
     columns = results.get("label_column")
     return replace(
         options,

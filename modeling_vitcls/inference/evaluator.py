@@ -136,6 +136,15 @@ def collate_labels(labels: list[Any], label_space: LabelSpace) -> Any:
     return torch.tensor(labels, dtype=torch.int64)
 
 
+@dataclass(frozen=True)
+class TaskOutput:
+    """The logits of an added task, as the output of a classifier."""
+
+    logits: torch.Tensor
+    cls_logits: torch.Tensor | None = None
+    distillation_logits: torch.Tensor | None = None
+
+
 class Evaluator:
     """Evaluates models on a fixed set of labeled images.
 
@@ -151,11 +160,14 @@ class Evaluator:
             counted as unreadable.
         warn: function that prints a warning; called on the main process, once for each unreadable image.
 
+    With `task`, the logits are those of this added task.
+
     With `keep_logits = True`, `rows` contains the outputs of the last evaluation for all readable images, in their
     order, on every process.
     """
 
     keep_logits = False
+    task: str | None = None
     pass_name = "evaluating"  # what a pass over the images does, for the progress
 
     def __init__(
@@ -285,7 +297,8 @@ class Evaluator:
 
     def compute_outputs(self, model: nn.Module, pixel_values: torch.Tensor) -> Any:
         """Return the model outputs for images [B, C, H, W]."""
-        return model(pixel_values)
+        outputs = model(pixel_values)
+        return outputs if self.task is None else TaskOutput(outputs.task_logits[self.task])
 
     def pad_batch(self, model: nn.Module, pixel_values: torch.Tensor | None) -> torch.Tensor:
         """Move pixel values [G, C, H, W] to the device. Pad them with blank images to [B, C, H, W] if the model is

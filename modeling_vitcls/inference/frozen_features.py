@@ -21,7 +21,7 @@ from torch import nn
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.heads_vitcls import TokenPooler, build_pooler
 from .evaluator import EvaluationBatch, Evaluator
-from .linear_probe import LAST_CLS_MEAN, Candidate, LinearClassifier
+from .linear_probe import LAST_CLS_INNER_MEAN, LAST_CLS_MEAN, Candidate, LinearClassifier
 
 
 OWN_POOLING = "own"  # tokens of a candidate that reads the output of the model's pooler
@@ -45,6 +45,15 @@ class FeatureLayout:
         kinds = ("cls", "mean") if config.num_cls_tokens else ("mean",)
         widths = {kind: build_kind_config(config, kind).pooled_size for kind in kinds}
         return cls(min(num_layers or config.num_hidden_layers, config.num_hidden_layers), widths)
+
+    @classmethod
+    def for_extra_heads(cls, config: ViTCLSConfig, num_layers: int) -> "FeatureLayout":
+        """Return the layout of the last `num_layers` for extra heads, which do not use the model's pooler."""
+        pooling = "cls" if config.num_cls_tokens else "mean"
+        plain_config = build_kind_config(config, pooling)
+        plain_config.pooled_norm = False
+        plain_config.pooled_activation = None
+        return cls.from_config(plain_config, num_layers)
 
     @property
     def token_choices(self) -> tuple[str, ...]:
@@ -79,6 +88,8 @@ def reads_kind(tokens: str, kind: str, is_last: bool) -> bool:
     """Return whether a candidate's tokens include a kind of token in a layer."""
     if tokens == LAST_CLS_MEAN:
         return kind == "mean" or is_last
+    if tokens == LAST_CLS_INNER_MEAN:
+        return (kind == "cls") == is_last
     return tokens in (kind, f"cls_{kind}", f"{kind}_mean")
 
 
@@ -182,16 +193,43 @@ class FrozenPass(Evaluator):
             self.batches.append(copy.copy(batch))
             yield batch
 
+    def encode(self, model: Any, pixel_values: torch.Tensor) -> Any:
+        """Return the output of the encoder, with hidden states."""
+        return model(pixel_values, output_hidden_states=True)
+
     def compute_outputs(self, model: Any, pixel_values: torch.Tensor) -> SimpleNamespace:
         """Return the features [B, all] of images [B, C, H, W] as `logits`."""
-        has_layers = OWN_POOLING not in self.layout.widths
-        outputs = model(pixel_values, output_hidden_states=has_layers)
+        if OWN_POOLING in self.layout.widths:
+            outputs = model(pixel_values)
+        else:
+            outputs = self.encode(model, pixel_values)
         features = pool_layers(model, outputs, self.layout)
 
         batch = self.batches[-1]
         if batch.pixel_values is not None:
             batch.pixel_values = features[: len(batch.indices)].cpu()
         return SimpleNamespace(logits=features)
+
+
+class ClassifierPass(FrozenPass):
+    """A pass that also keeps the logits of the classifier: the last columns of the features."""
+
+    def __init__(
+        self, classifier: nn.Module, images: Any, layout: FeatureLayout, **arguments: Any
+    ) -> None:
+        super().__init__(images, layout, **arguments)
+        self.classifier = classifier
+        self.logits = torch.zeros(0)  # of the last batch
+
+    def encode(self, model: Any, pixel_values: torch.Tensor) -> Any:
+        outputs = self.classifier(pixel_values, output_hidden_states=True)
+        self.logits = outputs.logits.float()
+        return outputs
+
+    def compute_outputs(self, model: Any, pixel_values: torch.Tensor) -> SimpleNamespace:
+        """Return features and logits [B, all + L] of images [B, C, H, W] as `logits`."""
+        features = super().compute_outputs(model, pixel_values).logits
+        return SimpleNamespace(logits=torch.cat([features, self.logits], dim=1))
 
 
 class HeadEvaluator(Evaluator):

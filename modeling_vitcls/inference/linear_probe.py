@@ -21,13 +21,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.optimize import minimize
 from scipy.special import log_softmax
 
 
 NUM_FOLDS = 5
 NUM_LAST_LAYERS = 4  # of the largest candidate
 LAST_CLS_MEAN = "last_cls_mean"  # tokens of a candidate with several layers
-TOKEN_ORDER = ("own", "cls", "mean", LAST_CLS_MEAN, "cls_mean")  # by the number of vectors
+LAST_CLS_INNER_MEAN = "last_cls_inner_mean"  # the same without the patches of the last layer
+TOKEN_ORDER = (
+    "own",
+    "cls",
+    "mean",
+    LAST_CLS_INNER_MEAN,
+    LAST_CLS_MEAN,
+    "cls_mean",
+)  # by the number of vectors
 NUM_SINGLE_LAYERS = 6  # the last ones, each of which is a candidate
 # Inverse strengths of the regularization, for features that are scaled to a mean squared norm of 1
 STRENGTHS = (1.0, 4.0, 16.0, 64.0, 256.0, 1024.0, 4096.0)
@@ -50,7 +59,8 @@ class Candidate:
     Attributes:
         layers: negative indices, -1 for the last layer.
         tokens: "cls", "mean", "cls_mean", "last_cls_mean" for the last layer's CLS token and the means of all layers,
-            or "own" for the model's own pooling.
+            "last_cls_inner_mean" for the last layer's CLS token and the means of the other layers, or "own" for the
+            model's own pooling.
         scale: "raw", or "standardized" for features with a standard deviation of 1.
     """
 
@@ -77,7 +87,19 @@ class Candidate:
     @property
     def pooling(self) -> str:
         """Return `config.pooling` of a model whose classifier reads the candidate, with zeros for what is not read."""
-        return "cls_mean" if self.tokens == LAST_CLS_MEAN else self.tokens
+        return "cls_mean" if self.tokens in (LAST_CLS_MEAN, LAST_CLS_INNER_MEAN) else self.tokens
+
+    @property
+    def layer_poolings(self) -> list[str]:
+        """Return the pooling of each layer, of an extra head that reads exactly the candidate."""
+        poolings = {LAST_CLS_MEAN: ("mean", "cls_mean"), LAST_CLS_INNER_MEAN: ("mean", "cls")}
+        inner, last = poolings.get(self.tokens, (self.tokens, self.tokens))
+        return [last if layer == -1 else inner for layer in self.layers]
+
+    @property
+    def reads_last_patches(self) -> bool:
+        """Return whether the candidate reads the patches of the last layer."""
+        return self.layers[-1] == -1 and self.layer_poolings[-1] != "cls"
 
 
 TOKEN_TEXTS = {
@@ -85,6 +107,7 @@ TOKEN_TEXTS = {
     "mean": "mean of the patches",
     "cls_mean": "CLS + mean",
     LAST_CLS_MEAN: "last CLS + means",
+    LAST_CLS_INNER_MEAN: "last CLS + inner means",
     "own": "the model's own pooling",
 }
 
@@ -252,6 +275,71 @@ def fit_classifier(
     return LinearClassifier(weight.astype(np.float32), bias.astype(np.float32))
 
 
+class AddedRows:
+    """Logistic regression with fixed logits for the old classes: only the rows of the new classes are fitted.
+
+    The loss and the parameter C are those of scikit-learn's `LogisticRegression`, whose interface this class has:
+
+        C * sum(cross-entropy([old logits, features @ weight.T + bias])) + norm(weight)**2 / 2
+
+    Args:
+        old_logits: [N, C] of the images that the rows are fitted to.
+    """
+
+    def __init__(self, old_logits: np.ndarray, num_labels: int) -> None:
+        self.old_logits = old_logits
+        self.num_new = num_labels - old_logits.shape[1]
+        self.strength = DEFAULT_STRENGTH
+        self.solution: np.ndarray | None = None  # [K, F + 1], from which the next fit continues
+
+    def set_params(self, C: float) -> "AddedRows":  # scikit-learn's name
+        self.strength = C
+        return self
+
+    def fit(self, features: np.ndarray, labels: np.ndarray) -> "AddedRows":
+        """Fit weight and bias to features [N, F] and labels [N]."""
+        num_old = self.old_logits.shape[1]
+        padded = np.concatenate([features, np.ones((len(features), 1))], axis=1)
+        targets = np.eye(num_old + self.num_new)[labels][:, num_old:]
+        rows = np.arange(len(labels))
+
+        def compute_loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
+            solution = flat.reshape(self.num_new, -1)
+            log_probabilities = log_softmax(
+                np.concatenate([self.old_logits, padded @ solution.T], axis=1), axis=1
+            )
+            loss = (
+                -self.strength * log_probabilities[rows, labels].sum()
+                + (solution[:, :-1] ** 2).sum() / 2
+            )
+            gradient = self.strength * (np.exp(log_probabilities[:, num_old:]) - targets).T @ padded
+            gradient[:, :-1] += solution[:, :-1]
+            return loss, gradient.ravel()
+
+        start = (
+            np.zeros((self.num_new, padded.shape[1])) if self.solution is None else self.solution
+        )
+        result = minimize(
+            compute_loss,
+            start.ravel(),
+            jac=True,
+            method="L-BFGS-B",
+            options={"maxiter": MAX_ITERATIONS},
+        )
+        self.solution = result.x.reshape(self.num_new, -1)
+        return self
+
+    @property
+    def weight(self) -> np.ndarray:
+        assert self.solution is not None
+        return self.solution[:, :-1]
+
+    @property
+    def bias(self) -> np.ndarray:
+        assert self.solution is not None
+        return self.solution[:, -1]
+
+
 # Cross-validation ----------------------------------------------------------------------------------------------------
 
 
@@ -293,16 +381,24 @@ class CrossValidation:
 
     def run_fold(self, train: np.ndarray, test: np.ndarray) -> None:
         """Fit the regressions to the images `train`, the most regularized first, and predict the images `test`."""
-        regression = build_regression(self.strengths[0])
+        regression = self.build_regression(train)
         for strength in self.strengths:
             regression.set_params(C=strength).fit(self.features[train], self.labels[train])
-            coefficients, intercepts = get_coefficients(regression, self.num_labels)
             index = STRENGTHS.index(strength)
-            self.logits[index, test] = self.features[test] @ coefficients.T + intercepts
+            self.logits[index, test] = self.predict(regression, test)
 
         if self.strengths is STRENGTHS:
             best = int(np.nanmean(self.compute_losses(), axis=1).argmin())
             self.strengths = STRENGTHS[max(best - 1, 0) : best + 2]
+
+    def build_regression(self, train: np.ndarray) -> Any:
+        """Build the regression of a fold, which is fitted to the images `train`."""
+        return build_regression(STRENGTHS[0])
+
+    def predict(self, regression: Any, test: np.ndarray) -> np.ndarray:
+        """Return the logits [T, L] of the images `test`."""
+        coefficients, intercepts = get_coefficients(regression, self.num_labels)
+        return self.features[test] @ coefficients.T + intercepts
 
     def compute_losses(self) -> np.ndarray:
         """Return the log loss of each image for each strength, NaN where it was not computed."""
@@ -317,11 +413,46 @@ class CrossValidation:
         return Score(self.candidate, STRENGTHS[best], losses[best], self.logits[best])
 
 
+class AddedRowsValidation(CrossValidation):
+    """Cross-validation of rows that are added to a classifier with known logits [N, C] of all images."""
+
+    def __init__(self, old_logits: np.ndarray, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.old_logits = old_logits
+
+    def build_regression(self, train: np.ndarray) -> Any:
+        return AddedRows(self.old_logits[train], self.num_labels)
+
+    def predict(self, regression: Any, test: np.ndarray) -> np.ndarray:
+        added = self.features[test] @ regression.weight.T + regression.bias
+        return np.concatenate([self.old_logits[test], added], axis=1)
+
+
+def fit_added_rows(
+    features: np.ndarray,
+    labels: np.ndarray,
+    old_logits: np.ndarray,
+    num_labels: int,
+    scale: str,
+    strength: float,
+) -> LinearClassifier:
+    """Fit the rows of new classes to features [N, F], labels [N] and the logits [N, C] of the old classes."""
+    transform = Transform.fit(features, scale)
+    rows = (
+        AddedRows(old_logits, num_labels)
+        .set_params(C=strength)
+        .fit(transform.apply(features), labels)
+    )
+    weight, bias = transform.fold(rows.weight, rows.bias)
+    return LinearClassifier(weight.astype(np.float32), bias.astype(np.float32))
+
+
 def choose_probe(
     select: Callable[[Candidate], np.ndarray],
     labels: np.ndarray,
     num_labels: int,
     candidates: Sequence[Candidate],
+    build_run: Callable[..., CrossValidation] = CrossValidation,
 ) -> ProbeChoice:
     """Choose a candidate by cross-validation.
 
@@ -333,6 +464,7 @@ def choose_probe(
         labels: class indices [N].
         num_labels: number of classes of the model, L.
         candidates: as returned by `list_candidates`, the simplest first.
+        build_run: returns the cross-validation of a candidate; the arguments are those of `CrossValidation`.
     """
     folds = split_folds(labels)
     if not folds:  # too few images: the default
@@ -342,7 +474,7 @@ def choose_probe(
 
     runs = []
     for candidate in candidates:
-        run = CrossValidation(candidate, select(candidate), labels, num_labels)
+        run = build_run(candidate, select(candidate), labels, num_labels)
         run.run_fold(pilot_train, pilot_test)
         runs.append(run)
     scores = [run.get_score() for run in runs]

@@ -4,7 +4,8 @@ model                       columns
 one label per image         label, probability, label_2, probability_2, ... up to --top-k; unknown, if the model has
                             an energy threshold; label_set, with --coverage
 several labels per image    labels, probabilities: lists
-several tasks               <task>_label, <task>_probability, <task>_label_2, ...
+several or added tasks      <task>_label, <task>_probability, <task>_label_2, ...; <task>_labels and
+                            <task>_probabilities of an added task with several labels per image
 any, with --features        features: a list of D numbers, or one list per token if there are several tokens;
                             with several features, one column per feature
 
@@ -23,6 +24,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..data.labels import is_multi_label
+from ..model.configuration_vitcls import ExtraHead
 from .confidence import build_prediction_sets, compute_energies
 from .exported_graphs import GraphError
 from .inputs import PreparedImage
@@ -86,8 +88,10 @@ class TopLabelColumns:
         names: dict[str, list[str]],
         top_k: int | None,
         set_limit: float | None = None,
+        label_lists: Mapping[str, ExtraHead] | None = None,
     ) -> None:
         self.model = model
+        self.label_lists = label_lists or {}  # added tasks with several labels per image
         # limit of the scores of labels in prediction sets (confidence.py)
         self.set_limit = set_limit
         self.energy_threshold: float | None = model.config.energy_threshold if "" in names else None
@@ -107,6 +111,9 @@ class TopLabelColumns:
             ]
             for label_column, probability_column in self.column_pairs[task]:
                 self.columns |= {label_column: pa.string(), probability_column: pa.float32()}
+        for task in self.label_lists:
+            self.columns[f"{task}_labels"] = pa.list_(pa.string())
+            self.columns[f"{task}_probabilities"] = pa.list_(pa.float32())
         if self.energy_threshold is not None:
             self.columns["unknown"] = pa.bool_()
         if set_limit is not None:
@@ -114,8 +121,13 @@ class TopLabelColumns:
 
     def predict(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the logits [B, num_labels] of each task."""
-        logits: Any = self.model(pixel_values).logits
-        logits_by_task = logits if isinstance(logits, dict) else {"": logits}
+        tasks = {*self.names, *self.label_lists}
+        outputs: Any = self.model(pixel_values)
+        logits_by_task = (
+            outputs.logits if isinstance(outputs.logits, dict) else {"": outputs.logits}
+        )
+        logits_by_task = {**logits_by_task, **(getattr(outputs, "task_logits", None) or {})}
+        logits_by_task = {task: logits for task, logits in logits_by_task.items() if task in tasks}
         return {task: task_logits.float() for task, task_logits in logits_by_task.items()}
 
     def build_rows(self, outputs: dict[str, torch.Tensor]) -> list[Row]:
@@ -128,6 +140,12 @@ class TopLabelColumns:
                     pairs, labels, strict=True
                 ):
                     row |= {label_column: label, probability_column: probability}
+        for task, head in self.label_lists.items():
+            threshold = DEFAULT_THRESHOLD if head.threshold is None else head.threshold
+            images = select_probable_labels(outputs[task], head.labels, threshold)
+            for row, labels in zip(rows, images, strict=True):
+                row[f"{task}_labels"] = [name for name, _ in labels]
+                row[f"{task}_probabilities"] = [probability for _, probability in labels]
         if self.energy_threshold is not None:
             energies = compute_energies(outputs[""].cpu().numpy())
             for row, energy in zip(rows, energies, strict=True):
@@ -284,13 +302,24 @@ def build_prediction_columns(
     config: Any = model.config
     if features is not None:
         return FeatureColumns(model, features, feature_dtype)
+    heads = {name: head for name, head in config.get_extra_heads().items() if not head.adds_classes}
+    label_lists = {
+        name: head
+        for name, head in heads.items()
+        if head.problem_type == "multi_label_classification"
+    }
+    added_tasks = {name: head.labels for name, head in heads.items() if name not in label_lists}
+    if heads and not config.tasks and not config.num_labels:
+        return TopLabelColumns(model, added_tasks, top_k, label_lists=label_lists)
     check_is_classifier(config)
     if config.tasks:
-        return TopLabelColumns(model, config.task_labels(), top_k)
+        return TopLabelColumns(
+            model, config.task_labels() | added_tasks, top_k, label_lists=label_lists
+        )
     names = [config.id2label[index] for index in range(config.num_labels)]
     if is_multi_label(config):
         return LabelListColumns(model, names, top_k, threshold)
-    return TopLabelColumns(model, {"": names}, top_k, set_limit)
+    return TopLabelColumns(model, {"": names} | added_tasks, top_k, set_limit, label_lists)
 
 
 def predict_rows(

@@ -185,20 +185,30 @@ class ExtraHead:
 
     Attributes:
         labels: label names, in the order of the logits.
-        pooling: "cls", "mean", "cls_mean" or "max".
+        pooling: "cls", "mean", "cls_mean" or "max"; or a list with one of them for each of the layers.
         pooled_layers: layers whose tokens are pooled, as in `ViTCLSConfig`.
         problem_type: "single_label_classification" or "multi_label_classification".
         temperature: number by which the logits are divided in evaluation mode.
         threshold: for several labels per image, the probability from which a label is predicted; for one label per
             image, the energy above which an image is unlikely to show any of the labels.
+        adds_classes: whether the logits are appended to `logits`, as those of further classes of the classifier. The
+            labels are then the last ones of `id2label`.
     """
 
     labels: list[str]
-    pooling: str = "cls"
+    pooling: str | list[str] = "cls"
     pooled_layers: list[int] | None = None
     problem_type: str = "single_label_classification"
     temperature: float = 1.0
     threshold: float | None = None
+    adds_classes: bool = False
+
+    @property
+    def layer_poolings(self) -> list[str]:
+        """Return the pooling of each layer."""
+        if isinstance(self.pooling, str):
+            return [self.pooling] * len(self.pooled_layers or [-1])
+        return self.pooling
 
 
 @contextmanager
@@ -742,6 +752,12 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             name: ExtraHead(**fields) for name, fields in sorted((self.extra_heads or {}).items())
         }
 
+    def get_added_classes(self) -> dict[str, list[str]]:
+        """Return the labels of the extra heads that add classes, by the name of the head."""
+        return {
+            name: head.labels for name, head in self.get_extra_heads().items() if head.adds_classes
+        }
+
     # Size checks, which the other checks require -------------------------------------------------------------------
     def validate_architecture(self) -> None:
         """Check sizes before transformers' own check, which uses `head_dim`. Checks run in alphabetical order."""
@@ -930,6 +946,14 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                     suggestion = _format_suggestion(field_name, known_names)
                     raise ValueError(f"{owner} has an unknown field {field_name!r}{suggestion}")
             self._check_extra_head(owner, fields)
+        added_labels = [label for labels in self.get_added_classes().values() for label in labels]
+        id2label: dict[Any, str] = dict(self.id2label or {})
+        last_labels = [id2label[index] for index in range(len(id2label))][-len(added_labels) :]
+        if added_labels and (self.tasks or last_labels != added_labels):
+            raise ValueError(
+                "`extra_heads`: the labels of heads with `adds_classes` must be the last ones of `id2label`, which "
+                f"are {last_labels[:3]}. Append them to id2label."
+            )
 
     def _check_extra_head(self, owner: str, fields: dict[str, Any]) -> None:
         """Check the values of an extra head. Messages start with its `owner`."""
@@ -945,17 +969,12 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"{owner} supports the problem types {', '.join(PROBLEM_TYPES[1:3])}. Set one of them."
             )
         num_labels = len(set(labels))
-        if num_labels != len(labels) or not 2 - is_multi_label <= num_labels <= MAX_LABELS:
+        min_labels = 1 if is_multi_label or head.adds_classes else 2
+        if num_labels != len(labels) or not min_labels <= num_labels <= MAX_LABELS:
+            raise ValueError(f"{owner} requires {min_labels} to {MAX_LABELS:,} distinct labels.")
+        if head.adds_classes and (is_multi_label or head.temperature != 1):
             raise ValueError(
-                f"{owner} requires {2 - is_multi_label} to {MAX_LABELS:,} distinct labels."
-            )
-        if head.pooling not in EXTRA_HEAD_POOLINGS:
-            raise ValueError(
-                f"{owner} supports the poolings {', '.join(EXTRA_HEAD_POOLINGS)}. Set one of them."
-            )
-        if "cls" in head.pooling and not self.num_cls_tokens:
-            raise ValueError(
-                f'{owner} requires a CLS token, but the model has none. Set pooling="mean".'
+                f"{owner} adds classes, which share `temperature` and `problem_type` with the others."
             )
         are_layers = isinstance(head.pooled_layers, list) and all(
             type(layer) is int for layer in head.pooled_layers
@@ -964,6 +983,16 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(
                 f"{owner} requires `pooled_layers`, a list of numbers. Set pooled_layers=[-1]."
             )
+        if any(pooling not in EXTRA_HEAD_POOLINGS for pooling in head.layer_poolings):
+            raise ValueError(
+                f"{owner} supports the poolings {', '.join(EXTRA_HEAD_POOLINGS)}. Set one of them."
+            )
+        if any("cls" in pooling for pooling in head.layer_poolings) and not self.num_cls_tokens:
+            raise ValueError(
+                f'{owner} requires a CLS token, but the model has none. Set pooling="mean".'
+            )
+        if len(head.layer_poolings) != len(head.pooled_layers or [-1]):
+            raise ValueError(f"{owner} requires one pooling, or one for each of `pooled_layers`.")
         self._check_layers(f"{owner}: `pooled_layers`", head.pooled_layers)
         if not _is_number(head.temperature) or not head.temperature > 0:
             raise ValueError(

@@ -173,12 +173,21 @@ class ExtraHeads(nn.ModuleDict):
             name: config.resolve_layers(head.pooled_layers) for name, head in heads.items()
         }
         self.layers = sorted({layer for layers in self.pooled_layers.values() for layer in layers})
-        self.poolers = {name: TokenPooler(config, head.pooling) for name, head in heads.items()}
+        self.poolers = {
+            name: [TokenPooler(config, pooling) for pooling in head.layer_poolings]
+            for name, head in heads.items()
+        }
         for name, head in heads.items():
-            size = config.compute_pooled_size(head.pooling, len(self.pooled_layers[name]))
+            size = sum(config.compute_pooled_size(pooling, 1) for pooling in head.layer_poolings)
             # nn.ModuleDict has methods `keys` and `values`
             self[f"task_{name}"] = nn.Linear(size, len(head.labels))
         self.requires_grad_(False)
+
+    def remove(self, name: str) -> None:
+        """Remove a head, also from the configuration."""
+        heads = dict(self.config.extra_heads or {})
+        del heads[name], self.poolers[name], self[f"task_{name}"]
+        self.config.extra_heads = heads or None
 
     def forward(
         self, layer_tokens: Mapping[int, Tensor], compute_all_tokens: Callable[[], Tensor] | None
@@ -195,9 +204,9 @@ class ExtraHeads(nn.ModuleDict):
         logits: dict[str, Tensor] = {}
         all_tokens = None
         last_layer, num_cls_tokens = self.config.num_hidden_layers, self.config.num_cls_tokens
-        for name, pooler in self.poolers.items():
+        for name, poolers in self.poolers.items():
             pooled = []
-            for layer in self.pooled_layers[name]:
+            for layer, pooler in zip(self.pooled_layers[name], poolers, strict=True):
                 tokens = layer_tokens[layer]
                 has_too_few_tokens = pooler.pooling != "cls" or tokens.shape[1] < num_cls_tokens
                 if layer == last_layer and compute_all_tokens is not None and has_too_few_tokens:

@@ -446,17 +446,20 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
         self.post_init()
 
     def build_classifiers(self) -> None:
-        """Build the classifiers for `config.num_labels` labels."""
+        """Build the classifiers for `config.num_labels` labels, without those that extra heads add."""
         self.num_labels = self.config.num_labels
-        self.classifier = build_head(self.config, self.config.pooled_size, self.num_labels)
+        num_labels = self.num_labels - sum(map(len, self.config.get_added_classes().values()))
+        self.classifier = build_head(self.config, self.config.pooled_size, num_labels)
         self.distillation_classifier = None
-        if self.config.has_distillation_head and self.num_labels:
+        if self.config.has_distillation_head and num_labels:
             self.distillation_classifier = build_head(
-                self.config, self.config.hidden_size, self.num_labels
+                self.config, self.config.hidden_size, num_labels
             )
 
     def reset_classifier(self, num_classes: int) -> None:
         """Initialize new classifiers, or remove the classifiers if `num_classes` is 0 (as in timm)."""
+        for name in self.config.get_added_classes():
+            self.extra_heads.remove(name)
         self.config.id2label = {}
         self.config.label2id = {}
         self.config.num_labels = num_classes
@@ -503,6 +506,10 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
                 logits = distillation_logits
         elif torch.onnx.is_in_onnx_export():
             cls_logits = None  # would duplicate `logits` in the graph
+        task_logits = self.extra_heads(outputs.layer_tokens, outputs.compute_all_tokens)
+        if added_logits := [task_logits.pop(name) for name in self.config.get_added_classes()]:
+            # a larger product would change the bits of the others
+            logits = torch.cat([logits, *added_logits], dim=-1)
         if self.config.temperature != 1 and not self.training:
             logits = logits / self.config.temperature
         loss = None
@@ -521,7 +528,7 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
             logits=logits,
             cls_logits=cls_logits,
             distillation_logits=distillation_logits,
-            task_logits=self.extra_heads(outputs.layer_tokens, outputs.compute_all_tokens) or None,
+            task_logits=task_logits or None,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

@@ -21,11 +21,11 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader
 
-from ..data.held_out import HELD_OUT_RECORD_KEY
+from ..data.held_out import ADDITIONS_KEY, HELD_OUT_RECORD_KEY
 from ..hub.local_paths import is_hub_dataset, strip_folders
 from ..hub.model_files import CARD_FILE, RECIPE_FILE, REPORT_FILE
 from ..hub.provenance import Provenance
-from ..inference.linear_probe import describe_candidate
+from ..inference.linear_probe import TOKEN_TEXTS, describe_candidate
 from ..inference.metric_tables import (
     METRIC_NAMES,
     build_class_tables,
@@ -114,6 +114,10 @@ def render_card(
         "tasks": folder.config.task_labels() if folder.config is not None else {},
         "parity": folder.parity_report,
         "onnx": folder.onnx_report,
+        "certificate": folder.certificate,
+        "additions": [
+            describe_addition(name, record) for name, record in list_additions(folder).items()
+        ],
         "exports": folder.exports,
         **{
             name: getattr(folder, name)
@@ -287,6 +291,38 @@ def describe_probe(results: dict[str, Any]) -> dict[str, Any]:
             "reason": f" {reason}" if reason else "",
             "rows": [row | {"name": describe_candidate(row)} for row in rows],
         },
+    }
+
+
+def list_additions(folder: ModelFolder) -> dict[str, Any]:
+    """Return the records of the added tasks and classes that the model has, by the name of the head."""
+    records = folder.results.get(ADDITIONS_KEY, {})
+    heads = folder.config.get_extra_heads() if folder.config is not None else {}
+    return {name: records[name] for name in heads if name in records}
+
+
+def describe_addition(name: str, record: dict[str, Any]) -> dict[str, Any]:
+    """Return the variables of the row of an added task or of added classes."""
+    is_task = record["kind"] == "task"
+    names = format_name(name) if is_task else ", ".join(map(format_name, record["labels"]))
+    result = "not measured"
+    for measured in filter(None, (record.get("held_out_result"), record.get("new_classes"))):
+        metric = next(iter(measured))
+        low, high = measured[f"{metric}_interval"]
+        result = f"{metric.replace('_', ' ')} {measured[metric]:.1%} ({low:.1%} to {high:.1%})"
+        result += f", {measured['num_images']:,} images"
+        break
+    if old := record.get("old_classes"):
+        low, high = old["old_loss_interval"]
+        result += f"; old classes lose {old['old_loss']:.1%} ({low:.1%} to {high:.1%}) of {old['num_images']:,} images"
+    elif not is_task:
+        result += "; what the old classes lose is unknown, because there were no images of them"
+    return {
+        "name": f"{'task' if is_task else 'classes'} {names}",
+        "dataset": format_name(record["dataset"]),
+        "reads": f"layers {', '.join(map(str, record['layers']))}: {TOKEN_TEXTS[record['tokens']]}",
+        "result": result,
+        "cost": f"{record['relative_flops']:.3%} FLOPs, {record['num_parameters']:,} parameters",
     }
 
 

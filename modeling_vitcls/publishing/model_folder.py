@@ -14,6 +14,7 @@ from transformers.dynamic_module_utils import get_relative_imports
 from ..hub.loading import check_is_vitcls
 from ..hub.local_paths import can_publish_images, strip_folders
 from ..hub.model_files import (
+    CERTIFICATE_FILE,
     CONFIG_FILE,
     CONFIG_FILES,
     EXPORT_SUFFIXES,
@@ -152,6 +153,11 @@ class ModelFolder:
     def parity_report(self) -> dict[str, Any]:
         """The contents of the parity report of a conversion; empty if it belongs to other weights."""
         return self.read_current(PARITY_REPORT_FILE, "sha256")
+
+    @cached_property
+    def certificate(self) -> dict[str, Any]:
+        """The certificate of an added task or class; empty if it belongs to other weights."""
+        return self.read_current(CERTIFICATE_FILE, "weights_sha256")
 
     @cached_property
     def onnx_report(self) -> dict[str, Any]:

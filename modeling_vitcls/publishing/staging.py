@@ -22,6 +22,7 @@ import yaml
 
 from ..hub.model_files import (
     CARD_FILE,
+    CERTIFICATE_FILE,
     CONFIG_FILES,
     EXPORT_PATTERNS,
     IMAGES_FOLDER,
@@ -55,6 +56,7 @@ DELETE_PATTERNS = [
         *EXPORT_PATTERNS,
         PARITY_REPORT_FILE,
     ),
+    CERTIFICATE_FILE,
     *("handler.py", "checkpoints/step-*"),
 ]
 
@@ -101,6 +103,7 @@ def list_published_files(folder: ModelFolder) -> set[str]:
     if folder.has_weights:
         names |= {*CONFIG_FILES, *list_weight_files(folder.path), INDEX_FILE, *folder.code_files}
         names |= {PARITY_REPORT_FILE} if folder.parity_report else set()
+        names |= {CERTIFICATE_FILE} if folder.certificate else set()
         names |= {ONNX_REPORT_FILE, *ONNX_FILES} if folder.onnx_report else set()
         names |= (
             set(RUN_FILES)

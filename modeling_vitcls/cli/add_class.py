@@ -1,0 +1,18 @@
+"""`vitcls add-class`: add classes to a finished classifier, whose logits of the old classes stay equal to the bit.
+
+    vitcls add-class --model runs/mine --dataset path/to/new --output-dir runs/with-new --old-dataset path/to/old
+
+The command is implemented in modeling_vitcls/training/additions.py.
+"""
+
+from ..options import AddClassOptions
+
+
+OPTIONS_CLASS = AddClassOptions
+
+
+def run(options: AddClassOptions) -> None:
+    """Add the classes, and write the model folder with its card."""
+    from .functions import run_addition
+
+    run_addition(options)

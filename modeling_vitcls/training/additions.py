@@ -1,0 +1,861 @@
+"""Tasks and classes that are added to a finished model without changing its other outputs.
+
+    images -> frozen encoder, once -> choice of layers, tokens, scale, C (cross-validation) -> extra head
+           -> model folder with the tensors of the old model -> certificate, or nothing is written
+
+A head only reads the tokens of the finished forward pass (`config.extra_heads`), so that the other outputs keep their
+bits. The choice and the fit are those of the probe (inference/linear_probe.py). Added classes are a head of their own,
+too, whose logits are appended: one product with more rows would change the bits of the old ones.
+"""
+
+import copy
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from scipy.special import expit
+
+from ..data.evaluated_images import find_evaluated_images
+from ..data.held_out import ADDITIONS_KEY, HELD_OUT_RECORD_KEY, read_held_out_record
+from ..data.images import LabeledImages
+from ..data.labels import LabelSpace, get_label_space
+from ..data.sources import load_splits
+from ..data.splits import TrainingData, choose_training_splits, load_training_data
+from ..hub.connection import silence_transformers
+from ..hub.local_paths import check_output_is_empty, strip_folders
+from ..hub.model_files import CERTIFICATE_FILE, RECIPE_FILE, RESULTS_FILE, hash_weights
+from ..hub.provenance import Provenance, find_provenance
+from ..inference.confidence import find_energy_threshold
+from ..inference.evaluate import match_labels, set_up_evaluation
+from ..inference.evaluator import round_floats
+from ..inference.frozen_features import (
+    ClassifierPass,
+    FeatureLayout,
+    Features,
+    FrozenPass,
+    concatenate_features,
+)
+from ..inference.intervals import compute_proportion_interval
+from ..inference.linear_probe import (
+    LAST_CLS_INNER_MEAN,
+    NUM_LAST_LAYERS,
+    NUM_SINGLE_LAYERS,
+    AddedRowsValidation,
+    Candidate,
+    LinearClassifier,
+    ProbeChoice,
+    choose_probe,
+    describe_candidate,
+    fit_added_rows,
+    fit_classifier,
+    list_candidates,
+)
+from ..inference.load_model import find_model_folder, load_processor
+from ..model.configuration_vitcls import ViTCLSConfig
+from ..model.modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, count_output_tokens
+from ..options import AddClassOptions, AddTaskOptions, DataOptions, EvaluateOptions
+from ..runtime.distributed import set_mixed_precision
+from ..runtime.files import create_output_folder, read_json, write_json
+from ..runtime.system import get_versions
+from .calibration import compute_error, find_calibration
+from .certificate import NUM_IMAGES, certify, describe_certificate, load_old_model, read_pixels
+from .probe import MAX_CHOICE_IMAGES, build_record, split_at_random
+
+
+SINGLE_LABEL, MULTI_LABEL = "single_label_classification", "multi_label_classification"
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model to which something is added."""
+
+    source: str
+    folder: Path
+    model: Any  # a classifier; that of an encoder has no labels
+    processor: Any
+    accelerator: Accelerator
+    console: Console
+    warn: Any
+
+    @property
+    def config(self) -> ViTCLSConfig:
+        return self.model.config
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """Return results.json, or an empty dict if it is missing or belongs to other weights."""
+        file = self.folder / RESULTS_FILE
+        results = read_json(file) if file.is_file() else {}
+        return results if results.get("weights_sha256") == hash_weights(self.folder) else {}
+
+    def compute_features(
+        self, images: LabeledImages, label_space: LabelSpace, options: DataOptions, batch_size: int
+    ) -> Features:
+        """Pass images through the encoder once, and return the features of those with a known label."""
+        frozen_pass = FrozenPass(
+            images,
+            self.layout,
+            processor=self.processor,
+            label_space=label_space,
+            options=options,
+            batch_size=batch_size,
+            accelerator=self.accelerator,
+            num_channels=self.config.num_channels,
+            warn=self.warn,
+        )
+        frozen_pass(self.model.to(self.accelerator.device).eval(), self.console)
+        frozen_pass.batches.clear()
+        features = frozen_pass.features
+        return features if features.labels.ndim > 1 else features.take(features.labels >= 0)
+
+    @property
+    def layout(self) -> FeatureLayout:
+        return FeatureLayout.for_extra_heads(self.config, max(NUM_SINGLE_LAYERS, NUM_LAST_LAYERS))
+
+    def list_candidates(self) -> list[Candidate]:
+        """Return what a head can read at a cost of less than 2% of the forward pass.
+
+        The last layer of a classifier on CLS computes only CLS. A head on its patches would compute it again for all
+        tokens, about 8% of a forward pass, so that such a head reads the patches of other layers only.
+        """
+        layout = self.layout
+        candidates = list_candidates(layout.num_layers, tokens=layout.token_choices)
+        if count_output_tokens(self.model.vitcls, None, {}) is None:
+            return candidates
+        candidates = [candidate for candidate in candidates if not candidate.reads_last_patches]
+        if layout.num_layers >= NUM_LAST_LAYERS:
+            layers = tuple(range(-NUM_LAST_LAYERS, 0))
+            candidates += [
+                Candidate(layers, LAST_CLS_INNER_MEAN, scale) for scale in ("raw", "standardized")
+            ]
+        return sorted(candidates, key=lambda candidate: candidate.complexity)
+
+
+@dataclass(frozen=True)
+class FittedHead:
+    """A head and what is known about it."""
+
+    fields: dict[str, Any]  # of `config.extra_heads`
+    classifier: LinearClassifier
+    record: dict[str, Any]  # for results.json
+    lines: dict[str, str]  # to print
+
+
+# Tasks ---------------------------------------------------------------------------------------------------------------
+
+
+def add_task_from_options(options: AddTaskOptions) -> dict[str, Any]:
+    """Add, replace or remove a task, write the model folder, and return the record of the task.
+
+    Raises:
+        ValueError, OSError: if the model or the data cannot be read, the name is taken, or another output would
+            change. Nothing is written then.
+    """
+    check_output_is_empty(options.output_dir)
+    base = load_base(options.model, options)
+    heads = base.config.extra_heads or {}
+    check_name(options, base.config)
+
+    data = load_training_data(options.data)
+    model = base.model
+    record = {}
+    changed_heads = set()
+    if options.remove_task is not None:
+        model = remove_head(model, options.remove_task)
+        changed_heads.add(options.remove_task)
+    if options.name is not None:
+        head = fit_task(base, data, options)
+        if options.name in heads:
+            model = remove_head(model, options.name)
+            changed_heads.add(options.name)
+        extended = append_head(model, options.name, head)
+        record = head.record | describe_cost(model, extended)
+        model = extended
+        print_lines(base.console, head.lines | {"cost": format_cost(record)})
+
+    records = {
+        name: value for name, value in get_additions(base).items() if name not in changed_heads
+    }
+    if options.name is not None:
+        records[options.name] = record
+    pixels = read_pixels(data.train, base.processor)
+    write_model(base, model, pixels, records, options.output_dir, changed_heads)
+    return record
+
+
+def load_base(source: str, options: Any) -> Base:
+    """Load a model, its image processor and the device."""
+    accelerator, console, warn = set_up_evaluation(
+        EvaluateOptions(source, options.data, mixed_precision=options.mixed_precision)
+    )
+    folder = Path(find_model_folder(source))
+    model = load_old_model(source, folder)
+    if isinstance(model, ViTCLSModel):
+        model = build_classifier_without_labels(model)
+    set_mixed_precision(accelerator, options.mixed_precision, model.config)
+    processor = load_processor(source, str(folder))
+    return Base(source, folder, model, processor, accelerator, console, warn)
+
+
+def build_classifier_without_labels(encoder: Any) -> Any:
+    """Return a classifier whose logits are the pooled vector of an encoder."""
+    config = copy.deepcopy(encoder.config)
+    config.num_labels = 0
+    config.architectures = None
+    model = ViTCLSForImageClassification(config).to(encoder.dtype).eval()
+    model.vitcls.load_state_dict(encoder.state_dict())
+    return model
+
+
+def check_name(options: AddTaskOptions, config: ViTCLSConfig) -> None:
+    """Raise ValueError if the task to remove does not exist, or the name of the new task is taken."""
+    names = sorted(name for name, head in config.get_extra_heads().items() if not head.adds_classes)
+    if options.remove_task is not None and options.remove_task not in names:
+        remedy = f"Choose from {', '.join(names)}" if names else "Remove --remove-task"
+        raise ValueError(
+            f"--remove-task {options.remove_task}: the model has no such added task. {remedy}"
+        )
+    if options.name in names and not options.overwrite_task and options.name != options.remove_task:
+        raise ValueError(
+            f"--name {options.name}: the model has a task with this name. Set --overwrite-task to replace it, or "
+            "choose another --name"
+        )
+    if options.name in config.get_added_classes() or options.name in (config.tasks or {}):
+        raise ValueError(
+            f"--name {options.name}: the model has an output with this name. Choose another --name"
+        )
+
+
+def fit_task(base: Base, data: TrainingData, options: AddTaskOptions) -> FittedHead:
+    """Choose and fit the head of a task, and measure it on the held-out images."""
+    kind = data.label_space.kind
+    if kind not in (SINGLE_LABEL, MULTI_LABEL):
+        raise ValueError(
+            f"--name adds one task, but {options.data.dataset} has labels for {kind}. Set a single --label-column"
+        )
+    compute = partial(
+        base.compute_features,
+        label_space=data.label_space,
+        options=options.data,
+        batch_size=options.batch_size,
+    )
+    first_images, other_images = split_at_random(
+        data.train.draw(options.max_images), MAX_CHOICE_IMAGES
+    )
+    parts = [compute(first_images)]
+    if len(other_images):
+        parts.append(compute(other_images))
+    held_out = compute(data.held_out) if len(data.held_out) else None
+
+    fit = fit_single_label_head if kind == SINGLE_LABEL else fit_multi_label_head
+    head = fit(base, data.label_space.names, parts, held_out)
+    record = {
+        "kind": "task",
+        "dataset": strip_folders(data.name),
+        "label_column": list(data.label_space.columns),
+        "label_separator": options.data.label_separator,
+        **head.record,
+        "held_out_images": data.held_out_name,
+        HELD_OUT_RECORD_KEY: asdict(data.build_record()),
+    }
+    return FittedHead(head.fields, head.classifier, record, head.lines)
+
+
+def fit_single_label_head(
+    base: Base, names: list[str], parts: Sequence[Features], held_out: Features | None
+) -> FittedHead:
+    """Fit a logistic regression; its temperature comes from the images that each fold leaves out."""
+    first = parts[0]
+    choice = choose_probe(
+        lambda candidate: first.select(candidate).astype(np.float64),
+        first.labels,
+        len(names),
+        base.list_candidates(),
+    )
+    candidate = choice.candidate
+    everything = parts[0] if len(parts) == 1 else concatenate_features(*parts)
+    classifier = fit_classifier(
+        everything.select(candidate).astype(np.float64),
+        everything.labels,
+        len(names),
+        candidate.scale,
+        choice.strength,
+    )
+
+    fields = build_head_fields(candidate, names, SINGLE_LABEL)
+    record = build_record(choice, "unchanged", None, list(parts))
+    lines = {"head": describe_candidate(record)}
+    if choice.score is not None:
+        lines["cross-validation"] = f"{record['accuracy']:.1%}, log loss {record['loss']:.2f}"
+        is_predicted = np.isfinite(choice.score.losses)
+        out_of_fold = choice.score.logits[is_predicted].astype(np.float32)
+        calibration = find_calibration(out_of_fold, first.labels[is_predicted], "cross-validation")
+        lines["calibration"] = calibration.text
+        if calibration.is_fitted:
+            fields |= {
+                "temperature": calibration.temperature,
+                "threshold": calibration.energy_threshold,
+            }
+            record["calibration"] = calibration.to_dict()
+    if held_out is not None:
+        logits = held_out.select(candidate) @ classifier.weight.T + classifier.bias
+        is_right = logits.argmax(axis=1) == held_out.labels
+        measured = measure_proportion("accuracy", is_right)
+        logits = (logits / fields.get("temperature", 1.0)).astype(np.float32)
+        measured["calibration_error"] = compute_error(logits, held_out.labels)
+        record |= {"held_out_result": round_floats(measured)}
+        lines["held out"] = format_proportion(measured, "accuracy")
+    return FittedHead(fields, classifier, record, lines)
+
+
+def fit_multi_label_head(
+    base: Base, names: list[str], parts: Sequence[Features], held_out: Features | None
+) -> FittedHead:
+    """Fit a binary logistic regression for each label. All labels read the candidate with the lowest sum of losses."""
+    first = parts[0]
+    everything = parts[0] if len(parts) == 1 else concatenate_features(*parts)
+    for index, name in enumerate(names):
+        if len(np.unique(everything.labels[:, index])) < 2:
+            raise ValueError(
+                f"the label {name!r} has no images, or all of them. Remove it from the label column"
+            )
+
+    def choose(index: int, candidates: Sequence[Candidate]) -> ProbeChoice:
+        labels = first.labels[:, index].astype(np.int64)
+        return choose_probe(
+            lambda each: first.select(each).astype(np.float64), labels, 2, candidates
+        )
+
+    candidates = base.list_candidates()
+    losses: dict[Candidate, float] = dict.fromkeys(candidates, 0.0)
+    for index in range(len(names)):
+        for score in choose(index, candidates).scores:
+            losses[score.candidate] += float(np.nanmean(score.losses))
+    candidate = min(losses, key=lambda each: losses[each])
+
+    features = everything.select(candidate).astype(np.float64)
+    weights = []
+    biases = []
+    strengths = []
+    for index in range(len(names)):
+        strengths.append(choose(index, [candidate]).strength)
+        labels = everything.labels[:, index].astype(np.int64)
+        both = fit_classifier(features, labels, 2, candidate.scale, strengths[-1])
+        weights.append(both.weight[1] - both.weight[0])
+        biases.append(both.bias[1] - both.bias[0])
+    classifier = LinearClassifier(np.stack(weights), np.array(biases, np.float32))
+
+    fields = build_head_fields(candidate, names, MULTI_LABEL) | {"threshold": 0.5}
+    record: dict[str, Any] = {
+        "num_training_images": len(everything.labels),
+        "layers": list(candidate.layers),
+        "tokens": candidate.tokens,
+        "scale": candidate.scale,
+        "strength": float(np.median(strengths)),
+        "strengths": strengths,
+    }
+    lines = {"head": f"{describe_candidate(record)} (median of {len(names)} labels)"}
+    if held_out is not None:
+        probabilities = expit(held_out.select(candidate) @ classifier.weight.T + classifier.bias)
+        is_right = (probabilities >= fields["threshold"]) == (held_out.labels > 0.5)
+        measured = measure_proportion("label_accuracy", is_right.ravel())
+        record |= {"held_out_result": round_floats(measured)}
+        lines["held out"] = format_proportion(measured, "label_accuracy")
+    return FittedHead(fields, classifier, record, lines)
+
+
+def build_head_fields(candidate: Candidate, names: list[str], problem_type: str) -> dict[str, Any]:
+    """Return the entry of `config.extra_heads` for a head that reads exactly a candidate."""
+    return {
+        "labels": list(names),
+        "pooling": candidate.layer_poolings,
+        "pooled_layers": list(candidate.layers),
+        "problem_type": problem_type,
+    }
+
+
+def measure_proportion(name: str, is_true: np.ndarray) -> dict[str, Any]:
+    """Return a proportion, its 95% interval and the number of observations."""
+    return {
+        name: float(is_true.mean()),
+        f"{name}_interval": compute_proportion_interval(int(is_true.sum()), len(is_true)),
+        "num_images": len(is_true),
+    }
+
+
+def format_proportion(measured: dict[str, Any], name: str) -> str:
+    """Return a measured proportion as text."""
+    low, high = measured[f"{name}_interval"]
+    text = f"{name.replace('_', ' ')} {measured[name]:.1%} (95% interval: {low:.1%} to {high:.1%})"
+    return f"{text}, {measured['num_images']:,} images"
+
+
+# Model ---------------------------------------------------------------------------------------------------------------
+
+
+def append_head(
+    model: Any, name: str, head: FittedHead, id2label: dict[int, str] | None = None
+) -> Any:
+    """Return the model with another extra head. The other weights are those of `model`."""
+    config = copy.deepcopy(model.config)
+    if id2label is not None:
+        config.id2label = id2label
+        config.label2id = {label: index for index, label in id2label.items()}
+    config.extra_heads = {**(config.extra_heads or {}), name: head.fields}
+    extended = rebuild(model, config)
+    linear = extended.extra_heads[f"task_{name}"]
+    with torch.no_grad():
+        linear.weight.copy_(torch.from_numpy(head.classifier.weight))
+        linear.bias.copy_(torch.from_numpy(head.classifier.bias))
+    return extended
+
+
+def remove_head(model: Any, name: str) -> Any:
+    """Return the model without one of its extra heads."""
+    config = copy.deepcopy(model.config)
+    config.extra_heads = {
+        key: fields for key, fields in config.extra_heads.items() if key != name
+    } or None
+    return rebuild(model, config)
+
+
+def rebuild(model: Any, config: ViTCLSConfig) -> Any:
+    """Return a model with another configuration and the weights of `model`, as far as it has them."""
+    rebuilt = model.new_like(config).to(device=model.device, dtype=model.dtype).eval()
+    weights = model.state_dict()
+    rebuilt.load_state_dict(
+        {name: weights[name] for name in rebuilt.state_dict() if name in weights}, strict=False
+    )
+    return rebuilt
+
+
+def describe_cost(old: Any, new: Any) -> dict[str, Any]:
+    """Return what an addition costs in each forward pass, and its number of parameters."""
+    old_flops = old.flops()
+    new_flops = new.flops()
+    return {
+        "flops": new_flops - old_flops,
+        "relative_flops": round((new_flops - old_flops) / old_flops, 6),
+        "num_parameters": new.num_parameters() - old.num_parameters(),
+    }
+
+
+def format_cost(record: dict[str, Any]) -> str:
+    return f"{record['relative_flops']:.3%} of the forward pass (FLOPs), {record['num_parameters']:,} parameters"
+
+
+def get_additions(base: Base) -> dict[str, Any]:
+    """Return the records of what was added to a model before."""
+    additions: dict[str, Any] = base.results.get(ADDITIONS_KEY, {})
+    return additions
+
+
+def write_model(
+    base: Base,
+    model: Any,
+    pixels: Sequence[torch.Tensor],
+    records: dict[str, Any],
+    output_dir: Path,
+    changed_heads: set[str],
+) -> None:
+    """Write the model folder, after the certificate that the other outputs are those of the old model.
+
+    Raise ValueError at the first difference; nothing is written then.
+    """
+    with create_output_folder(output_dir) as folder, silence_transformers():
+        model.save_pretrained(folder)
+        base.processor.save_pretrained(folder)
+        certificate = certify(
+            base.folder,
+            folder,
+            strip_folders(base.source),
+            pixels,
+            base.accelerator.device,
+            changed_heads,
+        )
+        hashes = {"weights_sha256": hash_weights(folder)}
+        write_json(folder / CERTIFICATE_FILE, hashes | certificate)
+        if base.results and (base.folder / RECIPE_FILE).is_file():
+            shutil.copyfile(base.folder / RECIPE_FILE, folder / RECIPE_FILE)
+        provenance = copy_provenance(base, folder)
+        results = {"versions": get_versions()} | base.results
+        write_json(
+            folder / RESULTS_FILE,
+            results | hashes | {"provenance": provenance, ADDITIONS_KEY: records},
+        )
+    print_lines(
+        base.console, {"certificate": describe_certificate(certificate), "written": str(output_dir)}
+    )
+
+
+def copy_provenance(base: Base, folder: Path) -> dict[str, Any] | None:
+    """Copy the license of the weights, and return their provenance; None if they were trained from scratch."""
+    if "provenance" not in base.results:
+        provenance = find_provenance(base.source)
+    elif base.results["provenance"] is None:
+        return None
+    else:
+        provenance = Provenance.from_dict(base.results["provenance"], base.folder)
+    provenance.copy_license(folder)
+    return provenance.to_dict()
+
+
+def print_lines(console: Console, lines: dict[str, str]) -> None:
+    for name, text in lines.items():
+        console.print(f"{name:17} {text}", markup=False)
+
+
+# Classes -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OldImages:
+    """Images of the old classes, which the model was not trained on if its record says so."""
+
+    images: LabeledImages
+    description: str
+
+
+@dataclass(frozen=True)
+class BiasChoice:
+    """Number that is added to the bias of the new classes, and its effect on images that were left out."""
+
+    shift: float
+    num_old: int
+    num_lost: int  # old images that were right and are predicted as a new class
+    num_new: int
+    num_recognized: int
+
+
+def add_classes_from_options(options: AddClassOptions) -> dict[str, Any]:
+    """Add classes, write the model folder, and return the record of the classes.
+
+    Raises:
+        ValueError, OSError: if the model or the data cannot be read, if a class exists already, or if no image of a
+            new class is recognized unless the old classes lose more than `max_old_loss` points. Nothing is written.
+    """
+    check_output_is_empty(options.output_dir)
+    base = load_base(options.model, options)
+    label_space = get_label_space(base.config)
+    is_classifier = (
+        isinstance(base.model, ViTCLSForImageClassification) and base.config.num_labels > 1
+    )
+    if not is_classifier or label_space.kind != SINGLE_LABEL:
+        raise ValueError(
+            f"classes can be added to a classifier with one label per image, but {options.model} is none. Add a task "
+            "with `vitcls add-task`"
+        )
+    names, new_images, new_held_out = load_new_images(options, label_space)
+    old_images = load_old_images(base, options, label_space)
+
+    compute = partial(compute_class_features, base, options)
+    new_space = LabelSpace(SINGLE_LABEL, {"label": [*label_space.names, *names]})
+    parts = [compute(new_images, new_space)]
+    if old_images is not None:
+        parts.append(compute(old_images.images, label_space))
+    fit = fit_new_rows if old_images is not None else fit_without_old_images
+    head, shared = fit(base, names, parts, options.max_old_loss)
+    record: dict[str, Any] = {
+        "kind": "classes",
+        "labels": names,
+        "dataset": strip_folders(options.data.dataset),
+        "num_new_images": len(parts[0].labels),
+        "old_images": None if old_images is None else old_images.description,
+        **head.record,
+    }
+    lines = head.lines
+    if new_held_out is not None:
+        held_out = compute(new_held_out, new_space)
+        added = shared(held_out)
+        logits = np.concatenate([get_old_logits(base, held_out), added], axis=1)
+        measured = measure_proportion("recall", logits.argmax(axis=1) == held_out.labels)
+        record["held_out_result"] = round_floats(measured)
+        lines = lines | {"held out": format_proportion(measured, "recall")}
+
+    head_name = f"added_classes_{len(base.config.get_added_classes()) + 1:03d}"
+    model = append_head(base.model, head_name, head, dict(enumerate(new_space.names)))
+    if base.config.energy_threshold is not None and "energy_threshold" in record:
+        model.config.energy_threshold = record["energy_threshold"]
+    record |= describe_cost(base.model, model)
+    print_lines(base.console, lines | {"cost": format_cost(record)})
+
+    num_old_pixels = 0 if old_images is None else NUM_IMAGES * 3 // 4
+    pixels = read_pixels(new_images, base.processor, NUM_IMAGES - num_old_pixels)
+    if old_images is not None:
+        pixels += read_pixels(old_images.images, base.processor, NUM_IMAGES - len(pixels))
+    write_model(
+        base, model, pixels, get_additions(base) | {head_name: record}, options.output_dir, set()
+    )
+    return record
+
+
+def load_new_images(
+    options: AddClassOptions, label_space: LabelSpace
+) -> tuple[list[str], LabeledImages, LabeledImages | None]:
+    """Return the names of the new classes, their images with labels after the old ones, and the images of the
+    held-out split, if there is one."""
+    splits = load_splits(options.data)
+    if splits.label_space.kind != SINGLE_LABEL:
+        raise ValueError(
+            f"classes require one label per image, but {options.data.dataset} has labels for "
+            f"{splits.label_space.kind}. Set a single --label-column"
+        )
+    names = splits.label_space.names
+    if known := sorted(set(names) & set(label_space.names)):
+        raise ValueError(
+            f"the model has the class {known[0]!r} already. Remove its images from --dataset"
+        )
+    training_splits = choose_training_splits(splits.names, use_selection_split=False)
+
+    def move_labels(images: LabeledImages) -> LabeledImages:
+        num_old = len(label_space.names)
+        return LabeledImages(
+            images.images, [label if label < 0 else label + num_old for label in images.labels]
+        )
+
+    held_out = None
+    if training_splits.held_out is not None:
+        held_out = move_labels(splits.images_by_split[training_splits.held_out])
+    return list(names), move_labels(splits.images_by_split[training_splits.train]), held_out
+
+
+def load_old_images(
+    base: Base, options: AddClassOptions, label_space: LabelSpace
+) -> OldImages | None:
+    """Return held-out images of the old classes, or None if there are none.
+
+    They come from --old-dataset or from the dataset in the record of the model: the validation or test split or, if
+    there is only one split, the images that training held out.
+    """
+    record = read_held_out_record(base.folder)
+    dataset = options.old_dataset or (None if record is None else record.dataset)
+    if dataset is None:
+        return None
+    data_options = DataOptions(dataset, num_workers=options.data.num_workers)
+    try:
+        splits = load_splits(data_options)
+    except (ValueError, OSError):
+        if options.old_dataset is not None:
+            raise
+        return None
+    training_splits = choose_training_splits(splits.names, use_selection_split=False)
+    split = training_splits.held_out or training_splits.train
+    images = splits.images_by_split[split]
+    names = splits.label_space.names
+    is_known = [
+        label >= 0 and names[label] in label_space.index_by_name["label"] for label in images.labels
+    ]
+    images = images.select(np.flatnonzero(is_known).tolist())
+    part_text = f"split {split!r}"
+    if training_splits.held_out is None:
+        is_evaluated, part = find_evaluated_images(images, record, data_options, splits.name)
+        images = images.select(np.flatnonzero(is_evaluated).tolist())
+        part_text = part.describe()
+    if not len(images):
+        return None
+    images = match_labels(images.draw(MAX_CHOICE_IMAGES), splits.label_space, label_space)
+    return OldImages(images, f"{len(images):,} images of {strip_folders(dataset)} ({part_text})")
+
+
+def compute_class_features(
+    base: Base, options: AddClassOptions, images: LabeledImages, label_space: LabelSpace
+) -> Features:
+    """Pass images through the model once, and return their features, with the logits as the last columns."""
+    model = base.model.to(base.accelerator.device).eval()
+    classifier_pass = ClassifierPass(
+        model,
+        images,
+        base.layout,
+        processor=base.processor,
+        label_space=label_space,
+        options=options.data,
+        batch_size=options.batch_size,
+        accelerator=base.accelerator,
+        num_channels=base.config.num_channels,
+        warn=base.warn,
+    )
+    classifier_pass(model, base.console)
+    features = classifier_pass.features
+    return features.take(features.labels >= 0)
+
+
+def get_old_logits(base: Base, features: Features) -> np.ndarray:
+    """Return the logits [N, C] of the old classes before the division by the temperature, which new rows share."""
+    return (
+        features.values[:, -base.config.num_labels :].astype(np.float64) * base.config.temperature
+    )
+
+
+def fit_new_rows(
+    base: Base, names: list[str], parts: Sequence[Features], max_old_loss: float
+) -> tuple[FittedHead, Callable[[Features], np.ndarray]]:
+    """Fit the rows of the new classes, with a bias that costs the old classes at most `max_old_loss` points.
+
+    Returns:
+        The head, and a function that returns the logits [N, K] of the new classes.
+
+    Raises:
+        ValueError: if no image of a new class is recognized at this cost.
+    """
+    features = concatenate_features(*parts)
+    labels = features.labels
+    old_logits = get_old_logits(base, features)
+    num_old = old_logits.shape[1]
+    num_labels = old_logits.shape[1] + len(names)
+    choice = choose_probe(
+        lambda candidate: features.select(candidate).astype(np.float64),
+        labels,
+        num_labels,
+        [candidate for candidate in base.list_candidates() if candidate.layers[-1] == -1],
+        partial(AddedRowsValidation, old_logits),
+    )
+    candidate = choice.candidate
+    if choice.score is None:
+        raise ValueError(
+            f"{len(labels)} images are too few for a cross-validation. Add images to --dataset"
+        )
+    is_predicted = np.isfinite(choice.score.losses)
+    out_of_fold, predicted_labels = choice.score.logits[is_predicted], labels[is_predicted]
+    bias = choose_bias(out_of_fold, predicted_labels, num_old, max_old_loss)
+    classifier = fit_added_rows(
+        features=features.select(candidate).astype(np.float64),
+        labels=labels,
+        old_logits=old_logits,
+        num_labels=num_labels,
+        scale=candidate.scale,
+        strength=choice.strength,
+    )
+    classifier = LinearClassifier(
+        classifier.weight, (classifier.bias + bias.shift).astype(np.float32)
+    )
+
+    out_of_fold = out_of_fold.copy()
+    out_of_fold[:, num_old:] += bias.shift
+    calibrated = (out_of_fold / base.config.temperature).astype(np.float32)
+    lost = {
+        "old_loss": bias.num_lost / bias.num_old,
+        "old_loss_interval": compute_proportion_interval(bias.num_lost, bias.num_old),
+        "num_images": bias.num_old,
+    }
+    recall = {
+        "recall": bias.num_recognized / bias.num_new,
+        "recall_interval": compute_proportion_interval(bias.num_recognized, bias.num_new),
+        "num_images": bias.num_new,
+    }
+    record = build_record(choice, "unchanged", None, [features]) | {
+        "max_old_loss": max_old_loss / 100,
+        "old_classes": round_floats(lost),
+        "new_classes": round_floats(recall),
+        "calibration_error": compute_error(calibrated, predicted_labels),
+        "energy_threshold": round(find_energy_threshold(calibrated), 6),
+    }
+    lines = {
+        "head": describe_candidate(record),
+        "old classes": format_proportion(lost, "old_loss"),
+        "new classes": format_proportion(recall, "recall"),
+        "calibration": f"error {100 * record['calibration_error']:.1f} points with all classes",
+    }
+    head = FittedHead(build_class_fields(candidate, names), classifier, record, lines)
+    return head, lambda each: each.select(candidate) @ classifier.weight.T + classifier.bias
+
+
+def choose_bias(
+    logits: np.ndarray, labels: np.ndarray, num_old: int, max_old_loss: float
+) -> BiasChoice:
+    """Choose the number that is added to the logits of the new classes.
+
+    An old image is lost if it was right and is now predicted as a new class. Of the numbers with which at most
+    `max_old_loss` percent of the old images are lost, one that recognizes the most new images is chosen: 0, if it is
+    one of them, and otherwise the middle between the last recognized image and the next lost one.
+
+    Args:
+        logits: [N, C + K] of images that the new rows were not fitted to.
+        labels: [N]; those of the new classes start at `num_old`.
+
+    Raises:
+        ValueError: if no new image is recognized at this cost.
+    """
+    is_old = labels < num_old
+    margins = logits[:, :num_old].max(axis=1) - logits[:, num_old:].max(axis=1)
+    was_right = logits[:, :num_old].argmax(axis=1) == labels
+    is_right_new = logits[:, num_old:].argmax(axis=1) + num_old == labels
+
+    lost_margins = np.sort(margins[is_old & was_right])
+    num_allowed = int(max_old_loss / 100 * is_old.sum())
+    limit = lost_margins[num_allowed] if num_allowed < len(lost_margins) else np.inf
+    new_margins = np.sort(margins[~is_old & is_right_new])
+    recognized = new_margins[new_margins < limit]
+    if not len(recognized):
+        cost = ""
+        if len(new_margins):
+            points = 100 * (lost_margins < new_margins[0]).sum() / is_old.sum()
+            cost = f": the first one would cost the old classes {points:.1f} points"
+        raise ValueError(
+            f"at --max-old-loss {max_old_loss:g}, no image of a new class is recognized{cost}. Add images to "
+            "--dataset, or set a larger --max-old-loss"
+        )
+    last = recognized[-1]
+    shift = 0.0
+    if not last < 0 < limit:
+        shift = (last + limit) / 2 if np.isfinite(limit) else last + 1.0
+    return BiasChoice(
+        shift=float(shift),
+        num_old=int(is_old.sum()),
+        num_lost=int((lost_margins < shift).sum()),
+        num_new=int((~is_old).sum()),
+        num_recognized=int((new_margins < shift).sum()),
+    )
+
+
+def fit_without_old_images(
+    base: Base, names: list[str], parts: Sequence[Features], max_old_loss: float
+) -> tuple[FittedHead, Callable[[Features], np.ndarray]]:
+    """Return rows that score the similarity to the mean of a new class, and recognize 90% of its images.
+
+    Without images of the old classes, nothing is known about what these lose.
+    """
+    (features,) = parts
+    old_logits = get_old_logits(base, features)
+    candidate = base.list_candidates()[0]
+    values = features.select(candidate).astype(np.float64)
+    spread = float((old_logits.max(axis=1) - old_logits.mean(axis=1)).mean())
+    weights = []
+    biases = []
+    for index in range(len(names)):
+        in_class = features.labels == old_logits.shape[1] + index
+        if not in_class.any():
+            raise ValueError(
+                f"the class {names[index]!r} has no images. Add images, or remove the class"
+            )
+        mean = values[in_class].mean(axis=0)
+        weight = spread * mean / (mean @ mean)
+        margins = old_logits[in_class].max(axis=1) - values[in_class] @ weight
+        weights.append(weight)
+        biases.append(np.quantile(margins, 0.9) + 1e-3)
+    classifier = LinearClassifier(
+        np.stack(weights).astype(np.float32), np.array(biases, np.float32)
+    )
+    base.warn(
+        "there are no images of the old classes, so that it is unknown what these lose. Set --old-dataset to images "
+        "that the model was not trained on"
+    )
+    record = {
+        "num_training_images": len(features.labels),
+        "layers": list(candidate.layers),
+        "tokens": candidate.tokens,
+        "max_old_loss": None,
+    }
+    head = FittedHead(build_class_fields(candidate, names), classifier, record, {})
+    return head, lambda each: each.select(candidate) @ classifier.weight.T + classifier.bias
+
+
+def build_class_fields(candidate: Candidate, names: list[str]) -> dict[str, Any]:
+    """Return the entry of `config.extra_heads` for a head that adds classes."""
+    return build_head_fields(candidate, names, SINGLE_LABEL) | {"adds_classes": True}

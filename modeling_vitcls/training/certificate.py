@@ -1,0 +1,422 @@
+"""The certificate that a model gives the same answers as an earlier one, to the bit.
+
+    tensors of OLD = tensors of NEW     SHA-256 of each
+    settings of the image processor     equal
+    logits of OLD = logits of NEW       torch.equal, at three batch sizes, in float32 and, where supported, bfloat16
+
+`certify` compares two model folders and raises an error at the first difference. `verify_unchanged` does the same for
+any two models and, if they differ, lists what changed: accuracy of each class, and images with another prediction.
+"""
+
+import hashlib
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from safetensors import safe_open
+from scipy.stats import binomtest
+from torch import Tensor
+
+from ..data.evaluated_images import load_evaluation_data
+from ..data.images import LabeledImages
+from ..hub.connection import silence_transformers
+from ..hub.loading import check_is_vitcls
+from ..hub.model_files import list_weight_files
+from ..inference.evaluate import build_table, load_evaluation, set_up_evaluation
+from ..inference.evaluator import round_floats
+from ..inference.load_model import find_model_folder, load_processor
+from ..inference.metric_tables import format_percent
+from ..inference.per_image import get_outputs
+from ..model.configuration_vitcls import ViTCLSConfig
+from ..model.modeling_vitcls import (
+    ViTCLSForImageClassification,
+    ViTCLSForMultiTaskClassification,
+    ViTCLSModel,
+)
+from ..options import DataOptions, EvaluateOptions, VerifyUnchangedOptions
+from ..runtime.files import read_json
+from ..runtime.system import format_device_name, get_versions, has_bfloat16
+
+
+MODEL_CLASSES = {
+    model_class.__name__: model_class
+    for model_class in (ViTCLSModel, ViTCLSForImageClassification, ViTCLSForMultiTaskClassification)
+}
+NUM_IMAGES = 256
+MAX_IMAGES = {16: NUM_IMAGES, 3: 48, 1: 16}  # batch size -> maximum number of images
+ENCODER_PREFIX = "vitcls."
+HEAD_PREFIX = "extra_heads.task_"
+
+
+# Models and images ---------------------------------------------------------------------------------------------------
+
+
+def load_old_model(source: str, folder: Path) -> Any:
+    """Load a classifier, a multi-task model or an encoder. Raise ValueError for other models."""
+    settings = check_is_vitcls(source, folder)
+    architecture = (settings.get("architectures") or [ViTCLSModel.__name__])[0]
+    if architecture not in MODEL_CLASSES:
+        raise ValueError(
+            f"a classifier or an encoder is required, but {source} contains {architecture}. Set --model to the "
+            "output of `vitcls finetune` or `vitcls pretrain`"
+        )
+    with silence_transformers():
+        model, info = MODEL_CLASSES[architecture].from_pretrained(folder, output_loading_info=True)
+    if missing := info["missing_keys"]:
+        raise ValueError(
+            f"the checkpoint {source} does not contain the weight {min(missing)}. Train the model first"
+        )
+    return model.eval()
+
+
+def read_pixels(
+    images: LabeledImages, processor: Any, num_images: int = NUM_IMAGES
+) -> list[Tensor]:
+    """Return the pixels [C, H, W] of readable images, drawn at random."""
+    pixels = []
+    drawn = images.draw(num_images)
+    for index in range(len(drawn)):
+        try:
+            image = drawn.images[index]
+        except ValueError:  # an unreadable image, which the pass over the images reports
+            continue
+        pixels.append(processor(image, return_tensors="pt")["pixel_values"][0])
+    return pixels
+
+
+def build_random_pixels(config: ViTCLSConfig, num_images: int = NUM_IMAGES) -> list[Tensor]:
+    """Return random pixels [C, H, W], with which logits are compared if there is no dataset."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (num_images, config.num_channels, *config.image_height_width)
+    return list(torch.randn(shape, generator=generator))
+
+
+# Comparison ----------------------------------------------------------------------------------------------------------
+
+
+def certify(
+    old_folder: Path,
+    new_folder: Path,
+    old_name: str,
+    pixels: Sequence[Tensor],
+    device: torch.device,
+    changed_heads: Collection[str] = (),
+) -> dict[str, Any]:
+    """Return the certificate that a new model has the outputs of an old one.
+
+    Args:
+        old_folder, new_folder: model folders.
+        old_name: name of the old model for errors and for the certificate.
+        pixels: images [C, H, W].
+        device: device of the models.
+        changed_heads: names of extra heads of the old model that are replaced or removed.
+
+    Raises:
+        ValueError: at the first difference.
+    """
+    tensor_hashes = compare_tensors(old_folder, new_folder, changed_heads)
+    compare_processors(old_folder, new_folder)
+    old, new = (load_old_model(old_name, folder).to(device) for folder in (old_folder, new_folder))
+    passes = []
+    dtypes = [torch.float32, *([torch.bfloat16] if has_bfloat16(device) else [])]
+    for dtype in dtypes:
+        for model in (old, new):
+            model.to(dtype)
+        for batch_size, max_images in MAX_IMAGES.items():
+            hashes = compare_logits(old, new, pixels[:max_images], batch_size, changed_heads)
+            num_images = min(max_images, len(pixels))
+            record = {
+                "dtype": str(dtype).removeprefix("torch."),
+                "batch_size": batch_size,
+                "num_images": num_images,
+            }
+            passes.append(record | {"logits_sha256": hashes})
+    return {
+        "old_model": old_name,
+        "num_images": len(pixels),
+        "images_sha256": hash_tensors(pixels),
+        "passes": passes,
+        "changed_heads": sorted(changed_heads),
+        "num_tensors": len(tensor_hashes),
+        "tensors_sha256": tensor_hashes,
+        "device": format_device_name(device),
+        "versions": get_versions(),
+    }
+
+
+def compare_tensors(
+    old_folder: Path, new_folder: Path, changed_heads: Collection[str] = ()
+) -> dict[str, str]:
+    """Return the SHA-256 of each tensor of the old model. Raise ValueError if the new model lacks one of them or has
+    another value."""
+    old = hash_weight_tensors(old_folder)
+    new = hash_weight_tensors(new_folder)
+    is_encoder = not any(name.startswith(ENCODER_PREFIX) for name in old)
+    hashes = {}
+    for name, old_hash in old.items():
+        if name.rpartition(".")[0].removeprefix(HEAD_PREFIX) in changed_heads and name.startswith(
+            HEAD_PREFIX
+        ):
+            continue
+        new_name = f"{ENCODER_PREFIX}{name}" if is_encoder and name not in new else name
+        if new.get(new_name) != old_hash:
+            problem = "has other values" if new_name in new else "is missing"
+            raise ValueError(f"the tensor {new_name} {problem} in the new model")
+        hashes[name] = old_hash
+    return hashes
+
+
+def hash_weight_tensors(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each tensor in the weight files of a folder, by name."""
+    hashes = {}
+    for file_name in list_weight_files(folder):
+        with safe_open(folder / file_name, "pt") as file:
+            for name in sorted(file.keys()):
+                hashes[name] = hash_tensors([file.get_tensor(name)])
+    return hashes
+
+
+def hash_tensors(tensors: Sequence[Tensor]) -> str:
+    """Return the SHA-256 of the types, shapes and bytes of tensors."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def compare_processors(old_folder: Path, new_folder: Path) -> None:
+    """Raise ValueError if the settings of the image processors differ."""
+    old, new = (read_processor_settings(folder) for folder in (old_folder, new_folder))
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) != new.get(name):
+            raise ValueError(
+                f"the image processors differ: {name} was {old.get(name)} and is {new.get(name)}"
+            )
+
+
+def read_processor_settings(folder: Path) -> dict[str, Any]:
+    """Return the settings of the image processor of a folder, without those that name its code."""
+    settings = read_json(folder / "preprocessor_config.json")
+    is_code = ("auto_map", "image_processor_type")
+    return {
+        name: value
+        for name, value in settings.items()
+        if name not in is_code and not name.startswith("_")
+    }
+
+
+@torch.no_grad()
+def compare_logits(
+    old: Any,
+    new: Any,
+    pixels: Sequence[Tensor],
+    batch_size: int,
+    changed_heads: Collection[str] = (),
+) -> dict[str, str]:
+    """Return the SHA-256 of the old outputs by name. Raise ValueError if one of the new outputs differs."""
+    check_labels(old.config, new.config)
+    outputs: dict[str, list[Tensor]] = {}
+    for batch in iterate_batches(pixels, batch_size):
+        inputs = batch.to(old.device, old.dtype)
+        old_outputs = compute_outputs(old, inputs)
+        new_outputs = compute_outputs(new, inputs)
+        for name, expected in old_outputs.items():
+            if name in changed_heads:
+                continue
+            found = new_outputs.get(name)
+            if found is None:
+                raise ValueError(f"the output {name} is missing in the new model")
+            found = found[:, : expected.shape[1]]
+            if not torch.equal(found, expected):
+                difference = (
+                    (found - expected).abs().max().item()
+                    if found.shape == expected.shape
+                    else float("nan")
+                )
+                dtype = str(old.dtype).removeprefix("torch.")
+                raise ValueError(
+                    f"the output {name} differs by {difference:.1e} in batches of {batch_size} images, {dtype}"
+                )
+            outputs.setdefault(name, []).append(expected)
+    return {name: hash_tensors(tensors) for name, tensors in outputs.items()}
+
+
+def check_labels(old: ViTCLSConfig, new: ViTCLSConfig) -> None:
+    """Raise ValueError if the names of the old labels differ."""
+    old_labels, new_labels = (list_labels(config) for config in (old, new))
+    for index, label in enumerate(old_labels):
+        if index >= len(new_labels) or new_labels[index] != label:
+            raise ValueError(
+                f"label {index} of the old model, {label!r}, is not label {index} of the new model"
+            )
+
+
+def list_labels(config: ViTCLSConfig) -> list[str]:
+    """Return the labels of a model with one task, or the task and the label of each output of a multi-task model."""
+    if config.tasks:
+        return [
+            f"{task}: {label}" for task, labels in config.task_labels().items() for label in labels
+        ]
+    id2label: dict[Any, str] = dict(config.id2label or {})
+    return (
+        [id2label[index] for index in range(len(id2label))]
+        if config.architectures != ["ViTCLSModel"]
+        else []
+    )
+
+
+def compute_outputs(model: Any, pixel_values: Tensor) -> dict[str, Tensor]:
+    """Return the outputs of a model by name. The pooled vector of an encoder has the name of the logits, which it is
+    in a classifier without labels."""
+    outputs = model(pixel_values)
+    if isinstance(model, ViTCLSModel):
+        return {"logits": outputs.pooler_output}
+    named = dict(outputs.logits) if isinstance(outputs.logits, dict) else {"logits": outputs.logits}
+    for name in ("cls_logits", "distillation_logits"):
+        value = outputs.get(name)
+        if value is not None and value.shape[1]:
+            named[name] = value
+    return named | (outputs.task_logits or {})
+
+
+def iterate_batches(pixels: Sequence[Tensor], batch_size: int) -> Iterator[Tensor]:
+    """Yield batches [B, C, H, W] of images of the same shape."""
+    batch: list[Tensor] = []
+    for image in sorted(pixels, key=lambda image: image.shape):
+        if batch and (len(batch) == batch_size or batch[0].shape != image.shape):
+            yield torch.stack(batch)
+            batch = []
+        batch.append(image)
+    if batch:
+        yield torch.stack(batch)
+
+
+def describe_certificate(certificate: dict[str, Any]) -> str:
+    """Return the certificate as a line."""
+    dtypes = " and ".join(dict.fromkeys(row["dtype"] for row in certificate["passes"]))
+    batch_sizes = ", ".join(map(str, sorted({row["batch_size"] for row in certificate["passes"]})))
+    return (
+        f"{certificate['num_tensors']} tensors and all outputs for {certificate['num_images']:,} images are equal to "
+        f"the bit ({dtypes}, batches of {batch_sizes})"
+    )
+
+
+# Two models ----------------------------------------------------------------------------------------------------------
+
+
+def verify_models(options: VerifyUnchangedOptions) -> dict[str, Any]:
+    """Compare two models, print the result, and return it: the certificate, or `difference` and what changed.
+
+    Raises:
+        ValueError, OSError: if a model or the dataset cannot be read.
+    """
+    old_folder, new_folder = (
+        Path(find_model_folder(source)) for source in (options.old, options.new)
+    )
+    old = load_old_model(options.old, old_folder)
+    load_old_model(options.new, new_folder)
+    data_options, split = None, ""
+    if options.dataset is not None:
+        data_options = DataOptions(options.dataset, label_column=options.label_column)
+        data = load_evaluation_data(data_options, options.split, use_labels=False)
+        split = data.split
+        pixels = read_pixels(data.images, load_processor(options.old, str(old_folder)))
+    else:
+        pixels = build_random_pixels(old.config)
+
+    console = Console(soft_wrap=True, highlight=False)
+    device = (
+        torch.accelerator.current_accelerator()
+        if torch.accelerator.is_available()
+        else torch.device("cpu")
+    )
+    assert device is not None
+    try:
+        certificate = certify(old_folder, new_folder, options.old, pixels, device)
+    except ValueError as error:
+        console.print(f"changed: {error}", markup=False)
+        results: dict[str, Any] = {"difference": str(error)}
+        if data_options is not None:
+            results |= compare_predictions(options, data_options, split, console)
+        return results
+    console.print(f"unchanged: {describe_certificate(certificate)}", markup=False)
+    return {"difference": None, **certificate}
+
+
+def compare_predictions(
+    options: VerifyUnchangedOptions, data_options: DataOptions, split: str, console: Console
+) -> dict[str, Any]:
+    """Compare the predictions of two classifiers for all images of a split. Print the accuracy of each class and the
+    number of images with another prediction (McNemar's exact test)."""
+    accelerator, _, warn = set_up_evaluation(EvaluateOptions(options.old, data_options))
+    predictions = []
+    truths = []
+    for source in (options.old, options.new):
+        evaluate_options = EvaluateOptions(source, data_options, split=split, mixed_precision="no")
+        setup = load_evaluation(evaluate_options, accelerator, warn, lambda line: None)
+        if setup.evaluator.label_space.kind != "single_label_classification":
+            raise ValueError(
+                f"--dataset requires models with one label per image, not {source}. Remove --dataset"
+            )
+        setup.evaluator.keep_logits = True
+        setup.evaluator(setup.model)
+        logits, labels = get_outputs(setup.evaluator)
+        names = setup.evaluator.label_space.names
+        indices = [row.index for row in setup.evaluator.rows if row.label >= 0]
+        predictions.append(
+            {i: names[label] for i, label in zip(indices, logits.argmax(axis=1), strict=True)}
+        )
+        truths.append({i: names[label] for i, label in zip(indices, labels, strict=True)})
+
+    shared = sorted(predictions[0].keys() & predictions[1].keys())
+    was_right = torch.tensor([predictions[0][index] == truths[0][index] for index in shared])
+    is_right = torch.tensor([predictions[1][index] == truths[0][index] for index in shared])
+    rows = []
+    for name in sorted(set(truths[0].values())):
+        in_class = torch.tensor([truths[0][index] == name for index in shared])
+        counts = {"class": name, "num_images": int(in_class.sum())}
+        rows.append(
+            counts
+            | {
+                "old": float(was_right[in_class].float().mean()),
+                "new": float(is_right[in_class].float().mean()),
+            }
+        )
+    num_lost = int((was_right & ~is_right).sum())
+    num_gained = int((~was_right & is_right).sum())
+    num_discordant = num_lost + num_gained
+    p_value = binomtest(num_lost, num_discordant).pvalue if num_discordant else 1.0
+    num_flipped = sum(predictions[0][index] != predictions[1][index] for index in shared)
+    results = round_floats(
+        {
+            "num_images": len(shared),
+            "accuracy": {
+                "old": float(was_right.float().mean()),
+                "new": float(is_right.float().mean()),
+            },
+            "num_flipped": num_flipped,
+            "num_lost": num_lost,
+            "num_gained": num_gained,
+            "p_value": float(p_value),
+            "per_class": rows,
+        }
+    )
+    cells = [
+        [
+            row["class"],
+            str(row["num_images"]),
+            format_percent(row["old"]),
+            format_percent(row["new"]),
+        ]
+        for row in rows
+    ]
+    console.print(build_table("", ["Class", "Images", "Old", "New"], cells))
+    console.print(
+        f"{num_flipped:,} of {len(shared):,} images have another prediction: {num_lost:,} were right, {num_gained:,} "
+        f"are right now (McNemar's test: p = {p_value:.2g})",
+        markup=False,
+    )
+    return results

@@ -1,0 +1,289 @@
+"""Added tasks and classes: the earlier outputs keep their bits, and the certificate finds any change."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.command_in_process import run_here
+from helpers.digits_models import DIGITS, train_digits_model
+from helpers.tiny_models import (
+    build_images,
+    build_tiny_config,
+    raises_one_line,
+    randomize,
+    save_with_processor,
+)
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from sklearn.linear_model import LogisticRegression
+
+from modeling_vitcls import (
+    ViTCLSForImageClassification,
+    ViTCLSImageProcessor,
+    ViTCLSModel,
+    add_class,
+    add_task,
+    evaluate,
+    predict,
+    verify_unchanged,
+)
+from modeling_vitcls.hub.model_files import CERTIFICATE_FILE, hash_weights
+from modeling_vitcls.inference.linear_probe import AddedRows
+from modeling_vitcls.runtime.files import read_json
+from modeling_vitcls.training.additions import choose_bias
+
+
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate")]
+
+NUM_IMAGES = 120
+IMAGES = [
+    Image.fromarray((image * 255 / 16).astype(np.uint8)) for image in DIGITS.images[:NUM_IMAGES]
+]
+TARGETS = DIGITS.target[:NUM_IMAGES].tolist()
+LABELS = {
+    "parity": ["odd" if target % 2 else "even" for target in TARGETS],
+    "size": ["large" if target > 4 else "small" for target in TARGETS],
+    "hole": ["hole" if target in (0, 6, 8, 9) else "none" for target in TARGETS],
+}
+
+
+def build_dataset(labels: list[str]) -> list[tuple[Image.Image, str]]:
+    return list(zip(IMAGES, labels, strict=True))
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a classifier of digits."""
+    folder = tmp_path_factory.mktemp("digits")
+    model = train_digits_model(epochs=2)
+    model.config.id2label = {index: str(index) for index in range(10)}
+    model.save_pretrained(folder)
+    ViTCLSImageProcessor(size=8, do_convert_rgb=False).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def with_parity(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the classifier of digits with the task "odd or even"."""
+    folder = tmp_path_factory.mktemp("additions") / "parity"
+    add_task(digits, build_dataset(LABELS["parity"]), "parity", folder)
+    return folder
+
+
+@torch.no_grad()
+def compute(folder: Path, images: torch.Tensor) -> Any:
+    return ViTCLSForImageClassification.from_pretrained(folder).eval()(images)
+
+
+# Tasks -------------------------------------------------------------------------------------------
+
+
+def test_an_added_task_is_better_than_chance_and_keeps_the_logits(
+    digits: Path, with_parity: Path
+) -> None:
+    images = build_images(3, 8, 8, channels=1)
+    outputs = compute(with_parity, images)
+    assert torch.equal(outputs.logits, compute(digits, images).logits)
+    assert outputs.task_logits["parity"].shape == (3, 2)
+    results = evaluate(with_parity, build_dataset(LABELS["parity"]), task="parity", split="train")
+    assert results["accuracy"] > 0.7
+
+
+def test_the_tensors_of_the_old_model_are_in_the_new_file(digits: Path, with_parity: Path) -> None:
+    old, new = (load_file(folder / "model.safetensors") for folder in (digits, with_parity))
+    assert all(torch.equal(new[name], value) for name, value in old.items())
+    assert set(new) - set(old) == {"extra_heads.task_parity.weight", "extra_heads.task_parity.bias"}
+
+
+def test_earlier_tasks_keep_their_bits_in_any_order(with_parity: Path, tmp_path: Path) -> None:
+    images = build_images(3, 8, 8, channels=1)
+    outputs = []
+    for names in (("size", "hole"), ("hole", "size")):
+        folder = with_parity
+        for name in names:
+            source = folder
+            folder = tmp_path / "-".join((*names, name))
+            add_task(source, build_dataset(LABELS[name]), name, folder)
+        outputs.append(compute(folder, images))
+    first, second = outputs
+    assert torch.equal(
+        first.task_logits["parity"], compute(with_parity, images).task_logits["parity"]
+    )
+    for name in LABELS:
+        assert torch.equal(first.task_logits[name], second.task_logits[name])
+
+
+def test_the_certificate_names_what_was_compared(with_parity: Path) -> None:
+    certificate = read_json(with_parity / CERTIFICATE_FILE)
+    assert certificate["weights_sha256"] == hash_weights(with_parity)
+    assert {row["batch_size"] for row in certificate["passes"]} == {1, 3, 16}
+    assert certificate["num_images"] == len(IMAGES) - round(0.2 * len(IMAGES))
+
+
+def test_a_task_is_replaced_or_removed_on_request_only(with_parity: Path, tmp_path: Path) -> None:
+    data = build_dataset(LABELS["size"])
+    with raises_one_line("--overwrite-task"):
+        add_task(with_parity, data, "parity", tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+    add_task(with_parity, data, "parity", tmp_path / "replaced", overwrite_task=True)
+    outputs = compute(tmp_path / "replaced", build_images(1, 8, 8, channels=1))
+    assert set(outputs.task_logits) == {"parity"}
+    add_task(with_parity, data, None, tmp_path / "removed", remove_task="parity")
+    assert compute(tmp_path / "removed", build_images(1, 8, 8, channels=1)).task_logits is None
+
+
+def test_an_encoder_becomes_a_model_with_a_task(digits: Path, tmp_path: Path) -> None:
+    encoder = ViTCLSModel.from_pretrained(digits)
+    encoder.save_pretrained(tmp_path / "encoder")
+    ViTCLSImageProcessor.from_pretrained(digits).save_pretrained(tmp_path / "encoder")
+    add_task(tmp_path / "encoder", build_dataset(LABELS["size"]), "size", tmp_path / "new")
+    images = build_images(2, 8, 8, channels=1)
+    outputs = compute(tmp_path / "new", images)
+    assert outputs.task_logits["size"].shape == (2, 2)
+    with torch.no_grad():
+        assert torch.equal(outputs.logits, encoder.eval()(images).pooler_output)
+
+
+def test_a_task_costs_at_most_two_percent(with_parity: Path) -> None:
+    record = read_json(with_parity / "results.json")["additions"]["parity"]
+    assert 0 < record["relative_flops"] <= 0.02
+
+
+def test_predictions_have_columns_for_the_task(with_parity: Path) -> None:
+    row = predict(with_parity, [IMAGES[0]])[0]
+    assert row["label"] in map(str, range(10))
+    assert row["parity_label"] in ("odd", "even")
+
+
+def test_a_task_with_several_labels_per_image_is_added(digits: Path, tmp_path: Path) -> None:
+    import datasets
+
+    rows = zip(LABELS["parity"], LABELS["size"], strict=True)
+    labels = [[name for name in row if name in ("odd", "large")] for row in rows]
+    data = datasets.Dataset.from_dict(
+        {"image": IMAGES, "label": labels},
+        datasets.Features(
+            {"image": datasets.Image(), "label": datasets.List(datasets.Value("string"))}
+        ),
+    )
+    record = add_task(digits, data, "tags", tmp_path / "new")
+    assert record["held_out_result"]["label_accuracy"] > 0.6
+    assert set(predict(tmp_path / "new", [IMAGES[0]])[0]["tags_labels"]) <= {"odd", "large"}
+
+
+def test_remote_code_loads_the_task_in_a_fresh_process(with_parity: Path) -> None:
+    code = (
+        "import sys, torch; from transformers import AutoModelForImageClassification as A; "
+        f"model = A.from_pretrained({str(with_parity)!r}, trust_remote_code=True).eval(); "
+        "assert 'modeling_vitcls' not in sys.modules; "
+        "print(model(torch.zeros(1, 1, 8, 8)).task_logits['parity'].shape)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
+    assert ended.stdout.strip() == "torch.Size([1, 2])", ended.stderr
+
+
+# Certificate -------------------------------------------------------------------------------------
+
+
+def change_weight(folder: Path, name: str) -> None:
+    """Change one value of a tensor by one unit in the last place."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    flat = tensors[name].reshape(-1)
+    flat[0] = torch.nextafter(flat[0], torch.tensor(torch.inf))
+    save_file(tensors, file, {"format": "pt"})
+
+
+def test_verify_unchanged_exits_with_1_on_a_changed_weight(
+    digits: Path, with_parity: Path, tmp_path: Path
+) -> None:
+    assert run_here("verify-unchanged", str(digits), str(with_parity)) == 0
+    changed = tmp_path / "changed"
+    changed.mkdir()
+    for file in with_parity.iterdir():
+        (changed / file.name).write_bytes(file.read_bytes())
+    change_weight(changed, "classifier.bias")
+    assert run_here("verify-unchanged", str(digits), str(changed)) == 1
+
+
+def test_two_unrelated_models_are_compared_by_their_predictions(
+    digits: Path, tmp_path: Path
+) -> None:
+    other = randomize(ViTCLSForImageClassification.from_pretrained(digits))
+    other.save_pretrained(tmp_path)
+    ViTCLSImageProcessor.from_pretrained(digits).save_pretrained(tmp_path)
+    results = verify_unchanged(digits, tmp_path, build_dataset(list(map(str, TARGETS))))
+    assert results["difference"] is not None
+    assert results["num_lost"] - results["num_gained"] == round(
+        NUM_IMAGES * (results["accuracy"]["old"] - results["accuracy"]["new"])
+    )
+
+
+# Classes -----------------------------------------------------------------------------------------
+
+
+def test_a_model_of_1000_classes_keeps_its_bits(tmp_path: Path) -> None:
+    model = ViTCLSForImageClassification(build_tiny_config(num_labels=1000))
+    source = save_with_processor(model, tmp_path / "source")
+    noise = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
+    add_class(source, [(Image.fromarray(pixels), "new") for pixels in noise], tmp_path / "new")
+    images = build_images(3)
+    old = compute(source, images)
+    new = compute(tmp_path / "new", images)
+    assert new.logits.shape == (3, 1001)
+    assert torch.equal(new.logits[:, :1000], old.logits)
+    assert (
+        ViTCLSForImageClassification.from_pretrained(tmp_path / "new").config.id2label[1000]
+        == "new"
+    )
+
+
+def test_an_added_class_is_recognized_at_a_bounded_loss(digits: Path, tmp_path: Path) -> None:
+    """The new class is a stripe pattern that no digit looks like."""
+    stripes = np.zeros((30, 8, 8), np.uint8)
+    stripes[:, :, ::2] = np.arange(200, 230, dtype=np.uint8)[:, None, None]
+    new = [(Image.fromarray(pixels), "stripes") for pixels in stripes]
+    record = add_class(
+        digits,
+        new,
+        tmp_path / "new",
+        old_dataset=build_dataset(list(map(str, TARGETS))),
+        max_old_loss=2,
+    )
+    assert record["old_classes"]["old_loss"] <= 0.02
+    assert record["new_classes"]["recall"] > 0.9
+    assert predict(tmp_path / "new", [new[0][0]])[0]["label"] == "stripes"
+
+
+def test_the_new_rows_are_those_of_a_logistic_regression_with_fixed_rows() -> None:
+    """With one old class of logit 0, the new row is scikit-learn's binary regression."""
+    generator = np.random.default_rng(0)
+    features = generator.normal(size=(200, 5))
+    labels = (features[:, 0] + generator.normal(size=200) > 0).astype(int)
+    rows = AddedRows(np.zeros((200, 1)), 2).set_params(C=0.1).fit(features, labels)
+    expected = LogisticRegression(C=0.1, tol=1e-8, max_iter=1000).fit(features, labels)
+    assert np.abs(rows.weight - expected.coef_).max() < 1e-3
+    assert np.abs(rows.bias - expected.intercept_).max() < 1e-3
+
+
+def test_the_bias_loses_at_most_the_allowed_images() -> None:
+    generator = np.random.default_rng(0)
+    logits = generator.normal(size=(300, 4))
+    labels = np.repeat([0, 1, 3], 100)
+    logits[np.arange(300), labels] += 2
+    choice = choose_bias(logits, labels, num_old=3, max_old_loss=1)
+    moved = np.add(logits, [0, 0, 0, choice.shift])
+    was_right = logits[:200, :3].argmax(axis=1) == labels[:200]
+    assert choice.num_lost == (was_right & (moved[:200].argmax(axis=1) == 3)).sum() <= 2
+    assert choice.num_recognized == (moved[200:].argmax(axis=1) == 3).sum() > 0
+
+
+def test_classes_that_cost_too_much_are_refused_with_the_figure() -> None:
+    logits = np.array([[1.0, 0.0, 0.9]] * 50 + [[9.0, 0.0, 0.0]] * 2)
+    labels = np.array([0] * 50 + [2] * 2)
+    with raises_one_line("100.0 points"):
+        choose_bias(logits, labels, num_old=2, max_old_loss=1)
