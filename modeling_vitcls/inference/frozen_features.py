@@ -199,10 +199,8 @@ class FrozenPass(Evaluator):
 
     def compute_outputs(self, model: Any, pixel_values: torch.Tensor) -> SimpleNamespace:
         """Return the features [B, all] of images [B, C, H, W] as `logits`."""
-        if OWN_POOLING in self.layout.widths:
-            outputs = model(pixel_values)
-        else:
-            outputs = self.encode(model, pixel_values)
+        has_layers = OWN_POOLING not in self.layout.widths
+        outputs = self.encode(model, pixel_values) if has_layers else model(pixel_values)
         features = pool_layers(model, outputs, self.layout)
 
         batch = self.batches[-1]

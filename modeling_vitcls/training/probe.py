@@ -71,6 +71,8 @@ MIN_ASPECT_RATIO = (
     1.05  # median of the longer side divided by the shorter, from which two geometries are compared
 )
 SQUASH = "squash"
+# Settings of an image processor that `set_fit` changes
+GEOMETRY_SETTINGS = ("do_resize", "size", "do_center_crop", "crop_size", "do_pad", "pad_size")
 
 
 def explain_missing_probe(
@@ -302,6 +304,7 @@ class Probe:
             The features of all images with the chosen geometry, and the record of the comparison.
         """
         own_fit = get_fit(self.processor)
+        own_settings = {name: getattr(self.processor, name) for name in GEOMETRY_SETTINGS}
         num_compared = min(MAX_SQUASHED_IMAGES, round(SQUASHED_FRACTION * len(images)))
         is_compared = np.zeros(len(images), dtype=bool)
         is_compared[np.random.default_rng(0).permutation(len(images))[:num_compared]] = True
@@ -314,7 +317,7 @@ class Probe:
             choices[fit] = self.choose(features.take(np.isin(features.indices, shared)))
         scores = {fit: choice.score for fit, choice in choices.items() if choice.score is not None}
         if len(scores) < 2:  # too few images to compare
-            self.set_geometry(own_fit)
+            self.restore_settings(own_settings)
             return own, {}
 
         is_squashed = is_clearly_worse(scores[own_fit].losses, scores[SQUASH].losses, 1.0)
@@ -323,7 +326,7 @@ class Probe:
             "losses": {fit: float(score.losses.mean()) for fit, score in scores.items()},
         }
         if not is_squashed:
-            self.set_geometry(own_fit)
+            self.restore_settings(own_settings)
             return own, record
         return concatenate_features(
             squashed, self.compute_part(images, ~is_compared, own.layout)
@@ -336,6 +339,11 @@ class Probe:
         indices = np.flatnonzero(is_chosen)
         features = self.compute_features(images.select(indices.tolist()), layout).features
         return replace(features, indices=indices[features.indices])
+
+    def restore_settings(self, settings: dict[str, Any]) -> None:
+        """Set the image processor as it was. `set_fit` would not know the size before a crop."""
+        for name, value in settings.items():
+            setattr(self.processor, name, value)
 
     def set_geometry(self, fit: str) -> None:
         set_fit(self.processor, fit, self.model.config.image_height_width)

@@ -62,7 +62,10 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = train_digits_model(epochs=2)
     model.config.id2label = {index: str(index) for index in range(10)}
     model.save_pretrained(folder)
-    ViTCLSImageProcessor(size=8, do_convert_rgb=False).save_pretrained(folder)
+    processor = ViTCLSImageProcessor(
+        size=8, do_convert_rgb=False, image_mean=[0.5], image_std=[0.5]
+    )
+    processor.save_pretrained(folder)
     return folder
 
 

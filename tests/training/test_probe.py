@@ -20,6 +20,7 @@ from PIL import Image
 from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
+from transformers.image_utils import SizeDict
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
 from modeling_vitcls.data.aspect_ratio import get_fit, set_fit
@@ -315,3 +316,31 @@ def test_random_weights_have_no_probe(tmp_path: Path) -> None:
         (run.options, set(), "single_label_classification", "checkpoint has a classifier"),
     ):
         assert reason in str(explain_missing_probe(options, run.setup.model, names, kind))
+
+
+def test_the_own_geometry_that_wins_is_saved_as_it_was(encoder: Path, tmp_path: Path) -> None:
+    """The processor resizes to 40 pixels before the crop. The labels are noise, so no geometry wins."""
+    folder = tmp_path / "photos"
+    generator = np.random.default_rng(0)
+    for name in ("a", "b"):
+        (folder / name).mkdir(parents=True)
+        for index in range(40):
+            pixels = generator.integers(0, 256, (48, 96), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{index}.png")
+    own = tmp_path / "own"
+    shutil.copytree(encoder, own)
+    processor = ViTCLSImageProcessor.from_pretrained(own)
+    processor.size = SizeDict(shortest_edge=40)
+    processor.do_center_crop = True
+    processor.crop_size = SizeDict(height=32, width=32)
+    processor.save_pretrained(own)
+    flags = {"model": own, "probe": True, "select": None}
+    results = run_training(build_tiny_options(tmp_path / "run", folder, **flags))
+    assert results["frozen"]["geometry"]["losses"].keys() == {"crop", "squash"}
+    saved = ViTCLSImageProcessor.from_pretrained(tmp_path / "run")
+    image = Image.open(folder / "a" / "0.png")
+    expected, found = (
+        each(image, return_tensors="pt")["pixel_values"]
+        for each in (ViTCLSImageProcessor.from_pretrained(own), saved)
+    )
+    assert torch.equal(found, expected)
