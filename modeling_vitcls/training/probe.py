@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 from torch import nn
 
 from ..data.aspect_ratio import get_fit, set_fit
@@ -269,7 +270,8 @@ class Probe:
             return features.select(candidate).astype(np.float64)
 
         def choose() -> ProbeChoice:
-            with report_work("cross-validation"):
+            # The matrices are small: with more threads, the fits take more time in total.
+            with report_work("cross-validation"), threadpool_limits(limits=1):
                 return choose_probe(
                     select, features.labels, self.model.config.num_labels, candidates
                 )
