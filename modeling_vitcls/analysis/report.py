@@ -178,6 +178,9 @@ def build_overview(inspection: Inspection) -> list[dict[str, Any]]:
     patch features as colors."""
     rows = []
     reports = inspection.image_reports[:NUM_OVERVIEW_IMAGES]
+    if not reports:
+        return rows
+
     last_layer = max(count_used_layers(inspection.config, inspection.has_head)[-1], 1) - 1
     patch_colors = compute_patch_colors([report.features[last_layer] for report in reports])
     overview = iterate_overview(inspection, NUM_OVERVIEW_IMAGES)
