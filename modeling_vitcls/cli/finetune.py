@@ -8,17 +8,59 @@ The training is implemented in modeling_vitcls/training/run.py and finetune.py.
 """
 
 from ..options import FinetuneOptions, PretrainOptions
-from .parsing import exit_with_message
+from .parsing import FlagGroup, exit_with_message
 
 
 OPTIONS_CLASS = FinetuneOptions
 # Flags in `--help`, by group; `--help-all` shows all flags
-COMMON_FLAGS = {
-    "input and output": "model dataset output_dir config label_column held_out_fraction",
-    "model": "num_register_tokens image_size fit pooling",
-    "training": "epochs batch_size learning_rate trainable mixed_precision auto_augment mixup class_balance seed",
-    "run": "resume overwrite dry_run log_with push_to_hub hub_model_id",
-}
+COMMON_FLAGS = (
+    FlagGroup(
+        "files, such as --model facebook/dinov2-small --dataset photos --output-dir runs",
+        {
+            "model": "folder, Hub id, timm:NAME, or vitcls-tiny to -large",
+            "dataset": "folder with one folder per class, table, Hub id",
+            "output_dir": "folder for the model, the card and the report",
+            "config": "recipe: a YAML file of flags, or a name such as digits",
+            "label_column": "one column, or one per task; default: by name or type",
+            "held_out_fraction": "part of the images for evaluation",
+        },
+    ),
+    FlagGroup(
+        "model, such as --image-size 336 --num-register-tokens 4",
+        {
+            "num_register_tokens": "registers; default: the checkpoint's",
+            "image_size": "or native; default: as trained, but 224 if above 256",
+            "fit": "default: measured",
+            "pooling": "default: measured",
+        },
+    ),
+    FlagGroup(
+        "training, such as --select last --epochs 20 --auto-augment rand",
+        {
+            "select": "default: best, if enough images",
+            "epochs": "default: 30, or 10 if pre-trained, from 10,000 images",
+            "batch_size": "per process; default: 64, or 32 below 10,000 images",
+            "learning_rate": "default: from the width and the initial weights",
+            "trainable": "full, head, last-N or lora",
+            "mixed_precision": "precision",
+            "auto_augment": "augmentation",
+            "mixup": "alpha, or 0 for none",
+            "class_balance": "for imbalanced classes",
+            "seed": "random seed",
+        },
+    ),
+    FlagGroup(
+        "run, such as --dry-run, or --resume after an interruption",
+        {
+            "resume": "continue the run in --output-dir",
+            "overwrite": "replace the run in --output-dir",
+            "dry_run": "test all stages, and estimate duration and memory",
+            "log_with": "trackers",
+            "push_to_hub": "push the model, and verify it",
+            "hub_model_id": "default: in your account, named after --output-dir",
+        },
+    ),
+)
 
 
 def run(options: FinetuneOptions | PretrainOptions) -> None:

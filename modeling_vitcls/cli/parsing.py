@@ -140,22 +140,36 @@ def prepare_flags(command: str, options_class: type, flags: list[str]) -> list[s
 
 def check_choices(name: str, type_hint: Any, flags: list[str]) -> None:
     """Exit with status 2 if a value of a flag is not one of its choices, which are listed in a fixed order."""
-    types = [type_hint]
-    if get_origin(type_hint) in (Union, UnionType):
-        types = [each for each in get_args(type_hint) if each is not type(None)]
-    has_several_values = len(types) == 1 and get_origin(types[0]) is tuple
-    if has_several_values:
-        types = [each for each in get_args(types[0]) if each is not Ellipsis]
-    if not all(get_origin(each) is Literal for each in types):
+    types, has_several_values = list_types(type_hint)
+    choices = list_choices(type_hint)
+    if not choices:
         return
     flag = f"--{name.replace('_', '-')}"
-    choices = [str(choice) for each in types for choice in get_args(each)]
     allowed = {*choices, "None"} if type_hint is not types[0] else set(choices)
     for value in read_values(flags, flag, has_several_values):
         if value not in allowed:
             exit_with_message(
                 f"error: {flag} is {value}, but it must be one of {', '.join(choices)}"
             )
+
+
+def list_types(type_hint: Any) -> tuple[list[Any], bool]:
+    """Return the types of one value of a flag, without None, and whether the flag takes several values."""
+    types = [type_hint]
+    if get_origin(type_hint) in (Union, UnionType):
+        types = [each for each in get_args(type_hint) if each is not type(None)]
+    has_several_values = len(types) == 1 and get_origin(types[0]) is tuple
+    if has_several_values:
+        types = [each for each in get_args(types[0]) if each is not Ellipsis]
+    return types, has_several_values
+
+
+def list_choices(type_hint: Any) -> list[str]:
+    """Return the choices of a flag; an empty list if it accepts other values as well."""
+    types, _ = list_types(type_hint)
+    if not all(get_origin(each) is Literal for each in types):
+        return []
+    return [str(choice) for each in types for choice in get_args(each)]
 
 
 def read_values(flags: list[str], flag: str, has_several_values: bool) -> list[str]:
@@ -276,25 +290,45 @@ def find_own_error(ended: BaseException) -> BaseException | None:
 # Help ----------------------------------------------------------------------------------------------------------------
 
 
-def format_short_help(command: str, options_class: type, common_flags: dict[str, str]) -> str:
-    """Format the help of the flags that are set most often, on one screen.
+@dataclasses.dataclass(frozen=True)
+class FlagGroup:
+    """Flags that `--help` lists together.
 
-    Args:
-        common_flags: Title of a group -> names of its flags, separated by spaces.
+    Attributes:
+        title: title of the group, and an example of its flags.
+        texts: name of a flag -> a few words, with a default value only where the flag's own is None.
     """
+
+    title: str
+    texts: dict[str, str]
+
+
+def format_short_help(command: str, options_class: type, groups: tuple[FlagGroup, ...]) -> str:
+    """Format the flags that are set most often, with their choices and defaults, on one screen."""
     width = max(60, shutil.get_terminal_size().columns)
-    texts = read_help_texts(options_class)
+    fields = get_flag_fields(options_class)
     lines = [f"usage: vitcls {command} --model M --dataset D --output-dir FOLDER [FLAGS]"]
-    for title, names in common_flags.items():
-        lines += ["", f"{title}:"]
-        for name in names.split():
-            first_sentence = re.split(r"(?<!al)[.:] ", " ".join(texts[name].split()))[0].rstrip(".")
-            text = textwrap.shorten(first_sentence, width - 26, placeholder=" ...")
-            lines.append(f"  --{name.replace('_', '-'):<22}{text}")
-    rest = len(texts) - sum(len(names.split()) for names in common_flags.values())
+    for group in groups:
+        lines += ["", group.title]
+        for name, text in group.texts.items():
+            flag = f"  --{name.replace('_', '-')}"
+            words = f"{flag:<26}{text} {describe_values(fields[name])}"
+            lines += textwrap.wrap(words, width, subsequent_indent=" " * 26, break_on_hyphens=False)
+    rest = len(fields) - sum(len(group.texts) for group in groups)
     return "\n".join(
         [*lines, "", f"`vitcls {command} --help-all` also shows the other {rest} flags."]
     )
+
+
+def describe_values(field: dataclasses.Field[Any]) -> str:
+    """Return the choices and the default value of a flag, in parentheses; an empty text if there are none."""
+    choices = ", ".join(list_choices(field.type))
+    has_default = isinstance(field.default, str | float | int) and not isinstance(
+        field.default, bool
+    )
+    default = f"default {field.default}" if has_default else ""
+    values = "; ".join(part for part in (choices, default) if part)
+    return f"({values})" if values else ""
 
 
 def read_help_texts(options_class: Any) -> dict[str, str]:

@@ -100,7 +100,10 @@ def convert_once(source: str) -> str:
     )
     if not (folder / CONFIG_FILE).is_file():
         logger.warning("converting %s", source)
-        convert_checkpoint(source, folder)
+        report = convert_checkpoint(source, folder)
+        for note in report["notes"]:
+            if note.startswith("pooling: "):
+                logger.warning("%s", note)
         logger.warning("the converted model is cached in %s", folder)
     return str(folder)
 

@@ -25,7 +25,13 @@ from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, ViTCLSPreTrainedModel
 from ..runtime.files import create_output_folder, read_json, write_json
 from ..runtime.system import get_versions
-from .parity_report import MAX_DIFFERENCE, Report, compare_models, describe_position_embeddings
+from .parity_report import (
+    MAX_DIFFERENCE,
+    Report,
+    compare_models,
+    describe_pooling,
+    describe_position_embeddings,
+)
 from .processors import (
     apply_processor,
     build_preprocessing_record,
@@ -85,7 +91,9 @@ def convert_checkpoint(
             not_compared=native_size_reason,
             preprocessing=preprocessing,
             versions=get_versions("timm"),
-            notes=source.notes + describe_position_embeddings(source, model.config),
+            notes=source.notes
+            + describe_pooling(source, model.config)
+            + describe_position_embeddings(source, model.config),
             family=source.family,
             source_sha256=source.sha256,
         )

@@ -92,6 +92,17 @@ def compare_models(
     return comparisons, ""
 
 
+def describe_pooling(source: SourceModel, config: ViTCLSConfig) -> list[str]:
+    """Return a note if timm pools another token than the authors (huggingface/pytorch-image-models#2681)."""
+    is_dinov3 = source.project == "timm" and "dinov3" in source.name.lower()
+    if not is_dinov3 or config.pooling != "mean":
+        return []
+    return [
+        "pooling: the mean of the patches, as in timm; Meta's code and transformers read the CLS token. "
+        'Set --pooling cls in `vitcls finetune`, or pooling="cls" in Python, to do the same'
+    ]
+
+
 def describe_position_embeddings(source: SourceModel, config: ViTCLSConfig) -> list[str]:
     """Return notes on how the converted model computes position embeddings, and how other implementations differ."""
     notes = []

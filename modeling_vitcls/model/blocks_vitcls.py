@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
-from transformers.integrations import use_kernel_forward_from_hub
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
@@ -354,7 +353,6 @@ class ViTCLSAttention(nn.Module):
 
 
 # MLP -----------------------------------------------------------------------------------------------------------------
-@use_kernel_forward_from_hub("ViTCLSMLP")
 class ViTCLSMLP(nn.Module):
     """Linear layer, activation, linear layer: [B, N, D] -> [B, N, intermediate] -> [B, N, D].
 
@@ -379,7 +377,6 @@ class ViTCLSMLP(nn.Module):
         return self.fc2(activations)
 
 
-@use_kernel_forward_from_hub("ViTCLSGLU")
 class ViTCLSGLU(nn.Module):
     """Gated MLP, `down(act(gate(x)) * up(x))` (Shazeer 2020, arXiv 2002.05202); see `ViTCLSMLP`."""
 

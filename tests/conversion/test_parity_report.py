@@ -8,6 +8,7 @@ from helpers.tiny_models import build_tiny_config, raises_one_line
 from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.conversion.parity_report import (
     compare_models,
+    describe_pooling,
     describe_position_embeddings,
     get_non_square_size,
 )
@@ -19,6 +20,16 @@ class StubSource:
     def __init__(self, name: str, project: str) -> None:
         self.name, self.project, self.model, self.native_size_reason = name, project, None, ""
         self.image_size = (32, 32)
+
+
+def test_only_timms_mean_pooling_of_dinov3_has_a_note() -> None:
+    dinov3: Any = StubSource("timm:vit_small_patch16_dinov3.lvd1689m", "timm")
+    dinov2: Any = StubSource("timm:vit_small_patch14_dinov2.lvd142m", "timm")
+    mean = build_tiny_config(pooling="mean")
+    cls = build_tiny_config(pooling="cls")
+    assert len(describe_pooling(dinov3, mean)) == 1
+    assert describe_pooling(dinov3, cls) == []
+    assert describe_pooling(dinov2, mean) == []
 
 
 def test_notes_on_positions() -> None:

@@ -1,4 +1,4 @@
-"""README.md, CONTRIBUTING.md and docs/*.md: links, length, names in code, flags, error messages and code blocks.
+"""README.md, CONTRIBUTING.md, AGENTS.md and docs/*.md: links, length, names in code, flags, error messages and code blocks.
 
 Fast tests resolve the imports of Python blocks; slow tests run the blocks. The
 blocks of a page run one after the other in one process, offline, in a folder with
@@ -53,7 +53,12 @@ pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "modeling_vitcls"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "AGENTS.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 
 MODULE = ["-m", "modeling_vitcls.cli"]
 OTHER_COMMANDS = (
