@@ -6,6 +6,7 @@
 # make check      lint and check types
 # make test       set up, lint, run all tests except the slow ones (CI runs `make browser check test`)
 # make test-all   like `make test`, including the slow tests
+# make coverage   like `make test`, and report how many lines of each file run
 # make test-floor run the tests with the lowest package versions that pyproject.toml allows
 # make browser    install Chromium for the tests of HTML pages, which are skipped without Chromium
 # make docs       test the documentation: links, flags and code blocks
@@ -20,12 +21,12 @@ RUN    := $(VENV)/bin/python
 
 export TOKENIZERS_PARALLELISM := false
 # One thread per test process, because more threads than cores make the tests slower
-test-quick test test-all test-floor: export OMP_NUM_THREADS := 1
+test-quick test test-all coverage test-floor: export OMP_NUM_THREADS := 1
 
 # Let Python cache bytecode. Otherwise, each subprocess of a test compiles libraries again, which takes seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: dist demo cards pictures site test-quick test test-all test-floor check lint browser docs gpu setup clean
+.PHONY: dist demo cards pictures site test-quick test test-all coverage test-floor check lint browser docs gpu setup clean
 
 demo: setup
 	$(RUN) scripts/demo.py
@@ -80,10 +81,11 @@ QUICK := \
 test-quick: setup
 	$(RUN) -m pytest -n 2 --dist loadfile -m "not slow" $(QUICK:%=tests/%.py)
 
-test: TESTS := -m "not slow"
+test coverage: TESTS := -m "not slow"
 # in the order of the folders: xdist would start long files with few tests last
 test-all: TESTS := --no-loadscope-reorder
-test test-all: lint
+coverage: TESTS += --cov --cov-report term
+test test-all coverage: lint
 	$(RUN) -m pytest -n $(WORKERS) --dist loadfile --durations 20 $(TESTS)
 
 check: lint

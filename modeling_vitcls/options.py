@@ -7,11 +7,28 @@ immediately.
 """
 
 import dataclasses
+import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+
+# Flags of other training scripts -> equivalent flags in this package.
+EQUIVALENT_FLAGS = {
+    "lr": "learning_rate",
+    "bs": "batch_size",
+    "wd": "weight_decay",
+    "per_device_train_batch_size": "batch_size",
+    "num_train_epochs": "epochs",
+    "data": "dataset",
+    "data_dir": "dataset",
+    "model_name_or_path": "model",
+    "fp16": "mixed_precision",
+    "bf16": "mixed_precision",
+    "clip_grad": "max_gradient_norm",
+}
 
 
 @dataclass(frozen=True)
@@ -956,6 +973,15 @@ def get_flag_fields(options_class: Any) -> dict[str, dataclasses.Field[Any]]:
             else {option.name: option}
         )
     return fields
+
+
+def find_similar_flag(name: str, flag_names: Collection[str]) -> str | None:
+    """Return the flag that an unknown name stands for: its equivalent here, or the most similar name; None if there is
+    no such flag."""
+    equivalent = EQUIVALENT_FLAGS.get(name)
+    if equivalent in flag_names:
+        return equivalent
+    return next(iter(difflib.get_close_matches(name, flag_names, n=1)), None)
 
 
 def to_flags(options: Any) -> dict[str, Any]:

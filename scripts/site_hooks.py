@@ -1,7 +1,7 @@
 """Hooks of `mkdocs build`: pages from outside docs/, links between pages, and the API reference.
 
 docs/ is the only source of the pages that it contains. The home page is README.md, docs/README.md is the table of
-contents, and the cards, CONTRIBUTING.md, SECURITY.md and CHANGELOG.md are added at their paths in the repository.
+contents, and the cards and the pages in ADDED are added at their paths in the repository.
 Links are written for the repository, so that they work there; here they become links between the pages of the site.
 """
 
@@ -25,6 +25,7 @@ RENAMED = {
 }  # path in the repository -> path in the site
 ADDED = [
     "CONTRIBUTING.md",
+    "CODE_OF_CONDUCT.md",
     "SECURITY.md",
     "CHANGELOG.md",
     "LICENSE",

@@ -55,3 +55,11 @@ def test_a_release_is_published_only_after_the_tests() -> None:
     assert jobs["publish"]["needs"] == "build"
     assert jobs["build"]["needs"] == "test"
     assert jobs["test"]["uses"] == "./.github/workflows/test.yml"
+
+
+def test_what_is_published_is_built_without_a_cache() -> None:
+    jobs = WORKFLOWS["release"]["jobs"]
+    settings = [
+        step.get("with", {}) for name in ("build", "publish") for step in jobs[name]["steps"]
+    ]
+    assert not any("cache" in setting for setting in settings)

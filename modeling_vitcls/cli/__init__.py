@@ -4,10 +4,12 @@
     accelerate launch -m modeling_vitcls.cli finetune --model vitcls-tiny ...       several processes
     vitcls --tyro-print-completion bash                                             shell completion
 
-    parsing.py      recipes and flags -> options; one-line errors and exit statuses
-    functions.py    the commands as Python functions
-    NAME.py         vitcls NAME, with underscores for hyphens
-    demo_page.py    the page of `vitcls demo`
+    parsing.py          recipes and flags -> options; one-line errors and exit statuses
+    functions.py        the commands as Python functions
+    flags.py            their keyword arguments, with types (written by scripts/make_flags.py)
+    argument_errors.py  their errors, which name arguments instead of flags
+    NAME.py             vitcls NAME, with underscores for hyphens
+    demo_page.py        the page of `vitcls demo`
 
 A subcommand defines OPTIONS_CLASS and `run(options)`. OPTIONS_CLASS is a dataclass whose fields are the flags, and
 whose `__post_init__` raises ValueError if flags contradict each other. ValueErrors and OSErrors raised by subcommands

@@ -7,15 +7,15 @@
     rows = predict("runs/mine", [image, "photo.jpg"], top_k=3)
     look("runs/mine", "photo.jpg")      # a PIL image, which a notebook shows
 
-Keyword arguments are the flags of the commands: `learning_rate=1e-4` is `--learning-rate 1e-4`. A dataset is
-a path, a Hub id, or data in memory (data/in_memory.py).
+Keyword arguments are the flags of the commands: `learning_rate=1e-4` is `--learning-rate 1e-4`. flags.py lists them
+with their types, for editors and type checkers. Errors name the argument instead of the flag (argument_errors.py). A
+dataset is a path, a Hub id, or data in memory (data/in_memory.py).
 """
 
 import dataclasses
-import difflib
-import types
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Unpack, get_origin, get_type_hints
 
 from ..options import (
     AddClassOptions,
@@ -27,15 +27,26 @@ from ..options import (
     PredictOptions,
     PretrainOptions,
     VerifyUnchangedOptions,
+    find_similar_flag,
     get_flag_fields,
+)
+from .argument_errors import errors_name_arguments, get_choices, get_value_types
+from .flags import (
+    EvaluateFlags,
+    FinetuneFlags,
+    InspectFlags,
+    LookFlags,
+    PredictFlags,
+    PretrainFlags,
 )
 
 
 Options = TypeVar("Options")
 
 
+@errors_name_arguments(FinetuneOptions)
 def finetune(
-    model: str | Path, dataset: Any, output_dir: str | Path, **flags: Any
+    model: str | Path, dataset: Any, output_dir: str | Path, **flags: Unpack[FinetuneFlags]
 ) -> dict[str, Any]:
     """Fine-tune a model on labeled images, as `vitcls finetune` does.
 
@@ -44,7 +55,7 @@ def finetune(
         dataset: a path, a Hub id, a `datasets.Dataset` or `DatasetDict`, a torch Dataset, a list of (image, label), or
             a dict of splits.
         output_dir: output folder of the run.
-        flags: other flags of `vitcls finetune`.
+        flags: other flags of `vitcls finetune`, which `FinetuneFlags` in flags.py lists.
 
     Returns:
         The contents of results.json, or of folds.json if `folds` is set.
@@ -61,12 +72,14 @@ def finetune(
     return run_training(options)
 
 
+@errors_name_arguments(PretrainOptions)
 def pretrain(
-    model: str | Path, dataset: Any, output_dir: str | Path, **flags: Any
+    model: str | Path, dataset: Any, output_dir: str | Path, **flags: Unpack[PretrainFlags]
 ) -> dict[str, Any]:
     """Pre-train a model on images without labels, as `vitcls pretrain` does.
 
-    The arguments, return value and errors are the same as for `finetune`. The labels of the dataset are ignored.
+    The arguments, return value and errors are the same as for `finetune`, and the flags are those in `PretrainFlags`.
+    The labels of the dataset are ignored.
     """
     options = build_options(
         PretrainOptions, model=model, dataset=dataset, output_dir=output_dir, **flags
@@ -100,14 +113,15 @@ def run_training(options: Any) -> dict[str, Any]:
     return train_one(options)
 
 
-def evaluate(model: str | Path, dataset: Any, **flags: Any) -> dict[str, Any]:
+@errors_name_arguments(EvaluateOptions)
+def evaluate(model: str | Path, dataset: Any, **flags: Unpack[EvaluateFlags]) -> dict[str, Any]:
     """Evaluate a saved model, or its frozen features with `frozen="knn"`, as `vitcls evaluate` does.
 
     Args:
         model: a folder, a Hub id or any other checkpoint that `--model` accepts.
         dataset: as in `finetune`. All images of the split `test` are evaluated or, if there is none, of `validation`
             or the only split, except those that the model was trained on.
-        flags: other flags of `vitcls evaluate`.
+        flags: other flags of `vitcls evaluate`, which `EvaluateFlags` in flags.py lists.
 
     Returns:
         The metrics that `vitcls evaluate --output FILE` writes or, if `audit` is set, the numbers of issues.
@@ -130,14 +144,17 @@ def run_evaluation(options: EvaluateOptions) -> dict[str, Any]:
     return evaluate_frozen(options) if options.frozen else evaluate_checkpoint(options)
 
 
-def predict(model: str | Path, images: Any = (), **flags: Any) -> list[dict[str, Any]]:
+@errors_name_arguments(PredictOptions)
+def predict(
+    model: str | Path, images: Any = (), **flags: Unpack[PredictFlags]
+) -> list[dict[str, Any]]:
     """Predict the labels of images, or compute their features with `features="cls"`, as `vitcls predict` does.
 
     Args:
         model: a folder, a Hub id or any other checkpoint that `--model` accepts.
         images: a path, a URL, or a list of paths, URLs, encoded images (bytes), PIL images or arrays. A folder path
             selects all images in the folder. To use a dataset instead, set `dataset`.
-        flags: other flags of `vitcls predict`, except `output`, `shard_size`, `shard` and `merge`.
+        flags: other flags of `vitcls predict`, which `PredictFlags` in flags.py lists.
 
     Returns:
         A list with one dict per image: `index`, `image`, the predicted columns, and `error` (None, or the reason why
@@ -160,13 +177,14 @@ def predict(model: str | Path, images: Any = (), **flags: Any) -> list[dict[str,
     return predict_from_options(options, images)
 
 
-def inspect_tokens(model: str | Path, images: Any = (), **flags: Any) -> Any:
+@errors_name_arguments(InspectOptions)
+def inspect_tokens(model: str | Path, images: Any = (), **flags: Unpack[InspectFlags]) -> Any:
     """Write the report on the special tokens of a model, as `vitcls inspect` does.
 
     Args:
         model: a folder, a Hub id or any other checkpoint that `--model` accepts.
         images: a path, a URL, or a list of paths or URLs. To inspect the images of a dataset instead, set `dataset`.
-        flags: other flags of `vitcls inspect`.
+        flags: other flags of `vitcls inspect`, which `InspectFlags` in flags.py lists.
 
     Returns:
         An `Inspection` object with the values of the report.
@@ -182,7 +200,8 @@ def inspect_tokens(model: str | Path, images: Any = (), **flags: Any) -> Any:
     )
 
 
-def look(model: str | Path, image: Any, **flags: Any) -> Any:
+@errors_name_arguments(LookOptions)
+def look(model: str | Path, image: Any, **flags: Unpack[LookFlags]) -> Any:
     """Draw what a model sees in a photo, as `vitcls look` does.
 
     Args:
@@ -295,9 +314,8 @@ def build_options(options_class: type[Options], /, **flags: Any) -> Options:
     known_flags = get_flag_fields(options_class).keys() - {"config"}
     for name in flags:
         if name not in known_flags:
-            hint = "".join(
-                f". Use {similar}" for similar in difflib.get_close_matches(name, known_flags, n=1)
-            )
+            similar = find_similar_flag(name, known_flags)
+            hint = f". Use {similar}" if similar else ""
             raise TypeError(f"unknown keyword argument {name!r}{hint}")
     if "dataset" in flags and not isinstance(flags["dataset"], str | Path):
         from ..data.in_memory import add_dataset
@@ -321,17 +339,10 @@ def build_dataclass(dataclass_type: Any, flags: dict[str, Any]) -> Any:
 
 
 def convert_value(name: str, value: Any, type_hint: Any) -> Any:
-    """Convert a value to the type of the flag `name`. Lists become tuples, and strings become paths if the flag
+    """Convert a value to the type of the flag `name`. Sequences become tuples, and strings become paths if the flag
     expects a path. Raise ValueError if the value is not one of the flag's choices."""
-    value_types = (
-        get_args(type_hint) if get_origin(type_hint) in (Union, types.UnionType) else (type_hint,)
-    )
-    choices = [
-        choice
-        for type_ in value_types
-        if get_origin(type_) is Literal
-        for choice in get_args(type_)
-    ]
+    value_types = get_value_types(type_hint)
+    choices = get_choices(value_types)
     has_only_choices = choices and all(
         get_origin(type_) is Literal or type_ is type(None) for type_ in value_types
     )
@@ -339,7 +350,7 @@ def convert_value(name: str, value: Any, type_hint: Any) -> Any:
         raise ValueError(
             f"{name} is {value!r}. Set {name} to one of {', '.join(map(repr, choices))}"
         )
-    if isinstance(value, list):
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         return tuple(value)
     if (
         isinstance(value, str)

@@ -29,7 +29,7 @@ import tyro
 import yaml
 
 from ..hub.local_paths import split_prefix
-from ..options import get_flag_fields, to_arguments, to_flags
+from ..options import find_similar_flag, get_flag_fields, to_arguments, to_flags
 from ..runtime.errors import format_error, is_raised_on_all_processes
 
 
@@ -38,21 +38,6 @@ Options = TypeVar("Options")
 PACKAGE_FOLDER = Path(__file__).parents[1]
 # Folders with the recipes that --config accepts by name: one in an installed package, one in a source checkout.
 RECIPE_FOLDERS = (PACKAGE_FOLDER / "recipes", PACKAGE_FOLDER.parent / "scripts" / "recipes")
-
-# Flags of other training scripts -> equivalent flags in this package.
-EQUIVALENT_FLAGS = {
-    "lr": "learning_rate",
-    "bs": "batch_size",
-    "wd": "weight_decay",
-    "per_device_train_batch_size": "batch_size",
-    "num_train_epochs": "epochs",
-    "data": "dataset",
-    "data_dir": "dataset",
-    "model_name_or_path": "model",
-    "fp16": "mixed_precision",
-    "bf16": "mixed_precision",
-    "clip_grad": "max_gradient_norm",
-}
 
 NOT_OF_TYPE = r"\1 requires \2, but got \3"
 TYRO_CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
@@ -233,14 +218,8 @@ def hint(name: str, flag_names: set[str]) -> str:
         return (
             "use --branch" if "branch" in flag_names else "to pin a commit, set --model ID@COMMIT"
         )
-    similar = EQUIVALENT_FLAGS.get(name) or next(
-        iter(difflib.get_close_matches(name, flag_names, n=1)), None
-    )
-    return (
-        f"use --{similar.replace('_', '-')}"
-        if similar in flag_names
-        else "`--help` lists the flags"
-    )
+    similar = find_similar_flag(name, flag_names)
+    return f"use --{similar.replace('_', '-')}" if similar else "`--help` lists the flags"
 
 
 def read_value(flags: list[str], flag: str) -> str | None:

@@ -1,5 +1,5 @@
 """The commands as Python functions: equal results to the command line, datasets in memory, and errors that name the
-flag.
+argument.
 """
 
 import json
@@ -156,8 +156,31 @@ def test_errors_name_the_argument(tmp_path: Path) -> None:
         build_options(
             FinetuneOptions, model="m", dataset="digits", output_dir="o", image_size="large"
         )
-    with raises_one_line("--epochs"):
-        finetune("vitcls-tiny", "digits", tmp_path, epochs=-1)
+
+
+def test_a_name_of_another_training_script_suggests_the_argument(tmp_path: Path) -> None:
+    flags: dict[str, Any] = {"lr": 1e-3}
+    with raises_one_line("lr", "learning_rate", error=TypeError):
+        finetune("vitcls-tiny", "digits", tmp_path, **flags)
+
+
+def test_an_invalid_value_names_the_argument(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^held_out_fraction is 2,"):
+        finetune("vitcls-tiny", "digits", tmp_path, held_out_fraction=2)
+
+
+def test_missing_images_name_the_argument() -> None:
+    with pytest.raises(ValueError, match="images") as raised:
+        predict("m")
+    assert "PATHS" not in str(raised.value)
+    assert "--" not in str(raised.value)
+
+
+@pytest.mark.integration
+def test_an_error_of_a_run_names_the_arguments(trained: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = trained
+    with pytest.raises(ValueError, match=r"Set overwrite=True, or choose a different output_dir"):
+        finetune("vitcls-tiny", get_digits(), folder, **MODEL, **RUN)
 
 
 @pytest.mark.parametrize(
