@@ -6,11 +6,23 @@
 `scripts/push_space.py` publishes the same page on the Hub. The page is implemented in demo_page.py.
 """
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from ..runtime.errors import describe_installation
+
+
+LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")  # no other machine can see the page
+NUM_EXAMPLES = 8  # maximum number of held-out images
+MAX_EXAMPLE_SIDE = 1024  # maximum length of the sides of a held-out image, in pixels
+# Modes of Pillow that PNG files do not have
+MODES_WITHOUT_PNG = ("CMYK", "YCbCr", "LAB", "HSV", "F")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -20,7 +32,8 @@ class DemoOptions:
     model: str
     """Folder or Hub id of a vitcls model (`ID@COMMIT` pins the model), or another ViT, which is converted once."""
     examples: tuple[Path, ...] = ()
-    """Image files to show as examples."""
+    """Image files to show as examples. Default: images that the run of the model held out, if its dataset is `digits`
+    or local, and no other machine can see the page (`--host`)."""
     host: str = "127.0.0.1"
     """Address of the server. 0.0.0.0 allows connections from other machines."""
     port: int | None = None
@@ -42,10 +55,77 @@ def run(options: DemoOptions) -> None:
     from ..inference.load_model import list_file_patterns, load_model
 
     folder = resolve_checkpoint(options.model, list_file_patterns(options.backend))
-    with force_offline():  # all files are local at this point
+    # All files are local at this point.
+    with force_offline(), TemporaryDirectory(prefix="vitcls-demo-") as examples_folder:
         model, processor = load_model(folder, use_head=None, backend=options.backend)
+        examples: Sequence[Path] = options.examples
+        if not examples and options.host in LOCAL_HOSTS:
+            examples = write_examples(Path(folder), Path(examples_folder))
         from .demo_page import serve_demo  # importing gradio is slow
 
         serve_demo(
-            model.eval(), processor, options.model, options.examples, options.host, options.port
+            model=model.eval(),
+            processor=processor,
+            title=get_title(options.model),
+            examples=examples,
+            host=options.host,
+            port=options.port,
         )
+
+
+def get_title(model: str) -> str:
+    """Return the name of a model without the folders of local paths and without a revision."""
+    from ..hub.loading import split_revision
+    from ..hub.local_paths import split_prefix
+
+    name = split_revision(model)[0]
+    path = split_prefix(name)[1]
+    return Path(path).resolve().name if path and Path(path).exists() else name
+
+
+def write_examples(folder: Path, output: Path) -> list[Path]:
+    """Write held-out images of the run that wrote a model folder to another folder, and return their files.
+
+    The images are drawn at random. There are none if the folder is not the output of a run, if the dataset would have
+    to be downloaded, or if it cannot be read.
+    """
+    from ..data.evaluated_images import load_evaluation_data
+    from ..data.held_out import read_held_out_record
+    from ..data.images import UnreadableImage
+    from ..hub.local_paths import BUILT_IN_DATASET, is_local
+    from ..publishing.model_folder import ModelFolder
+    from ..publishing.report import read_data_options
+
+    run = ModelFolder(folder)
+    data_options = read_data_options(run) if run.results else None
+    if data_options is None:
+        return []
+    if data_options.dataset != BUILT_IN_DATASET and not is_local(data_options.dataset):
+        return []
+    try:
+        record = read_held_out_record(folder)
+        data = load_evaluation_data(
+            options=data_options,
+            split=None,
+            record=record,
+            use_labels=run.architecture != "ViTCLSForMaskedImageModeling",  # as in training
+            max_images=NUM_EXAMPLES,
+        )
+    except (OSError, ValueError) as error:
+        logger.warning(f"the page has no examples: {error}. Set --examples to image files")
+        return []
+    if record is None or data.part.warning is not None:  # training may have used the images
+        return []
+    images = data.images.images
+    files = []
+    for index in range(len(images)):
+        try:
+            image = images[index]
+        except UnreadableImage:
+            continue
+        if image.mode in MODES_WITHOUT_PNG:
+            image = image.convert("RGB")
+        image.thumbnail((MAX_EXAMPLE_SIDE, MAX_EXAMPLE_SIDE))
+        files.append(output / f"{index + 1}.png")
+        image.save(files[-1])
+    return files

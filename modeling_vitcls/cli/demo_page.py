@@ -1,14 +1,19 @@
 """Demo page, built with gradio: an image, its predictions, and the attention of each special token.
 
-    serve_demo(model, processor, "runs/mine")       # serves the page until the process is stopped
+    serve_demo(model, processor, "mine")            # serves the page until the process is stopped
     serve_demo(*load_from_hub("someone/model", COMMIT), "someone/model")    # in a Space
 
-The page shows the image as the model sees it, after resizing and cropping. A Space contains this file and
-inference/token_names.py; the model's own code computes the attention (`model.token_attention`).
+    photo, examples | one panel per classifier: the answer and the probabilities of the labels
+    layer
+    the image as the model sees it, after resizing and cropping | the attention of each token over it
+
+A Space contains this file and inference/token_names.py; the model's own code computes the attention
+(`model.token_attention`).
 """
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +31,15 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["GRADIO_RUN_HISTORY"] = "False"
 
 import gradio as gr
+from gradio.components.label import LabelConfidence, LabelData
 
 
 UPLOAD_REQUIRED = "upload an image to this page, or select an example"
 CACHE_SECONDS = 3600  # time until uploaded images are deleted
+NONE_OF_THESE = "none of these"  # answer for an image that shows none of the labels
+NUM_LABELS = 5  # maximum number of labels in a panel
+MIN_PROBABILITY = 0.5  # default probability from which one of several labels is predicted
+IMAGE_CAPTION = "image"  # of the image without attention
 MIN_SIDE = 320  # minimum length of the longer side of a displayed image, in pixels
 COLORMAP = "inferno"
 OPACITY = 0.6  # largest opacity of the map over the image
@@ -39,7 +49,21 @@ FONTS: dict[str, Any] = {
     "font_mono": ("ui-monospace", "monospace"),
 }
 
-Prediction = dict[str, float] | str  # label -> probability, or regression values as text
+# Small images are enlarged. Up to four pictures in a row, two on a phone, below the label of the gallery, which grows
+# with its rows instead of scrolling.
+CSS = """
+#photo .image-frame, #photo .image-frame img { width: 100%; height: 100%; object-fit: contain }
+#maps .grid-container { grid-template-columns: repeat(auto-fill, minmax(min(17rem, 45%), 1fr)) }
+#maps .grid-wrap { max-height: none; min-height: 0; overflow: visible; padding-top: 2.5rem }
+"""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Prediction of one classifier for an image."""
+
+    answer: str  # a label, several labels, NONE_OF_THESE, or regression values
+    probabilities: dict[str, float]  # of all labels; empty for regression
 
 
 def serve_demo(
@@ -70,7 +94,7 @@ def serve_demo(
         "prevent_thread_lock": True,
         "quiet": True,
     }
-    options |= {"theme": gr.themes.Default(**FONTS), "footer_links": ["gradio"]}
+    options |= {"theme": gr.themes.Default(**FONTS), "css": CSS, "footer_links": ["gradio"]}
     try:
         _, address, _ = page.launch(server_name=host, server_port=port, **options)
     except OSError as error:  # gradio's message does not mention --port
@@ -98,7 +122,7 @@ def build_page(
     model: Any, processor: Any, title: str, examples: Sequence[str | Path] = ()
 ) -> gr.Blocks:
     """Build the page of a model."""
-    has_labels = "Classification" in (model.config.architectures or [type(model).__name__])[0]
+    classifiers = list_classifiers(model)
     names = get_token_names(model.config) if hasattr(model, "token_attention") else []
     num_layers = model.config.num_hidden_layers
     with gr.Blocks(
@@ -109,35 +133,39 @@ def build_page(
         )
         gr.Markdown(f"# {title}\nA Vision Transformer with {num_layers} layers, {tokens_text}.")
         with gr.Row():
-            image_input = build_image_input()
             with gr.Column():
-                output_names = (
-                    (list(model.config.task_labels()) or ["Prediction"]) if has_labels else []
-                )
-                labels = [gr.Label(label=name, num_top_classes=5) for name in output_names]
+                image_input = build_image_input()
+                if examples:
+                    gr.Examples([[str(file)] for file in examples], [image_input])
+            with gr.Column(visible=bool(classifiers)):
+                panels = [build_panel(name) for name in classifiers]
         layer = gr.Slider(
             1, num_layers, value=num_layers, step=1, label="Layer", visible=bool(names)
         )
         gallery = gr.Gallery(
-            label="Attention of the special tokens", visible=bool(names), elem_id="maps"
+            label="Attention of the special tokens",
+            height="auto",
+            object_fit="contain",
+            format="png",
+            buttons=["download", "fullscreen"],
+            visible=bool(names),
+            elem_id="maps",
         )
 
         def predict(file: dict[str, Any] | None, layer_number: float) -> list[Any]:
             if file is None:
-                return [None] * len(labels) + [[]]
+                return [None] * len(panels) + [[]]
+            layer_index = read_layer(layer_number, num_layers) if names else 0
             image = read_uploaded_image(processor, file, examples, image_input.GRADIO_CACHE)
             pixel_values = processor(image, return_tensors="pt")["pixel_values"].to(model.device)
-            predictions = compute_predictions(model, pixel_values) if has_labels else []
-            maps = (
-                draw_attention(model, processor, pixel_values, int(layer_number) - 1)
-                if names
-                else []
-            )
-            return [*predictions, list(zip(maps, names, strict=True))]
+            predictions = compute_predictions(model, pixel_values) if panels else []
+            pictures = []
+            if names:
+                pictures = draw_attention(model, processor, pixel_values, layer_index)
+            captions = [IMAGE_CAPTION, *names][: len(pictures)]
+            return [*predictions, list(zip(pictures, captions, strict=True))]
 
-        outputs = [*labels, gallery]
-        if examples:
-            gr.Examples([[str(file)] for file in examples], [image_input])
+        outputs = [*panels, gallery]
         for name, event in (("predict", image_input.change), (None, layer.release)):
             visibility = "public" if name else "private"
             event(
@@ -151,17 +179,61 @@ def build_page(
     return page
 
 
+def list_classifiers(model: Any) -> list[str]:
+    """Return the names of a model's classifiers, in the order of `compute_predictions`; none for an encoder."""
+    config = model.config
+    if "Classification" not in (config.architectures or [type(model).__name__])[0]:
+        return []
+    names = list(config.task_labels())
+    if not names and config.num_labels:
+        names = ["Prediction"]
+    return [*names, *config.get_extra_heads()]
+
+
+def build_panel(name: str) -> gr.Label:
+    """Build the panel of a classifier, which shows a `Prediction`."""
+    panel = gr.Label(label=name, num_top_classes=NUM_LABELS)
+    # As in `build_image_input`. The answer of gr.Label would always be the most probable label.
+    panel.postprocess = show_prediction  # type: ignore[method-assign,assignment]
+    return panel
+
+
+def show_prediction(prediction: Prediction | None) -> LabelData | dict[str, Any]:
+    """Return the contents of a panel."""
+    if prediction is None:
+        return {}
+    probabilities = prediction.probabilities
+    most_probable = sorted(probabilities, key=lambda name: probabilities[name], reverse=True)
+    confidences = [
+        LabelConfidence(label=name, confidence=probabilities[name])
+        for name in most_probable[:NUM_LABELS]
+    ]
+    return LabelData(label=prediction.answer, confidences=confidences or None)
+
+
+def read_layer(number: Any, num_layers: int) -> int:
+    """Return the index of the layer with a number from 1. Raise gr.Error for any other value."""
+    if number not in range(1, num_layers + 1):
+        message = f"the layer must be a whole number from 1 to {num_layers}, not {number!r:.20}"
+        raise gr.Error(message, print_exception=False)
+    return int(number) - 1
+
+
 def build_image_input() -> gr.Image:
     """Build the image input. A client can send any path or URL: URLs, which gradio would download to the server, are
     rejected here, and paths in `read_uploaded_image`."""
     image_input = gr.Image(
-        label="Image", type="filepath", sources=["upload", "clipboard"], height=360
+        label="Image",
+        type="filepath",
+        sources=["upload", "clipboard"],
+        height=360,
+        elem_id="photo",
     )
     cache_file = image_input.async_move_resource_to_block_cache
 
     async def cache_uploaded_file(path_or_url: str | Path | None) -> str | None:
         if str(path_or_url).startswith(("http:", "https:")):
-            raise gr.Error(UPLOAD_REQUIRED)
+            raise gr.Error(UPLOAD_REQUIRED, print_exception=False)
         return await cache_file(path_or_url)
 
     # The method is replaced on the instance, because gradio writes a .pyi file for each subclass of gr.Image.
@@ -190,53 +262,73 @@ def read_uploaded_image(
 
 @torch.no_grad()
 def compute_predictions(model: Any, pixel_values: torch.Tensor) -> list[Prediction]:
-    """Return the prediction of each task (one if the model has no tasks) for an image [1, C, H, W]."""
-    config, logits = model.config, model(pixel_values).logits
-    if config.tasks:
-        return [
-            format_prediction(logits[task], labels, None)
-            for task, labels in config.task_labels().items()
-        ]
-    labels = [config.id2label[index] for index in range(config.num_labels)]
-    # as in transformers' pipelines
-    is_binary = config.num_labels == 1 and config.problem_type != "regression"
-    return [
-        format_prediction(
-            logits, labels, "multi_label_classification" if is_binary else config.problem_type
+    """Return the prediction of each classifier (`list_classifiers`) for an image [1, C, H, W]."""
+    config = model.config
+    outputs = model(pixel_values)
+    predictions = []
+    for task, labels in config.task_labels().items():
+        predictions.append(build_prediction(outputs.logits[task], labels))
+    if not config.tasks and config.num_labels:
+        labels = [config.id2label[index] for index in range(config.num_labels)]
+        problem_type = config.problem_type
+        if config.num_labels == 1 and problem_type != "regression":  # as in transformers' pipelines
+            problem_type = "multi_label_classification"
+        threshold = (
+            None if problem_type == "multi_label_classification" else config.energy_threshold
         )
-    ]
+        predictions.append(build_prediction(outputs.logits, labels, problem_type, threshold))
+    for name, head in config.get_extra_heads().items():
+        logits = outputs.task_logits[name]
+        predictions.append(build_prediction(logits, head.labels, head.problem_type, head.threshold))
+    return predictions
 
 
-def format_prediction(
-    logits: torch.Tensor, labels: list[str], problem_type: str | None
+def build_prediction(
+    logits: torch.Tensor,
+    labels: list[str],
+    problem_type: str | None = None,
+    threshold: float | None = None,
 ) -> Prediction:
-    """Convert logits [1, labels] to a dict that maps labels to probabilities, or format regression values as text."""
+    """Build the prediction of a classifier.
+
+    Args:
+        logits: The logits [1, labels], which the model has divided by its temperature.
+        labels: The label names.
+        problem_type: As in the configuration. Default: one label per image.
+        threshold: The energy above which an image shows none of the labels; for several labels per image, the
+            probability from which a label is predicted.
+    """
     values = logits[0].float().cpu()
     if problem_type == "regression":
-        return ", ".join(
-            f"{label}: {value:.4g}" for label, value in zip(labels, values.tolist(), strict=True)
-        )
-    probabilities = (
-        values.sigmoid() if problem_type == "multi_label_classification" else values.softmax(dim=0)
-    )
-    return dict(zip(labels, probabilities.tolist(), strict=True))
+        pairs = zip(labels, values.tolist(), strict=True)
+        return Prediction(", ".join(f"{label}: {value:.4g}" for label, value in pairs), {})
+    if problem_type == "multi_label_classification":
+        probabilities = dict(zip(labels, values.sigmoid().tolist(), strict=True))
+        minimum = MIN_PROBABILITY if threshold is None else threshold
+        predicted = [label for label in labels if probabilities[label] >= minimum]
+        return Prediction(", ".join(predicted) or NONE_OF_THESE, probabilities)
+    probabilities = dict(zip(labels, values.softmax(dim=0).tolist(), strict=True))
+    energy = -values.logsumexp(dim=0).item()
+    if threshold is not None and energy > threshold:
+        return Prediction(NONE_OF_THESE, probabilities)
+    return Prediction(max(probabilities, key=lambda label: probabilities[label]), probabilities)
 
 
 @torch.no_grad()
 def draw_attention(
     model: Any, processor: Any, pixel_values: torch.Tensor, layer: int
 ) -> list[Image.Image]:
-    """Draw the attention of each special token in a layer, averaged over heads, over the image [1, C, H, W]."""
-    # [token, key]
-    (attention,) = model.token_attention(pixel_values, layers=[layer])[0].float().mean(1).cpu()
+    """Draw the image [1, C, H, W], and the attention of each special token in a layer (index from 0), averaged over
+    heads, over the image. All pictures have the same size."""
+    attention = model.token_attention(pixel_values, layers=[layer])[0, 0]  # [head, token, key]
+    attention = attention.float().mean(0).cpu()
     height, width = pixel_values.shape[-2:]
     patch_height, patch_width = model.config.patch_height_width
     patches = attention[:, model.config.token_layout.num_prefix_tokens :]
     maps = patches.reshape(len(patches), height // patch_height, width // patch_width)
-    picture = undo_normalization(processor, pixel_values)
     scale = max(1, round(MIN_SIDE / max(height, width)))
-    size = (width * scale, height * scale)
-    return [overlay_map(picture.resize(size), each / each.max().clamp(min=1e-12)) for each in maps]
+    picture = undo_normalization(processor, pixel_values).resize((width * scale, height * scale))
+    return [picture, *(overlay_map(picture, each / each.max().clamp(min=1e-12)) for each in maps)]
 
 
 def undo_normalization(processor: Any, pixel_values: torch.Tensor) -> Image.Image:

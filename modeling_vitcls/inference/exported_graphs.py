@@ -170,11 +170,13 @@ class ExportedModel(nn.Module):
                     f"{self.graph.file} has {len(outputs[name])} rows of {name} for {len(pixel_values)} images. "
                     "Export the model that --model names"
                 )
-        task_logits = {
-            name: outputs[name] for name in self.config.extra_heads or () if name in outputs
-        }
-        named = {"logits": outputs} if tasks else {"distillation_logits": None} | outputs
-        return SimpleNamespace(**named, task_logits=task_logits)
+        names = (self.config.extra_heads or {}) if self.use_head else {}
+        task_logits = {name: outputs[name] for name in names if name in outputs} or None
+        if tasks:
+            return SimpleNamespace(logits=outputs, task_logits=task_logits)
+        return SimpleNamespace(
+            **{"distillation_logits": None} | outputs | {"task_logits": task_logits}
+        )
 
 
 def load_exported_model(

@@ -448,7 +448,8 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
     def build_classifiers(self) -> None:
         """Build the classifiers for `config.num_labels` labels, without those that extra heads add."""
         self.num_labels = self.config.num_labels
-        num_labels = self.num_labels - sum(map(len, self.config.get_added_classes().values()))
+        num_added = sum(map(len, self.config.get_added_classes().values()))
+        num_labels = (self.num_labels or 0) - num_added
         self.classifier = build_head(self.config, self.config.pooled_size, num_labels)
         self.distillation_classifier = None
         if self.config.has_distillation_head and num_labels:

@@ -102,6 +102,15 @@ def convert_errors(warn: Callable[[str], None], message: str) -> Iterator[None]:
 def load_run_data(folder: ModelFolder) -> TrainingData | None:
     """Load the data of the run that wrote a folder, with the same held-out images; None without a record of the
     run."""
+    options = read_data_options(folder)
+    if options is None:
+        return None
+    use_labels = folder.architecture != "ViTCLSForMaskedImageModeling"
+    return load_training_data(options, folder.flags.get("select") == "best", use_labels)
+
+
+def read_data_options(folder: ModelFolder) -> DataOptions | None:
+    """Return the dataset options of the run that wrote a folder; None without a record of the run."""
     flags = folder.flags
     if "dataset" not in flags:
         return None
@@ -112,5 +121,4 @@ def load_run_data(folder: ModelFolder) -> TrainingData | None:
         name: tuple(value) if isinstance(value, list) else value
         for name, value in stored_values.items()
     }
-    use_labels = folder.architecture != "ViTCLSForMaskedImageModeling"
-    return load_training_data(DataOptions(**values), flags.get("select") == "best", use_labels)
+    return DataOptions(**values)

@@ -1,6 +1,7 @@
-"""The page of the demo: predictions, and the attention of each special token over the image that the model sees."""
+"""The demo: predictions, the attention of each special token over the image that the model sees, and the examples."""
 
 import asyncio
+import dataclasses
 import importlib
 import socket
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,12 @@ from modeling_vitcls import (
     ViTCLSImageProcessor,
     ViTCLSModel,
 )
+from modeling_vitcls.cli.demo import DemoOptions, get_title, run, write_examples
+from modeling_vitcls.data.sources import load_splits
+from modeling_vitcls.data.splits import build_held_out_rule, select_held_out
+from modeling_vitcls.hub.model_files import hash_weights
+from modeling_vitcls.options import DataOptions
+from modeling_vitcls.runtime.files import write_json
 
 
 pytestmark = pytest.mark.integration
@@ -46,11 +53,35 @@ def build_classifier(**fields: Any) -> Any:
     return randomize(ViTCLSForImageClassification(build_tiny_config(**fields)))
 
 
+def fix_logits(model: Any, logits: list[float]) -> Any:
+    """Return the model with a classifier that returns `logits` for every image."""
+    with torch.no_grad():
+        model.classifier.weight.zero_()
+        model.classifier.bias.copy_(torch.tensor(logits))
+    return model
+
+
 def call_page(blocks: Any, *inputs: Any) -> list[Any]:
     """Call the function of the page with decoded inputs."""
     (function,) = {each.fn for each in blocks.fns.values() if each.api_name == "predict"}
     assert function is not None
     return function(*inputs)
+
+
+def save_digits_run(folder: Path, dataset: str = "digits") -> Path:
+    """Save a classifier as if a run on digits had written it, and return the folder."""
+    save_classifier(folder)
+    options = DataOptions("digits")
+    (images,) = load_splits(options).images_by_split.values()
+    _, record = select_held_out(images, build_held_out_rule(options))
+    results = {
+        "dataset": "digits",
+        "weights_sha256": hash_weights(folder),
+        "held_out": dataclasses.asdict(dataclasses.replace(record, dataset="digits")),
+    }
+    write_json(folder / "results.json", results)
+    (folder / "config.resolved.yaml").write_text(f"dataset: {dataset}\n")
+    return folder
 
 
 @pytest.fixture
@@ -61,19 +92,38 @@ def uploads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "uploads"
 
 
+def save_photo(file: Path) -> dict[str, str]:
+    """Save an image of 50 x 40 pixels, and return the input of the page."""
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file)
+    return {"path": str(file)}
+
+
 def test_the_page_shows_the_prediction_and_a_map_per_token(page: Any, uploads: Path) -> None:
     model = build_classifier(num_register_tokens=2)
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))
-    image.save(uploads / "image.png")
-    label, maps = call_page(
-        page.build_page(model, PROCESSOR, "mine"), {"path": str(uploads / "image.png")}, 1
-    )
+    photo = save_photo(uploads / "image.png")
+    prediction, pictures = call_page(page.build_page(model, PROCESSOR, "mine"), photo, 1)
     with torch.no_grad():
-        logits = model(PROCESSOR(image, return_tensors="pt")["pixel_values"]).logits[0]
+        pixel_values = PROCESSOR(Image.open(photo["path"]), return_tensors="pt")["pixel_values"]
+        logits = model(pixel_values).logits[0]
     names = [model.config.id2label[index] for index in range(3)]
-    assert label == pytest.approx(dict(zip(names, logits.softmax(0).tolist(), strict=True)))
-    assert [name for _, name in maps] == ["CLS", "register 1", "register 2"]
-    assert call_page(page.build_page(model, PROCESSOR, "mine"), None, 1) == [None, []]
+    expected = dict(zip(names, logits.softmax(0).tolist(), strict=True))
+    assert prediction.probabilities == pytest.approx(expected)
+    assert prediction.answer == names[int(logits.argmax())]
+    assert [name for _, name in pictures] == ["image", "CLS", "register 1", "register 2"]
+
+
+def test_a_page_without_an_image_is_empty(page: Any) -> None:
+    assert call_page(page.build_page(build_classifier(), PROCESSOR, "mine"), None, 1) == [None, []]
+
+
+def test_the_image_and_its_maps_have_the_same_size(page: Any) -> None:
+    model = build_classifier(num_register_tokens=1)
+    pixel_values = torch.randn(1, 3, 32, 32)
+    image, *maps = page.draw_attention(model, PROCESSOR, pixel_values, 0)
+    assert [each.size for each in maps] == [image.size] * 2
+    shown = page.undo_normalization(PROCESSOR, pixel_values).resize(image.size)
+    assert np.array_equal(np.asarray(image), np.asarray(shown))
 
 
 def test_a_map_has_the_attention_of_its_token_and_layer(
@@ -90,8 +140,7 @@ def test_a_map_has_the_attention_of_its_token_and_layer(
             .mean(0)[:, 2:]
             .reshape(2, 4, 5)
         )
-        maps = page.draw_attention(model, white, pixel_values, layer)
-        assert len(maps) == 2
+        maps = page.draw_attention(model, white, pixel_values, layer)[1:]
         assert maps[0].size == (320, 256)
         for drawn, values in zip(maps, expected, strict=True):
             brightness = (
@@ -109,6 +158,27 @@ def test_a_map_has_the_attention_of_its_token_and_layer(
     assert page.draw_attention(model, white, pixel_values, 0)[0].size == (40, 32)
 
 
+@pytest.mark.parametrize("layer", [0, -1, 99, 1.5, float("nan"), float("inf"), None, "2", [1]])
+def test_other_layers_are_errors_of_one_line_without_a_traceback(
+    page: Any, uploads: Path, layer: Any
+) -> None:
+    blocks = page.build_page(build_classifier(), PROCESSOR, "mine")
+    with pytest.raises(page.gr.Error, match="from 1 to 2") as raised:
+        call_page(blocks, save_photo(uploads / "image.png"), layer)
+    assert not raised.value.print_exception
+    assert "\n" not in raised.value.message
+
+
+def test_layers_count_from_1(page: Any, uploads: Path) -> None:
+    model = build_classifier()
+    photo = save_photo(uploads / "image.png")
+    pixel_values = PROCESSOR(Image.open(photo["path"]), return_tensors="pt")["pixel_values"]
+    for number in (1, 2):
+        _, pictures = call_page(page.build_page(model, PROCESSOR, "mine"), photo, number)
+        expected = page.draw_attention(model, PROCESSOR, pixel_values, number - 1)
+        assert np.array_equal(np.asarray(pictures[1][0]), np.asarray(expected[1]))
+
+
 def test_the_image_is_shown_as_the_model_sees_it(page: Any) -> None:
     size = {"shortest_edge": 40}
     crop = {"height": 32, "width": 32}
@@ -120,28 +190,73 @@ def test_the_image_is_shown_as_the_model_sees_it(page: Any) -> None:
         assert np.abs(shown - pixels[4:36, 14:46]).max() <= 1
 
 
-def test_each_problem_type_has_its_prediction(page: Any) -> None:
+def test_each_task_has_its_prediction(page: Any) -> None:
     tasks = {"species": ["oak", "elm"], "age": ["young", "old", "ancient"]}
-    multi_task: Any = randomize(
+    model: Any = randomize(
         ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=2, tasks=tasks))
     )
+    predictions = page.compute_predictions(model, torch.randn(1, 3, 32, 32))
+    assert page.list_classifiers(model) == ["age", "species"]
+    assert [list(each.probabilities) for each in predictions] == [tasks["age"], tasks["species"]]
+    assert all(sum(each.probabilities.values()) == pytest.approx(1) for each in predictions)
+
+
+def test_several_labels_are_those_with_at_least_half_the_probability(page: Any) -> None:
+    model = build_classifier(problem_type="multi_label_classification")
     images = torch.randn(1, 3, 32, 32)
-    predictions: Any = page.compute_predictions(multi_task, images)
-    assert [list(each) for each in predictions] == list(multi_task.config.task_labels().values())
-    assert all(sum(each.values()) == pytest.approx(1) for each in predictions)
-    multi_label = build_classifier(problem_type="multi_label_classification")
-    (prediction,) = page.compute_predictions(multi_label, images)
-    assert isinstance(prediction, dict)
-    assert list(prediction.values()) == pytest.approx(
-        multi_label(images).logits[0].sigmoid().tolist()
-    )
+    (prediction,) = page.compute_predictions(model, images)
+    probabilities = model(images).logits[0].sigmoid().tolist()
+    assert list(prediction.probabilities.values()) == pytest.approx(probabilities)
+    (found,) = page.compute_predictions(fix_logits(model, [2.0, -1.0, 1.0]), images)
+    assert found.answer == "LABEL_0, LABEL_2"
+    (found,) = page.compute_predictions(fix_logits(model, [-2.0, -1.0, -1.0]), images)
+    assert found.answer == "none of these"
+
+
+def test_regression_and_a_single_label(page: Any) -> None:
+    images = torch.randn(1, 3, 32, 32)
     regression = build_classifier(problem_type="regression", num_labels=1)
-    assert page.compute_predictions(regression, images) == [
-        f"LABEL_0: {regression(images).logits.item():.4g}"
-    ]
+    (prediction,) = page.compute_predictions(regression, images)
+    assert prediction.answer == f"LABEL_0: {regression(images).logits.item():.4g}"
     (binary,) = page.compute_predictions(build_classifier(num_labels=1), images)
-    assert isinstance(binary, dict)
-    assert 0 < next(iter(binary.values())) < 1
+    assert 0 < binary.probabilities["LABEL_0"] < 1
+
+
+def test_an_image_above_the_energy_threshold_shows_none_of_the_labels(page: Any) -> None:
+    """The energy is that of the calibrated logits, as in `vitcls predict`. The probabilities are still shown."""
+    images = torch.randn(1, 3, 32, 32)
+    model = fix_logits(build_classifier(temperature=2.0), [8.0, 4.0, 0.0])
+    energy = -float(np.log(np.exp([4.0, 2.0, 0.0]).sum()))
+    for threshold, answer in ((energy + 0.1, "LABEL_0"), (energy - 0.1, "none of these")):
+        model.config.energy_threshold = threshold
+        (prediction,) = page.compute_predictions(model, images)
+        assert prediction.answer == answer
+        expected = torch.tensor([4.0, 2.0, 0.0]).softmax(0).tolist()
+        assert list(prediction.probabilities.values()) == pytest.approx(expected)
+        shown = page.show_prediction(prediction)
+        assert shown.label == answer
+        assert [each.label for each in shown.confidences] == ["LABEL_0", "LABEL_1", "LABEL_2"]
+
+
+def test_each_extra_head_has_a_panel(page: Any, uploads: Path) -> None:
+    heads = {
+        "weather": {"labels": ["sun", "rain"], "temperature": 3.0},
+        "tags": {"labels": ["a", "b", "c"], "problem_type": "multi_label_classification"},
+    }
+    model = build_classifier(extra_heads=heads)
+    blocks = page.build_page(model, PROCESSOR, "mine")
+    photo = save_photo(uploads / "image.png")
+    _, tags, weather, pictures = call_page(blocks, photo, 1)
+    panels = [each.label for each in blocks.blocks.values() if isinstance(each, page.gr.Label)]
+    assert panels == ["Prediction", "tags", "weather"]
+    pixel_values = PROCESSOR(Image.open(photo["path"]), return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        logits = model(pixel_values).task_logits
+    expected = logits["weather"][0].softmax(0).tolist()
+    assert list(weather.probabilities.values()) == pytest.approx(expected)
+    expected = logits["tags"][0].sigmoid().tolist()
+    assert list(tags.probabilities.values()) == pytest.approx(expected)
+    assert len(pictures) == 2
 
 
 def test_only_uploaded_images_and_examples_are_opened(
@@ -155,10 +270,10 @@ def test_only_uploaded_images_and_examples_are_opened(
     text.write_text("no image")
     for url in ("http://127.0.0.1/image.png", "https://127.0.0.1/image.png"):
         cached = page.build_image_input().async_move_resource_to_block_cache(url)
-        with pytest.raises(page.gr.Error, match="upload an image"), ThreadPoolExecutor() as pool:
-            pool.submit(
-                asyncio.run, cached
-            ).result()  # gradio would download the image to the server
+        with ThreadPoolExecutor() as pool:
+            error = pool.submit(asyncio.run, cached).exception()
+        assert isinstance(error, page.gr.Error)  # gradio would download the image to the server
+        assert not error.print_exception
     (uploads / "link.png").symlink_to(secret)
     blocks = page.build_page(build_classifier(), PROCESSOR, "mine", [example])
     assert call_page(blocks, {"path": str(example)}, 1)[0]
@@ -183,10 +298,10 @@ def test_encoders_and_gray_images(page: Any, uploads: Path) -> None:
     encoder = randomize(ViTCLSModel(build_tiny_config(num_channels=1), add_pooling_layer=False))
     gray = ViTCLSImageProcessor(size=32, do_convert_rgb=False, image_mean=[0.5], image_std=[0.5])
     Image.new("L", (40, 40), 128).save(uploads / "gray.png")
-    (maps,) = call_page(
+    (pictures,) = call_page(
         page.build_page(encoder, gray, "encoder"), {"path": str(uploads / "gray.png")}, 2
     )
-    assert [name for _, name in maps] == ["CLS"]
+    assert [name for _, name in pictures] == ["image", "CLS"]
 
 
 def test_models_of_the_hub(page: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,8 +330,6 @@ def test_only_the_prediction_is_public(page: Any) -> None:
     (slider,) = (each for each in blocks.blocks.values() if isinstance(each, page.gr.Slider))
     assert (slider.minimum, slider.maximum, slider.value, slider.step) == (1, 2, 2, 1)
     assert slider.visible
-    (label,) = (each for each in blocks.blocks.values() if isinstance(each, page.gr.Label))
-    assert (label.label, label.num_top_classes) == ("Prediction", 5)
     assert (blocks.title, blocks.delete_cache) == (
         "mine",
         (3600, 3600),
@@ -251,3 +364,47 @@ def test_the_page_is_served_until_the_process_is_stopped(
         assert answer.status == 200
         assert f"mine: {blocks.local_url}" in capsys.readouterr().out
     blocks.close()
+
+
+def test_the_examples_are_images_that_training_held_out(tmp_path: Path) -> None:
+    folder = save_digits_run(tmp_path / "run")
+    options = DataOptions("digits")
+    (images,) = load_splits(options).images_by_split.values()
+    is_held_out, _ = select_held_out(images, build_held_out_rule(options))
+    held_out = {images.images[index].tobytes() for index in np.flatnonzero(is_held_out).tolist()}
+    files = write_examples(folder, tmp_path)
+    assert len(files) == 8
+    for file in files:
+        with Image.open(file) as image:
+            assert image.tobytes() in held_out
+
+
+@pytest.mark.parametrize("dataset", ["./gone", "someone/on-the-hub"])
+def test_a_dataset_that_is_not_on_this_machine_has_no_examples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dataset: str
+) -> None:
+    monkeypatch.setattr(socket, "getaddrinfo", Mock(side_effect=AssertionError("network")))
+    assert not write_examples(save_digits_run(tmp_path / "run", dataset), tmp_path)
+
+
+def test_a_model_without_a_run_has_no_examples(tmp_path: Path) -> None:
+    assert not write_examples(save_classifier(tmp_path / "mine"), tmp_path)
+
+
+def test_held_out_images_are_only_shown_on_this_machine(
+    page: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = Mock()
+    monkeypatch.setattr(page, "serve_demo", served)
+    folder = save_digits_run(tmp_path / "run")
+    for host, num_examples in (("127.0.0.1", 8), ("0.0.0.0", 0)):
+        run(DemoOptions(model=str(folder), host=host))
+        assert len(served.call_args.kwargs["examples"]) == num_examples
+
+
+def test_the_title_has_no_local_path(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    assert get_title(str(tmp_path / "mine")) == "mine"
+    assert get_title(f"transformers:{tmp_path / 'mine'}") == "mine"
+    assert get_title("someone/their-model@0123abc") == "someone/their-model"
+    assert get_title("timm:vit_tiny_patch16_224") == "timm:vit_tiny_patch16_224"

@@ -137,17 +137,19 @@ def test_a_folder_without_weights_is_evaluated_and_shown(
     ]
     assert results[0]["confusion_matrix"] == results[1]["confusion_matrix"]
     served: list[Any] = []
-    monkeypatch.setattr(page, "serve_demo", lambda *arguments: served.append(arguments))
+    monkeypatch.setattr(page, "serve_demo", lambda **arguments: served.append(arguments))
     flags = ("--examples", "a.png", "--host", "0.0.0.0", "--port", "8000")
     assert run_here("demo", "--model", str(folder), "--backend", backend, *flags) == 0
-    assert served[0][2:] == (str(folder), (Path("a.png"),), "0.0.0.0", 8000)
-    exported_model, processor = served[0][:2]
+    exported_model, processor = (served[0].pop(name) for name in ("model", "processor"))
+    expected_arguments = {"title": "exported", "examples": (Path("a.png"),)}
+    assert served[0] == expected_arguments | {"host": "0.0.0.0", "port": 8000}
     pixel_values = processor(images / "test" / "LABEL_0" / "0.png", return_tensors="pt")[
         "pixel_values"
     ]
     loaded: Any = ViTCLSForImageClassification.from_pretrained(model)
     expected, found = (
-        page.compute_predictions(each, pixel_values)[0] for each in (loaded, exported_model)
+        page.compute_predictions(each, pixel_values)[0].probabilities
+        for each in (loaded, exported_model)
     )
     assert found == pytest.approx(expected, abs=1e-5)
     assert page.build_page(exported_model, processor, "exported") is not None

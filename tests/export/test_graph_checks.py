@@ -89,7 +89,7 @@ def model(saved: Path, tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def no_server(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `vitcls demo` end in place of serving its page."""
-    page = SimpleNamespace(serve_demo=lambda *arguments: None)
+    page = SimpleNamespace(serve_demo=lambda **arguments: None)
     monkeypatch.setitem(sys.modules, "modeling_vitcls.cli.demo_page", page)
 
 

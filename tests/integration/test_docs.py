@@ -1,4 +1,4 @@
-"""README.md, CONTRIBUTING.md, AGENTS.md and docs/*.md: links, length, names in code, flags, error messages and code blocks.
+"""README.md, CONTRIBUTING.md, AGENTS.md and docs/*.md: links, names, flags, error messages and code blocks.
 
 Fast tests resolve the imports of Python blocks; slow tests run the blocks. The
 blocks of a page run one after the other in one process, offline, in a folder with

@@ -96,6 +96,7 @@ def test_the_space_runs_without_this_package(
         ]
         assert confidences == pytest.approx(dict(found), abs=1e-4)
         assert [each["caption"] for each in maps] == [
+            "image",
             "CLS 1",
             "CLS 2",
             "distillation",
