@@ -176,7 +176,7 @@ def iterate_overview(
 def build_overview(inspection: Inspection) -> list[dict[str, Any]]:
     """Return the images of the first screen, and their maps as data URLs: the attention of each special token, and the
     patch features as colors."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     reports = inspection.image_reports[:NUM_OVERVIEW_IMAGES]
     if not reports:
         return rows

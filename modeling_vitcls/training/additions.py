@@ -185,7 +185,7 @@ def add_task_from_options(options: AddTaskOptions) -> dict[str, Any]:
     }
     if options.name is not None:
         records[options.name] = record
-    pixels = read_pixels(data.train, base.processor)
+    pixels = read_pixels(data.train, base.processor)  # type: ignore[arg-type]  # not streamed
     write_model(base, model, pixels, records, options.output_dir, changed_heads)
     return record
 
@@ -246,9 +246,8 @@ def fit_task(base: Base, data: TrainingData, options: AddTaskOptions) -> FittedH
         options=options.data,
         batch_size=options.batch_size,
     )
-    first_images, other_images = split_at_random(
-        data.train.draw(options.max_images), MAX_CHOICE_IMAGES
-    )
+    images: Any = data.train  # not streamed
+    first_images, other_images = split_at_random(images.draw(options.max_images), MAX_CHOICE_IMAGES)
     parts = [compute(first_images)]
     if len(other_images):
         parts.append(compute(other_images))
@@ -544,9 +543,8 @@ def add_classes_from_options(options: AddClassOptions) -> dict[str, Any]:
     check_output_is_empty(options.output_dir)
     base = load_base(options.model, options)
     label_space = get_label_space(base.config)
-    is_classifier = (
-        isinstance(base.model, ViTCLSForImageClassification) and base.config.num_labels > 1
-    )
+    num_labels = base.config.num_labels or 0
+    is_classifier = isinstance(base.model, ViTCLSForImageClassification) and num_labels > 1
     if not is_classifier or label_space.kind != SINGLE_LABEL:
         raise ValueError(
             f"classes can be added to a classifier with one label per image, but {options.model} is none. Add a task "
@@ -688,9 +686,8 @@ def compute_class_features(
 
 def get_old_logits(base: Base, features: Features) -> np.ndarray:
     """Return the logits [N, C] of the old classes before the division by the temperature, which new rows share."""
-    return (
-        features.values[:, -base.config.num_labels :].astype(np.float64) * base.config.temperature
-    )
+    logits = features.values[:, -(base.config.num_labels or 0) :]
+    return logits.astype(np.float64) * base.config.temperature
 
 
 def fit_new_rows(

@@ -79,10 +79,9 @@ def read_pixels(
     drawn = images.draw(num_images)
     for index in range(len(drawn)):
         try:
-            image = drawn.images[index]
+            pixels.append(processor(drawn.images[index], return_tensors="pt")["pixel_values"][0])
         except ValueError:  # an unreadable image, which the pass over the images reports
             continue
-        pixels.append(processor(image, return_tensors="pt")["pixel_values"][0])
     return pixels
 
 
@@ -183,7 +182,8 @@ def hash_tensors(tensors: Sequence[Tensor]) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(content.numpy().tobytes())
     return digest.hexdigest()
 
 
