@@ -558,8 +558,9 @@ class EvaluateOptions:
     fit: Literal["squash", "crop", "pad"] | None = None
     """How images of other aspect ratios become the input: resize the whole image (`squash`), crop the center (`crop`)
     or add gray (`pad`). Default: the setting of the image processor."""
-    batch_size: int = 64
-    """Number of images per process and forward pass."""
+    batch_size: int | None = None
+    """Number of images per process and forward pass. Default: 64 on GPUs. On CPUs, larger batches are not faster and
+    need more memory: as many images as have 1,600 tokens, for example 8 images of 224 pixels."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """Precision of the forward pass. `auto`: the setting of `accelerate launch` or, without it, `bf16` on GPUs and
     CPUs with bf16 instructions (on CPUs, for models at least as wide as ViT-Ti), and otherwise `no`."""
@@ -613,9 +614,10 @@ class ImageOptions:
     written by `save_to_disk`, a folder with MNIST's idx files, or a dataset id on the Hub."""
     image_column: str | None = None
     """Column with images or image paths. By default, the column is detected by type or name."""
-    batch_size: int = 32
+    batch_size: int | None = None
     """Maximum number of images per process and forward pass. To save memory, smaller batches are used if full
-    attention maps are computed."""
+    attention maps are computed. Default: 32 on GPUs; on CPUs, as many images as have 1,600 tokens, for example 8
+    images of 224 pixels."""
 
 
 @dataclass(frozen=True)
@@ -821,7 +823,8 @@ class ExportOptions:
     """With --format onnx or openvino: quantize the matrix products to int8 (NNCF), calibrated on training images of
     --dataset. The image size is fixed."""
     max_drop: float = 0.5
-    """With --int8: largest loss of accuracy, in points. If it is exceeded, nothing is written."""
+    """With --int8: largest loss of accuracy, in points. If the images show a larger loss with 95% confidence, nothing
+    is written."""
     exclude_layers: tuple[int, ...] = ()
     """With --int8: numbers of the layers, from 1, that stay in float32."""
     image_size: tuple[int, int] | None = None

@@ -11,7 +11,7 @@ from ..conversion.any_checkpoint import resolve_checkpoint
 from ..data.held_out import read_held_out_record
 from ..hub.loading import split_revision
 from ..hub.model_files import RESULTS_FILE
-from ..inference.load_model import list_file_patterns, load_model
+from ..inference.load_model import choose_batch_size, list_file_patterns, load_model
 from ..options import InspectOptions
 from ..runtime.distributed import choose_precision
 from ..runtime.files import read_json
@@ -20,6 +20,7 @@ from .inspection import Inspection, inspect_model, open_images
 from .report import SIGNS, get_model_name, write_json_values, write_page
 
 
+MAX_BATCH_SIZE = 32  # default number of images per forward pass on GPUs
 RATING_STYLES = {"good": "green", "bad": "red", "doubtful": "yellow", "neutral": "dim"}
 
 
@@ -52,7 +53,7 @@ def inspect_tokens(options: InspectOptions) -> Inspection:
             processor,
             **images.build_arguments(options.num_images, options.max_images),
             token_movement=results.get("token_movement"),
-            batch_size=options.batch_size,
+            batch_size=choose_batch_size(options.batch_size, model.config, device, MAX_BATCH_SIZE),
             on_warning=lambda message: error_console.print(
                 f"WARNING: {message}", style="bold yellow", markup=False
             ),

@@ -51,15 +51,16 @@ def silence_exporters() -> None:
 
 def print_report(report: dict[str, Any], output: Path) -> None:
     """Print the report and, for an output folder, the command that runs the exported model."""
-    print(
-        f"Largest differences between {report['format']} in {report['dtype']} and {report['model']}:"
-    )
-    for comparison in report["tried"]:
-        batch_size, _, height, width = comparison["shape"]
-        differences = ", ".join(
-            f"{name} {value:.1e}" for name, value in comparison["differences"].items()
+    if report["dtype"] != "int8":  # random images say little about int8
+        print(
+            f"Largest differences between {report['format']} in {report['dtype']} and {report['model']}:"
         )
-        print(f"- {batch_size} images of {height} x {width}: {differences}")
+        for comparison in report["tried"]:
+            batch_size, _, height, width = comparison["shape"]
+            differences = ", ".join(
+                f"{name} {value:.1e}" for name, value in comparison["differences"].items()
+            )
+            print(f"- {batch_size} images of {height} x {width}: {differences}")
     print("\n".join(format_notes(report)))
     print(f"\nWrote the model to {output}, with a description (.json)")
     if not output.suffix:
@@ -83,11 +84,17 @@ def format_notes(report: dict[str, Any]) -> list[str]:
     if (comparison := report["comparison"]) is not None:
         lines.append(
             f"{comparison['output']} of {comparison['num_images']} held-out images: relative error "
-            f"{comparison['relative_error']:.1e}, cosine similarity {comparison['cosine_similarity']:.4f}"
+            f"{comparison['relative_error']:.1e}"
         )
     if (scores := report["evaluation"]) is not None:
         accuracies = f"file {scores['file']:.2%}, model {scores['model']:.2%}"
         lines.append(f"{scores['metric']}: {accuracies}, on {scores['num_images']} images")
+        if scores["drop_interval"] is not None:
+            low, high = (100 * bound for bound in scores["drop_interval"])
+            lines.append(
+                f"same label as the model: {scores['num_equal_labels']} of {scores['num_images']} images; loss of "
+                f"accuracy: {low:.1f} to {high:.1f} points (95% interval)"
+            )
     if "speed" in report:
         speed = report["speed"]
         lines.append(

@@ -173,7 +173,7 @@ class EvaluateFlags(DataFlags, total=False):
     split: str | None
     max_images: int | None
     fit: Literal["squash", "crop", "pad"] | None
-    batch_size: int
+    batch_size: int | None
     mixed_precision: Literal["auto", "no", "bf16", "fp16"]
     backend: str
     frozen: Literal["knn", "logreg"] | None
@@ -190,7 +190,7 @@ class ImageFlags(TypedDict, total=False):
 
     dataset: Any
     image_column: str | None
-    batch_size: int
+    batch_size: int | None
 
 
 class PredictFlags(ImageFlags, total=False):

@@ -182,23 +182,27 @@ def export_model(options: ExportOptions, output_attentions: bool = False) -> Rep
 
 
 def check_drop(report: Report, max_drop: float, model: Any, images: torch.Tensor) -> None:
-    """Raise ValueError if the metric falls by more than `max_drop` points. The message names the layers with the
-    largest error in int8, measured on preprocessed images [B, C, H, W]."""
+    """Raise ValueError if the metric falls by more than `max_drop` points. An accuracy must fall by more than that
+    with 95% confidence: few images cannot show a small loss. The message names the layers with the largest error in
+    int8, measured on preprocessed images [B, C, H, W]."""
     scores = report["evaluation"]
-    if scores is None or 100 * (scores["model"] - scores["file"]) <= max_drop:
+    if scores is None:
+        return
+    drop = (
+        scores["model"] - scores["file"]
+        if scores["drop_interval"] is None
+        else scores["drop_interval"][0]
+    )
+    if 100 * drop <= max_drop:
         return
     excluded = report["excluded_layers"]
     layers = [number for number in rank_layers(model, images) if number not in excluded]
     worst = sorted([*excluded, *layers[: max(1, len(layers) // 4)]])
-    interval = (
-        f" ({scores['interval'][0]:.1%} to {scores['interval'][1]:.1%})"
-        if scores["interval"]
-        else ""
-    )
     raise ValueError(
-        f"int8 lowers the {scores['metric']} from {scores['model']:.1%} to {scores['file']:.1%}{interval} on "
-        f"{scores['num_images']} images, more than --max-drop {max_drop:g} points. Set --exclude-layers "
-        f"{' '.join(map(str, worst))}, the layers with the largest errors, or a larger --max-drop"
+        f"int8 lowers the {scores['metric']} from {scores['model']:.1%} to {scores['file']:.1%} on "
+        f"{scores['num_images']} images, at least {100 * drop:.1f} points and more than --max-drop {max_drop:g} "
+        f"points. Set --exclude-layers {' '.join(map(str, worst))}, the layers with the largest errors, or a larger "
+        "--max-drop"
     )
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -26,6 +27,7 @@ from ..hub.loading import MODEL_FILE_PATTERNS
 from ..hub.local_paths import BUILT_IN_DATASET, resolve_name, strip_folders
 from ..hub.model_files import RESULTS_FILE
 from ..inference.evaluate import EvaluationSetup, load_evaluation, set_label_columns
+from ..inference.evaluator import OutputRow
 from ..inference.exported_graphs import INPUT_NAME, ExportedModel
 from ..inference.intervals import compute_proportion_interval
 from ..options import DataOptions, EvaluateOptions
@@ -60,8 +62,37 @@ class ExportImages:
         """Return the metric of the model and of each exported file, by name; None without labels."""
         if self.setup is None:
             return None
-        evaluator, config = self.setup.evaluator, self.setup.model.config
-        metrics = evaluator(self.setup.model)
+        scores = self.describe_metrics(self.setup.evaluator(self.setup.model))
+        accuracies = {
+            name: self.evaluate_file(file)[scores["metric"]] for name, file in files.items()
+        }
+        return scores | {"files": accuracies}
+
+    def measure_file(self, file: Path) -> dict[str, Any] | None:
+        """Return the metric of the model and of one file and, with one label per image, the values of
+        `compare_labels`; None without labels."""
+        if self.setup is None:
+            return None
+        evaluator = self.setup.evaluator
+        evaluator.keep_logits = evaluator.label_space.kind == "single_label_classification"
+        scores = self.describe_metrics(evaluator(self.setup.model))
+        rows = evaluator.rows
+        scores["file"] = self.evaluate_file(file)[scores["metric"]]
+        if not evaluator.keep_logits:
+            return scores | {"interval": None, "drop_interval": None, "num_equal_labels": None}
+        return scores | compare_labels(rows, evaluator.rows)
+
+    def evaluate_file(self, file: Path) -> dict[str, Any]:
+        """Return the metrics of an exported file."""
+        assert self.setup is not None
+        metrics: dict[str, Any] = self.setup.evaluator(
+            ExportedModel(file, self.setup.model.config, True)
+        )
+        return metrics
+
+    def describe_metrics(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Return the images and the metric of the model."""
+        assert self.setup is not None
         metric = next(iter(metrics))
         return {
             "dataset": strip_folders(resolve_name(self.dataset, self.dataset == BUILT_IN_DATASET)),
@@ -69,26 +100,32 @@ class ExportImages:
             "num_images": metrics["num_images"],
             "metric": metric,
             "model": metrics[metric],
-            "files": {
-                name: evaluator(ExportedModel(file, config, True))[metric]
-                for name, file in files.items()
-            },
         }
 
-    def measure_file(self, file: Path) -> dict[str, Any] | None:
-        """Return the metric of the model and of one file, with a 95% confidence interval; None without labels."""
-        scores = self.measure_accuracy({"file": file})
-        if scores is None:
-            return None
-        scores |= scores.pop("files")
-        num_correct = round(scores["file"] * scores["num_images"])
-        is_proportion = scores["metric"] == "accuracy"
-        interval = (
-            compute_proportion_interval(num_correct, scores["num_images"])
-            if is_proportion
-            else None
-        )
-        return scores | {"interval": interval}
+
+def compare_labels(model_rows: list[OutputRow], file_rows: list[OutputRow]) -> dict[str, Any]:
+    """Return the number of equal predicted labels, and the 95% confidence intervals of the accuracy of a file and of
+    the accuracy that it loses.
+
+    Both programs are evaluated on the same images. The loss therefore depends only on the images for which exactly
+    one of them is right (McNemar's test), and its interval on the share of these images that the file loses.
+    """
+    labels = np.array([int(row.label) for row in file_rows])
+    predicted, predicted_in_file = (
+        np.array([row.logits.argmax() for row in rows]) for rows in (model_rows, file_rows)
+    )
+    is_labeled = labels >= 0
+    is_correct = (predicted == labels)[is_labeled]
+    is_correct_in_file = (predicted_in_file == labels)[is_labeled]
+    num_images = len(is_correct)
+    num_lost = int((is_correct & ~is_correct_in_file).sum())
+    num_different = int((is_correct != is_correct_in_file).sum())
+    lost_interval = compute_proportion_interval(num_lost, num_different) or [0.5, 0.5]
+    return {
+        "interval": compute_proportion_interval(int(is_correct_in_file.sum()), num_images),
+        "drop_interval": [(2 * bound - 1) * num_different / num_images for bound in lost_interval],
+        "num_equal_labels": int((predicted == predicted_in_file).sum()),
+    }
 
 
 def load_export_images(

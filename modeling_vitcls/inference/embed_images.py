@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from .inputs import build_record
-from .load_model import load_model
-from .predict import Predictor, get_num_workers
+from .load_model import choose_batch_size, load_model
+from .predict import MAX_BATCH_SIZE, Predictor, get_num_workers
 from .prediction_rows import FeatureColumns
 
 
@@ -32,7 +32,7 @@ class EmbedImages:
         image_column: column with paths, encoded bytes, `{"bytes", "path"}`, arrays or PIL images. Default: `image`,
             `bytes` or `path`.
         dtype: "float32" or "float16".
-        batch_size: maximum number of images per forward pass.
+        batch_size: maximum number of images per forward pass. Default: as in `vitcls predict`.
         fit: see `vitcls predict --fit`.
         device: device of the model. Default: CUDA if it is available.
     """
@@ -43,7 +43,7 @@ class EmbedImages:
         features: Sequence[str] = ("cls",),
         image_column: str | None = None,
         dtype: str = "float32",
-        batch_size: int = 32,
+        batch_size: int | None = None,
         fit: str | None = None,
         device: str | None = None,
     ) -> None:
@@ -91,4 +91,5 @@ class EmbedImages:
         device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         columns = FeatureColumns(model, self.features, self.dtype)
         model = model.eval().to(device)  # type: ignore[arg-type]
-        return Predictor(model, processor, columns, nullcontext, self.batch_size, get_num_workers())
+        batch_size = choose_batch_size(self.batch_size, model.config, device, MAX_BATCH_SIZE)
+        return Predictor(model, processor, columns, nullcontext, batch_size, get_num_workers())

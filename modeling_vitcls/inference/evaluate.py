@@ -37,9 +37,19 @@ from ..runtime.files import read_json, write_json
 from ..runtime.system import describe_device, get_versions
 from .confidence import measure_unknown
 from .evaluator import Evaluator, round_floats
-from .load_model import announce_precision, check_is_classifier, list_file_patterns, load_model
+from .load_model import (
+    announce_precision,
+    check_is_classifier,
+    choose_batch_size,
+    list_file_patterns,
+    load_model,
+    round_weights,
+)
 from .metric_tables import build_class_tables, build_metric_rows
 from .per_image import get_outputs, write_predictions
+
+
+MAX_BATCH_SIZE = 64  # default number of images per process and forward pass on GPUs
 
 
 class EvaluationSetup(NamedTuple):
@@ -77,6 +87,7 @@ def load_evaluation(
         record = read_held_out_record(folder, options.task)
     if precision:
         print_line(precision)
+    round_weights(model, accelerator.mixed_precision)
     model = model.to(accelerator.device).eval()
     data_options = set_label_columns(options.data, config, folder, options.task)
     load_data = partial(
@@ -91,7 +102,9 @@ def load_evaluation(
         processor=processor,
         label_space=model_space,
         options=options.data,
-        batch_size=options.batch_size,
+        batch_size=choose_batch_size(
+            options.batch_size, model.config, accelerator.device, MAX_BATCH_SIZE
+        ),
         accelerator=accelerator,
         num_channels=model.config.num_channels,
         warn=warn,

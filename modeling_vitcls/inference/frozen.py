@@ -28,6 +28,7 @@ from ..data.held_out import read_held_out_record
 from ..data.splits import load_on_main
 from ..options import EvaluateOptions
 from .evaluate import (
+    MAX_BATCH_SIZE,
     build_table,
     describe_evaluation,
     set_up_evaluation,
@@ -37,7 +38,13 @@ from .evaluator import Evaluator, round_floats
 from .frozen_features import FeatureLayout, pool_layers
 from .intervals import compute_mean_interval, compute_proportion_interval
 from .linear_probe import NUM_SINGLE_LAYERS, TOKEN_TEXTS, describe_layers, list_candidates
-from .load_model import announce_precision, list_file_patterns, load_model
+from .load_model import (
+    announce_precision,
+    choose_batch_size,
+    list_file_patterns,
+    load_model,
+    round_weights,
+)
 from .metric_tables import format_percent
 from .token_names import get_token_names
 
@@ -156,9 +163,13 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
         )
     if held_out_data.part.warning is not None:
         warn(held_out_data.part.warning)
+    round_weights(model, accelerator.mixed_precision)
     model = model.to(accelerator.device).eval()
     layout = FeatureLayout.from_config(model.config, NUM_SINGLE_LAYERS)
-    arguments = (options.data, options.batch_size, accelerator, model.config.num_channels, warn)
+    batch_size = choose_batch_size(
+        options.batch_size, model.config, accelerator.device, MAX_BATCH_SIZE
+    )
+    arguments = (options.data, batch_size, accelerator, model.config.num_channels, warn)
 
     def extract_features(data: EvaluationData) -> tuple[dict[str, Any], np.ndarray]:
         """Return the output of the evaluator, and the class name of each image."""

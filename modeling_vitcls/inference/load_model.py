@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
+from torch import nn
 
 from ..conversion.any_checkpoint import resolve_checkpoint
 from ..data.aspect_ratio import get_output_size, set_fit
@@ -19,8 +21,12 @@ from ..model.modeling_vitcls import (
     ViTCLSModel,
 )
 from ..runtime.distributed import set_mixed_precision
-from .exported_graphs import BACKEND_FILES, load_exported_model
+from .exported_graphs import BACKEND_FILES, ExportedModel, load_exported_model
 
+
+CPU_BATCH_TOKENS = (
+    1600  # 8 images with 196 patches; larger batches need more memory and are not faster
+)
 
 Classifier = ViTCLSForImageClassification | ViTCLSForMultiTaskClassification
 CLASSIFIER_CLASSES: dict[str, type[Classifier]] = {
@@ -129,6 +135,25 @@ def announce_precision(accelerator: Accelerator, setting: str, source: str, back
         return ""
     text = set_mixed_precision(accelerator, setting, ViTCLSConfig.from_pretrained(folder))
     return f"mixed precision: {text}" if accelerator.mixed_precision != "no" else ""
+
+
+def choose_batch_size(
+    batch_size: int | None, config: ViTCLSConfig, device: torch.device, default: int
+) -> int:
+    """Return `batch_size` or, if it is None, `default`. On CPUs, the default is at most `CPU_BATCH_TOKENS` tokens."""
+    if batch_size is not None or device.type != "cpu":
+        return batch_size or default
+    num_tokens = config.token_layout.get_num_tokens(*config.grid_size)
+    return max(1, min(default, CPU_BATCH_TOKENS // num_tokens))
+
+
+def round_weights(model: Any, precision: str) -> None:
+    """Round the weights of the encoder's linear layers in place, as autocast would otherwise do in each pass."""
+    if precision != "bf16" or isinstance(model, ExportedModel):
+        return
+    for module in model.base_model.layers.modules():
+        if isinstance(module, nn.Linear):
+            module.to(torch.bfloat16)
 
 
 def check_is_classifier(config: ViTCLSConfig) -> None:

@@ -43,7 +43,13 @@ from .inputs import (
     open_input,
     prepare_images,
 )
-from .load_model import announce_precision, list_file_patterns, load_model
+from .load_model import (
+    announce_precision,
+    choose_batch_size,
+    list_file_patterns,
+    load_model,
+    round_weights,
+)
 from .outputs import WRITERS, get_output_columns, print_table, show_progress, write_rows
 from .prediction_rows import (
     AutocastFactory,
@@ -53,6 +59,9 @@ from .prediction_rows import (
     predict_rows,
 )
 from .shards import ShardFolder, list_shard_indices
+
+
+MAX_BATCH_SIZE = 32  # default number of images per forward pass on GPUs
 
 
 @dataclass(frozen=True)
@@ -112,6 +121,7 @@ def build_predictor(options: PredictOptions, accelerator: Accelerator) -> Predic
         options.backend,
         accelerator.mixed_precision,
     )
+    round_weights(model, accelerator.mixed_precision)
     return Predictor(
         model=model.eval().to(accelerator.device),
         processor=processor,
@@ -124,7 +134,9 @@ def build_predictor(options: PredictOptions, accelerator: Accelerator) -> Predic
             find_set_limit(options, model),
         ),
         autocast=accelerator.autocast,
-        batch_size=options.batch_size,
+        batch_size=choose_batch_size(
+            options.batch_size, model.config, accelerator.device, MAX_BATCH_SIZE
+        ),
         num_workers=options.num_workers or get_num_workers(),
     )
 
@@ -212,7 +224,7 @@ def predict_to_file(
         records = read_all_records(source)
         num_local_images = None
     else:
-        chunks = list_shard_indices(source.num_images, options.batch_size)
+        chunks = list_shard_indices(source.num_images, predictor.batch_size)
         ranges = chunks[accelerator.process_index :: accelerator.num_processes]
         records = source.read_records(ranges)
         num_local_images = sum(map(len, ranges))

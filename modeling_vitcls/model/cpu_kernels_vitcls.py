@@ -15,7 +15,7 @@ On CPUs without bfloat16 or float16 instructions, half-precision products, inclu
 in float32 and then rounded. The subclasses add no state. Parameters, state dicts, `isinstance` checks, copying and
 pickling work as in plain modules. Plain PyTorch is used on other devices, in exported and traced programs, under
 torch.func, for modules with hooks, for quantized, sharded or parametrized weights, and if a private PyTorch API is
-missing. oneDNN is not used under autocast. docs/speed.md shows what each kernel is worth together with the others.
+missing. Under autocast, oneDNN is used only for weights in bfloat16. docs/speed.md shows what each kernel is worth.
 """
 
 import os
@@ -149,6 +149,7 @@ class CPUMLP(CPUKernel, ViTCLSMLP):
             or not torch.backends.mkldnn.enabled
         ):
             return super().forward(hidden_states)
+        hidden_states = cast_for_autocast(hidden_states)
         if not torch.is_grad_enabled():
             if can_use_onednn(self.fc1, hidden_states):
                 return self.fc2(
@@ -169,13 +170,7 @@ class CPUAttention(CPUKernel, ViTCLSAttention):
         self, hidden_states: Tensor, num_queries: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values. Under autocast, the three projections share one cast of the input."""
-        if (
-            hidden_states.dtype == torch.float32
-            and hidden_states.is_cpu
-            and not is_capturing_graph()
-        ):
-            hidden_states = hidden_states.to(get_matmul_dtype(hidden_states))
-        return super().project_qkv(hidden_states, num_queries)
+        return super().project_qkv(cast_for_autocast(hidden_states), num_queries)
 
     def get_attention_function(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
         """Return `sdpa_attention` for "sdpa", and the function of `ViTCLSAttention` for other implementations."""
@@ -201,7 +196,7 @@ KERNEL_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
 
 # Conditions ----------------------------------------------------------------------------------------------------------
 def can_use_onednn(linear: nn.Linear | nn.Conv2d, inputs: Tensor) -> bool:
-    """Return whether oneDNN can be used and is faster. Return False under autocast, torch.func or a dispatch mode."""
+    """Return whether oneDNN can be used and is faster. Return False under torch.func or a dispatch mode."""
     min_multiplications = MIN_MULTIPLICATIONS.get((inputs.dtype, torch.is_grad_enabled()))
     if (
         min_multiplications is None
@@ -215,9 +210,8 @@ def can_use_onednn(linear: nn.Linear | nn.Conv2d, inputs: Tensor) -> bool:
         weight.dtype == inputs.dtype
         and inputs.numel() * len(weight) >= min_multiplications
         and bool(torch.backends.mkldnn.enabled)
-        and not (
-            count_dispatch_modes() or torch.is_autocast_enabled("cpu") or is_functorch_active()
-        )
+        and inputs.dtype == get_matmul_dtype(inputs)  # False if autocast would change the dtype
+        and not (count_dispatch_modes() or is_functorch_active())
     )
 
 
@@ -401,6 +395,13 @@ def get_matmul_dtype(inputs: Tensor) -> torch.dtype:
     if inputs.dtype == torch.float64 or not torch.is_autocast_enabled(inputs.device.type):
         return inputs.dtype
     return torch.get_autocast_dtype(inputs.device.type)
+
+
+def cast_for_autocast(inputs: Tensor) -> Tensor:
+    """Return float32 inputs in the autocast dtype, so that several products share one cast."""
+    if inputs.dtype != torch.float32 or not inputs.is_cpu or is_capturing_graph():
+        return inputs
+    return inputs.to(get_matmul_dtype(inputs))
 
 
 def compute_in_float32(

@@ -35,7 +35,14 @@ def test_flags_and_report_of_an_export(
             "cosine_similarity": 0.98765,
         },
         "speed": {"images_per_second": 123.5, "batch_size": 16, "device": "CPU"},
-        "evaluation": {"metric": "accuracy", "file": 0.875, "model": 0.9375, "num_images": 321},
+        "evaluation": {
+            "metric": "accuracy",
+            "file": 0.875,
+            "model": 0.9375,
+            "num_images": 321,
+            "num_equal_labels": 300,
+            "drop_interval": [0.01, 0.09],
+        },
         "num_bytes": 3 * 2**20,
     }
 
@@ -58,7 +65,7 @@ def test_flags_and_report_of_an_export(
         "321",
         "cls of 64",
         "1.2e-02",
-        "0.9877",
+        "300 of 321",
         "positions are learned",
     )
     assert "--backend" not in printed  # a file

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.tiny_models import (
@@ -23,7 +24,10 @@ from modeling_vitcls.export.exportable import (
     compute_named_outputs,
     load_exportable_model,
 )
-from modeling_vitcls.export.measurement import load_export_images
+from modeling_vitcls.export.exporter import check_drop
+from modeling_vitcls.export.measurement import compare_labels, load_export_images
+from modeling_vitcls.inference.evaluator import OutputRow
+from modeling_vitcls.inference.intervals import compute_proportion_interval
 from modeling_vitcls.options import DataOptions
 from modeling_vitcls.runtime.files import write_json
 
@@ -79,6 +83,33 @@ def read_number(image: int | None, return_tensors: str) -> dict[str, Any]:
     if image is None:
         raise ValueError
     return {"pixel_values": image}
+
+
+def test_labels_of_model_and_file_are_compared_image_by_image() -> None:
+    """Among 100 images, the file loses three and gains one. One image has no label."""
+
+    def build_rows(predictions: dict[int, int]) -> list[OutputRow]:
+        logits = np.eye(2, dtype=np.float32)
+        labels = [torch.tensor(-100 if index == 100 else 0) for index in range(101)]
+        return [
+            OutputRow(index, label, logits[predictions.get(index, 0)], "")
+            for index, label in enumerate(labels)
+        ]
+
+    compared = compare_labels(build_rows({0: 1, 100: 1}), build_rows({1: 1, 2: 1, 3: 1}))
+    assert compared["num_equal_labels"] == 96
+    assert compared["interval"] == compute_proportion_interval(97, 100)
+    low, high = compute_proportion_interval(3, 4)
+    assert compared["drop_interval"] == pytest.approx([(2 * low - 1) * 0.04, (2 * high - 1) * 0.04])
+
+
+def test_a_loss_that_a_few_images_cannot_show_is_accepted() -> None:
+    """One image of 49 is two points."""
+    right = np.array([1.0, 0.0], np.float32)
+    wrong = np.array([0.0, 1.0], np.float32)
+    rows = [OutputRow(index, torch.tensor(0), right, "") for index in range(49)]
+    report = {"evaluation": compare_labels(rows, [replace(rows[0], logits=wrong), *rows[1:]])}
+    check_drop(report, 0.5, None, torch.empty(0))
 
 
 def test_calibration_uses_the_training_images_of_the_run(
