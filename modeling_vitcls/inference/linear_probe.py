@@ -490,7 +490,7 @@ def choose_probe(
         scores[index] = run.get_score()
         complete_scores.append(scores[index])
 
-    best = min(complete_scores, key=lambda score: score.losses.mean())
+    best = min(complete_scores, key=lambda score: np.nanmean(score.losses))
     chosen = next(
         score for score in complete_scores if not is_clearly_worse(score.losses, best.losses, 1.0)
     )
@@ -501,4 +501,5 @@ def is_clearly_worse(losses: np.ndarray, best_losses: np.ndarray, num_errors: fl
     """Return whether the mean of `losses` is more than `num_errors` standard errors above that of `best_losses`. The
     losses are of the same images, so that the error is that of their differences."""
     differences = losses - best_losses
+    differences = differences[np.isfinite(differences)]  # without the only image of a class
     return differences.mean() > num_errors * differences.std() / math.sqrt(len(differences))

@@ -325,7 +325,7 @@ class Probe:
         is_squashed = is_clearly_worse(scores[own_fit].losses, scores[SQUASH].losses, 1.0)
         record = {
             "num_images": len(shared),
-            "losses": {fit: float(score.losses.mean()) for fit, score in scores.items()},
+            "losses": {fit: float(np.nanmean(score.losses)) for fit, score in scores.items()},
         }
         if not is_squashed:
             self.restore_settings(own_settings)

@@ -106,3 +106,13 @@ def test_given_layers_and_tokens_are_not_searched() -> None:
     assert {(candidate.layers, candidate.tokens) for candidate in candidates} == {
         ((-2, -1), "mean")
     }
+
+
+def test_a_class_with_one_image_does_not_hide_the_better_layer() -> None:
+    """Its only image is never predicted, so that it has no loss."""
+    features, labels = build_features(91, 8)
+    labels[-1] = 3
+    noise = np.random.default_rng(1).normal(size=features.shape) * features.std(axis=0)
+    candidates = {LAST_CLS: features + 3 * noise, EARLIER: features}
+    ordered = sorted(candidates, key=lambda candidate: candidate.complexity)
+    assert choose_probe(candidates.__getitem__, labels, 4, ordered).candidate == EARLIER
