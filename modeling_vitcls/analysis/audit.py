@@ -43,7 +43,7 @@ from ..hub.model_files import PREDICTIONS_FILE, RESULTS_FILE
 from ..inference.evaluate import MAX_BATCH_SIZE, match_labels, set_up_evaluation
 from ..inference.evaluator import Evaluator
 from ..inference.frozen import FeatureEvaluator, build_classifier
-from ..inference.load_model import announce_precision, choose_batch_size, load_model, round_weights
+from ..inference.load_model import announce_precision, choose_batch_size, load_model
 from ..model.heads_vitcls import IGNORED_LABEL
 from ..options import EvaluateOptions
 from ..runtime.errors import describe_installation
@@ -133,7 +133,6 @@ def load_audited_images(options: EvaluateOptions) -> tuple[AuditedImages, int, C
     accelerator, console, warn = set_up_evaluation(options)
     if precision := announce_precision(accelerator, options.mixed_precision, source, "torch"):
         console.print(precision, markup=False)
-    round_weights(model, accelerator.mixed_precision)
     model = model.to(accelerator.device).eval()
     batch_size = choose_batch_size(
         options.batch_size, model.config, accelerator.device, MAX_BATCH_SIZE

@@ -114,7 +114,9 @@ def prepare_flags(command: str, options_class: type, flags: list[str]) -> list[s
     missing = [
         f"--{name.replace('_', '-')}"
         for name, field in flag_fields.items()
-        if field.default is field.default_factory is dataclasses.MISSING and name not in names
+        if field.default is field.default_factory is dataclasses.MISSING
+        and name not in names
+        and get_origin(field.type) is not Annotated  # positional; tyro reports a missing one
     ]
     if missing:
         exit_with_message(

@@ -43,7 +43,6 @@ from .load_model import (
     choose_batch_size,
     list_file_patterns,
     load_model,
-    round_weights,
 )
 from .metric_tables import build_class_tables, build_metric_rows
 from .per_image import get_outputs, write_predictions
@@ -87,7 +86,6 @@ def load_evaluation(
         record = read_held_out_record(folder, options.task)
     if precision:
         print_line(precision)
-    round_weights(model, accelerator.mixed_precision)
     model = model.to(accelerator.device).eval()
     data_options = set_label_columns(options.data, config, folder, options.task)
     load_data = partial(

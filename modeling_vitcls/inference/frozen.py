@@ -43,7 +43,6 @@ from .load_model import (
     choose_batch_size,
     list_file_patterns,
     load_model,
-    round_weights,
 )
 from .metric_tables import format_percent
 from .token_names import get_token_names
@@ -163,7 +162,6 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
         )
     if held_out_data.part.warning is not None:
         warn(held_out_data.part.warning)
-    round_weights(model, accelerator.mixed_precision)
     model = model.to(accelerator.device).eval()
     layout = FeatureLayout.from_config(model.config, NUM_SINGLE_LAYERS)
     batch_size = choose_batch_size(

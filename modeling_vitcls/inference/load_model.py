@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 
 from ..conversion.any_checkpoint import resolve_checkpoint
 from ..data.aspect_ratio import get_output_size, set_fit
@@ -21,7 +20,7 @@ from ..model.modeling_vitcls import (
     ViTCLSModel,
 )
 from ..runtime.distributed import set_mixed_precision
-from .exported_graphs import BACKEND_FILES, ExportedModel, load_exported_model
+from .exported_graphs import BACKEND_FILES, load_exported_model
 
 
 CPU_BATCH_TOKENS = (
@@ -145,15 +144,6 @@ def choose_batch_size(
         return batch_size or default
     num_tokens = config.token_layout.get_num_tokens(*config.grid_size)
     return max(1, min(default, CPU_BATCH_TOKENS // num_tokens))
-
-
-def round_weights(model: Any, precision: str) -> None:
-    """Round the weights of the encoder's linear layers in place, as autocast would otherwise do in each pass."""
-    if precision != "bf16" or isinstance(model, ExportedModel):
-        return
-    for module in model.base_model.layers.modules():
-        if isinstance(module, nn.Linear):
-            module.to(torch.bfloat16)
 
 
 def check_is_classifier(config: ViTCLSConfig) -> None:

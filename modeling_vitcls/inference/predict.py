@@ -48,7 +48,6 @@ from .load_model import (
     choose_batch_size,
     list_file_patterns,
     load_model,
-    round_weights,
 )
 from .outputs import WRITERS, get_output_columns, print_table, show_progress, write_rows
 from .prediction_rows import (
@@ -121,7 +120,6 @@ def build_predictor(options: PredictOptions, accelerator: Accelerator) -> Predic
         options.backend,
         accelerator.mixed_precision,
     )
-    round_weights(model, accelerator.mixed_precision)
     return Predictor(
         model=model.eval().to(accelerator.device),
         processor=processor,

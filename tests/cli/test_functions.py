@@ -25,7 +25,7 @@ from modeling_vitcls.options import (
     PredictOptions,
     PretrainOptions,
 )
-from modeling_vitcls.publishing import finish
+from modeling_vitcls.publishing import after_run
 from modeling_vitcls.runtime.files import write_json
 from modeling_vitcls.training import run
 
@@ -269,10 +269,12 @@ def test_flags_select_one_run_all_folds_or_a_dry_run(
         return options.output_dir
 
     monkeypatch.setattr(run, "train", train)
-    monkeypatch.setattr(finish, "prepare_push", lambda options: "ann/mine")
-    monkeypatch.setattr(finish, "build_uploader", lambda *arguments: arguments)
+    monkeypatch.setattr(after_run, "prepare_push", lambda options: "ann/mine")
+    monkeypatch.setattr(after_run, "build_uploader", lambda *arguments: arguments)
     monkeypatch.setattr(
-        finish, "finish_run", lambda folder, run, repo_id: finished.append((folder.name, repo_id))
+        after_run,
+        "finish_run",
+        lambda folder, run, repo_id: finished.append((folder.name, repo_id)),
     )
     results = function("vitcls-tiny", "digits", tmp_path / "out", **flags)
     assert finished == [(name, "ann/mine") for name in names]

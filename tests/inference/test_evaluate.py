@@ -221,7 +221,9 @@ def test_the_results_describe_the_evaluation(
     fields = SIZES | {"image_size": (16, 24), "num_channels": 1} | labels.to_config_values()
     model = type(build_classifier("single"))(ViTCLSConfig(**fields)).eval()
     model.save_pretrained(tmp_path / "model")
-    processor = ViTCLSImageProcessor(size=16, do_convert_rgb=False, image_mean=0.5, image_std=0.5)
+    processor = ViTCLSImageProcessor(
+        size={"height": 16, "width": 24}, do_convert_rgb=False, image_mean=0.5, image_std=0.5
+    )
     processor.save_pretrained(tmp_path / "model")
     set_fit(processor, "pad", (16, 24))
     images = [Image.new("L", (32, 16), 40 * index) for index in range(6)]
