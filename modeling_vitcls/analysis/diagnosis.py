@@ -464,7 +464,7 @@ def diagnose_patches(config: ViTCLSConfig, findings: Findings, has_head: bool = 
         sentence = (
             f"{position.capitalize()}, {mode.fraction:.1%} of the patches have outlier norms, at {mode.ratio:.1f} "
             f"times the median norm of the image; {registers_text} may absorb them (train with "
-            "--num-register-tokens, or see analysis.test_time_registers)."
+            "--num-register-tokens, or see analysis.register_neurons)."
         )
     elif len(ratios) < MIN_PATCHES:
         word = "too few patches to tell"
