@@ -564,9 +564,10 @@ class EvaluateOptions:
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """Precision of the forward pass. `auto`: the setting of `accelerate launch` or, without it, `bf16` on GPUs and
     CPUs with bf16 instructions (on CPUs, for models at least as wide as ViT-Ti), and otherwise `no`."""
-    backend: str = "torch"
+    backend: str = "auto"
     """Engine: `torch`, or `onnx` or `openvino` for model.onnx or model.xml in the model's folder, which then
-    requires no other weights, or a file that `vitcls export` wrote."""
+    requires no other weights, or a file that `vitcls export` wrote. `auto`: on CPUs, for many images and if the extra
+    `export` is installed, the engine that is measured to be fastest; otherwise `torch`."""
     frozen: Literal["knn", "logreg"] | None = None
     """Evaluate the frozen encoder instead of the classifier of the model: fit `knn` or `logreg` (logistic regression)
     to the features of the training images."""
@@ -596,7 +597,7 @@ class EvaluateOptions:
             raise ValueError(
                 "--task only measures a task. Remove --frozen, --audit, --per-image, --unknown-dataset"
             )
-        if self.backend != "torch" and (self.frozen or self.audit):
+        if self.backend not in ("auto", "torch") and (self.frozen or self.audit):
             raise ValueError("--frozen and --audit require --backend torch. Remove --backend")
 
 
@@ -665,9 +666,10 @@ class PredictOptions(ImageOptions):
     fit: Literal["squash", "crop", "pad"] | None = None
     """How images of other aspect ratios become the input: resize the whole image (`squash`), crop the center (`crop`)
     or add gray (`pad`). Default: the setting of the image processor."""
-    backend: str = "torch"
+    backend: str = "auto"
     """Engine: `torch`, or `onnx` or `openvino` for model.onnx or model.xml in the model's folder, which then
-    requires no other weights, or a file that `vitcls export` wrote."""
+    requires no other weights, or a file that `vitcls export` wrote. `auto`: on CPUs, for many images and if the extra
+    `export` is installed, the engine that is measured to be fastest; otherwise `torch`."""
     num_workers: int | None = None
     """Number of image loading threads per process. Default: the number of CPU cores, but at most 8."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"

@@ -239,9 +239,9 @@ DEFAULTS = """
     mask_ratio=0.75 decoder_layers=4
 
     model=m dataset=digits held_out_fraction=0.2 shuffle_buffer=1000 max_unreadable_images=100 num_workers=2
-    backend=torch mixed_precision=auto
+    backend=auto mixed_precision=auto
 
-    model=m dataset=digits shard_size=10000 threshold=0.5 feature_dtype=float32 backend=torch
+    model=m dataset=digits shard_size=10000 threshold=0.5 feature_dtype=float32 backend=auto
     mixed_precision=auto
 
     model=m dataset=digits output=report.html num_images=8 max_images=256 mixed_precision=auto

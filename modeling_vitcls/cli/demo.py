@@ -38,9 +38,10 @@ class DemoOptions:
     """Address of the server. 0.0.0.0 allows connections from other machines."""
     port: int | None = None
     """Port of the server. Default: the first free port from 7860 upward."""
-    backend: str = "torch"
+    backend: str = "auto"
     """Engine: `torch`, or `onnx` or `openvino` for model.onnx or model.xml in the model's folder, which then
-    requires no other weights, or a file that `vitcls export` wrote. Exported files have no attention maps."""
+    requires no other weights, or a file that `vitcls export` wrote. Exported files have no attention maps; `auto` is
+    `torch` unless the folder only has such files."""
 
 
 OPTIONS_CLASS = DemoOptions

@@ -13,7 +13,9 @@ dataset is a path, a Hub id, or data in memory (data/in_memory.py).
 """
 
 import dataclasses
+import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Unpack, get_origin, get_type_hints
 
@@ -141,7 +143,16 @@ def run_evaluation(options: EvaluateOptions) -> dict[str, Any]:
         from ..analysis.audit import audit_checkpoint
 
         return audit_checkpoint(options)
-    return evaluate_frozen(options) if options.frozen else evaluate_checkpoint(options)
+    if options.frozen:
+        return evaluate_frozen(options)
+    return evaluate_checkpoint(options, choose_engine)
+
+
+def choose_engine(job: Any) -> Any:
+    """Return the model of a job or a faster graph of it, for `--backend auto`. A choice is printed."""
+    from ..export.engine_choice import choose_engine as choose
+
+    return choose(job, partial(print, file=sys.stderr))
 
 
 @errors_name_arguments(PredictOptions)
@@ -174,7 +185,7 @@ def predict(
         name: getattr(PredictOptions, name) for name in ("shard_size", "shard", "merge")
     }
     options = build_options(PredictOptions, model=model, **fixed_flags, **flags)
-    return predict_from_options(options, images)
+    return predict_from_options(options, images, choose_engine)
 
 
 @errors_name_arguments(InspectOptions)

@@ -78,15 +78,20 @@ def write_openvino(
     graph: ExportedProgram, graph_shape: GraphShape, names: list[str], file: Path
 ) -> None:
     """Write a graph to an ONNX file, and convert the file with OpenVINO."""
-    import openvino
-
     with tempfile.TemporaryDirectory() as folder:
         onnx_file = Path(folder, "model.onnx")
         write_onnx(graph, graph_shape, names, onnx_file)
-        try:
-            openvino.save_model(openvino.Core().read_model(onnx_file), file, compress_to_fp16=False)
-        except RuntimeError as error:
-            raise ValueError(f"OpenVINO cannot read this model: {format_error(error)}") from error
+        convert_to_openvino(onnx_file, file)
+
+
+def convert_to_openvino(onnx_file: Path, file: Path) -> None:
+    """Convert an ONNX file to an OpenVINO file. Raise ValueError if OpenVINO cannot read it."""
+    import openvino
+
+    try:
+        openvino.save_model(openvino.Core().read_model(onnx_file), file, compress_to_fp16=False)
+    except RuntimeError as error:
+        raise ValueError(f"OpenVINO cannot read this model: {format_error(error)}") from error
 
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")

@@ -149,6 +149,7 @@ def load_export_images(
         split=split,
         batch_size=batch_size,
         mixed_precision="no",
+        backend="torch",
     )
     try:
         setup = load_evaluation(options, build_accelerator(mixed_precision="no"), print)

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from .engines import Job, select_engine
 from .inputs import build_record
-from .load_model import choose_batch_size, load_model
+from .load_model import choose_batch_size, find_model_folder, load_model
 from .predict import MAX_BATCH_SIZE, Predictor, get_num_workers
 from .prediction_rows import FeatureColumns
 
@@ -35,6 +36,8 @@ class EmbedImages:
         batch_size: maximum number of images per forward pass. Default: as in `vitcls predict`.
         fit: see `vitcls predict --fit`.
         device: device of the model. Default: CUDA if it is available.
+        backend: engine as in `vitcls predict --backend`, but "auto" measures nothing: it uses a graph that `vitcls
+            predict --features ... --mixed-precision no` has chosen for this model, kind of CPU and batch size.
     """
 
     def __init__(
@@ -46,11 +49,13 @@ class EmbedImages:
         batch_size: int | None = None,
         fit: str | None = None,
         device: str | None = None,
+        backend: str = "auto",
     ) -> None:
         self.model = str(model)
         self.features = tuple(features)
         self.image_column = image_column
         self.dtype, self.batch_size, self.fit, self.device = dtype, batch_size, fit, device
+        self.backend = backend
         self.predictor: Predictor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -87,9 +92,24 @@ class EmbedImages:
 
     def build_predictor(self) -> Predictor:
         """Load the model."""
-        model, processor = load_model(self.model, use_head=False, fit=self.fit)
+        model, processor = load_model(
+            self.model, use_head=False, fit=self.fit, backend=self.backend
+        )
         device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        columns = FeatureColumns(model, self.features, self.dtype)
-        model = model.eval().to(device)  # type: ignore[arg-type]
+        model = model.eval().to(device)
         batch_size = choose_batch_size(self.batch_size, model.config, device, MAX_BATCH_SIZE)
+
+        if device.type == "cpu" and not any("@" in name for name in self.features):
+            job = Job(
+                model=model,
+                processor=processor,
+                folder=Path(find_model_folder(self.model, self.backend)),
+                use_head=False,
+                compute=lambda model, images: model(images),
+                batch_size=batch_size,
+                num_images=None,
+                mixed_precision="no",
+            )
+            model = select_engine(job, self.backend)
+        columns = FeatureColumns(model, self.features, self.dtype)
         return Predictor(model, processor, columns, nullcontext, batch_size, get_num_workers())

@@ -36,6 +36,7 @@ from ..runtime.distributed import build_accelerator
 from ..runtime.files import read_json, write_json
 from ..runtime.system import describe_device, get_versions
 from .confidence import measure_unknown
+from .engines import EngineChooser, Job, compute_logits, get_engine_name, select_engine
 from .evaluator import Evaluator, round_floats
 from .load_model import (
     announce_precision,
@@ -69,8 +70,10 @@ def load_evaluation(
     accelerator: Accelerator,
     warn: Callable[[str], None],
     print_line: Callable[[str], None] = print,
+    choose_engine: EngineChooser | None = None,
 ) -> EvaluationSetup:
-    """Load the model and the labeled images. The errors are the same as in `evaluate_checkpoint`."""
+    """Load the model and the labeled images, and choose an engine (engines.py). The errors are the same as in
+    `evaluate_checkpoint`."""
     with accelerator.main_process_first():  # the main process downloads the files
         precision = announce_precision(
             accelerator, options.mixed_precision, options.model, options.backend
@@ -109,6 +112,18 @@ def load_evaluation(
     )
     evaluator = build_evaluator(match_labels(data.images, data.label_space, model_space))
     evaluator.task = options.task
+    if accelerator.num_processes == 1:
+        job = Job(
+            model=model,
+            processor=processor,
+            folder=Path(folder),
+            use_head=True,
+            compute=compute_logits,
+            batch_size=evaluator.batch_size,
+            num_images=None if isinstance(data.images, StreamedImages) else len(data.images),
+            mixed_precision=accelerator.mixed_precision,
+        )
+        model = select_engine(job, options.backend, choose_engine)
     return EvaluationSetup(
         model=model,
         config=config,
@@ -120,8 +135,14 @@ def load_evaluation(
     )
 
 
-def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
+def evaluate_checkpoint(
+    options: EvaluateOptions, choose_engine: EngineChooser | None = None
+) -> dict[str, Any]:
     """Evaluate a saved model, print the results, write the results to `--output` if it is set, and return the results.
+
+    Args:
+        options: The flags of `vitcls evaluate`.
+        choose_engine: Function that chooses the engine for `--backend auto` (engines.py).
 
     Raises:
         ValueError: if the model type is not supported, if the split does not exist, if training used all of its
@@ -131,7 +152,8 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
             written.
     """
     accelerator, console, warn = set_up_evaluation(options)
-    setup = load_evaluation(options, accelerator, warn, partial(console.print, markup=False))
+    print_line = partial(console.print, markup=False)
+    setup = load_evaluation(options, accelerator, warn, print_line, choose_engine)
     model, evaluator, kind = setup.model, setup.evaluator, setup.evaluator.label_space.kind
     if options.per_image is not None and kind == "multi_task":
         raise ValueError(
@@ -147,6 +169,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     seconds = time.perf_counter() - start_time
     results = {
         **describe_evaluation(options, setup, metrics["num_images"], seconds, accelerator),
+        "engine": get_engine_name(model),
         "weights_sha256": setup.weights_hash,
         **metrics,
     }

@@ -23,6 +23,7 @@ from ..runtime.distributed import set_mixed_precision
 from .exported_graphs import BACKEND_FILES, load_exported_model
 
 
+TORCH = "torch"
 CPU_BATCH_TOKENS = (
     1600  # 8 images with 196 patches; larger batches need more memory and are not faster
 )
@@ -53,7 +54,8 @@ def load_model(
         source: A folder, a Hub id or any other checkpoint that `--model` accepts.
         use_head: Whether to load the classifier; None to load it if there is one.
         fit: Fit of the image processor. Default: unchanged.
-        backend: "torch", "onnx", "openvino" or an exported file. An exported file replaces the weights.
+        backend: "torch", "onnx", "openvino" or an exported file, which replaces the weights. "auto" is "torch" unless
+            the folder only has graphs.
         mixed_precision: Precision of an exported file (exported_graphs.py).
 
     Raises:
@@ -84,7 +86,11 @@ def load_model(
     config = ViTCLSConfig.from_pretrained(folder)
     if fit is not None:
         set_fit(processor, fit, get_output_size(processor, config.image_height_width))
-    if backend != "torch":
+    backends = [name for name, (file, _) in BACKEND_FILES.items() if Path(folder, file).is_file()]
+    has_only_graphs = bool(backends) and not any(Path(folder).glob("*.safetensors"))
+    if backend == "auto":
+        backend = backends[-1] if has_only_graphs else TORCH
+    if backend != TORCH:
         graph = load_exported_model(
             backend=backend,
             folder=Path(folder),
@@ -94,8 +100,7 @@ def load_model(
             mixed_precision=mixed_precision,
         )
         return graph, processor
-    backends = [name for name, (file, _) in BACKEND_FILES.items() if Path(folder, file).is_file()]
-    if backends and not any(Path(folder).glob("*.safetensors")):
+    if has_only_graphs:
         raise ValueError(
             f"--backend torch requires weights, but {source} has none. Set --backend {backends[0]}"
         )

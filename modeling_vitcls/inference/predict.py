@@ -33,6 +33,7 @@ from ..model.modeling_vitcls import ViTCLSPreTrainedModel
 from ..options import PredictOptions
 from ..runtime.distributed import build_accelerator, run_on_main
 from .confidence import find_score_limit
+from .engines import EngineChooser, Job, select_engine
 from .exported_graphs import ExportedModel
 from .inputs import (
     ImageRecord,
@@ -46,6 +47,7 @@ from .inputs import (
 from .load_model import (
     announce_precision,
     choose_batch_size,
+    find_model_folder,
     list_file_patterns,
     load_model,
 )
@@ -90,12 +92,15 @@ class PredictionCounts(NamedTuple):
     num_failed: int
 
 
-def predict_from_options(options: PredictOptions, images: list[Any]) -> list[Row]:
+def predict_from_options(
+    options: PredictOptions, images: list[Any], choose_engine: EngineChooser | None = None
+) -> list[Row]:
     """Return the rows that `vitcls predict` would write, computed in this process. `images` are paths, URLs, folders,
     encoded bytes, PIL images and arrays. If `images` is empty, the options specify the input."""
     accelerator = build_accelerator(mixed_precision=options.mixed_precision)
     source = wrap_images(images) if images else open_input(options)
-    return list(build_predictor(options, accelerator).iterate_rows(read_all_records(source)))
+    predictor = build_predictor(options, accelerator, get_num_images(source), choose_engine)
+    return list(predictor.iterate_rows(read_all_records(source)))
 
 
 def read_all_records(source: PredictionInput) -> Iterator[ImageRecord]:
@@ -105,8 +110,19 @@ def read_all_records(source: PredictionInput) -> Iterator[ImageRecord]:
     return source.read_records([range(source.num_images)])
 
 
-def build_predictor(options: PredictOptions, accelerator: Accelerator) -> Predictor:
-    """Load the model and the image processor, and build a predictor on the device of the accelerator."""
+def get_num_images(source: PredictionInput) -> int | None:
+    """Return the number of images, or None for a stream."""
+    return None if isinstance(source, StreamInput) else source.num_images
+
+
+def build_predictor(
+    options: PredictOptions,
+    accelerator: Accelerator,
+    num_images: int | None = None,
+    choose_engine: EngineChooser | None = None,
+) -> Predictor:
+    """Load the model and the image processor, and build a predictor on the device of the accelerator. For
+    `--backend auto`, `choose_engine` chooses the engine for the number of images (engines.py)."""
     assert options.model is not None
     precision = announce_precision(
         accelerator, options.mixed_precision, options.model, options.backend
@@ -120,21 +136,46 @@ def build_predictor(options: PredictOptions, accelerator: Accelerator) -> Predic
         options.backend,
         accelerator.mixed_precision,
     )
+    model = model.eval().to(accelerator.device)
+    set_limit = find_set_limit(options, model)
+    batch_size = choose_batch_size(
+        options.batch_size, model.config, accelerator.device, MAX_BATCH_SIZE
+    )
+
+    def build_columns(model: Any) -> PredictionColumns:
+        return build_prediction_columns(
+            model=model,
+            top_k=options.top_k,
+            threshold=options.threshold,
+            features=options.features,
+            feature_dtype=options.feature_dtype,
+            set_limit=set_limit,
+        )
+
+    def compute_outputs(model: Any, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        with torch.inference_mode(), accelerator.autocast():
+            return build_columns(model).predict(pixel_values)
+
+    # Graphs have only the last layer, and all shards must be written by the same engine.
+    has_layers = any("@" in name for name in options.features or ())
+    if accelerator.num_processes == 1 and options.shard is None and not has_layers:
+        job = Job(
+            model=model,
+            processor=processor,
+            folder=Path(find_model_folder(options.model, options.backend)),
+            use_head=options.features is None,
+            compute=compute_outputs,
+            batch_size=batch_size,
+            num_images=num_images,
+            mixed_precision=accelerator.mixed_precision,
+        )
+        model = select_engine(job, options.backend, choose_engine)
     return Predictor(
-        model=model.eval().to(accelerator.device),
+        model=model,
         processor=processor,
-        columns=build_prediction_columns(
-            model,
-            options.top_k,
-            options.threshold,
-            options.features,
-            options.feature_dtype,
-            find_set_limit(options, model),
-        ),
+        columns=build_columns(model),
         autocast=accelerator.autocast,
-        batch_size=choose_batch_size(
-            options.batch_size, model.config, accelerator.device, MAX_BATCH_SIZE
-        ),
+        batch_size=batch_size,
         num_workers=options.num_workers or get_num_workers(),
     )
 
@@ -189,13 +230,15 @@ def wrap_images(images: Sequence[Any]) -> ListInput:
     return ListInput(names, contents)
 
 
-def predict_images(options: PredictOptions) -> PredictionCounts:
+def predict_images(
+    options: PredictOptions, choose_engine: EngineChooser | None = None
+) -> PredictionCounts:
     """Run the prediction that the options specify, and print or write the rows. Raise ValueError or OSError with a
     single-line message if the images or the model cannot be read, or if the output cannot be written."""
     accelerator = build_accelerator(mixed_precision=options.mixed_precision)
     source = load_on_main(accelerator, options.dataset or "", partial(open_input, options))
     with accelerator.main_process_first():  # the main process downloads the files
-        predictor = build_predictor(options, accelerator)
+        predictor = build_predictor(options, accelerator, get_num_images(source), choose_engine)
     is_folder = options.output is not None and options.output.suffix.lower() not in WRITERS
     counts = (predict_to_folder if is_folder else predict_to_file)(
         options, accelerator, source, predictor

@@ -355,7 +355,9 @@ def compare_predictions(
     predictions = []
     truths = []
     for source in (options.old, options.new):
-        evaluate_options = EvaluateOptions(source, data_options, split=split, mixed_precision="no")
+        evaluate_options = EvaluateOptions(
+            source, data_options, split=split, mixed_precision="no", backend="torch"
+        )
         setup = load_evaluation(evaluate_options, accelerator, warn, lambda line: None)
         if setup.evaluator.label_space.kind != "single_label_classification":
             raise ValueError(
