@@ -1,0 +1,189 @@
+"""Compare tools on the same encoder and photographs: accuracy, CPU time, memory, and the lines that a user writes.
+
+    python scripts/compare_tools.py --encoder ENCODER --photos PHOTOS --output runs/compared
+
+ENCODER is a transformers folder of a DINOv2 ViT-S/14, and PHOTOS has the folders train/CLASS and test/CLASS. Each
+program in scripts/compared/ is what a user of the tool writes. It runs in a process of its own, finds its inputs in
+environment variables, and prints its accuracy on the test photographs. Tools that are not installed are left out.
+docs/compared.md contains the table.
+"""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from safetensors.torch import load_file
+from study_first_answer import draw_photos, list_photos
+
+from modeling_vitcls.runtime.files import read_json, write_json
+from modeling_vitcls.runtime.system import get_processor_name
+
+
+PROGRAMS = Path(__file__).parent / "compared"
+# Program -> packages whose versions are stated.
+PACKAGES = {
+    "vitcls.sh": ("modeling_vitcls",),
+    "scikit_learn.py": ("scikit-learn", "transformers"),
+    "transformers_trainer.py": ("transformers",),
+    "timm_loop.py": ("timm",),
+    "fastai_learner.py": ("fastai",),
+    "lightly_train_classifier.py": ("lightly-train",),
+}
+# Names of timm and DINOv2 for the weights of transformers.
+TIMM_NAMES = (
+    (r"embeddings\.cls_token", "cls_token"),
+    (r"embeddings\.position_embeddings", "pos_embed"),
+    (r"embeddings\.patch_embeddings\.projection", "patch_embed.proj"),
+    (r"encoder\.layer\.", "blocks."),
+    (r"attention\.output\.dense", "attn.proj"),
+    (r"layer_scale(\d)\.lambda1", r"ls\1.gamma"),
+    (r"layernorm", "norm"),
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Encoder, photographs and output of the comparison."""
+
+    encoder: Path
+    """Folder of a DINOv2 ViT-S/14, as `AutoModel.from_pretrained` takes it."""
+    photos: Path
+    """Folder with train/CLASS/PHOTO and test/CLASS/PHOTO."""
+    output: Path
+    """Folder for the photographs, the runs and README.md."""
+    labels: int = 50
+    """Number of training photographs per class."""
+    programs: tuple[str, ...] = tuple(PACKAGES)
+    """Programs in scripts/compared/ to run."""
+
+
+def main() -> None:
+    options = tyro.cli(Options)
+    options.output.mkdir(parents=True, exist_ok=True)
+    environment = prepare(options)
+    file = options.output / "rows.json"
+    rows: dict[str, Any] = read_json(file) if file.exists() else {}
+
+    for name in options.programs:
+        try:
+            versions = [f"{package} {version(package)}" for package in PACKAGES[name]]
+        except PackageNotFoundError as error:
+            print(f"{name}: {error.name} is not installed")
+            continue
+        if name not in rows:
+            rows[name] = {**run_program(name, options.output, environment), "versions": versions}
+            write_json(file, rows)
+            print(name, rows[name], flush=True)
+    (options.output / "README.md").write_text(format_table(rows), encoding="utf-8")
+
+
+def prepare(options: Options) -> dict[str, str]:
+    """Link the photographs, write the weights for timm, and return the environment variables of the programs."""
+    photos = options.output.resolve() / "photos"
+    chosen = draw_photos(options.photos / "train", options.labels, seed=0)
+    for split, files in (("train", chosen), ("test", list_photos(options.photos / "test"))):
+        for file in files:
+            link = photos / split / file.parent.name / file.name
+            link.parent.mkdir(parents=True, exist_ok=True)
+            if not link.exists():
+                link.symlink_to(file.resolve())
+
+    weights = options.output.resolve() / "timm.pt"
+    torch.save(rename_weights(load_file(options.encoder / "model.safetensors")), weights)
+    return {
+        "ENCODER": str(options.encoder.resolve()),
+        "PHOTOS": str(photos),
+        "TIMM_WEIGHTS": str(weights),
+    }
+
+
+def rename_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the weights of transformers' DINOv2 with the names of timm and of the authors."""
+    renamed = {}
+    for name, value in weights.items():
+        if "mask_token" in name or "attention.attention." in name:
+            continue
+        for pattern, replacement in TIMM_NAMES:
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = value
+
+    pattern = re.compile(r"encoder\.layer\.(\d+)\.attention\.attention\.query\.(weight|bias)")
+    for name in weights:
+        if match := pattern.fullmatch(name):
+            parts = [weights[name.replace("query", part)] for part in ("query", "key", "value")]
+            renamed[f"blocks.{match[1]}.attn.qkv.{match[2]}"] = torch.cat(parts)
+    return renamed
+
+
+def run_program(name: str, output: Path, environment: dict[str, str]) -> dict[str, Any]:
+    """Run a program, and return its accuracy, CPU seconds, peak memory of its largest process, and lines."""
+    folder = output.resolve() / Path(name).stem
+    folder.mkdir(exist_ok=True)
+    log_file = folder / "log.txt"
+    script = PROGRAMS / name
+    command = (
+        ["bash", "-e", str(script)] if script.suffix == ".sh" else [sys.executable, str(script)]
+    )
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    variables = {**os.environ, **environment, "OUTPUT": str(folder), "PATH": path}
+
+    with log_file.open("wb") as log:
+        process = subprocess.Popen(command, env=variables, stdout=log, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)
+    if status != 0:
+        raise SystemExit(f"{name} failed. See {log_file}")
+    return {
+        "accuracy": read_accuracy(folder),
+        "cpu_seconds": usage.ru_utime + usage.ru_stime,
+        "peak_memory": usage.ru_maxrss * 1024,
+        "lines": count_lines(script),
+    }
+
+
+def read_accuracy(folder: Path) -> float:
+    """Return the accuracy that a program printed or wrote."""
+    result = folder / "result.json"
+    if result.exists():
+        return float(read_json(result)["accuracy"])
+    text = (folder / "log.txt").read_text(encoding="utf-8", errors="replace")
+    return float(re.findall(r"^accuracy ([\d.]+)", text, flags=re.MULTILINE)[-1])
+
+
+def count_lines(script: Path) -> int:
+    """Return the number of lines without blank lines, and without the docstring of a Python file."""
+    text = script.read_text(encoding="utf-8")
+    if script.suffix == ".py":
+        docstring = ast.parse(text).body[0]
+        text = "\n".join(text.splitlines()[docstring.end_lineno :])
+    return sum(bool(line.strip()) for line in text.splitlines())
+
+
+def format_table(rows: dict[str, Any]) -> str:
+    """Return the table, the versions and the kind of CPU."""
+    lines = [
+        "| program | accuracy | CPU seconds | peak memory, GiB | lines |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name, row in rows.items():
+        values = [
+            f"{100 * row['accuracy']:.1f} %",
+            f"{row['cpu_seconds']:,.0f}",
+            f"{row['peak_memory'] / 2**30:.1f}",
+            str(row["lines"]),
+        ]
+        lines.append(f"| `{name}` | {' | '.join(values)} |")
+    versions = sorted({each for row in rows.values() for each in row["versions"]})
+    libraries = [f"torch {torch.__version__}", *versions]
+    return "\n".join([*lines, "", f"{get_processor_name()}; {', '.join(libraries)}.", ""])
+
+
+if __name__ == "__main__":
+    main()
