@@ -46,7 +46,7 @@ cards: setup
 		OMP_NUM_THREADS=1 $(RUN) scripts/finetune.py --config scripts/recipes/$$name.yaml --output-dir runs/$$name --overwrite; \
 		mkdir -p model_cards/$$name/images; \
 		cp runs/$$name/README.md runs/$$name/results.json model_cards/$$name/; \
-		$(RUN) -c "import yaml; from pathlib import Path; from modeling_vitcls.publishing.model_folder import ModelFolder; \
+		$(RUN) -c "import yaml; from pathlib import Path; from modeling_vitcls.hub.model_folder import ModelFolder; \
 			print(yaml.safe_dump(ModelFolder(Path('runs/$$name')).shareable_flags, sort_keys=False), end='')" \
 			> model_cards/$$name/config.resolved.yaml; \
 		cp runs/$$name/images/*.png model_cards/$$name/images/; \

@@ -51,8 +51,8 @@ OPTIONS_CLASS = ConvertOptions
 def run(options: ConvertOptions) -> None:
     """Convert the model and print the parity report."""
     from ..conversion.convert import convert_checkpoint, write_native_model
+    from ..hub.model_folder import ModelFolder
     from ..publishing.card import write_card
-    from ..publishing.model_folder import ModelFolder
 
     if options.to == "transformers":
         report = write_native_model(str(options.model), options.output)

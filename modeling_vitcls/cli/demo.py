@@ -94,7 +94,7 @@ def write_examples(folder: Path, output: Path) -> list[Path]:
     from ..data.held_out import read_held_out_record
     from ..data.images import UnreadableImage
     from ..hub.local_paths import BUILT_IN_DATASET, is_local
-    from ..publishing.model_folder import ModelFolder
+    from ..hub.model_folder import ModelFolder
     from ..publishing.report import read_data_options
 
     run = ModelFolder(folder)

@@ -281,8 +281,8 @@ def add_class(
 
 def run_addition(options: AddTaskOptions | AddClassOptions) -> dict[str, Any]:
     """Add a task or classes, and write the card. Return the record of the addition."""
+    from ..hub.model_folder import ModelFolder
     from ..publishing.card import write_card
-    from ..publishing.model_folder import ModelFolder
     from ..training.additions import add_classes_from_options, add_task_from_options
 
     if isinstance(options, AddClassOptions):

@@ -1,6 +1,5 @@
 """Publish a model folder: report, card, push and verification. Only the files of the folder are read.
 
-model_folder.py            what is in a folder, and which of its results belong to its weights
 report.py                  report.html and the card's images
 card.py                    README.md, with one template per kind of model in model_cards/
 limitations.py             sentences of a card about measured limitations

@@ -24,6 +24,7 @@ from jinja2 import Environment, FileSystemLoader
 from ..data.held_out import ADDITIONS_KEY, HELD_OUT_RECORD_KEY
 from ..hub.local_paths import is_hub_dataset, strip_folders
 from ..hub.model_files import CARD_FILE, RECIPE_FILE, REPORT_FILE
+from ..hub.model_folder import ModelFolder, warn_once
 from ..hub.provenance import Provenance
 from ..inference.linear_probe import TOKEN_TEXTS, describe_candidate
 from ..inference.metric_tables import (
@@ -37,7 +38,6 @@ from ..inference.metric_tables import (
 from ..model.configuration_vitcls import MIN_TRANSFORMERS_VERSION
 from ..version import __version__
 from .held_out_predictions import describe_predictions
-from .model_folder import ModelFolder, warn_once
 from .verification_script import get_auto_class
 
 

@@ -13,9 +13,9 @@ from ..analysis.maps import resize_with_region, to_upright_rgb
 from ..analysis.report import encode_data_url
 from ..data.labels import get_label_space
 from ..hub.model_files import PREDICTIONS_FILE
+from ..hub.model_folder import ModelFolder, warn_once
 from ..inference.confidence import measure_prediction_sets
 from ..inference.per_image import read_weights_hash
-from .model_folder import ModelFolder, warn_once
 
 
 COVERAGE = 0.9  # probability with which a prediction set contains the true label

@@ -27,7 +27,7 @@ from ..hub.connection import (
     retry,
     set_hub_timeout,
 )
-from .model_folder import ModelFolder
+from ..hub.model_folder import ModelFolder
 from .staging import DELETE_PATTERNS, stage_folder
 
 

@@ -18,13 +18,13 @@ from ..analysis.report import write_page
 from ..data.splits import TrainingData, load_training_data
 from ..data.streaming import StreamedImages
 from ..hub.model_files import REPORT_FILE
+from ..hub.model_folder import ModelFolder
 from ..model import modeling_vitcls
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..options import DataOptions
 from ..runtime.progress import track
 from .card_images import write_card_images
 from .held_out_predictions import describe_predictions
-from .model_folder import ModelFolder
 
 
 # Number of images for the statistics, and number of images shown. A model whose statistics would take more than

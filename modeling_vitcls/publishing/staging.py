@@ -38,8 +38,8 @@ from ..hub.model_files import (
     RUN_FILES,
     list_weight_files,
 )
+from ..hub.model_folder import ModelFolder
 from .card import has_edited_card, render_card
-from .model_folder import ModelFolder
 
 
 PACKAGE_FOLDER = Path(__file__).parents[1]

@@ -34,11 +34,11 @@ from ..hub.connection import (
 )
 from ..hub.loading import HubCommit, download_files, resolve_commit
 from ..hub.model_files import CARD_FILE, CODE_PATTERN, MODEL_PATTERNS, PARITY_REPORT_FILE
+from ..hub.model_folder import ModelFolder
 from ..model.modeling_vitcls import ViTCLSBackbone
 from ..runtime.system import get_versions
 from ..version import __version__
 from . import verification_script
-from .model_folder import ModelFolder
 from .push import TIMEOUT, PushResult
 from .staging import PACKAGE_FOLDER, stage_folder
 from .verification_script import Outputs, collect_outputs

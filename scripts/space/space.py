@@ -26,8 +26,8 @@ from packaging.requirements import Requirement
 from modeling_vitcls.hub.connection import check_is_online
 from modeling_vitcls.hub.loading import HubCommit, download_files, resolve_commit, split_revision
 from modeling_vitcls.hub.model_files import CONFIG_FILES
+from modeling_vitcls.hub.model_folder import list_strings
 from modeling_vitcls.model.configuration_vitcls import ViTCLSConfig
-from modeling_vitcls.publishing.model_folder import list_strings
 from modeling_vitcls.publishing.push import PushResult, build_push_command, upload_folder
 from modeling_vitcls.publishing.staging import PACKAGE_FOLDER
 from modeling_vitcls.runtime.files import read_json

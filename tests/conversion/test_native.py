@@ -17,7 +17,7 @@ from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.cli.convert import ConvertOptions, run
 from modeling_vitcls.conversion.convert import copy_results, write_native_model
 from modeling_vitcls.hub.model_files import hash_weights
-from modeling_vitcls.publishing.model_folder import ModelFolder
+from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.publishing.push import push_folder
 from modeling_vitcls.publishing.verify import verify
 

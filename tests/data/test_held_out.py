@@ -27,11 +27,11 @@ from modeling_vitcls.data.held_out import (
 )
 from modeling_vitcls.data.in_memory import add_dataset
 from modeling_vitcls.data.splits import load_training_data
+from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.inference.evaluate import evaluate_checkpoint
 from modeling_vitcls.inference.load_model import load_model
 from modeling_vitcls.model.configuration_vitcls import ViTCLSConfig
 from modeling_vitcls.options import DataOptions, EvaluateOptions, InspectOptions
-from modeling_vitcls.publishing.model_folder import ModelFolder
 from modeling_vitcls.publishing.staging import list_published_files
 from modeling_vitcls.training.finetune import describe_overlap
 from modeling_vitcls.training.model import InitialModel

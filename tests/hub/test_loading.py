@@ -34,7 +34,7 @@ from modeling_vitcls.hub.loading import (
     resolve_commit,
 )
 from modeling_vitcls.hub.model_files import CONFIG_FILES
-from modeling_vitcls.publishing.model_folder import ModelFolder
+from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.publishing.push import push_folder
 from modeling_vitcls.publishing.verify import verify_push
 

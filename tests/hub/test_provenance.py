@@ -13,8 +13,8 @@ from huggingface_hub.utils import enable_progress_bars
 
 from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.hub import loading
+from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.hub.provenance import Provenance, find_provenance
-from modeling_vitcls.publishing.model_folder import ModelFolder
 from modeling_vitcls.publishing.staging import list_published_files
 
 

@@ -19,6 +19,7 @@ from modeling_vitcls import (
     ViTCLSModel,
 )
 from modeling_vitcls.conversion.convert import convert_checkpoint, write_native_model
+from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.model.configuration_vitcls import MIN_TRANSFORMERS_VERSION
 from modeling_vitcls.publishing.card import (
     build_metadata,
@@ -29,7 +30,6 @@ from modeling_vitcls.publishing.card import (
     render_card,
     write_card,
 )
-from modeling_vitcls.publishing.model_folder import ModelFolder
 from modeling_vitcls.version import __version__
 
 

@@ -12,9 +12,9 @@ from helpers.tiny_models import build_tiny_config, save_with_processor
 from PIL import Image
 
 from modeling_vitcls import ViTCLSForImageClassification
+from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.publishing.card import render_card
 from modeling_vitcls.publishing.held_out_predictions import describe_accuracy, describe_predictions
-from modeling_vitcls.publishing.model_folder import ModelFolder
 
 
 NAMES = ["dusk", "noon", "x"]

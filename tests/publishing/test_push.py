@@ -27,8 +27,8 @@ from modeling_vitcls.cli.push import PushOptions
 from modeling_vitcls.cli.push import run as run_push
 from modeling_vitcls.hub import connection
 from modeling_vitcls.hub.model_files import hash_weights
+from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.publishing.card import write_card
-from modeling_vitcls.publishing.model_folder import ModelFolder
 from modeling_vitcls.publishing.push import (
     PushError,
     build_push_command,

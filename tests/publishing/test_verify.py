@@ -24,7 +24,7 @@ import modeling_vitcls as vitcls
 from modeling_vitcls.cli.push import PushOptions
 from modeling_vitcls.cli.push import run as run_push
 from modeling_vitcls.hub import connection
-from modeling_vitcls.publishing.model_folder import ModelFolder
+from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.publishing.push import push_folder
 from modeling_vitcls.publishing.verification_script import collect_outputs, get_auto_class
 from modeling_vitcls.publishing.verify import (

@@ -10,7 +10,7 @@ from helpers.tiny_models import raises_one_line, save_classifier
 from huggingface_hub import SpaceCard
 from packaging.requirements import Requirement
 
-from modeling_vitcls.publishing.model_folder import ModelFolder
+from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.publishing.push import push_folder
 from modeling_vitcls.runtime.files import write_json
 from scripts.push_space import SpaceOptions, run

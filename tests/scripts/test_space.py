@@ -19,7 +19,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 import modeling_vitcls as vitcls
-from modeling_vitcls.publishing.model_folder import ModelFolder
+from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.publishing.push import push_folder
 
 

@@ -1,4 +1,4 @@
-"""A model folder, as publishing sees it: what is in the folder, and which of its results belong to its weights."""
+"""A model folder: what is in the folder, and which of its results belong to its weights."""
 
 import logging
 import math
@@ -11,9 +11,11 @@ import yaml
 from safetensors import safe_open
 from transformers.dynamic_module_utils import get_relative_imports
 
-from ..hub.loading import check_is_vitcls
-from ..hub.local_paths import can_publish_images, strip_folders
-from ..hub.model_files import (
+from ..model.configuration_vitcls import ViTCLSConfig
+from ..runtime.files import read_json
+from .loading import check_is_vitcls
+from .local_paths import can_publish_images, strip_folders
+from .model_files import (
     CERTIFICATE_FILE,
     CONFIG_FILE,
     CONFIG_FILES,
@@ -33,9 +35,7 @@ from ..hub.model_files import (
     is_match,
     list_weight_files,
 )
-from ..hub.provenance import Provenance, read_folder_provenance
-from ..model.configuration_vitcls import ViTCLSConfig
-from ..runtime.files import read_json
+from .provenance import Provenance, read_folder_provenance
 
 
 # Model types that `vitcls convert --to transformers` writes.
