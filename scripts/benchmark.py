@@ -50,7 +50,8 @@ from modeling_vitcls.export.exportable import (
 from modeling_vitcls.export.exporter import export_model
 from modeling_vitcls.export.quantization import quantize_graph
 from modeling_vitcls.hub.local_paths import strip_folders
-from modeling_vitcls.inference.exported_graphs import BACKEND_FILES, ExportedGraph
+from modeling_vitcls.hub.model_files import BACKEND_FILES
+from modeling_vitcls.inference.exported_graphs import ExportedGraph
 from modeling_vitcls.model.configuration_vitcls import ViTCLSConfig
 from modeling_vitcls.model.cpu_kernels_vitcls import EMULATED_DTYPES
 from modeling_vitcls.options import ExportOptions, check_minimum, check_value
@@ -194,8 +195,9 @@ def set_default_engines(settings: BenchmarkOptions) -> BenchmarkOptions:
 
 def load_model(source: str, folder: Path) -> Any:
     """Load a model in float32, and save it to `folder`, from which it is exported. A preset gets random weights."""
-    model, _, is_trained = load_exportable_model(source)
-    model = model if is_trained else randomize_weights(model)
+    exportable = load_exportable_model(source)
+    is_trained = exportable.folder is not None
+    model: Any = exportable.model if is_trained else randomize_weights(exportable.model)
     model.save_pretrained(folder)
     return model
 

@@ -27,7 +27,7 @@ from scipy.special import softmax
 from sklearn.model_selection import cross_val_predict
 from sklearn.neighbors import NearestNeighbors
 
-from ..conversion.any_checkpoint import resolve_checkpoint
+from ..conversion.any_checkpoint import resolve
 from ..data.evaluated_images import (
     choose_evaluation_split,
     choose_fitting_split,
@@ -38,8 +38,7 @@ from ..data.held_out import read_held_out_record
 from ..data.images import LabeledImages
 from ..data.labels import LabelSpace, get_label_space
 from ..data.sources import load_splits
-from ..hub.loading import MODEL_FILE_PATTERNS
-from ..hub.model_files import PREDICTIONS_FILE, RESULTS_FILE
+from ..hub.model_files import PREDICTIONS_FILE
 from ..inference.evaluate import MAX_BATCH_SIZE, match_labels, set_up_evaluation
 from ..inference.evaluator import Evaluator
 from ..inference.frozen import FeatureEvaluator, build_classifier
@@ -125,24 +124,23 @@ def load_audited_images(options: EvaluateOptions) -> tuple[AuditedImages, int, C
         raise ValueError(f"--audit requires cleanlab. {describe_installation('audit')}")
     folds = [] if options.frozen else sorted(Path(options.model).glob(f"fold-*/{PREDICTIONS_FILE}"))
     source = str(folds[0].parent) if folds else options.model
-    model, processor = load_model(source, use_head=options.frozen is None, fit=options.fit)
+    folder = resolve(source)
+    model, processor = load_model(folder, use_head=options.frozen is None, fit=options.fit)
     if options.frozen is None and not getattr(model.config, "num_labels", 0):
         raise ValueError(
             "--audit requires a classifier, but the model has none. Set --frozen logreg"
         )
     accelerator, console, warn = set_up_evaluation(options)
-    if precision := announce_precision(accelerator, options.mixed_precision, source, "torch"):
+    if precision := announce_precision(
+        accelerator, options.mixed_precision, folder.config, "torch"
+    ):
         console.print(precision, markup=False)
     model = model.to(accelerator.device).eval()
     batch_size = choose_batch_size(
         options.batch_size, model.config, accelerator.device, MAX_BATCH_SIZE
     )
     arguments = (options.data, batch_size, accelerator, model.config.num_channels, warn)
-    record = None
-    if not folds:
-        record = read_held_out_record(
-            resolve_checkpoint(options.model, [*MODEL_FILE_PATTERNS, RESULTS_FILE])
-        )
+    record = None if folds else read_held_out_record(folder)
     data = load_splits(
         options.data, select=list if folds else partial(choose_audited_splits, options)
     )

@@ -1,20 +1,17 @@
 """Inspect a saved model on images, write the report and JSON values, and print the verdicts: `vitcls inspect`."""
 
 from functools import partial
-from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.markup import escape
 
-from ..conversion.any_checkpoint import resolve_checkpoint
+from ..conversion.any_checkpoint import resolve
 from ..data.held_out import read_held_out_record
 from ..hub.loading import split_revision
-from ..hub.model_files import RESULTS_FILE
-from ..inference.load_model import choose_batch_size, list_file_patterns, load_model
+from ..inference.load_model import choose_batch_size, load_model
 from ..options import InspectOptions
 from ..runtime.distributed import choose_precision
-from ..runtime.files import read_json
 from ..runtime.progress import track
 from .inspection import Inspection, inspect_model, open_images
 from .report import SIGNS, get_model_name, write_json_values, write_page
@@ -33,8 +30,8 @@ def inspect_tokens(options: InspectOptions) -> Inspection:
     """
     console = Console(soft_wrap=True, highlight=False)
     error_console = Console(stderr=True, soft_wrap=True, highlight=False)
-    model, processor = load_model(options.model, use_head=None)
-    folder = resolve_checkpoint(options.model, list_file_patterns("torch"))
+    folder = resolve(options.model)
+    model, processor = load_model(folder, use_head=None)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device).eval()
     precision: str = options.mixed_precision
@@ -42,7 +39,6 @@ def inspect_tokens(options: InspectOptions) -> Inspection:
         precision = choose_precision(device, model.config)
         if precision == "bf16":
             console.print("mixed precision: bf16. --mixed-precision no turns it off")
-    results = read_json(Path(folder, RESULTS_FILE)) if Path(folder, RESULTS_FILE).is_file() else {}
     images = open_images(options, model, read_held_out_record(folder))
     for file in (options.output, options.json):
         if file is not None:
@@ -52,7 +48,7 @@ def inspect_tokens(options: InspectOptions) -> Inspection:
             model,
             processor,
             **images.build_arguments(options.num_images, options.max_images),
-            token_movement=results.get("token_movement"),
+            token_movement=folder.saved_results.get("token_movement"),
             batch_size=choose_batch_size(options.batch_size, model.config, device, MAX_BATCH_SIZE),
             on_warning=lambda message: error_console.print(
                 f"WARNING: {message}", style="bold yellow", markup=False

@@ -13,6 +13,7 @@ from PIL import Image, ImageSequence
 from rich.console import Console
 from rich.progress import track
 
+from ..conversion.any_checkpoint import resolve
 from ..data.aspect_ratio import get_fit, get_output_size, set_fit
 from ..hub.loading import split_revision
 from ..inference.inputs import build_list_input
@@ -89,7 +90,7 @@ def write_sheets(options: LookOptions) -> list[Path]:
 
 def load_adjusted_model(options: LookOptions) -> tuple[Any, Any]:
     """Load the model and its image processor, and set the image size and the fit of the options."""
-    model, processor = load_model(options.model, use_head=None)
+    model, processor = load_model(resolve(options.model), use_head=None)
     if options.image_size is not None or options.fit is not None:
         fit = options.fit or get_fit(processor)
         size = (

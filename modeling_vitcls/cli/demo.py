@@ -12,9 +12,13 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from ..runtime.errors import describe_installation
 
+
+if TYPE_CHECKING:
+    from ..hub.model_folder import ModelFolder
 
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")  # no other machine can see the page
 NUM_EXAMPLES = 8  # maximum number of held-out images
@@ -51,17 +55,17 @@ def run(options: DemoOptions) -> None:
     """Load the model and serve the demo page. Raise ValueError if gradio is not installed."""
     if find_spec("gradio") is None:
         raise ValueError(f"vitcls demo requires gradio. {describe_installation('demo')}")
-    from ..conversion.any_checkpoint import resolve_checkpoint
+    from ..conversion.any_checkpoint import resolve
     from ..hub.loading import force_offline
-    from ..inference.load_model import list_file_patterns, load_model
+    from ..inference.load_model import load_model
 
-    folder = resolve_checkpoint(options.model, list_file_patterns(options.backend))
+    folder = resolve(options.model, options.backend)
     # All files are local at this point.
     with force_offline(), TemporaryDirectory(prefix="vitcls-demo-") as examples_folder:
         model, processor = load_model(folder, use_head=None, backend=options.backend)
         examples: Sequence[Path] = options.examples
         if not examples and options.host in LOCAL_HOSTS:
-            examples = write_examples(Path(folder), Path(examples_folder))
+            examples = write_examples(folder, Path(examples_folder))
         from .demo_page import serve_demo  # importing gradio is slow
 
         serve_demo(
@@ -84,7 +88,7 @@ def get_title(model: str) -> str:
     return Path(path).resolve().name if path and Path(path).exists() else name
 
 
-def write_examples(folder: Path, output: Path) -> list[Path]:
+def write_examples(run: "ModelFolder", output: Path) -> list[Path]:
     """Write held-out images of the run that wrote a model folder to another folder, and return their files.
 
     The images are drawn at random. There are none if the folder is not the output of a run, if the dataset would have
@@ -94,17 +98,15 @@ def write_examples(folder: Path, output: Path) -> list[Path]:
     from ..data.held_out import read_held_out_record
     from ..data.images import UnreadableImage
     from ..hub.local_paths import BUILT_IN_DATASET, is_local
-    from ..hub.model_folder import ModelFolder
     from ..publishing.report import read_data_options
 
-    run = ModelFolder(folder)
     data_options = read_data_options(run) if run.results else None
     if data_options is None:
         return []
     if data_options.dataset != BUILT_IN_DATASET and not is_local(data_options.dataset):
         return []
     try:
-        record = read_held_out_record(folder)
+        record = read_held_out_record(run)
         data = load_evaluation_data(
             options=data_options,
             split=None,

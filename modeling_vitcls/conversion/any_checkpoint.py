@@ -1,10 +1,12 @@
-"""Resolve any supported checkpoint to the folder of a vitcls model. Conversions are cached.
+"""The one door to a model of any kind: what a user names -> `ModelFolder`. Conversions are cached.
 
-    resolve_checkpoint("runs/mine")                     a vitcls model: the same folder
-    resolve_checkpoint("someone/their-model@COMMIT")    a vitcls model on the Hub: the downloaded folder
-    resolve_checkpoint("facebook/dinov2-small")         a transformers model: the converted model
-    resolve_checkpoint("timm:vit_small_patch16_224")    a timm model: the converted model
-    resolve_checkpoint("dinov2_vits14_pretrain.pth")    a published state dict: the converted model
+    resolve("runs/mine")                     a vitcls model: the same folder
+    resolve("someone/their-model@COMMIT")    a vitcls model on the Hub: the downloaded folder
+    resolve("facebook/dinov2-small")         a transformers model: the converted model
+    resolve("timm:vit_small_patch16_224")    a timm model: the converted model
+    resolve("dinov2_vits14_pretrain.pth")    a published state dict: the converted model
+
+A command resolves its model once, and everything below receives the folder.
 
 Conversions are checked in the same way as in `vitcls convert`: a converted model is cached only if its outputs match
 those of the source to within 1e-5. The parity report records the source, the commit and the versions. The cache is the
@@ -25,13 +27,15 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from ..hub.loading import (
     CONFIG_FILE,
     CONFIG_FILES,
-    MODEL_FILE_PATTERNS,
+    check_is_vitcls,
     get_cached_commit,
     get_model_folder,
     split_revision,
 )
 from ..hub.local_paths import split_prefix
-from ..hub.model_files import PARITY_REPORT_FILE
+from ..hub.model_files import PARITY_REPORT_FILE, RESULTS_FILE, list_backend_files
+from ..hub.model_folder import ModelFolder
+from ..model.configuration_vitcls import PRESETS
 from ..runtime.files import read_json
 from ..version import __version__
 
@@ -41,18 +45,41 @@ SOURCE_PREFIXES = ("timm:", "transformers:")
 logger = logging.getLogger(__name__)
 
 
-def resolve_checkpoint(source: str, files: Sequence[str] = MODEL_FILE_PATTERNS) -> str:
-    """Return the local folder of a vitcls model, after downloading or converting the source if necessary.
+def is_preset(name: str) -> bool:
+    """Return whether `name` is the name of a preset."""
+    return name.removeprefix("vitcls-") in PRESETS
+
+
+def resolve(source: str, backend: str = "torch", files: Sequence[str] = ()) -> ModelFolder:
+    """Return the folder of a vitcls model, after downloading or converting the source if necessary.
 
     Args:
         source: A folder, `namespace/name` on the Hub with an optional `@REVISION`, `timm:NAME`,
             `transformers:PATH_OR_ID` with an optional `@REVISION`, or a file with a published state dict.
-        files: Patterns of the required files, if the source is a vitcls model.
+        backend: "torch", "onnx", "openvino" or an exported file. Of a vitcls model on the Hub, only the files that
+            this engine reads are downloaded, and the records of its training and its conversion.
+        files: Patterns of other files that are downloaded if the model has them.
 
     Raises:
-        ValueError: If the source is not supported, or the conversion is not exact.
+        ValueError: If the source is a preset, an unfinished run, or not supported, or the conversion is not exact.
         OSError: If the source cannot be found or read.
     """
+    if is_preset(source):
+        raise ValueError(
+            f"{source} is a preset without trained weights. Set --model to a folder or a model on the Hub"
+        )
+    if Path(source, "checkpoints").is_dir() and not Path(source, CONFIG_FILE).exists():
+        raise ValueError(
+            f"{source} contains an unfinished run without a model. Repeat the training command with --resume"
+        )
+    patterns = [*list_backend_files(backend), RESULTS_FILE, PARITY_REPORT_FILE, *files]
+    folder = find_or_convert(source, patterns)
+    check_is_vitcls(source, folder)
+    return ModelFolder(Path(folder), source)
+
+
+def find_or_convert(source: str, files: Sequence[str]) -> str:
+    """Return the folder of a vitcls model, or of a source of another kind, which is converted once."""
     if source.startswith(SOURCE_PREFIXES) or Path(source).is_file():
         return convert_once(source)
     name, revision = split_revision(source)
@@ -106,12 +133,6 @@ def convert_once(source: str) -> str:
                 logger.warning("%s", note)
         logger.warning("the converted model is cached in %s", folder)
     return str(folder)
-
-
-def has_random_weights(folder: str) -> bool:
-    """Return whether a model folder is a conversion with random weights (`vitcls convert --random-init`)."""
-    file = Path(folder, PARITY_REPORT_FILE)
-    return file.is_file() and bool(read_json(file).get("random_init"))
 
 
 def compute_cache_name(source: str) -> str:

@@ -19,11 +19,11 @@ from transformers import PreTrainedModel
 from ..hub.loading import check_is_vitcls, get_model_folder
 from ..hub.local_paths import check_output_is_empty, resolve_name, strip_folders
 from ..hub.model_files import PARITY_REPORT_FILE, RECIPE_FILE, RESULTS_FILE, hash_weights
+from ..hub.model_folder import ModelFolder
 from ..hub.provenance import find_provenance
 from ..model.configuration_vitcls import ViTCLSConfig
-from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, ViTCLSPreTrainedModel
-from ..runtime.files import create_output_folder, read_json, write_json
+from ..runtime.files import create_output_folder, write_json
 from ..runtime.system import get_versions
 from .parity_report import (
     MAX_DIFFERENCE,
@@ -197,12 +197,12 @@ def write_native_model(source: str, output: Path) -> Report:
             by more than the limit, or `output` is not empty. The error message is a single line.
     """
     check_output_is_empty(output)
-    folder = Path(get_model_folder(source))
-    check_is_vitcls(source, folder)
-    architectures = ViTCLSConfig.from_pretrained(folder).architectures or []
-    is_classifier = ViTCLSForImageClassification.__name__ in architectures
+    path = Path(get_model_folder(source))
+    check_is_vitcls(source, path)
+    folder = ModelFolder(path, source)
+    is_classifier = folder.architecture == ViTCLSForImageClassification.__name__
     model_class = ViTCLSForImageClassification if is_classifier else ViTCLSModel
-    model: ViTCLSPreTrainedModel = model_class.from_pretrained(folder)
+    model: ViTCLSPreTrainedModel = model_class.from_pretrained(path)
     native_size_reason = ""
     try:
         converted_model = convert_to_transformers(model)
@@ -217,8 +217,8 @@ def write_native_model(source: str, output: Path) -> Report:
         reloaded_source = TransformersSource.load(str(output_folder), random_init=False)
         reloaded_source.model.float()
         processor_size = None
-        if (folder / "preprocessor_config.json").is_file():
-            processor_size = get_processor_size(ViTCLSImageProcessor.from_pretrained(folder))
+        if folder.has_processor:
+            processor_size = get_processor_size(folder.load_processor())
         comparisons, native_size_reason = compare_models(
             reloaded_source, model, native_size_reason, processor_size
         )
@@ -243,26 +243,22 @@ def write_native_model(source: str, output: Path) -> Report:
         )
 
 
-def copy_results(folder: Path, output_folder: Path) -> None:
+def copy_results(folder: ModelFolder, output_folder: Path) -> None:
     """Copy the results and flags of the run that trained the weights in `folder`, for the card of the converted model.
     Results of other weights are not copied."""
-    if not (folder / RESULTS_FILE).is_file():
-        return
-    results = read_json(folder / RESULTS_FILE)
-    if results.get("weights_sha256") == hash_weights(folder):
-        write_json(
-            output_folder / RESULTS_FILE, results | {"weights_sha256": hash_weights(output_folder)}
-        )
+    if folder.results:
+        hashes = {"weights_sha256": hash_weights(output_folder)}
+        write_json(output_folder / RESULTS_FILE, folder.results | hashes)
         with suppress(FileNotFoundError):
-            shutil.copyfile(folder / RECIPE_FILE, output_folder / RECIPE_FILE)
+            shutil.copyfile(folder.path / RECIPE_FILE, output_folder / RECIPE_FILE)
 
 
-def write_processor(folder: Path, output_folder: Path) -> dict[str, Any]:
+def write_processor(folder: ModelFolder, output_folder: Path) -> dict[str, Any]:
     """Save the image processor of a model folder as a `ViTImageProcessor`. Return the `preprocessing` field of the
     parity report."""
-    if not (folder / "preprocessor_config.json").is_file():
+    if not folder.has_processor:
         return build_preprocessing_record("", "the model has no image processor")
-    vitcls_processor = ViTCLSImageProcessor.from_pretrained(folder)
+    vitcls_processor = folder.load_processor()
     transformers.ViTImageProcessor(**select_settings(vitcls_processor)).save_pretrained(
         output_folder
     )

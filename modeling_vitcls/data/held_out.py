@@ -27,8 +27,8 @@ from typing import BinaryIO
 import numpy as np
 
 from ..hub.model_files import RESULTS_FILE
+from ..hub.model_folder import ModelFolder
 from ..model.heads_vitcls import IGNORED_LABEL
-from ..runtime.files import read_json
 
 
 ADDITIONS_KEY = (
@@ -144,14 +144,11 @@ class HeldOutRecord:
         return padded.view("<u8")[:, 0], min(1.0, MAX_RECORDED_IMAGES / max(num_images, 1))
 
 
-def read_held_out_record(folder: str | Path, task: str | None = None) -> HeldOutRecord | None:
+def read_held_out_record(folder: ModelFolder, task: str | None = None) -> HeldOutRecord | None:
     """Return the held-out record in a model folder, or that of an added task, or None. Raise ValueError if
     results.json is damaged."""
-    file = Path(folder, RESULTS_FILE)
-    if not file.is_file():
-        return None
     try:
-        results = read_json(file)
+        results = folder.saved_results
         if task is not None:
             results = results.get(ADDITIONS_KEY, {}).get(task, {})
         record = results.get(HELD_OUT_RECORD_KEY)
@@ -162,7 +159,7 @@ def read_held_out_record(folder: str | Path, task: str | None = None) -> HeldOut
         )
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"{file} is damaged: {error}. Remove it to use the model without its record"
+            f"{folder.path / RESULTS_FILE} is damaged: {error}. Remove it to use the model without its record"
         ) from error
 
 

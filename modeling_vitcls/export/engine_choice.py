@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from ..conversion.parity_report import get_max_magnitude
-from ..hub.model_files import find_weights_hash, hash_files
+from ..hub.model_files import hash_files
 from ..inference.engines import (
     CHOICES_FILE,
     ENGINE_NAMES,
@@ -80,7 +80,7 @@ def can_run_graphs(job: Job) -> bool:
         and job.mixed_precision in GRAPH_SUFFIXES
         and type(job.model).__name__ in MODEL_CLASSES
         and all(find_spec(name) for name in {*ONNX_PACKAGES, *OPENVINO_PACKAGES})
-        and os.access(job.folder, os.W_OK)
+        and os.access(job.folder.path, os.W_OK)
     )
 
 
@@ -159,7 +159,7 @@ def write_missing_graphs(job: Job, images: torch.Tensor, names: list[str]) -> No
     graph_shape = select_graph_shape(job.model, job.image_size, dynamic=False)
     output_names = list(compute_named_outputs(job.model, [images])[0])
     graph = trace_model(job.model, graph_shape, torch.float32)
-    with tempfile.TemporaryDirectory(prefix=f"{ENGINES_FOLDER}.", dir=job.folder) as name:
+    with tempfile.TemporaryDirectory(prefix=f"{ENGINES_FOLDER}.", dir=job.folder.path) as name:
         folder = Path(name)
         onnx_file = folder / f"{job.graph_name}.onnx"
         write_onnx(graph, graph_shape, output_names, onnx_file)
@@ -168,7 +168,7 @@ def write_missing_graphs(job: Job, images: torch.Tensor, names: list[str]) -> No
         for suffix in ENGINE_NAMES:
             graph_file = onnx_file.with_suffix(suffix)
             report = {
-                "weights_sha256": find_weights_hash(job.folder),
+                "weights_sha256": job.folder.weights_sha256,
                 "sha256": hash_files(files),
             }
             write_json(folder / f"{graph_file.name}.json", report)
@@ -180,7 +180,7 @@ def save_choice(job: Job, choice: Choice) -> None:
     """Add a choice to the choices for the weights of a model."""
     choices = {**read_choices(job), job.build_key(): choice}
     record = {
-        "weights_sha256": find_weights_hash(job.folder),
+        "weights_sha256": job.folder.weights_sha256,
         "choices": {key: asdict(each) for key, each in choices.items()},
     }
     write_json(job.engines_folder / CHOICES_FILE, record)

@@ -11,18 +11,16 @@ attention of the CLS tokens to the patches, averaged over the heads.
 """
 
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..analysis.maps import extract_patch_maps
-from ..conversion.any_checkpoint import resolve_checkpoint
+from ..conversion.any_checkpoint import is_preset, resolve
 from ..data.aspect_ratio import set_fit
-from ..hub.loading import check_is_vitcls
-from ..inference.load_model import is_preset
-from ..model.adaptation_vitcls import load_checkpoint
+from ..hub.model_folder import ModelFolder
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import (
@@ -103,14 +101,18 @@ def compute_named_outputs(
     return [wrapped_model(batch) for batch in batches]
 
 
-def load_exportable_model(
-    source: str,
-) -> tuple[ViTCLSPreTrainedModel, ViTCLSImageProcessor | None, bool]:
-    """Load a model folder, a model on the Hub, or a preset with random weights.
+@dataclass(frozen=True)
+class ExportableModel:
+    """A model for export."""
 
-    Returns:
-        The model in float32 and eval mode, its image processor (None if the checkpoint has none), and whether the
-        weights are trained.
+    source: str
+    model: ViTCLSPreTrainedModel  # in float32 and eval mode
+    processor: ViTCLSImageProcessor | None  # None if the checkpoint has none
+    folder: ModelFolder | None  # None for a preset, which has random weights
+
+
+def load_exportable_model(source: str) -> ExportableModel:
+    """Load any checkpoint that `--model` accepts, or a preset with random weights.
 
     Raises:
         ValueError: If the checkpoint is not a ViTCLS model, if its class is not supported, or if weights are missing.
@@ -122,27 +124,18 @@ def load_exportable_model(
         )
         processor = ViTCLSImageProcessor()
         set_fit(processor, "squash", model.config.image_height_width)
-        return model.eval(), processor, False
-    folder = resolve_checkpoint(source)
-    check_is_vitcls(source, folder)
-    config = load_checkpoint(ViTCLSConfig.from_pretrained, folder)
-    class_name = (config.architectures or ["an unknown class"])[0]
+        return ExportableModel(source, model.eval(), processor, None)
+    folder = resolve(source)
+    class_name = (folder.config.architectures or ["an unknown class"])[0]
     if class_name not in MODEL_CLASSES:
         raise ValueError(
             f"export requires one of {', '.join(MODEL_CLASSES)}, but {source} contains {class_name}. Set --model to a "
             "model of a supported class"
         )
-    model_class = MODEL_CLASSES[class_name]
-    model, loading_info = model_class.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True
-    )
-    if missing_weights := sorted(loading_info["missing_keys"]):
-        raise ValueError(
-            f"the checkpoint {source} has no weights for {missing_weights[0]}. Train the model first"
-        )
-    has_processor = Path(folder, "preprocessor_config.json").is_file()
-    return (
+    model = folder.load(MODEL_CLASSES[class_name], dtype=torch.float32)
+    return ExportableModel(
+        source,
         model.eval(),
-        ViTCLSImageProcessor.from_pretrained(folder) if has_processor else None,
-        True,
+        folder.load_processor() if folder.has_processor else None,
+        folder,
     )

@@ -6,6 +6,7 @@ The reference outputs are computed by the model in float32, in eager mode. The o
 runtime of the format, such as onnxruntime. If the outputs differ by more than the limit, nothing is written.
 """
 
+import shutil
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,12 +15,12 @@ from typing import Any
 import torch
 from transformers.image_utils import PILImageResampling
 
-from ..conversion.any_checkpoint import resolve_checkpoint
 from ..conversion.parity_report import build_random_images, get_max_magnitude, get_non_square_size
 from ..conversion.processors import SHARED_SETTINGS, select_settings
 from ..data.held_out import HELD_OUT_RECORD_KEY
 from ..hub.local_paths import resolve_name, strip_folders
-from ..hub.model_files import CONFIG_FILES, RESULTS_FILE, hash_files, hash_weights
+from ..hub.model_files import CONFIG_FILES, RESULTS_FILE, hash_files
+from ..hub.model_folder import ModelFolder
 from ..inference.exported_graphs import INPUT_NAME, ExportedModel
 from ..inference.speed import measure_inference_speed
 from ..model.configuration_vitcls import ViTCLSConfig
@@ -27,9 +28,9 @@ from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import ViTCLSBackbone
 from ..options import ExportOptions
 from ..runtime.errors import describe_installation
-from ..runtime.files import read_json, write_json
+from ..runtime.files import write_json
 from ..runtime.system import get_versions
-from .exportable import Outputs, compute_named_outputs, load_exportable_model
+from .exportable import ExportableModel, Outputs, compute_named_outputs, load_exportable_model
 from .formats import FORMATS, run_graph
 from .measurement import NUM_COMPARED_IMAGES, compare_outputs_on_images, load_export_images
 from .quantization import NUM_CALIBRATION_IMAGES, quantize_graph, rank_layers
@@ -42,12 +43,17 @@ LIMITS: dict[str, tuple[float, float]] = {"float32": (1e-4, 0.0), "float16": (1e
 Report = dict[str, Any]
 
 
-def export_model(options: ExportOptions, output_attentions: bool = False) -> Report:
+def export_model(
+    options: ExportOptions,
+    output_attentions: bool = False,
+    exportable: ExportableModel | None = None,
+) -> Report:
     """Export a model to a file, such as mine.onnx, and write a report to mine.onnx.json.
 
     Args:
         options: The flags of `vitcls export`. The format is "onnx" or "openvino".
         output_attentions: Whether the graph also outputs the attention of the CLS tokens (exportable.py).
+        exportable: The model that `options` names, if it is already loaded.
 
     Returns:
         The contents of the report (docs/exporting.md). If a dynamic image size is not possible, the report states the
@@ -78,7 +84,10 @@ def export_model(options: ExportOptions, output_attentions: bool = False) -> Rep
             f"--format {format_name} requires packages that are not installed: {', '.join(missing_packages)}. "
             f"{describe_installation('export')}"
         )
-    model, processor, is_trained = load_exportable_model(source)
+    exportable = exportable or load_exportable_model(source)
+    model = exportable.model
+    processor = exportable.processor
+    is_trained = exportable.folder is not None
     excluded_layers = list(options.exclude_layers)
     num_layers = model.config.num_hidden_layers
     if not set(excluded_layers) <= set(range(1, num_layers + 1)):
@@ -90,7 +99,7 @@ def export_model(options: ExportOptions, output_attentions: bool = False) -> Rep
     images = (
         None
         if options.dataset is None
-        else load_export_images(source, options.dataset, options.split)
+        else load_export_images(exportable.folder, options.dataset, options.split)
     )
     is_dynamic = options.dynamic and not options.int8  # int8 graphs have a fixed size
     graph_shape = select_graph_shape(
@@ -155,8 +164,8 @@ def export_model(options: ExportOptions, output_attentions: bool = False) -> Rep
         if format_name == "openvino":
             # without it, OpenVINO computes in bfloat16
             report["compile_config"] = {"INFERENCE_PRECISION_HINT": "f32"}
-        if is_trained:
-            report["weights_sha256"] = hash_weights(Path(resolve_checkpoint(source)))
+        if exportable.folder is not None:
+            report["weights_sha256"] = exportable.folder.weights_sha256
         has_native_size = (
             graph_shape.is_dynamic or graph_shape.image_size == model.config.image_height_width
         )
@@ -174,8 +183,8 @@ def export_model(options: ExportOptions, output_attentions: bool = False) -> Rep
             report["evaluation"] = images.measure_file(file)
             if options.int8:
                 check_drop(report, options.max_drop, model, torch.cat(calibration_images[:16]))
-        if not output.suffix:
-            write_model_files(source, folder, report)
+        if not output.suffix and exportable.folder is not None:
+            write_model_files(exportable.folder, folder, report)
         write_json(get_report_path(file), report)
         move_files(folder, target.parent)
     return report
@@ -206,18 +215,14 @@ def check_drop(report: Report, max_drop: float, model: Any, images: torch.Tensor
     )
 
 
-def write_model_files(source: str, folder: Path, report: Report) -> None:
+def write_model_files(model_folder: ModelFolder, folder: Path, report: Report) -> None:
     """Write what `--backend` and `evaluate` require beside the graph: the configuration, the image processor and, in
     results.json, the held-out images of the model's run and the measurements of the file."""
-    if report["weights"] == "random":
-        return
-    model_folder = Path(resolve_checkpoint(source, [*CONFIG_FILES, RESULTS_FILE]))
     for name in CONFIG_FILES:
-        if (model_folder / name).is_file():
-            write_json(folder / name, read_json(model_folder / name))
-    results_file = model_folder / RESULTS_FILE
-    results = read_json(results_file) if results_file.is_file() else {}
+        if (model_folder.path / name).is_file():
+            shutil.copyfile(model_folder.path / name, folder / name)
     kept_keys = (HELD_OUT_RECORD_KEY, "label_column", "label_separator", "dataset")
+    results = model_folder.saved_results
     kept = {key: results[key] for key in kept_keys if key in results}
     (file_name,) = (name for name in report["sha256"] if not name.endswith((".bin", ".data")))
     write_json(

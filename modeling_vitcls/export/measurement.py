@@ -1,6 +1,6 @@
 """Accuracy, differences and speed of an exported file on the images of a dataset.
 
-    images = load_export_images("runs/mine", "digits")        # split as in the run of the model
+    images = load_export_images(folder, "digits")        # split as in the run of the model
     images.measure_accuracy({"model.xml": Path("model.xml")})
 
 Training images calibrate int8 graphs. Held-out images measure the accuracy and, also without labels, the differences
@@ -18,14 +18,12 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ..conversion.any_checkpoint import resolve_checkpoint
 from ..data.evaluated_images import load_fitting_and_evaluation_data
 from ..data.held_out import read_held_out_record
 from ..data.images import LabeledImages
 from ..data.splits import load_training_data
-from ..hub.loading import MODEL_FILE_PATTERNS
 from ..hub.local_paths import BUILT_IN_DATASET, resolve_name, strip_folders
-from ..hub.model_files import RESULTS_FILE
+from ..hub.model_folder import ModelFolder
 from ..inference.evaluate import EvaluationSetup, load_evaluation, set_label_columns
 from ..inference.evaluator import OutputRow
 from ..inference.exported_graphs import INPUT_NAME, ExportedModel
@@ -129,13 +127,13 @@ def compare_labels(model_rows: list[OutputRow], file_rows: list[OutputRow]) -> d
 
 
 def load_export_images(
-    source: str, dataset: str, split: str | None = None, batch_size: int = 64
+    folder: ModelFolder | None, dataset: str, split: str | None = None, batch_size: int = 64
 ) -> ExportImages:
     """Load the training images and the held-out images of a dataset. Without labels, or for a model without
     classifier, print why no accuracy is measured.
 
     Args:
-        source: The model.
+        folder: The model; None for a preset.
         dataset: As in `vitcls evaluate`.
         split: Split to evaluate, as in `vitcls evaluate`, which requires labels. Default: held-out images.
         batch_size: Number of images per forward pass.
@@ -143,24 +141,26 @@ def load_export_images(
     Raises:
         ValueError, OSError: If the dataset cannot be read, or the labels do not match the model.
     """
-    options = EvaluateOptions(
-        model=source,
-        data=DataOptions(dataset=dataset),
-        split=split,
-        batch_size=batch_size,
-        mixed_precision="no",
-        backend="torch",
-    )
+    data_options = DataOptions(dataset=dataset)
     try:
-        setup = load_evaluation(options, build_accelerator(mixed_precision="no"), print)
+        if folder is None:
+            raise ValueError("a preset has random weights")
+        options = EvaluateOptions(
+            model=folder.source,
+            data=data_options,
+            split=split,
+            batch_size=batch_size,
+            mixed_precision="no",
+            backend="torch",
+        )
+        setup = load_evaluation(folder, options, build_accelerator(mixed_precision="no"), print)
     except ValueError as error:
         if split is not None:
             raise
-        data = load_training_data(options.data, use_labels=False)
+        data = load_training_data(data_options, use_labels=False)
         logger.warning("the accuracy is not measured: %s", error)
         return ExportImages(dataset, getattr(data.train, "images", ()), data.held_out.images, None)
-    folder = resolve_checkpoint(source, [*MODEL_FILE_PATTERNS, RESULTS_FILE])
-    data_options = set_label_columns(options.data, setup.model.config, folder)
+    data_options = set_label_columns(data_options, setup.model.config, folder)
     training, _ = load_fitting_and_evaluation_data(
         data_options, split, read_held_out_record(folder)
     )

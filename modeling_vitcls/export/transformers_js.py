@@ -22,12 +22,11 @@ from typing import Any, Literal
 import torch
 from transformers.image_utils import PILImageResampling
 
-from ..conversion.any_checkpoint import resolve_checkpoint
 from ..conversion.parity_report import build_random_images, get_max_magnitude
 from ..conversion.processors import select_settings
 from ..data.labels import is_multi_label
 from ..hub.local_paths import check_output_is_empty
-from ..hub.model_files import hash_files, hash_weights
+from ..hub.model_files import hash_files
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, ViTCLSPreTrainedModel
 from ..options import ExportOptions
@@ -67,7 +66,9 @@ def export_for_transformers_js(
             model. The message is one line.
     """
     check_output_is_empty(output)
-    model, processor, is_trained = load_exportable_model(source)
+    exportable = load_exportable_model(source)
+    model = exportable.model
+    processor = exportable.processor
     is_supported = isinstance(model, ViTCLSForImageClassification | ViTCLSModel)
     if not is_supported or model.config.problem_type == "regression" or processor is None:
         raise ValueError(
@@ -95,12 +96,12 @@ def export_for_transformers_js(
         for web_dtype, dtype in dtypes.items():
             file = folder / FILE_NAMES[web_dtype]
             options = ExportOptions(source, "onnx", file, dynamic=False, dtype=dtype)
-            export_model(options, output_attentions=model.config.num_cls_tokens > 0)
+            export_model(options, model.config.num_cls_tokens > 0, exportable)
             get_report_path(file).unlink()
         quantize_onnx_file(folder / FILE_NAMES["fp32"], folder / FILE_NAMES["q8"])
         labeled = None
         if dataset is not None:
-            images = load_export_images(source, dataset, split, batch_size=1)
+            images = load_export_images(exportable.folder, dataset, split, batch_size=1)
             labeled = images.measure_accuracy({file: folder / file for file in FILE_NAMES.values()})
         report = {
             "comparisons": [
@@ -109,7 +110,7 @@ def export_for_transformers_js(
             ],
             "num_images": NUM_IMAGES,
             "labeled": labeled,
-            "weights_sha256": hash_weights(Path(resolve_checkpoint(source))) if is_trained else {},
+            "weights_sha256": exportable.folder.weights_sha256 if exportable.folder else {},
             "sha256": hash_files(folder.glob("*.onnx")),
         }
         write_json(folder / "report.json", report)

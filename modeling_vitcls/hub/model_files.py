@@ -15,7 +15,8 @@ from ..runtime.files import compute_file_digest, read_json
 
 
 CONFIG_FILE = "config.json"
-CONFIG_FILES = (CONFIG_FILE, "preprocessor_config.json")
+PROCESSOR_FILE = "preprocessor_config.json"
+CONFIG_FILES = (CONFIG_FILE, PROCESSOR_FILE)
 RESULTS_FILE = "results.json"
 RECIPE_FILE = "config.resolved.yaml"  # the flags of a run
 PREDICTIONS_FILE = "predictions.parquet"  # predictions of the held-out images
@@ -55,6 +56,8 @@ MODEL_PATTERNS = (*CONFIG_FILES, *WEIGHTS_PATTERNS, CODE_PATTERN)
 # Files of a training run, which belong to certain weights.
 RUN_FILES = (RESULTS_FILE, METRICS_FILE, RECIPE_FILE, REPORT_FILE)
 RESULT_IMAGE_PATTERNS = (SAMPLE_IMAGES_FILE, f"{IMAGES_FOLDER}/confusion_matrix*.png")
+# Backend -> files that it reads in a model folder. Large ONNX files have their weights in a second file.
+BACKEND_FILES = {"onnx": ("model.onnx", "model.onnx.data"), "openvino": ("model.xml", "model.bin")}
 # Files of `vitcls export`; FILE.json is the report of FILE.
 EXPORT_SUFFIXES = (".onnx", ".xml")
 EXPORT_PATTERNS = ("*.onnx", "*.onnx.json", "*.xml", "*.xml.json", "model.bin")
@@ -71,6 +74,14 @@ def is_match(name: str, patterns: Iterable[str]) -> bool:
     return any(
         name.count("/") == pattern.count("/") and fnmatchcase(name, pattern) for pattern in patterns
     )
+
+
+def list_backend_files(backend: str) -> tuple[str, ...]:
+    """Return the patterns of the files that define a model, and that a backend reads."""
+    if backend not in BACKEND_FILES:
+        return (*CONFIG_FILES, *WEIGHTS_PATTERNS)
+    graph_files = BACKEND_FILES[backend]
+    return (*CONFIG_FILES, *graph_files, f"{graph_files[0]}.json")
 
 
 def list_weight_files(folder: Path) -> list[str]:
@@ -113,15 +124,6 @@ def list_export_files(folder: Path) -> list[str]:
                     *(name for name in files if name.startswith(f"{stem}.")),
                 ]
     return [name for name in names if "/" not in name and (folder / name).is_file()]
-
-
-def find_weights_hash(folder: Path) -> dict[str, str] | None:
-    """Return the SHA-256 of each weight file of a model. A folder without weights has them in results.json; None if
-    there is neither."""
-    if all((folder / name).is_file() for name in list_weight_files(folder)):
-        return hash_weights(folder)
-    results_file = folder / RESULTS_FILE
-    return read_json(results_file).get("weights_sha256") if results_file.is_file() else None
 
 
 def hash_files(files: Iterable[Path]) -> dict[str, str]:

@@ -11,8 +11,11 @@ import yaml
 from safetensors import safe_open
 from transformers.dynamic_module_utils import get_relative_imports
 
+from ..model.adaptation_vitcls import load_checkpoint
 from ..model.configuration_vitcls import ViTCLSConfig
+from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..runtime.files import read_json
+from .connection import silence_transformers
 from .loading import check_is_vitcls
 from .local_paths import can_publish_images, strip_folders
 from .model_files import (
@@ -26,6 +29,7 @@ from .model_files import (
     LICENSE_PATTERNS,
     ONNX_REPORT_FILE,
     PARITY_REPORT_FILE,
+    PROCESSOR_FILE,
     RECIPE_FILE,
     REPORT_FILE,
     RESULTS_FILE,
@@ -49,14 +53,21 @@ logger = logging.getLogger(__name__)
 
 
 class ModelFolder:
-    """The contents of a folder with a model.
+    """The contents of a folder with a model, read on first access.
 
-    Results, reports and ONNX files that contain the hash of other weights are ignored. Raise ValueError if the folder
-    does not contain a model.
+    Results, reports and ONNX files that contain the hash of other weights are ignored.
+
+    Args:
+        path: The folder.
+        source: What the user named, for error messages, such as a Hub id. Default: the folder.
+
+    Raises:
+        ValueError: If the folder does not contain a model.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, source: str | None = None) -> None:
         self.path = path
+        self.source = str(path) if source is None else source
         if not path.is_dir():
             raise ValueError(f"{path} is not a folder. Specify the folder of a saved model")
         if not (path / CONFIG_FILE).is_file():
@@ -64,7 +75,7 @@ class ModelFolder:
                 f"{path} does not contain a model: {CONFIG_FILE} is missing. Specify the folder of a saved model"
             )
         if not self.is_native:
-            check_is_vitcls(str(path), path)
+            check_is_vitcls(self.source, path)
 
     # Model -----------------------------------------------------------------------------------------------------------
 
@@ -93,14 +104,43 @@ class ModelFolder:
         return names
 
     @cached_property
-    def config(self) -> ViTCLSConfig | None:
-        """The configuration of a vitcls model; None for a class of transformers."""
+    def config(self) -> Any:
+        """The `ViTCLSConfig` of a vitcls model; None for a class of transformers."""
         return None if self.is_native else ViTCLSConfig.from_pretrained(self.path)
 
     @cached_property
     def architecture(self) -> str:
         """The name of the model class."""
         return (read_json(self.path / CONFIG_FILE).get("architectures") or ["ViTCLSModel"])[0]
+
+    @property
+    def has_processor(self) -> bool:
+        """Whether the folder contains the settings of an image processor."""
+        return (self.path / PROCESSOR_FILE).is_file()
+
+    def load_processor(self) -> ViTCLSImageProcessor:
+        """Load the image processor. Raise OSError if there is none."""
+        if not self.has_processor:
+            raise OSError(
+                f"{self.source} requires an image processor, but {PROCESSOR_FILE} is missing. Convert the original "
+                "checkpoint with `vitcls convert`, which also writes the image processor"
+            )
+        return load_checkpoint(ViTCLSImageProcessor.from_pretrained, self.path)
+
+    def load(self, model_class: Any, **arguments: Any) -> Any:
+        """Load the model in evaluation mode, with further arguments of `from_pretrained`. Raise ValueError if a weight
+        is missing."""
+        # Without transformers' warnings: missing weights are an error, and a classifier may be unused.
+        with silence_transformers():
+            model, loading_info = model_class.from_pretrained(
+                self.path, output_loading_info=True, **arguments
+            )
+        if missing_weights := loading_info["missing_keys"]:
+            raise ValueError(
+                f"the checkpoint {self.source} does not contain the weight {min(missing_weights)}. Train the model "
+                "first"
+            )
+        return model
 
     @cached_property
     def num_parameters(self) -> int:
@@ -140,14 +180,27 @@ class ModelFolder:
     # Run and conversion ----------------------------------------------------------------------------------------------
 
     @cached_property
-    def weights_sha256(self) -> dict[str, str]:
-        """The SHA-256 of each weight file."""
-        return hash_weights(self.path)
+    def weights_sha256(self) -> dict[str, str] | None:
+        """The SHA-256 of each weight file. A folder without weights has them in results.json; None if there is
+        neither."""
+        if all((self.path / name).is_file() for name in list_weight_files(self.path)):
+            return hash_weights(self.path)
+        return self.saved_results.get("weights_sha256")
+
+    @cached_property
+    def saved_results(self) -> dict[str, Any]:
+        """The contents of results.json, also if the results belong to other weights; empty if there is no file."""
+        return self.read_saved(RESULTS_FILE)
 
     @cached_property
     def results(self) -> dict[str, Any]:
         """The contents of results.json; empty if the results belong to other weights."""
         return self.read_current(RESULTS_FILE, "weights_sha256")
+
+    @cached_property
+    def has_random_weights(self) -> bool:
+        """Whether the model was converted with random weights (`vitcls convert --random-init`)."""
+        return bool(self.read_saved(PARITY_REPORT_FILE).get("random_init"))
 
     @cached_property
     def parity_report(self) -> dict[str, Any]:
@@ -174,13 +227,14 @@ class ModelFolder:
         }
         return {name: report for name, report in reports.items() if report}
 
+    def read_saved(self, name: str) -> dict[str, Any]:
+        """Read a JSON file; return an empty dict if there is none."""
+        return read_json(self.path / name) if (self.path / name).is_file() else {}
+
     def read_current(self, name: str, key: str) -> dict[str, Any]:
-        """Return the contents of a JSON file whose `key` contains the hashes of the weights in this folder; otherwise
-        an empty dict."""
-        if not (self.path / name).is_file():
-            return {}
-        content = read_json(self.path / name)
-        if not self.has_weights or content.get(key) == self.weights_sha256:
+        """Read a JSON file; return an empty dict if the hashes under `key` are not those of this folder's weights."""
+        content = self.read_saved(name)
+        if not content or not self.has_weights or content.get(key) == self.weights_sha256:
             return content
         warn_once(f"ignoring {name}, because it belongs to other weights than those in {self.path}")
         return {}
@@ -213,13 +267,9 @@ class ModelFolder:
     def provenance(self) -> Provenance | None:
         """The provenance of the initial weights: from results.json or the parity report, or else from the card; None
         for random initial weights."""
-        for name in (
-            RESULTS_FILE,
-            PARITY_REPORT_FILE,
-        ):  # also valid for weights that were changed afterwards
-            if (self.path / name).is_file() and "provenance" in (
-                content := read_json(self.path / name)
-            ):
+        # also valid for weights that were changed afterwards
+        for content in (self.saved_results, self.read_saved(PARITY_REPORT_FILE)):
+            if "provenance" in content:
                 values = content["provenance"]
                 return None if values is None else Provenance.from_dict(values, self.path)
         return read_folder_provenance(self.path)
@@ -242,8 +292,8 @@ class ModelFolder:
     @property
     def license_files(self) -> set[str]:
         """The names of the license files: those that were copied with the initial weights, and the usual names."""
-        files = (self.path / name for name in (RESULTS_FILE, PARITY_REPORT_FILE))
-        records = [read_json(file).get("provenance") or {} for file in files if file.is_file()]
+        contents = (self.saved_results, self.read_saved(PARITY_REPORT_FILE))
+        records = [content.get("provenance") or {} for content in contents]
         copied_files = {name for record in records for name in record.get("license_files", ())}
         return {
             *LICENSE_FILES,

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..conversion.any_checkpoint import resolve
 from .engines import Job, select_engine
 from .inputs import build_record
-from .load_model import choose_batch_size, find_model_folder, load_model
+from .load_model import choose_batch_size, load_model
 from .predict import MAX_BATCH_SIZE, Predictor, get_num_workers
 from .prediction_rows import FeatureColumns
 
@@ -92,9 +93,8 @@ class EmbedImages:
 
     def build_predictor(self) -> Predictor:
         """Load the model."""
-        model, processor = load_model(
-            self.model, use_head=False, fit=self.fit, backend=self.backend
-        )
+        folder = resolve(self.model, self.backend)
+        model, processor = load_model(folder, use_head=False, fit=self.fit, backend=self.backend)
         device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         model = model.eval().to(device)
         batch_size = choose_batch_size(self.batch_size, model.config, device, MAX_BATCH_SIZE)
@@ -103,7 +103,7 @@ class EmbedImages:
             job = Job(
                 model=model,
                 processor=processor,
-                folder=Path(find_model_folder(self.model, self.backend)),
+                folder=folder,
                 use_head=False,
                 compute=lambda model, images: model(images),
                 batch_size=batch_size,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..data.aspect_ratio import get_output_size
-from ..hub.model_files import find_weights_hash
+from ..hub.model_folder import ModelFolder
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..runtime.files import read_json
 from ..runtime.system import get_processor_name, get_versions
@@ -47,7 +47,7 @@ class Job:
 
     model: Any
     processor: ViTCLSImageProcessor
-    folder: Path
+    folder: ModelFolder
     use_head: bool
     compute: Callable[[Any, torch.Tensor], Any]
     batch_size: int
@@ -57,7 +57,7 @@ class Job:
     @property
     def engines_folder(self) -> Path:
         """Folder of the graphs."""
-        return self.folder / ENGINES_FOLDER
+        return self.folder.path / ENGINES_FOLDER
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -140,6 +140,6 @@ def read_choices(job: Job) -> dict[str, Choice]:
     if not file.is_file():
         return {}
     record = read_json(file)
-    if record.get("weights_sha256") != find_weights_hash(job.folder):
+    if record.get("weights_sha256") != job.folder.weights_sha256:
         return {}
     return {key: Choice(**values) for key, values in record["choices"].items()}

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..conversion.any_checkpoint import resolve_checkpoint
+from ..conversion.any_checkpoint import resolve
 from ..data.evaluated_images import EvaluatedPart, EvaluationData, load_evaluation_data
 from ..data.held_out import ADDITIONS_KEY, read_held_out_record
 from ..data.image_folder import format_name_list
@@ -28,12 +27,12 @@ from ..data.labels import LabelSpace, MultiHotLabels, build_task_config, get_lab
 from ..data.sources import load_splits
 from ..data.splits import EVALUATION_SPLITS, load_on_main
 from ..data.streaming import StreamedImages
-from ..hub.model_files import RESULTS_FILE, find_weights_hash
+from ..hub.model_folder import ModelFolder
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.heads_vitcls import IGNORED_LABEL
 from ..options import DataOptions, EvaluateOptions
 from ..runtime.distributed import build_accelerator
-from ..runtime.files import read_json, write_json
+from ..runtime.files import write_json
 from ..runtime.system import describe_device, get_versions
 from .confidence import measure_unknown
 from .engines import EngineChooser, Job, compute_logits, get_engine_name, select_engine
@@ -42,7 +41,6 @@ from .load_model import (
     announce_precision,
     check_is_classifier,
     choose_batch_size,
-    list_file_patterns,
     load_model,
 )
 from .metric_tables import build_class_tables, build_metric_rows
@@ -66,6 +64,7 @@ class EvaluationSetup(NamedTuple):
 
 
 def load_evaluation(
+    folder: ModelFolder,
     options: EvaluateOptions,
     accelerator: Accelerator,
     warn: Callable[[str], None],
@@ -74,18 +73,17 @@ def load_evaluation(
 ) -> EvaluationSetup:
     """Load the model and the labeled images, and choose an engine (engines.py). The errors are the same as in
     `evaluate_checkpoint`."""
-    with accelerator.main_process_first():  # the main process downloads the files
+    with accelerator.main_process_first():
         precision = announce_precision(
-            accelerator, options.mixed_precision, options.model, options.backend
+            accelerator, options.mixed_precision, folder.config, options.backend
         )
         model, processor = load_model(
-            options.model, True, options.fit, options.backend, accelerator.mixed_precision
+            folder, True, options.fit, options.backend, accelerator.mixed_precision
         )
         config = (
             model.config if options.task is None else build_task_config(model.config, options.task)
         )
         check_is_classifier(config)
-        folder = resolve_checkpoint(options.model, list_file_patterns(options.backend))
         record = read_held_out_record(folder, options.task)
     if precision:
         print_line(precision)
@@ -116,7 +114,7 @@ def load_evaluation(
         job = Job(
             model=model,
             processor=processor,
-            folder=Path(folder),
+            folder=folder,
             use_head=True,
             compute=compute_logits,
             batch_size=evaluator.batch_size,
@@ -131,7 +129,7 @@ def load_evaluation(
         build_evaluator=build_evaluator,
         split=data.split,
         part=data.part,
-        weights_hash=find_weights_hash(Path(folder)),
+        weights_hash=folder.weights_sha256,
     )
 
 
@@ -152,8 +150,10 @@ def evaluate_checkpoint(
             written.
     """
     accelerator, console, warn = set_up_evaluation(options)
+    with accelerator.main_process_first():  # the main process downloads the files
+        folder = resolve(options.model, options.backend)
     print_line = partial(console.print, markup=False)
-    setup = load_evaluation(options, accelerator, warn, print_line, choose_engine)
+    setup = load_evaluation(folder, options, accelerator, warn, print_line, choose_engine)
     model, evaluator, kind = setup.model, setup.evaluator, setup.evaluator.label_space.kind
     if options.per_image is not None and kind == "multi_task":
         raise ValueError(
@@ -257,7 +257,7 @@ def write_results(options: EvaluateOptions, results: dict[str, Any], console: Co
 
 
 def set_label_columns(
-    options: DataOptions, config: ViTCLSConfig, folder: str, task: str | None = None
+    options: DataOptions, config: ViTCLSConfig, folder: ModelFolder, task: str | None = None
 ) -> DataOptions:
     """Return the options with the label columns of a multi-task model, or the label column and the separator of a
     multi-label model, unless the flags are set."""
@@ -265,10 +265,9 @@ def set_label_columns(
         return options
     if config.tasks:
         return replace(options, label_column=tuple(config.task_labels()))
-    file = Path(folder, RESULTS_FILE)
-    if (task is None and config.problem_type != "multi_label_classification") or not file.is_file():
+    if task is None and config.problem_type != "multi_label_classification":
         return options
-    results = read_json(file)
+    results = folder.saved_results
     if task is not None:
         results = results.get(ADDITIONS_KEY, {}).get(task, {})
     columns = results.get("label_column")

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..hub.model_files import find_weights_hash, hash_files
+from ..hub.model_files import BACKEND_FILES, hash_files
+from ..hub.model_folder import ModelFolder
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..runtime.errors import describe_installation, format_error
@@ -24,8 +25,6 @@ from ..runtime.files import read_json
 
 
 INPUT_NAME = "pixel_values"
-# Backend -> files that it reads in a model folder. Large ONNX files have their weights in a second file.
-BACKEND_FILES = {"onnx": ("model.onnx", "model.onnx.data"), "openvino": ("model.xml", "model.bin")}
 # Precision -> OpenVINO's hint. Without a hint, OpenVINO computes in bfloat16 wherever the CPU supports it.
 OPENVINO_HINTS = {"fp32": "f32", "bf16": "bf16"}
 
@@ -181,8 +180,7 @@ class ExportedModel(nn.Module):
 
 def load_exported_model(
     backend: str,
-    folder: Path,
-    config: ViTCLSConfig,
+    folder: ModelFolder,
     processor: ViTCLSImageProcessor,
     use_head: bool,
     mixed_precision: str = "no",
@@ -192,7 +190,6 @@ def load_exported_model(
     Args:
         backend: "onnx", "openvino" or the path of an exported file.
         folder: Folder of the model.
-        config: Configuration of the model.
         processor: Image processor of the model.
         use_head: Whether the logits are required, or the final hidden state.
         mixed_precision: "no", or "bf16" for OpenVINO.
@@ -201,26 +198,23 @@ def load_exported_model(
         ValueError: If there is no such graph, if it cannot be run, if it was exported from other weights, or if its
             outputs are not those of the model.
     """
-    file = find_exported_file(backend, folder)
+    file = find_exported_file(backend, folder.path)
     check_weights(file, folder, requires_report=backend in BACKEND_FILES)
-    model = ExportedModel(file, config, use_head, mixed_precision)
+    model = ExportedModel(file, folder.config, use_head, mixed_precision)
     check_outputs(model, processor)
     return model
 
 
-def check_weights(file: Path, folder: Path, requires_report: bool) -> None:
+def check_weights(file: Path, folder: ModelFolder, requires_report: bool) -> None:
     """Raise GraphError if a graph was exported from other weights than those in `folder`.
 
     The report of the graph contains the hash of the weights. A graph without a report cannot be checked: this is an
     error if `requires_report` is set. Nothing is checked if the folder has only the graph.
     """
-    weights_hash = find_weights_hash(folder)
-    if weights_hash is None:
+    if folder.weights_sha256 is None:
         return
     report_file = file.with_name(f"{file.name}.json")
-    remedy = (
-        f"Remove {file} and {report_file.name}, and repeat `{format_export_command(file, folder)}`"
-    )
+    remedy = f"Remove {file} and {report_file.name}, and repeat `{format_export_command(file, folder.path)}`"
     if not report_file.is_file():
         if requires_report:
             raise GraphError(
@@ -228,8 +222,10 @@ def check_weights(file: Path, folder: Path, requires_report: bool) -> None:
             )
         return
     report = read_json(report_file)
-    if report.get("weights_sha256") != weights_hash:
-        raise GraphError(f"{file} was exported from other weights than those in {folder}. {remedy}")
+    if report.get("weights_sha256") != folder.weights_sha256:
+        raise GraphError(
+            f"{file} was exported from other weights than those in {folder.path}. {remedy}"
+        )
     file_hashes = report.get("sha256", {})
     if file_hashes != hash_files(
         file.with_name(name) for name in file_hashes if file.with_name(name).is_file()

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from ..conversion.any_checkpoint import resolve_checkpoint
+from ..conversion.any_checkpoint import resolve
 from ..data.evaluated_images import EvaluationData, load_fitting_and_evaluation_data
 from ..data.held_out import read_held_out_record
 from ..data.splits import load_on_main
@@ -41,7 +41,6 @@ from .linear_probe import NUM_SINGLE_LAYERS, TOKEN_TEXTS, describe_layers, list_
 from .load_model import (
     announce_precision,
     choose_batch_size,
-    list_file_patterns,
     load_model,
 )
 from .metric_tables import format_percent
@@ -132,11 +131,10 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
         raise ValueError("--frozen does not support streams. Remove --streaming")
     accelerator, console, warn = set_up_evaluation(options)
     with accelerator.main_process_first():  # the main process downloads the files
-        precision = announce_precision(accelerator, options.mixed_precision, options.model, "torch")
-        model, processor = load_model(options.model, use_head=False, fit=options.fit)
-        record = read_held_out_record(
-            resolve_checkpoint(options.model, list_file_patterns("torch"))
-        )
+        folder = resolve(options.model)
+        precision = announce_precision(accelerator, options.mixed_precision, folder.config, "torch")
+        model, processor = load_model(folder, use_head=False, fit=options.fit)
+        record = read_held_out_record(folder)
     if precision:
         console.print(precision, markup=False)
     training_data, held_out_data = load_on_main(

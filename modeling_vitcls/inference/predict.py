@@ -24,10 +24,11 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers import PreTrainedModel
 
-from ..conversion.any_checkpoint import resolve_checkpoint
+from ..conversion.any_checkpoint import resolve
 from ..data.labels import get_label_space
 from ..data.splits import load_on_main
-from ..hub.model_files import PREDICTIONS_FILE, find_weights_hash
+from ..hub.model_files import PREDICTIONS_FILE
+from ..hub.model_folder import ModelFolder
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import ViTCLSPreTrainedModel
 from ..options import PredictOptions
@@ -47,8 +48,6 @@ from .inputs import (
 from .load_model import (
     announce_precision,
     choose_batch_size,
-    find_model_folder,
-    list_file_patterns,
     load_model,
 )
 from .outputs import WRITERS, get_output_columns, print_table, show_progress, write_rows
@@ -124,20 +123,22 @@ def build_predictor(
     """Load the model and the image processor, and build a predictor on the device of the accelerator. For
     `--backend auto`, `choose_engine` chooses the engine for the number of images (engines.py)."""
     assert options.model is not None
+    files = () if options.coverage is None else (PREDICTIONS_FILE,)
+    folder = resolve(options.model, options.backend, files)
     precision = announce_precision(
-        accelerator, options.mixed_precision, options.model, options.backend
+        accelerator, options.mixed_precision, folder.config, options.backend
     )
     if precision and accelerator.is_main_process:
         print(precision, file=sys.stderr)
     model, processor = load_model(
-        options.model,
+        folder,
         options.features is None,
         options.fit,
         options.backend,
         accelerator.mixed_precision,
     )
     model = model.eval().to(accelerator.device)
-    set_limit = find_set_limit(options, model)
+    set_limit = find_set_limit(options, model, folder)
     batch_size = choose_batch_size(
         options.batch_size, model.config, accelerator.device, MAX_BATCH_SIZE
     )
@@ -162,7 +163,7 @@ def build_predictor(
         job = Job(
             model=model,
             processor=processor,
-            folder=Path(find_model_folder(options.model, options.backend)),
+            folder=folder,
             use_head=options.features is None,
             compute=compute_outputs,
             batch_size=batch_size,
@@ -180,35 +181,33 @@ def build_predictor(
     )
 
 
-def find_set_limit(options: PredictOptions, model: ViTCLSPreTrainedModel) -> float | None:
+def find_set_limit(
+    options: PredictOptions, model: ViTCLSPreTrainedModel, folder: ModelFolder
+) -> float | None:
     """Return the limit of the scores of labels in prediction sets (confidence.py), from the held-out images of the
     model's run; None without --coverage. Raise ValueError if the model has several labels or tasks, or no predictions
     of held-out images."""
     if options.coverage is None:
         return None
-    assert options.model is not None
     label_space = get_label_space(model.config)
     if label_space.kind != "single_label_classification":
         raise ValueError(
             f"--coverage requires one label per image, not {label_space.kind}. Remove --coverage"
         )
-    patterns = list_file_patterns(options.backend)
-    folder = Path(resolve_checkpoint(options.model, [*patterns, PREDICTIONS_FILE]))
-    file = folder / PREDICTIONS_FILE
+    file = folder.path / PREDICTIONS_FILE
     remedy = (
-        f"Write it with `vitcls evaluate --model {options.model} --dataset D --per-image {file}`"
+        f"Write it with `vitcls evaluate --model {folder.source} --dataset D --per-image {file}`"
     )
     if not file.is_file():
         raise ValueError(
-            f"--coverage requires {PREDICTIONS_FILE} in the model folder, but {options.model} has none. {remedy}"
+            f"--coverage requires {PREDICTIONS_FILE} in the model folder, but {folder.source} has none. {remedy}"
         )
     from .per_image import (  # imports torchmetrics, which takes a second
         read_predictions,
         read_weights_hash,
     )
 
-    weights_hash = find_weights_hash(folder)
-    if weights_hash is None or read_weights_hash(file) != weights_hash:
+    if folder.weights_sha256 is None or read_weights_hash(file) != folder.weights_sha256:
         raise ValueError(
             f"--coverage requires predictions of this model, but {file} contains those of other weights. {remedy}"
         )

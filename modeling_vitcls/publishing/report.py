@@ -20,7 +20,6 @@ from ..data.streaming import StreamedImages
 from ..hub.model_files import REPORT_FILE
 from ..hub.model_folder import ModelFolder
 from ..model import modeling_vitcls
-from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..options import DataOptions
 from ..runtime.progress import track
 from .card_images import write_card_images
@@ -53,12 +52,10 @@ def write_report(folder: ModelFolder, warn: Callable[[str], None]) -> str | None
             names = name_images(data.held_out.images, "held out,")
             source = f"{folder.results['dataset']}, {folder.results['split']}"
             images = InspectionImages(data.held_out.images, names, labels, source)
-            model = (
-                getattr(modeling_vitcls, folder.architecture).from_pretrained(folder.path).eval()
-            )
+            model = folder.load(getattr(modeling_vitcls, folder.architecture))
             inspection = inspect_model(
                 model.to("cuda" if torch.cuda.is_available() else "cpu"),
-                ViTCLSImageProcessor.from_pretrained(folder.path),
+                folder.load_processor(),
                 **images.build_arguments(*choose_numbers_of_images(folder.results)),
                 # Effects of tokens are news only if there are several tokens, and training changed them.
                 has_ablations=model.config.token_layout.num_prefix_tokens > 1

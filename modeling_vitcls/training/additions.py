@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from scipy.special import expit
 
+from ..conversion.any_checkpoint import resolve
 from ..data.evaluated_images import find_evaluated_images
 from ..data.held_out import ADDITIONS_KEY, HELD_OUT_RECORD_KEY, read_held_out_record
 from ..data.images import LabeledImages
@@ -31,6 +32,7 @@ from ..data.splits import TrainingData, choose_training_splits, load_training_da
 from ..hub.connection import silence_transformers
 from ..hub.local_paths import check_output_is_empty, strip_folders
 from ..hub.model_files import CERTIFICATE_FILE, RECIPE_FILE, RESULTS_FILE, hash_weights
+from ..hub.model_folder import ModelFolder
 from ..hub.provenance import Provenance, find_provenance
 from ..inference.confidence import find_energy_threshold
 from ..inference.evaluate import match_labels, set_up_evaluation
@@ -57,12 +59,11 @@ from ..inference.linear_probe import (
     fit_classifier,
     list_candidates,
 )
-from ..inference.load_model import find_model_folder, load_processor
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, count_output_tokens
 from ..options import AddClassOptions, AddTaskOptions, DataOptions, EvaluateOptions
 from ..runtime.distributed import set_mixed_precision
-from ..runtime.files import create_output_folder, read_json, write_json
+from ..runtime.files import create_output_folder, write_json
 from ..runtime.system import get_versions
 from .calibration import compute_error, find_calibration
 from .certificate import NUM_IMAGES, certify, describe_certificate, load_old_model, read_pixels
@@ -76,8 +77,7 @@ SINGLE_LABEL, MULTI_LABEL = "single_label_classification", "multi_label_classifi
 class Base:
     """The model to which something is added."""
 
-    source: str
-    folder: Path
+    folder: ModelFolder
     model: Any  # a classifier; that of an encoder has no labels
     processor: Any
     accelerator: Accelerator
@@ -87,13 +87,6 @@ class Base:
     @property
     def config(self) -> ViTCLSConfig:
         return self.model.config
-
-    @property
-    def results(self) -> dict[str, Any]:
-        """Return results.json, or an empty dict if it is missing or belongs to other weights."""
-        file = self.folder / RESULTS_FILE
-        results = read_json(file) if file.is_file() else {}
-        return results if results.get("weights_sha256") == hash_weights(self.folder) else {}
 
     def compute_features(
         self, images: LabeledImages, label_space: LabelSpace, options: DataOptions, batch_size: int
@@ -195,13 +188,12 @@ def load_base(source: str, options: Any) -> Base:
     accelerator, console, warn = set_up_evaluation(
         EvaluateOptions(source, options.data, mixed_precision=options.mixed_precision)
     )
-    folder = Path(find_model_folder(source))
-    model = load_old_model(source, folder)
+    folder = resolve(source)
+    model = load_old_model(folder)
     if isinstance(model, ViTCLSModel):
         model = build_classifier_without_labels(model)
     set_mixed_precision(accelerator, options.mixed_precision, model.config)
-    processor = load_processor(source, str(folder))
-    return Base(source, folder, model, processor, accelerator, console, warn)
+    return Base(folder, model, folder.load_processor(), accelerator, console, warn)
 
 
 def build_classifier_without_labels(encoder: Any) -> Any:
@@ -452,7 +444,7 @@ def format_cost(record: dict[str, Any]) -> str:
 
 def get_additions(base: Base) -> dict[str, Any]:
     """Return the records of what was added to a model before."""
-    additions: dict[str, Any] = base.results.get(ADDITIONS_KEY, {})
+    additions: dict[str, Any] = base.folder.results.get(ADDITIONS_KEY, {})
     return additions
 
 
@@ -472,19 +464,20 @@ def write_model(
         model.save_pretrained(folder)
         base.processor.save_pretrained(folder)
         certificate = certify(
-            base.folder,
+            base.folder.path,
             folder,
-            strip_folders(base.source),
+            strip_folders(base.folder.source),
             pixels,
             base.accelerator.device,
             changed_heads,
         )
         hashes = {"weights_sha256": hash_weights(folder)}
         write_json(folder / CERTIFICATE_FILE, hashes | certificate)
-        if base.results and (base.folder / RECIPE_FILE).is_file():
-            shutil.copyfile(base.folder / RECIPE_FILE, folder / RECIPE_FILE)
+        recipe = base.folder.path / RECIPE_FILE
+        if base.folder.results and recipe.is_file():
+            shutil.copyfile(recipe, folder / RECIPE_FILE)
         provenance = copy_provenance(base, folder)
-        results = {"versions": get_versions()} | base.results
+        results = {"versions": get_versions()} | base.folder.results
         write_json(
             folder / RESULTS_FILE,
             results | hashes | {"provenance": provenance, ADDITIONS_KEY: records},
@@ -496,12 +489,12 @@ def write_model(
 
 def copy_provenance(base: Base, folder: Path) -> dict[str, Any] | None:
     """Copy the license of the weights, and return their provenance; None if they were trained from scratch."""
-    if "provenance" not in base.results:
-        provenance = find_provenance(base.source)
-    elif base.results["provenance"] is None:
+    if "provenance" not in base.folder.results:
+        provenance = find_provenance(base.folder.source)
+    elif base.folder.results["provenance"] is None:
         return None
     else:
-        provenance = Provenance.from_dict(base.results["provenance"], base.folder)
+        provenance = Provenance.from_dict(base.folder.results["provenance"], base.folder.path)
     provenance.copy_license(folder)
     return provenance.to_dict()
 

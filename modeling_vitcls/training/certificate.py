@@ -19,14 +19,13 @@ from safetensors import safe_open
 from scipy.stats import binomtest
 from torch import Tensor
 
+from ..conversion.any_checkpoint import resolve
 from ..data.evaluated_images import load_evaluation_data
 from ..data.images import LabeledImages
-from ..hub.connection import silence_transformers
-from ..hub.loading import check_is_vitcls
 from ..hub.model_files import list_weight_files
+from ..hub.model_folder import ModelFolder
 from ..inference.evaluate import build_table, load_evaluation, set_up_evaluation
 from ..inference.evaluator import round_floats
-from ..inference.load_model import find_model_folder, load_processor
 from ..inference.metric_tables import format_percent
 from ..inference.per_image import get_outputs
 from ..model.configuration_vitcls import ViTCLSConfig
@@ -53,22 +52,14 @@ HEAD_PREFIX = "extra_heads.task_"
 # Models and images ---------------------------------------------------------------------------------------------------
 
 
-def load_old_model(source: str, folder: Path) -> Any:
+def load_old_model(folder: ModelFolder) -> Any:
     """Load a classifier, a multi-task model or an encoder. Raise ValueError for other models."""
-    settings = check_is_vitcls(source, folder)
-    architecture = (settings.get("architectures") or [ViTCLSModel.__name__])[0]
-    if architecture not in MODEL_CLASSES:
+    if folder.architecture not in MODEL_CLASSES:
         raise ValueError(
-            f"a classifier or an encoder is required, but {source} contains {architecture}. Set --model to the "
-            "output of `vitcls finetune` or `vitcls pretrain`"
+            f"a classifier or an encoder is required, but {folder.source} contains {folder.architecture}. Set --model "
+            "to the output of `vitcls finetune` or `vitcls pretrain`"
         )
-    with silence_transformers():
-        model, info = MODEL_CLASSES[architecture].from_pretrained(folder, output_loading_info=True)
-    if missing := info["missing_keys"]:
-        raise ValueError(
-            f"the checkpoint {source} does not contain the weight {min(missing)}. Train the model first"
-        )
-    return model.eval()
+    return folder.load(MODEL_CLASSES[folder.architecture])
 
 
 def read_pixels(
@@ -117,7 +108,10 @@ def certify(
     """
     tensor_hashes = compare_tensors(old_folder, new_folder, changed_heads)
     compare_processors(old_folder, new_folder)
-    old, new = (load_old_model(old_name, folder).to(device) for folder in (old_folder, new_folder))
+    old, new = (
+        load_old_model(ModelFolder(folder, old_name)).to(device)
+        for folder in (old_folder, new_folder)
+    )
     passes = []
     dtypes = [torch.float32, *([torch.bfloat16] if has_bfloat16(device) else [])]
     for dtype in dtypes:
@@ -313,17 +307,16 @@ def verify_models(options: VerifyUnchangedOptions) -> dict[str, Any]:
     Raises:
         ValueError, OSError: if a model or the dataset cannot be read.
     """
-    old_folder, new_folder = (
-        Path(find_model_folder(source)) for source in (options.old, options.new)
-    )
-    old = load_old_model(options.old, old_folder)
-    load_old_model(options.new, new_folder)
+    old_folder = resolve(options.old)
+    new_folder = resolve(options.new)
+    old = load_old_model(old_folder)
+    load_old_model(new_folder)
     data_options, split = None, ""
     if options.dataset is not None:
         data_options = DataOptions(options.dataset, label_column=options.label_column)
         data = load_evaluation_data(data_options, options.split, use_labels=False)
         split = data.split
-        pixels = read_pixels(data.images, load_processor(options.old, str(old_folder)))
+        pixels = read_pixels(data.images, old_folder.load_processor())
     else:
         pixels = build_random_pixels(old.config)
 
@@ -335,33 +328,33 @@ def verify_models(options: VerifyUnchangedOptions) -> dict[str, Any]:
     )
     assert device is not None
     try:
-        certificate = certify(old_folder, new_folder, options.old, pixels, device)
+        certificate = certify(old_folder.path, new_folder.path, options.old, pixels, device)
     except ValueError as error:
         console.print(f"changed: {error}", markup=False)
         results: dict[str, Any] = {"difference": str(error)}
         if data_options is not None:
-            results |= compare_predictions(options, data_options, split, console)
+            results |= compare_predictions([old_folder, new_folder], data_options, split, console)
         return results
     console.print(f"unchanged: {describe_certificate(certificate)}", markup=False)
     return {"difference": None, **certificate}
 
 
 def compare_predictions(
-    options: VerifyUnchangedOptions, data_options: DataOptions, split: str, console: Console
+    folders: Sequence[ModelFolder], data_options: DataOptions, split: str, console: Console
 ) -> dict[str, Any]:
     """Compare the predictions of two classifiers for all images of a split. Print the accuracy of each class and the
     number of images with another prediction (McNemar's exact test)."""
-    accelerator, _, warn = set_up_evaluation(EvaluateOptions(options.old, data_options))
+    accelerator, _, warn = set_up_evaluation(EvaluateOptions(folders[0].source, data_options))
     predictions = []
     truths = []
-    for source in (options.old, options.new):
-        evaluate_options = EvaluateOptions(
-            source, data_options, split=split, mixed_precision="no", backend="torch"
+    for folder in folders:
+        options = EvaluateOptions(
+            folder.source, data_options, split=split, mixed_precision="no", backend="torch"
         )
-        setup = load_evaluation(evaluate_options, accelerator, warn, lambda line: None)
+        setup = load_evaluation(folder, options, accelerator, warn, lambda line: None)
         if setup.evaluator.label_space.kind != "single_label_classification":
             raise ValueError(
-                f"--dataset requires models with one label per image, not {source}. Remove --dataset"
+                f"--dataset requires models with one label per image, not {folder.source}. Remove --dataset"
             )
         setup.evaluator.keep_logits = True
         setup.evaluator(setup.model)

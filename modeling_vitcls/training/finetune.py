@@ -14,12 +14,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
+from ..conversion.any_checkpoint import is_preset
 from ..data.augmentation import BatchMixer
 from ..data.batches import Batch, Normalizer
 from ..data.held_out import read_held_out_record
@@ -27,12 +27,9 @@ from ..data.images import LabeledImages
 from ..data.sampling import compute_class_weights
 from ..data.splits import TrainingData, describe_missing_classes, load_training_data
 from ..hub.local_paths import strip_folders
-from ..hub.model_files import RESULTS_FILE
 from ..inference.evaluator import Evaluator
-from ..inference.load_model import is_preset
 from ..inference.metrics import SELECTION_METRICS
 from ..options import FinetuneOptions
-from ..runtime.files import read_json
 from . import losses
 from .model import InitialModel, build_model, set_trainable_parameters, uses_patch_dropout
 from .probe import MAX_PROBE_IMAGES, Probe, explain_missing_probe
@@ -248,7 +245,9 @@ def check_label_kind(options: FinetuneOptions, kind: str) -> None:
 def describe_overlap(initial: InitialModel, data: TrainingData) -> list[str]:
     """Return a warning if the initial model may have been trained on held-out images of this run. Raise ValueError if
     its results.json is damaged."""
-    record = None if initial.folder is None else read_held_out_record(initial.folder)
+    if initial.folder is None:
+        return []
+    record = read_held_out_record(initial.folder)
     old = None if record is None else record.rule
     new = data.record.rule
     if (
@@ -257,7 +256,7 @@ def describe_overlap(initial: InitialModel, data: TrainingData) -> list[str]:
         or (new.fraction <= old.fraction and replace(new, fraction=old.fraction) == old)
     ):
         return []  # this run holds out only images that the earlier run held out
-    if read_json(Path(initial.folder or "", RESULTS_FILE)).get("dataset") != data.name:
+    if initial.folder.saved_results.get("dataset") != data.name:
         return []
     size = (
         f"--held-out-fraction {old.fraction}"

@@ -21,12 +21,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..conversion.any_checkpoint import has_random_weights, resolve_checkpoint
+from ..conversion.any_checkpoint import is_preset, resolve
 from ..data.aspect_ratio import get_fit, set_fit
 from ..data.labels import LabelSpace
-from ..hub.loading import MODEL_FILE_PATTERNS, check_is_vitcls
-from ..hub.model_files import PARITY_REPORT_FILE, RESULTS_FILE
-from ..inference.load_model import CLASSIFIER_CLASSES, Classifier, is_preset, load_processor
+from ..hub.model_folder import ModelFolder
+from ..inference.load_model import CLASSIFIER_CLASSES, Classifier
 from ..model.blocks_vitcls import EncoderLayer, ViTCLSEmbeddings
 from ..model.configuration_vitcls import PRESETS, ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
@@ -45,10 +44,10 @@ LORA_A_SUFFIX, LORA_B_SUFFIX = ".lora_A.default.weight", ".lora_B.default.weight
 
 @dataclass(frozen=True)
 class InitialModel:
-    """The model from which a run starts: a preset, or the local folder of a checkpoint."""
+    """The model from which a run starts: a preset, or the folder of a checkpoint."""
 
     name: str
-    folder: str | None  # None for a preset
+    folder: ModelFolder | None  # None for a preset
     config: ViTCLSConfig
     has_random_weights: bool  # a preset, or a conversion with --random-init
 
@@ -63,11 +62,8 @@ def resolve_initial_model(name: str) -> InitialModel:
     ValueError if the checkpoint is not a vitcls model, and OSError if it cannot be found or read."""
     if is_preset(name):
         return InitialModel(name, None, ViTCLSConfig.from_preset(name), has_random_weights=True)
-    folder = resolve_checkpoint(name, [*MODEL_FILE_PATTERNS, PARITY_REPORT_FILE, RESULTS_FILE])
-    check_is_vitcls(name, folder)
-    return InitialModel(
-        name, folder, ViTCLSConfig.from_pretrained(folder), has_random_weights(folder)
-    )
+    folder = resolve(name)
+    return InitialModel(name, folder, folder.config, folder.has_random_weights)
 
 
 def build_model(
@@ -88,7 +84,7 @@ def build_model(
         new_parameter_names = {name for name, _ in model.named_parameters()}
     else:
         model, new_parameter_names = load_with_label_space(initial, config_values, label_space)
-        processor = load_processor(initial.name, initial.folder)
+        processor = initial.folder.load_processor()
     if (mask_token := model.vitcls.embeddings.mask_token) is not None:
         # not used in fine-tuning; DDP requires gradients of all trainable parameters
         mask_token.requires_grad_(False)
@@ -107,7 +103,7 @@ def choose_image_size(
     images of a checkpoint are replaced with images of 224 pixels, unless `--image-size` is set."""
     if options.image_size is not None or initial.folder is None:
         return options, None
-    config = ViTCLSConfig.from_pretrained(initial.folder, **options.get_config_values())
+    config = ViTCLSConfig.from_pretrained(initial.folder.path, **options.get_config_values())
     native_size, patch_size = config.image_height_width, config.patch_height_width
     if max(native_size) <= MAX_NATIVE_SIDE:
         return options, None
@@ -134,6 +130,7 @@ def load_with_label_space(
 ) -> tuple[Classifier, set[str]]:
     """Load a checkpoint as a model for the labels in `label_space`. The classifier is new, unless the checkpoint
     has a classifier with the same labels. Return the model, and the names of the newly initialized parameters."""
+    assert initial.folder is not None
     stored_config = initial.config
     model_class = CLASSIFIER_CLASSES[label_space.kind]
     # fitted to features that fine-tuning changes
@@ -142,7 +139,7 @@ def load_with_label_space(
         stored_config.architectures or ()
     ):
         model, loading_info = model_class.from_pretrained(
-            initial.folder,
+            initial.folder.path,
             dtype=torch.float32,
             output_loading_info=True,
             gate_new_tokens=initial.gate_new_tokens,
@@ -153,7 +150,7 @@ def load_with_label_space(
         if reads_patches_by_default(initial, config_values, label_space):
             config_values = {"pooling": "cls_mean"} | config_values
         encoder, loading_info = ViTCLSModel.from_pretrained(
-            initial.folder,
+            initial.folder.path,
             dtype=torch.float32,
             output_loading_info=True,
             gate_new_tokens=initial.gate_new_tokens,

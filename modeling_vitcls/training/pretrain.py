@@ -20,6 +20,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 
+from ..conversion.any_checkpoint import is_preset
 from ..data.aspect_ratio import get_fit, set_fit
 from ..data.batches import Batch, Normalizer, iterate_training_batches
 from ..data.images import LabeledImages
@@ -27,7 +28,6 @@ from ..data.sampling import BatchPlan
 from ..data.splits import TrainingData, load_training_data
 from ..hub.local_paths import strip_folders
 from ..inference.frozen import FeatureEvaluator, build_classifier
-from ..inference.load_model import is_preset, load_processor
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import ViTCLSModel
@@ -304,9 +304,12 @@ def build_encoder(
     else:
         gate_new_tokens = initial.gate_new_tokens
         encoder = ViTCLSModel.from_pretrained(
-            initial.folder, dtype=torch.float32, gate_new_tokens=gate_new_tokens, **config_values
+            initial.folder.path,
+            dtype=torch.float32,
+            gate_new_tokens=gate_new_tokens,
+            **config_values,
         )
-        processor = load_processor(name, initial.folder)
+        processor = initial.folder.load_processor()
     config = encoder.config
     if config.patch_drop_rate:
         raise ValueError(

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..conversion.any_checkpoint import is_pinned, pin_revision
+from ..conversion.any_checkpoint import is_pinned, is_preset, pin_revision
 from ..data.splits import describe_change
 from ..hub.local_paths import (
     BUILT_IN_DATASET,
@@ -14,7 +14,6 @@ from ..hub.local_paths import (
     resolve_name,
     strip_folders,
 )
-from ..inference.load_model import is_preset
 from ..options import PretrainOptions, to_flags
 from .checkpoints import Checkpoint
 from .defaults import DEFAULT_FLAGS

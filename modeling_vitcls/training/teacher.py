@@ -32,18 +32,15 @@ from torchvision.transforms.v2 import functional as transforms
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 from transformers.image_utils import pil_torch_interpolation_mapping
 
-from ..conversion.any_checkpoint import resolve_checkpoint
+from ..conversion.any_checkpoint import resolve
 from ..data.image_folder import format_name_list
 from ..data.labels import LabelSpace
-from ..hub.connection import silence_transformers
 from ..hub.loading import (
-    check_is_vitcls,
     get_external_model_folder,
     load_timm_model,
     split_revision,
 )
 from ..inference.evaluator import count_not_finite
-from ..inference.load_model import load_processor
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.modeling_vitcls import ViTCLSModel, ViTCLSModelOutput
 from ..runtime.errors import format_error
@@ -124,7 +121,7 @@ def load_teacher(
     if source.startswith(TIMM_PREFIX):
         model, preprocessing, names, num_labels = load_timm_teacher(source)
     else:
-        folder = resolve_checkpoint(source) if Path(source).is_file() else source
+        folder = str(resolve(source).path) if Path(source).is_file() else source
         model, preprocessing, names, num_labels = load_transformers_teacher(folder, student)
     label_indices, note = match_labels(source, names, num_labels, labels.names)
 
@@ -151,17 +148,9 @@ def load_feature_teacher(
         ValueError: if the source is not a complete ViT.
         OSError: if the source cannot be found or read.
     """
-    folder = resolve_checkpoint(source)
-    check_is_vitcls(source, folder)
-    with silence_transformers():
-        model, loading_info = ViTCLSModel.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True
-        )
-    if missing_names := loading_info["missing_keys"]:
-        raise ValueError(
-            f"the teacher {source} lacks the weight {min(missing_names)}. Use a trained model"
-        )
-    processor = load_processor(source, folder)
+    folder = resolve(source)
+    model = folder.load(ViTCLSModel, dtype=torch.float32)
+    processor = folder.load_processor()
     preprocessing = build_processor_preprocessing(processor, model.config.num_channels, student)
 
     def read_features(outputs: ViTCLSModelOutput) -> torch.Tensor:

@@ -34,6 +34,7 @@ from modeling_vitcls.cli.demo import DemoOptions, get_title, run, write_examples
 from modeling_vitcls.data.sources import load_splits
 from modeling_vitcls.data.splits import build_held_out_rule, select_held_out
 from modeling_vitcls.hub.model_files import hash_weights
+from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.options import DataOptions
 from modeling_vitcls.runtime.files import write_json
 
@@ -372,7 +373,7 @@ def test_the_examples_are_images_that_training_held_out(tmp_path: Path) -> None:
     (images,) = load_splits(options).images_by_split.values()
     is_held_out, _ = select_held_out(images, build_held_out_rule(options))
     held_out = {images.images[index].tobytes() for index in np.flatnonzero(is_held_out).tolist()}
-    files = write_examples(folder, tmp_path)
+    files = write_examples(ModelFolder(folder), tmp_path)
     assert len(files) == 8
     for file in files:
         with Image.open(file) as image:
@@ -384,11 +385,11 @@ def test_a_dataset_that_is_not_on_this_machine_has_no_examples(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dataset: str
 ) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", Mock(side_effect=AssertionError("network")))
-    assert not write_examples(save_digits_run(tmp_path / "run", dataset), tmp_path)
+    assert not write_examples(ModelFolder(save_digits_run(tmp_path / "run", dataset)), tmp_path)
 
 
 def test_a_model_without_a_run_has_no_examples(tmp_path: Path) -> None:
-    assert not write_examples(save_classifier(tmp_path / "mine"), tmp_path)
+    assert not write_examples(ModelFolder(save_classifier(tmp_path / "mine")), tmp_path)
 
 
 def test_held_out_images_are_only_shown_on_this_machine(

@@ -22,7 +22,6 @@ from huggingface_hub import constants
 from timm.models import save_for_hf
 
 from modeling_vitcls import (
-    ViTCLSConfig,
     ViTCLSForImageClassification,
     ViTCLSImageProcessor,
     ViTCLSModel,
@@ -33,7 +32,7 @@ from modeling_vitcls.conversion.any_checkpoint import (
     compute_cache_name,
     is_pinned,
     pin_revision,
-    resolve_checkpoint,
+    resolve,
 )
 from modeling_vitcls.conversion.convert import convert_checkpoint, load_source
 from modeling_vitcls.conversion.weight_rules import ConversionError
@@ -81,20 +80,17 @@ def test_a_model_of_transformers_is_converted_once(
     source: Path, own_cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        folder = resolve_checkpoint(str(source))
-        assert (
-            resolve_checkpoint(str(source))
-            == folder
-            == resolve_checkpoint(f"transformers:{source}")
-        )
+        folder = resolve(str(source)).path
+        assert resolve(str(source)).path == folder
+        assert resolve(f"transformers:{source}").path == folder
     assert sum("converting" in record.message for record in caplog.records) == 1
-    assert Path(folder).parent == own_cache
-    report = json.loads((Path(folder) / "parity_report.json").read_text(encoding="utf-8"))
+    assert folder.parent == own_cache
+    report = json.loads((folder / "parity_report.json").read_text(encoding="utf-8"))
     assert report["source_class"] == "ViTForImageClassification"
     assert not report["random_init"]
     pixel_values = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     theirs = transformers.ViTForImageClassification.from_pretrained(source).eval()
-    ours, _ = load_model(str(source), use_head=True)
+    ours, _ = load_model(resolve(str(source)), use_head=True)
     with torch.no_grad():
         assert (ours(pixel_values).logits - theirs(pixel_values).logits).abs().max() < 1e-5
 
@@ -139,14 +135,13 @@ def test_a_timm_model_on_the_hub_is_converted_at_the_requested_commit(tmp_path: 
         (f"ann/timm@{COMMIT}", 5, COMMIT),
         ("ann/timm", 6, COMMIT[::-1]),
     ):
-        folder = Path(resolve_checkpoint(name))
-        assert ViTCLSConfig.from_pretrained(folder).num_labels == num_labels
-        report = json.loads((folder / "parity_report.json").read_text(encoding="utf-8"))
-        assert report["source"] == f"timm:hf-hub:ann/timm@{commit}"
+        folder = resolve(name)
+        assert folder.config.num_labels == num_labels
+        assert folder.parity_report["source"] == f"timm:hf-hub:ann/timm@{commit}"
     assert load_source(f"timm:hf-hub:ann/timm@{COMMIT}", random_init=True).model.num_classes == 5
     # a folder that timm saved
     shutil.copytree(repository / "snapshots" / COMMIT, tmp_path / "local")
-    assert ViTCLSConfig.from_pretrained(resolve_checkpoint(str(tmp_path / "local"))).num_labels == 5
+    assert resolve(str(tmp_path / "local")).config.num_labels == 5
 
 
 def test_the_conversion_of_a_hub_model_is_pinned(source: Path, tmp_path: Path) -> None:
@@ -157,24 +152,26 @@ def test_the_conversion_of_a_hub_model_is_pinned(source: Path, tmp_path: Path) -
     for commit in (COMMIT, COMMIT[::-1]):
         shutil.copytree(source, repository / "snapshots" / commit)
         (repository / "refs" / "main").write_text(commit)
-        folders.append(resolve_checkpoint("ann/vit"))
-        for folder in (folders[-1], resolve_checkpoint("transformers:ann/vit")):
-            report = json.loads((Path(folder) / "parity_report.json").read_text(encoding="utf-8"))
+        folders.append(resolve("ann/vit").path)
+        for name in ("ann/vit", "transformers:ann/vit"):
+            report = resolve(name).parity_report
             assert (report["source"], report["source_revision"]) == ("transformers:ann/vit", commit)
     assert folders[0] != folders[1]
-    assert resolve_checkpoint(f"ann/vit@{COMMIT}") == folders[0]
+    assert resolve(f"ann/vit@{COMMIT}").path == folders[0]
     assert load_source(f"transformers:ann/vit@{COMMIT}", random_init=True).revision == COMMIT
 
 
 def test_vitcls_folders_are_not_converted(tmp_path: Path) -> None:
     randomize(ViTCLSModel(build_tiny_config())).save_pretrained(tmp_path / "mine")
-    assert resolve_checkpoint(str(tmp_path / "mine")) == str(tmp_path / "mine")
+    assert resolve(str(tmp_path / "mine")).path == tmp_path / "mine"
     assert pin_revision(str(tmp_path / "mine")) == str(tmp_path / "mine")
-    for text in ("{", "[]", "{}"):  # a damaged config.json is reported when the model is loaded
-        (tmp_path / "mine" / "config.json").write_text(text)
-        assert resolve_checkpoint(str(tmp_path / "mine")) == str(tmp_path / "mine")
-    (tmp_path / "mine" / "config.json").unlink()
-    assert resolve_checkpoint(str(tmp_path / "mine")) == str(tmp_path / "mine")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}"])
+def test_a_damaged_configuration_is_an_error_of_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with raises_one_line(str(tmp_path)):
+        resolve(str(tmp_path))
 
 
 def test_commits_are_pinned(cached_hub_model: str) -> None:
@@ -195,10 +192,10 @@ def test_commits_are_pinned(cached_hub_model: str) -> None:
         (pinned, None),
     ):
         assert not is_pinned(*pair)
-    assert resolve_checkpoint(pinned).endswith(COMMIT)
-    load_model(pinned, use_head=True)
+    assert resolve(pinned).path.name == COMMIT
+    load_model(resolve(pinned), use_head=True)
     with pytest.raises(OSError, match="ann/mine"):
-        resolve_checkpoint(f"{cached_hub_model}@{'f' * 40}")
+        resolve(f"{cached_hub_model}@{'f' * 40}")
     Path(
         constants.HF_HUB_CACHE, "models--ann--mine", "refs", "main"
     ).unlink()  # only the commit can be loaded

@@ -38,11 +38,11 @@ from modeling_vitcls import (
     convert_from_timm,
 )
 from modeling_vitcls.conversion import source_models
-from modeling_vitcls.conversion.any_checkpoint import has_random_weights
 from modeling_vitcls.conversion.convert import convert_checkpoint, load_source
 from modeling_vitcls.conversion.parity_report import compare_models
 from modeling_vitcls.conversion.random_weights import randomize_weights
 from modeling_vitcls.conversion.weight_rules import ConversionError
+from modeling_vitcls.hub.model_folder import ModelFolder
 
 
 LIMIT = 1e-5  # DESIGN.md
@@ -137,7 +137,9 @@ def test_the_parity_report(from_timm: Path, from_transformers: tuple[Path, Path]
     num_parameters = ViTCLSForImageClassification.from_pretrained(folder).num_parameters()
     assert (report["num_parameters"], report["num_labels"]) == (num_parameters, 3)
     assert report["source"].startswith("transformers:")
-    assert [has_random_weights(str(folder)) for folder in (from_timm, from_transformers[0])] == [
+    assert [
+        ModelFolder(folder).has_random_weights for folder in (from_timm, from_transformers[0])
+    ] == [
         True,
         False,
     ]

@@ -202,10 +202,10 @@ def test_results_of_the_same_weights_are_kept(tmp_path: Path) -> None:
     for name in ("results.json", "config.resolved.yaml"):
         (tmp_path / "native" / name).unlink()
     (folder / "config.resolved.yaml").unlink()  # results are kept without the flags
-    copy_results(folder, tmp_path / "native")
+    copy_results(ModelFolder(folder), tmp_path / "native")
     (tmp_path / "native" / "results.json").unlink()
     (folder / "results.json").write_text(
         json.dumps(results | {"weights_sha256": {"model.safetensors": "other"}})
     )
-    copy_results(folder, tmp_path / "native")
+    copy_results(ModelFolder(folder), tmp_path / "native")
     assert not (tmp_path / "native" / "results.json").exists()

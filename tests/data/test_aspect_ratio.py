@@ -19,6 +19,7 @@ from modeling_vitcls.data.augmentation import build_augmentation
 from modeling_vitcls.data.batches import Normalizer
 from modeling_vitcls.data.images import DatasetImages
 from modeling_vitcls.data.labels import LabelSpace
+from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.inference.load_model import load_model
 from modeling_vitcls.options import AugmentationOptions, ModelOptions
 
@@ -155,6 +156,6 @@ def test_another_fit_keeps_the_size_of_the_processor(tmp_path: Path) -> None:
         size={"shortest_edge": 40}, do_center_crop=True, crop_size=crop
     ).save_pretrained(tmp_path)
     for fit in ("squash", "pad", "crop"):
-        _, processor = load_model(str(tmp_path), use_head=True, fit=fit)
+        _, processor = load_model(ModelFolder(tmp_path), use_head=True, fit=fit)
         pixels = processor(Image.new("RGB", (50, 40)), return_tensors="pt")["pixel_values"]
         assert pixels.shape[-2:] == (32, 32)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from helpers.accelerate_state import reset_accelerate
 from helpers.photo_folders import write_photos
-from helpers.tiny_models import raises_one_line
+from helpers.tiny_models import build_tiny_config, raises_one_line
 from helpers.tiny_options import build_tiny_options, run_training
 
 from modeling_vitcls.analysis.inspection import open_images
@@ -30,11 +30,11 @@ from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.inference.evaluate import evaluate_checkpoint
 from modeling_vitcls.inference.load_model import load_model
-from modeling_vitcls.model.configuration_vitcls import ViTCLSConfig
+from modeling_vitcls.model.modeling_vitcls import ViTCLSModel
 from modeling_vitcls.options import DataOptions, EvaluateOptions, InspectOptions
 from modeling_vitcls.publishing.staging import list_published_files
 from modeling_vitcls.training.finetune import describe_overlap
-from modeling_vitcls.training.model import InitialModel
+from modeling_vitcls.training.model import resolve_initial_model
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -222,7 +222,7 @@ def test_evaluation_uses_the_held_out_images_of_the_run(
     trained = run(tmp_path / "run", folder, split_seed=7, held_out_fraction=0.3)
     held_out = read(folder, split_seed=7, held_out_fraction=0.3).held_out
     expected = HeldOutRecord.from_keys(HeldOutRule(0.3, 7), held_out.images.compute_keys())
-    recorded = read_held_out_record(tmp_path / "run")
+    recorded = read_held_out_record(ModelFolder(tmp_path / "run"))
     assert recorded == read(folder, split_seed=7, held_out_fraction=0.3).build_record()
     assert recorded.sha256 == expected.sha256
     measured = evaluate(tmp_path / "run", folder)
@@ -238,9 +238,9 @@ def test_evaluation_uses_the_held_out_images_of_the_run(
     same = DataOptions(str(folder), split_seed=7, held_out_fraction=0.3)
     assert get_names(load_evaluation_data(same, None, recorded).images) == get_names(held_out)
     assert "results.json" in list_published_files(ModelFolder(tmp_path / "run"))
-    model, _ = load_model(str(tmp_path / "run"), use_head=True)
+    model, _ = load_model(ModelFolder(tmp_path / "run"), use_head=True)
     options = InspectOptions(str(tmp_path / "run"), dataset=str(folder))
-    images = open_images(options, model, read_held_out_record(tmp_path / "run"))
+    images = open_images(options, model, read_held_out_record(ModelFolder(tmp_path / "run")))
     assert images.images.get_names() == held_out.images.get_names()
     (tmp_path / "run" / "results.json").unlink()
     assert "metrics.jsonl" in list_published_files(ModelFolder(tmp_path / "run"))
@@ -304,13 +304,14 @@ def test_a_model_trained_on_held_out_images_is_named(
 ) -> None:
     folder = write_photos(tmp_path / "photos", range(30))
     model = tmp_path / "model"
-    model.mkdir()
-    initial = InitialModel(str(model), str(model), ViTCLSConfig(), has_random_weights=False)
+    ViTCLSModel(build_tiny_config()).save_pretrained(model)
+    initial = resolve_initial_model(str(model))
     first = read(folder, **trained)
     second = read(folder, **other)
     assert not describe_overlap(initial, second)  # no results.json
     results = {"dataset": first.name, "held_out": asdict(first.record)}
     (model / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    initial = resolve_initial_model(str(model))
     warnings = describe_overlap(initial, second)
     assert len(warnings) == bool(flags)
     assert all(flags in warning for warning in warnings)
@@ -324,7 +325,7 @@ def test_a_split_of_the_dataset_is_recorded_and_evaluated(tmp_path: Path) -> Non
     write_photos(tmp_path / "photos" / "train", range(20))
     write_photos(tmp_path / "photos" / "val", range(20, 30))
     trained = run(tmp_path / "run", tmp_path / "photos")
-    record = read_held_out_record(tmp_path / "run")
+    record = read_held_out_record(ModelFolder(tmp_path / "run"))
     assert record is not None
     assert (record.split, record.num_images, record.rule) == ("validation", 20, None)
     measured = evaluate(tmp_path / "run", tmp_path / "photos")
@@ -340,10 +341,11 @@ def test_a_split_of_the_dataset_is_recorded_and_evaluated(tmp_path: Path) -> Non
 
 
 def test_damaged_records_are_named(tmp_path: Path) -> None:
-    assert read_held_out_record(tmp_path) is None
+    ViTCLSModel(build_tiny_config()).save_pretrained(tmp_path)
+    assert read_held_out_record(ModelFolder(tmp_path)) is None
     for text in ("{", "[]", '{"held_out": {"seed": 1}}', '{"held_out": 3}'):
         (tmp_path / "results.json").write_text(text, encoding="utf-8")
         with raises_one_line("results.json is damaged", "Remove it"):
-            read_held_out_record(tmp_path)
+            read_held_out_record(ModelFolder(tmp_path))
     (tmp_path / "results.json").write_text('{"split": "20%, stratified"}', encoding="utf-8")
-    assert read_held_out_record(tmp_path) is None
+    assert read_held_out_record(ModelFolder(tmp_path)) is None

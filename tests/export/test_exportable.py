@@ -26,6 +26,7 @@ from modeling_vitcls.export.exportable import (
 )
 from modeling_vitcls.export.exporter import check_drop
 from modeling_vitcls.export.measurement import compare_labels, load_export_images
+from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.inference.evaluator import OutputRow
 from modeling_vitcls.inference.intervals import compute_proportion_interval
 from modeling_vitcls.options import DataOptions
@@ -38,8 +39,9 @@ pytestmark = pytest.mark.integration
 def test_an_encoder_in_half_precision(tmp_path: Path) -> None:
     model = randomize(ViTCLSModel(build_tiny_config())).bfloat16()
     model.save_pretrained(tmp_path)
-    loaded, processor, _ = load_exportable_model(str(tmp_path))
-    assert processor is None
+    exportable = load_exportable_model(str(tmp_path))
+    loaded = exportable.model
+    assert exportable.processor is None
     assert loaded.dtype == torch.float32
     assert not loaded.training
     (outputs,) = compute_named_outputs(loaded, [build_images()])
@@ -119,7 +121,7 @@ def test_calibration_uses_the_training_images_of_the_run(
     save_with_processor(ViTCLSForImageClassification(config), tmp_path)
     record = load_training_data(DataOptions("digits", split_seed=5)).build_record()
     write_json(tmp_path / "results.json", {"dataset": "digits", "held_out": asdict(record)})
-    images = load_export_images(str(tmp_path), "digits", batch_size=7)
+    images = load_export_images(ModelFolder(tmp_path), "digits", batch_size=7)
     keys = [set(part.compute_keys().tolist()) for part in (images.training, images.held_out)]
     assert len(keys[1]) == 359
     assert not keys[0] & keys[1]
@@ -135,20 +137,23 @@ def test_calibration_uses_the_training_images_of_the_run(
         scores: Any = replace(images, dataset=dataset, setup=setup).measure_accuracy({})
         assert scores["dataset"] == published
     save_with_processor(ViTCLSModel(config), tmp_path / "encoder")
-    unlabeled = load_export_images(str(tmp_path / "encoder"), "digits")
+    unlabeled = load_export_images(ModelFolder(tmp_path / "encoder"), "digits")
     assert len(unlabeled.training) > len(unlabeled.held_out) > 300
     assert unlabeled.measure_file(tmp_path) is None
     with raises_one_line("LABEL_0"):  # labels of a requested split are required
         save_with_processor(
             ViTCLSForImageClassification(build_tiny_config(num_labels=3)), tmp_path / "other"
         )
-        load_export_images(str(tmp_path / "other"), "digits", split="train")
+        load_export_images(ModelFolder(tmp_path / "other"), "digits", split="train")
 
 
 def test_a_preset_has_random_weights() -> None:
-    model, processor, is_trained = load_exportable_model("vitcls-tiny")
-    assert not is_trained
-    assert not model.training
-    assert model.config.hidden_size == 192
-    assert exporter.describe_preprocessing(processor)["size"] == {"height": 224, "width": 224}
+    exportable = load_exportable_model("vitcls-tiny")
+    assert exportable.folder is None
+    assert not exportable.model.training
+    assert exportable.model.config.hidden_size == 192
+    assert exporter.describe_preprocessing(exportable.processor)["size"] == {
+        "height": 224,
+        "width": 224,
+    }
     assert exporter.describe_preprocessing(None) is None

@@ -35,6 +35,7 @@ from modeling_vitcls.export.exporter import export_model
 from modeling_vitcls.export.measurement import compare_outputs_on_images
 from modeling_vitcls.export.tracing import GraphShape, get_smallest_size
 from modeling_vitcls.hub.model_files import hash_files, hash_weights
+from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.options import ExportOptions
 
 
@@ -440,18 +441,14 @@ def test_shapes_labels_and_differences_of_other_models() -> None:
 def test_a_folder_has_the_files_that_its_model_has(tmp_path: Path) -> None:
     ViTCLSModel(build_tiny_config()).save_pretrained(tmp_path / "model")
     report = {
-        "weights": "trained",
         "weights_sha256": {},
         "sha256": {"model.xml": "a", "model.bin": "b"},
     }
-    exporter.write_model_files(str(tmp_path / "model"), tmp_path, report)
+    exporter.write_model_files(ModelFolder(tmp_path / "model"), tmp_path, report)
     assert [file.name for file in sorted(tmp_path.glob("*.json"))] == [
         "config.json",
         "results.json",
     ]
-    (tmp_path / "none").mkdir()
-    exporter.write_model_files("vitcls-tiny", tmp_path / "none", report | {"weights": "random"})
-    assert not list((tmp_path / "none").iterdir())
 
 
 def test_other_names_or_shapes_raise_an_error() -> None:

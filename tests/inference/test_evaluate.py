@@ -34,6 +34,7 @@ from helpers.warm_processes import OFFLINE, run_together
 from PIL import Image
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSImageProcessor
+from modeling_vitcls.conversion.any_checkpoint import resolve
 from modeling_vitcls.data.aspect_ratio import set_fit
 from modeling_vitcls.data.images import LabeledImages
 from modeling_vitcls.data.labels import LabelSpace
@@ -284,7 +285,10 @@ def test_the_results_describe_the_evaluation(
         assert re.search(
             rf"│ {re.escape(name)} *│ {len(values):>6} │ +{np.mean(values):.2%} │", printed
         ), printed
-    assert load_evaluation(options, accelerator, print).evaluator.batch_size == 4
+    assert (
+        load_evaluation(resolve(options.model), options, accelerator, print).evaluator.batch_size
+        == 4
+    )
 
 
 def test_streamed_images(models: Path, tmp_path: Path, by_one_process: dict[str, Any]) -> None:

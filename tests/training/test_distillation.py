@@ -160,7 +160,7 @@ def test_a_teacher_returns_its_pooled_vector_and_its_patches(
         ViTCLSConfig.from_pretrained(teachers[0], num_hidden_layers=3)
     ).config.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").symlink_to(Path(teachers[0]) / "model.safetensors")
-    with raises_one_line(f"the teacher {tmp_path} lacks the weight layers.2."):
+    with raises_one_line(f"the checkpoint {tmp_path} does not contain the weight layers.2."):
         load_feature_teacher(str(tmp_path), student, True, torch.device("cpu"))
     assert get_largest_difference(features[:, :24], outputs.pooler_output) <= 1e-5
     # [3, 9, 24]

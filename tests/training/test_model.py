@@ -26,6 +26,7 @@ from modeling_vitcls import (
     ViTCLSModel,
 )
 from modeling_vitcls.cli.functions import build_options
+from modeling_vitcls.conversion import any_checkpoint
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.options import (
     DataOptions,
@@ -36,7 +37,6 @@ from modeling_vitcls.options import (
     TrainingOptions,
 )
 from modeling_vitcls.runtime.files import write_json
-from modeling_vitcls.training import model as model_module
 from modeling_vitcls.training.finetune import check_label_kind, check_options
 from modeling_vitcls.training.model import (
     check_preset_name,
@@ -238,10 +238,10 @@ def test_the_history_of_a_model_is_downloaded(
     two_tasks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The parity report tells whether weights are random, and the results tell which images were held out."""
-    resolve = Mock(return_value=str(two_tasks))
-    monkeypatch.setattr(model_module, "resolve_checkpoint", resolve)
+    download = Mock(return_value=str(two_tasks))
+    monkeypatch.setattr(any_checkpoint, "get_model_folder", download)
     resolve_initial_model("acme/model")
-    source, patterns = resolve.call_args.args
+    source, patterns, _ = download.call_args.args
     assert source == "acme/model"
     assert {"config.json", "model.safetensors", "parity_report.json", "results.json"} <= set(
         patterns
