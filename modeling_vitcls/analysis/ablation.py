@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from scipy import stats
 from torch import nn
 
 from ..data.labels import is_multi_label
+from ..inference.image_pass import ImageBatch, pass_over_images
 from ..inference.intervals import (
     Interval,
     compute_bootstrap_interval,
@@ -37,9 +39,9 @@ from .maps import get_head_readers, get_used_token_mask
 from .model_utils import evaluation_mode, get_classifier_or_encoder, is_classifier, unwrap_model
 
 
-# Callable that returns batches: pixel_values [B, C, H, W] on the model's device, and labels or None. Labels are [B, A]
-# with the columns of all tasks (see `Predictions`), or [B] if A is 1. Each call returns the same batches.
-Batches = Callable[[], Iterable[tuple[torch.Tensor, torch.Tensor | None]]]
+# Callable that returns batches with labels or None. Labels are [B, A] with the columns of all tasks (see
+# `Predictions`), or [B] if A is 1. Each call returns the same batches.
+Batches = Callable[[], Iterable[ImageBatch]]
 # (items, description) -> items, with a progress bar
 Watch = Callable[[Collection[Any], str], Iterable[Any]]
 Outputs = dict[str, Any]  # name of a task or a feature -> `Predictions` or `Features`
@@ -313,7 +315,6 @@ def get_ablation_targets(layout: TokenLayout) -> dict[str, list[int]]:
     }
 
 
-@torch.no_grad()
 def collect_mean_states(
     model: Any, batches: Batches, indices: Sequence[int]
 ) -> tuple[torch.Tensor, Outputs]:
@@ -321,15 +322,14 @@ def collect_mean_states(
     outputs of the same forward passes."""
     batch_outputs = []
     state_sums = []
-    module = get_classifier_or_encoder(model)
+    compute = partial(get_classifier_or_encoder(model), output_hidden_states=True)
     with evaluation_mode(model):
-        for pixel_values, labels in batches():
-            outputs = module(pixel_values, output_hidden_states=True)
+        for batch, outputs in pass_over_images(compute, batches(), model.device):
             states = torch.stack(
                 [state[:, list(indices)] for state in outputs.hidden_states], dim=1
             )
             state_sums.append(states.cpu().double().sum(dim=0))
-            batch_outputs.append(extract_outputs(model, outputs, labels))
+            batch_outputs.append(extract_outputs(model, outputs, batch.labels))
     joined_outputs = join_outputs(batch_outputs)
     return torch.stack(state_sums).sum(dim=0) / count_images(joined_outputs), joined_outputs
 
@@ -442,20 +442,19 @@ class Features:
         return len(self.vectors)
 
 
-@torch.no_grad()
 def collect_outputs(model: Any, batches: Batches, hidden_indices: Sequence[int] = ()) -> Outputs:
     """Return the outputs for all images, on the CPU. The tokens at the sequence indices `hidden_indices` are hidden
     from attention."""
     batch_outputs = []
     module = get_classifier_or_encoder(model)
+
+    def compute(pixel_values: torch.Tensor) -> Any:
+        mask = build_hiding_mask(model, pixel_values, hidden_indices) if hidden_indices else None
+        return module(pixel_values, attention_mask=mask)
+
     with evaluation_mode(model):
-        for pixel_values, labels in batches():
-            mask = (
-                build_hiding_mask(model, pixel_values, hidden_indices) if hidden_indices else None
-            )
-            batch_outputs.append(
-                extract_outputs(model, module(pixel_values, attention_mask=mask), labels)
-            )
+        for batch, outputs in pass_over_images(compute, batches(), model.device):
+            batch_outputs.append(extract_outputs(model, outputs, batch.labels))
     return join_outputs(batch_outputs)
 
 

@@ -40,8 +40,8 @@ from ..data.labels import LabelSpace, get_label_space
 from ..data.sources import load_splits
 from ..hub.model_files import PREDICTIONS_FILE
 from ..inference.evaluate import MAX_BATCH_SIZE, match_labels, set_up_evaluation
-from ..inference.evaluator import Evaluator
-from ..inference.frozen import FeatureEvaluator, build_classifier
+from ..inference.frozen import build_classifier, compute_tokens
+from ..inference.image_pass import ImagePass, stack_rows
 from ..inference.load_model import announce_precision, choose_batch_size, load_model
 from ..model.heads_vitcls import IGNORED_LABEL
 from ..options import EvaluateOptions
@@ -162,8 +162,13 @@ def load_audited_images(options: EvaluateOptions) -> tuple[AuditedImages, int, C
             raise ValueError("--audit requires one label per image. Set a single --label-column")
         if not options.frozen:
             images = match_labels(images, label_space, model_space)
-        evaluator = FeatureEvaluator(images, processor, audited_space, *arguments)
-        output = evaluator(model.base_model, console)
+        image_pass = ImagePass(images, processor, audited_space, *arguments)
+        rows = image_pass.collect(
+            model.base_model, partial(compute_tokens, model.base_model), console
+        )
+        # special tokens and the mean of the patches
+        tokens, split_labels = stack_rows(rows)
+        row_indices = [row.index for row in rows]
         if not options.frozen and not folds:
             is_evaluated, part = find_evaluated_images(images, record, options.data, data.name)
             is_training_split = split != list(data.images_by_split)[-1]
@@ -173,28 +178,24 @@ def load_audited_images(options: EvaluateOptions) -> tuple[AuditedImages, int, C
             split_logits = np.full((len(images), len(model_space.names)), np.nan)
             if is_evaluated.any():  # an image that the model was trained on has no probabilities
                 evaluated = np.flatnonzero(is_evaluated)
-                classifier = Evaluator(
+                classified = ImagePass(
                     images.select(evaluated.tolist()), processor, model_space, *arguments
-                )
-                classifier.keep_logits = True
-                classifier(model, console)
-                split_logits[evaluated[[row.index for row in classifier.rows]]] = [
-                    row.logits for row in classifier.rows
-                ]
-            logits.append(split_logits[[row.index for row in evaluator.rows]])
+                ).collect(model, lambda pixel_values: model(pixel_values).logits, console)
+                classified_logits, _ = stack_rows(classified)
+                split_logits[evaluated[[row.index for row in classified]]] = classified_logits
+            logits.append(split_logits[row_indices])
             num_evaluated = int(is_evaluated.sum())
             console.print(
                 f"labels checked: {num_evaluated:,} images of split {split!r} ({part.describe()})",
                 markup=False,
             )
-        tokens = output["features"]  # special tokens and the mean of the patches
         vectors = np.concatenate([tokens[:, model.config.token_layout.cls], tokens[:, -1:]], axis=1)
         features.append(vectors.reshape(len(vectors), -1))
-        labels.append(output["labels"])
-        ids += [row.name for row in evaluator.rows]
+        labels.append(split_labels)
+        ids += [row.name for row in rows]
         split_names += [split] * len(vectors)
-        pixels += [make_thumbnail(images.images[row.index]) for row in evaluator.rows]
-        num_unreadable += output["num_unreadable_images"]
+        pixels += [make_thumbnail(images.images[index]) for index in row_indices]
+        num_unreadable += image_pass.num_unreadable
     all_features = np.concatenate(features)
     all_labels = np.concatenate(labels)
     if folds:

@@ -22,8 +22,8 @@ from ..data.held_out import HeldOutRecord
 from ..data.images import ArrayImages, DatasetImages, check_channels
 from ..data.labels import get_label_space, is_multi_label
 from ..inference.evaluate import match_labels
+from ..inference.image_pass import ImageBatch, group_by_shape, pass_over_images
 from ..inference.inputs import build_list_input
-from ..inference.prediction_rows import group_by_shape
 from ..model.heads_vitcls import IGNORED_LABEL
 from ..options import DataOptions, InspectOptions
 from ..runtime.errors import format_error
@@ -219,7 +219,9 @@ def check_sampled_maps(
     sample_batches = batches.sample(
         min(max(num_affordable // 8, MIN_CHECKED_IMAGES), MAX_CHECKED_IMAGES)
     )
-    images = [image.unsqueeze(0) for pixel_values, _ in sample_batches() for image in pixel_values]
+    images = [
+        sample_batches.pixels[index].unsqueeze(0).to(model.device) for index in sample_batches.order
+    ]
     return check_maps(model, watch(images, "checking maps"))
 
 
@@ -287,9 +289,9 @@ def collect_statistics(
     """Return the statistics over all images, and the outputs of the same forward passes."""
     statistics = TokenStatistics(model)
     batch_outputs = []
-    for indices in watch(batches.index_batches, "collecting statistics"):
-        pixel_values, labels = batches.build(indices)
-        batch_outputs.append(extract_outputs(model, statistics.update(pixel_values), labels))
+    watched = map(batches.build, watch(batches.index_batches, "collecting statistics"))
+    for batch, outputs in pass_over_images(statistics.update, watched, model.device):
+        batch_outputs.append(extract_outputs(model, outputs, batch.labels))
     findings = statistics.compute()
     if not bool(findings.patch_norms.isfinite().all() and findings.token_norms.isfinite().all()):
         raise ValueError(
@@ -346,16 +348,15 @@ class InspectionBatches:
         ]
         self.order = [index for batch_indices in self.index_batches for index in batch_indices]
 
-    def __call__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    def __call__(self) -> Iterator[ImageBatch]:
         """Yield each batch of images and labels once."""
         yield from map(self.build, self.index_batches)
 
-    def build(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def build(self, indices: list[int]) -> ImageBatch:
         """Return the images and labels of one batch."""
         pixel_values = torch.stack([self.pixels[index] for index in indices])  # [B, C, H, W]
-        return pixel_values.to(self.model.device), None if self.labels is None else self.labels[
-            indices
-        ]
+        labels = None if self.labels is None else self.labels[indices]
+        return ImageBatch(pixel_values, labels, indices)
 
     def sample(self, num_selected: int) -> "InspectionBatches":
         """Return the batches of a sample of at most `num_selected` evenly spaced images."""

@@ -9,7 +9,7 @@ between the outputs of the file and the model.
 
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,8 @@ from ..data.splits import load_training_data
 from ..hub.local_paths import BUILT_IN_DATASET, resolve_name, strip_folders
 from ..hub.model_folder import ModelFolder
 from ..inference.evaluate import EvaluationSetup, load_evaluation, set_label_columns
-from ..inference.evaluator import OutputRow
 from ..inference.exported_graphs import INPUT_NAME, ExportedModel
+from ..inference.image_pass import ImageOutput
 from ..inference.intervals import compute_proportion_interval
 from ..options import DataOptions, EvaluateOptions
 from ..runtime.distributed import build_accelerator
@@ -101,7 +101,9 @@ class ExportImages:
         }
 
 
-def compare_labels(model_rows: list[OutputRow], file_rows: list[OutputRow]) -> dict[str, Any]:
+def compare_labels(
+    model_rows: Sequence[ImageOutput], file_rows: Sequence[ImageOutput]
+) -> dict[str, Any]:
     """Return the number of equal predicted labels, and the 95% confidence intervals of the accuracy of a file and of
     the accuracy that it loses.
 
@@ -110,7 +112,7 @@ def compare_labels(model_rows: list[OutputRow], file_rows: list[OutputRow]) -> d
     """
     labels = np.array([int(row.label) for row in file_rows])
     predicted, predicted_in_file = (
-        np.array([row.logits.argmax() for row in rows]) for rows in (model_rows, file_rows)
+        np.array([row.values.argmax() for row in rows]) for rows in (model_rows, file_rows)
     )
     is_labeled = labels >= 0
     is_correct = (predicted == labels)[is_labeled]

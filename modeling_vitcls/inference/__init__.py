@@ -2,7 +2,8 @@
 
     load_model.py       loading of a model by name, and a check that the model is a classifier
     metrics.py          metrics for each kind of labels, and for masked autoencoders
-    evaluator.py        evaluation on a held-out split; each image is counted exactly once
+    image_pass.py       one pass of images through a model, for everything in this list that needs outputs
+    evaluator.py        metrics of a model on labeled images
     engines.py          the engine of a job: PyTorch or a faster graph
     evaluate.py         the command `vitcls evaluate`
     frozen.py           simple classifiers on frozen features, for `vitcls evaluate --frozen`

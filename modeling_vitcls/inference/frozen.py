@@ -15,7 +15,6 @@ images.
 import time
 from collections.abc import Sequence
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,8 +33,9 @@ from .evaluate import (
     set_up_evaluation,
     write_results,
 )
-from .evaluator import Evaluator, round_floats
+from .evaluator import round_floats
 from .frozen_features import FeatureLayout, pool_layers
+from .image_pass import ImagePass, stack_rows
 from .intervals import compute_mean_interval, compute_proportion_interval
 from .linear_probe import NUM_SINGLE_LAYERS, TOKEN_TEXTS, describe_layers, list_candidates
 from .load_model import (
@@ -47,57 +47,27 @@ from .metric_tables import format_percent
 from .token_names import get_token_names
 
 
-class FeatureEvaluator(Evaluator):
-    """Computes the features of images on any number of processes, with a `ViTCLSModel`. `rows` contains the features
-    of each readable image in place of the logits."""
-
-    keep_logits = True
-    pass_name = "features"
-
-    def __call__(self, model: torch.nn.Module, console: Console | None = None) -> dict[str, Any]:
-        """Return the features [N, ...], the class indices [N], and the numbers of images."""
-        counts = super().__call__(model, console)
-        features, labels = (
-            np.stack([getattr(row, name) for row in self.rows]) for name in ("logits", "label")
-        )
-        return counts | {"features": features, "labels": labels}
-
-    def build_metrics(self) -> None:
-        return None
-
-    def compute_outputs(
-        self, model: torch.nn.Module, pixel_values: torch.Tensor
-    ) -> SimpleNamespace:
-        return SimpleNamespace(logits=self.compute_features(model, pixel_values))
-
-    def compute_features(self, model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Return the special tokens and the mean of the patch tokens [B, tokens, D] of images [B, C, H, W]."""
-        tokens = model(pixel_values).last_hidden_state
-        num_prefix_tokens = self.accelerator.unwrap_model(
-            model
-        ).config.token_layout.num_prefix_tokens
-        mean = tokens[:, num_prefix_tokens:].mean(dim=1, keepdim=True)
-        return torch.cat([tokens[:, :num_prefix_tokens], mean], dim=1)
+def compute_tokens(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Return the special tokens and the mean of the patch tokens [B, tokens, D] of images [B, C, H, W]."""
+    return select_tokens(model, model(pixel_values))
 
 
-class TokensAndLayers(FeatureEvaluator):
-    """Computes the special tokens and the mean of the patches of the last layer, and the features of the last layers
-    that a probe chooses from, with one pass."""
+def select_tokens(model: Any, outputs: Any) -> torch.Tensor:
+    """Return the special tokens and the mean of the patch tokens [B, tokens, D] in the output of an encoder."""
+    tokens = outputs.last_hidden_state
+    num_prefix_tokens = model.config.token_layout.num_prefix_tokens
+    mean = tokens[:, num_prefix_tokens:].mean(dim=1, keepdim=True)
+    return torch.cat([tokens[:, :num_prefix_tokens], mean], dim=1)
 
-    def __init__(self, images: Any, layout: FeatureLayout, *arguments: Any) -> None:
-        super().__init__(images, *arguments)
-        self.layout = layout
 
-    def compute_features(self, model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Return features [B, F]: those of the tokens, then those of the layers."""
-        encoder = self.accelerator.unwrap_model(model)
-        outputs = encoder(pixel_values, output_hidden_states=True)
-        tokens = outputs.last_hidden_state
-        num_prefix_tokens = encoder.config.token_layout.num_prefix_tokens
-        mean = tokens[:, num_prefix_tokens:].mean(dim=1, keepdim=True)
-        token_features = torch.cat([tokens[:, :num_prefix_tokens], mean], dim=1).flatten(1)
-        layer_features = pool_layers(encoder, outputs, self.layout)
-        return torch.cat([token_features.float(), layer_features], dim=1)
+def compute_tokens_and_layers(
+    model: Any, layout: FeatureLayout, pixel_values: torch.Tensor
+) -> torch.Tensor:
+    """Return features [B, F] from one forward pass: the special tokens and the mean of the patches of the last layer,
+    then the features of the last layers that a probe chooses from."""
+    outputs = model(pixel_values, output_hidden_states=True)
+    tokens = select_tokens(model, outputs).flatten(1)
+    return torch.cat([tokens.float(), pool_layers(model, outputs, layout)], dim=1)
 
 
 def build_classifier(kind: str, num_training_images: int) -> Any:
@@ -167,15 +137,16 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
     )
     arguments = (options.data, batch_size, accelerator, model.config.num_channels, warn)
 
-    def extract_features(data: EvaluationData) -> tuple[dict[str, Any], np.ndarray]:
-        """Return the output of the evaluator, and the class name of each image."""
-        evaluate = TokensAndLayers(data.images, layout, processor, data.label_space, *arguments)
-        output = evaluate(model, console)
-        return output, np.array(data.label_space.names)[output["labels"]]
+    def extract_features(data: EvaluationData) -> tuple[np.ndarray, np.ndarray, int]:
+        """Return the features and the class name of each image, and the number of unreadable images."""
+        images = ImagePass(data.images, processor, data.label_space, *arguments)
+        rows = images.collect(model, partial(compute_tokens_and_layers, model, layout), console)
+        features, labels = stack_rows(rows)
+        return features, np.array(data.label_space.names)[labels], images.num_unreadable
 
     start_time = time.perf_counter()
-    training, training_labels = extract_features(training_data)
-    held_out, held_out_labels = extract_features(held_out_data)
+    training_features, training_labels, num_unreadable = extract_features(training_data)
+    held_out_features, held_out_labels, num_unreadable_held_out = extract_features(held_out_data)
     seconds = time.perf_counter() - start_time
     num_images = len(training_labels) + len(held_out_labels)
     results: dict[str, Any] = {
@@ -183,14 +154,13 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
         "frozen": options.frozen,
         "num_training_images": len(training_labels),
         "num_images": len(held_out_labels),
-        "num_unreadable_images": training["num_unreadable_images"]
-        + held_out["num_unreadable_images"],
+        "num_unreadable_images": num_unreadable + num_unreadable_held_out,
     }
     if accelerator.is_main_process:
         tokens = [*get_token_names(model.config), "mean of patches"]
         num_token_features = len(tokens) * model.config.hidden_size
         token_features, layer_features = (
-            [features[:, part] for features in (training["features"], held_out["features"])]
+            [features[:, part] for features in (training_features, held_out_features)]
             for part in (slice(num_token_features), slice(num_token_features, None))
         )
         labels = (training_labels, held_out_labels)

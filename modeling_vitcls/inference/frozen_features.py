@@ -11,16 +11,19 @@ model's classifier.
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 from torch import nn
 
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.heads_vitcls import TokenPooler, build_pooler
-from .evaluator import EvaluationBatch, Evaluator
+from .evaluator import Evaluator
+from .image_pass import ImageBatch, ImageOutput, ImagePass, list_rows, stack_rows
 from .linear_probe import LAST_CLS_INNER_MEAN, LAST_CLS_MEAN, Candidate, LinearClassifier
 
 
@@ -155,7 +158,7 @@ def concatenate_features(first: Features, second: Features) -> Features:
     )
 
 
-class FrozenPass(Evaluator):
+class FrozenPass(ImagePass):
     """One pass of images through an encoder. Calling it with a model computes the features, once.
 
     Attributes:
@@ -163,50 +166,34 @@ class FrozenPass(Evaluator):
         batches: batches of this process, with features in place of pixels.
     """
 
-    keep_logits = True
+    is_repeated = False
 
     def __init__(self, images: Any, layout: FeatureLayout, **arguments: Any) -> None:
         super().__init__(images, **arguments)
         self.arguments = arguments
         self.layout = layout
-        self.batches: list[EvaluationBatch] = []
+        self.batches: list[ImageBatch] = []
 
-    def __call__(self, model: nn.Module, console: Any = None) -> dict[str, Any]:
-        """Compute the features with a classifier or an encoder, and return the numbers of images."""
+    def __call__(self, model: nn.Module, console: Console | None = None) -> Features:
+        """Compute and return the features, with a classifier or an encoder."""
         encoder: Any = getattr(model, "vitcls", model)
-        counts = super().__call__(encoder, console)
+        rows: list[ImageOutput] = []
+        for batch, features in self.iterate(encoder, partial(self.compute, encoder), console):
+            rows += list_rows(batch, features)
+            self.batches.append(replace(batch, pixel_values=features[: len(batch.indices)].cpu()))
+        rows = self.gather_rows(rows)
+        values, labels = stack_rows(rows)
         self.features = Features(
-            self.layout,
-            values=np.stack([row.logits for row in self.rows]),
-            labels=np.stack([row.label.numpy() for row in self.rows]),
-            indices=np.array([row.index for row in self.rows]),
+            self.layout, values, labels, indices=np.array([row.index for row in rows])
         )
-        self.rows = []
-        return counts
+        return self.features
 
-    def build_metrics(self) -> None:
-        return None
-
-    def load_batches(self) -> Any:
-        """Yield the batches, and keep them without the pixels."""
-        for batch in super().load_batches():
-            self.batches.append(copy.copy(batch))
-            yield batch
-
-    def encode(self, model: Any, pixel_values: torch.Tensor) -> Any:
-        """Return the output of the encoder, with hidden states."""
-        return model(pixel_values, output_hidden_states=True)
-
-    def compute_outputs(self, model: Any, pixel_values: torch.Tensor) -> SimpleNamespace:
-        """Return the features [B, all] of images [B, C, H, W] as `logits`."""
+    def compute(self, encoder: Any, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return the features [B, all] of images [B, C, H, W]."""
         has_layers = OWN_POOLING not in self.layout.widths
-        outputs = self.encode(model, pixel_values) if has_layers else model(pixel_values)
-        features = pool_layers(model, outputs, self.layout)
-
-        batch = self.batches[-1]
-        if batch.pixel_values is not None:
-            batch.pixel_values = features[: len(batch.indices)].cpu()
-        return SimpleNamespace(logits=features)
+        return pool_layers(
+            encoder, encoder(pixel_values, output_hidden_states=has_layers), self.layout
+        )
 
 
 class ClassifierPass(FrozenPass):
@@ -217,17 +204,12 @@ class ClassifierPass(FrozenPass):
     ) -> None:
         super().__init__(images, layout, **arguments)
         self.classifier = classifier
-        self.logits = torch.zeros(0)  # of the last batch
 
-    def encode(self, model: Any, pixel_values: torch.Tensor) -> Any:
+    def compute(self, encoder: Any, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return the features and the logits [B, all + L] of images [B, C, H, W]."""
         outputs = self.classifier(pixel_values, output_hidden_states=True)
-        self.logits = outputs.logits.float()
-        return outputs
-
-    def compute_outputs(self, model: Any, pixel_values: torch.Tensor) -> SimpleNamespace:
-        """Return features and logits [B, all + L] of images [B, C, H, W] as `logits`."""
-        features = super().compute_outputs(model, pixel_values).logits
-        return SimpleNamespace(logits=torch.cat([features, self.logits], dim=1))
+        features = pool_layers(encoder, outputs, self.layout)
+        return torch.cat([features, outputs.logits.float()], dim=1)
 
 
 class HeadEvaluator(Evaluator):
@@ -241,19 +223,19 @@ class HeadEvaluator(Evaluator):
         ]
 
     def select_columns(
-        self, batch: EvaluationBatch, layout: FeatureLayout, candidate: Candidate
-    ) -> EvaluationBatch:
+        self, batch: ImageBatch, layout: FeatureLayout, candidate: Candidate
+    ) -> ImageBatch:
         """Return a batch whose "pixels" are the features [G, F] that the classifier reads."""
-        if batch.pixel_values is None:
-            return batch
+        assert batch.pixel_values is not None
         columns = torch.from_numpy(layout.get_columns(candidate.layers, candidate.pooling))
         return replace(batch, pixel_values=batch.pixel_values[:, columns])
 
-    def pad_batch(self, model: nn.Module, pixel_values: torch.Tensor | None) -> torch.Tensor:
-        """Return features [G, F] on the device; the classifier needs no padding."""
-        if pixel_values is None:
-            pixel_values = torch.zeros(0, self.accelerator.unwrap_model(model).config.pooled_size)
-        return pixel_values.to(self.accelerator.device)
+    def pad_batch(self, model: nn.Module, batch: ImageBatch) -> ImageBatch:
+        """Return the batch itself: the classifier needs no padding."""
+        if batch.pixel_values is not None:
+            return batch
+        width = self.accelerator.unwrap_model(model).config.pooled_size
+        return replace(batch, pixel_values=torch.zeros(0, width))
 
     def compute_outputs(self, model: nn.Module, pixel_values: torch.Tensor) -> SimpleNamespace:
         """Return the logits [B, L], in single precision."""

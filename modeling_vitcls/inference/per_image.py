@@ -26,7 +26,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from ..runtime.errors import format_error
 from ..runtime.files import write_atomically
 from .confidence import compute_energies
-from .evaluator import Evaluator, OutputRow
+from .evaluator import Evaluator
+from .image_pass import ImageOutput, stack_rows
 
 
 METADATA_KEY = b"vitcls"
@@ -44,8 +45,7 @@ def write_predictions(
     rows = [row for row in evaluator.rows if is_labeled(row)]
     if not rows:
         raise ValueError("no evaluated image has a label")
-    logits = torch.from_numpy(np.stack([row.logits for row in rows]))
-    targets = torch.stack([row.label for row in rows])
+    logits, targets = map(torch.from_numpy, stack_rows(rows))
     columns: dict[str, Any] = {
         "index": [row.index for row in rows],
         "image": [row.name for row in rows],
@@ -128,10 +128,10 @@ def get_outputs(evaluator: Evaluator, images: slice = slice(None)) -> tuple[np.n
     rows = [row for row in evaluator.rows[images] if is_labeled(row)]
     if not rows:
         return np.zeros((0, 1), np.float32), np.zeros(0, np.int64)
-    return np.stack([row.logits for row in rows]), torch.stack([row.label for row in rows]).numpy()
+    return stack_rows(rows)
 
 
-def is_labeled(row: OutputRow) -> bool:
+def is_labeled(row: ImageOutput) -> bool:
     """Return whether the label of an image is known."""
     return bool(row.label.ndim or row.label >= 0)
 

@@ -14,9 +14,10 @@ rows. Each kind of model has a class with the attribute `columns`, a dict of col
 a dict of `float32` outputs [B, ...] for images [B, C, H, W], and `build_rows` converts the outputs to rows.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import pyarrow as pa
@@ -27,6 +28,7 @@ from ..data.labels import is_multi_label
 from ..model.configuration_vitcls import ExtraHead
 from .confidence import build_prediction_sets, compute_energies
 from .exported_graphs import GraphError
+from .image_pass import ImageBatch, find_finite, group_by_shape, pass_over_images
 from .inputs import PreparedImage
 from .load_model import check_is_classifier
 
@@ -323,56 +325,59 @@ def build_prediction_columns(
 
 
 def predict_rows(
-    batches: Iterator[list[PreparedImage]],
+    chunks: Iterable[list[PreparedImage]],
     columns: PredictionColumns,
     device: torch.device,
     autocast: AutocastFactory,
 ) -> Iterator[Row]:
-    """Yield a row for each image, in order."""
+    """Yield a row for each image, in order. A row contains an error if the image cannot be read, if the model does not
+    support it, or if the outputs are not finite. Raise GraphError if an exported graph cannot be run."""
     empty_row = dict.fromkeys(columns.columns)
-    for batch in batches:
+    for images in chunks:
+        pixels = {image.record.index: image.pixels for image in images if image.pixels is not None}
+        batches = (
+            ImageBatch(torch.stack(list(group.values())), indices=list(group))
+            for group in group_by_shape(pixels)
+        )
         predictions: dict[int, Row] = {}
-        pixels = {image.record.index: image.pixels for image in batch if image.pixels is not None}
-        for group in group_by_shape(pixels):
-            rows = predict_batch(torch.stack(list(group.values())).to(device), columns, autocast)
-            predictions |= dict(zip(group, rows, strict=True))
-        for image in batch:
-            index, name = image.record.index, image.record.name
+        for batch, outputs in pass_over_images(
+            partial(try_predict, columns), batches, device, autocast
+        ):
+            rows = build_rows(columns, outputs, len(batch.indices))
+            predictions |= dict(zip(batch.indices, rows, strict=True))
+        for image in images:
             yield {
-                "index": index,
-                "image": name,
+                "index": image.record.index,
+                "image": image.record.name,
                 **empty_row,
                 "error": image.error,
-                **predictions.get(index, {}),
+                **predictions.get(image.record.index, {}),
             }
 
 
-def group_by_shape(pixels: Mapping[int, torch.Tensor]) -> list[dict[int, torch.Tensor]]:
-    """Group images [C, H, W] by shape, because image processors may preserve the aspect ratio."""
-    groups: dict[torch.Size, dict[int, torch.Tensor]] = {}
-    for index, image in pixels.items():
-        groups.setdefault(image.shape, {})[index] = image
-    return list(groups.values())
-
-
-def predict_batch(
-    pixel_values: torch.Tensor, columns: PredictionColumns, autocast: AutocastFactory
-) -> list[Row]:
-    """Return one row for each of the images [B, C, H, W]. A row contains an error if the model does not support the
-    image or the outputs are not finite. Raise GraphError if an exported graph cannot be run."""
+@torch.inference_mode()
+def try_predict(
+    columns: PredictionColumns, pixel_values: torch.Tensor
+) -> dict[str, torch.Tensor] | str:
+    """Return the outputs [B, ...] for images [B, C, H, W], or the reason why the model does not support them."""
     try:
-        with torch.inference_mode(), autocast():
-            outputs = columns.predict(pixel_values)
+        return columns.predict(pixel_values)
     except GraphError:
         raise
     except ValueError as error:  # sizes or channels that the model does not support
-        return [{"error": str(error)}] * len(pixel_values)
-    is_finite = torch.stack(
-        [output.flatten(1).isfinite().all(dim=1) for output in outputs.values()]
-    ).all(dim=0)  # [B]
+        return str(error)
+
+
+def build_rows(
+    columns: PredictionColumns, outputs: dict[str, torch.Tensor] | str, num_images: int
+) -> list[Row]:
+    """Return a row for each image, given what `try_predict` returns."""
+    if isinstance(outputs, str):
+        return [{"error": outputs}] * num_images
     overflow_row = {"error": "the model output is not finite. Set a different --mixed-precision"}
-    rows = columns.build_rows(outputs)
     return [
-        row if is_row_finite else overflow_row
-        for row, is_row_finite in zip(rows, is_finite.tolist(), strict=True)
+        row if is_finite else overflow_row
+        for row, is_finite in zip(
+            columns.build_rows(outputs), find_finite(outputs, num_images).tolist(), strict=True
+        )
     ]

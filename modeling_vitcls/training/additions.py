@@ -103,9 +103,7 @@ class Base:
             num_channels=self.config.num_channels,
             warn=self.warn,
         )
-        frozen_pass(self.model.to(self.accelerator.device).eval(), self.console)
-        frozen_pass.batches.clear()
-        features = frozen_pass.features
+        features = frozen_pass(self.model.to(self.accelerator.device).eval(), self.console)
         return features if features.labels.ndim > 1 else features.take(features.labels >= 0)
 
     @property
@@ -672,8 +670,7 @@ def compute_class_features(
         num_channels=base.config.num_channels,
         warn=base.warn,
     )
-    classifier_pass(model, base.console)
-    features = classifier_pass.features
+    features = classifier_pass(model, base.console)
     return features.take(features.labels >= 0)
 
 

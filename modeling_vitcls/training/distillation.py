@@ -26,7 +26,6 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batches import Batch, Normalizer
-from ..inference.frozen import FeatureEvaluator
 from ..model.modeling_vitcls import ViTCLSModel, ViTCLSPreTrainedModel
 from .teacher import Teacher, TeacherCache
 
@@ -133,26 +132,19 @@ class FeatureTeachers:
         ]
 
 
-class TeacherCosines(FeatureEvaluator):
-    """Computes the cosine similarity of each token's prediction with its target, for each image."""
-
-    def __init__(
-        self, teachers: FeatureTeachers, normalize: Normalizer, *args: Any, **kwargs: Any
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self.teachers, self.normalize = teachers, normalize
-
-    def compute_features(self, model: Any, pixel_values: Tensor) -> Tensor:
-        """Return the cosines [B, teachers] of images [B, C, H, W]."""
-        predictions = model(pixel_values, project=True)
-        with torch.autocast(pixel_values.device.type, enabled=False):
-            targets = self.teachers.compute_targets({"pixels": self.normalize.invert(pixel_values)})
-        pairs = zip(predictions[: len(self.teachers.teachers)], targets, strict=False)
-        cosines = [
-            nn.functional.cosine_similarity(prediction.float(), target)
-            for prediction, target in pairs
-        ]
-        return torch.stack(cosines, dim=1)
+def compute_cosines(
+    teachers: FeatureTeachers, normalize: Normalizer, model: Any, pixel_values: Tensor
+) -> Tensor:
+    """Return the cosine similarity of each token's prediction with its target [B, teachers], for images
+    [B, C, H, W]."""
+    predictions = model(pixel_values, project=True)
+    with torch.autocast(pixel_values.device.type, enabled=False):
+        targets = teachers.compute_targets({"pixels": normalize.invert(pixel_values)})
+    pairs = zip(predictions[: len(teachers.teachers)], targets, strict=False)
+    cosines = [
+        nn.functional.cosine_similarity(prediction.float(), target) for prediction, target in pairs
+    ]
+    return torch.stack(cosines, dim=1)
 
 
 # Loss and targets ----------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,12 +28,13 @@ from ..data.images import LabeledImages
 from ..data.sampling import BatchPlan
 from ..data.splits import TrainingData, load_training_data
 from ..hub.local_paths import strip_folders
-from ..inference.frozen import FeatureEvaluator, build_classifier
+from ..inference.frozen import build_classifier
+from ..inference.image_pass import ImagePass, stack_rows
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import ViTCLSModel
 from ..options import ModelOptions, PretrainOptions, to_flags
-from .distillation import Distillation, FeatureTeachers, TeacherCosines, compute_feature_loss
+from .distillation import Distillation, FeatureTeachers, compute_cosines, compute_feature_loss
 from .lejepa import LeJEPA, LeJEPAObjective
 from .losses import Losses, Objective
 from .mae import MAE, MAEObjective, build_decoder_config, draw_masks
@@ -139,16 +141,12 @@ def build_training_setup(
     arguments = build_evaluator_arguments(options, data, processor, config.num_channels, reporter)
     neighbors = None
     if has_labels and isinstance(data.train, LabeledImages):
-        neighbors = TokenFeatures(
-            data.train.draw(MAX_NEIGHBORS, options.data.split_seed), **arguments
-        )
+        neighbors = ImagePass(data.train.draw(MAX_NEIGHBORS, options.data.split_seed), **arguments)
+    cosines = None if teachers is None else partial(compute_cosines, teachers, normalize)
 
     def build_evaluator(images: LabeledImages, with_regression: bool = False) -> FeatureQuality:
-        cosines = (
-            None if teachers is None else TeacherCosines(teachers, normalize, images, **arguments)
-        )
         return FeatureQuality(
-            TokenFeatures(images, **arguments), neighbors, cosines, reporter.warn, with_regression
+            ImagePass(images, **arguments), neighbors, cosines, reporter.warn, with_regression
         )
 
     selection_metric = "effective_rank" if neighbors is None else "knn_accuracy"
@@ -188,58 +186,61 @@ def build_training_setup(
 # Quality of the features ---------------------------------------------------------------------------------------------
 
 
-class TokenFeatures(FeatureEvaluator):
-    """Computes two features of each image: its trained token and the mean of its patches, concatenated.
+def compute_features(model: Any, method: Any, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Return the trained token and the mean of the patches of images [B, C, H, W], concatenated: [B, token + D].
 
     The trained token is the CLS token, or the mean of the patches without CLS token. After distillation from teachers,
-    it is the concatenation of all distillation tokens.
+    it is the concatenation of all distillation tokens. `model` is the method, which may be wrapped.
     """
-
-    def compute_features(self, model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Return the features [B, token + D] of images [B, C, H, W]."""
-        method = self.accelerator.unwrap_model(model)
-        layout = method.config.token_layout
-        states = model(pixel_values).last_hidden_state
-        patches = states[:, layout.patches].mean(dim=1)
-        token = states[:, layout.cls.start] if layout.cls.start < layout.cls.stop else patches
-        if isinstance(method, Distillation) and method.num_tokens:
-            token = states[:, layout.distillation].flatten(1)
-        return torch.cat([token, patches], dim=1)
+    layout = method.config.token_layout
+    states = model(pixel_values).last_hidden_state
+    patches = states[:, layout.patches].mean(dim=1)
+    token = states[:, layout.cls.start] if layout.cls.start < layout.cls.stop else patches
+    if isinstance(method, Distillation) and method.num_tokens:
+        token = states[:, layout.distillation].flatten(1)
+    return torch.cat([token, patches], dim=1)
 
 
 @dataclass
 class FeatureQuality:
     """Measures frozen features: the accuracy of k-NN on held-out images, and their effective rank.
 
-    `neighbors` computes the features of labeled training images; None without labels. `cosines` compares the tokens
-    with teachers; None without teachers.
+    `neighbors` are labeled training images; None without labels. `cosines` compares the tokens of a model with those
+    of teachers, for images [B, C, H, W]; None without teachers.
     """
 
-    held_out: TokenFeatures
-    neighbors: TokenFeatures | None
-    cosines: TeacherCosines | None
+    held_out: ImagePass
+    neighbors: ImagePass | None
+    cosines: Callable[[Any, torch.Tensor], torch.Tensor] | None
     warn: Callable[[str], None]
     with_regression: bool = False
 
     def __call__(self, model: Any) -> dict[str, Any]:
         """Return the metrics of a method, wrapped or not. All processes must call this method."""
-        held_out = self.held_out(model)
-        features, labels = held_out["features"], held_out["labels"]  # [images, token + D]
-        patch_width = self.held_out.accelerator.unwrap_model(model).config.hidden_size
+        method = self.held_out.accelerator.unwrap_model(model)
+        compute = partial(compute_features, model, method)
+        # [images, token + D]
+        features, labels = stack_rows(self.held_out.collect(model, compute))
+        counts = {
+            "num_images": len(features),
+            "num_unreadable_images": self.held_out.num_unreadable,
+        }
+        patch_width = method.config.hidden_size
         parts = {"": np.s_[:, :-patch_width], "_of_patches": np.s_[:, -patch_width:]}
         metrics: dict[str, Any] = {}
         if self.cosines is not None:
-            cosines = self.cosines(model)["features"].mean(axis=0)  # [teachers]
+            compared, _ = stack_rows(self.held_out.collect(model, partial(self.cosines, model)))
+            cosines = compared.mean(axis=0)  # [teachers]
             metrics["teacher_cosine"] = round(float(cosines.mean()), 6)
             metrics["teacher_cosines"] = [round(float(cosine), 6) for cosine in cosines]
         if self.neighbors is not None:
-            train = self.neighbors(model)
+            train_features, train_labels = stack_rows(self.neighbors.collect(model, compute))
             kinds = {"knn_accuracy": "knn"} | (
                 {"regression_accuracy": "logreg"} if self.with_regression else {}
             )
             for (name, kind), (suffix, part) in itertools.product(kinds.items(), parts.items()):
-                classifier = build_classifier(kind, len(train["labels"]))
-                classifier.fit(train["features"][part], train["labels"])
+                classifier = build_classifier(kind, len(train_labels))
+                classifier.fit(train_features[part], train_labels)
                 metrics[name + suffix] = round(float(classifier.score(features[part], labels)), 6)
         rank = compute_effective_rank(features[parts[""]])
         width = features.shape[-1] - patch_width
@@ -251,7 +252,6 @@ class FeatureQuality:
                 "have nearly the same features. Set a lower --learning-rate or, with --method lejepa, a larger "
                 "--sigreg-weight"
             )
-        counts = {name: held_out[name] for name in ("num_images", "num_unreadable_images")}
         return metrics | {"effective_rank": round(rank, 2)} | counts
 
 

@@ -40,7 +40,7 @@ from ..hub.loading import (
     load_timm_model,
     split_revision,
 )
-from ..inference.evaluator import count_not_finite
+from ..inference.image_pass import find_finite
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.modeling_vitcls import ViTCLSModel, ViTCLSModelOutput
 from ..runtime.errors import format_error
@@ -293,7 +293,7 @@ def build_timm_preprocessing(data_config: dict[str, Any]) -> TeacherPreprocessin
 
 def check_teacher_outputs(outputs: torch.Tensor, source: str) -> None:
     """Raise ValueError if a teacher's outputs [B, ...] contain NaN or infinity."""
-    if num_wrong := int(count_not_finite(outputs, len(outputs))):
+    if num_wrong := int((~find_finite(outputs, len(outputs))).sum()):
         raise ValueError(
             f"the outputs of the teacher {source} are not finite for {num_wrong} of {len(outputs)} images. "
             "Use another teacher, or set --mixed-precision no"

@@ -40,6 +40,7 @@ from modeling_vitcls.analysis.ablation import (
     redraw_tokens,
     replace_by_means,
 )
+from modeling_vitcls.inference.image_pass import ImageBatch
 from modeling_vitcls.inference.intervals import compute_bootstrap_interval
 from modeling_vitcls.model.attention_masks_vitcls import build_attention_mask
 from modeling_vitcls.model.heads_vitcls import IGNORED_LABEL
@@ -55,9 +56,9 @@ class Batches:
     def __init__(self, labels: torch.Tensor | None = None) -> None:
         self.labels = labels
 
-    def __call__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    def __call__(self) -> Iterator[ImageBatch]:
         for part in (slice(0, 4), slice(4, None)):
-            yield PIXELS[part], None if self.labels is None else self.labels[part]
+            yield ImageBatch(PIXELS[part], None if self.labels is None else self.labels[part])
 
 
 def build_classifier(**fields: Any) -> ViTCLSForImageClassification:
@@ -342,7 +343,10 @@ def test_each_of_several_labels_is_a_prediction() -> None:
 
 def test_wrong_inputs_are_one_line_errors() -> None:
     model = build_classifier()
-    for batches in (Batches(torch.zeros(6, 2)), lambda: [(PIXELS[:2], torch.zeros(1, 2))]):
+    for batches in (
+        Batches(torch.zeros(6, 2)),
+        lambda: [ImageBatch(PIXELS[:2], torch.zeros(1, 2))],
+    ):
         with raises_one_line("labels"):
             compute_ablations(model, batches)
     with raises_one_line("at least one image"):
@@ -405,7 +409,7 @@ def test_features_are_the_tokens_and_the_pooled_vector(
         ViTCLSModel(build_tiny_config(**{"pooling": "max"} | fields), add_pooling_layer=has_pooler)
     )
     batches = [build_images(2), build_images(1, seed=1)]
-    found = collect_outputs(model, lambda: [(batch, None) for batch in batches])
+    found = collect_outputs(model, lambda: map(ImageBatch, batches))
     with torch.no_grad():
         outputs = [model(batch) for batch in batches]
     tokens = {

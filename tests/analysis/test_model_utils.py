@@ -16,6 +16,7 @@ from modeling_vitcls.analysis.ablation import compute_ablations
 from modeling_vitcls.analysis.attribution import compute_attention_rollout, compute_attribution
 from modeling_vitcls.analysis.model_utils import is_classifier, unwrap_model
 from modeling_vitcls.analysis.token_statistics import TokenStatistics
+from modeling_vitcls.inference.image_pass import ImageBatch
 
 
 class Mine(ViTCLSForImageClassification):
@@ -53,7 +54,7 @@ def test_each_function_accepts_wrapped_models(wrap: Any) -> None:
         collected.update(pixels)
     wrapped, unwrapped = (collected.compute() for collected in statistics)
     assert torch.allclose(wrapped.entropy, unwrapped.entropy)
-    batches = lambda: [(pixels, None)]  # noqa: E731
+    batches = lambda: [ImageBatch(pixels)]  # noqa: E731
     assert compute_ablations(model, batches) == compute_ablations(plain, batches)
 
 

@@ -27,7 +27,7 @@ from modeling_vitcls.export.exportable import (
 from modeling_vitcls.export.exporter import check_drop
 from modeling_vitcls.export.measurement import compare_labels, load_export_images
 from modeling_vitcls.hub.model_folder import ModelFolder
-from modeling_vitcls.inference.evaluator import OutputRow
+from modeling_vitcls.inference.image_pass import ImageOutput
 from modeling_vitcls.inference.intervals import compute_proportion_interval
 from modeling_vitcls.options import DataOptions
 from modeling_vitcls.runtime.files import write_json
@@ -90,11 +90,11 @@ def read_number(image: int | None, return_tensors: str) -> dict[str, Any]:
 def test_labels_of_model_and_file_are_compared_image_by_image() -> None:
     """Among 100 images, the file loses three and gains one. One image has no label."""
 
-    def build_rows(predictions: dict[int, int]) -> list[OutputRow]:
+    def build_rows(predictions: dict[int, int]) -> list[ImageOutput]:
         logits = np.eye(2, dtype=np.float32)
         labels = [torch.tensor(-100 if index == 100 else 0) for index in range(101)]
         return [
-            OutputRow(index, label, logits[predictions.get(index, 0)], "")
+            ImageOutput(index, label, logits[predictions.get(index, 0)], "")
             for index, label in enumerate(labels)
         ]
 
@@ -109,8 +109,8 @@ def test_a_loss_that_a_few_images_cannot_show_is_accepted() -> None:
     """One image of 49 is two points."""
     right = np.array([1.0, 0.0], np.float32)
     wrong = np.array([0.0, 1.0], np.float32)
-    rows = [OutputRow(index, torch.tensor(0), right, "") for index in range(49)]
-    report = {"evaluation": compare_labels(rows, [replace(rows[0], logits=wrong), *rows[1:]])}
+    rows = [ImageOutput(index, torch.tensor(0), right, "") for index in range(49)]
+    report = {"evaluation": compare_labels(rows, [replace(rows[0], values=wrong), *rows[1:]])}
     check_drop(report, 0.5, None, torch.empty(0))
 
 

@@ -23,7 +23,8 @@ from PIL import Image
 from modeling_vitcls import ViTCLSConfig, ViTCLSImageProcessor
 from modeling_vitcls.data.images import DatasetImages, LabeledImages
 from modeling_vitcls.data.labels import LabelSpace
-from modeling_vitcls.inference import evaluator as evaluator_module
+from modeling_vitcls.inference import image_pass
+from modeling_vitcls.inference.evaluator import Evaluator
 from modeling_vitcls.options import DataOptions
 from modeling_vitcls.runtime.distributed import build_accelerator
 
@@ -52,7 +53,7 @@ def test_a_batch_without_readable_images_has_the_shape_of_the_model() -> None:
     )
     processor = ViTCLSImageProcessor(size={"height": 16, "width": 24}, do_convert_rgb=False)
     processor.image_mean = processor.image_std = [0.5]
-    evaluator = evaluator_module.Evaluator(
+    evaluator = Evaluator(
         LabeledImages(images, [0, 1, 0]),
         processor,
         labels,
@@ -105,7 +106,7 @@ def test_small_datasets_are_preprocessed_once(
     free_bytes: int, num_reads: int, monkeypatch: pytest.MonkeyPatch, by_one_process: dict[str, Any]
 ) -> None:
     num_bytes = NUM_IMAGES * 3 * 16 * 16 * 4
-    monkeypatch.setattr(evaluator_module, "MAX_CACHE_BYTES", num_bytes + free_bytes)
+    monkeypatch.setattr(image_pass, "MAX_CACHE_BYTES", num_bytes + free_bytes)
     pictures = build_labeled_images("single")
     counted = CountedImages(pictures.images)
     evaluator = build_evaluator(

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from modeling_vitcls.data.labels import LabelSpace
-from modeling_vitcls.inference.evaluator import collate_labels
+from modeling_vitcls.inference.image_pass import collate_labels
 from modeling_vitcls.inference.metrics import (
     METRICS,
     MultiLabelMetrics,

@@ -1,6 +1,5 @@
 """Rows of predictions: probabilities of labels, and rows of images without a prediction."""
 
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -14,13 +13,19 @@ from modeling_vitcls import (
 )
 from modeling_vitcls.inference.prediction_rows import (
     build_prediction_columns,
-    predict_batch,
+    build_rows,
     select_probable_labels,
     select_top_labels,
+    try_predict,
 )
 
 
 NAMES = ["ant", "bee", "cat", "dog"]
+
+
+def predict(columns: Any, pixels: torch.Tensor) -> list[dict[str, Any]]:
+    """Return the rows of a batch of images."""
+    return build_rows(columns, try_predict(columns, pixels), len(pixels))
 
 
 def test_the_most_probable_labels_come_first() -> None:
@@ -65,11 +70,11 @@ def test_an_image_without_a_finite_output_does_not_affect_other_images(
     columns = build_prediction_columns(model, 2, 0.0, features and [features])
     pixels = build_images(3)
     pixels[1, 0, 0, 0] = torch.nan
-    first, second, third = predict_batch(pixels, columns, nullcontext)
+    first, second, third = predict(columns, pixels)
     assert second == {"error": "the model output is not finite. Set a different --mixed-precision"}
     for row, index in ((first, 0), (third, 2)):
         assert row.keys() == columns.columns.keys()
-        (alone,) = predict_batch(pixels[index : index + 1], columns, nullcontext)
+        (alone,) = predict(columns, pixels[index : index + 1])
         for name, value in alone.items():
             if isinstance(value, str):
                 assert row[name] == value
@@ -85,9 +90,7 @@ def test_one_task_without_a_finite_output_is_an_error() -> None:
     )
     with torch.no_grad():
         model.classifiers["task_age"].bias[1] = torch.inf
-    rows = predict_batch(
-        build_images(2), build_prediction_columns(model, 1, 0.5, None), nullcontext
-    )
+    rows = predict(build_prediction_columns(model, 1, 0.5, None), build_images(2))
     assert [row.keys() for row in rows] == [{"error"}] * 2
 
 
@@ -95,7 +98,7 @@ def test_images_of_an_unsupported_shape_are_errors() -> None:
     columns = build_prediction_columns(
         randomize(ViTCLSModel(build_tiny_config())), None, 0.5, ["cls"]
     )
-    rows = predict_batch(build_images(2, channels=4), columns, nullcontext)
+    rows = predict(columns, build_images(2, channels=4))
     assert len(rows) == 2
     assert all("requires 3 channel" in row["error"] for row in rows)
 

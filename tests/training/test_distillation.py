@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -11,7 +10,6 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from accelerate import Accelerator
 from helpers.tiny_models import (
     build_images,
     build_tiny_config,
@@ -34,7 +32,7 @@ from modeling_vitcls.training.distillation import (
     compute_feature_loss,
     fit_phi_s,
 )
-from modeling_vitcls.training.pretrain import FeatureTeachers, TokenFeatures
+from modeling_vitcls.training.pretrain import FeatureTeachers, compute_features
 from modeling_vitcls.training.teacher import load_feature_teacher
 
 
@@ -251,12 +249,9 @@ def test_the_targets_are_predicted_from_the_tokens(
         torch.testing.assert_close(prediction, projector(token))
     for prediction, projector in zip(predictions[2:], model.patch_projectors, strict=True):
         torch.testing.assert_close(prediction, projector(outputs.tokens["patches"]))
-    evaluator: Any = SimpleNamespace(accelerator=Accelerator(cpu=True))
     token = outputs.tokens["distillation"].flatten(1) if num_tokens else outputs.tokens["cls"][:, 0]
     expected = torch.cat([token, outputs.tokens["patches"].mean(dim=1)], dim=1)
-    torch.testing.assert_close(
-        TokenFeatures.compute_features(evaluator, model, build_images()), expected
-    )
+    torch.testing.assert_close(compute_features(model, model, build_images()), expected)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,376 @@
+"""One pass of images through a model, for metrics, features, predictions and the measurements of tokens.
+
+    batches of images -> pass_over_images(compute, batches, device) -> batch, and what `compute` returns for it
+
+    ImagePass      labeled images of a dataset, on any number of processes; each image is counted exactly once
+    Evaluator      an ImagePass whose outputs become metrics (evaluator.py)
+    FrozenPass     an ImagePass whose outputs are the features of a frozen encoder (frozen_features.py)
+
+Sharded models require that all processes run the same number of batches of the same size. The images are therefore
+distributed in rounds of one batch per process. The last round is padded with blank images, which have no labels and
+are not counted. An unreadable image is reported by name, and counted as unreadable.
+
+A streamed split is read in every pass. Each process reads its own shards, or every n-th image.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from rich.console import Console
+from torch import nn
+from torch.utils.data import Dataset
+
+from ..data.aspect_ratio import get_output_size
+from ..data.images import LabeledImages, UnreadableImageCounter, check_channels, decode_image
+from ..data.labels import LabelSpace
+from ..data.streaming import Example, StreamedImages, read_ahead
+from ..data.workers import build_loader, explain_worker_errors
+from ..model.image_processing_vitcls import ViTCLSImageProcessor
+from ..options import DataOptions
+from ..runtime.progress import track
+
+
+# maximum size of the cache of preprocessed images per process, in bytes
+MAX_CACHE_BYTES = 256 * 2**20
+
+
+@dataclass
+class ImageBatch:
+    """Preprocessed images of one shape, and the error messages for unreadable images."""
+
+    pixel_values: torch.Tensor | None  # [G, C, H, W]; None if there is no readable image
+    labels: Any = None  # labels of the G readable images; the type depends on the kind of labels
+    indices: list[int] = field(default_factory=list)  # indices of the G readable images
+    # index of each unreadable image -> error message
+    error_messages: dict[int, str] = field(default_factory=dict)
+    names: list[str] = field(default_factory=list)  # names of the G readable images of a stream
+
+
+@dataclass(frozen=True)
+class ImageOutput:
+    """The output of a model for one image."""
+
+    index: int
+    label: torch.Tensor  # class index, or [L] with several labels; on the CPU
+    values: np.ndarray  # logits [L] or features of any shape
+    name: str
+
+
+# function of images [B, C, H, W] on the device of the model
+Compute = Callable[[torch.Tensor], Any]
+
+
+def pass_over_images(
+    compute: Compute,
+    batches: Iterable[ImageBatch],
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+) -> Iterator[tuple[ImageBatch, Any]]:
+    """Yield each batch with what `compute` returns for its images, without gradients.
+
+    Args:
+        compute: function of the images of a batch [B, C, H, W].
+        batches: batches with at least one image.
+        device: device of the model.
+        autocast: function that returns a context manager for a forward pass.
+    """
+    for batch in batches:
+        assert batch.pixel_values is not None
+        with torch.no_grad(), autocast():
+            outputs = compute(batch.pixel_values.to(device))
+        yield batch, outputs
+
+
+def group_by_shape(pixels: Mapping[int, torch.Tensor]) -> list[dict[int, torch.Tensor]]:
+    """Group images [C, H, W] by shape, because image processors may preserve the aspect ratio."""
+    groups: dict[torch.Size, dict[int, torch.Tensor]] = {}
+    for index, image in pixels.items():
+        groups.setdefault(image.shape, {})[index] = image
+    return list(groups.values())
+
+
+def find_finite(outputs: Any, num_images: int) -> torch.Tensor:
+    """Return whether the outputs for each image are finite [num_images], given a tensor [B, ...], or one by name, of
+    which the first rows are images."""
+    tensors = outputs.values() if isinstance(outputs, dict) else [outputs]
+    are_finite = [tensor[:num_images].flatten(1).isfinite().all(dim=1) for tensor in tensors]
+    return torch.stack(are_finite).all(dim=0)
+
+
+# Labeled images ------------------------------------------------------------------------------------------------------
+
+
+Key = int | tuple[int, Example]  # index of a stored image, or index and example of a streamed image
+
+
+@dataclass
+class BatchDataset(Dataset):
+    """Dataset whose items are the batches of one process. Iterating over it yields the keys of each batch."""
+
+    source: LabeledImages | StreamedImages
+    processor: ViTCLSImageProcessor
+    label_space: LabelSpace
+    batch_size: int
+    process_index: int
+    num_processes: int
+    num_channels: int | None = None
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.source) / (self.batch_size * self.num_processes))  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Sequence[Key]]:
+        if isinstance(self.source, StreamedImages):
+            examples = self.source.iterate_in_order(self.process_index, self.num_processes)
+            keys = (
+                (self.process_index + n * self.num_processes, example)
+                for n, example in enumerate(examples)
+            )
+            yield from read_ahead(
+                iter(lambda: list(islice(keys, self.batch_size)), []), num_items=2
+            )
+            return
+        for batch_index in range(len(self)):
+            start = (batch_index * self.num_processes + self.process_index) * self.batch_size
+            yield range(start, min(start + self.batch_size, len(self.source)))
+
+    def __getitem__(self, keys: Sequence[Key]) -> ImageBatch:
+        pixel_values = []
+        labels = []
+        batch = ImageBatch(None)
+        for key in keys:
+            index, example = key if isinstance(key, tuple) else (key, None)
+            try:
+                if example is None:
+                    image, label = self.source.images[index], self.source.labels[index]  # type: ignore[union-attr]
+                else:
+                    image = decode_image(example.encoded_image, example.name)
+                    label = example.label
+                pixels = self.processor(image, return_tensors="pt")["pixel_values"][0]  # [C, H, W]
+                check_channels(image, pixels, self.num_channels)
+            except (
+                ValueError
+            ) as error:  # UnreadableImage, or an image that the image processor does not support
+                batch.error_messages[index] = str(error)
+                continue
+            pixel_values.append(pixels)
+            labels.append(label)
+            batch.indices.append(index)
+            if example is not None:
+                batch.names.append(example.name)
+        batch.pixel_values = torch.stack(pixel_values) if pixel_values else None
+        batch.labels = collate_labels(labels, self.label_space)
+        return batch
+
+
+def collate_labels(labels: list[Any], label_space: LabelSpace) -> Any:
+    """Return the labels of G images, 0 or more, as [G] `int64`, [G, L] `float32`, or {task: [G] `int64`}."""
+    if label_space.kind == "multi_task":
+        return {
+            task: torch.tensor([label[task] for label in labels], dtype=torch.int64)
+            for task in label_space.columns
+        }
+    if label_space.kind == "multi_label_classification":
+        return torch.tensor(labels, dtype=torch.float32).reshape(-1, len(label_space.names))
+    return torch.tensor(labels, dtype=torch.int64)
+
+
+class ImagePass:
+    """Labeled images that pass through models, as often as needed.
+
+    Args:
+        images: all images and labels, the same on every process; or a streamed split.
+        processor: image processor that returns `pixel_values`.
+        label_space: names of the labels, in the order of the model's logits.
+        options: numbers of data loading workers and of unreadable images. Unreadable images are skipped; the pass
+            fails if more images are unreadable.
+        batch_size: number of images per process and forward pass.
+        accelerator: the accelerator, which defines the device, the precision and the processes.
+        num_channels: number of input channels of the model. Images with a different number of channels are
+            counted as unreadable.
+        warn: function that prints a warning; called on the main process, once for each unreadable image.
+
+    Attributes:
+        num_unreadable: number of unreadable images in the last pass.
+    """
+
+    pass_name = "features"  # what a pass over the images does, for the progress
+    is_repeated = True  # whether small datasets are kept in memory for the next pass
+
+    def __init__(
+        self,
+        images: LabeledImages | StreamedImages,
+        processor: ViTCLSImageProcessor,
+        label_space: LabelSpace,
+        options: DataOptions,
+        batch_size: int,
+        accelerator: Accelerator,
+        num_channels: int | None = None,
+        warn: Callable[[str], None] = print,
+    ) -> None:
+        self.images = images
+        self.label_space = label_space
+        self.batch_size = batch_size
+        self.accelerator = accelerator
+        warn = accelerator.on_main_process(warn)
+        self.unreadable_counter = UnreadableImageCounter(warn, options.max_unreadable_images)
+        process_index, num_processes = accelerator.process_index, accelerator.num_processes
+        batches = BatchDataset(
+            images, processor, label_space, batch_size, process_index, num_processes, num_channels
+        )
+        height, width = get_output_size(processor)
+        image_bytes = (num_channels or 3) * (height or 0) * (width or 0) * torch.float32.itemsize
+        batch_images = (
+            batch_size if isinstance(images, StreamedImages) else min(batch_size, len(images))
+        )
+        self.num_workers = options.num_workers
+        self.loader = build_loader(
+            batches,
+            self.num_workers,
+            batch_bytes=batch_images * image_bytes,
+            sampler=batches,
+            generator=torch.Generator(),  # its own, so that passes do not affect training
+        )
+        self.num_batches = None if isinstance(images, StreamedImages) else len(batches)
+        self.cache: list[ImageBatch] | None = None
+        self.num_unreadable = 0
+
+    def iterate(
+        self, model: nn.Module, compute: Compute, console: Console | None = None
+    ) -> Iterator[tuple[ImageBatch, Any]]:
+        """Yield the batches of this process with what `compute` returns for their images: a tensor [B, ...], tensors
+        by name, or an object with one of both as `logits`. Rows after those of the batch are padding.
+
+        Args:
+            model: the model that `compute` runs, on the device and in evaluation mode.
+            compute: function of images [B, C, H, W].
+            console: console for the progress (runtime/progress.py).
+
+        Raises:
+            ValueError: after the last batch, if all images are unreadable, if more than `max_unreadable_images` images
+                are unreadable, or if the outputs for any image are not finite.
+        """
+        accelerator = self.accelerator
+        batches = track(
+            self.load_batches(),
+            self.pass_name,
+            len(self.images) if isinstance(self.images, LabeledImages) else None,
+            count=lambda batch: (
+                (len(batch.indices) + len(batch.error_messages)) * accelerator.num_processes
+            ),
+            console=console
+            or Console(quiet=not accelerator.is_main_process, soft_wrap=True, highlight=False),
+            has_bar=console is not None,
+        )
+        error_messages: dict[int, str] = {}
+        num_readable = 0
+        num_not_finite = torch.zeros((), dtype=torch.int64, device=accelerator.device)
+        padded_batches = (self.pad_batch(model, batch) for batch in self.synchronize(batches))
+        for batch, outputs in pass_over_images(
+            compute, padded_batches, accelerator.device, accelerator.autocast
+        ):
+            num_readable += len(batch.indices)
+            error_messages |= batch.error_messages
+            values = getattr(outputs, "logits", outputs)
+            num_not_finite += (~find_finite(values, len(batch.indices))).sum()
+            yield batch, outputs
+
+        error_messages = dict(sorted(gather_object(list(error_messages.items()))))
+        self.num_unreadable = len(error_messages)
+        self.unreadable_counter.add(error_messages)
+        num_readable, num_wrong = map(
+            sum, zip(*gather_object([(num_readable, num_not_finite.item())]), strict=True)
+        )
+        if not num_readable:
+            raise ValueError(
+                f"none of the {len(error_messages)} images can be read. Check the dataset"
+            )
+        if num_wrong:
+            raise ValueError(
+                f"the outputs of the model are not finite for {num_wrong:,} of {num_readable:,} images. Check the "
+                "weights, or set --mixed-precision no"
+            )
+
+    def collect(
+        self, model: nn.Module, compute: Compute, console: Console | None = None
+    ) -> list[ImageOutput]:
+        """Return what `compute` returns for each readable image, in the order of the images, on every process."""
+        rows: list[ImageOutput] = []
+        for batch, outputs in self.iterate(model, compute, console):
+            rows += list_rows(batch, outputs)
+        return self.gather_rows(rows)
+
+    def gather_rows(self, rows: list[ImageOutput]) -> list[ImageOutput]:
+        """Return the rows of all processes, in the order of the images, with the names of the images."""
+        rows = sorted(gather_object(rows), key=lambda row: row.index)
+        if isinstance(self.images, LabeledImages):
+            names = self.images.images.get_names()
+            rows = [replace(row, name=names[row.index]) for row in rows]
+        return rows
+
+    def synchronize(self, batches: Iterable[ImageBatch]) -> Iterator[ImageBatch]:
+        """Yield the batches. All processes yield the same number of batches: processes with fewer batches of a stream
+        yield batches without images."""
+        if isinstance(self.images, LabeledImages) or self.accelerator.num_processes == 1:
+            yield from batches
+            return
+        iterator = iter(batches)
+        while any(gather_object([(batch := next(iterator, None)) is not None])):
+            yield self.loader.dataset[[]] if batch is None else batch
+
+    def pad_batch(self, model: nn.Module, batch: ImageBatch) -> ImageBatch:
+        """Return the batch with blank images after its own, up to the batch size, if the model is shared by several
+        processes or compiled for a batch size, or if no image is readable."""
+        pixel_values = batch.pixel_values
+        if pixel_values is None:
+            config = self.accelerator.unwrap_model(model).config
+            pixel_values = torch.zeros(0, config.num_channels, *config.image_height_width)
+        is_compiled = getattr(model, "_compiled_call_impl", None) is not None
+        num_padding = self.batch_size - len(pixel_values)
+        if num_padding and (
+            self.accelerator.num_processes > 1 or is_compiled or not len(pixel_values)
+        ):
+            padding = pixel_values.new_zeros(num_padding, *pixel_values.shape[1:])
+            pixel_values = torch.cat([pixel_values, padding])
+        return replace(batch, pixel_values=pixel_values)
+
+    def load_batches(self) -> Iterator[ImageBatch]:
+        """Yield the batches of this process. The first pass caches batches of up to `MAX_CACHE_BYTES` in total; a
+        stream is not cached."""
+        if self.cache is not None:
+            yield from self.cache
+            return
+        is_cached = self.is_repeated and self.num_batches is not None
+        cache: list[ImageBatch] | None = [] if is_cached else None
+        num_bytes = 0
+        with explain_worker_errors(self.num_workers):
+            for batch in self.loader:
+                num_bytes += 0 if batch.pixel_values is None else batch.pixel_values.nbytes
+                if num_bytes > MAX_CACHE_BYTES:
+                    cache = None
+                elif cache is not None:
+                    # without a copy, shared memory would keep one file per tensor open
+                    cache.append(copy.deepcopy(batch))
+                yield batch
+        self.cache = cache
+
+
+def stack_rows(rows: Sequence[ImageOutput]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the values [N, ...] and the labels [N, ...] of rows."""
+    return np.stack([row.values for row in rows]), np.stack([row.label.numpy() for row in rows])
+
+
+def list_rows(batch: ImageBatch, values: torch.Tensor) -> list[ImageOutput]:
+    """Return one row per image of a batch, given the values [B, ...]. Values after those of the images are padding."""
+    # a row of a tensor would be pickled with its batch
+    arrays = values.float().cpu().numpy()
+    names = batch.names or [""] * len(batch.indices)
+    return list(map(ImageOutput, batch.indices, batch.labels, arrays, names))
