@@ -8,7 +8,8 @@ maps.py                 attention to patches as maps on the pixels of an image
 attribution.py          attention of every layer, attention rollout and gradient attribution
 token_statistics.py     statistics over many images, per layer, head and token
 ablation.py             outputs for many images, and effects of tokens on them, with null distributions
-diagnosis.py            verdicts as text, with measured values; patches with large norms
+diagnosis.py            verdicts with measured values; patches with large norms
+verdict_texts.py        sentences of verdicts
 map_checks.py           checks whether rollout and attribution show what predictions depend on
 model_utils.py          helpers that unwrap models and set evaluation mode
 image_report.py         predictions, maps and patch features (PCA) of one image

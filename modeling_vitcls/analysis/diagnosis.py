@@ -1,16 +1,11 @@
-"""Diagnosis as text, with measured values: special tokens, groups of tokens, patches, attention heads and tasks.
+"""Diagnosis with measured values: special tokens, groups of tokens, patches, attention heads and tasks.
 
     diagnose_tokens(model, findings, ablations)   one Verdict per special token, then one per group of several tokens
     diagnose_patches(config, findings)            one Verdict on the norms of the patches
     diagnose_heads(findings)                      one Verdict on all attention heads
     diagnose_tasks(outputs)                       one Verdict per task with known labels
 
-outcome                   meaning
-read by the classifier    the token alone feeds a head: every replacement has an effect, so there is no test
-has an effect             outputs depend on the token more than on a random token in its place
-replaceable               outputs depend on the token, but a random token in its place does as well
-no measurable effect      the interval of the effect includes no change
-too few images to tell    fewer than MIN_IMAGES images
+A verdict is an `Outcome`, the `Fault`s that were found, and numbers. verdict_texts.py writes the sentences.
 
 A token's output in the last layer is used only if the head uses the token (`count_used_layers`), so states and
 attention are judged in the last layer whose output is used.
@@ -19,7 +14,8 @@ attention are judged in the last layer whose output is used.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from enum import StrEnum
+from typing import Any, Literal, Self
 
 import torch
 
@@ -42,6 +38,61 @@ from .token_statistics import Findings
 
 
 Rating = Literal["good", "neutral", "doubtful", "bad"]
+
+
+class RatedText(StrEnum):
+    """A text with a rating."""
+
+    rating: Rating
+
+    def __new__(cls, text: str, rating: Rating) -> Self:
+        member = str.__new__(cls, text)
+        member._value_ = text
+        member.rating = rating
+        return member
+
+
+class Outcome(RatedText):
+    """What the measurements of a token, the patches, the heads or a task show."""
+
+    # the token alone feeds a head: every replacement has an effect, so there is no test
+    READ = "read by the classifier", "good"
+    OUTPUT = "an output of the encoder", "good"
+    # outputs depend on the token more than on a random token in its place
+    EFFECT = "has an effect", "good"
+    # outputs depend on the token, but a random token in its place does as well
+    REPLACEABLE = "replaceable", "neutral"
+    # the interval of the effect includes no change
+    NO_EFFECT = "no measurable effect", "neutral"
+    # fewer than MIN_IMAGES images
+    FEW_IMAGES = "too few images to tell", "neutral"
+    NOT_MEASURED = "not measured", "neutral"
+
+    ONE_MODE = "no artifacts", "good"
+    ARTIFACTS = "artifacts", "bad"
+    FEW_PATCHES = "too few patches to tell", "neutral"
+
+    WORKING_HEADS = "no dead or uniform heads", "good"
+    DEAD_HEADS = "dead heads", "bad"
+    UNIFORM_HEADS = "uniform heads", "bad"
+    DEAD_AND_UNIFORM_HEADS = "dead and uniform heads", "bad"
+
+    USEFUL = "better than chance", "good"
+    USELESS = "not better than chance", "bad"
+
+
+class Fault(RatedText):
+    """What is wrong with a token, the most important fault first."""
+
+    HARMFUL = "harmful", "bad"
+    IDENTICAL = "identical", "bad"
+    CUT_OFF = "cut off from the patches", "bad"
+    SAME_STATE = "same for all images", "bad"
+    SAME_ATTENTION = "same attention for all images", "bad"
+    LARGE_NORM = "norm too large", "bad"
+    EQUAL_ATTENTION = "equal attention", "doubtful"
+    NOT_MOVED = "not moved", "bad"
+
 
 MIN_IMAGE_VARIATION = 1e-3  # minimum variation of a token whose state depends on the image
 MIN_IDENTICAL_SIMILARITY = (
@@ -87,18 +138,7 @@ MIN_RISE_SCORE = (
     4.0  # minimum increase in the outlier fraction, in standard errors, if registers are hidden
 )
 
-ABLATION_TERMS = {
-    "information": "replacing {} with {} mean{}",
-    "presence": "hiding {} from attention",
-}
-RATINGS: dict[str, Rating] = {"read by the classifier": "good", "an output of the encoder": "good"}
-RATINGS |= {
-    "has an effect": "good",
-    "equal attention": "doubtful",
-    "no artifacts": "good",
-    "artifacts": "bad",
-}
-NEUTRAL_WORDS = ("replaceable", "no measurable effect", "too few images to tell", "not measured")
+Faults = dict[Fault, dict[str, Any]]  # fault -> values of its sentence
 
 
 @dataclass(frozen=True)
@@ -107,19 +147,28 @@ class Verdict:
 
     Attributes:
         token: name of the token, such as "register 1", or of the group, such as "all 4 registers".
-        word: the first fault that was found, otherwise the outcome. Faults of tokens are "harmful", "identical",
-            "cut off from the patches", "same for all images", "same attention for all images", "norm too large",
-            "equal attention" and "not moved" (by training).
-        rating: "good", "neutral", "doubtful" or "bad".
-        reason: one or more sentences with the measured values.
+        outcome: what the measurements show.
         numbers: measured values by name.
+        faults: faults of a token.
+        is_group: whether the verdict is on several tokens.
     """
 
     token: str
-    word: str
-    rating: Rating
-    reason: str
+    outcome: Outcome
     numbers: dict[str, Any] = field(default_factory=dict)
+    faults: Faults = field(default_factory=dict)
+    is_group: bool = False
+
+    @property
+    def headline(self) -> Outcome | Fault:
+        """Return the most important fault or, without faults, the outcome."""
+        return next((fault for fault in Fault if fault in self.faults), self.outcome)
+
+    @property
+    def rating(self) -> Rating:
+        """Return the rating of the headline. A token that is read without a measurable effect is doubtful."""
+        is_read = self.headline in (Outcome.READ, Outcome.OUTPUT)
+        return "doubtful" if is_read and not self.numbers["is_measurable"] else self.headline.rating
 
 
 def diagnose_tokens(
@@ -145,30 +194,17 @@ def diagnose_tokens(
         effects = {kind: effects_by_key[key] for kind, effects_by_key in (ablations or {}).items()}
         is_group = "[" not in key
         group_name = "CLS token" if key == "cls" else SINGLE_TOKEN_NAMES.get(key)
-        outcome, sentence, numbers = judge_effects(model, indices, effects)
-        faults = find_harm(effects, sum(map(len, (ablations or {}).values())), is_group)
+        outcome, numbers = judge_effects(model, indices, effects)
+        faults = find_harm(effects, sum(map(len, (ablations or {}).values())))
         if not is_group:
             moved = movement.get(key)
             numbers |= {"movement": moved, **collect_numbers(model, findings, indices[0])}
             faults |= find_faults(model, findings, indices[0], names, numbers)
-            if (
-                moved == 0
-                and outcome in ("replaceable", "no measurable effect")
-                and any(movement.values())
-            ):
-                faults["not moved"] = "Training did not move the token, but moved other tokens."
-        word = next(iter(faults), outcome)
-        rating = RATINGS.get(word, "neutral" if word in NEUTRAL_WORDS else "bad")
-        if (
-            outcome.startswith(("read", "an output"))
-            and word == outcome
-            and not numbers["is_measurable"]
-        ):
-            rating = "doubtful"
+            is_unimportant = outcome in (Outcome.REPLACEABLE, Outcome.NO_EFFECT)
+            if moved == 0 and is_unimportant and any(movement.values()):
+                faults[Fault.NOT_MOVED] = {}
         name = f"all {len(indices)} {group_name}s" if is_group else names[indices[0]]
-        verdicts.append(
-            Verdict(name, word, rating, " ".join([*faults.values(), sentence]), numbers)
-        )
+        verdicts.append(Verdict(name, outcome, numbers, faults, is_group))
     return verdicts
 
 
@@ -177,16 +213,11 @@ def diagnose_tokens(
 
 def judge_effects(
     model: Any, indices: Sequence[int], effects: dict[str, dict[str, Effect]]
-) -> tuple[str, str, dict[str, Any]]:
-    """Return the outcome for the tokens at sequence indices `indices`, a sentence, and the measured values.
-    `effects` maps (kind of ablation, name of output) to effects."""
+) -> tuple[Outcome, dict[str, Any]]:
+    """Return the outcome for the tokens at sequence indices `indices`, and the measured values. `effects` maps (kind
+    of ablation, name of output) to effects."""
     if not effects:
-        return (
-            "not measured",
-            "The effects of ablating the token were not measured.",
-            {"outcome": "not measured"},
-        )
-    is_group = len(indices) > 1
+        return Outcome.NOT_MEASURED, {}
     has_head = is_classifier(model)
     flat_effects = [
         (kind, name, effect)
@@ -207,28 +238,17 @@ def judge_effects(
             item[2].size / (item[2].limit or 1),
         ),
     )
-    sentence = f"{describe_ablation(kind, is_group).capitalize()} {describe_effect(effect, name)}."
-    subject, place = ("They are", "their") if is_group else ("It is", "its")
     if effect.num_images < MIN_IMAGES:
-        outcome = "too few images to tell"
-        sentence = f"There are {effect.num_images} images, but {MIN_IMAGES} are needed."
+        outcome = Outcome.FEW_IMAGES
     elif heads:
-        outcome = "read by the classifier" if has_head else "an output of the encoder"
-        if has_head:
-            tasks = f" ({', '.join(filter(None, heads))})" if any(heads) else ""
-            sentence = f"{subject} read by the classifier{tasks}. {sentence}"
+        outcome = Outcome.READ if has_head else Outcome.OUTPUT
     elif not effect.is_measurable:
-        outcome = "no measurable effect"
+        outcome = Outcome.NO_EFFECT
     elif is_read or effect.is_beyond_limit:
-        outcome = "has an effect"
-        if effect.limit is not None:
-            worse = "has less effect" if effect.size > effect.limit else "costs accuracy"
-            sentence += f" A random token in {place} place {worse}."
+        outcome = Outcome.EFFECT
     else:
-        outcome = "replaceable"
-        sentence += f" A random token in {place} place does as well."
+        outcome = Outcome.REPLACEABLE
     numbers: dict[str, Any] = {
-        "outcome": outcome,
         "is_measurable": effect.is_measurable,
         "decided_by": {"ablation": kind, "output": name, "limit": effect.limit},
         "heads": heads,
@@ -238,29 +258,12 @@ def judge_effects(
         numbers[kind] = {
             key: asdict(value) | {"limit": value.limit} for key, value in by_name.items()
         }
-    return outcome, sentence, numbers
+    return outcome, numbers
 
 
-def describe_ablation(kind: str, is_group: bool) -> str:
-    """Describe an ablation, such as `replacing it with its mean`."""
-    return ABLATION_TERMS[kind].format(*(("them", "their", "s") if is_group else ("it", "its", "")))
-
-
-def describe_effect(effect: Effect, name: str) -> str:
-    """Describe an effect, such as `changes 84% of predictions (80% to 88%)`, with the 95% interval."""
-    if effect.changed is None or effect.changed_interval is None:
-        low, high = effect.interval
-        return f'changes "{name}" features by {effect.size:.2g} (cosine distance, interval {low:.2g} to {high:.2g})'
-    low, high = effect.changed_interval
-    task = f" of {name}" if name else ""
-    return f"changes {effect.changed:.0%} of predictions{task} ({low:.0%} to {high:.0%})"
-
-
-def find_harm(
-    effects: dict[str, dict[str, Effect]], num_tests: int, is_group: bool
-) -> dict[str, str]:
-    """Return {"harmful": sentence} if predictions are significantly more accurate after an ablation, and better than
-    a constant prediction."""
+def find_harm(effects: dict[str, dict[str, Effect]], num_tests: int) -> Faults:
+    """Return the fault "harmful" if predictions are significantly more accurate after an ablation, and better than a
+    constant prediction."""
     for kind, by_name in effects.items():
         for name, effect in by_name.items():
             limit = MAX_HARM_P_VALUE / (num_tests * len(by_name))
@@ -269,12 +272,7 @@ def find_harm(
                 and effect.improvement < limit
                 and effect.is_better_than_chance
             ):
-                change = 100 * (effect.accuracy_change or 0)
-                return {
-                    "harmful": f"{describe_ablation(kind, is_group).capitalize()} changes the accuracy"
-                    f"{f' of {name}' if name else ''} by {change:+.1f} percentage points "
-                    f"(p = {effect.improvement:.1g}, {effect.num_images:,} images)."
-                }
+                return {Fault.HARMFUL: {"ablation": kind, "output": name}}
     return {}
 
 
@@ -283,49 +281,29 @@ def find_harm(
 
 def find_faults(
     model: Any, findings: Findings, index: int, names: Sequence[str], numbers: Mapping[str, Any]
-) -> dict[str, str]:
-    """Return a dict that maps the faults of the token at sequence index `index` to sentences. `numbers` are the values
-    of `collect_numbers`."""
+) -> Faults:
+    """Return the faults of the token at sequence index `index`. `numbers` are the values of `collect_numbers`."""
     last = numbers["read_layers"]
-    num_layers = len(findings.entropy)
-    layer = (
-        "After the last layer"
-        if last == num_layers
-        else f"After layer {last}, the last layer that is used"
-    )
-    faults = {}
+    faults: Faults = {}
     if (identical := find_identical_token(model, findings, index)) is not None:
         other, shared = identical
-        faults["identical"] = (
-            f"After layer {shared}, its state is identical to the state of {names[other]}."
-        )
-    if last == num_layers and numbers["patch_mass"] < MIN_PATCH_MASS:
-        faults["cut off from the patches"] = (
-            f"At most {numbers['patch_mass']:.2%} of its attention goes to patches, in each layer and head."
-        )
+        faults[Fault.IDENTICAL] = {"other": names[other], "layer": shared}
+    if last == len(findings.entropy) and numbers["patch_mass"] < MIN_PATCH_MASS:
+        faults[Fault.CUT_OFF] = {}
     if last > 0 and findings.num_images > 1 and numbers["variation"] < MIN_IMAGE_VARIATION:
-        faults["same for all images"] = f"{layer}, its state is the same for every image."
+        faults[Fault.SAME_STATE] = {"is_last_layer": last == len(findings.entropy)}
     is_selective = findings.map_selectivity[:last, index] >= MIN_SELECTIVITY
     is_same = findings.map_variation[:last, index] < MIN_MAP_VARIATION
     if findings.num_images > 1 and bool(is_selective.any()) and bool(is_same[is_selective].all()):
-        faults["same attention for all images"] = (
-            "Its attention selects the same patches in every image (layers "
-            f"{', '.join(str(number + 1) for number in is_selective.nonzero().flatten().tolist())})."
-        )
+        faults[Fault.SAME_ATTENTION] = {"layers": (is_selective.nonzero().flatten() + 1).tolist()}
     if (
         numbers["norm_ratio"] > MAX_NORM_RATIO
         and numbers["embedding_similarity"] > MAX_EMBEDDING_SIMILARITY
     ):
-        faults["norm too large"] = (
-            f"The norm of its embedding is {numbers['norm_ratio']:.3g} times the median norm of the patches, so the "
-            f"layers hardly change it (cosine {numbers['embedding_similarity']:.3f} between embedding and last state)."
-        )
+        faults[Fault.LARGE_NORM] = {}
     equal_token, distance = find_equal_attention(model, findings, index)
     if equal_token is not None and identical is None:
-        faults["equal attention"] = (
-            f"Its attention maps nearly equal the maps of {names[equal_token]} (the distance is {distance:.2g} times "
-            "their distance from uniform attention)."
-        )
+        faults[Fault.EQUAL_ATTENTION] = {"other": names[equal_token], "distance": distance}
     return faults
 
 
@@ -451,60 +429,41 @@ def diagnose_patches(config: ViTCLSConfig, findings: Findings, has_head: bool = 
     modes = {layer: find_second_mode(findings.patch_ratios[layer]) for layer in layers}
     fractions = {layer: mode.fraction for layer, mode in modes.items() if mode is not None}
     layer = max(fractions, key=fractions.__getitem__, default=last_layer)
-    mode, ratios = modes[layer], findings.patch_ratios[layer]
-    word = "no artifacts"
-    sentence = (
-        f"The norms of {len(ratios):,} patches have one mode; the largest norm is {ratios.max():.1f} times the median "
-        "norm of its image."
-    )
+    mode = modes[layer]
+    ratios = findings.patch_ratios[layer]
+    outcome = Outcome.ONE_MODE
     if mode is not None:
-        word = "artifacts"
-        position = f"after layer {layer}" if layer else "in the embeddings"
-        registers_text = "more registers" if config.num_register_tokens else "registers"
-        sentence = (
-            f"{position.capitalize()}, {mode.fraction:.1%} of the patches have outlier norms, at {mode.ratio:.1f} "
-            f"times the median norm of the image; {registers_text} may absorb them (train with "
-            "--num-register-tokens, or see analysis.register_neurons)."
-        )
+        outcome = Outcome.ARTIFACTS
     elif len(ratios) < MIN_PATCHES:
-        word = "too few patches to tell"
-        sentence = (
-            f"There are {len(ratios):,} patches, but {MIN_PATCHES:,} are needed. Pass more images."
-        )
-    hidden_mode, hidden_sentence = compare_without_registers(findings, layer)
+        outcome = Outcome.FEW_PATCHES
+    hidden_mode, absorbed = compare_without_registers(findings, layer)
     numbers = {
         "layer": layer,
         "num_patches": len(ratios),
+        "largest_ratio": ratios.max().item(),
         "second_mode": None if mode is None else asdict(mode),
         "second_mode_without_registers": None if hidden_mode is None else asdict(hidden_mode),
+        "absorbed_outliers": absorbed,
+        "has_registers": config.num_register_tokens > 0,
     }
-    return Verdict(
-        "patches",
-        word,
-        RATINGS.get(word, "neutral"),
-        f"{sentence} {hidden_sentence}".strip(),
-        numbers,
-    )
+    return Verdict("patches", outcome, numbers)
 
 
-def compare_without_registers(findings: Findings, layer: int) -> tuple[SecondMode | None, str]:
-    """Return the second mode (or None) of the norms with the registers hidden from attention, and a sentence, which is
-    empty if the registers do not absorb outliers."""
+def compare_without_registers(
+    findings: Findings, layer: int
+) -> tuple[SecondMode | None, list[float] | None]:
+    """Return the second mode (or None) of the norms with the registers hidden from attention, and the fractions of
+    outliers with visible and with hidden registers, or None if the registers do not absorb outliers."""
     if findings.patch_ratios_without_registers is None:
-        return None, ""
+        return None, None
     all_ratios = findings.patch_ratios[layer], findings.patch_ratios_without_registers[layer]
     mode = find_second_mode(all_ratios[1])
     if mode is None:
-        return None, ""
+        return None, None
     before, after = ((ratios > mode.threshold).float().mean().item() for ratios in all_ratios)
     mean_fraction = (before + after) / 2
     standard_error = (2 * mean_fraction * (1 - mean_fraction) / len(all_ratios[0])) ** 0.5
-    if after - before < MIN_RISE_SCORE * standard_error:
-        return mode, ""
-    return mode, (
-        f"The registers absorb outliers (norms above {mode.threshold:.1f} times the median): with the registers "
-        f"hidden from attention, the fraction of outliers increases from {before:.2%} to {after:.2%}."
-    )
+    return mode, [before, after] if after - before >= MIN_RISE_SCORE * standard_error else None
 
 
 # Heads and tasks -----------------------------------------------------------------------------------------------------
@@ -516,26 +475,16 @@ def diagnose_heads(findings: Findings) -> Verdict:
     limit = max(
         MIN_HEAD_SELECTIVITY, MIN_RELATIVE_SELECTIVITY * findings.head_selectivity.median().item()
     )
-    heads = {
-        "dead": (findings.head_outputs < MIN_HEAD_OUTPUT).nonzero().tolist(),
-        "uniform": (findings.head_selectivity < limit).nonzero().tolist(),
+    dead = (findings.head_outputs < MIN_HEAD_OUTPUT).nonzero().tolist()
+    uniform = (findings.head_selectivity < limit).nonzero().tolist()
+    outcomes = {
+        (False, False): Outcome.WORKING_HEADS,
+        (True, False): Outcome.DEAD_HEADS,
+        (False, True): Outcome.UNIFORM_HEADS,
+        (True, True): Outcome.DEAD_AND_UNIFORM_HEADS,
     }
-    meanings = {"dead": "add nothing to the tokens", "uniform": "attend to all tokens equally"}
-    sentences = [
-        f"{len(positions)} of {findings.head_outputs.numel()} heads {meanings[word]}: "
-        f"{', '.join(f'layer {layer + 1} head {head + 1}' for layer, head in positions)}."
-        for word, positions in heads.items()
-        if positions
-    ]
-    word = " and ".join(word for word, positions in heads.items() if positions)
-    return Verdict(
-        "heads",
-        f"{word} heads" if word else "no dead or uniform heads",
-        "bad" if word else "good",
-        " ".join(sentences)
-        or f"All {findings.head_outputs.numel()} heads select tokens and change them.",
-        heads,
-    )
+    numbers = {"dead": dead, "uniform": uniform, "num_heads": findings.head_outputs.numel()}
+    return Verdict("heads", outcomes[bool(dead), bool(uniform)], numbers)
 
 
 def diagnose_tasks(outputs: Outputs) -> list[Verdict]:
@@ -553,32 +502,24 @@ def diagnose_tasks(outputs: Outputs) -> list[Verdict]:
             0.0,
             1.0,
         )
-        is_useful = predictions.is_better_than_chance()
-        has_images = num_known >= MIN_IMAGES
-        word = "better than chance" if is_useful else "not better than chance"
-        sentence = (
-            f"Accuracy {accuracy:.1%} (95% interval {low:.1%} to {high:.1%}, {num_known:,} labels); the most frequent "
-            f"label alone gives {chance:.1%}."
-        )
-        if not has_images:
-            word = "too few images to tell"
-            sentence = f"There are {num_known} labels, but {MIN_IMAGES} are needed."
+        outcome = Outcome.USEFUL if predictions.is_better_than_chance() else Outcome.USELESS
+        if num_known < MIN_IMAGES:
+            outcome = Outcome.FEW_IMAGES
         numbers = {
             "accuracy": accuracy,
             "interval": [low, high],
             "chance": chance,
             "num_labels": num_known,
         }
-        rating: Rating = "neutral" if not has_images else "good" if is_useful else "bad"
-        verdicts.append(
-            Verdict(f"task {task}" if task else "predictions", word, rating, sentence, numbers)
-        )
+        verdicts.append(Verdict(f"task {task}" if task else "predictions", outcome, numbers))
     return verdicts
 
 
-def summarize_diagnosis(verdicts: Sequence[Any]) -> str:
-    """Return one line with the words of all verdicts and the tokens of each word."""
-    tokens_by_word: dict[str, list[str]] = {}
+def summarize_diagnosis(verdicts: Sequence[Verdict]) -> str:
+    """Return one line with the headlines of all verdicts and the tokens of each headline."""
+    tokens_by_headline: dict[str, list[str]] = {}
     for verdict in verdicts:
-        tokens_by_word.setdefault(verdict.word, []).append(verdict.token)
-    return "; ".join(f"{', '.join(tokens)}: {word}" for word, tokens in tokens_by_word.items())
+        tokens_by_headline.setdefault(verdict.headline, []).append(verdict.token)
+    return "; ".join(
+        f"{', '.join(tokens)}: {headline}" for headline, tokens in tokens_by_headline.items()
+    )

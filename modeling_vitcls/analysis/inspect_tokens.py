@@ -15,6 +15,7 @@ from ..runtime.distributed import choose_precision
 from ..runtime.progress import track
 from .inspection import Inspection, inspect_model, open_images
 from .report import SIGNS, get_model_name, write_json_values, write_page
+from .verdict_texts import describe_verdict
 
 
 MAX_BATCH_SIZE = 32  # default number of images per forward pass on GPUs
@@ -71,8 +72,10 @@ def print_inspection(inspection: Inspection, options: InspectOptions, console: C
     if not inspection.verdicts:
         console.print("The model has no special tokens.")
     for verdict in [*inspection.verdicts, *inspection.tasks, inspection.heads, inspection.patches]:
-        headline = f"[{RATING_STYLES[verdict.rating]}]{SIGNS[verdict.rating]} {verdict.word}[/]"
-        console.print(f"[bold]{escape(verdict.token)}[/]: {headline}. {escape(verdict.reason)}")
+        headline = f"[{RATING_STYLES[verdict.rating]}]{SIGNS[verdict.rating]} {verdict.headline}[/]"
+        console.print(
+            f"[bold]{escape(verdict.token)}[/]: {headline}. {escape(describe_verdict(verdict))}"
+        )
     for name, check in inspection.map_checks.items():
         console.print(check.describe(name), markup=False)
     num_images = inspection.findings.num_images

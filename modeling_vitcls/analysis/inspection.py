@@ -41,6 +41,7 @@ from .ablation import (
     join_outputs,
 )
 from .diagnosis import (
+    Outcome,
     Verdict,
     diagnose_heads,
     diagnose_patches,
@@ -168,7 +169,7 @@ def inspect_model(
         num_ablation_images = len(sample_batches.order)
     verdicts = diagnose_tokens(model, findings, ablations, token_movement)
     if not has_ablations:
-        verdicts = [verdict for verdict in verdicts if verdict.word != "not measured"]
+        verdicts = [verdict for verdict in verdicts if verdict.headline is not Outcome.NOT_MEASURED]
 
     kinds_by_index = dict.fromkeys(readable_indices)
     if num_shown is not None:

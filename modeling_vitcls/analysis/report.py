@@ -49,6 +49,7 @@ from .maps import (
     overlay,
     resize_with_region,
 )
+from .verdict_texts import describe_verdict
 
 
 TEMPLATE_FOLDER = Path(__file__).parent
@@ -117,6 +118,7 @@ def write_page(
         num_large=NUM_LARGE_WRONG_IMAGES,
         shorten=lambda name: shorten_text(name, MAX_FILE_NAME),
         signs=SIGNS,
+        describe=describe_verdict,
         data=htmlsafe_json_dumps(
             build_page_data(inspection), allow_nan=False, separators=(",", ":")
         ),
@@ -389,8 +391,14 @@ def build_json_values(inspection: Inspection) -> dict[str, Any]:
     }
 
     def build_record(verdict: Verdict) -> dict[str, Any]:
-        values = dataclasses.asdict(verdict)
-        return values | values.pop("numbers")
+        return {
+            "token": verdict.token,
+            "word": verdict.headline,
+            "rating": verdict.rating,
+            "reason": describe_verdict(verdict),
+            "outcome": verdict.outcome,
+            **verdict.numbers,
+        }
 
     return {
         "diagnosis": inspection.summary,

@@ -19,6 +19,7 @@ from modeling_vitcls.analysis.ablation import (
     get_ablation_targets,
 )
 from modeling_vitcls.analysis.diagnosis import (
+    Outcome,
     Verdict,
     diagnose_heads,
     diagnose_patches,
@@ -28,6 +29,8 @@ from modeling_vitcls.analysis.diagnosis import (
 )
 from modeling_vitcls.analysis.report import build_effect_rows
 from modeling_vitcls.analysis.token_statistics import Findings
+from modeling_vitcls.analysis.verdict_texts import describe_verdict
+from modeling_vitcls.inference.image_pass import ImageBatch
 
 
 PIXELS = build_images(MIN_IMAGES)
@@ -55,7 +58,7 @@ def fill(value: Any, *place: Any) -> Callable[[torch.Tensor], None]:
 
 def judge(model: Any, findings: Findings) -> list[str]:
     """Return the words of the verdicts on tokens, without effects."""
-    return [verdict.word for verdict in diagnose_tokens(model, findings)][
+    return [verdict.headline for verdict in diagnose_tokens(model, findings)][
         : len(findings.token_norms[0])
     ]
 
@@ -84,7 +87,7 @@ def test_states_that_are_not_used_are_not_judged() -> None:
     ]
     equal = plant_layer(2, 0, 2)  # CLS is used in three layers
     assert judge(model, equal) == ["identical", "not measured", "identical", "same for all images"]
-    assert "After layer 2," in diagnose_tokens(model, equal)[0].reason
+    assert "After layer 2," in describe_verdict(diagnose_tokens(model, equal)[0])
 
 
 SELECTIVE = {"map_selectivity": fill(0.3, ALL, 0)}
@@ -161,8 +164,8 @@ SIMILAR = {"between_tokens": fill(1.0, ALL, 0, 3), "variation": fill(0.0, ALL, 3
 def test_limits_of_single_measurements(token: int, planted: dict[str, Any], word: str) -> None:
     model = build_classifier()
     found = diagnose_tokens(model, plant(collect_findings(model, PIXELS), **planted))[token]
-    assert found.word == word
-    assert REASONS.get(word, "") in found.reason
+    assert found.headline == word
+    assert REASONS.get(word, "") in describe_verdict(found)
     assert found.rating == {"not measured": "neutral", "equal attention": "doubtful"}.get(
         word, "bad"
     )
@@ -204,24 +207,27 @@ def test_the_effect_that_decides() -> None:
         (unmeasurable, change(unmeasurable, size=1.0), "no measurable effect"),
     ):
         cls, register, *_ = judge_effects(information, presence)
-        assert (register.word, register.numbers["decided_by"]["ablation"]) == (outcome, "presence")
+        assert (register.headline, register.numbers["decided_by"]["ablation"]) == (
+            outcome,
+            "presence",
+        )
         assert (register.rating == "good") == (outcome == "has an effect")
-        assert ("accuracy" in register.reason) == (presence.redraw_drop is not None)
-        assert (cls.word, cls.numbers["decided_by"]["ablation"]) == (
+        assert ("accuracy" in describe_verdict(register)) == (presence.redraw_drop is not None)
+        assert (cls.headline, cls.numbers["decided_by"]["ablation"]) == (
             "read by the classifier",
             "information",
         )
-    assert judge_effects(effect, effect, mixed)[0].word == "has an effect"
+    assert judge_effects(effect, effect, mixed)[0].headline == "has an effect"
     _, register, _, group = judge_effects(effect, effect, cls=1.0, registers=0.0)
-    assert register.word == "not moved"
-    assert re.findall(r"\d+%", register.reason) == ["20%", "10%", "30%"]
-    assert "them" in group.reason
-    assert "them" not in register.reason
+    assert register.headline == "not moved"
+    assert re.findall(r"\d+%", describe_verdict(register)) == ["20%", "10%", "30%"]
+    assert "them" in describe_verdict(group)
+    assert "them" not in describe_verdict(register)
     assert (
-        judge_effects(effect, change(effect, size=0.9), cls=1.0, registers=0.0)[1].word
+        judge_effects(effect, change(effect, size=0.9), cls=1.0, registers=0.0)[1].headline
         == "has an effect"
     )
-    assert judge_effects(effect, effect, cls=0.0, registers=0.0)[1].word == "replaceable"
+    assert judge_effects(effect, effect, cls=0.0, registers=0.0)[1].headline == "replaceable"
     for p_value, is_better in (
         (0.0, True),
         (0.04 / 16, True),
@@ -232,8 +238,8 @@ def test_the_effect_that_decides() -> None:
             effect, change(effect, improvement=p_value, is_better_than_chance=is_better)
         )[1]
         assert (
-            (found.word == "harmful")
-            == ("+10.0" in found.reason)
+            (found.headline == "harmful")
+            == ("+10.0" in describe_verdict(found))
             == (is_better and p_value < 0.05 / 16)
         )
 
@@ -241,20 +247,22 @@ def test_the_effect_that_decides() -> None:
 def test_encoders_are_judged_by_their_features() -> None:
     model = randomize(ViTCLSModel(build_tiny_config(num_register_tokens=2, num_hidden_layers=3)))
     found = diagnose_tokens(
-        model, collect_findings(model, PIXELS), compute_ablations(model, lambda: [(PIXELS, None)])
+        model,
+        collect_findings(model, PIXELS),
+        compute_ablations(model, lambda: [ImageBatch(PIXELS)]),
     )
     cls, *registers, group = found
-    assert cls.word == "an output of the encoder"
+    assert cls.headline == "an output of the encoder"
     assert set(cls.numbers["information"]) == {"cls", "pooled", "patches"}
     assert group.token == "all 2 registers"
     assert {row["changed predictions"] for row in build_effect_rows(found)} == {"–"}
     for verdict in registers:
-        assert verdict.word in ("has an effect", "replaceable", "no measurable effect")
+        assert verdict.headline in ("has an effect", "replaceable", "no measurable effect")
         name = verdict.numbers["decided_by"]["output"]
         effect = verdict.numbers[verdict.numbers["decided_by"]["ablation"]][name]
         values = [f"{value:.2g}" for value in (effect["size"], *effect["interval"])]
-        assert f'"{name}"' in verdict.reason
-        assert re.findall(r"\d[\d.e-]*", verdict.reason)[:3] == values
+        assert f'"{name}"' in describe_verdict(verdict)
+        assert re.findall(r"\d[\d.e-]*", describe_verdict(verdict))[:3] == values
 
 
 def test_uniform_heads_are_named() -> None:
@@ -273,11 +281,12 @@ def test_uniform_heads_are_named() -> None:
 
 
 def test_the_summary_is_one_line() -> None:
-    verdicts = [
-        Verdict("CLS", "has an effect", "good", "A.\nB"),
-        Verdict("heads", "dead heads", "bad", "C"),
-    ]
-    summary = summarize_diagnosis([*verdicts, Verdict("register", "has an effect", "good", "D")])
+    outcomes = {
+        "CLS": Outcome.EFFECT,
+        "heads": Outcome.DEAD_HEADS,
+        "register": Outcome.EFFECT,
+    }
+    summary = summarize_diagnosis([Verdict(*item) for item in outcomes.items()])
     assert summary == "CLS, register: has an effect; heads: dead heads"
 
 
@@ -396,14 +405,16 @@ def test_the_last_layers_that_are_used_are_decisive() -> None:
         found = diagnose_patches(
             model.config, replace_ratios(findings, dict.fromkeys(layers, 0.02))
         )
-        assert found.word == word, layers
+        assert found.headline == word, layers
     ratio = found.numbers["second_mode"]["ratio"]
     assert ratio == pytest.approx(6, rel=0.05)
-    assert "more registers" not in found.reason
-    assert all(part in found.reason for part in ("layer 7", "2.0%", f" {ratio:.1f} times"))
+    assert "more registers" not in describe_verdict(found)
+    assert all(
+        part in describe_verdict(found) for part in ("layer 7", "2.0%", f" {ratio:.1f} times")
+    )
     assert (found.rating, found.numbers["layer"], found.numbers["num_patches"]) == ("bad", 7, 4096)
     encoder = diagnose_patches(model.config, replace_ratios(findings, {9: 0.02}), has_head=False)
-    assert (encoder.word, encoder.numbers["layer"]) == ("artifacts", 9)
+    assert (encoder.headline, encoder.numbers["layer"]) == ("artifacts", 9)
     assert (
         diagnose_patches(model.config, replace_ratios(findings, {7: 0.02, 8: 0.03})).numbers[
             "layer"
@@ -417,7 +428,7 @@ def test_the_patches_of_a_single_layer_are_judged_in_the_embeddings() -> None:
     model = build_classifier(num_hidden_layers=1)
     findings = collect_findings(model, PIXELS)
     found = diagnose_patches(model.config, replace_ratios(findings, {0: 0.02}))
-    assert (found.word, found.numbers["layer"]) == ("artifacts", 0)
+    assert (found.headline, found.numbers["layer"]) == ("artifacts", 0)
     # the registers are the same for all images
     assert judge(model, findings) == ["not measured"] * 5
 
@@ -425,7 +436,9 @@ def test_the_patches_of_a_single_layer_are_judged_in_the_embeddings() -> None:
 def test_registers_absorb_outliers_only_if_outliers_increase_without_them() -> None:
     model = build_classifier(num_register_tokens=2)
     findings = collect_findings(model, PIXELS)
-    absorbed = diagnose_patches(model.config, replace_ratios(findings, {}, {2: 0.03})).reason
+    absorbed = describe_verdict(
+        diagnose_patches(model.config, replace_ratios(findings, {}, {2: 0.03}))
+    )
     assert "absorb outliers" in absorbed
     assert "0.00%" in absorbed
     assert "3.00%" in absorbed
@@ -437,9 +450,9 @@ def test_registers_absorb_outliers_only_if_outliers_increase_without_them() -> N
         assert found.numbers["second_mode_without_registers"]["fraction"] == pytest.approx(
             after, rel=0.02
         )
-        assert ("absorb outliers" in found.reason) == is_increase
+        assert ("absorb outliers" in describe_verdict(found)) == is_increase
     for by_layer, without in (({2: 0.03}, {}), ({}, {}), ({2: 0.03}, {2: 0.03})):
         same = diagnose_patches(model.config, replace_ratios(findings, by_layer, without))
-        assert ("more registers" in same.reason) == bool(by_layer)
-        assert "absorb outliers" not in same.reason
+        assert ("more registers" in describe_verdict(same)) == bool(by_layer)
+        assert "absorb outliers" not in describe_verdict(same)
         assert (same.numbers["second_mode_without_registers"] is None) == (not without)

@@ -195,13 +195,13 @@ def test_samples_of_batches_keep_their_labels() -> None:
     labels = 10 * torch.arange(9)[:, None]
     batches = InspectionBatches(model, pixels, labels, batch_size=3)
     assert batches.order == [0, 2, 4, 6, 8, 1, 3, 5, 7]
-    assert [len(pixel_values) for pixel_values, _ in batches()] == [3, 2, 3, 1]
+    assert [len(batch.indices) for batch in batches()] == [3, 2, 3, 1]
     sampled = batches.sample(3)
-    for (pixel_values, found), indices in zip(sampled(), [[2, 8], [5]], strict=True):
-        assert pixel_values[:, 0, 0, 0].tolist() == indices
-        assert found is not None
-        assert found.flatten().tolist() == [10 * index for index in indices]
-    assert all(found is None for _, found in InspectionBatches(model, pixels, None, 3).sample(3)())
+    for batch, indices in zip(sampled(), [[2, 8], [5]], strict=True):
+        assert batch.pixel_values[:, 0, 0, 0].tolist() == indices
+        assert batch.labels.flatten().tolist() == [10 * index for index in indices]
+    unlabeled = InspectionBatches(model, pixels, None, 3).sample(3)
+    assert all(batch.labels is None for batch in unlabeled())
 
 
 @pytest.mark.parametrize(("fields", "num_maps"), [({}, 2), ({"attention_type": "differential"}, 4)])
@@ -220,7 +220,7 @@ def test_batches_fit_into_memory(
     for limit, sizes in limits.items():
         monkeypatch.setattr(inspection, "MAX_BATCH_BYTES", limit)
         batches = InspectionBatches(build_classifier(**fields), pixels, None, 5)
-        assert [len(pixel_values) for pixel_values, _ in batches()] == sizes
+        assert [len(batch.indices) for batch in batches()] == sizes
 
 
 # Selection of images -------------------------------------------------------------------------------------------------

@@ -35,6 +35,8 @@ from modeling_vitcls.analysis.diagnosis import (
     diagnose_tokens,
 )
 from modeling_vitcls.analysis.report import build_effect_rows
+from modeling_vitcls.analysis.verdict_texts import describe_verdict
+from modeling_vitcls.inference.image_pass import ImageBatch
 from modeling_vitcls.inference.intervals import compute_proportion_interval
 from modeling_vitcls.model.heads_vitcls import IGNORED_LABEL
 
@@ -50,7 +52,7 @@ def judge(
     labels: torch.Tensor | None = HELD_OUT[1],
 ) -> dict[str, Verdict]:
     """Return the verdicts on tokens, groups and tasks by name."""
-    batches = lambda: [(pixels, labels)]  # noqa: E731
+    batches = lambda: [ImageBatch(pixels, labels)]  # noqa: E731
     findings = collect_findings(model, pixels)
     verdicts = diagnose_tokens(model, findings, compute_ablations(model, batches))
     return {
@@ -107,13 +109,13 @@ def model(trained: ViTCLSForImageClassification) -> Iterator[ViTCLSForImageClass
 def test_a_token_that_alone_feeds_the_head_is_read_by_the_classifier(model: Any) -> None:
     found = judge(model)["CLS"]
     effect = found.numbers["information"][""]
-    assert (found.word, found.rating) == ("read by the classifier", "good")
+    assert (found.headline, found.rating) == ("read by the classifier", "good")
     assert effect["limit"] is None
     assert effect["changed"] > 0.5  # there is no test
     assert effect["changed_interval"][0] < effect["changed"] < effect["changed_interval"][1]
     with hide_keys(model, slice(1, None)):
         cut_off = judge(model)["CLS"]
-    assert cut_off.word == "cut off from the patches"
+    assert cut_off.headline == "cut off from the patches"
     assert cut_off.rating == "bad"
 
 
@@ -127,13 +129,13 @@ def test_registers_that_carry_all_information_have_an_effect(num_registers: int)
         train(model, lambda outputs, indices: F.cross_entropy(outputs.logits, LABELS[indices]))
         found = judge(model)
     verdict = found["register" if num_registers == 1 else "all 2 registers"]
-    assert (verdict.word, verdict.rating) == ("has an effect", "good")
+    assert (verdict.headline, verdict.rating) == ("has an effect", "good")
     assert verdict.numbers["decided_by"]["limit"] is not None
 
 
 def test_dead_and_uniform_heads(model: Any) -> None:
     findings = collect_findings(model, HELD_OUT[0])
-    assert (diagnose_heads(findings).rating, diagnose_patches(model.config, findings).word) == (
+    assert (diagnose_heads(findings).rating, diagnose_patches(model.config, findings).headline) == (
         "good",
         "no artifacts",
     )
@@ -143,24 +145,24 @@ def test_dead_and_uniform_heads(model: Any) -> None:
         for name in ("weight", "bias"):
             getattr(model.vitcls.layers[0].attention.q_proj, name)[head_size:] = 0
     found = diagnose_heads(collect_findings(model, HELD_OUT[0]))
-    assert found.numbers == {"dead": [[1, 0]], "uniform": [[0, 1]]}
+    assert (found.numbers["dead"], found.numbers["uniform"]) == ([[1, 0]], [[0, 1]])
     assert found.rating == "bad"
-    assert "dead" in found.word
-    assert "uniform" in found.word
-    assert "layer 2 head 1" in found.reason
-    assert "layer 1 head 2" in found.reason
-    assert found.reason.count("1 of 6") == 2
+    assert "dead" in found.headline
+    assert "uniform" in found.headline
+    assert "layer 2 head 1" in describe_verdict(found)
+    assert "layer 1 head 2" in describe_verdict(found)
+    assert describe_verdict(found).count("1 of 6") == 2
 
 
 @pytest.mark.parametrize("num_images", [1, 2, MIN_IMAGES - 1])
 def test_too_few_images_and_patches(model: Any, num_images: int) -> None:
     found = judge(model, HELD_OUT[0][:num_images], HELD_OUT[1][:num_images])
-    assert {verdict.word for verdict in found.values()} == {"too few images to tell"}
-    assert str(num_images) in found["register 1"].reason
-    assert str(MIN_IMAGES) in found["register 1"].reason
+    assert {verdict.headline for verdict in found.values()} == {"too few images to tell"}
+    assert str(num_images) in describe_verdict(found["register 1"])
+    assert str(MIN_IMAGES) in describe_verdict(found["register 1"])
     patches = diagnose_patches(model.config, collect_findings(model, HELD_OUT[0][:num_images]))
-    assert patches.word == "too few patches to tell"
-    assert f"{MIN_PATCHES:,}" in patches.reason
+    assert patches.headline == "too few patches to tell"
+    assert f"{MIN_PATCHES:,}" in describe_verdict(patches)
 
 
 # Several tasks -------------------------------------------------------------------------------------------------------
@@ -192,11 +194,11 @@ def test_each_task_has_its_own_effects(trained_tasks: Any) -> None:
     """Scaling the head of one task by 10 changes no value of the other task."""
     found = judge_tasks(trained_tasks)
     for task in TASKS:
-        assert found[f"CLS {task}"].word == "read by the classifier"
+        assert found[f"CLS {task}"].headline == "read by the classifier"
         assert found[f"CLS {task}"].rating == "good"
         assert found[f"CLS {task}"].numbers["heads"] == [task]
-        assert f"({task})" in found[f"CLS {task}"].reason
-        assert found[f"task {task}"].word == "better than chance"
+        assert f"({task})" in describe_verdict(found[f"CLS {task}"])
+        assert found[f"task {task}"].headline == "better than chance"
     assert "all 2 CLS tokens" in found
     decided = [
         row["token"] for row in build_effect_rows(list(found.values())) if "•" in row["ablation"]
@@ -207,7 +209,7 @@ def test_each_task_has_its_own_effects(trained_tasks: Any) -> None:
         scaled = judge_tasks(trained_tasks)
         trained_tasks.classifiers["task_size"].weight /= 10
     for name in ("CLS parity", "register"):
-        assert scaled[name].word == found[name].word
+        assert scaled[name].headline == found[name].headline
         for kind in ("information", "presence"):
             assert scaled[name].numbers[kind]["parity"]["size"] == pytest.approx(
                 found[name].numbers[kind]["parity"]["size"], rel=1e-4
@@ -225,7 +227,10 @@ def test_a_useless_and_a_healthy_task(trained_tasks: Any) -> None:
     assert found["CLS parity"].rating == "good"
     assert found["task parity"].rating == "good"
     assert found["CLS size"].rating == "doubtful"
-    assert (found["task size"].word, found["task size"].rating) == ("not better than chance", "bad")
+    assert (found["task size"].headline, found["task size"].rating) == (
+        "not better than chance",
+        "bad",
+    )
 
 
 def test_the_interval_of_a_task_is_that_of_its_counts() -> None:
@@ -242,7 +247,7 @@ def test_the_interval_of_a_task_is_that_of_its_counts() -> None:
         }
         assert verdict.numbers == {"accuracy": pytest.approx(num_right / 100)} | counts
         values = (num_right / 100, *counts["interval"], 1.0)
-        assert re.findall(r"[\d.]+%", verdict.reason.replace("95% ", "")) == [
+        assert re.findall(r"[\d.]+%", describe_verdict(verdict).replace("95% ", "")) == [
             f"{value:.1%}" for value in values
         ]
 
@@ -272,7 +277,7 @@ def test_random_models_raise_no_false_alarm(seed: int) -> None:
     model = build_random_model(seed)
     found = judge(model, pixels, torch.arange(len(pixels)) % 8)
     for name in ("register 1", "register 2", "all 2 registers"):
-        assert found[name].word in UNIMPORTANT, found[name]
+        assert found[name].headline in UNIMPORTANT, found[name]
     assert found["predictions"].numbers["num_labels"] == MIN_IMAGES
     assert found["predictions"].rating != "neutral"
     assert diagnose_heads(collect_findings(model, pixels)).rating == "good"

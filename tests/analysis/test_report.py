@@ -26,6 +26,7 @@ from modeling_vitcls.analysis import report as report_module
 from modeling_vitcls.analysis.inspection import Inspection, inspect_model
 from modeling_vitcls.analysis.maps import overlay
 from modeling_vitcls.analysis.report import write_json_values, write_page
+from modeling_vitcls.analysis.verdict_texts import describe_verdict
 from modeling_vitcls.inference.token_names import get_token_names
 from modeling_vitcls.version import __version__
 
@@ -113,10 +114,10 @@ def test_the_first_screen_shows_six_images_then_one_line_per_token(
     for index, verdict in enumerate([*inspection.verdicts, *others]):
         text = lines.nth(index).inner_text()
         assert verdict.token.lower() in text.lower()
-        assert verdict.reason in text
-    assert [verdict.word for verdict in inspection.verdicts if verdict.word == "identical"] == [
-        "identical"
-    ] * 2
+        assert describe_verdict(verdict) in text
+    assert [
+        verdict.headline for verdict in inspection.verdicts if verdict.headline == "identical"
+    ] == ["identical"] * 2
 
 
 def test_the_table_contains_effects_intervals_and_limits(
@@ -216,7 +217,7 @@ def test_every_kind_of_model_has_a_report(name: str, browser: Browser, tmp_path:
     file = tmp_path / "folder" / "report.html"
     found = inspect_model(randomize(KINDS[name]), PROCESSOR, build_pil_images(2))
     write_page(file, found)
-    assert {verdict.numbers["outcome"] for verdict in found.verdicts} <= {"too few images to tell"}
+    assert {verdict.outcome for verdict in found.verdicts} <= {"too few images to tell"}
     errors: list[Any] = []
     page = browser.new_page()
     page.on("pageerror", lambda error: errors.append(error))
