@@ -4,7 +4,8 @@
 
 PyTorch, ONNX Runtime and OpenVINO process the batch of the job in turn, three times each. The graphs are written once,
 to MODEL/.engines/ (inference/engines.py), and the choice is stored with the hash of the weights, the kind of CPU, the
-number of threads and the versions. Nothing is measured for few images, or if the extra `export` is not installed.
+number of threads and the versions. Nothing is measured for few images or an unknown number of them, or if the extra
+`export` is not installed.
 """
 
 import os
@@ -56,7 +57,7 @@ def choose_engine(job: Job, print_line: Callable[[str], None]) -> Any:
         return job.model
     try:
         if job.build_key() not in read_choices(job):
-            if job.num_images is not None and job.num_images * job.model.flops() < MIN_FLOPS:
+            if job.num_images is None or job.num_images * job.model.flops() < MIN_FLOPS:
                 return job.model
             save_choice(job, measure_engines(job))
         choice = read_choices(job)[job.build_key()]

@@ -465,7 +465,7 @@ def test_unsupported_models(tmp_path: Path) -> None:
     checkpoint(tmp_path / "incomplete", ViTCLSModel)
     settings = json.loads((tmp_path / "incomplete" / "config.json").read_text())
     for names, words in (
-        (["ViTCLSForImageClassification"], "no weights for classifier.bias"),
+        (["ViTCLSForImageClassification"], "the weight classifier.bias"),
         (None, "unknown class"),
     ):
         (tmp_path / "incomplete" / "config.json").write_text(

@@ -38,6 +38,7 @@ from modeling_vitcls.conversion.any_checkpoint import resolve
 from modeling_vitcls.data.aspect_ratio import set_fit
 from modeling_vitcls.data.images import LabeledImages
 from modeling_vitcls.data.labels import LabelSpace
+from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.inference import evaluate as evaluate_module
 from modeling_vitcls.inference.evaluate import (
     evaluate_checkpoint,
@@ -409,14 +410,16 @@ def test_a_regression_is_an_error(tmp_path: Path) -> None:
 def test_only_models_of_several_labels_use_the_columns_in_their_results(tmp_path: Path) -> None:
     options = DataOptions("data")
     tags = ViTCLSConfig(problem_type="multi_label_classification")
-    assert set_label_columns(options, tags, str(tmp_path)) == options  # no results.json
+    tags.save_pretrained(tmp_path)
+    assert set_label_columns(options, tags, ModelFolder(tmp_path)) == options  # no results.json
     for columns, expected in ((["tags"], ("tags",)), (None, None)):
         write_json(tmp_path / "results.json", {"label_column": columns, "label_separator": ";"})
-        found = set_label_columns(options, tags, str(tmp_path))
+        found = set_label_columns(options, tags, ModelFolder(tmp_path))
         assert (found.label_column, found.label_separator) == (expected, ";")
-    assert set_label_columns(options, ViTCLSConfig(), str(tmp_path)) == options
+    folder = ModelFolder(tmp_path)
+    assert set_label_columns(options, ViTCLSConfig(), folder) == options
     given = DataOptions("data", label_column=("other",))
-    assert set_label_columns(given, tags, str(tmp_path)) == given
+    assert set_label_columns(given, tags, folder) == given
 
 
 def build_single_label_space(*names: str) -> LabelSpace:
