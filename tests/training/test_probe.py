@@ -20,6 +20,7 @@ from PIL import Image
 from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
+from transformers import Trainer, TrainingArguments
 from transformers.image_utils import SizeDict
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
@@ -229,6 +230,53 @@ def test_fine_tuning_starts_from_the_regression(
     printed = capsys.readouterr().out
     assert f"the checkpoint {weights.parent} is damaged" in printed
     assert "resumed   after step 1 of 2" in printed
+
+
+def test_the_loss_stays_low_when_training_starts_from_the_regression(
+    encoder: Path, tmp_path: Path
+) -> None:
+    flags = {"max_steps": 30, "learning_rate": None, "log_every": 1, "select": "last"}
+    run_training(build_options(tmp_path / "run", encoder, **flags))
+    losses = [record["loss"] for record in read_metrics(tmp_path / "run") if "loss" in record]
+    assert len(losses) == 30
+    assert max(losses) < 2 * losses[0]
+
+
+def test_the_loss_stays_low_in_transformers_trainer(encoder: Path, tmp_path: Path) -> None:
+    """The loss of held-out images, because that of the training images is nearly 0."""
+    options = build_options(tmp_path / "frozen", encoder, trainable="head")
+    run_training(options)
+    data = prepare_setup(options).data
+    model = ViTCLSForImageClassification.from_pretrained(tmp_path / "frozen")
+    processor = ViTCLSImageProcessor.from_pretrained(tmp_path / "frozen")
+
+    def build_examples(part: Any) -> list[dict[str, Any]]:
+        pictures = [part.images[index] for index in range(len(part))]
+        pixel_values = processor(pictures, return_tensors="pt")["pixel_values"]
+        return [
+            {"pixel_values": pixels, "labels": int(label)}
+            for pixels, label in zip(pixel_values, part.labels, strict=True)
+        ]
+
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "trainer"),
+        use_cpu=True,
+        max_steps=30,
+        eval_strategy="steps",
+        eval_steps=1,
+        report_to="none",
+        save_strategy="no",
+    )
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=build_examples(data.train),
+        eval_dataset=build_examples(data.held_out),
+    )
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    losses = [record["eval_loss"] for record in trainer.state.log_history if "eval_loss" in record]
+    assert max(losses) < 2 * before
 
 
 def test_a_resumed_run_keeps_what_the_regression_reads(encoder: Path, tmp_path: Path) -> None:
