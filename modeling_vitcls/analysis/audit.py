@@ -43,8 +43,8 @@ from ..inference.evaluate import MAX_BATCH_SIZE, match_labels, set_up_evaluation
 from ..inference.frozen import build_classifier, compute_tokens
 from ..inference.image_pass import ImagePass, stack_rows
 from ..inference.load_model import announce_precision, choose_batch_size, load_model
+from ..inference.options import EvaluateOptions
 from ..model.heads_vitcls import IGNORED_LABEL
-from ..options import EvaluateOptions
 from ..runtime.errors import describe_installation
 from ..runtime.files import escape_csv_cell, write_atomically
 from .report import encode_data_url

@@ -21,11 +21,11 @@ from ..data.evaluated_images import load_evaluation_data
 from ..data.held_out import HeldOutRecord
 from ..data.images import ArrayImages, DatasetImages, check_channels
 from ..data.labels import get_label_space, is_multi_label
+from ..data.options import DataOptions
 from ..inference.evaluate import match_labels
 from ..inference.image_pass import ImageBatch, group_by_shape, pass_over_images
 from ..inference.inputs import build_list_input
 from ..model.heads_vitcls import IGNORED_LABEL
-from ..options import DataOptions, InspectOptions
 from ..runtime.errors import format_error
 from .ablation import (
     MIN_IMAGES,
@@ -52,6 +52,7 @@ from .diagnosis import (
 from .image_report import ImageReport, build_image_report
 from .map_checks import MapCheck, check_maps
 from .model_utils import is_classifier, unwrap_model
+from .options import InspectOptions
 from .token_statistics import Findings, TokenStatistics
 
 

@@ -20,8 +20,8 @@ from ..inference.inputs import build_list_input
 from ..inference.load_model import load_model
 from ..model.configuration_vitcls import to_pair
 from ..model.image_processing_vitcls import read_image
-from ..options import LookOptions
 from ..runtime.files import write_atomically, write_json
+from .options import LookOptions
 from .photo import build_json_record, measure_photo
 from .report import get_model_name
 from .sheet import draw_sheet

@@ -7,7 +7,7 @@ To continue an interrupted run, repeat the command with --resume. --dry-run test
 The training is implemented in modeling_vitcls/training/run.py and finetune.py.
 """
 
-from ..options import FinetuneOptions, PretrainOptions
+from ..training.options import FinetuneOptions, PretrainOptions
 from .parsing import FlagGroup, exit_with_message
 
 

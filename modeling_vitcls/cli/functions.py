@@ -19,18 +19,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Unpack, get_origin, get_type_hints
 
-from ..options import (
+from ..analysis.options import InspectOptions, LookOptions
+from ..inference.options import EvaluateOptions, PredictOptions
+from ..runtime.flags import find_similar_flag, get_flag_fields
+from ..training.options import (
     AddClassOptions,
     AddTaskOptions,
-    EvaluateOptions,
     FinetuneOptions,
-    InspectOptions,
-    LookOptions,
-    PredictOptions,
     PretrainOptions,
     VerifyUnchangedOptions,
-    find_similar_flag,
-    get_flag_fields,
 )
 from .argument_errors import errors_name_arguments, get_choices, get_value_types
 from .flags import (

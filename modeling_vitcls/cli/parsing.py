@@ -29,8 +29,8 @@ import tyro
 import yaml
 
 from ..hub.local_paths import split_prefix
-from ..options import find_similar_flag, get_flag_fields, to_arguments, to_flags
 from ..runtime.errors import format_error, is_raised_on_all_processes
+from ..runtime.flags import find_similar_flag, get_flag_fields, to_arguments, to_flags
 
 
 Options = TypeVar("Options")

@@ -19,8 +19,8 @@ import torch
 from torch import nn
 from torchvision.transforms import InterpolationMode, v2
 
-from ..options import AugmentationOptions
 from .aspect_ratio import FitTransform, get_output_size
+from .options import AugmentationOptions
 from .sampling import draw_random_bits
 
 

@@ -16,10 +16,10 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from ..options import DataOptions
 from .held_out import HeldOutRecord, HeldOutRule
 from .images import LabeledImages
 from .labels import LabelSpace
+from .options import DataOptions
 from .sources import Splits, load_splits
 from .splits import (
     EVALUATION_SPLITS,

@@ -23,7 +23,7 @@ import numpy as np
 
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.heads_vitcls import IGNORED_LABEL
-from ..options import DataOptions
+from .options import DataOptions
 
 
 IMAGE_COLUMN_NAMES = tuple(

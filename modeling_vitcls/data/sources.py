@@ -28,12 +28,12 @@ import numpy as np
 
 from ..hub.loading import describe_missing_repo, fall_back_to_cache, is_hub_id
 from ..model.heads_vitcls import IGNORED_LABEL
-from ..options import DataOptions
 from ..runtime.errors import format_error
 from .image_folder import read_image_folder, scan_folder
 from .images import ArrayImages, DatasetImages, LabeledImages
 from .in_memory import MEMORY_PREFIX, get_dataset
 from .labels import UNLABELED, LabelSpace, build_label_reader, find_image_column, is_image_feature
+from .options import DataOptions
 
 
 READERS = {

@@ -23,7 +23,6 @@ import numpy as np
 from accelerate import Accelerator
 
 from ..model.heads_vitcls import IGNORED_LABEL
-from ..options import DataOptions
 from ..runtime.distributed import run_on_main
 from ..runtime.files import escape_csv_cell
 from .held_out import MAX_RECORDED_IMAGES, HeldOutRecord, HeldOutRule, encode_content_keys
@@ -31,6 +30,7 @@ from .image_folder import describe_single_class, format_name_list
 from .images import DatasetImages, LabeledImages
 from .in_memory import MEMORY_PREFIX
 from .labels import LabelSpace, MultiHotLabels
+from .options import DataOptions
 from .sources import Splits, load_splits
 from .streaming import MAX_HELD_OUT_IMAGES, StreamedImages, open_streams
 

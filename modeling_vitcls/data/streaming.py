@@ -21,7 +21,6 @@ import numpy as np
 import torch
 
 from ..model.heads_vitcls import IGNORED_LABEL
-from ..options import DataOptions
 from .batches import Batch, BatchBuilder
 from .held_out import HeldOutRule
 from .images import (
@@ -40,6 +39,7 @@ from .labels import (
     build_label_reader,
     find_image_column,
 )
+from .options import DataOptions
 from .sampling import BatchPlan, derive_seed
 from .sources import Splits, get_dataset_folder, get_dataset_name, open_splits
 

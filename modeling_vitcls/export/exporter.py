@@ -26,13 +26,13 @@ from ..inference.speed import measure_inference_speed
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import ViTCLSBackbone
-from ..options import ExportOptions
 from ..runtime.errors import describe_installation
 from ..runtime.files import write_json
 from ..runtime.system import get_versions
 from .exportable import ExportableModel, Outputs, compute_named_outputs, load_exportable_model
 from .formats import FORMATS, run_graph
 from .measurement import NUM_COMPARED_IMAGES, compare_outputs_on_images, load_export_images
+from .options import ExportOptions
 from .quantization import NUM_CALIBRATION_IMAGES, quantize_graph, rank_layers
 from .tracing import GraphShape, select_graph_shape, trace_model
 

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from ..data.evaluated_images import load_fitting_and_evaluation_data
 from ..data.held_out import read_held_out_record
 from ..data.images import LabeledImages
+from ..data.options import DataOptions
 from ..data.splits import load_training_data
 from ..hub.local_paths import BUILT_IN_DATASET, resolve_name, strip_folders
 from ..hub.model_folder import ModelFolder
@@ -28,7 +29,7 @@ from ..inference.evaluate import EvaluationSetup, load_evaluation, set_label_col
 from ..inference.exported_graphs import INPUT_NAME, ExportedModel
 from ..inference.image_pass import ImageOutput
 from ..inference.intervals import compute_proportion_interval
-from ..options import DataOptions, EvaluateOptions
+from ..inference.options import EvaluateOptions
 from ..runtime.distributed import build_accelerator
 from .exportable import Outputs
 

@@ -29,12 +29,12 @@ from ..hub.local_paths import check_output_is_empty
 from ..hub.model_files import hash_files
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, ViTCLSPreTrainedModel
-from ..options import ExportOptions
 from ..runtime.files import create_output_folder, write_json
 from .exportable import Outputs, compute_named_outputs, load_exportable_model
 from .exporter import export_model, get_report_path
 from .formats import run_graph
 from .measurement import compare_outputs_on_images, load_export_images
+from .options import ExportOptions
 
 
 # `dtype` in transformers.js -> file name.

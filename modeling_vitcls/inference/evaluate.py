@@ -24,13 +24,13 @@ from ..data.held_out import ADDITIONS_KEY, read_held_out_record
 from ..data.image_folder import format_name_list
 from ..data.images import LabeledImages
 from ..data.labels import LabelSpace, MultiHotLabels, build_task_config, get_label_space
+from ..data.options import DataOptions
 from ..data.sources import load_splits
 from ..data.splits import EVALUATION_SPLITS, load_on_main
 from ..data.streaming import StreamedImages
 from ..hub.model_folder import ModelFolder
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.heads_vitcls import IGNORED_LABEL
-from ..options import DataOptions, EvaluateOptions
 from ..runtime.distributed import build_accelerator
 from ..runtime.files import write_json
 from ..runtime.system import describe_device, get_versions
@@ -44,6 +44,7 @@ from .load_model import (
     load_model,
 )
 from .metric_tables import build_class_tables, build_metric_rows
+from .options import EvaluateOptions
 from .per_image import get_outputs, write_predictions
 
 

@@ -32,10 +32,10 @@ from torch.utils.data import Dataset
 from ..data.aspect_ratio import get_output_size
 from ..data.images import LabeledImages, UnreadableImageCounter, check_channels, decode_image
 from ..data.labels import LabelSpace
+from ..data.options import DataOptions
 from ..data.streaming import Example, StreamedImages, read_ahead
 from ..data.workers import build_loader, explain_worker_errors
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
-from ..options import DataOptions
 from ..runtime.progress import track
 
 

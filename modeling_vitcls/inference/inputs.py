@@ -27,11 +27,12 @@ from huggingface_hub.utils import http_backoff
 from ..data.image_folder import IMAGE_SUFFIXES, compute_files_digest, list_files, make_printable
 from ..data.images import ROWS_PER_READ, ArrayImages, resolve_path
 from ..data.labels import find_image_column
+from ..data.options import DataOptions
 from ..data.sources import get_dataset_folder, is_idx_folder, load_splits, open_splits
 from ..data.streaming import read_features
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
-from ..options import DataOptions, PredictOptions
 from ..runtime.errors import format_error
+from .options import PredictOptions
 
 
 SECONDS_BEFORE_RETRY = (

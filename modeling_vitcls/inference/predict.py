@@ -31,7 +31,6 @@ from ..hub.model_files import PREDICTIONS_FILE
 from ..hub.model_folder import ModelFolder
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import ViTCLSPreTrainedModel
-from ..options import PredictOptions
 from ..runtime.distributed import build_accelerator, run_on_main
 from .confidence import find_score_limit
 from .engines import EngineChooser, Job, select_engine
@@ -50,6 +49,7 @@ from .load_model import (
     choose_batch_size,
     load_model,
 )
+from .options import PredictOptions
 from .outputs import WRITERS, get_output_columns, print_table, show_progress, write_rows
 from .prediction_rows import (
     AutocastFactory,

@@ -15,12 +15,12 @@ import torch
 
 from ..analysis.inspection import Inspection, InspectionImages, inspect_model, name_images
 from ..analysis.report import write_page
+from ..data.options import DataOptions
 from ..data.splits import TrainingData, load_training_data
 from ..data.streaming import StreamedImages
 from ..hub.model_files import REPORT_FILE
 from ..hub.model_folder import ModelFolder
 from ..model import modeling_vitcls
-from ..options import DataOptions
 from ..runtime.progress import track
 from .card_images import write_card_images
 from .held_out_predictions import describe_predictions

@@ -29,9 +29,9 @@ from ..data.splits import TrainingData, describe_missing_classes, load_training_
 from ..hub.local_paths import strip_folders
 from ..inference.evaluator import Evaluator
 from ..inference.metrics import SELECTION_METRICS
-from ..options import FinetuneOptions
 from . import losses
 from .model import InitialModel, build_model, set_trainable_parameters, uses_patch_dropout
+from .options import FinetuneOptions
 from .probe import MAX_PROBE_IMAGES, Probe, explain_missing_probe
 from .reporter import Reporter
 from .teacher import Teacher, TeacherCache, load_teacher

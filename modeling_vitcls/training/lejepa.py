@@ -19,8 +19,8 @@ from torch import distributed as dist
 
 from ..data.batches import Batch, Normalizer
 from ..model.modeling_vitcls import ViTCLSModel, ViTCLSPreTrainedModel
-from ..options import LeJEPAOptions
 from .losses import Losses
+from .options import LeJEPAOptions
 
 
 MAX_FREQUENCY, NUM_FREQUENCIES = 3.0, 17  # of the characteristic functions that SIGReg compares

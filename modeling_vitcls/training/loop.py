@@ -27,7 +27,6 @@ from ..data.batches import Batch, Normalizer
 from ..data.images import UnreadableImageCounter
 from ..data.sampling import BatchPlan, derive_seed
 from ..inference.metrics import select_scalars
-from ..options import TrainingOptions
 from ..runtime.distributed import run_on_main
 from ..runtime.errors import RunStopped, mark_errors_of_all_processes
 from ..runtime.system import get_peak_memory
@@ -37,6 +36,7 @@ from .duration import describe_duration
 from .losses import Losses, Objective
 from .model import set_train_mode
 from .optimizer import Ema, get_learning_rate
+from .options import TrainingOptions
 from .reporter import Reporter
 from .signals import SignalHandler
 from .token_monitor import TokenMonitor, measure_attention_entropy
@@ -406,6 +406,32 @@ class TrainingLoop:
         checkpoint: Checkpoint = run_on_main(self.accelerator, self.store.load_best)
         scatter_weights_and_ema(checkpoint, self.accelerator, self.state.model, self.state.shadow)
         return checkpoint.step
+
+
+def build_batch_plan(
+    num_images: int | None, options: TrainingOptions, num_processes: int
+) -> BatchPlan:
+    """Return a plan of `max_steps` steps, or of `epochs` epochs rounded up to whole steps. `num_images` is None for a
+    stream. Raise ValueError for a stream without `max_steps`."""
+    assert options.batch_size is not None
+    accumulation_steps = options.gradient_accumulation_steps
+    num_steps = options.max_steps
+    if not num_steps:
+        if num_images is None:
+            raise ValueError(
+                "a stream of unknown length requires a number of steps. Set --max-steps"
+            )
+        assert options.epochs is not None
+        images_per_step = options.batch_size * accumulation_steps * num_processes
+        num_steps = math.ceil(options.epochs * num_images / images_per_step)
+    return BatchPlan(
+        num_images=num_images,
+        batch_size=options.batch_size,
+        accumulation_steps=accumulation_steps,
+        num_processes=num_processes,
+        num_steps=num_steps,
+        seed=options.seed,
+    )
 
 
 def is_end_of_epochs(step: int, num_epochs: int, plan: BatchPlan) -> bool:

@@ -30,7 +30,7 @@ from ..model.blocks_vitcls import EncoderLayer, ViTCLSEmbeddings
 from ..model.configuration_vitcls import PRESETS, ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import ViTCLSModel
-from ..options import ModelOptions
+from .options import ModelOptions
 
 
 MAX_NATIVE_SIDE, FINETUNING_SIDE = (

@@ -47,13 +47,13 @@ from ..hub.provenance import find_provenance
 from ..inference.evaluator import Evaluator
 from ..inference.per_image import write_predictions
 from ..inference.speed import measure_inference_speed
-from ..options import FinetuneOptions, PretrainOptions
 from ..runtime.distributed import run_on_main
 from ..runtime.errors import RunStopped, format_error
 from ..runtime.files import read_json, sync_to_disk, write_json
 from .checkpoints import WRITE_ERRORS, Checkpoint, CheckpointStore, Tensors
 from .distributed_state import gather_weights
 from .model import InitialModel, merge_lora
+from .options import FinetuneOptions, PretrainOptions
 from .resume import replace_sources
 from .training_setup import TrainingSetup
 

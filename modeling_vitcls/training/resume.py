@@ -14,9 +14,10 @@ from ..hub.local_paths import (
     resolve_name,
     strip_folders,
 )
-from ..options import PretrainOptions, to_flags
+from ..runtime.flags import to_flags
 from .checkpoints import Checkpoint
 from .defaults import DEFAULT_FLAGS
+from .options import PretrainOptions
 
 
 # Flags that may change on --resume, because these flags do not affect the result.
