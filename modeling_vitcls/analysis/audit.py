@@ -380,8 +380,11 @@ def build_rows(images: AuditedImages, indices: np.ndarray, scores: np.ndarray) -
 def write_audit(
     audit: dict[str, pd.DataFrame], images: AuditedImages, page: Path, title: str
 ) -> Path:
-    """Write the page, and a CSV file with one row per issue to the same folder. Return the path of the file. Texts in
-    the table are escaped, because labels and file names may be formulas of a spreadsheet."""
+    """Write the page, and a CSV file with one row per issue to the same folder.
+
+    Return the path of the file. Texts in the table are escaped, because labels and file names may
+    be formulas of a spreadsheet.
+    """
     tables = {issue: rows for issue, rows in audit.items() if issue != "overlap"}
     table = pd.concat(tables, names=["issue", None]).drop(columns=["row", "other_row"])
     page.parent.mkdir(parents=True, exist_ok=True)

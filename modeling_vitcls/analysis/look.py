@@ -39,8 +39,9 @@ def draw_photo(options: LookOptions, image: Any) -> Image.Image:
 
 
 def write_sheets(options: LookOptions) -> list[Path]:
-    """Write the sheets of all photos, print the names of the files, and return them. Photos that cannot be read are
-    named in a warning.
+    """Write the sheets of all photos, print the names of the files, and return them.
+
+    Photos that cannot be read are named in a warning.
 
     Raises:
         ValueError, OSError: if the model or all photos cannot be read, or a file cannot be written.

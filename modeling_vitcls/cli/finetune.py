@@ -64,8 +64,10 @@ COMMON_FLAGS = (
 
 
 def run(options: FinetuneOptions | PretrainOptions) -> None:
-    """Train a model, or test the run if --dry-run is set. If the run is interrupted or fails, exit with its exit
-    status."""
+    """Train a model, or test the run if --dry-run is set.
+
+    If the run is interrupted or fails, exit with its exit status.
+    """
     from ..runtime.errors import RunStopped
     from .functions import run_training
 

@@ -63,7 +63,9 @@ def shuffle_indices(num_images: int, seed: int, epoch: int) -> np.ndarray:
 
 def compute_class_weights(labels: Sequence[int], num_classes: int) -> torch.Tensor:
     """Return class weights [classes], inversely proportional to the class sizes, with a mean of 1 over the images.
-    Missing labels (-100) are ignored. A class without images has weight 0."""
+
+    Missing labels (-100) are ignored. A class without images has weight 0.
+    """
     class_counts = torch.bincount(
         torch.tensor([label for label in labels if label >= 0]), minlength=num_classes
     )

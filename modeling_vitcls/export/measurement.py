@@ -49,8 +49,10 @@ class ExportImages:
     setup: EvaluationSetup | None
 
     def prepare(self, images: Any, processor: Any, count: int) -> list[torch.Tensor]:
-        """Return up to `count` preprocessed images, each [1, C, H, W], spread over all images. Unreadable images are
-        left out."""
+        """Return up to `count` preprocessed images, each [1, C, H, W], spread over all images.
+
+        Unreadable images are left out.
+        """
         pixels = []
         for index in range(0, len(images), max(1, len(images) // count)):
             with contextlib.suppress(ValueError):
@@ -132,8 +134,9 @@ def compare_labels(
 def load_export_images(
     folder: ModelFolder | None, dataset: str, split: str | None = None, batch_size: int = 64
 ) -> ExportImages:
-    """Load the training images and the held-out images of a dataset. Without labels, or for a model without
-    classifier, print why no accuracy is measured.
+    """Load the training images and the held-out images of a dataset.
+
+    Without labels, or for a model without classifier, print why no accuracy is measured.
 
     Args:
         folder: The model; None for a preset.

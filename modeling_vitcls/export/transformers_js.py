@@ -138,8 +138,10 @@ def build_config(model: ViTCLSPreTrainedModel) -> dict[str, Any]:
 
 
 def build_preprocessor_config(processor: ViTCLSImageProcessor) -> dict[str, Any]:
-    """Return the contents of preprocessor_config.json. Raise ValueError if the image processor does not convert
-    images to RGB."""
+    """Return the contents of preprocessor_config.json.
+
+    Raise ValueError if the image processor does not convert images to RGB.
+    """
     if not processor.do_convert_rgb:
         raise ValueError(
             "--format transformers.js requires do_convert_rgb=True, but do_convert_rgb is False. Set a different "
@@ -151,8 +153,11 @@ def build_preprocessor_config(processor: ViTCLSImageProcessor) -> dict[str, Any]
 
 
 def quantize_onnx_file(source: Path, target: Path) -> None:
-    """Write a dynamically quantized copy of an ONNX file. The weights of linear layers are stored as int8, and the
-    inputs of these layers are quantized at run time."""
+    """Write a dynamically quantized copy of an ONNX file.
+
+    The weights of linear layers are stored as int8, and the inputs of these layers are quantized at
+    run time.
+    """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 

@@ -97,8 +97,7 @@ def convert_errors(warn: Callable[[str], None], message: str) -> Iterator[None]:
 
 
 def load_run_data(folder: ModelFolder) -> TrainingData | None:
-    """Load the data of the run that wrote a folder, with the same held-out images; None without a record of the
-    run."""
+    """Load the data of the run that wrote a folder, with its held-out images; None without a record."""
     options = read_data_options(folder)
     if options is None:
         return None

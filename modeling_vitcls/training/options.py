@@ -93,8 +93,11 @@ class ModelOptions:
 
 
 def parse_cls_scopes(values: Sequence[str]) -> list[str | list[int]]:
-    """Convert the values of `--cls-scopes` to `ViTCLSConfig.cls_scopes`. Each scope (one per CLS token) is "image"
-    or [rows, columns, row, column]. Raise ValueError if a value is not `image` or a grid such as `2x2`."""
+    """Convert the values of `--cls-scopes` to `ViTCLSConfig.cls_scopes`.
+
+    Each scope (one per CLS token) is "image" or [rows, columns, row, column]. Raise ValueError if a
+    value is not `image` or a grid such as `2x2`.
+    """
     scopes: list[str | list[int]] = []
     for value in values:
         if value == "image":
@@ -114,7 +117,9 @@ def parse_cls_scopes(values: Sequence[str]) -> list[str | list[int]]:
 
 def parse_specialized_layers(values: Sequence[str]) -> dict[str, list[int]]:
     """Convert the values of `--specialized-layers` to `ViTCLSConfig.specialized_layers`; `norm:2` is {"norm": [0, 1]}.
-    Raise ValueError if a value is invalid."""
+
+    Raise ValueError if a value is invalid.
+    """
     layers = {}
     for value in values:
         if not (match := re.fullmatch(r"(norm|qkv):([1-9]\d{0,2})", value)):

@@ -203,8 +203,11 @@ def save_output(
     accelerator: Accelerator,
     evaluator: Evaluator | None,
 ) -> None:
-    """Write the model, the image processor, results.json and the evaluator's predictions. All processes must call
-    this function. Raise RunStopped on all processes if the folder cannot be written."""
+    """Write the model, the image processor, results.json and the evaluator's predictions.
+
+    All processes must call this function. Raise RunStopped on all processes if the folder cannot be
+    written.
+    """
     weights = gather_weights(setup.model)
     if setup.encoder is not None:
         weights = {
@@ -238,8 +241,11 @@ def write_model_files(
     options: FinetuneOptions | PretrainOptions,
     initial: InitialModel,
 ) -> None:
-    """Write weights, configuration, code, image processor and results. LoRA weights are merged. Only the main process
-    may call this function. `weights` are full tensors, because the model may be sharded."""
+    """Write weights, configuration, code, image processor and results.
+
+    LoRA weights are merged. Only the main process may call this function. `weights` are full
+    tensors, because the model may be sharded.
+    """
     # FSDP2 replaces the model's class with a subclass. With the subclass, transformers would save PyTorch's source
     # files as the model's code.
     model = setup.encoder or setup.model
@@ -273,8 +279,11 @@ def write_model_files(
 
 
 class FolderLock:
-    """Lock of one output folder. The operating system releases the lock of a process that has ended for any reason,
-    even if the process ran on another host that shares the file system."""
+    """Lock of one output folder.
+
+    The operating system releases the lock of a process that has ended for any reason, even if the
+    process ran on another host that shares the file system.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -54,8 +54,10 @@ MIN_RANK = 0.02  # effective rank below which the features have collapsed, as a 
 
 
 def check_options(options: PretrainOptions) -> PretrainOptions:
-    """Return the options with the method's defaults. Raise ValueError if flags contradict each other, require labels
-    or drop patches."""
+    """Return the options with the method's defaults.
+
+    Raise ValueError if flags contradict each other, require labels or drop patches.
+    """
     num_teachers = len(options.distillation.teachers)
     num_tokens = options.model.num_distillation_tokens
     method = options.method or ("distillation" if num_teachers else "lejepa")

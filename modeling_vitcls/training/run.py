@@ -162,8 +162,10 @@ class Result:
 def train(
     options: FinetuneOptions | PretrainOptions, on_checkpoint: Callable[[Path], None] | None = None
 ) -> Path:
-    """Train and evaluate a model, and return the folder with the model and its results. With `--dry-run`, run a few
-    steps, print the expected duration and memory of the full run, and keep no files, not even the returned folder.
+    """Train and evaluate a model, and return the folder with the model and its results.
+
+    With `--dry-run`, run a few steps, print the expected duration and memory of the full run, and
+    keep no files, not even the returned folder.
 
     Args:
         options: flags of the run.
@@ -418,8 +420,10 @@ def print_summary(loaded: Loaded, environment: Environment) -> None:
 
 
 def fit_probe(loaded: Loaded, environment: Environment) -> FittedProbe | None:
-    """Start the classifier from a regression on the frozen encoder. A resumed run restores what the regression reads;
-    the weights are those of the checkpoint."""
+    """Start the classifier from a regression on the frozen encoder.
+
+    A resumed run restores what the regression reads; the weights are those of the checkpoint.
+    """
     checkpoint, probe = environment.checkpoint, loaded.setup.probe
     if checkpoint is not None:
         record = loaded.metadata["probe"] = checkpoint.metadata["probe"]
