@@ -48,13 +48,14 @@ from modeling_vitcls.export.exportable import (
     load_exportable_model,
 )
 from modeling_vitcls.export.exporter import export_model
+from modeling_vitcls.export.options import ExportOptions
 from modeling_vitcls.export.quantization import quantize_graph
 from modeling_vitcls.hub.local_paths import strip_folders
 from modeling_vitcls.hub.model_files import BACKEND_FILES
 from modeling_vitcls.inference.exported_graphs import ExportedGraph
 from modeling_vitcls.model.configuration_vitcls import ViTCLSConfig
 from modeling_vitcls.model.cpu_kernels_vitcls import EMULATED_DTYPES
-from modeling_vitcls.options import ExportOptions, check_minimum, check_value
+from modeling_vitcls.runtime.flags import check_minimum, check_value
 from modeling_vitcls.runtime.system import get_processor_name, get_versions
 
 

@@ -2,7 +2,7 @@
 
     python scripts/make_flags.py
 
-Run it when a flag in options.py changes; tests/cli/test_flags.py fails otherwise.
+Run it when a flag changes; tests/cli/test_flags.py fails otherwise.
 """
 
 import dataclasses
@@ -13,16 +13,19 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
-from modeling_vitcls import options
+from modeling_vitcls.analysis.options import InspectOptions, LookOptions
 from modeling_vitcls.cli.argument_errors import get_value_types
+from modeling_vitcls.data.options import DataOptions
+from modeling_vitcls.inference.options import EvaluateOptions, PredictOptions
+from modeling_vitcls.training.options import FinetuneOptions, PretrainOptions
 
 
 FILE = Path(__file__).parents[1] / "modeling_vitcls" / "cli" / "flags.py"
 
 HEADER = '''"""The keyword arguments of the Python functions (functions.py), for editors and type checkers.
 
-Written by scripts/make_flags.py from the options in options.py; do not edit it. `vitcls finetune --help-all` describes
-each flag and its default.
+Written by scripts/make_flags.py from the options of the commands; do not edit it. `vitcls finetune --help-all`
+describes each flag and its default.
 """
 
 from collections.abc import Sequence
@@ -31,20 +34,20 @@ from typing import Any, Literal, TypedDict
 '''
 
 FUNCTIONS = {
-    "finetune": options.FinetuneOptions,
-    "pretrain": options.PretrainOptions,
-    "evaluate": options.EvaluateOptions,
-    "predict": options.PredictOptions,
-    "inspect_tokens": options.InspectOptions,
-    "look": options.LookOptions,
+    "finetune": FinetuneOptions,
+    "pretrain": PretrainOptions,
+    "evaluate": EvaluateOptions,
+    "predict": PredictOptions,
+    "inspect_tokens": InspectOptions,
+    "look": LookOptions,
 }
 
 # Fields that are no keyword arguments: parameters of the functions, and fields that the functions set
 OMITTED = {"model", "paths", "output_dir", "config"}
 OMITTED_IN_CLASS = {
-    options.DataOptions: {"dataset"},
-    options.PredictOptions: {"output", "shard_size", "shard", "merge"},
-    options.LookOptions: {"output", "json"},
+    DataOptions: {"dataset"},
+    PredictOptions: {"output", "shard_size", "shard", "merge"},
+    LookOptions: {"output", "json"},
 }
 # Fields with strings that can be paths, and fields that also accept data in memory
 PATHS = {"teacher", "unknown_dataset"}

@@ -51,9 +51,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from modeling_vitcls.cli.parsing import exit_with_message, find_recipe, run_script
-from modeling_vitcls.options import check_minimum, to_arguments
 from modeling_vitcls.runtime.errors import format_error
 from modeling_vitcls.runtime.files import read_json, write_json
+from modeling_vitcls.runtime.flags import check_minimum, to_arguments
 
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
 from modeling_vitcls.data.images import LabeledImages
+from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.splits import load_training_data
-from modeling_vitcls.options import DataOptions
 
 
 BATCH_SIZE = 64

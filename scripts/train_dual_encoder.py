@@ -34,8 +34,8 @@ from transformers import (
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSImageProcessor, ViTCLSModel
 from modeling_vitcls.data.images import LabeledImages
+from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.splits import load_training_data
-from modeling_vitcls.options import DataOptions
 
 
 BATCH_SIZE = 64

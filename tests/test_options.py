@@ -6,26 +6,22 @@ from typing import Any
 import pytest
 from helpers.tiny_models import raises_one_line
 
-from modeling_vitcls.options import (
-    AugmentationOptions,
-    DataOptions,
+from modeling_vitcls.analysis.options import InspectOptions
+from modeling_vitcls.data.options import AugmentationOptions, DataOptions
+from modeling_vitcls.export.options import ExportOptions
+from modeling_vitcls.inference.options import EvaluateOptions, PredictOptions
+from modeling_vitcls.runtime.flags import get_flag_fields, to_arguments, to_flags
+from modeling_vitcls.training.options import (
     DistillationOptions,
-    EvaluateOptions,
-    ExportOptions,
     FinetuneOptions,
-    InspectOptions,
     LeJEPAOptions,
     MAEOptions,
     ModelOptions,
-    PredictOptions,
     PretrainOptions,
     RunOptions,
     TeachersOptions,
     TrainingOptions,
-    get_flag_fields,
     parse_cls_scopes,
-    to_arguments,
-    to_flags,
 )
 from scripts.benchmark import BenchmarkOptions
 from scripts.study import StudyOptions

@@ -195,8 +195,10 @@ def compute_ablations(
 
 
 def plan_redraws(model: Any) -> Iterator[tuple[list[str], list[str]]]:
-    """Yield the keys that share a null distribution, and the key that each draw redraws. The draws cycle through the
-    tokens of a group. Tokens that a head reads are not redrawn."""
+    """Yield the keys that share a null distribution, and the key that each draw redraws.
+
+    The draws cycle through the tokens of a group. Tokens that a head reads are not redrawn.
+    """
     layout = model.config.token_layout
     keys = get_token_keys(layout)
     is_read = get_used_token_mask(model.config, is_classifier(model))
@@ -376,7 +378,10 @@ def replace_tokens(
     new_tokens: torch.Tensor | Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.utils.hooks.RemovableHandle:
     """Replace the tokens at sequence indices `indices` in the output of a module until the returned handle is removed.
-    `new_tokens` is a tensor [n, D], or a function that maps the old tokens [B, n, D] to the new tokens."""
+
+    `new_tokens` is a tensor [n, D], or a function that maps the old tokens [B, n, D] to the new
+    tokens.
+    """
 
     def hook(module: nn.Module, args: tuple, hidden_states: torch.Tensor) -> torch.Tensor:
         new_states = hidden_states.clone()  # [B, N, D]
@@ -443,8 +448,10 @@ class Features:
 
 
 def collect_outputs(model: Any, batches: Batches, hidden_indices: Sequence[int] = ()) -> Outputs:
-    """Return the outputs for all images, on the CPU. The tokens at the sequence indices `hidden_indices` are hidden
-    from attention."""
+    """Return the outputs for all images, on the CPU.
+
+    The tokens at the sequence indices `hidden_indices` are hidden from attention.
+    """
     batch_outputs = []
     module = get_classifier_or_encoder(model)
 
@@ -459,8 +466,10 @@ def collect_outputs(model: Any, batches: Batches, hidden_indices: Sequence[int] 
 
 
 def extract_outputs(model: Any, outputs: Any, labels: torch.Tensor | None = None) -> Outputs:
-    """Return the outputs of a batch, on the CPU. `outputs` is the output of the classifier, or of the encoder inside
-    any other model. The features of an encoder are "cls" and "distillation" (if there are such tokens), "pooled" (its
+    """Return the outputs of a batch, on the CPU.
+
+    `outputs` is the output of the classifier, or of the encoder inside any other model. The
+    features of an encoder are "cls" and "distillation" (if there are such tokens), "pooled" (its
     `pooler_output`) or, without a pooler, "mean of patches", and "patches".
 
     Raises:
@@ -542,16 +551,21 @@ def count_tokens(model: Any, pixel_values: torch.Tensor) -> int:
 
 
 def predict_labels(logits: torch.Tensor, config: ViTCLSConfig) -> torch.Tensor:
-    """Return the predicted labels (`Predictions.predicted`) for the logits [B, labels] of a task. A multi-label model
-    predicts each label whose probability is at least DEFAULT_THRESHOLD."""
+    """Return the predicted labels (`Predictions.predicted`) for the logits [B, labels] of a task.
+
+    A multi-label model predicts each label whose probability is at least DEFAULT_THRESHOLD.
+    """
     if is_multi_label(config):
         return (logits.float().sigmoid() >= DEFAULT_THRESHOLD).long()
     return logits.argmax(dim=-1, keepdim=True)
 
 
 def encode_label(label: Any, config: ViTCLSConfig) -> torch.Tensor:
-    """Return a dataset label (data/images.py) as a tensor [A] with the columns of all tasks. None becomes
-    IGNORED_LABEL. A class index for a multi-label model means that only this label applies."""
+    """Return a dataset label (data/images.py) as a tensor [A] with the columns of all tasks.
+
+    None becomes IGNORED_LABEL. A class index for a multi-label model means that only this label
+    applies.
+    """
     if config.tasks:
         task_labels = label or {}
         return torch.tensor([task_labels.get(task, IGNORED_LABEL) for task in config.task_labels()])

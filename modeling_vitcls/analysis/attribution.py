@@ -43,8 +43,10 @@ class RecordedLayer:
     attention_output: torch.Tensor  # [B, N, maps, head_dim]
 
     def compute_weights(self, num_rows: int | None = None) -> torch.Tensor:
-        """Return the maps [B, maps, N, N] of eager attention, or only the rows of the first `num_rows` tokens. Maps
-        are computed in float32, so that rows sum to 1 for half-precision models too."""
+        """Return the maps [B, maps, N, N] of eager attention, or only the rows of the first `num_rows` tokens.
+
+        Maps are computed in float32, so that rows sum to 1 for half-precision models too.
+        """
         query = self.query[:, :, :num_rows].float()
         key = self.key.float()
         return compute_attention_rows(
@@ -157,8 +159,10 @@ class AttentionTrace:
     def compute_attribution(
         self, target: torch.Tensor | int | None = None, task: str | None = None
     ) -> torch.Tensor:
-        """Return the attribution [B, N] of a class (`compute_attribution`). The trace must be recorded with
-        `needs_gradients=True`."""
+        """Return the attribution [B, N] of a class (`compute_attribution`).
+
+        The trace must be recorded with `needs_gradients=True`.
+        """
         attention_outputs = [layer.attention_output for layer in self.layers]
         with torch.inference_mode(False), torch.enable_grad():
             logits = select_logits(self.outputs, target, task)  # [B]
@@ -223,8 +227,10 @@ def trace_attention(
 def select_logits(
     outputs: Any, target: torch.Tensor | int | None, task: str | None
 ) -> torch.Tensor:
-    """Return the logit [B] of each image's target class, or of its predicted class if `target` is None. `task` is
-    the name of a task for a multi-task model, and None for any other model."""
+    """Return the logit [B] of each image's target class, or of its predicted class if `target` is None.
+
+    `task` is the name of a task for a multi-task model, and None for any other model.
+    """
     logits = outputs.logits if task is None else outputs.logits[task]
     if target is None:
         return logits.amax(dim=-1)

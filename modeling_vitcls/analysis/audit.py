@@ -43,8 +43,8 @@ from ..inference.evaluate import MAX_BATCH_SIZE, match_labels, set_up_evaluation
 from ..inference.frozen import build_classifier, compute_tokens
 from ..inference.image_pass import ImagePass, stack_rows
 from ..inference.load_model import announce_precision, choose_batch_size, load_model
+from ..inference.options import EvaluateOptions
 from ..model.heads_vitcls import IGNORED_LABEL
-from ..options import EvaluateOptions
 from ..runtime.errors import describe_installation
 from ..runtime.files import escape_csv_cell, write_atomically
 from .report import encode_data_url
@@ -380,8 +380,11 @@ def build_rows(images: AuditedImages, indices: np.ndarray, scores: np.ndarray) -
 def write_audit(
     audit: dict[str, pd.DataFrame], images: AuditedImages, page: Path, title: str
 ) -> Path:
-    """Write the page, and a CSV file with one row per issue to the same folder. Return the path of the file. Texts in
-    the table are escaped, because labels and file names may be formulas of a spreadsheet."""
+    """Write the page, and a CSV file with one row per issue to the same folder.
+
+    Return the path of the file. Texts in the table are escaped, because labels and file names may
+    be formulas of a spreadsheet.
+    """
     tables = {issue: rows for issue, rows in audit.items() if issue != "overlap"}
     table = pd.concat(tables, names=["issue", None]).drop(columns=["row", "other_row"])
     page.parent.mkdir(parents=True, exist_ok=True)

@@ -177,8 +177,9 @@ def diagnose_tokens(
     ablations: Ablations | None = None,
     token_movement: Mapping[str, float] | None = None,
 ) -> list[Verdict]:
-    """Return one verdict per special token, in sequence order, and one per group of several tokens. A register can be
-    redundant even if all registers together have an effect.
+    """Return one verdict per special token, in sequence order, and one per group of several tokens.
+
+    A register can be redundant even if all registers together have an effect.
 
     Args:
         model: the model.
@@ -214,8 +215,10 @@ def diagnose_tokens(
 def judge_effects(
     model: Any, indices: Sequence[int], effects: dict[str, dict[str, Effect]]
 ) -> tuple[Outcome, dict[str, Any]]:
-    """Return the outcome for the tokens at sequence indices `indices`, and the measured values. `effects` maps (kind
-    of ablation, name of output) to effects."""
+    """Return the outcome for the tokens at sequence indices `indices`, and the measured values.
+
+    `effects` maps (kind of ablation, name of output) to effects.
+    """
     if not effects:
         return Outcome.NOT_MEASURED, {}
     has_head = is_classifier(model)
@@ -308,8 +311,11 @@ def find_faults(
 
 
 def collect_numbers(model: Any, findings: Findings, index: int) -> dict[str, Any]:
-    """Return the measured values of the token at sequence index `index` by name. The smaller variation of one very
-    large channel does not hide the variation of the other channels."""
+    """Return the measured values of the token at sequence index `index` by name.
+
+    The smaller variation of one very large channel does not hide the variation of the other
+    channels.
+    """
     last = count_used_layers(model.config, is_classifier(model))[index]
     # [layers, H], attention to patches
     fractions = findings.attention_fractions[:last, :, index, -1]

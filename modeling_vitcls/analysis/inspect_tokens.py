@@ -10,10 +10,10 @@ from ..conversion.any_checkpoint import resolve
 from ..data.held_out import read_held_out_record
 from ..hub.loading import split_revision
 from ..inference.load_model import choose_batch_size, load_model
-from ..options import InspectOptions
 from ..runtime.distributed import choose_precision
 from ..runtime.progress import track
 from .inspection import Inspection, inspect_model, open_images
+from .options import InspectOptions
 from .report import SIGNS, get_model_name, write_json_values, write_page
 from .verdict_texts import describe_verdict
 

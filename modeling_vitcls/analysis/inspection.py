@@ -21,11 +21,11 @@ from ..data.evaluated_images import load_evaluation_data
 from ..data.held_out import HeldOutRecord
 from ..data.images import ArrayImages, DatasetImages, check_channels
 from ..data.labels import get_label_space, is_multi_label
+from ..data.options import DataOptions
 from ..inference.evaluate import match_labels
 from ..inference.image_pass import ImageBatch, group_by_shape, pass_over_images
 from ..inference.inputs import build_list_input
 from ..model.heads_vitcls import IGNORED_LABEL
-from ..options import DataOptions, InspectOptions
 from ..runtime.errors import format_error
 from .ablation import (
     MIN_IMAGES,
@@ -52,6 +52,7 @@ from .diagnosis import (
 from .image_report import ImageReport, build_image_report
 from .map_checks import MapCheck, check_maps
 from .model_utils import is_classifier, unwrap_model
+from .options import InspectOptions
 from .token_statistics import Findings, TokenStatistics
 
 
@@ -127,8 +128,9 @@ def inspect_model(
     on_warning: WarningCallback = lambda message: None,
     watch: Watch = lambda items, description: items,
 ) -> Inspection:
-    """Measure the states, the attention and the effects of a model's special tokens. The model is not changed and
-    stays on its device.
+    """Measure the states, the attention and the effects of a model's special tokens.
+
+    The model is not changed and stays on its device.
 
     Args:
         model: any ViTCLS classifier or encoder, with or without special tokens. The model may be compiled or have PEFT
@@ -204,9 +206,11 @@ def inspect_model(
 def check_sampled_maps(
     model: Any, batches: "InspectionBatches", watch: Watch
 ) -> dict[str, MapCheck]:
-    """Return the checks of rollout and attribution for a few images. Each image requires about 40 forward passes. The
-    dict is empty for fewer than MIN_CHECKED_IMAGES images, for large models, and for models other than single-label
-    classifiers."""
+    """Return the checks of rollout and attribution for a few images.
+
+    Each image requires about 40 forward passes. The dict is empty for fewer than MIN_CHECKED_IMAGES
+    images, for large models, and for models other than single-label classifiers.
+    """
     if len(batches.order) < MIN_CHECKED_IMAGES:
         return {}
     num_affordable = count_affordable_images(model, batches.pixels)
@@ -312,7 +316,9 @@ def read_pixels(
     watch: Watch,
 ) -> dict[int, torch.Tensor]:
     """Return a dict that maps indices to the pixels [C, H, W] of all usable images, and warn about each other image.
-    Raise ValueError if no image is usable."""
+
+    Raise ValueError if no image is usable.
+    """
     pixels_by_index = {}
     error_messages = []
     for index in watch(range(len(images)), "reading images"):
@@ -334,8 +340,11 @@ def read_pixels(
 
 
 class InspectionBatches:
-    """Batches of equally shaped images [C, H, W] in memory, with labels [B, A] (`Predictions.labels`) or None. Batches
-    are smaller than `batch_size` if full batches would require more than MAX_BATCH_BYTES of memory."""
+    """Batches of equally shaped images [C, H, W] in memory, with labels [B, A] (`Predictions.labels`) or None.
+
+    Batches are smaller than `batch_size` if full batches would require more than MAX_BATCH_BYTES of
+    memory.
+    """
 
     def __init__(
         self, model: Any, pixels: list[torch.Tensor], labels: torch.Tensor | None, batch_size: int

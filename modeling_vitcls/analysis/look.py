@@ -20,8 +20,8 @@ from ..inference.inputs import build_list_input
 from ..inference.load_model import load_model
 from ..model.configuration_vitcls import to_pair
 from ..model.image_processing_vitcls import read_image
-from ..options import LookOptions
 from ..runtime.files import write_atomically, write_json
+from .options import LookOptions
 from .photo import build_json_record, measure_photo
 from .report import get_model_name
 from .sheet import draw_sheet
@@ -39,8 +39,9 @@ def draw_photo(options: LookOptions, image: Any) -> Image.Image:
 
 
 def write_sheets(options: LookOptions) -> list[Path]:
-    """Write the sheets of all photos, print the names of the files, and return them. Photos that cannot be read are
-    named in a warning.
+    """Write the sheets of all photos, print the names of the files, and return them.
+
+    Photos that cannot be read are named in a warning.
 
     Raises:
         ValueError, OSError: if the model or all photos cannot be read, or a file cannot be written.

@@ -60,8 +60,10 @@ def get_used_token_mask(config: ViTCLSConfig, has_head: bool = True) -> list[boo
 
 def count_used_layers(config: ViTCLSConfig, has_head: bool) -> list[int]:
     """Return, for each special token and then for the patches, the number of layers whose output is used.
-    The last layer that a head reads is counted only if a head reads the token there. The attention of a token is used
-    in the same layers."""
+
+    The last layer that a head reads is counted only if a head reads the token there. The attention
+    of a token is used in the same layers.
+    """
     readers = get_head_readers(config, has_head)
     last_layers = dict.fromkeys(
         readers, max(config.pooled_layer_indices) if has_head else config.num_hidden_layers
@@ -189,8 +191,11 @@ def overlay(
 def draw_patch_colors(
     image: Image.Image, colors: torch.Tensor, visible_region: VisibleRegion, side: int
 ) -> Image.Image:
-    """Draw colors [gh, gw, 3] (0 to 1) of the patches in the visible region of an image. Pixels outside the region are
-    gray and dark, as in `overlay`. The longer side becomes about `side` pixels (`resize_with_region`)."""
+    """Draw colors [gh, gw, 3] (0 to 1) of the patches in the visible region of an image.
+
+    Pixels outside the region are gray and dark, as in `overlay`. The longer side becomes about
+    `side` pixels (`resize_with_region`).
+    """
     resized_image, region = resize_with_region(to_upright_rgb(image), visible_region, side, side)
     drawn = Image.fromarray(
         (np.asarray(resized_image.convert("L")) * HIDDEN_BRIGHTNESS).astype(np.uint8)

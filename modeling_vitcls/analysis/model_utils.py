@@ -38,8 +38,10 @@ def get_classifier_or_encoder(model: Any) -> Any:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Set the model to evaluation mode inside the block, and then restore the mode of each module. Some modules, such
-    as frozen modules, may be in evaluation mode during training."""
+    """Set the model to evaluation mode inside the block, and then restore the mode of each module.
+
+    Some modules, such as frozen modules, may be in evaluation mode during training.
+    """
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -129,8 +129,9 @@ def write_page(
 
 
 def write_json_values(file: str | Path, inspection: Inspection, title: str | None = None) -> None:
-    """Write the values of an inspection as JSON (`build_json_values`), with the name and commit of the model. Numbers
-    that are not finite become null.
+    """Write the values of an inspection as JSON (`build_json_values`), with the name and commit of the model.
+
+    Numbers that are not finite become null.
 
     Raises:
         OSError: if the file cannot be written.
@@ -229,8 +230,10 @@ def sort_verdicts(inspection: Inspection) -> tuple[list[Verdict], list[Verdict]]
 
 
 def build_effect_rows(verdicts: Sequence[Verdict]) -> list[dict[str, str]]:
-    """Return one row for the effect of each ablation of each token on each output. A dot marks the effect that decided
-    the outcome."""
+    """Return one row for the effect of each ablation of each token on each output.
+
+    A dot marks the effect that decided the outcome.
+    """
     rows = []
     for verdict in verdicts:
         decided_by = verdict.numbers.get("decided_by", {})
@@ -380,9 +383,12 @@ def encode_base64(values: torch.Tensor) -> str:
 
 
 def build_json_values(inspection: Inspection) -> dict[str, Any]:
-    """Return all verdicts with the measured values, and the findings. Mean states and norms of single patches are
-    omitted. `tokens` are the special tokens, then the groups of several tokens; "information" and "presence" contain
-    all values of an ablation by output (`Effect`), and `decided_by` names the effect that decided the outcome."""
+    """Return all verdicts with the measured values, and the findings.
+
+    Mean states and norms of single patches are omitted. `tokens` are the special tokens, then the
+    groups of several tokens; "information" and "presence" contain all values of an ablation by
+    output (`Effect`), and `decided_by` names the effect that decided the outcome.
+    """
     omitted_names = ("mean_states", "patch_norms", "patch_ratios", "patch_ratios_without_registers")
     findings = {
         name: value

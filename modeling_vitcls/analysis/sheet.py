@@ -123,8 +123,10 @@ class Sheet:
         self.y += 0.06
 
     def draw_rows(self, headers: Sequence[str], rows: Sequence[Row], min_columns: int) -> None:
-        """Draw rows of tiles with headers above the columns. If there are too many columns, all rows continue on
-        further lines."""
+        """Draw rows of tiles with headers above the columns.
+
+        If there are too many columns, all rows continue on further lines.
+        """
         num_lines = -(-len(headers) // MAX_COLUMNS)
         num_columns = -(-len(headers) // num_lines)
         width = (WIDTH - 2 * MARGIN - NAME_WIDTH + GAP) / max(num_columns, min_columns) - GAP

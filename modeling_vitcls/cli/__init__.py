@@ -14,8 +14,8 @@
 A subcommand defines OPTIONS_CLASS and `run(options)`. OPTIONS_CLASS is a dataclass whose fields are the flags, and
 whose `__post_init__` raises ValueError if flags contradict each other. ValueErrors and OSErrors raised by subcommands
 are printed as one-line messages. At module level, a subcommand imports only the standard library, tyro, parsing.py
-and options.py, because flags are parsed before torch is imported: `vitcls --help` and errors about flags are printed
-immediately. The scripts in scripts/ run the same subcommands.
+and files of options, because flags are parsed before torch is imported: `vitcls --help` and errors about flags are
+printed immediately. The scripts in scripts/ run the same subcommands.
 """
 
 import importlib

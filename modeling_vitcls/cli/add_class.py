@@ -5,7 +5,7 @@
 The command is implemented in modeling_vitcls/training/additions.py.
 """
 
-from ..options import AddClassOptions
+from ..training.options import AddClassOptions
 
 
 OPTIONS_CLASS = AddClassOptions

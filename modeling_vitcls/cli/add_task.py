@@ -6,7 +6,7 @@
 The command is implemented in modeling_vitcls/training/additions.py.
 """
 
-from ..options import AddTaskOptions
+from ..training.options import AddTaskOptions
 
 
 OPTIONS_CLASS = AddTaskOptions

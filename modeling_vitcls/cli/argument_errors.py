@@ -21,8 +21,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, Union, get_args, get_origin
 
-from ..options import get_flag_fields
 from ..runtime.errors import RunStopped
+from ..runtime.flags import get_flag_fields
 
 
 COMMAND_OR_FLAG = re.compile(

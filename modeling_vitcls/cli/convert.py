@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class ConvertOptions:
-    """Convert a ViT and save the converted model. Nothing is written if the outputs of the two models differ by more
-    than the limit."""
+    """Convert a ViT and save the converted model.
+
+    Nothing is written if the outputs of the two models differ by more than the limit.
+    """
 
     output: Path
     """Output folder, which must be empty or must not exist."""

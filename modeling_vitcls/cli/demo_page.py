@@ -220,8 +220,11 @@ def read_layer(number: Any, num_layers: int) -> int:
 
 
 def build_image_input() -> gr.Image:
-    """Build the image input. A client can send any path or URL: URLs, which gradio would download to the server, are
-    rejected here, and paths in `read_uploaded_image`."""
+    """Build the image input.
+
+    A client can send any path or URL: URLs, which gradio would download to the server, are rejected
+    here, and paths in `read_uploaded_image`.
+    """
     image_input = gr.Image(
         label="Image",
         type="filepath",
@@ -244,8 +247,10 @@ def build_image_input() -> gr.Image:
 def read_uploaded_image(
     processor: Any, file: dict[str, Any], examples: Sequence[str | Path], cache: str
 ) -> Any:
-    """Read an image that was uploaded to this page, or an example. Raise gr.Error for all other files, and for files
-    that are not images."""
+    """Read an image that was uploaded to this page, or an example.
+
+    Raise gr.Error for all other files, and for files that are not images.
+    """
     path = file.get("path")
     resolved = os.path.realpath(path) if isinstance(path, str) and "\0" not in path else ""
     is_allowed = resolved in map(os.path.realpath, examples) or Path(resolved).is_relative_to(

@@ -6,7 +6,7 @@
 The evaluation is implemented in modeling_vitcls/inference/evaluate.py, and in frozen.py for frozen features.
 """
 
-from ..options import EvaluateOptions
+from ..inference.options import EvaluateOptions
 
 
 OPTIONS_CLASS = EvaluateOptions

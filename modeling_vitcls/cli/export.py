@@ -12,7 +12,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from ..options import ExportOptions
+from ..export.options import ExportOptions
 
 
 OPTIONS_CLASS = ExportOptions

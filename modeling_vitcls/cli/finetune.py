@@ -7,7 +7,7 @@ To continue an interrupted run, repeat the command with --resume. --dry-run test
 The training is implemented in modeling_vitcls/training/run.py and finetune.py.
 """
 
-from ..options import FinetuneOptions, PretrainOptions
+from ..training.options import FinetuneOptions, PretrainOptions
 from .parsing import FlagGroup, exit_with_message
 
 
@@ -64,8 +64,10 @@ COMMON_FLAGS = (
 
 
 def run(options: FinetuneOptions | PretrainOptions) -> None:
-    """Train a model, or test the run if --dry-run is set. If the run is interrupted or fails, exit with its exit
-    status."""
+    """Train a model, or test the run if --dry-run is set.
+
+    If the run is interrupted or fails, exit with its exit status.
+    """
     from ..runtime.errors import RunStopped
     from .functions import run_training
 

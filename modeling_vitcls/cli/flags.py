@@ -1,7 +1,7 @@
 """The keyword arguments of the Python functions (functions.py), for editors and type checkers.
 
-Written by scripts/make_flags.py from the options in options.py; do not edit it. `vitcls finetune --help-all` describes
-each flag and its default.
+Written by scripts/make_flags.py from the options of the commands; do not edit it. `vitcls finetune --help-all`
+describes each flag and its default.
 """
 
 from collections.abc import Sequence
@@ -167,15 +167,20 @@ class PretrainFlags(CommonFlags, TeachersFlags, LeJEPAFlags, MAEFlags, total=Fal
     method: Literal["lejepa", "mae", "distillation"] | None
 
 
-class EvaluateFlags(DataFlags, total=False):
+class EngineFlags(TypedDict, total=False):
+    """Flags of `EngineOptions`."""
+
+    fit: Literal["squash", "crop", "pad"] | None
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"]
+    backend: str
+
+
+class EvaluateFlags(EngineFlags, DataFlags, total=False):
     """Flags of `EvaluateOptions`."""
 
     split: str | None
     max_images: int | None
-    fit: Literal["squash", "crop", "pad"] | None
     batch_size: int | None
-    mixed_precision: Literal["auto", "no", "bf16", "fp16"]
-    backend: str
     frozen: Literal["knn", "logreg"] | None
     output: str | Path | None
     task: str | None
@@ -193,7 +198,7 @@ class ImageFlags(TypedDict, total=False):
     batch_size: int | None
 
 
-class PredictFlags(ImageFlags, total=False):
+class PredictFlags(ImageFlags, EngineFlags, total=False):
     """Flags of `PredictOptions`."""
 
     list: str | Path | None
@@ -204,10 +209,7 @@ class PredictFlags(ImageFlags, total=False):
     coverage: float | None
     features: str | Sequence[str] | None
     feature_dtype: Literal["float32", "float16"]
-    fit: Literal["squash", "crop", "pad"] | None
-    backend: str
     num_workers: int | None
-    mixed_precision: Literal["auto", "no", "bf16", "fp16"]
 
 
 class InspectFlags(ImageFlags, total=False):

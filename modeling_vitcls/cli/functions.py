@@ -19,18 +19,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Unpack, get_origin, get_type_hints
 
-from ..options import (
+from ..analysis.options import InspectOptions, LookOptions
+from ..inference.options import EvaluateOptions, PredictOptions
+from ..runtime.flags import find_similar_flag, get_flag_fields
+from ..training.options import (
     AddClassOptions,
     AddTaskOptions,
-    EvaluateOptions,
     FinetuneOptions,
-    InspectOptions,
-    LookOptions,
-    PredictOptions,
     PretrainOptions,
     VerifyUnchangedOptions,
-    find_similar_flag,
-    get_flag_fields,
 )
 from .argument_errors import errors_name_arguments, get_choices, get_value_types
 from .flags import (
@@ -90,8 +87,10 @@ def pretrain(
 
 
 def run_training(options: Any) -> dict[str, Any]:
-    """Train, then write the report and the card and push the folder. Return the contents of results.json or
-    folds.json, or an empty dict if `dry_run` is set."""
+    """Train, then write the report and the card and push the folder.
+
+    Return the contents of results.json or folds.json, or an empty dict if `dry_run` is set.
+    """
     from accelerate import PartialState
 
     from ..hub.model_files import RESULTS_FILE
@@ -320,8 +319,11 @@ def verify_unchanged(
 
 
 def build_options(options_class: type[Options], /, **flags: Any) -> Options:
-    """Build the options of a command. An in-memory dataset is registered under a generated name. Raise TypeError if a
-    flag is unknown, and ValueError if a value is not allowed."""
+    """Build the options of a command.
+
+    An in-memory dataset is registered under a generated name. Raise TypeError if a flag is unknown,
+    and ValueError if a value is not allowed.
+    """
     known_flags = get_flag_fields(options_class).keys() - {"config"}
     for name in flags:
         if name not in known_flags:
@@ -350,8 +352,11 @@ def build_dataclass(dataclass_type: Any, flags: dict[str, Any]) -> Any:
 
 
 def convert_value(name: str, value: Any, type_hint: Any) -> Any:
-    """Convert a value to the type of the flag `name`. Sequences become tuples, and strings become paths if the flag
-    expects a path. Raise ValueError if the value is not one of the flag's choices."""
+    """Convert a value to the type of the flag `name`.
+
+    Sequences become tuples, and strings become paths if the flag expects a path. Raise ValueError
+    if the value is not one of the flag's choices.
+    """
     value_types = get_value_types(type_hint)
     choices = get_choices(value_types)
     has_only_choices = choices and all(

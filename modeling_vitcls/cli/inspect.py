@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import tyro
 
-from ..options import InspectOptions
+from ..analysis.options import InspectOptions
 
 
 @dataclass(frozen=True)

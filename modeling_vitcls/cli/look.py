@@ -12,7 +12,7 @@ from typing import Annotated
 
 import tyro
 
-from ..options import LookOptions
+from ..analysis.options import LookOptions
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,8 @@ import tyro
 import yaml
 
 from ..hub.local_paths import split_prefix
-from ..options import find_similar_flag, get_flag_fields, to_arguments, to_flags
 from ..runtime.errors import format_error, is_raised_on_all_processes
+from ..runtime.flags import find_similar_flag, get_flag_fields, to_arguments, to_flags
 
 
 Options = TypeVar("Options")
@@ -44,8 +44,10 @@ TYRO_CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
 
 
 def parse_command_line(modules: dict[str, ModuleType], arguments: list[str]) -> tuple[str, Any]:
-    """Return the name of the subcommand and its options. `modules` maps names of subcommands to modules, whose
-    docstrings start with the name and a summary, followed by examples.
+    """Return the name of the subcommand and its options.
+
+    `modules` maps names of subcommands to modules, whose docstrings start with the name and a
+    summary, followed by examples.
 
     Print the help and exit with status 0 if the help is requested; exit with status 2 if the command line is invalid.
     """
@@ -85,8 +87,10 @@ def parse_command_line(modules: dict[str, ModuleType], arguments: list[str]) -> 
 
 
 def prepare_flags(command: str, options_class: type, flags: list[str]) -> list[str]:
-    """Insert the flags of a recipe, and check the names of all flags. Exit with status 2 if a flag is unknown or
-    missing."""
+    """Insert the flags of a recipe, and check the names of all flags.
+
+    Exit with status 2 if a flag is unknown or missing.
+    """
     flag_fields = get_flag_fields(options_class)
     flag_names = set(flag_fields)
     has_recipes = "config" in flag_names
@@ -364,8 +368,10 @@ def check_recipe_exists(path: Path, kind: str, pattern: str) -> None:
 
 
 def silence_libraries() -> None:
-    """Hide the progress bars of weight loading, and transformers' tables about the loaded weights. Our commands check
-    the weights, and log what was adapted in one line."""
+    """Hide the progress bars of weight loading, and transformers' tables about the loaded weights.
+
+    Our commands check the weights, and log what was adapted in one line.
+    """
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
@@ -423,8 +429,11 @@ def run_script(
 
 
 def exit_with_message(message: str, status: int = 2, is_on_all_processes: bool = True) -> NoReturn:
-    """Print a one-line message to stderr and exit. Status 2 means that a flag is invalid. If all processes exit with
-    the message (`is_on_all_processes`), only the first process prints the message."""
+    """Print a one-line message to stderr and exit.
+
+    Status 2 means that a flag is invalid. If all processes exit with the message
+    (`is_on_all_processes`), only the first process prints the message.
+    """
     rank = os.environ.get("RANK", "0")
     if rank == "0":
         print(message, file=sys.stderr)

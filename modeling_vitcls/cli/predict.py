@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import tyro
 
-from ..options import PredictOptions
+from ..inference.options import PredictOptions
 from .functions import choose_engine
 from .parsing import exit_with_message
 

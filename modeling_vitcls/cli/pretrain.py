@@ -7,7 +7,7 @@ To continue an interrupted run, repeat the command with --resume. --dry-run test
 The training is implemented in modeling_vitcls/training/run.py and pretrain.py.
 """
 
-from ..options import PretrainOptions
+from ..training.options import PretrainOptions
 from .finetune import run as run  # the same for both kinds of training
 from .parsing import FlagGroup
 

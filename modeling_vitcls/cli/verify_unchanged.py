@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import tyro
 
-from ..options import VerifyUnchangedOptions
+from ..training.options import VerifyUnchangedOptions
 
 
 @dataclass(frozen=True)

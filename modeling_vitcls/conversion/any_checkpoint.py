@@ -136,8 +136,10 @@ def convert_once(source: str) -> str:
 
 
 def compute_cache_name(source: str) -> str:
-    """Return the folder name of a conversion. The name depends on the revision or the local files of the source,
-    and on the package version."""
+    """Return the folder name of a conversion.
+
+    The name depends on the revision or the local files of the source, and on the package version.
+    """
     path = Path(split_prefix(source)[1] or source.removeprefix("timm:"))
     cache_key: list[object] = [pin_revision(source), __version__]
     if path.exists():

@@ -161,8 +161,10 @@ def load_source(
 
 
 def convert_source(source: SourceModel) -> ViTCLSPreTrainedModel:
-    """Convert a source model in float32. Cast the result to the dtype of the source if this dtype represents all
-    encoder weights exactly."""
+    """Convert a source model in float32.
+
+    Cast the result to the dtype of the source if this dtype represents all encoder weights exactly.
+    """
     saved_dtype = source.saved_dtype
     source.model.float()
     model = source.convert()
@@ -245,7 +247,9 @@ def write_native_model(source: str, output: Path) -> Report:
 
 def copy_results(folder: ModelFolder, output_folder: Path) -> None:
     """Copy the results and flags of the run that trained the weights in `folder`, for the card of the converted model.
-    Results of other weights are not copied."""
+
+    Results of other weights are not copied.
+    """
     if folder.results:
         hashes = {"weights_sha256": hash_weights(output_folder)}
         write_json(output_folder / RESULTS_FILE, folder.results | hashes)
@@ -254,8 +258,10 @@ def copy_results(folder: ModelFolder, output_folder: Path) -> None:
 
 
 def write_processor(folder: ModelFolder, output_folder: Path) -> dict[str, Any]:
-    """Save the image processor of a model folder as a `ViTImageProcessor`. Return the `preprocessing` field of the
-    parity report."""
+    """Save the image processor of a model folder as a `ViTImageProcessor`.
+
+    Return the `preprocessing` field of the parity report.
+    """
     if not folder.has_processor:
         return build_preprocessing_record("", "the model has no image processor")
     vitcls_processor = folder.load_processor()

@@ -211,8 +211,10 @@ def get_family(family: str, weights: Weights) -> FileFamily:
 
 
 def prepare_weights(weights: Mapping[str, Any], family: str) -> Weights:
-    """Convert published arrays to tensors for timm. Raise ConversionError if the family is unknown, or the weights are
-    not floating-point numbers."""
+    """Convert published arrays to tensors for timm.
+
+    Raise ConversionError if the family is unknown, or the weights are not floating-point numbers.
+    """
     if family not in FAMILY_NAMES:
         raise ConversionError(
             f"the family {family!r} is unknown. Set --family to one of {', '.join(FAMILY_NAMES)}"
@@ -273,8 +275,10 @@ def convert_to_tensor(name: str, array: Any) -> torch.Tensor:
 
 
 def build_timm_model(weights: Weights, family: str) -> Any:
-    """Build a timm model with the sizes and values of prepared weights, in float32. Raise ConversionError if the
-    weights do not belong to the family."""
+    """Build a timm model with the sizes and values of prepared weights, in float32.
+
+    Raise ConversionError if the weights do not belong to the family.
+    """
     import timm
 
     try:

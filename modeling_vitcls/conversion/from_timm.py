@@ -56,8 +56,10 @@ def convert_from_timm(model: nn.Module) -> ViTCLSPreTrainedModel:
 
 
 def read_timm_model(model: nn.Module) -> tuple[ViTCLSConfig, Weights]:
-    """Return the configuration and the converted weights of a timm ViT. Raise ConversionError if the class or a
-    feature is not supported."""
+    """Return the configuration and the converted weights of a timm ViT.
+
+    Raise ConversionError if the class or a feature is not supported.
+    """
     if get_class_name(model) not in TIMM_CLASSES or not type(model).__module__.startswith("timm."):
         hint = f"{model!r}. Set model=timm.create_model({model!r})"
         found = hint if isinstance(model, str) else get_class_name(model)
@@ -273,8 +275,11 @@ def build_attention_pool_rules(prefix: str) -> list[Rule]:
 
 
 def build_mlp_rules(mlp: TimmModule) -> list[Rule]:
-    """Build the rules of the first and last layer of an MLP. `GluMlp` fuses the gate with the first layer. `mlp` is
-    None for a plain MLP that is fused with attention or merged from branches."""
+    """Build the rules of the first and last layer of an MLP.
+
+    `GluMlp` fuses the gate with the first layer. `mlp` is None for a plain MLP that is fused with
+    attention or merged from branches.
+    """
     if get_class_name(mlp) not in ("GluMlp", "SwiGLU"):
         return [
             Rule(f"blocks.{{i}}.mlp.fc{n}.{{rest}}", f"layers.{{i}}.mlp.fc{n}.{{rest}}")

@@ -104,7 +104,9 @@ def is_convertible(module: torch.nn.Module) -> bool:
 
 def strip_encoder_name(weights: Weights, encoder_name: str | None) -> Weights:
     """Return a state dict in which the names of the encoder's weights do not start with the name of the encoder.
-    `encoder_name` is None if the model is an encoder; the names are then unchanged."""
+
+    `encoder_name` is None if the model is an encoder; the names are then unchanged.
+    """
     return {name.removeprefix(f"{encoder_name}."): weight for name, weight in weights.items()}
 
 

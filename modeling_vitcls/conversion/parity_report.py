@@ -33,8 +33,9 @@ def compare_models(
     native_size_reason: str = "",
     processor_size: tuple[int, int] | None = None,
 ) -> tuple[list[Report], str]:
-    """Compare the outputs at the native size, the size that the image processor makes, and a non-square size. Raise
-    ConversionError if a difference exceeds `MAX_DIFFERENCE`.
+    """Compare the outputs at the native size, the size that the image processor makes, and a non-square size.
+
+    Raise ConversionError if a difference exceeds `MAX_DIFFERENCE`.
 
     Args:
         source: Source whose model is in float32.

@@ -103,8 +103,11 @@ def convert_timm_settings(settings: dict[str, Any]) -> dict[str, Any]:
 def convert_transformers_preprocessing(
     folder: str, image_size: tuple[int, int]
 ) -> ConvertedPreprocessing:
-    """Convert the image processor in a folder. If the folder has no supported image processor, build the default image
-    processor for `image_size` (height, width)."""
+    """Convert the image processor in a folder.
+
+    If the folder has no supported image processor, build the default image processor for
+    `image_size` (height, width).
+    """
     try:
         source_processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError):
@@ -169,8 +172,11 @@ def check_processor(
 
 
 def build_test_image(height: int, width: int) -> PIL.Image.Image:
-    """Build a smooth image with one edge. With an odd height or width, center crops can have half-pixel offsets, which
-    make differences in rounding visible."""
+    """Build a smooth image with one edge.
+
+    With an odd height or width, center crops can have half-pixel offsets, which make differences in
+    rounding visible.
+    """
     y, x = np.mgrid[0:height, 0:width] / 60.0
     channels = [
         127 + 100 * np.sin(x * frequency + y) + 25 * (x > y) for frequency in (1.0, 2.0, 3.0)
@@ -187,7 +193,9 @@ def build_default_preprocessing(image_size: tuple[int, int], reason: str) -> Con
 
 def build_preprocessing_record(settings_name: str, reason: str) -> dict[str, Any]:
     """Return the field `preprocessing` of the parity report for a processor that was not compared with a source.
-    `reason` is the reason why the default processor is used."""
+
+    `reason` is the reason why the default processor is used.
+    """
     return {
         "origin": settings_name,  # name of the settings from which the image processor was built
         "largest_difference_in_gray_levels": None,

@@ -89,8 +89,11 @@ class FileSource(TimmSource):
 
     @classmethod
     def load(cls, file: Path, family: str | None = None) -> "FileSource":  # type: ignore[override]
-        """Load a file. By default, the family is detected from the parameter names. Raise ConversionError if the file
-        is not a state dict of a supported family, or if the family is ambiguous."""
+        """Load a file.
+
+        By default, the family is detected from the parameter names. Raise ConversionError if the
+        file is not a state dict of a supported family, or if the family is ambiguous.
+        """
         notes: list[str] = []
         tensors, container_key = unwrap_weights(read_state_dict(file), notes)
         family = family or detect_family(tensors, container_key, file)
@@ -151,8 +154,11 @@ class FileSource(TimmSource):
 
 
 def read_state_dict(file: Path) -> Mapping[str, Any]:
-    """Read a state dict, which may be nested, without running code in the file. Raise ConversionError if the file has
-    an unsupported format, or is a pickle of objects other than tensors."""
+    """Read a state dict, which may be nested, without running code in the file.
+
+    Raise ConversionError if the file has an unsupported format, or is a pickle of objects other
+    than tensors.
+    """
     if not file.is_file():
         raise FileNotFoundError(
             f"{file} is not a file. Use timm:NAME, transformers:PATH_OR_ID or an existing file"

@@ -130,8 +130,10 @@ class TransformersSource(Source):
 
     @classmethod
     def load(cls, name: str, random_init: bool) -> "TransformersSource":
-        """Load a model from a folder or by a Hub id, optionally with `@REVISION`. `random_init` requires only
-        config.json."""
+        """Load a model from a folder or by a Hub id, optionally with `@REVISION`.
+
+        `random_init` requires only config.json.
+        """
         name_or_path, revision = split_revision(name)
         if random_init:
             folder = get_model_folder(name_or_path, CONFIG_FILES, revision)
@@ -184,8 +186,10 @@ class TransformersSource(Source):
         return convert_from_transformers(self.model)
 
     def compute_outputs(self, pixel_values: torch.Tensor) -> Outputs:
-        """Return the outputs for images [B, C, H, W]. At sizes other than the native size, the position embeddings are
-        interpolated."""
+        """Return the outputs for images [B, C, H, W].
+
+        At sizes other than the native size, the position embeddings are interpolated.
+        """
         encoder = self.encoder
         inputs = self.build_inputs(pixel_values)
         encoder_outputs = encoder(**inputs)
@@ -284,8 +288,11 @@ def get_convertible_class(config: transformers.PreTrainedConfig) -> Any:
 def load_transformers_model(
     model_class: Any, name_or_path: str, folder: str
 ) -> tuple[Any, list[str]]:
-    """Load a transformers model in the saved dtype, and return the model and notes on loading. If the checkpoint has
-    no pooler, the model is loaded without a pooler; by default, transformers adds a pooler with random values."""
+    """Load a transformers model in the saved dtype, and return the model and notes on loading.
+
+    If the checkpoint has no pooler, the model is loaded without a pooler; by default, transformers
+    adds a pooler with random values.
+    """
     notes: list[str] = []
     options: dict[str, Any] = {"dtype": "auto", "output_loading_info": True}
     try:

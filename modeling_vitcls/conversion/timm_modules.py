@@ -55,8 +55,10 @@ def read_config_fields(model: TimmModule) -> Fields:
 
 
 def read_patch_embedding(model: TimmModule) -> Fields:
-    """Return the fields of the patch embedding. `image_size` is rounded down to whole patches, because timm ignores
-    the remaining pixels."""
+    """Return the fields of the patch embedding.
+
+    `image_size` is rounded down to whole patches, because timm ignores the remaining pixels.
+    """
     embedding = model.patch_embed
     check_supported(
         get_class_name(embedding) == "PatchEmbed", f"patch embedding {get_class_name(embedding)}"
@@ -248,8 +250,10 @@ def read_attention(attention: TimmModule) -> Fields:
 
 
 def read_qkv_biases(attention: TimmModule) -> Fields:
-    """Return the configuration fields for the query, key and value biases. In EVA, the key projections have no
-    bias."""
+    """Return the configuration fields for the query, key and value biases.
+
+    In EVA, the key projections have no bias.
+    """
     if getattr(attention, "q_bias", None) is not None:
         bias_fields = {"query_bias": True, "key_bias": False, "value_bias": True}
     elif attention.qkv is None:

@@ -191,8 +191,11 @@ def read_ijepa_fields(config: Any, weights: Weights) -> Fields:
 
 
 def read_dinov2_fields(config: Any, weights: Weights) -> Fields:
-    """Return the fields of DINOv2, with or without registers. Unlike the authors' code, transformers resamples
-    position embeddings without an offset. `Dinov2WithRegistersModel` resamples with antialiasing."""
+    """Return the fields of DINOv2, with or without registers.
+
+    Unlike the authors' code, transformers resamples position embeddings without an offset.
+    `Dinov2WithRegistersModel` resamples with antialiasing.
+    """
     fields = read_common_fields(config, weights)
     return fields | ({"position_antialias": True} if "num_register_tokens" in fields else {})
 
@@ -241,8 +244,10 @@ SIGLIP_RULES = [
 
 
 def read_siglip_fields(config: Any, weights: Weights) -> Fields:
-    """Return the fields of SigLIP, which has no special tokens and uses attention pooling if the model has a head. The
-    converted SigLIP 2 expects images instead of flattened patches."""
+    """Return the fields of SigLIP, which has no special tokens and uses attention pooling if the model has a head.
+
+    The converted SigLIP 2 expects images instead of flattened patches.
+    """
     fields = read_common_fields(config, weights) | {
         "pooling": "attention" if "head.probe" in weights else "mean"
     }

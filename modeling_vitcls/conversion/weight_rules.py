@@ -108,8 +108,11 @@ class Rule:
 
 
 def convert_weights(weights: Weights, rules: Sequence[Rule], config: ViTCLSConfig) -> Weights:
-    """Convert a state dict from another project. Targets `NAME[0]`, `NAME[1]`, ... are stacked into one weight `NAME`,
-    in the order of the indices."""
+    """Convert a state dict from another project.
+
+    Targets `NAME[0]`, `NAME[1]`, ... are stacked into one weight `NAME`, in the order of the
+    indices.
+    """
     converted_weights: Weights = {}
     weights_to_stack: dict[str, Weights] = {}
     unmatched_names = []

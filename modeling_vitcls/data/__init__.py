@@ -1,5 +1,6 @@
 """Datasets, from `--dataset` to batches of images and labels. The files in this folder are not pushed to the Hub.
 
+options.py                                   flags of a dataset and its held-out images
 sources.py, image_folder.py, in_memory.py    datasets -> splits by name
 streaming.py                                 datasets that are read during training
 splits.py, held_out.py                       training split, held-out split, and their fingerprints

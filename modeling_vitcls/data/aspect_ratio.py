@@ -194,8 +194,10 @@ def get_visible_share(processor: Processor, image_size: Size) -> float:
 
 
 def describe_fit(processor: Processor, images: Sequence[Any]) -> str:
-    """Return a line of text with the fit and the median share of the image area that the model sees. For a crop, a
-    sample of `images` is read."""
+    """Return a line of text with the fit and the median share of the image area that the model sees.
+
+    For a crop, a sample of `images` is read.
+    """
     fit = get_fit(processor)
     share = 1.0
     if fit == "crop":

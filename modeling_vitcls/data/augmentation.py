@@ -19,8 +19,8 @@ import torch
 from torch import nn
 from torchvision.transforms import InterpolationMode, v2
 
-from ..options import AugmentationOptions
 from .aspect_ratio import FitTransform, get_output_size
+from .options import AugmentationOptions
 from .sampling import draw_random_bits
 
 
@@ -58,8 +58,10 @@ class Augmentation:
 
 
 def build_augmentation(options: AugmentationOptions, processor: Any) -> Augmentation:
-    """Build the augmentation for the input size of an image processor. Without random crops, images are resized as by
-    the image processor."""
+    """Build the augmentation for the input size of an image processor.
+
+    Without random crops, images are resized as by the image processor.
+    """
     height_width = get_output_size(processor)
     fixed_transform = FitTransform(processor, keep_resolution=options.crop_scale != 1)
     transforms: list[nn.Module] = []
@@ -159,6 +161,8 @@ class BatchMixer:
     def __call__(
         self, pixels: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mix pixels [B, C, H, W] and class indices [B]. Return the pixels as floats from 0 to 255, and the labels as
-        probabilities [B, classes]."""
+        """Mix pixels [B, C, H, W] and class indices [B].
+
+        Return the pixels as floats from 0 to 255, and the labels as probabilities [B, classes].
+        """
         return self.mix(pixels.float(), labels)

@@ -43,8 +43,10 @@ class BatchBuilder:
     image_bytes: int = 0  # size of an augmented image in bytes; 0 if unknown
 
     def prepare_image(self, image: Any) -> torch.Tensor:
-        """Convert a PIL image to `uint8` pixels [C, H, W] and apply the fixed transform of the augmentation. Raise
-        UnreadableImage if the mode or the number of channels is not supported."""
+        """Convert a PIL image to `uint8` pixels [C, H, W] and apply the fixed transform of the augmentation.
+
+        Raise UnreadableImage if the mode or the number of channels is not supported.
+        """
         try:
             pixels = pil_to_tensor(image, self.to_rgb)
         except ValueError as error:
@@ -59,8 +61,10 @@ class BatchBuilder:
         keys: list[ImageKey],
         errors: dict[int, str],
     ) -> Batch:
-        """Apply the random transforms to outputs of `prepare_image` and return a batch. `errors` are the error
-        messages of the images that were replaced with other images."""
+        """Apply the random transforms to outputs of `prepare_image` and return a batch.
+
+        `errors` are the error messages of the images that were replaced with other images.
+        """
         epochs, indices = np.array(keys, dtype=np.int64).T
         views = epochs % self.num_views if self.num_views else epochs
         seeds = {view: derive_seed(self.seed, view) for view in set(views.tolist())}
@@ -141,9 +145,11 @@ class TrainingImages:
 def iterate_training_batches(
     dataset: Any, plan: BatchPlan, process_index: int, num_workers: int, first_step: int = 0
 ) -> Generator[Batch, None, None]:
-    """Yield the batches of one process from `TrainingImages` or a `TrainingStream`, starting at `first_step`. Raise
-    ValueError, without the worker's traceback, if no image can be read, or if the label of a streamed example is not
-    one of the classes. Close the iterator to stop the workers."""
+    """Yield the batches of one process from `TrainingImages` or a `TrainingStream`, starting at `first_step`.
+
+    Raise ValueError, without the worker's traceback, if no image can be read, or if the label of a
+    streamed example is not one of the classes. Close the iterator to stop the workers.
+    """
     loader = build_loader(
         dataset,
         num_workers,

@@ -16,10 +16,10 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from ..options import DataOptions
 from .held_out import HeldOutRecord, HeldOutRule
 from .images import LabeledImages
 from .labels import LabelSpace
+from .options import DataOptions
 from .sources import Splits, load_splits
 from .splits import (
     EVALUATION_SPLITS,
@@ -230,8 +230,10 @@ def choose_fitting_split(evaluated: str, names: Sequence[str]) -> str:
 def find_evaluated_images(
     images: LabeledImages, record: HeldOutRecord | None, options: DataOptions, dataset: str
 ) -> tuple[np.ndarray, EvaluatedPart]:
-    """Return whether each image is evaluated by default, and the part that these images are. `dataset` is the name of
-    the dataset. Raise ValueError if the options contradict the record."""
+    """Return whether each image is evaluated by default, and the part that these images are.
+
+    `dataset` is the name of the dataset. Raise ValueError if the options contradict the record.
+    """
     num_images = len(images)
     everything = np.ones(num_images, bool)
     if record is None:

@@ -145,8 +145,10 @@ class HeldOutRecord:
 
 
 def read_held_out_record(folder: ModelFolder, task: str | None = None) -> HeldOutRecord | None:
-    """Return the held-out record in a model folder, or that of an added task, or None. Raise ValueError if
-    results.json is damaged."""
+    """Return the held-out record in a model folder, or that of an added task, or None.
+
+    Raise ValueError if results.json is damaged.
+    """
     try:
         results = folder.saved_results
         if task is not None:
@@ -189,8 +191,11 @@ def encode_content_keys(keys: np.ndarray) -> str:
 
 
 def get_relative_path(path: str, folder: Path) -> str:
-    """Return the path of an image relative to the dataset folder. URLs, empty paths, and relative paths outside of the
-    folder, such as names in a table, are left unchanged."""
+    """Return the path of an image relative to the dataset folder.
+
+    URLs, empty paths, and relative paths outside of the folder, such as names in a table, are left
+    unchanged.
+    """
     prefix = f"{folder}/"
     if path.startswith(prefix) and "/." not in path and "//" not in path:
         return path.removeprefix(prefix)

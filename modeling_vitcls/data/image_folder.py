@@ -218,8 +218,11 @@ def divide_into_splits(folder: ImageFolder) -> dict[str, list[str]]:
 def build_labeled_splits(
     folder: ImageFolder, images_by_split: dict[str, list[str]], depth: int
 ) -> Any:
-    """Return the `DatasetDict` of the splits that have class folders. Class folders are first-level folders (`depth`
-    0) or subfolders of split folders (`depth` 1). Raise ValueError if no split has class folders."""
+    """Return the `DatasetDict` of the splits that have class folders.
+
+    Class folders are first-level folders (`depth` 0) or subfolders of split folders (`depth` 1).
+    Raise ValueError if no split has class folders.
+    """
     import datasets
 
     labels: dict[str, str | None] = {
@@ -259,9 +262,12 @@ def build_dataset(
     labels: Sequence[int] = (),
     classes: Sequence[str] = (),
 ) -> Any:
-    """Return a `datasets.Dataset` with the image paths and, if there are classes, the labels. The fingerprint is a
-    hash of the labels, and of the names, sizes and modification times of the images. A large table is stored in the
-    cache of `datasets` under its fingerprint, so that all processes share its memory."""
+    """Return a `datasets.Dataset` with the image paths and, if there are classes, the labels.
+
+    The fingerprint is a hash of the labels, and of the names, sizes and modification times of the
+    images. A large table is stored in the cache of `datasets` under its fingerprint, so that all
+    processes share its memory.
+    """
     import datasets
     import pyarrow
 

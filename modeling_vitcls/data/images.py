@@ -61,8 +61,11 @@ class LabeledImages:
         return LabeledImages(self.images.select(indices), [self.labels[index] for index in indices])
 
     def draw(self, num_images: int | None, seed: int = 0) -> "LabeledImages":
-        """Return `num_images` random images in dataset order. Return all images if `num_images` is None or larger than
-        the dataset. The images are drawn at random because datasets are often sorted by class."""
+        """Return `num_images` random images in dataset order.
+
+        Return all images if `num_images` is None or larger than the dataset. The images are drawn
+        at random because datasets are often sorted by class.
+        """
         if num_images is None or num_images >= len(self):
             return self
         indices = np.random.default_rng(seed).permutation(len(self))[:num_images]
@@ -148,8 +151,10 @@ class DatasetImages(Sequence):
         ]
 
     def compute_keys(self) -> np.ndarray:
-        """Return the keys of the images. The keys of a table on disk are computed once and stored in the cache of
-        `datasets`."""
+        """Return the keys of the images.
+
+        The keys of a table on disk are computed once and stored in the cache of `datasets`.
+        """
         if not self.dataset.cache_files:
             keys = self.compute_all_keys()
         else:
@@ -258,8 +263,11 @@ def compute_encoded_content_key(encoded_image: dict[str, Any]) -> int:
 
 
 def check_channels(image: Image.Image, pixels: torch.Tensor, num_channels: int | None) -> None:
-    """Raise UnreadableImage if the pixels [C, H, W] of an image do not have `num_channels` channels. Do nothing if
-    `num_channels` is None. The image processor converts images to three channels only if `do_convert_rgb` is set."""
+    """Raise UnreadableImage if the pixels [C, H, W] of an image do not have `num_channels` channels.
+
+    Do nothing if `num_channels` is None. The image processor converts images to three channels only
+    if `do_convert_rgb` is set.
+    """
     if num_channels is not None and len(pixels) != num_channels:
         path = getattr(image, "filename", "")
         image_name = f"the image {shorten_text(path)}" if path else f"an image of mode {image.mode}"
@@ -286,8 +294,10 @@ def resolve_path(folder: Path, path: str | None) -> str:
 
 
 def decode_image(encoded_image: dict[str, Any], fallback_name: str) -> Image.Image:
-    """Decode an image {"path": ..., "bytes": ...}, where one of the values may be None. Return the image in its stored
-    mode and in upright orientation. Raise UnreadableImage if the image is missing or cannot be decoded.
+    """Decode an image {"path": ..., "bytes": ...}, where one of the values may be None.
+
+    Return the image in its stored mode and in upright orientation. Raise UnreadableImage if the
+    image is missing or cannot be decoded.
 
     The `filename` attribute of the image is the path (as in Pillow) or, if there is no path, `fallback_name`. Error
     messages contain this name.

@@ -1,5 +1,6 @@
-"""Datasets in memory for the Python functions (cli/functions.py). Each dataset is converted to a named
-`datasets.DatasetDict`:
+"""Datasets in memory for the Python functions (cli/functions.py).
+
+Each dataset is converted to a named `datasets.DatasetDict`:
 
     datasets.Dataset, DatasetDict         used unchanged; columns are selected as for files (labels.py)
     list of (image, label)                images: PIL images, arrays, tensors, encoded bytes or paths
@@ -30,8 +31,11 @@ DATASETS: dict[str, Any] = {}  # `DatasetDict` by name
 
 
 def add_dataset(data: Any) -> str:
-    """Store a dataset in `DATASETS` and return its name. Raise ValueError if the dataset is empty or an item is not
-    an (image, label) pair, and TypeError if the type of the dataset is not supported."""
+    """Store a dataset in `DATASETS` and return its name.
+
+    Raise ValueError if the dataset is empty or an item is not an (image, label) pair, and TypeError
+    if the type of the dataset is not supported.
+    """
     import datasets
 
     data_by_split = data if isinstance(data, Mapping) else {"train": data}
@@ -102,8 +106,11 @@ def convert_pair(pair: Any, index: int) -> dict[str, Any]:
 
 
 def encode_image(image: Any, index: int) -> dict[str, Any]:
-    """Return an image as {"path": ..., "bytes": ...}. Images in memory are encoded as PNG, which is lossless. Arrays
-    and tensors are [H, W], [H, W, C] or [C, H, W]; floats are from 0 to 1 or from 0 to 255."""
+    """Return an image as {"path": ..., "bytes": ...}.
+
+    Images in memory are encoded as PNG, which is lossless. Arrays and tensors are [H, W], [H, W, C]
+    or [C, H, W]; floats are from 0 to 1 or from 0 to 255.
+    """
     if isinstance(image, str | os.PathLike):
         return {"path": os.fspath(image), "bytes": None}
     if isinstance(image, bytes):

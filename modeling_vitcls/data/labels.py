@@ -23,7 +23,7 @@ import numpy as np
 
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.heads_vitcls import IGNORED_LABEL
-from ..options import DataOptions
+from .options import DataOptions
 
 
 IMAGE_COLUMN_NAMES = tuple(
@@ -183,8 +183,10 @@ class LabelColumn:
     )
 
     def get_index(self, value: Any, row_name: str) -> int:
-        """Return the class index of one value, or -100 if the value is missing. Raise ValueError if the value is not
-        one of the classes."""
+        """Return the class index of one value, or -100 if the value is missing.
+
+        Raise ValueError if the value is not one of the classes.
+        """
         value = normalize_value(value)
         if value is None or (self.is_declared and value == -1):
             return IGNORED_LABEL
@@ -206,8 +208,7 @@ class LabelColumn:
 
     @cached_property
     def has_class_indices(self) -> bool:
-        """Return whether integers are class indices: True if the classes are declared or no class name is an
-        integer."""
+        """Return whether integers are class indices: if the classes are declared, or no class name is an integer."""
         return self.is_declared or not any(
             name.removeprefix("-").isdecimal() for name in self.classes
         )
@@ -231,16 +232,20 @@ class LabelReader:
         return LabelSpace(self.kind, {column.name: column.classes for column in self.columns})
 
     def read(self, row: Row, row_name: str) -> Any:
-        """Return the label of one row in the format of the label kind. Raise ValueError if a value is not one of the
-        classes. `row_name` is the name of the row in error messages."""
+        """Return the label of one row in the format of the label kind.
+
+        Raise ValueError if a value is not one of the classes. `row_name` is the name of the row in
+        error messages.
+        """
         (label,) = self.read_columns(
             [[row[column.name]] for column in self.columns], lambda _: row_name
         )
         return label
 
     def read_columns(self, values: Sequence[Sequence[Any]], name_row: Callable[[int], str]) -> Any:
-        """Return the labels of all rows: a list or, with several labels per image, `MultiHotLabels`. Raise ValueError
-        if a value is not one of the classes.
+        """Return the labels of all rows: a list or, with several labels per image, `MultiHotLabels`.
+
+        Raise ValueError if a value is not one of the classes.
 
         Args:
             values: values of each column in `columns`.
@@ -268,8 +273,11 @@ class LabelReader:
 def build_label_reader(
     options: DataOptions, features: Features, read_column: Callable[[str], Iterable[Any]]
 ) -> LabelReader:
-    """Build the label reader of a dataset. Raise ValueError if a column does not exist or contains no class labels, or
-    if the classes of a column are unknown. `read_column` returns all values of a column."""
+    """Build the label reader of a dataset.
+
+    Raise ValueError if a column does not exist or contains no class labels, or if the classes of a
+    column are unknown. `read_column` returns all values of a column.
+    """
     names = [
         find_column("label", name, features, find_class_label, LABEL_COLUMN_NAMES, options.dataset)
         for name in options.label_column or (None,)
@@ -321,8 +329,11 @@ def split_labels(value: Any, separator: str | None) -> list[Any]:
 
 
 def normalize_value(value: Any) -> Any:
-    """Return a label as text or as an integer, or None for a missing label. Whole floats become integers, because
-    the integers in a column with missing values are read as floats."""
+    """Return a label as text or as an integer, or None for a missing label.
+
+    Whole floats become integers, because the integers in a column with missing values are read as
+    floats.
+    """
     if value == "" or (isinstance(value, float) and math.isnan(value)):
         return None
     return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -10,15 +10,12 @@ All batches have the same size, and every image is used equally often. One proce
 with batches of 8, and two accumulated batches of 8 use the same images per step.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import torch
-
-from ..options import TrainingOptions
 
 
 ImageKey = tuple[int, int]  # index of the epoch and index of the image
@@ -66,7 +63,9 @@ def shuffle_indices(num_images: int, seed: int, epoch: int) -> np.ndarray:
 
 def compute_class_weights(labels: Sequence[int], num_classes: int) -> torch.Tensor:
     """Return class weights [classes], inversely proportional to the class sizes, with a mean of 1 over the images.
-    Missing labels (-100) are ignored. A class without images has weight 0."""
+
+    Missing labels (-100) are ignored. A class without images has weight 0.
+    """
     class_counts = torch.bincount(
         torch.tensor([label for label in labels if label >= 0]), minlength=num_classes
     )
@@ -89,32 +88,6 @@ class BatchPlan:
     num_processes: int
     num_steps: int
     seed: int
-
-    @classmethod
-    def from_options(
-        cls, num_images: int | None, options: TrainingOptions, num_processes: int
-    ) -> "BatchPlan":
-        """Build a plan of `max_steps` steps, or of `epochs` epochs rounded up to whole steps. `num_images` is None for
-        a stream. Raise ValueError for a stream without `max_steps`."""
-        assert options.batch_size is not None
-        images_per_step = options.batch_size * options.gradient_accumulation_steps * num_processes
-        num_steps = options.max_steps
-        if not num_steps:
-            if num_images is None:
-                raise ValueError(
-                    "a stream of unknown length requires a number of steps. Set --max-steps"
-                )
-            assert options.epochs is not None
-            num_steps = math.ceil(options.epochs * num_images / images_per_step)
-        accumulation_steps = options.gradient_accumulation_steps
-        return cls(
-            num_images,
-            options.batch_size,
-            accumulation_steps,
-            num_processes,
-            num_steps,
-            options.seed,
-        )
 
     @property
     def images_per_step(self) -> int:

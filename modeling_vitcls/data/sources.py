@@ -28,12 +28,12 @@ import numpy as np
 
 from ..hub.loading import describe_missing_repo, fall_back_to_cache, is_hub_id
 from ..model.heads_vitcls import IGNORED_LABEL
-from ..options import DataOptions
 from ..runtime.errors import format_error
 from .image_folder import read_image_folder, scan_folder
 from .images import ArrayImages, DatasetImages, LabeledImages
 from .in_memory import MEMORY_PREFIX, get_dataset
 from .labels import UNLABELED, LabelSpace, build_label_reader, find_image_column, is_image_feature
+from .options import DataOptions
 
 
 READERS = {
@@ -128,8 +128,10 @@ def find_idx_file(folder: Path, split: str, kind: str) -> Path | None:
 
 
 def load_idx_folder(folder: Path) -> Splits:
-    """Load the splits of a folder in the MNIST format. Raise ValueError if a label file is missing, or if a file is
-    damaged."""
+    """Load the splits of a folder in the MNIST format.
+
+    Raise ValueError if a label file is missing, or if a file is damaged.
+    """
     images_by_split = {}
     num_classes = 10
     for prefix, name in IDX_SPLITS.items():
@@ -157,8 +159,11 @@ def load_idx_folder(folder: Path) -> Splits:
 
 
 def read_idx(file: Path, num_dimensions: int) -> np.ndarray:
-    """Read an idx file as [images, H, W] or [images] `uint8`. The file contains two zero bytes, the type code 8
-    (`uint8`), the number of dimensions, the size of each dimension, and the values."""
+    """Read an idx file as [images, H, W] or [images] `uint8`.
+
+    The file contains two zero bytes, the type code 8 (`uint8`), the number of dimensions, the size
+    of each dimension, and the values.
+    """
     try:
         content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
         if content[:4] != bytes([0, 0, 8, num_dimensions]):
@@ -208,8 +213,10 @@ def load_with_datasets(options: DataOptions, use_labels: bool, select: SplitSele
 
 
 def drop_unlabeled_images(images: LabeledImages, options: DataOptions, split: str) -> LabeledImages:
-    """Return the labeled images and log a warning about images without a label. Raise ValueError if no image has a
-    label."""
+    """Return the labeled images and log a warning about images without a label.
+
+    Raise ValueError if no image has a label.
+    """
     if not isinstance(images.labels, list):
         return images
     labeled = [index for index, label in enumerate(images.labels) if label != IGNORED_LABEL]
@@ -232,8 +239,11 @@ def warn_on_first_process(message: str) -> None:
 
 
 def open_splits(options: DataOptions, use_labels: bool = True) -> Any:
-    """Return the splits of a dataset by name, as `datasets` objects. With --streaming, no rows are read yet. Raise
-    ValueError if the dataset cannot be read, and OSError if the dataset is found neither locally nor on the Hub."""
+    """Return the splits of a dataset by name, as `datasets` objects.
+
+    With --streaming, no rows are read yet. Raise ValueError if the dataset cannot be read, and
+    OSError if the dataset is found neither locally nor on the Hub.
+    """
     path = Path(options.dataset)
     is_in_memory = options.dataset.startswith(MEMORY_PREFIX)
     if options.streaming and (is_in_memory or options.dataset == "digits" or is_idx_folder(path)):

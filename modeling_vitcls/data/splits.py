@@ -23,7 +23,6 @@ import numpy as np
 from accelerate import Accelerator
 
 from ..model.heads_vitcls import IGNORED_LABEL
-from ..options import DataOptions
 from ..runtime.distributed import run_on_main
 from ..runtime.files import escape_csv_cell
 from .held_out import MAX_RECORDED_IMAGES, HeldOutRecord, HeldOutRule, encode_content_keys
@@ -31,6 +30,7 @@ from .image_folder import describe_single_class, format_name_list
 from .images import DatasetImages, LabeledImages
 from .in_memory import MEMORY_PREFIX
 from .labels import LabelSpace, MultiHotLabels
+from .options import DataOptions
 from .sources import Splits, load_splits
 from .streaming import MAX_HELD_OUT_IMAGES, StreamedImages, open_streams
 
@@ -100,7 +100,9 @@ class TrainingData:
 
     def build_record(self) -> HeldOutRecord:
         """Return the record for results.json, which identifies the training and selection images by their content.
-        Up to `MAX_RECORDED_IMAGES` images are read, without decoding them."""
+
+        Up to `MAX_RECORDED_IMAGES` images are read, without decoding them.
+        """
         parts = [
             images for images in (self.train, self.selection) if isinstance(images, LabeledImages)
         ]
@@ -197,9 +199,12 @@ def load_training_data(
 
 
 def exclude_images(images: LabeledImages, split: str, file: Path) -> LabeledImages:
-    """Return the training images without those that a table of `evaluate --audit` lists in this split. Held-out images
-    are never left out, because this would only make the accuracy look better. Raise ValueError if the table does not
-    have the columns `split` and `id`, or lists only other images or all images, and OSError if it cannot be read."""
+    """Return the training images without those that a table of `evaluate --audit` lists in this split.
+
+    Held-out images are never left out, because this would only make the accuracy look better. Raise
+    ValueError if the table does not have the columns `split` and `id`, or lists only other images
+    or all images, and OSError if it cannot be read.
+    """
     import pandas as pd
 
     table = pd.read_csv(file, dtype=str)
@@ -236,8 +241,11 @@ class TrainingSplits(NamedTuple):
 
 
 def choose_training_splits(names: Collection[str], use_selection_split: bool) -> TrainingSplits:
-    """Return the names of the splits that training reads. The reported metrics are measured on the test split only if
-    there is no validation split, or if the validation split is used to select the checkpoint."""
+    """Return the names of the splits that training reads.
+
+    The reported metrics are measured on the test split only if there is no validation split, or if
+    the validation split is used to select the checkpoint.
+    """
     train = "train" if "train" in names else next(iter(names))
     held_out_names = [name for name in HELD_OUT_SPLITS if name in names and name != train]
     if use_selection_split and len(held_out_names) > 1 and "test" in held_out_names:
@@ -248,8 +256,7 @@ def choose_training_splits(names: Collection[str], use_selection_split: bool) ->
 def check_splits(
     options: DataOptions, splits: Splits, training_splits: TrainingSplits, use_selection_split: bool
 ) -> None:
-    """Raise ValueError if there is only one class, or if `--folds` or `--select best` is not possible with the
-    splits."""
+    """Raise ValueError for a single class, or if `--folds` or `--select best` is not possible with the splits."""
     label_space = splits.label_space
     lacks_selection = use_selection_split and training_splits.selection is None
     if (
@@ -287,7 +294,9 @@ def hold_out_images(
     images: Any, rule: HeldOutRule, options: DataOptions
 ) -> tuple[Any, LabeledImages, HeldOutRecord]:
     """Return the training images (stored or streamed), the held-out images, and the record of the held-out images.
-    Raise ValueError if none or all of the images would be held out."""
+
+    Raise ValueError if none or all of the images would be held out.
+    """
     if isinstance(images, StreamedImages):
         train = replace(images, held_out_rule=rule)
         held_out = LabeledImages(DatasetImages.from_list([]), [])
@@ -351,8 +360,10 @@ def describe_rule(rule: HeldOutRule, images: Any) -> str:
 
 
 def describe_data(training_data: TrainingData) -> dict[str, Any]:
-    """Return a description of the training data, to be stored in checkpoints. The description of a stream contains
-    only the classes and the stored held-out images."""
+    """Return a description of the training data, to be stored in checkpoints.
+
+    The description of a stream contains only the classes and the stored held-out images.
+    """
     description: dict[str, Any] = {
         "classes": training_data.label_space.columns,
         "num_training_images": training_data.num_training_images,

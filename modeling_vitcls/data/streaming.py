@@ -21,7 +21,6 @@ import numpy as np
 import torch
 
 from ..model.heads_vitcls import IGNORED_LABEL
-from ..options import DataOptions
 from .batches import Batch, BatchBuilder
 from .held_out import HeldOutRule
 from .images import (
@@ -40,6 +39,7 @@ from .labels import (
     build_label_reader,
     find_image_column,
 )
+from .options import DataOptions
 from .sampling import BatchPlan, derive_seed
 from .sources import Splits, get_dataset_folder, get_dataset_name, open_splits
 
@@ -84,8 +84,11 @@ class StreamedImages:
     def iterate_examples(
         self, seed: int, process_index: int, num_processes: int, start: int = 0
     ) -> Iterator[Example]:
-        """Yield the examples of one process indefinitely, starting at example `start`. `Example.epoch` is the number
-        of completed passes. Raise ValueError if a label is not one of the classes, or if a process has no examples."""
+        """Yield the examples of one process indefinitely, starting at example `start`.
+
+        `Example.epoch` is the number of completed passes. Raise ValueError if a label is not one of
+        the classes, or if a process has no examples.
+        """
         pass_index = 0
         while True:
             num_examples = 0
@@ -130,8 +133,10 @@ class StreamedImages:
         return self.build_examples(self.iterate_rows(stream, self.is_held_out_part))
 
     def read_first(self, num_images: int) -> LabeledImages:
-        """Return the first images in the order of the stream, stored in memory without decoding. Raise ValueError if
-        there are none."""
+        """Return the first images in the order of the stream, stored in memory without decoding.
+
+        Raise ValueError if there are none.
+        """
         examples = list(islice(self.iterate_in_order(), num_images))
         if not examples:
             remedy = (
@@ -149,8 +154,10 @@ class StreamedImages:
         )
 
     def iterate_rows(self, stream: Any, is_held_out: bool) -> Iterator[StreamRow]:
-        """Yield the column values and the image key of each row that is held out, or of each row that is not. The
-        image column contains inputs of `decode_image`."""
+        """Yield the column values and the image key of each row that is held out, or of each row that is not.
+
+        The image column contains inputs of `decode_image`.
+        """
         rule = self.held_out_rule
         for values in stream:
             encoded_image = to_encoded_image(values[self.image_column], self.folder)
@@ -175,8 +182,11 @@ class StreamedImages:
 
 
 def open_streams(options: DataOptions, use_labels: bool = True) -> Splits:
-    """Open the splits of a dataset as `StreamedImages`. Raise ValueError if the dataset cannot be read, has no image
-    or label column, or has unknown classes, and OSError if the dataset cannot be found."""
+    """Open the splits of a dataset as `StreamedImages`.
+
+    Raise ValueError if the dataset cannot be read, has no image or label column, or has unknown
+    classes, and OSError if the dataset cannot be found.
+    """
     import datasets
 
     streams = open_splits(options, use_labels)
@@ -207,8 +217,11 @@ def open_streams(options: DataOptions, use_labels: bool = True) -> Splits:
 
 
 def read_label_column(streams: Any, column: str, options: DataOptions) -> Iterator[Any]:
-    """Yield the labels of all splits of a dataset that does not declare its classes. Images are not decoded. Raise
-    ValueError for WebDataset shards on the Hub, of which all images would be downloaded."""
+    """Yield the labels of all splits of a dataset that does not declare its classes.
+
+    Images are not decoded. Raise ValueError for WebDataset shards on the Hub, of which all images
+    would be downloaded.
+    """
     for stream in streams.values():
         if "__url__" in (stream.features or {}) and not Path(options.dataset).exists():
             raise ValueError(

@@ -1,5 +1,6 @@
 """Export a model to a graph that runs without this package: ONNX, OpenVINO or transformers.js.
 
+    options.py            flags of `vitcls export`
     exportable.py         load the model and its image processor, and name the model's outputs
     tracing.py            trace the model to a graph, with a dynamic image size if possible
     formats.py            write the graph to a file and run the file in the runtime of its format

@@ -26,13 +26,13 @@ from ..inference.speed import measure_inference_speed
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import ViTCLSBackbone
-from ..options import ExportOptions
 from ..runtime.errors import describe_installation
 from ..runtime.files import write_json
 from ..runtime.system import get_versions
 from .exportable import ExportableModel, Outputs, compute_named_outputs, load_exportable_model
 from .formats import FORMATS, run_graph
 from .measurement import NUM_COMPARED_IMAGES, compare_outputs_on_images, load_export_images
+from .options import ExportOptions
 from .quantization import NUM_CALIBRATION_IMAGES, quantize_graph, rank_layers
 from .tracing import GraphShape, select_graph_shape, trace_model
 
@@ -191,9 +191,12 @@ def export_model(
 
 
 def check_drop(report: Report, max_drop: float, model: Any, images: torch.Tensor) -> None:
-    """Raise ValueError if the metric falls by more than `max_drop` points. An accuracy must fall by more than that
-    with 95% confidence: few images cannot show a small loss. The message names the layers with the largest error in
-    int8, measured on preprocessed images [B, C, H, W]."""
+    """Raise ValueError if the metric falls by more than `max_drop` points.
+
+    An accuracy must fall by more than that with 95% confidence: few images cannot show a small
+    loss. The message names the layers with the largest error in int8, measured on preprocessed
+    images [B, C, H, W].
+    """
     scores = report["evaluation"]
     if scores is None:
         return
@@ -244,8 +247,10 @@ def check_files_do_not_exist(*files: Path) -> None:
 
 
 def move_files(source: Path, target: Path) -> None:
-    """Move all files of a folder to another folder. Raise ValueError if the target folder contains a file of the same
-    name."""
+    """Move all files of a folder to another folder.
+
+    Raise ValueError if the target folder contains a file of the same name.
+    """
     files = sorted(source.iterdir())
     check_files_do_not_exist(*(target / file.name for file in files))
     target.mkdir(parents=True, exist_ok=True)
@@ -259,8 +264,11 @@ def move_files(source: Path, target: Path) -> None:
 def select_image_shapes(
     config: ViTCLSConfig, graph_shape: GraphShape
 ) -> list[tuple[int, int, int, int]]:
-    """Return the image shapes for the comparison. For a dynamic graph, the shapes include the native, requested and
-    smallest sizes, non-square sizes, and a size that is not a multiple of the patch size."""
+    """Return the image shapes for the comparison.
+
+    For a dynamic graph, the shapes include the native, requested and smallest sizes, non-square
+    sizes, and a size that is not a multiple of the patch size.
+    """
     if not graph_shape.is_dynamic:
         return [
             (batch_size, config.num_channels, *graph_shape.image_size) for batch_size in (1, 2, 3)
@@ -289,8 +297,11 @@ def compare_outputs(
     outputs: list[Outputs],
     dtype: str | None,
 ) -> list[Report]:
-    """Return the largest differences between the outputs of a file and of the model for each batch. Raise ValueError
-    if the names or shapes differ, or if a difference exceeds `LIMITS`; a dtype of None has no limit."""
+    """Return the largest differences between the outputs of a file and of the model for each batch.
+
+    Raise ValueError if the names or shapes differ, or if a difference exceeds `LIMITS`; a dtype of
+    None has no limit.
+    """
     absolute_limit, relative_limit = LIMITS[dtype] if dtype else (float("inf"), 0.0)
     comparisons = []
     for images, reference, result in zip(batches, reference_outputs, outputs, strict=True):

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from ..data.evaluated_images import load_fitting_and_evaluation_data
 from ..data.held_out import read_held_out_record
 from ..data.images import LabeledImages
+from ..data.options import DataOptions
 from ..data.splits import load_training_data
 from ..hub.local_paths import BUILT_IN_DATASET, resolve_name, strip_folders
 from ..hub.model_folder import ModelFolder
@@ -28,7 +29,7 @@ from ..inference.evaluate import EvaluationSetup, load_evaluation, set_label_col
 from ..inference.exported_graphs import INPUT_NAME, ExportedModel
 from ..inference.image_pass import ImageOutput
 from ..inference.intervals import compute_proportion_interval
-from ..options import DataOptions, EvaluateOptions
+from ..inference.options import EvaluateOptions
 from ..runtime.distributed import build_accelerator
 from .exportable import Outputs
 
@@ -48,8 +49,10 @@ class ExportImages:
     setup: EvaluationSetup | None
 
     def prepare(self, images: Any, processor: Any, count: int) -> list[torch.Tensor]:
-        """Return up to `count` preprocessed images, each [1, C, H, W], spread over all images. Unreadable images are
-        left out."""
+        """Return up to `count` preprocessed images, each [1, C, H, W], spread over all images.
+
+        Unreadable images are left out.
+        """
         pixels = []
         for index in range(0, len(images), max(1, len(images) // count)):
             with contextlib.suppress(ValueError):
@@ -131,8 +134,9 @@ def compare_labels(
 def load_export_images(
     folder: ModelFolder | None, dataset: str, split: str | None = None, batch_size: int = 64
 ) -> ExportImages:
-    """Load the training images and the held-out images of a dataset. Without labels, or for a model without
-    classifier, print why no accuracy is measured.
+    """Load the training images and the held-out images of a dataset.
+
+    Without labels, or for a model without classifier, print why no accuracy is measured.
 
     Args:
         folder: The model; None for a preset.

@@ -43,8 +43,9 @@ def select_graph_shape(
     dynamic: bool,
     has_pytorch_antialias_filter: bool = True,
 ) -> GraphShape:
-    """Return the image sizes that the graph of a model will accept. If `dynamic` is True but a dynamic size is not
-    possible, the size is fixed.
+    """Return the image sizes that the graph of a model will accept.
+
+    If `dynamic` is True but a dynamic size is not possible, the size is fixed.
 
     `image_size` is (height, width) in pixels, by default the native size. `has_pytorch_antialias_filter` is False if
     the antialiasing filter of the runtime differs from PyTorch's filter.
@@ -86,8 +87,10 @@ def trace_model(
     dtype: torch.dtype,
     output_attentions: bool = False,
 ) -> ExportedProgram:
-    """Trace a copy of a model to a graph with float32 inputs and outputs. Weights and computations have the given
-    dtype. Raise ValueError if the model cannot be traced."""
+    """Trace a copy of a model to a graph with float32 inputs and outputs.
+
+    Weights and computations have the given dtype. Raise ValueError if the model cannot be traced.
+    """
     config = model.config
     if not graph_shape.is_dynamic and graph_shape.image_size != config.image_height_width:
         model = model.adapt(image_size=list(graph_shape.image_size))

@@ -29,12 +29,12 @@ from ..hub.local_paths import check_output_is_empty
 from ..hub.model_files import hash_files
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, ViTCLSPreTrainedModel
-from ..options import ExportOptions
 from ..runtime.files import create_output_folder, write_json
 from .exportable import Outputs, compute_named_outputs, load_exportable_model
 from .exporter import export_model, get_report_path
 from .formats import run_graph
 from .measurement import compare_outputs_on_images, load_export_images
+from .options import ExportOptions
 
 
 # `dtype` in transformers.js -> file name.
@@ -138,8 +138,10 @@ def build_config(model: ViTCLSPreTrainedModel) -> dict[str, Any]:
 
 
 def build_preprocessor_config(processor: ViTCLSImageProcessor) -> dict[str, Any]:
-    """Return the contents of preprocessor_config.json. Raise ValueError if the image processor does not convert
-    images to RGB."""
+    """Return the contents of preprocessor_config.json.
+
+    Raise ValueError if the image processor does not convert images to RGB.
+    """
     if not processor.do_convert_rgb:
         raise ValueError(
             "--format transformers.js requires do_convert_rgb=True, but do_convert_rgb is False. Set a different "
@@ -151,8 +153,11 @@ def build_preprocessor_config(processor: ViTCLSImageProcessor) -> dict[str, Any]
 
 
 def quantize_onnx_file(source: Path, target: Path) -> None:
-    """Write a dynamically quantized copy of an ONNX file. The weights of linear layers are stored as int8, and the
-    inputs of these layers are quantized at run time."""
+    """Write a dynamically quantized copy of an ONNX file.
+
+    The weights of linear layers are stored as int8, and the inputs of these layers are quantized at
+    run time.
+    """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 

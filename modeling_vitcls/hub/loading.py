@@ -291,8 +291,10 @@ def describe_incomplete_cache(repo_id: str) -> str:
 
 
 def resolve_commit(repo_id: str, revision: str = "main") -> HubCommit:
-    """Return the commit of a branch or tag. Raise OSError if the repository or the revision does not exist, or if the
-    Hub does not respond."""
+    """Return the commit of a branch or tag.
+
+    Raise OSError if the repository or the revision does not exist, or if the Hub does not respond.
+    """
     if not is_hub_id(repo_id):
         raise OSError(describe_missing_repo(repo_id))
     info = fetch_repo_info(repo_id, revision=revision)
@@ -311,8 +313,10 @@ def describe_missing_repo(name: str, repo_type: RepoType = "model") -> str:
 
 
 def load_timm_model(name: str, pretrained: bool = True) -> tuple[nn.Module, str | None]:
-    """Return a timm model and the commit hash of its repository. The hash is None unless `name` starts with `hf-hub:`.
-    In NAME@FILE, `FILE` contains weights for the model, in a format that timm can read.
+    """Return a timm model and the commit hash of its repository.
+
+    The hash is None unless `name` starts with `hf-hub:`. In NAME@FILE, `FILE` contains weights for
+    the model, in a format that timm can read.
 
     Raise OSError if the Hub does not have the repository or does not respond. Other timm errors are not caught.
     """

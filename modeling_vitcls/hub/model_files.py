@@ -85,8 +85,10 @@ def list_backend_files(backend: str) -> tuple[str, ...]:
 
 
 def list_weight_files(folder: Path) -> list[str]:
-    """Return the names of the weight files. Raise ValueError if the index of the weights does not contain names of
-    files in the same folder."""
+    """Return the names of the weight files.
+
+    Raise ValueError if the index of the weights does not contain names of files in the same folder.
+    """
     index_file = folder / INDEX_FILE
     if not index_file.is_file():
         return [WEIGHTS_FILE]

@@ -128,8 +128,10 @@ class ModelFolder:
         return load_checkpoint(ViTCLSImageProcessor.from_pretrained, self.path)
 
     def load(self, model_class: Any, **arguments: Any) -> Any:
-        """Load the model in evaluation mode, with further arguments of `from_pretrained`. Raise ValueError if a weight
-        is missing."""
+        """Load the model in evaluation mode, with further arguments of `from_pretrained`.
+
+        Raise ValueError if a weight is missing.
+        """
         # Without transformers' warnings: missing weights are an error, and a classifier may be unused.
         with silence_transformers():
             model, loading_info = model_class.from_pretrained(
@@ -181,8 +183,10 @@ class ModelFolder:
 
     @cached_property
     def weights_sha256(self) -> dict[str, str] | None:
-        """The SHA-256 of each weight file. A folder without weights has them in results.json; None if there is
-        neither."""
+        """The SHA-256 of each weight file.
+
+        A folder without weights has them in results.json; None if there is neither.
+        """
         if all((self.path / name).is_file() for name in list_weight_files(self.path)):
             return hash_weights(self.path)
         return self.saved_results.get("weights_sha256")
@@ -302,8 +306,10 @@ class ModelFolder:
 
     @property
     def images(self) -> dict[str, str]:
-        """The names of the card's images, such as "attention", and their paths in the folder. Images of results that
-        belong to other weights are omitted."""
+        """The names of the card's images, such as "attention", and their paths in the folder.
+
+        Images of results that belong to other weights are omitted.
+        """
         if not self.results:
             return {}
         tasks = self.config.task_labels() if self.config is not None else {}

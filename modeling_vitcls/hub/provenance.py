@@ -92,8 +92,10 @@ def find_provenance(source: str) -> Provenance:
 
 
 def fetch_hub_provenance(repo_id: str) -> Provenance:
-    """Return the provenance of a model on the Hub, from its card. If the Hub does not respond, the cached card is
-    used."""
+    """Return the provenance of a model on the Hub, from its card.
+
+    If the Hub does not respond, the cached card is used.
+    """
     if not is_hub_id(repo_id):
         return Provenance(repo_id)
     try:

@@ -1,5 +1,6 @@
 """Evaluation, prediction and feature extraction with saved models, on any number of processes.
 
+    options.py          flags of `vitcls evaluate` and `vitcls predict`
     load_model.py       loading of a model by name, and a check that the model is a classifier
     metrics.py          metrics for each kind of labels, and for masked autoencoders
     image_pass.py       one pass of images through a model, for everything in this list that needs outputs

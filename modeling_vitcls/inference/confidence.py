@@ -40,7 +40,9 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
 
 def compute_energies(logits: np.ndarray) -> np.ndarray:
     """Return the energy [N] of each image, -log(sum(exp(logits))) (Liu et al. 2020, arXiv 2010.03759, section 3.1).
-    The energy is low for images that resemble the training images."""
+
+    The energy is low for images that resemble the training images.
+    """
     return -logsumexp(logits, axis=1)
 
 

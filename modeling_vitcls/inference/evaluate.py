@@ -24,13 +24,13 @@ from ..data.held_out import ADDITIONS_KEY, read_held_out_record
 from ..data.image_folder import format_name_list
 from ..data.images import LabeledImages
 from ..data.labels import LabelSpace, MultiHotLabels, build_task_config, get_label_space
+from ..data.options import DataOptions
 from ..data.sources import load_splits
 from ..data.splits import EVALUATION_SPLITS, load_on_main
 from ..data.streaming import StreamedImages
 from ..hub.model_folder import ModelFolder
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.heads_vitcls import IGNORED_LABEL
-from ..options import DataOptions, EvaluateOptions
 from ..runtime.distributed import build_accelerator
 from ..runtime.files import write_json
 from ..runtime.system import describe_device, get_versions
@@ -44,6 +44,7 @@ from .load_model import (
     load_model,
 )
 from .metric_tables import build_class_tables, build_metric_rows
+from .options import EvaluateOptions
 from .per_image import get_outputs, write_predictions
 
 
@@ -71,8 +72,10 @@ def load_evaluation(
     print_line: Callable[[str], None] = print,
     choose_engine: EngineChooser | None = None,
 ) -> EvaluationSetup:
-    """Load the model and the labeled images, and choose an engine (engines.py). The errors are the same as in
-    `evaluate_checkpoint`."""
+    """Load the model and the labeled images, and choose an engine (engines.py).
+
+    The errors are the same as in `evaluate_checkpoint`.
+    """
     with accelerator.main_process_first():
         precision = announce_precision(
             accelerator, options.mixed_precision, folder.config, options.backend
@@ -195,7 +198,9 @@ def evaluate_unknown(
     known_logits: np.ndarray,
 ) -> dict[str, Any]:
     """Return how well the energy separates the images of `--unknown-dataset` from those with `known_logits` [N, L].
-    The test split is used or, if there is none, another evaluation split or the only split."""
+
+    The test split is used or, if there is none, another evaluation split or the only split.
+    """
     assert options.unknown_dataset is not None
     data_options = replace(options.data, dataset=options.unknown_dataset, streaming=False)
     splits = load_on_main(
@@ -282,10 +287,12 @@ def set_label_columns(
 
 
 def match_labels(images: Any, data_space: LabelSpace, model_space: LabelSpace) -> Any:
-    """Convert the label indices of the dataset to the label indices of the model. Labels are matched by name, and
-    missing labels (-100) are left unchanged. Raise ValueError if the kinds of labels or the tasks differ, if the model
-    has several labels with the same name, or if an image has a label that the model lacks (in a stream, when the label
-    is read)."""
+    """Convert the label indices of the dataset to the label indices of the model.
+
+    Labels are matched by name, and missing labels (-100) are left unchanged. Raise ValueError if
+    the kinds of labels or the tasks differ, if the model has several labels with the same name, or
+    if an image has a label that the model lacks (in a stream, when the label is read).
+    """
     if data_space.kind != model_space.kind:
         raise ValueError(
             f"the model was trained for {model_space.kind}, but the labels of the dataset are for {data_space.kind}. "

@@ -25,7 +25,6 @@ from ..conversion.any_checkpoint import resolve
 from ..data.evaluated_images import EvaluationData, load_fitting_and_evaluation_data
 from ..data.held_out import read_held_out_record
 from ..data.splits import load_on_main
-from ..options import EvaluateOptions
 from .evaluate import (
     MAX_BATCH_SIZE,
     build_table,
@@ -44,6 +43,7 @@ from .load_model import (
     load_model,
 )
 from .metric_tables import format_percent
+from .options import EvaluateOptions
 from .token_names import get_token_names
 
 

@@ -32,10 +32,10 @@ from torch.utils.data import Dataset
 from ..data.aspect_ratio import get_output_size
 from ..data.images import LabeledImages, UnreadableImageCounter, check_channels, decode_image
 from ..data.labels import LabelSpace
+from ..data.options import DataOptions
 from ..data.streaming import Example, StreamedImages, read_ahead
 from ..data.workers import build_loader, explain_worker_errors
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
-from ..options import DataOptions
 from ..runtime.progress import track
 
 
@@ -317,8 +317,11 @@ class ImagePass:
         return rows
 
     def synchronize(self, batches: Iterable[ImageBatch]) -> Iterator[ImageBatch]:
-        """Yield the batches. All processes yield the same number of batches: processes with fewer batches of a stream
-        yield batches without images."""
+        """Yield the batches.
+
+        All processes yield the same number of batches: processes with fewer batches of a stream
+        yield batches without images.
+        """
         if isinstance(self.images, LabeledImages) or self.accelerator.num_processes == 1:
             yield from batches
             return
@@ -343,8 +346,10 @@ class ImagePass:
         return replace(batch, pixel_values=pixel_values)
 
     def load_batches(self) -> Iterator[ImageBatch]:
-        """Yield the batches of this process. The first pass caches batches of up to `MAX_CACHE_BYTES` in total; a
-        stream is not cached."""
+        """Yield the batches of this process.
+
+        The first pass caches batches of up to `MAX_CACHE_BYTES` in total; a stream is not cached.
+        """
         if self.cache is not None:
             yield from self.cache
             return

@@ -27,11 +27,12 @@ from huggingface_hub.utils import http_backoff
 from ..data.image_folder import IMAGE_SUFFIXES, compute_files_digest, list_files, make_printable
 from ..data.images import ROWS_PER_READ, ArrayImages, resolve_path
 from ..data.labels import find_image_column
+from ..data.options import DataOptions
 from ..data.sources import get_dataset_folder, is_idx_folder, load_splits, open_splits
 from ..data.streaming import read_features
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
-from ..options import DataOptions, PredictOptions
 from ..runtime.errors import format_error
+from .options import PredictOptions
 
 
 SECONDS_BEFORE_RETRY = (
@@ -82,8 +83,10 @@ class ListInput:
 
 
 def build_list_input(paths: Iterable[str]) -> ListInput:
-    """Return an input with the given files and URLs, and the images in the given folders. Images in a folder are
-    sorted by name. Raise ValueError if there are no images."""
+    """Return an input with the given files and URLs, and the images in the given folders.
+
+    Images in a folder are sorted by name. Raise ValueError if there are no images.
+    """
     files: list[str] = []
     for path in paths:
         is_folder = Path(path).is_dir()
@@ -122,8 +125,10 @@ def get_file_stat(path: str) -> list[int] | None:
 
 
 def build_record(index: int, value: Any, folder: Path) -> ImageRecord:
-    """Build the record of an image or image path in a dataset. Relative paths are resolved against `folder`. The name
-    of an image without a path is its index."""
+    """Build the record of an image or image path in a dataset.
+
+    Relative paths are resolved against `folder`. The name of an image without a path is its index.
+    """
     if isinstance(value, str):
         return ImageRecord(index, make_printable(value), resolve_path(folder, value))
     if isinstance(value, dict):
@@ -191,9 +196,11 @@ PredictionInput = ListInput | DatasetInput | StreamInput
 
 
 def open_input(options: PredictOptions) -> PredictionInput:
-    """Open the input that PATHS, `--list` or `--dataset` specifies. Labels are not required. Raise ValueError if the
-    input has no images or the dataset cannot be read, and OSError if the list cannot be read or the dataset cannot be
-    found."""
+    """Open the input that PATHS, `--list` or `--dataset` specifies.
+
+    Labels are not required. Raise ValueError if the input has no images or the dataset cannot be
+    read, and OSError if the list cannot be read or the dataset cannot be found.
+    """
     if options.dataset is None:
         return build_list_input(
             list(options.paths) if options.list is None else read_path_list(options.list)
@@ -229,8 +236,10 @@ def open_input(options: PredictOptions) -> PredictionInput:
 
 
 def select_split(splits: Mapping[str, Any], options: PredictOptions) -> Any:
-    """Return the split that `--split` names, or the only split if `--split` is not set. Raise ValueError if there is
-    no such split."""
+    """Return the split that `--split` names, or the only split if `--split` is not set.
+
+    Raise ValueError if there is no such split.
+    """
     split = next(iter(splits)) if options.split is None and len(splits) == 1 else options.split
     if split is None or split not in splits:
         raise ValueError(
@@ -252,8 +261,11 @@ class PreparedImage:
 
 
 class FetchError(OSError):
-    """Raised if a file cannot be fetched. The prediction stops instead of recording the image as unreadable, because
-    the image itself may be readable."""
+    """Raised if a file cannot be fetched.
+
+    The prediction stops instead of recording the image as unreadable, because the image itself may
+    be readable.
+    """
 
 
 def prepare_images(
@@ -293,9 +305,11 @@ def prepare_image(processor: ViTCLSImageProcessor, record: ImageRecord) -> Prepa
 
 
 def fetch(url: str) -> bytes:
-    """Return the contents of a URL: of a web server, or of another file system such as `hf://` or an archive. Network
-    errors and temporary errors of a web server are retried for about 15 seconds. Raise ValueError if the server has no
-    such image, and FetchError otherwise."""
+    """Return the contents of a URL: of a web server, or of another file system such as `hf://` or an archive.
+
+    Network errors and temporary errors of a web server are retried for about 15 seconds. Raise
+    ValueError if the server has no such image, and FetchError otherwise.
+    """
     try:
         if url.startswith(("http://", "https://")):
             retries: Any = {"max_retries": 4, "base_wait_time": SECONDS_BEFORE_RETRY}

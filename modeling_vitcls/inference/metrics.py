@@ -73,8 +73,7 @@ class SingleLabelMetrics:
             )
 
     def update(self, outputs: Any, labels: torch.Tensor) -> None:
-        """Update the metrics with logits [B, L], labels [G] and, if the model has two heads, the logits of each
-        head."""
+        """Update the metrics with logits [B, L], labels [G] and the logits of each of two heads, if there are."""
         self.update_logits(outputs.logits, labels)
         if outputs.distillation_logits is not None:
             for name, attribute in HEAD_OUTPUTS.items():
@@ -249,8 +248,11 @@ SELECTION_METRICS: dict[LabelKind, str] = {
 
 
 class ClassCounts(Metric):
-    """Three counts per class, as an int64 tensor [3, L]: correct predictions, all predictions, and images. The
-    counting metrics of torchmetrics do not support empty batches and build a matrix [L, L] at each update."""
+    """Three counts per class, as an int64 tensor [3, L]: correct predictions, all predictions, and images.
+
+    The counting metrics of torchmetrics do not support empty batches and build a matrix [L, L] at
+    each update.
+    """
 
     full_state_update = False
     counts: torch.Tensor
@@ -273,8 +275,11 @@ class ClassCounts(Metric):
 
 
 def build_aggregator(metric_class: type[MeanMetric | SumMetric], device: torch.device) -> Any:
-    """Build a mean or sum metric whose result is NaN if any value is NaN. The metric is float64 if the device supports
-    float64, so that the order of batches hardly affects the result."""
+    """Build a mean or sum metric whose result is NaN if any value is NaN.
+
+    The metric is float64 if the device supports float64, so that the order of batches hardly
+    affects the result.
+    """
     dtype = torch.float32 if device.type == "mps" else torch.float64
     return metric_class(nan_strategy="disable").set_dtype(dtype).to(device)
 

@@ -42,8 +42,10 @@ def show_progress(
 def write_rows(
     rows: Iterable[Row], columns: Columns, file: Path, metadata: dict[str, str] | None = None
 ) -> None:
-    """Write rows to a file in the format given by the suffix of the file name, and replace an existing file. If an
-    OSError is raised, no partial file remains. Parquet files also store `metadata`."""
+    """Write rows to a file in the format given by the suffix of the file name, and replace an existing file.
+
+    If an OSError is raised, no partial file remains. Parquet files also store `metadata`.
+    """
     write_table(pa.Table.from_pylist(list(rows), pa.schema(list(columns.items()), metadata)), file)
 
 
@@ -55,8 +57,11 @@ def write_table(table: pa.Table, file: Path) -> None:
 
 
 def write_csv(table: pa.Table, file: Path) -> None:
-    """Write comma-separated values with a header. All labels of a multi-label image are in one cell. Texts are
-    escaped, because labels and file names may be formulas of a spreadsheet."""
+    """Write comma-separated values with a header.
+
+    All labels of a multi-label image are in one cell. Texts are escaped, because labels and file
+    names may be formulas of a spreadsheet.
+    """
     frame = table.to_pandas()
     for column in table.schema:
         is_list = pa.types.is_list(column.type)

@@ -31,7 +31,6 @@ from ..hub.model_files import PREDICTIONS_FILE
 from ..hub.model_folder import ModelFolder
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import ViTCLSPreTrainedModel
-from ..options import PredictOptions
 from ..runtime.distributed import build_accelerator, run_on_main
 from .confidence import find_score_limit
 from .engines import EngineChooser, Job, select_engine
@@ -50,6 +49,7 @@ from .load_model import (
     choose_batch_size,
     load_model,
 )
+from .options import PredictOptions
 from .outputs import WRITERS, get_output_columns, print_table, show_progress, write_rows
 from .prediction_rows import (
     AutocastFactory,
@@ -94,8 +94,11 @@ class PredictionCounts(NamedTuple):
 def predict_from_options(
     options: PredictOptions, images: list[Any], choose_engine: EngineChooser | None = None
 ) -> list[Row]:
-    """Return the rows that `vitcls predict` would write, computed in this process. `images` are paths, URLs, folders,
-    encoded bytes, PIL images and arrays. If `images` is empty, the options specify the input."""
+    """Return the rows that `vitcls predict` would write, computed in this process.
+
+    `images` are paths, URLs, folders, encoded bytes, PIL images and arrays. If `images` is empty,
+    the options specify the input.
+    """
     accelerator = build_accelerator(mixed_precision=options.mixed_precision)
     source = wrap_images(images) if images else open_input(options)
     predictor = build_predictor(options, accelerator, get_num_images(source), choose_engine)
@@ -120,8 +123,10 @@ def build_predictor(
     num_images: int | None = None,
     choose_engine: EngineChooser | None = None,
 ) -> Predictor:
-    """Load the model and the image processor, and build a predictor on the device of the accelerator. For
-    `--backend auto`, `choose_engine` chooses the engine for the number of images (engines.py)."""
+    """Load the model and the image processor, and build a predictor on the device of the accelerator.
+
+    For `--backend auto`, `choose_engine` chooses the engine for the number of images (engines.py).
+    """
     assert options.model is not None
     files = () if options.coverage is None else (PREDICTIONS_FILE,)
     folder = resolve(options.model, options.backend, files)
@@ -232,8 +237,11 @@ def wrap_images(images: Sequence[Any]) -> ListInput:
 def predict_images(
     options: PredictOptions, choose_engine: EngineChooser | None = None
 ) -> PredictionCounts:
-    """Run the prediction that the options specify, and print or write the rows. Raise ValueError or OSError with a
-    single-line message if the images or the model cannot be read, or if the output cannot be written."""
+    """Run the prediction that the options specify, and print or write the rows.
+
+    Raise ValueError or OSError with a single-line message if the images or the model cannot be
+    read, or if the output cannot be written.
+    """
     accelerator = build_accelerator(mixed_precision=options.mixed_precision)
     source = load_on_main(accelerator, options.dataset or "", partial(open_input, options))
     with accelerator.main_process_first():  # the main process downloads the files

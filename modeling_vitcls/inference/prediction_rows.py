@@ -81,8 +81,10 @@ def build_labels(
 
 
 class TopLabelColumns:
-    """Output columns of a single-label or multi-task classifier: the `top_k` most probable labels of each task. A
-    single-label classifier has one task with an empty name."""
+    """Output columns of a single-label or multi-task classifier: the `top_k` most probable labels of each task.
+
+    A single-label classifier has one task with an empty name.
+    """
 
     def __init__(
         self,
@@ -330,8 +332,11 @@ def predict_rows(
     device: torch.device,
     autocast: AutocastFactory,
 ) -> Iterator[Row]:
-    """Yield a row for each image, in order. A row contains an error if the image cannot be read, if the model does not
-    support it, or if the outputs are not finite. Raise GraphError if an exported graph cannot be run."""
+    """Yield a row for each image, in order.
+
+    A row contains an error if the image cannot be read, if the model does not support it, or if the
+    outputs are not finite. Raise GraphError if an exported graph cannot be run.
+    """
     empty_row = dict.fromkeys(columns.columns)
     for images in chunks:
         pixels = {image.record.index: image.pixels for image in images if image.pixels is not None}

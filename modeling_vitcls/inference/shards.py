@@ -41,8 +41,7 @@ MIN_UNFINISHED_AGE = 3600.0
 
 @dataclass(frozen=True)
 class ShardFolder:
-    """An output folder, the settings that are stored in all of its files, and the number of files (None for a
-    stream)."""
+    """An output folder, the settings in all of its files, and the number of files (None for a stream)."""
 
     path: Path
     shard_size: int
@@ -54,8 +53,11 @@ class ShardFolder:
         return self.path / format_shard_name(shard_index, worker_index)
 
     def open(self) -> None:
-        """Create the folder. Raise ValueError if it contains other files, or shards with other settings. Remove the
-        partial files of processes that were killed, but not those of living ones."""
+        """Create the folder.
+
+        Raise ValueError if it contains other files, or shards with other settings. Remove the
+        partial files of processes that were killed, but not those of living ones.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         shards, other_files = list_shards(self.path)
         if other_files:
@@ -86,8 +88,10 @@ class ShardFolder:
                 )
 
     def read_finished(self, file: Path) -> dict[str, Any] | None:
-        """Return the metadata of a finished shard, or None. Raise ValueError if the shard belongs to another
-        prediction."""
+        """Return the metadata of a finished shard, or None.
+
+        Raise ValueError if the shard belongs to another prediction.
+        """
         if file.exists():
             metadata = read_metadata(file)
             self.check_settings(file, metadata)
@@ -125,8 +129,7 @@ def format_shard_name(shard_index: int, worker_index: int | None = None) -> str:
 
 
 def parse_shard_name(name: str) -> tuple[int, int | None] | None:
-    """Return the index and the worker of a shard (None for lists and datasets), or None for the name of another
-    file."""
+    """Return the index and the worker of a shard (None without workers), or None for another file."""
     match = SHARD_NAME.fullmatch(name)
     if match is None:
         return None
@@ -202,8 +205,11 @@ def check_indices(file: Path, metadata: dict[str, Any]) -> None:
 
 
 def check_shards(folder: Path) -> list[dict[str, Any]]:
-    """Return the metadata of the shards of a complete folder. Raise ValueError if shards are missing, if the folder
-    contains other files, or if the shards are not those of one prediction."""
+    """Return the metadata of the shards of a complete folder.
+
+    Raise ValueError if shards are missing, if the folder contains other files, or if the shards are
+    not those of one prediction.
+    """
     shards, other_files = list_shards(folder) if folder.is_dir() else ([], [])
     if not shards:
         raise ValueError(
@@ -247,8 +253,10 @@ def check_shards(folder: Path) -> list[dict[str, Any]]:
 
 
 def iterate_missing_shards(metadata: dict[str, dict[str, Any]]) -> Iterator[str]:
-    """Yield the names of the missing shards, given the metadata of the existing ones by file name. A worker of a
-    stream lacks the shard after its existing ones, unless the last one is complete."""
+    """Yield the names of the missing shards, given the metadata of the existing ones by file name.
+
+    A worker of a stream lacks the shard after its existing ones, unless the last one is complete.
+    """
     first = next(iter(metadata.values()))
     if "num_shards" in first:
         expected = map(format_shard_name, range(first["num_shards"]))

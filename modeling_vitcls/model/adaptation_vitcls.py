@@ -309,8 +309,10 @@ def adapt_weight(context: AdaptationContext) -> AdaptedWeight:
 
 
 def adapt_tokens(context: AdaptationContext, are_positions: bool = False) -> AdaptedWeight:
-    """Keep the first min(m, n) of m tokens, or their position embeddings, [1, m, D] -> [1, n, D]. New tokens keep
-    their initial values; the position embeddings of new tokens are zero."""
+    """Keep the first min(m, n) of m tokens, or their position embeddings, [1, m, D] -> [1, n, D].
+
+    New tokens keep their initial values; the position embeddings of new tokens are zero.
+    """
     new_weight = (
         torch.zeros_like(context.initial_value) if are_positions else context.initial_value.clone()
     )

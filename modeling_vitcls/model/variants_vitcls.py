@@ -277,7 +277,9 @@ def map_layers(values: Any, function: Callable[[Any], Any]) -> Any:
 
 def select_mask(mask: Any, indices: Tensor) -> Any:
     """Select the tokens at `indices` [B, n] in a mask [B, N] (flash) or [B or 1, heads or 1, N or 1, N] (SDPA, eager).
-    Masks of flex attention are not supported."""
+
+    Masks of flex attention are not supported.
+    """
     if mask.ndim == 2:
         return torch.take_along_dim(mask, indices, dim=1)
     if mask.shape[2] > 1:

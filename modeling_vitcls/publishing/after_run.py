@@ -9,7 +9,7 @@ from rich.console import Console
 from ..hub.connection import silence_transformers
 from ..hub.model_files import CARD_FILE, REPORT_FILE
 from ..hub.model_folder import ModelFolder
-from ..options import FinetuneOptions, PretrainOptions, RunOptions
+from ..training.options import FinetuneOptions, PretrainOptions, RunOptions
 from .card import write_card
 from .checkpoint_uploads import build_checkpoint_uploader
 from .push import prepare_repository, push_folder

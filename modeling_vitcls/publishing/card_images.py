@@ -79,8 +79,11 @@ def find_confusion_matrices(
 
 
 def plot_confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) -> Figure:
-    """Plot a confusion matrix [L, L]; rows are true classes, columns are predicted classes. The colors show fractions
-    of the true class on a nonlinear scale, so that rare confusions are visible."""
+    """Plot a confusion matrix [L, L]; rows are true classes, columns are predicted classes.
+
+    The colors show fractions of the true class on a nonlinear scale, so that rare confusions are
+    visible.
+    """
     counts = np.asarray(matrix)
     num_classes = len(class_names)
     fractions = counts / counts.sum(axis=1, keepdims=True).clip(min=1)

@@ -83,8 +83,10 @@ def describe_predictions(
 
 
 def describe_accuracy(rows: Any) -> str:
-    """Return the accuracy in one sentence, with the most frequent confusion if it happened more than once. `rows` are
-    the rows of predictions.parquet."""
+    """Return the accuracy in one sentence, with the most frequent confusion if it happened more than once.
+
+    `rows` are the rows of predictions.parquet.
+    """
     num_images = len(rows)
     wrong = rows[rows["label"] != rows["prediction"]]
     if not len(wrong):

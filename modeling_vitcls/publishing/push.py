@@ -148,8 +148,9 @@ def upload_folder(
     private: bool = False,
     branch: str | None = None,
 ) -> PushResult:
-    """Upload a folder in one commit; create a model repository if it does not exist. If nothing has changed, no commit
-    is made.
+    """Upload a folder in one commit; create a model repository if it does not exist.
+
+    If nothing has changed, no commit is made.
 
     Args:
         delete_patterns: Patterns of files to remove from the repository unless they are in the folder.

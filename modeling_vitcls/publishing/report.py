@@ -15,12 +15,12 @@ import torch
 
 from ..analysis.inspection import Inspection, InspectionImages, inspect_model, name_images
 from ..analysis.report import write_page
+from ..data.options import DataOptions
 from ..data.splits import TrainingData, load_training_data
 from ..data.streaming import StreamedImages
 from ..hub.model_files import REPORT_FILE
 from ..hub.model_folder import ModelFolder
 from ..model import modeling_vitcls
-from ..options import DataOptions
 from ..runtime.progress import track
 from .card_images import write_card_images
 from .held_out_predictions import describe_predictions
@@ -97,8 +97,7 @@ def convert_errors(warn: Callable[[str], None], message: str) -> Iterator[None]:
 
 
 def load_run_data(folder: ModelFolder) -> TrainingData | None:
-    """Load the data of the run that wrote a folder, with the same held-out images; None without a record of the
-    run."""
+    """Load the data of the run that wrote a folder, with its held-out images; None without a record."""
     options = read_data_options(folder)
     if options is None:
         return None

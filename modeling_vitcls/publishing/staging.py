@@ -65,8 +65,11 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def stage_folder(folder: ModelFolder, repo_id: str) -> Iterator[Path]:
-    """Yield a temporary folder with the files to publish. Raise ValueError if the model is incomplete, or if one of
-    the files is a link to a file elsewhere."""
+    """Yield a temporary folder with the files to publish.
+
+    Raise ValueError if the model is incomplete, or if one of the files is a link to a file
+    elsewhere.
+    """
     folder.check_is_complete()
     path = folder.path
     files = list_published_files(folder)

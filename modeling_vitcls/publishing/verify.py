@@ -259,8 +259,10 @@ def build_clean_environment(home_folder: str, needs_token: bool) -> dict[str, st
 
 
 def compare_outputs(repo_id: str, outputs: Outputs, expected_outputs: Outputs) -> dict[str, float]:
-    """Return the maximum absolute difference between the outputs for each Auto class. Raise VerificationError if a
-    difference exceeds the tolerance."""
+    """Return the maximum absolute difference between the outputs for each Auto class.
+
+    Raise VerificationError if a difference exceeds the tolerance.
+    """
     differences: dict[str, float] = {}
     for name in [*expected_outputs, *(outputs.keys() - expected_outputs.keys())]:
         output = outputs.get(name)

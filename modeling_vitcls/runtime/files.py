@@ -58,10 +58,13 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
 
 @contextmanager
 def write_atomically(file: Path) -> Iterator[Path]:
-    """Yield the path of a temporary file to write. After the block, rename the temporary file to `file`, or remove
-    the temporary file if an error is raised. Raise OSError with `file` in the message if writing fails.
+    """Yield the path of a temporary file to write.
 
-    The name of the temporary file is random, because processes on other hosts may have the same process id."""
+    After the block, rename the temporary file to `file`, or remove the temporary file if an error
+    is raised. Raise OSError with `file` in the message if writing fails.
+
+    The name of the temporary file is random, because processes on other hosts may have the same process id.
+    """
     temporary_file = file.with_name(f".{file.name}.{secrets.token_hex(8)}.unfinished")
     try:
         yield temporary_file
@@ -79,7 +82,9 @@ def write_atomically(file: Path) -> Iterator[Path]:
 @contextmanager
 def create_output_folder(output: Path) -> Iterator[Path]:
     """Create a temporary folder, and rename it to `output` on exit, or move its contents to an existing `output`.
-    If the block raises an error, nothing is left."""
+
+    If the block raises an error, nothing is left.
+    """
     output = output.resolve()
     existing_folder = next(folder for folder in (output, *output.parents) if folder.is_dir())
     with tempfile.TemporaryDirectory(

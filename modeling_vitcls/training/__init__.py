@@ -1,7 +1,8 @@
 """Training, from the options to a model folder with evaluation results.
 
     run.py              complete run of fine-tuning or pre-training; read this file first
-    training_setup.py             what a run trains: the interface between run.py and the next two files
+    training_setup.py   what a run trains: the interface between run.py and the next two files
+    options.py          flags of the commands that train
     finetune.py         data, model, loss and evaluator of fine-tuning
     pretrain.py         data, model, loss and evaluator of pre-training; lejepa.py and mae.py are its methods
     probe.py            k-NN and logistic regression on the frozen model, before fine-tuning
@@ -11,5 +12,5 @@
     calibration.py      temperature and energy threshold of the trained classifier
     output_folder.py    checks of the output folder, removal of replaced files, lock of the folder
 
-Outside this folder, options.py defines the flags, and runtime/distributed.py configures processes and devices.
+Outside this folder, runtime/distributed.py configures processes and devices.
 """

@@ -27,6 +27,7 @@ from ..data.evaluated_images import find_evaluated_images
 from ..data.held_out import ADDITIONS_KEY, HELD_OUT_RECORD_KEY, read_held_out_record
 from ..data.images import LabeledImages
 from ..data.labels import LabelSpace, get_label_space
+from ..data.options import DataOptions
 from ..data.sources import load_splits
 from ..data.splits import TrainingData, choose_training_splits, load_training_data
 from ..hub.connection import silence_transformers
@@ -59,14 +60,15 @@ from ..inference.linear_probe import (
     fit_classifier,
     list_candidates,
 )
+from ..inference.options import EvaluateOptions
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, count_output_tokens
-from ..options import AddClassOptions, AddTaskOptions, DataOptions, EvaluateOptions
 from ..runtime.distributed import set_mixed_precision
 from ..runtime.files import create_output_folder, write_json
 from ..runtime.system import get_versions
 from .calibration import compute_error, find_calibration
 from .certificate import NUM_IMAGES, certify, describe_certificate, load_old_model, read_pixels
+from .options import AddClassOptions, AddTaskOptions
 from .probe import MAX_CHOICE_IMAGES, build_record, split_at_random
 
 

@@ -22,11 +22,13 @@ from torch import Tensor
 from ..conversion.any_checkpoint import resolve
 from ..data.evaluated_images import load_evaluation_data
 from ..data.images import LabeledImages
+from ..data.options import DataOptions
 from ..hub.model_files import list_weight_files
 from ..hub.model_folder import ModelFolder
 from ..inference.evaluate import build_table, load_evaluation, set_up_evaluation
 from ..inference.evaluator import round_floats
 from ..inference.metric_tables import format_percent
+from ..inference.options import EvaluateOptions
 from ..inference.per_image import get_outputs
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.modeling_vitcls import (
@@ -34,9 +36,9 @@ from ..model.modeling_vitcls import (
     ViTCLSForMultiTaskClassification,
     ViTCLSModel,
 )
-from ..options import DataOptions, EvaluateOptions, VerifyUnchangedOptions
 from ..runtime.files import read_json
 from ..runtime.system import format_device_name, get_versions, has_bfloat16
+from .options import VerifyUnchangedOptions
 
 
 MODEL_CLASSES = {

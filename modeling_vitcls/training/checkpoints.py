@@ -102,8 +102,11 @@ class CheckpointStore:
         self.prune(step)
 
     def load_newest(self, warn: Callable[[str], None]) -> Checkpoint | None:
-        """Return the newest undamaged checkpoint, or None if there are no checkpoints. Call `warn` with a message for
-        each damaged checkpoint. Raise ValueError if all checkpoints are damaged."""
+        """Return the newest undamaged checkpoint, or None if there are no checkpoints.
+
+        Call `warn` with a message for each damaged checkpoint. Raise ValueError if all checkpoints
+        are damaged.
+        """
         self.clean_up_interrupted_saves()
         error_messages = []
         for step in reversed(self.list_steps()):
@@ -240,8 +243,10 @@ def is_best_checkpoint(folder: Path) -> bool:
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Rename a checkpoint to its partial path, then remove it. An interrupted removal does not leave a damaged
-    checkpoint."""
+    """Rename a checkpoint to its partial path, then remove it.
+
+    An interrupted removal does not leave a damaged checkpoint.
+    """
     shutil.rmtree(folder.rename(get_partial_path(folder)), ignore_errors=True)
 
 

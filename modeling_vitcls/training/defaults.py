@@ -36,8 +36,8 @@ from accelerate import PartialState
 
 from ..model.configuration_vitcls import to_pair
 from ..model.modeling_vitcls import ViTCLSModel
-from ..options import FinetuneOptions, PretrainOptions
 from .model import InitialModel
+from .options import FinetuneOptions, PretrainOptions
 
 
 Options = TypeVar("Options", FinetuneOptions, PretrainOptions)

@@ -54,8 +54,10 @@ class Distillation(ViTCLSPreTrainedModel):
             encoder.pooler.requires_grad_(False)  # not part of the loss
 
     def forward(self, pixel_values: Tensor, project: bool = False, **kwargs: Any) -> Any:
-        """Return the predictions for all targets, in the order of `FeatureTeachers`. Without
-        `project`, return the encoder's output."""
+        """Return the predictions for all targets, in the order of `FeatureTeachers`.
+
+        Without `project`, return the encoder's output.
+        """
         outputs = self.vitcls(pixel_values, **kwargs)
         if not project:
             return outputs
@@ -135,8 +137,7 @@ class FeatureTeachers:
 def compute_cosines(
     teachers: FeatureTeachers, normalize: Normalizer, model: Any, pixel_values: Tensor
 ) -> Tensor:
-    """Return the cosine similarity of each token's prediction with its target [B, teachers], for images
-    [B, C, H, W]."""
+    """Return the cosines [B, teachers] of each token's prediction and its target, for images [B, C, H, W]."""
     predictions = model(pixel_values, project=True)
     with torch.autocast(pixel_values.device.type, enabled=False):
         targets = teachers.compute_targets({"pixels": normalize.invert(pixel_values)})
@@ -162,8 +163,10 @@ def compute_feature_loss(predictions: list[Tensor], targets: list[Tensor]) -> Te
 
 
 def fit_phi_s(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean [C] of features [N, C] and the matrix [C, C] of PHI-S. Raise ValueError if no Hadamard matrix of
-    size C is known."""
+    """Return the mean [C] of features [N, C] and the matrix [C, C] of PHI-S.
+
+    Raise ValueError if no Hadamard matrix of size C is known.
+    """
     mean = features.mean(dim=0)
     centered = features - mean
     eigenvalues, eigenvectors = torch.linalg.eigh(centered.T @ centered / len(features))

@@ -115,8 +115,11 @@ def scatter_weights_and_ema(
 
 
 def reshard(model: nn.Module) -> None:
-    """Release the full weights that FSDP2 keeps after a forward pass without a backward pass. Without this call, the
-    model's parameters would remain copies that the optimizer does not update."""
+    """Release the full weights that FSDP2 keeps after a forward pass without a backward pass.
+
+    Without this call, the model's parameters would remain copies that the optimizer does not
+    update.
+    """
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -26,8 +26,11 @@ NUM_PROBE_IMAGES = 256  # maximum number of training images for the probe
 
 @contextmanager
 def build_dry_run_options(options: Any) -> Iterator[Any]:
-    """Yield the options of a dry run, which writes to a temporary folder. The folder is removed at the end of the
-    `with` block. Raise ValueError if the full run would not be allowed to replace the files in the output folder."""
+    """Yield the options of a dry run, which writes to a temporary folder.
+
+    The folder is removed at the end of the `with` block. Raise ValueError if the full run would not
+    be allowed to replace the files in the output folder.
+    """
     if not options.run.resume:
         check_replaceable(
             options, CheckpointStore(options.output_dir / CHECKPOINTS_FOLDER, num_kept=1)

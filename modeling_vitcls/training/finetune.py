@@ -29,9 +29,9 @@ from ..data.splits import TrainingData, describe_missing_classes, load_training_
 from ..hub.local_paths import strip_folders
 from ..inference.evaluator import Evaluator
 from ..inference.metrics import SELECTION_METRICS
-from ..options import FinetuneOptions
 from . import losses
 from .model import InitialModel, build_model, set_trainable_parameters, uses_patch_dropout
+from .options import FinetuneOptions
 from .probe import MAX_PROBE_IMAGES, Probe, explain_missing_probe
 from .reporter import Reporter
 from .teacher import Teacher, TeacherCache, load_teacher
@@ -44,8 +44,11 @@ MAX_CLASS_RATIO = (
 
 
 def load_data(options: FinetuneOptions, initial: InitialModel) -> TrainingData:
-    """Load the training images and the held-out images. For pre-trained weights, `--select` is best by default if the
-    dataset has enough images for a selection split."""
+    """Load the training images and the held-out images.
+
+    For pre-trained weights, `--select` is best by default if the dataset has enough images for a
+    selection split.
+    """
     is_pretrained = not initial.has_random_weights and options.training.trainable != "head"
     can_select = bool(options.data.held_out_fraction) and not options.data.streaming
     data = None
@@ -201,8 +204,11 @@ def build_label_loss(
 
 
 def check_options(options: FinetuneOptions) -> FinetuneOptions:
-    """Check and return the options, before data and models are loaded. With a teacher, the default of
-    num_distillation_tokens is 1. Raise ValueError if flags contradict each other."""
+    """Check and return the options, before data and models are loaded.
+
+    With a teacher, the default of num_distillation_tokens is 1. Raise ValueError if flags
+    contradict each other.
+    """
     training_options = options.training
     if options.distillation.teacher is not None and options.model.num_distillation_tokens is None:
         options = replace(options, model=replace(options.model, num_distillation_tokens=1))
@@ -243,8 +249,10 @@ def check_label_kind(options: FinetuneOptions, kind: str) -> None:
 
 
 def describe_overlap(initial: InitialModel, data: TrainingData) -> list[str]:
-    """Return a warning if the initial model may have been trained on held-out images of this run. Raise ValueError if
-    its results.json is damaged."""
+    """Return a warning if the initial model may have been trained on held-out images of this run.
+
+    Raise ValueError if its results.json is damaged.
+    """
     if initial.folder is None:
         return []
     record = read_held_out_record(initial.folder)

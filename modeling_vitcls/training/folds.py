@@ -21,8 +21,10 @@ NUM_DECIMALS = 6  # number of decimals in folds.json
 
 
 def run_folds(options: Any, train_fold: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-    """Train one model per fold in OUTPUT_DIR/fold-1, fold-2, ... (`--folds`). Write folds.json and return its content.
-    `train_fold` returns the contents of results.json. Raise ValueError if --push-to-hub is set.
+    """Train one model per fold in OUTPUT_DIR/fold-1, fold-2, ...
+
+    (`--folds`). Write folds.json and return its content. `train_fold` returns the contents of
+    results.json. Raise ValueError if --push-to-hub is set.
     """
     if options.run.push_to_hub:
         raise ValueError(

@@ -19,8 +19,8 @@ from torch import distributed as dist
 
 from ..data.batches import Batch, Normalizer
 from ..model.modeling_vitcls import ViTCLSModel, ViTCLSPreTrainedModel
-from ..options import LeJEPAOptions
 from .losses import Losses
+from .options import LeJEPAOptions
 
 
 MAX_FREQUENCY, NUM_FREQUENCIES = 3.0, 17  # of the characteristic functions that SIGReg compares
@@ -174,8 +174,11 @@ def draw_directions(projections: Tensor, num_directions: int) -> Tensor:
 
 
 def average_over_processes(values: Tensor) -> Tensor:
-    """Return the mean over processes. Gradients flow to this process's values only, because data parallelism then
-    averages the gradients of all processes."""
+    """Return the mean over processes.
+
+    Gradients flow to this process's values only, because data parallelism then averages the
+    gradients of all processes.
+    """
     if not (dist.is_available() and dist.is_initialized()):
         return values
     total = values.detach().clone()

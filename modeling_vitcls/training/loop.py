@@ -27,7 +27,6 @@ from ..data.batches import Batch, Normalizer
 from ..data.images import UnreadableImageCounter
 from ..data.sampling import BatchPlan, derive_seed
 from ..inference.metrics import select_scalars
-from ..options import TrainingOptions
 from ..runtime.distributed import run_on_main
 from ..runtime.errors import RunStopped, mark_errors_of_all_processes
 from ..runtime.system import get_peak_memory
@@ -37,6 +36,7 @@ from .duration import describe_duration
 from .losses import Losses, Objective
 from .model import set_train_mode
 from .optimizer import Ema, get_learning_rate
+from .options import TrainingOptions
 from .reporter import Reporter
 from .signals import SignalHandler
 from .token_monitor import TokenMonitor, measure_attention_entropy
@@ -116,9 +116,12 @@ class TrainingLoop:
         self.should_warn_about_tokens = self.options.trainable in ("full", "lora")
 
     def run(self, batches: Iterator[Batch]) -> Metrics:
-        """Run the remaining steps, and return the metrics of the final evaluation. `batches` yields the batches of
-        this process on the CPU; each step uses `gradient_accumulation_steps` batches. After a stop signal, save a
-        checkpoint and raise RunStopped. Raise RunStopped, too, if a loss or gradient is not finite."""
+        """Run the remaining steps, and return the metrics of the final evaluation.
+
+        `batches` yields the batches of this process on the CPU; each step uses
+        `gradient_accumulation_steps` batches. After a stop signal, save a checkpoint and raise
+        RunStopped. Raise RunStopped, too, if a loss or gradient is not finite.
+        """
         set_train_mode(self.state.model)
         metrics = self.evaluate_step() if self.state.pending_record else {}
         batches, duration = describe_duration(self, batches)
@@ -155,9 +158,12 @@ class TrainingLoop:
         return num_evaluations_since_best >= patience
 
     def run_step(self, batches: Iterator[Batch]) -> Metrics:
-        """Run one step and the actions that are due after this step. Return the metrics of the evaluation; empty if no
-        evaluation is due. A checkpoint that is due is saved before the evaluation, because a cluster may kill the
-        process during a long evaluation. A run that is resumed from this checkpoint starts with the evaluation."""
+        """Run one step and the actions that are due after this step.
+
+        Return the metrics of the evaluation; empty if no evaluation is due. A checkpoint that is
+        due is saved before the evaluation, because a cluster may kill the process during a long
+        evaluation. A run that is resumed from this checkpoint starts with the evaluation.
+        """
         state = self.state
         next_step = self.state.step + 1
         is_last_step = next_step == self.plan.num_steps
@@ -196,9 +202,11 @@ class TrainingLoop:
     def run_optimizer_step(
         self, batches: Iterator[Batch], should_measure_tokens: bool
     ) -> tuple[Metrics, Batch]:
-        """Run one optimizer step with gradients accumulated over several batches. Return the record of the step, and
-        the last batch, which is on the device. If `should_measure_tokens` is set, the record contains metrics of the
-        special tokens."""
+        """Run one optimizer step with gradients accumulated over several batches.
+
+        Return the record of the step, and the last batch, which is on the device. If
+        `should_measure_tokens` is set, the record contains metrics of the special tokens.
+        """
         state, options, accelerator = self.state, self.options, self.accelerator
         learning_rate = get_learning_rate(state.step, self.plan.num_steps, options)
         for group in state.optimizer.param_groups:
@@ -401,11 +409,41 @@ class TrainingLoop:
         state.earlier_seconds = metadata["training_seconds"]
 
     def load_best_weights(self) -> int:
-        """Load the weights of the checkpoint with the best evaluation, and return its step. Raise ValueError if the
-        checkpoint is damaged or missing."""
+        """Load the weights of the checkpoint with the best evaluation, and return its step.
+
+        Raise ValueError if the checkpoint is damaged or missing.
+        """
         checkpoint: Checkpoint = run_on_main(self.accelerator, self.store.load_best)
         scatter_weights_and_ema(checkpoint, self.accelerator, self.state.model, self.state.shadow)
         return checkpoint.step
+
+
+def build_batch_plan(
+    num_images: int | None, options: TrainingOptions, num_processes: int
+) -> BatchPlan:
+    """Return a plan of `max_steps` steps, or of `epochs` epochs rounded up to whole steps.
+
+    `num_images` is None for a stream. Raise ValueError for a stream without `max_steps`.
+    """
+    assert options.batch_size is not None
+    accumulation_steps = options.gradient_accumulation_steps
+    num_steps = options.max_steps
+    if not num_steps:
+        if num_images is None:
+            raise ValueError(
+                "a stream of unknown length requires a number of steps. Set --max-steps"
+            )
+        assert options.epochs is not None
+        images_per_step = options.batch_size * accumulation_steps * num_processes
+        num_steps = math.ceil(options.epochs * num_images / images_per_step)
+    return BatchPlan(
+        num_images=num_images,
+        batch_size=options.batch_size,
+        accumulation_steps=accumulation_steps,
+        num_processes=num_processes,
+        num_steps=num_steps,
+        seed=options.seed,
+    )
 
 
 def is_end_of_epochs(step: int, num_epochs: int, plan: BatchPlan) -> bool:

@@ -57,8 +57,7 @@ def compute_single_label_loss(
 def compute_multi_label_loss(
     logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float
 ) -> torch.Tensor:
-    """Return the binary cross-entropy of logits [B, L] against binary labels [B, L], averaged over images and
-    labels."""
+    """Return the mean binary cross-entropy of logits [B, L] against binary labels [B, L]."""
     targets = labels * (1 - label_smoothing) + label_smoothing / 2
     return nn.functional.binary_cross_entropy_with_logits(logits.float(), targets)
 
@@ -66,8 +65,9 @@ def compute_multi_label_loss(
 def compute_multi_task_loss(
     logits: dict[str, torch.Tensor], labels: dict[str, torch.Tensor], label_smoothing: float
 ) -> torch.Tensor:
-    """Return the sum over tasks of the cross-entropy of {task: logits [B, L]} against {task: classes [B]}. The loss of
-    an image with the label -100 is 0.
+    """Return the sum over tasks of the cross-entropy of {task: logits [B, L]} against {task: classes [B]}.
+
+    The loss of an image with the label -100 is 0.
 
     The loss of each task is averaged over all images of the batch, so that the mean loss of accumulated batches equals
     the loss of one large batch. In contrast, `ViTCLSForMultiTaskClassification`, which Trainer uses, averages over the
@@ -84,8 +84,11 @@ def compute_multi_task_loss(
 
 @dataclass(frozen=True)
 class LabelObjective:
-    """Label loss, averaged over the CLS head and the distillation head. With a teacher, the distillation head is
-    trained on the teacher's logits instead (DeiT, arXiv 2012.12877)."""
+    """Label loss, averaged over the CLS head and the distillation head.
+
+    With a teacher, the distillation head is trained on the teacher's logits instead (DeiT, arXiv
+    2012.12877).
+    """
 
     normalize: Normalizer
     label_loss: LabelLossFunction

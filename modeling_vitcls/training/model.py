@@ -30,7 +30,7 @@ from ..model.blocks_vitcls import EncoderLayer, ViTCLSEmbeddings
 from ..model.configuration_vitcls import PRESETS, ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import ViTCLSModel
-from ..options import ModelOptions
+from .options import ModelOptions
 
 
 MAX_NATIVE_SIDE, FINETUNING_SIDE = (
@@ -58,8 +58,11 @@ class InitialModel:
 
 
 def resolve_initial_model(name: str) -> InitialModel:
-    """Return the initial model with the name `name`. Checkpoints are downloaded or converted if necessary. Raise
-    ValueError if the checkpoint is not a vitcls model, and OSError if it cannot be found or read."""
+    """Return the initial model with the name `name`.
+
+    Checkpoints are downloaded or converted if necessary. Raise ValueError if the checkpoint is not
+    a vitcls model, and OSError if it cannot be found or read.
+    """
     if is_preset(name):
         return InitialModel(name, None, ViTCLSConfig.from_preset(name), has_random_weights=True)
     folder = resolve(name)
@@ -69,9 +72,12 @@ def resolve_initial_model(name: str) -> InitialModel:
 def build_model(
     options: ModelOptions, initial: InitialModel, label_space: LabelSpace
 ) -> tuple[Classifier, ViTCLSImageProcessor, set[str]]:
-    """Build a preset with random weights, or load a checkpoint. Return the model, the image processor, and the names
-    of the parameters that are not loaded from a checkpoint. A classifier in the checkpoint is kept only if the
-    classifier has the labels of `label_space`. Multi-task models have one CLS token per task."""
+    """Build a preset with random weights, or load a checkpoint.
+
+    Return the model, the image processor, and the names of the parameters that are not loaded from
+    a checkpoint. A classifier in the checkpoint is kept only if the classifier has the labels of
+    `label_space`. Multi-task models have one CLS token per task.
+    """
     config_values = options.get_config_values()
     if label_space.kind == "multi_task":
         config_values = {"num_cls_tokens": len(label_space.columns)} | config_values
@@ -99,8 +105,11 @@ def build_model(
 def choose_image_size(
     options: ModelOptions, initial: InitialModel
 ) -> tuple[ModelOptions, str | None]:
-    """Return the options of fine-tuning with an image size, and a line of text with the reason and the cost. Large
-    images of a checkpoint are replaced with images of 224 pixels, unless `--image-size` is set."""
+    """Return the options of fine-tuning with an image size, and a line of text with the reason and the cost.
+
+    Large images of a checkpoint are replaced with images of 224 pixels, unless `--image-size` is
+    set.
+    """
     if options.image_size is not None or initial.folder is None:
         return options, None
     config = ViTCLSConfig.from_pretrained(initial.folder.path, **options.get_config_values())
@@ -128,8 +137,11 @@ def choose_image_size(
 def load_with_label_space(
     initial: InitialModel, config_values: dict[str, Any], label_space: LabelSpace
 ) -> tuple[Classifier, set[str]]:
-    """Load a checkpoint as a model for the labels in `label_space`. The classifier is new, unless the checkpoint
-    has a classifier with the same labels. Return the model, and the names of the newly initialized parameters."""
+    """Load a checkpoint as a model for the labels in `label_space`.
+
+    The classifier is new, unless the checkpoint has a classifier with the same labels. Return the
+    model, and the names of the newly initialized parameters.
+    """
     assert initial.folder is not None
     stored_config = initial.config
     model_class = CLASSIFIER_CLASSES[label_space.kind]
@@ -178,9 +190,12 @@ def load_with_label_space(
 def reads_patches_by_default(
     initial: InitialModel, config_values: dict[str, Any], label_space: LabelSpace
 ) -> bool:
-    """Return whether a new classifier reads the CLS token and the mean of the patches, if `--pooling` is not set. It
-    does for a pre-trained encoder that pools CLS without further weights, as in the linear evaluation of DINOv2
-    (arXiv 2304.07193), and usually better than with CLS alone (model_cards/studies/probe.md)."""
+    """Return whether a new classifier reads the CLS token and the mean of the patches, if `--pooling` is not set.
+
+    It does for a pre-trained encoder that pools CLS without further weights, as in the linear
+    evaluation of DINOv2 (arXiv 2304.07193), and usually better than with CLS alone
+    (model_cards/studies/probe.md).
+    """
     config = {**initial.config.to_dict(), **config_values}
     return (
         config["pooling"] == "cls"
@@ -237,10 +252,13 @@ def set_trainable_parameters(
     lora_rank: int = 8,
     new_parameter_names: Collection[str] = frozenset(),
 ) -> nn.Module:
-    """Freeze the parameters that `trainable` does not select, and return the same model. The value "lora" also adds
-    LoRA layers to the query and value projections. The parameters in `new_parameter_names` are also trained, because
-    they are not loaded from a checkpoint. Raise ValueError if N in "last-N" exceeds the
-    number of layers, or if `trainable` is "lora" but PEFT is not installed."""
+    """Freeze the parameters that `trainable` does not select, and return the same model.
+
+    The value "lora" also adds LoRA layers to the query and value projections. The parameters in
+    `new_parameter_names` are also trained, because they are not loaded from a checkpoint. Raise
+    ValueError if N in "last-N" exceeds the number of layers, or if `trainable` is "lora" but PEFT
+    is not installed.
+    """
     if trainable == "full":
         return model
     parameters: dict[str, nn.Parameter] = dict(model.named_parameters())

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from ..options import TrainingOptions
+from .options import TrainingOptions
 
 
 def build_optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.Optimizer:
@@ -92,8 +92,11 @@ class Ema:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Update the average with the current weights. `step` is the number of completed steps (at least 1). The decay
-        is smaller in the first steps, so that the influence of the initial weights decreases quickly."""
+        """Update the average with the current weights.
+
+        `step` is the number of completed steps (at least 1). The decay is smaller in the first
+        steps, so that the influence of the initial weights decreases quickly.
+        """
         decay = min(self.decay, (1 + step) / (10 + step))
         get_ema_multi_avg_fn(decay)(self.shadow, self.trainable_parameters, step)
 

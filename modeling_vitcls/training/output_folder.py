@@ -47,13 +47,13 @@ from ..hub.provenance import find_provenance
 from ..inference.evaluator import Evaluator
 from ..inference.per_image import write_predictions
 from ..inference.speed import measure_inference_speed
-from ..options import FinetuneOptions, PretrainOptions
 from ..runtime.distributed import run_on_main
 from ..runtime.errors import RunStopped, format_error
 from ..runtime.files import read_json, sync_to_disk, write_json
 from .checkpoints import WRITE_ERRORS, Checkpoint, CheckpointStore, Tensors
 from .distributed_state import gather_weights
 from .model import InitialModel, merge_lora
+from .options import FinetuneOptions, PretrainOptions
 from .resume import replace_sources
 from .training_setup import TrainingSetup
 
@@ -203,8 +203,11 @@ def save_output(
     accelerator: Accelerator,
     evaluator: Evaluator | None,
 ) -> None:
-    """Write the model, the image processor, results.json and the evaluator's predictions. All processes must call
-    this function. Raise RunStopped on all processes if the folder cannot be written."""
+    """Write the model, the image processor, results.json and the evaluator's predictions.
+
+    All processes must call this function. Raise RunStopped on all processes if the folder cannot be
+    written.
+    """
     weights = gather_weights(setup.model)
     if setup.encoder is not None:
         weights = {
@@ -238,8 +241,11 @@ def write_model_files(
     options: FinetuneOptions | PretrainOptions,
     initial: InitialModel,
 ) -> None:
-    """Write weights, configuration, code, image processor and results. LoRA weights are merged. Only the main process
-    may call this function. `weights` are full tensors, because the model may be sharded."""
+    """Write weights, configuration, code, image processor and results.
+
+    LoRA weights are merged. Only the main process may call this function. `weights` are full
+    tensors, because the model may be sharded.
+    """
     # FSDP2 replaces the model's class with a subclass. With the subclass, transformers would save PyTorch's source
     # files as the model's code.
     model = setup.encoder or setup.model
@@ -273,8 +279,11 @@ def write_model_files(
 
 
 class FolderLock:
-    """Lock of one output folder. The operating system releases the lock of a process that has ended for any reason,
-    even if the process ran on another host that shares the file system."""
+    """Lock of one output folder.
+
+    The operating system releases the lock of a process that has ended for any reason, even if the
+    process ran on another host that shares the file system.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

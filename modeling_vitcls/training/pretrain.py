@@ -25,7 +25,6 @@ from ..conversion.any_checkpoint import is_preset
 from ..data.aspect_ratio import get_fit, set_fit
 from ..data.batches import Batch, Normalizer, iterate_training_batches
 from ..data.images import LabeledImages
-from ..data.sampling import BatchPlan
 from ..data.splits import TrainingData, load_training_data
 from ..hub.local_paths import strip_folders
 from ..inference.frozen import build_classifier
@@ -33,12 +32,14 @@ from ..inference.image_pass import ImagePass, stack_rows
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import ViTCLSModel
-from ..options import ModelOptions, PretrainOptions, to_flags
+from ..runtime.flags import to_flags
 from .distillation import Distillation, FeatureTeachers, compute_cosines, compute_feature_loss
 from .lejepa import LeJEPA, LeJEPAObjective
+from .loop import build_batch_plan
 from .losses import Losses, Objective
 from .mae import MAE, MAEObjective, build_decoder_config, draw_masks
 from .model import InitialModel
+from .options import ModelOptions, PretrainOptions
 from .reporter import Reporter
 from .teacher import TeacherCache, load_feature_teacher
 from .training_setup import TrainingSetup, build_evaluator_arguments, build_training_images
@@ -53,8 +54,10 @@ MIN_RANK = 0.02  # effective rank below which the features have collapsed, as a 
 
 
 def check_options(options: PretrainOptions) -> PretrainOptions:
-    """Return the options with the method's defaults. Raise ValueError if flags contradict each other, require labels
-    or drop patches."""
+    """Return the options with the method's defaults.
+
+    Raise ValueError if flags contradict each other, require labels or drop patches.
+    """
     num_teachers = len(options.distillation.teachers)
     num_tokens = options.model.num_distillation_tokens
     method = options.method or ("distillation" if num_teachers else "lejepa")
@@ -339,7 +342,7 @@ def load_teachers(
         NUM_DRY_RUN_STANDARDIZATION_IMAGES if options.run.dry_run else NUM_STANDARDIZATION_IMAGES
     )
     num_images = min(num_images, data.num_training_images or num_images)
-    plan = BatchPlan.from_options(data.num_training_images, options.training, num_processes=1)
+    plan = build_batch_plan(data.num_training_images, options.training, num_processes=1)
     images = build_training_images(options, data, processor, config.num_channels, num_views=0)
     with closing(iterate_training_batches(images, plan, 0, num_workers=0)) as batches:
         first_batches = itertools.islice(batches, math.ceil(num_images / plan.batch_size))

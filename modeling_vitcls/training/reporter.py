@@ -59,8 +59,11 @@ class Reporter:
         self.console.print(f"WARNING: {message}", style="bold yellow", markup=False)
 
     def start_after(self, step: int, num_steps: int) -> None:
-        """Start the output of a run that continues after `step`. In metrics.jsonl, keep the records up to this
-        step, and remove the records of later steps, which the resumed run repeats."""
+        """Start the output of a run that continues after `step`.
+
+        In metrics.jsonl, keep the records up to this step, and remove the records of later steps,
+        which the resumed run repeats.
+        """
         if self.accelerator.is_main_process:
             lines = (
                 self.metrics_file.read_text(encoding="utf-8").splitlines()
@@ -128,8 +131,10 @@ def format_metric(name: str, value: float | None) -> str:
 
 
 def flatten_record(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """Return the numeric values of a nested record as a flat dict. For example, `{"token_norm": {"cls[0]": 1.0}}`
-    becomes `{"token_norm/cls[0]": 1.0}`."""
+    """Return the numeric values of a nested record as a flat dict.
+
+    For example, `{"token_norm": {"cls[0]": 1.0}}` becomes `{"token_norm/cls[0]": 1.0}`.
+    """
     numeric_values: dict[str, float] = {}
     for name, value in record.items():
         if isinstance(value, list):
@@ -212,8 +217,10 @@ def describe_batches(plan: BatchPlan) -> str:
 def describe_run(
     plan: BatchPlan, num_steps: int, model: Any, accelerator: Accelerator, seconds: float
 ) -> dict[str, Any]:
-    """Return the steps, model size, speed, device and versions for results.json. `num_steps` is the number of executed
-    steps."""
+    """Return the steps, model size, speed, device and versions for results.json.
+
+    `num_steps` is the number of executed steps.
+    """
     token_counts = count_tokens(model.config)
     return {
         "steps": num_steps,

@@ -14,9 +14,10 @@ from ..hub.local_paths import (
     resolve_name,
     strip_folders,
 )
-from ..options import PretrainOptions, to_flags
+from ..runtime.flags import to_flags
 from .checkpoints import Checkpoint
 from .defaults import DEFAULT_FLAGS
+from .options import PretrainOptions
 
 
 # Flags that may change on --resume, because these flags do not affect the result.
@@ -43,8 +44,11 @@ def resolve_local_paths(options: Any) -> Any:
 
 
 def pin_models(options: Any, checkpoint: Checkpoint | None) -> Any:
-    """Return the options with Hub models pinned to commits. A resumed run uses the commits that are stored in the
-    flags of the checkpoint. Raise ValueError or OSError if a model cannot be found."""
+    """Return the options with Hub models pinned to commits.
+
+    A resumed run uses the commits that are stored in the flags of the checkpoint. Raise ValueError
+    or OSError if a model cannot be found.
+    """
     stored_flags = checkpoint.metadata["flags"] if checkpoint else {}
 
     def pin(flag: str, source: str) -> str:
@@ -75,8 +79,11 @@ def replace_sources(options: Any, convert: Callable[[str, str], str]) -> Any:
 
 
 def get_relative_flags(options: Any, should_strip: bool = False) -> dict[str, Any]:
-    """Return all flags of the run, with paths relative to the current directory. If `should_strip` is set, local
-    folders are replaced with placeholders, because the flags are published."""
+    """Return all flags of the run, with paths relative to the current directory.
+
+    If `should_strip` is set, local folders are replaced with placeholders, because the flags are
+    published.
+    """
     convert = strip_folders if should_strip else make_relative
     options = replace_sources(options, lambda _, source: convert(source))
     flags = to_flags(

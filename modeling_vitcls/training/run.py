@@ -33,7 +33,6 @@ from ..data.streaming import StreamedImages
 from ..data.workers import explain_worker_errors
 from ..inference.frozen_features import HeadEvaluator
 from ..inference.per_image import get_outputs
-from ..options import FinetuneOptions, PretrainOptions, to_flags
 from ..runtime.distributed import (
     build_accelerator,
     configure_layer_sharding,
@@ -41,6 +40,7 @@ from ..runtime.distributed import (
     set_mixed_precision,
 )
 from ..runtime.errors import RunStopped, is_raised_on_all_processes
+from ..runtime.flags import to_flags
 from ..runtime.system import describe_device
 from . import finetune, output_folder, pretrain
 from .calibration import (
@@ -59,9 +59,10 @@ from .dry_run import (
     describe_dry_probe,
     describe_dry_run,
 )
-from .loop import TrainingLoop, TrainingState
+from .loop import TrainingLoop, TrainingState, build_batch_plan
 from .model import InitialModel, check_preset_name, choose_image_size, resolve_initial_model
 from .optimizer import Ema, build_optimizer
+from .options import FinetuneOptions, PretrainOptions
 from .output_folder import CHECKPOINTS_FOLDER, RESULTS_FILE, FolderLock, save_output
 from .probe import FittedProbe, explain_missing_steps
 from .reporter import (
@@ -161,8 +162,10 @@ class Result:
 def train(
     options: FinetuneOptions | PretrainOptions, on_checkpoint: Callable[[Path], None] | None = None
 ) -> Path:
-    """Train and evaluate a model, and return the folder with the model and its results. With `--dry-run`, run a few
-    steps, print the expected duration and memory of the full run, and keep no files, not even the returned folder.
+    """Train and evaluate a model, and return the folder with the model and its results.
+
+    With `--dry-run`, run a few steps, print the expected duration and memory of the full run, and
+    keep no files, not even the returned folder.
 
     Args:
         options: flags of the run.
@@ -294,9 +297,7 @@ def load(kind: Any, options: Options, environment: Environment) -> Loaded:
         accelerator, options.training.mixed_precision, setup.model.config, recorded_precision
     )
 
-    plan = BatchPlan.from_options(
-        data.num_training_images, options.training, accelerator.num_processes
-    )
+    plan = build_batch_plan(data.num_training_images, options.training, accelerator.num_processes)
     metadata = {
         "images_per_step": plan.images_per_step,
         "mixed_precision": accelerator.mixed_precision,
@@ -419,8 +420,10 @@ def print_summary(loaded: Loaded, environment: Environment) -> None:
 
 
 def fit_probe(loaded: Loaded, environment: Environment) -> FittedProbe | None:
-    """Start the classifier from a regression on the frozen encoder. A resumed run restores what the regression reads;
-    the weights are those of the checkpoint."""
+    """Start the classifier from a regression on the frozen encoder.
+
+    A resumed run restores what the regression reads; the weights are those of the checkpoint.
+    """
     checkpoint, probe = environment.checkpoint, loaded.setup.probe
     if checkpoint is not None:
         record = loaded.metadata["probe"] = checkpoint.metadata["probe"]

@@ -26,8 +26,10 @@ STOP_SIGNALS = [
 
 
 class SignalHandler:
-    """Context manager that stores the first Ctrl-C, SIGTERM, SIGHUP or SIGUSR1. A second Ctrl-C raises
-    KeyboardInterrupt, and a second SIGTERM ends the process, both without a checkpoint.
+    """Context manager that stores the first Ctrl-C, SIGTERM, SIGHUP or SIGUSR1.
+
+    A second Ctrl-C raises KeyboardInterrupt, and a second SIGTERM ends the process, both without a
+    checkpoint.
 
     Clusters send SIGTERM, or SIGUSR1 (`sbatch --signal=USR1@120`), some time before the machine is stopped. The
     launcher determines which processes receive a signal:
@@ -77,8 +79,11 @@ class SignalHandler:
         self.old_handlers.clear()
 
     def handle_signal(self, signum: int, frame: FrameType | None) -> None:
-        """Store the first signal. End the run on a later Ctrl-C or a second SIGTERM, but not if a launcher only
-        forwards the first one."""
+        """Store the first signal.
+
+        End the run on a later Ctrl-C or a second SIGTERM, but not if a launcher only forwards the
+        first one.
+        """
         now = time.monotonic()
         if self.received_signal is None:
             self.received_signal = signal.Signals(signum)
@@ -93,8 +98,10 @@ class SignalHandler:
             signal.raise_signal(signum)
 
     def get_signal(self) -> str | None:
-        """Return the name of the received stop signal, or None if no signal was received. The result is the same on
-        all processes. This method must be called on all processes."""
+        """Return the name of the received stop signal, or None if no signal was received.
+
+        The result is the same on all processes. This method must be called on all processes.
+        """
         if self.received_signal is None and self.parent_pid not in (None, os.getppid()):
             self.received_signal = signal.SIGTERM
         signum = int(self.received_signal or 0)

@@ -62,8 +62,10 @@ class TeacherPreprocessing:
     normalize: Callable[[torch.Tensor], torch.Tensor]
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Convert the student's pixels [B, C, H, W] in [0, 255] to the teacher's input. Pixels of mixed images are
-        rounded."""
+        """Convert the student's pixels [B, C, H, W] in [0, 255] to the teacher's input.
+
+        Pixels of mixed images are rounded.
+        """
         if pixels.is_floating_point():
             pixels = pixels.clamp(0, 255).round().to(torch.uint8)
         pixels = convert_channels(pixels, self.num_channels)
@@ -112,8 +114,10 @@ class Teacher(nn.Module):
 def load_teacher(
     source: str, labels: LabelSpace, student: ViTCLSConfig, device: torch.device
 ) -> Teacher:
-    """Load a teacher for a student with the given labels and configuration. Raise ValueError if the
-    teacher is not an image classifier or lacks a label, and OSError if the teacher cannot be found or read.
+    """Load a teacher for a student with the given labels and configuration.
+
+    Raise ValueError if the teacher is not an image classifier or lacks a label, and OSError if the
+    teacher cannot be found or read.
 
     Labels are matched by name. If a teacher has no label names but the same number of labels, the labels are assumed
     to be in the same order. `Teacher.description` states this assumption.
@@ -171,8 +175,11 @@ def load_feature_teacher(
 def match_labels(
     source: str, names: list[str] | None, num_labels: int, labels: list[str]
 ) -> tuple[list[int] | None, str]:
-    """Return the index of each label in the teacher's logits, and a note on the label mapping. If the teacher has the
-    same labels in the same order, return None and an empty note. `names` is None if its labels have no names."""
+    """Return the index of each label in the teacher's logits, and a note on the label mapping.
+
+    If the teacher has the same labels in the same order, return None and an empty note. `names` is
+    None if its labels have no names.
+    """
     if names is None and num_labels == len(labels):
         return (
             None,
@@ -241,8 +248,10 @@ def explain_loading_errors(source: str) -> Iterator[None]:
 def build_processor_preprocessing(
     processor: Any, num_channels: int, student: ViTCLSConfig
 ) -> TeacherPreprocessing:
-    """Build the preprocessing from a transformers image processor. The teacher's input size is the processor's output
-    size for an image of the student's size."""
+    """Build the preprocessing from a transformers image processor.
+
+    The teacher's input size is the processor's output size for an image of the student's size.
+    """
 
     def normalize(pixels: torch.Tensor) -> torch.Tensor:
         return run_processor(processor, pixels, do_resize=False)
@@ -320,8 +329,10 @@ def convert_channels(pixels: torch.Tensor, num_channels: int) -> torch.Tensor:
 
 
 def get_interpolation(resample: Any) -> InterpolationMode:
-    """Return torchvision's interpolation mode for a resampling filter, given by its PIL number or timm name. Lanczos
-    is replaced with bicubic, because torchvision does not support Lanczos for tensors."""
+    """Return torchvision's interpolation mode for a resampling filter, given by its PIL number or timm name.
+
+    Lanczos is replaced with bicubic, because torchvision does not support Lanczos for tensors.
+    """
     if resample is None or resample == "random":
         return InterpolationMode.BILINEAR
     mode = (

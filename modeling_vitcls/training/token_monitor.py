@@ -24,8 +24,11 @@ MAX_ATTENTION_IMAGES = 8  # maximum number of images for the attention entropy
 
 
 class TokenMonitor:
-    """Monitor of a model's special tokens during training. The monitor stores the initial values of the tokens. A
-    model without embeddings, such as the heads in linear probing, has no special tokens."""
+    """Monitor of a model's special tokens during training.
+
+    The monitor stores the initial values of the tokens. A model without embeddings, such as the
+    heads in linear probing, has no special tokens.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         embeddings = [module for module in model.modules() if isinstance(module, ViTCLSEmbeddings)]

@@ -32,8 +32,9 @@ from modeling_vitcls.analysis.audit import (
     write_audit,
 )
 from modeling_vitcls.data.aspect_ratio import set_fit
+from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.splits import load_training_data
-from modeling_vitcls.options import DataOptions, EvaluateOptions
+from modeling_vitcls.inference.options import EvaluateOptions
 
 
 pytest.importorskip("cleanlab", reason="cleanlab is in the extras `audit` and `test`")

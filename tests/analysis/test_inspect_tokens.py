@@ -15,7 +15,7 @@ from PIL import Image
 
 from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.analysis.inspect_tokens import inspect_tokens
-from modeling_vitcls.options import InspectOptions
+from modeling_vitcls.analysis.options import InspectOptions
 from modeling_vitcls.runtime.files import write_json
 
 

@@ -30,9 +30,9 @@ from modeling_vitcls.analysis.inspection import (
     open_images,
     select_images,
 )
+from modeling_vitcls.analysis.options import InspectOptions
 from modeling_vitcls.data.images import ArrayImages
 from modeling_vitcls.model.heads_vitcls import IGNORED_LABEL
-from modeling_vitcls.options import InspectOptions
 
 
 NUM_IMAGES = 18

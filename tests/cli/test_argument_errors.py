@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 
 from modeling_vitcls.cli.argument_errors import errors_name_arguments, name_arguments
-from modeling_vitcls.options import EvaluateOptions, FinetuneOptions, PredictOptions
+from modeling_vitcls.inference.options import EvaluateOptions, PredictOptions
 from modeling_vitcls.runtime.errors import RunStopped
+from modeling_vitcls.training.options import FinetuneOptions
 
 
 @pytest.mark.parametrize(

@@ -31,11 +31,11 @@ from modeling_vitcls import (
     ViTCLSModel,
 )
 from modeling_vitcls.cli.demo import DemoOptions, get_title, run, write_examples
+from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.sources import load_splits
 from modeling_vitcls.data.splits import build_held_out_rule, select_held_out
 from modeling_vitcls.hub.model_files import hash_weights
 from modeling_vitcls.hub.model_folder import ModelFolder
-from modeling_vitcls.options import DataOptions
 from modeling_vitcls.runtime.files import write_json
 
 

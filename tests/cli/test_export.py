@@ -9,7 +9,7 @@ from helpers.command_in_process import run_here
 
 from modeling_vitcls.cli import export
 from modeling_vitcls.export import exporter
-from modeling_vitcls.options import ExportOptions
+from modeling_vitcls.export.options import ExportOptions
 
 
 def test_flags_and_report_of_an_export(

@@ -46,7 +46,11 @@ def test_a_type_checker_finds_a_wrong_name_and_a_wrong_value(tmp_path: Path) -> 
     snippet = tmp_path / "snippet.py"
     snippet.write_text(SNIPPET.strip(), encoding="utf-8")
     package = Path("modeling_vitcls")
-    files = [package / "__init__.py", package / "options.py"]
+    files = [
+        package / "__init__.py",
+        package / "runtime" / "flags.py",
+        *package.glob("*/options.py"),
+    ]
     files += [package / "cli" / f"{name}.py" for name in ("functions", "flags", "argument_errors")]
     options = ["--config-file=", "--explicit-package-bases", "--follow-imports=skip"]
     options += ["--ignore-missing-imports", f"--cache-dir={tmp_path / 'cache'}"]

@@ -17,17 +17,13 @@ from torch.utils.data import Dataset
 
 from modeling_vitcls import evaluate, finetune, inspect_tokens, predict, pretrain
 from modeling_vitcls.analysis import inspect_tokens as inspect_tokens_module
+from modeling_vitcls.analysis.options import InspectOptions
 from modeling_vitcls.cli.functions import build_options
-from modeling_vitcls.options import (
-    EvaluateOptions,
-    FinetuneOptions,
-    InspectOptions,
-    PredictOptions,
-    PretrainOptions,
-)
+from modeling_vitcls.inference.options import EvaluateOptions, PredictOptions
 from modeling_vitcls.publishing import after_run
 from modeling_vitcls.runtime.files import write_json
 from modeling_vitcls.training import run
+from modeling_vitcls.training.options import FinetuneOptions, PretrainOptions
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate", "few_digits")

@@ -12,7 +12,8 @@ from helpers.tiny_models import build_tiny_config, save_with_processor
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, cli
 from modeling_vitcls.cli.parsing import find_recipe, read_help_texts, silence_libraries
-from modeling_vitcls.options import FinetuneOptions, get_flag_fields
+from modeling_vitcls.runtime.flags import get_flag_fields
+from modeling_vitcls.training.options import FinetuneOptions
 
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"

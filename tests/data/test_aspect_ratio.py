@@ -19,9 +19,10 @@ from modeling_vitcls.data.augmentation import build_augmentation
 from modeling_vitcls.data.batches import Normalizer
 from modeling_vitcls.data.images import DatasetImages
 from modeling_vitcls.data.labels import LabelSpace
+from modeling_vitcls.data.options import AugmentationOptions
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.inference.load_model import load_model
-from modeling_vitcls.options import AugmentationOptions, ModelOptions
+from modeling_vitcls.training.options import ModelOptions
 
 
 CROP = {

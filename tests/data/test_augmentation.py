@@ -15,8 +15,8 @@ from modeling_vitcls.data.augmentation import (
     Erasing,
     build_augmentation,
 )
+from modeling_vitcls.data.options import AugmentationOptions
 from modeling_vitcls.data.sampling import draw_random_bits
-from modeling_vitcls.options import AugmentationOptions
 
 
 ALL = {"crop_scale": 0.5, "flip": True, "rotation": 20.0, "shift": 0.1, "zoom": 0.2}

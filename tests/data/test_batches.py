@@ -28,9 +28,9 @@ from modeling_vitcls.data.batches import (
     iterate_training_batches,
 )
 from modeling_vitcls.data.images import ArrayImages, DatasetImages, LabeledImages
+from modeling_vitcls.data.options import AugmentationOptions
 from modeling_vitcls.data.sampling import derive_seed
 from modeling_vitcls.data.streaming import TrainingStream
-from modeling_vitcls.options import AugmentationOptions
 
 
 def build_images(

@@ -20,8 +20,8 @@ from modeling_vitcls.data.evaluated_images import (
 )
 from modeling_vitcls.data.held_out import HeldOutRecord, encode_content_keys
 from modeling_vitcls.data.images import DatasetImages
+from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.splits import load_training_data
-from modeling_vitcls.options import DataOptions
 from modeling_vitcls.runtime.files import read_json
 
 

@@ -17,6 +17,7 @@ from helpers.tiny_models import build_tiny_config, raises_one_line
 from helpers.tiny_options import build_tiny_options, run_training
 
 from modeling_vitcls.analysis.inspection import open_images
+from modeling_vitcls.analysis.options import InspectOptions
 from modeling_vitcls.data.evaluated_images import load_evaluation_data
 from modeling_vitcls.data.held_out import (
     HeldOutRecord,
@@ -26,12 +27,13 @@ from modeling_vitcls.data.held_out import (
     read_held_out_record,
 )
 from modeling_vitcls.data.in_memory import add_dataset
+from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.inference.evaluate import evaluate_checkpoint
 from modeling_vitcls.inference.load_model import load_model
+from modeling_vitcls.inference.options import EvaluateOptions
 from modeling_vitcls.model.modeling_vitcls import ViTCLSModel
-from modeling_vitcls.options import DataOptions, EvaluateOptions, InspectOptions
 from modeling_vitcls.publishing.staging import list_published_files
 from modeling_vitcls.training.finetune import describe_overlap
 from modeling_vitcls.training.model import resolve_initial_model

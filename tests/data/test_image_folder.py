@@ -12,10 +12,11 @@ from PIL import Image
 
 from modeling_vitcls.data.evaluated_images import load_evaluation_data
 from modeling_vitcls.data.image_folder import read_image_folder, scan_folder
+from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.inference.inputs import open_input
+from modeling_vitcls.inference.options import PredictOptions
 from modeling_vitcls.model.image_processing_vitcls import get_image_formats
-from modeling_vitcls.options import DataOptions, PredictOptions
 
 
 def write_images(root: Path, *names: str) -> Path:

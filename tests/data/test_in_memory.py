@@ -13,9 +13,9 @@ from helpers.tiny_models import raises_one_line
 from PIL import Image
 
 from modeling_vitcls.data.in_memory import add_dataset, get_dataset
+from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.sources import load_splits
 from modeling_vitcls.data.splits import load_training_data
-from modeling_vitcls.options import DataOptions
 
 
 NUM_IMAGES = 40

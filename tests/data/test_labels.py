@@ -16,8 +16,8 @@ from modeling_vitcls.data.labels import (
     get_label_space,
     is_multi_label,
 )
+from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.model.configuration_vitcls import ViTCLSConfig
-from modeling_vitcls.options import DataOptions
 
 
 INTEGERS = datasets.Value("int64")

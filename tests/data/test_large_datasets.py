@@ -16,9 +16,9 @@ from helpers.tiny_models import raises_one_line
 
 from modeling_vitcls.data import image_folder, splits
 from modeling_vitcls.data.images import DatasetImages
+from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.splits import load_on_main, load_training_data
 from modeling_vitcls.data.streaming import read_label_column
-from modeling_vitcls.options import DataOptions
 
 
 def test_the_main_process_scans_a_folder_once_for_all_processes(

@@ -11,7 +11,8 @@ from modeling_vitcls.data.sampling import (
     derive_seed,
     draw_random_bits,
 )
-from modeling_vitcls.options import TrainingOptions
+from modeling_vitcls.training.loop import build_batch_plan
+from modeling_vitcls.training.options import TrainingOptions
 
 
 def list_keys(plan: BatchPlan, process: int = 0) -> list[tuple[int, int]]:
@@ -64,10 +65,9 @@ def test_weights_are_inverse_to_frequency_with_mean_one() -> None:
 
 def test_streams_require_a_number_of_steps() -> None:
     with pytest.raises(ValueError, match=r"requires a number of steps.*Set --max-steps"):
-        BatchPlan.from_options(None, TrainingOptions(batch_size=64), 1)
+        build_batch_plan(None, TrainingOptions(batch_size=64), 1)
     assert (
-        BatchPlan.from_options(None, TrainingOptions(max_steps=3, batch_size=64), 1).count_epochs(2)
-        == 0
+        build_batch_plan(None, TrainingOptions(max_steps=3, batch_size=64), 1).count_epochs(2) == 0
     )
 
 

@@ -20,10 +20,10 @@ from modeling_vitcls.data.evaluated_images import load_evaluation_data
 from modeling_vitcls.data.images import LabeledImages, UnreadableImage, UnreadableImageCounter
 from modeling_vitcls.data.in_memory import add_dataset
 from modeling_vitcls.data.labels import MultiHotLabels
+from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.sources import load_splits
 from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.model.image_processing_vitcls import pil_to_tensor
-from modeling_vitcls.options import DataOptions
 
 
 @pytest.fixture(scope="module")

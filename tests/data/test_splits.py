@@ -16,6 +16,7 @@ from modeling_vitcls.data.evaluated_images import load_evaluation_data
 from modeling_vitcls.data.held_out import HeldOutRecord, HeldOutRule
 from modeling_vitcls.data.images import DatasetImages, LabeledImages
 from modeling_vitcls.data.labels import MultiHotLabels
+from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.splits import (
     choose_training_splits,
     describe_change,
@@ -24,7 +25,6 @@ from modeling_vitcls.data.splits import (
     hold_out_images,
     load_training_data,
 )
-from modeling_vitcls.options import DataOptions
 from modeling_vitcls.training.reporter import describe_splits
 
 

@@ -25,10 +25,12 @@ from modeling_vitcls.data.augmentation import build_augmentation
 from modeling_vitcls.data.batches import Batch, BatchBuilder, iterate_training_batches
 from modeling_vitcls.data.evaluated_images import load_evaluation_data
 from modeling_vitcls.data.held_out import HeldOutRule
+from modeling_vitcls.data.options import AugmentationOptions, DataOptions
 from modeling_vitcls.data.sampling import BatchPlan
 from modeling_vitcls.data.splits import TrainingData, load_training_data
 from modeling_vitcls.data.streaming import StreamedImages, TrainingStream, read_ahead
-from modeling_vitcls.options import AugmentationOptions, DataOptions, TrainingOptions
+from modeling_vitcls.training.loop import build_batch_plan
+from modeling_vitcls.training.options import TrainingOptions
 
 
 NUM_IMAGES = 60
@@ -93,7 +95,7 @@ def read(folder: Path, **options: Any) -> TrainingData:
 
 
 def build_plan(num_processes: int = 1, **options: Any) -> BatchPlan:
-    return BatchPlan.from_options(None, TrainingOptions(**options), num_processes)
+    return build_batch_plan(None, TrainingOptions(**options), num_processes)
 
 
 def build_batches(

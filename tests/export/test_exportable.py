@@ -17,6 +17,7 @@ from helpers.tiny_models import (
 )
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
+from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.export import exporter
 from modeling_vitcls.export.exportable import (
@@ -29,7 +30,6 @@ from modeling_vitcls.export.measurement import compare_labels, load_export_image
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.inference.image_pass import ImageOutput
 from modeling_vitcls.inference.intervals import compute_proportion_interval
-from modeling_vitcls.options import DataOptions
 from modeling_vitcls.runtime.files import write_json
 
 

@@ -33,10 +33,10 @@ from modeling_vitcls import (
 from modeling_vitcls.export import exporter, formats
 from modeling_vitcls.export.exporter import export_model
 from modeling_vitcls.export.measurement import compare_outputs_on_images
+from modeling_vitcls.export.options import ExportOptions
 from modeling_vitcls.export.tracing import GraphShape, get_smallest_size
 from modeling_vitcls.hub.model_files import hash_files, hash_weights
 from modeling_vitcls.hub.model_folder import ModelFolder
-from modeling_vitcls.options import ExportOptions
 
 
 pytestmark = pytest.mark.integration

@@ -3,8 +3,9 @@
 from typing import Any
 
 from modeling_vitcls.data.sampling import BatchPlan
-from modeling_vitcls.options import TrainingOptions
+from modeling_vitcls.training.loop import build_batch_plan
+from modeling_vitcls.training.options import TrainingOptions
 
 
 def build_plan(num_images: int, num_processes: int = 1, **options: Any) -> BatchPlan:
-    return BatchPlan.from_options(num_images, TrainingOptions(**options), num_processes)
+    return build_batch_plan(num_images, TrainingOptions(**options), num_processes)

@@ -26,15 +26,14 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import modeling_vitcls as vitcls
 from helpers.process_checks import write_report
-from modeling_vitcls.data.batches import BatchPlan
 from modeling_vitcls.data.images import UnreadableImageCounter
-from modeling_vitcls.options import TrainingOptions
 from modeling_vitcls.runtime.distributed import run_on_main
 from modeling_vitcls.runtime.errors import RunStopped
 from modeling_vitcls.training.checkpoints import CheckpointStore
-from modeling_vitcls.training.loop import TrainingLoop, TrainingState
+from modeling_vitcls.training.loop import TrainingLoop, TrainingState, build_batch_plan
 from modeling_vitcls.training.losses import Objective
 from modeling_vitcls.training.optimizer import build_parameter_groups
+from modeling_vitcls.training.options import TrainingOptions
 from modeling_vitcls.training.reporter import Reporter
 from modeling_vitcls.training.signals import SignalHandler
 
@@ -171,7 +170,7 @@ def build_training_loop(folder: Path, objective: Objective) -> TrainingLoop:
     options = TrainingOptions(max_steps=4, batch_size=2, learning_rate=0.1, layer_decay=1.0)
     optimizer = torch.optim.SGD(build_parameter_groups(model, weight_decay=0.0), lr=0.1)
     state = TrainingState(*accelerator.prepare(model, optimizer))
-    plan = BatchPlan.from_options(8, options, NUM_PROCESSES)
+    plan = build_batch_plan(8, options, NUM_PROCESSES)
     reporter = Reporter(folder / "metrics.jsonl", accelerator)
     store = CheckpointStore(folder / "checkpoints", num_kept=1)
     unreadable_images = UnreadableImageCounter(print, 0)

@@ -29,11 +29,12 @@ from modeling_vitcls import (
 )
 from modeling_vitcls.data.images import DatasetImages, LabeledImages
 from modeling_vitcls.data.labels import LabelColumn, LabelReader, LabelSpace
+from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.streaming import StreamedImages
 from modeling_vitcls.inference.evaluate import evaluate_checkpoint
 from modeling_vitcls.inference.evaluator import Evaluator
 from modeling_vitcls.inference.frozen import evaluate_frozen
-from modeling_vitcls.options import DataOptions, EvaluateOptions
+from modeling_vitcls.inference.options import EvaluateOptions
 from modeling_vitcls.runtime.distributed import build_accelerator
 
 

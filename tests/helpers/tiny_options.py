@@ -11,16 +11,12 @@ from accelerate import Accelerator
 from helpers.accelerate_state import reset_accelerate
 from modeling_vitcls.cli.functions import build_options
 from modeling_vitcls.data.labels import LabelSpace
-from modeling_vitcls.data.sampling import BatchPlan
-from modeling_vitcls.options import (
-    AugmentationOptions,
-    FinetuneOptions,
-    ModelOptions,
-    PretrainOptions,
-)
+from modeling_vitcls.data.options import AugmentationOptions
 from modeling_vitcls.runtime.files import read_json
 from modeling_vitcls.training import finetune, pretrain
+from modeling_vitcls.training.loop import build_batch_plan
 from modeling_vitcls.training.model import build_model, resolve_initial_model
+from modeling_vitcls.training.options import FinetuneOptions, ModelOptions, PretrainOptions
 from modeling_vitcls.training.reporter import Reporter
 from modeling_vitcls.training.run import resolve_options, train
 
@@ -81,9 +77,7 @@ def prepare_setup(options: Any) -> SimpleNamespace:
     data = kind.load_data(options, initial)
     options = resolve_options(options, initial, data)[0]
     setup = kind.build_training_setup(options, initial, data, reporter)
-    plan = BatchPlan.from_options(
-        data.num_training_images, options.training, accelerator.num_processes
-    )
+    plan = build_batch_plan(data.num_training_images, options.training, accelerator.num_processes)
     return SimpleNamespace(setup=setup, options=options, data=data, plan=plan, reporter=reporter)
 
 

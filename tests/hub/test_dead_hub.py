@@ -25,10 +25,10 @@ from modeling_vitcls.cli.convert import ConvertOptions, run
 from modeling_vitcls.conversion.convert import convert_checkpoint
 from modeling_vitcls.conversion.random_weights import randomize_weights
 from modeling_vitcls.data.labels import LabelSpace
+from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.sources import load_splits
 from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.hub import loading
-from modeling_vitcls.options import DataOptions
 from modeling_vitcls.training.teacher import load_teacher
 
 

@@ -8,6 +8,7 @@ import pytest
 import yaml
 from helpers.tiny_models import raises_one_line
 
+from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.hub.loading import split_revision
 from modeling_vitcls.hub.local_paths import (
     can_publish_images,
@@ -18,17 +19,16 @@ from modeling_vitcls.hub.local_paths import (
     resolve_name,
     strip_folders,
 )
-from modeling_vitcls.options import (
-    DataOptions,
+from modeling_vitcls.runtime.flags import to_flags
+from modeling_vitcls.training import output_folder
+from modeling_vitcls.training.checkpoints import CheckpointStore
+from modeling_vitcls.training.options import (
     DistillationOptions,
     FinetuneOptions,
     ModelOptions,
     PretrainOptions,
     RunOptions,
-    to_flags,
 )
-from modeling_vitcls.training import output_folder
-from modeling_vitcls.training.checkpoints import CheckpointStore
 from modeling_vitcls.training.resume import (
     check_flags_unchanged,
     get_relative_flags,

@@ -38,6 +38,7 @@ from modeling_vitcls.conversion.any_checkpoint import resolve
 from modeling_vitcls.data.aspect_ratio import set_fit
 from modeling_vitcls.data.images import LabeledImages
 from modeling_vitcls.data.labels import LabelSpace
+from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.inference import evaluate as evaluate_module
 from modeling_vitcls.inference.evaluate import (
@@ -47,7 +48,7 @@ from modeling_vitcls.inference.evaluate import (
     set_label_columns,
 )
 from modeling_vitcls.inference.metric_tables import build_class_tables, get_metric_names
-from modeling_vitcls.options import DataOptions, EvaluateOptions
+from modeling_vitcls.inference.options import EvaluateOptions
 from modeling_vitcls.runtime.distributed import build_accelerator
 from modeling_vitcls.runtime.files import read_json, write_json
 from modeling_vitcls.runtime.system import describe_device, get_versions

@@ -23,9 +23,9 @@ from PIL import Image
 from modeling_vitcls import ViTCLSConfig, ViTCLSImageProcessor
 from modeling_vitcls.data.images import DatasetImages, LabeledImages
 from modeling_vitcls.data.labels import LabelSpace
+from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.inference import image_pass
 from modeling_vitcls.inference.evaluator import Evaluator
-from modeling_vitcls.options import DataOptions
 from modeling_vitcls.runtime.distributed import build_accelerator
 
 

@@ -21,10 +21,11 @@ from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, 
 from modeling_vitcls.analysis.audit import load_audited_images
 from modeling_vitcls.data.aspect_ratio import set_fit
 from modeling_vitcls.data.evaluated_images import load_evaluation_data
+from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.inference import frozen
 from modeling_vitcls.inference.frozen import build_classifier, evaluate_frozen
 from modeling_vitcls.inference.intervals import compute_proportion_interval
-from modeling_vitcls.options import DataOptions, EvaluateOptions
+from modeling_vitcls.inference.options import EvaluateOptions
 
 
 DIGITS = DataOptions(dataset="digits", num_workers=0, held_out_fraction=0.1)

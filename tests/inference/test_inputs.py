@@ -33,7 +33,7 @@ from modeling_vitcls.inference.inputs import (
     prepare_image,
     prepare_images,
 )
-from modeling_vitcls.options import PredictOptions
+from modeling_vitcls.inference.options import PredictOptions
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")

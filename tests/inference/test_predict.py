@@ -39,9 +39,9 @@ from modeling_vitcls import (
 )
 from modeling_vitcls.cli import functions
 from modeling_vitcls.inference import predict as predict_module
+from modeling_vitcls.inference.options import PredictOptions
 from modeling_vitcls.inference.predict import PredictionCounts, compute_model_digest, predict_images
 from modeling_vitcls.inference.shards import merge_shards
-from modeling_vitcls.options import PredictOptions
 from modeling_vitcls.runtime import distributed
 from modeling_vitcls.runtime.distributed import build_accelerator
 

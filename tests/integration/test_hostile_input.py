@@ -31,10 +31,10 @@ from modeling_vitcls.conversion.from_state_dict import (
     convert_family_model,
     prepare_weights,
 )
+from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.sources import load_splits
 from modeling_vitcls.inference.metric_tables import format_name
 from modeling_vitcls.model.image_processing_vitcls import IMAGE_FORMATS
-from modeling_vitcls.options import DataOptions
 from modeling_vitcls.training.checkpoints import (
     CheckpointStore,
     DamagedCheckpointError,

@@ -22,13 +22,14 @@ from modeling_vitcls import (
     finetune,
 )
 from modeling_vitcls.cli.functions import build_options
+from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.hub.model_folder import ModelFolder
-from modeling_vitcls.options import DataOptions, FinetuneOptions, RunOptions
 from modeling_vitcls.publishing.after_run import finish_run, prepare_push
 from modeling_vitcls.publishing.card import write_card
 from modeling_vitcls.publishing.report import load_run_data, write_report
 from modeling_vitcls.runtime.files import read_json, write_json
+from modeling_vitcls.training.options import FinetuneOptions, RunOptions
 
 
 SMALL: dict[str, Any] = {

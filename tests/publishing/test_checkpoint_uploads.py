@@ -8,9 +8,9 @@ import pytest
 from helpers.local_hub import LocalHub
 from huggingface_hub import HfApi
 
-from modeling_vitcls.options import RunOptions
 from modeling_vitcls.publishing.after_run import build_uploader
 from modeling_vitcls.publishing.checkpoint_uploads import build_checkpoint_uploader
+from modeling_vitcls.training.options import RunOptions
 
 
 pytestmark = pytest.mark.integration

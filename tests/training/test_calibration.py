@@ -11,10 +11,10 @@ from helpers.tiny_options import build_tiny_options
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
+from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.hub.model_files import PREDICTIONS_FILE
 from modeling_vitcls.inference.confidence import find_energy_threshold, fit_temperature
-from modeling_vitcls.options import DataOptions
 from modeling_vitcls.training.run import train
 
 

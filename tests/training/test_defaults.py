@@ -11,13 +11,7 @@ from helpers.tiny_options import build_tiny_options
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.conversion.convert import convert_checkpoint
-from modeling_vitcls.options import (
-    DataOptions,
-    FinetuneOptions,
-    ModelOptions,
-    PretrainOptions,
-    TrainingOptions,
-)
+from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.training import defaults
 from modeling_vitcls.training.defaults import (
     DEFAULT_FLAGS,
@@ -25,6 +19,12 @@ from modeling_vitcls.training.defaults import (
     resolve_defaults,
 )
 from modeling_vitcls.training.model import InitialModel, resolve_initial_model
+from modeling_vitcls.training.options import (
+    FinetuneOptions,
+    ModelOptions,
+    PretrainOptions,
+    TrainingOptions,
+)
 
 
 PRETRAINED = {"folder": "checkpoint", "has_random_weights": False}

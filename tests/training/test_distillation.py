@@ -24,7 +24,6 @@ from torchvision.transforms.v2.functional import resize
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSImageProcessor, ViTCLSModel
-from modeling_vitcls.options import PretrainOptions
 from modeling_vitcls.runtime.files import read_json
 from modeling_vitcls.training.distillation import (
     Distillation,
@@ -32,6 +31,7 @@ from modeling_vitcls.training.distillation import (
     compute_feature_loss,
     fit_phi_s,
 )
+from modeling_vitcls.training.options import PretrainOptions
 from modeling_vitcls.training.pretrain import FeatureTeachers, compute_features
 from modeling_vitcls.training.teacher import load_feature_teacher
 

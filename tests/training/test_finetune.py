@@ -41,7 +41,6 @@ from modeling_vitcls.data.batches import Normalizer, iterate_training_batches
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.hub.model_files import hash_weights
 from modeling_vitcls.inference.evaluator import Evaluator
-from modeling_vitcls.options import FinetuneOptions
 from modeling_vitcls.runtime.errors import RunStopped
 from modeling_vitcls.runtime.files import read_json
 from modeling_vitcls.training import run as run_module
@@ -59,6 +58,7 @@ from modeling_vitcls.training.losses import (
     compute_single_label_loss,
 )
 from modeling_vitcls.training.model import resolve_initial_model
+from modeling_vitcls.training.options import FinetuneOptions
 from modeling_vitcls.training.run import describe_splits
 from modeling_vitcls.training.teacher import Teacher
 from modeling_vitcls.training.training_setup import build_training_images

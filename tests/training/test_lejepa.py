@@ -12,7 +12,6 @@ from torch import distributed, multiprocessing
 from modeling_vitcls import ViTCLSModel
 from modeling_vitcls.data.batches import Normalizer
 from modeling_vitcls.model.image_processing_vitcls import ViTCLSImageProcessor
-from modeling_vitcls.options import LeJEPAOptions
 from modeling_vitcls.training import lejepa
 from modeling_vitcls.training.lejepa import (
     LeJEPA,
@@ -21,6 +20,7 @@ from modeling_vitcls.training.lejepa import (
     compute_sigreg,
     crop,
 )
+from modeling_vitcls.training.options import LeJEPAOptions
 
 
 @pytest.mark.slow

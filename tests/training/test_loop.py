@@ -35,13 +35,17 @@ from modeling_vitcls.data.batches import (
     iterate_training_batches,
 )
 from modeling_vitcls.data.images import UnreadableImageCounter
-from modeling_vitcls.data.sampling import BatchPlan
+from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.splits import load_training_data
-from modeling_vitcls.options import DataOptions, TrainingOptions
 from modeling_vitcls.runtime.errors import RunStopped
 from modeling_vitcls.training import duration
 from modeling_vitcls.training import loop as loop_module
-from modeling_vitcls.training.loop import TrainingLoop, TrainingState, is_end_of_epochs
+from modeling_vitcls.training.loop import (
+    TrainingLoop,
+    TrainingState,
+    build_batch_plan,
+    is_end_of_epochs,
+)
 from modeling_vitcls.training.losses import (
     LabelObjective,
     compute_distillation_loss,
@@ -55,6 +59,7 @@ from modeling_vitcls.training.optimizer import (
     build_parameter_groups,
     get_learning_rate,
 )
+from modeling_vitcls.training.options import TrainingOptions
 from modeling_vitcls.training.signals import (
     LAUNCHER_ENVIRONMENT_VARIABLES,
     STOP_SIGNALS,
@@ -92,7 +97,7 @@ class LoopRecorder:
         self.state = TrainingState(*self.accelerator.prepare(self.model, optimizers(self.model)))
         if self.options.ema_decay:
             self.state.ema = Ema(self.state.model, self.options.ema_decay)
-        self.plan = BatchPlan.from_options(len(DIGITS.train), self.options, num_processes=1)
+        self.plan = build_batch_plan(len(DIGITS.train), self.options, num_processes=1)
         self.normalise = Normalizer(processor, self.accelerator.device)
         self.records: list[dict[str, Any]] = []
         self.log = self.records.append
@@ -294,9 +299,7 @@ def test_frozen_layers_stay_in_eval_mode() -> None:
 
 
 def test_evaluations_are_due_at_the_end_of_epochs() -> None:
-    plan = BatchPlan.from_options(
-        100, TrainingOptions(max_steps=10, batch_size=40), num_processes=1
-    )
+    plan = build_batch_plan(100, TrainingOptions(max_steps=10, batch_size=40), num_processes=1)
     for num_epochs, steps in ((1, [3, 5, 8, 10]), (2, [5, 10]), (3, [8])):
         assert [step for step in range(1, 11) if is_end_of_epochs(step, num_epochs, plan)] == steps
 

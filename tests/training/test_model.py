@@ -28,14 +28,7 @@ from modeling_vitcls import (
 from modeling_vitcls.cli.functions import build_options
 from modeling_vitcls.conversion import any_checkpoint
 from modeling_vitcls.data.labels import LabelSpace
-from modeling_vitcls.options import (
-    DataOptions,
-    DistillationOptions,
-    FinetuneOptions,
-    ModelOptions,
-    PretrainOptions,
-    TrainingOptions,
-)
+from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.runtime.files import write_json
 from modeling_vitcls.training.finetune import check_label_kind, check_options
 from modeling_vitcls.training.model import (
@@ -45,6 +38,13 @@ from modeling_vitcls.training.model import (
     resolve_initial_model,
     set_train_mode,
     set_trainable_parameters,
+)
+from modeling_vitcls.training.options import (
+    DistillationOptions,
+    FinetuneOptions,
+    ModelOptions,
+    PretrainOptions,
+    TrainingOptions,
 )
 from modeling_vitcls.training.pretrain import build_encoder
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 from helpers.random_classifiers import build_random_model
 
-from modeling_vitcls.options import TrainingOptions
 from modeling_vitcls.training.optimizer import build_optimizer, get_learning_rate
+from modeling_vitcls.training.options import TrainingOptions
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")

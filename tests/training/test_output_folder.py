@@ -18,11 +18,11 @@ from helpers.tiny_options import build_tiny_options, run_dry, run_training
 from helpers.warm_processes import READY, SECONDS
 
 from modeling_vitcls.model.modeling_vitcls import ViTCLSModel
-from modeling_vitcls.options import FinetuneOptions, PretrainOptions
 from modeling_vitcls.training import output_folder
 from modeling_vitcls.training import run as run_module
 from modeling_vitcls.training.checkpoints import CheckpointStore
 from modeling_vitcls.training.dry_run import build_dry_run_options
+from modeling_vitcls.training.options import FinetuneOptions, PretrainOptions
 from modeling_vitcls.training.output_folder import (
     LOCK_FILE,
     FolderLock,

@@ -26,8 +26,8 @@ from sklearn.neighbors import KNeighborsClassifier
 from transformers import AutoModel
 
 from modeling_vitcls import ViTCLSImageProcessor, ViTCLSModel
-from modeling_vitcls.options import PretrainOptions
 from modeling_vitcls.runtime.files import read_json
+from modeling_vitcls.training.options import PretrainOptions
 from modeling_vitcls.training.pretrain import (
     FeatureQuality,
     check_options,

@@ -14,11 +14,11 @@ import pytest
 from helpers.tiny_models import raises_one_line
 from helpers.tiny_options import build_tiny_options, read_metrics, run_to_folder, run_training
 
-from modeling_vitcls.options import FinetuneOptions, PretrainOptions
 from modeling_vitcls.runtime import distributed
 from modeling_vitcls.runtime.errors import RunStopped
 from modeling_vitcls.runtime.files import read_json
 from modeling_vitcls.training.checkpoints import CheckpointStore, format_state, read_state
+from modeling_vitcls.training.options import FinetuneOptions, PretrainOptions
 from modeling_vitcls.training.reporter import Reporter
 from modeling_vitcls.training.resume import check_flags_unchanged, check_run_unchanged, pin_models
 from modeling_vitcls.training.run import train

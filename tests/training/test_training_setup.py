@@ -25,17 +25,19 @@ from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.data.augmentation import build_augmentation
 from modeling_vitcls.data.batches import BatchBuilder, TrainingImages, iterate_training_batches
 from modeling_vitcls.data.evaluated_images import load_evaluation_data
+from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.sampling import BatchPlan
 from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.inference.evaluate import evaluate_checkpoint
 from modeling_vitcls.inference.evaluator import Evaluator
 from modeling_vitcls.inference.intervals import compute_mean_interval
-from modeling_vitcls.options import DataOptions, EvaluateOptions
+from modeling_vitcls.inference.options import EvaluateOptions
 from modeling_vitcls.training import duration as duration_module
 from modeling_vitcls.training import finetune
 from modeling_vitcls.training.checkpoints import CheckpointStore
 from modeling_vitcls.training.dry_run import describe_dry_run
 from modeling_vitcls.training.folds import run_folds
+from modeling_vitcls.training.loop import build_batch_plan
 from modeling_vitcls.training.run import draw_few_images
 from modeling_vitcls.training.training_setup import build_training_images
 
@@ -108,7 +110,7 @@ def test_the_flags_and_the_checkpoint_determine_the_batches(tmp_path: Path) -> N
     }
     run = prepare_setup(build_options(tmp_path / "run", replace(DIGITS, split_seed=3), **flags))
     train, options, task = run.data.train, run.options, run.setup
-    plan = BatchPlan.from_options(len(train), options.training, 1)
+    plan = build_batch_plan(len(train), options.training, 1)
     assert [*run.plan.iterate_keys(0)] == [*plan.iterate_keys(0)]
     augmentation = build_augmentation(
         options.augmentation, ViTCLSImageProcessor(size=[24, 32], resample=0)

@@ -1,0 +1,98 @@
+"""Flags of `vitcls inspect` and `vitcls look` (runtime/flags.py)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ..inference.options import ImageOptions
+from ..runtime.flags import check_minimum, check_value
+
+
+@dataclass(frozen=True)
+class InspectOptions(ImageOptions):
+    """Show what the special tokens of a vitcls model do: write an HTML report and print a summary.
+
+    The images are selected by PATHS or --dataset. Subfolder names in PATHS are used as labels if the model has classes
+    with these names.
+    """
+
+    model: str
+    """Folder or Hub id of a vitcls model (`ID@COMMIT` pins the model), or another ViT, which is converted once
+    (`timm:NAME`, `transformers:ID`, a folder, a Hub id, a file)."""
+    split: str | None = None
+    """Dataset split to inspect. Default: `test` or, if there is none, `validation` or the only split, without the
+    images that the model was trained on."""
+    label_column: tuple[str, ...] | None = None
+    """Column with the labels; several columns define several tasks. By default, the column is detected by type or
+    name."""
+    label_separator: str | None = None
+    """Separator of the labels in a text column with several labels per image (`cat|dog`)."""
+    output: Path = Path("report.html")
+    """HTML file for the report."""
+    json: Path | None = None
+    """JSON file for the values in the report."""
+    num_images: int = 8
+    """Number of images in the report: wrong predictions, then the least confident predictions, then typical images."""
+    max_images: int = 256
+    """Maximum number of images for the statistics. The images are drawn at random and stored in memory."""
+    mixed_precision: Literal["auto", "no", "bf16"] = "auto"
+    """Precision of the forward pass. `auto`: `bf16` on GPUs and CPUs with bf16 instructions (on CPUs, for models at
+    least as wide as ViT-Ti), and otherwise `no`."""
+
+    def __post_init__(self) -> None:
+        check_minimum(self, 1, "num_images", "max_images", "batch_size")
+        if bool(self.paths) == (self.dataset is not None):
+            raise ValueError("Set either PATHS or --dataset to select the images.")
+        if self.dataset is None and (
+            self.image_column or self.label_column or self.label_separator
+        ):
+            raise ValueError(
+                "--image-column, --label-column and --label-separator require --dataset. Set --dataset."
+            )
+        if self.output.suffix.lower() not in (".html", ".htm"):
+            raise ValueError(f"--output {self.output}: the file name must end in .html")
+        if self.json is not None and self.json.suffix.lower() != ".json":
+            raise ValueError(f"--json {self.json}: the file name must end in .json")
+
+
+@dataclass(frozen=True)
+class LookOptions:
+    """Draw one sheet per photo: attention of each special token by head and by layer, and features and norms of the
+    patches.
+
+    The photos are image files, folders or URLs. Each frame of an animated image has a sheet of its own.
+    """
+
+    model: str
+    """Folder or Hub id of a vitcls model (`ID@COMMIT` pins the model), or another ViT, which is converted once
+    (`timm:NAME`, `transformers:ID`, a folder, a Hub id, a file)."""
+    paths: tuple[str, ...] = ()
+    """Image files, folders (including subfolders), or URLs."""
+    output: Path = Path("look.png")
+    """Image file for the sheet, or a folder. For several photos, the name of each photo is appended to the file
+    name."""
+    json: Path | None = None
+    """JSON file for the numbers: attention by head, token and layer, patch norms, and explained variance."""
+    image_size: int | tuple[int, int] | None = None
+    """Image height and width in pixels; one number sets both. Default: the size of the image processor. Larger images
+    have more patches and finer maps."""
+    fit: Literal["squash", "crop", "pad"] | None = None
+    """How photos of other aspect ratios become the input: resize the whole photo (`squash`), crop the center (`crop`)
+    or add gray (`pad`). Default: the setting of the image processor."""
+
+    def __post_init__(self) -> None:
+        if not self.paths:
+            raise ValueError(
+                "Name at least one photo, folder or URL: vitcls look photo.jpg --model M"
+            )
+        sizes = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,)
+        check_value(
+            self, "image_size", all(size is None or size >= 1 for size in sizes), "1 or more"
+        )
+        suffixes = ("", ".png", ".jpg", ".jpeg", ".webp")
+        if self.output.suffix.lower() not in suffixes:
+            raise ValueError(
+                f"--output {self.output}: set a .png, .jpg or .webp file, or a folder without a suffix"
+            )
+        if self.json is not None and self.json.suffix.lower() != ".json":
+            raise ValueError(f"--json {self.json}: the file name must end in .json")

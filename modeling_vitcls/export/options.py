@@ -1,0 +1,60 @@
+"""Flags of `vitcls export` (runtime/flags.py)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Export a model. Nothing is written if the outputs of the graph and the model differ by more than the limit."""
+
+    model: str
+    """A model folder, the id of a model on the Hub, or a preset (random weights)."""
+    format: Literal["onnx", "openvino", "transformers.js"]
+    """ONNX (.onnx), OpenVINO (.xml and .bin), or a folder for transformers.js."""
+    output: Path
+    """Output file, which must not exist yet, or a folder: model.onnx (or model.xml) and all files that
+    `predict` and `evaluate` with --backend require. With --format transformers.js: a new or empty folder."""
+    int8: bool = False
+    """With --format onnx or openvino: quantize the matrix products to int8 (NNCF), calibrated on training images of
+    --dataset. The image size is fixed."""
+    max_drop: float = 0.5
+    """With --int8: largest loss of accuracy, in points. If the images show a larger loss with 95% confidence, nothing
+    is written."""
+    exclude_layers: tuple[int, ...] = ()
+    """With --int8: numbers of the layers, from 1, that stay in float32."""
+    image_size: tuple[int, int] | None = None
+    """Height and width in pixels. With --no-dynamic, the graph accepts only this size; otherwise, the size is used
+    only in the comparison. Default: the image size of the model."""
+    dynamic: bool = True
+    """Accept images of different sizes, not only of --image-size. The batch size is always dynamic."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """dtype of the weights and computations. Inputs and outputs are always float32."""
+    dataset: str | None = None
+    """Images, as in `vitcls evaluate`, to measure the accuracy of the file. For images without labels, the outputs of
+    file and model are compared."""
+    split: str | None = None
+    """Split of --dataset, as in `vitcls evaluate`."""
+
+    def __post_init__(self) -> None:
+        size = self.image_size
+        has_dataset = self.dataset is not None
+        is_js = self.format == "transformers.js"
+        has_graph_settings = (size, self.dynamic, self.dtype) != (None, True, "float32")
+        errors = {
+            f"--image-size requires positive numbers, but got {size}. Set --image-size HEIGHT WIDTH": size
+            is not None
+            and min(size) < 1,
+            "--format transformers.js does not support --image-size, --no-dynamic or --dtype. Remove the flag": is_js
+            and has_graph_settings,
+            "--int8 requires --format onnx or openvino, and --dataset": self.int8
+            and (is_js or not has_dataset),
+            "--int8 does not support --dtype or --no-dynamic. Remove the flag": self.int8
+            and (not self.dynamic or self.dtype != "float32"),
+            "--exclude-layers requires --int8": bool(self.exclude_layers) and not self.int8,
+            "--split requires --dataset": self.split is not None and not has_dataset,
+        }
+        for message, is_wrong in errors.items():
+            if is_wrong:
+                raise ValueError(message)
