@@ -403,6 +403,7 @@ def build_json_values(inspection: Inspection) -> dict[str, Any]:
             "rating": verdict.rating,
             "reason": describe_verdict(verdict),
             "outcome": verdict.outcome,
+            "faults": list(verdict.faults),
             **verdict.numbers,
         }
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.command_in_process import run_here
 from helpers.tiny_models import (
     KINDS,
     build_images,
@@ -76,7 +77,9 @@ def web(tmp_path_factory: pytest.TempPathFactory) -> Path:
         digit.save(folder / "images" / "train" / label / f"{number}.png")
     # the default
     shutil.copytree(folder / "images" / "train" / label, folder / "images" / "test" / label)
-    export_for_transformers_js(str(source), folder / "web", str(folder / "images"), split="train")
+    flags = ["--format", "transformers.js", "--output", str(folder / "web"), "--split", "train"]
+    dataset = str(folder / "images")
+    assert run_here("export", "--model", str(source), "--dataset", dataset, *flags) == 0
     return folder / "web"
 
 

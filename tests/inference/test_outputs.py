@@ -89,53 +89,6 @@ def test_progress_is_shown_on_a_terminal(
     assert not printed
 
 
-def test_tables_show_errors_only_if_there_are_any_and_no_index(
-    capsys: pytest.CaptureFixture,
-) -> None:
-    columns = {"index": pa.int64(), "image": pa.string(), "error": pa.string()}
-    for error, header in ((None, ["image"]), ("damaged", ["image", "error"])):
-        print_table(
-            [
-                {"index": 0, "image": "1.png", "error": None},
-                {"index": 1, "image": "2.png", "error": error},
-            ],
-            columns,
-        )
-        assert [
-            cell.strip() for cell in capsys.readouterr().out.splitlines()[1].strip("┃ ").split("┃")
-        ] == header
-
-
-def test_tables_show_numbers_with_four_decimals_and_lists_in_one_cell(
-    capsys: pytest.CaptureFixture,
-) -> None:
-    columns = get_output_columns(
-        {
-            "labels": pa.list_(pa.string()),
-            "probabilities": pa.list_(pa.float32()),
-            "probability": pa.float32(),
-        }
-    )
-    row = {
-        "index": 0,
-        "image": "1.png",
-        "labels": ["ant", "bee"],
-        "probabilities": [0.75, 0.5],
-        "error": None,
-    }
-    print_table(
-        [
-            row | {"probability": 0.123456},
-            row | {"labels": [], "probabilities": [], "probability": None},
-        ],
-        columns,
-    )
-    lines = [line for line in capsys.readouterr().out.splitlines() if "1.png" in line]
-    cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
-    assert cells == [["1.png", "ant, bee", "0.7500, 0.5000", "0.1235"], ["1.png", "", "", ""]]
-    assert lines[0].endswith("│      0.1235 │")  # numbers are right-aligned
-
-
 def test_tables_show_no_control_characters(capsys: pytest.CaptureFixture) -> None:
     """A terminal would interpret escape sequences in names of files and classes."""
     name = "\x1b]0;title\x07\x1b[31m[bold]red\u202e\n\r2"
