@@ -90,8 +90,11 @@ class Effect:
 
     @property
     def limit(self) -> float | None:
-        """Return the limit of the null distribution: the upper bound of its prediction interval at NULL_LEVEL, which
-        accounts for rare large effects. None if there is no null distribution."""
+        """Return the limit of the null distribution, or None if there is none.
+
+        The limit is the upper bound of its prediction interval at NULL_LEVEL, which accounts for
+        rare large effects.
+        """
         return (
             max(compute_prediction_limit(self.null_sizes, NULL_LEVEL), MIN_CHANGE)
             if self.null_sizes
@@ -100,8 +103,10 @@ class Effect:
 
     @property
     def is_measurable(self) -> bool:
-        """Return whether the interval excludes no change: any prediction changes, or the features change by more than
-        rounding errors."""
+        """Return whether the interval excludes no change.
+
+        Any change of a prediction counts, and a change of features above rounding errors.
+        """
         return (
             self.interval[0] > MIN_CHANGE
             if self.changed is None
@@ -110,8 +115,11 @@ class Effect:
 
     @property
     def is_beyond_limit(self) -> bool:
-        """Return whether the effect is measurable, and exceeds the limit of its null distribution or a random token in
-        its place costs accuracy."""
+        """Return whether the effect is measurable, and more than that of a random token.
+
+        It exceeds the limit of its null distribution, or a random token in its place costs
+        accuracy.
+        """
         costs_accuracy = self.redraw_drop is not None and self.redraw_drop[0] > MAX_REDRAW_DROP
         return (
             self.is_measurable
@@ -264,8 +272,11 @@ def compute_effect(before: Any, after: Any) -> Effect:
 
 
 def measure_changes(before: Any, after: Any) -> torch.Tensor:
-    """Return the change [images] of an output: the squared change of the logits in units of their variance over
-    images, or 1 minus the cosine similarity of the features."""
+    """Return the change [images] of an output.
+
+    For logits, it is the squared change in units of their variance over images; for features, 1
+    minus the cosine similarity.
+    """
     if isinstance(before, Features):
         pairs = zip(before.vectors, after.vectors, strict=True)
         return 1 - torch.stack(
@@ -320,8 +331,10 @@ def get_ablation_targets(layout: TokenLayout) -> dict[str, list[int]]:
 def collect_mean_states(
     model: Any, batches: Batches, indices: Sequence[int]
 ) -> tuple[torch.Tensor, Outputs]:
-    """Return the mean states [L + 1, n, D] of the tokens at sequence indices `indices`, in double precision, and the
-    outputs of the same forward passes."""
+    """Return the mean states [L + 1, n, D] of some tokens, and the outputs of the same forward passes.
+
+    The tokens are those at the sequence indices `indices`. The means are in double precision.
+    """
     batch_outputs = []
     state_sums = []
     compute = partial(get_classifier_or_encoder(model), output_hidden_states=True)
@@ -340,8 +353,11 @@ def collect_mean_states(
 def replace_by_means(
     model: Any, indices: Sequence[int], mean_states: torch.Tensor
 ) -> Iterator[None]:
-    """Replace the states of the tokens at sequence indices `indices` with `mean_states` [L + 1, n, D], after the
-    embeddings and after each layer. The last layer is included only if the head uses one of the tokens."""
+    """Replace the states of the tokens at sequence indices `indices` with `mean_states` [L + 1, n, D].
+
+    They are replaced after the embeddings and after each layer. The last layer is included only if
+    the head uses one of the tokens.
+    """
     encoder = model.base_model
     is_used_by_head = get_used_token_mask(model.config, is_classifier(model))
     modules = [encoder.embeddings, *encoder.layers]

@@ -58,8 +58,10 @@ class RecordedLayer:
 def process_attention_layers(
     model: Any, process_layer: Callable[[RecordedLayer], None]
 ) -> Iterator[None]:
-    """Call `process_layer` with the attention of each layer, including all tokens of the last layer, during forward
-    passes inside the block."""
+    """Call `process_layer` with the attention of each layer during forward passes inside the block.
+
+    The attention includes all tokens of the last layer.
+    """
     encoder = unwrap_model(model).base_model
     record = lambda index, *fields: process_layer(RecordedLayer(*fields))  # noqa: E731
     with record_attention(encoder, range(len(encoder.layers)), record):
@@ -102,8 +104,10 @@ def compute_attribution(
     target: torch.Tensor | int | None = None,
     task: str | None = None,
 ) -> torch.Tensor:
-    """Return the attribution of a class to each token: attention weighted by its gradient (Chefer et al. 2021, arXiv
-    2103.15679, equations 5 and 6). The attribution starts from the tokens that the head uses.
+    """Return the attribution of a class to each token: attention weighted by its gradient.
+
+    Source: Chefer et al. 2021, arXiv 2103.15679, equations 5 and 6. The attribution starts from the
+    tokens that the head uses.
 
     The gradient of a map is computed from the value vectors and the gradient of the attention output, so the maps do
     not have to be part of the autograd graph.
@@ -241,9 +245,12 @@ def select_logits(
 def compute_start_weights(
     gradient: torch.Tensor, config: ViTCLSConfig, num_tokens: int
 ) -> torch.Tensor:
-    """Return the start weight [B, 1, N] of each token: 1 for a special token that the head uses, 1 in total for all
-    patches that the head uses, and 0 for other tokens. The head uses tokens with a nonzero `gradient` [B, n, D], in
-    which the tokens after the first n may be missing."""
+    """Return the start weight [B, 1, N] of each token.
+
+    The weight is 1 for a special token that the head uses, 1 in total for all patches that the head
+    uses, and 0 for other tokens. The head uses tokens with a nonzero `gradient` [B, n, D], in which
+    the tokens after the first n may be missing.
+    """
     weights = (gradient != 0).any(dim=-1).float()  # [B, n]
     weights = torch.nn.functional.pad(weights, (0, num_tokens - weights.shape[1]))  # [B, N]
     patches = config.token_layout.patches

@@ -118,8 +118,10 @@ def audit_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
 
 
 def load_audited_images(options: EvaluateOptions) -> tuple[AuditedImages, int, Console]:
-    """Return the training and held-out images with features and probabilities, the number of unreadable images, and
-    the console of the main process."""
+    """Return the audited images, the number of unreadable images, and the console of the main process.
+
+    The images are those for training and the held-out ones, with features and probabilities.
+    """
     if find_spec("cleanlab") is None:
         raise ValueError(f"--audit requires cleanlab. {describe_installation('audit')}")
     folds = [] if options.frozen else sorted(Path(options.model).glob(f"fold-*/{PREDICTIONS_FILE}"))
@@ -236,8 +238,10 @@ def check_class_sizes(label_space: LabelSpace, parts: Iterable[LabeledImages]) -
 
 
 def read_fold_probabilities(files: list[Path], ids: Sequence[str], num_labels: int) -> np.ndarray:
-    """Return the out-of-fold probabilities [N, L] of images, from the predictions of each fold's held-out images; NaN
-    for images without a prediction."""
+    """Return the out-of-fold probabilities [N, L] of images; NaN for images without a prediction.
+
+    They are the predictions of each fold's held-out images.
+    """
     rows = pd.concat(pd.read_parquet(file, columns=["image", "probabilities"]) for file in files)
     by_image = dict(zip(rows["image"], rows["probabilities"], strict=True))
     missing = np.full(num_labels, np.nan)

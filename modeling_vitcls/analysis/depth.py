@@ -21,8 +21,10 @@ MIN_IMAGES = 5  # minimum number of images for statements about all images
 
 
 def describe_attention_depth(config: ViTCLSConfig, findings: Findings, has_head: bool) -> list[str]:
-    """Return sentences on the attention of the first special token by layer: over how many tokens it is spread, where
-    it becomes selective, and where its map is the same in every image.
+    """Return sentences on the attention of the first special token by layer.
+
+    They say over how many tokens it is spread, where it becomes selective, and where its map is the
+    same in every image.
 
     The number of tokens is the exponential of the entropy, averaged over heads: uniform attention to n tokens gives n.
     Only layers in which the attention is used are described. A model without special tokens has no sentences.

@@ -265,8 +265,10 @@ def judge_effects(
 
 
 def find_harm(effects: dict[str, dict[str, Effect]], num_tests: int) -> Faults:
-    """Return the fault "harmful" if predictions are significantly more accurate after an ablation, and better than a
-    constant prediction."""
+    """Return the fault "harmful" if predictions are significantly more accurate after an ablation.
+
+    They must also be better than a constant prediction.
+    """
     for kind, by_name in effects.items():
         for name, effect in by_name.items():
             limit = MAX_HARM_P_VALUE / (num_tests * len(by_name))
@@ -331,8 +333,10 @@ def collect_numbers(model: Any, findings: Findings, index: int) -> dict[str, Any
 
 
 def find_identical_token(model: Any, findings: Findings, index: int) -> tuple[int, int] | None:
-    """Return the index of the nearest token with the same state in the last layer in which both tokens are used, and
-    this layer, or None."""
+    """Return the index of the nearest token with the same state, and a layer, or None.
+
+    The layer is the last in which both tokens are used, where their states are compared.
+    """
     *used_layers, _ = count_used_layers(model.config, is_classifier(model))
     candidates = []
     for other in range(len(used_layers)):
@@ -350,8 +354,11 @@ def find_identical_token(model: Any, findings: Findings, index: int) -> tuple[in
 
 
 def find_equal_attention(model: Any, findings: Findings, index: int) -> tuple[int | None, float]:
-    """Return the index of another token with nearly the same attention maps (or None), and the distance between the
-    maps of both tokens, relative to the mean distance of these maps from uniform attention."""
+    """Return the index of another token with nearly the same attention maps, or None, and the distance.
+
+    The distance between the maps of both tokens is relative to the mean distance of these maps from
+    uniform attention.
+    """
     *used_layers, _ = count_used_layers(model.config, is_classifier(model))
     candidates = []
     for other in range(len(used_layers)):
@@ -458,8 +465,11 @@ def diagnose_patches(config: ViTCLSConfig, findings: Findings, has_head: bool = 
 def compare_without_registers(
     findings: Findings, layer: int
 ) -> tuple[SecondMode | None, list[float] | None]:
-    """Return the second mode (or None) of the norms with the registers hidden from attention, and the fractions of
-    outliers with visible and with hidden registers, or None if the registers do not absorb outliers."""
+    """Return the second mode of the norms with the registers hidden from attention, and what they absorb.
+
+    The mode is None if there is none. What they absorb are the fractions of outliers with visible
+    and with hidden registers, or None if the registers do not absorb outliers.
+    """
     if findings.patch_ratios_without_registers is None:
         return None, None
     all_ratios = findings.patch_ratios[layer], findings.patch_ratios_without_registers[layer]
@@ -476,8 +486,11 @@ def compare_without_registers(
 
 
 def diagnose_heads(findings: Findings) -> Verdict:
-    """Return the verdict on all attention heads: heads that add almost nothing to the tokens ("dead"), and heads whose
-    attention is uniform although the attention of other heads is not ("uniform")."""
+    """Return the verdict on all attention heads.
+
+    Dead heads add almost nothing to the tokens. The attention of uniform heads is uniform although
+    that of other heads is not.
+    """
     limit = max(
         MIN_HEAD_SELECTIVITY, MIN_RELATIVE_SELECTIVITY * findings.head_selectivity.median().item()
     )

@@ -380,9 +380,11 @@ class InspectionBatches:
 
 
 def get_max_batch_size(model: Any, pixels: torch.Tensor) -> int:
-    """Return the largest batch size for which images [C, H, W] require at most MAX_BATCH_BYTES of memory, or 1 if one
-    image requires more. The estimate includes all hidden states, a few copies of the attention maps of one layer, and
-    the activations of one MLP."""
+    """Return the largest batch size for images [C, H, W] that require at most MAX_BATCH_BYTES, or 1.
+
+    The estimate includes all hidden states, a few copies of the attention maps of one layer, and
+    the activations of one MLP.
+    """
     config = model.config
     num_tokens = count_tokens(model, pixels.unsqueeze(0))
     num_maps = config.num_attention_heads * (2 if config.attention_type == "differential" else 1)
@@ -412,8 +414,10 @@ class InspectionImages:
     source: str
 
     def build_arguments(self, num_shown: int, num_measured: int) -> dict[str, Any]:
-        """Return arguments of `inspect_model`: `num_measured` images for the statistics, of which `num_shown` are
-        shown. The images are drawn at random, because datasets are often sorted by class."""
+        """Return arguments of `inspect_model`: `num_measured` images, of which `num_shown` are shown.
+
+        The images are drawn at random, because datasets are often sorted by class.
+        """
         drawn = np.random.default_rng(0).permutation(len(self.names))[:num_measured]
         indices = np.sort(drawn).tolist()
         return {
@@ -459,8 +463,10 @@ def get_short_name(path: str) -> str:
 
 
 def get_folder_labels(files: Sequence[str], model: Any) -> list[int] | None:
-    """Return the class index of each file: the index of the class with the same name as the file's folder, or
-    IGNORED_LABEL if there is no such class. Return None if no folder has the name of a class."""
+    """Return the class index of each file from the name of its folder, or None if no folder has such a name.
+
+    The index is that of the class with the same name, or IGNORED_LABEL if there is no such class.
+    """
     config = model.config
     if (
         not is_classifier(model)

@@ -130,8 +130,11 @@ def check_maps(model: Any, images: Iterable[torch.Tensor], seed: int = 0) -> dic
 
 
 def compare_curves(curves: torch.Tensor, random_curves: torch.Tensor) -> float:
-    """Return the p-value under the null hypothesis that `curves` [images, 2, fractions] are not better than
-    `random_curves` (one-sided Wilcoxon test over images, for deletion and insertion together)."""
+    """Return the p-value under the null hypothesis that `curves` are not better than `random_curves`.
+
+    The curves are [images, 2, fractions]. The test is a one-sided Wilcoxon test over images, for
+    deletion and insertion together.
+    """
     deletion, insertion = (curves - random_curves).mean(dim=-1).double().unbind(dim=1)
     gains = (insertion - deletion).numpy()  # [images]
     return float(stats.wilcoxon(gains, alternative="greater").pvalue) if gains.any() else 1.0
@@ -159,8 +162,11 @@ def compute_maps(
 def measure_curves(
     model: Any, pixel_values: torch.Tensor, values: torch.Tensor, target: int
 ) -> torch.Tensor:
-    """Return the deletion and insertion curves [2, len(FRACTIONS)] of a map [gh, gw]: the probability of a class for
-    the image `pixel_values` [1, C, H, W] with replaced patches."""
+    """Return the deletion and insertion curves [2, len(FRACTIONS)] of a map [gh, gw].
+
+    A curve is the probability of a class for the image `pixel_values` [1, C, H, W] with replaced
+    patches.
+    """
     # rank 0 is the highest value
     ranks = values.flatten().argsort(descending=True).argsort().view(values.shape)
     # [fractions, gh, gw]

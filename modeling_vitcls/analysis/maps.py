@@ -32,9 +32,12 @@ def get_head_names(config: ViTCLSConfig) -> list[str]:
 
 
 def get_head_readers(config: ViTCLSConfig, has_head: bool = True) -> dict[str, set[int]]:
-    """Return a dict that maps each output of the model to the sequence indices of the special tokens that it is
-    computed from directly; patches count as index -1. Outputs are named as in ablation.py; the distillation head
-    is "distillation". The outputs of a model without a head are its CLS tokens, distillation tokens and patches."""
+    """Return a dict from each output of the model to the indices of the tokens that it is computed from.
+
+    Only special tokens that it is computed from directly count, by sequence index; patches count as
+    index -1. Outputs are named as in ablation.py; the distillation head is "distillation". The
+    outputs of a model without a head are its CLS tokens, distillation tokens and patches.
+    """
     layout = config.token_layout
     special_indices = range(layout.num_prefix_tokens)
     cls = special_indices[layout.cls]

@@ -28,8 +28,11 @@ OUTLIER_RATIO = 3.0
 def compute_outlier_fraction(
     model: ViTCLSPreTrainedModel, pixel_values: torch.Tensor, ratio: float = OUTLIER_RATIO
 ) -> float:
-    """Return the fraction of patches whose norm exceeds `ratio` times the median patch norm of the image, for images
-    [B, C, H, W]. Norms are computed after the last layer, before the model's final normalization."""
+    """Return the fraction of patches with an outlier norm in images [B, C, H, W].
+
+    The norm of an outlier exceeds `ratio` times the median patch norm of the image. Norms are
+    computed after the last layer, before the final normalization.
+    """
     hidden_states, _ = encode_patches(model, pixel_values)
     return is_outlier(hidden_states[-1], ratio).float().mean().item()
 
@@ -40,8 +43,9 @@ def find_register_neurons(
     num_neurons: int = 10,
     ratio: float = OUTLIER_RATIO,
 ) -> list[list[int]]:
-    """Return the MLP neurons with the largest activations at outlier patches (algorithm 1 of Jiang et al.), in
-    descending order of activation.
+    """Return the MLP neurons with the largest activations at outlier patches, in descending order.
+
+    Source: algorithm 1 of Jiang et al.
 
     Outliers are detected after the last layer. Layers are searched up to the first layer whose output contains at
     least half of these outliers. The magnitudes of activations are averaged over the outliers of each image, and then
@@ -80,8 +84,7 @@ def find_register_neurons(
 def add_test_time_register(
     model: ViTCLSPreTrainedModel, neurons: list[list[int]]
 ) -> ViTCLSPreTrainedModel:
-    """Return a copy of the model with an additional zero-initialized register, which receives the activations of
-    `neurons`.
+    """Return a copy of the model with a zero-initialized register that receives the activations of `neurons`.
 
     Args:
         neurons: MLP neurons `[[layer, neuron], ...]`, as returned by `find_register_neurons`.
@@ -107,8 +110,11 @@ def add_test_time_register(
 def encode_patches(
     model: ViTCLSPreTrainedModel, pixel_values: torch.Tensor
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Return the patch states [B, patches, D] after the embeddings and after each layer, and the MLP activations
-    [B, patches, neurons] of the patches in each layer."""
+    """Return the states [B, patches, D] and the MLP activations [B, patches, neurons] of the patches.
+
+    The states are those after the embeddings and after each layer, and the activations are those in
+    each layer.
+    """
     encoder: Any = model.base_model
     patches = encoder.config.token_layout.patches
     activations: list[torch.Tensor] = []
@@ -127,15 +133,19 @@ def encode_patches(
 
 
 def is_outlier(patches: torch.Tensor, ratio: float) -> torch.Tensor:
-    """Return a mask [B, patches] of the patches [B, patches, D] whose norm exceeds `ratio` times the median patch norm
-    of the image."""
+    """Return a mask [B, patches] of the patches [B, patches, D] with outlier norms.
+
+    Their norms exceed `ratio` times the median patch norm of the image.
+    """
     norms = patches.float().norm(dim=-1)
     return norms > ratio * norms.median(dim=1, keepdim=True).values
 
 
 def average_outlier_activations(outliers: torch.Tensor, activations: torch.Tensor) -> torch.Tensor:
-    """Return the magnitude [neurons] of activations [B, patches, neurons], averaged over the outlier patches of each
-    image, and then over the images with outliers."""
+    """Return the mean magnitude [neurons] of activations [B, patches, neurons] at outlier patches.
+
+    It is averaged over the outlier patches of each image, and then over the images with outliers.
+    """
     # [B, neurons]
     activation_sums = (activations.float().abs() * outliers.unsqueeze(-1)).sum(dim=1)
     num_outliers = outliers.sum(dim=1, keepdim=True)  # [B, 1]

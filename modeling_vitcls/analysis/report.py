@@ -160,8 +160,10 @@ def write_text(file: str | Path, text: str) -> None:
 def iterate_overview(
     inspection: Inspection, num_images: int
 ) -> Iterator[tuple[ImageReport, str, dict[str, torch.Tensor]]]:
-    """Yield the first images with a caption, and the attention map [gh, gw] of each special token in the last layer in
-    which this attention is used, averaged over heads."""
+    """Yield the first images with a caption and the attention map [gh, gw] of each special token.
+
+    The attention is that of the last layer in which it is used, averaged over heads.
+    """
     *used_layers, _ = count_used_layers(inspection.config, inspection.has_head)
     layers = torch.tensor(used_layers, dtype=torch.long).sub(1).clamp(min=0)  # [S]
     names = get_token_names(inspection.config)[:MAX_OVERVIEW_TOKENS]
@@ -177,8 +179,10 @@ def iterate_overview(
 
 
 def build_overview(inspection: Inspection) -> list[dict[str, Any]]:
-    """Return the images of the first screen, and their maps as data URLs: the attention of each special token, and the
-    patch features as colors."""
+    """Return the images of the first screen, and their maps as data URLs.
+
+    The maps are the attention of each special token, and the patch features as colors.
+    """
     rows: list[dict[str, Any]] = []
     reports = inspection.image_reports[:NUM_OVERVIEW_IMAGES]
     if not reports:
@@ -324,8 +328,11 @@ def count_images_with_heads(image_reports: list[ImageReport]) -> int:
 def build_image_data(
     report: ImageReport, colors: torch.Tensor, has_head_maps: bool
 ) -> dict[str, Any]:
-    """Return the values of one image, with patch colors [L, gh, gw, 3] and attention maps in the order [layer, mean
-    and heads, token]."""
+    """Return the values of one image.
+
+    `colors` are the patch colors [L, gh, gw, 3]. Attention maps are in the order [layer, mean and
+    heads, token].
+    """
     width, height = report.image.size
     mean = report.attention.mean(dim=1, keepdim=True)  # [L, 1, S, gh, gw]
     attention = torch.cat([mean, report.attention], dim=1) if has_head_maps else mean
@@ -360,8 +367,11 @@ def encode_data_url(image: Image.Image) -> str:
 
 
 def pack_maps(maps: torch.Tensor) -> dict[str, str]:
-    """Encode nonnegative maps [..., gh, gw] in base64: `values` (one byte per patch), and the `largest` value and
-    `sum` of each map. The value of a patch is (byte / 255)² times the largest value of the map."""
+    """Encode nonnegative maps [..., gh, gw] in base64.
+
+    The result has `values` (one byte per patch), and the `largest` value and `sum` of each map. The
+    value of a patch is (byte / 255)² times the largest value of the map.
+    """
     maps = maps.double()
     maxima = maps.amax(dim=(-2, -1), keepdim=True)
     return {

@@ -285,6 +285,8 @@ def compute_head_outputs(layer: RecordedLayer, attention: Any) -> torch.Tensor:
 
 
 def compute_distances(points: torch.Tensor) -> torch.Tensor:
-    """Return the pairwise distances [..., P, P] of points [..., P, D], without matrix products, because products in
-    TF32 cause large rounding errors."""
+    """Return the pairwise distances [..., P, P] of points [..., P, D], without matrix products.
+
+    Products in TF32 cause large rounding errors.
+    """
     return torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")

@@ -323,8 +323,11 @@ def build_prediction(
 def draw_attention(
     model: Any, processor: Any, pixel_values: torch.Tensor, layer: int
 ) -> list[Image.Image]:
-    """Draw the image [1, C, H, W], and the attention of each special token in a layer (index from 0), averaged over
-    heads, over the image. All pictures have the same size."""
+    """Draw the image [1, C, H, W], and the attention of each special token in a layer over it.
+
+    Layers are counted from 0, and attention is averaged over heads. All pictures have the same
+    size.
+    """
     attention = model.token_attention(pixel_values, layers=[layer])[0, 0]  # [head, token, key]
     attention = attention.float().mean(0).cpu()
     height, width = pixel_values.shape[-2:]

@@ -13,8 +13,10 @@ OPTIONS_CLASS = EvaluateOptions
 
 
 def run(options: EvaluateOptions) -> None:
-    """Evaluate the model, or its frozen features if --frozen is set, and print the metrics; or audit
-    the dataset if --audit is set."""
+    """Evaluate the model and print the metrics.
+
+    With --frozen, its frozen features are evaluated; with --audit, the dataset is audited.
+    """
     from .functions import run_evaluation
 
     run_evaluation(options)

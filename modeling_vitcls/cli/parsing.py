@@ -179,8 +179,11 @@ def read_values(flags: list[str], flag: str, has_several_values: bool) -> list[s
 
 
 def check_paths(options: Any) -> None:
-    """Exit with a message if a model, a source or a dataset is a local path that does not exist, before libraries are
-    imported, or if a name cannot be written to the files of a run."""
+    """Exit with a message if a local path does not exist, before libraries are imported.
+
+    Models, sources and datasets are checked, and whether a name can be written to the files of a
+    run.
+    """
     values = to_flags(options)
     for name in ("model", "source", "teacher", "teachers", "dataset"):
         value = values.get(name) or []

@@ -108,8 +108,10 @@ def write_parity_report(
     random_init: bool,
     **fields: Any,
 ) -> Report:
-    """Write the parity report of a model in a folder and, unless the weights are random, copy the license of the
-    source. `config` is the configuration of the ViTCLS model, and `fields` are further fields of the report.
+    """Write the parity report of a model in a folder, and copy the license of the source.
+
+    The license is not copied for random weights. `config` is the configuration of the ViTCLS model,
+    and `fields` are further fields of the report.
 
     docs/converting.md describes the main fields. `is_native` (whether the model is a transformers model),
     `required_versions` (the lowest versions that its class requires) and `provenance` (license and base model) are for
@@ -139,8 +141,11 @@ def write_parity_report(
 def load_source(
     source_name: str, random_init: bool = False, family: str | None = None
 ) -> SourceModel:
-    """Load `timm:NAME`, `transformers:PATH_OR_ID` (an id may end with `@REVISION`), or a state-dict file with an
-    optional family. Raise ValueError or OSError if the source does not exist or is not supported."""
+    """Load a model of another project: `timm:NAME`, `transformers:PATH_OR_ID` or a state-dict file.
+
+    An id may end with `@REVISION`, and a file may have a family. Raise ValueError or OSError if the
+    source does not exist or is not supported.
+    """
     project, _, name = source_name.partition(":")
     if project in SOURCE_CLASSES or not Path(source_name).suffix:
         if family is not None:
@@ -184,8 +189,10 @@ def convert_source(source: SourceModel) -> ViTCLSPreTrainedModel:
 
 
 def write_native_model(source: str, output: Path) -> Report:
-    """Convert a vitcls model to a transformers class, and write the model, image processor, parity report, license and
-    the results of the training run.
+    """Convert a vitcls model to a transformers class, and write it to a folder.
+
+    The folder has the model, image processor, parity report, license and the results of the
+    training run.
 
     Unless the model is a `ViTCLSForImageClassification`, only the encoder is converted. If no transformers class has
     the same outputs for images of any size, a class with the same outputs at the native size is sufficient.

@@ -141,8 +141,11 @@ def convert_family_model(model: Any, weights: Weights, family: str) -> ViTCLSPre
 
 
 def apply_family(converted_weights: Weights, weights: Weights, family: str) -> Fields:
-    """Restore what timm leaves out or does differently from the authors' code: change the converted weights in place,
-    and return fields of the configuration. `weights` are the published weights."""
+    """Restore what timm leaves out or does differently from the authors' code.
+
+    The converted weights are changed in place, and fields of the configuration are returned.
+    `weights` are the published weights.
+    """
     fields = dict(get_family(family, weights).resampling or {})
     if family == "dinov3" and "rope_embed.periods" in weights:
         fields["rope_periods"] = weights["rope_embed.periods"].float().tolist()

@@ -153,8 +153,11 @@ def fold_layer_scale(branch_weights: Weights, layer_name: str) -> Weights:
 
 
 def set_merged_layer(weights: Weights, name: str, layers: Sequence[Weights], dim: int) -> None:
-    """Add a linear layer that concatenates the outputs of several layers (`dim=0`), or maps the concatenated inputs of
-    several layers to the sum of their outputs (`dim=1`)."""
+    """Add a linear layer in place of several layers.
+
+    It concatenates their outputs (`dim=0`), or maps their concatenated inputs to the sum of their
+    outputs (`dim=1`).
+    """
     weights[f"{name}.weight"] = torch.cat([layer["weight"] for layer in layers], dim)
     biases = [layer["bias"] for layer in layers]
     weights[f"{name}.bias"] = torch.stack(biases).sum(dim=0) if dim else torch.cat(biases)
@@ -176,8 +179,11 @@ def fold_differential_lambda(weights: Weights, prefix: str, lambda_init: float) 
 def deinterleave_rotary_channels(
     weights: Weights, model: TimmModule, config: ViTCLSConfig
 ) -> Weights:
-    """Move the even channels of queries and keys to the front of each head if the rotary position embeddings rotate
-    pairs of adjacent channels. The attention scores are unchanged."""
+    """Move the even channels of queries and keys to the front of each head.
+
+    This is for rotary position embeddings that rotate pairs of adjacent channels. The attention
+    scores are unchanged.
+    """
     if getattr(model, "rope", None) is None or getattr(model.blocks[0].attn, "rotate_half", False):
         return weights
     reordered_weights = dict(weights)

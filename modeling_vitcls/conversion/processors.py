@@ -147,9 +147,11 @@ def check_processor(
     preprocess: Callable[[PIL.Image.Image], torch.Tensor],
     settings_name: str,
 ) -> dict[str, Any]:
-    """Compare an image processor with `preprocess`, the preprocessing of the source in the same backend, on test
-    images. Raise ValueError if the pixels differ by more than MAX_PIXEL_DIFFERENCE. `settings_name` is the name of the
-    source's settings."""
+    """Compare an image processor with the preprocessing of the source on test images.
+
+    `preprocess` is that of the source in the same backend. Raise ValueError if the pixels differ by
+    more than MAX_PIXEL_DIFFERENCE. `settings_name` is the name of the source's settings.
+    """
     largest_difference = 0.0  # in gray levels
     for image in (build_test_image(301, 428), build_test_image(428, 301)):
         image = image if processor.do_convert_rgb else image.convert("L")

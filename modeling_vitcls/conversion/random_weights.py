@@ -40,8 +40,10 @@ def randomize_weights(model: Model) -> Model:
 
 
 def get_std(module: nn.Module, name: str, tensor: torch.Tensor) -> float | None:
-    """Return the standard deviation of the random values of a tensor, or None for a scale, which is uniformly
-    distributed."""
+    """Return the standard deviation of the random values of a tensor, or None for a scale.
+
+    Scales are uniformly distributed.
+    """
     if name.startswith("lambda_"):
         return 0.1
     is_vector_scale = tensor.ndim == 1 and re.search("weight|lambda|gamma|scale", name)

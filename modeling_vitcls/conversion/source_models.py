@@ -100,8 +100,10 @@ class TimmSource(Source):
         return convert_from_timm(self.model)
 
     def compute_outputs(self, pixel_values: torch.Tensor) -> Outputs:
-        """Return a dict with "sequence" and either "logits" or "pooled" for images [B, C, H, W]. timm may raise any
-        exception if the model does not support the image size."""
+        """Return a dict with "sequence" and either "logits" or "pooled" for images [B, C, H, W].
+
+        timm may raise any exception if the model does not support the image size.
+        """
         height, width = pixel_values.shape[-2:]
         model: Any = (
             self.model

@@ -309,8 +309,10 @@ AIMV2_RULES = [
 
 
 def read_aimv2_fields(config: Any, weights: Weights) -> Fields:
-    """Return the fields of AIMv2, which has RMS norms (also after the patch embedding), gated MLPs and no special
-    tokens."""
+    """Return the fields of AIMv2.
+
+    It has RMS norms (also after the patch embedding), gated MLPs and no special tokens.
+    """
     return read_common_fields(config, weights) | {
         "position_embedding_type": "sincos_2d" if config.is_native else "learned",
         "norm_type": "rmsnorm",

@@ -139,8 +139,11 @@ def convert_weights(weights: Weights, rules: Sequence[Rule], config: ViTCLSConfi
 
 
 def revert_weights(weights: Weights, rules: Sequence[Rule], reference: Weights) -> Weights:
-    """Convert a state dict from this package to the names and shapes of `reference`, a state dict from another
-    project. Parameters of `reference` without a counterpart are omitted."""
+    """Convert a state dict from this package to the names and shapes of another project.
+
+    `reference` is a state dict of the other project. Its parameters without a counterpart are
+    omitted.
+    """
     reverted_weights: Weights = {}
     used_names: set[str] = set()
     for name, reference_weight in reference.items():

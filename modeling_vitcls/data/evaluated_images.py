@@ -276,8 +276,11 @@ def select_streamed_images(
     record: HeldOutRecord | None,
     options: DataOptions,
 ) -> tuple[Any, EvaluatedPart]:
-    """Return the images of a stream to evaluate: those that the recorded rule holds out, if the stream is the only
-    split of a dataset with the name of the training data; otherwise all images."""
+    """Return the images of a stream to evaluate.
+
+    They are those that the recorded rule holds out, if the stream is the only split of a dataset
+    with the name of the training data; otherwise all images.
+    """
     rule = None if record is None or record.dataset != splits.name else record.rule
     if split is not None or rule is None or len(splits.names) > 1:
         return images, EvaluatedPart("whole", None)

@@ -66,8 +66,11 @@ class HeldOutRule:
         return hash_value / 2**64 < self.fraction
 
     def select(self, keys: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """Return whether each image is held out, given the keys [N] and one label per image [N], or -100 for an
-        unknown label. Images with equal keys have the label of the first one."""
+        """Return whether each image is held out.
+
+        The keys are [N], with one label per image [N], or -100 for an unknown label. Images with
+        equal keys have the label of the first one.
+        """
         unique_keys, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
         hashes = np.fromiter(map(self.hash_key, unique_keys.tolist()), np.uint64, len(unique_keys))
         is_held_out = np.zeros(len(unique_keys), bool)

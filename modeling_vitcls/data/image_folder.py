@@ -84,9 +84,11 @@ def scan_folder(path: Path) -> ImageFolder:
 
 
 def list_files(root: str | Path) -> Iterator[str]:
-    """Yield the paths of the files in a folder and its subfolders, relative to the folder and sorted within each
-    folder. Hidden files are ignored. Symbolic links to folders are followed, except cycles. Raise OSError if a folder
-    cannot be read."""
+    """Yield the paths of the files in a folder and its subfolders, sorted within each folder.
+
+    Paths are relative to the folder. Hidden files are ignored. Symbolic links to folders are
+    followed, except cycles. Raise OSError if a folder cannot be read.
+    """
 
     def stop(error: OSError) -> None:
         raise OSError(
@@ -105,8 +107,10 @@ def list_files(root: str | Path) -> Iterator[str]:
 
 
 def compute_files_digest(path: Path) -> str | None:
-    """Return a hash of the names, sizes and modification times of the images and tables in a folder, or of one file;
-    None if there is no such path. Files are not read."""
+    """Return a hash of the images and tables in a folder, or of one file; None if there is none.
+
+    It is computed from names, sizes and modification times. Files are not read.
+    """
     suffixes = IMAGE_SUFFIXES | TABLE_SUFFIXES
     if path.is_dir():
         files = [
@@ -181,9 +185,12 @@ def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
 
 
 def divide_into_splits(folder: ImageFolder) -> dict[str, list[str]]:
-    """Return the images of each split folder, in the order train, validation, test; or all images under the name "" if
-    the first-level folders are not splits (see the module docstring). Raise ValueError if two folder names refer to
-    the same split, or if it is ambiguous whether a folder is a split."""
+    """Return the images of each split folder, in the order train, validation, test.
+
+    All images are under the name "" if the first-level folders are not splits (see the module
+    docstring). Raise ValueError if two folder names refer to the same split, or if it is ambiguous
+    whether a folder is a split.
+    """
     images_by_folder: dict[str, list[str]] = {}
     for image in folder.images:
         if "/" in image:

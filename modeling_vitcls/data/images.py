@@ -182,8 +182,11 @@ class DatasetImages(Sequence):
         return np.array(keys, np.uint64)
 
     def compute_all_keys(self) -> np.ndarray:
-        """Return the keys of all rows: a checksum of the path if all paths differ or the rows contain only paths;
-        otherwise of the row number, or of the bytes if the rows are in memory."""
+        """Return the keys of all rows.
+
+        A key is a checksum of the path if all paths differ or the rows contain only paths;
+        otherwise of the row number, or of the bytes if the rows are in memory.
+        """
         num_rows = len(self.dataset)
         no_name = compute_image_key(b"")
         keys = np.fromiter(
@@ -339,8 +342,11 @@ class UnreadableImageCounter:
     indices: set[int] = field(default_factory=set)
 
     def add(self, errors: Mapping[int, str]) -> None:
-        """Count unreadable images, given as index -> error message, and print a warning for each image that was not
-        counted before. Raise ValueError if the number of unreadable images exceeds the limit."""
+        """Count unreadable images, and print a warning for each that was not counted before.
+
+        The images are given as index -> error message. Raise ValueError if their number exceeds the
+        limit.
+        """
         for index, message in errors.items():
             if index in self.indices:
                 continue

@@ -51,8 +51,10 @@ Data = TypeVar("Data")
 
 
 def load_on_main(accelerator: Accelerator, dataset: str, load: Callable[[], Data]) -> Data:
-    """Load a dataset on the main process, and return what `load` returns on all processes, so that a folder is scanned
-    once and the held-out images are selected once. Tables on disk are not copied.
+    """Load a dataset on the main process, and return what `load` returns on all processes.
+
+    A folder is then scanned once, and the held-out images are selected once. Tables on disk are not
+    copied.
 
     A process loads the dataset itself if it is in memory, or if the files in the cache of `datasets` are not on a file
     system that it shares with the main process.
@@ -133,8 +135,10 @@ class TrainingData:
 def load_training_data(
     options: DataOptions, use_selection_split: bool = False, use_labels: bool = True
 ) -> TrainingData:
-    """Load the training images and the held-out images: two splits of the dataset, or one split divided by a seeded
-    rule (held_out.py). If `use_labels` is False, every label is -100, and the label space has no columns.
+    """Load the training images and the held-out images.
+
+    They are two splits of the dataset, or one split divided by a seeded rule (held_out.py). If
+    `use_labels` is False, every label is -100, and the label space has no columns.
 
     If `use_selection_split` is set, the checkpoint is selected on selection images, which are separate from the
     held-out images. The selection images are the validation split if the dataset also has a test split. Otherwise,
@@ -409,8 +413,10 @@ def describe_change(
 
 
 def describe_missing_classes(training_data: TrainingData) -> list[str]:
-    """Return warnings about classes without held-out images and classes without training images, if the images have
-    one label each."""
+    """Return warnings about classes without held-out images or without training images.
+
+    There are none if the images have several labels.
+    """
     parts: tuple[Any, Any] = (training_data.train, training_data.held_out)
     if not training_data.num_held_out_images or not all(map(is_stratified, parts)):
         return []

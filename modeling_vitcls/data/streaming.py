@@ -123,8 +123,11 @@ class StreamedImages:
         return self.build_examples(local_rows)
 
     def iterate_in_order(self, process_index: int = 0, num_processes: int = 1) -> Iterator[Example]:
-        """Yield the examples that one process evaluates, in the order of the stream: shards of the stream, or every
-        n-th example. Raise ValueError if a label is not one of the classes."""
+        """Yield the examples that one process evaluates, in the order of the stream.
+
+        They are shards of the stream, or every n-th example. Raise ValueError if a label is not one
+        of the classes.
+        """
         from datasets.distributed import split_dataset_by_node
 
         stream = self.stream

@@ -219,8 +219,11 @@ def check_drop(report: Report, max_drop: float, model: Any, images: torch.Tensor
 
 
 def write_model_files(model_folder: ModelFolder, folder: Path, report: Report) -> None:
-    """Write what `--backend` and `evaluate` require beside the graph: the configuration, the image processor and, in
-    results.json, the held-out images of the model's run and the measurements of the file."""
+    """Write what `--backend` and `evaluate` require beside the graph.
+
+    These are the configuration, the image processor and, in results.json, the held-out images of
+    the model's run and the measurements of the file.
+    """
     for name in CONFIG_FILES:
         if (model_folder.path / name).is_file():
             shutil.copyfile(model_folder.path / name, folder / name)

@@ -70,8 +70,10 @@ class ExportImages:
         return scores | {"files": accuracies}
 
     def measure_file(self, file: Path) -> dict[str, Any] | None:
-        """Return the metric of the model and of one file and, with one label per image, the values of
-        `compare_labels`; None without labels."""
+        """Return the metric of the model and of one file; None without labels.
+
+        With one label per image, the values of `compare_labels` are added.
+        """
         if self.setup is None:
             return None
         evaluator = self.setup.evaluator
@@ -107,8 +109,9 @@ class ExportImages:
 def compare_labels(
     model_rows: Sequence[ImageOutput], file_rows: Sequence[ImageOutput]
 ) -> dict[str, Any]:
-    """Return the number of equal predicted labels, and the 95% confidence intervals of the accuracy of a file and of
-    the accuracy that it loses.
+    """Return the number of equal predicted labels, and 95% intervals of the accuracy and of its loss.
+
+    The accuracy is that of a file, and the loss is what it loses against the model.
 
     Both programs are evaluated on the same images. The loss therefore depends only on the images for which exactly
     one of them is right (McNemar's test), and its interval on the share of these images that the file loses.
@@ -176,8 +179,11 @@ def load_export_images(
 
 
 def compare_outputs_on_images(found: list[Outputs], expected: list[Outputs]) -> dict[str, Any]:
-    """Compare the first output of a file with that of the model, one dict per image: relative error (Frobenius norm),
-    mean cosine similarity and, for logits, the fraction of images with the same top-1 label."""
+    """Compare the first output of a file with that of the model, one dict per image.
+
+    Measured are the relative error (Frobenius norm), the mean cosine similarity and, for logits,
+    the fraction of images with the same top-1 label.
+    """
     name = next(iter(expected[0]))
     values, reference = (
         torch.cat([outputs[name] for outputs in each]) for each in (found, expected)

@@ -72,8 +72,10 @@ def quantize_graph(
 
 @torch.no_grad()
 def rank_layers(model: Any, images: torch.Tensor) -> list[int]:
-    """Return the numbers of the layers, from 1, in the order of the error of the outputs when the linear layers of one
-    layer alone compute in int8 (simulated: weights per output channel, inputs per tensor).
+    """Return the numbers of the layers, from 1, in the order of their errors in int8.
+
+    The error is that of the outputs when the linear layers of one layer alone compute in int8
+    (simulated: weights per output channel, inputs per tensor).
 
     Args:
         model: A vitcls model in float32.

@@ -172,8 +172,11 @@ def quantize_onnx_file(source: Path, target: Path) -> None:
 def compare_file(
     file: Path, web_dtype: str, batches: list[torch.Tensor], reference_outputs: list[Outputs]
 ) -> dict[str, Any]:
-    """Run a file with onnxruntime and compare the logits of a classifier [B, labels], or the final hidden state of an
-    encoder [B, N, D], with those of the model. `dtype` is that of transformers.js."""
+    """Run a file with onnxruntime and compare its outputs with those of the model.
+
+    They are the logits of a classifier [B, labels], or the final hidden state of an encoder [B, N,
+    D]. `dtype` is that of transformers.js.
+    """
     outputs = run_graph(file, batches, list(reference_outputs[0]))
     difference = max(
         get_max_magnitude(next(iter(found.values())) - next(iter(expected.values())))

@@ -265,8 +265,10 @@ def download_files(
     timeout: float = COMMIT_TIMEOUT,
     folder: Path | None = None,
 ) -> Path:
-    """Download the matching files of a commit to a folder, by default to the cache, and return the folder.
-    huggingface_hub retries each request."""
+    """Download the matching files of a commit to a folder, and return the folder.
+
+    The default is the cache. huggingface_hub retries each request.
+    """
     try:
         with set_hub_timeout(timeout):
             # Without `local_files_only`, huggingface_hub looks for a commit's files on the Hub even in offline mode.

@@ -68,8 +68,10 @@ def is_hub_dataset(name: Any) -> bool:
 
 
 def can_publish_images(flags: dict[str, Any]) -> bool:
-    """Return whether images of the dataset may be published: `digits`, datasets on the Hub, or any dataset with
-    `--card-samples`."""
+    """Return whether images of the dataset may be published.
+
+    They may for `digits`, for datasets on the Hub, and for any dataset with `--card-samples`.
+    """
     dataset = flags.get("dataset")
     return bool(flags.get("card_samples")) or dataset == BUILT_IN_DATASET or is_hub_dataset(dataset)
 

@@ -110,8 +110,11 @@ def hash_weights(folder: Path) -> dict[str, str]:
 
 
 def list_export_files(folder: Path) -> list[str]:
-    """Return the names of the files that `vitcls export` wrote to a folder: its reports (model.xml.json), and the
-    listed files with the name of the graph (model.xml, model.bin). Other XML files are not among them."""
+    """Return the names of the files that `vitcls export` wrote to a folder.
+
+    They are its reports (model.xml.json), and the listed files with the name of the graph
+    (model.xml, model.bin). Other XML files are not among them.
+    """
     names = []
     for suffix in EXPORT_SUFFIXES:
         for report_file in sorted(folder.glob(f"*{suffix}.json")):

@@ -223,8 +223,10 @@ class ModelFolder:
 
     @cached_property
     def exports(self) -> dict[str, dict[str, Any]]:
-        """The reports (FILE.json) of the exported files by file name, without files that were exported from other
-        weights."""
+        """The reports (FILE.json) of the exported files by file name.
+
+        Files that were exported from other weights are left out.
+        """
         files = sorted(file for suffix in EXPORT_SUFFIXES for file in self.path.glob(f"*{suffix}"))
         reports = {
             file.name: self.read_current(f"{file.name}.json", "weights_sha256") for file in files
@@ -269,8 +271,10 @@ class ModelFolder:
 
     @cached_property
     def provenance(self) -> Provenance | None:
-        """The provenance of the initial weights: from results.json or the parity report, or else from the card; None
-        for random initial weights."""
+        """The provenance of the initial weights; None for random initial weights.
+
+        It is read from results.json or the parity report, or else from the card.
+        """
         # also valid for weights that were changed afterwards
         for content in (self.saved_results, self.read_saved(PARITY_REPORT_FILE)):
             if "provenance" in content:

@@ -25,8 +25,11 @@ KNOWN_RECALL = 0.95  # fraction of images of the classes below the energy thresh
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Return the temperature that minimizes the cross-entropy of softmax(logits / temperature) (Guo et al. 2017, arXiv
-    1706.04599, section 4.2). Predicted labels do not depend on the temperature."""
+    """Return the temperature that minimizes the cross-entropy of softmax(logits / temperature).
+
+    Source: Guo et al. 2017, arXiv 1706.04599, section 4.2. Predicted labels do not depend on the
+    temperature.
+    """
 
     def compute_loss(log_temperature: float) -> float:
         log_probabilities = log_softmax(logits / math.exp(log_temperature), axis=1)
@@ -54,8 +57,11 @@ def find_energy_threshold(logits: np.ndarray, recall: float = KNOWN_RECALL) -> f
 def measure_unknown(
     known_logits: np.ndarray, unknown_logits: np.ndarray, threshold: float | None
 ) -> dict[str, Any]:
-    """Return the area under the ROC curve of the energy for the logits [N, L] of images of the classes and [M, L] of
-    other images, and the fraction of the other images above the energy threshold (None without a threshold)."""
+    """Return how well the energy separates images of the classes from other images.
+
+    The logits are [N, L] and [M, L]. The result has the area under the ROC curve, and the fraction
+    of the other images above the energy threshold (None without a threshold).
+    """
     from sklearn.metrics import roc_auc_score
 
     energies = [compute_energies(logits) for logits in (known_logits, unknown_logits)]
@@ -68,9 +74,11 @@ def measure_unknown(
 
 
 def find_score_limit(probabilities: np.ndarray, labels: np.ndarray, coverage: float) -> float:
-    """Return the limit of the scores for which new images' sets contain the true label with probability `coverage`:
-    the ceil((n + 1) * coverage)-th smallest score of the true labels of n images (split conformal prediction). The
-    score of a label is one minus its probability ("lac", Sadinle et al. 2019, arXiv 1609.00451).
+    """Return the limit of the scores for which images' sets contain the true label with a probability.
+
+    It is the ceil((n + 1) * coverage)-th smallest score of the true labels of n images (split
+    conformal prediction). The score of a label is one minus its probability ("lac", Sadinle et al.
+    2019, arXiv 1609.00451).
 
     Raises:
         ValueError: if there are too few images for this coverage.

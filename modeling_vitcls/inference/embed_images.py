@@ -64,9 +64,12 @@ class EmbedImages:
         return self.__dict__ | {"predictor": None}
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the columns of a batch without the images, one array [B, D] or [B, n, D] per feature, and `error`:
-        the error message of each unreadable image, whose features are NaN, or an empty text. Ray and Spark also pass
-        empty batches, for which the columns are empty."""
+        """Return the columns of a batch without the images, one array per feature, and `error`.
+
+        A feature is [B, D] or [B, n, D]. `error` is the error message of each unreadable image,
+        whose features are NaN, or an empty text. Ray and Spark also pass empty batches, for which
+        the columns are empty.
+        """
         if self.predictor is None:
             self.predictor = self.build_predictor()
         column = self.image_column or next((name for name in IMAGE_COLUMNS if name in batch), None)

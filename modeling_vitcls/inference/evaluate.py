@@ -264,8 +264,11 @@ def write_results(options: EvaluateOptions, results: dict[str, Any], console: Co
 def set_label_columns(
     options: DataOptions, config: ViTCLSConfig, folder: ModelFolder, task: str | None = None
 ) -> DataOptions:
-    """Return the options with the label columns of a multi-task model, or the label column and the separator of a
-    multi-label model, unless the flags are set."""
+    """Return the options with the label columns that the model was trained on, unless the flags are set.
+
+    These are the columns of a multi-task model, or the label column and the separator of a
+    multi-label model or of an added task.
+    """
     if options.label_column is not None or options.label_separator is not None:
         return options
     if config.tasks:

@@ -63,8 +63,11 @@ def select_tokens(model: Any, outputs: Any) -> torch.Tensor:
 def compute_tokens_and_layers(
     model: Any, layout: FeatureLayout, pixel_values: torch.Tensor
 ) -> torch.Tensor:
-    """Return features [B, F] from one forward pass: the special tokens and the mean of the patches of the last layer,
-    then the features of the last layers that a probe chooses from."""
+    """Return the features [B, F] of tokens and of layers from one forward pass.
+
+    The special tokens and the mean of the patches of the last layer come first, then the features
+    of the last layers that a probe chooses from.
+    """
     outputs = model(pixel_values, output_hidden_states=True)
     tokens = select_tokens(model, outputs).flatten(1)
     return torch.cat([tokens.float(), pool_layers(model, outputs, layout)], dim=1)
@@ -197,8 +200,11 @@ def measure_tokens(
 def measure_layers(
     kind: str, layout: FeatureLayout, features: Pair, labels: Pair
 ) -> list[dict[str, Any]]:
-    """Return the accuracy of each choice of layers and tokens, and its difference from the first, which is CLS of the
-    last layer if there is one. The interval of the difference is paired by image."""
+    """Return the accuracy of each choice of layers and tokens, and its difference from the first.
+
+    The first is CLS of the last layer if there is one. The interval of the difference is paired by
+    image.
+    """
     rows: list[dict[str, Any]] = []
     first = None
     for candidate in list_candidates(layout.num_layers, tokens=layout.token_choices):

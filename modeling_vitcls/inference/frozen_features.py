@@ -66,8 +66,11 @@ class FeatureLayout:
         return ("cls", "cls_mean") if "cls" in self.widths else ("mean",)
 
     def get_columns(self, layers: Sequence[int], tokens: str) -> np.ndarray:
-        """Return the columns of what a classifier reads, in the order of its input: layer after layer, each with CLS
-        before the mean of the patches. `tokens` is that of a `Candidate`."""
+        """Return the columns of what a classifier reads, in the order of its input.
+
+        The order is layer after layer, each with CLS before the mean of the patches. `tokens` is
+        that of a `Candidate`.
+        """
         layer_width = sum(self.widths.values())
         columns = []
         for layer in layers:
@@ -111,8 +114,10 @@ def build_kind_config(config: ViTCLSConfig, kind: str) -> ViTCLSConfig:
 
 
 def pool_layers(encoder: Any, outputs: Any, layout: FeatureLayout) -> torch.Tensor:
-    """Return the features [B, all] of an encoder's outputs, which contain the hidden states unless the layout is that
-    of the encoder's own pooling."""
+    """Return the features [B, all] of an encoder's outputs.
+
+    The outputs contain the hidden states unless the layout is that of the encoder's own pooling.
+    """
     if OWN_POOLING in layout.widths:
         if encoder.pooler is None:
             return build_pooler(encoder.config)(outputs.last_hidden_state).float()

@@ -99,8 +99,10 @@ def group_by_shape(pixels: Mapping[int, torch.Tensor]) -> list[dict[int, torch.T
 
 
 def find_finite(outputs: Any, num_images: int) -> torch.Tensor:
-    """Return whether the outputs for each image are finite [num_images], given a tensor [B, ...], or one by name, of
-    which the first rows are images."""
+    """Return whether the outputs for each image are finite [num_images].
+
+    The outputs are a tensor [B, ...], or one by name, of which the first rows are images.
+    """
     tensors = outputs.values() if isinstance(outputs, dict) else [outputs]
     are_finite = [tensor[:num_images].flatten(1).isfinite().all(dim=1) for tensor in tensors]
     return torch.stack(are_finite).all(dim=0)
@@ -246,8 +248,10 @@ class ImagePass:
     def iterate(
         self, model: nn.Module, compute: Compute, console: Console | None = None
     ) -> Iterator[tuple[ImageBatch, Any]]:
-        """Yield the batches of this process with what `compute` returns for their images: a tensor [B, ...], tensors
-        by name, or an object with one of both as `logits`. Rows after those of the batch are padding.
+        """Yield the batches of this process with what `compute` returns for their images.
+
+        `compute` returns a tensor [B, ...], tensors by name, or an object with one of both as
+        `logits`. Rows after those of the batch are padding.
 
         Args:
             model: the model that `compute` runs, on the device and in evaluation mode.
@@ -330,8 +334,11 @@ class ImagePass:
             yield self.loader.dataset[[]] if batch is None else batch
 
     def pad_batch(self, model: nn.Module, batch: ImageBatch) -> ImageBatch:
-        """Return the batch with blank images after its own, up to the batch size, if the model is shared by several
-        processes or compiled for a batch size, or if no image is readable."""
+        """Return the batch with blank images after its own, up to the batch size, if that is required.
+
+        It is if the model is shared by several processes or compiled for a batch size, or if no
+        image is readable.
+        """
         pixel_values = batch.pixel_values
         if pixel_values is None:
             config = self.accelerator.unwrap_model(model).config

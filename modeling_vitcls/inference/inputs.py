@@ -64,8 +64,10 @@ class ListInput:
         return len(self.names)
 
     def compute_fingerprint(self) -> dict[str, Any]:
-        """Return the number of images, and a digest of the names and contents (pixels, or the sizes and modification
-        times of files)."""
+        """Return the number of images, and a digest of the names and contents.
+
+        Contents are pixels, or the sizes and modification times of files.
+        """
         digest = hashlib.sha256(json.dumps(list(self.names)).encode())
         if isinstance(self.contents, ArrayImages):
             digest.update(self.contents.pixels.tobytes())

@@ -53,8 +53,11 @@ def compute_bootstrap_interval(values: Sequence[float]) -> Interval:
 
 
 def compute_prediction_limit(values: Sequence[float], level: float) -> float:
-    """Return the value below which one further draw from the distribution of `values` lies with probability `level`
-    (normal distribution with unknown variance), but at least the largest of the values."""
+    """Return the value below which one further draw lies with probability `level`.
+
+    The draw is from the distribution of `values` (normal with unknown variance). The limit is at
+    least the largest of the values.
+    """
     if len(values) < 2:
         return max(values)
     margin = (

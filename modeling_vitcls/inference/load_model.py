@@ -96,8 +96,10 @@ def load_model(
 def announce_precision(
     accelerator: Accelerator, setting: str, config: ViTCLSConfig, backend: str
 ) -> str:
-    """Set the precision for `--mixed-precision auto` before a model is loaded, and return a line for the user, or an
-    empty text if no choice was made. ONNX files run in float32."""
+    """Set the precision for `--mixed-precision auto` before a model is loaded, and return a line for the user.
+
+    The text is empty if no choice was made. ONNX files run in float32.
+    """
     if setting != "auto" or backend.endswith("onnx"):
         return ""
     text = set_mixed_precision(accelerator, setting, config)

@@ -36,9 +36,11 @@ METADATA_KEY = b"vitcls"
 def write_predictions(
     file: Path, evaluator: Evaluator, weights_hash: dict[str, str] | None
 ) -> None:
-    """Write the columns in the header of this file for the images of the last evaluation (`Evaluator.rows`) to a
-    Parquet file, and the SHA-256 of each weight file of the model to its metadata. Raise ValueError without labeled
-    images, and OSError if the file cannot be written."""
+    """Write a Parquet file with the columns in the header of this file, for the last evaluation.
+
+    The images are those of `Evaluator.rows`. The metadata has the SHA-256 of each weight file of
+    the model. Raise ValueError without labeled images, and OSError if the file cannot be written.
+    """
     import pandas as pd
 
     names = evaluator.label_space.names
@@ -75,8 +77,10 @@ def write_predictions(
 
 
 def read_weights_hash(file: Path) -> dict[str, str] | None:
-    """Return the SHA-256 of each weight file of the model that computed a file of predictions, or None if the file
-    does not contain it. Raise ValueError if the file is damaged."""
+    """Return the SHA-256 of each weight file of the model that computed a file of predictions.
+
+    It is None if the file does not contain it. Raise ValueError if the file is damaged.
+    """
     try:
         metadata = pq.read_schema(file).metadata or {}
         return (

@@ -189,9 +189,11 @@ def build_predictor(
 def find_set_limit(
     options: PredictOptions, model: ViTCLSPreTrainedModel, folder: ModelFolder
 ) -> float | None:
-    """Return the limit of the scores of labels in prediction sets (confidence.py), from the held-out images of the
-    model's run; None without --coverage. Raise ValueError if the model has several labels or tasks, or no predictions
-    of held-out images."""
+    """Return the limit of the scores of labels in prediction sets; None without --coverage.
+
+    It is fitted to the held-out images of the model's run (confidence.py). Raise ValueError if the
+    model has several labels or tasks, or no predictions of held-out images.
+    """
     if options.coverage is None:
         return None
     label_space = get_label_space(model.config)

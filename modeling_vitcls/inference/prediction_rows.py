@@ -55,8 +55,10 @@ def select_top_labels(logits: torch.Tensor, names: list[str], top_k: int) -> lis
 def select_probable_labels(
     logits: torch.Tensor, names: list[str], threshold: float = DEFAULT_THRESHOLD
 ) -> list[list[Label]]:
-    """Return the labels of each image whose probability is at least `threshold`, in order of decreasing probability,
-    given multi-label logits [B, num_labels]."""
+    """Return the labels of each image whose probability is at least `threshold`, the most probable first.
+
+    The multi-label logits are [B, num_labels].
+    """
     # Values and indices, [B, num_labels].
     sorted_labels = logits.float().sigmoid().sort(dim=1, descending=True, stable=True)
     return [
@@ -236,8 +238,11 @@ class Feature:
 
 
 class FeatureColumns:
-    """Output columns with features: `features` for a single feature, otherwise one column per feature, such as `cls`
-    and `mean@6`. Raise ValueError if the model has no such tokens."""
+    """Output columns with features.
+
+    A single feature is in `features`; several have one column each, such as `cls` and `mean@6`.
+    Raise ValueError if the model has no such tokens.
+    """
 
     def __init__(
         self, model: PreTrainedModel, names: Sequence[str], dtype: str = "float32"

@@ -18,8 +18,11 @@ from .verify import verify_push
 
 
 def prepare_push(options: FinetuneOptions | PretrainOptions) -> str | None:
-    """Before training, create the repository to push to and return its id; None without `--push-to-hub` and on
-    processes other than the main process. Raise ValueError or OSError if a push is not possible."""
+    """Create the repository to push to before training, and return its id.
+
+    It is None without `--push-to-hub` and on processes other than the main process. Raise
+    ValueError or OSError if a push is not possible.
+    """
     is_main_process = os.environ.get("RANK", "0") == "0"  # Accelerate is not initialized yet
     if not options.run.push_to_hub or not is_main_process:
         return None

@@ -197,8 +197,11 @@ def build_eval_results(folder: ModelFolder, metric_names: dict[str, str]) -> lis
 
 
 def get_license_source(folder: ModelFolder) -> Provenance:
-    """Return the provenance whose license applies to the weights: the initial weights if their license is known,
-    otherwise the weights of the run, with the license given with `--license`."""
+    """Return the provenance whose license applies to the weights.
+
+    It is that of the initial weights if their license is known, otherwise that of the run, with the
+    license given with `--license`.
+    """
     if folder.provenance is not None and folder.provenance.license is not None:
         return folder.provenance
     return Provenance("", license=folder.flags.get("license"))

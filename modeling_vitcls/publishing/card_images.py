@@ -109,8 +109,10 @@ def plot_confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence
 
 
 def plot_attention(inspection: Inspection) -> Figure:
-    """Plot one row per image: the image, and the attention of each special token as an overlay, as on the first screen
-    of the report. Each overlay has its own scale."""
+    """Plot one row per image: the image, and the attention of each special token as an overlay.
+
+    The row is that of the first screen of the report. Each overlay has its own scale.
+    """
     rows = []
     for report, caption, maps in iterate_overview(inspection, MAX_IMAGES):
         image, region = resize_with_region(

@@ -12,8 +12,9 @@ from ..hub.connection import HUB_ERRORS, format_hub_error
 def build_checkpoint_uploader(
     repo_id: str, branch: str, warn: Callable[[str], None]
 ) -> Callable[[Path], None]:
-    """Return a function that uploads the folder of a saved checkpoint in the background, and removes earlier
-    checkpoints from the branch.
+    """Return a function that uploads the folder of a saved checkpoint in the background.
+
+    Earlier checkpoints are removed from the branch.
 
     A checkpoint that is saved during an upload is not uploaded. Errors are passed to `warn` and do not end the run.
     To resume on another machine, run `hf download ID --revision BRANCH --local-dir DIR`, and repeat the command with

@@ -26,8 +26,10 @@ THUMBNAIL_SIDE = 240  # longer side of a wrong image in the report, in pixels
 def describe_predictions(
     folder: ModelFolder, images: Sequence[Image.Image] | None = None
 ) -> dict[str, Any] | None:
-    """Return a headline, the wrong images, the prediction sets of each class, and the calibration; None if the folder
-    has no predictions of these weights.
+    """Return what the report says about the predictions of held-out images.
+
+    That is a headline, the wrong images, the prediction sets of each class, and the calibration;
+    None if the folder has no predictions of these weights.
 
     Args:
         folder: The folder of a run.

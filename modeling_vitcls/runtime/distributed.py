@@ -127,8 +127,10 @@ def choose_precision(device: torch.device, config: ViTCLSConfig) -> str:
 
 
 def enable_fsdp_on_cpu(accelerator: Accelerator) -> None:
-    """Enable the FSDP2 configuration of `accelerate launch` on CPUs, where Accelerate would otherwise silently use
-    DDP."""
+    """Enable the FSDP2 configuration of `accelerate launch` on CPUs.
+
+    Accelerate would otherwise silently use DDP.
+    """
     plugin = FullyShardedDataParallelPlugin()  # reads the environment variables of the launcher
     if accelerator.mixed_precision != "no":
         plugin.set_mixed_precision(accelerator.mixed_precision)

@@ -56,8 +56,10 @@ def get_flag_fields(options_class: Any) -> dict[str, dataclasses.Field[Any]]:
 
 
 def find_similar_flag(name: str, flag_names: Collection[str]) -> str | None:
-    """Return the flag that an unknown name stands for: its equivalent here, or the most similar name; None if there is
-    no such flag."""
+    """Return the flag that an unknown name stands for, or None.
+
+    It is the equivalent of the name here, or the most similar name.
+    """
     equivalent = EQUIVALENT_FLAGS.get(name)
     if equivalent in flag_names:
         return equivalent

@@ -51,8 +51,10 @@ class Calibration:
 
 
 def find_calibration(logits: np.ndarray, labels: np.ndarray, images: str) -> Calibration:
-    """Fit the temperature and the energy threshold to logits [N, L] and labels [N] of images that the classifier was
-    not fitted to. `images` says which they are."""
+    """Fit the temperature and the energy threshold to logits [N, L] and labels [N].
+
+    The images are those that the classifier was not fitted to. `images` says which they are.
+    """
     num_images = len(labels)
     if not has_enough_images(num_images):
         return explain_missing_calibration(num_images, images)
@@ -78,8 +80,11 @@ def explain_missing_calibration(num_images: int, images: str) -> Calibration:
 
 
 def is_improvement(logits: np.ndarray, labels: np.ndarray, temperature: float) -> bool:
-    """Return whether a temperature lowers the log loss of images that it was not fitted to, in two halves, and does
-    not make the calibration error larger. That of fewer than `MIN_ERROR_IMAGES` images is mostly noise."""
+    """Return whether a temperature lowers the log loss of images that it was not fitted to, in two halves.
+
+    It must not make the calibration error larger, either. That of fewer than `MIN_ERROR_IMAGES`
+    images is mostly noise.
+    """
     halves = np.arange(len(labels)) % 2
     loss_before, loss_after = 0.0, 0.0
     for half in (0, 1):

@@ -60,9 +60,11 @@ DEFAULT_FLAGS = (
 def resolve_defaults(
     options: Options, initial: InitialModel, num_training_images: int | None
 ) -> tuple[Options, str]:
-    """Return the options with a value for each flag in `DEFAULT_FLAGS`, and a line of text with the default values
-    that affect the run, grouped by reason. `num_training_images` is None for a stream. For checkpoints,
-    `initializer_range` remains None."""
+    """Return the options with a value for each flag in `DEFAULT_FLAGS`, and a line about these values.
+
+    The line has the default values that affect the run, grouped by reason. `num_training_images` is
+    None for a stream. For checkpoints, `initializer_range` remains None.
+    """
     config_values = options.model.get_config_values()
     width = config_values.get("hidden_size", initial.config.hidden_size)
     image_size = max(to_pair(config_values.get("image_size", initial.config.image_size)))

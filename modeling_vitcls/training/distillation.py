@@ -89,8 +89,10 @@ class FeatureTeachers:
 
     @torch.no_grad()
     def fit(self, batches: Iterable[Batch], num_images: int) -> None:
-        """Fit the standardization of each target to the first `num_images` images of batches; for patches, to one
-        patch of each image."""
+        """Fit the standardization of each target to the first `num_images` images of batches.
+
+        For patches, it is fitted to one patch of each image.
+        """
         samples: list[list[Tensor]] = []
         for batch in batches:
             features = self.compute_features(batch, self.teachers)

@@ -149,8 +149,10 @@ def unwrap_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 
 def gather_weights(model: nn.Module) -> Tensors:
-    """Return parameters and persistent buffers as full CPU tensors on the main process, and an empty dictionary on the
-    other processes. This function must be called on all processes."""
+    """Return parameters and persistent buffers as full CPU tensors on the main process.
+
+    The other processes get an empty dictionary. This function must be called on all processes.
+    """
     return get_model_state_dict(model, options=FULL_STATE_DICT_OPTIONS)  # type: ignore[return-value]
 
 
@@ -178,8 +180,11 @@ def distribute_like(
     like: torch.Tensor,
     accelerator: Accelerator,
 ) -> torch.Tensor:
-    """Send `full_tensor` from the main process to all processes, and return a tensor with the device and the sharding
-    of `like`. `full_tensor` must be None on all other processes."""
+    """Send `full_tensor` from the main process to all processes.
+
+    The result has the device and the sharding of `like`. `full_tensor` must be None on all other
+    processes.
+    """
     if full_tensor is None:
         full_tensor = torch.empty(like.shape, dtype=dtype)
     full_tensor = full_tensor.to(accelerator.device)

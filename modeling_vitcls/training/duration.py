@@ -22,8 +22,10 @@ MIN_BATCHES = 20  # in shorter runs, the measurement would take too large a part
 
 
 def describe_duration(loop: Any, batches: Iterator[Batch]) -> tuple[Iterator[Batch], str | None]:
-    """Return the batches, and the expected duration of the remaining steps as text; None if it is below `MIN_SECONDS`
-    or not measured."""
+    """Return the batches, and the expected duration of the remaining steps as text.
+
+    The text is None if the duration is below `MIN_SECONDS` or not measured.
+    """
     num_steps = loop.plan.num_steps - loop.state.step
     num_batches = num_steps * loop.plan.accumulation_steps
     if (

@@ -51,8 +51,10 @@ class LeJEPA(ViTCLSPreTrainedModel):
         self.vitcls = encoder
 
     def forward(self, *views: Tensor, **kwargs: Any) -> Any:
-        """Return the projections [views, B, P] of images [views, B, C, H, W] of one or more sizes, or the encoder's
-        output for images [B, C, H, W]."""
+        """Return the projections [views, B, P] of images [views, B, C, H, W] of one or more sizes.
+
+        For images [B, C, H, W], return the encoder's output.
+        """
         if views[0].ndim == 4:
             return self.vitcls(*views, **kwargs)
         projections = []

@@ -261,9 +261,11 @@ class TrainingLoop:
         return record, batch
 
     def check_finite(self, losses: list[Losses], gradient_norm: float) -> None:
-        """Discard the gradients and raise RunStopped on all processes if a loss or gradient is not finite on any
-        process. With fp16, gradients may overflow. The loss scaler then skips the step and reduces the scale.
-        MAX_CONSECUTIVE_OVERFLOWS limits the number of consecutive skipped steps."""
+        """Discard the gradients and raise RunStopped on all processes if a loss or gradient is not finite.
+
+        With fp16, gradients may overflow. The loss scaler then skips the step and reduces the
+        scale. MAX_CONSECUTIVE_OVERFLOWS limits the number of consecutive skipped steps.
+        """
         self.num_overflows = 0 if math.isfinite(gradient_norm) else self.num_overflows + 1
         max_overflows = MAX_CONSECUTIVE_OVERFLOWS if self.accelerator.scaler is not None else 0
         are_losses_finite = all(math.isfinite(batch_losses["loss"]) for batch_losses in losses)
@@ -340,8 +342,11 @@ class TrainingLoop:
         self.unreported_errors.clear()
 
     def compute_recent_metrics(self) -> Metrics:
-        """Return the losses (means over all processes and the steps since the last record), the speed of these steps
-        (excluding evaluations and checkpoints), and the peak memory so far."""
+        """Return the losses, the speed of the steps since the last record, and the peak memory so far.
+
+        Losses are means over all processes and these steps. The speed excludes evaluations and
+        checkpoints.
+        """
         recent_losses = self.state.recent_losses
         local_means = [fmean(losses[name] for losses in recent_losses) for name in recent_losses[0]]
         seconds = self.step_seconds[self.num_logged_steps :]

@@ -124,8 +124,9 @@ class LabelObjective:
 def compute_distillation_loss(
     kind: str, student_logits: torch.Tensor, teacher_logits: torch.Tensor, tau: float
 ) -> torch.Tensor:
-    """Return the mean loss of the distillation head's logits [B, L] against the teacher's logits [B, L], as a
-    `float32` scalar.
+    """Return the mean loss of the distillation head against the teacher, as a `float32` scalar.
+
+    The logits of both are [B, L].
 
     The "hard" loss is the cross-entropy against the teacher's predicted label (equation 3). The "soft" loss is tau²
     times the Kullback-Leibler divergence between the softened probabilities of teacher and student (equation 2). This

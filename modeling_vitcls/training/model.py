@@ -301,9 +301,12 @@ def set_trainable_parameters(
 
 
 def set_train_mode(model: nn.Module) -> None:
-    """Set train mode, but keep frozen embeddings and frozen layers in eval mode, so that the frozen modules have the
-    same outputs as during inference. Patch dropout is disabled if the embeddings and the first layer are frozen. Use
-    this function instead of `model.train()`, even for wrapped models."""
+    """Set train mode, but keep frozen embeddings and frozen layers in eval mode.
+
+    The frozen modules then have the same outputs as during inference. Patch dropout is disabled if
+    the embeddings and the first layer are frozen. Use this function instead of `model.train()`,
+    even for wrapped models.
+    """
     model.train()
     for module in model.modules():
         if isinstance(module, ViTCLSModel) and module.patch_dropout is not None:

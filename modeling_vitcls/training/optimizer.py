@@ -53,8 +53,11 @@ def build_parameter_groups(
 
 
 def get_parameter_depths(model: nn.Module) -> dict[str, int]:
-    """Return the depth of each parameter: 0 for tokens, position embeddings and patch embeddings; 1, 2, ... for
-    the layers; and the next number for the final norm and the heads."""
+    """Return the depth of each parameter.
+
+    It is 0 for tokens, position embeddings and patch embeddings; 1, 2, ... for the layers; and the
+    next number for the final norm and the heads.
+    """
     names = [name for name, _ in model.named_parameters()]
     layer_indices = {
         name: int(match[1]) for name in names if (match := re.search(r"\blayers\.(\d+)\.", name))

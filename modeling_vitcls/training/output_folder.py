@@ -83,9 +83,11 @@ LOCK_TIMEOUT = 10.0
 
 
 def check_replaceable(options: Any, store: CheckpointStore) -> None:
-    """Raise ValueError if a new run would replace files without --overwrite, including files that no run
-    wrote, or if --overwrite would remove the initial model or the teacher. `store` contains the checkpoints in the
-    output folder."""
+    """Raise ValueError if a new run would replace files without --overwrite, including files of no run.
+
+    The same holds if --overwrite would remove the initial model or the teacher. `store` contains
+    the checkpoints in the output folder.
+    """
     folder = options.output_dir
     if options.run.overwrite:
         check_sources_not_removed(options)

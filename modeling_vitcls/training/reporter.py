@@ -96,8 +96,10 @@ class Reporter:
             self.last_line_time = self.progress.get_time()
 
     def log(self, record: dict[str, Any]) -> None:
-        """Append a record to metrics.jsonl, print the record, and send the numeric values of the record to the
-        trackers. Raise OSError on the main process if metrics.jsonl cannot be written."""
+        """Append a record to metrics.jsonl, print it, and send its numbers to the trackers.
+
+        Raise OSError on the main process if metrics.jsonl cannot be written.
+        """
         self.accelerator.log(flatten_record(record), step=record["step"])
         if not self.accelerator.is_main_process:
             return

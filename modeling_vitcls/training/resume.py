@@ -125,8 +125,11 @@ def check_flags_unchanged(
 
 
 def check_run_unchanged(metadata: dict[str, Any], current: dict[str, Any], folder: Path) -> None:
-    """Raise ValueError if --resume would continue the run with other data, another precision, or another
-    number of images per step. `metadata` and `current` are the values in the checkpoint and in this run."""
+    """Raise ValueError if --resume would continue the run with other data or settings.
+
+    These are another precision, and another number of images per step. `metadata` and `current` are
+    the values in the checkpoint and in this run.
+    """
     if change := describe_change(metadata["data"], current["data"]):
         raise ValueError(
             f"--resume: the dataset has changed since the run in {folder} was started: {change}. Restore the dataset, "

@@ -377,8 +377,10 @@ def draw_few_images(data: TrainingData, plan: BatchPlan) -> tuple[TrainingData, 
 def resolve_options(
     options: Any, initial: InitialModel, data: TrainingData
 ) -> tuple[Any, dict[str, str | None]]:
-    """Return the options with a value for each flag whose default depends on the run (defaults.py), and the summary
-    lines about these values."""
+    """Return the options with a value for each flag whose default depends on the run, and summary lines.
+
+    The defaults are in defaults.py, and the lines are about these values.
+    """
     select = "last" if data.selection is None else "best"
     options = replace(options, training=replace(options.training, select=select))
     size_line = None
@@ -559,8 +561,10 @@ def finish_model(
     trained: Trained,
     environment: Environment,
 ) -> Result:
-    """Fit the classifier of a frozen model to all images that are not held out, calibrate the classifier, and measure
-    the metrics of the held-out images."""
+    """Fit the classifier of a frozen model, calibrate the classifier, and measure the held-out images.
+
+    A frozen model is fitted to all images that are not held out.
+    """
     data, setup, model = loaded.data, loaded.setup, trained.loop.state.model
     model.eval()
     is_frozen = trained.selected_step == 0
@@ -695,8 +699,10 @@ def build_results(
 
 
 def count_training_images(loaded: Loaded) -> int | None:
-    """Return the number of images that the model was fitted to, which includes the selection images of a run without
-    steps; None for a stream."""
+    """Return the number of images that the model was fitted to; None for a stream.
+
+    It includes the selection images of a run without steps.
+    """
     data = loaded.data
     if loaded.has_steps or data.selection is None or data.num_training_images is None:
         return data.num_training_images
@@ -756,8 +762,11 @@ def start_trackers(accelerator: Accelerator, options: Any) -> None:
 
 @contextmanager
 def stop_on_errors(num_workers: int) -> Iterator[None]:
-    """Convert OSError and ValueError inside the `with` block to RunStopped: a full disk, unreadable images, data
-    loading processes that do not answer, or a checkpoint of another model."""
+    """Convert OSError and ValueError inside the `with` block to RunStopped.
+
+    They are a full disk, unreadable images, data loading processes that do not answer, or a
+    checkpoint of another model.
+    """
     try:
         with explain_worker_errors(num_workers):
             yield

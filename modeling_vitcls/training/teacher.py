@@ -101,8 +101,10 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return the logits [B, L] or features [B, F] for the student's pixels [B, C, H, W], which are `uint8` or
-        floats in [0, 255]. Raise ValueError if any output is not finite."""
+        """Return the logits [B, L] or features [B, F] for the student's pixels [B, C, H, W].
+
+        The pixels are `uint8` or floats in [0, 255]. Raise ValueError if any output is not finite.
+        """
         outputs = self.read_outputs(self.model(self.preprocessing(pixels)))
         check_teacher_outputs(outputs, self.source)
         return outputs
@@ -139,8 +141,10 @@ def load_teacher(
 def load_feature_teacher(
     source: str, student: ViTCLSConfig, with_patches: bool, device: torch.device
 ) -> Teacher:
-    """Load a teacher that returns its pooled vector [B, P], or, with patches, [B, P + rows * columns * D]: the pooled
-    vector, and the patches, resampled to the student's grid.
+    """Load a teacher that returns its pooled vector [B, P].
+
+    With patches, it returns [B, P + rows * columns * D]: the pooled vector, and the patches,
+    resampled to the student's grid.
 
     Args:
         source: any model that `--model` accepts, except a preset.
@@ -313,8 +317,11 @@ def check_teacher_outputs(outputs: torch.Tensor, source: str) -> None:
 
 
 def convert_channels(pixels: torch.Tensor, num_channels: int) -> torch.Tensor:
-    """Convert the student's pixels to the teacher's number of channels: gray [B, 1, H, W] to color [B, 3, H, W], or
-    color to gray. Raise ValueError for other numbers of channels."""
+    """Convert the student's pixels to the teacher's number of channels.
+
+    Gray [B, 1, H, W] becomes color [B, 3, H, W], or color becomes gray. Raise ValueError for other
+    numbers of channels.
+    """
     match pixels.shape[1], num_channels:
         case same, other if same == other:
             return pixels

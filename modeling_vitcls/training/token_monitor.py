@@ -72,8 +72,10 @@ class TokenMonitor:
 def measure_attention_entropy(
     model: Any, normalize: Callable[[torch.Tensor], torch.Tensor], batch: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the entropy of the CLS attention in nats for each layer, averaged over the CLS tokens, the heads, and the
-    first images of the batch."""
+    """Return the entropy of the CLS attention in nats for each layer.
+
+    It is averaged over the CLS tokens, the heads, and the first images of the batch.
+    """
     pixel_values = normalize(batch["pixels"][:MAX_ATTENTION_IMAGES])  # [B, C, H, W]
     model.eval()
     # [B, layers, heads, CLS, N]
