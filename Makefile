@@ -114,9 +114,10 @@ setup: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "modeling_vitcls requires Python 3.11 or newer, but $(PYTHON) is " + sys.version.split()[0] + ". Run make PYTHON=python3.11 ...")'
+	@echo "Installing into $(VENV): 6.3 GB of downloads on Linux, because PyPI's torch contains CUDA. Without a GPU, UV_TORCH_BACKEND=cpu downloads far less"
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet uv
-	$(VENV)/bin/uv pip install --quiet --python $(RUN) --editable ".[test]"
+	$(VENV)/bin/uv pip install --python $(RUN) --editable ".[test]"
 	@touch $@
 
 test-floor: .venv-floor/installed

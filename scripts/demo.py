@@ -16,7 +16,7 @@ from rich.console import Console
 SCRIPTS = Path(os.path.relpath(Path(__file__).parent))
 RECIPE = SCRIPTS / "recipes" / "digits.yaml"
 OUTPUT = Path("runs", "demo")
-PRETRAINED_MODEL = "timm:vit_small_patch14_reg4_dinov2"
+PRETRAINED_MODEL = "timm:vit_small_patch14_reg4_dinov2.lvd142m"
 
 # Default values of accelerate's flags. accelerate prints a warning if these flags are not set.
 LAUNCH_FLAGS = (

@@ -31,7 +31,7 @@ NUM_COLOR_CHANNELS = 3  # number of color channels: red, green and blue
 # clipped.
 COLOR_QUANTILES = 0.02, 0.98
 # Kinds of images and their headings in the report, in display order.
-IMAGE_KINDS = {"wrong": "wrong predictions", "uncertain": "least confident", "typical": "typical"}
+IMAGE_KINDS = {"wrong": "wrong prediction", "uncertain": "least confident", "typical": "typical"}
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,9 @@ def write_page(
         figures=build_figures(inspection),
         image_kinds=IMAGE_KINDS,
         first_token=next(iter(get_token_names(config)), None),
+        is_cropped=any(map(is_cropped, inspection.image_reports[:NUM_OVERVIEW_IMAGES])),
+        has_unused_maps=min(count_used_layers(config, inspection.has_head))
+        < config.num_hidden_layers,
         num_large=NUM_LARGE_WRONG_IMAGES,
         shorten=lambda name: shorten_text(name, MAX_FILE_NAME),
         signs=SIGNS,
@@ -176,6 +179,13 @@ def iterate_overview(
             else ", ".join(labels)
         )
         yield report, caption, dict(zip(names, maps, strict=False))
+
+
+def is_cropped(report: ImageReport) -> bool:
+    """Return whether the model receives only a part of the image."""
+    left, top, right, bottom = report.visible_region
+    width, height = report.image.size
+    return left > 0 or top > 0 or right < width or bottom < height
 
 
 def build_overview(inspection: Inspection) -> list[dict[str, Any]]:

@@ -739,6 +739,7 @@ class ViTCLSBackbone(BackboneMixin, ViTCLSModel):  # type: ignore[misc]  # num_f
         `config.reshape_hidden_states` is False. Without `config.apply_layernorm`, only the last stage is normalized.
         """
         require_all_patches(self, self.config)
+        kwargs["output_hidden_states"] = True  # the decorator sets it since transformers 5.12
         outputs = ViTCLSModel.forward(self, pixel_values, attention_mask=attention_mask, **kwargs)
         feature_maps = [
             self.get_feature_map(hidden_states, stage, outputs.grid_size)

@@ -19,7 +19,7 @@ from ..inference.confidence import find_energy_threshold, fit_temperature
 
 
 MIN_IMAGES = 100  # minimum number of images for a temperature; with fewer, it is mostly noise
-MIN_ERROR_IMAGES = 100  # minimum number of images for a comparison of calibration errors
+MIN_ERROR_IMAGES = 100  # with fewer images, a calibration error is mostly noise
 
 
 @dataclass(frozen=True)

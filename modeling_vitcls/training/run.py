@@ -44,6 +44,7 @@ from ..runtime.flags import to_flags
 from ..runtime.system import describe_device
 from . import finetune, output_folder, pretrain
 from .calibration import (
+    MIN_ERROR_IMAGES,
     compute_calibration_errors,
     explain_missing_calibration,
     find_calibration,
@@ -611,9 +612,10 @@ def finish_model(
             errors = compute_calibration_errors(logits, labels, record["temperature"])
             record |= errors
             metrics["calibration_error"] = errors["calibration_error"]
-            before = 100 * errors["calibration_error_before"]
-            after = 100 * errors["calibration_error"]
-            text += f"; calibration error {before:.1f} -> {after:.1f} points"
+            if len(labels) >= MIN_ERROR_IMAGES:
+                before = 100 * errors["calibration_error_before"]
+                after = 100 * errors["calibration_error"]
+                text += f"; calibration error {before:.1f} -> {after:.1f} points"
         environment.reporter.print_line("calibration", text)
     return Result(metrics, record, evaluate if keeps_predictions else None)
 
