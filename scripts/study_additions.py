@@ -51,18 +51,24 @@ from modeling_vitcls.inference.linear_probe import (
     choose_probe,
     describe_candidate,
     fit_classifier,
-    list_candidates,
 )
 from modeling_vitcls.inference.load_model import find_model_folder
 from modeling_vitcls.options import AddClassOptions, DataOptions
 from modeling_vitcls.runtime.files import read_json, write_json
-from modeling_vitcls.training.additions import Base, fit_new_rows, load_base
+from modeling_vitcls.training.additions import (
+    Base,
+    fit_new_rows,
+    fit_without_old_images,
+    load_base,
+)
 
 
 SPLITS = ("train", "validation", "test")
-NUM_CIFAR_IMAGES = {"train": 100, "validation": 30, "test": 100}  # per class
+NUM_CIFAR_IMAGES = {"train": 100, "validation": 30, "test": 50}  # per class
 NUM_DIGITS = {"train": 1000, "validation": 300, "test": 497}
-IMAGE_SIZES = {"clothing": 224, "CIFAR-10": 112, "digits": 32}
+IMAGE_SIZES = {"clothing": 112, "CIFAR-10": 112, "digits": 32}
+# what `vitcls finetune` chose on 20 and 50 photographs of clothing per class
+HEAD = Candidate((-4, -3, -2, -1), "last_cls_mean", "standardized")
 LEFT_OUT = {  # the classes that are added again
     "clothing": ("dress", "hat", "longsleeve", "pants", "shoes"),
     "CIFAR-10": ("airplane", "automobile", "bird", "cat", "deer"),
@@ -222,7 +228,6 @@ class LeftOut:
     name: str
     folder: Path  # of the classifier
     base: Base
-    candidate: Candidate  # what its head reads
     features: dict[str, Features]  # by split; the last columns are its logits
 
     @property
@@ -245,45 +250,33 @@ def leave_out(options: Options, data: Data, name: str | None) -> LeftOut:
         for split, each in data.features.items()
     }
     train = features["train"].take(features["train"].labels < len(old_classes))
-    layout = train.layout
-    choice = choose_probe(
-        lambda candidate: train.select(candidate).astype(np.float64),
-        train.labels,
-        len(old_classes),
-        list_candidates(layout.num_layers, tokens=layout.token_choices),
-    )
-    candidate = choice.candidate
-    classifier = fit_all(train, candidate, choice.strength, len(old_classes))
+    classifier = fit_together(train, len(old_classes))
 
     folder = options.output / f"{data.name}-without-{name}"
     if not folder.exists():
-        write_classifier(data.encoder, folder, old_classes, candidate, train, classifier)
+        write_classifier(data.encoder, folder, old_classes, train, classifier)
     for split, each in features.items():
-        logits = compute_logits(each, candidate, classifier).astype(np.float32)
+        logits = compute_logits(each, classifier).astype(np.float32)
         features[split] = replace(each, values=np.concatenate([each.values, logits], axis=1))
     base = load_base(str(folder), build_add_options(folder, data.folder))
-    return LeftOut(str(name), folder, base, candidate, features)
+    return LeftOut(str(name), folder, base, features)
 
 
-def fit_all(
-    features: Features, candidate: Candidate, strength: float, num_labels: int
-) -> LinearClassifier:
-    """Fit a classifier to all classes at once."""
-    values = features.select(candidate).astype(np.float64)
-    return fit_classifier(values, features.labels, num_labels, candidate.scale, strength)
+def fit_together(features: Features, num_labels: int) -> LinearClassifier:
+    """Fit a classifier to all classes at once; the strength of the regularization is cross-validated."""
+    values = features.select(HEAD).astype(np.float64)
+    choice = choose_probe(lambda candidate: values, features.labels, num_labels, [HEAD])
+    return fit_classifier(values, features.labels, num_labels, HEAD.scale, choice.strength)
 
 
-def compute_logits(
-    features: Features, candidate: Candidate, classifier: LinearClassifier
-) -> np.ndarray:
-    return features.select(candidate) @ classifier.weight.T + classifier.bias
+def compute_logits(features: Features, classifier: LinearClassifier) -> np.ndarray:
+    return features.select(HEAD) @ classifier.weight.T + classifier.bias
 
 
 def write_classifier(
     encoder: Path,
     folder: Path,
     classes: list[str],
-    candidate: Candidate,
     features: Features,
     classifier: LinearClassifier,
 ) -> None:
@@ -293,11 +286,11 @@ def write_classifier(
     config.architectures = None
     config.id2label = dict(enumerate(classes))
     config.label2id = {name: index for index, name in enumerate(classes)}
-    config.pooling = candidate.pooling
-    config.pooled_layers = list(candidate.layers)
+    config.pooling = HEAD.pooling
+    config.pooled_layers = list(HEAD.layers)
     whole = ViTCLSForImageClassification(config)
     whole.vitcls.load_state_dict(model.state_dict())
-    expanded = features.layout.expand(classifier, candidate)
+    expanded = features.layout.expand(classifier, HEAD)
     whole.classifier.load_state_dict(
         {
             "weight": torch.from_numpy(expanded.weight),
@@ -329,16 +322,13 @@ def run_class(left_out: LeftOut, num_images: int, seed: int) -> dict[str, Any]:
         row["promised_loss"] = head.record["old_classes"]["old_loss"]
         row["seconds"] = time.process_time() - start_time
 
+    _, compute = fit_without_old_images(left_out.base, [left_out.name], [new], 1.0)
+    logits = np.concatenate([test.values[:, -left_out.num_old :], compute(test)], axis=1)
+    row["without"] = measure(left_out, logits)
+
     together = concatenate_features(left_out.take("train", is_new=False), new)
-    num_labels = left_out.num_old + 1
-    choice = choose_probe(
-        lambda candidate: together.select(candidate).astype(np.float64),
-        together.labels,
-        num_labels,
-        [left_out.candidate],
-    )
-    classifier = fit_all(together, left_out.candidate, choice.strength, num_labels)
-    row["together"] = measure(left_out, compute_logits(test, left_out.candidate, classifier))
+    classifier = fit_together(together, left_out.num_old + 1)
+    row["together"] = measure(left_out, compute_logits(test, classifier))
     return row
 
 
@@ -521,19 +511,21 @@ def format_tasks(rows: list[dict[str, Any]]) -> list[str]:
 def format_classes(rows: list[dict[str, Any]], key: Callable[[dict[str, Any]], Any]) -> list[str]:
     """Return a table with a line for each group of runs with the same `key`."""
     lines = [
-        "| data | runs | added: recall, loss | together: recall, loss | part of the recall | refused |",
-        "|---|---:|---|---|---:|---:|",
+        "| data | runs | added: recall, loss | together: recall, loss | part of the recall | refused "
+        "| without old images: recall, loss |",
+        "|---|---:|---|---|---:|---:|---|",
     ]
     for name, group in group_rows(rows, key):
-        added, together = (
+        added, together, without = (
             {each: fmean(row[way][each] for row in group) for each in ("recall", "loss")}
-            for way in ("added", "together")
+            for way in ("added", "together", "without")
         )
         refused = sum("refused" in row for row in group)
         part = added["recall"] / together["recall"] if together["recall"] else float("nan")
         lines.append(
             f"| {name} | {len(group)} | {added['recall']:.0f}%, {added['loss']:+.1f} "
-            f"| {together['recall']:.0f}%, {together['loss']:+.1f} | {part:.0%} | {refused} |"
+            f"| {together['recall']:.0f}%, {together['loss']:+.1f} | {part:.0%} | {refused} "
+            f"| {without['recall']:.0f}%, {without['loss']:+.1f} |"
         )
     return lines
 
