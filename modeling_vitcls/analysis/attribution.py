@@ -116,7 +116,7 @@ def compute_attribution(
         model: a classifier.
         pixel_values: [B, C, H, W].
         target: one class index for all images, or class indices [B]. Default: the predicted class of each image.
-        task: name of the task; required for a multi-task model.
+        task: name of the task; required for a multi-task model and for an added task.
 
     Returns:
         Nonnegative tensor [B, key]. Values have no unit and are comparable only within an image.
@@ -221,8 +221,8 @@ def trace_attention(
     attention_modules = [layer.attention for layer in model.base_model.layers]
     encoder_output = encoder_outputs[-1]
     read_tokens = {
-        **getattr(encoder_output, "layer_tokens", {}),
         **getattr(encoder_output, "pooled_tokens", {}),
+        **getattr(encoder_output, "layer_tokens", {}),  # of which pooled tokens are a part
         len(layers): getattr(encoder_output, "last_hidden_state", None),  # None for a backbone
     }
     return AttentionTrace(model.config, outputs, layers, attention_modules, read_tokens)
@@ -233,9 +233,13 @@ def select_logits(
 ) -> torch.Tensor:
     """Return the logit [B] of each image's target class, or of its predicted class if `target` is None.
 
-    `task` is the name of a task for a multi-task model, and None for any other model.
+    `task` is the name of a task of a multi-task model or of an added task, and None for the classifier of any other
+    model.
     """
-    logits = outputs.logits if task is None else outputs.logits[task]
+    logits = outputs.logits
+    if task is not None:
+        logits_by_task = getattr(outputs, "task_logits", None) or {}
+        logits = logits_by_task[task] if task in logits_by_task else logits[task]
     if target is None:
         return logits.amax(dim=-1)
     classes = torch.as_tensor(target, device=logits.device).long().reshape(-1).expand(len(logits))

@@ -18,7 +18,12 @@ from sklearn.decomposition import PCA
 
 from ..data.aspect_ratio import VisibleRegion, get_visible_region
 from ..data.labels import get_label_space, is_multi_label
-from ..inference.prediction_rows import Label, select_probable_labels, select_top_labels
+from ..inference.prediction_rows import (
+    DEFAULT_THRESHOLD,
+    Label,
+    select_probable_labels,
+    select_top_labels,
+)
 from ..model.configuration_vitcls import ViTCLSConfig
 from .attribution import trace_attention
 from .maps import extract_patch_maps, to_upright_rgb
@@ -36,7 +41,7 @@ IMAGE_KINDS = {"wrong": "wrong prediction", "uncertain": "least confident", "typ
 
 @dataclass(frozen=True)
 class ImagePrediction:
-    """Prediction of a model, or of one task of a multi-task model, for an image."""
+    """Prediction of a model, or of one task of a multi-task model or an added task, for an image."""
 
     task: str | None
     # in order of decreasing probability; empty if a multi-label model predicts no label
@@ -53,7 +58,7 @@ class ImageReport:
         image: the image, upright and in RGB.
         visible_region: the region of the image that the patches cover.
         truth: true label as text; None if unknown.
-        predictions: one prediction, or one per task; empty for an encoder.
+        predictions: one prediction, or one per task, and one per added task; empty for an encoder without tasks.
         attention: [L, H, S, gh, gw], attention of each special token to the patches.
         rollout: [S, gh, gw], attention rollout through all layers (`compute_attention_rollout`).
         attributions: [gh, gw] for each prediction, attribution of the most probable label (`compute_attribution`).
@@ -96,10 +101,9 @@ def build_image_report(
     # [1, C, H, W]
     pixel_values = processor(image, return_tensors="pt")["pixel_values"].to(model.device)
     upright_image = to_upright_rgb(image)
-    trace = trace_attention(model, pixel_values, needs_gradients=is_classifier(model))
-    predictions = (
-        build_image_predictions(trace.outputs.logits, config) if is_classifier(model) else []
-    )
+    has_predictions = is_classifier(model) or bool(config.extra_heads)
+    trace = trace_attention(model, pixel_values, needs_gradients=has_predictions)
+    predictions = build_image_predictions(model, trace.outputs)
 
     def extract_maps(rows: torch.Tensor) -> torch.Tensor:
         return extract_patch_maps(rows.detach().float().cpu(), config, pixel_values.shape[-2:])
@@ -124,20 +128,37 @@ def build_image_report(
     )
 
 
-def build_image_predictions(logits: Any, config: ViTCLSConfig) -> list[ImagePrediction]:
-    """Return the predictions for the logits [1, labels] of one image, or for a dictionary of logits by task."""
-    names_by_task = config.task_labels() if config.tasks else {None: get_label_space(config).names}
+def build_image_predictions(model: Any, outputs: Any) -> list[ImagePrediction]:
+    """Return the predictions for the outputs of one image: that of the classifier, or of each task, and that of each
+    added task. Encoders and regression models have none of their own."""
+    config: ViTCLSConfig = model.config
     predictions = []
-    for task, names in names_by_task.items():
-        task_logits = logits if task is None else logits[task]
-        (most_probable_labels,) = select_top_labels(task_logits, names, MAX_LABELS)
-        (labels,) = (
-            select_probable_labels(task_logits, names)
-            if is_multi_label(config)
-            else [most_probable_labels]
-        )
-        predictions.append(ImagePrediction(task, labels, top_label=most_probable_labels[0][0]))
+    if is_classifier(model) and config.tasks:
+        for task, names in config.task_labels().items():
+            predictions.append(build_image_prediction(task, outputs.logits[task], names))
+    elif is_classifier(model):
+        names = get_label_space(config).names
+        threshold = DEFAULT_THRESHOLD if is_multi_label(config) else None
+        predictions.append(build_image_prediction(None, outputs.logits, names, threshold))
+    for task, head in config.get_added_tasks().items():
+        threshold = None
+        if head.problem_type == "multi_label_classification":
+            threshold = head.threshold or DEFAULT_THRESHOLD
+        logits = outputs.task_logits[task]
+        predictions.append(build_image_prediction(task, logits, head.labels, threshold))
     return predictions
+
+
+def build_image_prediction(
+    task: str | None, logits: torch.Tensor, names: list[str], threshold: float | None = None
+) -> ImagePrediction:
+    """Return the prediction for logits [1, labels]. With several labels per image, `threshold` is the probability from
+    which a label is predicted."""
+    (labels,) = select_top_labels(logits, names, MAX_LABELS)
+    top_label = labels[0][0]
+    if threshold is not None:
+        (labels,) = select_probable_labels(logits, names, threshold)
+    return ImagePrediction(task, labels, top_label)
 
 
 def compute_patch_colors(features: Sequence[torch.Tensor]) -> list[torch.Tensor]:

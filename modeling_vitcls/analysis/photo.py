@@ -38,7 +38,7 @@ class PhotoMeasurements:
         image: the photo, upright and in RGB.
         visible_region: the region of the photo that the patches cover.
         input_size: height and width of the preprocessed photo, in pixels.
-        predictions: one prediction, or one per task; empty for an encoder.
+        predictions: one prediction, or one per task, and one per added task; empty for an encoder without tasks.
         token_names: [S], name of each token.
         token_groups: [S], group of each token in `config.token_layout`.
         token_layers: [S], last layer in which each token is used, numbered from 1.
@@ -114,7 +114,7 @@ def measure_photo(model: Any, processor: Any, image: Image.Image) -> PhotoMeasur
         image=upright_image,
         visible_region=get_visible_region(processor, image_size, config.patch_height_width),
         input_size=input_size,
-        predictions=build_image_predictions(trace.outputs.logits, config) if has_head else [],
+        predictions=build_image_predictions(model, trace.outputs),
         token_names=token_names,
         token_groups=token_groups,
         token_layers=token_layers,

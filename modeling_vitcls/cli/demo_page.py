@@ -187,7 +187,7 @@ def list_classifiers(model: Any) -> list[str]:
     names = list(config.task_labels())
     if not names and config.num_labels:
         names = ["Prediction"]
-    return [*names, *config.get_extra_heads()]
+    return [*names, *config.get_added_tasks()]
 
 
 def build_panel(name: str) -> gr.Label:
@@ -282,7 +282,7 @@ def compute_predictions(model: Any, pixel_values: torch.Tensor) -> list[Predicti
             None if problem_type == "multi_label_classification" else config.energy_threshold
         )
         predictions.append(build_prediction(outputs.logits, labels, problem_type, threshold))
-    for name, head in config.get_extra_heads().items():
+    for name, head in config.get_added_tasks().items():
         logits = outputs.task_logits[name]
         predictions.append(build_prediction(logits, head.labels, head.problem_type, head.threshold))
     return predictions

@@ -12,7 +12,6 @@ The label names are declared by the dataset (`ClassLabel`), set by --label-names
 values, in this order of precedence. This file also selects the image column.
 """
 
-import copy
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
@@ -101,24 +100,6 @@ def get_label_space(config: ViTCLSConfig) -> LabelSpace:
         "multi_label_classification" if has_several_labels else "single_label_classification"
     )
     return LabelSpace(kind, {"label": [id2label[index] for index in range(len(id2label))]})
-
-
-def build_task_config(config: ViTCLSConfig, task: str) -> ViTCLSConfig:
-    """Return the configuration of a classifier for an added task only. Raise ValueError if there is no such task."""
-    heads = {name: head for name, head in config.get_extra_heads().items() if not head.adds_classes}
-    if task not in heads:
-        choice = (
-            f"Set --task to one of {', '.join(heads)}" if heads else "Add it with `vitcls add-task`"
-        )
-        raise ValueError(f"--task {task}: the model has no such added task. {choice}")
-    head = heads[task]
-    task_config = copy.deepcopy(config)
-    task_config.extra_heads = task_config.tasks = None
-    task_config.id2label = dict(enumerate(head.labels))
-    task_config.label2id = {label: index for index, label in enumerate(head.labels)}
-    task_config.problem_type = head.problem_type  # type: ignore[assignment]
-    task_config.energy_threshold = head.threshold
-    return task_config
 
 
 def is_known(label: int | None) -> bool:

@@ -357,8 +357,7 @@ def describe_preprocessing(processor: ViTCLSImageProcessor | None) -> dict[str, 
 
 def get_label_names(config: ViTCLSConfig, names: list[str]) -> dict[str, list[str]]:
     """Return a dict that maps the name of each logits output to its class names, in the order of the logits."""
-    heads = config.get_extra_heads()
-    extra_labels = {name: head.labels for name, head in heads.items() if not head.adds_classes}
+    extra_labels = {name: head.labels for name, head in config.get_added_tasks().items()}
     if config.tasks:
         return config.task_labels() | extra_labels
     id2label: dict[Any, str] = dict(config.id2label or {})

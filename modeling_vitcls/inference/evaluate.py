@@ -23,7 +23,7 @@ from ..data.evaluated_images import EvaluatedPart, EvaluationData, load_evaluati
 from ..data.held_out import ADDITIONS_KEY, read_held_out_record
 from ..data.image_folder import format_name_list
 from ..data.images import LabeledImages
-from ..data.labels import LabelSpace, MultiHotLabels, build_task_config, get_label_space
+from ..data.labels import LabelSpace, MultiHotLabels, get_label_space
 from ..data.options import DataOptions
 from ..data.sources import load_splits
 from ..data.splits import EVALUATION_SPLITS, load_on_main
@@ -84,7 +84,7 @@ def load_evaluation(
             folder, True, options.fit, options.backend, accelerator.mixed_precision
         )
         config = (
-            model.config if options.task is None else build_task_config(model.config, options.task)
+            model.config if options.task is None else model.config.build_task_config(options.task)
         )
         check_is_classifier(config)
         record = read_held_out_record(folder, options.task)

@@ -135,6 +135,11 @@ class Score:
     losses: np.ndarray
     logits: np.ndarray  # [N, L], out of fold; NaN if the fold was not run
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether every fold was run."""
+        return bool(np.isfinite(self.losses).all())
+
 
 @dataclass(frozen=True)
 class LinearClassifier:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -82,10 +82,11 @@ def build_labels(
     ]
 
 
-class TopLabelColumns:
-    """Output columns of a single-label or multi-task classifier: the `top_k` most probable labels of each task.
+class LabelColumns:
+    """Output columns of a classifier and of added tasks: the `top_k` most probable labels.
 
-    A single-label classifier has one task with an empty name.
+    With several labels per image, there are up to `top_k` labels with probabilities of at least the threshold. The
+    task of a classifier has an empty name.
     """
 
     def __init__(
@@ -97,7 +98,8 @@ class TopLabelColumns:
         label_lists: Mapping[str, ExtraHead] | None = None,
     ) -> None:
         self.model = model
-        self.label_lists = label_lists or {}  # added tasks with several labels per image
+        self.label_lists = label_lists or {}  # tasks with several labels per image
+        self.max_labels = top_k
         # limit of the scores of labels in prediction sets (confidence.py)
         self.set_limit = set_limit
         self.energy_threshold: float | None = model.config.energy_threshold if "" in names else None
@@ -118,8 +120,9 @@ class TopLabelColumns:
             for label_column, probability_column in self.column_pairs[task]:
                 self.columns |= {label_column: pa.string(), probability_column: pa.float32()}
         for task in self.label_lists:
-            self.columns[f"{task}_labels"] = pa.list_(pa.string())
-            self.columns[f"{task}_probabilities"] = pa.list_(pa.float32())
+            prefix = f"{task}_" if task else ""
+            self.columns[f"{prefix}labels"] = pa.list_(pa.string())
+            self.columns[f"{prefix}probabilities"] = pa.list_(pa.float32())
         if self.energy_threshold is not None:
             self.columns["unknown"] = pa.bool_()
         if set_limit is not None:
@@ -149,9 +152,11 @@ class TopLabelColumns:
         for task, head in self.label_lists.items():
             threshold = DEFAULT_THRESHOLD if head.threshold is None else head.threshold
             images = select_probable_labels(outputs[task], head.labels, threshold)
-            for row, labels in zip(rows, images, strict=True):
-                row[f"{task}_labels"] = [name for name, _ in labels]
-                row[f"{task}_probabilities"] = [probability for _, probability in labels]
+            prefix = f"{task}_" if task else ""
+            for row, image_labels in zip(rows, images, strict=True):
+                labels = image_labels[: self.max_labels]
+                row[f"{prefix}labels"] = [name for name, _ in labels]
+                row[f"{prefix}probabilities"] = [probability for _, probability in labels]
         if self.energy_threshold is not None:
             energies = compute_energies(outputs[""].cpu().numpy())
             for row, energy in zip(rows, energies, strict=True):
@@ -161,33 +166,6 @@ class TopLabelColumns:
             for row, is_in_set in zip(rows, sets, strict=True):
                 row["label_set"] = [self.names[""][index] for index in is_in_set.nonzero()[0]]
         return rows
-
-
-@dataclass
-class LabelListColumns:
-    """Output columns of a multi-label classifier: up to `top_k` labels with probabilities of at least `threshold`."""
-
-    model: PreTrainedModel
-    names: list[str]
-    top_k: int | None
-    threshold: float
-    columns: ClassVar = {"labels": pa.list_(pa.string()), "probabilities": pa.list_(pa.float32())}
-
-    def predict(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the logits [B, num_labels]."""
-        return {"logits": self.model(pixel_values).logits.float()}
-
-    def build_rows(self, outputs: dict[str, torch.Tensor]) -> list[Row]:
-        """Return one row per image with the predicted labels. The most probable label comes first."""
-        images = select_probable_labels(outputs["logits"], self.names, self.threshold)
-        top_labels = [labels[: self.top_k] for labels in images]
-        return [
-            {
-                "labels": [name for name, _ in labels],
-                "probabilities": [probability for _, probability in labels],
-            }
-            for labels in top_labels
-        ]
 
 
 # Features ------------------------------------------------------------------------------------------------------------
@@ -294,7 +272,7 @@ class FeatureColumns:
 # Rows ----------------------------------------------------------------------------------------------------------------
 
 
-PredictionColumns = TopLabelColumns | LabelListColumns | FeatureColumns
+PredictionColumns = LabelColumns | FeatureColumns
 # function that returns a context manager for a forward pass
 AutocastFactory = Callable[[], AbstractContextManager]
 
@@ -311,7 +289,7 @@ def build_prediction_columns(
     config: Any = model.config
     if features is not None:
         return FeatureColumns(model, features, feature_dtype)
-    heads = {name: head for name, head in config.get_extra_heads().items() if not head.adds_classes}
+    heads = config.get_added_tasks()
     label_lists = {
         name: head
         for name, head in heads.items()
@@ -319,16 +297,17 @@ def build_prediction_columns(
     }
     added_tasks = {name: head.labels for name, head in heads.items() if name not in label_lists}
     if heads and not config.tasks and not config.num_labels:
-        return TopLabelColumns(model, added_tasks, top_k, label_lists=label_lists)
+        return LabelColumns(model, added_tasks, top_k, label_lists=label_lists)
     check_is_classifier(config)
     if config.tasks:
-        return TopLabelColumns(
+        return LabelColumns(
             model, config.task_labels() | added_tasks, top_k, label_lists=label_lists
         )
     names = [config.id2label[index] for index in range(config.num_labels)]
     if is_multi_label(config):
-        return LabelListColumns(model, names, top_k, threshold)
-    return TopLabelColumns(model, {"": names} | added_tasks, top_k, set_limit, label_lists)
+        own_list = ExtraHead(names, threshold=threshold)
+        return LabelColumns(model, added_tasks, top_k, label_lists={"": own_list} | label_lists)
+    return LabelColumns(model, {"": names} | added_tasks, top_k, set_limit, label_lists)
 
 
 def predict_rows(

@@ -19,6 +19,7 @@ if tuple(map(int, transformers.__version__.split(".")[:2])) < MIN_TRANSFORMERS_V
         f"{transformers.__version__} is installed. Run: pip install -U transformers"
     )
 
+import copy
 import dataclasses
 import difflib
 import importlib
@@ -752,11 +753,45 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             name: ExtraHead(**fields) for name, fields in sorted((self.extra_heads or {}).items())
         }
 
+    def get_added_tasks(self) -> dict[str, ExtraHead]:
+        """Return the extra heads that do not add classes, sorted by name."""
+        return {
+            name: head for name, head in self.get_extra_heads().items() if not head.adds_classes
+        }
+
     def get_added_classes(self) -> dict[str, list[str]]:
         """Return the labels of the extra heads that add classes, by the name of the head."""
         return {
             name: head.labels for name, head in self.get_extra_heads().items() if head.adds_classes
         }
+
+    def build_task_config(self, name: str) -> "ViTCLSConfig":
+        """Return the configuration of a classifier for an added task alone, whose classes are all added ones."""
+        tasks = self.get_added_tasks()
+        if name not in tasks:
+            choice = f"Choose from {', '.join(tasks)}" if tasks else "Add it with `vitcls add-task`"
+            raise ValueError(f"task {name}: the model has no such added task. {choice}")
+        head = tasks[name]
+        is_single_label = head.problem_type == "single_label_classification"
+
+        config = copy.deepcopy(self)
+        config.tasks = None
+        config.architectures = None
+        config.compute_all_tokens = self.compute_all_tokens or not self.num_labels
+        config.extra_heads = {
+            name: {
+                "labels": head.labels,
+                "pooling": head.pooling,
+                "pooled_layers": head.pooled_layers,
+                "adds_classes": True,
+            }
+        }
+        config.id2label = dict(enumerate(head.labels))
+        config.label2id = {label: index for index, label in enumerate(head.labels)}
+        config.problem_type = head.problem_type  # type: ignore[assignment]
+        config.temperature = head.temperature
+        config.energy_threshold = head.threshold if is_single_label else None
+        return config
 
     # Size checks, which the other checks require -------------------------------------------------------------------
     def validate_architecture(self) -> None:

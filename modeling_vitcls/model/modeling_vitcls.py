@@ -469,6 +469,22 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
             head.to(self.device, self.dtype).apply(self._init_weights)
         install_cpu_kernels(self)
 
+    def select_task(self, name: str) -> "ViTCLSForImageClassification":
+        """Return a classifier for an added task alone, with the same bits: a model for transformers' pipelines.
+
+        Example::
+
+            classifier = pipeline("image-classification", model.select_task("weather"), image_processor=FOLDER)
+
+        Raises:
+            ValueError: if `config.extra_heads` has no such task.
+        """
+        model = ViTCLSForImageClassification(self.config.build_task_config(name))
+        weights = self.state_dict()
+        model.load_state_dict({key: weights[key] for key in model.state_dict()}, assign=True)
+        model.train(self.training)
+        return model
+
     @can_return_tuple
     def forward(
         self,
@@ -510,7 +526,8 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
         task_logits = self.extra_heads(outputs.layer_tokens, outputs.compute_all_tokens)
         if added_logits := [task_logits.pop(name) for name in self.config.get_added_classes()]:
             # a larger product would change the bits of the others
-            logits = torch.cat([logits, *added_logits], dim=-1)
+            own_logits = [] if isinstance(self.classifier, nn.Identity) else [logits]
+            logits = torch.cat([*own_logits, *added_logits], dim=-1)
         if self.config.temperature != 1 and not self.training:
             logits = logits / self.config.temperature
         loss = None
@@ -560,6 +577,8 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
         )
         self.extra_heads = ExtraHeads(config)
         self.post_init()
+
+    select_task = ViTCLSForImageClassification.select_task
 
     @can_return_tuple
     def forward(

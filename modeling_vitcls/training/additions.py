@@ -208,7 +208,7 @@ def build_classifier_without_labels(encoder: Any) -> Any:
 
 def check_name(options: AddTaskOptions, config: ViTCLSConfig) -> None:
     """Raise ValueError if the task to remove does not exist, or the name of the new task is taken."""
-    names = sorted(name for name, head in config.get_extra_heads().items() if not head.adds_classes)
+    names = config.get_added_tasks()
     if options.remove_task is not None and options.remove_task not in names:
         remedy = f"Choose from {', '.join(names)}" if names else "Remove --remove-task"
         raise ValueError(
@@ -309,7 +309,11 @@ def fit_single_label_head(
 def fit_multi_label_head(
     base: Base, names: list[str], parts: Sequence[Features], held_out: Features | None
 ) -> FittedHead:
-    """Fit a binary logistic regression for each label. All labels read the candidate with the lowest sum of losses."""
+    """Fit a binary logistic regression for each label.
+
+    All labels read the candidate with the lowest sum of losses, and share a temperature, which comes from the images
+    that each fold leaves out.
+    """
     first = parts[0]
     everything = parts[0] if len(parts) == 1 else concatenate_features(*parts)
     for index, name in enumerate(names):
@@ -335,8 +339,11 @@ def fit_multi_label_head(
     weights = []
     biases = []
     strengths = []
+    scores = []
     for index in range(len(names)):
-        strengths.append(choose(index, [candidate]).strength)
+        choice = choose(index, [candidate])
+        strengths.append(choice.strength)
+        scores.append(choice.score)
         labels = everything.labels[:, index].astype(np.int64)
         both = fit_classifier(features, labels, 2, candidate.scale, strengths[-1])
         weights.append(both.weight[1] - both.weight[0])
@@ -353,8 +360,20 @@ def fit_multi_label_head(
         "strengths": strengths,
     }
     lines = {"head": f"{describe_candidate(record)} (median of {len(names)} labels)"}
+    complete = [score for score in scores if score is not None and score.is_complete]
+    if len(complete) == len(scores):
+        out_of_fold = np.concatenate([score.logits for score in complete]).astype(np.float32)
+        labels = first.labels.T.ravel().astype(np.int64)
+        calibration = find_calibration(out_of_fold, labels, "cross-validation")
+        if calibration.is_fitted:
+            temperature = calibration.temperature
+            fields["temperature"] = temperature
+            record["calibration"] = {"temperature": temperature, "images": "cross-validation"}
+            text = f"temperature {temperature:.2f}, from {len(first.labels):,} training images"
+            lines["calibration"] = f"{text} x {len(names)} labels, each left out of its regression"
     if held_out is not None:
-        probabilities = expit(held_out.select(candidate) @ classifier.weight.T + classifier.bias)
+        logits = held_out.select(candidate) @ classifier.weight.T + classifier.bias
+        probabilities = expit(logits / fields.get("temperature", 1.0))
         is_right = (probabilities >= fields["threshold"]) == (held_out.labels > 0.5)
         measured = measure_proportion("label_accuracy", is_right.ravel())
         record |= {"held_out_result": round_floats(measured)}

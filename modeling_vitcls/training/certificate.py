@@ -27,6 +27,7 @@ from ..hub.model_files import list_weight_files
 from ..hub.model_folder import ModelFolder
 from ..inference.evaluate import build_table, load_evaluation, set_up_evaluation
 from ..inference.evaluator import round_floats
+from ..inference.exported_graphs import BACKEND_FILES, ExportedGraph
 from ..inference.metric_tables import format_percent
 from ..inference.options import EvaluateOptions
 from ..inference.per_image import get_outputs
@@ -49,6 +50,7 @@ NUM_IMAGES = 256
 MAX_IMAGES = {16: NUM_IMAGES, 3: 48, 1: 16}  # batch size -> maximum number of images
 ENCODER_PREFIX = "vitcls."
 HEAD_PREFIX = "extra_heads.task_"
+GRAPH_BATCH_SIZE = 4
 
 
 # Models and images ---------------------------------------------------------------------------------------------------
@@ -290,6 +292,61 @@ def iterate_batches(pixels: Sequence[Tensor], batch_size: int) -> Iterator[Tenso
         yield torch.stack(batch)
 
 
+def compare_graphs(
+    old_folder: Path, new_folder: Path, pixels: Sequence[Tensor]
+) -> list[dict[str, Any]]:
+    """Compare the outputs of the graphs that `vitcls export` wrote to both folders.
+
+    Other outputs can change how an engine fuses operations. Its repeatability is the largest difference between the
+    outputs of the old graph for images in batches and one by one.
+
+    Raises:
+        ValueError: if an output of the new graph differs by more than this.
+    """
+    records = []
+    for file_name, *_ in BACKEND_FILES.values():
+        files = [folder / file_name for folder in (old_folder, new_folder)]
+        if not all(file.is_file() for file in files):
+            continue
+        old, new = map(ExportedGraph, files)
+        differences: dict[str, float] = {}
+        repeatability: dict[str, float] = {}
+        for batch in iterate_batches(pixels[: MAX_IMAGES[1]], GRAPH_BATCH_SIZE):
+            new_outputs = new(batch)
+            single = [old(image) for image in batch.split(1)]
+            for name, expected in old(batch).items():
+                if name not in new_outputs:
+                    raise ValueError(f"{file_name} has no output {name} in the new folder")
+                found = new_outputs[name][:, : expected.shape[1]]
+                repeated = torch.cat([outputs[name] for outputs in single])
+                for maxima, other in ((differences, found), (repeatability, repeated)):
+                    difference = (other - expected).abs().max().item()
+                    maxima[name] = max(maxima.get(name, 0.0), difference)
+        for name, difference in differences.items():
+            if difference > repeatability[name]:
+                raise ValueError(
+                    f"the output {name} of {file_name} differs by {difference:.1e}, and the engine repeats it within "
+                    f"{repeatability[name]:.1e}"
+                )
+        records.append(
+            {"file": file_name, "differences": differences, "repeatability": repeatability}
+        )
+    return records
+
+
+def describe_graphs(records: Sequence[dict[str, Any]]) -> list[str]:
+    """Return a line for each graph."""
+    lines = []
+    for record in records:
+        difference = max(record["differences"].values())
+        repeatability = max(record["repeatability"].values())
+        lines.append(
+            f"{record['file']}: the outputs differ by at most {difference:.1e}; the engine repeats them within "
+            f"{repeatability:.1e}"
+        )
+    return lines
+
+
 def describe_certificate(certificate: dict[str, Any]) -> str:
     """Return the certificate as a line."""
     dtypes = " and ".join(dict.fromkeys(row["dtype"] for row in certificate["passes"]))
@@ -331,6 +388,7 @@ def verify_models(options: VerifyUnchangedOptions) -> dict[str, Any]:
     assert device is not None
     try:
         certificate = certify(old_folder.path, new_folder.path, options.old, pixels, device)
+        certificate["graphs"] = compare_graphs(old_folder.path, new_folder.path, pixels)
     except ValueError as error:
         console.print(f"changed: {error}", markup=False)
         results: dict[str, Any] = {"difference": str(error)}
@@ -338,6 +396,8 @@ def verify_models(options: VerifyUnchangedOptions) -> dict[str, Any]:
             results |= compare_predictions([old_folder, new_folder], data_options, split, console)
         return results
     console.print(f"unchanged: {describe_certificate(certificate)}", markup=False)
+    for line in describe_graphs(certificate["graphs"]):
+        console.print(f"unchanged: {line}", markup=False)
     return {"difference": None, **certificate}
 
 

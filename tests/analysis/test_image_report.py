@@ -26,6 +26,27 @@ PIXELS = PROCESSOR(PHOTO, return_tensors="pt")["pixel_values"]
 TOKENS: dict[str, Any] = {"num_register_tokens": 2, "num_hidden_layers": 3}
 
 
+def test_added_tasks_have_a_prediction_and_the_attribution_of_a_model_for_the_task() -> None:
+    heads: dict[str, dict[str, Any]] = {
+        "weather": {
+            "labels": ["rain", "snow", "sun"],
+            "pooling": ["mean", "cls"],
+            "pooled_layers": [-2, -1],
+        },
+        "tags": {"labels": ["old", "new"], "problem_type": "multi_label_classification"},
+    }
+    config = build_tiny_config(num_labels=5, extra_heads=heads, pooled_layers=[-2, -1], **TOKENS)
+    model = randomize(ViTCLSForImageClassification(config))
+    report = build_image_report(model, PROCESSOR, PHOTO)
+    assert [each.task for each in report.predictions] == [None, "tags", "weather"]
+    assert len(report.predictions[2].labels) == 3
+    for index in (1, 2):
+        alone = model.select_task(report.predictions[index].task)
+        rows = compute_attribution(alone, PIXELS)[0]
+        expected = extract_patch_maps(rows, model.config, (32, 40))
+        assert get_largest_difference(report.attributions[index], expected) < 1e-5
+
+
 def test_the_maps_and_features_of_an_image() -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config(num_labels=5, **TOKENS)))
     report = build_image_report(model, PROCESSOR, PHOTO, "photo", "cat", "wrong")

@@ -260,6 +260,15 @@ def test_each_extra_head_has_a_panel(page: Any, uploads: Path) -> None:
     assert len(pictures) == 2
 
 
+def test_added_classes_are_shown_with_the_others(page: Any) -> None:
+    heads = {"added_classes_001": {"labels": ["sun"], "adds_classes": True}}
+    id2label = {0: "rain", 1: "snow", 2: "sun"}
+    model = build_classifier(extra_heads=heads, id2label=id2label)
+    assert page.list_classifiers(model) == ["Prediction"]
+    (prediction,) = page.compute_predictions(model, torch.randn(1, 3, 32, 32))
+    assert list(prediction.probabilities) == ["rain", "snow", "sun"]
+
+
 def test_only_uploaded_images_and_examples_are_opened(
     page: Any, uploads: Path, tmp_path: Path
 ) -> None:

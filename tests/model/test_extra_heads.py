@@ -234,6 +234,47 @@ def test_the_pipeline_returns_the_main_labels(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("fields", [*MODELS.values(), {"tasks": TASKS, "num_cls_tokens": 2}])
+def test_a_selected_task_is_a_classifier_with_the_same_bits(
+    fields: dict[str, Any], tmp_path: Path
+) -> None:
+    heads = HEADS | {"indoors": HEADS["indoors"] | {"temperature": 4.0}}
+    _, model = build_pair(heads, **WIDE | fields)
+    expected = model.eval()(build_images(3, 80, 80)).task_logits
+    for name in heads:
+        model.select_task(name).save_pretrained(tmp_path / name)
+        loaded = AutoModelForImageClassification.from_pretrained(tmp_path / name)
+        assert torch.equal(loaded(build_images(3, 80, 80)).logits, expected[name])
+
+
+@torch.no_grad()
+def test_a_task_selected_from_an_encoder_has_the_same_bits() -> None:
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(num_labels=0, **WIDE)))
+    model = model.adapt(extra_heads=HEADS)
+    images = build_images(3, 80, 80)
+    for name, logits in model(images).task_logits.items():
+        assert torch.equal(model.select_task(name)(images).logits, logits)
+
+
+def test_the_pipeline_returns_the_labels_of_a_selected_task(tmp_path: Path) -> None:
+    _, model = build_pair(HEADS)
+    ViTCLSImageProcessor(size=32).save_pretrained(tmp_path)
+    classifier = pipeline(
+        "image-classification",
+        model=model.select_task("weather"),
+        image_processor=ViTCLSImageProcessor.from_pretrained(tmp_path),
+    )
+    answers = classifier(Image.new("RGB", (32, 32)))
+    assert {answer["label"] for answer in answers} == set(LABELS)
+
+
+def test_selecting_a_task_that_does_not_exist_names_the_tasks() -> None:
+    _, model = build_pair(HEADS)
+    with raises_one_line("indoors, objects, weather"):
+        model.select_task("whether")
+
+
+@torch.no_grad()
 def test_compiled_models_compute_the_heads() -> None:
     _, model = build_pair(HEADS)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -1,5 +1,6 @@
 """Added tasks and classes: the earlier outputs keep their bits, and the certificate finds any change."""
 
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -33,8 +34,9 @@ from modeling_vitcls import (
 )
 from modeling_vitcls.hub.model_files import CERTIFICATE_FILE, hash_weights
 from modeling_vitcls.inference.linear_probe import AddedRows
-from modeling_vitcls.runtime.files import read_json
-from modeling_vitcls.training.additions import choose_bias
+from modeling_vitcls.runtime.files import read_json, write_json
+from modeling_vitcls.training import additions
+from modeling_vitcls.training.additions import choose_bias, rebuild
 
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate")]
@@ -51,6 +53,8 @@ LABELS = {
     "size": ["large" if target > 4 else "small" for target in TARGETS],
     "hole": ["hole" if target in (0, 6, 8, 9) else "none" for target in TARGETS],
 }
+
+GRAPHS = [("onnx", "model.onnx"), ("openvino", "model.xml")]
 
 
 def build_dataset(labels: list[str]) -> list[tuple[Image.Image, str]]:
@@ -179,6 +183,8 @@ def test_a_task_with_several_labels_per_image_is_added(digits: Path, tmp_path: P
     )
     record = add_task(digits, data, "tags", tmp_path / "new")
     assert record["held_out_result"]["label_accuracy"] > 0.6
+    temperature = read_json(tmp_path / "new" / "config.json")["extra_heads"]["tags"]["temperature"]
+    assert temperature == record["calibration"]["temperature"]
     assert set(predict(tmp_path / "new", [IMAGES[0]])[0]["tags_labels"]) <= {"odd", "large"}
 
 
@@ -193,7 +199,25 @@ def test_remote_code_loads_the_task_in_a_fresh_process(with_parity: Path) -> Non
     assert ended.stdout.strip() == "torch.Size([1, 2])", ended.stderr
 
 
+def test_predictions_of_several_labels_per_image_have_columns_for_added_tasks(
+    tmp_path: Path,
+) -> None:
+    heads = {
+        "size": {"labels": ["large", "small"]},
+        "tags": {"labels": ["a", "b"], "problem_type": "multi_label_classification"},
+    }
+    config = build_tiny_config(problem_type="multi_label_classification", extra_heads=heads)
+    source = save_with_processor(ViTCLSForImageClassification(config), tmp_path / "source")
+    row = predict(source, [Image.new("RGB", (32, 32), "red")], threshold=0.01)[0]
+    assert {"labels", "tags_labels", "size_label"} <= row.keys()
+    assert set(row["labels"]) == {"LABEL_0", "LABEL_1", "LABEL_2"}
+
+
 # Certificate -------------------------------------------------------------------------------------
+
+
+def change_json(file: Path, **fields: Any) -> None:
+    write_json(file, read_json(file) | fields)
 
 
 def change_weight(folder: Path, name: str) -> None:
@@ -215,6 +239,60 @@ def test_verify_unchanged_exits_with_1_on_a_changed_weight(
         (changed / file.name).write_bytes(file.read_bytes())
     change_weight(changed, "classifier.bias")
     assert run_here("verify-unchanged", str(digits), str(changed)) == 1
+
+
+def test_nothing_is_written_if_an_old_output_would_change(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy of the old weights with an error of one unit in the last place."""
+
+    def rebuild_wrongly(model: Any, config: Any) -> Any:
+        rebuilt = rebuild(model, config)
+        bias = rebuilt.classifier.bias.data
+        bias[0] = torch.nextafter(bias[0], torch.tensor(torch.inf))
+        return rebuilt
+
+    monkeypatch.setattr(additions, "rebuild", rebuild_wrongly)
+    with raises_one_line("classifier.bias has other values"):
+        add_task(digits, build_dataset(LABELS["size"]), "size", tmp_path / "new")
+    noise = np.random.default_rng(0).integers(0, 256, (12, 8, 8), dtype=np.uint8)
+    with raises_one_line("classifier.bias has other values"):
+        add_class(digits, [(Image.fromarray(each), "noise") for each in noise], tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_outputs_are_compared_even_if_all_tensors_are_equal(
+    digits: Path, with_parity: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(with_parity, tmp_path / "changed")
+    change_json(tmp_path / "changed" / "config.json", temperature=2.0)
+    assert "logits" in verify_unchanged(digits, tmp_path / "changed")["difference"]
+
+
+@pytest.mark.parametrize(("format_name", "file_name"), GRAPHS)
+def test_exported_graphs_are_compared_within_the_repeatability_of_the_engine(
+    digits: Path, with_parity: Path, tmp_path: Path, format_name: str, file_name: str
+) -> None:
+    other = randomize(ViTCLSForImageClassification.from_pretrained(digits))
+    other.save_pretrained(tmp_path / "other")
+    ViTCLSImageProcessor.from_pretrained(digits).save_pretrained(tmp_path / "other")
+    shutil.copytree(digits, tmp_path / "old")
+    shutil.copytree(with_parity, tmp_path / "new")
+    for name in ("old", "new", "other"):
+        folder = tmp_path / name
+        target = folder / file_name
+        flags = ["--model", folder, "--format", format_name, "--output", target]
+        assert run_here("export", *map(str, flags)) == 0
+
+    (record,) = verify_unchanged(tmp_path / "old", tmp_path / "new")["graphs"]
+    assert record["differences"].keys() == {"logits"}
+    assert record["differences"]["logits"] <= record["repeatability"]["logits"] < 1e-4
+
+    for file in (tmp_path / "other").glob(f"{target.stem}.*"):
+        if file.suffix in (".onnx", ".xml", ".bin"):
+            shutil.copyfile(file, tmp_path / "new" / file.name)
+    difference = verify_unchanged(tmp_path / "old", tmp_path / "new")["difference"]
+    assert f"logits of {file_name} differs" in difference
 
 
 def test_two_unrelated_models_are_compared_by_their_predictions(

@@ -1,0 +1,608 @@
+"""Study: tasks and classes that are added to a finished model (model_cards/studies/additions.md).
+
+    python scripts/study_additions.py --encoder ENCODER --photos PHOTOS --cifar CIFAR --output runs/additions
+
+ENCODER is a ViT, as `vitcls convert` takes it. PHOTOS has the folders train, validation and test with a folder per
+class; CIFAR has CIFAR-10's train.parquet and test.parquet. Four parts follow one another:
+
+    features   each image passes the encoder once; the features are kept in OUTPUT
+    classes    one class is left out, and added again: 5 classes x 3 seeds x 3 numbers of images, on the features, by
+               the functions that `vitcls add-class` calls; beside it, all classes are fitted together
+    commands   `add_class` itself, once for each class that is left out, and for a model of 1,000 classes
+    tasks      `add_task`: one task after another, in two orders, and models that are trained for one task only
+
+An interrupted study continues: finished runs are read from OUTPUT/runs.json.
+"""
+
+import copy
+import io
+import itertools
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+import tyro
+import yaml
+from modeling_vitcls.options import AddClassOptions, DataOptions
+from PIL import Image
+from safetensors.torch import load_file
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegressionCV
+
+from modeling_vitcls import (
+    ViTCLSForImageClassification,
+    ViTCLSImageProcessor,
+    ViTCLSModel,
+    add_class,
+    add_task,
+    finetune,
+)
+from modeling_vitcls.data.sources import load_splits
+from modeling_vitcls.inference.frozen_features import Features, concatenate_features
+from modeling_vitcls.inference.linear_probe import (
+    Candidate,
+    LinearClassifier,
+    choose_probe,
+    describe_candidate,
+    fit_classifier,
+)
+from modeling_vitcls.inference.load_model import find_model_folder
+from modeling_vitcls.runtime.files import read_json, write_json
+from modeling_vitcls.training.additions import (
+    Base,
+    fit_new_rows,
+    fit_without_old_images,
+    load_base,
+)
+
+
+SPLITS = ("train", "validation", "test")
+NUM_CIFAR_IMAGES = {"train": 100, "validation": 30, "test": 50}  # per class
+NUM_DIGITS = {"train": 1000, "validation": 300, "test": 497}
+IMAGE_SIZES = {"clothing": 112, "CIFAR-10": 112, "digits": 32}
+# what `vitcls finetune` chose on 20 and 50 photographs of clothing per class
+HEAD = Candidate((-4, -3, -2, -1), "last_cls_mean", "standardized")
+LEFT_OUT = {  # the classes that are added again
+    "clothing": ("dress", "hat", "longsleeve", "pants", "shoes"),
+    "CIFAR-10": ("airplane", "automobile", "bird", "cat", "deer"),
+}
+TASKS = {  # data -> task -> label -> classes
+    "digits": {"parity": {"even": "02468", "odd": "13579"}},
+    "clothing": {
+        "upper_body": {
+            "yes": ["dress", "longsleeve", "outwear", "shirt", "t-shirt"],
+            "no": ["hat", "pants", "shoes", "shorts", "skirt"],
+        },
+        "legs": {
+            "yes": ["dress", "pants", "shorts", "skirt"],
+            "no": ["hat", "longsleeve", "outwear", "shirt", "shoes", "t-shirt"],
+        },
+        "weather": {
+            "warm": ["dress", "shorts", "skirt", "t-shirt"],
+            "cold": ["longsleeve", "outwear", "pants"],
+            "any": ["hat", "shirt", "shoes"],
+        },
+    },
+}
+CURVE_LOSSES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0)  # in points
+STRENGTHS = (1e-3, 1e-2, 0.1, 1.0, 10.0)  # C of scikit-learn's side
+CIFAR_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
+
+
+@dataclass(frozen=True)
+class Options:
+    """Encoder, images and size of the study."""
+
+    encoder: str
+    """A ViT, as `vitcls convert` takes it."""
+    photos: Path
+    """Folder with train/CLASS/PHOTO, validation/CLASS/PHOTO and test/CLASS/PHOTO."""
+    cifar: Path
+    """Folder with train.parquet and test.parquet of CIFAR-10."""
+    output: Path
+    """Folder for features, models, runs.json and README.md."""
+    sizes: tuple[int, ...] = (5, 20, 100)
+    """Numbers of images of the added class."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds that draw the images of the added class."""
+    num_left_out: int = 5
+    """Number of classes that are left out, one at a time."""
+
+
+# Images and features -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Data:
+    """Images of a dataset, and their features."""
+
+    name: str
+    folder: Path  # SPLIT/CLASS/IMAGE
+    encoder: Path
+    classes: list[str]
+    features: dict[str, Features]  # by split
+
+
+def load_data(options: Options, name: str) -> Data:
+    """Compute the features of a dataset, or read them from OUTPUT."""
+    if name == "digits":
+        folder = write_digits(options)
+        encoder = train_digits(options, folder)
+    else:
+        folder = options.photos if name == "clothing" else write_cifar(options)
+        encoder = write_encoder(options, IMAGE_SIZES[name])
+    data_options = DataOptions(str(folder), num_workers=0)
+    splits = load_splits(data_options)
+    base = load_base(str(encoder), build_add_options(encoder, folder))
+    features = {}
+    for split in SPLITS:
+        file = options.output / f"{name}-{split}.npz"
+        if not file.exists():
+            images = splits.images_by_split[split]
+            computed = base.compute_features(images, splits.label_space, data_options, 32)
+            np.savez(file, values=computed.values, labels=computed.labels, indices=computed.indices)
+        stored = np.load(file)
+        features[split] = Features(base.layout, **{key: stored[key] for key in stored.files})
+    return Data(name, folder, encoder, splits.label_space.names, features)
+
+
+def write_cifar(options: Options) -> Path:
+    """Write the first images of each class as an image folder; validation images follow the training images."""
+    folder = options.output / "cifar10"
+    if folder.exists():
+        return folder
+    for split, file in (("train", "train"), ("validation", "train"), ("test", "test")):
+        first = NUM_CIFAR_IMAGES["train"] if split == "validation" else 0
+        table = pq.read_table(options.cifar / f"{file}.parquet")
+        image_column, label_column = table.column_names[:2]
+        labels = table[label_column].to_numpy()
+        for label, class_name in enumerate(CIFAR_CLASSES):
+            (folder / split / class_name).mkdir(parents=True)
+            in_class = np.flatnonzero(labels == label)[first:][: NUM_CIFAR_IMAGES[split]]
+            for index in in_class.tolist():
+                content = table[image_column][index].as_py()["bytes"]
+                Image.open(io.BytesIO(content)).save(folder / split / class_name / f"{index}.png")
+    return folder
+
+
+def write_digits(options: Options) -> Path:
+    """Write scikit-learn's digits as an image folder."""
+    folder = options.output / "digits"
+    if folder.exists():
+        return folder
+    digits = load_digits()
+    start = 0
+    for split, num_images in NUM_DIGITS.items():
+        for index in range(start, start + num_images):
+            file = folder / split / str(digits.target[index]) / f"{index}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray((digits.images[index] * 255 / 16).astype(np.uint8)).save(file)
+        start += num_images
+    return folder
+
+
+def train_digits(options: Options, dataset: Path) -> Path:
+    """Train a classifier of digits with the recipe of the package."""
+    folder = options.output / "digits-model"
+    if not folder.exists():
+        recipe = Path(__file__).with_name("recipes") / "digits.yaml"
+        flags = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+        finetune(**flags | {"dataset": dataset, "output_dir": folder})
+    return folder
+
+
+def write_encoder(options: Options, image_size: int) -> Path:
+    """Write the encoder for an image size, with an image processor that scales the shorter side to this size."""
+    folder = options.output / f"encoder-{image_size}"
+    if not folder.exists():
+        source = find_model_folder(options.encoder)
+        processor = ViTCLSImageProcessor.from_pretrained(
+            source,
+            size={"shortest_edge": image_size},
+            crop_size={"height": image_size, "width": image_size},
+        )
+        ViTCLSModel.from_pretrained(source, image_size=image_size).save_pretrained(folder)
+        processor.save_pretrained(folder)
+    return folder
+
+
+def build_add_options(model: Path, folder: Path) -> AddClassOptions:
+    """Return the options that `load_base` reads."""
+    return AddClassOptions(str(model), DataOptions(str(folder), num_workers=0), Path("not-written"))
+
+
+# Classes -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A classifier for all classes but one, which is added later. Labels are in the order of the new model."""
+
+    name: str
+    folder: Path  # of the classifier
+    base: Base
+    features: dict[str, Features]  # by split; the last columns are its logits
+
+    @property
+    def num_old(self) -> int:
+        return self.base.config.num_labels
+
+    def take(self, split: str, is_new: bool) -> Features:
+        """Return the features of the images of the old classes, or of the new class."""
+        features = self.features[split]
+        return features.take((features.labels == self.num_old) == is_new)
+
+
+def leave_out(options: Options, data: Data, name: str | None) -> LeftOut:
+    """Fit a classifier to the training images of all classes but one, as `vitcls finetune --trainable head` does."""
+    old_classes = [each for each in data.classes if each != name]
+    order = [*old_classes, *filter(None, [name])]
+    new_labels = np.array([order.index(each) for each in data.classes])
+    features = {
+        split: replace(each, labels=new_labels[each.labels])
+        for split, each in data.features.items()
+    }
+    train = features["train"].take(features["train"].labels < len(old_classes))
+    classifier = fit_together(train, len(old_classes))
+
+    folder = options.output / f"{data.name}-without-{name}"
+    if not folder.exists():
+        write_classifier(data.encoder, folder, old_classes, train, classifier)
+    for split, each in features.items():
+        logits = compute_logits(each, classifier).astype(np.float32)
+        features[split] = replace(each, values=np.concatenate([each.values, logits], axis=1))
+    base = load_base(str(folder), build_add_options(folder, data.folder))
+    return LeftOut(str(name), folder, base, features)
+
+
+def fit_together(features: Features, num_labels: int) -> LinearClassifier:
+    """Fit a classifier to all classes at once; the strength of the regularization is cross-validated."""
+    values = features.select(HEAD).astype(np.float64)
+    choice = choose_probe(lambda candidate: values, features.labels, num_labels, [HEAD])
+    return fit_classifier(values, features.labels, num_labels, HEAD.scale, choice.strength)
+
+
+def compute_logits(features: Features, classifier: LinearClassifier) -> np.ndarray:
+    return features.select(HEAD) @ classifier.weight.T + classifier.bias
+
+
+def write_classifier(
+    encoder: Path,
+    folder: Path,
+    classes: list[str],
+    features: Features,
+    classifier: LinearClassifier,
+) -> None:
+    """Write a model folder with the encoder and a fitted classifier."""
+    model = ViTCLSModel.from_pretrained(encoder)
+    config = copy.deepcopy(model.config)
+    config.architectures = None
+    config.id2label = dict(enumerate(classes))
+    config.label2id = {name: index for index, name in enumerate(classes)}
+    config.pooling = HEAD.pooling
+    config.pooled_layers = list(HEAD.layers)
+    whole = ViTCLSForImageClassification(config)
+    whole.vitcls.load_state_dict(model.state_dict())
+    expanded = features.layout.expand(classifier, HEAD)
+    whole.classifier.load_state_dict(
+        {
+            "weight": torch.from_numpy(expanded.weight),
+            "bias": torch.from_numpy(expanded.bias),
+        }
+    )
+    whole.save_pretrained(folder)
+    ViTCLSImageProcessor.from_pretrained(encoder).save_pretrained(folder)
+
+
+def run_class(left_out: LeftOut, num_images: int, seed: int) -> dict[str, Any]:
+    """Add the class with some of its images, and measure recall and loss on the test images."""
+    new = left_out.take("train", is_new=True)
+    chosen = np.random.default_rng(seed).permutation(len(new.labels))[:num_images]
+    new = new.take(np.isin(np.arange(len(new.labels)), chosen))
+    old = left_out.take("validation", is_new=False)
+    test = left_out.features["test"]
+    row: dict[str, Any] = {"class": left_out.name, "num_images": num_images, "seed": seed}
+
+    start_time = time.process_time()
+    try:
+        head, compute = fit_new_rows(left_out.base, [left_out.name], [new, old], 1.0)
+    except ValueError as error:
+        row |= {"refused": str(error), "added": {"recall": 0.0, "loss": 0.0}}
+    else:
+        logits = np.concatenate([test.values[:, -left_out.num_old :], compute(test)], axis=1)
+        row["added"] = measure(left_out, logits)
+        row["curve"] = trace_curve(left_out, logits)
+        row["promised_loss"] = head.record["old_classes"]["old_loss"]
+        row["seconds"] = time.process_time() - start_time
+
+    _, compute = fit_without_old_images(left_out.base, [left_out.name], [new], 1.0)
+    logits = np.concatenate([test.values[:, -left_out.num_old :], compute(test)], axis=1)
+    row["without"] = measure(left_out, logits)
+
+    together = concatenate_features(left_out.take("train", is_new=False), new)
+    classifier = fit_together(together, left_out.num_old + 1)
+    row["together"] = measure(left_out, compute_logits(test, classifier))
+    return row
+
+
+def measure(left_out: LeftOut, logits: np.ndarray) -> dict[str, float]:
+    """Return the recall of the new class and what the old classes lose on the test images, in points."""
+    test = left_out.features["test"]
+    is_old = test.labels < left_out.num_old
+    was_right = test.values[:, -left_out.num_old :].argmax(axis=1) == test.labels
+    is_right = logits.argmax(axis=1) == test.labels
+    return {
+        "recall": 100 * float(is_right[~is_old].mean()),
+        "loss": 100 * float(was_right[is_old].mean() - is_right[is_old].mean()),
+    }
+
+
+def trace_curve(left_out: LeftOut, logits: np.ndarray) -> list[float]:
+    """Return the largest recall for each loss in `CURVE_LOSSES`, over all numbers that could be added to the logits of
+    the new class."""
+    margins = logits[:, :-1].max(axis=1) - logits[:, -1]
+    recalls = np.zeros(len(CURVE_LOSSES))
+    for shift in np.unique(margins):
+        moved = logits.copy()
+        moved[:, -1] += shift + 1e-6
+        measured = measure(left_out, moved)
+        is_allowed = measured["loss"] <= np.array(CURVE_LOSSES)
+        recalls[is_allowed] = np.maximum(recalls[is_allowed], measured["recall"])
+    return recalls.tolist()
+
+
+# Commands ------------------------------------------------------------------------------------------------------------
+
+
+def list_images(data: Data, split: str) -> list[tuple[Path, str]]:
+    """Return the files of a split with their class names."""
+    return [(file, file.parent.name) for file in sorted((data.folder / split).glob("*/*"))]
+
+
+def run_add_class(options: Options, data: Data, left_out: LeftOut) -> dict[str, Any]:
+    """Run `add_class` with 20 images, and images of the old classes that the classifier was not fitted to."""
+    new = [pair for pair in list_images(data, "train") if pair[1] == left_out.name]
+    chosen = np.random.default_rng(0).permutation(len(new))[:20]
+    dataset = {
+        "train": [new[index] for index in chosen],
+        "test": [pair for pair in list_images(data, "test") if pair[1] == left_out.name],
+    }
+    old = [pair for pair in list_images(data, "validation") if pair[1] != left_out.name]
+    folder = options.output / f"{left_out.folder.name}-added"
+    shutil.rmtree(folder, ignore_errors=True)
+    record = add_class(
+        left_out.folder, dataset, folder, old_dataset={"validation": old}, num_workers=0
+    )
+    certificate = read_json(folder / "certificate.json")
+    return {
+        "class": left_out.name,
+        "recall": 100 * record["held_out_result"]["recall"],
+        "promised_loss": record["old_classes"]["old_loss"],
+        "num_tensors": certificate["num_tensors"],
+        "passes": [
+            [each["dtype"], each["batch_size"], each["num_images"]]
+            for each in certificate["passes"]
+        ],
+    }
+
+
+def run_thousand(options: Options, data: Data) -> dict[str, Any]:
+    """Add a class to a model of 1,000 classes with random weights of the head."""
+    source = options.output / "thousand"
+    if not source.exists():
+        torch.manual_seed(0)
+        model = ViTCLSForImageClassification.from_pretrained(data.encoder, num_labels=1000)
+        model.save_pretrained(source)
+        ViTCLSImageProcessor.from_pretrained(data.encoder).save_pretrained(source)
+    folder = options.output / "thousand-and-one"
+    shutil.rmtree(folder, ignore_errors=True)
+    add_class(source, list_images(data, "train")[:20], folder, num_workers=0)
+    model = ViTCLSForImageClassification.from_pretrained(folder)
+    return {
+        "num_labels": model.config.num_labels,
+        "last_label": model.config.id2label[1000],
+        "num_tensors": read_json(folder / "certificate.json")["num_tensors"],
+    }
+
+
+# Tasks ---------------------------------------------------------------------------------------------------------------
+
+
+def run_tasks(options: Options, data: Data, model: Path) -> dict[str, Any]:
+    """Add the first task, and the others in two orders; compare with other ways to learn each task."""
+    first, *others = TASKS[data.name]
+    start = add(options, data, model, first)
+    results: dict[str, Any] = {first: [start[1]]}
+    outputs = []
+    orders = sorted({tuple(others), tuple(reversed(others))})
+    for order in orders:
+        folder = start[0]
+        for name in order:
+            folder, result = add(options, data, folder, name)
+            results.setdefault(name, []).append(result)
+        outputs.append(load_file(folder / "model.safetensors"))
+    same_tensors = all(
+        torch.equal(outputs[0][name], each[name]) for each in outputs for name in outputs[0]
+    )
+    return {
+        "data": data.name,
+        "orders": orders,
+        "same_tensors": same_tensors,
+        "tasks": {name: compare(options, data, name, results[name]) for name in results},
+    }
+
+
+def label_task(data: Data, name: str, split: str) -> list[tuple[Path, str]]:
+    """Return the files of a split with the labels of a task."""
+    label_by_class = {
+        class_name: label
+        for label, classes in TASKS[data.name][name].items()
+        for class_name in classes
+    }
+    return [(file, label_by_class[each]) for file, each in list_images(data, split)]
+
+
+def add(options: Options, data: Data, source: Path, name: str) -> tuple[Path, dict[str, Any]]:
+    """Run `add_task`, and return the new folder and the record of the task."""
+    folder = source.with_name(f"{source.name}-{name}")
+    if not folder.exists():
+        dataset = {split: label_task(data, name, split) for split in ("train", "test")}
+        add_task(source, dataset, name, folder, num_workers=0)
+    return folder, read_json(folder / "results.json")["additions"][name]
+
+
+def compare(
+    options: Options, data: Data, name: str, records: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Return the accuracies of an added task, of scikit-learn's regression on the last CLS token, and of a model that
+    is trained for this task only, with the same frozen encoder."""
+    labels = {split: [pair[1] for pair in label_task(data, name, split)] for split in SPLITS}
+    last_cls = Candidate((-1,), "cls", "raw")
+    peer = LogisticRegressionCV(Cs=STRENGTHS, cv=5, scoring="neg_log_loss", max_iter=1000)
+    peer.fit(data.features["train"].select(last_cls), labels["train"])
+
+    folder = options.output / f"{data.name}-only-{name}"
+    if not folder.exists():
+        finetune(
+            data.encoder,
+            {split: label_task(data, name, split) for split in ("train", "test")},
+            folder,
+            trainable="head",
+            image_size=IMAGE_SIZES[data.name],
+            fit="crop",
+            num_workers=0,
+        )
+    return {
+        "added": [record["held_out_result"]["accuracy"] for record in records],
+        "scikit-learn": peer.score(data.features["test"].select(last_cls), labels["test"]),
+        "alone": read_json(folder / "results.json")["accuracy"],
+        "num_images": len(labels["test"]),
+        "relative_flops": records[0]["relative_flops"],
+        "reads": describe_candidate(records[0]),
+    }
+
+
+# Page ----------------------------------------------------------------------------------------------------------------
+
+
+def format_tasks(rows: list[dict[str, Any]]) -> list[str]:
+    """Return the table of the tasks."""
+    lines = [
+        "| data | task | added, in each order | scikit-learn, last CLS | trained alone | reads | cost |",
+        "|---|---|---|---:|---:|---|---:|",
+    ]
+    for row in rows:
+        for name, task in row["tasks"].items():
+            added = ", ".join(f"{accuracy:.1%}" for accuracy in task["added"])
+            lines.append(
+                f"| {row['data']} | {name} | {added} | {task['scikit-learn']:.1%} | {task['alone']:.1%} "
+                f"| {task['reads']} | {task['relative_flops']:.3%} |"
+            )
+    return lines
+
+
+def format_classes(rows: list[dict[str, Any]], key: Callable[[dict[str, Any]], Any]) -> list[str]:
+    """Return a table with a line for each group of runs with the same `key`."""
+    lines = [
+        "| data | runs | added: recall, loss | together: recall, loss | part of the recall | refused "
+        "| without old images: recall, loss |",
+        "|---|---:|---|---|---:|---:|---|",
+    ]
+    for name, group in group_rows(rows, key):
+        added, together, without = (
+            {each: fmean(row[way][each] for row in group) for each in ("recall", "loss")}
+            for way in ("added", "together", "without")
+        )
+        refused = sum("refused" in row for row in group)
+        part = added["recall"] / together["recall"] if together["recall"] else float("nan")
+        lines.append(
+            f"| {name} | {len(group)} | {added['recall']:.0f}%, {added['loss']:+.1f} "
+            f"| {together['recall']:.0f}%, {together['loss']:+.1f} | {part:.0%} | {refused} "
+            f"| {without['recall']:.0f}%, {without['loss']:+.1f} |"
+        )
+    return lines
+
+
+def format_curves(rows: list[dict[str, Any]]) -> list[str]:
+    """Return the mean recall for each loss."""
+    lines = [
+        f"| data, images | {' | '.join(f'{loss:g}' for loss in CURVE_LOSSES)} |",
+        f"|---|{'---:|' * len(CURVE_LOSSES)}",
+    ]
+    rows = [row for row in rows if "curve" in row]
+    for name, group in group_rows(rows, lambda row: f"{row['data']}, {row['num_images']}"):
+        means = np.mean([row["curve"] for row in group], axis=0)
+        lines.append(f"| {name} | {' | '.join(f'{mean:.0f}%' for mean in means)} |")
+    return lines
+
+
+def group_rows(
+    rows: list[dict[str, Any]], key: Callable[[dict[str, Any]], Any]
+) -> list[tuple[Any, list[dict[str, Any]]]]:
+    """Return the rows with the same `key`, in the order of their first row."""
+    groups: dict[Any, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    return list(groups.items())
+
+
+def format_page(runs: dict[str, Any]) -> str:
+    """Return the tables of the study."""
+    classes = runs["classes"]
+    of_20 = [row for row in classes if row["num_images"] == 20]
+    parts = [
+        format_classes(classes, lambda row: f"{row['data']}, {row['num_images']} images"),
+        format_curves(classes),
+        format_classes(of_20, lambda row: f"{row['data']}, {row['class']}"),
+        format_tasks(list(runs["tasks"].values())),
+        [f"{name}: {row}" for name, row in runs["commands"].items()],
+    ]
+    return "\n\n".join("\n".join(part) for part in parts) + "\n"
+
+
+def main() -> None:
+    options = tyro.cli(Options)
+    options.output.mkdir(parents=True, exist_ok=True)
+    file = options.output / "runs.json"
+    runs: dict[str, Any] = {"classes": [], "commands": {}, "tasks": {}}
+    if file.exists():
+        runs = read_json(file)
+
+    def save() -> None:
+        write_json(file, runs)
+        (options.output / "README.md").write_text(format_page(runs), encoding="utf-8")
+
+    for name, classes in LEFT_OUT.items():
+        data = load_data(options, name)
+        for class_name in classes[: options.num_left_out]:
+            left_out = leave_out(options, data, class_name)
+            for num_images, seed in itertools.product(options.sizes, options.seeds):
+                run = {"data": name, "class": class_name, "num_images": num_images, "seed": seed}
+                if not any(run.items() <= row.items() for row in runs["classes"]):
+                    runs["classes"].append(run | run_class(left_out, num_images, seed))
+                    save()
+            key = f"{name}, {class_name}"
+            if key not in runs["commands"]:
+                runs["commands"][key] = run_add_class(options, data, left_out)
+                save()
+        if "1,000 classes" not in runs["commands"]:
+            runs["commands"]["1,000 classes"] = run_thousand(options, data)
+            save()
+
+    for name in TASKS:
+        if name not in runs["tasks"]:
+            data = load_data(options, name)
+            model = data.encoder if name == "digits" else leave_out(options, data, None).folder
+            runs["tasks"][name] = run_tasks(options, data, model)
+            save()
+
+
+if __name__ == "__main__":
+    main()
