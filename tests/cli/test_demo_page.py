@@ -369,11 +369,12 @@ def test_the_page_is_served_until_the_process_is_stopped(
         build_classifier(), PROCESSOR, "mine", [uploads / "example.png"], host="127.0.0.1"
     )
     (blocks,) = served
-    assert any(isinstance(each, page.gr.Dataset) for each in blocks.blocks.values())  # the examples
-    with urlopen(blocks.local_url, timeout=60) as answer:
-        assert answer.status == 200
+    with closing(blocks):
+        # the examples
+        assert any(isinstance(each, page.gr.Dataset) for each in blocks.blocks.values())
+        with urlopen(blocks.local_url, timeout=60) as answer:
+            assert answer.status == 200
         assert f"mine: {blocks.local_url}" in capsys.readouterr().out
-    blocks.close()
 
 
 def test_the_examples_are_images_that_training_held_out(tmp_path: Path) -> None:
