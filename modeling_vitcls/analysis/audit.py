@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from jinja2 import Environment, PackageLoader
 from PIL import Image
 from rich.console import Console
@@ -40,7 +41,7 @@ from ..data.labels import LabelSpace, get_label_space
 from ..data.sources import load_splits
 from ..hub.model_files import PREDICTIONS_FILE
 from ..inference.evaluate import MAX_BATCH_SIZE, match_labels, set_up_evaluation
-from ..inference.frozen import build_classifier, compute_tokens
+from ..inference.frozen import build_classifier
 from ..inference.image_pass import ImagePass, stack_rows
 from ..inference.load_model import announce_precision, choose_batch_size, load_model
 from ..inference.options import EvaluateOptions
@@ -117,6 +118,20 @@ def audit_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     }
 
 
+def compute_features_and_logits(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Return the features [B, F] of images [B, C, H, W], then the logits [B, L] of a classifier.
+
+    The features are the CLS tokens and the mean of the patches.
+    """
+    outputs = model(pixel_values, output_hidden_states=True)
+    tokens = model.base_model.normalize(outputs.hidden_states[-1])
+    layout = model.config.token_layout
+    mean = tokens[:, layout.patches].mean(dim=1, keepdim=True)
+    features = torch.cat([tokens[:, layout.cls], mean], dim=1).flatten(1)
+    logits = getattr(outputs, "logits", None)
+    return features if logits is None else torch.cat([features, logits], dim=1)
+
+
 def load_audited_images(options: EvaluateOptions) -> tuple[AuditedImages, int, Console]:
     """Return the audited images, the number of unreadable images, and the console of the main process.
 
@@ -165,37 +180,28 @@ def load_audited_images(options: EvaluateOptions) -> tuple[AuditedImages, int, C
         if not options.frozen:
             images = match_labels(images, label_space, model_space)
         image_pass = ImagePass(images, processor, audited_space, *arguments)
-        rows = image_pass.collect(
-            model.base_model, partial(compute_tokens, model.base_model), console
-        )
-        # special tokens and the mean of the patches
-        tokens, split_labels = stack_rows(rows)
+        rows = image_pass.collect(model, partial(compute_features_and_logits, model), console)
+        values, split_labels = stack_rows(rows)
         row_indices = [row.index for row in rows]
+        num_features = (model.config.num_cls_tokens + 1) * model.config.hidden_size
+        features.append(values[:, :num_features])
         if not options.frozen and not folds:
             is_evaluated, part = find_evaluated_images(images, record, options.data, data.name)
             is_training_split = split != list(data.images_by_split)[-1]
             if is_training_split and record is not None and record.training_images is None:
                 # the record does not tell which of the images training used
                 is_evaluated[:] = False
-            split_logits = np.full((len(images), len(model_space.names)), np.nan)
-            if is_evaluated.any():  # an image that the model was trained on has no probabilities
-                evaluated = np.flatnonzero(is_evaluated)
-                classified = ImagePass(
-                    images.select(evaluated.tolist()), processor, model_space, *arguments
-                ).collect(model, lambda pixel_values: model(pixel_values).logits, console)
-                classified_logits, _ = stack_rows(classified)
-                split_logits[evaluated[[row.index for row in classified]]] = classified_logits
-            logits.append(split_logits[row_indices])
+            # an image that the model was trained on has no probabilities
+            is_checked = is_evaluated[row_indices, None]
+            logits.append(np.where(is_checked, values[:, num_features:], np.nan))
             num_evaluated = int(is_evaluated.sum())
             console.print(
                 f"labels checked: {num_evaluated:,} images of split {split!r} ({part.describe()})",
                 markup=False,
             )
-        vectors = np.concatenate([tokens[:, model.config.token_layout.cls], tokens[:, -1:]], axis=1)
-        features.append(vectors.reshape(len(vectors), -1))
         labels.append(split_labels)
         ids += [row.name for row in rows]
-        split_names += [split] * len(vectors)
+        split_names += [split] * len(rows)
         pixels += [make_thumbnail(images.images[index]) for index in row_indices]
         num_unreadable += image_pass.num_unreadable
     all_features = np.concatenate(features)

@@ -201,7 +201,7 @@ def draw_header(sheet: Sheet, measurements: PhotoMeasurements, title: str) -> No
     for line in lines:
         sheet.y += 0.2
         sheet.write(MARGIN, sheet.y, line, size=9)
-    if is_partly_hidden(measurements):
+    if describe_visible_part(measurements) != "all of it":
         thumbnail = draw_whole_photo(measurements)
         thumbnail_height = sheet.y - MARGIN + 0.05
         thumbnail_width = min(thumbnail_height * thumbnail.width / thumbnail.height, 2.65)
@@ -354,11 +354,6 @@ def describe_visible_part(measurements: PhotoMeasurements) -> str:
 
 
 # Pictures ------------------------------------------------------------------------------------------------------------
-
-
-def is_partly_hidden(measurements: PhotoMeasurements) -> bool:
-    """Return whether the model sees only a part of the photo."""
-    return describe_visible_part(measurements) != "all of it"
 
 
 def crop_to_region(image: Image.Image, region: VisibleRegion) -> Image.Image:

@@ -69,15 +69,13 @@ def run_command(arguments: list[str]) -> None:
         modules[name].run(options)
 
 
-def import_command(name: str) -> ModuleType:
-    """Import the module of a subcommand."""
-    return importlib.import_module(f"modeling_vitcls.cli.{name.replace('-', '_')}")
-
-
 def load_modules() -> dict[str, ModuleType]:
     """Import the modules of all subcommands. Exit with status 1 if the extra `cli` is not installed."""
     try:
-        return {name: import_command(name) for name in COMMANDS}
+        return {
+            name: importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
+            for name in COMMANDS
+        }
     except ModuleNotFoundError as error:
         if error.name not in ("docstring_parser", "tyro", "yaml"):
             raise

@@ -22,7 +22,7 @@ import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -120,15 +120,16 @@ class HeldOutRecord:
 
     @classmethod
     def from_keys(cls, rule: HeldOutRule, keys: np.ndarray) -> "HeldOutRecord":
-        """Build the record from the keys of the images that `rule` selected."""
+        """Build the record from the keys of the images that `rule` selected, in any order."""
+        text = " ".join(map(str, np.sort(keys).tolist()))
         return cls(
-            None,
-            len(keys),
-            rule.fraction,
-            rule.seed,
-            compute_key_digest(keys),
-            rule.num_folds,
-            rule.fold,
+            split=None,
+            num_images=len(keys),
+            fraction=rule.fraction,
+            split_seed=rule.seed,
+            sha256=hashlib.sha256(text.encode()).hexdigest(),
+            num_folds=rule.num_folds,
+            fold=rule.fold,
         )
 
     @property
@@ -147,21 +148,23 @@ class HeldOutRecord:
         return padded.view("<u8")[:, 0], min(1.0, MAX_RECORDED_IMAGES / max(num_images, 1))
 
 
+def get_run_results(folder: ModelFolder, task: str | None = None) -> dict[str, Any]:
+    """Return results.json of a model folder, or the record of an added task in it; empty if there is none."""
+    results = folder.saved_results
+    return results if task is None else results.get(ADDITIONS_KEY, {}).get(task, {})
+
+
 def read_held_out_record(folder: ModelFolder, task: str | None = None) -> HeldOutRecord | None:
     """Return the held-out record in a model folder, or that of an added task, or None.
 
     Raise ValueError if results.json is damaged.
     """
     try:
-        results = folder.saved_results
-        if task is not None:
-            results = results.get(ADDITIONS_KEY, {}).get(task, {})
+        results = get_run_results(folder, task)
         record = results.get(HELD_OUT_RECORD_KEY)
-        return (
-            None
-            if record is None
-            else HeldOutRecord(**{"dataset": results.get("dataset"), **record})
-        )
+        if record is None:
+            return None
+        return HeldOutRecord(**{"dataset": results.get("dataset"), **record})
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"{folder.path / RESULTS_FILE} is damaged: {error}. Remove it to use the model without its record"
@@ -205,8 +208,3 @@ def get_relative_path(path: str, folder: Path) -> str:
     if not path or "://" in path or not (path.startswith(prefix) or Path(path).is_absolute()):
         return path
     return Path(os.path.relpath(path, folder)).as_posix()
-
-
-def compute_key_digest(keys: np.ndarray) -> str:
-    """Return the SHA-256 of a set of keys. The digest does not depend on the order of the keys."""
-    return hashlib.sha256(" ".join(map(str, np.sort(keys).tolist())).encode()).hexdigest()

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from ..conversion.any_checkpoint import resolve
 from ..data.evaluated_images import EvaluatedPart, EvaluationData, load_evaluation_data
-from ..data.held_out import ADDITIONS_KEY, read_held_out_record
+from ..data.held_out import get_run_results, read_held_out_record
 from ..data.image_folder import format_name_list
 from ..data.images import LabeledImages
 from ..data.labels import LabelSpace, MultiHotLabels, get_label_space
@@ -61,7 +61,6 @@ class EvaluationSetup(NamedTuple):
     build_evaluator: Callable[[LabeledImages], Evaluator]
     split: str
     part: EvaluatedPart  # of the split
-    weights_hash: dict[str, str] | None  # SHA-256 of each weight file, by file name
 
 
 def load_evaluation(
@@ -132,7 +131,6 @@ def load_evaluation(
         build_evaluator=build_evaluator,
         split=data.split,
         part=data.part,
-        weights_hash=folder.weights_sha256,
     )
 
 
@@ -173,7 +171,7 @@ def evaluate_checkpoint(
     results = {
         **describe_evaluation(options, setup, metrics["num_images"], seconds, accelerator),
         "engine": get_engine_name(model),
-        "weights_sha256": setup.weights_hash,
+        "weights_sha256": folder.weights_sha256,
         **metrics,
     }
     if options.unknown_dataset is not None:
@@ -185,7 +183,7 @@ def evaluate_checkpoint(
         write_results(options, results, console)
         if options.per_image is not None:
             options.per_image.parent.mkdir(parents=True, exist_ok=True)
-            write_predictions(options.per_image, evaluator, setup.weights_hash)
+            write_predictions(options.per_image, evaluator, folder.weights_sha256)
             console.print(f"saved {options.per_image}", markup=False)
     accelerator.end_training()
     return results
@@ -275,9 +273,7 @@ def set_label_columns(
         return replace(options, label_column=tuple(config.task_labels()))
     if task is None and config.problem_type != "multi_label_classification":
         return options
-    results = folder.saved_results
-    if task is not None:
-        results = results.get(ADDITIONS_KEY, {}).get(task, {})
+    results = get_run_results(folder, task)
     columns = results.get("label_column")
     return replace(
         options,

@@ -47,19 +47,6 @@ from .options import EvaluateOptions
 from .token_names import get_token_names
 
 
-def compute_tokens(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Return the special tokens and the mean of the patch tokens [B, tokens, D] of images [B, C, H, W]."""
-    return select_tokens(model, model(pixel_values))
-
-
-def select_tokens(model: Any, outputs: Any) -> torch.Tensor:
-    """Return the special tokens and the mean of the patch tokens [B, tokens, D] in the output of an encoder."""
-    tokens = outputs.last_hidden_state
-    num_prefix_tokens = model.config.token_layout.num_prefix_tokens
-    mean = tokens[:, num_prefix_tokens:].mean(dim=1, keepdim=True)
-    return torch.cat([tokens[:, :num_prefix_tokens], mean], dim=1)
-
-
 def compute_tokens_and_layers(
     model: Any, layout: FeatureLayout, pixel_values: torch.Tensor
 ) -> torch.Tensor:
@@ -69,8 +56,11 @@ def compute_tokens_and_layers(
     of the last layers that a probe chooses from.
     """
     outputs = model(pixel_values, output_hidden_states=True)
-    tokens = select_tokens(model, outputs).flatten(1)
-    return torch.cat([tokens.float(), pool_layers(model, outputs, layout)], dim=1)
+    tokens = outputs.last_hidden_state
+    num_prefix_tokens = model.config.token_layout.num_prefix_tokens
+    mean = tokens[:, num_prefix_tokens:].mean(dim=1, keepdim=True)
+    features = torch.cat([tokens[:, :num_prefix_tokens], mean], dim=1).flatten(1)
+    return torch.cat([features.float(), pool_layers(model, outputs, layout)], dim=1)
 
 
 def build_classifier(kind: str, num_training_images: int) -> Any:

@@ -68,7 +68,7 @@ from ..runtime.files import create_output_folder, write_json
 from ..runtime.system import get_versions
 from .calibration import compute_error, find_calibration
 from .certificate import NUM_IMAGES, certify, describe_certificate, load_old_model, read_pixels
-from .options import AddClassOptions, AddTaskOptions
+from .options import AddClassOptions, AdditionOptions, AddTaskOptions
 from .probe import MAX_CHOICE_IMAGES, build_record, split_at_random
 
 
@@ -183,7 +183,7 @@ def add_task_from_options(options: AddTaskOptions) -> dict[str, Any]:
     return record
 
 
-def load_base(source: str, options: Any) -> Base:
+def load_base(source: str, options: AdditionOptions) -> Base:
     """Load a model, its image processor and the device."""
     accelerator, console, warn = set_up_evaluation(
         EvaluateOptions(source, options.data, mixed_precision=options.mixed_precision)

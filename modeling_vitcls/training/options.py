@@ -425,16 +425,28 @@ class PretrainOptions(CommonOptions):
     mae: MAEOptions = field(default_factory=MAEOptions)
 
 
-@dataclass(frozen=True)
-class AddTaskOptions:
-    """Add a task to a finished model: a classifier that reads the features of the model, whose other outputs stay
-    equal to the bit."""
+@dataclass(frozen=True, kw_only=True)
+class AdditionOptions:
+    """Flags that `add-task` and `add-class` share."""
 
-    model: str
-    """A classifier, a multi-task model or an encoder: a folder, a Hub id, or another ViT, which is converted once."""
     data: DataOptions
     output_dir: Path
     """Output folder, which must be empty or must not exist."""
+    batch_size: int = 64
+    """Number of images per forward pass."""
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    """Precision of the forward pass, as in `vitcls evaluate`."""
+
+
+@dataclass(frozen=True)
+class AddTaskOptions(AdditionOptions):
+    """Add a task to a finished model, whose other outputs stay equal to the bit.
+
+    The task is a classifier that reads the features of the model.
+    """
+
+    model: str
+    """A classifier, a multi-task model or an encoder: a folder, a Hub id, or another ViT, which is converted once."""
     name: str | None = None
     """Name of the task, of letters, digits and underscores: the key of `outputs.task_logits`."""
     overwrite_task: bool = False
@@ -443,10 +455,6 @@ class AddTaskOptions:
     """Remove the added task with this name. Without --name, the images of --dataset are only compared."""
     max_images: int | None = None
     """Maximum number of images that the classifier is fitted to, drawn at random. Default: all."""
-    batch_size: int = 64
-    """Number of images per forward pass."""
-    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """Precision of the forward pass, as in `vitcls evaluate`."""
 
     def __post_init__(self) -> None:
         check_minimum(self, 1, "batch_size", "max_images")
@@ -464,24 +472,17 @@ class AddTaskOptions:
 
 
 @dataclass(frozen=True)
-class AddClassOptions:
+class AddClassOptions(AdditionOptions):
     """Add classes to a finished classifier, whose logits of the old classes stay equal to the bit."""
 
     model: str
     """A classifier with one label per image: a folder or a Hub id."""
-    data: DataOptions
-    output_dir: Path
-    """Output folder, which must be empty or must not exist."""
     old_dataset: str | None = None
     """Images of the old classes, which --dataset has no images of. Default: the held-out images of the dataset that
     the model was trained on, if it is found."""
     max_old_loss: float = 1.0
     """Largest part of the images of old classes that may be predicted as one of the new classes although they were
     right before, in points."""
-    batch_size: int = 64
-    """Number of images per forward pass."""
-    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """Precision of the forward pass, as in `vitcls evaluate`."""
 
     def __post_init__(self) -> None:
         check_minimum(self, 1, "batch_size")
