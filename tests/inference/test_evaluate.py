@@ -34,7 +34,6 @@ from helpers.warm_processes import OFFLINE, run_together
 from PIL import Image
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSImageProcessor
-from modeling_vitcls.conversion.any_checkpoint import resolve
 from modeling_vitcls.data.aspect_ratio import set_fit
 from modeling_vitcls.data.images import LabeledImages
 from modeling_vitcls.data.labels import LabelSpace
@@ -43,7 +42,6 @@ from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.inference import evaluate as evaluate_module
 from modeling_vitcls.inference.evaluate import (
     evaluate_checkpoint,
-    load_evaluation,
     match_labels,
     set_label_columns,
 )
@@ -204,15 +202,6 @@ def test_a_single_label_model(
         assert found[name] == close(by_one_process["single"][name])
     printed = capsys.readouterr().out
     assert "100%" not in printed  # progress is shown on terminals only
-    for words in (
-        "each counted once",
-        "Balanced accuracy",
-        "95% interval",
-        "distillation head",
-        "Per class",
-        "gnu",
-    ):
-        assert words in printed
 
 
 def test_the_results_describe_the_evaluation(
@@ -256,7 +245,6 @@ def test_the_results_describe_the_evaluation(
         logits = model.to(accelerator.device)(pixel_values).logits.cpu()
     targets = torch.tensor([1, 0, 1, 0, 1])
     is_correct = (logits.argmax(1) == targets).tolist()
-    light, dark = is_correct[::2], is_correct[1::2]
     assert 0 < sum(is_correct) < 5
     expected = {
         "model": options.model,
@@ -280,17 +268,6 @@ def test_the_results_describe_the_evaluation(
     printed = capsys.readouterr().out
     (warning,) = (line for line in printed.splitlines() if line.startswith("WARNING: "))
     assert "[b]dark/6.png' has 3 channels, but the model requires 1" in warning
-    assert f"saved {output}" in printed
-    assert f"5 images of {data} (" in printed
-    assert "each counted once; 1,162.8 images/s" in printed
-    for name, values in (("`[b]dark`", dark), ("`light`", light)):  # numbers are right-aligned
-        assert re.search(
-            rf"│ {re.escape(name)} *│ {len(values):>6} │ +{np.mean(values):.2%} │", printed
-        ), printed
-    assert (
-        load_evaluation(resolve(options.model), options, accelerator, print).evaluator.batch_size
-        == 4
-    )
 
 
 def test_streamed_images(models: Path, tmp_path: Path, by_one_process: dict[str, Any]) -> None:
