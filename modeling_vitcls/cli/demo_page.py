@@ -128,10 +128,8 @@ def build_page(
     with gr.Blocks(
         title=title, analytics_enabled=False, delete_cache=(CACHE_SECONDS, CACHE_SECONDS)
     ) as page:
-        tokens_text = (
-            f"with the special tokens {', '.join(names)}" if names else "without attention maps"
-        )
-        gr.Markdown(f"# {title}\nA Vision Transformer with {num_layers} layers, {tokens_text}.")
+        tokens_text = f"special tokens: {', '.join(names)}" if names else "without attention maps"
+        gr.Markdown(f"# {title}\nA Vision Transformer with {num_layers} layers; {tokens_text}.")
         with gr.Row():
             with gr.Column():
                 image_input = build_image_input()
