@@ -8,8 +8,9 @@ class; CIFAR has CIFAR-10's train.parquet and test.parquet. Four parts follow on
     features   each image passes the encoder once; the features are kept in OUTPUT
     classes    one class is left out, and added again: 5 classes x 3 seeds x 3 numbers of images, on the features, by
                the functions that `vitcls add-class` calls; beside it, all classes are fitted together
-    commands   `add_class` itself, once for each class that is left out, and for a model of 1,000 classes
-    tasks      `add_task`: one task after another, in two orders, and models that are trained for one task only
+    tasks      three tasks, the second and third in two orders: by `add_task` on digits, and by its functions on the
+               features of clothing; beside them, models that are trained for one task only
+    commands   `add_class` itself, for a model of 1,000 classes and for some of the classes that were left out
 
 An interrupted study continues: finished runs are read from OUTPUT/runs.json.
 """
@@ -47,34 +48,45 @@ from modeling_vitcls import (
 from modeling_vitcls.data.sources import load_splits
 from modeling_vitcls.inference.frozen_features import Features, concatenate_features
 from modeling_vitcls.inference.linear_probe import (
+    DEFAULT_STRENGTH,
     Candidate,
     LinearClassifier,
     choose_probe,
     describe_candidate,
     fit_classifier,
+    list_candidates,
 )
 from modeling_vitcls.inference.load_model import find_model_folder
 from modeling_vitcls.runtime.files import read_json, write_json
 from modeling_vitcls.training.additions import (
     Base,
+    append_head,
+    describe_cost,
     fit_new_rows,
+    fit_single_label_head,
     fit_without_old_images,
     load_base,
 )
 
 
 SPLITS = ("train", "validation", "test")
-NUM_CIFAR_IMAGES = {"train": 100, "validation": 30, "test": 50}  # per class
+NUM_CIFAR_IMAGES = {"train": 100, "validation": 20, "test": 30}  # per class
 NUM_DIGITS = {"train": 1000, "validation": 300, "test": 497}
 IMAGE_SIZES = {"clothing": 112, "CIFAR-10": 112, "digits": 32}
 # what `vitcls finetune` chose on 20 and 50 photographs of clothing per class
+LAST_CLS = Candidate((-1,), "cls", "raw")
+NUM_TASK_IMAGES = 400  # that a task is fitted to
 HEAD = Candidate((-4, -3, -2, -1), "last_cls_mean", "standardized")
 LEFT_OUT = {  # the classes that are added again
     "clothing": ("dress", "hat", "longsleeve", "pants", "shoes"),
     "CIFAR-10": ("airplane", "automobile", "bird", "cat", "deer"),
 }
 TASKS = {  # data -> task -> label -> classes
-    "digits": {"parity": {"even": "02468", "odd": "13579"}},
+    "digits": {
+        "parity": {"even": "02468", "odd": "13579"},
+        "size": {"small": "01234", "large": "56789"},
+        "loops": {"none": "12357", "some": "04689"},
+    },
     "clothing": {
         "upper_body": {
             "yes": ["dress", "longsleeve", "outwear", "shirt", "t-shirt"],
@@ -114,6 +126,8 @@ class Options:
     """Seeds that draw the images of the added class."""
     num_left_out: int = 5
     """Number of classes that are left out, one at a time."""
+    num_commands: int = 5
+    """Number of these classes of clothing that are also added by `add_class` itself."""
 
 
 # Images and features -------------------------------------------------------------------------------------------------
@@ -189,12 +203,12 @@ def write_digits(options: Options) -> Path:
 
 
 def train_digits(options: Options, dataset: Path) -> Path:
-    """Train a classifier of digits with the recipe of the package."""
+    """Train a classifier of digits with the recipe of the package, for 10 epochs."""
     folder = options.output / "digits-model"
     if not folder.exists():
         recipe = Path(__file__).with_name("recipes") / "digits.yaml"
         flags = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-        finetune(**flags | {"dataset": dataset, "output_dir": folder})
+        finetune(**flags | {"dataset": dataset, "output_dir": folder, "epochs": 10})
     return folder
 
 
@@ -262,15 +276,18 @@ def leave_out(options: Options, data: Data, name: str | None) -> LeftOut:
     return LeftOut(str(name), folder, base, features)
 
 
-def fit_together(features: Features, num_labels: int) -> LinearClassifier:
-    """Fit a classifier to all classes at once; the strength of the regularization is cross-validated."""
-    values = features.select(HEAD).astype(np.float64)
-    choice = choose_probe(lambda candidate: values, features.labels, num_labels, [HEAD])
-    return fit_classifier(values, features.labels, num_labels, HEAD.scale, choice.strength)
+def fit_together(
+    features: Features, num_labels: int, candidate: Candidate = HEAD
+) -> LinearClassifier:
+    """Fit a classifier to all classes at once."""
+    values = features.select(candidate).astype(np.float64)
+    return fit_classifier(values, features.labels, num_labels, candidate.scale, DEFAULT_STRENGTH)
 
 
-def compute_logits(features: Features, classifier: LinearClassifier) -> np.ndarray:
-    return features.select(HEAD) @ classifier.weight.T + classifier.bias
+def compute_logits(
+    features: Features, classifier: LinearClassifier, candidate: Candidate = HEAD
+) -> np.ndarray:
+    return features.select(candidate) @ classifier.weight.T + classifier.bias
 
 
 def write_classifier(
@@ -279,6 +296,7 @@ def write_classifier(
     classes: list[str],
     features: Features,
     classifier: LinearClassifier,
+    candidate: Candidate = HEAD,
 ) -> None:
     """Write a model folder with the encoder and a fitted classifier."""
     model = ViTCLSModel.from_pretrained(encoder)
@@ -286,11 +304,11 @@ def write_classifier(
     config.architectures = None
     config.id2label = dict(enumerate(classes))
     config.label2id = {name: index for index, name in enumerate(classes)}
-    config.pooling = HEAD.pooling
-    config.pooled_layers = list(HEAD.layers)
+    config.pooling = candidate.pooling
+    config.pooled_layers = list(candidate.layers)
     whole = ViTCLSForImageClassification(config)
     whole.vitcls.load_state_dict(model.state_dict())
-    expanded = features.layout.expand(classifier, HEAD)
+    expanded = features.layout.expand(classifier, candidate)
     whole.classifier.load_state_dict(
         {
             "weight": torch.from_numpy(expanded.weight),
@@ -415,75 +433,132 @@ def run_thousand(options: Options, data: Data) -> dict[str, Any]:
 # Tasks ---------------------------------------------------------------------------------------------------------------
 
 
-def run_tasks(options: Options, data: Data, model: Path) -> dict[str, Any]:
-    """Add the first task, and the others in two orders; compare with other ways to learn each task."""
+def run_tasks(data: Data) -> dict[str, Any]:
+    """Run `add_task` for the first task, and for the others in two orders, on the classifier of the digits."""
     first, *others = TASKS[data.name]
-    start = add(options, data, model, first)
-    results: dict[str, Any] = {first: [start[1]]}
-    outputs = []
-    orders = sorted({tuple(others), tuple(reversed(others))})
-    for order in orders:
-        folder = start[0]
+    start, record = add(data, data.encoder, first)
+    records = {first: [record]}
+    weights = []
+    for order in (others, others[::-1]):
+        folder = start
         for name in order:
-            folder, result = add(options, data, folder, name)
-            results.setdefault(name, []).append(result)
-        outputs.append(load_file(folder / "model.safetensors"))
-    same_tensors = all(
-        torch.equal(outputs[0][name], each[name]) for each in outputs for name in outputs[0]
-    )
+            folder, record = add(data, folder, name)
+            records.setdefault(name, []).append(record)
+        weights.append(load_file(folder / "model.safetensors"))
     return {
         "data": data.name,
-        "orders": orders,
-        "same_tensors": same_tensors,
-        "tasks": {name: compare(options, data, name, results[name]) for name in results},
+        "same_in_any_order": all(
+            torch.equal(weights[0][each], weights[1][each]) for each in weights[0]
+        ),
+        "tasks": {name: compare(data, name, records[name]) for name in records},
     }
 
 
-def label_task(data: Data, name: str, split: str) -> list[tuple[Path, str]]:
-    """Return the files of a split with the labels of a task."""
-    label_by_class = {
-        class_name: label
-        for label, classes in TASKS[data.name][name].items()
-        for class_name in classes
-    }
-    return [(file, label_by_class[each]) for file, each in list_images(data, split)]
-
-
-def add(options: Options, data: Data, source: Path, name: str) -> tuple[Path, dict[str, Any]]:
+def add(data: Data, source: Path, name: str) -> tuple[Path, dict[str, Any]]:
     """Run `add_task`, and return the new folder and the record of the task."""
     folder = source.with_name(f"{source.name}-{name}")
     if not folder.exists():
-        dataset = {split: label_task(data, name, split) for split in ("train", "test")}
-        add_task(source, dataset, name, folder, num_workers=0)
+        label_by_class = build_label_by_class(data, name)
+        dataset = {
+            split: [(file, label_by_class[each]) for file, each in list_images(data, split)]
+            for split in ("train", "test")
+        }
+        add_task(source, dataset, name, folder, max_images=NUM_TASK_IMAGES, num_workers=0)
     return folder, read_json(folder / "results.json")["additions"][name]
 
 
-def compare(
-    options: Options, data: Data, name: str, records: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """Return the accuracies of an added task, of scikit-learn's regression on the last CLS token, and of a model that
-    is trained for this task only, with the same frozen encoder."""
-    labels = {split: [pair[1] for pair in label_task(data, name, split)] for split in SPLITS}
-    last_cls = Candidate((-1,), "cls", "raw")
-    peer = LogisticRegressionCV(Cs=STRENGTHS, cv=5, scoring="neg_log_loss", max_iter=1000)
-    peer.fit(data.features["train"].select(last_cls), labels["train"])
-
-    folder = options.output / f"{data.name}-only-{name}"
+def fit_tasks(options: Options, data: Data) -> dict[str, Any]:
+    """Fit the tasks of clothing on the features, for a classifier on CLS, and append them in two orders."""
+    train = data.features["train"]
+    folder = options.output / f"{data.name}-cls"
     if not folder.exists():
-        finetune(
-            data.encoder,
-            {split: label_task(data, name, split) for split in ("train", "test")},
-            folder,
-            trainable="head",
-            image_size=IMAGE_SIZES[data.name],
-            fit="crop",
-            num_workers=0,
-        )
+        classifier = fit_together(train, len(data.classes), LAST_CLS)
+        write_classifier(data.encoder, folder, data.classes, train, classifier, LAST_CLS)
+    base = load_base(str(folder), build_add_options(folder, data.folder))
+    pixels = torch.stack(
+        [
+            base.processor(Image.open(file), return_tensors="pt")["pixel_values"][0]
+            for file, _ in list_images(data, "test")[::25]
+        ]
+    )
+    expected = base.model(pixels).logits
+    heads = {}
+    records = {}
+    for name in TASKS[data.name]:
+        labels = list(TASKS[data.name][name])
+        parts = [label_features(data, name, split) for split in ("train", "test")]
+        heads[name] = fit_single_label_head(base, labels, [parts[0]], parts[1])
+        cost = describe_cost(base.model, append_head(base.model, name, heads[name]))
+        records[name] = [heads[name].record | cost]
+
+    first, *others = TASKS[data.name]
+    outputs = []
+    for order in ([first, *others], [first, *others[::-1]]):
+        model = base.model
+        for name in order:
+            model = append_head(model, name, heads[name])
+            outputs.append(model(pixels))
+    is_same = all(torch.equal(each.logits, expected) for each in outputs)
+    for name in TASKS[data.name]:
+        logits = [each.task_logits[name] for each in outputs if name in each.task_logits]
+        is_same = is_same and all(torch.equal(each, logits[0]) for each in logits)
+    return {
+        "data": data.name,
+        "same_in_any_order": is_same,
+        "tasks": {name: compare(data, name, records[name]) for name in records},
+    }
+
+
+def build_label_by_class(data: Data, name: str) -> dict[str, str]:
+    """Return the label of each class in a task."""
+    labels = {}
+    for label, classes in TASKS[data.name][name].items():
+        labels |= dict.fromkeys(classes, label)
+    return labels
+
+
+def label_features(data: Data, name: str, split: str) -> Features:
+    """Return the features of a split with the labels of a task; of the training images, a part."""
+    features = data.features[split]
+    label_by_class = build_label_by_class(data, name)
+    labels = list(TASKS[data.name][name])
+    indices = np.array([labels.index(label_by_class[each]) for each in data.classes])
+    features = replace(features, labels=indices[features.labels])
+    if split != "train":
+        return features
+    order = np.random.default_rng(0).permutation(len(features.labels))[:NUM_TASK_IMAGES]
+    return features.take(np.isin(np.arange(len(features.labels)), order))
+
+
+def compare(data: Data, name: str, records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the accuracies of an added task, of scikit-learn's regression on the last CLS token, and of a model that
+    is trained for this task only: as `vitcls finetune --trainable head`, which can read more tokens."""
+    train = label_features(data, name, "train")
+    test = label_features(data, name, "test")
+    peer = LogisticRegressionCV(Cs=STRENGTHS, cv=5, scoring="neg_log_loss", max_iter=500)
+    peer.fit(train.select(LAST_CLS), train.labels)
+
+    num_labels = len(TASKS[data.name][name])
+    layout = train.layout
+    choice = choose_probe(
+        lambda candidate: train.select(candidate).astype(np.float64),
+        train.labels,
+        num_labels,
+        list_candidates(layout.num_layers, tokens=layout.token_choices),
+    )
+    alone = fit_classifier(
+        train.select(choice.candidate).astype(np.float64),
+        train.labels,
+        num_labels,
+        choice.candidate.scale,
+        choice.strength,
+    )
+    is_right = compute_logits(test, alone, choice.candidate).argmax(axis=1) == test.labels
     return {
         "added": [record["held_out_result"]["accuracy"] for record in records],
-        "scikit-learn": peer.score(data.features["test"].select(last_cls), labels["test"]),
-        "alone": read_json(folder / "results.json")["accuracy"],
-        "num_images": len(labels["test"]),
+        "scikit-learn": float(peer.score(test.select(LAST_CLS), test.labels)),
+        "alone": float(is_right.mean()),
+        "num_images": len(test.labels),
         "relative_flops": records[0]["relative_flops"],
         "reads": describe_candidate(records[0]),
     }
@@ -579,28 +654,31 @@ def main() -> None:
         write_json(file, runs)
         (options.output / "README.md").write_text(format_page(runs), encoding="utf-8")
 
-    for name, classes in LEFT_OUT.items():
+    for seed, (name, classes) in itertools.product(options.seeds, LEFT_OUT.items()):
         data = load_data(options, name)
         for class_name in classes[: options.num_left_out]:
             left_out = leave_out(options, data, class_name)
-            for num_images, seed in itertools.product(options.sizes, options.seeds):
+            for num_images in options.sizes:
                 run = {"data": name, "class": class_name, "num_images": num_images, "seed": seed}
                 if not any(run.items() <= row.items() for row in runs["classes"]):
                     runs["classes"].append(run | run_class(left_out, num_images, seed))
                     save()
-            key = f"{name}, {class_name}"
-            if key not in runs["commands"]:
-                runs["commands"][key] = run_add_class(options, data, left_out)
-                save()
-        if "1,000 classes" not in runs["commands"]:
-            runs["commands"]["1,000 classes"] = run_thousand(options, data)
-            save()
 
     for name in TASKS:
         if name not in runs["tasks"]:
             data = load_data(options, name)
-            model = data.encoder if name == "digits" else leave_out(options, data, None).folder
-            runs["tasks"][name] = run_tasks(options, data, model)
+            results = run_tasks(data) if name == "digits" else fit_tasks(options, data)
+            runs["tasks"][name] = results
+            save()
+
+    data = load_data(options, "clothing")
+    if "1,000 classes" not in runs["commands"]:
+        runs["commands"]["1,000 classes"] = run_thousand(options, data)
+        save()
+    for class_name in LEFT_OUT["clothing"][: options.num_commands]:
+        if class_name not in runs["commands"]:
+            left_out = leave_out(options, data, class_name)
+            runs["commands"][class_name] = run_add_class(options, data, left_out)
             save()
 
 

@@ -140,11 +140,11 @@ def build_image_predictions(model: Any, outputs: Any) -> list[ImagePrediction]:
         names = get_label_space(config).names
         threshold = DEFAULT_THRESHOLD if is_multi_label(config) else None
         predictions.append(build_image_prediction(None, outputs.logits, names, threshold))
-    for task, head in config.get_added_tasks().items():
+    for task, logits in (getattr(outputs, "task_logits", None) or {}).items():
+        head = config.get_added_tasks()[task]
         threshold = None
         if head.problem_type == "multi_label_classification":
             threshold = head.threshold or DEFAULT_THRESHOLD
-        logits = outputs.task_logits[task]
         predictions.append(build_image_prediction(task, logits, head.labels, threshold))
     return predictions
 

@@ -825,9 +825,10 @@ def choose_bias(
 def fit_without_old_images(
     base: Base, names: list[str], parts: Sequence[Features], max_old_loss: float
 ) -> tuple[FittedHead, Callable[[Features], np.ndarray]]:
-    """Return rows that score the similarity to the mean of a new class, and recognize 90% of its images.
+    """Return rows that score the similarity to the mean of a new class, and recognize half of its images.
 
-    Without images of the old classes, nothing is known about what these lose.
+    Without images of the old classes, nothing is known about what these lose. In model_cards/studies/additions.md,
+    they lost 30 points with rows that recognize 90% of the new images, and half as much with these.
     """
     (features,) = parts
     old_logits = get_old_logits(base, features)
@@ -846,7 +847,7 @@ def fit_without_old_images(
         weight = spread * mean / (mean @ mean)
         margins = old_logits[in_class].max(axis=1) - values[in_class] @ weight
         weights.append(weight)
-        biases.append(np.quantile(margins, 0.9) + 1e-3)
+        biases.append(np.median(margins) + 1e-3)
     classifier = LinearClassifier(
         np.stack(weights).astype(np.float32), np.array(biases, np.float32)
     )
