@@ -31,7 +31,6 @@ import pyarrow.parquet as pq
 import torch
 import tyro
 import yaml
-from modeling_vitcls.options import AddClassOptions, DataOptions
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
@@ -45,6 +44,8 @@ from modeling_vitcls import (
     add_task,
     finetune,
 )
+from modeling_vitcls.conversion.any_checkpoint import resolve
+from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.sources import load_splits
 from modeling_vitcls.inference.frozen_features import Features, concatenate_features
 from modeling_vitcls.inference.linear_probe import (
@@ -56,7 +57,6 @@ from modeling_vitcls.inference.linear_probe import (
     fit_classifier,
     list_candidates,
 )
-from modeling_vitcls.inference.load_model import find_model_folder
 from modeling_vitcls.runtime.files import read_json, write_json
 from modeling_vitcls.training.additions import (
     Base,
@@ -67,6 +67,7 @@ from modeling_vitcls.training.additions import (
     fit_without_old_images,
     load_base,
 )
+from modeling_vitcls.training.options import AddClassOptions
 
 
 SPLITS = ("train", "validation", "test")
@@ -216,7 +217,7 @@ def write_encoder(options: Options, image_size: int) -> Path:
     """Write the encoder for an image size, with an image processor that scales the shorter side to this size."""
     folder = options.output / f"encoder-{image_size}"
     if not folder.exists():
-        source = find_model_folder(options.encoder)
+        source = resolve(options.encoder).path
         processor = ViTCLSImageProcessor.from_pretrained(
             source,
             size={"shortest_edge": image_size},
