@@ -670,7 +670,10 @@ def count_output_tokens(
         return None
     readers = [encoder, encoder.layers, encoder.layernorm, *last_layer.modules()]
     if encoder.pooler is not None:
-        readers = [*readers, *encoder.pooler.modules()]  # torch.compile before 2.11 traces no += here
+        readers = [
+            *readers,
+            *encoder.pooler.modules(),
+        ]  # torch.compile before 2.11 traces no += here
     return None if any(map(has_user_hooks, readers)) else config.num_head_tokens
 
 
