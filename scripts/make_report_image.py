@@ -14,7 +14,7 @@ import tyro
 from playwright.sync_api import sync_playwright
 
 
-WIDTH, HEIGHT = 1000, 845  # of the screenshot in pixels
+WIDTH, HEIGHT = 1280, 900  # of the screenshot in pixels
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 

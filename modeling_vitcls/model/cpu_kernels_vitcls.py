@@ -450,7 +450,8 @@ def sdpa_attention(
     if is_plain and can_chunk_attention(query, key):
         return attend_in_chunks(query, key, value, scaling), None
 
-    def call_sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    # the type is quoted, because torch.compile before 2.11 cannot trace `Tensor | None`
+    def call_sdpa(query: Tensor, key: Tensor, value: Tensor, mask: "Tensor | None") -> Tensor:
         return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **kwargs)[
             0
         ]
