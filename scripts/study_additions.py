@@ -558,7 +558,7 @@ def compare(data: Data, name: str, records: list[dict[str, Any]]) -> dict[str, A
     is_right = compute_logits(test, alone, choice.candidate).argmax(axis=1) == test.labels
     return {
         "added": [record["held_out_result"]["accuracy"] for record in records],
-        "scikit-learn": float(peer.score(test.select(LAST_CLS), test.labels)),
+        "scikit-learn": float((peer.predict(test.select(LAST_CLS)) == test.labels).mean()),
         "alone": float(is_right.mean()),
         "num_images": len(test.labels),
         "relative_flops": records[0]["relative_flops"],
