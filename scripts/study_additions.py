@@ -67,16 +67,16 @@ from modeling_vitcls.training.additions import (
     fit_without_old_images,
     load_base,
 )
-from modeling_vitcls.training.options import AddClassOptions
+from modeling_vitcls.training.options import AdditionOptions
 
 
 SPLITS = ("train", "validation", "test")
 NUM_CIFAR_IMAGES = {"train": 100, "validation": 20, "test": 30}  # per class
 NUM_DIGITS = {"train": 1000, "validation": 300, "test": 497}
 IMAGE_SIZES = {"clothing": 112, "CIFAR-10": 112, "digits": 32}
-# what `vitcls finetune` chose on 20 and 50 photographs of clothing per class
-LAST_CLS = Candidate((-1,), "cls", "raw")
 NUM_TASK_IMAGES = 400  # that a task is fitted to
+LAST_CLS = Candidate((-1,), "cls", "raw")
+# what `vitcls finetune` chose on 20 and 50 photographs of clothing per class
 HEAD = Candidate((-4, -3, -2, -1), "last_cls_mean", "standardized")
 LEFT_OUT = {  # the classes that are added again
     "clothing": ("dress", "hat", "longsleeve", "pants", "shoes"),
@@ -155,7 +155,7 @@ def load_data(options: Options, name: str) -> Data:
         encoder = write_encoder(options, IMAGE_SIZES[name])
     data_options = DataOptions(str(folder), num_workers=0)
     splits = load_splits(data_options)
-    base = load_base(str(encoder), build_add_options(encoder, folder))
+    base = load_base(str(encoder), build_options(folder))
     features = {}
     for split in SPLITS:
         file = options.output / f"{name}-{split}.npz"
@@ -228,9 +228,10 @@ def write_encoder(options: Options, image_size: int) -> Path:
     return folder
 
 
-def build_add_options(model: Path, folder: Path) -> AddClassOptions:
+def build_options(dataset: Path) -> AdditionOptions:
     """Return the options that `load_base` reads."""
-    return AddClassOptions(str(model), DataOptions(str(folder), num_workers=0), Path("not-written"))
+    data = DataOptions(str(dataset), num_workers=0)
+    return AdditionOptions(data=data, output_dir=Path("not-written"))
 
 
 # Classes -------------------------------------------------------------------------------------------------------------
@@ -273,7 +274,7 @@ def leave_out(options: Options, data: Data, name: str | None) -> LeftOut:
     for split, each in features.items():
         logits = compute_logits(each, classifier).astype(np.float32)
         features[split] = replace(each, values=np.concatenate([each.values, logits], axis=1))
-    base = load_base(str(folder), build_add_options(folder, data.folder))
+    base = load_base(str(folder), build_options(data.folder))
     return LeftOut(str(name), folder, base, features)
 
 
@@ -475,7 +476,7 @@ def fit_tasks(options: Options, data: Data) -> dict[str, Any]:
     if not folder.exists():
         classifier = fit_together(train, len(data.classes), LAST_CLS)
         write_classifier(data.encoder, folder, data.classes, train, classifier, LAST_CLS)
-    base = load_base(str(folder), build_add_options(folder, data.folder))
+    base = load_base(str(folder), build_options(data.folder))
     pixels = torch.stack(
         [
             base.processor(Image.open(file), return_tensors="pt")["pixel_values"][0]
@@ -557,7 +558,7 @@ def compare(data: Data, name: str, records: list[dict[str, Any]]) -> dict[str, A
     is_right = compute_logits(test, alone, choice.candidate).argmax(axis=1) == test.labels
     return {
         "added": [record["held_out_result"]["accuracy"] for record in records],
-        "scikit-learn": float(peer.score(test.select(LAST_CLS), test.labels)),
+        "scikit-learn": float((peer.predict(test.select(LAST_CLS)) == test.labels).mean()),
         "alone": float(is_right.mean()),
         "num_images": len(test.labels),
         "relative_flops": records[0]["relative_flops"],
