@@ -23,7 +23,7 @@ COMMAND = re.compile(
 CLONE = re.compile(r"git clone \S+")
 NO_ADDRESS = "ADDRESS-OF-THIS-REPOSITORY"
 # more follow if there is an address
-BADGES = re.compile(r"^(\[!\[License.*\]\(pyproject\.toml\)).*$", re.MULTILINE)
+BADGES = re.compile(r"^(\[!\[License.*\]\(docs/installation\.md#requirements\)).*$", re.MULTILINE)
 
 
 def write_address(text: str, address: str | None) -> str:
