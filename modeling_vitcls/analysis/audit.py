@@ -154,7 +154,7 @@ def load_audited_images(options: EvaluateOptions) -> tuple[AuditedImages, int, C
         console.print(precision, markup=False)
     model = model.to(accelerator.device).eval()
     batch_size = choose_batch_size(
-        options.batch_size, model.config, accelerator.device, MAX_BATCH_SIZE
+        options.batch_size, model.config, processor, accelerator.device, MAX_BATCH_SIZE
     )
     arguments = (options.data, batch_size, accelerator, model.config.num_channels, warn)
     record = None if folds else read_held_out_record(folder)

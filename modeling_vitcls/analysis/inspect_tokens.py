@@ -50,7 +50,9 @@ def inspect_tokens(options: InspectOptions) -> Inspection:
             processor,
             **images.build_arguments(options.num_images, options.max_images),
             token_movement=folder.saved_results.get("token_movement"),
-            batch_size=choose_batch_size(options.batch_size, model.config, device, MAX_BATCH_SIZE),
+            batch_size=choose_batch_size(
+                options.batch_size, model.config, processor, device, MAX_BATCH_SIZE
+            ),
             on_warning=lambda message: error_console.print(
                 f"WARNING: {message}", style="bold yellow", markup=False
             ),

@@ -57,7 +57,8 @@ def choose_engine(job: Job, print_line: Callable[[str], None]) -> Any:
         return job.model
     try:
         if job.build_key() not in read_choices(job):
-            if job.num_images is None or job.num_images * job.model.flops() < MIN_FLOPS:
+            flops = job.model.flops(job.image_size)
+            if job.num_images is None or job.num_images * flops < MIN_FLOPS:
                 return job.model
             save_choice(job, measure_engines(job))
         choice = read_choices(job)[job.build_key()]
@@ -117,12 +118,14 @@ def measure_engines(job: Job) -> Choice:
 
 
 def measure_seconds(works: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """Return the median seconds of each work, over rounds in which each is done once."""
-    for work in works.values():
-        work()  # warm up
+    """Return the median seconds of each work, over rounds in which each is done twice.
+
+    Only the second time counts: the threads of the engine before are still active in the first.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(NUM_ROUNDS):
         for name, work in works.items():
+            work()
             start_time = time.perf_counter()
             work()
             seconds[name].append(time.perf_counter() - start_time)

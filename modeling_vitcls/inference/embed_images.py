@@ -100,7 +100,9 @@ class EmbedImages:
         model, processor = load_model(folder, use_head=False, fit=self.fit, backend=self.backend)
         device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         model = model.eval().to(device)
-        batch_size = choose_batch_size(self.batch_size, model.config, device, MAX_BATCH_SIZE)
+        batch_size = choose_batch_size(
+            self.batch_size, model.config, processor, device, MAX_BATCH_SIZE
+        )
 
         if device.type == "cpu" and not any("@" in name for name in self.features):
             job = Job(

@@ -104,7 +104,7 @@ def load_evaluation(
         label_space=model_space,
         options=options.data,
         batch_size=choose_batch_size(
-            options.batch_size, model.config, accelerator.device, MAX_BATCH_SIZE
+            options.batch_size, model.config, processor, accelerator.device, MAX_BATCH_SIZE
         ),
         accelerator=accelerator,
         num_channels=model.config.num_channels,

@@ -126,7 +126,7 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
     model = model.to(accelerator.device).eval()
     layout = FeatureLayout.from_config(model.config, NUM_SINGLE_LAYERS)
     batch_size = choose_batch_size(
-        options.batch_size, model.config, accelerator.device, MAX_BATCH_SIZE
+        options.batch_size, model.config, processor, accelerator.device, MAX_BATCH_SIZE
     )
     arguments = (options.data, batch_size, accelerator, model.config.num_channels, warn)
 

@@ -107,12 +107,21 @@ def announce_precision(
 
 
 def choose_batch_size(
-    batch_size: int | None, config: ViTCLSConfig, device: torch.device, default: int
+    batch_size: int | None,
+    config: ViTCLSConfig,
+    processor: ViTCLSImageProcessor,
+    device: torch.device,
+    default: int,
 ) -> int:
-    """Return `batch_size` or, if it is None, `default`. On CPUs, the default is at most `CPU_BATCH_TOKENS` tokens."""
+    """Return `batch_size` or, if it is None, `default`.
+
+    On CPUs, the default is at most `CPU_BATCH_TOKENS` tokens of images of the size that the image processor makes.
+    """
     if batch_size is not None or device.type != "cpu":
         return batch_size or default
-    num_tokens = config.token_layout.get_num_tokens(*config.grid_size)
+    height, width = get_output_size(processor, config.image_height_width)
+    patch_height, patch_width = config.patch_height_width
+    num_tokens = config.token_layout.get_num_tokens(height // patch_height, width // patch_width)
     return max(1, min(default, CPU_BATCH_TOKENS // num_tokens))
 
 

@@ -145,7 +145,7 @@ def build_predictor(
     model = model.eval().to(accelerator.device)
     set_limit = find_set_limit(options, model, folder)
     batch_size = choose_batch_size(
-        options.batch_size, model.config, accelerator.device, MAX_BATCH_SIZE
+        options.batch_size, model.config, processor, accelerator.device, MAX_BATCH_SIZE
     )
 
     def build_columns(model: Any) -> PredictionColumns:
