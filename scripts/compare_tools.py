@@ -5,7 +5,7 @@
 ENCODER is a transformers folder of a DINOv2 ViT-S/14, and PHOTOS has the folders train/CLASS and test/CLASS. Each
 program in scripts/compared/ is what a user of the tool writes. It runs in a process of its own, finds its inputs in
 environment variables, and prints its accuracy on the test photographs. Tools that are not installed are left out.
-docs/compared.md contains the table.
+OUTPUT/README.md contains the table.
 """
 
 import ast

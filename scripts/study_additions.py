@@ -7,9 +7,9 @@ class; CIFAR has CIFAR-10's train.parquet and test.parquet. Four parts follow on
 
     features   each image passes the encoder once; the features are kept in OUTPUT
     classes    one class is left out, and added again: 5 classes x 3 seeds x 3 numbers of images, on the features, by
-               the functions that `vitcls add-class` calls; beside it, all classes are fitted together
+               the functions that `vitcls add-class` calls. The baseline fits all classes together
     tasks      three tasks, the second and third in two orders: by `add_task` on digits, and by its functions on the
-               features of clothing; beside them, models that are trained for one task only
+               features of clothing. The baselines are models that are trained for one task only
     commands   `add_class` itself, for a model of 1,000 classes and for some of the classes that were left out
 
 An interrupted study continues: finished runs are read from OUTPUT/runs.json.

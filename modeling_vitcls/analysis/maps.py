@@ -96,9 +96,8 @@ def extract_patch_maps(rows: torch.Tensor, config: ViTCLSConfig, image_size: Siz
     Raises:
         ValueError: if the number of keys does not match the image size.
     """
-    (height, width), (patch_height, patch_width) = image_size, config.patch_height_width
-    grid_height = height // patch_height
-    grid_width = width // patch_width
+    height, width = image_size
+    grid_height, grid_width = config.get_grid_size(image_size)
     patch_rows = rows[..., config.token_layout.patches]
     if patch_rows.shape[-1] != grid_height * grid_width:
         raise ValueError(

@@ -3,7 +3,7 @@
     serve_demo(model, processor, "mine")            # serves the page until the process is stopped
     serve_demo(*load_from_hub("someone/model", COMMIT), "someone/model")    # in a Space
 
-    photo, examples | one panel per classifier: the answer and the probabilities of the labels
+    photo, examples | one panel per classifier: the predicted label and the probabilities
     layer
     the image as the model sees it, after resizing and cropping | the attention of each token over it
 
@@ -191,7 +191,7 @@ def list_classifiers(model: Any) -> list[str]:
 def build_panel(name: str) -> gr.Label:
     """Build the panel of a classifier, which shows a `Prediction`."""
     panel = gr.Label(label=name, num_top_classes=NUM_LABELS)
-    # As in `build_image_input`. The answer of gr.Label would always be the most probable label.
+    # As in `build_image_input`. Without it, gr.Label would always show the most probable label as the result.
     panel.postprocess = show_prediction  # type: ignore[method-assign,assignment]
     return panel
 
@@ -323,15 +323,14 @@ def draw_attention(
 ) -> list[Image.Image]:
     """Draw the image [1, C, H, W], and the attention of each special token in a layer over it.
 
-    Layers are counted from 0, and attention is averaged over heads. All pictures have the same
+    Layers are counted from 0, and attention is averaged over heads. All images have the same
     size.
     """
     attention = model.token_attention(pixel_values, layers=[layer])[0, 0]  # [head, token, key]
     attention = attention.float().mean(0).cpu()
     height, width = pixel_values.shape[-2:]
-    patch_height, patch_width = model.config.patch_height_width
-    patches = attention[:, model.config.token_layout.num_prefix_tokens :]
-    maps = patches.reshape(len(patches), height // patch_height, width // patch_width)
+    patches = attention[:, model.config.token_layout.patches]
+    maps = patches.unflatten(1, model.config.get_grid_size((height, width)))
     scale = max(1, round(MIN_SIDE / max(height, width)))
     picture = undo_normalization(processor, pixel_values).resize((width * scale, height * scale))
     return [picture, *(overlay_map(picture, each / each.max().clamp(min=1e-12)) for each in maps)]

@@ -84,6 +84,12 @@ def get_output_size(processor: Processor, default: Size | None = None) -> Size:
     return size.height, size.width
 
 
+def has_fixed_size(processor: Processor) -> bool:
+    """Return whether all preprocessed images have the size that `get_output_size` returns."""
+    height, width = get_output_size(processor, (0, 0))
+    return (processor.do_resize or processor.do_center_crop) and bool(height and width)
+
+
 def get_fit(processor: Processor) -> str:
     """Return the fit of an image processor."""
     if processor.do_center_crop:

@@ -2,10 +2,10 @@
 
     model = choose_engine(job)          # the model of the job, or a graph that is at least 10% faster
 
-PyTorch, ONNX Runtime and OpenVINO process the batch of the job in turn, three times each. The graphs are written once,
-to MODEL/.engines/ (inference/engines.py), and the choice is stored with the hash of the weights, the kind of CPU, the
-number of threads and the versions. Nothing is measured for few images or an unknown number of them, or if the extra
-`export` is not installed.
+PyTorch, ONNX Runtime and OpenVINO process a batch of the size of the job in turn, three times each. The graphs are
+written once, to MODEL/.engines/ (inference/engines.py), and the choice is stored with the hashes of the model, the
+kind of CPU, the number of threads and the versions. Nothing is measured for few images or an unknown number of them,
+or if the extra `export` is not installed.
 """
 
 import os
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from ..conversion.parity_report import get_max_magnitude
+from ..data.aspect_ratio import has_fixed_size
 from ..hub.model_files import hash_files
 from ..inference.engines import (
     CHOICES_FILE,
@@ -75,10 +75,14 @@ def choose_engine(job: Job, print_line: Callable[[str], None]) -> Any:
 
 
 def can_run_graphs(job: Job) -> bool:
-    """Return whether a job can be done by graphs: on the CPU, in a precision of theirs, with the packages of the extra
-    `export`, for a model of a folder that can be written."""
+    """Return whether a job can be done by graphs.
+
+    They require a CPU, a precision of theirs, images of one size, the packages of the extra `export`, and a model
+    folder that can be written.
+    """
     return (
         job.model.device.type == "cpu"
+        and has_fixed_size(job.processor)
         and job.mixed_precision in GRAPH_SUFFIXES
         and type(job.model).__name__ in MODEL_CLASSES
         and all(find_spec(name) for name in {*ONNX_PACKAGES, *OPENVINO_PACKAGES})
@@ -90,25 +94,27 @@ def can_run_graphs(job: Job) -> bool:
 
 
 def measure_engines(job: Job) -> Choice:
-    """Write the graphs of a job if necessary, measure all engines, and return the fastest. Graphs that are not exact
-    enough are left out."""
+    """Write the graphs of a job if necessary, measure all engines, and return the fastest.
+
+    Graphs that are not exact enough, or whose outputs are not finite, are left out.
+    """
     generator = torch.Generator().manual_seed(0)
     size = (job.model.config.num_channels, *job.image_size)
     batch = torch.randn(job.batch_size, *size, generator=generator)
     names = [f"{job.graph_name}{suffix}" for suffix in GRAPH_SUFFIXES[job.mixed_precision]]
-    write_missing_graphs(job, batch[:2], names)
+    images = batch[:2]
+    reference = compute_named_outputs(job.model, [images])[0]  # in float32
+    write_missing_graphs(job, list(reference), names)
 
-    graphs = {name: job.open_graph(name) for name in names}
-    limit = max(MAX_RELATIVE_ERROR, 2 * measure_torch_error(job, batch[:2]))
-    reference = compute_named_outputs(job.model, [batch[:2]])[0]
-    exact_graphs = {
-        name: graph
-        for name, graph in graphs.items()
-        if measure_error(graph.graph(batch[:2]), reference) <= limit
-    }
-    engines = {TORCH: job.model, **exact_graphs}
+    limit = max(MAX_RELATIVE_ERROR, 2 * measure_torch_error(job, images, reference))
+    engines = {TORCH: job.model}
+    for name in names:
+        graph = job.open_graph(name)
+        if measure_error(graph.graph(images), reference) <= limit:
+            engines[name] = graph
+
     seconds = measure_seconds(
-        {name: partial(job.compute, engine, batch) for name, engine in engines.items()}
+        {name: partial(job.run, engine, batch) for name, engine in engines.items()}
     )
     fastest = min(seconds, key=lambda name: seconds[name])
     times_as_fast = seconds[TORCH] / seconds[fastest]
@@ -120,7 +126,7 @@ def measure_engines(job: Job) -> Choice:
 def measure_seconds(works: dict[str, Callable[[], Any]]) -> dict[str, float]:
     """Return the median seconds of each work, over rounds in which each is done twice.
 
-    Only the second time counts: the threads of the engine before are still active in the first.
+    The first time is not counted, because the threads of the previous engine are still active.
     """
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(NUM_ROUNDS):
@@ -132,9 +138,8 @@ def measure_seconds(works: dict[str, Callable[[], Any]]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def measure_torch_error(job: Job, images: torch.Tensor) -> float:
+def measure_torch_error(job: Job, images: torch.Tensor, reference: Outputs) -> float:
     """Return the error of PyTorch in the precision of a job, relative to float32."""
-    reference = compute_named_outputs(job.model, [images])[0]
     is_autocast = job.mixed_precision == "bf16"
     with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
         outputs = compute_named_outputs(job.model, [images])[0]
@@ -142,26 +147,31 @@ def measure_torch_error(job: Job, images: torch.Tensor) -> float:
 
 
 def measure_error(outputs: Outputs, reference: Outputs) -> float:
-    """Return the largest difference of any output, relative to the largest value of the output."""
-    return max(
-        get_max_magnitude(outputs[name] - expected) / get_max_magnitude(expected)
-        for name, expected in reference.items()
-    )
+    """Return the largest difference of any output, relative to the largest value of the output.
+
+    The error is NaN if an output is not finite.
+    """
+    errors = []
+    for name, expected in reference.items():
+        magnitude = expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny)
+        errors.append((outputs[name] - expected).abs().max() / magnitude)
+    return torch.stack(errors).max().item()
 
 
 # Files ---------------------------------------------------------------------------------------------------------------
 
 
-def write_missing_graphs(job: Job, images: torch.Tensor, names: list[str]) -> None:
-    """Write the graphs of a job, with reports that contain the hash of the weights, unless all of them exist. Graphs
-    of other weights are removed."""
+def write_missing_graphs(job: Job, output_names: list[str], names: list[str]) -> None:
+    """Write the graphs of a job, with reports that contain the hash of the weights, unless all of them exist.
+
+    Graphs of another model are removed.
+    """
     if not read_choices(job):
         shutil.rmtree(job.engines_folder, ignore_errors=True)
     job.engines_folder.mkdir(exist_ok=True)
     if all((job.engines_folder / name).is_file() for name in names):
         return
     graph_shape = select_graph_shape(job.model, job.image_size, dynamic=False)
-    output_names = list(compute_named_outputs(job.model, [images])[0])
     graph = trace_model(job.model, graph_shape, torch.float32)
     with tempfile.TemporaryDirectory(prefix=f"{ENGINES_FOLDER}.", dir=job.folder.path) as name:
         folder = Path(name)
@@ -171,20 +181,17 @@ def write_missing_graphs(job: Job, images: torch.Tensor, names: list[str]) -> No
         files = sorted(folder.iterdir())
         for suffix in ENGINE_NAMES:
             graph_file = onnx_file.with_suffix(suffix)
-            report = {
-                "weights_sha256": job.folder.weights_sha256,
-                "sha256": hash_files(files),
-            }
+            report = {"weights_sha256": job.folder.weights_sha256, "sha256": hash_files(files)}
             write_json(folder / f"{graph_file.name}.json", report)
         for file in sorted(folder.iterdir()):
             file.replace(job.engines_folder / file.name)
 
 
 def save_choice(job: Job, choice: Choice) -> None:
-    """Add a choice to the choices for the weights of a model."""
+    """Add a choice to the choices for a model."""
     choices = {**read_choices(job), job.build_key(): choice}
     record = {
-        "weights_sha256": job.folder.weights_sha256,
+        "model_sha256": job.hash_model(),
         "choices": {key: asdict(each) for key, each in choices.items()},
     }
     write_json(job.engines_folder / CHOICES_FILE, record)

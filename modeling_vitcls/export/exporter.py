@@ -219,7 +219,7 @@ def check_drop(report: Report, max_drop: float, model: Any, images: torch.Tensor
 
 
 def write_model_files(model_folder: ModelFolder, folder: Path, report: Report) -> None:
-    """Write what `--backend` and `evaluate` require beside the graph.
+    """Write what `--backend` and `evaluate` require in the folder of the graph.
 
     These are the configuration, the image processor and, in results.json, the held-out images of
     the model's run and the measurements of the file.

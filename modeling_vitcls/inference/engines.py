@@ -1,8 +1,8 @@
 """The engine that `--backend auto` runs: PyTorch, or a graph that was measured to be faster on this CPU.
 
 MODEL/.engines/
-    choices.json                        the hash of the weights and, per kind of job, "torch" or the name of a graph
-    logits-224x224.onnx, .xml, .bin     graphs of these weights, with reports (logits-224x224.xml.json)
+    choices.json                        the hashes of weights and config and, per kind of job, "torch" or a graph
+    logits-224x224.onnx, .xml, .bin     graphs of this model, with reports (logits-224x224.xml.json)
 
 This file describes jobs and opens the graphs that were chosen. export/engine_choice.py measures the engines and writes
 the graphs.
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ..data.aspect_ratio import get_output_size
+from ..hub.model_files import CONFIG_FILE, hash_files
 from ..hub.model_folder import ModelFolder
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..runtime.files import read_json
@@ -39,7 +40,7 @@ class Job:
         processor: Its image processor.
         folder: Its folder.
         use_head: Whether the job requires the logits, or the final hidden state.
-        compute: Function (model, images [B, C, H, W]) that does the work of the job.
+        compute: Function (model, images [B, C, H, W]) that computes what the job requires.
         batch_size: Number of images per forward pass.
         num_images: Number of images; None if it is unknown.
         mixed_precision: "no", "bf16" or "fp16".
@@ -71,17 +72,29 @@ class Job:
         return f"{'logits' if self.use_head else 'tokens'}-{height}x{width}"
 
     def build_key(self) -> str:
-        """Return a text with everything that the speeds depend on, except the weights."""
+        """Return a text with everything that the speeds depend on, except the model."""
         versions = get_versions("openvino", "onnxruntime")
+        libraries = ("modeling_vitcls", "torch", "openvino", "onnxruntime")
         parts = [
             self.graph_name,
             f"precision {self.mixed_precision}",
             f"batch {self.batch_size}",
             f"{torch.get_num_threads()} threads",
             get_processor_name(),
-            *(f"{name} {versions.get(name)}" for name in ("torch", "openvino", "onnxruntime")),
+            *(f"{name} {versions.get(name)}" for name in libraries),
         ]
         return ", ".join(parts)
+
+    def hash_model(self) -> dict[str, str]:
+        """Return the SHA-256 of the configuration, which a graph contains too, and of each weight file."""
+        config_hash = hash_files([self.folder.path / CONFIG_FILE])
+        return config_hash | (self.folder.weights_sha256 or {})
+
+    def run(self, model: Any, pixel_values: torch.Tensor) -> Any:
+        """Compute what the job requires for images [B, C, H, W], in its precision."""
+        is_autocast = self.mixed_precision == "bf16"
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
+            return self.compute(model, pixel_values)
 
     def open_graph(self, name: str) -> ExportedModel:
         """Open a graph in the folder of the graphs. Raise ValueError if it cannot be read."""
@@ -135,11 +148,11 @@ def open_chosen_engine(job: Job) -> Any:
 
 
 def read_choices(job: Job) -> dict[str, Choice]:
-    """Return the choices for the weights of a model, by key; none if they are of other weights."""
+    """Return the choices for a model, by key; none if they are of other weights or another configuration."""
     file = job.engines_folder / CHOICES_FILE
     if not file.is_file():
         return {}
     record = read_json(file)
-    if record.get("weights_sha256") != job.folder.weights_sha256:
+    if record.get("model_sha256") != job.hash_model():
         return {}
     return {key: Choice(**values) for key, values in record["choices"].items()}

@@ -251,10 +251,7 @@ def check_outputs(model: ExportedModel, processor: ViTCLSImageProcessor) -> None
         if "distillation_logits" in outputs:
             shapes["distillation_logits"] = [1, config.num_labels]
     else:
-        rows, columns = (
-            pixels // patch
-            for pixels, patch in zip(pixel_values.shape[2:], config.patch_height_width, strict=True)
-        )
+        rows, columns = config.get_grid_size(pixel_values.shape[2:])
         shapes = {
             "last_hidden_state": [
                 1,

@@ -119,9 +119,8 @@ def choose_batch_size(
     """
     if batch_size is not None or device.type != "cpu":
         return batch_size or default
-    height, width = get_output_size(processor, config.image_height_width)
-    patch_height, patch_width = config.patch_height_width
-    num_tokens = config.token_layout.get_num_tokens(height // patch_height, width // patch_width)
+    image_size = get_output_size(processor, config.image_height_width)
+    num_tokens = config.token_layout.get_num_tokens(*config.get_grid_size(image_size))
     return max(1, min(default, CPU_BATCH_TOKENS // num_tokens))
 
 

@@ -159,8 +159,7 @@ def build_predictor(
         )
 
     def compute_outputs(model: Any, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-        with torch.inference_mode(), accelerator.autocast():
-            return build_columns(model).predict(pixel_values)
+        return build_columns(model).predict(pixel_values)
 
     # Graphs have only the last layer, and all shards must be written by the same engine.
     has_layers = any("@" in name for name in options.features or ())

@@ -665,10 +665,12 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     @property
     def grid_size(self) -> tuple[int, int]:
         """Return the number of patch rows and columns for images of `image_size`."""
-        (height, width), (patch_height, patch_width) = (
-            self.image_height_width,
-            self.patch_height_width,
-        )
+        return self.get_grid_size(self.image_height_width)
+
+    def get_grid_size(self, height_width: tuple[int, int]) -> tuple[int, int]:
+        """Return the number of patch rows and columns for images of a height and width in pixels."""
+        height, width = height_width
+        patch_height, patch_width = self.patch_height_width
         return height // patch_height, width // patch_width
 
     @property

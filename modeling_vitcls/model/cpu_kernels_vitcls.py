@@ -15,7 +15,7 @@ On CPUs without bfloat16 or float16 instructions, half-precision products, inclu
 in float32 and then rounded. The subclasses add no state. Parameters, state dicts, `isinstance` checks, copying and
 pickling work as in plain modules. Plain PyTorch is used on other devices, in exported and traced programs, under
 torch.func, for modules with hooks, for quantized, sharded or parametrized weights, and if a private PyTorch API is
-missing. Under autocast, oneDNN is used only for weights in bfloat16. docs/speed.md shows what each kernel is worth.
+missing. Under autocast, oneDNN is used only for weights in bfloat16. docs/speed.md lists the speedups.
 """
 
 import os

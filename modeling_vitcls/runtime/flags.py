@@ -56,9 +56,9 @@ def get_flag_fields(options_class: Any) -> dict[str, dataclasses.Field[Any]]:
 
 
 def find_similar_flag(name: str, flag_names: Collection[str]) -> str | None:
-    """Return the flag that an unknown name stands for, or None.
+    """Return the flag of this package for an unknown name, or None.
 
-    It is the equivalent of the name here, or the most similar name.
+    It is the equivalent flag, or the one with the most similar name.
     """
     equivalent = EQUIVALENT_FLAGS.get(name)
     if equivalent in flag_names:

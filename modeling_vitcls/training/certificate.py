@@ -318,6 +318,8 @@ def compare_graphs(
                 if name not in new_outputs:
                     raise ValueError(f"{file_name} has no output {name} in the new folder")
                 found = new_outputs[name][:, : expected.shape[1]]
+                if not (found.isfinite().all() and expected.isfinite().all()):
+                    raise ValueError(f"the output {name} of {file_name} is not finite")
                 repeated = torch.cat([outputs[name] for outputs in single])
                 for maxima, other in ((differences, found), (repeatability, repeated)):
                     difference = (other - expected).abs().max().item()

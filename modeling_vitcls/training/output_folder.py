@@ -85,8 +85,8 @@ LOCK_TIMEOUT = 10.0
 def check_replaceable(options: Any, store: CheckpointStore) -> None:
     """Raise ValueError if a new run would replace files without --overwrite, including files of no run.
 
-    The same holds if --overwrite would remove the initial model or the teacher. `store` contains
-    the checkpoints in the output folder.
+    Also raise ValueError if --overwrite would remove the initial model or the teacher. `store` contains the
+    checkpoints in the output folder.
     """
     folder = options.output_dir
     if options.run.overwrite:

@@ -766,8 +766,8 @@ def start_trackers(accelerator: Accelerator, options: Any) -> None:
 def stop_on_errors(num_workers: int) -> Iterator[None]:
     """Convert OSError and ValueError inside the `with` block to RunStopped.
 
-    They are a full disk, unreadable images, data loading processes that do not answer, or a
-    checkpoint of another model.
+    They are raised for a full disk, unreadable images, stalled data loading processes, or a checkpoint of another
+    model.
     """
     try:
         with explain_worker_errors(num_workers):

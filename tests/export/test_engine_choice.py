@@ -10,8 +10,17 @@ import pytest
 import torch
 from helpers.photo_folders import write_photos
 from helpers.tiny_models import build_tiny_config, save_with_processor
+from torch.nn.modules.module import register_module_forward_pre_hook
+from transformers.image_utils import SizeDict
 
-from modeling_vitcls import EmbedImages, ViTCLSForImageClassification, predict
+from modeling_vitcls import (
+    EmbedImages,
+    ViTCLSConfig,
+    ViTCLSForImageClassification,
+    ViTCLSImageProcessor,
+    evaluate,
+    predict,
+)
 from modeling_vitcls.export import engine_choice
 from modeling_vitcls.inference import engines
 from modeling_vitcls.inference.engines import ENGINES_FOLDER, TORCH
@@ -144,7 +153,7 @@ def test_a_graph_with_other_outputs_is_not_chosen(
     monkeypatch.setattr(
         engine_choice, "measure_error", lambda outputs, reference: 0.1 if outputs else 0.0
     )
-    monkeypatch.setattr(engine_choice, "measure_torch_error", lambda job, images: 0.0)
+    monkeypatch.setattr(engine_choice, "measure_torch_error", lambda *arguments: 0.0)
     (model / ENGINES_FOLDER / engines.CHOICES_FILE).unlink()
     predict_photos(model, photos)
     assert engines.CHOICES_FILE in [file.name for file in (model / ENGINES_FOLDER).iterdir()]
@@ -172,6 +181,76 @@ def test_graphs_of_other_weights_are_not_run(
     rows = predict_photos(model, photos)
     assert [row["label"] for row in rows] == [row["label"] for row in expected]
     assert list_engines(model) == ["logits-32x32.xml"]
+
+
+def test_graphs_of_another_temperature_are_not_run(
+    model: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The temperature is in the graph, and in config.json instead of the weights."""
+    config = ViTCLSConfig.from_pretrained(model)
+    config.temperature = 3.0
+    config.save_pretrained(model)
+    expected = predict_photos(model, photos, backend="torch")
+    call_job_large(monkeypatch)
+    let_win(monkeypatch, ".xml")
+    rows = predict_photos(model, photos)
+    np.testing.assert_allclose(
+        [row["probability"] for row in rows], [row["probability"] for row in expected], atol=1e-5
+    )
+
+
+def test_images_of_several_sizes_are_computed_by_torch(
+    model: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    processor = ViTCLSImageProcessor.from_pretrained(model)
+    processor.size = SizeDict(shortest_edge=32)
+    processor.save_pretrained(model)
+    call_job_large(monkeypatch)
+    let_win(monkeypatch, ".xml")
+    rows = predict_photos(model, photos)
+    assert all(row["error"] is None for row in rows)
+    assert "engine:" not in capsys.readouterr().err
+
+
+def test_a_classifier_whose_logits_are_zero_is_measured(
+    saved: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(saved, tmp_path / "model")
+    zero = ViTCLSForImageClassification.from_pretrained(folder)
+    torch.nn.init.zeros_(zero.classifier.weight)
+    torch.nn.init.zeros_(zero.classifier.bias)
+    zero.save_pretrained(folder)
+    call_job_large(monkeypatch)
+    let_win(monkeypatch, ".xml")
+    rows = predict_photos(folder, photos)
+    assert rows[0]["probability"] == pytest.approx(1 / 3)
+
+
+def test_an_output_that_is_not_finite_has_no_error_that_passes_a_limit() -> None:
+    reference = {"logits": torch.ones(1, 3), "cls_logits": torch.ones(1, 3)}
+    outputs = {"logits": torch.ones(1, 3), "cls_logits": torch.tensor([[1.0, torch.nan, 1.0]])}
+    assert not engine_choice.measure_error(outputs, reference) <= 1e9
+
+
+def test_evaluation_measures_pytorch_in_the_precision_of_the_job(
+    saved: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(saved, tmp_path / "model")
+    call_job_large(monkeypatch)
+    states: list[tuple[bool, bool]] = []
+
+    def measure(works: dict[str, Callable[[], Any]]) -> dict[str, float]:
+        def record(module: Any, inputs: Any) -> None:
+            states.append((torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()))
+
+        handle = register_module_forward_pre_hook(record)
+        works[TORCH]()
+        handle.remove()
+        return dict.fromkeys(works, 1.0)
+
+    monkeypatch.setattr(engine_choice, "measure_seconds", measure)
+    evaluate(folder, photos, mixed_precision="bf16", num_workers=0)
+    assert set(states) == {(True, False)}
 
 
 def test_a_damaged_graph_is_replaced_by_torch(
