@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from helpers.command_in_process import run_here
@@ -293,6 +294,22 @@ def test_exported_graphs_are_compared_within_the_repeatability_of_the_engine(
             shutil.copyfile(file, tmp_path / "new" / file.name)
     difference = verify_unchanged(tmp_path / "old", tmp_path / "new")["difference"]
     assert f"logits of {file_name} differs" in difference
+
+
+def test_a_graph_whose_outputs_are_not_finite_does_not_count_as_unchanged(
+    digits: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(digits, tmp_path / "old")
+    target = tmp_path / "old" / "model.onnx"
+    flags = ["--model", tmp_path / "old", "--format", "onnx", "--output", target]
+    assert run_here("export", *map(str, flags)) == 0
+    shutil.copytree(tmp_path / "old", tmp_path / "new")
+
+    graph = onnx.load(target)
+    (bias,) = (each for each in graph.graph.initializer if each.name.endswith("classifier.bias"))
+    bias.CopyFrom(onnx.numpy_helper.from_array(np.full(10, np.nan, np.float32), bias.name))
+    onnx.save(graph, tmp_path / "new" / "model.onnx")
+    assert "not finite" in verify_unchanged(tmp_path / "old", tmp_path / "new")["difference"]
 
 
 def test_two_unrelated_models_are_compared_by_their_predictions(
