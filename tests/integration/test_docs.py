@@ -4,6 +4,7 @@ Fast tests resolve the imports of Python blocks; slow tests run the blocks. The
 blocks of a page run one after the other in one process, offline, in a folder with
     photos/cat/*.png, photos/dog/*.png, photo.jpg    real digits as images
     runs/photos                                      a small classifier of cat and dog, with random weights
+    runs/digits                                      the same for ten digits
     study_digits                                     the recipe with two seeds, and two training steps per run
 
 An HTML comment in the line before a block changes what happens to it:
@@ -437,14 +438,14 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
             image = Image.fromarray((pixels * 15).astype(np.uint8)).convert("RGB").resize((40, 36))
             image.save(folder / "photos" / name / f"{index}.png")
     image.save(folder / "photo.jpg")
-    config = ViTCLSConfig.from_preset(
-        "tiny", image_size=32, hidden_size=32, num_attention_heads=2, num_hidden_layers=2, num_register_tokens=2,
-        id2label={0: "cat", 1: "dog"},
-    )  # fmt: skip
-    ViTCLSForImageClassification(config).save_pretrained(folder / "runs" / "photos")
-    ViTCLSImageProcessor(size={"height": 32, "width": 32}).save_pretrained(
-        folder / "runs" / "photos"
-    )
+    for name, labels in (("photos", ("cat", "dog")), ("digits", range(10))):
+        config = ViTCLSConfig.from_preset(
+            "tiny", image_size=32, hidden_size=32, num_attention_heads=2, num_hidden_layers=2, num_register_tokens=2,
+            id2label=dict(enumerate(map(str, labels))),
+        )  # fmt: skip
+        ViTCLSForImageClassification(config).save_pretrained(folder / "runs" / name)
+        processor = ViTCLSImageProcessor(size={"height": 32, "width": 32})
+        processor.save_pretrained(folder / "runs" / name)
     # found before the study of this name in the package, which takes minutes
     study = yaml.safe_load(
         (ROOT / "scripts" / "recipes" / "study_digits.yaml").read_text(encoding="utf-8")
