@@ -6,6 +6,7 @@ ENCODER is a transformers folder of a ViT, and PHOTOS has the folders train/CLAS
 labels and each seed, the same training photographs go through
 
     ours          `vitcls finetune` and `vitcls evaluate` with no other flags than paths
+    all labels    the same with `--held-out-fraction 0`: no photographs are held out to measure the result
     scikit-learn  the encoder and its own image processor in transformers, `LogisticRegressionCV` on the CLS token
 
 The features of scikit-learn's side are computed once; its CPU time is that of the images that a run needs. An
@@ -18,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -35,6 +37,8 @@ from modeling_vitcls.runtime.files import read_json, write_json
 
 
 BATCH_SIZE = 8
+ALL_LABELS = ("--held-out-fraction", "0")
+NAMES = {"ours": "ours", "all": "ours, all labels", "peer": "scikit-learn"}
 STRENGTHS = (1e-3, 1e-2, 0.1, 1.0, 10.0)  # C of the peer, chosen by its own cross-validation
 
 
@@ -76,9 +80,14 @@ def main() -> None:
             if features is None:
                 features = compute_features(options)
             chosen = draw_photos(options.photos / "train", num_labels, seed)
-            ours = run_ours(options, chosen, f"{num_labels}-{seed}")
-            peer = run_peer(options, chosen, features)
-            rows.append({"labels": num_labels, "seed": seed, "ours": ours, "peer": peer})
+            row = {
+                "labels": num_labels,
+                "seed": seed,
+                "ours": run_ours(options, chosen, f"{num_labels}-{seed}"),
+                "all": run_ours(options, chosen, f"{num_labels}-{seed}-all", ALL_LABELS),
+                "peer": run_peer(options, chosen, features),
+            }
+            rows.append(row)
             write_json(file, {"rows": rows})
             print(rows[-1], flush=True)
     (options.output / "README.md").write_text(format_page(rows), encoding="utf-8")
@@ -103,7 +112,9 @@ def list_photos(folder: Path) -> list[Path]:
 # Ours ----------------------------------------------------------------------------------------------------------------
 
 
-def run_ours(options: Options, chosen: list[Path], name: str) -> dict[str, float]:
+def run_ours(
+    options: Options, chosen: list[Path], name: str, flags: Sequence[str] = ()
+) -> dict[str, float]:
     """Fine-tune on the chosen photographs, and evaluate on all test photographs."""
     folder = options.output / name
     photos = folder / "photos"
@@ -115,7 +126,7 @@ def run_ours(options: Options, chosen: list[Path], name: str) -> dict[str, float
     run = folder / "run"
     result = folder / "evaluation.json"
     model = ["--model", options.encoder, "--dataset", photos, "--output-dir", run]
-    train_seconds = run_command("finetune", *model)
+    train_seconds = run_command("finetune", *model, *flags)
     data = ["--model", run, "--dataset", options.photos / "test", "--output", result]
     evaluate_seconds = run_command("evaluate", *data)
     metrics = read_json(result)
@@ -191,14 +202,14 @@ def run_peer(options: Options, chosen: list[Path], features: Features) -> dict[s
 def format_page(rows: list[dict[str, Any]]) -> str:
     """Return the tables of the study."""
     lines = [
-        "| labels per class | seed | ours | scikit-learn | difference, points |",
-        "|---:|---:|---:|---:|---:|",
+        "| labels per class | seed | ours | ours, all labels | scikit-learn | differences, points |",
+        "|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
-        ours = 100 * row["ours"]["accuracy"]
-        peer = 100 * row["peer"]["accuracy"]
+        ours, with_all, peer = (100 * row[name]["accuracy"] for name in NAMES)
         lines.append(
-            f"| {row['labels']} | {row['seed']} | {ours:.1f}% | {peer:.1f}% | {ours - peer:+.1f} |"
+            f"| {row['labels']} | {row['seed']} | {ours:.1f}% | {with_all:.1f}% | {peer:.1f}% "
+            f"| {ours - peer:+.1f}, {with_all - peer:+.1f} |"
         )
     lines += [
         "",
@@ -206,14 +217,14 @@ def format_page(rows: list[dict[str, Any]]) -> str:
         "|---:|---|---:|---:|---:|",
     ]
     for num_labels in dict.fromkeys(row["labels"] for row in rows):
-        for name in ("ours", "peer"):
+        for name, heading in NAMES.items():
             runs = [row[name] for row in rows if row["labels"] == num_labels]
             means = {
                 key: fmean(run[key] for run in runs)
                 for key in ("accuracy", "calibration_error", "cpu_seconds")
             }
             lines.append(
-                f"| {num_labels} | {'scikit-learn' if name == 'peer' else name} | {means['accuracy']:.1%} "
+                f"| {num_labels} | {heading} | {means['accuracy']:.1%} "
                 f"| {100 * means['calibration_error']:.1f} | {means['cpu_seconds']:.0f} |"
             )
     return "\n".join(lines) + "\n"
