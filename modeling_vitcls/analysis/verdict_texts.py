@@ -75,6 +75,8 @@ def describe_outcome(verdict: Verdict) -> str:
     place = f"in {'their' if verdict.is_group else 'its'} place"
     if outcome is Outcome.READ:
         tasks = ", ".join(filter(None, numbers["heads"]))
+        if not tasks and not verdict.faults:  # the headline says that it is read
+            return sentence
         subject = "They are" if verdict.is_group else "It is"
         return f"{subject} read by the classifier{f' ({tasks})' if tasks else ''}. {sentence}"
     if outcome is Outcome.REPLACEABLE:
