@@ -89,6 +89,7 @@ from .training_setup import TrainingSetup, build_training_images
 DEFAULT_STREAM_SAVE_EVERY = (
     1000  # default of --save-every in steps for streams, which have no epochs
 )
+FEW_IMAGES_PER_CLASS = 100
 ALL = slice(None)
 FIRST_HALF = slice(0, None, 2)
 SECOND_HALF = slice(1, None, 2)  # of the held-out images
@@ -734,6 +735,27 @@ def print_result(
     if "features" in results:
         reporter.print_line("features", results["features"]["summary"])
     reporter.print_line("saved", f"{environment.folder} (model, image processor, {RESULTS_FILE})")
+    if suggestion := suggest_all_images(loaded):
+        reporter.print_line("next", suggestion)
+
+
+def suggest_all_images(loaded: Loaded) -> str | None:
+    """Return how to train on the held-out images as well, for a frozen model and few images per class.
+
+    The part of the images that is held out then costs accuracy (model_cards/studies/first_answer.md).
+    """
+    data = loaded.data
+    num_held_out = data.num_held_out_images
+    num_images = count_training_images(loaded)
+    if loaded.has_steps or data.record.rule is None or not num_held_out or num_images is None:
+        return None
+    num_classes = max(map(len, data.label_space.columns.values()))
+    if num_images >= FEW_IMAGES_PER_CLASS * num_classes:
+        return None
+    return (
+        f"{num_held_out} images are held out for this result. To train on them as well, repeat the command with "
+        "--held-out-fraction 0 and another --output-dir"
+    )
 
 
 # Parts ---------------------------------------------------------------------------------------------------------------
