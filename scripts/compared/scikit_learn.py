@@ -26,4 +26,5 @@ def read(split):
 
 features, labels = read("train")
 classifier = LogisticRegressionCV(cv=5, scoring="neg_log_loss", max_iter=500).fit(features, labels)
-print("accuracy", classifier.score(*read("test")))
+features, labels = read("test")
+print("accuracy", np.mean(classifier.predict(features) == labels))
