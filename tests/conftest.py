@@ -123,10 +123,12 @@ def store(tmp_path: Path) -> Any:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def enable_ctrl_c() -> None:
-    """Restore the default handler of SIGINT: background jobs of a shell, and their child processes, ignore Ctrl-C."""
+def enable_signals() -> None:
+    """Restore default handlers: background jobs of a shell ignore SIGINT, and `nohup make test` ignores SIGHUP."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture
