@@ -8,12 +8,16 @@ prediction      name                                    list of names with a pro
 probabilities   list, in the order of the model's labels (calibrated if the model has a temperature)
 loss            cross-entropy                           binary cross-entropy, mean over the labels
 energy          -log(sum(exp(logits)))                  -
+nearest_image   of a wrong prediction: the training image   -
+                with the most similar features
 
-`finetune` writes the same file for its held-out images, predictions.parquet. Several tasks are not supported. The
-metadata of the file contains the hash of the model's weights, because predictions of other weights must not be used.
+`finetune` writes the same file for its held-out images, predictions.parquet. Only this file has the column
+`nearest_image`, and only if the frozen model is saved. Several tasks are not supported. The metadata of the file
+contains the hash of the model's weights, because predictions of other weights must not be used.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +38,22 @@ METADATA_KEY = b"vitcls"
 
 
 def write_predictions(
-    file: Path, evaluator: Evaluator, weights_hash: dict[str, str] | None
+    file: Path,
+    evaluator: Evaluator,
+    weights_hash: dict[str, str] | None,
+    nearest_images: Mapping[int, str] | None = None,
 ) -> None:
     """Write a Parquet file with the columns in the header of this file, for the last evaluation.
 
-    The images are those of `Evaluator.rows`. The metadata has the SHA-256 of each weight file of
-    the model. Raise ValueError without labeled images, and OSError if the file cannot be written.
+    Args:
+        file: The file to write.
+        evaluator: Its `rows` are the images.
+        weights_hash: SHA-256 of each weight file of the model, for the metadata.
+        nearest_images: Name of the nearest training image, by the index of the image.
+
+    Raises:
+        ValueError: Without labeled images.
+        OSError: If the file cannot be written.
     """
     import pandas as pd
 
@@ -60,6 +74,8 @@ def write_predictions(
             "loss": cross_entropy(logits, targets, reduction="none").numpy(),
             "energy": compute_energies(logits.numpy()),
         }
+        if nearest_images is not None:
+            columns["nearest_image"] = [nearest_images.get(row.index) for row in rows]
     else:
         columns |= {
             "label": [select_names(names, row) for row in targets],

@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 from PIL import Image
 
 from ..analysis.maps import resize_with_region, to_upright_rgb
 from ..analysis.report import encode_data_url
+from ..data.images import LabeledImages
 from ..data.labels import get_label_space
+from ..data.splits import TrainingData
 from ..hub.model_files import PREDICTIONS_FILE
 from ..hub.model_folder import ModelFolder, warn_once
 from ..inference.confidence import measure_prediction_sets
@@ -24,7 +27,7 @@ THUMBNAIL_SIDE = 240  # longer side of a wrong image in the report, in pixels
 
 
 def describe_predictions(
-    folder: ModelFolder, images: Sequence[Image.Image] | None = None
+    folder: ModelFolder, data: TrainingData | None = None
 ) -> dict[str, Any] | None:
     """Return what the report says about the predictions of held-out images.
 
@@ -33,7 +36,7 @@ def describe_predictions(
 
     Args:
         folder: The folder of a run.
-        images: The held-out images, for thumbnails of the images with the highest losses.
+        data: Its data, for thumbnails of the images with the highest losses and of their nearest training images.
     """
     import pandas as pd
 
@@ -45,9 +48,10 @@ def describe_predictions(
         if read_weights_hash(file) != folder.weights_sha256:
             warn_once(f"ignoring {file}, because it contains the predictions of other weights")
             return None
-        rows = pd.read_parquet(
-            file, columns=["index", "image", "label", "prediction", "probabilities", "loss"]
-        )
+        columns = ["index", "image", "label", "prediction", "probabilities", "loss"]
+        if "nearest_image" in pq.read_schema(file).names:
+            columns.append("nearest_image")
+        rows = pd.read_parquet(file, columns=columns)
     except (OSError, ValueError):  # pyarrow's errors are subclasses
         warn_once(
             f"ignoring {file}, because it is not readable. Write it again with `vitcls evaluate --per-image`"
@@ -57,19 +61,14 @@ def describe_predictions(
         return None
     rows["confidence"] = rows["probabilities"].map(max)
     wrong = rows[rows["label"] != rows["prediction"]].sort_values("loss", ascending=False)
-    wrong_rows = wrong.head(MAX_WRONG_IMAGES)[
-        ["index", "image", "label", "prediction", "confidence"]
-    ].to_dict("records")
-    for row in wrong_rows:
-        if images is None:
-            break
-        try:
-            thumbnail, _ = resize_with_region(
-                to_upright_rgb(images[row["index"]]), None, THUMBNAIL_SIDE, 1
-            )
-        except (IndexError, ValueError):  # the dataset has changed, or the image is unreadable
-            continue
-        row["url"] = encode_data_url(thumbnail)
+    shown = wrong.head(MAX_WRONG_IMAGES)
+    columns = ["index", "image", "label", "prediction", "confidence"]
+    wrong_rows = shown[columns].to_dict("records")
+    if data is not None:
+        for row in wrong_rows:
+            row["url"] = draw_thumbnail(data.held_out.images, row["index"])
+        if "nearest_image" in shown:
+            add_nearest_images(wrong_rows, list(shown["nearest_image"]), data)
     names = get_label_space(config).names
     targets = np.array([names.index(label) for label in rows["label"]])
     return {
@@ -82,6 +81,42 @@ def describe_predictions(
         "coverage": COVERAGE,
         "sets": measure_prediction_sets(np.stack(rows["probabilities"]), targets, names, COVERAGE),
     }
+
+
+def draw_thumbnail(images: Sequence[Image.Image], index: int) -> str | None:
+    """Return a small image as a data URL; None if the dataset has changed, or the image is unreadable."""
+    try:
+        image = to_upright_rgb(images[index])
+    except (IndexError, ValueError):
+        return None
+    thumbnail, _ = resize_with_region(image, None, THUMBNAIL_SIDE, 1)
+    return encode_data_url(thumbnail)
+
+
+def add_nearest_images(
+    rows: list[dict[str, Any]], nearest_names: list[str | None], data: TrainingData
+) -> None:
+    """Add the thumbnail, name and label of the nearest training image to the rows of wrong predictions.
+
+    Args:
+        rows: The rows. A row without a nearest image does not change.
+        nearest_names: Name of the nearest training image of each row, or None.
+        data: The data of the run. The nearest image may be a selection image, to which a frozen model is fitted, too.
+    """
+    class_names = data.label_space.names
+    for images in (data.train, data.selection):
+        if not isinstance(images, LabeledImages):
+            continue
+        index_by_name = {name: index for index, name in enumerate(images.images.get_names())}
+        for row, name in zip(rows, nearest_names, strict=True):
+            if name is None or "nearest" in row or name not in index_by_name:
+                continue
+            index = index_by_name[name]
+            row["nearest"] = {
+                "image": name,
+                "label": class_names[images.labels[index]],
+                "url": draw_thumbnail(images.images, index),
+            }
 
 
 def describe_accuracy(rows: Any) -> str:

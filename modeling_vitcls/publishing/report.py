@@ -66,7 +66,7 @@ def write_report(folder: ModelFolder, warn: Callable[[str], None]) -> str | None
                     items, f"report, {description}", unit="", has_bar=False
                 ),
             )
-            predictions = describe_predictions(folder, data.held_out.images)
+            predictions = describe_predictions(folder, data)
             name = folder.path.resolve().name
             write_page(folder.path / REPORT_FILE, inspection, name, images.source, predictions)
     if folder.config is not None:

@@ -204,6 +204,7 @@ def save_output(
     initial: InitialModel,
     accelerator: Accelerator,
     evaluator: Evaluator | None,
+    nearest_images: dict[int, str] | None,
 ) -> None:
     """Write the model, the image processor, results.json and the evaluator's predictions.
 
@@ -224,7 +225,8 @@ def save_output(
                 write_model_files(setup, folder, weights, results, options, initial)
                 if evaluator is not None:
                     weights_hash = read_json(folder / RESULTS_FILE)["weights_sha256"]
-                    write_predictions(folder / PREDICTIONS_FILE, evaluator, weights_hash)
+                    file = folder / PREDICTIONS_FILE
+                    write_predictions(file, evaluator, weights_hash, nearest_images)
         except WRITE_ERRORS as error:
             raise OSError(format_error(error)) from error
 

@@ -12,13 +12,14 @@ selection images, and its temperature comes from the images that each fold leave
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
+from sklearn.metrics.pairwise import cosine_similarity
 from threadpoolctl import threadpool_limits
 from torch import nn
 
@@ -139,6 +140,7 @@ class FittedProbe:
     record: dict[str, Any]  # for results.json
     features: np.ndarray  # [N, F] of the training images; the first ones are those of the choice
     labels: np.ndarray  # [N]
+    sources: list[tuple[LabeledImages, np.ndarray]]  # datasets of the N images, and indices in each
     selection: FrozenPass | None
     held_out: FrozenPass | None
 
@@ -163,6 +165,26 @@ class FittedProbe:
         is_predicted = np.isfinite(self.choice.score.losses)
         labels = self.labels[: len(is_predicted)]
         return self.choice.score.logits[is_predicted].astype(np.float32), labels[is_predicted]
+
+    def find_nearest_images(self, held_out_indices: Sequence[int]) -> dict[int, str]:
+        """Return the name of the training image that is most similar to each of some held-out images, by its index.
+
+        The similarity is the cosine of the features that the classifier reads.
+        """
+        assert self.held_out is not None
+        held_out = self.held_out.features
+        held_out = held_out.take(np.isin(held_out.indices, held_out_indices))
+        similarities = cosine_similarity(held_out.select(self.choice.candidate), self.features)
+        images = [
+            (dataset, index) for dataset, indices in self.sources for index in indices.tolist()
+        ]
+        names = {}
+        for held_out_index, nearest in zip(
+            held_out.indices.tolist(), similarities.argmax(axis=1).tolist(), strict=True
+        ):
+            dataset, index = images[nearest]
+            (names[held_out_index],) = dataset.select([index]).images.get_names()
+        return names
 
 
 @dataclass(frozen=True)
@@ -215,11 +237,13 @@ class Probe:
             features, comparison = self.compare_with_squash(first_images, features)
 
         # Layers, tokens, scale and strength, on all images that are not held out if no training follows
+        sources = [(first_images, features.indices)]
         selection = None
         if data.selection is not None and len(data.selection):
             selection = self.compute_features(data.selection, layout, warn=reporter.warn)
             if is_final:
                 features = concatenate_features(features, selection.features)
+                sources.append((data.selection, selection.features.indices))
                 selection = None
         choice = self.choose(features)
         self.set_pooling(choice.candidate)
@@ -228,6 +252,7 @@ class Probe:
         parts = [features]
         if len(other_images):
             parts.append(self.compute_features(other_images, layout).features)
+            sources.append((other_images, parts[-1].indices))
         held_out = None
         if len(data.held_out):
             held_out = self.compute_features(data.held_out, layout, warn=reporter.warn)
@@ -237,6 +262,7 @@ class Probe:
             record=build_record(choice, get_fit(self.processor), comparison, parts),
             features=np.concatenate([part.select(choice.candidate) for part in parts]),
             labels=np.concatenate([part.labels for part in parts]),
+            sources=sources,
             selection=selection,
             held_out=held_out,
         )

@@ -32,7 +32,7 @@ from ..data.splits import TrainingData, describe_data, load_on_main
 from ..data.streaming import StreamedImages
 from ..data.workers import explain_worker_errors
 from ..inference.frozen_features import HeadEvaluator
-from ..inference.per_image import get_outputs
+from ..inference.per_image import get_outputs, is_labeled
 from ..runtime.distributed import (
     build_accelerator,
     configure_layer_sharding,
@@ -159,6 +159,8 @@ class Result:
     metrics: dict[str, Any]
     calibration: dict[str, Any] | None
     evaluator: Any  # whose outputs are written to predictions.parquet; None without predictions
+    # name of the nearest training image of each wrong prediction, by its index
+    nearest_images: dict[int, str] | None
 
 
 def train(
@@ -214,7 +216,13 @@ def run(kind: ModuleType, options: Options, on_checkpoint: Callable[[Path], None
             loaded, trained, result, environment, features_before, features_after
         )
         save_output(
-            loaded.setup, results, loaded.options, loaded.initial, accelerator, result.evaluator
+            loaded.setup,
+            results,
+            loaded.options,
+            loaded.initial,
+            accelerator,
+            evaluator=result.evaluator,
+            nearest_images=result.nearest_images,
         )
         print_result(results, loaded, trained, environment)
 
@@ -618,7 +626,18 @@ def finish_model(
                 after = 100 * errors["calibration_error"]
                 text += f"; calibration error {before:.1f} -> {after:.1f} points"
         environment.reporter.print_line("calibration", text)
-    return Result(metrics, record, evaluate if keeps_predictions else None)
+    if not keeps_predictions:
+        return Result(metrics, record, evaluator=None, nearest_images=None)
+    return Result(metrics, record, evaluate, find_nearest_images(frozen, evaluate))
+
+
+def find_nearest_images(frozen: FittedProbe | None, evaluate: Any) -> dict[int, str] | None:
+    """Return the nearest training image of each wrong prediction of a frozen model with one label per image."""
+    if frozen is None or frozen.held_out is None or frozen.labels.ndim > 1:
+        return None
+    rows = [row for row in evaluate.rows if is_labeled(row)]
+    wrong = [row.index for row in rows if row.values.argmax() != row.label]
+    return frozen.find_nearest_images(wrong) if wrong else {}
 
 
 def refit_frozen_model(

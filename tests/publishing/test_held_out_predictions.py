@@ -12,12 +12,17 @@ from helpers.tiny_models import build_tiny_config, save_with_processor
 from PIL import Image
 
 from modeling_vitcls import ViTCLSForImageClassification
+from modeling_vitcls.data.held_out import HeldOutRecord
+from modeling_vitcls.data.images import ArrayImages, LabeledImages
+from modeling_vitcls.data.labels import LabelSpace
+from modeling_vitcls.data.splits import TrainingData
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.publishing.card import render_card
 from modeling_vitcls.publishing.held_out_predictions import describe_accuracy, describe_predictions
 
 
 NAMES = ["dusk", "noon", "x"]
+NO_IMAGES = LabeledImages(ArrayImages(np.zeros((0, 8, 8), np.uint8)), [])
 
 
 @pytest.fixture
@@ -43,11 +48,27 @@ def folder(tmp_path: Path) -> Path:
     return target
 
 
+def build_data(held_out: LabeledImages, train: LabeledImages = NO_IMAGES) -> TrainingData:
+    """Return the data of a run with images in memory."""
+    label_space = LabelSpace("single_label_classification", {"label": NAMES})
+    record = HeldOutRecord(split="test", num_images=len(held_out))
+    return TrainingData(
+        name="skies",
+        label_space=label_space,
+        train_split="train",
+        train=train,
+        held_out=held_out,
+        held_out_name="test",
+        record=record,
+    )
+
+
 def test_wrong_images_and_prediction_sets_are_counted(folder: Path) -> None:
     rows = pd.read_parquet(folder / "predictions.parquet")
     wrong = rows[rows["label"] != rows["prediction"]].sort_values("loss")
     num_images = wrong["index"].tolist()[-1]  # the image with the highest loss is missing
-    found = describe_predictions(ModelFolder(folder), [Image.new("RGB", (300, 200))] * num_images)
+    images = LabeledImages([Image.new("RGB", (300, 200))] * num_images, [0] * num_images)
+    found = describe_predictions(ModelFolder(folder), build_data(images))
     assert found["num_wrong"] == len(wrong) > 12 == len(found["wrong"])
     assert found["num_images"] == 400
     assert found["calibration"]["num_images"] == 180
@@ -56,9 +77,9 @@ def test_wrong_images_and_prediction_sets_are_counted(folder: Path) -> None:
     )
     assert [row["index"] for row in found["wrong"]] == wrong["index"].tolist()[:-13:-1]
     assert [row["index"] < num_images for row in found["wrong"]] == [
-        "url" in row for row in found["wrong"]
+        row["url"] is not None for row in found["wrong"]
     ]
-    urls = [row["url"] for row in found["wrong"] if "url" in row]
+    urls = [row["url"] for row in found["wrong"] if row["url"]]
     assert urls
     assert all(Image.open(urlopen(url)).size == (240, 160) for url in urls)
     # Split conformal prediction by hand.
@@ -72,6 +93,18 @@ def test_wrong_images_and_prediction_sets_are_counted(folder: Path) -> None:
     assert everything["size"] == pytest.approx(sets.sum() / 200)
     assert classes[2]["coverage"] == pytest.approx(sets[targets[1::2] == 2, 2].mean())
     assert 0.85 < everything["coverage"] < 0.95
+
+
+def test_a_wrong_image_stands_beside_its_nearest_training_image(folder: Path) -> None:
+    pixels = np.arange(3 * 64, dtype=np.uint8).reshape(3, 8, 8)
+    train = LabeledImages(ArrayImages(pixels), [0, 1, 2])
+    rows = pd.read_parquet(folder / "predictions.parquet")
+    write_predictions(folder, rows.assign(nearest_image=train.images.get_names()[2]))
+    found = describe_predictions(ModelFolder(folder), build_data(NO_IMAGES, train))
+    nearest = found["wrong"][0]["nearest"]
+    assert nearest["label"] == NAMES[2]
+    shown = np.asarray(Image.open(urlopen(nearest["url"])).resize((8, 8)).convert("L"))
+    assert np.abs(shown - pixels[2].astype(float)).mean() < 8
 
 
 def test_the_headline_names_the_accuracy_and_the_most_frequent_confusion(folder: Path) -> None:

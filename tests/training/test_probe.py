@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from helpers.tiny_options import (
@@ -19,6 +20,7 @@ from helpers.tiny_options import (
 from PIL import Image
 from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import StandardScaler
 from transformers import Trainer, TrainingArguments
 from transformers.image_utils import SizeDict
@@ -64,25 +66,26 @@ def compute_logits(run: Path, images: Any) -> np.ndarray:
     return model(pixel_values).logits.numpy()
 
 
+@torch.no_grad()
+def compute_features(run: Path, images: Any) -> np.ndarray:
+    """Compute the input of the saved model's classifier."""
+    model = ViTCLSModel.from_pretrained(run).eval()
+    processor = ViTCLSImageProcessor.from_pretrained(run)
+    pixel_values = processor([images[index] for index in range(len(images))], return_tensors="pt")[
+        "pixel_values"
+    ]
+    return model(pixel_values).pooler_output.double().numpy()
+
+
 def fit_reference(run: Path, frozen: dict[str, Any], parts: list[Any], images: Any) -> np.ndarray:
     """Return the probabilities of scikit-learn's regression on the input of the saved model's classifier."""
-
-    @torch.no_grad()
-    def compute_features(part: Any) -> np.ndarray:
-        model = ViTCLSModel.from_pretrained(run).eval()
-        processor = ViTCLSImageProcessor.from_pretrained(run)
-        pixel_values = processor([part[index] for index in range(len(part))], return_tensors="pt")[
-            "pixel_values"
-        ]
-        return model(pixel_values).pooler_output.double().numpy()
-
-    features = np.concatenate([compute_features(part.images) for part in parts])
+    features = np.concatenate([compute_features(run, part.images) for part in parts])
     labels = np.concatenate([part.labels for part in parts])
     scaler = StandardScaler(with_std=frozen["scale"] == "standardized").fit(features)
     scaled = scaler.transform(features)
     norm = np.sqrt((scaled**2).sum(axis=1).mean())
     regression = LogisticRegression(C=frozen["strength"], max_iter=1000).fit(scaled / norm, labels)
-    return regression.predict_proba(scaler.transform(compute_features(images)) / norm)
+    return regression.predict_proba(scaler.transform(compute_features(run, images)) / norm)
 
 
 def test_the_frozen_model_is_the_regression_of_scikit_learn(encoder: Path, tmp_path: Path) -> None:
@@ -107,6 +110,23 @@ def test_the_reported_accuracy_is_that_of_the_saved_model(encoder: Path, tmp_pat
     predictions = compute_logits(tmp_path / "head", held_out.images).argmax(axis=1)
     assert results["num_images"] == len(held_out)
     assert results["accuracy"] == pytest.approx((predictions == held_out.labels).mean(), abs=1e-6)
+
+
+def test_the_nearest_image_of_a_wrong_prediction_is_that_of_scikit_learn(
+    encoder: Path, tmp_path: Path
+) -> None:
+    options = build_options(tmp_path / "head", encoder, trainable="head")
+    run_training(options)
+    data = prepare_setup(options).data
+    rows = pd.read_parquet(tmp_path / "head" / "predictions.parquet")
+    is_wrong = rows["label"] != rows["prediction"]
+    held_out = compute_features(tmp_path / "head", data.held_out.images)[is_wrong]
+    train = compute_features(tmp_path / "head", data.train.images)
+    nearest = NearestNeighbors(n_neighbors=1, metric="cosine").fit(train).kneighbors(held_out)[1]
+    names = data.train.images.get_names()
+    assert len(nearest) > 0
+    assert rows["nearest_image"][is_wrong].tolist() == [names[index] for (index,) in nearest]
+    assert rows["nearest_image"][~is_wrong].isna().all()
 
 
 def test_no_image_passes_the_frozen_encoder_twice(
