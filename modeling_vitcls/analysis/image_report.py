@@ -129,8 +129,11 @@ def build_image_report(
 
 
 def build_image_predictions(model: Any, outputs: Any) -> list[ImagePrediction]:
-    """Return the predictions for the outputs of one image: that of the classifier, or of each task, and that of each
-    added task. Encoders and regression models have none of their own."""
+    """Return the predictions for the outputs of one image.
+
+    That is the prediction of the classifier, or of each task, and of each added task. Encoders and regression models
+    have none of their own.
+    """
     config: ViTCLSConfig = model.config
     predictions = []
     if is_classifier(model) and config.tasks:
@@ -152,8 +155,10 @@ def build_image_predictions(model: Any, outputs: Any) -> list[ImagePrediction]:
 def build_image_prediction(
     task: str | None, logits: torch.Tensor, names: list[str], threshold: float | None = None
 ) -> ImagePrediction:
-    """Return the prediction for logits [1, labels]. With several labels per image, `threshold` is the probability from
-    which a label is predicted."""
+    """Return the prediction for logits [1, labels].
+
+    With several labels per image, `threshold` is the probability from which a label is predicted.
+    """
     (labels,) = select_top_labels(logits, names, MAX_LABELS)
     top_label = labels[0][0]
     if threshold is not None:

@@ -57,8 +57,7 @@ class InspectOptions(ImageOptions):
 
 @dataclass(frozen=True)
 class LookOptions:
-    """Draw one sheet per photo: attention of each special token by head and by layer, and features and norms of the
-    patches.
+    """Draw one sheet per photo: attention by head and layer, and features and norms of the patches.
 
     The photos are image files, folders or URLs. Each frame of an animated image has a sheet of its own.
     """

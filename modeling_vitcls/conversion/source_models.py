@@ -65,9 +65,10 @@ class TimmSource(Source):
 
     @classmethod
     def load(cls, name: str, random_init: bool) -> "TimmSource":
-        """Load a model by its timm name, with or without a tag and `@FILE`, or with timm's prefix `hf-hub:` or
-        `local-dir:`."""
+        """Load a model by its timm name.
 
+        The name may have a tag, `@FILE`, or timm's prefix `hf-hub:` or `local-dir:`.
+        """
         if ":" not in name:
             check_timm_architecture(name.partition("@")[0].partition(".")[0])
         if random_init and "@" in name and ":" not in name:

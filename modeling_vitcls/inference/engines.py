@@ -138,8 +138,11 @@ def select_engine(job: Job, backend: str, choose_engine: EngineChooser | None = 
 
 
 def open_chosen_engine(job: Job) -> Any:
-    """Return the graph that was chosen for such a job before, or the model in PyTorch if there is none. Raise
-    ValueError if the graph cannot be opened."""
+    """Return the graph that was chosen for such a job before, or the model in PyTorch if there is none.
+
+    Raises:
+        ValueError: If the graph cannot be opened.
+    """
     choice = read_choices(job).get(job.build_key())
     if choice is None or choice.engine == TORCH:
         return job.model

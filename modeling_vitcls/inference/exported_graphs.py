@@ -30,8 +30,10 @@ OPENVINO_HINTS = {"fp32": "f32", "bf16": "bf16"}
 
 
 class GraphError(ValueError):
-    """Raised if a graph cannot be run, or is not a graph of the model. It does not depend on the image, so that
-    prediction stops instead of writing an error for each image."""
+    """Raised if a graph cannot be run, or is not a graph of the model.
+
+    It does not depend on the image, so that prediction stops instead of writing an error for each image.
+    """
 
 
 Runner = Callable[[dict[str, Any]], dict[str, Any]]  # arrays by input name -> arrays by output name
@@ -61,8 +63,11 @@ class ExportedGraph(nn.Module):
             raise ValueError(f"{file} cannot be read: {format_error(error)}") from error
 
     def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the outputs [B, ...] by name, for images [B, C, H, W]. Raise GraphError if the graph does not support
-        the images."""
+        """Return the outputs [B, ...] by name, for images [B, C, H, W].
+
+        Raises:
+            GraphError: If the graph does not support the images.
+        """
         try:
             outputs = self.run({INPUT_NAME: pixel_values.float().cpu().numpy()})
         except Exception as error:
@@ -148,8 +153,10 @@ class ExportedModel(nn.Module):
         output_hidden_states: bool = False,
         num_output_tokens: int | None = None,
     ) -> SimpleNamespace:
-        """Return the outputs [B, ...] of the model for images [B, C, H, W], on the device of the images. The graph
-        always computes all tokens (`num_output_tokens`)."""
+        """Return the outputs [B, ...] of the model for images [B, C, H, W], on the device of the images.
+
+        The graph always computes all tokens (`num_output_tokens`).
+        """
         if output_hidden_states:
             raise ValueError(
                 f"{self.graph.file} has only the outputs of the last layer. Set --backend torch"
@@ -234,8 +241,11 @@ def check_weights(file: Path, folder: ModelFolder, requires_report: bool) -> Non
 
 
 def check_outputs(model: ExportedModel, processor: ViTCLSImageProcessor) -> None:
-    """Run a graph on a blank image. Raise GraphError if the outputs do not have the shapes of the model's outputs, or
-    are not floating-point numbers."""
+    """Run a graph on a blank image.
+
+    Raises:
+        GraphError: If the outputs do not have the shapes of the model's outputs, or are not floating-point numbers.
+    """
     config: Any = model.config
     image = torch.zeros(config.num_channels, *config.image_height_width, dtype=torch.uint8)
     pixel_values = processor(image, input_data_format="channels_first", return_tensors="pt")[

@@ -345,8 +345,10 @@ class AddedRows:
 
 
 def split_folds(labels: np.ndarray, seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return indices of training and validation images for each of five folds, stratified by class. The only image of
-    a class is in the training images of every fold."""
+    """Return indices of training and validation images for each of five folds, stratified by class.
+
+    The only image of a class is in the training images of every fold.
+    """
     from sklearn.model_selection import StratifiedKFold
 
     classes, counts = np.unique(labels, return_counts=True)
@@ -499,8 +501,10 @@ def choose_probe(
 
 
 def is_clearly_worse(losses: np.ndarray, best_losses: np.ndarray, num_errors: float) -> bool:
-    """Return whether the mean of `losses` is more than `num_errors` standard errors above that of `best_losses`. The
-    losses are of the same images, so that the error is that of their differences."""
+    """Return whether the mean of `losses` is more than `num_errors` standard errors above the best.
+
+    The losses are of the same images, so that the error is that of their differences.
+    """
     differences = losses - best_losses
     differences = differences[np.isfinite(differences)]  # without the only image of a class
     return differences.mean() > num_errors * differences.std() / math.sqrt(len(differences))

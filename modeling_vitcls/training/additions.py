@@ -609,8 +609,10 @@ def add_classes_from_options(options: AddClassOptions) -> dict[str, Any]:
 def load_new_images(
     options: AddClassOptions, label_space: LabelSpace
 ) -> tuple[list[str], LabeledImages, LabeledImages | None]:
-    """Return the names of the new classes, their images with labels after the old ones, and the images of the
-    held-out split, if there is one."""
+    """Return the names of the new classes, their images, and the images of the held-out split, if there is one.
+
+    Their labels follow those of the old classes.
+    """
     splits = load_splits(options.data)
     if splits.label_space.kind != SINGLE_LABEL:
         raise ValueError(

@@ -146,8 +146,11 @@ def certify(
 def compare_tensors(
     old_folder: Path, new_folder: Path, changed_heads: Collection[str] = ()
 ) -> dict[str, str]:
-    """Return the SHA-256 of each tensor of the old model. Raise ValueError if the new model lacks one of them or has
-    another value."""
+    """Return the SHA-256 of each tensor of the old model.
+
+    Raises:
+        ValueError: If the new model lacks one of them or has another value.
+    """
     old = hash_weight_tensors(old_folder)
     new = hash_weight_tensors(new_folder)
     is_encoder = not any(name.startswith(ENCODER_PREFIX) for name in old)
@@ -267,8 +270,10 @@ def list_labels(config: ViTCLSConfig) -> list[str]:
 
 
 def compute_outputs(model: Any, pixel_values: Tensor) -> dict[str, Tensor]:
-    """Return the outputs of a model by name. The pooled vector of an encoder has the name of the logits, which it is
-    in a classifier without labels."""
+    """Return the outputs of a model by name.
+
+    The pooled vector of an encoder has the name of the logits, which it is in a classifier without labels.
+    """
     outputs = model(pixel_values)
     if isinstance(model, ViTCLSModel):
         return {"logits": outputs.pooler_output}
@@ -406,8 +411,10 @@ def verify_models(options: VerifyUnchangedOptions) -> dict[str, Any]:
 def compare_predictions(
     folders: Sequence[ModelFolder], data_options: DataOptions, split: str, console: Console
 ) -> dict[str, Any]:
-    """Compare the predictions of two classifiers for all images of a split. Print the accuracy of each class and the
-    number of images with another prediction (McNemar's exact test)."""
+    """Compare the predictions of two classifiers for all images of a split.
+
+    Prints the accuracy of each class and the number of images with another prediction (McNemar's exact test).
+    """
     accelerator, _, warn = set_up_evaluation(EvaluateOptions(folders[0].source, data_options))
     predictions = []
     truths = []

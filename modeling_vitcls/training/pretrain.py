@@ -1,5 +1,8 @@
-"""Pre-training on images without labels: LeJEPA (lejepa.py), MAE (mae.py) or distillation from teachers
-(distillation.py). run.py implements the complete run.
+"""Pre-training on images without labels, by one of three methods. run.py implements the complete run.
+
+    lejepa.py          LeJEPA (default)
+    mae.py             masked autoencoder
+    distillation.py    distillation from teachers
 
     images -> method (encoder, and projectors or a decoder) -> loss
     held-out images -> encoder -> features -> accuracy of k-NN, or effective rank of the features without labels

@@ -158,8 +158,10 @@ class FittedProbe:
         return self.layout.expand(classifier, candidate)
 
     def get_held_out_logits(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Return logits [M, L] and labels [M] of images that the regression of a fold was not fitted to; None without
-        cross-validation."""
+        """Return logits [M, L] and labels [M] of images that the regression of a fold was not fitted to.
+
+        Returns None without cross-validation.
+        """
         if self.choice.score is None:
             return None
         is_predicted = np.isfinite(self.choice.score.losses)
