@@ -764,9 +764,10 @@ def suggest_all_images(loaded: Loaded) -> str | None:
     The part of the images that is held out then costs accuracy (model_cards/studies/first_answer.md).
     """
     data = loaded.data
+    rule = data.record.rule
     num_held_out = data.num_held_out_images
     num_images = count_training_images(loaded)
-    if loaded.has_steps or data.record.rule is None or not num_held_out or num_images is None:
+    if loaded.has_steps or rule is None or rule.num_folds or not num_held_out or not num_images:
         return None
     num_classes = max(map(len, data.label_space.columns.values()))
     if num_images >= FEW_IMAGES_PER_CLASS * num_classes:
