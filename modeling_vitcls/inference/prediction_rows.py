@@ -4,7 +4,7 @@ model                       columns
 one label per image         label, probability, label_2, probability_2, ... up to --top-k; unknown, if the model has
                             an energy threshold; label_set, with --coverage
 several labels per image    labels, probabilities: lists
-several or added tasks      <task>_label, <task>_probability, <task>_label_2, ...; <task>_labels and
+several or added tasks      <task>_label, <task>_probability, <task>_label_2, ..., <task>_unknown; <task>_labels and
                             <task>_probabilities of an added task with several labels per image
 any, with --features        features: a list of D numbers, or one list per token if there are several tokens;
                             with several features, one column per feature
@@ -102,7 +102,7 @@ class LabelColumns:
         self.max_labels = top_k
         # limit of the scores of labels in prediction sets (confidence.py)
         self.set_limit = set_limit
-        self.energy_threshold: float | None = model.config.energy_threshold if "" in names else None
+        self.energy_thresholds = get_energy_thresholds(model.config, names)
         self.names = names  # task -> label names
         self.column_pairs: dict[
             str, list[tuple[str, str]]
@@ -123,8 +123,8 @@ class LabelColumns:
             prefix = f"{task}_" if task else ""
             self.columns[f"{prefix}labels"] = pa.list_(pa.string())
             self.columns[f"{prefix}probabilities"] = pa.list_(pa.float32())
-        if self.energy_threshold is not None:
-            self.columns["unknown"] = pa.bool_()
+        for task in self.energy_thresholds:
+            self.columns[f"{task}_unknown" if task else "unknown"] = pa.bool_()
         if set_limit is not None:
             self.columns["label_set"] = pa.list_(pa.string())
 
@@ -157,15 +157,26 @@ class LabelColumns:
                 labels = image_labels[: self.max_labels]
                 row[f"{prefix}labels"] = [name for name, _ in labels]
                 row[f"{prefix}probabilities"] = [probability for _, probability in labels]
-        if self.energy_threshold is not None:
-            energies = compute_energies(outputs[""].cpu().numpy())
+        for task, threshold in self.energy_thresholds.items():
+            column = f"{task}_unknown" if task else "unknown"
+            energies = compute_energies(outputs[task].cpu().numpy())
             for row, energy in zip(rows, energies, strict=True):
-                row["unknown"] = bool(energy > self.energy_threshold)
+                row[column] = bool(energy > threshold)
         if self.set_limit is not None:
             sets = build_prediction_sets(outputs[""].softmax(dim=1).cpu().numpy(), self.set_limit)
             for row, is_in_set in zip(rows, sets, strict=True):
                 row["label_set"] = [self.names[""][index] for index in is_in_set.nonzero()[0]]
         return rows
+
+
+def get_energy_thresholds(config: Any, tasks: Iterable[str]) -> dict[str, float]:
+    """Return the largest energy of a known image, for each task with one label per image that has a threshold.
+
+    The task of a classifier has an empty name.
+    """
+    thresholds = {"": config.energy_threshold}
+    thresholds |= {task: head.threshold for task, head in config.get_added_tasks().items()}
+    return {task: thresholds[task] for task in tasks if thresholds.get(task) is not None}
 
 
 # Features ------------------------------------------------------------------------------------------------------------
