@@ -1,4 +1,7 @@
-"""Fine-tuning with a loop around a timm model: AdamW, 5 epochs, learning rate 5e-5 with a cosine."""
+"""Fine-tuning with a loop around a timm model: AdamW, 5 epochs, learning rate 1e-5 with warm-up and a cosine.
+
+With 5e-5 from the first step, this encoder's features are destroyed (28% on clothing).
+"""
 
 import os
 
@@ -25,8 +28,10 @@ augment = create_transform(**config, is_training=True)
 train = ImageFolder(os.environ["PHOTOS"] + "/train", augment)
 test = ImageFolder(os.environ["PHOTOS"] + "/test", create_transform(**config))
 batches = DataLoader(train, batch_size=8, shuffle=True, drop_last=True, num_workers=1)
-optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, weight_decay=0.05)
-schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS * len(batches))
+optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
+schedule = torch.optim.lr_scheduler.OneCycleLR(
+    optimizer, max_lr=1e-5, total_steps=EPOCHS * len(batches), pct_start=0.1
+)
 
 for _ in range(EPOCHS):
     model.train()
