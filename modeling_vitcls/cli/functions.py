@@ -64,6 +64,11 @@ def finetune(
         ValueError, OSError: if a flag has an invalid value, or the model or the data cannot be read.
         RunStopped: if the run is interrupted or fails.
         PushError: if `push_to_hub` is set and the push fails. The folder is complete.
+
+    Example:
+        >>> from modeling_vitcls import finetune
+        >>> results = finetune("runs/photos", "photos", "runs/mine")
+        >>> print(results["accuracy"], results["num_images"])
     """
     options = build_options(
         FinetuneOptions, model=model, dataset=dataset, output_dir=output_dir, **flags
@@ -79,6 +84,10 @@ def pretrain(
 
     The arguments, return value and errors are the same as for `finetune`, and the flags are those in `PretrainFlags`.
     The labels of the dataset are ignored.
+
+    Example:
+        >>> from modeling_vitcls import pretrain
+        >>> results = pretrain("runs/photos", "photos", "runs/encoder", epochs=1)
     """
     options = build_options(
         PretrainOptions, model=model, dataset=dataset, output_dir=output_dir, **flags
@@ -129,6 +138,12 @@ def evaluate(model: str | Path, dataset: Any, **flags: Unpack[EvaluateFlags]) ->
 
     Raises:
         TypeError, ValueError, OSError: as in `finetune`.
+
+    Example:
+        >>> from modeling_vitcls import evaluate
+        >>> results = evaluate("runs/photos", "photos")
+        >>> results["num_images"]
+        40
     """
     return run_evaluation(build_options(EvaluateOptions, model=model, dataset=dataset, **flags))
 
@@ -172,6 +187,11 @@ def predict(
 
     Raises:
         TypeError, ValueError, OSError: as in `finetune`.
+
+    Example:
+        >>> from modeling_vitcls import predict
+        >>> (row,) = predict("runs/photos", ["photo.jpg"])
+        >>> print(row["label"], row["probability"])
     """
     from ..inference.predict import predict_from_options
 
@@ -201,6 +221,12 @@ def inspect_tokens(model: str | Path, images: Any = (), **flags: Unpack[InspectF
 
     Raises:
         TypeError, ValueError, OSError: as in `finetune`.
+
+    Example:
+        >>> from modeling_vitcls import inspect_tokens
+        >>> inspection = inspect_tokens("runs/photos", dataset="photos", output="report.html")
+        >>> for verdict in inspection.verdicts:
+        ...     print(verdict.token, verdict.headline)
     """
     from ..analysis.inspect_tokens import inspect_tokens
 
@@ -224,6 +250,12 @@ def look(model: str | Path, image: Any, **flags: Unpack[LookFlags]) -> Any:
 
     Raises:
         TypeError, ValueError, OSError: as in `finetune`.
+
+    Example:
+        >>> from modeling_vitcls import look
+        >>> sheet = look("runs/photos", "photo.jpg")
+        >>> sheet.width
+        1800
     """
     from ..analysis.look import draw_photo
 
@@ -248,6 +280,10 @@ def add_task(
 
     Raises:
         TypeError, ValueError, OSError: as in `finetune`; ValueError if another output would change.
+
+    Example:
+        >>> from modeling_vitcls import add_task
+        >>> record = add_task("runs/digits", "photos", "pet", "runs/with-pet")
     """
     flags |= {"model": model, "dataset": dataset, "name": name, "output_dir": output_dir}
     return run_addition(build_options(AddTaskOptions, **flags))
@@ -269,6 +305,10 @@ def add_class(
 
     Raises:
         TypeError, ValueError, OSError: as in `finetune`; ValueError if the old classes would lose too much.
+
+    Example:
+        >>> from modeling_vitcls import add_class
+        >>> record = add_class("runs/digits", "photos", "runs/with-cats-and-dogs")
     """
     flags |= {"model": model, "dataset": dataset, "output_dir": output_dir}
     if not isinstance(flags.get("old_dataset", ""), str | Path | None):
@@ -307,6 +347,12 @@ def verify_unchanged(
 
     Raises:
         TypeError, ValueError, OSError: as in `finetune`.
+
+    Example:
+        >>> from modeling_vitcls import add_task, verify_unchanged
+        >>> record = add_task("runs/digits", "photos", "animal", "runs/with-animal")
+        >>> verify_unchanged("runs/digits", "runs/with-animal")["difference"] is None
+        True
     """
     from ..training.certificate import verify_models
 

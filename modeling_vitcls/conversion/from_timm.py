@@ -50,6 +50,14 @@ def convert_from_timm(model: nn.Module) -> ViTCLSPreTrainedModel:
 
     Raises:
         ConversionError: If the class or a feature is not supported.
+
+    Example:
+        >>> import timm, torch
+        >>> from modeling_vitcls import convert_from_timm
+        >>> source = timm.create_model("vit_tiny_patch16_224").eval()
+        >>> model = convert_from_timm(source)
+        >>> image = torch.randn(1, 3, 224, 224)
+        >>> torch.testing.assert_close(model(image).logits, source(image), rtol=0, atol=1e-4)
     """
     config, weights = read_timm_model(model)
     return build_model(config, weights, add_pooling_layer=has_pooler(model))

@@ -41,6 +41,14 @@ def convert_from_transformers(model: PreTrainedModel) -> ViTCLSPreTrainedModel:
 
     Raises:
         ConversionError: If the class or a feature is not supported, or weights are missing or unexpected.
+
+    Example:
+        >>> from modeling_vitcls import convert_from_transformers
+        >>> from transformers import ViTConfig, ViTModel
+        >>> source = ViTModel(ViTConfig(hidden_size=96, num_attention_heads=3, intermediate_size=384))
+        >>> model = convert_from_transformers(source.eval())
+        >>> model.config.token_counts
+        (1, 0, 0)
     """
     if not is_convertible(model):
         submodule_names = [

@@ -50,6 +50,12 @@ def convert_to_transformers(
     Raises:
         ConversionError: If no class supports the model. The message names the nearest class and the unsupported
             fields.
+
+    Example:
+        >>> from modeling_vitcls import ViTCLSConfig, ViTCLSModel, convert_to_transformers
+        >>> model = ViTCLSModel(ViTCLSConfig.from_preset("tiny"))
+        >>> type(convert_to_transformers(model)).__name__
+        'ViTModel'
     """
     name = type(model).__name__
     if name not in TARGETS:

@@ -39,6 +39,14 @@ class EmbedImages:
         device: device of the model. Default: CUDA if it is available.
         backend: engine as in `vitcls predict --backend`, but "auto" measures nothing: it uses a graph that `vitcls
             predict --features ... --mixed-precision no` has chosen for this model, kind of CPU and batch size.
+
+    Example:
+        >>> from datasets import load_dataset
+        >>> from modeling_vitcls import EmbedImages
+        >>> photos = load_dataset("imagefolder", data_dir="photos", split="train")
+        >>> photos = photos.map(EmbedImages("runs/photos", ["cls"]), batched=True, batch_size=8)
+        >>> len(photos[0]["cls"])
+        32
     """
 
     def __init__(

@@ -148,7 +148,14 @@ RESERVED_OUTPUT_NAMES = ("logits", "cls_logits", "distillation_logits", "cls_att
 
 @dataclasses.dataclass(frozen=True)
 class TokenLayout:
-    """Slices of the token groups, in sequence order."""
+    """Slices of the token groups, in sequence order.
+
+    Example:
+        >>> from modeling_vitcls import TokenLayout
+        >>> layout = TokenLayout.from_counts(num_cls=1, num_distillation=0, num_registers=4)
+        >>> layout.registers, layout.num_prefix_tokens
+        (slice(1, 5, None), 5)
+    """
 
     cls: slice
     distillation: slice
@@ -374,6 +381,12 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 
     Raises:
         ValueError: If a field has a wrong type or value, fields contradict each other, or a keyword is unknown.
+
+    Example:
+        >>> from modeling_vitcls import ViTCLSConfig
+        >>> config = ViTCLSConfig(num_cls_tokens=2, num_register_tokens=4, image_size=224, patch_size=16)
+        >>> config.token_counts, config.grid_size
+        ((2, 0, 4), (14, 14))
     """
 
     model_type = "vitcls"

@@ -230,6 +230,12 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
     Raises:
         ValueError: If a file is missing, truncated or not an image, if an object is not an image, if sizes or channels
             are inconsistent, if values are out of range, or if a setting is misspelled. The message is a single line.
+
+    Example:
+        >>> from modeling_vitcls import ViTCLSImageProcessor
+        >>> processor = ViTCLSImageProcessor(size=224)
+        >>> processor("photo.jpg", return_tensors="pt")["pixel_values"].shape
+        torch.Size([1, 3, 224, 224])
     """
 
     # last checked settings, if the fast path supports them
@@ -246,7 +252,8 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
         """Preprocess an image, a batch or a list of images; keyword arguments override the settings for this call.
 
         The first call checks the settings. Later calls with the same settings can use a fast path if all images are on
-        the CPU and `return_tensors="pt"` is the only other argument."""
+        the CPU and `return_tensors="pt"` is the only other argument.
+        """
         if (
             args
             or dict(kwargs) != {"return_tensors": "pt"}
@@ -285,6 +292,12 @@ class ViTCLSImageProcessorPil(ViTCLSBaseImageProcessor, PilBackend):  # type: ig
     """Image processor for the ViTCLS models, based on PIL and NumPy. Images are processed one by one.
 
     Settings, inputs and errors are the same as in `ViTCLSImageProcessor`, whose docstring states how outputs differ.
+
+    Example:
+        >>> from modeling_vitcls import ViTCLSImageProcessorPil
+        >>> processor = ViTCLSImageProcessorPil(size=224)
+        >>> processor("photo.jpg", return_tensors="np")["pixel_values"].shape
+        (1, 3, 224, 224)
     """
 
 

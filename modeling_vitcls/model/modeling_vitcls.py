@@ -157,7 +157,14 @@ class ViTCLSMultiTaskOutput(ModelOutput):
 
 # Base class ----------------------------------------------------------------------------------------------------------
 class ViTCLSPreTrainedModel(AdaptableModel):
-    """Base class of all models, with methods for loading, saving and initialization."""
+    """Base class of all models, with methods for loading, saving and initialization.
+
+    Example:
+        >>> from modeling_vitcls import ViTCLSModel
+        >>> model = ViTCLSModel.from_pretrained("runs/photos", num_register_tokens=4)
+        >>> model.config.token_counts
+        (1, 0, 4)
+    """
 
     base_model_prefix = "vitcls"
     main_input_name = "pixel_values"
@@ -278,7 +285,16 @@ TOKEN_INITS: dict[str, Callable[[Tensor, float], Any]] = {
 
 # Encoder -------------------------------------------------------------------------------------------------------------
 class ViTCLSModel(ViTCLSPreTrainedModel):
-    """A Vision Transformer (arXiv 2010.11929) with configurable special tokens and without a classifier."""
+    """A Vision Transformer (arXiv 2010.11929) with configurable special tokens and without a classifier.
+
+    Example:
+        >>> import torch
+        >>> from modeling_vitcls import ViTCLSConfig, ViTCLSModel
+        >>> model = ViTCLSModel(ViTCLSConfig.from_preset("tiny", num_register_tokens=4)).eval()
+        >>> outputs = model(torch.randn(1, 3, 224, 224))
+        >>> {name: tokens.shape[1] for name, tokens in outputs.tokens.items()}
+        {'cls': 1, 'distillation': 0, 'registers': 4, 'patches': 196}
+    """
 
     def __init__(self, config: ViTCLSConfig, add_pooling_layer: bool = True) -> None:
         super().__init__(config)
@@ -432,6 +448,14 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
 
     Classifiers of further tasks (`config.extra_heads`) read the tokens of the same forward pass; the other outputs
     have the same bits as without them.
+
+    Example:
+        >>> import torch
+        >>> from modeling_vitcls import ViTCLSForImageClassification
+        >>> model = ViTCLSForImageClassification.from_pretrained("runs/photos").eval()
+        >>> logits = model(torch.randn(2, 3, 32, 32)).logits
+        >>> logits.shape, model.config.id2label
+        (torch.Size([2, 2]), {0: 'cat', 1: 'dog'})
     """
 
     def __init__(self, config: ViTCLSConfig) -> None:
@@ -556,6 +580,14 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
     """A ViT with one CLS token, one classifier and one loss for each task in `config.tasks`.
 
     Classifier i reads CLS token i of the `config.pooled_layers`.
+
+    Example:
+        >>> import torch
+        >>> from modeling_vitcls import ViTCLSConfig, ViTCLSForMultiTaskClassification
+        >>> config = ViTCLSConfig.from_preset("tiny", num_cls_tokens=2, tasks={"age": 3, "species": 12})
+        >>> outputs = ViTCLSForMultiTaskClassification(config).eval()(torch.randn(1, 3, 224, 224))
+        >>> {task: logits.shape[1] for task, logits in outputs.logits.items()}
+        {'age': 3, 'species': 12}
     """
 
     def __init__(self, config: ViTCLSConfig) -> None:
@@ -687,7 +719,15 @@ def has_user_hooks(module: nn.Module | None) -> bool:
 
 # Masked image modeling -----------------------------------------------------------------------------------------------
 class ViTCLSForMaskedImageModeling(ViTCLSPreTrainedModel):
-    """A ViT for pre-training, with a linear decoder that reconstructs masked patches (SimMIM, arXiv 2111.09886)."""
+    """A ViT for pre-training, with a linear decoder that reconstructs masked patches (SimMIM, arXiv 2111.09886).
+
+    Example:
+        >>> import torch
+        >>> from modeling_vitcls import ViTCLSConfig, ViTCLSForMaskedImageModeling
+        >>> model = ViTCLSForMaskedImageModeling(ViTCLSConfig.from_preset("tiny"))
+        >>> mask = torch.rand(1, 196) < 0.6
+        >>> loss = model(torch.randn(1, 3, 224, 224), bool_masked_pos=mask).loss
+    """
 
     def __init__(self, config: ViTCLSConfig) -> None:
         config = copy.deepcopy(config)  # do not change the caller's configuration
@@ -735,7 +775,16 @@ class ViTCLSForMaskedImageModeling(ViTCLSPreTrainedModel):
 
 # Backbone ------------------------------------------------------------------------------------------------------------
 class ViTCLSBackbone(BackboneMixin, ViTCLSModel):  # type: ignore[misc]  # num_features is a list
-    """A ViT that returns feature maps for dense prediction: patch tokens of selected layers, reshaped to a grid."""
+    """A ViT that returns feature maps for dense prediction: patch tokens of selected layers, reshaped to a grid.
+
+    Example:
+        >>> import torch
+        >>> from modeling_vitcls import ViTCLSBackbone, ViTCLSConfig
+        >>> config = ViTCLSConfig.from_preset("tiny", out_features=["stage6", "stage12"])
+        >>> maps = ViTCLSBackbone(config).eval()(torch.randn(1, 3, 224, 224)).feature_maps
+        >>> [tuple(feature_map.shape) for feature_map in maps]
+        [(1, 192, 14, 14), (1, 192, 14, 14)]
+    """
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__(config, add_pooling_layer=False)

@@ -36,7 +36,20 @@ NUM_FEATURES = 64  # channels of the projector's output
 
 
 class LeJEPA(ViTCLSPreTrainedModel):
-    """An encoder with a projector on its pooled token. The projector is dropped after pre-training."""
+    """An encoder with a projector on its pooled token. The projector is dropped after pre-training.
+
+    Example:
+        >>> import torch
+        >>> from modeling_vitcls import ViTCLSConfig, ViTCLSModel
+        >>> from modeling_vitcls.training.lejepa import (
+        ...     LeJEPA, compute_invariance_loss, compute_sigreg, draw_directions,
+        ... )
+        >>> method = LeJEPA(ViTCLSModel(ViTCLSConfig.from_preset("tiny", image_size=32, patch_size=8)))
+        >>> views = torch.randn(4, 8, 3, 32, 32)  # two global and two local crops of 8 images
+        >>> projections = method(views)
+        >>> invariance = compute_invariance_loss(projections, num_global=2)
+        >>> loss = 0.95 * invariance + 0.05 * compute_sigreg(projections, draw_directions(projections, 256))
+    """
 
     def __init__(self, encoder: ViTCLSModel, width: int = 1024) -> None:
         super().__init__(encoder.config)

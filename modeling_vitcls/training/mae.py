@@ -64,7 +64,17 @@ class VisiblePatches(nn.Module):
 
 
 class MAE(ViTCLSPreTrainedModel):
-    """An encoder of visible patches and a decoder of all patches."""
+    """An encoder of visible patches and a decoder of all patches.
+
+    Example:
+        >>> import torch
+        >>> from modeling_vitcls import ViTCLSConfig, ViTCLSModel
+        >>> from modeling_vitcls.training.mae import MAE, build_decoder_config
+        >>> config = ViTCLSConfig.from_preset("tiny", image_size=32, patch_size=8)
+        >>> method = MAE(ViTCLSModel(config), build_decoder_config(config, num_layers=1))
+        >>> mask = (torch.arange(16) % 4 > 0).expand(2, -1)  # three of four patches of both images
+        >>> loss = method(torch.randn(2, 3, 32, 32), bool_masked_pos=mask).loss
+    """
 
     def __init__(self, encoder: ViTCLSModel, decoder_config: ViTCLSConfig) -> None:
         config = encoder.config

@@ -17,7 +17,9 @@ The flags of all commands are compared with `vitcls NAME --help`, even in blocks
 
 import ast
 import contextlib
+import doctest
 import importlib
+import inspect
 import io
 import os
 import re
@@ -39,6 +41,7 @@ from helpers.scripts_in_process import run_in_process
 from PIL import Image
 from sklearn.datasets import load_digits
 
+import modeling_vitcls
 from modeling_vitcls import (
     ViTCLSConfig,
     ViTCLSForImageClassification,
@@ -46,6 +49,7 @@ from modeling_vitcls import (
     ViTCLSModel,
     cli,
 )
+from modeling_vitcls.training import distillation, lejepa, mae
 from scripts import make_address
 
 
@@ -516,6 +520,24 @@ def test_python_blocks_run(page: Path, run: Run, tmp_path: Path) -> None:
     for line in source.splitlines():
         if PRINTED.match(line):
             assert line.removeprefix("# ") in done.stdout.splitlines()
+
+
+@pytest.mark.slow
+def test_examples_in_docstrings_run(run: Run, tmp_path: Path) -> None:
+    objects = [getattr(modeling_vitcls, name) for name in modeling_vitcls.__all__]
+    documented = [each for each in objects if callable(each)]
+    documented += [lejepa.LeJEPA, mae.MAE, distillation.compute_feature_loss]
+    lines = []
+    for each in documented:
+        examples = doctest.DocTestParser().get_examples(inspect.getdoc(each) or "")
+        assert examples, f"{each.__name__} has no example"
+        for example in examples:
+            expected = example.want.strip()
+            is_value = expected and not example.source.startswith("print")
+            source = example.source.strip()
+            lines.append(f"assert repr(({source})) == {expected!r}" if is_value else source)
+    (tmp_path / "page.py").write_text("\n\n".join(lines), encoding="utf-8")
+    run(["page.py"])
 
 
 @pytest.mark.slow
