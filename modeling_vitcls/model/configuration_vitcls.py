@@ -775,7 +775,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         }
 
     def get_added_classes(self) -> dict[str, list[str]]:
-        """Return the labels of the extra heads that add classes, by the name of the head."""
+        """Return the labels of the extra heads that add classes: head -> labels."""
         return {
             name: head.labels for name, head in self.get_extra_heads().items() if head.adds_classes
         }

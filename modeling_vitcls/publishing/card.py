@@ -298,7 +298,7 @@ def describe_probe(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def list_additions(folder: ModelFolder) -> dict[str, Any]:
-    """Return the records of the added tasks and classes that the model has, by the name of the head."""
+    """Return the records of the added tasks and classes that the model has: head -> record."""
     records = folder.results.get(ADDITIONS_KEY, {})
     heads = folder.config.get_extra_heads() if folder.config is not None else {}
     return {name: records[name] for name in heads if name in records}
