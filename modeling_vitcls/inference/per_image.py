@@ -8,12 +8,13 @@ prediction      name                                    list of names with a pro
 probabilities   list, in the order of the model's labels (calibrated if the model has a temperature)
 loss            cross-entropy                           binary cross-entropy, mean over the labels
 energy          -log(sum(exp(logits)))                  -
-nearest_image   of a wrong prediction: the training image   -
+nearest_images  of a wrong prediction: the training images  -
                 with the most similar features
 
 `finetune` writes the same file for its held-out images, predictions.parquet. Only this file has the column
-`nearest_image`, and only if the frozen model is saved. Several tasks are not supported. The metadata of the file
-contains the hash of the model's weights, because predictions of other weights must not be used.
+`nearest_images`, and only after a probe of the frozen encoder, whose features are compared. Several tasks are not
+supported. The metadata of the file contains the hash of the model's weights, because predictions of other weights must
+not be used.
 """
 
 import json
@@ -41,7 +42,7 @@ def write_predictions(
     file: Path,
     evaluator: Evaluator,
     weights_hash: dict[str, str] | None,
-    nearest_images: Mapping[int, str] | None = None,
+    nearest_images: Mapping[int, list[str]] | None = None,
 ) -> None:
     """Write a Parquet file with the columns in the header of this file, for the last evaluation.
 
@@ -49,7 +50,7 @@ def write_predictions(
         file: The file to write.
         evaluator: Its `rows` are the images.
         weights_hash: SHA-256 of each weight file of the model, for the metadata.
-        nearest_images: Name of the nearest training image, by the index of the image.
+        nearest_images: Names of the nearest training images, the nearest first, by the index of the image.
 
     Raises:
         ValueError: Without labeled images.
@@ -75,7 +76,7 @@ def write_predictions(
             "energy": compute_energies(logits.numpy()),
         }
         if nearest_images is not None:
-            columns["nearest_image"] = [nearest_images.get(row.index) for row in rows]
+            columns["nearest_images"] = [nearest_images.get(row.index, []) for row in rows]
     else:
         columns |= {
             "label": [select_names(names, row) for row in targets],

@@ -3,6 +3,7 @@
 These results exist only for classifiers with one label per image.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from ..inference.per_image import read_weights_hash
 COVERAGE = 0.9  # probability with which a prediction set contains the true label
 MAX_WRONG_IMAGES = 12  # maximum number of wrong images in the report
 THUMBNAIL_SIDE = 240  # longer side of a wrong image in the report, in pixels
+NEAREST_SIDE = 120  # longer side of a nearest training image
 
 
 def describe_predictions(
@@ -49,8 +51,8 @@ def describe_predictions(
             warn_once(f"ignoring {file}, because it contains the predictions of other weights")
             return None
         columns = ["index", "image", "label", "prediction", "probabilities", "loss"]
-        if "nearest_image" in pq.read_schema(file).names:
-            columns.append("nearest_image")
+        if "nearest_images" in pq.read_schema(file).names:
+            columns.append("nearest_images")
         rows = pd.read_parquet(file, columns=columns)
     except (OSError, ValueError):  # pyarrow's errors are subclasses
         warn_once(
@@ -63,16 +65,20 @@ def describe_predictions(
     wrong = rows[rows["label"] != rows["prediction"]].sort_values("loss", ascending=False)
     shown = wrong.head(MAX_WRONG_IMAGES)
     columns = ["index", "image", "label", "prediction", "confidence"]
-    wrong_rows = shown[columns].to_dict("records")
+    wrong_rows = shown[columns].assign(url=None, nearest=None).to_dict("records")
     if data is not None:
         for row in wrong_rows:
-            row["url"] = draw_thumbnail(data.held_out.images, row["index"])
-        if "nearest_image" in shown:
-            add_nearest_images(wrong_rows, list(shown["nearest_image"]), data)
+            row["url"] = draw_thumbnail(data.held_out.images, row["index"], THUMBNAIL_SIDE)
+        if "nearest_images" in shown:
+            add_nearest_images(wrong_rows, list(shown["nearest_images"]), data)
     names = get_label_space(config).names
     targets = np.array([names.index(label) for label in rows["label"]])
+    is_trained = (
+        folder.results.get("steps") and folder.results.get("selection", {}).get("step") != 0
+    )
     return {
         "headline": describe_accuracy(rows),
+        "is_trained": bool(is_trained),  # whether the weights are not those of the frozen model
         "num_images": len(rows),
         "num_wrong": len(wrong),
         "num_confident_errors": int((wrong["confidence"] > COVERAGE).sum()),
@@ -83,40 +89,47 @@ def describe_predictions(
     }
 
 
-def draw_thumbnail(images: Sequence[Image.Image], index: int) -> str | None:
+def draw_thumbnail(images: Sequence[Image.Image], index: int, side: int) -> str | None:
     """Return a small image as a data URL; None if the dataset has changed, or the image is unreadable."""
     try:
         image = to_upright_rgb(images[index])
     except (IndexError, ValueError):
         return None
-    thumbnail, _ = resize_with_region(image, None, THUMBNAIL_SIDE, 1)
+    thumbnail, _ = resize_with_region(image, None, side, 1)
     return encode_data_url(thumbnail)
 
 
 def add_nearest_images(
-    rows: list[dict[str, Any]], nearest_names: list[str | None], data: TrainingData
+    rows: list[dict[str, Any]], nearest_names: list[Sequence[str]], data: TrainingData
 ) -> None:
-    """Add the thumbnail, name and label of the nearest training image to the rows of wrong predictions.
+    """Add the thumbnails, names and labels of the nearest training images to the rows of wrong predictions.
 
     Args:
-        rows: The rows. A row without a nearest image does not change.
-        nearest_names: Name of the nearest training image of each row, or None.
-        data: The data of the run. The nearest image may be a selection image, to which a frozen model is fitted, too.
+        rows: The rows.
+        nearest_names: Names of the nearest training images of each row.
+        data: The data of the run. The nearest images may be selection images, to which a frozen model is fitted, too.
     """
     class_names = data.label_space.names
+    images_by_name: dict[str, list[tuple[LabeledImages, int]]] = defaultdict(list)
     for images in (data.train, data.selection):
-        if not isinstance(images, LabeledImages):
-            continue
-        index_by_name = {name: index for index, name in enumerate(images.images.get_names())}
-        for row, name in zip(rows, nearest_names, strict=True):
-            if name is None or "nearest" in row or name not in index_by_name:
+        if isinstance(images, LabeledImages):
+            for index, name in enumerate(images.images.get_names()):
+                images_by_name[name].append((images, index))
+    for row, names in zip(rows, nearest_names, strict=True):
+        row["nearest"] = []
+        for name in names:
+            if (
+                len(images_by_name[name]) != 1
+            ):  # the dataset has changed, or its names are ambiguous
                 continue
-            index = index_by_name[name]
-            row["nearest"] = {
-                "image": name,
-                "label": class_names[images.labels[index]],
-                "url": draw_thumbnail(images.images, index),
-            }
+            images, index = images_by_name[name][0]
+            row["nearest"].append(
+                {
+                    "image": name,
+                    "label": class_names[images.labels[index]],
+                    "url": draw_thumbnail(images.images, index, NEAREST_SIDE),
+                }
+            )
 
 
 def describe_accuracy(rows: Any) -> str:

@@ -204,7 +204,7 @@ def save_output(
     initial: InitialModel,
     accelerator: Accelerator,
     evaluator: Evaluator | None,
-    nearest_images: dict[int, str] | None,
+    nearest_images: dict[int, list[str]] | None,
 ) -> None:
     """Write the model, the image processor, results.json and the evaluator's predictions.
 

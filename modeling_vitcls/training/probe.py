@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.metrics.pairwise import cosine_similarity
+from sklearn.neighbors import NearestNeighbors
 from threadpoolctl import threadpool_limits
 from torch import nn
 
@@ -69,6 +69,7 @@ FLOPS_OF_STEP = 3  # forward and backward pass of an image, relative to its forw
 CPU_FLOPS_PER_MINUTE = 60 * 150e9
 MAX_CPU_FLOPS = 10 * CPU_FLOPS_PER_MINUTE  # of a run on a CPU whose length the user has not set
 NUM_MEASURED_SHAPES = 64  # images whose aspect ratio is read
+NUM_NEAREST_IMAGES = 3  # nearest training images of a wrong prediction
 MIN_ASPECT_RATIO = (
     1.05  # median of the longer side divided by the shorter, from which two geometries are compared
 )
@@ -168,25 +169,29 @@ class FittedProbe:
         labels = self.labels[: len(is_predicted)]
         return self.choice.score.logits[is_predicted].astype(np.float32), labels[is_predicted]
 
-    def find_nearest_images(self, held_out_indices: Sequence[int]) -> dict[int, str]:
-        """Return the name of the training image that is most similar to each of some held-out images, by its index.
+    def find_nearest_images(self, held_out_indices: Sequence[int]) -> dict[int, list[str]]:
+        """Return the names of the training images that are most similar to each of some held-out images, by its index.
 
-        The similarity is the cosine of the features that the classifier reads.
+        The similarity is the cosine of the features that the regression reads. The nearest image is
+        the first.
         """
         assert self.held_out is not None
         held_out = self.held_out.features
         held_out = held_out.take(np.isin(held_out.indices, held_out_indices))
-        similarities = cosine_similarity(held_out.select(self.choice.candidate), self.features)
-        images = [
-            (dataset, index) for dataset, indices in self.sources for index in indices.tolist()
-        ]
-        names = {}
-        for held_out_index, nearest in zip(
-            held_out.indices.tolist(), similarities.argmax(axis=1).tolist(), strict=True
-        ):
-            dataset, index = images[nearest]
-            (names[held_out_index],) = dataset.select([index]).images.get_names()
-        return names
+        if not len(held_out.indices):
+            return {}
+        num_nearest = min(NUM_NEAREST_IMAGES, len(self.features))
+        neighbors = NearestNeighbors(n_neighbors=num_nearest, metric="cosine").fit(self.features)
+        rows = neighbors.kneighbors(
+            held_out.select(self.choice.candidate), return_distance=False
+        ).tolist()
+        names: list[str] = []
+        for dataset, indices in self.sources:
+            names += dataset.select(indices.tolist()).images.get_names()
+        return {
+            index: [names[row] for row in nearest]
+            for index, nearest in zip(held_out.indices.tolist(), rows, strict=True)
+        }
 
 
 @dataclass(frozen=True)

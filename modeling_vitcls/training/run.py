@@ -159,8 +159,8 @@ class Result:
     metrics: dict[str, Any]
     calibration: dict[str, Any] | None
     evaluator: Any  # whose outputs are written to predictions.parquet; None without predictions
-    # name of the nearest training image of each wrong prediction, by its index
-    nearest_images: dict[int, str] | None
+    # names of the nearest training images of each wrong prediction, by its index
+    nearest_images: dict[int, list[str]] | None
 
 
 def train(
@@ -578,6 +578,7 @@ def finish_model(
     data, setup, model = loaded.data, loaded.setup, trained.loop.state.model
     model.eval()
     is_frozen = trained.selected_step == 0
+    initial = frozen
     frozen = refit_frozen_model(loaded, frozen, model, environment) if is_frozen else None
     evaluate = evaluators.held_out
     if frozen is not None and frozen.held_out is not None:
@@ -628,16 +629,20 @@ def finish_model(
         environment.reporter.print_line("calibration", text)
     if not keeps_predictions:
         return Result(metrics, record, evaluator=None, nearest_images=None)
-    return Result(metrics, record, evaluate, find_nearest_images(frozen, evaluate))
+    return Result(metrics, record, evaluate, find_nearest_images(frozen or initial, evaluate))
 
 
-def find_nearest_images(frozen: FittedProbe | None, evaluate: Any) -> dict[int, str] | None:
-    """Return the nearest training image of each wrong prediction of a frozen model with one label per image."""
+def find_nearest_images(frozen: FittedProbe | None, evaluate: Any) -> dict[int, list[str]] | None:
+    """Return the nearest training images of each wrong prediction, by the features of the frozen encoder.
+
+    Returns None without these features (random weights, a resumed run), or if images have several
+    labels.
+    """
     if frozen is None or frozen.held_out is None or frozen.labels.ndim > 1:
         return None
     rows = [row for row in evaluate.rows if is_labeled(row)]
     wrong = [row.index for row in rows if row.values.argmax() != row.label]
-    return frozen.find_nearest_images(wrong) if wrong else {}
+    return frozen.find_nearest_images(wrong)
 
 
 def refit_frozen_model(

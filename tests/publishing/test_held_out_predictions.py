@@ -95,16 +95,25 @@ def test_wrong_images_and_prediction_sets_are_counted(folder: Path) -> None:
     assert 0.85 < everything["coverage"] < 0.95
 
 
-def test_a_wrong_image_stands_beside_its_nearest_training_image(folder: Path) -> None:
+def test_a_wrong_image_stands_above_its_nearest_training_images(folder: Path) -> None:
     pixels = np.arange(3 * 64, dtype=np.uint8).reshape(3, 8, 8)
     train = LabeledImages(ArrayImages(pixels), [0, 1, 2])
+    names = train.images.get_names()
     rows = pd.read_parquet(folder / "predictions.parquet")
-    write_predictions(folder, rows.assign(nearest_image=train.images.get_names()[2]))
+    write_predictions(folder, rows.assign(nearest_images=[[names[2], names[0]]] * len(rows)))
     found = describe_predictions(ModelFolder(folder), build_data(NO_IMAGES, train))
     nearest = found["wrong"][0]["nearest"]
-    assert nearest["label"] == NAMES[2]
-    shown = np.asarray(Image.open(urlopen(nearest["url"])).resize((8, 8)).convert("L"))
+    assert [image["label"] for image in nearest] == [NAMES[2], NAMES[0]]
+    shown = np.asarray(Image.open(urlopen(nearest[0]["url"])).resize((8, 8)).convert("L"))
     assert np.abs(shown - pixels[2].astype(float)).mean() < 8
+
+
+def test_a_name_of_several_training_images_is_not_shown(folder: Path) -> None:
+    train = LabeledImages(ArrayImages(np.zeros((2, 8, 8), np.uint8)), [0, 1])
+    rows = pd.read_parquet(folder / "predictions.parquet")
+    write_predictions(folder, rows.assign(nearest_images=[train.images.get_names()] * len(rows)))
+    found = describe_predictions(ModelFolder(folder), build_data(NO_IMAGES, train))
+    assert found["wrong"][0]["nearest"] == []
 
 
 def test_the_headline_names_the_accuracy_and_the_most_frequent_confusion(folder: Path) -> None:

@@ -20,7 +20,6 @@ from helpers.tiny_options import (
 from PIL import Image
 from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
-from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import StandardScaler
 from transformers import Trainer, TrainingArguments
 from transformers.image_utils import SizeDict
@@ -112,7 +111,18 @@ def test_the_reported_accuracy_is_that_of_the_saved_model(encoder: Path, tmp_pat
     assert results["accuracy"] == pytest.approx((predictions == held_out.labels).mean(), abs=1e-6)
 
 
-def test_the_nearest_image_of_a_wrong_prediction_is_that_of_scikit_learn(
+def find_nearest_names(
+    features: np.ndarray, train: np.ndarray, names: list[str]
+) -> list[list[str]]:
+    """Return the names of the three training images with the highest cosine, for each row of features."""
+    normalized = [
+        array / np.linalg.norm(array, axis=1, keepdims=True) for array in (features, train)
+    ]
+    order = np.argsort(-normalized[0] @ normalized[1].T, axis=1)[:, :3]
+    return [[names[index] for index in row] for row in order]
+
+
+def test_the_nearest_images_of_a_wrong_prediction_have_the_most_similar_features(
     encoder: Path, tmp_path: Path
 ) -> None:
     options = build_options(tmp_path / "head", encoder, trainable="head")
@@ -122,11 +132,28 @@ def test_the_nearest_image_of_a_wrong_prediction_is_that_of_scikit_learn(
     is_wrong = rows["label"] != rows["prediction"]
     held_out = compute_features(tmp_path / "head", data.held_out.images)[is_wrong]
     train = compute_features(tmp_path / "head", data.train.images)
-    nearest = NearestNeighbors(n_neighbors=1, metric="cosine").fit(train).kneighbors(held_out)[1]
-    names = data.train.images.get_names()
-    assert len(nearest) > 0
-    assert rows["nearest_image"][is_wrong].tolist() == [names[index] for (index,) in nearest]
-    assert rows["nearest_image"][~is_wrong].isna().all()
+    expected = find_nearest_names(held_out, train, data.train.images.get_names())
+    assert len(expected) > 0
+    assert [list(names) for names in rows["nearest_images"][is_wrong]] == expected
+    assert not rows["nearest_images"][~is_wrong].map(len).any()
+
+
+def test_a_trained_model_is_shown_beside_the_nearest_images_before_training(
+    encoder: Path, tmp_path: Path
+) -> None:
+    frozen = {"trainable": "head", "pooled_layers": (-1,), "pooling": "cls"}
+    run_training(build_options(tmp_path / "head", encoder, **frozen))
+    trained = frozen | {"trainable": "full", "select": "last", "learning_rate": 0.1}
+    options = build_options(tmp_path / "trained", encoder, **trained)
+    run_training(options)
+    data = prepare_setup(options).data
+    rows = pd.read_parquet(tmp_path / "trained" / "predictions.parquet")
+    is_wrong = rows["label"] != rows["prediction"]
+    held_out = compute_features(tmp_path / "head", data.held_out.images)[is_wrong]
+    train = compute_features(tmp_path / "head", data.train.images)
+    expected = find_nearest_names(held_out, train, data.train.images.get_names())
+    assert len(expected) > 0
+    assert [list(names) for names in rows["nearest_images"][is_wrong]] == expected
 
 
 def test_no_image_passes_the_frozen_encoder_twice(
