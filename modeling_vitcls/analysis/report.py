@@ -55,7 +55,7 @@ from .verdict_texts import describe_verdict
 TEMPLATE_FOLDER = Path(__file__).parent
 NUM_OVERVIEW_IMAGES = 6  # number of images on the first screen
 NUM_LARGE_WRONG_IMAGES = 6  # number of wrong images on the first screen
-MAX_FILE_NAME = 32  # maximum length of a file name under an image, in characters
+MAX_FILE_NAME = 24  # maximum length of a file name under an image, in characters
 OVERVIEW_SIDE = 160  # longer side of an image on the first screen, in pixels
 MAX_OVERVIEW_TOKENS = 8  # maximum number of tokens per image on the first screen
 # Maximum total size, in bytes, of the per-head attention maps, before base64 encoding (which adds a third). The maps
@@ -119,7 +119,7 @@ def write_page(
         has_unused_maps=min(count_used_layers(config, inspection.has_head))
         < config.num_hidden_layers,
         num_large=NUM_LARGE_WRONG_IMAGES,
-        shorten=lambda name: shorten_text(name, MAX_FILE_NAME),
+        shorten=lambda name: shorten_text(name.rpartition("/")[2], MAX_FILE_NAME),
         signs=SIGNS,
         describe=describe_verdict,
         data=htmlsafe_json_dumps(

@@ -304,8 +304,9 @@ class RunOptions:
     """License of the trained weights for the model card: a Hub identifier such as apache-2.0. If the initial weights
     have a license, the card contains the license of the initial weights instead. Default: no license in the card."""
     card_samples: bool = False
-    """Show a few held-out images in the model card, even if the repository is public and the images are local files.
-    Images of `digits` and of datasets on the Hub are always shown."""
+    """Show a few held-out images in the model card, and publish report.html with held-out and training images, even if
+    the repository is public and the images are local files. Images of `digits` and of datasets on the Hub are always
+    published."""
 
     def __post_init__(self) -> None:
         check_minimum(self, 1, "save_every", "keep_checkpoints")
