@@ -315,8 +315,7 @@ def build_row(runner: StudyRunner, run: StudyRun) -> dict[str, Any]:
     and loss are also stored as `COLUMN_accuracy` and `COLUMN_loss`, which are the names in runs with several label
     columns.
     """
-    status = "finished" if runner.is_finished(run) else "unfinished"
-    row: dict[str, Any] = {**run.levels, "seed": run.seed, "status": status}
+    row: dict[str, Any] = {}
     for stage in run.stages:
         file = runner.get_result_file(run, stage)
         if file.exists():
@@ -329,7 +328,12 @@ def build_row(runner: StudyRunner, run: StudyRun) -> dict[str, Any]:
     records = [json.loads(line) for line in log_text.splitlines()]
     first_values = {name: value for record in reversed(records) for name, value in record.items()}
     last_values = {name: value for record in records for name, value in record.items()}
-    return row | flatten_numbers(first_values, "first") | flatten_numbers(last_values, "last")
+    row |= flatten_numbers(first_values, "first") | flatten_numbers(last_values, "last")
+
+    # A factor may have the name of a number, such as `steps`: its levels replace the numbers.
+    status = "finished" if runner.is_finished(run) else "unfinished"
+    levels = {**run.levels, "seed": run.seed, "status": status}
+    return levels | {name: value for name, value in row.items() if name not in levels}
 
 
 def flatten_numbers(value: Any, name: str) -> dict[str, float]:

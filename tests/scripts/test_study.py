@@ -321,6 +321,15 @@ def test_a_row_has_the_first_and_the_last_value_of_the_training_log(tmp_path: Pa
         assert build_row(runner, tasks) == expected | more
 
 
+def test_a_factor_with_the_name_of_a_number_keeps_its_levels(tmp_path: Path) -> None:
+    runner = StudyRunner(load_study(write_study(tmp_path)), tmp_path / "out")
+    run = replace(runner.study.plan_runs()[0], levels={"steps": "few"})
+    folder = runner.get_run_folder(run) / "finetune"
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text(json.dumps({"steps": 8}))
+    assert build_row(runner, run)["steps"] == "few"
+
+
 def test_differences_are_paired_by_seed_within_the_other_levels() -> None:
     values = {
         ("cls", "s"): [50, 70, 90],
