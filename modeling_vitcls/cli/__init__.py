@@ -47,7 +47,13 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"vitcls {__version__}")
         return
     try:
-        run_command(arguments)
+        try:
+            run_command(arguments)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # the reader of the output has read enough: `vitcls demo --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        raise SystemExit(1) from None
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
             print("interrupted by Ctrl-C", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import os
 import runpy
 import subprocess
 import sys
@@ -51,6 +52,17 @@ def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", COMMAND, *arguments], capture_output=True, text=True, timeout=300
     )
+
+
+@pytest.mark.parametrize("arguments", [("demo", "--help"), ("finetune", "--help")])
+def test_a_closed_pipe_ends_the_help_without_a_traceback(arguments: tuple[str, ...]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "modeling_vitcls.cli", *arguments]
+    ran = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=300)
+    os.close(writer)
+    assert ran.returncode == 1
+    assert ran.stderr == ""
 
 
 @pytest.mark.parametrize(
