@@ -4,7 +4,6 @@ Fast tests resolve the imports of Python blocks; slow tests run the blocks. The
 blocks of a page run one after the other in one process, offline, in a folder with
     photos/cat/*.png, photos/dog/*.png, photo.jpg    real digits as images
     runs/photos                                      a small classifier of cat and dog, with random weights
-    runs/digits                                      the same for ten digits
     study_digits                                     the recipe with two seeds, and two training steps per run
 
 An HTML comment in the line before a block changes what happens to it:
@@ -75,7 +74,12 @@ OTHER_FLAGS = {
     *"--local-dir --shm-size --torch-backend".split(),
 }
 # programs that are no subcommands of vitcls
-PROGRAMS = ("scripts/benchmark.py", "scripts/study.py", "scripts/push_space.py")
+PROGRAMS = (
+    "scripts/benchmark.py",
+    "scripts/compare_tools.py",
+    "scripts/push_space.py",
+    "scripts/study.py",
+)
 ALL_PROGRAMS = (*cli.COMMANDS, *PROGRAMS)
 OTHER_SUBCOMMANDS = {"--version", "--tyro-print-completion", "env"}
 
@@ -442,14 +446,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
             image = Image.fromarray((pixels * 15).astype(np.uint8)).convert("RGB").resize((40, 36))
             image.save(folder / "photos" / name / f"{index}.png")
     image.save(folder / "photo.jpg")
-    for name, labels in (("photos", ("cat", "dog")), ("digits", range(10))):
-        config = ViTCLSConfig.from_preset(
-            "tiny", image_size=32, hidden_size=32, num_attention_heads=2, num_hidden_layers=2, num_register_tokens=2,
-            id2label=dict(enumerate(map(str, labels))),
-        )  # fmt: skip
-        ViTCLSForImageClassification(config).save_pretrained(folder / "runs" / name)
-        processor = ViTCLSImageProcessor(size={"height": 32, "width": 32})
-        processor.save_pretrained(folder / "runs" / name)
+    write_classifier(folder / "runs" / "photos", ["cat", "dog"])
     # found before the study of this name in the package, which takes minutes
     study = yaml.safe_load(
         (ROOT / "scripts" / "recipes" / "study_digits.yaml").read_text(encoding="utf-8")
@@ -458,6 +455,16 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     study["seeds"] = [0, 1]
     (folder / "study_digits").write_text(yaml.safe_dump(study), encoding="utf-8")
     return folder
+
+
+def write_classifier(folder: Path, labels: list[str]) -> None:
+    """Write a small classifier with random weights."""
+    config = ViTCLSConfig.from_preset(
+        "tiny", image_size=32, hidden_size=32, num_attention_heads=2, num_hidden_layers=2, num_register_tokens=2,
+        id2label=dict(enumerate(labels)),
+    )  # fmt: skip
+    ViTCLSForImageClassification(config).save_pretrained(folder)
+    ViTCLSImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
 
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -504,6 +511,8 @@ def test_imports_of_python_blocks_resolve() -> None:
 def test_python_blocks_run(page: Path, run: Run, tmp_path: Path) -> None:
     blocks = [block for block in read_blocks(page) if block.language == "python" and block.is_run]
     source = "\n\n".join(block.get_source() for block in blocks)
+    if '"runs/digits"' in source:  # which README's command trains
+        write_classifier(tmp_path / "runs" / "digits", list("0123456789"))
     if "runs/student" in source:  # which the page's command trains
         student = {
             "hidden_size": 32,
@@ -536,6 +545,7 @@ def test_examples_in_docstrings_run(run: Run, tmp_path: Path) -> None:
             is_value = expected and not example.source.startswith("print")
             source = example.source.strip()
             lines.append(f"assert repr(({source})) == {expected!r}" if is_value else source)
+    write_classifier(tmp_path / "runs" / "digits", list("0123456789"))
     (tmp_path / "page.py").write_text("\n\n".join(lines), encoding="utf-8")
     run(["page.py"])
 
