@@ -362,16 +362,16 @@ def save_and_end(folder: Path, model: Path, queue: Any) -> None:
     output_folder.measure_inference_speed = lambda *arguments: {}  # slow, and writes no files
     flags = {"model": model, "trainable": "lora", "lora_rank": 2, "max_steps": 1, "batch_size": 4}
 
-    def save(*arguments: Any) -> None:
+    def save(*arguments: Any, **keywords: Any) -> None:
         copy_files(folder, folder.parent / "before")
-        save_output(*arguments)  # also imports everything before the forks
+        save_output(*arguments, **keywords)  # also imports everything before the forks
         copy_files(folder, folder.parent / "whole")
         for number in itertools.count(1):
             copy_files(folder.parent / "before", folder)
             child = os.fork()
             if not child:
                 end_at_change(number, folder)
-                save_output(*arguments)
+                save_output(*arguments, **keywords)
                 os._exit(0)
             status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
             assert status in (0, KILLED)
