@@ -118,11 +118,10 @@ def add_nearest_images(
     for row, names in zip(rows, nearest_names, strict=True):
         row["nearest"] = []
         for name in names:
-            if (
-                len(images_by_name[name]) != 1
-            ):  # the dataset has changed, or its names are ambiguous
+            found = images_by_name[name]
+            if len(found) != 1:  # the dataset has changed, or its names are ambiguous
                 continue
-            images, index = images_by_name[name][0]
+            images, index = found[0]
             row["nearest"].append(
                 {
                     "image": name,

@@ -89,6 +89,7 @@ from .training_setup import TrainingSetup, build_training_images
 DEFAULT_STREAM_SAVE_EVERY = (
     1000  # default of --save-every in steps for streams, which have no epochs
 )
+# with fewer training images per class, the held-out fifth costs up to 4 points of accuracy
 FEW_IMAGES_PER_CLASS = 100
 ALL = slice(None)
 FIRST_HALF = slice(0, None, 2)

@@ -122,20 +122,29 @@ def find_nearest_names(
     return [[names[index] for index in row] for row in order]
 
 
+def check_nearest_images(options: Any, frozen: Path) -> tuple[Any, Any]:
+    """Compare the nearest images of the wrong predictions of a run with those by the features of a frozen model.
+
+    Returns whether each prediction is wrong, and the nearest images of each.
+    """
+    data = prepare_setup(options).data
+    rows = pd.read_parquet(options.output_dir / "predictions.parquet")
+    is_wrong = rows["label"] != rows["prediction"]
+    held_out = compute_features(frozen, data.held_out.images)[is_wrong]
+    train = compute_features(frozen, data.train.images)
+    expected = find_nearest_names(held_out, train, data.train.images.get_names())
+    assert len(expected) > 0
+    assert [list(names) for names in rows["nearest_images"][is_wrong]] == expected
+    return is_wrong, rows["nearest_images"]
+
+
 def test_the_nearest_images_of_a_wrong_prediction_have_the_most_similar_features(
     encoder: Path, tmp_path: Path
 ) -> None:
     options = build_options(tmp_path / "head", encoder, trainable="head")
     run_training(options)
-    data = prepare_setup(options).data
-    rows = pd.read_parquet(tmp_path / "head" / "predictions.parquet")
-    is_wrong = rows["label"] != rows["prediction"]
-    held_out = compute_features(tmp_path / "head", data.held_out.images)[is_wrong]
-    train = compute_features(tmp_path / "head", data.train.images)
-    expected = find_nearest_names(held_out, train, data.train.images.get_names())
-    assert len(expected) > 0
-    assert [list(names) for names in rows["nearest_images"][is_wrong]] == expected
-    assert not rows["nearest_images"][~is_wrong].map(len).any()
+    is_wrong, names = check_nearest_images(options, tmp_path / "head")
+    assert not names[~is_wrong].map(len).any()
 
 
 def test_a_trained_model_is_shown_beside_the_nearest_images_before_training(
@@ -146,14 +155,7 @@ def test_a_trained_model_is_shown_beside_the_nearest_images_before_training(
     trained = frozen | {"trainable": "full", "select": "last", "learning_rate": 0.1}
     options = build_options(tmp_path / "trained", encoder, **trained)
     run_training(options)
-    data = prepare_setup(options).data
-    rows = pd.read_parquet(tmp_path / "trained" / "predictions.parquet")
-    is_wrong = rows["label"] != rows["prediction"]
-    held_out = compute_features(tmp_path / "head", data.held_out.images)[is_wrong]
-    train = compute_features(tmp_path / "head", data.train.images)
-    expected = find_nearest_names(held_out, train, data.train.images.get_names())
-    assert len(expected) > 0
-    assert [list(names) for names in rows["nearest_images"][is_wrong]] == expected
+    check_nearest_images(options, tmp_path / "head")
 
 
 def test_no_image_passes_the_frozen_encoder_twice(
