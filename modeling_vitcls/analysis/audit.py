@@ -204,7 +204,8 @@ def load_audited_images(options: EvaluateOptions) -> tuple[AuditedImages, int, C
                 f"labels checked: {is_held_out.sum():,} images of split {name!r} ({text})",
                 markup=False,
             )
-        splits.append(compute_split(name, image_pass, loaded.model, is_held_out, console))
+        split = compute_split(name, images, image_pass, loaded.model, is_held_out, console)
+        splits.append(split)
 
     if folds:
         ids = [each for split in splits for each in split.ids]
@@ -235,21 +236,25 @@ def find_held_out_images(
 
 
 def compute_split(
-    name: str, image_pass: ImagePass, model: Any, is_held_out: np.ndarray, console: Console
+    name: str,
+    images: LabeledImages,
+    image_pass: ImagePass,
+    model: Any,
+    is_held_out: np.ndarray,
+    console: Console,
 ) -> AuditedSplit:
     """Pass the images of a split through the model."""
     rows = image_pass.collect(model, partial(compute_features_and_logits, model), console)
     values, labels = stack_rows(rows)
     indices = [row.index for row in rows]
     num_features = (model.config.num_cls_tokens + 1) * model.config.hidden_size
-    images = image_pass.images.images
     return AuditedSplit(
         name=name,
         ids=[row.name for row in rows],
         labels=labels,
         features=values[:, :num_features],
         logits=values[:, num_features:],
-        pixels=np.stack([make_thumbnail(images[index]) for index in indices]),
+        pixels=np.stack([make_thumbnail(images.images[index]) for index in indices]),
         is_held_out=is_held_out[indices],
         num_unreadable=image_pass.num_unreadable,
     )

@@ -62,6 +62,8 @@ def reduce_for_dry_run(loaded: Loaded) -> Loaded:
     data, evaluated_fraction = draw_few_images(loaded.data, loaded.plan)
     setup = loaded.setup
     setup.measure_features = None
+    setup.printed_metrics = ()
+    setup.can_calibrate = False
     if setup.probe is not None:
         setup.probe = replace(setup.probe, max_images=NUM_PROBE_IMAGES)
     return replace(

@@ -32,11 +32,11 @@ from ..runtime.errors import RunStopped, is_raised_on_all_processes
 from ..runtime.flags import to_flags
 from . import finetune, output_folder, pretrain
 from .calibration import (
-    MIN_ERROR_IMAGES,
-    compute_calibration_errors,
+    Calibration,
     explain_missing_calibration,
     find_calibration,
     has_enough_images,
+    measure_errors,
 )
 from .distributed_state import reshard
 from .dry_run import build_dry_run_options, reduce_for_dry_run
@@ -48,7 +48,7 @@ from .output_folder import FolderLock, save_output
 from .probe import FittedProbe
 from .resume import format_flag_value, resolve_local_paths
 from .run_inputs import Environment, Loaded, Options, check_folder, load, print_summary, set_up
-from .run_results import Result, Trained, build_results, print_result
+from .run_results import Result, Trained, build_results, print_estimate, print_result
 from .signals import SignalHandler
 from .training_setup import TrainingSetup, build_training_images
 
@@ -135,7 +135,8 @@ def run(kind: ModuleType, options: Options, on_checkpoint: Callable[[Path], None
             evaluator=result.evaluator,
             nearest_images=result.nearest_images,
         )
-        print_result(results, loaded, trained, environment)
+        print_end = print_estimate if options.run.dry_run else print_result
+        print_end(results, loaded, trained, environment)
 
         # DDP must not outlive its process group: with torch 2.11, gloo may wait forever
         del trained
@@ -291,61 +292,79 @@ def finish_model(
 
     A frozen model is fitted to all images that are not held out.
     """
-    data, setup, model = loaded.data, loaded.setup, trained.loop.state.model
-    model.eval()
-    is_frozen = trained.selected_step == 0
-    initial = frozen
-    frozen = refit_frozen_model(loaded, frozen, model, environment) if is_frozen else None
+    model = trained.loop.state.model.eval()
+    final = None
+    if trained.selected_step == 0:
+        final = refit_frozen_model(loaded, frozen, model, environment)
     evaluate = evaluators.held_out
-    if frozen is not None and frozen.held_out is not None:
-        evaluate = HeadEvaluator(frozen.held_out, frozen.choice.candidate)
+    if final is not None and final.held_out is not None:
+        evaluate = HeadEvaluator(final.held_out, final.choice.candidate)
 
-    can_calibrate = setup.can_calibrate and not environment.is_dry_run
     calibration, reported = None, ALL
-    if (
-        can_calibrate
-        and frozen is not None
-        and (outputs := frozen.get_held_out_logits()) is not None
-    ):
-        calibration = find_calibration(*outputs, images="cross-validation")
-    elif can_calibrate and data.selection is not None and loaded.has_steps:
-        if isinstance(data.selection, StreamedImages) or has_enough_images(len(data.selection)):
-            calibration = find_calibration(
-                *compute_outputs(evaluators.selection, model), images="selection"
-            )
-        else:
-            calibration = explain_missing_calibration(len(data.selection), images="selection")
-    elif can_calibrate and evaluators.has_held_out:
-        logits, labels = compute_outputs(evaluate, model)
-        calibration = find_calibration(logits[FIRST_HALF], labels[FIRST_HALF], images="held-out")
-        reported = SECOND_HALF
+    if loaded.setup.can_calibrate:
+        calibration, reported = calibrate(loaded, final, evaluators, evaluate, model)
     if calibration is not None and calibration.is_fitted:
-        calibration.apply(setup.model.config)
+        calibration.apply(loaded.setup.model.config)
 
-    keeps_predictions = can_calibrate and evaluators.has_held_out
+    keeps_predictions = loaded.setup.can_calibrate and evaluators.has_held_out
     metrics = trained.metrics
-    if keeps_predictions or data.selection is not None or frozen is not None:
+    if keeps_predictions or loaded.data.selection is not None or final is not None:
         if keeps_predictions:
             evaluate.keep_logits = True  # type: ignore[attr-defined]
         metrics = evaluate(model)
         reshard(model)
-    record = None
+
+    record: dict[str, Any] = {}
     if calibration is not None:
         text = calibration.text
-        record = calibration.to_dict() if calibration.is_fitted else None
-        if record is not None and evaluators.has_held_out:
-            logits, labels = get_outputs(evaluate, reported)  # type: ignore[arg-type]
-            errors = compute_calibration_errors(logits, labels, record["temperature"])
+        if calibration.is_fitted:
+            record = calibration.to_dict()
+        if calibration.is_fitted and evaluators.has_held_out:
+            errors, errors_text = measure_errors(calibration, *get_outputs(evaluate, reported))  # type: ignore[arg-type]
             record |= errors
             metrics["calibration_error"] = errors["calibration_error"]
-            if len(labels) >= MIN_ERROR_IMAGES:
-                before = 100 * errors["calibration_error_before"]
-                after = 100 * errors["calibration_error"]
-                text += f"; calibration error {before:.1f} -> {after:.1f} points"
+            text += errors_text
         environment.reporter.print_line("calibration", text)
     if not keeps_predictions:
-        return Result(metrics, record, evaluator=None, nearest_images=None)
-    return Result(metrics, record, evaluate, find_nearest_images(frozen or initial, evaluate))
+        return Result(metrics, record or None, evaluator=None, nearest_images=None)
+    nearest_images = find_nearest_images(final or frozen, evaluate)
+    return Result(metrics, record or None, evaluate, nearest_images)
+
+
+def calibrate(
+    loaded: Loaded,
+    final: FittedProbe | None,
+    evaluators: Evaluators,
+    evaluate: Evaluate,
+    model: Any,
+) -> tuple[Calibration | None, slice]:
+    """Find the temperature of the classifier, on images that it was not fitted to.
+
+    Args:
+        loaded: what the run trains on.
+        final: the probe of a frozen model; None for a trained model.
+        evaluators: the evaluations of the run.
+        evaluate: the evaluation of the held-out images by the final model.
+        model: the final model.
+
+    Returns:
+        The calibration, None without images for it, and the held-out images that may measure its error.
+    """
+    selection = loaded.data.selection
+    if final is not None and (outputs := final.get_held_out_logits()) is not None:
+        return find_calibration(*outputs, images="cross-validation"), ALL
+
+    if selection is not None and loaded.has_steps:
+        if not isinstance(selection, StreamedImages) and not has_enough_images(len(selection)):
+            return explain_missing_calibration(len(selection), images="selection"), ALL
+        outputs = compute_outputs(evaluators.selection, model)
+        return find_calibration(*outputs, images="selection"), ALL
+
+    if evaluators.has_held_out:
+        logits, labels = compute_outputs(evaluate, model)
+        calibration = find_calibration(logits[FIRST_HALF], labels[FIRST_HALF], images="held-out")
+        return calibration, SECOND_HALF
+    return None, ALL
 
 
 def find_nearest_images(frozen: FittedProbe | None, evaluate: Any) -> dict[int, list[str]] | None:

@@ -45,7 +45,6 @@ class Environment:
     reporter: Reporter
     store: CheckpointStore
     checkpoint: Checkpoint | None  # to resume from
-    is_dry_run: bool
     start_time: float
 
 
@@ -93,7 +92,6 @@ def set_up(options: Options, lock: FolderLock) -> Environment:
         reporter=reporter,
         store=store,
         checkpoint=checkpoint,
-        is_dry_run=options.run.dry_run,
         start_time=start_time,
     )
 
@@ -226,5 +224,4 @@ def print_summary(loaded: Loaded, environment: Environment) -> None:
             reporter.print_line(name, text)
     for warning in loaded.setup.warnings:
         reporter.warn(warning)
-    if not environment.is_dry_run:
-        reporter.printed_metrics = loaded.setup.printed_metrics
+    reporter.printed_metrics = loaded.setup.printed_metrics

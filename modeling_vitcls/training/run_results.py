@@ -1,7 +1,7 @@
 """End of a run: results.json and the last printed lines (run.py)."""
 
+import time
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 from ..data.held_out import HELD_OUT_RECORD_KEY
@@ -108,16 +108,6 @@ def print_result(
 ) -> None:
     """Print the last lines of the run."""
     reporter, loop = environment.reporter, trained.loop
-    if environment.is_dry_run:
-        seconds = time.perf_counter() - environment.start_time
-        if loaded.has_steps:
-            text = describe_dry_run(
-                loop, loaded.full_plan, loaded.options, loaded.evaluated_fraction, seconds
-            )
-        else:
-            text = describe_dry_probe(results, loaded.full_plan, seconds)
-        reporter.print_line("dry run", text)
-        return
     if num_unreadable := len(loop.unreadable_images.indices):
         reporter.warn(
             f"{num_unreadable} training image(s) could not be read and were replaced with other images"
@@ -128,6 +118,20 @@ def print_result(
     reporter.print_line("saved", f"{environment.folder} (model, image processor, {RESULTS_FILE})")
     if suggestion := suggest_all_images(loaded):
         reporter.print_line("next", suggestion)
+
+
+def print_estimate(
+    results: dict[str, Any], loaded: Loaded, trained: Trained, environment: Environment
+) -> None:
+    """Print the expected duration and memory of the full run, as the last line of a dry run."""
+    seconds = time.perf_counter() - environment.start_time
+    if loaded.has_steps:
+        text = describe_dry_run(
+            trained.loop, loaded.full_plan, loaded.options, loaded.evaluated_fraction, seconds
+        )
+    else:
+        text = describe_dry_probe(results, loaded.full_plan, seconds)
+    environment.reporter.print_line("dry run", text)
 
 
 def suggest_all_images(loaded: Loaded) -> str | None:
