@@ -50,6 +50,7 @@ def build_attention_mask(
             f"attention_mask must have shape [batch, tokens] = {list(hidden_states.shape[:2])}, special tokens "
             f"included, but it has shape {list(attention_mask.shape)}"
         )
+
     mask = None
     if config.cls_scopes is not None:
         mask = build_cls_attention_mask(config, hidden_states, attention_mask, grid_size)
@@ -59,6 +60,7 @@ def build_attention_mask(
         mask = create_bidirectional_mask(
             config=config, inputs_embeds=hidden_states, attention_mask=attention_mask
         )
+
     if relative_position_bias is not None:
         mask = relative_position_bias(hidden_states, mask, grid_size)
     if gates is not None:
@@ -141,6 +143,7 @@ def build_cell_mask(scope: list[int], grid_size: tuple[int, int], device: torch.
             f"cls_scopes: a grid of {rows} x {columns} cells requires at least {rows} x {columns} patches, but the "
             f"image has {grid_rows} x {grid_columns} patches: use larger images"
         )
+
     y = torch.arange(grid_rows, device=device)
     x = torch.arange(grid_columns, device=device)
     is_cell_row = (y >= row * grid_rows // rows) & (y < (row + 1) * grid_rows // rows)
@@ -191,11 +194,13 @@ class RelativePositionBias(nn.Module):
         x = x.flatten()  # [rows * columns] each
         row_offset = y[:, None] - y[None, :] + rows - 1
         column_offset = x[:, None] - x[None, :] + columns - 1
+
         num_distances = (2 * rows - 1) * (2 * columns - 1)
         num_tokens = layout.get_num_tokens(rows, columns)
         index = torch.full(
             (num_tokens, num_tokens), num_distances + 2, dtype=torch.long, device=device
         )
+
         index[: layout.num_prefix_tokens, layout.patches] = num_distances
         index[layout.patches, : layout.num_prefix_tokens] = num_distances + 1
         index[layout.patches, layout.patches] = row_offset * (2 * columns - 1) + column_offset
@@ -211,6 +216,7 @@ def resample_bias_tables(
     table_size, new_table_size = (
         [2 * size - 1 for size in sizes] for sizes in (grid_size, new_grid_size)
     )
+
     # [tables, heads, y, x]
     maps = tables[:, :-3].float().unflatten(1, table_size).permute(0, 3, 1, 2)
     maps = nn.functional.interpolate(

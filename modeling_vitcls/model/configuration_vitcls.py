@@ -502,10 +502,12 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                     *TRANSFORMERS_KEYWORDS,
                 ]
                 raise ValueError(f"Unknown field {name!r}{_format_suggestion(name, known_names)}")
+
         self.validate_sizes()  # checked before lists of these sizes are built
         self.auto_map = kwargs.pop("auto_map", None) or self.build_auto_map()
         # AutoModelForImageClassification selects one of two classes by `architectures`, which must not be None.
         self.architectures = self.architectures or []
+
         self.stage_names = [
             "stem",
             *(f"stage{index}" for index in range(1, self.num_hidden_layers + 1)),
@@ -515,6 +517,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             out_features=kwargs.pop("out_features", None),
             out_indices=kwargs.pop("out_indices", None),
         )
+
         self._check_labels(kwargs.get("num_labels"))
         super().__post_init__(**kwargs)
         # transformers derives labels from `num_labels`, but leaves `label2id` empty if only `id2label` is given.
@@ -549,6 +552,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                 hint := _format_suggestion(name, known_names, cutoff=0.8)
             ):
                 raise ValueError(f"Unknown field {name!r}{hint}")
+
         config_dict, labels = dict(config_dict), config_dict.get("id2label")
         if "id2label" in overrides or kwargs.get("num_labels") not in (
             None,
@@ -558,11 +562,13 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                 "id2label": None,
                 "label2id": None,
             }  # stored labels do not apply to the new classifier
+
         if overrides.get("num_hidden_layers") not in (None, config_dict.get("num_hidden_layers")):
             config_dict |= {
                 "out_features": None,
                 "out_indices": None,
             }  # stored stages do not apply to the new layers
+
         if changed_counts := {
             field: overrides[field] for field in COUNT_FIELDS.values() if field in overrides
         }:
@@ -579,13 +585,16 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             config_dict["distillation_teachers"] = (
                 teachers[: new_counts["num_distillation_tokens"]] or None
             )
+
         unknown_fields = {
             name: config_dict.pop(name)
             for name in list(config_dict)
             if not cls._is_known_keyword(name)
         }
+
         config_or_tuple = super().from_dict({**config_dict, **overrides}, **kwargs)
         config = config_or_tuple[0] if isinstance(config_or_tuple, tuple) else config_or_tuple
+
         for (
             name,
             value,
@@ -921,6 +930,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(
                 f'`tasks` requires CLS pooling, but `pooling` is "{self.pooling}". Set pooling="cls".'
             )
+
         for name, labels in self.tasks.items():
             if not name.isidentifier():
                 raise ValueError(
@@ -996,9 +1006,11 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                     suggestion = _format_suggestion(field_name, known_names)
                     raise ValueError(f"{owner} has an unknown field {field_name!r}{suggestion}")
             self._check_extra_head(owner, fields)
+
         added_labels = [label for labels in self.get_added_classes().values() for label in labels]
         id2label: dict[Any, str] = dict(self.id2label or {})
         last_labels = [id2label[index] for index in range(len(id2label))][-len(added_labels) :]
+
         if added_labels and (self.tasks or last_labels != added_labels):
             raise ValueError(
                 "`extra_heads`: the labels of heads with `adds_classes` must be the last ones of `id2label`, which "
@@ -1012,12 +1024,14 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(
                 f'{owner} requires `labels`, a list of names. Set labels=["rain", "sun"].'
             )
+
         head = ExtraHead(**fields)
         is_multi_label = head.problem_type == "multi_label_classification"
         if not is_multi_label and head.problem_type != "single_label_classification":
             raise ValueError(
                 f"{owner} supports the problem types {', '.join(PROBLEM_TYPES[1:3])}. Set one of them."
             )
+
         num_labels = len(set(labels))
         min_labels = 1 if is_multi_label or head.adds_classes else 2
         if num_labels != len(labels) or not min_labels <= num_labels <= MAX_LABELS:
@@ -1026,6 +1040,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(
                 f"{owner} adds classes, which share `temperature` and `problem_type` with the others."
             )
+
         are_layers = isinstance(head.pooled_layers, list) and all(
             type(layer) is int for layer in head.pooled_layers
         )
@@ -1033,6 +1048,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(
                 f"{owner} requires `pooled_layers`, a list of numbers. Set pooled_layers=[-1]."
             )
+
         if any(pooling not in EXTRA_HEAD_POOLINGS for pooling in head.layer_poolings):
             raise ValueError(
                 f"{owner} supports the poolings {', '.join(EXTRA_HEAD_POOLINGS)}. Set one of them."
@@ -1044,10 +1060,12 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         if len(head.layer_poolings) != len(head.pooled_layers or [-1]):
             raise ValueError(f"{owner} requires one pooling, or one for each of `pooled_layers`.")
         self._check_layers(f"{owner}: `pooled_layers`", head.pooled_layers)
+
         if not _is_number(head.temperature) or not head.temperature > 0:
             raise ValueError(
                 f"{owner}: `temperature` must be a positive number, but it is {head.temperature}."
             )
+
         if head.threshold is None:
             return
         if not _is_number(head.threshold) or (is_multi_label and not 0 < head.threshold < 1):
@@ -1092,6 +1110,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                 raise ValueError(
                     f"`{name}` must be a positive number of pixels or [height, width], but it is {value}."
                 )
+
         if max(self.patch_height_width) > MAX_PATCH_SIDE:
             raise ValueError(
                 f"`patch_size` must be at most {MAX_PATCH_SIDE:,}, but it is {self.patch_size}."
@@ -1101,6 +1120,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"`image_size` {self.image_size} makes {math.prod(self.grid_size):,} patches of {self.patch_size} "
                 f"pixels, but at most {MAX_PATCHES:,} are supported. Use a smaller image size."
             )
+
         axes = zip(
             ("height", "width"), self.image_height_width, self.patch_height_width, strict=True
         )

@@ -149,6 +149,7 @@ class CPUMLP(CPUKernel, ViTCLSMLP):
             or not torch.backends.mkldnn.enabled
         ):
             return super().forward(hidden_states)
+
         hidden_states = cast_for_autocast(hidden_states)
         if not torch.is_grad_enabled():
             if can_use_onednn(self.fc1, hidden_states):
@@ -157,6 +158,7 @@ class CPUMLP(CPUKernel, ViTCLSMLP):
                 )
             # in place: allocating takes longer
             return self.fc2(torch.ops.aten.gelu_(self.fc1(hidden_states)))
+
         preactivations = self.fc1(hidden_states)  # [B, N, intermediate]
         if can_use_onednn(self.fc2, preactivations):
             return OneDNNGELULinear.apply(preactivations, self.fc2.weight, self.fc2.bias)
@@ -280,6 +282,7 @@ def compute_linear_gradients(
     grad_rows = grad.reshape(-1, grad.shape[-1])
     input_rows = inputs.reshape(-1, inputs.shape[-1])  # [n, out], [n, in]
     input_grad = linear(grad, weight.t(), None) if needs_grad[0] else None
+
     weight_grad = None
     if (
         needs_grad[1] and len(weight) <= weight.shape[1]

@@ -102,6 +102,7 @@ class AttentionPooler(nn.Module):
             for states in (query, key, value)
         )  # query [1, heads, 1, head_dim], key and value [B, heads, N', head_dim]
         query = query.expand(hidden_states.shape[0], -1, -1, -1)
+
         # [B, heads, 1, head_dim]
         attn_output = nn.functional.scaled_dot_product_attention(query, key, value)
         pooled_output: Tensor = self.o_proj(attn_output.transpose(1, 2).flatten(1))  # [B, D]
@@ -131,8 +132,10 @@ def build_pooler(config: ViTCLSConfig) -> nn.Module:
     pooler: nn.Module = (
         AttentionPooler(config) if config.pooling == "attention" else TokenPooler(config)
     )
+
     if len(config.pooled_layer_indices) > 1:
         pooler = MultiLayerPooler(pooler)
+
     layers: dict[str, nn.Module] = {}
     if config.pooled_norm:
         layers["layernorm"] = build_norm(config, config.pooled_size)
@@ -177,6 +180,7 @@ class ExtraHeads(nn.ModuleDict):
             name: [TokenPooler(config, pooling) for pooling in head.layer_poolings]
             for name, head in heads.items()
         }
+
         for name, head in heads.items():
             size = sum(config.compute_pooled_size(pooling, 1) for pooling in head.layer_poolings)
             # nn.ModuleDict has methods `keys` and `values`
@@ -204,6 +208,7 @@ class ExtraHeads(nn.ModuleDict):
         logits: dict[str, Tensor] = {}
         all_tokens = None
         last_layer, num_cls_tokens = self.config.num_hidden_layers, self.config.num_cls_tokens
+
         for name, poolers in self.poolers.items():
             pooled = []
             for layer, pooler in zip(self.pooled_layers[name], poolers, strict=True):
@@ -213,6 +218,7 @@ class ExtraHeads(nn.ModuleDict):
                     all_tokens = compute_all_tokens() if all_tokens is None else all_tokens
                     tokens = all_tokens
                 pooled.append(pooler(tokens))
+
             logits[name] = self[f"task_{name}"](torch.cat(pooled, dim=-1))
             temperature = (self.config.extra_heads or {})[name].get("temperature", 1)
             if temperature != 1 and not self.training:
@@ -269,18 +275,22 @@ def compute_classification_loss(
         raise ValueError(
             "labels require a classifier, but the model has no classifier: set num_labels"
         )
+
     num_items = labels.numel() if num_items_in_batch is None else num_items_in_batch
     problem_type = config.problem_type or ("regression" if config.num_labels == 1 else None)
+
     if problem_type == "regression":
         loss_sum = nn.functional.mse_loss(
             logits.float().view(-1), labels.float().view(-1), reduction="sum"
         )
         return loss_sum / num_items
+
     if problem_type == "multi_label_classification":
         loss_sum = nn.functional.binary_cross_entropy_with_logits(
             logits.float(), labels.float(), reduction="sum"
         )
         return loss_sum / num_items
+
     if not labels.is_floating_point():
         return compute_cross_entropy(logits, labels, num_items_in_batch)
     if problem_type is None:
@@ -288,6 +298,7 @@ def compute_classification_loss(
             'float labels require config.problem_type: "single_label_classification" for class probabilities '
             'or "multi_label_classification" for several labels per image'
         )
+
     loss_sum = nn.functional.cross_entropy(logits.float(), labels.float(), reduction="sum")
     # num_items is B * C, so the result is the mean over images
     return loss_sum * labels.shape[-1] / num_items
@@ -337,10 +348,12 @@ def compute_masked_pixel_loss(
         reconstruction, config
     ).float()  # [B, rows * columns, values per patch]
     target = split_into_patches(pixel_values, config).float()
+
     if config.norm_pixel_target:
         correction = int(target.shape[-1] > 1)
         variance, mean = torch.var_mean(target, dim=-1, keepdim=True, correction=correction)
         target = (target - mean) / (variance + 1e-6).sqrt()
+
     pixel_losses = (
         (predictions - target).abs() if config.mim_loss == "l1" else (predictions - target) ** 2
     )

@@ -260,6 +260,7 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
             or type(self) is not ViTCLSImageProcessor
         ):
             return super().preprocess(images, *args, **kwargs)
+
         settings = get_settings(self, self._valid_kwargs_names)
         inputs = list(flatten_images(images))
         if (
@@ -268,6 +269,7 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
             and all(getattr(image, "is_cpu", True) for image in inputs)
         ):
             return self._fast_preprocess(inputs)
+
         batch = super().preprocess(images, **kwargs)
         self._checked_settings = settings if can_use_fast_path(self) else None
         return batch
@@ -322,6 +324,7 @@ def read_image(source: ImageSource) -> PIL.Image.Image:
     else:
         file = os.fspath(source)
         source_name = shorten_text(os.fspath(source))
+
     try:
         if (
             isinstance(file, str) and Path(file).exists() and not Path(file).is_file()
@@ -412,9 +415,11 @@ def pil_to_tensor(image: PIL.Image.Image, to_rgb: bool) -> Tensor:
         values = pil_to_array(image)
     except Exception as error:
         raise ValueError(f"cannot use the image {name}: {get_first_line(error)}") from error
+
     pixels = to_uint8(
         to_channels_first(torch.from_numpy(values), ChannelDimension.LAST), do_rescale=True
     )
+
     if to_rgb:
         return convert_to_rgb(pixels)
     is_gray_with_alpha = image.mode in GRAY_MODES and len(pixels) == 4
@@ -469,6 +474,7 @@ def to_uint8(pixels: Tensor, do_rescale: bool) -> Tensor:
         return ((pixels.to(torch.int32) + 128) // 257).to(torch.uint8)
     if pixels.is_floating_point() and not do_rescale:
         return pixels.float()
+
     minimum, maximum = (bound.item() for bound in torch.aminmax(pixels.double()))
     if not (minimum >= 0 and maximum <= 255):
         raise ValueError(
@@ -479,6 +485,7 @@ def to_uint8(pixels: Tensor, do_rescale: bool) -> Tensor:
         raise ValueError(
             f"this image is already rescaled (the maximum value is {maximum:g}): set do_rescale=False"
         )
+
     return pixels.round().to(torch.uint8) if pixels.is_floating_point() else pixels.to(torch.uint8)
 
 
@@ -521,6 +528,7 @@ def check_sizes(settings: dict[str, Any]) -> None:
             raise ValueError(
                 f"{name} must contain positive integers (pixels), but {name} is {values}"
             )
+
     if settings.get("do_center_crop"):
         if set(crop_size) != {"height", "width"}:
             raise ValueError(

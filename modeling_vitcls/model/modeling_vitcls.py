@@ -268,6 +268,7 @@ class ViTCLSPreTrainedModel(AdaptableModel):
         config = copy.deepcopy(self.config)
         # the counter supports fused kernels only on some devices
         config._attn_implementation = "eager"
+
         with torch.device("meta"):
             model = self.new_like(config).eval()
             pixel_values = torch.empty(batch_size, config.num_channels, height, width)
@@ -301,6 +302,7 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         layer_class = LAYER_CLASSES[config.layer_type]  # ViTCLSLayer by default
         attention_class = ATTENTION_CLASSES[config.attention_type]  # ViTCLSAttention by default
         last_layer_index = max(config.num_hidden_layers - 1, 1)
+
         self.embeddings = ViTCLSEmbeddings(config)
         self.rotary_positions = build_rotary_embeddings(config)
         has_position_bias = config.relative_position_bias != "none"
@@ -309,12 +311,14 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         self.patch_dropout: nn.Module | None = (
             PatchDropout(config) if config.patch_drop_rate > 0 else None
         )
+
         self.layers = nn.ModuleList(
             layer_class(config, config.drop_path_rate * index / last_layer_index, attention_class)
             for index in range(config.num_hidden_layers)
         )
         specialize_layers(self.layers, config)
         add_register_neurons(self.layers, config)
+
         self.layernorm = build_norm(config) if config.final_norm else None
         self.pooler = build_pooler(config) if add_pooling_layer else None
         self.post_init()
@@ -355,6 +359,7 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
             raise ValueError(
                 f"pixel_values is a {type(pixel_values).__name__}: pass a tensor [B, C, H, W]"
             )
+
         pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
         grid_size = self.embeddings.patch_embeddings.get_grid_size(pixel_values)
         hidden_states = self.embeddings(pixel_values, grid_size, bool_masked_pos)  # [B, N, D]
@@ -391,6 +396,7 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
                 else position_embeddings,
             )
             hidden_states = layer(*inputs, num_output_tokens if is_last else None, **kwargs)
+
             if is_last or index in pooled_layers or index in output_layers:
                 tokens = self.normalize(hidden_states)  # [B, N, D]
             if index in output_layers:
@@ -535,6 +541,7 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
             output_layers=self.extra_heads.layers,
             **kwargs,
         )
+
         logits = cls_logits = self.classifier(outputs.pooler_output)  # [B, num_labels]
         distillation_logits = None
         if self.distillation_classifier is not None:
@@ -547,6 +554,7 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
                 logits = distillation_logits
         elif torch.onnx.is_in_onnx_export():
             cls_logits = None  # would duplicate `logits` in the graph
+
         task_logits = self.extra_heads(outputs.layer_tokens, outputs.compute_all_tokens)
         if added_logits := [task_logits.pop(name) for name in self.config.get_added_classes()]:
             # a larger product would change the bits of the others
@@ -554,6 +562,7 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
             logits = torch.cat([*own_logits, *added_logits], dim=-1)
         if self.config.temperature != 1 and not self.training:
             logits = logits / self.config.temperature
+
         loss = None
         if labels is not None:
             all_logits = [logits]
@@ -565,6 +574,7 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
                 for head_logits in all_logits
             ]
             loss = torch.stack(losses).mean()
+
         return ViTCLSImageClassifierOutput(
             loss=loss,
             logits=logits,
@@ -638,6 +648,7 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
             output_layers={*pooled_layers, *self.extra_heads.layers},
             **kwargs,
         )
+
         layer_tokens = [
             outputs.layer_tokens[index][:, self.config.token_layout.cls] for index in pooled_layers
         ]
@@ -646,11 +657,13 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
             self.config.task_labels(), self.classifiers.values(), cls_tokens, strict=True
         )
         logits = {name: classifier(token) for name, classifier, token in classifiers}
+
         loss = losses = None
         if labels is not None:
             losses = self.compute_losses(logits, labels)
             loss = torch.stack(list(losses.values())).sum()
             losses = {name: losses[name] for name in logits if name in labels}
+
         return ViTCLSMultiTaskOutput(
             loss=loss,
             losses=losses,
@@ -668,6 +681,7 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
             raise ValueError(
                 f"labels contains the unknown task {unknown_tasks[0]!r}: use {', '.join(logits)}"
             )
+
         losses = {}
         for name, task_logits in logits.items():
             task_labels = labels.get(name)
@@ -697,9 +711,11 @@ def count_output_tokens(
         for name in ("output_hidden_states", "output_attentions")
     ):
         return None
+
     last_layer: Any = encoder.layers[-1]
     if last_layer.attention.recorder is not None:
         return None
+
     readers = [encoder, encoder.layers, encoder.layernorm, *last_layer.modules()]
     if encoder.pooler is not None:
         # torch.compile before 2.11 traces no += here
@@ -760,11 +776,13 @@ class ViTCLSForMaskedImageModeling(ViTCLSPreTrainedModel):
         )
         patches = outputs.last_hidden_state[:, self.config.token_layout.patches]
         reconstruction = self.decoder(patches, outputs.grid_size)
+
         loss = None
         if bool_masked_pos is not None:
             loss = compute_masked_pixel_loss(
                 reconstruction, pixel_values, bool_masked_pos, self.config
             )
+
         return MaskedImageModelingOutput(
             loss=loss,
             reconstruction=reconstruction,

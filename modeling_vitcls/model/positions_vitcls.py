@@ -117,6 +117,7 @@ def get_patch_coordinates(
         offset = float(config.rope_grid_offset)
         axes = zip((y, x), grid_size, reference_grid, strict=True)
         y, x = ((axis + offset) / size * reference_size for axis, size, reference_size in axes)
+
     coordinates = torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).flatten(0, 1)
     return coordinates.flip(-1) if config.rope_axes == "xy" else coordinates
 
@@ -185,6 +186,7 @@ def resample_positions(
             align_corners=False,
             antialias=config.position_antialias,
         )
+
     # [1, new rows * new columns, D]
     return maps.permute(0, 2, 3, 1).flatten(1, 2).to(positions.dtype)
 

@@ -36,6 +36,7 @@ def compute_token_attention(
     layout = encoder.config.token_layout
     indices = range(layout.num_prefix_tokens)
     all_layers = range(len(encoder.layers))
+
     indices_by_group = {
         name: indices[group] for name, group in layout.items() if name in SPECIAL_TOKEN_GROUPS
     }

@@ -183,6 +183,7 @@ class RegisterNeurons(nn.Module):
         """Return a copy of the activations [B, N, intermediate] in which the activations of `neurons` are moved."""
         patch_activations = activations[:, self.patches, self.neurons]  # [B, patches, neurons]
         largest_index = patch_activations.abs().argmax(dim=1, keepdim=True)  # [B, 1, neurons]
+
         edited_activations = activations.clone()
         edited_activations[:, self.patches, self.neurons] = 0
         edited_activations[:, self.last_register, self.neurons] = patch_activations.gather(
@@ -249,6 +250,7 @@ def keep_patches(
     prefix_indices = torch.arange(num_prefix_tokens, device=hidden_states.device).expand(
         len(hidden_states), -1
     )
+
     indices = torch.cat([prefix_indices, kept_indices + num_prefix_tokens], dim=1)  # [B, n]
     return (
         torch.take_along_dim(hidden_states, indices.unsqueeze(-1), dim=1),  # [B, n, D]
