@@ -152,6 +152,7 @@ def compute_ablations(
     ablations: Ablations = {kind: {} for kind in ABLATION_KINDS}
     if not targets:
         return ablations
+
     means, before = collect_mean_states(
         model, batches, range(model.config.token_layout.num_prefix_tokens)
     )
@@ -165,6 +166,7 @@ def compute_ablations(
             ablations["information"][key] = compute_effects(collect_outputs(model, batches))
         hidden[key] = collect_outputs(model, batches, indices)
         ablations["presence"][key] = compute_effects(hidden[key])
+
     for keys, draws in watch(list(plan_redraws(model)), "ablating random tokens"):
         sizes: dict[tuple[str, str], list[float]] = {}  # (kind, output name) -> null distribution
         drops: dict[
@@ -175,6 +177,7 @@ def compute_ablations(
                 redrawn_means, redrawn = collect_mean_states(model, batches, targets[key])
                 with replace_by_means(model, targets[key], redrawn_means):
                     replaced = collect_outputs(model, batches)
+
             for name, output in redrawn.items():
                 if isinstance(output, Predictions) and bool(output.is_known.all()):
                     was_correct, is_correct = (
@@ -183,11 +186,13 @@ def compute_ablations(
                     drops.setdefault((key, name), []).append(
                         (was_correct.float() - is_correct.float()).mean(dim=1)
                     )
+
             # No head reads the tokens, so the outputs with hidden tokens do not depend on their embeddings.
             for kind, after in (("information", replaced), ("presence", hidden[key])):
                 for name, output in after.items():
                     size = summarize_changes(output, measure_changes(redrawn[name], output))
                     sizes.setdefault((kind, name), []).append(size)
+
         intervals = {
             position: compute_bootstrap_interval(torch.stack(draw_drops).mean(dim=0).tolist())
             for position, draw_drops in drops.items()
@@ -239,6 +244,7 @@ def compute_effect(before: Any, after: Any) -> Effect:
     )
     if isinstance(before, Features):
         return Effect(size, (low, high), len(before))
+
     is_changed = (before.predicted != after.predicted).any(dim=-1)
     changed_low, changed_high = compute_proportion_interval(int(is_changed.sum()), len(before)) or (
         0.0,
@@ -251,11 +257,13 @@ def compute_effect(before: Any, after: Any) -> Effect:
         changed=is_changed.float().mean().item(),
         changed_interval=(changed_low, changed_high),
     )
+
     was_correct, is_correct = (
         (outputs.predicted == before.labels)[before.is_known] for outputs in (before, after)
     )
     if not len(is_correct):
         return effect
+
     num_gained = int((is_correct & ~was_correct).sum())
     num_lost = int((was_correct & ~is_correct).sum())
     p_value = (
@@ -263,6 +271,7 @@ def compute_effect(before: Any, after: Any) -> Effect:
         if num_gained
         else 1.0
     )
+
     return replace(
         effect,
         accuracy_change=(num_gained - num_lost) / len(is_correct),
@@ -282,6 +291,7 @@ def measure_changes(before: Any, after: Any) -> torch.Tensor:
         return 1 - torch.stack(
             [nn.functional.cosine_similarity(*pair, dim=-1).mean() for pair in pairs]
         ).clamp(max=1)
+
     root_mean_square = before.logits.square().mean().sqrt()
     variances = (before.logits - before.logits.mean(dim=0)).square().mean(dim=1)  # [images]
     scale = (
@@ -363,6 +373,7 @@ def replace_by_means(
     modules = [encoder.embeddings, *encoder.layers]
     if not any(is_used_by_head[min(index, len(is_used_by_head) - 1)] for index in indices):
         modules.pop()  # a hook on the last layer would make the layer compute all tokens
+
     with ExitStack() as hooks:
         # compiled code does not call hooks
         hooks.enter_context(torch.compiler.set_stance("force_eager"))
@@ -506,10 +517,12 @@ def extract_outputs(model: Any, outputs: Any, labels: torch.Tensor | None = None
             for name, rows in features.items()
             if rows.shape[1]
         }
+
     logits_by_task = outputs.logits if isinstance(outputs.logits, dict) else {"": outputs.logits}
     predicted = {
         task: predict_labels(logits, config).cpu() for task, logits in logits_by_task.items()
     }
+
     shape = torch.cat(list(predicted.values()), dim=1).shape
     labels = torch.full(shape, IGNORED_LABEL) if labels is None else labels.cpu()
     if len(labels) != shape[0] or labels.numel() != shape.numel():
@@ -517,6 +530,7 @@ def extract_outputs(model: Any, outputs: Any, labels: torch.Tensor | None = None
             f"The predictions have shape {list(shape)} [images, labels per image], but the labels have shape "
             f"{list(labels.shape)}. Pass one label per prediction."
         )
+
     label_columns = labels.view(shape).split(
         [columns.shape[1] for columns in predicted.values()], dim=1
     )
@@ -585,8 +599,10 @@ def encode_label(label: Any, config: ViTCLSConfig) -> torch.Tensor:
     if config.tasks:
         task_labels = label or {}
         return torch.tensor([task_labels.get(task, IGNORED_LABEL) for task in config.task_labels()])
+
     if not is_multi_label(config):
         return torch.tensor([IGNORED_LABEL if label is None else int(label)])
+
     if isinstance(label, list | tuple):
         return torch.tensor([int(value) for value in label])
     if label is None or label < 0:

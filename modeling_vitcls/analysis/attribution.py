@@ -177,6 +177,7 @@ class AttentionTrace:
                 allow_unused=True,
             )  # None for layers above the last layer that the head reads
         token_gradients = dict(zip(self.read_tokens, gradients[len(self.layers) :], strict=True))
+
         with torch.no_grad():
             relevance = start_weights = (
                 attention_outputs[0].new_zeros(1, 1, self.layers[0].key.shape[2]).float()
@@ -208,6 +209,7 @@ def trace_attention(
     hook = model.base_model.register_forward_hook(
         lambda _, args, output: encoder_outputs.append(output)
     )
+
     with (
         hook,
         torch.inference_mode(False),
@@ -218,6 +220,7 @@ def trace_attention(
         inputs = pixel_values.detach().clone().requires_grad_(needs_gradients)
         with process_attention_layers(model, layers.append):
             outputs = model(inputs, output_hidden_states=True)
+
     attention_modules = [layer.attention for layer in model.base_model.layers]
     encoder_output = encoder_outputs[-1]
     read_tokens = {
@@ -240,6 +243,7 @@ def select_logits(
     if task is not None:
         logits_by_task = getattr(outputs, "task_logits", None) or {}
         logits = logits_by_task[task] if task in logits_by_task else logits[task]
+
     if target is None:
         return logits.amax(dim=-1)
     classes = torch.as_tensor(target, device=logits.device).long().reshape(-1).expand(len(logits))

@@ -191,12 +191,14 @@ def diagnose_tokens(
     names = get_token_names(model.config)
     movement = token_movement or {}
     verdicts = []
+
     for key, indices in get_ablation_targets(model.config.token_layout).items():
         effects = {kind: effects_by_key[key] for kind, effects_by_key in (ablations or {}).items()}
         is_group = "[" not in key
         group_name = "CLS token" if key == "cls" else SINGLE_TOKEN_NAMES.get(key)
         outcome, numbers = judge_effects(model, indices, effects)
         faults = find_harm(effects, sum(map(len, (ablations or {}).values())))
+
         if not is_group:
             moved = movement.get(key)
             numbers |= {"movement": moved, **collect_numbers(model, findings, indices[0])}
@@ -204,6 +206,7 @@ def diagnose_tokens(
             is_unimportant = outcome in (Outcome.REPLACEABLE, Outcome.NO_EFFECT)
             if moved == 0 and is_unimportant and any(movement.values()):
                 faults[Fault.NOT_MOVED] = {}
+
         name = f"all {len(indices)} {group_name}s" if is_group else names[indices[0]]
         verdicts.append(Verdict(name, outcome, numbers, faults, is_group))
     return verdicts
@@ -221,6 +224,7 @@ def judge_effects(
     """
     if not effects:
         return Outcome.NOT_MEASURED, {}
+
     has_head = is_classifier(model)
     flat_effects = [
         (kind, name, effect)
@@ -232,6 +236,7 @@ def judge_effects(
     candidates = [
         item for item in flat_effects if item[0] == "information" and item[1] in heads
     ] or flat_effects
+
     # The effect with the largest ratio to its limit decides; without limits, the largest effect.
     kind, name, effect = max(
         candidates,
@@ -241,6 +246,7 @@ def judge_effects(
             item[2].size / (item[2].limit or 1),
         ),
     )
+
     if effect.num_images < MIN_IMAGES:
         outcome = Outcome.FEW_IMAGES
     elif heads:
@@ -251,6 +257,7 @@ def judge_effects(
         outcome = Outcome.EFFECT
     else:
         outcome = Outcome.REPLACEABLE
+
     numbers: dict[str, Any] = {
         "is_measurable": effect.is_measurable,
         "decided_by": {"ablation": kind, "output": name, "limit": effect.limit},
@@ -293,19 +300,23 @@ def find_faults(
     if (identical := find_identical_token(model, findings, index)) is not None:
         other, shared = identical
         faults[Fault.IDENTICAL] = {"other": names[other], "layer": shared}
+
     if last == len(findings.entropy) and numbers["patch_mass"] < MIN_PATCH_MASS:
         faults[Fault.CUT_OFF] = {}
     if last > 0 and findings.num_images > 1 and numbers["variation"] < MIN_IMAGE_VARIATION:
         faults[Fault.SAME_STATE] = {"is_last_layer": last == len(findings.entropy)}
+
     is_selective = findings.map_selectivity[:last, index] >= MIN_SELECTIVITY
     is_same = findings.map_variation[:last, index] < MIN_MAP_VARIATION
     if findings.num_images > 1 and bool(is_selective.any()) and bool(is_same[is_selective].all()):
         faults[Fault.SAME_ATTENTION] = {"layers": (is_selective.nonzero().flatten() + 1).tolist()}
+
     if (
         numbers["norm_ratio"] > MAX_NORM_RATIO
         and numbers["embedding_similarity"] > MAX_EMBEDDING_SIMILARITY
     ):
         faults[Fault.LARGE_NORM] = {}
+
     equal_token, distance = find_equal_attention(model, findings, index)
     if equal_token is not None and identical is None:
         faults[Fault.EQUAL_ATTENTION] = {"other": names[equal_token], "distance": distance}
@@ -346,10 +357,12 @@ def find_identical_token(model: Any, findings: Findings, index: int) -> tuple[in
         limit = (
             MAX_IDENTICAL_DISTANCE * variation[[index, other]].min() + ROUNDING_ERROR * norms[index]
         )
+
         distance = findings.state_distance[last, index, other]
         is_similar = findings.between_tokens[last, index, other] >= MIN_IDENTICAL_SIMILARITY
         if other != index and is_similar and distance <= limit:
             candidates.append((distance.item(), other, last))
+
     return min(candidates)[1:] if candidates else None
 
 
@@ -367,6 +380,7 @@ def find_equal_attention(model: Any, findings: Findings, index: int) -> tuple[in
         selectivity = findings.map_selectivity[layers][:, [index, other]].mean(dim=1).sum().item()
         if other != index and selectivity > 0:
             candidates.append((distance / selectivity, other))
+
     distance, nearest = min(candidates, default=(math.inf, None))
     return (nearest if distance <= MAX_MAP_DISTANCE else None), distance
 
@@ -406,6 +420,7 @@ def find_second_mode(ratios: torch.Tensor) -> SecondMode | None:
     log_ratios = ratios.float().clamp(min=1e-12).log().clamp(max=MAX_LOG_RATIO)
     num_bins = round(MAX_LOG_RATIO / BIN_WIDTH)
     counts = log_ratios[log_ratios > 0].histc(num_bins, min=0, max=MAX_LOG_RATIO)
+
     best_mode: SecondMode | None = None
     for width in WINDOW_WIDTHS:
         windows = counts.unfold(0, width, 1).sum(dim=-1)  # [num_bins - width + 1]
@@ -415,9 +430,11 @@ def find_second_mode(ratios: torch.Tensor) -> SecondMode | None:
         can_be_valley = window_starts >= math.ceil(MIN_VALLEY_LOG_RATIO / BIN_WIDTH)
         is_valid_pair = can_be_valley[:, None] & (window_starts >= window_starts[:, None] + width)
         scores = scores.where(is_valid_pair, -torch.inf)
+
         score = scores.max().item()
         valley_indices = (scores >= score).any(dim=1).nonzero().flatten()
         threshold = math.exp((valley_indices.float().mean().item() + width / 2) * BIN_WIDTH)
+
         is_in_mode = ratios > threshold
         fraction = is_in_mode.float().mean().item()
         is_second_mode = (
@@ -427,6 +444,7 @@ def find_second_mode(ratios: torch.Tensor) -> SecondMode | None:
             ratio = ratios[is_in_mode].median().item()
             if fraction <= MAX_OUTLIER_FRACTION or ratio >= OUTLIER_RATIO:
                 best_mode = SecondMode(threshold, ratio, fraction, score)
+
     return best_mode
 
 
@@ -444,11 +462,13 @@ def diagnose_patches(config: ViTCLSConfig, findings: Findings, has_head: bool = 
     layer = max(fractions, key=fractions.__getitem__, default=last_layer)
     mode = modes[layer]
     ratios = findings.patch_ratios[layer]
+
     outcome = Outcome.ONE_MODE
     if mode is not None:
         outcome = Outcome.ARTIFACTS
     elif len(ratios) < MIN_PATCHES:
         outcome = Outcome.FEW_PATCHES
+
     hidden_mode, absorbed = compare_without_registers(findings, layer)
     numbers = {
         "layer": layer,
@@ -476,6 +496,7 @@ def compare_without_registers(
     mode = find_second_mode(all_ratios[1])
     if mode is None:
         return None, None
+
     before, after = ((ratios > mode.threshold).float().mean().item() for ratios in all_ratios)
     mean_fraction = (before + after) / 2
     standard_error = (2 * mean_fraction * (1 - mean_fraction) / len(all_ratios[0])) ** 0.5
@@ -515,12 +536,14 @@ def diagnose_tasks(outputs: Outputs) -> list[Verdict]:
             or (accuracy := predictions.compute_accuracy()) is None
         ):
             continue
+
         chance = predictions.compute_chance()
         num_known = int(predictions.is_known.sum())
         low, high = compute_proportion_interval(round(accuracy * num_known), num_known) or (
             0.0,
             1.0,
         )
+
         outcome = Outcome.USEFUL if predictions.is_better_than_chance() else Outcome.USELESS
         if num_known < MIN_IMAGES:
             outcome = Outcome.FEW_IMAGES

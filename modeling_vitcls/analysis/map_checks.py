@@ -99,6 +99,7 @@ def check_maps(model: Any, images: Iterable[torch.Tensor], seed: int = 0) -> dic
     shuffled_model = copy_with_shuffled_weights(model, generator)
     curves: dict[str, list[torch.Tensor]] = {}
     correlations: dict[str, list[float]] = {}
+
     for pixel_values in images:
         maps, probabilities = compute_maps(model, pixel_values)
         shuffled_maps, _ = compute_maps(shuffled_model, pixel_values, probabilities.argmax())
@@ -110,11 +111,13 @@ def check_maps(model: Any, images: Iterable[torch.Tensor], seed: int = 0) -> dic
         for name, values in maps.items():
             correlation = stats.spearmanr(values.flatten(), shuffled_maps[name].flatten()).statistic
             correlations.setdefault(name, []).append(float(np.nan_to_num(correlation)))
+
     # [images, 2, fractions]
     curves_by_map = {name: torch.stack(map_curves) for name, map_curves in curves.items()}
     random_curves = curves_by_map.pop("random")
     means = {name: map_curves.mean(dim=0).tolist() for name, map_curves in curves_by_map.items()}
     random_means = random_curves.mean(dim=0).tolist()
+
     return {
         name: MapCheck(
             num_images=len(map_curves),
@@ -150,6 +153,7 @@ def compute_maps(
     *is_used, _ = get_used_token_mask(config)
     if any(is_used):
         rows["rollout"] = trace.compute_rollout()[0, is_used.index(True)]
+
     image_size = (pixel_values.shape[-2], pixel_values.shape[-1])
     maps = {
         name: extract_patch_maps(row.float().cpu(), config, image_size)
@@ -173,6 +177,7 @@ def measure_curves(
     masks = torch.stack([ranks < round(fraction * ranks.numel()) for fraction in FRACTIONS])
     # replaced patches in deletion, then in insertion
     masks = torch.cat([masks, ~masks]).to(pixel_values.device)
+
     patch_height, patch_width = model.config.patch_height_width
     is_replaced = (
         masks.repeat_interleave(patch_height, dim=1)
@@ -185,6 +190,7 @@ def measure_curves(
     changed_pixels[..., :height, :width] = torch.where(
         is_replaced, mean_color, changed_pixels[..., :height, :width]
     )
+
     with evaluation_mode(model):
         logits = torch.cat([model(batch).logits for batch in changed_pixels.split(len(FRACTIONS))])
     return logits.float().softmax(dim=1)[:, target].cpu().view(2, len(FRACTIONS))

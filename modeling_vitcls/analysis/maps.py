@@ -42,10 +42,12 @@ def get_head_readers(config: ViTCLSConfig, has_head: bool = True) -> dict[str, s
     special_indices = range(layout.num_prefix_tokens)
     cls = special_indices[layout.cls]
     distillation = set(special_indices[layout.distillation])
+
     if not has_head:
         return {"cls": set(cls), "distillation": distillation, "patches": {-1}}
     if config.tasks:
         return {task: {index} for task, index in zip(config.task_labels(), cls, strict=True)}
+
     heads = {"": set() if config.pooling == "cls" else {-1}}
     if config.pooling in ("cls", "cls_mean"):
         num_pooled = 1 if config.cls_pooling == "first" else None
@@ -73,6 +75,7 @@ def count_used_layers(config: ViTCLSConfig, has_head: bool) -> list[int]:
     )
     if has_head and "distillation" in readers:
         last_layers["distillation"] = config.num_hidden_layers
+
     used_layers = [max(last_layers.values()) - 1] * (config.token_layout.num_prefix_tokens + 1)
     for head, indices in readers.items():
         for index in indices:
@@ -128,6 +131,7 @@ def upsample_maps(
     centers = torch.stack(torch.meshgrid(x.float(), y.float(), indexing="xy"), dim=-1).to(
         maps.device
     )
+
     flat_maps = maps.float().reshape(1, -1, *maps.shape[-2:])  # [1, maps, gh, gw]
     pixel_maps = nn.functional.grid_sample(
         flat_maps, centers[None], padding_mode="border", align_corners=False
@@ -177,12 +181,14 @@ def overlay(
     map_values = torch.as_tensor(values).detach().float().cpu()
     if visible_region is not None or map_values.shape != size:
         map_values = upsample_maps(map_values, size, region)  # [h, w]
+
     finite_values = map_values.nan_to_num().numpy()  # [h, w]
     is_hidden = map_values.isnan().numpy()
     max_value = max(
         finite_values.max(), MIN_SCALE * finite_values.sum() / max((~is_hidden).sum(), 1)
     )
     strength = (finite_values / max_value if max_value > 0 else finite_values).clip(0, 1)  # [h, w]
+
     colors, opacity = colormaps[COLORMAP](strength)[:, :, :3], (0.25 + 0.6 * strength)[:, :, None]
     gray = np.asarray(resized_image.convert("L"), dtype=np.float32)[:, :, None] / 255  # [h, w, 1]
     blended = gray * IMAGE_BRIGHTNESS * (1 - opacity) + colors * opacity
@@ -232,6 +238,7 @@ def resize_with_region(
     elif min_side is not None and longer_side < min_side:
         factor = math.ceil(min_side / longer_side)
         image = image.resize((width * factor, height * factor), Image.Resampling.NEAREST)
+
     x_scale = image.width / width
     y_scale = image.height / height
     return image, VisibleRegion(left * x_scale, top * y_scale, right * x_scale, bottom * y_scale)

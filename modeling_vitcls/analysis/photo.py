@@ -147,6 +147,7 @@ def match_colors(colors: torch.Tensor, last_layer: int) -> torch.Tensor:
     matched = list(colors)
     earlier = [(layer, layer + 1) for layer in reversed(range(last_layer))]
     later = [(layer, layer - 1) for layer in range(last_layer + 1, len(colors))]
+
     for layer, neighbor in (*earlier, *later):
         # [patches, 6]
         channels = torch.cat([matched[neighbor].flatten(0, 1), matched[layer].flatten(0, 1)], dim=1)
@@ -187,6 +188,7 @@ def build_json_record(measurements: PhotoMeasurements) -> dict[str, Any]:
         patches_by_layer.append(
             {"norm": statistics, "outliers": outliers, "explained_variance": variance}
         )
+
     return {
         "input_size": list(measurements.input_size),
         "patch_grid": list(measurements.norms.shape[1:]),

@@ -96,6 +96,7 @@ def write_page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
     config = inspection.config
     shown_verdicts, other_verdicts = sort_verdicts(inspection)
     text = environment.get_template("report.html.j2").render(
@@ -212,9 +213,11 @@ def build_overview(inspection: Inspection) -> list[dict[str, Any]]:
             }
             for name, values in maps.items()
         ]
+
         color_image = draw_patch_colors(report.image, colors, report.visible_region, OVERVIEW_SIDE)
         overlays.append({"name": "patch features", "url": encode_data_url(color_image)})
         image, _ = resize_with_region(report.image, None, OVERVIEW_SIDE, OVERVIEW_SIDE)
+
         rows.append(
             {
                 "name": report.name,
@@ -256,12 +259,14 @@ def build_effect_rows(verdicts: Sequence[Verdict]) -> list[dict[str, str]]:
                 row = {"token": verdict.token, "ablation": term + (f", {name}" if name else "")}
                 if (decided_by["ablation"], decided_by["output"]) == (kind, name):
                     row["ablation"] += " •"
+
                 row["changed predictions"] = "–"
                 if effect["changed"] is not None:
                     low, high = effect["changed_interval"]
                     row["changed predictions"] = (
                         f"{effect['changed']:.1%} ({low:.1%} to {high:.1%})"
                     )
+
                 row["effect (95% interval)"] = "{:.2g} ({:.2g} to {:.2g})".format(
                     effect["size"], *effect["interval"]
                 )
@@ -302,10 +307,12 @@ def build_page_data(inspection: Inspection) -> dict[str, Any]:
     num_images_with_heads = count_images_with_heads(reports)
     *num_used_layers, num_used_patch_layers = count_used_layers(config, inspection.has_head)
     groups = [key.partition("[")[0] for key in get_token_keys(config.token_layout)]
+
     color_table = (colormaps[COLORMAP](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
     features_by_layer = zip(*(report.features for report in reports), strict=True)
     # colors of each layer and image
     patch_colors = [compute_patch_colors(layer) for layer in features_by_layer]
+
     return {
         "tokens": [
             {"name": name, "group": group, "used": num_layers}
@@ -347,6 +354,7 @@ def build_image_data(
     mean = report.attention.mean(dim=1, keepdim=True)  # [L, 1, S, gh, gw]
     attention = torch.cat([mean, report.attention], dim=1) if has_head_maps else mean
     left, top, right, bottom = report.visible_region
+
     return {
         "name": report.name,
         "width": width,

@@ -130,6 +130,7 @@ class Sheet:
         num_lines = -(-len(headers) // MAX_COLUMNS)
         num_columns = -(-len(headers) // num_lines)
         width = (WIDTH - 2 * MARGIN - NAME_WIDTH + GAP) / max(num_columns, min_columns) - GAP
+
         for start in range(0, len(headers), num_columns):
             columns = slice(start, start + num_columns)
             self.y += 0.17
@@ -150,12 +151,14 @@ class Sheet:
         picture = tiles[0].picture
         height = width * picture.height / picture.width
         self.y += CAPTION_HEIGHT
+
         lines = textwrap.wrap(shorten_text(row.name, 36), 13)
         y = self.y + height / 2 - 0.075 * len(lines) + 0.07
         for line in lines:
             self.write(MARGIN, y, line, color=row.color, weight="bold")
             y += 0.15
         self.write(MARGIN, y, row.note, size=7.5)
+
         for index, tile in enumerate(tiles):
             x = MARGIN + NAME_WIDTH + index * (width + GAP)
             self.write(x, self.y - 0.04, tile.caption, size=7)
@@ -187,6 +190,7 @@ def draw_header(sheet: Sheet, measurements: PhotoMeasurements, title: str) -> No
         f"photo of {image.width} × {image.height} pixels; the model sees {describe_visible_part(measurements)} at "
         f"{width} × {height} pixels, as {columns} × {rows} patches",
     ]
+
     for prediction in measurements.predictions:
         labels = ", ".join(
             f"{shorten_text(label, 40)} {probability:.0%}"
@@ -221,11 +225,13 @@ def draw_overview(sheet: Sheet, measurements: PhotoMeasurements) -> None:
     attention = measurements.maps[token_layer - 1, :, 0].mean(dim=0)  # [gh, gw]
     layer = measurements.patch_layer
     norms = measurements.norms[layer - 1]
+
     sheet.y += 0.42
     pitch = (WIDTH - 2 * MARGIN + 0.25) / 4
     picture = draw_visible_part(measurements, LARGE_SIDE)
     width = min(pitch - 0.25, MAX_LARGE_HEIGHT * picture.width / picture.height)
     height = width * picture.height / picture.width
+
     tiles = [
         Tile(picture, "What the model sees"),
         Tile(
@@ -235,16 +241,19 @@ def draw_overview(sheet: Sheet, measurements: PhotoMeasurements) -> None:
         Tile(draw_colors(measurements, layer - 1, LARGE_SIDE), f"Patch features, layer {layer}"),
         Tile(draw_norms(measurements, layer - 1, LARGE_SIDE), f"Patch norms, layer {layer}"),
     ]
+
     for index, tile in enumerate(tiles):
         x = MARGIN + index * pitch
         sheet.write(x, sheet.y - 0.08, tile.caption, size=10, color=DARK_GRAY, weight="bold")
         sheet.place(tile.picture, x, sheet.y, width, height)
+
     sheet.y += height + 0.08
     brightest = max(attention.max().item(), MIN_SCALE * attention.mean().item())  # as in `overlay`
     draw_color_bar(sheet, MARGIN + pitch, width, COLORMAP, "0", f"{brightest:.2%} in one patch")
     draw_color_bar(
         sheet, MARGIN + 3 * pitch, width, NORM_COLORMAP, f"{norms.min():.3g}", f"{norms.max():.3g}"
     )
+
     share = sum(measurements.explained_variance[layer - 1])
     sheet.write(
         MARGIN + 2 * pitch, sheet.y + 0.08, "red, green, blue: 3 principal components,", size=8
@@ -275,8 +284,10 @@ def draw_heads(sheet: Sheet, measurements: PhotoMeasurements) -> None:
         "Each map has its own scale: black is 0, bright is the highest 1% of its values"
     )
     sheet.write_heading(heading, explanation)
+
     noun = "map" if measurements.config.attention_type == "differential" else "head"
     headers = ["mean", *(f"{noun} {number}" for number in range(1, measurements.maps.shape[1] + 1))]
+
     rows = []
     for name, color, index in list_tokens(measurements):
         layer = measurements.token_layers[index]
@@ -286,6 +297,7 @@ def draw_heads(sheet: Sheet, measurements: PhotoMeasurements) -> None:
             Tile(draw_attention(measurements, values), f"{values.sum():.0%}") for values in maps
         ]
         rows.append(Row(name, f"layer {layer}", color, tiles))
+
     sheet.draw_rows(headers, rows, get_min_columns(measurements))
 
 
@@ -296,6 +308,7 @@ def draw_layers(sheet: Sheet, measurements: PhotoMeasurements) -> None:
         "variance that they explain; their colors are matched between layers"
     )
     sheet.write_heading("Layer by layer", explanation)
+
     layers = range(len(measurements.maps))
     rows = []
     for name, color, index in list_tokens(measurements):
@@ -304,12 +317,15 @@ def draw_layers(sheet: Sheet, measurements: PhotoMeasurements) -> None:
             Tile(draw_attention(measurements, values), f"{values.sum():.0%}") for values in maps
         ]
         rows.append(Row(name, "attention", color, tiles))
+
     shares = [f"{sum(each):.0%}" for each in measurements.explained_variance]
     tiles = [Tile(draw_colors(measurements, layer, SMALL_SIDE), shares[layer]) for layer in layers]
     rows.append(Row("patches", "features", DARK_GRAY, tiles))
+
     ranges = [f"{norms.min():.3g} to {norms.max():.3g}" for norms in measurements.norms]
     tiles = [Tile(draw_norms(measurements, layer, SMALL_SIDE), ranges[layer]) for layer in layers]
     rows.append(Row("patches", "norms", DARK_GRAY, tiles))
+
     sheet.draw_rows([f"layer {layer + 1}" for layer in layers], rows, get_min_columns(measurements))
 
 

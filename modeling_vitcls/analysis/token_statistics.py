@@ -130,6 +130,7 @@ class TokenStatistics:
                 outputs_without_registers = module(
                     pixel_values, attention_mask=mask, output_hidden_states=True
                 )
+
         names = list(layer_statistics[0])
         statistics = {
             name: torch.stack([layer[name] for layer in layer_statistics], dim=1) for name in names
@@ -137,6 +138,7 @@ class TokenStatistics:
         # All layers have the same visible tokens, and therefore the same entropy of uniform attention.
         statistics["uniform_entropy_by_token"] = statistics.pop("uniform_entropy_by_token")[:, 0]
         statistics |= self.compute_state_statistics(outputs.hidden_states)
+
         norms = self.compute_patch_norms(outputs.hidden_states)
         patch_statistics = {"norms": norms, "ratios": divide_by_median(norms)}
         # [B, L + 1]
@@ -144,18 +146,21 @@ class TokenStatistics:
         if outputs_without_registers is not None:
             norms = self.compute_patch_norms(outputs_without_registers.hidden_states)
             patch_statistics["ratios_without_registers"] = divide_by_median(norms)
+
         for name, value in statistics.items():
             total = value.cpu().double().sum(dim=0)  # some devices do not support double precision
             if name == "maps" and name in self.sums and self.sums[name].shape != total.shape:
                 total = torch.full_like(total, torch.nan)  # maps of different sizes have no mean
                 self.sums[name] = total
             self.sums[name] = self.sums.get(name, 0) + total
+
         for name, patch_values in patch_statistics.items():
             batches = self.patch_values.setdefault(name, [])
             num_stored_norms = sum(batch.shape[1] for batch in batches)
             batches.append(
                 patch_values.transpose(0, 1).flatten(1)[:, : MAX_NORMS - num_stored_norms].cpu()
             )
+
         self.num_images += len(pixel_values)
         return outputs
 
@@ -169,15 +174,18 @@ class TokenStatistics:
             raise ValueError(
                 "Statistics require at least one image, but no images were added. Call update first."
             )
+
         means = {name: total / self.num_images for name, total in self.sums.items()}
         mean_states = means.pop("states")  # [L + 1, S, D]
         # [L + 1, S, D]
         deviations = (means.pop("squares") - mean_states.square()).clamp(min=0).sqrt()
+
         maps = means.pop("maps")
         map_squares = means.pop("map_squares")  # [L, S, N], [L, S]
         map_deviation = (map_squares - maps.square().sum(dim=-1)).clamp(min=0).sqrt()
         map_distance = (maps - maps.mean(dim=-1, keepdim=True)).norm(dim=-1)
         head_outputs = means.pop("head_outputs")
+
         return Findings(
             num_images=self.num_images,
             map_variation=(map_deviation / map_distance.clamp(min=1e-12))
@@ -212,6 +220,7 @@ class TokenStatistics:
         is_visible = get_visible_keys(layer, layout.num_prefix_tokens).float()  # [B, S, N]
         uniform = is_visible / is_visible.sum(dim=-1, keepdim=True)
         maps = special_rows.mean(dim=1)  # [B, S, N]
+
         return {
             "uniform_entropy_by_token": is_visible.sum(dim=-1).log(),
             "maps": maps,
