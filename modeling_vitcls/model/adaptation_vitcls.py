@@ -92,17 +92,14 @@ class AdaptableModel(PreTrainedModel):
             kwargs["config"] = replace_fields(config, old_fields, validate=False)
 
         model_or_tuple = load_checkpoint(super().from_pretrained, source, *model_args, **kwargs)
-        remove_open_gates(
-            model_or_tuple[0] if isinstance(model_or_tuple, tuple) else model_or_tuple
-        )
+        has_loading_info = isinstance(model_or_tuple, tuple)  # output_loading_info=True
+        model = model_or_tuple[0] if has_loading_info else model_or_tuple
+        remove_open_gates(model)
 
         if not changes:
             return model_or_tuple
-        if isinstance(model_or_tuple, tuple):  # output_loading_info=True
-            return model_or_tuple[0].adapt(
-                gate_new_tokens=gate_new_tokens, **changes
-            ), *model_or_tuple[1:]
-        return model_or_tuple.adapt(gate_new_tokens=gate_new_tokens, **changes)
+        model = model.adapt(gate_new_tokens=gate_new_tokens, **changes)
+        return (model, *model_or_tuple[1:]) if has_loading_info else model
 
     def adapt(self, gate_new_tokens: bool | None = None, **changes: Any) -> Self:
         """Return a model with new values of `ADAPTABLE_FIELDS` and adapted weights, or this model if no field changes.
@@ -196,9 +193,8 @@ def replace_fields(config: Any, values: Mapping[str, Any], validate: bool = True
     config = copy.deepcopy(config)
     for name, value in values.items():
         setattr(config, name, value)
-    config.distillation_teachers = (config.distillation_teachers or [])[
-        : config.num_distillation_tokens
-    ] or None
+    teachers = config.distillation_teachers or []
+    config.distillation_teachers = teachers[: config.num_distillation_tokens] or None
     if validate:
         config.__dict__.pop("_skip_validation", None)
         config.validate()
@@ -264,12 +260,12 @@ def load_adapted_weights(source: AdaptableModel, target: AdaptableModel) -> None
         old_name = find_old_name(name, old_weights)
         dropped_names.discard(old_name)
         context = AdaptationContext(
-            name,
-            initial_value,
-            old_weights.get(old_name),
-            old_weights,
-            source.config,
-            target.config,
+            name=name,
+            initial_value=initial_value,
+            old_value=old_weights.get(old_name),
+            old_weights=old_weights,
+            old_config=source.config,
+            new_config=target.config,
         )
         weight, note = adapt_weight(context)
         if old_name in frozen_names and weight is not initial_value:
@@ -349,7 +345,8 @@ def adapt_tokens(context: AdaptationContext, are_positions: bool = False) -> Ada
 
 def adapt_to_grid(resample: Callable[..., Tensor], context: AdaptationContext) -> AdaptedWeight:
     """Resample a weight with one row per patch or relative position, if the patch grid changes."""
-    old_grid, new_grid = context.old_config.grid_size, context.new_config.grid_size
+    old_grid = context.old_config.grid_size
+    new_grid = context.new_config.grid_size
     if old_grid == new_grid:
         return context.old_weights[context.name], ""
     note = f"resampled from {old_grid[0]} x {old_grid[1]} to {new_grid[0]} x {new_grid[1]} patches"
@@ -358,10 +355,8 @@ def adapt_to_grid(resample: Callable[..., Tensor], context: AdaptationContext) -
 
 def adapt_to_patch_size(context: AdaptationContext) -> AdaptedWeight:
     """Resize the kernel of the patch projection, if the patch size changes."""
-    old_size, new_size = (
-        context.old_config.patch_height_width,
-        context.new_config.patch_height_width,
-    )
+    old_size = context.old_config.patch_height_width
+    new_size = context.new_config.patch_height_width
     if old_size == new_size:
         return context.old_weights[context.name], ""
     note = f"resized from {old_size[0]} x {old_size[1]} to {new_size[0]} x {new_size[1]} pixels per patch"

@@ -54,9 +54,8 @@ def build_attention_mask(
     mask = None
     if config.cls_scopes is not None:
         mask = build_cls_attention_mask(config, hidden_states, attention_mask, grid_size)
-    elif (
-        attention_mask is not None
-    ):  # with None, transformers would build an all-true mask during tracing
+    elif attention_mask is not None:
+        # with None, transformers would build an all-true mask during tracing
         mask = create_bidirectional_mask(
             config=config, inputs_embeds=hidden_states, attention_mask=attention_mask
         )
@@ -68,10 +67,8 @@ def build_attention_mask(
     return mask
 
 
-ADDITIVE_MASK_IMPLEMENTATIONS = (
-    "sdpa",
-    "eager",
-)  # attention implementations that support an additive bias
+# Attention implementations that support an additive bias.
+ADDITIVE_MASK_IMPLEMENTATIONS = ("sdpa", "eager")
 
 
 def require_additive_mask(config: ViTCLSConfig, feature: str) -> None:
@@ -137,7 +134,8 @@ def build_cls_visibility(
 
 def build_cell_mask(scope: list[int], grid_size: tuple[int, int], device: torch.device) -> Tensor:
     """Return a boolean vector [patches] that is true for the patches in the cell `[rows, columns, row, column]`."""
-    (grid_rows, grid_columns), (rows, columns, row, column) = grid_size, scope
+    grid_rows, grid_columns = grid_size
+    rows, columns, row, column = scope
     if grid_rows < rows or grid_columns < columns:
         raise ValueError(
             f"cls_scopes: a grid of {rows} x {columns} cells requires at least {rows} x {columns} patches, but the "
@@ -178,6 +176,7 @@ class RelativePositionBias(nn.Module):
         tables = resample_bias_tables(self.tables, self.config.grid_size, grid_size).to(
             hidden_states.dtype
         )
+        # table[index]: [N, N, heads]
         biases = [apply_mask(table[index].permute(2, 0, 1).unsqueeze(0), mask) for table in tables]
         return biases if len(biases) > 1 else biases[0]
 
@@ -190,9 +189,9 @@ class RelativePositionBias(nn.Module):
         y, x = torch.meshgrid(
             torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij"
         )
-        y = y.flatten()
-        x = x.flatten()  # [rows * columns] each
-        row_offset = y[:, None] - y[None, :] + rows - 1
+        y = y.flatten()  # [patches], patches = rows * columns
+        x = x.flatten()
+        row_offset = y[:, None] - y[None, :] + rows - 1  # [patches, patches], 0 or more
         column_offset = x[:, None] - x[None, :] + columns - 1
 
         num_distances = (2 * rows - 1) * (2 * columns - 1)
@@ -213,18 +212,17 @@ def resample_bias_tables(
     """Resample bias tables [tables, distances + 3, heads] to another grid; rows of special tokens do not change."""
     if not needs_resampling(grid_size, new_grid_size):
         return tables
-    table_size, new_table_size = (
-        [2 * size - 1 for size in sizes] for sizes in (grid_size, new_grid_size)
-    )
+    table_size = [2 * size - 1 for size in grid_size]
+    new_table_size = [2 * size - 1 for size in new_grid_size]
 
     # [tables, heads, y, x]
     maps = tables[:, :-3].float().unflatten(1, table_size).permute(0, 3, 1, 2)
     maps = nn.functional.interpolate(
         maps, size=new_table_size, mode="bilinear", align_corners=False
     )
-    return torch.cat(
-        [maps.permute(0, 2, 3, 1).flatten(1, 2).to(tables.dtype), tables[:, -3:]], dim=1
-    )
+    # [tables, new distances, heads]
+    distance_rows = maps.permute(0, 2, 3, 1).flatten(1, 2).to(tables.dtype)
+    return torch.cat([distance_rows, tables[:, -3:]], dim=1)
 
 
 # Token gates ---------------------------------------------------------------------------------------------------------
@@ -259,7 +257,7 @@ class TokenGates(nn.Module):
     def forward(self, hidden_states: Tensor, mask: Any) -> Any:
         """Return the mask, or the list of masks, with log(g) added for each gated token."""
         require_additive_mask(self.config, "gated_tokens")
-        bias = hidden_states.new_zeros(1, 1, 1, hidden_states.shape[1])
+        bias = hidden_states.new_zeros(1, 1, 1, hidden_states.shape[1])  # [1, 1, 1, N]
         bias[..., self.token_indices] = self.get_gate_values().log().to(bias.dtype)
         if isinstance(mask, list):
             return [apply_mask(bias, layer_mask) for layer_mask in mask]
@@ -275,10 +273,9 @@ class TokenGates(nn.Module):
 def list_gated_tokens(config: ViTCLSConfig) -> list[tuple[str, int]]:
     """Return (group, index within the group) of each gate, in sequence order. A group's last tokens are gated."""
     gated_tokens = config.gated_tokens or {}
-    return [
-        (group, index)
-        for group, field in COUNT_FIELDS.items()
-        for index in range(
-            getattr(config, field) - gated_tokens.get(group, 0), getattr(config, field)
-        )
-    ]
+    tokens: list[tuple[str, int]] = []
+    for group, field in COUNT_FIELDS.items():
+        num_tokens = getattr(config, field)
+        first_gated = num_tokens - gated_tokens.get(group, 0)
+        tokens += [(group, index) for index in range(first_gated, num_tokens)]
+    return tokens

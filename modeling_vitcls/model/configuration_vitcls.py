@@ -129,12 +129,8 @@ SIZE_LIMITS: dict[str, tuple[int, int]] = {
     **dict.fromkeys(("attention_head_size", "attention_pool_heads"), (1, 1_000_000)),
     "attention_pool_intermediate_size": (1, 1_000_000),
 }
-ALWAYS_SAVED_FIELDS = {
-    "image_size",
-    "patch_size",
-    "pooling",
-    *SIZE_LIMITS,
-}  # saved even with default values
+# Fields that are saved even with default values.
+ALWAYS_SAVED_FIELDS = {"image_size", "patch_size", "pooling", *SIZE_LIMITS}
 MAX_LABELS = 1_000_000  # maximum number of labels of one classifier
 MAX_PATCHES = 2**22  # maximum number of patches of an image
 MAX_PATCH_SIDE = 4096  # maximum height and width of a patch, in pixels
@@ -546,32 +542,29 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         """Build a configuration from a stored dict; overrides are applied before the configuration is validated."""
         field_names = {field.name for field in dataclasses.fields(cls)} - {"dtype"}
         overrides = {key: kwargs.pop(key) for key in list(kwargs) if key in field_names}
+        known_names = sorted(field_names | TRANSFORMERS_KEYWORDS | {"gate_new_tokens"})
         for name in kwargs:
-            known_names = sorted(field_names | TRANSFORMERS_KEYWORDS | {"gate_new_tokens"})
-            if name not in known_names and (
-                hint := _format_suggestion(name, known_names, cutoff=0.8)
-            ):
+            if name in known_names:
+                continue
+            hint = _format_suggestion(name, known_names, cutoff=0.8)
+            if hint:
                 raise ValueError(f"Unknown field {name!r}{hint}")
 
-        config_dict, labels = dict(config_dict), config_dict.get("id2label")
-        if "id2label" in overrides or kwargs.get("num_labels") not in (
-            None,
-            isinstance(labels, dict) and len(labels),
-        ):
-            config_dict |= {
-                "id2label": None,
-                "label2id": None,
-            }  # stored labels do not apply to the new classifier
+        config_dict = dict(config_dict)
+        labels = config_dict.get("id2label")
+        num_stored_labels = isinstance(labels, dict) and len(labels)
+        if "id2label" in overrides or kwargs.get("num_labels") not in (None, num_stored_labels):
+            # stored labels do not apply to the new classifier
+            config_dict |= {"id2label": None, "label2id": None}
 
         if overrides.get("num_hidden_layers") not in (None, config_dict.get("num_hidden_layers")):
-            config_dict |= {
-                "out_features": None,
-                "out_indices": None,
-            }  # stored stages do not apply to the new layers
+            # stored stages do not apply to the new layers
+            config_dict |= {"out_features": None, "out_indices": None}
 
-        if changed_counts := {
+        changed_counts = {
             field: overrides[field] for field in COUNT_FIELDS.values() if field in overrides
-        }:
+        }
+        if changed_counts:
             stored_counts = {
                 field: config_dict.get(field, getattr(cls, field))
                 for field in COUNT_FIELDS.values()
@@ -595,10 +588,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         config_or_tuple = super().from_dict({**config_dict, **overrides}, **kwargs)
         config = config_or_tuple[0] if isinstance(config_or_tuple, tuple) else config_or_tuple
 
-        for (
-            name,
-            value,
-        ) in unknown_fields.items():  # set by the user before saving, or written by another version
+        # Unknown fields were set by the user before saving, or written by another version.
+        for name, value in unknown_fields.items():
             logger.warning(
                 f"The stored configuration has a field {name!r} that this version does not use."
             )
@@ -650,11 +641,13 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         transformers.AutoModelForImageClassification.register(
             cls, classifier_classes, exist_ok=True
         )
+
         masked_model_class = modeling.ViTCLSForMaskedImageModeling
         transformers.AutoModelForMaskedImageModeling.register(
             cls, masked_model_class, exist_ok=True
         )
         transformers.AutoBackbone.register(cls, modeling.ViTCLSBackbone, exist_ok=True)
+
         processor_classes = {
             "torchvision": processing.ViTCLSImageProcessor,
             "pil": processing.ViTCLSImageProcessorPil,
@@ -703,11 +696,9 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     @property
     def pooled_cls_indices(self) -> list[int]:
         """Return the indices of the CLS tokens that are pooled."""
-        return (
-            list(range(self.num_cls_tokens))
-            if self.pooled_cls_tokens is None
-            else self.pooled_cls_tokens
-        )
+        if self.pooled_cls_tokens is None:
+            return list(range(self.num_cls_tokens))
+        return self.pooled_cls_tokens
 
     @property
     def pooled_layer_indices(self) -> list[int]:
@@ -764,12 +755,12 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def task_labels(self) -> dict[str, list[str]]:
         """Return the label names of each task, sorted by task name. Task i uses CLS token i."""
-        return {
-            name: [f"LABEL_{index}" for index in range(labels)]
-            if isinstance(labels, int)
-            else labels
-            for name, labels in sorted((self.tasks or {}).items())
-        }
+        labels_by_task: dict[str, list[str]] = {}
+        for name, labels in sorted((self.tasks or {}).items()):
+            if isinstance(labels, int):
+                labels = [f"LABEL_{index}" for index in range(labels)]
+            labels_by_task[name] = labels
+        return labels_by_task
 
     def get_extra_heads(self) -> dict[str, ExtraHead]:
         """Return the extra heads with default values, sorted by name."""
@@ -851,7 +842,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def validate_scopes(self) -> None:
         """Check that each CLS token has one valid scope."""
-        scopes, (grid_rows, grid_columns) = self.cls_scopes, self.grid_size
+        scopes = self.cls_scopes
+        grid_rows, grid_columns = self.grid_size
         if scopes is not None and len(scopes) != self.num_cls_tokens:
             raise ValueError(
                 f"`cls_scopes` has {len(scopes)} scopes. Set one for each of {self.num_cls_tokens} CLS tokens."
@@ -901,9 +893,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     def validate_specialized_layers(self) -> None:
         """Check that the parts and layers exist, and that the model has special tokens."""
         for part, layers in (self.specialized_layers or {}).items():
-            if part not in ("norm", "qkv") or len(
-                set(layers) & set(range(self.num_hidden_layers))
-            ) != len(layers):
+            existing_layers = set(layers) & set(range(self.num_hidden_layers))
+            if part not in ("norm", "qkv") or len(existing_layers) != len(layers):
                 raise ValueError(
                     f'`specialized_layers` maps "norm" or "qkv" to different layers from 0 to '
                     f"{self.num_hidden_layers - 1}, not {part!r} to {layers}."
@@ -937,9 +928,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                     f"`tasks` does not support the name {name!r}. Use letters, digits and underscores."
                 )
             num_labels = labels if isinstance(labels, int) else len(set(labels))
-            if not 1 <= num_labels <= MAX_LABELS or (
-                isinstance(labels, list) and len(labels) != num_labels
-            ):
+            has_duplicates = isinstance(labels, list) and len(labels) != num_labels
+            if not 1 <= num_labels <= MAX_LABELS or has_duplicates:
                 raise ValueError(f"`tasks`: {name!r} requires 1 to {MAX_LABELS:,} distinct labels.")
 
     def validate_pooling(self) -> None:
@@ -1081,12 +1071,12 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def _check_labels(self, num_labels: Any) -> None:
         """Check `num_labels` and `id2label` before transformers builds label names."""
-        if self.id2label is not None and set(map(str, self.id2label)) != set(
-            map(str, range(len(self.id2label)))
-        ):
-            raise ValueError(
-                f"`id2label` has the ids {list(self.id2label)}. Number the labels from 0 without gaps."
-            )
+        if self.id2label is not None:
+            expected_ids = set(map(str, range(len(self.id2label))))
+            if set(map(str, self.id2label)) != expected_ids:
+                raise ValueError(
+                    f"`id2label` has the ids {list(self.id2label)}. Number the labels from 0 without gaps."
+                )
         if num_labels is not None and not (
             isinstance(num_labels, int) and 0 <= num_labels <= MAX_LABELS
         ):
@@ -1127,11 +1117,9 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         for axis, size, patch_size in axes:
             if size % patch_size:
                 rounded_down = size // patch_size * patch_size
-                multiples = (
-                    f"{rounded_down} or {rounded_down + patch_size}"
-                    if rounded_down
-                    else f"{patch_size}"
-                )
+                multiples = f"{patch_size}"
+                if rounded_down:
+                    multiples = f"{rounded_down} or {rounded_down + patch_size}"
                 raise ValueError(
                     f"`image_size`: {axis} {size} is not a multiple of the patch {axis} {patch_size}. Use {multiples}."
                 )
@@ -1219,9 +1207,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     def validate_attention_pool(self) -> None:
         """Check that the number of heads of the attention pooler divides the hidden size."""
         num_heads = self.attention_pool_heads or self.num_attention_heads
-        if (
-            self.attention_pool_heads or self.pooling == "attention"
-        ) and self.hidden_size % num_heads:
+        has_attention_pool = self.attention_pool_heads or self.pooling == "attention"
+        if has_attention_pool and self.hidden_size % num_heads:
             raise ValueError(
                 f"attention_pool_heads={num_heads} must divide hidden_size={self.hidden_size}."
             )

@@ -33,25 +33,21 @@ class TokenPooler(nn.Module):
         super().__init__()
         self.pooling = config.pooling if pooling is None else pooling
         self.cls_pooling = config.cls_pooling
-        self.cls_tokens = (
-            config.token_layout.cls
-            if config.pooled_cls_tokens is None
-            else config.pooled_cls_tokens
-        )
+        self.cls_tokens: slice | list[int] = config.token_layout.cls
+        if config.pooled_cls_tokens is not None:
+            self.cls_tokens = config.pooled_cls_tokens
         self.patches = config.token_layout.patches
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         if self.pooling == "cls":
             return self.pool_cls(hidden_states)
-        patches = hidden_states[:, self.patches]
+        patches = hidden_states[:, self.patches]  # [B, rows * columns, D]
         if self.pooling == "max":
             return patches.amax(dim=1)
-        mean = patches.mean(dim=1)
-        return (
-            mean
-            if self.pooling == "mean"
-            else torch.cat([self.pool_cls(hidden_states), mean], dim=-1)
-        )
+        mean = patches.mean(dim=1)  # [B, D]
+        if self.pooling == "mean":
+            return mean
+        return torch.cat([self.pool_cls(hidden_states), mean], dim=-1)
 
     def pool_cls(self, hidden_states: Tensor) -> Tensor:
         """Return the first, the mean or the concatenation of the pooled CLS tokens."""
@@ -97,10 +93,11 @@ class AttentionPooler(nn.Module):
         query = self.q_proj(self.probe)
         key = self.k_proj(tokens)
         value = self.v_proj(tokens)
+        # query [1, heads, 1, head_dim], key and value [B, heads, N', head_dim]
         query, key, value = (
             states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for states in (query, key, value)
-        )  # query [1, heads, 1, head_dim], key and value [B, heads, N', head_dim]
+        )
         query = query.expand(hidden_states.shape[0], -1, -1, -1)
 
         # [B, heads, 1, head_dim]
@@ -207,7 +204,8 @@ class ExtraHeads(nn.ModuleDict):
         """
         logits: dict[str, Tensor] = {}
         all_tokens = None
-        last_layer, num_cls_tokens = self.config.num_hidden_layers, self.config.num_cls_tokens
+        last_layer = self.config.num_hidden_layers
+        num_cls_tokens = self.config.num_cls_tokens
 
         for name, poolers in self.poolers.items():
             pooled = []
@@ -241,7 +239,8 @@ class PixelDecoder(nn.Module):
 
     def forward(self, patches: Tensor, grid_size: tuple[int, int]) -> Tensor:
         """Decode patches [B, rows * columns, D] to pixels [B, C, rows * patch height, columns * patch width]."""
-        (rows, columns), (patch_height, patch_width) = grid_size, self.patch_size
+        rows, columns = grid_size
+        patch_height, patch_width = self.patch_size
         # [B, rows * columns, C * patch height * patch width]
         pixels: Tensor = self.projection(patches)
         pixels = pixels.view(-1, rows, columns, self.num_channels, patch_height, patch_width)
@@ -344,9 +343,8 @@ def compute_masked_pixel_loss(
         pixel_values: images [B, C, H, W].
         bool_masked_pos: [B, rows * columns], true for masked patches.
     """
-    predictions = split_into_patches(
-        reconstruction, config
-    ).float()  # [B, rows * columns, values per patch]
+    # [B, rows * columns, values per patch]
+    predictions = split_into_patches(reconstruction, config).float()
     target = split_into_patches(pixel_values, config).float()
 
     if config.norm_pixel_target:
@@ -357,13 +355,13 @@ def compute_masked_pixel_loss(
     pixel_losses = (
         (predictions - target).abs() if config.mim_loss == "l1" else (predictions - target) ** 2
     )
-    mask = bool_masked_pos.bool().to(pixel_losses.dtype)
+    mask = bool_masked_pos.bool().to(pixel_losses.dtype)  # [B, rows * columns]
     return (pixel_losses.mean(dim=-1) * mask).sum() / mask.sum().clamp(min=1)
 
 
 def split_into_patches(pixels: Tensor, config: ViTCLSConfig) -> Tensor:
     """Split images [B, C, H, W] into patches [B, rows * columns, C * patch height * patch width]."""
     patch_height, patch_width = config.patch_height_width
+    # [B, C, rows, columns, patch height, patch width]
     patches = pixels.unfold(2, patch_height, patch_height).unfold(3, patch_width, patch_width)
-    # from [B, C, rows, columns, height, width]
     return patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)

@@ -87,12 +87,10 @@ class ViTCLSModelOutput(BaseModelOutputWithPooling):
     # Set by the model; not fields, because fields are tensors.
     token_layout: ClassVar[TokenLayout | None] = None
     grid_size: ClassVar[tuple[int, int] | None] = None  # number of patch rows and columns
-    layer_tokens: ClassVar[
-        Mapping[int, Tensor]
-    ] = {}  # layer -> tokens after the final norm, see `output_layers`
-    pooled_tokens: ClassVar[
-        Mapping[int, Tensor]
-    ] = {}  # layer -> tokens after the final norm that the pooler reads
+    # layer -> tokens after the final norm, see `output_layers`
+    layer_tokens: ClassVar[Mapping[int, Tensor]] = {}
+    # layer -> tokens after the final norm that the pooler reads
+    pooled_tokens: ClassVar[Mapping[int, Tensor]] = {}
     # function that returns all tokens of the last layer after the final norm; None if `last_hidden_state` has them
     compute_all_tokens: ClassVar[Callable[[], Tensor] | None] = None
 
@@ -366,7 +364,8 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
 
         # None, a value for all layers, or a list with one value per layer
         mask = position_embeddings = None
-        bias, gates = self.relative_position_bias, self.gates
+        bias = self.relative_position_bias
+        gates = self.gates
         if (
             attention_mask is not None
             or bias is not None
@@ -374,7 +373,12 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
             or self.config.cls_scopes
         ):
             mask = build_attention_mask(
-                self.config, hidden_states, attention_mask, grid_size, bias, gates
+                config=self.config,
+                hidden_states=hidden_states,
+                attention_mask=attention_mask,
+                grid_size=grid_size,
+                relative_position_bias=bias,
+                gates=gates,
             )
         if self.rotary_positions is not None:
             position_embeddings = self.rotary_positions(grid_size, hidden_states)
@@ -388,13 +392,11 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         layer_tokens: dict[int, Tensor] = {}
         for index, layer in enumerate(self.layers, start=1):
             is_last = index == len(self.layers)
-            inputs = (
-                hidden_states,
-                mask[index - 1] if isinstance(mask, list) else mask,
-                position_embeddings[index - 1]
-                if isinstance(position_embeddings, list)
-                else position_embeddings,
-            )
+            layer_mask = mask[index - 1] if isinstance(mask, list) else mask
+            layer_positions = position_embeddings
+            if isinstance(position_embeddings, list):
+                layer_positions = position_embeddings[index - 1]
+            inputs = (hidden_states, layer_mask, layer_positions)
             hidden_states = layer(*inputs, num_output_tokens if is_last else None, **kwargs)
 
             if is_last or index in pooled_layers or index in output_layers:
@@ -402,9 +404,8 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
             if index in output_layers:
                 layer_tokens[index] = tokens
             if index in pooled_layers and self.config.pooling == "cls" and not is_last:
-                pooled_tokens[index] = tokens[
-                    :, self.config.token_layout.cls
-                ].clone()  # does not keep all tokens
+                # a copy does not keep all tokens in memory, unlike a view
+                pooled_tokens[index] = tokens[:, self.config.token_layout.cls].clone()
             elif index in pooled_layers:
                 pooled_tokens[index] = tokens
 
@@ -433,7 +434,8 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         transformers and the recorder of the attention have seen the first pass, and do not see the second.
         """
         layer: Any = self.layers[-1]
-        recorder, layer.attention.recorder = layer.attention.recorder, None
+        recorder = layer.attention.recorder
+        layer.attention.recorder = None
         try:
             return self.normalize(layer(*inputs, **kwargs))
         finally:
@@ -556,7 +558,8 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
             cls_logits = None  # would duplicate `logits` in the graph
 
         task_logits = self.extra_heads(outputs.layer_tokens, outputs.compute_all_tokens)
-        if added_logits := [task_logits.pop(name) for name in self.config.get_added_classes()]:
+        added_logits = [task_logits.pop(name) for name in self.config.get_added_classes()]
+        if added_logits:
             # a larger product would change the bits of the others
             own_logits = [] if isinstance(self.classifier, nn.Identity) else [logits]
             logits = torch.cat([*own_logits, *added_logits], dim=-1)
@@ -649,6 +652,7 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
             **kwargs,
         )
 
+        # [B, tasks, D] each
         layer_tokens = [
             outputs.layer_tokens[index][:, self.config.token_layout.cls] for index in pooled_layers
         ]
@@ -702,7 +706,9 @@ def count_output_tokens(
     the encoder, its last layer, final norm or pooler has a hook or recorder, which may read all tokens.
     """
     config = encoder.config
-    if config.compute_all_tokens if compute_all_tokens is None else compute_all_tokens:
+    if compute_all_tokens is None:
+        compute_all_tokens = config.compute_all_tokens
+    if compute_all_tokens:
         return None
     if not config.num_labels:  # the logits are the pooler output of the encoder, to the bit
         return None
@@ -774,6 +780,7 @@ class ViTCLSForMaskedImageModeling(ViTCLSPreTrainedModel):
         outputs = self.vitcls(
             pixel_values, bool_masked_pos=bool_masked_pos, attention_mask=attention_mask, **kwargs
         )
+        # [B, rows * columns, D]
         patches = outputs.last_hidden_state[:, self.config.token_layout.patches]
         reconstruction = self.decoder(patches, outputs.grid_size)
 
