@@ -95,11 +95,9 @@ class Effect:
         The limit is the upper bound of its prediction interval at NULL_LEVEL, which accounts for
         rare large effects.
         """
-        return (
-            max(compute_prediction_limit(self.null_sizes, NULL_LEVEL), MIN_CHANGE)
-            if self.null_sizes
-            else None
-        )
+        if not self.null_sizes:
+            return None
+        return max(compute_prediction_limit(self.null_sizes, NULL_LEVEL), MIN_CHANGE)
 
     @property
     def is_measurable(self) -> bool:
@@ -107,11 +105,9 @@ class Effect:
 
         Any change of a prediction counts, and a change of features above rounding errors.
         """
-        return (
-            self.interval[0] > MIN_CHANGE
-            if self.changed is None
-            else self.changed > 0 and self.size > MIN_CHANGE
-        )
+        if self.changed is None:
+            return self.interval[0] > MIN_CHANGE
+        return self.changed > 0 and self.size > MIN_CHANGE
 
     @property
     def is_beyond_limit(self) -> bool:
@@ -169,9 +165,8 @@ def compute_ablations(
 
     for keys, draws in watch(list(plan_redraws(model)), "ablating random tokens"):
         sizes: dict[tuple[str, str], list[float]] = {}  # (kind, output name) -> null distribution
-        drops: dict[
-            tuple[str, str], list[torch.Tensor]
-        ] = {}  # (redrawn key, output name) -> drops [images] per draw
+        # (redrawn key, output name) -> drops [images] per draw
+        drops: dict[tuple[str, str], list[torch.Tensor]] = {}
         for key in draws:
             with redraw_tokens(model, targets[key], generator):
                 redrawn_means, redrawn = collect_mean_states(model, batches, targets[key])
@@ -180,12 +175,10 @@ def compute_ablations(
 
             for name, output in redrawn.items():
                 if isinstance(output, Predictions) and bool(output.is_known.all()):
-                    was_correct, is_correct = (
-                        (each.predicted == output.labels) for each in (before[name], output)
-                    )
-                    drops.setdefault((key, name), []).append(
-                        (was_correct.float() - is_correct.float()).mean(dim=1)
-                    )
+                    was_correct = before[name].predicted == output.labels
+                    is_correct = output.predicted == output.labels
+                    drop_by_image = (was_correct.float() - is_correct.float()).mean(dim=1)
+                    drops.setdefault((key, name), []).append(drop_by_image)
 
             # No head reads the tokens, so the outputs with hidden tokens do not depend on their embeddings.
             for kind, after in (("information", replaced), ("presence", hidden[key])):
@@ -238,18 +231,14 @@ def feeds_head_alone(model: Any, indices: Sequence[int]) -> list[str]:
 def compute_effect(before: Any, after: Any) -> Effect:
     """Return the effect of an ablation on one output (`Predictions` or `Features`)."""
     changes = measure_changes(before, after)
-    size, (low, high) = (
-        summarize_changes(after, changes),
-        compute_bootstrap_interval(changes.tolist()),
-    )
+    size = summarize_changes(after, changes)
+    low, high = compute_bootstrap_interval(changes.tolist())
     if isinstance(before, Features):
         return Effect(size, (low, high), len(before))
 
     is_changed = (before.predicted != after.predicted).any(dim=-1)
-    changed_low, changed_high = compute_proportion_interval(int(is_changed.sum()), len(before)) or (
-        0.0,
-        1.0,
-    )
+    num_changed = int(is_changed.sum())
+    changed_low, changed_high = compute_proportion_interval(num_changed, len(before)) or (0.0, 1.0)
     effect = Effect(
         size=size,
         interval=(low**0.5, high**0.5),
@@ -258,19 +247,17 @@ def compute_effect(before: Any, after: Any) -> Effect:
         changed_interval=(changed_low, changed_high),
     )
 
-    was_correct, is_correct = (
-        (outputs.predicted == before.labels)[before.is_known] for outputs in (before, after)
-    )
+    was_correct = (before.predicted == before.labels)[before.is_known]
+    is_correct = (after.predicted == before.labels)[before.is_known]
     if not len(is_correct):
         return effect
 
     num_gained = int((is_correct & ~was_correct).sum())
     num_lost = int((was_correct & ~is_correct).sum())
-    p_value = (
-        stats.binomtest(num_gained, num_gained + num_lost, alternative="greater").pvalue
-        if num_gained
-        else 1.0
-    )
+    p_value = 1.0
+    if num_gained:
+        test = stats.binomtest(num_gained, num_gained + num_lost, alternative="greater")
+        p_value = test.pvalue
 
     return replace(
         effect,
@@ -350,6 +337,7 @@ def collect_mean_states(
     compute = partial(get_classifier_or_encoder(model), output_hidden_states=True)
     with evaluation_mode(model):
         for batch, outputs in pass_over_images(compute, batches(), model.device):
+            # [B, L + 1, n, D]
             states = torch.stack(
                 [state[:, list(indices)] for state in outputs.hidden_states], dim=1
             )
@@ -385,6 +373,7 @@ def replace_by_means(
 @contextmanager
 def redraw_tokens(model: Any, indices: Sequence[int], generator: torch.Generator) -> Iterator[None]:
     """Replace the embeddings of the tokens at sequence indices `indices` with random vectors of the same norms."""
+    # [n, D]
     directions = nn.functional.normalize(
         torch.randn(len(indices), model.config.hidden_size, generator=generator)
     )
@@ -504,7 +493,8 @@ def extract_outputs(model: Any, outputs: Any, labels: torch.Tensor | None = None
     """
     config = model.config
     if not is_classifier(model):
-        layout, states = config.token_layout, outputs.last_hidden_state
+        layout = config.token_layout
+        states = outputs.last_hidden_state  # [B, N, D]
         features = {"cls": states[:, layout.cls], "distillation": states[:, layout.distillation]}
         pooled = getattr(outputs, "pooler_output", None)
         if pooled is not None:
@@ -519,6 +509,7 @@ def extract_outputs(model: Any, outputs: Any, labels: torch.Tensor | None = None
         }
 
     logits_by_task = outputs.logits if isinstance(outputs.logits, dict) else {"": outputs.logits}
+    # [B, 1] each, or [B, labels] for a multi-label model
     predicted = {
         task: predict_labels(logits, config).cpu() for task, logits in logits_by_task.items()
     }

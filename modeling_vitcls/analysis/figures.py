@@ -48,11 +48,8 @@ DARK_GRAY = "#222222"
 FIGURE_SIZE = 7.0, 3.0  # width and height in inches
 MAX_LEGEND_NAME = 24  # maximum length of a name in a legend, in characters
 MIN_RATIO_FOR_LOG_SCALE = 30.0  # minimum ratio of largest to smallest norm for a logarithmic scale
-PATCH_QUANTILES = (
-    0.05,
-    0.5,
-    0.95,
-)  # quantiles of the patch norms: lower edge of the band, line, upper edge
+# quantiles of the patch norms: lower edge of the band, line, upper edge
+PATCH_QUANTILES = (0.05, 0.5, 0.95)
 NUM_BINS = 48  # number of bins in a histogram
 OUTLIER_COLOR = "#B3261E"  # color of the bars of the second mode
 DASHES = ("o-", "s--", "^:", "D-.")  # markers and dashes of the tokens of a group
@@ -95,10 +92,10 @@ def plot_curve(config: ViTCLSConfig, findings: Findings, name: str) -> Figure:
         draw_line(
             axes,
             style,
-            head_values.mean(dim=1),
-            head_values.amin(dim=1),
-            head_values.amax(dim=1),
-            first_layer,
+            mean=head_values.mean(dim=1),
+            low=head_values.amin(dim=1),
+            high=head_values.amax(dim=1),
+            first_layer=first_layer,
         )
 
     for index, value in enumerate(baselines):
@@ -158,9 +155,9 @@ def plot_norms(config: ViTCLSConfig, findings: Findings) -> Figure:
 
     # [L + 1] each
     low, median, high = findings.patch_norms.float().quantile(torch.tensor(PATCH_QUANTILES), dim=1)
-    draw_line(axes, PATCH_STYLE, median, low, high, 0)
+    draw_line(axes, PATCH_STYLE, mean=median, low=low, high=high, first_layer=0)
     for style, line in zip(styles, findings.token_norms.unbind(dim=-1), strict=True):
-        draw_line(axes, style, line, line, line, 0)
+        draw_line(axes, style, mean=line, low=line, high=line, first_layer=0)
 
     min_value, max_value = torch.cat([low, high, findings.token_norms.flatten()]).aminmax()
     if min_value > 0 and max_value > MIN_RATIO_FOR_LOG_SCALE * min_value:

@@ -200,10 +200,8 @@ def decompose_patches(features: Sequence[torch.Tensor]) -> tuple[list[torch.Tens
         [image.shape[0] * image.shape[1] for image in features]
     )
 
-    return (
-        [
-            rows.unflatten(0, image.shape[:2])
-            for rows, image in zip(pixels_by_image, features, strict=True)
-        ],
-        np.nan_to_num(pca.explained_variance_ratio_).tolist(),
-    )
+    colors_by_image = [
+        rows.unflatten(0, image.shape[:2])
+        for rows, image in zip(pixels_by_image, features, strict=True)
+    ]
+    return colors_by_image, np.nan_to_num(pca.explained_variance_ratio_).tolist()

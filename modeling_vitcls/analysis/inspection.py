@@ -59,11 +59,11 @@ from .token_statistics import Findings, TokenStatistics
 MAX_BATCH_BYTES = 2**29  # maximum memory of a batch in bytes (`get_max_batch_size`)
 # Maximum number of images for effects and their null distributions, and maximum number of floating-point operations
 # in a pass over these images; MIN_IMAGES images are always used
-MAX_ABLATION_IMAGES, MAX_ABLATION_FLOPS = 256, 2.5e11
-MIN_CHECKED_IMAGES, MAX_CHECKED_IMAGES = (
-    5,
-    16,
-)  # minimum and maximum number of images for the checks of maps
+MAX_ABLATION_IMAGES = 256
+MAX_ABLATION_FLOPS = 2.5e11
+# Minimum and maximum number of images for the checks of maps
+MIN_CHECKED_IMAGES = 5
+MAX_CHECKED_IMAGES = 16
 
 WarningCallback = Callable[[str], None]
 
@@ -186,7 +186,9 @@ def inspect_model(
     for index, kind in watch(kinds_by_index.items(), "computing maps"):
         name = f"image {index + 1}" if names is None else names[index]
         truth = label_space.format_label(labels[index]) if has_head and labels is not None else None
-        image_reports.append(build_image_report(model, processor, images[index], name, truth, kind))
+        image_reports.append(
+            build_image_report(model, processor, images[index], name=name, truth=truth, kind=kind)
+        )
 
     return Inspection(
         config=config,
@@ -271,11 +273,8 @@ def select_images(outputs: Outputs, config: Any, num_selected: int) -> dict[int,
         "uncertain": uncertain_indices,
         "typical": typical_indices,
     }
-    return dict(
-        [(index, kind) for kind, indices in indices_by_kind.items() for index in indices][
-            :num_selected
-        ]
-    )
+    kinds = [(index, kind) for kind, indices in indices_by_kind.items() for index in indices]
+    return dict(kinds[:num_selected])
 
 
 def compute_confidences(logits: torch.Tensor, config: Any) -> torch.Tensor:
@@ -359,13 +358,15 @@ class InspectionBatches:
     def __init__(
         self, model: Any, pixels: list[torch.Tensor], labels: torch.Tensor | None, batch_size: int
     ) -> None:
-        self.model, self.pixels, self.labels, self.batch_size = model, pixels, labels, batch_size
-        self.index_batches = [
-            indices[start : start + size]
-            for indices in map(list, group_by_shape(dict(enumerate(pixels))))
-            for size in [min(batch_size, get_max_batch_size(model, pixels[indices[0]]))]
-            for start in range(0, len(indices), size)
-        ]
+        self.model = model
+        self.pixels = pixels
+        self.labels = labels
+        self.batch_size = batch_size
+        self.index_batches: list[list[int]] = []
+        for indices in map(list, group_by_shape(dict(enumerate(pixels)))):
+            size = min(batch_size, get_max_batch_size(model, pixels[indices[0]]))
+            for start in range(0, len(indices), size):
+                self.index_batches.append(indices[start : start + size])
         self.order = [index for batch_indices in self.index_batches for index in batch_indices]
 
     def __call__(self) -> Iterator[ImageBatch]:

@@ -21,14 +21,8 @@ from .maps import extract_patch_maps, get_used_token_mask
 from .model_utils import evaluation_mode, unwrap_model
 
 
-FRACTIONS = (
-    0.0,
-    0.2,
-    0.4,
-    0.6,
-    0.8,
-    1.0,
-)  # fractions of the patches that deletion replaces and insertion keeps
+# fractions of the patches that deletion replaces and insertion keeps
+FRACTIONS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 MAX_CORRELATION = 0.5  # maximum `weight_correlation` of a map that depends on the weights
 MAX_P_VALUE = 0.05  # maximum `p_value` of a map that is significantly better than a random order
 
@@ -148,7 +142,8 @@ def compute_maps(
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Return a dict that maps map names to the maps [gh, gw] of one image, and the class probabilities [labels]."""
     trace = trace_attention(model, pixel_values, needs_gradients=True)
-    config, logits = model.config, trace.outputs.logits
+    config = model.config
+    logits = trace.outputs.logits  # [1, labels]
     rows = {"attribution": trace.compute_attribution(target)[0]}
     *is_used, _ = get_used_token_mask(config)
     if any(is_used):
@@ -179,13 +174,14 @@ def measure_curves(
     masks = torch.cat([masks, ~masks]).to(pixel_values.device)
 
     patch_height, patch_width = model.config.patch_height_width
+    # [2 * fractions, 1, gh * patch height, gw * patch width]
     is_replaced = (
         masks.repeat_interleave(patch_height, dim=1)
         .repeat_interleave(patch_width, dim=2)
         .unsqueeze(1)
     )
     height, width = is_replaced.shape[-2:]
-    changed_pixels = pixel_values.repeat(len(masks), 1, 1, 1)
+    changed_pixels = pixel_values.repeat(len(masks), 1, 1, 1)  # [2 * fractions, C, H, W]
     mean_color = pixel_values.mean(dim=(-2, -1), keepdim=True)
     changed_pixels[..., :height, :width] = torch.where(
         is_replaced, mean_color, changed_pixels[..., :height, :width]

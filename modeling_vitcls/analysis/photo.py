@@ -9,7 +9,6 @@ The report on many images is in report.py.
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -151,9 +150,8 @@ def match_colors(colors: torch.Tensor, last_layer: int) -> torch.Tensor:
     for layer, neighbor in (*earlier, *later):
         # [patches, 6]
         channels = torch.cat([matched[neighbor].flatten(0, 1), matched[layer].flatten(0, 1)], dim=1)
-        correlation = channels.T.corrcoef()[
-            :3, 3:
-        ].nan_to_num()  # a channel without variation has no correlation
+        # [3, 3]; a channel without variation has no correlation
+        correlation = channels.T.corrcoef()[:3, 3:].nan_to_num()
         _, order = linear_sum_assignment(correlation.abs(), maximize=True)
         is_opposite = correlation[range(3), order] < 0
         reordered = matched[layer][..., order]
@@ -171,13 +169,8 @@ def build_json_record(measurements: PhotoMeasurements) -> dict[str, Any]:
     for index, name in enumerate(measurements.token_names):
         layer = measurements.token_layers[index]
         rows = measurements.attention[:, :, index]  # [L, H, N]
-        heads = dict(
-            zip(
-                get_head_names(config),
-                map(partial(summarize_row, config), rows[layer - 1]),
-                strict=True,
-            )
-        )
+        by_head = [summarize_row(config, row) for row in rows[layer - 1]]
+        heads = dict(zip(get_head_names(config), by_head, strict=True))
         by_layer = [summarize_row(config, row) for row in rows.mean(dim=1)]
         tokens.append({"token": name, "layer": layer, "heads": heads, "mean_by_layer": by_layer})
 

@@ -75,6 +75,7 @@ def find_register_neurons(
     ]
     last_layer = next(index for index, fraction in enumerate(outlier_fractions) if fraction >= 0.5)
 
+    # [searched layers, neurons]
     scores = torch.stack(
         [average_outlier_activations(outliers, states) for states in activations[: last_layer + 1]]
     )

@@ -34,10 +34,13 @@ GAP = 0.07  # between tiles
 NAME_WIDTH = 1.15  # width of the names of rows
 CAPTION_HEIGHT = 0.155
 
-LARGE_SIDE, SMALL_SIDE = 640, 256  # longer side of a tile, in pixels
+LARGE_SIDE = 640  # longer side of a tile in the first row, in pixels
+SMALL_SIDE = 256  # longer side of a tile in the other rows, in pixels
 MAX_LARGE_HEIGHT = 3.4  # of the tiles in the first row
 MAX_COLUMNS = 17  # maximum number of tiles per line: the mean and 16 heads
-MIN_COLUMNS, MIN_COLUMNS_OF_MANY = 7, 12  # tiles are not larger than a line of this number of tiles
+# tiles are not larger than in a line of this number of tiles
+MIN_COLUMNS = 7
+MIN_COLUMNS_OF_MANY = 12
 MANY_TOKENS = 3  # minimum number of tokens for MIN_COLUMNS_OF_MANY
 MAX_TOKENS = 9  # maximum number of tokens with a row
 MAX_TITLE = 64  # maximum number of characters of the title, beside the small photo
@@ -180,7 +183,8 @@ class Sheet:
 
 def draw_header(sheet: Sheet, measurements: PhotoMeasurements, title: str) -> None:
     """Write the title, the size of the model, what the model sees of the photo, and the predictions."""
-    config, image = measurements.config, measurements.image
+    config = measurements.config
+    image = measurements.image
     height, width = measurements.input_size
     rows, columns = measurements.norms.shape[1:]
     patch_height, patch_width = config.patch_height_width
@@ -221,10 +225,11 @@ def draw_header(sheet: Sheet, measurements: PhotoMeasurements, title: str) -> No
 
 def draw_overview(sheet: Sheet, measurements: PhotoMeasurements) -> None:
     """Draw the photo as the model sees it, the attention of the first token, and the features and norms of patches."""
-    token, token_layer = measurements.token_names[0], measurements.token_layers[0]
+    token = measurements.token_names[0]
+    token_layer = measurements.token_layers[0]
     attention = measurements.maps[token_layer - 1, :, 0].mean(dim=0)  # [gh, gw]
     layer = measurements.patch_layer
-    norms = measurements.norms[layer - 1]
+    norms = measurements.norms[layer - 1]  # [gh, gw]
 
     sheet.y += 0.42
     pitch = (WIDTH - 2 * MARGIN + 0.25) / 4
@@ -249,9 +254,21 @@ def draw_overview(sheet: Sheet, measurements: PhotoMeasurements) -> None:
 
     sheet.y += height + 0.08
     brightest = max(attention.max().item(), MIN_SCALE * attention.mean().item())  # as in `overlay`
-    draw_color_bar(sheet, MARGIN + pitch, width, COLORMAP, "0", f"{brightest:.2%} in one patch")
     draw_color_bar(
-        sheet, MARGIN + 3 * pitch, width, NORM_COLORMAP, f"{norms.min():.3g}", f"{norms.max():.3g}"
+        sheet,
+        x=MARGIN + pitch,
+        width=width,
+        colormap=COLORMAP,
+        low="0",
+        high=f"{brightest:.2%} in one patch",
+    )
+    draw_color_bar(
+        sheet,
+        x=MARGIN + 3 * pitch,
+        width=width,
+        colormap=NORM_COLORMAP,
+        low=f"{norms.min():.3g}",
+        high=f"{norms.max():.3g}",
     )
 
     share = sum(measurements.explained_variance[layer - 1])
@@ -276,9 +293,9 @@ def draw_color_bar(
 def draw_heads(sheet: Sheet, measurements: PhotoMeasurements) -> None:
     """Draw the mean and the heads of each token in the last layer in which the token is used."""
     num_tokens = len(measurements.token_names)
-    heading = "Attention by head" + (
-        f", first {MAX_TOKENS} of {num_tokens} tokens" if num_tokens > MAX_TOKENS else ""
-    )
+    heading = "Attention by head"
+    if num_tokens > MAX_TOKENS:
+        heading += f", first {MAX_TOKENS} of {num_tokens} tokens"
     explanation = (
         "In the last layer that uses the token. Percentages: attention on patches; the rest is on special tokens. "
         "Each map has its own scale: black is 0, bright is the highest 1% of its values"
@@ -292,7 +309,7 @@ def draw_heads(sheet: Sheet, measurements: PhotoMeasurements) -> None:
     for name, color, index in list_tokens(measurements):
         layer = measurements.token_layers[index]
         maps = measurements.maps[layer - 1, :, index]  # [H, gh, gw]
-        maps = torch.cat([maps.mean(dim=0, keepdim=True), maps])
+        maps = torch.cat([maps.mean(dim=0, keepdim=True), maps])  # [1 + H, gh, gw]
         tiles = [
             Tile(draw_attention(measurements, values), f"{values.sum():.0%}") for values in maps
         ]
@@ -362,7 +379,8 @@ def describe_tokens(config: ViTCLSConfig) -> str:
 
 def describe_visible_part(measurements: PhotoMeasurements) -> str:
     """Return which part of the photo the model sees."""
-    image, (left, top, right, bottom) = measurements.image, measurements.visible_region
+    image = measurements.image
+    left, top, right, bottom = measurements.visible_region
     visible_width = min(right, image.width) - max(left, 0)
     visible_height = min(bottom, image.height) - max(top, 0)
     share = visible_width * visible_height / (image.width * image.height)

@@ -98,9 +98,8 @@ class TokenStatistics:
         self.layout: TokenLayout = self.model.config.token_layout
         self.num_images = 0
         self.sums: dict[str, torch.Tensor] = {}
-        self.patch_values: dict[
-            str, list[torch.Tensor]
-        ] = {}  # name -> one tensor [L + 1, n] per batch
+        # name -> one tensor [L + 1, n] per batch
+        self.patch_values: dict[str, list[torch.Tensor]] = {}
 
     @torch.no_grad()
     def update(self, pixel_values: torch.Tensor) -> Any:
@@ -132,6 +131,7 @@ class TokenStatistics:
                 )
 
         names = list(layer_statistics[0])
+        # [B, L, ...] each
         statistics = {
             name: torch.stack([layer[name] for layer in layer_statistics], dim=1) for name in names
         }
@@ -139,7 +139,7 @@ class TokenStatistics:
         statistics["uniform_entropy_by_token"] = statistics.pop("uniform_entropy_by_token")[:, 0]
         statistics |= self.compute_state_statistics(outputs.hidden_states)
 
-        norms = self.compute_patch_norms(outputs.hidden_states)
+        norms = self.compute_patch_norms(outputs.hidden_states)  # [B, L + 1, P]
         patch_statistics = {"norms": norms, "ratios": divide_by_median(norms)}
         # [B, L + 1]
         statistics["outliers"] = (patch_statistics["ratios"] > OUTLIER_RATIO).float().mean(dim=-1)
@@ -180,11 +180,11 @@ class TokenStatistics:
         # [L + 1, S, D]
         deviations = (means.pop("squares") - mean_states.square()).clamp(min=0).sqrt()
 
-        maps = means.pop("maps")
-        map_squares = means.pop("map_squares")  # [L, S, N], [L, S]
+        maps = means.pop("maps")  # [L, S, N]
+        map_squares = means.pop("map_squares")  # [L, S]
         map_deviation = (map_squares - maps.square().sum(dim=-1)).clamp(min=0).sqrt()
         map_distance = (maps - maps.mean(dim=-1, keepdim=True)).norm(dim=-1)
-        head_outputs = means.pop("head_outputs")
+        head_outputs = means.pop("head_outputs")  # [L, H]
 
         return Findings(
             num_images=self.num_images,
@@ -220,17 +220,18 @@ class TokenStatistics:
         is_visible = get_visible_keys(layer, layout.num_prefix_tokens).float()  # [B, S, N]
         uniform = is_visible / is_visible.sum(dim=-1, keepdim=True)
         maps = special_rows.mean(dim=1)  # [B, S, N]
+        # L1 distances from uniform attention, twice the total variation distance: [B, H, N], [B, H, S]
+        head_distance = (weights - 1 / weights.shape[-1]).abs().sum(dim=-1)
+        map_distance = (special_rows - uniform.unsqueeze(1)).abs().sum(dim=-1)
 
         return {
             "uniform_entropy_by_token": is_visible.sum(dim=-1).log(),
             "maps": maps,
             "map_squares": maps.cpu().double().square().sum(dim=-1),
-            "head_selectivity": (weights - 1 / weights.shape[-1]).abs().sum(dim=-1).mean(dim=-1)
-            / 2,
+            "head_selectivity": head_distance.mean(dim=-1) / 2,
             "head_outputs": compute_head_outputs(layer, attention),
             "map_distance": torch.cdist(special_rows, special_rows, p=1).mean(dim=1) / 2,
-            "map_selectivity": (special_rows - uniform.unsqueeze(1)).abs().sum(dim=-1).mean(dim=1)
-            / 2,
+            "map_selectivity": map_distance.mean(dim=1) / 2,
             "entropy": torch.special.entr(special_rows).sum(dim=-1),
             "attention_fractions": torch.stack(
                 [special_rows[..., group].sum(dim=-1) for _, group in layout.items()], dim=-1
@@ -249,6 +250,7 @@ class TokenStatistics:
     ) -> dict[str, torch.Tensor]:
         """Return the statistics of the special tokens in the L + 1 hidden states [B, N, D]."""
         num_special_tokens = self.layout.num_prefix_tokens
+        # [B, L + 1, S, D]
         special_states = torch.stack(
             [state[:, :num_special_tokens] for state in hidden_states], dim=1
         ).float()
@@ -270,7 +272,8 @@ def divide_by_median(norms: torch.Tensor) -> torch.Tensor:
 
 def get_visible_keys(layer: RecordedLayer, num_rows: int) -> torch.Tensor:
     """Return a boolean mask [B, rows, N] of the keys that the first `num_rows` tokens may attend to."""
-    query, key = layer.query[:, :, :num_rows], layer.key
+    query = layer.query[:, :, :num_rows]
+    key = layer.key
     batch, _, num_rows, _ = query.shape
     mask = select_mask_rows(layer.mask, query, key)  # [B or 1, maps or 1, rows or 1, N]
     if mask is None:
