@@ -149,6 +149,7 @@ def apply_family(converted_weights: Weights, weights: Weights, family: str) -> F
     fields = dict(get_family(family, weights).resampling or {})
     if family == "dinov3" and "rope_embed.periods" in weights:
         fields["rope_periods"] = weights["rope_embed.periods"].float().tolist()
+
     if family == "tips":
         tokens = [
             converted_weights["embeddings.cls_token"],
@@ -156,8 +157,10 @@ def apply_family(converted_weights: Weights, weights: Weights, family: str) -> F
         ]
         converted_weights["embeddings.cls_token"] = torch.cat(tokens, dim=1)
         fields |= {"num_cls_tokens": 2, "num_register_tokens": 0, "pooled_cls_tokens": [0]}
+
     if LINEAR_HEAD in weights:
         fields |= convert_linear_head(converted_weights, weights)
+
     mask_token = weights.get("mask_token", weights.get("masked_embed"))
     if mask_token is not None and family in ("dinov2", "tips", "dinov3", "ibot"):
         converted_weights["embeddings.mask_token"] = mask_token.float().reshape(1, 1, -1)
@@ -222,16 +225,19 @@ def prepare_weights(weights: Mapping[str, Any], family: str) -> Weights:
         raise ConversionError(
             f"the family {family!r} is unknown. Set --family to one of {', '.join(FAMILY_NAMES)}"
         )
+
     ignored_prefixes = ("decoder", "mask_token") if family == "mae" else ("local_cls_norm",)
     tensors: Weights = {}
     for name, array in weights.items():
         if not str(name).startswith(ignored_prefixes):
             tensors[replace_control_characters(str(name))] = convert_to_tensor(str(name), array)
+
     if family == "dinov2":  # larger models have names `blocks.CHUNK.BLOCK`
         tensors = {
             re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name): tensor
             for name, tensor in tensors.items()
         }
+
     if family == "dinov3":
         for name, bias in tensors.items():
             if (
@@ -242,6 +248,7 @@ def prepare_weights(weights: Mapping[str, Any], family: str) -> Weights:
                 raise ConversionError(
                     f"{name} contains nonzero key biases, but DINOv3 has no key biases"
                 )
+
     if family == "big_vision":
         # Prefixes of the image model in two-tower models (SigLIP), and in files with optimizer state.
         prefixes = ("params/img/", "params/", "opt/target/img/", "opt/target/", "img/")
@@ -255,6 +262,7 @@ def prepare_weights(weights: Mapping[str, Any], family: str) -> Weights:
             raise ConversionError(
                 "timm does not support the layer pre_logits. Use a file without this layer"
             )
+
     return tensors
 
 
@@ -328,6 +336,7 @@ def load_timm_weights(model: Any, weights: Weights, family: str) -> None:
         file.seek(0)
         model.load_pretrained(file)
         return
+
     for name in ("masked_embed", LINEAR_HEAD, "linear_head.bias"):
         tensors.pop(name, None)
     if "rope_embed.periods" in tensors:  # timm computes the periods
@@ -337,6 +346,7 @@ def load_timm_weights(model: Any, weights: Weights, family: str) -> None:
         model.rope.reset_parameters()
     if family in ("dinov2", "tips"):
         tensors.setdefault("mask_token", torch.zeros(1))  # timm detects DINOv2 weights by this name
+
     options = (
         {"adapt_layer_scale": True} if "blocks.0.gamma_1" in tensors and family == "deit" else {}
     )
@@ -354,10 +364,12 @@ def read_vit_options(weights: Weights, family: str) -> dict[str, Any]:
             f"the number of heads is unknown for the width {width}. Build the model with timm.create_model, and use "
             "convert_from_timm"
         )
+
     if GATE in weights:  # timm's DINOv2 fuses the gate and the values
         hidden_size = weights[GATE].shape[1] * (1 if family == "dinov3" else 2)
     else:
         hidden_size = find_weight(weights, "blocks.0.mlp.fc1.weight").shape[0]
+
     options: dict[str, Any] = {
         "img_size": [16 * size for size in patch_size] if family == "dinov3" else None,
         "patch_size": patch_size,
@@ -368,11 +380,13 @@ def read_vit_options(weights: Weights, family: str) -> dict[str, Any]:
         "mlp_ratio": (hidden_size + 0.5) / width,  # timm rounds down
         "num_classes": len(weights["head.weight"]) if "head.weight" in weights else 0,
     }
+
     registers = weights.get("storage_tokens" if family == "dinov3" else "register_tokens")
     if registers is not None:
         options["num_reg_tokens" if family == "dinov3" else "reg_tokens"] = registers.shape[1]
     if family == "mae" and "fc_norm.weight" in weights:
         options["global_pool"] = "avg"
+
     if family != "dinov3":
         has_cls_position = family != "ijepa" and not (
             family == "deit" and "blocks.0.gamma_1" in weights
@@ -396,6 +410,7 @@ def read_big_vision_options(weights: Weights) -> dict[str, Any]:
     has_cls = "cls" in weights
     has_cls_position = "cls" in weights and "pos_embedding" not in weights
     num_positions = positions.shape[-2] - has_cls_position
+
     options: dict[str, Any] = {
         "img_size": compute_image_size(num_positions, patch_size),
         "patch_size": patch_size,
@@ -409,6 +424,7 @@ def read_big_vision_options(weights: Weights) -> dict[str, Any]:
         "num_classes": weights["head/kernel"].shape[1] if "head/kernel" in weights else 0,
         "act_layer": "gelu_tanh",
     }
+
     if not has_cls and "MAPHead_0/probe" not in weights:
         options |= {"class_token": False, "global_pool": "avg", "fc_norm": False}
     elif has_cls and not has_cls_position:

@@ -112,11 +112,13 @@ def merge_branches(weights: Weights, prefix: str, num_branches: int) -> None:
     attentions = [pop_branch(weights, f"{prefix}attns.{index}.") for index in range(num_branches)]
     mlps = [pop_branch(weights, f"{prefix}ffns.{index}.") for index in range(num_branches)]
     qkv_layers = [fold_norm(branch, "attn.qkv") for branch in attentions]
+
     for index, letter in enumerate("qkv"):
         layers = [
             {name: tensor.chunk(3)[index] for name, tensor in layer.items()} for layer in qkv_layers
         ]
         set_merged_layer(weights, f"{prefix}attn.{letter}_proj", layers, dim=0)
+
     set_merged_layer(
         weights, f"{prefix}mlp.fc1", [fold_norm(branch, "mlp.fc1") for branch in mlps], dim=0
     )
@@ -125,6 +127,7 @@ def merge_branches(weights: Weights, prefix: str, num_branches: int) -> None:
     set_merged_layer(
         weights, f"{prefix}mlp.fc2", [fold_layer_scale(branch, "mlp.fc2") for branch in mlps], dim=1
     )
+
     for name, branch in (("norm1", attentions[0]), ("norm2", mlps[0])):
         weights[f"{prefix}{name}.weight"] = torch.ones_like(branch["norm.weight"])
         if "norm.bias" in branch:

@@ -60,6 +60,7 @@ def convert_from_transformers(model: PreTrainedModel) -> ViTCLSPreTrainedModel:
             else "docs/coverage.md lists the classes"
         )
         raise ConversionError(f"{type(model).__name__} cannot be converted. {hint}")
+
     convertible_class = CONVERTIBLE_CLASSES[type(model).__name__]
     family = convertible_class.family
     weights = strip_encoder_name(model.state_dict(), convertible_class.encoder_name)
@@ -67,6 +68,7 @@ def convert_from_transformers(model: PreTrainedModel) -> ViTCLSPreTrainedModel:
     config = ViTCLSConfig(
         **fields | dict(convertible_class.fields) | convertible_class.read_labels(model.config)
     )
+
     rules = [
         *(Rule(name, []) for name in convertible_class.unused_patterns),
         *HEAD_RULES,

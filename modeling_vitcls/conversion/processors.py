@@ -77,10 +77,12 @@ def convert_timm_settings(settings: dict[str, Any]) -> dict[str, Any]:
         math.floor(length / settings["crop_pct"]) for length in (height, width)
     )
     interpolation, crop_mode = settings["interpolation"], settings["crop_mode"]
+
     if interpolation not in RESAMPLING_FILTERS:
         raise ValueError(
             f"interpolation={interpolation!r} in timm's pretrained_cfg is not supported"
         )
+
     if crop_mode == "squash":
         size = {"height": scaled_height, "width": scaled_width}
     elif crop_mode == "center" and height == width:
@@ -89,6 +91,7 @@ def convert_timm_settings(settings: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"crop_mode={crop_mode!r} for {height} x {width} pixels in timm's pretrained_cfg is not supported"
         )
+
     return {
         "do_convert_rgb": channels == 3,
         "size": size,
@@ -112,6 +115,7 @@ def convert_transformers_preprocessing(
         source_processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError):
         return build_default_preprocessing(image_size, "the source has no image processor")
+
     backend_class = (
         ViTCLSImageProcessorPil
         if isinstance(source_processor, PilBackend)
@@ -161,6 +165,7 @@ def check_processor(
             raise ValueError(
                 f"the converted processor differs from {settings_name} in the output shape"
             )
+
         std = torch.tensor(processor.image_std if processor.do_normalize else 1.0).view(-1, 1, 1)
         difference = ((pixels - expected).abs() * std * 255).max().item()
         if not difference <= MAX_PIXEL_DIFFERENCE:
@@ -168,6 +173,7 @@ def check_processor(
                 f"the converted processor differs from {settings_name} by {difference:.3g} gray levels"
             )
         largest_difference = max(largest_difference, difference)
+
     return build_preprocessing_record(settings_name, "") | {
         "largest_difference_in_gray_levels": largest_difference
     }

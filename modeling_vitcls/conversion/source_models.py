@@ -142,6 +142,7 @@ class TransformersSource(Source):
             folder = get_model_folder(name_or_path, CONFIG_FILES, revision)
         else:
             folder = get_external_model_folder(name_or_path, revision)
+
         try:
             config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         except (
@@ -154,6 +155,7 @@ class TransformersSource(Source):
             raise OSError(
                 f"transformers cannot read the configuration of {name_or_path}: {reason}"
             ) from error
+
         model_class = get_convertible_class(config)
         if random_init:
             model_config = (
@@ -197,6 +199,7 @@ class TransformersSource(Source):
         inputs = self.build_inputs(pixel_values)
         encoder_outputs = encoder(**inputs)
         outputs = {"sequence": encoder_outputs.last_hidden_state}
+
         if encoder is self.model:
             outputs["pooled"] = encoder_outputs.get("summary", encoder_outputs.get("pooler_output"))
         else:
@@ -219,12 +222,14 @@ class TransformersSource(Source):
         parameters = inspect.signature(self.encoder.forward).parameters
         if "spatial_shapes" in parameters:
             return flatten_patches(pixel_values, config.patch_size)
+
         inputs: dict[str, Any] = {"pixel_values": pixel_values}
         if (
             "interpolate_pos_encoding" in parameters
             and tuple(pixel_values.shape[-2:]) != self.image_size
         ):
             inputs["interpolate_pos_encoding"] = True
+
         if "noise" in parameters:  # MAE sorts the patches by this noise and masks the last patches
             config.mask_ratio = 0.0
             height, width = pixel_values.shape[-2:]
@@ -298,6 +303,7 @@ def load_transformers_model(
     """
     notes: list[str] = []
     options: dict[str, Any] = {"dtype": "auto", "output_loading_info": True}
+
     try:
         model, loading_info = model_class.from_pretrained(folder, **options)
         if loading_info["missing_keys"] and all(
@@ -310,11 +316,13 @@ def load_transformers_model(
     except Exception as error:  # downloads raise errors of many types
         raise_if_unsafe_pickle(name_or_path, error)
         raise OSError(f"transformers cannot load {name_or_path}: {format_error(error)}") from error
+
     if missing_names := sorted(loading_info["missing_keys"]):
         raise ConversionError(
             f"{model_class.__name__} requires {len(missing_names)} weights that are missing from {name_or_path}, for "
             f"example {missing_names[0]}"
         )
+
     unexpected_names = sorted(loading_info["unexpected_keys"])
     if (
         unexpected_names and model.config.architectures

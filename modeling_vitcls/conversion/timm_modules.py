@@ -121,15 +121,18 @@ def read_rotary_positions(model: TimmModule) -> Fields:
     rope = getattr(model, "rope", None)
     if rope is None:
         return {}
+
     name = get_class_name(rope)
     is_supported = name in ("RotaryEmbeddingCat", "RotaryEmbeddingDinoV3", "RotaryEmbeddingMixed")
     check_supported(is_supported, f"rotary positions of class {name}")
+
     rope_type = "rope_mixed" if name == "RotaryEmbeddingMixed" else "rope_2d"
     fields = {
         "position_embedding_type": rope_type if model.pos_embed is None else f"learned_{rope_type}",
         "rope_theta": float(rope.temperature or 0),
         "rope_axes": "xy" if rope.grid_indexing == "xy" else "yx",
     }
+
     if name == "RotaryEmbeddingDinoV3":  # coordinates from -1 to 1
         has_period_range = rope.min_period is not None and rope.max_period is not None
         check_supported(not has_period_range, "rotary positions with min_period and max_period")
@@ -140,6 +143,7 @@ def read_rotary_positions(model: TimmModule) -> Fields:
         return fields | {"rope_coordinates": "centered"}
     if name == "RotaryEmbeddingMixed":  # learned frequencies (RoPE-ViT)
         return fields | {"rope_coordinates": "grid"}
+
     is_in_patches = not rope.in_pixels and getattr(rope, "grid_type", "index") == "index"
     check_supported(is_in_patches, "rotary positions in pixels")
     return fields | {  # EVA-02, Perception Encoder
@@ -303,6 +307,7 @@ def read_pooling(model: TimmModule, hidden_act: str | None) -> Fields:
         check_supported(not model.num_classes, "a classifier on every token (global_pool='')")
         # used by a new classifier
         return {"pooling": "cls" if model.cls_token is not None else "mean"}
+
     check_supported(model.global_pool in POOLINGS, f"global_pool={model.global_pool!r}")
     pooling = POOLINGS[model.global_pool]
     if pooling == "attention":

@@ -94,6 +94,7 @@ class TargetClass:
             compute_dinov2_mlp_size(config.hidden_size, ratio, is_gated): ratio
             for ratio in range(16, 0, -1)
         }
+
         settings: dict[str, Any] = {
             name: getattr(config, target) for name, target in FIELD_NAMES.items()
         }
@@ -114,6 +115,7 @@ class TargetClass:
             **biases,
             **read_labels(config),
         }
+
         settings = {name: value for name, value in settings.items() if name in supported_fields}
         options = {}
         if self.has_optional_pooler:
@@ -170,6 +172,7 @@ def find_equivalent_match(
 ) -> TargetMatch:
     """Apply all rewrites that reduce the number of mismatches, and return the match of the new configuration."""
     match = compare_with_target(target, config)
+
     for rewrite in REWRITES:
         changes = {name: getattr(match.target_config, name) for name in rewrite.fields}
         is_allowed = native_size_only or not rewrite.is_native_size_only
@@ -188,6 +191,7 @@ def find_equivalent_match(
 def compare_with_target(target: TargetClass, config: ViTCLSConfig) -> TargetMatch:
     """Build the target from a configuration, convert the target configuration back, and compare the fields."""
     convertible_class = CONVERTIBLE_CLASSES[target.name]
+
     try:
         with torch.device("meta"):
             target_model = target.build(config)
@@ -199,9 +203,11 @@ def compare_with_target(target: TargetClass, config: ViTCLSConfig) -> TargetMatc
         ValueError,
     ) as error:  # a value that the class or this version of transformers does not support
         return TargetMatch(target, config, config, {"error": format_error(error)})
+
     has_head = convertible_class.encoder_name is not None
     values = get_effective_fields(config, has_head)
     target_values = get_effective_fields(round_trip_config, has_head)
+
     # If pooling has no weights, users can pool the outputs of a model without a pooler.
     has_weightless_pooler = (
         config.pooling != "attention"
@@ -211,6 +217,7 @@ def compare_with_target(target: TargetClass, config: ViTCLSConfig) -> TargetMatc
     ignored_fields = (
         POOLING_FIELDS if target.has_optional_pooler and has_weightless_pooler else set()
     )
+
     mismatches = {
         name: f"{name}={value!r} instead of {target_values[name]!r}"
         for name, value in values.items()
@@ -331,14 +338,17 @@ def build_transformers_model(match: TargetMatch, model: ViTCLSPreTrainedModel) -
     target_weights = transformers_model.state_dict()
     convertible_class = CONVERTIBLE_CLASSES[target.name]
     encoder_name = convertible_class.encoder_name
+
     weights = strip_encoder_name(model.state_dict(), "vitcls")
     for rewrite, old_config, new_config in match.applied_rewrites:
         rewrite.rewrite_weights(weights, old_config, new_config)
+
     reference = strip_encoder_name(target_weights, encoder_name)
     if "embeddings.mask_token" in weights and "embeddings.mask_token" not in reference:
         logger.warning(f"{target.name} has no mask token, so the mask token is dropped")
         del weights["embeddings.mask_token"]
     weights = revert_weights(weights, [*HEAD_RULES, *convertible_class.family.rules], reference)
+
     for name, weight in target_weights.items():
         encoder_weight_name = name.removeprefix(f"{encoder_name}.")
         parameter_name = name.rpartition(".")[2]
@@ -348,6 +358,7 @@ def build_transformers_model(match: TargetMatch, model: ViTCLSPreTrainedModel) -
             target_weights[name] = torch.full_like(weight, NEUTRAL_WEIGHTS.get(parameter_name, 0.0))
         else:
             raise ConversionError(f"weights missing: {name}")
+
     transformers_model.to(device=model.device, dtype=model.dtype)  # type: ignore[call-arg]  # `to` is untyped in transformers
     transformers_model.load_state_dict(target_weights)
     transformers_model.eval()

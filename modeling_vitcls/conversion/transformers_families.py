@@ -128,8 +128,10 @@ def read_common_fields(config: Any, weights: Weights) -> Fields:
         for name, target in FIELD_NAMES.items()
         if hasattr(config, name)
     }
+
     if hasattr(config, "image_size"):
         fields["image_size"] = round_to_patches(config.image_size, config.patch_size)
+
     if hasattr(config, "mlp_ratio"):  # DINOv2 and families with the same layers
         is_gated = getattr(config, "use_swiglu_ffn", False)
         fields["mlp_type"] = "swiglu" if is_gated else "mlp"
@@ -138,6 +140,7 @@ def read_common_fields(config: Any, weights: Weights) -> Fields:
         )
     if hasattr(config, "use_gated_mlp"):  # DINOv3 and Sapiens2
         fields["mlp_type"] = get_glu_type(config) if config.use_gated_mlp else "mlp"
+
     if hasattr(config, "use_absolute_position_embeddings"):  # BEiT and InternViT
         fields["position_embedding_type"] = (
             "learned" if config.use_absolute_position_embeddings else "none"
