@@ -48,11 +48,13 @@ def set_fit(processor: Processor, fit: str, height_width: Size) -> None:
     has_same_crop = processor.do_center_crop and dict(processor.crop_size) == dict(size)
     if fit == "crop" and has_same_crop:
         return
+
     crop_ratio = get_crop_ratio(processor)
     processor.do_resize = True
     processor.do_center_crop = fit == "crop"
     processor.do_pad = fit == "pad"
     processor.size = size
+
     if fit == "crop":
         processor.size = SizeDict(shortest_edge=math.floor(max(height_width) / crop_ratio))
         processor.crop_size = size
@@ -114,10 +116,12 @@ class FitTransform(nn.Module):
             pixels = resize_and_crop(self.processor, pixels)
         if not self.processor.do_pad:
             return pixels
+
         (height, width), size = pixels.shape[-2:], self.processor.pad_size
         scale = max(height / size.height, width / size.width) if self.keep_resolution else 1.0
         right = round(size.width * scale) - width
         bottom = round(size.height * scale) - height
+
         # 0 after normalization
         mean = self.processor.image_mean if self.processor.do_normalize else 0.0
         fill = [
@@ -149,6 +153,7 @@ def get_visible_region(
     if processor.do_resize:
         size = dict(processor.size)
         resized_size = RESIZE_RULES[frozenset(size)](image_size, **size)
+
     (height, width), (top, left) = resized_size, (0, 0)
     if processor.do_center_crop:
         height, width = processor.crop_size["height"], processor.crop_size["width"]
@@ -163,11 +168,13 @@ def get_visible_region(
             else CROP_ROUNDINGS[processor.crop_rounding]
         )
         top, left = map(round_offset, offsets)
+
     if processor.do_pad and processor.pad_size:
         height, width = processor.pad_size["height"], processor.pad_size["width"]
     if patch_size is not None:
         height = height // patch_size[0] * patch_size[0]
         width = width // patch_size[1] * patch_size[1]
+
     y_scale = image_size[0] / resized_size[0]
     x_scale = image_size[1] / resized_size[1]
     return VisibleRegion(
@@ -216,5 +223,6 @@ def describe_fit(processor: Processor, images: Sequence[Any]) -> str:
         if not shares:
             return fit
         share = median(shares)
+
     median_text = "a median of " if fit == "crop" else ""
     return f"{fit}; evaluation sees {median_text}{100 * share:.0f} % of the image area"

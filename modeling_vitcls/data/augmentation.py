@@ -42,6 +42,7 @@ class Augmentation:
             seeds, indices: [B] `uint64`; the augmentation of an image depends only on its seed and index.
         """
         random_bits = draw_random_bits(seeds, indices, 1 + self.batch_transform.num_random_numbers)
+
         if self.image_transform is not None:
             transformed_images = []
             with torch.random.fork_rng(devices=[]):
@@ -51,6 +52,7 @@ class Augmentation:
                     torch.default_generator.manual_seed(seed)
                     transformed_images.append(self.image_transform(image))
             pixels = transformed_images
+
         if not isinstance(pixels, torch.Tensor):
             pixels = torch.stack(list(pixels))
         # in [0, 1)
@@ -64,6 +66,7 @@ def build_augmentation(options: AugmentationOptions, processor: Any) -> Augmenta
     """
     height_width = get_output_size(processor)
     fixed_transform = FitTransform(processor, keep_resolution=options.crop_scale != 1)
+
     transforms: list[nn.Module] = []
     assert options.crop_scale is not None
     if options.crop_scale < 1:
@@ -79,6 +82,7 @@ def build_augmentation(options: AugmentationOptions, processor: Any) -> Augmenta
         transforms.append(v2.TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR))
     if options.random_erasing:
         transforms.append(Erasing(options.random_erasing))
+
     return Augmentation(
         fixed_transform, v2.Compose(transforms) if transforms else None, BatchTransform(options)
     )
@@ -123,25 +127,30 @@ class BatchTransform:
                 if self.flip
                 else pixels
             )
+
         num_channels, height, width = pixels.shape[1:]
         if torch.equal(
             pixels, pixels[:, :1].expand_as(pixels)
         ):  # gray images: transform one channel
             pixels = pixels[:, :1]
+
         factors = torch.from_numpy(random_numbers[:, 1:] * 2 - 1).float()  # [B, 4], from -1 to 1
         angle, shift_x, shift_y, zoom = factors[:, :, None, None].unbind(1)  # [B, 1, 1] each
         scale = 1 + self.zoom * zoom
         cos = (self.rotation * angle).cos() / scale
         sin = (self.rotation * angle).sin() / scale
+
         # Coordinates of each output pixel, in pixels from the shifted center. Pixels outside the input become black.
         x = torch.arange(width) - (width - 1) / 2 - shift_x * self.shift * width  # [B, 1, W]
         y = (torch.arange(height) - (height - 1) / 2)[
             :, None
         ] - shift_y * self.shift * height  # [B, H, 1]
+
         sign = 1 - 2 * is_flipped[:, None, None].float()
         sampling_grid = torch.empty(len(pixels), height, width, 2)
         sampling_grid[..., 0] = (cos * sign * 2 / width) * x + (sin * sign * 2 / width) * y
         sampling_grid[..., 1] = (cos * 2 / height) * y - (sin * 2 / height) * x
+
         # [B, C, H, W]
         outputs = nn.functional.grid_sample(pixels.float(), sampling_grid, align_corners=False)
         return outputs.round_().to(torch.uint8).expand(-1, num_channels, -1, -1)

@@ -75,6 +75,7 @@ class HeldOutRule:
         hashes = np.fromiter(map(self.hash_key, unique_keys.tolist()), np.uint64, len(unique_keys))
         is_held_out = np.zeros(len(unique_keys), bool)
         key_labels = labels[first]
+
         for label in np.unique(key_labels).tolist():
             members = np.flatnonzero(key_labels == label)
             if label == IGNORED_LABEL:
@@ -82,6 +83,7 @@ class HeldOutRule:
                     self.is_held_out(key) for key in unique_keys[members].tolist()
                 ]
                 continue
+
             members = members[np.argsort(hashes[members], kind="stable")]
             if self.num_folds is not None and self.fold is not None:
                 is_held_out[members[(self.fold - 1 - label) % self.num_folds :: self.num_folds]] = (
@@ -90,6 +92,7 @@ class HeldOutRule:
             elif self.fraction and len(members) > 1:
                 num_held_out = round(self.fraction * len(members))
                 is_held_out[members[: min(max(num_held_out, 1), len(members) - 1)]] = True
+
         return is_held_out[inverse]
 
     def hash_key(self, key: int) -> int:

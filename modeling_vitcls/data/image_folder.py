@@ -122,6 +122,7 @@ def compute_files_digest(path: Path) -> str | None:
         files = [path]
     else:
         return None
+
     digest = hashlib.sha256()
     for file in files:
         with suppress(OSError):  # a broken link
@@ -195,9 +196,11 @@ def divide_into_splits(folder: ImageFolder) -> dict[str, list[str]]:
     for image in folder.images:
         if "/" in image:
             images_by_folder.setdefault(image.partition("/")[0], []).append(image)
+
     splits = list(dict.fromkeys(SPLIT_BY_FOLDER_NAME.values()))
     split_folders = [name for name in images_by_folder if name.lower() in SPLIT_BY_FOLDER_NAME]
     other_folders = [name for name in images_by_folder if name not in split_folders]
+
     if not split_folders or other_folders or any("/" not in file for file in folder.metadata):
         for name in split_folders if not folder.metadata else []:
             subfolders = sorted(
@@ -210,12 +213,14 @@ def divide_into_splits(folder: ImageFolder) -> dict[str, list[str]]:
                     f"({', '.join(splits)}). Move {other_folders[0]!r} elsewhere, or rename {name!r}"
                 )
         return {"": folder.images}
+
     split_folders.sort(key=lambda name: splits.index(SPLIT_BY_FOLDER_NAME[name.lower()]))
     for first, second in pairwise(split_folders):
         if SPLIT_BY_FOLDER_NAME[first.lower()] == SPLIT_BY_FOLDER_NAME[second.lower()]:
             raise ValueError(
                 f"{folder.path}: the folders {first!r} and {second!r} are the same split. Merge them"
             )
+
     note_unused_files(
         folder, [image for image in folder.images if "/" not in image], "next to the split folders"
     )
@@ -286,6 +291,7 @@ def build_dataset(
     if classes:
         columns["label"] = pyarrow.array(labels, pyarrow.int64())
         features["label"] = datasets.ClassLabel(names=list(classes))
+
     table = pyarrow.table(columns)
     digest = hashlib.sha256(repr([classes, labels]).encode())
     for image in images:
@@ -293,6 +299,7 @@ def build_dataset(
             stat = (folder.path / image).stat()
             digest.update(f"{image} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     fingerprint = digest.hexdigest()[:16]
+
     stored_table = datasets.table.InMemoryTable(table)
     if len(images) >= MIN_STORED_IMAGES:
         file = get_cache_file(f"{fingerprint}.arrow")
@@ -304,6 +311,7 @@ def build_dataset(
                 ):
                     writer.write_table(table)
             stored_table = datasets.table.MemoryMappedTable.from_file(str(file))
+
     info = datasets.DatasetInfo(features=datasets.Features(features))
     return datasets.Dataset(
         stored_table, info=info, split=datasets.NamedSplit(split), fingerprint=fingerprint

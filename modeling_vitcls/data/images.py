@@ -196,10 +196,12 @@ class DatasetImages(Sequence):
         )
         if not self.has_bytes() or (len(np.unique(keys)) == num_rows and no_name not in keys):
             return keys
+
         if self.dataset.cache_files:
             return np.fromiter(
                 (compute_image_key(b"row %d" % row) for row in range(num_rows)), np.int64, num_rows
             )
+
         starts = range(0, num_rows, ROWS_PER_READ)
         column = self.dataset.column_names[0]
         values = (

@@ -284,6 +284,7 @@ def build_label_column(
         return LabelColumn(name, list(class_label.names), is_declared=True)
     if options.label_names is not None:
         return LabelColumn(name, list(options.label_names), is_declared=False)
+
     distinct_values: set[Any] = set()
     for value in read_column(name):
         for label in map(normalize_value, split_labels(value, options.label_separator)):
@@ -292,6 +293,7 @@ def build_label_column(
                     f"{options.dataset}: the column {name!r} has no class labels. Set --label-column"
                 )
             distinct_values.add(label)
+
     distinct_values.discard(None)
     classes = [
         str(value)
@@ -348,6 +350,7 @@ def find_column(
         raise ValueError(f"{dataset} has no column {name!r}. Choose one of {', '.join(features)}")
     if name is not None:
         return name
+
     matching_columns = [
         column for column, feature in features.items() if has_matching_type(feature)
     ]
@@ -356,6 +359,7 @@ def find_column(
     for column in common_names:
         if column in (matching_columns or features):
             return column
+
     raise ValueError(
         f"{dataset}: cannot identify the {kind} column among {', '.join(features)}. Set --{kind}-column"
     )

@@ -164,6 +164,7 @@ def load_training_data(
     training_splits = choose_training_splits(splits.names, use_selection_split)
     check_splits(options, splits, training_splits, use_selection_split)
     train = splits.images_by_split[training_splits.train]
+
     if training_splits.held_out is not None:
         held_out = splits.images_by_split[training_splits.held_out]
         held_out_name = f"split {training_splits.held_out!r}"
@@ -176,11 +177,13 @@ def load_training_data(
         train, held_out, record = hold_out_images(train, rule, options)
         if options.streaming and len(held_out) == MAX_HELD_OUT_IMAGES:
             held_out_name += f", evaluated on the first {MAX_HELD_OUT_IMAGES:,} images"
+
     num_excluded = None
     if options.exclude is not None:
         num_images = len(train)
         train = exclude_images(train, training_splits.train, options.exclude)
         num_excluded = num_images - len(train)
+
     selection, selection_name = None, ""
     if training_splits.selection is not None:
         selection = splits.images_by_split[training_splits.selection]
@@ -189,6 +192,7 @@ def load_training_data(
         rule = HeldOutRule(options.held_out_fraction, options.split_seed, "selection")
         train, selection, _ = hold_out_images(train, rule, options)
         selection_name = f"{rule}; from the training images"
+
     images = (
         training_splits.train,
         train,
@@ -269,6 +273,7 @@ def check_splits(
         and len(label_space.names) == 1
     ):
         raise ValueError(describe_single_class(options.dataset, label_space.names[0]))
+
     if options.folds is not None and training_splits.held_out is not None:
         split = training_splits.held_out
         raise ValueError(
@@ -307,6 +312,7 @@ def hold_out_images(
         if rule.fraction:
             held_out = replace(train, is_held_out_part=True).read_first(MAX_HELD_OUT_IMAGES)
         return train, held_out, HeldOutRecord.from_keys(rule, held_out.images.compute_keys())
+
     check_folds(rule, images, options)
     is_held_out, record = select_held_out(images, rule)
     check_both_parts(is_held_out, rule, options)

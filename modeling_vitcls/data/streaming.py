@@ -101,6 +101,7 @@ class StreamedImages:
                     f"{self.name} has no training image for process {process_index} of {num_processes}. Add images or "
                     "start fewer processes"
                 )
+
             # all passes of a process have the same length
             num_passes, remaining_start = divmod(start, num_examples)
             pass_index, start = (
@@ -281,16 +282,19 @@ class TrainingStream:
                 pixels[position] = self.builder.prepare_image(image)
             except UnreadableImage as error:
                 errors[example.index] = str(error)
+
         if not pixels:
             raise ValueError(
                 f"{self.source.name}: none of the {len(examples)} images of a batch can be read. Check the dataset"
             )
+
         first = min(pixels)  # replaces images after the last readable image
         used_positions = [
             next((readable for readable in pixels if readable >= position), first)
             for position in range(len(examples))
         ]
         used_examples = [examples[position] for position in used_positions]
+
         return self.builder.build(
             [pixels[position] for position in used_positions],
             [example.label for example in used_examples],
