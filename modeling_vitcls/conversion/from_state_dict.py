@@ -180,10 +180,8 @@ def convert_linear_head(converted_weights: Weights, weights: Weights) -> Fields:
     *cls_columns, mean_columns = split_linear_head(weights)
     columns = []
     for index, cls_column in enumerate(cls_columns, start=1):
-        columns += [
-            cls_column,
-            mean_columns if index == len(cls_columns) else torch.zeros_like(mean_columns),
-        ]
+        is_last = index == len(cls_columns)
+        columns += [cls_column, mean_columns if is_last else torch.zeros_like(mean_columns)]
     converted_weights["classifier.weight"] = torch.cat(columns, dim=1).float()
     converted_weights["classifier.bias"] = bias
     return {
@@ -195,7 +193,8 @@ def convert_linear_head(converted_weights: Weights, weights: Weights) -> Fields:
 
 def split_linear_head(weights: Weights) -> tuple[torch.Tensor, ...]:
     """Split the weight of DINOv2's linear classifier into matrices [labels, D]: one per CLS token, then the mean."""
-    weight, width = weights[LINEAR_HEAD], find_weight(weights, "patch_embed.proj.weight").shape[0]
+    weight = weights[LINEAR_HEAD]
+    width = find_weight(weights, "patch_embed.proj.weight").shape[0]
     num_vectors = weight.shape[1] // width
     depth = count_blocks(weights, r"blocks\.(\d+)\.")
     if weight.shape[1] != num_vectors * width or not 2 <= num_vectors <= depth + 1:
@@ -307,12 +306,8 @@ def build_timm_model(weights: Weights, family: str) -> Any:
         load_timm_weights(model, weights, family)
     except ConversionError:
         raise
-    except (
-        LookupError,
-        RuntimeError,
-        ValueError,
-        AssertionError,
-    ) as error:  # weights that do not match the model
+    except (LookupError, RuntimeError, ValueError, AssertionError) as error:
+        # weights that do not match the model
         raise ConversionError(
             f"the weights do not match the family {family}: {format_error(error)}. Set --family to another family, or "
             "use timm:NAME@FILE"
@@ -347,9 +342,9 @@ def load_timm_weights(model: Any, weights: Weights, family: str) -> None:
     if family in ("dinov2", "tips"):
         tensors.setdefault("mask_token", torch.zeros(1))  # timm detects DINOv2 weights by this name
 
-    options = (
-        {"adapt_layer_scale": True} if "blocks.0.gamma_1" in tensors and family == "deit" else {}
-    )
+    options = {}
+    if "blocks.0.gamma_1" in tensors and family == "deit":
+        options = {"adapt_layer_scale": True}
     model.load_state_dict(
         sys.modules[type(model).__module__].checkpoint_filter_fn(tensors, model, **options)
     )
@@ -388,14 +383,10 @@ def read_vit_options(weights: Weights, family: str) -> dict[str, Any]:
         options["global_pool"] = "avg"
 
     if family != "dinov3":
-        has_cls_position = family != "ijepa" and not (
-            family == "deit" and "blocks.0.gamma_1" in weights
-        )
-        num_patches = (
-            find_weight(weights, "pos_embed").shape[1]
-            - has_cls_position
-            - ("dist_token" in weights)
-        )
+        is_deit3 = family == "deit" and "blocks.0.gamma_1" in weights
+        has_cls_position = family != "ijepa" and not is_deit3
+        num_positions = find_weight(weights, "pos_embed").shape[1]
+        num_patches = num_positions - has_cls_position - ("dist_token" in weights)
         options["img_size"] = compute_image_size(num_patches, patch_size)
     return options
 
@@ -411,14 +402,15 @@ def read_big_vision_options(weights: Weights) -> dict[str, Any]:
     has_cls_position = "cls" in weights and "pos_embedding" not in weights
     num_positions = positions.shape[-2] - has_cls_position
 
+    depth = len(query_kernel)
+    if not is_stacked:
+        depth = count_blocks(weights, r"Transformer/encoderblock_(\d+)/")
     options: dict[str, Any] = {
         "img_size": compute_image_size(num_positions, patch_size),
         "patch_size": patch_size,
         "in_chans": channels,
         "embed_dim": width,
-        "depth": len(query_kernel)
-        if is_stacked
-        else count_blocks(weights, r"Transformer/encoderblock_(\d+)/"),
+        "depth": depth,
         "num_heads": query_kernel.shape[-2],
         "mlp_ratio": (mlp_kernel.shape[-1] + 0.5) / width,
         "num_classes": weights["head/kernel"].shape[1] if "head/kernel" in weights else 0,

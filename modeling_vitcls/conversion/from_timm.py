@@ -158,7 +158,8 @@ def fold_norm(branch_weights: Weights, layer_name: str) -> Weights:
 
 def fold_layer_scale(branch_weights: Weights, layer_name: str) -> Weights:
     """Return the weight and bias of a layer with the subsequent LayerScale folded in."""
-    weight, bias = branch_weights[f"{layer_name}.weight"], branch_weights[f"{layer_name}.bias"]
+    weight = branch_weights[f"{layer_name}.weight"]
+    bias = branch_weights[f"{layer_name}.bias"]
     scale = branch_weights.get("ls.gamma", torch.ones_like(bias))
     return {"weight": scale[:, None] * weight, "bias": scale * bias}
 
@@ -234,14 +235,12 @@ BLOCK_RULES = [
     Rule("blocks.{i}.attn.qkv.{rest}", QKV_NAMES),
     Rule("blocks.{i}.attn.q_proj.{rest}", "layers.{i}.attention.q_proj.{rest}"),
     Rule("blocks.{i}.attn.{x}_bias", "layers.{i}.attention.{x}_proj.bias"),
-    Rule(
-        "blocks.{i}.attn.{x}_proj.{rest}", "layers.{i}.attention.{x}_proj.{rest}", repeat_kv
-    ),  # k_proj, v_proj
+    # k_proj, v_proj
+    Rule("blocks.{i}.attn.{x}_proj.{rest}", "layers.{i}.attention.{x}_proj.{rest}", repeat_kv),
     Rule("blocks.{i}.(attn.)?sub_norm.{rest}", "layers.{i}.attention.head_norm.{rest}"),
     Rule("blocks.{i}.attn.proj.{rest}", "layers.{i}.attention.o_proj.{rest}"),
-    Rule(
-        "blocks.{i}.attn.{rest}", "layers.{i}.attention.{rest}"
-    ),  # lambda_full, norm, q_norm, k_norm
+    # lambda_full, norm, q_norm, k_norm
+    Rule("blocks.{i}.attn.{rest}", "layers.{i}.attention.{rest}"),
     Rule("blocks.{i}.ls{n}.gamma", "layers.{i}.layer_scale{n}.lambda1"),  # VisionTransformer
     Rule("blocks.{i}.gamma_{n}", "layers.{i}.layer_scale{n}.lambda1"),  # Eva
     Rule("blocks.{i}.mlp.fc1_g.{rest}", "layers.{i}.mlp.gate_proj.{rest}"),
@@ -315,16 +314,13 @@ def build_mlp_rules(mlp: TimmModule) -> list[Rule]:
 def build_rules(model: TimmModule) -> list[Rule]:
     """Build the weight conversion rules of a timm model."""
     block = model.blocks[0]
-    has_only_attention_layer_scale = (
-        getattr(block, "gamma_1", None) is not None and block.gamma_2 is None
-    )
+    layer_scale_rules = []
+    if getattr(block, "gamma_1", None) is not None and block.gamma_2 is None:
+        # only attention has a layer scale
+        layer_scale_rules = [Rule("blocks.{i}.gamma_1", LAYER_SCALES, append_ones)]
     return [
         *STEM_RULES,
-        *(
-            [Rule("blocks.{i}.gamma_1", LAYER_SCALES, append_ones)]
-            if has_only_attention_layer_scale
-            else []
-        ),
+        *layer_scale_rules,
         *BLOCK_RULES,
         *PARALLEL_RULES,
         *build_mlp_rules(getattr(block, "mlp", None)),

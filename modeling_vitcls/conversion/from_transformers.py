@@ -54,11 +54,9 @@ def convert_from_transformers(model: PreTrainedModel) -> ViTCLSPreTrainedModel:
         submodule_names = [
             name for name, module in model.named_children() if is_convertible(module)
         ]
-        hint = (
-            f"Convert the submodule .{submodule_names[0]}"
-            if submodule_names
-            else "docs/coverage.md lists the classes"
-        )
+        hint = "docs/coverage.md lists the classes"
+        if submodule_names:
+            hint = f"Convert the submodule .{submodule_names[0]}"
         raise ConversionError(f"{type(model).__name__} cannot be converted. {hint}")
 
     convertible_class = CONVERTIBLE_CLASSES[type(model).__name__]

@@ -143,7 +143,8 @@ def get_non_square_size(
     image_size: tuple[int, int], patch_size: tuple[int, int]
 ) -> tuple[int, int]:
     """Return an image size (height, width) with fewer rows and more columns of patches than `image_size`."""
-    (height, width), (patch_height, patch_width) = image_size, patch_size
+    height, width = image_size
+    patch_height, patch_width = patch_size
     rows = height // patch_height
     columns = width // patch_width
     return max(1, rows * 3 // 4) * patch_height, (columns * 5 // 4 + 1) * patch_width

@@ -42,11 +42,8 @@ ConvertedPreprocessing = tuple[ViTCLSImageProcessor, dict[str, Any]]
 
 def get_processor_size(processor: Any) -> tuple[int, int]:
     """Return the height and width that an image processor makes of a square photo."""
-    mode = (
-        "L"
-        if len(np.atleast_1d(processor.image_mean)) == 1 and not processor.do_convert_rgb
-        else "RGB"
-    )
+    is_gray = len(np.atleast_1d(processor.image_mean)) == 1 and not processor.do_convert_rgb
+    mode = "L" if is_gray else "RGB"
     pixel_values = processor(PIL.Image.new(mode, (600, 600)), return_tensors="pt")["pixel_values"]
     height, width = pixel_values.shape[-2:]
     return height, width
@@ -76,7 +73,8 @@ def convert_timm_settings(settings: dict[str, Any]) -> dict[str, Any]:
     scaled_height, scaled_width = (
         math.floor(length / settings["crop_pct"]) for length in (height, width)
     )
-    interpolation, crop_mode = settings["interpolation"], settings["crop_mode"]
+    interpolation = settings["interpolation"]
+    crop_mode = settings["crop_mode"]
 
     if interpolation not in RESAMPLING_FILTERS:
         raise ValueError(

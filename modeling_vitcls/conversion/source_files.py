@@ -198,19 +198,18 @@ def unwrap_weights(weights: Mapping[str, Any], notes: list[str]) -> tuple[Weight
     """
     container_key = None
     for _ in range(MAX_CONTAINER_DEPTH):  # a state dict may contain itself
-        if key := next(
-            (key for key in CONTAINER_KEYS if isinstance(weights.get(key), Mapping)), None
-        ):
-            container_key, weights = key, weights[key]
+        keys = [key for key in CONTAINER_KEYS if isinstance(weights.get(key), Mapping)]
+        if keys:
+            container_key = keys[0]
+            weights = weights[container_key]
 
     is_array = (torch.Tensor, np.ndarray)
     tensors: dict[str, Any] = {
         str(name): value for name, value in weights.items() if isinstance(value, is_array)
     }
 
-    while prefix := next(
-        (prefix for prefix in WRAPPER_PREFIXES if has_encoder(tensors, prefix)), None
-    ):
+    while wrappers := [prefix for prefix in WRAPPER_PREFIXES if has_encoder(tensors, prefix)]:
+        prefix = wrappers[0]
         prefixes = (prefix, "linear_head.") if LINEAR_HEAD in tensors else (prefix,)
         kept = {name: tensor for name, tensor in tensors.items() if name.startswith(prefixes)}
         if other_names := [name for name in tensors if name not in kept]:

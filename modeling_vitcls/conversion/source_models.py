@@ -106,11 +106,9 @@ class TimmSource(Source):
         timm may raise any exception if the model does not support the image size.
         """
         height, width = pixel_values.shape[-2:]
-        model: Any = (
-            self.model
-            if (height, width) == self.image_size
-            else self.build_resized_model((height, width))
-        )
+        model: Any = self.model
+        if (height, width) != self.image_size:
+            model = self.build_resized_model((height, width))
         sequence = model.forward_features(pixel_values)
         output_name = "logits" if self.has_classifier else "pooled"
         return {"sequence": sequence, output_name: model.forward_head(sequence)}
@@ -145,9 +143,8 @@ class TransformersSource(Source):
 
         try:
             config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        except (
-            Exception
-        ) as error:  # ValueError for unknown model types, OSError for missing files, Hub errors
+        except Exception as error:
+            # ValueError for unknown model types, OSError for missing files, Hub errors
             is_remote = "trust_remote_code" in str(error)
             reason = (
                 "it requires remote code, which is never run" if is_remote else format_error(error)
@@ -174,11 +171,10 @@ class TransformersSource(Source):
     def image_size(self) -> tuple[int, int]:
         """Image size in the configuration, or, for SigLIP 2, the size of a square image with `num_patches` patches."""
         config = getattr(self.model.config, "vision_config", self.model.config)
-        size = (
-            config.image_size
-            if hasattr(config, "image_size")
-            else isqrt(config.num_patches) * config.patch_size
-        )
+        if not hasattr(config, "image_size"):  # SigLIP 2
+            side = isqrt(config.num_patches) * config.patch_size
+            return side, side
+        size = config.image_size
         return (size, size) if isinstance(size, int) else tuple(size)
 
     @property
@@ -234,9 +230,8 @@ class TransformersSource(Source):
             config.mask_ratio = 0.0
             height, width = pixel_values.shape[-2:]
             num_patches = (height // config.patch_size) * (width // config.patch_size)
-            inputs["noise"] = torch.arange(num_patches, dtype=torch.float32).expand(
-                len(pixel_values), -1
-            )
+            noise = torch.arange(num_patches, dtype=torch.float32)
+            inputs["noise"] = noise.expand(len(pixel_values), -1)  # [B, rows * columns]
         return inputs
 
     def convert_preprocessing(self) -> ConvertedPreprocessing:
@@ -258,9 +253,8 @@ def check_timm_architecture(name: str) -> None:
     try:
         with torch.device("meta"):  # without memory and values
             model = timm.create_model(name, pretrained=False)
-    except (
-        Exception
-    ):  # the code of an architecture may read values; the class is checked after loading
+    except Exception:
+        # the code of an architecture may read values; the class is checked after loading
         return
     if type(model).__name__ in TIMM_CLASSES:
         return
@@ -324,9 +318,8 @@ def load_transformers_model(
         )
 
     unexpected_names = sorted(loading_info["unexpected_keys"])
-    if (
-        unexpected_names and model.config.architectures
-    ):  # not the vision model of a text-image model
+    # not for the vision model of a text-image model
+    if unexpected_names and model.config.architectures:
         notes.append(
             f"{model_class.__name__} does not use {len(unexpected_names)} weights of the checkpoint, "
             f"for example {unexpected_names[0]}"

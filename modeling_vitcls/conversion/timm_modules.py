@@ -204,7 +204,8 @@ def read_parallel_block(block: TimmModule) -> Fields:
 
 def read_branched_block(block: TimmModule) -> Fields:
     """Return the fields of a block whose parallel branches are merged by `merge_branches` in from_timm.py."""
-    attention, mlp = block.attns[0].attn, block.ffns[0].mlp
+    attention = block.attns[0].attn
+    mlp = block.ffns[0].mlp
     fields = read_attention(attention) | read_mlp(mlp)
     is_plain = fields["attention_type"] == "softmax" and fields["mlp_type"] == "mlp"
     check_supported(is_plain, "gated or differential branches")
@@ -216,9 +217,8 @@ def read_branched_block(block: TimmModule) -> Fields:
         "num_attention_heads": num_branches * attention.num_heads,
         "attention_head_size": attention.head_dim,
         "intermediate_size": num_branches * mlp.fc1.out_features,
-        **dict.fromkeys(
-            ("qkv_bias", "projection_bias", "mlp_bias"), True
-        ),  # biases from folded norms
+        # biases from folded norms
+        **dict.fromkeys(("qkv_bias", "projection_bias", "mlp_bias"), True),
     }
 
 
@@ -330,10 +330,9 @@ def read_attention_pool(model: TimmModule, hidden_act: str | None) -> Fields:
     check_supported(
         hidden_act in (activation, None), "different activations in attention pooling and blocks"
     )
+    pools_all_tokens = getattr(model, "pool_include_prefix", True)
     return {
-        "attention_pool_tokens": "all"
-        if getattr(model, "pool_include_prefix", True)
-        else "patches",
+        "attention_pool_tokens": "all" if pools_all_tokens else "patches",
         "attention_pool_heads": pooler.num_heads,
         "attention_pool_intermediate_size": pooler.mlp.fc1.out_features,
         "hidden_act": activation,

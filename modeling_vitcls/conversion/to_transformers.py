@@ -98,6 +98,10 @@ class TargetClass:
         settings: dict[str, Any] = {
             name: getattr(config, target) for name, target in FIELD_NAMES.items()
         }
+        # The gated MLP of DINOv2 ignores `hidden_act`.
+        hidden_act = config.hidden_act
+        if "use_gated_mlp" in supported_fields:
+            hidden_act = get_activation_name(config)
         settings |= {
             "image_size": simplify_size(*config.image_height_width),
             "patch_size": simplify_size(*config.patch_height_width),
@@ -106,10 +110,7 @@ class TargetClass:
             "mlp_ratio": mlp_ratios.get(config.intermediate_size, 4),
             "use_swiglu_ffn": is_gated,
             "use_gated_mlp": is_gated,
-            # The gated MLP of DINOv2 ignores `hidden_act`.
-            "hidden_act": get_activation_name(config)
-            if "use_gated_mlp" in supported_fields
-            else config.hidden_act,
+            "hidden_act": hidden_act,
             "layerscale_value": float(config.layer_scale_init_value or 1.0),
             "use_mask_token": config.use_mask_token,  # DINOv2; with registers, a mask token always exists
             **biases,
@@ -198,10 +199,8 @@ def compare_with_target(target: TargetClass, config: ViTCLSConfig) -> TargetMatc
         weights = strip_encoder_name(target_model.state_dict(), convertible_class.encoder_name)
         fields = convertible_class.family.read_all_fields(target_model.config, weights)
         round_trip_config = ViTCLSConfig(**fields | dict(convertible_class.fields))
-    except (
-        TypeError,
-        ValueError,
-    ) as error:  # a value that the class or this version of transformers does not support
+    except (TypeError, ValueError) as error:
+        # a value that the class or this version of transformers does not support
         return TargetMatch(target, config, config, {"error": format_error(error)})
 
     has_head = convertible_class.encoder_name is not None
@@ -275,6 +274,8 @@ def get_effective_fields(config: ViTCLSConfig, has_head: bool) -> dict[str, Any]
     ]
     field_values = {name: getattr(config, name) for name in names}
     groups_with_positions = GROUPS_WITH_POSITIONS[config.position_embedding_tokens]
+    pools_last_layer = config.pooled_layer_indices == [config.num_hidden_layers]
+    has_partial_scope = any(scope != "image" for scope in config.cls_scopes or ())
     field_values |= {
         "image_size": list(config.image_height_width),
         "patch_size": list(config.patch_height_width),
@@ -286,13 +287,9 @@ def get_effective_fields(config: ViTCLSConfig, has_head: bool) -> dict[str, Any]
             name for name in groups_with_positions if getattr(config, COUNT_FIELDS[name])
         ],
         "distillation_head": config.has_distillation_head,
-        "pooled_layers": None
-        if config.pooled_layer_indices == [config.num_hidden_layers]
-        else config.pooled_layers,
+        "pooled_layers": None if pools_last_layer else config.pooled_layers,
         "extra_heads": sorted(config.extra_heads or {}),
-        "cls_scopes": config.cls_scopes
-        if any(scope != "image" for scope in config.cls_scopes or ())
-        else None,
+        "cls_scopes": config.cls_scopes if has_partial_scope else None,
     }
     unused_fields = get_unused_fields(config, has_head)
     return {name: value for name, value in field_values.items() if name not in unused_fields}

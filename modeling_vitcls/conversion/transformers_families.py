@@ -336,15 +336,14 @@ BEIT_RULES = [
 
 def read_beit_fields(config: Any, weights: Weights) -> Fields:
     """Return the fields of BEiT, which has a relative position bias, position embeddings, or both."""
-    shared_bias_type = "shared" if config.use_shared_relative_position_bias else "none"
+    bias_type = "shared" if config.use_shared_relative_position_bias else "none"
+    if config.use_relative_position_bias:
+        bias_type = "layer"
+    has_layer_scale = config.layer_scale_init_value > 0
     return read_common_fields(config, weights) | {
         "key_bias": False,
-        "layer_scale_init_value": config.layer_scale_init_value
-        if config.layer_scale_init_value > 0
-        else None,
-        "relative_position_bias": "layer"
-        if config.use_relative_position_bias
-        else shared_bias_type,
+        "layer_scale_init_value": config.layer_scale_init_value if has_layer_scale else None,
+        "relative_position_bias": bias_type,
         "pooled_norm": "pooler.layernorm.weight" in weights,
     }
 

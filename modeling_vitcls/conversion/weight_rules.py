@@ -218,9 +218,8 @@ def build_model(
     model.to(device=kernel.device, dtype=kernel.dtype)  # type: ignore[call-arg]  # `to` is untyped in transformers
     try:
         model.load_state_dict(weights)
-    except (
-        RuntimeError
-    ) as error:  # missing and unexpected weights, and weights of a different shape
+    except RuntimeError as error:
+        # missing and unexpected weights, and weights of a different shape
         raise ConversionError(format_error(error)) from None
     model.eval()
     return model
