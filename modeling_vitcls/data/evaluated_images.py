@@ -146,7 +146,8 @@ def load_fitting_and_evaluation_data(
 
     splits = load_splits(options, select=select)
     fitting_name, name = (select(splits.names) * 2)[:2]
-    images, fitting_images = splits.images_by_split[name], splits.images_by_split[fitting_name]
+    images = splits.images_by_split[name]
+    fitting_images = splits.images_by_split[fitting_name]
     is_evaluated, part = find_evaluated_images(images, record, options, splits.name)
 
     if split is not None:

@@ -44,9 +44,8 @@ SPLIT_BY_FOLDER_NAME = {
     **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
-MIN_STORED_IMAGES = (
-    10_000  # number of images from which the table of a folder is stored in the cache
-)
+# Number of images from which the table of a folder is stored in the cache.
+MIN_STORED_IMAGES = 10_000
 
 
 @dataclass(frozen=True)
@@ -257,9 +256,11 @@ def build_labeled_splits(
     parts = {}
     index_by_class = {name: index for index, name in enumerate(classes)}
     for split, images in images_by_split.items():
-        indices = {
-            image: index_by_class[label] for image in images if (label := labels[image]) is not None
-        }
+        indices = {}
+        for image in images:
+            label = labels[image]
+            if label is not None:
+                indices[image] = index_by_class[label]
         if indices:
             parts[split] = build_dataset(
                 folder, split, list(indices), list(indices.values()), classes

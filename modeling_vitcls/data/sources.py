@@ -266,9 +266,8 @@ def open_splits(options: DataOptions, use_labels: bool = True) -> Any:
 
     if not is_hub_id(options.dataset):
         raise OSError(describe_missing_repo(options.dataset, "dataset"))
-    with fall_back_to_cache(
-        options.dataset, "dataset"
-    ):  # otherwise `datasets` retries for almost a minute
+    # without the fallback, `datasets` retries for almost a minute
+    with fall_back_to_cache(options.dataset, "dataset"):
         return read_with_datasets(options)
 
 
@@ -284,9 +283,8 @@ def read_with_datasets(options: DataOptions) -> Any:
             return datasets.load_dataset(
                 reader, data_files=str(path), streaming=options.streaming, **arguments
             )
-        if any(
-            (path / file).is_file() for file in ("dataset_dict.json", "state.json")
-        ):  # written by `save_to_disk`
+        # written by `save_to_disk`
+        if any((path / file).is_file() for file in ("dataset_dict.json", "state.json")):
             saved = datasets.load_from_disk(path)
             return convert_to_streams(
                 saved if isinstance(saved, dict) else {"train": saved}, options
@@ -306,11 +304,9 @@ def read_with_datasets(options: DataOptions) -> Any:
 
 def convert_to_streams(splits: Any, options: DataOptions) -> Any:
     """Return the splits, converted to streams if --streaming is set."""
-    return (
-        {name: split.to_iterable_dataset() for name, split in splits.items()}
-        if options.streaming
-        else splits
-    )
+    if not options.streaming:
+        return splits
+    return {name: split.to_iterable_dataset() for name, split in splits.items()}
 
 
 def get_dataset_name(options: DataOptions) -> str:
