@@ -111,6 +111,7 @@ def measure_prediction_sets(
         limit = find_score_limit(probabilities[::2], labels[::2], coverage)
     except ValueError:
         return []
+
     sets = build_prediction_sets(probabilities[1::2], limit)
     labels = labels[1::2]
     is_covered = sets[np.arange(len(sets)), labels]

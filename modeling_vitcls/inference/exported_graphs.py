@@ -161,10 +161,12 @@ class ExportedModel(nn.Module):
             raise ValueError(
                 f"{self.graph.file} has only the outputs of the last layer. Set --backend torch"
             )
+
         outputs = {
             name: output.to(pixel_values.device)
             for name, output in self.graph(pixel_values).items()
         }
+
         tasks = self.config.task_labels() if self.use_head else {}
         for name in tasks or ["logits" if self.use_head else "last_hidden_state"]:
             if name not in outputs:
@@ -176,6 +178,7 @@ class ExportedModel(nn.Module):
                     f"{self.graph.file} has {len(outputs[name])} rows of {name} for {len(pixel_values)} images. "
                     "Export the model that --model names"
                 )
+
         names = (self.config.extra_heads or {}) if self.use_head else {}
         task_logits = {name: outputs[name] for name in names if name in outputs} or None
         if tasks:
@@ -220,6 +223,7 @@ def check_weights(file: Path, folder: ModelFolder, requires_report: bool) -> Non
     """
     if folder.weights_sha256 is None:
         return
+
     report_file = file.with_name(f"{file.name}.json")
     remedy = f"Remove {file} and {report_file.name}, and repeat `{format_export_command(file, folder.path)}`"
     if not report_file.is_file():
@@ -228,11 +232,13 @@ def check_weights(file: Path, folder: ModelFolder, requires_report: bool) -> Non
                 f"{file} may belong to other weights, because {report_file.name} is missing. {remedy}"
             )
         return
+
     report = read_json(report_file)
     if report.get("weights_sha256") != folder.weights_sha256:
         raise GraphError(
             f"{file} was exported from other weights than those in {folder.path}. {remedy}"
         )
+
     file_hashes = report.get("sha256", {})
     if file_hashes != hash_files(
         file.with_name(name) for name in file_hashes if file.with_name(name).is_file()
@@ -252,6 +258,7 @@ def check_outputs(model: ExportedModel, processor: ViTCLSImageProcessor) -> None
         INPUT_NAME
     ]
     outputs = model.graph(pixel_values)
+
     if model.use_head:
         label_counts = {task: len(labels) for task, labels in config.task_labels().items()}
         shapes = {
@@ -269,6 +276,7 @@ def check_outputs(model: ExportedModel, processor: ViTCLSImageProcessor) -> None
                 config.hidden_size,
             ]
         }
+
     for name, shape in shapes.items():
         output = outputs.get(name)
         remedy = "Export the model that --model names"

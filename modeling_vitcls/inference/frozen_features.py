@@ -122,6 +122,7 @@ def pool_layers(encoder: Any, outputs: Any, layout: FeatureLayout) -> torch.Tens
         if encoder.pooler is None:
             return build_pooler(encoder.config)(outputs.last_hidden_state).float()
         return outputs.pooler_output.float()
+
     poolers = [TokenPooler(build_kind_config(encoder.config, kind)) for kind in layout.widths]
     parts = []
     for states in outputs.hidden_states[-layout.num_layers :]:
@@ -186,6 +187,7 @@ class FrozenPass(ImagePass):
         for batch, features in self.iterate(encoder, partial(self.compute, encoder), console):
             rows += list_rows(batch, features)
             self.batches.append(replace(batch, pixel_values=features[: len(batch.indices)].cpu()))
+
         rows = self.gather_rows(rows)
         values, labels = stack_rows(rows)
         self.features = Features(

@@ -183,6 +183,7 @@ def list_candidates(
         layer_choices = [(-index,) for index in range(1, min(num_layers, NUM_SINGLE_LAYERS) + 1)]
         if num_layers >= NUM_LAST_LAYERS:
             layer_choices.append(tuple(range(-NUM_LAST_LAYERS, 0)))
+
     candidates = []
     for each in layer_choices:
         kinds = (
@@ -259,6 +260,7 @@ def get_coefficients(regression: Any, num_labels: int) -> tuple[np.ndarray, np.n
     if len(regression.classes_) == 2:  # the sigmoid of z is the softmax of [-z / 2, z / 2]
         coefficients = np.concatenate([-coefficients, coefficients]) / 2
         intercepts = np.concatenate([-intercepts, intercepts]) / 2
+
     all_coefficients = np.zeros((num_labels, coefficients.shape[1]))
     all_intercepts = np.full(num_labels, intercepts.min() - ABSENT_CLASS_MARGIN)
     all_coefficients[regression.classes_] = coefficients

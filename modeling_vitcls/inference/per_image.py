@@ -63,6 +63,7 @@ def write_predictions(
     if not rows:
         raise ValueError("no evaluated image has a label")
     logits, targets = map(torch.from_numpy, stack_rows(rows))
+
     columns: dict[str, Any] = {
         "index": [row.index for row in rows],
         "image": [row.name for row in rows],
@@ -86,6 +87,7 @@ def write_predictions(
             .mean(dim=1)
             .numpy(),
         }
+
     table = pa.Table.from_pandas(pd.DataFrame(columns), preserve_index=False)
     metadata = {METADATA_KEY: json.dumps({"weights_sha256": weights_hash})}
     table = table.replace_schema_metadata((table.schema.metadata or {}) | metadata)
@@ -127,6 +129,7 @@ def read_predictions(file: Path, names: list[str]) -> tuple[np.ndarray, np.ndarr
         raise ValueError(
             f"cannot read label and probabilities in {file}: {format_error(error)}"
         ) from error
+
     if probabilities.shape != (len(labels), len(names)):
         raise ValueError(
             f"{file} does not have {len(names)} probabilities for each image, one for each label"
@@ -140,6 +143,7 @@ def read_predictions(file: Path, names: list[str]) -> tuple[np.ndarray, np.ndarr
         raise ValueError(
             f"{file} has the label {other!r}, which is not exactly one label of the model"
         )
+
     index_by_name = {name: index for index, name in enumerate(names)}
     return probabilities, np.array([index_by_name[label] for label in labels])
 

@@ -108,6 +108,7 @@ class LabelColumns:
             str, list[tuple[str, str]]
         ] = {}  # task -> names of label and probability columns
         self.columns: dict[str, pa.DataType] = {}
+
         for task, task_names in names.items():
             prefix = f"{task}_" if task else ""
             suffixes = [
@@ -119,6 +120,7 @@ class LabelColumns:
             ]
             for label_column, probability_column in self.column_pairs[task]:
                 self.columns |= {label_column: pa.string(), probability_column: pa.float32()}
+
         for task in self.label_lists:
             prefix = f"{task}_" if task else ""
             self.columns[f"{prefix}labels"] = pa.list_(pa.string())
@@ -149,6 +151,7 @@ class LabelColumns:
                     pairs, labels, strict=True
                 ):
                     row |= {label_column: label, probability_column: probability}
+
         for task, head in self.label_lists.items():
             threshold = DEFAULT_THRESHOLD if head.threshold is None else head.threshold
             images = select_probable_labels(outputs[task], head.labels, threshold)
@@ -157,11 +160,13 @@ class LabelColumns:
                 labels = image_labels[: self.max_labels]
                 row[f"{prefix}labels"] = [name for name, _ in labels]
                 row[f"{prefix}probabilities"] = [probability for _, probability in labels]
+
         for task, threshold in self.energy_thresholds.items():
             column = f"{task}_unknown" if task else "unknown"
             energies = compute_energies(outputs[task].cpu().numpy())
             for row, energy in zip(rows, energies, strict=True):
                 row[column] = bool(energy > threshold)
+
         if self.set_limit is not None:
             sets = build_prediction_sets(outputs[""].softmax(dim=1).cpu().numpy(), self.set_limit)
             for row, is_in_set in zip(rows, sets, strict=True):
@@ -300,6 +305,7 @@ def build_prediction_columns(
     config: Any = model.config
     if features is not None:
         return FeatureColumns(model, features, feature_dtype)
+
     heads = config.get_added_tasks()
     label_lists = {
         name: head
@@ -309,11 +315,13 @@ def build_prediction_columns(
     added_tasks = {name: head.labels for name, head in heads.items() if name not in label_lists}
     if heads and not config.tasks and not config.num_labels:
         return LabelColumns(model, added_tasks, top_k, label_lists=label_lists)
+
     check_is_classifier(config)
     if config.tasks:
         return LabelColumns(
             model, config.task_labels() | added_tasks, top_k, label_lists=label_lists
         )
+
     names = [config.id2label[index] for index in range(config.num_labels)]
     if is_multi_label(config):
         own_list = ExtraHead(names, threshold=threshold)
@@ -339,12 +347,14 @@ def predict_rows(
             ImageBatch(torch.stack(list(group.values())), indices=list(group))
             for group in group_by_shape(pixels)
         )
+
         predictions: dict[int, Row] = {}
         for batch, outputs in pass_over_images(
             partial(try_predict, columns), batches, device, autocast
         ):
             rows = build_rows(columns, outputs, len(batch.indices))
             predictions |= dict(zip(batch.indices, rows, strict=True))
+
         for image in images:
             yield {
                 "index": image.record.index,

@@ -65,10 +65,12 @@ class ShardFolder:
             raise ValueError(
                 f"--output {self.path} contains other files ({names}). Set a new or empty folder"
             )
+
         if shards:
             self.check_settings(shards[0], read_metadata(shards[0]))
         for file in shards:
             check_name(file, self.num_shards, self.settings)
+
         for unfinished_file in self.path.glob(".shard-*.unfinished"):
             with suppress(FileNotFoundError):  # renamed or removed by another process
                 if time.time() - unfinished_file.stat().st_mtime > MIN_UNFINISHED_AGE:
@@ -185,6 +187,7 @@ def check_indices(file: Path, metadata: dict[str, Any]) -> None:
         start = shard_index * shard_size
         step = 1
         expected_size = shard_size
+
         if worker_index is not None:
             step = settings["num_workers"]
             start = start * step + worker_index
@@ -192,12 +195,14 @@ def check_indices(file: Path, metadata: dict[str, Any]) -> None:
             expected_size = num_images
         elif worker_index is None and shard_index == metadata["num_shards"] - 1:
             expected_size = settings["input"]["images"] - start
+
         expected = list(range(start, start + num_images * step, step))
         indices = pq.read_table(file, columns=["index"])["index"].to_pylist()
     except Exception as error:  # pyarrow raises several types of errors
         raise ValueError(
             f"{file} is damaged ({format_error(error)}). Delete the file, and repeat"
         ) from error
+
     if num_images != expected_size or indices != expected:
         raise ValueError(
             f"{file} contains other images than its name says. Delete the file, and repeat"
@@ -218,9 +223,11 @@ def check_shards(folder: Path) -> list[dict[str, Any]]:
     if other_files:
         names = format_name_list([file.name for file in other_files])
         raise ValueError(f"{folder} contains other files ({names}). Move them elsewhere")
+
     metadata = {file.name: read_metadata(file) for file in shards}
     first = metadata[shards[0].name]
     columns = pq.read_schema(shards[0])
+
     for file in shards:
         fields = metadata[file.name]
         is_same = fields["settings"] == first["settings"] and fields.get("num_shards") == first.get(
@@ -232,6 +239,7 @@ def check_shards(folder: Path) -> list[dict[str, Any]]:
             )
         check_indices(file, fields)
         check_name(file, first.get("num_shards"), first["settings"])
+
     for name in metadata:
         shard_index, worker_index = parse_shard_name(name) or (0, None)
         previous = format_shard_name(shard_index - 1, worker_index)
@@ -239,6 +247,7 @@ def check_shards(folder: Path) -> list[dict[str, Any]]:
             raise ValueError(
                 f"{folder / name} follows the last shard of its worker. Delete the file, and repeat"
             )
+
     if missing := list(islice(iterate_missing_shards(metadata), MAX_COUNTED_SHARDS + 1)):
         number = (
             f"{len(missing):,}"
@@ -262,6 +271,7 @@ def iterate_missing_shards(metadata: dict[str, dict[str, Any]]) -> Iterator[str]
         expected = map(format_shard_name, range(first["num_shards"]))
         yield from (name for name in expected if name not in metadata)
         return
+
     for worker_index in range(first["settings"]["num_workers"]):
         worker_names = (format_shard_name(index, worker_index) for index in count())
         name = next(

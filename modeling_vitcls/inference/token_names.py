@@ -30,6 +30,7 @@ def get_token_names_by_group(config: Any) -> dict[str, list[str]]:
             if num_tokens == 1
             else [f"{name} {number}" for number in range(1, num_tokens + 1)]
         )
+
     if config.tasks:
         names["cls"] = [f"{SINGLE_TOKEN_NAMES['cls']} {task}" for task in config.task_labels()]
     for index, scope in enumerate(config.cls_scopes or ()):
