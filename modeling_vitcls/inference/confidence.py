@@ -19,7 +19,8 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, logsumexp
 
 
-MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
+MIN_TEMPERATURE = 0.05
+MAX_TEMPERATURE = 20.0
 ALL_CLASSES = "all classes"  # name of the row that summarizes all images
 KNOWN_RECALL = 0.95  # fraction of images of the classes below the energy threshold
 

@@ -137,7 +137,8 @@ class ExportedModel(nn.Module):
             raise ValueError(
                 f"{file.name} supports --mixed-precision {' or '.join(supported)}. Set one of them"
             )
-        self.config, self.use_head = config, use_head
+        self.config = config
+        self.use_head = use_head
         weights_file = file.with_suffix(".bin") if file.suffix == ".xml" else Path(f"{file}.data")
         self.files = [file, *filter(Path.is_file, [weights_file])]
         self.graph = ExportedGraph(file, "bf16" if mixed_precision == "bf16" else "fp32")
@@ -240,9 +241,8 @@ def check_weights(file: Path, folder: ModelFolder, requires_report: bool) -> Non
         )
 
     file_hashes = report.get("sha256", {})
-    if file_hashes != hash_files(
-        file.with_name(name) for name in file_hashes if file.with_name(name).is_file()
-    ):
+    files = [file.with_name(name) for name in file_hashes]
+    if file_hashes != hash_files(filter(Path.is_file, files)):
         raise GraphError(f"{file} has changed since {report_file.name} was written. {remedy}")
 
 
@@ -254,28 +254,20 @@ def check_outputs(model: ExportedModel, processor: ViTCLSImageProcessor) -> None
     """
     config: Any = model.config
     image = torch.zeros(config.num_channels, *config.image_height_width, dtype=torch.uint8)
-    pixel_values = processor(image, input_data_format="channels_first", return_tensors="pt")[
-        INPUT_NAME
-    ]
+    inputs = processor(image, input_data_format="channels_first", return_tensors="pt")
+    pixel_values = inputs[INPUT_NAME]  # [1, C, H, W]
     outputs = model.graph(pixel_values)
 
     if model.use_head:
         label_counts = {task: len(labels) for task, labels in config.task_labels().items()}
-        shapes = {
-            name: [1, count]
-            for name, count in (label_counts or {"logits": config.num_labels}).items()
-        }
+        label_counts = label_counts or {"logits": config.num_labels}
+        shapes = {name: [1, count] for name, count in label_counts.items()}
         if "distillation_logits" in outputs:
             shapes["distillation_logits"] = [1, config.num_labels]
     else:
         rows, columns = config.get_grid_size(pixel_values.shape[2:])
-        shapes = {
-            "last_hidden_state": [
-                1,
-                config.token_layout.get_num_tokens(rows, columns),
-                config.hidden_size,
-            ]
-        }
+        num_tokens = config.token_layout.get_num_tokens(rows, columns)
+        shapes = {"last_hidden_state": [1, num_tokens, config.hidden_size]}
 
     for name, shape in shapes.items():
         output = outputs.get(name)

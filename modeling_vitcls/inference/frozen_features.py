@@ -126,7 +126,7 @@ def pool_layers(encoder: Any, outputs: Any, layout: FeatureLayout) -> torch.Tens
     poolers = [TokenPooler(build_kind_config(encoder.config, kind)) for kind in layout.widths]
     parts = []
     for states in outputs.hidden_states[-layout.num_layers :]:
-        normalized = encoder.normalize(states)
+        normalized = encoder.normalize(states)  # [B, N, D]
         parts += [pooler(normalized).float() for pooler in poolers]
     return torch.cat(parts, dim=1)
 

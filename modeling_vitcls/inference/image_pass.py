@@ -153,15 +153,15 @@ class BatchDataset(Dataset):
             index, example = key if isinstance(key, tuple) else (key, None)
             try:
                 if example is None:
-                    image, label = self.source.images[index], self.source.labels[index]  # type: ignore[union-attr]
+                    image = self.source.images[index]  # type: ignore[union-attr]
+                    label = self.source.labels[index]  # type: ignore[union-attr]
                 else:
                     image = decode_image(example.encoded_image, example.name)
                     label = example.label
                 pixels = self.processor(image, return_tensors="pt")["pixel_values"][0]  # [C, H, W]
                 check_channels(image, pixels, self.num_channels)
-            except (
-                ValueError
-            ) as error:  # UnreadableImage, or an image that the image processor does not support
+            except ValueError as error:
+                # UnreadableImage, or an image that the image processor does not support
                 batch.error_messages[index] = str(error)
                 continue
 
@@ -228,9 +228,14 @@ class ImagePass:
         warn = accelerator.on_main_process(warn)
         self.unreadable_counter = UnreadableImageCounter(warn, options.max_unreadable_images)
 
-        process_index, num_processes = accelerator.process_index, accelerator.num_processes
         batches = BatchDataset(
-            images, processor, label_space, batch_size, process_index, num_processes, num_channels
+            source=images,
+            processor=processor,
+            label_space=label_space,
+            batch_size=batch_size,
+            process_index=accelerator.process_index,
+            num_processes=accelerator.num_processes,
+            num_channels=num_channels,
         )
 
         height, width = get_output_size(processor)
@@ -352,13 +357,13 @@ class ImagePass:
         pixel_values = batch.pixel_values
         if pixel_values is None:
             config = self.accelerator.unwrap_model(model).config
+            # [0, C, H, W]
             pixel_values = torch.zeros(0, config.num_channels, *config.image_height_width)
 
+        is_shared = self.accelerator.num_processes > 1
         is_compiled = getattr(model, "_compiled_call_impl", None) is not None
         num_padding = self.batch_size - len(pixel_values)
-        if num_padding and (
-            self.accelerator.num_processes > 1 or is_compiled or not len(pixel_values)
-        ):
+        if num_padding and (is_shared or is_compiled or not len(pixel_values)):
             padding = pixel_values.new_zeros(num_padding, *pixel_values.shape[1:])
             pixel_values = torch.cat([pixel_values, padding])
         return replace(batch, pixel_values=pixel_values)

@@ -129,9 +129,8 @@ class SingleLabelMetrics:
 
         if self.confusion_matrix is not None:
             num_classes = len(self.names)
-            values["confusion_matrix"] = (
-                self.confusion_matrix.compute().reshape(num_classes, num_classes).tolist()
-            )
+            matrix = self.confusion_matrix.compute().reshape(num_classes, num_classes)
+            values["confusion_matrix"] = matrix.tolist()
         return values
 
 

@@ -62,6 +62,7 @@ def write_predictions(
     rows = [row for row in evaluator.rows if is_labeled(row)]
     if not rows:
         raise ValueError("no evaluated image has a label")
+    # [N, L]; [N], or [N, L] with several labels per image
     logits, targets = map(torch.from_numpy, stack_rows(rows))
 
     columns: dict[str, Any] = {
@@ -79,13 +80,12 @@ def write_predictions(
         if nearest_images is not None:
             columns["nearest_images"] = [nearest_images.get(row.index, []) for row in rows]
     else:
+        losses = binary_cross_entropy_with_logits(logits, targets, reduction="none")  # [N, L]
         columns |= {
             "label": [select_names(names, row) for row in targets],
             "prediction": [select_names(names, row) for row in logits.sigmoid()],
             "probabilities": list(logits.sigmoid().numpy()),
-            "loss": binary_cross_entropy_with_logits(logits, targets, reduction="none")
-            .mean(dim=1)
-            .numpy(),
+            "loss": losses.mean(dim=1).numpy(),
         }
 
     table = pa.Table.from_pandas(pd.DataFrame(columns), preserve_index=False)
@@ -102,11 +102,9 @@ def read_weights_hash(file: Path) -> dict[str, str] | None:
     """
     try:
         metadata = pq.read_schema(file).metadata or {}
-        return (
-            json.loads(metadata[METADATA_KEY])["weights_sha256"]
-            if METADATA_KEY in metadata
-            else None
-        )
+        if METADATA_KEY not in metadata:
+            return None
+        return json.loads(metadata[METADATA_KEY])["weights_sha256"]
     except Exception as error:  # pyarrow raises several types of errors
         raise ValueError(f"cannot read {file}: {format_error(error)}") from error
 

@@ -40,9 +40,8 @@ Row = dict[str, Any]
 
 
 Label = tuple[str, float]  # name and probability
-DEFAULT_THRESHOLD = (
-    0.5  # default minimum probability of a predicted label in multi-label classification
-)
+# default minimum probability of a predicted label in multi-label classification
+DEFAULT_THRESHOLD = 0.5
 
 
 def select_top_labels(logits: torch.Tensor, names: list[str], top_k: int) -> list[list[Label]]:
@@ -71,15 +70,11 @@ def build_labels(
     indices: torch.Tensor, probabilities: torch.Tensor, names: list[str]
 ) -> list[list[Label]]:
     """Return the names and probabilities of labels, given the label indices [B, n] and the probabilities [B, n]."""
-    return [
-        [
-            (names[index], probability)
-            for index, probability in zip(image_indices, image_probabilities, strict=True)
-        ]
-        for image_indices, image_probabilities in zip(
-            indices.tolist(), probabilities.tolist(), strict=True
-        )
-    ]
+    labels = []
+    for pair in zip(indices.tolist(), probabilities.tolist(), strict=True):
+        image_labels = zip(*pair, strict=True)
+        labels.append([(names[index], probability) for index, probability in image_labels])
+    return labels
 
 
 class LabelColumns:
@@ -104,9 +99,8 @@ class LabelColumns:
         self.set_limit = set_limit
         self.energy_thresholds = get_energy_thresholds(model.config, names)
         self.names = names  # task -> label names
-        self.column_pairs: dict[
-            str, list[tuple[str, str]]
-        ] = {}  # task -> names of label and probability columns
+        # task -> names of label and probability columns
+        self.column_pairs: dict[str, list[tuple[str, str]]] = {}
         self.columns: dict[str, pa.DataType] = {}
 
         for task, task_names in names.items():
@@ -276,13 +270,14 @@ class FeatureColumns:
     def build_rows(self, outputs: dict[str, torch.Tensor]) -> list[Row]:
         """Return one row per image with the features: one array, or a list with one array per token."""
         arrays = {name: output.cpu().numpy() for name, output in outputs.items()}
-        return [
-            {
+        rows = []
+        for index in range(len(next(iter(arrays.values())))):
+            row = {
                 name: array[index] if array.ndim == 2 else list(array[index])
                 for name, array in arrays.items()
             }
-            for index in range(len(next(iter(arrays.values()))))
-        ]
+            rows.append(row)
+        return rows
 
 
 # Rows ----------------------------------------------------------------------------------------------------------------
@@ -385,9 +380,8 @@ def build_rows(
     if isinstance(outputs, str):
         return [{"error": outputs}] * num_images
     overflow_row = {"error": "the model output is not finite. Set a different --mixed-precision"}
+    rows = columns.build_rows(outputs)
+    are_finite = find_finite(outputs, num_images).tolist()
     return [
-        row if is_finite else overflow_row
-        for row, is_finite in zip(
-            columns.build_rows(outputs), find_finite(outputs, num_images).tolist(), strict=True
-        )
+        row if is_finite else overflow_row for row, is_finite in zip(rows, are_finite, strict=True)
     ]

@@ -32,9 +32,8 @@ from .outputs import Columns, get_output_columns, write_rows, write_table
 
 METADATA_KEY = b"vitcls"
 SHARD_NAME = re.compile(r"shard-(?:(?P<worker>\d{4,})-)?(?P<shard>\d{6,})\.parquet", re.ASCII)
-MAX_COUNTED_SHARDS = (
-    1000  # maximum number of missing shards that are counted; a damaged file may name trillions
-)
+# Maximum number of missing shards that are counted; a damaged file may name trillions.
+MAX_COUNTED_SHARDS = 1000
 # Age in seconds from which a partial file belongs to a process that was killed. Writing a shard takes seconds.
 MIN_UNFINISHED_AGE = 3600.0
 
@@ -182,7 +181,8 @@ def check_indices(file: Path, metadata: dict[str, Any]) -> None:
     """Raise ValueError if the images of a shard are not exactly those that its name determines."""
     shard_index, worker_index = parse_shard_name(file.name) or (0, None)
     try:
-        settings, num_images = metadata["settings"], metadata["images"]
+        settings = metadata["settings"]
+        num_images = metadata["images"]
         shard_size = settings["shard_size"]
         start = shard_index * shard_size
         step = 1
@@ -230,9 +230,8 @@ def check_shards(folder: Path) -> list[dict[str, Any]]:
 
     for file in shards:
         fields = metadata[file.name]
-        is_same = fields["settings"] == first["settings"] and fields.get("num_shards") == first.get(
-            "num_shards"
-        )
+        has_same_number = fields.get("num_shards") == first.get("num_shards")
+        is_same = fields["settings"] == first["settings"] and has_same_number
         if not is_same or not pq.read_schema(file).equals(columns):
             raise ValueError(
                 f"{file} was written with other flags than {shards[0].name}. Delete the file"
@@ -249,11 +248,9 @@ def check_shards(folder: Path) -> list[dict[str, Any]]:
             )
 
     if missing := list(islice(iterate_missing_shards(metadata), MAX_COUNTED_SHARDS + 1)):
-        number = (
-            f"{len(missing):,}"
-            if len(missing) <= MAX_COUNTED_SHARDS
-            else f"more than {MAX_COUNTED_SHARDS:,}"
-        )
+        number = f"{len(missing):,}"
+        if len(missing) > MAX_COUNTED_SHARDS:
+            number = f"more than {MAX_COUNTED_SHARDS:,}"
         names = format_name_list(missing)
         raise ValueError(
             f"{folder} lacks {number} shards: {names}. Repeat the commands that write them"
@@ -293,9 +290,8 @@ def merge_shards(folder: Path, output: Path | None) -> str:
             f"--output {output} is in the folder of --merge. Set a file in another folder"
         )
     metadata = check_shards(folder)
-    num_images, num_failed = (
-        sum(fields[name] for fields in metadata) for name in ("images", "failed")
-    )
+    num_images = sum(fields["images"] for fields in metadata)
+    num_failed = sum(fields["failed"] for fields in metadata)
     if output is not None:
         write_table(
             pa.concat_tables(pq.read_table(file) for file in list_shards(folder)[0]), output
