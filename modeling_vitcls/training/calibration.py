@@ -87,12 +87,14 @@ def is_improvement(logits: np.ndarray, labels: np.ndarray, temperature: float) -
     """
     halves = np.arange(len(labels)) % 2
     loss_before, loss_after = 0.0, 0.0
+
     for half in (0, 1):
         fitted = halves == half
         measured = halves != half
         half_temperature = fit_temperature(logits[fitted], labels[fitted])
         loss_before += compute_loss(logits[measured], labels[measured])
         loss_after += compute_loss(logits[measured] / half_temperature, labels[measured])
+
     if loss_after > loss_before:
         return False
     has_error = len(labels) >= MIN_ERROR_IMAGES

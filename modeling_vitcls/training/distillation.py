@@ -39,6 +39,7 @@ class Distillation(ViTCLSPreTrainedModel):
         self.num_tokens = config.num_distillation_tokens
         width = config.hidden_size if self.num_tokens else config.pooled_size
         teacher_configs = [teacher.model.config for teacher in teachers]
+
         self.projectors = nn.ModuleList(
             nn.Linear(width, each.pooled_size) for each in teacher_configs
         )
@@ -47,6 +48,7 @@ class Distillation(ViTCLSPreTrainedModel):
             for each in teacher_configs
             if with_patches
         )
+
         self.post_init()
         # after the initialization of the linear layers, which keeps these weights
         self.vitcls = encoder
@@ -193,6 +195,7 @@ def build_hadamard_matrix(size: int) -> np.ndarray:
     power = size & -size  # largest power of 2 that divides the size
     if power == size:
         return scipy.linalg.hadamard(size)
+
     while power >= 1:
         prime = size // power - 1
         if prime % 4 == 3 and all(

@@ -63,6 +63,7 @@ def gather_state(
         for name, state in parameter_states.items()
         for key, value in state.items()
     }
+
     tensors = {"model": gather_weights(model), "optimizer": moments}
     if shadow is not None:
         tensors["ema"] = {}
@@ -70,6 +71,7 @@ def gather_state(
             full_tensor = gather_tensor(tensor)
             if accelerator.is_main_process:
                 tensors["ema"][name] = full_tensor.detach().cpu()
+
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
     return tensors, {"scaler": scaler}
 

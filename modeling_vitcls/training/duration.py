@@ -73,11 +73,13 @@ def estimate_seconds(loop: Any, batch_seconds: float) -> float:
     num_steps = plan.num_steps - loop.state.step
     seconds = num_steps * plan.accumulation_steps * batch_seconds
     num_evaluations = max(math.ceil(plan.count_epochs(num_steps) / loop.options.evaluate_every), 1)
+
     if loop.evaluation_seconds:  # of the frozen model
         return seconds + num_evaluations * loop.evaluation_seconds[-1]
     images = getattr(loop.evaluate_model, "images", None)
     if images is None or isinstance(images, StreamedImages):
         return seconds
+
     # A backward pass takes twice as long as a forward pass.
     forward_seconds = batch_seconds / 3 / (plan.batch_size * plan.num_processes)
     return seconds + num_evaluations * len(images) * forward_seconds

@@ -51,12 +51,14 @@ def load_data(options: FinetuneOptions, initial: InitialModel) -> TrainingData:
     """
     is_pretrained = not initial.has_random_weights and options.training.trainable != "head"
     can_select = bool(options.data.held_out_fraction) and not options.data.streaming
+
     data = None
     if options.training.select is None and is_pretrained and can_select:
         with suppress(ValueError):  # too few images; other errors are raised again below
             data = load_training_data(options.data, True)
     if data is None:
         data = load_training_data(options.data, options.training.needs_selection)
+
     check_label_kind(options, data.label_space.kind)
     return data
 
@@ -72,6 +74,7 @@ def build_training_setup(
         teacher = load_teacher(
             options.distillation.teacher, labels, model.config, accelerator.device
         )
+
     set_trainable_parameters(
         model, training_options.trainable, training_options.lora_rank, new_parameter_names
     )
@@ -84,6 +87,7 @@ def build_training_setup(
     evaluator_arguments = build_evaluator_arguments(
         options, data, processor, model.config.num_channels, reporter
     )
+
     missing_probe_reason: str | None = "the initial weights are random"
     if not initial.has_random_weights:
         missing_probe_reason = explain_missing_probe(
@@ -92,6 +96,7 @@ def build_training_setup(
     summary_lines = (
         {} if missing_probe_reason is None else {"probe": f"off, because {missing_probe_reason}"}
     )
+
     if teacher is not None:
         summary_lines["teacher"] = teacher.description
     normalize = Normalizer(processor, accelerator.device)
@@ -99,6 +104,7 @@ def build_training_setup(
     class_count_text = " + ".join(
         f"{len(names)} of {column!r}" for column, names in labels.columns.items()
     )
+
     return TrainingSetup(
         model,
         processor,
@@ -216,15 +222,18 @@ def check_options(options: FinetuneOptions) -> FinetuneOptions:
         raise ValueError(
             "--teacher requires --num-distillation-tokens 1 or more. Change it, or remove --teacher"
         )
+
     if training_options.trainable != "full" and is_preset(options.model.model):
         raise ValueError(
             f"--trainable {training_options.trainable} requires trained weights, but {options.model.model} has random "
             "weights. Set --model to a checkpoint"
         )
+
     if options.data.streaming and training_options.class_balance != "none":
         raise ValueError(
             "--class-balance requires all labels, which --streaming does not read. Remove one flag"
         )
+
     for flag in ("mixup", "cutmix"):
         if options.distillation.teacher_views and getattr(options.augmentation, flag):
             raise ValueError(
@@ -255,6 +264,7 @@ def describe_overlap(initial: InitialModel, data: TrainingData) -> list[str]:
     """
     if initial.folder is None:
         return []
+
     record = read_held_out_record(initial.folder)
     old = None if record is None else record.rule
     new = data.record.rule
@@ -266,6 +276,7 @@ def describe_overlap(initial: InitialModel, data: TrainingData) -> list[str]:
         return []  # this run holds out only images that the earlier run held out
     if initial.folder.saved_results.get("dataset") != data.name:
         return []
+
     size = (
         f"--held-out-fraction {old.fraction}"
         if old.fold is None

@@ -127,6 +127,7 @@ class TrainingLoop:
         batches, duration = describe_duration(self, batches)
         if duration is not None:
             self.reporter.print_line("duration", duration)
+
         while self.state.step < self.plan.num_steps and not self.should_stop_early():
             metrics = self.run_step(batches)
             is_last_step = self.state.step == self.plan.num_steps
@@ -143,6 +144,7 @@ class TrainingLoop:
                         name
                     ],  # the exit status that shells use, such as 143 for SIGTERM
                 )
+
         if self.state.step < self.plan.num_steps:
             steps = f"after step {self.state.step:,} of {self.plan.num_steps:,}"
             reason = f"{self.options.early_stopping} evaluation(s) without improvement"
@@ -211,6 +213,7 @@ class TrainingLoop:
         learning_rate = get_learning_rate(state.step, self.plan.num_steps, options)
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_scale"]
+
         losses: list[Losses] = []
         for batch_index in range(self.plan.accumulation_steps):
             batch = next(batches)
@@ -220,6 +223,7 @@ class TrainingLoop:
             torch.manual_seed(
                 derive_seed(self.plan.seed, state.step, batch_index, accelerator.process_index)
             )
+
             with accelerator.accumulate(state.model):
                 batch_losses = self.objective(state.model, batch)
                 losses.append({name: loss.detach() for name, loss in batch_losses.items()})
@@ -238,18 +242,21 @@ class TrainingLoop:
                         token_gradients = self.monitor.copy_tokens(gradients=True)
                     state.optimizer.step()
                     state.optimizer.zero_grad()
+
         state.step += 1
         if state.ema is not None:
             state.ema.update(state.step)
         state.recent_losses.append(
             {name: fmean(loss[name].item() for loss in losses) for name in losses[0]}
         )
+
         record: Metrics = {
             "step": state.step,
             "epoch": round(self.plan.count_epochs(state.step), 4),
             "learning_rate": learning_rate,
             "gradient_norm": round(gradient_norm, 6) if math.isfinite(gradient_norm) else None,
         }
+
         if should_measure_tokens:
             record |= self.monitor.compute_norms(token_gradients)
             for token, norm in record["token_gradient_norm"].items():
@@ -270,11 +277,13 @@ class TrainingLoop:
         max_overflows = MAX_CONSECUTIVE_OVERFLOWS if self.accelerator.scaler is not None else 0
         are_losses_finite = all(math.isfinite(batch_losses["loss"]) for batch_losses in losses)
         is_finite = are_losses_finite and self.num_overflows <= max_overflows
+
         if self.accelerator.num_processes > 1:
             is_finite_tensor = torch.tensor(float(is_finite), device=self.accelerator.device)
             is_finite = bool(
                 self.accelerator.reduce(is_finite_tensor, "sum") == self.accelerator.num_processes
             )
+
         if not is_finite:
             self.state.optimizer.zero_grad()
             raise RunStopped(
@@ -305,6 +314,7 @@ class TrainingLoop:
         state = self.state
         metrics = self.evaluate()
         score = metrics.get(self.selection_metric)
+
         self.is_best = False
         if score is not None and state.step:
             state.scores.append(score)
@@ -321,6 +331,7 @@ class TrainingLoop:
                 num_evaluations = max(min(num_evaluations, self.plan.num_steps), 1)
                 num_errors = float(norm.isf(MAX_CHANCE / num_evaluations))
                 state.margin = num_errors * math.sqrt(score * (1 - score) / metrics["num_images"])
+
         scalars = {
             f"{self.evaluated_images}_{name}": value
             for name, value in select_scalars(metrics).items()
@@ -328,6 +339,7 @@ class TrainingLoop:
         if state.pending_record:  # empty before the first step
             self.log(state.pending_record | scalars)
         state.pending_record = {}
+
         if self.is_best:
             self.save(True)
         return metrics
@@ -405,10 +417,12 @@ class TrainingLoop:
         state.step = checkpoint.step
         state.best_score, state.margin = metadata["best_score"], metadata["margin"]
         state.scores = metadata["scores"]
+
         losses_by_process = metadata["recent_losses"]
         state.recent_losses = losses_by_process[
             self.accelerator.process_index % len(losses_by_process)
         ]
+
         state.pending_record = metadata["pending_record"]
         self.unreadable_images.indices.update(metadata["unreadable_images"])
         state.earlier_seconds = metadata["training_seconds"]
@@ -441,6 +455,7 @@ def build_batch_plan(
         assert options.epochs is not None
         images_per_step = options.batch_size * accumulation_steps * num_processes
         num_steps = math.ceil(options.epochs * num_images / images_per_step)
+
     return BatchPlan(
         num_images=num_images,
         batch_size=options.batch_size,

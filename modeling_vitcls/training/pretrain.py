@@ -72,6 +72,7 @@ def check_options(options: PretrainOptions) -> PretrainOptions:
         raise ValueError(
             f"--teachers requires trained models, but {name} has random weights. Set a checkpoint"
         )
+
     if num_teachers and num_tokens is None:
         num_tokens = num_teachers
     if num_teachers and num_tokens not in (0, 1, num_teachers):
@@ -81,6 +82,7 @@ def check_options(options: PretrainOptions) -> PretrainOptions:
     options = replace(
         options, method=method, model=replace(options.model, num_distillation_tokens=num_tokens)
     )
+
     flags = to_flags(options)
     for name, default in {
         "mixup": 0,
@@ -92,6 +94,7 @@ def check_options(options: PretrainOptions) -> PretrainOptions:
             raise ValueError(
                 f"--{name.replace('_', '-')} is supported only in fine-tuning. Remove the flag"
             )
+
     if options.method == "lejepa":  # draws its own crops
         augmentation = options.augmentation
         crop_scale = augmentation.crop_scale or 1.0
@@ -119,6 +122,7 @@ def build_training_setup(
     config, device = encoder.config, reporter.accelerator.device
     normalize = Normalizer(processor, device)
     rows, columns = config.grid_size
+
     teachers: FeatureTeachers | None = None
     method: Any
     objective: Objective
@@ -141,6 +145,7 @@ def build_training_setup(
         summary = (
             f"LeJEPA: {lejepa.global_crops} global and {lejepa.local_crops} local crops per image"
         )
+
     has_labels = data.label_space.kind == "single_label_classification" and bool(
         data.label_space.columns
     )
@@ -233,12 +238,14 @@ class FeatureQuality:
         }
         patch_width = method.config.hidden_size
         parts = {"": np.s_[:, :-patch_width], "_of_patches": np.s_[:, -patch_width:]}
+
         metrics: dict[str, Any] = {}
         if self.cosines is not None:
             compared, _ = stack_rows(self.held_out.collect(model, partial(self.cosines, model)))
             cosines = compared.mean(axis=0)  # [teachers]
             metrics["teacher_cosine"] = round(float(cosines.mean()), 6)
             metrics["teacher_cosines"] = [round(float(cosine), 6) for cosine in cosines]
+
         if self.neighbors is not None:
             train_features, train_labels = stack_rows(self.neighbors.collect(model, compute))
             kinds = {"knn_accuracy": "knn"} | (
@@ -248,6 +255,7 @@ class FeatureQuality:
                 classifier = build_classifier(kind, len(train_labels))
                 classifier.fit(train_features[part], train_labels)
                 metrics[name + suffix] = round(float(classifier.score(features[part], labels)), 6)
+
         rank = compute_effective_rank(features[parts[""]])
         width = features.shape[-1] - patch_width
         if rank < max(
@@ -316,6 +324,7 @@ def build_encoder(
             **config_values,
         )
         processor = initial.folder.load_processor()
+
     config = encoder.config
     if config.patch_drop_rate:
         raise ValueError(
@@ -341,10 +350,12 @@ def load_teachers(
         load_feature_teacher(name, config, with_patches, accelerator.device) for name in names
     ]
     teachers = FeatureTeachers(loaded, with_patches, accelerator.autocast)
+
     num_images = (
         NUM_DRY_RUN_STANDARDIZATION_IMAGES if options.run.dry_run else NUM_STANDARDIZATION_IMAGES
     )
     num_images = min(num_images, data.num_training_images or num_images)
+
     plan = build_batch_plan(data.num_training_images, options.training, num_processes=1)
     images = build_training_images(options, data, processor, config.num_channels, num_views=0)
     with closing(iterate_training_batches(images, plan, 0, num_workers=0)) as batches:

@@ -115,6 +115,7 @@ def check_flags_unchanged(
             or (current_value is None and name in ("select", *DEFAULT_FLAGS))
         ):
             continue
+
         advice = "Use the same flags, or choose a different --output-dir"
         if name in ("epochs", "max_steps"):
             advice = f"To train for more steps, start another run with --model {folder}"

@@ -191,6 +191,7 @@ def match_labels(
         )
     if names == labels:
         return None, ""
+
     if missing_names := [name for name in labels if (names or []).count(name) != 1]:
         names_text = (
             f"{num_labels} labels without names" if names is None else format_name_list(names, 8)
@@ -200,6 +201,7 @@ def match_labels(
             f"{names_text}. "
             "Use a teacher that was trained on the dataset's labels"
         )
+
     assert names is not None
     note = (
         f"{len(labels)} of the teacher's {len(names)} labels are used"
@@ -220,10 +222,12 @@ def load_transformers_teacher(source: str, student: ViTCLSConfig) -> LoadedTeach
             folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
         )
         processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+
     if missing_names := loading_info["missing_keys"]:
         raise ValueError(
             f"the teacher {source} lacks the weight {min(missing_names)}. Use a trained classifier"
         )
+
     config = model.config
     names = [config.id2label[index] for index in range(config.num_labels)]
     has_names = names != [f"LABEL_{index}" for index in range(config.num_labels)]
