@@ -122,11 +122,13 @@ def check_is_vitcls(source: str, folder: str | Path) -> dict[str, Any]:
             f"{source} contains a model of type {model_type!r}, not {ViTCLSConfig.model_type!r}. Convert the model "
             "with `vitcls convert` first"
         )
+
     dtype = config_dict.get("dtype") or "float32"
     if not isinstance(getattr(torch, str(dtype), None), torch.dtype):
         raise ValueError(
             f"{Path(folder, CONFIG_FILE)}: `dtype` is {dtype!r}, but it must be a type such as float32"
         )
+
     is_classifier = any(
         str(name).endswith("Classification") for name in config_dict.get("architectures") or ()
     )
@@ -135,6 +137,7 @@ def check_is_vitcls(source: str, folder: str | Path) -> dict[str, Any]:
             f"{Path(folder, CONFIG_FILE)}: `id2label` is null, but a classifier requires the names of its labels. "
             "Download or save the model again"
         )
+
     for name in list_weight_files(Path(folder)):
         if (file := Path(folder, name)).exists():
             file.open(
@@ -189,6 +192,7 @@ def fall_back_to_cache(
     if is_offline_mode():
         yield None
         return
+
     try:
         commit = fetch_repo_info(repo_id, repo_type, revision).sha
     except HubUnreachableError as error:
@@ -196,6 +200,7 @@ def fall_back_to_cache(
     else:
         yield commit
         return
+
     try:
         with force_offline():
             yield None

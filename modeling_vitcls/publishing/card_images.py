@@ -56,6 +56,7 @@ def write_card_images(
         and config.token_layout.num_prefix_tokens
     ):
         figures["attention"] = plot_attention(inspection)
+
     for pattern in RESULT_IMAGE_PATTERNS:
         for file in folder.glob(pattern):
             file.unlink()
@@ -91,6 +92,7 @@ def plot_confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence
     figure = create_figure(side + 0.6, side)
     axes = figure.add_subplot()
     short_names = [shorten_text(name, 18) for name in class_names]
+
     plot = ConfusionMatrixDisplay(fractions, display_labels=short_names).plot(
         ax=axes,
         cmap="Blues",
@@ -98,9 +100,11 @@ def plot_confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence
         xticks_rotation="horizontal" if max(map(len, short_names)) <= 3 else "vertical",
         im_kw={"norm": PowerNorm(0.5, vmin=0, vmax=1)},
     )
+
     if plot.text_ is not None:
         for text, count in zip(plot.text_.flat, counts.flat, strict=True):
             text.set(text=f"{count}", fontsize=9 if counts.max() < 1000 else 7)
+
     axes.set(xlabel="predicted", ylabel="true")
     if num_classes > MAX_CLASSES_WITH_NAMES:
         axes.set(xticks=[], yticks=[])
@@ -122,6 +126,7 @@ def plot_attention(inspection: Inspection) -> Figure:
             {caption: image}
             | {name: overlay(image, values, region) for name, values in maps.items()}
         )
+
     heights = [
         TILE_WIDTH * min(max(each.height / each.width for each in row.values()), 1) for row in rows
     ]
@@ -130,6 +135,7 @@ def plot_attention(inspection: Inspection) -> Figure:
     grid = figure.subplots(
         len(rows), len(rows[0]), squeeze=False, gridspec_kw={"height_ratios": heights}
     )
+
     for axes, (title, image) in zip(
         grid.flat, (tile for row in rows for tile in row.items()), strict=True
     ):

@@ -78,6 +78,7 @@ def prepare_repository(
         f"Run `hf auth login` with a token that may write to the repository ({TOKEN_SETTINGS_URL}), or set HF_TOKEN; "
         f"check {'--space-id' if space_sdk else '--hub-model-id'}"
     )
+
     api = HfApi()
     try:
         with set_hub_timeout(TIMEOUT):
@@ -95,6 +96,7 @@ def prepare_repository(
         if not is_refused and not isinstance(error, ValueError):
             raise OSError(f"{describe_no_response(error)}, or push later") from error
         raise ValueError(f"cannot push to {name}: {format_hub_error(error)}. {remedy}") from None
+
     if private and not is_private:
         raise ValueError(
             f"{name} exists and is public, but a private repository is required. Make the repository private in its "

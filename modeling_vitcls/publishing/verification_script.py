@@ -61,12 +61,14 @@ def collect_outputs(
     height, width = (size, size) if isinstance(size, int) else size
     generator = torch.Generator().manual_seed(0)
     pixel_values = torch.randn(2, config.num_channels, height, width, generator=generator)
+
     outputs: Outputs = {}
     report: dict[str, Any] = {"classes": {}, "missing": []}
     cache_options = {
         "revision": options.get("revision"),
         "_raise_exceptions_for_missing_entries": False,
     }
+
     has_processor = (
         transformers.utils.cached_file(source, "preprocessor_config.json", **cache_options)
         is not None
@@ -79,6 +81,7 @@ def collect_outputs(
         pixel_values = outputs["AutoImageProcessor/pixel_values"] = processor(
             image, return_tensors="pt"
         )["pixel_values"]
+
     architecture = (config.architectures or ["ViTCLSModel"])[0]
     for auto_class in dict.fromkeys(["AutoModel", get_auto_class(architecture)]):
         torch.manual_seed(0)  # for a reproducible initialization of missing weights
@@ -92,11 +95,13 @@ def collect_outputs(
             type(model).__name__ == architecture
         ):  # other classes may have a head that the checkpoint lacks
             report["missing"] = sorted(info["missing_keys"])
+
         with torch.inference_mode():
             model_output = model.eval()(pixel_values)
         outputs |= {
             f"{auto_class}/{name}": tensor for name, tensor in flatten_outputs(model_output)
         }
+
     if has_processor:
         report["classes"]["AutoImageProcessor"] = type(processor).__name__
     return {name: tensor.detach().clone().contiguous() for name, tensor in outputs.items()}, report
