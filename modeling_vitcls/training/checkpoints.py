@@ -218,14 +218,8 @@ def read_state(folder: Path) -> dict[str, Any]:
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         expected_digest = state.pop("sha256")
         is_valid = compute_json_digest(state) == expected_digest
-    except (
-        OSError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-    ):  # other types of values
+    # LookupError, TypeError, AttributeError, RecursionError: other types of values
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         is_valid = False
     if not is_valid:
         raise DamagedCheckpointError(folder, f"{STATE_FILE} is missing or not valid")

@@ -78,9 +78,8 @@ def resolve_defaults(
 
     width_reason = f"{method}, width {width}"
     size_reason = f"image size {image_size}"
-    dataset_reason = f"{method}, " + (
-        "a stream" if num_training_images is None else f"{num_training_images:,} images"
-    )
+    size = "a stream" if num_training_images is None else f"{num_training_images:,} images"
+    dataset_reason = f"{method}, {size}"
 
     epochs = 10.0 if is_pretrained and is_large else 30.0
     notes = {}

@@ -63,12 +63,11 @@ class Distillation(ViTCLSPreTrainedModel):
         outputs = self.vitcls(pixel_values, **kwargs)
         if not project:
             return outputs
-        states, layout = outputs.last_hidden_state, self.config.token_layout
-        tokens = (
-            states[:, layout.distillation].unbind(dim=1)
-            if self.num_tokens
-            else [outputs.pooler_output]
-        )
+        states = outputs.last_hidden_state  # [B, N, D]
+        layout = self.config.token_layout
+        tokens = [outputs.pooler_output]
+        if self.num_tokens:
+            tokens = states[:, layout.distillation].unbind(dim=1)
         if len(tokens) == 1:  # shared by all teachers
             tokens = [tokens[0]] * len(self.projectors)
         predictions = [

@@ -51,13 +51,12 @@ def gather_state(
     training continues. `shadow` contains the EMA weights in the order of the trainable parameters.
     """
     torch_optimizer = unwrap_optimizer(optimizer)
-    parameter_states: Any = (
-        get_optimizer_state_dict(model, torch_optimizer, options=FULL_STATE_DICT_OPTIONS).get(
-            "state", {}
+    parameter_states: Any = {}
+    if torch_optimizer.state:
+        optimizer_state = get_optimizer_state_dict(
+            model, torch_optimizer, options=FULL_STATE_DICT_OPTIONS
         )
-        if torch_optimizer.state
-        else {}
-    )
+        parameter_states = optimizer_state.get("state", {})
     moments = {
         f"{key}/{name}": value
         for name, state in parameter_states.items()

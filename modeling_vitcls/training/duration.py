@@ -28,9 +28,8 @@ def describe_duration(loop: Any, batches: Iterator[Batch]) -> tuple[Iterator[Bat
     """
     num_steps = loop.plan.num_steps - loop.state.step
     num_batches = num_steps * loop.plan.accumulation_steps
-    if (
-        num_batches < MIN_BATCHES or loop.options.compile
-    ):  # the first passes of a compiled model are compiled
+    # the first passes of a compiled model are compiled
+    if num_batches < MIN_BATCHES or loop.options.compile:
         return batches, None
 
     first = next(batches)
@@ -51,7 +50,8 @@ def describe_duration(loop: Any, batches: Iterator[Batch]) -> tuple[Iterator[Bat
 
 def measure_pass(loop: Any, batches: Iterator[Batch]) -> float:
     """Return the seconds of reading a batch and its forward and backward pass, the mean of all processes."""
-    model, accelerator = loop.state.model, loop.accelerator
+    model = loop.state.model
+    accelerator = loop.accelerator
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     start_time = time.perf_counter()
     batch = send_to_device(next(batches), accelerator.device)

@@ -23,14 +23,14 @@ from .losses import Losses
 from .options import LeJEPAOptions
 
 
-MAX_FREQUENCY, NUM_FREQUENCIES = 3.0, 17  # of the characteristic functions that SIGReg compares
+# frequencies of the characteristic functions that SIGReg compares
+MAX_FREQUENCY = 3.0
+NUM_FREQUENCIES = 17
 NUM_DIRECTIONS = 256  # number of random directions per step
 LOCAL_SIZE = 0.43  # side length of local crops, as a fraction of the image size (98 of 224 pixels)
 MAX_ASPECT_RATIO = 4 / 3
-JITTER_PROBABILITY, JITTER = (
-    0.8,
-    0.4,
-)  # brightness, contrast and saturation change by a factor of 1 - 0.4 to 1 + 0.4
+JITTER_PROBABILITY = 0.8
+JITTER = 0.4  # brightness, contrast and saturation change by a factor of 1 - 0.4 to 1 + 0.4
 GRAY_PROBABILITY = 0.2
 NUM_FEATURES = 64  # channels of the projector's output
 

@@ -131,18 +131,15 @@ class TrainingLoop:
         while self.state.step < self.plan.num_steps and not self.should_stop_early():
             metrics = self.run_step(batches)
             is_last_step = self.state.step == self.plan.num_steps
-            if (
-                self.signals is not None
-                and not is_last_step
-                and (name := self.signals.get_signal())
-            ):
+            name = None
+            if self.signals is not None and not is_last_step:
+                name = self.signals.get_signal()
+            if name:
                 self.save(self.is_best)
                 raise RunStopped(
                     f"stopped by {name}; a checkpoint was saved. Repeat the command with --resume to continue the run",
-                    128
-                    + signal.Signals[
-                        name
-                    ],  # the exit status that shells use, such as 143 for SIGTERM
+                    # the exit status that shells use, such as 143 for SIGTERM
+                    128 + signal.Signals[name],
                 )
 
         if self.state.step < self.plan.num_steps:
@@ -153,7 +150,8 @@ class TrainingLoop:
 
     def should_stop_early(self) -> bool:
         """Return whether none of the last `early_stopping` evaluations exceeds all earlier ones."""
-        patience, scores = self.options.early_stopping, self.state.scores
+        patience = self.options.early_stopping
+        scores = self.state.scores
         if patience is None or not scores:
             return False
         num_evaluations_since_best = len(scores) - 1 - scores.index(max(scores))
@@ -173,11 +171,9 @@ class TrainingLoop:
             next_step, self.options.evaluate_every, self.plan
         )
         should_log = should_evaluate or next_step % self.options.log_every == 0
-        should_save = (
-            should_evaluate
-            if self.save_every is None
-            else is_last_step or next_step % self.save_every == 0
-        )
+        should_save = should_evaluate
+        if self.save_every is not None:
+            should_save = is_last_step or next_step % self.save_every == 0
 
         start_time = time.perf_counter()
         record, batch = self.run_optimizer_step(batches, should_measure_tokens=should_log)
@@ -209,7 +205,9 @@ class TrainingLoop:
         Return the record of the step, and the last batch, which is on the device. If
         `should_measure_tokens` is set, the record contains metrics of the special tokens.
         """
-        state, options, accelerator = self.state, self.options, self.accelerator
+        state = self.state
+        options = self.options
+        accelerator = self.accelerator
         learning_rate = get_learning_rate(state.step, self.plan.num_steps, options)
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_scale"]
@@ -325,9 +323,8 @@ class TrainingLoop:
             state.best_score = score
             state.margin = 0.0
             if not state.step:
-                num_evaluations = (
-                    self.plan.count_epochs(self.plan.num_steps) // self.options.evaluate_every
-                )
+                num_epochs = self.plan.count_epochs(self.plan.num_steps)
+                num_evaluations = num_epochs // self.options.evaluate_every
                 num_evaluations = max(min(num_evaluations, self.plan.num_steps), 1)
                 num_errors = float(norm.isf(MAX_CHANCE / num_evaluations))
                 state.margin = num_errors * math.sqrt(score * (1 - score) / metrics["num_images"])
@@ -412,16 +409,18 @@ class TrainingLoop:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Load a checkpoint into the state. Raise ValueError if the checkpoint belongs to another model."""
-        state, metadata = self.state, checkpoint.metadata
+        state = self.state
+        metadata = checkpoint.metadata
         scatter_state(checkpoint, self.accelerator, state.model, state.optimizer, state.shadow)
         state.step = checkpoint.step
-        state.best_score, state.margin = metadata["best_score"], metadata["margin"]
+        state.best_score = metadata["best_score"]
+        state.margin = metadata["margin"]
         state.scores = metadata["scores"]
 
         losses_by_process = metadata["recent_losses"]
-        state.recent_losses = losses_by_process[
-            self.accelerator.process_index % len(losses_by_process)
-        ]
+        # a run may be resumed with more processes
+        process_index = self.accelerator.process_index % len(losses_by_process)
+        state.recent_losses = losses_by_process[process_index]
 
         state.pending_record = metadata["pending_record"]
         self.unreadable_images.indices.update(metadata["unreadable_images"])

@@ -82,7 +82,8 @@ class MAE(ViTCLSPreTrainedModel):
         decoder_config._attn_implementation = config._attn_implementation
         self.num_prefix_tokens = config.token_layout.num_prefix_tokens
         self.loss_config = copy.copy(config)
-        self.loss_config.mim_loss, self.loss_config.norm_pixel_target = "l2", True
+        self.loss_config.mim_loss = "l2"
+        self.loss_config.norm_pixel_target = True
 
         width = decoder_config.hidden_size
         self.decoder_embed = nn.Linear(config.hidden_size, width)

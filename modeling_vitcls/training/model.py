@@ -33,13 +33,13 @@ from ..model.modeling_vitcls import ViTCLSModel
 from .options import ModelOptions
 
 
-MAX_NATIVE_SIDE, FINETUNING_SIDE = (
-    256,
-    224,
-)  # image sides in pixels: largest side that is kept, and its replacement
+# Image sides in pixels: largest side that is kept, and its replacement.
+MAX_NATIVE_SIDE = 256
+FINETUNING_SIDE = 224
 # Query and value projections (Hu et al. 2021, arXiv 2106.09685); the pattern excludes attention poolers
 LORA_TARGET_MODULES = r".*\.layers\.\d+\.attention\.[qv]_proj"
-LORA_A_SUFFIX, LORA_B_SUFFIX = ".lora_A.default.weight", ".lora_B.default.weight"
+LORA_A_SUFFIX = ".lora_A.default.weight"
+LORA_B_SUFFIX = ".lora_B.default.weight"
 
 
 @dataclass(frozen=True)
@@ -93,13 +93,13 @@ def build_model(
         model, new_parameter_names = load_with_label_space(initial, config_values, label_space)
         processor = initial.folder.load_processor()
 
-    if (mask_token := model.vitcls.embeddings.mask_token) is not None:
+    mask_token = model.vitcls.embeddings.mask_token
+    if mask_token is not None:
         # not used in fine-tuning; DDP requires gradients of all trainable parameters
         mask_token.requires_grad_(False)
-    model.config.temperature, model.config.energy_threshold = (
-        1.0,
-        None,
-    )  # fitted again after training (calibration.py)
+    # fitted again after training (calibration.py)
+    model.config.temperature = 1.0
+    model.config.energy_threshold = None
 
     set_fit(processor, options.fit or get_fit(processor), model.config.image_height_width)
     return model, processor, new_parameter_names
@@ -116,7 +116,8 @@ def choose_image_size(
     if options.image_size is not None or initial.folder is None:
         return options, None
     config = ViTCLSConfig.from_pretrained(initial.folder.path, **options.get_config_values())
-    native_size, patch_size = config.image_height_width, config.patch_height_width
+    native_size = config.image_height_width
+    patch_size = config.patch_height_width
     if max(native_size) <= MAX_NATIVE_SIDE:
         return options, None
 
@@ -154,9 +155,8 @@ def load_with_label_space(
     # fitted to features that fine-tuning changes
     config_values = config_values | {"extra_heads": None}
 
-    if has_labels(stored_config, label_space) and model_class.__name__ in (
-        stored_config.architectures or ()
-    ):
+    has_same_class = model_class.__name__ in (stored_config.architectures or ())
+    if has_labels(stored_config, label_space) and has_same_class:
         model, loading_info = model_class.from_pretrained(
             initial.folder.path,
             dtype=torch.float32,

@@ -63,14 +63,15 @@ def get_parameter_depths(model: nn.Module) -> dict[str, int]:
         name: int(match[1]) for name in names if (match := re.search(r"\blayers\.(\d+)\.", name))
     }
     head_depth = max(layer_indices.values(), default=-1) + 2
-    return {
-        name: layer_indices[name] + 1
-        if name in layer_indices
-        else 0
-        if "embeddings." in name
-        else head_depth
-        for name in names
-    }
+    depths = {}
+    for name in names:
+        if name in layer_indices:
+            depths[name] = layer_indices[name] + 1
+        elif "embeddings." in name:
+            depths[name] = 0
+        else:
+            depths[name] = head_depth
+    return depths
 
 
 def get_learning_rate(step: int, num_steps: int, options: TrainingOptions) -> float:

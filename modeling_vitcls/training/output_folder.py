@@ -229,7 +229,14 @@ def save_output(
     def write() -> None:
         try:
             with stage_files(options.output_dir) as folder, silence_transformers():
-                write_model_files(setup, folder, weights, results, options, initial)
+                write_model_files(
+                    setup,
+                    folder,
+                    weights=weights,
+                    results=results,
+                    options=options,
+                    initial=initial,
+                )
                 if evaluator is not None:
                     weights_hash = read_json(folder / RESULTS_FILE)["weights_sha256"]
                     file = folder / PREDICTIONS_FILE
@@ -267,10 +274,8 @@ def write_model_files(
     model.save_pretrained(folder, state_dict=merge_lora(weights))
     setup.processor.save_pretrained(folder)
 
-    results = results | {
-        "weights_sha256": hash_weights(folder),
-        "provenance": None,
-    }  # None: random weights
+    # provenance None: random weights
+    results = results | {"weights_sha256": hash_weights(folder), "provenance": None}
     if not initial.has_random_weights:
         provenance = find_provenance(initial.name)
         provenance.copy_license(folder)

@@ -49,10 +49,9 @@ from .training_setup import TrainingSetup, build_evaluator_arguments, build_trai
 
 
 MAX_NEIGHBORS = 10_000  # maximum number of training images for k-NN and logistic regression
-NUM_STANDARDIZATION_IMAGES, NUM_DRY_RUN_STANDARDIZATION_IMAGES = (
-    2048,
-    64,
-)  # images for teachers' means and covariances
+# images for teachers' means and covariances
+NUM_STANDARDIZATION_IMAGES = 2048
+NUM_DRY_RUN_STANDARDIZATION_IMAGES = 64
 MIN_RANK = 0.02  # effective rank below which the features have collapsed, as a fraction of the highest possible rank
 
 
@@ -84,12 +83,8 @@ def check_options(options: PretrainOptions) -> PretrainOptions:
     )
 
     flags = to_flags(options)
-    for name, default in {
-        "mixup": 0,
-        "cutmix": 0,
-        "class_balance": "none",
-        "trainable": "full",
-    }.items():
+    defaults = {"mixup": 0, "cutmix": 0, "class_balance": "none", "trainable": "full"}
+    for name, default in defaults.items():
         if flags[name] != default:
             raise ValueError(
                 f"--{name.replace('_', '-')} is supported only in fine-tuning. Remove the flag"
@@ -119,7 +114,8 @@ def build_training_setup(
 ) -> TrainingSetup:
     """Load the model, and build loss and evaluation."""
     encoder, processor = build_encoder(options.model, initial)
-    config, device = encoder.config, reporter.accelerator.device
+    config = encoder.config
+    device = reporter.accelerator.device
     normalize = Normalizer(processor, device)
     rows, columns = config.grid_size
 
@@ -134,9 +130,8 @@ def build_training_setup(
     elif options.method == "mae":
         method = MAE(encoder, build_decoder_config(config, options.mae.decoder_layers))
         objective = MAEObjective(normalize, rows * columns, options.mae.mask_ratio)
-        num_masked = int(
-            draw_masks(1, rows * columns, options.mae.mask_ratio, torch.device("cpu")).sum()
-        )
+        masks = draw_masks(1, rows * columns, options.mae.mask_ratio, torch.device("cpu"))
+        num_masked = int(masks.sum())
         summary = f"MAE: {num_masked} of {rows} x {columns} patches are masked"
     else:
         lejepa = options.lejepa
@@ -146,9 +141,8 @@ def build_training_setup(
             f"LeJEPA: {lejepa.global_crops} global and {lejepa.local_crops} local crops per image"
         )
 
-    has_labels = data.label_space.kind == "single_label_classification" and bool(
-        data.label_space.columns
-    )
+    has_single_labels = data.label_space.kind == "single_label_classification"
+    has_labels = has_single_labels and bool(data.label_space.columns)
     arguments = build_evaluator_arguments(options, data, processor, config.num_channels, reporter)
     neighbors = None
     if has_labels and isinstance(data.train, LabeledImages):
@@ -248,9 +242,9 @@ class FeatureQuality:
 
         if self.neighbors is not None:
             train_features, train_labels = stack_rows(self.neighbors.collect(model, compute))
-            kinds = {"knn_accuracy": "knn"} | (
-                {"regression_accuracy": "logreg"} if self.with_regression else {}
-            )
+            kinds = {"knn_accuracy": "knn"}
+            if self.with_regression:
+                kinds["regression_accuracy"] = "logreg"
             for (name, kind), (suffix, part) in itertools.product(kinds.items(), parts.items()):
                 classifier = build_classifier(kind, len(train_labels))
                 classifier.fit(train_features[part], train_labels)
@@ -258,9 +252,8 @@ class FeatureQuality:
 
         rank = compute_effective_rank(features[parts[""]])
         width = features.shape[-1] - patch_width
-        if rank < max(
-            MIN_RANK * min(width, len(features) - 1), 1.5
-        ):  # n images have a rank of at most n - 1
+        max_rank = min(width, len(features) - 1)  # n images have a rank of at most n - 1
+        if rank < max(MIN_RANK * max_rank, 1.5):
             self.warn(
                 f"the features have collapsed: their effective rank is {rank:.1f} of {width} channels, so images "
                 "have nearly the same features. Set a lower --learning-rate or, with --method lejepa, a larger "
@@ -345,7 +338,8 @@ def load_teachers(
     accelerator: Accelerator,
 ) -> FeatureTeachers:
     """Load the teachers, and fit the standardization of their features to augmented training images."""
-    names, with_patches = options.distillation.teachers, options.distillation.distill_patches
+    names = options.distillation.teachers
+    with_patches = options.distillation.distill_patches
     loaded = [
         load_feature_teacher(name, config, with_patches, accelerator.device) for name in names
     ]

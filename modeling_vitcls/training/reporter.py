@@ -65,11 +65,9 @@ class Reporter:
         which the resumed run repeats.
         """
         if self.accelerator.is_main_process:
-            lines = (
-                self.metrics_file.read_text(encoding="utf-8").splitlines()
-                if self.metrics_file.exists()
-                else []
-            )
+            lines = []
+            if self.metrics_file.exists():
+                lines = self.metrics_file.read_text(encoding="utf-8").splitlines()
             earlier_lines = []
             for line in lines:
                 with suppress(ValueError):  # the last line of a killed run may be truncated
@@ -159,12 +157,14 @@ def describe_splits(
     data: TrainingData, processor: ViTCLSImageProcessor, labels_text: str
 ) -> dict[str, str]:
     """Return the summary lines about the data."""
-    train_text, held_out_text, selection_text = (
-        "a stream of"
-        if images is None or isinstance(images, StreamedImages)
-        else f"{len(images):,}"
-        for images in (data.train, data.held_out, data.selection)
-    )
+
+    def format_number(images: Any) -> str:
+        is_stream = images is None or isinstance(images, StreamedImages)
+        return "a stream of" if is_stream else f"{len(images):,}"
+
+    train_text = format_number(data.train)
+    held_out_text = format_number(data.held_out)
+    selection_text = format_number(data.selection)
 
     lines = {}
     if data.train_split in HELD_OUT_SPLITS:

@@ -156,10 +156,8 @@ def check_run_unchanged(metadata: dict[str, Any], current: dict[str, Any], folde
 
 def format_flag_value(value: Any) -> str:
     """Format a flag's value for messages: as on the command line, or "unset" if the value is None."""
-    return (
-        "unset"
-        if value is None
-        else " ".join(map(str, value))
-        if isinstance(value, list)
-        else str(value)
-    )
+    if value is None:
+        return "unset"
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return str(value)

@@ -203,11 +203,9 @@ def match_labels(
         )
 
     assert names is not None
-    note = (
-        f"{len(labels)} of the teacher's {len(names)} labels are used"
-        if len(names) > len(labels)
-        else ""
-    )
+    note = ""
+    if len(names) > len(labels):
+        note = f"{len(labels)} of the teacher's {len(names)} labels are used"
     return [names.index(name) for name in labels], note
 
 
@@ -283,9 +281,8 @@ def run_processor(processor: Any, pixels: torch.Tensor, **kwargs: Any) -> torch.
 
 def load_timm_teacher(source: str) -> LoadedTeacher:
     """Load a timm model, and the preprocessing that timm specifies for the model's weights."""
-    with explain_loading_errors(
-        source
-    ):  # for example, timm is not installed, or the name is unknown
+    # for example, timm is not installed, or the name is unknown
+    with explain_loading_errors(source):
         import timm
 
         model: Any = load_timm_model(source.removeprefix(TIMM_PREFIX))[0]
