@@ -103,7 +103,8 @@ def trace_model(
 
     height, width = graph_shape.image_size
     if graph_shape.is_dynamic:  # not square, and not the native size
-        (patch_height, patch_width), num_patches = config.patch_height_width, max(config.grid_size)
+        patch_height, patch_width = config.patch_height_width
+        num_patches = max(config.grid_size)
         height = (num_patches + 1) * patch_height
         width = (num_patches + 3) * patch_width
     images = torch.zeros(MIN_DYNAMIC_SIZE, config.num_channels, height, width)

@@ -83,11 +83,10 @@ def export_for_transformers_js(
         )
 
     preprocessor_config = build_preprocessor_config(processor)
+    batch_shape = (BATCH_SIZE, model.config.num_channels, *model.config.image_height_width)
+    image_numbers = torch.arange(BATCH_SIZE).view(-1, 1, 1, 1)  # [B, 1, 1, 1]
     batches = [
-        build_random_images(
-            (BATCH_SIZE, model.config.num_channels, *model.config.image_height_width)
-        )
-        + torch.arange(BATCH_SIZE).view(-1, 1, 1, 1) * index / BATCH_SIZE
+        build_random_images(batch_shape) + image_numbers * index / BATCH_SIZE
         for index in range(NUM_IMAGES // BATCH_SIZE)
     ]
     reference_outputs = compute_named_outputs(model, batches)

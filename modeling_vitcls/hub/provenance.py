@@ -154,11 +154,9 @@ def find_timm_provenance(name: str) -> Provenance:
     kind, separator, location = name.partition(":")
     if separator:
         is_hub = kind.replace("_", "-") == "hf-hub"
-        return (
-            fetch_hub_provenance(location.partition("@")[0])
-            if is_hub
-            else read_folder_provenance(Path(location))
-        )
+        if is_hub:
+            return fetch_hub_provenance(location.partition("@")[0])
+        return read_folder_provenance(Path(location))
 
     name, _, file = name.partition("@")
     if file:

@@ -148,24 +148,21 @@ def render_card(
 
 def build_metadata(folder: ModelFolder, name: str) -> dict[str, Any]:
     """Return the header of the card as keyword arguments of ModelCardData."""
-    config, results, flags, report = (
-        folder.config,
-        folder.results,
-        folder.flags,
-        folder.parity_report,
-    )
+    config = folder.config
+    results = folder.results
+    flags = folder.flags
+    report = folder.parity_report
     is_random = report.get("random_init", False)
     base_model = folder.provenance.base_model if folder.provenance and not is_random else None
     relation = None if report else "finetune"  # the Hub has no relation for exact copies
     is_classifier = "ForImageClassification" in folder.architecture
 
+    has_hub_dataset = results and is_hub_dataset(flags.get("dataset"))
     metadata = {
         "library_name": "transformers",
         "pipeline_tag": "image-classification" if is_classifier else "image-feature-extraction",
         "tags": [tag for tag in TAGS if tag != "vitcls" or not folder.is_native],
-        "datasets": [flags["dataset"]]
-        if results and is_hub_dataset(flags.get("dataset"))
-        else None,
+        "datasets": [flags["dataset"]] if has_hub_dataset else None,
         "base_model": base_model,
         "base_model_relation": relation if base_model else None,
         **({} if is_random else get_license_source(folder).license_metadata),
@@ -257,7 +254,13 @@ def describe_use(folder: ModelFolder) -> dict[str, Any]:
 
 def describe_run(folder: ModelFolder) -> dict[str, Any]:
     """Return the variables about a training run: results, limitations and the section "Training"."""
-    config, results, flags = folder.config, folder.results, folder.flags
+    config = folder.config
+    results = folder.results
+    flags = folder.flags
+    images_per_step = None
+    if "batch_size" in flags:
+        images_per_process = flags["batch_size"] * flags.get("gradient_accumulation_steps", 1)
+        images_per_step = images_per_process * results["num_processes"]
     return {
         **describe_probe(results),
         "dataset": format_name(results["dataset"]),
@@ -266,11 +269,7 @@ def describe_run(folder: ModelFolder) -> dict[str, Any]:
         "metrics": build_metric_rows(results, config),
         "class_tables": build_class_tables(results, config),
         "predictions": describe_predictions(folder),
-        "images_per_step": flags["batch_size"]
-        * flags.get("gradient_accumulation_steps", 1)
-        * results["num_processes"]
-        if "batch_size" in flags
-        else None,
+        "images_per_step": images_per_step,
         "teacher": format_name(strip_folders(flags["teacher"])) if flags.get("teacher") else None,
         "recipe_file": RECIPE_FILE,
     }

@@ -24,7 +24,8 @@ from ..model.configuration_vitcls import ViTCLSConfig
 
 
 MAX_IMAGES = 4  # maximum number of images in the attention figure
-TILE_WIDTH, TITLE_HEIGHT = 1.45, 0.35  # size of an image and of its title, in inches
+TILE_WIDTH = 1.45  # width of an image, in inches
+TITLE_HEIGHT = 0.35  # height of the title of an image, in inches
 TILE_SIDE = 320  # longer side of an image, in pixels
 MAX_CLASSES_WITH_COUNTS = 20  # maximum number of classes for which counts are shown
 MAX_CLASSES_WITH_NAMES = 50  # maximum number of classes for which names are shown
@@ -127,18 +128,18 @@ def plot_attention(inspection: Inspection) -> Figure:
             | {name: overlay(image, values, region) for name, values in maps.items()}
         )
 
-    heights = [
-        TILE_WIDTH * min(max(each.height / each.width for each in row.values()), 1) for row in rows
-    ]
+    heights = []
+    for row in rows:
+        aspect_ratio = max(image.height / image.width for image in row.values())
+        heights.append(TILE_WIDTH * min(aspect_ratio, 1))
     size = (TILE_WIDTH * len(rows[0]), sum(heights) + TITLE_HEIGHT * len(rows))
     figure = Figure(figsize=size, dpi=100, facecolor="white", layout="constrained")
     grid = figure.subplots(
         len(rows), len(rows[0]), squeeze=False, gridspec_kw={"height_ratios": heights}
     )
 
-    for axes, (title, image) in zip(
-        grid.flat, (tile for row in rows for tile in row.items()), strict=True
-    ):
+    tiles = [tile for row in rows for tile in row.items()]
+    for axes, (title, image) in zip(grid.flat, tiles, strict=True):
         axes.axis("off")
         axes.imshow(image, interpolation="nearest")
         axes.set_title(textwrap.fill(shorten_text(title, 60), 22), fontsize=8)

@@ -31,9 +31,8 @@ from ..hub.model_folder import ModelFolder
 from .staging import DELETE_PATTERNS, stage_folder
 
 
-TIMEOUT = (
-    50.0  # maximum time without a response, in seconds; the duration of an upload is not limited
-)
+# Maximum time without a response, in seconds; the duration of an upload is not limited.
+TIMEOUT = 50.0
 TOKEN_SETTINGS_URL = "https://huggingface.co/settings/tokens"
 
 
@@ -131,12 +130,12 @@ def push_folder(
         return upload_folder(
             staged_folder,
             repo_id,
-            "model",
-            "Upload model",
-            DELETE_PATTERNS,
-            advice,
-            private,
-            branch,
+            repo_type="model",
+            message="Upload model",
+            delete_patterns=DELETE_PATTERNS,
+            advice=advice,
+            private=private,
+            branch=branch,
         )
 
 

@@ -112,11 +112,8 @@ def list_published_files(folder: ModelFolder) -> set[str]:
         names |= {PARITY_REPORT_FILE} if folder.parity_report else set()
         names |= {CERTIFICATE_FILE} if folder.certificate else set()
         names |= {ONNX_REPORT_FILE, *ONNX_FILES} if folder.onnx_report else set()
-        names |= (
-            set(RUN_FILES)
-            if folder.results or not (folder.path / RESULTS_FILE).is_file()
-            else set()
-        )
+        if folder.results or not (folder.path / RESULTS_FILE).is_file():
+            names |= set(RUN_FILES)
         names |= set(folder.images.values())
         names -= folder.private_files
     else:
@@ -137,9 +134,8 @@ def warn_about_images(folder: ModelFolder, files: set[str]) -> None:
     """Log a warning if an edited card shows images of the folder that are not published."""
     card = (folder.path / CARD_FILE).read_text(encoding="utf-8")
     shown_images = set(re.findall(rf"\b{IMAGES_FOLDER}/[\w.-]+", card))
-    if missing_images := sorted(
-        name for name in shown_images - files if (folder.path / name).is_file()
-    ):
+    missing_images = sorted(name for name in shown_images - files if (folder.path / name).is_file())
+    if missing_images:
         logger.warning(
             "%s shows images that vitcls did not write, and that are not pushed: %s. Upload them with `hf upload`",
             CARD_FILE,

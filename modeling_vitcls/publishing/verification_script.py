@@ -78,9 +78,8 @@ def collect_outputs(
         num_channels = 3 if processor.do_convert_rgb else config.num_channels
         shape = (num_channels, height * 5 // 4 + 1, width * 3 // 2 + 1)
         image = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-        pixel_values = outputs["AutoImageProcessor/pixel_values"] = processor(
-            image, return_tensors="pt"
-        )["pixel_values"]
+        pixel_values = processor(image, return_tensors="pt")["pixel_values"]
+        outputs["AutoImageProcessor/pixel_values"] = pixel_values
 
     architecture = (config.architectures or ["ViTCLSModel"])[0]
     for auto_class in dict.fromkeys(["AutoModel", get_auto_class(architecture)]):
@@ -91,9 +90,8 @@ def collect_outputs(
             source, dtype=torch.float32, output_loading_info=True, **options
         )
         report["classes"][auto_class] = type(model).__name__
-        if (
-            type(model).__name__ == architecture
-        ):  # other classes may have a head that the checkpoint lacks
+        # other classes may have a head that the checkpoint lacks
+        if type(model).__name__ == architecture:
             report["missing"] = sorted(info["missing_keys"])
 
         with torch.inference_mode():

@@ -203,11 +203,9 @@ def describe_code_differences(folder: Path) -> str:
         name for name in names if expected_files.get(name) != actual_files.get(name)
     )
     package = f"modeling_vitcls {__version__}"
-    return (
-        f"code differs from {package}: {', '.join(different_names)}"
-        if different_names
-        else f"code of {package}"
-    )
+    if different_names:
+        return f"code differs from {package}: {', '.join(different_names)}"
+    return f"code of {package}"
 
 
 def run_script(

@@ -71,14 +71,15 @@ def build_accelerator(
         and AcceleratorState().distributed_type is not DistributedType.FSDP
     ):
         AcceleratorState._reset_state()  # an earlier accelerator of this process may have another precision
+    project_config = None
+    if tracker_folder:
+        project_config = ProjectConfiguration(logging_dir=str(tracker_folder))
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # otherwise, several processes on CPUs would run independently
         mixed_precision=None if mixed_precision == "auto" else mixed_precision,
         log_with=list(trackers) or None,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_GROUP_TIMEOUT)],
-        project_config=ProjectConfiguration(logging_dir=str(tracker_folder))
-        if tracker_folder
-        else None,
+        project_config=project_config,
     )
 
     # Set here, because an environment variable of the launcher overrides the constructor argument.
