@@ -343,6 +343,7 @@ def collect_mean_states(
             )
             state_sums.append(states.cpu().double().sum(dim=0))
             batch_outputs.append(extract_outputs(model, outputs, batch.labels))
+
     joined_outputs = join_outputs(batch_outputs)
     return torch.stack(state_sums).sum(dim=0) / count_images(joined_outputs), joined_outputs
 
@@ -537,6 +538,7 @@ def join_outputs(batches: Sequence[Outputs]) -> Outputs:
         raise ValueError(
             "Ablation requires at least one image, but there are no images. Pass one or more images."
         )
+
     joined: Outputs = {}
     for name, first in batches[0].items():
         if isinstance(first, Features):

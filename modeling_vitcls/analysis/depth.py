@@ -74,6 +74,7 @@ def format_layers(layers: list[int]) -> str:
             runs[-1].append(layer)
         else:
             runs.append([layer])
+
     texts = [
         f"{run[0]} to {run[-1]}" if len(run) > 2 else " and ".join(map(str, run)) for run in runs
     ]

@@ -362,6 +362,7 @@ class InspectionBatches:
         self.pixels = pixels
         self.labels = labels
         self.batch_size = batch_size
+
         self.index_batches: list[list[int]] = []
         for indices in map(list, group_by_shape(dict(enumerate(pixels)))):
             size = min(batch_size, get_max_batch_size(model, pixels[indices[0]]))

@@ -276,6 +276,7 @@ def get_visible_keys(layer: RecordedLayer, num_rows: int) -> torch.Tensor:
     key = layer.key
     batch, _, num_rows, _ = query.shape
     mask = select_mask_rows(layer.mask, query, key)  # [B or 1, maps or 1, rows or 1, N]
+
     if mask is None:
         return torch.ones(batch, num_rows, key.shape[-2], dtype=torch.bool, device=key.device)
     if mask.dtype != torch.bool:  # additive mask

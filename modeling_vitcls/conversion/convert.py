@@ -71,6 +71,7 @@ def convert_checkpoint(
     source = load_source(source_name, random_init, family)
     model = convert_source(source)
     processor, preprocessing = source.convert_preprocessing()
+
     with create_output_folder(output) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)

@@ -182,6 +182,7 @@ def convert_linear_head(converted_weights: Weights, weights: Weights) -> Fields:
     for index, cls_column in enumerate(cls_columns, start=1):
         is_last = index == len(cls_columns)
         columns += [cls_column, mean_columns if is_last else torch.zeros_like(mean_columns)]
+
     converted_weights["classifier.weight"] = torch.cat(columns, dim=1).float()
     converted_weights["classifier.bias"] = bias
     return {

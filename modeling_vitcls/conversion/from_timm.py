@@ -74,6 +74,7 @@ def read_timm_model(model: nn.Module) -> tuple[ViTCLSConfig, Weights]:
         raise ConversionError(
             f"the model must be one of {', '.join(TIMM_CLASSES)} of timm, but it is {found}"
         )
+
     try:
         config = ViTCLSConfig(**read_config_fields(model))
     except ValueError as error:

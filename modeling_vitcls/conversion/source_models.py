@@ -75,6 +75,7 @@ class TimmSource(Source):
             raise ConversionError(
                 f"--random-init reads no file, but the source is timm:{name}. Remove one of them"
             )
+
         try:
             model, commit = load_timm_model(name, pretrained=not random_init)
         except Exception as error:  # downloads raise errors of many types

@@ -211,6 +211,7 @@ def read_branched_block(block: TimmModule) -> Fields:
     check_supported(is_plain, "gated or differential branches")
     has_norms = any(fields[name] for name in ("qk_norm", "attention_norm", "mlp_norm"))
     check_supported(not has_norms, "norms inside parallel branches")
+
     num_branches = len(block.attns)
     return fields | {
         "layer_type": "standard",

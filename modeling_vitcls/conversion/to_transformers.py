@@ -273,6 +273,7 @@ def get_effective_fields(config: ViTCLSConfig, has_head: bool) -> dict[str, Any]
         if field.name not in inherited_fields | IGNORED_FIELDS
     ]
     field_values = {name: getattr(config, name) for name in names}
+
     groups_with_positions = GROUPS_WITH_POSITIONS[config.position_embedding_tokens]
     pools_last_layer = config.pooled_layer_indices == [config.num_hidden_layers]
     has_partial_scope = any(scope != "image" for scope in config.cls_scopes or ())
@@ -291,6 +292,7 @@ def get_effective_fields(config: ViTCLSConfig, has_head: bool) -> dict[str, Any]
         "extra_heads": sorted(config.extra_heads or {}),
         "cls_scopes": config.cls_scopes if has_partial_scope else None,
     }
+
     unused_fields = get_unused_fields(config, has_head)
     return {name: value for name, value in field_values.items() if name not in unused_fields}
 

@@ -401,6 +401,7 @@ def fold_pixel_normalization(weights: Weights) -> Weights:
     """Fold the pixel normalization, (x - mean) / std, into the patch projection in float64."""
     if "input_conditioner.norm_mean" not in weights:  # the user has removed the input conditioner
         return weights
+
     folded_weights = dict(weights)
     mean = folded_weights.pop("input_conditioner.norm_mean").double().flatten()  # [C]
     std = folded_weights.pop("input_conditioner.norm_std").double().flatten()  # [C]

@@ -373,9 +373,11 @@ def describe_data(training_data: TrainingData) -> dict[str, Any]:
         "num_training_images": training_data.num_training_images,
         "num_held_out_images": training_data.num_held_out_images,
     }
+
     images = training_data.train
     if isinstance(images, StreamedImages):
         images = training_data.held_out
+
     if not isinstance(images, StreamedImages):
         labels = images.labels
         if isinstance(labels, MultiHotLabels):

@@ -96,6 +96,7 @@ def build_list_input(paths: Iterable[str]) -> ListInput:
         for name in list_files(path):
             if Path(name).suffix.lower() in IMAGE_SUFFIXES:
                 files.append(str(Path(path, name)))
+
     if not files:
         raise ValueError(
             f"there are no images in {', '.join(paths)}. Pass image files, or folders of images"

@@ -848,6 +848,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(
                 f"`cls_scopes` has {len(scopes)} scopes. Set one for each of {self.num_cls_tokens} CLS tokens."
             )
+
         for scope in scopes or ():
             if scope == "image":
                 continue
@@ -1140,6 +1141,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(
                 f"sincos_2d requires `hidden_size` to be a multiple of 4, but it is {self.hidden_size}."
             )
+
         if self.attention_type == "differential" and self.relative_position_bias != "none":
             raise ValueError(
                 '`attention_type="differential"` requires relative_position_bias="none".'
@@ -1173,6 +1175,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                 raise ValueError(
                     f"`{name}` must be at least 0 and below 1, but it is {getattr(self, name)}."
                 )
+
         if not math.isfinite(self.layer_scale_init_value or 0):
             raise ValueError(
                 f"`layer_scale_init_value` must be finite or None, not {self.layer_scale_init_value}."
@@ -1181,6 +1184,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(
                 f"`energy_threshold` must be finite or None, not {self.energy_threshold}."
             )
+
         for name in ("initializer_range", "rope_theta", "layer_norm_eps", "temperature"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(

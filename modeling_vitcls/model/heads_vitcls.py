@@ -326,6 +326,7 @@ def compute_cross_entropy(
             f"unknown label id: {owner} has {num_labels} labels, 0 to {num_labels - 1}. {error}"
         )
         raise ValueError(message) from error
+
     if num_items_in_batch is not None:
         return loss_sum / num_items_in_batch
     return loss_sum / (labels != IGNORED_LABEL).sum().clamp(min=1)

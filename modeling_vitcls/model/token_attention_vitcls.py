@@ -70,6 +70,7 @@ def record_attention(
     previous_recorders = {
         index: attention.recorder for index, attention in attention_modules.items()
     }
+
     try:
         for index, attention in attention_modules.items():
             attention.recorder = partial(record, index)

@@ -176,6 +176,7 @@ def check_hashes(commit: HubCommit, files: Path, pushed: ModelFolder | None = No
             )
     except HUB_ERRORS as error:
         raise OSError(f"cannot check {commit.repo_id}: {format_hub_error(error)}") from error
+
     names = [mismatch["path"] for mismatch in result.mismatches] + (
         result.extra_paths if pushed else []
     )

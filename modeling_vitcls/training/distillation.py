@@ -63,6 +63,7 @@ class Distillation(ViTCLSPreTrainedModel):
         outputs = self.vitcls(pixel_values, **kwargs)
         if not project:
             return outputs
+
         states = outputs.last_hidden_state  # [B, N, D]
         layout = self.config.token_layout
         tokens = [outputs.pooler_output]
@@ -70,6 +71,7 @@ class Distillation(ViTCLSPreTrainedModel):
             tokens = states[:, layout.distillation].unbind(dim=1)
         if len(tokens) == 1:  # shared by all teachers
             tokens = [tokens[0]] * len(self.projectors)
+
         predictions = [
             projector(token) for projector, token in zip(self.projectors, tokens, strict=True)
         ]
@@ -105,6 +107,7 @@ class FeatureTeachers:
                     for each in features
                 ]
             )
+
         for vectors in zip(*samples, strict=True):
             mean, matrix = fit_phi_s(torch.cat(vectors)[:num_images].cpu().double())
             self.standardizations.append((mean.to(vectors[0]), matrix.to(vectors[0])))

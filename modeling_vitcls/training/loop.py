@@ -361,6 +361,7 @@ class TrainingLoop:
         seconds = self.step_seconds[self.num_logged_steps :]
         self.num_logged_steps = len(self.step_seconds)
         self.peak_memory = max(self.peak_memory, get_peak_memory(self.accelerator.device))
+
         means = self.accelerator.reduce(
             torch.tensor(local_means, device=self.accelerator.device), "mean"
         ).tolist()

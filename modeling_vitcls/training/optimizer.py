@@ -46,6 +46,7 @@ def build_parameter_groups(
         if parameter.requires_grad:
             decay = weight_decay if id(parameter) in weight_decay_ids else 0.0
             groups[layer_decay ** (max_depth - depths[name]), decay].append(parameter)
+
     return [
         {"params": parameters, "lr_scale": scale, "weight_decay": decay}
         for (scale, decay), parameters in groups.items()
@@ -63,6 +64,7 @@ def get_parameter_depths(model: nn.Module) -> dict[str, int]:
         name: int(match[1]) for name in names if (match := re.search(r"\blayers\.(\d+)\.", name))
     }
     head_depth = max(layer_indices.values(), default=-1) + 2
+
     depths = {}
     for name in names:
         if name in layer_indices:

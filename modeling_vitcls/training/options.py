@@ -82,6 +82,7 @@ class ModelOptions:
             for name, value in vars(self).items()
             if name not in ("model", "fit") and value not in (None, "native")
         }
+
         if self.pooled_layers:
             config_values["pooled_layers"] = list(self.pooled_layers)
         if self.cls_scopes:

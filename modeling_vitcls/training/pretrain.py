@@ -271,6 +271,7 @@ def compare_features(before: dict[str, Any], after: dict[str, Any]) -> str:
         if name in after
     ]
     is_worse = all(after[name] < before[name] for name in names if name in after) and bool(texts)
+
     if not texts:
         texts = [
             f"effective rank {before['effective_rank']} -> {after['effective_rank']} (no labels)"
@@ -279,6 +280,7 @@ def compare_features(before: dict[str, Any], after: dict[str, Any]) -> str:
         texts.append(
             f"cosine with teacher {index} {before['teacher_cosines'][index]:.3f} -> {cosine:.3f}"
         )
+
     text = f"{', '.join(texts)} on {after['num_images']:,} held-out images, from before to after pre-training"
     return f"{text}. Pre-training made the features worse" if is_worse else text
 

@@ -82,6 +82,7 @@ class SignalHandler:
         now = time.monotonic()
         if self.received_signal is None:
             self.received_signal = signal.Signals(signum)
+
         first_time = self.signal_times.setdefault(signum, now)
         if (
             signum == signal.SIGINT

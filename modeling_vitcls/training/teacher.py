@@ -93,6 +93,7 @@ class Teacher(nn.Module):
         self.preprocessing = preprocessing
         # model's outputs -> logits of the student's labels, or features
         self.read_outputs = read_outputs
+
         height, width = preprocessing.height_width
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.description = f"{source}: {num_parameters:,} parameters, at {height} x {width} pixels"
@@ -375,6 +376,7 @@ class TeacherCache:
         views = batch["view"].cpu()
         indices = batch["index"].cpu()
         is_missing = ~self.is_cached[views, indices]  # [B]
+
         if is_missing.any():
             outputs = self.teacher.predict(batch).to("cpu", torch.float16)
             check_teacher_outputs(outputs, self.teacher.source)  # float16 has a smaller range
