@@ -149,6 +149,7 @@ def compute_ablations(
     if not targets:
         return ablations
 
+    # [L + 1, S, D]
     means, before = collect_mean_states(
         model, batches, range(model.config.token_layout.num_prefix_tokens)
     )

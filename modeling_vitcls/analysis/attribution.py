@@ -149,7 +149,7 @@ class AttentionTrace:
     def compute_rollout(self) -> torch.Tensor:
         """Return the attention rollout [B, S, N] (`compute_attention_rollout`)."""
         query = self.layers[-1].query
-        identity = torch.eye(query.shape[2], device=query.device)
+        identity = torch.eye(query.shape[2], device=query.device)  # [N, N]
         # [B, S, N]
         rollout = identity[: self.config.token_layout.num_prefix_tokens].expand(len(query), -1, -1)
         for layer, attention in zip(

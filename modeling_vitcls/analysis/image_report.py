@@ -189,7 +189,7 @@ def decompose_patches(features: Sequence[torch.Tensor]) -> tuple[list[torch.Tens
     num_components = min(NUM_COLOR_CHANNELS, *rows.shape)
     pca = PCA(num_components, random_state=0)
     with np.errstate(invalid="ignore"):  # the variance of equal patches is 0
-        components = pca.fit_transform(rows)
+        components = pca.fit_transform(rows)  # [patches, components]
 
     low, high = np.quantile(components, COLOR_QUANTILES, axis=0)
     # 0.5 is the value of missing components if there are fewer than three components.

@@ -186,9 +186,7 @@ def inspect_model(
     for index, kind in watch(kinds_by_index.items(), "computing maps"):
         name = f"image {index + 1}" if names is None else names[index]
         truth = label_space.format_label(labels[index]) if has_head and labels is not None else None
-        image_reports.append(
-            build_image_report(model, processor, images[index], name=name, truth=truth, kind=kind)
-        )
+        image_reports.append(build_image_report(model, processor, images[index], name, truth, kind))
 
     return Inspection(
         config=config,

@@ -95,9 +95,8 @@ def rewrite_state_dict(model: TimmModule) -> Weights:
         prefix = f"blocks.{index}."
         if get_class_name(block) == "ParallelThingsBlock":
             merge_branches(weights, prefix, len(block.attns))
-        attention, attention_prefix = (
-            (block.attn, f"{prefix}attn.") if hasattr(block, "attn") else (block, prefix)
-        )
+        attention = getattr(block, "attn", block)
+        attention_prefix = f"{prefix}attn." if hasattr(block, "attn") else prefix
         if hasattr(attention, "lambda_q1"):
             fold_differential_lambda(weights, attention_prefix, attention.lambda_init)
     return weights

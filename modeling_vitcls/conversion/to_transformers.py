@@ -64,9 +64,8 @@ def convert_to_transformers(
         )
     best_match = find_best_match(name, model.config, native_size_only)
     if best_match.mismatches:
-        is_native_size_enough = not find_best_match(
-            name, model.config, native_size_only=True
-        ).mismatches
+        native_size_match = find_best_match(name, model.config, native_size_only=True)
+        is_native_size_enough = not native_size_match.mismatches
         hint = ". Set native_size_only=True if one size is enough" if is_native_size_enough else ""
         raise ConversionError(
             f"{best_match.target.name}, the nearest class of transformers, does not support the model: "

@@ -100,9 +100,8 @@ def split_prefix(name: str) -> tuple[str, str]:
     if name.startswith("timm:"):
         kind, separator, folder = name.removeprefix("timm:").partition(":")
         if separator:
-            return (
-                (f"timm:{kind}:", folder) if kind.replace("_", "-") == "local-dir" else (name, "")
-            )
+            is_folder = kind.replace("_", "-") == "local-dir"
+            return (f"timm:{kind}:", folder) if is_folder else (name, "")
         model, separator, file = name.partition("@")
         return f"{model}{separator}", file
     if name.startswith("transformers:"):

@@ -115,7 +115,7 @@ def measure_prediction_sets(
 
     sets = build_prediction_sets(probabilities[1::2], limit)
     labels = labels[1::2]
-    is_covered = sets[np.arange(len(sets)), labels]
+    is_covered = sets[np.arange(len(sets)), labels]  # [N / 2]
     groups = [(ALL_CLASSES, np.ones(len(labels), dtype=bool))]
     groups += [(name, labels == index) for index, name in enumerate(names)]
     return [

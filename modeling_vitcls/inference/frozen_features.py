@@ -85,7 +85,7 @@ class FeatureLayout:
         """Return the classifier with zeros for the part of the model's input that a candidate does not read."""
         read = self.get_columns(candidate.layers, candidate.tokens)
         pooled = self.get_columns(candidate.layers, candidate.pooling)
-        weight = np.zeros((len(classifier.weight), len(pooled)), np.float32)
+        weight = np.zeros((len(classifier.weight), len(pooled)), np.float32)  # [L, pooled]
         weight[:, np.isin(pooled, read)] = classifier.weight
         return LinearClassifier(weight, classifier.bias)
 

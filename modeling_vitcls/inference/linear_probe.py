@@ -399,7 +399,7 @@ class CrossValidation:
 
     def compute_losses(self) -> np.ndarray:
         """Return the log loss of each image for each strength, NaN where it was not computed."""
-        log_probabilities = log_softmax(self.logits, axis=2)
+        log_probabilities = log_softmax(self.logits, axis=2)  # [strengths, N, L]
         return -log_probabilities[:, np.arange(len(self.labels)), self.labels]
 
     def get_score(self) -> Score:

@@ -61,16 +61,14 @@ class SingleLabelMetrics:
         num_classes = len(self.names)
         self.counts = ClassCounts(num_classes).to(device)
         self.loss = build_aggregator(MeanMetric, device)
-        self.calibration_error = MulticlassCalibrationError(
-            num_classes, n_bins=15, validate_args=False
-        ).to(device)
+        calibration_error = MulticlassCalibrationError(num_classes, n_bins=15, validate_args=False)
+        self.calibration_error = calibration_error.to(device)
         self.top_5_accuracy = build_aggregator(MeanMetric, device) if num_classes > 5 else None
         self.head_accuracies = {name: build_aggregator(MeanMetric, device) for name in HEAD_OUTPUTS}
         self.confusion_matrix = None
         if num_classes <= MAX_MATRIX_CLASSES:
-            self.confusion_matrix = MulticlassConfusionMatrix(num_classes, validate_args=False).to(
-                device
-            )
+            confusion_matrix = MulticlassConfusionMatrix(num_classes, validate_args=False)
+            self.confusion_matrix = confusion_matrix.to(device)
 
     def update(self, outputs: Any, labels: torch.Tensor) -> None:
         """Update the metrics with logits [B, L], labels [G] and the logits of each of two heads, if there are."""
@@ -83,7 +81,7 @@ class SingleLabelMetrics:
     def update_logits(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Update the metrics with logits [B, L] and labels [G]. Images with the label -100 are ignored."""
         is_known = labels != IGNORED_LABEL
-        logits = logits[: len(labels)][is_known].float()
+        logits = logits[: len(labels)][is_known].float()  # [G, L]
         labels = labels[is_known]
         predictions = logits.argmax(dim=1)  # [G]
         num_classes = len(self.names)

@@ -144,6 +144,7 @@ def build_cell_mask(scope: list[int], grid_size: tuple[int, int], device: torch.
 
     y = torch.arange(grid_rows, device=device)
     x = torch.arange(grid_columns, device=device)
+    # [grid_rows], [grid_columns]
     is_cell_row = (y >= row * grid_rows // rows) & (y < (row + 1) * grid_rows // rows)
     is_cell_column = (x >= column * grid_columns // columns) & (
         x < (column + 1) * grid_columns // columns

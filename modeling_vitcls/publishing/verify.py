@@ -177,9 +177,9 @@ def check_hashes(commit: HubCommit, files: Path, pushed: ModelFolder | None = No
     except HUB_ERRORS as error:
         raise OSError(f"cannot check {commit.repo_id}: {format_hub_error(error)}") from error
 
-    names = [mismatch["path"] for mismatch in result.mismatches] + (
-        result.extra_paths if pushed else []
-    )
+    names = [mismatch["path"] for mismatch in result.mismatches]
+    if pushed:
+        names += result.extra_paths
     if names:
         problem = (
             "damaged on the Hub" if pushed is None else f"missing or different from {pushed.path}"

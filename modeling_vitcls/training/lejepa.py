@@ -134,7 +134,7 @@ def crop(pixels: Tensor, size: list[int], scale: tuple[float, float]) -> Tensor:
     width = (area * ratio).sqrt().clamp(max=1)
     height = (area / ratio).sqrt().clamp(max=1)
 
-    transforms = pixels.new_zeros(len(pixels), 2, 3)
+    transforms = pixels.new_zeros(len(pixels), 2, 3)  # [B, 2, 3]
     transforms[:, 0, 0] = width * (1 - 2 * (flip < 0.5).float())
     transforms[:, 0, 2] = (2 * x - 1) * (1 - width)
     transforms[:, 1, 1] = height

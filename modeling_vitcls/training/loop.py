@@ -362,9 +362,8 @@ class TrainingLoop:
         self.num_logged_steps = len(self.step_seconds)
         self.peak_memory = max(self.peak_memory, get_peak_memory(self.accelerator.device))
 
-        means = self.accelerator.reduce(
-            torch.tensor(local_means, device=self.accelerator.device), "mean"
-        ).tolist()
+        local_tensor = torch.tensor(local_means, device=self.accelerator.device)
+        means = self.accelerator.reduce(local_tensor, "mean").tolist()
         mean_losses = {
             name: round(mean, 6) for name, mean in zip(recent_losses[0], means, strict=True)
         }
