@@ -346,8 +346,8 @@ def find_identical_token(model: Any, findings: Findings, index: int) -> tuple[in
         last = min(used_layers[index], used_layers[other])
         norms = findings.mean_states[last].norm(dim=-1)  # [S]
         variation = findings.variation[last] * norms  # [S], in the unit of `state_distance`
-        limit = MAX_IDENTICAL_DISTANCE * variation[[index, other]].min()
-        limit = limit + ROUNDING_ERROR * norms[index]
+        max_distance = MAX_IDENTICAL_DISTANCE * variation[[index, other]].min()
+        limit = max_distance + ROUNDING_ERROR * norms[index]
 
         distance = findings.state_distance[last, index, other]
         is_similar = findings.between_tokens[last, index, other] >= MIN_IDENTICAL_SIMILARITY

@@ -130,6 +130,7 @@ class Sheet:
 
         If there are too many columns, all rows continue on further lines.
         """
+        # rounded up
         num_lines = -(-len(headers) // MAX_COLUMNS)
         num_columns = -(-len(headers) // num_lines)
         width = (WIDTH - 2 * MARGIN - NAME_WIDTH + GAP) / max(num_columns, min_columns) - GAP

@@ -336,9 +336,8 @@ def load_timm_weights(model: Any, weights: Weights, family: str) -> None:
     for name in ("masked_embed", LINEAR_HEAD, "linear_head.bias"):
         tensors.pop(name, None)
     if "rope_embed.periods" in tensors:  # timm computes the periods
-        model.rope._compute_periods = lambda device="cpu", dtype=None: tensors[
-            "rope_embed.periods"
-        ].to(device, dtype)
+        periods = tensors["rope_embed.periods"]
+        model.rope._compute_periods = lambda device="cpu", dtype=None: periods.to(device, dtype)
         model.rope.reset_parameters()
     if family in ("dinov2", "tips"):
         tensors.setdefault("mask_token", torch.zeros(1))  # timm detects DINOv2 weights by this name

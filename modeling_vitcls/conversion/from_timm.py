@@ -182,9 +182,8 @@ def fold_differential_lambda(weights: Weights, prefix: str, lambda_init: float) 
     ]
     lambda_1, lambda_2 = (product.double().sum().reshape(1) for product in products)
     scale = weights[f"{prefix}sub_norm.weight"]
-    weights[f"{prefix}lambda_full"] = (lambda_1.exp() - lambda_2.exp() + lambda_init).to(
-        scale.dtype
-    )
+    lambda_full = lambda_1.exp() - lambda_2.exp() + lambda_init
+    weights[f"{prefix}lambda_full"] = lambda_full.to(scale.dtype)
     weights[f"{prefix}sub_norm.weight"] = scale * (1 - lambda_init)
 
 

@@ -96,9 +96,8 @@ class ConvertibleClass:
     encoder_name: str | None = None
     # fields of `ViTCLSConfig` that depend on the class
     fields: Mapping[str, Any] = field(default_factory=dict)
-    unused_patterns: tuple[
-        str, ...
-    ] = ()  # name patterns of encoder weights that the class does not use
+    # name patterns of encoder weights that the class does not use
+    unused_patterns: tuple[str, ...] = ()
     # function that reads the labels from the configuration
     read_labels: Callable[[Any], Fields] = read_labels
 

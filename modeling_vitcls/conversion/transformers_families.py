@@ -35,9 +35,8 @@ class TransformersFamily:
 
     # function (configuration, weights) that returns fields of `ViTCLSConfig`
     read_fields: Callable[[Any, Weights], Fields]
-    family_rules: Sequence[
-        Rule
-    ] = ()  # rules for encoder weights that take precedence over `COMMON_RULES`
+    # rules for encoder weights that take precedence over `COMMON_RULES`
+    family_rules: Sequence[Rule] = ()
     # fields of `ViTCLSConfig` that are the same for all models
     fields: Fields = field(default_factory=dict)
     # function that prepares the weights for the rules, for example by merging several weights

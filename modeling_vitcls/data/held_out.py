@@ -86,6 +86,7 @@ class HeldOutRule:
                 first_member = (self.fold - 1 - label) % self.num_folds
                 is_held_out[members[first_member :: self.num_folds]] = True
             elif self.fraction and len(members) > 1:
+                # of each class, at least one image is held out, and at least one is not
                 num_held_out = round(self.fraction * len(members))
                 is_held_out[members[: min(max(num_held_out, 1), len(members) - 1)]] = True
 

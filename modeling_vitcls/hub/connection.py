@@ -140,7 +140,7 @@ def retry(
             requested_wait = response.headers.get("Retry-After", "") if response is not None else ""
             if requested_wait.isdecimal() and float(requested_wait) > wait:
                 wait = min(float(requested_wait), MAX_RETRY_WAIT)
-                deadline += wait
+                deadline += wait  # a wait that the Hub requests does not count
 
             delay_text = f"in {wait:.0f} s" if wait >= 1 else "immediately"
             logger.warning(

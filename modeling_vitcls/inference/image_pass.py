@@ -390,6 +390,7 @@ class ImagePass:
                     cache.append(copy.deepcopy(batch))
                 yield batch
 
+        # set after the last batch, because a caller may stop earlier
         self.cache = cache
 
 

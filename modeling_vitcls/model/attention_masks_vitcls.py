@@ -174,9 +174,9 @@ class RelativePositionBias(nn.Module):
         """Return the bias [B or 1, heads, N, N] with the mask applied, or a list with one bias per layer."""
         require_additive_mask(self.config, "relative_position_bias")
         index = self.get_relative_position_index(grid_size, hidden_states.device)  # [N, N]
-        tables = resample_bias_tables(self.tables, self.config.grid_size, grid_size).to(
-            hidden_states.dtype
-        )
+        # [tables, distances + 3, heads]
+        tables = resample_bias_tables(self.tables, self.config.grid_size, grid_size)
+        tables = tables.to(hidden_states.dtype)
         # table[index]: [N, N, heads]
         biases = [apply_mask(table[index].permute(2, 0, 1).unsqueeze(0), mask) for table in tables]
         return biases if len(biases) > 1 else biases[0]

@@ -213,6 +213,7 @@ class ExtraHeads(nn.ModuleDict):
                 tokens = layer_tokens[layer]
                 has_too_few_tokens = pooler.pooling != "cls" or tokens.shape[1] < num_cls_tokens
                 if layer == last_layer and compute_all_tokens is not None and has_too_few_tokens:
+                    # a second pass of the last layer, at most once for all heads
                     all_tokens = compute_all_tokens() if all_tokens is None else all_tokens
                     tokens = all_tokens
                 pooled.append(pooler(tokens))
@@ -349,7 +350,7 @@ def compute_masked_pixel_loss(
     target = split_into_patches(pixel_values, config).float()
 
     if config.norm_pixel_target:
-        correction = int(target.shape[-1] > 1)
+        correction = int(target.shape[-1] > 1)  # the unbiased variance of one value would be NaN
         variance, mean = torch.var_mean(target, dim=-1, keepdim=True, correction=correction)
         target = (target - mean) / (variance + 1e-6).sqrt()
 

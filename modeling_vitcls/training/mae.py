@@ -142,12 +142,11 @@ class MAE(ViTCLSPreTrainedModel):
             visible_patches.indices = None
 
         special_tokens, patches = tokens.split([self.num_prefix_tokens, num_visible], dim=1)
-        all_patches = self.mask_token.to(tokens.dtype).expand(
-            len(tokens), bool_masked_pos.shape[1], -1
-        )
-        all_patches = all_patches.scatter(
-            1, visible.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]), patches
-        )
+        mask_token = self.mask_token.to(tokens.dtype)
+        # [B, patches, width]: the mask token, replaced with the encoder's output at visible patches
+        all_patches = mask_token.expand(len(tokens), bool_masked_pos.shape[1], -1)
+        indices = visible.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])  # [B, K, width]
+        all_patches = all_patches.scatter(1, indices, patches)
         _, all_patches = self.decoder_positions({}, all_patches, grid_size)
 
         hidden_states = torch.cat([special_tokens, all_patches], dim=1)
