@@ -66,7 +66,6 @@ def choose_engine(job: Job, print_line: Callable[[str], None]) -> Any:
     except (ValueError, OSError) as error:
         print_line(f"engine: PyTorch, because {error}")
         return job.model
-
     if choice.engine != TORCH:
         print_line(
             f"engine: {get_engine_name(model)}, measured to be {choice.times_as_fast:.2f} times as fast as PyTorch. "
@@ -172,7 +171,6 @@ def write_missing_graphs(job: Job, output_names: list[str], names: list[str]) ->
     job.engines_folder.mkdir(exist_ok=True)
     if all((job.engines_folder / name).is_file() for name in names):
         return
-
     graph_shape = select_graph_shape(job.model, job.image_size, dynamic=False)
     graph = trace_model(job.model, graph_shape, torch.float32)
     with tempfile.TemporaryDirectory(prefix=f"{ENGINES_FOLDER}.", dir=job.folder.path) as name:
