@@ -35,7 +35,7 @@ from ..inference.intervals import (
 from ..inference.prediction_rows import DEFAULT_THRESHOLD
 from ..model.configuration_vitcls import TokenLayout, ViTCLSConfig
 from ..model.heads_vitcls import IGNORED_LABEL
-from .maps import get_head_readers, get_used_token_mask
+from .maps import get_used_token_mask
 from .model_utils import evaluation_mode, get_classifier_or_encoder, is_classifier, unwrap_model
 
 
@@ -218,12 +218,6 @@ def plan_redraws(model: Any) -> Iterator[tuple[list[str], list[str]]]:
             )
         if len(unread_keys) == len(members) > 1:
             yield [group], [group] * NUM_NULL_DRAWS
-
-
-def feeds_head_alone(model: Any, indices: Sequence[int]) -> list[str]:
-    """Return the names of the heads that read only tokens at these sequence indices (`get_head_readers`)."""
-    readers = get_head_readers(model.config, is_classifier(model))
-    return [head for head, read in readers.items() if read and read <= set(indices)]
 
 
 # Effects -------------------------------------------------------------------------------------------------------------

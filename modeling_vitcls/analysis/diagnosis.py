@@ -28,10 +28,9 @@ from .ablation import (
     Effect,
     Outputs,
     Predictions,
-    feeds_head_alone,
     get_ablation_targets,
 )
-from .maps import count_used_layers, get_used_token_mask
+from .maps import count_used_layers, feeds_head_alone, get_head_readers
 from .model_utils import is_classifier
 from .register_neurons import OUTLIER_RATIO
 from .token_statistics import Findings
@@ -181,6 +180,9 @@ def diagnose_tokens(
         token_movement: distance by which training moved each token, with keys such as `cls[0]` (`token_movement` in
             results.json); None if unknown.
     """
+    has_head = is_classifier(model)
+    readers = get_head_readers(model.config, has_head)
+    *used_layers, _ = count_used_layers(model.config, has_head)
     names = get_token_names(model.config)
     movement = token_movement or {}
     verdicts = []
@@ -189,13 +191,13 @@ def diagnose_tokens(
         effects = {kind: effects_by_key[key] for kind, effects_by_key in (ablations or {}).items()}
         is_group = "[" not in key
         group_name = "CLS token" if key == "cls" else SINGLE_TOKEN_NAMES.get(key)
-        outcome, numbers = judge_effects(model, indices, effects)
+        outcome, numbers = judge_effects(readers, has_head, indices, effects)
         faults = find_harm(effects, sum(map(len, (ablations or {}).values())))
 
         if not is_group:
             moved = movement.get(key)
-            numbers |= {"movement": moved, **collect_numbers(model, findings, indices[0])}
-            faults |= find_faults(model, findings, indices[0], names, numbers)
+            numbers |= {"movement": moved, **collect_numbers(used_layers, findings, indices[0])}
+            faults |= find_faults(used_layers, findings, indices[0], names, numbers)
             is_unimportant = outcome in (Outcome.REPLACEABLE, Outcome.NO_EFFECT)
             if moved == 0 and is_unimportant and any(movement.values()):
                 faults[Fault.NOT_MOVED] = {}
@@ -209,23 +211,26 @@ def diagnose_tokens(
 
 
 def judge_effects(
-    model: Any, indices: Sequence[int], effects: dict[str, dict[str, Effect]]
+    readers: dict[str, set[int]],
+    has_head: bool,
+    indices: Sequence[int],
+    effects: dict[str, dict[str, Effect]],
 ) -> tuple[Outcome, dict[str, Any]]:
     """Return the outcome for the tokens at sequence indices `indices`, and the measured values.
 
-    `effects` maps (kind of ablation, name of output) to effects.
+    `readers` are the tokens that each output is computed from (`get_head_readers`), and `effects`
+    maps (kind of ablation, name of output) to effects.
     """
     if not effects:
         return Outcome.NOT_MEASURED, {}
 
-    has_head = is_classifier(model)
     flat_effects = [
         (kind, name, effect)
         for kind, by_name in effects.items()
         for name, effect in by_name.items()
     ]
-    heads = feeds_head_alone(model, indices)
-    is_read = any(get_used_token_mask(model.config, has_head)[index] for index in indices)
+    heads = feeds_head_alone(readers, indices)
+    is_read = bool(set(indices) & set().union(*readers.values()))
     head_effects = [item for item in flat_effects if item[0] == "information" and item[1] in heads]
 
     # The effect with the largest ratio to its limit decides; without limits, the largest effect.
@@ -283,12 +288,16 @@ def find_harm(effects: dict[str, dict[str, Effect]], num_tests: int) -> Faults:
 
 
 def find_faults(
-    model: Any, findings: Findings, index: int, names: Sequence[str], numbers: Mapping[str, Any]
+    used_layers: Sequence[int],
+    findings: Findings,
+    index: int,
+    names: Sequence[str],
+    numbers: Mapping[str, Any],
 ) -> Faults:
     """Return the faults of the token at sequence index `index`. `numbers` are the values of `collect_numbers`."""
     last = numbers["read_layers"]
     faults: Faults = {}
-    identical = find_identical_token(model, findings, index)
+    identical = find_identical_token(used_layers, findings, index)
     if identical is not None:
         other, shared = identical
         faults[Fault.IDENTICAL] = {"other": names[other], "layer": shared}
@@ -309,19 +318,19 @@ def find_faults(
     ):
         faults[Fault.LARGE_NORM] = {}
 
-    equal_token, distance = find_equal_attention(model, findings, index)
+    equal_token, distance = find_equal_attention(used_layers, findings, index)
     if equal_token is not None and identical is None:
         faults[Fault.EQUAL_ATTENTION] = {"other": names[equal_token], "distance": distance}
     return faults
 
 
-def collect_numbers(model: Any, findings: Findings, index: int) -> dict[str, Any]:
+def collect_numbers(used_layers: Sequence[int], findings: Findings, index: int) -> dict[str, Any]:
     """Return the measured values of the token at sequence index `index` by name.
 
     The smaller variation of one very large channel does not hide the variation of the other
     channels.
     """
-    last = count_used_layers(model.config, is_classifier(model))[index]
+    last = used_layers[index]
     # [layers, H], attention to patches
     fractions = findings.attention_fractions[:last, :, index, -1]
     variation = torch.max(findings.variation[last, index], findings.channel_variation[last, index])
@@ -335,12 +344,13 @@ def collect_numbers(model: Any, findings: Findings, index: int) -> dict[str, Any
     }
 
 
-def find_identical_token(model: Any, findings: Findings, index: int) -> tuple[int, int] | None:
+def find_identical_token(
+    used_layers: Sequence[int], findings: Findings, index: int
+) -> tuple[int, int] | None:
     """Return the index of the nearest token with the same state, and a layer, or None.
 
     The layer is the last in which both tokens are used, where their states are compared.
     """
-    *used_layers, _ = count_used_layers(model.config, is_classifier(model))
     candidates = []
     for other in range(len(used_layers)):
         last = min(used_layers[index], used_layers[other])
@@ -357,13 +367,14 @@ def find_identical_token(model: Any, findings: Findings, index: int) -> tuple[in
     return min(candidates)[1:] if candidates else None
 
 
-def find_equal_attention(model: Any, findings: Findings, index: int) -> tuple[int | None, float]:
+def find_equal_attention(
+    used_layers: Sequence[int], findings: Findings, index: int
+) -> tuple[int | None, float]:
     """Return the index of another token with nearly the same attention maps, or None, and the distance.
 
     The distance between the maps of both tokens is relative to the mean distance of these maps from
     uniform attention.
     """
-    *used_layers, _ = count_used_layers(model.config, is_classifier(model))
     candidates = []
     for other in range(len(used_layers)):
         layers = slice(0, min(used_layers[index], used_layers[other]))

@@ -8,6 +8,7 @@ The rows are returned by `model.token_attention`. Figures are in figures.py.
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -57,6 +58,14 @@ def get_head_readers(config: ViTCLSConfig, has_head: bool = True) -> dict[str, s
     if config.has_distillation_head:
         heads["distillation"] = distillation
     return heads
+
+
+def feeds_head_alone(readers: dict[str, set[int]], indices: Sequence[int]) -> list[str]:
+    """Return the names of the heads that read only tokens at these sequence indices.
+
+    `readers` is the output of `get_head_readers`.
+    """
+    return [head for head, read in readers.items() if read and read <= set(indices)]
 
 
 def get_used_token_mask(config: ViTCLSConfig, has_head: bool = True) -> list[bool]:

@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..model.modeling_vitcls import ViTCLSPreTrainedModel
 from .model_utils import evaluation_mode
@@ -129,9 +130,9 @@ def encode_patches(
     with ExitStack() as hooks, evaluation_mode(model), torch.no_grad():
         for layer in encoder.layers:
             down_projection = layer.mlp.fc2 if hasattr(layer.mlp, "fc2") else layer.mlp.down_proj
-            hooks.enter_context(
-                (layer.mlp.norm or down_projection).register_forward_pre_hook(read_activations)
-            )
+            has_norm = not isinstance(layer.mlp.norm, nn.Identity)
+            reader = layer.mlp.norm if has_norm else down_projection
+            hooks.enter_context(reader.register_forward_pre_hook(read_activations))
         outputs = encoder(pixel_values.to(model.device), output_hidden_states=True)
     return [states[:, patches] for states in outputs.hidden_states], activations
 

@@ -136,10 +136,8 @@ class CPUMLP(CPUKernel, ViTCLSMLP):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Apply the MLP, [B, N, D] -> [B, N, D]."""
-        between = (self.register_neurons, self.norm)
-        is_plain = all(type(module) is nn.Identity for module in between)
         if (
-            not (is_plain and hidden_states.is_cpu)
+            not hidden_states.is_cpu
             or is_capturing_graph()
             or not can_fuse_gelu(self)
             or not torch.backends.mkldnn.enabled
@@ -190,6 +188,10 @@ KERNEL_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
+# Classes of the modules of an MLP whose GELU can be fused, in the order of the forward pass.
+FUSED_CLASSES = [CPULinear, GELUActivation, nn.Identity, nn.Identity, CPULinear]
+
+
 # Conditions ----------------------------------------------------------------------------------------------------------
 def can_use_onednn(linear: nn.Linear | nn.Conv2d, inputs: Tensor) -> bool:
     """Return whether oneDNN can be used and is faster. Return False under torch.func or a dispatch mode."""
@@ -212,9 +214,9 @@ def can_use_onednn(linear: nn.Linear | nn.Conv2d, inputs: Tensor) -> bool:
 
 
 def can_fuse_gelu(mlp: ViTCLSMLP) -> bool:
-    """Return whether an MLP has the exact GELU and `CPULinear` layers, and none of them has hooks."""
-    modules = (mlp.fc1, mlp.activation_fn, mlp.fc2)
-    has_classes = [type(module) for module in modules] == [CPULinear, GELUActivation, CPULinear]
+    """Return whether an MLP has only the exact GELU between `CPULinear` layers, and no hooks."""
+    modules = (mlp.fc1, mlp.activation_fn, mlp.register_neurons, mlp.norm, mlp.fc2)
+    has_classes = [type(module) for module in modules] == FUSED_CLASSES
     return has_classes and not any(map(has_hooks, modules))
 
 

@@ -35,11 +35,11 @@ from modeling_vitcls.analysis.ablation import (
     compute_effect,
     count_images,
     encode_labels,
-    feeds_head_alone,
     get_token_keys,
     redraw_tokens,
     replace_by_means,
 )
+from modeling_vitcls.analysis.maps import feeds_head_alone, get_head_readers
 from modeling_vitcls.inference.image_pass import ImageBatch
 from modeling_vitcls.inference.intervals import compute_bootstrap_interval
 from modeling_vitcls.model.attention_masks_vitcls import build_attention_mask
@@ -202,7 +202,8 @@ def test_null_distributions_are_effects_of_redrawn_tokens() -> None:
 def test_tokens_that_alone_feed_a_head(
     fields: dict[str, Any], indices: list[int], heads: list[str]
 ) -> None:
-    assert feeds_head_alone(build_classifier(**fields), indices) == heads
+    readers = get_head_readers(build_classifier(**fields).config)
+    assert feeds_head_alone(readers, indices) == heads
 
 
 # Effects in numbers --------------------------------------------------------------------------------------------------
