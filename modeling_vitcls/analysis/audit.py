@@ -93,7 +93,7 @@ def audit_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     for file in (options.audit, options.audit.with_suffix(".csv")):
         if file.exists() and not options.overwrite:
             raise ValueError(
-                f"{file} exists, and may have been edited. Set --overwrite, or another --audit"
+                f"{file} exists, and may have been edited. Set `overwrite=True`, or another `audit`"
             )
     images, num_unreadable, console = load_audited_images(options)
     audit = audit_dataset(images)
@@ -138,14 +138,14 @@ def load_audited_images(options: EvaluateOptions) -> tuple[AuditedImages, int, C
     The images are those for training and the held-out ones, with features and probabilities.
     """
     if find_spec("cleanlab") is None:
-        raise ValueError(f"--audit requires cleanlab. {describe_installation('audit')}")
+        raise ValueError(f"`audit` requires cleanlab. {describe_installation('audit')}")
     folds = [] if options.frozen else sorted(Path(options.model).glob(f"fold-*/{PREDICTIONS_FILE}"))
     source = str(folds[0].parent) if folds else options.model
     folder = resolve(source)
     model, processor = load_model(folder, use_head=options.frozen is None, fit=options.fit)
     if options.frozen is None and not getattr(model.config, "num_labels", 0):
         raise ValueError(
-            "--audit requires a classifier, but the model has none. Set --frozen logreg"
+            "`audit` requires a classifier, but the model has none. Set `frozen='logreg'`"
         )
     accelerator, console, warn = set_up_evaluation(options)
     if precision := announce_precision(
@@ -176,7 +176,7 @@ def load_audited_images(options: EvaluateOptions) -> tuple[AuditedImages, int, C
     for split, all_images in data.images_by_split.items():
         images = draw(all_images, options.max_images, options.data)
         if label_space.kind != "single_label_classification":
-            raise ValueError("--audit requires one label per image. Set a single --label-column")
+            raise ValueError("`audit` requires one label per image. Set a single `label_column`")
         if not options.frozen:
             images = match_labels(images, label_space, model_space)
         image_pass = ImagePass(images, processor, audited_space, *arguments)
@@ -238,8 +238,8 @@ def check_class_sizes(label_space: LabelSpace, parts: Iterable[LabeledImages]) -
     sizes = Counter(label for images in parts for label in images.labels if label != IGNORED_LABEL)
     if sizes and max(sizes.values()) < NUM_FOLDS:
         raise ValueError(
-            f"--audit with --frozen requires {NUM_FOLDS} images of a class, but the largest class has "
-            f"{max(sizes.values())}. Add images, or audit with a classifier (without --frozen)"
+            f"`audit` with `frozen` requires {NUM_FOLDS} images of a class, but the largest class has "
+            f"{max(sizes.values())}. Add images, or audit with a classifier (without `frozen`)"
         )
 
 

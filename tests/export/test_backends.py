@@ -275,7 +275,7 @@ def test_graphs_are_identified_by_all_their_files(model: Path, tmp_path: Path) -
         with raises_one_line("no output last_hidden_state"):
             graph(build_images(1))
     assert len(digests) == 3
-    with raises_one_line("--backend torch"):
+    with raises_one_line("`backend='torch'`"):
         graph(build_images(1), output_hidden_states=True)
 
 
