@@ -558,13 +558,13 @@ def test_a_second_start_must_have_the_same_options(
     written = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
     assert len(written) == 3
     for change, words in {
-        "--shard-size": {"shard_size": 5},
-        "--threshold": {"threshold": 0.6},
-        "--top-k": {"top_k": 2},
-        "--features": {"features": ("mean",)},
-        "--feature-dtype": {"feature_dtype": "float16"},
-        "--coverage": {"coverage": 0.5},
-        "--mixed-precision": {"mixed_precision": "bf16"},
+        "`shard_size`": {"shard_size": 5},
+        "`threshold`": {"threshold": 0.6},
+        "`top_k`": {"top_k": 2},
+        "`features`": {"features": ("mean",)},
+        "`feature_dtype`": {"feature_dtype": "float16"},
+        "`coverage`": {"coverage": 0.5},
+        "`mixed_precision`": {"mixed_precision": "bf16"},
         "another model": {"model": "several_labels"},
         "another input": {"path": photos / "inner"},
     }.items():

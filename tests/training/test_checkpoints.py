@@ -321,7 +321,7 @@ def test_files_that_may_not_grow(store: CheckpointStore, large: str) -> None:
         words = (
             f"cannot write the checkpoint of step 20 to {store.folder}",
             "File too large",
-            "--resume",
+            "`resume=True`",
         )
         with raises_one_line(*words, error=OSError):
             store.save(

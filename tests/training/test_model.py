@@ -311,7 +311,7 @@ def test_flags_that_require_one_label_per_image(flag: str, value: Any) -> None:
     options = build_options(FinetuneOptions, **flags)
     check_label_kind(options, "single_label_classification")
     for kind in ("multi_label_classification", "multi_task"):
-        with raises_one_line(f"--{flag.replace('_', '-')}", kind):
+        with raises_one_line(f"`{flag}`", kind):
             check_label_kind(options, kind)
 
 
