@@ -396,7 +396,7 @@ def test_the_layer_with_outliers_is_ranked_first_and_named_if_the_metric_falls()
     ):
         report = {"evaluation": scores, "excluded_layers": excluded_layers}
         check_drop(report, 25.0, model, build_images())
-        with raises_one_line("from 75.0% to 50.0% on 4 images", "24.9 points", remedy):
+        with raises_one_line("from 75.0% to 50.0% on 4 images", "`max_drop=24.9`", remedy):
             check_drop(report, 24.9, model, build_images())
     report["evaluation"] = scores | {"metric": "mean_average_precision", "drop_interval": None}
     with raises_one_line("from 75.0% to 50.0% on 4 images"):

@@ -87,7 +87,7 @@ def test_prediction_adds_sets_and_unknown_images(folder: Path, tmp_path: Path) -
     calibrated = tmp_path / "calibrated"
     shutil.copytree(folder, calibrated)
     images = [Image.fromarray(np.uint8(pixels * 15.9)) for pixels in load_digits().images[::3]]
-    with pytest.raises(ValueError, match="`per_image`"):
+    with pytest.raises(ValueError, match="--per-image"):
         predict(calibrated, images[:1], coverage=0.9)
     evaluate(calibrated, "digits", per_image=calibrated / PREDICTIONS_FILE)
     rows = predict(calibrated, images, coverage=0.9)

@@ -675,7 +675,7 @@ def test_models_without_labels_are_a_one_line_error(
         ({"num_labels": 0}, "has no classifier"),
         ({"num_labels": 1, "problem_type": "regression"}, "was trained for regression"),
     ):
-        with raises_one_line(problem, "`features`"):
+        with raises_one_line(problem, "--features cls"):
             predict(
                 ViTCLSForImageClassification(build_tiny_config(**fields)),
                 ViTCLSImageProcessor(size=32),
