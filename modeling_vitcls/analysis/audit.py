@@ -35,15 +35,15 @@ from ..data.evaluated_images import (
     draw,
     find_evaluated_images,
 )
-from ..data.held_out import read_held_out_record
+from ..data.held_out import HeldOutRecord, read_held_out_record
 from ..data.images import LabeledImages
-from ..data.labels import LabelSpace, get_label_space
+from ..data.labels import get_label_space
 from ..data.sources import load_splits
 from ..hub.model_files import PREDICTIONS_FILE
 from ..inference.evaluate import MAX_BATCH_SIZE, match_labels, set_up_evaluation
 from ..inference.frozen import build_classifier
 from ..inference.image_pass import ImagePass, stack_rows
-from ..inference.load_model import announce_precision, choose_batch_size, load_model
+from ..inference.load_model import TORCH, load_for_inference
 from ..inference.options import EvaluateOptions
 from ..model.heads_vitcls import IGNORED_LABEL
 from ..runtime.errors import describe_installation
@@ -132,6 +132,20 @@ def compute_features_and_logits(model: Any, pixel_values: torch.Tensor) -> torch
     return features if logits is None else torch.cat([features, logits], dim=1)
 
 
+@dataclass(frozen=True)
+class AuditedSplit:
+    """The readable images of a split, and what the model computed for them. All entries have n rows."""
+
+    name: str
+    ids: list[str]
+    labels: np.ndarray  # [n]
+    features: np.ndarray  # [n, D]
+    logits: np.ndarray  # [n, L]; [n, 0] for an encoder
+    pixels: np.ndarray  # [n, THUMBNAIL_SIZE, THUMBNAIL_SIZE, 3], uint8
+    is_held_out: np.ndarray  # [n], whether the model was not trained on the image
+    num_unreadable: int
+
+
 def load_audited_images(options: EvaluateOptions) -> tuple[AuditedImages, int, Console]:
     """Return the audited images, the number of unreadable images, and the console of the main process.
 
@@ -140,89 +154,142 @@ def load_audited_images(options: EvaluateOptions) -> tuple[AuditedImages, int, C
     if find_spec("cleanlab") is None:
         raise ValueError(f"`audit` requires cleanlab. {describe_installation('audit')}")
     folds = [] if options.frozen else sorted(Path(options.model).glob(f"fold-*/{PREDICTIONS_FILE}"))
-    source = str(folds[0].parent) if folds else options.model
-    folder = resolve(source)
-    model, processor = load_model(folder, use_head=options.frozen is None, fit=options.fit)
-    if options.frozen is None and not getattr(model.config, "num_labels", 0):
+    folder = resolve(str(folds[0].parent) if folds else options.model)
+    if options.frozen is None and not folder.config.num_labels:
         raise ValueError(
             "`audit` requires a classifier, but the model has none. Set `frozen='logreg'`"
         )
+
     accelerator, console, warn = set_up_evaluation(options)
-    if precision := announce_precision(
-        accelerator, options.mixed_precision, folder.config, "torch"
-    ):
-        console.print(precision, markup=False)
-    model = model.to(accelerator.device).eval()
-    batch_size = choose_batch_size(
-        options.batch_size, model.config, processor, accelerator.device, MAX_BATCH_SIZE
+    loaded = load_for_inference(
+        folder,
+        options,
+        accelerator,
+        use_head=options.frozen is None,
+        max_batch_size=MAX_BATCH_SIZE,
+        print_line=partial(console.print, markup=False),
+        backend=TORCH,
     )
-    arguments = (options.data, batch_size, accelerator, model.config.num_channels, warn)
     record = None if folds else read_held_out_record(folder)
     data = load_splits(
         options.data, select=list if folds else partial(choose_audited_splits, options)
     )
-    label_space = data.label_space
+    if data.label_space.kind != "single_label_classification":
+        raise ValueError("`audit` requires one label per image. Set a single `label_column`")
     if options.frozen:
-        check_class_sizes(label_space, data.images_by_split.values())
-    model_space = get_label_space(model.config)
-    num_unreadable = 0
-    audited_space = label_space if options.frozen else model_space
-    ids = []
-    split_names = []
-    labels = []
-    features = []
-    pixels = []
-    logits: list[np.ndarray] = []
-    for split, all_images in data.images_by_split.items():
-        images = draw(all_images, options.max_images, options.data)
-        if label_space.kind != "single_label_classification":
-            raise ValueError("`audit` requires one label per image. Set a single `label_column`")
+        check_class_sizes(data.images_by_split.values())
+
+    model_space = get_label_space(loaded.config)
+    label_space = data.label_space if options.frozen else model_space
+    splits = []
+    for name, images in data.images_by_split.items():
+        images = draw(images, options.max_images, options.data)
         if not options.frozen:
-            images = match_labels(images, label_space, model_space)
-        image_pass = ImagePass(images, processor, audited_space, *arguments)
-        rows = image_pass.collect(model, partial(compute_features_and_logits, model), console)
-        values, split_labels = stack_rows(rows)
-        row_indices = [row.index for row in rows]
-        num_features = (model.config.num_cls_tokens + 1) * model.config.hidden_size
-        features.append(values[:, :num_features])
+            images = match_labels(images, data.label_space, model_space)
+        image_pass = ImagePass(
+            images=images,
+            processor=loaded.processor,
+            label_space=label_space,
+            options=options.data,
+            batch_size=loaded.batch_size,
+            accelerator=accelerator,
+            num_channels=loaded.config.num_channels,
+            warn=warn,
+        )
+        is_held_out = np.ones(len(images), dtype=bool)
         if not options.frozen and not folds:
-            is_evaluated, part = find_evaluated_images(images, record, options.data, data.name)
-            is_training_split = split != list(data.images_by_split)[-1]
-            if is_training_split and record is not None and record.training_images is None:
-                # the record does not tell which of the images training used
-                is_evaluated[:] = False
-            # an image that the model was trained on has no probabilities
-            is_checked = is_evaluated[row_indices, None]
-            logits.append(np.where(is_checked, values[:, num_features:], np.nan))
-            num_evaluated = int(is_evaluated.sum())
+            is_last = name == list(data.images_by_split)[-1]
+            is_held_out, text = find_held_out_images(images, record, options, data.name, is_last)
             console.print(
-                f"labels checked: {num_evaluated:,} images of split {split!r} ({part.describe()})",
+                f"labels checked: {is_held_out.sum():,} images of split {name!r} ({text})",
                 markup=False,
             )
-        labels.append(split_labels)
-        ids += [row.name for row in rows]
-        split_names += [split] * len(rows)
-        pixels += [make_thumbnail(images.images[index]) for index in row_indices]
-        num_unreadable += image_pass.num_unreadable
-    all_features = np.concatenate(features)
-    all_labels = np.concatenate(labels)
+        split = compute_split(name, images, image_pass, loaded.model, is_held_out, console)
+        splits.append(split)
+
     if folds:
+        ids = [each for split in splits for each in split.ids]
         probabilities = read_fold_probabilities(folds, ids, len(model_space.names))
-    elif options.frozen is None:
-        probabilities = softmax(np.concatenate(logits), axis=1)
+    elif options.frozen:
+        probabilities = predict_out_of_fold(options.frozen, splits)
     else:
-        num_training_images = len(all_labels) * (NUM_FOLDS - 1) // NUM_FOLDS
-        classifier = build_classifier(options.frozen, num_training_images)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # classes with fewer than five images
-            probabilities = cross_val_predict(
-                classifier, all_features, all_labels, cv=NUM_FOLDS, method="predict_proba"
-            )
-    names = audited_space.names
-    audited = AuditedImages(
-        ids, split_names, all_labels, probabilities, all_features, np.stack(pixels), names
+        probabilities = np.concatenate([compute_probabilities(split) for split in splits])
+    audited = join_splits(splits, probabilities, label_space.names)
+    return audited, sum(split.num_unreadable for split in splits), console
+
+
+def find_held_out_images(
+    images: LabeledImages,
+    record: HeldOutRecord | None,
+    options: EvaluateOptions,
+    dataset: str,
+    is_last: bool,
+) -> tuple[np.ndarray, str]:
+    """Return whether the model was not trained on each image [n], and a text that says which images these are.
+
+    If the record does not tell which images training used, they are those of the last split.
+    """
+    is_held_out, part = find_evaluated_images(images, record, options.data, dataset)
+    if record is not None and record.training_images is None and not is_last:
+        is_held_out[:] = False
+    return is_held_out, part.describe()
+
+
+def compute_split(
+    name: str,
+    images: LabeledImages,
+    image_pass: ImagePass,
+    model: Any,
+    is_held_out: np.ndarray,
+    console: Console,
+) -> AuditedSplit:
+    """Pass the images of a split through the model."""
+    rows = image_pass.collect(model, partial(compute_features_and_logits, model), console)
+    values, labels = stack_rows(rows)
+    indices = [row.index for row in rows]
+    num_features = (model.config.num_cls_tokens + 1) * model.config.hidden_size
+    return AuditedSplit(
+        name=name,
+        ids=[row.name for row in rows],
+        labels=labels,
+        features=values[:, :num_features],
+        logits=values[:, num_features:],
+        pixels=np.stack([make_thumbnail(images.images[index]) for index in indices]),
+        is_held_out=is_held_out[indices],
+        num_unreadable=image_pass.num_unreadable,
     )
-    return audited, num_unreadable, console
+
+
+def compute_probabilities(split: AuditedSplit) -> np.ndarray:
+    """Return the classifier's probabilities [n, L]; NaN for images that the model was trained on."""
+    return np.where(split.is_held_out[:, None], softmax(split.logits, axis=1), np.nan)
+
+
+def predict_out_of_fold(kind: str, splits: Sequence[AuditedSplit]) -> np.ndarray:
+    """Return the probabilities [N, L] of a classifier on the features that was fitted without the image."""
+    features = np.concatenate([split.features for split in splits])
+    labels = np.concatenate([split.labels for split in splits])
+    classifier = build_classifier(kind, len(labels) * (NUM_FOLDS - 1) // NUM_FOLDS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # classes with fewer than five images
+        return cross_val_predict(  # type: ignore[no-any-return]
+            classifier, features, labels, cv=NUM_FOLDS, method="predict_proba"
+        )
+
+
+def join_splits(
+    splits: Sequence[AuditedSplit], probabilities: np.ndarray, names: list[str]
+) -> AuditedImages:
+    """Return the images of all splits."""
+    return AuditedImages(
+        ids=[each for split in splits for each in split.ids],
+        splits=[split.name for split in splits for _ in split.ids],
+        labels=np.concatenate([split.labels for split in splits]),
+        probabilities=probabilities,
+        features=np.concatenate([split.features for split in splits]),
+        pixels=np.concatenate([split.pixels for split in splits]),
+        names=names,
+    )
 
 
 def choose_audited_splits(options: EvaluateOptions, names: list[str]) -> list[str]:
@@ -231,10 +298,8 @@ def choose_audited_splits(options: EvaluateOptions, names: list[str]) -> list[st
     return list(dict.fromkeys([choose_fitting_split(evaluated, names), evaluated]))
 
 
-def check_class_sizes(label_space: LabelSpace, parts: Iterable[LabeledImages]) -> None:
+def check_class_sizes(parts: Iterable[LabeledImages]) -> None:
     """Raise ValueError if no class has an image for each fold of the cross-validation with --frozen."""
-    if label_space.kind != "single_label_classification":
-        return
     sizes = Counter(label for images in parts for label in images.labels if label != IGNORED_LABEL)
     if sizes and max(sizes.values()) < NUM_FOLDS:
         raise ValueError(

@@ -54,18 +54,18 @@ GRAPH_SUFFIXES = {"no": (".onnx", ".xml"), "bf16": (".xml",)}
 def choose_engine(job: Job, print_line: Callable[[str], None]) -> Any:
     """Return the model of a job, or a graph of it that is at least 10% faster. A choice is printed in one line."""
     if not can_run_graphs(job):
-        return job.model
+        return job.loaded.model
     try:
         if job.build_key() not in read_choices(job):
-            flops = job.model.flops(job.image_size)
+            flops = job.loaded.model.flops(job.image_size)
             if job.num_images is None or job.num_images * flops < MIN_FLOPS:
-                return job.model
+                return job.loaded.model
             save_choice(job, measure_engines(job))
         choice = read_choices(job)[job.build_key()]
         model = open_chosen_engine(job)
     except (ValueError, OSError) as error:
         print_line(f"engine: PyTorch, because {error}")
-        return job.model
+        return job.loaded.model
     if choice.engine != TORCH:
         print_line(
             f"engine: {get_engine_name(model)}, measured to be {choice.times_as_fast:.2f} times as fast as PyTorch. "
@@ -81,12 +81,12 @@ def can_run_graphs(job: Job) -> bool:
     folder that can be written.
     """
     return (
-        job.model.device.type == "cpu"
-        and has_fixed_size(job.processor)
+        job.loaded.model.device.type == "cpu"
+        and has_fixed_size(job.loaded.processor)
         and job.mixed_precision in GRAPH_SUFFIXES
-        and type(job.model).__name__ in MODEL_CLASSES
+        and type(job.loaded.model).__name__ in MODEL_CLASSES
         and all(find_spec(name) for name in {*ONNX_PACKAGES, *OPENVINO_PACKAGES})
-        and os.access(job.folder.path, os.W_OK)
+        and os.access(job.loaded.folder.path, os.W_OK)
     )
 
 
@@ -99,15 +99,15 @@ def measure_engines(job: Job) -> Choice:
     Graphs that are not exact enough, or whose outputs are not finite, are left out.
     """
     generator = torch.Generator().manual_seed(0)
-    size = (job.model.config.num_channels, *job.image_size)
-    batch = torch.randn(job.batch_size, *size, generator=generator)
+    size = (job.loaded.model.config.num_channels, *job.image_size)
+    batch = torch.randn(job.loaded.batch_size, *size, generator=generator)
     names = [f"{job.graph_name}{suffix}" for suffix in GRAPH_SUFFIXES[job.mixed_precision]]
     images = batch[:2]
-    reference = compute_named_outputs(job.model, [images])[0]  # in float32
+    reference = compute_named_outputs(job.loaded.model, [images])[0]  # in float32
     write_missing_graphs(job, list(reference), names)
 
     limit = max(MAX_RELATIVE_ERROR, 2 * measure_torch_error(job, images, reference))
-    engines = {TORCH: job.model}
+    engines = {TORCH: job.loaded.model}
     for name in names:
         graph = job.open_graph(name)
         if measure_error(graph.graph(images), reference) <= limit:
@@ -142,7 +142,7 @@ def measure_torch_error(job: Job, images: torch.Tensor, reference: Outputs) -> f
     """Return the error of PyTorch in the precision of a job, relative to float32."""
     is_autocast = job.mixed_precision == "bf16"
     with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
-        outputs = compute_named_outputs(job.model, [images])[0]
+        outputs = compute_named_outputs(job.loaded.model, [images])[0]
     return measure_error(outputs, reference)
 
 
@@ -171,9 +171,11 @@ def write_missing_graphs(job: Job, output_names: list[str], names: list[str]) ->
     job.engines_folder.mkdir(exist_ok=True)
     if all((job.engines_folder / name).is_file() for name in names):
         return
-    graph_shape = select_graph_shape(job.model, job.image_size, dynamic=False)
-    graph = trace_model(job.model, graph_shape, torch.float32)
-    with tempfile.TemporaryDirectory(prefix=f"{ENGINES_FOLDER}.", dir=job.folder.path) as name:
+    graph_shape = select_graph_shape(job.loaded.model, job.image_size, dynamic=False)
+    graph = trace_model(job.loaded.model, graph_shape, torch.float32)
+    with tempfile.TemporaryDirectory(
+        prefix=f"{ENGINES_FOLDER}.", dir=job.loaded.folder.path
+    ) as name:
         folder = Path(name)
         onnx_file = folder / f"{job.graph_name}.onnx"
         write_onnx(graph, graph_shape, output_names, onnx_file)
@@ -181,7 +183,10 @@ def write_missing_graphs(job: Job, output_names: list[str], names: list[str]) ->
         files = sorted(folder.iterdir())
         for suffix in ENGINE_NAMES:
             graph_file = onnx_file.with_suffix(suffix)
-            report = {"weights_sha256": job.folder.weights_sha256, "sha256": hash_files(files)}
+            report = {
+                "weights_sha256": job.loaded.folder.weights_sha256,
+                "sha256": hash_files(files),
+            }
             write_json(folder / f"{graph_file.name}.json", report)
         for file in sorted(folder.iterdir()):
             file.replace(job.engines_folder / file.name)

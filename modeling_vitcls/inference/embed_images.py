@@ -17,7 +17,7 @@ import torch
 from ..conversion.any_checkpoint import resolve
 from .engines import Job, select_engine
 from .inputs import build_record
-from .load_model import choose_batch_size, load_model
+from .load_model import LoadedModel, choose_batch_size, load_model
 from .predict import MAX_BATCH_SIZE, Predictor, get_num_workers
 from .prediction_rows import FeatureColumns
 
@@ -107,22 +107,26 @@ class EmbedImages:
         folder = resolve(self.model, self.backend)
         model, processor = load_model(folder, use_head=False, fit=self.fit, backend=self.backend)
         device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        model = model.eval().to(device)
         batch_size = choose_batch_size(
             self.batch_size, model.config, processor, device, MAX_BATCH_SIZE
         )
+        loaded = LoadedModel(folder, model.eval().to(device), processor, batch_size)
 
+        model = loaded.model
         if device.type == "cpu" and not any("@" in name for name in self.features):
             job = Job(
-                model=model,
-                processor=processor,
-                folder=folder,
+                loaded=loaded,
                 use_head=False,
                 compute=lambda model, images: model(images),
-                batch_size=batch_size,
                 num_images=None,
                 mixed_precision="no",
             )
             model = select_engine(job, self.backend)
-        columns = FeatureColumns(model, self.features, self.dtype)
-        return Predictor(model, processor, columns, nullcontext, batch_size, get_num_workers())
+        return Predictor(
+            model=model,
+            processor=processor,
+            columns=FeatureColumns(model, self.features, self.dtype),
+            autocast=nullcontext,
+            batch_size=batch_size,
+            num_workers=get_num_workers(),
+        )

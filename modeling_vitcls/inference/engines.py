@@ -17,12 +17,10 @@ import torch
 
 from ..data.aspect_ratio import get_output_size
 from ..hub.model_files import CONFIG_FILE, hash_files
-from ..hub.model_folder import ModelFolder
-from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..runtime.files import read_json
 from ..runtime.system import get_processor_name, get_versions
 from .exported_graphs import ExportedModel, check_weights
-from .load_model import TORCH
+from .load_model import TORCH, LoadedModel
 
 
 ENGINES_FOLDER = ".engines"
@@ -36,34 +34,28 @@ class Job:
     """A model in PyTorch, and what a command computes with it.
 
     Attributes:
-        model: The model on its device, in eval mode.
-        processor: Its image processor.
-        folder: Its folder.
+        loaded: The model.
         use_head: Whether the job requires the logits, or the final hidden state.
         compute: Function (model, images [B, C, H, W]) that computes what the job requires.
-        batch_size: Number of images per forward pass.
         num_images: Number of images; None if it is unknown.
         mixed_precision: "no", "bf16" or "fp16".
     """
 
-    model: Any
-    processor: ViTCLSImageProcessor
-    folder: ModelFolder
+    loaded: LoadedModel
     use_head: bool
     compute: Callable[[Any, torch.Tensor], Any]
-    batch_size: int
     num_images: int | None
     mixed_precision: str
 
     @property
     def engines_folder(self) -> Path:
         """Folder of the graphs."""
-        return self.folder.path / ENGINES_FOLDER
+        return self.loaded.folder.path / ENGINES_FOLDER
 
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of the preprocessed images."""
-        return get_output_size(self.processor, self.model.config.image_height_width)
+        return get_output_size(self.loaded.processor, self.loaded.model.config.image_height_width)
 
     @property
     def graph_name(self) -> str:
@@ -78,7 +70,7 @@ class Job:
         parts = [
             self.graph_name,
             f"precision {self.mixed_precision}",
-            f"batch {self.batch_size}",
+            f"batch {self.loaded.batch_size}",
             f"{torch.get_num_threads()} threads",
             get_processor_name(),
             *(f"{name} {versions.get(name)}" for name in libraries),
@@ -87,8 +79,8 @@ class Job:
 
     def hash_model(self) -> dict[str, str]:
         """Return the SHA-256 of the configuration, which a graph contains too, and of each weight file."""
-        config_hash = hash_files([self.folder.path / CONFIG_FILE])
-        return config_hash | (self.folder.weights_sha256 or {})
+        config_hash = hash_files([self.loaded.folder.path / CONFIG_FILE])
+        return config_hash | (self.loaded.folder.weights_sha256 or {})
 
     def run(self, model: Any, pixel_values: torch.Tensor) -> Any:
         """Compute what the job requires for images [B, C, H, W], in its precision."""
@@ -100,7 +92,7 @@ class Job:
         """Open a graph in the folder of the graphs. Raise ValueError if it cannot be read."""
         return ExportedModel(
             file=self.engines_folder / name,
-            config=self.model.config,
+            config=self.loaded.model.config,
             use_head=self.use_head,
             mixed_precision=self.mixed_precision,
         )
@@ -133,7 +125,7 @@ def select_engine(job: Job, backend: str, choose_engine: EngineChooser | None = 
     Without `choose_engine`, only a graph that was chosen before for such a job is used.
     """
     if backend != "auto" or (job.num_images is not None and job.num_images < MIN_IMAGES):
-        return job.model
+        return job.loaded.model
     return choose_engine(job) if choose_engine is not None else open_chosen_engine(job)
 
 
@@ -145,8 +137,8 @@ def open_chosen_engine(job: Job) -> Any:
     """
     choice = read_choices(job).get(job.build_key())
     if choice is None or choice.engine == TORCH:
-        return job.model
-    check_weights(job.engines_folder / choice.engine, job.folder, requires_report=True)
+        return job.loaded.model
+    check_weights(job.engines_folder / choice.engine, job.loaded.folder, requires_report=True)
     return job.open_graph(choice.engine)
 
 

@@ -38,12 +38,7 @@ from ..runtime.system import describe_device, get_versions
 from .confidence import measure_unknown
 from .engines import EngineChooser, Job, compute_logits, get_engine_name, select_engine
 from .evaluator import Evaluator, round_floats
-from .load_model import (
-    announce_precision,
-    check_is_classifier,
-    choose_batch_size,
-    load_model,
-)
+from .load_model import LoadedModel, check_is_classifier, load_for_inference
 from .metric_tables import build_class_tables, build_metric_rows
 from .options import EvaluateOptions
 from .per_image import get_outputs, write_predictions
@@ -76,63 +71,73 @@ def load_evaluation(
 
     The errors are the same as in `evaluate_checkpoint`.
     """
-    with accelerator.main_process_first():
-        precision = announce_precision(
-            accelerator, options.mixed_precision, folder.config, options.backend
-        )
-        model, processor = load_model(
-            folder, True, options.fit, options.backend, accelerator.mixed_precision
-        )
-        config = (
-            model.config if options.task is None else model.config.build_task_config(options.task)
-        )
-        check_is_classifier(config)
-        record = read_held_out_record(folder, options.task)
-    if precision:
-        print_line(precision)
-    model = model.to(accelerator.device).eval()
+    loaded = load_for_inference(
+        folder,
+        options,
+        accelerator,
+        use_head=True,
+        max_batch_size=MAX_BATCH_SIZE,
+        print_line=print_line,
+    )
+    config = loaded.config
+    if options.task is not None:
+        config = config.build_task_config(options.task)
+    check_is_classifier(config)
+
     data_options = set_label_columns(options.data, config, folder, options.task)
     load_data = partial(
-        load_evaluation_data, data_options, options.split, record, max_images=options.max_images
+        load_evaluation_data,
+        data_options,
+        options.split,
+        read_held_out_record(folder, options.task),
+        max_images=options.max_images,
     )
     data = load_on_main(accelerator, data_options.dataset, load_data)
     if data.part.warning is not None:
         warn(data.part.warning)
+
     model_space = get_label_space(config)
     build_evaluator = partial(
         Evaluator,
-        processor=processor,
+        processor=loaded.processor,
         label_space=model_space,
         options=options.data,
-        batch_size=choose_batch_size(
-            options.batch_size, model.config, processor, accelerator.device, MAX_BATCH_SIZE
-        ),
+        batch_size=loaded.batch_size,
         accelerator=accelerator,
-        num_channels=model.config.num_channels,
+        num_channels=loaded.config.num_channels,
         warn=warn,
     )
     evaluator = build_evaluator(match_labels(data.images, data.label_space, model_space))
     evaluator.task = options.task
-    if accelerator.num_processes == 1:
-        job = Job(
-            model=model,
-            processor=processor,
-            folder=folder,
-            use_head=True,
-            compute=compute_logits,
-            batch_size=evaluator.batch_size,
-            num_images=None if isinstance(data.images, StreamedImages) else len(data.images),
-            mixed_precision=accelerator.mixed_precision,
-        )
-        model = select_engine(job, options.backend, choose_engine)
+    num_images = None if isinstance(data.images, StreamedImages) else len(data.images)
     return EvaluationSetup(
-        model=model,
+        model=select_evaluation_engine(loaded, options, accelerator, num_images, choose_engine),
         config=config,
         evaluator=evaluator,
         build_evaluator=build_evaluator,
         split=data.split,
         part=data.part,
     )
+
+
+def select_evaluation_engine(
+    loaded: LoadedModel,
+    options: EvaluateOptions,
+    accelerator: Accelerator,
+    num_images: int | None,
+    choose_engine: EngineChooser | None,
+) -> Any:
+    """Return the model, or a graph of it that is faster for this evaluation. Several processes use the model."""
+    if accelerator.num_processes > 1:
+        return loaded.model
+    job = Job(
+        loaded=loaded,
+        use_head=True,
+        compute=compute_logits,
+        num_images=num_images,
+        mixed_precision=accelerator.mixed_precision,
+    )
+    return select_engine(job, options.backend, choose_engine)
 
 
 def evaluate_checkpoint(

@@ -37,11 +37,7 @@ from .frozen_features import FeatureLayout, pool_layers
 from .image_pass import ImagePass, stack_rows
 from .intervals import compute_mean_interval, compute_proportion_interval
 from .linear_probe import NUM_SINGLE_LAYERS, TOKEN_TEXTS, describe_layers, list_candidates
-from .load_model import (
-    announce_precision,
-    choose_batch_size,
-    load_model,
-)
+from .load_model import TORCH, load_for_inference
 from .metric_tables import format_percent
 from .options import EvaluateOptions
 from .token_names import get_token_names
@@ -95,11 +91,17 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
     accelerator, console, warn = set_up_evaluation(options)
     with accelerator.main_process_first():  # the main process downloads the files
         folder = resolve(options.model)
-        precision = announce_precision(accelerator, options.mixed_precision, folder.config, "torch")
-        model, processor = load_model(folder, use_head=False, fit=options.fit)
-        record = read_held_out_record(folder)
-    if precision:
-        console.print(precision, markup=False)
+    loaded = load_for_inference(
+        folder,
+        options,
+        accelerator,
+        use_head=False,
+        max_batch_size=MAX_BATCH_SIZE,
+        print_line=partial(console.print, markup=False),
+        backend=TORCH,
+    )
+    model = loaded.model
+
     training_data, held_out_data = load_on_main(
         accelerator,
         options.data.dataset,
@@ -107,7 +109,7 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
             load_fitting_and_evaluation_data,
             options.data,
             options.split,
-            record,
+            read_held_out_record(folder),
             options.max_images,
         ),
     )
@@ -124,16 +126,20 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
         )
     if held_out_data.part.warning is not None:
         warn(held_out_data.part.warning)
-    model = model.to(accelerator.device).eval()
     layout = FeatureLayout.from_config(model.config, NUM_SINGLE_LAYERS)
-    batch_size = choose_batch_size(
-        options.batch_size, model.config, processor, accelerator.device, MAX_BATCH_SIZE
-    )
-    arguments = (options.data, batch_size, accelerator, model.config.num_channels, warn)
 
     def extract_features(data: EvaluationData) -> tuple[np.ndarray, np.ndarray, int]:
         """Return the features and the class name of each image, and the number of unreadable images."""
-        images = ImagePass(data.images, processor, data.label_space, *arguments)
+        images = ImagePass(
+            images=data.images,
+            processor=loaded.processor,
+            label_space=data.label_space,
+            options=options.data,
+            batch_size=loaded.batch_size,
+            accelerator=accelerator,
+            num_channels=model.config.num_channels,
+            warn=warn,
+        )
         rows = images.collect(model, partial(compute_tokens_and_layers, model, layout), console)
         features, labels = stack_rows(rows)
         return features, np.array(data.label_space.names)[labels], images.num_unreadable

@@ -1,5 +1,11 @@
-"""Load a saved model for evaluation or prediction."""
+"""Load a saved model for evaluation or prediction.
 
+loaded = load_for_inference(folder, options, accelerator, use_head=True, ...)    in a command
+model, processor = load_model(folder, use_head=None)                             anywhere else
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +24,7 @@ from ..model.modeling_vitcls import (
 from ..runtime.distributed import set_mixed_precision
 from ..runtime.messages import format_message
 from .exported_graphs import load_exported_model
+from .options import EvaluateOptions, PredictOptions
 
 
 TORCH = "torch"
@@ -31,6 +38,59 @@ CLASSIFIER_CLASSES: dict[str, type[Classifier]] = {
     "multi_label_classification": ViTCLSForImageClassification,
     "multi_task": ViTCLSForMultiTaskClassification,
 }
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model on its device and in evaluation mode, and how images pass through it."""
+
+    folder: ModelFolder
+    model: Any
+    processor: ViTCLSImageProcessor
+    batch_size: int  # of a process
+
+    @property
+    def config(self) -> ViTCLSConfig:
+        config: ViTCLSConfig = self.model.config
+        return config
+
+
+def load_for_inference(
+    folder: ModelFolder,
+    options: EvaluateOptions | PredictOptions,
+    accelerator: Accelerator,
+    *,
+    use_head: bool,
+    max_batch_size: int,
+    print_line: Callable[[str], None],
+    backend: str | None = None,
+) -> LoadedModel:
+    """Load a model on the device of the accelerator, in the precision of the options.
+
+    Args:
+        folder: The model.
+        options: The fit, the backend, the precision and the batch size.
+        accelerator: The accelerator, whose precision is set for `mixed_precision="auto"`.
+        use_head: Whether to load the classifier.
+        max_batch_size: Default batch size on GPUs.
+        print_line: Prints the precision if it was chosen.
+        backend: As in `load_model`. Default: that of the options.
+
+    Raises:
+        ValueError, OSError: As in `load_model`.
+    """
+    backend = options.backend if backend is None else backend
+    precision = announce_precision(accelerator, options.mixed_precision, folder.config, backend)
+    if precision:
+        print_line(precision)
+
+    model, processor = load_model(
+        folder, use_head, options.fit, backend, accelerator.mixed_precision
+    )
+    batch_size = choose_batch_size(
+        options.batch_size, model.config, processor, accelerator.device, max_batch_size
+    )
+    return LoadedModel(folder, model.to(accelerator.device).eval(), processor, batch_size)
 
 
 def load_model(

@@ -44,11 +44,7 @@ from .inputs import (
     open_input,
     prepare_images,
 )
-from .load_model import (
-    announce_precision,
-    choose_batch_size,
-    load_model,
-)
+from .load_model import load_for_inference
 from .options import PredictOptions
 from .outputs import WRITERS, get_output_columns, print_table, show_progress, write_rows
 from .prediction_rows import (
@@ -130,23 +126,15 @@ def build_predictor(
     assert options.model is not None
     files = () if options.coverage is None else (PREDICTIONS_FILE,)
     folder = resolve(options.model, options.backend, files)
-    precision = announce_precision(
-        accelerator, options.mixed_precision, folder.config, options.backend
-    )
-    if precision and accelerator.is_main_process:
-        print(precision, file=sys.stderr)
-    model, processor = load_model(
+    loaded = load_for_inference(
         folder,
-        options.features is None,
-        options.fit,
-        options.backend,
-        accelerator.mixed_precision,
+        options,
+        accelerator,
+        use_head=options.features is None,
+        max_batch_size=MAX_BATCH_SIZE,
+        print_line=accelerator.on_main_process(partial(print, file=sys.stderr)),
     )
-    model = model.eval().to(accelerator.device)
-    set_limit = find_set_limit(options, model, folder)
-    batch_size = choose_batch_size(
-        options.batch_size, model.config, processor, accelerator.device, MAX_BATCH_SIZE
-    )
+    set_limit = find_set_limit(options, loaded.model, folder)
 
     def build_columns(model: Any) -> PredictionColumns:
         return build_prediction_columns(
@@ -162,25 +150,23 @@ def build_predictor(
         return build_columns(model).predict(pixel_values)
 
     # Graphs have only the last layer, and all shards must be written by the same engine.
+    model = loaded.model
     has_layers = any("@" in name for name in options.features or ())
     if accelerator.num_processes == 1 and options.shard is None and not has_layers:
         job = Job(
-            model=model,
-            processor=processor,
-            folder=folder,
+            loaded=loaded,
             use_head=options.features is None,
             compute=compute_outputs,
-            batch_size=batch_size,
             num_images=num_images,
             mixed_precision=accelerator.mixed_precision,
         )
         model = select_engine(job, options.backend, choose_engine)
     return Predictor(
         model=model,
-        processor=processor,
+        processor=loaded.processor,
         columns=build_columns(model),
         autocast=accelerator.autocast,
-        batch_size=batch_size,
+        batch_size=loaded.batch_size,
         num_workers=options.num_workers or get_num_workers(),
     )
 

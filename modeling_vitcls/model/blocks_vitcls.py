@@ -55,13 +55,13 @@ class ViTCLSPatchEmbeddings(nn.Module):
         self.projection = nn.Conv2d(
             channels, width, kernel_size=size, stride=size, bias=config.patch_bias
         )
-        self.norm = build_norm(config) if config.patch_norm else None
+        self.norm = build_norm(config) if config.patch_norm else nn.Identity()
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Project the patches of images [B, C, H, W]. The caller must check the shape with `get_grid_size`."""
         patches: Tensor = self.projection(pixel_values)  # [B, D, rows, columns]
         patches = patches.flatten(2).transpose(1, 2)  # [B, rows * columns, D]
-        return patches if self.norm is None else self.norm(patches)
+        return self.norm(patches)
 
     def get_grid_size(self, pixel_values: Tensor) -> tuple[int, int]:
         """Return the number of patch rows and columns. Raise ValueError if the shape of the images is unsupported."""
@@ -96,7 +96,7 @@ class ViTCLSEmbeddings(nn.Module):
         self.register_tokens = build_tokens(config.num_register_tokens, config.hidden_size)
         self.mask_token = build_tokens(int(config.use_mask_token), config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.norm = build_norm(config) if config.pre_norm else None
+        self.norm = build_norm(config) if config.pre_norm else nn.Identity()
 
     def forward(
         self,
@@ -120,7 +120,7 @@ class ViTCLSEmbeddings(nn.Module):
             special_tokens, patches = self.position_embeddings(special_tokens, patches, grid_size)
         special_states = [tokens.expand(batch_size, -1, -1) for tokens in special_tokens.values()]
         tokens: Tensor = self.dropout(torch.cat([*special_states, patches], dim=1))  # [B, N, D]
-        return tokens if self.norm is None else self.norm(tokens)
+        return self.norm(tokens)
 
     def get_special_tokens(self) -> dict[str, Tensor]:
         """Return the learned tokens [1, n, D] of each group, in sequence order. Empty groups are omitted."""
@@ -280,9 +280,9 @@ class ViTCLSAttention(nn.Module):
         self.k_proj = nn.Linear(width, inner_dim, bias=key_bias)
         self.v_proj = nn.Linear(width, inner_dim, bias=value_bias)
         self.o_proj = nn.Linear(inner_dim, width, bias=config.projection_bias)
-        self.q_norm = build_norm(config, self.qk_head_dim) if config.qk_norm else None
-        self.k_norm = build_norm(config, self.qk_head_dim) if config.qk_norm else None
-        self.norm = build_norm(config, inner_dim) if config.attention_norm else None
+        self.q_norm = build_norm(config, self.qk_head_dim) if config.qk_norm else nn.Identity()
+        self.k_norm = build_norm(config, self.qk_head_dim) if config.qk_norm else nn.Identity()
+        self.norm = build_norm(config, inner_dim) if config.attention_norm else nn.Identity()
 
     def forward(
         self,
@@ -308,9 +308,7 @@ class ViTCLSAttention(nn.Module):
         # [B, n, heads, head_dim]
         attn_output, weights = self.attend(query, key, value, attention_mask, **kwargs)
         attn_output = attn_output.flatten(2)  # [B, n, heads * head_dim]
-        if self.norm is not None:
-            attn_output = self.norm(attn_output)
-        return self.o_proj(attn_output), weights
+        return self.o_proj(self.norm(attn_output)), weights
 
     def project_qkv(
         self, hidden_states: Tensor, num_queries: int | None = None
@@ -322,13 +320,10 @@ class ViTCLSAttention(nn.Module):
             if num_queries is None
             else torch.cat([hidden_states[:, :num_queries]], dim=1)
         )
-        query = self.q_proj(queries).unflatten(-1, (-1, self.qk_head_dim))
-        # [B, N, heads, head_dim]
-        key = self.k_proj(hidden_states).unflatten(-1, (-1, self.qk_head_dim))
+        # [B, n or N, heads, head_dim]
+        query = self.q_norm(self.q_proj(queries).unflatten(-1, (-1, self.qk_head_dim)))
+        key = self.k_norm(self.k_proj(hidden_states).unflatten(-1, (-1, self.qk_head_dim)))
         value = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
-        if self.q_norm is not None and self.k_norm is not None:
-            query = self.q_norm(query)
-            key = self.k_norm(key)
         return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
     def attend(
@@ -357,24 +352,22 @@ class ViTCLSMLP(nn.Module):
     """Linear layer, activation, linear layer: [B, N, D] -> [B, N, intermediate] -> [B, N, D].
 
     Attributes:
-        register_neurons: module that edits activations (variants_vitcls.py); None if there are no register neurons.
+        register_neurons: module that edits activations (variants_vitcls.py); the identity by default.
     """
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
         self.activation_fn = ACT2FN[config.hidden_act]
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.register_neurons: nn.Module | None = None
-        self.norm = build_norm(config, config.intermediate_size) if config.mlp_norm else None
+        self.register_neurons: nn.Module = nn.Identity()
+        self.norm = (
+            build_norm(config, config.intermediate_size) if config.mlp_norm else nn.Identity()
+        )
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         activations = self.activation_fn(self.fc1(hidden_states))  # [B, N, intermediate]
-        if self.register_neurons is not None:
-            activations = self.register_neurons(activations)
-        if self.norm is not None:
-            activations = self.norm(activations)
-        return self.fc2(activations)
+        return self.fc2(self.norm(self.register_neurons(activations)))
 
 
 class ViTCLSGLU(nn.Module):
@@ -387,21 +380,18 @@ class ViTCLSGLU(nn.Module):
             config.hidden_size, config.intermediate_size, bias=config.mlp_bias
         )
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.register_neurons: nn.Module | None = None
-        self.norm = build_norm(config, config.intermediate_size) if config.mlp_norm else None
+        self.register_neurons: nn.Module = nn.Identity()
+        self.norm = (
+            build_norm(config, config.intermediate_size) if config.mlp_norm else nn.Identity()
+        )
         self.down_proj = nn.Linear(
             config.intermediate_size, config.hidden_size, bias=config.mlp_bias
         )
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        activations = self.activation_fn(self.gate_proj(hidden_states)) * self.up_proj(
-            hidden_states
-        )
-        if self.register_neurons is not None:
-            activations = self.register_neurons(activations)
-        if self.norm is not None:
-            activations = self.norm(activations)
-        return self.down_proj(activations)
+        gates = self.activation_fn(self.gate_proj(hidden_states))  # [B, N, intermediate]
+        activations = gates * self.up_proj(hidden_states)
+        return self.down_proj(self.norm(self.register_neurons(activations)))
 
 
 # Layer ---------------------------------------------------------------------------------------------------------------
@@ -457,7 +447,7 @@ class ViTCLSLayer(EncoderLayer):
         self.mlp = ViTCLSMLP(config) if config.mlp_type == "mlp" else ViTCLSGLU(config)
         self.layer_scale2 = build_layer_scale(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else None
+        self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
 
     def forward(
         self,
@@ -468,29 +458,23 @@ class ViTCLSLayer(EncoderLayer):
         **kwargs: Unpack[TransformersKwargs],
     ) -> Tensor:
         """Apply attention, then the MLP, to all tokens, or only to the first `num_tokens` (special tokens)."""
-        normalized_states = self.layernorm_before(hidden_states)
         attn_output, _ = self.attention(
-            normalized_states, attention_mask, position_embeddings, num_tokens, **kwargs
+            self.layernorm_before(hidden_states),
+            attention_mask,
+            position_embeddings,
+            num_tokens,
+            **kwargs,
         )
-        hidden_states = self.add_branch(
-            hidden_states[:, :num_tokens], self.dropout(attn_output), self.layer_scale1
-        )
-        mlp_output = self.mlp(self.layernorm_after(hidden_states))
-        return self.add_branch(hidden_states, self.dropout(mlp_output), self.layer_scale2)
+        branch = self.drop_path(self.layer_scale1(self.dropout(attn_output)))
+        hidden_states = hidden_states[:, :num_tokens] + branch
 
-    def add_branch(
-        self, hidden_states: Tensor, branch: Tensor, layer_scale: LayerScale | None
-    ) -> Tensor:
-        """Apply layer scale and stochastic depth to a residual branch [B, n, D], and add it to the hidden states."""
-        if layer_scale is not None:
-            branch = layer_scale(branch)
-        if self.drop_path is not None:
-            branch = self.drop_path(branch)
+        mlp_output = self.mlp(self.layernorm_after(hidden_states))
+        branch = self.drop_path(self.layer_scale2(self.dropout(mlp_output)))
         return hidden_states + branch
 
 
-def build_layer_scale(config: ViTCLSConfig) -> LayerScale | None:
-    """Build the `LayerScale` of a residual branch, or return None if `config.layer_scale_init_value` is None."""
+def build_layer_scale(config: ViTCLSConfig) -> nn.Module:
+    """Build the `LayerScale` of a residual branch; the identity if `config.layer_scale_init_value` is None."""
     if config.layer_scale_init_value is None:
-        return None
+        return nn.Identity()
     return LayerScale(config.hidden_size, config.layer_scale_init_value)

@@ -40,11 +40,12 @@ class ViTCLSPostNormLayer(ViTCLSLayer):
             hidden_states, attention_mask, position_embeddings, num_tokens, **kwargs
         )
         attn_output = self.layernorm_before(self.dropout(attn_output))
-        hidden_states = self.add_branch(
-            hidden_states[:, :num_tokens], attn_output, self.layer_scale1
-        )
+        branch = self.drop_path(self.layer_scale1(attn_output))
+        hidden_states = hidden_states[:, :num_tokens] + branch
+
         mlp_output = self.layernorm_after(self.dropout(self.mlp(hidden_states)))
-        return self.add_branch(hidden_states, mlp_output, self.layer_scale2)
+        branch = self.drop_path(self.layer_scale2(mlp_output))
+        return hidden_states + branch
 
 
 class ViTCLSParallelLayer(ViTCLSLayer):
@@ -52,10 +53,8 @@ class ViTCLSParallelLayer(ViTCLSLayer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        del (
-            self.layernorm_after,
-            self.layer_scale2,
-        )  # both branches share one norm and one layer scale
+        # both branches share one norm and one layer scale
+        del self.layernorm_after, self.layer_scale2
 
     def forward(
         self,
@@ -69,10 +68,9 @@ class ViTCLSParallelLayer(ViTCLSLayer):
         attn_output, _ = self.attention(
             normalized_states, attention_mask, position_embeddings, num_tokens, **kwargs
         )
-        branch = self.dropout(attn_output) + self.dropout(
-            self.mlp(normalized_states[:, :num_tokens])
-        )
-        return self.add_branch(hidden_states[:, :num_tokens], branch, self.layer_scale1)
+        mlp_output = self.mlp(normalized_states[:, :num_tokens])
+        branch = self.dropout(attn_output) + self.dropout(mlp_output)
+        return hidden_states[:, :num_tokens] + self.drop_path(self.layer_scale1(branch))
 
 
 LAYER_CLASSES: dict[str, type[ViTCLSLayer]] = {

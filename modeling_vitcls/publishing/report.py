@@ -52,20 +52,7 @@ def write_report(folder: ModelFolder, warn: Callable[[str], None]) -> str | None
             names = name_images(data.held_out.images, "held out,")
             source = f"{folder.results['dataset']}, {folder.results['split']}"
             images = InspectionImages(data.held_out.images, names, labels, source)
-            model = folder.load(getattr(modeling_vitcls, folder.architecture))
-            inspection = inspect_model(
-                model.to("cuda" if torch.cuda.is_available() else "cpu"),
-                folder.load_processor(),
-                **images.build_arguments(*choose_numbers_of_images(folder.results)),
-                # Effects of tokens are news only if there are several tokens, and training changed them.
-                has_ablations=model.config.token_layout.num_prefix_tokens > 1
-                and folder.results.get("steps") != 0,
-                has_map_checks=False,  # they would take longer than the features of a small dataset
-                token_movement=folder.results.get("token_movement"),
-                watch=lambda items, description: track(
-                    items, f"report, {description}", unit="", has_bar=False
-                ),
-            )
+            inspection = inspect_run(folder, images)
             predictions = describe_predictions(folder, data)
             name = folder.path.resolve().name
             write_page(folder.path / REPORT_FILE, inspection, name, images.source, predictions)
@@ -73,6 +60,28 @@ def write_report(folder: ModelFolder, warn: Callable[[str], None]) -> str | None
         with convert_errors(warn, "the card has no images, because the images could not be drawn"):
             write_card_images(folder.path, folder.config, folder.results, inspection)
     return inspection.summary if inspection else None
+
+
+def inspect_run(folder: ModelFolder, images: InspectionImages) -> Inspection:
+    """Measure the model of a run on its held-out images, in the precision of the run."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = folder.load(getattr(modeling_vitcls, folder.architecture)).to(device)
+    num_tokens = model.config.token_layout.num_prefix_tokens
+    is_bfloat16 = folder.results.get("mixed_precision") == "bf16"
+
+    with torch.autocast(device.type, torch.bfloat16, enabled=is_bfloat16):
+        return inspect_model(
+            model,
+            folder.load_processor(),
+            **images.build_arguments(*choose_numbers_of_images(folder.results)),
+            # Effects of tokens are news only if there are several tokens, and training changed them.
+            has_ablations=num_tokens > 1 and folder.results.get("steps") != 0,
+            has_map_checks=False,  # they would take longer than the features of a small dataset
+            token_movement=folder.results.get("token_movement"),
+            watch=lambda items, description: track(
+                items, f"report, {description}", unit="", has_bar=False
+            ),
+        )
 
 
 def choose_numbers_of_images(results: Mapping[str, Any]) -> tuple[int, int]:

@@ -1,6 +1,9 @@
 """Training, from the options to a model folder with evaluation results.
 
     run.py              complete run of fine-tuning or pre-training; read this file first
+    run_inputs.py       start of a run: folder, data, models and defaults
+    run_results.py      end of a run: results.json and the last lines
+    dry_run.py          the inputs of a dry run, and its estimate
     training_setup.py   what a run trains: the interface between run.py and the next two files
     options.py          flags of the commands that train
     finetune.py         data, model, loss and evaluator of fine-tuning

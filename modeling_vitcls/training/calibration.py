@@ -112,14 +112,20 @@ def describe_images(images: str, num_images: int) -> str:
     return f"{num_images:,} {images} images that are not reported"
 
 
-def compute_calibration_errors(
-    logits: np.ndarray, labels: np.ndarray, temperature: float
-) -> dict[str, float]:
-    """Return the expected calibration error (15 bins) of calibrated logits, and what it was before calibration."""
-    return {
-        "calibration_error_before": compute_error(logits * temperature, labels),
-        "calibration_error": compute_error(logits, labels),
-    }
+def measure_errors(
+    calibration: Calibration, logits: np.ndarray, labels: np.ndarray
+) -> tuple[dict[str, float], str]:
+    """Return the expected calibration error of calibrated logits and what it was before, and a text about both.
+
+    The text is empty for few images.
+    """
+    assert calibration.temperature is not None
+    before = compute_error(logits * calibration.temperature, labels)
+    after = compute_error(logits, labels)
+    text = ""
+    if len(labels) >= MIN_ERROR_IMAGES:
+        text = f"; calibration error {100 * before:.1f} -> {100 * after:.1f} points"
+    return {"calibration_error_before": before, "calibration_error": after}, text
 
 
 def compute_error(logits: np.ndarray, labels: np.ndarray) -> float:

@@ -14,10 +14,14 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from ..data.images import LabeledImages
 from ..data.sampling import BatchPlan
+from ..data.splits import TrainingData
+from ..data.streaming import StreamedImages
 from .checkpoints import CheckpointStore
 from .loop import TrainingLoop
 from .output_folder import CHECKPOINTS_FOLDER, check_replaceable
+from .run_inputs import Loaded
 
 
 NUM_STEPS = 3  # more than 1, because the first step is slower than later steps
@@ -51,6 +55,39 @@ def build_dry_run_options(options: Any) -> Iterator[Any]:
         )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def reduce_for_dry_run(loaded: Loaded) -> Loaded:
+    """Return the inputs of a dry run: a few steps, and a few images for evaluations and for the probe."""
+    data, evaluated_fraction = draw_few_images(loaded.data, loaded.plan)
+    setup = loaded.setup
+    setup.measure_features = None
+    setup.printed_metrics = ()
+    setup.can_calibrate = False
+    if setup.probe is not None:
+        setup.probe = replace(setup.probe, max_images=NUM_PROBE_IMAGES)
+    return replace(
+        loaded,
+        data=data,
+        plan=replace(loaded.plan, num_steps=NUM_STEPS),
+        evaluated_fraction=evaluated_fraction,
+    )
+
+
+def draw_few_images(data: TrainingData, plan: BatchPlan) -> tuple[TrainingData, float]:
+    """Return data with one batch of held-out and selection images, and the fraction of the evaluated images."""
+    num_images = plan.batch_size * plan.num_processes
+    held_out, selection = (
+        images.read_first(num_images)
+        if isinstance(images, StreamedImages)
+        else images and images.draw(num_images)
+        for images in (data.held_out, data.selection)
+    )
+    evaluated = data.held_out if data.selection is None else data.selection
+    fraction = 1.0
+    if isinstance(evaluated, LabeledImages) and len(evaluated):
+        fraction = min(num_images / len(evaluated), 1.0)
+    return replace(data, held_out=held_out, selection=selection), fraction
 
 
 def describe_dry_run(

@@ -9,10 +9,9 @@ builds the report and the card from the folder.
 """
 
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -20,118 +19,48 @@ from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 from torch.distributed.fsdp import FSDPModule
 
 from ..data.batches import Normalizer, iterate_training_batches
-from ..data.held_out import HELD_OUT_RECORD_KEY
-from ..data.image_folder import compute_files_digest
-from ..data.images import LabeledImages, UnreadableImageCounter
-from ..data.sampling import BatchPlan
-from ..data.splits import TrainingData, describe_data, load_on_main
+from ..data.images import UnreadableImageCounter
 from ..data.streaming import StreamedImages
 from ..data.workers import explain_worker_errors
 from ..inference.frozen_features import HeadEvaluator
 from ..inference.per_image import get_outputs, is_labeled
-from ..runtime.distributed import (
-    build_accelerator,
-    configure_layer_sharding,
-    run_on_main,
-    set_mixed_precision,
-)
+from ..runtime.distributed import configure_layer_sharding, run_on_main
 from ..runtime.errors import RunStopped, is_raised_on_all_processes
 from ..runtime.flags import to_flags
-from ..runtime.system import describe_device
 from . import finetune, output_folder, pretrain
 from .calibration import (
-    MIN_ERROR_IMAGES,
-    compute_calibration_errors,
+    Calibration,
     explain_missing_calibration,
     find_calibration,
     has_enough_images,
+    measure_errors,
 )
-from .checkpoints import Checkpoint, CheckpointStore
-from .defaults import choose_learning_rate_after_probe, describe_random_weights, resolve_defaults
 from .distributed_state import reshard
-from .dry_run import (
-    NUM_PROBE_IMAGES,
-    NUM_STEPS,
-    build_dry_run_options,
-    describe_dry_probe,
-    describe_dry_run,
-)
-from .loop import TrainingLoop, TrainingState, build_batch_plan
-from .model import InitialModel, check_preset_name, choose_image_size, resolve_initial_model
+from .dry_run import build_dry_run_options, reduce_for_dry_run
+from .loop import TrainingLoop, TrainingState
+from .model import check_preset_name
 from .optimizer import Ema, build_optimizer
 from .options import FinetuneOptions, PretrainOptions
-from .output_folder import CHECKPOINTS_FOLDER, RESULTS_FILE, FolderLock, save_output
-from .probe import FittedProbe, explain_missing_steps
-from .reporter import (
-    Reporter,
-    describe_batches,
-    describe_model,
-    describe_run,
-    describe_splits,
-    format_result,
-)
-from .resume import (
-    check_flags_unchanged,
-    check_run_unchanged,
-    format_flag_value,
-    get_relative_flags,
-    pin_models,
-    resolve_local_paths,
-)
+from .output_folder import FolderLock, save_output
+from .probe import FittedProbe
+from .resume import format_flag_value, resolve_local_paths
+from .run_inputs import Environment, Loaded, Options, check_folder, load, print_summary, set_up
+from .run_results import Result, Trained, build_results, print_estimate, print_result
 from .signals import SignalHandler
 from .training_setup import TrainingSetup, build_training_images
 
 
-DEFAULT_STREAM_SAVE_EVERY = (
-    1000  # default of --save-every in steps for streams, which have no epochs
-)
-# with fewer training images per class, the held-out fifth costs up to 4 points of accuracy
-FEW_IMAGES_PER_CLASS = 100
+# default of --save-every in steps for streams, which have no epochs
+DEFAULT_STREAM_SAVE_EVERY = 1000
 ALL = slice(None)
 FIRST_HALF = slice(0, None, 2)
 SECOND_HALF = slice(1, None, 2)  # of the held-out images
 
-Options = Any  # FinetuneOptions or PretrainOptions
 # from a model to metrics; an `Evaluator` if there are images
 Evaluate = Callable[[Any], dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Environment:
-    """Where and how a run takes place."""
-
-    folder: Path
-    accelerator: Accelerator
-    reporter: Reporter
-    store: CheckpointStore
-    checkpoint: Checkpoint | None  # to resume from
-    is_dry_run: bool
-    start_time: float
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """What a run trains on, with all defaults resolved."""
-
-    options: Options
-    initial: InitialModel
-    data: TrainingData
-    setup: TrainingSetup
-    plan: BatchPlan
-    full_plan: BatchPlan  # of the run that a dry run tests
-    evaluated_fraction: float  # of the images that the full run evaluates, evaluated in a dry run
-    missing_steps_reason: str | None  # why the run ends at the probe; None if it trains
-    lines: dict[str, str | None]  # of the printed summary
-    forward_flops: int
-    metadata: dict[str, Any]  # of checkpoints
-
-    @property
-    def has_steps(self) -> bool:
-        return self.missing_steps_reason is None
 
 
 @dataclass(frozen=True)
@@ -141,27 +70,6 @@ class Evaluators:
     selection: Evaluate  # of the selection images or, without them, of the held-out images
     held_out: Evaluate
     has_held_out: bool
-
-
-@dataclass(frozen=True)
-class Trained:
-    """The model after the last step, with the selected weights."""
-
-    loop: TrainingLoop
-    metrics: dict[str, Any]  # of the last evaluation; empty if the run has no steps
-    selected_step: int | None  # None if no step was selected; 0 for the frozen model
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Result:
-    """The metrics of the model that is saved, and its calibration."""
-
-    metrics: dict[str, Any]
-    calibration: dict[str, Any] | None
-    evaluator: Any  # whose outputs are written to predictions.parquet; None without predictions
-    # names of the nearest training images of each wrong prediction, by its index
-    nearest_images: dict[int, list[str]] | None
 
 
 def train(
@@ -203,6 +111,8 @@ def run(kind: ModuleType, options: Options, on_checkpoint: Callable[[Path], None
             return folder
 
         loaded = load(kind, options, environment)
+        if options.run.dry_run:
+            loaded = reduce_for_dry_run(loaded)
         print_summary(loaded, environment)
 
         frozen = fit_probe(loaded, environment)
@@ -225,208 +135,14 @@ def run(kind: ModuleType, options: Options, on_checkpoint: Callable[[Path], None
             evaluator=result.evaluator,
             nearest_images=result.nearest_images,
         )
-        print_result(results, loaded, trained, environment)
+        print_end = print_estimate if options.run.dry_run else print_result
+        print_end(results, loaded, trained, environment)
 
         # DDP must not outlive its process group: with torch 2.11, gloo may wait forever
         del trained
         accelerator.free_memory()
         accelerator.end_training()
         return folder
-
-
-# Start ---------------------------------------------------------------------------------------------------------------
-
-
-def set_up(options: Options, lock: FolderLock) -> Environment:
-    """Build the accelerator, lock the output folder, and load the checkpoint of a resumed run."""
-    start_time = time.perf_counter()
-    folder, training = options.output_dir, options.training
-    accelerator = build_accelerator(
-        training.gradient_accumulation_steps,
-        training.mixed_precision,
-        options.run.log_with,
-        folder / "trackers",
-    )
-    set_seed(training.seed)
-    reporter = Reporter(folder / output_folder.METRICS_FILE, accelerator)
-    store = CheckpointStore(folder / CHECKPOINTS_FOLDER, options.run.keep_checkpoints)
-    run_on_main(accelerator, lock.acquire)
-    checkpoint = None
-    if options.run.resume:
-        checkpoint = run_on_main(accelerator, partial(store.load_newest, reporter.warn))
-    return Environment(
-        folder=folder,
-        accelerator=accelerator,
-        reporter=reporter,
-        store=store,
-        checkpoint=checkpoint,
-        is_dry_run=options.run.dry_run,
-        start_time=start_time,
-    )
-
-
-def check_folder(options: Options, environment: Environment) -> bool:
-    """Check the output folder, and return whether the resumed run is already finished."""
-    if environment.checkpoint is None:
-        output_folder.check_replaceable(options, environment.store)
-        return False
-    check_flags_unchanged(
-        environment.checkpoint.metadata["flags"], to_flags(options), environment.folder
-    )
-    return (environment.folder / RESULTS_FILE).exists()
-
-
-def load(kind: Any, options: Options, environment: Environment) -> Loaded:
-    """Load the data and the models, resolve all defaults, and prepare the output folder."""
-    accelerator, checkpoint, folder = (
-        environment.accelerator,
-        environment.checkpoint,
-        environment.folder,
-    )
-    with accelerator.main_process_first():  # only the main process downloads files
-        options = pin_models(options, checkpoint)
-        initial = resolve_initial_model(options.model.model)
-    data = load_on_main(
-        accelerator, options.data.dataset, partial(kind.load_data, options, initial)
-    )
-    is_rate_set = options.training.learning_rate is not None
-    is_length_set = options.training.epochs is not None or options.training.max_steps is not None
-    with accelerator.main_process_first():
-        options, default_lines = resolve_options(options, initial, data)
-        setup = kind.build_training_setup(options, initial, data, environment.reporter)
-        forward_flops = (setup.encoder or setup.model).flops()
-    if setup.probe is not None and not is_rate_set:
-        rate = choose_learning_rate_after_probe(setup.model.config.hidden_size)
-        options = replace(options, training=replace(options.training, learning_rate=rate))
-        default_lines["rate"] = (
-            f"{rate:g}, because the classifier starts from the regression on the frozen encoder"
-        )
-    if options.training.gradient_checkpointing:
-        setup.model.gradient_checkpointing_enable()
-    recorded_precision = None if checkpoint is None else checkpoint.metadata["mixed_precision"]
-    precision_text = set_mixed_precision(
-        accelerator, options.training.mixed_precision, setup.model.config, recorded_precision
-    )
-
-    plan = build_batch_plan(data.num_training_images, options.training, accelerator.num_processes)
-    metadata = {
-        "images_per_step": plan.images_per_step,
-        "mixed_precision": accelerator.mixed_precision,
-        "data": run_on_main(accelerator, partial(describe_data, data)),
-        "files": run_on_main(
-            accelerator, partial(compute_files_digest, Path(options.data.dataset))
-        ),
-        "flags": get_relative_flags(options, options.run.hub_checkpoint_branch is not None),
-    }
-    if checkpoint is not None:
-        check_flags_unchanged(checkpoint.metadata["flags"], to_flags(options), folder)
-        check_run_unchanged(checkpoint.metadata, metadata, folder)
-    flags = get_relative_flags(options)
-    run_on_main(
-        accelerator, lambda: output_folder.prepare(folder, environment.store, flags, checkpoint)
-    )
-
-    lines = {
-        **describe_splits(data, setup.processor, setup.labels_text),
-        **describe_model(initial.name, setup.model, forward_flops),
-        **default_lines,
-        **setup.summary_lines,
-        "device": f"{describe_device(accelerator)}, mixed precision: {precision_text}",
-    }
-    reason = None
-    if setup.probe is not None:
-        reason = explain_missing_steps(
-            options, data, forward_flops, accelerator.device, is_length_set
-        )
-    loaded = Loaded(
-        options=options,
-        initial=initial,
-        data=data,
-        setup=setup,
-        plan=plan,
-        full_plan=plan,
-        evaluated_fraction=1.0,
-        missing_steps_reason=reason,
-        lines=lines,
-        forward_flops=forward_flops,
-        metadata=metadata,
-    )
-    return reduce_for_dry_run(loaded) if environment.is_dry_run else loaded
-
-
-def reduce_for_dry_run(loaded: Loaded) -> Loaded:
-    """Return the inputs of a dry run: a few steps, and a few images for evaluations and for the probe."""
-    data, evaluated_fraction = draw_few_images(loaded.data, loaded.plan)
-    setup = loaded.setup
-    setup.measure_features = None
-    if setup.probe is not None:
-        setup.probe = replace(setup.probe, max_images=NUM_PROBE_IMAGES)
-    return replace(
-        loaded,
-        data=data,
-        plan=replace(loaded.plan, num_steps=NUM_STEPS),
-        evaluated_fraction=evaluated_fraction,
-    )
-
-
-def draw_few_images(data: TrainingData, plan: BatchPlan) -> tuple[TrainingData, float]:
-    """Return data with one batch of held-out and selection images, and the fraction of the evaluated images."""
-    num_images = plan.batch_size * plan.num_processes
-    held_out, selection = (
-        images.read_first(num_images)
-        if isinstance(images, StreamedImages)
-        else images and images.draw(num_images)
-        for images in (data.held_out, data.selection)
-    )
-    evaluated = data.held_out if data.selection is None else data.selection
-    fraction = 1.0
-    if isinstance(evaluated, LabeledImages) and len(evaluated):
-        fraction = min(num_images / len(evaluated), 1.0)
-    return replace(data, held_out=held_out, selection=selection), fraction
-
-
-def resolve_options(
-    options: Any, initial: InitialModel, data: TrainingData
-) -> tuple[Any, dict[str, str | None]]:
-    """Return the options with a value for each flag whose default depends on the run, and summary lines.
-
-    The defaults are in defaults.py, and the lines are about these values.
-    """
-    select = "last" if data.selection is None else "best"
-    options = replace(options, training=replace(options.training, select=select))
-    size_line = None
-    if isinstance(options, FinetuneOptions):
-        model_options, size_line = choose_image_size(options.model, initial)
-        options = replace(options, model=model_options)
-    options, defaults_line = resolve_defaults(options, initial, data.num_training_images)
-    lines = {
-        "weights": describe_random_weights(initial),
-        "image size": size_line,
-        "defaults": defaults_line,
-    }
-    return options, lines
-
-
-def print_summary(loaded: Loaded, environment: Environment) -> None:
-    """Print what the run does, before it starts."""
-    reporter = environment.reporter
-    lines = dict(loaded.lines)
-    if loaded.has_steps:
-        lines["batches"] = describe_batches(loaded.plan)
-    else:
-        lines |= {
-            "defaults": None,
-            "rate": None,
-            "selection": None,
-            "steps": loaded.missing_steps_reason,
-        }
-    for name, text in lines.items():
-        if text:
-            reporter.print_line(name, text)
-    for warning in loaded.setup.warnings:
-        reporter.warn(warning)
-    if not environment.is_dry_run:
-        reporter.printed_metrics = loaded.setup.printed_metrics
 
 
 # Stages --------------------------------------------------------------------------------------------------------------
@@ -576,61 +292,79 @@ def finish_model(
 
     A frozen model is fitted to all images that are not held out.
     """
-    data, setup, model = loaded.data, loaded.setup, trained.loop.state.model
-    model.eval()
-    is_frozen = trained.selected_step == 0
-    initial = frozen
-    frozen = refit_frozen_model(loaded, frozen, model, environment) if is_frozen else None
+    model = trained.loop.state.model.eval()
+    final = None
+    if trained.selected_step == 0:
+        final = refit_frozen_model(loaded, frozen, model, environment)
     evaluate = evaluators.held_out
-    if frozen is not None and frozen.held_out is not None:
-        evaluate = HeadEvaluator(frozen.held_out, frozen.choice.candidate)
+    if final is not None and final.held_out is not None:
+        evaluate = HeadEvaluator(final.held_out, final.choice.candidate)
 
-    can_calibrate = setup.can_calibrate and not environment.is_dry_run
     calibration, reported = None, ALL
-    if (
-        can_calibrate
-        and frozen is not None
-        and (outputs := frozen.get_held_out_logits()) is not None
-    ):
-        calibration = find_calibration(*outputs, images="cross-validation")
-    elif can_calibrate and data.selection is not None and loaded.has_steps:
-        if isinstance(data.selection, StreamedImages) or has_enough_images(len(data.selection)):
-            calibration = find_calibration(
-                *compute_outputs(evaluators.selection, model), images="selection"
-            )
-        else:
-            calibration = explain_missing_calibration(len(data.selection), images="selection")
-    elif can_calibrate and evaluators.has_held_out:
-        logits, labels = compute_outputs(evaluate, model)
-        calibration = find_calibration(logits[FIRST_HALF], labels[FIRST_HALF], images="held-out")
-        reported = SECOND_HALF
+    if loaded.setup.can_calibrate:
+        calibration, reported = calibrate(loaded, final, evaluators, evaluate, model)
     if calibration is not None and calibration.is_fitted:
-        calibration.apply(setup.model.config)
+        calibration.apply(loaded.setup.model.config)
 
-    keeps_predictions = can_calibrate and evaluators.has_held_out
+    keeps_predictions = loaded.setup.can_calibrate and evaluators.has_held_out
     metrics = trained.metrics
-    if keeps_predictions or data.selection is not None or frozen is not None:
+    if keeps_predictions or loaded.data.selection is not None or final is not None:
         if keeps_predictions:
             evaluate.keep_logits = True  # type: ignore[attr-defined]
         metrics = evaluate(model)
         reshard(model)
-    record = None
+
+    record: dict[str, Any] = {}
     if calibration is not None:
         text = calibration.text
-        record = calibration.to_dict() if calibration.is_fitted else None
-        if record is not None and evaluators.has_held_out:
-            logits, labels = get_outputs(evaluate, reported)  # type: ignore[arg-type]
-            errors = compute_calibration_errors(logits, labels, record["temperature"])
+        if calibration.is_fitted:
+            record = calibration.to_dict()
+        if calibration.is_fitted and evaluators.has_held_out:
+            errors, errors_text = measure_errors(calibration, *get_outputs(evaluate, reported))  # type: ignore[arg-type]
             record |= errors
             metrics["calibration_error"] = errors["calibration_error"]
-            if len(labels) >= MIN_ERROR_IMAGES:
-                before = 100 * errors["calibration_error_before"]
-                after = 100 * errors["calibration_error"]
-                text += f"; calibration error {before:.1f} -> {after:.1f} points"
+            text += errors_text
         environment.reporter.print_line("calibration", text)
     if not keeps_predictions:
-        return Result(metrics, record, evaluator=None, nearest_images=None)
-    return Result(metrics, record, evaluate, find_nearest_images(frozen or initial, evaluate))
+        return Result(metrics, record or None, evaluator=None, nearest_images=None)
+    nearest_images = find_nearest_images(final or frozen, evaluate)
+    return Result(metrics, record or None, evaluate, nearest_images)
+
+
+def calibrate(
+    loaded: Loaded,
+    final: FittedProbe | None,
+    evaluators: Evaluators,
+    evaluate: Evaluate,
+    model: Any,
+) -> tuple[Calibration | None, slice]:
+    """Find the temperature of the classifier, on images that it was not fitted to.
+
+    Args:
+        loaded: what the run trains on.
+        final: the probe of a frozen model; None for a trained model.
+        evaluators: the evaluations of the run.
+        evaluate: the evaluation of the held-out images by the final model.
+        model: the final model.
+
+    Returns:
+        The calibration, None without images for it, and the held-out images that may measure its error.
+    """
+    selection = loaded.data.selection
+    if final is not None and (outputs := final.get_held_out_logits()) is not None:
+        return find_calibration(*outputs, images="cross-validation"), ALL
+
+    if selection is not None and loaded.has_steps:
+        if not isinstance(selection, StreamedImages) and not has_enough_images(len(selection)):
+            return explain_missing_calibration(len(selection), images="selection"), ALL
+        outputs = compute_outputs(evaluators.selection, model)
+        return find_calibration(*outputs, images="selection"), ALL
+
+    if evaluators.has_held_out:
+        logits, labels = compute_outputs(evaluate, model)
+        calibration = find_calibration(logits[FIRST_HALF], labels[FIRST_HALF], images="held-out")
+        return calibration, SECOND_HALF
+    return None, ALL
 
 
 def find_nearest_images(frozen: FittedProbe | None, evaluate: Any) -> dict[int, list[str]] | None:
@@ -669,119 +403,6 @@ def compute_outputs(evaluate: Any, model: Any) -> tuple[np.ndarray, np.ndarray]:
     evaluate(model)
     reshard(model)
     return get_outputs(evaluate)
-
-
-# Results -------------------------------------------------------------------------------------------------------------
-
-
-def build_results(
-    loaded: Loaded,
-    trained: Trained,
-    result: Result,
-    environment: Environment,
-    features_before: dict[str, Any] | None,
-    features_after: dict[str, Any] | None,
-) -> dict[str, Any]:
-    """Return the content of results.json."""
-    data, setup, loop = loaded.data, loaded.setup, trained.loop
-    results: dict[str, Any] = {
-        "dataset": data.name,
-        "split": data.held_out_name,
-        HELD_OUT_RECORD_KEY: run_on_main(
-            environment.accelerator, lambda: asdict(data.build_record())
-        ),
-        "num_training_images": count_training_images(loaded),
-        **setup.results,
-    }
-    seconds = trained.seconds
-    if probe_record := loaded.metadata["probe"]:
-        results["frozen"] = probe_record
-        if not loaded.has_steps:
-            seconds = probe_record["seconds"]
-    results |= {
-        "calibration": result.calibration,
-        "selection_metric": setup.selection_metric,
-        "forward_flops_per_image": loaded.forward_flops,
-        **describe_run(loaded.plan, loop.state.step, setup.model, environment.accelerator, seconds),
-        **result.metrics,
-        "num_unreadable_training_images": len(loop.unreadable_images.indices),
-        "token_movement": loop.monitor.compute_token_movement(),
-    }
-    if data.selection is not None and loaded.has_steps:
-        results["selection"] = {
-            "images": data.selection_name,
-            "num_images": len(data.selection)
-            if isinstance(data.selection, LabeledImages)
-            else None,
-            "step": trained.selected_step,
-            setup.selection_metric: loop.state.best_score,
-        }
-    if features_before is not None and features_after is not None:
-        summary = pretrain.compare_features(features_before, features_after)
-        results["features"] = {
-            "before": features_before,
-            "after": features_after,
-            "summary": summary,
-        }
-    return results
-
-
-def count_training_images(loaded: Loaded) -> int | None:
-    """Return the number of images that the model was fitted to; None for a stream.
-
-    It includes the selection images of a run without steps.
-    """
-    data = loaded.data
-    if loaded.has_steps or data.selection is None or data.num_training_images is None:
-        return data.num_training_images
-    return data.num_training_images + len(data.selection)
-
-
-def print_result(
-    results: dict[str, Any], loaded: Loaded, trained: Trained, environment: Environment
-) -> None:
-    """Print the last lines of the run."""
-    reporter, loop = environment.reporter, trained.loop
-    if environment.is_dry_run:
-        seconds = time.perf_counter() - environment.start_time
-        if loaded.has_steps:
-            text = describe_dry_run(
-                loop, loaded.full_plan, loaded.options, loaded.evaluated_fraction, seconds
-            )
-        else:
-            text = describe_dry_probe(results, loaded.full_plan, seconds)
-        reporter.print_line("dry run", text)
-        return
-    if num_unreadable := len(loop.unreadable_images.indices):
-        reporter.warn(
-            f"{num_unreadable} training image(s) could not be read and were replaced with other images"
-        )
-    reporter.print_line("result", format_result(results, loaded.setup.result_metrics))
-    if "features" in results:
-        reporter.print_line("features", results["features"]["summary"])
-    reporter.print_line("saved", f"{environment.folder} (model, image processor, {RESULTS_FILE})")
-    if suggestion := suggest_all_images(loaded):
-        reporter.print_line("next", suggestion)
-
-
-def suggest_all_images(loaded: Loaded) -> str | None:
-    """Return how to train on the held-out images as well, for a frozen model and few images per class.
-
-    The part of the images that is held out then costs accuracy (model_cards/studies/first_answer.md).
-    """
-    data = loaded.data
-    rule = data.record.rule
-    num_held_out = data.num_held_out_images
-    num_images = count_training_images(loaded)
-    if loaded.has_steps or rule is None or rule.num_folds or not num_held_out or not num_images:
-        return None
-    num_classes = max(map(len, data.label_space.columns.values()))
-    if num_images >= FEW_IMAGES_PER_CLASS * num_classes:
-        return None
-    return (
-        f"{num_held_out} images are held out for this result. To train on them as well, repeat the command with "
-        "`held_out_fraction=0` and another `output_dir`"
-    )
 
 
 # Parts ---------------------------------------------------------------------------------------------------------------

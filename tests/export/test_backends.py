@@ -391,8 +391,8 @@ def test_the_layer_with_outliers_is_ranked_first_and_named_if_the_metric_falls()
         "drop_interval": [0.25, 0.4],
     }
     for excluded_layers, remedy in (
-        ([], "--exclude-layers 3,"),
-        ([2, 3, 4], "--exclude-layers 1 2 3 4,"),
+        ([], "`exclude_layers=(3,)`,"),
+        ([2, 3, 4], "`exclude_layers=(1, 2, 3, 4)`,"),
     ):
         report = {"evaluation": scores, "excluded_layers": excluded_layers}
         check_drop(report, 25.0, model, build_images())

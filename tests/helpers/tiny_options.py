@@ -18,7 +18,8 @@ from modeling_vitcls.training.loop import build_batch_plan
 from modeling_vitcls.training.model import build_model, resolve_initial_model
 from modeling_vitcls.training.options import FinetuneOptions, ModelOptions, PretrainOptions
 from modeling_vitcls.training.reporter import Reporter
-from modeling_vitcls.training.run import resolve_options, train
+from modeling_vitcls.training.run import train
+from modeling_vitcls.training.run_inputs import resolve_options
 
 
 TINY = ModelOptions(

@@ -59,7 +59,7 @@ from modeling_vitcls.training.losses import (
 )
 from modeling_vitcls.training.model import resolve_initial_model
 from modeling_vitcls.training.options import FinetuneOptions
-from modeling_vitcls.training.run import describe_splits
+from modeling_vitcls.training.reporter import describe_splits
 from modeling_vitcls.training.teacher import Teacher
 from modeling_vitcls.training.training_setup import build_training_images
 

@@ -35,10 +35,9 @@ from modeling_vitcls.inference.options import EvaluateOptions
 from modeling_vitcls.training import duration as duration_module
 from modeling_vitcls.training import finetune
 from modeling_vitcls.training.checkpoints import CheckpointStore
-from modeling_vitcls.training.dry_run import describe_dry_run
+from modeling_vitcls.training.dry_run import describe_dry_run, draw_few_images
 from modeling_vitcls.training.folds import run_folds
 from modeling_vitcls.training.loop import build_batch_plan
-from modeling_vitcls.training.run import draw_few_images
 from modeling_vitcls.training.training_setup import build_training_images
 
 

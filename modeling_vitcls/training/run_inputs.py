@@ -1,0 +1,227 @@
+"""Start of a run: the folder, the data, the models, and all defaults (run.py).
+
+environment = set_up(options, lock)             where the run takes place
+loaded = load(kind, options, environment)       what it trains on
+print_summary(loaded, environment)
+"""
+
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from ..data.image_folder import compute_files_digest
+from ..data.sampling import BatchPlan
+from ..data.splits import TrainingData, describe_data, load_on_main
+from ..runtime.distributed import build_accelerator, run_on_main, set_mixed_precision
+from ..runtime.flags import to_flags
+from ..runtime.system import describe_device
+from . import output_folder
+from .checkpoints import Checkpoint, CheckpointStore
+from .defaults import choose_learning_rate_after_probe, describe_random_weights, resolve_defaults
+from .loop import build_batch_plan
+from .model import InitialModel, choose_image_size, resolve_initial_model
+from .options import FinetuneOptions
+from .output_folder import CHECKPOINTS_FOLDER, RESULTS_FILE, FolderLock
+from .probe import explain_missing_steps
+from .reporter import Reporter, describe_batches, describe_model, describe_splits
+from .resume import check_flags_unchanged, check_run_unchanged, get_relative_flags, pin_models
+from .training_setup import TrainingSetup
+
+
+Options = Any  # FinetuneOptions or PretrainOptions
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where and how a run takes place."""
+
+    folder: Path
+    accelerator: Accelerator
+    reporter: Reporter
+    store: CheckpointStore
+    checkpoint: Checkpoint | None  # to resume from
+    start_time: float
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a run trains on, with all defaults resolved."""
+
+    options: Options
+    initial: InitialModel
+    data: TrainingData
+    setup: TrainingSetup
+    plan: BatchPlan
+    full_plan: BatchPlan  # of the run that a dry run tests
+    evaluated_fraction: float  # of the images that the full run evaluates, evaluated in a dry run
+    missing_steps_reason: str | None  # why the run ends at the probe; None if it trains
+    lines: dict[str, str | None]  # of the printed summary
+    forward_flops: int
+    metadata: dict[str, Any]  # of checkpoints
+
+    @property
+    def has_steps(self) -> bool:
+        return self.missing_steps_reason is None
+
+
+def set_up(options: Options, lock: FolderLock) -> Environment:
+    """Build the accelerator, lock the output folder, and load the checkpoint of a resumed run."""
+    start_time = time.perf_counter()
+    folder, training = options.output_dir, options.training
+    accelerator = build_accelerator(
+        training.gradient_accumulation_steps,
+        training.mixed_precision,
+        options.run.log_with,
+        folder / "trackers",
+    )
+    set_seed(training.seed)
+    reporter = Reporter(folder / output_folder.METRICS_FILE, accelerator)
+    store = CheckpointStore(folder / CHECKPOINTS_FOLDER, options.run.keep_checkpoints)
+    run_on_main(accelerator, lock.acquire)
+    checkpoint = None
+    if options.run.resume:
+        checkpoint = run_on_main(accelerator, partial(store.load_newest, reporter.warn))
+    return Environment(
+        folder=folder,
+        accelerator=accelerator,
+        reporter=reporter,
+        store=store,
+        checkpoint=checkpoint,
+        start_time=start_time,
+    )
+
+
+def check_folder(options: Options, environment: Environment) -> bool:
+    """Check the output folder, and return whether the resumed run is already finished."""
+    if environment.checkpoint is None:
+        output_folder.check_replaceable(options, environment.store)
+        return False
+    check_flags_unchanged(
+        environment.checkpoint.metadata["flags"], to_flags(options), environment.folder
+    )
+    return (environment.folder / RESULTS_FILE).exists()
+
+
+def load(kind: Any, options: Options, environment: Environment) -> Loaded:
+    """Load the data and the models, resolve all defaults, and prepare the output folder."""
+    accelerator, checkpoint, folder = (
+        environment.accelerator,
+        environment.checkpoint,
+        environment.folder,
+    )
+    with accelerator.main_process_first():  # only the main process downloads files
+        options = pin_models(options, checkpoint)
+        initial = resolve_initial_model(options.model.model)
+    data = load_on_main(
+        accelerator, options.data.dataset, partial(kind.load_data, options, initial)
+    )
+    is_rate_set = options.training.learning_rate is not None
+    is_length_set = options.training.epochs is not None or options.training.max_steps is not None
+    with accelerator.main_process_first():
+        options, default_lines = resolve_options(options, initial, data)
+        setup = kind.build_training_setup(options, initial, data, environment.reporter)
+        forward_flops = (setup.encoder or setup.model).flops()
+    if setup.probe is not None and not is_rate_set:
+        rate = choose_learning_rate_after_probe(setup.model.config.hidden_size)
+        options = replace(options, training=replace(options.training, learning_rate=rate))
+        default_lines["rate"] = (
+            f"{rate:g}, because the classifier starts from the regression on the frozen encoder"
+        )
+    if options.training.gradient_checkpointing:
+        setup.model.gradient_checkpointing_enable()
+    recorded_precision = None if checkpoint is None else checkpoint.metadata["mixed_precision"]
+    precision_text = set_mixed_precision(
+        accelerator, options.training.mixed_precision, setup.model.config, recorded_precision
+    )
+
+    plan = build_batch_plan(data.num_training_images, options.training, accelerator.num_processes)
+    metadata = {
+        "images_per_step": plan.images_per_step,
+        "mixed_precision": accelerator.mixed_precision,
+        "data": run_on_main(accelerator, partial(describe_data, data)),
+        "files": run_on_main(
+            accelerator, partial(compute_files_digest, Path(options.data.dataset))
+        ),
+        "flags": get_relative_flags(options, options.run.hub_checkpoint_branch is not None),
+    }
+    if checkpoint is not None:
+        check_flags_unchanged(checkpoint.metadata["flags"], to_flags(options), folder)
+        check_run_unchanged(checkpoint.metadata, metadata, folder)
+    flags = get_relative_flags(options)
+    run_on_main(
+        accelerator, lambda: output_folder.prepare(folder, environment.store, flags, checkpoint)
+    )
+
+    lines = {
+        **describe_splits(data, setup.processor, setup.labels_text),
+        **describe_model(initial.name, setup.model, forward_flops),
+        **default_lines,
+        **setup.summary_lines,
+        "device": f"{describe_device(accelerator)}, mixed precision: {precision_text}",
+    }
+    reason = None
+    if setup.probe is not None:
+        reason = explain_missing_steps(
+            options, data, forward_flops, accelerator.device, is_length_set
+        )
+    return Loaded(
+        options=options,
+        initial=initial,
+        data=data,
+        setup=setup,
+        plan=plan,
+        full_plan=plan,
+        evaluated_fraction=1.0,
+        missing_steps_reason=reason,
+        lines=lines,
+        forward_flops=forward_flops,
+        metadata=metadata,
+    )
+
+
+def resolve_options(
+    options: Any, initial: InitialModel, data: TrainingData
+) -> tuple[Any, dict[str, str | None]]:
+    """Return the options with a value for each flag whose default depends on the run, and summary lines.
+
+    The defaults are in defaults.py, and the lines are about these values.
+    """
+    select = "last" if data.selection is None else "best"
+    options = replace(options, training=replace(options.training, select=select))
+    size_line = None
+    if isinstance(options, FinetuneOptions):
+        model_options, size_line = choose_image_size(options.model, initial)
+        options = replace(options, model=model_options)
+    options, defaults_line = resolve_defaults(options, initial, data.num_training_images)
+    lines = {
+        "weights": describe_random_weights(initial),
+        "image size": size_line,
+        "defaults": defaults_line,
+    }
+    return options, lines
+
+
+def print_summary(loaded: Loaded, environment: Environment) -> None:
+    """Print what the run does, before it starts."""
+    reporter = environment.reporter
+    lines = dict(loaded.lines)
+    if loaded.has_steps:
+        lines["batches"] = describe_batches(loaded.plan)
+    else:
+        lines |= {
+            "defaults": None,
+            "rate": None,
+            "selection": None,
+            "steps": loaded.missing_steps_reason,
+        }
+    for name, text in lines.items():
+        if text:
+            reporter.print_line(name, text)
+    for warning in loaded.setup.warnings:
+        reporter.warn(warning)
+    reporter.printed_metrics = loaded.setup.printed_metrics

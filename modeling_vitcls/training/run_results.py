@@ -1,0 +1,154 @@
+"""End of a run: results.json and the last printed lines (run.py)."""
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..data.held_out import HELD_OUT_RECORD_KEY
+from ..data.images import LabeledImages
+from ..runtime.distributed import run_on_main
+from . import pretrain
+from .dry_run import describe_dry_probe, describe_dry_run
+from .loop import TrainingLoop
+from .output_folder import RESULTS_FILE
+from .reporter import describe_run, format_result
+from .run_inputs import Environment, Loaded
+
+
+# with fewer training images per class, the held-out fifth costs up to 4 points of accuracy
+FEW_IMAGES_PER_CLASS = 100
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The model after the last step, with the selected weights."""
+
+    loop: TrainingLoop
+    metrics: dict[str, Any]  # of the last evaluation; empty if the run has no steps
+    selected_step: int | None  # None if no step was selected; 0 for the frozen model
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """The metrics of the model that is saved, and its calibration."""
+
+    metrics: dict[str, Any]
+    calibration: dict[str, Any] | None
+    evaluator: Any  # whose outputs are written to predictions.parquet; None without predictions
+    # names of the nearest training images of each wrong prediction, by its index
+    nearest_images: dict[int, list[str]] | None
+
+
+def build_results(
+    loaded: Loaded,
+    trained: Trained,
+    result: Result,
+    environment: Environment,
+    features_before: dict[str, Any] | None,
+    features_after: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """Return the content of results.json."""
+    data, setup, loop = loaded.data, loaded.setup, trained.loop
+    results: dict[str, Any] = {
+        "dataset": data.name,
+        "split": data.held_out_name,
+        HELD_OUT_RECORD_KEY: run_on_main(
+            environment.accelerator, lambda: asdict(data.build_record())
+        ),
+        "num_training_images": count_training_images(loaded),
+        **setup.results,
+    }
+    seconds = trained.seconds
+    if probe_record := loaded.metadata["probe"]:
+        results["frozen"] = probe_record
+        if not loaded.has_steps:
+            seconds = probe_record["seconds"]
+    results |= {
+        "calibration": result.calibration,
+        "selection_metric": setup.selection_metric,
+        "forward_flops_per_image": loaded.forward_flops,
+        **describe_run(loaded.plan, loop.state.step, setup.model, environment.accelerator, seconds),
+        **result.metrics,
+        "num_unreadable_training_images": len(loop.unreadable_images.indices),
+        "token_movement": loop.monitor.compute_token_movement(),
+    }
+    if data.selection is not None and loaded.has_steps:
+        results["selection"] = {
+            "images": data.selection_name,
+            "num_images": len(data.selection)
+            if isinstance(data.selection, LabeledImages)
+            else None,
+            "step": trained.selected_step,
+            setup.selection_metric: loop.state.best_score,
+        }
+    if features_before is not None and features_after is not None:
+        summary = pretrain.compare_features(features_before, features_after)
+        results["features"] = {
+            "before": features_before,
+            "after": features_after,
+            "summary": summary,
+        }
+    return results
+
+
+def count_training_images(loaded: Loaded) -> int | None:
+    """Return the number of images that the model was fitted to; None for a stream.
+
+    It includes the selection images of a run without steps.
+    """
+    data = loaded.data
+    if loaded.has_steps or data.selection is None or data.num_training_images is None:
+        return data.num_training_images
+    return data.num_training_images + len(data.selection)
+
+
+def print_result(
+    results: dict[str, Any], loaded: Loaded, trained: Trained, environment: Environment
+) -> None:
+    """Print the last lines of the run."""
+    reporter, loop = environment.reporter, trained.loop
+    if num_unreadable := len(loop.unreadable_images.indices):
+        reporter.warn(
+            f"{num_unreadable} training image(s) could not be read and were replaced with other images"
+        )
+    reporter.print_line("result", format_result(results, loaded.setup.result_metrics))
+    if "features" in results:
+        reporter.print_line("features", results["features"]["summary"])
+    reporter.print_line("saved", f"{environment.folder} (model, image processor, {RESULTS_FILE})")
+    if suggestion := suggest_all_images(loaded):
+        reporter.print_line("next", suggestion)
+
+
+def print_estimate(
+    results: dict[str, Any], loaded: Loaded, trained: Trained, environment: Environment
+) -> None:
+    """Print the expected duration and memory of the full run, as the last line of a dry run."""
+    seconds = time.perf_counter() - environment.start_time
+    if loaded.has_steps:
+        text = describe_dry_run(
+            trained.loop, loaded.full_plan, loaded.options, loaded.evaluated_fraction, seconds
+        )
+    else:
+        text = describe_dry_probe(results, loaded.full_plan, seconds)
+    environment.reporter.print_line("dry run", text)
+
+
+def suggest_all_images(loaded: Loaded) -> str | None:
+    """Return how to train on the held-out images as well, for a frozen model and few images per class.
+
+    The part of the images that is held out then costs accuracy (model_cards/studies/first_answer.md).
+    """
+    data = loaded.data
+    rule = data.record.rule
+    num_held_out = data.num_held_out_images
+    num_images = count_training_images(loaded)
+    if loaded.has_steps or rule is None or rule.num_folds or not num_held_out or not num_images:
+        return None
+    num_classes = max(map(len, data.label_space.columns.values()))
+    if num_images >= FEW_IMAGES_PER_CLASS * num_classes:
+        return None
+    return (
+        f"{num_held_out} images are held out for this result. To train on them as well, repeat the command with "
+        "`held_out_fraction=0` and another `output_dir`"
+    )
