@@ -95,11 +95,9 @@ class Effect:
         The limit is the upper bound of its prediction interval at NULL_LEVEL, which accounts for
         rare large effects.
         """
-        return (
-            max(compute_prediction_limit(self.null_sizes, NULL_LEVEL), MIN_CHANGE)
-            if self.null_sizes
-            else None
-        )
+        if not self.null_sizes:
+            return None
+        return max(compute_prediction_limit(self.null_sizes, NULL_LEVEL), MIN_CHANGE)
 
     @property
     def is_measurable(self) -> bool:
@@ -107,11 +105,9 @@ class Effect:
 
         Any change of a prediction counts, and a change of features above rounding errors.
         """
-        return (
-            self.interval[0] > MIN_CHANGE
-            if self.changed is None
-            else self.changed > 0 and self.size > MIN_CHANGE
-        )
+        if self.changed is None:
+            return self.interval[0] > MIN_CHANGE
+        return self.changed > 0 and self.size > MIN_CHANGE
 
     @property
     def is_beyond_limit(self) -> bool:
@@ -152,6 +148,8 @@ def compute_ablations(
     ablations: Ablations = {kind: {} for kind in ABLATION_KINDS}
     if not targets:
         return ablations
+
+    # [L + 1, S, D]
     means, before = collect_mean_states(
         model, batches, range(model.config.token_layout.num_prefix_tokens)
     )
@@ -165,29 +163,30 @@ def compute_ablations(
             ablations["information"][key] = compute_effects(collect_outputs(model, batches))
         hidden[key] = collect_outputs(model, batches, indices)
         ablations["presence"][key] = compute_effects(hidden[key])
+
     for keys, draws in watch(list(plan_redraws(model)), "ablating random tokens"):
         sizes: dict[tuple[str, str], list[float]] = {}  # (kind, output name) -> null distribution
-        drops: dict[
-            tuple[str, str], list[torch.Tensor]
-        ] = {}  # (redrawn key, output name) -> drops [images] per draw
+        # (redrawn key, output name) -> drops [images] per draw
+        drops: dict[tuple[str, str], list[torch.Tensor]] = {}
         for key in draws:
             with redraw_tokens(model, targets[key], generator):
                 redrawn_means, redrawn = collect_mean_states(model, batches, targets[key])
                 with replace_by_means(model, targets[key], redrawn_means):
                     replaced = collect_outputs(model, batches)
+
             for name, output in redrawn.items():
                 if isinstance(output, Predictions) and bool(output.is_known.all()):
-                    was_correct, is_correct = (
-                        (each.predicted == output.labels) for each in (before[name], output)
-                    )
-                    drops.setdefault((key, name), []).append(
-                        (was_correct.float() - is_correct.float()).mean(dim=1)
-                    )
+                    was_correct = before[name].predicted == output.labels
+                    is_correct = output.predicted == output.labels
+                    drop_by_image = (was_correct.float() - is_correct.float()).mean(dim=1)
+                    drops.setdefault((key, name), []).append(drop_by_image)
+
             # No head reads the tokens, so the outputs with hidden tokens do not depend on their embeddings.
             for kind, after in (("information", replaced), ("presence", hidden[key])):
                 for name, output in after.items():
                     size = summarize_changes(output, measure_changes(redrawn[name], output))
                     sizes.setdefault((kind, name), []).append(size)
+
         intervals = {
             position: compute_bootstrap_interval(torch.stack(draw_drops).mean(dim=0).tolist())
             for position, draw_drops in drops.items()
@@ -233,17 +232,14 @@ def feeds_head_alone(model: Any, indices: Sequence[int]) -> list[str]:
 def compute_effect(before: Any, after: Any) -> Effect:
     """Return the effect of an ablation on one output (`Predictions` or `Features`)."""
     changes = measure_changes(before, after)
-    size, (low, high) = (
-        summarize_changes(after, changes),
-        compute_bootstrap_interval(changes.tolist()),
-    )
+    size = summarize_changes(after, changes)
+    low, high = compute_bootstrap_interval(changes.tolist())
     if isinstance(before, Features):
         return Effect(size, (low, high), len(before))
+
     is_changed = (before.predicted != after.predicted).any(dim=-1)
-    changed_low, changed_high = compute_proportion_interval(int(is_changed.sum()), len(before)) or (
-        0.0,
-        1.0,
-    )
+    num_changed = int(is_changed.sum())
+    changed_low, changed_high = compute_proportion_interval(num_changed, len(before)) or (0.0, 1.0)
     effect = Effect(
         size=size,
         interval=(low**0.5, high**0.5),
@@ -251,18 +247,19 @@ def compute_effect(before: Any, after: Any) -> Effect:
         changed=is_changed.float().mean().item(),
         changed_interval=(changed_low, changed_high),
     )
-    was_correct, is_correct = (
-        (outputs.predicted == before.labels)[before.is_known] for outputs in (before, after)
-    )
+
+    was_correct = (before.predicted == before.labels)[before.is_known]
+    is_correct = (after.predicted == before.labels)[before.is_known]
     if not len(is_correct):
         return effect
+
     num_gained = int((is_correct & ~was_correct).sum())
     num_lost = int((was_correct & ~is_correct).sum())
-    p_value = (
-        stats.binomtest(num_gained, num_gained + num_lost, alternative="greater").pvalue
-        if num_gained
-        else 1.0
-    )
+    p_value = 1.0
+    if num_gained:
+        test = stats.binomtest(num_gained, num_gained + num_lost, alternative="greater")
+        p_value = test.pvalue
+
     return replace(
         effect,
         accuracy_change=(num_gained - num_lost) / len(is_correct),
@@ -282,6 +279,7 @@ def measure_changes(before: Any, after: Any) -> torch.Tensor:
         return 1 - torch.stack(
             [nn.functional.cosine_similarity(*pair, dim=-1).mean() for pair in pairs]
         ).clamp(max=1)
+
     root_mean_square = before.logits.square().mean().sqrt()
     variances = (before.logits - before.logits.mean(dim=0)).square().mean(dim=1)  # [images]
     scale = (
@@ -340,11 +338,13 @@ def collect_mean_states(
     compute = partial(get_classifier_or_encoder(model), output_hidden_states=True)
     with evaluation_mode(model):
         for batch, outputs in pass_over_images(compute, batches(), model.device):
+            # [B, L + 1, n, D]
             states = torch.stack(
                 [state[:, list(indices)] for state in outputs.hidden_states], dim=1
             )
             state_sums.append(states.cpu().double().sum(dim=0))
             batch_outputs.append(extract_outputs(model, outputs, batch.labels))
+
     joined_outputs = join_outputs(batch_outputs)
     return torch.stack(state_sums).sum(dim=0) / count_images(joined_outputs), joined_outputs
 
@@ -363,6 +363,7 @@ def replace_by_means(
     modules = [encoder.embeddings, *encoder.layers]
     if not any(is_used_by_head[min(index, len(is_used_by_head) - 1)] for index in indices):
         modules.pop()  # a hook on the last layer would make the layer compute all tokens
+
     with ExitStack() as hooks:
         # compiled code does not call hooks
         hooks.enter_context(torch.compiler.set_stance("force_eager"))
@@ -374,6 +375,7 @@ def replace_by_means(
 @contextmanager
 def redraw_tokens(model: Any, indices: Sequence[int], generator: torch.Generator) -> Iterator[None]:
     """Replace the embeddings of the tokens at sequence indices `indices` with random vectors of the same norms."""
+    # [n, D]
     directions = nn.functional.normalize(
         torch.randn(len(indices), model.config.hidden_size, generator=generator)
     )
@@ -493,7 +495,8 @@ def extract_outputs(model: Any, outputs: Any, labels: torch.Tensor | None = None
     """
     config = model.config
     if not is_classifier(model):
-        layout, states = config.token_layout, outputs.last_hidden_state
+        layout = config.token_layout
+        states = outputs.last_hidden_state  # [B, N, D]
         features = {"cls": states[:, layout.cls], "distillation": states[:, layout.distillation]}
         pooled = getattr(outputs, "pooler_output", None)
         if pooled is not None:
@@ -506,10 +509,13 @@ def extract_outputs(model: Any, outputs: Any, labels: torch.Tensor | None = None
             for name, rows in features.items()
             if rows.shape[1]
         }
+
     logits_by_task = outputs.logits if isinstance(outputs.logits, dict) else {"": outputs.logits}
+    # [B, 1] each, or [B, labels] for a multi-label model
     predicted = {
         task: predict_labels(logits, config).cpu() for task, logits in logits_by_task.items()
     }
+
     shape = torch.cat(list(predicted.values()), dim=1).shape
     labels = torch.full(shape, IGNORED_LABEL) if labels is None else labels.cpu()
     if len(labels) != shape[0] or labels.numel() != shape.numel():
@@ -517,6 +523,7 @@ def extract_outputs(model: Any, outputs: Any, labels: torch.Tensor | None = None
             f"The predictions have shape {list(shape)} [images, labels per image], but the labels have shape "
             f"{list(labels.shape)}. Pass one label per prediction."
         )
+
     label_columns = labels.view(shape).split(
         [columns.shape[1] for columns in predicted.values()], dim=1
     )
@@ -532,6 +539,7 @@ def join_outputs(batches: Sequence[Outputs]) -> Outputs:
         raise ValueError(
             "Ablation requires at least one image, but there are no images. Pass one or more images."
         )
+
     joined: Outputs = {}
     for name, first in batches[0].items():
         if isinstance(first, Features):
@@ -585,8 +593,10 @@ def encode_label(label: Any, config: ViTCLSConfig) -> torch.Tensor:
     if config.tasks:
         task_labels = label or {}
         return torch.tensor([task_labels.get(task, IGNORED_LABEL) for task in config.task_labels()])
+
     if not is_multi_label(config):
         return torch.tensor([IGNORED_LABEL if label is None else int(label)])
+
     if isinstance(label, list | tuple):
         return torch.tensor([int(value) for value in label])
     if label is None or label < 0:

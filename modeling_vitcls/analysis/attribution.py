@@ -149,15 +149,14 @@ class AttentionTrace:
     def compute_rollout(self) -> torch.Tensor:
         """Return the attention rollout [B, S, N] (`compute_attention_rollout`)."""
         query = self.layers[-1].query
-        identity = torch.eye(query.shape[2], device=query.device)
+        identity = torch.eye(query.shape[2], device=query.device)  # [N, N]
         # [B, S, N]
         rollout = identity[: self.config.token_layout.num_prefix_tokens].expand(len(query), -1, -1)
         for layer, attention in zip(
             reversed(self.layers), reversed(self.attention_modules), strict=True
         ):
-            rollout = 0.5 * rollout + 0.5 * rollout @ average_heads(
-                layer.compute_weights(), attention
-            )
+            attention_map = average_heads(layer.compute_weights(), attention)  # [B, N, N]
+            rollout = 0.5 * rollout + 0.5 * rollout @ attention_map
         return rollout
 
     def compute_attribution(
@@ -170,28 +169,33 @@ class AttentionTrace:
         attention_outputs = [layer.attention_output for layer in self.layers]
         with torch.inference_mode(False), torch.enable_grad():
             logits = select_logits(self.outputs, target, task)  # [B]
+            # None for layers above the last layer that the head reads
             gradients = torch.autograd.grad(
                 logits.sum(),
                 [*attention_outputs, *self.read_tokens.values()],
                 retain_graph=True,
                 allow_unused=True,
-            )  # None for layers above the last layer that the head reads
+            )
         token_gradients = dict(zip(self.read_tokens, gradients[len(self.layers) :], strict=True))
+
         with torch.no_grad():
+            # [1, 1, N]; [B, 1, N] after the first addition
             relevance = start_weights = (
                 attention_outputs[0].new_zeros(1, 1, self.layers[0].key.shape[2]).float()
             )
             for index in range(len(self.layers), 0, -1):
-                layer, gradient = self.layers[index - 1], gradients[index - 1]
+                layer = self.layers[index - 1]
+                gradient = gradients[index - 1]  # [B, N, maps, d]
                 if token_gradients.get(index) is not None:
                     layer_weights = compute_start_weights(
                         token_gradients[index], self.config, relevance.shape[-1]
                     )
                     relevance = relevance + layer_weights
-                    start_weights = start_weights + layer_weights  # [B, 1, N]
+                    start_weights = start_weights + layer_weights
                 if gradient is not None:
                     # [B, maps, N, N]
                     map_gradient = gradient.transpose(1, 2) @ layer.value.transpose(2, 3)
+                    # [B, N, N]
                     weighted_map = (map_gradient * layer.compute_weights()).clamp(min=0).mean(dim=1)
                     relevance = relevance + relevance @ weighted_map
             # the start weights do not depend on attention
@@ -208,6 +212,7 @@ def trace_attention(
     hook = model.base_model.register_forward_hook(
         lambda _, args, output: encoder_outputs.append(output)
     )
+
     with (
         hook,
         torch.inference_mode(False),
@@ -218,6 +223,7 @@ def trace_attention(
         inputs = pixel_values.detach().clone().requires_grad_(needs_gradients)
         with process_attention_layers(model, layers.append):
             outputs = model(inputs, output_hidden_states=True)
+
     attention_modules = [layer.attention for layer in model.base_model.layers]
     encoder_output = encoder_outputs[-1]
     read_tokens = {
@@ -240,6 +246,7 @@ def select_logits(
     if task is not None:
         logits_by_task = getattr(outputs, "task_logits", None) or {}
         logits = logits_by_task[task] if task in logits_by_task else logits[task]
+
     if target is None:
         return logits.amax(dim=-1)
     classes = torch.as_tensor(target, device=logits.device).long().reshape(-1).expand(len(logits))

@@ -14,9 +14,8 @@ from .token_statistics import Findings
 # A map is nearly the same in every image if it varies less between images (`map_variation`) than this fraction of its
 # distance from uniform attention.
 MAX_SHARED_VARIATION = 0.3
-MIN_SHARED_SELECTIVITY = (
-    0.1  # minimum `map_selectivity` of such a map: uniform attention is equal in all images, too
-)
+# minimum `map_selectivity` of such a map: uniform attention is equal in all images, too
+MIN_SHARED_SELECTIVITY = 0.1
 MIN_IMAGES = 5  # minimum number of images for statements about all images
 
 
@@ -75,6 +74,7 @@ def format_layers(layers: list[int]) -> str:
             runs[-1].append(layer)
         else:
             runs.append([layer])
+
     texts = [
         f"{run[0]} to {run[-1]}" if len(run) > 2 else " and ".join(map(str, run)) for run in runs
     ]

@@ -95,34 +95,28 @@ class Fault(RatedText):
 
 
 MIN_IMAGE_VARIATION = 1e-3  # minimum variation of a token whose state depends on the image
-MIN_IDENTICAL_SIMILARITY = (
-    0.999  # minimum cosine similarity between tokens that are considered identical
-)
-MAX_IDENTICAL_DISTANCE = (
-    0.01  # maximum distance between identical tokens, relative to their variation over images
-)
-MAX_MAP_DISTANCE = (
-    0.1  # maximum distance between equal maps, relative to their distance from uniform attention
-)
-MIN_SELECTIVITY, MIN_MAP_VARIATION = (
-    0.2,
-    0.1,
-)  # limits of `map_selectivity` and `map_variation` of equal maps
-MIN_PATCH_MASS = (
-    0.01  # minimum fraction of attention to patches of a token that is not cut off from the patches
-)
-MAX_NORM_RATIO = (
-    3.0  # maximum norm of a token's embedding, as a multiple of the median norm of embedded patches
-)
+# minimum cosine similarity between tokens that are considered identical
+MIN_IDENTICAL_SIMILARITY = 0.999
+# maximum distance between identical tokens, relative to their variation over images
+MAX_IDENTICAL_DISTANCE = 0.01
+# maximum distance between equal maps, relative to their distance from uniform attention
+MAX_MAP_DISTANCE = 0.1
+# minimum `map_selectivity` of selective maps, and `map_variation` below which they are equal in all images
+MIN_SELECTIVITY = 0.2
+MIN_MAP_VARIATION = 0.1
+# minimum fraction of attention to patches of a token that is not cut off from the patches
+MIN_PATCH_MASS = 0.01
+# maximum norm of a token's embedding, as a multiple of the median norm of embedded patches
+MAX_NORM_RATIO = 3.0
 # Maximum cosine similarity between the embedding and the last state of a token that the layers change.
 MAX_EMBEDDING_SIMILARITY = 0.8
 ROUNDING_ERROR = 1e-6  # rounding error of a state as a fraction of its norm
-MAX_HARM_P_VALUE = (
-    0.05  # significance level of "harmful"; divided by the number of ablations (Bonferroni)
-)
+# significance level of "harmful"; divided by the number of ablations (Bonferroni)
+MAX_HARM_P_VALUE = 0.05
 MIN_HEAD_OUTPUT = 1e-3  # minimum `head_outputs` of a head that is not dead
 # Minimum `head_selectivity` of a head that is not uniform, and minimum as a fraction of the median over all heads
-MIN_HEAD_SELECTIVITY, MIN_RELATIVE_SELECTIVITY = 1e-3, 0.02
+MIN_HEAD_SELECTIVITY = 1e-3
+MIN_RELATIVE_SELECTIVITY = 0.02
 
 # Bin width in the histogram of norm ratios (natural logarithms), and widths of the compared windows, in bins
 BIN_WIDTH = 0.05
@@ -134,9 +128,8 @@ MODE_FRACTION_RANGE = 0.001, 0.45  # range of the fraction of patches in a secon
 # A mode with a larger fraction may be the foreground, unless its norms are OUTLIER_RATIO times the median
 MAX_OUTLIER_FRACTION = 0.2
 MIN_PATCHES = 1000  # minimum number of patches that show a mode of 2% of the patches
-MIN_RISE_SCORE = (
-    4.0  # minimum increase in the outlier fraction, in standard errors, if registers are hidden
-)
+# minimum increase in the outlier fraction, in standard errors, if registers are hidden
+MIN_RISE_SCORE = 4.0
 
 Faults = dict[Fault, dict[str, Any]]  # fault -> values of its sentence
 
@@ -191,12 +184,14 @@ def diagnose_tokens(
     names = get_token_names(model.config)
     movement = token_movement or {}
     verdicts = []
+
     for key, indices in get_ablation_targets(model.config.token_layout).items():
         effects = {kind: effects_by_key[key] for kind, effects_by_key in (ablations or {}).items()}
         is_group = "[" not in key
         group_name = "CLS token" if key == "cls" else SINGLE_TOKEN_NAMES.get(key)
         outcome, numbers = judge_effects(model, indices, effects)
         faults = find_harm(effects, sum(map(len, (ablations or {}).values())))
+
         if not is_group:
             moved = movement.get(key)
             numbers |= {"movement": moved, **collect_numbers(model, findings, indices[0])}
@@ -204,6 +199,7 @@ def diagnose_tokens(
             is_unimportant = outcome in (Outcome.REPLACEABLE, Outcome.NO_EFFECT)
             if moved == 0 and is_unimportant and any(movement.values()):
                 faults[Fault.NOT_MOVED] = {}
+
         name = f"all {len(indices)} {group_name}s" if is_group else names[indices[0]]
         verdicts.append(Verdict(name, outcome, numbers, faults, is_group))
     return verdicts
@@ -221,6 +217,7 @@ def judge_effects(
     """
     if not effects:
         return Outcome.NOT_MEASURED, {}
+
     has_head = is_classifier(model)
     flat_effects = [
         (kind, name, effect)
@@ -229,18 +226,18 @@ def judge_effects(
     ]
     heads = feeds_head_alone(model, indices)
     is_read = any(get_used_token_mask(model.config, has_head)[index] for index in indices)
-    candidates = [
-        item for item in flat_effects if item[0] == "information" and item[1] in heads
-    ] or flat_effects
+    head_effects = [item for item in flat_effects if item[0] == "information" and item[1] in heads]
+
     # The effect with the largest ratio to its limit decides; without limits, the largest effect.
     kind, name, effect = max(
-        candidates,
+        head_effects or flat_effects,
         key=lambda item: (
             item[2].is_beyond_limit,
             item[2].is_measurable,
             item[2].size / (item[2].limit or 1),
         ),
     )
+
     if effect.num_images < MIN_IMAGES:
         outcome = Outcome.FEW_IMAGES
     elif heads:
@@ -251,6 +248,7 @@ def judge_effects(
         outcome = Outcome.EFFECT
     else:
         outcome = Outcome.REPLACEABLE
+
     numbers: dict[str, Any] = {
         "is_measurable": effect.is_measurable,
         "decided_by": {"ablation": kind, "output": name, "limit": effect.limit},
@@ -290,22 +288,27 @@ def find_faults(
     """Return the faults of the token at sequence index `index`. `numbers` are the values of `collect_numbers`."""
     last = numbers["read_layers"]
     faults: Faults = {}
-    if (identical := find_identical_token(model, findings, index)) is not None:
+    identical = find_identical_token(model, findings, index)
+    if identical is not None:
         other, shared = identical
         faults[Fault.IDENTICAL] = {"other": names[other], "layer": shared}
+
     if last == len(findings.entropy) and numbers["patch_mass"] < MIN_PATCH_MASS:
         faults[Fault.CUT_OFF] = {}
     if last > 0 and findings.num_images > 1 and numbers["variation"] < MIN_IMAGE_VARIATION:
         faults[Fault.SAME_STATE] = {"is_last_layer": last == len(findings.entropy)}
-    is_selective = findings.map_selectivity[:last, index] >= MIN_SELECTIVITY
+
+    is_selective = findings.map_selectivity[:last, index] >= MIN_SELECTIVITY  # [read layers]
     is_same = findings.map_variation[:last, index] < MIN_MAP_VARIATION
     if findings.num_images > 1 and bool(is_selective.any()) and bool(is_same[is_selective].all()):
         faults[Fault.SAME_ATTENTION] = {"layers": (is_selective.nonzero().flatten() + 1).tolist()}
+
     if (
         numbers["norm_ratio"] > MAX_NORM_RATIO
         and numbers["embedding_similarity"] > MAX_EMBEDDING_SIMILARITY
     ):
         faults[Fault.LARGE_NORM] = {}
+
     equal_token, distance = find_equal_attention(model, findings, index)
     if equal_token is not None and identical is None:
         faults[Fault.EQUAL_ATTENTION] = {"other": names[equal_token], "distance": distance}
@@ -343,13 +346,14 @@ def find_identical_token(model: Any, findings: Findings, index: int) -> tuple[in
         last = min(used_layers[index], used_layers[other])
         norms = findings.mean_states[last].norm(dim=-1)  # [S]
         variation = findings.variation[last] * norms  # [S], in the unit of `state_distance`
-        limit = (
-            MAX_IDENTICAL_DISTANCE * variation[[index, other]].min() + ROUNDING_ERROR * norms[index]
-        )
+        max_distance = MAX_IDENTICAL_DISTANCE * variation[[index, other]].min()
+        limit = max_distance + ROUNDING_ERROR * norms[index]
+
         distance = findings.state_distance[last, index, other]
         is_similar = findings.between_tokens[last, index, other] >= MIN_IDENTICAL_SIMILARITY
         if other != index and is_similar and distance <= limit:
             candidates.append((distance.item(), other, last))
+
     return min(candidates)[1:] if candidates else None
 
 
@@ -367,6 +371,7 @@ def find_equal_attention(model: Any, findings: Findings, index: int) -> tuple[in
         selectivity = findings.map_selectivity[layers][:, [index, other]].mean(dim=1).sum().item()
         if other != index and selectivity > 0:
             candidates.append((distance / selectivity, other))
+
     distance, nearest = min(candidates, default=(math.inf, None))
     return (nearest if distance <= MAX_MAP_DISTANCE else None), distance
 
@@ -406,18 +411,22 @@ def find_second_mode(ratios: torch.Tensor) -> SecondMode | None:
     log_ratios = ratios.float().clamp(min=1e-12).log().clamp(max=MAX_LOG_RATIO)
     num_bins = round(MAX_LOG_RATIO / BIN_WIDTH)
     counts = log_ratios[log_ratios > 0].histc(num_bins, min=0, max=MAX_LOG_RATIO)
+
     best_mode: SecondMode | None = None
     for width in WINDOW_WIDTHS:
         windows = counts.unfold(0, width, 1).sum(dim=-1)  # [num_bins - width + 1]
-        valley, peak = windows[:, None], windows[None, :]
-        scores = (peak - valley) / (peak + valley).clamp(min=1).sqrt()
+        valley = windows[:, None]
+        peak = windows[None, :]
+        scores = (peak - valley) / (peak + valley).clamp(min=1).sqrt()  # [valleys, peaks]
         window_starts = torch.arange(len(windows))
         can_be_valley = window_starts >= math.ceil(MIN_VALLEY_LOG_RATIO / BIN_WIDTH)
         is_valid_pair = can_be_valley[:, None] & (window_starts >= window_starts[:, None] + width)
         scores = scores.where(is_valid_pair, -torch.inf)
+
         score = scores.max().item()
         valley_indices = (scores >= score).any(dim=1).nonzero().flatten()
         threshold = math.exp((valley_indices.float().mean().item() + width / 2) * BIN_WIDTH)
+
         is_in_mode = ratios > threshold
         fraction = is_in_mode.float().mean().item()
         is_second_mode = (
@@ -427,6 +436,7 @@ def find_second_mode(ratios: torch.Tensor) -> SecondMode | None:
             ratio = ratios[is_in_mode].median().item()
             if fraction <= MAX_OUTLIER_FRACTION or ratio >= OUTLIER_RATIO:
                 best_mode = SecondMode(threshold, ratio, fraction, score)
+
     return best_mode
 
 
@@ -444,11 +454,13 @@ def diagnose_patches(config: ViTCLSConfig, findings: Findings, has_head: bool = 
     layer = max(fractions, key=fractions.__getitem__, default=last_layer)
     mode = modes[layer]
     ratios = findings.patch_ratios[layer]
+
     outcome = Outcome.ONE_MODE
     if mode is not None:
         outcome = Outcome.ARTIFACTS
     elif len(ratios) < MIN_PATCHES:
         outcome = Outcome.FEW_PATCHES
+
     hidden_mode, absorbed = compare_without_registers(findings, layer)
     numbers = {
         "layer": layer,
@@ -476,10 +488,12 @@ def compare_without_registers(
     mode = find_second_mode(all_ratios[1])
     if mode is None:
         return None, None
+
     before, after = ((ratios > mode.threshold).float().mean().item() for ratios in all_ratios)
     mean_fraction = (before + after) / 2
     standard_error = (2 * mean_fraction * (1 - mean_fraction) / len(all_ratios[0])) ** 0.5
-    return mode, [before, after] if after - before >= MIN_RISE_SCORE * standard_error else None
+    has_risen = after - before >= MIN_RISE_SCORE * standard_error
+    return mode, [before, after] if has_risen else None
 
 
 # Heads and tasks -----------------------------------------------------------------------------------------------------
@@ -510,17 +524,17 @@ def diagnose_tasks(outputs: Outputs) -> list[Verdict]:
     """Return the accuracy of each task with known labels, compared with predicting the most frequent label."""
     verdicts = []
     for task, predictions in outputs.items():
-        if (
-            not isinstance(predictions, Predictions)
-            or (accuracy := predictions.compute_accuracy()) is None
-        ):
+        if not isinstance(predictions, Predictions):
             continue
+        accuracy = predictions.compute_accuracy()
+        if accuracy is None:
+            continue
+
         chance = predictions.compute_chance()
         num_known = int(predictions.is_known.sum())
-        low, high = compute_proportion_interval(round(accuracy * num_known), num_known) or (
-            0.0,
-            1.0,
-        )
+        num_correct = round(accuracy * num_known)
+        low, high = compute_proportion_interval(num_correct, num_known) or (0.0, 1.0)
+
         outcome = Outcome.USEFUL if predictions.is_better_than_chance() else Outcome.USELESS
         if num_known < MIN_IMAGES:
             outcome = Outcome.FEW_IMAGES

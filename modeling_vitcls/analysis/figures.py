@@ -48,11 +48,8 @@ DARK_GRAY = "#222222"
 FIGURE_SIZE = 7.0, 3.0  # width and height in inches
 MAX_LEGEND_NAME = 24  # maximum length of a name in a legend, in characters
 MIN_RATIO_FOR_LOG_SCALE = 30.0  # minimum ratio of largest to smallest norm for a logarithmic scale
-PATCH_QUANTILES = (
-    0.05,
-    0.5,
-    0.95,
-)  # quantiles of the patch norms: lower edge of the band, line, upper edge
+# quantiles of the patch norms: lower edge of the band, line, upper edge
+PATCH_QUANTILES = (0.05, 0.5, 0.95)
 NUM_BINS = 48  # number of bins in a histogram
 OUTLIER_COLOR = "#B3261E"  # color of the bars of the second mode
 DASHES = ("o-", "s--", "^:", "D-.")  # markers and dashes of the tokens of a group
@@ -88,21 +85,24 @@ def plot_curve(config: ViTCLSConfig, findings: Findings, name: str) -> Figure:
     first_layer = 0 if lines.ndim == 2 else 1
     uniform_values = findings.uniform_entropy_by_token.tolist() if name == "entropy" else []
     baselines = sorted({float(f"{value:.5g}") for value in uniform_values})
+
     figure, axes = create_axes(title, y_label)
     for style, line in zip(styles, lines.unbind(dim=-1), strict=True):
         head_values = line if line.ndim == 2 else line.unsqueeze(1)  # [L, H]
         draw_line(
             axes,
             style,
-            head_values.mean(dim=1),
-            head_values.amin(dim=1),
-            head_values.amax(dim=1),
-            first_layer,
+            mean=head_values.mean(dim=1),
+            low=head_values.amin(dim=1),
+            high=head_values.amax(dim=1),
+            first_layer=first_layer,
         )
+
     for index, value in enumerate(baselines):
         axes.axhline(
             value, color=DARK_GRAY, linewidth=1, linestyle="--", label="_" * (index > 0) + "uniform"
         )
+
     axes.set_ylim(bottom=min(axes.get_ylim()[0], 0))
     if is_percentage:
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
@@ -152,17 +152,20 @@ def plot_norms(config: ViTCLSConfig, findings: Findings) -> Figure:
     """
     styles = get_token_styles(config)
     figure, axes = create_axes("Norms of tokens and patches", "norm")
+
     # [L + 1] each
     low, median, high = findings.patch_norms.float().quantile(torch.tensor(PATCH_QUANTILES), dim=1)
-    draw_line(axes, PATCH_STYLE, median, low, high, 0)
+    draw_line(axes, PATCH_STYLE, mean=median, low=low, high=high, first_layer=0)
     for style, line in zip(styles, findings.token_norms.unbind(dim=-1), strict=True):
-        draw_line(axes, style, line, line, line, 0)
+        draw_line(axes, style, mean=line, low=line, high=line, first_layer=0)
+
     min_value, max_value = torch.cat([low, high, findings.token_norms.flatten()]).aminmax()
     if min_value > 0 and max_value > MIN_RATIO_FOR_LOG_SCALE * min_value:
         axes.set(yscale="log", ylabel="norm, logarithmic")
         use_plain_numbers(axes.yaxis)
     else:
         axes.set_ylim(bottom=0)
+
     format_layer_axis(figure, axes, len(median), 0)
     return figure
 
@@ -182,12 +185,15 @@ def plot_norm_histogram(config: ViTCLSConfig, findings: Findings, layer: int = -
     )
     low = min(ratios.min().item(), 0.5, *registers)
     high = max(ratios.max().item(), 2.0, *registers)
+
     mode = find_second_mode(findings.patch_ratios[layer])
     edges = np.geomspace(low, high, NUM_BINS + 1)
+
     title = "Norms of the patches"
     if mode is not None:
         title += f", after layer {range(len(findings.patch_norms))[layer]}"
     figure, axes = create_axes(title, "patches, logarithmic")
+
     is_outlier = np.sqrt(edges[1:] * edges[:-1]) >= (math.inf if mode is None else mode.threshold)
     colors = [OUTLIER_COLOR if each else GROUP_COLORS["patches"] for each in is_outlier]
     counts, _ = np.histogram(ratios.numpy(), edges)
@@ -196,8 +202,10 @@ def plot_norm_histogram(config: ViTCLSConfig, findings: Findings, layer: int = -
     for axis in (axes.xaxis, axes.yaxis):
         use_plain_numbers(axis)
     axes.set_xlabel("norm / median norm of the image, logarithmic")
+
     if mode is not None:
         axes.axvline(mode.threshold, color=DARK_GRAY, linewidth=1, linestyle="--")
+
     transform = axes.get_xaxis_transform()
     color = GROUP_COLORS["registers"]
     axes.plot(

@@ -136,6 +136,7 @@ def build_image_predictions(model: Any, outputs: Any) -> list[ImagePrediction]:
     """
     config: ViTCLSConfig = model.config
     predictions = []
+
     if is_classifier(model) and config.tasks:
         for task, names in config.task_labels().items():
             predictions.append(build_image_prediction(task, outputs.logits[task], names))
@@ -143,6 +144,7 @@ def build_image_predictions(model: Any, outputs: Any) -> list[ImagePrediction]:
         names = get_label_space(config).names
         threshold = DEFAULT_THRESHOLD if is_multi_label(config) else None
         predictions.append(build_image_prediction(None, outputs.logits, names, threshold))
+
     for task, logits in (getattr(outputs, "task_logits", None) or {}).items():
         head = config.get_added_tasks()[task]
         threshold = None
@@ -187,18 +189,19 @@ def decompose_patches(features: Sequence[torch.Tensor]) -> tuple[list[torch.Tens
     num_components = min(NUM_COLOR_CHANNELS, *rows.shape)
     pca = PCA(num_components, random_state=0)
     with np.errstate(invalid="ignore"):  # the variance of equal patches is 0
-        components = pca.fit_transform(rows)
+        components = pca.fit_transform(rows)  # [patches, components]
+
     low, high = np.quantile(components, COLOR_QUANTILES, axis=0)
     # 0.5 is the value of missing components if there are fewer than three components.
     colors = np.full((len(rows), NUM_COLOR_CHANNELS), 0.5, dtype=np.float32)
     colors[:, :num_components] = ((components - low) / np.maximum(high - low, 1e-12)).clip(0, 1)
+
     pixels_by_image = torch.from_numpy(colors).split(
         [image.shape[0] * image.shape[1] for image in features]
     )
-    return (
-        [
-            rows.unflatten(0, image.shape[:2])
-            for rows, image in zip(pixels_by_image, features, strict=True)
-        ],
-        np.nan_to_num(pca.explained_variance_ratio_).tolist(),
-    )
+
+    colors_by_image = [
+        rows.unflatten(0, image.shape[:2])
+        for rows, image in zip(pixels_by_image, features, strict=True)
+    ]
+    return colors_by_image, np.nan_to_num(pca.explained_variance_ratio_).tolist()

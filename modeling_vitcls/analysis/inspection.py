@@ -59,11 +59,11 @@ from .token_statistics import Findings, TokenStatistics
 MAX_BATCH_BYTES = 2**29  # maximum memory of a batch in bytes (`get_max_batch_size`)
 # Maximum number of images for effects and their null distributions, and maximum number of floating-point operations
 # in a pass over these images; MIN_IMAGES images are always used
-MAX_ABLATION_IMAGES, MAX_ABLATION_FLOPS = 256, 2.5e11
-MIN_CHECKED_IMAGES, MAX_CHECKED_IMAGES = (
-    5,
-    16,
-)  # minimum and maximum number of images for the checks of maps
+MAX_ABLATION_IMAGES = 256
+MAX_ABLATION_FLOPS = 2.5e11
+# Minimum and maximum number of images for the checks of maps
+MIN_CHECKED_IMAGES = 5
+MAX_CHECKED_IMAGES = 16
 
 WarningCallback = Callable[[str], None]
 
@@ -169,6 +169,7 @@ def inspect_model(
         sample_batches = batches.sample(min(num_affordable, MAX_ABLATION_IMAGES))
         ablations = compute_ablations(model, sample_batches, watch)
         num_ablation_images = len(sample_batches.order)
+
     verdicts = diagnose_tokens(model, findings, ablations, token_movement)
     if not has_ablations:
         verdicts = [verdict for verdict in verdicts if verdict.headline is not Outcome.NOT_MEASURED]
@@ -179,12 +180,14 @@ def inspect_model(
         kinds_by_index = {
             readable_indices[batches.order[each]]: kind for each, kind in selected_images.items()
         }
+
     label_space = get_label_space(config)
     image_reports = []
     for index, kind in watch(kinds_by_index.items(), "computing maps"):
         name = f"image {index + 1}" if names is None else names[index]
         truth = label_space.format_label(labels[index]) if has_head and labels is not None else None
         image_reports.append(build_image_report(model, processor, images[index], name, truth, kind))
+
     return Inspection(
         config=config,
         model_class=type(model).__name__,
@@ -242,33 +245,34 @@ def select_images(outputs: Outputs, config: Any, num_selected: int) -> dict[int,
     ]
     if not tasks:
         return dict.fromkeys(select_evenly_spaced(range(count_images(outputs)), num_selected))
+
     confidences = (
         torch.stack([compute_confidences(task.logits, config) for task in tasks])
         .amin(dim=0)
         .tolist()
     )
     sorted_indices = sorted(range(len(tasks[0])), key=lambda index: confidences[index])
+
     is_wrong = torch.stack(
         [((task.predicted != task.labels) & task.is_known).any(dim=1) for task in tasks]
     ).any(dim=0)
     other_indices = [index for index in sorted_indices if not is_wrong[index]]
     num_wrong = max((num_selected + 1) // 2, num_selected - len(other_indices))
     wrong_indices = [index for index in reversed(sorted_indices) if is_wrong[index]][:num_wrong]
+
     uncertain_indices = other_indices[: (num_selected + 3) // 4]
     num_typical = num_selected - len(wrong_indices) - len(uncertain_indices)
     typical_indices = select_evenly_spaced(
         sorted(other_indices[len(uncertain_indices) :]), num_typical
     )
+
     indices_by_kind = {
         "wrong": wrong_indices,
         "uncertain": uncertain_indices,
         "typical": typical_indices,
     }
-    return dict(
-        [(index, kind) for kind, indices in indices_by_kind.items() for index in indices][
-            :num_selected
-        ]
-    )
+    kinds = [(index, kind) for kind, indices in indices_by_kind.items() for index in indices]
+    return dict(kinds[:num_selected])
 
 
 def compute_confidences(logits: torch.Tensor, config: Any) -> torch.Tensor:
@@ -297,6 +301,7 @@ def collect_statistics(
     watched = map(batches.build, watch(batches.index_batches, "collecting statistics"))
     for batch, outputs in pass_over_images(statistics.update, watched, model.device):
         batch_outputs.append(extract_outputs(model, outputs, batch.labels))
+
     findings = statistics.compute()
     if not bool(findings.patch_norms.isfinite().all() and findings.token_norms.isfinite().all()):
         raise ValueError(
@@ -321,6 +326,7 @@ def read_pixels(
     """
     pixels_by_index = {}
     error_messages = []
+
     for index in watch(range(len(images)), "reading images"):
         try:
             image = images[index]
@@ -330,6 +336,7 @@ def read_pixels(
         except (ValueError, OSError) as error:
             error_messages.append(format_error(error))
             on_warning(f"skipped an image: {error_messages[-1]}")
+
     if not pixels_by_index:
         first_error = f" ({error_messages[0]})" if error_messages else ""
         raise ValueError(
@@ -349,13 +356,16 @@ class InspectionBatches:
     def __init__(
         self, model: Any, pixels: list[torch.Tensor], labels: torch.Tensor | None, batch_size: int
     ) -> None:
-        self.model, self.pixels, self.labels, self.batch_size = model, pixels, labels, batch_size
-        self.index_batches = [
-            indices[start : start + size]
-            for indices in map(list, group_by_shape(dict(enumerate(pixels))))
-            for size in [min(batch_size, get_max_batch_size(model, pixels[indices[0]]))]
-            for start in range(0, len(indices), size)
-        ]
+        self.model = model
+        self.pixels = pixels
+        self.labels = labels
+        self.batch_size = batch_size
+
+        self.index_batches: list[list[int]] = []
+        for indices in map(list, group_by_shape(dict(enumerate(pixels)))):
+            size = min(batch_size, get_max_batch_size(model, pixels[indices[0]]))
+            for start in range(0, len(indices), size):
+                self.index_batches.append(indices[start : start + size])
         self.order = [index for batch_indices in self.index_batches for index in batch_indices]
 
     def __call__(self) -> Iterator[ImageBatch]:
@@ -443,6 +453,7 @@ def open_images(
     for file in files:
         if "://" not in file and not Path(file).exists():
             raise ValueError(f"Image {file} does not exist. Check the path.")
+
     names = [name if "://" in name else Path(name).name for name in list_input.names]
     source = ", ".join(map(get_short_name, options.paths))
     return InspectionImages(
@@ -488,10 +499,12 @@ def load_from_dataset(
     }
     has_head = is_classifier(model)
     data_options = DataOptions(dataset, **column_options)
+
     data = load_evaluation_data(data_options, options.split, record, use_labels=has_head)
     labels: Sequence[Any] | None = None
     if has_head:
         labels = match_labels(data.images, data.label_space, get_label_space(model.config)).labels
+
     dataset_name = get_short_name(dataset)
     names = name_images(data.images.images, dataset_name)
     return InspectionImages(

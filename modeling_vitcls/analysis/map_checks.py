@@ -21,14 +21,8 @@ from .maps import extract_patch_maps, get_used_token_mask
 from .model_utils import evaluation_mode, unwrap_model
 
 
-FRACTIONS = (
-    0.0,
-    0.2,
-    0.4,
-    0.6,
-    0.8,
-    1.0,
-)  # fractions of the patches that deletion replaces and insertion keeps
+# fractions of the patches that deletion replaces and insertion keeps
+FRACTIONS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 MAX_CORRELATION = 0.5  # maximum `weight_correlation` of a map that depends on the weights
 MAX_P_VALUE = 0.05  # maximum `p_value` of a map that is significantly better than a random order
 
@@ -99,6 +93,7 @@ def check_maps(model: Any, images: Iterable[torch.Tensor], seed: int = 0) -> dic
     shuffled_model = copy_with_shuffled_weights(model, generator)
     curves: dict[str, list[torch.Tensor]] = {}
     correlations: dict[str, list[float]] = {}
+
     for pixel_values in images:
         maps, probabilities = compute_maps(model, pixel_values)
         shuffled_maps, _ = compute_maps(shuffled_model, pixel_values, probabilities.argmax())
@@ -110,11 +105,13 @@ def check_maps(model: Any, images: Iterable[torch.Tensor], seed: int = 0) -> dic
         for name, values in maps.items():
             correlation = stats.spearmanr(values.flatten(), shuffled_maps[name].flatten()).statistic
             correlations.setdefault(name, []).append(float(np.nan_to_num(correlation)))
+
     # [images, 2, fractions]
     curves_by_map = {name: torch.stack(map_curves) for name, map_curves in curves.items()}
     random_curves = curves_by_map.pop("random")
     means = {name: map_curves.mean(dim=0).tolist() for name, map_curves in curves_by_map.items()}
     random_means = random_curves.mean(dim=0).tolist()
+
     return {
         name: MapCheck(
             num_images=len(map_curves),
@@ -145,11 +142,13 @@ def compute_maps(
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Return a dict that maps map names to the maps [gh, gw] of one image, and the class probabilities [labels]."""
     trace = trace_attention(model, pixel_values, needs_gradients=True)
-    config, logits = model.config, trace.outputs.logits
+    config = model.config
+    logits = trace.outputs.logits  # [1, labels]
     rows = {"attribution": trace.compute_attribution(target)[0]}
     *is_used, _ = get_used_token_mask(config)
     if any(is_used):
         rows["rollout"] = trace.compute_rollout()[0, is_used.index(True)]
+
     image_size = (pixel_values.shape[-2], pixel_values.shape[-1])
     maps = {
         name: extract_patch_maps(row.float().cpu(), config, image_size)
@@ -173,18 +172,21 @@ def measure_curves(
     masks = torch.stack([ranks < round(fraction * ranks.numel()) for fraction in FRACTIONS])
     # replaced patches in deletion, then in insertion
     masks = torch.cat([masks, ~masks]).to(pixel_values.device)
+
     patch_height, patch_width = model.config.patch_height_width
+    # [2 * fractions, 1, gh * patch height, gw * patch width]
     is_replaced = (
         masks.repeat_interleave(patch_height, dim=1)
         .repeat_interleave(patch_width, dim=2)
         .unsqueeze(1)
     )
     height, width = is_replaced.shape[-2:]
-    changed_pixels = pixel_values.repeat(len(masks), 1, 1, 1)
+    changed_pixels = pixel_values.repeat(len(masks), 1, 1, 1)  # [2 * fractions, C, H, W]
     mean_color = pixel_values.mean(dim=(-2, -1), keepdim=True)
     changed_pixels[..., :height, :width] = torch.where(
         is_replaced, mean_color, changed_pixels[..., :height, :width]
     )
+
     with evaluation_mode(model):
         logits = torch.cat([model(batch).logits for batch in changed_pixels.split(len(FRACTIONS))])
     return logits.float().softmax(dim=1)[:, target].cpu().view(2, len(FRACTIONS))

@@ -42,17 +42,21 @@ def get_head_readers(config: ViTCLSConfig, has_head: bool = True) -> dict[str, s
     special_indices = range(layout.num_prefix_tokens)
     cls = special_indices[layout.cls]
     distillation = set(special_indices[layout.distillation])
+
     if not has_head:
         return {"cls": set(cls), "distillation": distillation, "patches": {-1}}
     if config.tasks:
         return {task: {index} for task, index in zip(config.task_labels(), cls, strict=True)}
+
     heads = {"": set() if config.pooling == "cls" else {-1}}
     if config.pooling in ("cls", "cls_mean"):
         num_pooled = 1 if config.cls_pooling == "first" else None
         heads[""] |= {cls[index] for index in config.pooled_cls_indices[:num_pooled]}
     elif config.pooling == "attention" and config.attention_pool_tokens == "all":
         heads[""] |= set(special_indices)
-    return heads | ({"distillation": distillation} if config.has_distillation_head else {})
+    if config.has_distillation_head:
+        heads["distillation"] = distillation
+    return heads
 
 
 def get_used_token_mask(config: ViTCLSConfig, has_head: bool = True) -> list[bool]:
@@ -73,6 +77,7 @@ def count_used_layers(config: ViTCLSConfig, has_head: bool) -> list[int]:
     )
     if has_head and "distillation" in readers:
         last_layers["distillation"] = config.num_hidden_layers
+
     used_layers = [max(last_layers.values()) - 1] * (config.token_layout.num_prefix_tokens + 1)
     for head, indices in readers.items():
         for index in indices:
@@ -125,9 +130,9 @@ def upsample_maps(
     y = (torch.arange(height, dtype=torch.float64) + 0.5 - top) / (bottom - top) * 2 - 1
     x = (torch.arange(width, dtype=torch.float64) + 0.5 - left) / (right - left) * 2 - 1
     # [h, w, 2]
-    centers = torch.stack(torch.meshgrid(x.float(), y.float(), indexing="xy"), dim=-1).to(
-        maps.device
-    )
+    centers = torch.stack(torch.meshgrid(x.float(), y.float(), indexing="xy"), dim=-1)
+    centers = centers.to(maps.device)
+
     flat_maps = maps.float().reshape(1, -1, *maps.shape[-2:])  # [1, maps, gh, gw]
     pixel_maps = nn.functional.grid_sample(
         flat_maps, centers[None], padding_mode="border", align_corners=False
@@ -177,13 +182,16 @@ def overlay(
     map_values = torch.as_tensor(values).detach().float().cpu()
     if visible_region is not None or map_values.shape != size:
         map_values = upsample_maps(map_values, size, region)  # [h, w]
+
     finite_values = map_values.nan_to_num().numpy()  # [h, w]
     is_hidden = map_values.isnan().numpy()
     max_value = max(
         finite_values.max(), MIN_SCALE * finite_values.sum() / max((~is_hidden).sum(), 1)
     )
     strength = (finite_values / max_value if max_value > 0 else finite_values).clip(0, 1)  # [h, w]
-    colors, opacity = colormaps[COLORMAP](strength)[:, :, :3], (0.25 + 0.6 * strength)[:, :, None]
+
+    colors = colormaps[COLORMAP](strength)[:, :, :3]  # [h, w, 3]
+    opacity = (0.25 + 0.6 * strength)[:, :, None]  # [h, w, 1]
     gray = np.asarray(resized_image.convert("L"), dtype=np.float32)[:, :, None] / 255  # [h, w, 1]
     blended = gray * IMAGE_BRIGHTNESS * (1 - opacity) + colors * opacity
     pixels = np.where(is_hidden[:, :, None], gray * HIDDEN_BRIGHTNESS, blended)
@@ -199,9 +207,8 @@ def draw_patch_colors(
     `side` pixels (`resize_with_region`).
     """
     resized_image, region = resize_with_region(to_upright_rgb(image), visible_region, side, side)
-    drawn = Image.fromarray(
-        (np.asarray(resized_image.convert("L")) * HIDDEN_BRIGHTNESS).astype(np.uint8)
-    ).convert("RGB")
+    gray = np.asarray(resized_image.convert("L")) * HIDDEN_BRIGHTNESS  # [h, w]
+    drawn = Image.fromarray(gray.astype(np.uint8)).convert("RGB")
     left, top, right, bottom = map(round, region)
     patches = Image.fromarray((colors.numpy() * 255).round().astype(np.uint8))
     size = (max(right - left, 1), max(bottom - top, 1))
@@ -221,7 +228,8 @@ def resize_with_region(
     min_side: int | None,
 ) -> tuple[Image.Image, VisibleRegion]:
     """Scale an image and the visible region: down with averaging, or up by an integer factor without smoothing."""
-    (width, height), longer_side = image.size, max(image.size)
+    width, height = image.size
+    longer_side = max(image.size)
     left, top, right, bottom = visible_region or VisibleRegion(0, 0, width, height)
     if max_side is not None and longer_side > max_side:
         size = (
@@ -232,6 +240,7 @@ def resize_with_region(
     elif min_side is not None and longer_side < min_side:
         factor = math.ceil(min_side / longer_side)
         image = image.resize((width * factor, height * factor), Image.Resampling.NEAREST)
+
     x_scale = image.width / width
     y_scale = image.height / height
     return image, VisibleRegion(left * x_scale, top * y_scale, right * x_scale, bottom * y_scale)

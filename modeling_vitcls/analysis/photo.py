@@ -9,7 +9,6 @@ The report on many images is in report.py.
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -147,12 +146,12 @@ def match_colors(colors: torch.Tensor, last_layer: int) -> torch.Tensor:
     matched = list(colors)
     earlier = [(layer, layer + 1) for layer in reversed(range(last_layer))]
     later = [(layer, layer - 1) for layer in range(last_layer + 1, len(colors))]
+
     for layer, neighbor in (*earlier, *later):
         # [patches, 6]
         channels = torch.cat([matched[neighbor].flatten(0, 1), matched[layer].flatten(0, 1)], dim=1)
-        correlation = channels.T.corrcoef()[
-            :3, 3:
-        ].nan_to_num()  # a channel without variation has no correlation
+        # [3, 3]; a channel without variation has no correlation
+        correlation = channels.T.corrcoef()[:3, 3:].nan_to_num()
         _, order = linear_sum_assignment(correlation.abs(), maximize=True)
         is_opposite = correlation[range(3), order] < 0
         reordered = matched[layer][..., order]
@@ -170,13 +169,8 @@ def build_json_record(measurements: PhotoMeasurements) -> dict[str, Any]:
     for index, name in enumerate(measurements.token_names):
         layer = measurements.token_layers[index]
         rows = measurements.attention[:, :, index]  # [L, H, N]
-        heads = dict(
-            zip(
-                get_head_names(config),
-                map(partial(summarize_row, config), rows[layer - 1]),
-                strict=True,
-            )
-        )
+        by_head = [summarize_row(config, row) for row in rows[layer - 1]]
+        heads = dict(zip(get_head_names(config), by_head, strict=True))
         by_layer = [summarize_row(config, row) for row in rows.mean(dim=1)]
         tokens.append({"token": name, "layer": layer, "heads": heads, "mean_by_layer": by_layer})
 
@@ -187,6 +181,7 @@ def build_json_record(measurements: PhotoMeasurements) -> dict[str, Any]:
         patches_by_layer.append(
             {"norm": statistics, "outliers": outliers, "explained_variance": variance}
         )
+
     return {
         "input_size": list(measurements.input_size),
         "patch_grid": list(measurements.norms.shape[1:]),

@@ -69,10 +69,13 @@ def find_register_neurons(
             f"Register neurons require outlier patches, but no patch has a norm above {ratio} times the median norm "
             "of the image. Decrease ratio or pass more images."
         )
+
     outlier_fractions = [
         is_outlier(patches, ratio)[outliers].float().mean() for patches in hidden_states[1:]
     ]
     last_layer = next(index for index, fraction in enumerate(outlier_fractions) if fraction >= 0.5)
+
+    # [searched layers, neurons]
     scores = torch.stack(
         [average_outlier_activations(outliers, states) for states in activations[: last_layer + 1]]
     )
@@ -100,6 +103,7 @@ def add_test_time_register(
     adapted_model = model.adapt(
         num_register_tokens=num_registers, register_neurons=neurons, gate_new_tokens=False
     )
+
     encoder: Any = adapted_model.base_model
     encoder.embeddings.register_tokens[:, -1] = 0
     if "registers" in (adapted_model.config.gated_tokens or {}):

@@ -63,12 +63,8 @@ MAX_OVERVIEW_TOKENS = 8  # maximum number of tokens per image on the first scree
 MAX_MAP_BYTES = 11 * 2**20
 MAX_IMAGE_SIDE = 640  # maximum length of the longer side of an image in the page, in pixels
 MAX_PNG_SIDE = 96  # maximum length of the longer side of an image that is stored as PNG, in pixels
-SIGNS = {
-    "good": "✓",
-    "bad": "✕",
-    "doubtful": "≈",
-    "neutral": "○",
-}  # symbols distinguish ratings without color
+# symbols distinguish ratings without color
+SIGNS = {"good": "✓", "bad": "✕", "doubtful": "≈", "neutral": "○"}
 
 
 def write_page(
@@ -96,6 +92,7 @@ def write_page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
     config = inspection.config
     shown_verdicts, other_verdicts = sort_verdicts(inspection)
     text = environment.get_template("report.html.j2").render(
@@ -173,11 +170,9 @@ def iterate_overview(
     for report in inspection.image_reports[:num_images]:
         maps = report.attention.mean(dim=1)[layers, torch.arange(len(layers))]  # [S, gh, gw]
         labels = [label for prediction in report.predictions for label, _ in prediction.labels[:1]]
-        caption = (
-            f"{report.truth} → {', '.join(labels)}"
-            if report.truth and labels
-            else ", ".join(labels)
-        )
+        caption = ", ".join(labels)
+        if report.truth and labels:
+            caption = f"{report.truth} → {caption}"
         yield report, caption, dict(zip(names, maps, strict=False))
 
 
@@ -212,9 +207,11 @@ def build_overview(inspection: Inspection) -> list[dict[str, Any]]:
             }
             for name, values in maps.items()
         ]
+
         color_image = draw_patch_colors(report.image, colors, report.visible_region, OVERVIEW_SIDE)
         overlays.append({"name": "patch features", "url": encode_data_url(color_image)})
         image, _ = resize_with_region(report.image, None, OVERVIEW_SIDE, OVERVIEW_SIDE)
+
         rows.append(
             {
                 "name": report.name,
@@ -256,12 +253,13 @@ def build_effect_rows(verdicts: Sequence[Verdict]) -> list[dict[str, str]]:
                 row = {"token": verdict.token, "ablation": term + (f", {name}" if name else "")}
                 if (decided_by["ablation"], decided_by["output"]) == (kind, name):
                     row["ablation"] += " •"
+
                 row["changed predictions"] = "–"
                 if effect["changed"] is not None:
                     low, high = effect["changed_interval"]
-                    row["changed predictions"] = (
-                        f"{effect['changed']:.1%} ({low:.1%} to {high:.1%})"
-                    )
+                    changed = f"{effect['changed']:.1%} ({low:.1%} to {high:.1%})"
+                    row["changed predictions"] = changed
+
                 row["effect (95% interval)"] = "{:.2g} ({:.2g} to {:.2g})".format(
                     effect["size"], *effect["interval"]
                 )
@@ -272,7 +270,8 @@ def build_effect_rows(verdicts: Sequence[Verdict]) -> list[dict[str, str]]:
 
 def build_figures(inspection: Inspection) -> list[Markup]:
     """Return the figures of the page as SVG."""
-    config, findings = inspection.config, inspection.findings
+    config = inspection.config
+    findings = inspection.findings
     histogram = plot_norm_histogram(config, findings, inspection.patches.numbers["layer"])
     figures = [plot_norms(config, findings), histogram]
     if config.token_layout.num_prefix_tokens:
@@ -298,34 +297,36 @@ def get_commit(config: Any) -> str | None:
 
 def build_page_data(inspection: Inspection) -> dict[str, Any]:
     """Return all values that the script of the page reads."""
-    reports, config = inspection.image_reports, inspection.config
+    reports = inspection.image_reports
+    config = inspection.config
     num_images_with_heads = count_images_with_heads(reports)
     *num_used_layers, num_used_patch_layers = count_used_layers(config, inspection.has_head)
     groups = [key.partition("[")[0] for key in get_token_keys(config.token_layout)]
+
     color_table = (colormaps[COLORMAP](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
     features_by_layer = zip(*(report.features for report in reports), strict=True)
     # colors of each layer and image
     patch_colors = [compute_patch_colors(layer) for layer in features_by_layer]
+
+    tokens = [
+        {"name": name, "group": group, "used": num_layers}
+        for name, group, num_layers in zip(
+            get_token_names(config), groups, num_used_layers, strict=True
+        )
+    ]
+    images = []
+    for index, report in enumerate(reports):
+        colors = torch.stack([layer[index] for layer in patch_colors])  # [L, gh, gw, 3]
+        images.append(build_image_data(report, colors, index < num_images_with_heads))
+
     return {
-        "tokens": [
-            {"name": name, "group": group, "used": num_layers}
-            for name, group, num_layers in zip(
-                get_token_names(config), groups, num_used_layers, strict=True
-            )
-        ],
+        "tokens": tokens,
         "layers": config.num_hidden_layers,
         "patch_layers": num_used_patch_layers,
         "heads": get_head_names(config) if num_images_with_heads else [],
         "colors": color_table.tobytes().hex(),
         "min_scale": MIN_SCALE,
-        "images": [
-            build_image_data(
-                report,
-                torch.stack([layer[index] for layer in patch_colors]),
-                index < num_images_with_heads,
-            )
-            for index, report in enumerate(reports)
-        ],
+        "images": images,
     }
 
 
@@ -347,6 +348,7 @@ def build_image_data(
     mean = report.attention.mean(dim=1, keepdim=True)  # [L, 1, S, gh, gw]
     attention = torch.cat([mean, report.attention], dim=1) if has_head_maps else mean
     left, top, right, bottom = report.visible_region
+
     return {
         "name": report.name,
         "width": width,
@@ -383,7 +385,7 @@ def pack_maps(maps: torch.Tensor) -> dict[str, str]:
     value of a patch is (byte / 255)² times the largest value of the map.
     """
     maps = maps.double()
-    maxima = maps.amax(dim=(-2, -1), keepdim=True)
+    maxima = maps.amax(dim=(-2, -1), keepdim=True)  # [..., 1, 1]
     return {
         "values": encode_base64(
             ((maps / maxima.clamp(min=1e-30)).sqrt() * 255).round().to(torch.uint8)

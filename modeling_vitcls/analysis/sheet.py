@@ -34,10 +34,13 @@ GAP = 0.07  # between tiles
 NAME_WIDTH = 1.15  # width of the names of rows
 CAPTION_HEIGHT = 0.155
 
-LARGE_SIDE, SMALL_SIDE = 640, 256  # longer side of a tile, in pixels
+LARGE_SIDE = 640  # longer side of a tile in the first row, in pixels
+SMALL_SIDE = 256  # longer side of a tile in the other rows, in pixels
 MAX_LARGE_HEIGHT = 3.4  # of the tiles in the first row
 MAX_COLUMNS = 17  # maximum number of tiles per line: the mean and 16 heads
-MIN_COLUMNS, MIN_COLUMNS_OF_MANY = 7, 12  # tiles are not larger than a line of this number of tiles
+# tiles are not larger than in a line of this number of tiles
+MIN_COLUMNS = 7
+MIN_COLUMNS_OF_MANY = 12
 MANY_TOKENS = 3  # minimum number of tokens for MIN_COLUMNS_OF_MANY
 MAX_TOKENS = 9  # maximum number of tokens with a row
 MAX_TITLE = 64  # maximum number of characters of the title, beside the small photo
@@ -127,9 +130,11 @@ class Sheet:
 
         If there are too many columns, all rows continue on further lines.
         """
+        # rounded up
         num_lines = -(-len(headers) // MAX_COLUMNS)
         num_columns = -(-len(headers) // num_lines)
         width = (WIDTH - 2 * MARGIN - NAME_WIDTH + GAP) / max(num_columns, min_columns) - GAP
+
         for start in range(0, len(headers), num_columns):
             columns = slice(start, start + num_columns)
             self.y += 0.17
@@ -150,12 +155,14 @@ class Sheet:
         picture = tiles[0].picture
         height = width * picture.height / picture.width
         self.y += CAPTION_HEIGHT
+
         lines = textwrap.wrap(shorten_text(row.name, 36), 13)
         y = self.y + height / 2 - 0.075 * len(lines) + 0.07
         for line in lines:
             self.write(MARGIN, y, line, color=row.color, weight="bold")
             y += 0.15
         self.write(MARGIN, y, row.note, size=7.5)
+
         for index, tile in enumerate(tiles):
             x = MARGIN + NAME_WIDTH + index * (width + GAP)
             self.write(x, self.y - 0.04, tile.caption, size=7)
@@ -177,7 +184,8 @@ class Sheet:
 
 def draw_header(sheet: Sheet, measurements: PhotoMeasurements, title: str) -> None:
     """Write the title, the size of the model, what the model sees of the photo, and the predictions."""
-    config, image = measurements.config, measurements.image
+    config = measurements.config
+    image = measurements.image
     height, width = measurements.input_size
     rows, columns = measurements.norms.shape[1:]
     patch_height, patch_width = config.patch_height_width
@@ -187,6 +195,7 @@ def draw_header(sheet: Sheet, measurements: PhotoMeasurements, title: str) -> No
         f"photo of {image.width} × {image.height} pixels; the model sees {describe_visible_part(measurements)} at "
         f"{width} × {height} pixels, as {columns} × {rows} patches",
     ]
+
     for prediction in measurements.predictions:
         labels = ", ".join(
             f"{shorten_text(label, 40)} {probability:.0%}"
@@ -217,15 +226,18 @@ def draw_header(sheet: Sheet, measurements: PhotoMeasurements, title: str) -> No
 
 def draw_overview(sheet: Sheet, measurements: PhotoMeasurements) -> None:
     """Draw the photo as the model sees it, the attention of the first token, and the features and norms of patches."""
-    token, token_layer = measurements.token_names[0], measurements.token_layers[0]
+    token = measurements.token_names[0]
+    token_layer = measurements.token_layers[0]
     attention = measurements.maps[token_layer - 1, :, 0].mean(dim=0)  # [gh, gw]
     layer = measurements.patch_layer
-    norms = measurements.norms[layer - 1]
+    norms = measurements.norms[layer - 1]  # [gh, gw]
+
     sheet.y += 0.42
     pitch = (WIDTH - 2 * MARGIN + 0.25) / 4
     picture = draw_visible_part(measurements, LARGE_SIDE)
     width = min(pitch - 0.25, MAX_LARGE_HEIGHT * picture.width / picture.height)
     height = width * picture.height / picture.width
+
     tiles = [
         Tile(picture, "What the model sees"),
         Tile(
@@ -235,16 +247,31 @@ def draw_overview(sheet: Sheet, measurements: PhotoMeasurements) -> None:
         Tile(draw_colors(measurements, layer - 1, LARGE_SIDE), f"Patch features, layer {layer}"),
         Tile(draw_norms(measurements, layer - 1, LARGE_SIDE), f"Patch norms, layer {layer}"),
     ]
+
     for index, tile in enumerate(tiles):
         x = MARGIN + index * pitch
         sheet.write(x, sheet.y - 0.08, tile.caption, size=10, color=DARK_GRAY, weight="bold")
         sheet.place(tile.picture, x, sheet.y, width, height)
+
     sheet.y += height + 0.08
     brightest = max(attention.max().item(), MIN_SCALE * attention.mean().item())  # as in `overlay`
-    draw_color_bar(sheet, MARGIN + pitch, width, COLORMAP, "0", f"{brightest:.2%} in one patch")
     draw_color_bar(
-        sheet, MARGIN + 3 * pitch, width, NORM_COLORMAP, f"{norms.min():.3g}", f"{norms.max():.3g}"
+        sheet,
+        x=MARGIN + pitch,
+        width=width,
+        colormap=COLORMAP,
+        low="0",
+        high=f"{brightest:.2%} in one patch",
     )
+    draw_color_bar(
+        sheet,
+        x=MARGIN + 3 * pitch,
+        width=width,
+        colormap=NORM_COLORMAP,
+        low=f"{norms.min():.3g}",
+        high=f"{norms.max():.3g}",
+    )
+
     share = sum(measurements.explained_variance[layer - 1])
     sheet.write(
         MARGIN + 2 * pitch, sheet.y + 0.08, "red, green, blue: 3 principal components,", size=8
@@ -267,25 +294,28 @@ def draw_color_bar(
 def draw_heads(sheet: Sheet, measurements: PhotoMeasurements) -> None:
     """Draw the mean and the heads of each token in the last layer in which the token is used."""
     num_tokens = len(measurements.token_names)
-    heading = "Attention by head" + (
-        f", first {MAX_TOKENS} of {num_tokens} tokens" if num_tokens > MAX_TOKENS else ""
-    )
+    heading = "Attention by head"
+    if num_tokens > MAX_TOKENS:
+        heading += f", first {MAX_TOKENS} of {num_tokens} tokens"
     explanation = (
         "In the last layer that uses the token. Percentages: attention on patches; the rest is on special tokens. "
         "Each map has its own scale: black is 0, bright is the highest 1% of its values"
     )
     sheet.write_heading(heading, explanation)
+
     noun = "map" if measurements.config.attention_type == "differential" else "head"
     headers = ["mean", *(f"{noun} {number}" for number in range(1, measurements.maps.shape[1] + 1))]
+
     rows = []
     for name, color, index in list_tokens(measurements):
         layer = measurements.token_layers[index]
         maps = measurements.maps[layer - 1, :, index]  # [H, gh, gw]
-        maps = torch.cat([maps.mean(dim=0, keepdim=True), maps])
+        maps = torch.cat([maps.mean(dim=0, keepdim=True), maps])  # [1 + H, gh, gw]
         tiles = [
             Tile(draw_attention(measurements, values), f"{values.sum():.0%}") for values in maps
         ]
         rows.append(Row(name, f"layer {layer}", color, tiles))
+
     sheet.draw_rows(headers, rows, get_min_columns(measurements))
 
 
@@ -296,6 +326,7 @@ def draw_layers(sheet: Sheet, measurements: PhotoMeasurements) -> None:
         "variance that they explain; their colors are matched between layers"
     )
     sheet.write_heading("Layer by layer", explanation)
+
     layers = range(len(measurements.maps))
     rows = []
     for name, color, index in list_tokens(measurements):
@@ -304,12 +335,15 @@ def draw_layers(sheet: Sheet, measurements: PhotoMeasurements) -> None:
             Tile(draw_attention(measurements, values), f"{values.sum():.0%}") for values in maps
         ]
         rows.append(Row(name, "attention", color, tiles))
+
     shares = [f"{sum(each):.0%}" for each in measurements.explained_variance]
     tiles = [Tile(draw_colors(measurements, layer, SMALL_SIDE), shares[layer]) for layer in layers]
     rows.append(Row("patches", "features", DARK_GRAY, tiles))
+
     ranges = [f"{norms.min():.3g} to {norms.max():.3g}" for norms in measurements.norms]
     tiles = [Tile(draw_norms(measurements, layer, SMALL_SIDE), ranges[layer]) for layer in layers]
     rows.append(Row("patches", "norms", DARK_GRAY, tiles))
+
     sheet.draw_rows([f"layer {layer + 1}" for layer in layers], rows, get_min_columns(measurements))
 
 
@@ -346,7 +380,8 @@ def describe_tokens(config: ViTCLSConfig) -> str:
 
 def describe_visible_part(measurements: PhotoMeasurements) -> str:
     """Return which part of the photo the model sees."""
-    image, (left, top, right, bottom) = measurements.image, measurements.visible_region
+    image = measurements.image
+    left, top, right, bottom = measurements.visible_region
     visible_width = min(right, image.width) - max(left, 0)
     visible_height = min(bottom, image.height) - max(top, 0)
     share = visible_width * visible_height / (image.width * image.height)

@@ -98,9 +98,8 @@ class TokenStatistics:
         self.layout: TokenLayout = self.model.config.token_layout
         self.num_images = 0
         self.sums: dict[str, torch.Tensor] = {}
-        self.patch_values: dict[
-            str, list[torch.Tensor]
-        ] = {}  # name -> one tensor [L + 1, n] per batch
+        # name -> one tensor [L + 1, n] per batch
+        self.patch_values: dict[str, list[torch.Tensor]] = {}
 
     @torch.no_grad()
     def update(self, pixel_values: torch.Tensor) -> Any:
@@ -130,32 +129,38 @@ class TokenStatistics:
                 outputs_without_registers = module(
                     pixel_values, attention_mask=mask, output_hidden_states=True
                 )
+
         names = list(layer_statistics[0])
+        # [B, L, ...] each
         statistics = {
             name: torch.stack([layer[name] for layer in layer_statistics], dim=1) for name in names
         }
         # All layers have the same visible tokens, and therefore the same entropy of uniform attention.
         statistics["uniform_entropy_by_token"] = statistics.pop("uniform_entropy_by_token")[:, 0]
         statistics |= self.compute_state_statistics(outputs.hidden_states)
-        norms = self.compute_patch_norms(outputs.hidden_states)
+
+        norms = self.compute_patch_norms(outputs.hidden_states)  # [B, L + 1, P]
         patch_statistics = {"norms": norms, "ratios": divide_by_median(norms)}
         # [B, L + 1]
         statistics["outliers"] = (patch_statistics["ratios"] > OUTLIER_RATIO).float().mean(dim=-1)
         if outputs_without_registers is not None:
             norms = self.compute_patch_norms(outputs_without_registers.hidden_states)
             patch_statistics["ratios_without_registers"] = divide_by_median(norms)
+
         for name, value in statistics.items():
             total = value.cpu().double().sum(dim=0)  # some devices do not support double precision
             if name == "maps" and name in self.sums and self.sums[name].shape != total.shape:
                 total = torch.full_like(total, torch.nan)  # maps of different sizes have no mean
                 self.sums[name] = total
             self.sums[name] = self.sums.get(name, 0) + total
+
         for name, patch_values in patch_statistics.items():
             batches = self.patch_values.setdefault(name, [])
             num_stored_norms = sum(batch.shape[1] for batch in batches)
             batches.append(
                 patch_values.transpose(0, 1).flatten(1)[:, : MAX_NORMS - num_stored_norms].cpu()
             )
+
         self.num_images += len(pixel_values)
         return outputs
 
@@ -169,15 +174,18 @@ class TokenStatistics:
             raise ValueError(
                 "Statistics require at least one image, but no images were added. Call update first."
             )
+
         means = {name: total / self.num_images for name, total in self.sums.items()}
         mean_states = means.pop("states")  # [L + 1, S, D]
         # [L + 1, S, D]
         deviations = (means.pop("squares") - mean_states.square()).clamp(min=0).sqrt()
-        maps = means.pop("maps")
-        map_squares = means.pop("map_squares")  # [L, S, N], [L, S]
+
+        maps = means.pop("maps")  # [L, S, N]
+        map_squares = means.pop("map_squares")  # [L, S]
         map_deviation = (map_squares - maps.square().sum(dim=-1)).clamp(min=0).sqrt()
         map_distance = (maps - maps.mean(dim=-1, keepdim=True)).norm(dim=-1)
-        head_outputs = means.pop("head_outputs")
+        head_outputs = means.pop("head_outputs")  # [L, H]
+
         return Findings(
             num_images=self.num_images,
             map_variation=(map_deviation / map_distance.clamp(min=1e-12))
@@ -212,16 +220,18 @@ class TokenStatistics:
         is_visible = get_visible_keys(layer, layout.num_prefix_tokens).float()  # [B, S, N]
         uniform = is_visible / is_visible.sum(dim=-1, keepdim=True)
         maps = special_rows.mean(dim=1)  # [B, S, N]
+        # L1 distances from uniform attention, twice the total variation distance: [B, H, N], [B, H, S]
+        head_distance = (weights - 1 / weights.shape[-1]).abs().sum(dim=-1)
+        map_distance = (special_rows - uniform.unsqueeze(1)).abs().sum(dim=-1)
+
         return {
             "uniform_entropy_by_token": is_visible.sum(dim=-1).log(),
             "maps": maps,
             "map_squares": maps.cpu().double().square().sum(dim=-1),
-            "head_selectivity": (weights - 1 / weights.shape[-1]).abs().sum(dim=-1).mean(dim=-1)
-            / 2,
+            "head_selectivity": head_distance.mean(dim=-1) / 2,
             "head_outputs": compute_head_outputs(layer, attention),
             "map_distance": torch.cdist(special_rows, special_rows, p=1).mean(dim=1) / 2,
-            "map_selectivity": (special_rows - uniform.unsqueeze(1)).abs().sum(dim=-1).mean(dim=1)
-            / 2,
+            "map_selectivity": map_distance.mean(dim=1) / 2,
             "entropy": torch.special.entr(special_rows).sum(dim=-1),
             "attention_fractions": torch.stack(
                 [special_rows[..., group].sum(dim=-1) for _, group in layout.items()], dim=-1
@@ -240,6 +250,7 @@ class TokenStatistics:
     ) -> dict[str, torch.Tensor]:
         """Return the statistics of the special tokens in the L + 1 hidden states [B, N, D]."""
         num_special_tokens = self.layout.num_prefix_tokens
+        # [B, L + 1, S, D]
         special_states = torch.stack(
             [state[:, :num_special_tokens] for state in hidden_states], dim=1
         ).float()
@@ -261,9 +272,11 @@ def divide_by_median(norms: torch.Tensor) -> torch.Tensor:
 
 def get_visible_keys(layer: RecordedLayer, num_rows: int) -> torch.Tensor:
     """Return a boolean mask [B, rows, N] of the keys that the first `num_rows` tokens may attend to."""
-    query, key = layer.query[:, :, :num_rows], layer.key
+    query = layer.query[:, :, :num_rows]
+    key = layer.key
     batch, _, num_rows, _ = query.shape
     mask = select_mask_rows(layer.mask, query, key)  # [B or 1, maps or 1, rows or 1, N]
+
     if mask is None:
         return torch.ones(batch, num_rows, key.shape[-2], dtype=torch.bool, device=key.device)
     if mask.dtype != torch.bool:  # additive mask

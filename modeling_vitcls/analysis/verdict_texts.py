@@ -49,14 +49,17 @@ def describe_fault(verdict: Verdict, fault: Fault, values: dict[str, Any]) -> st
             f"{100 * (effect['accuracy_change'] or 0):+.1f} percentage points (p = {effect['improvement']:.1g}, "
             f"{effect['num_images']:,} images)."
         )
+
     if fault is Fault.SAME_STATE:
         layer = f"layer {numbers['read_layers']}, the last layer that is used"
         if values["is_last_layer"]:
             layer = "the last layer"
         return f"After {layer}, its state is the same for every image."
+
     if fault is Fault.SAME_ATTENTION:
         layers = ", ".join(map(str, values["layers"]))
         return f"Its attention selects the same patches in every image (layers {layers})."
+
     return FAULT_SENTENCES[fault].format(**numbers | values)
 
 
@@ -68,17 +71,20 @@ def describe_outcome(verdict: Verdict) -> str:
         return "The effects of ablating the token were not measured."
     if outcome is Outcome.FEW_IMAGES:
         return f"There are {numbers['num_images']} images, but {MIN_IMAGES} are needed."
+
     kind = numbers["decided_by"]["ablation"]
     output = numbers["decided_by"]["output"]
     effect = numbers[kind][output]
     sentence = f"{describe_ablation(verdict, kind)} {describe_effect(effect, output)}."
     place = f"in {'their' if verdict.is_group else 'its'} place"
+
     if outcome is Outcome.READ:
         tasks = ", ".join(filter(None, numbers["heads"]))
         if not tasks and not verdict.faults:  # the headline says that it is read
             return sentence
         subject = "They are" if verdict.is_group else "It is"
         return f"{subject} read by the classifier{f' ({tasks})' if tasks else ''}. {sentence}"
+
     if outcome is Outcome.REPLACEABLE:
         return f"{sentence} A random token {place} does as well."
     if outcome is Outcome.EFFECT and effect["limit"] is not None:
@@ -123,6 +129,7 @@ def describe_patches(verdict: Verdict) -> str:
             f"The norms of {numbers['num_patches']:,} patches have one mode; the largest norm is "
             f"{numbers['largest_ratio']:.1f} times the median norm of its image."
         )
+
     if numbers["absorbed_outliers"] is None:
         return sentence
     before, after = numbers["absorbed_outliers"]

@@ -83,14 +83,17 @@ def find_or_convert(source: str, files: Sequence[str]) -> str:
     """Return the folder of a vitcls model, or of a source of another kind, which is converted once."""
     if source.startswith(SOURCE_PREFIXES) or Path(source).is_file():
         return convert_once(source)
+
     name, revision = split_revision(source)
     folder = get_model_folder(name, files, revision)
     commit = get_cached_commit(folder)
     pinned_name = f"{name}@{commit}" if commit else name
+
     try:
         config = read_json(Path(folder, CONFIG_FILE))
     except (OSError, ValueError):  # the error is reported when the model is loaded
         return folder
+
     model_type = config.get("model_type")
     if model_type in CONFIG_MAPPING_NAMES:
         return convert_once(f"transformers:{pinned_name}")

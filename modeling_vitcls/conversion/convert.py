@@ -71,6 +71,7 @@ def convert_checkpoint(
     source = load_source(source_name, random_init, family)
     model = convert_source(source)
     processor, preprocessing = source.convert_preprocessing()
+
     with create_output_folder(output) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
@@ -158,6 +159,7 @@ def load_source(
                 "state-dict file"
             )
         return SOURCE_CLASSES[project].load(name, random_init)
+
     if random_init:
         raise ConversionError(
             f"`random_init=True` requires timm:NAME or transformers:PATH_OR_ID, but the source is {source_name}"
@@ -209,9 +211,11 @@ def write_native_model(source: str, output: Path) -> Report:
     path = Path(get_model_folder(source))
     check_is_vitcls(source, path)
     folder = ModelFolder(path, source)
+
     is_classifier = folder.architecture == ViTCLSForImageClassification.__name__
     model_class = ViTCLSForImageClassification if is_classifier else ViTCLSModel
     model: ViTCLSPreTrainedModel = model_class.from_pretrained(path)
+
     native_size_reason = ""
     try:
         converted_model = convert_to_transformers(model)
@@ -220,9 +224,11 @@ def write_native_model(source: str, output: Path) -> Report:
         native_size_reason = (
             "at other image sizes, the two models resample position embeddings differently"
         )
+
     with create_output_folder(output) as output_folder:
         converted_model.save_pretrained(output_folder)
         preprocessing = write_processor(folder, output_folder)
+
         reloaded_source = TransformersSource.load(str(output_folder), random_init=False)
         reloaded_source.model.float()
         processor_size = None
@@ -231,6 +237,7 @@ def write_native_model(source: str, output: Path) -> Report:
         comparisons, native_size_reason = compare_models(
             reloaded_source, model, native_size_reason, processor_size
         )
+
         copy_results(folder, output_folder)
         return write_parity_report(
             output_folder,

@@ -149,6 +149,7 @@ def apply_family(converted_weights: Weights, weights: Weights, family: str) -> F
     fields = dict(get_family(family, weights).resampling or {})
     if family == "dinov3" and "rope_embed.periods" in weights:
         fields["rope_periods"] = weights["rope_embed.periods"].float().tolist()
+
     if family == "tips":
         tokens = [
             converted_weights["embeddings.cls_token"],
@@ -156,8 +157,10 @@ def apply_family(converted_weights: Weights, weights: Weights, family: str) -> F
         ]
         converted_weights["embeddings.cls_token"] = torch.cat(tokens, dim=1)
         fields |= {"num_cls_tokens": 2, "num_register_tokens": 0, "pooled_cls_tokens": [0]}
+
     if LINEAR_HEAD in weights:
         fields |= convert_linear_head(converted_weights, weights)
+
     mask_token = weights.get("mask_token", weights.get("masked_embed"))
     if mask_token is not None and family in ("dinov2", "tips", "dinov3", "ibot"):
         converted_weights["embeddings.mask_token"] = mask_token.float().reshape(1, 1, -1)
@@ -177,10 +180,9 @@ def convert_linear_head(converted_weights: Weights, weights: Weights) -> Fields:
     *cls_columns, mean_columns = split_linear_head(weights)
     columns = []
     for index, cls_column in enumerate(cls_columns, start=1):
-        columns += [
-            cls_column,
-            mean_columns if index == len(cls_columns) else torch.zeros_like(mean_columns),
-        ]
+        is_last = index == len(cls_columns)
+        columns += [cls_column, mean_columns if is_last else torch.zeros_like(mean_columns)]
+
     converted_weights["classifier.weight"] = torch.cat(columns, dim=1).float()
     converted_weights["classifier.bias"] = bias
     return {
@@ -192,7 +194,8 @@ def convert_linear_head(converted_weights: Weights, weights: Weights) -> Fields:
 
 def split_linear_head(weights: Weights) -> tuple[torch.Tensor, ...]:
     """Split the weight of DINOv2's linear classifier into matrices [labels, D]: one per CLS token, then the mean."""
-    weight, width = weights[LINEAR_HEAD], find_weight(weights, "patch_embed.proj.weight").shape[0]
+    weight = weights[LINEAR_HEAD]
+    width = find_weight(weights, "patch_embed.proj.weight").shape[0]
     num_vectors = weight.shape[1] // width
     depth = count_blocks(weights, r"blocks\.(\d+)\.")
     if weight.shape[1] != num_vectors * width or not 2 <= num_vectors <= depth + 1:
@@ -222,16 +225,19 @@ def prepare_weights(weights: Mapping[str, Any], family: str) -> Weights:
         raise ConversionError(
             f"the family {family!r} is unknown. Set `family` to one of {', '.join(FAMILY_NAMES)}"
         )
+
     ignored_prefixes = ("decoder", "mask_token") if family == "mae" else ("local_cls_norm",)
     tensors: Weights = {}
     for name, array in weights.items():
         if not str(name).startswith(ignored_prefixes):
             tensors[replace_control_characters(str(name))] = convert_to_tensor(str(name), array)
+
     if family == "dinov2":  # larger models have names `blocks.CHUNK.BLOCK`
         tensors = {
             re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name): tensor
             for name, tensor in tensors.items()
         }
+
     if family == "dinov3":
         for name, bias in tensors.items():
             if (
@@ -242,6 +248,7 @@ def prepare_weights(weights: Mapping[str, Any], family: str) -> Weights:
                 raise ConversionError(
                     f"{name} contains nonzero key biases, but DINOv3 has no key biases"
                 )
+
     if family == "big_vision":
         # Prefixes of the image model in two-tower models (SigLIP), and in files with optimizer state.
         prefixes = ("params/img/", "params/", "opt/target/img/", "opt/target/", "img/")
@@ -255,6 +262,7 @@ def prepare_weights(weights: Mapping[str, Any], family: str) -> Weights:
             raise ConversionError(
                 "timm does not support the layer pre_logits. Use a file without this layer"
             )
+
     return tensors
 
 
@@ -299,12 +307,8 @@ def build_timm_model(weights: Weights, family: str) -> Any:
         load_timm_weights(model, weights, family)
     except ConversionError:
         raise
-    except (
-        LookupError,
-        RuntimeError,
-        ValueError,
-        AssertionError,
-    ) as error:  # weights that do not match the model
+    except (LookupError, RuntimeError, ValueError, AssertionError) as error:
+        # weights that do not match the model
         raise ConversionError(
             f"the weights do not match the family {family}: {format_error(error)}. Set `family` to another family, or "
             "use timm:NAME@FILE"
@@ -328,18 +332,19 @@ def load_timm_weights(model: Any, weights: Weights, family: str) -> None:
         file.seek(0)
         model.load_pretrained(file)
         return
+
     for name in ("masked_embed", LINEAR_HEAD, "linear_head.bias"):
         tensors.pop(name, None)
     if "rope_embed.periods" in tensors:  # timm computes the periods
-        model.rope._compute_periods = lambda device="cpu", dtype=None: tensors[
-            "rope_embed.periods"
-        ].to(device, dtype)
+        periods = tensors["rope_embed.periods"]
+        model.rope._compute_periods = lambda device="cpu", dtype=None: periods.to(device, dtype)
         model.rope.reset_parameters()
     if family in ("dinov2", "tips"):
         tensors.setdefault("mask_token", torch.zeros(1))  # timm detects DINOv2 weights by this name
-    options = (
-        {"adapt_layer_scale": True} if "blocks.0.gamma_1" in tensors and family == "deit" else {}
-    )
+
+    options = {}
+    if "blocks.0.gamma_1" in tensors and family == "deit":
+        options = {"adapt_layer_scale": True}
     model.load_state_dict(
         sys.modules[type(model).__module__].checkpoint_filter_fn(tensors, model, **options)
     )
@@ -354,10 +359,12 @@ def read_vit_options(weights: Weights, family: str) -> dict[str, Any]:
             f"the number of heads is unknown for the width {width}. Build the model with timm.create_model, and use "
             "convert_from_timm"
         )
+
     if GATE in weights:  # timm's DINOv2 fuses the gate and the values
         hidden_size = weights[GATE].shape[1] * (1 if family == "dinov3" else 2)
     else:
         hidden_size = find_weight(weights, "blocks.0.mlp.fc1.weight").shape[0]
+
     options: dict[str, Any] = {
         "img_size": [16 * size for size in patch_size] if family == "dinov3" else None,
         "patch_size": patch_size,
@@ -368,20 +375,18 @@ def read_vit_options(weights: Weights, family: str) -> dict[str, Any]:
         "mlp_ratio": (hidden_size + 0.5) / width,  # timm rounds down
         "num_classes": len(weights["head.weight"]) if "head.weight" in weights else 0,
     }
+
     registers = weights.get("storage_tokens" if family == "dinov3" else "register_tokens")
     if registers is not None:
         options["num_reg_tokens" if family == "dinov3" else "reg_tokens"] = registers.shape[1]
     if family == "mae" and "fc_norm.weight" in weights:
         options["global_pool"] = "avg"
+
     if family != "dinov3":
-        has_cls_position = family != "ijepa" and not (
-            family == "deit" and "blocks.0.gamma_1" in weights
-        )
-        num_patches = (
-            find_weight(weights, "pos_embed").shape[1]
-            - has_cls_position
-            - ("dist_token" in weights)
-        )
+        is_deit3 = family == "deit" and "blocks.0.gamma_1" in weights
+        has_cls_position = family != "ijepa" and not is_deit3
+        num_positions = find_weight(weights, "pos_embed").shape[1]
+        num_patches = num_positions - has_cls_position - ("dist_token" in weights)
         options["img_size"] = compute_image_size(num_patches, patch_size)
     return options
 
@@ -396,19 +401,22 @@ def read_big_vision_options(weights: Weights) -> dict[str, Any]:
     has_cls = "cls" in weights
     has_cls_position = "cls" in weights and "pos_embedding" not in weights
     num_positions = positions.shape[-2] - has_cls_position
+
+    depth = len(query_kernel)
+    if not is_stacked:
+        depth = count_blocks(weights, r"Transformer/encoderblock_(\d+)/")
     options: dict[str, Any] = {
         "img_size": compute_image_size(num_positions, patch_size),
         "patch_size": patch_size,
         "in_chans": channels,
         "embed_dim": width,
-        "depth": len(query_kernel)
-        if is_stacked
-        else count_blocks(weights, r"Transformer/encoderblock_(\d+)/"),
+        "depth": depth,
         "num_heads": query_kernel.shape[-2],
         "mlp_ratio": (mlp_kernel.shape[-1] + 0.5) / width,
         "num_classes": weights["head/kernel"].shape[1] if "head/kernel" in weights else 0,
         "act_layer": "gelu_tanh",
     }
+
     if not has_cls and "MAPHead_0/probe" not in weights:
         options |= {"class_token": False, "global_pool": "avg", "fc_norm": False}
     elif has_cls and not has_cls_position:

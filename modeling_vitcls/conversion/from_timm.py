@@ -74,6 +74,7 @@ def read_timm_model(model: nn.Module) -> tuple[ViTCLSConfig, Weights]:
         raise ConversionError(
             f"the model must be one of {', '.join(TIMM_CLASSES)} of timm, but it is {found}"
         )
+
     try:
         config = ViTCLSConfig(**read_config_fields(model))
     except ValueError as error:
@@ -94,9 +95,8 @@ def rewrite_state_dict(model: TimmModule) -> Weights:
         prefix = f"blocks.{index}."
         if get_class_name(block) == "ParallelThingsBlock":
             merge_branches(weights, prefix, len(block.attns))
-        attention, attention_prefix = (
-            (block.attn, f"{prefix}attn.") if hasattr(block, "attn") else (block, prefix)
-        )
+        attention = getattr(block, "attn", block)
+        attention_prefix = f"{prefix}attn." if hasattr(block, "attn") else prefix
         if hasattr(attention, "lambda_q1"):
             fold_differential_lambda(weights, attention_prefix, attention.lambda_init)
     return weights
@@ -112,11 +112,13 @@ def merge_branches(weights: Weights, prefix: str, num_branches: int) -> None:
     attentions = [pop_branch(weights, f"{prefix}attns.{index}.") for index in range(num_branches)]
     mlps = [pop_branch(weights, f"{prefix}ffns.{index}.") for index in range(num_branches)]
     qkv_layers = [fold_norm(branch, "attn.qkv") for branch in attentions]
+
     for index, letter in enumerate("qkv"):
         layers = [
             {name: tensor.chunk(3)[index] for name, tensor in layer.items()} for layer in qkv_layers
         ]
         set_merged_layer(weights, f"{prefix}attn.{letter}_proj", layers, dim=0)
+
     set_merged_layer(
         weights, f"{prefix}mlp.fc1", [fold_norm(branch, "mlp.fc1") for branch in mlps], dim=0
     )
@@ -125,6 +127,7 @@ def merge_branches(weights: Weights, prefix: str, num_branches: int) -> None:
     set_merged_layer(
         weights, f"{prefix}mlp.fc2", [fold_layer_scale(branch, "mlp.fc2") for branch in mlps], dim=1
     )
+
     for name, branch in (("norm1", attentions[0]), ("norm2", mlps[0])):
         weights[f"{prefix}{name}.weight"] = torch.ones_like(branch["norm.weight"])
         if "norm.bias" in branch:
@@ -155,7 +158,8 @@ def fold_norm(branch_weights: Weights, layer_name: str) -> Weights:
 
 def fold_layer_scale(branch_weights: Weights, layer_name: str) -> Weights:
     """Return the weight and bias of a layer with the subsequent LayerScale folded in."""
-    weight, bias = branch_weights[f"{layer_name}.weight"], branch_weights[f"{layer_name}.bias"]
+    weight = branch_weights[f"{layer_name}.weight"]
+    bias = branch_weights[f"{layer_name}.bias"]
     scale = branch_weights.get("ls.gamma", torch.ones_like(bias))
     return {"weight": scale[:, None] * weight, "bias": scale * bias}
 
@@ -178,9 +182,8 @@ def fold_differential_lambda(weights: Weights, prefix: str, lambda_init: float) 
     ]
     lambda_1, lambda_2 = (product.double().sum().reshape(1) for product in products)
     scale = weights[f"{prefix}sub_norm.weight"]
-    weights[f"{prefix}lambda_full"] = (lambda_1.exp() - lambda_2.exp() + lambda_init).to(
-        scale.dtype
-    )
+    lambda_full = lambda_1.exp() - lambda_2.exp() + lambda_init
+    weights[f"{prefix}lambda_full"] = lambda_full.to(scale.dtype)
     weights[f"{prefix}sub_norm.weight"] = scale * (1 - lambda_init)
 
 
@@ -231,14 +234,12 @@ BLOCK_RULES = [
     Rule("blocks.{i}.attn.qkv.{rest}", QKV_NAMES),
     Rule("blocks.{i}.attn.q_proj.{rest}", "layers.{i}.attention.q_proj.{rest}"),
     Rule("blocks.{i}.attn.{x}_bias", "layers.{i}.attention.{x}_proj.bias"),
-    Rule(
-        "blocks.{i}.attn.{x}_proj.{rest}", "layers.{i}.attention.{x}_proj.{rest}", repeat_kv
-    ),  # k_proj, v_proj
+    # k_proj, v_proj
+    Rule("blocks.{i}.attn.{x}_proj.{rest}", "layers.{i}.attention.{x}_proj.{rest}", repeat_kv),
     Rule("blocks.{i}.(attn.)?sub_norm.{rest}", "layers.{i}.attention.head_norm.{rest}"),
     Rule("blocks.{i}.attn.proj.{rest}", "layers.{i}.attention.o_proj.{rest}"),
-    Rule(
-        "blocks.{i}.attn.{rest}", "layers.{i}.attention.{rest}"
-    ),  # lambda_full, norm, q_norm, k_norm
+    # lambda_full, norm, q_norm, k_norm
+    Rule("blocks.{i}.attn.{rest}", "layers.{i}.attention.{rest}"),
     Rule("blocks.{i}.ls{n}.gamma", "layers.{i}.layer_scale{n}.lambda1"),  # VisionTransformer
     Rule("blocks.{i}.gamma_{n}", "layers.{i}.layer_scale{n}.lambda1"),  # Eva
     Rule("blocks.{i}.mlp.fc1_g.{rest}", "layers.{i}.mlp.gate_proj.{rest}"),
@@ -312,16 +313,13 @@ def build_mlp_rules(mlp: TimmModule) -> list[Rule]:
 def build_rules(model: TimmModule) -> list[Rule]:
     """Build the weight conversion rules of a timm model."""
     block = model.blocks[0]
-    has_only_attention_layer_scale = (
-        getattr(block, "gamma_1", None) is not None and block.gamma_2 is None
-    )
+    layer_scale_rules = []
+    if getattr(block, "gamma_1", None) is not None and block.gamma_2 is None:
+        # only attention has a layer scale
+        layer_scale_rules = [Rule("blocks.{i}.gamma_1", LAYER_SCALES, append_ones)]
     return [
         *STEM_RULES,
-        *(
-            [Rule("blocks.{i}.gamma_1", LAYER_SCALES, append_ones)]
-            if has_only_attention_layer_scale
-            else []
-        ),
+        *layer_scale_rules,
         *BLOCK_RULES,
         *PARALLEL_RULES,
         *build_mlp_rules(getattr(block, "mlp", None)),

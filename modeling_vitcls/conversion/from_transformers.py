@@ -54,12 +54,11 @@ def convert_from_transformers(model: PreTrainedModel) -> ViTCLSPreTrainedModel:
         submodule_names = [
             name for name, module in model.named_children() if is_convertible(module)
         ]
-        hint = (
-            f"Convert the submodule .{submodule_names[0]}"
-            if submodule_names
-            else "docs/coverage.md lists the classes"
-        )
+        hint = "docs/coverage.md lists the classes"
+        if submodule_names:
+            hint = f"Convert the submodule .{submodule_names[0]}"
         raise ConversionError(f"{type(model).__name__} cannot be converted. {hint}")
+
     convertible_class = CONVERTIBLE_CLASSES[type(model).__name__]
     family = convertible_class.family
     weights = strip_encoder_name(model.state_dict(), convertible_class.encoder_name)
@@ -67,6 +66,7 @@ def convert_from_transformers(model: PreTrainedModel) -> ViTCLSPreTrainedModel:
     config = ViTCLSConfig(
         **fields | dict(convertible_class.fields) | convertible_class.read_labels(model.config)
     )
+
     rules = [
         *(Rule(name, []) for name in convertible_class.unused_patterns),
         *HEAD_RULES,
@@ -96,9 +96,8 @@ class ConvertibleClass:
     encoder_name: str | None = None
     # fields of `ViTCLSConfig` that depend on the class
     fields: Mapping[str, Any] = field(default_factory=dict)
-    unused_patterns: tuple[
-        str, ...
-    ] = ()  # name patterns of encoder weights that the class does not use
+    # name patterns of encoder weights that the class does not use
+    unused_patterns: tuple[str, ...] = ()
     # function that reads the labels from the configuration
     read_labels: Callable[[Any], Fields] = read_labels
 

@@ -54,6 +54,7 @@ def compare_models(
     comparisons: list[Report] = []
     non_square_size = get_non_square_size(source.image_size, model.config.patch_height_width)
     sizes = dict.fromkeys([source.image_size, processor_size or source.image_size, non_square_size])
+
     for height, width in sizes:
         pixel_values = build_random_images((2, model.config.num_channels, height, width))
         try:
@@ -65,10 +66,12 @@ def compare_models(
                 comparisons,
                 f"the source does not support {height} x {width} pixels: {format_error(error)}",
             )
+
         source_groups = split_token_groups(source_outputs, model)
         outputs = compute_model_outputs(model, pixel_values)
         if ("logits" in source_groups) != ("logits" in outputs):
             raise ConversionError(f"only one of {source.name} and the converted model has logits")
+
         names = [name for name in source_groups if name in outputs]
         differences = {
             name: get_max_magnitude(outputs[name] - source_groups[name]) for name in names
@@ -85,6 +88,7 @@ def compare_models(
                 f"the outputs of the converted model differ from those of {source.name} at {height} x {width} pixels: "
                 f"{', '.join(excessive)}; the limit is {MAX_DIFFERENCE:g} of the largest value"
             )
+
         comparisons.append(
             {"image_size": (height, width), "differences": differences, "magnitudes": magnitudes}
         )
@@ -114,6 +118,7 @@ def describe_position_embeddings(source: SourceModel, config: ViTCLSConfig) -> l
             f"position embeddings for other image sizes: {config.position_interpolation} {antialias} "
             f"antialiasing{offset_text}, as in {source.project}"
         )
+
     if "sapiens2" in f"{source.name} {type(source.model).__name__}".lower():
         notes.append(
             f"rotary positions: computed in float32, as in {source.project}; the authors' code computes them in "
@@ -138,7 +143,8 @@ def get_non_square_size(
     image_size: tuple[int, int], patch_size: tuple[int, int]
 ) -> tuple[int, int]:
     """Return an image size (height, width) with fewer rows and more columns of patches than `image_size`."""
-    (height, width), (patch_height, patch_width) = image_size, patch_size
+    height, width = image_size
+    patch_height, patch_width = patch_size
     rows = height // patch_height
     columns = width // patch_width
     return max(1, rows * 3 // 4) * patch_height, (columns * 5 // 4 + 1) * patch_width

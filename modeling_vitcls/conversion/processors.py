@@ -42,11 +42,8 @@ ConvertedPreprocessing = tuple[ViTCLSImageProcessor, dict[str, Any]]
 
 def get_processor_size(processor: Any) -> tuple[int, int]:
     """Return the height and width that an image processor makes of a square photo."""
-    mode = (
-        "L"
-        if len(np.atleast_1d(processor.image_mean)) == 1 and not processor.do_convert_rgb
-        else "RGB"
-    )
+    is_gray = len(np.atleast_1d(processor.image_mean)) == 1 and not processor.do_convert_rgb
+    mode = "L" if is_gray else "RGB"
     pixel_values = processor(PIL.Image.new(mode, (600, 600)), return_tensors="pt")["pixel_values"]
     height, width = pixel_values.shape[-2:]
     return height, width
@@ -76,11 +73,14 @@ def convert_timm_settings(settings: dict[str, Any]) -> dict[str, Any]:
     scaled_height, scaled_width = (
         math.floor(length / settings["crop_pct"]) for length in (height, width)
     )
-    interpolation, crop_mode = settings["interpolation"], settings["crop_mode"]
+    interpolation = settings["interpolation"]
+    crop_mode = settings["crop_mode"]
+
     if interpolation not in RESAMPLING_FILTERS:
         raise ValueError(
             f"interpolation={interpolation!r} in timm's pretrained_cfg is not supported"
         )
+
     if crop_mode == "squash":
         size = {"height": scaled_height, "width": scaled_width}
     elif crop_mode == "center" and height == width:
@@ -89,6 +89,7 @@ def convert_timm_settings(settings: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"crop_mode={crop_mode!r} for {height} x {width} pixels in timm's pretrained_cfg is not supported"
         )
+
     return {
         "do_convert_rgb": channels == 3,
         "size": size,
@@ -112,6 +113,7 @@ def convert_transformers_preprocessing(
         source_processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError):
         return build_default_preprocessing(image_size, "the source has no image processor")
+
     backend_class = (
         ViTCLSImageProcessorPil
         if isinstance(source_processor, PilBackend)
@@ -161,6 +163,7 @@ def check_processor(
             raise ValueError(
                 f"the converted processor differs from {settings_name} in the output shape"
             )
+
         std = torch.tensor(processor.image_std if processor.do_normalize else 1.0).view(-1, 1, 1)
         difference = ((pixels - expected).abs() * std * 255).max().item()
         if not difference <= MAX_PIXEL_DIFFERENCE:
@@ -168,6 +171,7 @@ def check_processor(
                 f"the converted processor differs from {settings_name} by {difference:.3g} gray levels"
             )
         largest_difference = max(largest_difference, difference)
+
     return build_preprocessing_record(settings_name, "") | {
         "largest_difference_in_gray_levels": largest_difference
     }

@@ -29,6 +29,7 @@ def randomize_weights(model: Model) -> Model:
         for name, tensor in tensors:
             if not tensor.is_floating_point() or name in module._non_persistent_buffers_set:
                 continue
+
             values = torch.empty(tensor.shape, dtype=torch.float32)
             std = get_std(module, name, tensor)
             if std is None:

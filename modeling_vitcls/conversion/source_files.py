@@ -115,11 +115,13 @@ class FileSource(TimmSource):
             return super().compute_outputs(pixel_values)
         size = pixel_values.shape[-2], pixel_values.shape[-1]
         model: Any = self.model if size == self.image_size else self.build_resized_model(size)
+
         num_layers = len(split_linear_head(self.weights)) - 1
         layers = model.get_intermediate_layers(
             pixel_values, num_layers, return_prefix_tokens=True, norm=True
         )
         inputs = [prefix_tokens[:, 0] for _, prefix_tokens in layers] + [layers[-1][0].mean(dim=1)]
+
         weight = self.weights[LINEAR_HEAD].float()
         bias = self.weights["linear_head.bias"].float()
         logits = nn.functional.linear(torch.cat(inputs, dim=1), weight, bias)
@@ -167,6 +169,7 @@ def read_state_dict(file: Path) -> Mapping[str, Any]:
         raise ConversionError(
             f"{file} is not supported. Use a file with one of the suffixes {' '.join(FILE_SUFFIXES)}"
         )
+
     try:
         if file.suffix == ".npz":
             with np.load(file, allow_pickle=False) as arrays:
@@ -180,6 +183,7 @@ def read_state_dict(file: Path) -> Mapping[str, Any]:
         raise ConversionError(
             f"cannot read the weights in {file}: {format_error(error)}"
         ) from error
+
     if not isinstance(weights, Mapping):
         raise ConversionError(
             f"{file} contains an object of type {type(weights).__name__} instead of a state dict"
@@ -194,17 +198,18 @@ def unwrap_weights(weights: Mapping[str, Any], notes: list[str]) -> tuple[Weight
     """
     container_key = None
     for _ in range(MAX_CONTAINER_DEPTH):  # a state dict may contain itself
-        if key := next(
-            (key for key in CONTAINER_KEYS if isinstance(weights.get(key), Mapping)), None
-        ):
-            container_key, weights = key, weights[key]
+        keys = [key for key in CONTAINER_KEYS if isinstance(weights.get(key), Mapping)]
+        if keys:
+            container_key = keys[0]
+            weights = weights[container_key]
+
     is_array = (torch.Tensor, np.ndarray)
     tensors: dict[str, Any] = {
         str(name): value for name, value in weights.items() if isinstance(value, is_array)
     }
-    while prefix := next(
-        (prefix for prefix in WRAPPER_PREFIXES if has_encoder(tensors, prefix)), None
-    ):
+
+    while wrappers := [prefix for prefix in WRAPPER_PREFIXES if has_encoder(tensors, prefix)]:
+        prefix = wrappers[0]
         prefixes = (prefix, "linear_head.") if LINEAR_HEAD in tensors else (prefix,)
         kept = {name: tensor for name, tensor in tensors.items() if name.startswith(prefixes)}
         if other_names := [name for name in tensors if name not in kept]:
@@ -232,6 +237,7 @@ def detect_family(weights: Weights, container_key: str | None, file: Path) -> st
     family = next(matches, None)
     registers = weights.get("register_tokens")
     candidates = ["dino", "ibot", "msn", "mae", "deit", "ijepa"]
+
     if family == "dinov2" and registers is not None and registers.shape[-2] == 1:
         # TIPS has the parameter names of DINOv2 and one register, which is its second CLS token.
         family = "tips" if file.suffix == ".npz" else None
@@ -249,6 +255,7 @@ def detect_family(weights: Weights, container_key: str | None, file: Path) -> st
         family = "msn" if "cls_token" in weights else "ijepa"
     elif family is None:
         family = FAMILIES_BY_CONTAINER.get(str(container_key))
+
     if family is None:
         raise ConversionError(
             f"the weights in {file} match several families. Set `family` to one of {', '.join(candidates)}"

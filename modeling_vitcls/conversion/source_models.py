@@ -75,6 +75,7 @@ class TimmSource(Source):
             raise ConversionError(
                 f"`random_init=True` reads no file, but the source is timm:{name}. Remove one of them"
             )
+
         try:
             model, commit = load_timm_model(name, pretrained=not random_init)
         except Exception as error:  # downloads raise errors of many types
@@ -106,11 +107,9 @@ class TimmSource(Source):
         timm may raise any exception if the model does not support the image size.
         """
         height, width = pixel_values.shape[-2:]
-        model: Any = (
-            self.model
-            if (height, width) == self.image_size
-            else self.build_resized_model((height, width))
-        )
+        model: Any = self.model
+        if (height, width) != self.image_size:
+            model = self.build_resized_model((height, width))
         sequence = model.forward_features(pixel_values)
         output_name = "logits" if self.has_classifier else "pooled"
         return {"sequence": sequence, output_name: model.forward_head(sequence)}
@@ -142,11 +141,11 @@ class TransformersSource(Source):
             folder = get_model_folder(name_or_path, CONFIG_FILES, revision)
         else:
             folder = get_external_model_folder(name_or_path, revision)
+
         try:
             config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        except (
-            Exception
-        ) as error:  # ValueError for unknown model types, OSError for missing files, Hub errors
+        except Exception as error:
+            # ValueError for unknown model types, OSError for missing files, Hub errors
             is_remote = "trust_remote_code" in str(error)
             reason = (
                 "it requires remote code, which is never run" if is_remote else format_error(error)
@@ -154,6 +153,7 @@ class TransformersSource(Source):
             raise OSError(
                 f"transformers cannot read the configuration of {name_or_path}: {reason}"
             ) from error
+
         model_class = get_convertible_class(config)
         if random_init:
             model_config = (
@@ -172,11 +172,10 @@ class TransformersSource(Source):
     def image_size(self) -> tuple[int, int]:
         """Image size in the configuration, or, for SigLIP 2, the size of a square image with `num_patches` patches."""
         config = getattr(self.model.config, "vision_config", self.model.config)
-        size = (
-            config.image_size
-            if hasattr(config, "image_size")
-            else isqrt(config.num_patches) * config.patch_size
-        )
+        if not hasattr(config, "image_size"):  # SigLIP 2
+            side = isqrt(config.num_patches) * config.patch_size
+            return side, side
+        size = config.image_size
         return (size, size) if isinstance(size, int) else tuple(size)
 
     @property
@@ -197,6 +196,7 @@ class TransformersSource(Source):
         inputs = self.build_inputs(pixel_values)
         encoder_outputs = encoder(**inputs)
         outputs = {"sequence": encoder_outputs.last_hidden_state}
+
         if encoder is self.model:
             outputs["pooled"] = encoder_outputs.get("summary", encoder_outputs.get("pooler_output"))
         else:
@@ -219,19 +219,20 @@ class TransformersSource(Source):
         parameters = inspect.signature(self.encoder.forward).parameters
         if "spatial_shapes" in parameters:
             return flatten_patches(pixel_values, config.patch_size)
+
         inputs: dict[str, Any] = {"pixel_values": pixel_values}
         if (
             "interpolate_pos_encoding" in parameters
             and tuple(pixel_values.shape[-2:]) != self.image_size
         ):
             inputs["interpolate_pos_encoding"] = True
+
         if "noise" in parameters:  # MAE sorts the patches by this noise and masks the last patches
             config.mask_ratio = 0.0
             height, width = pixel_values.shape[-2:]
             num_patches = (height // config.patch_size) * (width // config.patch_size)
-            inputs["noise"] = torch.arange(num_patches, dtype=torch.float32).expand(
-                len(pixel_values), -1
-            )
+            noise = torch.arange(num_patches, dtype=torch.float32)
+            inputs["noise"] = noise.expand(len(pixel_values), -1)  # [B, rows * columns]
         return inputs
 
     def convert_preprocessing(self) -> ConvertedPreprocessing:
@@ -253,9 +254,8 @@ def check_timm_architecture(name: str) -> None:
     try:
         with torch.device("meta"):  # without memory and values
             model = timm.create_model(name, pretrained=False)
-    except (
-        Exception
-    ):  # the code of an architecture may read values; the class is checked after loading
+    except Exception:
+        # the code of an architecture may read values; the class is checked after loading
         return
     if type(model).__name__ in TIMM_CLASSES:
         return
@@ -298,6 +298,7 @@ def load_transformers_model(
     """
     notes: list[str] = []
     options: dict[str, Any] = {"dtype": "auto", "output_loading_info": True}
+
     try:
         model, loading_info = model_class.from_pretrained(folder, **options)
         if loading_info["missing_keys"] and all(
@@ -310,15 +311,16 @@ def load_transformers_model(
     except Exception as error:  # downloads raise errors of many types
         raise_if_unsafe_pickle(name_or_path, error)
         raise OSError(f"transformers cannot load {name_or_path}: {format_error(error)}") from error
+
     if missing_names := sorted(loading_info["missing_keys"]):
         raise ConversionError(
             f"{model_class.__name__} requires {len(missing_names)} weights that are missing from {name_or_path}, for "
             f"example {missing_names[0]}"
         )
+
     unexpected_names = sorted(loading_info["unexpected_keys"])
-    if (
-        unexpected_names and model.config.architectures
-    ):  # not the vision model of a text-image model
+    # not for the vision model of a text-image model
+    if unexpected_names and model.config.architectures:
         notes.append(
             f"{model_class.__name__} does not use {len(unexpected_names)} weights of the checkpoint, "
             f"for example {unexpected_names[0]}"

@@ -121,15 +121,18 @@ def read_rotary_positions(model: TimmModule) -> Fields:
     rope = getattr(model, "rope", None)
     if rope is None:
         return {}
+
     name = get_class_name(rope)
     is_supported = name in ("RotaryEmbeddingCat", "RotaryEmbeddingDinoV3", "RotaryEmbeddingMixed")
     check_supported(is_supported, f"rotary positions of class {name}")
+
     rope_type = "rope_mixed" if name == "RotaryEmbeddingMixed" else "rope_2d"
     fields = {
         "position_embedding_type": rope_type if model.pos_embed is None else f"learned_{rope_type}",
         "rope_theta": float(rope.temperature or 0),
         "rope_axes": "xy" if rope.grid_indexing == "xy" else "yx",
     }
+
     if name == "RotaryEmbeddingDinoV3":  # coordinates from -1 to 1
         has_period_range = rope.min_period is not None and rope.max_period is not None
         check_supported(not has_period_range, "rotary positions with min_period and max_period")
@@ -140,6 +143,7 @@ def read_rotary_positions(model: TimmModule) -> Fields:
         return fields | {"rope_coordinates": "centered"}
     if name == "RotaryEmbeddingMixed":  # learned frequencies (RoPE-ViT)
         return fields | {"rope_coordinates": "grid"}
+
     is_in_patches = not rope.in_pixels and getattr(rope, "grid_type", "index") == "index"
     check_supported(is_in_patches, "rotary positions in pixels")
     return fields | {  # EVA-02, Perception Encoder
@@ -200,21 +204,22 @@ def read_parallel_block(block: TimmModule) -> Fields:
 
 def read_branched_block(block: TimmModule) -> Fields:
     """Return the fields of a block whose parallel branches are merged by `merge_branches` in from_timm.py."""
-    attention, mlp = block.attns[0].attn, block.ffns[0].mlp
+    attention = block.attns[0].attn
+    mlp = block.ffns[0].mlp
     fields = read_attention(attention) | read_mlp(mlp)
     is_plain = fields["attention_type"] == "softmax" and fields["mlp_type"] == "mlp"
     check_supported(is_plain, "gated or differential branches")
     has_norms = any(fields[name] for name in ("qk_norm", "attention_norm", "mlp_norm"))
     check_supported(not has_norms, "norms inside parallel branches")
+
     num_branches = len(block.attns)
     return fields | {
         "layer_type": "standard",
         "num_attention_heads": num_branches * attention.num_heads,
         "attention_head_size": attention.head_dim,
         "intermediate_size": num_branches * mlp.fc1.out_features,
-        **dict.fromkeys(
-            ("qkv_bias", "projection_bias", "mlp_bias"), True
-        ),  # biases from folded norms
+        # biases from folded norms
+        **dict.fromkeys(("qkv_bias", "projection_bias", "mlp_bias"), True),
     }
 
 
@@ -303,6 +308,7 @@ def read_pooling(model: TimmModule, hidden_act: str | None) -> Fields:
         check_supported(not model.num_classes, "a classifier on every token (global_pool='')")
         # used by a new classifier
         return {"pooling": "cls" if model.cls_token is not None else "mean"}
+
     check_supported(model.global_pool in POOLINGS, f"global_pool={model.global_pool!r}")
     pooling = POOLINGS[model.global_pool]
     if pooling == "attention":
@@ -325,10 +331,9 @@ def read_attention_pool(model: TimmModule, hidden_act: str | None) -> Fields:
     check_supported(
         hidden_act in (activation, None), "different activations in attention pooling and blocks"
     )
+    pools_all_tokens = getattr(model, "pool_include_prefix", True)
     return {
-        "attention_pool_tokens": "all"
-        if getattr(model, "pool_include_prefix", True)
-        else "patches",
+        "attention_pool_tokens": "all" if pools_all_tokens else "patches",
         "attention_pool_heads": pooler.num_heads,
         "attention_pool_intermediate_size": pooler.mlp.fc1.out_features,
         "hidden_act": activation,

@@ -64,9 +64,8 @@ def convert_to_transformers(
         )
     best_match = find_best_match(name, model.config, native_size_only)
     if best_match.mismatches:
-        is_native_size_enough = not find_best_match(
-            name, model.config, native_size_only=True
-        ).mismatches
+        native_size_match = find_best_match(name, model.config, native_size_only=True)
+        is_native_size_enough = not native_size_match.mismatches
         hint = (
             ". Set `native_size_only=True` if one size is enough" if is_native_size_enough else ""
         )
@@ -96,9 +95,14 @@ class TargetClass:
             compute_dinov2_mlp_size(config.hidden_size, ratio, is_gated): ratio
             for ratio in range(16, 0, -1)
         }
+
         settings: dict[str, Any] = {
             name: getattr(config, target) for name, target in FIELD_NAMES.items()
         }
+        # The gated MLP of DINOv2 ignores `hidden_act`.
+        hidden_act = config.hidden_act
+        if "use_gated_mlp" in supported_fields:
+            hidden_act = get_activation_name(config)
         settings |= {
             "image_size": simplify_size(*config.image_height_width),
             "patch_size": simplify_size(*config.patch_height_width),
@@ -107,15 +111,13 @@ class TargetClass:
             "mlp_ratio": mlp_ratios.get(config.intermediate_size, 4),
             "use_swiglu_ffn": is_gated,
             "use_gated_mlp": is_gated,
-            # The gated MLP of DINOv2 ignores `hidden_act`.
-            "hidden_act": get_activation_name(config)
-            if "use_gated_mlp" in supported_fields
-            else config.hidden_act,
+            "hidden_act": hidden_act,
             "layerscale_value": float(config.layer_scale_init_value or 1.0),
             "use_mask_token": config.use_mask_token,  # DINOv2; with registers, a mask token always exists
             **biases,
             **read_labels(config),
         }
+
         settings = {name: value for name, value in settings.items() if name in supported_fields}
         options = {}
         if self.has_optional_pooler:
@@ -172,6 +174,7 @@ def find_equivalent_match(
 ) -> TargetMatch:
     """Apply all rewrites that reduce the number of mismatches, and return the match of the new configuration."""
     match = compare_with_target(target, config)
+
     for rewrite in REWRITES:
         changes = {name: getattr(match.target_config, name) for name in rewrite.fields}
         is_allowed = native_size_only or not rewrite.is_native_size_only
@@ -190,20 +193,21 @@ def find_equivalent_match(
 def compare_with_target(target: TargetClass, config: ViTCLSConfig) -> TargetMatch:
     """Build the target from a configuration, convert the target configuration back, and compare the fields."""
     convertible_class = CONVERTIBLE_CLASSES[target.name]
+
     try:
         with torch.device("meta"):
             target_model = target.build(config)
         weights = strip_encoder_name(target_model.state_dict(), convertible_class.encoder_name)
         fields = convertible_class.family.read_all_fields(target_model.config, weights)
         round_trip_config = ViTCLSConfig(**fields | dict(convertible_class.fields))
-    except (
-        TypeError,
-        ValueError,
-    ) as error:  # a value that the class or this version of transformers does not support
+    except (TypeError, ValueError) as error:
+        # a value that the class or this version of transformers does not support
         return TargetMatch(target, config, config, {"error": format_error(error)})
+
     has_head = convertible_class.encoder_name is not None
     values = get_effective_fields(config, has_head)
     target_values = get_effective_fields(round_trip_config, has_head)
+
     # If pooling has no weights, users can pool the outputs of a model without a pooler.
     has_weightless_pooler = (
         config.pooling != "attention"
@@ -213,6 +217,7 @@ def compare_with_target(target: TargetClass, config: ViTCLSConfig) -> TargetMatc
     ignored_fields = (
         POOLING_FIELDS if target.has_optional_pooler and has_weightless_pooler else set()
     )
+
     mismatches = {
         name: f"{name}={value!r} instead of {target_values[name]!r}"
         for name, value in values.items()
@@ -269,7 +274,10 @@ def get_effective_fields(config: ViTCLSConfig, has_head: bool) -> dict[str, Any]
         if field.name not in inherited_fields | IGNORED_FIELDS
     ]
     field_values = {name: getattr(config, name) for name in names}
+
     groups_with_positions = GROUPS_WITH_POSITIONS[config.position_embedding_tokens]
+    pools_last_layer = config.pooled_layer_indices == [config.num_hidden_layers]
+    has_partial_scope = any(scope != "image" for scope in config.cls_scopes or ())
     field_values |= {
         "image_size": list(config.image_height_width),
         "patch_size": list(config.patch_height_width),
@@ -281,14 +289,11 @@ def get_effective_fields(config: ViTCLSConfig, has_head: bool) -> dict[str, Any]
             name for name in groups_with_positions if getattr(config, COUNT_FIELDS[name])
         ],
         "distillation_head": config.has_distillation_head,
-        "pooled_layers": None
-        if config.pooled_layer_indices == [config.num_hidden_layers]
-        else config.pooled_layers,
+        "pooled_layers": None if pools_last_layer else config.pooled_layers,
         "extra_heads": sorted(config.extra_heads or {}),
-        "cls_scopes": config.cls_scopes
-        if any(scope != "image" for scope in config.cls_scopes or ())
-        else None,
+        "cls_scopes": config.cls_scopes if has_partial_scope else None,
     }
+
     unused_fields = get_unused_fields(config, has_head)
     return {name: value for name, value in field_values.items() if name not in unused_fields}
 
@@ -333,14 +338,17 @@ def build_transformers_model(match: TargetMatch, model: ViTCLSPreTrainedModel) -
     target_weights = transformers_model.state_dict()
     convertible_class = CONVERTIBLE_CLASSES[target.name]
     encoder_name = convertible_class.encoder_name
+
     weights = strip_encoder_name(model.state_dict(), "vitcls")
     for rewrite, old_config, new_config in match.applied_rewrites:
         rewrite.rewrite_weights(weights, old_config, new_config)
+
     reference = strip_encoder_name(target_weights, encoder_name)
     if "embeddings.mask_token" in weights and "embeddings.mask_token" not in reference:
         logger.warning(f"{target.name} has no mask token, so the mask token is dropped")
         del weights["embeddings.mask_token"]
     weights = revert_weights(weights, [*HEAD_RULES, *convertible_class.family.rules], reference)
+
     for name, weight in target_weights.items():
         encoder_weight_name = name.removeprefix(f"{encoder_name}.")
         parameter_name = name.rpartition(".")[2]
@@ -350,6 +358,7 @@ def build_transformers_model(match: TargetMatch, model: ViTCLSPreTrainedModel) -
             target_weights[name] = torch.full_like(weight, NEUTRAL_WEIGHTS.get(parameter_name, 0.0))
         else:
             raise ConversionError(f"weights missing: {name}")
+
     transformers_model.to(device=model.device, dtype=model.dtype)  # type: ignore[call-arg]  # `to` is untyped in transformers
     transformers_model.load_state_dict(target_weights)
     transformers_model.eval()

@@ -35,9 +35,8 @@ class TransformersFamily:
 
     # function (configuration, weights) that returns fields of `ViTCLSConfig`
     read_fields: Callable[[Any, Weights], Fields]
-    family_rules: Sequence[
-        Rule
-    ] = ()  # rules for encoder weights that take precedence over `COMMON_RULES`
+    # rules for encoder weights that take precedence over `COMMON_RULES`
+    family_rules: Sequence[Rule] = ()
     # fields of `ViTCLSConfig` that are the same for all models
     fields: Fields = field(default_factory=dict)
     # function that prepares the weights for the rules, for example by merging several weights
@@ -128,8 +127,10 @@ def read_common_fields(config: Any, weights: Weights) -> Fields:
         for name, target in FIELD_NAMES.items()
         if hasattr(config, name)
     }
+
     if hasattr(config, "image_size"):
         fields["image_size"] = round_to_patches(config.image_size, config.patch_size)
+
     if hasattr(config, "mlp_ratio"):  # DINOv2 and families with the same layers
         is_gated = getattr(config, "use_swiglu_ffn", False)
         fields["mlp_type"] = "swiglu" if is_gated else "mlp"
@@ -138,6 +139,7 @@ def read_common_fields(config: Any, weights: Weights) -> Fields:
         )
     if hasattr(config, "use_gated_mlp"):  # DINOv3 and Sapiens2
         fields["mlp_type"] = get_glu_type(config) if config.use_gated_mlp else "mlp"
+
     if hasattr(config, "use_absolute_position_embeddings"):  # BEiT and InternViT
         fields["position_embedding_type"] = (
             "learned" if config.use_absolute_position_embeddings else "none"
@@ -333,15 +335,14 @@ BEIT_RULES = [
 
 def read_beit_fields(config: Any, weights: Weights) -> Fields:
     """Return the fields of BEiT, which has a relative position bias, position embeddings, or both."""
-    shared_bias_type = "shared" if config.use_shared_relative_position_bias else "none"
+    bias_type = "shared" if config.use_shared_relative_position_bias else "none"
+    if config.use_relative_position_bias:
+        bias_type = "layer"
+    has_layer_scale = config.layer_scale_init_value > 0
     return read_common_fields(config, weights) | {
         "key_bias": False,
-        "layer_scale_init_value": config.layer_scale_init_value
-        if config.layer_scale_init_value > 0
-        else None,
-        "relative_position_bias": "layer"
-        if config.use_relative_position_bias
-        else shared_bias_type,
+        "layer_scale_init_value": config.layer_scale_init_value if has_layer_scale else None,
+        "relative_position_bias": bias_type,
         "pooled_norm": "pooler.layernorm.weight" in weights,
     }
 
@@ -399,6 +400,7 @@ def fold_pixel_normalization(weights: Weights) -> Weights:
     """Fold the pixel normalization, (x - mean) / std, into the patch projection in float64."""
     if "input_conditioner.norm_mean" not in weights:  # the user has removed the input conditioner
         return weights
+
     folded_weights = dict(weights)
     mean = folded_weights.pop("input_conditioner.norm_mean").double().flatten()  # [C]
     std = folded_weights.pop("input_conditioner.norm_std").double().flatten()  # [C]

@@ -116,11 +116,13 @@ def convert_weights(weights: Weights, rules: Sequence[Rule], config: ViTCLSConfi
     converted_weights: Weights = {}
     weights_to_stack: dict[str, Weights] = {}
     unmatched_names = []
+
     for name, tensor in weights.items():
         rule, targets = find_rule(rules, name)
         if rule is None:
             unmatched_names.append(name)
             continue
+
         converted_tensors = (
             rule.transform(tensor, config) if rule.transform else divide(tensor, len(targets))
         )
@@ -129,8 +131,10 @@ def convert_weights(weights: Weights, rules: Sequence[Rule], config: ViTCLSConfi
                 weights_to_stack.setdefault(index_match[1], {})[index_match[2]] = converted_weight
             elif converted_weight.numel():
                 converted_weights[target] = converted_weight
+
     if unmatched_names:
         raise ConversionError(f"unexpected weights: {join_names(unmatched_names)}")
+
     for target, weights_by_index in weights_to_stack.items():
         converted_weights[target] = torch.stack(
             [weights_by_index[index] for index in sorted(weights_by_index, key=int)]
@@ -146,6 +150,7 @@ def revert_weights(weights: Weights, rules: Sequence[Rule], reference: Weights) 
     """
     reverted_weights: Weights = {}
     used_names: set[str] = set()
+
     for name, reference_weight in reference.items():
         rule, targets = find_rule(rules, name)
         used_targets = [target for target in targets if target in weights]
@@ -155,6 +160,7 @@ def revert_weights(weights: Weights, rules: Sequence[Rule], reference: Weights) 
                 [weights[target] for target in used_targets], dim=rule.axis
             )
             reverted_weights[name] = concatenated_weight.reshape(reference_weight.shape)
+
     if unused_names := sorted(weights.keys() - used_names):
         raise ConversionError(
             f"the target model has no counterparts of these weights: {join_names(unused_names)}"
@@ -197,6 +203,7 @@ def build_model(
     """
     head_names = {name for name in weights if name.partition(".")[0].endswith("classifier")}
     kernel = weights["embeddings.patch_embeddings.projection.weight"]
+
     model: ViTCLSPreTrainedModel
     with no_init_weights():
         if has_classifier or (has_classifier is None and head_names):
@@ -207,12 +214,12 @@ def build_model(
             }
         else:
             model = ViTCLSModel(config, add_pooling_layer=add_pooling_layer)
+
     model.to(device=kernel.device, dtype=kernel.dtype)  # type: ignore[call-arg]  # `to` is untyped in transformers
     try:
         model.load_state_dict(weights)
-    except (
-        RuntimeError
-    ) as error:  # missing and unexpected weights, and weights of a different shape
+    except RuntimeError as error:
+        # missing and unexpected weights, and weights of a different shape
         raise ConversionError(format_error(error)) from None
     model.eval()
     return model

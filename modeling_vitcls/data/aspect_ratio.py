@@ -48,11 +48,13 @@ def set_fit(processor: Processor, fit: str, height_width: Size) -> None:
     has_same_crop = processor.do_center_crop and dict(processor.crop_size) == dict(size)
     if fit == "crop" and has_same_crop:
         return
+
     crop_ratio = get_crop_ratio(processor)
     processor.do_resize = True
     processor.do_center_crop = fit == "crop"
     processor.do_pad = fit == "pad"
     processor.size = size
+
     if fit == "crop":
         processor.size = SizeDict(shortest_edge=math.floor(max(height_width) / crop_ratio))
         processor.crop_size = size
@@ -114,17 +116,20 @@ class FitTransform(nn.Module):
             pixels = resize_and_crop(self.processor, pixels)
         if not self.processor.do_pad:
             return pixels
-        (height, width), size = pixels.shape[-2:], self.processor.pad_size
+
+        height, width = pixels.shape[-2:]
+        size = self.processor.pad_size
         scale = max(height / size.height, width / size.width) if self.keep_resolution else 1.0
         right = round(size.width * scale) - width
         bottom = round(size.height * scale) - height
+
         # 0 after normalization
         mean = self.processor.image_mean if self.processor.do_normalize else 0.0
-        fill = [
-            round(255 * value) for value in (mean if isinstance(mean, list | tuple) else [mean])
-        ]
+        means = mean if isinstance(mean, list | tuple) else [mean]
+        fill = [round(255 * value) for value in means]
+        has_fill_per_channel = len(fill) == pixels.shape[-3]
         return functional.pad(
-            pixels, [0, 0, right, bottom], fill if len(fill) == pixels.shape[-3] else fill[0]
+            pixels, [0, 0, right, bottom], fill if has_fill_per_channel else fill[0]
         )
 
 
@@ -149,25 +154,26 @@ def get_visible_region(
     if processor.do_resize:
         size = dict(processor.size)
         resized_size = RESIZE_RULES[frozenset(size)](image_size, **size)
-    (height, width), (top, left) = resized_size, (0, 0)
+
+    height, width = resized_size
+    top = left = 0
     if processor.do_center_crop:
-        height, width = processor.crop_size["height"], processor.crop_size["width"]
-        offsets = (
-            (resized_size[0] - height) / 2,
-            (resized_size[1] - width) / 2,
-        )  # negative if the crop pads
-        is_padded = min(offsets) < 0
-        round_offset = (
-            PAD_ROUNDINGS[processor.backend]
-            if is_padded
-            else CROP_ROUNDINGS[processor.crop_rounding]
-        )
+        height = processor.crop_size["height"]
+        width = processor.crop_size["width"]
+        offsets = ((resized_size[0] - height) / 2, (resized_size[1] - width) / 2)
+        if min(offsets) < 0:  # the image is smaller than the crop, which pads it
+            round_offset = PAD_ROUNDINGS[processor.backend]
+        else:
+            round_offset = CROP_ROUNDINGS[processor.crop_rounding]
         top, left = map(round_offset, offsets)
+
     if processor.do_pad and processor.pad_size:
-        height, width = processor.pad_size["height"], processor.pad_size["width"]
+        height = processor.pad_size["height"]
+        width = processor.pad_size["width"]
     if patch_size is not None:
         height = height // patch_size[0] * patch_size[0]
         width = width // patch_size[1] * patch_size[1]
+
     y_scale = image_size[0] / resized_size[0]
     x_scale = image_size[1] / resized_size[1]
     return VisibleRegion(
@@ -193,7 +199,8 @@ PAD_ROUNDINGS: dict[str, Callable[[float], int]] = {"torchvision": math.trunc, "
 
 def get_visible_share(processor: Processor, image_size: Size) -> float:
     """Return the fraction of the area of an image (height, width) that the model receives."""
-    (height, width), region = image_size, get_visible_region(processor, image_size)
+    height, width = image_size
+    region = get_visible_region(processor, image_size)
     visible_height = min(region.bottom, height) - max(region.top, 0)
     visible_width = min(region.right, width) - max(region.left, 0)
     return visible_height * visible_width / (height * width)
@@ -216,5 +223,6 @@ def describe_fit(processor: Processor, images: Sequence[Any]) -> str:
         if not shares:
             return fit
         share = median(shares)
+
     median_text = "a median of " if fit == "crop" else ""
     return f"{fit}; evaluation sees {median_text}{100 * share:.0f} % of the image area"

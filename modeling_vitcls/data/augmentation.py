@@ -42,6 +42,7 @@ class Augmentation:
             seeds, indices: [B] `uint64`; the augmentation of an image depends only on its seed and index.
         """
         random_bits = draw_random_bits(seeds, indices, 1 + self.batch_transform.num_random_numbers)
+
         if self.image_transform is not None:
             transformed_images = []
             with torch.random.fork_rng(devices=[]):
@@ -51,6 +52,7 @@ class Augmentation:
                     torch.default_generator.manual_seed(seed)
                     transformed_images.append(self.image_transform(image))
             pixels = transformed_images
+
         if not isinstance(pixels, torch.Tensor):
             pixels = torch.stack(list(pixels))
         # in [0, 1)
@@ -64,6 +66,7 @@ def build_augmentation(options: AugmentationOptions, processor: Any) -> Augmenta
     """
     height_width = get_output_size(processor)
     fixed_transform = FitTransform(processor, keep_resolution=options.crop_scale != 1)
+
     transforms: list[nn.Module] = []
     assert options.crop_scale is not None
     if options.crop_scale < 1:
@@ -79,6 +82,7 @@ def build_augmentation(options: AugmentationOptions, processor: Any) -> Augmenta
         transforms.append(v2.TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR))
     if options.random_erasing:
         transforms.append(Erasing(options.random_erasing))
+
     return Augmentation(
         fixed_transform, v2.Compose(transforms) if transforms else None, BatchTransform(options)
     )
@@ -87,10 +91,9 @@ def build_augmentation(options: AugmentationOptions, processor: Any) -> Augmenta
 class Erasing(nn.Module):
     """Random erasing (Zhong et al. 2020) with Gaussian noise around mid-gray."""
 
-    NOISE_MEAN, NOISE_STD = (
-        128.0,
-        64.0,
-    )  # mean and standard deviation of the noise, in gray levels (0 to 255)
+    # mean and standard deviation of the noise, in gray levels (0 to 255)
+    NOISE_MEAN = 128.0
+    NOISE_STD = 64.0
 
     def __init__(self, probability: float) -> None:
         super().__init__()
@@ -111,37 +114,40 @@ class BatchTransform:
 
     def __init__(self, options: AugmentationOptions) -> None:
         assert options.shift is not None
-        self.flip, self.shift, self.zoom = options.flip, options.shift, options.zoom
+        self.flip = options.flip
+        self.shift = options.shift
+        self.zoom = options.zoom
         self.rotation = math.radians(options.rotation)
 
     def __call__(self, pixels: torch.Tensor, random_numbers: np.ndarray) -> torch.Tensor:
         """Return the transformed pixels [B, C, H, W] `uint8` for random numbers [B, 5] in [0, 1)."""
         is_flipped = torch.from_numpy(random_numbers[:, 0] < 0.5) & self.flip  # [B]
         if not (self.rotation or self.shift or self.zoom):
-            return (
-                torch.where(is_flipped[:, None, None, None], pixels.flip(-1), pixels)
-                if self.flip
-                else pixels
-            )
+            if not self.flip:
+                return pixels
+            return torch.where(is_flipped[:, None, None, None], pixels.flip(-1), pixels)
+
         num_channels, height, width = pixels.shape[1:]
-        if torch.equal(
-            pixels, pixels[:, :1].expand_as(pixels)
-        ):  # gray images: transform one channel
+        is_gray = torch.equal(pixels, pixels[:, :1].expand_as(pixels))
+        if is_gray:  # transform one channel
             pixels = pixels[:, :1]
+
         factors = torch.from_numpy(random_numbers[:, 1:] * 2 - 1).float()  # [B, 4], from -1 to 1
         angle, shift_x, shift_y, zoom = factors[:, :, None, None].unbind(1)  # [B, 1, 1] each
         scale = 1 + self.zoom * zoom
         cos = (self.rotation * angle).cos() / scale
         sin = (self.rotation * angle).sin() / scale
+
         # Coordinates of each output pixel, in pixels from the shifted center. Pixels outside the input become black.
         x = torch.arange(width) - (width - 1) / 2 - shift_x * self.shift * width  # [B, 1, W]
-        y = (torch.arange(height) - (height - 1) / 2)[
-            :, None
-        ] - shift_y * self.shift * height  # [B, H, 1]
+        # [B, H, 1]
+        y = torch.arange(height)[:, None] - (height - 1) / 2 - shift_y * self.shift * height
+
         sign = 1 - 2 * is_flipped[:, None, None].float()
-        sampling_grid = torch.empty(len(pixels), height, width, 2)
+        sampling_grid = torch.empty(len(pixels), height, width, 2)  # (x, y) from -1 to 1
         sampling_grid[..., 0] = (cos * sign * 2 / width) * x + (sin * sign * 2 / width) * y
         sampling_grid[..., 1] = (cos * 2 / height) * y - (sin * 2 / height) * x
+
         # [B, C, H, W]
         outputs = nn.functional.grid_sample(pixels.float(), sampling_grid, align_corners=False)
         return outputs.round_().to(torch.uint8).expand(-1, num_channels, -1, -1)

@@ -146,8 +146,10 @@ def load_fitting_and_evaluation_data(
 
     splits = load_splits(options, select=select)
     fitting_name, name = (select(splits.names) * 2)[:2]
-    images, fitting_images = splits.images_by_split[name], splits.images_by_split[fitting_name]
+    images = splits.images_by_split[name]
+    fitting_images = splits.images_by_split[fitting_name]
     is_evaluated, part = find_evaluated_images(images, record, options, splits.name)
+
     if split is not None:
         part = EvaluatedPart("whole", part.num_given, part.num_trained)
     else:
@@ -160,6 +162,7 @@ def load_fitting_and_evaluation_data(
         if fitting_name == name:
             fitting_images = images.select(np.flatnonzero(~is_evaluated).tolist())
         images = images.select(np.flatnonzero(is_evaluated).tolist())
+
     images, part = draw_part(images, part, max_images, options)
     return (
         EvaluationData(

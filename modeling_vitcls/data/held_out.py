@@ -31,19 +31,16 @@ from ..hub.model_folder import ModelFolder
 from ..model.heads_vitcls import IGNORED_LABEL
 
 
-ADDITIONS_KEY = (
-    "additions"  # key of added tasks and classes in results.json: name of the head -> record
-)
-HELD_OUT_RECORD_KEY = "held_out"  # key of the held-out record in results.json
-CONTENT_KEY_BYTES = (
-    5  # two of a million different images have equal keys with a probability of 1e-6 for each image
-)
-CONTENT_PART_BYTES = (
-    16_384  # an image file larger than three parts is identified by its size, start, middle and end
-)
-MAX_RECORDED_IMAGES = (
-    100_000  # of more training images, this many are drawn at random for the record
-)
+# key of added tasks and classes in results.json: name of the head -> record
+ADDITIONS_KEY = "additions"
+# key of the held-out record in results.json
+HELD_OUT_RECORD_KEY = "held_out"
+# two of a million different images have equal keys with a probability of 1e-6 for each image
+CONTENT_KEY_BYTES = 5
+# an image file larger than three parts is identified by its size, start, middle and end
+CONTENT_PART_BYTES = 16_384
+# of more training images, this many are drawn at random for the record
+MAX_RECORDED_IMAGES = 100_000
 
 
 @dataclass(frozen=True)
@@ -75,6 +72,7 @@ class HeldOutRule:
         hashes = np.fromiter(map(self.hash_key, unique_keys.tolist()), np.uint64, len(unique_keys))
         is_held_out = np.zeros(len(unique_keys), bool)
         key_labels = labels[first]
+
         for label in np.unique(key_labels).tolist():
             members = np.flatnonzero(key_labels == label)
             if label == IGNORED_LABEL:
@@ -82,14 +80,16 @@ class HeldOutRule:
                     self.is_held_out(key) for key in unique_keys[members].tolist()
                 ]
                 continue
+
             members = members[np.argsort(hashes[members], kind="stable")]
             if self.num_folds is not None and self.fold is not None:
-                is_held_out[members[(self.fold - 1 - label) % self.num_folds :: self.num_folds]] = (
-                    True
-                )
+                first_member = (self.fold - 1 - label) % self.num_folds
+                is_held_out[members[first_member :: self.num_folds]] = True
             elif self.fraction and len(members) > 1:
+                # of each class, at least one image is held out, and at least one is not
                 num_held_out = round(self.fraction * len(members))
                 is_held_out[members[: min(max(num_held_out, 1), len(members) - 1)]] = True
+
         return is_held_out[inverse]
 
     def hash_key(self, key: int) -> int:

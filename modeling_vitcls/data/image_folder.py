@@ -44,9 +44,8 @@ SPLIT_BY_FOLDER_NAME = {
     **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
-MIN_STORED_IMAGES = (
-    10_000  # number of images from which the table of a folder is stored in the cache
-)
+# Number of images from which the table of a folder is stored in the cache.
+MIN_STORED_IMAGES = 10_000
 
 
 @dataclass(frozen=True)
@@ -122,6 +121,7 @@ def compute_files_digest(path: Path) -> str | None:
         files = [path]
     else:
         return None
+
     digest = hashlib.sha256()
     for file in files:
         with suppress(OSError):  # a broken link
@@ -195,9 +195,11 @@ def divide_into_splits(folder: ImageFolder) -> dict[str, list[str]]:
     for image in folder.images:
         if "/" in image:
             images_by_folder.setdefault(image.partition("/")[0], []).append(image)
+
     splits = list(dict.fromkeys(SPLIT_BY_FOLDER_NAME.values()))
     split_folders = [name for name in images_by_folder if name.lower() in SPLIT_BY_FOLDER_NAME]
     other_folders = [name for name in images_by_folder if name not in split_folders]
+
     if not split_folders or other_folders or any("/" not in file for file in folder.metadata):
         for name in split_folders if not folder.metadata else []:
             subfolders = sorted(
@@ -210,12 +212,14 @@ def divide_into_splits(folder: ImageFolder) -> dict[str, list[str]]:
                     f"({', '.join(splits)}). Move {other_folders[0]!r} elsewhere, or rename {name!r}"
                 )
         return {"": folder.images}
+
     split_folders.sort(key=lambda name: splits.index(SPLIT_BY_FOLDER_NAME[name.lower()]))
     for first, second in pairwise(split_folders):
         if SPLIT_BY_FOLDER_NAME[first.lower()] == SPLIT_BY_FOLDER_NAME[second.lower()]:
             raise ValueError(
                 f"{folder.path}: the folders {first!r} and {second!r} are the same split. Merge them"
             )
+
     note_unused_files(
         folder, [image for image in folder.images if "/" not in image], "next to the split folders"
     )
@@ -252,9 +256,11 @@ def build_labeled_splits(
     parts = {}
     index_by_class = {name: index for index, name in enumerate(classes)}
     for split, images in images_by_split.items():
-        indices = {
-            image: index_by_class[label] for image in images if (label := labels[image]) is not None
-        }
+        indices = {}
+        for image in images:
+            label = labels[image]
+            if label is not None:
+                indices[image] = index_by_class[label]
         if indices:
             parts[split] = build_dataset(
                 folder, split, list(indices), list(indices.values()), classes
@@ -286,6 +292,7 @@ def build_dataset(
     if classes:
         columns["label"] = pyarrow.array(labels, pyarrow.int64())
         features["label"] = datasets.ClassLabel(names=list(classes))
+
     table = pyarrow.table(columns)
     digest = hashlib.sha256(repr([classes, labels]).encode())
     for image in images:
@@ -293,6 +300,7 @@ def build_dataset(
             stat = (folder.path / image).stat()
             digest.update(f"{image} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     fingerprint = digest.hexdigest()[:16]
+
     stored_table = datasets.table.InMemoryTable(table)
     if len(images) >= MIN_STORED_IMAGES:
         file = get_cache_file(f"{fingerprint}.arrow")
@@ -304,6 +312,7 @@ def build_dataset(
                 ):
                     writer.write_table(table)
             stored_table = datasets.table.MemoryMappedTable.from_file(str(file))
+
     info = datasets.DatasetInfo(features=datasets.Features(features))
     return datasets.Dataset(
         stored_table, info=info, split=datasets.NamedSplit(split), fingerprint=fingerprint

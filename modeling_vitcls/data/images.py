@@ -113,11 +113,9 @@ class DatasetImages(Sequence):
         """Build a sequence in memory from paths, or from encoded images {"path": ..., "bytes": ...}."""
         import datasets
 
-        feature = (
-            datasets.Value("string")
-            if values and isinstance(values[0], str)
-            else datasets.Image(decode=False)
-        )
+        feature: Any = datasets.Image(decode=False)
+        if values and isinstance(values[0], str):
+            feature = datasets.Value("string")
         return cls(
             datasets.Dataset.from_dict({"image": values}, datasets.Features({"image": feature})),
             folder,
@@ -196,10 +194,12 @@ class DatasetImages(Sequence):
         )
         if not self.has_bytes() or (len(np.unique(keys)) == num_rows and no_name not in keys):
             return keys
+
         if self.dataset.cache_files:
             return np.fromiter(
                 (compute_image_key(b"row %d" % row) for row in range(num_rows)), np.int64, num_rows
             )
+
         starts = range(0, num_rows, ROWS_PER_READ)
         column = self.dataset.column_names[0]
         values = (
@@ -305,13 +305,13 @@ def decode_image(encoded_image: dict[str, Any], fallback_name: str) -> Image.Ima
     The `filename` attribute of the image is the path (as in Pillow) or, if there is no path, `fallback_name`. Error
     messages contain this name.
     """
-    content, path = encoded_image["bytes"], encoded_image["path"]
+    content = encoded_image["bytes"]
+    path = encoded_image["path"]
     if content is None and not path:
         raise UnreadableImage(f"{fallback_name} has no image")
     try:
-        if content is None and (
-            path.startswith("hf://") or "::" in path
-        ):  # a file in a Hub repository or an archive
+        # a file in a Hub repository or an archive
+        if content is None and (path.startswith("hf://") or "::" in path):
             import datasets
 
             image = datasets.Image().decode_example({"path": path, "bytes": None})

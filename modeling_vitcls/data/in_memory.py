@@ -115,6 +115,7 @@ def encode_image(image: Any, index: int) -> dict[str, Any]:
         return {"path": os.fspath(image), "bytes": None}
     if isinstance(image, bytes):
         return {"path": None, "bytes": image}
+
     try:
         if not isinstance(image, Image.Image):
             pixels = torch.as_tensor(image)

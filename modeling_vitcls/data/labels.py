@@ -159,9 +159,8 @@ class LabelColumn:
 
     name: str
     classes: list[str]
-    is_declared: (
-        bool  # whether the dataset declares the classes, so that labels are indices into `classes`
-    )
+    # whether the dataset declares the classes, so that labels are indices into `classes`
+    is_declared: bool
 
     def get_index(self, value: Any, row_name: str) -> int:
         """Return the class index of one value, or -100 if the value is missing.
@@ -260,7 +259,14 @@ def build_label_reader(
     column are unknown. `read_column` returns all values of a column.
     """
     names = [
-        find_column("label", name, features, find_class_label, LABEL_COLUMN_NAMES, options.dataset)
+        find_column(
+            "label",
+            name,
+            features,
+            has_matching_type=find_class_label,
+            common_names=LABEL_COLUMN_NAMES,
+            dataset=options.dataset,
+        )
         for name in options.label_column or (None,)
     ]
     has_lists = bool(options.label_separator) or any(
@@ -280,10 +286,12 @@ def build_label_column(
     options: DataOptions, name: str, feature: Any, read_column: Callable[[str], Iterable[Any]]
 ) -> LabelColumn:
     """Build one label column. The class names are declared, set by --label-names, or collected from the values."""
-    if (class_label := find_class_label(feature)) is not None:
+    class_label = find_class_label(feature)
+    if class_label is not None:
         return LabelColumn(name, list(class_label.names), is_declared=True)
     if options.label_names is not None:
         return LabelColumn(name, list(options.label_names), is_declared=False)
+
     distinct_values: set[Any] = set()
     for value in read_column(name):
         for label in map(normalize_value, split_labels(value, options.label_separator)):
@@ -292,6 +300,7 @@ def build_label_column(
                     f"{options.dataset}: the column {name!r} has no class labels. Set `label_column`"
                 )
             distinct_values.add(label)
+
     distinct_values.discard(None)
     classes = [
         str(value)
@@ -329,9 +338,9 @@ def find_image_column(options: DataOptions, features: Features) -> str:
         "image",
         options.image_column,
         features,
-        is_image_feature,
-        IMAGE_COLUMN_NAMES,
-        options.dataset,
+        has_matching_type=is_image_feature,
+        common_names=IMAGE_COLUMN_NAMES,
+        dataset=options.dataset,
     )
 
 
@@ -348,6 +357,7 @@ def find_column(
         raise ValueError(f"{dataset} has no column {name!r}. Choose one of {', '.join(features)}")
     if name is not None:
         return name
+
     matching_columns = [
         column for column, feature in features.items() if has_matching_type(feature)
     ]
@@ -356,6 +366,7 @@ def find_column(
     for column in common_names:
         if column in (matching_columns or features):
             return column
+
     raise ValueError(
         f"{dataset}: cannot identify the {kind} column among {', '.join(features)}. Set `{kind}_column`"
     )

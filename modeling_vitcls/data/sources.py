@@ -86,6 +86,7 @@ def load_splits(
         splits = load_idx_folder(Path(options.dataset))
     else:
         return load_with_datasets(options, use_labels, select)
+
     images_by_split = {name: splits.images_by_split[name] for name in select(splits.names)}
     if use_labels:
         return replace(splits, images_by_split=images_by_split)
@@ -134,6 +135,7 @@ def load_idx_folder(folder: Path) -> Splits:
     """
     images_by_split = {}
     num_classes = 10
+
     for prefix, name in IDX_SPLITS.items():
         image_file, label_file = (
             find_idx_file(folder, prefix, kind) for kind in ("images-idx3", "labels-idx1")
@@ -144,6 +146,7 @@ def load_idx_folder(folder: Path) -> Splits:
             raise ValueError(
                 f"{folder} has no file {prefix}-labels-idx1-ubyte. Download the files again"
             )
+
         images = read_idx(image_file, num_dimensions=3)
         labels = read_idx(label_file, num_dimensions=1)
         if len(images) != len(labels):
@@ -152,6 +155,7 @@ def load_idx_folder(folder: Path) -> Splits:
             )
         num_classes = max(num_classes, int(labels.max(initial=0)) + 1)
         images_by_split[name] = LabeledImages(ArrayImages(images), labels.tolist())
+
     name = folder.resolve().name
     classes = IDX_CLASSES.get(name, [str(index) for index in range(num_classes)])
     label_space = LabelSpace("single_label_classification", {"label": classes})
@@ -222,6 +226,7 @@ def drop_unlabeled_images(images: LabeledImages, options: DataOptions, split: st
     labeled = [index for index, label in enumerate(images.labels) if label != IGNORED_LABEL]
     if len(labeled) == len(images):
         return images
+
     name = f"{options.dataset}, split {split!r}"
     if not labeled:
         raise ValueError(f"{name}: no image has a label. Set a different `label_column` or `split`")
@@ -248,6 +253,7 @@ def open_splits(options: DataOptions, use_labels: bool = True) -> Any:
     is_in_memory = options.dataset.startswith(MEMORY_PREFIX)
     if options.streaming and (is_in_memory or options.dataset == "digits" or is_idx_folder(path)):
         raise ValueError(f"{options.dataset} is always loaded into memory. Remove `streaming=True`")
+
     if is_in_memory:
         return get_dataset(options.dataset)
     if path.is_dir() and (folder := scan_folder(path)).is_image_folder:
@@ -257,11 +263,11 @@ def open_splits(options: DataOptions, use_labels: bool = True) -> Any:
         return convert_to_streams(image_splits, options)
     if path.suffix in READERS or path.exists():
         return read_with_datasets(options)
+
     if not is_hub_id(options.dataset):
         raise OSError(describe_missing_repo(options.dataset, "dataset"))
-    with fall_back_to_cache(
-        options.dataset, "dataset"
-    ):  # otherwise `datasets` retries for almost a minute
+    # without the fallback, `datasets` retries for almost a minute
+    with fall_back_to_cache(options.dataset, "dataset"):
         return read_with_datasets(options)
 
 
@@ -277,9 +283,8 @@ def read_with_datasets(options: DataOptions) -> Any:
             return datasets.load_dataset(
                 reader, data_files=str(path), streaming=options.streaming, **arguments
             )
-        if any(
-            (path / file).is_file() for file in ("dataset_dict.json", "state.json")
-        ):  # written by `save_to_disk`
+        # written by `save_to_disk`
+        if any((path / file).is_file() for file in ("dataset_dict.json", "state.json")):
             saved = datasets.load_from_disk(path)
             return convert_to_streams(
                 saved if isinstance(saved, dict) else {"train": saved}, options
@@ -299,11 +304,9 @@ def read_with_datasets(options: DataOptions) -> Any:
 
 def convert_to_streams(splits: Any, options: DataOptions) -> Any:
     """Return the splits, converted to streams if --streaming is set."""
-    return (
-        {name: split.to_iterable_dataset() for name, split in splits.items()}
-        if options.streaming
-        else splits
-    )
+    if not options.streaming:
+        return splits
+    return {name: split.to_iterable_dataset() for name, split in splits.items()}
 
 
 def get_dataset_name(options: DataOptions) -> str:

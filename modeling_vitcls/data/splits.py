@@ -35,17 +35,10 @@ from .sources import Splits, load_splits
 from .streaming import MAX_HELD_OUT_IMAGES, StreamedImages, open_streams
 
 
-HELD_OUT_SPLITS = (
-    "validation",
-    "valid",
-    "val",
-    "dev",
-    "test",
-)  # names of held-out splits, in order of precedence
-EVALUATION_SPLITS = (
-    "test",
-    *HELD_OUT_SPLITS[:-1],
-)  # splits that `vitcls evaluate` reads, in order of precedence
+# Names of held-out splits, in order of precedence.
+HELD_OUT_SPLITS = ("validation", "valid", "val", "dev", "test")
+# Splits that `vitcls evaluate` reads, in order of precedence.
+EVALUATION_SPLITS = ("test", *HELD_OUT_SPLITS[:-1])
 
 Data = TypeVar("Data")
 
@@ -80,9 +73,8 @@ class TrainingData:
     train_split: str  # name of the split with the training images
     train: LabeledImages | StreamedImages
     held_out: Any  # `LabeledImages`, or `StreamedImages` if the split is streamed
-    held_out_name: (
-        str  # name of the held-out split, or description of the rule that selected the images
-    )
+    # name of the held-out split, or description of the rule that selected the images
+    held_out_name: str
     record: HeldOutRecord
     # images for selecting the best checkpoint (`--select best`), as `held_out`
     selection: Any = None
@@ -164,6 +156,7 @@ def load_training_data(
     training_splits = choose_training_splits(splits.names, use_selection_split)
     check_splits(options, splits, training_splits, use_selection_split)
     train = splits.images_by_split[training_splits.train]
+
     if training_splits.held_out is not None:
         held_out = splits.images_by_split[training_splits.held_out]
         held_out_name = f"split {training_splits.held_out!r}"
@@ -176,12 +169,15 @@ def load_training_data(
         train, held_out, record = hold_out_images(train, rule, options)
         if options.streaming and len(held_out) == MAX_HELD_OUT_IMAGES:
             held_out_name += f", evaluated on the first {MAX_HELD_OUT_IMAGES:,} images"
+
     num_excluded = None
     if options.exclude is not None:
         num_images = len(train)
         train = exclude_images(train, training_splits.train, options.exclude)
         num_excluded = num_images - len(train)
-    selection, selection_name = None, ""
+
+    selection = None
+    selection_name = ""
     if training_splits.selection is not None:
         selection = splits.images_by_split[training_splits.selection]
         selection_name = f"split {training_splits.selection!r}"
@@ -189,17 +185,19 @@ def load_training_data(
         rule = HeldOutRule(options.held_out_fraction, options.split_seed, "selection")
         train, selection, _ = hold_out_images(train, rule, options)
         selection_name = f"{rule}; from the training images"
-    images = (
-        training_splits.train,
-        train,
-        held_out,
-        held_out_name,
-        record,
-        selection,
-        selection_name,
-        num_excluded,
+
+    return TrainingData(
+        name=splits.name,
+        label_space=splits.label_space,
+        train_split=training_splits.train,
+        train=train,
+        held_out=held_out,
+        held_out_name=held_out_name,
+        record=record,
+        selection=selection,
+        selection_name=selection_name,
+        num_excluded=num_excluded,
     )
-    return TrainingData(splits.name, splits.label_space, *images)
 
 
 def exclude_images(images: LabeledImages, split: str, file: Path) -> LabeledImages:
@@ -270,6 +268,7 @@ def check_splits(
         and len(label_space.names) == 1
     ):
         raise ValueError(describe_single_class(options.dataset, label_space.names[0]))
+
     if options.folds is not None and training_splits.held_out is not None:
         split = training_splits.held_out
         raise ValueError(
@@ -308,6 +307,7 @@ def hold_out_images(
         if rule.fraction:
             held_out = replace(train, is_held_out_part=True).read_first(MAX_HELD_OUT_IMAGES)
         return train, held_out, HeldOutRecord.from_keys(rule, held_out.images.compute_keys())
+
     check_folds(rule, images, options)
     is_held_out, record = select_held_out(images, rule)
     check_both_parts(is_held_out, rule, options)
@@ -374,11 +374,11 @@ def describe_data(training_data: TrainingData) -> dict[str, Any]:
         "num_training_images": training_data.num_training_images,
         "num_held_out_images": training_data.num_held_out_images,
     }
-    images = (
-        training_data.held_out
-        if isinstance(training_data.train, StreamedImages)
-        else training_data.train
-    )
+
+    images = training_data.train
+    if isinstance(images, StreamedImages):
+        images = training_data.held_out
+
     if not isinstance(images, StreamedImages):
         labels = images.labels
         if isinstance(labels, MultiHotLabels):
@@ -401,11 +401,9 @@ def describe_change(
     for name, current in current_description.items():
         stored = stored_description.get(name)
         if stored != current:
-            numbers = (
-                f" was {stored:,} and is {current:,}"
-                if isinstance(stored, int) and current
-                else " changed"
-            )
+            numbers = " changed"
+            if isinstance(stored, int) and current:
+                numbers = f" was {stored:,} and is {current:,}"
             return (
                 name.replace("num_", "number of ").replace("held_out", "held-out").replace("_", " ")
                 + numbers

@@ -44,9 +44,8 @@ from .sampling import BatchPlan, derive_seed
 from .sources import Splits, get_dataset_folder, get_dataset_name, open_splits
 
 
-MAX_HELD_OUT_IMAGES = (
-    10_000  # maximum number of held-out images of a stream without an evaluation split
-)
+# Maximum number of held-out images of a stream without an evaluation split.
+MAX_HELD_OUT_IMAGES = 10_000
 
 
 StreamRow = tuple[dict[str, Any], int]  # (column name -> value, image key)
@@ -101,11 +100,15 @@ class StreamedImages:
                     f"{self.name} has no training image for process {process_index} of {num_processes}. Add images or "
                     "start fewer processes"
                 )
+
             # all passes of a process have the same length
             num_passes, remaining_start = divmod(start, num_examples)
-            pass_index, start = (
-                (pass_index + num_passes, remaining_start) if num_passes else (pass_index + 1, 0)
-            )
+            if num_passes:
+                pass_index += num_passes
+                start = remaining_start
+            else:
+                pass_index += 1
+                start = 0
 
     def iterate_pass(
         self, seed: int, pass_index: int, process_index: int, num_processes: int
@@ -171,7 +174,8 @@ class StreamedImages:
     def build_examples(self, rows: Iterable[StreamRow]) -> Iterator[Example]:
         """Yield an `Example` for each row. If labels are read, rows without a label are skipped."""
         for values, index in rows:
-            encoded_image, label = values[self.image_column], IGNORED_LABEL
+            encoded_image = values[self.image_column]
+            label = IGNORED_LABEL
             if self.reader is not None:
                 label = self.reader.read(
                     values, f"{self.name}: the image {encoded_image['path'] or hex(index)}"
@@ -209,12 +213,12 @@ def open_streams(options: DataOptions, use_labels: bool = True) -> Splits:
         if isinstance(features[image_column], datasets.Image):
             stream = stream.cast_column(image_column, datasets.Image(decode=False))
         images_by_split[split] = StreamedImages(
-            name,
-            stream.select_columns(columns),
-            image_column,
-            reader,
-            folder,
-            options.shuffle_buffer,
+            name=name,
+            stream=stream.select_columns(columns),
+            image_column=image_column,
+            reader=reader,
+            folder=folder,
+            shuffle_buffer_size=options.shuffle_buffer,
         )
     return Splits(name, label_space, images_by_split, list(streams))
 
@@ -271,9 +275,8 @@ class TrainingStream:
 
     def __getitem__(self, examples: list[Example]) -> Batch:
         """Build a batch from encoded examples. Raise ValueError if none of the images can be read."""
-        pixels: dict[
-            int, torch.Tensor
-        ] = {}  # position of each readable image in the batch -> pixels
+        # position of each readable image in the batch -> pixels
+        pixels: dict[int, torch.Tensor] = {}
         errors: dict[int, str] = {}
         for position, example in enumerate(examples):
             try:
@@ -281,16 +284,19 @@ class TrainingStream:
                 pixels[position] = self.builder.prepare_image(image)
             except UnreadableImage as error:
                 errors[example.index] = str(error)
+
         if not pixels:
             raise ValueError(
                 f"{self.source.name}: none of the {len(examples)} images of a batch can be read. Check the dataset"
             )
+
         first = min(pixels)  # replaces images after the last readable image
         used_positions = [
             next((readable for readable in pixels if readable >= position), first)
             for position in range(len(examples))
         ]
         used_examples = [examples[position] for position in used_positions]
+
         return self.builder.build(
             [pixels[position] for position in used_positions],
             [example.label for example in used_examples],

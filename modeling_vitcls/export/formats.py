@@ -55,11 +55,12 @@ def write_onnx(
     except Exception as error:  # torch.onnx raises many types of errors
         raise ValueError(f"torch.onnx cannot export this model: {format_error(error)}") from error
     assert program is not None
-    for node in (
-        program.model.graph
-    ):  # names of nodes tell which layer of the model they compute (quantization.py)
+
+    # names of nodes tell which layer of the model they compute (quantization.py)
+    for node in program.model.graph:
         if match := re.search(r"\blayers\.\d+\b", node.metadata_props.get("namespace", "")):
             node.name = f"{match[0]}/{node.name}"
+
     num_weight_bytes = sum(weight.nbytes for weight in graph.state_dict.values())
     program.save(file, external_data=num_weight_bytes > MAX_ONNX_WEIGHTS)
 

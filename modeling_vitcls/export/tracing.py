@@ -100,12 +100,15 @@ def trace_model(
     # attention masks that require gradients would select a different attention kernel
     model.requires_grad_(False)
     model.to(dtype=dtype)  # type: ignore[call-arg]  # the wrapper of `to` in transformers is untyped
+
     height, width = graph_shape.image_size
     if graph_shape.is_dynamic:  # not square, and not the native size
-        (patch_height, patch_width), num_patches = config.patch_height_width, max(config.grid_size)
+        patch_height, patch_width = config.patch_height_width
+        num_patches = max(config.grid_size)
         height = (num_patches + 1) * patch_height
         width = (num_patches + 3) * patch_width
     images = torch.zeros(MIN_DYNAMIC_SIZE, config.num_channels, height, width)
+
     try:
         with torch.no_grad():
             graph = torch.export.export(
@@ -121,6 +124,7 @@ def trace_model(
             f"torch.export cannot trace this {type(model).__name__} ({format_error(error)}){hint}"
         )
         raise ValueError(message) from error
+
     for node in graph.graph.nodes:
         node.meta.pop("stack_trace", None)  # stack traces contain local paths
     return graph

@@ -69,6 +69,7 @@ def export_for_transformers_js(
     exportable = load_exportable_model(source)
     model = exportable.model
     processor = exportable.processor
+
     is_supported = isinstance(model, ViTCLSForImageClassification | ViTCLSModel)
     if not is_supported or model.config.problem_type == "regression" or processor is None:
         raise ValueError(
@@ -80,15 +81,16 @@ def export_for_transformers_js(
         raise ValueError(
             f"`dataset` requires a classifier, but {source} is an encoder. Remove `dataset`"
         )
+
     preprocessor_config = build_preprocessor_config(processor)
+    batch_shape = (BATCH_SIZE, model.config.num_channels, *model.config.image_height_width)
+    image_numbers = torch.arange(BATCH_SIZE).view(-1, 1, 1, 1)  # [B, 1, 1, 1]
     batches = [
-        build_random_images(
-            (BATCH_SIZE, model.config.num_channels, *model.config.image_height_width)
-        )
-        + torch.arange(BATCH_SIZE).view(-1, 1, 1, 1) * index / BATCH_SIZE
+        build_random_images(batch_shape) + image_numbers * index / BATCH_SIZE
         for index in range(NUM_IMAGES // BATCH_SIZE)
     ]
     reference_outputs = compute_named_outputs(model, batches)
+
     with create_output_folder(output) as output_folder:
         folder = output_folder / "onnx"
         folder.mkdir()
@@ -99,10 +101,12 @@ def export_for_transformers_js(
             export_model(options, model.config.num_cls_tokens > 0, exportable)
             get_report_path(file).unlink()
         quantize_onnx_file(folder / FILE_NAMES["fp32"], folder / FILE_NAMES["q8"])
+
         labeled = None
         if dataset is not None:
             images = load_export_images(exportable.folder, dataset, split, batch_size=1)
             labeled = images.measure_accuracy({file: folder / file for file in FILE_NAMES.values()})
+
         report = {
             "comparisons": [
                 compare_file(folder / file, web_dtype, batches, reference_outputs)
@@ -113,6 +117,7 @@ def export_for_transformers_js(
             "weights_sha256": exportable.folder.weights_sha256 if exportable.folder else {},
             "sha256": hash_files(folder.glob("*.onnx")),
         }
+
         write_json(folder / "report.json", report)
         write_json(output_folder / "config.json", build_config(model))
         write_json(output_folder / "preprocessor_config.json", preprocessor_config)

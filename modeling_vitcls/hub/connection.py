@@ -135,11 +135,13 @@ def retry(
             if not is_temporary(error) or now > deadline:
                 raise
             deadline = min(deadline, now + MAX_RETRY_SECONDS)
+
             response = find_response(error)
             requested_wait = response.headers.get("Retry-After", "") if response is not None else ""
             if requested_wait.isdecimal() and float(requested_wait) > wait:
                 wait = min(float(requested_wait), MAX_RETRY_WAIT)
-                deadline += wait
+                deadline += wait  # a wait that the Hub requests does not count
+
             delay_text = f"in {wait:.0f} s" if wait >= 1 else "immediately"
             logger.warning(
                 "%s: %s; trying again %s", description, format_hub_error(error), delay_text

@@ -75,9 +75,8 @@ class HubCommit:
 
     repo_id: str  # `namespace/name`
     sha: str  # commit hash, 40 hexadecimal digits
-    needs_token: (
-        bool  # whether a download requires a token, because the repository is private or gated
-    )
+    # whether a download requires a token, because the repository is private or gated
+    needs_token: bool
 
 
 class HubUnreachableError(OSError):
@@ -122,11 +121,13 @@ def check_is_vitcls(source: str, folder: str | Path) -> dict[str, Any]:
             f"{source} contains a model of type {model_type!r}, not {ViTCLSConfig.model_type!r}. Convert the model "
             "with `vitcls convert` first"
         )
+
     dtype = config_dict.get("dtype") or "float32"
     if not isinstance(getattr(torch, str(dtype), None), torch.dtype):
         raise ValueError(
             f"{Path(folder, CONFIG_FILE)}: `dtype` is {dtype!r}, but it must be a type such as float32"
         )
+
     is_classifier = any(
         str(name).endswith("Classification") for name in config_dict.get("architectures") or ()
     )
@@ -135,11 +136,12 @@ def check_is_vitcls(source: str, folder: str | Path) -> dict[str, Any]:
             f"{Path(folder, CONFIG_FILE)}: `id2label` is null, but a classifier requires the names of its labels. "
             "Download or save the model again"
         )
+
     for name in list_weight_files(Path(folder)):
-        if (file := Path(folder, name)).exists():
-            file.open(
-                "rb"
-            ).close()  # otherwise, safetensors reports a file without read permission as missing
+        file = Path(folder, name)
+        if file.exists():
+            # otherwise, safetensors reports a file without read permission as missing
+            file.open("rb").close()
     return config_dict
 
 
@@ -189,6 +191,7 @@ def fall_back_to_cache(
     if is_offline_mode():
         yield None
         return
+
     try:
         commit = fetch_repo_info(repo_id, repo_type, revision).sha
     except HubUnreachableError as error:
@@ -196,12 +199,12 @@ def fall_back_to_cache(
     else:
         yield commit
         return
+
     try:
         with force_offline():
             yield None
-    except (
-        Exception
-    ) as error:  # libraries raise different errors for files that are not in the cache
+    except Exception as error:
+        # libraries raise different errors for files that are not in the cache
         raise OSError(
             f"{repo_id} is not a {PATH_NOUNS[repo_type]} and is missing or incomplete in the cache, and {hub_error}"
         ) from error
@@ -331,11 +334,8 @@ def load_timm_model(name: str, pretrained: bool = True) -> tuple[nn.Module, str 
         return timm.create_model(name, pretrained=pretrained, pretrained_cfg_overlay=overlay), None
     if not separator:
         config = timm.get_pretrained_cfg(name) if pretrained else None
-        with (
-            fall_back_to_cache(config.hf_hub_id)
-            if config is not None and config.hf_hub_id
-            else nullcontext()
-        ):
+        hub_id = None if config is None else config.hf_hub_id
+        with fall_back_to_cache(hub_id) if hub_id else nullcontext():
             return timm.create_model(name, pretrained=pretrained), None
     if kind.lower().replace("_", "-") != "hf-hub":
         return timm.create_model(name, pretrained=pretrained), None

@@ -28,11 +28,9 @@ def resolve_name(name: str, is_built_in: bool = False) -> str:
     built-in name (`digits`, a preset) takes precedence over a path.
     """
     prefix, path = split_prefix(name)
-    return (
-        f"{prefix}{Path(path).absolute()}"
-        if path and not is_built_in and Path(path).exists()
-        else name
-    )
+    if path and not is_built_in and Path(path).exists():
+        return f"{prefix}{Path(path).absolute()}"
+    return name
 
 
 def is_local(name: Any) -> bool:
@@ -86,10 +84,8 @@ def is_same_source(stored_name: Any, current_name: Any) -> bool:
     """Return whether two names refer to the same dataset or model, even if the files have been moved."""
     if stored_name == current_name or not (isinstance(stored_name, str) and is_local(current_name)):
         return bool(stored_name == current_name)
-    (old_prefix, old_path), (new_prefix, new_path) = (
-        split_prefix(stored_name),
-        split_prefix(current_name),
-    )
+    old_prefix, old_path = split_prefix(stored_name)
+    new_prefix, new_path = split_prefix(current_name)
     is_same_file = Path(old_path).resolve() == Path(new_path).resolve()
     has_moved = (
         is_local(stored_name)
@@ -104,9 +100,8 @@ def split_prefix(name: str) -> tuple[str, str]:
     if name.startswith("timm:"):
         kind, separator, folder = name.removeprefix("timm:").partition(":")
         if separator:
-            return (
-                (f"timm:{kind}:", folder) if kind.replace("_", "-") == "local-dir" else (name, "")
-            )
+            is_folder = kind.replace("_", "-") == "local-dir"
+            return (f"timm:{kind}:", folder) if is_folder else (name, "")
         model, separator, file = name.partition("@")
         return f"{model}{separator}", file
     if name.startswith("transformers:"):

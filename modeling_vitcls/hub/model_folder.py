@@ -292,11 +292,9 @@ class ModelFolder:
     @property
     def private_files(self) -> set[str]:
         """The files that show images of a dataset that may not be published."""
-        return (
-            set()
-            if self.flags and can_publish_images(self.flags)
-            else {REPORT_FILE, SAMPLE_IMAGES_FILE}
-        )
+        if self.flags and can_publish_images(self.flags):
+            return set()
+        return {REPORT_FILE, SAMPLE_IMAGES_FILE}
 
     @property
     def license_files(self) -> set[str]:
@@ -333,5 +331,8 @@ def list_strings(value: Any) -> list[str]:
     """Return the strings in nested dicts and lists."""
     if isinstance(value, str):
         return [value]
-    values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return [text for nested_value in values for text in list_strings(nested_value)]
+    if isinstance(value, dict):
+        value = list(value.values())
+    if not isinstance(value, list):
+        return []
+    return [text for nested_value in value for text in list_strings(nested_value)]

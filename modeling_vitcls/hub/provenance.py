@@ -116,12 +116,14 @@ def read_folder_provenance(folder: Path, repo_id: str | None = None) -> Provenan
         card_metadata = metadata_load(folder / CARD_FILE) or {}
     except (OSError, ValueError, yaml.YAMLError):  # no readable card
         card_metadata = {}
+
     provenance = Provenance(
         repo_id or folder.resolve().name, base_model=repo_id or card_metadata.get("base_model")
     )
     license_id = card_metadata.get("license")
     if not license_id or license_id == "unknown":
         return provenance
+
     matching_files = (
         file
         for pattern in LICENSE_PATTERNS
@@ -129,6 +131,7 @@ def read_folder_provenance(folder: Path, repo_id: str | None = None) -> Provenan
         if file.is_file()
     )
     license_files = tuple(dict.fromkeys(matching_files))  # license files come before notice files
+
     license_link = card_metadata.get("license_link")
     if not license_link and license_id == "other" and license_files:
         license_link = license_files[0].name
@@ -136,6 +139,7 @@ def read_folder_provenance(folder: Path, repo_id: str | None = None) -> Provenan
         license_link = (
             f"{constants.ENDPOINT}/{repo_id}/blob/main/{license_link}" if repo_id else None
         )
+
     return replace(
         provenance,
         license=license_id,
@@ -150,11 +154,10 @@ def find_timm_provenance(name: str) -> Provenance:
     kind, separator, location = name.partition(":")
     if separator:
         is_hub = kind.replace("_", "-") == "hf-hub"
-        return (
-            fetch_hub_provenance(location.partition("@")[0])
-            if is_hub
-            else read_folder_provenance(Path(location))
-        )
+        if is_hub:
+            return fetch_hub_provenance(location.partition("@")[0])
+        return read_folder_provenance(Path(location))
+
     name, _, file = name.partition("@")
     if file:
         return Provenance(f"timm:{name}")
@@ -165,6 +168,7 @@ def find_timm_provenance(name: str) -> Provenance:
         config = timm.get_pretrained_cfg(name)
     if config is None:
         return Provenance(f"timm:{name}")
+
     provenance = Provenance(f"timm:{name}", base_model=config.hf_hub_id)
     if not config.license or config.license == "unknown":
         return provenance

@@ -19,7 +19,8 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, logsumexp
 
 
-MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
+MIN_TEMPERATURE = 0.05
+MAX_TEMPERATURE = 20.0
 ALL_CLASSES = "all classes"  # name of the row that summarizes all images
 KNOWN_RECALL = 0.95  # fraction of images of the classes below the energy threshold
 
@@ -111,9 +112,10 @@ def measure_prediction_sets(
         limit = find_score_limit(probabilities[::2], labels[::2], coverage)
     except ValueError:
         return []
+
     sets = build_prediction_sets(probabilities[1::2], limit)
     labels = labels[1::2]
-    is_covered = sets[np.arange(len(sets)), labels]
+    is_covered = sets[np.arange(len(sets)), labels]  # [N / 2]
     groups = [(ALL_CLASSES, np.ones(len(labels), dtype=bool))]
     groups += [(name, labels == index) for index, name in enumerate(names)]
     return [

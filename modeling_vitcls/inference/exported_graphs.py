@@ -137,7 +137,8 @@ class ExportedModel(nn.Module):
             raise ValueError(
                 f"{file.name} supports `mixed_precision` {' or '.join(supported)}. Set one of them"
             )
-        self.config, self.use_head = config, use_head
+        self.config = config
+        self.use_head = use_head
         weights_file = file.with_suffix(".bin") if file.suffix == ".xml" else Path(f"{file}.data")
         self.files = [file, *filter(Path.is_file, [weights_file])]
         self.graph = ExportedGraph(file, "bf16" if mixed_precision == "bf16" else "fp32")
@@ -161,10 +162,12 @@ class ExportedModel(nn.Module):
             raise ValueError(
                 f"{self.graph.file} has only the outputs of the last layer. Set `backend='torch'`"
             )
+
         outputs = {
             name: output.to(pixel_values.device)
             for name, output in self.graph(pixel_values).items()
         }
+
         tasks = self.config.task_labels() if self.use_head else {}
         for name in tasks or ["logits" if self.use_head else "last_hidden_state"]:
             if name not in outputs:
@@ -176,6 +179,7 @@ class ExportedModel(nn.Module):
                     f"{self.graph.file} has {len(outputs[name])} rows of {name} for {len(pixel_values)} images. "
                     "Export the model that `model` names"
                 )
+
         names = (self.config.extra_heads or {}) if self.use_head else {}
         task_logits = {name: outputs[name] for name in names if name in outputs} or None
         if tasks:
@@ -220,6 +224,7 @@ def check_weights(file: Path, folder: ModelFolder, requires_report: bool) -> Non
     """
     if folder.weights_sha256 is None:
         return
+
     report_file = file.with_name(f"{file.name}.json")
     remedy = f"Remove {file} and {report_file.name}, and repeat `{format_export_command(file, folder.path)}`"
     if not report_file.is_file():
@@ -228,15 +233,16 @@ def check_weights(file: Path, folder: ModelFolder, requires_report: bool) -> Non
                 f"{file} may belong to other weights, because {report_file.name} is missing. {remedy}"
             )
         return
+
     report = read_json(report_file)
     if report.get("weights_sha256") != folder.weights_sha256:
         raise GraphError(
             f"{file} was exported from other weights than those in {folder.path}. {remedy}"
         )
+
     file_hashes = report.get("sha256", {})
-    if file_hashes != hash_files(
-        file.with_name(name) for name in file_hashes if file.with_name(name).is_file()
-    ):
+    files = [file.with_name(name) for name in file_hashes]
+    if file_hashes != hash_files(filter(Path.is_file, files)):
         raise GraphError(f"{file} has changed since {report_file.name} was written. {remedy}")
 
 
@@ -248,27 +254,21 @@ def check_outputs(model: ExportedModel, processor: ViTCLSImageProcessor) -> None
     """
     config: Any = model.config
     image = torch.zeros(config.num_channels, *config.image_height_width, dtype=torch.uint8)
-    pixel_values = processor(image, input_data_format="channels_first", return_tensors="pt")[
-        INPUT_NAME
-    ]
+    inputs = processor(image, input_data_format="channels_first", return_tensors="pt")
+    pixel_values = inputs[INPUT_NAME]  # [1, C, H, W]
     outputs = model.graph(pixel_values)
+
     if model.use_head:
         label_counts = {task: len(labels) for task, labels in config.task_labels().items()}
-        shapes = {
-            name: [1, count]
-            for name, count in (label_counts or {"logits": config.num_labels}).items()
-        }
+        label_counts = label_counts or {"logits": config.num_labels}
+        shapes = {name: [1, count] for name, count in label_counts.items()}
         if "distillation_logits" in outputs:
             shapes["distillation_logits"] = [1, config.num_labels]
     else:
         rows, columns = config.get_grid_size(pixel_values.shape[2:])
-        shapes = {
-            "last_hidden_state": [
-                1,
-                config.token_layout.get_num_tokens(rows, columns),
-                config.hidden_size,
-            ]
-        }
+        num_tokens = config.token_layout.get_num_tokens(rows, columns)
+        shapes = {"last_hidden_state": [1, num_tokens, config.hidden_size]}
+
     for name, shape in shapes.items():
         output = outputs.get(name)
         remedy = "Export the model that `model` names"

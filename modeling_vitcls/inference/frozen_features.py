@@ -85,7 +85,7 @@ class FeatureLayout:
         """Return the classifier with zeros for the part of the model's input that a candidate does not read."""
         read = self.get_columns(candidate.layers, candidate.tokens)
         pooled = self.get_columns(candidate.layers, candidate.pooling)
-        weight = np.zeros((len(classifier.weight), len(pooled)), np.float32)
+        weight = np.zeros((len(classifier.weight), len(pooled)), np.float32)  # [L, pooled]
         weight[:, np.isin(pooled, read)] = classifier.weight
         return LinearClassifier(weight, classifier.bias)
 
@@ -122,10 +122,11 @@ def pool_layers(encoder: Any, outputs: Any, layout: FeatureLayout) -> torch.Tens
         if encoder.pooler is None:
             return build_pooler(encoder.config)(outputs.last_hidden_state).float()
         return outputs.pooler_output.float()
+
     poolers = [TokenPooler(build_kind_config(encoder.config, kind)) for kind in layout.widths]
     parts = []
     for states in outputs.hidden_states[-layout.num_layers :]:
-        normalized = encoder.normalize(states)
+        normalized = encoder.normalize(states)  # [B, N, D]
         parts += [pooler(normalized).float() for pooler in poolers]
     return torch.cat(parts, dim=1)
 
@@ -186,6 +187,7 @@ class FrozenPass(ImagePass):
         for batch, features in self.iterate(encoder, partial(self.compute, encoder), console):
             rows += list_rows(batch, features)
             self.batches.append(replace(batch, pixel_values=features[: len(batch.indices)].cpu()))
+
         rows = self.gather_rows(rows)
         values, labels = stack_rows(rows)
         self.features = Features(

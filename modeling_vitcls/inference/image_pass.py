@@ -148,26 +148,29 @@ class BatchDataset(Dataset):
         pixel_values = []
         labels = []
         batch = ImageBatch(None)
+
         for key in keys:
             index, example = key if isinstance(key, tuple) else (key, None)
             try:
                 if example is None:
-                    image, label = self.source.images[index], self.source.labels[index]  # type: ignore[union-attr]
+                    image = self.source.images[index]  # type: ignore[union-attr]
+                    label = self.source.labels[index]  # type: ignore[union-attr]
                 else:
                     image = decode_image(example.encoded_image, example.name)
                     label = example.label
                 pixels = self.processor(image, return_tensors="pt")["pixel_values"][0]  # [C, H, W]
                 check_channels(image, pixels, self.num_channels)
-            except (
-                ValueError
-            ) as error:  # UnreadableImage, or an image that the image processor does not support
+            except ValueError as error:
+                # UnreadableImage, or an image that the image processor does not support
                 batch.error_messages[index] = str(error)
                 continue
+
             pixel_values.append(pixels)
             labels.append(label)
             batch.indices.append(index)
             if example is not None:
                 batch.names.append(example.name)
+
         batch.pixel_values = torch.stack(pixel_values) if pixel_values else None
         batch.labels = collate_labels(labels, self.label_space)
         return batch
@@ -224,15 +227,23 @@ class ImagePass:
         self.accelerator = accelerator
         warn = accelerator.on_main_process(warn)
         self.unreadable_counter = UnreadableImageCounter(warn, options.max_unreadable_images)
-        process_index, num_processes = accelerator.process_index, accelerator.num_processes
+
         batches = BatchDataset(
-            images, processor, label_space, batch_size, process_index, num_processes, num_channels
+            source=images,
+            processor=processor,
+            label_space=label_space,
+            batch_size=batch_size,
+            process_index=accelerator.process_index,
+            num_processes=accelerator.num_processes,
+            num_channels=num_channels,
         )
+
         height, width = get_output_size(processor)
         image_bytes = (num_channels or 3) * (height or 0) * (width or 0) * torch.float32.itemsize
         batch_images = (
             batch_size if isinstance(images, StreamedImages) else min(batch_size, len(images))
         )
+
         self.num_workers = options.num_workers
         self.loader = build_loader(
             batches,
@@ -241,6 +252,7 @@ class ImagePass:
             sampler=batches,
             generator=torch.Generator(),  # its own, so that passes do not affect training
         )
+
         self.num_batches = None if isinstance(images, StreamedImages) else len(batches)
         self.cache: list[ImageBatch] | None = None
         self.num_unreadable = 0
@@ -274,10 +286,12 @@ class ImagePass:
             or Console(quiet=not accelerator.is_main_process, soft_wrap=True, highlight=False),
             has_bar=console is not None,
         )
+
         error_messages: dict[int, str] = {}
         num_readable = 0
         num_not_finite = torch.zeros((), dtype=torch.int64, device=accelerator.device)
         padded_batches = (self.pad_batch(model, batch) for batch in self.synchronize(batches))
+
         for batch, outputs in pass_over_images(
             compute, padded_batches, accelerator.device, accelerator.autocast
         ):
@@ -293,6 +307,7 @@ class ImagePass:
         num_readable, num_wrong = map(
             sum, zip(*gather_object([(num_readable, num_not_finite.item())]), strict=True)
         )
+
         if not num_readable:
             raise ValueError(
                 f"none of the {len(error_messages)} images can be read. Check the dataset"
@@ -342,12 +357,13 @@ class ImagePass:
         pixel_values = batch.pixel_values
         if pixel_values is None:
             config = self.accelerator.unwrap_model(model).config
+            # [0, C, H, W]
             pixel_values = torch.zeros(0, config.num_channels, *config.image_height_width)
+
+        is_shared = self.accelerator.num_processes > 1
         is_compiled = getattr(model, "_compiled_call_impl", None) is not None
         num_padding = self.batch_size - len(pixel_values)
-        if num_padding and (
-            self.accelerator.num_processes > 1 or is_compiled or not len(pixel_values)
-        ):
+        if num_padding and (is_shared or is_compiled or not len(pixel_values)):
             padding = pixel_values.new_zeros(num_padding, *pixel_values.shape[1:])
             pixel_values = torch.cat([pixel_values, padding])
         return replace(batch, pixel_values=pixel_values)
@@ -360,6 +376,7 @@ class ImagePass:
         if self.cache is not None:
             yield from self.cache
             return
+
         is_cached = self.is_repeated and self.num_batches is not None
         cache: list[ImageBatch] | None = [] if is_cached else None
         num_bytes = 0
@@ -372,6 +389,8 @@ class ImagePass:
                     # without a copy, shared memory would keep one file per tensor open
                     cache.append(copy.deepcopy(batch))
                 yield batch
+
+        # set after the last batch, because a caller may stop earlier
         self.cache = cache
 
 

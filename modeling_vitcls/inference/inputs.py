@@ -35,9 +35,8 @@ from ..runtime.errors import format_error
 from .options import PredictOptions
 
 
-SECONDS_BEFORE_RETRY = (
-    1.0  # wait before the first retry of a download in seconds; doubled before each further retry
-)
+# Wait before the first retry of a download in seconds; doubled before each further retry.
+SECONDS_BEFORE_RETRY = 1.0
 
 
 @dataclass(frozen=True)
@@ -91,13 +90,13 @@ def build_list_input(paths: Iterable[str]) -> ListInput:
     """
     files: list[str] = []
     for path in paths:
-        is_folder = Path(path).is_dir()
-        names = (
-            (name for name in list_files(path) if Path(name).suffix.lower() in IMAGE_SUFFIXES)
-            if is_folder
-            else ()
-        )
-        files += (str(Path(path, name)) for name in names) if is_folder else [path]
+        if not Path(path).is_dir():
+            files.append(path)
+            continue
+        for name in list_files(path):
+            if Path(name).suffix.lower() in IMAGE_SUFFIXES:
+                files.append(str(Path(path, name)))
+
     if not files:
         raise ValueError(
             f"there are no images in {', '.join(paths)}. Pass image files, or folders of images"
@@ -320,9 +319,8 @@ def fetch(url: str) -> bytes:
             return response.content
         with fsspec.open(url, "rb") as file:
             return file.read()
-    except (
-        Exception
-    ) as error:  # the types depend on the file system and on the version of huggingface_hub
+    except Exception as error:
+        # the types depend on the file system and on the version of huggingface_hub
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status is not None and 400 <= status < 500 and status not in (408, 429):
             raise ValueError(

@@ -29,14 +29,8 @@ NUM_FOLDS = 5
 NUM_LAST_LAYERS = 4  # of the largest candidate
 LAST_CLS_MEAN = "last_cls_mean"  # tokens of a candidate with several layers
 LAST_CLS_INNER_MEAN = "last_cls_inner_mean"  # the same without the patches of the last layer
-TOKEN_ORDER = (
-    "own",
-    "cls",
-    "mean",
-    LAST_CLS_INNER_MEAN,
-    LAST_CLS_MEAN,
-    "cls_mean",
-)  # by the number of vectors
+# by the number of vectors
+TOKEN_ORDER = ("own", "cls", "mean", LAST_CLS_INNER_MEAN, LAST_CLS_MEAN, "cls_mean")
 NUM_SINGLE_LAYERS = 6  # the last ones, each of which is a candidate
 # Inverse strengths of the regularization, for features that are scaled to a mean squared norm of 1
 STRENGTHS = (1.0, 4.0, 16.0, 64.0, 256.0, 1024.0, 4096.0)
@@ -44,12 +38,10 @@ DEFAULT_STRENGTH = 64.0  # if there are too few images for a choice
 MAX_ITERATIONS = 300
 MAX_PILOT_IMAGES = 1000  # of the first fold, which all candidates run
 STOP_MARGIN = 2.0  # standard errors behind the best after the first fold, from which a candidate is not continued
-RANK_TOLERANCE = (
-    1e-10  # directions in which features vary less, relative to the largest, are dropped
-)
-ABSENT_CLASS_MARGIN = (
-    100.0  # difference of a class without training images to the smallest bias, in logits
-)
+# directions in which features vary less, relative to the largest, are dropped
+RANK_TOLERANCE = 1e-10
+# difference of a class without training images to the smallest bias, in logits
+ABSENT_CLASS_MARGIN = 100.0
 
 
 @dataclass(frozen=True)
@@ -183,13 +175,12 @@ def list_candidates(
         layer_choices = [(-index,) for index in range(1, min(num_layers, NUM_SINGLE_LAYERS) + 1)]
         if num_layers >= NUM_LAST_LAYERS:
             layer_choices.append(tuple(range(-NUM_LAST_LAYERS, 0)))
+
     candidates = []
     for each in layer_choices:
-        kinds = (
-            [*tokens, LAST_CLS_MEAN]
-            if len(each) > 1 and each[-1] == -1 and len(tokens) > 1
-            else tokens
-        )
+        kinds = list(tokens)
+        if len(each) > 1 and each[-1] == -1 and len(tokens) > 1:
+            kinds.append(LAST_CLS_MEAN)
         candidates += [
             Candidate(each, kind, scale) for kind in kinds for scale in ("raw", "standardized")
         ]
@@ -255,10 +246,12 @@ def build_regression(strength: float) -> Any:
 
 def get_coefficients(regression: Any, num_labels: int) -> tuple[np.ndarray, np.ndarray]:
     """Return coefficients [L, F] and intercepts [L] of a fitted regression, with a row for each label."""
-    coefficients, intercepts = regression.coef_, regression.intercept_
+    coefficients = regression.coef_
+    intercepts = regression.intercept_
     if len(regression.classes_) == 2:  # the sigmoid of z is the softmax of [-z / 2, z / 2]
         coefficients = np.concatenate([-coefficients, coefficients]) / 2
         intercepts = np.concatenate([-intercepts, intercepts]) / 2
+
     all_coefficients = np.zeros((num_labels, coefficients.shape[1]))
     all_intercepts = np.full(num_labels, intercepts.min() - ABSENT_CLASS_MARGIN)
     all_coefficients[regression.classes_] = coefficients
@@ -300,12 +293,13 @@ class AddedRows:
     def fit(self, features: np.ndarray, labels: np.ndarray) -> "AddedRows":
         """Fit weight and bias to features [N, F] and labels [N]."""
         num_old = self.old_logits.shape[1]
-        padded = np.concatenate([features, np.ones((len(features), 1))], axis=1)
-        targets = np.eye(num_old + self.num_new)[labels][:, num_old:]
+        padded = np.concatenate([features, np.ones((len(features), 1))], axis=1)  # [N, F + 1]
+        targets = np.eye(num_old + self.num_new)[labels][:, num_old:]  # [N, K]
         rows = np.arange(len(labels))
 
         def compute_loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
-            solution = flat.reshape(self.num_new, -1)
+            solution = flat.reshape(self.num_new, -1)  # [K, F + 1]
+            # [N, C + K]
             log_probabilities = log_softmax(
                 np.concatenate([self.old_logits, padded @ solution.T], axis=1), axis=1
             )
@@ -380,7 +374,7 @@ class CrossValidation:
         self.features = Transform.fit(features, candidate.scale).apply(features)
         self.strengths: tuple[float, ...] = STRENGTHS
         shape = (len(STRENGTHS), len(labels), num_labels)
-        self.logits = np.full(shape, np.nan)
+        self.logits = np.full(shape, np.nan)  # NaN: not predicted
 
     def run_fold(self, train: np.ndarray, test: np.ndarray) -> None:
         """Fit the regressions to the images `train`, the most regularized first, and predict the images `test`."""
@@ -405,7 +399,7 @@ class CrossValidation:
 
     def compute_losses(self) -> np.ndarray:
         """Return the log loss of each image for each strength, NaN where it was not computed."""
-        log_probabilities = log_softmax(self.logits, axis=2)
+        log_probabilities = log_softmax(self.logits, axis=2)  # [strengths, N, L]
         return -log_probabilities[:, np.arange(len(self.labels)), self.labels]
 
     def get_score(self) -> Score:
@@ -473,7 +467,8 @@ def choose_probe(
     if not folds:  # too few images: the default
         return ProbeChoice(candidates[0], DEFAULT_STRENGTH)
     first_train, first_test = folds[0]
-    pilot_train, pilot_test = first_train[:MAX_PILOT_IMAGES], first_test[:MAX_PILOT_IMAGES]
+    pilot_train = first_train[:MAX_PILOT_IMAGES]
+    pilot_test = first_test[:MAX_PILOT_IMAGES]
 
     runs = []
     for candidate in candidates:

@@ -42,11 +42,10 @@ def build_metric_rows(results: dict[str, Any], config: ViTCLSConfig | None) -> l
     rows = []
     for key, name in get_metric_names(results, config).items():
         interval = results.get(f"{key}_interval")  # [low, high]
-        suffix = (
-            f" (95% interval: {format_percent(interval[0])} to {format_percent(interval[1])})"
-            if interval
-            else ""
-        )
+        suffix = ""
+        if interval:
+            low, high = map(format_percent, interval)
+            suffix = f" (95% interval: {low} to {high})"
         rows.append([name, format_percent(results[key]) + suffix])
     return rows
 

@@ -61,16 +61,14 @@ class SingleLabelMetrics:
         num_classes = len(self.names)
         self.counts = ClassCounts(num_classes).to(device)
         self.loss = build_aggregator(MeanMetric, device)
-        self.calibration_error = MulticlassCalibrationError(
-            num_classes, n_bins=15, validate_args=False
-        ).to(device)
+        calibration_error = MulticlassCalibrationError(num_classes, n_bins=15, validate_args=False)
+        self.calibration_error = calibration_error.to(device)
         self.top_5_accuracy = build_aggregator(MeanMetric, device) if num_classes > 5 else None
         self.head_accuracies = {name: build_aggregator(MeanMetric, device) for name in HEAD_OUTPUTS}
         self.confusion_matrix = None
         if num_classes <= MAX_MATRIX_CLASSES:
-            self.confusion_matrix = MulticlassConfusionMatrix(num_classes, validate_args=False).to(
-                device
-            )
+            confusion_matrix = MulticlassConfusionMatrix(num_classes, validate_args=False)
+            self.confusion_matrix = confusion_matrix.to(device)
 
     def update(self, outputs: Any, labels: torch.Tensor) -> None:
         """Update the metrics with logits [B, L], labels [G] and the logits of each of two heads, if there are."""
@@ -83,10 +81,11 @@ class SingleLabelMetrics:
     def update_logits(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Update the metrics with logits [B, L] and labels [G]. Images with the label -100 are ignored."""
         is_known = labels != IGNORED_LABEL
-        logits = logits[: len(labels)][is_known].float()
+        logits = logits[: len(labels)][is_known].float()  # [G, L]
         labels = labels[is_known]
         predictions = logits.argmax(dim=1)  # [G]
         num_classes = len(self.names)
+
         self.counts.update(
             num_correct=torch.bincount(labels[predictions == labels], minlength=num_classes),
             num_predicted=torch.bincount(predictions, minlength=num_classes),
@@ -95,6 +94,7 @@ class SingleLabelMetrics:
         self.loss.update(nn.functional.cross_entropy(logits, labels, reduction="none"))
         # Probabilities are passed, because torchmetrics does not apply softmax to logits that are all in [0, 1].
         self.calibration_error.update(logits.softmax(dim=1), labels)
+
         if self.top_5_accuracy is not None:
             self.top_5_accuracy.update(
                 (logits.topk(5).indices == labels[:, None]).any(dim=1).float()
@@ -106,26 +106,29 @@ class SingleLabelMetrics:
         counts = self.counts.compute().tolist()
         num_correct, _, num_images = map(sum, counts)
         class_metrics = compute_class_metrics(self.names, counts)
+
         values: MetricValues = {"accuracy": safe_divide(num_correct, num_images)}
         if self.top_5_accuracy is not None:
             values["top_5_accuracy"] = to_number(self.top_5_accuracy.compute())
         values["balanced_accuracy"] = compute_mean([row["recall"] for row in class_metrics])
         values["macro_f1"] = compute_mean([row["f1"] for row in class_metrics])
         values["calibration_error"] = to_number(self.calibration_error.compute())
+
         values |= {
             name: to_number(metric.compute())
             for name, metric in self.head_accuracies.items()
             if metric.update_called
         }
+
         values["loss"] = to_number(self.loss.compute())
         values["num_images"] = num_images
         values["accuracy_interval"] = compute_proportion_interval(num_correct, num_images)
         values["per_class"] = class_metrics
+
         if self.confusion_matrix is not None:
             num_classes = len(self.names)
-            values["confusion_matrix"] = (
-                self.confusion_matrix.compute().reshape(num_classes, num_classes).tolist()
-            )
+            matrix = self.confusion_matrix.compute().reshape(num_classes, num_classes)
+            values["confusion_matrix"] = matrix.tolist()
         return values
 
 
@@ -160,6 +163,7 @@ class MultiLabelMetrics:
         probabilities = logits.sigmoid()
         predictions = probabilities > 0.5
         targets = labels > 0.5  # [G, L]
+
         self.counts.update((predictions & targets).sum(0), predictions.sum(0), targets.sum(0))
         self.average_precision.update(probabilities, targets.long())
         self.exact_match.update((predictions == targets).all(dim=1).float())
@@ -177,6 +181,7 @@ class MultiLabelMetrics:
             warnings.simplefilter("ignore")  # torchmetrics warns about classes without images
             # a scalar for one class
             average_precisions = self.average_precision.compute().reshape(-1).tolist()
+
         for row, average_precision in zip(class_metrics, average_precisions, strict=True):
             row["average_precision"] = average_precision if row["images"] else None
         return {

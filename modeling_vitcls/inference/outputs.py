@@ -68,6 +68,7 @@ def write_csv(table: pa.Table, file: Path) -> None:
         is_text = pa.types.is_string(column.type.value_type if is_list else column.type)
         if not is_list and not is_text:
             continue
+
         values = table[column.name].to_pylist()
         if is_list:
             values = [
@@ -76,6 +77,7 @@ def write_csv(table: pa.Table, file: Path) -> None:
         if is_text:
             values = [None if value is None else escape_csv_cell(value) for value in values]
         frame[column.name] = values
+
     frame.to_csv(file, index=False, header=[escape_csv_cell(name) for name in table.column_names])
 
 
@@ -105,6 +107,7 @@ def print_table(rows: Iterable[Row], columns: Columns) -> None:
     names = [name for name in columns if name != "index"]
     if all(row["error"] is None for row in rows):
         names.remove("error")
+
     table = Table()
     for name in names:
         header = Text(replace_control_characters(name))
@@ -115,6 +118,7 @@ def print_table(rows: Iterable[Row], columns: Columns) -> None:
         )
     for row in rows:
         table.add_row(*(Text(format_table_cell(row[name])) for name in names))
+
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = TABLE_WIDTH  # no line breaks within rows, for programs that read the table

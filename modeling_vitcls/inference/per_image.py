@@ -62,7 +62,9 @@ def write_predictions(
     rows = [row for row in evaluator.rows if is_labeled(row)]
     if not rows:
         raise ValueError("no evaluated image has a label")
+    # [N, L]; [N], or [N, L] with several labels per image
     logits, targets = map(torch.from_numpy, stack_rows(rows))
+
     columns: dict[str, Any] = {
         "index": [row.index for row in rows],
         "image": [row.name for row in rows],
@@ -78,14 +80,14 @@ def write_predictions(
         if nearest_images is not None:
             columns["nearest_images"] = [nearest_images.get(row.index, []) for row in rows]
     else:
+        losses = binary_cross_entropy_with_logits(logits, targets, reduction="none")  # [N, L]
         columns |= {
             "label": [select_names(names, row) for row in targets],
             "prediction": [select_names(names, row) for row in logits.sigmoid()],
             "probabilities": list(logits.sigmoid().numpy()),
-            "loss": binary_cross_entropy_with_logits(logits, targets, reduction="none")
-            .mean(dim=1)
-            .numpy(),
+            "loss": losses.mean(dim=1).numpy(),
         }
+
     table = pa.Table.from_pandas(pd.DataFrame(columns), preserve_index=False)
     metadata = {METADATA_KEY: json.dumps({"weights_sha256": weights_hash})}
     table = table.replace_schema_metadata((table.schema.metadata or {}) | metadata)
@@ -100,11 +102,9 @@ def read_weights_hash(file: Path) -> dict[str, str] | None:
     """
     try:
         metadata = pq.read_schema(file).metadata or {}
-        return (
-            json.loads(metadata[METADATA_KEY])["weights_sha256"]
-            if METADATA_KEY in metadata
-            else None
-        )
+        if METADATA_KEY not in metadata:
+            return None
+        return json.loads(metadata[METADATA_KEY])["weights_sha256"]
     except Exception as error:  # pyarrow raises several types of errors
         raise ValueError(f"cannot read {file}: {format_error(error)}") from error
 
@@ -127,6 +127,7 @@ def read_predictions(file: Path, names: list[str]) -> tuple[np.ndarray, np.ndarr
         raise ValueError(
             f"cannot read label and probabilities in {file}: {format_error(error)}"
         ) from error
+
     if probabilities.shape != (len(labels), len(names)):
         raise ValueError(
             f"{file} does not have {len(names)} probabilities for each image, one for each label"
@@ -140,6 +141,7 @@ def read_predictions(file: Path, names: list[str]) -> tuple[np.ndarray, np.ndarr
         raise ValueError(
             f"{file} has the label {other!r}, which is not exactly one label of the model"
         )
+
     index_by_name = {name: index for index, name in enumerate(names)}
     return probabilities, np.array([index_by_name[label] for label in labels])
 

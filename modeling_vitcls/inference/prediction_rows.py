@@ -41,9 +41,8 @@ Row = dict[str, Any]
 
 
 Label = tuple[str, float]  # name and probability
-DEFAULT_THRESHOLD = (
-    0.5  # default minimum probability of a predicted label in multi-label classification
-)
+# default minimum probability of a predicted label in multi-label classification
+DEFAULT_THRESHOLD = 0.5
 
 
 def select_top_labels(logits: torch.Tensor, names: list[str], top_k: int) -> list[list[Label]]:
@@ -72,15 +71,11 @@ def build_labels(
     indices: torch.Tensor, probabilities: torch.Tensor, names: list[str]
 ) -> list[list[Label]]:
     """Return the names and probabilities of labels, given the label indices [B, n] and the probabilities [B, n]."""
-    return [
-        [
-            (names[index], probability)
-            for index, probability in zip(image_indices, image_probabilities, strict=True)
-        ]
-        for image_indices, image_probabilities in zip(
-            indices.tolist(), probabilities.tolist(), strict=True
-        )
-    ]
+    labels = []
+    for pair in zip(indices.tolist(), probabilities.tolist(), strict=True):
+        image_labels = zip(*pair, strict=True)
+        labels.append([(names[index], probability) for index, probability in image_labels])
+    return labels
 
 
 class LabelColumns:
@@ -105,10 +100,10 @@ class LabelColumns:
         self.set_limit = set_limit
         self.energy_thresholds = get_energy_thresholds(model.config, names)
         self.names = names  # task -> label names
-        self.column_pairs: dict[
-            str, list[tuple[str, str]]
-        ] = {}  # task -> names of label and probability columns
+        # task -> names of label and probability columns
+        self.column_pairs: dict[str, list[tuple[str, str]]] = {}
         self.columns: dict[str, pa.DataType] = {}
+
         for task, task_names in names.items():
             prefix = f"{task}_" if task else ""
             suffixes = [
@@ -120,6 +115,7 @@ class LabelColumns:
             ]
             for label_column, probability_column in self.column_pairs[task]:
                 self.columns |= {label_column: pa.string(), probability_column: pa.float32()}
+
         for task in self.label_lists:
             prefix = f"{task}_" if task else ""
             self.columns[f"{prefix}labels"] = pa.list_(pa.string())
@@ -150,6 +146,7 @@ class LabelColumns:
                     pairs, labels, strict=True
                 ):
                     row |= {label_column: label, probability_column: probability}
+
         for task, head in self.label_lists.items():
             threshold = DEFAULT_THRESHOLD if head.threshold is None else head.threshold
             images = select_probable_labels(outputs[task], head.labels, threshold)
@@ -158,11 +155,13 @@ class LabelColumns:
                 labels = image_labels[: self.max_labels]
                 row[f"{prefix}labels"] = [name for name, _ in labels]
                 row[f"{prefix}probabilities"] = [probability for _, probability in labels]
+
         for task, threshold in self.energy_thresholds.items():
             column = f"{task}_unknown" if task else "unknown"
             energies = compute_energies(outputs[task].cpu().numpy())
             for row, energy in zip(rows, energies, strict=True):
                 row[column] = bool(energy > threshold)
+
         if self.set_limit is not None:
             sets = build_prediction_sets(outputs[""].softmax(dim=1).cpu().numpy(), self.set_limit)
             for row, is_in_set in zip(rows, sets, strict=True):
@@ -272,13 +271,14 @@ class FeatureColumns:
     def build_rows(self, outputs: dict[str, torch.Tensor]) -> list[Row]:
         """Return one row per image with the features: one array, or a list with one array per token."""
         arrays = {name: output.cpu().numpy() for name, output in outputs.items()}
-        return [
-            {
+        rows = []
+        for index in range(len(next(iter(arrays.values())))):
+            row = {
                 name: array[index] if array.ndim == 2 else list(array[index])
                 for name, array in arrays.items()
             }
-            for index in range(len(next(iter(arrays.values()))))
-        ]
+            rows.append(row)
+        return rows
 
 
 # Rows ----------------------------------------------------------------------------------------------------------------
@@ -301,6 +301,7 @@ def build_prediction_columns(
     config: Any = model.config
     if features is not None:
         return FeatureColumns(model, features, feature_dtype)
+
     heads = config.get_added_tasks()
     label_lists = {
         name: head
@@ -310,11 +311,13 @@ def build_prediction_columns(
     added_tasks = {name: head.labels for name, head in heads.items() if name not in label_lists}
     if heads and not config.tasks and not config.num_labels:
         return LabelColumns(model, added_tasks, top_k, label_lists=label_lists)
+
     check_is_classifier(config)
     if config.tasks:
         return LabelColumns(
             model, config.task_labels() | added_tasks, top_k, label_lists=label_lists
         )
+
     names = [config.id2label[index] for index in range(config.num_labels)]
     if is_multi_label(config):
         own_list = ExtraHead(names, threshold=threshold)
@@ -340,12 +343,14 @@ def predict_rows(
             ImageBatch(torch.stack(list(group.values())), indices=list(group))
             for group in group_by_shape(pixels)
         )
+
         predictions: dict[int, Row] = {}
         for batch, outputs in pass_over_images(
             partial(try_predict, columns), batches, device, autocast
         ):
             rows = build_rows(columns, outputs, len(batch.indices))
             predictions |= dict(zip(batch.indices, rows, strict=True))
+
         for image in images:
             yield {
                 "index": image.record.index,
@@ -377,9 +382,8 @@ def build_rows(
         return [{"error": outputs}] * num_images
     message = "the model output is not finite. Set a different `mixed_precision`"
     overflow_row = {"error": format_message(message)}
+    rows = columns.build_rows(outputs)
+    are_finite = find_finite(outputs, num_images).tolist()
     return [
-        row if is_finite else overflow_row
-        for row, is_finite in zip(
-            columns.build_rows(outputs), find_finite(outputs, num_images).tolist(), strict=True
-        )
+        row if is_finite else overflow_row for row, is_finite in zip(rows, are_finite, strict=True)
     ]

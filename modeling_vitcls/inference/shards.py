@@ -32,9 +32,8 @@ from .outputs import Columns, get_output_columns, write_rows, write_table
 
 METADATA_KEY = b"vitcls"
 SHARD_NAME = re.compile(r"shard-(?:(?P<worker>\d{4,})-)?(?P<shard>\d{6,})\.parquet", re.ASCII)
-MAX_COUNTED_SHARDS = (
-    1000  # maximum number of missing shards that are counted; a damaged file may name trillions
-)
+# Maximum number of missing shards that are counted; a damaged file may name trillions.
+MAX_COUNTED_SHARDS = 1000
 # Age in seconds from which a partial file belongs to a process that was killed. Writing a shard takes seconds.
 MIN_UNFINISHED_AGE = 3600.0
 
@@ -65,10 +64,12 @@ class ShardFolder:
             raise ValueError(
                 f"`output={str(self.path)!r}` contains other files ({names}). Set a new or empty folder"
             )
+
         if shards:
             self.check_settings(shards[0], read_metadata(shards[0]))
         for file in shards:
             check_name(file, self.num_shards, self.settings)
+
         for unfinished_file in self.path.glob(".shard-*.unfinished"):
             with suppress(FileNotFoundError):  # renamed or removed by another process
                 if time.time() - unfinished_file.stat().st_mtime > MIN_UNFINISHED_AGE:
@@ -177,11 +178,13 @@ def check_indices(file: Path, metadata: dict[str, Any]) -> None:
     """Raise ValueError if the images of a shard are not exactly those that its name determines."""
     shard_index, worker_index = parse_shard_name(file.name) or (0, None)
     try:
-        settings, num_images = metadata["settings"], metadata["images"]
+        settings = metadata["settings"]
+        num_images = metadata["images"]
         shard_size = settings["shard_size"]
         start = shard_index * shard_size
         step = 1
         expected_size = shard_size
+
         if worker_index is not None:
             step = settings["num_workers"]
             start = start * step + worker_index
@@ -189,12 +192,14 @@ def check_indices(file: Path, metadata: dict[str, Any]) -> None:
             expected_size = num_images
         elif worker_index is None and shard_index == metadata["num_shards"] - 1:
             expected_size = settings["input"]["images"] - start
+
         expected = list(range(start, start + num_images * step, step))
         indices = pq.read_table(file, columns=["index"])["index"].to_pylist()
     except Exception as error:  # pyarrow raises several types of errors
         raise ValueError(
             f"{file} is damaged ({format_error(error)}). Delete the file, and repeat"
         ) from error
+
     if num_images != expected_size or indices != expected:
         raise ValueError(
             f"{file} contains other images than its name says. Delete the file, and repeat"
@@ -215,20 +220,22 @@ def check_shards(folder: Path) -> list[dict[str, Any]]:
     if other_files:
         names = format_name_list([file.name for file in other_files])
         raise ValueError(f"{folder} contains other files ({names}). Move them elsewhere")
+
     metadata = {file.name: read_metadata(file) for file in shards}
     first = metadata[shards[0].name]
     columns = pq.read_schema(shards[0])
+
     for file in shards:
         fields = metadata[file.name]
-        is_same = fields["settings"] == first["settings"] and fields.get("num_shards") == first.get(
-            "num_shards"
-        )
+        has_same_number = fields.get("num_shards") == first.get("num_shards")
+        is_same = fields["settings"] == first["settings"] and has_same_number
         if not is_same or not pq.read_schema(file).equals(columns):
             raise ValueError(
                 f"{file} was written with other flags than {shards[0].name}. Delete the file"
             )
         check_indices(file, fields)
         check_name(file, first.get("num_shards"), first["settings"])
+
     for name in metadata:
         shard_index, worker_index = parse_shard_name(name) or (0, None)
         previous = format_shard_name(shard_index - 1, worker_index)
@@ -236,12 +243,11 @@ def check_shards(folder: Path) -> list[dict[str, Any]]:
             raise ValueError(
                 f"{folder / name} follows the last shard of its worker. Delete the file, and repeat"
             )
+
     if missing := list(islice(iterate_missing_shards(metadata), MAX_COUNTED_SHARDS + 1)):
-        number = (
-            f"{len(missing):,}"
-            if len(missing) <= MAX_COUNTED_SHARDS
-            else f"more than {MAX_COUNTED_SHARDS:,}"
-        )
+        number = f"{len(missing):,}"
+        if len(missing) > MAX_COUNTED_SHARDS:
+            number = f"more than {MAX_COUNTED_SHARDS:,}"
         names = format_name_list(missing)
         raise ValueError(
             f"{folder} lacks {number} shards: {names}. Repeat the commands that write them"
@@ -259,6 +265,7 @@ def iterate_missing_shards(metadata: dict[str, dict[str, Any]]) -> Iterator[str]
         expected = map(format_shard_name, range(first["num_shards"]))
         yield from (name for name in expected if name not in metadata)
         return
+
     for worker_index in range(first["settings"]["num_workers"]):
         worker_names = (format_shard_name(index, worker_index) for index in count())
         name = next(
@@ -280,9 +287,8 @@ def merge_shards(folder: Path, output: Path | None) -> str:
             f"`output={str(output)!r}` is in the folder of `merge`. Set a file in another folder"
         )
     metadata = check_shards(folder)
-    num_images, num_failed = (
-        sum(fields[name] for fields in metadata) for name in ("images", "failed")
-    )
+    num_images = sum(fields["images"] for fields in metadata)
+    num_failed = sum(fields["failed"] for fields in metadata)
     if output is not None:
         write_table(
             pa.concat_tables(pq.read_table(file) for file in list_shards(folder)[0]), output

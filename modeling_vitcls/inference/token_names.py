@@ -25,11 +25,10 @@ def get_token_names_by_group(config: Any) -> dict[str, list[str]]:
     names: dict[str, list[str]] = {}
     for group, name in SINGLE_TOKEN_NAMES.items():
         num_tokens = len(indices[getattr(layout, group)])
-        names[group] = (
-            [name]
-            if num_tokens == 1
-            else [f"{name} {number}" for number in range(1, num_tokens + 1)]
-        )
+        names[group] = [f"{name} {number}" for number in range(1, num_tokens + 1)]
+        if num_tokens == 1:
+            names[group] = [name]
+
     if config.tasks:
         names["cls"] = [f"{SINGLE_TOKEN_NAMES['cls']} {task}" for task in config.task_labels()]
     for index, scope in enumerate(config.cls_scopes or ()):

@@ -82,6 +82,7 @@ class AdaptableModel(PreTrainedModel):
         config_class = cast(type[ViTCLSConfig], cls.config_class)
         config, kwargs = resolve_config(config_class, source, kwargs)
         old_fields = {} if config is None else read_adaptable_fields(config_class, source, kwargs)
+
         changes = {
             name: getattr(config, name)
             for name, value in old_fields.items()
@@ -89,17 +90,16 @@ class AdaptableModel(PreTrainedModel):
         }
         if changes:
             kwargs["config"] = replace_fields(config, old_fields, validate=False)
+
         model_or_tuple = load_checkpoint(super().from_pretrained, source, *model_args, **kwargs)
-        remove_open_gates(
-            model_or_tuple[0] if isinstance(model_or_tuple, tuple) else model_or_tuple
-        )
+        has_loading_info = isinstance(model_or_tuple, tuple)  # output_loading_info=True
+        model = model_or_tuple[0] if has_loading_info else model_or_tuple
+        remove_open_gates(model)
+
         if not changes:
             return model_or_tuple
-        if isinstance(model_or_tuple, tuple):  # output_loading_info=True
-            return model_or_tuple[0].adapt(
-                gate_new_tokens=gate_new_tokens, **changes
-            ), *model_or_tuple[1:]
-        return model_or_tuple.adapt(gate_new_tokens=gate_new_tokens, **changes)
+        model = model.adapt(gate_new_tokens=gate_new_tokens, **changes)
+        return (model, *model_or_tuple[1:]) if has_loading_info else model
 
     def adapt(self, gate_new_tokens: bool | None = None, **changes: Any) -> Self:
         """Return a model with new values of `ADAPTABLE_FIELDS` and adapted weights, or this model if no field changes.
@@ -118,14 +118,17 @@ class AdaptableModel(PreTrainedModel):
             raise ValueError(
                 f"{unknown_names[0]} cannot be adapted. Choose from {', '.join(ADAPTABLE_FIELDS)}"
             )
+
         changes = {
             name: value for name, value in changes.items() if value != getattr(self.config, name)
         }
         if not changes:
             return self
+
         if gate_new_tokens is None:
             gate_new_tokens = can_gate_new_tokens(self.config, changes)
         gated_tokens = get_gated_tokens(self.config, changes, gate_new_tokens)
+
         model = self.new_like(replace_fields(self.config, changes | {"gated_tokens": gated_tokens}))
         model.train(self.training)
         model.to(device=self.device, dtype=self.dtype)  # type: ignore[call-arg]  # transformers' `to` is untyped
@@ -146,15 +149,18 @@ def resolve_config(
     """
     config = kwargs.get("config")
     overrides = [name for name in ADAPTABLE_FIELDS if name in kwargs]
+
     # Compare model_type, not the class: transformers may execute configuration_vitcls.py from the Hub twice.
     if getattr(config, "model_type", None) == config_class.model_type:
         config = replace_fields(config, {name: kwargs.pop(name) for name in overrides})
         return config, kwargs | {"config": config}
+
     if not overrides:
         return None, kwargs
     check_checkpoint_folder(
         source, needs_config_file=config is None and not kwargs.get("subfolder")
     )
+
     model_kwargs = {name: kwargs.pop(name) for name in MODEL_KEYWORDS if name in kwargs}
     hub_kwargs = {name: kwargs[name] for name in HUB_KEYWORDS if name in kwargs}
     kwargs.pop("config", None)
@@ -187,9 +193,10 @@ def replace_fields(config: Any, values: Mapping[str, Any], validate: bool = True
     config = copy.deepcopy(config)
     for name, value in values.items():
         setattr(config, name, value)
-    config.distillation_teachers = (config.distillation_teachers or [])[
-        : config.num_distillation_tokens
-    ] or None
+
+    teachers = config.distillation_teachers or []
+    config.distillation_teachers = teachers[: config.num_distillation_tokens] or None
+
     if validate:
         config.__dict__.pop("_skip_validation", None)
         config.validate()
@@ -228,6 +235,7 @@ def get_gated_tokens(
     new_counts = {field: changes.get(field, count) for field, count in counts.items()}
     remaining_gated_tokens = update_gated_tokens(config.gated_tokens, counts, new_counts)
     new_gated_tokens = dict(changes.get("gated_tokens", remaining_gated_tokens) or {})
+
     for group, field in COUNT_FIELDS.items():
         num_added = new_counts[field] - counts[field]
         if gate_new_tokens and num_added > new_gated_tokens.get(group, 0):
@@ -249,16 +257,17 @@ def load_adapted_weights(source: AdaptableModel, target: AdaptableModel) -> None
     }
     parameters = dict(target.named_parameters())
     dropped_names = set(old_weights)
+
     for name, initial_value in new_weights.items():
         old_name = find_old_name(name, old_weights)
         dropped_names.discard(old_name)
         context = AdaptationContext(
-            name,
-            initial_value,
-            old_weights.get(old_name),
-            old_weights,
-            source.config,
-            target.config,
+            name=name,
+            initial_value=initial_value,
+            old_value=old_weights.get(old_name),
+            old_weights=old_weights,
+            old_config=source.config,
+            new_config=target.config,
         )
         weight, note = adapt_weight(context)
         if old_name in frozen_names and weight is not initial_value:
@@ -266,6 +275,7 @@ def load_adapted_weights(source: AdaptableModel, target: AdaptableModel) -> None
         initial_value.copy_(weight)
         if note:
             logger.warning(f"{name}: {note}")
+
     for name in sorted(dropped_names):
         logger.warning(f"{name}: dropped")
     if source.config.specialized_layers != target.config.specialized_layers:
@@ -320,8 +330,10 @@ def adapt_tokens(context: AdaptationContext, are_positions: bool = False) -> Ada
     num_kept = min(num_old_tokens, new_weight.shape[1])
     if context.old_value is not None:
         new_weight[:, :num_kept] = context.old_value[:, :num_kept]
+
     if num_old_tokens == num_kept == new_weight.shape[1]:
         return new_weight, ""
+
     notes = [f"{num_kept} kept"]
     if num_old_tokens > num_kept:
         notes.append(f"{num_old_tokens - num_kept} dropped")
@@ -335,7 +347,8 @@ def adapt_tokens(context: AdaptationContext, are_positions: bool = False) -> Ada
 
 def adapt_to_grid(resample: Callable[..., Tensor], context: AdaptationContext) -> AdaptedWeight:
     """Resample a weight with one row per patch or relative position, if the patch grid changes."""
-    old_grid, new_grid = context.old_config.grid_size, context.new_config.grid_size
+    old_grid = context.old_config.grid_size
+    new_grid = context.new_config.grid_size
     if old_grid == new_grid:
         return context.old_weights[context.name], ""
     note = f"resampled from {old_grid[0]} x {old_grid[1]} to {new_grid[0]} x {new_grid[1]} patches"
@@ -344,10 +357,8 @@ def adapt_to_grid(resample: Callable[..., Tensor], context: AdaptationContext) -
 
 def adapt_to_patch_size(context: AdaptationContext) -> AdaptedWeight:
     """Resize the kernel of the patch projection, if the patch size changes."""
-    old_size, new_size = (
-        context.old_config.patch_height_width,
-        context.new_config.patch_height_width,
-    )
+    old_size = context.old_config.patch_height_width
+    new_size = context.new_config.patch_height_width
     if old_size == new_size:
         return context.old_weights[context.name], ""
     note = f"resized from {old_size[0]} x {old_size[1]} to {new_size[0]} x {new_size[1]} pixels per patch"
@@ -373,9 +384,11 @@ def adapt_gates(context: AdaptationContext) -> AdaptedWeight:
     old_counts = {
         group: getattr(context.old_config, field) for group, field in COUNT_FIELDS.items()
     }
+
     for gate_index, (group, token_index) in enumerate(gated_tokens):
         if token_index < old_counts[group]:
             gates[gate_index] = old_gates.get((group, token_index), TokenGates.OPEN)
+
     if set(gated_tokens) == set(old_gates):
         return gates, ""
     num_kept = len(old_gates.keys() & set(gated_tokens))
@@ -429,6 +442,7 @@ def load_checkpoint(load: Callable[..., Any], source: Any, *args: Any, **kwargs:
             raise MismatchedWeightsError(
                 describe_mismatch(load, source, *args, **kwargs)
             ) from error
+
         # compare names to avoid importing safetensors
         is_damaged = type(error).__name__ == "SafetensorError"
         if is_damaged or (isinstance(error, OSError) and "\n" in str(error)):
@@ -437,6 +451,7 @@ def load_checkpoint(load: Callable[..., Any], source: Any, *args: Any, **kwargs:
                 f"cannot load {prefix}{source}: {' '.join(str(error).split())}"
             ) from error
         raise
+
     model = model_or_tuple[0] if isinstance(model_or_tuple, tuple) else model_or_tuple
     model._weight_conversions = []  # by default, transformers would save the model with the former names
     if isinstance(model, PreTrainedModel):

@@ -50,15 +50,16 @@ def build_attention_mask(
             f"attention_mask must have shape [batch, tokens] = {list(hidden_states.shape[:2])}, special tokens "
             f"included, but it has shape {list(attention_mask.shape)}"
         )
+
     mask = None
     if config.cls_scopes is not None:
         mask = build_cls_attention_mask(config, hidden_states, attention_mask, grid_size)
-    elif (
-        attention_mask is not None
-    ):  # with None, transformers would build an all-true mask during tracing
+    elif attention_mask is not None:
+        # with None, transformers would build an all-true mask during tracing
         mask = create_bidirectional_mask(
             config=config, inputs_embeds=hidden_states, attention_mask=attention_mask
         )
+
     if relative_position_bias is not None:
         mask = relative_position_bias(hidden_states, mask, grid_size)
     if gates is not None:
@@ -66,10 +67,8 @@ def build_attention_mask(
     return mask
 
 
-ADDITIVE_MASK_IMPLEMENTATIONS = (
-    "sdpa",
-    "eager",
-)  # attention implementations that support an additive bias
+# Attention implementations that support an additive bias.
+ADDITIVE_MASK_IMPLEMENTATIONS = ("sdpa", "eager")
 
 
 def require_additive_mask(config: ViTCLSConfig, feature: str) -> None:
@@ -135,14 +134,17 @@ def build_cls_visibility(
 
 def build_cell_mask(scope: list[int], grid_size: tuple[int, int], device: torch.device) -> Tensor:
     """Return a boolean vector [patches] that is true for the patches in the cell `[rows, columns, row, column]`."""
-    (grid_rows, grid_columns), (rows, columns, row, column) = grid_size, scope
+    grid_rows, grid_columns = grid_size
+    rows, columns, row, column = scope
     if grid_rows < rows or grid_columns < columns:
         raise ValueError(
             f"cls_scopes: a grid of {rows} x {columns} cells requires at least {rows} x {columns} patches, but the "
             f"image has {grid_rows} x {grid_columns} patches: use larger images"
         )
+
     y = torch.arange(grid_rows, device=device)
     x = torch.arange(grid_columns, device=device)
+    # [grid_rows], [grid_columns]
     is_cell_row = (y >= row * grid_rows // rows) & (y < (row + 1) * grid_rows // rows)
     is_cell_column = (x >= column * grid_columns // columns) & (
         x < (column + 1) * grid_columns // columns
@@ -172,9 +174,10 @@ class RelativePositionBias(nn.Module):
         """Return the bias [B or 1, heads, N, N] with the mask applied, or a list with one bias per layer."""
         require_additive_mask(self.config, "relative_position_bias")
         index = self.get_relative_position_index(grid_size, hidden_states.device)  # [N, N]
-        tables = resample_bias_tables(self.tables, self.config.grid_size, grid_size).to(
-            hidden_states.dtype
-        )
+        # [tables, distances + 3, heads]
+        tables = resample_bias_tables(self.tables, self.config.grid_size, grid_size)
+        tables = tables.to(hidden_states.dtype)
+        # table[index]: [N, N, heads]
         biases = [apply_mask(table[index].permute(2, 0, 1).unsqueeze(0), mask) for table in tables]
         return biases if len(biases) > 1 else biases[0]
 
@@ -187,15 +190,17 @@ class RelativePositionBias(nn.Module):
         y, x = torch.meshgrid(
             torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij"
         )
-        y = y.flatten()
-        x = x.flatten()  # [rows * columns] each
-        row_offset = y[:, None] - y[None, :] + rows - 1
+        y = y.flatten()  # [patches], patches = rows * columns
+        x = x.flatten()
+        row_offset = y[:, None] - y[None, :] + rows - 1  # [patches, patches], 0 or more
         column_offset = x[:, None] - x[None, :] + columns - 1
+
         num_distances = (2 * rows - 1) * (2 * columns - 1)
         num_tokens = layout.get_num_tokens(rows, columns)
         index = torch.full(
             (num_tokens, num_tokens), num_distances + 2, dtype=torch.long, device=device
         )
+
         index[: layout.num_prefix_tokens, layout.patches] = num_distances
         index[layout.patches, : layout.num_prefix_tokens] = num_distances + 1
         index[layout.patches, layout.patches] = row_offset * (2 * columns - 1) + column_offset
@@ -208,17 +213,17 @@ def resample_bias_tables(
     """Resample bias tables [tables, distances + 3, heads] to another grid; rows of special tokens do not change."""
     if not needs_resampling(grid_size, new_grid_size):
         return tables
-    table_size, new_table_size = (
-        [2 * size - 1 for size in sizes] for sizes in (grid_size, new_grid_size)
-    )
+    table_size = [2 * size - 1 for size in grid_size]
+    new_table_size = [2 * size - 1 for size in new_grid_size]
+
     # [tables, heads, y, x]
     maps = tables[:, :-3].float().unflatten(1, table_size).permute(0, 3, 1, 2)
     maps = nn.functional.interpolate(
         maps, size=new_table_size, mode="bilinear", align_corners=False
     )
-    return torch.cat(
-        [maps.permute(0, 2, 3, 1).flatten(1, 2).to(tables.dtype), tables[:, -3:]], dim=1
-    )
+    # [tables, new distances, heads]
+    distance_rows = maps.permute(0, 2, 3, 1).flatten(1, 2).to(tables.dtype)
+    return torch.cat([distance_rows, tables[:, -3:]], dim=1)
 
 
 # Token gates ---------------------------------------------------------------------------------------------------------
@@ -253,7 +258,7 @@ class TokenGates(nn.Module):
     def forward(self, hidden_states: Tensor, mask: Any) -> Any:
         """Return the mask, or the list of masks, with log(g) added for each gated token."""
         require_additive_mask(self.config, "gated_tokens")
-        bias = hidden_states.new_zeros(1, 1, 1, hidden_states.shape[1])
+        bias = hidden_states.new_zeros(1, 1, 1, hidden_states.shape[1])  # [1, 1, 1, N]
         bias[..., self.token_indices] = self.get_gate_values().log().to(bias.dtype)
         if isinstance(mask, list):
             return [apply_mask(bias, layer_mask) for layer_mask in mask]
@@ -269,10 +274,9 @@ class TokenGates(nn.Module):
 def list_gated_tokens(config: ViTCLSConfig) -> list[tuple[str, int]]:
     """Return (group, index within the group) of each gate, in sequence order. A group's last tokens are gated."""
     gated_tokens = config.gated_tokens or {}
-    return [
-        (group, index)
-        for group, field in COUNT_FIELDS.items()
-        for index in range(
-            getattr(config, field) - gated_tokens.get(group, 0), getattr(config, field)
-        )
-    ]
+    tokens: list[tuple[str, int]] = []
+    for group, field in COUNT_FIELDS.items():
+        num_tokens = getattr(config, field)
+        first_gated = num_tokens - gated_tokens.get(group, 0)
+        tokens += [(group, index) for index in range(first_gated, num_tokens)]
+    return tokens

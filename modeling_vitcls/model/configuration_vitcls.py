@@ -129,12 +129,8 @@ SIZE_LIMITS: dict[str, tuple[int, int]] = {
     **dict.fromkeys(("attention_head_size", "attention_pool_heads"), (1, 1_000_000)),
     "attention_pool_intermediate_size": (1, 1_000_000),
 }
-ALWAYS_SAVED_FIELDS = {
-    "image_size",
-    "patch_size",
-    "pooling",
-    *SIZE_LIMITS,
-}  # saved even with default values
+# Fields that are saved even with default values.
+ALWAYS_SAVED_FIELDS = {"image_size", "patch_size", "pooling", *SIZE_LIMITS}
 MAX_LABELS = 1_000_000  # maximum number of labels of one classifier
 MAX_PATCHES = 2**22  # maximum number of patches of an image
 MAX_PATCH_SIDE = 4096  # maximum height and width of a patch, in pixels
@@ -502,10 +498,12 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                     *TRANSFORMERS_KEYWORDS,
                 ]
                 raise ValueError(f"Unknown field {name!r}{_format_suggestion(name, known_names)}")
+
         self.validate_sizes()  # checked before lists of these sizes are built
         self.auto_map = kwargs.pop("auto_map", None) or self.build_auto_map()
         # AutoModelForImageClassification selects one of two classes by `architectures`, which must not be None.
         self.architectures = self.architectures or []
+
         self.stage_names = [
             "stem",
             *(f"stage{index}" for index in range(1, self.num_hidden_layers + 1)),
@@ -515,6 +513,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             out_features=kwargs.pop("out_features", None),
             out_indices=kwargs.pop("out_indices", None),
         )
+
         self._check_labels(kwargs.get("num_labels"))
         super().__post_init__(**kwargs)
         # transformers derives labels from `num_labels`, but leaves `label2id` empty if only `id2label` is given.
@@ -543,29 +542,29 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         """Build a configuration from a stored dict; overrides are applied before the configuration is validated."""
         field_names = {field.name for field in dataclasses.fields(cls)} - {"dtype"}
         overrides = {key: kwargs.pop(key) for key in list(kwargs) if key in field_names}
+        known_names = sorted(field_names | TRANSFORMERS_KEYWORDS | {"gate_new_tokens"})
         for name in kwargs:
-            known_names = sorted(field_names | TRANSFORMERS_KEYWORDS | {"gate_new_tokens"})
-            if name not in known_names and (
-                hint := _format_suggestion(name, known_names, cutoff=0.8)
-            ):
+            if name in known_names:
+                continue
+            hint = _format_suggestion(name, known_names, cutoff=0.8)
+            if hint:
                 raise ValueError(f"Unknown field {name!r}{hint}")
-        config_dict, labels = dict(config_dict), config_dict.get("id2label")
-        if "id2label" in overrides or kwargs.get("num_labels") not in (
-            None,
-            isinstance(labels, dict) and len(labels),
-        ):
-            config_dict |= {
-                "id2label": None,
-                "label2id": None,
-            }  # stored labels do not apply to the new classifier
+
+        config_dict = dict(config_dict)
+        labels = config_dict.get("id2label")
+        num_stored_labels = isinstance(labels, dict) and len(labels)
+        if "id2label" in overrides or kwargs.get("num_labels") not in (None, num_stored_labels):
+            # stored labels do not apply to the new classifier
+            config_dict |= {"id2label": None, "label2id": None}
+
         if overrides.get("num_hidden_layers") not in (None, config_dict.get("num_hidden_layers")):
-            config_dict |= {
-                "out_features": None,
-                "out_indices": None,
-            }  # stored stages do not apply to the new layers
-        if changed_counts := {
+            # stored stages do not apply to the new layers
+            config_dict |= {"out_features": None, "out_indices": None}
+
+        changed_counts = {
             field: overrides[field] for field in COUNT_FIELDS.values() if field in overrides
-        }:
+        }
+        if changed_counts:
             stored_counts = {
                 field: config_dict.get(field, getattr(cls, field))
                 for field in COUNT_FIELDS.values()
@@ -579,17 +578,18 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             config_dict["distillation_teachers"] = (
                 teachers[: new_counts["num_distillation_tokens"]] or None
             )
+
         unknown_fields = {
             name: config_dict.pop(name)
             for name in list(config_dict)
             if not cls._is_known_keyword(name)
         }
+
         config_or_tuple = super().from_dict({**config_dict, **overrides}, **kwargs)
         config = config_or_tuple[0] if isinstance(config_or_tuple, tuple) else config_or_tuple
-        for (
-            name,
-            value,
-        ) in unknown_fields.items():  # set by the user before saving, or written by another version
+
+        # Unknown fields were set by the user before saving, or written by another version.
+        for name, value in unknown_fields.items():
             logger.warning(
                 f"The stored configuration has a field {name!r} that this version does not use."
             )
@@ -641,11 +641,13 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         transformers.AutoModelForImageClassification.register(
             cls, classifier_classes, exist_ok=True
         )
+
         masked_model_class = modeling.ViTCLSForMaskedImageModeling
         transformers.AutoModelForMaskedImageModeling.register(
             cls, masked_model_class, exist_ok=True
         )
         transformers.AutoBackbone.register(cls, modeling.ViTCLSBackbone, exist_ok=True)
+
         processor_classes = {
             "torchvision": processing.ViTCLSImageProcessor,
             "pil": processing.ViTCLSImageProcessorPil,
@@ -694,11 +696,9 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     @property
     def pooled_cls_indices(self) -> list[int]:
         """Return the indices of the CLS tokens that are pooled."""
-        return (
-            list(range(self.num_cls_tokens))
-            if self.pooled_cls_tokens is None
-            else self.pooled_cls_tokens
-        )
+        if self.pooled_cls_tokens is None:
+            return list(range(self.num_cls_tokens))
+        return self.pooled_cls_tokens
 
     @property
     def pooled_layer_indices(self) -> list[int]:
@@ -755,12 +755,12 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def task_labels(self) -> dict[str, list[str]]:
         """Return the label names of each task, sorted by task name. Task i uses CLS token i."""
-        return {
-            name: [f"LABEL_{index}" for index in range(labels)]
-            if isinstance(labels, int)
-            else labels
-            for name, labels in sorted((self.tasks or {}).items())
-        }
+        labels_by_task: dict[str, list[str]] = {}
+        for name, labels in sorted((self.tasks or {}).items()):
+            if isinstance(labels, int):
+                labels = [f"LABEL_{index}" for index in range(labels)]
+            labels_by_task[name] = labels
+        return labels_by_task
 
     def get_extra_heads(self) -> dict[str, ExtraHead]:
         """Return the extra heads with default values, sorted by name."""
@@ -842,11 +842,13 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def validate_scopes(self) -> None:
         """Check that each CLS token has one valid scope."""
-        scopes, (grid_rows, grid_columns) = self.cls_scopes, self.grid_size
+        scopes = self.cls_scopes
+        grid_rows, grid_columns = self.grid_size
         if scopes is not None and len(scopes) != self.num_cls_tokens:
             raise ValueError(
                 f"`cls_scopes` has {len(scopes)} scopes. Set one for each of {self.num_cls_tokens} CLS tokens."
             )
+
         for scope in scopes or ():
             if scope == "image":
                 continue
@@ -892,9 +894,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     def validate_specialized_layers(self) -> None:
         """Check that the parts and layers exist, and that the model has special tokens."""
         for part, layers in (self.specialized_layers or {}).items():
-            if part not in ("norm", "qkv") or len(
-                set(layers) & set(range(self.num_hidden_layers))
-            ) != len(layers):
+            existing_layers = set(layers) & set(range(self.num_hidden_layers))
+            if part not in ("norm", "qkv") or len(existing_layers) != len(layers):
                 raise ValueError(
                     f'`specialized_layers` maps "norm" or "qkv" to different layers from 0 to '
                     f"{self.num_hidden_layers - 1}, not {part!r} to {layers}."
@@ -921,15 +922,15 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(
                 f'`tasks` requires CLS pooling, but `pooling` is "{self.pooling}". Set `pooling="cls"`.'
             )
+
         for name, labels in self.tasks.items():
             if not name.isidentifier():
                 raise ValueError(
                     f"`tasks` does not support the name {name!r}. Use letters, digits and underscores."
                 )
             num_labels = labels if isinstance(labels, int) else len(set(labels))
-            if not 1 <= num_labels <= MAX_LABELS or (
-                isinstance(labels, list) and len(labels) != num_labels
-            ):
+            has_duplicates = isinstance(labels, list) and len(labels) != num_labels
+            if not 1 <= num_labels <= MAX_LABELS or has_duplicates:
                 raise ValueError(f"`tasks`: {name!r} requires 1 to {MAX_LABELS:,} distinct labels.")
 
     def validate_pooling(self) -> None:
@@ -996,9 +997,11 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                     suggestion = _format_suggestion(field_name, known_names)
                     raise ValueError(f"{owner} has an unknown field {field_name!r}{suggestion}")
             self._check_extra_head(owner, fields)
+
         added_labels = [label for labels in self.get_added_classes().values() for label in labels]
         id2label: dict[Any, str] = dict(self.id2label or {})
         last_labels = [id2label[index] for index in range(len(id2label))][-len(added_labels) :]
+
         if added_labels and (self.tasks or last_labels != added_labels):
             raise ValueError(
                 "`extra_heads`: the labels of heads with `adds_classes` must be the last ones of `id2label`, which "
@@ -1012,12 +1015,14 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(
                 f'{owner} requires `labels`, a list of names. Set `labels=["rain", "sun"]`.'
             )
+
         head = ExtraHead(**fields)
         is_multi_label = head.problem_type == "multi_label_classification"
         if not is_multi_label and head.problem_type != "single_label_classification":
             raise ValueError(
                 f"{owner} supports the problem types {', '.join(PROBLEM_TYPES[1:3])}. Set one of them."
             )
+
         num_labels = len(set(labels))
         min_labels = 1 if is_multi_label or head.adds_classes else 2
         if num_labels != len(labels) or not min_labels <= num_labels <= MAX_LABELS:
@@ -1026,6 +1031,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(
                 f"{owner} adds classes, which share `temperature` and `problem_type` with the others."
             )
+
         are_layers = isinstance(head.pooled_layers, list) and all(
             type(layer) is int for layer in head.pooled_layers
         )
@@ -1033,6 +1039,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(
                 f"{owner} requires `pooled_layers`, a list of numbers. Set `pooled_layers=[-1]`."
             )
+
         if any(pooling not in EXTRA_HEAD_POOLINGS for pooling in head.layer_poolings):
             raise ValueError(
                 f"{owner} supports the poolings {', '.join(EXTRA_HEAD_POOLINGS)}. Set one of them."
@@ -1044,10 +1051,12 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         if len(head.layer_poolings) != len(head.pooled_layers or [-1]):
             raise ValueError(f"{owner} requires one pooling, or one for each of `pooled_layers`.")
         self._check_layers(f"{owner}: `pooled_layers`", head.pooled_layers)
+
         if not _is_number(head.temperature) or not head.temperature > 0:
             raise ValueError(
                 f"{owner}: `temperature` must be a positive number, but it is {head.temperature}."
             )
+
         if head.threshold is None:
             return
         if not _is_number(head.threshold) or (is_multi_label and not 0 < head.threshold < 1):
@@ -1063,12 +1072,12 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def _check_labels(self, num_labels: Any) -> None:
         """Check `num_labels` and `id2label` before transformers builds label names."""
-        if self.id2label is not None and set(map(str, self.id2label)) != set(
-            map(str, range(len(self.id2label)))
-        ):
-            raise ValueError(
-                f"`id2label` has the ids {list(self.id2label)}. Number the labels from 0 without gaps."
-            )
+        if self.id2label is not None:
+            expected_ids = set(map(str, range(len(self.id2label))))
+            if set(map(str, self.id2label)) != expected_ids:
+                raise ValueError(
+                    f"`id2label` has the ids {list(self.id2label)}. Number the labels from 0 without gaps."
+                )
         if num_labels is not None and not (
             isinstance(num_labels, int) and 0 <= num_labels <= MAX_LABELS
         ):
@@ -1092,6 +1101,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                 raise ValueError(
                     f"`{name}` must be a positive number of pixels or [height, width], but it is {value}."
                 )
+
         if max(self.patch_height_width) > MAX_PATCH_SIDE:
             raise ValueError(
                 f"`patch_size` must be at most {MAX_PATCH_SIDE:,}, but it is {self.patch_size}."
@@ -1101,17 +1111,16 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"`image_size` {self.image_size} makes {math.prod(self.grid_size):,} patches of {self.patch_size} "
                 f"pixels, but at most {MAX_PATCHES:,} are supported. Use a smaller image size."
             )
+
         axes = zip(
             ("height", "width"), self.image_height_width, self.patch_height_width, strict=True
         )
         for axis, size, patch_size in axes:
             if size % patch_size:
                 rounded_down = size // patch_size * patch_size
-                multiples = (
-                    f"{rounded_down} or {rounded_down + patch_size}"
-                    if rounded_down
-                    else f"{patch_size}"
-                )
+                multiples = f"{patch_size}"
+                if rounded_down:
+                    multiples = f"{rounded_down} or {rounded_down + patch_size}"
                 raise ValueError(
                     f"`image_size`: {axis} {size} is not a multiple of the patch {axis} {patch_size}. Use {multiples}."
                 )
@@ -1132,6 +1141,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(
                 f"sincos_2d requires `hidden_size` to be a multiple of 4, but it is {self.hidden_size}."
             )
+
         if self.attention_type == "differential" and self.relative_position_bias != "none":
             raise ValueError(
                 '`attention_type="differential"` requires `relative_position_bias="none"`.'
@@ -1165,6 +1175,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                 raise ValueError(
                     f"`{name}` must be at least 0 and below 1, but it is {getattr(self, name)}."
                 )
+
         if not math.isfinite(self.layer_scale_init_value or 0):
             raise ValueError(
                 f"`layer_scale_init_value` must be finite or None, not {self.layer_scale_init_value}."
@@ -1173,6 +1184,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(
                 f"`energy_threshold` must be finite or None, not {self.energy_threshold}."
             )
+
         for name in ("initializer_range", "rope_theta", "layer_norm_eps", "temperature"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(
@@ -1199,9 +1211,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     def validate_attention_pool(self) -> None:
         """Check that the number of heads of the attention pooler divides the hidden size."""
         num_heads = self.attention_pool_heads or self.num_attention_heads
-        if (
-            self.attention_pool_heads or self.pooling == "attention"
-        ) and self.hidden_size % num_heads:
+        has_attention_pool = self.attention_pool_heads or self.pooling == "attention"
+        if has_attention_pool and self.hidden_size % num_heads:
             raise ValueError(
                 f"attention_pool_heads={num_heads} must divide hidden_size={self.hidden_size}."
             )

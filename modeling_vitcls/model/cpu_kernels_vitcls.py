@@ -70,16 +70,11 @@ def install_cpu_kernels(model: nn.Module) -> None:
     if not can_use_cpu_kernels():
         return
     for module in model.modules():
-        conv_settings = [
-            getattr(module, name, None) for name in ("stride", "padding", "dilation", "groups")
-        ]
-        if not isinstance(module, nn.Conv2d) or conv_settings == [
-            module.kernel_size,
-            (0, 0),
-            (1, 1),
-            1,
-        ]:
-            module.__class__ = KERNEL_CLASSES.get(type(module), type(module))
+        if isinstance(module, nn.Conv2d):
+            settings = (module.stride, module.padding, module.dilation, module.groups)
+            if settings != (module.kernel_size, (0, 0), (1, 1), 1):
+                continue  # not a patch projection
+        module.__class__ = KERNEL_CLASSES.get(type(module), type(module))
 
 
 def can_use_cpu_kernels() -> bool:
@@ -150,6 +145,7 @@ class CPUMLP(CPUKernel, ViTCLSMLP):
             or not torch.backends.mkldnn.enabled
         ):
             return super().forward(hidden_states)
+
         hidden_states = cast_for_autocast(hidden_states)
         if not torch.is_grad_enabled():
             if can_use_onednn(self.fc1, hidden_states):
@@ -158,6 +154,7 @@ class CPUMLP(CPUKernel, ViTCLSMLP):
                 )
             # in place: allocating takes longer
             return self.fc2(torch.ops.aten.gelu_(self.fc1(hidden_states)))
+
         preactivations = self.fc1(hidden_states)  # [B, N, intermediate]
         if can_use_onednn(self.fc2, preactivations):
             return OneDNNGELULinear.apply(preactivations, self.fc2.weight, self.fc2.bias)
@@ -175,11 +172,9 @@ class CPUAttention(CPUKernel, ViTCLSAttention):
 
     def get_attention_function(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
         """Return `sdpa_attention` for "sdpa", and the function of `ViTCLSAttention` for other implementations."""
-        return (
-            sdpa_attention
-            if self.config._attn_implementation == "sdpa"
-            else super().get_attention_function()
-        )
+        if self.config._attn_implementation == "sdpa":
+            return sdpa_attention
+        return super().get_attention_function()
 
 
 class CPUDifferentialAttention(CPUAttention, ViTCLSDifferentialAttention):
@@ -278,17 +273,19 @@ def compute_linear_gradients(
         needs_grad: which of the three gradients to compute; the other gradients are None.
         grad: gradient of the output, [..., out].
     """
-    grad_rows = grad.reshape(-1, grad.shape[-1])
-    input_rows = inputs.reshape(-1, inputs.shape[-1])  # [n, out], [n, in]
+    grad_rows = grad.reshape(-1, grad.shape[-1])  # [n, out]
+    input_rows = inputs.reshape(-1, inputs.shape[-1])  # [n, in]
     input_grad = linear(grad, weight.t(), None) if needs_grad[0] else None
+
     weight_grad = None
-    if (
-        needs_grad[1] and len(weight) <= weight.shape[1]
-    ):  # oneDNN is faster if the second argument has more rows
+    if needs_grad[1] and len(weight) <= weight.shape[1]:
+        # oneDNN is faster if the second argument has more rows
         weight_grad = linear(grad_rows.t(), input_rows.t(), None)
     elif needs_grad[1]:
         weight_grad = linear(input_rows.t(), grad_rows.t(), None).t()
-    return input_grad, weight_grad, grad_rows.sum(0) if bias is not None and needs_grad[2] else None
+
+    bias_grad = grad_rows.sum(0) if bias is not None and needs_grad[2] else None
+    return input_grad, weight_grad, bias_grad
 
 
 class LinearFunction(torch.autograd.Function):
@@ -329,7 +326,12 @@ class OneDNNGELULinear(torch.autograd.Function):
         inputs, weight, bias = ctx.saved_tensors
         activations = nn.functional.gelu(inputs)
         input_grad, *parameter_grads = compute_linear_gradients(
-            onednn_linear_autograd, ctx.needs_input_grad, grad, activations, weight, bias
+            linear=onednn_linear_autograd,
+            needs_grad=ctx.needs_input_grad,
+            grad=grad,
+            inputs=activations,
+            weight=weight,
+            bias=bias,
         )
         if input_grad is not None:
             input_grad = torch.ops.aten.gelu_backward(input_grad, inputs)
@@ -372,9 +374,8 @@ if (
 # Like PyTorch, these functions accumulate in float32. Tensors saved for the backward pass stay in half precision.
 
 EMULATED_DTYPES: set[torch.dtype] = set()
-if HAS_PRIVATE_NAMES and torch.backends.cpu.get_cpu_capability().startswith(
-    "AVX"
-):  # measured on x86 only
+# measured on x86 only
+if HAS_PRIVATE_NAMES and torch.backends.cpu.get_cpu_capability().startswith("AVX"):
     EMULATED_DTYPES = {
         dtype for dtype, check in HALF_PRECISION_CHECKS.items() if check is not None and not check()
     }
@@ -411,9 +412,8 @@ def compute_in_float32(
     """Compute `function(inputs, *other_inputs)` in float32 and return the result in half precision."""
     dtype = get_matmul_dtype(inputs)
     with torch.autocast("cpu", enabled=False):
-        return function(*(to_float32(tensor, dtype) for tensor in (inputs, *other_inputs))).to(
-            dtype
-        )
+        tensors = [to_float32(tensor, dtype) for tensor in (inputs, *other_inputs)]
+        return function(*tensors).to(dtype)
 
 
 def to_float32(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -429,9 +429,8 @@ def linear_in_float32(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Te
 
 
 # Attention -----------------------------------------------------------------------------------------------------------
-MAX_CHUNKED_KEYS = (
-    1200  # chunked attention stores its weights for the backward pass, which takes memory
-)
+# chunked attention stores its weights for the backward pass, which takes memory
+MAX_CHUNKED_KEYS = 1200
 # number of attention scores per chunk and thread: 1 MiB in bfloat16, about one L2 cache
 SCORES_PER_THREAD = 2**19
 
@@ -453,9 +452,10 @@ def sdpa_attention(
 
     # the type is quoted, because torch.compile before 2.11 cannot trace `Tensor | None`
     def call_sdpa(query: Tensor, key: Tensor, value: Tensor, mask: "Tensor | None") -> Tensor:
-        return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **kwargs)[
-            0
-        ]
+        output, _ = sdpa_attention_forward(
+            module, query, key, value, mask, dropout, scaling, **kwargs
+        )
+        return output
 
     attend = partial(compute_in_float32, call_sdpa) if is_emulated(query) else call_sdpa
     return attend(query, key, value, attention_mask), None
@@ -497,5 +497,6 @@ def attend_in_chunks(query: Tensor, key: Tensor, value: Tensor, scaling: float) 
         *(states.flatten(0, 1).split(chunk_size) for states in (query, key, value)), strict=True
     )
 
+    # [heads in the chunk, n, head_dim] each
     outputs = [torch.bmm(torch.bmm(q, k.mT).softmax(dim=-1), v) for q, k, v in chunks]
     return torch.cat(outputs).unflatten(0, query.shape[:2]).transpose(1, 2)

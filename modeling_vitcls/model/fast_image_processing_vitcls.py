@@ -46,6 +46,7 @@ def read_jpeg(source: Any) -> Tensor | None:
         )
     except RuntimeError:
         return None
+
     if len(pixels) == 1:
         return pixels.expand(3, -1, -1)
     return pixels if len(pixels) == 3 else None

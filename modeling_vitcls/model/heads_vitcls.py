@@ -33,25 +33,21 @@ class TokenPooler(nn.Module):
         super().__init__()
         self.pooling = config.pooling if pooling is None else pooling
         self.cls_pooling = config.cls_pooling
-        self.cls_tokens = (
-            config.token_layout.cls
-            if config.pooled_cls_tokens is None
-            else config.pooled_cls_tokens
-        )
+        self.cls_tokens: slice | list[int] = config.token_layout.cls
+        if config.pooled_cls_tokens is not None:
+            self.cls_tokens = config.pooled_cls_tokens
         self.patches = config.token_layout.patches
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         if self.pooling == "cls":
             return self.pool_cls(hidden_states)
-        patches = hidden_states[:, self.patches]
+        patches = hidden_states[:, self.patches]  # [B, rows * columns, D]
         if self.pooling == "max":
             return patches.amax(dim=1)
-        mean = patches.mean(dim=1)
-        return (
-            mean
-            if self.pooling == "mean"
-            else torch.cat([self.pool_cls(hidden_states), mean], dim=-1)
-        )
+        mean = patches.mean(dim=1)  # [B, D]
+        if self.pooling == "mean":
+            return mean
+        return torch.cat([self.pool_cls(hidden_states), mean], dim=-1)
 
     def pool_cls(self, hidden_states: Tensor) -> Tensor:
         """Return the first, the mean or the concatenation of the pooled CLS tokens."""
@@ -97,11 +93,13 @@ class AttentionPooler(nn.Module):
         query = self.q_proj(self.probe)
         key = self.k_proj(tokens)
         value = self.v_proj(tokens)
+        # query [1, heads, 1, head_dim], key and value [B, heads, N', head_dim]
         query, key, value = (
             states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for states in (query, key, value)
-        )  # query [1, heads, 1, head_dim], key and value [B, heads, N', head_dim]
+        )
         query = query.expand(hidden_states.shape[0], -1, -1, -1)
+
         # [B, heads, 1, head_dim]
         attn_output = nn.functional.scaled_dot_product_attention(query, key, value)
         pooled_output: Tensor = self.o_proj(attn_output.transpose(1, 2).flatten(1))  # [B, D]
@@ -131,8 +129,10 @@ def build_pooler(config: ViTCLSConfig) -> nn.Module:
     pooler: nn.Module = (
         AttentionPooler(config) if config.pooling == "attention" else TokenPooler(config)
     )
+
     if len(config.pooled_layer_indices) > 1:
         pooler = MultiLayerPooler(pooler)
+
     layers: dict[str, nn.Module] = {}
     if config.pooled_norm:
         layers["layernorm"] = build_norm(config, config.pooled_size)
@@ -177,6 +177,7 @@ class ExtraHeads(nn.ModuleDict):
             name: [TokenPooler(config, pooling) for pooling in head.layer_poolings]
             for name, head in heads.items()
         }
+
         for name, head in heads.items():
             size = sum(config.compute_pooled_size(pooling, 1) for pooling in head.layer_poolings)
             # nn.ModuleDict has methods `keys` and `values`
@@ -203,16 +204,20 @@ class ExtraHeads(nn.ModuleDict):
         """
         logits: dict[str, Tensor] = {}
         all_tokens = None
-        last_layer, num_cls_tokens = self.config.num_hidden_layers, self.config.num_cls_tokens
+        last_layer = self.config.num_hidden_layers
+        num_cls_tokens = self.config.num_cls_tokens
+
         for name, poolers in self.poolers.items():
             pooled = []
             for layer, pooler in zip(self.pooled_layers[name], poolers, strict=True):
                 tokens = layer_tokens[layer]
                 has_too_few_tokens = pooler.pooling != "cls" or tokens.shape[1] < num_cls_tokens
                 if layer == last_layer and compute_all_tokens is not None and has_too_few_tokens:
+                    # a second pass of the last layer, at most once for all heads
                     all_tokens = compute_all_tokens() if all_tokens is None else all_tokens
                     tokens = all_tokens
                 pooled.append(pooler(tokens))
+
             logits[name] = self[f"task_{name}"](torch.cat(pooled, dim=-1))
             temperature = (self.config.extra_heads or {})[name].get("temperature", 1)
             if temperature != 1 and not self.training:
@@ -235,7 +240,8 @@ class PixelDecoder(nn.Module):
 
     def forward(self, patches: Tensor, grid_size: tuple[int, int]) -> Tensor:
         """Decode patches [B, rows * columns, D] to pixels [B, C, rows * patch height, columns * patch width]."""
-        (rows, columns), (patch_height, patch_width) = grid_size, self.patch_size
+        rows, columns = grid_size
+        patch_height, patch_width = self.patch_size
         # [B, rows * columns, C * patch height * patch width]
         pixels: Tensor = self.projection(patches)
         pixels = pixels.view(-1, rows, columns, self.num_channels, patch_height, patch_width)
@@ -269,18 +275,22 @@ def compute_classification_loss(
         raise ValueError(
             "labels require a classifier, but the model has no classifier: set num_labels"
         )
+
     num_items = labels.numel() if num_items_in_batch is None else num_items_in_batch
     problem_type = config.problem_type or ("regression" if config.num_labels == 1 else None)
+
     if problem_type == "regression":
         loss_sum = nn.functional.mse_loss(
             logits.float().view(-1), labels.float().view(-1), reduction="sum"
         )
         return loss_sum / num_items
+
     if problem_type == "multi_label_classification":
         loss_sum = nn.functional.binary_cross_entropy_with_logits(
             logits.float(), labels.float(), reduction="sum"
         )
         return loss_sum / num_items
+
     if not labels.is_floating_point():
         return compute_cross_entropy(logits, labels, num_items_in_batch)
     if problem_type is None:
@@ -288,6 +298,7 @@ def compute_classification_loss(
             'float labels require config.problem_type: "single_label_classification" for class probabilities '
             'or "multi_label_classification" for several labels per image'
         )
+
     loss_sum = nn.functional.cross_entropy(logits.float(), labels.float(), reduction="sum")
     # num_items is B * C, so the result is the mean over images
     return loss_sum * labels.shape[-1] / num_items
@@ -316,6 +327,7 @@ def compute_cross_entropy(
             f"unknown label id: {owner} has {num_labels} labels, 0 to {num_labels - 1}. {error}"
         )
         raise ValueError(message) from error
+
     if num_items_in_batch is not None:
         return loss_sum / num_items_in_batch
     return loss_sum / (labels != IGNORED_LABEL).sum().clamp(min=1)
@@ -333,24 +345,25 @@ def compute_masked_pixel_loss(
         pixel_values: images [B, C, H, W].
         bool_masked_pos: [B, rows * columns], true for masked patches.
     """
-    predictions = split_into_patches(
-        reconstruction, config
-    ).float()  # [B, rows * columns, values per patch]
+    # [B, rows * columns, values per patch]
+    predictions = split_into_patches(reconstruction, config).float()
     target = split_into_patches(pixel_values, config).float()
+
     if config.norm_pixel_target:
-        correction = int(target.shape[-1] > 1)
+        correction = int(target.shape[-1] > 1)  # the unbiased variance of one value would be NaN
         variance, mean = torch.var_mean(target, dim=-1, keepdim=True, correction=correction)
         target = (target - mean) / (variance + 1e-6).sqrt()
+
     pixel_losses = (
         (predictions - target).abs() if config.mim_loss == "l1" else (predictions - target) ** 2
     )
-    mask = bool_masked_pos.bool().to(pixel_losses.dtype)
+    mask = bool_masked_pos.bool().to(pixel_losses.dtype)  # [B, rows * columns]
     return (pixel_losses.mean(dim=-1) * mask).sum() / mask.sum().clamp(min=1)
 
 
 def split_into_patches(pixels: Tensor, config: ViTCLSConfig) -> Tensor:
     """Split images [B, C, H, W] into patches [B, rows * columns, C * patch height * patch width]."""
     patch_height, patch_width = config.patch_height_width
+    # [B, C, rows, columns, patch height, patch width]
     patches = pixels.unfold(2, patch_height, patch_height).unfold(3, patch_width, patch_width)
-    # from [B, C, rows, columns, height, width]
     return patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)

@@ -169,9 +169,8 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
         settings = super()._standardize_kwargs(**kwargs)
         check_sizes(settings)
         resample = settings.get("resample")
-        if (
-            isinstance(resample, int | str) and resample not in RESAMPLING_FILTERS
-        ):  # PIL treats names as bilinear
+        # PIL treats names as bilinear
+        if isinstance(resample, int | str) and resample not in RESAMPLING_FILTERS:
             filters_text = ", ".join(
                 f"{int(value)} ({value.name.lower()})" for value in RESAMPLING_FILTERS
             )
@@ -260,6 +259,7 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
             or type(self) is not ViTCLSImageProcessor
         ):
             return super().preprocess(images, *args, **kwargs)
+
         settings = get_settings(self, self._valid_kwargs_names)
         inputs = list(flatten_images(images))
         if (
@@ -268,6 +268,7 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
             and all(getattr(image, "is_cpu", True) for image in inputs)
         ):
             return self._fast_preprocess(inputs)
+
         batch = super().preprocess(images, **kwargs)
         self._checked_settings = settings if can_use_fast_path(self) else None
         return batch
@@ -322,16 +323,15 @@ def read_image(source: ImageSource) -> PIL.Image.Image:
     else:
         file = os.fspath(source)
         source_name = shorten_text(os.fspath(source))
+
     try:
-        if (
-            isinstance(file, str) and Path(file).exists() and not Path(file).is_file()
-        ):  # opening a pipe would block
+        # opening a pipe would block
+        if isinstance(file, str) and Path(file).exists() and not Path(file).is_file():
             raise OSError("it is not a regular file")
         with PIL.Image.open(file, formats=get_image_formats()) as image:
             return PIL.ImageOps.exif_transpose(image)
-    except (
-        PIL.UnidentifiedImageError
-    ) as error:  # PIL's message contains the repr of a BytesIO object
+    except PIL.UnidentifiedImageError as error:
+        # PIL's message contains the repr of a BytesIO object
         reason = f"it is not an image in a supported format ({', '.join(get_image_formats())})"
         raise ValueError(f"cannot read an image from {source_name}: {reason}") from error
     except Exception as error:  # Pillow's decoders raise almost any exception for damaged data
@@ -354,9 +354,8 @@ def read_url(url: str, source_name: str) -> bytes:
             return base64.b64decode(url.partition(",")[2], validate=True)
         response = get_session().get(url, follow_redirects=True, timeout=DOWNLOAD_TIMEOUT)
         response.raise_for_status()
-    except (
-        Exception
-    ) as error:  # the type of the exception depends on the version of huggingface_hub
+    except Exception as error:
+        # the type of the exception depends on the version of huggingface_hub
         raise ValueError(
             f"cannot fetch the image at {source_name}: {get_first_line(error)}"
         ) from error
@@ -412,9 +411,11 @@ def pil_to_tensor(image: PIL.Image.Image, to_rgb: bool) -> Tensor:
         values = pil_to_array(image)
     except Exception as error:
         raise ValueError(f"cannot use the image {name}: {get_first_line(error)}") from error
+
     pixels = to_uint8(
         to_channels_first(torch.from_numpy(values), ChannelDimension.LAST), do_rescale=True
     )
+
     if to_rgb:
         return convert_to_rgb(pixels)
     is_gray_with_alpha = image.mode in GRAY_MODES and len(pixels) == 4
@@ -469,6 +470,7 @@ def to_uint8(pixels: Tensor, do_rescale: bool) -> Tensor:
         return ((pixels.to(torch.int32) + 128) // 257).to(torch.uint8)
     if pixels.is_floating_point() and not do_rescale:
         return pixels.float()
+
     minimum, maximum = (bound.item() for bound in torch.aminmax(pixels.double()))
     if not (minimum >= 0 and maximum <= 255):
         raise ValueError(
@@ -479,6 +481,7 @@ def to_uint8(pixels: Tensor, do_rescale: bool) -> Tensor:
         raise ValueError(
             f"this image is already rescaled (the maximum value is {maximum:g}): set do_rescale=False"
         )
+
     return pixels.round().to(torch.uint8) if pixels.is_floating_point() else pixels.to(torch.uint8)
 
 
@@ -496,8 +499,8 @@ def convert_to_rgb(pixels: Tensor) -> Tensor:
 def composite_on_white(pixels: Tensor) -> Tensor:
     """Composite RGBA [4, H, W] on a white background; return RGB [3, H, W] in the same type."""
     white = 1.0 if pixels.is_floating_point() else 255.0
-    color = pixels[:3].float()
-    alpha = pixels[3:].float() / white  # [3, H, W], [1, H, W]
+    color = pixels[:3].float()  # [3, H, W]
+    alpha = pixels[3:].float() / white  # [1, H, W]
     composite = color * alpha + white * (1 - alpha)
     return composite if pixels.is_floating_point() else composite.round().to(pixels.dtype)
 
@@ -507,9 +510,10 @@ def check_setting_names(keywords: dict[str, Any] | ImagesKwargs) -> None:
     """Raise ValueError for misspelled settings. transformers handles other unknown keyword arguments."""
     settings = ImagesKwargs.__annotations__
     for keyword in keywords:
-        if keyword not in settings and (
-            matches := difflib.get_close_matches(keyword, settings, n=1, cutoff=0.85)
-        ):
+        if keyword in settings:
+            continue
+        matches = difflib.get_close_matches(keyword, settings, n=1, cutoff=0.85)
+        if matches:
             raise ValueError(f"unknown setting {keyword!r}: did you mean {matches[0]!r}?")
 
 
@@ -521,6 +525,7 @@ def check_sizes(settings: dict[str, Any]) -> None:
             raise ValueError(
                 f"{name} must contain positive integers (pixels), but {name} is {values}"
             )
+
     if settings.get("do_center_crop"):
         if set(crop_size) != {"height", "width"}:
             raise ValueError(

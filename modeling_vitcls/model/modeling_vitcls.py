@@ -87,12 +87,10 @@ class ViTCLSModelOutput(BaseModelOutputWithPooling):
     # Set by the model; not fields, because fields are tensors.
     token_layout: ClassVar[TokenLayout | None] = None
     grid_size: ClassVar[tuple[int, int] | None] = None  # number of patch rows and columns
-    layer_tokens: ClassVar[
-        Mapping[int, Tensor]
-    ] = {}  # layer -> tokens after the final norm, see `output_layers`
-    pooled_tokens: ClassVar[
-        Mapping[int, Tensor]
-    ] = {}  # layer -> tokens after the final norm that the pooler reads
+    # layer -> tokens after the final norm, see `output_layers`
+    layer_tokens: ClassVar[Mapping[int, Tensor]] = {}
+    # layer -> tokens after the final norm that the pooler reads
+    pooled_tokens: ClassVar[Mapping[int, Tensor]] = {}
     # function that returns all tokens of the last layer after the final norm; None if `last_hidden_state` has them
     compute_all_tokens: ClassVar[Callable[[], Tensor] | None] = None
 
@@ -268,6 +266,7 @@ class ViTCLSPreTrainedModel(AdaptableModel):
         config = copy.deepcopy(self.config)
         # the counter supports fused kernels only on some devices
         config._attn_implementation = "eager"
+
         with torch.device("meta"):
             model = self.new_like(config).eval()
             pixel_values = torch.empty(batch_size, config.num_channels, height, width)
@@ -301,6 +300,7 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         layer_class = LAYER_CLASSES[config.layer_type]  # ViTCLSLayer by default
         attention_class = ATTENTION_CLASSES[config.attention_type]  # ViTCLSAttention by default
         last_layer_index = max(config.num_hidden_layers - 1, 1)
+
         self.embeddings = ViTCLSEmbeddings(config)
         self.rotary_positions = build_rotary_embeddings(config)
         has_position_bias = config.relative_position_bias != "none"
@@ -309,12 +309,14 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         self.patch_dropout: nn.Module | None = (
             PatchDropout(config) if config.patch_drop_rate > 0 else None
         )
+
         self.layers = nn.ModuleList(
             layer_class(config, config.drop_path_rate * index / last_layer_index, attention_class)
             for index in range(config.num_hidden_layers)
         )
         specialize_layers(self.layers, config)
         add_register_neurons(self.layers, config)
+
         self.layernorm = build_norm(config) if config.final_norm else None
         self.pooler = build_pooler(config) if add_pooling_layer else None
         self.post_init()
@@ -355,13 +357,15 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
             raise ValueError(
                 f"pixel_values is a {type(pixel_values).__name__}: pass a tensor [B, C, H, W]"
             )
+
         pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
         grid_size = self.embeddings.patch_embeddings.get_grid_size(pixel_values)
         hidden_states = self.embeddings(pixel_values, grid_size, bool_masked_pos)  # [B, N, D]
 
         # None, a value for all layers, or a list with one value per layer
         mask = position_embeddings = None
-        bias, gates = self.relative_position_bias, self.gates
+        bias = self.relative_position_bias
+        gates = self.gates
         if (
             attention_mask is not None
             or bias is not None
@@ -369,7 +373,12 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
             or self.config.cls_scopes
         ):
             mask = build_attention_mask(
-                self.config, hidden_states, attention_mask, grid_size, bias, gates
+                config=self.config,
+                hidden_states=hidden_states,
+                attention_mask=attention_mask,
+                grid_size=grid_size,
+                relative_position_bias=bias,
+                gates=gates,
             )
         if self.rotary_positions is not None:
             position_embeddings = self.rotary_positions(grid_size, hidden_states)
@@ -383,22 +392,20 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         layer_tokens: dict[int, Tensor] = {}
         for index, layer in enumerate(self.layers, start=1):
             is_last = index == len(self.layers)
-            inputs = (
-                hidden_states,
-                mask[index - 1] if isinstance(mask, list) else mask,
-                position_embeddings[index - 1]
-                if isinstance(position_embeddings, list)
-                else position_embeddings,
-            )
+            layer_mask = mask[index - 1] if isinstance(mask, list) else mask
+            layer_positions = position_embeddings
+            if isinstance(position_embeddings, list):
+                layer_positions = position_embeddings[index - 1]
+            inputs = (hidden_states, layer_mask, layer_positions)
             hidden_states = layer(*inputs, num_output_tokens if is_last else None, **kwargs)
+
             if is_last or index in pooled_layers or index in output_layers:
                 tokens = self.normalize(hidden_states)  # [B, N, D]
             if index in output_layers:
                 layer_tokens[index] = tokens
             if index in pooled_layers and self.config.pooling == "cls" and not is_last:
-                pooled_tokens[index] = tokens[
-                    :, self.config.token_layout.cls
-                ].clone()  # does not keep all tokens
+                # a copy does not keep all tokens in memory, unlike a view
+                pooled_tokens[index] = tokens[:, self.config.token_layout.cls].clone()
             elif index in pooled_layers:
                 pooled_tokens[index] = tokens
 
@@ -427,7 +434,8 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         transformers and the recorder of the attention have seen the first pass, and do not see the second.
         """
         layer: Any = self.layers[-1]
-        recorder, layer.attention.recorder = layer.attention.recorder, None
+        recorder = layer.attention.recorder
+        layer.attention.recorder = None
         try:
             return self.normalize(layer(*inputs, **kwargs))
         finally:
@@ -535,6 +543,7 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
             output_layers=self.extra_heads.layers,
             **kwargs,
         )
+
         logits = cls_logits = self.classifier(outputs.pooler_output)  # [B, num_labels]
         distillation_logits = None
         if self.distillation_classifier is not None:
@@ -547,13 +556,16 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
                 logits = distillation_logits
         elif torch.onnx.is_in_onnx_export():
             cls_logits = None  # would duplicate `logits` in the graph
+
         task_logits = self.extra_heads(outputs.layer_tokens, outputs.compute_all_tokens)
-        if added_logits := [task_logits.pop(name) for name in self.config.get_added_classes()]:
+        added_logits = [task_logits.pop(name) for name in self.config.get_added_classes()]
+        if added_logits:
             # a larger product would change the bits of the others
             own_logits = [] if isinstance(self.classifier, nn.Identity) else [logits]
             logits = torch.cat([*own_logits, *added_logits], dim=-1)
         if self.config.temperature != 1 and not self.training:
             logits = logits / self.config.temperature
+
         loss = None
         if labels is not None:
             all_logits = [logits]
@@ -565,6 +577,7 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
                 for head_logits in all_logits
             ]
             loss = torch.stack(losses).mean()
+
         return ViTCLSImageClassifierOutput(
             loss=loss,
             logits=logits,
@@ -638,6 +651,8 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
             output_layers={*pooled_layers, *self.extra_heads.layers},
             **kwargs,
         )
+
+        # [B, tasks, D] each
         layer_tokens = [
             outputs.layer_tokens[index][:, self.config.token_layout.cls] for index in pooled_layers
         ]
@@ -646,11 +661,13 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
             self.config.task_labels(), self.classifiers.values(), cls_tokens, strict=True
         )
         logits = {name: classifier(token) for name, classifier, token in classifiers}
+
         loss = losses = None
         if labels is not None:
             losses = self.compute_losses(logits, labels)
             loss = torch.stack(list(losses.values())).sum()
             losses = {name: losses[name] for name in logits if name in labels}
+
         return ViTCLSMultiTaskOutput(
             loss=loss,
             losses=losses,
@@ -668,6 +685,7 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
             raise ValueError(
                 f"labels contains the unknown task {unknown_tasks[0]!r}: use {', '.join(logits)}"
             )
+
         losses = {}
         for name, task_logits in logits.items():
             task_labels = labels.get(name)
@@ -688,7 +706,9 @@ def count_output_tokens(
     the encoder, its last layer, final norm or pooler has a hook or recorder, which may read all tokens.
     """
     config = encoder.config
-    if config.compute_all_tokens if compute_all_tokens is None else compute_all_tokens:
+    if compute_all_tokens is None:
+        compute_all_tokens = config.compute_all_tokens
+    if compute_all_tokens:
         return None
     if not config.num_labels:  # the logits are the pooler output of the encoder, to the bit
         return None
@@ -697,9 +717,11 @@ def count_output_tokens(
         for name in ("output_hidden_states", "output_attentions")
     ):
         return None
+
     last_layer: Any = encoder.layers[-1]
     if last_layer.attention.recorder is not None:
         return None
+
     readers = [encoder, encoder.layers, encoder.layernorm, *last_layer.modules()]
     if encoder.pooler is not None:
         # torch.compile before 2.11 traces no += here
@@ -758,13 +780,16 @@ class ViTCLSForMaskedImageModeling(ViTCLSPreTrainedModel):
         outputs = self.vitcls(
             pixel_values, bool_masked_pos=bool_masked_pos, attention_mask=attention_mask, **kwargs
         )
+        # [B, rows * columns, D]
         patches = outputs.last_hidden_state[:, self.config.token_layout.patches]
         reconstruction = self.decoder(patches, outputs.grid_size)
+
         loss = None
         if bool_masked_pos is not None:
             loss = compute_masked_pixel_loss(
                 reconstruction, pixel_values, bool_masked_pos, self.config
             )
+
         return MaskedImageModelingOutput(
             loss=loss,
             reconstruction=reconstruction,

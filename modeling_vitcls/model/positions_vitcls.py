@@ -42,13 +42,12 @@ class AxialRotaryEmbeddings(nn.Module):
 
     def forward(self, grid_size: tuple[int, int], hidden_states: Tensor) -> PositionEmbeddings:
         """Return cos and sin [rows * columns, head_dim] in the dtype of `hidden_states`."""
-        device, head_dim, periods = (
-            hidden_states.device,
-            self.config.head_dim,
-            self.config.rope_periods,
-        )
+        device = hidden_states.device
+        head_dim = self.config.head_dim
+        periods = self.config.rope_periods
         coordinates = get_patch_coordinates(self.config, grid_size, device)  # [rows * columns, 2]
         exponents = torch.arange(head_dim // 4, dtype=torch.float32, device=device) * 4 / head_dim
+        # [head_dim / 4]
         frequencies = (
             self.theta**-exponents if periods is None else 1 / exponents.new_tensor(periods)
         )
@@ -86,10 +85,12 @@ class MixedRotaryEmbeddings(nn.Module):
 
     def get_initial_frequencies(self) -> Tensor:
         """Return axial frequencies, rotated by a random angle per layer and head (initialization of RoPE-ViT)."""
-        (num_layers, num_heads), head_dim = self.frequencies.shape[1:3], self.config.head_dim
+        num_layers, num_heads = self.frequencies.shape[1:3]
+        head_dim = self.config.head_dim
         # [head_dim / 4]
         magnitude = self.theta ** -(torch.arange(0, head_dim, 4, dtype=torch.float32) / head_dim)
         angle = torch.rand(num_layers, num_heads, 1) * 2 * math.pi
+        # [layers, heads, head_dim / 2] each
         first_frequencies = torch.cat([magnitude * angle.cos(), -magnitude * angle.sin()], dim=-1)
         second_frequencies = torch.cat([magnitude * angle.sin(), magnitude * angle.cos()], dim=-1)
         return torch.stack([first_frequencies, second_frequencies])
@@ -103,9 +104,8 @@ def get_patch_coordinates(
     Mixed rotary embeddings use `"grid"` coordinates. Coordinates are computed for each grid and need no resampling.
     """
     y, x = (torch.arange(size, dtype=torch.float32, device=device) for size in grid_size)
-    if config.rope_coordinates == "centered" and not config.position_embedding_type.endswith(
-        "rope_mixed"
-    ):
+    is_mixed = config.position_embedding_type.endswith("rope_mixed")
+    if config.rope_coordinates == "centered" and not is_mixed:
         # Centers of the patches, from -1 to 1 over the image, times 2 pi (DINOv3).
         y, x = (
             2 * math.pi * ((axis + 0.5) / size * 2 - 1)
@@ -117,6 +117,7 @@ def get_patch_coordinates(
         offset = float(config.rope_grid_offset)
         axes = zip((y, x), grid_size, reference_grid, strict=True)
         y, x = ((axis + offset) / size * reference_size for axis, size, reference_size in axes)
+
     coordinates = torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).flatten(0, 1)
     return coordinates.flip(-1) if config.rope_axes == "xy" else coordinates
 
@@ -170,9 +171,8 @@ def resample_positions(
         maps = square.index_select(2, rows).index_select(3, columns)
     else:
         factors: list[float] | None = None
-        if (
-            config.position_offset
-        ):  # DINOv2: the scale factor is (new + offset) / old instead of new / old
+        if config.position_offset:
+            # DINOv2: the scale factor is (new + offset) / old instead of new / old
             factors = [
                 (new + config.position_offset) / old
                 for new, old in zip(new_grid_size, grid_size, strict=True)
@@ -185,6 +185,7 @@ def resample_positions(
             align_corners=False,
             antialias=config.position_antialias,
         )
+
     # [1, new rows * new columns, D]
     return maps.permute(0, 2, 3, 1).flatten(1, 2).to(positions.dtype)
 
@@ -198,6 +199,7 @@ def resize_patch_kernel(kernel: Tensor, new_size: tuple[int, int]) -> Tensor:
     height, width = kernel.shape[-2:]
     # CPU: MPS has no float64
     basis = torch.eye(height * width, dtype=torch.float64).view(-1, 1, height, width)
+    # [old pixels, 1, *new_size]: image i is the resized patch in which only pixel i is 1
     resized_basis = nn.functional.interpolate(
         basis, size=new_size, mode="bilinear", align_corners=False
     )

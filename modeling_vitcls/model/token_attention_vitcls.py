@@ -36,12 +36,13 @@ def compute_token_attention(
     layout = encoder.config.token_layout
     indices = range(layout.num_prefix_tokens)
     all_layers = range(len(encoder.layers))
+
     indices_by_group = {
         name: indices[group] for name, group in layout.items() if name in SPECIAL_TOKEN_GROUPS
     }
     token_indices = sorted(index for group in set(tokens) for index in indices_by_group[group])
     layer_indices = list(all_layers) if layers == "all" else [all_layers[index] for index in layers]
-    rows: dict[int, Tensor] = {}
+    rows: dict[int, Tensor] = {}  # layer -> [B, heads, special tokens, N]
 
     def record(
         layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, _: Any
@@ -69,6 +70,7 @@ def record_attention(
     previous_recorders = {
         index: attention.recorder for index, attention in attention_modules.items()
     }
+
     try:
         for index, attention in attention_modules.items():
             attention.recorder = partial(record, index)
@@ -97,7 +99,8 @@ def select_mask_rows(mask: Any, query: Tensor, key: Tensor) -> Tensor | None:
     if not isinstance(mask, Tensor):
         from torch.nn.attention.flex_attention import create_mask
 
-        (batch, _, num_rows, _), num_keys = query.shape, key.shape[-2]
+        batch, _, num_rows, _ = query.shape
+        num_keys = key.shape[-2]
         return create_mask(mask.mask_mod, batch, 1, num_rows, num_keys, device=query.device)
     if mask.ndim == 2:
         return mask.bool()[:, None, None, :]

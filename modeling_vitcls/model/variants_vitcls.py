@@ -101,11 +101,8 @@ class ViTCLSDifferentialAttention(ViTCLSAttention):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries and keys [B, 2 * heads, n or N, head_dim / 2], and values [B, 2 * heads, N, head_dim]."""
         query, key, value = super().project_qkv(hidden_states, num_queries)
-        return (
-            query,
-            key,
-            value.repeat_interleave(2, dim=1),
-        )  # both maps of a head use the same values
+        # both maps of a head use the same values
+        return query, key, value.repeat_interleave(2, dim=1)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
@@ -113,6 +110,7 @@ class ViTCLSDifferentialAttention(ViTCLSAttention):
         """Return the normalized difference [B, n, heads, head_dim] of the maps' outputs, and the attention weights."""
         # [B, n, 2 * heads, head_dim]
         outputs, weights = super().attend(query, key, value, attention_mask, **kwargs)
+        # [B, n, heads, head_dim] each
         first_output, second_output = outputs.unflatten(2, (-1, 2)).unbind(3)
         return self.head_norm(first_output - self.lambda_full * second_output), weights
 
@@ -181,6 +179,7 @@ class RegisterNeurons(nn.Module):
         """Return a copy of the activations [B, N, intermediate] in which the activations of `neurons` are moved."""
         patch_activations = activations[:, self.patches, self.neurons]  # [B, patches, neurons]
         largest_index = patch_activations.abs().argmax(dim=1, keepdim=True)  # [B, 1, neurons]
+
         edited_activations = activations.clone()
         edited_activations[:, self.patches, self.neurons] = 0
         edited_activations[:, self.last_register, self.neurons] = patch_activations.gather(
@@ -192,9 +191,10 @@ class RegisterNeurons(nn.Module):
 def add_register_neurons(layers: Iterable[Any], config: ViTCLSConfig) -> None:
     """Add `RegisterNeurons` to the MLPs of the layers in `config.register_neurons`."""
     for index, layer in enumerate(layers):
-        if neurons := [
+        neurons = [
             neuron for layer_index, neuron in config.register_neurons or () if layer_index == index
-        ]:
+        ]
+        if neurons:
             layer.mlp.register_neurons = RegisterNeurons(config, neurons)
 
 
@@ -230,9 +230,8 @@ class PatchDropout(nn.Module):
         num_images = hidden_states.shape[0]
         num_patches = hidden_states.shape[1] - self.num_prefix_tokens
         num_kept = max(1, round(num_patches * (1 - self.rate)))
-        random_order = torch.rand(num_images, num_patches, device=hidden_states.device).argsort(
-            dim=1
-        )
+        random_values = torch.rand(num_images, num_patches, device=hidden_states.device)
+        random_order = random_values.argsort(dim=1)  # [B, num_patches]
         return random_order[:, :num_kept].sort(dim=1).values
 
 
@@ -244,9 +243,9 @@ def keep_patches(
     num_prefix_tokens: int,
 ) -> tuple[Tensor, Any, Any]:
     """Keep the special tokens and the patches at `kept_indices` [B, num_kept], as `PatchDropout.forward` does."""
-    prefix_indices = torch.arange(num_prefix_tokens, device=hidden_states.device).expand(
-        len(hidden_states), -1
-    )
+    prefix_indices = torch.arange(num_prefix_tokens, device=hidden_states.device)
+    prefix_indices = prefix_indices.expand(len(hidden_states), -1)  # [B, num_prefix_tokens]
+
     indices = torch.cat([prefix_indices, kept_indices + num_prefix_tokens], dim=1)  # [B, n]
     return (
         torch.take_along_dim(hidden_states, indices.unsqueeze(-1), dim=1),  # [B, n, D]
@@ -290,6 +289,7 @@ def select_position_embeddings(
 ) -> PositionEmbeddings:
     """Return cos and sin [B, heads or 1, n, head_dim] of the patches at `indices` [B, n]."""
     index = indices[:, None, :, None]
+    # [1, heads or 1, patches, head_dim] each
     cos, sin = (
         embedding.reshape(1, -1, *embedding.shape[-2:]) for embedding in position_embeddings
     )

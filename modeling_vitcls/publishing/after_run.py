@@ -50,11 +50,13 @@ def finish_run(path: Path, options: RunOptions, repo_id: str | None) -> None:
             diagnosis = write_report(folder, warn)
         if diagnosis is not None:
             print_line(f"diagnosis {diagnosis}")
+
     write_card(folder)
     files = [path / CARD_FILE, *([report] if report.exists() else [])]
     print_line(f"written   {', '.join(map(str, files))}")
     if repo_id is None:
         return
+
     push_result = push_folder(folder, repo_id, options.hub_private)
     print_line(f"pushed    {push_result.summary}")
     if options.hub_verify:

@@ -102,6 +102,7 @@ def render_card(
         and (folder.path / REPORT_FILE).is_file()
         and REPORT_FILE not in hidden_files
     )
+
     variables = {
         "card_data": ModelCardData(**build_metadata(folder, name)).to_yaml(),
         "name": name,
@@ -124,6 +125,7 @@ def render_card(
             for name in ("config", "results", "flags", "provenance", "teacher_provenance")
         },
     }
+
     is_run = bool(folder.results and folder.flags)
     template = "encoder" if "method" in folder.results else "classifier"
     variables |= (
@@ -136,6 +138,7 @@ def render_card(
         variables = variables | describe_conversion(folder)
     elif not is_run:
         template = "model" if folder.has_weights else "export"
+
     text = f"{TEMPLATES.get_template(f'{template}.md.j2').render(variables).rstrip()}\n\n"
     return f"{text}{SIGNATURE.format(compute_digest(text))}\n"
 
@@ -145,27 +148,26 @@ def render_card(
 
 def build_metadata(folder: ModelFolder, name: str) -> dict[str, Any]:
     """Return the header of the card as keyword arguments of ModelCardData."""
-    config, results, flags, report = (
-        folder.config,
-        folder.results,
-        folder.flags,
-        folder.parity_report,
-    )
+    config = folder.config
+    results = folder.results
+    flags = folder.flags
+    report = folder.parity_report
     is_random = report.get("random_init", False)
     base_model = folder.provenance.base_model if folder.provenance and not is_random else None
     relation = None if report else "finetune"  # the Hub has no relation for exact copies
     is_classifier = "ForImageClassification" in folder.architecture
+
+    has_hub_dataset = results and is_hub_dataset(flags.get("dataset"))
     metadata = {
         "library_name": "transformers",
         "pipeline_tag": "image-classification" if is_classifier else "image-feature-extraction",
         "tags": [tag for tag in TAGS if tag != "vitcls" or not folder.is_native],
-        "datasets": [flags["dataset"]]
-        if results and is_hub_dataset(flags.get("dataset"))
-        else None,
+        "datasets": [flags["dataset"]] if has_hub_dataset else None,
         "base_model": base_model,
         "base_model_relation": relation if base_model else None,
         **({} if is_random else get_license_source(folder).license_metadata),
     }
+
     metric_names = get_metric_names(results, config)
     if metric_names:
         metadata["metrics"] = ["accuracy" if "accuracy" in results else "mean_average_precision"]
@@ -252,7 +254,13 @@ def describe_use(folder: ModelFolder) -> dict[str, Any]:
 
 def describe_run(folder: ModelFolder) -> dict[str, Any]:
     """Return the variables about a training run: results, limitations and the section "Training"."""
-    config, results, flags = folder.config, folder.results, folder.flags
+    config = folder.config
+    results = folder.results
+    flags = folder.flags
+    images_per_step = None
+    if "batch_size" in flags:
+        images_per_process = flags["batch_size"] * flags.get("gradient_accumulation_steps", 1)
+        images_per_step = images_per_process * results["num_processes"]
     return {
         **describe_probe(results),
         "dataset": format_name(results["dataset"]),
@@ -261,11 +269,7 @@ def describe_run(folder: ModelFolder) -> dict[str, Any]:
         "metrics": build_metric_rows(results, config),
         "class_tables": build_class_tables(results, config),
         "predictions": describe_predictions(folder),
-        "images_per_step": flags["batch_size"]
-        * flags.get("gradient_accumulation_steps", 1)
-        * results["num_processes"]
-        if "batch_size" in flags
-        else None,
+        "images_per_step": images_per_step,
         "teacher": format_name(strip_folders(flags["teacher"])) if flags.get("teacher") else None,
         "recipe_file": RECIPE_FILE,
     }
@@ -283,6 +287,7 @@ def describe_probe(results: dict[str, Any]) -> dict[str, Any]:
             f"Fine-tuning for {results['steps']:,} steps was not clearly better on {selection['num_images']:,} images "
             "that were used for this comparison only."
         )
+
     rows = [
         row for row in record["candidates"] if row["num_images"] == record["num_images_of_choice"]
     ]
@@ -308,6 +313,7 @@ def describe_addition(name: str, record: dict[str, Any]) -> dict[str, Any]:
     """Return the variables of the row of an added task or of added classes."""
     is_task = record["kind"] == "task"
     names = format_name(name) if is_task else ", ".join(map(format_name, record["labels"]))
+
     result = "not measured"
     for measured in filter(None, (record.get("held_out_result"), record.get("new_classes"))):
         metric = next(iter(measured))
@@ -315,11 +321,13 @@ def describe_addition(name: str, record: dict[str, Any]) -> dict[str, Any]:
         result = f"{metric.replace('_', ' ')} {measured[metric]:.1%} ({low:.1%} to {high:.1%})"
         result += f", {measured['num_images']:,} images"
         break
+
     if old := record.get("old_classes"):
         low, high = old["old_loss_interval"]
         result += f"; old classes lose {old['old_loss']:.1%} ({low:.1%} to {high:.1%}) of {old['num_images']:,} images"
     elif not is_task:
         result += "; what the old classes lose is unknown, because there were no images of them"
+
     return {
         "name": f"{'task' if is_task else 'classes'} {names}",
         "dataset": format_name(record["dataset"]),

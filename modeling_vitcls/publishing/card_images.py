@@ -24,7 +24,8 @@ from ..model.configuration_vitcls import ViTCLSConfig
 
 
 MAX_IMAGES = 4  # maximum number of images in the attention figure
-TILE_WIDTH, TITLE_HEIGHT = 1.45, 0.35  # size of an image and of its title, in inches
+TILE_WIDTH = 1.45  # width of an image, in inches
+TITLE_HEIGHT = 0.35  # height of the title of an image, in inches
 TILE_SIDE = 320  # longer side of an image, in pixels
 MAX_CLASSES_WITH_COUNTS = 20  # maximum number of classes for which counts are shown
 MAX_CLASSES_WITH_NAMES = 50  # maximum number of classes for which names are shown
@@ -56,6 +57,7 @@ def write_card_images(
         and config.token_layout.num_prefix_tokens
     ):
         figures["attention"] = plot_attention(inspection)
+
     for pattern in RESULT_IMAGE_PATTERNS:
         for file in folder.glob(pattern):
             file.unlink()
@@ -91,6 +93,7 @@ def plot_confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence
     figure = create_figure(side + 0.6, side)
     axes = figure.add_subplot()
     short_names = [shorten_text(name, 18) for name in class_names]
+
     plot = ConfusionMatrixDisplay(fractions, display_labels=short_names).plot(
         ax=axes,
         cmap="Blues",
@@ -98,9 +101,11 @@ def plot_confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence
         xticks_rotation="horizontal" if max(map(len, short_names)) <= 3 else "vertical",
         im_kw={"norm": PowerNorm(0.5, vmin=0, vmax=1)},
     )
+
     if plot.text_ is not None:
         for text, count in zip(plot.text_.flat, counts.flat, strict=True):
             text.set(text=f"{count}", fontsize=9 if counts.max() < 1000 else 7)
+
     axes.set(xlabel="predicted", ylabel="true")
     if num_classes > MAX_CLASSES_WITH_NAMES:
         axes.set(xticks=[], yticks=[])
@@ -122,17 +127,19 @@ def plot_attention(inspection: Inspection) -> Figure:
             {caption: image}
             | {name: overlay(image, values, region) for name, values in maps.items()}
         )
-    heights = [
-        TILE_WIDTH * min(max(each.height / each.width for each in row.values()), 1) for row in rows
-    ]
+
+    heights = []
+    for row in rows:
+        aspect_ratio = max(image.height / image.width for image in row.values())
+        heights.append(TILE_WIDTH * min(aspect_ratio, 1))
     size = (TILE_WIDTH * len(rows[0]), sum(heights) + TITLE_HEIGHT * len(rows))
     figure = Figure(figsize=size, dpi=100, facecolor="white", layout="constrained")
     grid = figure.subplots(
         len(rows), len(rows[0]), squeeze=False, gridspec_kw={"height_ratios": heights}
     )
-    for axes, (title, image) in zip(
-        grid.flat, (tile for row in rows for tile in row.items()), strict=True
-    ):
+
+    tiles = [tile for row in rows for tile in row.items()]
+    for axes, (title, image) in zip(grid.flat, tiles, strict=True):
         axes.axis("off")
         axes.imshow(image, interpolation="nearest")
         axes.set_title(textwrap.fill(shorten_text(title, 60), 22), fontsize=8)

@@ -46,6 +46,7 @@ def describe_predictions(
     file = folder.path / PREDICTIONS_FILE
     if not folder.results or not file.is_file() or config is None:
         return None
+
     try:
         if read_weights_hash(file) != folder.weights_sha256:
             warn_once(f"ignoring {file}, because it contains the predictions of other weights")
@@ -61,6 +62,7 @@ def describe_predictions(
         return None
     if not len(rows) or not isinstance(rows["label"][0], str):
         return None
+
     rows["confidence"] = rows["probabilities"].map(max)
     wrong = rows[rows["label"] != rows["prediction"]].sort_values("loss", ascending=False)
     shown = wrong.head(MAX_WRONG_IMAGES)
@@ -71,6 +73,7 @@ def describe_predictions(
             row["url"] = draw_thumbnail(data.held_out.images, row["index"], THUMBNAIL_SIDE)
         if "nearest_images" in shown:
             add_nearest_images(wrong_rows, list(shown["nearest_images"]), data)
+
     names = get_label_space(config).names
     targets = np.array([names.index(label) for label in rows["label"]])
     is_trained = (
@@ -115,6 +118,7 @@ def add_nearest_images(
         if isinstance(images, LabeledImages):
             for index, name in enumerate(images.images.get_names()):
                 images_by_name[name].append((images, index))
+
     for row, names in zip(rows, nearest_names, strict=True):
         row["nearest"] = []
         for name in names:
@@ -140,8 +144,10 @@ def describe_accuracy(rows: Any) -> str:
     wrong = rows[rows["label"] != rows["prediction"]]
     if not len(wrong):
         return f"All {num_images:,} held-out images are right"
+
     percentage = f"{1 - len(wrong) / num_images:.1%}".replace(".0%", "%")
     sentence = f"{percentage} of {num_images:,} held-out images are right"
+
     confusions = wrong.groupby(["label", "prediction"], observed=True)["loss"].agg(["size", "sum"])
     (label, prediction), most = next(
         confusions.sort_values(["size", "sum"], ascending=False).iterrows()

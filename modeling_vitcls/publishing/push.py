@@ -33,9 +33,8 @@ from ..runtime.flags import to_arguments
 from .staging import DELETE_PATTERNS, stage_folder
 
 
-TIMEOUT = (
-    50.0  # maximum time without a response, in seconds; the duration of an upload is not limited
-)
+# Maximum time without a response, in seconds; the duration of an upload is not limited.
+TIMEOUT = 50.0
 TOKEN_SETTINGS_URL = "https://huggingface.co/settings/tokens"
 
 
@@ -80,6 +79,7 @@ def prepare_repository(
         f"Run `hf auth login` with a token that may write to the repository ({TOKEN_SETTINGS_URL}), or set HF_TOKEN; "
         f"check {'`space_id`' if space_sdk else '`hub_model_id`'}"
     )
+
     api = HfApi()
     try:
         with set_hub_timeout(TIMEOUT):
@@ -97,6 +97,7 @@ def prepare_repository(
         if not is_refused and not isinstance(error, ValueError):
             raise OSError(f"{describe_no_response(error)}, or push later") from error
         raise ValueError(f"cannot push to {name}: {format_hub_error(error)}. {remedy}") from None
+
     if private and not is_private:
         raise ValueError(
             f"{name} exists and is public, but a private repository is required. Make the repository private in its "
@@ -131,12 +132,12 @@ def push_folder(
         return upload_folder(
             staged_folder,
             repo_id,
-            "model",
-            "Upload model",
-            DELETE_PATTERNS,
-            advice,
-            private,
-            branch,
+            repo_type="model",
+            message="Upload model",
+            delete_patterns=DELETE_PATTERNS,
+            advice=advice,
+            private=private,
+            branch=branch,
         )
 
 

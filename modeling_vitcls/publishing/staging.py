@@ -73,6 +73,7 @@ def stage_folder(folder: ModelFolder, repo_id: str) -> Iterator[Path]:
     folder.check_is_complete()
     path = folder.path
     files = list_published_files(folder)
+
     with tempfile.TemporaryDirectory(prefix="vitcls-push-") as temporary_path:
         staged = Path(temporary_path)
         for name in files:
@@ -81,6 +82,7 @@ def stage_folder(folder: ModelFolder, repo_id: str) -> Iterator[Path]:
                 (staged / name).symlink_to((path / name).resolve())
             except OSError:  # Windows without developer mode
                 shutil.copyfile(path / name, staged / name)
+
         if has_edited_card(folder):
             warn_about_images(folder, files)
         else:
@@ -100,23 +102,23 @@ def list_published_files(folder: ModelFolder) -> set[str]:
     Raise ValueError if one of them is a link, because its target is not a file of the folder.
     """
     names = {CARD_FILE, *folder.license_files}
+
     for file, report in folder.exports.items():
         data_files = {Path(file).with_suffix(".bin").name, f"{file}.data"}
         names |= {file, f"{file}.json"} | data_files & set(report["sha256"])
+
     if folder.has_weights:
         names |= {*CONFIG_FILES, *list_weight_files(folder.path), INDEX_FILE, *folder.code_files}
         names |= {PARITY_REPORT_FILE} if folder.parity_report else set()
         names |= {CERTIFICATE_FILE} if folder.certificate else set()
         names |= {ONNX_REPORT_FILE, *ONNX_FILES} if folder.onnx_report else set()
-        names |= (
-            set(RUN_FILES)
-            if folder.results or not (folder.path / RESULTS_FILE).is_file()
-            else set()
-        )
+        if folder.results or not (folder.path / RESULTS_FILE).is_file():
+            names |= set(RUN_FILES)
         names |= set(folder.images.values())
         names -= folder.private_files
     else:
         names |= {*CONFIG_FILES, RESULTS_FILE}
+
     files = {name for name in names if (folder.path / name).is_file()}
     root = folder.path.resolve()
     for name in sorted(files):
@@ -132,9 +134,8 @@ def warn_about_images(folder: ModelFolder, files: set[str]) -> None:
     """Log a warning if an edited card shows images of the folder that are not published."""
     card = (folder.path / CARD_FILE).read_text(encoding="utf-8")
     shown_images = set(re.findall(rf"\b{IMAGES_FOLDER}/[\w.-]+", card))
-    if missing_images := sorted(
-        name for name in shown_images - files if (folder.path / name).is_file()
-    ):
+    missing_images = sorted(name for name in shown_images - files if (folder.path / name).is_file())
+    if missing_images:
         logger.warning(
             "%s shows images that vitcls did not write, and that are not pushed: %s. Upload them with `hf upload`",
             CARD_FILE,

@@ -61,12 +61,14 @@ def collect_outputs(
     height, width = (size, size) if isinstance(size, int) else size
     generator = torch.Generator().manual_seed(0)
     pixel_values = torch.randn(2, config.num_channels, height, width, generator=generator)
+
     outputs: Outputs = {}
     report: dict[str, Any] = {"classes": {}, "missing": []}
     cache_options = {
         "revision": options.get("revision"),
         "_raise_exceptions_for_missing_entries": False,
     }
+
     has_processor = (
         transformers.utils.cached_file(source, "preprocessor_config.json", **cache_options)
         is not None
@@ -76,9 +78,9 @@ def collect_outputs(
         num_channels = 3 if processor.do_convert_rgb else config.num_channels
         shape = (num_channels, height * 5 // 4 + 1, width * 3 // 2 + 1)
         image = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-        pixel_values = outputs["AutoImageProcessor/pixel_values"] = processor(
-            image, return_tensors="pt"
-        )["pixel_values"]
+        pixel_values = processor(image, return_tensors="pt")["pixel_values"]
+        outputs["AutoImageProcessor/pixel_values"] = pixel_values
+
     architecture = (config.architectures or ["ViTCLSModel"])[0]
     for auto_class in dict.fromkeys(["AutoModel", get_auto_class(architecture)]):
         torch.manual_seed(0)  # for a reproducible initialization of missing weights
@@ -88,15 +90,16 @@ def collect_outputs(
             source, dtype=torch.float32, output_loading_info=True, **options
         )
         report["classes"][auto_class] = type(model).__name__
-        if (
-            type(model).__name__ == architecture
-        ):  # other classes may have a head that the checkpoint lacks
+        # other classes may have a head that the checkpoint lacks
+        if type(model).__name__ == architecture:
             report["missing"] = sorted(info["missing_keys"])
+
         with torch.inference_mode():
             model_output = model.eval()(pixel_values)
         outputs |= {
             f"{auto_class}/{name}": tensor for name, tensor in flatten_outputs(model_output)
         }
+
     if has_processor:
         report["classes"]["AutoImageProcessor"] = type(processor).__name__
     return {name: tensor.detach().clone().contiguous() for name, tensor in outputs.items()}, report

@@ -84,6 +84,7 @@ def verify(repo_id: str, revision: str = "main", folder: ModelFolder | None = No
     """
     check_is_online()
     commit = resolve_commit(repo_id, revision)
+
     with (
         tempfile.TemporaryDirectory(prefix="vitcls-verify-") as temporary_path,
         silence_transformers(),
@@ -105,17 +106,20 @@ def verify(repo_id: str, revision: str = "main", folder: ModelFolder | None = No
             with stage_folder(folder, repo_id) as staged_folder:
                 num_files = check_hashes(commit, staged_folder, folder)
                 code = describe_code_differences(staged_folder)
+
         is_native = reference.is_native
         # AutoBackbone queries the Hub even for a local folder.
         expected_outputs, _ = collect_outputs(
             str(reference.path), {"trust_remote_code": False}, ViTCLSBackbone
         )
         outputs, report = run_script(commit, Path(temporary_path), trust_remote_code=not is_native)
+
     if report["missing"]:
         raise VerificationError(
             f"{repo_id} at {commit.sha} lacks the weights {', '.join(report['missing'])}"
         )
     differences = compare_outputs(repo_id, outputs, expected_outputs)
+
     class_names = report["classes"]
     width = max(map(len, differences))
     auto_class = next(name for name in reversed(class_names) if name != "AutoImageProcessor")
@@ -124,6 +128,7 @@ def verify(repo_id: str, revision: str = "main", folder: ModelFolder | None = No
         "" if is_native else " at a pinned commit, because loading runs the code in the repository"
     )
     reference_text = folder.path if folder else f"the same files with modeling_vitcls {__version__}"
+
     lines = [
         f"verified: {repo_id} at {commit.sha}",
         f"  {num_files} files match their hashes; {'no code' if is_native else code}",
@@ -139,6 +144,7 @@ def verify(repo_id: str, revision: str = "main", folder: ModelFolder | None = No
         f"load the model{advice}:",
         f'  {auto_class}.from_pretrained("{repo_id}", revision="{commit.sha}"{trust_argument})',
     ]
+
     return "\n".join(lines)
 
 
@@ -170,9 +176,10 @@ def check_hashes(commit: HubCommit, files: Path, pushed: ModelFolder | None = No
             )
     except HUB_ERRORS as error:
         raise OSError(f"cannot check {commit.repo_id}: {format_hub_error(error)}") from error
-    names = [mismatch["path"] for mismatch in result.mismatches] + (
-        result.extra_paths if pushed else []
-    )
+
+    names = [mismatch["path"] for mismatch in result.mismatches]
+    if pushed:
+        names += result.extra_paths
     if names:
         problem = (
             "damaged on the Hub" if pushed is None else f"missing or different from {pushed.path}"
@@ -197,11 +204,9 @@ def describe_code_differences(folder: Path) -> str:
         name for name in names if expected_files.get(name) != actual_files.get(name)
     )
     package = f"modeling_vitcls {__version__}"
-    return (
-        f"code differs from {package}: {', '.join(different_names)}"
-        if different_names
-        else f"code of {package}"
-    )
+    if different_names:
+        return f"code differs from {package}: {', '.join(different_names)}"
+    return f"code of {package}"
 
 
 def run_script(
@@ -215,6 +220,7 @@ def run_script(
     with tempfile.TemporaryDirectory(dir=temporary_folder) as home_folder:
         target = Path(home_folder, "outputs")
         target.mkdir()
+
         arguments = [
             commit.repo_id,
             commit.sha,
@@ -230,6 +236,7 @@ def run_script(
             text=True,
             check=False,
         )
+
         if not (target / "report.json").is_file():
             last_line = (process.stderr.strip().splitlines() or [""])[-1]
             raise VerificationError(
@@ -271,6 +278,7 @@ def compare_outputs(repo_id: str, outputs: Outputs, expected_outputs: Outputs) -
             raise VerificationError(
                 f"the outputs of {repo_id} and the reference differ in the shape of {name}"
             )
+
         difference = compute_max_abs(output.double() - expected.double())
         limit = TOLERANCE * max(1.0, compute_max_abs(expected.double()))
         if not difference <= limit:  # NaN also raises the error

@@ -60,30 +60,35 @@ def build_accelerator(
             raise ValueError(
                 f"`log_with={name!r}` requires the package {name}. Run pip install {name}"
             )
+
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         raise ValueError(
             "DeepSpeed is not supported. Use FSDP2 (scripts/accelerate/fsdp2.yaml) instead"
         )
+
     if (
         AcceleratorState._shared_state
         and AcceleratorState().distributed_type is not DistributedType.FSDP
     ):
         AcceleratorState._reset_state()  # an earlier accelerator of this process may have another precision
+    project_config = None
+    if tracker_folder:
+        project_config = ProjectConfiguration(logging_dir=str(tracker_folder))
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # otherwise, several processes on CPUs would run independently
         mixed_precision=None if mixed_precision == "auto" else mixed_precision,
         log_with=list(trackers) or None,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_GROUP_TIMEOUT)],
-        project_config=ProjectConfiguration(logging_dir=str(tracker_folder))
-        if tracker_folder
-        else None,
+        project_config=project_config,
     )
+
     # Set here, because an environment variable of the launcher overrides the constructor argument.
     accelerator.gradient_accumulation_steps = gradient_accumulation_steps
     if accelerator.distributed_type == DistributedType.MULTI_CPU and parse_flag_from_env(
         "ACCELERATE_USE_FSDP"
     ):
         enable_fsdp_on_cpu(accelerator)
+
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ValueError(
             "FSDP 1 is not supported. Set fsdp_version: 2 in accelerate's configuration"
@@ -162,6 +167,7 @@ def run_on_main(accelerator: Accelerator, function: Callable[[], Any]) -> Any:
             outcome = [function(), None]
         except (ValueError, OSError) as error:
             outcome = [None, error]
+
     broadcast_object_list(outcome)
     result, main_error = outcome
     if main_error is not None:

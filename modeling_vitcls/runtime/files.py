@@ -30,9 +30,15 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def replace_control_characters(text: str) -> str:
     """Replace line breaks and tabs with spaces, and all other unprintable characters with U+FFFD."""
-    return "".join(
-        char if char.isprintable() else " " if char.isspace() else "\ufffd" for char in text
-    )
+    characters = []
+    for char in text:
+        if char.isprintable():
+            characters.append(char)
+        elif char.isspace():
+            characters.append(" ")
+        else:
+            characters.append("\ufffd")
+    return "".join(characters)
 
 
 def escape_csv_cell(text: str) -> str:
@@ -93,9 +99,8 @@ def create_output_folder(output: Path) -> Iterator[Path]:
         folder = Path(temporary_folder, output.name)
         folder.mkdir()
         yield folder
-        if (
-            output.exists()
-        ):  # it may be the working directory or a mount point, which cannot be replaced
+        if output.exists():
+            # it may be the working directory or a mount point, which cannot be replaced
             for path in folder.iterdir():
                 path.rename(output / path.name)
         else:

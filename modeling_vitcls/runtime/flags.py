@@ -45,11 +45,10 @@ def get_flag_fields(options_class: Any) -> dict[str, dataclasses.Field[Any]]:
     """Return the fields of an options dataclass and its nested dataclasses, by name, such as `batch_size`."""
     fields: dict[str, dataclasses.Field[Any]] = {}
     for option in dataclasses.fields(options_class):
-        fields |= (
-            get_flag_fields(option.type)
-            if dataclasses.is_dataclass(option.type)
-            else {option.name: option}
-        )
+        if dataclasses.is_dataclass(option.type):
+            fields |= get_flag_fields(option.type)
+        else:
+            fields[option.name] = option
     return fields
 
 

@@ -51,25 +51,21 @@ def get_peak_memory(device: torch.device) -> int:
 
 def describe_device(accelerator: Accelerator) -> str:
     """Return the name of the device and, if the model is sharded, the sharding method."""
-    name = format_device_name(accelerator.device) + (
-        " per process" if accelerator.device.type == "cpu" else ""
-    )
-    return (
-        f"{name}, weights sharded by FSDP"
-        if accelerator.distributed_type is DistributedType.FSDP
-        else name
-    )
+    name = format_device_name(accelerator.device)
+    if accelerator.device.type == "cpu":
+        name += " per process"
+    if accelerator.distributed_type is DistributedType.FSDP:
+        name += ", weights sharded by FSDP"
+    return name
 
 
 def format_device_name(device: torch.device) -> str:
     """Return the name of a GPU, the number of CPU threads, or the type of another device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return (
-        f"CPU, {format_count(torch.get_num_threads(), 'thread')}"
-        if device.type == "cpu"
-        else device.type
-    )
+    if device.type == "cpu":
+        return f"CPU, {format_count(torch.get_num_threads(), 'thread')}"
+    return device.type
 
 
 def format_count(count: int, noun: str) -> str:

@@ -86,19 +86,21 @@ def is_improvement(logits: np.ndarray, labels: np.ndarray, temperature: float) -
     images is mostly noise.
     """
     halves = np.arange(len(labels)) % 2
-    loss_before, loss_after = 0.0, 0.0
+    loss_before = 0.0
+    loss_after = 0.0
+
     for half in (0, 1):
         fitted = halves == half
         measured = halves != half
         half_temperature = fit_temperature(logits[fitted], labels[fitted])
         loss_before += compute_loss(logits[measured], labels[measured])
         loss_after += compute_loss(logits[measured] / half_temperature, labels[measured])
+
     if loss_after > loss_before:
         return False
-    has_error = len(labels) >= MIN_ERROR_IMAGES
-    return not has_error or compute_error(logits / temperature, labels) <= compute_error(
-        logits, labels
-    )
+    if len(labels) < MIN_ERROR_IMAGES:
+        return True
+    return compute_error(logits / temperature, labels) <= compute_error(logits, labels)
 
 
 def compute_loss(logits: np.ndarray, labels: np.ndarray) -> float:

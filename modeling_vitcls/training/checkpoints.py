@@ -83,6 +83,7 @@ class CheckpointStore:
         target = self.get_folder(step)
         old_folder = get_partial_path(target)
         partial_folder = old_folder.with_suffix(".new.partial")
+
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.clean_up_interrupted_saves()
@@ -99,6 +100,7 @@ class CheckpointStore:
             raise OSError(
                 f"{message}. Earlier checkpoints are intact. Free disk space, then use `resume=True`"
             ) from error
+
         self.prune(step)
 
     def load_newest(self, warn: Callable[[str], None]) -> Checkpoint | None:
@@ -115,6 +117,7 @@ class CheckpointStore:
             except DamagedCheckpointError as error:
                 error_messages.append(str(error))
                 warn(f"{error}; trying the previous checkpoint")
+
         if error_messages:
             raise ValueError(
                 f"all checkpoints in {self.folder} are damaged ({error_messages[0]}). To start from the beginning, "
@@ -215,14 +218,8 @@ def read_state(folder: Path) -> dict[str, Any]:
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         expected_digest = state.pop("sha256")
         is_valid = compute_json_digest(state) == expected_digest
-    except (
-        OSError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-    ):  # other types of values
+    # LookupError, TypeError, AttributeError, RecursionError: other types of values
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         is_valid = False
     if not is_valid:
         raise DamagedCheckpointError(folder, f"{STATE_FILE} is missing or not valid")

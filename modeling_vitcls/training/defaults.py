@@ -75,17 +75,19 @@ def resolve_defaults(
     initializer_range = (
         max(round(0.8 / math.sqrt(width), 3), 0.02) if initial.folder is None else None
     )
+
     width_reason = f"{method}, width {width}"
     size_reason = f"image size {image_size}"
-    dataset_reason = f"{method}, " + (
-        "a stream" if num_training_images is None else f"{num_training_images:,} images"
-    )
+    size = "a stream" if num_training_images is None else f"{num_training_images:,} images"
+    dataset_reason = f"{method}, {size}"
+
     epochs = 10.0 if is_pretrained and is_large else 30.0
     notes = {}
     max_epochs = compute_max_epochs(options, initial, num_training_images)
     if max_epochs < epochs:
         notes["epochs"] = f" (limited on CPUs; `epochs={epochs:g}` is the default on GPUs)"
         epochs = max_epochs
+
     defaults = (
         ("training", "learning_rate", choose_learning_rate(method, width), width_reason),
         ("model", "initializer_range", initializer_range, width_reason),
@@ -95,6 +97,7 @@ def resolve_defaults(
         ("augmentation", "crop_scale", 1.0 if has_small_images else 0.35, size_reason),
         ("augmentation", "shift", 0.04 if has_small_images else 0.0, size_reason),
     )
+
     values_by_reason: dict[str, list[str]] = {}
     for group_name, name, value, reason in defaults:
         group = getattr(options, group_name)
@@ -104,6 +107,7 @@ def resolve_defaults(
         if name != "epochs" or options.training.max_steps is None:
             text = f"{name.replace('_', ' ')} {value:g}{notes.get(name, '')}"
             values_by_reason.setdefault(reason, []).append(text)
+
     return options, "; ".join(
         f"{reason}: {', '.join(values)}" for reason, values in values_by_reason.items()
     )
@@ -116,10 +120,12 @@ def compute_max_epochs(
     has_number = options.training.epochs is not None or options.training.max_steps is not None
     if has_number or not num_training_images or PartialState().device.type != "cpu":
         return math.inf
+
     config = copy.deepcopy(initial.config)
     for name, value in options.model.get_config_values().items():
         if name in SIZE_FLAGS:
             setattr(config, name, value)
+
     with torch.device("meta"):
         model = ViTCLSModel(config)
     step_flops = 3 * model.flops()  # for each image; a backward pass is two forward passes

@@ -39,6 +39,7 @@ class Distillation(ViTCLSPreTrainedModel):
         self.num_tokens = config.num_distillation_tokens
         width = config.hidden_size if self.num_tokens else config.pooled_size
         teacher_configs = [teacher.model.config for teacher in teachers]
+
         self.projectors = nn.ModuleList(
             nn.Linear(width, each.pooled_size) for each in teacher_configs
         )
@@ -47,6 +48,7 @@ class Distillation(ViTCLSPreTrainedModel):
             for each in teacher_configs
             if with_patches
         )
+
         self.post_init()
         # after the initialization of the linear layers, which keeps these weights
         self.vitcls = encoder
@@ -61,14 +63,15 @@ class Distillation(ViTCLSPreTrainedModel):
         outputs = self.vitcls(pixel_values, **kwargs)
         if not project:
             return outputs
-        states, layout = outputs.last_hidden_state, self.config.token_layout
-        tokens = (
-            states[:, layout.distillation].unbind(dim=1)
-            if self.num_tokens
-            else [outputs.pooler_output]
-        )
+
+        states = outputs.last_hidden_state  # [B, N, D]
+        layout = self.config.token_layout
+        tokens = [outputs.pooler_output]
+        if self.num_tokens:
+            tokens = states[:, layout.distillation].unbind(dim=1)
         if len(tokens) == 1:  # shared by all teachers
             tokens = [tokens[0]] * len(self.projectors)
+
         predictions = [
             projector(token) for projector, token in zip(self.projectors, tokens, strict=True)
         ]
@@ -104,6 +107,7 @@ class FeatureTeachers:
                     for each in features
                 ]
             )
+
         for vectors in zip(*samples, strict=True):
             mean, matrix = fit_phi_s(torch.cat(vectors)[:num_images].cpu().double())
             self.standardizations.append((mean.to(vectors[0]), matrix.to(vectors[0])))
@@ -193,6 +197,7 @@ def build_hadamard_matrix(size: int) -> np.ndarray:
     power = size & -size  # largest power of 2 that divides the size
     if power == size:
         return scipy.linalg.hadamard(size)
+
     while power >= 1:
         prime = size // power - 1
         if prime % 4 == 3 and all(

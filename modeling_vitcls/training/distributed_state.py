@@ -51,18 +51,18 @@ def gather_state(
     training continues. `shadow` contains the EMA weights in the order of the trainable parameters.
     """
     torch_optimizer = unwrap_optimizer(optimizer)
-    parameter_states: Any = (
-        get_optimizer_state_dict(model, torch_optimizer, options=FULL_STATE_DICT_OPTIONS).get(
-            "state", {}
+    parameter_states: Any = {}
+    if torch_optimizer.state:
+        optimizer_state = get_optimizer_state_dict(
+            model, torch_optimizer, options=FULL_STATE_DICT_OPTIONS
         )
-        if torch_optimizer.state
-        else {}
-    )
+        parameter_states = optimizer_state.get("state", {})
     moments = {
         f"{key}/{name}": value
         for name, state in parameter_states.items()
         for key, value in state.items()
     }
+
     tensors = {"model": gather_weights(model), "optimizer": moments}
     if shadow is not None:
         tensors["ema"] = {}
@@ -70,6 +70,7 @@ def gather_state(
             full_tensor = gather_tensor(tensor)
             if accelerator.is_main_process:
                 tensors["ema"][name] = full_tensor.detach().cpu()
+
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
     return tensors, {"scaler": scaler}
 

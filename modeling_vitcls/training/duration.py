@@ -28,9 +28,8 @@ def describe_duration(loop: Any, batches: Iterator[Batch]) -> tuple[Iterator[Bat
     """
     num_steps = loop.plan.num_steps - loop.state.step
     num_batches = num_steps * loop.plan.accumulation_steps
-    if (
-        num_batches < MIN_BATCHES or loop.options.compile
-    ):  # the first passes of a compiled model are compiled
+    # the first passes of a compiled model are compiled
+    if num_batches < MIN_BATCHES or loop.options.compile:
         return batches, None
 
     first = next(batches)
@@ -51,7 +50,8 @@ def describe_duration(loop: Any, batches: Iterator[Batch]) -> tuple[Iterator[Bat
 
 def measure_pass(loop: Any, batches: Iterator[Batch]) -> float:
     """Return the seconds of reading a batch and its forward and backward pass, the mean of all processes."""
-    model, accelerator = loop.state.model, loop.accelerator
+    model = loop.state.model
+    accelerator = loop.accelerator
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     start_time = time.perf_counter()
     batch = send_to_device(next(batches), accelerator.device)
@@ -73,11 +73,13 @@ def estimate_seconds(loop: Any, batch_seconds: float) -> float:
     num_steps = plan.num_steps - loop.state.step
     seconds = num_steps * plan.accumulation_steps * batch_seconds
     num_evaluations = max(math.ceil(plan.count_epochs(num_steps) / loop.options.evaluate_every), 1)
+
     if loop.evaluation_seconds:  # of the frozen model
         return seconds + num_evaluations * loop.evaluation_seconds[-1]
     images = getattr(loop.evaluate_model, "images", None)
     if images is None or isinstance(images, StreamedImages):
         return seconds
+
     # A backward pass takes twice as long as a forward pass.
     forward_seconds = batch_seconds / 3 / (plan.batch_size * plan.num_processes)
     return seconds + num_evaluations * len(images) * forward_seconds

@@ -38,9 +38,8 @@ from .teacher import Teacher, TeacherCache, load_teacher
 from .training_setup import TrainingSetup, build_evaluator_arguments
 
 
-MAX_CLASS_RATIO = (
-    10  # ratio of the largest to the smallest class, above which macro F1 is reported in step lines
-)
+# Ratio of the largest to the smallest class, above which macro F1 is reported in step lines.
+MAX_CLASS_RATIO = 10
 
 
 def load_data(options: FinetuneOptions, initial: InitialModel) -> TrainingData:
@@ -51,12 +50,14 @@ def load_data(options: FinetuneOptions, initial: InitialModel) -> TrainingData:
     """
     is_pretrained = not initial.has_random_weights and options.training.trainable != "head"
     can_select = bool(options.data.held_out_fraction) and not options.data.streaming
+
     data = None
     if options.training.select is None and is_pretrained and can_select:
         with suppress(ValueError):  # too few images; other errors are raised again below
             data = load_training_data(options.data, True)
     if data is None:
         data = load_training_data(options.data, options.training.needs_selection)
+
     check_label_kind(options, data.label_space.kind)
     return data
 
@@ -65,13 +66,16 @@ def build_training_setup(
     options: FinetuneOptions, initial: InitialModel, data: TrainingData, reporter: Reporter
 ) -> TrainingSetup:
     """Load the model and the teacher, freeze the parameters that are not trained, and build loss and evaluation."""
-    accelerator, training_options, labels = reporter.accelerator, options.training, data.label_space
+    accelerator = reporter.accelerator
+    training_options = options.training
+    labels = data.label_space
     model, processor, new_parameter_names = build_model(options.model, initial, labels)
     teacher = None
     if options.distillation.teacher is not None:
         teacher = load_teacher(
             options.distillation.teacher, labels, model.config, accelerator.device
         )
+
     set_trainable_parameters(
         model, training_options.trainable, training_options.lora_rank, new_parameter_names
     )
@@ -84,6 +88,7 @@ def build_training_setup(
     evaluator_arguments = build_evaluator_arguments(
         options, data, processor, model.config.num_channels, reporter
     )
+
     missing_probe_reason: str | None = "the initial weights are random"
     if not initial.has_random_weights:
         missing_probe_reason = explain_missing_probe(
@@ -92,6 +97,7 @@ def build_training_setup(
     summary_lines = (
         {} if missing_probe_reason is None else {"probe": f"off, because {missing_probe_reason}"}
     )
+
     if teacher is not None:
         summary_lines["teacher"] = teacher.description
     normalize = Normalizer(processor, accelerator.device)
@@ -99,6 +105,10 @@ def build_training_setup(
     class_count_text = " + ".join(
         f"{len(names)} of {column!r}" for column, names in labels.columns.items()
     )
+
+    teacher_name = options.distillation.teacher
+    warnings = describe_missing_classes(data)
+    warnings = warnings + describe_imbalance(options, data) + describe_overlap(initial, data)
     return TrainingSetup(
         model,
         processor,
@@ -111,13 +121,9 @@ def build_training_setup(
         can_calibrate=labels.kind == "single_label_classification",
         num_views=options.distillation.teacher_views,
         summary_lines=summary_lines,
-        warnings=describe_missing_classes(data)
-        + describe_imbalance(options, data)
-        + describe_overlap(initial, data),
+        warnings=warnings,
         results={
-            "teacher": strip_folders(options.distillation.teacher)
-            if options.distillation.teacher
-            else None,
+            "teacher": strip_folders(teacher_name) if teacher_name else None,
             "label_column": list(labels.columns),
             "label_separator": options.data.label_separator,
         },
@@ -127,15 +133,14 @@ def build_training_setup(
 
 def build_probe(options: FinetuneOptions, model: Any, evaluator_arguments: dict[str, Any]) -> Probe:
     """Build the probe, which chooses what the user has not set."""
+    pooled_layers = options.model.pooled_layers
     return Probe(
         model=model,
         arguments=evaluator_arguments,
         max_images=None if options.training.trainable == "head" else MAX_PROBE_IMAGES,
         fit=options.model.fit,
         pooling=options.model.pooling,
-        pooled_layers=None
-        if options.model.pooled_layers is None
-        else list(options.model.pooled_layers),
+        pooled_layers=None if pooled_layers is None else list(pooled_layers),
     )
 
 
@@ -157,18 +162,18 @@ def build_objective(
     accelerator: Accelerator,
 ) -> losses.LabelObjective:
     """Build the label loss, combined with the distillation loss if a teacher is set."""
-    augmentation, labels = options.augmentation, data.label_space
-    mixer = (
-        BatchMixer(augmentation, len(labels.names))
-        if augmentation.mixup or augmentation.cutmix
-        else None
-    )
+    augmentation = options.augmentation
+    labels = data.label_space
+    mixer = None
+    if augmentation.mixup or augmentation.cutmix:
+        mixer = BatchMixer(augmentation, len(labels.names))
     label_loss = build_label_loss(options, data, accelerator.device)
     distillation = options.distillation
     if teacher is None:
         return losses.LabelObjective(normalize, label_loss, mixer)
     predict = teacher.predict
-    if num_views := distillation.teacher_views:
+    num_views = distillation.teacher_views
+    if num_views:
         predict = TeacherCache(
             teacher, data.num_training_images, num_views, len(labels.names)
         ).predict
@@ -187,7 +192,8 @@ def build_objective(
 def build_label_loss(
     options: FinetuneOptions, data: TrainingData, device: torch.device
 ) -> losses.LabelLossFunction:
-    labels, class_weights = data.label_space, None
+    labels = data.label_space
+    class_weights = None
     if options.training.class_balance == "weights" and isinstance(data.train, LabeledImages):
         class_weights = compute_class_weights(data.train.labels, len(labels.names)).to(device)
     functions: dict[str, Callable[..., torch.Tensor]] = {
@@ -216,15 +222,18 @@ def check_options(options: FinetuneOptions) -> FinetuneOptions:
         raise ValueError(
             "`teacher` requires `num_distillation_tokens=1` or more. Change it, or remove `teacher`"
         )
+
     if training_options.trainable != "full" and is_preset(options.model.model):
         raise ValueError(
             f"`trainable={training_options.trainable!r}` requires trained weights, but {options.model.model} has "
             "random weights. Set `model` to a checkpoint"
         )
+
     if options.data.streaming and training_options.class_balance != "none":
         raise ValueError(
             "`class_balance` requires all labels, which `streaming=True` does not read. Remove one flag"
         )
+
     for flag in ("mixup", "cutmix"):
         if options.distillation.teacher_views and getattr(options.augmentation, flag):
             raise ValueError(
@@ -255,6 +264,7 @@ def describe_overlap(initial: InitialModel, data: TrainingData) -> list[str]:
     """
     if initial.folder is None:
         return []
+
     record = read_held_out_record(initial.folder)
     old = None if record is None else record.rule
     new = data.record.rule
@@ -266,6 +276,7 @@ def describe_overlap(initial: InitialModel, data: TrainingData) -> list[str]:
         return []  # this run holds out only images that the earlier run held out
     if initial.folder.saved_results.get("dataset") != data.name:
         return []
+
     size = (
         f"`held_out_fraction={old.fraction}`"
         if old.fold is None

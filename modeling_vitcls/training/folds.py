@@ -30,12 +30,14 @@ def run_folds(options: Any, train_fold: Callable[[Any], dict[str, Any]]) -> dict
         raise ValueError(
             "`folds` trains several models, but `push_to_hub=True` pushes only one model. Remove one of the two flags"
         )
+
     results = []
     for fold in range(1, options.data.folds + 1):
         folder = options.output_dir / f"fold-{fold}"
         results.append(
             train_fold(replace(options, output_dir=folder, data=replace(options.data, fold=fold)))
         )
+
     metric = results[0]["selection_metric"]
     values = [result[metric] for result in results]
     mean, half_width = compute_mean_interval(values)
@@ -50,6 +52,7 @@ def run_folds(options: Any, train_fold: Callable[[Any], dict[str, Any]]) -> dict
             {"folder": f"fold-{index + 1}", metric: value} for index, value in enumerate(values)
         ],
     }
+
     accelerator = build_accelerator()
     run_on_main(accelerator, lambda: write_json(options.output_dir / FOLDS_FILE, summary))
     low, high = (format_metric(metric, value).split()[-1] for value in summary["interval"])

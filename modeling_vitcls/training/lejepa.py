@@ -23,14 +23,14 @@ from .losses import Losses
 from .options import LeJEPAOptions
 
 
-MAX_FREQUENCY, NUM_FREQUENCIES = 3.0, 17  # of the characteristic functions that SIGReg compares
+# frequencies of the characteristic functions that SIGReg compares
+MAX_FREQUENCY = 3.0
+NUM_FREQUENCIES = 17
 NUM_DIRECTIONS = 256  # number of random directions per step
 LOCAL_SIZE = 0.43  # side length of local crops, as a fraction of the image size (98 of 224 pixels)
 MAX_ASPECT_RATIO = 4 / 3
-JITTER_PROBABILITY, JITTER = (
-    0.8,
-    0.4,
-)  # brightness, contrast and saturation change by a factor of 1 - 0.4 to 1 + 0.4
+JITTER_PROBABILITY = 0.8
+JITTER = 0.4  # brightness, contrast and saturation change by a factor of 1 - 0.4 to 1 + 0.4
 GRAY_PROBABILITY = 0.2
 NUM_FEATURES = 64  # channels of the projector's output
 
@@ -93,6 +93,7 @@ class LeJEPAObjective:
             max(2, round(LOCAL_SIZE * side / patch)) * patch
             for side, patch in zip((height, width), self.patch_size, strict=True)
         ]
+
         views = [
             self.draw_crops(
                 pixels, options.global_crops, [height, width], (options.global_crop_scale, 1.0)
@@ -104,6 +105,7 @@ class LeJEPAObjective:
                     pixels, options.local_crops, small, (0.05, options.global_crop_scale)
                 )
             )
+
         projections = model(*views).float()
         invariance = compute_invariance_loss(projections, options.global_crops)
         sigreg = compute_sigreg(projections, draw_directions(projections, NUM_DIRECTIONS))
@@ -131,11 +133,13 @@ def crop(pixels: Tensor, size: list[int], scale: tuple[float, float]) -> Tensor:
     ratio = torch.exp((2 * ratio - 1) * math.log(MAX_ASPECT_RATIO))
     width = (area * ratio).sqrt().clamp(max=1)
     height = (area / ratio).sqrt().clamp(max=1)
-    transforms = pixels.new_zeros(len(pixels), 2, 3)
+
+    transforms = pixels.new_zeros(len(pixels), 2, 3)  # [B, 2, 3]
     transforms[:, 0, 0] = width * (1 - 2 * (flip < 0.5).float())
     transforms[:, 0, 2] = (2 * x - 1) * (1 - width)
     transforms[:, 1, 1] = height
     transforms[:, 1, 2] = (2 * y - 1) * (1 - height)
+
     grid = nn.functional.affine_grid(transforms, [*pixels.shape[:2], *size], align_corners=False)
     return nn.functional.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
 
@@ -171,10 +175,12 @@ def compute_sigreg(projections: Tensor, directions: Tensor) -> Tensor:
     # twice, for both signs
     weights = torch.full_like(frequencies, 2 * MAX_FREQUENCY / (NUM_FREQUENCIES - 1))
     weights[[0, -1]] /= 2
+
     angles = (projections @ directions).unsqueeze(-1) * frequencies  # [views, B, M, frequencies]
     # [2, views, M, frequencies]
     means = torch.stack([angles.cos().mean(dim=1), angles.sin().mean(dim=1)])
     cos, sin = average_over_processes(means)
+
     errors = (cos - gaussian).square() + sin.square()
     num_processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     return (errors @ (weights * gaussian)).mean() * projections.shape[1] * num_processes

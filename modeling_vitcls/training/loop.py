@@ -127,23 +127,22 @@ class TrainingLoop:
         batches, duration = describe_duration(self, batches)
         if duration is not None:
             self.reporter.print_line("duration", duration)
+
         while self.state.step < self.plan.num_steps and not self.should_stop_early():
             metrics = self.run_step(batches)
             is_last_step = self.state.step == self.plan.num_steps
-            if (
-                self.signals is not None
-                and not is_last_step
-                and (name := self.signals.get_signal())
-            ):
+            name = None
+            if self.signals is not None and not is_last_step:
+                name = self.signals.get_signal()
+            if name:
                 self.save(self.is_best)
                 raise RunStopped(
                     f"stopped by {name}; a checkpoint was saved. Repeat the command with `resume=True` to continue "
                     "the run",
-                    128
-                    + signal.Signals[
-                        name
-                    ],  # the exit status that shells use, such as 143 for SIGTERM
+                    # the exit status that shells use, such as 143 for SIGTERM
+                    128 + signal.Signals[name],
                 )
+
         if self.state.step < self.plan.num_steps:
             steps = f"after step {self.state.step:,} of {self.plan.num_steps:,}"
             reason = f"{self.options.early_stopping} evaluation(s) without improvement"
@@ -152,7 +151,8 @@ class TrainingLoop:
 
     def should_stop_early(self) -> bool:
         """Return whether none of the last `early_stopping` evaluations exceeds all earlier ones."""
-        patience, scores = self.options.early_stopping, self.state.scores
+        patience = self.options.early_stopping
+        scores = self.state.scores
         if patience is None or not scores:
             return False
         num_evaluations_since_best = len(scores) - 1 - scores.index(max(scores))
@@ -172,11 +172,9 @@ class TrainingLoop:
             next_step, self.options.evaluate_every, self.plan
         )
         should_log = should_evaluate or next_step % self.options.log_every == 0
-        should_save = (
-            should_evaluate
-            if self.save_every is None
-            else is_last_step or next_step % self.save_every == 0
-        )
+        should_save = should_evaluate
+        if self.save_every is not None:
+            should_save = is_last_step or next_step % self.save_every == 0
 
         start_time = time.perf_counter()
         record, batch = self.run_optimizer_step(batches, should_measure_tokens=should_log)
@@ -208,10 +206,13 @@ class TrainingLoop:
         Return the record of the step, and the last batch, which is on the device. If
         `should_measure_tokens` is set, the record contains metrics of the special tokens.
         """
-        state, options, accelerator = self.state, self.options, self.accelerator
+        state = self.state
+        options = self.options
+        accelerator = self.accelerator
         learning_rate = get_learning_rate(state.step, self.plan.num_steps, options)
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_scale"]
+
         losses: list[Losses] = []
         for batch_index in range(self.plan.accumulation_steps):
             batch = next(batches)
@@ -221,6 +222,7 @@ class TrainingLoop:
             torch.manual_seed(
                 derive_seed(self.plan.seed, state.step, batch_index, accelerator.process_index)
             )
+
             with accelerator.accumulate(state.model):
                 batch_losses = self.objective(state.model, batch)
                 losses.append({name: loss.detach() for name, loss in batch_losses.items()})
@@ -239,18 +241,21 @@ class TrainingLoop:
                         token_gradients = self.monitor.copy_tokens(gradients=True)
                     state.optimizer.step()
                     state.optimizer.zero_grad()
+
         state.step += 1
         if state.ema is not None:
             state.ema.update(state.step)
         state.recent_losses.append(
             {name: fmean(loss[name].item() for loss in losses) for name in losses[0]}
         )
+
         record: Metrics = {
             "step": state.step,
             "epoch": round(self.plan.count_epochs(state.step), 4),
             "learning_rate": learning_rate,
             "gradient_norm": round(gradient_norm, 6) if math.isfinite(gradient_norm) else None,
         }
+
         if should_measure_tokens:
             record |= self.monitor.compute_norms(token_gradients)
             for token, norm in record["token_gradient_norm"].items():
@@ -271,11 +276,13 @@ class TrainingLoop:
         max_overflows = MAX_CONSECUTIVE_OVERFLOWS if self.accelerator.scaler is not None else 0
         are_losses_finite = all(math.isfinite(batch_losses["loss"]) for batch_losses in losses)
         is_finite = are_losses_finite and self.num_overflows <= max_overflows
+
         if self.accelerator.num_processes > 1:
             is_finite_tensor = torch.tensor(float(is_finite), device=self.accelerator.device)
             is_finite = bool(
                 self.accelerator.reduce(is_finite_tensor, "sum") == self.accelerator.num_processes
             )
+
         if not is_finite:
             self.state.optimizer.zero_grad()
             raise RunStopped(
@@ -306,6 +313,7 @@ class TrainingLoop:
         state = self.state
         metrics = self.evaluate()
         score = metrics.get(self.selection_metric)
+
         self.is_best = False
         if score is not None and state.step:
             state.scores.append(score)
@@ -316,12 +324,12 @@ class TrainingLoop:
             state.best_score = score
             state.margin = 0.0
             if not state.step:
-                num_evaluations = (
-                    self.plan.count_epochs(self.plan.num_steps) // self.options.evaluate_every
-                )
+                num_epochs = self.plan.count_epochs(self.plan.num_steps)
+                num_evaluations = num_epochs // self.options.evaluate_every
                 num_evaluations = max(min(num_evaluations, self.plan.num_steps), 1)
                 num_errors = float(norm.isf(MAX_CHANCE / num_evaluations))
                 state.margin = num_errors * math.sqrt(score * (1 - score) / metrics["num_images"])
+
         scalars = {
             f"{self.evaluated_images}_{name}": value
             for name, value in select_scalars(metrics).items()
@@ -329,6 +337,7 @@ class TrainingLoop:
         if state.pending_record:  # empty before the first step
             self.log(state.pending_record | scalars)
         state.pending_record = {}
+
         if self.is_best:
             self.save(True)
         return metrics
@@ -353,9 +362,9 @@ class TrainingLoop:
         seconds = self.step_seconds[self.num_logged_steps :]
         self.num_logged_steps = len(self.step_seconds)
         self.peak_memory = max(self.peak_memory, get_peak_memory(self.accelerator.device))
-        means = self.accelerator.reduce(
-            torch.tensor(local_means, device=self.accelerator.device), "mean"
-        ).tolist()
+
+        local_tensor = torch.tensor(local_means, device=self.accelerator.device)
+        means = self.accelerator.reduce(local_tensor, "mean").tolist()
         mean_losses = {
             name: round(mean, 6) for name, mean in zip(recent_losses[0], means, strict=True)
         }
@@ -401,15 +410,19 @@ class TrainingLoop:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Load a checkpoint into the state. Raise ValueError if the checkpoint belongs to another model."""
-        state, metadata = self.state, checkpoint.metadata
+        state = self.state
+        metadata = checkpoint.metadata
         scatter_state(checkpoint, self.accelerator, state.model, state.optimizer, state.shadow)
         state.step = checkpoint.step
-        state.best_score, state.margin = metadata["best_score"], metadata["margin"]
+        state.best_score = metadata["best_score"]
+        state.margin = metadata["margin"]
         state.scores = metadata["scores"]
+
         losses_by_process = metadata["recent_losses"]
-        state.recent_losses = losses_by_process[
-            self.accelerator.process_index % len(losses_by_process)
-        ]
+        # a run may be resumed with more processes
+        process_index = self.accelerator.process_index % len(losses_by_process)
+        state.recent_losses = losses_by_process[process_index]
+
         state.pending_record = metadata["pending_record"]
         self.unreadable_images.indices.update(metadata["unreadable_images"])
         state.earlier_seconds = metadata["training_seconds"]
@@ -442,6 +455,7 @@ def build_batch_plan(
         assert options.epochs is not None
         images_per_step = options.batch_size * accumulation_steps * num_processes
         num_steps = math.ceil(options.epochs * num_images / images_per_step)
+
     return BatchPlan(
         num_images=num_images,
         batch_size=options.batch_size,

@@ -102,13 +102,16 @@ class LabelObjective:
         if self.mixer is not None:
             pixels, mixed_labels = self.mixer(batch["pixels"], batch["labels"])
             batch = batch | {"pixels": pixels, "labels": mixed_labels}
+
         labels = batch["labels"]
         outputs = model(pixel_values=self.normalize(batch["pixels"]))
+
         if self.distillation_loss is not None:
             distillation_loss = self.distillation_loss(outputs.distillation_logits, batch)
             label_loss = self.label_loss(outputs.cls_logits, labels)
             loss = (1 - self.alpha) * label_loss + self.alpha * distillation_loss
             return {"loss": loss, "label_loss": label_loss, "distillation_loss": distillation_loss}
+
         if isinstance(outputs.logits, dict):  # multi-task model
             return {"loss": self.label_loss(outputs.logits, labels)}
         head_logits = [

@@ -82,7 +82,9 @@ class MAE(ViTCLSPreTrainedModel):
         decoder_config._attn_implementation = config._attn_implementation
         self.num_prefix_tokens = config.token_layout.num_prefix_tokens
         self.loss_config = copy.copy(config)
-        self.loss_config.mim_loss, self.loss_config.norm_pixel_target = "l2", True
+        self.loss_config.mim_loss = "l2"
+        self.loss_config.norm_pixel_target = True
+
         width = decoder_config.hidden_size
         self.decoder_embed = nn.Linear(config.hidden_size, width)
         self.decoder_positions = SinCosPositionEmbeddings(decoder_config)
@@ -95,6 +97,7 @@ class MAE(ViTCLSPreTrainedModel):
         )
         self.decoder_norm = build_norm(decoder_config)
         self.decoder = PixelDecoder(decoder_config)
+
         self.post_init()
         self.vitcls = encoder  # after the initialization of the decoder, which keeps these weights
         self.vitcls.patch_dropout = VisiblePatches(self.num_prefix_tokens)
@@ -123,10 +126,12 @@ class MAE(ViTCLSPreTrainedModel):
         """
         if bool_masked_pos is None:
             return self.vitcls(pixel_values, **kwargs)
+
         grid_size = self.vitcls.embeddings.patch_embeddings.get_grid_size(pixel_values)
         num_visible = int((~bool_masked_pos[0]).sum())
         # [B, K], ascending
         visible = bool_masked_pos.int().argsort(dim=1, stable=True)[:, :num_visible]
+
         visible_patches = self.vitcls.patch_dropout
         assert isinstance(visible_patches, VisiblePatches)
         visible_patches.indices = visible
@@ -135,19 +140,21 @@ class MAE(ViTCLSPreTrainedModel):
             tokens = self.decoder_embed(self.vitcls(pixel_values).last_hidden_state)
         finally:
             visible_patches.indices = None
+
         special_tokens, patches = tokens.split([self.num_prefix_tokens, num_visible], dim=1)
-        all_patches = self.mask_token.to(tokens.dtype).expand(
-            len(tokens), bool_masked_pos.shape[1], -1
-        )
-        all_patches = all_patches.scatter(
-            1, visible.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]), patches
-        )
+        mask_token = self.mask_token.to(tokens.dtype)
+        # [B, patches, width]: the mask token, replaced with the encoder's output at visible patches
+        all_patches = mask_token.expand(len(tokens), bool_masked_pos.shape[1], -1)
+        indices = visible.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])  # [B, K, width]
+        all_patches = all_patches.scatter(1, indices, patches)
         _, all_patches = self.decoder_positions({}, all_patches, grid_size)
+
         hidden_states = torch.cat([special_tokens, all_patches], dim=1)
         for layer in self.decoder_layers:
             hidden_states = layer(hidden_states)
         decoded = self.decoder_norm(hidden_states)[:, self.num_prefix_tokens :]
         reconstruction = self.decoder(decoded, grid_size)
+
         loss = compute_masked_pixel_loss(
             reconstruction, pixel_values, bool_masked_pos, self.loss_config
         )

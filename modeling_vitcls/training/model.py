@@ -33,13 +33,13 @@ from ..model.modeling_vitcls import ViTCLSModel
 from .options import ModelOptions
 
 
-MAX_NATIVE_SIDE, FINETUNING_SIDE = (
-    256,
-    224,
-)  # image sides in pixels: largest side that is kept, and its replacement
+# Image sides in pixels: largest side that is kept, and its replacement.
+MAX_NATIVE_SIDE = 256
+FINETUNING_SIDE = 224
 # Query and value projections (Hu et al. 2021, arXiv 2106.09685); the pattern excludes attention poolers
 LORA_TARGET_MODULES = r".*\.layers\.\d+\.attention\.[qv]_proj"
-LORA_A_SUFFIX, LORA_B_SUFFIX = ".lora_A.default.weight", ".lora_B.default.weight"
+LORA_A_SUFFIX = ".lora_A.default.weight"
+LORA_B_SUFFIX = ".lora_B.default.weight"
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ def build_model(
     config_values = options.get_config_values()
     if label_space.kind == "multi_task":
         config_values = {"num_cls_tokens": len(label_space.columns)} | config_values
+
     if initial.folder is None:
         config = ViTCLSConfig.from_preset(
             initial.name, **config_values, **label_space.to_config_values()
@@ -91,13 +92,15 @@ def build_model(
     else:
         model, new_parameter_names = load_with_label_space(initial, config_values, label_space)
         processor = initial.folder.load_processor()
-    if (mask_token := model.vitcls.embeddings.mask_token) is not None:
+
+    mask_token = model.vitcls.embeddings.mask_token
+    if mask_token is not None:
         # not used in fine-tuning; DDP requires gradients of all trainable parameters
         mask_token.requires_grad_(False)
-    model.config.temperature, model.config.energy_threshold = (
-        1.0,
-        None,
-    )  # fitted again after training (calibration.py)
+    # fitted again after training (calibration.py)
+    model.config.temperature = 1.0
+    model.config.energy_threshold = None
+
     set_fit(processor, options.fit or get_fit(processor), model.config.image_height_width)
     return model, processor, new_parameter_names
 
@@ -113,14 +116,17 @@ def choose_image_size(
     if options.image_size is not None or initial.folder is None:
         return options, None
     config = ViTCLSConfig.from_pretrained(initial.folder.path, **options.get_config_values())
-    native_size, patch_size = config.image_height_width, config.patch_height_width
+    native_size = config.image_height_width
+    patch_size = config.patch_height_width
     if max(native_size) <= MAX_NATIVE_SIDE:
         return options, None
+
     scale = FINETUNING_SIDE / max(native_size)
     size = [
         max(round(scale * side / patch), 1) * patch
         for side, patch in zip(native_size, patch_size, strict=True)
     ]
+
     with torch.device("meta"):
         model = ViTCLSModel(config)
     costs = [f"{model.flops(each_size) / 1e9:.1f}" for each_size in (size, native_size)]
@@ -128,6 +134,7 @@ def choose_image_size(
         str(height) if height == width else f"{height} x {width}"
         for height, width in (size, native_size)
     )
+
     return replace(options, image_size=(size[0], size[1])), (
         f"{size_text} px: {costs[0]} GFLOP per image; native {native_text} px: {costs[1]}. A native side of more than "
         f"{MAX_NATIVE_SIDE} px is reduced for fine-tuning; `image_size='native'` keeps it"
@@ -147,9 +154,9 @@ def load_with_label_space(
     model_class = CLASSIFIER_CLASSES[label_space.kind]
     # fitted to features that fine-tuning changes
     config_values = config_values | {"extra_heads": None}
-    if has_labels(stored_config, label_space) and model_class.__name__ in (
-        stored_config.architectures or ()
-    ):
+
+    has_same_class = model_class.__name__ in (stored_config.architectures or ())
+    if has_labels(stored_config, label_space) and has_same_class:
         model, loading_info = model_class.from_pretrained(
             initial.folder.path,
             dtype=torch.float32,
@@ -169,6 +176,7 @@ def load_with_label_space(
             tasks=None,  # the checkpoint's tasks may not match the number of CLS tokens
             **config_values,
         )
+
         config = copy.deepcopy(encoder.config)
         config.tasks = None
         for name, value in label_space.to_config_values().items():
@@ -177,6 +185,7 @@ def load_with_label_space(
         load_result = model.vitcls.load_state_dict(
             encoder.state_dict(), strict=label_space.kind != "multi_task"
         )
+
         missing_names = {
             f"vitcls.{name}" for name in [*loading_info["missing_keys"], *load_result.missing_keys]
         }
@@ -184,6 +193,7 @@ def load_with_label_space(
             name for name, _ in model.named_parameters() if not name.startswith("vitcls.")
         }
         new_parameter_names = missing_names | head_names
+
     return model, new_parameter_names | get_added_token_names(stored_config, model)
 
 
@@ -263,6 +273,7 @@ def set_trainable_parameters(
     """
     if trainable == "full":
         return model
+
     parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
     prefixes = ["vitcls.pooler."]
     if trainable.startswith("last-"):
@@ -279,6 +290,7 @@ def set_trainable_parameters(
         for name in parameters
         if not name.startswith("vitcls.") or name.startswith(tuple(prefixes))
     }
+
     tokens = model.vitcls.embeddings.get_special_tokens()
     token_names = {
         group: name
@@ -286,6 +298,7 @@ def set_trainable_parameters(
         for name in parameters
         if parameters[name] is token
     }
+
     if trainable == "lora":
         trainable_names.update(token_names.values())
     trainable_names.update(new_parameter_names)
@@ -294,6 +307,7 @@ def set_trainable_parameters(
             f"vitcls.embeddings.position_embeddings.{group}" for group in new_groups
         }
         trainable_names.add("vitcls.gates.gates")
+
     trainable_names &= {name for name, parameter in parameters.items() if parameter.requires_grad}
     if trainable == "lora":
         add_lora(model, lora_rank)

@@ -46,6 +46,7 @@ def build_parameter_groups(
         if parameter.requires_grad:
             decay = weight_decay if id(parameter) in weight_decay_ids else 0.0
             groups[layer_decay ** (max_depth - depths[name]), decay].append(parameter)
+
     return [
         {"params": parameters, "lr_scale": scale, "weight_decay": decay}
         for (scale, decay), parameters in groups.items()
@@ -63,14 +64,16 @@ def get_parameter_depths(model: nn.Module) -> dict[str, int]:
         name: int(match[1]) for name in names if (match := re.search(r"\blayers\.(\d+)\.", name))
     }
     head_depth = max(layer_indices.values(), default=-1) + 2
-    return {
-        name: layer_indices[name] + 1
-        if name in layer_indices
-        else 0
-        if "embeddings." in name
-        else head_depth
-        for name in names
-    }
+
+    depths = {}
+    for name in names:
+        if name in layer_indices:
+            depths[name] = layer_indices[name] + 1
+        elif "embeddings." in name:
+            depths[name] = 0
+        else:
+            depths[name] = head_depth
+    return depths
 
 
 def get_learning_rate(step: int, num_steps: int, options: TrainingOptions) -> float:

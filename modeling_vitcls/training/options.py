@@ -82,6 +82,7 @@ class ModelOptions:
             for name, value in vars(self).items()
             if name not in ("model", "fit") and value not in (None, "native")
         }
+
         if self.pooled_layers:
             config_values["pooled_layers"] = list(self.pooled_layers)
         if self.cls_scopes:
@@ -212,6 +213,7 @@ class TrainingOptions:
             raise ValueError(
                 "`early_stopping` requires `select='best'`. Remove `select='last'` or `early_stopping`"
             )
+
         check_minimum(self, 0, "weight_decay", "seed", "log_attention_every")
         for name in ("epochs", "learning_rate", "max_gradient_norm"):
             check_value(
@@ -228,6 +230,7 @@ class TrainingOptions:
         check_value(
             self, "ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "between 0 and 1"
         )
+
         is_valid_trainable = bool(re.fullmatch(r"full|head|lora|last-[1-9]\d*", self.trainable))
         check_value(
             self, "trainable", is_valid_trainable, "full, head, lora or last-N such as last-2"

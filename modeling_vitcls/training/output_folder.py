@@ -92,6 +92,7 @@ def check_replaceable(options: Any, store: CheckpointStore) -> None:
     if options.run.overwrite:
         check_sources_not_removed(options)
         return
+
     if (folder / RESULTS_FILE).exists() and (folder / CONFIG_FILE).exists():
         raise ValueError(
             f"{folder} contains a finished run. Set `overwrite=True`, or choose a different `output_dir`"
@@ -101,6 +102,7 @@ def check_replaceable(options: Any, store: CheckpointStore) -> None:
             f"{folder} contains an unfinished run (step {steps[-1]:,}). Set `resume=True` or `overwrite=True`, or "
             "choose a different `output_dir`"
         )
+
     names = list_final_files(folder)
     if (folder / METRICS_FILE).exists() and not (folder / RECIPE_FILE).exists():
         names.append(METRICS_FILE)
@@ -133,12 +135,14 @@ def remove_run_files(folder: Path, store: CheckpointStore) -> None:
     )
     if not has_marker_file and not store.list_steps():
         return
+
     for name in (*list_final_files(folder), METRICS_FILE):
         (folder / name).unlink(missing_ok=True)
     with suppress(OSError):  # the folder does not exist or is not empty
         (folder / IMAGES_FOLDER).rmdir()
     shutil.rmtree(folder / STAGING_FOLDER, ignore_errors=True)
     store.clear()
+
     # removed last, because this file marks an output folder
     (folder / RECIPE_FILE).unlink(missing_ok=True)
 
@@ -184,15 +188,18 @@ def stage_files(folder: Path) -> Iterator[Path]:
     shutil.rmtree(staging_folder, ignore_errors=True)
     staging_folder.mkdir()
     yield staging_folder
+
     files = [path for path in staging_folder.rglob("*") if path.is_file()]
     for path in (*files, staging_folder):
         sync_to_disk(path)
+
     order = {CONFIG_FILE: 0, RESULTS_FILE: 2}
     names = {path: path.relative_to(staging_folder).as_posix() for path in files}
     for path in sorted(files, key=lambda path: (order.get(names[path], 1), path)):
         target = folder / names[path]
         target.parent.mkdir(exist_ok=True)
         path.replace(target)
+
     sync_to_disk(folder)
     shutil.rmtree(staging_folder)
 
@@ -222,7 +229,14 @@ def save_output(
     def write() -> None:
         try:
             with stage_files(options.output_dir) as folder, silence_transformers():
-                write_model_files(setup, folder, weights, results, options, initial)
+                write_model_files(
+                    setup,
+                    folder,
+                    weights=weights,
+                    results=results,
+                    options=options,
+                    initial=initial,
+                )
                 if evaluator is not None:
                     weights_hash = read_json(folder / RESULTS_FILE)["weights_sha256"]
                     file = folder / PREDICTIONS_FILE
@@ -259,10 +273,9 @@ def write_model_files(
     model.__class__ = unsharded_class
     model.save_pretrained(folder, state_dict=merge_lora(weights))
     setup.processor.save_pretrained(folder)
-    results = results | {
-        "weights_sha256": hash_weights(folder),
-        "provenance": None,
-    }  # None: random weights
+
+    # provenance None: random weights
+    results = results | {"weights_sha256": hash_weights(folder), "provenance": None}
     if not initial.has_random_weights:
         provenance = find_provenance(initial.name)
         provenance.copy_license(folder)
@@ -273,6 +286,7 @@ def write_model_files(
         ]
     elif isinstance(options, FinetuneOptions) and options.distillation.teacher is not None:
         results["teacher_provenance"] = find_provenance(options.distillation.teacher).to_dict()
+
     # `model` may be sharded
     saved_model = unsharded_class.from_pretrained(folder).to(model.device).eval()
     results["inference"] = measure_inference_speed(saved_model, model.device)

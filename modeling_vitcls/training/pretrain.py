@@ -49,10 +49,9 @@ from .training_setup import TrainingSetup, build_evaluator_arguments, build_trai
 
 
 MAX_NEIGHBORS = 10_000  # maximum number of training images for k-NN and logistic regression
-NUM_STANDARDIZATION_IMAGES, NUM_DRY_RUN_STANDARDIZATION_IMAGES = (
-    2048,
-    64,
-)  # images for teachers' means and covariances
+# images for teachers' means and covariances
+NUM_STANDARDIZATION_IMAGES = 2048
+NUM_DRY_RUN_STANDARDIZATION_IMAGES = 64
 MIN_RANK = 0.02  # effective rank below which the features have collapsed, as a fraction of the highest possible rank
 
 
@@ -72,6 +71,7 @@ def check_options(options: PretrainOptions) -> PretrainOptions:
         raise ValueError(
             f"`teachers` requires trained models, but {name} has random weights. Set a checkpoint"
         )
+
     if num_teachers and num_tokens is None:
         num_tokens = num_teachers
     if num_teachers and num_tokens not in (0, 1, num_teachers):
@@ -81,15 +81,13 @@ def check_options(options: PretrainOptions) -> PretrainOptions:
     options = replace(
         options, method=method, model=replace(options.model, num_distillation_tokens=num_tokens)
     )
+
     flags = to_flags(options)
-    for name, default in {
-        "mixup": 0,
-        "cutmix": 0,
-        "class_balance": "none",
-        "trainable": "full",
-    }.items():
+    defaults = {"mixup": 0, "cutmix": 0, "class_balance": "none", "trainable": "full"}
+    for name, default in defaults.items():
         if flags[name] != default:
             raise ValueError(f"`{name}` is supported only in fine-tuning. Remove the flag")
+
     if options.method == "lejepa":  # draws its own crops
         augmentation = options.augmentation
         crop_scale = augmentation.crop_scale or 1.0
@@ -114,9 +112,11 @@ def build_training_setup(
 ) -> TrainingSetup:
     """Load the model, and build loss and evaluation."""
     encoder, processor = build_encoder(options.model, initial)
-    config, device = encoder.config, reporter.accelerator.device
+    config = encoder.config
+    device = reporter.accelerator.device
     normalize = Normalizer(processor, device)
     rows, columns = config.grid_size
+
     teachers: FeatureTeachers | None = None
     method: Any
     objective: Objective
@@ -128,9 +128,8 @@ def build_training_setup(
     elif options.method == "mae":
         method = MAE(encoder, build_decoder_config(config, options.mae.decoder_layers))
         objective = MAEObjective(normalize, rows * columns, options.mae.mask_ratio)
-        num_masked = int(
-            draw_masks(1, rows * columns, options.mae.mask_ratio, torch.device("cpu")).sum()
-        )
+        masks = draw_masks(1, rows * columns, options.mae.mask_ratio, torch.device("cpu"))
+        num_masked = int(masks.sum())
         summary = f"MAE: {num_masked} of {rows} x {columns} patches are masked"
     else:
         lejepa = options.lejepa
@@ -139,9 +138,9 @@ def build_training_setup(
         summary = (
             f"LeJEPA: {lejepa.global_crops} global and {lejepa.local_crops} local crops per image"
         )
-    has_labels = data.label_space.kind == "single_label_classification" and bool(
-        data.label_space.columns
-    )
+
+    has_single_labels = data.label_space.kind == "single_label_classification"
+    has_labels = has_single_labels and bool(data.label_space.columns)
     arguments = build_evaluator_arguments(options, data, processor, config.num_channels, reporter)
     neighbors = None
     if has_labels and isinstance(data.train, LabeledImages):
@@ -231,26 +230,28 @@ class FeatureQuality:
         }
         patch_width = method.config.hidden_size
         parts = {"": np.s_[:, :-patch_width], "_of_patches": np.s_[:, -patch_width:]}
+
         metrics: dict[str, Any] = {}
         if self.cosines is not None:
             compared, _ = stack_rows(self.held_out.collect(model, partial(self.cosines, model)))
             cosines = compared.mean(axis=0)  # [teachers]
             metrics["teacher_cosine"] = round(float(cosines.mean()), 6)
             metrics["teacher_cosines"] = [round(float(cosine), 6) for cosine in cosines]
+
         if self.neighbors is not None:
             train_features, train_labels = stack_rows(self.neighbors.collect(model, compute))
-            kinds = {"knn_accuracy": "knn"} | (
-                {"regression_accuracy": "logreg"} if self.with_regression else {}
-            )
+            kinds = {"knn_accuracy": "knn"}
+            if self.with_regression:
+                kinds["regression_accuracy"] = "logreg"
             for (name, kind), (suffix, part) in itertools.product(kinds.items(), parts.items()):
                 classifier = build_classifier(kind, len(train_labels))
                 classifier.fit(train_features[part], train_labels)
                 metrics[name + suffix] = round(float(classifier.score(features[part], labels)), 6)
+
         rank = compute_effective_rank(features[parts[""]])
         width = features.shape[-1] - patch_width
-        if rank < max(
-            MIN_RANK * min(width, len(features) - 1), 1.5
-        ):  # n images have a rank of at most n - 1
+        max_rank = min(width, len(features) - 1)  # n images have a rank of at most n - 1
+        if rank < max(MIN_RANK * max_rank, 1.5):
             self.warn(
                 f"the features have collapsed: their effective rank is {rank:.1f} of {width} channels, so images "
                 "have nearly the same features. Set a lower `learning_rate` or, with `method='lejepa'`, a larger "
@@ -268,6 +269,7 @@ def compare_features(before: dict[str, Any], after: dict[str, Any]) -> str:
         if name in after
     ]
     is_worse = all(after[name] < before[name] for name in names if name in after) and bool(texts)
+
     if not texts:
         texts = [
             f"effective rank {before['effective_rank']} -> {after['effective_rank']} (no labels)"
@@ -276,6 +278,7 @@ def compare_features(before: dict[str, Any], after: dict[str, Any]) -> str:
         texts.append(
             f"cosine with teacher {index} {before['teacher_cosines'][index]:.3f} -> {cosine:.3f}"
         )
+
     text = f"{', '.join(texts)} on {after['num_images']:,} held-out images, from before to after pre-training"
     return f"{text}. Pre-training made the features worse" if is_worse else text
 
@@ -314,6 +317,7 @@ def build_encoder(
             **config_values,
         )
         processor = initial.folder.load_processor()
+
     config = encoder.config
     if config.patch_drop_rate:
         raise ValueError(
@@ -334,15 +338,18 @@ def load_teachers(
     accelerator: Accelerator,
 ) -> FeatureTeachers:
     """Load the teachers, and fit the standardization of their features to augmented training images."""
-    names, with_patches = options.distillation.teachers, options.distillation.distill_patches
+    names = options.distillation.teachers
+    with_patches = options.distillation.distill_patches
     loaded = [
         load_feature_teacher(name, config, with_patches, accelerator.device) for name in names
     ]
     teachers = FeatureTeachers(loaded, with_patches, accelerator.autocast)
+
     num_images = (
         NUM_DRY_RUN_STANDARDIZATION_IMAGES if options.run.dry_run else NUM_STANDARDIZATION_IMAGES
     )
     num_images = min(num_images, data.num_training_images or num_images)
+
     plan = build_batch_plan(data.num_training_images, options.training, num_processes=1)
     images = build_training_images(options, data, processor, config.num_channels, num_views=0)
     with closing(iterate_training_batches(images, plan, 0, num_workers=0)) as batches:

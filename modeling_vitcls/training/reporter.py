@@ -66,11 +66,9 @@ class Reporter:
         which the resumed run repeats.
         """
         if self.accelerator.is_main_process:
-            lines = (
-                self.metrics_file.read_text(encoding="utf-8").splitlines()
-                if self.metrics_file.exists()
-                else []
-            )
+            lines = []
+            if self.metrics_file.exists():
+                lines = self.metrics_file.read_text(encoding="utf-8").splitlines()
             earlier_lines = []
             for line in lines:
                 with suppress(ValueError):  # the last line of a killed run may be truncated
@@ -78,6 +76,7 @@ class Reporter:
                         earlier_lines.append(f"{line}\n")
             with write_atomically(self.metrics_file) as temporary_file:
                 temporary_file.write_text("".join(earlier_lines), encoding="utf-8")
+
         self.progress.reset(self.progress_task, total=num_steps, completed=step)
         self.last_line_time = self.progress.get_time()
 
@@ -104,14 +103,17 @@ class Reporter:
         self.accelerator.log(flatten_record(record), step=record["step"])
         if not self.accelerator.is_main_process:
             return
+
         with self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, allow_nan=False) + "\n")
+
         text = f"epoch {record['epoch']:.1f}  loss {record['loss']:.3f}  lr {record['learning_rate']:.1e}  "
         text += f"{record['images_per_second']:.0f} images/s"
         split = "selection" if any(name.startswith("selection_") for name in record) else "held_out"
         names = [name for name in self.printed_metrics if f"{split}_{name}" in record]
         scores = ", ".join(format_metric(name, record[f"{split}_{name}"]) for name in names)
         score_text = f"{split.replace('_', ' ')}: {scores}" if scores else ""
+
         self.progress.update(self.progress_task, completed=record["step"], description=text)
         task = self.progress.tasks[0]
         if self.progress.disable:
@@ -156,12 +158,15 @@ def describe_splits(
     data: TrainingData, processor: ViTCLSImageProcessor, labels_text: str
 ) -> dict[str, str]:
     """Return the summary lines about the data."""
-    train_text, held_out_text, selection_text = (
-        "a stream of"
-        if images is None or isinstance(images, StreamedImages)
-        else f"{len(images):,}"
-        for images in (data.train, data.held_out, data.selection)
-    )
+
+    def format_number(images: Any) -> str:
+        is_stream = images is None or isinstance(images, StreamedImages)
+        return "a stream of" if is_stream else f"{len(images):,}"
+
+    train_text = format_number(data.train)
+    held_out_text = format_number(data.held_out)
+    selection_text = format_number(data.selection)
+
     lines = {}
     if data.train_split in HELD_OUT_SPLITS:
         lines["split"] = (
@@ -180,6 +185,7 @@ def describe_splits(
         lines["excluded"] = (
             f"{data.num_excluded:,} of {total:,} training images are left out (`exclude`)"
         )
+
     is_streamed = isinstance(data.held_out, StreamedImages)
     measured = data.held_out.read_first(MAX_MEASURED_IMAGES) if is_streamed else data.held_out
     lines["fit"] = describe_fit(processor, measured.images)

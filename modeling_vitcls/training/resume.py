@@ -115,6 +115,7 @@ def check_flags_unchanged(
             or (current_value is None and name in ("select", *DEFAULT_FLAGS))
         ):
             continue
+
         advice = "Use the same flags, or choose a different `output_dir`"
         if name in ("epochs", "max_steps"):
             advice = f"To train for more steps, start another run with `model={str(folder)!r}`"
@@ -155,10 +156,8 @@ def check_run_unchanged(metadata: dict[str, Any], current: dict[str, Any], folde
 
 def format_flag_value(value: Any) -> str:
     """Format a flag's value for messages: as on the command line, or "unset" if the value is None."""
-    return (
-        "unset"
-        if value is None
-        else " ".join(map(str, value))
-        if isinstance(value, list)
-        else str(value)
-    )
+    if value is None:
+        return "unset"
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return str(value)

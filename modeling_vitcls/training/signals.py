@@ -14,9 +14,8 @@ from torch import distributed
 
 # environment variables that accelerate and torchrun set
 LAUNCHER_ENVIRONMENT_VARIABLES = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
-MAX_FORWARDING_SECONDS = (
-    1.0  # maximum delay in seconds between a signal and the same signal forwarded by a launcher
-)
+# Maximum delay in seconds between a signal and the same signal forwarded by a launcher.
+MAX_FORWARDING_SECONDS = 1.0
 # Windows has only the first two. A terminal that is closed sends SIGHUP.
 STOP_SIGNALS = [
     getattr(signal, name)
@@ -51,11 +50,9 @@ class SignalHandler:
         self.received_signal: signal.Signals | None = None
         self.signal_times: dict[int, float] = {}  # when each signal was received first
         self.old_handlers: dict[signal.Signals, Any] = {}
-        self.parent_pid = (
-            os.getppid()
-            if any(name in os.environ for name in LAUNCHER_ENVIRONMENT_VARIABLES)
-            else None
-        )
+        self.parent_pid: int | None = None
+        if any(name in os.environ for name in LAUNCHER_ENVIRONMENT_VARIABLES):
+            self.parent_pid = os.getppid()
         # A process group for CPU tensors avoids synchronization with the device.
         self.process_group: Any = (
             distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
@@ -65,10 +62,8 @@ class SignalHandler:
         if threading.current_thread() is threading.main_thread():
             for signum in STOP_SIGNALS:
                 old_handler = signal.getsignal(signum)
-                if old_handler not in (
-                    signal.SIG_IGN,
-                    None,
-                ):  # None: the handler was not installed from Python
+                # None: the handler was not installed from Python
+                if old_handler not in (signal.SIG_IGN, None):
                     self.old_handlers[signum] = old_handler
                     signal.signal(signum, self.handle_signal)
         return self
@@ -87,6 +82,7 @@ class SignalHandler:
         now = time.monotonic()
         if self.received_signal is None:
             self.received_signal = signal.Signals(signum)
+
         first_time = self.signal_times.setdefault(signum, now)
         if (
             signum == signal.SIGINT

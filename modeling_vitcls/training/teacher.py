@@ -93,6 +93,7 @@ class Teacher(nn.Module):
         self.preprocessing = preprocessing
         # model's outputs -> logits of the student's labels, or features
         self.read_outputs = read_outputs
+
         height, width = preprocessing.height_width
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.description = f"{source}: {num_parameters:,} parameters, at {height} x {width} pixels"
@@ -191,6 +192,7 @@ def match_labels(
         )
     if names == labels:
         return None, ""
+
     if missing_names := [name for name in labels if (names or []).count(name) != 1]:
         names_text = (
             f"{num_labels} labels without names" if names is None else format_name_list(names, 8)
@@ -200,12 +202,11 @@ def match_labels(
             f"{names_text}. "
             "Use a teacher that was trained on the dataset's labels"
         )
+
     assert names is not None
-    note = (
-        f"{len(labels)} of the teacher's {len(names)} labels are used"
-        if len(names) > len(labels)
-        else ""
-    )
+    note = ""
+    if len(names) > len(labels):
+        note = f"{len(labels)} of the teacher's {len(names)} labels are used"
     return [names.index(name) for name in labels], note
 
 
@@ -220,10 +221,12 @@ def load_transformers_teacher(source: str, student: ViTCLSConfig) -> LoadedTeach
             folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
         )
         processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+
     if missing_names := loading_info["missing_keys"]:
         raise ValueError(
             f"the teacher {source} lacks the weight {min(missing_names)}. Use a trained classifier"
         )
+
     config = model.config
     names = [config.id2label[index] for index in range(config.num_labels)]
     has_names = names != [f"LABEL_{index}" for index in range(config.num_labels)]
@@ -279,9 +282,8 @@ def run_processor(processor: Any, pixels: torch.Tensor, **kwargs: Any) -> torch.
 
 def load_timm_teacher(source: str) -> LoadedTeacher:
     """Load a timm model, and the preprocessing that timm specifies for the model's weights."""
-    with explain_loading_errors(
-        source
-    ):  # for example, timm is not installed, or the name is unknown
+    # for example, timm is not installed, or the name is unknown
+    with explain_loading_errors(source):
         import timm
 
         model: Any = load_timm_model(source.removeprefix(TIMM_PREFIX))[0]
@@ -374,6 +376,7 @@ class TeacherCache:
         views = batch["view"].cpu()
         indices = batch["index"].cpu()
         is_missing = ~self.is_cached[views, indices]  # [B]
+
         if is_missing.any():
             outputs = self.teacher.predict(batch).to("cpu", torch.float16)
             check_teacher_outputs(outputs, self.teacher.source)  # float16 has a smaller range

@@ -37,16 +37,13 @@ class TokenMonitor:
 
     def copy_tokens(self, gradients: bool = False) -> Tokens:
         """Return a copy of each token, or of the gradient of each token that has one, on the CPU."""
-        tensors = {
-            group: each.grad if gradients else each.detach()
-            for group, each in self.parameters.items()
-        }
-        return {
-            f"{group}[{index}]": token
-            for group, tensor in tensors.items()
-            if tensor is not None
-            for index, token in enumerate(gather_tensor(tensor).float().cpu().squeeze(0).clone())
-        }
+        copies: Tokens = {}
+        for group, parameter in self.parameters.items():
+            tensor = parameter.grad if gradients else parameter.detach()
+            if tensor is not None:
+                tokens = gather_tensor(tensor).float().cpu().squeeze(0).clone()  # [n, D]
+                copies |= {f"{group}[{index}]": token for index, token in enumerate(tokens)}
+        return copies
 
     def compute_norms(self, gradients: Tokens) -> dict[str, dict[str, float | None]]:
         """Return the norm of each token and of its gradient (0 if it has none) for metrics.jsonl."""
