@@ -99,69 +99,69 @@ def test_limits_of_values(kind: type, names: str, accepted: list[Any], rejected:
         for value in accepted:
             assert getattr(kind(**REQUIRED.get(kind, {}) | {name: value}), name) == value
         for value in rejected:
-            with raises_one_line(f"--{name.replace('_', '-')} is {value}, but it must be "):
+            with raises_one_line(f"`{name}` is {value}, but it must be "):
                 kind(**REQUIRED.get(kind, {}) | {name: value})
 
 
 # Class, flags that are accepted, changes that are rejected, and the flag in the error message.
 COMBINATIONS: list[tuple[type, dict[str, Any], dict[str, Any], str]] = [
-    (DataOptions, {"folds": 3, "fold": 3}, {"fold": 4}, "--fold is 4"),
-    (DataOptions, {"folds": 3, "fold": 1}, {"fold": 0}, "--fold is 0"),
-    (DataOptions, {"folds": 3, "fold": 2}, {"folds": None}, "--fold is 2"),
-    (DataOptions, {"exclude": Path("a.csv")}, {"streaming": True}, "--exclude"),
+    (DataOptions, {"folds": 3, "fold": 3}, {"fold": 4}, "`fold` is 4"),
+    (DataOptions, {"folds": 3, "fold": 1}, {"fold": 0}, "`fold` is 0"),
+    (DataOptions, {"folds": 3, "fold": 2}, {"folds": None}, "`fold` is 2"),
+    (DataOptions, {"exclude": Path("a.csv")}, {"streaming": True}, "`exclude`"),
     (
         RunOptions,
         {"hub_checkpoint_branch": "dev", "push_to_hub": True},
         {"push_to_hub": False},
-        "--push-to-hub",
+        "`push_to_hub=True`",
     ),
-    (TeachersOptions, {"distill_patches": True}, {"teacher_views": 1}, "--teacher-views"),
-    (EvaluateOptions, {"frozen": "knn"}, {"backend": "onnx"}, "--backend"),
-    (EvaluateOptions, {"audit": Path("a.html")}, {"backend": "onnx"}, "--backend"),
-    (PredictOptions, {"coverage": 0.9}, {"features": ("cls",)}, "--coverage"),
+    (TeachersOptions, {"distill_patches": True}, {"teacher_views": 1}, "`teacher_views`"),
+    (EvaluateOptions, {"frozen": "knn"}, {"backend": "onnx"}, "`backend`"),
+    (EvaluateOptions, {"audit": Path("a.html")}, {"backend": "onnx"}, "`backend`"),
+    (PredictOptions, {"coverage": 0.9}, {"features": ("cls",)}, "`coverage`"),
     (
         PredictOptions,
         {"merge": Path("a"), "model": None, "paths": ()},
         {"merge": None, "paths": ("a",)},
-        "--model",
+        "`model`",
     ),
-    (PredictOptions, {"paths": ("a",)}, {"paths": ()}, "PATHS"),
-    (PredictOptions, {"paths": (), "list": Path("b")}, {"dataset": "c"}, "PATHS"),
-    (PredictOptions, {"output": Path("a.JSON")}, {"output": Path("a.txt")}, "--output a.txt"),
-    (PredictOptions, {"shard": "1/2"}, {"output": Path("a.csv")}, "--shard"),
-    (PredictOptions, {"shard": "1/2"}, {"output": None}, "--shard"),
+    (PredictOptions, {"paths": ("a",)}, {"paths": ()}, "`images`"),
+    (PredictOptions, {"paths": (), "list": Path("b")}, {"dataset": "c"}, "`images`"),
+    (PredictOptions, {"output": Path("a.JSON")}, {"output": Path("a.txt")}, "`output='a.txt'`"),
+    (PredictOptions, {"shard": "1/2"}, {"output": Path("a.csv")}, "`shard`"),
+    (PredictOptions, {"shard": "1/2"}, {"output": None}, "`shard`"),
     (
         PredictOptions,
         {"features": ("cls",), "output": Path("a.json")},
         {"output": None},
-        "--features",
+        "`features=('cls',)`",
     ),
     (
         PredictOptions,
         {"features": ("cls",), "output": Path("a")},
         {"output": Path("a.csv")},
-        "--features",
+        "`features=('cls',)`",
     ),
-    (InspectOptions, {"paths": (), "dataset": "c"}, {"paths": ("a",)}, "PATHS"),
-    (InspectOptions, {"paths": ("a",)}, {"paths": ()}, "PATHS"),
-    (InspectOptions, {"output": Path("a.HTM")}, {"output": Path("a.json")}, "--output a.json"),
-    (InspectOptions, {"json": Path("a.JSON")}, {"json": Path("a.html")}, "--json a.html"),
-    (ExportOptions, {"image_size": (1, 8)}, {"image_size": (8, 0)}, "--image-size"),
-    (ExportOptions, {"format": "transformers.js"}, {"image_size": (8, 8)}, "--image-size"),
-    (ExportOptions, {"dynamic": False}, {"format": "transformers.js"}, "--no-dynamic"),
-    (ExportOptions, {"dtype": "float16"}, {"format": "transformers.js"}, "--dtype"),
-    (ExportOptions, {"int8": True}, {"format": "transformers.js"}, "--int8"),
-    (ExportOptions, {"int8": True}, {"dynamic": False}, "--no-dynamic"),
-    (ExportOptions, {"int8": True}, {"dtype": "float16"}, "--dtype"),
-    (ExportOptions, {"int8": True}, {"dataset": None}, "--int8"),
-    (ExportOptions, {"int8": True, "exclude_layers": (1,)}, {"int8": False}, "--exclude-layers"),
-    (ExportOptions, {"split": "test"}, {"dataset": None}, "--split"),
+    (InspectOptions, {"paths": (), "dataset": "c"}, {"paths": ("a",)}, "`images`"),
+    (InspectOptions, {"paths": ("a",)}, {"paths": ()}, "`images`"),
+    (InspectOptions, {"output": Path("a.HTM")}, {"output": Path("a.json")}, "`output='a.json'`"),
+    (InspectOptions, {"json": Path("a.JSON")}, {"json": Path("a.html")}, "`json='a.html'`"),
+    (ExportOptions, {"image_size": (1, 8)}, {"image_size": (8, 0)}, "`image_size`"),
+    (ExportOptions, {"format": "transformers.js"}, {"image_size": (8, 8)}, "`image_size`"),
+    (ExportOptions, {"dynamic": False}, {"format": "transformers.js"}, "`dynamic=False`"),
+    (ExportOptions, {"dtype": "float16"}, {"format": "transformers.js"}, "`dtype`"),
+    (ExportOptions, {"int8": True}, {"format": "transformers.js"}, "`int8=True`"),
+    (ExportOptions, {"int8": True}, {"dynamic": False}, "`dynamic=False`"),
+    (ExportOptions, {"int8": True}, {"dtype": "float16"}, "`dtype`"),
+    (ExportOptions, {"int8": True}, {"dataset": None}, "`int8=True`"),
+    (ExportOptions, {"int8": True, "exclude_layers": (1,)}, {"int8": False}, "`exclude_layers`"),
+    (ExportOptions, {"split": "test"}, {"dataset": None}, "`split`"),
     *(
-        (PredictOptions, {}, {name: "a"}, "--dataset")
+        (PredictOptions, {}, {name: "a"}, "`dataset`")
         for name in ("split", "image_column", "streaming")
     ),
     *(
-        (InspectOptions, {}, {name: "a"}, "--dataset")
+        (InspectOptions, {}, {name: "a"}, "`dataset`")
         for name in ("image_column", "label_column", "label_separator")
     ),
 ]
@@ -181,7 +181,7 @@ def test_output_folders(tmp_path: Path) -> None:
     (tmp_path / "v1.0").mkdir()
     PredictOptions("m", ("a",), output=tmp_path / "v1.0", shard="1/2")
     (tmp_path / "out").write_text("", encoding="utf-8")
-    with raises_one_line("--output-dir"):
+    with raises_one_line("`output_dir`"):
         FinetuneOptions(tmp_path / "out", DataOptions("digits"), ModelOptions("m"))
 
 
@@ -189,7 +189,7 @@ def test_regions_of_cls_tokens() -> None:
     grid = [[2, 3, row, column] for row in (0, 1) for column in (0, 1, 2)]  # row by row
     assert parse_cls_scopes(["1x2", "image", "2x3"]) == [[1, 2, 0, 0], [1, 2, 0, 1], "image", *grid]
     for text in ("0x2", "2", "2x", "x2", "2x2x2", "images", "1000x2"):
-        with raises_one_line(f"--cls-scopes requires `image` or ROWSxCOLUMNS, but got {text!r}"):
+        with raises_one_line(f"`cls_scopes` requires 'image' or ROWSxCOLUMNS, but got {text!r}"):
             ModelOptions("vitcls-tiny", cls_scopes=("image", text))
 
 
@@ -199,7 +199,7 @@ def test_specialized_layers() -> None:
         "specialized_layers": {"norm": list(range(100)), "qkv": [0]}
     }
     for text in ("norm", "mlp:2", "qkv:0", "norm:1:2", "norm:1000"):
-        with raises_one_line("--specialized-layers", text):
+        with raises_one_line("`specialized_layers`", text):
             ModelOptions("vitcls-tiny", specialized_layers=(text,))
 
 

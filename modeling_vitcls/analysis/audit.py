@@ -93,7 +93,7 @@ def audit_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     for file in (options.audit, options.audit.with_suffix(".csv")):
         if file.exists() and not options.overwrite:
             raise ValueError(
-                f"{file} exists, and may have been edited. Set --overwrite, or another --audit"
+                f"{file} exists, and may have been edited. Set `overwrite=True`, or another `audit`"
             )
     images, num_unreadable, console = load_audited_images(options)
     audit = audit_dataset(images)
@@ -152,12 +152,12 @@ def load_audited_images(options: EvaluateOptions) -> tuple[AuditedImages, int, C
     The images are those for training and the held-out ones, with features and probabilities.
     """
     if find_spec("cleanlab") is None:
-        raise ValueError(f"--audit requires cleanlab. {describe_installation('audit')}")
+        raise ValueError(f"`audit` requires cleanlab. {describe_installation('audit')}")
     folds = [] if options.frozen else sorted(Path(options.model).glob(f"fold-*/{PREDICTIONS_FILE}"))
     folder = resolve(str(folds[0].parent) if folds else options.model)
     if options.frozen is None and not folder.config.num_labels:
         raise ValueError(
-            "--audit requires a classifier, but the model has none. Set --frozen logreg"
+            "`audit` requires a classifier, but the model has none. Set `frozen='logreg'`"
         )
 
     accelerator, console, warn = set_up_evaluation(options)
@@ -175,7 +175,7 @@ def load_audited_images(options: EvaluateOptions) -> tuple[AuditedImages, int, C
         options.data, select=list if folds else partial(choose_audited_splits, options)
     )
     if data.label_space.kind != "single_label_classification":
-        raise ValueError("--audit requires one label per image. Set a single --label-column")
+        raise ValueError("`audit` requires one label per image. Set a single `label_column`")
     if options.frozen:
         check_class_sizes(data.images_by_split.values())
 
@@ -303,8 +303,8 @@ def check_class_sizes(parts: Iterable[LabeledImages]) -> None:
     sizes = Counter(label for images in parts for label in images.labels if label != IGNORED_LABEL)
     if sizes and max(sizes.values()) < NUM_FOLDS:
         raise ValueError(
-            f"--audit with --frozen requires {NUM_FOLDS} images of a class, but the largest class has "
-            f"{max(sizes.values())}. Add images, or audit with a classifier (without --frozen)"
+            f"`audit` with `frozen` requires {NUM_FOLDS} images of a class, but the largest class has "
+            f"{max(sizes.values())}. Add images, or audit with a classifier (without `frozen`)"
         )
 
 

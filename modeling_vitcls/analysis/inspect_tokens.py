@@ -11,6 +11,7 @@ from ..data.held_out import read_held_out_record
 from ..hub.loading import split_revision
 from ..inference.load_model import choose_batch_size, load_model
 from ..runtime.distributed import choose_precision
+from ..runtime.messages import format_message
 from ..runtime.progress import track
 from .inspection import Inspection, inspect_model, open_images
 from .options import InspectOptions
@@ -39,7 +40,8 @@ def inspect_tokens(options: InspectOptions) -> Inspection:
     if precision == "auto":
         precision = choose_precision(device, model.config)
         if precision == "bf16":
-            console.print("mixed precision: bf16. --mixed-precision no turns it off")
+            text = "mixed precision: bf16. `mixed_precision='no'` turns it off"
+            console.print(format_message(text), markup=False)
     images = open_images(options, model, read_held_out_record(folder))
     for file in (options.output, options.json):
         if file is not None:

@@ -42,17 +42,17 @@ class InspectOptions(ImageOptions):
     def __post_init__(self) -> None:
         check_minimum(self, 1, "num_images", "max_images", "batch_size")
         if bool(self.paths) == (self.dataset is not None):
-            raise ValueError("Set either PATHS or --dataset to select the images.")
+            raise ValueError("Set either `images` or `dataset` to select the images.")
         if self.dataset is None and (
             self.image_column or self.label_column or self.label_separator
         ):
             raise ValueError(
-                "--image-column, --label-column and --label-separator require --dataset. Set --dataset."
+                "`image_column`, `label_column` and `label_separator` require `dataset`. Set `dataset`."
             )
         if self.output.suffix.lower() not in (".html", ".htm"):
-            raise ValueError(f"--output {self.output}: the file name must end in .html")
+            raise ValueError(f"`output={str(self.output)!r}`: the file name must end in .html")
         if self.json is not None and self.json.suffix.lower() != ".json":
-            raise ValueError(f"--json {self.json}: the file name must end in .json")
+            raise ValueError(f"`json={str(self.json)!r}`: the file name must end in .json")
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class LookOptions:
     def __post_init__(self) -> None:
         if not self.paths:
             raise ValueError(
-                "Name at least one photo, folder or URL: vitcls look photo.jpg --model M"
+                "Name at least one photo, folder or URL: `vitcls look photo.jpg --model M`"
             )
         sizes = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,)
         check_value(
@@ -91,7 +91,7 @@ class LookOptions:
         suffixes = ("", ".png", ".jpg", ".jpeg", ".webp")
         if self.output.suffix.lower() not in suffixes:
             raise ValueError(
-                f"--output {self.output}: set a .png, .jpg or .webp file, or a folder without a suffix"
+                f"`output={str(self.output)!r}`: set a .png, .jpg or .webp file, or a folder without a suffix"
             )
         if self.json is not None and self.json.suffix.lower() != ".json":
-            raise ValueError(f"--json {self.json}: the file name must end in .json")
+            raise ValueError(f"`json={str(self.json)!r}`: the file name must end in .json")

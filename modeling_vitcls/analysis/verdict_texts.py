@@ -119,7 +119,7 @@ def describe_patches(verdict: Verdict) -> str:
         registers = "more registers" if numbers["has_registers"] else "registers"
         sentence = (
             f"{position}, {mode['fraction']:.1%} of the patches have outlier norms, at {mode['ratio']:.1f} times the "
-            f"median norm of the image; {registers} may absorb them (train with --num-register-tokens, or see "
+            f"median norm of the image; {registers} may absorb them (train with num_register_tokens, or see "
             "analysis.register_neurons)."
         )
     elif verdict.outcome is Outcome.FEW_PATCHES:

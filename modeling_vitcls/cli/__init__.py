@@ -4,12 +4,12 @@
     accelerate launch -m modeling_vitcls.cli finetune --model vitcls-tiny ...       several processes
     vitcls --tyro-print-completion bash                                             shell completion
 
-    parsing.py          recipes and flags -> options; one-line errors and exit statuses
-    functions.py        the commands as Python functions
-    flags.py            their keyword arguments, with types (written by scripts/make_flags.py)
-    argument_errors.py  their errors, which name arguments instead of flags
-    NAME.py             vitcls NAME, with underscores for hyphens
-    demo_page.py        the page of `vitcls demo`
+    parsing.py        recipes and flags -> options; one-line errors and exit statuses
+    flag_messages.py  messages of the package -> messages that name flags
+    functions.py      the commands as Python functions
+    flags.py          their keyword arguments, with types (written by scripts/make_flags.py)
+    NAME.py           vitcls NAME, with underscores for hyphens
+    demo_page.py      the page of `vitcls demo`
 
 A subcommand defines OPTIONS_CLASS and `run(options)`. OPTIONS_CLASS is a dataclass whose fields are the flags, and
 whose `__post_init__` raises ValueError if flags contradict each other. ValueErrors and OSErrors raised by subcommands
@@ -63,6 +63,8 @@ def main(arguments: list[str] | None = None) -> None:
 def run_command(arguments: list[str]) -> None:
     """Parse the flags, import the libraries, and run the subcommand."""
     modules = load_modules()
+    from ..runtime.flags import get_flag_fields
+    from .flag_messages import messages_name_flags
     from .parsing import exit_on_error, parse_command_line, silence_libraries
 
     name, options = parse_command_line(modules, arguments or ["--help"])
@@ -71,7 +73,7 @@ def run_command(arguments: list[str]) -> None:
 
     ViTCLSConfig.register_auto_classes()  # __init__.py does not register the classes in a CLI process
     silence_libraries()
-    with exit_on_error():
+    with messages_name_flags(get_flag_fields(type(options))), exit_on_error():
         modules[name].run(options)
 
 

@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from ..runtime.errors import describe_installation
+from ..runtime.messages import format_message
 
 
 if TYPE_CHECKING:
@@ -115,7 +116,9 @@ def write_examples(run: "ModelFolder", output: Path) -> list[Path]:
             max_images=NUM_EXAMPLES,
         )
     except (OSError, ValueError) as error:
-        logger.warning(f"the page has no examples: {error}. Set --examples to image files")
+        logger.warning(
+            format_message(f"the page has no examples: {error}. Set `examples` to image files")
+        )
         return []
     if record is None or data.part.warning is not None:  # training may have used the images
         return []

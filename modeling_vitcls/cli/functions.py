@@ -8,20 +8,21 @@
     look("runs/mine", "photo.jpg")      # a PIL image, which a notebook shows
 
 Keyword arguments are the flags of the commands: `learning_rate=1e-4` is `--learning-rate 1e-4`. flags.py lists them
-with their types, for editors and type checkers. Errors name the argument instead of the flag (argument_errors.py). A
+with their types, for editors and type checkers. Errors name these arguments. A
 dataset is a path, a Hub id, or data in memory (data/in_memory.py).
 """
 
 import dataclasses
 import sys
+import types
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Unpack, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, Unpack, get_args, get_origin, get_type_hints
 
 from ..analysis.options import InspectOptions, LookOptions
 from ..inference.options import EvaluateOptions, PredictOptions
 from ..runtime.flags import find_similar_flag, get_flag_fields
+from ..runtime.messages import format_message
 from ..training.options import (
     AddClassOptions,
     AddTaskOptions,
@@ -29,7 +30,6 @@ from ..training.options import (
     PretrainOptions,
     VerifyUnchangedOptions,
 )
-from .argument_errors import errors_name_arguments, get_choices, get_value_types
 from .flags import (
     EvaluateFlags,
     FinetuneFlags,
@@ -43,7 +43,6 @@ from .flags import (
 Options = TypeVar("Options")
 
 
-@errors_name_arguments(FinetuneOptions)
 def finetune(
     model: str | Path, dataset: Any, output_dir: str | Path, **flags: Unpack[FinetuneFlags]
 ) -> dict[str, Any]:
@@ -76,7 +75,6 @@ def finetune(
     return run_training(options)
 
 
-@errors_name_arguments(PretrainOptions)
 def pretrain(
     model: str | Path, dataset: Any, output_dir: str | Path, **flags: Unpack[PretrainFlags]
 ) -> dict[str, Any]:
@@ -123,7 +121,6 @@ def run_training(options: Any) -> dict[str, Any]:
     return train_one(options)
 
 
-@errors_name_arguments(EvaluateOptions)
 def evaluate(model: str | Path, dataset: Any, **flags: Unpack[EvaluateFlags]) -> dict[str, Any]:
     """Evaluate a saved model, or its frozen features with `frozen="knn"`, as `vitcls evaluate` does.
 
@@ -166,10 +163,12 @@ def choose_engine(job: Any) -> Any:
     """Return the model of a job or a faster graph of it, for `--backend auto`. A choice is printed."""
     from ..export.engine_choice import choose_engine as choose
 
-    return choose(job, partial(print, file=sys.stderr))
+    def print_line(text: str) -> None:
+        print(format_message(text), file=sys.stderr)
+
+    return choose(job, print_line)
 
 
-@errors_name_arguments(PredictOptions)
 def predict(
     model: str | Path, images: Any = (), **flags: Unpack[PredictFlags]
 ) -> list[dict[str, Any]]:
@@ -207,7 +206,6 @@ def predict(
     return predict_from_options(options, images, choose_engine)
 
 
-@errors_name_arguments(InspectOptions)
 def inspect_tokens(model: str | Path, images: Any = (), **flags: Unpack[InspectFlags]) -> Any:
     """Write the report on the special tokens of a model, as `vitcls inspect` does.
 
@@ -236,7 +234,6 @@ def inspect_tokens(model: str | Path, images: Any = (), **flags: Unpack[InspectF
     )
 
 
-@errors_name_arguments(LookOptions)
 def look(model: str | Path, image: Any, **flags: Unpack[LookFlags]) -> Any:
     """Draw what a model sees in a photo, as `vitcls look` does.
 
@@ -410,7 +407,7 @@ def convert_value(name: str, value: Any, type_hint: Any) -> Any:
     )
     if choices and value not in [None, *choices] and (has_only_choices or isinstance(value, str)):
         raise ValueError(
-            f"{name} is {value!r}. Set {name} to one of {', '.join(map(repr, choices))}"
+            f"`{name}` is {value!r}. Set `{name}` to one of {', '.join(map(repr, choices))}"
         )
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         return tuple(value)
@@ -424,6 +421,18 @@ def convert_value(name: str, value: Any, type_hint: Any) -> Any:
         return Path(value)
     if isinstance(value, str) and not choices and str not in value_types:
         raise ValueError(
-            f"{name} must be of type {value_types[0].__name__}, but it is the string {value!r}"
+            f"`{name}` must be of type {value_types[0].__name__}, but it is the string {value!r}"
         )
     return str(value) if isinstance(value, Path) and Path not in value_types else value
+
+
+def get_value_types(type_hint: Any) -> tuple[Any, ...]:
+    """Return the types of a union, or the type itself."""
+    is_union = get_origin(type_hint) in (Union, types.UnionType)
+    return get_args(type_hint) if is_union else (type_hint,)
+
+
+def get_choices(value_types: tuple[Any, ...]) -> list[Any]:
+    """Return the values of all Literal types."""
+    literals = [type_ for type_ in value_types if get_origin(type_) is Literal]
+    return [choice for literal in literals for choice in get_args(literal)]

@@ -18,7 +18,7 @@ import shutil
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, UnionType
@@ -31,6 +31,8 @@ import yaml
 from ..hub.local_paths import split_prefix
 from ..runtime.errors import format_error, is_raised_on_all_processes
 from ..runtime.flags import find_similar_flag, get_flag_fields, to_arguments, to_flags
+from ..runtime.messages import format_message
+from .flag_messages import messages_name_flags
 
 
 Options = TypeVar("Options")
@@ -53,8 +55,10 @@ def parse_command_line(modules: dict[str, ModuleType], arguments: list[str]) -> 
     """
     name, flags = arguments[0], arguments[1:]
     is_command = name in modules
+    flag_names: Collection[str] = ()
     if is_command:
         options_class = modules[name].OPTIONS_CLASS
+        flag_names = get_flag_fields(options_class)
         common_flags = getattr(modules[name], "COMMON_FLAGS", None)
         if common_flags and {"--help", "-h"} & set(flags):
             print(format_short_help(name, options_class, common_flags))
@@ -79,7 +83,7 @@ def parse_command_line(modules: dict[str, ModuleType], arguments: list[str]) -> 
                 module.OPTIONS_CLASS, tyro.conf.subcommand(name=command, description=description)
             ]
         )
-    with one_line_errors():
+    with messages_name_flags(flag_names), one_line_errors():
         union: Any = Union[tuple(subcommands)]  # noqa: UP007  # the number of types is not known here
         options = tyro.cli(union, prog="vitcls", args=[name, *flags], config=TYRO_CONFIG)
     check_paths(options)
@@ -424,19 +428,21 @@ def run_script(
         run: The program.
         arguments: The flags. Default: `sys.argv[1:]`.
     """
-    with one_line_errors():
-        options = tyro.cli(options_class, args=arguments, config=TYRO_CONFIG)
-    silence_libraries()
-    with exit_on_error():
-        run(options)
+    with messages_name_flags(get_flag_fields(options_class)):
+        with one_line_errors():
+            options = tyro.cli(options_class, args=arguments, config=TYRO_CONFIG)
+        silence_libraries()
+        with exit_on_error():
+            run(options)
 
 
 def exit_with_message(message: str, status: int = 2, is_on_all_processes: bool = True) -> NoReturn:
-    """Print a one-line message to stderr and exit.
+    """Print a one-line message, with flags for parameters, to stderr and exit.
 
     Status 2 means that a flag is invalid. If all processes exit with the message
     (`is_on_all_processes`), only the first process prints the message.
     """
+    message = format_message(message)
     rank = os.environ.get("RANK", "0")
     if rank == "0":
         print(message, file=sys.stderr)

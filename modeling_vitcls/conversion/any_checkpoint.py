@@ -37,6 +37,7 @@ from ..hub.model_files import PARITY_REPORT_FILE, RESULTS_FILE, list_backend_fil
 from ..hub.model_folder import ModelFolder
 from ..model.configuration_vitcls import PRESETS
 from ..runtime.files import read_json
+from ..runtime.messages import format_message
 from ..version import __version__
 
 
@@ -66,11 +67,11 @@ def resolve(source: str, backend: str = "torch", files: Sequence[str] = ()) -> M
     """
     if is_preset(source):
         raise ValueError(
-            f"{source} is a preset without trained weights. Set --model to a folder or a model on the Hub"
+            f"{source} is a preset without trained weights. Set `model` to a folder or a model on the Hub"
         )
     if Path(source, "checkpoints").is_dir() and not Path(source, CONFIG_FILE).exists():
         raise ValueError(
-            f"{source} contains an unfinished run without a model. Repeat the training command with --resume"
+            f"{source} contains an unfinished run without a model. Continue the run: `vitcls finetune ... --resume`"
         )
     patterns = [*list_backend_files(backend), RESULTS_FILE, PARITY_REPORT_FILE, *files]
     folder = find_or_convert(source, patterns)
@@ -133,7 +134,7 @@ def convert_once(source: str) -> str:
         report = convert_checkpoint(source, folder)
         for note in report["notes"]:
             if note.startswith("pooling: "):
-                logger.warning("%s", note)
+                logger.warning("%s", format_message(note))
         logger.warning("the converted model is cached in %s", folder)
     return str(folder)
 

@@ -151,7 +151,7 @@ def load_source(
     if project in SOURCE_CLASSES or not Path(source_name).suffix:
         if family is not None:
             raise ConversionError(
-                f"--family {family} requires a state-dict file, but the source is {source_name}"
+                f"`family={family!r}` requires a state-dict file, but the source is {source_name}"
             )
         if project not in SOURCE_CLASSES or not name:
             raise ConversionError(
@@ -162,7 +162,7 @@ def load_source(
 
     if random_init:
         raise ConversionError(
-            f"--random-init requires timm:NAME or transformers:PATH_OR_ID, but the source is {source_name}"
+            f"`random_init=True` requires timm:NAME or transformers:PATH_OR_ID, but the source is {source_name}"
         )
     return FileSource.load(Path(source_name), family)
 

@@ -223,7 +223,7 @@ def prepare_weights(weights: Mapping[str, Any], family: str) -> Weights:
     """
     if family not in FAMILY_NAMES:
         raise ConversionError(
-            f"the family {family!r} is unknown. Set --family to one of {', '.join(FAMILY_NAMES)}"
+            f"the family {family!r} is unknown. Set `family` to one of {', '.join(FAMILY_NAMES)}"
         )
 
     ignored_prefixes = ("decoder", "mask_token") if family == "mae" else ("local_cls_norm",)
@@ -310,7 +310,7 @@ def build_timm_model(weights: Weights, family: str) -> Any:
     except (LookupError, RuntimeError, ValueError, AssertionError) as error:
         # weights that do not match the model
         raise ConversionError(
-            f"the weights do not match the family {family}: {format_error(error)}. Set --family to another family, or "
+            f"the weights do not match the family {family}: {format_error(error)}. Set `family` to another family, or "
             "use timm:NAME@FILE"
         ) from error
     model.pretrained_cfg |= PREPROCESSING.get(family, {})
@@ -445,5 +445,5 @@ def find_weight(weights: Weights, pattern: str) -> torch.Tensor:
         if re.fullmatch(pattern, name):
             return weight
     raise ConversionError(
-        f"the family requires the weight {pattern}. Set --family to another family"
+        f"the family requires the weight {pattern}. Set `family` to another family"
     )

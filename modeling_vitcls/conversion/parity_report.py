@@ -104,7 +104,7 @@ def describe_pooling(source: SourceModel, config: ViTCLSConfig) -> list[str]:
         return []
     return [
         "pooling: the mean of the patches, as in timm; Meta's code and transformers read the CLS token. "
-        'Set --pooling cls in `vitcls finetune`, or pooling="cls" in Python, to do the same'
+        "To do the same, set `pooling='cls'` in training (`vitcls finetune --pooling cls`)"
     ]
 
 

@@ -258,6 +258,6 @@ def detect_family(weights: Weights, container_key: str | None, file: Path) -> st
 
     if family is None:
         raise ConversionError(
-            f"the weights in {file} match several families. Set --family to one of {', '.join(candidates)}"
+            f"the weights in {file} match several families. Set `family` to one of {', '.join(candidates)}"
         )
     return family

@@ -73,7 +73,7 @@ class TimmSource(Source):
             check_timm_architecture(name.partition("@")[0].partition(".")[0])
         if random_init and "@" in name and ":" not in name:
             raise ConversionError(
-                f"--random-init reads no file, but the source is timm:{name}. Remove one of them"
+                f"`random_init=True` reads no file, but the source is timm:{name}. Remove one of them"
             )
 
         try:

@@ -66,7 +66,9 @@ def convert_to_transformers(
     if best_match.mismatches:
         native_size_match = find_best_match(name, model.config, native_size_only=True)
         is_native_size_enough = not native_size_match.mismatches
-        hint = ". Set native_size_only=True if one size is enough" if is_native_size_enough else ""
+        hint = (
+            ". Set `native_size_only=True` if one size is enough" if is_native_size_enough else ""
+        )
         raise ConversionError(
             f"{best_match.target.name}, the nearest class of transformers, does not support the model: "
             f"{', '.join(best_match.mismatches.values())}{hint}"

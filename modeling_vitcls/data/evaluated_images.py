@@ -216,7 +216,7 @@ def choose_evaluation_split(split: str | None, names: Sequence[str], options: Da
         if split is not None
         else "has several splits, none of them for evaluation"
     )
-    raise ValueError(f"{options.dataset} {problem}. Set --split to one of {', '.join(names)}")
+    raise ValueError(f"{options.dataset} {problem}. Set `split` to one of {', '.join(names)}")
 
 
 def choose_fitting_split(evaluated: str, names: Sequence[str]) -> str:
@@ -298,8 +298,8 @@ def check_any_evaluated(is_evaluated: np.ndarray, options: DataOptions, split: s
     """Raise ValueError if no image is left for the evaluation."""
     if not is_evaluated.any():
         raise ValueError(
-            f"the model was trained on all {len(is_evaluated):,} images of {options.dataset}. Set --dataset to other "
-            f"images, or --split {split} to evaluate these"
+            f"the model was trained on all {len(is_evaluated):,} images of {options.dataset}. Set `dataset` to other "
+            f"images, or `split={split!r}` to evaluate these"
         )
 
 
@@ -308,8 +308,7 @@ def check_rule(rule: HeldOutRule, options: DataOptions) -> HeldOutRule:
     for name, recorded_value in (("split_seed", rule.seed), ("held_out_fraction", rule.fraction)):
         value = getattr(options, name)
         if value not in (recorded_value, getattr(DataOptions, name)):
-            flag = f"--{name.replace('_', '-')}"
             raise ValueError(
-                f"{flag} is {value}, but training held out images with {recorded_value}. Remove {flag}"
+                f"`{name}` is {value}, but training held out images with {recorded_value}. Remove `{name}`"
             )
     return rule

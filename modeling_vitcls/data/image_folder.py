@@ -250,7 +250,7 @@ def build_labeled_splits(
         )
         raise ValueError(
             f"{parent} contains images, but no class folders. Move the images of each class into a separate folder, "
-            f"or set --dataset to {tables[0] if tables else 'a table of images and labels'}"
+            f"or set `dataset` to {tables[0] if tables else 'a table of images and labels'}"
         )
     note_unused_files(folder, unlabeled_images, "outside of class folders")
     parts = {}
@@ -323,7 +323,7 @@ def describe_single_class(dataset: str, name: str) -> str:
     """Return the error message for a dataset with only one class."""
     folder = Path(dataset, name)
     hint = (
-        f". If its subfolders are the classes or splits, set --dataset {folder}"
+        f". If its subfolders are the classes or splits, set `dataset={str(folder)!r}`"
         if folder.is_dir()
         else ""
     )

@@ -355,5 +355,5 @@ class UnreadableImageCounter:
             if len(self.indices) > self.limit:
                 text = f"more than {self.limit} images cannot be read; the last: {message}"
                 raise ValueError(
-                    f"{text}. Remove these images, or set a larger --max-unreadable-images"
+                    f"{text}. Remove these images, or set a larger `max_unreadable_images`"
                 )

@@ -274,8 +274,8 @@ def build_label_reader(
     )
     if has_lists and len(names) > 1:
         raise ValueError(
-            f"{options.dataset}: several label columns require one label per image. Set one --label-column, or omit "
-            "--label-separator"
+            f"{options.dataset}: several label columns require one label per image. Set one `label_column`, or omit "
+            "`label_separator`"
         )
     kind: LabelKind = "multi_label_classification" if has_lists else "single_label_classification"
     columns = [build_label_column(options, name, features[name], read_column) for name in names]
@@ -297,7 +297,7 @@ def build_label_column(
         for label in map(normalize_value, split_labels(value, options.label_separator)):
             if isinstance(label, float) or not isinstance(label, Hashable):
                 raise ValueError(
-                    f"{options.dataset}: the column {name!r} has no class labels. Set --label-column"
+                    f"{options.dataset}: the column {name!r} has no class labels. Set `label_column`"
                 )
             distinct_values.add(label)
 
@@ -368,7 +368,7 @@ def find_column(
             return column
 
     raise ValueError(
-        f"{dataset}: cannot identify the {kind} column among {', '.join(features)}. Set --{kind}-column"
+        f"{dataset}: cannot identify the {kind} column among {', '.join(features)}. Set `{kind}_column`"
     )
 
 

@@ -56,12 +56,12 @@ class DataOptions:
         check_minimum(self, 2, "folds")
         if self.fold is not None:
             check_value(
-                self, "fold", 1 <= self.fold <= (self.folds or 0), "from 1 to the value of --folds"
+                self, "fold", 1 <= self.fold <= (self.folds or 0), "from 1 to the value of `folds`"
             )
         check_minimum(self, 1, "shuffle_buffer")
         if self.streaming and self.exclude is not None:
             raise ValueError(
-                "--exclude requires all image names, which a stream lacks. Remove --streaming"
+                "`exclude` requires all image names, which a stream lacks. Remove `streaming=True`"
             )
         check_minimum(self, 0, "split_seed", "max_unreadable_images", "num_workers")
 
@@ -112,4 +112,4 @@ def check_stored_images(data: DataOptions) -> None:
     """Raise ValueError for flags that only training supports."""
     for name in ("streaming", "folds", "exclude"):
         if getattr(data, name):
-            raise ValueError(f"--{name} is only for `vitcls finetune`. Remove --{name}")
+            raise ValueError(f"`{name}` is only for `vitcls finetune`. Remove `{name}`")

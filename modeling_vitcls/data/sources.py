@@ -229,7 +229,7 @@ def drop_unlabeled_images(images: LabeledImages, options: DataOptions, split: st
 
     name = f"{options.dataset}, split {split!r}"
     if not labeled:
-        raise ValueError(f"{name}: no image has a label. Set a different --label-column or --split")
+        raise ValueError(f"{name}: no image has a label. Set a different `label_column` or `split`")
     warn_on_first_process(
         f"{name}: skipped {len(images) - len(labeled):,} of {len(images):,} images (no label)"
     )
@@ -252,7 +252,7 @@ def open_splits(options: DataOptions, use_labels: bool = True) -> Any:
     path = Path(options.dataset)
     is_in_memory = options.dataset.startswith(MEMORY_PREFIX)
     if options.streaming and (is_in_memory or options.dataset == "digits" or is_idx_folder(path)):
-        raise ValueError(f"{options.dataset} is always loaded into memory. Remove --streaming")
+        raise ValueError(f"{options.dataset} is always loaded into memory. Remove `streaming=True`")
 
     if is_in_memory:
         return get_dataset(options.dataset)
@@ -296,7 +296,7 @@ def read_with_datasets(options: DataOptions) -> Any:
         ) from None
     except Exception as error:  # the readers raise many types of errors on damaged data
         reason = f"{type(error).__name__}: {format_error(error)}"
-        advice = "Check the path and the file format (--help lists the formats)"
+        advice = "Check the path and the file format (`vitcls evaluate --help` lists the formats)"
         raise ValueError(
             f"cannot read the dataset {options.dataset!r} ({reason}). {advice}"
         ) from error

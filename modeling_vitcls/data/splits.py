@@ -212,7 +212,7 @@ def exclude_images(images: LabeledImages, split: str, file: Path) -> LabeledImag
     table = pd.read_csv(file, dtype=str)
     if not {"split", "id"} <= set(table.columns):
         raise ValueError(
-            f"--exclude {file}: the column `split` or `id` is missing. Use a table of evaluate --audit"
+            f"`exclude={str(file)!r}`: the column 'split' or 'id' is missing. Use a table of `vitcls evaluate --audit`"
         )
     excluded = set(table["id"][table["split"].isin([split, escape_csv_cell(split)])])
     names = images.images.get_names()
@@ -224,12 +224,13 @@ def exclude_images(images: LabeledImages, split: str, file: Path) -> LabeledImag
     ]
     if excluded and len(kept) == len(names):
         raise ValueError(
-            f"--exclude {file} lists {len(excluded):,} images of the split {split!r}, but none of them is one of the "
-            f"{len(names):,} training images. Use a table of evaluate --audit with this dataset, or remove --exclude"
+            f"`exclude={str(file)!r}` lists {len(excluded):,} images of the split {split!r}, but none of them is one "
+            f"of the {len(names):,} training images. Use a table of `vitcls evaluate --audit` with this dataset, or "
+            "remove `exclude`"
         )
     if not kept:
         raise ValueError(
-            f"--exclude {file} lists all {len(names):,} training images. Keep some of them"
+            f"`exclude={str(file)!r}` lists all {len(names):,} training images. Keep some of them"
         )
     return images.select(kept)
 
@@ -271,16 +272,16 @@ def check_splits(
     if options.folds is not None and training_splits.held_out is not None:
         split = training_splits.held_out
         raise ValueError(
-            f"--folds requires a dataset without a held-out split, but {options.dataset} has {split!r}. Remove --folds"
+            f"`folds` requires a dataset without a held-out split, but {options.dataset} has {split!r}. Remove `folds`"
         )
     if lacks_selection and options.streaming:
         raise ValueError(
-            f"--select best with --streaming requires a validation split and a test split, but {options.dataset} has "
-            f"only {', '.join(splits.names)}. Remove one of the two flags"
+            "`select='best'` with `streaming=True` requires a validation split and a test split, but "
+            f"{options.dataset} has only {', '.join(splits.names)}. Remove one of the two flags"
         )
     if lacks_selection and not options.held_out_fraction:
         raise ValueError(
-            "--select best requires images, but --held-out-fraction is 0. Set a larger one"
+            "`select='best'` requires images, but `held_out_fraction` is 0. Set a larger one"
         )
 
 
@@ -329,7 +330,7 @@ def check_both_parts(is_held_out: np.ndarray, rule: HeldOutRule, options: DataOp
         amount, change = ("all", "smaller") if is_held_out.all() else ("none of the", "larger")
         raise ValueError(
             f"{options.dataset}: {amount} {len(is_held_out)} images would be held out. "
-            f"Set a {change} --held-out-fraction"
+            f"Set a {change} `held_out_fraction`"
         )
 
 
@@ -339,7 +340,7 @@ def check_folds(rule: HeldOutRule, images: LabeledImages, options: DataOptions) 
         if not select_held_out(images, replace(rule, fold=fold))[0].any():
             raise ValueError(
                 f"{options.dataset}: fold {fold} of {rule.num_folds} has no images, because the dataset has only "
-                f"{len(images)}. Set a smaller --folds"
+                f"{len(images)}. Set a smaller `folds`"
             )
 
 

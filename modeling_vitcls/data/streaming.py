@@ -146,7 +146,7 @@ class StreamedImages:
         examples = list(islice(self.iterate_in_order(), num_images))
         if not examples:
             remedy = (
-                "Set a larger --held-out-fraction"
+                "Set a larger `held_out_fraction`"
                 if self.is_held_out_part
                 else "Remove the evaluation split"
             )
@@ -232,7 +232,7 @@ def read_label_column(streams: Any, column: str, options: DataOptions) -> Iterat
     for stream in streams.values():
         if "__url__" in (stream.features or {}) and not Path(options.dataset).exists():
             raise ValueError(
-                f"{options.dataset} does not declare the classes of {column!r}. Set --label-names"
+                f"{options.dataset} does not declare the classes of {column!r}. Set `label_names`"
             )
         for row in stream.select_columns([column]):
             yield row[column]

@@ -76,7 +76,7 @@ def explain_worker_errors(num_workers: int) -> Iterator[None]:
             causes = (
                 f"a full {SHARED_MEMORY} ({format_megabytes(free_bytes)} are free now), {causes}"
             )
-        raise OSError(f"{reason}. Possible causes: {causes}. Set --num-workers 0") from error
+        raise OSError(f"{reason}. Possible causes: {causes}. Set `num_workers=0`") from error
 
 
 # Limits --------------------------------------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ def check_shared_memory(num_workers: int, batch_bytes: int) -> None:
     if free < needed:
         raise ValueError(
             f"{num_workers} data loading processes require {format_megabytes(needed)} in {SHARED_MEMORY}, but "
-            f"{format_megabytes(free)} are free. Set --num-workers 0 or a smaller --batch-size, or enlarge "
+            f"{format_megabytes(free)} are free. Set `num_workers=0` or a smaller `batch_size`, or enlarge "
             f"{SHARED_MEMORY} (in Docker: --shm-size)"
         )
 
@@ -109,7 +109,7 @@ def check_open_files(num_workers: int) -> None:
     if limit != resource.RLIM_INFINITY and limit < needed:
         raise ValueError(
             f"{num_workers} data loading processes require about {needed} open files, but the limit is {limit}. Set "
-            f"--num-workers 0, or raise the limit (ulimit -n {needed})"
+            f"`num_workers=0`, or raise the limit (ulimit -n {needed})"
         )
 
 

@@ -69,7 +69,7 @@ def choose_engine(job: Job, print_line: Callable[[str], None]) -> Any:
     if choice.engine != TORCH:
         print_line(
             f"engine: {get_engine_name(model)}, measured to be {choice.times_as_fast:.2f} times as fast as PyTorch. "
-            "--backend torch turns it off"
+            "`backend='torch'` turns it off"
         )
     return model
 

@@ -129,7 +129,7 @@ def load_exportable_model(source: str) -> ExportableModel:
     class_name = (folder.config.architectures or ["an unknown class"])[0]
     if class_name not in MODEL_CLASSES:
         raise ValueError(
-            f"export requires one of {', '.join(MODEL_CLASSES)}, but {source} contains {class_name}. Set --model to a "
+            f"export requires one of {', '.join(MODEL_CLASSES)}, but {source} contains {class_name}. Set `model` to a "
             "model of a supported class"
         )
     model = folder.load(MODEL_CLASSES[class_name], dtype=torch.float32)

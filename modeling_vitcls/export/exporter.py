@@ -75,13 +75,13 @@ def export_model(
     target = output if output.suffix else output / f"model{file_format.suffix}"
     if target.suffix != file_format.suffix:
         raise ValueError(
-            f"--output {output}: the file name must end in {file_format.suffix}, or have no suffix"
+            f"`output={str(output)!r}`: the file name must end in {file_format.suffix}, or have no suffix"
         )
     check_files_do_not_exist(target, get_report_path(target))
     packages = (*file_format.packages, *(["nncf"] if options.int8 else []))
     if missing_packages := [name for name in packages if find_spec(name) is None]:
         raise ValueError(
-            f"--format {format_name} requires packages that are not installed: {', '.join(missing_packages)}. "
+            f"`format={format_name!r}` requires packages that are not installed: {', '.join(missing_packages)}. "
             f"{describe_installation('export')}"
         )
     exportable = exportable or load_exportable_model(source)
@@ -91,10 +91,10 @@ def export_model(
     excluded_layers = list(options.exclude_layers)
     num_layers = model.config.num_hidden_layers
     if not set(excluded_layers) <= set(range(1, num_layers + 1)):
-        raise ValueError(f"--exclude-layers requires numbers from 1 to {num_layers}")
+        raise ValueError(f"`exclude_layers` requires numbers from 1 to {num_layers}")
     if options.dataset is not None and processor is None:
         raise ValueError(
-            f"--dataset requires an image processor, but {source} has none. Omit --dataset"
+            f"`dataset` requires an image processor, but {source} has none. Omit `dataset`"
         )
     images = (
         None
@@ -212,9 +212,9 @@ def check_drop(report: Report, max_drop: float, model: Any, images: torch.Tensor
     worst = sorted([*excluded, *layers[: max(1, len(layers) // 4)]])
     raise ValueError(
         f"int8 lowers the {scores['metric']} from {scores['model']:.1%} to {scores['file']:.1%} on "
-        f"{scores['num_images']} images, at least {100 * drop:.1f} points and more than --max-drop {max_drop:g} "
-        f"points. Set --exclude-layers {' '.join(map(str, worst))}, the layers with the largest errors, or a larger "
-        "--max-drop"
+        f"{scores['num_images']} images, at least {100 * drop:.1f} points and more than `max_drop={max_drop:g}` "
+        f"points. Set `exclude_layers={tuple(worst)}`, the layers with the largest errors, or a larger "
+        "`max_drop`"
     )
 
 
@@ -246,7 +246,7 @@ def check_files_do_not_exist(*files: Path) -> None:
     """Raise ValueError if any of the files exists."""
     for file in files:
         if file.exists():
-            raise ValueError(f"{file} exists. Set a different --output, or remove the file")
+            raise ValueError(f"{file} exists. Set a different `output`, or remove the file")
 
 
 def move_files(source: Path, target: Path) -> None:

@@ -31,6 +31,7 @@ from ..inference.image_pass import ImageOutput
 from ..inference.intervals import compute_proportion_interval
 from ..inference.options import EvaluateOptions
 from ..runtime.distributed import build_accelerator
+from ..runtime.messages import format_message
 from .exportable import Outputs
 
 
@@ -167,7 +168,7 @@ def load_export_images(
         if split is not None:
             raise
         data = load_training_data(data_options, use_labels=False)
-        logger.warning("the accuracy is not measured: %s", error)
+        logger.warning("the accuracy is not measured: %s", format_message(str(error)))
         return ExportImages(dataset, getattr(data.train, "images", ()), data.held_out.images, None)
     data_options = set_label_columns(data_options, setup.model.config, folder)
     training, _ = load_fitting_and_evaluation_data(

@@ -43,17 +43,17 @@ class ExportOptions:
         is_js = self.format == "transformers.js"
         has_graph_settings = (size, self.dynamic, self.dtype) != (None, True, "float32")
         errors = {
-            f"--image-size requires positive numbers, but got {size}. Set --image-size HEIGHT WIDTH": size
+            f"`image_size` requires positive numbers, but got {size}. Set `image_size` to a height and a width": size
             is not None
             and min(size) < 1,
-            "--format transformers.js does not support --image-size, --no-dynamic or --dtype. Remove the flag": is_js
-            and has_graph_settings,
-            "--int8 requires --format onnx or openvino, and --dataset": self.int8
+            "`format='transformers.js'` does not support `image_size`, `dynamic=False` or `dtype`. "
+            "Remove the flag": is_js and has_graph_settings,
+            "`int8=True` requires `format='onnx'` or `format='openvino'`, and `dataset`": self.int8
             and (is_js or not has_dataset),
-            "--int8 does not support --dtype or --no-dynamic. Remove the flag": self.int8
+            "`int8=True` does not support `dtype` or `dynamic=False`. Remove the flag": self.int8
             and (not self.dynamic or self.dtype != "float32"),
-            "--exclude-layers requires --int8": bool(self.exclude_layers) and not self.int8,
-            "--split requires --dataset": self.split is not None and not has_dataset,
+            "`exclude_layers` requires `int8=True`": bool(self.exclude_layers) and not self.int8,
+            "`split` requires `dataset`": self.split is not None and not has_dataset,
         }
         for message, is_wrong in errors.items():
             if is_wrong:

@@ -119,7 +119,7 @@ def trace_model(
             # decomposition is required to save vectorized attention masks
             graph = graph.run_decompositions({})
     except Exception as error:  # torch.export raises many types of errors
-        hint = ". Set --no-dynamic" if graph_shape.is_dynamic else ""
+        hint = ". Set `dynamic=False`" if graph_shape.is_dynamic else ""
         message = (
             f"torch.export cannot trace this {type(model).__name__} ({format_error(error)}){hint}"
         )

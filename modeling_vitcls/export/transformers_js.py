@@ -73,13 +73,13 @@ def export_for_transformers_js(
     is_supported = isinstance(model, ViTCLSForImageClassification | ViTCLSModel)
     if not is_supported or model.config.problem_type == "regression" or processor is None:
         raise ValueError(
-            "--format transformers.js requires an encoder or a classifier for one task (not regression) and its image "
-            f"processor, but {source} contains {type(model).__name__} {'without' if processor is None else 'with'} an "
-            "image processor. Set a different --model"
+            "`format='transformers.js'` requires an encoder or a classifier for one task (not regression) and its "
+            f"image processor, but {source} contains {type(model).__name__} "
+            f"{'without' if processor is None else 'with'} an image processor. Set a different `model`"
         )
     if dataset is not None and isinstance(model, ViTCLSModel):
         raise ValueError(
-            f"--dataset requires a classifier, but {source} is an encoder. Remove --dataset"
+            f"`dataset` requires a classifier, but {source} is an encoder. Remove `dataset`"
         )
 
     preprocessor_config = build_preprocessor_config(processor)
@@ -149,8 +149,8 @@ def build_preprocessor_config(processor: ViTCLSImageProcessor) -> dict[str, Any]
     """
     if not processor.do_convert_rgb:
         raise ValueError(
-            "--format transformers.js requires do_convert_rgb=True, but do_convert_rgb is False. Set a different "
-            "--format"
+            "`format='transformers.js'` requires do_convert_rgb=True, but do_convert_rgb is False. Set a different "
+            "`format`"
         )
     settings = select_settings(processor)
     settings["resample"] = int(PILImageResampling(settings["resample"]))

@@ -113,5 +113,5 @@ def check_output_is_empty(output: Path) -> None:
     """Raise ValueError if `output` exists and is not an empty folder."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(
-            f"{output} exists and is not empty. Set a different --output, or remove {output}"
+            f"{output} exists and is not empty. Set a different `output`, or remove {output}"
         )

@@ -15,6 +15,7 @@ from ..model.adaptation_vitcls import load_checkpoint
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..runtime.files import read_json
+from ..runtime.messages import format_message
 from .connection import silence_transformers
 from .loading import check_is_vitcls
 from .local_paths import can_publish_images, strip_folders
@@ -323,7 +324,7 @@ class ModelFolder:
 @cache
 def warn_once(message: str) -> None:
     """Log a warning unless it was already logged, because a push and its verification both read the folder."""
-    logger.warning(message)
+    logger.warning(format_message(message))
 
 
 def list_strings(value: Any) -> list[str]:

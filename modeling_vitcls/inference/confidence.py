@@ -89,8 +89,8 @@ def find_score_limit(probabilities: np.ndarray, labels: np.ndarray, coverage: fl
         # without rounding errors, as for 0.9
         required = math.ceil(coverage / (1 - coverage) - 1e-9)
         raise ValueError(
-            f"--coverage {coverage} requires at least {required} labeled images, but there are {len(labels)}. "
-            "Set a lower --coverage"
+            f"`coverage={coverage!r}` requires at least {required} labeled images, but there are {len(labels)}. "
+            "Set a lower `coverage`"
         )
     return float(np.sort(1 - probabilities[np.arange(len(labels)), labels])[rank - 1])
 

@@ -83,7 +83,7 @@ class EmbedImages:
         column = self.image_column or next((name for name in IMAGE_COLUMNS if name in batch), None)
         if batch and column not in batch:
             raise ValueError(
-                f"the batch has only the columns {', '.join(batch)}. Set image_column to one of them"
+                f"the batch has only the columns {', '.join(batch)}. Set `image_column` to one of them"
             )
         images = batch[column] if column is not None and batch else ()
         records = (build_record(index, image, Path()) for index, image in enumerate(images))

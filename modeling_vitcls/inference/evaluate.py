@@ -33,6 +33,7 @@ from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.heads_vitcls import IGNORED_LABEL
 from ..runtime.distributed import build_accelerator
 from ..runtime.files import write_json
+from ..runtime.messages import format_message
 from ..runtime.system import describe_device, get_versions
 from .confidence import measure_unknown
 from .engines import EngineChooser, Job, compute_logits, get_engine_name, select_engine
@@ -163,11 +164,11 @@ def evaluate_checkpoint(
     model, evaluator, kind = setup.model, setup.evaluator, setup.evaluator.label_space.kind
     if options.per_image is not None and kind == "multi_task":
         raise ValueError(
-            "--per-image requires a single task. Use `vitcls predict --dataset` for several tasks"
+            "`per_image` requires a single task. Use `vitcls predict --dataset` for several tasks"
         )
     if options.unknown_dataset is not None and kind != "single_label_classification":
         raise ValueError(
-            f"--unknown-dataset requires one label per image, not {kind}. Remove --unknown-dataset"
+            f"`unknown_dataset` requires one label per image, not {kind}. Remove `unknown_dataset`"
         )
     evaluator.keep_logits = options.unknown_dataset is not None or options.per_image is not None
     start_time = time.perf_counter()
@@ -228,7 +229,7 @@ def set_up_evaluation(
     console = Console(quiet=not accelerator.is_main_process, soft_wrap=True, highlight=False)
 
     def warn(message: str) -> None:
-        console.print(f"WARNING: {message}", style="bold yellow", markup=False)
+        console.print(f"WARNING: {format_message(message)}", style="bold yellow", markup=False)
 
     return accelerator, console, warn
 
@@ -300,12 +301,12 @@ def match_labels(images: Any, data_space: LabelSpace, model_space: LabelSpace) -
     if data_space.kind != model_space.kind:
         raise ValueError(
             f"the model was trained for {model_space.kind}, but the labels of the dataset are for {data_space.kind}. "
-            "Select other columns with --label-column, or set --label-separator"
+            "Select other columns with `label_column`, or set `label_separator`"
         )
     if data_space.kind == "multi_task" and data_space.columns.keys() != model_space.columns.keys():
         raise ValueError(
             f"the model has the tasks {', '.join(model_space.columns)}, but the dataset has "
-            f"{', '.join(data_space.columns)}. Select the columns of the tasks with --label-column"
+            f"{', '.join(data_space.columns)}. Select the columns of the tasks with `label_column`"
         )
     for column, names in model_space.columns.items():
         data_names = (
@@ -356,7 +357,7 @@ def convert_label(
         if not set(data_names) & set(model_space.columns[column]):
             raise ValueError(
                 f"the classes differ: the dataset has {format_name_list(data_names, 20)}, but the model has {names}. "
-                "Fine-tune the model on these classes, or set --frozen knn to evaluate its features"
+                "Fine-tune the model on these classes, or set `frozen='knn'` to evaluate its features"
             )
         raise ValueError(
             f"the dataset has the label {name!r}, but the model has only the labels {names}. Remove the images with "

@@ -135,7 +135,7 @@ class ExportedModel(nn.Module):
         supported = ("no", "bf16") if file.suffix == ".xml" else ("no",)
         if mixed_precision not in supported:
             raise ValueError(
-                f"{file.name} supports --mixed-precision {' or '.join(supported)}. Set one of them"
+                f"{file.name} supports `mixed_precision` {' or '.join(supported)}. Set one of them"
             )
         self.config = config
         self.use_head = use_head
@@ -160,7 +160,7 @@ class ExportedModel(nn.Module):
         """
         if output_hidden_states:
             raise ValueError(
-                f"{self.graph.file} has only the outputs of the last layer. Set --backend torch"
+                f"{self.graph.file} has only the outputs of the last layer. Set `backend='torch'`"
             )
 
         outputs = {
@@ -172,12 +172,12 @@ class ExportedModel(nn.Module):
         for name in tasks or ["logits" if self.use_head else "last_hidden_state"]:
             if name not in outputs:
                 raise GraphError(
-                    f"{self.graph.file} has no output {name}. Export the model that --model names"
+                    f"{self.graph.file} has no output {name}. Export the model that `model` names"
                 )
             if len(outputs[name]) != len(pixel_values):
                 raise GraphError(
                     f"{self.graph.file} has {len(outputs[name])} rows of {name} for {len(pixel_values)} images. "
-                    "Export the model that --model names"
+                    "Export the model that `model` names"
                 )
 
         names = (self.config.extra_heads or {}) if self.use_head else {}
@@ -271,7 +271,7 @@ def check_outputs(model: ExportedModel, processor: ViTCLSImageProcessor) -> None
 
     for name, shape in shapes.items():
         output = outputs.get(name)
-        remedy = "Export the model that --model names"
+        remedy = "Export the model that `model` names"
         if output is None:
             raise GraphError(f"{model.graph.file} has no output {name}. {remedy}")
         if list(output.shape) != shape:
@@ -299,7 +299,7 @@ def find_exported_file(backend: str, folder: Path) -> Path:
     file = folder / BACKEND_FILES[backend][0] if backend in BACKEND_FILES else Path(backend)
     if not file.is_file() or file.suffix not in (".onnx", ".xml"):
         command = format_export_command(file, folder)
-        raise ValueError(f"--backend {backend} requires {file}, written by `{command}`")
+        raise ValueError(f"`backend={backend!r}` requires {file}, written by `{command}`")
     return file
 
 

@@ -87,7 +87,7 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
     """
     assert options.frozen is not None
     if options.data.streaming:
-        raise ValueError("--frozen does not support streams. Remove --streaming")
+        raise ValueError("`frozen` does not support streams. Remove `streaming=True`")
     accelerator, console, warn = set_up_evaluation(options)
     with accelerator.main_process_first():  # the main process downloads the files
         folder = resolve(options.model)
@@ -116,12 +116,13 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
     kind = held_out_data.label_space.kind
     if kind != "single_label_classification":
         raise ValueError(
-            f"--frozen {options.frozen} requires one label per image, but {options.data.dataset} has "
-            f"labels for {kind}. Set a single --label-column"
+            f"`frozen={options.frozen!r}` requires one label per image, but {options.data.dataset} has "
+            f"labels for {kind}. Set a single `label_column`"
         )
     if held_out_data.split == training_data.split and held_out_data.part.kind == "whole":
         raise ValueError(
-            f"--frozen {options.frozen} fits to the split {training_data.split!r}. Remove --split, or set another one"
+            f"`frozen={options.frozen!r}` fits to the split {training_data.split!r}. Remove `split`, or set another "
+            "one"
         )
     if held_out_data.part.warning is not None:
         warn(held_out_data.part.warning)

@@ -315,7 +315,7 @@ class ImagePass:
         if num_wrong:
             raise ValueError(
                 f"the outputs of the model are not finite for {num_wrong:,} of {num_readable:,} images. Check the "
-                "weights, or set --mixed-precision no"
+                "weights, or set `mixed_precision='no'`"
             )
 
     def collect(

@@ -244,7 +244,7 @@ def select_split(splits: Mapping[str, Any], options: PredictOptions) -> Any:
     split = next(iter(splits)) if options.split is None and len(splits) == 1 else options.split
     if split is None or split not in splits:
         raise ValueError(
-            f"{options.dataset} has several or other splits. Set --split to one of {', '.join(splits)}"
+            f"{options.dataset} has several or other splits. Set `split` to one of {', '.join(splits)}"
         )
     return splits[split]
 

@@ -22,6 +22,7 @@ from ..model.modeling_vitcls import (
     ViTCLSModel,
 )
 from ..runtime.distributed import set_mixed_precision
+from ..runtime.messages import format_message
 from .exported_graphs import load_exported_model
 from .options import EvaluateOptions, PredictOptions
 
@@ -124,7 +125,7 @@ def load_model(
         if architectures and not has_head:
             raise ValueError(
                 f"labels require a classifier, but {folder.source} contains {architectures[0]}. Fine-tune the model "
-                "first, or set --features in `vitcls predict`"
+                "first, or write features with `vitcls predict --features cls`"
             )
         model_class = (
             ViTCLSForMultiTaskClassification if config.tasks else ViTCLSForImageClassification
@@ -148,7 +149,7 @@ def load_model(
         return graph, processor
     if has_only_graphs:
         raise ValueError(
-            f"--backend torch requires weights, but {folder.source} has none. Set --backend {backends[0]}"
+            f"`backend='torch'` requires weights, but {folder.source} has none. Set `backend={backends[0]!r}`"
         )
     return folder.load(model_class, **arguments), processor
 
@@ -163,7 +164,7 @@ def announce_precision(
     if setting != "auto" or backend.endswith("onnx"):
         return ""
     text = set_mixed_precision(accelerator, setting, config)
-    return f"mixed precision: {text}" if accelerator.mixed_precision != "no" else ""
+    return f"mixed precision: {format_message(text)}" if accelerator.mixed_precision != "no" else ""
 
 
 def choose_batch_size(
@@ -189,6 +190,6 @@ def check_is_classifier(config: ViTCLSConfig) -> None:
     if not config.tasks and (not config.num_labels or config.problem_type == "regression"):
         problem = "was trained for regression" if config.num_labels else "has no classifier"
         raise ValueError(
-            f"labels require a classifier, but the model {problem}. Fine-tune a classifier, or set --features in "
-            "`vitcls predict`"
+            f"labels require a classifier, but the model {problem}. Fine-tune a classifier, or write "
+            "features with `vitcls predict --features cls`"
         )

@@ -68,10 +68,10 @@ class EvaluateOptions(EngineOptions):
             self.frozen or self.audit or self.per_image or self.unknown_dataset
         ):
             raise ValueError(
-                "--task only measures a task. Remove --frozen, --audit, --per-image, --unknown-dataset"
+                "`task` only measures a task. Remove `frozen`, `audit`, `per_image`, `unknown_dataset`"
             )
         if self.backend not in ("auto", "torch") and (self.frozen or self.audit):
-            raise ValueError("--frozen and --audit require --backend torch. Remove --backend")
+            raise ValueError("`frozen` and `audit` require `backend='torch'`. Remove `backend`")
 
 
 @dataclass(frozen=True)
@@ -147,15 +147,17 @@ class PredictOptions(ImageOptions, EngineOptions):
         )
         if self.coverage is not None and self.features:
             raise ValueError(
-                "--coverage requires labels, but --features writes features. Remove one of the two flags"
+                "`coverage` requires labels, but `features` writes features. Remove one of the two flags"
             )
         if self.merge is None and self.model is None:
-            raise ValueError("Set --model to the model, or --merge to a folder of predictions.")
+            raise ValueError("Set `model` to the model, or `merge` to a folder of predictions.")
         if self.merge is None and sum(map(bool, (self.paths, self.list, self.dataset))) != 1:
-            raise ValueError("Set exactly one of PATHS, --list and --dataset to select the images.")
+            raise ValueError(
+                "Set exactly one of `images`, `list` and `dataset` to select the images."
+            )
         if self.dataset is None and (self.split or self.image_column or self.streaming):
             raise ValueError(
-                "--split, --image-column and --streaming require --dataset. Set --dataset."
+                "`split`, `image_column` and `streaming=True` require `dataset`. Set `dataset`."
             )
         for name in self.features or ():
             is_feature = bool(
@@ -169,15 +171,16 @@ class PredictOptions(ImageOptions, EngineOptions):
         suffix = "" if self.output is None or self.output.is_dir() else self.output.suffix.lower()
         if suffix not in ("", ".csv", ".json", ".jsonl", ".parquet"):
             raise ValueError(
-                f"--output {self.output}: set a .csv, .json, .jsonl or .parquet file, or a folder without a suffix"
+                f"`output={str(self.output)!r}`: set a .csv, .json, .jsonl or .parquet file, or a folder without a "
+                "suffix"
             )
         if self.shard is not None and (self.output is None or suffix):
             raise ValueError(
-                "--shard requires a folder of Parquet files. Set --output to a folder."
+                "`shard` requires a folder of Parquet files. Set `output` to a folder."
             )
         if self.features and (self.output is None or suffix == ".csv"):
             output_text = "a printed table" if self.output is None else "a CSV file"
             raise ValueError(
-                f"--features {' '.join(self.features)} cannot be written to {output_text}. Set --output to a "
+                f"`features={self.features}` cannot be written to {output_text}. Set `output` to a "
                 "folder, or to a .parquet, .json or .jsonl file."
             )

@@ -184,7 +184,7 @@ def find_set_limit(
     label_space = get_label_space(model.config)
     if label_space.kind != "single_label_classification":
         raise ValueError(
-            f"--coverage requires one label per image, not {label_space.kind}. Remove --coverage"
+            f"`coverage` requires one label per image, not {label_space.kind}. Remove `coverage`"
         )
     file = folder.path / PREDICTIONS_FILE
     remedy = (
@@ -192,7 +192,7 @@ def find_set_limit(
     )
     if not file.is_file():
         raise ValueError(
-            f"--coverage requires {PREDICTIONS_FILE} in the model folder, but {folder.source} has none. {remedy}"
+            f"`coverage` requires {PREDICTIONS_FILE} in the model folder, but {folder.source} has none. {remedy}"
         )
     from .per_image import (  # imports torchmetrics, which takes a second
         read_predictions,
@@ -201,7 +201,7 @@ def find_set_limit(
 
     if folder.weights_sha256 is None or read_weights_hash(file) != folder.weights_sha256:
         raise ValueError(
-            f"--coverage requires predictions of this model, but {file} contains those of other weights. {remedy}"
+            f"`coverage` requires predictions of this model, but {file} contains those of other weights. {remedy}"
         )
     probabilities, labels = read_predictions(file, label_space.names)
     return find_score_limit(probabilities, labels, options.coverage)
@@ -254,7 +254,7 @@ def predict_to_file(
     if isinstance(source, StreamInput):
         if accelerator.num_processes > 1:
             raise ValueError(
-                "--streaming with several processes requires a folder. Set --output to a folder"
+                "`streaming=True` with several processes requires a folder. Set `output` to a folder"
             )
         records = read_all_records(source)
         num_local_images = None

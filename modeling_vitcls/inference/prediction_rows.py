@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from ..data.labels import is_multi_label
 from ..model.configuration_vitcls import ExtraHead
+from ..runtime.messages import format_message
 from .confidence import build_prediction_sets, compute_energies
 from .exported_graphs import GraphError
 from .image_pass import ImageBatch, find_finite, group_by_shape, pass_over_images
@@ -207,8 +208,8 @@ class Feature:
         choices = [choice for choice, count in token_counts.items() if count]
         if group not in choices or not 1 <= int(layer or 1) <= config.num_hidden_layers:
             raise ValueError(
-                f"--features {name} requires tokens and a layer of the model, which has only {', '.join(choices)} and "
-                f"{config.num_hidden_layers} layers. Set --features {choices[0]}@{config.num_hidden_layers}"
+                f"`features={name!r}` requires tokens and a layer of the model, which has only {', '.join(choices)} "
+                f"and {config.num_hidden_layers} layers. Set `features='{choices[0]}@{config.num_hidden_layers}'`"
             )
         return cls(group, int(layer) if layer else None, token_counts[group])
 
@@ -379,7 +380,8 @@ def build_rows(
     """Return a row for each image, given what `try_predict` returns."""
     if isinstance(outputs, str):
         return [{"error": outputs}] * num_images
-    overflow_row = {"error": "the model output is not finite. Set a different --mixed-precision"}
+    message = "the model output is not finite. Set a different `mixed_precision`"
+    overflow_row = {"error": format_message(message)}
     rows = columns.build_rows(outputs)
     are_finite = find_finite(outputs, num_images).tolist()
     return [

@@ -62,7 +62,7 @@ class ShardFolder:
         if other_files:
             names = format_name_list([file.name for file in other_files])
             raise ValueError(
-                f"--output {self.path} contains other files ({names}). Set a new or empty folder"
+                f"`output={str(self.path)!r}` contains other files ({names}). Set a new or empty folder"
             )
 
         if shards:
@@ -79,13 +79,10 @@ class ShardFolder:
         """Raise ValueError if the settings in the metadata of a shard differ from those of this prediction."""
         for name, value in self.settings.items():
             if metadata["settings"].get(name) != value:
-                difference = (
-                    f"another {name}"
-                    if name in ("input", "model")
-                    else f"other --{name.replace('_', '-')}"
-                )
+                difference = f"another {name}" if name in ("input", "model") else f"other `{name}`"
                 raise ValueError(
-                    f"--output {self.path} was written with {difference} ({file.name}). Set a new --output folder"
+                    f"`output={str(self.path)!r}` was written with {difference} ({file.name}). Set a new `output` "
+                    "folder"
                 )
 
     def read_finished(self, file: Path) -> dict[str, Any] | None:
@@ -218,7 +215,7 @@ def check_shards(folder: Path) -> list[dict[str, Any]]:
     shards, other_files = list_shards(folder) if folder.is_dir() else ([], [])
     if not shards:
         raise ValueError(
-            f"{folder} contains no shards. Set --merge to the --output folder of `vitcls predict`"
+            f"{folder} contains no shards. Set `merge` to the `output` folder of `vitcls predict`"
         )
     if other_files:
         names = format_name_list([file.name for file in other_files])
@@ -287,7 +284,7 @@ def merge_shards(folder: Path, output: Path | None) -> str:
     """
     if output is not None and output.parent.resolve() == folder.resolve():
         raise ValueError(
-            f"--output {output} is in the folder of --merge. Set a file in another folder"
+            f"`output={str(output)!r}` is in the folder of `merge`. Set a file in another folder"
         )
     metadata = check_shards(folder)
     num_images = sum(fields["images"] for fields in metadata)

@@ -837,7 +837,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                 and getattr(self, field) > 1
             ):
                 raise ValueError(
-                    f'`token_init="zeros"` keeps the tokens of "{group}" identical. Set token_init="trunc_normal".'
+                    f'`token_init="zeros"` keeps the tokens of "{group}" identical. Set `token_init="trunc_normal"`.'
                 )
 
     def validate_scopes(self) -> None:
@@ -880,7 +880,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         """Check that register neurons exist, and that a register receives their activations."""
         if self.register_neurons is not None and self.num_register_tokens == 0:
             raise ValueError(
-                "`register_neurons` requires a register token. Set num_register_tokens=1."
+                "`register_neurons` requires a register token. Set `num_register_tokens=1`."
             )
         for pair in self.register_neurons or ():
             if len(pair) != 2 or not (
@@ -902,7 +902,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                 )
             if not self.token_layout.num_prefix_tokens:
                 raise ValueError(
-                    "`specialized_layers` requires a special token. Set num_cls_tokens=1."
+                    "`specialized_layers` requires a special token. Set `num_cls_tokens=1`."
                 )
 
     def validate_tasks(self) -> None:
@@ -911,7 +911,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             return
         if len(self.tasks) != self.num_cls_tokens or not self.tasks:
             raise ValueError(
-                f"`tasks` requires one CLS token per task. Set num_cls_tokens={max(len(self.tasks), 1)}."
+                f"`tasks` requires one CLS token per task. Set `num_cls_tokens={max(len(self.tasks), 1)}`."
             )
         if self.cls_scopes and list(self.tasks) != sorted(self.tasks):
             order = ", ".join(sorted(self.tasks))
@@ -920,7 +920,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             )
         if self.pooling != "cls":
             raise ValueError(
-                f'`tasks` requires CLS pooling, but `pooling` is "{self.pooling}". Set pooling="cls".'
+                f'`tasks` requires CLS pooling, but `pooling` is "{self.pooling}". Set `pooling="cls"`.'
             )
 
         for name, labels in self.tasks.items():
@@ -937,7 +937,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         """Check that the pooled CLS tokens exist."""
         if self.pooling in ("cls", "cls_mean") and self.num_cls_tokens == 0:
             raise ValueError(
-                f'`pooling="{self.pooling}"` requires a CLS token, but `num_cls_tokens` is 0. Set num_cls_tokens=1 '
+                f'`pooling="{self.pooling}"` requires a CLS token, but `num_cls_tokens` is 0. Set `num_cls_tokens=1` '
                 'or pooling="mean", "max" or "attention".'
             )
         pooled = self.pooled_cls_tokens
@@ -951,7 +951,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         self._check_layers("`pooled_layers`", self.pooled_layers)
         if self.pooling == "attention" and len(self.pooled_layer_indices) > 1:
             raise ValueError(
-                '`pooling="attention"` supports one layer, but `pooled_layers` has several. Set pooling="cls_mean" '
+                '`pooling="attention"` supports one layer, but `pooled_layers` has several. Set `pooling="cls_mean"` '
                 "or one layer."
             )
 
@@ -975,12 +975,12 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             )
         if self.distillation_head and self.num_distillation_tokens == 0:
             raise ValueError(
-                "`distillation_head=True` requires a distillation token. Set num_distillation_tokens=1."
+                "`distillation_head=True` requires a distillation token. Set `num_distillation_tokens=1`."
             )
         if self.distillation_inference == "distillation" and not self.has_distillation_head:
             raise ValueError(
-                '`distillation_inference="distillation"` requires a distillation head. Set num_distillation_tokens=1, '
-                "and leave distillation_head unset."
+                '`distillation_inference="distillation"` requires a distillation head. '
+                "Set `num_distillation_tokens=1`, and leave distillation_head unset."
             )
 
     def validate_extra_heads(self) -> None:
@@ -1013,7 +1013,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         labels = fields.get("labels")
         if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
             raise ValueError(
-                f'{owner} requires `labels`, a list of names. Set labels=["rain", "sun"].'
+                f'{owner} requires `labels`, a list of names. Set `labels=["rain", "sun"]`.'
             )
 
         head = ExtraHead(**fields)
@@ -1037,7 +1037,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         )
         if head.pooled_layers is not None and not are_layers:
             raise ValueError(
-                f"{owner} requires `pooled_layers`, a list of numbers. Set pooled_layers=[-1]."
+                f"{owner} requires `pooled_layers`, a list of numbers. Set `pooled_layers=[-1]`."
             )
 
         if any(pooling not in EXTRA_HEAD_POOLINGS for pooling in head.layer_poolings):
@@ -1046,7 +1046,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             )
         if any("cls" in pooling for pooling in head.layer_poolings) and not self.num_cls_tokens:
             raise ValueError(
-                f'{owner} requires a CLS token, but the model has none. Set pooling="mean".'
+                f'{owner} requires a CLS token, but the model has none. Set `pooling="mean"`.'
             )
         if len(head.layer_poolings) != len(head.pooled_layers or [-1]):
             raise ValueError(f"{owner} requires one pooling, or one for each of `pooled_layers`.")
@@ -1090,7 +1090,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             and len(self.id2label) != num_labels
         ):
             raise ValueError(
-                f"`num_labels` is {num_labels}, but `id2label` has {len(self.id2label)} labels. Omit num_labels."
+                f"`num_labels` is {num_labels}, but `id2label` has {len(self.id2label)} labels. Omit `num_labels`."
             )
 
     def validate_image(self) -> None:
@@ -1144,7 +1144,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 
         if self.attention_type == "differential" and self.relative_position_bias != "none":
             raise ValueError(
-                '`attention_type="differential"` requires relative_position_bias="none".'
+                '`attention_type="differential"` requires `relative_position_bias="none"`.'
             )
         if self.attention_type == "differential" and (
             self.head_dim % 2 or self.has_rotary_positions

@@ -261,7 +261,7 @@ def require_all_patches(model: nn.Module, config: ViTCLSConfig) -> None:
     if model.training and config.patch_drop_rate > 0:
         raise ValueError(
             f"{type(model).__name__} requires every patch, but patch_drop_rate is {config.patch_drop_rate}. "
-            "Set patch_drop_rate=0 to train the model."
+            "Set `patch_drop_rate=0` to train the model."
         )
 
 

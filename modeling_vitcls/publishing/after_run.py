@@ -9,6 +9,7 @@ from rich.console import Console
 from ..hub.connection import silence_transformers
 from ..hub.model_files import CARD_FILE, REPORT_FILE
 from ..hub.model_folder import ModelFolder
+from ..runtime.messages import format_message
 from ..training.options import FinetuneOptions, PretrainOptions, RunOptions
 from .card import write_card
 from .checkpoint_uploads import build_checkpoint_uploader
@@ -65,7 +66,7 @@ def finish_run(path: Path, options: RunOptions, repo_id: str | None) -> None:
 
 def print_line(text: str, style: str | None = None) -> None:
     """Print a line without wrapping it."""
-    Console(soft_wrap=True, highlight=False).print(text, style=style, markup=False)
+    Console(soft_wrap=True, highlight=False).print(format_message(text), style=style, markup=False)
 
 
 def warn(message: str) -> None:

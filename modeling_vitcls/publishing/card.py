@@ -66,7 +66,7 @@ def write_card(folder: ModelFolder) -> None:
     weights_license = get_license_source(folder).license
     if flag is not None and flag != weights_license:
         warn_once(
-            f"--license {flag} is ignored: the initial weights remain under the license {weights_license}"
+            f"`license={flag!r}` is ignored: the initial weights remain under the license {weights_license}"
         )
 
 

@@ -13,6 +13,7 @@ import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError
@@ -28,6 +29,7 @@ from ..hub.connection import (
     set_hub_timeout,
 )
 from ..hub.model_folder import ModelFolder
+from ..runtime.flags import to_arguments
 from .staging import DELETE_PATTERNS, stage_folder
 
 
@@ -75,7 +77,7 @@ def prepare_repository(
     repo_type = "space" if space_sdk else "model"
     remedy = (
         f"Run `hf auth login` with a token that may write to the repository ({TOKEN_SETTINGS_URL}), or set HF_TOKEN; "
-        f"check {'--space-id' if space_sdk else '--hub-model-id'}"
+        f"check {'`space_id`' if space_sdk else '`hub_model_id`'}"
     )
 
     api = HfApi()
@@ -202,7 +204,10 @@ def build_push_command(
     folder: Path, repo_id: str, private: bool = False, branch: str | None = None
 ) -> str:
     """Return the command line that pushes a model folder."""
-    flags = ["--model", str(folder), "--hub-model-id", repo_id]
-    flags += ["--private"] if private else []
-    flags += ["--branch", branch] if branch else []
-    return f"vitcls push {shlex.join(flags)}"
+    flags: dict[str, Any] = {"model": folder, "hub_model_id": repo_id}
+    if private:
+        flags["private"] = True
+    if branch:
+        flags["branch"] = branch
+    arguments = [argument for flag in flags.items() for argument in to_arguments(*flag)]
+    return f"vitcls push {shlex.join(arguments)}"

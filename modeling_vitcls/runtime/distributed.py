@@ -58,7 +58,7 @@ def build_accelerator(
     for name in trackers:
         if importlib.util.find_spec(name) is None:  # Accelerate would ignore the tracker
             raise ValueError(
-                f"--log-with {name} requires the package {name}. Run pip install {name}"
+                f"`log_with={name!r}` requires the package {name}. Run pip install {name}"
             )
 
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
@@ -121,7 +121,7 @@ def set_mixed_precision(
     if recorded is not None:
         return f"{recorded}, as in the checkpoint"
     if precision == "bf16":
-        return f"bf16, because this {device_name} has instructions for it. --mixed-precision no turns it off"
+        return f"bf16, because this {device_name} has instructions for it. `mixed_precision='no'` turns it off"
     return precision
 
 

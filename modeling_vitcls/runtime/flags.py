@@ -31,9 +31,7 @@ EQUIVALENT_FLAGS = {
 def check_value(options: Any, name: str, is_valid: bool, requirement: str) -> None:
     """Raise ValueError with the value of a flag and the requirement if `is_valid` is False."""
     if not is_valid:
-        raise ValueError(
-            f"--{name.replace('_', '-')} is {getattr(options, name)}, but it must be {requirement}"
-        )
+        raise ValueError(f"`{name}` is {getattr(options, name)}, but it must be {requirement}")
 
 
 def check_minimum(options: Any, minimum: int, *names: str) -> None:

@@ -210,18 +210,18 @@ def check_name(options: AddTaskOptions, config: ViTCLSConfig) -> None:
     """Raise ValueError if the task to remove does not exist, or the name of the new task is taken."""
     names = config.get_added_tasks()
     if options.remove_task is not None and options.remove_task not in names:
-        remedy = f"Choose from {', '.join(names)}" if names else "Remove --remove-task"
+        remedy = f"Choose from {', '.join(names)}" if names else "Remove `remove_task`"
         raise ValueError(
-            f"--remove-task {options.remove_task}: the model has no such added task. {remedy}"
+            f"`remove_task={options.remove_task!r}`: the model has no such added task. {remedy}"
         )
     if options.name in names and not options.overwrite_task and options.name != options.remove_task:
         raise ValueError(
-            f"--name {options.name}: the model has a task with this name. Set --overwrite-task to replace it, or "
-            "choose another --name"
+            f"`name={options.name!r}`: the model has a task with this name. Set `overwrite_task=True` to replace it, "
+            "or choose another `name`"
         )
     if options.name in config.get_added_classes() or options.name in (config.tasks or {}):
         raise ValueError(
-            f"--name {options.name}: the model has an output with this name. Choose another --name"
+            f"`name={options.name!r}`: the model has an output with this name. Choose another `name`"
         )
 
 
@@ -230,7 +230,7 @@ def fit_task(base: Base, data: TrainingData, options: AddTaskOptions) -> FittedH
     kind = data.label_space.kind
     if kind not in (SINGLE_LABEL, MULTI_LABEL):
         raise ValueError(
-            f"--name adds one task, but {options.data.dataset} has labels for {kind}. Set a single --label-column"
+            f"`name` adds one task, but {options.data.dataset} has labels for {kind}. Set a single `label_column`"
         )
     compute = partial(
         base.compute_features,
@@ -617,12 +617,12 @@ def load_new_images(
     if splits.label_space.kind != SINGLE_LABEL:
         raise ValueError(
             f"classes require one label per image, but {options.data.dataset} has labels for "
-            f"{splits.label_space.kind}. Set a single --label-column"
+            f"{splits.label_space.kind}. Set a single `label_column`"
         )
     names = splits.label_space.names
     if known := sorted(set(names) & set(label_space.names)):
         raise ValueError(
-            f"the model has the class {known[0]!r} already. Remove its images from --dataset"
+            f"the model has the class {known[0]!r} already. Remove its images from `dataset`"
         )
     training_splits = choose_training_splits(splits.names, use_selection_split=False)
 
@@ -729,7 +729,7 @@ def fit_new_rows(
     candidate = choice.candidate
     if choice.score is None:
         raise ValueError(
-            f"{len(labels)} images are too few for a cross-validation. Add images to --dataset"
+            f"{len(labels)} images are too few for a cross-validation. Add images to `dataset`"
         )
     is_predicted = np.isfinite(choice.score.losses)
     out_of_fold, predicted_labels = choice.score.logits[is_predicted], labels[is_predicted]
@@ -808,8 +808,8 @@ def choose_bias(
             points = 100 * (lost_margins < new_margins[0]).sum() / is_old.sum()
             cost = f": the first one would cost the old classes {points:.1f} points"
         raise ValueError(
-            f"at --max-old-loss {max_old_loss:g}, no image of a new class is recognized{cost}. Add images to "
-            "--dataset, or set a larger --max-old-loss"
+            f"at `max_old_loss={max_old_loss:g}`, no image of a new class is recognized{cost}. Add images to "
+            "`dataset`, or set a larger `max_old_loss`"
         )
     last = recognized[-1]
     shift = 0.0
@@ -854,7 +854,7 @@ def fit_without_old_images(
         np.stack(weights).astype(np.float32), np.array(biases, np.float32)
     )
     base.warn(
-        "there are no images of the old classes, so that it is unknown what these lose. Set --old-dataset to images "
+        "there are no images of the old classes, so that it is unknown what these lose. Set `old_dataset` to images "
         "that the model was not trained on"
     )
     record = {

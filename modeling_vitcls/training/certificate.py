@@ -60,7 +60,7 @@ def load_old_model(folder: ModelFolder) -> Any:
     """Load a classifier, a multi-task model or an encoder. Raise ValueError for other models."""
     if folder.architecture not in MODEL_CLASSES:
         raise ValueError(
-            f"a classifier or an encoder is required, but {folder.source} contains {folder.architecture}. Set --model "
+            f"a classifier or an encoder is required, but {folder.source} contains {folder.architecture}. Set `model` "
             "to the output of `vitcls finetune` or `vitcls pretrain`"
         )
     return folder.load(MODEL_CLASSES[folder.architecture])
@@ -425,7 +425,7 @@ def compare_predictions(
         setup = load_evaluation(folder, options, accelerator, warn, lambda line: None)
         if setup.evaluator.label_space.kind != "single_label_classification":
             raise ValueError(
-                f"--dataset requires models with one label per image, not {folder.source}. Remove --dataset"
+                f"`dataset` requires models with one label per image, not {folder.source}. Remove `dataset`"
             )
         setup.evaluator.keep_logits = True
         setup.evaluator(setup.model)

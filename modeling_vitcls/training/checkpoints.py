@@ -98,7 +98,7 @@ class CheckpointStore:
             shutil.rmtree(partial_folder, ignore_errors=True)
             message = f"cannot write the checkpoint of step {step} to {self.folder}: {format_error(error)}"
             raise OSError(
-                f"{message}. Earlier checkpoints are intact. Free disk space, then use --resume"
+                f"{message}. Earlier checkpoints are intact. Free disk space, then use `resume=True`"
             ) from error
 
         self.prune(step)
@@ -121,7 +121,7 @@ class CheckpointStore:
         if error_messages:
             raise ValueError(
                 f"all checkpoints in {self.folder} are damaged ({error_messages[0]}). To start from the beginning, "
-                "set --overwrite instead of --resume"
+                "set `overwrite=True` instead of `resume=True`"
             )
         return None
 
@@ -131,7 +131,7 @@ class CheckpointStore:
             if is_best_checkpoint(self.get_folder(step)):
                 return read_checkpoint(self.get_folder(step))
         raise ValueError(
-            f"{self.folder} does not contain the best checkpoint. Restart the run with --overwrite"
+            f"{self.folder} does not contain the best checkpoint. Restart the run with `overwrite=True`"
         )
 
     def clear(self) -> None:

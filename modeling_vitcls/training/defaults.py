@@ -85,7 +85,7 @@ def resolve_defaults(
     notes = {}
     max_epochs = compute_max_epochs(options, initial, num_training_images)
     if max_epochs < epochs:
-        notes["epochs"] = f" (limited on CPUs; --epochs {epochs:g} is the default on GPUs)"
+        notes["epochs"] = f" (limited on CPUs; `epochs={epochs:g}` is the default on GPUs)"
         epochs = max_epochs
 
     defaults = (
@@ -171,8 +171,8 @@ def choose_learning_rate_after_probe(width: int) -> float:
 
 def describe_random_weights(initial: InitialModel) -> str | None:
     """Return the summary line about random initial weights, or None if the initial weights are pre-trained."""
-    remedy = f"For better results on a small dataset, set --model to a checkpoint, for example {EXAMPLE_CHECKPOINT}"
-    reason = "is a preset" if initial.folder is None else "was converted with --random-init"
+    remedy = f"For better results on a small dataset, set `model` to a checkpoint, for example {EXAMPLE_CHECKPOINT}"
+    reason = "is a preset" if initial.folder is None else "was converted with `random_init=True`"
     return (
         f"random, because {initial.name} {reason}. {remedy}" if initial.has_random_weights else None
     )

@@ -81,7 +81,7 @@ def build_training_setup(
     )
     if options.model.patch_drop_rate and not uses_patch_dropout(model.vitcls):
         raise ValueError(
-            f"--patch-drop-rate has no effect with --trainable {training_options.trainable}, which freezes the "
+            f"`patch_drop_rate` has no effect with `trainable={training_options.trainable!r}`, which freezes the "
             "embeddings and the first layer. Remove one of the two flags"
         )
 
@@ -150,7 +150,7 @@ def describe_imbalance(options: FinetuneOptions, data: TrainingData) -> list[str
         return []
     return [
         f"the largest class has {data.class_ratio:.0f} times as many training images as the smallest. The accuracy "
-        "hardly depends on small classes: compare macro F1, and set --class-balance weights"
+        "hardly depends on small classes: compare macro F1, and set `class_balance='weights'`"
     ]
 
 
@@ -220,24 +220,24 @@ def check_options(options: FinetuneOptions) -> FinetuneOptions:
         options = replace(options, model=replace(options.model, num_distillation_tokens=1))
     if options.distillation.teacher is not None and not options.model.num_distillation_tokens:
         raise ValueError(
-            "--teacher requires --num-distillation-tokens 1 or more. Change it, or remove --teacher"
+            "`teacher` requires `num_distillation_tokens=1` or more. Change it, or remove `teacher`"
         )
 
     if training_options.trainable != "full" and is_preset(options.model.model):
         raise ValueError(
-            f"--trainable {training_options.trainable} requires trained weights, but {options.model.model} has random "
-            "weights. Set --model to a checkpoint"
+            f"`trainable={training_options.trainable!r}` requires trained weights, but {options.model.model} has "
+            "random weights. Set `model` to a checkpoint"
         )
 
     if options.data.streaming and training_options.class_balance != "none":
         raise ValueError(
-            "--class-balance requires all labels, which --streaming does not read. Remove one flag"
+            "`class_balance` requires all labels, which `streaming=True` does not read. Remove one flag"
         )
 
     for flag in ("mixup", "cutmix"):
         if options.distillation.teacher_views and getattr(options.augmentation, flag):
             raise ValueError(
-                f"--teacher-views requires single images, but --{flag} mixes images. Remove one flag"
+                f"`teacher_views` requires single images, but `{flag}` mixes images. Remove one flag"
             )
     return options
 
@@ -245,15 +245,15 @@ def check_options(options: FinetuneOptions) -> FinetuneOptions:
 def check_label_kind(options: FinetuneOptions, kind: str) -> None:
     """Raise ValueError if a flag requires one label per image, but the labels are of another kind."""
     flags = {
-        "--mixup": bool(options.augmentation.mixup),
-        "--cutmix": bool(options.augmentation.cutmix),
-        "--class-balance": options.training.class_balance != "none",
-        "--teacher": options.distillation.teacher is not None,
+        "mixup": bool(options.augmentation.mixup),
+        "cutmix": bool(options.augmentation.cutmix),
+        "class_balance": options.training.class_balance != "none",
+        "teacher": options.distillation.teacher is not None,
     }
     for flag, is_set in flags.items():
         if is_set and kind != "single_label_classification":
             raise ValueError(
-                f"{flag} requires one label per image, but the labels are {kind}. Remove {flag}"
+                f"`{flag}` requires one label per image, but the labels are {kind}. Remove `{flag}`"
             )
 
 
@@ -278,11 +278,11 @@ def describe_overlap(initial: InitialModel, data: TrainingData) -> list[str]:
         return []
 
     size = (
-        f"--held-out-fraction {old.fraction}"
+        f"`held_out_fraction={old.fraction}`"
         if old.fold is None
-        else f"--folds {old.num_folds} --fold {old.fold}"
+        else f"`folds={old.num_folds}`, `fold={old.fold}`"
     )
     return [
         f"{initial.name} was trained on {data.name} with a different held-out split, so its training images may "
-        f"include held-out images of this run. Set {size} --split-seed {old.seed}"
+        f"include held-out images of this run. Set {size} and `split_seed={old.seed}`"
     ]

@@ -28,7 +28,7 @@ def run_folds(options: Any, train_fold: Callable[[Any], dict[str, Any]]) -> dict
     """
     if options.run.push_to_hub:
         raise ValueError(
-            "--folds trains several models, but --push-to-hub pushes only one model. Remove one of the two flags"
+            "`folds` trains several models, but `push_to_hub=True` pushes only one model. Remove one of the two flags"
         )
 
     results = []

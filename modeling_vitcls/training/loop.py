@@ -137,7 +137,8 @@ class TrainingLoop:
             if name:
                 self.save(self.is_best)
                 raise RunStopped(
-                    f"stopped by {name}; a checkpoint was saved. Repeat the command with --resume to continue the run",
+                    f"stopped by {name}; a checkpoint was saved. Repeat the command with `resume=True` to continue "
+                    "the run",
                     # the exit status that shells use, such as 143 for SIGTERM
                     128 + signal.Signals[name],
                 )
@@ -285,8 +286,8 @@ class TrainingLoop:
         if not is_finite:
             self.state.optimizer.zero_grad()
             raise RunStopped(
-                f"the loss or its gradient is not finite in step {self.state.step + 1}. Set a lower --learning-rate, "
-                "a longer --warmup, or --mixed-precision no"
+                f"the loss or its gradient is not finite in step {self.state.step + 1}. Set a lower `learning_rate`, "
+                "a longer `warmup`, or `mixed_precision='no'`"
             )
 
     # Evaluation and records ------------------------------------------------------------------------------------------
@@ -449,7 +450,7 @@ def build_batch_plan(
     if not num_steps:
         if num_images is None:
             raise ValueError(
-                "a stream of unknown length requires a number of steps. Set --max-steps"
+                "a stream of unknown length requires a number of steps. Set `max_steps`"
             )
         assert options.epochs is not None
         images_per_step = options.batch_size * accumulation_steps * num_processes

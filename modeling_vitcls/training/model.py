@@ -137,7 +137,7 @@ def choose_image_size(
 
     return replace(options, image_size=(size[0], size[1])), (
         f"{size_text} px: {costs[0]} GFLOP per image; native {native_text} px: {costs[1]}. A native side of more than "
-        f"{MAX_NATIVE_SIDE} px is reduced for fine-tuning; --image-size native keeps it"
+        f"{MAX_NATIVE_SIDE} px is reduced for fine-tuning; `image_size='native'` keeps it"
     )
 
 
@@ -250,7 +250,9 @@ def check_preset_name(name: str) -> None:
         and not is_preset(name)
         and not Path(name).exists()
     ):
-        raise ValueError(f"--model {name} is not a preset. Use vitcls-{', vitcls-'.join(PRESETS)}")
+        raise ValueError(
+            f"`model={name!r}` is not a preset. Use vitcls-{', vitcls-'.join(PRESETS)}"
+        )
 
 
 # Trainable parameters ------------------------------------------------------------------------------------------------
@@ -279,7 +281,7 @@ def set_trainable_parameters(
         num_trainable_layers = int(trainable.removeprefix("last-"))
         if num_trainable_layers > num_layers:
             raise ValueError(
-                f"--trainable is {trainable}, but the model has {num_layers} layers. Use a smaller N"
+                f"`trainable` is {trainable}, but the model has {num_layers} layers. Use a smaller N"
             )
         layer_indices = range(num_layers - num_trainable_layers, num_layers)
         prefixes += ["vitcls.layernorm.", *(f"vitcls.layers.{index}." for index in layer_indices)]
@@ -348,10 +350,10 @@ def add_lora(model: Any, rank: int) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise ValueError("--trainable lora requires PEFT: pip install peft") from error
+        raise ValueError("`trainable='lora'` requires PEFT: pip install peft") from error
     if "qkv" in (model.config.specialized_layers or {}):
         raise ValueError(
-            '--trainable lora does not support specialized_layers with "qkv". Use --trainable full'
+            "`trainable='lora'` does not support `specialized_layers` with \"qkv\". Use `trainable='full'`"
         )
     inject_adapter_in_model(
         LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGET_MODULES), model

@@ -111,7 +111,8 @@ def parse_cls_scopes(values: Sequence[str]) -> list[str | list[int]]:
             ]
         else:
             raise ValueError(
-                f"--cls-scopes requires `image` or ROWSxCOLUMNS, but got {value!r}. Example: --cls-scopes image 2x2"
+                f"`cls_scopes` requires 'image' or ROWSxCOLUMNS, but got {value!r}. Example: "
+                "`cls_scopes=('image', '2x2')`"
             )
     return scopes
 
@@ -125,7 +126,7 @@ def parse_specialized_layers(values: Sequence[str]) -> dict[str, list[int]]:
     for value in values:
         if not (match := re.fullmatch(r"(norm|qkv):([1-9]\d{0,2})", value)):
             raise ValueError(
-                f"--specialized-layers requires norm:N or qkv:N, but got {value!r}. Example: norm:12 qkv:4"
+                f"`specialized_layers` requires norm:N or qkv:N, but got {value!r}. Example: norm:12 qkv:4"
             )
         layers[match[1]] = list(range(int(match[2])))
     return layers
@@ -210,7 +211,7 @@ class TrainingOptions:
         check_minimum(self, 1, "lora_rank", "early_stopping")
         if self.early_stopping is not None and self.select == "last":
             raise ValueError(
-                "--early-stopping requires --select best. Remove --select last or --early-stopping"
+                "`early_stopping` requires `select='best'`. Remove `select='last'` or `early_stopping`"
             )
 
         check_minimum(self, 0, "weight_decay", "seed", "log_attention_every")
@@ -321,7 +322,9 @@ class RunOptions:
         requirement = "a Hub license identifier, such as apache-2.0 or cc-by-4.0"
         check_value(self, "license", is_valid_license, requirement)
         if self.hub_checkpoint_branch and not self.push_to_hub:
-            raise ValueError("--hub-checkpoint-branch requires --push-to-hub. Set --push-to-hub.")
+            raise ValueError(
+                "`hub_checkpoint_branch` requires `push_to_hub=True`. Set `push_to_hub=True`."
+            )
 
 
 @dataclass(frozen=True)
@@ -342,7 +345,7 @@ class CommonOptions:
     def __post_init__(self) -> None:
         if self.output_dir.is_file():
             raise ValueError(
-                f"--output-dir {self.output_dir} is a file. Set --output-dir to a folder"
+                f"`output_dir={str(self.output_dir)!r}` is a file. Set `output_dir` to a folder"
             )
 
 
@@ -412,8 +415,8 @@ class TeachersOptions:
         check_minimum(self, 0, "teacher_views")
         if self.distill_patches and self.teacher_views:
             raise ValueError(
-                "--teacher-views stores one vector per image, but --distill-patches requires all patches. Remove one "
-                "of the two flags"
+                "`teacher_views` stores one vector per image, but `distill_patches=True` requires all patches. Remove "
+                "one of the two flags"
             )
 
 
@@ -465,14 +468,16 @@ class AddTaskOptions(AdditionOptions):
         check_stored_images(self.data)
         if self.name is None and self.remove_task is None:
             raise ValueError(
-                "--name is missing. Set --name to the name of the task, or --remove-task"
+                "`name` is missing. Set `name` to the name of the task, or `remove_task`"
             )
         if self.name is None and self.overwrite_task:
             raise ValueError(
-                "--overwrite-task requires --name. Set --name to the task that is replaced"
+                "`overwrite_task=True` requires `name`. Set `name` to the task that is replaced"
             )
         if self.name is not None and not self.name.isidentifier():
-            raise ValueError(f"--name {self.name} must consist of letters, digits and underscores")
+            raise ValueError(
+                f"`name={self.name!r}` must consist of letters, digits and underscores"
+            )
 
 
 @dataclass(frozen=True)

@@ -95,12 +95,12 @@ def check_replaceable(options: Any, store: CheckpointStore) -> None:
 
     if (folder / RESULTS_FILE).exists() and (folder / CONFIG_FILE).exists():
         raise ValueError(
-            f"{folder} contains a finished run. Set --overwrite, or choose a different --output-dir"
+            f"{folder} contains a finished run. Set `overwrite=True`, or choose a different `output_dir`"
         )
     if steps := store.list_steps():
         raise ValueError(
-            f"{folder} contains an unfinished run (step {steps[-1]:,}). Set --resume or --overwrite, or choose a "
-            "different --output-dir"
+            f"{folder} contains an unfinished run (step {steps[-1]:,}). Set `resume=True` or `overwrite=True`, or "
+            "choose a different `output_dir`"
         )
 
     names = list_final_files(folder)
@@ -109,7 +109,7 @@ def check_replaceable(options: Any, store: CheckpointStore) -> None:
     if names:
         raise ValueError(
             f"{folder} contains other files that this run would replace ({format_name_list(names)}). Move them, or "
-            "set --overwrite"
+            "set `overwrite=True`"
         )
 
 
@@ -121,7 +121,7 @@ def check_sources_not_removed(options: FinetuneOptions | PretrainOptions) -> Non
         path = Path(split_prefix(source)[1]).resolve()
         if is_local(source) and folder in (path, *path.parents):
             raise ValueError(
-                f"--overwrite would remove the --{flag} in {folder}. Choose a different --output-dir"
+                f"`overwrite=True` would remove the `{flag}` in {folder}. Choose a different `output_dir`"
             )
         return source
 
@@ -247,7 +247,7 @@ def save_output(
     try:
         run_on_main(accelerator, write)
     except OSError as error:
-        message = f"cannot write the model to {options.output_dir} ({error}). Free disk space, then use --resume"
+        message = f"cannot write the model to {options.output_dir} ({error}). Free disk space, then use `resume=True`"
         raise RunStopped(message) from error
 
 
@@ -314,7 +314,7 @@ class FolderLock:
             self.file_lock.acquire()
         except Timeout:
             raise ValueError(
-                f"{self.folder} is in use by another run. Wait until that run ends, or choose a different --output-dir"
+                f"{self.folder} is in use by another run. Wait until that run ends, or choose a different `output_dir`"
             ) from None
 
     def __enter__(self) -> Self:

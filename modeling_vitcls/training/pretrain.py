@@ -65,18 +65,18 @@ def check_options(options: PretrainOptions) -> PretrainOptions:
     method = options.method or ("distillation" if num_teachers else "lejepa")
     if (method == "distillation") != bool(num_teachers):
         raise ValueError(
-            f"--method {method} {'excludes' if num_teachers else 'requires'} --teachers. Change one flag"
+            f"`method={method!r}` {'excludes' if num_teachers else 'requires'} `teachers`. Change one flag"
         )
     for name in filter(is_preset, options.distillation.teachers):
         raise ValueError(
-            f"--teachers requires trained models, but {name} has random weights. Set a checkpoint"
+            f"`teachers` requires trained models, but {name} has random weights. Set a checkpoint"
         )
 
     if num_teachers and num_tokens is None:
         num_tokens = num_teachers
     if num_teachers and num_tokens not in (0, 1, num_teachers):
         raise ValueError(
-            f"--num-distillation-tokens is {num_tokens}, but {num_teachers} teachers require 0, 1 or {num_teachers}"
+            f"`num_distillation_tokens` is {num_tokens}, but {num_teachers} teachers require 0, 1 or {num_teachers}"
         )
     options = replace(
         options, method=method, model=replace(options.model, num_distillation_tokens=num_tokens)
@@ -86,9 +86,7 @@ def check_options(options: PretrainOptions) -> PretrainOptions:
     defaults = {"mixup": 0, "cutmix": 0, "class_balance": "none", "trainable": "full"}
     for name, default in defaults.items():
         if flags[name] != default:
-            raise ValueError(
-                f"--{name.replace('_', '-')} is supported only in fine-tuning. Remove the flag"
-            )
+            raise ValueError(f"`{name}` is supported only in fine-tuning. Remove the flag")
 
     if options.method == "lejepa":  # draws its own crops
         augmentation = options.augmentation
@@ -256,8 +254,8 @@ class FeatureQuality:
         if rank < max(MIN_RANK * max_rank, 1.5):
             self.warn(
                 f"the features have collapsed: their effective rank is {rank:.1f} of {width} channels, so images "
-                "have nearly the same features. Set a lower --learning-rate or, with --method lejepa, a larger "
-                "--sigreg-weight"
+                "have nearly the same features. Set a lower `learning_rate` or, with `method='lejepa'`, a larger "
+                "`sigreg_weight`"
             )
         return metrics | {"effective_rank": round(rank, 2)} | counts
 
@@ -323,7 +321,7 @@ def build_encoder(
     config = encoder.config
     if config.patch_drop_rate:
         raise ValueError(
-            f"pre-training requires --patch-drop-rate 0, but the rate is {config.patch_drop_rate}"
+            f"pre-training requires `patch_drop_rate=0`, but the rate is {config.patch_drop_rate}"
         )
     if encoder.embeddings.mask_token is not None:
         # not used; DDP requires gradients of all parameters

@@ -83,7 +83,7 @@ def explain_missing_probe(
 ) -> str | None:
     """Return the reason why a run has no probe, or None if it has one."""
     reasons = {
-        "--no-probe is set": not options.training.probe,
+        "`probe=False` is set": not options.training.probe,
         "the dataset is a stream": options.data.streaming,
         "the dataset does not have one label per image": label_kind
         != "single_label_classification",
@@ -113,13 +113,13 @@ def explain_missing_steps(
     """
     training = options.training
     if training.trainable == "head":
-        return "none: --trainable head keeps the encoder, and the classifier is the regression"
+        return "none: `trainable='head'` keeps the encoder, and the classifier is the regression"
 
     num_selection = None if data.selection is None else len(data.selection)
     if num_selection is not None and num_selection < MIN_SELECTION_IMAGES:
         return (
             f"none: {num_selection} separate images are too few to compare fine-tuning with the frozen model, which "
-            "is saved. Set --select last to fine-tune on all images"
+            "is saved. Set `select='last'` to fine-tune on all images"
         )
 
     flops = FLOPS_OF_STEP * forward_flops * data.num_training_images * training.epochs
@@ -127,7 +127,7 @@ def explain_missing_steps(
         minutes = math.ceil(flops / CPU_FLOPS_PER_MINUTE)
         return (
             f"none: {training.epochs:g} epochs would take about {minutes:,} minutes on this CPU, so that the frozen "
-            f"model is saved. Set --epochs {training.epochs:g} to fine-tune"
+            f"model is saved. Set `epochs={training.epochs:g}` to fine-tune"
         )
     return None
 
@@ -496,4 +496,4 @@ def describe_geometry(record: dict[str, Any]) -> str | None:
     if "geometry" not in record:
         return None
     losses = ", ".join(f"{fit} {loss:.2f}" for fit, loss in record["geometry"]["losses"].items())
-    return f"{record['fit']}; log loss on {record['geometry']['num_images']:,} images: {losses}. Set --fit to choose"
+    return f"{record['fit']}; log loss on {record['geometry']['num_images']:,} images: {losses}. Set `fit` to choose"

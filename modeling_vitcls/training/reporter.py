@@ -23,6 +23,7 @@ from ..data.streaming import StreamedImages
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..runtime.files import write_atomically
+from ..runtime.messages import format_message
 from ..runtime.progress import LINE_SECONDS
 from ..runtime.system import describe_device, get_versions
 
@@ -52,11 +53,11 @@ class Reporter:
 
     def print_line(self, name: str, text: str) -> None:
         """Print one line of the summary."""
-        self.console.print(f"{name:<9} {text}", markup=False)
+        self.console.print(f"{name:<9} {format_message(text)}", markup=False)
 
     def warn(self, message: str) -> None:
         """Print a highlighted warning."""
-        self.console.print(f"WARNING: {message}", style="bold yellow", markup=False)
+        self.console.print(f"WARNING: {format_message(message)}", style="bold yellow", markup=False)
 
     def start_after(self, step: int, num_steps: int) -> None:
         """Start the output of a run that continues after `step`.
@@ -182,7 +183,7 @@ def describe_splits(
     if data.num_excluded is not None:
         total = data.num_excluded + (data.num_training_images or 0)
         lines["excluded"] = (
-            f"{data.num_excluded:,} of {total:,} training images are left out (--exclude)"
+            f"{data.num_excluded:,} of {total:,} training images are left out (`exclude`)"
         )
 
     is_streamed = isinstance(data.held_out, StreamedImages)
@@ -195,7 +196,7 @@ def format_result(metrics: dict[str, Any], names: tuple[str, ...]) -> str:
     """Format the metrics `names` of the final evaluation as one line of text."""
     names = tuple(name for name in names if name in metrics)
     if not names:
-        return "the model was trained on all images and not evaluated, because --held-out-fraction is 0"
+        return "the model was trained on all images and not evaluated, because `held_out_fraction` is 0"
     text = ", ".join(format_metric(name, metrics[name]) for name in names)
     return f"{text} on {metrics['num_images']:,} held-out images"
 

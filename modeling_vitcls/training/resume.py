@@ -116,11 +116,11 @@ def check_flags_unchanged(
         ):
             continue
 
-        advice = "Use the same flags, or choose a different --output-dir"
+        advice = "Use the same flags, or choose a different `output_dir`"
         if name in ("epochs", "max_steps"):
-            advice = f"To train for more steps, start another run with --model {folder}"
+            advice = f"To train for more steps, start another run with `model={str(folder)!r}`"
         raise ValueError(
-            f"--resume: the run in {folder} was started with --{name.replace('_', '-')} "
+            f"`resume=True`: the run in {folder} was started with `{name}` "
             f"{format_flag_value(value)}, but the value in this run is {format_flag_value(current_value)}. {advice}"
         )
 
@@ -133,23 +133,23 @@ def check_run_unchanged(metadata: dict[str, Any], current: dict[str, Any], folde
     """
     if change := describe_change(metadata["data"], current["data"]):
         raise ValueError(
-            f"--resume: the dataset has changed since the run in {folder} was started: {change}. Restore the dataset, "
-            "or choose a different --output-dir"
+            f"`resume=True`: the dataset has changed since the run in {folder} was started: {change}. Restore the "
+            "dataset, or choose a different `output_dir`"
         )
     if metadata.get("files") != current["files"]:
         raise ValueError(
-            f"--resume: the sizes or times of the dataset's files have changed since the run in {folder} was started. "
-            "Restore the files and their times, or choose a different --output-dir"
+            f"`resume=True`: the sizes or times of the dataset's files have changed since the run in {folder} was "
+            "started. Restore the files and their times, or choose a different `output_dir`"
         )
     if metadata["mixed_precision"] != current["mixed_precision"]:
         raise ValueError(
-            f"--resume: the run in {folder} requires --mixed-precision {metadata['mixed_precision']}, but the mixed "
-            f"precision of this run is {current['mixed_precision']}"
+            f"`resume=True`: the run in {folder} requires `mixed_precision={metadata['mixed_precision']!r}`, but the "
+            f"mixed precision of this run is {current['mixed_precision']}"
         )
     if metadata["images_per_step"] != current["images_per_step"]:
         raise ValueError(
-            f"--resume: the run in {folder} has {metadata['images_per_step']} images per step, but this run has "
-            f"{current['images_per_step']}. Restore the product of --batch-size, --gradient-accumulation-steps and "
+            f"`resume=True`: the run in {folder} has {metadata['images_per_step']} images per step, but this run has "
+            f"{current['images_per_step']}. Restore the product of `batch_size`, `gradient_accumulation_steps` and "
             "the number of processes"
         )
 

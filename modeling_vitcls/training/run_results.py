@@ -150,5 +150,5 @@ def suggest_all_images(loaded: Loaded) -> str | None:
         return None
     return (
         f"{num_held_out} images are held out for this result. To train on them as well, repeat the command with "
-        "--held-out-fraction 0 and another --output-dir"
+        "`held_out_fraction=0` and another `output_dir`"
     )

@@ -311,7 +311,7 @@ def check_teacher_outputs(outputs: torch.Tensor, source: str) -> None:
     if num_wrong := int((~find_finite(outputs, len(outputs))).sum()):
         raise ValueError(
             f"the outputs of the teacher {source} are not finite for {num_wrong} of {len(outputs)} images. "
-            "Use another teacher, or set --mixed-precision no"
+            "Use another teacher, or set `mixed_precision='no'`"
         )
 
 
@@ -365,7 +365,7 @@ class TeacherCache:
     ) -> None:
         if num_images is None:
             raise ValueError(
-                "--teacher-views requires a dataset of known size, not --streaming. Remove one flag"
+                "`teacher_views` requires a dataset of known size, not `streaming=True`. Remove one flag"
             )
         self.teacher = teacher
         self.outputs = torch.empty(num_views, num_images, width, dtype=torch.float16)

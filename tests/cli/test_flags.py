@@ -51,7 +51,7 @@ def test_a_type_checker_finds_a_wrong_name_and_a_wrong_value(tmp_path: Path) -> 
         package / "runtime" / "flags.py",
         *package.glob("*/options.py"),
     ]
-    files += [package / "cli" / f"{name}.py" for name in ("functions", "flags", "argument_errors")]
+    files += [package / "cli" / f"{name}.py" for name in ("functions", "flags")]
     options = ["--config-file=", "--explicit-package-bases", "--follow-imports=skip"]
     options += ["--ignore-missing-imports", f"--cache-dir={tmp_path / 'cache'}"]
     command = [sys.executable, "-m", "mypy", *options, str(snippet), *map(str, files)]

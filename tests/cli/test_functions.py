@@ -161,7 +161,7 @@ def test_a_name_of_another_training_script_suggests_the_argument(tmp_path: Path)
 
 
 def test_an_invalid_value_names_the_argument(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^held_out_fraction is 2,"):
+    with pytest.raises(ValueError, match=r"^`held_out_fraction` is 2,"):
         finetune("vitcls-tiny", "digits", tmp_path, held_out_fraction=2)
 
 
@@ -175,7 +175,9 @@ def test_missing_images_name_the_argument() -> None:
 @pytest.mark.integration
 def test_an_error_of_a_run_names_the_arguments(trained: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = trained
-    with pytest.raises(ValueError, match=r"Set overwrite=True, or choose a different output_dir"):
+    with pytest.raises(
+        ValueError, match=r"Set `overwrite=True`, or choose a different `output_dir`"
+    ):
         finetune("vitcls-tiny", get_digits(), folder, **MODEL, **RUN)
 
 

@@ -234,7 +234,7 @@ def test_a_timm_model_that_cannot_be_loaded_names_a_remedy(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(OSError, match="timm:local-dir:FOLDER") as raised:
         run(tmp_path / "run", "timm:vit_tiny_patch16_224")
-    assert "--random-init" not in str(raised.value)
+    assert "`random_init=True`" not in str(raised.value)
     assert "\n" not in str(raised.value)
     assert "cached in" not in caplog.text
 

@@ -348,7 +348,7 @@ def test_tips_files(tmp_path: Path) -> None:
         2,
     )
     assert dict(processor.size) == {"height": GRID * PATCH, "width": GRID * PATCH}
-    with raises_one_line("--family", "tips", "dinov2", error=ConversionError):
+    with raises_one_line("`family`", "tips", "dinov2", error=ConversionError):
         FileSource.load(save(weights, tmp_path / "unknown.pth"))
 
 
@@ -619,10 +619,10 @@ def build_nested_state_dict() -> dict[str, Any]:
 PLAIN = build_vit_weights()
 # Name: content of the file, --family, words in the error
 REFUSED: dict[str, tuple[Any, str | None, tuple[str, ...]]] = {
-    "several families": (PLAIN, None, ("--family", "dino", "mae", "deit")),
+    "several families": (PLAIN, None, ("`family`", "dino", "mae", "deit")),
     "swin": ({"layers.0.weight": torch.zeros(3)}, None, ("layers.0.weight", "timm:NAME")),
     "nothing": ({}, None, ("timm:NAME",)),
-    "unknown family": (PLAIN, "swin", ("swin", "--family", "dinov2")),
+    "unknown family": (PLAIN, "swin", ("swin", "`family`", "dinov2")),
     "wrong family": (PLAIN, "dinov3", ("nonzero key biases",)),
     "list": ([torch.zeros(3)], None, ("list",)),
     "a state dict in itself": (build_nested_state_dict(), None, ("no weights",)),
@@ -637,7 +637,7 @@ REFUSED: dict[str, tuple[Any, str | None, tuple[str, ...]]] = {
     "no positions": (
         {n: t for n, t in PLAIN.items() if n != "pos_embed"},
         "deit",
-        ("pos_embed", "--family"),
+        ("pos_embed", "`family`"),
     ),
     "no final norm": (
         {n: t for n, t in PLAIN.items() if n != "norm.weight"},
@@ -696,7 +696,7 @@ def test_values_that_are_not_numbers_are_refused() -> None:
 def test_unreadable_files_and_unused_families_are_refused(tmp_path: Path) -> None:
     with raises_one_line("is not a file", error=OSError):
         FileSource.load(tmp_path / "missing.pth")
-    with raises_one_line("--family dino", "timm:test_vit", error=ConversionError):
+    with raises_one_line("`family='dino'`", "timm:test_vit", error=ConversionError):
         load_source("timm:test_vit", family="dino")
     (tmp_path / "weights.ckpt").touch()
     with raises_one_line("weights.ckpt", ".npz .safetensors", error=ConversionError):

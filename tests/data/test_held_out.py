@@ -207,9 +207,9 @@ def test_each_image_is_in_one_fold() -> None:
 
 def test_empty_parts_are_errors(tmp_path: Path) -> None:
     folder = write_photos(tmp_path, range(1))
-    with raises_one_line("2 images", "larger --held-out-fraction"):
+    with raises_one_line("2 images", "larger `held_out_fraction`"):
         read(folder)
-    with raises_one_line("all 2 images", "smaller --held-out-fraction"):
+    with raises_one_line("all 2 images", "smaller `held_out_fraction`"):
         load_training_data(DataOptions(str(folder), held_out_fraction=0.999), use_labels=False)
 
 
@@ -233,9 +233,9 @@ def test_evaluation_uses_the_held_out_images_of_the_run(
     assert measured["loss"] == pytest.approx(trained["loss"], abs=1e-5)
     assert measured["images"] == "held_out"
     assert "WARNING" not in capsys.readouterr().out
-    with raises_one_line("--split-seed is 3", "7"):
+    with raises_one_line("`split_seed` is 3", "7"):
         evaluate(tmp_path / "run", folder, split_seed=3)
-    with raises_one_line("--held-out-fraction is 0.5", "0.3"):
+    with raises_one_line("`held_out_fraction` is 0.5", "0.3"):
         evaluate(tmp_path / "run", folder, held_out_fraction=0.5)
     same = DataOptions(str(folder), split_seed=7, held_out_fraction=0.3)
     assert get_names(load_evaluation_data(same, None, recorded).images) == get_names(held_out)
@@ -266,7 +266,7 @@ def test_the_label_columns_of_a_run_are_used_in_its_evaluation(tmp_path: Path) -
         assert evaluate(tmp_path / name, tmp_path / "table.csv")[metric] == pytest.approx(
             results[metric], abs=1e-5
         )
-    with raises_one_line("--label-column"):  # the flags are used as a whole
+    with raises_one_line("`label_column`"):  # the flags are used as a whole
         evaluate(tmp_path / "tags", tmp_path / "table.csv", label_separator="|")
 
 
@@ -283,7 +283,7 @@ def test_rare_classes_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture
         capsys.readouterr()
         run(folder / "run", folder / "photos", held_out_fraction=0.1)
         output = capsys.readouterr().out
-        assert ("--class-balance" in output) is is_rare
+        assert ("`class_balance='weights'`" in output) is is_rare
         steps = [
             line for line in output.splitlines() if line.startswith("step ") and "held out" in line
         ]
@@ -296,9 +296,13 @@ def test_rare_classes_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture
     [
         ({}, {}, ""),
         ({"held_out_fraction": 0.4}, {}, ""),
-        ({}, {"held_out_fraction": 0.4}, "--held-out-fraction 0.2 --split-seed 0"),
-        ({}, {"split_seed": 1}, "--held-out-fraction 0.2 --split-seed 0"),
-        ({"folds": 3, "fold": 2}, {"folds": 3, "fold": 1}, "--folds 3 --fold 2 --split-seed 0"),
+        ({}, {"held_out_fraction": 0.4}, "`held_out_fraction=0.2` and `split_seed=0`"),
+        ({}, {"split_seed": 1}, "`held_out_fraction=0.2` and `split_seed=0`"),
+        (
+            {"folds": 3, "fold": 2},
+            {"folds": 3, "fold": 1},
+            "`folds=3`, `fold=2` and `split_seed=0`",
+        ),
     ],
 )
 def test_a_model_trained_on_held_out_images_is_named(

@@ -166,7 +166,7 @@ def test_errors_are_about_folders(tmp_path: Path) -> None:
         load(write_class(tmp_path, "flat/train", 3) / "flat")
     write_class(tmp_path, "packed/photos/cat", 9)
     write_class(tmp_path, "packed/photos/dog", 9)
-    with raises_one_line("'photos'", "--dataset", "packed/photos"):
+    with raises_one_line("'photos'", "`dataset='", "packed/photos"):
         load(tmp_path / "packed")
 
 
@@ -178,7 +178,7 @@ def test_a_table_beside_images_is_named(tmp_path: Path) -> None:
         Image.new("L", (4, 4)).save(images / f"{index}.png")
     for table in (tmp_path / "data" / "labels.csv", images / "labels.csv"):
         table.write_text("image,label\n0.png,a\n", encoding="utf-8")
-        with raises_one_line(f"set --dataset to {table}"):
+        with raises_one_line(f"set `dataset` to {table}"):
             load_training_data(DataOptions(str(images)))
 
 

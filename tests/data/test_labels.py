@@ -99,7 +99,7 @@ def test_empty_text_between_separators_is_not_a_label() -> None:
 
 @pytest.mark.parametrize("value", [0.5, {"x": 1}, [["a"], ["b"]]])
 def test_columns_of_other_values_are_not_labels(value: Any) -> None:
-    with raises_one_line("'label'", "--label-column"):
+    with raises_one_line("'label'", "`label_column`"):
         build_reader([value])
 
 
@@ -180,5 +180,5 @@ def test_the_image_column_contains_images() -> None:
         assert build_label_reader(
             DataOptions("table"), features, lambda column: [1]
         ).label_space.columns == {name: ["1"]}
-    with raises_one_line("cannot identify the image column among a, b. Set --image-column"):
+    with raises_one_line("cannot identify the image column among a, b. Set `image_column`"):
         find_image_column(options, {"a": image, "b": image})

@@ -111,5 +111,5 @@ def test_web_dataset_shards_need_no_flags(is_folder: bool, tmp_path: Path) -> No
     } == {True}
     assert len(examples) + len(data.held_out) == 40
     on_the_hub = {"train": SimpleNamespace(features={"__url__": datasets.Value("string")})}
-    with raises_one_line("'cls'", "--label-names"):  # otherwise, all images would be downloaded
+    with raises_one_line("'cls'", "`label_names`"):  # otherwise, all images would be downloaded
         next(read_label_column(on_the_hub, "cls", DataOptions("owner/name", streaming=True)))

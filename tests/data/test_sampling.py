@@ -64,7 +64,7 @@ def test_weights_are_inverse_to_frequency_with_mean_one() -> None:
 
 
 def test_streams_require_a_number_of_steps() -> None:
-    with pytest.raises(ValueError, match=r"requires a number of steps.*Set --max-steps"):
+    with pytest.raises(ValueError, match=r"requires a number of steps.*Set `max_steps`"):
         build_batch_plan(None, TrainingOptions(batch_size=64), 1)
     assert (
         build_batch_plan(None, TrainingOptions(max_steps=3, batch_size=64), 1).count_epochs(2) == 0

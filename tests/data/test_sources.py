@@ -325,9 +325,9 @@ def test_contradictory_labels_are_named(color_images: Path, tmp_path: Path) -> N
     rows = {"image": paths, "tags": [["x"]] * 20, "size": [0.5] * 20, "shade": ["a"] * 20}
     file = write_table(tmp_path / "table.parquet", rows)
     for options, message in (
-        ({"label_column": ("tags", "shade")}, "--label-column"),
+        ({"label_column": ("tags", "shade")}, "`label_column`"),
         ({"label_column": ("shade",)}, "single class 'a'$"),
-        ({"label_column": ("shade", "size"), "label_separator": "|"}, "--label-separator"),
+        ({"label_column": ("shade", "size"), "label_separator": "|"}, "`label_separator`"),
     ):
         with pytest.raises(ValueError, match=message):
             read(file, **options)
@@ -390,9 +390,9 @@ def test_missing_labels_of_an_unused_split_are_ignored(color_images: Path, tmp_p
     )
     options = DataOptions(dataset=str(folder))
     assert len(load_evaluation_data(options, "validation")[1]) == 20
-    with raises_one_line("split 'test'", "--label-column"):
+    with raises_one_line("split 'test'", "`label_column`"):
         load_evaluation_data(options, "test")
-    with raises_one_line("split 'test'", "--label-column"):
+    with raises_one_line("split 'test'", "`label_column`"):
         read(write_splits(tmp_path / "b", color_images, train=None, test=-1))
 
 
@@ -439,7 +439,7 @@ def test_unusable_datasets_are_named(tmp_path: Path) -> None:
     in_memory = add_dataset([(Image.new("L", (4, 4)), 0)])
     for dataset in ("digits", tmp_path / "mnist", in_memory):
         with pytest.raises(
-            ValueError, match=rf"{dataset} is always loaded into memory. Remove --streaming"
+            ValueError, match=rf"{dataset} is always loaded into memory. Remove `streaming=True`"
         ):
             read(dataset, streaming=True)
 
@@ -572,5 +572,5 @@ def test_each_unreadable_image_is_named_once_and_the_number_has_a_limit() -> Non
     counter.add({7: "file 7 is empty"})
     counter.add({7: "file 7 is empty", 3: "file 3 is empty"})
     assert lines == ["skipped an image: file 7 is empty", "skipped an image: file 3 is empty"]
-    with raises_one_line("file 9 is empty", "--max-unreadable-images"):
+    with raises_one_line("file 9 is empty", "`max_unreadable_images`"):
         counter.add({3: "file 3 is empty", 9: "file 9 is empty"})

@@ -43,7 +43,7 @@ def test_a_changed_folder_is_an_error(tmp_path: Path) -> None:
 
     def assert_change(reason: str) -> None:
         with raises_one_line(
-            "--resume: the dataset has changed since the run in", reason, "Restore the dataset"
+            "`resume=True`: the dataset has changed since the run in", reason, "Restore the dataset"
         ):
             run_training(options)
 
@@ -68,7 +68,7 @@ def unfinished(tmp_path: Path) -> Any:
 def test_images_that_were_replaced_are_an_error(unfinished: Any) -> None:
     file = Path(unfinished.data.dataset, "cat", "1.png")
     Image.new("RGB", (8, 8)).save(file)
-    with raises_one_line("--resume", "sizes or times"):
+    with raises_one_line("`resume=True`", "sizes or times"):
         run_training(unfinished)
 
 
@@ -77,7 +77,7 @@ def test_images_that_changed_their_classes_are_an_error(unfinished: Any) -> None
     (photos / "cat" / "1.png").rename(photos / "other.png")
     (photos / "dog" / "1.png").rename(photos / "cat" / "1.png")
     (photos / "other.png").rename(photos / "dog" / "1.png")
-    with raises_one_line("--resume", "sizes or times"):
+    with raises_one_line("`resume=True`", "sizes or times"):
         run_training(unfinished)
 
 
@@ -182,7 +182,7 @@ def test_splits_are_used_for_their_purposes(tmp_path: Path, streaming: bool) -> 
 def test_folds_of_a_dataset_with_a_held_out_split_are_an_error(tmp_path: Path) -> None:
     for split in ("train", "test"):
         write_photos(tmp_path / "photos" / split, range(4))
-    with raises_one_line("--folds"):
+    with raises_one_line("`folds`"):
         load_training_data(DataOptions(str(tmp_path / "photos"), folds=2, fold=1))
 
 
@@ -205,11 +205,11 @@ def test_selection_images_of_a_single_split_are_not_used_for_anything_else(tmp_p
 
 def test_selection_without_images_for_it_is_an_error(tmp_path: Path) -> None:
     photos = write_photos(tmp_path / "photos", range(10))
-    with raises_one_line("--select best", "--held-out-fraction"):
+    with raises_one_line("`select='best'`", "`held_out_fraction`"):
         load_training_data(
             DataOptions(str(photos), held_out_fraction=0.0), use_selection_split=True
         )
-    with raises_one_line("--select best", "--streaming"):
+    with raises_one_line("`select='best'`", "`streaming=True`"):
         load_training_data(DataOptions(str(photos), streaming=True), use_selection_split=True)
 
 
@@ -227,7 +227,7 @@ def test_without_a_held_out_part_all_images_are_trained_on(tmp_path: Path, strea
         assert next(examples).epoch == 1
     else:
         assert data.num_training_images == 20
-        with raises_one_line("all 20 images", "--split train"):
+        with raises_one_line("all 20 images", "`split='train'`"):
             load_evaluation_data(options, None, data.build_record())
 
 
@@ -240,7 +240,7 @@ def test_listed_images_of_the_training_split_are_excluded(tmp_path: Path) -> Non
     assert exclude_images(images, "train", tmp_path / "audit.csv").labels == [0, 2]
     for name in ("id", "split"):
         (tmp_path / "audit.csv").write_text(f"{name}\n1\n", encoding="utf-8")
-        with raises_one_line("--exclude", "audit.csv"):
+        with raises_one_line("`exclude=", "audit.csv"):
             exclude_images(images, "train", tmp_path / "audit.csv")
 
 
@@ -253,7 +253,7 @@ def test_a_table_that_excludes_no_or_all_images_is_an_error(ids: list[str], tmp_
     )
     table = tmp_path / "audit.csv"
     table.write_text("\n".join(["id,split", *(f"{name},train" for name in ids)]), encoding="utf-8")
-    with raises_one_line("--exclude", str(table)):
+    with raises_one_line("`exclude=", str(table)):
         exclude_images(LabeledImages(images, [0] * 20), "train", table)
 
 

@@ -290,7 +290,7 @@ def test_a_stream_without_held_out_images_is_an_error(
     two_shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(HeldOutRule, "is_held_out", lambda rule, index: False)
-    with pytest.raises(ValueError, match="Set a larger --held-out-fraction"):
+    with pytest.raises(ValueError, match="Set a larger `held_out_fraction`"):
         read(two_shards)
 
 

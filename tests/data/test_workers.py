@@ -88,7 +88,7 @@ def test_a_tiny_shared_memory_is_an_error_of_evaluate(tmp_path: Path) -> None:
 def test_a_full_shared_memory_ends_the_loading() -> None:
     ran = run_with_shared_memory("64k", "-c", LOAD_BATCHES)
     assert "error: DataLoader worker" in ran.stdout, ran.stderr
-    assert "--num-workers 0" in ran.stdout
+    assert "`num_workers=0`" in ran.stdout
     assert "Traceback" not in ran.stderr
 
 
@@ -97,4 +97,4 @@ def test_a_full_shared_memory_ends_the_loading() -> None:
 def test_a_limit_of_the_shell_is_an_error(limit: str) -> None:
     command = ["sh", "-c", f'ulimit {limit}; exec "$@"', "sh", sys.executable, "-c", LOAD_BATCHES]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
-    assert "--num-workers 0" in ran.stdout + ran.stderr
+    assert "`num_workers=0`" in ran.stdout + ran.stderr

@@ -275,7 +275,7 @@ def test_graphs_are_identified_by_all_their_files(model: Path, tmp_path: Path) -
         with raises_one_line("no output last_hidden_state"):
             graph(build_images(1))
     assert len(digests) == 3
-    with raises_one_line("--backend torch"):
+    with raises_one_line("`backend='torch'`"):
         graph(build_images(1), output_hidden_states=True)
 
 
@@ -391,12 +391,12 @@ def test_the_layer_with_outliers_is_ranked_first_and_named_if_the_metric_falls()
         "drop_interval": [0.25, 0.4],
     }
     for excluded_layers, remedy in (
-        ([], "--exclude-layers 3,"),
-        ([2, 3, 4], "--exclude-layers 1 2 3 4,"),
+        ([], "`exclude_layers=(3,)`,"),
+        ([2, 3, 4], "`exclude_layers=(1, 2, 3, 4)`,"),
     ):
         report = {"evaluation": scores, "excluded_layers": excluded_layers}
         check_drop(report, 25.0, model, build_images())
-        with raises_one_line("from 75.0% to 50.0% on 4 images", "24.9 points", remedy):
+        with raises_one_line("from 75.0% to 50.0% on 4 images", "`max_drop=24.9`", remedy):
             check_drop(report, 24.9, model, build_images())
     report["evaluation"] = scores | {"metric": "mean_average_precision", "drop_interval": None}
     with raises_one_line("from 75.0% to 50.0% on 4 images"):

@@ -479,10 +479,10 @@ def test_unsupported_options_and_sizes(tmp_path: Path) -> None:
     checkpoint(tmp_path / "model")
     target = (str(tmp_path / "model"), "onnx", tmp_path / "vit.onnx")
     for layers in ((0, 1), (3,)):
-        with raises_one_line("--exclude-layers", "from 1 to 2"):
+        with raises_one_line("`exclude_layers`", "from 1 to 2"):
             export_model(ExportOptions(*target, int8=True, dataset="digits", exclude_layers=layers))
     (tmp_path / "model" / "preprocessor_config.json").unlink()
-    with raises_one_line("--dataset", "image processor"):
+    with raises_one_line("`dataset`", "image processor"):
         export_model(ExportOptions(*target, int8=True, dataset="digits"))
     with raises_one_line("41 is not a multiple"):
         export_model(ExportOptions(*target, image_size=(41, 32), dynamic=False))
@@ -507,6 +507,6 @@ def test_packages_that_are_not_installed(tmp_path: Path, monkeypatch: pytest.Mon
             exporter, "find_spec", lambda name, missing=missing: None if name == missing else name
         )
         with raises_one_line(
-            f"--format onnx requires packages that are not installed: {missing}. Run pip install"
+            f"`format='onnx'` requires packages that are not installed: {missing}. Run pip install"
         ):
             export_model(ExportOptions("nowhere", "onnx", tmp_path / "vit.onnx", **flags))

@@ -40,7 +40,7 @@ def test_models_that_cannot_be_traced_are_errors() -> None:
     for is_dynamic in (True, False):
         with pytest.raises(ValueError, match="cannot trace") as error:
             trace_model(model, select_graph_shape(model, None, is_dynamic), torch.float32)
-        assert ("--no-dynamic" in str(error.value)) is is_dynamic
+        assert ("`dynamic=False`" in str(error.value)) is is_dynamic
 
 
 def test_the_smallest_size_contains_the_grids_of_cls_tokens() -> None:

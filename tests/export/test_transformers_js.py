@@ -228,7 +228,7 @@ def test_other_models_and_gray_images_are_refused(tmp_path: Path) -> None:
     with raises_one_line("not empty"):
         export_for_transformers_js(str(tmp_path / "tasks"), tmp_path / "regression")
     encoder = save_with_processor(ViTCLSModel(build_tiny_config()), tmp_path / "encoder")
-    with raises_one_line("--dataset"):
+    with raises_one_line("`dataset`"):
         export_for_transformers_js(str(encoder), tmp_path / "web", dataset="digits")
     folder = save_digits_classifier(tmp_path / "gray", num_channels=1)
     ViTCLSImageProcessor(

@@ -5,7 +5,9 @@ from typing import Any
 import tyro
 
 from modeling_vitcls import cli
+from modeling_vitcls.cli.flag_messages import messages_name_flags
 from modeling_vitcls.cli.parsing import TYRO_CONFIG, one_line_errors, prepare_flags
+from modeling_vitcls.runtime.flags import get_flag_fields
 
 
 def run_here(*arguments: str) -> int:
@@ -20,5 +22,5 @@ def run_here(*arguments: str) -> int:
 def parse_flags(options_class: Any, flags: list[str]) -> Any:
     """Return the options of flags and the recipe in --config. Exit with status 2 if a flag is invalid."""
     flags = prepare_flags("finetune", options_class, flags)
-    with one_line_errors():
+    with messages_name_flags(get_flag_fields(options_class)), one_line_errors():
         return tyro.cli(options_class, args=flags, config=TYRO_CONFIG)

@@ -177,12 +177,12 @@ def test_a_run_is_resumed_with_another_spelling_of_its_data(here: Path, tmp_path
         # as written by earlier versions
         check_flags_unchanged(before | {"dataset": "data/teach"}, flags(spelling), tmp_path)
     check_flags_unchanged(before, before | {"license": "mit", "card_samples": True}, tmp_path)
-    with raises_one_line("--dataset", "acme/data", "a different --output-dir"):
+    with raises_one_line("`dataset`", "acme/data", "a different `output_dir`"):
         check_flags_unchanged(before, flags("acme/data"), tmp_path)
     (tmp_path / "new").mkdir()
     shutil.move(here / "data/teach", tmp_path / "new/teach")
     check_flags_unchanged(before, flags("../new/teach"), tmp_path)
-    with raises_one_line("--dataset"):
+    with raises_one_line("`dataset`"):
         check_flags_unchanged(before, flags("../clinic/scans"), tmp_path)
 
 
@@ -215,5 +215,5 @@ def test_a_folder_in_use_is_not_written_to(tmp_path: Path) -> None:
     check_output_is_empty(tmp_path)
     (tmp_path / "file").touch()
     for used in (tmp_path, tmp_path / "file"):
-        with raises_one_line(str(used), "not empty", "a different --output"):
+        with raises_one_line(str(used), "not empty", "a different `output`"):
             check_output_is_empty(used)

@@ -76,7 +76,7 @@ def test_coverage_requires_enough_images() -> None:
     limit = find_score_limit(np.full((9, 2), 0.5), np.zeros(9, int), 0.9)
     assert limit == 0.5
     assert build_prediction_sets(np.full((1, 2), 0.5), limit).all()
-    with pytest.raises(ValueError, match=r"--coverage.* 9\b.*\b8\b"):
+    with pytest.raises(ValueError, match=r"`coverage=0.9`.* 9\b.*\b8\b"):
         find_score_limit(np.full((8, 2), 0.5), np.zeros(8, int), 0.9)
 
 

@@ -160,7 +160,7 @@ def test_a_multi_label_model(models: Path, tmp_path: Path, by_one_process: dict[
         close(results["loss"]),
     )
     reset_accelerate()
-    with raises_one_line("--unknown-dataset"):
+    with raises_one_line("`unknown_dataset`"):
         evaluate_checkpoint(
             EvaluateOptions(str(models / "multi_label"), data, unknown_dataset="digits")
         )
@@ -182,13 +182,13 @@ def test_a_multi_task_model(models: Path, tmp_path: Path, by_one_process: dict[s
     for task in ("species", "age"):
         assert found[f"{task}_num_images"] == 2 * expected[f"{task}_num_images"]
         assert found[f"{task}_loss"] == close(expected[f"{task}_loss"])
-    with raises_one_line("multi_task", "--label-column"):
+    with raises_one_line("multi_task", "`label_column`"):
         evaluate(models / "multi_task", table, label_column=("age",))
     reset_accelerate()
     options = EvaluateOptions(
         str(models / "multi_task"), DataOptions(str(table)), per_image=tmp_path / "rows.parquet"
     )
-    with raises_one_line("--per-image"):
+    with raises_one_line("`per_image`"):
         evaluate_checkpoint(options)
 
 
@@ -368,7 +368,7 @@ def test_classes_in_tables() -> None:
 
 def test_an_unfinished_run_names_resume(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
-    with raises_one_line("--resume"):
+    with raises_one_line("vitcls finetune ... --resume"):
         evaluate_checkpoint(EvaluateOptions(model=str(tmp_path), data=DataOptions("digits")))
 
 
@@ -450,5 +450,5 @@ def test_tasks_are_matched_by_name() -> None:
         match_labels(
             LabeledImages([], []), given, LabelSpace("multi_task", {"a": ["p"], "c": ["x"]})
         )
-    with raises_one_line("multi_task", "--label-column"):
+    with raises_one_line("multi_task", "`label_column`"):
         match_labels(LabeledImages([], []), given, build_single_label_space("a"))

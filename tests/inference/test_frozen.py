@@ -119,7 +119,9 @@ def test_splits_of_the_data_set_and_unreadable_images(
     processor.save_pretrained(gray)
     with pytest.raises(ValueError, match=r"more than 0 images cannot be read.* has 3 channels"):
         run(gray, "knn", data=replace(data, max_unreadable_images=0), split="validation")
-    with pytest.raises(ValueError, match=r"--frozen does not support streams\. Remove --streaming"):
+    with pytest.raises(
+        ValueError, match=r"`frozen` does not support streams\. Remove `streaming=True`"
+    ):
         run(model, "knn", data=replace(data, streaming=True))
 
 
@@ -176,7 +178,7 @@ def test_the_images_that_a_classifier_is_fitted_to_are_not_evaluated(
     data = DataOptions(dataset=str(write_noise(tmp_path / "data", {".": (8, 8)})), num_workers=0)
     results = run(model, "knn", data=data)
     assert results["num_training_images"] + results["num_images"] == 16
-    with raises_one_line("--split"):
+    with raises_one_line("`split`"):
         run(model, "knn", data=data, split="train")
 
 
@@ -185,10 +187,10 @@ def test_other_labels_are_an_error(model: Path, tmp_path: Path) -> None:
     table.write_text("path,a,b\n" + "".join(f"{n}.png,{n % 2},{n % 3}\n" for n in range(40)))
     data = DataOptions(dataset=str(table), label_column=("a", "b"), num_workers=0)
     with pytest.raises(
-        ValueError, match=r"--frozen knn requires one label per image.* --label-column"
+        ValueError, match=r"`frozen='knn'` requires one label per image.* `label_column`"
     ):
         run(model, "knn", data=data)
-    with pytest.raises(ValueError, match=r"--audit requires one label per image.* --label-column"):
+    with pytest.raises(ValueError, match=r"`audit` requires one label per image.* `label_column`"):
         load_audited_images(
             EvaluateOptions(str(model), data, frozen="knn", audit=tmp_path / "page.html")
         )

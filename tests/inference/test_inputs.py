@@ -261,11 +261,11 @@ def test_idx_files_are_read(tmp_path: Path) -> None:
 
 def test_datasets_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     (tmp_path / "table.csv").write_text("a,b\n1,2\n", encoding="utf-8")
-    with raises_one_line("cannot identify the image column", "--image-column"):
+    with raises_one_line("cannot identify the image column", "`image_column`"):
         open_input(PredictOptions("model", dataset=str(tmp_path / "table.csv")))
     with raises_one_line("has no column 'c'. Choose one of a, b"):
         open_input(PredictOptions("model", dataset=str(tmp_path / "table.csv"), image_column="c"))
-    with raises_one_line("--split", "train"):
+    with raises_one_line("`split`", "train"):
         open_input(PredictOptions("model", dataset=str(tmp_path / "table.csv"), split="test"))
     datasets.Dataset.from_dict({"image": ["a.png"]}).filter(lambda row: False).save_to_disk(
         tmp_path / "empty"
@@ -274,7 +274,7 @@ def test_datasets_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         open_input(PredictOptions("model", dataset=str(tmp_path / "empty")))
     with raises_one_line("there are no images in"):
         open_input(PredictOptions("model", (str(tmp_path),)))
-    with raises_one_line("--streaming"):
+    with raises_one_line("`streaming=True`"):
         open_input(PredictOptions("model", dataset="digits", streaming=True))
 
 
@@ -283,7 +283,7 @@ def test_one_of_several_splits_has_to_be_named(tmp_path: Path) -> None:
         for index in range(number):
             (tmp_path / split / "cat").mkdir(parents=True, exist_ok=True)
             Image.new("L", (4, 4)).save(tmp_path / split / "cat" / f"{index}.png")
-    with raises_one_line("--split", "train, test"):
+    with raises_one_line("`split`", "train, test"):
         open_input(PredictOptions("model", dataset=str(tmp_path)))
     for split, number in (("train", 2), ("test", 1)):
         assert (

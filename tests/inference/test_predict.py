@@ -226,7 +226,7 @@ def test_several_tasks_have_separate_columns(models: Path, photos: Path, tmp_pat
 
 @pytest.mark.parametrize("name", ["several_labels", "several_tasks"])
 def test_prediction_sets_require_one_label_per_image(name: str, models: Path, photos: Path) -> None:
-    with raises_one_line("--coverage", "not multi_"):
+    with raises_one_line("`coverage`", "not multi_"):
         predict_images(PredictOptions(str(models / name), (str(photos),), coverage=0.9))
 
 
@@ -308,14 +308,14 @@ def test_several_features_of_any_layer(models: Path, photos: Path, tmp_path: Pat
         assert found.dtype == np.float16 or str(table.schema.field(name).type).count("halffloat")
         np.testing.assert_array_equal(found.astype(np.float16), values.half().numpy())
     for wrong in ("cls@0", "cls@3"):
-        with raises_one_line(f"--features {wrong}", "cls@2"):
+        with raises_one_line(f"`features={wrong!r}`", "cls@2"):
             predict(model, ViTCLSImageProcessor(size=32), photos, features=wrong)
     model = ViTCLSModel(build_tiny_config(final_norm=False))
     (row,) = predict(
         model, ViTCLSImageProcessor(size=32), photos / "a.jpg", features=["cls", "cls@2"]
     )
     np.testing.assert_array_equal(row["cls"], row["cls@2"])
-    with raises_one_line("--features registers", "cls, mean"):
+    with raises_one_line("`features='registers'`", "cls, mean"):
         predict(model, ViTCLSImageProcessor(size=32), photos, features="registers")
 
 
@@ -348,7 +348,7 @@ def test_datasets_are_read_like_files(models: Path, photos: Path, tmp_path: Path
     assert len(expected or []) == 9
     options = PredictOptions("model", **given)  # the stream
     source = predict_module.open_input(options)
-    with raises_one_line("--streaming", "--output"):
+    with raises_one_line("`streaming=True`", "`output`"):
         predict_module.predict_to_file(options, SimpleNamespace(num_processes=2), source, None)
 
 
@@ -488,7 +488,7 @@ def test_array_jobs_write_every_shard_once(
     flags = ["--merge", folder, "--output", tmp_path / "merged.csv"]
     assert run_in_process("predict.py", *flags) == 0
     assert len(list(csv.DictReader((tmp_path / "merged.csv").open()))) == 9
-    with raises_one_line("--merge"):
+    with raises_one_line("`merge`"):
         merge_shards(tmp_path / "absent", None)
 
 
@@ -558,17 +558,17 @@ def test_a_second_start_must_have_the_same_options(
     written = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
     assert len(written) == 3
     for change, words in {
-        "--shard-size": {"shard_size": 5},
-        "--threshold": {"threshold": 0.6},
-        "--top-k": {"top_k": 2},
-        "--features": {"features": ("mean",)},
-        "--feature-dtype": {"feature_dtype": "float16"},
-        "--coverage": {"coverage": 0.5},
-        "--mixed-precision": {"mixed_precision": "bf16"},
+        "`shard_size`": {"shard_size": 5},
+        "`threshold`": {"threshold": 0.6},
+        "`top_k`": {"top_k": 2},
+        "`features`": {"features": ("mean",)},
+        "`feature_dtype`": {"feature_dtype": "float16"},
+        "`coverage`": {"coverage": 0.5},
+        "`mixed_precision`": {"mixed_precision": "bf16"},
         "another model": {"model": "several_labels"},
         "another input": {"path": photos / "inner"},
     }.items():
-        with raises_one_line(f"--output {folder}", change):
+        with raises_one_line(f"`output='{folder}'`", change):
             again(**words)
     with raises_one_line("another model"):  # other preprocessing
         again(fit="crop")
@@ -675,7 +675,7 @@ def test_models_without_labels_are_a_one_line_error(
         ({"num_labels": 0}, "has no classifier"),
         ({"num_labels": 1, "problem_type": "regression"}, "was trained for regression"),
     ):
-        with raises_one_line(problem, "--features"):
+        with raises_one_line(problem, "--features cls"):
             predict(
                 ViTCLSForImageClassification(build_tiny_config(**fields)),
                 ViTCLSImageProcessor(size=32),

@@ -285,7 +285,7 @@ def test_an_ignored_license_is_reported(tmp_path: Path, caplog: pytest.LogCaptur
             ModelFolder(write_run_folder(tmp_path / name, {"provenance": provenance}, flags))
         )
     (message,) = caplog.messages
-    assert "--license mit" in message
+    assert "`license='mit'`" in message
     assert "cc-by-4.0" in message
 
 

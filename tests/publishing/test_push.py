@@ -490,9 +490,9 @@ def test_the_repository_exists_before_a_run(
         ("hf_wrong", "ann/model", ["hf auth login"]),
         ("hf_read", "ann/there", ["ann/there", "hf auth login"]),
         ("hf_one_model", "ann/other", ["ann/other", "hf auth login"]),
-        ("hf_ann", "bob/model", ["bob/model", "--hub-model-id"]),
-        ("hf_ann", "school/model", ["school/model", "--hub-model-id"]),
-        ("hf_ann", "ann/my model", ["ann/my model", "--hub-model-id"]),
+        ("hf_ann", "bob/model", ["bob/model", "`hub_model_id`"]),
+        ("hf_ann", "school/model", ["school/model", "`hub_model_id`"]),
+        ("hf_ann", "ann/my model", ["ann/my model", "`hub_model_id`"]),
     ],
 )
 def test_a_push_that_is_not_permitted_is_an_error_before_a_run(
@@ -508,7 +508,7 @@ def test_a_push_that_is_not_permitted_is_an_error_before_a_run(
         monkeypatch.setenv("HF_TOKEN", token)
     with raises_one_line(*words):
         prepare_repository(repo_id, "my-run")
-    with raises_one_line("--space-id"):
+    with raises_one_line("`space_id`"):
         prepare_repository(repo_id, "my-run", space_sdk="static")
     assert set(hub.repositories) == {"ann/there"}
 

@@ -149,7 +149,7 @@ def test_deepspeed_is_an_error(arguments: dict[str, Any], monkeypatch: pytest.Mo
 
 
 def test_missing_trackers_are_errors() -> None:
-    with raises_one_line("--log-with", "no_tracker"):
+    with raises_one_line("`log_with='no_tracker'`"):
         build_accelerator(trackers=("json", "no_tracker"))
 
 

@@ -155,7 +155,7 @@ def test_the_certificate_names_what_was_compared(with_parity: Path) -> None:
 
 def test_a_task_is_replaced_or_removed_on_request_only(with_parity: Path, tmp_path: Path) -> None:
     data = build_dataset(LABELS["size"])
-    with raises_one_line("--overwrite-task"):
+    with raises_one_line("`overwrite_task=True`"):
         add_task(with_parity, data, "parity", tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
     add_task(with_parity, data, "parity", tmp_path / "replaced", overwrite_task=True)

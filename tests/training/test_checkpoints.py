@@ -121,7 +121,7 @@ def test_saving_an_earlier_step_removes_later_checkpoints(store: CheckpointStore
 def test_the_best_checkpoint_is_the_newest_that_was_saved_as_the_best(
     store: CheckpointStore,
 ) -> None:
-    with raises_one_line("does not contain the best checkpoint", "--overwrite"):
+    with raises_one_line("does not contain the best checkpoint", "`overwrite=True`"):
         store.load_best()
     store.num_kept = 3
     save(store, 10, best=10)
@@ -212,7 +212,7 @@ def test_only_damaged_checkpoints_are_an_error(store: CheckpointStore) -> None:
     for step in (10, 20):
         truncate(store.get_folder(step) / "model.safetensors")
     with pytest.raises(
-        ValueError, match=r"all checkpoints in .* are damaged .*step-00000020.*--overwrite"
+        ValueError, match=r"all checkpoints in .* are damaged .*step-00000020.*`overwrite=True`"
     ):
         get_newest(store)
 
@@ -321,7 +321,7 @@ def test_files_that_may_not_grow(store: CheckpointStore, large: str) -> None:
         words = (
             f"cannot write the checkpoint of step 20 to {store.folder}",
             "File too large",
-            "--resume",
+            "`resume=True`",
         )
         with raises_one_line(*words, error=OSError):
             store.save(

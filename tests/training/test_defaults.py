@@ -155,7 +155,7 @@ def test_the_default_epochs_are_limited_on_cpus(monkeypatch: pytest.MonkeyPatch)
     options, line = resolve_defaults(build_options(), initial, 9_000)
     assert options.training.epochs == 1e15 // (3 * 9.2e9 * 9_000) == 4
     assert "CPUs" in line
-    assert "--epochs 30" in line
+    assert "`epochs=30`" in line
     assert resolve_defaults(build_options(), initial, 900)[0].training.epochs == 30
     assert resolve_defaults(build_options(), initial, 10**6)[0].training.epochs == 1
     given = build_options(training=TrainingOptions(epochs=20.0))
@@ -191,7 +191,7 @@ def test_initial_models(tmp_path: Path) -> None:
     convert_checkpoint("timm:test_vit", random, random_init=True)
     initial = resolve_initial_model(str(random))
     assert initial.has_random_weights
-    assert "--random-init" in str(describe_random_weights(initial))
+    assert "`random_init=True`" in str(describe_random_weights(initial))
     values = get_values(resolve_defaults(build_options(), initial, 20_000)[0])
     assert (values["epochs"], values["layer_decay"]) == (30.0, 1.0)
     assert values["initializer_range"] is None  # the weights are those of the conversion

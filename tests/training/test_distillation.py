@@ -293,10 +293,10 @@ def test_cached_vectors_train_the_token(teachers: tuple[str, str], tmp_path: Pat
 
 
 WRONG: dict[str, dict[str, Any]] = {
-    "--teachers": {"method": "distillation", "teachers": ()},
-    "--method": {"method": "mae"},
-    "--num-distillation-tokens": {"num_distillation_tokens": 3},
-    "--distill-patches": {"teacher_views": 2, "distill_patches": True},
+    "`teachers`": {"method": "distillation", "teachers": ()},
+    "`method='mae'`": {"method": "mae"},
+    "`num_distillation_tokens`": {"num_distillation_tokens": 3},
+    "`distill_patches=True`": {"teacher_views": 2, "distill_patches": True},
     "vitcls-tiny": {"teachers": ("vitcls-tiny",)},
 }
 

@@ -223,7 +223,7 @@ def test_several_tasks(tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     )
     assert again["time_accuracy"] == 1.0  # with the saved heads
     # of the earlier run, which held out other images
-    assert "--split-seed 0" in capsys.readouterr().out
+    assert "`split_seed=0`" in capsys.readouterr().out
 
 
 def test_several_labels_per_image(tasks: Path, tmp_path: Path) -> None:
@@ -249,7 +249,7 @@ def test_a_stream_is_learned(
         "step-00000020",
     ]
     assert results["accuracy"] == 1.0
-    with pytest.raises(ValueError, match="--max-steps"):
+    with pytest.raises(ValueError, match="`max_steps`"):
         run_training(tiny_options(tmp_path / "other", color_images, streaming=True, max_steps=None))
 
 
@@ -275,7 +275,7 @@ def test_unreadable_images_are_named_and_skipped(
     assert "dusk/2.png" in output
     assert f"WARNING: {results['num_unreadable_training_images']} training image" in output
     with pytest.raises(
-        RunStopped, match=r"more than 1 images cannot be read.*--max-unreadable-images"
+        RunStopped, match=r"more than 1 images cannot be read.*`max_unreadable_images`"
     ):
         train(
             tmp_path / "strict",

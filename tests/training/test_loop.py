@@ -455,7 +455,7 @@ def test_a_non_finite_loss_stops_before_the_update(accumulation: int, build: Any
     bench.loop.objective = lambda model, batch: {
         "loss": objective(model, batch)["loss"] * next(factors)
     }
-    with pytest.raises(RunStopped, match=r"not finite in step 2\. Set a lower --learning-rate"):
+    with pytest.raises(RunStopped, match=r"not finite in step 2\. Set a lower `learning_rate`"):
         bench.loop.run_step(batches)
     assert all(
         torch.equal(before[name], weight) for name, weight in copy_weights(bench.model).items()

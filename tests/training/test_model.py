@@ -230,7 +230,7 @@ def test_only_names_that_look_like_presets_must_be_presets(
     (tmp_path / "vitcls-mine").mkdir()
     for name in ("vitcls-tiny", "vitcls-mine", "vitcls-lab/model", "other-model"):
         check_preset_name(name)
-    with raises_one_line("--model vitcls-yours is not a preset", "vitcls-tiny, vitcls-small"):
+    with raises_one_line("`model='vitcls-yours'` is not a preset", "vitcls-tiny, vitcls-small"):
         check_preset_name("vitcls-yours")
 
 
@@ -252,7 +252,7 @@ def test_patches_are_dropped_only_in_trained_layers(two_tasks: Path, tmp_path: P
     """The number of layers is known only after the checkpoint is loaded."""
     model = ModelOptions(str(two_tasks), patch_drop_rate=0.5)
     options = FinetuneOptions(tmp_path / "out", DataOptions("digits"), model)
-    with raises_one_line("--patch-drop-rate", "--trainable last-1"):
+    with raises_one_line("`patch_drop_rate`", "`trainable='last-1'`"):
         run_training(replace(options, training=TrainingOptions(trainable="last-1")))
     assert not (tmp_path / "out").exists()
     task = prepare_setup(replace(options, training=TrainingOptions(trainable="last-2"))).setup
@@ -264,12 +264,12 @@ def test_patches_are_dropped_only_in_trained_layers(two_tasks: Path, tmp_path: P
     [
         (
             {"teacher": "t", "num_distillation_tokens": 0},
-            ("--teacher", "--num-distillation-tokens"),
+            ("`teacher`", "`num_distillation_tokens=1`"),
         ),
-        ({"streaming": True, "class_balance": "weights"}, ("--class-balance", "--streaming")),
-        ({"teacher_views": 3, "mixup": 0.8}, ("--teacher-views", "--mixup")),
-        ({"teacher_views": 3, "cutmix": 1.0}, ("--teacher-views", "--cutmix")),
-        ({"model": "vitcls-tiny", "trainable": "last-1"}, ("--trainable last-1", "--model")),
+        ({"streaming": True, "class_balance": "weights"}, ("`class_balance`", "`streaming=True`")),
+        ({"teacher_views": 3, "mixup": 0.8}, ("`teacher_views`", "`mixup`")),
+        ({"teacher_views": 3, "cutmix": 1.0}, ("`teacher_views`", "`cutmix`")),
+        ({"model": "vitcls-tiny", "trainable": "last-1"}, ("`trainable='last-1'`", "`model`")),
         ({"class_balance": "weights", "mixup": 0.8, "cutmix": 1.0}, ()),
         ({"teacher": "t", "num_distillation_tokens": 1, "teacher_views": 1}, ()),
         (
@@ -311,7 +311,7 @@ def test_flags_that_require_one_label_per_image(flag: str, value: Any) -> None:
     options = build_options(FinetuneOptions, **flags)
     check_label_kind(options, "single_label_classification")
     for kind in ("multi_label_classification", "multi_task"):
-        with raises_one_line(f"--{flag.replace('_', '-')}", kind):
+        with raises_one_line(f"`{flag}`", kind):
             check_label_kind(options, kind)
 
 
@@ -414,10 +414,10 @@ def test_added_tokens_are_trained_with_their_positions_and_gates(
 def test_invalid_choices_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     with raises_one_line("last-3", "2 layers"):
         set_trainable_parameters(build_random_model(), "last-3")
-    with raises_one_line("--trainable lora does not support", "qkv"):
+    with raises_one_line("`trainable='lora'` does not support", "qkv"):
         set_trainable_parameters(build_random_model(specialized_layers={"qkv": [0]}), "lora")
     monkeypatch.setitem(sys.modules, "peft", None)
-    with raises_one_line("--trainable lora requires PEFT: pip install peft"):
+    with raises_one_line("`trainable='lora'` requires PEFT: pip install peft"):
         set_trainable_parameters(build_random_model(), "lora")
 
 
@@ -533,6 +533,6 @@ def test_large_checkpoints_are_fine_tuned_at_224_pixels(
             for size in (expected, config.image_height_width)
         ]
         costs = [f"{encoder.flops(size) / 1e9:.1f}" for size in (expected, native)]
-        assert all(fact in str(line) for fact in (*sizes, *costs, "--image-size native"))
+        assert all(fact in str(line) for fact in (*sizes, *costs, "`image_size='native'`"))
     else:
         assert line is None

@@ -113,7 +113,7 @@ def earlier(finished: Path, folder: Path) -> Path:
 
 def test_a_run_is_refused_while_another_uses_the_folder(folder: Path, lock_holder: Any) -> None:
     for changes in ({}, {"resume": True}, {"overwrite": True}):
-        with raises_one_line(f"{folder} is in use by another run", "a different --output-dir"):
+        with raises_one_line(f"{folder} is in use by another run", "a different `output_dir`"):
             run(folder, **changes)
     assert [path.name for path in folder.iterdir()] == [LOCK_FILE]
 
@@ -128,7 +128,7 @@ def test_a_finished_run_is_replaced_only_with_overwrite(
     earlier: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = contents(earlier)
-    with raises_one_line(f"{earlier} contains a finished run. Set --overwrite"):
+    with raises_one_line(f"{earlier} contains a finished run. Set `overwrite=True`"):
         run(earlier)
     assert contents(earlier) == before
     with raises_one_line(f"{earlier} contains a finished run"):
@@ -194,7 +194,7 @@ def test_a_resumed_run_that_is_finished_changes_nothing(
         run(earlier, resume=True, keep_checkpoints=5)  # a flag that may change
         assert contents(earlier) == before
         assert capsys.readouterr().out.startswith("finished ")
-    with raises_one_line("--max-steps 1, but the value in this run is 2"):
+    with raises_one_line("`max_steps` 1, but the value in this run is 2"):
         run(earlier, resume=True, max_steps=2)
 
 
@@ -217,14 +217,14 @@ def test_sources_in_the_output_folder_are_not_removed(
 
     for source in (inside, "models/mine", "../run", f"transformers:{inside}"):
         for flag in ("model", "teacher"):
-            with raises_one_line("--overwrite", f"--{flag} in {folder}"):
+            with raises_one_line("`overwrite=True`", f"`{flag}` in {folder}"):
                 check(**{flag: source})
     for source in (beside, tmp_path, "acme/model"):
         check(model=source, teacher=source)
     pretraining = build_tiny_options(
         folder, "digits", PretrainOptions, overwrite=True, model=str(inside)
     )
-    with raises_one_line("--overwrite would remove the --model"):
+    with raises_one_line("`overwrite=True` would remove the `model`"):
         check_replaceable(pretraining, CheckpointStore(folder / "checkpoints", num_kept=1))
 
 
@@ -237,7 +237,7 @@ def test_files_of_other_programs_are_kept(folder: Path, text: str) -> None:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("mine")
     for changes in ({}, {"resume": True}):
-        with raises_one_line(f"would replace ({', '.join(names)})", "--overwrite"):
+        with raises_one_line(f"would replace ({', '.join(names)})", "`overwrite=True`"):
             run(folder, **changes)
     assert contents(folder) == dict.fromkeys(names, b"mine")
 
@@ -277,7 +277,7 @@ def test_only_folders_of_runs_and_models_are_cleared(folder: Path, name: str | N
     if name is None:
         for step in (1, 2):
             store.save(step, {"model": {"weight": torch.zeros(1)}}, {"step": step}, is_best=False)
-        with raises_one_line("an unfinished run (step 2). Set --resume or --overwrite"):
+        with raises_one_line("an unfinished run (step 2). Set `resume=True` or `overwrite=True`"):
             check_replaceable(options_of(folder), store)
     else:
         (folder / name).touch()

@@ -138,7 +138,7 @@ def test_a_signal_saves_a_checkpoint(
         "show_step",
         lambda reporter, step: (show_step(reporter, step), os.kill(os.getpid(), signal.SIGUSR1)),
     )
-    with pytest.raises(RunStopped, match=r"^stopped by SIGUSR1; .*--resume") as stopped:
+    with pytest.raises(RunStopped, match=r"^stopped by SIGUSR1; .*`resume=True`") as stopped:
         run_training(build_options(folder, **flags))
     assert stopped.value.exit_status == 128 + signal.SIGUSR1
     assert not (folder / "results.json").exists()
@@ -152,14 +152,14 @@ def test_a_signal_saves_a_checkpoint(
 
 # Changes between start and resume ------------------------------------------------------------------------------------
 
-LENGTH = "To train for more steps, start another run with --model"
+LENGTH = "To train for more steps, start another run with `model="
 CHANGES: list[tuple[dict[str, Any], str]] = [
     (
         {"learning_rate": None},
-        "--learning-rate 0.003, but the value in this run is 0.001. Use the same flags",
+        "`learning_rate` 0.003, but the value in this run is 0.001. Use the same flags",
     ),
-    ({"ema_decay": None}, "--ema-decay 0.5, but the value in this run is unset"),
-    ({"max_steps": 9}, f"--max-steps 3, but the value in this run is 9. {LENGTH}"),
+    ({"ema_decay": None}, "`ema_decay` 0.5, but the value in this run is unset"),
+    ({"max_steps": 9}, f"`max_steps` 3, but the value in this run is 9. {LENGTH}"),
     ({"epochs": 9.0}, LENGTH),
     ({"batch_size": 4}, "has 8 images per step, but this run has 4"),
 ]
@@ -167,7 +167,7 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("changes", "message"), CHANGES)
 def test_another_run_is_an_error(killed: Path, changes: dict[str, Any], message: str) -> None:
-    with raises_one_line("--resume: ", message):
+    with raises_one_line("`resume=True`: ", message):
         run_training(build_options(killed, resume=True, **changes))
     assert not (killed / ".vitcls.lock").exists()
 
@@ -192,7 +192,7 @@ def test_teachers_of_a_run_may_be_pinned_but_not_changed() -> None:
     check_flags_unchanged(flags, {"teachers": ["acme/vit", "acme/other"]}, Path("run"))
     for teachers in (["acme/other", "acme/vit"], ["acme/vit"]):
         with raises_one_line(
-            f"--teachers {flags['teachers'][0]} acme/other, but", f"is {' '.join(teachers)}."
+            f"`teachers` {flags['teachers'][0]} acme/other, but", f"is {' '.join(teachers)}."
         ):
             check_flags_unchanged(flags, {"teachers": teachers}, Path("run"))
 
@@ -235,5 +235,5 @@ def test_another_precision_is_an_error() -> None:
     """The launcher of the resumed run may set it."""
     metadata = {"data": {}, "files": None, "mixed_precision": "no", "images_per_step": 8}
     check_run_unchanged(metadata, metadata, Path("run"))
-    with raises_one_line("--mixed-precision bf16"):
+    with raises_one_line("`mixed_precision='bf16'`"):
         check_run_unchanged(metadata | {"mixed_precision": "bf16"}, metadata, Path("run"))

@@ -389,7 +389,7 @@ def test_the_cache_predicts_each_view_once(resnet: Path) -> None:
             assert get_largest_difference(answer, Teacher.predict(teacher, batch)) <= rounding
             calls.pop()
         assert len(calls) == 5
-    with raises_one_line("--teacher-views", "--streaming"):
+    with raises_one_line("`teacher_views`", "`streaming=True`"):
         TeacherCache(teacher, None, num_views=2, width=3)
 
 

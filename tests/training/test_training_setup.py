@@ -176,7 +176,7 @@ def test_early_stopping_is_resumed_exactly(tmp_path: Path, capsys: pytest.Captur
     (tmp_path / "run" / "results.json").unlink()
     again = run_training(build_options(tmp_path / "run", select=None, resume=True, **flags))
     assert (again["steps"], again["accuracy"]) == (first["steps"], first["accuracy"])
-    with raises_one_line("--early-stopping", "--select best"):
+    with raises_one_line("`early_stopping`", "`select='best'`"):
         build_options(tmp_path / "other", select="last", **flags)
 
 
@@ -316,7 +316,8 @@ def test_folds(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 def test_folds_are_not_pushed(tmp_path: Path) -> None:
     options = build_options(tmp_path / "run", replace(DIGITS, folds=3), push_to_hub=True)
     with pytest.raises(
-        ValueError, match="--folds trains several models, but --push-to-hub pushes only one model"
+        ValueError,
+        match="`folds` trains several models, but `push_to_hub=True` pushes only one model",
     ):
         run_folds(options, run_training)
     assert not (tmp_path / "run").exists()
@@ -332,7 +333,7 @@ def test_training_on_all_images(tmp_path: Path, capsys: pytest.CaptureFixture) -
     assert "accuracy" not in results
     assert "not evaluated" in output
     assert "WARNING" not in output
-    with raises_one_line("all 300 images", "--dataset"):
+    with raises_one_line("all 300 images", "`dataset`"):
         evaluate_checkpoint(EvaluateOptions(str(tmp_path / "run"), DIGITS))
     assert len(load_evaluation_data(data, "train").images) == 300
 

@@ -1,0 +1,29 @@
+"""Messages for the user: the package names parameters, as Python does, and a command replaces them by its flags.
+
+    message = format_message("Set `num_workers=0`")     # "Set --num-workers 0" in a command (cli/flag_messages.py)
+
+Errors are raised with the names of parameters. What is printed while a function runs is formatted here, because only
+the command knows that it is one.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+# Formatters of the commands that are running; a command may run another one. There are none in a Python program.
+_formatters: list[Callable[[str], str]] = []
+
+
+def format_message(message: str) -> str:
+    """Return a message as the running program shows it to the user."""
+    return _formatters[-1](message) if _formatters else message
+
+
+@contextmanager
+def messages_formatted_by(formatter: Callable[[str], str]) -> Iterator[None]:
+    """Show all messages of the block in the form that `formatter` returns."""
+    _formatters.append(formatter)
+    try:
+        yield
+    finally:
+        _formatters.pop()
