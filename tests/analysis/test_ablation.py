@@ -75,8 +75,10 @@ def collect_means(model: Any) -> torch.Tensor:
 
 @torch.no_grad()
 def compute_logits(model: Any, index: int | None, means: torch.Tensor) -> torch.Tensor:
-    """Return the logits [B, labels], computed layer by layer; a token is replaced by its means in the embeddings and
-    after each layer."""
+    """Return the logits [B, labels], computed layer by layer.
+
+    The token is replaced by its means in the embeddings and after each layer.
+    """
     encoder = model.vitcls
     grid = encoder.embeddings.patch_embeddings.get_grid_size(PIXELS)
     states = encoder.embeddings(PIXELS, grid, None)
@@ -265,8 +267,10 @@ def test_features_change_by_their_cosine_distance() -> None:
 
 
 def test_an_effect_is_beyond_its_limit() -> None:
-    """The limit is at least the largest effect of a random token. A random token that costs accuracy is no
-    replacement."""
+    """The limit is at least the largest effect of a random token.
+
+    A random token that costs accuracy is no replacement.
+    """
     effect = Effect(
         0.5,
         (0.4, 0.6),
@@ -372,8 +376,10 @@ def test_a_task_without_labels_does_not_change_chance() -> None:
 
 
 def test_each_image_with_a_known_label_counts_as_one_image() -> None:
-    """Chance is 1/2. The standard error is 1/8 for 16 images and 1/4 for the 4 images in which both labels are known;
-    the number of labels, 20, is not the number of images."""
+    """The standard errors are those of 16 and of 4 images, not those of 20 labels.
+
+    Chance is 1/2. The standard error is 1/8 for the 16 images, and 1/4 for the 4 images with two known labels.
+    """
     unknown = IGNORED_LABEL
     labels = (
         [[0, 0], [1, 1]] * 2

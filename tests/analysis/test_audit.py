@@ -104,8 +104,10 @@ def test_planted_duplicates_are_found_and_none_is_invented(
 def test_copies_of_all_images_and_images_that_the_model_was_trained_on(
     planted: tuple[AuditedImages, ...],
 ) -> None:
-    """Pixels decide, also those of mirrored images. Constant images are no duplicates. Images without probabilities
-    have no label score."""
+    """Pixels decide, also those of mirrored images.
+
+    Constant images are no duplicates. Images without probabilities have no label score.
+    """
     rows = np.tile(np.arange(100), 2)
     arrays = ("labels", "probabilities", "features", "pixels")
     twice = {name: getattr(planted[0], name)[rows] for name in arrays} | {
@@ -252,8 +254,11 @@ def test_audit_needs_a_classifier_or_frozen_features(tmp_path: Path) -> None:
 
 
 def test_probabilities_are_of_models_that_were_not_trained_on_the_image(tmp_path: Path) -> None:
-    """They are the model's for the held-out split and, for a run with folds, the recorded ones of both splits. Labels
-    are those of the model, whose classes have another order than the folders. With `frozen`, they are out-of-fold."""
+    """The source of the probabilities depends on what the model was trained on.
+
+    They are the model's for the held-out split and, for a run with folds, the recorded ones of both splits. With
+    `frozen`, they are out-of-fold. Labels are those of the model, whose classes have another order than the folders.
+    """
     generator = np.random.default_rng(0)
     for split, name in (("train", "ant"), ("train", "bee"), ("val", "ant"), ("val", "bee")):
         (tmp_path / "photos" / split / name).mkdir(parents=True)

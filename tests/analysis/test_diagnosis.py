@@ -172,8 +172,11 @@ def test_limits_of_single_measurements(token: int, planted: dict[str, Any], word
 
 
 def test_the_effect_that_decides() -> None:
-    """An effect beyond its limit, then a measurable one, then the largest ratio to its limit; for a token that alone
-    feeds a head, its replacement. Harm is significant for all 16 tests together. Other tokens are read in part."""
+    """An effect beyond its limit decides, then a measurable one, then the largest ratio.
+
+    Ratios are those to the limit. For a token that alone feeds a head, its replacement decides. Harm is significant
+    for all 16 tests together. Other tokens are read in part.
+    """
     tokens = {"num_distillation_tokens": 0, "num_register_tokens": 2}
     model = build_classifier(**tokens)
     mixed = build_classifier(**tokens, pooling="cls_mean")

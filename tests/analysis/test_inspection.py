@@ -1,5 +1,7 @@
-"""Forward passes of an inspection: their number is known in advance, and is small for large models. Images and labels
-stay together, although unreadable images are skipped and batches have images of one shape.
+"""Forward passes of an inspection: their number, and the images and labels that they belong to.
+
+The number is known in advance, and is small for large models. Images and labels stay together, although unreadable
+images are skipped and batches have images of one shape.
 """
 
 from pathlib import Path

@@ -1,5 +1,6 @@
-"""Checks of maps: curves compared with a loop over patches, and models whose maps are constructed to be right or
-wrong.
+"""Checks of maps, on models whose maps are constructed to be right or wrong.
+
+Curves are compared with a loop over patches.
 """
 
 import dataclasses

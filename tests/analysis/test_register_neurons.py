@@ -1,7 +1,7 @@
-"""Registers at test time, on models with planted artifacts: neurons that are active at few patches and write a large
-norm.
+"""Registers at test time, on models with planted artifacts.
 
-The neurons are planted in layer 1 of 3. The outliers start there and remain until the last layer.
+The artifacts are neurons that are active at few patches and write a large norm. They are planted in layer 1 of 3. The
+outliers start there and remain until the last layer.
 """
 
 from typing import Any

@@ -1,5 +1,6 @@
-"""The commands as Python functions: equal results to the command line, datasets in memory, and errors that name the
-argument.
+"""The commands as Python functions have the results of the command line.
+
+Datasets may be in memory, and errors name the argument.
 """
 
 import json

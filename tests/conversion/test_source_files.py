@@ -430,8 +430,10 @@ def test_key_biases_of_dinov3_are_refused() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("registers", [0, 4])
 def test_half_precision(registers: int, tmp_path: Path) -> None:
-    """The converted weights have the dtype of the file if this dtype represents them. Weights outside of the backbone,
-    such as a linear classifier, are named."""
+    """The converted weights have the dtype of the file if this dtype represents them.
+
+    Weights outside of the backbone, such as a linear classifier, are named.
+    """
     backbone = build_vit_weights(1, "ls{}.gamma", width=384)
     if registers:
         backbone = add_token(backbone, register_tokens=(1, registers, 384))

@@ -66,8 +66,10 @@ def cropping_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_white_square_at_each_edge_reaches_the_input(
     fit: str | None, image_size: tuple[int, int] | None, cropping_checkpoint: Path, tmp_path: Path
 ) -> None:
-    """By default, the checkpoint's own setting is kept. The saved processor, both backends and training see the same
-    region."""
+    """The saved processor, both backends and training see the same region.
+
+    By default, the checkpoint's own setting is kept.
+    """
     flags = {} if fit is None else {"fit": fit}
     _, processor, _ = build_initial_model(
         ModelOptions(str(cropping_checkpoint), image_size=image_size, **flags), LABELS

@@ -1,5 +1,6 @@
-"""Splits that training and evaluation read. `--resume` with other data than at the start of the run is an error that
-names the change.
+"""Splits that training and evaluation read.
+
+`--resume` with other data than at the start of the run is an error that names the change.
 """
 
 from dataclasses import asdict, replace

@@ -1,5 +1,7 @@
-"""Streamed datasets: reproducible order, every image once per pass on any number of processes, restarts at any step,
-and a held-out part that is not used for training.
+"""Streamed datasets: order, division among processes, restarts, and the held-out part.
+
+The order is reproducible. Every image is read once per pass on any number of processes, also after a restart at any
+step. The held-out part is not used for training.
 """
 
 import io

@@ -195,8 +195,10 @@ def assert_close(
 
 
 def check_onnx_file(file: Path, model: Any) -> None:
-    """Check that an ONNX file has the outputs of the model for several batch and image sizes, and contains no paths of
-    this machine."""
+    """Check that an ONNX file has the outputs of the model for several batch and image sizes.
+
+    The file contains no paths of this machine.
+    """
     for batch, height, width in (
         (1, 32, 32),
         (5, 24, 72),

@@ -66,8 +66,10 @@ console.log(JSON.stringify(labels));
 
 @pytest.fixture(scope="module")
 def web(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of an exported classifier, next to its weights and six images, four of them with the label
-    that the model predicts."""
+    """Return the folder of an exported classifier, next to its weights and six images.
+
+    Four of the images have the label that the model predicts.
+    """
     folder = tmp_path_factory.mktemp("models")
     source = save_digits_classifier(folder / "mine")
     digits = load_digit_images()[:6]

@@ -1,5 +1,6 @@
-"""Loading while the Hub does not respond: cached files load at once, otherwise a one-line error follows within
-seconds.
+"""Loading while the Hub does not respond.
+
+Cached files load at once. Otherwise, a one-line error follows within seconds.
 
 Datasets are loaded with `datasets` and timm models with timm, which would retry for most of a minute. The commands run
 in this process.

@@ -81,8 +81,11 @@ def test_coverage_requires_enough_images() -> None:
 
 
 def test_measured_sets_and_unknown_images() -> None:
-    """The limit is fitted to every second image: for a coverage of 0.5, it is the second of the scores 0.1, 0.3, 0.4.
-    The sets of the others have 1 (wrong), 1 and 0 labels."""
+    """The limit is fitted to every second image, and measured on the others.
+
+    For a coverage of 0.5, it is the second of the scores 0.1, 0.3, 0.4. The sets of the others have 1 (wrong), 1 and 0
+    labels.
+    """
     labels = np.array([0, 0, 0, 1, 0, 1])
     probabilities = np.zeros((6, 3))
     probabilities[np.arange(6), labels] = [0.9, 0.2, 0.7, 0.95, 0.6, 0.65]

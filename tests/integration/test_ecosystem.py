@@ -1,5 +1,6 @@
-"""The models in other libraries: transformers' pipelines, Trainer and composite models, PEFT, datasets and accelerate.
-Real libraries, tiny models, no network.
+"""The models in other libraries: transformers, PEFT, datasets and accelerate.
+
+Of transformers: pipelines, Trainer and composite models. Real libraries, tiny models, no network.
 """
 
 from pathlib import Path

@@ -1,5 +1,6 @@
-"""Adaptation of trained models to other tokens, image sizes and patch sizes, by `from_pretrained(..., field=value)`
-and `adapt`.
+"""Adaptation of trained models to other tokens, image sizes and patch sizes.
+
+Models are adapted by `from_pretrained(..., field=value)` and `adapt`.
 
 Unchanged weights (kept and removed tokens) must be equal to the bit. Resampled weights are compared with PyTorch's
 interpolation, and patch kernels with images enlarged patch by patch, for which FlexiViT's resize is exact. Gates are
@@ -86,8 +87,9 @@ def test_adapted_weights(saver: Any, loader: Any, change: dict[str, Any], tmp_pa
 
 
 def assert_adapted(old: Any, new: Any) -> None:
-    """Check that the first tokens and their positions are kept, patches are resampled, and other weights are
-    unchanged.
+    """Check that the first tokens are kept, patches are resampled, and other weights are unchanged.
+
+    The positions of the first tokens are kept as well.
     """
     before = old.state_dict()
     after = new.state_dict()

@@ -1,5 +1,7 @@
-"""CPU kernels have the outputs and gradients of plain PyTorch, every switch disables them, and unsupported cases are
-computed by plain PyTorch."""
+"""CPU kernels have the outputs and gradients of plain PyTorch.
+
+Every switch disables them, and unsupported cases are computed by plain PyTorch.
+"""
 
 import copy
 import pickle

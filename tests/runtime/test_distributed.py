@@ -24,8 +24,10 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 @pytest.fixture
 def arguments(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Replace the Accelerator, which cannot be built without a launcher, and return the arguments of its constructor.
-    The argument "result" contains its attributes."""
+    """Replace the Accelerator, and return the arguments of its constructor.
+
+    An Accelerator cannot be built without a launcher. The argument "result" contains its attributes.
+    """
     found: dict[str, Any] = {"result": {"distributed_type": DistributedType.NO}}
 
     def build(**arguments: Any) -> SimpleNamespace:

@@ -472,8 +472,10 @@ def test_a_teacher_trains_the_distillation_token(
 def test_the_flags_determine_the_distillation(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With two views per image, the third epoch uses the first view again. The teacher predicts each view once, in
-    the precision of the run."""
+    """The teacher predicts each view once, in the precision of the run.
+
+    With two views per image, the third epoch uses the first view again.
+    """
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     flags = {
         "distillation": "soft",

@@ -360,8 +360,10 @@ def test_the_best_checkpoint_is_marked() -> None:
 
 
 def test_fine_tuning_must_exceed_the_frozen_model_by_more_than_chance() -> None:
-    """With 7 images, the standard error of an accuracy of 0.5 is 0.189. The best of three evaluations must exceed 0.5
-    by 2.13 standard errors, and a single evaluation by 1.64."""
+    """The best of three evaluations must exceed 0.5 by 2.13 standard errors, a single one by 1.64.
+
+    With 7 images, the standard error of an accuracy of 0.5 is 0.189.
+    """
     bench = LoopRecorder(epochs=3, max_steps=None, batch_size=120)
     bench.accuracies = iter([0.5, 0.90, 0.91, 0.92])
     bench.loop.evaluate_step()
@@ -426,8 +428,10 @@ def test_a_signal_after_the_last_step_stops_nothing() -> None:
 
 
 def build_overflowing_loop(finite_every: int | None = None, **training: Any) -> LoopRecorder:
-    """Return a loop as with fp16: gradients are infinite except in every `finite_every`-th step, and the loss scaler
-    skips the other steps."""
+    """Return a loop as with fp16, in which most gradients are infinite.
+
+    They are finite in every `finite_every`-th step. The loss scaler skips the other steps.
+    """
     bench = LoopRecorder(**training)
     scaler = bench.accelerator.scaler = torch.amp.GradScaler("cpu")
     bench.state.optimizer = AcceleratedOptimizer(bench.state.optimizer.optimizer, scaler=scaler)

@@ -176,8 +176,10 @@ def test_a_new_classifier_of_a_pretrained_encoder_reads_cls_and_the_patches(
     "names", [["ant", "bee", "cat"], ["bee", "cat"]], ids=["same labels", "other labels"]
 )
 def test_checkpoints_in_bfloat16_are_trained_in_float32(names: list[str], tmp_path: Path) -> None:
-    """Parameters that the checkpoint lacks are new. The mask token is frozen, because DDP would wait for its gradient,
-    also in pre-training."""
+    """Parameters that the checkpoint lacks are new, and the mask token is frozen.
+
+    DDP would wait for a gradient of the mask token, also in pre-training.
+    """
     config = build_tiny_config(
         id2label={0: "ant", 1: "bee", 2: "cat"}, num_register_tokens=2, use_mask_token=True
     )

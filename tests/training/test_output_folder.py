@@ -354,9 +354,12 @@ def copy_files(source: Path, target: Path) -> None:
 
 
 def save_and_end(folder: Path, model: Path, queue: Any) -> None:
-    """Train, and run the final save in child processes that end before the first, the second, ... change of a file.
-    Then resume the run of each folder with other files outside of the staging folder, which a resumed run removes.
-    Send the number of children, and then the problem of each resumed run, or None if its folder is whole."""
+    """Train, end the final save before each change of a file, and resume each run.
+
+    The final saves run in child processes, which end before the first, the second, ... change. Runs are resumed in
+    folders with other files outside of the staging folder, which a resumed run removes. Send the number of children,
+    and then the problem of each resumed run, or None if its folder is whole.
+    """
     torch.set_num_threads(1)
     save_output = run_module.save_output
     output_folder.measure_inference_speed = lambda *arguments: {}  # slow, and writes no files

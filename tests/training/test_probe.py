@@ -180,8 +180,10 @@ def test_no_image_passes_the_frozen_encoder_twice(
 def test_a_learning_rate_that_is_too_large_ends_with_the_frozen_model(
     encoder: Path, tmp_path: Path
 ) -> None:
-    """The default learning rate of this model is 4e-4, and 30 times this value is 1.2e-2. The classifier of the frozen
-    model is then the regression on training and selection images."""
+    """The classifier of the frozen model is then the regression on training and selection images.
+
+    The default learning rate of this model is 4e-4, and 30 times this value is 1.2e-2.
+    """
     flags = {
         "learning_rate": 1.2e-2,
         "warmup": 0.0,
@@ -249,8 +251,11 @@ def test_a_long_run_on_a_cpu_ends_at_the_probe(
 def test_fine_tuning_starts_from_the_regression(
     encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The frozen model takes part in the selection. A resumed run does not evaluate the step after which it starts:
-    here step 1, because the checkpoint of step 2 is damaged."""
+    """The frozen model takes part in the selection.
+
+    A resumed run does not evaluate the step after which it starts: here step 1, because the checkpoint of step 2 is
+    damaged.
+    """
     flags = {
         "max_steps": 2,
         "learning_rate": 1e-6,
