@@ -208,7 +208,7 @@ def test_paths_bytes_images_arrays_and_tensors_are_the_same_image(
     assert batch.shape == (len(sources), 3, 5, 6)
 
 
-def test_urls(
+def test_images_are_downloaded_and_failed_downloads_name_their_address(
     backend: type, tmp_path: Path, web_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "folder").mkdir()

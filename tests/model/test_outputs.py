@@ -74,7 +74,7 @@ def rebuild_by_data_parallel(output: Any, monkeypatch: pytest.MonkeyPatch) -> An
 
 
 @torch.no_grad()
-def test_data_parallel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_parallel_concatenates_every_output(monkeypatch: pytest.MonkeyPatch) -> None:
     for model_class, fields, _ in KINDS.values():
         output = randomize(model_class(build_tiny_config(**fields)))(build_images())
         gathered = rebuild_by_data_parallel(output, monkeypatch)
