@@ -129,7 +129,7 @@ def test_the_targets_are_those_of_phi_s(width: int) -> None:
 
 
 @pytest.mark.parametrize("width", [1, 2, 12, 20, 44, 96, 1152])
-def test_hadamard_matrices(width: int) -> None:
+def test_hadamard_matrices_are_orthogonal_with_entries_of_plus_or_minus_one(width: int) -> None:
     matrix = build_hadamard_matrix(width)
     assert set(np.unique(matrix)) <= {-1, 1}
     # exact, and much faster than integers
@@ -302,6 +302,8 @@ WRONG: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_contradicting_flags(name: str, teachers: tuple[str, str], tmp_path: Path) -> None:
+def test_contradicting_flags_are_errors(
+    name: str, teachers: tuple[str, str], tmp_path: Path
+) -> None:
     with raises_one_line(name):
         run_training(tiny_options(tmp_path / "out", **{"teachers": teachers} | WRONG[name]))

@@ -208,7 +208,9 @@ def tasks(color_images: Path) -> Path:
     return color_images.parent / "tasks.csv"
 
 
-def test_several_tasks(tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_several_tasks_are_learned_and_continued_with_the_saved_heads(
+    tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     results = train(tmp_path, tasks, label_column=("time", "kind"), max_steps=20)
     assert results["time_accuracy"] == 1.0
     assert results["kind_num_images"] < results["time_num_images"] == results["num_images"]
@@ -226,7 +228,7 @@ def test_several_tasks(tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "--split-seed 0" in capsys.readouterr().out
 
 
-def test_several_labels_per_image(tasks: Path, tmp_path: Path) -> None:
+def test_several_labels_per_image_are_learned(tasks: Path, tmp_path: Path) -> None:
     options = {"label_column": ("tags",), "label_separator": "|", "max_steps": 30}
     results = train(tmp_path, tasks, **options)
     assert results[results["selection_metric"]] == results["mean_average_precision"] == 1.0
@@ -512,7 +514,7 @@ def test_the_flags_determine_the_distillation(
     assert task.summary_lines["teacher"].startswith(f"{teacher}: ")
 
 
-def test_all_options_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_options_can_be_combined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Combine all options that are possible with one label per image. Compiling itself takes a minute."""
     compiled: list[torch.nn.Module] = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda model: compiled.append(model))
@@ -554,7 +556,7 @@ def test_a_compiled_run_has_the_same_results(tmp_path: Path) -> None:
     ViTCLSForImageClassification.from_pretrained(tmp_path / "compiled")
 
 
-def test_trackers_get_the_numbers(tmp_path: Path) -> None:
+def test_trackers_get_metrics_with_their_steps_and_the_flags(tmp_path: Path) -> None:
     event_files = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     train(tmp_path, "digits", log_with=("tensorboard",), log_every=1)
     folder = next((tmp_path / "trackers" / tmp_path.name).rglob("events.out.tfevents*")).parent

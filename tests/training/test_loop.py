@@ -217,7 +217,7 @@ def test_steps_equal_a_plain_training_loop() -> None:
         torch.testing.assert_close(bench.model.get_parameter(name), weight, atol=1e-6, rtol=0)
 
 
-def test_logged_records() -> None:
+def test_records_have_the_step_the_learning_rate_and_the_norms_of_each_token() -> None:
     bench = LoopRecorder(max_steps=5, log_every=2, log_attention_every=0)
     metrics = bench.run()
     assert [record["step"] for record in bench.records] == [2, 4, 5]

@@ -308,7 +308,9 @@ def test_a_teacher_adds_a_distillation_token() -> None:
     ("flag", "value"),
     [("mixup", 0.1), ("cutmix", 0.1), ("class_balance", "weights"), ("teacher", "t")],
 )
-def test_flags_that_require_one_label_per_image(flag: str, value: Any) -> None:
+def test_mixing_balancing_and_labeled_teachers_require_one_label_per_image(
+    flag: str, value: Any
+) -> None:
     flags = {"output_dir": "out", "dataset": "digits", "model": "some/checkpoint", flag: value}
     options = build_options(FinetuneOptions, **flags)
     check_label_kind(options, "single_label_classification")
@@ -379,7 +381,7 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize(("choice", "expected"), EXPECTED.items())
-def test_what_is_trained(choice: str, expected: set[str]) -> None:
+def test_each_choice_trains_its_parameters(choice: str, expected: set[str]) -> None:
     model = build_random_model(**LAYOUT, pooling="attention")
     assert group_trainable(set_trainable_parameters(model, choice, 4)) == expected
 

@@ -398,7 +398,7 @@ def test_the_better_geometry_is_chosen(encoder: Path, tmp_path: Path) -> None:
         ({"pooling": "attention"}, "the pooler has random weights"),
     ],
 )
-def test_reasons_for_no_probe(
+def test_heads_and_poolers_without_a_regression_have_no_probe(
     encoder: Path, tmp_path: Path, flags: dict[str, Any], reason: str
 ) -> None:
     task = prepare_setup(build_options(tmp_path / "run", encoder, **flags)).setup

@@ -47,7 +47,7 @@ def test_a_line_shows_the_learning_rate_and_the_remaining_time(tmp_path: Path) -
     assert output.getvalue().endswith("100 images/s\n")  # no time remains
 
 
-def test_the_images_per_step_of_all_processes() -> None:
+def test_the_images_per_step_count_all_processes_and_accumulated_batches() -> None:
     numbers = re.findall(
         r"[\d.,]+", describe_batches(BatchPlan(30, 2, 3, 5, num_steps=1500, seed=0))
     )

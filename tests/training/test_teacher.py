@@ -275,7 +275,7 @@ def test_labels_that_the_teacher_lacks_are_named(resnet: Path) -> None:
 # Invalid teachers ----------------------------------------------------------------------------------------------------
 
 
-def test_model_without_a_trained_classifier(tmp_path: Path) -> None:
+def test_a_teacher_without_a_trained_classifier_is_an_error(tmp_path: Path) -> None:
     encoder = ResNetModel(build_tiny_resnet().config)
     with raises_one_line("lacks the weight classifier"):
         load_labeled_teacher(save_teacher(tmp_path / "encoder", encoder, build_half_processor()))
@@ -328,7 +328,7 @@ def test_timm_preprocessing_equals_timm(tmp_path: Path) -> None:
     assert torch.equal(teacher.preprocessing(build_pixels()), teacher.preprocessing(resized))
 
 
-def test_timm_models_that_cannot_be_loaded() -> None:
+def test_a_timm_teacher_that_cannot_be_loaded_is_named() -> None:
     with raises_one_line("no_such_model", error=OSError):
         load_labeled_teacher("timm:no_such_model")
 

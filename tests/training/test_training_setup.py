@@ -268,7 +268,7 @@ def test_a_dry_run_of_two_processes_evaluates_a_batch_of_each(
     assert len(few.held_out) == 40 * fraction
 
 
-def test_the_expected_duration_of_a_full_run() -> None:
+def test_a_dry_run_predicts_the_duration_of_the_full_run() -> None:
     """25 steps of 2 s, and two evaluations of 7.8 s: 3.9 s with half of the images. The first step does not count."""
     loop: Any = SimpleNamespace(
         step_seconds=[1.0, 3.0, 2.0], evaluation_seconds=[9.0, 3.9], peak_memory=5 * 2**20
@@ -286,7 +286,9 @@ def test_the_expected_duration_of_a_full_run() -> None:
 # Cross-validation, and training on all images ------------------------------------------------------------------------
 
 
-def test_folds(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_each_image_is_held_out_in_one_fold_and_the_mean_has_an_interval(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     data = replace(DIGITS, folds=3)
     summary = run_folds(build_options(tmp_path / "run", data, max_steps=2), run_training)
     parts = [
@@ -323,7 +325,7 @@ def test_folds_are_not_pushed(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_training_on_all_images(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_run_on_all_images_has_no_accuracy(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     data = replace(DIGITS, held_out_fraction=0.0)
     options = build_options(tmp_path / "run", data, max_steps=2, report=True)
     run_dry(options)
@@ -341,7 +343,7 @@ def test_training_on_all_images(tmp_path: Path, capsys: pytest.CaptureFixture) -
 # Classes -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_class_that_only_the_validation_split_has(tmp_path: Path) -> None:
+def test_a_class_without_training_images_is_a_warning(tmp_path: Path) -> None:
     """The training images of a trained model are too few for a selection split, which would be the default."""
     model = save_with_processor(
         ViTCLSForImageClassification(build_tiny_config()), tmp_path / "model"
