@@ -94,7 +94,9 @@ def test_a_batch_contains_its_keys() -> None:
         ),
     ],
 )
-def test_labels_of_any_kind(labels: list[Any], expected: Any) -> None:
+def test_labels_of_several_classes_and_tasks_become_tensors(
+    labels: list[Any], expected: Any
+) -> None:
     images = build_images(LabeledImages(build_noise_images(2), labels))
     torch.testing.assert_close(images[[(0, 0), (0, 1)]]["labels"], expected)
 

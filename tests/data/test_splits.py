@@ -106,7 +106,7 @@ def test_changes_of_a_table_are_found(tmp_path: Path, streaming: bool) -> None:
     )
 
 
-def test_the_description_of_the_data(tmp_path: Path) -> None:
+def test_the_description_of_data_changes_only_with_the_data(tmp_path: Path) -> None:
     photos = write_photos(tmp_path / "photos", range(30))
     data = load_training_data(DataOptions(str(photos)))
     description = describe_data(data)

@@ -382,7 +382,7 @@ def test_a_table_without_rows_is_an_error(tmp_path: Path) -> None:
         read(tmp_path / "list.csv", label_names=("even", "odd"), label_column=("kind",))
 
 
-def test_table_of_paths(tmp_path: Path) -> None:
+def test_a_streamed_table_of_paths_has_the_labels_of_its_rows(tmp_path: Path) -> None:
     rows = ["file,kind"]
     for index in range(20):
         (tmp_path / f"{index}.png").write_bytes(encode_example(index))
@@ -412,7 +412,7 @@ def test_table_of_paths(tmp_path: Path) -> None:
         assert torch.equal(batch["pixels"].amax(dim=(1, 2, 3)) % 2, batch["labels"])
 
 
-def test_unlabeled(two_shards: Path) -> None:
+def test_streams_can_be_read_without_labels(two_shards: Path) -> None:
     options = DataOptions(dataset=str(two_shards), streaming=True)
     data = load_training_data(options, use_labels=False)
     assert data.label_space.columns == {}

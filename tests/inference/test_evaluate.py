@@ -126,7 +126,9 @@ def evaluate(model: Path, dataset: object, **data: Any) -> dict[str, Any]:
     return evaluate_checkpoint(EvaluateOptions(model=str(model), data=options, batch_size=4))
 
 
-def test_a_multi_label_model(models: Path, tmp_path: Path, by_one_process: dict[str, Any]) -> None:
+def test_several_labels_per_image_are_matched_by_name_and_scored_per_image(
+    models: Path, tmp_path: Path, by_one_process: dict[str, Any]
+) -> None:
     """The names are in another order, and one class is not in the data."""
 
     def text(label: list[float]) -> list[str]:
@@ -166,7 +168,9 @@ def test_a_multi_label_model(models: Path, tmp_path: Path, by_one_process: dict[
         )
 
 
-def test_a_multi_task_model(models: Path, tmp_path: Path, by_one_process: dict[str, Any]) -> None:
+def test_tasks_are_matched_by_name_and_missing_labels_are_not_counted(
+    models: Path, tmp_path: Path, by_one_process: dict[str, Any]
+) -> None:
     """The columns are in another order, and some labels are missing."""
 
     def text(label: dict[str, int]) -> list[str]:
@@ -192,7 +196,7 @@ def test_a_multi_task_model(models: Path, tmp_path: Path, by_one_process: dict[s
         evaluate_checkpoint(options)
 
 
-def test_a_single_label_model(
+def test_a_table_has_the_metrics_of_the_same_images_in_memory(
     models: Path, tmp_path: Path, by_one_process: dict[str, Any], capsys: pytest.CaptureFixture
 ) -> None:
     table = write_table(tmp_path, "single", ["animal"], lambda label: [CLASSES[label]])
@@ -270,7 +274,9 @@ def test_the_results_describe_the_evaluation(
     assert "[b]dark/6.png' has 3 channels, but the model requires 1" in warning
 
 
-def test_streamed_images(models: Path, tmp_path: Path, by_one_process: dict[str, Any]) -> None:
+def test_streamed_images_have_the_same_loss(
+    models: Path, tmp_path: Path, by_one_process: dict[str, Any]
+) -> None:
     """Streams select their held-out images differently; one of several splits can be evaluated as a whole."""
     (tmp_path / "data").mkdir()
     table = write_table(tmp_path, "single", ["animal"], lambda label: [CLASSES[label]])
@@ -343,7 +349,7 @@ def test_two_processes_evaluate_frozen_features(two_process_folder: Path) -> Non
     assert {**two, **dict.fromkeys(MEASURED)} == {**one, **dict.fromkeys(MEASURED)}
 
 
-def test_classes_in_tables() -> None:
+def test_up_to_20_classes_are_listed_in_one_line_each() -> None:
     """Names are one line of Markdown code. More than 20 classes have no table."""
     values = {"recall": 0.5, "precision": None, "f1": 0.0}
     rows = [{"name": name, "images": 1200} | values for name in ("`a`\n", "x" * 100, "x" * 101)]

@@ -79,7 +79,7 @@ def encode(model: Path, images: Any) -> np.ndarray:
     return np.array(rows)
 
 
-def test_settings_of_classifiers() -> None:
+def test_ten_neighbors_vote_or_all_images_if_there_are_fewer() -> None:
     assert build_classifier("logreg", 7)[-1].max_iter == 1000
     assert [build_classifier("knn", count).n_neighbors for count in (7, 10, 11)] == [7, 10, 10]
 
@@ -96,7 +96,7 @@ def write_noise(folder: Path, counts: dict[str, tuple[int, ...]]) -> Path:
     return folder
 
 
-def test_splits_of_the_data_set_and_unreadable_images(
+def test_the_named_split_is_evaluated_without_unreadable_images(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = write_noise(tmp_path / "noise", {"train": (6, 6), "val": (4, 4)})

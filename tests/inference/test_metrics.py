@@ -46,7 +46,7 @@ def calibration_error(logits: torch.Tensor, labels: np.ndarray) -> float:
 
 
 @pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
-def test_single_label_metrics(by_one_process: dict[str, Any]) -> None:
+def test_metrics_of_one_label_per_image_equal_scikit_learn(by_one_process: dict[str, Any]) -> None:
     metrics = by_one_process["single"]
     outputs, labels = compute_outputs("single")
     labels = np.array(labels)
@@ -99,7 +99,9 @@ def test_each_head_has_its_own_metrics(by_one_process: dict[str, Any]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:No positive class")
-def test_multi_label_metrics(by_one_process: dict[str, Any]) -> None:
+def test_metrics_of_several_labels_per_image_equal_scikit_learn(
+    by_one_process: dict[str, Any],
+) -> None:
     metrics = by_one_process["multi_label"]
     outputs, labels = compute_outputs("multi_label")
     truth = np.array(labels)
@@ -136,7 +138,7 @@ def test_exact_match_requires_every_class() -> None:
     assert metrics.compute()["exact_match"] == 0.5
 
 
-def test_multi_task_metrics(by_one_process: dict[str, Any]) -> None:
+def test_metrics_of_tasks_use_labeled_images_only(by_one_process: dict[str, Any]) -> None:
     metrics = by_one_process["multi_task"]
     outputs, labels = compute_outputs("multi_task")
     accuracies = []

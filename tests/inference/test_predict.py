@@ -283,7 +283,9 @@ def test_features_equal_the_tokens_of_the_model(
     assert rows[0].keys() == {"index", "image", "features", "error"}
 
 
-def test_several_features_of_any_layer(models: Path, photos: Path, tmp_path: Path) -> None:
+def test_features_of_any_layer_are_those_after_the_final_norm(
+    models: Path, photos: Path, tmp_path: Path
+) -> None:
     """Layers are outputs after the final norm, if there is one. The last layer is the default."""
     names = ("cls", "cls@1", "mean@2", "patches")
     options = PredictOptions(
