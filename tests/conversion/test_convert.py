@@ -83,7 +83,7 @@ def from_transformers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, P
     return base / "converted", base / "source"
 
 
-def test_a_timm_model_with_random_weights(from_timm: Path) -> None:
+def test_a_converted_timm_model_has_the_same_logits_and_all_files(from_timm: Path) -> None:
     source = randomize_weights(timm.create_model("test_vit"))
     model = ViTCLSForImageClassification.from_pretrained(from_timm)
     pixel_values = torch.randn(2, 3, 160, 160, generator=torch.Generator().manual_seed(5))
@@ -102,7 +102,9 @@ def test_a_timm_model_with_random_weights(from_timm: Path) -> None:
     assert [path.name for path in from_timm.parent.iterdir()] == ["there"]
 
 
-def test_a_checkpoint_of_transformers(from_transformers: tuple[Path, Path]) -> None:
+def test_a_converted_checkpoint_of_transformers_has_the_same_pixels_and_logits(
+    from_transformers: tuple[Path, Path],
+) -> None:
     folder, source_folder = from_transformers
     source = transformers.ViTForImageClassification.from_pretrained(source_folder).eval()
     model = ViTCLSForImageClassification.from_pretrained(folder)
@@ -117,7 +119,9 @@ def test_a_checkpoint_of_transformers(from_transformers: tuple[Path, Path]) -> N
         assert (model(**found).logits - source(**wanted).logits).abs().max() <= LIMIT
 
 
-def test_the_parity_report(from_timm: Path, from_transformers: tuple[Path, Path]) -> None:
+def test_the_parity_report_has_the_differences_at_two_sizes(
+    from_timm: Path, from_transformers: tuple[Path, Path]
+) -> None:
     for folder in (from_timm, from_transformers[0]):
         report = json.loads((folder / "parity_report.json").read_text())
         weights = (folder / "model.safetensors").read_bytes()
@@ -164,7 +168,7 @@ torch.save(logits, sys.argv[2])
 
 
 @pytest.mark.slow
-def test_it_loads_without_the_package(from_timm: Path, tmp_path: Path) -> None:
+def test_a_converted_model_loads_without_the_package(from_timm: Path, tmp_path: Path) -> None:
     """Compare the logits of a photograph with timm's model and transform."""
     photograph("china.jpg").save(tmp_path / "china.png")
     words = ["-I", "-c", CHILD, tmp_path / "china.png", tmp_path / "logits", from_timm]
@@ -264,7 +268,7 @@ def test_an_output_that_is_not_empty_is_unchanged(tmp_path: Path) -> None:
 # Sources
 
 
-def test_a_non_square_source(tmp_path: Path) -> None:
+def test_a_non_square_source_is_compared_at_its_native_size(tmp_path: Path) -> None:
     """transformers has no interpolation for non-square grids, so only the native size is compared."""
     config = transformers.ViTConfig(**SIZES | {"image_size": [32, 48]})
     source = save_checkpoint(randomize_weights(transformers.ViTModel(config)), tmp_path / "source")
@@ -293,7 +297,7 @@ def test_the_size_that_the_image_processor_makes_is_compared(tmp_path: Path) -> 
     assert max(made["comparisons"][1]["differences"].values()) <= LIMIT
 
 
-def test_the_vision_part_of_a_larger_model(tmp_path: Path) -> None:
+def test_the_vision_part_of_a_larger_model_is_converted(tmp_path: Path) -> None:
     text = {
         "hidden_size": 32,
         "num_hidden_layers": 1,
@@ -485,7 +489,9 @@ UNSUPPORTED: dict[str, Callable[[Path], str]] = {
 
 
 @pytest.mark.parametrize("message", UNSUPPORTED)
-def test_errors_have_one_line(message: str, tmp_path: Path) -> None:
+def test_unsupported_sources_are_one_line_errors_and_write_nothing(
+    message: str, tmp_path: Path
+) -> None:
     source = UNSUPPORTED[message](tmp_path / "source")
     before = list_all(tmp_path)
     with pytest.raises((ValueError, OSError), match=message) as raised:

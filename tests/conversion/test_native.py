@@ -96,7 +96,7 @@ def test_the_card_requires_no_remote_code(tmp_path: Path, monkeypatch: pytest.Mo
     assert str(tmp_path) not in str(card)
 
 
-def test_a_model_without_an_image_processor(tmp_path: Path) -> None:
+def test_a_model_without_an_image_processor_is_written_without_one(tmp_path: Path) -> None:
     folder = save(tmp_path / "mine")
     (folder / "preprocessor_config.json").unlink()
     report = write_native_model(str(folder), tmp_path / "native")
@@ -105,7 +105,7 @@ def test_a_model_without_an_image_processor(tmp_path: Path) -> None:
     assert not (tmp_path / "native" / "preprocessor_config.json").exists()
 
 
-def test_a_model_in_half_precision_without_labels(tmp_path: Path) -> None:
+def test_a_model_without_labels_keeps_its_half_precision(tmp_path: Path) -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config(num_labels=0))).to(
         torch.bfloat16
     )
@@ -183,7 +183,9 @@ def test_code_in_a_native_repository_is_not_run(hub: LocalHub, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("flags", [{"to": "transformers"}, {"model": "x"}])
-def test_wrong_flags(flags: dict[str, Any], tmp_path: Path) -> None:
+def test_a_model_and_the_target_library_require_each_other(
+    flags: dict[str, Any], tmp_path: Path
+) -> None:
     with raises_one_line("--"):
         ConvertOptions(output=tmp_path / "out", **flags)
 

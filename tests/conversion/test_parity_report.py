@@ -32,7 +32,7 @@ def test_only_timms_mean_pooling_of_dinov3_has_a_note() -> None:
     assert describe_pooling(dinov2, mean) == []
 
 
-def test_notes_on_positions() -> None:
+def test_notes_name_the_resampling_of_positions() -> None:
     """The notes name the resampling, and what other implementations compute in another way."""
     cases: list[tuple[str, dict[str, Any], list[str]]] = [
         ("timm:vit", {"position_embedding_type": "none"}, []),

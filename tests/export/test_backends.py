@@ -205,7 +205,7 @@ signal.raise_signal(signal.SIGTERM)
 """
 
 
-def test_signals_after_a_graph_was_released(model: Path) -> None:
+def test_a_graph_can_be_released_in_any_thread(model: Path) -> None:
     """Garbage is collected in any thread. OpenVINO installs a signal stack on CPUs with AMX."""
     assert run_fresh("-c", RELEASE_IN_A_THREAD, model / "model.xml").returncode == 0
 
@@ -406,7 +406,7 @@ def test_the_layer_with_outliers_is_ranked_first_and_named_if_the_metric_falls()
 
 
 @pytest.mark.slow
-def test_features_of_an_exported_encoder(tmp_path: Path) -> None:
+def test_features_of_an_exported_encoder_equal_those_of_torch(tmp_path: Path) -> None:
     save_with_processor(ViTCLSModel(build_tiny_config(num_register_tokens=1)), tmp_path)
     export_model(ExportOptions(str(tmp_path), "openvino", tmp_path / "model.xml", dynamic=False))
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))

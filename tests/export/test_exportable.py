@@ -36,7 +36,7 @@ from modeling_vitcls.runtime.files import write_json
 pytestmark = pytest.mark.integration
 
 
-def test_an_encoder_in_half_precision(tmp_path: Path) -> None:
+def test_an_encoder_in_half_precision_is_exported_in_float32(tmp_path: Path) -> None:
     model = randomize(ViTCLSModel(build_tiny_config())).bfloat16()
     model.save_pretrained(tmp_path)
     exportable = load_exportable_model(str(tmp_path))

@@ -224,7 +224,9 @@ def test_an_onnx_file_has_the_outputs_of_the_model(name: str, tmp_path: Path) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fields", (LAYOUTS | BLOCKS).values(), ids=LAYOUTS | BLOCKS)
-def test_every_layout_and_block(fields: dict[str, Any], tmp_path: Path) -> None:
+def test_every_layout_and_block_has_the_outputs_of_the_model(
+    fields: dict[str, Any], tmp_path: Path
+) -> None:
     model = checkpoint(tmp_path / "model", **fields)
     export_model(ExportOptions(str(tmp_path / "model"), "onnx", tmp_path / "model.onnx"))
     pixel_values = build_images(2, 48, 24, seed=7)
@@ -357,7 +359,7 @@ def test_the_report_describes_inputs_and_outputs(exported: tuple[Any, Path]) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
-def test_every_model_in_openvino(name: str, tmp_path: Path) -> None:
+def test_every_model_has_its_outputs_in_openvino(name: str, tmp_path: Path) -> None:
     model_class, fields, names = MODELS[name]
     checkpoint(tmp_path / "model", model_class, **fields)
     report = export_model(ExportOptions(str(tmp_path / "model"), "openvino", tmp_path / "vit.xml"))
@@ -388,7 +390,7 @@ def test_limits_are_absolute_and_relative_to_the_largest_value(dtype: str, limit
             exporter.compare_outputs(images, reference, wrong, dtype)
 
 
-def test_shapes_labels_and_differences_of_other_models() -> None:
+def test_the_description_of_a_graph_names_its_axes_and_labels() -> None:
     outputs = {
         "tokens": torch.zeros(2, 17, 8),
         "maps": torch.zeros(2, 8, 4, 4),
@@ -460,7 +462,7 @@ def test_other_names_or_shapes_raise_an_error() -> None:
             exporter.compare_outputs([build_images()], wanted, [found], "float32")
 
 
-def test_unsupported_models(tmp_path: Path) -> None:
+def test_unsupported_and_incomplete_models_are_errors(tmp_path: Path) -> None:
     checkpoint(tmp_path / "masked", ViTCLSForMaskedImageModeling)
     with raises_one_line("contains ViTCLSForMaskedImageModeling"):
         export_model(ExportOptions(str(tmp_path / "masked"), "onnx", tmp_path / "vit.onnx"))
@@ -477,7 +479,7 @@ def test_unsupported_models(tmp_path: Path) -> None:
             export_model(ExportOptions(str(tmp_path / "incomplete"), "onnx", tmp_path / "vit.onnx"))
 
 
-def test_unsupported_options_and_sizes(tmp_path: Path) -> None:
+def test_unsupported_layers_and_sizes_are_errors(tmp_path: Path) -> None:
     checkpoint(tmp_path / "model")
     target = (str(tmp_path / "model"), "onnx", tmp_path / "vit.onnx")
     for layers in ((0, 1), (3,)):
@@ -490,7 +492,7 @@ def test_unsupported_options_and_sizes(tmp_path: Path) -> None:
         export_model(ExportOptions(*target, image_size=(41, 32), dynamic=False))
 
 
-def test_existing_files(tmp_path: Path) -> None:
+def test_existing_files_are_not_replaced(tmp_path: Path) -> None:
     for name in ("vit.onnx", "other.onnx.json"):
         (tmp_path / name).touch()
         with raises_one_line(f"{tmp_path / name} exists"):
@@ -503,7 +505,9 @@ def test_existing_files(tmp_path: Path) -> None:
         export_model(ExportOptions("nowhere", "openvino", tmp_path / "vit.onnx"))
 
 
-def test_packages_that_are_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packages_that_are_not_installed_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for missing, flags in (("onnxruntime", {}), ("nncf", {"int8": True, "dataset": "digits"})):
         monkeypatch.setattr(
             exporter, "find_spec", lambda name, missing=missing: None if name == missing else name

@@ -169,7 +169,7 @@ EQUIVALENT = [
 @pytest.mark.parametrize("size", [(32, 32), (48, 24)], ids=["native", "interpolated"])
 @pytest.mark.parametrize(("model_class", "values", "built_in", "case"), [*SUPPORTED, *EQUIVALENT])
 @torch.no_grad()
-def test_same_numbers(
+def test_converted_models_have_the_same_outputs(
     model_class: Any, values: dict, built_in: str, case: str, size: tuple[int, int]
 ) -> None:
     model = randomize_weights(model_class(ViTCLSConfig(**BASE | values)))
@@ -195,7 +195,7 @@ NATIVE_SIZE = [
 
 @pytest.mark.parametrize(("model_class", "values", "built_in", "case"), NATIVE_SIZE)
 @torch.no_grad()
-def test_forms_that_are_exact_at_the_native_size(
+def test_models_that_are_exact_at_one_size_only_require_a_flag(
     model_class: Any, values: dict, built_in: str, case: str
 ) -> None:
     model = randomize_weights(model_class(ViTCLSConfig(**BASE | values)))
