@@ -111,7 +111,9 @@ def compute_logits(model: Any, index: int | None, means: torch.Tensor) -> torch.
     ],
     ids=str,
 )
-def test_replacing_a_token_with_its_mean(fields: dict[str, Any]) -> None:
+def test_replacing_a_token_by_its_mean_equals_a_computation_layer_by_layer(
+    fields: dict[str, Any],
+) -> None:
     """The outputs equal a computation layer by layer, and effects are the changes of these outputs."""
     model = build_classifier(**fields)
     means = collect_means(model)
@@ -201,7 +203,7 @@ def test_null_distributions_are_effects_of_redrawn_tokens() -> None:
         ({"pooling": "cls_mean"}, [0], []),
     ],
 )
-def test_tokens_that_alone_feed_a_head(
+def test_heads_that_tokens_feed_alone_are_found(
     fields: dict[str, Any], indices: list[int], heads: list[str]
 ) -> None:
     assert feeds_head_alone(build_classifier(**fields), indices) == heads
@@ -210,7 +212,7 @@ def test_tokens_that_alone_feed_a_head(
 # Effects in numbers --------------------------------------------------------------------------------------------------
 
 
-def test_effects_in_numbers() -> None:
+def test_an_effect_has_its_size_its_intervals_and_the_change_of_accuracy() -> None:
     logits = torch.tensor([[2.0, 0.0], [0.0, 2.0]])
     before = Predictions(logits, torch.tensor([[0], [1]]), torch.tensor([[0], [0]]))
     after = Predictions(

@@ -163,7 +163,7 @@ def test_rollout_equals_the_product_of_all_layers(
 
 
 @pytest.mark.parametrize("share", [0.0, 0.8, 2.0])
-def test_rollout_of_differential_attention(share: float) -> None:
+def test_rollout_of_differential_attention_ignores_negative_differences(share: float) -> None:
     """A negative difference does not flow. If both maps are equal, the token keeps its own value."""
     model = randomize(ViTCLSModel(build_tiny_config(**LAYERS, attention_type="differential")))
     with torch.no_grad():
@@ -199,7 +199,9 @@ def test_attribution_starts_at_the_tokens_that_the_head_reads(
 
 
 @pytest.mark.parametrize("fields", KINDS_OF_LAYERS.values(), ids=KINDS_OF_LAYERS)
-def test_attribution_and_rollout_of_every_kind_of_layers(fields: dict[str, Any]) -> None:
+def test_attribution_and_rollout_equal_references_for_every_kind_of_layers(
+    fields: dict[str, Any],
+) -> None:
     model = build_classifier(**fields)
     found = compute_attribution(model, build_images(), target=2)
     assert_same_relevance(found, compute_relevance(model, build_images(), target=2)[0][:, 0])
@@ -238,7 +240,7 @@ def test_attribution_starts_at_every_pooled_layer() -> None:
     assert get_largest_difference(found, expected[:, 0]) <= TOLERANCE
 
 
-def test_attribution_of_tasks() -> None:
+def test_attribution_of_a_task_starts_at_its_cls_token() -> None:
     """Each task reads its own CLS token. Tasks are in alphabetical order."""
     model = randomize(
         ViTCLSForMultiTaskClassification(build_tiny_config(**LAYERS, num_cls_tokens=2, tasks=TASKS))
@@ -254,7 +256,7 @@ def test_attribution_of_tasks() -> None:
     )
 
 
-def test_targets() -> None:
+def test_the_target_is_the_predicted_class_unless_it_is_given() -> None:
     model = build_classifier()
     pixels = build_images(3)
     # [class, B, N]

@@ -101,7 +101,7 @@ def test_planted_duplicates_are_found_and_none_is_invented(
     ).empty  # fewer images than neighbors
 
 
-def test_copies_of_all_images_and_images_that_the_model_was_trained_on(
+def test_copies_are_found_by_pixels_and_images_without_probabilities_are_not_scored(
     planted: tuple[AuditedImages, ...],
 ) -> None:
     """Pixels decide, also those of mirrored images.
@@ -160,7 +160,7 @@ def test_results_equal_cleanlab(
     assert set(audit["overlap"]["Class Name A"]) <= set(names)
 
 
-def test_page_and_table(
+def test_the_table_lists_all_issues_and_the_page_the_first_ones(
     planted: tuple[AuditedImages, ...],
     audit: dict[str, pd.DataFrame],
     tmp_path: Path,
@@ -187,7 +187,7 @@ def test_page_and_table(
 # From the command to the training run --------------------------------------------------------------------------------
 
 
-def test_audit_of_a_folder_and_training_without_the_listed_images(
+def test_images_listed_by_an_audit_are_left_out_of_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Ten wrong labels and five copies in another split of 400 digits: the listed training images are left out."""

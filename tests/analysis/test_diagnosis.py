@@ -161,7 +161,9 @@ SIMILAR = {"between_tokens": fill(1.0, ALL, 0, 3), "variation": fill(0.0, ALL, 3
         (0, {"map_distance": fill(0.06), "map_selectivity": fill(0.5)}, "not measured"),
     ],
 )
-def test_limits_of_single_measurements(token: int, planted: dict[str, Any], word: str) -> None:
+def test_single_measurements_are_judged_by_their_limits(
+    token: int, planted: dict[str, Any], word: str
+) -> None:
     model = build_classifier()
     found = diagnose_tokens(model, plant(collect_findings(model, PIXELS), **planted))[token]
     assert found.headline == word
@@ -171,7 +173,7 @@ def test_limits_of_single_measurements(token: int, planted: dict[str, Any], word
     )
 
 
-def test_the_effect_that_decides() -> None:
+def test_the_effect_beyond_its_limit_decides_the_verdict() -> None:
     """An effect beyond its limit decides, then a measurable one, then the largest ratio.
 
     Ratios are those to the limit. For a token that alone feeds a head, its replacement decides. Harm is significant
@@ -335,7 +337,7 @@ def build_ratios(num_outliers: int, logarithm: float, count: int = 4096) -> torc
     return ratios
 
 
-def test_the_second_mode_in_numbers() -> None:
+def test_the_second_mode_is_measured_beyond_its_valley() -> None:
     """Windows have 5 bins of 0.05. The valley begins at 0.25 or more, and all valleys from 0.25 to 0.75 are empty."""
     mode = find_second_mode(build_ratios(20, 1.02))
     assert mode is not None

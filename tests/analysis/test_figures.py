@@ -62,7 +62,7 @@ def test_curves_show_the_mean_over_heads_for_each_token(name):
     ] * len(uniform)
 
 
-def test_norms_and_their_histogram():
+def test_norms_are_drawn_as_medians_and_outliers_are_red_in_the_histogram():
     config, findings = measure(**TOKENS)
     (norms,) = plot_norms(config, findings).axes
     expected = torch.cat(

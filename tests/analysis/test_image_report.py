@@ -47,7 +47,7 @@ def test_added_tasks_have_a_prediction_and_the_attribution_of_a_model_for_the_ta
         assert get_largest_difference(report.attributions[index], expected) < 1e-5
 
 
-def test_the_maps_and_features_of_an_image() -> None:
+def test_maps_and_features_of_an_image_equal_those_of_the_model() -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config(num_labels=5, **TOKENS)))
     report = build_image_report(model, PROCESSOR, PHOTO, "photo", "cat", "wrong")
     assert (report.name, report.truth, report.kind) == ("photo", "cat", "wrong")

@@ -47,7 +47,7 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_folder_of_images(
+def test_folder_names_are_labels_and_the_printed_table_equals_the_page(
     model: str, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Folder names are labels, the unreadable file is named, and the printed table equals the page."""
@@ -87,7 +87,7 @@ def test_all_measurements_run_in_bfloat16(model: str, image_folder: Path, tmp_pa
     assert verdicts[1] != verdicts[0]
 
 
-def test_a_revision_of_a_model_on_the_hub(
+def test_the_page_names_the_commit_of_a_model_on_the_hub(
     model: str,
     image_folder: Path,
     tmp_path: Path,
@@ -149,7 +149,7 @@ def test_the_evaluation_split_is_read(image_folder: Path, tmp_path: Path, capsys
     assert "'validation'" in html.unescape((tmp_path / "report.html").read_text())
 
 
-def test_unusable_inputs(
+def test_unusable_inputs_are_one_line_errors_and_write_nothing(
     model: str, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_in_process("inspect_tokens.py", "--model", model, tmp_path / "missing.png") == 1

@@ -341,7 +341,7 @@ def test_labels_of_a_dataset_are_the_indices_of_the_model() -> None:
     assert len(found.images) == 1797
 
 
-def test_columns_of_a_dataset(tmp_path: Path) -> None:
+def test_images_and_labels_are_read_from_the_named_columns(tmp_path: Path) -> None:
     write_photos(tmp_path, range(4), "x")
     rows = [f"x/0.png,x/{number}.png,cat|dog" for number in range(4)]
     (tmp_path / "table.csv").write_text(

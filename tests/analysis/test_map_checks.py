@@ -99,7 +99,7 @@ def test_checks_average_over_images() -> None:
         assert check.p_value == pytest.approx(stats.wilcoxon(gains, alternative="greater").pvalue)
 
 
-def test_checks_in_words() -> None:
+def test_a_map_is_faithful_below_the_limits_of_p_value_and_correlation() -> None:
     """The areas under the curves are 0.5, 0.8, 0.6 and 0.3."""
     curves = ([1.0, 0.8, 0.6, 0.4, 0.2, 0.0], [0.3, 0.9, 0.9, 0.9, 0.8, 0.7], [0.6] * 6, [0.3] * 6)
     check = MapCheck(

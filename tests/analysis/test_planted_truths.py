@@ -133,7 +133,7 @@ def test_registers_that_carry_all_information_have_an_effect(num_registers: int)
     assert verdict.numbers["decided_by"]["limit"] is not None
 
 
-def test_dead_and_uniform_heads(model: Any) -> None:
+def test_dead_and_uniform_heads_are_found(model: Any) -> None:
     findings = collect_findings(model, HELD_OUT[0])
     assert (diagnose_heads(findings).rating, diagnose_patches(model.config, findings).headline) == (
         "good",
@@ -155,7 +155,7 @@ def test_dead_and_uniform_heads(model: Any) -> None:
 
 
 @pytest.mark.parametrize("num_images", [1, 2, MIN_IMAGES - 1])
-def test_too_few_images_and_patches(model: Any, num_images: int) -> None:
+def test_too_few_images_or_patches_give_no_verdict(model: Any, num_images: int) -> None:
     found = judge(model, HELD_OUT[0][:num_images], HELD_OUT[1][:num_images])
     assert {verdict.headline for verdict in found.values()} == {"too few images to tell"}
     assert str(num_images) in describe_verdict(found["register 1"])
@@ -216,7 +216,7 @@ def test_each_task_has_its_own_effects(trained_tasks: Any) -> None:
             )
 
 
-def test_a_useless_and_a_healthy_task(trained_tasks: Any) -> None:
+def test_a_task_whose_head_is_zero_is_not_better_than_chance(trained_tasks: Any) -> None:
     """The head of one task is zero: its predictions do not depend on its CLS token."""
     head = trained_tasks.classifiers["task_size"]
     weights = {name: value.clone() for name, value in head.state_dict().items()}

@@ -155,7 +155,7 @@ def test_nothing_is_wider_than_the_window(page: Page) -> None:
         assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
-def test_maps_of_layers_and_heads(page: Page, inspection: Inspection) -> None:
+def test_a_map_on_the_page_equals_the_overlay_in_python(page: Page, inspection: Inspection) -> None:
     """A map equals the overlay in Python, and shows its values at the pointer."""
     page.locator(".image summary").first.click()
     box = page.locator("[data-maps='0']")
@@ -230,7 +230,9 @@ def test_every_kind_of_model_has_a_report(name: str, browser: Browser, tmp_path:
     assert errors == []
 
 
-def test_values_for_programs(inspection: Inspection, tmp_path: Path) -> None:
+def test_values_for_programs_are_null_if_they_are_not_finite(
+    inspection: Inspection, tmp_path: Path
+) -> None:
     """Values that are not finite are null. Norms of single patches are omitted."""
     findings = replace(inspection.findings, map_variation=torch.tensor([torch.inf, 1.0]))
     changed = replace(inspection, findings=findings, num_ablation_images=7)
@@ -270,7 +272,7 @@ def test_large_pages_omit_maps(inspection: Inspection, monkeypatch: pytest.Monke
     assert len(next(report_module.iterate_overview(inspection, 1))[2]) == 2
 
 
-def test_values_and_maps_of_the_page(inspection: Inspection) -> None:
+def test_values_and_maps_of_the_page_are_those_of_the_inspection(inspection: Inspection) -> None:
     """The head uses only CLS after the last layer. The processor crops the first image of 90 x 60 pixels."""
     data = report_module.build_page_data(inspection)
     report = inspection.image_reports[0]

@@ -187,7 +187,7 @@ def test_statistics_over_images_are_means() -> None:
         assert get_largest_difference(getattr(together, name).double(), expected) <= TOLERANCE, name
 
 
-def test_variation_and_distances_between_tokens() -> None:
+def test_variation_is_the_distance_from_the_mean_of_the_images() -> None:
     """Variation is the distance from the mean; distances are means over images and all channels."""
     model = randomize(ViTCLSModel(build_tiny_config(**PATCH | TOKENS)))
     with torch.no_grad():
@@ -249,7 +249,7 @@ def test_small_variation_is_not_lost_to_rounding() -> None:
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex_attention"])
-def test_uniform_attention_within_scopes(implementation: str) -> None:
+def test_uniform_attention_is_compared_within_the_scope(implementation: str) -> None:
     """The second CLS token attends to a quarter of the patches, and all special tokens."""
     fields = {"num_cls_tokens": 2, "num_register_tokens": 1, "cls_scopes": ["image", [2, 2, 0, 1]]}
     model = randomize(ViTCLSModel(build_tiny_config(**fields)))
@@ -278,7 +278,7 @@ def test_uniform_attention_within_scopes(implementation: str) -> None:
     ],
     ids=lambda fields: ", ".join(fields) or "plain",
 )
-def test_outliers_without_registers(fields: dict[str, Any]) -> None:
+def test_outliers_are_also_measured_without_registers(fields: dict[str, Any]) -> None:
     """A register to which all patches attend keeps the norm of one patch low. Without it, the patch is an outlier."""
     model = randomize(
         ViTCLSModel(
@@ -315,7 +315,7 @@ def test_outliers_without_registers(fields: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", ["classifier", "masked", "backbone", "differential"])
-def test_every_class_has_statistics(name: str) -> None:
+def test_every_class_has_statistics_and_is_not_changed(name: str) -> None:
     models: dict[str, nn.Module] = {
         "classifier": ViTCLSForImageClassification(build_tiny_config(num_register_tokens=2)),
         "masked": ViTCLSForMaskedImageModeling(build_tiny_config()),
@@ -342,7 +342,7 @@ def test_every_class_has_statistics(name: str) -> None:
     assert_no_recording(model)
 
 
-def test_half_precision() -> None:
+def test_statistics_in_half_precision_are_close_to_float32() -> None:
     model = randomize(ViTCLSModel(build_tiny_config(**PATCH | TOKENS)))
     expected = collect_findings(model, build_images(3))
     found = collect_findings(model.bfloat16(), build_images(3))
@@ -377,7 +377,7 @@ def test_no_images_are_an_error() -> None:
         collected.compute()
 
 
-def test_map_variation_and_head_outputs() -> None:
+def test_map_variation_is_zero_for_one_image_and_infinite_for_two_sizes() -> None:
     """Variation is 0 for one image and infinite for images of two sizes. A head without weights adds nothing."""
     model = randomize(ViTCLSModel(build_tiny_config(**PATCH)))
     with torch.no_grad():

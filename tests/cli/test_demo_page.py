@@ -215,7 +215,7 @@ def test_several_labels_are_those_with_at_least_half_the_probability(page: Any) 
     assert found.answer == "none of these"
 
 
-def test_regression_and_a_single_label(page: Any) -> None:
+def test_a_regression_shows_its_value_and_a_single_label_its_probability(page: Any) -> None:
     images = torch.randn(1, 3, 32, 32)
     regression = build_classifier(problem_type="regression", num_labels=1)
     (prediction,) = page.compute_predictions(regression, images)
@@ -305,7 +305,7 @@ def test_only_uploaded_images_and_examples_are_opened(
     assert str(uploads) not in str(raised.value)
 
 
-def test_encoders_and_gray_images(page: Any, uploads: Path) -> None:
+def test_an_encoder_of_gray_images_shows_its_attention(page: Any, uploads: Path) -> None:
     encoder = randomize(ViTCLSModel(build_tiny_config(num_channels=1), add_pooling_layer=False))
     gray = ViTCLSImageProcessor(size=32, do_convert_rgb=False, image_mean=[0.5], image_std=[0.5])
     Image.new("L", (40, 40), 128).save(uploads / "gray.png")
@@ -315,7 +315,9 @@ def test_encoders_and_gray_images(page: Any, uploads: Path) -> None:
     assert [name for _, name in pictures] == ["image", "CLS"]
 
 
-def test_models_of_the_hub(page: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_of_the_hub_run_their_own_code_at_a_commit(
+    page: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     names = ("AutoConfig", "AutoModel", "AutoModelForImageClassification", "AutoImageProcessor")
     loaders = {name: Mock(wraps=getattr(page, name)) for name in names}
     for name, loader in loaders.items():

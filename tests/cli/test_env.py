@@ -13,7 +13,7 @@ from transformers.utils import logging
 from modeling_vitcls.version import __version__
 
 
-def test_the_environment_of_a_bug_report(
+def test_the_environment_names_versions_and_the_machine_but_no_secrets(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")

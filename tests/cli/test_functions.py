@@ -61,7 +61,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
 
 
 @pytest.mark.integration
-def test_finetune_and_evaluate_data_in_memory(trained: tuple[Path, dict[str, Any]]) -> None:
+def test_data_in_memory_is_evaluated_on_its_held_out_images(
+    trained: tuple[Path, dict[str, Any]],
+) -> None:
     folder, results = trained
     assert results == json.loads((folder / "results.json").read_text(encoding="utf-8"))
     evaluated = evaluate(folder, get_digits(), num_workers=0)
@@ -88,7 +90,7 @@ class TorchDigits(Dataset):
 
 @pytest.mark.slow
 @pytest.mark.integration
-def test_pretrain_and_torch_datasets(tmp_path: Path) -> None:
+def test_a_torch_dataset_trains_an_encoder_and_its_classifier(tmp_path: Path) -> None:
     results = pretrain("vitcls-tiny", TorchDigits(), tmp_path / "encoder", **MODEL, **RUN)
     assert 0 <= results["knn_accuracy"] <= 1
     reset_accelerate()
@@ -98,7 +100,9 @@ def test_pretrain_and_torch_datasets(tmp_path: Path) -> None:
     assert finetuned["num_training_images"] == results["num_training_images"]
 
 
-def test_predict(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_images_in_memory_files_and_bytes_have_the_same_prediction(
+    trained: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
     folder, _ = trained
     images = [image for image, _ in get_digits()[:3]]
     rows = predict(folder, images, top_k=2)
@@ -121,7 +125,9 @@ def test_predict(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
             predict(folder, images, **{flag: None})
 
 
-def test_inspect_tokens(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_every_token_gets_a_verdict_and_a_report_is_written(
+    trained: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
     folder, _ = trained
     inspection = inspect_tokens(
         folder, dataset="digits", output=tmp_path / "report.html", max_images=8, num_images=1
@@ -220,7 +226,7 @@ def test_arguments_are_flags(
     assert build_options(options_class, **required, **arguments) == by_flags
 
 
-def test_options_of_evaluation_and_prediction() -> None:
+def test_arguments_of_other_types_become_those_of_the_flags() -> None:
     options = build_options(EvaluateOptions, model=Path("m"), dataset="digits", output="out.json")
     assert options == parse_flags(
         EvaluateOptions, ["--model", "m", "--dataset", "digits", "--output", "out.json"]

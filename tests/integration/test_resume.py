@@ -305,7 +305,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.slow
-def test_killed_at_any_step_with_all_options(
+def test_a_run_with_all_options_that_is_killed_at_any_step_ends_with_the_same_weights(
     image_folder: Path, folder: Path, uninterrupted: Callable[[str], Path]
 ) -> None:
     """Kill the run in the first epoch and later, with accumulation, moving average, mixup and CutMix."""
@@ -334,7 +334,7 @@ VARIANTS = {
         for name in VARIANTS
     ],
 )
-def test_killed_and_resumed(
+def test_a_killed_run_of_any_kind_ends_with_the_same_weights(
     variant: str, image_folder: Path, folder: Path, uninterrupted: Callable[[str], Path]
 ) -> None:
     """The resumed run has no workers, and saves at other steps."""

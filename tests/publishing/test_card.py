@@ -59,7 +59,7 @@ def list_headings(text: str) -> list[str]:
 # Runs ----------------------------------------------------------------------------------------------------------------
 
 
-def test_a_classifier(tmp_path: Path) -> None:
+def test_the_card_of_a_classifier_shows_what_was_measured(tmp_path: Path) -> None:
     rows = [
         {"name": "dusk", "images": 200, "recall": 0.99, "precision": 0.975, "f1": 0.982456},
         {"name": "noon|late", "images": 160, "recall": 0.5, "precision": 1.0, "f1": 0.5},
@@ -95,7 +95,7 @@ def test_a_classifier(tmp_path: Path) -> None:
     assert "report.html" not in text
 
 
-def test_the_variables_of_a_card(tmp_path: Path) -> None:
+def test_a_card_describes_the_run_the_architecture_and_the_use(tmp_path: Path) -> None:
     config = build_tiny_config(num_cls_tokens=2, num_register_tokens=3, image_size=[32, 40])
     flags = {
         "batch_size": 32,
@@ -350,7 +350,7 @@ def test_a_merged_adapter_has_a_card_of_its_own(tmp_path: Path) -> None:
     assert "AutoModel.from_pretrained" in encoder.text
 
 
-def test_a_converted_model(tmp_path: Path) -> None:
+def test_the_card_of_a_converted_model_names_its_source_and_base_model(tmp_path: Path) -> None:
     convert_checkpoint("timm:vit_tiny_patch16_224", tmp_path / "vit", random_init=True)
     card = load_card(tmp_path / "vit", "ann/vit")
     assert "All weights are random" in card.text

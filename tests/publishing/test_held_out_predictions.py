@@ -132,7 +132,7 @@ def test_the_headline_names_the_accuracy_and_the_most_frequent_confusion(folder:
     assert headline.endswith(f"{label} is most often taken for {prediction} ({count} of {total})")
 
 
-def test_a_headline_without_errors_or_without_a_repeated_confusion() -> None:
+def test_a_confusion_that_is_not_repeated_is_not_in_the_headline() -> None:
     rows = pd.DataFrame(
         {"label": ["a", "b", "c"], "prediction": ["a", "b", "c"], "loss": [0.1, 0.2, 0.3]}
     )

@@ -621,7 +621,7 @@ def test_a_failed_push_prints_the_command_that_completes_it(hub: LocalHub, folde
         push_folder(ModelFolder(folder), "ann/model", private=True, branch="new")
 
 
-def test_flags_of_a_push(
+def test_a_push_is_verified_unless_a_flag_says_otherwise(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = save_classifier(tmp_path / "mine")

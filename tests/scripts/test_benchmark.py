@@ -99,7 +99,7 @@ def test_backends_and_peers_have_the_outputs_of_the_model(
 
 
 @pytest.mark.slow
-def test_int8_and_encoders(tmp_path: Path) -> None:
+def test_encoders_in_int8_are_measured_and_differ_slightly(tmp_path: Path) -> None:
     ViTCLSModel(build_tiny_config()).save_pretrained(tmp_path)
     settings = BenchmarkOptions(
         str(tmp_path), ("inference",), ("onnx", "openvino"), (), ("fp32", "int8"), **SMALL

@@ -75,7 +75,7 @@ def test_a_space_shows_a_commit_of_a_model(
 
 
 @pytest.mark.integration
-def test_spaces_of_private_models(
+def test_weights_of_private_models_are_published_in_private_spaces_only(
     hub: LocalHub,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

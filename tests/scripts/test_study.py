@@ -151,7 +151,9 @@ def test_the_grid_combines_levels_seeds_and_stages(tmp_path: Path) -> None:
     )
 
 
-def test_flags_of_each_stage(tmp_path: Path) -> None:
+def test_each_stage_gets_its_flags_folders_and_the_resume_of_its_checkpoints(
+    tmp_path: Path,
+) -> None:
     stages = {
         "pretrain": {"dataset": "{subset:few images {seed}}"},
         "finetune": {
