@@ -150,22 +150,27 @@ def test_null_distributions_are_effects_of_redrawn_tokens() -> None:
     model = build_classifier(num_register_tokens=3, hidden_dropout_prob=0.5)
     outputs = collect_outputs(model, Batches())[""]
     labels = outputs.predicted
+
     found = compute_ablations(model.train(), Batches(labels))
     # the model is unchanged
     assert torch.equal(collect_outputs(model, Batches())[""].logits, outputs.logits)
+
     mask = torch.ones(6, 20)
     mask[:, 1] = 0
     with torch.no_grad():
         hidden, before = (model.eval()(PIXELS, attention_mask=each).logits for each in (mask, None))
+
     size = compute_effect(
         Predictions(before, labels, labels), Predictions(hidden, labels, labels)
     ).size
     assert found["presence"]["registers[0]"][""].size == pytest.approx(size, rel=1e-4)
+
     generator = torch.Generator().manual_seed(0)
     embeddings = []
     model.vitcls.layers[0].register_forward_pre_hook(lambda layer, args: embeddings.append(args[0]))
     sizes: dict[str, list[float]] = {kind: [] for kind in found}
     drops = []
+
     for draw in range(NUM_NULL_DRAWS):
         index = 1 + draw % 3
         with redraw_tokens(model, [index], generator):
@@ -179,9 +184,11 @@ def test_null_distributions_are_effects_of_redrawn_tokens() -> None:
             sizes[kind].append(compute_effect(redrawn[""], after).size)
         drops.append((redrawn[""].predicted != labels).float()[:, 0])
     assert torch.stack(drops).any()
+
     old, new = (model.vitcls.embeddings.register_tokens[0, 0], embeddings[0][0, 1])
     assert new.norm().item() == pytest.approx(old.norm().item(), rel=1e-5)
     assert torch.nn.functional.cosine_similarity(new, old, dim=0).item() < 0.9
+
     for kind, null_sizes in sizes.items():
         assert found[kind]["cls[0]"][""].null_sizes == ()  # the head reads the token
         assert len(found[kind]["registers"][""].null_sizes) == NUM_NULL_DRAWS
@@ -218,6 +225,7 @@ def test_an_effect_has_its_size_its_intervals_and_the_change_of_accuracy() -> No
     after = Predictions(
         logits + torch.tensor([[0.0, 0.0], [4.0, 0.0]]), torch.tensor([[0], [0]]), before.labels
     )
+
     found = compute_effect(before, after)
     assert (found.changed, found.size, found.accuracy_change, found.num_images) == (
         0.5,
@@ -230,6 +238,7 @@ def test_an_effect_has_its_size_its_intervals_and_the_change_of_accuracy() -> No
     assert found.interval == pytest.approx((0.0, 8**0.5))
     assert found.is_measurable
     assert not found.is_beyond_limit
+
     labels, constant_labels, better = ([[0, 0], row] * 20 for row in ([1, 1], [0, 0], [1, 0]))
     improved = compute_effect(
         build_predictions(constant_labels, labels), build_predictions(better, labels)
@@ -239,6 +248,7 @@ def test_an_effect_has_its_size_its_intervals_and_the_change_of_accuracy() -> No
         0.25,
         True,
     )
+
     same = compute_effect(before, before)
     assert (same.changed, same.size, same.is_measurable) == (0.0, 0.0, False)
     constant = Predictions(torch.full((2, 2), 100.0), before.predicted, before.labels)
@@ -303,22 +313,27 @@ def test_each_task_has_its_own_output() -> None:
     model = center_logits(ViTCLSForMultiTaskClassification(config), PIXELS)
     with torch.no_grad():
         logits = model(PIXELS).logits
+
     found = collect_outputs(model, Batches())
     assert list(found) == ["age", "species"]
     for task, predictions in found.items():
         assert torch.equal(predictions.predicted, logits[task].argmax(-1, keepdim=True))
+
     labels = torch.cat([predictions.predicted for predictions in found.values()], dim=1)
     labels[:3, 0] = IGNORED_LABEL
     labels[3, 0] = (labels[3, 0] + 1) % 7
+
     known = collect_outputs(model, Batches(labels))
     assert known["age"].compute_accuracy() == pytest.approx(2 / 3)
     assert known["species"].compute_accuracy() == 1
+
     effects = compute_ablations(model, Batches(labels))["information"]
     drops = {
         task: effect.redraw_drop is not None for task, effect in effects["registers[0]"].items()
     }
     assert drops == {"age": False, "species": True}
     assert effects["cls"]["age"].null_sizes == ()
+
     for index, key in enumerate(("cls[0]", "cls[1]")):
         with replace_by_means(model, [index], collect_means(model)[:, [index]]):
             after = collect_outputs(model, Batches(labels))

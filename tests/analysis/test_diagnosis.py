@@ -411,6 +411,7 @@ def test_the_last_layers_that_are_used_are_decisive() -> None:
             model.config, replace_ratios(findings, dict.fromkeys(layers, 0.02))
         )
         assert found.headline == word, layers
+
     ratio = found.numbers["second_mode"]["ratio"]
     assert ratio == pytest.approx(6, rel=0.05)
     assert "more registers" not in describe_verdict(found)
@@ -418,6 +419,7 @@ def test_the_last_layers_that_are_used_are_decisive() -> None:
         part in describe_verdict(found) for part in ("layer 7", "2.0%", f" {ratio:.1f} times")
     )
     assert (found.rating, found.numbers["layer"], found.numbers["num_patches"]) == ("bad", 7, 4096)
+
     encoder = diagnose_patches(model.config, replace_ratios(findings, {9: 0.02}), has_head=False)
     assert (encoder.headline, encoder.numbers["layer"]) == ("artifacts", 9)
     assert (
@@ -447,6 +449,7 @@ def test_registers_absorb_outliers_only_if_outliers_increase_without_them() -> N
     assert "absorb outliers" in absorbed
     assert "0.00%" in absorbed
     assert "3.00%" in absorbed
+
     for before, after, is_increase in (
         (0.02, 0.033, False),
         (0.02, 0.036, True),

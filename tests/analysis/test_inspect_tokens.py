@@ -103,6 +103,7 @@ def test_the_page_names_the_commit_of_a_model_on_the_hub(
     page = tmp_path / "new" / "folders" / "report.html"
     figures = tmp_path / "other" / "folders" / "figures.json"
     flags = [str(image_folder / "owl"), "--output", str(page), "--json", str(figures)]
+
     with running_hub(tmp_path / "hub") as hub:
         point_client_at(hub.url, None, monkeypatch, tmp_path / "home")
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -110,6 +111,7 @@ def test_the_page_names_the_commit_of_a_model_on_the_hub(
         printed = capsys.readouterr().out
         assert run_in_process("inspect_tokens.py", "--model", "ann/pets@v2", *flags) == 1
     assert "v2" in capsys.readouterr().err
+
     (commit,) = (tmp_path / "cache" / "models--ann--pets" / "snapshots").iterdir()
     text = page.read_text()
     found = json.loads(figures.read_text())
@@ -125,6 +127,7 @@ def test_the_page_names_the_commit_of_a_model_on_the_hub(
         "register 2",
         "all 2 registers",
     ]
+
     lines = printed.splitlines()
     checks = [check["statement"] for check in found["map_checks"].values()]
     assert len(checks) == 2

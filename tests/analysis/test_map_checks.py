@@ -64,6 +64,7 @@ def test_checks_average_over_images() -> None:
     images = [image.unsqueeze(0) for image in build_images(6)]
     found = check_maps(model, images, seed=3)
     assert list(found) == ["attribution", "rollout"]
+
     generator = torch.Generator().manual_seed(3)
     shuffled = copy_with_shuffled_weights(model, generator)
     curves: dict[str, list[torch.Tensor]] = {"attribution": [], "rollout": [], "random": []}

@@ -200,10 +200,12 @@ def test_each_task_has_its_own_effects(trained_tasks: Any) -> None:
         assert f"({task})" in describe_verdict(found[f"CLS {task}"])
         assert found[f"task {task}"].headline == "better than chance"
     assert "all 2 CLS tokens" in found
+
     decided = [
         row["token"] for row in build_effect_rows(list(found.values())) if "•" in row["ablation"]
     ]
     assert decided == [name for name, verdict in found.items() if "decided_by" in verdict.numbers]
+
     with torch.no_grad():
         trained_tasks.classifiers["task_size"].weight *= 10
         scaled = judge_tasks(trained_tasks)

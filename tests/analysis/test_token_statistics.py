@@ -160,6 +160,7 @@ def test_statistics_over_images_are_means() -> None:
     oblong = build_images(2, 24, 40)
     together = collect_findings(model, pixels, oblong)
     assert together.num_images == 7
+
     for batches in (
         (pixels[:1], pixels[1:4], pixels[4:], oblong),
         (oblong[:1], pixels, oblong[1:]),
@@ -197,6 +198,7 @@ def test_variation_is_the_distance_from_the_mean_of_the_images() -> None:
         [run_eager(model, image)[1][:, :6] for image in build_images(4)]
     ).double()  # [B, L + 1, S, D]
     means = states.mean(dim=0)
+
     distances = (states - means).square().sum(dim=-1).mean(dim=0).sqrt()  # [L + 1, S]
     expected = distances / means.norm(dim=-1)
     by_channel = (states - means).square().mean(dim=0).sqrt() / means.abs()  # [L + 1, S, D]
@@ -208,6 +210,7 @@ def test_variation_is_the_distance_from_the_mean_of_the_images() -> None:
     assert get_largest_difference(found.mean_states.double(), means) <= TOLERANCE
     # embeddings do not depend on the image
     assert found.variation[0].max() <= 1e-6 < 1e-2 < found.variation[1:].min()
+
     # [L + 1, S, S]
     pairs = (states.unsqueeze(3) - states.unsqueeze(2)).square().sum(dim=-1).mean(dim=0).sqrt()
     assert get_largest_difference(found.state_distance.double(), pairs) <= 1e-4
@@ -324,6 +327,7 @@ def test_every_class_has_statistics_and_is_not_changed(name: str) -> None:
     }
     model = randomize(models[name])
     state = {key: value.clone() for key, value in model.state_dict().items()}
+
     found = collect_findings(model.train(), build_images())
     assert model.training
     assert found.entropy.isfinite().all()
@@ -332,6 +336,7 @@ def test_every_class_has_statistics_and_is_not_changed(name: str) -> None:
     assert (
         compute_attention_rollout(model, build_images()).sum(dim=-1) - 1
     ).abs().max() <= TOLERANCE
+
     encoder = randomize(ViTCLSModel(model.config))
     encoder.load_state_dict(getattr(model, "vitcls", model).state_dict(), strict=False)
     assert (

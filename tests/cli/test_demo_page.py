@@ -288,6 +288,7 @@ def test_only_uploaded_images_and_examples_are_opened(
     (uploads / "link.png").symlink_to(secret)
     blocks = page.build_page(build_classifier(), PROCESSOR, "mine", [example])
     assert call_page(blocks, {"path": str(example)}, 1)[0]
+
     paths = (
         secret,
         f"{uploads}/../secret.png",

@@ -21,6 +21,7 @@ def test_the_environment_names_versions_and_the_machine_but_no_secrets(
     logging.enable_progress_bar()
     assert run_here("env") == 0
     assert not logging.is_progress_bar_enabled()
+
     printed = capsys.readouterr().out
     facts = {
         name: text.strip()
@@ -31,6 +32,7 @@ def test_the_environment_names_versions_and_the_machine_but_no_secrets(
     assert facts["platform"] == platform.platform()
     assert facts["CPU kernels"] == "off"
     assert "hf_secret" not in printed
+
     if not torch.cuda.is_available():
         assert (
             facts["device"]

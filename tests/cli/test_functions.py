@@ -150,6 +150,7 @@ def test_errors_name_the_argument(tmp_path: Path) -> None:
         build_options(
             FinetuneOptions, model="m", dataset="digits", output_dir="o", learning_rate="1e-4"
         )
+
     for size in ("native", 32, [32, 48]):
         options = build_options(
             FinetuneOptions, model="m", dataset="digits", output_dir="o", image_size=size

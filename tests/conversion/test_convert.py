@@ -138,6 +138,7 @@ def test_the_parity_report_has_the_differences_at_two_sizes(
         assert native["image_size"][0] == native["image_size"][1]
         assert rectangle["image_size"][0] < rectangle["image_size"][1]
     assert report["source_class"] == "ViTForImageClassification"
+
     num_parameters = ViTCLSForImageClassification.from_pretrained(folder).num_parameters()
     assert (report["num_parameters"], report["num_labels"]) == (num_parameters, 3)
     assert report["source"].startswith("transformers:")
@@ -398,6 +399,7 @@ def test_remote_code_is_never_run(
     settings = {"model_type": "evil", "image_processor_type": "Evil", "auto_map": references}
     path = tmp_path / "source" / file
     path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | settings))
+
     if file == "config.json":
         with raises_one_line("remote code", error=OSError):
             convert_checkpoint(source, tmp_path / "made")
@@ -416,6 +418,7 @@ def test_half_precision_is_kept_if_conversion_is_exact(tmp_path: Path) -> None:
     half = build_vit_classifier().to(torch.bfloat16)
     made = convert_checkpoint(save_checkpoint(half, tmp_path / "source"), tmp_path / "made")
     assert max(made["comparisons"][0]["differences"].values()) <= LIMIT
+
     weights = load_file(tmp_path / "made" / "model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
     sizes = {
@@ -428,6 +431,7 @@ def test_half_precision_is_kept_if_conversion_is_exact(tmp_path: Path) -> None:
     radio = transformers.RadioModel(
         transformers.RadioConfig(**sizes, image_size=32, max_img_size=64)
     )
+
     made = convert_checkpoint(
         save_checkpoint(randomize_weights(radio).half(), tmp_path / "radio"),
         tmp_path / "radio made",

@@ -74,6 +74,7 @@ def test_the_card_requires_no_remote_code(tmp_path: Path, monkeypatch: pytest.Mo
             tmp_path / "native", to="transformers", model=str(save(Path("mine"), **DEMO))
         )
     )
+
     card = ModelCard.load(tmp_path / "native" / "README.md")
     assert card.data.license == "mit"
     assert card.data.pipeline_tag == "image-classification"
@@ -83,6 +84,7 @@ def test_the_card_requires_no_remote_code(tmp_path: Path, monkeypatch: pytest.Mo
         "`path/to/mine`, converted to the transformers class `Dinov2WithRegistersForImageClassification`."
         in card.text
     )
+
     report = json.loads((tmp_path / "native" / "parity_report.json").read_text())
     assert (report["source"], report["source_class"]) == (
         "path/to/mine",
@@ -154,6 +156,7 @@ def test_a_native_model_is_pushed_and_verified_without_remote_code(
         )
     )
     pushed = push_folder(ModelFolder(tmp_path / "native"), "ann/native")
+
     names = set(hub.files("ann/native"))
     assert {
         "config.json",
@@ -164,6 +167,7 @@ def test_a_native_model_is_pushed_and_verified_without_remote_code(
     } <= names
     assert "CODE_LICENSE" not in names
     assert not [name for name in names if name.endswith(".py")]
+
     report = verify("ann/native", pushed.commit, ModelFolder(tmp_path / "native"))
     assert "Dinov2WithRegistersForImageClassification" in report
     assert "largest difference 0.0e+00" in report

@@ -54,6 +54,7 @@ def test_notes_name_the_resampling_of_positions() -> None:
         notes = describe_position_embeddings(source, build_tiny_config(**fields))
         assert len(notes) == len(parts)
         assert all(part in note for part, note in zip(parts, notes, strict=True))
+
     source.name = "mine"
     source.model = type("Sapiens2Model", (), {})()
     assert "bfloat16" in str(describe_position_embeddings(source, build_tiny_config(**fields)))

@@ -46,6 +46,7 @@ def test_each_kind_of_weight_has_its_distribution() -> None:
     model = build_model()
     assert randomize_weights(model) is model
     assert not model.training
+
     weights = dict(model.named_parameters()) | dict(model.named_buffers())
     scales = {
         "norm.weight",

@@ -240,18 +240,22 @@ def test_files_are_converted_exactly(
     family, option, build, wrap, resample = FILES[name]
     weights = build()
     file = save(wrap(weights), Path(name))
+
     report = convert_checkpoint(name, tmp_path / "made", family=option)
     assert report["family"] == family
     assert report["source"] == f"path/to/{name}"
     assert len(report["comparisons"]) == 2
     assert "as in the authors' code" in report["notes"][-1]
+
     saved_report = json.loads((tmp_path / "made" / "parity_report.json").read_text())
     assert saved_report["source_sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
     assert str(tmp_path) not in json.dumps(saved_report)
     assert not report["preprocessing"]["assumed_because"]
+
     processor = ViTCLSImageProcessor.from_pretrained(tmp_path / "made")
     assert processor.resample == (2 if family in ("msn", "tips") else 3)
     assert family != "msn" or processor.size.shortest_edge == int(GRID * PATCH / 0.875)
+
     is_classifier = "head.weight" in weights
     assert report["classifier"] == ("kept" if is_classifier else "none")
     model_class = ViTCLSForImageClassification if is_classifier else ViTCLSModel
@@ -386,10 +390,12 @@ def test_dinov3_is_exact_with_stored_and_with_computed_periods(tmp_path: Path) -
     computed = convert_state_dict(
         {n: w for n, w in weights.items() if n != "rope_embed.periods"}, "dinov3"
     )
+
     periods = weights["rope_embed.periods"]
     assert periods.dtype == torch.bfloat16
     assert stored.config.rope_periods == periods.float().tolist()
     assert torch.equal(stored.embeddings.mask_token[0], weights["mask_token"])
+
     images = torch.randn(2, 3, GRID * PATCH, 6 * PATCH)
     for model, expected in (
         (stored, periods.float()),
@@ -404,6 +410,7 @@ def test_dinov3_is_exact_with_stored_and_with_computed_periods(tmp_path: Path) -
     assert (
         stored(images).last_hidden_state - computed(images).last_hidden_state
     ).abs().max() > 1e-4
+
     for mlp, bias in (("plain", True), ("gated", True), ("gated", False)):
         file = save(build_dinov3_weights(mlp, bias), tmp_path / f"{mlp}{bias}.pth")
         report = convert_checkpoint(str(file), tmp_path / f"made {mlp} {bias}")
@@ -545,9 +552,11 @@ def test_npz_files_of_big_vision_are_converted_exactly(name: str, tmp_path: Path
             arrays[key.replace("encoderblock_0", "encoderblock")] = torch.stack(blocks)
     source = FileSource.load(save(arrays, tmp_path / "vit.npz"))
     model: Any = source.convert()
+
     images = torch.randn(2, 3, *source.image_size)
     expected = run_big_vision(weights, images)
     assert (model(images).logits - expected).abs().max() <= LIMIT * expected.abs().max()
+
     processor, preprocessing = source.convert_preprocessing()
     is_rectangular = name == "rectangular patches"  # timm crops only squares
     assert bool(preprocessing["assumed_because"]) == is_rectangular

@@ -224,9 +224,11 @@ def test_evaluation_uses_the_held_out_images_of_the_run(
     trained = run(tmp_path / "run", folder, split_seed=7, held_out_fraction=0.3)
     held_out = read(folder, split_seed=7, held_out_fraction=0.3).held_out
     expected = HeldOutRecord.from_keys(HeldOutRule(0.3, 7), held_out.images.compute_keys())
+
     recorded = read_held_out_record(ModelFolder(tmp_path / "run"))
     assert recorded == read(folder, split_seed=7, held_out_fraction=0.3).build_record()
     assert recorded.sha256 == expected.sha256
+
     measured = evaluate(tmp_path / "run", folder)
     for name in ("num_images", "accuracy", "confusion_matrix"):
         assert measured[name] == trained[name]
@@ -237,9 +239,11 @@ def test_evaluation_uses_the_held_out_images_of_the_run(
         evaluate(tmp_path / "run", folder, split_seed=3)
     with raises_one_line("--held-out-fraction is 0.5", "0.3"):
         evaluate(tmp_path / "run", folder, held_out_fraction=0.5)
+
     same = DataOptions(str(folder), split_seed=7, held_out_fraction=0.3)
     assert get_names(load_evaluation_data(same, None, recorded).images) == get_names(held_out)
     assert "results.json" in list_published_files(ModelFolder(tmp_path / "run"))
+
     model, _ = load_model(ModelFolder(tmp_path / "run"), use_head=True)
     options = InspectOptions(str(tmp_path / "run"), dataset=str(folder))
     images = open_images(options, model, read_held_out_record(ModelFolder(tmp_path / "run")))

@@ -162,6 +162,7 @@ def test_the_image_column_contains_images() -> None:
     options = DataOptions(dataset="table")
     image = datasets.Image()
     text = datasets.Value("string")
+
     encoded = {"bytes": datasets.Value("binary"), "path": text, "source": text}
     for feature in (image, encoded, datasets.Value("binary")):
         assert (
@@ -175,6 +176,7 @@ def test_the_image_column_contains_images() -> None:
     assert find_image_column(options, {"box": {"path": text}, "id": text, "file": text}) == "file"
     for name in "image img picture photo pixel_values file_name filename file path jpg png".split():
         assert find_image_column(options, {"a": text, name: text}) == name
+
     for name in "label labels class target category fine_label cls".split():
         features = {"image": image, "a": text, name: INTEGERS}
         assert build_label_reader(

@@ -223,6 +223,7 @@ def test_damaged_folders_in_the_format_of_mnist_are_named(tmp_path: Path) -> Non
         with raises_one_line("train-images-idx3-ubyte.gz"):
             read(tmp_path)
     file.write_bytes(whole)
+
     (tmp_path / "train-labels-idx1-ubyte.gz").unlink()
     with raises_one_line("train-labels-idx1-ubyte"):
         read(tmp_path)
@@ -237,6 +238,7 @@ def test_the_largest_label_of_both_splits_sets_the_number_of_mnist_classes(
     monkeypatch.chdir(tmp_path / "mine")
     # the other split has fewer classes
     assert len(load_splits(DataOptions(".")).label_space.names) == 12
+
     (tmp_path / "mine" / "t10k-images-idx3-ubyte").unlink()
     splits = load_splits(DataOptions("."))
     assert (splits.name, splits.names, list(splits.images_by_split)) == (
@@ -245,6 +247,7 @@ def test_the_largest_label_of_both_splits_sets_the_number_of_mnist_classes(
         ["train"],
     )
     assert splits.label_space.names == [str(index) for index in range(12)]
+
     (tmp_path / "test").mkdir()
     for kind in ("images-idx3", "labels-idx1"):  # only the second split
         name = f"{kind}-ubyte"
@@ -252,9 +255,11 @@ def test_the_largest_label_of_both_splits_sets_the_number_of_mnist_classes(
             (tmp_path / "mine" / f"train-{name}").read_bytes()
         )
     assert load_splits(DataOptions(str(tmp_path / "test"))).names == ["test"]
+
     unlabeled = load_splits(DataOptions("."), use_labels=False)
     assert unlabeled.images_by_split["train"].labels == [-100] * 12
     assert unlabeled.label_space.columns == {}
+
     for count in (11, 13):
         write_idx(tmp_path / "mine" / "train-labels-idx1-ubyte", np.arange(count, dtype=np.uint8))
         with raises_one_line("train-images-idx3-ubyte", f"12 images, but {count} labels"):

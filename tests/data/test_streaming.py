@@ -388,6 +388,7 @@ def test_a_streamed_table_of_paths_has_the_labels_of_its_rows(tmp_path: Path) ->
         (tmp_path / f"{index}.png").write_bytes(encode_example(index))
         rows.append(f"{index}.png,{'even' if index % 2 == 0 else 'odd'}")
     (tmp_path / "list.csv").write_text("\n".join(rows), encoding="utf-8")
+
     data = read(tmp_path / "list.csv", label_names=("even", "odd"), label_column=("kind",))
     assert data.name == "list.csv"
     with raises_one_line(f"list.csv: the image {tmp_path / '1.png'} has the label 'odd'"):
@@ -399,6 +400,7 @@ def test_a_streamed_table_of_paths_has_the_labels_of_its_rows(tmp_path: Path) ->
         )
     assert list(data.held_out.labels) == [number % 2 for number in get_held_out(data)]
     assert data.held_out.images.get_names() == [f"{number}.png" for number in get_held_out(data)]
+
     tags = read(
         tmp_path / "list.csv",
         label_names=("odd", "even"),

@@ -310,9 +310,11 @@ def test_the_report_describes_inputs_and_outputs(exported: tuple[Any, Path]) -> 
     _, file = exported
     report = json.loads((file.parent / "model.onnx.json").read_text())
     weights_sha256 = hash_weights(file.parents[2] / "model")
+
     results = RUN | {"weights_sha256": weights_sha256, "files": {"model.onnx": report}}
     assert json.loads((file.parent / "results.json").read_text()) == results
     assert str(file.parents[2]) not in json.dumps(report)
+
     names = ("model.onnx", "model.onnx.data")
     heads = MODELS["tokens"][2]
     versions, tried, largest = (
@@ -350,6 +352,7 @@ def test_the_report_describes_inputs_and_outputs(exported: tuple[Any, Path]) -> 
     assert speed["images_per_second"] > 0
     assert (preprocessing["resample"], preprocessing["crop_rounding"]) == ("bicubic", "down")
     assert versions.keys() >= {"torch", "timm", "onnx", "onnxruntime", "onnxscript", "transformers"}
+
     shapes = [tuple(trial["shape"]) for trial in tried]
     assert shapes == [(3, 3, 32, 48), (2, 3, 24, 64), (1, 3, 48, 37), (1, 3, 16, 8)]
     for name in heads:
@@ -397,16 +400,19 @@ def test_the_description_of_a_graph_names_its_axes_and_labels() -> None:
         "logits": torch.zeros(2, 3),
     }
     dynamic, fixed = (GraphShape((32, 32), (8, 8), is_dynamic) for is_dynamic in (True, False))
+
     axes = {
         "tokens": ["batch", "tokens", 8],
         "maps": ["batch", 8, "rows", "columns"],
         "logits": ["batch", 3],
     }
     assert exporter.get_output_shapes(outputs, dynamic) == axes
+
     fixed_axes = {"tokens": ["batch", 17, 8], "maps": ["batch", 8, 4, 4], "logits": ["batch", 3]}
     assert exporter.get_output_shapes(outputs, fixed) == fixed_axes
     config = build_tiny_config(num_cls_tokens=2, tasks={"b": ["x", "y"], "a": 1})
     assert exporter.get_label_names(config, ["a", "b"]) == {"a": ["LABEL_0"], "b": ["x", "y"]}
+
     config = build_tiny_config(image_size=[32, 64])  # the patch size is 8
     shapes = exporter.select_image_shapes(config, GraphShape((32, 48), (16, 16), True))
     assert shapes == [
@@ -416,6 +422,7 @@ def test_the_description_of_a_graph_names_its_axes_and_labels() -> None:
         (1, 3, 48, 33),
         (1, 3, 16, 16),
     ]
+
     shapes = exporter.select_image_shapes(config, GraphShape((8, 8), (16, 24), True))
     assert shapes == [
         (1, 3, 32, 64),
@@ -424,6 +431,7 @@ def test_the_description_of_a_graph_names_its_axes_and_labels() -> None:
         (1, 3, 16, 24),
         (1, 3, 16, 24),
     ]
+
     expected, found = (
         [{"logits": torch.tensor(values)}] for values in ([[3.0, 4.0]], [[3.0, 0.0]])
     )
@@ -434,6 +442,7 @@ def test_the_description_of_a_graph_names_its_axes_and_labels() -> None:
         "cosine_similarity": pytest.approx(0.6),
         "top1_agreement": 0.0,
     }
+
     encoded = [{"last_hidden_state": torch.ones(1, 2, 3)}]
     assert compare_outputs_on_images(encoded, encoded)["top1_agreement"] is None
     assert exporter.get_label_names(config, list(encoded[0])) == {}

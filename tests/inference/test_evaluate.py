@@ -243,6 +243,7 @@ def test_the_results_describe_the_evaluation(
     monkeypatch.setattr(evaluate_module, "time", clock)
     results = evaluate_checkpoint(options)
     assert json.loads(output.read_text(encoding="utf-8")) == results
+
     accelerator = build_accelerator(mixed_precision="bf16")
     pixel_values = processor(images[1:], return_tensors="pt")["pixel_values"].to(accelerator.device)
     with torch.no_grad(), accelerator.autocast():
@@ -250,6 +251,7 @@ def test_the_results_describe_the_evaluation(
     targets = torch.tensor([1, 0, 1, 0, 1])
     is_correct = (logits.argmax(1) == targets).tolist()
     assert 0 < sum(is_correct) < 5
+
     expected = {
         "model": options.model,
         "dataset": str(data),
@@ -269,6 +271,7 @@ def test_the_results_describe_the_evaluation(
         "num_unreadable_images": 1,
     }
     assert results | expected == results
+
     printed = capsys.readouterr().out
     (warning,) = (line for line in printed.splitlines() if line.startswith("WARNING: "))
     assert "[b]dark/6.png' has 3 channels, but the model requires 1" in warning
@@ -294,14 +297,17 @@ def test_streamed_images_have_the_same_loss(
         unknown_dataset=data.dataset,
     )
     metrics = evaluate_checkpoint(options)
+
     rows = pd.read_parquet(options.per_image)
     assert metrics["num_images"] == 2 * NUM_IMAGES
     assert rows["index"].tolist() == list(range(2 * NUM_IMAGES))
     assert {Path(name).stem for name in rows["image"]} == set(map(str, range(2 * NUM_IMAGES)))
     assert metrics["loss"] == close(by_one_process["single"]["loss"])
+
     unknown = {"dataset": "data", "split": "test", "num_images": 2 * NUM_IMAGES, "flagged": None}
     # the same images
     assert metrics["unknown"] == unknown | {"auroc": pytest.approx(0.5, abs=0.01)}
+
     (tmp_path / "data" / "test" / "zebra").mkdir()
     (tmp_path / "data" / "test" / "zebra" / "0.png").symlink_to(tmp_path / "single0.png")
     reset_accelerate()
@@ -330,6 +336,7 @@ def test_two_processes_evaluate_a_saved_model(
         "per_class",
         "accuracy",
     }
+
     printed = (two_process_folder / "stdout").read_text(encoding="utf-8")
     assert f"{two['accuracy']:.2%}" in printed
     assert "digits.json" in printed

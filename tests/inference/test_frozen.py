@@ -106,6 +106,7 @@ def test_the_named_split_is_evaluated_without_unreadable_images(
     monkeypatch.setattr(
         frozen, "time", SimpleNamespace(perf_counter=iter([10.0, 11.234, 20.0]).__next__)
     )
+
     results = run(model, "knn", data=data, split="validation")
     assert (results["seconds"], results["images_per_second"]) == (1.23, 14.6)  # 18 images
     assert (results["split"], results["num_training_images"], results["num_images"]) == (
@@ -114,6 +115,7 @@ def test_the_named_split_is_evaluated_without_unreadable_images(
         7,
     )
     assert results["num_unreadable_images"] == 2
+
     gray = save_model(tmp_path / "gray", num_channels=1)
     processor = ViTCLSImageProcessor(size=16, do_convert_rgb=False, image_mean=0.5, image_std=0.5)
     processor.save_pretrained(gray)
@@ -142,10 +144,12 @@ def test_results_equal_scikit_learn(
         "frozen": frozen
     }
     assert "versions" in results
+
     printed, rows = capsys.readouterr().out, results["rows"]
     before, _, after = printed.partition(dataset)
     assert re.findall(r"\d+", before) == ["15", "7"]
     assert f"; {results['images_per_second']:,} " in after
+
     for row in rows:
         cells = [
             row["token"],
@@ -156,6 +160,7 @@ def test_results_equal_scikit_learn(
     assert [row["token"] for row in rows] == TOKENS
     assert (results["num_training_images"], results["num_images"]) == (15, 7)
     assert len({row["accuracy"] for row in rows}) > 1
+
     splits = [load_evaluation_data(data, split) for split in ("train", "validation")]
     labels = [np.array(split.label_space.names)[split.images.labels] for split in splits]
     train, held_out = (encode(model, split.images.images) for split in splits)

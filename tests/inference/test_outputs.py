@@ -48,6 +48,7 @@ def test_lists_and_half_precision_are_written_to_every_format(tmp_path: Path) ->
     ]
     for suffix in (".csv", ".json", ".jsonl"):
         write_rows(rows, get_output_columns(types), tmp_path / f"out{suffix}")
+
     with (tmp_path / "out.csv").open(newline="", encoding="utf-8") as file:
         header, *found = csv.reader(file)
     assert header == ["index", "image", "labels", "p", "unknown", "error"]
@@ -55,6 +56,7 @@ def test_lists_and_half_precision_are_written_to_every_format(tmp_path: Path) ->
         ["0", "a\\nb,c", "x|ü", "0.5|0.25", "True", ""],
         ["1", "d", "", "", "", "unreadable"],
     ]
+
     expected = [
         {"index": 0, "image": "a\nb,c", "labels": ["x", "ü"], "p": [0.5, 0.25]},
         {
@@ -68,6 +70,7 @@ def test_lists_and_half_precision_are_written_to_every_format(tmp_path: Path) ->
     ]
     expected[0] |= {"unknown": True, "error": None}
     assert json.loads((tmp_path / "out.json").read_text(encoding="utf-8")) == expected
+
     write_rows([{"index": 0}] * 1025, get_output_columns({}), tmp_path / "out.parquet")
     assert pq.read_metadata(tmp_path / "out.parquet").num_row_groups == 2
     lines = (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()

@@ -133,6 +133,7 @@ def test_norms_start_as_identities_biases_at_zero_and_other_weights_normal() -> 
     torch.manual_seed(0)
     model = ViTCLSForMaskedImageModeling(config), ViTCLSForImageClassification(config)
     seen = []
+
     for name, parameter in (pair for one in model for pair in one.named_parameters()):
         if name.endswith(("bias", "relative_position_bias.tables")):
             assert not parameter.any(), name
@@ -443,10 +444,12 @@ def test_a_new_classifier_is_random_and_the_encoder_is_kept(tmp_path: Path, head
     encoder = {name: weight.clone() for name, weight in model.vitcls.state_dict().items()}
     old = model(build_images()).cls_logits
     model.reset_classifier(5)
+
     logits = model(build_images()).logits
     assert logits.shape == (2, 5)
     assert logits.dtype == torch.float64
     assert 0 < logits.std() < old.std()
+
     for head in (model.classifier, model.distillation_classifier):
         biases = [parameter for name, parameter in head.named_parameters() if name.endswith("bias")]
         assert biases
@@ -463,6 +466,7 @@ def test_a_new_classifier_is_random_and_the_encoder_is_kept(tmp_path: Path, head
         torch.equal(weight, encoder[name]) for name, weight in model.vitcls.state_dict().items()
     )
     assert torch.equal(save_and_load(model, tmp_path)(build_images()).logits, logits)
+
     model.reset_classifier(3)
     assert model.config.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
     model.reset_classifier(0)

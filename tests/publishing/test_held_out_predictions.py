@@ -68,6 +68,7 @@ def test_wrong_images_and_prediction_sets_are_counted(folder: Path) -> None:
     wrong = rows[rows["label"] != rows["prediction"]].sort_values("loss")
     num_images = wrong["index"].tolist()[-1]  # the image with the highest loss is missing
     images = LabeledImages([Image.new("RGB", (300, 200))] * num_images, [0] * num_images)
+
     found = describe_predictions(ModelFolder(folder), build_data(images))
     assert found["num_wrong"] == len(wrong) > 12 == len(found["wrong"])
     assert found["num_images"] == 400
@@ -79,14 +80,17 @@ def test_wrong_images_and_prediction_sets_are_counted(folder: Path) -> None:
     assert [row["index"] < num_images for row in found["wrong"]] == [
         row["url"] is not None for row in found["wrong"]
     ]
+
     urls = [row["url"] for row in found["wrong"] if row["url"]]
     assert urls
     assert all(Image.open(urlopen(url)).size == (240, 160) for url in urls)
+
     # Split conformal prediction by hand.
     probabilities = np.stack(rows["probabilities"])
     targets = np.array([NAMES.index(name) for name in rows["label"]])
     scores = np.sort(1 - probabilities[::2][range(200), targets[::2]])
     sets = 1 - probabilities[1::2] <= scores[int(np.ceil(201 * 0.9)) - 1]
+
     everything, *classes = found["sets"]
     assert [row["class"] for row in classes] == NAMES
     assert sum(row["images"] for row in classes) == 200

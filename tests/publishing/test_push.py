@@ -95,11 +95,13 @@ def test_a_push_is_one_commit_of_the_model_files(
     enable_progress_bars()
     pushed = push_folder(ModelFolder(folder), "ann/model")
     assert "%" not in capsys.readouterr().err  # progress bars
+
     repository = hub.repositories["ann/model"]
     assert len(repository.commits) == 2
     assert repository.branches == {"main": pushed.commit}
     assert not repository.private
     assert pushed.summary == f"{hub.url}/ann/model/commit/{pushed.commit} (public)"
+
     accompanying = {
         "README.md",
         "results.json",
@@ -114,6 +116,7 @@ def test_a_push_is_one_commit_of_the_model_files(
     for name in MODEL_FILES | {"results.json"}:
         assert hub.read("ann/model", name) == (folder / name).read_bytes()
     assert hub.files("ann/model")[WEIGHTS].is_lfs
+
     recipe = yaml.safe_load(hub.read("ann/model", "config.resolved.yaml"))
     flags = {"output_dir": "my-model", "model": "vitcls-tiny", "dataset": "digits", "epochs": 3.0}
     assert list(recipe.items()) == list(flags.items())  # in this order
@@ -128,10 +131,12 @@ def test_only_files_that_the_package_wrote_are_pushed(hub: LocalHub, folder: Pat
     (folder / "onnx" / "report.json").write_text(
         json.dumps({"weights_sha256": hash_weights(folder)})
     )
+
     write_export(folder, sha256={"model.xml": "", "model.bin": "", "notes.txt": ""})
     assert (
         run_here("push", "--model", str(folder), "--hub-model-id", "ann/model", "--no-verify") == 0
     )
+
     published = set(hub.files("ann/model"))
     assert {"images/attention.png", "onnx/model.onnx", "model.bin", "LICENSE"} <= published
     planted = [
@@ -149,6 +154,7 @@ def test_only_files_that_the_package_wrote_are_pushed(hub: LocalHub, folder: Pat
     ]
     for name in planted:
         (folder / name).write_bytes(b"private")
+
     (folder / "LICENSE.link").symlink_to("/etc/hostname")
     assert (
         run_here("push", "--model", str(folder), "--hub-model-id", "ann/model", "--no-verify") == 0
@@ -263,12 +269,15 @@ def test_onnx_files_are_pushed_only_with_the_weights_they_were_created_from(
     (folder / "onnx" / "report.json").write_text(json.dumps(report))
     push_folder(ModelFolder(folder), "ann/model")
     assert {"onnx/model.onnx", "onnx/report.json"} <= set(hub.files("ann/model"))
+
     card = hub.read("ann/model", "README.md").decode()
     assert "| `onnx/model.onnx` | 2.5e-07 | 100.00% | 97.25% |\n" in card
     assert "97.40%" in card
+
     save_with_processor(
         vitcls.ViTCLSForImageClassification(build_tiny_config(num_register_tokens=2)), folder
     )
+
     push_folder(ModelFolder(folder), "ann/model")
     assert not [name for name in hub.files("ann/model") if name.startswith("onnx/")]
     assert "onnx" not in hub.read("ann/model", "README.md").decode()
@@ -372,9 +381,11 @@ def test_a_push_removes_outdated_files_of_its_branch_and_keeps_others(
     model = vitcls.ViTCLSForImageClassification(build_tiny_config())
     model.save_pretrained(folder, max_shard_size="20KB")
     assert ModelFolder(folder).num_parameters == model.num_parameters()
+
     write_results(folder)
     push_folder(ModelFolder(folder), "ann/model", branch="new")
     names = set(hub.files("ann/model", "new"))
+
     shards = {path.name for path in folder.glob("model-*.safetensors")}
     assert len(shards) > 1
     assert shards | {"notes.md", "results.json"} <= names
@@ -384,6 +395,7 @@ def test_a_push_removes_outdated_files_of_its_branch_and_keeps_others(
         "parity_report.json",
         "checkpoints/step-1/state.json",
     }
+
     (folder / "report.html").write_text("new")
     again = push_folder(ModelFolder(folder), "ann/model", branch="new").commit  # the branch exists
     assert hub.repositories["ann/model"].branches == {"main": main, "new": again}

@@ -248,6 +248,7 @@ def test_the_table_compares_rows_of_the_same_batch_and_precision(
         for each, speed in speeds.items()
     ]
     text = format_markdown(rows, BenchmarkOptions("m", backends=("torch",), peers=("timm",)))
+
     cells = [
         [cell.split(" (")[0].strip() for cell in line.split("|")[1:-1]]
         for line in text.splitlines()[2:7]

@@ -79,16 +79,19 @@ def test_a_checkpoint_comes_back_to_the_bit(store: CheckpointStore) -> None:
         "big": 2**63 + 1,
         "nested": {"name": ["é", True, -0.0]},
     }
+
     store.save(7, {"model": tensors}, facts, is_best=False)
     assert list_files(store.folder) == [
         "step-00000007",
         "step-00000007/model.safetensors",
         "step-00000007/state.json",
     ]
+
     checkpoint = store.load_newest(pytest.fail)
     assert checkpoint is not None
     assert checkpoint.step == 7
     assert json.dumps(checkpoint.metadata) == json.dumps(facts)
+
     loaded = checkpoint.load_tensors("model")
     assert loaded.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -319,6 +322,7 @@ def test_a_full_disk_keeps_the_earlier_checkpoints(store: CheckpointStore, large
     tensors = {"model": {"weight": torch.ones(500_000)}} if large == "model" else build_tensors(20)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+
     try:
         words = (
             f"cannot write the checkpoint of step 20 to {store.folder}",

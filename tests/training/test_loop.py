@@ -210,6 +210,7 @@ def test_steps_equal_a_plain_training_loop() -> None:
             group["lr"] = group["lr_scale"] * 0.5 * (1 + math.cos(math.pi * step / 3)) / 2
         optimizer.step()
         optimizer.zero_grad()
+
     bench.run()
     assert [record["gradient_norm"] for record in bench.records] == pytest.approx(norms, rel=1e-4)
     assert min(norms) > 0.2  # all steps are clipped
@@ -320,11 +321,13 @@ def test_the_average_is_evaluated_and_the_weights_stay() -> None:
     for _ in range(4):
         bench.loop.run_step(batches)
         reference.update_parameters(bench.model)
+
     shadow = list(reference.module.parameters())
     assert all(
         torch.equal(mine, theirs)
         for mine, theirs in zip(bench.state.ema.shadow, shadow, strict=True)
     )
+
     evaluated = bench.evaluations[-1].values()
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(evaluated, shadow, strict=True))
     assert any(

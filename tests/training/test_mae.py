@@ -44,14 +44,17 @@ def test_loss_and_reconstruction_equal_transformers() -> None:
     for name in ("weight", "bias"):  # rows, columns, channels -> channels, rows, columns
         pixels = state.pop(f"decoder_pred.{name}").unflatten(0, (8, 8, 3))
         state[f"decoder.projection.{name}"] = pixels.movedim(2, 0).flatten(0, 2)
+
     missing, unexpected = ours.load_state_dict(state, strict=False)
     assert not unexpected
     assert all(name.startswith("vitcls.") for name in missing)
+
     pixels = build_images(3)
     noise = torch.rand(3, 16)
     with torch.no_grad():
         expected = theirs(pixels, noise=noise)
         found = ours(pixels, expected.mask.bool())
+
     reconstruction = theirs.unpatchify(expected.logits)
     torch.testing.assert_close(found.loss, expected.loss, atol=1e-5, rtol=0)
     torch.testing.assert_close(found.reconstruction, reconstruction, atol=1e-5, rtol=0)

@@ -409,6 +409,7 @@ def test_added_tokens_are_trained_with_their_positions_and_gates(
     new = {"gates.gates"} | {
         f"embeddings.{name}" for name in ("distillation_token", "register_tokens")
     }
+
     new |= {f"embeddings.position_embeddings.{group}" for group in ("distillation", "registers")}
     assert new <= found
     assert "embeddings.position_embeddings.cls" not in found
@@ -527,10 +528,12 @@ def test_large_checkpoints_are_fine_tuned_at_224_pixels(
     options = ModelOptions(str(tmp_path), image_size=flag)
     options, line = choose_image_size(options, resolve_initial_model(options.model))
     label_space = LabelSpace("single_label_classification", {"label": ["yes", "no"]})
+
     model, processor, _ = build_initial_model(options, label_space)
     assert (
         model.config.image_height_width == expected == (processor.size.height, processor.size.width)
     )
+
     if flag is None and expected != config.image_height_width:
         sizes = [
             " x ".join(dict.fromkeys(map(str, size)))

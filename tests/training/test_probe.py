@@ -193,6 +193,7 @@ def test_a_learning_rate_that_is_too_large_ends_with_the_frozen_model(
     }
     options = build_options(tmp_path / "run", encoder, **flags, weight_decay=10.0)
     results = run_training(options)
+
     records = [
         record for record in read_metrics(tmp_path / "run") if "selection_accuracy" in record
     ]
@@ -200,10 +201,12 @@ def test_a_learning_rate_that_is_too_large_ends_with_the_frozen_model(
         record["selection_accuracy"] <= results["selection"]["accuracy"] for record in records
     )
     assert results["selection"]["step"] == 0
+
     data = prepare_setup(options).data
     expected = fit_reference(
         tmp_path / "run", results["frozen"], [data.train, data.selection], data.held_out.images
     )
+
     logits = (
         compute_logits(tmp_path / "run", data.held_out.images)
         * results["calibration"]["temperature"]
@@ -265,11 +268,13 @@ def test_fine_tuning_starts_from_the_regression(
     }
     options = build_options(tmp_path / "run", encoder, **flags)
     results = run_training(options)
+
     frozen = results["frozen"]
     assert results["selection"]["step"] == 0
     assert results["selection"]["num_images"] == 50
     # the loss of a random classifier
     assert read_metrics(tmp_path / "run")[0]["loss"] < 0.6 * math.log(10)
+
     capsys.readouterr()
     (tmp_path / "run" / "results.json").unlink()
     weights = tmp_path / "run" / "checkpoints" / "step-00000002" / "model.safetensors"
@@ -278,9 +283,11 @@ def test_fine_tuning_starts_from_the_regression(
     state = read_state(file.parent)
     state["metadata"] |= {"best_score": 0.0, "margin": 0.0}  # any evaluation is better
     file.write_text(format_state(state), encoding="utf-8")
+
     resumed = run_training(replace(options, run=replace(options.run, resume=True)))
     assert resumed["frozen"] == frozen
     assert resumed["selection"]["step"] == 2
+
     printed = capsys.readouterr().out
     assert f"the checkpoint {weights.parent} is damaged" in printed
     assert "resumed   after step 1 of 2" in printed
@@ -439,6 +446,7 @@ def test_the_own_geometry_that_wins_is_saved_as_it_was(encoder: Path, tmp_path: 
     flags = {"model": own, "probe": True, "select": None}
     results = run_training(build_tiny_options(tmp_path / "run", folder, **flags))
     assert results["frozen"]["geometry"]["losses"].keys() == {"crop", "squash"}
+
     saved = ViTCLSImageProcessor.from_pretrained(tmp_path / "run")
     image = Image.open(folder / "a" / "0.png")
     expected, found = (

@@ -112,12 +112,14 @@ def test_the_flags_and_the_checkpoint_determine_the_batches(tmp_path: Path) -> N
     train, options, task = run.data.train, run.options, run.setup
     plan = build_batch_plan(len(train), options.training, 1)
     assert [*run.plan.iterate_keys(0)] == [*plan.iterate_keys(0)]
+
     augmentation = build_augmentation(
         options.augmentation, ViTCLSImageProcessor(size=[24, 32], resample=0)
     )
     images = TrainingImages(train, BatchBuilder(augmentation, to_rgb=False, seed=5, num_channels=1))
     expected = next(iterate_training_batches(images, run.plan, 0, 0))
     images = build_training_images(options, run.data, task.processor, 1, 0)
+
     batch = next(iterate_training_batches(images, run.plan, 0, 0))
     assert batch["pixels"].shape == (16, 1, 24, 32)
     assert batch.keys() == expected.keys()
@@ -296,19 +298,24 @@ def test_each_image_is_held_out_in_one_fold_and_the_mean_has_an_interval(
         for fold in (1, 2, 3)
     ]
     assert sum(part["num_images"] for part in parts) == 300
+
     accuracies = [part["accuracy"] for part in parts]
     assert summary["mean"] == pytest.approx(sum(accuracies) / 3, abs=1e-6)
     assert summary == json.loads((tmp_path / "run" / "folds.json").read_text(encoding="utf-8"))
+
     half_width = compute_mean_interval(accuracies)[1]
     interval = [summary["mean"] - half_width, summary["mean"] + half_width]
     assert summary["interval"] == pytest.approx(interval, abs=2e-6)
     assert half_width > 0
+
     folds = [
         {"folder": f"fold-{fold}", "accuracy": value} for fold, value in enumerate(accuracies, 1)
     ]
     assert (summary["metric"], summary["folds"]) == ("accuracy", folds)
+
     line = f"mean accuracy {summary['mean']:.2%} (95% interval: {interval[0]:.2%} to {interval[1]:.2%}) over 3 folds"
     assert line in capsys.readouterr().out
+
     reset_accelerate()
     evaluated = evaluate_checkpoint(
         EvaluateOptions(str(tmp_path / "run" / "fold-2"), DIGITS, batch_size=16)
