@@ -393,7 +393,7 @@ def test_limits_are_absolute_and_relative_to_the_largest_value(dtype: str, limit
             exporter.compare_outputs(images, reference, wrong, dtype)
 
 
-def test_the_description_of_a_graph_names_its_axes_and_labels() -> None:
+def test_a_dynamic_graph_has_names_of_axes_where_a_fixed_graph_has_sizes() -> None:
     outputs = {
         "tokens": torch.zeros(2, 17, 8),
         "maps": torch.zeros(2, 8, 4, 4),
@@ -401,19 +401,28 @@ def test_the_description_of_a_graph_names_its_axes_and_labels() -> None:
     }
     dynamic, fixed = (GraphShape((32, 32), (8, 8), is_dynamic) for is_dynamic in (True, False))
 
-    axes = {
+    assert exporter.get_output_shapes(outputs, dynamic) == {
         "tokens": ["batch", "tokens", 8],
         "maps": ["batch", 8, "rows", "columns"],
         "logits": ["batch", 3],
     }
-    assert exporter.get_output_shapes(outputs, dynamic) == axes
+    assert exporter.get_output_shapes(outputs, fixed) == {
+        "tokens": ["batch", 17, 8],
+        "maps": ["batch", 8, 4, 4],
+        "logits": ["batch", 3],
+    }
 
-    fixed_axes = {"tokens": ["batch", 17, 8], "maps": ["batch", 8, 4, 4], "logits": ["batch", 3]}
-    assert exporter.get_output_shapes(outputs, fixed) == fixed_axes
+
+def test_only_outputs_of_classifiers_have_labels() -> None:
     config = build_tiny_config(num_cls_tokens=2, tasks={"b": ["x", "y"], "a": 1})
     assert exporter.get_label_names(config, ["a", "b"]) == {"a": ["LABEL_0"], "b": ["x", "y"]}
+    assert exporter.get_label_names(build_tiny_config(), ["last_hidden_state"]) == {}
 
-    config = build_tiny_config(image_size=[32, 64])  # the patch size is 8
+
+def test_graphs_are_compared_at_the_native_the_smallest_and_other_sizes() -> None:
+    """The native size is 32 x 64 pixels, and the patch size is 8. Sizes are batch, channels, height and width."""
+    config = build_tiny_config(image_size=[32, 64])
+
     shapes = exporter.select_image_shapes(config, GraphShape((32, 48), (16, 16), True))
     assert shapes == [
         (1, 3, 32, 64),
@@ -432,6 +441,8 @@ def test_the_description_of_a_graph_names_its_axes_and_labels() -> None:
         (1, 3, 16, 24),
     ]
 
+
+def test_outputs_are_compared_by_error_cosine_and_label() -> None:
     expected, found = (
         [{"logits": torch.tensor(values)}] for values in ([[3.0, 4.0]], [[3.0, 0.0]])
     )
@@ -442,10 +453,8 @@ def test_the_description_of_a_graph_names_its_axes_and_labels() -> None:
         "cosine_similarity": pytest.approx(0.6),
         "top1_agreement": 0.0,
     }
-
     encoded = [{"last_hidden_state": torch.ones(1, 2, 3)}]
     assert compare_outputs_on_images(encoded, encoded)["top1_agreement"] is None
-    assert exporter.get_label_names(config, list(encoded[0])) == {}
 
 
 # Errors
