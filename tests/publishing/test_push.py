@@ -4,9 +4,7 @@ import hashlib
 import json
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -633,19 +631,15 @@ def test_a_failed_push_prints_the_command_that_completes_it(hub: LocalHub, folde
         push_folder(ModelFolder(folder), "ann/model", private=True, branch="new")
 
 
-def test_a_push_is_verified_unless_a_flag_says_otherwise(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.usefixtures("fast_verification")
+def test_a_private_branch_is_pushed_and_verified_unless_a_flag_says_otherwise(
+    hub: LocalHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = save_classifier(tmp_path / "mine")
-    prepare = Mock(return_value="ann/new")
-    push = Mock(return_value=SimpleNamespace(summary="sent"))
-    monkeypatch.setattr(f"{PUBLISHING}.push.prepare_repository", prepare)
-    monkeypatch.setattr(f"{PUBLISHING}.push.push_folder", push)
-    monkeypatch.setattr(
-        f"{PUBLISHING}.verify.verify_push", lambda pushed, folder: f"verified {folder.path}"
-    )
     for is_verified in (True, False):
         run_push(PushOptions(folder, "new", private=True, branch="dev", verify=is_verified))
-        assert prepare.call_args.args == ("new", "mine", True)
-        assert push.call_args.args[1:] == ("ann/new", True, "dev")
-        assert (f"verified {folder}" in capsys.readouterr().out) == is_verified
+        assert ("verified: ann/new at" in capsys.readouterr().out) == is_verified
+
+    assert hub.repositories["ann/new"].private
+    assert WEIGHTS in hub.files("ann/new", "dev")
+    assert WEIGHTS not in hub.files("ann/new", "main")
