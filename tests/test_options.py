@@ -247,7 +247,10 @@ DEFAULTS = """
 
 
 def test_defaults_of_flags_do_not_change() -> None:
-    """The help texts, the documentation and published results depend on these values. Other flags are off."""
+    """The help texts, the documentation and published results depend on these values.
+
+    Other flags are off.
+    """
     run = Path("out"), DataOptions("digits"), ModelOptions("m")
     options = [
         FinetuneOptions(*run),

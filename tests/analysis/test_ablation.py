@@ -146,7 +146,10 @@ def test_tokens_are_replaced_together_if_a_head_uses_only_one_of_them() -> None:
 
 
 def test_null_distributions_are_effects_of_redrawn_tokens() -> None:
-    """Redrawn tokens are ablated on the same images, without dropout. The draws cycle through the registers."""
+    """Redrawn tokens are ablated on the same images, without dropout.
+
+    The draws cycle through the registers.
+    """
     model = build_classifier(num_register_tokens=3, hidden_dropout_prob=0.5)
     outputs = collect_outputs(model, Batches())[""]
     labels = outputs.predicted

@@ -164,7 +164,10 @@ def test_rollout_equals_the_product_of_all_layers(
 
 @pytest.mark.parametrize("share", [0.0, 0.8, 2.0])
 def test_rollout_of_differential_attention_ignores_negative_differences(share: float) -> None:
-    """A negative difference does not flow. If both maps are equal, the token keeps its own value."""
+    """A negative difference does not flow.
+
+    If both maps are equal, the token keeps its own value.
+    """
     model = randomize(ViTCLSModel(build_tiny_config(**LAYERS, attention_type="differential")))
     with torch.no_grad():
         for layer in model.layers:
@@ -292,7 +295,10 @@ def test_weights_are_not_changed(frozen: str) -> None:
 
 
 def test_the_mode_of_each_module_is_kept() -> None:
-    """Dropout is disabled. Frozen modules, which are in evaluation mode while others train, stay in it."""
+    """Dropout is disabled.
+
+    Frozen modules, which are in evaluation mode while others train, stay in it.
+    """
     model = build_classifier(
         hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5, drop_path_rate=0.5
     )

@@ -131,7 +131,10 @@ def test_copies_are_found_by_pixels_and_images_without_probabilities_are_not_sco
 def test_results_equal_cleanlab(
     planted: tuple[AuditedImages, ...], audit: dict[str, pd.DataFrame]
 ) -> None:
-    """The score is the probability of the label. Outliers have the largest distance to their ten nearest neighbors."""
+    """The score is the probability of the label.
+
+    Outliers have the largest distance to their ten nearest neighbors.
+    """
     from cleanlab import Datalab
 
     audited, flipped, _ = planted

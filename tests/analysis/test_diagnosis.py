@@ -1,4 +1,7 @@
-"""Verdicts on single measurements. Planted truths in trained and random models are in test_planted_truths.py."""
+"""Verdicts on single measurements.
+
+Planted truths in trained and random models are in test_planted_truths.py.
+"""
 
 import dataclasses
 import math
@@ -338,7 +341,10 @@ def build_ratios(num_outliers: int, logarithm: float, count: int = 4096) -> torc
 
 
 def test_the_second_mode_is_measured_beyond_its_valley() -> None:
-    """Windows have 5 bins of 0.05. The valley begins at 0.25 or more, and all valleys from 0.25 to 0.75 are empty."""
+    """Windows have 5 bins of 0.05.
+
+    The valley begins at 0.25 or more, and all valleys from 0.25 to 0.75 are empty.
+    """
     mode = find_second_mode(build_ratios(20, 1.02))
     assert mode is not None
     assert mode.score == pytest.approx(20**0.5)

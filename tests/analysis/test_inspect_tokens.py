@@ -94,7 +94,10 @@ def test_the_page_names_the_commit_of_a_model_on_the_hub(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The page contains the commit, and everything is printed. A missing revision is a one-line error."""
+    """The page contains the commit, and everything is printed.
+
+    A missing revision is a one-line error.
+    """
     shutil.copytree(model, tmp_path / "hub" / "ann" / "pets")
     write_json(
         tmp_path / "hub" / "ann" / "pets" / "results.json",

@@ -169,7 +169,10 @@ def test_labels_and_names_stay_with_their_images(monkeypatch: pytest.MonkeyPatch
 
 
 def test_unreadable_images_are_skipped_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Names count all images. There is one warning for each unreadable image. An encoder outputs both CLS tokens."""
+    """Names count all images.
+
+    There is one warning for each unreadable image. An encoder outputs both CLS tokens.
+    """
     monkeypatch.setattr("modeling_vitcls.analysis.ablation.NUM_NULL_DRAWS", 2)
     encoder = ViTCLSModel(build_tiny_config(num_cls_tokens=2, num_register_tokens=1)).eval()
     images = [Image.new("F", (32, 32)), *build_images()[:2]]
@@ -233,7 +236,10 @@ def test_batches_fit_into_memory(
 
 
 def build_predictions(margins: list[float], is_wrong: list[int | None]) -> Predictions:
-    """Return predictions of class 0; a larger margin is a higher confidence. None means an unknown label."""
+    """Return predictions of class 0; a larger margin is a higher confidence.
+
+    None means an unknown label.
+    """
     logits = torch.tensor([[margin, 0.0] for margin in margins])
     labels = torch.tensor([[IGNORED_LABEL if wrong is None else wrong] for wrong in is_wrong])
     return Predictions(logits, torch.zeros(len(margins), 1, dtype=torch.long), labels)

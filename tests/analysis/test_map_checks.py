@@ -26,7 +26,10 @@ from modeling_vitcls.analysis.map_checks import (
 
 
 def test_curves_replace_the_highest_patches_first() -> None:
-    """Patches are replaced by the mean color one by one. Insertion keeps the patches that deletion replaces."""
+    """Patches are replaced by the mean color one by one.
+
+    Insertion keeps the patches that deletion replaces.
+    """
     config = build_tiny_config(patch_size=[8, 16], hidden_dropout_prob=0.5)
     model = center_logits(ViTCLSForImageClassification(config).eval(), build_images())
     pixels = build_images(1, 32, 40)  # the last 8 columns are not a whole patch

@@ -121,7 +121,10 @@ def test_a_token_that_alone_feeds_the_head_is_read_by_the_classifier(model: Any)
 
 @pytest.mark.parametrize("num_registers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_registers_that_carry_all_information_have_an_effect(num_registers: int) -> None:
-    """CLS attends to itself and the registers only. Two registers may share the information; the group is found."""
+    """CLS attends to itself and the registers only.
+
+    Two registers may share the information; the group is found.
+    """
     torch.manual_seed(0)
     config = build_digits_config(num_register_tokens=num_registers, num_labels=10)
     model = ViTCLSForImageClassification(config)

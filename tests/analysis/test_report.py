@@ -283,7 +283,10 @@ def test_large_pages_omit_maps(inspection: Inspection, monkeypatch: pytest.Monke
 
 
 def test_values_and_maps_of_the_page_are_those_of_the_inspection(inspection: Inspection) -> None:
-    """The head uses only CLS after the last layer. The processor crops the first image of 90 x 60 pixels."""
+    """The head uses only CLS after the last layer.
+
+    The processor crops the first image of 90 x 60 pixels.
+    """
     data = report_module.build_page_data(inspection)
     report = inspection.image_reports[0]
     assert [(token["name"], token["group"], token["used"]) for token in data["tokens"]] == [

@@ -282,7 +282,10 @@ def test_uniform_attention_is_compared_within_the_scope(implementation: str) -> 
     ids=lambda fields: ", ".join(fields) or "plain",
 )
 def test_outliers_are_also_measured_without_registers(fields: dict[str, Any]) -> None:
-    """A register to which all patches attend keeps the norm of one patch low. Without it, the patch is an outlier."""
+    """A register to which all patches attend keeps the norm of one patch low.
+
+    Without it, the patch is an outlier.
+    """
     model = randomize(
         ViTCLSModel(
             build_tiny_config(**{"num_hidden_layers": 3, "num_register_tokens": 2, **fields})
@@ -383,7 +386,10 @@ def test_no_images_are_an_error() -> None:
 
 
 def test_map_variation_is_zero_for_one_image_and_infinite_for_two_sizes() -> None:
-    """Variation is 0 for one image and infinite for images of two sizes. A head without weights adds nothing."""
+    """Variation is 0 for one image and infinite for images of two sizes.
+
+    A head without weights adds nothing.
+    """
     model = randomize(ViTCLSModel(build_tiny_config(**PATCH)))
     with torch.no_grad():
         model.layers[1].attention.o_proj.weight[:, :8] = 0

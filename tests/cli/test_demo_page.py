@@ -131,7 +131,10 @@ def test_the_image_and_its_maps_have_the_same_size(page: Any) -> None:
 def test_a_map_has_the_attention_of_its_token_and_layer(
     page: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Over a white image, a patch is brighter the more attention it gets (averaged over heads). The map covers 60%."""
+    """Over a white image, a patch is brighter the more attention it gets (averaged over heads).
+
+    The map covers 60%.
+    """
     model = build_classifier(num_register_tokens=1, image_size=[32, 40])
     pixel_values = torch.randn(1, 3, 32, 40)
     white = ViTCLSImageProcessor(size=32, image_mean=[100.0] * 3, image_std=[1.0] * 3)
@@ -225,7 +228,10 @@ def test_a_regression_shows_its_value_and_a_single_label_its_probability(page: A
 
 
 def test_an_image_above_the_energy_threshold_shows_none_of_the_labels(page: Any) -> None:
-    """The energy is that of the calibrated logits, as in `vitcls predict`. The probabilities are still shown."""
+    """The energy is that of the calibrated logits, as in `vitcls predict`.
+
+    The probabilities are still shown.
+    """
     images = torch.randn(1, 3, 32, 32)
     model = fix_logits(build_classifier(temperature=2.0), [8.0, 4.0, 0.0])
     energy = -float(np.log(np.exp([4.0, 2.0, 0.0]).sum()))

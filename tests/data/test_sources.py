@@ -361,7 +361,10 @@ def test_a_split_of_the_dataset_is_used_if_it_exists(color_images: Path, tmp_pat
 
 
 def write_splits(folder: Path, color_images: Path, **labels: int | None) -> Path:
-    """Write a Parquet file per split. All images of a split have the given label, or each image has its own."""
+    """Write a Parquet file per split.
+
+    All images of a split have the given label, or each image has its own.
+    """
     paths = list_paths(color_images)
     names = datasets.ClassLabel(names=["dusk", "noon"])
     folder.mkdir(exist_ok=True)

@@ -50,7 +50,10 @@ DIGITS_PROCESSOR = ViTCLSImageProcessor(
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of an exported model with its weights. The labeled images of the export are next to it."""
+    """Return the folder of an exported model with its weights.
+
+    The labeled images of the export are next to it.
+    """
     parent = tmp_path_factory.mktemp("models")
     for index in range(25):
         folder = parent / "images" / ("test" if index < 12 else "train") / f"LABEL_{index % 5 % 3}"
@@ -269,7 +272,10 @@ def test_missing_and_damaged_files_are_one_line(
 
 
 def test_graphs_are_identified_by_all_their_files(model: Path, tmp_path: Path) -> None:
-    """Large ONNX files have their weights in a second file. The graphs of a classifier have logits only."""
+    """Large ONNX files have their weights in a second file.
+
+    The graphs of a classifier have logits only.
+    """
     shutil.copy(model / "model.onnx", tmp_path)
     (tmp_path / "model.onnx.data").write_bytes(b"weights")
     config = ViTCLSConfig.from_pretrained(model)

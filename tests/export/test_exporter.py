@@ -272,7 +272,10 @@ def test_a_graph_with_other_outputs_is_an_error_and_leaves_nothing(
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
-    """Return the model "tokens" and its ONNX file. The weights are in a second file, like those of a large model."""
+    """Return the model "tokens" and its ONNX file.
+
+    The weights are in a second file, like those of a large model.
+    """
     folder = tmp_path_factory.mktemp("exported")
     model_class, fields, _ = MODELS["tokens"]
     model = checkpoint(folder / "model", model_class, id2label=NAMES, **fields)
@@ -420,7 +423,10 @@ def test_only_outputs_of_classifiers_have_labels() -> None:
 
 
 def test_graphs_are_compared_at_the_native_the_smallest_and_other_sizes() -> None:
-    """The native size is 32 x 64 pixels, and the patch size is 8. Sizes are batch, channels, height and width."""
+    """The native size is 32 x 64 pixels, and the patch size is 8.
+
+    Sizes are batch, channels, height and width.
+    """
     config = build_tiny_config(image_size=[32, 64])
 
     shapes = exporter.select_image_shapes(config, GraphShape((32, 48), (16, 16), True))

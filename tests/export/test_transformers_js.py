@@ -173,7 +173,10 @@ def test_the_report_describes_the_files(web: Path) -> None:
 
 
 def test_the_files_have_the_logits_and_the_attention_of_the_model(web: Path) -> None:
-    """int8 weights are symmetric, so that 0 is exact. The attention of the CLS token is an output of every file."""
+    """int8 weights are symmetric, so that 0 is exact.
+
+    The attention of the CLS token is an output of every file.
+    """
     model = ViTCLSForImageClassification.from_pretrained(web.parent / "mine")
     pixel_values = build_images(4)
     (reference,) = compute_named_outputs(model, [pixel_values], output_attentions=True)

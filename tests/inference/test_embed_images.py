@@ -33,7 +33,10 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_features_equal_those_of_predict(encoder: Path, photos: Path) -> None:
-    """Batches contain paths, bytes or encoded images. The other columns are kept. The model is not pickled."""
+    """Batches contain paths, bytes or encoded images.
+
+    The other columns are kept. The model is not pickled.
+    """
     names = ["cls", "registers@1", "mean", "patches"]
     paths = sorted_photos(photos)
     model = ViTCLSModel.from_pretrained(encoder).eval()

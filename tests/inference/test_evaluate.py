@@ -211,7 +211,10 @@ def test_a_table_has_the_metrics_of_the_same_images_in_memory(
 def test_the_results_describe_the_evaluation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A gray model classifies gray images of shade 40 * index. A color image is unreadable for this model."""
+    """A gray model classifies gray images of shade 40 * index.
+
+    A color image is unreadable for this model.
+    """
     names = ["[b]dark", "light"]
     labels = LabelSpace("single_label_classification", {"label": names})
     fields = SIZES | {"image_size": (16, 24), "num_channels": 1} | labels.to_config_values()

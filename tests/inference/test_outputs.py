@@ -25,7 +25,10 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 def test_lists_and_half_precision_are_written_to_every_format(tmp_path: Path) -> None:
-    """In CSV files, the labels of an image are in one cell. A missing prediction is empty or null."""
+    """In CSV files, the labels of an image are in one cell.
+
+    A missing prediction is empty or null.
+    """
     types = {"labels": pa.list_(pa.string()), "p": pa.list_(pa.float16()), "unknown": pa.bool_()}
     rows = [
         {

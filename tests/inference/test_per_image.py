@@ -114,7 +114,10 @@ def test_prediction_adds_sets_and_unknown_images(folder: Path, tmp_path: Path) -
 def test_unknown_images_are_measured_and_recorded(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The areas under the curve of noise and of the known images themselves. The model's folder is not changed."""
+    """The areas under the curve of noise and of the known images themselves.
+
+    The model's folder is not changed.
+    """
     model = tmp_path / "model"
     shutil.copytree(folder, model)
     classifier = ViTCLSForImageClassification.from_pretrained(model)

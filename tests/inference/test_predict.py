@@ -386,7 +386,10 @@ def streamed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_killed_job_is_continued(
     models: Path, streamed: Path, tmp_path: Path, is_streaming: bool
 ) -> None:
-    """The result must equal that of one uninterrupted run. A stream continues from the state in its last shard."""
+    """The result must equal that of one uninterrupted run.
+
+    A stream continues from the state in its last shard.
+    """
     flags = [
         "--model",
         models / "encoder",
@@ -433,7 +436,10 @@ def test_a_killed_job_is_continued(
 def test_processes_take_batches_and_shards_in_turn(
     models: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second process of three predicts every third batch. In the second job of two, it writes every sixth file."""
+    """The second process of three predicts every third batch.
+
+    In the second job of two, it writes every sixth file.
+    """
     # processes are not in order
     monkeypatch.setattr(predict_module, "gather_object", lambda rows: rows[::-1])
     options = PredictOptions(
@@ -507,7 +513,10 @@ def test_array_jobs_write_every_shard_once(
 def test_a_stream_is_divided_among_jobs_and_continued(
     models: Path, streamed: Path, tmp_path: Path, num_files: int
 ) -> None:
-    """With four files, two jobs read two files each. With one file, each job reads every other row."""
+    """With four files, two jobs read two files each.
+
+    With one file, each job reads every other row.
+    """
     table = datasets.load_dataset("parquet", data_files=str(streamed), split="train").select(
         range(21)
     )

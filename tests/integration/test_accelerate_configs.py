@@ -200,7 +200,10 @@ def test_the_launcher_of_accelerate_gives_the_same_run(
 
 @pytest.mark.slow
 def test_a_run_with_fsdp2_is_resumed_with_ddp(fsdp2: Path, tmp_path: Path) -> None:
-    """Resume after four of six steps. DDP sums the gradients in another order; test_resume.py resumes with FSDP2."""
+    """Resume after four of six steps.
+
+    DDP sums the gradients in another order; test_resume.py resumes with FSDP2.
+    """
     folder = tmp_path / "resumed"
     shutil.copytree(fsdp2, folder)
     shutil.rmtree(folder / "checkpoints" / "step-00000006")

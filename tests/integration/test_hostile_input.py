@@ -95,7 +95,10 @@ def limits() -> Iterator[None]:
 
 
 def run_limited(function: Callable[[], Any], error: type[Exception] = ValueError) -> Any:
-    """Return the result of a function, None if it raises the expected error in one line. Other errors are raised."""
+    """Return the result of a function, None if it raises the expected error in one line.
+
+    Other errors are raised.
+    """
     with limits():
         try:
             return function()

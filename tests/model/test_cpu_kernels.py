@@ -249,7 +249,10 @@ def test_chunked_attention_in_bfloat16_is_as_exact_as_eager_attention(score_scal
 
 
 def test_a_common_offset_of_all_keys_does_not_make_chunked_attention_less_exact() -> None:
-    """The keys of trained ViTs have one, which makes scores large. SDPA computes scores in float32."""
+    """The keys of trained ViTs have one, which makes scores large.
+
+    SDPA computes scores in float32.
+    """
     states = build_states(23, key_offset=30.0)
     exact = compute_attention(attend_in_eager_mode, states, torch.float64)
     found, expected = (

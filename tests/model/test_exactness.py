@@ -38,7 +38,10 @@ RECTANGLE = (24, 56)
 def test_feature_maps_equal_those_of_the_dinov2_backbone(
     apply_layernorm: bool, reshape: bool
 ) -> None:
-    """Check stages, norm and order of the feature maps. DINOv2 keeps its registers in maps that are not reshaped."""
+    """Check stages, norm and order of the feature maps.
+
+    DINOv2 keeps its registers in maps that are not reshaped.
+    """
     sizes = {name: size for name, size in SIZES.items() if name != "intermediate_size"}
     options = {
         "apply_layernorm": apply_layernorm,

@@ -96,7 +96,10 @@ def test_only_the_cls_tokens_of_the_tasks_are_computed() -> None:
 
 
 def count_computed_tokens(model: Any, **inputs: Any) -> int:
-    """Return the number of tokens that the last layer returns. A replaced `forward` is not a hook."""
+    """Return the number of tokens that the last layer returns.
+
+    A replaced `forward` is not a hook.
+    """
     layer = model.vitcls.layers[-1]
     counts = []
     forward = layer.forward

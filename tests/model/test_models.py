@@ -81,7 +81,10 @@ def test_the_mlp_head_is_two_linear_layers_with_a_gelu_between(
 def test_attention_pooling_equals_multihead_attention_of_pytorch(
     fields: dict[str, Any], num_heads: int, hidden_size: int | None, first: int
 ) -> None:
-    """Compare with PyTorch's multi-head attention. `first` is the index of the first token that is pooled."""
+    """Compare with PyTorch's multi-head attention.
+
+    `first` is the index of the first token that is pooled.
+    """
     model = randomize(
         ViTCLSModel(build_tiny_config(pooling="attention", num_register_tokens=2, **fields))
     )

@@ -62,7 +62,10 @@ def test_a_tuple_ends_with_the_pooler_output() -> None:
 
 
 def rebuild_by_data_parallel(output: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Return the output that DataParallel gathers from two devices. Only the copy between devices is replaced."""
+    """Return the output that DataParallel gathers from two devices.
+
+    Only the copy between devices is replaced.
+    """
 
     class Gather:
         @staticmethod

@@ -1,4 +1,7 @@
-"""Positions for images of any size at run time. Adaptation to another size is tested in test_adaptation.py."""
+"""Positions for images of any size at run time.
+
+Adaptation to another size is tested in test_adaptation.py.
+"""
 
 from typing import Any
 

@@ -147,7 +147,10 @@ def test_the_data_of_a_run_are_loaded_again(tmp_path: Path) -> None:
 def test_the_report_shows_held_out_images_of_a_stream(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It measures 64 of at most 80 images, and shows six. An error of the measurement is a warning."""
+    """It measures 64 of at most 80 images, and shows six.
+
+    An error of the measurement is a warning.
+    """
     measure = Mock(side_effect=RuntimeError)
     warnings = []
     monkeypatch.setattr("modeling_vitcls.publishing.report.inspect_model", measure)
@@ -175,7 +178,10 @@ def test_a_run_is_pushed_and_verified(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A token without permission stops the run before the training. Other processes of a run do not push."""
+    """A token without permission stops the run before the training.
+
+    Other processes of a run do not push.
+    """
     flags: dict[str, Any] = {"max_steps": 1, "report": False, **SMALL}
     with raises_one_line("bob/mine"):
         finetune(

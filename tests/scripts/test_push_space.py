@@ -86,7 +86,10 @@ def test_weights_of_private_models_are_published_in_private_spaces_only(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The weights are published only in a private Space. The export is replaced, because it takes seconds."""
+    """The weights are published only in a private Space.
+
+    The export is replaced, because it takes seconds.
+    """
     commit = push_folder(
         ModelFolder(save_classifier(tmp_path / "mine")), "ann/mine", private=True
     ).commit

@@ -317,7 +317,10 @@ def test_files_are_flushed_before_the_folder_is_renamed(
 
 @pytest.mark.parametrize("large", ["model", "metadata"])
 def test_a_full_disk_keeps_the_earlier_checkpoints(store: CheckpointStore, large: str) -> None:
-    """Writing fails, as on a full disk. The earlier checkpoint of step 20 is kept if its replacement fails."""
+    """Writing fails, as on a full disk.
+
+    The earlier checkpoint of step 20 is kept if its replacement fails.
+    """
     save(store, 10, 20)
     tensors = {"model": {"weight": torch.ones(500_000)}} if large == "model" else build_tensors(20)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -233,7 +233,10 @@ def test_the_folder_contains_the_encoder_and_the_names_of_the_teachers(
 def test_the_targets_are_predicted_from_the_tokens(
     num_tokens: int, pooling: str, teachers: tuple[str, str]
 ) -> None:
-    """The projections are initialized as in the encoder. The pooler is trained if it is part of the loss."""
+    """The projections are initialized as in the encoder.
+
+    The pooler is trained if it is part of the loss.
+    """
     config = build_tiny_config(num_distillation_tokens=num_tokens, pooling=pooling)
     loaded = [load_feature_teacher(name, config, True, torch.device("cpu")) for name in teachers]
     model = Distillation(randomize(ViTCLSModel(config)), loaded, True).eval()
@@ -275,7 +278,10 @@ def test_targets_are_standardized_with_the_first_images(
     tmp_path: Path,
     monkeypatch: Any,
 ) -> None:
-    """Also with fewer images than a batch. A dry run uses 64 images. The teachers run in the precision of the run."""
+    """Also with fewer images than a batch.
+
+    A dry run uses 64 images. The teachers run in the precision of the run.
+    """
     fitted = []
 
     def fit(fitting: FeatureTeachers, batches: Iterator[Any], count: int) -> None:

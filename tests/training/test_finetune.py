@@ -146,7 +146,10 @@ def test_run_leaves_results_of_every_held_out_image(recipe_run: Path) -> None:
 
 
 def test_two_processes_train_and_evaluate_as_one(recipe_run: Path, tmp_path: Path) -> None:
-    """Continue after step 5 with half the batch size. The number of held-out images is not a multiple of 2 x 7."""
+    """Continue after step 5 with half the batch size.
+
+    The number of held-out images is not a multiple of 2 x 7.
+    """
     shutil.copytree(recipe_run, tmp_path / "run")
     for name in ("results.json", "model.safetensors"):
         (tmp_path / "run" / name).unlink()
@@ -530,7 +533,10 @@ def test_the_flags_determine_the_distillation(
 
 
 def test_all_options_can_be_combined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Combine all options that are possible with one label per image. Compiling itself takes a minute."""
+    """Combine all options that are possible with one label per image.
+
+    Compiling itself takes a minute.
+    """
     compiled: list[torch.nn.Module] = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda model: compiled.append(model))
     flags = {
@@ -644,7 +650,10 @@ def test_a_failed_evaluation_is_repeated(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_model_that_cannot_be_written_is_a_one_line_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The system refuses to write, as with a quota. Python would leave truncated files of compiled modules."""
+    """The system refuses to write, as with a quota.
+
+    Python would leave truncated files of compiled modules.
+    """
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     # the checkpoint is also too large
     monkeypatch.setattr(CheckpointStore, "save", lambda *arguments: None)
@@ -682,7 +691,10 @@ def test_a_dry_run_executes_all_steps_and_keeps_nothing(
 
 @pytest.mark.slow
 def test_the_demo_trains_and_loads_a_model(tmp_path: Path) -> None:
-    """With few epochs; test_readme.py checks the accuracy. The model is loaded without the package, too."""
+    """With few epochs; test_readme.py checks the accuracy.
+
+    The model is loaded without the package, too.
+    """
     command = [sys.executable, SCRIPTS / "demo.py", "--output-dir", tmp_path, "--epochs", 8]
     ran = subprocess.run(
         list(map(str, command)), capture_output=True, text=True, env=ENVIRONMENT, check=False

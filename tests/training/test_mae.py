@@ -88,7 +88,10 @@ def test_only_visible_patches_are_encoded(name: str) -> None:
 
 
 def test_every_parameter_except_the_pooler_is_trained() -> None:
-    """The pooler is frozen, because DDP would wait for its gradients. At least one patch is visible."""
+    """The pooler is frozen, because DDP would wait for its gradients.
+
+    At least one patch is visible.
+    """
     model = build_mae(num_register_tokens=1, pooling="attention")
     masks = draw_masks(2, 16, 0.99, torch.device("cpu"))
     assert 0 < model.mask_token.abs().max() < 0.1

@@ -1,4 +1,7 @@
-"""Output folders: one run at a time, and the files that a new run replaces. Real processes hold the locks."""
+"""Output folders: one run at a time, and the files that a new run replaces.
+
+Real processes hold the locks.
+"""
 
 import itertools
 import os
@@ -150,7 +153,10 @@ def test_a_finished_run_is_replaced_only_with_overwrite(
 def test_the_old_model_is_never_next_to_the_new_configuration(
     earlier: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The new run may be killed at any time. Here, the contents are noted at each removal of a file."""
+    """The new run may be killed at any time.
+
+    Here, the contents are noted at each removal of a file.
+    """
     config = (earlier / "config.resolved.yaml").read_bytes()
     (earlier / "notes.txt").write_text("mine")
     states: list[set[str]] = []

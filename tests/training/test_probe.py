@@ -428,7 +428,10 @@ def test_random_weights_have_no_probe(tmp_path: Path) -> None:
 
 
 def test_the_own_geometry_that_wins_is_saved_as_it_was(encoder: Path, tmp_path: Path) -> None:
-    """The processor resizes to 40 pixels before the crop. The labels are noise, so no geometry wins."""
+    """The processor resizes to 40 pixels before the crop.
+
+    The labels are noise, so no geometry wins.
+    """
     folder = tmp_path / "photos"
     generator = np.random.default_rng(0)
     for name in ("a", "b"):

@@ -67,7 +67,10 @@ def test_the_bar_moves_at_every_step(tmp_path: Path) -> None:
 
 
 def test_records_of_repeated_steps_are_removed(tmp_path: Path) -> None:
-    """A run that continues after step 4 keeps the records up to step 4. The last line was truncated."""
+    """A run that continues after step 4 keeps the records up to step 4.
+
+    The last line was truncated.
+    """
     reporter, _ = build_reporter(tmp_path)
     lines = [json.dumps({"step": step, "loss": 1.0}) for step in (2, 4, 6)]
     (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 3, "lo']))

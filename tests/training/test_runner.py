@@ -85,7 +85,10 @@ def get_compared_values(folder: Path) -> list[dict[str, Any]]:
 def test_a_resumed_run_has_the_same_results(
     whole: Path, killed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Flags that affect the result only by rounding may change. Times and metrics of earlier steps are included."""
+    """Flags that affect the result only by rounding may change.
+
+    Times and metrics of earlier steps are included.
+    """
     changes = {
         "batch_size": 4,
         "gradient_accumulation_steps": 2,

@@ -157,7 +157,10 @@ def test_teachers_predict_as_with_their_own_image_processor(build: Any, tmp_path
 def test_teachers_resize_with_the_filter_of_their_processor(
     resample: Any, mode: str, tmp_path: Path
 ) -> None:
-    """Lanczos (1) is replaced by bicubic. The weights of a teacher in half precision are converted to float32."""
+    """Lanczos (1) is replaced by bicubic.
+
+    The weights of a teacher in half precision are converted to float32.
+    """
     model = build_tiny_resnet().bfloat16()
     folder = save_teacher(tmp_path, model, build_half_processor(resample=resample))
     teacher = load_labeled_teacher(f"transformers:{folder}")

@@ -165,7 +165,10 @@ def test_the_best_checkpoint_is_saved_and_reported(
 
 
 def test_early_stopping_is_resumed_exactly(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """With a tiny learning rate, no evaluation improves. The run is killed before it writes its results."""
+    """With a tiny learning rate, no evaluation improves.
+
+    The run is killed before it writes its results.
+    """
     flags: dict[str, Any] = {
         "epochs": 8.0,
         "learning_rate": 1e-12,
@@ -271,7 +274,10 @@ def test_a_dry_run_of_two_processes_evaluates_a_batch_of_each(
 
 
 def test_a_dry_run_predicts_the_duration_of_the_full_run() -> None:
-    """25 steps of 2 s, and two evaluations of 7.8 s: 3.9 s with half of the images. The first step does not count."""
+    """25 steps of 2 s, and two evaluations of 7.8 s: 3.9 s with half of the images.
+
+    The first step does not count.
+    """
     loop: Any = SimpleNamespace(
         step_seconds=[1.0, 3.0, 2.0], evaluation_seconds=[9.0, 3.9], peak_memory=5 * 2**20
     )
