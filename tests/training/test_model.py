@@ -1,15 +1,16 @@
 """The initial model of training, invalid flags, the effect of `--trainable`, and merged LoRA models."""
 
+import json
 import re
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
+from helpers.local_hub import LocalHub
 from helpers.tiny_models import (
     build_images,
     build_tiny_config,
@@ -26,9 +27,9 @@ from modeling_vitcls import (
     ViTCLSModel,
 )
 from modeling_vitcls.cli.functions import build_options
-from modeling_vitcls.conversion import any_checkpoint
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.data.options import DataOptions
+from modeling_vitcls.hub.model_files import hash_weights
 from modeling_vitcls.runtime.files import write_json
 from modeling_vitcls.training.finetune import check_label_kind, check_options
 from modeling_vitcls.training.model import (
@@ -236,18 +237,26 @@ def test_only_names_that_look_like_presets_must_be_presets(
         check_preset_name("vitcls-yours")
 
 
-def test_the_history_of_a_model_is_downloaded(
-    two_tasks: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.integration
+def test_a_model_of_the_hub_tells_its_results_and_whether_its_weights_are_random(
+    hub: LocalHub, two_tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The parity report tells whether weights are random, and the results tell which images were held out."""
-    download = Mock(return_value=str(two_tasks))
-    monkeypatch.setattr(any_checkpoint, "get_model_folder", download)
-    resolve_initial_model("acme/model")
-    source, patterns, _ = download.call_args.args
-    assert source == "acme/model"
-    assert {"config.json", "model.safetensors", "parity_report.json", "results.json"} <= set(
-        patterns
-    )
+    """The results tell which images were held out."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    files = {file.name: file.read_bytes() for file in two_tasks.iterdir()}
+    results = {"weights_sha256": hash_weights(two_tasks)}
+    history = {
+        "parity_report.json": b'{"random_init": true}',
+        "results.json": json.dumps(results).encode(),
+    }
+    hub.create("ann/random", private=False, files=files | history)
+    hub.create("ann/trained", private=False, files=files)
+
+    random = resolve_initial_model("ann/random")
+    assert random.has_random_weights
+    assert random.folder is not None
+    assert random.folder.results == results
+    assert not resolve_initial_model("ann/trained").has_random_weights
 
 
 def test_patches_are_dropped_only_in_trained_layers(two_tasks: Path, tmp_path: Path) -> None:
