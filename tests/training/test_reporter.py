@@ -39,12 +39,14 @@ def test_a_line_shows_the_learning_rate_and_the_remaining_time(tmp_path: Path) -
         now[0] += 120
         reporter.show_step(step)
     reporter.log(RECORD | {"step": 12, "held_out_loss": 1.0, "held_out_accuracy": 0.25})
-    assert output.getvalue() == (
-        "step 10/20  epoch 0.5  loss 2.000  lr 2.5e-04  100 images/s\n"
-        "step 12/20  epoch 0.5  loss 2.000  lr 2.5e-04  100 images/s  0:16:00 left  held out: accuracy 25.00%\n"
-    )
     reporter.log(RECORD | {"step": 20})
-    assert output.getvalue().endswith("100 images/s\n")  # no time remains
+
+    first, second, last = output.getvalue().splitlines()
+    assert all("lr 2.5e-04" in line for line in (first, second, last))
+    assert "left" not in first  # no step was measured
+    assert "0:16:00 left" in second
+    assert "accuracy 25.00%" in second
+    assert "left" not in last
 
 
 def test_the_images_per_step_count_all_processes_and_accumulated_batches() -> None:
@@ -106,10 +108,8 @@ def test_brackets_are_not_markup(tmp_path: Path) -> None:
     reporter, output = build_reporter(tmp_path)
     reporter.print_line("data", "[red] and registers[1]")
     reporter.warn("[bold]noon[/bold].png cannot be read")
-    assert (
-        output.getvalue()
-        == "data      [red] and registers[1]\nWARNING: [bold]noon[/bold].png cannot be read\n"
-    )
+    assert "[red] and registers[1]" in output.getvalue()
+    assert "[bold]noon[/bold].png" in output.getvalue()
 
 
 def test_trackers_get_only_numbers() -> None:
