@@ -20,7 +20,6 @@ from modeling_vitcls import evaluate, finetune, inspect_tokens, predict, pretrai
 from modeling_vitcls.analysis import inspect_tokens as inspect_tokens_module
 from modeling_vitcls.analysis.options import InspectOptions
 from modeling_vitcls.cli.functions import build_options
-from modeling_vitcls.inference.options import EvaluateOptions, PredictOptions
 from modeling_vitcls.publishing import after_run
 from modeling_vitcls.runtime.files import write_json
 from modeling_vitcls.training import run
@@ -225,22 +224,6 @@ def test_arguments_are_flags(
         options_class, [*flags, "--model", "m", "--dataset", "digits", "--output-dir", "out"]
     )
     assert build_options(options_class, **required, **arguments) == by_flags
-
-
-def test_arguments_of_other_types_become_those_of_the_flags() -> None:
-    options = build_options(EvaluateOptions, model=Path("m"), dataset="digits", output="out.json")
-    assert options == parse_flags(
-        EvaluateOptions, ["--model", "m", "--dataset", "digits", "--output", "out.json"]
-    )
-    assert build_options(EvaluateOptions, model="m", dataset=Path("d")).data.dataset == "d"
-    assert (
-        build_options(EvaluateOptions, model="m", dataset="d", mixed_precision="no").mixed_precision
-        == "no"
-    )
-    assert build_options(PredictOptions, model="m", list="files.txt").list == Path("files.txt")
-    assert build_options(
-        EvaluateOptions, model="m", dataset="d", label_column="age"
-    ).data.label_column == ("age",)
 
 
 @pytest.mark.parametrize("function", [finetune, pretrain])
