@@ -239,8 +239,10 @@ def build_inference_engines(
 def build_step_engines(
     model: Any, settings: BenchmarkOptions, images: torch.Tensor, folder: Path
 ) -> Engines:
-    """Yield a function that takes a training step (forward, backward, AdamW), for each engine that can be trained. The
-    weights are float32; bf16 is autocast."""
+    """Yield a function that takes a training step, for each engine that can be trained.
+
+    A step is forward, backward and AdamW. The weights are float32; bf16 is autocast.
+    """
     for name, precision in list_engines(settings):
         if name in PACKAGES:
             continue
@@ -401,9 +403,11 @@ def uses_cpu_time() -> bool:
 
 @torch.no_grad()
 def measure_matrix_product(device: str, dtype: torch.dtype) -> float:
-    """Return the highest throughput of large matrix products in FLOP/s. On the CPU, oneDNN's packed matrices are also
-    measured, because PyTorch's default may be half as fast. If the CPU has no instructions for the dtype, float32 is
-    measured instead, because its products are faster."""
+    """Return the highest throughput of large matrix products in FLOP/s.
+
+    On the CPU, oneDNN's packed matrices are also measured, because PyTorch's default may be half as fast. If the CPU
+    has no instructions for the dtype, float32 is measured instead, because its products are faster.
+    """
     size = 1024 if device == "cpu" else 8192
     if device == "cpu" and dtype in EMULATED_DTYPES:
         dtype = torch.float32

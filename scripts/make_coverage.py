@@ -176,8 +176,10 @@ def format_timm_section() -> str:
 
 @torch.no_grad()
 def measure_timm_model(name: str) -> tuple[float | None, str]:
-    """Return the largest difference between an architecture and the converted model, and "". If the conversion is not
-    exact, return None and the reason."""
+    """Return the largest difference between an architecture and the converted model, and "".
+
+    If the conversion is not exact, return None and the reason.
+    """
     try:
         model = build_timm_model(name)
         converted_model = convert_from_timm(model)
@@ -281,8 +283,10 @@ def list_vision_classes() -> dict[str, Any]:
 
 @torch.no_grad()
 def measure_transformers_class(name: str) -> tuple[float | None, str]:
-    """Return the largest difference between a model of a convertible class and the converted model, and "". If the
-    conversion is not exact, return None and the reason."""
+    """Return the largest difference between a model of a class and the converted model, and "".
+
+    If the conversion is not exact, return None and the reason.
+    """
     model_class = getattr(transformers, name)
     try:
         source = TransformersSource(

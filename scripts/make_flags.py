@@ -65,8 +65,10 @@ def build_module() -> str:
 
 
 def add_class(options_class: Any, classes: dict[str, str]) -> str:
-    """Add the text of the class with the fields of an options class, after those of its base classes and its nested
-    options. Return the name of the class."""
+    """Add the text of the class with the fields of an options class, and return its name.
+
+    The classes of its base classes and of its nested options are added first.
+    """
     name = options_class.__name__.replace("Options", "Flags")
     if name in classes:
         return name
@@ -99,8 +101,10 @@ def get_own_fields(options_class: Any) -> list[tuple[str, Any]]:
 
 
 def format_type(name: str, type_hint: Any) -> str:
-    """Return the annotation of an argument, which accepts what build_options of cli/functions.py converts: paths as
-    strings, and any sequence for a tuple."""
+    """Return the annotation of an argument.
+
+    It accepts what build_options of cli/functions.py converts: paths as strings, and any sequence for a tuple.
+    """
     if name in DATA:
         return "Any"
     parts = ["Path"] if name in PATHS else []

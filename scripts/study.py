@@ -171,8 +171,10 @@ class StudyRunner:
     dataset: str | None = None
 
     def execute(self) -> None:
-        """Run all unfinished runs. A failed run does not stop the others; Ctrl-C also interrupts the runs, which then
-        save a checkpoint."""
+        """Run all unfinished runs.
+
+        A failed run does not stop the others. Ctrl-C also interrupts the runs, which then save a checkpoint.
+        """
         for name, subset in self.study.subsets.items():
             if not self.get_subset_folder(name).exists():
                 write_subset(self.get_subset_folder(name), subset, self.dataset)
@@ -447,8 +449,10 @@ def format_table(summary: "pandas.DataFrame") -> str:
 
 
 def run_study(runner: StudyRunner, command: str) -> list[dict[str, Any]]:
-    """Run a study, write the results to its folder, and return the rows of runs.parquet. Finished runs in the folder
-    are not repeated. The page (README.md) shows the command line `command`."""
+    """Run a study, write the results to its folder, and return the rows of runs.parquet.
+
+    Finished runs in the folder are not repeated. The page (README.md) shows the command line `command`.
+    """
     import pandas
 
     study, folder = runner.study, runner.folder

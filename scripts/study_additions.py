@@ -365,8 +365,10 @@ def measure(left_out: LeftOut, logits: np.ndarray) -> dict[str, float]:
 
 
 def trace_curve(left_out: LeftOut, logits: np.ndarray) -> list[float]:
-    """Return the largest recall for each loss in `CURVE_LOSSES`, over all numbers that could be added to the logits of
-    the new class."""
+    """Return the largest recall of the new class for each loss in `CURVE_LOSSES`.
+
+    The maximum is over all numbers that could be added to the logits of the new class.
+    """
     margins = logits[:, :-1].max(axis=1) - logits[:, -1]
     recalls = np.zeros(len(CURVE_LOSSES))
     for shift in np.unique(margins):
@@ -533,8 +535,11 @@ def label_features(data: Data, name: str, split: str) -> Features:
 
 
 def compare(data: Data, name: str, records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the accuracies of an added task, of scikit-learn's regression on the last CLS token, and of a model that
-    is trained for this task only: as `vitcls finetune --trainable head`, which can read more tokens."""
+    """Return the accuracies of an added task, of a regression, and of a model for this task only.
+
+    The regression is scikit-learn's on the last CLS token. The model is trained as by `vitcls finetune --trainable
+    head`, which can read more tokens.
+    """
     train = label_features(data, name, "train")
     test = label_features(data, name, "test")
     peer = LogisticRegressionCV(Cs=STRENGTHS, cv=5, scoring="neg_log_loss", max_iter=500)

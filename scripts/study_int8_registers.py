@@ -170,8 +170,10 @@ def load_images(file: Path, count: int, processor: Any) -> tuple[Tensor, list[in
 
 
 def main(model: Path, train: Path, test: Path, seeds: int = 3) -> None:
-    """Print one line per model: fraction of outlier patches, relative errors (%) of simulated int8 and of OpenVINO's
-    int8, difference from the planted model in float32 (%), accuracy of k-NN in float32 and int8.
+    """Print one line of measurements per model.
+
+    A line contains the fraction of outlier patches, the relative errors (%) of simulated int8 and of OpenVINO's int8,
+    the difference from the planted model in float32 (%), and the accuracy of k-NN in float32 and int8.
 
     Args:
         model: Folder of an encoder without registers.

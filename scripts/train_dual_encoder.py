@@ -109,8 +109,10 @@ def train_dual_encoder(
 
 
 def build_tokenizer(class_names: list[str]) -> PreTrainedTokenizerFast:
-    """Build a tokenizer with one token for each distinct word in the captions. A caption starts with [CLS], as in
-    BERT."""
+    """Build a tokenizer with one token for each distinct word in the captions.
+
+    A caption starts with [CLS], as in BERT.
+    """
     texts = [
         caption.format(name)
         for caption in (*TRAINING_CAPTIONS, EVALUATION_CAPTION)
@@ -135,9 +137,10 @@ def train_model(
     epochs: int,
     flip: bool,
 ) -> None:
-    """Train with the contrastive loss of CLIP in both directions (Radford et al. 2021, section 2.3). A batch may
-    contain several images of a class, so all captions of an image's class are positives, as in UniCL (Yang et al.
-    2022).
+    """Train with the contrastive loss of CLIP in both directions.
+
+    The loss is that of Radford et al. (2021), section 2.3. A batch may contain several images of a class, so all
+    captions of an image's class are positives, as in UniCL (Yang et al. 2022).
 
     Args:
         pixel_values: [images, 3, H, W].

@@ -94,7 +94,9 @@ LIMITS: list[tuple[type, str, list[Any], list[Any]]] = [
 
 
 @pytest.mark.parametrize(("kind", "names", "accepted", "rejected"), LIMITS)
-def test_limits_of_values(kind: type, names: str, accepted: list[Any], rejected: list[Any]) -> None:
+def test_values_outside_of_their_limits_are_errors(
+    kind: type, names: str, accepted: list[Any], rejected: list[Any]
+) -> None:
     for name in names.split():
         for value in accepted:
             assert getattr(kind(**REQUIRED.get(kind, {}) | {name: value}), name) == value
@@ -168,7 +170,7 @@ COMBINATIONS: list[tuple[type, dict[str, Any], dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("kind", "accepted", "changes", "words"), COMBINATIONS)
-def test_combinations_of_flags(
+def test_contradicting_flags_are_errors(
     kind: type, accepted: dict[str, Any], changes: dict[str, Any], words: str
 ) -> None:
     kind(**REQUIRED.get(kind, {}) | accepted)
@@ -176,7 +178,7 @@ def test_combinations_of_flags(
         kind(**REQUIRED.get(kind, {}) | accepted | changes)
 
 
-def test_output_folders(tmp_path: Path) -> None:
+def test_an_output_folder_is_not_a_file(tmp_path: Path) -> None:
     """The output folder of a run is not a file; the name of an existing folder may contain a dot."""
     (tmp_path / "v1.0").mkdir()
     PredictOptions("m", ("a",), output=tmp_path / "v1.0", shard="1/2")
@@ -185,7 +187,7 @@ def test_output_folders(tmp_path: Path) -> None:
         FinetuneOptions(tmp_path / "out", DataOptions("digits"), ModelOptions("m"))
 
 
-def test_regions_of_cls_tokens() -> None:
+def test_grids_of_cls_tokens_are_listed_row_by_row() -> None:
     grid = [[2, 3, row, column] for row in (0, 1) for column in (0, 1, 2)]  # row by row
     assert parse_cls_scopes(["1x2", "image", "2x3"]) == [[1, 2, 0, 0], [1, 2, 0, 1], "image", *grid]
     for text in ("0x2", "2", "2x", "x2", "2x2x2", "images", "1000x2"):
@@ -193,7 +195,7 @@ def test_regions_of_cls_tokens() -> None:
             ModelOptions("vitcls-tiny", cls_scopes=("image", text))
 
 
-def test_specialized_layers() -> None:
+def test_a_number_of_specialized_layers_means_the_first_layers() -> None:
     options = ModelOptions("vitcls-tiny", specialized_layers=("norm:100", "qkv:1"))
     assert options.get_config_values() == {
         "specialized_layers": {"norm": list(range(100)), "qkv": [0]}
@@ -203,7 +205,7 @@ def test_specialized_layers() -> None:
             ModelOptions("vitcls-tiny", specialized_layers=(text,))
 
 
-def test_fields_of_the_configuration() -> None:
+def test_flags_that_are_set_become_fields_of_the_configuration() -> None:
     assert ModelOptions("vitcls-tiny").get_config_values() == {}
     options = ModelOptions(
         "vitcls-tiny", num_register_tokens=0, cls_scopes=("image", "2x1"), image_size="native"
@@ -244,8 +246,11 @@ DEFAULTS = """
 """
 
 
-def test_defaults_of_flags() -> None:
-    """The help texts, the documentation and published results depend on these values. Other flags are off."""
+def test_defaults_of_flags_do_not_change() -> None:
+    """The help texts, the documentation and published results depend on these values.
+
+    Other flags are off.
+    """
     run = Path("out"), DataOptions("digits"), ModelOptions("m")
     options = [
         FinetuneOptions(*run),

@@ -139,8 +139,10 @@ def write_space(folder: Path, model: HubCommit, examples: Sequence[Path] = ()) -
 def build_space_card(
     model: HubCommit, description: str, settings: dict[str, Any], **fields: str
 ) -> str:
-    """Return the text of README.md, whose header configures the Space. `description` is a template with the
-    placeholders `model`, `commit`, `url` and the names in `fields`."""
+    """Return the text of README.md, whose header configures the Space.
+
+    `description` is a template with the placeholders `model`, `commit`, `url` and the names in `fields`.
+    """
     title = f"{model.repo_id.partition('/')[2]}: labels and attention"
     header = SpaceCardData(
         title=title,

@@ -34,8 +34,10 @@ from commit [`{commit}`]({url}/tree/{commit}).
 
 
 def write_static_space(folder: Path, model: HubCommit) -> None:
-    """Write the files of a static Space to the folder that contains the exported model in `MODEL_FOLDER`. The page
-    loads transformers.js from a CDN."""
+    """Write the files of a static Space to the folder with the exported model in `MODEL_FOLDER`.
+
+    The page loads transformers.js from a CDN.
+    """
     page_html = Path(__file__).with_name("static.html").read_text(encoding="utf-8")
     page_html = page_html.replace('"LIBRARY"', json.dumps(TRANSFORMERS_JS_URL)).replace(
         "TITLE", html.escape(model.repo_id)

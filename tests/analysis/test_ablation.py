@@ -75,8 +75,10 @@ def collect_means(model: Any) -> torch.Tensor:
 
 @torch.no_grad()
 def compute_logits(model: Any, index: int | None, means: torch.Tensor) -> torch.Tensor:
-    """Return the logits [B, labels], computed layer by layer; a token is replaced by its means in the embeddings and
-    after each layer."""
+    """Return the logits [B, labels], computed layer by layer.
+
+    The token is replaced by its means in the embeddings and after each layer.
+    """
     encoder = model.vitcls
     grid = encoder.embeddings.patch_embeddings.get_grid_size(PIXELS)
     states = encoder.embeddings(PIXELS, grid, None)
@@ -109,7 +111,9 @@ def compute_logits(model: Any, index: int | None, means: torch.Tensor) -> torch.
     ],
     ids=str,
 )
-def test_replacing_a_token_with_its_mean(fields: dict[str, Any]) -> None:
+def test_replacing_a_token_by_its_mean_equals_a_computation_layer_by_layer(
+    fields: dict[str, Any],
+) -> None:
     """The outputs equal a computation layer by layer, and effects are the changes of these outputs."""
     model = build_classifier(**fields)
     means = collect_means(model)
@@ -142,26 +146,34 @@ def test_tokens_are_replaced_together_if_a_head_uses_only_one_of_them() -> None:
 
 
 def test_null_distributions_are_effects_of_redrawn_tokens() -> None:
-    """Redrawn tokens are ablated on the same images, without dropout. The draws cycle through the registers."""
+    """Redrawn tokens are ablated on the same images, without dropout.
+
+    The draws cycle through the registers.
+    """
     model = build_classifier(num_register_tokens=3, hidden_dropout_prob=0.5)
     outputs = collect_outputs(model, Batches())[""]
     labels = outputs.predicted
+
     found = compute_ablations(model.train(), Batches(labels))
     # the model is unchanged
     assert torch.equal(collect_outputs(model, Batches())[""].logits, outputs.logits)
+
     mask = torch.ones(6, 20)
     mask[:, 1] = 0
     with torch.no_grad():
         hidden, before = (model.eval()(PIXELS, attention_mask=each).logits for each in (mask, None))
+
     size = compute_effect(
         Predictions(before, labels, labels), Predictions(hidden, labels, labels)
     ).size
     assert found["presence"]["registers[0]"][""].size == pytest.approx(size, rel=1e-4)
+
     generator = torch.Generator().manual_seed(0)
     embeddings = []
     model.vitcls.layers[0].register_forward_pre_hook(lambda layer, args: embeddings.append(args[0]))
     sizes: dict[str, list[float]] = {kind: [] for kind in found}
     drops = []
+
     for draw in range(NUM_NULL_DRAWS):
         index = 1 + draw % 3
         with redraw_tokens(model, [index], generator):
@@ -175,9 +187,11 @@ def test_null_distributions_are_effects_of_redrawn_tokens() -> None:
             sizes[kind].append(compute_effect(redrawn[""], after).size)
         drops.append((redrawn[""].predicted != labels).float()[:, 0])
     assert torch.stack(drops).any()
+
     old, new = (model.vitcls.embeddings.register_tokens[0, 0], embeddings[0][0, 1])
     assert new.norm().item() == pytest.approx(old.norm().item(), rel=1e-5)
     assert torch.nn.functional.cosine_similarity(new, old, dim=0).item() < 0.9
+
     for kind, null_sizes in sizes.items():
         assert found[kind]["cls[0]"][""].null_sizes == ()  # the head reads the token
         assert len(found[kind]["registers"][""].null_sizes) == NUM_NULL_DRAWS
@@ -199,7 +213,7 @@ def test_null_distributions_are_effects_of_redrawn_tokens() -> None:
         ({"pooling": "cls_mean"}, [0], []),
     ],
 )
-def test_tokens_that_alone_feed_a_head(
+def test_heads_that_tokens_feed_alone_are_found(
     fields: dict[str, Any], indices: list[int], heads: list[str]
 ) -> None:
     readers = get_head_readers(build_classifier(**fields).config)
@@ -209,12 +223,13 @@ def test_tokens_that_alone_feed_a_head(
 # Effects in numbers --------------------------------------------------------------------------------------------------
 
 
-def test_effects_in_numbers() -> None:
+def test_an_effect_has_its_size_its_intervals_and_the_change_of_accuracy() -> None:
     logits = torch.tensor([[2.0, 0.0], [0.0, 2.0]])
     before = Predictions(logits, torch.tensor([[0], [1]]), torch.tensor([[0], [0]]))
     after = Predictions(
         logits + torch.tensor([[0.0, 0.0], [4.0, 0.0]]), torch.tensor([[0], [0]]), before.labels
     )
+
     found = compute_effect(before, after)
     assert (found.changed, found.size, found.accuracy_change, found.num_images) == (
         0.5,
@@ -227,6 +242,7 @@ def test_effects_in_numbers() -> None:
     assert found.interval == pytest.approx((0.0, 8**0.5))
     assert found.is_measurable
     assert not found.is_beyond_limit
+
     labels, constant_labels, better = ([[0, 0], row] * 20 for row in ([1, 1], [0, 0], [1, 0]))
     improved = compute_effect(
         build_predictions(constant_labels, labels), build_predictions(better, labels)
@@ -236,6 +252,7 @@ def test_effects_in_numbers() -> None:
         0.25,
         True,
     )
+
     same = compute_effect(before, before)
     assert (same.changed, same.size, same.is_measurable) == (0.0, 0.0, False)
     constant = Predictions(torch.full((2, 2), 100.0), before.predicted, before.labels)
@@ -266,8 +283,10 @@ def test_features_change_by_their_cosine_distance() -> None:
 
 
 def test_an_effect_is_beyond_its_limit() -> None:
-    """The limit is at least the largest effect of a random token. A random token that costs accuracy is no
-    replacement."""
+    """The limit is at least the largest effect of a random token.
+
+    A random token that costs accuracy is no replacement.
+    """
     effect = Effect(
         0.5,
         (0.4, 0.6),
@@ -298,22 +317,27 @@ def test_each_task_has_its_own_output() -> None:
     model = center_logits(ViTCLSForMultiTaskClassification(config), PIXELS)
     with torch.no_grad():
         logits = model(PIXELS).logits
+
     found = collect_outputs(model, Batches())
     assert list(found) == ["age", "species"]
     for task, predictions in found.items():
         assert torch.equal(predictions.predicted, logits[task].argmax(-1, keepdim=True))
+
     labels = torch.cat([predictions.predicted for predictions in found.values()], dim=1)
     labels[:3, 0] = IGNORED_LABEL
     labels[3, 0] = (labels[3, 0] + 1) % 7
+
     known = collect_outputs(model, Batches(labels))
     assert known["age"].compute_accuracy() == pytest.approx(2 / 3)
     assert known["species"].compute_accuracy() == 1
+
     effects = compute_ablations(model, Batches(labels))["information"]
     drops = {
         task: effect.redraw_drop is not None for task, effect in effects["registers[0]"].items()
     }
     assert drops == {"age": False, "species": True}
     assert effects["cls"]["age"].null_sizes == ()
+
     for index, key in enumerate(("cls[0]", "cls[1]")):
         with replace_by_means(model, [index], collect_means(model)[:, [index]]):
             after = collect_outputs(model, Batches(labels))
@@ -373,8 +397,10 @@ def test_a_task_without_labels_does_not_change_chance() -> None:
 
 
 def test_each_image_with_a_known_label_counts_as_one_image() -> None:
-    """Chance is 1/2. The standard error is 1/8 for 16 images and 1/4 for the 4 images in which both labels are known;
-    the number of labels, 20, is not the number of images."""
+    """The standard errors are those of 16 and of 4 images, not those of 20 labels.
+
+    Chance is 1/2. The standard error is 1/8 for the 16 images, and 1/4 for the 4 images with two known labels.
+    """
     unknown = IGNORED_LABEL
     labels = (
         [[0, 0], [1, 1]] * 2

@@ -163,8 +163,11 @@ def test_rollout_equals_the_product_of_all_layers(
 
 
 @pytest.mark.parametrize("share", [0.0, 0.8, 2.0])
-def test_rollout_of_differential_attention(share: float) -> None:
-    """A negative difference does not flow. If both maps are equal, the token keeps its own value."""
+def test_rollout_of_differential_attention_ignores_negative_differences(share: float) -> None:
+    """A negative difference does not flow.
+
+    If both maps are equal, the token keeps its own value.
+    """
     model = randomize(ViTCLSModel(build_tiny_config(**LAYERS, attention_type="differential")))
     with torch.no_grad():
         for layer in model.layers:
@@ -199,7 +202,9 @@ def test_attribution_starts_at_the_tokens_that_the_head_reads(
 
 
 @pytest.mark.parametrize("fields", KINDS_OF_LAYERS.values(), ids=KINDS_OF_LAYERS)
-def test_attribution_and_rollout_of_every_kind_of_layers(fields: dict[str, Any]) -> None:
+def test_attribution_and_rollout_equal_references_for_every_kind_of_layers(
+    fields: dict[str, Any],
+) -> None:
     model = build_classifier(**fields)
     found = compute_attribution(model, build_images(), target=2)
     assert_same_relevance(found, compute_relevance(model, build_images(), target=2)[0][:, 0])
@@ -238,7 +243,7 @@ def test_attribution_starts_at_every_pooled_layer() -> None:
     assert get_largest_difference(found, expected[:, 0]) <= TOLERANCE
 
 
-def test_attribution_of_tasks() -> None:
+def test_attribution_of_a_task_starts_at_its_cls_token() -> None:
     """Each task reads its own CLS token. Tasks are in alphabetical order."""
     model = randomize(
         ViTCLSForMultiTaskClassification(build_tiny_config(**LAYERS, num_cls_tokens=2, tasks=TASKS))
@@ -254,7 +259,7 @@ def test_attribution_of_tasks() -> None:
     )
 
 
-def test_targets() -> None:
+def test_the_target_is_the_predicted_class_unless_it_is_given() -> None:
     model = build_classifier()
     pixels = build_images(3)
     # [class, B, N]
@@ -290,7 +295,10 @@ def test_weights_are_not_changed(frozen: str) -> None:
 
 
 def test_the_mode_of_each_module_is_kept() -> None:
-    """Dropout is disabled. Frozen modules, which are in evaluation mode while others train, stay in it."""
+    """Dropout is disabled.
+
+    Frozen modules, which are in evaluation mode while others train, stay in it.
+    """
     model = build_classifier(
         hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5, drop_path_rate=0.5
     )

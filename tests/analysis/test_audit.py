@@ -101,11 +101,13 @@ def test_planted_duplicates_are_found_and_none_is_invented(
     ).empty  # fewer images than neighbors
 
 
-def test_copies_of_all_images_and_images_that_the_model_was_trained_on(
+def test_copies_are_found_by_pixels_and_images_without_probabilities_are_not_scored(
     planted: tuple[AuditedImages, ...],
 ) -> None:
-    """Pixels decide, also those of mirrored images. Constant images are no duplicates. Images without probabilities
-    have no label score."""
+    """Pixels decide, also those of mirrored images.
+
+    Constant images are no duplicates. Images without probabilities have no label score.
+    """
     rows = np.tile(np.arange(100), 2)
     arrays = ("labels", "probabilities", "features", "pixels")
     twice = {name: getattr(planted[0], name)[rows] for name in arrays} | {
@@ -129,7 +131,10 @@ def test_copies_of_all_images_and_images_that_the_model_was_trained_on(
 def test_results_equal_cleanlab(
     planted: tuple[AuditedImages, ...], audit: dict[str, pd.DataFrame]
 ) -> None:
-    """The score is the probability of the label. Outliers have the largest distance to their ten nearest neighbors."""
+    """The score is the probability of the label.
+
+    Outliers have the largest distance to their ten nearest neighbors.
+    """
     from cleanlab import Datalab
 
     audited, flipped, _ = planted
@@ -158,7 +163,7 @@ def test_results_equal_cleanlab(
     assert set(audit["overlap"]["Class Name A"]) <= set(names)
 
 
-def test_page_and_table(
+def test_the_table_lists_all_issues_and_the_page_the_first_ones(
     planted: tuple[AuditedImages, ...],
     audit: dict[str, pd.DataFrame],
     tmp_path: Path,
@@ -185,7 +190,7 @@ def test_page_and_table(
 # From the command to the training run --------------------------------------------------------------------------------
 
 
-def test_audit_of_a_folder_and_training_without_the_listed_images(
+def test_images_listed_by_an_audit_are_left_out_of_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Ten wrong labels and five copies in another split of 400 digits: the listed training images are left out."""
@@ -209,13 +214,16 @@ def test_audit_of_a_folder_and_training_without_the_listed_images(
     model = ViTCLSModel(build_tiny_config(image_size=32, patch_size=8, hidden_size=64))
     save_with_processor(model, tmp_path / "model")
     page = tmp_path / "audit [old]" / "page.html"
+
     counts = evaluate(tmp_path / "model", tmp_path / "photos", frozen="logreg", audit=page)
     assert (counts["num_images"], counts["num_unreadable_images"]) == (405, 1)
     assert counts["across_splits"] >= 5
+
     table = pd.read_csv(page.with_suffix(".csv"), dtype=str)
     assert {issue: counts[issue] for issue in table["issue"]} == table[
         "issue"
     ].value_counts().to_dict()
+
     *_, warning, summary, saved = capsys.readouterr().out.splitlines()
     assert saved.split() == ["saved", *str(page).split(), "and", "page.csv"]
     kinds = ("num_images", "duplicate", "label", "outlier", "overlap")
@@ -223,6 +231,7 @@ def test_audit_of_a_folder_and_training_without_the_listed_images(
         str(counts[kind]) for kind in ("across_splits", *kinds)
     ]
     assert "of photos</h1>" in page.read_text()
+
     pairs = {
         (Path(row["id"]).stem, Path(row["other"]).stem)
         for _, row in table.dropna(subset="other").iterrows()
@@ -230,9 +239,11 @@ def test_audit_of_a_folder_and_training_without_the_listed_images(
     assert {(str(index), f"copy {index}") for index in range(5)} <= pairs | {
         pair[::-1] for pair in pairs
     }
+
     listed = set(table["id"][(table["split"] == "train") & (table["issue"] == "label")])
     found = {index for index in wrong if any(Path(name).stem == str(index) for name in listed)}
     assert len(found) >= 5
+
     without = load_training_data(
         DataOptions(str(tmp_path / "photos"), exclude=page.with_suffix(".csv"))
     )
@@ -252,8 +263,11 @@ def test_audit_needs_a_classifier_or_frozen_features(tmp_path: Path) -> None:
 
 
 def test_probabilities_are_of_models_that_were_not_trained_on_the_image(tmp_path: Path) -> None:
-    """They are the model's for the held-out split and, for a run with folds, the recorded ones of both splits. Labels
-    are those of the model, whose classes have another order than the folders. With `frozen`, they are out-of-fold."""
+    """The source of the probabilities depends on what the model was trained on.
+
+    They are the model's for the held-out split and, for a run with folds, the recorded ones of both splits. With
+    `frozen`, they are out-of-fold. Labels are those of the model, whose classes have another order than the folders.
+    """
     generator = np.random.default_rng(0)
     for split, name in (("train", "ant"), ("train", "bee"), ("val", "ant"), ("val", "bee")):
         (tmp_path / "photos" / split / name).mkdir(parents=True)
@@ -268,6 +282,7 @@ def test_probabilities_are_of_models_that_were_not_trained_on_the_image(tmp_path
     data = DataOptions(str(tmp_path / "photos"), num_workers=0)
     (folder / "results.json").write_text('{"held_out": {"split": "validation", "num_images": 6}}')
     options = EvaluateOptions(str(folder), data, batch_size=4, fit="pad")
+
     found, num_unreadable, _ = load_audited_images(options)
     assert (found.splits, found.names, num_unreadable) == (
         ["train"] * 6 + ["validation"] * 6,
@@ -275,9 +290,11 @@ def test_probabilities_are_of_models_that_were_not_trained_on_the_image(tmp_path
         1,
     )
     assert found.labels.tolist() == [1, 1, 1, 0, 0, 0] * 2
+
     images = [Image.open(tmp_path / "photos" / name) for name in found.ids]
     areas = [np.asarray(image.resize((32, 32), Image.Resampling.BOX)) for image in images]
     assert np.array_equal(found.pixels, np.stack(areas))
+
     model = ViTCLSForImageClassification.from_pretrained(folder).eval()
     processor = ViTCLSImageProcessor.from_pretrained(folder)
     set_fit(processor, "pad", (32, 32))
@@ -285,16 +302,19 @@ def test_probabilities_are_of_models_that_were_not_trained_on_the_image(tmp_path
     with torch.no_grad():
         tokens = model.vitcls(pixel_values).tokens
         expected = model(pixel_values).logits.softmax(dim=1).numpy()
+
     features = torch.cat([tokens["cls"].flatten(1), tokens["patches"].mean(dim=1)], dim=1).numpy()
     assert found.features == pytest.approx(features, abs=1e-5)
     assert np.isnan(found.probabilities[:6]).all()
     assert found.probabilities[6:] == pytest.approx(expected[6:], abs=1e-5)
+
     frozen, _, _ = load_audited_images(replace(options, frozen="knn", split="validation"))
     assert len(audit_dataset(frozen)["outlier"]) == 1  # of 12 images
     knn = KNeighborsClassifier(9, weights="distance", metric="cosine")  # four fifths of the images
     expected = cross_val_predict(knn, features, frozen.labels, cv=5, method="predict_proba")
     assert frozen.probabilities == pytest.approx(expected, abs=1e-4)
     assert (frozen.names, frozen.labels.tolist()) == (["ant", "bee"], [0, 0, 0, 1, 1, 1] * 2)
+
     recorded = generator.random((12, 2))
     for fold, rows in (
         ("fold-1", slice(8, None)),

@@ -1,4 +1,7 @@
-"""Verdicts on single measurements. Planted truths in trained and random models are in test_planted_truths.py."""
+"""Verdicts on single measurements.
+
+Planted truths in trained and random models are in test_planted_truths.py.
+"""
 
 import dataclasses
 import math
@@ -161,7 +164,9 @@ SIMILAR = {"between_tokens": fill(1.0, ALL, 0, 3), "variation": fill(0.0, ALL, 3
         (0, {"map_distance": fill(0.06), "map_selectivity": fill(0.5)}, "not measured"),
     ],
 )
-def test_limits_of_single_measurements(token: int, planted: dict[str, Any], word: str) -> None:
+def test_single_measurements_are_judged_by_their_limits(
+    token: int, planted: dict[str, Any], word: str
+) -> None:
     model = build_classifier()
     found = diagnose_tokens(model, plant(collect_findings(model, PIXELS), **planted))[token]
     assert found.headline == word
@@ -171,9 +176,12 @@ def test_limits_of_single_measurements(token: int, planted: dict[str, Any], word
     )
 
 
-def test_the_effect_that_decides() -> None:
-    """An effect beyond its limit, then a measurable one, then the largest ratio to its limit; for a token that alone
-    feeds a head, its replacement. Harm is significant for all 16 tests together. Other tokens are read in part."""
+def test_the_effect_beyond_its_limit_decides_the_verdict() -> None:
+    """An effect beyond its limit decides, then a measurable one, then the largest ratio.
+
+    Ratios are those to the limit. For a token that alone feeds a head, its replacement decides. Harm is significant
+    for all 16 tests together. Other tokens are read in part.
+    """
     tokens = {"num_distillation_tokens": 0, "num_register_tokens": 2}
     model = build_classifier(**tokens)
     mixed = build_classifier(**tokens, pooling="cls_mean")
@@ -332,8 +340,11 @@ def build_ratios(num_outliers: int, logarithm: float, count: int = 4096) -> torc
     return ratios
 
 
-def test_the_second_mode_in_numbers() -> None:
-    """Windows have 5 bins of 0.05. The valley begins at 0.25 or more, and all valleys from 0.25 to 0.75 are empty."""
+def test_the_second_mode_is_measured_beyond_its_valley() -> None:
+    """Windows have 5 bins of 0.05.
+
+    The valley begins at 0.25 or more, and all valleys from 0.25 to 0.75 are empty.
+    """
     mode = find_second_mode(build_ratios(20, 1.02))
     assert mode is not None
     assert mode.score == pytest.approx(20**0.5)
@@ -406,6 +417,7 @@ def test_the_last_layers_that_are_used_are_decisive() -> None:
             model.config, replace_ratios(findings, dict.fromkeys(layers, 0.02))
         )
         assert found.headline == word, layers
+
     ratio = found.numbers["second_mode"]["ratio"]
     assert ratio == pytest.approx(6, rel=0.05)
     assert "more registers" not in describe_verdict(found)
@@ -413,6 +425,7 @@ def test_the_last_layers_that_are_used_are_decisive() -> None:
         part in describe_verdict(found) for part in ("layer 7", "2.0%", f" {ratio:.1f} times")
     )
     assert (found.rating, found.numbers["layer"], found.numbers["num_patches"]) == ("bad", 7, 4096)
+
     encoder = diagnose_patches(model.config, replace_ratios(findings, {9: 0.02}), has_head=False)
     assert (encoder.headline, encoder.numbers["layer"]) == ("artifacts", 9)
     assert (
@@ -442,6 +455,7 @@ def test_registers_absorb_outliers_only_if_outliers_increase_without_them() -> N
     assert "absorb outliers" in absorbed
     assert "0.00%" in absorbed
     assert "3.00%" in absorbed
+
     for before, after, is_increase in (
         (0.02, 0.033, False),
         (0.02, 0.036, True),

@@ -30,11 +30,13 @@ def test_curves_show_the_mean_over_heads_for_each_token(name):
     means = values if name == "variation" else values.mean(dim=1)
     figure = plot_curve(config, findings, name)
     (axes,), (legend,) = figure.axes, figure.legends
+
     lines = [line for line in axes.get_lines() if len(line.get_xdata()) > 2]
     assert [line.get_label() for line in lines] == get_token_names(config)
     for line, expected in zip(lines, means.T, strict=True):
         assert line.get_ydata().tolist() == pytest.approx(expected.tolist())
         assert list(line.get_xdata()) == list(range(first_layer, 4))
+
     ranges = (
         torch.stack([values.amin(dim=(0, 1)), values.amax(dim=(0, 1))], dim=-1).tolist()
         if first_layer
@@ -42,6 +44,7 @@ def test_curves_show_the_mean_over_heads_for_each_token(name):
     )
     bands = [band.get_paths()[0].vertices[:, 1] for band in axes.collections]
     assert [[band.min(), band.max()] for band in bands] == [pytest.approx(each) for each in ranges]
+
     green = np.array(to_rgb(GROUP_COLORS["registers"]))
     for line, color in (
         (lines[3], green),
@@ -54,6 +57,7 @@ def test_curves_show_the_mean_over_heads_for_each_token(name):
     assert isinstance(axes.yaxis.get_major_formatter(), PercentFormatter) == CURVES[name][2]
     # the fifth register has the marker of the first
     assert len({line.get_marker() for line in lines[3:]}) == 4
+
     baselines = [line.get_ydata()[0] for line in axes.get_lines() if len(line.get_xdata()) == 2]
     uniform = [findings.uniform_entropy_by_token[0].item()] if name == "entropy" else []
     assert baselines == pytest.approx(uniform, rel=1e-4)
@@ -62,7 +66,7 @@ def test_curves_show_the_mean_over_heads_for_each_token(name):
     ] * len(uniform)
 
 
-def test_norms_and_their_histogram():
+def test_norms_are_drawn_as_medians_and_outliers_are_red_in_the_histogram():
     config, findings = measure(**TOKENS)
     (norms,) = plot_norms(config, findings).axes
     expected = torch.cat(
@@ -72,9 +76,11 @@ def test_norms_and_their_histogram():
         pytest.approx(each) for each in expected
     ]
     assert [line.get_label() for line in norms.get_lines()] == ["patches", *get_token_names(config)]
+
     band = norms.collections[0].get_paths()[0].vertices[:, 1]
     low, high = findings.patch_norms.quantile(torch.tensor([0.05, 0.95]), dim=1)
     assert [band.min(), band.max()] == pytest.approx([low.min().item(), high.max().item()])
+
     ratios = torch.linspace(0.9, 1.1, 2000).repeat(len(findings.patch_ratios), 1)
     ratios[1, :60] = 5.0
     planted = replace(findings, patch_ratios=ratios, token_norms=100 * findings.token_norms)
@@ -82,10 +88,12 @@ def test_norms_and_their_histogram():
         "linear",
         "log",
     )
+
     without = replace(planted, token_norms=0 * findings.token_norms)  # zero has no logarithm
     (linear,) = plot_norms(config, without).axes
     assert linear.get_yscale() == "linear"
     assert linear.get_ylim()[0] == 0
+
     (axes,) = plot_norm_histogram(config, planted, layer=-3).axes
     triangles = next(
         line for line in axes.get_lines() if line.get_label() == "registers"
@@ -98,12 +106,14 @@ def test_norms_and_their_histogram():
     assert triangles == pytest.approx(medians.tolist())
     assert axes.get_xlim() == pytest.approx((0.5, max(triangles)))
     assert "layer 1" in axes.get_title()
+
     mode = find_second_mode(ratios[1])
     red = to_rgba("#B3261E")
     assert mode is not None
     assert mode.threshold in [line.get_xdata()[0] for line in axes.get_lines()]
     assert sum(bar.get_height() for bar in axes.patches) == 2000
     assert sum(bar.get_height() for bar in axes.patches if bar.get_facecolor() == red) == 60
+
     (axes,) = plot_norm_histogram(config, without, layer=0).axes  # has one mode
     assert red not in {bar.get_facecolor() for bar in axes.patches}
     assert axes.get_xlim() == pytest.approx((1e-3, 2))

@@ -47,13 +47,14 @@ def test_added_tasks_have_a_prediction_and_the_attribution_of_a_model_for_the_ta
         assert get_largest_difference(report.attributions[index], expected) < 1e-5
 
 
-def test_the_maps_and_features_of_an_image() -> None:
+def test_maps_and_features_of_an_image_equal_those_of_the_model() -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config(num_labels=5, **TOKENS)))
     report = build_image_report(model, PROCESSOR, PHOTO, "photo", "cat", "wrong")
     assert (report.name, report.truth, report.kind) == ("photo", "cat", "wrong")
     assert np.array_equal(np.asarray(report.image), np.asarray(PHOTO))
     # the crop of 40 x 60 pixels, twice as large
     assert report.visible_region == VisibleRegion(20, 8, 100, 72)
+
     expected: dict[str, Any] = {
         "attention": model.token_attention(PIXELS)[0],
         "rollout": compute_attention_rollout(model, PIXELS)[0],
@@ -65,14 +66,17 @@ def test_the_maps_and_features_of_an_image() -> None:
             )
             < 1e-5
         )
+
     (attribution,) = report.attributions
     rows = compute_attribution(model, PIXELS)[0]
     assert (
         get_largest_difference(attribution, extract_patch_maps(rows, model.config, (32, 40))) < 1e-5
     )
+
     with torch.no_grad():
         states = model.vitcls(PIXELS, output_hidden_states=True).hidden_states[1:]
         probabilities, indices = model(PIXELS).logits[0].softmax(dim=0).topk(3)
+
     (prediction,) = report.predictions
     assert [name for name, _ in prediction.labels] == [
         f"LABEL_{index}" for index in indices.tolist()

@@ -47,7 +47,7 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_folder_of_images(
+def test_folder_names_are_labels_and_the_printed_table_equals_the_page(
     model: str, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Folder names are labels, the unreadable file is named, and the printed table equals the page."""
@@ -87,14 +87,17 @@ def test_all_measurements_run_in_bfloat16(model: str, image_folder: Path, tmp_pa
     assert verdicts[1] != verdicts[0]
 
 
-def test_a_revision_of_a_model_on_the_hub(
+def test_the_page_names_the_commit_of_a_model_on_the_hub(
     model: str,
     image_folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The page contains the commit, and everything is printed. A missing revision is a one-line error."""
+    """The page contains the commit, and everything is printed.
+
+    A missing revision is a one-line error.
+    """
     shutil.copytree(model, tmp_path / "hub" / "ann" / "pets")
     write_json(
         tmp_path / "hub" / "ann" / "pets" / "results.json",
@@ -103,6 +106,7 @@ def test_a_revision_of_a_model_on_the_hub(
     page = tmp_path / "new" / "folders" / "report.html"
     figures = tmp_path / "other" / "folders" / "figures.json"
     flags = [str(image_folder / "owl"), "--output", str(page), "--json", str(figures)]
+
     with running_hub(tmp_path / "hub") as hub:
         point_client_at(hub.url, None, monkeypatch, tmp_path / "home")
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -110,6 +114,7 @@ def test_a_revision_of_a_model_on_the_hub(
         printed = capsys.readouterr().out
         assert run_in_process("inspect_tokens.py", "--model", "ann/pets@v2", *flags) == 1
     assert "v2" in capsys.readouterr().err
+
     (commit,) = (tmp_path / "cache" / "models--ann--pets" / "snapshots").iterdir()
     text = page.read_text()
     found = json.loads(figures.read_text())
@@ -125,6 +130,7 @@ def test_a_revision_of_a_model_on_the_hub(
         "register 2",
         "all 2 registers",
     ]
+
     lines = printed.splitlines()
     checks = [check["statement"] for check in found["map_checks"].values()]
     assert len(checks) == 2
@@ -149,7 +155,7 @@ def test_the_evaluation_split_is_read(image_folder: Path, tmp_path: Path, capsys
     assert "'validation'" in html.unescape((tmp_path / "report.html").read_text())
 
 
-def test_unusable_inputs(
+def test_unusable_inputs_are_one_line_errors_and_write_nothing(
     model: str, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_in_process("inspect_tokens.py", "--model", model, tmp_path / "missing.png") == 1

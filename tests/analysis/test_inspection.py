@@ -1,5 +1,7 @@
-"""Forward passes of an inspection: their number is known in advance, and is small for large models. Images and labels
-stay together, although unreadable images are skipped and batches have images of one shape.
+"""Forward passes of an inspection: their number, and the images and labels that they belong to.
+
+The number is known in advance, and is small for large models. Images and labels stay together, although unreadable
+images are skipped and batches have images of one shape.
 """
 
 from pathlib import Path
@@ -131,6 +133,7 @@ def test_labels_and_names_stay_with_their_images(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(inspection, "MAX_ABLATION_IMAGES", 5)
     monkeypatch.setattr("modeling_vitcls.analysis.ablation.NUM_NULL_DRAWS", 2)
     warnings: list[str] = []
+
     found = inspect_model(
         model,
         processor,
@@ -148,13 +151,16 @@ def test_labels_and_names_stay_with_their_images(monkeypatch: pytest.MonkeyPatch
     assert found.num_unreadable == 1
     assert len(warnings) == 1
     assert "mode F" in warnings[0]
+
     confidences = {index: values.max().item() for index, values in probabilities.items()}
     wrong = sorted([4, 5], key=lambda index: -confidences[index])
     uncertain = min({0, 1, 2, 6, 7}, key=lambda index: confidences[index])
+
     shown = [(report.name, report.truth, report.kind) for report in found.image_reports]
     assert shown[:2] == [(f"name {index}", f"LABEL_{labels[index]}", "wrong") for index in wrong]
     assert shown[2][0] == f"name {uncertain}"
     assert [kind for *_, kind in shown[2:]] == ["uncertain", "typical"]
+
     for report in found.image_reports:
         index = int(report.name.removeprefix("name "))
         label, probability = report.predictions[0].labels[0]
@@ -163,7 +169,10 @@ def test_labels_and_names_stay_with_their_images(monkeypatch: pytest.MonkeyPatch
 
 
 def test_unreadable_images_are_skipped_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Names count all images. There is one warning for each unreadable image. An encoder outputs both CLS tokens."""
+    """Names count all images.
+
+    There is one warning for each unreadable image. An encoder outputs both CLS tokens.
+    """
     monkeypatch.setattr("modeling_vitcls.analysis.ablation.NUM_NULL_DRAWS", 2)
     encoder = ViTCLSModel(build_tiny_config(num_cls_tokens=2, num_register_tokens=1)).eval()
     images = [Image.new("F", (32, 32)), *build_images()[:2]]
@@ -227,7 +236,10 @@ def test_batches_fit_into_memory(
 
 
 def build_predictions(margins: list[float], is_wrong: list[int | None]) -> Predictions:
-    """Return predictions of class 0; a larger margin is a higher confidence. None means an unknown label."""
+    """Return predictions of class 0; a larger margin is a higher confidence.
+
+    None means an unknown label.
+    """
     logits = torch.tensor([[margin, 0.0] for margin in margins])
     labels = torch.tensor([[IGNORED_LABEL if wrong is None else wrong] for wrong in is_wrong])
     return Predictions(logits, torch.zeros(len(margins), 1, dtype=torch.long), labels)
@@ -244,13 +256,16 @@ def test_the_most_instructive_images_are_selected() -> None:
     )
     assert select(before, 4) == {1: "wrong", 0: "wrong", 6: "uncertain", 7: "typical"}
     assert list(select(before, 1)) == [1]
+
     everything = select(before, 10)
     assert [index for index, kind in everything.items() if kind == "typical"] == [3, 5, 7, 9]
     assert list(everything)[:6] == [1, 0, 2, 6, 4, 8]
     assert select(before, 20).keys() == everything.keys()
+
     # with few other images, more than half are wrong
     few = build_predictions([5, 4, 3, 2, 1], [1, 1, 1, 1, 0])
     assert select(few, 4) == dict.fromkeys([0, 1, 2], "wrong") | {4: "uncertain"}
+
     unknown = build_predictions([5, 4, 3, 2, 1], [None] * 5)
     assert select(unknown, 3) == {4: "uncertain", 1: "typical", 3: "typical"}
     age = Predictions(torch.zeros(2, 2), torch.zeros(2, 1), torch.tensor([[0], [0]]))
@@ -258,6 +273,7 @@ def test_the_most_instructive_images_are_selected() -> None:
         "age": age,
         "kind": Predictions(torch.zeros(2, 2), torch.zeros(2, 1), torch.tensor([[1], [0]])),
     }
+
     config = build_tiny_config(num_cls_tokens=2, tasks={"age": 2, "kind": 2})
     assert select_images(tasks, config, 2) == {
         0: "wrong",
@@ -339,7 +355,7 @@ def test_labels_of_a_dataset_are_the_indices_of_the_model() -> None:
     assert len(found.images) == 1797
 
 
-def test_columns_of_a_dataset(tmp_path: Path) -> None:
+def test_images_and_labels_are_read_from_the_named_columns(tmp_path: Path) -> None:
     write_photos(tmp_path, range(4), "x")
     rows = [f"x/0.png,x/{number}.png,cat|dog" for number in range(4)]
     (tmp_path / "table.csv").write_text(

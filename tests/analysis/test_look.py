@@ -167,6 +167,7 @@ def test_the_numbers_are_those_of_eager_attention(
         )
         == 0
     )
+
     (record,) = json.loads(numbers.read_text())["photos"]
     model = ViTCLSModel.from_pretrained(
         folder, attn_implementation="eager", add_pooling_layer=False
@@ -177,6 +178,7 @@ def test_the_numbers_are_those_of_eager_attention(
     attention = torch.cat(outputs.attentions)  # [L, H, N, N]
     num_special_tokens = model.config.token_layout.num_prefix_tokens
     rows = [attention[:, :, index] for index in range(num_special_tokens)]
+
     if not model.config.num_cls_tokens:
         rows.insert(0, attention[:, :, num_special_tokens:].mean(dim=2))
     assert len(record["tokens"]) == len(rows)
@@ -186,6 +188,7 @@ def test_the_numbers_are_those_of_eager_attention(
                 values[num_special_tokens:].sum().item(), abs=1e-5
             )
             assert head["entropy"] == pytest.approx(-(values * values.log()).sum().item(), abs=1e-4)
+
     norms = outputs.hidden_states[-1][0, num_special_tokens:].norm(dim=-1)
     assert record["patches"]["by_layer"][-1]["norm"]["max"] == pytest.approx(
         norms.max().item(), rel=1e-5

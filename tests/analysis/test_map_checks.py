@@ -1,5 +1,6 @@
-"""Checks of maps: curves compared with a loop over patches, and models whose maps are constructed to be right or
-wrong.
+"""Checks of maps, on models whose maps are constructed to be right or wrong.
+
+Curves are compared with a loop over patches.
 """
 
 import dataclasses
@@ -25,7 +26,10 @@ from modeling_vitcls.analysis.map_checks import (
 
 
 def test_curves_replace_the_highest_patches_first() -> None:
-    """Patches are replaced by the mean color one by one. Insertion keeps the patches that deletion replaces."""
+    """Patches are replaced by the mean color one by one.
+
+    Insertion keeps the patches that deletion replaces.
+    """
     config = build_tiny_config(patch_size=[8, 16], hidden_dropout_prob=0.5)
     model = center_logits(ViTCLSForImageClassification(config).eval(), build_images())
     pixels = build_images(1, 32, 40)  # the last 8 columns are not a whole patch
@@ -63,6 +67,7 @@ def test_checks_average_over_images() -> None:
     images = [image.unsqueeze(0) for image in build_images(6)]
     found = check_maps(model, images, seed=3)
     assert list(found) == ["attribution", "rollout"]
+
     generator = torch.Generator().manual_seed(3)
     shuffled = copy_with_shuffled_weights(model, generator)
     curves: dict[str, list[torch.Tensor]] = {"attribution": [], "rollout": [], "random": []}
@@ -98,7 +103,7 @@ def test_checks_average_over_images() -> None:
         assert check.p_value == pytest.approx(stats.wilcoxon(gains, alternative="greater").pvalue)
 
 
-def test_checks_in_words() -> None:
+def test_a_map_is_faithful_below_the_limits_of_p_value_and_correlation() -> None:
     """The areas under the curves are 0.5, 0.8, 0.6 and 0.3."""
     curves = ([1.0, 0.8, 0.6, 0.4, 0.2, 0.0], [0.3, 0.9, 0.9, 0.9, 0.8, 0.7], [0.6] * 6, [0.3] * 6)
     check = MapCheck(

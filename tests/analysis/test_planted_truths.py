@@ -121,7 +121,10 @@ def test_a_token_that_alone_feeds_the_head_is_read_by_the_classifier(model: Any)
 
 @pytest.mark.parametrize("num_registers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_registers_that_carry_all_information_have_an_effect(num_registers: int) -> None:
-    """CLS attends to itself and the registers only. Two registers may share the information; the group is found."""
+    """CLS attends to itself and the registers only.
+
+    Two registers may share the information; the group is found.
+    """
     torch.manual_seed(0)
     config = build_digits_config(num_register_tokens=num_registers, num_labels=10)
     model = ViTCLSForImageClassification(config)
@@ -133,7 +136,7 @@ def test_registers_that_carry_all_information_have_an_effect(num_registers: int)
     assert verdict.numbers["decided_by"]["limit"] is not None
 
 
-def test_dead_and_uniform_heads(model: Any) -> None:
+def test_dead_and_uniform_heads_are_found(model: Any) -> None:
     findings = collect_findings(model, HELD_OUT[0])
     assert (diagnose_heads(findings).rating, diagnose_patches(model.config, findings).headline) == (
         "good",
@@ -155,7 +158,7 @@ def test_dead_and_uniform_heads(model: Any) -> None:
 
 
 @pytest.mark.parametrize("num_images", [1, 2, MIN_IMAGES - 1])
-def test_too_few_images_and_patches(model: Any, num_images: int) -> None:
+def test_too_few_images_or_patches_give_no_verdict(model: Any, num_images: int) -> None:
     found = judge(model, HELD_OUT[0][:num_images], HELD_OUT[1][:num_images])
     assert {verdict.headline for verdict in found.values()} == {"too few images to tell"}
     assert str(num_images) in describe_verdict(found["register 1"])
@@ -200,10 +203,12 @@ def test_each_task_has_its_own_effects(trained_tasks: Any) -> None:
         assert f"({task})" in describe_verdict(found[f"CLS {task}"])
         assert found[f"task {task}"].headline == "better than chance"
     assert "all 2 CLS tokens" in found
+
     decided = [
         row["token"] for row in build_effect_rows(list(found.values())) if "•" in row["ablation"]
     ]
     assert decided == [name for name, verdict in found.items() if "decided_by" in verdict.numbers]
+
     with torch.no_grad():
         trained_tasks.classifiers["task_size"].weight *= 10
         scaled = judge_tasks(trained_tasks)
@@ -216,7 +221,7 @@ def test_each_task_has_its_own_effects(trained_tasks: Any) -> None:
             )
 
 
-def test_a_useless_and_a_healthy_task(trained_tasks: Any) -> None:
+def test_a_task_whose_head_is_zero_is_not_better_than_chance(trained_tasks: Any) -> None:
     """The head of one task is zero: its predictions do not depend on its CLS token."""
     head = trained_tasks.classifiers["task_size"]
     weights = {name: value.clone() for name, value in head.state_dict().items()}

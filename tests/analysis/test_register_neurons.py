@@ -1,7 +1,7 @@
-"""Registers at test time, on models with planted artifacts: neurons that are active at few patches and write a large
-norm.
+"""Registers at test time, on models with planted artifacts.
 
-The neurons are planted in layer 1 of 3. The outliers start there and remain until the last layer.
+The artifacts are neurons that are active at few patches and write a large norm. They are planted in layer 1 of 3. The
+outliers start there and remain until the last layer.
 """
 
 from typing import Any
@@ -89,17 +89,21 @@ def test_outliers_move_to_the_register(fields: dict[str, Any]) -> None:
     assert compute_outlier_fraction(model, build_images()) == 2 / 16
     neurons = find_register_neurons(model, build_images(), num_neurons=2)
     assert sorted(neurons) == [[LAYER, neuron] for neuron in PLANTED]
+
     more = find_register_neurons(model, build_images(), num_neurons=10)
     assert more[:2] == neurons
     assert len(more) == 10
     assert max(more)[0] <= LAYER  # not after the layer with outliers
+
     better = add_test_time_register(model, neurons)
     assert compute_outlier_fraction(better, build_images()) == 0.0
     assert better.config.num_register_tokens == 1
     assert better.config.register_neurons == neurons
+
     with torch.no_grad():
         # [B, N]
         norms = better(build_images(), output_hidden_states=True).hidden_states[-1].norm(dim=-1)
+
     register = better.config.token_layout.registers
     assert (
         norms[:, register] > 3 * norms.median()

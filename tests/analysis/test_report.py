@@ -97,6 +97,7 @@ def test_the_first_screen_shows_six_images_then_one_line_per_token(
     rows = page.locator("#overview figure")
     names = get_token_names(inspection.config)
     expect(rows).to_have_count(6)
+
     for index in range(6):
         expect(rows.nth(index).locator("img")).to_have_count(2 + len(names))
         widths = (
@@ -106,11 +107,13 @@ def test_the_first_screen_shows_six_images_then_one_line_per_token(
         )
         assert set(widths) == {160 if index else 180}  # small images are enlarged by an integer
     assert rows.first.bounding_box()["y"] < page.locator("#verdicts").bounding_box()["y"]
+
     page.locator("#verdicts summary").click()
     lines = page.locator("#verdicts li")
     others = [*inspection.tasks, inspection.heads, inspection.patches]
     others.sort(key=lambda verdict: verdict.rating not in ("bad", "doubtful"))
     assert lines.count() == len(inspection.verdicts) + len(others)
+
     for index, verdict in enumerate([*inspection.verdicts, *others]):
         text = lines.nth(index).inner_text()
         assert verdict.token.lower() in text.lower()
@@ -155,17 +158,20 @@ def test_nothing_is_wider_than_the_window(page: Page) -> None:
         assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
-def test_maps_of_layers_and_heads(page: Page, inspection: Inspection) -> None:
+def test_a_map_on_the_page_equals_the_overlay_in_python(page: Page, inspection: Inspection) -> None:
     """A map equals the overlay in Python, and shows its values at the pointer."""
     page.locator(".image summary").first.click()
     box = page.locator("[data-maps='0']")
     report = inspection.image_reports[0]
+
     names = get_token_names(inspection.config)
     # the image and patch colors, rollout and layers of each token, and the attribution
     assert box.locator("canvas").count() == 4 + len(names) * 4 + 1
+
     button = box.get_by_label("enlarge CLS, layer 2, mean of all heads")
     values = report.attention[1, :, 0].mean(dim=0)  # [gh, gw]
     assert button.inner_text() == f"{100 * values.sum().item():.2g}%"
+
     page.wait_for_timeout(300)
     size = button.locator("canvas").evaluate("canvas => [canvas.width, canvas.height]")
     pixels = button.locator("canvas").evaluate(
@@ -175,8 +181,10 @@ def test_maps_of_layers_and_heads(page: Page, inspection: Inspection) -> None:
     expected = overlay(report.image, values, report.visible_region, max_side=160).resize(size)
     inside = np.s_[:, 40:120]  # the part of the wide image that the model receives
     assert np.abs(drawn[inside].astype(float) - np.asarray(expected)[inside]).mean() < 12
+
     button.locator("canvas").hover(position={"x": 50, "y": 30})
     expect(page.locator("#value")).to_contain_text("CLS, layer 2, mean of all heads; row")
+
     page.locator("#head").select_option("2")
     head_button = box.get_by_label("enlarge CLS, layer 2, head 2")
     assert head_button.inner_text() == f"{100 * report.attention[1, 1, 0].sum().item():.2g}%"
@@ -230,11 +238,14 @@ def test_every_kind_of_model_has_a_report(name: str, browser: Browser, tmp_path:
     assert errors == []
 
 
-def test_values_for_programs(inspection: Inspection, tmp_path: Path) -> None:
+def test_values_for_programs_are_null_if_they_are_not_finite(
+    inspection: Inspection, tmp_path: Path
+) -> None:
     """Values that are not finite are null. Norms of single patches are omitted."""
     findings = replace(inspection.findings, map_variation=torch.tensor([torch.inf, 1.0]))
     changed = replace(inspection, findings=findings, num_ablation_images=7)
     write_json_values(tmp_path / "values.json", changed, "mine")
+
     found = json.loads((tmp_path / "values.json").read_text())
     assert found["findings"]["map_variation"] == [None, 1.0]
     assert not [name for name in found["findings"] if name.startswith(("patch_", "mean_"))]
@@ -246,6 +257,7 @@ def test_values_for_programs(inspection: Inspection, tmp_path: Path) -> None:
     assert [each["token"] for each in found["tokens"]] == [
         verdict.token for verdict in inspection.verdicts
     ]
+
     effect = inspection.ablations["presence"]["registers[1]"][""]
     values = next(each for each in found["tokens"] if each["token"] == "register 2")["presence"][""]
     assert values["size"] == pytest.approx(effect.size, rel=1e-4)
@@ -270,8 +282,11 @@ def test_large_pages_omit_maps(inspection: Inspection, monkeypatch: pytest.Monke
     assert len(next(report_module.iterate_overview(inspection, 1))[2]) == 2
 
 
-def test_values_and_maps_of_the_page(inspection: Inspection) -> None:
-    """The head uses only CLS after the last layer. The processor crops the first image of 90 x 60 pixels."""
+def test_values_and_maps_of_the_page_are_those_of_the_inspection(inspection: Inspection) -> None:
+    """The head uses only CLS after the last layer.
+
+    The processor crops the first image of 90 x 60 pixels.
+    """
     data = report_module.build_page_data(inspection)
     report = inspection.image_reports[0]
     assert [(token["name"], token["group"], token["used"]) for token in data["tokens"]] == [
@@ -279,22 +294,26 @@ def test_values_and_maps_of_the_page(inspection: Inspection) -> None:
         *((f"register {number}", "registers", 2) for number in (1, 2, 3)),
     ]
     assert (data["layers"], data["patch_layers"], data["images"][0]["grid"]) == (3, 2, [4, 4])
+
     first, label = data["images"][0], report.predictions[0].top_label
     assert (first["width"], first["height"], first["attributed"]) == (90, 60, [label])
     assert first["visible_region"] == pytest.approx([21 / 90, 6 / 60, 69 / 90, 54 / 60])
     assert max(base64.b64decode(first["patch_colors"])) > 200
     assert len({image["patch_colors"] for image in data["images"]}) == len(NAMES)
+
     sums = np.frombuffer(base64.b64decode(first["rollout"]["sum"]), np.float32)
     assert sums == pytest.approx(report.rollout.sum(dim=(-2, -1)).numpy())
     roots = (
         np.frombuffer(base64.b64decode(first["rollout"]["values"]), np.uint8).reshape(-1, 4, 4)
         / 255
     )
+
     largest = np.frombuffer(base64.b64decode(first["rollout"]["largest"]), np.float32)
     assert largest == pytest.approx(report.rollout.amax(dim=(1, 2)).numpy())
     assert roots == pytest.approx(
         (report.rollout.numpy() / largest[:, None, None]) ** 0.5, abs=0.003
     )
+
     shown, caption, maps = next(report_module.iterate_overview(inspection, 1))
     assert (shown, caption, list(maps)) == (
         report,

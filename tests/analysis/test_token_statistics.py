@@ -160,6 +160,7 @@ def test_statistics_over_images_are_means() -> None:
     oblong = build_images(2, 24, 40)
     together = collect_findings(model, pixels, oblong)
     assert together.num_images == 7
+
     for batches in (
         (pixels[:1], pixels[1:4], pixels[4:], oblong),
         (oblong[:1], pixels, oblong[1:]),
@@ -187,7 +188,7 @@ def test_statistics_over_images_are_means() -> None:
         assert get_largest_difference(getattr(together, name).double(), expected) <= TOLERANCE, name
 
 
-def test_variation_and_distances_between_tokens() -> None:
+def test_variation_is_the_distance_from_the_mean_of_the_images() -> None:
     """Variation is the distance from the mean; distances are means over images and all channels."""
     model = randomize(ViTCLSModel(build_tiny_config(**PATCH | TOKENS)))
     with torch.no_grad():
@@ -197,6 +198,7 @@ def test_variation_and_distances_between_tokens() -> None:
         [run_eager(model, image)[1][:, :6] for image in build_images(4)]
     ).double()  # [B, L + 1, S, D]
     means = states.mean(dim=0)
+
     distances = (states - means).square().sum(dim=-1).mean(dim=0).sqrt()  # [L + 1, S]
     expected = distances / means.norm(dim=-1)
     by_channel = (states - means).square().mean(dim=0).sqrt() / means.abs()  # [L + 1, S, D]
@@ -208,6 +210,7 @@ def test_variation_and_distances_between_tokens() -> None:
     assert get_largest_difference(found.mean_states.double(), means) <= TOLERANCE
     # embeddings do not depend on the image
     assert found.variation[0].max() <= 1e-6 < 1e-2 < found.variation[1:].min()
+
     # [L + 1, S, S]
     pairs = (states.unsqueeze(3) - states.unsqueeze(2)).square().sum(dim=-1).mean(dim=0).sqrt()
     assert get_largest_difference(found.state_distance.double(), pairs) <= 1e-4
@@ -249,7 +252,7 @@ def test_small_variation_is_not_lost_to_rounding() -> None:
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex_attention"])
-def test_uniform_attention_within_scopes(implementation: str) -> None:
+def test_uniform_attention_is_compared_within_the_scope(implementation: str) -> None:
     """The second CLS token attends to a quarter of the patches, and all special tokens."""
     fields = {"num_cls_tokens": 2, "num_register_tokens": 1, "cls_scopes": ["image", [2, 2, 0, 1]]}
     model = randomize(ViTCLSModel(build_tiny_config(**fields)))
@@ -278,8 +281,11 @@ def test_uniform_attention_within_scopes(implementation: str) -> None:
     ],
     ids=lambda fields: ", ".join(fields) or "plain",
 )
-def test_outliers_without_registers(fields: dict[str, Any]) -> None:
-    """A register to which all patches attend keeps the norm of one patch low. Without it, the patch is an outlier."""
+def test_outliers_are_also_measured_without_registers(fields: dict[str, Any]) -> None:
+    """A register to which all patches attend keeps the norm of one patch low.
+
+    Without it, the patch is an outlier.
+    """
     model = randomize(
         ViTCLSModel(
             build_tiny_config(**{"num_hidden_layers": 3, "num_register_tokens": 2, **fields})
@@ -315,7 +321,7 @@ def test_outliers_without_registers(fields: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", ["classifier", "masked", "backbone", "differential"])
-def test_every_class_has_statistics(name: str) -> None:
+def test_every_class_has_statistics_and_is_not_changed(name: str) -> None:
     models: dict[str, nn.Module] = {
         "classifier": ViTCLSForImageClassification(build_tiny_config(num_register_tokens=2)),
         "masked": ViTCLSForMaskedImageModeling(build_tiny_config()),
@@ -324,6 +330,7 @@ def test_every_class_has_statistics(name: str) -> None:
     }
     model = randomize(models[name])
     state = {key: value.clone() for key, value in model.state_dict().items()}
+
     found = collect_findings(model.train(), build_images())
     assert model.training
     assert found.entropy.isfinite().all()
@@ -332,6 +339,7 @@ def test_every_class_has_statistics(name: str) -> None:
     assert (
         compute_attention_rollout(model, build_images()).sum(dim=-1) - 1
     ).abs().max() <= TOLERANCE
+
     encoder = randomize(ViTCLSModel(model.config))
     encoder.load_state_dict(getattr(model, "vitcls", model).state_dict(), strict=False)
     assert (
@@ -342,7 +350,7 @@ def test_every_class_has_statistics(name: str) -> None:
     assert_no_recording(model)
 
 
-def test_half_precision() -> None:
+def test_statistics_in_half_precision_are_close_to_float32() -> None:
     model = randomize(ViTCLSModel(build_tiny_config(**PATCH | TOKENS)))
     expected = collect_findings(model, build_images(3))
     found = collect_findings(model.bfloat16(), build_images(3))
@@ -377,8 +385,11 @@ def test_no_images_are_an_error() -> None:
         collected.compute()
 
 
-def test_map_variation_and_head_outputs() -> None:
-    """Variation is 0 for one image and infinite for images of two sizes. A head without weights adds nothing."""
+def test_map_variation_is_zero_for_one_image_and_infinite_for_two_sizes() -> None:
+    """Variation is 0 for one image and infinite for images of two sizes.
+
+    A head without weights adds nothing.
+    """
     model = randomize(ViTCLSModel(build_tiny_config(**PATCH)))
     with torch.no_grad():
         model.layers[1].attention.o_proj.weight[:, :8] = 0

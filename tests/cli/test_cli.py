@@ -92,7 +92,7 @@ def test_help_names_each_command(
     assert capsys.readouterr().out == text
 
 
-def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("--version", "-V"):
         assert run_here(name) == 0
         assert capsys.readouterr().out == f"vitcls {__version__}\n"
@@ -227,7 +227,7 @@ def test_the_command_registers_the_auto_classes_after_flags_are_checked(tmp_path
         ([], [], False),
     ],
 )
-def test_the_command_is_recognized(
+def test_a_process_of_the_command_is_recognized(
     arguments: list[str], command: list[str], expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", arguments)

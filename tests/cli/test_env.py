@@ -13,7 +13,7 @@ from transformers.utils import logging
 from modeling_vitcls.version import __version__
 
 
-def test_the_environment_of_a_bug_report(
+def test_the_environment_names_versions_and_the_machine_but_no_secrets(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
@@ -21,6 +21,7 @@ def test_the_environment_of_a_bug_report(
     logging.enable_progress_bar()
     assert run_here("env") == 0
     assert not logging.is_progress_bar_enabled()
+
     printed = capsys.readouterr().out
     facts = {
         name: text.strip()
@@ -31,6 +32,7 @@ def test_the_environment_of_a_bug_report(
     assert facts["platform"] == platform.platform()
     assert facts["CPU kernels"] == "off"
     assert "hf_secret" not in printed
+
     if not torch.cuda.is_available():
         assert (
             facts["device"]

@@ -1,5 +1,6 @@
-"""The commands as Python functions: equal results to the command line, datasets in memory, and errors that name the
-argument.
+"""The commands as Python functions have the results of the command line.
+
+Datasets may be in memory, and errors name the argument.
 """
 
 import json
@@ -19,7 +20,6 @@ from modeling_vitcls import evaluate, finetune, inspect_tokens, predict, pretrai
 from modeling_vitcls.analysis import inspect_tokens as inspect_tokens_module
 from modeling_vitcls.analysis.options import InspectOptions
 from modeling_vitcls.cli.functions import build_options
-from modeling_vitcls.inference.options import EvaluateOptions, PredictOptions
 from modeling_vitcls.publishing import after_run
 from modeling_vitcls.runtime.files import write_json
 from modeling_vitcls.training import run
@@ -60,7 +60,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
 
 
 @pytest.mark.integration
-def test_finetune_and_evaluate_data_in_memory(trained: tuple[Path, dict[str, Any]]) -> None:
+def test_data_in_memory_is_evaluated_on_its_held_out_images(
+    trained: tuple[Path, dict[str, Any]],
+) -> None:
     folder, results = trained
     assert results == json.loads((folder / "results.json").read_text(encoding="utf-8"))
     evaluated = evaluate(folder, get_digits(), num_workers=0)
@@ -87,7 +89,7 @@ class TorchDigits(Dataset):
 
 @pytest.mark.slow
 @pytest.mark.integration
-def test_pretrain_and_torch_datasets(tmp_path: Path) -> None:
+def test_a_torch_dataset_trains_an_encoder_and_its_classifier(tmp_path: Path) -> None:
     results = pretrain("vitcls-tiny", TorchDigits(), tmp_path / "encoder", **MODEL, **RUN)
     assert 0 <= results["knn_accuracy"] <= 1
     reset_accelerate()
@@ -97,7 +99,9 @@ def test_pretrain_and_torch_datasets(tmp_path: Path) -> None:
     assert finetuned["num_training_images"] == results["num_training_images"]
 
 
-def test_predict(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_images_in_memory_files_and_bytes_have_the_same_prediction(
+    trained: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
     folder, _ = trained
     images = [image for image, _ in get_digits()[:3]]
     rows = predict(folder, images, top_k=2)
@@ -120,7 +124,9 @@ def test_predict(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
             predict(folder, images, **{flag: None})
 
 
-def test_inspect_tokens(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_every_token_gets_a_verdict_and_a_report_is_written(
+    trained: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
     folder, _ = trained
     inspection = inspect_tokens(
         folder, dataset="digits", output=tmp_path / "report.html", max_images=8, num_images=1
@@ -143,6 +149,7 @@ def test_errors_name_the_argument(tmp_path: Path) -> None:
         build_options(
             FinetuneOptions, model="m", dataset="digits", output_dir="o", learning_rate="1e-4"
         )
+
     for size in ("native", 32, [32, 48]):
         options = build_options(
             FinetuneOptions, model="m", dataset="digits", output_dir="o", image_size=size
@@ -219,22 +226,6 @@ def test_arguments_are_flags(
         options_class, [*flags, "--model", "m", "--dataset", "digits", "--output-dir", "out"]
     )
     assert build_options(options_class, **required, **arguments) == by_flags
-
-
-def test_options_of_evaluation_and_prediction() -> None:
-    options = build_options(EvaluateOptions, model=Path("m"), dataset="digits", output="out.json")
-    assert options == parse_flags(
-        EvaluateOptions, ["--model", "m", "--dataset", "digits", "--output", "out.json"]
-    )
-    assert build_options(EvaluateOptions, model="m", dataset=Path("d")).data.dataset == "d"
-    assert (
-        build_options(EvaluateOptions, model="m", dataset="d", mixed_precision="no").mixed_precision
-        == "no"
-    )
-    assert build_options(PredictOptions, model="m", list="files.txt").list == Path("files.txt")
-    assert build_options(
-        EvaluateOptions, model="m", dataset="d", label_column="age"
-    ).data.label_column == ("age",)
 
 
 @pytest.mark.parametrize("function", [finetune, pretrain])

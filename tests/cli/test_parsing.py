@@ -33,12 +33,14 @@ def test_recipes_are_flags_that_the_command_line_overrides(tmp_path: Path) -> No
         "data",
     ]
     recipe.write_text("epochs: 3\nbatch_size: 7\n", encoding="utf-8")
+
     options = parse_flags(FinetuneOptions, ["--config", "replaced", *flags, "--epochs", "5"])
     assert (options.training.epochs, options.training.batch_size, options.data.dataset) == (
         5,
         7,
         "data",
     )
+
     recipe.write_text("# no flags\n", encoding="utf-8")
     assert replace(parse_flags(FinetuneOptions, flags), config=None) == parse_flags(
         FinetuneOptions, flags[2:]
@@ -241,6 +243,7 @@ def test_the_help_of_training_fits_on_a_screen(
     short_help = capsys.readouterr().out
     assert run_here(command, "-h") == 0
     assert capsys.readouterr().out == short_help
+
     lines = short_help.splitlines()
     flags = [line.split()[0] for line in lines if line.startswith("  --")]
     assert 15 <= len(flags) <= 30
@@ -256,6 +259,7 @@ def test_the_help_of_training_fits_on_a_screen(
         "--resume",
     } <= set(flags)
     assert run_here(command, "--help-all") == 0
+
     text = capsys.readouterr().out
     names = get_flag_fields(cli.load_modules()[command].OPTIONS_CLASS)
     assert all(f"--{name.replace('_', '-')}" in text for name in names)

@@ -181,6 +181,7 @@ def test_commits_are_pinned(cached_hub_model: str) -> None:
     assert pin_revision("timm:test_vit") == "timm:test_vit"
     assert is_pinned(pinned, cached_hub_model)
     assert is_pinned(pinned, f"{cached_hub_model}@main")
+
     main = f"{cached_hub_model}@main"
     other = f"{cached_hub_model}@{'f' * 40}"
     for pair in (
@@ -193,9 +194,11 @@ def test_commits_are_pinned(cached_hub_model: str) -> None:
     ):
         assert not is_pinned(*pair)
     assert resolve(pinned).path.name == COMMIT
+
     load_model(resolve(pinned), use_head=True)
     with pytest.raises(OSError, match="ann/mine"):
         resolve(f"{cached_hub_model}@{'f' * 40}")
+
     Path(
         constants.HF_HUB_CACHE, "models--ann--mine", "refs", "main"
     ).unlink()  # only the commit can be loaded

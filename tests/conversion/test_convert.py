@@ -83,7 +83,7 @@ def from_transformers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, P
     return base / "converted", base / "source"
 
 
-def test_a_timm_model_with_random_weights(from_timm: Path) -> None:
+def test_a_converted_timm_model_has_the_same_logits_and_all_files(from_timm: Path) -> None:
     source = randomize_weights(timm.create_model("test_vit"))
     model = ViTCLSForImageClassification.from_pretrained(from_timm)
     pixel_values = torch.randn(2, 3, 160, 160, generator=torch.Generator().manual_seed(5))
@@ -102,7 +102,9 @@ def test_a_timm_model_with_random_weights(from_timm: Path) -> None:
     assert [path.name for path in from_timm.parent.iterdir()] == ["there"]
 
 
-def test_a_checkpoint_of_transformers(from_transformers: tuple[Path, Path]) -> None:
+def test_a_converted_checkpoint_of_transformers_has_the_same_pixels_and_logits(
+    from_transformers: tuple[Path, Path],
+) -> None:
     folder, source_folder = from_transformers
     source = transformers.ViTForImageClassification.from_pretrained(source_folder).eval()
     model = ViTCLSForImageClassification.from_pretrained(folder)
@@ -117,7 +119,9 @@ def test_a_checkpoint_of_transformers(from_transformers: tuple[Path, Path]) -> N
         assert (model(**found).logits - source(**wanted).logits).abs().max() <= LIMIT
 
 
-def test_the_parity_report(from_timm: Path, from_transformers: tuple[Path, Path]) -> None:
+def test_the_parity_report_has_the_differences_at_two_sizes(
+    from_timm: Path, from_transformers: tuple[Path, Path]
+) -> None:
     for folder in (from_timm, from_transformers[0]):
         report = json.loads((folder / "parity_report.json").read_text())
         weights = (folder / "model.safetensors").read_bytes()
@@ -134,6 +138,7 @@ def test_the_parity_report(from_timm: Path, from_transformers: tuple[Path, Path]
         assert native["image_size"][0] == native["image_size"][1]
         assert rectangle["image_size"][0] < rectangle["image_size"][1]
     assert report["source_class"] == "ViTForImageClassification"
+
     num_parameters = ViTCLSForImageClassification.from_pretrained(folder).num_parameters()
     assert (report["num_parameters"], report["num_labels"]) == (num_parameters, 3)
     assert report["source"].startswith("transformers:")
@@ -164,7 +169,7 @@ torch.save(logits, sys.argv[2])
 
 
 @pytest.mark.slow
-def test_it_loads_without_the_package(from_timm: Path, tmp_path: Path) -> None:
+def test_a_converted_model_loads_without_the_package(from_timm: Path, tmp_path: Path) -> None:
     """Compare the logits of a photograph with timm's model and transform."""
     photograph("china.jpg").save(tmp_path / "china.png")
     words = ["-I", "-c", CHILD, tmp_path / "china.png", tmp_path / "logits", from_timm]
@@ -264,7 +269,7 @@ def test_an_output_that_is_not_empty_is_unchanged(tmp_path: Path) -> None:
 # Sources
 
 
-def test_a_non_square_source(tmp_path: Path) -> None:
+def test_a_non_square_source_is_compared_at_its_native_size(tmp_path: Path) -> None:
     """transformers has no interpolation for non-square grids, so only the native size is compared."""
     config = transformers.ViTConfig(**SIZES | {"image_size": [32, 48]})
     source = save_checkpoint(randomize_weights(transformers.ViTModel(config)), tmp_path / "source")
@@ -293,7 +298,7 @@ def test_the_size_that_the_image_processor_makes_is_compared(tmp_path: Path) -> 
     assert max(made["comparisons"][1]["differences"].values()) <= LIMIT
 
 
-def test_the_vision_part_of_a_larger_model(tmp_path: Path) -> None:
+def test_the_vision_part_of_a_larger_model_is_converted(tmp_path: Path) -> None:
     text = {
         "hidden_size": 32,
         "num_hidden_layers": 1,
@@ -394,6 +399,7 @@ def test_remote_code_is_never_run(
     settings = {"model_type": "evil", "image_processor_type": "Evil", "auto_map": references}
     path = tmp_path / "source" / file
     path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | settings))
+
     if file == "config.json":
         with raises_one_line("remote code", error=OSError):
             convert_checkpoint(source, tmp_path / "made")
@@ -412,6 +418,7 @@ def test_half_precision_is_kept_if_conversion_is_exact(tmp_path: Path) -> None:
     half = build_vit_classifier().to(torch.bfloat16)
     made = convert_checkpoint(save_checkpoint(half, tmp_path / "source"), tmp_path / "made")
     assert max(made["comparisons"][0]["differences"].values()) <= LIMIT
+
     weights = load_file(tmp_path / "made" / "model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
     sizes = {
@@ -424,6 +431,7 @@ def test_half_precision_is_kept_if_conversion_is_exact(tmp_path: Path) -> None:
     radio = transformers.RadioModel(
         transformers.RadioConfig(**sizes, image_size=32, max_img_size=64)
     )
+
     made = convert_checkpoint(
         save_checkpoint(randomize_weights(radio).half(), tmp_path / "radio"),
         tmp_path / "radio made",
@@ -485,7 +493,9 @@ UNSUPPORTED: dict[str, Callable[[Path], str]] = {
 
 
 @pytest.mark.parametrize("message", UNSUPPORTED)
-def test_errors_have_one_line(message: str, tmp_path: Path) -> None:
+def test_unsupported_sources_are_one_line_errors_and_write_nothing(
+    message: str, tmp_path: Path
+) -> None:
     source = UNSUPPORTED[message](tmp_path / "source")
     before = list_all(tmp_path)
     with pytest.raises((ValueError, OSError), match=message) as raised:

@@ -74,6 +74,7 @@ def test_the_card_requires_no_remote_code(tmp_path: Path, monkeypatch: pytest.Mo
             tmp_path / "native", to="transformers", model=str(save(Path("mine"), **DEMO))
         )
     )
+
     card = ModelCard.load(tmp_path / "native" / "README.md")
     assert card.data.license == "mit"
     assert card.data.pipeline_tag == "image-classification"
@@ -83,6 +84,7 @@ def test_the_card_requires_no_remote_code(tmp_path: Path, monkeypatch: pytest.Mo
         "`path/to/mine`, converted to the transformers class `Dinov2WithRegistersForImageClassification`."
         in card.text
     )
+
     report = json.loads((tmp_path / "native" / "parity_report.json").read_text())
     assert (report["source"], report["source_class"]) == (
         "path/to/mine",
@@ -96,7 +98,7 @@ def test_the_card_requires_no_remote_code(tmp_path: Path, monkeypatch: pytest.Mo
     assert str(tmp_path) not in str(card)
 
 
-def test_a_model_without_an_image_processor(tmp_path: Path) -> None:
+def test_a_model_without_an_image_processor_is_written_without_one(tmp_path: Path) -> None:
     folder = save(tmp_path / "mine")
     (folder / "preprocessor_config.json").unlink()
     report = write_native_model(str(folder), tmp_path / "native")
@@ -105,7 +107,7 @@ def test_a_model_without_an_image_processor(tmp_path: Path) -> None:
     assert not (tmp_path / "native" / "preprocessor_config.json").exists()
 
 
-def test_a_model_in_half_precision_without_labels(tmp_path: Path) -> None:
+def test_a_model_without_labels_keeps_its_half_precision(tmp_path: Path) -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config(num_labels=0))).to(
         torch.bfloat16
     )
@@ -154,6 +156,7 @@ def test_a_native_model_is_pushed_and_verified_without_remote_code(
         )
     )
     pushed = push_folder(ModelFolder(tmp_path / "native"), "ann/native")
+
     names = set(hub.files("ann/native"))
     assert {
         "config.json",
@@ -164,6 +167,7 @@ def test_a_native_model_is_pushed_and_verified_without_remote_code(
     } <= names
     assert "CODE_LICENSE" not in names
     assert not [name for name in names if name.endswith(".py")]
+
     report = verify("ann/native", pushed.commit, ModelFolder(tmp_path / "native"))
     assert "Dinov2WithRegistersForImageClassification" in report
     assert "largest difference 0.0e+00" in report
@@ -183,7 +187,9 @@ def test_code_in_a_native_repository_is_not_run(hub: LocalHub, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("flags", [{"to": "transformers"}, {"model": "x"}])
-def test_wrong_flags(flags: dict[str, Any], tmp_path: Path) -> None:
+def test_a_model_and_the_target_library_require_each_other(
+    flags: dict[str, Any], tmp_path: Path
+) -> None:
     with raises_one_line("--"):
         ConvertOptions(output=tmp_path / "out", **flags)
 

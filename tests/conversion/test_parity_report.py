@@ -32,7 +32,7 @@ def test_only_timms_mean_pooling_of_dinov3_has_a_note() -> None:
     assert describe_pooling(dinov2, mean) == []
 
 
-def test_notes_on_positions() -> None:
+def test_notes_name_the_resampling_of_positions() -> None:
     """The notes name the resampling, and what other implementations compute in another way."""
     cases: list[tuple[str, dict[str, Any], list[str]]] = [
         ("timm:vit", {"position_embedding_type": "none"}, []),
@@ -54,6 +54,7 @@ def test_notes_on_positions() -> None:
         notes = describe_position_embeddings(source, build_tiny_config(**fields))
         assert len(notes) == len(parts)
         assert all(part in note for part, note in zip(parts, notes, strict=True))
+
     source.name = "mine"
     source.model = type("Sapiens2Model", (), {})()
     assert "bfloat16" in str(describe_position_embeddings(source, build_tiny_config(**fields)))

@@ -137,7 +137,7 @@ def test_timm_images_are_squashed_before_the_crop() -> None:
     assert dict(processor.crop_size) == {"height": 224, "width": 192}
 
 
-def test_gray_images_of_timm() -> None:
+def test_preprocessing_of_gray_images_of_timm_is_equal() -> None:
     model = PretrainedConfigOnly(TIMM_CONFIGS["crop"])
     model.pretrained_cfg |= {"input_size": (1, 28, 28), "mean": (0.4,), "std": (0.3,)}
     processor, record = processors.convert_timm_preprocessing(model)

@@ -42,10 +42,11 @@ def test_random_weights_are_reproducible() -> None:
     assert all(torch.equal(weight, second[name]) for name, weight in first.items())
 
 
-def test_distributions() -> None:
+def test_each_kind_of_weight_has_its_distribution() -> None:
     model = build_model()
     assert randomize_weights(model) is model
     assert not model.training
+
     weights = dict(model.named_parameters()) | dict(model.named_buffers())
     scales = {
         "norm.weight",

@@ -240,18 +240,22 @@ def test_files_are_converted_exactly(
     family, option, build, wrap, resample = FILES[name]
     weights = build()
     file = save(wrap(weights), Path(name))
+
     report = convert_checkpoint(name, tmp_path / "made", family=option)
     assert report["family"] == family
     assert report["source"] == f"path/to/{name}"
     assert len(report["comparisons"]) == 2
     assert "as in the authors' code" in report["notes"][-1]
+
     saved_report = json.loads((tmp_path / "made" / "parity_report.json").read_text())
     assert saved_report["source_sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
     assert str(tmp_path) not in json.dumps(saved_report)
     assert not report["preprocessing"]["assumed_because"]
+
     processor = ViTCLSImageProcessor.from_pretrained(tmp_path / "made")
     assert processor.resample == (2 if family in ("msn", "tips") else 3)
     assert family != "msn" or processor.size.shortest_edge == int(GRID * PATCH / 0.875)
+
     is_classifier = "head.weight" in weights
     assert report["classifier"] == ("kept" if is_classifier else "none")
     model_class = ViTCLSForImageClassification if is_classifier else ViTCLSModel
@@ -330,7 +334,7 @@ def test_a_linear_classifier_of_another_width_is_refused(tmp_path: Path) -> None
 
 
 @torch.no_grad()
-def test_tips_files(tmp_path: Path) -> None:
+def test_tips_files_are_exact_if_their_family_is_known(tmp_path: Path) -> None:
     """Two CLS tokens, images in 0..1 that are resized to a square, and the family must be unambiguous."""
     weights = FILES["tips.npz"][2]()
     source = FileSource.load(save(weights, tmp_path / "tips.npz"))
@@ -379,17 +383,19 @@ def test_an_encoder_of_two_pooled_tokens_has_no_pooler() -> None:
 
 
 @torch.no_grad()
-def test_dinov3_with_stored_and_with_computed_periods(tmp_path: Path) -> None:
+def test_dinov3_is_exact_with_stored_and_with_computed_periods(tmp_path: Path) -> None:
     """Both variants are exact: as the authors run the weights, and as timm and transformers do."""
     weights = build_dinov3_weights()
     stored = convert_state_dict(weights, "dinov3")
     computed = convert_state_dict(
         {n: w for n, w in weights.items() if n != "rope_embed.periods"}, "dinov3"
     )
+
     periods = weights["rope_embed.periods"]
     assert periods.dtype == torch.bfloat16
     assert stored.config.rope_periods == periods.float().tolist()
     assert torch.equal(stored.embeddings.mask_token[0], weights["mask_token"])
+
     images = torch.randn(2, 3, GRID * PATCH, 6 * PATCH)
     for model, expected in (
         (stored, periods.float()),
@@ -404,6 +410,7 @@ def test_dinov3_with_stored_and_with_computed_periods(tmp_path: Path) -> None:
     assert (
         stored(images).last_hidden_state - computed(images).last_hidden_state
     ).abs().max() > 1e-4
+
     for mlp, bias in (("plain", True), ("gated", True), ("gated", False)):
         file = save(build_dinov3_weights(mlp, bias), tmp_path / f"{mlp}{bias}.pth")
         report = convert_checkpoint(str(file), tmp_path / f"made {mlp} {bias}")
@@ -429,9 +436,13 @@ def test_key_biases_of_dinov3_are_refused() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("registers", [0, 4])
-def test_half_precision(registers: int, tmp_path: Path) -> None:
-    """The converted weights have the dtype of the file if this dtype represents them. Weights outside of the backbone,
-    such as a linear classifier, are named."""
+def test_converted_weights_keep_the_dtype_of_the_file_if_it_represents_them(
+    registers: int, tmp_path: Path
+) -> None:
+    """The converted weights have the dtype of the file if this dtype represents them.
+
+    Weights outside of the backbone, such as a linear classifier, are named.
+    """
     backbone = build_vit_weights(1, "ls{}.gamma", width=384)
     if registers:
         backbone = add_token(backbone, register_tokens=(1, registers, 384))
@@ -448,7 +459,7 @@ def test_half_precision(registers: int, tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_a_fine_tuned_mae(tmp_path: Path) -> None:
+def test_a_fine_tuned_mae_pools_then_normalizes_then_classifies(tmp_path: Path) -> None:
     """The mean of the patches, then the norm, then the classifier."""
     extra = {
         "head.weight": (LABELS, 768),
@@ -471,7 +482,7 @@ def test_a_fine_tuned_mae(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_rectangular_patches_of_gray_images() -> None:
+def test_rectangular_patches_of_gray_images_are_converted_exactly() -> None:
     shapes = {"patch_embed.proj.weight": (192, 1, PATCH, 2 * PATCH)}
     weights = build_vit_weights(extra=shapes)
     model = convert_state_dict(weights, "deit")
@@ -524,7 +535,7 @@ FLAX_FILES: dict[str, Callable[[], Weights]] = {
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", FLAX_FILES)
-def test_npz_files_of_big_vision(name: str, tmp_path: Path) -> None:
+def test_npz_files_of_big_vision_are_converted_exactly(name: str, tmp_path: Path) -> None:
     weights = FLAX_FILES[name]()
     prefix = (
         "" if name == "vision_transformer" else "params/img/" if name == "attention" else "params/"
@@ -541,9 +552,11 @@ def test_npz_files_of_big_vision(name: str, tmp_path: Path) -> None:
             arrays[key.replace("encoderblock_0", "encoderblock")] = torch.stack(blocks)
     source = FileSource.load(save(arrays, tmp_path / "vit.npz"))
     model: Any = source.convert()
+
     images = torch.randn(2, 3, *source.image_size)
     expected = run_big_vision(weights, images)
     assert (model(images).logits - expected).abs().max() <= LIMIT * expected.abs().max()
+
     processor, preprocessing = source.convert_preprocessing()
     is_rectangular = name == "rectangular patches"  # timm crops only squares
     assert bool(preprocessing["assumed_because"]) == is_rectangular
@@ -575,7 +588,7 @@ def test_resampling_that_is_not_supported_is_not_compared(tmp_path: Path) -> Non
 
 
 @torch.no_grad()
-def test_a_file_of_eva02(tmp_path: Path) -> None:
+def test_a_file_with_the_parameter_names_of_eva02_is_exact(tmp_path: Path) -> None:
     """timm:NAME@FILE with the authors' parameter names."""
     name = "eva02_tiny_patch14_224.mim_in22k"
     source: Any = randomize_weights(timm.create_model(name))
@@ -680,7 +693,7 @@ REFUSED: dict[str, tuple[Any, str | None, tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_not_a_supported_file_is_refused(name: str, tmp_path: Path) -> None:
+def test_unsupported_files_are_refused(name: str, tmp_path: Path) -> None:
     content, family, words = REFUSED[name]
     torch.save(content, tmp_path / "weights.pth")
     with raises_one_line(*words, error=ConversionError):
@@ -725,7 +738,7 @@ def test_no_code_in_a_file_runs(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_file_as_a_model_of_other_commands(tmp_path: Path) -> None:
+def test_a_file_has_labels_a_processor_and_an_unknown_license(tmp_path: Path) -> None:
     file = save({"model": build_vit_weights(extra=HEAD)}, tmp_path / "deit.pth")
     source = FileSource.load(file)
     model = source.convert()

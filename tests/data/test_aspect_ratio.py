@@ -66,14 +66,17 @@ def cropping_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_white_square_at_each_edge_reaches_the_input(
     fit: str | None, image_size: tuple[int, int] | None, cropping_checkpoint: Path, tmp_path: Path
 ) -> None:
-    """By default, the checkpoint's own setting is kept. The saved processor, both backends and training see the same
-    region."""
+    """The saved processor, both backends and training see the same region.
+
+    By default, the checkpoint's own setting is kept.
+    """
     flags = {} if fit is None else {"fit": fit}
     _, processor, _ = build_initial_model(
         ModelOptions(str(cropping_checkpoint), image_size=image_size, **flags), LABELS
     )
     processor.save_pretrained(tmp_path)
     augmentation = build_augmentation(AugmentationOptions(crop_scale=1.0, shift=0.0), processor)
+
     for image in build_edge_images():
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         seen_in_training = augmentation.fixed_transform(pixels)
@@ -134,6 +137,7 @@ def test_a_crop_keeps_its_ratio_at_another_size_and_the_seen_share_is_measured(
         set_fit(processor, "crop", (64, 64))
         assert (processor.size.shortest_edge, processor.crop_size.height) == (edge, 64)
     assert get_visible_share(processor, (160, 640)) == pytest.approx((64 / 72) ** 2 / 4)
+
     for size in ((640, 160), (100, 100), (100, 130)):
         Image.new("L", size).save(tmp_path / f"{size}.png")
     text = describe_fit(
@@ -142,6 +146,7 @@ def test_a_crop_keeps_its_ratio_at_another_size_and_the_seen_share_is_measured(
     assert f"median of {100 * (64 / 72) ** 2 / 1.3:.0f} %" in text
     for none_readable in ([], DatasetImages.from_list(["absent.png"])):
         assert describe_fit(processor, none_readable) == "crop"
+
     set_fit(processor, "crop", (20, 28))
     assert (processor.size.shortest_edge, processor.crop_size.width) == (
         31,

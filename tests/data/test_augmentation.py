@@ -97,7 +97,10 @@ def test_half_of_the_images_are_mirrored() -> None:
 def test_placement_equals_torchvision_affine(
     change: dict[str, float], numbers: list[float], affine: dict[str, Any]
 ) -> None:
-    """Random numbers 0 and 1 are the ends of each range. The first number, 0, flips an image only with `flip`."""
+    """Random numbers 0 and 1 are the ends of each range.
+
+    The first number, 0, flips an image only with `flip`.
+    """
     affine = affine or {"angle": 20, "translate": [-8, 6], "scale": 0.5}
     smooth = v2.functional.gaussian_blur(
         torch.stack(build_pil_images(2, (24, 32))), [7, 7], [3.0, 3.0]

@@ -94,7 +94,9 @@ def test_a_batch_contains_its_keys() -> None:
         ),
     ],
 )
-def test_labels_of_any_kind(labels: list[Any], expected: Any) -> None:
+def test_labels_of_several_classes_and_tasks_become_tensors(
+    labels: list[Any], expected: Any
+) -> None:
     images = build_images(LabeledImages(build_noise_images(2), labels))
     torch.testing.assert_close(images[[(0, 0), (0, 1)]]["labels"], expected)
 
@@ -171,10 +173,12 @@ def test_the_next_image_replaces_an_unreadable_one(half_unreadable: LabeledImage
         "rotation": 20,
     }
     plan = build_plan(6, epochs=3, batch_size=3)
+
     batches = list(
         iterate_training_batches(build_images(half_unreadable, **options), plan, 0, num_workers=2)
     )
     assert len(batches) == 6
+
     replacements = {1: 3, 2: 3, 5: 0}
     for keys, batch in zip(plan.iterate_keys(0), batches, strict=True):
         wanted = [index for _, index in keys]
@@ -185,6 +189,7 @@ def test_the_next_image_replaces_an_unreadable_one(half_unreadable: LabeledImage
         )
         assert set(batch["errors"]) == replacements.keys() & set(wanted)
         assert all(f"{index}.png" in message for index, message in batch["errors"].items())
+
     resumed = iterate_training_batches(
         build_images(half_unreadable, **options), plan, 0, 0, first_step=1
     )
@@ -266,16 +271,19 @@ def test_a_gray_model_skips_color_images(tmp_path: Path) -> None:
     prepared = TrainingImages(
         source, BatchBuilder(augmentation, to_rgb=False, seed=0, num_channels=1)
     )
+
     batch = prepared[[(0, 0), (0, 1), (0, 2), (0, 3)]]
     assert batch["pixels"].shape == (4, 1, 16, 16)
     assert batch["index"].tolist() == [0, 3, 3, 3]
     assert batch["errors"].keys() == {1, 2}
     assert batch["errors"][1] == "an image of mode RGB has 3 channels, but the model requires 1"
+
     arrays = LabeledImages(ArrayImages(np.zeros((2, 12, 10), dtype=np.uint8)), [0, 1])
     options = AugmentationOptions(crop_scale=1.0, shift=0.0, auto_augment="rand")
     gray = build_augmentation(options, ViTCLSImageProcessor(size=[16, 16]))
     prepared = TrainingImages(arrays, BatchBuilder(gray, to_rgb=False, seed=0))
     assert prepared[[(0, 0)]]["pixels"].shape == (1, 1, 16, 16)
+
     images[1].save(tmp_path / "color.png")
     files = LabeledImages(DatasetImages.from_list([str(tmp_path / "color.png")]), [0])
     named = TrainingImages(files, BatchBuilder(augmentation, to_rgb=False, seed=0, num_channels=1))

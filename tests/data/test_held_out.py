@@ -148,7 +148,10 @@ def test_the_split_depends_only_on_names(tmp_path: Path, monkeypatch: pytest.Mon
 def test_images_without_paths_are_selected_by_row_on_disk_and_by_content_in_memory(
     tmp_path: Path,
 ) -> None:
-    """In memory, equal images are on the same side, in any order. On disk, the images are not read."""
+    """In memory, equal images are on the same side, in any order.
+
+    On disk, the images are not read.
+    """
     paths = sorted(write_photos(tmp_path / "photos", range(30)).glob("*/*.png"))
     pairs = [(path.read_bytes(), path.parent.name) for path in paths]
     found = []
@@ -188,7 +191,10 @@ def test_the_held_out_images_of_a_dataset_never_change() -> None:
 
 
 def test_each_image_is_in_one_fold() -> None:
-    """The folds divide the range of the hash into equal parts. A record selects the same fold again."""
+    """The folds divide the range of the hash into equal parts.
+
+    A record selects the same fold again.
+    """
     rules = [HeldOutRule(0.2, 1, num_folds=3, fold=fold) for fold in (1, 2, 3)]
     folds = [[key for key in range(6000) if rule.is_held_out(key)] for rule in rules]
     assert sorted(chain.from_iterable(folds)) == list(range(6000))
@@ -219,14 +225,19 @@ def test_empty_parts_are_errors(tmp_path: Path) -> None:
 def test_evaluation_uses_the_held_out_images_of_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """Evaluate and inspect without --split-seed, for any --split-seed of the run. The record is published."""
+    """Evaluate and inspect without --split-seed, for any --split-seed of the run.
+
+    The record is published.
+    """
     folder = write_photos(tmp_path / "photos", range(50))
     trained = run(tmp_path / "run", folder, split_seed=7, held_out_fraction=0.3)
     held_out = read(folder, split_seed=7, held_out_fraction=0.3).held_out
     expected = HeldOutRecord.from_keys(HeldOutRule(0.3, 7), held_out.images.compute_keys())
+
     recorded = read_held_out_record(ModelFolder(tmp_path / "run"))
     assert recorded == read(folder, split_seed=7, held_out_fraction=0.3).build_record()
     assert recorded.sha256 == expected.sha256
+
     measured = evaluate(tmp_path / "run", folder)
     for name in ("num_images", "accuracy", "confusion_matrix"):
         assert measured[name] == trained[name]
@@ -237,9 +248,11 @@ def test_evaluation_uses_the_held_out_images_of_the_run(
         evaluate(tmp_path / "run", folder, split_seed=3)
     with raises_one_line("`held_out_fraction` is 0.5", "0.3"):
         evaluate(tmp_path / "run", folder, held_out_fraction=0.5)
+
     same = DataOptions(str(folder), split_seed=7, held_out_fraction=0.3)
     assert get_names(load_evaluation_data(same, None, recorded).images) == get_names(held_out)
     assert "results.json" in list_published_files(ModelFolder(tmp_path / "run"))
+
     model, _ = load_model(ModelFolder(tmp_path / "run"), use_head=True)
     options = InspectOptions(str(tmp_path / "run"), dataset=str(folder))
     images = open_images(options, model, read_held_out_record(ModelFolder(tmp_path / "run")))

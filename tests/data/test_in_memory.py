@@ -112,7 +112,7 @@ def test_the_name_identifies_the_data(tmp_path: Path) -> None:
     assert len(get_dataset(name)["train"]) == NUM_IMAGES
 
 
-def test_several_tasks_and_several_labels() -> None:
+def test_dicts_are_tasks_and_lists_are_several_labels() -> None:
     image = make_image(0)
     tasks = add_dataset(
         [(image, {"animal": name_class(index), "age": index}) for index in range(12)]
@@ -136,7 +136,7 @@ def test_several_tasks_and_several_labels() -> None:
         assert splits.images_by_split["train"].labels[:3] == [[0.0, 0.0], [1.0, 0.0], [1.0, 1.0]]
 
 
-def test_gray_images_and_numbers_as_labels() -> None:
+def test_gray_arrays_and_numbers_as_labels_are_read() -> None:
     pixels = np.arange(64, dtype=np.uint8).reshape(8, 8)
     name = add_dataset([(pixels + index, np.int64(index % 3)) for index in range(9)])
     splits = load_splits(DataOptions(name))
@@ -155,7 +155,9 @@ def test_gray_images_and_numbers_as_labels() -> None:
         ),  # integers are never scaled
     ],
 )
-def test_ranges_of_pixels(pixels: torch.Tensor, expected: list[list[int]]) -> None:
+def test_pixels_are_scaled_only_from_floats_between_0_and_1(
+    pixels: torch.Tensor, expected: list[list[int]]
+) -> None:
     splits = load_splits(DataOptions(add_dataset([(pixels, 0), (pixels.numpy(), 1)])))
     for image in splits.images_by_split["train"].images:
         assert np.array(image).tolist() == expected
@@ -210,7 +212,7 @@ def test_unusable_kinds_are_errors() -> None:
 # Files of the same contents ------------------------------------------------------------------------------------------
 
 
-def test_folders_of_save_to_disk(tmp_path: Path) -> None:
+def test_folders_of_save_to_disk_have_all_images_of_their_splits(tmp_path: Path) -> None:
     part = build("datasets", tmp_path)
     part.save_to_disk(tmp_path / "one")
     datasets.DatasetDict({"train": part, "validation": part.select(range(6))}).save_to_disk(

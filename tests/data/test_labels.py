@@ -103,7 +103,7 @@ def test_columns_of_other_values_are_not_labels(value: Any) -> None:
         build_reader([value])
 
 
-def test_labels_as_text() -> None:
+def test_labels_are_shown_by_their_names() -> None:
     single = LabelSpace("single_label_classification", {"label": ["cat", "dog"]})
     assert [single.format_label(label) for label in (0, 1, -100, -1, None)] == [
         "cat",
@@ -121,7 +121,7 @@ def test_labels_as_text() -> None:
     assert tasks.format_label({"kind": -100, "age": -100}) is None
 
 
-def test_fields_of_the_configuration() -> None:
+def test_a_label_space_survives_the_configuration() -> None:
     """A model with these fields has the same label space."""
     names = ["cat", "dog", "cow"]
     for kind in ("single_label_classification", "multi_label_classification"):
@@ -162,6 +162,7 @@ def test_the_image_column_contains_images() -> None:
     options = DataOptions(dataset="table")
     image = datasets.Image()
     text = datasets.Value("string")
+
     encoded = {"bytes": datasets.Value("binary"), "path": text, "source": text}
     for feature in (image, encoded, datasets.Value("binary")):
         assert (
@@ -175,6 +176,7 @@ def test_the_image_column_contains_images() -> None:
     assert find_image_column(options, {"box": {"path": text}, "id": text, "file": text}) == "file"
     for name in "image img picture photo pixel_values file_name filename file path jpg png".split():
         assert find_image_column(options, {"a": text, name: text}) == name
+
     for name in "label labels class target category fine_label cls".split():
         features = {"image": image, "a": text, name: INTEGERS}
         assert build_label_reader(

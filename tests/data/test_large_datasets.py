@@ -105,11 +105,13 @@ def test_web_dataset_shards_need_no_flags(is_folder: bool, tmp_path: Path) -> No
     )
     data = load_training_data(options)
     assert data.label_space.columns == {"cls": ["0", "7", "14"]}
+
     examples = [*data.train.iterate_pass(0, 0, 0, 1)]
     assert {
         int(Path(example.name).stem.split("/")[-1]) % 3 == example.label for example in examples
     } == {True}
     assert len(examples) + len(data.held_out) == 40
+
     on_the_hub = {"train": SimpleNamespace(features={"__url__": datasets.Value("string")})}
     with raises_one_line("'cls'", "`label_names`"):  # otherwise, all images would be downloaded
         next(read_label_column(on_the_hub, "cls", DataOptions("owner/name", streaming=True)))

@@ -85,7 +85,7 @@ def write_table(file: Path, rows: dict[str, list[Any]], **features: Any) -> Path
 # Sources -------------------------------------------------------------------------------------------------------------
 
 
-def test_folder_of_folders(color_images: Path) -> None:
+def test_subfolders_are_classes(color_images: Path) -> None:
     data = read(color_images)
     assert data.name == color_images.name
     assert data.label_space.kind == "single_label_classification"
@@ -97,7 +97,7 @@ def test_folder_of_folders(color_images: Path) -> None:
 
 
 @pytest.mark.parametrize(("suffix", "separator"), [(".csv", ","), (".tsv", "\t")])
-def test_table_of_relative_paths_and_named_labels(
+def test_a_table_has_relative_paths_and_named_labels(
     color_images: Path, tmp_path: Path, suffix: str, separator: str
 ) -> None:
     (tmp_path / "images").symlink_to(color_images)
@@ -114,7 +114,7 @@ def test_table_of_relative_paths_and_named_labels(
     assert_noon_is_class_1(data)
 
 
-def test_parquet_with_embedded_images_and_numbered_labels(
+def test_parquet_files_have_embedded_images_and_numbered_labels(
     color_images: Path, tmp_path: Path
 ) -> None:
     paths = list_paths(color_images)
@@ -151,7 +151,7 @@ def test_class_names_match_labels_by_name_or_index(color_images: Path, tmp_path:
         read(words, label_names=("dusk", "dawn"))
 
 
-def test_digits() -> None:
+def test_the_digits_are_those_of_scikit_learn() -> None:
     images = np.stack([np.asarray(image) for image in read_single_split("digits").images])
     assert np.array_equal(images, np.rint(load_digits().images * 255 / 16))
     data = read("digits")
@@ -184,7 +184,9 @@ def write_mnist(folder: Path, ending: str = "") -> np.ndarray:
 @pytest.mark.parametrize(
     ("name", "ending", "first"), [("mine", "", "0"), ("fashion-mnist", ".gz", "T-shirt/top")]
 )
-def test_folder_in_the_format_of_mnist(tmp_path: Path, name: str, ending: str, first: str) -> None:
+def test_a_folder_in_the_format_of_mnist_keeps_its_test_split(
+    tmp_path: Path, name: str, ending: str, first: str
+) -> None:
     images = write_mnist(tmp_path / name, ending)
     data = read(tmp_path / name)
     assert (data.name, data.held_out_name, len(data.train), len(data.held_out)) == (
@@ -221,12 +223,13 @@ def test_damaged_folders_in_the_format_of_mnist_are_named(tmp_path: Path) -> Non
         with raises_one_line("train-images-idx3-ubyte.gz"):
             read(tmp_path)
     file.write_bytes(whole)
+
     (tmp_path / "train-labels-idx1-ubyte.gz").unlink()
     with raises_one_line("train-labels-idx1-ubyte"):
         read(tmp_path)
 
 
-def test_parts_of_folders_in_the_format_of_mnist(
+def test_the_largest_label_of_both_splits_sets_the_number_of_mnist_classes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The number of classes is the largest label plus 1, or 10; a split may be missing; the folder may be `.`."""
@@ -235,6 +238,7 @@ def test_parts_of_folders_in_the_format_of_mnist(
     monkeypatch.chdir(tmp_path / "mine")
     # the other split has fewer classes
     assert len(load_splits(DataOptions(".")).label_space.names) == 12
+
     (tmp_path / "mine" / "t10k-images-idx3-ubyte").unlink()
     splits = load_splits(DataOptions("."))
     assert (splits.name, splits.names, list(splits.images_by_split)) == (
@@ -243,6 +247,7 @@ def test_parts_of_folders_in_the_format_of_mnist(
         ["train"],
     )
     assert splits.label_space.names == [str(index) for index in range(12)]
+
     (tmp_path / "test").mkdir()
     for kind in ("images-idx3", "labels-idx1"):  # only the second split
         name = f"{kind}-ubyte"
@@ -250,9 +255,11 @@ def test_parts_of_folders_in_the_format_of_mnist(
             (tmp_path / "mine" / f"train-{name}").read_bytes()
         )
     assert load_splits(DataOptions(str(tmp_path / "test"))).names == ["test"]
+
     unlabeled = load_splits(DataOptions("."), use_labels=False)
     assert unlabeled.images_by_split["train"].labels == [-100] * 12
     assert unlabeled.label_space.columns == {}
+
     for count in (11, 13):
         write_idx(tmp_path / "mine" / "train-labels-idx1-ubyte", np.arange(count, dtype=np.uint8))
         with raises_one_line("train-images-idx3-ubyte", f"12 images, but {count} labels"):
@@ -354,7 +361,10 @@ def test_a_split_of_the_dataset_is_used_if_it_exists(color_images: Path, tmp_pat
 
 
 def write_splits(folder: Path, color_images: Path, **labels: int | None) -> Path:
-    """Write a Parquet file per split. All images of a split have the given label, or each image has its own."""
+    """Write a Parquet file per split.
+
+    All images of a split have the given label, or each image has its own.
+    """
     paths = list_paths(color_images)
     names = datasets.ClassLabel(names=["dusk", "noon"])
     folder.mkdir(exist_ok=True)
@@ -414,7 +424,7 @@ def test_a_split_given_by_name_is_used_as_a_whole(
     assert all(name.endswith(".png") for name in names)
 
 
-def test_unlabeled_images(color_images: Path, tmp_path: Path) -> None:
+def test_images_can_be_read_without_labels(color_images: Path, tmp_path: Path) -> None:
     for path in list_paths(color_images):
         (tmp_path / f"{Path(path).parent.name}-{Path(path).name}").symlink_to(path)
     for folder in (tmp_path, color_images):  # without and with sub-folders

@@ -1,5 +1,6 @@
-"""Splits that training and evaluation read. `--resume` with other data than at the start of the run is an error that
-names the change.
+"""Splits that training and evaluation read.
+
+`--resume` with other data than at the start of the run is an error that names the change.
 """
 
 from dataclasses import asdict, replace
@@ -105,26 +106,30 @@ def test_changes_of_a_table_are_found(tmp_path: Path, streaming: bool) -> None:
     )
 
 
-def test_the_description_of_the_data(tmp_path: Path) -> None:
+def test_the_description_of_data_changes_only_with_the_data(tmp_path: Path) -> None:
     photos = write_photos(tmp_path / "photos", range(30))
     data = load_training_data(DataOptions(str(photos)))
     description = describe_data(data)
     assert (description["num_training_images"], description["num_held_out_images"]) == (48, 12)
     assert description["held_out_images"] == asdict(data.record)
     assert description["classes"] == {"label": ["cat", "dog"]}
+
     write_photos(photos, [3, 7], "cat")  # the same files
     assert describe_data(load_training_data(DataOptions(str(photos)))) == description
     assert describe_change(description, description) is None
     assert "held-out" in (
         describe_change(description, description | {"num_held_out_images": None}) or ""
     )
+
     numbers = describe_change(description, description | {"num_held_out_images": 1012})
     assert numbers is not None
     assert "12" in numbers
     assert "1,012" in numbers
+
     sparse = MultiHotLabels.from_indices([[1], [0, 2]], 3)
     assert sparse[-1] == [1, 0, 1]
     images = DatasetImages.from_list(["a.png", "a.png"])
+
     changed = [
         describe_data(replace(data, train=LabeledImages(images, labels)))
         for labels in (sparse, sparse.select([1, 0]))

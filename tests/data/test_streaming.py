@@ -1,5 +1,7 @@
-"""Streamed datasets: reproducible order, every image once per pass on any number of processes, restarts at any step,
-and a held-out part that is not used for training.
+"""Streamed datasets: order, division among processes, restarts, and the held-out part.
+
+The order is reproducible. Every image is read once per pass on any number of processes, also after a restart at any
+step. The held-out part is not used for training.
 """
 
 import io
@@ -380,12 +382,13 @@ def test_a_table_without_rows_is_an_error(tmp_path: Path) -> None:
         read(tmp_path / "list.csv", label_names=("even", "odd"), label_column=("kind",))
 
 
-def test_table_of_paths(tmp_path: Path) -> None:
+def test_a_streamed_table_of_paths_has_the_labels_of_its_rows(tmp_path: Path) -> None:
     rows = ["file,kind"]
     for index in range(20):
         (tmp_path / f"{index}.png").write_bytes(encode_example(index))
         rows.append(f"{index}.png,{'even' if index % 2 == 0 else 'odd'}")
     (tmp_path / "list.csv").write_text("\n".join(rows), encoding="utf-8")
+
     data = read(tmp_path / "list.csv", label_names=("even", "odd"), label_column=("kind",))
     assert data.name == "list.csv"
     with raises_one_line(f"list.csv: the image {tmp_path / '1.png'} has the label 'odd'"):
@@ -397,6 +400,7 @@ def test_table_of_paths(tmp_path: Path) -> None:
         )
     assert list(data.held_out.labels) == [number % 2 for number in get_held_out(data)]
     assert data.held_out.images.get_names() == [f"{number}.png" for number in get_held_out(data)]
+
     tags = read(
         tmp_path / "list.csv",
         label_names=("odd", "even"),
@@ -410,7 +414,7 @@ def test_table_of_paths(tmp_path: Path) -> None:
         assert torch.equal(batch["pixels"].amax(dim=(1, 2, 3)) % 2, batch["labels"])
 
 
-def test_unlabeled(two_shards: Path) -> None:
+def test_streams_can_be_read_without_labels(two_shards: Path) -> None:
     options = DataOptions(dataset=str(two_shards), streaming=True)
     data = load_training_data(options, use_labels=False)
     assert data.label_space.columns == {}

@@ -34,7 +34,10 @@ SECONDS = 240  # limit of a process on a busy machine; without the limits, PyTor
 
 
 def run_with_shared_memory(size: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run Python in a process with its own /dev/shm of the given size. Skip the test where this is not permitted."""
+    """Run Python in a process with its own /dev/shm of the given size.
+
+    Skip the test where this is not permitted.
+    """
     unshare = shutil.which("unshare")
     if (
         unshare is None

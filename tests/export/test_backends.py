@@ -50,7 +50,10 @@ DIGITS_PROCESSOR = ViTCLSImageProcessor(
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of an exported model with its weights. The labeled images of the export are next to it."""
+    """Return the folder of an exported model with its weights.
+
+    The labeled images of the export are next to it.
+    """
     parent = tmp_path_factory.mktemp("models")
     for index in range(25):
         folder = parent / "images" / ("test" if index < 12 else "train") / f"LABEL_{index % 5 % 3}"
@@ -78,6 +81,7 @@ def test_the_export_measures_the_file_on_labeled_images(model: Path) -> None:
         "test",
         12,
     )
+
     rows = predict(str(model), str(model.parent / "images" / "test"))
     num_right = sum(f"/{row['label']}/" in row["image"] for row in rows)
     accuracy = pytest.approx(num_right / 12, abs=1e-6)
@@ -96,6 +100,7 @@ def test_the_export_measures_the_file_on_labeled_images(model: Path) -> None:
     assert "position_antialias" in report["fixed_because"]
     assert {"openvino"} <= report["versions"].keys()
     assert str(model.parent).encode() not in (model / "model.xml").read_bytes()
+
     fixed = json.loads((model / "model.onnx.json").read_text())
     assert fixed["input"]["shape"] == ["batch", 3, 32, 32]
     assert not fixed["fixed_because"]  # a fixed size was requested
@@ -131,21 +136,26 @@ def test_a_folder_without_weights_is_evaluated_and_shown(
     shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     page: Any = importlib.import_module("modeling_vitcls.cli.demo_page")  # gradio
     images = model.parent / "images"
+
     results = [
         evaluate(str(source), str(images), backend=name)
         for source, name in ((model, "torch"), (folder, backend))
     ]
     assert results[0]["confusion_matrix"] == results[1]["confusion_matrix"]
+
     served: list[Any] = []
     monkeypatch.setattr(page, "serve_demo", lambda **arguments: served.append(arguments))
     flags = ("--examples", "a.png", "--host", "0.0.0.0", "--port", "8000")
     assert run_here("demo", "--model", str(folder), "--backend", backend, *flags) == 0
+
     exported_model, processor = (served[0].pop(name) for name in ("model", "processor"))
     expected_arguments = {"title": "exported", "examples": (Path("a.png"),)}
     assert served[0] == expected_arguments | {"host": "0.0.0.0", "port": 8000}
+
     pixel_values = processor(images / "test" / "LABEL_0" / "0.png", return_tensors="pt")[
         "pixel_values"
     ]
+
     loaded: Any = ViTCLSForImageClassification.from_pretrained(model)
     expected, found = (
         page.compute_predictions(each, pixel_values)[0].probabilities
@@ -153,6 +163,7 @@ def test_a_folder_without_weights_is_evaluated_and_shown(
     )
     assert found == pytest.approx(expected, abs=1e-5)
     assert page.build_page(exported_model, processor, "exported") is not None
+
     capsys.readouterr()
     assert run_here("predict", "--model", str(folder), str(images), "--backend", "torch") == 1
     error = capsys.readouterr().err
@@ -205,7 +216,7 @@ signal.raise_signal(signal.SIGTERM)
 """
 
 
-def test_signals_after_a_graph_was_released(model: Path) -> None:
+def test_a_graph_can_be_released_in_any_thread(model: Path) -> None:
     """Garbage is collected in any thread. OpenVINO installs a signal stack on CPUs with AMX."""
     assert run_fresh("-c", RELEASE_IN_A_THREAD, model / "model.xml").returncode == 0
 
@@ -261,7 +272,10 @@ def test_missing_and_damaged_files_are_one_line(
 
 
 def test_graphs_are_identified_by_all_their_files(model: Path, tmp_path: Path) -> None:
-    """Large ONNX files have their weights in a second file. The graphs of a classifier have logits only."""
+    """Large ONNX files have their weights in a second file.
+
+    The graphs of a classifier have logits only.
+    """
     shutil.copy(model / "model.onnx", tmp_path)
     (tmp_path / "model.onnx.data").write_bytes(b"weights")
     config = ViTCLSConfig.from_pretrained(model)
@@ -322,9 +336,11 @@ def test_int8_loses_at_most_0_3_points(
     assert run_here(*words, "--output", str(output), "--max-drop", "-50") == 1
     assert "--exclude-layers" in capsys.readouterr().err
     assert not output.exists()
+
     reset_accelerate()
     assert run_here(*words, "--output", str(output), "--max-drop", "0.3") == 0
     (report,) = json.loads((output / "results.json").read_text())["files"].values()
+
     scores = report["evaluation"]
     assert scores["model"] > 0.9
     assert scores["model"] - scores["file"] <= 0.003
@@ -332,6 +348,7 @@ def test_int8_loses_at_most_0_3_points(
     assert scores["interval"][0] <= scores["file"] <= scores["interval"][1]
     assert report["num_calibration_images"] >= 200
     assert report["comparison"]["relative_error"] < 0.2
+
     reset_accelerate()
     results = evaluate(str(output), "digits", backend=format_name)
     assert results["accuracy"] == pytest.approx(scores["file"], abs=1e-3)
@@ -353,19 +370,23 @@ def test_int8_leaves_the_patch_projection_and_excluded_layers_in_float32(
     monkeypatch.setattr(exporter, "check_drop", lambda *arguments: checked.append(arguments))
     monkeypatch.setattr(exporter, "NUM_CALIBRATION_IMAGES", 8)
     monkeypatch.setattr(exporter, "NUM_COMPARED_IMAGES", 5)
+
     report = export_model(ExportOptions(source, "onnx", file, split="train", **flags))
     assert (report["dtype"], report["limit"], report["excluded_layers"]) == ("int8", None, [2])
     assert (report["evaluation"]["split"], report["evaluation"]["num_images"]) == ("train", 13)
     assert (report["num_calibration_images"], report["comparison"]["num_images"]) == (8, 5)
+
     ((*arguments, pixels),) = checked
     assert arguments[:2] == [report, 9.0]
     assert pixels.shape == (8, *report["input"]["shape"][1:]) == (8, 3, 32, 32)
     assert report["largest_differences"]["logits"] > 1e-3
     assert report["comparison"]["relative_error"] > 1e-3
+
     nodes = onnx.load(file).graph.node
     int8_values = {
         name for node in nodes if node.op_type == "DequantizeLinear" for name in node.output
     }
+
     products = [node for node in nodes if node.op_type in ("MatMul", "Conv")]
     assert {node.name.partition("/")[0] for node in products if int8_values & set(node.input)} == {
         "layers.0"
@@ -383,6 +404,7 @@ def test_the_layer_with_outliers_is_ranked_first_and_named_if_the_metric_falls()
         [1, 64 / 127, 0]
     )
     assert not round_to_int8(torch.zeros(2), torch.tensor(0.0)).any()
+
     scores = {
         "metric": "accuracy",
         "model": 0.75,
@@ -398,6 +420,7 @@ def test_the_layer_with_outliers_is_ranked_first_and_named_if_the_metric_falls()
         check_drop(report, 25.0, model, build_images())
         with raises_one_line("from 75.0% to 50.0% on 4 images", "`max_drop=24.9`", remedy):
             check_drop(report, 24.9, model, build_images())
+
     report["evaluation"] = scores | {"metric": "mean_average_precision", "drop_interval": None}
     with raises_one_line("from 75.0% to 50.0% on 4 images"):
         check_drop(report, 24.9, model, build_images())
@@ -406,7 +429,7 @@ def test_the_layer_with_outliers_is_ranked_first_and_named_if_the_metric_falls()
 
 
 @pytest.mark.slow
-def test_features_of_an_exported_encoder(tmp_path: Path) -> None:
+def test_features_of_an_exported_encoder_equal_those_of_torch(tmp_path: Path) -> None:
     save_with_processor(ViTCLSModel(build_tiny_config(num_register_tokens=1)), tmp_path)
     export_model(ExportOptions(str(tmp_path), "openvino", tmp_path / "model.xml", dynamic=False))
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))

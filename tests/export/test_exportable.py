@@ -36,7 +36,7 @@ from modeling_vitcls.runtime.files import write_json
 pytestmark = pytest.mark.integration
 
 
-def test_an_encoder_in_half_precision(tmp_path: Path) -> None:
+def test_an_encoder_in_half_precision_is_exported_in_float32(tmp_path: Path) -> None:
     model = randomize(ViTCLSModel(build_tiny_config())).bfloat16()
     model.save_pretrained(tmp_path)
     exportable = load_exportable_model(str(tmp_path))
@@ -60,13 +60,16 @@ def test_the_attention_of_cls_tokens_is_an_output() -> None:
         ViTCLSForImageClassification(build_tiny_config(num_cls_tokens=2, num_register_tokens=3))
     )
     pixel_values = build_images(2, 24, 40)
+
     outputs = NamedOutputsModel(model, output_attentions=True)(pixel_values)
     assert list(outputs) == ["logits", "cls_attention"]
     assert not model._forward_hooks
+
     expected = model(pixel_values)
     torch.testing.assert_close(outputs["logits"], expected.logits)
     model.set_attn_implementation("eager")
     attentions = torch.stack(model(pixel_values, output_attentions=True).attentions, dim=1)
+
     # [B, layers, CLS tokens, rows, columns]
     maps = attentions.mean(2)[:, :, :2, 5:].unflatten(-1, (3, 5))
     torch.testing.assert_close(outputs["cls_attention"], maps)
@@ -122,12 +125,14 @@ def test_calibration_uses_the_training_images_of_the_run(
     record = load_training_data(DataOptions("digits", split_seed=5)).build_record()
     write_json(tmp_path / "results.json", {"dataset": "digits", "held_out": asdict(record)})
     images = load_export_images(ModelFolder(tmp_path), "digits", batch_size=7)
+
     keys = [set(part.compute_keys().tolist()) for part in (images.training, images.held_out)]
     assert len(keys[1]) == 359
     assert not keys[0] & keys[1]
     assert images.setup.evaluator.batch_size == 7
     assert images.prepare([0, None, 2, 3, 4, 5, 6], read_number, 3) == [0, 2, 4]
     assert images.prepare([0, None, 2], read_number, 4) == [0, 2]
+
     setup: Any = SimpleNamespace(
         split="test", model=images.setup.model, evaluator=lambda model: {"num_images": 2}
     )
@@ -136,6 +141,7 @@ def test_calibration_uses_the_training_images_of_the_run(
         Path(dataset).mkdir()  # "digits" is not the folder
         scores: Any = replace(images, dataset=dataset, setup=setup).measure_accuracy({})
         assert scores["dataset"] == published
+
     save_with_processor(ViTCLSModel(config), tmp_path / "encoder")
     unlabeled = load_export_images(ModelFolder(tmp_path / "encoder"), "digits")
     assert len(unlabeled.training) > len(unlabeled.held_out) > 300

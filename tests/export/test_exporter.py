@@ -195,8 +195,10 @@ def assert_close(
 
 
 def check_onnx_file(file: Path, model: Any) -> None:
-    """Check that an ONNX file has the outputs of the model for several batch and image sizes, and contains no paths of
-    this machine."""
+    """Check that an ONNX file has the outputs of the model for several batch and image sizes.
+
+    The file contains no paths of this machine.
+    """
     for batch, height, width in (
         (1, 32, 32),
         (5, 24, 72),
@@ -222,7 +224,9 @@ def test_an_onnx_file_has_the_outputs_of_the_model(name: str, tmp_path: Path) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fields", (LAYOUTS | BLOCKS).values(), ids=LAYOUTS | BLOCKS)
-def test_every_layout_and_block(fields: dict[str, Any], tmp_path: Path) -> None:
+def test_every_layout_and_block_has_the_outputs_of_the_model(
+    fields: dict[str, Any], tmp_path: Path
+) -> None:
     model = checkpoint(tmp_path / "model", **fields)
     export_model(ExportOptions(str(tmp_path / "model"), "onnx", tmp_path / "model.onnx"))
     pixel_values = build_images(2, 48, 24, seed=7)
@@ -268,7 +272,10 @@ def test_a_graph_with_other_outputs_is_an_error_and_leaves_nothing(
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
-    """Return the model "tokens" and its ONNX file. The weights are in a second file, like those of a large model."""
+    """Return the model "tokens" and its ONNX file.
+
+    The weights are in a second file, like those of a large model.
+    """
     folder = tmp_path_factory.mktemp("exported")
     model_class, fields, _ = MODELS["tokens"]
     model = checkpoint(folder / "model", model_class, id2label=NAMES, **fields)
@@ -306,9 +313,11 @@ def test_the_report_describes_inputs_and_outputs(exported: tuple[Any, Path]) -> 
     _, file = exported
     report = json.loads((file.parent / "model.onnx.json").read_text())
     weights_sha256 = hash_weights(file.parents[2] / "model")
+
     results = RUN | {"weights_sha256": weights_sha256, "files": {"model.onnx": report}}
     assert json.loads((file.parent / "results.json").read_text()) == results
     assert str(file.parents[2]) not in json.dumps(report)
+
     names = ("model.onnx", "model.onnx.data")
     heads = MODELS["tokens"][2]
     versions, tried, largest = (
@@ -346,6 +355,7 @@ def test_the_report_describes_inputs_and_outputs(exported: tuple[Any, Path]) -> 
     assert speed["images_per_second"] > 0
     assert (preprocessing["resample"], preprocessing["crop_rounding"]) == ("bicubic", "down")
     assert versions.keys() >= {"torch", "timm", "onnx", "onnxruntime", "onnxscript", "transformers"}
+
     shapes = [tuple(trial["shape"]) for trial in tried]
     assert shapes == [(3, 3, 32, 48), (2, 3, 24, 64), (1, 3, 48, 37), (1, 3, 16, 8)]
     for name in heads:
@@ -355,7 +365,7 @@ def test_the_report_describes_inputs_and_outputs(exported: tuple[Any, Path]) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
-def test_every_model_in_openvino(name: str, tmp_path: Path) -> None:
+def test_every_model_has_its_outputs_in_openvino(name: str, tmp_path: Path) -> None:
     model_class, fields, names = MODELS[name]
     checkpoint(tmp_path / "model", model_class, **fields)
     report = export_model(ExportOptions(str(tmp_path / "model"), "openvino", tmp_path / "vit.xml"))
@@ -386,24 +396,39 @@ def test_limits_are_absolute_and_relative_to_the_largest_value(dtype: str, limit
             exporter.compare_outputs(images, reference, wrong, dtype)
 
 
-def test_shapes_labels_and_differences_of_other_models() -> None:
+def test_a_dynamic_graph_has_names_of_axes_where_a_fixed_graph_has_sizes() -> None:
     outputs = {
         "tokens": torch.zeros(2, 17, 8),
         "maps": torch.zeros(2, 8, 4, 4),
         "logits": torch.zeros(2, 3),
     }
     dynamic, fixed = (GraphShape((32, 32), (8, 8), is_dynamic) for is_dynamic in (True, False))
-    axes = {
+
+    assert exporter.get_output_shapes(outputs, dynamic) == {
         "tokens": ["batch", "tokens", 8],
         "maps": ["batch", 8, "rows", "columns"],
         "logits": ["batch", 3],
     }
-    assert exporter.get_output_shapes(outputs, dynamic) == axes
-    fixed_axes = {"tokens": ["batch", 17, 8], "maps": ["batch", 8, 4, 4], "logits": ["batch", 3]}
-    assert exporter.get_output_shapes(outputs, fixed) == fixed_axes
+    assert exporter.get_output_shapes(outputs, fixed) == {
+        "tokens": ["batch", 17, 8],
+        "maps": ["batch", 8, 4, 4],
+        "logits": ["batch", 3],
+    }
+
+
+def test_only_outputs_of_classifiers_have_labels() -> None:
     config = build_tiny_config(num_cls_tokens=2, tasks={"b": ["x", "y"], "a": 1})
     assert exporter.get_label_names(config, ["a", "b"]) == {"a": ["LABEL_0"], "b": ["x", "y"]}
-    config = build_tiny_config(image_size=[32, 64])  # the patch size is 8
+    assert exporter.get_label_names(build_tiny_config(), ["last_hidden_state"]) == {}
+
+
+def test_graphs_are_compared_at_the_native_the_smallest_and_other_sizes() -> None:
+    """The native size is 32 x 64 pixels, and the patch size is 8.
+
+    Sizes are batch, channels, height and width.
+    """
+    config = build_tiny_config(image_size=[32, 64])
+
     shapes = exporter.select_image_shapes(config, GraphShape((32, 48), (16, 16), True))
     assert shapes == [
         (1, 3, 32, 64),
@@ -412,6 +437,7 @@ def test_shapes_labels_and_differences_of_other_models() -> None:
         (1, 3, 48, 33),
         (1, 3, 16, 16),
     ]
+
     shapes = exporter.select_image_shapes(config, GraphShape((8, 8), (16, 24), True))
     assert shapes == [
         (1, 3, 32, 64),
@@ -420,6 +446,9 @@ def test_shapes_labels_and_differences_of_other_models() -> None:
         (1, 3, 16, 24),
         (1, 3, 16, 24),
     ]
+
+
+def test_outputs_are_compared_by_error_cosine_and_label() -> None:
     expected, found = (
         [{"logits": torch.tensor(values)}] for values in ([[3.0, 4.0]], [[3.0, 0.0]])
     )
@@ -432,7 +461,6 @@ def test_shapes_labels_and_differences_of_other_models() -> None:
     }
     encoded = [{"last_hidden_state": torch.ones(1, 2, 3)}]
     assert compare_outputs_on_images(encoded, encoded)["top1_agreement"] is None
-    assert exporter.get_label_names(config, list(encoded[0])) == {}
 
 
 # Errors
@@ -458,7 +486,7 @@ def test_other_names_or_shapes_raise_an_error() -> None:
             exporter.compare_outputs([build_images()], wanted, [found], "float32")
 
 
-def test_unsupported_models(tmp_path: Path) -> None:
+def test_unsupported_and_incomplete_models_are_errors(tmp_path: Path) -> None:
     checkpoint(tmp_path / "masked", ViTCLSForMaskedImageModeling)
     with raises_one_line("contains ViTCLSForMaskedImageModeling"):
         export_model(ExportOptions(str(tmp_path / "masked"), "onnx", tmp_path / "vit.onnx"))
@@ -475,7 +503,7 @@ def test_unsupported_models(tmp_path: Path) -> None:
             export_model(ExportOptions(str(tmp_path / "incomplete"), "onnx", tmp_path / "vit.onnx"))
 
 
-def test_unsupported_options_and_sizes(tmp_path: Path) -> None:
+def test_unsupported_layers_and_sizes_are_errors(tmp_path: Path) -> None:
     checkpoint(tmp_path / "model")
     target = (str(tmp_path / "model"), "onnx", tmp_path / "vit.onnx")
     for layers in ((0, 1), (3,)):
@@ -488,7 +516,7 @@ def test_unsupported_options_and_sizes(tmp_path: Path) -> None:
         export_model(ExportOptions(*target, image_size=(41, 32), dynamic=False))
 
 
-def test_existing_files(tmp_path: Path) -> None:
+def test_existing_files_are_not_replaced(tmp_path: Path) -> None:
     for name in ("vit.onnx", "other.onnx.json"):
         (tmp_path / name).touch()
         with raises_one_line(f"{tmp_path / name} exists"):
@@ -501,7 +529,9 @@ def test_existing_files(tmp_path: Path) -> None:
         export_model(ExportOptions("nowhere", "openvino", tmp_path / "vit.onnx"))
 
 
-def test_packages_that_are_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packages_that_are_not_installed_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for missing, flags in (("onnxruntime", {}), ("nncf", {"int8": True, "dataset": "digits"})):
         monkeypatch.setattr(
             exporter, "find_spec", lambda name, missing=missing: None if name == missing else name

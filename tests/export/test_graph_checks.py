@@ -203,6 +203,7 @@ def test_finetune_with_overwrite_removes_exported_graphs(model: Path, photos: Pa
         "--num-workers",
         "0",
     ]
+
     command = [
         "finetune",
         "--dataset",

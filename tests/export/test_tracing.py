@@ -68,7 +68,9 @@ def test_the_smallest_size_contains_the_grids_of_cls_tokens() -> None:
         ({"position_antialias": True, "position_embedding_type": "rope_2d"}, ""),
     ],
 )
-def test_reasons_for_a_fixed_size(fields: dict[str, Any], word: str) -> None:
+def test_positions_that_cannot_be_resampled_in_a_graph_fix_its_size(
+    fields: dict[str, Any], word: str
+) -> None:
     model = ViTCLSModel(build_tiny_config(**fields))
     native_size = model.config.image_height_width
     shape = select_graph_shape(model, None, dynamic=True, has_pytorch_antialias_filter=False)

@@ -66,8 +66,10 @@ console.log(JSON.stringify(labels));
 
 @pytest.fixture(scope="module")
 def web(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of an exported classifier, next to its weights and six images, four of them with the label
-    that the model predicts."""
+    """Return the folder of an exported classifier, next to its weights and six images.
+
+    Four of the images have the label that the model predicts.
+    """
     folder = tmp_path_factory.mktemp("models")
     source = save_digits_classifier(folder / "mine")
     digits = load_digit_images()[:6]
@@ -89,6 +91,7 @@ def test_the_folder_has_the_layout_of_transformers_js(web: Path) -> None:
         *("config.json", "preprocessor_config.json", "onnx/report.json"),
         *("onnx/model.onnx", "onnx/model_fp16.onnx", "onnx/model_quantized.onnx"),
     }
+
     names = {index: f"digit {index}" for index in range(10)}
     assert json.loads((web / "config.json").read_text()) == {
         "model_type": "vit",
@@ -103,6 +106,7 @@ def test_the_folder_has_the_layout_of_transformers_js(web: Path) -> None:
         "num_channels": 3,
         "problem_type": "single_label_classification",
     }
+
     config = build_config(ViTCLSModel(build_tiny_config(problem_type="multi_label_classification")))
     assert config["architectures"] == ["ViTModel"]
     assert "id2label" not in config
@@ -137,10 +141,12 @@ def test_the_report_describes_the_files(web: Path) -> None:
         "model_fp16.onnx": 4 / 6,
         "model_quantized.onnx": int8_accuracy,
     }
+
     scores = {"dataset": "path/to/images", "split": "train", "num_images": 6, "metric": "accuracy"}
     assert report["labeled"].pop("files") == pytest.approx(accuracies, abs=1e-6)
     assert report["labeled"] == scores | {"model": pytest.approx(4 / 6, abs=1e-6)}
     assert report["num_images"] == 64
+
     folders = {"sha256": web / "onnx", "weights_sha256": web.parent / "mine"}
     files = {
         "sha256": ["model.onnx", "model_fp16.onnx", "model_quantized.onnx"],
@@ -150,12 +156,14 @@ def test_the_report_describes_the_files(web: Path) -> None:
         assert report[key] == {
             name: sha256((folders[key] / name).read_bytes()).hexdigest() for name in names
         }
+
     fp32, fp16, int8 = report["comparisons"]
     assert [(each["file"], each["dtype"]) for each in report["comparisons"]] == [
         ("onnx/model.onnx", "fp32"),
         ("onnx/model_fp16.onnx", "fp16"),
         ("onnx/model_quantized.onnx", "q8"),
     ]
+
     sizes = [(web / each["file"]).stat().st_size for each in (fp32, fp16)]
     assert sizes[1] < sizes[0]
     assert fp32["largest_difference"] <= 1e-4
@@ -165,7 +173,10 @@ def test_the_report_describes_the_files(web: Path) -> None:
 
 
 def test_the_files_have_the_logits_and_the_attention_of_the_model(web: Path) -> None:
-    """int8 weights are symmetric, so that 0 is exact. The attention of the CLS token is an output of every file."""
+    """int8 weights are symmetric, so that 0 is exact.
+
+    The attention of the CLS token is an output of every file.
+    """
     model = ViTCLSForImageClassification.from_pretrained(web.parent / "mine")
     pixel_values = build_images(4)
     (reference,) = compute_named_outputs(model, [pixel_values], output_attentions=True)
@@ -181,6 +192,7 @@ def test_the_files_have_the_logits_and_the_attention_of_the_model(web: Path) -> 
     other = [reference, {"logits": reference["logits"] + 1}, reference]
     compared = compare_file(web / "onnx" / "model.onnx", "fp32", [pixel_values] * 3, other)
     assert compared["largest_difference"] == pytest.approx(1, abs=1e-4)
+
     (graph_input,) = onnx.load(web / "onnx" / "model.onnx").graph.input
     assert [axis.dim_value for axis in graph_input.type.tensor_type.shape.dim] == [
         0,
@@ -188,6 +200,7 @@ def test_the_files_have_the_logits_and_the_attention_of_the_model(web: Path) -> 
         32,
         32,
     ]  # 0 is any
+
     for name, dtypes in (("model_fp16.onnx", {"FLOAT16"}), ("model_quantized.onnx", {"INT8"})):
         weights = onnx.load(web / "onnx" / name).graph.initializer
         found = {
@@ -216,6 +229,7 @@ def test_other_models_and_gray_images_are_refused(tmp_path: Path) -> None:
     ViTCLSImageProcessor(size=32).save_pretrained(tmp_path / "tasks")
     with raises_one_line("classifier for one task"):
         export_for_transformers_js(str(tmp_path / "tasks"), tmp_path / "web")
+
     for name, fields in (("regression", {"problem_type": "regression"}), ("no processor", {})):
         randomize(ViTCLSForImageClassification(build_tiny_config(**fields))).save_pretrained(
             tmp_path / name
@@ -227,9 +241,11 @@ def test_other_models_and_gray_images_are_refused(tmp_path: Path) -> None:
             export_for_transformers_js(str(tmp_path / name), tmp_path / "web")
     with raises_one_line("not empty"):
         export_for_transformers_js(str(tmp_path / "tasks"), tmp_path / "regression")
+
     encoder = save_with_processor(ViTCLSModel(build_tiny_config()), tmp_path / "encoder")
     with raises_one_line("`dataset`"):
         export_for_transformers_js(str(encoder), tmp_path / "web", dataset="digits")
+
     folder = save_digits_classifier(tmp_path / "gray", num_channels=1)
     ViTCLSImageProcessor(
         size=32, do_convert_rgb=False, image_mean=[0.5], image_std=[0.5]
@@ -253,10 +269,12 @@ def test_node_predicts_the_same_labels_for_500_digits(
     words = ["node", "predict.mjs", str(web.parent), str(tmp_path / "images.json"), dtype]
     ran = subprocess.run(words, cwd=packages, capture_output=True, text=True, env=os.environ)
     assert ran.returncode == 0, ran.stderr[-2000:]
+
     labels = json.loads(ran.stdout.splitlines()[-1])
     model = ViTCLSForImageClassification.from_pretrained(web.parent / "mine")
     processor = ViTCLSImageProcessor.from_pretrained(web.parent / "mine")
     pixel_values = processor(digits, return_tensors="pt")["pixel_values"]
+
     if dtype == "fp32":
         with torch.no_grad():
             logits = model(pixel_values).logits

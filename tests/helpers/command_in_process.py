@@ -20,7 +20,10 @@ def run_here(*arguments: str) -> int:
 
 
 def parse_flags(options_class: Any, flags: list[str]) -> Any:
-    """Return the options of flags and the recipe in --config. Exit with status 2 if a flag is invalid."""
+    """Return the options of flags and the recipe in --config.
+
+    Exit with status 2 if a flag is invalid.
+    """
     flags = prepare_flags("finetune", options_class, flags)
     with messages_name_flags(get_flag_fields(options_class)), one_line_errors():
         return tyro.cli(options_class, args=flags, config=TYRO_CONFIG)

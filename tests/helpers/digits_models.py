@@ -32,7 +32,10 @@ def build_digits_config(**fields: Any) -> ViTCLSConfig:
 def train_digits_model(
     seed: int = 0, epochs: int = 12, batch_size: int = 100, **fields: Any
 ) -> ViTCLSForImageClassification:
-    """Train a model with two registers to an accuracy of about 90%. `fields` overrides fields of the configuration."""
+    """Train a model with two registers to an accuracy of about 90%.
+
+    `fields` overrides fields of the configuration.
+    """
     torch.manual_seed(seed)
     config = build_digits_config(**{"num_register_tokens": 2, "num_labels": 10} | fields)
     model = ViTCLSForImageClassification(config).train()

@@ -81,7 +81,10 @@ def draw_label(name: str, random: np.random.Generator) -> Any:
 def build_labeled_images(
     name: str, number: int = NUM_IMAGES, unreadable: tuple[int, ...] = ()
 ) -> LabeledImages:
-    """Return noise images with labels, as PNG files in memory. Files with an index in `unreadable` are truncated."""
+    """Return noise images with labels, as PNG files in memory.
+
+    Files with an index in `unreadable` are truncated.
+    """
     random = np.random.default_rng(0)
     encoded = []
     labels = []
@@ -141,7 +144,10 @@ def evaluate_stream(accelerator: Accelerator) -> dict[str, Any]:
 
 
 def shard(model: Any, accelerator: Accelerator) -> Any:
-    """Apply FSDP2 if there are several processes. Then all processes must run the same number of batches."""
+    """Apply FSDP2 if there are several processes.
+
+    Then all processes must run the same number of batches.
+    """
     if accelerator.num_processes == 1:
         return model
     for layer in model.vitcls.layers:

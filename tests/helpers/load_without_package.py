@@ -86,7 +86,10 @@ def main(inputs_file: str, target: Path, num_threads: int, sources: list[str]) -
 
 
 def load(source: str, auto_class: str) -> tuple[Any, dict[str, Any]]:
-    """Return the model and its loading information. Weights that the checkpoint lacks have a fixed seed."""
+    """Return the model and its loading information.
+
+    Weights that the checkpoint lacks have a fixed seed.
+    """
     torch.manual_seed(SEED)
     options = {"trust_remote_code": True, "output_loading_info": True}
     if auto_class == "AutoBackbone" and Path(source).is_dir():

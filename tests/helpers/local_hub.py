@@ -131,10 +131,16 @@ class Fault:
 
 
 class LocalHub:
-    """The contents of the Hub. Tests access it directly; requests are handled by local_hub_server.py."""
+    """The contents of the Hub.
+
+    Tests access it directly; requests are handled by local_hub_server.py.
+    """
 
     def __init__(self, folder: Path | None = None) -> None:
-        """Create a Hub. Each ORGANIZATION/NAME in `folder` becomes a public repository when it is first requested."""
+        """Create a Hub.
+
+        Each ORGANIZATION/NAME in `folder` becomes a public repository when it is first requested.
+        """
         self.url = ""
         self.storage_url = ""
         self.tokens: dict[str, Token] = {}
@@ -152,7 +158,10 @@ class LocalHub:
     # Methods for tests -----------------------------------------------------------------------------------------------
 
     def fail(self, method: str, path: str, kind: str | int, times: int = 1) -> None:
-        """Add a fault for requests. `path` is a regular expression (re.search); see `Fault` for `kind`."""
+        """Add a fault for requests.
+
+        `path` is a regular expression (re.search); see `Fault` for `kind`.
+        """
         self.faults.append(Fault(method, re.compile(path), kind, times))
 
     def corrupt(self, repo_id: str, file: str, revision: str = "main") -> None:
@@ -242,7 +251,10 @@ def git_hash(content: bytes) -> str:
 
 @contextmanager
 def running_hub(folder: Path | None = None) -> Iterator[LocalHub]:
-    """Start a Hub and its storage. Their host names differ, as on the real Hub, because clients depend on it."""
+    """Start a Hub and its storage.
+
+    Their host names differ, as on the real Hub, because clients depend on it.
+    """
     hub = LocalHub(folder)
     with (
         serve(hub, server.HUB_ROUTES) as hub_port,

@@ -68,7 +68,10 @@ PREFIXES = {"model": "", "space": "spaces/"}
 
 
 def get_readable(hub: "LocalHub", repo_id: str, request: Request) -> "Repository":
-    """Return a repository that the token can read. Repositories that it cannot read are reported as missing."""
+    """Return a repository that the token can read.
+
+    Repositories that it cannot read are reported as missing.
+    """
     repository = hub.repository(repo_id)
     if repository is None or (
         repository.private and not (request.token and request.token.can_read(repo_id))

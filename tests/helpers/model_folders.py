@@ -51,8 +51,10 @@ def write_run_folder(
     model_class: type = ViTCLSForImageClassification,
     config: ViTCLSConfig | None = None,
 ) -> Path:
-    """Write the files of a training run: a tiny model, results.json and config.resolved.yaml. `results` and `flags`
-    replace values of RESULTS and FLAGS."""
+    """Write the files of a training run: a tiny model, results.json and config.resolved.yaml.
+
+    `results` and `flags` replace values of RESULTS and FLAGS.
+    """
     save_with_processor(
         model_class(config or build_tiny_config(id2label={0: "dusk", 1: "noon", 2: "x"})), folder
     )

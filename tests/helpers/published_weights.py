@@ -44,7 +44,10 @@ def build_vit_shapes(
     mlp: str = "plain",
     extra: Shapes | None = None,
 ) -> Shapes:
-    """Return the shapes of an encoder with a CLS token. Without positions, it has no position embeddings."""
+    """Return the shapes of an encoder with a CLS token.
+
+    Without positions, it has no position embeddings.
+    """
     mlps: dict[str, Shapes] = {
         "plain": {"mlp.fc1": (NEURONS, width), "mlp.fc2": (width, NEURONS)},
         "fused": {"mlp.w12": (2 * NEURONS, width), "mlp.w3": (width, NEURONS)},
@@ -67,7 +70,10 @@ def build_vit_shapes(
 
 
 def build_vit_weights(num_prefix_positions: int = 1, scales: str = "", **arguments: Any) -> Weights:
-    """Return the weights of an encoder. `scales` is the name of LayerScale, such as `ls{}.gamma`."""
+    """Return the weights of an encoder.
+
+    `scales` is the name of LayerScale, such as `ls{}.gamma`.
+    """
     shapes = build_vit_shapes(num_prefix_positions + GRID**2, **arguments)
     width = shapes["cls_token"][-1]
     depth = arguments.get("depth", 2)

@@ -38,7 +38,10 @@ PLAIN = AugmentationOptions(crop_scale=1.0, flip=False, shift=0.0)
 def build_tiny_options(
     output_dir: Path, dataset: object, kind: type = FinetuneOptions, **flags: Any
 ) -> Any:
-    """Return options of a training run of a tiny model, or of `model`, in this process. `flags` sets further flags."""
+    """Return options of a training run of a tiny model, or of `model`, in this process.
+
+    `flags` sets further flags.
+    """
     model = {} if "model" in flags else vars(TINY)
     settings = {
         **model,

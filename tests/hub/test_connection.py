@@ -100,7 +100,7 @@ def test_failed_attempts_are_repeated_after_the_given_waits(
     ],
     ids=repr,
 )
-def test_temporary_errors(error: BaseException, expected: bool) -> None:
+def test_only_errors_that_may_pass_are_temporary(error: BaseException, expected: bool) -> None:
     assert is_temporary(error) is expected
 
 

@@ -1,5 +1,6 @@
-"""Loading while the Hub does not respond: cached files load at once, otherwise a one-line error follows within
-seconds.
+"""Loading while the Hub does not respond.
+
+Cached files load at once. Otherwise, a one-line error follows within seconds.
 
 Datasets are loaded with `datasets` and timm models with timm, which would retry for most of a minute. The commands run
 in this process.
@@ -74,6 +75,7 @@ def test_cached_hub_datasets_load_without_the_hub(
     }
     datasets.Dataset.from_dict(rows, features=pictures).to_parquet(tmp_path / "train.parquet")
     content = (tmp_path / "train.parquet").read_bytes()
+
     hub.create(
         "datasets/ann/pictures",
         private=False,
@@ -88,6 +90,7 @@ def test_cached_hub_datasets_load_without_the_hub(
         "a/b/c is not a file or folder", "not a valid id of a dataset", error=OSError
     ):
         load_splits(DataOptions("a/b/c"))
+
     stop_hub(monkeypatch)
     started = time.monotonic()
     assert len(load_splits(DataOptions("ann/pictures")).images_by_split["train"]) == 8
@@ -101,6 +104,7 @@ def test_cached_hub_datasets_load_without_the_hub(
     with raises_one_line("ann/none", f"{DEAD} does not respond", error=OSError):
         load_training_data(DataOptions("ann/none"), use_labels=False)
     assert time.monotonic() - started < 10  # `datasets` takes 40 seconds for one of these requests
+
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     caplog.clear()
@@ -119,23 +123,29 @@ def test_cached_timm_models_of_the_hub_are_pinned_and_load_without_the_hub(
     files = {file.name: file.read_bytes() for file in (tmp_path / "theirs").iterdir()}
     commit = hub.create("ann/vit", private=False, files=files).branches["main"]
     run(ConvertOptions(tmp_path / "mine", "timm:hf-hub:ann/vit"))
+
     certificate = json.loads((tmp_path / "mine" / "parity_report.json").read_text())
     assert certificate["source_revision"] == commit
     assert commit in (tmp_path / "mine" / "README.md").read_text()
     assert loading.load_timm_model("hf_hub:ann/vit")[1] == commit  # the other spelling of timm
+
     broken = files | {"model.safetensors": b"broken", "config.json": b"{}"}
     hub.repositories["ann/vit"].commit(
         "main", "broken", {name: hub.store(name, data) for name, data in broken.items()}
     )
+
     pinned, pinned_commit = loading.load_timm_model(f"hf-hub:ann/vit@{commit}")
     assert pinned_commit == commit
     assert pinned.num_classes == 3
+
     random, random_commit = loading.load_timm_model(f"hf-hub:ann/vit@{commit}", pretrained=False)
     assert random_commit == commit
     assert not torch.equal(random.cls_token, pinned.cls_token)
+
     hub.requests.clear()
     assert loading.load_timm_model("test_vit", pretrained=False)[1] is None
     assert not hub.requests
+
     stop_hub(monkeypatch)
     started = time.monotonic()
     convert_checkpoint(f"timm:hf-hub:ann/vit@{commit}", tmp_path / "again")

@@ -109,6 +109,7 @@ def test_card_and_license_are_converted_with_the_model(hub: LocalHub, tmp_path: 
     repository = hub.create("them/dino", private=False, files=files)
     folder = tmp_path / "mine"
     commit = repository.branches["main"]
+
     repository.commit(
         "main", "broken", hub.files("them/dino") | {"config.json": hub.store("config.json", b"{}")}
     )
@@ -118,16 +119,19 @@ def test_card_and_license_are_converted_with_the_model(hub: LocalHub, tmp_path: 
         )
         == 0
     )
+
     pushed = push_folder(ModelFolder(folder), "ann/dino")
     ours = hub.repositories["ann/dino"]
     ours.commit(
         "main", "broken", hub.files("ann/dino") | {"config.json": hub.store("config.json", b"{}")}
     )
+
     first, files_and_code, _, *rows, limit, _, call = verify_push(
         pushed, ModelFolder(folder)
     ).splitlines()
     assert first == f"verified: ann/dino at {pushed.commit}"
     assert "1e-06" in limit
+
     num_files = len(hub.files("ann/dino").keys() - {".gitattributes"})
     assert files_and_code.split()[0] == str(num_files)
     assert files_and_code.endswith(vitcls.__version__)
@@ -136,6 +140,7 @@ def test_card_and_license_are_converted_with_the_model(hub: LocalHub, tmp_path: 
         ["AutoModel", "ViTCLSModel"],
         ["AutoModelForImageClassification", "ViTCLSForImageClassification"],
     ]
+
     arguments = f'"ann/dino", revision="{pushed.commit}", trust_remote_code=True'
     assert call == f"  AutoModelForImageClassification.from_pretrained({arguments})"
     card = hub.read("ann/dino", "README.md").decode()
@@ -173,11 +178,13 @@ def test_given_revisions_are_used(
         "newer",
         repository.commits[old].files | {"config.json": hub.store("config.json", b"1")},
     )
+
     newest = get_cached_commit(get_model_folder("ann/model"))
     assert old != newest == repository.branches["main"]
     assert get_cached_commit(get_model_folder("ann/model", revision=old)) == old
     with raises_one_line("ann/model has no revision gone", error=OSError):
         get_model_folder("ann/model", revision="gone")
+
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     assert get_cached_commit(get_model_folder("ann/model", revision=old)) == old
     assert "127.0.0.1:9 does not respond" in caplog.text
@@ -187,6 +194,7 @@ def test_given_revisions_are_used(
     ):
         get_model_folder("ann/model", revision="gone")
     assert get_cached_commit(get_model_folder("ann/model")) == newest
+
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert get_cached_commit(get_model_folder("ann/model", revision=old)) == old
     with raises_one_line("HF_HUB_OFFLINE", error=OSError):
@@ -199,6 +207,7 @@ def test_a_revision_is_resolved_to_its_commit(hub: LocalHub) -> None:
     HfApi().create_tag("ann/model", tag="v1")
     model.commit("main", "new", {"config.json": hub.store("config.json", b"new")})
     model.commit("branch", "other", {"config.json": hub.store("config.json", b"branch")})
+
     revisions = {
         "main": model.branches["main"],
         "branch": model.branches["branch"],
@@ -206,10 +215,12 @@ def test_a_revision_is_resolved_to_its_commit(hub: LocalHub) -> None:
         old: old,
     }
     assert len(set(revisions.values())) == 3
+
     for revision, commit in revisions.items():
         private = loading.HubCommit("ann/model", commit, needs_token=True)
         assert resolve_commit("ann/model", revision) == private
     assert resolve_commit("ann/model") == resolve_commit("ann/model", "main")
+
     hub.create("ann/public", private=False)
     assert not resolve_commit("ann/public").needs_token
     hub.gated.add("ann/public")
@@ -264,10 +275,12 @@ def test_files_are_downloaded_once_and_the_newest_is_used(
         "model.safetensors",
     ]
     assert get_cached_commit(folder) == hub.repositories["ann/model"].branches["main"]
+
     hub.requests.clear()
     assert get_model_folder("ann/model") == folder
     assert not hub.count_requests("GET", "/resolve/")
     assert not hub.count_requests("GET", "/objects/")
+
     repository = hub.repositories["ann/model"]
     newest = repository.commit(
         "main", "more", repository.commits[repository.branches["main"]].files
@@ -341,10 +354,12 @@ def test_pickled_weights_are_downloaded_only_if_there_are_no_others(
         "notes.txt": b"x",
     }
     hub.create("ann/old", private=False, files=files)
+
     folder = Path(loading.get_external_model_folder("ann/old"))
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == {
         name: content for name, content in files.items() if name != "notes.txt"
     }
+
     shards = dict.fromkeys(("model-1-of-2.safetensors", "model.safetensors.index.json"), b"{}")
     hub.create("ann/new", private=False, files=files | shards)
     folder = Path(loading.get_external_model_folder("ann/new"))
@@ -354,6 +369,7 @@ def test_pickled_weights_are_downloaded_only_if_there_are_no_others(
         *shards,
     }
     assert loading.get_external_model_folder(str(tmp_path)) == str(tmp_path)
+
     old = hub.repositories["ann/old"].branches["main"]
     hub.repositories["ann/old"].commit(
         "main", "newer", {"config.json": hub.store("config.json", b"{}")}

@@ -36,6 +36,7 @@ def test_the_metadata_of_a_card_is_inherited(
     source = write_folder(
         tmp_path / "mine", f"{DINOV3}base_model: timm/dinov3\n", LICENSE_md="the text"
     )
+
     found = find_provenance(str(source))
     expected = Provenance(
         "mine", "timm/dinov3", "other", "dinov3-license", "LICENSE.md", (source / "LICENSE.md",)
@@ -47,6 +48,7 @@ def test_the_metadata_of_a_card_is_inherited(
         == find_provenance(f"timm:local-dir:{source}")
     )
     assert found.license_label == "dinov3-license"
+
     output = tmp_path / "out"
     output.mkdir()
     found.copy_license(output)
@@ -58,6 +60,7 @@ def test_the_metadata_of_a_card_is_inherited(
     assert Provenance("mine", license=["mit", "gemma"]).license_label == "mit, gemma"
     assert replace(found, license="mit").license_label == "mit"
     assert replace(found, license_name=None).license_label == "other"
+
     monkeypatch.chdir(source)
     found.copy_license(Path())  # a run that writes into the folder that it started from
     assert (source / "LICENSE.md").read_text() == "the text"
@@ -91,9 +94,11 @@ def test_files_that_a_license_requires_are_copied(tmp_path: Path) -> None:
     ]
     for name in (*taken, "license_plates.pkl", "noticed.bin", "copying.py", "about.md"):
         (source / name).write_text(name)
+
     found = find_provenance(str(source))
     assert sorted(file.name for file in found.license_files) == taken
     assert found.license_link == "LICENSE-APACHE"
+
     output = tmp_path / "out"
     randomize(ViTCLSForImageClassification(build_tiny_config())).save_pretrained(output)
     found.copy_license(output)

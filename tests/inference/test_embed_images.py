@@ -33,7 +33,10 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_features_equal_those_of_predict(encoder: Path, photos: Path) -> None:
-    """Batches contain paths, bytes or encoded images. The other columns are kept. The model is not pickled."""
+    """Batches contain paths, bytes or encoded images.
+
+    The other columns are kept. The model is not pickled.
+    """
     names = ["cls", "registers@1", "mean", "patches"]
     paths = sorted_photos(photos)
     model = ViTCLSModel.from_pretrained(encoder).eval()
@@ -41,9 +44,11 @@ def test_features_equal_those_of_predict(encoder: Path, photos: Path) -> None:
     expected = predict(model, processor, paths, features=names)
     embed: Any = EmbedImages(encoder, names, batch_size=4)
     embed({"path": paths[:1]})
+
     restored = pickle.loads(pickle.dumps(embed))
     assert embed.predictor.batch_size == 4
     assert restored.predictor is None
+
     contents = [Path(path).read_bytes() for path in paths]
     for batch in (
         {"path": np.array(paths)},

@@ -126,7 +126,9 @@ def evaluate(model: Path, dataset: object, **data: Any) -> dict[str, Any]:
     return evaluate_checkpoint(EvaluateOptions(model=str(model), data=options, batch_size=4))
 
 
-def test_a_multi_label_model(models: Path, tmp_path: Path, by_one_process: dict[str, Any]) -> None:
+def test_several_labels_per_image_are_matched_by_name_and_scored_per_image(
+    models: Path, tmp_path: Path, by_one_process: dict[str, Any]
+) -> None:
     """The names are in another order, and one class is not in the data."""
 
     def text(label: list[float]) -> list[str]:
@@ -166,7 +168,9 @@ def test_a_multi_label_model(models: Path, tmp_path: Path, by_one_process: dict[
         )
 
 
-def test_a_multi_task_model(models: Path, tmp_path: Path, by_one_process: dict[str, Any]) -> None:
+def test_tasks_are_matched_by_name_and_missing_labels_are_not_counted(
+    models: Path, tmp_path: Path, by_one_process: dict[str, Any]
+) -> None:
     """The columns are in another order, and some labels are missing."""
 
     def text(label: dict[str, int]) -> list[str]:
@@ -192,7 +196,7 @@ def test_a_multi_task_model(models: Path, tmp_path: Path, by_one_process: dict[s
         evaluate_checkpoint(options)
 
 
-def test_a_single_label_model(
+def test_a_table_has_the_metrics_of_the_same_images_in_memory(
     models: Path, tmp_path: Path, by_one_process: dict[str, Any], capsys: pytest.CaptureFixture
 ) -> None:
     table = write_table(tmp_path, "single", ["animal"], lambda label: [CLASSES[label]])
@@ -207,7 +211,10 @@ def test_a_single_label_model(
 def test_the_results_describe_the_evaluation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A gray model classifies gray images of shade 40 * index. A color image is unreadable for this model."""
+    """A gray model classifies gray images of shade 40 * index.
+
+    A color image is unreadable for this model.
+    """
     names = ["[b]dark", "light"]
     labels = LabelSpace("single_label_classification", {"label": names})
     fields = SIZES | {"image_size": (16, 24), "num_channels": 1} | labels.to_config_values()
@@ -239,6 +246,7 @@ def test_the_results_describe_the_evaluation(
     monkeypatch.setattr(evaluate_module, "time", clock)
     results = evaluate_checkpoint(options)
     assert json.loads(output.read_text(encoding="utf-8")) == results
+
     accelerator = build_accelerator(mixed_precision="bf16")
     pixel_values = processor(images[1:], return_tensors="pt")["pixel_values"].to(accelerator.device)
     with torch.no_grad(), accelerator.autocast():
@@ -246,6 +254,7 @@ def test_the_results_describe_the_evaluation(
     targets = torch.tensor([1, 0, 1, 0, 1])
     is_correct = (logits.argmax(1) == targets).tolist()
     assert 0 < sum(is_correct) < 5
+
     expected = {
         "model": options.model,
         "dataset": str(data),
@@ -265,12 +274,15 @@ def test_the_results_describe_the_evaluation(
         "num_unreadable_images": 1,
     }
     assert results | expected == results
+
     printed = capsys.readouterr().out
     (warning,) = (line for line in printed.splitlines() if line.startswith("WARNING: "))
     assert "[b]dark/6.png' has 3 channels, but the model requires 1" in warning
 
 
-def test_streamed_images(models: Path, tmp_path: Path, by_one_process: dict[str, Any]) -> None:
+def test_streamed_images_have_the_same_loss(
+    models: Path, tmp_path: Path, by_one_process: dict[str, Any]
+) -> None:
     """Streams select their held-out images differently; one of several splits can be evaluated as a whole."""
     (tmp_path / "data").mkdir()
     table = write_table(tmp_path, "single", ["animal"], lambda label: [CLASSES[label]])
@@ -288,14 +300,17 @@ def test_streamed_images(models: Path, tmp_path: Path, by_one_process: dict[str,
         unknown_dataset=data.dataset,
     )
     metrics = evaluate_checkpoint(options)
+
     rows = pd.read_parquet(options.per_image)
     assert metrics["num_images"] == 2 * NUM_IMAGES
     assert rows["index"].tolist() == list(range(2 * NUM_IMAGES))
     assert {Path(name).stem for name in rows["image"]} == set(map(str, range(2 * NUM_IMAGES)))
     assert metrics["loss"] == close(by_one_process["single"]["loss"])
+
     unknown = {"dataset": "data", "split": "test", "num_images": 2 * NUM_IMAGES, "flagged": None}
     # the same images
     assert metrics["unknown"] == unknown | {"auroc": pytest.approx(0.5, abs=0.01)}
+
     (tmp_path / "data" / "test" / "zebra").mkdir()
     (tmp_path / "data" / "test" / "zebra" / "0.png").symlink_to(tmp_path / "single0.png")
     reset_accelerate()
@@ -324,6 +339,7 @@ def test_two_processes_evaluate_a_saved_model(
         "per_class",
         "accuracy",
     }
+
     printed = (two_process_folder / "stdout").read_text(encoding="utf-8")
     assert f"{two['accuracy']:.2%}" in printed
     assert "digits.json" in printed
@@ -343,7 +359,7 @@ def test_two_processes_evaluate_frozen_features(two_process_folder: Path) -> Non
     assert {**two, **dict.fromkeys(MEASURED)} == {**one, **dict.fromkeys(MEASURED)}
 
 
-def test_classes_in_tables() -> None:
+def test_up_to_20_classes_are_listed_in_one_line_each() -> None:
     """Names are one line of Markdown code. More than 20 classes have no table."""
     values = {"recall": 0.5, "precision": None, "f1": 0.0}
     rows = [{"name": name, "images": 1200} | values for name in ("`a`\n", "x" * 100, "x" * 101)]

@@ -53,6 +53,7 @@ def test_a_batch_without_readable_images_has_the_shape_of_the_model() -> None:
     )
     processor = ViTCLSImageProcessor(size={"height": 16, "width": 24}, do_convert_rgb=False)
     processor.image_mean = processor.image_std = [0.5]
+
     evaluator = Evaluator(
         LabeledImages(images, [0, 1, 0]),
         processor,

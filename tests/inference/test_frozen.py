@@ -79,7 +79,7 @@ def encode(model: Path, images: Any) -> np.ndarray:
     return np.array(rows)
 
 
-def test_settings_of_classifiers() -> None:
+def test_ten_neighbors_vote_or_all_images_if_there_are_fewer() -> None:
     assert build_classifier("logreg", 7)[-1].max_iter == 1000
     assert [build_classifier("knn", count).n_neighbors for count in (7, 10, 11)] == [7, 10, 10]
 
@@ -96,7 +96,7 @@ def write_noise(folder: Path, counts: dict[str, tuple[int, ...]]) -> Path:
     return folder
 
 
-def test_splits_of_the_data_set_and_unreadable_images(
+def test_the_named_split_is_evaluated_without_unreadable_images(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = write_noise(tmp_path / "noise", {"train": (6, 6), "val": (4, 4)})
@@ -106,6 +106,7 @@ def test_splits_of_the_data_set_and_unreadable_images(
     monkeypatch.setattr(
         frozen, "time", SimpleNamespace(perf_counter=iter([10.0, 11.234, 20.0]).__next__)
     )
+
     results = run(model, "knn", data=data, split="validation")
     assert (results["seconds"], results["images_per_second"]) == (1.23, 14.6)  # 18 images
     assert (results["split"], results["num_training_images"], results["num_images"]) == (
@@ -114,6 +115,7 @@ def test_splits_of_the_data_set_and_unreadable_images(
         7,
     )
     assert results["num_unreadable_images"] == 2
+
     gray = save_model(tmp_path / "gray", num_channels=1)
     processor = ViTCLSImageProcessor(size=16, do_convert_rgb=False, image_mean=0.5, image_std=0.5)
     processor.save_pretrained(gray)
@@ -144,10 +146,12 @@ def test_results_equal_scikit_learn(
         "frozen": frozen
     }
     assert "versions" in results
+
     printed, rows = capsys.readouterr().out, results["rows"]
     before, _, after = printed.partition(dataset)
     assert re.findall(r"\d+", before) == ["15", "7"]
     assert f"; {results['images_per_second']:,} " in after
+
     for row in rows:
         cells = [
             row["token"],
@@ -158,6 +162,7 @@ def test_results_equal_scikit_learn(
     assert [row["token"] for row in rows] == TOKENS
     assert (results["num_training_images"], results["num_images"]) == (15, 7)
     assert len({row["accuracy"] for row in rows}) > 1
+
     splits = [load_evaluation_data(data, split) for split in ("train", "validation")]
     labels = [np.array(split.label_space.names)[split.images.labels] for split in splits]
     train, held_out = (encode(model, split.images.images) for split in splits)

@@ -189,7 +189,10 @@ def test_files_of_other_file_systems_are_fetched() -> None:
 
 
 class FlakyServer(BaseHTTPRequestHandler):
-    """A web server whose first two answers to each path are temporary errors. Only /photo.png exists."""
+    """A web server whose first two answers to each path are temporary errors.
+
+    Only /photo.png exists.
+    """
 
     num_requests: ClassVar[Counter[str]] = Counter()
     statuses: ClassVar = {

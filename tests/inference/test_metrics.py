@@ -46,14 +46,16 @@ def calibration_error(logits: torch.Tensor, labels: np.ndarray) -> float:
 
 
 @pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
-def test_single_label_metrics(by_one_process: dict[str, Any]) -> None:
+def test_metrics_of_one_label_per_image_equal_scikit_learn(by_one_process: dict[str, Any]) -> None:
     metrics = by_one_process["single"]
     outputs, labels = compute_outputs("single")
     labels = np.array(labels)
     answers = outputs.logits.argmax(1).numpy()
+
     right = answers == labels
     assert 0 < right.sum() < metrics["num_images"] == NUM_IMAGES
     assert metrics["accuracy"] == close(right.mean())
+
     top_5 = [
         label in row
         for label, row in zip(labels, outputs.logits.argsort(1)[:, -5:].tolist(), strict=True)
@@ -67,6 +69,7 @@ def test_single_label_metrics(by_one_process: dict[str, Any]) -> None:
     assert metrics["loss"] == close(
         nn.functional.cross_entropy(outputs.logits, torch.tensor(labels)).item()
     )
+
     expected = sklearn.metrics.confusion_matrix(labels, answers, labels=range(7))
     assert metrics["confusion_matrix"] == expected.tolist()
     interval = scipy.stats.binomtest(int(right.sum()), NUM_IMAGES).proportion_ci(method="wilson")
@@ -99,7 +102,9 @@ def test_each_head_has_its_own_metrics(by_one_process: dict[str, Any]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:No positive class")
-def test_multi_label_metrics(by_one_process: dict[str, Any]) -> None:
+def test_metrics_of_several_labels_per_image_equal_scikit_learn(
+    by_one_process: dict[str, Any],
+) -> None:
     metrics = by_one_process["multi_label"]
     outputs, labels = compute_outputs("multi_label")
     truth = np.array(labels)
@@ -136,11 +141,12 @@ def test_exact_match_requires_every_class() -> None:
     assert metrics.compute()["exact_match"] == 0.5
 
 
-def test_multi_task_metrics(by_one_process: dict[str, Any]) -> None:
+def test_metrics_of_tasks_use_labeled_images_only(by_one_process: dict[str, Any]) -> None:
     metrics = by_one_process["multi_task"]
     outputs, labels = compute_outputs("multi_task")
     accuracies = []
     losses = []
+
     for task, names in SPACES["multi_task"].columns.items():
         truth = torch.tensor([label[task] for label in labels])
         known = truth != -100
@@ -224,6 +230,7 @@ def test_a_task_without_labeled_images_has_no_effect() -> None:
     }
     labels = {"age": torch.tensor([0, 0, -100]), "species": torch.full((3,), -100)}
     metrics.update(SimpleNamespace(logits=logits), labels)
+
     values = metrics.compute()
     assert (values["accuracy"], values["age_accuracy"], values.get("species_accuracy")) == (
         0.5,
@@ -235,8 +242,10 @@ def test_a_task_without_labeled_images_has_no_effect() -> None:
         2,
         0,
     )
+
     loss = nn.functional.cross_entropy(logits["age"][:2], labels["age"][:2]).item()
     assert values["loss"] == close(loss) == values["age_loss"]
+
     metrics.update(SimpleNamespace(logits=logits), labels | {"species": torch.tensor([0, 3, 6])})
     values = metrics.compute()
     assert values["species_loss"] > 0
@@ -258,6 +267,7 @@ def test_a_single_class_has_all_metrics() -> None:
     tags = MultiLabelMetrics(LabelSpace("multi_label_classification", {"label": ["a"]}), CPU)
     logits = torch.tensor([[1.0], [-1.0], [2.0]])
     labels = torch.tensor([[1.0], [0.0], [0.0]])
+
     tags.update(SimpleNamespace(logits=logits), labels)
     expected = sklearn.metrics.average_precision_score(labels[:, 0], logits[:, 0])
     assert (
@@ -265,6 +275,7 @@ def test_a_single_class_has_all_metrics() -> None:
         == tags.compute()["per_class"][0]["average_precision"]
         == expected
     )
+
     tasks = MultiTaskMetrics(
         LabelSpace("multi_task", {"age": ["old"], "color": ["red", "blue"]}), CPU
     )
@@ -273,6 +284,7 @@ def test_a_single_class_has_all_metrics() -> None:
         SimpleNamespace(logits=task_logits),
         {"age": torch.tensor([0, 0]), "color": torch.tensor([1, 1])},
     )
+
     values = tasks.compute()
     assert (values["age_confusion_matrix"], values["color_confusion_matrix"]) == (
         [[2]],

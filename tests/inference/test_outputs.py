@@ -25,7 +25,10 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 def test_lists_and_half_precision_are_written_to_every_format(tmp_path: Path) -> None:
-    """In CSV files, the labels of an image are in one cell. A missing prediction is empty or null."""
+    """In CSV files, the labels of an image are in one cell.
+
+    A missing prediction is empty or null.
+    """
     types = {"labels": pa.list_(pa.string()), "p": pa.list_(pa.float16()), "unknown": pa.bool_()}
     rows = [
         {
@@ -48,6 +51,7 @@ def test_lists_and_half_precision_are_written_to_every_format(tmp_path: Path) ->
     ]
     for suffix in (".csv", ".json", ".jsonl"):
         write_rows(rows, get_output_columns(types), tmp_path / f"out{suffix}")
+
     with (tmp_path / "out.csv").open(newline="", encoding="utf-8") as file:
         header, *found = csv.reader(file)
     assert header == ["index", "image", "labels", "p", "unknown", "error"]
@@ -55,6 +59,7 @@ def test_lists_and_half_precision_are_written_to_every_format(tmp_path: Path) ->
         ["0", "a\\nb,c", "x|ü", "0.5|0.25", "True", ""],
         ["1", "d", "", "", "", "unreadable"],
     ]
+
     expected = [
         {"index": 0, "image": "a\nb,c", "labels": ["x", "ü"], "p": [0.5, 0.25]},
         {
@@ -68,6 +73,7 @@ def test_lists_and_half_precision_are_written_to_every_format(tmp_path: Path) ->
     ]
     expected[0] |= {"unknown": True, "error": None}
     assert json.loads((tmp_path / "out.json").read_text(encoding="utf-8")) == expected
+
     write_rows([{"index": 0}] * 1025, get_output_columns({}), tmp_path / "out.parquet")
     assert pq.read_metadata(tmp_path / "out.parquet").num_row_groups == 2
     lines = (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()

@@ -114,7 +114,10 @@ def test_prediction_adds_sets_and_unknown_images(folder: Path, tmp_path: Path) -
 def test_unknown_images_are_measured_and_recorded(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The areas under the curve of noise and of the known images themselves. The model's folder is not changed."""
+    """The areas under the curve of noise and of the known images themselves.
+
+    The model's folder is not changed.
+    """
     model = tmp_path / "model"
     shutil.copytree(folder, model)
     classifier = ViTCLSForImageClassification.from_pretrained(model)
@@ -134,10 +137,12 @@ def test_unknown_images_are_measured_and_recorded(
     (model / RESULTS_FILE).write_text('{"dataset": "digits"}')
     found = evaluate(model, "digits", unknown_dataset=str(tmp_path / "noise"))["unknown"]
     assert (found["dataset"], found["split"], found["num_images"]) == ("noise", "test", 30)
+
     printed = capsys.readouterr().out
     assert f"AUROC {found['auroc']:.4f}" in printed
     assert f"30 images of noise (test); {found['flagged']:.1%}" in printed
     assert f"saved {tmp_path / 'rows.parquet'}" in printed
+
     images = [Image.open(tmp_path / "noise" / "test" / f"{index}.png") for index in range(30)]
     pixels = ViTCLSImageProcessor.from_pretrained(model)(images, return_tensors="pt")[
         "pixel_values"
@@ -145,6 +150,7 @@ def test_unknown_images_are_measured_and_recorded(
     logits = classifier.eval()(pixels).logits.detach().numpy()
     known = pd.read_parquet(tmp_path / "rows.parquet")["energy"]
     energies = np.concatenate([known, compute_energies(logits)])
+
     flagged = (energies[-30:] > -3.0).mean()
     assert found["flagged"] == pytest.approx(flagged, abs=1e-6)
     assert 0 < flagged < 1

@@ -186,6 +186,7 @@ def test_there_are_columns_for_the_three_labels_of_the_model(
             "error",
         )
     ]
+
     output = tmp_path / "a.parquet"
     encoder = str(models / "encoder")
     predict_images(
@@ -207,6 +208,7 @@ def test_several_tasks_have_separate_columns(models: Path, photos: Path, tmp_pat
         batch_size=5,
     )
     predict_images(options)
+
     table = pq.read_table(tmp_path / "out.parquet")
     assert table.column_names[2:6] == [
         "age_label",
@@ -215,6 +217,7 @@ def test_several_tasks_have_separate_columns(models: Path, photos: Path, tmp_pat
         "age_probability_2",
     ]
     assert table.column_names[6:-1:2] == ["species_label", "species_label_2", "species_label_3"]
+
     model = ViTCLSForMultiTaskClassification.from_pretrained(models / "several_tasks")
     with torch.no_grad():
         logits = model(pixel_values(photos)).logits
@@ -283,7 +286,9 @@ def test_features_equal_the_tokens_of_the_model(
     assert rows[0].keys() == {"index", "image", "features", "error"}
 
 
-def test_several_features_of_any_layer(models: Path, photos: Path, tmp_path: Path) -> None:
+def test_features_of_any_layer_are_those_after_the_final_norm(
+    models: Path, photos: Path, tmp_path: Path
+) -> None:
     """Layers are outputs after the final norm, if there is one. The last layer is the default."""
     names = ("cls", "cls@1", "mean@2", "patches")
     options = PredictOptions(
@@ -301,6 +306,7 @@ def test_several_features_of_any_layer(models: Path, photos: Path, tmp_path: Pat
         outputs = model(pixel_values(photos), output_hidden_states=True)
         first = model.layernorm(outputs.hidden_states[1])
     last = outputs.tokens["patches"]
+
     for name, values in zip(
         names, (outputs.tokens["cls"][:, 0], first[:, 0], last.mean(1), last), strict=True
     ):
@@ -310,6 +316,7 @@ def test_several_features_of_any_layer(models: Path, photos: Path, tmp_path: Pat
     for wrong in ("cls@0", "cls@3"):
         with raises_one_line(f"`features={wrong!r}`", "cls@2"):
             predict(model, ViTCLSImageProcessor(size=32), photos, features=wrong)
+
     model = ViTCLSModel(build_tiny_config(final_norm=False))
     (row,) = predict(
         model, ViTCLSImageProcessor(size=32), photos / "a.jpg", features=["cls", "cls@2"]
@@ -331,6 +338,7 @@ def test_datasets_are_read_like_files(models: Path, photos: Path, tmp_path: Path
     table = datasets.Dataset.from_dict({"other": [b"x"] * 9, "photo": encoded})
     table.cast_column("photo", datasets.Image()).to_parquet(tmp_path / "images.parquet")
     expected = None
+
     for given in (
         {"paths": (str(photos),)},
         {"dataset": str(photos / "list.csv")},
@@ -346,6 +354,7 @@ def test_datasets_are_read_like_files(models: Path, photos: Path, tmp_path: Path
         expected = expected or answers
         assert answers == expected
     assert len(expected or []) == 9
+
     options = PredictOptions("model", **given)  # the stream
     source = predict_module.open_input(options)
     with raises_one_line("`streaming=True`", "`output`"):
@@ -377,7 +386,10 @@ def streamed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_killed_job_is_continued(
     models: Path, streamed: Path, tmp_path: Path, is_streaming: bool
 ) -> None:
-    """The result must equal that of one uninterrupted run. A stream continues from the state in its last shard."""
+    """The result must equal that of one uninterrupted run.
+
+    A stream continues from the state in its last shard.
+    """
     flags = [
         "--model",
         models / "encoder",
@@ -424,7 +436,10 @@ def test_a_killed_job_is_continued(
 def test_processes_take_batches_and_shards_in_turn(
     models: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second process of three predicts every third batch. In the second job of two, it writes every sixth file."""
+    """The second process of three predicts every third batch.
+
+    In the second job of two, it writes every sixth file.
+    """
     # processes are not in order
     monkeypatch.setattr(predict_module, "gather_object", lambda rows: rows[::-1])
     options = PredictOptions(
@@ -471,6 +486,7 @@ def test_array_jobs_write_every_shard_once(
     monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
     rows = {}
     folder = tmp_path / "jobs"
+
     for output, shards in ((tmp_path / "whole", [None]), (folder, ["1/3", "3/3", "2/3"])):
         for shard in shards:
             if shard == "2/3":
@@ -485,6 +501,7 @@ def test_array_jobs_write_every_shard_once(
         )
         rows[output] = (tmp_path / "out.jsonl").read_text(encoding="utf-8")
     assert rows[folder] == rows[tmp_path / "whole"]
+
     flags = ["--merge", folder, "--output", tmp_path / "merged.csv"]
     assert run_in_process("predict.py", *flags) == 0
     assert len(list(csv.DictReader((tmp_path / "merged.csv").open()))) == 9
@@ -496,7 +513,10 @@ def test_array_jobs_write_every_shard_once(
 def test_a_stream_is_divided_among_jobs_and_continued(
     models: Path, streamed: Path, tmp_path: Path, num_files: int
 ) -> None:
-    """With four files, two jobs read two files each. With one file, each job reads every other row."""
+    """With four files, two jobs read two files each.
+
+    With one file, each job reads every other row.
+    """
     table = datasets.load_dataset("parquet", data_files=str(streamed), split="train").select(
         range(21)
     )
@@ -506,19 +526,23 @@ def test_a_stream_is_divided_among_jobs_and_continued(
         table.shard(num_files, index).to_parquet(folder / f"{index}.parquet")
     output = tmp_path / "labels"
     options = {"dataset": str(folder), "streaming": True, "output": output, "shard_size": 4}
+
     for shard in ("1/2", "2/2"):
         predict_images(PredictOptions(str(models / "one_label"), shard=shard, **options))
         reset_accelerate()
     expected = {row["image"]: (row["index"], row["label"]) for row in read_shards(output)}
     assert len(expected) == 21
     assert len({row["index"] for row in read_shards(output)}) == 21
+
     files = sorted(output.glob("shard-0001-*"))
     written = set(output.iterdir())
     kept = files[0].read_bytes()
+
     for file in files[1:]:
         file.unlink()
     with raises_one_line("lacks", "shard-0001-000001.parquet"):
         merge_shards(output, None)
+
     for shard in ("1/2", "2/2"):  # the first job was finished
         predict_images(PredictOptions(str(models / "one_label"), shard=shard, **options))
         reset_accelerate()
@@ -660,6 +684,7 @@ def test_models_without_labels_are_a_one_line_error(
         json.dumps(read_json(lost / "config.json") | {"architectures": None})
     )
     ViTCLSImageProcessor(size=32).save_pretrained(lost)
+
     for source, words in {
         models / "encoder": "ViTCLSModel",
         models / "masked": "ViTCLSForMaskedImageModeling",

@@ -17,7 +17,7 @@ def test_single_tokens_have_no_numbers() -> None:
     }
 
 
-def test_tokens_of_tasks_and_of_cells_of_a_grid() -> None:
+def test_tokens_are_named_by_their_task_or_cell() -> None:
     tasks = {"age": ["young", "old", "dead"], "species": ["cat", "dog"]}
     assert get_token_names(ViTCLSConfig(num_cls_tokens=2, tasks=tasks)) == [
         "CLS age",

@@ -187,7 +187,9 @@ def test_the_model_trained_with_fsdp2_loads(fsdp2: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
-def test_through_the_launcher(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_the_launcher_of_accelerate_gives_the_same_run(
+    name: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     output = launch(
         f"{name}_cpu.yaml", "finetune.py", *TINY, *STEPS, "--output-dir", tmp_path / "model"
     )
@@ -198,7 +200,10 @@ def test_through_the_launcher(name: str, tmp_path: Path, request: pytest.Fixture
 
 @pytest.mark.slow
 def test_a_run_with_fsdp2_is_resumed_with_ddp(fsdp2: Path, tmp_path: Path) -> None:
-    """Resume after four of six steps. DDP sums the gradients in another order; test_resume.py resumes with FSDP2."""
+    """Resume after four of six steps.
+
+    DDP sums the gradients in another order; test_resume.py resumes with FSDP2.
+    """
     folder = tmp_path / "resumed"
     shutil.copytree(fsdp2, folder)
     shutil.rmtree(folder / "checkpoints" / "step-00000006")
@@ -211,7 +216,7 @@ def test_a_run_with_fsdp2_is_resumed_with_ddp(fsdp2: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_one_cpu_process(tmp_path: Path) -> None:
+def test_the_cpu_configuration_trains_in_one_process(tmp_path: Path) -> None:
     launch(
         "cpu.yaml",
         "finetune.py",

@@ -248,7 +248,10 @@ class Command:
 
 
 def parse_command(words: list[str]) -> Command | None:
-    """Return the parsed command, or None for commands of other projects. Fails for unknown commands."""
+    """Return the parsed command, or None for commands of other projects.
+
+    Fails for unknown commands.
+    """
     first = next(
         (index for index, word in enumerate(words) if not re.match(r"[A-Z_]+=", word)), len(words)
     )

@@ -1,5 +1,6 @@
-"""The models in other libraries: transformers' pipelines, Trainer and composite models, PEFT, datasets and accelerate.
-Real libraries, tiny models, no network.
+"""The models in other libraries: transformers, PEFT, datasets and accelerate.
+
+Of transformers: pipelines, Trainer and composite models. Real libraries, tiny models, no network.
 """
 
 from pathlib import Path
@@ -71,7 +72,7 @@ def processor(request: pytest.FixtureRequest) -> Any:
 # Pipelines -----------------------------------------------------------------------------------------------------------
 
 
-def test_image_classification_pipeline(processor: Any) -> None:
+def test_the_classification_pipeline_has_the_probabilities_of_the_model(processor: Any) -> None:
     model = build_tiny_classifier().eval()
     found = pipeline("image-classification", model=model, image_processor=processor)(
         [build_pil_image(), build_pil_image()], top_k=2
@@ -87,7 +88,9 @@ def test_image_classification_pipeline(processor: Any) -> None:
     }
 
 
-def test_image_feature_extraction_pipeline(processor: Any) -> None:
+def test_the_feature_extraction_pipeline_has_the_tokens_or_the_pooled_vector(
+    processor: Any,
+) -> None:
     torch.manual_seed(0)
     model = ViTCLSModel(build_tiny_config(**FIELDS)).eval()
     with torch.no_grad():
@@ -225,7 +228,9 @@ def encoder(tmp_path: Path) -> Path:
     return tmp_path / "encoder"
 
 
-def test_vision_text_dual_encoder(encoder: Path, tmp_path: Path) -> None:
+def test_a_dual_encoder_of_images_and_text_trains_saves_and_loads(
+    encoder: Path, tmp_path: Path
+) -> None:
     BertModel(BertConfig(**BERT_SIZES)).save_pretrained(tmp_path / "text")
     model = VisionTextDualEncoderModel.from_vision_text_pretrained(encoder, tmp_path / "text")
     inputs = {
@@ -252,7 +257,9 @@ def test_vision_text_dual_encoder(encoder: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(features, model.visual_projection(cls_token))
 
 
-def test_vision_encoder_decoder(encoder: Path, tmp_path: Path) -> None:
+def test_an_encoder_decoder_trains_saves_and_generates_the_same_text(
+    encoder: Path, tmp_path: Path
+) -> None:
     BertLMHeadModel(BertConfig(**BERT_SIZES, is_decoder=True)).save_pretrained(tmp_path / "decoder")
     model = VisionEncoderDecoderModel.from_encoder_decoder_pretrained(encoder, tmp_path / "decoder")
     model.config.decoder_start_token_id = 1
@@ -274,7 +281,7 @@ def test_vision_encoder_decoder(encoder: Path, tmp_path: Path) -> None:
 # Loading -------------------------------------------------------------------------------------------------------------
 
 
-def test_sharded_checkpoint(tmp_path: Path) -> None:
+def test_a_sharded_checkpoint_has_the_same_logits(tmp_path: Path) -> None:
     build_tiny_classifier().save_pretrained(tmp_path, max_shard_size="10KB")
     names = {file.name for file in tmp_path.glob("model-*.safetensors")}
     assert len(names) > 1
@@ -282,7 +289,7 @@ def test_sharded_checkpoint(tmp_path: Path) -> None:
     assert_same_logits(ViTCLSForImageClassification.from_pretrained(tmp_path), rtol=0, atol=0)
 
 
-def test_checkpoint_in_a_subfolder(tmp_path: Path) -> None:
+def test_a_checkpoint_in_a_subfolder_is_loaded_and_adapted(tmp_path: Path) -> None:
     build_tiny_classifier().save_pretrained(tmp_path / "vision")
     for model_class in (ViTCLSForImageClassification, AutoModelForImageClassification):
         assert_same_logits(

@@ -188,7 +188,7 @@ def test_teachers_in_two_processes_equal_one(flags: Flags, tmp_path: Path) -> No
         assert math.isclose(found["loss"], expected["loss"], rel_tol=1e-3), (found, expected)
 
 
-def test_a_dry_run_in_two_processes(flags: Flags, tmp_path: Path) -> None:
+def test_a_dry_run_in_two_processes_keeps_no_files(flags: Flags, tmp_path: Path) -> None:
     folder = run_two(tmp_path / "run", [*flags("distillation"), "--dry-run"])
     assert "no files were kept" in folder.with_suffix(".log").read_text(encoding="utf-8")
     assert not folder.exists()

@@ -1,4 +1,7 @@
-"""The recipes reach their stated accuracy on real handwritten digits. All tests are slow: they take minutes."""
+"""The recipes reach their stated accuracy on real handwritten digits.
+
+All tests are slow: they take minutes.
+"""
 
 import json
 import os

@@ -96,7 +96,10 @@ class RunningProcess:
         )
 
     def kill(self) -> None:
-        """Send `kill -9` to the run and its child processes. The children of a launcher are in their own sessions."""
+        """Send `kill -9` to the run and its child processes.
+
+        The children of a launcher are in their own sessions.
+        """
         family = []
         with suppress(psutil.NoSuchProcess):  # it may have ended together with another process
             run = psutil.Process(self.process.pid)
@@ -305,7 +308,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.slow
-def test_killed_at_any_step_with_all_options(
+def test_a_run_with_all_options_that_is_killed_at_any_step_ends_with_the_same_weights(
     image_folder: Path, folder: Path, uninterrupted: Callable[[str], Path]
 ) -> None:
     """Kill the run in the first epoch and later, with accumulation, moving average, mixup and CutMix."""
@@ -334,7 +337,7 @@ VARIANTS = {
         for name in VARIANTS
     ],
 )
-def test_killed_and_resumed(
+def test_a_killed_run_of_any_kind_ends_with_the_same_weights(
     variant: str, image_folder: Path, folder: Path, uninterrupted: Callable[[str], Path]
 ) -> None:
     """The resumed run has no workers, and saves at other steps."""
@@ -440,7 +443,10 @@ def test_delayed_workers_do_not_block_the_end(image_folder: Path, folder: Path) 
 def test_a_terminated_launcher_stops_its_run(
     image_folder: Path, folder: Path, uninterrupted: Callable[[str], Path]
 ) -> None:
-    """SIGTERM ends `accelerate launch`, which does not forward it. The run detects this, saves and ends."""
+    """SIGTERM ends `accelerate launch`, which does not forward it.
+
+    The run detects this, saves and ends.
+    """
     flags = f"{RUN} --epochs 15 --dataset {image_folder}"  # not finished before that
     run = launch(folder, f"{flags} --save-every 1000")
     run.wait_for_step(2)
@@ -461,7 +467,10 @@ def test_a_terminated_launcher_stops_its_run(
 def test_two_processes_are_interrupted_then_killed(
     image_folder: Path, folder: Path, tmp_path: Path
 ) -> None:
-    """Ctrl-C in a terminal goes to the launcher's process group, and torchrun forwards it. With workers."""
+    """Ctrl-C in a terminal goes to the launcher's process group, and torchrun forwards it.
+
+    The run has workers.
+    """
     flags = f"{EVERYTHING} --batch-size 2 --dataset {image_folder}"
     run = launch(folder, f"{flags} --num-workers 1 --save-every 1000", 2)
     run.wait_for_step(4)

@@ -1,5 +1,6 @@
-"""Adaptation of trained models to other tokens, image sizes and patch sizes, by `from_pretrained(..., field=value)`
-and `adapt`.
+"""Adaptation of trained models to other tokens, image sizes and patch sizes.
+
+Models are adapted by `from_pretrained(..., field=value)` and `adapt`.
 
 Unchanged weights (kept and removed tokens) must be equal to the bit. Resampled weights are compared with PyTorch's
 interpolation, and patch kernels with images enlarged patch by patch, for which FlexiViT's resize is exact. Gates are
@@ -69,7 +70,9 @@ GROUPS = {"cls": "cls_token", "distillation": "distillation_token", "registers":
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @pytest.mark.parametrize(("saver", "loader"), LOADERS.values(), ids=LOADERS)
-def test_adapted_weights(saver: Any, loader: Any, change: dict[str, Any], tmp_path: Path) -> None:
+def test_adapted_models_keep_their_tokens_and_resample_their_patches(
+    saver: Any, loader: Any, change: dict[str, Any], tmp_path: Path
+) -> None:
     old = randomize(saver(build_tiny_config(**FIELDS)))
     new = adapt_with_loader(old, loader, tmp_path, gate_new_tokens=False, **change)
     assert type(new) is saver
@@ -86,8 +89,9 @@ def test_adapted_weights(saver: Any, loader: Any, change: dict[str, Any], tmp_pa
 
 
 def assert_adapted(old: Any, new: Any) -> None:
-    """Check that the first tokens and their positions are kept, patches are resampled, and other weights are
-    unchanged.
+    """Check that the first tokens are kept, patches are resampled, and other weights are unchanged.
+
+    The positions of the first tokens are kept as well.
     """
     before = old.state_dict()
     after = new.state_dict()
@@ -316,7 +320,9 @@ def test_tokens_and_pooling_change_together(loader: Any, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("loader", [ViTCLSModel, AutoModel])
-def test_adapting_with_a_configuration_object(loader: Any, tmp_path: Path) -> None:
+def test_a_configuration_object_adapts_the_model_and_is_not_changed(
+    loader: Any, tmp_path: Path
+) -> None:
     model = randomize(ViTCLSModel(build_tiny_config()))
     model.save_pretrained(tmp_path)
     config = build_tiny_config(num_register_tokens=2, image_size=48)
@@ -329,7 +335,7 @@ def test_adapting_with_a_configuration_object(loader: Any, tmp_path: Path) -> No
     assert config.to_dict() == before
 
 
-def test_a_checkpoint_whose_configuration_is_in_another_folder(tmp_path: Path) -> None:
+def test_a_configuration_in_another_folder_replaces_that_of_the_checkpoint(tmp_path: Path) -> None:
     model = randomize(ViTCLSModel(build_tiny_config()))
     model.save_pretrained(tmp_path)
     (tmp_path / "settings").mkdir()

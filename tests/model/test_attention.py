@@ -38,6 +38,7 @@ def test_differential_attention_is_the_difference_of_two_maps(implementation: st
             * attention.head_norm.weight
         )
     expected = attention.o_proj(torch.cat(heads, dim=-1))
+
     got, maps = attention(tokens)
     assert get_largest_difference(got, expected) <= 1e-5
     assert implementation == "sdpa" or maps.shape == (2, 2 * config.num_attention_heads, 5, 5)

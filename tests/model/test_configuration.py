@@ -248,7 +248,7 @@ def test_overrides_at_load_are_validated_together(tmp_path: Path) -> None:
         ViTCLSModel.from_pretrained(tmp_path, pooling="other")
 
 
-def test_labels_at_load(tmp_path: Path) -> None:
+def test_stored_labels_are_kept_until_their_number_or_names_change(tmp_path: Path) -> None:
     ViTCLSConfig(id2label={0: "cat", 1: "dog"}).save_pretrained(tmp_path)
     kept = ViTCLSConfig.from_pretrained(tmp_path)
     assert (kept.id2label, kept.label2id, kept.num_labels) == (
@@ -263,14 +263,14 @@ def test_labels_at_load(tmp_path: Path) -> None:
     assert (renamed.num_labels, renamed.label2id) == (3, {"a": 0, "b": 1, "c": 2})
 
 
-def test_the_grid_of_patches_that_are_not_square() -> None:
+def test_the_grid_has_rows_by_the_height_and_columns_by_the_width() -> None:
     assert build_tiny_config(image_size=[32, 48], patch_size=[8, 4]).grid_size == (
         4,
         12,
     )  # rows, columns
 
 
-def test_stages_at_load(tmp_path: Path) -> None:
+def test_stored_stages_apply_to_the_stored_number_of_layers_only(tmp_path: Path) -> None:
     """The stored stages apply only to models with the same number of layers."""
     build_tiny_config(out_features=["stem", "stage2"]).save_pretrained(tmp_path)
     assert ViTCLSConfig.from_pretrained(tmp_path, num_hidden_layers=2).out_features == [
@@ -287,7 +287,7 @@ def test_stages_at_load(tmp_path: Path) -> None:
         assert config.stage_names == ["stem", "stage1", "stage2", "stage3"][: num_layers + 1]
 
 
-def test_gated_tokens_and_teachers_at_load(tmp_path: Path) -> None:
+def test_gates_and_teachers_stay_with_their_tokens_at_load(tmp_path: Path) -> None:
     """Gates stay with their tokens, the last of a group, and teachers with the first distillation tokens."""
     teachers = {"num_distillation_tokens": 2, "distillation_teachers": ["a", "b"]}
     build_tiny_config(
@@ -304,7 +304,7 @@ def test_gated_tokens_and_teachers_at_load(tmp_path: Path) -> None:
         assert (config.gated_tokens, config.distillation_teachers) == (gated_tokens, ["a"])
 
 
-def test_labels_at_construction() -> None:
+def test_label_ids_follow_the_names_and_names_may_repeat() -> None:
     config = ViTCLSConfig(id2label={0: "cat", 1: "dog", 2: "cow"})
     assert (config.num_labels, config.label2id) == (3, {"cat": 0, "dog": 1, "cow": 2})
     # two ImageNet classes have this name

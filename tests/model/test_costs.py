@@ -30,7 +30,7 @@ def test_flops_equal_those_of_torch(
     assert flops == counter.get_total_flops() > 0
 
 
-def test_flops_of_vit_base() -> None:
+def test_flops_of_vit_base_are_twice_its_published_multiply_adds() -> None:
     """ViT-B/16 at 224 pixels has 17.6 billion multiply-adds."""
     with torch.device("meta"):
         model = ViTCLSModel(ViTCLSConfig())

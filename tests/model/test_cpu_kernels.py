@@ -1,5 +1,7 @@
-"""CPU kernels have the outputs and gradients of plain PyTorch, every switch disables them, and unsupported cases are
-computed by plain PyTorch."""
+"""CPU kernels have the outputs and gradients of plain PyTorch.
+
+Every switch disables them, and unsupported cases are computed by plain PyTorch.
+"""
 
 import copy
 import pickle
@@ -120,7 +122,7 @@ def list_operators(function: Callable[..., Any], *args: Any) -> set[str]:
 
 
 @each_variant
-def test_float32(fields: dict[str, Any]) -> None:
+def test_outputs_and_gradients_in_float32_equal_plain_pytorch(fields: dict[str, Any]) -> None:
     steps: list[list[Tensors]] = [[], []]
     for seed in range(NUM_MODELS):
         models = build_models(seed, **fields)
@@ -159,7 +161,7 @@ def infer(model: Any, dtype: torch.dtype) -> Tensors:
         ("differential", torch.float16, train_under_autocast),
     ],
 )
-def test_half_precision(
+def test_half_precision_is_as_exact_as_plain_pytorch(
     name: str,
     dtype: torch.dtype,
     run: Callable[..., Tensors],
@@ -247,7 +249,10 @@ def test_chunked_attention_in_bfloat16_is_as_exact_as_eager_attention(score_scal
 
 
 def test_a_common_offset_of_all_keys_does_not_make_chunked_attention_less_exact() -> None:
-    """The keys of trained ViTs have one, which makes scores large. SDPA computes scores in float32."""
+    """The keys of trained ViTs have one, which makes scores large.
+
+    SDPA computes scores in float32.
+    """
     states = build_states(23, key_offset=30.0)
     exact = compute_attention(attend_in_eager_mode, states, torch.float64)
     found, expected = (
@@ -286,7 +291,9 @@ def test_emulated_products_are_rounded_once(
 
 @pytest.mark.parametrize(("shape", "out"), [((2, 7, 48), 80), ((3, 48), 16), ((48,), 80)], ids=str)
 @requires_onednn
-def test_first_and_second_derivatives_of_a_linear_layer(shape: tuple[int, ...], out: int) -> None:
+def test_derivatives_of_a_linear_layer_equal_those_in_float64(
+    shape: tuple[int, ...], out: int
+) -> None:
     torch.manual_seed(0)
     layer = CPULinear(48, out, bias=len(shape) > 1)
     inputs = torch.randn(shape)
@@ -346,7 +353,7 @@ def test_attention_in_bfloat16_is_computed_in_chunks() -> None:
 
 
 @pytest.mark.parametrize("name", ["default", "differential"])
-def test_torch_func(name: str) -> None:
+def test_gradients_per_image_with_torch_func_equal_plain_pytorch(name: str) -> None:
     def compute_gradients(model: Any) -> Tensors:
         weights = {name: weight.detach() for name, weight in model.named_parameters()}
 
@@ -363,7 +370,7 @@ def test_torch_func(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled(backend: str) -> None:
+def test_compiled_models_equal_plain_pytorch(backend: str) -> None:
     fast, plain = build_models(num_register_tokens=2)
     compiled = torch.compile(fast, backend=backend, fullgraph=True)
     assert_equal_in_float32(
@@ -377,7 +384,7 @@ def test_compiled(backend: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()
-def test_exported(dtype: torch.dtype) -> None:
+def test_exported_programs_contain_no_kernels(dtype: torch.dtype) -> None:
     """An exported program is the program of plain PyTorch, because it may run on another machine."""
     fast, plain = (model.to(dtype) for model in build_models(num_register_tokens=2))
     programs = [torch.export.export(model, (build_images().to(dtype),)) for model in (fast, plain)]
@@ -389,7 +396,7 @@ def test_exported(dtype: torch.dtype) -> None:
 # Other libraries -----------------------------------------------------------------------------------------------------
 
 
-def test_lora() -> None:
+def test_gradients_and_merged_weights_of_lora_equal_plain_pytorch() -> None:
     """Gradients are compared over several models: in one model, the terms of a rank-2 gradient may cancel."""
     steps: list[list[Tensors]] = [[], []]
     for seed in range(NUM_MODELS):
@@ -415,7 +422,9 @@ def test_lora() -> None:
 @pytest.mark.parametrize(
     "copy_model", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
 )
-def test_copies(copy_model: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_have_the_kernels_that_the_environment_allows(
+    copy_model: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     fast, plain = build_models()
     copied = copy_model(fast)
     assert [type(module) for module in copied.modules()] == [
@@ -461,7 +470,7 @@ def test_small_products_do_not_use_onednn(monkeypatch: pytest.MonkeyPatch) -> No
 
 @requires_onednn
 @torch.no_grad()
-def test_plain_pytorch_where_onednn_does_not_apply() -> None:
+def test_onednn_is_not_used_where_it_does_not_apply() -> None:
     layer = CPULinear(48, 80)
     inputs = torch.randn(2, 7, 48)
     assert ONEDNN in list_operators(layer, inputs)
@@ -520,7 +529,7 @@ def test_other_convolutions_are_not_replaced(change: dict[str, int]) -> None:
 # Switches ------------------------------------------------------------------------------------------------------------
 
 
-def test_uninstalling() -> None:
+def test_uninstalled_kernels_leave_a_plain_model() -> None:
     model, plain = build_models()
     assert str(model).count("cpu_kernels=True") > 0
     uninstall_cpu_kernels(model)
@@ -530,7 +539,7 @@ def test_uninstalling() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_pytorchs_switch(dtype: torch.dtype) -> None:
+def test_the_onednn_switch_of_pytorch_disables_the_kernels(dtype: torch.dtype) -> None:
     fast, plain = build_models()
     with torch.backends.mkldnn.flags(enabled=False):
         assert not {ONEDNN, "LinearFunction", "OneDNNGELULinear"} & list_operators(
@@ -539,13 +548,17 @@ def test_pytorchs_switch(dtype: torch.dtype) -> None:
         assert_same_outputs(train(fast, dtype), train(plain, dtype))
 
 
-def test_a_missing_private_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_private_name_of_pytorch_disables_the_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(cpu_kernels_vitcls, "HAS_PRIVATE_NAMES", False)
     assert count_kernels(ViTCLSForImageClassification(build_tiny_config())) == 0
 
 
 @pytest.mark.parametrize("fault", ["raises", "wrong"])
-def test_a_faulty_processor(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_that_fail_or_are_wrong_are_detected(
+    fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def multiply(
         inputs: torch.Tensor, weight: torch.Tensor, bias: Any, *others: Any
     ) -> torch.Tensor:
@@ -557,7 +570,7 @@ def test_a_faulty_processor(fault: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert not cpu_kernels_vitcls.is_onednn_correct()
 
 
-def test_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_environment_variable_disables_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     for value in ("0", "1"):
         monkeypatch.setenv("VITCLS_CPU_KERNELS", value)
         assert bool(count_kernels(ViTCLSForImageClassification(build_tiny_config()))) == (

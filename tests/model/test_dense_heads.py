@@ -12,7 +12,7 @@ from transformers import DPTConfig, DPTForDepthEstimation
 from modeling_vitcls import ViTCLSModel
 
 
-def test_depth() -> None:
+def test_a_depth_head_gets_the_cls_token_and_the_patches_of_each_stage() -> None:
     """Check that the head receives the first CLS token and the patches of each stage, row by row."""
     tokens = {"num_cls_tokens": 2, "num_distillation_tokens": 1, "num_register_tokens": 2}
     size = (24, 48)

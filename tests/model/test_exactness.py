@@ -35,8 +35,13 @@ RECTANGLE = (24, 56)
 @pytest.mark.parametrize(
     ("apply_layernorm", "reshape"), [(True, True), (False, True), (True, False)]
 )
-def test_dinov2_backbone(apply_layernorm: bool, reshape: bool) -> None:
-    """Check stages, norm and order of the feature maps. DINOv2 keeps its registers in maps that are not reshaped."""
+def test_feature_maps_equal_those_of_the_dinov2_backbone(
+    apply_layernorm: bool, reshape: bool
+) -> None:
+    """Check stages, norm and order of the feature maps.
+
+    DINOv2 keeps its registers in maps that are not reshaped.
+    """
     sizes = {name: size for name, size in SIZES.items() if name != "intermediate_size"}
     options = {
         "apply_layernorm": apply_layernorm,
@@ -66,7 +71,7 @@ def test_dinov2_backbone(apply_layernorm: bool, reshape: bool) -> None:
 
 
 @pytest.mark.parametrize("size", [NATIVE, RECTANGLE])
-def test_sincos_positions(size: tuple[int, int]) -> None:
+def test_sincos_positions_are_ordered_as_in_moco_v3_and_mae(size: tuple[int, int]) -> None:
     """timm orders the channels as sin y, sin x, cos y, cos x; MoCo v3 and MAE, as sin x, cos x, sin y, cos y."""
     rows = size[0] // 8
     columns = size[1] // 8

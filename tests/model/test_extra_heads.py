@@ -321,7 +321,7 @@ def test_a_head_on_a_missing_cls_token_is_refused() -> None:
         build_tiny_config(num_cls_tokens=0, pooling="mean", extra_heads={"a": HEAD})
 
 
-def test_default_values_of_a_head() -> None:
+def test_a_head_pools_the_cls_token_and_is_single_label_by_default() -> None:
     head = ViTCLSConfig(extra_heads={"a": HEAD}).get_extra_heads()["a"]
     assert (head.pooling, head.pooled_layers, head.temperature, head.threshold) == (
         "cls",

@@ -1,5 +1,6 @@
-"""Tokens that are added with closed gates: outputs stay the same, gradients are not zero, and training opens the
-gates.
+"""Tokens that are added with closed gates change no output at first, and training opens the gates.
+
+The gradients of closed gates are not zero.
 """
 
 import copy

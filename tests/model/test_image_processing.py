@@ -185,6 +185,7 @@ def test_paths_bytes_images_arrays_and_tensors_are_the_same_image(
     path = tmp_path / "image.png"
     image.save(path)
     values = np.array(image)
+
     sources = [
         path,
         str(path),
@@ -208,7 +209,7 @@ def test_paths_bytes_images_arrays_and_tensors_are_the_same_image(
     assert batch.shape == (len(sources), 3, 5, 6)
 
 
-def test_urls(
+def test_images_are_downloaded_and_failed_downloads_name_their_address(
     backend: type, tmp_path: Path, web_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "folder").mkdir()
@@ -300,6 +301,7 @@ def test_transparency_is_composited_on_white(backend: type) -> None:
     color = np.array(build_gradient()).astype(float)
     np.testing.assert_array_equal(as_hwc(get_raw_values(backend, build_rgba(255))), color)
     assert (get_raw_values(backend, build_rgba(0)) == 255).all()
+
     expected = np.round(color * 100 / 255 + 155)
     for source in (
         build_rgba(100),
@@ -307,15 +309,18 @@ def test_transparency_is_composited_on_white(backend: type) -> None:
         torch.from_numpy(np.array(build_rgba(100))),
     ):
         np.testing.assert_allclose(as_hwc(get_raw_values(backend, source)), expected, atol=1)
+
     half_gray = PIL.Image.merge("LA", [PIL.Image.new("L", (6, 4), value) for value in (50, 100)])
     for to_rgb, channels in ((True, 3), (False, 1)):
         values = get_raw_values(backend, half_gray, do_convert_rgb=to_rgb)
         assert values.shape == (channels, 4, 6)
         assert (values == round(50 * 100 / 255 + 155)).all()
+
     rgba = np.array(build_rgba(100), dtype=np.float32) / 255
     np.testing.assert_allclose(as_hwc(get_raw_values(backend, rgba)) * 255, expected, atol=1)
     for one_bit in (PIL.Image.new("1", (6, 4), 1), np.ones((4, 6), dtype=bool)):
         assert (get_raw_values(backend, one_bit) == 255).all()
+
     one_shade = PIL.Image.open(BytesIO(encode(PIL.Image.new("L", (6, 4), 7), transparency=7)))
     assert (get_raw_values(backend, one_shade) == 255).all()
     palette = get_raw_values(backend, build_palette_with_transparency())

@@ -85,7 +85,7 @@ def test_outputs_and_gradients_equal_those_of_all_tokens(
 
 
 @torch.no_grad()
-def test_several_tasks() -> None:
+def test_only_the_cls_tokens_of_the_tasks_are_computed() -> None:
     model = randomize(
         ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=2, tasks=TASKS))
     )
@@ -96,7 +96,10 @@ def test_several_tasks() -> None:
 
 
 def count_computed_tokens(model: Any, **inputs: Any) -> int:
-    """Return the number of tokens that the last layer returns. A replaced `forward` is not a hook."""
+    """Return the number of tokens that the last layer returns.
+
+    A replaced `forward` is not a hook.
+    """
     layer = model.vitcls.layers[-1]
     counts = []
     forward = layer.forward

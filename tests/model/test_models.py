@@ -42,7 +42,9 @@ from modeling_vitcls import (
 
 
 @pytest.mark.parametrize("head_hidden_size", [None, 7])
-def test_the_mlp_head(head_hidden_size: int | None) -> None:
+def test_the_mlp_head_is_two_linear_layers_with_a_gelu_between(
+    head_hidden_size: int | None,
+) -> None:
     config = build_tiny_config(
         head_type="mlp", head_hidden_size=head_hidden_size, pooling="cls_mean"
     )
@@ -76,10 +78,13 @@ def test_the_mlp_head(head_hidden_size: int | None) -> None:
     ],
 )
 @torch.no_grad()
-def test_attention_pooling(
+def test_attention_pooling_equals_multihead_attention_of_pytorch(
     fields: dict[str, Any], num_heads: int, hidden_size: int | None, first: int
 ) -> None:
-    """Compare with PyTorch's multi-head attention. `first` is the index of the first token that is pooled."""
+    """Compare with PyTorch's multi-head attention.
+
+    `first` is the index of the first token that is pooled.
+    """
     model = randomize(
         ViTCLSModel(build_tiny_config(pooling="attention", num_register_tokens=2, **fields))
     )
@@ -100,7 +105,7 @@ def test_attention_pooling(
     assert_same_outputs(output.pooler_output, expected, 1e-5)
 
 
-def test_a_norm_and_a_layer_on_the_pooled_vector() -> None:
+def test_the_pooled_vector_is_normalized_before_the_pooled_layer() -> None:
     fields = {"pooling": "cls_mean", "pooled_norm": True, "pooled_activation": "tanh"}
     model = randomize(ViTCLSModel(build_tiny_config(**fields, layer_norm_eps=0.1)))
     output = model(build_images())
@@ -115,7 +120,7 @@ def test_a_norm_and_a_layer_on_the_pooled_vector() -> None:
 # Block options
 
 
-def test_initial_weights() -> None:
+def test_norms_start_as_identities_biases_at_zero_and_other_weights_normal() -> None:
     """Norms are identities, biases are zero, and other weights are normal with the configured standard deviation."""
     config = build_tiny_config(
         hidden_size=64,
@@ -131,6 +136,7 @@ def test_initial_weights() -> None:
     torch.manual_seed(0)
     model = ViTCLSForMaskedImageModeling(config), ViTCLSForImageClassification(config)
     seen = []
+
     for name, parameter in (pair for one in model for pair in one.named_parameters()):
         if name.endswith(("bias", "relative_position_bias.tables")):
             assert not parameter.any(), name
@@ -273,7 +279,7 @@ def test_dropout_is_on_the_embeddings_and_on_both_branches_of_each_layer(
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_dropout_of_attention_weights(implementation: str) -> None:
+def test_dropout_of_attention_weights_keeps_their_mean(implementation: str) -> None:
     torch.manual_seed(0)
     model = randomize(
         ViTCLSModel(build_tiny_config(attention_probs_dropout_prob=0.5, num_hidden_layers=1))
@@ -339,7 +345,9 @@ def test_every_class_loads_the_encoder_of_every_other_class(
 
 @each_layout
 @pytest.mark.parametrize("size", [(16, 32), (24, 20)], ids=str)
-def test_masked_image_modeling(layout: dict[str, Any], size: tuple[int, int]) -> None:
+def test_masked_image_modeling_reconstructs_each_patch_from_its_token(
+    layout: dict[str, Any], size: tuple[int, int]
+) -> None:
     model = randomize(ViTCLSForMaskedImageModeling(build_tiny_config(**layout, patch_size=[8, 4])))
     rows = size[0] // 8
     columns = size[1] // 4
@@ -390,7 +398,7 @@ def test_masked_patches_have_no_effect(
 
 
 @each_layout
-def test_feature_maps(layout: dict[str, Any]) -> None:
+def test_feature_maps_are_the_patches_of_each_stage(layout: dict[str, Any]) -> None:
     config = build_tiny_config(
         **layout, out_features=["stem", "stage1", "stage2"], apply_layernorm=False
     )
@@ -419,7 +427,7 @@ def test_maps_of_tokens_require_a_cls_token() -> None:
 # Names of timm and transformers --------------------------------------------------------------------------------------
 
 
-def test_names_of_timm_and_transformers() -> None:
+def test_methods_of_timm_and_arguments_of_transformers_are_accepted() -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config(num_register_tokens=2)))
     encoded = model.vitcls(build_images(2, 24, 40)).last_hidden_state
     assert torch.equal(model.forward_features(build_images(2, 24, 40)), encoded)
@@ -431,7 +439,7 @@ def test_names_of_timm_and_transformers() -> None:
 
 
 @pytest.mark.parametrize("head_type", ["linear", "mlp"])
-def test_reset_classifier(tmp_path: Path, head_type: str) -> None:
+def test_a_new_classifier_is_random_and_the_encoder_is_kept(tmp_path: Path, head_type: str) -> None:
     config = build_tiny_config(
         num_distillation_tokens=1, head_type=head_type, id2label={0: "a", 1: "b", 2: "c"}
     )
@@ -439,10 +447,12 @@ def test_reset_classifier(tmp_path: Path, head_type: str) -> None:
     encoder = {name: weight.clone() for name, weight in model.vitcls.state_dict().items()}
     old = model(build_images()).cls_logits
     model.reset_classifier(5)
+
     logits = model(build_images()).logits
     assert logits.shape == (2, 5)
     assert logits.dtype == torch.float64
     assert 0 < logits.std() < old.std()
+
     for head in (model.classifier, model.distillation_classifier):
         biases = [parameter for name, parameter in head.named_parameters() if name.endswith("bias")]
         assert biases
@@ -459,6 +469,7 @@ def test_reset_classifier(tmp_path: Path, head_type: str) -> None:
         torch.equal(weight, encoder[name]) for name, weight in model.vitcls.state_dict().items()
     )
     assert torch.equal(save_and_load(model, tmp_path)(build_images()).logits, logits)
+
     model.reset_classifier(3)
     assert model.config.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
     model.reset_classifier(0)

@@ -62,7 +62,10 @@ def test_a_tuple_ends_with_the_pooler_output() -> None:
 
 
 def rebuild_by_data_parallel(output: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Return the output that DataParallel gathers from two devices. Only the copy between devices is replaced."""
+    """Return the output that DataParallel gathers from two devices.
+
+    Only the copy between devices is replaced.
+    """
 
     class Gather:
         @staticmethod
@@ -74,7 +77,7 @@ def rebuild_by_data_parallel(output: Any, monkeypatch: pytest.MonkeyPatch) -> An
 
 
 @torch.no_grad()
-def test_data_parallel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_parallel_concatenates_every_output(monkeypatch: pytest.MonkeyPatch) -> None:
     for model_class, fields, _ in KINDS.values():
         output = randomize(model_class(build_tiny_config(**fields)))(build_images())
         gathered = rebuild_by_data_parallel(output, monkeypatch)

@@ -75,15 +75,18 @@ def test_training_equals_evaluation_on_the_kept_patches(
     # `set_attn_implementation` requires the package of flash attention
     model.config._attn_implementation = implementation
     kept = record_kept_patches(model)
+
     found = model.train()(build_images(), attention_mask=mask, output_hidden_states=True)
     assert kept[0].shape == (2, 10)
     assert kept[0].diff().min() > 0
     assert not kept[0][0].equal(kept[0][1])
+
     visible = torch.zeros(2, prefix + 16, dtype=torch.long)
     visible[:, :prefix] = 1
     visible.scatter_(1, kept[0] + prefix, 1)
     visible *= 1 if mask is None else mask
     wanted = model.eval()(build_images(), attention_mask=visible, output_hidden_states=True)
+
     places = torch.cat([torch.arange(prefix).expand(2, -1), kept[0] + prefix], dim=1).unsqueeze(-1)
     for one, other in zip(found.hidden_states, wanted.hidden_states, strict=True):
         assert get_largest_difference(one, other.take_along_dim(places, dim=1)) <= 2e-5

@@ -1,4 +1,7 @@
-"""Positions for images of any size at run time. Adaptation to another size is tested in test_adaptation.py."""
+"""Positions for images of any size at run time.
+
+Adaptation to another size is tested in test_adaptation.py.
+"""
 
 from typing import Any
 
@@ -23,7 +26,7 @@ from modeling_vitcls import ViTCLSModel
 
 @pytest.mark.parametrize("kind", POSITIONS)
 @pytest.mark.parametrize("size", [(8, 8), (37, 45)], ids=str)
-def test_any_size_at_run_time(kind: str, size: tuple[int, int]) -> None:
+def test_images_of_any_size_are_cropped_to_whole_patches(kind: str, size: tuple[int, int]) -> None:
     """Pixels beyond the last whole patch are ignored."""
     model = randomize(
         ViTCLSModel(build_tiny_config(position_embedding_type=kind, num_register_tokens=2))
@@ -45,7 +48,7 @@ def test_any_size_at_run_time(kind: str, size: tuple[int, int]) -> None:
         ("all", ["cls", "distillation", "registers", "patches"]),
     ],
 )
-def test_which_tokens_have_learned_positions(tokens: str, groups: list[str]) -> None:
+def test_only_the_configured_tokens_have_learned_positions(tokens: str, groups: list[str]) -> None:
     layout = LAYOUTS["several_of_each"]
     model = randomize(ViTCLSModel(build_tiny_config(**layout, position_embedding_tokens=tokens)))
     positions = dict(model.embeddings.position_embeddings.named_parameters())

@@ -102,7 +102,7 @@ def test_released_folders_are_small_and_contain_only_the_checkpoint(folder: Path
         ({"attention_type": "differential"}, ".lambda_full", ".second_share"),
     ],
 )
-def test_former_parameter_names(
+def test_former_parameter_names_are_loaded_and_saved_as_current_names(
     fields: dict[str, Any], new_name: str, old_name: str, tmp_path: Path
 ) -> None:
     """They are renamed at load, and saved with the current names."""

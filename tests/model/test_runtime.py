@@ -51,7 +51,7 @@ def test_gradient_checkpointing_changes_no_gradient(fields: dict[str, Any]) -> N
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @each_kind
-def test_half_precision(
+def test_half_precision_is_close_to_float32_for_float32_images(
     model_class: type, fields: dict[str, Any], inputs: dict[str, Any], dtype: torch.dtype
 ) -> None:
     """Images may be float32; positions are resampled in float32 for other image sizes."""
@@ -72,7 +72,7 @@ def test_half_precision(
 
 
 @each_kind
-def test_automatic_mixed_precision(
+def test_autocast_is_close_to_float32_and_has_finite_gradients(
     model_class: type, fields: dict[str, Any], inputs: dict[str, Any]
 ) -> None:
     """Weights stay in float32, as in mixed-precision training."""
@@ -167,7 +167,7 @@ def test_options_compile_into_one_graph_with_gradients(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("kind", POSITIONS)
-def test_compiled_code_agrees(kind: str) -> None:
+def test_compiled_models_have_the_outputs_of_eager_models(kind: str) -> None:
     model = randomize(
         ViTCLSForImageClassification(
             build_tiny_config(**BLOCKS["scopes"], position_embedding_type=kind)
@@ -181,7 +181,7 @@ def test_compiled_code_agrees(kind: str) -> None:
 @pytest.mark.parametrize(
     "name", ["bare", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_TO_TRACE)]
 )
-def test_export_with_any_number_of_images(name: str) -> None:
+def test_exported_programs_take_any_number_of_images(name: str) -> None:
     assert sorted(block for blocks in TOGETHER.values() for block in blocks) == sorted(BLOCKS)
     model = randomize(ViTCLSForImageClassification(build_tiny_config(**merge_blocks(name))))
     batch = torch.export.Dim("batch", min=1, max=1024)
@@ -193,7 +193,7 @@ def test_export_with_any_number_of_images(name: str) -> None:
 
 
 @each_kind
-def test_export_of_each_class(
+def test_models_of_each_class_can_be_exported(
     model_class: type, fields: dict[str, Any], inputs: dict[str, Any]
 ) -> None:
     model = randomize(model_class(build_tiny_config(**fields)))

@@ -119,7 +119,9 @@ def test_both_sets_of_weights_learn_from_their_own_tokens() -> None:
 
 
 @torch.no_grad()
-def test_saving_and_removing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_specialized_layers_are_saved_and_removing_them_keeps_the_patch_weights(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model = randomize(
         ViTCLSForImageClassification(build_tiny_config(specialized_layers=SPECIALIZED))
     )

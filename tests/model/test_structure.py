@@ -24,7 +24,7 @@ MAX_FILES = 12
 MAX_EXECUTED_FILES = 5
 
 
-def test_number_of_shipped_files() -> None:
+def test_the_number_of_shipped_files_has_a_limit() -> None:
     assert len(SHIPPED_FILES) <= MAX_FILES, [file.name for file in SHIPPED_FILES]
 
 

@@ -88,7 +88,7 @@ def test_every_attention_equals_eager_attention(
 
 @torch.no_grad()
 @pytest.mark.parametrize("mask", [None, MASK], ids=["unmasked", "masked"])
-def test_scopes_of_flex_attention(mask: torch.Tensor | None) -> None:
+def test_scopes_of_flex_attention_equal_eager_attention(mask: torch.Tensor | None) -> None:
     model = randomize(ViTCLSModel(build_tiny_config(**TOKENS | ATTENTIONS["scopes"])))
     model.set_attn_implementation("flex_attention")
     rows = model.token_attention(build_images(), attention_mask=mask)
@@ -103,7 +103,7 @@ def test_scopes_of_flex_attention(mask: torch.Tensor | None) -> None:
 @pytest.mark.parametrize(
     "fields", [{}, {"position_embedding_type": "rope_2d"}], ids=["learned", "rotary"]
 )
-def test_padding_masks_of_flash_attention(fields: dict[str, Any]) -> None:
+def test_padding_masks_of_flash_attention_equal_eager_attention(fields: dict[str, Any]) -> None:
     """The model and its token attention mask the same tokens as eager attention."""
     model = randomize(ViTCLSModel(build_tiny_config(**TOKENS | fields)))
     eager = get_eager_rows(model, build_images(), attention_mask=MASK)
@@ -119,7 +119,7 @@ def test_padding_masks_of_flash_attention(fields: dict[str, Any]) -> None:
 
 @torch.no_grad()
 @each_kind
-def test_every_class_has_it(
+def test_every_class_has_the_rows_of_eager_attention(
     model_class: type, fields: dict[str, Any], inputs: dict[str, Any]
 ) -> None:
     model = randomize(model_class(build_tiny_config(**fields)))
@@ -175,7 +175,7 @@ def test_recorders_are_restored() -> None:
     assert_no_recording(model)
 
 
-def test_gradients_flow() -> None:
+def test_gradients_equal_those_of_eager_attention() -> None:
     model = randomize(ViTCLSModel(build_tiny_config(**TOKENS)))
     pixels = build_images().requires_grad_()
     gradients = []
@@ -186,7 +186,7 @@ def test_gradients_flow() -> None:
 
 
 @torch.no_grad()
-def test_half_precision() -> None:
+def test_half_precision_is_close_to_eager_attention() -> None:
     model = randomize(ViTCLSModel(build_tiny_config(**TOKENS))).bfloat16()
     rows = model.token_attention(build_images())
     assert rows.dtype == torch.bfloat16

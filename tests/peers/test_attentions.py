@@ -65,7 +65,7 @@ def check_maps(ours: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 @pytest.mark.parametrize("name", REPRESENTATIVES)
 @torch.no_grad()
-def test_of_transformers(name: str) -> None:
+def test_attention_maps_equal_those_of_transformers(name: str) -> None:
     case = replace(CASES[name], values=CASES[name].values | {"attn_implementation": "eager"})
     source = case.build()
     pixels = images(case.sizes[-1])
@@ -92,7 +92,7 @@ def compute_source_maps(source: nn.Module, case: Case, pixels: torch.Tensor) -> 
 
 @pytest.mark.parametrize("name", timm_cases.REPRESENTATIVES)
 @torch.no_grad()
-def test_of_timm(name: str) -> None:
+def test_maps_of_timm_models_are_equal_in_eager_and_fused_attention(name: str) -> None:
     """The size differs from the native size."""
     model = timm_cases.peer(name, **timm_cases.TINY)
     size = timm_cases.pixels(model, timm_cases.RECTANGLE)

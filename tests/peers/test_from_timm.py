@@ -223,13 +223,13 @@ def largest_difference(model: nn.Module, ours: ViTCLSForImageClassification) -> 
 
 
 @pytest.mark.parametrize("name", REPRESENTATIVES)
-def test_representatives(name: str) -> None:
+def test_representatives_of_all_architectures_have_the_same_outputs(name: str) -> None:
     model = peer(name, **TINY)
     assert largest_difference(model, convert_from_timm(model)) <= TOLERANCE
 
 
 @pytest.mark.parametrize("what", OWN_ARGUMENTS)
-def test_own_arguments(what: str) -> None:
+def test_models_with_other_arguments_have_the_same_outputs(what: str) -> None:
     name, arguments = OWN_ARGUMENTS[what]
     model = peer(name, **TINY, **arguments)
     assert largest_difference(model, convert_from_timm(model)) <= TOLERANCE
@@ -328,7 +328,7 @@ def test_gates_and_foreign_layers_raise_an_error() -> None:
         convert_from_timm(other)
 
 
-def test_fields_without_effect_on_outputs() -> None:
+def test_dropout_rates_initial_layer_scales_and_whole_patches_are_kept() -> None:
     """Dropout and initial LayerScale values, and image sizes that are rounded down to whole patches."""
     rates = {"attn_drop_rate": 0.1, "drop_path_rate": 0.2}
     for name, arguments, scale in (
@@ -349,7 +349,7 @@ def test_fields_without_effect_on_outputs() -> None:
     assert convert_from_timm(model).config.image_height_width == (32, 40)
 
 
-def test_without_a_classifier() -> None:
+def test_a_model_without_a_classifier_pools_as_in_timm() -> None:
     """`num_classes=0` gives a base model, which pools as timm's does."""
     for name in (
         "vit_base_patch16_reg4_gap_256",
@@ -392,7 +392,7 @@ def test_dtype_labels_and_the_source_are_kept() -> None:
 
 
 @pytest.mark.slow
-def test_every_architecture() -> None:
+def test_every_architecture_is_exact_or_refused() -> None:
     """No architecture of timm differs after conversion, and at least 215 can be converted."""
     names = all_names()
     exact = []

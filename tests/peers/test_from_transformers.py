@@ -47,7 +47,7 @@ def assert_same(outputs: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor
 
 @pytest.mark.parametrize(("name", "size"), SIZES)
 @torch.no_grad()
-def test_same_numbers(name: str, size: tuple[int, int]) -> None:
+def test_converted_models_have_the_same_outputs(name: str, size: tuple[int, int]) -> None:
     source = CASES[name].build()
     wanted = compute_source_outputs(CASES[name], source, images(size))
     assert_same(compute_outputs(convert_from_transformers(source), images(size)), wanted)
@@ -69,7 +69,7 @@ def test_same_numbers(name: str, size: tuple[int, int]) -> None:
         ("beit cls classifier", {"cls", "patches", "logits"}),
     ],
 )
-def test_outputs_in_the_parity_report(name: str, outputs: set[str]) -> None:
+def test_the_parity_report_compares_all_outputs_of_the_source(name: str, outputs: set[str]) -> None:
     """`TransformersSource` computes the outputs of the source for the parity report, at both sizes."""
     source = TransformersSource(name, "", CASES[name].build(), [])
     if name == "mae":
@@ -187,7 +187,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("why", REFUSED)
-def test_refused_by_name(why: str) -> None:
+def test_unsupported_models_are_refused_by_name(why: str) -> None:
     *class_and_values, message = REFUSED[why]
     source = Case(*class_and_values).build()
     if why == "videos" and not hasattr(source.embeddings, "video_patch_projection"):

@@ -169,7 +169,7 @@ EQUIVALENT = [
 @pytest.mark.parametrize("size", [(32, 32), (48, 24)], ids=["native", "interpolated"])
 @pytest.mark.parametrize(("model_class", "values", "built_in", "case"), [*SUPPORTED, *EQUIVALENT])
 @torch.no_grad()
-def test_same_numbers(
+def test_converted_models_have_the_same_outputs(
     model_class: Any, values: dict, built_in: str, case: str, size: tuple[int, int]
 ) -> None:
     model = randomize_weights(model_class(ViTCLSConfig(**BASE | values)))
@@ -195,7 +195,7 @@ NATIVE_SIZE = [
 
 @pytest.mark.parametrize(("model_class", "values", "built_in", "case"), NATIVE_SIZE)
 @torch.no_grad()
-def test_forms_that_are_exact_at_the_native_size(
+def test_models_that_are_exact_at_one_size_only_require_a_flag(
     model_class: Any, values: dict, built_in: str, case: str
 ) -> None:
     model = randomize_weights(model_class(ViTCLSConfig(**BASE | values)))
@@ -215,6 +215,7 @@ def test_everything_about_the_model_is_kept() -> None:
         **{k: v for k, v in BASE.items() if k != "num_labels"} | labels, hidden_dropout_prob=0.1
     )
     model = ViTCLSForImageClassification(config).to(torch.bfloat16).train()
+
     converted = convert_to_transformers(model)
     assert converted.config.id2label == labels["id2label"]
     assert converted.config.label2id == labels["label2id"]
@@ -222,6 +223,7 @@ def test_everything_about_the_model_is_kept() -> None:
     assert converted.dtype == torch.bfloat16
     assert not converted.training
     assert model.training
+
     fields = {"layer_scale_init_value": 0.1, "attention_probs_dropout_prob": 0.2}
     rotary = {"position_embedding_type": "rope_2d", "rope_theta": 50.0}
     dinov2, dinov3 = (
@@ -234,6 +236,7 @@ def test_everything_about_the_model_is_kept() -> None:
     )
     assert (dinov3.config.layerscale_value, dinov3.config.attention_dropout) == (0.1, 0.2)
     assert dinov3.config.rope_theta == 50
+
     exact = convert_to_transformers(
         ViTCLSModel(ViTCLSConfig(**BASE, position_antialias=True)), native_size_only=True
     )

@@ -51,17 +51,20 @@ def test_a_run_gets_a_report_and_a_card_from_its_folder(
     output = capsys.readouterr().out
     assert f"written   {folder}/README.md, {folder}/report.html" in output
     assert "diagnosis" in output
+
     results = read_json(folder / "results.json")
     card = ModelCard.load(folder / "README.md").text
     assert f"{results['accuracy']:.2%}" in card
     assert "images/attention.png" in card
     assert "[report.html]" in card
+
     report = (folder / "report.html").read_text()
     assert f"{results['dataset']}, {results['split']}" in html.unescape(report)
     rows = pd.read_parquet(folder / "predictions.parquet")
     wrong = rows[rows["label"] != rows["prediction"]]
     num_wrong = len(wrong)
     assert any(f"{row.label} → {row.prediction}" in report for row in wrong.itertuples())
+
     headline = re.search("<h1>(.*?)%? of ", report)
     assert headline
     assert float(headline[1]) == pytest.approx(100 * results["accuracy"], abs=0.05)
@@ -72,18 +75,22 @@ def test_a_run_gets_a_report_and_a_card_from_its_folder(
     assert sum(name in report for name in wrong["image"]) == min(num_wrong, 12)
     assert results["provenance"] is None
     assert "trained from scratch on `digits`" in card
+
     # The folder is all that publishing reads.
     for file in (folder / "README.md", folder / "report.html", *(folder / "images").iterdir()):
         file.unlink()
     moved = folder.rename(tmp_path / "moved")
+
     write_json(
         moved / "results.json", results | {"token_movement": {"cls[0]": 1.0, "registers[0]": 0.0}}
     )
     assert write_report(ModelFolder(moved), pytest.fail)
+
     finish_run(moved, RunOptions(), None)  # the report is not written again
     assert "diagnosis" not in capsys.readouterr().out
     assert "not moved" in (moved / "report.html").read_text()
     assert "not moved" not in report
+
     text = ModelCard.load(moved / "README.md").text
     expected = card.replace("# run", "# moved").replace('"run"', '"moved"')
     assert text.rpartition("<!--")[0] == expected.rpartition("<!--")[0]
@@ -140,7 +147,10 @@ def test_the_data_of_a_run_are_loaded_again(tmp_path: Path) -> None:
 def test_the_report_shows_held_out_images_of_a_stream(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It measures 64 of at most 80 images, and shows six. An error of the measurement is a warning."""
+    """It measures 64 of at most 80 images, and shows six.
+
+    An error of the measurement is a warning.
+    """
     measure = Mock(side_effect=RuntimeError)
     warnings = []
     monkeypatch.setattr("modeling_vitcls.publishing.report.inspect_model", measure)
@@ -168,7 +178,10 @@ def test_a_run_is_pushed_and_verified(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A token without permission stops the run before the training. Other processes of a run do not push."""
+    """A token without permission stops the run before the training.
+
+    Other processes of a run do not push.
+    """
     flags: dict[str, Any] = {"max_steps": 1, "report": False, **SMALL}
     with raises_one_line("bob/mine"):
         finetune(
@@ -180,26 +193,32 @@ def test_a_run_is_pushed_and_verified(
             **flags,
         )
     assert not (tmp_path / "run").exists()
+
     finetune(
         "vitcls-tiny", "digits", tmp_path / "mine", push_to_hub=True, hub_private=True, **flags
     )
     commit = hub.repositories["ann/mine"].branches["main"]
+
     output = capsys.readouterr().out
     assert f"pushed    {hub.url}/ann/mine/commit/{commit} (private)" in output
     assert "verified: ann/mine at" in output
     assert "# ann/mine" in hub.read("ann/mine", "README.md").decode()
+
     lines = [line for line in output.splitlines() if line.strip()]
     assert len(lines) == len(set(lines))  # nothing is printed twice
     load = f'AutoModelForImageClassification.from_pretrained("ann/mine", revision="{commit}", trust_remote_code=True)'
     assert load in output
     assert f"  {len(hub.files('ann/mine')) - 1} files match their hashes; code of " in output
+
     finish_run(
         tmp_path / "mine", RunOptions(report=False, hub_verify=False, hub_private=True), "ann/new"
     )
+
     output = capsys.readouterr().out
     assert hub.repositories["ann/new"].private
     assert "verified:" not in output
     assert "report.html" not in output
+
     monkeypatch.chdir(tmp_path / "mine")
     options = build_options(
         FinetuneOptions, model="m", dataset="d", output_dir=".", push_to_hub=True

@@ -59,7 +59,7 @@ def list_headings(text: str) -> list[str]:
 # Runs ----------------------------------------------------------------------------------------------------------------
 
 
-def test_a_classifier(tmp_path: Path) -> None:
+def test_the_card_of_a_classifier_shows_what_was_measured(tmp_path: Path) -> None:
     rows = [
         {"name": "dusk", "images": 200, "recall": 0.99, "precision": 0.975, "f1": 0.982456},
         {"name": "noon|late", "images": 160, "recall": 0.5, "precision": 1.0, "f1": 0.5},
@@ -72,6 +72,7 @@ def test_a_classifier(tmp_path: Path) -> None:
         "calibration_error": 0.0123,
         "calibration": calibration,
     }
+
     card = load_card(write_run_folder(tmp_path / "mine", results), "ann/mine")
     text = card.text
     assert "# ann/mine\n" in text
@@ -81,6 +82,7 @@ def test_a_classifier(tmp_path: Path) -> None:
     assert all(
         number in text for number in ("by 1.23 percentage points", "8.71", "0.65", "180 images")
     )
+
     code_files = sorted(
         file.name for file in (Path(vitcls.__file__).parent / "model").glob("*_vitcls.py")
     )
@@ -95,7 +97,7 @@ def test_a_classifier(tmp_path: Path) -> None:
     assert "report.html" not in text
 
 
-def test_the_variables_of_a_card(tmp_path: Path) -> None:
+def test_a_card_describes_the_run_the_architecture_and_the_use(tmp_path: Path) -> None:
     config = build_tiny_config(num_cls_tokens=2, num_register_tokens=3, image_size=[32, 40])
     flags = {
         "batch_size": 32,
@@ -107,6 +109,7 @@ def test_the_variables_of_a_card(tmp_path: Path) -> None:
     )
     card = load_card(folder.path).text
     run = describe_run(folder)
+
     model = ViTCLSForImageClassification(config)
     assert "used 1,920 images" in card
     assert run["images_per_step"] == 32 * 3 * 20
@@ -119,6 +122,7 @@ def test_the_variables_of_a_card(tmp_path: Path) -> None:
         "image_size": "32 x 40",
         "is_classifier": True,
     }
+
     use = {
         "auto_class": "AutoModelForImageClassification",
         "has_pipeline": True,
@@ -127,6 +131,7 @@ def test_the_variables_of_a_card(tmp_path: Path) -> None:
     assert describe_use(folder) == use | {
         "min_transformers": ".".join(map(str, MIN_TRANSFORMERS_VERSION))
     }
+
     names = [f"`{number}`" for number in range(52)]
     assert format_class_list(list(map(str, range(50)))) == ", ".join(names[:50])
     assert format_class_list(list(map(str, range(52)))).startswith(
@@ -145,10 +150,12 @@ def test_the_model_index_names_datasets_of_the_hub_only(
     )
     card = load_card(folder, "ann/mine")
     assert (card.data.datasets == ["acme/photos"]) is is_on_hub
+
     if not is_on_hub:
         assert card.data.eval_results is None
         assert "98.33%" in card.text
         return
+
     (result,) = card.data.eval_results
     assert (result.dataset_type, result.dataset_split, result.dataset_name) == (
         "acme/photos",
@@ -163,6 +170,7 @@ def test_the_model_index_names_datasets_of_the_hub_only(
     assert result.dataset_args == {"num_images": 360}
     assert card.data.metrics == ["accuracy"]
     assert yaml.safe_load(str(card).split("---")[1])["model-index"][0]["name"] == "ann/mine"
+
     several_labels = ModelFolder(folder)
     several_labels.results["mean_average_precision"] = several_labels.results.pop("accuracy")
     assert build_metadata(several_labels, "ann/mine")["metrics"] == ["mean_average_precision"]
@@ -181,6 +189,7 @@ def test_an_encoder_shows_its_features_before_and_after_pre_training(tmp_path: P
         "token_layout": {"patches": 16},
     }
     results |= {"accuracy": None, "accuracy_interval": None, "selection_metric": "knn_accuracy"}
+
     card = load_card(write_run_folder(tmp_path / "mine", results, None, ViTCLSModel))
     assert "| 43.2% | 56.8% |" in card.text
     assert "worse" not in card.text
@@ -188,6 +197,7 @@ def test_an_encoder_shows_its_features_before_and_after_pre_training(tmp_path: P
     assert "cli pretrain --config config.resolved.yaml" in card.text
     assert card.data.pipeline_tag == "image-feature-extraction"
     assert card.data.eval_results is None
+
     results["features"] |= {"summary": "k-NN 56.8% -> 43.2%. Pre-training made the features worse"}
     assert (
         "made the features worse"
@@ -208,6 +218,7 @@ def test_an_encoder_names_its_teachers(tmp_path: Path) -> None:
     }
     results |= {"accuracy": None, "accuracy_interval": None, "selection_metric": "teacher_cosine"}
     config = build_tiny_config(num_distillation_tokens=2, distillation_teachers=results["teachers"])
+
     card = load_card(
         write_run_folder(
             tmp_path / "mine", results, {"teachers": ["ann/a", "/home/b"]}, ViTCLSModel, config
@@ -303,6 +314,7 @@ def test_the_recipe_has_no_local_paths_and_no_destination(tmp_path: Path) -> Non
     }
     results = {"provenance": {"name": "base"}, "dataset": "photos"}
     folder = ModelFolder(write_run_folder(tmp_path / "mine", results, flags))
+
     sources = {
         "dataset": "path/to/photos",
         "model": "path/to/base",
@@ -313,6 +325,7 @@ def test_the_recipe_has_no_local_paths_and_no_destination(tmp_path: Path) -> Non
     )
     assert "secret" not in render_card(folder)
     assert "`path/to/base`" in render_card(folder)
+
     for unreadable in (b"[", b"- dataset", b"\xff"):
         (folder.path / "config.resolved.yaml").write_bytes(unreadable)
         assert ModelFolder(folder.path).flags == {}
@@ -350,7 +363,7 @@ def test_a_merged_adapter_has_a_card_of_its_own(tmp_path: Path) -> None:
     assert "AutoModel.from_pretrained" in encoder.text
 
 
-def test_a_converted_model(tmp_path: Path) -> None:
+def test_the_card_of_a_converted_model_names_its_source_and_base_model(tmp_path: Path) -> None:
     convert_checkpoint("timm:vit_tiny_patch16_224", tmp_path / "vit", random_init=True)
     card = load_card(tmp_path / "vit", "ann/vit")
     assert "All weights are random" in card.text
@@ -359,6 +372,7 @@ def test_a_converted_model(tmp_path: Path) -> None:
     assert "pipeline(" not in card.text
     assert "vitcls finetune --model ann/vit" in card.text
     assert "## Accuracy of the conversion" in card.text
+
     report = json.loads((tmp_path / "vit" / "parity_report.json").read_text())
     report |= {"random_init": False, "image_size": [224, 160]}
     for name in (

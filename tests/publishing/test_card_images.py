@@ -105,10 +105,12 @@ def test_the_attention_of_each_token_is_drawn_over_its_image() -> None:
         expected = torch.cat([rows[-1, :1], rows[-2, 1:]])[:, 3:].unflatten(1, (4, 4))
         assert torch.allclose(torch.stack(list(maps.values())), expected, atol=1e-6)
         assert caption.endswith(f" → {predicted}")
+
     grid = plot_attention(inspection).axes
     assert len(grid) == 4 * 4  # at most four images, each with three maps
     assert [axes.get_title() for axes in grid[1:4]] == names
     assert np.asarray(grid[0].images[0].get_array()).shape == (320, 320, 3)
+
     expected = overlay(images[1], overview[1][2]["CLS"], overview[1][0].visible_region, 320, 320)
     assert np.array_equal(grid[4 + 1].images[0].get_array(), np.asarray(expected))
     square, wide = (

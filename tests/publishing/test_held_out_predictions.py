@@ -68,6 +68,7 @@ def test_wrong_images_and_prediction_sets_are_counted(folder: Path) -> None:
     wrong = rows[rows["label"] != rows["prediction"]].sort_values("loss")
     num_images = wrong["index"].tolist()[-1]  # the image with the highest loss is missing
     images = LabeledImages([Image.new("RGB", (300, 200))] * num_images, [0] * num_images)
+
     found = describe_predictions(ModelFolder(folder), build_data(images))
     assert found["num_wrong"] == len(wrong) > 12 == len(found["wrong"])
     assert found["num_images"] == 400
@@ -79,14 +80,17 @@ def test_wrong_images_and_prediction_sets_are_counted(folder: Path) -> None:
     assert [row["index"] < num_images for row in found["wrong"]] == [
         row["url"] is not None for row in found["wrong"]
     ]
+
     urls = [row["url"] for row in found["wrong"] if row["url"]]
     assert urls
     assert all(Image.open(urlopen(url)).size == (240, 160) for url in urls)
+
     # Split conformal prediction by hand.
     probabilities = np.stack(rows["probabilities"])
     targets = np.array([NAMES.index(name) for name in rows["label"]])
     scores = np.sort(1 - probabilities[::2][range(200), targets[::2]])
     sets = 1 - probabilities[1::2] <= scores[int(np.ceil(201 * 0.9)) - 1]
+
     everything, *classes = found["sets"]
     assert [row["class"] for row in classes] == NAMES
     assert sum(row["images"] for row in classes) == 200
@@ -132,7 +136,7 @@ def test_the_headline_names_the_accuracy_and_the_most_frequent_confusion(folder:
     assert headline.endswith(f"{label} is most often taken for {prediction} ({count} of {total})")
 
 
-def test_a_headline_without_errors_or_without_a_repeated_confusion() -> None:
+def test_a_confusion_that_is_not_repeated_is_not_in_the_headline() -> None:
     rows = pd.DataFrame(
         {"label": ["a", "b", "c"], "prediction": ["a", "b", "c"], "loss": [0.1, 0.2, 0.3]}
     )

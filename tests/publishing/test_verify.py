@@ -235,7 +235,9 @@ def test_the_largest_difference_may_grow_with_the_largest_value() -> None:
     assert compare_outputs("ann/model", found, expected) == {"A": pytest.approx(5e-5)}
 
 
-def test_outputs_and_classes_of_a_folder(folder: Path, tmp_path: Path) -> None:
+def test_outputs_of_all_auto_classes_of_a_folder_are_collected(
+    folder: Path, tmp_path: Path
+) -> None:
     _, report = collect_outputs(str(folder), {})
     classes = {
         "AutoModel": "ViTCLSModel",

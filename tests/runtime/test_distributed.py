@@ -24,8 +24,10 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 @pytest.fixture
 def arguments(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Replace the Accelerator, which cannot be built without a launcher, and return the arguments of its constructor.
-    The argument "result" contains its attributes."""
+    """Replace the Accelerator, and return the arguments of its constructor.
+
+    An Accelerator cannot be built without a launcher. The argument "result" contains its attributes.
+    """
     found: dict[str, Any] = {"result": {"distributed_type": DistributedType.NO}}
 
     def build(**arguments: Any) -> SimpleNamespace:
@@ -39,7 +41,7 @@ def arguments(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("has_gpu", [False, True])
-def test_the_device(
+def test_a_run_uses_the_gpu_if_there_is_one(
     has_gpu: bool, arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: has_gpu)

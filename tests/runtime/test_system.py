@@ -23,7 +23,7 @@ def test_the_peak_memory_of_this_process_or_of_a_gpu_is_in_bytes(
     assert get_peak_memory(torch.device("cuda:1")) == 1
 
 
-def test_versions_of_installed_libraries() -> None:
+def test_versions_are_those_of_installed_libraries() -> None:
     versions = get_versions("numpy", "not-a-library")
     libraries = ("torchvision", "transformers", "accelerate", "numpy")
     expected = {name: importlib.metadata.version(name) for name in libraries}
@@ -35,7 +35,9 @@ def test_versions_of_installed_libraries() -> None:
     assert versions == expected
 
 
-def test_names_of_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_is_described_by_its_threads_or_name_and_its_sharding(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
     threads = f"CPU, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
     for name, kind, expected in (

@@ -99,7 +99,7 @@ def test_backends_and_peers_have_the_outputs_of_the_model(
 
 
 @pytest.mark.slow
-def test_int8_and_encoders(tmp_path: Path) -> None:
+def test_encoders_in_int8_are_measured_and_differ_slightly(tmp_path: Path) -> None:
     ViTCLSModel(build_tiny_config()).save_pretrained(tmp_path)
     settings = BenchmarkOptions(
         str(tmp_path), ("inference",), ("onnx", "openvino"), (), ("fp32", "int8"), **SMALL
@@ -248,6 +248,7 @@ def test_the_table_compares_rows_of_the_same_batch_and_precision(
         for each, speed in speeds.items()
     ]
     text = format_markdown(rows, BenchmarkOptions("m", backends=("torch",), peers=("timm",)))
+
     cells = [
         [cell.split(" (")[0].strip() for cell in line.split("|")[1:-1]]
         for line in text.splitlines()[2:7]

@@ -45,6 +45,7 @@ def test_a_space_shows_a_commit_of_a_model(
         "examples/1_photo.png",
     }
     names |= {f"vitcls_demo/{name}" for name in ("cli/demo_page.py", "inference/token_names.py")}
+
     space = {
         name: hub.read("spaces/ann/mine-demo", name).decode()
         for name in hub.files("spaces/ann/mine-demo")
@@ -53,20 +54,24 @@ def test_a_space_shows_a_commit_of_a_model(
     assert space["examples/1_photo.png"] == str(photos[1])
     assert "MODEL = 'ann/mine'\n" in space["app.py"]
     assert f"COMMIT = '{first}'\n" in space["app.py"]
+
     card = SpaceCard(space["README.md"]).data
     assert (card.sdk, card.sdk_version) == ("gradio", importlib.metadata.version("gradio"))
     assert card.python_version == "{}.{}".format(*sys.version_info)
     assert (card.models, card.license, card.app_file) == (["ann/mine"], "apache-2.0", "app.py")
     assert f"{hub.url}/ann/mine/tree/{first}" in space["README.md"]
+
     minimum = {
         each.name: each
         for each in map(Requirement, importlib.metadata.requires("modeling_vitcls") or ())
     }
+
     requirements = [Requirement(line) for line in space["requirements.txt"].split()]
     assert {"torch", "transformers"} <= {requirement.name for requirement in requirements}
     for requirement in requirements:
         assert requirement.specifier == minimum[requirement.name].specifier
     assert capsys.readouterr().out.endswith(f" {hub.url}/spaces/ann/mine-demo\n")
+
     run(SpaceOptions("ann/mine", output=tmp_path / "space"))
     assert f"COMMIT = '{newest}'\n" in (tmp_path / "space" / "app.py").read_text()
     assert f"python {tmp_path / 'space' / 'app.py'}\n" in capsys.readouterr().out
@@ -75,13 +80,16 @@ def test_a_space_shows_a_commit_of_a_model(
 
 
 @pytest.mark.integration
-def test_spaces_of_private_models(
+def test_weights_of_private_models_are_published_in_private_spaces_only(
     hub: LocalHub,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The weights are published only in a private Space. The export is replaced, because it takes seconds."""
+    """The weights are published only in a private Space.
+
+    The export is replaced, because it takes seconds.
+    """
     commit = push_folder(
         ModelFolder(save_classifier(tmp_path / "mine")), "ann/mine", private=True
     ).commit

@@ -73,6 +73,7 @@ def test_the_space_runs_without_this_package(
     space = tmp_path / "space"
     save_with_processor(vitcls.ViTCLSForImageClassification(config), model)
     Image.fromarray(load_sample_images().images[0]).save(photo)
+
     push_folder(ModelFolder(model), "ann/mine")
     assert (
         run_in_process(
@@ -80,6 +81,7 @@ def test_the_space_runs_without_this_package(
         )
         == 0
     )
+
     save_with_processor(
         vitcls.ViTCLSForImageClassification(build_tiny_config(num_labels=1)), tmp_path / "newer"
     )

@@ -51,6 +51,7 @@ def test_attention_is_a_heat_map_that_is_visible_on_a_dark_image(
     threading.Thread(target=server.serve_forever, daemon=True).start()
     page = browser.new_page()
     page.route(TRANSFORMERS_JS_URL, lambda route: route.fulfill(body=LIBRARY, headers=HEADERS))
+
     try:
         page.goto(f"http://127.0.0.1:{server.server_port}/index.html")
         expect(page.get_by_role("heading", name="ann/mine")).to_be_visible()

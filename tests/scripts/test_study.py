@@ -151,7 +151,9 @@ def test_the_grid_combines_levels_seeds_and_stages(tmp_path: Path) -> None:
     )
 
 
-def test_flags_of_each_stage(tmp_path: Path) -> None:
+def test_each_stage_gets_its_flags_folders_and_the_resume_of_its_checkpoints(
+    tmp_path: Path,
+) -> None:
     stages = {
         "pretrain": {"dataset": "{subset:few images {seed}}"},
         "finetune": {
@@ -177,6 +179,7 @@ def test_flags_of_each_stage(tmp_path: Path) -> None:
     run = study.plan_runs()[0]
     runner = StudyRunner(study, out)
     folder = out / "runs" / "lr-1-2-0.5_seed-0"
+
     (folder / "pretrain" / "checkpoints" / "step-00000001").mkdir(parents=True)
     (folder / "finetune" / "checkpoints").mkdir(parents=True)  # killed before the first checkpoint
     assert {stage: " ".join(flags) for stage, flags in runner.build_commands(run)} == {
@@ -187,6 +190,7 @@ def test_flags_of_each_stage(tmp_path: Path) -> None:
         "inspect": f"--num-images 4 --model {folder}/pretrain --json {folder}/inspect.json "
         f"--output {folder}/report.html",
     }
+
     names = ("pretrain/results.json", "finetune/results.json", "evaluate.json", "inspect.json")
     for file in (folder / name for name in names):
         assert not runner.is_finished(run)
@@ -293,6 +297,7 @@ def test_a_row_has_the_first_and_the_last_value_of_the_training_log(tmp_path: Pa
         {"loss": 1.5, "entropy": [3, 4]},
         {"accuracy": 0.5},
     ]
+
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     expected = {
         "pooling": "cls",
@@ -315,6 +320,7 @@ def test_a_row_has_the_first_and_the_last_value_of_the_training_log(tmp_path: Pa
         "last.accuracy": 0.5,
     }
     assert build_row(runner, run) == expected
+
     of_one_task = {"kind_accuracy": 0.5, "kind_loss": 0.25}
     for label_column, more in (("kind", of_one_task), (["kind", "age"], {})):
         tasks = replace(run, stages={"finetune": {"label_column": label_column}})
@@ -348,11 +354,13 @@ def test_differences_are_paired_by_seed_within_the_other_levels() -> None:
     summary = summarize(study, rows, "accuracy")
     high = stats.t.interval(0.95, 2, loc=70_000, scale=stats.sem([50_000, 70_000, 90_000]))[1]
     assert summary.loc[0, ["mean", "half_width"]].tolist() == pytest.approx([70_000, high - 70_000])
+
     paired = stats.ttest_rel(
         [60_000, 80_000, 98_000], [50_000, 70_000, 90_000]
     ).confidence_interval(0.95)
     found = summary.loc[1, "difference"], summary.loc[1, "difference_half_width"]
     assert found == pytest.approx(((paired.low + paired.high) / 2, (paired.high - paired.low) / 2))
+
     lines = format_table(summary).splitlines()
     assert len({line.count("|") for line in lines}) == 1
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
@@ -386,6 +394,7 @@ def test_a_list_has_one_row_per_number() -> None:
         for level in ("cls", "mean")
         for seed in (0, 1)
     )
+
     for heading, column in (("Entropy per layer, in nats", "layer"), ("Entropy", "index")):
         study = replace(STUDY_OBJECT, metrics={"entropy.*": heading})
         summary = summarize(study, rows, "entropy.*")
@@ -397,6 +406,7 @@ def test_a_list_has_one_row_per_number() -> None:
         }
     # two digits of the interval
     assert "| mean | 1 | 2 | 1.5 ± 6.4 | +0.0 ± 0.0 |" in format_table(summary)
+
     table = format_table(summarize(study, rows[rows["seed"] == 0], "entropy.*"))
     assert "| mean | 1 | 1 | 1.00 | +0.00 |" in table  # without intervals
     zeros = rows[rows["seed"] == 0].assign(**{"entropy.0": 0.0, "entropy.1": 0.0})

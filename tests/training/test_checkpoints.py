@@ -79,16 +79,19 @@ def test_a_checkpoint_comes_back_to_the_bit(store: CheckpointStore) -> None:
         "big": 2**63 + 1,
         "nested": {"name": ["é", True, -0.0]},
     }
+
     store.save(7, {"model": tensors}, facts, is_best=False)
     assert list_files(store.folder) == [
         "step-00000007",
         "step-00000007/model.safetensors",
         "step-00000007/state.json",
     ]
+
     checkpoint = store.load_newest(pytest.fail)
     assert checkpoint is not None
     assert checkpoint.step == 7
     assert json.dumps(checkpoint.metadata) == json.dumps(facts)
+
     loaded = checkpoint.load_tensors("model")
     assert loaded.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -278,7 +281,9 @@ def save_and_die(folder: Path, calls: int) -> None:
 @pytest.mark.slow
 @needs_fork
 @pytest.mark.parametrize("calls", range(1, 7))
-def test_a_save_killed_before_each_step_of_it(store: CheckpointStore, calls: int) -> None:
+def test_a_save_that_is_killed_at_any_step_leaves_a_whole_checkpoint(
+    store: CheckpointStore, calls: int
+) -> None:
     save(store, 10)
     process = READY.Process(target=save_and_die, args=(store.folder, calls))
     process.start()
@@ -311,12 +316,16 @@ def test_files_are_flushed_before_the_folder_is_renamed(
 
 
 @pytest.mark.parametrize("large", ["model", "metadata"])
-def test_files_that_may_not_grow(store: CheckpointStore, large: str) -> None:
-    """Writing fails, as on a full disk. The earlier checkpoint of step 20 is kept if its replacement fails."""
+def test_a_full_disk_keeps_the_earlier_checkpoints(store: CheckpointStore, large: str) -> None:
+    """Writing fails, as on a full disk.
+
+    The earlier checkpoint of step 20 is kept if its replacement fails.
+    """
     save(store, 10, 20)
     tensors = {"model": {"weight": torch.ones(500_000)}} if large == "model" else build_tensors(20)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+
     try:
         words = (
             f"cannot write the checkpoint of step 20 to {store.folder}",

@@ -113,7 +113,7 @@ HEAD, LORA, LAST = (
         ),
     ],
 )
-def test_values(
+def test_defaults_follow_the_weights_the_image_size_and_the_number_of_images(
     options: Any, initial: dict[str, Any], num_images: int | None, expected: dict[str, Any]
 ) -> None:
     values = get_values(
@@ -172,7 +172,7 @@ def test_max_steps_replace_the_epochs() -> None:
     assert "epochs" not in line
 
 
-def test_initial_models(tmp_path: Path) -> None:
+def test_a_conversion_with_random_weights_is_not_pretrained(tmp_path: Path) -> None:
     """A conversion with random weights is not pre-trained, and the run says so."""
     preset = resolve_initial_model("vitcls-tiny")
     assert (preset.folder, preset.config.hidden_size, preset.has_random_weights) == (

@@ -129,7 +129,7 @@ def test_the_targets_are_those_of_phi_s(width: int) -> None:
 
 
 @pytest.mark.parametrize("width", [1, 2, 12, 20, 44, 96, 1152])
-def test_hadamard_matrices(width: int) -> None:
+def test_hadamard_matrices_are_orthogonal_with_entries_of_plus_or_minus_one(width: int) -> None:
     matrix = build_hadamard_matrix(width)
     assert set(np.unique(matrix)) <= {-1, 1}
     # exact, and much faster than integers
@@ -154,6 +154,7 @@ def test_a_teacher_returns_its_pooled_vector_and_its_patches(
     with torch.no_grad():
         outputs = model(processor(list(pixels), return_tensors="pt")["pixel_values"])
     features = teacher(pixels)
+
     ViTCLSModel(
         ViTCLSConfig.from_pretrained(teachers[0], num_hidden_layers=3)
     ).config.save_pretrained(tmp_path)
@@ -161,16 +162,19 @@ def test_a_teacher_returns_its_pooled_vector_and_its_patches(
     with raises_one_line(f"the checkpoint {tmp_path} does not contain the weight layers.2."):
         load_feature_teacher(str(tmp_path), student, True, torch.device("cpu"))
     assert get_largest_difference(features[:, :24], outputs.pooler_output) <= 1e-5
+
     # [3, 9, 24]
     patches = (
         resize(outputs.last_hidden_state[:, -36:].mT.unflatten(2, (6, 6)), [3, 3]).flatten(2).mT
     )
     assert get_largest_difference(features[:, 24:], patches.flatten(1)) <= 1e-5
+
     autocast = MagicMock()
     standardized = FeatureTeachers([teacher], True, autocast)
     # one patch of each image
     standardized.fit([{"pixels": image[None]} for image in pixels], num_images=2)
     num_fitted = autocast.return_value.__enter__.call_count
+
     first, second = standardized.compute_targets({"pixels": pixels[:2]})[1][[0, 1], [0, 1]]
     assert 0 < num_fitted < autocast.return_value.__enter__.call_count
     # two vectors with the variance 1
@@ -229,26 +233,33 @@ def test_the_folder_contains_the_encoder_and_the_names_of_the_teachers(
 def test_the_targets_are_predicted_from_the_tokens(
     num_tokens: int, pooling: str, teachers: tuple[str, str]
 ) -> None:
-    """The projections are initialized as in the encoder. The pooler is trained if it is part of the loss."""
+    """The projections are initialized as in the encoder.
+
+    The pooler is trained if it is part of the loss.
+    """
     config = build_tiny_config(num_distillation_tokens=num_tokens, pooling=pooling)
     loaded = [load_feature_teacher(name, config, True, torch.device("cpu")) for name in teachers]
     model = Distillation(randomize(ViTCLSModel(config)), loaded, True).eval()
     outputs = model(build_images())
     predictions = model(build_images(), project=True)
+
     tokens = [outputs.pooler_output] * 2
     assert not any(
         projector.bias.any() for projector in (*model.projectors, *model.patch_projectors)
     )
+
     if pooling == "attention":
         assert {weight.requires_grad for weight in model.vitcls.pooler.parameters()} == {
             not num_tokens
         }
+
     if num_tokens:
         tokens = list(outputs.tokens["distillation"].unbind(dim=1)) * (2 // num_tokens)
     for prediction, projector, token in zip(predictions[:2], model.projectors, tokens, strict=True):
         torch.testing.assert_close(prediction, projector(token))
     for prediction, projector in zip(predictions[2:], model.patch_projectors, strict=True):
         torch.testing.assert_close(prediction, projector(outputs.tokens["patches"]))
+
     token = outputs.tokens["distillation"].flatten(1) if num_tokens else outputs.tokens["cls"][:, 0]
     expected = torch.cat([token, outputs.tokens["patches"].mean(dim=1)], dim=1)
     torch.testing.assert_close(compute_features(model, model, build_images()), expected)
@@ -267,7 +278,10 @@ def test_targets_are_standardized_with_the_first_images(
     tmp_path: Path,
     monkeypatch: Any,
 ) -> None:
-    """Also with fewer images than a batch. A dry run uses 64 images. The teachers run in the precision of the run."""
+    """Also with fewer images than a batch.
+
+    A dry run uses 64 images. The teachers run in the precision of the run.
+    """
     fitted = []
 
     def fit(fitting: FeatureTeachers, batches: Iterator[Any], count: int) -> None:
@@ -302,6 +316,8 @@ WRONG: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_contradicting_flags(name: str, teachers: tuple[str, str], tmp_path: Path) -> None:
+def test_contradicting_flags_are_errors(
+    name: str, teachers: tuple[str, str], tmp_path: Path
+) -> None:
     with raises_one_line(name):
         run_training(tiny_options(tmp_path / "out", **{"teachers": teachers} | WRONG[name]))

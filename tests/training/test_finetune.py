@@ -146,11 +146,15 @@ def test_run_leaves_results_of_every_held_out_image(recipe_run: Path) -> None:
 
 
 def test_two_processes_train_and_evaluate_as_one(recipe_run: Path, tmp_path: Path) -> None:
-    """Continue after step 5 with half the batch size. The number of held-out images is not a multiple of 2 x 7."""
+    """Continue after step 5 with half the batch size.
+
+    The number of held-out images is not a multiple of 2 x 7.
+    """
     shutil.copytree(recipe_run, tmp_path / "run")
     for name in ("results.json", "model.safetensors"):
         (tmp_path / "run" / name).unlink()
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000007")
+
     flags = (
         "--config",
         recipe_run / "config.resolved.yaml",
@@ -165,6 +169,7 @@ def test_two_processes_train_and_evaluate_as_one(recipe_run: Path, tmp_path: Pat
     # only the main process prints
     assert printed.count(f" on {NUM_HELD_OUT_COLORS} held-out images") == 1
     assert "resumed   after step 5 of 7" in printed
+
     one = read_json(recipe_run / "results.json")
     two = read_json(tmp_path / "run" / "results.json")
     assert two["num_processes"] == 2
@@ -172,6 +177,7 @@ def test_two_processes_train_and_evaluate_as_one(recipe_run: Path, tmp_path: Pat
     assert two["accuracy"] == one["accuracy"]
     assert two["loss"] == pytest.approx(one["loss"], abs=1e-4)
     assert two["weights_sha256"] == hash_weights(tmp_path / "run")
+
     pairs = [*zip(read_metrics(recipe_run), read_metrics(tmp_path / "run"), strict=True)][-2:]
     for step, (first, second) in zip((6, 7), pairs, strict=True):
         assert second["step"] == first["step"] == step
@@ -208,7 +214,9 @@ def tasks(color_images: Path) -> Path:
     return color_images.parent / "tasks.csv"
 
 
-def test_several_tasks(tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_several_tasks_are_learned_and_continued_with_the_saved_heads(
+    tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     results = train(tmp_path, tasks, label_column=("time", "kind"), max_steps=20)
     assert results["time_accuracy"] == 1.0
     assert results["kind_num_images"] < results["time_num_images"] == results["num_images"]
@@ -226,7 +234,7 @@ def test_several_tasks(tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "`split_seed=0`" in capsys.readouterr().out
 
 
-def test_several_labels_per_image(tasks: Path, tmp_path: Path) -> None:
+def test_several_labels_per_image_are_learned(tasks: Path, tmp_path: Path) -> None:
     options = {"label_column": ("tags",), "label_separator": "|", "max_steps": 30}
     results = train(tmp_path, tasks, **options)
     assert results[results["selection_metric"]] == results["mean_average_precision"] == 1.0
@@ -265,10 +273,12 @@ def test_unreadable_images_are_named_and_skipped(
         "keep_checkpoints": 9,
     }  # the first evaluation is after step 5
     results = train(tmp_path / "out", folder, epochs=2, max_steps=None, num_workers=1, **flags)
+
     state = read_json(tmp_path / "out" / "checkpoints" / "step-00000004" / "state.json")
     assert (
         len(state["metadata"]["unreadable_images"]) == results["num_unreadable_training_images"] > 0
     )
+
     output = capsys.readouterr().out
     assert results["num_unreadable_training_images"] + results["num_unreadable_images"] == 2
     assert "noon/1.png" in output
@@ -310,12 +320,14 @@ def test_linear_probing_trains_only_the_head(
     assert results["num_parameters"] == sum(
         map(torch.numel, load_file(tmp_path / "model.safetensors").values())
     )
+
     printed = capsys.readouterr().out
     assert "WARNING" not in printed
     assert f"accuracy {results['accuracy']:.2%} on 60 " in printed
     assert results["calibration"] is None
     assert results["selection_metric"] == "accuracy"  # 30 images are too few
     assert ViTCLSForImageClassification.from_pretrained(tmp_path).config.temperature == 1
+
     lines = {
         line.split(" ")[0]: re.findall(r"\d+(?:[.,]\d+)*", line) for line in printed.splitlines()
     }
@@ -391,10 +403,12 @@ def test_images_are_mixed_and_classes_are_weighted_by_flags(
     )
     weighted = (expected * (counts.sum() / (2 * counts))[labels]).mean()
     torch.testing.assert_close(build_label_loss(options, data, CPU)(logits, labels), weighted)
+
     plain = replace(options, training=replace(options.training, class_balance="none"))
     dusk, noon = (
         [index for index, label in enumerate(data.train.labels) if label == each] for each in (0, 1)
     )
+
     for num_images, is_imbalanced in ((10, False), (11, True)):  # and one image of the other class
         rare = replace(data, train=data.train.select([*dusk[:num_images], noon[0]]))
         task = build_training_setup(plain, resolve_initial_model("vitcls-tiny"), rare, run.reporter)
@@ -403,6 +417,7 @@ def test_images_are_mixed_and_classes_are_weighted_by_flags(
             is_imbalanced,
         )
     assert describe_imbalance(options, rare) == []
+
     unweighted = compute_single_label_loss(logits, labels, label_smoothing=0.1)
     torch.testing.assert_close(build_label_loss(plain, data, CPU)(logits, labels), unweighted)
     losses = {
@@ -472,8 +487,10 @@ def test_a_teacher_trains_the_distillation_token(
 def test_the_flags_determine_the_distillation(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With two views per image, the third epoch uses the first view again. The teacher predicts each view once, in
-    the precision of the run."""
+    """The teacher predicts each view once, in the precision of the run.
+
+    With two views per image, the third epoch uses the first view again.
+    """
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     flags = {
         "distillation": "soft",
@@ -486,22 +503,27 @@ def test_the_flags_determine_the_distillation(
     task = run.setup
     seen = []
     images = build_training_images(run.options, run.data, task.processor, 3, task.num_views)
+
     batch = next(iterate_training_batches(images, run.plan, 0, 0, 6))
     assert batch["epoch"].unique().tolist() == [2]
     assert batch["view"].unique().tolist() == [0]
+
     handle = torch.nn.modules.module.register_module_forward_hook(
         lambda module, inputs, outputs: (
             seen.append(outputs) if isinstance(module, Teacher) else None
         )
     )
     losses = [task.objective(task.model.eval(), batch) for _ in range(2)]
+
     handle.remove()
     assert losses[0] == losses[1]
     assert [logits.dtype for logits in seen] == [torch.bfloat16]
+
     outputs = task.model(Normalizer(task.processor, CPU)(batch["pixels"]))
     loss = torch.nn.functional.cross_entropy(
         outputs.cls_logits, batch["labels"], label_smoothing=0.1
     )
+
     distillation_loss = compute_distillation_loss(
         "soft", outputs.distillation_logits, seen[0].half(), 2.0
     )
@@ -510,8 +532,11 @@ def test_the_flags_determine_the_distillation(
     assert task.summary_lines["teacher"].startswith(f"{teacher}: ")
 
 
-def test_all_options_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Combine all options that are possible with one label per image. Compiling itself takes a minute."""
+def test_all_options_can_be_combined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Combine all options that are possible with one label per image.
+
+    Compiling itself takes a minute.
+    """
     compiled: list[torch.nn.Module] = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda model: compiled.append(model))
     flags = {
@@ -533,6 +558,7 @@ def test_all_options_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         "pooling": "attention",
         "compile": True,
     }
+
     results = train(tmp_path, "digits", **flags)
     assert results["mixed_precision"] == "bf16"
     assert math.isfinite(results["loss"])
@@ -552,12 +578,13 @@ def test_a_compiled_run_has_the_same_results(tmp_path: Path) -> None:
     ViTCLSForImageClassification.from_pretrained(tmp_path / "compiled")
 
 
-def test_trackers_get_the_numbers(tmp_path: Path) -> None:
+def test_trackers_get_metrics_with_their_steps_and_the_flags(tmp_path: Path) -> None:
     event_files = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     train(tmp_path, "digits", log_with=("tensorboard",), log_every=1)
     folder = next((tmp_path / "trackers" / tmp_path.name).rglob("events.out.tfevents*")).parent
     events = event_files.EventAccumulator(str(folder))
     events.Reload()
+
     tags = events.Tags()["scalars"]
     assert {
         "loss",
@@ -566,11 +593,13 @@ def test_trackers_get_the_numbers(tmp_path: Path) -> None:
         "held_out_accuracy",
         "cls_attention_entropy/00",
     } <= set(tags)
+
     steps = [
         [event.step for event in events.Scalars(name)]
         for name in ("loss", "cls_attention_entropy/00")
     ]
     assert steps == [[1, 2, 3], [2]]
+
     flags = yaml.safe_load(next((tmp_path / "trackers").rglob("hparams.yml")).read_text())
     assert (flags["learning_rate"], flags["log_with"], flags["exclude"]) == (
         "0.003",
@@ -592,14 +621,17 @@ def test_a_failed_evaluation_is_repeated(tmp_path: Path, monkeypatch: pytest.Mon
     }  # three steps per epoch
     whole = train(tmp_path / "whole", "digits", **settings)
     evaluate = Evaluator.__call__
+
     monkeypatch.setattr(Evaluator, "__call__", Mock(side_effect=OSError("the disk is gone")))
     with pytest.raises(RunStopped, match="the disk is gone"):
         train(tmp_path / "cut", "digits", **settings)
+
     monkeypatch.setattr(Evaluator, "__call__", evaluate)
     assert (tmp_path / "cut" / "checkpoints" / "step-00000003").is_dir()
     # killed after it was logged
     (tmp_path / "cut" / "metrics.jsonl").open("a").write('{"step": 3}\n')
     again = train(tmp_path / "cut", "digits", resume=True, **settings)
+
     different = {"images_per_second", "peak_memory_mb", "seconds", "inference", "versions"}
     found, expected = (
         [
@@ -618,7 +650,10 @@ def test_a_failed_evaluation_is_repeated(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_model_that_cannot_be_written_is_a_one_line_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The system refuses to write, as with a quota. Python would leave truncated files of compiled modules."""
+    """The system refuses to write, as with a quota.
+
+    Python would leave truncated files of compiled modules.
+    """
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     # the checkpoint is also too large
     monkeypatch.setattr(CheckpointStore, "save", lambda *arguments: None)
@@ -656,7 +691,10 @@ def test_a_dry_run_executes_all_steps_and_keeps_nothing(
 
 @pytest.mark.slow
 def test_the_demo_trains_and_loads_a_model(tmp_path: Path) -> None:
-    """With few epochs; test_readme.py checks the accuracy. The model is loaded without the package, too."""
+    """With few epochs; test_readme.py checks the accuracy.
+
+    The model is loaded without the package, too.
+    """
     command = [sys.executable, SCRIPTS / "demo.py", "--output-dir", tmp_path, "--epochs", 8]
     ran = subprocess.run(
         list(map(str, command)), capture_output=True, text=True, env=ENVIRONMENT, check=False

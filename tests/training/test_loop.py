@@ -73,8 +73,48 @@ DIGITS = load_training_data(DataOptions(dataset="digits"))
 DIGITS = replace(DIGITS, train=DIGITS.train.draw(360, seed=0))
 
 
-class LoopRecorder:
-    """A training loop on digits, and its reporter, checkpoint store and signal handler, which record all calls."""
+class RecordingReporter:
+    """A reporter that keeps the records, the warnings, the names of printed lines, and the steps."""
+
+    def __init__(self) -> None:
+        self.records: list[dict[str, Any]] = []
+        self.warnings: list[str] = []
+        self.lines: list[str] = []
+        self.steps: list[int] = []
+        self.log = self.records.append
+        self.warn = self.warnings.append
+        self.show_step = self.steps.append
+
+    def print_line(self, name: str, text: str) -> None:
+        self.lines.append(name)
+
+    def print_if_due(self, step: int) -> None:
+        pass
+
+
+class RecordingStore:
+    """A checkpoint store that keeps the saved steps, and whether each one was the best."""
+
+    def __init__(self) -> None:
+        self.saved: list[tuple[int, bool]] = []
+
+    def save(self, step: int, tensors: Any, metadata: dict[str, Any], is_best: bool) -> None:
+        self.saved.append((step, is_best))
+
+
+class SignalAtStep:
+    """Signals of a run that receives SIGTERM at a step."""
+
+    def __init__(self, state: TrainingState) -> None:
+        self.state = state
+        self.step: int | None = None
+
+    def get_signal(self) -> str | None:
+        return "SIGTERM" if self.state.step == self.step else None
+
+
+class RecordedLoop:
+    """A training loop on digits, whose losses, seeds and evaluated weights are recorded."""
 
     def __init__(
         self,
@@ -99,14 +139,11 @@ class LoopRecorder:
             self.state.ema = Ema(self.state.model, self.options.ema_decay)
         self.plan = build_batch_plan(len(DIGITS.train), self.options, num_processes=1)
         self.normalise = Normalizer(processor, self.accelerator.device)
-        self.records: list[dict[str, Any]] = []
-        self.log = self.records.append
-        self.warnings: list[str] = []
-        self.warn = self.warnings.append
-        self.saved: list[tuple[int, bool]] = []
+        self.reporter = RecordingReporter()
+        self.store = RecordingStore()
+        self.signals = SignalAtStep(self.state)
         self.evaluations: list[dict[str, torch.Tensor]] = []
         self.accuracies = iter([0.5, 0.75, 0.6, 0.7, 0.8, 0.9])
-        self.signal_at: int | None = None
         classification = LabelObjective(
             self.normalise, partial(compute_single_label_loss, label_smoothing=0.1)
         )
@@ -120,11 +157,6 @@ class LoopRecorder:
             self.losses.append(losses["loss"].item())
             return losses
 
-        self.lines: list[str] = []
-        self.print_line = lambda name, text: self.lines.append(name)
-        self.print_if_due = lambda step: None
-        self.steps: list[int] = []
-        self.show_step = self.steps.append
         self.loop = TrainingLoop(
             self.state,
             objective,
@@ -132,20 +164,14 @@ class LoopRecorder:
             self.plan,
             self.options,
             self.accelerator,
-            reporter=self,  # type: ignore[arg-type]
-            store=self,  # type: ignore[arg-type]
+            reporter=self.reporter,  # type: ignore[arg-type]
+            store=self.store,  # type: ignore[arg-type]
             selection_metric="accuracy",
-            unreadable_images=UnreadableImageCounter(self.warn, 0),
+            unreadable_images=UnreadableImageCounter(self.reporter.warn, 0),
             save_every=save_every,
             normalize=self.normalise,
-            signals=self,  # type: ignore[arg-type]
+            signals=self.signals,  # type: ignore[arg-type]
         )
-
-    def save(self, step: int, tensors: Any, metadata: dict[str, Any], is_best: bool) -> None:
-        self.saved.append((step, is_best))
-
-    def get_signal(self) -> str | None:
-        return "SIGTERM" if self.state.step == self.signal_at else None
 
     def evaluate(self) -> dict[str, Any]:
         assert not self.model.training
@@ -174,7 +200,7 @@ def run_four_steps(**training: Any) -> dict[str, torch.Tensor]:
     """Return the weights after four steps of SGD without momentum, which shows every difference in scale."""
     reset_accelerate()
     groups = lambda model: torch.optim.SGD(build_parameter_groups(model, 0.0), lr=1.0)  # noqa: E731
-    bench = LoopRecorder(groups, **training)
+    bench = RecordedLoop(groups, **training)
     bench.run()
     assert bench.state.step == 4
     return copy_weights(bench.model)
@@ -197,7 +223,7 @@ def test_steps_equal_a_plain_training_loop() -> None:
         "max_gradient_norm": 0.1,
         "log_every": 1,
     }
-    bench = LoopRecorder(groups, log_attention_every=0, **settings)
+    bench = RecordedLoop(groups, log_attention_every=0, **settings)
     torch.manual_seed(0)
     reference = build_initial_model(TINY, DIGITS.label_space)[0].train()
     optimizer = groups(reference)
@@ -210,18 +236,21 @@ def test_steps_equal_a_plain_training_loop() -> None:
             group["lr"] = group["lr_scale"] * 0.5 * (1 + math.cos(math.pi * step / 3)) / 2
         optimizer.step()
         optimizer.zero_grad()
+
     bench.run()
-    assert [record["gradient_norm"] for record in bench.records] == pytest.approx(norms, rel=1e-4)
+    assert [record["gradient_norm"] for record in bench.reporter.records] == pytest.approx(
+        norms, rel=1e-4
+    )
     assert min(norms) > 0.2  # all steps are clipped
     for name, weight in reference.named_parameters():
         torch.testing.assert_close(bench.model.get_parameter(name), weight, atol=1e-6, rtol=0)
 
 
-def test_logged_records() -> None:
-    bench = LoopRecorder(max_steps=5, log_every=2, log_attention_every=0)
+def test_records_have_the_step_the_learning_rate_and_the_norms_of_each_token() -> None:
+    bench = RecordedLoop(max_steps=5, log_every=2, log_attention_every=0)
     metrics = bench.run()
-    assert [record["step"] for record in bench.records] == [2, 4, 5]
-    for record in bench.records:
+    assert [record["step"] for record in bench.reporter.records] == [2, 4, 5]
+    for record in bench.reporter.records:
         assert record["epoch"] == round(record["step"] * 8 / 360, 4)
         assert record["learning_rate"] == get_learning_rate(record["step"] - 1, 5, bench.options)
         assert record["gradient_norm"] > 0
@@ -229,16 +258,16 @@ def test_logged_records() -> None:
         for figure in ("token_norm", "token_gradient_norm"):
             assert record[figure].keys() == {"cls[0]", "registers[0]", "registers[1]"}
             assert all(value > 0 for value in record[figure].values())
-    assert bench.records[-1]["held_out_accuracy"] == metrics["accuracy"] == 0.5
-    assert "held_out_per_class" not in bench.records[-1]
-    assert bench.records[-1]["peak_memory_mb"] == round(bench.loop.peak_memory / 2**20, 1)
+    assert bench.reporter.records[-1]["held_out_accuracy"] == metrics["accuracy"] == 0.5
+    assert "held_out_per_class" not in bench.reporter.records[-1]
+    assert bench.reporter.records[-1]["peak_memory_mb"] == round(bench.loop.peak_memory / 2**20, 1)
 
 
 def test_losses_and_speed_are_measured_since_the_last_record(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each step takes 2 s."""
-    bench = LoopRecorder(max_steps=5, log_every=2, gradient_accumulation_steps=2)
+    bench = RecordedLoop(max_steps=5, log_every=2, gradient_accumulation_steps=2)
     times = itertools.count(0, 2)
     monkeypatch.setattr(loop_module.time, "perf_counter", lambda: next(times))
     bench.run()
@@ -246,17 +275,17 @@ def test_losses_and_speed_are_measured_since_the_last_record(
         sum(losses) / len(losses)
         for losses in (bench.losses[:4], bench.losses[4:8], bench.losses[8:])
     ]
-    assert [record["loss"] for record in bench.records] == pytest.approx(means, abs=1e-6)
-    assert [record["images_per_second"] for record in bench.records] == [8.0, 8.0, 8.0]
+    assert [record["loss"] for record in bench.reporter.records] == pytest.approx(means, abs=1e-6)
+    assert [record["images_per_second"] for record in bench.reporter.records] == [8.0, 8.0, 8.0]
 
 
 def collect_seeds(first_step: int = 0, **training: Any) -> list[int]:
     """Return the random seeds of the batches of four steps, after `first_step` of them."""
     reset_accelerate()
-    bench = LoopRecorder(max_steps=4, gradient_accumulation_steps=2, **training)
+    bench = RecordedLoop(max_steps=4, gradient_accumulation_steps=2, **training)
     bench.state.step = first_step
     bench.run()
-    assert bench.steps == [1, 2, 3, 4][first_step:]
+    assert bench.reporter.steps == [1, 2, 3, 4][first_step:]
     return bench.seeds
 
 
@@ -272,14 +301,14 @@ def test_each_batch_has_its_own_seed_and_the_same_seed_after_a_resume(
 
 
 def test_the_last_evaluation_is_repeated_if_all_steps_are_done() -> None:
-    bench = LoopRecorder(max_steps=4)
+    bench = RecordedLoop(max_steps=4)
     bench.state.step = 4
     assert bench.run()["accuracy"] == 0.5
 
 
 def test_frozen_layers_stay_in_eval_mode() -> None:
     """Check the steps before and after an evaluation."""
-    bench = LoopRecorder(
+    bench = RecordedLoop(
         prepare=lambda model: model.vitcls.layers[0].requires_grad_(False),
         epochs=2,
         max_steps=None,
@@ -309,7 +338,7 @@ def test_evaluations_are_due_at_the_end_of_epochs() -> None:
 
 def test_the_average_is_evaluated_and_the_weights_stay() -> None:
     """Compare with torch's AveragedModel, with the same decay in each step."""
-    bench = LoopRecorder(ema_decay=0.3, max_steps=4, learning_rate=1e-2)
+    bench = RecordedLoop(ema_decay=0.3, max_steps=4, learning_rate=1e-2)
     decays = iter([2 / 11, 3 / 12, 0.3, 0.3])  # (1 + step) / (10 + step), at most `ema_decay`
     reference = AveragedModel(
         bench.model,
@@ -320,11 +349,13 @@ def test_the_average_is_evaluated_and_the_weights_stay() -> None:
     for _ in range(4):
         bench.loop.run_step(batches)
         reference.update_parameters(bench.model)
+
     shadow = list(reference.module.parameters())
     assert all(
         torch.equal(mine, theirs)
         for mine, theirs in zip(bench.state.ema.shadow, shadow, strict=True)
     )
+
     evaluated = bench.evaluations[-1].values()
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(evaluated, shadow, strict=True))
     assert any(
@@ -337,71 +368,80 @@ def test_the_average_is_evaluated_and_the_weights_stay() -> None:
 
 
 def test_checkpoints_are_saved_when_due() -> None:
-    bench = LoopRecorder(max_steps=8, save_every=3)
+    bench = RecordedLoop(max_steps=8, save_every=3)
     bench.run()
-    assert bench.saved == [(3, False), (6, False), (8, False), (8, True)]
+    assert bench.store.saved == [(3, False), (6, False), (8, False), (8, True)]
     reset_accelerate()
     # two steps per epoch
-    at_evaluations = LoopRecorder(epochs=3, max_steps=None, batch_size=180, evaluate_every=2)
+    at_evaluations = RecordedLoop(epochs=3, max_steps=None, batch_size=180, evaluate_every=2)
     at_evaluations.run()
-    assert at_evaluations.saved == [(4, False), (4, True), (6, False), (6, True)]
+    assert at_evaluations.store.saved == [(4, False), (4, True), (6, False), (6, True)]
 
 
 def test_the_best_checkpoint_is_marked() -> None:
-    bench = LoopRecorder(epochs=3, max_steps=None, batch_size=120, save_every=100)
+    bench = RecordedLoop(epochs=3, max_steps=None, batch_size=120, save_every=100)
     bench.run()  # 0.5, 0.75, 0.6
-    assert bench.saved == [(3, True), (6, True), (9, False)]
+    assert bench.store.saved == [(3, True), (6, True), (9, False)]
     assert bench.state.best_score == 0.75
     reset_accelerate()
-    equal = LoopRecorder(epochs=3, max_steps=None, batch_size=120, save_every=100)
+    equal = RecordedLoop(epochs=3, max_steps=None, batch_size=120, save_every=100)
     equal.accuracies = iter([0.5, 0.5, 0.5])
     equal.run()
-    assert equal.saved == [(3, True), (9, False)]  # the first of equal evaluations
+    assert equal.store.saved == [(3, True), (9, False)]  # the first of equal evaluations
 
 
 def test_fine_tuning_must_exceed_the_frozen_model_by_more_than_chance() -> None:
-    """With 7 images, the standard error of an accuracy of 0.5 is 0.189. The best of three evaluations must exceed 0.5
-    by 2.13 standard errors, and a single evaluation by 1.64."""
-    bench = LoopRecorder(epochs=3, max_steps=None, batch_size=120)
+    """The best of three evaluations must exceed 0.5 by 2.13 standard errors, a single one by 1.64.
+
+    With 7 images, the standard error of an accuracy of 0.5 is 0.189.
+    """
+    bench = RecordedLoop(epochs=3, max_steps=None, batch_size=120)
     bench.accuracies = iter([0.5, 0.90, 0.91, 0.92])
     bench.loop.evaluate_step()
     bench.run()
-    assert bench.saved == [(0, True), (3, False), (6, False), (6, True), (9, False), (9, True)]
+    assert bench.store.saved == [
+        (0, True),
+        (3, False),
+        (6, False),
+        (6, True),
+        (9, False),
+        (9, True),
+    ]
     reset_accelerate()
-    single = LoopRecorder(max_steps=1, batch_size=720)  # one step of two epochs
+    single = RecordedLoop(max_steps=1, batch_size=720)  # one step of two epochs
     single.accuracies = iter([0.5, 0.82])
     single.loop.evaluate_step()
     single.run()
-    assert single.saved == [(0, True), (1, False), (1, True)]
+    assert single.store.saved == [(0, True), (1, False), (1, True)]
 
 
 def test_early_stopping_counts_evaluations_since_the_best_one() -> None:
-    bench = LoopRecorder(epochs=6, max_steps=None, batch_size=120, early_stopping=2)
+    bench = RecordedLoop(epochs=6, max_steps=None, batch_size=120, early_stopping=2)
     bench.accuracies = iter([0.5, 0.75, 0.6, 0.7, 0.8])
     assert bench.run()["accuracy"] == 0.7
     assert bench.state.step == 12
-    assert "stopped" in bench.lines
+    assert "stopped" in bench.reporter.lines
 
 
 def test_early_stopping_does_not_compare_with_the_frozen_model() -> None:
     """The frozen model is better than all evaluations, which improve."""
-    bench = LoopRecorder(epochs=4, max_steps=None, batch_size=120, early_stopping=1)
+    bench = RecordedLoop(epochs=4, max_steps=None, batch_size=120, early_stopping=1)
     bench.accuracies = iter([0.9, 0.1, 0.2, 0.3, 0.4])
     bench.loop.evaluate_step()
     bench.run()
     assert bench.state.step == 12
-    assert bench.lines == []
+    assert bench.reporter.lines == []
 
 
 def test_the_measured_duration_does_not_change_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = LoopRecorder(max_steps=9)
+    whole = RecordedLoop(max_steps=9)
     whole.run()
     monkeypatch.setattr(duration, "MIN_BATCHES", 1)
     monkeypatch.setattr(duration, "MIN_SECONDS", 0)
     reset_accelerate()
-    measured = LoopRecorder(max_steps=9)
+    measured = RecordedLoop(max_steps=9)
     measured.run()
-    assert measured.lines == ["duration"]
+    assert measured.reporter.lines == ["duration"]
     assert measured.losses[2:] == whole.losses
     weights = copy_weights(measured.model)
     assert all(
@@ -411,24 +451,26 @@ def test_the_measured_duration_does_not_change_the_run(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("step", [3, 4])
 def test_a_signal_after_the_best_evaluation_keeps_it_the_best(step: int) -> None:
-    bench = LoopRecorder(epochs=3, max_steps=None, batch_size=120)
-    bench.signal_at = step
+    bench = RecordedLoop(epochs=3, max_steps=None, batch_size=120)
+    bench.signals.step = step
     with pytest.raises(RunStopped):
         bench.run()
-    assert bench.saved == [(3, False), (3, True), (step, step == 3)]
+    assert bench.store.saved == [(3, False), (3, True), (step, step == 3)]
 
 
 def test_a_signal_after_the_last_step_stops_nothing() -> None:
-    bench = LoopRecorder(max_steps=3)
-    bench.signal_at = 3
+    bench = RecordedLoop(max_steps=3)
+    bench.signals.step = 3
     assert bench.run()["accuracy"] == 0.5
-    assert bench.saved == [(3, False), (3, True)]
+    assert bench.store.saved == [(3, False), (3, True)]
 
 
-def build_overflowing_loop(finite_every: int | None = None, **training: Any) -> LoopRecorder:
-    """Return a loop as with fp16: gradients are infinite except in every `finite_every`-th step, and the loss scaler
-    skips the other steps."""
-    bench = LoopRecorder(**training)
+def build_overflowing_loop(finite_every: int | None = None, **training: Any) -> RecordedLoop:
+    """Return a loop as with fp16, in which most gradients are infinite.
+
+    They are finite in every `finite_every`-th step. The loss scaler skips the other steps.
+    """
+    bench = RecordedLoop(**training)
     scaler = bench.accelerator.scaler = torch.amp.GradScaler("cpu")
     bench.state.optimizer = AcceleratedOptimizer(bench.state.optimizer.optimizer, scaler=scaler)
     for parameter in bench.model.parameters():
@@ -443,7 +485,7 @@ def build_overflowing_loop(finite_every: int | None = None, **training: Any) -> 
 
 
 @pytest.mark.parametrize(
-    ("accumulation", "build"), [(1, LoopRecorder), (2, build_overflowing_loop)]
+    ("accumulation", "build"), [(1, RecordedLoop), (2, build_overflowing_loop)]
 )
 def test_a_non_finite_loss_stops_before_the_update(accumulation: int, build: Any) -> None:
     bench = build(max_steps=4, gradient_accumulation_steps=accumulation)
@@ -467,9 +509,12 @@ def test_a_non_finite_loss_stops_before_the_update(accumulation: int, build: Any
 def test_overflowing_gradients_are_logged_as_null() -> None:
     bench = build_overflowing_loop(max_steps=2, log_every=1)
     bench.run()
-    assert [record["token_gradient_norm"]["cls[0]"] for record in bench.records] == [None, None]
-    assert [record["gradient_norm"] for record in bench.records] == [None, None]
-    assert bench.warnings == []
+    assert [record["token_gradient_norm"]["cls[0]"] for record in bench.reporter.records] == [
+        None,
+        None,
+    ]
+    assert [record["gradient_norm"] for record in bench.reporter.records] == [None, None]
+    assert bench.reporter.warnings == []
 
 
 def test_permanently_non_finite_gradients_stop_the_run() -> None:
@@ -483,7 +528,7 @@ def test_permanently_non_finite_gradients_stop_the_run() -> None:
 
 
 def test_non_finite_gradients_without_a_loss_scaler_stop_the_run() -> None:
-    bench = LoopRecorder(max_steps=2)
+    bench = RecordedLoop(max_steps=2)
     bench.model.classifier.weight.register_hook(lambda gradient: gradient * math.inf)
     with pytest.raises(RunStopped, match="not finite in step 1"):
         bench.run()
@@ -498,30 +543,30 @@ def test_non_finite_gradients_without_a_loss_scaler_stop_the_run() -> None:
 def test_a_token_without_gradient_is_named_once_unless_tokens_are_frozen(
     trainable: str, tokens: str
 ) -> None:
-    bench = LoopRecorder(
+    bench = RecordedLoop(
         prepare=lambda model: model.vitcls.embeddings.register_tokens.requires_grad_(False),
         max_steps=6,
         log_every=2,
         trainable=trainable,
     )
     bench.run()
-    assert len(bench.warnings) == len(tokens)
+    assert len(bench.reporter.warnings) == len(tokens)
     assert all(
         f"registers[{index}]" in message
-        for index, message in zip(tokens, bench.warnings, strict=True)
+        for index, message in zip(tokens, bench.reporter.warnings, strict=True)
     )
     movement = bench.loop.monitor.compute_token_movement()
     assert movement["registers[0]"] == movement["registers[1]"] == 0 < movement["cls[0]"]
 
 
 def test_token_monitor_records_the_current_step() -> None:
-    bench = LoopRecorder(max_steps=1, max_gradient_norm=1e9, log_every=1)
+    bench = RecordedLoop(max_steps=1, max_gradient_norm=1e9, log_every=1)
     token = bench.model.vitcls.embeddings.cls_token
     before = token.detach().clone()
     gradients: list[torch.Tensor] = []
     token.register_hook(lambda gradient: gradients.append(gradient.clone()))
     bench.run()
-    (record,) = bench.records
+    (record,) = bench.reporter.records
     assert record["token_norm"]["cls[0]"] == pytest.approx(token.norm().item(), rel=1e-5)
     assert record["token_gradient_norm"]["cls[0]"] == pytest.approx(
         gradients[0].norm().item(), rel=1e-5

@@ -44,14 +44,17 @@ def test_loss_and_reconstruction_equal_transformers() -> None:
     for name in ("weight", "bias"):  # rows, columns, channels -> channels, rows, columns
         pixels = state.pop(f"decoder_pred.{name}").unflatten(0, (8, 8, 3))
         state[f"decoder.projection.{name}"] = pixels.movedim(2, 0).flatten(0, 2)
+
     missing, unexpected = ours.load_state_dict(state, strict=False)
     assert not unexpected
     assert all(name.startswith("vitcls.") for name in missing)
+
     pixels = build_images(3)
     noise = torch.rand(3, 16)
     with torch.no_grad():
         expected = theirs(pixels, noise=noise)
         found = ours(pixels, expected.mask.bool())
+
     reconstruction = theirs.unpatchify(expected.logits)
     torch.testing.assert_close(found.loss, expected.loss, atol=1e-5, rtol=0)
     torch.testing.assert_close(found.reconstruction, reconstruction, atol=1e-5, rtol=0)
@@ -85,7 +88,10 @@ def test_only_visible_patches_are_encoded(name: str) -> None:
 
 
 def test_every_parameter_except_the_pooler_is_trained() -> None:
-    """The pooler is frozen, because DDP would wait for its gradients. At least one patch is visible."""
+    """The pooler is frozen, because DDP would wait for its gradients.
+
+    At least one patch is visible.
+    """
     model = build_mae(num_register_tokens=1, pooling="attention")
     masks = draw_masks(2, 16, 0.99, torch.device("cpu"))
     assert 0 < model.mask_token.abs().max() < 0.1

@@ -1,15 +1,16 @@
 """The initial model of training, invalid flags, the effect of `--trainable`, and merged LoRA models."""
 
+import json
 import re
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
+from helpers.local_hub import LocalHub
 from helpers.tiny_models import (
     build_images,
     build_tiny_config,
@@ -26,9 +27,9 @@ from modeling_vitcls import (
     ViTCLSModel,
 )
 from modeling_vitcls.cli.functions import build_options
-from modeling_vitcls.conversion import any_checkpoint
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.data.options import DataOptions
+from modeling_vitcls.hub.model_files import hash_weights
 from modeling_vitcls.runtime.files import write_json
 from modeling_vitcls.training.finetune import check_label_kind, check_options
 from modeling_vitcls.training.model import (
@@ -176,8 +177,10 @@ def test_a_new_classifier_of_a_pretrained_encoder_reads_cls_and_the_patches(
     "names", [["ant", "bee", "cat"], ["bee", "cat"]], ids=["same labels", "other labels"]
 )
 def test_checkpoints_in_bfloat16_are_trained_in_float32(names: list[str], tmp_path: Path) -> None:
-    """Parameters that the checkpoint lacks are new. The mask token is frozen, because DDP would wait for its gradient,
-    also in pre-training."""
+    """Parameters that the checkpoint lacks are new, and the mask token is frozen.
+
+    DDP would wait for a gradient of the mask token, also in pre-training.
+    """
     config = build_tiny_config(
         id2label={0: "ant", 1: "bee", 2: "cat"}, num_register_tokens=2, use_mask_token=True
     )
@@ -234,18 +237,26 @@ def test_only_names_that_look_like_presets_must_be_presets(
         check_preset_name("vitcls-yours")
 
 
-def test_the_history_of_a_model_is_downloaded(
-    two_tasks: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.integration
+def test_a_model_of_the_hub_tells_its_results_and_whether_its_weights_are_random(
+    hub: LocalHub, two_tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The parity report tells whether weights are random, and the results tell which images were held out."""
-    download = Mock(return_value=str(two_tasks))
-    monkeypatch.setattr(any_checkpoint, "get_model_folder", download)
-    resolve_initial_model("acme/model")
-    source, patterns, _ = download.call_args.args
-    assert source == "acme/model"
-    assert {"config.json", "model.safetensors", "parity_report.json", "results.json"} <= set(
-        patterns
-    )
+    """The results tell which images were held out."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    files = {file.name: file.read_bytes() for file in two_tasks.iterdir()}
+    results = {"weights_sha256": hash_weights(two_tasks)}
+    history = {
+        "parity_report.json": b'{"random_init": true}',
+        "results.json": json.dumps(results).encode(),
+    }
+    hub.create("ann/random", private=False, files=files | history)
+    hub.create("ann/trained", private=False, files=files)
+
+    random = resolve_initial_model("ann/random")
+    assert random.has_random_weights
+    assert random.folder is not None
+    assert random.folder.results == results
+    assert not resolve_initial_model("ann/trained").has_random_weights
 
 
 def test_patches_are_dropped_only_in_trained_layers(two_tasks: Path, tmp_path: Path) -> None:
@@ -306,7 +317,9 @@ def test_a_teacher_adds_a_distillation_token() -> None:
     ("flag", "value"),
     [("mixup", 0.1), ("cutmix", 0.1), ("class_balance", "weights"), ("teacher", "t")],
 )
-def test_flags_that_require_one_label_per_image(flag: str, value: Any) -> None:
+def test_mixing_balancing_and_labeled_teachers_require_one_label_per_image(
+    flag: str, value: Any
+) -> None:
     flags = {"output_dir": "out", "dataset": "digits", "model": "some/checkpoint", flag: value}
     options = build_options(FinetuneOptions, **flags)
     check_label_kind(options, "single_label_classification")
@@ -377,7 +390,7 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize(("choice", "expected"), EXPECTED.items())
-def test_what_is_trained(choice: str, expected: set[str]) -> None:
+def test_each_choice_trains_its_parameters(choice: str, expected: set[str]) -> None:
     model = build_random_model(**LAYOUT, pooling="attention")
     assert group_trainable(set_trainable_parameters(model, choice, 4)) == expected
 
@@ -405,6 +418,7 @@ def test_added_tokens_are_trained_with_their_positions_and_gates(
     new = {"gates.gates"} | {
         f"embeddings.{name}" for name in ("distillation_token", "register_tokens")
     }
+
     new |= {f"embeddings.position_embeddings.{group}" for group in ("distillation", "registers")}
     assert new <= found
     assert "embeddings.position_embeddings.cls" not in found
@@ -523,10 +537,12 @@ def test_large_checkpoints_are_fine_tuned_at_224_pixels(
     options = ModelOptions(str(tmp_path), image_size=flag)
     options, line = choose_image_size(options, resolve_initial_model(options.model))
     label_space = LabelSpace("single_label_classification", {"label": ["yes", "no"]})
+
     model, processor, _ = build_initial_model(options, label_space)
     assert (
         model.config.image_height_width == expected == (processor.size.height, processor.size.width)
     )
+
     if flag is None and expected != config.image_height_width:
         sizes = [
             " x ".join(dict.fromkeys(map(str, size)))

@@ -32,12 +32,14 @@ def test_only_weights_of_linear_layers_and_patches_decay() -> None:
     options = TrainingOptions(learning_rate=1.0, weight_decay=0.05, layer_decay=1.0)
     groups = build_optimizer(model, options).param_groups
     assert [group["fused"] for group in groups] == [True, True]
+
     by_decay = {
         group["weight_decay"]: [names[id(one)] for one in group["params"]] for group in groups
     }
     decayed, rest = by_decay[0.05], by_decay[0.0]
     assert len(decayed) + len(rest) == len(names)
     assert all(name.endswith(".weight") and "norm" not in name for name in decayed)
+
     tokens = (
         "cls_token",
         "distillation_token",

@@ -1,4 +1,7 @@
-"""Output folders: one run at a time, and the files that a new run replaces. Real processes hold the locks."""
+"""Output folders: one run at a time, and the files that a new run replaces.
+
+Real processes hold the locks.
+"""
 
 import itertools
 import os
@@ -150,7 +153,10 @@ def test_a_finished_run_is_replaced_only_with_overwrite(
 def test_the_old_model_is_never_next_to_the_new_configuration(
     earlier: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The new run may be killed at any time. Here, the contents are noted at each removal of a file."""
+    """The new run may be killed at any time.
+
+    Here, the contents are noted at each removal of a file.
+    """
     config = (earlier / "config.resolved.yaml").read_bytes()
     (earlier / "notes.txt").write_text("mine")
     states: list[set[str]] = []
@@ -354,9 +360,12 @@ def copy_files(source: Path, target: Path) -> None:
 
 
 def save_and_end(folder: Path, model: Path, queue: Any) -> None:
-    """Train, and run the final save in child processes that end before the first, the second, ... change of a file.
-    Then resume the run of each folder with other files outside of the staging folder, which a resumed run removes.
-    Send the number of children, and then the problem of each resumed run, or None if its folder is whole."""
+    """Train, end the final save before each change of a file, and resume each run.
+
+    The final saves run in child processes, which end before the first, the second, ... change. Runs are resumed in
+    folders with other files outside of the staging folder, which a resumed run removes. Send the number of children,
+    and then the problem of each resumed run, or None if its folder is whole.
+    """
     torch.set_num_threads(1)
     save_output = run_module.save_output
     output_folder.measure_inference_speed = lambda *arguments: {}  # slow, and writes no files

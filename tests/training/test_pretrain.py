@@ -212,7 +212,7 @@ def test_the_accuracy_is_that_of_scikit_learn(
     assert found["num_images"] == len(selection)
 
 
-def test_the_effective_rank() -> None:
+def test_the_effective_rank_is_the_exponential_of_the_entropy_of_singular_values() -> None:
     generator = np.random.default_rng(0)
     directions = np.linalg.qr(generator.normal(size=(64, 64)))[0]
     for rank in (1, 3, 20):

@@ -180,8 +180,10 @@ def test_no_image_passes_the_frozen_encoder_twice(
 def test_a_learning_rate_that_is_too_large_ends_with_the_frozen_model(
     encoder: Path, tmp_path: Path
 ) -> None:
-    """The default learning rate of this model is 4e-4, and 30 times this value is 1.2e-2. The classifier of the frozen
-    model is then the regression on training and selection images."""
+    """The classifier of the frozen model is then the regression on training and selection images.
+
+    The default learning rate of this model is 4e-4, and 30 times this value is 1.2e-2.
+    """
     flags = {
         "learning_rate": 1.2e-2,
         "warmup": 0.0,
@@ -191,6 +193,7 @@ def test_a_learning_rate_that_is_too_large_ends_with_the_frozen_model(
     }
     options = build_options(tmp_path / "run", encoder, **flags, weight_decay=10.0)
     results = run_training(options)
+
     records = [
         record for record in read_metrics(tmp_path / "run") if "selection_accuracy" in record
     ]
@@ -198,10 +201,12 @@ def test_a_learning_rate_that_is_too_large_ends_with_the_frozen_model(
         record["selection_accuracy"] <= results["selection"]["accuracy"] for record in records
     )
     assert results["selection"]["step"] == 0
+
     data = prepare_setup(options).data
     expected = fit_reference(
         tmp_path / "run", results["frozen"], [data.train, data.selection], data.held_out.images
     )
+
     logits = (
         compute_logits(tmp_path / "run", data.held_out.images)
         * results["calibration"]["temperature"]
@@ -249,8 +254,11 @@ def test_a_long_run_on_a_cpu_ends_at_the_probe(
 def test_fine_tuning_starts_from_the_regression(
     encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The frozen model takes part in the selection. A resumed run does not evaluate the step after which it starts:
-    here step 1, because the checkpoint of step 2 is damaged."""
+    """The frozen model takes part in the selection.
+
+    A resumed run does not evaluate the step after which it starts: here step 1, because the checkpoint of step 2 is
+    damaged.
+    """
     flags = {
         "max_steps": 2,
         "learning_rate": 1e-6,
@@ -260,11 +268,13 @@ def test_fine_tuning_starts_from_the_regression(
     }
     options = build_options(tmp_path / "run", encoder, **flags)
     results = run_training(options)
+
     frozen = results["frozen"]
     assert results["selection"]["step"] == 0
     assert results["selection"]["num_images"] == 50
     # the loss of a random classifier
     assert read_metrics(tmp_path / "run")[0]["loss"] < 0.6 * math.log(10)
+
     capsys.readouterr()
     (tmp_path / "run" / "results.json").unlink()
     weights = tmp_path / "run" / "checkpoints" / "step-00000002" / "model.safetensors"
@@ -273,9 +283,11 @@ def test_fine_tuning_starts_from_the_regression(
     state = read_state(file.parent)
     state["metadata"] |= {"best_score": 0.0, "margin": 0.0}  # any evaluation is better
     file.write_text(format_state(state), encoding="utf-8")
+
     resumed = run_training(replace(options, run=replace(options.run, resume=True)))
     assert resumed["frozen"] == frozen
     assert resumed["selection"]["step"] == 2
+
     printed = capsys.readouterr().out
     assert f"the checkpoint {weights.parent} is damaged" in printed
     assert "resumed   after step 1 of 2" in printed
@@ -393,7 +405,7 @@ def test_the_better_geometry_is_chosen(encoder: Path, tmp_path: Path) -> None:
         ({"pooling": "attention"}, "the pooler has random weights"),
     ],
 )
-def test_reasons_for_no_probe(
+def test_heads_and_poolers_without_a_regression_have_no_probe(
     encoder: Path, tmp_path: Path, flags: dict[str, Any], reason: str
 ) -> None:
     task = prepare_setup(build_options(tmp_path / "run", encoder, **flags)).setup
@@ -416,7 +428,10 @@ def test_random_weights_have_no_probe(tmp_path: Path) -> None:
 
 
 def test_the_own_geometry_that_wins_is_saved_as_it_was(encoder: Path, tmp_path: Path) -> None:
-    """The processor resizes to 40 pixels before the crop. The labels are noise, so no geometry wins."""
+    """The processor resizes to 40 pixels before the crop.
+
+    The labels are noise, so no geometry wins.
+    """
     folder = tmp_path / "photos"
     generator = np.random.default_rng(0)
     for name in ("a", "b"):
@@ -434,6 +449,7 @@ def test_the_own_geometry_that_wins_is_saved_as_it_was(encoder: Path, tmp_path: 
     flags = {"model": own, "probe": True, "select": None}
     results = run_training(build_tiny_options(tmp_path / "run", folder, **flags))
     assert results["frozen"]["geometry"]["losses"].keys() == {"crop", "squash"}
+
     saved = ViTCLSImageProcessor.from_pretrained(tmp_path / "run")
     image = Image.open(folder / "a" / "0.png")
     expected, found = (

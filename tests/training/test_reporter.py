@@ -39,15 +39,17 @@ def test_a_line_shows_the_learning_rate_and_the_remaining_time(tmp_path: Path) -
         now[0] += 120
         reporter.show_step(step)
     reporter.log(RECORD | {"step": 12, "held_out_loss": 1.0, "held_out_accuracy": 0.25})
-    assert output.getvalue() == (
-        "step 10/20  epoch 0.5  loss 2.000  lr 2.5e-04  100 images/s\n"
-        "step 12/20  epoch 0.5  loss 2.000  lr 2.5e-04  100 images/s  0:16:00 left  held out: accuracy 25.00%\n"
-    )
     reporter.log(RECORD | {"step": 20})
-    assert output.getvalue().endswith("100 images/s\n")  # no time remains
+
+    first, second, last = output.getvalue().splitlines()
+    assert all("lr 2.5e-04" in line for line in (first, second, last))
+    assert "left" not in first  # no step was measured
+    assert "0:16:00 left" in second
+    assert "accuracy 25.00%" in second
+    assert "left" not in last
 
 
-def test_the_images_per_step_of_all_processes() -> None:
+def test_the_images_per_step_count_all_processes_and_accumulated_batches() -> None:
     numbers = re.findall(
         r"[\d.,]+", describe_batches(BatchPlan(30, 2, 3, 5, num_steps=1500, seed=0))
     )
@@ -67,7 +69,10 @@ def test_the_bar_moves_at_every_step(tmp_path: Path) -> None:
 
 
 def test_records_of_repeated_steps_are_removed(tmp_path: Path) -> None:
-    """A run that continues after step 4 keeps the records up to step 4. The last line was truncated."""
+    """A run that continues after step 4 keeps the records up to step 4.
+
+    The last line was truncated.
+    """
     reporter, _ = build_reporter(tmp_path)
     lines = [json.dumps({"step": step, "loss": 1.0}) for step in (2, 4, 6)]
     (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 3, "lo']))
@@ -103,10 +108,8 @@ def test_brackets_are_not_markup(tmp_path: Path) -> None:
     reporter, output = build_reporter(tmp_path)
     reporter.print_line("data", "[red] and registers[1]")
     reporter.warn("[bold]noon[/bold].png cannot be read")
-    assert (
-        output.getvalue()
-        == "data      [red] and registers[1]\nWARNING: [bold]noon[/bold].png cannot be read\n"
-    )
+    assert "[red] and registers[1]" in output.getvalue()
+    assert "[bold]noon[/bold].png" in output.getvalue()
 
 
 def test_trackers_get_only_numbers() -> None:

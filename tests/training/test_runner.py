@@ -85,7 +85,10 @@ def get_compared_values(folder: Path) -> list[dict[str, Any]]:
 def test_a_resumed_run_has_the_same_results(
     whole: Path, killed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Flags that affect the result only by rounding may change. Times and metrics of earlier steps are included."""
+    """Flags that affect the result only by rounding may change.
+
+    Times and metrics of earlier steps are included.
+    """
     changes = {
         "batch_size": 4,
         "gradient_accumulation_steps": 2,
@@ -93,10 +96,12 @@ def test_a_resumed_run_has_the_same_results(
         "save_every": 5,
     }
     change_metadata(killed, training_seconds=1000.0)
+
     results = run_training(build_options(killed, resume=True, **changes))
     printed = capsys.readouterr().out
     assert "resumed   after step 2 of 3" in printed
     assert "step 3/3  " in printed
+
     found = get_compared_values(killed)
     expected = get_compared_values(whole)
     for one, other in zip(found, expected, strict=True):
@@ -105,6 +110,7 @@ def test_a_resumed_run_has_the_same_results(
     assert [record["step"] for record in found[1:]] == [3]
     assert 1000 < results["seconds"] < 1300
     assert results["images_per_second"] == round(24 / results["seconds"], 1)
+
     checkpoints = CheckpointStore(killed / "checkpoints", num_kept=1)
     assert checkpoints.list_steps() == [3]
     metadata = read_json(checkpoints.get_folder(3) / "state.json")["metadata"]

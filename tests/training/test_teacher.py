@@ -157,7 +157,10 @@ def test_teachers_predict_as_with_their_own_image_processor(build: Any, tmp_path
 def test_teachers_resize_with_the_filter_of_their_processor(
     resample: Any, mode: str, tmp_path: Path
 ) -> None:
-    """Lanczos (1) is replaced by bicubic. The weights of a teacher in half precision are converted to float32."""
+    """Lanczos (1) is replaced by bicubic.
+
+    The weights of a teacher in half precision are converted to float32.
+    """
     model = build_tiny_resnet().bfloat16()
     folder = save_teacher(tmp_path, model, build_half_processor(resample=resample))
     teacher = load_labeled_teacher(f"transformers:{folder}")
@@ -275,7 +278,7 @@ def test_labels_that_the_teacher_lacks_are_named(resnet: Path) -> None:
 # Invalid teachers ----------------------------------------------------------------------------------------------------
 
 
-def test_model_without_a_trained_classifier(tmp_path: Path) -> None:
+def test_a_teacher_without_a_trained_classifier_is_an_error(tmp_path: Path) -> None:
     encoder = ResNetModel(build_tiny_resnet().config)
     with raises_one_line("lacks the weight classifier"):
         load_labeled_teacher(save_teacher(tmp_path / "encoder", encoder, build_half_processor()))
@@ -328,7 +331,7 @@ def test_timm_preprocessing_equals_timm(tmp_path: Path) -> None:
     assert torch.equal(teacher.preprocessing(build_pixels()), teacher.preprocessing(resized))
 
 
-def test_timm_models_that_cannot_be_loaded() -> None:
+def test_a_timm_teacher_that_cannot_be_loaded_is_named() -> None:
     with raises_one_line("no_such_model", error=OSError):
         load_labeled_teacher("timm:no_such_model")
 

@@ -111,12 +111,14 @@ def test_the_flags_and_the_checkpoint_determine_the_batches(tmp_path: Path) -> N
     train, options, task = run.data.train, run.options, run.setup
     plan = build_batch_plan(len(train), options.training, 1)
     assert [*run.plan.iterate_keys(0)] == [*plan.iterate_keys(0)]
+
     augmentation = build_augmentation(
         options.augmentation, ViTCLSImageProcessor(size=[24, 32], resample=0)
     )
     images = TrainingImages(train, BatchBuilder(augmentation, to_rgb=False, seed=5, num_channels=1))
     expected = next(iterate_training_batches(images, run.plan, 0, 0))
     images = build_training_images(options, run.data, task.processor, 1, 0)
+
     batch = next(iterate_training_batches(images, run.plan, 0, 0))
     assert batch["pixels"].shape == (16, 1, 24, 32)
     assert batch.keys() == expected.keys()
@@ -162,7 +164,10 @@ def test_the_best_checkpoint_is_saved_and_reported(
 
 
 def test_early_stopping_is_resumed_exactly(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """With a tiny learning rate, no evaluation improves. The run is killed before it writes its results."""
+    """With a tiny learning rate, no evaluation improves.
+
+    The run is killed before it writes its results.
+    """
     flags: dict[str, Any] = {
         "epochs": 8.0,
         "learning_rate": 1e-12,
@@ -267,8 +272,11 @@ def test_a_dry_run_of_two_processes_evaluates_a_batch_of_each(
     assert len(few.held_out) == 40 * fraction
 
 
-def test_the_expected_duration_of_a_full_run() -> None:
-    """25 steps of 2 s, and two evaluations of 7.8 s: 3.9 s with half of the images. The first step does not count."""
+def test_a_dry_run_predicts_the_duration_of_the_full_run() -> None:
+    """25 steps of 2 s, and two evaluations of 7.8 s: 3.9 s with half of the images.
+
+    The first step does not count.
+    """
     loop: Any = SimpleNamespace(
         step_seconds=[1.0, 3.0, 2.0], evaluation_seconds=[9.0, 3.9], peak_memory=5 * 2**20
     )
@@ -285,7 +293,9 @@ def test_the_expected_duration_of_a_full_run() -> None:
 # Cross-validation, and training on all images ------------------------------------------------------------------------
 
 
-def test_folds(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_each_image_is_held_out_in_one_fold_and_the_mean_has_an_interval(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     data = replace(DIGITS, folds=3)
     summary = run_folds(build_options(tmp_path / "run", data, max_steps=2), run_training)
     parts = [
@@ -293,19 +303,24 @@ def test_folds(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         for fold in (1, 2, 3)
     ]
     assert sum(part["num_images"] for part in parts) == 300
+
     accuracies = [part["accuracy"] for part in parts]
     assert summary["mean"] == pytest.approx(sum(accuracies) / 3, abs=1e-6)
     assert summary == json.loads((tmp_path / "run" / "folds.json").read_text(encoding="utf-8"))
+
     half_width = compute_mean_interval(accuracies)[1]
     interval = [summary["mean"] - half_width, summary["mean"] + half_width]
     assert summary["interval"] == pytest.approx(interval, abs=2e-6)
     assert half_width > 0
+
     folds = [
         {"folder": f"fold-{fold}", "accuracy": value} for fold, value in enumerate(accuracies, 1)
     ]
     assert (summary["metric"], summary["folds"]) == ("accuracy", folds)
+
     line = f"mean accuracy {summary['mean']:.2%} (95% interval: {interval[0]:.2%} to {interval[1]:.2%}) over 3 folds"
     assert line in capsys.readouterr().out
+
     reset_accelerate()
     evaluated = evaluate_checkpoint(
         EvaluateOptions(str(tmp_path / "run" / "fold-2"), DIGITS, batch_size=16)
@@ -323,7 +338,7 @@ def test_folds_are_not_pushed(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_training_on_all_images(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_run_on_all_images_has_no_accuracy(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     data = replace(DIGITS, held_out_fraction=0.0)
     options = build_options(tmp_path / "run", data, max_steps=2, report=True)
     run_dry(options)
@@ -341,7 +356,7 @@ def test_training_on_all_images(tmp_path: Path, capsys: pytest.CaptureFixture) -
 # Classes -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_class_that_only_the_validation_split_has(tmp_path: Path) -> None:
+def test_a_class_without_training_images_is_a_warning(tmp_path: Path) -> None:
     """The training images of a trained model are too few for a selection split, which would be the default."""
     model = save_with_processor(
         ViTCLSForImageClassification(build_tiny_config()), tmp_path / "model"
