@@ -1,8 +1,8 @@
 """Vision Transformers with configurable CLS, distillation and register tokens.
 
-Importing this package registers its classes with transformers' Auto classes, so that a checkpoint loads without
-`trust_remote_code`. All other modules are imported on first use. Only the `*_vitcls.py` files are uploaded to the Hub
-with a model, not this file.
+Importing this package registers its classes with transformers' Auto classes, so that a checkpoint
+loads without `trust_remote_code`. All other modules are imported on first use. Only the
+`*_vitcls.py` files are uploaded to the Hub with a model, not this file.
 """
 
 import importlib
@@ -117,7 +117,8 @@ def __dir__() -> list[str]:
 def is_cli_process() -> bool:
     """Return whether this process runs the `vitcls` command, as a script or with `python -m modeling_vitcls.cli`.
 
-    The command parses flags before importing torch, and registers the Auto classes itself (cli/__init__.py).
+    The command parses flags before importing torch, and registers the Auto classes itself
+    (cli/__init__.py).
     """
     program = sys.argv[0] if getattr(sys, "argv", None) else ""
     return PurePath(program).stem == "vitcls" or (

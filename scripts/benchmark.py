@@ -16,9 +16,10 @@
     openvino     OpenVINO (CPU)                                      fp32, bf16, int8
     timm, transformers    the plain ViT of the same size             fp32, bf16
 
-In each round, all rows are measured one after the other, and every other round runs in reverse order. A ratio is the
-median of the ratios in each round, because the load of the machine affects all rows of a round. A row whose outputs
-differ from those of the model by more than `LIMITS` is an error: speed is compared only if the results agree.
+In each round, all rows are measured one after the other, and every other round runs in reverse
+order. A ratio is the median of the ratios in each round, because the load of the machine affects
+all rows of a round. A row whose outputs differ from those of the model by more than `LIMITS` is an
+error: speed is compared only if the results agree.
 """
 
 import copy
@@ -69,8 +70,8 @@ BACKENDS = {
 }
 EXPORT_PACKAGES = ("onnx", "onnxscript", "nncf")
 PACKAGES = {"onnx": (*EXPORT_PACKAGES, "onnxruntime"), "openvino": (*EXPORT_PACKAGES, "openvino")}
-# Largest difference from the float32 output of the model, divided by the largest absolute value of this output. A
-# quantized graph is not checked: its error depends on the weights.
+# Largest difference from the float32 output of the model, divided by the largest absolute value of
+# this output. A quantized graph is not checked: its error depends on the weights.
 LIMITS = {"fp32": 1e-4, "bf16": 0.08, "int8": float("inf")}
 SECONDS_PER_MEASUREMENT = 0.5
 NUM_CHECKED_IMAGES = 2
@@ -88,7 +89,8 @@ class BenchmarkOptions:
     model: str = "vitcls-small"
     """A model folder, the id of a model on the Hub, or a preset (random weights)."""
     work: tuple[Literal["inference", "step"], ...] = ("inference",)
-    """inference: forward passes. step: training steps (forward, backward, AdamW) without data loading."""
+    """inference: forward passes. step: training steps (forward, backward, AdamW) without data
+    loading."""
     backends: tuple[Literal["torch", "compiled", "onnx", "openvino"], ...] | None = None
     """Backends. Default: torch, compiled and, on the CPU, the installed ones of onnx and openvino."""
     peers: tuple[Literal["timm", "transformers"], ...] | None = None
@@ -135,14 +137,15 @@ def run_benchmarks(settings: BenchmarkOptions) -> list[Row]:
     """Measure all rows, and print one line about each row.
 
     Raises:
-        ValueError: If the model cannot be loaded, the device does not support a backend, or outputs differ by more
-            than the limit.
+        ValueError: If the model cannot be loaded, the device does not support a backend, or outputs
+            differ by more than the limit.
     """
     settings = set_default_engines(settings)
     exported = set(PACKAGES) & set(settings.backends or ())
     if exported and settings.device != "cpu":
         raise ValueError(
-            f"{', '.join(exported)} is measured on the CPU only. Change --backends, or omit --device"
+            f"{', '.join(exported)} is measured on the CPU only. Change --backends, or omit "
+            "--device"
         )
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -160,8 +163,9 @@ def run_benchmarks(settings: BenchmarkOptions) -> list[Row]:
                 ):
                     if not difference <= LIMITS[precision]:  # also true for NaN
                         raise ValueError(
-                            f"{name} in {precision} differs from the model by {difference:.2g} of the largest output, "
-                            f"more than {LIMITS[precision]:g}. Speed is compared only if the outputs agree"
+                            f"{name} in {precision} differs from the model by {difference:.2g} of "
+                            f"the largest output, more than {LIMITS[precision]:g}. Speed is "
+                            "compared only if the outputs agree"
                         )
                     functions.append(function)
                     num_flops = count_flops(model, is_peer=name in (settings.peers or ()))
@@ -172,7 +176,8 @@ def run_benchmarks(settings: BenchmarkOptions) -> list[Row]:
                 for row in new_rows:
                     speed = statistics.median(row.throughputs)
                     print(
-                        f"{work}, batch {batch_size}: {row.engine} {row.precision}: {speed:.1f} images/s"
+                        f"{work}, batch {batch_size}: {row.engine} {row.precision}: {speed:.1f} "
+                        "images/s"
                     )
                 rows += new_rows
     return rows
@@ -195,7 +200,10 @@ def set_default_engines(settings: BenchmarkOptions) -> BenchmarkOptions:
 
 
 def load_model(source: str, folder: Path) -> Any:
-    """Load a model in float32, and save it to `folder`, from which it is exported. A preset gets random weights."""
+    """Load a model in float32, and save it to `folder`, from which it is exported.
+
+    A preset gets random weights.
+    """
     exportable = load_exportable_model(source)
     is_trained = exportable.folder is not None
     model: Any = exportable.model if is_trained else randomize_weights(exportable.model)
@@ -204,7 +212,10 @@ def load_model(source: str, folder: Path) -> Any:
 
 
 def count_flops(model: Any, is_peer: bool) -> int:
-    """Return the FLOPs of a forward pass for one image. Unlike our classifiers, peers compute all tokens."""
+    """Return the FLOPs of a forward pass for one image.
+
+    Unlike our classifiers, peers compute all tokens.
+    """
     counted = copy.copy(model)
     counted.config = copy.deepcopy(model.config)
     counted.config.compute_all_tokens |= is_peer
@@ -216,7 +227,7 @@ def get_image_shape(config: ViTCLSConfig) -> tuple[int, int, int]:
     return (config.num_channels, *config.image_height_width)
 
 
-# Engines -------------------------------------------------------------------------------------------------------------
+# Engines ------------------------------------------------------------------------------------------
 
 # Name, precision, function to measure, relative difference of the outputs
 Engines = Iterator[tuple[str, str, Function, float]]
@@ -372,7 +383,7 @@ def compare_outputs(outputs: torch.Tensor, expected: torch.Tensor) -> float:
     return ((outputs.float().cpu() - expected).abs().max() / expected.abs().max()).item()
 
 
-# Measurement ---------------------------------------------------------------------------------------------------------
+# Measurement --------------------------------------------------------------------------------------
 
 
 def measure_rows(rows: list[Row], functions: list[Function], num_rounds: int) -> None:
@@ -405,8 +416,9 @@ def uses_cpu_time() -> bool:
 def measure_matrix_product(device: str, dtype: torch.dtype) -> float:
     """Return the highest throughput of large matrix products in FLOP/s.
 
-    On the CPU, oneDNN's packed matrices are also measured, because PyTorch's default may be half as fast. If the CPU
-    has no instructions for the dtype, float32 is measured instead, because its products are faster.
+    On the CPU, oneDNN's packed matrices are also measured, because PyTorch's default may be half as
+    fast. If the CPU has no instructions for the dtype, float32 is measured instead, because its
+    products are faster.
     """
     size = 1024 if device == "cpu" else 8192
     if device == "cpu" and dtype in EMULATED_DTYPES:
@@ -422,7 +434,7 @@ def measure_matrix_product(device: str, dtype: torch.dtype) -> float:
     )
 
 
-# Report --------------------------------------------------------------------------------------------------------------
+# Report -------------------------------------------------------------------------------------------
 
 
 def format_markdown(rows: list[Row], settings: BenchmarkOptions) -> str:
@@ -433,7 +445,8 @@ def format_markdown(rows: list[Row], settings: BenchmarkOptions) -> str:
         for precision in sorted({row.precision for row in rows} & DTYPES.keys())
     }
     lines = [
-        "| work | engine | images/s | x torch fp32 | x peers, same precision | of best matrix product |",
+        "| work | engine | images/s | x torch fp32 | x peers, same precision | of best matrix "
+        "product |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -471,10 +484,9 @@ def format_markdown(rows: list[Row], settings: BenchmarkOptions) -> str:
     second = "CPU second" if uses_cpu_time() else "second"
     machine = torch.cuda.get_device_name() if settings.device == "cuda" else get_processor_name()
     caption = (
-        f"{strip_folders(settings.model)}: images per {second}, medians of {settings.rounds} rounds, with quartiles. "
-        f"{machine}, "
-        f"{torch.get_num_threads()} thread(s); best matrix product {', '.join(peak_texts)}; {versions}; "
-        f"{time.strftime('%Y-%m-%d')}."
+        f"{strip_folders(settings.model)}: images per {second}, medians of {settings.rounds} "
+        f"rounds, with quartiles. {machine}, {torch.get_num_threads()} thread(s); best matrix "
+        f"product {', '.join(peak_texts)}; {versions}; {time.strftime('%Y-%m-%d')}."
     )
     return "\n".join([*lines, "", caption, ""])
 
@@ -485,7 +497,7 @@ def format_ratio(row: Row, other: Row) -> str:
     return f"{median:.2f} ({lower:.2f} to {upper:.2f})"
 
 
-# The program ---------------------------------------------------------------------------------------------------------
+# The program --------------------------------------------------------------------------------------
 
 
 def run(options: BenchmarkOptions) -> None:

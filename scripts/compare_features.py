@@ -2,9 +2,10 @@
 
     python scripts/compare_features.py --encoder ENCODER --photos PHOTOS --output runs/features
 
-ENCODER is a transformers folder of a DINOv2 ViT-S/14, and PHOTOS has a folder per class. Each program in
-scripts/compared/features/ starts Python, loads the model, reads the photographs and writes their CLS tokens. The
-programs run in turn. The table lists the medians, and the medians of the ratios within a round.
+ENCODER is a transformers folder of a DINOv2 ViT-S/14, and PHOTOS has a folder per class. Each
+program in scripts/compared/features/ starts Python, loads the model, reads the photographs and
+writes their CLS tokens. The programs run in turn. The table lists the medians, and the medians of
+the ratios within a round.
 """
 
 import os
@@ -58,7 +59,8 @@ def main() -> None:
     options = tyro.cli(Options)
     environment = prepare(options)
     lines = [
-        "| precision | program | CPU seconds | seconds | peak memory, MiB | images per CPU second, vitcls / program |",
+        "| precision | program | CPU seconds | seconds | peak memory, MiB | images per CPU "
+        "second, vitcls / program |",
         "|---|---|---:|---:|---:|---:|",
     ]
     for precision in ("fp32", "bf16"):

@@ -2,10 +2,10 @@
 
     python scripts/compare_tools.py --encoder ENCODER --photos PHOTOS --output runs/compared
 
-ENCODER is a transformers folder of a DINOv2 ViT-S/14, and PHOTOS has the folders train/CLASS and test/CLASS. Each
-program in scripts/compared/ is what a user of the tool writes. It runs in a process of its own, finds its inputs in
-environment variables, and prints its accuracy on the test photographs. Tools that are not installed are left out.
-OUTPUT/README.md contains the table.
+ENCODER is a transformers folder of a DINOv2 ViT-S/14, and PHOTOS has the folders train/CLASS and
+test/CLASS. Each program in scripts/compared/ is what a user of the tool writes. It runs in a
+process of its own, finds its inputs in environment variables, and prints its accuracy on the test
+photographs. Tools that are not installed are left out. OUTPUT/README.md contains the table.
 """
 
 import ast

@@ -5,7 +5,9 @@
 # [tool.uv.sources]
 # modeling_vitcls = { path = "..", editable = true }
 # ///
-"""Convert a timm or transformers ViT, and write a parity report. This script is equivalent to `vitcls convert`.
+"""Convert a timm or transformers ViT, and write a parity report.
+
+This script is equivalent to `vitcls convert`.
 
 python scripts/convert.py --source timm:vit_base_patch14_reg4_dinov2.lvd142m --output converted
 """

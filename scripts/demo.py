@@ -46,13 +46,15 @@ def main() -> None:
         ],
     )
     run_step(
-        "2. Load the model in a new process, without importing this package, and classify the 359 held-out digits",
+        "2. Load the model in a new process, without importing this package, and classify the 359 "
+        "held-out digits",
         ["python", SCRIPTS / "demo_load.py", output],
         [sys.executable, SCRIPTS / "demo_load.py", output],
     )
     console.print(f"\n[bold green]Done in {time.perf_counter() - start_time:.0f} s.[/] Next:")
     console.print(
-        f"  {output / 'README.md'}: the model card, next to the weights, results.json and metrics.jsonl"
+        f"  {output / 'README.md'}: the model card, next to the weights, results.json and "
+        "metrics.jsonl"
     )
     if (output / "report.html").exists():
         console.print(
@@ -62,7 +64,8 @@ def main() -> None:
     console.print("  fine-tune a pre-trained model on your own images, with one folder per class:")
     vitcls_command = os.path.relpath(Path(sys.executable).with_name("vitcls"))
     console.print(
-        f"    {vitcls_command} finetune --model {PRETRAINED_MODEL} --dataset FOLDER --output-dir runs/mine"
+        f"    {vitcls_command} finetune --model {PRETRAINED_MODEL} --dataset FOLDER --output-dir "
+        "runs/mine"
     )
     console.print("  docs/README.md: the documentation, one page per task")
 
@@ -70,7 +73,8 @@ def main() -> None:
 def run_step(title: str, short_command: list[object], command: list[object]) -> None:
     """Print a title and a short form of a command, and run the command."""
     console.print(f"\n[bold]{title}[/]\n  $ {' '.join(map(str, short_command))}\n")
-    # More threads hardly speed up small models, and slow them down considerably if other programs use the cores.
+    # More threads hardly speed up small models, and slow them down considerably if other programs
+    # use the cores.
     environment = {"OMP_NUM_THREADS": "1"} | os.environ
     status = subprocess.run(list(map(str, command)), env=environment, check=False).returncode
     if status:

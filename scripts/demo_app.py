@@ -5,7 +5,9 @@
 # [tool.uv.sources]
 # modeling_vitcls = { path = "..", editable = true }
 # ///
-"""Serve a web page that shows the predictions and attention of a model. This script is equivalent to `vitcls demo`.
+"""Serve a web page that shows the predictions and attention of a model.
+
+This script is equivalent to `vitcls demo`.
 
 python scripts/demo_app.py --model runs/mine
 """

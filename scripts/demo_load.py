@@ -19,11 +19,15 @@ from transformers.utils.logging import disable_progress_bar
 
 
 def main(folder: str) -> None:
-    """Load the model and classify images. If the accuracy differs from that in results.json, exit with status 1."""
+    """Load the model and classify images.
+
+    If the accuracy differs from that in results.json, exit with status 1.
+    """
     disable_progress_bar()  # hides the progress bar of weight loading
     model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)
     print(
-        f"AutoModelForImageClassification: {type(model).__name__}, {model.num_parameters():,} parameters"
+        f"AutoModelForImageClassification: {type(model).__name__}, {model.num_parameters():,} "
+        "parameters"
     )
     for name, group in model.config.token_layout.items():
         print(f"  config.token_layout.{name} = {group}")
@@ -37,13 +41,15 @@ def main(folder: str) -> None:
     pairs = list(zip(predictions, labels, strict=True))
     for prediction, label in pairs[:5]:
         print(
-            f"  a handwritten {label}: prediction {prediction['label']}, probability {prediction['score']:.0%}"
+            f"  a handwritten {label}: prediction {prediction['label']}, probability "
+            f"{prediction['score']:.0%}"
         )
     num_correct = sum(prediction["label"] == label for prediction, label in pairs)
     images_per_second = len(labels) / seconds
     accuracy = num_correct / len(labels)
     print(
-        f"accuracy {accuracy:.2%} on {len(labels)} held-out images, {images_per_second:.0f} images/s"
+        f"accuracy {accuracy:.2%} on {len(labels)} held-out images, {images_per_second:.0f} "
+        "images/s"
     )
 
     results = json.loads(Path(folder, "results.json").read_text(encoding="utf-8"))
@@ -51,7 +57,8 @@ def main(folder: str) -> None:
         results["accuracy"] * results["num_images"]
     ):
         raise SystemExit(
-            f"error: the accuracy in results.json is {results['accuracy']:.2%} on {results['num_images']} images"
+            f"error: the accuracy in results.json is {results['accuracy']:.2%} on "
+            f"{results['num_images']} images"
         )
     print("This is also the accuracy in results.json.")
 

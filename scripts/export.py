@@ -5,7 +5,9 @@
 # [tool.uv.sources]
 # modeling_vitcls = { path = "..", editable = true }
 # ///
-"""Export a model to ONNX, OpenVINO or transformers.js. This script is equivalent to `vitcls export`.
+"""Export a model to ONNX, OpenVINO or transformers.js.
+
+This script is equivalent to `vitcls export`.
 
 python scripts/export.py --model runs/mine --format onnx --output mine.onnx
 """

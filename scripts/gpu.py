@@ -4,11 +4,12 @@
     python scripts/gpu.py --parts step fsdp2     some parts
     python scripts/gpu.py --dry-run              all parts on the CPU, with a tiny model; nothing is written
 
-The file is written after each part. If a part fails, the file contains the error, the other parts are still run, and
-the exit status is 1. Without a CUDA device, the script prints a message and exits with status 0.
+The file is written after each part. If a part fails, the file contains the error, the other parts
+are still run, and the exit status is 1. Without a CUDA device, the script prints a message and
+exits with status 0.
 
-`make gpu` installs packages first. On a machine without internet access, run the script with a Python that has the
-packages, from the root of the repository: PYTHONPATH=. python3 scripts/gpu.py
+`make gpu` installs packages first. On a machine without internet access, run the script with a
+Python that has the packages, from the root of the repository: PYTHONPATH=. python3 scripts/gpu.py
 """
 
 import argparse
@@ -49,12 +50,14 @@ def main() -> None:
     flags = parser.parse_args()
     if not flags.dry_run and not torch.cuda.is_available():
         print(
-            "PyTorch found no CUDA device: nothing was measured. --dry-run runs all parts on the CPU"
+            "PyTorch found no CUDA device: nothing was measured. --dry-run runs all parts on the "
+            "CPU"
         )
         return
     device = "the CPU" if flags.dry_run else torch.cuda.get_device_name()
     sections = [
-        f"# Speed on {device}\n\nWritten by `make gpu`. PyTorch {torch.__version__}, CUDA {torch.version.cuda}."
+        f"# Speed on {device}\n\nWritten by `make gpu`. PyTorch {torch.__version__}, CUDA "
+        f"{torch.version.cuda}."
     ]
     has_failed = False
     for name in flags.parts:

@@ -5,7 +5,9 @@
 # [tool.uv.sources]
 # modeling_vitcls = { path = "..", editable = true }
 # ///
-"""Write an HTML report on what the special tokens of a model do. This script is equivalent to `vitcls inspect`.
+"""Write an HTML report on what the special tokens of a model do.
+
+This script is equivalent to `vitcls inspect`.
 
 python scripts/inspect_tokens.py --model runs/mine photo.jpg path/to/folder --output report.html
 """

@@ -2,8 +2,9 @@
 
     python scripts/make_address.py
 
-The address is `Repository` in [project.urls] of pyproject.toml. Without an address, the pages install from a checkout.
-tests/integration/test_docs.py checks that the pages agree with pyproject.toml.
+The address is `Repository` in [project.urls] of pyproject.toml. Without an address, the pages
+install from a checkout. tests/integration/test_docs.py checks that the pages agree with
+pyproject.toml.
 """
 
 import re

@@ -3,9 +3,10 @@
     python scripts/make_coverage.py                       # docs/coverage.md
     python scripts/make_coverage.py --output other.md
 
-Every architecture is built with random weights and two layers, converted, and compared with the converted model at two
-image sizes. An architecture converts exactly if all tokens and logits of the two models differ by at most 1e-5 in
-float32. For other architectures, the table lists the error message of the conversion.
+Every architecture is built with random weights and two layers, converted, and compared with the
+converted model at two image sizes. An architecture converts exactly if all tokens and logits of the
+two models differ by at most 1e-5 in float32. For other architectures, the table lists the error
+message of the conversion.
 """
 
 import argparse
@@ -145,7 +146,7 @@ def main() -> None:
     )
 
 
-# timm ----------------------------------------------------------------------------------------------------------------
+# timm ---------------------------------------------------------------------------------------------
 
 
 def format_timm_section() -> str:
@@ -159,8 +160,8 @@ def format_timm_section() -> str:
     ]
     lines = [
         "## timm\n",
-        f"{len(exact_differences)} of {sum(map(len, results.values()))} architectures convert exactly. The largest "
-        f"difference is {max(exact_differences):.1e}.\n",
+        f"{len(exact_differences)} of {sum(map(len, results.values()))} architectures convert "
+        f"exactly. The largest difference is {max(exact_differences):.1e}.\n",
         "| module | architectures | exact | reasons for inexact conversions |",
         "|---|---:|---:|---|",
     ]
@@ -229,7 +230,7 @@ def build_timm_model(name: str) -> Any:
     return randomize_weights(model)
 
 
-# transformers --------------------------------------------------------------------------------------------------------
+# transformers -------------------------------------------------------------------------------------
 
 
 def format_transformers_section() -> str:
@@ -251,9 +252,10 @@ def format_transformers_section() -> str:
     return "\n".join(
         [
             "## transformers\n",
-            "The table lists the convertible classes, and all base models whose configuration has the fields of an "
-            f"image encoder. {len(exact_differences)} of {num_classes} classes convert exactly. The largest "
-            f"difference is {max(exact_differences.values()):.1e}.\n",
+            "The table lists the convertible classes, and all base models whose configuration "
+            f"has the fields of an image encoder. {len(exact_differences)} of {num_classes} "
+            "classes convert exactly. The largest difference is "
+            f"{max(exact_differences.values()):.1e}.\n",
             "| result | classes |",
             "|---|---|",
             *(
@@ -267,7 +269,8 @@ def format_transformers_section() -> str:
 def list_vision_classes() -> dict[str, Any]:
     """Return the default configuration of each transformers class by name, or None for convertible classes.
 
-    The names are the convertible classes, and all base models whose configuration has the fields of an image encoder.
+    The names are the convertible classes, and all base models whose configuration has the fields of
+    an image encoder.
     """
     names: dict[str, Any] = dict.fromkeys(CONVERTIBLE_CLASSES)
     for model_type, config_class in CONFIG_MAPPING.items():

@@ -42,7 +42,8 @@ FUNCTIONS = {
     "look": LookOptions,
 }
 
-# Fields that are no keyword arguments: parameters of the functions, and fields that the functions set
+# Fields that are no keyword arguments: parameters of the functions, and fields that the functions
+# set
 OMITTED = {"model", "paths", "output_dir", "config"}
 OMITTED_IN_CLASS = {
     DataOptions: {"dataset"},
@@ -103,7 +104,8 @@ def get_own_fields(options_class: Any) -> list[tuple[str, Any]]:
 def format_type(name: str, type_hint: Any) -> str:
     """Return the annotation of an argument.
 
-    It accepts what build_options of cli/functions.py converts: paths as strings, and any sequence for a tuple.
+    It accepts what build_options of cli/functions.py converts: paths as strings, and any sequence
+    for a tuple.
     """
     if name in DATA:
         return "Any"

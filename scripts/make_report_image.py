@@ -2,8 +2,8 @@
 
     python scripts/make_report_image.py --report runs/digits/report.html
 
-`vitcls finetune --config digits --output-dir runs/digits` writes the report. `make browser` installs Chromium, which
-takes the screenshot.
+`vitcls finetune --config digits --output-dir runs/digits` writes the report. `make browser`
+installs Chromium, which takes the screenshot.
 """
 
 import shutil

@@ -5,7 +5,9 @@
 # [tool.uv.sources]
 # modeling_vitcls = { path = "..", editable = true }
 # ///
-"""Predict the labels of images, or write their features. This script is equivalent to `vitcls predict`.
+"""Predict the labels of images, or write their features.
+
+This script is equivalent to `vitcls predict`.
 
 python scripts/predict.py --model runs/mine photo.jpg path/to/folder
 """

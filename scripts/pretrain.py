@@ -5,9 +5,12 @@
 # [tool.uv.sources]
 # modeling_vitcls = { path = "..", editable = true }
 # ///
-"""Pre-train a ViT on images without labels, by masked image modeling. This script is equivalent to `vitcls pretrain`.
+"""Pre-train a ViT on images without labels, by masked image modeling.
 
-accelerate launch scripts/pretrain.py --model vitcls-tiny --dataset path/to/images --output-dir runs/pretrained
+This script is equivalent to `vitcls pretrain`.
+
+accelerate launch scripts/pretrain.py --model vitcls-tiny --dataset path/to/images --output-dir
+runs/pretrained
 """
 
 import sys

@@ -33,17 +33,18 @@ class SpaceOptions:
     """Publish a Space that shows the predictions and attention of a model on the Hub."""
 
     model: str
-    """Hub id of the model, optionally with @REVISION (commit, branch or tag; default: main). The Space is pinned to
-    that commit."""
+    """Hub id of the model, optionally with @REVISION (commit, branch or tag; default: main). The
+    Space is pinned to that commit."""
     space_id: str | None = None
-    """Id of the Space to push to. Default: a Space in your account, named after the model with the suffix -demo."""
+    """Id of the Space to push to. Default: a Space in your account, named after the model with the
+    suffix -demo."""
     private: bool = False
     """If the Space does not exist, create it as a private Space."""
     examples: tuple[Path, ...] = ()
     """Image files to show as examples."""
     static: bool = False
-    """Build a page that runs a copy of the model in the browser, with transformers.js. The model must have a
-    classifier."""
+    """Build a page that runs a copy of the model in the browser, with transformers.js. The model
+    must have a classifier."""
     output: Path | None = None
     """Write the files of the Space to this folder instead of pushing them."""
 
@@ -66,8 +67,8 @@ def run(options: SpaceOptions) -> None:
     model = find_published_model(options.model)
     if options.static and model.needs_token and not options.private and options.output is None:
         raise ValueError(
-            f"a public static Space would publish the weights of {model.repo_id}, which is private or gated. "
-            "Set --private"
+            f"a public static Space would publish the weights of {model.repo_id}, which is private "
+            "or gated. Set --private"
         )
     if options.output is not None:
         check_output_is_empty(options.output)
@@ -88,8 +89,8 @@ def run(options: SpaceOptions) -> None:
     print(f"pushed a Space for {model.repo_id} at {model.sha}: {pushed_space.url}")
     if model.needs_token and not options.static:
         print(
-            f"{model.repo_id} is private or gated: at {pushed_space.url}/settings, add a token with read access to "
-            "the model as the secret HF_TOKEN"
+            f"{model.repo_id} is private or gated: at {pushed_space.url}/settings, add a token "
+            "with read access to the model as the secret HF_TOKEN"
         )
 
 

@@ -1,8 +1,9 @@
 """Hooks of `mkdocs build`: pages from outside docs/, links between pages, and the API reference.
 
-docs/ is the only source of the pages that it contains. The home page is README.md, docs/README.md is the table of
-contents, and the cards and the pages in ADDED are added at their paths in the repository.
-Links are written for the repository, so that they work there; here they become links between the pages of the site.
+docs/ is the only source of the pages that it contains. The home page is README.md, docs/README.md
+is the table of contents, and the cards and the pages in ADDED are added at their paths in the
+repository. Links are written for the repository, so that they work there; here they become links
+between the pages of the site.
 """
 
 import posixpath

@@ -7,7 +7,8 @@
 # ///
 """Studies: grids of training runs over factors and seeds, and a page of tables for each study.
 
-    python scripts/study.py --config scripts/recipes/study_digits.yaml --output-dir runs/study --jobs 2
+    python scripts/study.py --config scripts/recipes/study_digits.yaml --output-dir runs/study
+    --jobs 2
 
 To continue an interrupted study, repeat the command.
 
@@ -20,12 +21,15 @@ A study file (recipes/study_*.yaml) contains
     stages             stage -> flags of the vitcls subcommand; stages run in the order of STAGES
     factors            factor -> level -> flags of `finetune`, or {stage: flags}; {stage: null} skips the stage
     metrics            dotted key of a number in results.json -> heading of its table. Numbers under a heading that
-                       ends with (%), such as `Accuracy (%)`, are shown in per cent. `NAME.*` denotes a list of
-                       numbers, with one table row per number: `Entropy per layer` has the column `layer`, from 1
+                       ends with (%), such as `Accuracy (%)`, are shown in per cent. `NAME.*`
+                       denotes a list of
+                       numbers, with one table row per number: `Entropy per layer` has the column
+                           `layer`, from 1
     baseline           factor -> baseline level, with which all levels of the factor are compared
 
-In flags, `{run}` is replaced with the folder of the run, `{folder}` with the folder of the study, `{seed}` with the
-seed, and `{subset:NAME}` with the folder of a subset. The name of a subset may contain `{seed}`.
+In flags, `{run}` is replaced with the folder of the run, `{folder}` with the folder of the study,
+`{seed}` with the seed, and `{subset:NAME}` with the folder of a subset. The name of a subset may
+contain `{seed}`.
 
 The output folder contains
     README.md                  page of means with 95% confidence intervals and of differences paired by seed
@@ -125,7 +129,10 @@ class Study:
 
 
 def load_study(file: Path) -> Study:
-    """Load a study file. Raise ValueError if the file is not valid YAML, or if a key is missing or unknown."""
+    """Load a study file.
+
+    Raise ValueError if the file is not valid YAML, or if a key is missing or unknown.
+    """
     try:
         study = Study(**yaml.safe_load(file.read_text(encoding="utf-8")))
     except (UnicodeDecodeError, yaml.YAMLError, TypeError) as error:
@@ -134,7 +141,8 @@ def load_study(file: Path) -> Study:
         ) from None
     if unknown_stages := set(study.stages) - set(STAGES):
         raise ValueError(
-            f"{file} has unknown stages: {', '.join(unknown_stages)}. Choose from {', '.join(STAGES)}"
+            f"{file} has unknown stages: {', '.join(unknown_stages)}. Choose from "
+            f"{', '.join(STAGES)}"
         )
     factors = {
         str(name): {str(level): flags or {} for level, flags in levels.items()}
@@ -144,7 +152,8 @@ def load_study(file: Path) -> Study:
     for factor, level in baseline.items():
         if level not in factors.get(factor, {}):
             raise ValueError(
-                f"{file}: `baseline` has the level {level} of {factor}. Set a level that `factors` has"
+                f"{file}: `baseline` has the level {level} of {factor}. Set a level that `factors` "
+                "has"
             )
     return replace(study, factors=factors, baseline=baseline)
 
@@ -156,12 +165,15 @@ def to_file_name(text: str) -> str:
     )
 
 
-# Execution -----------------------------------------------------------------------------------------------------------
+# Execution ----------------------------------------------------------------------------------------
 
 
 @dataclass
 class StudyRunner:
-    """Run a study in parallel processes. Finished runs are skipped, and interrupted runs are resumed."""
+    """Run a study in parallel processes.
+
+    Finished runs are skipped, and interrupted runs are resumed.
+    """
 
     study: Study
     folder: Path
@@ -173,7 +185,8 @@ class StudyRunner:
     def execute(self) -> None:
         """Run all unfinished runs.
 
-        A failed run does not stop the others. Ctrl-C also interrupts the runs, which then save a checkpoint.
+        A failed run does not stop the others. Ctrl-C also interrupts the runs, which then save a
+        checkpoint.
         """
         for name, subset in self.study.subsets.items():
             if not self.get_subset_folder(name).exists():
@@ -305,17 +318,18 @@ def add_label_groups(
     )
 
 
-# Results -------------------------------------------------------------------------------------------------------------
+# Results ------------------------------------------------------------------------------------------
 
 
 def build_row(runner: StudyRunner, run: StudyRun) -> dict[str, Any]:
     """Build the row of a run in runs.parquet: factor levels, seed, status and the numeric values in the results.
 
-    The column names of numeric values start with the stage (for example, `inspect.findings.outliers.3`), except for
-    the stage `finetune`. The prefixes `first.` and `last.` denote the first and the last value in the training log
-    (for example, `first.loss` and `last.cls_attention_entropy.0`). If a run has a single label column, the accuracy
-    and loss are also stored as `COLUMN_accuracy` and `COLUMN_loss`, which are the names in runs with several label
-    columns.
+    The column names of numeric values start with the stage (for example,
+    `inspect.findings.outliers.3`), except for the stage `finetune`. The prefixes `first.` and
+    `last.` denote the first and the last value in the training log (for example, `first.loss` and
+    `last.cls_attention_entropy.0`). If a run has a single label column, the accuracy and loss are
+    also stored as `COLUMN_accuracy` and `COLUMN_loss`, which are the names in runs with several
+    label columns.
     """
     row: dict[str, Any] = {}
     for stage in run.stages:
@@ -366,11 +380,12 @@ def write_page(runner: StudyRunner, rows: "pandas.DataFrame", command: str) -> P
             sections += [f"## {heading}", format_table(table)]
     training_seconds = finished_rows["seconds"].sum() if "seconds" in finished_rows else 0
     sections.append(
-        f"## Method\n\n{len(finished_rows)} of {len(rows)} runs finished, seeds {', '.join(map(str, study.seeds))}; "
-        f"{training_seconds / 60:.0f} minutes of training in total, "
-        f"{format_count(runner.num_threads, 'thread')} per run, on {get_processor_name()}. "
+        f"## Method\n\n{len(finished_rows)} of {len(rows)} runs finished, seeds "
+        f"{', '.join(map(str, study.seeds))}; {training_seconds / 60:.0f} minutes of training in "
+        f"total, {format_count(runner.num_threads, 'thread')} per run, on {get_processor_name()}. "
         "Each value is the mean over seeds with its 95% confidence interval (Student's t). "
-        "Differences are paired by seed. Each finished run is evaluated once on the held-out images.\n\n"
+        "Differences are paired by seed. Each finished run is evaluated once on the held-out "
+        "images.\n\n"
         f"```bash\n{command}\n```\n\n"
         + ", ".join(
             f"{name} {version}" for name, version in get_versions("transformers", "timm").items()
@@ -384,8 +399,9 @@ def write_page(runner: StudyRunner, rows: "pandas.DataFrame", command: str) -> P
 def summarize(study: Study, rows: "pandas.DataFrame", metric: str) -> "pandas.DataFrame":
     """Summarize a metric: one row per combination of levels, and per number of a list of numbers (`NAME.*`).
 
-    The columns are the levels, the values by seed, their mean and half width of the 95% interval, and the mean and the
-    half width of the paired differences from the baseline (NaN for the baseline and without common seeds).
+    The columns are the levels, the values by seed, their mean and half width of the 95% interval,
+    and the mean and the half width of the paired differences from the baseline (NaN for the
+    baseline and without common seeds).
     """
     import pandas
 
@@ -451,7 +467,8 @@ def format_table(summary: "pandas.DataFrame") -> str:
 def run_study(runner: StudyRunner, command: str) -> list[dict[str, Any]]:
     """Run a study, write the results to its folder, and return the rows of runs.parquet.
 
-    Finished runs in the folder are not repeated. The page (README.md) shows the command line `command`.
+    Finished runs in the folder are not repeated. The page (README.md) shows the command line
+    `command`.
     """
     import pandas
 
@@ -476,7 +493,7 @@ def run_study(runner: StudyRunner, command: str) -> list[dict[str, Any]]:
     return rows
 
 
-# The program ---------------------------------------------------------------------------------------------------------
+# The program --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

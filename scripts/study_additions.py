@@ -1,9 +1,11 @@
 """Study: tasks and classes that are added to a finished model (model_cards/studies/additions.md).
 
-    python scripts/study_additions.py --encoder ENCODER --photos PHOTOS --cifar CIFAR --output runs/additions
+    python scripts/study_additions.py --encoder ENCODER --photos PHOTOS --cifar CIFAR --output
+    runs/additions
 
-ENCODER is a ViT, as `vitcls convert` takes it. PHOTOS has the folders train, validation and test with a folder per
-class; CIFAR has CIFAR-10's train.parquet and test.parquet. Four parts follow one another:
+ENCODER is a ViT, as `vitcls convert` takes it. PHOTOS has the folders train, validation and test
+with a folder per class; CIFAR has CIFAR-10's train.parquet and test.parquet. Four parts follow one
+another:
 
     features   each image passes the encoder once; the features are kept in OUTPUT
     classes    one class is left out, and added again: 5 classes x 3 seeds x 3 numbers of images, on the features, by
@@ -131,7 +133,7 @@ class Options:
     """Number of these classes of clothing that are also added by `add_class` itself."""
 
 
-# Images and features -------------------------------------------------------------------------------------------------
+# Images and features ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -234,12 +236,15 @@ def build_options(dataset: Path) -> AdditionOptions:
     return AdditionOptions(data=data, output_dir=Path("not-written"))
 
 
-# Classes -------------------------------------------------------------------------------------------------------------
+# Classes ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A classifier for all classes but one, which is added later. Labels are in the order of the new model."""
+    """A classifier for all classes but one, which is added later.
+
+    Labels are in the order of the new model.
+    """
 
     name: str
     folder: Path  # of the classifier
@@ -380,7 +385,7 @@ def trace_curve(left_out: LeftOut, logits: np.ndarray) -> list[float]:
     return recalls.tolist()
 
 
-# Commands ------------------------------------------------------------------------------------------------------------
+# Commands -----------------------------------------------------------------------------------------
 
 
 def list_images(data: Data, split: str) -> list[tuple[Path, str]]:
@@ -434,7 +439,7 @@ def run_thousand(options: Options, data: Data) -> dict[str, Any]:
     }
 
 
-# Tasks ---------------------------------------------------------------------------------------------------------------
+# Tasks --------------------------------------------------------------------------------------------
 
 
 def run_tasks(data: Data) -> dict[str, Any]:
@@ -537,8 +542,8 @@ def label_features(data: Data, name: str, split: str) -> Features:
 def compare(data: Data, name: str, records: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the accuracies of an added task, of a regression, and of a model for this task only.
 
-    The regression is scikit-learn's on the last CLS token. The model is trained as by `vitcls finetune --trainable
-    head`, which can read more tokens.
+    The regression is scikit-learn's on the last CLS token. The model is trained as by `vitcls
+    finetune --trainable head`, which can read more tokens.
     """
     train = label_features(data, name, "train")
     test = label_features(data, name, "test")
@@ -571,21 +576,22 @@ def compare(data: Data, name: str, records: list[dict[str, Any]]) -> dict[str, A
     }
 
 
-# Page ----------------------------------------------------------------------------------------------------------------
+# Page ---------------------------------------------------------------------------------------------
 
 
 def format_tasks(rows: list[dict[str, Any]]) -> list[str]:
     """Return the table of the tasks."""
     lines = [
-        "| data | task | added, in each order | scikit-learn, last CLS | trained alone | reads | cost |",
+        "| data | task | added, in each order | scikit-learn, last CLS | trained alone | reads | "
+        "cost |",
         "|---|---|---|---:|---:|---|---:|",
     ]
     for row in rows:
         for name, task in row["tasks"].items():
             added = ", ".join(f"{accuracy:.1%}" for accuracy in task["added"])
             lines.append(
-                f"| {row['data']} | {name} | {added} | {task['scikit-learn']:.1%} | {task['alone']:.1%} "
-                f"| {task['reads']} | {task['relative_flops']:.3%} |"
+                f"| {row['data']} | {name} | {added} | {task['scikit-learn']:.1%} | "
+                f"{task['alone']:.1%} | {task['reads']} | {task['relative_flops']:.3%} |"
             )
     return lines
 
@@ -593,8 +599,8 @@ def format_tasks(rows: list[dict[str, Any]]) -> list[str]:
 def format_classes(rows: list[dict[str, Any]], key: Callable[[dict[str, Any]], Any]) -> list[str]:
     """Return a table with a line for each group of runs with the same `key`."""
     lines = [
-        "| data | runs | added: recall, loss | together: recall, loss | part of the recall | refused "
-        "| without old images: recall, loss |",
+        "| data | runs | added: recall, loss | together: recall, loss | part of the recall | "
+        "refused | without old images: recall, loss |",
         "|---|---:|---|---|---:|---:|---|",
     ]
     for name, group in group_rows(rows, key):

@@ -1,16 +1,17 @@
 """Study: `vitcls finetune` on few photographs, and ten lines of scikit-learn (model_cards/studies/first_answer.md).
 
-    python scripts/study_first_answer.py --encoder ENCODER --photos PHOTOS --output runs/first-answer
+    python scripts/study_first_answer.py --encoder ENCODER --photos PHOTOS --output
+    runs/first-answer
 
-ENCODER is a transformers folder of a ViT, and PHOTOS has the folders train/CLASS and test/CLASS. For each number of
-labels and each seed, the same training photographs go through
+ENCODER is a transformers folder of a ViT, and PHOTOS has the folders train/CLASS and test/CLASS.
+For each number of labels and each seed, the same training photographs go through
 
     ours          `vitcls finetune` and `vitcls evaluate` with no other flags than paths
     all labels    the same with `--held-out-fraction 0`: no photographs are held out to measure the result
     scikit-learn  the encoder and its own image processor in transformers, `LogisticRegressionCV` on the CLS token
 
-The features of scikit-learn's side are computed once; its CPU time is that of the images that a run needs. An
-interrupted study continues: finished runs are read from OUTPUT.
+The features of scikit-learn's side are computed once; its CPU time is that of the images that a run
+needs. An interrupted study continues: finished runs are read from OUTPUT.
 """
 
 import random
@@ -93,7 +94,7 @@ def main() -> None:
     (options.output / "README.md").write_text(format_page(rows), encoding="utf-8")
 
 
-# Photographs ---------------------------------------------------------------------------------------------------------
+# Photographs --------------------------------------------------------------------------------------
 
 
 def draw_photos(folder: Path, num_labels: int, seed: int) -> list[Path]:
@@ -109,7 +110,7 @@ def list_photos(folder: Path) -> list[Path]:
     return sorted(folder.glob("*/*"))
 
 
-# Ours ----------------------------------------------------------------------------------------------------------------
+# Ours ---------------------------------------------------------------------------------------------
 
 
 def run_ours(
@@ -146,7 +147,8 @@ def run_command(*arguments: object) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-# scikit-learn --------------------------------------------------------------------------------------------------------
+# scikit-learn
+# --------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -196,13 +198,14 @@ def run_peer(options: Options, chosen: list[Path], features: Features) -> dict[s
     }
 
 
-# Page ----------------------------------------------------------------------------------------------------------------
+# Page ---------------------------------------------------------------------------------------------
 
 
 def format_page(rows: list[dict[str, Any]]) -> str:
     """Return the tables of the study."""
     lines = [
-        "| labels per class | seed | ours | ours, all labels | scikit-learn | differences, points |",
+        "| labels per class | seed | ours | ours, all labels | scikit-learn | differences, points "
+        "|",
         "|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:

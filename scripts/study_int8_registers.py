@@ -1,14 +1,16 @@
 """Study: does a register reduce the error of int8 features? (model_cards/studies/int8_registers.md)
 
-    python scripts/study_int8_registers.py --model runs/encoder --train train.parquet --test test.parquet
+    python scripts/study_int8_registers.py --model runs/encoder --train train.parquet --test
+    test.parquet
 
-MLP neurons that write a large norm to a few patches are planted in an encoder; large ViTs have such neurons (arXiv
-2506.08010). The planted model and three changes of it are quantized to int8:
+MLP neurons that write a large norm to a few patches are planted in an encoder; large ViTs have such
+neurons (arXiv 2506.08010). The planted model and three changes of it are quantized to int8:
 
     test-time register  the neurons write to an added register instead of the patches (arXiv 2506.08010)
     neurons removed     the neurons are zero
     cached prefix       the neurons are zero, and all tokens attend to cached keys and values of the register, as in
-                        RegCache (arXiv 2510.04547), which deletes outlier patches instead of setting neurons to zero
+                        RegCache (arXiv 2510.04547), which deletes outlier patches instead of
+                        setting neurons to zero
 """
 
 import copy
@@ -172,12 +174,14 @@ def load_images(file: Path, count: int, processor: Any) -> tuple[Tensor, list[in
 def main(model: Path, train: Path, test: Path, seeds: int = 3) -> None:
     """Print one line of measurements per model.
 
-    A line contains the fraction of outlier patches, the relative errors (%) of simulated int8 and of OpenVINO's int8,
-    the difference from the planted model in float32 (%), and the accuracy of k-NN in float32 and int8.
+    A line contains the fraction of outlier patches, the relative errors (%) of simulated int8 and
+    of OpenVINO's int8, the difference from the planted model in float32 (%), and the accuracy of
+    k-NN in float32 and int8.
 
     Args:
         model: Folder of an encoder without registers.
-        train: Parquet file with the columns image and label: images for calibration, and neighbors for k-NN.
+        train: Parquet file with the columns image and label: images for calibration, and neighbors
+            for k-NN.
         test: Parquet file with the same columns.
         seeds: Number of random choices of planted neurons in the encoder.
     """

@@ -37,7 +37,9 @@ def train_cnn_teacher(
     seed: int = 0,
     label_names: tuple[str, ...] | None = None,
 ) -> float:
-    """Train and save a ResNet with one basic block per stage. Return the accuracy on the held-out images.
+    """Train and save a ResNet with one basic block per stage.
+
+    Return the accuracy on the held-out images.
 
     Args:
         dataset: Dataset of labeled images, as in `vitcls finetune`.

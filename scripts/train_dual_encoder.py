@@ -7,12 +7,13 @@
 # ///
 """Train a small CLIP-style dual encoder (ViT and BERT) on images and captions with class names.
 
-    python scripts/train_dual_encoder.py --dataset digits --folder runs/dual
-    python scripts/train_dual_encoder.py --dataset uoft-cs/cifar10 --folder runs/dual --patch-size 8 --epochs 20 --flip
+    python scripts/train_dual_encoder.py --dataset digits --folder runs/dual python
+    scripts/train_dual_encoder.py --dataset uoft-cs/cifar10 --folder runs/dual --patch-size 8
+    --epochs 20 --flip
 
-The model has no classifier. It compares the CLS token of the ViT with the CLS token of BERT. In the evaluation,
-each class has one caption, and the predicted class of an image is the class of the most similar caption. The captions
-of the evaluation are not used in training, but their words are.
+The model has no classifier. It compares the CLS token of the ViT with the CLS token of BERT. In the
+evaluation, each class has one caption, and the predicted class of an image is the class of the most
+similar caption. The captions of the evaluation are not used in training, but their words are.
 """
 
 from pathlib import Path
@@ -59,7 +60,9 @@ def train_dual_encoder(
     flip: bool = False,
     seed: int = 0,
 ) -> float:
-    """Train a ViT and a BERT from scratch, and save the model. Return the accuracy on the held-out images.
+    """Train a ViT and a BERT from scratch, and save the model.
+
+    Return the accuracy on the held-out images.
 
     Args:
         dataset: Dataset of labeled images, as in `vitcls finetune`.
@@ -139,13 +142,14 @@ def train_model(
 ) -> None:
     """Train with the contrastive loss of CLIP in both directions.
 
-    The loss is that of Radford et al. (2021), section 2.3. A batch may contain several images of a class, so all
-    captions of an image's class are positives, as in UniCL (Yang et al. 2022).
+    The loss is that of Radford et al. (2021), section 2.3. A batch may contain several images of a
+    class, so all captions of an image's class are positives, as in UniCL (Yang et al. 2022).
 
     Args:
         pixel_values: [images, 3, H, W].
         labels: Class of each image, [images].
-        captions: Tokenized captions of all classes, [classes, tokens], one dict per template in TRAINING_CAPTIONS.
+        captions: Tokenized captions of all classes, [classes, tokens], one dict per template in
+            TRAINING_CAPTIONS.
     """
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     num_steps = epochs * (len(labels) // BATCH_SIZE)

@@ -1,10 +1,11 @@
 """Fixtures that tests of several folders use, and the browser.
 
-A file whose tests start processes, a compiler, a browser or a local Hub, or train models, is marked `integration`; a
-test that only `make test-all` runs is marked `slow`. `make test-quick` runs the files that the Makefile lists.
+A file whose tests start processes, a compiler, a browser or a local Hub, or train models, is marked
+`integration`; a test that only `make test-all` runs is marked `slow`. `make test-quick` runs the
+files that the Makefile lists.
 
-Large libraries are imported in the fixtures, except in one test process (below): pytest-xdist imports this file
-first in a process that runs no tests.
+Large libraries are imported in the fixtures, except in one test process (below): pytest-xdist
+imports this file first in a process that runs no tests.
 """
 
 import atexit
@@ -33,7 +34,8 @@ GROUPS = {
     "processes": ("fresh_processes", "fast_verification", "warm_processes"),
     "graphs": ("onnx", "openvino", "demo_page"),
 }
-PAGE_TIMEOUT = 60_000  # timeout of expectations about a page in milliseconds; pages take seconds on a busy machine
+# timeout of expectations about a page in milliseconds; pages take seconds on a busy machine
+PAGE_TIMEOUT = 60_000
 
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))  # scripts import their siblings

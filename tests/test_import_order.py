@@ -9,7 +9,8 @@ import modeling_vitcls
 
 PACKAGE = Path(modeling_vitcls.__file__).parent
 
-# From the bottom up: a folder may import only entries before it in this tuple. Top level: version.py.
+# From the bottom up: a folder may import only entries before it in this tuple. Top level:
+# version.py.
 ORDER = (
     ("model",),
     ("top level",),

@@ -1,16 +1,17 @@
 """Effects of special tokens: how outputs change if tokens are replaced with their means or hidden from attention.
 
     information   the states of the tokens are replaced with their means over images, after the embeddings and each
-                  layer, so that the states are the same for every image. Removing tokens or setting them to zero would
-                  instead produce inputs that the model was never trained on.
+                  layer, so that the states are the same for every image. Removing tokens or setting
+                  them to zero would instead produce inputs that the model was never trained on.
     presence      the tokens are hidden by the attention mask, so that no token attends to them.
 
     ablations = compute_ablations(model, batches)
     ablations["information"]["registers[0]"][""]    the `Effect` on the output "" (model_outputs.py)
 
-An effect alone is not meaningful, because a random token is attended to as well. The effect of each token that no head
-reads is therefore compared with one null distribution: the effects of ablating a redrawn token, whose embedding is
-replaced with a random vector of the same norm. Effects, null distributions and decisions use the same images.
+An effect alone is not meaningful, because a random token is attended to as well. The effect of each
+token that no head reads is therefore compared with one null distribution: the effects of ablating a
+redrawn token, whose embedding is replaced with a random vector of the same norm. Effects, null
+distributions and decisions use the same images.
 """
 
 import math
@@ -39,8 +40,8 @@ from .maps import get_used_token_mask
 from .model_utils import evaluation_mode, get_classifier_or_encoder, is_classifier, unwrap_model
 
 
-# Callable that returns batches with labels or None. Labels are [B, A] with the columns of all tasks (see
-# `Predictions`), or [B] if A is 1. Each call returns the same batches.
+# Callable that returns batches with labels or None. Labels are [B, A] with the columns of all tasks
+# (see `Predictions`), or [B] if A is 1. Each call returns the same batches.
 Batches = Callable[[], Iterable[ImageBatch]]
 # (items, description) -> items, with a progress bar
 Watch = Callable[[Collection[Any], str], Iterable[Any]]
@@ -61,20 +62,23 @@ class Effect:
     """Effect of an ablation on one output, with 95% confidence intervals.
 
     Attributes:
-        size: for predictions, the root mean square change of the logits, divided by the standard deviation of the
-            logits over images. For features, the mean of 1 minus the cosine similarity.
+        size: for predictions, the root mean square change of the logits, divided by the standard
+            deviation of the logits over images. For features, the mean of 1 minus the cosine
+            similarity.
         interval: interval for `size`, from bootstrap samples of the images.
         num_images: number of images.
         changed: fraction of images whose prediction changes; None for features.
         changed_interval: interval for `changed`.
-        accuracy_change: accuracy after the ablation minus accuracy before; None if no label is known.
-        improvement: p-value under the null hypothesis that the accuracy does not increase (exact McNemar test); None
-            if no label is known.
-        is_better_than_chance: whether the accuracy after the ablation is better than chance; None if unknown.
-        null_sizes: sizes of the effects of ablating redrawn tokens; empty if a head reads the token, because then
-            every replacement has an effect.
-        redraw_drop: interval for the decrease in accuracy if the token is redrawn, as a mean over draws; None if no
-            label is known or a head reads the token.
+        accuracy_change: accuracy after the ablation minus accuracy before; None if no label is
+            known.
+        improvement: p-value under the null hypothesis that the accuracy does not increase (exact
+            McNemar test); None if no label is known.
+        is_better_than_chance: whether the accuracy after the ablation is better than chance; None
+            if unknown.
+        null_sizes: sizes of the effects of ablating redrawn tokens; empty if a head reads the
+            token, because then every replacement has an effect.
+        redraw_drop: interval for the decrease in accuracy if the token is redrawn, as a mean over
+            draws; None if no label is known or a head reads the token.
     """
 
     size: float
@@ -135,8 +139,8 @@ def compute_ablations(
 
     Args:
         model: any ViTCLS model.
-        batches: callable that returns an iterable over batches of images and labels; it is called several times for
-            each token.
+        batches: callable that returns an iterable over batches of images and labels; it is called
+            several times for each token.
         watch: function that returns the same items and shows the progress.
 
     Raises:
@@ -181,7 +185,8 @@ def compute_ablations(
                     drop_by_image = (was_correct.float() - is_correct.float()).mean(dim=1)
                     drops.setdefault((key, name), []).append(drop_by_image)
 
-            # No head reads the tokens, so the outputs with hidden tokens do not depend on their embeddings.
+            # No head reads the tokens, so the outputs with hidden tokens do not depend on their
+            # embeddings.
             for kind, after in (("information", replaced), ("presence", hidden[key])):
                 for name, output in after.items():
                     size = summarize_changes(output, measure_changes(redrawn[name], output))
@@ -220,7 +225,7 @@ def plan_redraws(model: Any) -> Iterator[tuple[list[str], list[str]]]:
             yield [group], [group] * NUM_NULL_DRAWS
 
 
-# Effects -------------------------------------------------------------------------------------------------------------
+# Effects ------------------------------------------------------------------------------------------
 
 
 def compute_effect(before: Any, after: Any) -> Effect:
@@ -291,7 +296,7 @@ def summarize_changes(output: Any, changes: torch.Tensor) -> float:
     return math.sqrt(mean) if isinstance(output, Predictions) else mean
 
 
-# Tokens --------------------------------------------------------------------------------------------------------------
+# Tokens -------------------------------------------------------------------------------------------
 
 
 def get_group_indices(layout: TokenLayout) -> dict[str, list[int]]:
@@ -406,7 +411,7 @@ def replace_tokens(
     return module.register_forward_hook(hook)
 
 
-# Outputs -------------------------------------------------------------------------------------------------------------
+# Outputs ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -514,8 +519,8 @@ def extract_outputs(model: Any, outputs: Any, labels: torch.Tensor | None = None
     labels = torch.full(shape, IGNORED_LABEL) if labels is None else labels.cpu()
     if len(labels) != shape[0] or labels.numel() != shape.numel():
         raise ValueError(
-            f"The predictions have shape {list(shape)} [images, labels per image], but the labels have shape "
-            f"{list(labels.shape)}. Pass one label per prediction."
+            f"The predictions have shape {list(shape)} [images, labels per image], but the labels "
+            f"have shape {list(labels.shape)}. Pass one label per prediction."
         )
 
     label_columns = labels.view(shape).split(
@@ -531,7 +536,8 @@ def join_outputs(batches: Sequence[Outputs]) -> Outputs:
     """Return the outputs of all batches. Raise ValueError if there are no batches."""
     if not batches:
         raise ValueError(
-            "Ablation requires at least one image, but there are no images. Pass one or more images."
+            "Ablation requires at least one image, but there are no images. Pass one or more "
+            "images."
         )
 
     joined: Outputs = {}
@@ -565,7 +571,7 @@ def count_tokens(model: Any, pixel_values: torch.Tensor) -> int:
     return model.config.token_layout.get_num_tokens(*grid_size)
 
 
-# Labels --------------------------------------------------------------------------------------------------------------
+# Labels -------------------------------------------------------------------------------------------
 
 
 def predict_labels(logits: torch.Tensor, config: ViTCLSConfig) -> torch.Tensor:

@@ -7,12 +7,13 @@
         model(pixel_values)
     layers[0].compute_weights()    # [B, maps, N, N]; only the maps of this layer are in memory
 
-The `recorder` of each layer's attention receives queries, keys and values instead of attention maps, so memory grows
-with N, not N².
+The `recorder` of each layer's attention receives queries, keys and values instead of attention
+maps, so memory grows with N, not N².
 
-Keys are in the order of `config.token_layout`; `extract_patch_maps` (maps.py) selects the patches. Both functions
-multiply row vectors by the maps of each layer, from the last layer to the first, so that the maps of only one layer
-are in memory. Both functions support every attention implementation.
+Keys are in the order of `config.token_layout`; `extract_patch_maps` (maps.py) selects the patches.
+Both functions multiply row vectors by the maps of each layer, from the last layer to the first, so
+that the maps of only one layer are in memory. Both functions support every attention
+implementation.
 """
 
 from collections.abc import Callable, Iterator
@@ -33,7 +34,10 @@ from .model_utils import evaluation_mode, unwrap_model
 
 @dataclass(frozen=True)
 class RecordedLayer:
-    """Inputs and output of one layer's attention. Each head has one map, or two maps with differential attention."""
+    """Inputs and output of one layer's attention.
+
+    Each head has one map, or two maps with differential attention.
+    """
 
     query: torch.Tensor  # [B, maps, N, d]
     key: torch.Tensor  # [B, maps, N, d]
@@ -72,16 +76,17 @@ def process_attention_layers(
 def compute_attention_rollout(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
     """Return the attention rollout of each special token (Abnar and Zuidema 2020, arXiv 2005.00928).
 
-    The map of a layer is the mean of the identity matrix and the attention averaged over heads. With differential
-    attention, the map of a head is the first map minus the weighted second map, clamped to nonnegative values and
-    normalized. Negative attention is therefore ignored.
+    The map of a layer is the mean of the identity matrix and the attention averaged over heads.
+    With differential attention, the map of a head is the first map minus the weighted second map,
+    clamped to nonnegative values and normalized. Negative attention is therefore ignored.
 
     Args:
         model: any ViTCLS model, in evaluation or training mode (dropout is disabled).
         pixel_values: [B, C, H, W].
 
     Returns:
-        Tensor [B, special token, key]; each row sums to 1. There are no rows if the model has no special tokens.
+        Tensor [B, special token, key]; each row sums to 1. There are no rows if the model has no
+        special tokens.
     """
     return trace_attention(model, pixel_values).compute_rollout()
 
@@ -109,13 +114,14 @@ def compute_attribution(
     Source: Chefer et al. 2021, arXiv 2103.15679, equations 5 and 6. The attribution starts from the
     tokens that the head uses.
 
-    The gradient of a map is computed from the value vectors and the gradient of the attention output, so the maps do
-    not have to be part of the autograd graph.
+    The gradient of a map is computed from the value vectors and the gradient of the attention
+    output, so the maps do not have to be part of the autograd graph.
 
     Args:
         model: a classifier.
         pixel_values: [B, C, H, W].
-        target: one class index for all images, or class indices [B]. Default: the predicted class of each image.
+        target: one class index for all images, or class indices [B]. Default: the predicted class
+            of each image.
         task: name of the task; required for a multi-task model and for an added task.
 
     Returns:
@@ -219,7 +225,8 @@ def trace_attention(
         torch.set_grad_enabled(needs_gradients),
         evaluation_mode(model),
     ):
-        # Pixels that require gradients make attention part of the autograd graph even if all weights are frozen.
+        # Pixels that require gradients make attention part of the autograd graph even if all
+        # weights are frozen.
         inputs = pixel_values.detach().clone().requires_grad_(needs_gradients)
         with process_attention_layers(model, layers.append):
             outputs = model(inputs, output_hidden_states=True)
@@ -239,8 +246,8 @@ def select_logits(
 ) -> torch.Tensor:
     """Return the logit [B] of each image's target class, or of its predicted class if `target` is None.
 
-    `task` is the name of a task of a multi-task model or of an added task, and None for the classifier of any other
-    model.
+    `task` is the name of a task of a multi-task model or of an added task, and None for the
+    classifier of any other model.
     """
     logits = outputs.logits
     if task is not None:

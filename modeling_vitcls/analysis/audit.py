@@ -4,9 +4,10 @@
     audit = audit_dataset(images)     the tables, from labels, probabilities and features
     write_audit(audit, images, ...)   audit.html with thumbnails, and audit.csv for `finetune --exclude`
 
-Label errors, outliers and overlapping classes are cleanlab's (Northcutt et al. 2021, arXiv 1911.00068). Probabilities
-must come from a model that was not trained on the image: held-out, or out-of-fold with `--folds`. Near duplicates are
-neighbors in the model's features, or in small copies of the images, whose pixels agree.
+Label errors, outliers and overlapping classes are cleanlab's (Northcutt et al. 2021, arXiv
+1911.00068). Probabilities must come from a model that was not trained on the image: held-out, or
+out-of-fold with `--folds`. Near duplicates are neighbors in the model's features, or in small
+copies of the images, whose pixels agree.
 """
 
 import warnings
@@ -55,8 +56,8 @@ NUM_FOLDS = 5  # folds of the cross-validation with --frozen
 NUM_NEIGHBORS = 5  # neighbors in feature space whose pixels are compared
 THUMBNAIL_SIZE = 32  # side of the compared images in pixels
 MAX_PIXEL_DISTANCE = 0.1  # maximum distance of near duplicates, 1 - correlation of the pixels
-# Near duplicates are at most this fraction of the distance at which images of the dataset usually have a neighbor.
-# Without this limit, all images of the digit 1 would be duplicates.
+# Near duplicates are at most this fraction of the distance at which images of the dataset usually
+# have a neighbor. Without this limit, all images of the digit 1 would be duplicates.
 MAX_RELATIVE_DISTANCE = 0.25
 OUTLIER_FRACTION = 0.01  # fraction of the images that the page lists as outliers
 MAX_SHOWN = 100  # maximum number of rows of a table with thumbnails
@@ -79,14 +80,15 @@ class AuditedImages:
 def audit_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     """Audit a dataset, write the page and the table, and return the number of issues of each kind.
 
-    Features are the CLS tokens and the mean of the patches. Probabilities are the classifier's for held-out images or,
-    with `--frozen`, those of a classifier on the features that was fitted without the image, for all images. If the
-    model is the output folder of a run with `--folds`, they are those of the model that held out the image, for all
-    images, and the features are those of the first fold's model.
+    Features are the CLS tokens and the mean of the patches. Probabilities are the classifier's for
+    held-out images or, with `--frozen`, those of a classifier on the features that was fitted
+    without the image, for all images. If the model is the output folder of a run with `--folds`,
+    they are those of the model that held out the image, for all images, and the features are those
+    of the first fold's model.
 
     Raises:
-        ValueError: if the dataset has several labels per image, if the model has no classifier without --frozen, or if
-            the page or the table exists without --overwrite.
+        ValueError: if the dataset has several labels per image, if the model has no classifier
+            without --frozen, or if the page or the table exists without --overwrite.
         OSError: if the model or the dataset cannot be read, or the page cannot be written.
     """
     assert options.audit is not None
@@ -107,8 +109,9 @@ def audit_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
             style="bold yellow",
         )
     console.print(
-        f"{len(images.ids):,} images: {counts['duplicate']} near duplicates, {counts['label']} likely label errors, "
-        f"{counts['outlier']} outliers, {counts['overlap']} pairs of classes that overlap"
+        f"{len(images.ids):,} images: {counts['duplicate']} near duplicates, {counts['label']} "
+        f"likely label errors, {counts['outlier']} outliers, {counts['overlap']} pairs of classes "
+        "that overlap"
     )
     console.print(f"saved {options.audit} and {csv_file.name}", markup=False)
     return counts | {
@@ -134,7 +137,10 @@ def compute_features_and_logits(model: Any, pixel_values: torch.Tensor) -> torch
 
 @dataclass(frozen=True)
 class AuditedSplit:
-    """The readable images of a split, and what the model computed for them. All entries have n rows."""
+    """The readable images of a split, and what the model computed for them.
+
+    All entries have n rows.
+    """
 
     name: str
     ids: list[str]
@@ -303,8 +309,8 @@ def check_class_sizes(parts: Iterable[LabeledImages]) -> None:
     sizes = Counter(label for images in parts for label in images.labels if label != IGNORED_LABEL)
     if sizes and max(sizes.values()) < NUM_FOLDS:
         raise ValueError(
-            f"`audit` with `frozen` requires {NUM_FOLDS} images of a class, but the largest class has "
-            f"{max(sizes.values())}. Add images, or audit with a classifier (without `frozen`)"
+            f"`audit` with `frozen` requires {NUM_FOLDS} images of a class, but the largest class "
+            f"has {max(sizes.values())}. Add images, or audit with a classifier (without `frozen`)"
         )
 
 
@@ -329,8 +335,9 @@ def make_thumbnail(image: Image.Image) -> np.ndarray:
 def audit_dataset(images: AuditedImages) -> dict[str, pd.DataFrame]:
     """Return a table for each kind of issue, with the most severe issue first.
 
-    Columns: `split`, `id`, `label`, `score` (low is severe), `suggested` (label errors), and `other` and `other_split`
-    (near duplicates). `overlap` has cleanlab's columns of pairs of classes.
+    Columns: `split`, `id`, `label`, `score` (low is severe), `suggested` (label errors), and
+    `other` and `other_split` (near duplicates). `overlap` has cleanlab's columns of pairs of
+    classes.
     """
     return {
         "duplicate": find_near_duplicates(images),

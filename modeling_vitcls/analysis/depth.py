@@ -11,8 +11,8 @@ from .maps import count_used_layers
 from .token_statistics import Findings
 
 
-# A map is nearly the same in every image if it varies less between images (`map_variation`) than this fraction of its
-# distance from uniform attention.
+# A map is nearly the same in every image if it varies less between images (`map_variation`) than
+# this fraction of its distance from uniform attention.
 MAX_SHARED_VARIATION = 0.3
 # minimum `map_selectivity` of such a map: uniform attention is equal in all images, too
 MIN_SHARED_SELECTIVITY = 0.1
@@ -25,8 +25,9 @@ def describe_attention_depth(config: ViTCLSConfig, findings: Findings, has_head:
     They say over how many tokens it is spread, where it becomes selective, and where its map is the
     same in every image.
 
-    The number of tokens is the exponential of the entropy, averaged over heads: uniform attention to n tokens gives n.
-    Only layers in which the attention is used are described. A model without special tokens has no sentences.
+    The number of tokens is the exponential of the entropy, averaged over heads: uniform attention
+    to n tokens gives n. Only layers in which the attention is used are described. A model without
+    special tokens has no sentences.
     """
     num_layers = count_used_layers(config, has_head)[0]
     if not config.token_layout.num_prefix_tokens or not num_layers:
@@ -52,7 +53,8 @@ def describe_attention_depth(config: ViTCLSConfig, findings: Findings, has_head:
         )
     elif selective[0] > 1:
         sentences.append(
-            f"It becomes selective in layer {selective[0]}, the first in which it covers less than half."
+            f"It becomes selective in layer {selective[0]}, the first in which it covers less than "
+            "half."
         )
 
     is_shared = findings.map_variation[:num_layers, 0] < MAX_SHARED_VARIATION
@@ -60,8 +62,8 @@ def describe_attention_depth(config: ViTCLSConfig, findings: Findings, has_head:
     shared = (is_shared.nonzero().flatten() + 1).tolist()
     if shared and findings.num_images >= MIN_IMAGES:
         sentences.append(
-            f"Its map is nearly the same in every image in {format_layers(shared)}: such a map says little about a "
-            "single image."
+            f"Its map is nearly the same in every image in {format_layers(shared)}: such a map "
+            "says little about a single image."
         )
     return sentences
 

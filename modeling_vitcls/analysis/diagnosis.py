@@ -5,10 +5,11 @@
     diagnose_heads(findings)                      one Verdict on all attention heads
     diagnose_tasks(outputs)                       one Verdict per task with known labels
 
-A verdict is an `Outcome`, the `Fault`s that were found, and numbers. verdict_texts.py writes the sentences.
+A verdict is an `Outcome`, the `Fault`s that were found, and numbers. verdict_texts.py writes the
+sentences.
 
-A token's output in the last layer is used only if the head uses the token (`count_used_layers`), so states and
-attention are judged in the last layer whose output is used.
+A token's output in the last layer is used only if the head uses the token (`count_used_layers`), so
+states and attention are judged in the last layer whose output is used.
 """
 
 import math
@@ -100,31 +101,37 @@ MIN_IDENTICAL_SIMILARITY = 0.999
 MAX_IDENTICAL_DISTANCE = 0.01
 # maximum distance between equal maps, relative to their distance from uniform attention
 MAX_MAP_DISTANCE = 0.1
-# minimum `map_selectivity` of selective maps, and `map_variation` below which they are equal in all images
+# minimum `map_selectivity` of selective maps, and `map_variation` below which they are equal in all
+# images
 MIN_SELECTIVITY = 0.2
 MIN_MAP_VARIATION = 0.1
 # minimum fraction of attention to patches of a token that is not cut off from the patches
 MIN_PATCH_MASS = 0.01
 # maximum norm of a token's embedding, as a multiple of the median norm of embedded patches
 MAX_NORM_RATIO = 3.0
-# Maximum cosine similarity between the embedding and the last state of a token that the layers change.
+# Maximum cosine similarity between the embedding and the last state of a token that the layers
+# change.
 MAX_EMBEDDING_SIMILARITY = 0.8
 ROUNDING_ERROR = 1e-6  # rounding error of a state as a fraction of its norm
 # significance level of "harmful"; divided by the number of ablations (Bonferroni)
 MAX_HARM_P_VALUE = 0.05
 MIN_HEAD_OUTPUT = 1e-3  # minimum `head_outputs` of a head that is not dead
-# Minimum `head_selectivity` of a head that is not uniform, and minimum as a fraction of the median over all heads
+# Minimum `head_selectivity` of a head that is not uniform, and minimum as a fraction of the median
+# over all heads
 MIN_HEAD_SELECTIVITY = 1e-3
 MIN_RELATIVE_SELECTIVITY = 0.02
 
-# Bin width in the histogram of norm ratios (natural logarithms), and widths of the compared windows, in bins
+# Bin width in the histogram of norm ratios (natural logarithms), and widths of the compared
+# windows, in bins
 BIN_WIDTH = 0.05
 WINDOW_WIDTHS = (5, 9, 17)
-MAX_LOG_RATIO = 5.0  # maximum logarithm of the ratio of a norm to the median; the last bin includes larger norms
+# maximum logarithm of the ratio of a norm to the median; the last bin includes larger norms
+MAX_LOG_RATIO = 5.0
 MIN_VALLEY_LOG_RATIO = 0.25  # minimum logarithm of the ratio of the valley to the median
 MIN_MODE_SCORE = 4.0  # minimum `SecondMode.score`
 MODE_FRACTION_RANGE = 0.001, 0.45  # range of the fraction of patches in a second mode
-# A mode with a larger fraction may be the foreground, unless its norms are OUTLIER_RATIO times the median
+# A mode with a larger fraction may be the foreground, unless its norms are OUTLIER_RATIO times the
+# median
 MAX_OUTLIER_FRACTION = 0.2
 MIN_PATCHES = 1000  # minimum number of patches that show a mode of 2% of the patches
 # minimum increase in the outlier fraction, in standard errors, if registers are hidden
@@ -158,7 +165,10 @@ class Verdict:
 
     @property
     def rating(self) -> Rating:
-        """Return the rating of the headline. A token that is read without a measurable effect is doubtful."""
+        """Return the rating of the headline.
+
+        A token that is read without a measurable effect is doubtful.
+        """
         is_read = self.headline in (Outcome.READ, Outcome.OUTPUT)
         return "doubtful" if is_read and not self.numbers["is_measurable"] else self.headline.rating
 
@@ -177,8 +187,8 @@ def diagnose_tokens(
         model: the model.
         findings: statistics over images.
         ablations: output of `compute_ablations`; if None, effects are not judged.
-        token_movement: distance by which training moved each token, with keys such as `cls[0]` (`token_movement` in
-            results.json); None if unknown.
+        token_movement: distance by which training moved each token, with keys such as `cls[0]`
+            (`token_movement` in results.json); None if unknown.
     """
     has_head = is_classifier(model)
     readers = get_head_readers(model.config, has_head)
@@ -207,7 +217,7 @@ def diagnose_tokens(
     return verdicts
 
 
-# Effects -------------------------------------------------------------------------------------------------------------
+# Effects ------------------------------------------------------------------------------------------
 
 
 def judge_effects(
@@ -284,7 +294,7 @@ def find_harm(effects: dict[str, dict[str, Effect]], num_tests: int) -> Faults:
     return {}
 
 
-# Faults --------------------------------------------------------------------------------------------------------------
+# Faults -------------------------------------------------------------------------------------------
 
 
 def find_faults(
@@ -294,7 +304,10 @@ def find_faults(
     names: Sequence[str],
     numbers: Mapping[str, Any],
 ) -> Faults:
-    """Return the faults of the token at sequence index `index`. `numbers` are the values of `collect_numbers`."""
+    """Return the faults of the token at sequence index `index`.
+
+    `numbers` are the values of `collect_numbers`.
+    """
     last = numbers["read_layers"]
     faults: Faults = {}
     identical = find_identical_token(used_layers, findings, index)
@@ -387,7 +400,7 @@ def find_equal_attention(
     return (nearest if distance <= MAX_MAP_DISTANCE else None), distance
 
 
-# Patches -------------------------------------------------------------------------------------------------------------
+# Patches ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -395,11 +408,13 @@ class SecondMode:
     """A second, higher mode in the distribution of the logarithms of patch norms.
 
     Attributes:
-        threshold: norm above which a patch is in the mode, as a multiple of the median norm of the image.
-        ratio: median norm of the patches in the mode; each norm is divided by the median norm of its image.
+        threshold: norm above which a patch is in the mode, as a multiple of the median norm of the
+            image.
+        ratio: median norm of the patches in the mode; each norm is divided by the median norm of
+            its image.
         fraction: fraction of all patches that are in the mode.
-        score: number of patches in the window of the mode minus number of patches in the valley, in standard
-            deviations (Poisson distribution).
+        score: number of patches in the window of the mode minus number of patches in the valley, in
+            standard deviations (Poisson distribution).
     """
 
     threshold: float
@@ -411,13 +426,14 @@ class SecondMode:
 def find_second_mode(ratios: torch.Tensor) -> SecondMode | None:
     """Return the second mode of the patch norms, or None if the norm distribution has one mode.
 
-    Artifacts form a separate mode (Darcet et al. 2023, arXiv 2309.16588, figure 3). A fixed limit on the norm cannot
-    detect artifacts, because a wide distribution with one mode also has patches above the limit. In the histogram of
-    logarithms, a second mode is a window with significantly more patches than the valley, which is a window between
-    this mode and the median.
+    Artifacts form a separate mode (Darcet et al. 2023, arXiv 2309.16588, figure 3). A fixed limit
+    on the norm cannot detect artifacts, because a wide distribution with one mode also has patches
+    above the limit. In the histogram of logarithms, a second mode is a window with significantly
+    more patches than the valley, which is a window between this mode and the median.
 
     Args:
-        ratios: [n], norms divided by the median norm of the image (`Findings.patch_ratios` of one layer).
+        ratios: [n], norms divided by the median norm of the image (`Findings.patch_ratios` of one
+            layer).
     """
     log_ratios = ratios.float().clamp(min=1e-12).log().clamp(max=MAX_LOG_RATIO)
     num_bins = round(MAX_LOG_RATIO / BIN_WIDTH)
@@ -454,9 +470,9 @@ def find_second_mode(ratios: torch.Tensor) -> SecondMode | None:
 def diagnose_patches(config: ViTCLSConfig, findings: Findings, has_head: bool = True) -> Verdict:
     """Determine whether the patch norms have a second mode ("artifacts"), and whether registers absorb outliers.
 
-    The verdict applies to the last quarter of the layers whose output is used; Darcet et al. (2023, arXiv 2309.16588)
-    measure only the last layer. `numbers["layer"]` is the layer with the largest mode, or the last layer that is used
-    if there is no second mode; 0 means the embeddings.
+    The verdict applies to the last quarter of the layers whose output is used; Darcet et al. (2023,
+    arXiv 2309.16588) measure only the last layer. `numbers["layer"]` is the layer with the largest
+    mode, or the last layer that is used if there is no second mode; 0 means the embeddings.
     """
     last_layer = count_used_layers(config, has_head)[-1]
     layers = range(last_layer - max(last_layer // 4, 1) + 1, last_layer + 1)
@@ -507,7 +523,7 @@ def compare_without_registers(
     return mode, [before, after] if has_risen else None
 
 
-# Heads and tasks -----------------------------------------------------------------------------------------------------
+# Heads and tasks ----------------------------------------------------------------------------------
 
 
 def diagnose_heads(findings: Findings) -> Verdict:

@@ -3,8 +3,9 @@
 plot_curve, plot_norms       statistics over depth (`Findings`)
 plot_norm_histogram          norms of the patches after one layer
 
-Each function returns a matplotlib `Figure` with a white background, created without pyplot. `render_svg` returns a
-figure as text for HTML. "After layer 0" means the embeddings. publishing/card_images.py draws the figures of cards.
+Each function returns a matplotlib `Figure` with a white background, created without pyplot.
+`render_svg` returns a figure as text for HTML. "After layer 0" means the embeddings.
+publishing/card_images.py draws the figures of cards.
 """
 
 import io
@@ -31,8 +32,8 @@ from .diagnosis import find_second_mode
 from .token_statistics import Findings
 
 
-# Color of each group of `config.token_layout` in all figures and pages. Color-blind readers can distinguish the colors
-# (palette of Okabe and Ito).
+# Color of each group of `config.token_layout` in all figures and pages. Color-blind readers can
+# distinguish the colors (palette of Okabe and Ito).
 GROUP_COLORS = {
     "cls": "#0072B2",
     "distillation": "#D55E00",
@@ -43,7 +44,7 @@ GROUP_COLORS = {
 DARK_GRAY = "#222222"
 
 
-# Curves over depth ---------------------------------------------------------------------------------------------------
+# Curves over depth --------------------------------------------------------------------------------
 
 FIGURE_SIZE = 7.0, 3.0  # width and height in inches
 MAX_LEGEND_NAME = 24  # maximum length of a name in a legend, in characters
@@ -63,7 +64,8 @@ CURVES = {
     "variation": ("Variation between images", "fraction of the norm", True),
 }
 
-# Name, color and matplotlib format of a line. Groups differ in color, tokens of a group in lightness, dash and marker.
+# Name, color and matplotlib format of a line. Groups differ in color, tokens of a group in
+# lightness, dash and marker.
 LineStyle = tuple[str, tuple[float, ...], str]
 PATCH_STYLE: LineStyle = ("patches", to_rgb(GROUP_COLORS["patches"]), DASHES[0])
 
@@ -71,8 +73,8 @@ PATCH_STYLE: LineStyle = ("patches", to_rgb(GROUP_COLORS["patches"]), DASHES[0])
 def plot_curve(config: ViTCLSConfig, findings: Findings, name: str) -> Figure:
     """Plot one of CURVES: "entropy", "received" or "variation".
 
-    Each line is the mean over heads, each band is the range over heads, and dashed lines show the entropy of uniform
-    attention.
+    Each line is the mean over heads, each band is the range over heads, and dashed lines show the
+    entropy of uniform attention.
 
     Args:
         config: configuration of the model.
@@ -141,14 +143,14 @@ def draw_line(
     )
 
 
-# Norms ---------------------------------------------------------------------------------------------------------------
+# Norms --------------------------------------------------------------------------------------------
 
 
 def plot_norms(config: ViTCLSConfig, findings: Findings) -> Figure:
     """Plot the norms of the special tokens, and the median and central 90% range of the patch norms.
 
-    Models without registers may store global information in uninformative patches, whose norms then become outliers
-    (Darcet et al. 2023, arXiv 2309.16588).
+    Models without registers may store global information in uninformative patches, whose norms then
+    become outliers (Darcet et al. 2023, arXiv 2309.16588).
     """
     styles = get_token_styles(config)
     figure, axes = create_axes("Norms of tokens and patches", "norm")
@@ -173,8 +175,8 @@ def plot_norms(config: ViTCLSConfig, findings: Findings) -> Figure:
 def plot_norm_histogram(config: ViTCLSConfig, findings: Findings, layer: int = -1) -> Figure:
     """Plot a histogram of the patch norms after a layer, divided by the median norm of the image (logarithmic axes).
 
-    If the norms have a second mode, the bars of this mode are red, and the dashed line is the lower limit of this
-    mode. Triangles mark the mean norms of the registers.
+    If the norms have a second mode, the bars of this mode are red, and the dashed line is the lower
+    limit of this mode. Triangles mark the mean norms of the registers.
     """
     ratios = findings.patch_ratios[layer].float().clamp(min=1e-3)
     median = findings.patch_norms[layer].median().clamp(min=1e-12)
@@ -222,7 +224,7 @@ def plot_norm_histogram(config: ViTCLSConfig, findings: Findings, layer: int = -
     return figure
 
 
-# Axes ----------------------------------------------------------------------------------------------------------------
+# Axes ---------------------------------------------------------------------------------------------
 
 
 def create_axes(title: str, y_label: str) -> tuple[Figure, Axes]:
@@ -267,7 +269,7 @@ def render_svg(figure: Figure) -> str:
     return text.getvalue()[text.getvalue().index("<svg") :]
 
 
-# Text ----------------------------------------------------------------------------------------------------------------
+# Text ---------------------------------------------------------------------------------------------
 
 
 def shorten_text(text: str, max_length: int) -> str:

@@ -1,8 +1,8 @@
 """Report on one image: predictions of the model, attention maps of the special tokens, and features of the patches.
 
-Patches of one object have similar features and thus similar colors (Oquab et al. 2023, arXiv 2304.07193, figure 1).
-Features are hidden states before the final norm; models without special tokens have patch features too. The sign of a
-principal component is arbitrary.
+Patches of one object have similar features and thus similar colors (Oquab et al. 2023, arXiv
+2304.07193, figure 1). Features are hidden states before the final norm; models without special
+tokens have patch features too. The sign of a principal component is arbitrary.
 
 Statistics over many images are in token_statistics.py.
 """
@@ -32,8 +32,8 @@ from .model_utils import is_classifier, unwrap_model
 
 MAX_LABELS = 3  # maximum number of labels shown per prediction
 NUM_COLOR_CHANNELS = 3  # number of color channels: red, green and blue
-# Quantiles of a component that are drawn in the darkest and the brightest color; values beyond these quantiles are
-# clipped.
+# Quantiles of a component that are drawn in the darkest and the brightest color; values beyond
+# these quantiles are clipped.
 COLOR_QUANTILES = 0.02, 0.98
 # Kinds of images and their headings in the report, in display order.
 IMAGE_KINDS = {"wrong": "wrong prediction", "uncertain": "least confident", "typical": "typical"}
@@ -51,19 +51,25 @@ class ImagePrediction:
 
 @dataclass(frozen=True)
 class ImageReport:
-    """Predictions and maps of one image. Shapes: L layers, H heads, S special tokens, gh x gw patches.
+    """Predictions and maps of one image.
+
+    Shapes: L layers, H heads, S special tokens, gh x gw patches.
 
     Attributes:
         name: name of the image.
         image: the image, upright and in RGB.
         visible_region: the region of the image that the patches cover.
         truth: true label as text; None if unknown.
-        predictions: one prediction, or one per task, and one per added task; empty for an encoder without tasks.
+        predictions: one prediction, or one per task, and one per added task; empty for an encoder
+            without tasks.
         attention: [L, H, S, gh, gw], attention of each special token to the patches.
         rollout: [S, gh, gw], attention rollout through all layers (`compute_attention_rollout`).
-        attributions: [gh, gw] for each prediction, attribution of the most probable label (`compute_attribution`).
-        features: [L, gh, gw, D], hidden states of the patches after each layer, before the final norm.
-        kind: reason why the image is shown, one of IMAGE_KINDS; None if the image was not selected by its prediction.
+        attributions: [gh, gw] for each prediction, attribution of the most probable label
+            (`compute_attribution`).
+        features: [L, gh, gw, D], hidden states of the patches after each layer, before the final
+            norm.
+        kind: reason why the image is shown, one of IMAGE_KINDS; None if the image was not selected
+            by its prediction.
     """
 
     name: str
@@ -131,8 +137,8 @@ def build_image_report(
 def build_image_predictions(model: Any, outputs: Any) -> list[ImagePrediction]:
     """Return the predictions for the outputs of one image.
 
-    That is the prediction of the classifier, or of each task, and of each added task. Encoders and regression models
-    have none of their own.
+    That is the prediction of the classifier, or of each task, and of each added task. Encoders and
+    regression models have none of their own.
     """
     config: ViTCLSConfig = model.config
     predictions = []
@@ -171,7 +177,8 @@ def build_image_prediction(
 def compute_patch_colors(features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Return the first three principal components of the patches of one layer as colors.
 
-    The components are computed from all images together, so that equal colors mean similar features in all images.
+    The components are computed from all images together, so that equal colors mean similar features
+    in all images.
 
     Args:
         features: [gh, gw, D] for each image; sizes may differ.

@@ -27,8 +27,8 @@ def inspect_tokens(options: InspectOptions) -> Inspection:
     """Inspect a saved model, write the report, and print the verdicts.
 
     Raises:
-        ValueError, OSError: if the model or the images cannot be read, the images do not match the model, or the
-            report cannot be written. The message is a single line.
+        ValueError, OSError: if the model or the images cannot be read, the images do not match the
+            model, or the report cannot be written. The message is a single line.
     """
     console = Console(soft_wrap=True, highlight=False)
     error_console = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -68,7 +68,7 @@ def inspect_tokens(options: InspectOptions) -> Inspection:
     return inspection
 
 
-# Output -------------------------------------------------------------------------------------------------------------
+# Output -------------------------------------------------------------------------------------------
 
 
 def print_inspection(inspection: Inspection, options: InspectOptions, console: Console) -> None:

@@ -57,8 +57,8 @@ from .token_statistics import Findings, TokenStatistics
 
 
 MAX_BATCH_BYTES = 2**29  # maximum memory of a batch in bytes (`get_max_batch_size`)
-# Maximum number of images for effects and their null distributions, and maximum number of floating-point operations
-# in a pass over these images; MIN_IMAGES images are always used
+# Maximum number of images for effects and their null distributions, and maximum number of
+# floating-point operations in a pass over these images; MIN_IMAGES images are always used
 MAX_ABLATION_IMAGES = 256
 MAX_ABLATION_FLOPS = 2.5e11
 # Minimum and maximum number of images for the checks of maps
@@ -78,17 +78,17 @@ class Inspection:
         num_parameters: number of parameters of the model.
         has_head: whether the model is a classifier.
         findings: statistics over `findings.num_images` images.
-        ablations: effects of each special token and each group, with null distributions (`compute_ablations`);
-            empty if the effects were not measured.
+        ablations: effects of each special token and each group, with null distributions
+            (`compute_ablations`); empty if the effects were not measured.
         num_ablation_images: number of images for the effects and their null distributions.
-        verdicts: one verdict per special token, and one per group of several special tokens. If the effects were not
-            measured, only the tokens with a fault.
+        verdicts: one verdict per special token, and one per group of several special tokens. If the
+            effects were not measured, only the tokens with a fault.
         tasks: one verdict per task with known labels, over all images.
         heads: verdict on the attention heads.
         patches: verdict on the patch norms.
         image_reports: reports of the images to show.
-        map_checks: checks of rollout and attribution (`check_maps`); empty unless the model is a small
-            single-label classifier and there are at least MIN_CHECKED_IMAGES images.
+        map_checks: checks of rollout and attribution (`check_maps`); empty unless the model is a
+            small single-label classifier and there are at least MIN_CHECKED_IMAGES images.
         num_unreadable: number of images that could not be read.
     """
 
@@ -133,21 +133,26 @@ def inspect_model(
     The model is not changed and stays on its device.
 
     Args:
-        model: any ViTCLS classifier or encoder, with or without special tokens. The model may be compiled or have PEFT
-            adapters.
+        model: any ViTCLS classifier or encoder, with or without special tokens. The model may be
+            compiled or have PEFT adapters.
         processor: the image processor of the model.
         images: images to measure and to show. Unreadable images cause a warning and are skipped.
         names: names of the images.
-        labels: labels of the images: class indices, lists with 0.0 or 1.0 per class, or {task: class index}; None or
-            -100 if unknown.
-        num_shown: number of images to show, selected by their predictions (`select_images`). Default: all images.
-        has_ablations: whether to measure the effect of each token, which takes up to 16 passes per token and image
-            (`compute_ablations`). Without the effects, only the faults of tokens have a verdict.
-        has_map_checks: whether to check rollout and attribution, which takes 40 passes per image (`check_maps`).
-        token_movement: distance by which training moved each token (`token_movement` in results.json).
+        labels: labels of the images: class indices, lists with 0.0 or 1.0 per class, or {task:
+            class index}; None or -100 if unknown.
+        num_shown: number of images to show, selected by their predictions (`select_images`).
+            Default: all images.
+        has_ablations: whether to measure the effect of each token, which takes up to 16 passes per
+            token and image (`compute_ablations`). Without the effects, only the faults of tokens
+            have a verdict.
+        has_map_checks: whether to check rollout and attribution, which takes 40 passes per image
+            (`check_maps`).
+        token_movement: distance by which training moved each token (`token_movement` in
+            results.json).
         batch_size: maximum number of images per forward pass.
         on_warning: called with a message for each skipped image.
-        watch: function that returns the same items and shows the progress, such as `rich.progress.track`.
+        watch: function that returns the same items and shows the progress, such as
+            `rich.progress.track`.
 
     Raises:
         ValueError: if no image can be read, or the hidden states of the model are not finite.
@@ -236,9 +241,10 @@ def check_sampled_maps(
 def select_images(outputs: Outputs, config: Any, num_selected: int) -> dict[int, str | None]:
     """Return the indices of the most instructive images, with the kind of each image.
 
-    Up to half of the selected images, or more if there are too few other images, have the most confident wrong
-    predictions. About a quarter have the least confident correct or unlabeled predictions. The remaining images are
-    evenly spaced. For an encoder, all selected images are evenly spaced and have no kind.
+    Up to half of the selected images, or more if there are too few other images, have the most
+    confident wrong predictions. About a quarter have the least confident correct or unlabeled
+    predictions. The remaining images are evenly spaced. For an encoder, all selected images are
+    evenly spaced and have no kind.
     """
     tasks = [
         predictions for predictions in outputs.values() if isinstance(predictions, Predictions)
@@ -305,12 +311,13 @@ def collect_statistics(
     findings = statistics.compute()
     if not bool(findings.patch_norms.isfinite().all() and findings.token_norms.isfinite().all()):
         raise ValueError(
-            "The hidden states of the model are not finite. Check the weights, or load them in float32."
+            "The hidden states of the model are not finite. Check the weights, or load them in "
+            "float32."
         )
     return findings, join_outputs(batch_outputs)
 
 
-# Pixels --------------------------------------------------------------------------------------------------------------
+# Pixels -------------------------------------------------------------------------------------------
 
 
 def read_pixels(
@@ -340,8 +347,8 @@ def read_pixels(
     if not pixels_by_index:
         first_error = f" ({error_messages[0]})" if error_messages else ""
         raise ValueError(
-            f"An inspection requires at least one image, but none of {len(images)} images can be read{first_error}. "
-            "Check the images."
+            f"An inspection requires at least one image, but none of {len(images)} images can be "
+            f"read{first_error}. Check the images."
         )
     return pixels_by_index
 
@@ -411,7 +418,8 @@ def count_affordable_images(model: Any, pixels: Sequence[torch.Tensor]) -> int:
     return int(MAX_ABLATION_FLOPS / flops)
 
 
-# Images of `vitcls inspect` ------------------------------------------------------------------------------------------
+# Images of `vitcls inspect`
+# ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -441,10 +449,13 @@ class InspectionImages:
 def open_images(
     options: InspectOptions, model: Any, record: HeldOutRecord | None = None
 ) -> InspectionImages:
-    """Open the images of PATHS or `--dataset`. `record` is the held-out record of the model's training run.
+    """Open the images of PATHS or `--dataset`.
+
+    `record` is the held-out record of the model's training run.
 
     Raises:
-        ValueError: if there are no images, the dataset cannot be read, or its labels do not match the model.
+        ValueError: if there are no images, the dataset cannot be read, or its labels do not match
+            the model.
     """
     if options.dataset is not None:
         return load_from_dataset(options, options.dataset, model, record)

@@ -105,7 +105,9 @@ def load_adjusted_model(options: LookOptions) -> tuple[Any, Any]:
 
 
 def iterate_frames(name: str, source: str) -> Iterator[tuple[str, Image.Image]]:
-    """Yield the name and the frames of an image file or a URL. Most files have one frame, with the name of the file.
+    """Yield the name and the frames of an image file or a URL.
+
+    Most files have one frame, with the name of the file.
 
     Raises:
         ValueError: if the source is a video, or cannot be read.

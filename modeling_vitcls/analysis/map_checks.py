@@ -1,10 +1,10 @@
 """Checks of maps: whether attention rollout and attribution show what predictions depend on.
 
-Deletion replaces the patches that have the highest values with the mean color; insertion replaces all other patches
-(Petsiuk et al. 2018, arXiv 1806.07421). With a faithful map, deletion lowers the probability of the predicted class
-faster than with a random order of patches, and insertion raises this probability faster. The randomized-weights check
-(Adebayo et al. 2018, arXiv 1810.03292) shuffles the values of each parameter, which changes a map that depends on the
-weights.
+Deletion replaces the patches that have the highest values with the mean color; insertion replaces
+all other patches (Petsiuk et al. 2018, arXiv 1806.07421). With a faithful map, deletion lowers the
+probability of the predicted class faster than with a random order of patches, and insertion raises
+this probability faster. The randomized-weights check (Adebayo et al. 2018, arXiv 1810.03292)
+shuffles the values of each parameter, which changes a map that depends on the weights.
 """
 
 import copy
@@ -33,15 +33,15 @@ class MapCheck:
 
     Attributes:
         num_images: number of images.
-        deletion: probability of the predicted class if the patches with the highest values are replaced; one value per
-            fraction in FRACTIONS.
-        insertion: probability of the predicted class if only the patches with the highest values are kept; one value
-            per fraction in FRACTIONS.
+        deletion: probability of the predicted class if the patches with the highest values are
+            replaced; one value per fraction in FRACTIONS.
+        insertion: probability of the predicted class if only the patches with the highest values
+            are kept; one value per fraction in FRACTIONS.
         random_deletion, random_insertion: `deletion` and `insertion` for a random order of patches.
-        weight_correlation: rank correlation (Spearman) between the map of the model and the map of a copy with
-            shuffled weights.
-        p_value: p-value under the null hypothesis that the map is not better than a random order, for both curves
-            together (one-sided Wilcoxon test over images).
+        weight_correlation: rank correlation (Spearman) between the map of the model and the map of
+            a copy with shuffled weights.
+        p_value: p-value under the null hypothesis that the map is not better than a random order,
+            for both curves together (one-sided Wilcoxon test over images).
     """
 
     num_images: int
@@ -69,10 +69,11 @@ class MapCheck:
         elif not self.is_faithful:
             verdict = "depends little on the weights of the model"
         return (
-            f"{name.capitalize()} {verdict} ({self.num_images} images). The area under the deletion curve is "
-            f"{areas[0]:.2f} (random order: {areas[1]:.2f}; lower is better), and that under the insertion curve is "
-            f"{areas[2]:.2f} (random order: {areas[3]:.2f}; higher is better); p = {self.p_value:.2g}; "
-            f"rank correlation with the map of shuffled weights {self.weight_correlation:.2f}."
+            f"{name.capitalize()} {verdict} ({self.num_images} images). The area under the "
+            f"deletion curve is {areas[0]:.2f} (random order: {areas[1]:.2f}; lower is better), "
+            f"and that under the insertion curve is {areas[2]:.2f} (random order: {areas[3]:.2f}; "
+            f"higher is better); p = {self.p_value:.2g}; rank correlation with the map of shuffled "
+            f"weights {self.weight_correlation:.2f}."
         )
 
 
@@ -85,8 +86,8 @@ def check_maps(model: Any, images: Iterable[torch.Tensor], seed: int = 0) -> dic
         seed: seed of the random orders and of the shuffled weights.
 
     Returns:
-        Dictionary that maps the name of each map to its check. If the head uses no special token, only the attribution
-        is checked.
+        Dictionary that maps the name of each map to its check. If the head uses no special token,
+        only the attribution is checked.
     """
     model = unwrap_model(model)
     generator = torch.Generator().manual_seed(seed)

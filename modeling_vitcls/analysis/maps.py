@@ -29,7 +29,7 @@ def get_head_names(config: ViTCLSConfig) -> list[str]:
     return names
 
 
-# Tokens that are used ------------------------------------------------------------------------------------------------
+# Tokens that are used -----------------------------------------------------------------------------
 
 
 def get_head_readers(config: ViTCLSConfig, has_head: bool = True) -> dict[str, set[int]]:
@@ -94,11 +94,13 @@ def count_used_layers(config: ViTCLSConfig, has_head: bool) -> list[int]:
     return used_layers
 
 
-# Maps ----------------------------------------------------------------------------------------------------------------
+# Maps ---------------------------------------------------------------------------------------------
 
 
 def extract_patch_maps(rows: torch.Tensor, config: ViTCLSConfig, image_size: Size) -> torch.Tensor:
-    """Return the attention to patches as maps. Attention to special tokens is omitted, so maps do not sum to 1.
+    """Return the attention to patches as maps.
+
+    Attention to special tokens is omitted, so maps do not sum to 1.
 
     Args:
         rows: [..., key], as returned by `model.token_attention`.
@@ -115,8 +117,9 @@ def extract_patch_maps(rows: torch.Tensor, config: ViTCLSConfig, image_size: Siz
     patch_rows = rows[..., config.token_layout.patches]
     if patch_rows.shape[-1] != grid_height * grid_width:
         raise ValueError(
-            f"The attention rows contain {patch_rows.shape[-1]} patches, but images of {height} x {width} pixels have "
-            f"{grid_height} x {grid_width} patches. Pass the height and width of `pixel_values`."
+            f"The attention rows contain {patch_rows.shape[-1]} patches, but images of {height} x "
+            f"{width} pixels have {grid_height} x {grid_width} patches. Pass the height and width "
+            "of `pixel_values`."
         )
     return patch_rows.unflatten(-1, (grid_height, grid_width))
 
@@ -150,12 +153,13 @@ def upsample_maps(
     return pixel_maps.masked_fill(is_outside, math.nan).reshape(*maps.shape[:-2], height, width)
 
 
-# Overlay ---------------------------------------------------------------------------------------------------------
+# Overlay ------------------------------------------------------------------------------------------
 
 COLORMAP = "inferno"  # perceptually uniform, colorblind-friendly colormap
 IMAGE_BRIGHTNESS = 0.75  # brightness of the image under the map, as a factor
 HIDDEN_BRIGHTNESS = 0.35  # brightness of the image outside the visible region, as a factor
-MIN_SCALE = 3.0  # lower limit of the value drawn in the brightest color, as a multiple of the mean of the map
+# lower limit of the value drawn in the brightest color, as a multiple of the mean of the map
+MIN_SCALE = 3.0
 
 
 def overlay(
@@ -167,16 +171,18 @@ def overlay(
 ) -> Image.Image:
     """Draw a map over an image; higher values are brighter and more opaque.
 
-    The image is gray and dimmed, so that all colors belong to the map. Pixels outside the visible region are dark. The
-    brightest color is the maximum of the map, but at least MIN_SCALE times the mean, so that a uniform map is not
-    bright everywhere.
+    The image is gray and dimmed, so that all colors belong to the map. Pixels outside the visible
+    region are dark. The brightest color is the maximum of the map, but at least MIN_SCALE times the
+    mean, so that a uniform map is not bright everywhere.
 
     Args:
-        values: nonnegative values [gh, gw] of patches, or [h, w] of pixels. NaN marks values outside the visible
-            region.
-        visible_region: the region that a map [gh, gw] covers (`get_visible_region`). Default: the whole image.
+        values: nonnegative values [gh, gw] of patches, or [h, w] of pixels. NaN marks values
+            outside the visible region.
+        visible_region: the region that a map [gh, gw] covers (`get_visible_region`). Default: the
+            whole image.
         max_side: maximum length of the longer side in pixels; a larger image is scaled down.
-        min_side: minimum length of the longer side in pixels; a smaller image is scaled up by an integer factor.
+        min_side: minimum length of the longer side in pixels; a smaller image is scaled up by an
+            integer factor.
 
     Returns:
         An RGB image with the size of `image`, or with the scaled size.

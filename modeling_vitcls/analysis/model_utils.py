@@ -8,8 +8,8 @@ from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
 
-# Classes are compared by name, because a model loaded with the code of a Hub repository has different class objects
-# with the same names.
+# Classes are compared by name, because a model loaded with the code of a Hub repository has
+# different class objects with the same names.
 CLASSIFIER_CLASS_NAMES = {"ViTCLSForImageClassification", "ViTCLSForMultiTaskClassification"}
 
 
@@ -20,7 +20,10 @@ def unwrap_model(model: Any) -> Any:
 
 
 def is_classifier(model: Any) -> bool:
-    """Return whether a model is a classifier (including subclasses). Regression models are not classifiers."""
+    """Return whether a model is a classifier (including subclasses).
+
+    Regression models are not classifiers.
+    """
     unwrapped_model = unwrap_model(model)
     config = unwrapped_model.config
     has_head = any(

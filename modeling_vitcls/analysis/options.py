@@ -12,19 +12,19 @@ from ..runtime.flags import check_minimum, check_value
 class InspectOptions(ImageOptions):
     """Show what the special tokens of a vitcls model do: write an HTML report and print a summary.
 
-    The images are selected by PATHS or --dataset. Subfolder names in PATHS are used as labels if the model has classes
-    with these names.
+    The images are selected by PATHS or --dataset. Subfolder names in PATHS are used as labels if
+    the model has classes with these names.
     """
 
     model: str
-    """Folder or Hub id of a vitcls model (`ID@COMMIT` pins the model), or another ViT, which is converted once
-    (`timm:NAME`, `transformers:ID`, a folder, a Hub id, a file)."""
+    """Folder or Hub id of a vitcls model (`ID@COMMIT` pins the model), or another ViT, which is
+    converted once (`timm:NAME`, `transformers:ID`, a folder, a Hub id, a file)."""
     split: str | None = None
-    """Dataset split to inspect. Default: `test` or, if there is none, `validation` or the only split, without the
-    images that the model was trained on."""
+    """Dataset split to inspect. Default: `test` or, if there is none, `validation` or the only
+    split, without the images that the model was trained on."""
     label_column: tuple[str, ...] | None = None
-    """Column with the labels; several columns define several tasks. By default, the column is detected by type or
-    name."""
+    """Column with the labels; several columns define several tasks. By default, the column is
+    detected by type or name."""
     label_separator: str | None = None
     """Separator of the labels in a text column with several labels per image (`cat|dog`)."""
     output: Path = Path("report.html")
@@ -32,12 +32,14 @@ class InspectOptions(ImageOptions):
     json: Path | None = None
     """JSON file for the values in the report."""
     num_images: int = 8
-    """Number of images in the report: wrong predictions, then the least confident predictions, then typical images."""
+    """Number of images in the report: wrong predictions, then the least confident predictions, then
+    typical images."""
     max_images: int = 256
-    """Maximum number of images for the statistics. The images are drawn at random and stored in memory."""
+    """Maximum number of images for the statistics. The images are drawn at random and stored in
+    memory."""
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"
-    """Precision of the forward pass. `auto`: `bf16` on GPUs and CPUs with bf16 instructions (on CPUs, for models at
-    least as wide as ViT-Ti), and otherwise `no`."""
+    """Precision of the forward pass. `auto`: `bf16` on GPUs and CPUs with bf16 instructions (on
+    CPUs, for models at least as wide as ViT-Ti), and otherwise `no`."""
 
     def __post_init__(self) -> None:
         check_minimum(self, 1, "num_images", "max_images", "batch_size")
@@ -47,7 +49,8 @@ class InspectOptions(ImageOptions):
             self.image_column or self.label_column or self.label_separator
         ):
             raise ValueError(
-                "`image_column`, `label_column` and `label_separator` require `dataset`. Set `dataset`."
+                "`image_column`, `label_column` and `label_separator` require `dataset`. Set "
+                "`dataset`."
             )
         if self.output.suffix.lower() not in (".html", ".htm"):
             raise ValueError(f"`output={str(self.output)!r}`: the file name must end in .html")
@@ -59,25 +62,27 @@ class InspectOptions(ImageOptions):
 class LookOptions:
     """Draw one sheet per photo: attention by head and layer, and features and norms of the patches.
 
-    The photos are image files, folders or URLs. Each frame of an animated image has a sheet of its own.
+    The photos are image files, folders or URLs. Each frame of an animated image has a sheet of its
+    own.
     """
 
     model: str
-    """Folder or Hub id of a vitcls model (`ID@COMMIT` pins the model), or another ViT, which is converted once
-    (`timm:NAME`, `transformers:ID`, a folder, a Hub id, a file)."""
+    """Folder or Hub id of a vitcls model (`ID@COMMIT` pins the model), or another ViT, which is
+    converted once (`timm:NAME`, `transformers:ID`, a folder, a Hub id, a file)."""
     paths: tuple[str, ...] = ()
     """Image files, folders (including subfolders), or URLs."""
     output: Path = Path("look.png")
-    """Image file for the sheet, or a folder. For several photos, the name of each photo is appended to the file
-    name."""
+    """Image file for the sheet, or a folder. For several photos, the name of each photo is appended
+    to the file name."""
     json: Path | None = None
-    """JSON file for the numbers: attention by head, token and layer, patch norms, and explained variance."""
+    """JSON file for the numbers: attention by head, token and layer, patch norms, and explained
+    variance."""
     image_size: int | tuple[int, int] | None = None
-    """Image height and width in pixels; one number sets both. Default: the size of the image processor. Larger images
-    have more patches and finer maps."""
+    """Image height and width in pixels; one number sets both. Default: the size of the image
+    processor. Larger images have more patches and finer maps."""
     fit: Literal["squash", "crop", "pad"] | None = None
-    """How photos of other aspect ratios become the input: resize the whole photo (`squash`), crop the center (`crop`)
-    or add gray (`pad`). Default: the setting of the image processor."""
+    """How photos of other aspect ratios become the input: resize the whole photo (`squash`), crop
+    the center (`crop`) or add gray (`pad`). Default: the setting of the image processor."""
 
     def __post_init__(self) -> None:
         if not self.paths:
@@ -91,7 +96,8 @@ class LookOptions:
         suffixes = ("", ".png", ".jpg", ".jpeg", ".webp")
         if self.output.suffix.lower() not in suffixes:
             raise ValueError(
-                f"`output={str(self.output)!r}`: set a .png, .jpg or .webp file, or a folder without a suffix"
+                f"`output={str(self.output)!r}`: set a .png, .jpg or .webp file, or a folder "
+                "without a suffix"
             )
         if self.json is not None and self.json.suffix.lower() != ".json":
             raise ValueError(f"`json={str(self.json)!r}`: the file name must end in .json")

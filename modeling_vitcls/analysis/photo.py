@@ -27,17 +27,20 @@ from .register_neurons import OUTLIER_RATIO
 
 @dataclass(frozen=True)
 class PhotoMeasurements:
-    """Attention and patch features of one photo. Shapes: L layers, H heads, S tokens, N keys, gh x gw patches.
+    """Attention and patch features of one photo.
 
-    The tokens are the special tokens. In a model without CLS tokens, the mean over the patches comes first, because
-    the features of an image are the mean of its patches.
+    Shapes: L layers, H heads, S tokens, N keys, gh x gw patches.
+
+    The tokens are the special tokens. In a model without CLS tokens, the mean over the patches
+    comes first, because the features of an image are the mean of its patches.
 
     Attributes:
         config: configuration of the model.
         image: the photo, upright and in RGB.
         visible_region: the region of the photo that the patches cover.
         input_size: height and width of the preprocessed photo, in pixels.
-        predictions: one prediction, or one per task, and one per added task; empty for an encoder without tasks.
+        predictions: one prediction, or one per task, and one per added task; empty for an encoder
+            without tasks.
         token_names: [S], name of each token.
         token_groups: [S], group of each token in `config.token_layout`.
         token_layers: [S], last layer in which each token is used, numbered from 1.
@@ -45,8 +48,10 @@ class PhotoMeasurements:
         maps: [L, H, S, gh, gw], the part of `attention` on the patches.
         patch_layer: last layer in which the patches are used, numbered from 1.
         norms: [L, gh, gw], norms of the patches after each layer, before the final norm.
-        colors: [L, gh, gw, 3], the first three principal components of the patches after each layer, 0 to 1.
-        explained_variance: [L][3], fraction of the variance that each component explains, in descending order.
+        colors: [L, gh, gw, 3], the first three principal components of the patches after each
+            layer, 0 to 1.
+        explained_variance: [L][3], fraction of the variance that each component explains, in
+            descending order.
     """
 
     config: ViTCLSConfig
@@ -73,7 +78,8 @@ def measure_photo(model: Any, processor: Any, image: Image.Image) -> PhotoMeasur
         processor: the image processor of the model.
 
     Raises:
-        ValueError: if the processor or the model does not accept the photo, or the features are not finite.
+        ValueError: if the processor or the model does not accept the photo, or the features are not
+            finite.
     """
     model = unwrap_model(model)
     config: ViTCLSConfig = model.config
@@ -139,9 +145,9 @@ def compute_patch_attention(trace: AttentionTrace) -> torch.Tensor:
 def match_colors(colors: torch.Tensor, last_layer: int) -> torch.Tensor:
     """Return the colors [L, gh, gw, 3] with the components of each layer in the channels of similar components.
 
-    The order and the sign of principal components differ between layers. From `last_layer` to the first layer, each
-    component gets the channel and the sign of the component of the next layer with which it correlates most. Layers
-    after `last_layer` are compared with the previous layer.
+    The order and the sign of principal components differ between layers. From `last_layer` to the
+    first layer, each component gets the channel and the sign of the component of the next layer
+    with which it correlates most. Layers after `last_layer` are compared with the previous layer.
     """
     matched = list(colors)
     earlier = [(layer, layer + 1) for layer in reversed(range(last_layer))]
@@ -159,7 +165,7 @@ def match_colors(colors: torch.Tensor, last_layer: int) -> torch.Tensor:
     return torch.stack(matched)
 
 
-# Numbers ---------------------------------------------------------------------------------------------------------
+# Numbers ------------------------------------------------------------------------------------------
 
 
 def build_json_record(measurements: PhotoMeasurements) -> dict[str, Any]:

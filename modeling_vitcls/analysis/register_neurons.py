@@ -4,11 +4,12 @@
     adapted = add_test_time_register(model, neurons)
     compute_outlier_fraction(model, pixel_values), compute_outlier_fraction(adapted, pixel_values)    # 0.02, 0.0
 
-ViTs trained without registers write global information into a few patches, whose norms become much larger than the
-norms of other patches (Darcet et al. 2023, arXiv 2309.16588). A few MLP neurons cause these norms, and their
-activations can be moved to one added token at inference (Jiang et al. 2025, arXiv 2506.08010). The neurons are stored
-in the configuration, so the model is saved and loaded like any other model. To add or remove other tokens, use
-`model.adapt` (adaptation_vitcls.py).
+ViTs trained without registers write global information into a few patches, whose norms become much
+larger than the norms of other patches (Darcet et al. 2023, arXiv 2309.16588). A few MLP neurons
+cause these norms, and their activations can be moved to one added token at inference (Jiang et al.
+2025, arXiv 2506.08010). The neurons are stored in the configuration, so the model is saved and
+loaded like any other model. To add or remove other tokens, use `model.adapt`
+(adaptation_vitcls.py).
 """
 
 from contextlib import ExitStack
@@ -21,8 +22,8 @@ from ..model.modeling_vitcls import ViTCLSPreTrainedModel
 from .model_utils import evaluation_mode
 
 
-# Minimum norm of an outlier patch, as a multiple of the median patch norm of the image (Jiang et al. choose an
-# absolute norm for each model).
+# Minimum norm of an outlier patch, as a multiple of the median patch norm of the image (Jiang et
+# al. choose an absolute norm for each model).
 OUTLIER_RATIO = 3.0
 
 
@@ -48,14 +49,15 @@ def find_register_neurons(
 
     Source: algorithm 1 of Jiang et al.
 
-    Outliers are detected after the last layer. Layers are searched up to the first layer whose output contains at
-    least half of these outliers. The magnitudes of activations are averaged over the outliers of each image, and then
-    over the images.
+    Outliers are detected after the last layer. Layers are searched up to the first layer whose
+    output contains at least half of these outliers. The magnitudes of activations are averaged over
+    the outliers of each image, and then over the images.
 
     Args:
         pixel_values: [B, C, H, W], a few dozen images similar to the images used at inference.
-        num_neurons: number of neurons to return. Larger models require more neurons. Increase the number until the
-            outlier fraction of the model with the register (`compute_outlier_fraction`) no longer decreases.
+        num_neurons: number of neurons to return. Larger models require more neurons. Increase the
+            number until the outlier fraction of the model with the register
+            (`compute_outlier_fraction`) no longer decreases.
 
     Returns:
         `[[layer, neuron], ...]`, the `neurons` argument of `add_test_time_register`.
@@ -67,8 +69,8 @@ def find_register_neurons(
     outliers = is_outlier(hidden_states[-1], ratio)  # [B, patches]
     if not outliers.any():
         raise ValueError(
-            f"Register neurons require outlier patches, but no patch has a norm above {ratio} times the median norm "
-            "of the image. Decrease ratio or pass more images."
+            f"Register neurons require outlier patches, but no patch has a norm above {ratio} "
+            "times the median norm of the image. Decrease ratio or pass more images."
         )
 
     outlier_fractions = [

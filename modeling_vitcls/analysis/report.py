@@ -8,8 +8,9 @@
     report.css         style
     report_maps.js     draws maps of layers and heads over images
 
-The page does not load any other files. A map is stored as one byte per patch, which encodes the square root of (value
-/ maximum of the map). This encoding keeps a page with thousands of maps small and is precise for weak attention.
+The page does not load any other files. A map is stored as one byte per patch, which encodes the
+square root of (value / maximum of the map). This encoding keeps a page with thousands of maps small
+and is precise for weak attention.
 """
 
 import base64
@@ -58,8 +59,9 @@ NUM_LARGE_WRONG_IMAGES = 6  # number of wrong images on the first screen
 MAX_FILE_NAME = 24  # maximum length of a file name under an image, in characters
 OVERVIEW_SIDE = 160  # longer side of an image on the first screen, in pixels
 MAX_OVERVIEW_TOKENS = 8  # maximum number of tokens per image on the first screen
-# Maximum total size, in bytes, of the per-head attention maps, before base64 encoding (which adds a third). The maps
-# of individual heads are omitted for the last images if the maps of all images would exceed the limit.
+# Maximum total size, in bytes, of the per-head attention maps, before base64 encoding (which adds a
+# third). The maps of individual heads are omitted for the last images if the maps of all images
+# would exceed the limit.
 MAX_MAP_BYTES = 11 * 2**20
 MAX_IMAGE_SIDE = 640  # maximum length of the longer side of an image in the page, in pixels
 MAX_PNG_SIDE = 96  # maximum length of the longer side of an image that is stored as PNG, in pixels
@@ -78,9 +80,11 @@ def write_page(
 
     Args:
         file: path of the HTML file.
-        title: name of the model. Default: name of the folder or Hub id that the model was loaded from.
+        title: name of the model. Default: name of the folder or Hub id that the model was loaded
+            from.
         source: description of the images.
-        predictions: headline, wrong images, prediction sets and calibration (publishing/held_out_predictions.py).
+        predictions: headline, wrong images, prediction sets and calibration
+            (publishing/held_out_predictions.py).
 
     Raises:
         OSError: if the file cannot be written.
@@ -154,7 +158,7 @@ def write_text(file: str | Path, text: str) -> None:
         partial_file.write_text(text, encoding="utf-8")
 
 
-# The page ------------------------------------------------------------------------------------------------------------
+# The page -----------------------------------------------------------------------------------------
 
 
 def iterate_overview(
@@ -226,8 +230,8 @@ def build_overview(inspection: Inspection) -> list[dict[str, Any]]:
 def sort_verdicts(inspection: Inspection) -> tuple[list[Verdict], list[Verdict]]:
     """Return the verdicts for the first screen, and the others, which would surprise nobody.
 
-    A token has a verdict on the first screen if there are several tokens or something is wrong with it; everything
-    else only if something is wrong."""
+    A token has a verdict on the first screen if there are several tokens or something is wrong with
+    it; everything else only if something is wrong."""
     has_several_tokens = inspection.config.token_layout.num_prefix_tokens > 1
     shown = [
         verdict
@@ -292,7 +296,7 @@ def get_commit(config: Any) -> str | None:
     return getattr(config, "_commit_hash", None) or get_cached_commit(config.name_or_path)
 
 
-# Values and maps for the script of the page --------------------------------------------------------------------------
+# Values and maps for the script of the page -------------------------------------------------------
 
 
 def build_page_data(inspection: Inspection) -> dict[str, Any]:
@@ -401,7 +405,7 @@ def encode_base64(values: torch.Tensor) -> str:
     return base64.b64encode(array.astype(array.dtype.newbyteorder("<")).tobytes()).decode()
 
 
-# Values for programs -------------------------------------------------------------------------------------------------
+# Values for programs ------------------------------------------------------------------------------
 
 
 def build_json_values(inspection: Inspection) -> dict[str, Any]:

@@ -5,7 +5,8 @@
     attention of each head       one row per token, in the last layer in which the token is used
     layer by layer               one row per token, then principal components and norms
 
-All positions and sizes are in inches from the upper left corner of the sheet, so that tiles are aligned.
+All positions and sizes are in inches from the upper left corner of the sheet, so that tiles are
+aligned.
 """
 
 import textwrap
@@ -179,7 +180,7 @@ class Sheet:
         return Image.fromarray(np.asarray(canvas.buffer_rgba())[:, :, :3].copy())
 
 
-# Sections ------------------------------------------------------------------------------------------------------------
+# Sections -----------------------------------------------------------------------------------------
 
 
 def draw_header(sheet: Sheet, measurements: PhotoMeasurements, title: str) -> None:
@@ -190,10 +191,11 @@ def draw_header(sheet: Sheet, measurements: PhotoMeasurements, title: str) -> No
     rows, columns = measurements.norms.shape[1:]
     patch_height, patch_width = config.patch_height_width
     lines = [
-        f"{config.num_hidden_layers} layers, {config.num_attention_heads} heads, patches of {patch_height} × "
-        f"{patch_width} pixels, {describe_tokens(config)}",
-        f"photo of {image.width} × {image.height} pixels; the model sees {describe_visible_part(measurements)} at "
-        f"{width} × {height} pixels, as {columns} × {rows} patches",
+        f"{config.num_hidden_layers} layers, {config.num_attention_heads} heads, patches of "
+        f"{patch_height} × {patch_width} pixels, {describe_tokens(config)}",
+        f"photo of {image.width} × {image.height} pixels; the model sees "
+        f"{describe_visible_part(measurements)} at {width} × {height} pixels, as {columns} × "
+        f"{rows} patches",
     ]
 
     for prediction in measurements.predictions:
@@ -298,8 +300,9 @@ def draw_heads(sheet: Sheet, measurements: PhotoMeasurements) -> None:
     if num_tokens > MAX_TOKENS:
         heading += f", first {MAX_TOKENS} of {num_tokens} tokens"
     explanation = (
-        "In the last layer that uses the token. Percentages: attention on patches; the rest is on special tokens. "
-        "Each map has its own scale: black is 0, bright is the highest 1% of its values"
+        "In the last layer that uses the token. Percentages: attention on patches; the rest is on "
+        "special tokens. Each map has its own scale: black is 0, bright is the highest 1% of its "
+        "values"
     )
     sheet.write_heading(heading, explanation)
 
@@ -322,8 +325,8 @@ def draw_heads(sheet: Sheet, measurements: PhotoMeasurements) -> None:
 def draw_layers(sheet: Sheet, measurements: PhotoMeasurements) -> None:
     """Draw the attention of each token, the features and the norms after each layer."""
     explanation = (
-        "Attention: mean over heads, with the percentage on patches. Features: 3 components per layer, with the "
-        "variance that they explain; their colors are matched between layers"
+        "Attention: mean over heads, with the percentage on patches. Features: 3 components per "
+        "layer, with the variance that they explain; their colors are matched between layers"
     )
     sheet.write_heading("Layer by layer", explanation)
 
@@ -361,7 +364,7 @@ def get_min_columns(measurements: PhotoMeasurements) -> int:
     return MIN_COLUMNS if len(measurements.token_names) < MANY_TOKENS else MIN_COLUMNS_OF_MANY
 
 
-# Text ----------------------------------------------------------------------------------------------------------------
+# Text ---------------------------------------------------------------------------------------------
 
 
 def describe_tokens(config: ViTCLSConfig) -> str:
@@ -388,7 +391,7 @@ def describe_visible_part(measurements: PhotoMeasurements) -> str:
     return "all of it" if share > 0.995 else f"the central {share:.0%} of it"
 
 
-# Pictures ------------------------------------------------------------------------------------------------------------
+# Pictures -----------------------------------------------------------------------------------------
 
 
 def crop_to_region(image: Image.Image, region: VisibleRegion) -> Image.Image:

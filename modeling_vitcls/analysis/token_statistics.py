@@ -25,45 +25,55 @@ MAX_NORMS = 200_000  # maximum number of stored patch norms per layer, for histo
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """Statistics of the special tokens over images. Unless stated otherwise, values are means over images.
+    """Statistics of the special tokens over images.
 
-    Shapes: L layers, H attention maps (two per head with differential attention), S special tokens, n patches.
+    Unless stated otherwise, values are means over images.
 
-    "States" are the L + 1 hidden states before the final norm: the embeddings and the output of each layer.
+    Shapes: L layers, H attention maps (two per head with differential attention), S special tokens,
+    n patches.
+
+    "States" are the L + 1 hidden states before the final norm: the embeddings and the output of
+    each layer.
 
     Attributes:
         num_images: number of images.
-        uniform_entropy_by_token: [S], entropy of uniform attention to the tokens that each special token may attend
-            to: ln N, or less for CLS tokens that are restricted to a region (`config.cls_scopes`).
+        uniform_entropy_by_token: [S], entropy of uniform attention to the tokens that each special
+            token may attend to: ln N, or less for CLS tokens that are restricted to a region
+            (`config.cls_scopes`).
         entropy: [L, H, S], entropy of the attention of each special token, in nats.
-        attention_fractions: [L, H, S, 4], fraction of attention to CLS, distillation, register and patch tokens.
+        attention_fractions: [L, H, S, 4], fraction of attention to CLS, distillation, register and
+            patch tokens.
         received: [L, H, S], mean fraction of a patch's attention that each special token receives.
         between_tokens: [L + 1, S, S], cosine similarity between the states of two special tokens.
-        state_distance: [L + 1, S, S], root mean square distance between the states of two special tokens for the same
-            image. Unlike the cosine similarity, the distance shows differences even if one channel is very large in
-            all tokens.
-        embedding_similarity: [L + 1, S], cosine similarity between the state of a special token and its embedding.
-        variation: [L + 1, S], variation between images: root mean square distance between the state of a token and the
-            mean state over images, divided by the norm of the mean state.
-        channel_variation: [L + 1, S], median over channels of (standard deviation over images) / |mean|. One
-            very large channel that is the same for all images makes `variation` small, but not `channel_variation`.
+        state_distance: [L + 1, S, S], root mean square distance between the states of two special
+            tokens for the same image. Unlike the cosine similarity, the distance shows differences
+            even if one channel is very large in all tokens.
+        embedding_similarity: [L + 1, S], cosine similarity between the state of a special token and
+            its embedding.
+        variation: [L + 1, S], variation between images: root mean square distance between the state
+            of a token and the mean state over images, divided by the norm of the mean state.
+        channel_variation: [L + 1, S], median over channels of (standard deviation over images) /
+            |mean|. One very large channel that is the same for all images makes `variation` small,
+            but not `channel_variation`.
         mean_states: [L + 1, S, D], states of the special tokens, averaged over images.
         patch_norms: [L + 1, n], norms of patch states, for at most MAX_NORMS patches.
-        outliers: [L + 1], fraction of patches whose norm exceeds 3 times the median patch norm of the image (Darcet et
-            al. 2023, arXiv 2309.16588, also detect artifacts by norm).
+        outliers: [L + 1], fraction of patches whose norm exceeds 3 times the median patch norm of
+            the image (Darcet et al. 2023, arXiv 2309.16588, also detect artifacts by norm).
         patch_ratios: [L + 1, n], `patch_norms` divided by the median patch norm of the image.
-        patch_ratios_without_registers: `patch_ratios` with the registers hidden from attention; None if the model has
-            no registers.
-        map_distance: [L, S, S], mean total variation distance between the attention maps of two special tokens (half
-            the sum of absolute differences, 0 to 1).
-        map_selectivity: [L, S], mean total variation distance between the attention maps of a special token and
-            uniform attention to all visible tokens.
-        map_variation: [L, S], root mean square distance between the attention map of a special token (mean over heads)
-            and its mean over images, divided by the distance of this mean from uniform attention. 0 means that the map
-            is the same for every image. Infinite if the images have different numbers of patches.
-        head_selectivity: [L, H], mean total variation distance between the attention of a token and uniform attention.
-        head_outputs: [L, H], mean norm of what a head adds to a token, as a fraction of the mean over all heads of the
-            layer. With differential attention, two maps share one value.
+        patch_ratios_without_registers: `patch_ratios` with the registers hidden from attention;
+            None if the model has no registers.
+        map_distance: [L, S, S], mean total variation distance between the attention maps of two
+            special tokens (half the sum of absolute differences, 0 to 1).
+        map_selectivity: [L, S], mean total variation distance between the attention maps of a
+            special token and uniform attention to all visible tokens.
+        map_variation: [L, S], root mean square distance between the attention map of a special
+            token (mean over heads) and its mean over images, divided by the distance of this mean
+            from uniform attention. 0 means that the map is the same for every image. Infinite if
+            the images have different numbers of patches.
+        head_selectivity: [L, H], mean total variation distance between the attention of a token and
+            uniform attention.
+        head_outputs: [L, H], mean norm of what a head adds to a token, as a fraction of the mean
+            over all heads of the layer. With differential attention, two maps share one value.
         token_norms: [L + 1, S], norms of the special tokens' states.
     """
 
@@ -109,8 +119,8 @@ class TokenStatistics:
             pixel_values: [B, C, H, W], on the model's device.
 
         Returns:
-            The output of the model, or of the encoder if the model is not a classifier. A second forward pass with the
-            registers hidden from attention contributes to the patch norms.
+            The output of the model, or of the encoder if the model is not a classifier. A second
+            forward pass with the registers hidden from attention contributes to the patch norms.
         """
         layer_statistics: list[dict[str, torch.Tensor]] = []
         module = get_classifier_or_encoder(self.model)
@@ -135,7 +145,8 @@ class TokenStatistics:
         statistics = {
             name: torch.stack([layer[name] for layer in layer_statistics], dim=1) for name in names
         }
-        # All layers have the same visible tokens, and therefore the same entropy of uniform attention.
+        # All layers have the same visible tokens, and therefore the same entropy of uniform
+        # attention.
         statistics["uniform_entropy_by_token"] = statistics.pop("uniform_entropy_by_token")[:, 0]
         statistics |= self.compute_state_statistics(outputs.hidden_states)
 
@@ -172,7 +183,8 @@ class TokenStatistics:
         """
         if not self.num_images:
             raise ValueError(
-                "Statistics require at least one image, but no images were added. Call update first."
+                "Statistics require at least one image, but no images were added. Call update "
+                "first."
             )
 
         means = {name: total / self.num_images for name, total in self.sums.items()}
@@ -207,7 +219,8 @@ class TokenStatistics:
             },
         )
 
-    # Statistics of one batch, tensors [B, ...] -----------------------------------------------------------------------
+    # Statistics of one batch, tensors [B, ...]
+    # -----------------------------------------------------------------------
 
     def compute_layer_statistics(
         self, layer: RecordedLayer, attention: Any
@@ -220,7 +233,8 @@ class TokenStatistics:
         is_visible = get_visible_keys(layer, layout.num_prefix_tokens).float()  # [B, S, N]
         uniform = is_visible / is_visible.sum(dim=-1, keepdim=True)
         maps = special_rows.mean(dim=1)  # [B, S, N]
-        # L1 distances from uniform attention, twice the total variation distance: [B, H, N], [B, H, S]
+        # L1 distances from uniform attention, twice the total variation distance: [B, H, N], [B, H,
+        # S]
         head_distance = (weights - 1 / weights.shape[-1]).abs().sum(dim=-1)
         map_distance = (special_rows - uniform.unsqueeze(1)).abs().sum(dim=-1)
 

@@ -14,12 +14,13 @@ FAULT_SENTENCES = {
     Fault.IDENTICAL: "After layer {layer}, its state is identical to the state of {other}.",
     Fault.CUT_OFF: "At most {patch_mass:.2%} of its attention goes to patches, in each layer and head.",
     Fault.LARGE_NORM: (
-        "The norm of its embedding is {norm_ratio:.3g} times the median norm of the patches, so the layers hardly "
-        "change it (cosine {embedding_similarity:.3f} between embedding and last state)."
+        "The norm of its embedding is {norm_ratio:.3g} times the median norm of the patches, so "
+        "the layers hardly change it (cosine {embedding_similarity:.3f} between embedding and last "
+        "state)."
     ),
     Fault.EQUAL_ATTENTION: (
-        "Its attention maps nearly equal the maps of {other} (the distance is {distance:.2g} times their distance "
-        "from uniform attention)."
+        "Its attention maps nearly equal the maps of {other} (the distance is {distance:.2g} times "
+        "their distance from uniform attention)."
     ),
     Fault.NOT_MOVED: "Training did not move the token, but moved other tokens.",
 }
@@ -46,8 +47,8 @@ def describe_fault(verdict: Verdict, fault: Fault, values: dict[str, Any]) -> st
         output = f" of {values['output']}" if values["output"] else ""
         return (
             f"{describe_ablation(verdict, values['ablation'])} changes the accuracy{output} by "
-            f"{100 * (effect['accuracy_change'] or 0):+.1f} percentage points (p = {effect['improvement']:.1g}, "
-            f"{effect['num_images']:,} images)."
+            f"{100 * (effect['accuracy_change'] or 0):+.1f} percentage points (p = "
+            f"{effect['improvement']:.1g}, {effect['num_images']:,} images)."
         )
 
     if fault is Fault.SAME_STATE:
@@ -118,9 +119,9 @@ def describe_patches(verdict: Verdict) -> str:
         position = f"After layer {numbers['layer']}" if numbers["layer"] else "In the embeddings"
         registers = "more registers" if numbers["has_registers"] else "registers"
         sentence = (
-            f"{position}, {mode['fraction']:.1%} of the patches have outlier norms, at {mode['ratio']:.1f} times the "
-            f"median norm of the image; {registers} may absorb them (train with num_register_tokens, or see "
-            "analysis.register_neurons)."
+            f"{position}, {mode['fraction']:.1%} of the patches have outlier norms, at "
+            f"{mode['ratio']:.1f} times the median norm of the image; {registers} may absorb them "
+            "(train with num_register_tokens, or see analysis.register_neurons)."
         )
     elif verdict.outcome is Outcome.FEW_PATCHES:
         sentence = f"There are {numbers['num_patches']:,} patches, but {MIN_PATCHES:,} are needed. Pass more images."
@@ -135,8 +136,9 @@ def describe_patches(verdict: Verdict) -> str:
     before, after = numbers["absorbed_outliers"]
     threshold = numbers["second_mode_without_registers"]["threshold"]
     return (
-        f"{sentence} The registers absorb outliers (norms above {threshold:.1f} times the median): with the registers "
-        f"hidden from attention, the fraction of outliers increases from {before:.2%} to {after:.2%}."
+        f"{sentence} The registers absorb outliers (norms above {threshold:.1f} times the median): "
+        "with the registers hidden from attention, the fraction of outliers increases from "
+        f"{before:.2%} to {after:.2%}."
     )
 
 
@@ -159,6 +161,7 @@ def describe_task(verdict: Verdict) -> str:
         return f"There are {numbers['num_labels']} labels, but {MIN_IMAGES} are needed."
     low, high = numbers["interval"]
     return (
-        f"Accuracy {numbers['accuracy']:.1%} (95% interval {low:.1%} to {high:.1%}, {numbers['num_labels']:,} "
-        f"labels); the most frequent label alone gives {numbers['chance']:.1%}."
+        f"Accuracy {numbers['accuracy']:.1%} (95% interval {low:.1%} to {high:.1%}, "
+        f"{numbers['num_labels']:,} labels); the most frequent label alone gives "
+        f"{numbers['chance']:.1%}."
     )

@@ -11,11 +11,12 @@
     NAME.py           vitcls NAME, with underscores for hyphens
     demo_page.py      the page of `vitcls demo`
 
-A subcommand defines OPTIONS_CLASS and `run(options)`. OPTIONS_CLASS is a dataclass whose fields are the flags, and
-whose `__post_init__` raises ValueError if flags contradict each other. ValueErrors and OSErrors raised by subcommands
-are printed as one-line messages. At module level, a subcommand imports only the standard library, tyro, parsing.py
-and files of options, because flags are parsed before torch is imported: `vitcls --help` and errors about flags are
-printed immediately. The scripts in scripts/ run the same subcommands.
+A subcommand defines OPTIONS_CLASS and `run(options)`. OPTIONS_CLASS is a dataclass whose fields are
+the flags, and whose `__post_init__` raises ValueError if flags contradict each other. ValueErrors
+and OSErrors raised by subcommands are printed as one-line messages. At module level, a subcommand
+imports only the standard library, tyro, parsing.py and files of options, because flags are parsed
+before torch is imported: `vitcls --help` and errors about flags are printed immediately. The
+scripts in scripts/ run the same subcommands.
 """
 
 import importlib
@@ -35,7 +36,9 @@ COMMANDS = (
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a subcommand, or print the help or the version. Exit with status 2 if the command line is invalid.
+    """Run a subcommand, or print the help or the version.
+
+    Exit with status 2 if the command line is invalid.
 
     Args:
         arguments: The subcommand and its flags. Default: `sys.argv[1:]`.
@@ -71,14 +74,18 @@ def run_command(arguments: list[str]) -> None:
 
     from ..model.configuration_vitcls import ViTCLSConfig
 
-    ViTCLSConfig.register_auto_classes()  # __init__.py does not register the classes in a CLI process
+    # __init__.py does not register the classes in a CLI process
+    ViTCLSConfig.register_auto_classes()
     silence_libraries()
     with messages_name_flags(get_flag_fields(type(options))), exit_on_error():
         modules[name].run(options)
 
 
 def load_modules() -> dict[str, ModuleType]:
-    """Import the modules of all subcommands. Exit with status 1 if the extra `cli` is not installed."""
+    """Import the modules of all subcommands.
+
+    Exit with status 1 if the extra `cli` is not installed.
+    """
     try:
         return {
             name: importlib.import_module(f"{__name__}.{name.replace('-', '_')}")

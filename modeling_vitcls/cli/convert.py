@@ -27,17 +27,18 @@ class ConvertOptions:
     output: Path
     """Output folder, which must be empty or must not exist."""
     source: str | None = None
-    """timm:NAME, timm:NAME@FILE (weights from a file), transformers:PATH_OR_ID or a state-dict file. An id may end
-    with @REVISION (commit, branch or tag)."""
+    """timm:NAME, timm:NAME@FILE (weights from a file), transformers:PATH_OR_ID or a state-dict
+    file. An id may end with @REVISION (commit, branch or tag)."""
     to: Literal["vitcls", "transformers"] = "vitcls"
-    """Convert --source to a vitcls model, or --model to a transformers model, which requires no remote code."""
+    """Convert --source to a vitcls model, or --model to a transformers model, which requires no
+    remote code."""
     model: str | None = None
     """With --to transformers: folder or Hub id of a vitcls model."""
     random_init: bool = False
     """Initialize the source with random weights, to test the conversion without trained weights."""
     family: str | None = None
-    """Model family of a state-dict file, such as dino, ibot, mae or dinov2. Default: detected from the parameter
-    names."""
+    """Model family of a state-dict file, such as dino, ibot, mae or dinov2. Default: detected from
+    the parameter names."""
 
     def __post_init__(self) -> None:
         source = self.source
@@ -72,7 +73,8 @@ def print_report(report: "Report", output: Path) -> None:
     from ..runtime.messages import format_message
 
     print(
-        f"Largest differences between {report['model_class']} and {report['source']} (limit {report['limit']:g}):"
+        f"Largest differences between {report['model_class']} and {report['source']} (limit "
+        f"{report['limit']:g}):"
     )
     for comparison in report["comparisons"]:
         differences = ", ".join(
@@ -85,6 +87,7 @@ def print_report(report: "Report", output: Path) -> None:
         print(f"Image processor: the settings are assumed, because {reason}. Check them")
     print(*map(format_message, report["notes"]), f"Classifier: {report['classifier']}", sep="\n")
     print(
-        f"\nWritten to {output}. README.md has the code that loads the model. To push and verify the model, run"
+        f"\nWritten to {output}. README.md has the code that loads the model. To push and verify "
+        "the model, run"
     )
     print(f"  {build_push_command(output, f'YOUR-NAME/{output.resolve().name}')}")

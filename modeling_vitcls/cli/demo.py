@@ -35,18 +35,19 @@ class DemoOptions:
     """Serve a web page that shows the predictions and attention of a model."""
 
     model: str
-    """Folder or Hub id of a vitcls model (`ID@COMMIT` pins the model), or another ViT, which is converted once."""
+    """Folder or Hub id of a vitcls model (`ID@COMMIT` pins the model), or another ViT, which is
+    converted once."""
     examples: tuple[Path, ...] = ()
-    """Image files to show as examples. Default: images that the run of the model held out, if its dataset is `digits`
-    or local, and no other machine can see the page (`--host`)."""
+    """Image files to show as examples. Default: images that the run of the model held out, if its
+    dataset is `digits` or local, and no other machine can see the page (`--host`)."""
     host: str = "127.0.0.1"
     """Address of the server. 0.0.0.0 allows connections from other machines."""
     port: int | None = None
     """Port of the server. Default: the first free port from 7860 upward."""
     backend: str = "auto"
-    """Engine: `torch`, or `onnx` or `openvino` for model.onnx or model.xml in the model's folder, which then
-    requires no other weights, or a file that `vitcls export` wrote. Exported files have no attention maps; `auto` is
-    `torch` unless the folder only has such files."""
+    """Engine: `torch`, or `onnx` or `openvino` for model.onnx or model.xml in the model's folder,
+    which then requires no other weights, or a file that `vitcls export` wrote. Exported files have
+    no attention maps; `auto` is `torch` unless the folder only has such files."""
 
 
 OPTIONS_CLASS = DemoOptions
@@ -92,8 +93,8 @@ def get_title(model: str) -> str:
 def write_examples(run: "ModelFolder", output: Path) -> list[Path]:
     """Write held-out images of the run that wrote a model folder to another folder, and return their files.
 
-    The images are drawn at random. There are none if the folder is not the output of a run, if the dataset would have
-    to be downloaded, or if it cannot be read.
+    The images are drawn at random. There are none if the folder is not the output of a run, if the
+    dataset would have to be downloaded, or if it cannot be read.
     """
     from ..data.evaluated_images import load_evaluation_data
     from ..data.held_out import read_held_out_record

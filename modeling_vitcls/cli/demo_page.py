@@ -3,9 +3,8 @@
     serve_demo(model, processor, "mine")            # serves the page until the process is stopped
     serve_demo(*load_from_hub("someone/model", COMMIT), "someone/model")    # in a Space
 
-    photo, examples | one panel per classifier: the predicted label and the probabilities
-    layer
-    the image as the model sees it, after resizing and cropping | the attention of each token over it
+    photo, examples | one panel per classifier: the predicted label and the probabilities layer the
+    image as the model sees it, after resizing and cropping | the attention of each token over it
 
 A Space contains this file and inference/token_names.py; the model's own code computes the attention
 (`model.token_attention`).
@@ -26,7 +25,8 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelFor
 from ..inference.token_names import get_token_names
 
 
-# Disable usage statistics and the run history, which browsers store. gradio reads these variables on import or launch.
+# Disable usage statistics and the run history, which browsers store. gradio reads these variables
+# on import or launch.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["GRADIO_RUN_HISTORY"] = "False"
 
@@ -49,8 +49,8 @@ FONTS: dict[str, Any] = {
     "font_mono": ("ui-monospace", "monospace"),
 }
 
-# Small images are enlarged. Up to four pictures in a row, two on a phone, below the label of the gallery, which grows
-# with its rows instead of scrolling.
+# Small images are enlarged. Up to four pictures in a row, two on a phone, below the label of the
+# gallery, which grows with its rows instead of scrolling.
 CSS = """
 #photo .image-frame, #photo .image-frame img { width: 100%; height: 100%; object-fit: contain }
 #maps .grid-container { grid-template-columns: repeat(auto-fill, minmax(min(17rem, 45%), 1fr)) }
@@ -81,8 +81,10 @@ def serve_demo(
         processor: The image processor of the model.
         title: Title of the page.
         examples: Image files to show as examples.
-        host: Host name of the server. Default: the environment variable GRADIO_SERVER_NAME, or localhost.
-        port: Port of the server. Default: GRADIO_SERVER_PORT, or the first free port from 7860 upward.
+        host: Host name of the server. Default: the environment variable GRADIO_SERVER_NAME, or
+            localhost.
+        port: Port of the server. Default: GRADIO_SERVER_PORT, or the first free port from 7860
+            upward.
 
     Raises:
         OSError: If the port is in use.
@@ -191,7 +193,8 @@ def list_classifiers(model: Any) -> list[str]:
 def build_panel(name: str) -> gr.Label:
     """Build the panel of a classifier, which shows a `Prediction`."""
     panel = gr.Label(label=name, num_top_classes=NUM_LABELS)
-    # As in `build_image_input`. Without it, gr.Label would always show the most probable label as the result.
+    # As in `build_image_input`. Without it, gr.Label would always show the most probable label as
+    # the result.
     panel.postprocess = show_prediction  # type: ignore[method-assign,assignment]
     return panel
 
@@ -237,7 +240,8 @@ def build_image_input() -> gr.Image:
             raise gr.Error(UPLOAD_REQUIRED, print_exception=False)
         return await cache_file(path_or_url)
 
-    # The method is replaced on the instance, because gradio writes a .pyi file for each subclass of gr.Image.
+    # The method is replaced on the instance, because gradio writes a .pyi file for each subclass of
+    # gr.Image.
     image_input.async_move_resource_to_block_cache = cache_uploaded_file  # type: ignore[method-assign,assignment]
     return image_input
 
@@ -298,8 +302,8 @@ def build_prediction(
         logits: The logits [1, labels], which the model has divided by its temperature.
         labels: The label names.
         problem_type: As in the configuration. Default: one label per image.
-        threshold: The energy above which an image shows none of the labels; for several labels per image, the
-            probability from which a label is predicted.
+        threshold: The energy above which an image shows none of the labels; for several labels per
+            image, the probability from which a label is predicted.
     """
     values = logits[0].float().cpu()
     if problem_type == "regression":

@@ -3,7 +3,8 @@
     vitcls evaluate --model runs/digits --dataset digits
     vitcls evaluate --model runs/digits --dataset digits --frozen knn
 
-The evaluation is implemented in modeling_vitcls/inference/evaluate.py, and in frozen.py for frozen features.
+The evaluation is implemented in modeling_vitcls/inference/evaluate.py, and in frozen.py for frozen
+features.
 """
 
 from ..inference.options import EvaluateOptions

@@ -1,11 +1,11 @@
 """`vitcls export`: export a model to ONNX, OpenVINO or transformers.js, and compare the outputs.
 
-    vitcls export --model runs/mine --format onnx --output mine.onnx
-    vitcls export --model runs/mine --format openvino --output mine.xml --no-dynamic --image-size 224 320
+    vitcls export --model runs/mine --format onnx --output mine.onnx vitcls export --model runs/mine
+    --format openvino --output mine.xml --no-dynamic --image-size 224 320
 
-The export also writes OUTPUT.json, which contains the largest output differences, the shapes of the images in the
-comparison, and a description of the inputs and outputs of the graph. The export is implemented in
-modeling_vitcls/export/.
+The export also writes OUTPUT.json, which contains the largest output differences, the shapes of the
+images in the comparison, and a description of the inputs and outputs of the graph. The export is
+implemented in modeling_vitcls/export/.
 """
 
 import warnings
@@ -32,10 +32,12 @@ def run(options: ExportOptions) -> None:
             agreement = comparison["top1_agreement"]
             text = "" if agreement is None else f", same top-1 label: {agreement:.1%}"
             print(
-                f"{comparison['file']:26} largest difference {comparison['largest_difference']:.1e}{text}"
+                f"{comparison['file']:26} largest difference "
+                f"{comparison['largest_difference']:.1e}{text}"
             )
         print(
-            f"Wrote the files to {options.output}; onnx/report.json contains all comparisons and scores"
+            f"Wrote the files to {options.output}; onnx/report.json contains all comparisons and "
+            "scores"
         )
         return
     print_report(export_model(options), options.output)
@@ -53,7 +55,8 @@ def print_report(report: dict[str, Any], output: Path) -> None:
     """Print the report and, for an output folder, the command that runs the exported model."""
     if report["dtype"] != "int8":  # random images say little about int8
         print(
-            f"Largest differences between {report['format']} in {report['dtype']} and {report['model']}:"
+            f"Largest differences between {report['format']} in {report['dtype']} and "
+            f"{report['model']}:"
         )
         for comparison in report["tried"]:
             batch_size, _, height, width = comparison["shape"]
@@ -68,7 +71,10 @@ def print_report(report: dict[str, Any], output: Path) -> None:
 
 
 def format_notes(report: dict[str, Any]) -> list[str]:
-    """Format what a user has to know about the file, one fact per line. The other fields are in the description."""
+    """Format what a user has to know about the file, one fact per line.
+
+    The other fields are in the description.
+    """
     size, smallest_size = (
         " x ".join(map(str, report["input"][key])) for key in ("image_size", "smallest_image_size")
     )
@@ -92,12 +98,13 @@ def format_notes(report: dict[str, Any]) -> list[str]:
         if scores["drop_interval"] is not None:
             low, high = (100 * bound for bound in scores["drop_interval"])
             lines.append(
-                f"same label as the model: {scores['num_equal_labels']} of {scores['num_images']} images; loss of "
-                f"accuracy: {low:.1f} to {high:.1f} points (95% interval)"
+                f"same label as the model: {scores['num_equal_labels']} of {scores['num_images']} "
+                f"images; loss of accuracy: {low:.1f} to {high:.1f} points (95% interval)"
             )
     if "speed" in report:
         speed = report["speed"]
         lines.append(
-            f"{speed['images_per_second']:g} images/s in batches of {speed['batch_size']}, {speed['device']}"
+            f"{speed['images_per_second']:g} images/s in batches of {speed['batch_size']}, "
+            f"{speed['device']}"
         )
     return [*lines, f"Size: {report['num_bytes'] / 2**20:.1f} MiB"]

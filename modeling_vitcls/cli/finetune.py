@@ -3,8 +3,9 @@
     vitcls finetune --config scripts/recipes/digits.yaml --output-dir runs/digits
     vitcls finetune --model vitcls-tiny --dataset path/to/images --output-dir runs/mine
 
-To continue an interrupted run, repeat the command with --resume. --dry-run tests all stages of a run with a few steps.
-The training is implemented in modeling_vitcls/training/run.py and finetune.py.
+To continue an interrupted run, repeat the command with --resume. --dry-run tests all stages of a
+run with a few steps. The training is implemented in modeling_vitcls/training/run.py and
+finetune.py.
 """
 
 from ..training.options import FinetuneOptions, PretrainOptions

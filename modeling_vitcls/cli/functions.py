@@ -7,8 +7,8 @@
     rows = predict("runs/mine", [image, "photo.jpg"], top_k=3)
     look("runs/mine", "photo.jpg")      # a PIL image, which a notebook shows
 
-Keyword arguments are the flags of the commands: `learning_rate=1e-4` is `--learning-rate 1e-4`. flags.py lists them
-with their types, for editors and type checkers. Errors name these arguments. A
+Keyword arguments are the flags of the commands: `learning_rate=1e-4` is `--learning-rate 1e-4`.
+flags.py lists them with their types, for editors and type checkers. Errors name these arguments. A
 dataset is a path, a Hub id, or data in memory (data/in_memory.py).
 """
 
@@ -50,8 +50,8 @@ def finetune(
 
     Args:
         model: a preset, a folder or any other checkpoint that `--model` accepts.
-        dataset: a path, a Hub id, a `datasets.Dataset` or `DatasetDict`, a torch Dataset, a list of (image, label), or
-            a dict of splits.
+        dataset: a path, a Hub id, a `datasets.Dataset` or `DatasetDict`, a torch Dataset, a list of
+            (image, label), or a dict of splits.
         output_dir: output folder of the run.
         flags: other flags of `vitcls finetune`, which `FinetuneFlags` in flags.py lists.
 
@@ -60,7 +60,8 @@ def finetune(
 
     Raises:
         TypeError: if a flag is unknown.
-        ValueError, OSError: if a flag has an invalid value, or the model or the data cannot be read.
+        ValueError, OSError: if a flag has an invalid value, or the model or the data cannot be
+            read.
         RunStopped: if the run is interrupted or fails.
         PushError: if `push_to_hub` is set and the push fails. The folder is complete.
 
@@ -80,8 +81,8 @@ def pretrain(
 ) -> dict[str, Any]:
     """Pre-train a model on images without labels, as `vitcls pretrain` does.
 
-    The arguments, return value and errors are the same as for `finetune`, and the flags are those in `PretrainFlags`.
-    The labels of the dataset are ignored.
+    The arguments, return value and errors are the same as for `finetune`, and the flags are those
+    in `PretrainFlags`. The labels of the dataset are ignored.
 
     Example:
         >>> from modeling_vitcls import pretrain
@@ -126,12 +127,13 @@ def evaluate(model: str | Path, dataset: Any, **flags: Unpack[EvaluateFlags]) ->
 
     Args:
         model: a folder, a Hub id or any other checkpoint that `--model` accepts.
-        dataset: as in `finetune`. All images of the split `test` are evaluated or, if there is none, of `validation`
-            or the only split, except those that the model was trained on.
+        dataset: as in `finetune`. All images of the split `test` are evaluated or, if there is
+            none, of `validation` or the only split, except those that the model was trained on.
         flags: other flags of `vitcls evaluate`, which `EvaluateFlags` in flags.py lists.
 
     Returns:
-        The metrics that `vitcls evaluate --output FILE` writes or, if `audit` is set, the numbers of issues.
+        The metrics that `vitcls evaluate --output FILE` writes or, if `audit` is set, the numbers
+        of issues.
 
     Raises:
         TypeError, ValueError, OSError: as in `finetune`.
@@ -176,13 +178,14 @@ def predict(
 
     Args:
         model: a folder, a Hub id or any other checkpoint that `--model` accepts.
-        images: a path, a URL, or a list of paths, URLs, encoded images (bytes), PIL images or arrays. A folder path
-            selects all images in the folder. To use a dataset instead, set `dataset`.
+        images: a path, a URL, or a list of paths, URLs, encoded images (bytes), PIL images or
+            arrays. A folder path selects all images in the folder. To use a dataset instead, set
+            `dataset`.
         flags: other flags of `vitcls predict`, which `PredictFlags` in flags.py lists.
 
     Returns:
-        A list with one dict per image: `index`, `image`, the predicted columns, and `error` (None, or the reason why
-        the image has no prediction).
+        A list with one dict per image: `index`, `image`, the predicted columns, and `error` (None,
+        or the reason why the image has no prediction).
 
     Raises:
         TypeError, ValueError, OSError: as in `finetune`.
@@ -211,7 +214,8 @@ def inspect_tokens(model: str | Path, images: Any = (), **flags: Unpack[InspectF
 
     Args:
         model: a folder, a Hub id or any other checkpoint that `--model` accepts.
-        images: a path, a URL, or a list of paths or URLs. To inspect the images of a dataset instead, set `dataset`.
+        images: a path, a URL, or a list of paths or URLs. To inspect the images of a dataset
+            instead, set `dataset`.
         flags: other flags of `vitcls inspect`, which `InspectFlags` in flags.py lists.
 
     Returns:
@@ -301,7 +305,8 @@ def add_class(
         The record of the classes in results.json: their recall, and what the old classes lose.
 
     Raises:
-        TypeError, ValueError, OSError: as in `finetune`; ValueError if the old classes would lose too much.
+        TypeError, ValueError, OSError: as in `finetune`; ValueError if the old classes would lose
+            too much.
 
     Example:
         >>> from modeling_vitcls import add_class
@@ -358,7 +363,7 @@ def verify_unchanged(
     return verify_models(build_options(VerifyUnchangedOptions, old=old, new=new, **flags))
 
 
-# Options -------------------------------------------------------------------------------------------------------------
+# Options ------------------------------------------------------------------------------------------
 
 
 def build_options(options_class: type[Options], /, **flags: Any) -> Options:

@@ -22,8 +22,8 @@ class LookCommandOptions(LookOptions):
     paths: tyro.conf.Positional[tuple[str, ...]] = ()
     """Image files, folders (including subfolders), or URLs."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("look.png")
-    """Image file for the sheet, or a folder. For several photos, the name of each photo is appended to the file
-    name."""
+    """Image file for the sheet, or a folder. For several photos, the name of each photo is appended
+    to the file name."""
 
 
 OPTIONS_CLASS = LookCommandOptions

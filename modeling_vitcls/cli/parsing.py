@@ -2,9 +2,9 @@
 
     name, options = parse_command_line(modules, ["finetune", "--config", "digits", "--epochs", "3"])
 
-tyro parses the flags. A recipe is a YAML file of flags, which are inserted before the flags on the command line, so
-that tyro validates all flags and the command line overrides the recipe. Invalid flags are reported before torch is
-imported.
+tyro parses the flags. A recipe is a YAML file of flags, which are inserted before the flags on the
+command line, so that tyro validates all flags and the command line overrides the recipe. Invalid
+flags are reported before torch is imported.
 """
 
 import contextlib
@@ -38,7 +38,8 @@ from .flag_messages import messages_name_flags
 Options = TypeVar("Options")
 
 PACKAGE_FOLDER = Path(__file__).parents[1]
-# Folders with the recipes that --config accepts by name: one in an installed package, one in a source checkout.
+# Folders with the recipes that --config accepts by name: one in an installed package, one in a
+# source checkout.
 RECIPE_FOLDERS = (PACKAGE_FOLDER / "recipes", PACKAGE_FOLDER.parent / "scripts" / "recipes")
 
 NOT_OF_TYPE = r"\1 requires \2, but got \3"
@@ -51,7 +52,8 @@ def parse_command_line(modules: dict[str, ModuleType], arguments: list[str]) -> 
     `modules` maps names of subcommands to modules, whose docstrings start with the name and a
     summary, followed by examples.
 
-    Print the help and exit with status 0 if the help is requested; exit with status 2 if the command line is invalid.
+    Print the help and exit with status 0 if the help is requested; exit with status 2 if the
+    command line is invalid.
     """
     name, flags = arguments[0], arguments[1:]
     is_command = name in modules
@@ -115,7 +117,8 @@ def prepare_flags(command: str, options_class: type, flags: list[str]) -> list[s
     for name in names:
         if not {name, name.removeprefix("no_")} & flag_names and not name.startswith("tyro_"):
             exit_with_message(
-                f"error: vitcls {command} has no flag --{name.replace('_', '-')}; {hint(name, flag_names)}"
+                f"error: vitcls {command} has no flag --{name.replace('_', '-')}; "
+                f"{hint(name, flag_names)}"
             )
     for name, field in flag_fields.items():
         check_choices(name, field.type, flags)
@@ -128,7 +131,8 @@ def prepare_flags(command: str, options_class: type, flags: list[str]) -> list[s
     ]
     if missing:
         exit_with_message(
-            f"error: vitcls {command} requires {', '.join(missing)}. `vitcls {command} --help` lists flags"
+            f"error: vitcls {command} requires {', '.join(missing)}. `vitcls {command} --help` "
+            "lists flags"
         )
     return flags
 
@@ -201,14 +205,17 @@ def check_paths(options: Any) -> None:
         value = values.get(name)
         if isinstance(value, str) and not is_utf8(value):
             exit_with_message(
-                f"error: --{name.replace('_', '-')} {value!a} is not valid UTF-8. Rename the folder, or set "
-                "another one",
+                f"error: --{name.replace('_', '-')} {value!a} is not valid UTF-8. Rename the "
+                "folder, or set another one",
                 status=1,
             )
 
 
 def is_path(source: str) -> bool:
-    """Return whether a name can only be a local path. `runs` is the folder of the output in all examples."""
+    """Return whether a name can only be a local path.
+
+    `runs` is the folder of the output in all examples.
+    """
     if "://" in source or {"*", "?", "["} & set(source):
         return False
     parts = Path(source).parts
@@ -254,7 +261,8 @@ def one_line_errors() -> Iterator[None]:
             raise
         if (error := find_own_error(ended)) is not None:
             exit_with_message(f"error: {format_error(error)}")
-        # A box has a title and, between horizontal lines, text; an ASCII terminal gets no vertical lines.
+        # A box has a title and, between horizontal lines, text; an ASCII terminal gets no vertical
+        # lines.
         plain_text = re.sub(r"\x1b\[[\d;]*m", "", output.getvalue())  # without colors
         _, *rows = [line.strip("│ ") for line in plain_text.splitlines()]
         rows = list(itertools.dropwhile(lambda row: not row.strip("─-"), rows))
@@ -279,7 +287,7 @@ def find_own_error(ended: BaseException) -> BaseException | None:
     return None
 
 
-# Help ----------------------------------------------------------------------------------------------------------------
+# Help ---------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -335,7 +343,7 @@ def read_help_texts(options_class: Any) -> dict[str, str]:
     return texts
 
 
-# Recipes -------------------------------------------------------------------------------------------------------------
+# Recipes ------------------------------------------------------------------------------------------
 
 
 def find_recipe(path: Path) -> Path:
@@ -371,7 +379,7 @@ def check_recipe_exists(path: Path, kind: str, pattern: str) -> None:
     )
 
 
-# Errors and output of libraries --------------------------------------------------------------------------------------
+# Errors and output of libraries -------------------------------------------------------------------
 
 
 def silence_libraries() -> None:
@@ -404,7 +412,8 @@ def exit_on_error() -> Iterator[None]:
         if "can't start new thread" not in str(error):
             raise
         exit_with_message(
-            "error: no more threads can be started. Raise the limit of processes (ulimit -u), or end other programs",
+            "error: no more threads can be started. Raise the limit of processes (ulimit -u), or "
+            "end other programs",
             status=1,
             is_on_all_processes=False,
         )

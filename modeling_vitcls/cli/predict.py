@@ -29,7 +29,9 @@ OPTIONS_CLASS = PredictCommandOptions
 
 
 def run(options: PredictCommandOptions) -> None:
-    """Predict the labels of images and print a summary. Exit with status 1 if no image has a prediction.
+    """Predict the labels of images and print a summary.
+
+    Exit with status 1 if no image has a prediction.
 
     In the output, the row of an unreadable image contains an error message.
     """
@@ -42,10 +44,12 @@ def run(options: PredictCommandOptions) -> None:
     summary = predict_images(options, choose_engine)
     if options.output is not None and summary.num_images:
         print(
-            f"{options.output}: {summary.num_images:,} images, {summary.num_failed:,} without a prediction"
+            f"{options.output}: {summary.num_images:,} images, {summary.num_failed:,} without a "
+            "prediction"
         )
     if summary.num_failed and summary.num_failed == summary.num_images:
         exit_with_message(
-            f"error: none of the {summary.num_images} images has a prediction. See the column `error` in the output",
+            f"error: none of the {summary.num_images} images has a prediction. See the column "
+            "`error` in the output",
             status=1,
         )

@@ -3,8 +3,9 @@
     vitcls pretrain --model vitcls-tiny --dataset path/to/images --output-dir runs/pretrained
     vitcls finetune --model runs/pretrained --dataset path/to/labeled --output-dir runs/mine
 
-To continue an interrupted run, repeat the command with --resume. --dry-run tests all stages of a run with a few steps.
-The training is implemented in modeling_vitcls/training/run.py and pretrain.py.
+To continue an interrupted run, repeat the command with --resume. --dry-run tests all stages of a
+run with a few steps. The training is implemented in modeling_vitcls/training/run.py and
+pretrain.py.
 """
 
 from ..training.options import PretrainOptions

@@ -3,7 +3,8 @@
     vitcls push --model runs/mine --hub-model-id me/my-model
     vitcls push --verify-only someone/their-model@COMMIT
 
-A push requires a token: run `hf auth login`, or set HF_TOKEN. The push is implemented in modeling_vitcls/publishing/.
+A push requires a token: run `hf auth login`, or set HF_TOKEN. The push is implemented in
+modeling_vitcls/publishing/.
 """
 
 from dataclasses import dataclass, fields
@@ -23,11 +24,12 @@ class PushOptions:
     branch: str | None = None
     """Branch to push to, created if it does not exist. Default: main."""
     verify: bool = True
-    """Load the model from the pushed commit in a new process, and compare its outputs with the outputs of --model."""
+    """Load the model from the pushed commit in a new process, and compare its outputs with the
+    outputs of --model."""
     verify_only: str | None = None
-    """Repository to verify without pushing, optionally with @REVISION (commit, branch or tag; default: main). If
-    --model is set, the outputs of the model in the repository are compared with the outputs of --model. Verification
-    runs the code in the repository."""
+    """Repository to verify without pushing, optionally with @REVISION (commit, branch or tag;
+    default: main). If --model is set, the outputs of the model in the repository are compared with
+    the outputs of --model. Verification runs the code in the repository."""
 
     def __post_init__(self) -> None:
         if self.verify_only is None:
@@ -43,7 +45,8 @@ class PushOptions:
                     "--no-verify" if field.name == "verify" else f"--{field.name.replace('_', '-')}"
                 )
                 raise ValueError(
-                    f"--verify-only pushes nothing, but {flag} applies only to pushes. Omit one of these flags"
+                    f"--verify-only pushes nothing, but {flag} applies only to pushes. Omit one of "
+                    "these flags"
                 )
 
 

@@ -2,7 +2,8 @@
 
     vitcls verify-unchanged runs/mine runs/with-weather --dataset path/to/images
 
-The exit status is 1 if the models differ. The command is implemented in modeling_vitcls/training/certificate.py.
+The exit status is 1 if the models differ. The command is implemented in
+modeling_vitcls/training/certificate.py.
 """
 
 from dataclasses import dataclass

@@ -8,10 +8,10 @@
 
 A command resolves its model once, and everything below receives the folder.
 
-Conversions are checked in the same way as in `vitcls convert`: a converted model is cached only if its outputs match
-those of the source to within 1e-5. The parity report records the source, the commit and the versions. The cache is the
-folder `vitcls/converted` next to the Hub cache. If the source or the version of this package changes, the model is
-converted again.
+Conversions are checked in the same way as in `vitcls convert`: a converted model is cached only if
+its outputs match those of the source to within 1e-5. The parity report records the source, the
+commit and the versions. The cache is the folder `vitcls/converted` next to the Hub cache. If the
+source or the version of this package changes, the model is converted again.
 """
 
 import hashlib
@@ -56,22 +56,27 @@ def resolve(source: str, backend: str = "torch", files: Sequence[str] = ()) -> M
 
     Args:
         source: A folder, `namespace/name` on the Hub with an optional `@REVISION`, `timm:NAME`,
-            `transformers:PATH_OR_ID` with an optional `@REVISION`, or a file with a published state dict.
-        backend: "torch", "onnx", "openvino" or an exported file. Of a vitcls model on the Hub, only the files that
-            this engine reads are downloaded, and the records of its training and its conversion.
+            `transformers:PATH_OR_ID` with an optional `@REVISION`, or a file with a published state
+            dict.
+        backend: "torch", "onnx", "openvino" or an exported file. Of a vitcls model on the Hub, only
+            the files that this engine reads are downloaded, and the records of its training and its
+            conversion.
         files: Patterns of other files that are downloaded if the model has them.
 
     Raises:
-        ValueError: If the source is a preset, an unfinished run, or not supported, or the conversion is not exact.
+        ValueError: If the source is a preset, an unfinished run, or not supported, or the
+            conversion is not exact.
         OSError: If the source cannot be found or read.
     """
     if is_preset(source):
         raise ValueError(
-            f"{source} is a preset without trained weights. Set `model` to a folder or a model on the Hub"
+            f"{source} is a preset without trained weights. Set `model` to a folder or a model on "
+            "the Hub"
         )
     if Path(source, "checkpoints").is_dir() and not Path(source, CONFIG_FILE).exists():
         raise ValueError(
-            f"{source} contains an unfinished run without a model. Continue the run: `vitcls finetune ... --resume`"
+            f"{source} contains an unfinished run without a model. Continue the run: `vitcls "
+            "finetune ... --resume`"
         )
     patterns = [*list_backend_files(backend), RESULTS_FILE, PARITY_REPORT_FILE, *files]
     folder = find_or_convert(source, patterns)

@@ -57,15 +57,17 @@ def convert_checkpoint(
     """Convert a checkpoint and write the model, image processor, parity report and license to `output`.
 
     Args:
-        source_name: `timm:NAME[@FILE]`, `transformers:PATH_OR_ID` (an id may end with `@REVISION`), or a state-dict
-            file.
+        source_name: `timm:NAME[@FILE]`, `transformers:PATH_OR_ID` (an id may end with `@REVISION`),
+            or a state-dict file.
         output: A folder that does not exist or is empty.
-        random_init: Whether to fill the source model with random values instead of loading trained weights.
+        random_init: Whether to fill the source model with random values instead of loading trained
+            weights.
         family: Family of a state-dict file. By default, the family is detected from the file.
 
     Raises:
-        ValueError, OSError: If the source does not exist or is not supported, the outputs differ by more than the
-            limit, or `output` is not empty. The error message is a single line, and nothing is written.
+        ValueError, OSError: If the source does not exist or is not supported, the outputs differ by
+            more than the limit, or `output` is not empty. The error message is a single line, and
+            nothing is written.
     """
     check_output_is_empty(output)
     source = load_source(source_name, random_init, family)
@@ -114,9 +116,9 @@ def write_parity_report(
     The license is not copied for random weights. `config` is the configuration of the ViTCLS model,
     and `fields` are further fields of the report.
 
-    docs/converting.md describes the main fields. `is_native` (whether the model is a transformers model),
-    `required_versions` (the lowest versions that its class requires) and `provenance` (license and base model) are for
-    the card.
+    docs/converting.md describes the main fields. `is_native` (whether the model is a transformers
+    model), `required_versions` (the lowest versions that its class requires) and `provenance`
+    (license and base model) are for the card.
     """
     provenance = find_provenance(source_name)
     if not random_init:
@@ -155,14 +157,15 @@ def load_source(
             )
         if project not in SOURCE_CLASSES or not name:
             raise ConversionError(
-                f"the source {source_name!r} is not supported. Use timm:NAME, transformers:PATH_OR_ID or a "
-                "state-dict file"
+                f"the source {source_name!r} is not supported. Use timm:NAME, "
+                "transformers:PATH_OR_ID or a state-dict file"
             )
         return SOURCE_CLASSES[project].load(name, random_init)
 
     if random_init:
         raise ConversionError(
-            f"`random_init=True` requires timm:NAME or transformers:PATH_OR_ID, but the source is {source_name}"
+            "`random_init=True` requires timm:NAME or transformers:PATH_OR_ID, but the source is "
+            f"{source_name}"
         )
     return FileSource.load(Path(source_name), family)
 
@@ -182,12 +185,13 @@ def convert_source(source: SourceModel) -> ViTCLSPreTrainedModel:
         model.to(dtype=saved_dtype)  # type: ignore[call-arg]  # `to` is untyped in transformers
         return model
     source.notes.append(
-        f"the weights are written in float32, because {saved_dtype} cannot represent all weights exactly"
+        f"the weights are written in float32, because {saved_dtype} cannot represent all weights "
+        "exactly"
     )
     return model
 
 
-# Transformers classes ------------------------------------------------------------------------------------------------
+# Transformers classes -----------------------------------------------------------------------------
 
 
 def write_native_model(source: str, output: Path) -> Report:
@@ -196,16 +200,18 @@ def write_native_model(source: str, output: Path) -> Report:
     The folder has the model, image processor, parity report, license and the results of the
     training run.
 
-    Unless the model is a `ViTCLSForImageClassification`, only the encoder is converted. If no transformers class has
-    the same outputs for images of any size, a class with the same outputs at the native size is sufficient.
+    Unless the model is a `ViTCLSForImageClassification`, only the encoder is converted. If no
+    transformers class has the same outputs for images of any size, a class with the same outputs at
+    the native size is sufficient.
 
     Args:
         source: Folder or Hub id of a vitcls model.
         output: A folder that does not exist or is empty.
 
     Raises:
-        ValueError, OSError: If the model does not exist, no transformers class supports the model, the outputs differ
-            by more than the limit, or `output` is not empty. The error message is a single line.
+        ValueError, OSError: If the model does not exist, no transformers class supports the model,
+            the outputs differ by more than the limit, or `output` is not empty. The error message
+            is a single line.
     """
     check_output_is_empty(output)
     path = Path(get_model_folder(source))

@@ -7,12 +7,13 @@ These forms have the same outputs for images of any size:
                                        added to the tokens
     temperature                        a classifier whose weights are divided by the temperature
 
-The following form has the same outputs only at the native image size, where position embeddings are not resampled:
+The following form has the same outputs only at the native image size, where position embeddings are
+not resampled:
 
     position_antialias, ...            a different resampling policy
 
-A `Rewrite` names configuration fields that get the values of the transformers class, and changes the weights
-accordingly.
+A `Rewrite` names configuration fields that get the values of the transformers class, and changes
+the weights accordingly.
 """
 
 from collections.abc import Callable
@@ -40,13 +41,14 @@ class Rewrite:
     fields: tuple[str, ...]  # fields that get the values of the target
     # function of the configurations of model and target
     is_possible: Callable[[ViTCLSConfig, ViTCLSConfig], bool]
-    # function (weights, old configuration, new configuration) that changes the weights of the model in place
+    # function (weights, old configuration, new configuration) that changes the weights of the model
+    # in place
     rewrite_weights: Callable[[Weights, ViTCLSConfig, ViTCLSConfig], None] = lambda *arguments: None
     # whether the outputs are the same only for images of `config.image_size`
     is_native_size_only: bool = False
 
 
-# Classifiers ---------------------------------------------------------------------------------------------------------
+# Classifiers --------------------------------------------------------------------------------------
 
 
 def can_widen_classifier(config: ViTCLSConfig, target: ViTCLSConfig) -> bool:
@@ -80,7 +82,7 @@ def fold_temperature(weights: Weights, old_config: ViTCLSConfig, new_config: ViT
         weights[name] = weights[name] / old_config.temperature
 
 
-# Positions -----------------------------------------------------------------------------------------------------------
+# Positions ----------------------------------------------------------------------------------------
 
 
 def move_position_embeddings(

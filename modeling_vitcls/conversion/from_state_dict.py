@@ -3,15 +3,18 @@
     weights = prepare_weights(torch.load("dinov2_vits14_reg4_pretrain.pth", weights_only=True), "dinov2")
     model = convert_family_model(build_timm_model(weights, "dinov2"), weights, "dinov2")
 
-1. The architecture is inferred from the weight shapes, and timm builds the model (`build_timm_model`). The number of
-   heads cannot be inferred; it is known for the published widths.
-2. timm's `checkpoint_filter_fn` renames the weights. For big_vision, timm's `load_pretrained` reads the Flax arrays.
+1. The architecture is inferred from the weight shapes, and timm builds the model
+   (`build_timm_model`). The number of heads cannot be inferred; it is known for the published
+   widths.
+2. timm's `checkpoint_filter_fn` renames the weights. For big_vision, timm's `load_pretrained` reads
+   the Flax arrays.
 3. The timm model is converted as in from_timm.py.
-4. `apply_family` restores what timm leaves out or does differently from the authors' code: resampling of position
-   embeddings, stored rotary periods, mask tokens, the second CLS token of TIPS and the linear classifiers of DINOv2.
+4. `apply_family` restores what timm leaves out or does differently from the authors' code:
+   resampling of position embeddings, stored rotary periods, mask tokens, the second CLS token of
+   TIPS and the linear classifiers of DINOv2.
 
-timm's name of a family also selects the preprocessing of the family. timm alone reads the files of other models
-(`timm:NAME@FILE`); their conversion follows timm.
+timm's name of a family also selects the preprocessing of the family. timm alone reads the files of
+other models (`timm:NAME@FILE`); their conversion follows timm.
 """
 
 import io
@@ -34,9 +37,9 @@ from .from_timm import has_pooler, read_timm_model
 from .weight_rules import ConversionError, Fields, Weights, build_model
 
 
-# Resampling of learned position embeddings in the authors' code, as differences from timm's configuration (bicubic
-# with antialiasing). DINO, iBOT and DINOv2 add 0.1 to the size of the new grid. big_vision aligns the corners of both
-# grids.
+# Resampling of learned position embeddings in the authors' code, as differences from timm's
+# configuration (bicubic with antialiasing). DINO, iBOT and DINOv2 add 0.1 to the size of the new
+# grid. big_vision aligns the corners of both grids.
 BICUBIC: Fields = {"position_antialias": False}
 BICUBIC_WITH_OFFSET: Fields = {"position_antialias": False, "position_offset": 0.1}
 BICUBIC_ANTIALIASED: Fields = {}
@@ -126,7 +129,8 @@ NUM_HEADS = {
     1536: 24,
     4096: 32,
 }
-# Preprocessing of the authors that differs from timm's settings for the model, or that timm does not have (MSN).
+# Preprocessing of the authors that differs from timm's settings for the model, or that timm does
+# not have (MSN).
 PREPROCESSING: dict[str, dict[str, Any]] = {
     "tips": {"interpolation": "bilinear", "crop_mode": "squash"},
     "msn": {"interpolation": "bilinear", "crop_pct": 0.875},
@@ -171,9 +175,9 @@ def apply_family(converted_weights: Weights, weights: Weights, family: str) -> F
 def convert_linear_head(converted_weights: Weights, weights: Weights) -> Fields:
     """Convert the linear classifier of DINOv2's hub models, and return fields of the configuration.
 
-    The input of the classifier is the CLS tokens of the last n layers and the mean of the patches of the last layer
-    (dinov2/hub/classifiers.py). The converted classifier also reads the means of the earlier layers, with weights of
-    zero.
+    The input of the classifier is the CLS tokens of the last n layers and the mean of the patches
+    of the last layer (dinov2/hub/classifiers.py). The converted classifier also reads the means of
+    the earlier layers, with weights of zero.
     """
     weight = weights[LINEAR_HEAD].float()
     bias = weights["linear_head.bias"].float()
@@ -200,8 +204,8 @@ def split_linear_head(weights: Weights) -> tuple[torch.Tensor, ...]:
     depth = count_blocks(weights, r"blocks\.(\d+)\.")
     if weight.shape[1] != num_vectors * width or not 2 <= num_vectors <= depth + 1:
         raise ConversionError(
-            f"{LINEAR_HEAD} has {weight.shape[1]} inputs instead of (1 + layers) * {width}. Remove linear_head.* from "
-            "the file to convert the encoder"
+            f"{LINEAR_HEAD} has {weight.shape[1]} inputs instead of (1 + layers) * {width}. Remove "
+            "linear_head.* from the file to convert the encoder"
         )
     return tuple(weight.split(width, dim=1))
 
@@ -213,7 +217,7 @@ def get_family(family: str, weights: Weights) -> FileFamily:
     ]
 
 
-# Preparation ---------------------------------------------------------------------------------------------------------
+# Preparation --------------------------------------------------------------------------------------
 
 
 def prepare_weights(weights: Mapping[str, Any], family: str) -> Weights:
@@ -250,7 +254,8 @@ def prepare_weights(weights: Mapping[str, Any], family: str) -> Weights:
                 )
 
     if family == "big_vision":
-        # Prefixes of the image model in two-tower models (SigLIP), and in files with optimizer state.
+        # Prefixes of the image model in two-tower models (SigLIP), and in files with optimizer
+        # state.
         prefixes = ("params/img/", "params/", "opt/target/img/", "opt/target/", "img/")
         prefix = next((prefix for prefix in prefixes if f"{prefix}embedding/kernel" in tensors), "")
         tensors = {
@@ -267,7 +272,10 @@ def prepare_weights(weights: Mapping[str, Any], family: str) -> Weights:
 
 
 def convert_to_tensor(name: str, array: Any) -> torch.Tensor:
-    """Convert an array to a tensor. Raise ConversionError unless weights are arrays of floating-point numbers."""
+    """Convert an array to a tensor.
+
+    Raise ConversionError unless weights are arrays of floating-point numbers.
+    """
     try:
         tensor = torch.as_tensor(array)
     except (TypeError, ValueError, RuntimeError):
@@ -276,13 +284,13 @@ def convert_to_tensor(name: str, array: Any) -> torch.Tensor:
     if tensor is None or (is_weight and not (tensor.ndim and tensor.is_floating_point())):
         found = type(array).__name__ if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
         raise ConversionError(
-            f"{replace_control_characters(name)} must be an array of floating-point numbers, but it is {found}. Save "
-            "the weights in float32"
+            f"{replace_control_characters(name)} must be an array of floating-point numbers, but "
+            f"it is {found}. Save the weights in float32"
         )
     return tensor
 
 
-# timm models ---------------------------------------------------------------------------------------------------------
+# timm models --------------------------------------------------------------------------------------
 
 
 def build_timm_model(weights: Weights, family: str) -> Any:
@@ -310,8 +318,8 @@ def build_timm_model(weights: Weights, family: str) -> Any:
     except (LookupError, RuntimeError, ValueError, AssertionError) as error:
         # weights that do not match the model
         raise ConversionError(
-            f"the weights do not match the family {family}: {format_error(error)}. Set `family` to another family, or "
-            "use timm:NAME@FILE"
+            f"the weights do not match the family {family}: {format_error(error)}. Set `family` to "
+            "another family, or use timm:NAME@FILE"
         ) from error
     model.pretrained_cfg |= PREPROCESSING.get(family, {})
     return model.eval()
@@ -356,8 +364,8 @@ def read_vit_options(weights: Weights, family: str) -> dict[str, Any]:
     num_heads = 20 if (family, width) == ("dinov3", 1280) else NUM_HEADS.get(width)
     if num_heads is None:
         raise ConversionError(
-            f"the number of heads is unknown for the width {width}. Build the model with timm.create_model, and use "
-            "convert_from_timm"
+            f"the number of heads is unknown for the width {width}. Build the model with "
+            "timm.create_model, and use convert_from_timm"
         )
 
     if GATE in weights:  # timm's DINOv2 fuses the gate and the values
@@ -392,7 +400,10 @@ def read_vit_options(weights: Weights, family: str) -> dict[str, Any]:
 
 
 def read_big_vision_options(weights: Weights) -> dict[str, Any]:
-    """Return the arguments of `timm.create_model` for Flax arrays. Flax's `nn.gelu` is the tanh approximation."""
+    """Return the arguments of `timm.create_model` for Flax arrays.
+
+    Flax's `nn.gelu` is the tanh approximation.
+    """
     *patch_size, channels, width = find_weight(weights, "embedding/kernel").shape
     query_kernel = find_weight(weights, r"Transformer/encoderblock(_0)?/MultiHead\w+/query/kernel")
     mlp_kernel = find_weight(weights, r"Transformer/encoderblock(_0)?/MlpBlock_\d/Dense_0/kernel")
@@ -425,7 +436,10 @@ def read_big_vision_options(weights: Weights) -> dict[str, Any]:
 
 
 def compute_image_size(num_patches: int, patch_size: list[int]) -> list[int]:
-    """Return the image size (height, width) in pixels. Raise ConversionError if the patch grid is not square."""
+    """Return the image size (height, width) in pixels.
+
+    Raise ConversionError if the patch grid is not square.
+    """
     grid_side = math.isqrt(max(num_patches, 0))
     if grid_side**2 != num_patches:
         raise ConversionError(
@@ -435,7 +449,10 @@ def compute_image_size(num_patches: int, patch_size: list[int]) -> list[int]:
 
 
 def count_blocks(weights: Weights, pattern: str) -> int:
-    """Return the number of blocks. `pattern` matches the start of the names, with the index of the block as group."""
+    """Return the number of blocks.
+
+    `pattern` matches the start of the names, with the index of the block as group.
+    """
     return len({match[1] for name in weights if (match := re.match(pattern, name))})
 
 

@@ -2,15 +2,15 @@
 
     model = convert_from_timm(timm.create_model("vit_base_patch16_clip_224.openai", pretrained=True))
 
-timm_modules.py reads the configuration from the modules. This file contains the rules for parameter names, and exact
-rewrites that involve several parameters:
+timm_modules.py reads the configuration from the modules. This file contains the rules for parameter
+names, and exact rewrites that involve several parameters:
 
     parallel branches       n attention modules and n MLPs become one of each, n times as wide
     differential attention  the lambda vectors become the weight of the second attention map
     interleaved rotary      channel pairs (0, 1), (2, 3), ... become (0, half), (1, half + 1), ...
 
-The first two rewrites keep timm's parameter names and are applied before the rules. The last rewrite is applied after
-the rules.
+The first two rewrites keep timm's parameter names and are applied before the rules. The last
+rewrite is applied after the rules.
 """
 
 import re
@@ -43,10 +43,11 @@ TIMM_CLASSES = ("VisionTransformer", "VisionTransformerDistilled", "Eva")
 def convert_from_timm(model: nn.Module) -> ViTCLSPreTrainedModel:
     """Convert a timm ViT to a vitcls model in eval mode with the same outputs, dtype and device.
 
-    The source is left unchanged. A model with a classifier becomes a `ViTCLSForImageClassification`. A model without a
-    classifier (`num_classes=0`) becomes a `ViTCLSModel`, whose `pooler_output`, if any, equals the output of timm's
-    model. For image sizes other than the native size, the outputs equal those that the source returns after a
-    call to its `set_input_size`.
+    The source is left unchanged. A model with a classifier becomes a
+    `ViTCLSForImageClassification`. A model without a classifier (`num_classes=0`) becomes a
+    `ViTCLSModel`, whose `pooler_output`, if any, equals the output of timm's model. For image sizes
+    other than the native size, the outputs equal those that the source returns after a call to its
+    `set_input_size`.
 
     Raises:
         ConversionError: If the class or a feature is not supported.
@@ -105,9 +106,10 @@ def rewrite_state_dict(model: TimmModule) -> Weights:
 def merge_branches(weights: Weights, prefix: str, num_branches: int) -> None:
     """Rewrite `attns.j` and `ffns.j` of a block as one attention module and one MLP (arXiv 2203.09795, section 3).
 
-    All branches have the same input. The scale and bias of each norm are folded into the subsequent projections, and
-    LayerScale is folded into the preceding projection. The branches are then equivalent to one attention module with
-    the heads of all branches and one MLP with the hidden units of all branches.
+    All branches have the same input. The scale and bias of each norm are folded into the subsequent
+    projections, and LayerScale is folded into the preceding projection. The branches are then
+    equivalent to one attention module with the heads of all branches and one MLP with the hidden
+    units of all branches.
     """
     attentions = [pop_branch(weights, f"{prefix}attns.{index}.") for index in range(num_branches)]
     mlps = [pop_branch(weights, f"{prefix}ffns.{index}.") for index in range(num_branches)]
@@ -135,7 +137,10 @@ def merge_branches(weights: Weights, prefix: str, num_branches: int) -> None:
 
 
 def pop_branch(weights: Weights, prefix: str) -> Weights:
-    """Remove one branch from the state dict and return its weights without the prefix. Missing biases are set to 0."""
+    """Remove one branch from the state dict and return its weights without the prefix.
+
+    Missing biases are set to 0.
+    """
     branch = {
         name.removeprefix(prefix): weights.pop(name)
         for name in list(weights)
@@ -148,7 +153,10 @@ def pop_branch(weights: Weights, prefix: str) -> Weights:
 
 
 def fold_norm(branch_weights: Weights, layer_name: str) -> Weights:
-    """Return the weight and bias of a layer with the preceding norm folded in. The bias is computed in float64."""
+    """Return the weight and bias of a layer with the preceding norm folded in.
+
+    The bias is computed in float64.
+    """
     weight = branch_weights[f"{layer_name}.weight"]
     bias = branch_weights[f"{layer_name}.bias"].double()
     if "norm.bias" in branch_weights:
@@ -205,7 +213,7 @@ def deinterleave_rotary_channels(
     return reordered_weights
 
 
-# Rules for parameter names ------------------------------------------------------------------------------------------
+# Rules for parameter names ------------------------------------------------------------------------
 
 
 QKV_NAMES = [f"layers.{{i}}.attention.{letter}_proj.{{rest}}" for letter in "qkv"]

@@ -30,17 +30,19 @@ from .weight_rules import (
 def convert_from_transformers(model: PreTrainedModel) -> ViTCLSPreTrainedModel:
     """Convert a transformers ViT to a vitcls model in eval mode with the same outputs, dtype and device.
 
-    The source is left unchanged. A classifier becomes a `ViTCLSForImageClassification` with the same labels. An image
-    embedding model (CLIP with projection) also becomes a `ViTCLSForImageClassification`, with the embeddings as
-    logits. Any other model becomes a `ViTCLSModel`.
+    The source is left unchanged. A classifier becomes a `ViTCLSForImageClassification` with the
+    same labels. An image embedding model (CLIP with projection) also becomes a
+    `ViTCLSForImageClassification`, with the embeddings as logits. Any other model becomes a
+    `ViTCLSModel`.
 
     For image sizes other than the native size, the outputs equal the outputs of the source with
-    `interpolate_pos_encoding=True`. The converted MAE encoder uses all patches in order, without random masking. The
-    `image_size` of a converted RADIO model is the maximum image size, because RADIO stores position embeddings for
-    that size.
+    `interpolate_pos_encoding=True`. The converted MAE encoder uses all patches in order, without
+    random masking. The `image_size` of a converted RADIO model is the maximum image size, because
+    RADIO stores position embeddings for that size.
 
     Raises:
-        ConversionError: If the class or a feature is not supported, or weights are missing or unexpected.
+        ConversionError: If the class or a feature is not supported, or weights are missing or
+            unexpected.
 
     Example:
         >>> from modeling_vitcls import convert_from_transformers

@@ -3,9 +3,10 @@
     # Raises ConversionError if a difference exceeds MAX_DIFFERENCE.
     comparisons, reason = compare_models(source, model)
 
-The comparison covers all token groups of the final hidden state, and the logits or the pooled output. The inputs are
-random images of the native size. If the source supports other sizes, the comparison is repeated at the size that the
-image processor makes and at a non-square size, for which position embeddings are resampled.
+The comparison covers all token groups of the final hidden state, and the logits or the pooled
+output. The inputs are random images of the native size. If the source supports other sizes, the
+comparison is repeated at the size that the image processor makes and at a non-square size, for
+which position embeddings are resampled.
 """
 
 from typing import Any
@@ -20,7 +21,8 @@ from .source_models import Outputs, SourceModel
 from .weight_rules import ConversionError
 
 
-# Maximum allowed difference between float32 outputs, relative to the largest value of a token group or head.
+# Maximum allowed difference between float32 outputs, relative to the largest value of a token group
+# or head.
 MAX_DIFFERENCE = 1e-5
 
 Report = dict[str, Any]  # content of parity_report.json, or of one of its comparisons
@@ -39,15 +41,17 @@ def compare_models(
 
     Args:
         source: Source whose model is in float32.
-        model: The converted model. It is cast to float32, and its CPU kernels are removed, because their rounding
-            errors grow with the magnitude of the values (docs/speed.md).
-        native_size_reason: Reason why only the native size is compared. If empty, all sizes are compared.
+        model: The converted model. It is cast to float32, and its CPU kernels are removed, because
+            their rounding errors grow with the magnitude of the values (docs/speed.md).
+        native_size_reason: Reason why only the native size is compared. If empty, all sizes are
+            compared.
         processor_size: Height and width of the processor's outputs.
 
     Returns:
-        One dict per size, and the reason why a size is not compared (empty if all sizes are compared).
-        `image_size` is (height, width) in pixels. `differences` and `magnitudes` contain the largest absolute
-        differences and the largest absolute values of the source, by token group ("cls", ...), "logits" or "pooled".
+        One dict per size, and the reason why a size is not compared (empty if all sizes are
+        compared). `image_size` is (height, width) in pixels. `differences` and `magnitudes` contain
+        the largest absolute differences and the largest absolute values of the source, by token
+        group ("cls", ...), "logits" or "pooled".
     """
     uninstall_cpu_kernels(model)
     model.to(dtype=torch.float32)  # type: ignore[call-arg]  # `to` is untyped in transformers
@@ -85,8 +89,9 @@ def compare_models(
         ]
         if excessive:
             raise ConversionError(
-                f"the outputs of the converted model differ from those of {source.name} at {height} x {width} pixels: "
-                f"{', '.join(excessive)}; the limit is {MAX_DIFFERENCE:g} of the largest value"
+                f"the outputs of the converted model differ from those of {source.name} at "
+                f"{height} x {width} pixels: {', '.join(excessive)}; the limit is "
+                f"{MAX_DIFFERENCE:g} of the largest value"
             )
 
         comparisons.append(
@@ -103,8 +108,8 @@ def describe_pooling(source: SourceModel, config: ViTCLSConfig) -> list[str]:
     if not is_dinov3 or config.pooling != "mean":
         return []
     return [
-        "pooling: the mean of the patches, as in timm; Meta's code and transformers read the CLS token. "
-        "To do the same, set `pooling='cls'` in training (`vitcls finetune --pooling cls`)"
+        "pooling: the mean of the patches, as in timm; Meta's code and transformers read the CLS "
+        "token. To do the same, set `pooling='cls'` in training (`vitcls finetune --pooling cls`)"
     ]
 
 
@@ -115,26 +120,26 @@ def describe_position_embeddings(source: SourceModel, config: ViTCLSConfig) -> l
         offset_text = f", offset {config.position_offset}" if config.position_offset else ""
         antialias = "with" if config.position_antialias else "without"
         notes.append(
-            f"position embeddings for other image sizes: {config.position_interpolation} {antialias} "
-            f"antialiasing{offset_text}, as in {source.project}"
+            f"position embeddings for other image sizes: {config.position_interpolation} "
+            f"{antialias} antialiasing{offset_text}, as in {source.project}"
         )
 
     if "sapiens2" in f"{source.name} {type(source.model).__name__}".lower():
         notes.append(
-            f"rotary positions: computed in float32, as in {source.project}; the authors' code computes them in "
-            "bfloat16 by default, which changes the outputs by up to 4e-3"
+            f"rotary positions: computed in float32, as in {source.project}; the authors' code "
+            "computes them in bfloat16 by default, which changes the outputs by up to 4e-3"
         )
     elif config.rope_periods is not None:
         notes.append(
-            "rotary periods: as stored in the file and used by the authors' code; timm and transformers compute the "
-            "periods in float32"
+            "rotary periods: as stored in the file and used by the authors' code; timm and "
+            "transformers compute the periods in float32"
         )
     elif (
         config.position_embedding_type.endswith("rope_2d") and config.rope_coordinates == "centered"
     ):
         notes.append(
-            f"rotary periods: computed in float32, as in {source.project}; the authors' DINOv3 files store rounded "
-            "periods"
+            f"rotary periods: computed in float32, as in {source.project}; the authors' DINOv3 "
+            "files store rounded periods"
         )
     return notes
 

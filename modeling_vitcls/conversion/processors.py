@@ -3,8 +3,8 @@
     timm            `pretrained_cfg`: input_size, interpolation, mean, std, crop_pct, crop_mode
     transformers    `preprocessor_config.json`, read by AutoImageProcessor
 
-If a source has no preprocessing settings, or this package does not support the settings, the default image processor
-is used, and the parity report contains the reason.
+If a source has no preprocessing settings, or this package does not support the settings, the
+default image processor is used, and the parity report contains the reason.
 """
 
 import math
@@ -22,17 +22,17 @@ from transformers.image_processing_backends import PilBackend
 from ..model.image_processing_vitcls import ViTCLSImageProcessor, ViTCLSImageProcessorPil
 
 
-# Maximum allowed pixel difference on the test images, in gray levels (0 to 255). The converted processor is
-# compared with the source's preprocessing in the same backend (PIL or torchvision). The difference is 0, except for
-# sources that round to gray levels after resizing (DINOv3).
+# Maximum allowed pixel difference on the test images, in gray levels (0 to 255). The converted
+# processor is compared with the source's preprocessing in the same backend (PIL or torchvision).
+# The difference is 0, except for sources that round to gray levels after resizing (DINOv3).
 MAX_PIXEL_DIFFERENCE = 1.0
 
 RESAMPLING_FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
 
 # Settings with the same name and meaning in transformers and in this package.
 SHARED_SETTINGS = (
-    "do_convert_rgb do_resize size resample do_center_crop crop_size do_rescale rescale_factor do_normalize "
-    "image_mean image_std"
+    "do_convert_rgb do_resize size resample do_center_crop crop_size do_rescale rescale_factor "
+    "do_normalize image_mean image_std"
 ).split()
 
 
@@ -87,7 +87,8 @@ def convert_timm_settings(settings: dict[str, Any]) -> dict[str, Any]:
         size = {"shortest_edge": scaled_height}
     else:
         raise ValueError(
-            f"crop_mode={crop_mode!r} for {height} x {width} pixels in timm's pretrained_cfg is not supported"
+            f"crop_mode={crop_mode!r} for {height} x {width} pixels in timm's pretrained_cfg is "
+            "not supported"
         )
 
     return {
@@ -168,7 +169,8 @@ def check_processor(
         difference = ((pixels - expected).abs() * std * 255).max().item()
         if not difference <= MAX_PIXEL_DIFFERENCE:
             raise ValueError(
-                f"the converted processor differs from {settings_name} by {difference:.3g} gray levels"
+                f"the converted processor differs from {settings_name} by {difference:.3g} gray "
+                "levels"
             )
         largest_difference = max(largest_difference, difference)
 

@@ -1,7 +1,8 @@
 """Fill a model with random values to test a conversion without a checkpoint.
 
-A newly initialized model can hide conversion errors, because biases are zero and LayerScale values may be only 1e-5.
-The random values keep activations close to 1 in magnitude, so that an absolute limit on differences is meaningful.
+A newly initialized model can hide conversion errors, because biases are zero and LayerScale values
+may be only 1e-5. The random values keep activations close to 1 in magnitude, so that an absolute
+limit on differences is meaningful.
 """
 
 import re
@@ -18,10 +19,11 @@ Model = TypeVar("Model", bound=nn.Module)
 def randomize_weights(model: Model) -> Model:
     """Fill a model in place with random values and return it in eval mode; repeated calls give the same values.
 
-    Scales (norms, LayerScale, variances) are uniformly distributed from 0.5 to 1.5. Other values are normally
-    distributed with mean 0 and these standard deviations: 1 / sqrt(fan in) for weights of linear and convolution
-    layers, 0.2 for biases, 0.1 for the lambdas of differential attention (whose products are exponentiated), and 0.5
-    for other tensors (tokens, position embeddings, bias tables). Non-persistent buffers are left unchanged.
+    Scales (norms, LayerScale, variances) are uniformly distributed from 0.5 to 1.5. Other values
+    are normally distributed with mean 0 and these standard deviations: 1 / sqrt(fan in) for weights
+    of linear and convolution layers, 0.2 for biases, 0.1 for the lambdas of differential attention
+    (whose products are exponentiated), and 0.5 for other tensors (tokens, position embeddings, bias
+    tables). Non-persistent buffers are left unchanged.
     """
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():

@@ -4,12 +4,14 @@
     source = FileSource.load(Path("dino_deitsmall16_pretrain.pth"), family="dino")
 
 1. A .npz file, a .safetensors file or a pickle of tensors is read without running code.
-2. The weights are read from a container (`teacher`, `target_encoder`, `model`, ...) if there is one, and prefixes of
-   parameter names (`module.`, `backbone.`) are stripped. The linear head of DINOv2's hub classifiers is kept.
-3. The family is detected from the parameter names and the container. If the family is ambiguous, set `--family`.
-4. timm builds the model (from_state_dict.py), which is the reference of the parity report. At image sizes other than
-   the native size, its position embeddings are resampled as in the authors' code, because timm often resamples
-   differently.
+2. The weights are read from a container (`teacher`, `target_encoder`, `model`, ...) if there is
+   one, and prefixes of parameter names (`module.`, `backbone.`) are stripped. The linear head of
+   DINOv2's hub classifiers is kept.
+3. The family is detected from the parameter names and the container. If the family is ambiguous,
+   set `--family`.
+4. timm builds the model (from_state_dict.py), which is the reference of the parity report. At image
+   sizes other than the native size, its position embeddings are resampled as in the authors' code,
+   because timm often resamples differently.
 """
 
 import argparse
@@ -63,8 +65,8 @@ FAMILY_PATTERNS = {
     "mae": r"decoder_embed\.weight|fc_norm\.weight",
     "deit": r"dist_token|head\.weight|blocks\.0\.gamma_1",
 }
-# Family of encoders that match no pattern, by container key. iBOT encoders may be detected as DINO; the conversion is
-# identical.
+# Family of encoders that match no pattern, by container key. iBOT encoders may be detected as DINO;
+# the conversion is identical.
 FAMILIES_BY_CONTAINER = {"teacher": "dino", "student": "dino", "model": "mae"}
 
 
@@ -152,7 +154,7 @@ class FileSource(TimmSource):
         return convert_timm_preprocessing(self.model)
 
 
-# Reading -------------------------------------------------------------------------------------------------------------
+# Reading ------------------------------------------------------------------------------------------
 
 
 def read_state_dict(file: Path) -> Mapping[str, Any]:
@@ -167,7 +169,8 @@ def read_state_dict(file: Path) -> Mapping[str, Any]:
         )
     if file.suffix not in FILE_SUFFIXES:
         raise ConversionError(
-            f"{file} is not supported. Use a file with one of the suffixes {' '.join(FILE_SUFFIXES)}"
+            f"{file} is not supported. Use a file with one of the suffixes "
+            f"{' '.join(FILE_SUFFIXES)}"
         )
 
     try:
@@ -194,7 +197,8 @@ def read_state_dict(file: Path) -> Mapping[str, Any]:
 def unwrap_weights(weights: Mapping[str, Any], notes: list[str]) -> tuple[Weights, str | None]:
     """Return the tensors of the image encoder, with prefixes stripped, and the key of the innermost container.
 
-    Add a note if the file contains weights outside the encoder, such as the projection head of a teacher.
+    Add a note if the file contains weights outside the encoder, such as the projection head of a
+    teacher.
     """
     container_key = None
     for _ in range(MAX_CONTAINER_DEPTH):  # a state dict may contain itself
@@ -214,7 +218,8 @@ def unwrap_weights(weights: Mapping[str, Any], notes: list[str]) -> tuple[Weight
         kept = {name: tensor for name, tensor in tensors.items() if name.startswith(prefixes)}
         if other_names := [name for name in tensors if name not in kept]:
             notes.append(
-                f"{len(other_names)} weights outside of {prefix}* are not converted, for example {other_names[0]}"
+                f"{len(other_names)} weights outside of {prefix}* are not converted, for example "
+                f"{other_names[0]}"
             )
         tensors = {name.removeprefix(prefix): tensor for name, tensor in kept.items()}
     return tensors, container_key
@@ -228,7 +233,10 @@ def has_encoder(weights: Weights, prefix: str) -> bool:
 
 
 def detect_family(weights: Weights, container_key: str | None, file: Path) -> str:
-    """Return the family of a state dict. Raise ConversionError if no family or several families match."""
+    """Return the family of a state dict.
+
+    Raise ConversionError if no family or several families match.
+    """
     matches = (
         family
         for family, pattern in FAMILY_PATTERNS.items()
@@ -248,8 +256,8 @@ def detect_family(weights: Weights, container_key: str | None, file: Path) -> st
     ):
         names = f"weights such as {', '.join(list(weights)[:3])}" if weights else "no weights"
         raise ConversionError(
-            f"{file} does not contain a supported image encoder; it contains {names}. Use timm:NAME@FILE "
-            "or transformers:PATH_OR_ID"
+            f"{file} does not contain a supported image encoder; it contains {names}. Use "
+            "timm:NAME@FILE or transformers:PATH_OR_ID"
         )
     elif family is None and container_key == "target_encoder":
         family = "msn" if "cls_token" in weights else "ijepa"
@@ -258,6 +266,7 @@ def detect_family(weights: Weights, container_key: str | None, file: Path) -> st
 
     if family is None:
         raise ConversionError(
-            f"the weights in {file} match several families. Set `family` to one of {', '.join(candidates)}"
+            f"the weights in {file} match several families. Set `family` to one of "
+            f"{', '.join(candidates)}"
         )
     return family

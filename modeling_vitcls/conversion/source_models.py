@@ -4,7 +4,8 @@
     source = TransformersSource.load("facebook/dinov2-base@COMMIT", random_init=False)  # commit, branch or tag
     source = TransformersSource.load("path/to/checkpoint", random_init=True)            # requires only config.json
 
-A source converts its model and its preprocessing, and computes reference outputs for the parity report.
+A source converts its model and its preprocessing, and computes reference outputs for the parity
+report.
 """
 
 import copy
@@ -73,7 +74,8 @@ class TimmSource(Source):
             check_timm_architecture(name.partition("@")[0].partition(".")[0])
         if random_init and "@" in name and ":" not in name:
             raise ConversionError(
-                f"`random_init=True` reads no file, but the source is timm:{name}. Remove one of them"
+                f"`random_init=True` reads no file, but the source is timm:{name}. Remove one of "
+                "them"
             )
 
         try:
@@ -81,8 +83,9 @@ class TimmSource(Source):
         except Exception as error:  # downloads raise errors of many types
             raise_if_unsafe_pickle(name, error)
             raise OSError(
-                f"timm cannot load {name}: {format_error(error)}. Use a machine with access to the Hub, a folder with "
-                "the model (timm:local-dir:FOLDER) or a file with its weights (timm:NAME@FILE)"
+                f"timm cannot load {name}: {format_error(error)}. Use a machine with access to the "
+                "Hub, a folder with the model (timm:local-dir:FOLDER) or a file with its weights "
+                "(timm:NAME@FILE)"
             ) from error
         return cls(f"timm:{name}", randomize_weights(model) if random_init else model, commit, [])
 
@@ -283,7 +286,8 @@ def get_convertible_class(config: transformers.PreTrainedConfig) -> Any:
     name = encoder_name if architecture not in CONVERTIBLE_CLASSES and has_encoder else architecture
     if name not in CONVERTIBLE_CLASSES:
         raise ConversionError(
-            f"{architecture or type(config).__name__} cannot be converted. Use a plain ViT that docs/coverage.md lists"
+            f"{architecture or type(config).__name__} cannot be converted. Use a plain ViT that "
+            "docs/coverage.md lists"
         )
     return getattr(transformers, name)
 
@@ -314,16 +318,16 @@ def load_transformers_model(
 
     if missing_names := sorted(loading_info["missing_keys"]):
         raise ConversionError(
-            f"{model_class.__name__} requires {len(missing_names)} weights that are missing from {name_or_path}, for "
-            f"example {missing_names[0]}"
+            f"{model_class.__name__} requires {len(missing_names)} weights that are missing from "
+            f"{name_or_path}, for example {missing_names[0]}"
         )
 
     unexpected_names = sorted(loading_info["unexpected_keys"])
     # not for the vision model of a text-image model
     if unexpected_names and model.config.architectures:
         notes.append(
-            f"{model_class.__name__} does not use {len(unexpected_names)} weights of the checkpoint, "
-            f"for example {unexpected_names[0]}"
+            f"{model_class.__name__} does not use {len(unexpected_names)} weights of the "
+            f"checkpoint, for example {unexpected_names[0]}"
         )
     return model, notes
 
@@ -336,8 +340,8 @@ def raise_if_unsafe_pickle(name_or_path: str, error: BaseException) -> None:
         ) from error
     if any(isinstance(cause, pickle.UnpicklingError) for cause in iter_causes(error)):
         raise ConversionError(
-            f"{name_or_path} is a pickle with objects other than tensors. Loading such objects could run code. Save "
-            "the tensors as safetensors"
+            f"{name_or_path} is a pickle with objects other than tensors. Loading such objects "
+            "could run code. Save the tensors as safetensors"
         ) from error
 
 

@@ -1,9 +1,9 @@
 """Read fields of `ViTCLSConfig` from the modules of a timm model.
 
-The fields come from the modules and the shapes of their parameters, not from the model's name, so models created with
-any keyword arguments of `timm.create_model` can be converted. Modules are identified by their class names, without
-importing timm. An unsupported feature raises an error that names the feature. The rules for parameter names are in
-from_timm.py.
+The fields come from the modules and the shapes of their parameters, not from the model's name, so
+models created with any keyword arguments of `timm.create_model` can be converted. Modules are
+identified by their class names, without importing timm. An unsupported feature raises an error that
+names the feature. The rules for parameter names are in from_timm.py.
 """
 
 from collections.abc import Callable
@@ -294,7 +294,10 @@ def read_mlp(mlp: TimmModule) -> Fields:
 
 
 def read_layer_scale(block: TimmModule) -> Fields:
-    """Return the initial LayerScale value. If only attention has LayerScale, the MLP's LayerScale values become 1."""
+    """Return the initial LayerScale value.
+
+    If only attention has LayerScale, the MLP's LayerScale values become 1.
+    """
     layer_scale = getattr(block, "ls1", getattr(block, "ls", None))  # VisionTransformer
     if layer_scale is not None and is_present(layer_scale):
         return {"layer_scale_init_value": float(layer_scale.init_values)}

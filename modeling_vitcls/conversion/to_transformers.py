@@ -2,11 +2,11 @@
 
     built_in = convert_to_transformers(ViTCLSForImageClassification.from_pretrained(path))
 
-A class in `TARGETS` supports a model if the configuration of the class, converted by transformers_families.py, equals
-the configuration of the model. If no class supports the model, the error names the fields that differ. Fields that do
-not affect outputs in eval mode (dropout, drop path, initialization) are ignored. A ViT or DeiT with a non-square
-image_size accepts only images of that size, because transformers interpolates position embeddings only from a square
-grid.
+A class in `TARGETS` supports a model if the configuration of the class, converted by
+transformers_families.py, equals the configuration of the model. If no class supports the model, the
+error names the fields that differ. Fields that do not affect outputs in eval mode (dropout, drop
+path, initialization) are ignored. A ViT or DeiT with a non-square image_size accepts only images of
+that size, because transformers interpolates position embeddings only from a square grid.
 """
 
 import dataclasses
@@ -36,20 +36,22 @@ def convert_to_transformers(
 ) -> PreTrainedModel:
     """Convert a model to a transformers model in eval mode with the same outputs, dtype and device.
 
-    `ViTCLSForImageClassification` becomes an image classification model of type ViT, DeiT, DINOv2 or DINOv2 with
-    registers. `ViTCLSModel` becomes the base model of one of these architectures, or of DINOv3. Biases and LayerScale
-    values that only the transformers class has are set to 0 and 1, respectively. If the transformers class has no mask
-    token, the mask token is dropped with a warning. If no class supports the model directly, an equivalent form of the
-    model is converted (equivalent_models.py).
+    `ViTCLSForImageClassification` becomes an image classification model of type ViT, DeiT, DINOv2
+    or DINOv2 with registers. `ViTCLSModel` becomes the base model of one of these architectures, or
+    of DINOv3. Biases and LayerScale values that only the transformers class has are set to 0 and 1,
+    respectively. If the transformers class has no mask token, the mask token is dropped with a
+    warning. If no class supports the model directly, an equivalent form of the model is converted
+    (equivalent_models.py).
 
     Args:
         model: Model to convert.
-        native_size_only: Whether the outputs must be equal only for images of `config.image_size`. The transformers
-            class may then resample position embeddings differently from the model at other sizes.
+        native_size_only: Whether the outputs must be equal only for images of `config.image_size`.
+            The transformers class may then resample position embeddings differently from the model
+            at other sizes.
 
     Raises:
-        ConversionError: If no class supports the model. The message names the nearest class and the unsupported
-            fields.
+        ConversionError: If no class supports the model. The message names the nearest class and the
+            unsupported fields.
 
     Example:
         >>> from modeling_vitcls import ViTCLSConfig, ViTCLSModel, convert_to_transformers
@@ -70,8 +72,8 @@ def convert_to_transformers(
             ". Set `native_size_only=True` if one size is enough" if is_native_size_enough else ""
         )
         raise ConversionError(
-            f"{best_match.target.name}, the nearest class of transformers, does not support the model: "
-            f"{', '.join(best_match.mismatches.values())}{hint}"
+            f"{best_match.target.name}, the nearest class of transformers, does not support the "
+            f"model: {', '.join(best_match.mismatches.values())}{hint}"
         )
     return build_transformers_model(best_match, model)
 
@@ -113,7 +115,8 @@ class TargetClass:
             "use_gated_mlp": is_gated,
             "hidden_act": hidden_act,
             "layerscale_value": float(config.layer_scale_init_value or 1.0),
-            "use_mask_token": config.use_mask_token,  # DINOv2; with registers, a mask token always exists
+            # DINOv2; with registers, a mask token always exists
+            "use_mask_token": config.use_mask_token,
             **biases,
             **read_labels(config),
         }
@@ -154,7 +157,8 @@ class TargetMatch:
 
     target: TargetClass
     config: ViTCLSConfig  # configuration of the model after `applied_rewrites`
-    target_config: ViTCLSConfig  # configuration of the target, converted back; after an error, that of the model
+    # configuration of the target, converted back; after an error, that of the model
+    target_config: ViTCLSConfig
     # description of each field that the target does not support, or of an error, by name
     mismatches: dict[str, str]
     # rewrites, each with the configuration before and after the rewrite
@@ -228,10 +232,12 @@ def compare_with_target(target: TargetClass, config: ViTCLSConfig) -> TargetMatc
 
 
 def is_mismatch(name: str, value: Any, target_value: Any) -> bool:
-    """Return whether the target does not support the value of a field. Initial LayerScale values are not compared.
+    """Return whether the target does not support the value of a field.
 
-    A target may have biases and LayerScale that the model does not have. These parameters are set to
-    `NEUTRAL_WEIGHTS`.
+    Initial LayerScale values are not compared.
+
+    A target may have biases and LayerScale that the model does not have. These parameters are set
+    to `NEUTRAL_WEIGHTS`.
     """
     if name == "layer_scale_init_value":
         return value is not None and target_value is None
@@ -255,18 +261,23 @@ LEARNED_POSITION_FIELDS = {
     "position_antialias",
     "position_offset",
 }
-# Fields that affect only training, or do not affect the model. `build_transformers_model` handles the mask token.
+# Fields that affect only training, or do not affect the model. `build_transformers_model` handles
+# the mask token.
 IGNORED_FIELDS = frozenset(
     (
-        "use_mask_token token_init initializer_range hidden_dropout_prob attention_probs_dropout_prob drop_path_rate "
-        "patch_drop_rate mim_loss norm_pixel_target _out_features _out_indices apply_layernorm reshape_hidden_states "
-        "qkv_bias energy_threshold distillation_teachers"
+        "use_mask_token token_init initializer_range hidden_dropout_prob "
+        "attention_probs_dropout_prob drop_path_rate patch_drop_rate mim_loss norm_pixel_target "
+        "_out_features _out_indices apply_layernorm reshape_hidden_states qkv_bias "
+        "energy_threshold distillation_teachers"
     ).split()
 )
 
 
 def get_effective_fields(config: ViTCLSConfig, has_head: bool) -> dict[str, Any]:
-    """Return the fields that affect the outputs of a model. Equivalent values are mapped to the same value."""
+    """Return the fields that affect the outputs of a model.
+
+    Equivalent values are mapped to the same value.
+    """
     inherited_fields = {field.name for field in dataclasses.fields(PreTrainedConfig)}
     names = [
         field.name

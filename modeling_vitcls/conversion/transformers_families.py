@@ -1,8 +1,8 @@
 """Rules for the parameter names and configurations of plain ViTs in transformers, one table per family.
 
-The classes of each family are listed in from_transformers.py. If transformers renamed a parameter between versions,
-both names are listed. Dropout and drop path rates are copied, but this package and transformers may apply dropout to
-different activations.
+The classes of each family are listed in from_transformers.py. If transformers renamed a parameter
+between versions, both names are listed. Dropout and drop path rates are copied, but this package
+and transformers may apply dropout to different activations.
 """
 
 from collections.abc import Callable, Sequence
@@ -50,8 +50,8 @@ class TransformersFamily:
             round_to_patches(config.image_size, config.patch_size), int
         ):
             raise ConversionError(
-                f"image_size={config.image_size} is not square, but transformers resamples the position embeddings "
-                f"of {type(config).__name__} as a square grid"
+                f"image_size={config.image_size} is not square, but transformers resamples the "
+                f"position embeddings of {type(config).__name__} as a square grid"
             )
         return self.read_fields(config, weights) | self.fields
 
@@ -101,9 +101,10 @@ COMMON_RULES = [
 FIELD_NAMES = {
     name: name
     for name in (
-        "hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act layer_norm_eps qkv_bias "
-        "query_bias key_bias value_bias mlp_bias patch_size num_channels num_register_tokens rope_theta "
-        "hidden_dropout_prob attention_probs_dropout_prob drop_path_rate initializer_range"
+        "hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act "
+        "layer_norm_eps qkv_bias query_bias key_bias value_bias mlp_bias patch_size num_channels "
+        "num_register_tokens rope_theta hidden_dropout_prob attention_probs_dropout_prob "
+        "drop_path_rate initializer_range"
     ).split()
 } | {
     "attention_dropout": "attention_probs_dropout_prob",
@@ -150,13 +151,19 @@ def read_common_fields(config: Any, weights: Weights) -> Fields:
 
 
 def compute_dinov2_mlp_size(hidden_size: int, ratio: float, is_gated: bool) -> int:
-    """Return the hidden size of DINOv2's MLP. A gated MLP has about as many parameters as a plain MLP."""
+    """Return the hidden size of DINOv2's MLP.
+
+    A gated MLP has about as many parameters as a plain MLP.
+    """
     width = int(hidden_size * ratio)
     return (int(width * 2 / 3) + 7) // 8 * 8 if is_gated else width
 
 
 def round_to_patches(image_size: Any, patch_size: Any) -> int | list[int]:
-    """Round an image size in pixels down to whole patches. For example, 384 becomes 378 for 14-pixel patches."""
+    """Round an image size in pixels down to whole patches.
+
+    For example, 384 becomes 378 for 14-pixel patches.
+    """
     pairs = ((size, size) if isinstance(size, int) else size for size in (image_size, patch_size))
     height, width = (pixels // patch * patch for pixels, patch in zip(*pairs, strict=True))
     return simplify_size(height, width)
@@ -167,12 +174,15 @@ def get_glu_type(config: Any) -> str:
     return "swiglu" if config.hidden_act in ("silu", "swish") else "glu"
 
 
-# ViT (arXiv 2010.11929), DeiT (2012.12877; a distillation token with a position embedding), ViTMSN (2204.07141),
-# ViTMAE (2111.06377), I-JEPA (2301.08243), Pixio.
+# ViT (arXiv 2010.11929), DeiT (2012.12877; a distillation token with a position embedding), ViTMSN
+# (2204.07141), ViTMAE (2111.06377), I-JEPA (2301.08243), Pixio.
 
 
 def read_vit_fields(config: Any, weights: Weights) -> Fields:
-    """Return the fields of ViT. The optional pooler of `ViTModel` is a dense layer on the CLS token."""
+    """Return the fields of ViT.
+
+    The optional pooler of `ViTModel` is a dense layer on the CLS token.
+    """
     fields = read_common_fields(config, weights)
     if "pooler.dense.weight" in weights:
         fields["pooled_activation"] = config.pooler_act
@@ -180,11 +190,14 @@ def read_vit_fields(config: Any, weights: Weights) -> Fields:
 
 
 def read_ijepa_fields(config: Any, weights: Weights) -> Fields:
-    """Return the fields of I-JEPA, which has no special tokens. The classifier uses the mean of the patches."""
+    """Return the fields of I-JEPA, which has no special tokens.
+
+    The classifier uses the mean of the patches.
+    """
     if "pooler.dense.weight" in weights:
         raise ConversionError(
-            "the pooler of IJepaModel uses the first patch instead of a CLS token. Load the model with "
-            "add_pooling_layer=False"
+            "the pooler of IJepaModel uses the first patch instead of a CLS token. Load the model "
+            "with add_pooling_layer=False"
         )
     return read_common_fields(config, weights) | {"pooling": "mean"}
 
@@ -218,7 +231,8 @@ DINOV3_RULES = [
 ]
 
 
-# Sapiens2 (arXiv 2604.21681): DINOv3 with RMS norms, grouped-query attention, and LayerScale after attention only.
+# Sapiens2 (arXiv 2604.21681): DINOv3 with RMS norms, grouped-query attention, and LayerScale after
+# attention only.
 SAPIENS2_RULES = [
     Rule(
         "model.layer.{i}.attention.k_proj.{rest}", "layers.{i}.attention.k_proj.{rest}", repeat_kv
@@ -231,8 +245,8 @@ SAPIENS2_RULES = [
 ]
 
 
-# CLIP (arXiv 2103.00020; with a norm before the first layer and a norm on the pooled output), MetaCLIP 2 (2507.22062),
-# SigLIP (2303.15343), SigLIP 2 (2502.14786).
+# CLIP (arXiv 2103.00020; with a norm before the first layer and a norm on the pooled output),
+# MetaCLIP 2 (2507.22062), SigLIP (2303.15343), SigLIP 2 (2502.14786).
 
 
 SIGLIP_RULES = [

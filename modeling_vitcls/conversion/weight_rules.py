@@ -1,7 +1,8 @@
 """Use tables of rules to convert weights between other projects and this package.
 
-Each family of checkpoints has a table of rules and a function that builds a `ViTCLSConfig`. The rules map parameter
-names of the family to parameter names of this package. This file applies the rules of any family and builds the model.
+Each family of checkpoints has a table of rules and a function that builds a `ViTCLSConfig`. The
+rules map parameter names of the family to parameter names of this package. This file applies the
+rules of any family and builds the model.
 
     rules = [
         Rule("pos_embed", POSITIONS, split_positions, axis=1),
@@ -11,8 +12,8 @@ names of the family to parameter names of this package. This file applies the ru
         Rule("head_drop.{rest}", []),                      # ignored
     ]
 
-A pattern is a regular expression in which `.` is a period, `{i}` matches a number, and other placeholders match any
-text. The first matching rule applies.
+A pattern is a regular expression in which `.` is a period, `{i}` matches a number, and other
+placeholders match any text. The first matching rule applies.
 """
 
 import re
@@ -48,7 +49,10 @@ LAYER_SCALES = ["layers.{i}.layer_scale1.lambda1", "layers.{i}.layer_scale2.lamb
 
 
 class ConversionError(ValueError):
-    """Raised if a checkpoint cannot be converted exactly. The message names the unsupported feature."""
+    """Raised if a checkpoint cannot be converted exactly.
+
+    The message names the unsupported feature.
+    """
 
 
 def split_positions(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
@@ -94,8 +98,9 @@ class Rule:
     pattern: str  # pattern of parameter names in the other project
     # parameter names in this package; empty if the parameter is ignored
     targets: str | Sequence[str]
-    # function that returns one tensor per target; empty tensors are skipped, for example the position embeddings of a
-    # token group that the model does not have. Default: the tensor [n * D, ...] is divided among the n targets
+    # function that returns one tensor per target; empty tensors are skipped, for example the
+    # position embeddings of a token group that the model does not have. Default: the tensor [n * D,
+    # ...] is divided among the n targets
     transform: Transform | None = None
     axis: int = 0  # axis along which `revert_weights` concatenates the targets
 
@@ -181,7 +186,7 @@ def find_rule(rules: Sequence[Rule], name: str) -> tuple[Rule | None, list[str]]
     return None, []
 
 
-# Models --------------------------------------------------------------------------------------------------------------
+# Models -------------------------------------------------------------------------------------------
 
 
 def build_model(
@@ -195,8 +200,8 @@ def build_model(
     Args:
         weights: Encoder weights, named as in `ViTCLSModel`, and classifier weights.
         add_pooling_layer: Whether a `ViTCLSModel` has a pooler.
-        has_classifier: Whether to build a `ViTCLSForImageClassification`. Default: whether `weights` contains
-            classifier weights.
+        has_classifier: Whether to build a `ViTCLSForImageClassification`. Default: whether
+            `weights` contains classifier weights.
 
     Raises:
         ConversionError: If the weights do not match the model.

@@ -1,4 +1,6 @@
-"""Datasets, from `--dataset` to batches of images and labels. The files in this folder are not pushed to the Hub.
+"""Datasets, from `--dataset` to batches of images and labels.
+
+The files in this folder are not pushed to the Hub.
 
 options.py                                   flags of a dataset and its held-out images
 sources.py, image_folder.py, in_memory.py    datasets -> splits by name

@@ -4,8 +4,8 @@
     crop    the shorter side is resized, and the center is cropped
     pad     the longer side is resized, and gray is added on the right or at the bottom
 
-The setting is stored only in the image processor (`size`, `do_center_crop`, `do_pad`), so training, prediction, export
-and transformers' pipelines agree.
+The setting is stored only in the image processor (`size`, `do_center_crop`, `do_pad`), so training,
+prediction, export and transformers' pipelines agree.
 """
 
 import math
@@ -26,7 +26,8 @@ from ..model.image_processing_vitcls import CROP_ROUNDINGS
 MAX_MEASURED_IMAGES = 64  # number of images for the median share of the image area
 
 Size = tuple[int, int]  # height, width in pixels
-Processor = Any  # a ViTCLSImageProcessor or ViTCLSImageProcessorPil; transformers sets the attributes dynamically
+# a ViTCLSImageProcessor or ViTCLSImageProcessorPil; transformers sets the attributes dynamically
+Processor = Any
 
 
 class VisibleRegion(NamedTuple):
@@ -42,7 +43,10 @@ class VisibleRegion(NamedTuple):
 
 
 def set_fit(processor: Processor, fit: str, height_width: Size) -> None:
-    """Set the size and the fit of an image processor. A center crop keeps its ratio to the resized image."""
+    """Set the size and the fit of an image processor.
+
+    A center crop keeps its ratio to the resized image.
+    """
     height, width = height_width
     size = SizeDict(height=height, width=width)
     has_same_crop = processor.do_center_crop and dict(processor.crop_size) == dict(size)
@@ -102,7 +106,8 @@ def get_fit(processor: Processor) -> str:
 class FitTransform(nn.Module):
     """The image processor's resizing, cropping and padding, without normalization.
 
-    With `keep_resolution`, images are padded to the aspect ratio of the input, but not resized or cropped.
+    With `keep_resolution`, images are padded to the aspect ratio of the input, but not resized or
+    cropped.
     """
 
     def __init__(self, processor: Processor, keep_resolution: bool = False) -> None:
@@ -133,7 +138,7 @@ class FitTransform(nn.Module):
         )
 
 
-# Visible region ------------------------------------------------------------------------------------------------------
+# Visible region -----------------------------------------------------------------------------------
 
 
 def get_visible_region(
@@ -141,14 +146,15 @@ def get_visible_region(
 ) -> VisibleRegion:
     """Return the image region that the model receives from the image processor.
 
-    Without cropping, the region is the whole image. A center crop keeps the middle of the image. A crop larger than
-    the resized image adds padding on both sides, and `do_pad` adds padding on the right and at the bottom. The region
-    then extends beyond the image.
+    Without cropping, the region is the whole image. A center crop keeps the middle of the image. A
+    crop larger than the resized image adds padding on both sides, and `do_pad` adds padding on the
+    right and at the bottom. The region then extends beyond the image.
 
     Args:
         image_size: height and width of the upright image.
-        patch_size: height and width of patches (`config.patch_height_width`). If `patch_size` is given, pixels on the
-            right and at the bottom that do not fill a patch are excluded, as in the model.
+        patch_size: height and width of patches (`config.patch_height_width`). If `patch_size` is
+            given, pixels on the right and at the bottom that do not fill a patch are excluded, as
+            in the model.
     """
     resized_size = image_size
     if processor.do_resize:

@@ -5,9 +5,9 @@
                                              erasing                       shift, zoom
     batch on the device -> BatchMixer: mixup, CutMix
 
-The transforms run on the CPU and process `uint8` pixels. Their random numbers depend only on the seed and the index of
-each image. Held-out images are preprocessed by the image processor without augmentation. Pixels are rescaled and
-normalized on the model's device (batches.py).
+The transforms run on the CPU and process `uint8` pixels. Their random numbers depend only on the
+seed and the index of each image. Held-out images are preprocessed by the image processor without
+augmentation. Pixels are rescaled and normalized on the model's device (batches.py).
 """
 
 import math
@@ -38,8 +38,10 @@ class Augmentation:
         """Apply `image_transform` and `batch_transform`, and return the images [B, C, H, W] `uint8`.
 
         Args:
-            pixels: output of `fixed_transform` for each image; a tensor [B, C, H, W] if all images have the same size.
-            seeds, indices: [B] `uint64`; the augmentation of an image depends only on its seed and index.
+            pixels: output of `fixed_transform` for each image; a tensor [B, C, H, W] if all images
+                have the same size.
+            seeds, indices: [B] `uint64`; the augmentation of an image depends only on its seed and
+                index.
         """
         random_bits = draw_random_bits(seeds, indices, 1 + self.batch_transform.num_random_numbers)
 
@@ -138,7 +140,8 @@ class BatchTransform:
         cos = (self.rotation * angle).cos() / scale
         sin = (self.rotation * angle).sin() / scale
 
-        # Coordinates of each output pixel, in pixels from the shifted center. Pixels outside the input become black.
+        # Coordinates of each output pixel, in pixels from the shifted center. Pixels outside the
+        # input become black.
         x = torch.arange(width) - (width - 1) / 2 - shift_x * self.shift * width  # [B, 1, W]
         # [B, H, 1]
         y = torch.arange(height)[:, None] - (height - 1) / 2 - shift_y * self.shift * height
@@ -154,7 +157,10 @@ class BatchTransform:
 
 
 class BatchMixer:
-    """Mixup (Zhang et al. 2018) and CutMix (Yun et al. 2019). Each batch uses one of the enabled methods at random."""
+    """Mixup (Zhang et al. 2018) and CutMix (Yun et al. 2019).
+
+    Each batch uses one of the enabled methods at random.
+    """
 
     def __init__(self, options: AugmentationOptions, num_classes: int) -> None:
         mixers: list[nn.Module] = []

@@ -32,7 +32,8 @@ Batch = dict[str, Any]
 class BatchBuilder:
     """Builds batches from decoded images of stored or streamed datasets.
 
-    The augmentation of an image depends only on (seed, view, index), and not on the process or worker.
+    The augmentation of an image depends only on (seed, view, index), and not on the process or
+    worker.
     """
 
     augmentation: Augmentation
@@ -87,7 +88,9 @@ def collate_labels(labels: list[Any]) -> Any:
 
 
 class TrainingImages:
-    """Dataset of augmented training images. Each item is a batch; its index is a list of (epoch, image index) pairs.
+    """Dataset of augmented training images.
+
+    Each item is a batch; its index is a list of (epoch, image index) pairs.
 
     An unreadable image is replaced with the next readable image.
     """
@@ -126,7 +129,8 @@ class TrainingImages:
                 except UnreadableImage as error:
                     self.errors[candidate] = str(error)
         raise ValueError(
-            f"none of the {num_images} images can be read. First error: {self.errors[index]}. Check the dataset"
+            f"none of the {num_images} images can be read. First error: {self.errors[index]}. "
+            "Check the dataset"
         )
 
     def load_pixels(self, index: int) -> torch.Tensor:
@@ -139,7 +143,7 @@ class TrainingImages:
         return pixels
 
 
-# Workers -------------------------------------------------------------------------------------------------------------
+# Workers ------------------------------------------------------------------------------------------
 
 
 def iterate_training_batches(

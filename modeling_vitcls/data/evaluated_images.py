@@ -4,10 +4,11 @@
     default: `test`, else `validation`, else            all images of this split,
     the only split                                      except those that the model was trained on
 
-If the split is the one that the model was trained on, the evaluated images are those that training held out. Training
-images are recognized by their content (`HeldOutRecord`), so the dataset may have been renamed, moved, extended or
-divided since training. The images of streams, and of runs whose training images were streamed, are not compared:
-the recorded rule selects the held-out images if the dataset has the same name.
+If the split is the one that the model was trained on, the evaluated images are those that training
+held out. Training images are recognized by their content (`HeldOutRecord`), so the dataset may have
+been renamed, moved, extended or divided since training. The images of streams, and of runs whose
+training images were streamed, are not compared: the recorded rule selects the held-out images if
+the dataset has the same name.
 """
 
 from collections.abc import Sequence
@@ -35,8 +36,8 @@ from .streaming import StreamedImages, open_streams
 class EvaluatedPart:
     """Which of the given images are evaluated, and why."""
 
-    # whole: all of them. held_out: those that training held out. untrained: those that training did not use.
-    # fraction: those that a rule selects, because the others fit a classifier.
+    # whole: all of them. held_out: those that training held out. untrained: those that training did
+    # not use. fraction: those that a rule selects, because the others fit a classifier.
     kind: Literal["whole", "held_out", "untrained", "fraction"]
     num_given: int | None  # None for a stream
     num_trained: int | None = None  # number of given images that training used; None if unknown
@@ -79,7 +80,7 @@ class EvaluationData(NamedTuple):
     part: EvaluatedPart
 
 
-# Loading -------------------------------------------------------------------------------------------------------------
+# Loading ------------------------------------------------------------------------------------------
 
 
 def load_evaluation_data(
@@ -99,8 +100,8 @@ def load_evaluation_data(
         max_images: number of images to draw at random (`options.split_seed`).
 
     Raises:
-        ValueError: if the split does not exist, if training used all of its images, or if the options contradict
-            the record.
+        ValueError: if the split does not exist, if training used all of its images, or if the
+            options contradict the record.
     """
 
     def select(names: list[str]) -> list[str]:
@@ -136,8 +137,9 @@ def load_fitting_and_evaluation_data(
 ) -> tuple[EvaluationData, EvaluationData]:
     """Load images to fit a classifier or to calibrate a graph, and the images to evaluate, as `load_evaluation_data`.
 
-    If the dataset has only one split, the images are fitted to that are not evaluated; if training did not use the
-    dataset, a rule divides it (`options.held_out_fraction`). With --split, an only split is both.
+    If the dataset has only one split, the images are fitted to that are not evaluated; if training
+    did not use the dataset, a rule divides it (`options.held_out_fraction`). With --split, an only
+    split is both.
     """
 
     def select(names: list[str]) -> list[str]:
@@ -199,7 +201,7 @@ def draw(images: Any, num_images: int | None, options: DataOptions) -> Any:
     return images if num_images is None else images.draw(num_images, options.split_seed)
 
 
-# Splits --------------------------------------------------------------------------------------------------------------
+# Splits -------------------------------------------------------------------------------------------
 
 
 def choose_evaluation_split(split: str | None, names: Sequence[str], options: DataOptions) -> str:
@@ -227,7 +229,7 @@ def choose_fitting_split(evaluated: str, names: Sequence[str]) -> str:
     return others[0]
 
 
-# Training images -----------------------------------------------------------------------------------------------------
+# Training images ----------------------------------------------------------------------------------
 
 
 def find_evaluated_images(
@@ -252,7 +254,8 @@ def find_evaluated_images(
     elif record.dataset != dataset:
         return everything, EvaluatedPart("whole", num_images)
 
-    # The recorded rule selects exactly the images that training held out if the names of all images are the same.
+    # The recorded rule selects exactly the images that training held out if the names of all images
+    # are the same.
     if record.rule is not None:
         is_held_out, found = select_held_out(images, check_rule(record.rule, options))
         is_same_dataset = (
@@ -262,8 +265,9 @@ def find_evaluated_images(
             return is_held_out, EvaluatedPart("held_out", num_images, int((~is_held_out).sum()))
         if record.training_images is None or (recorded_fraction < 1 and is_same_dataset):
             warning = (
-                f"the images of {dataset} have changed since training, and the record of the model does not list all "
-                "training images, so some of them may be among the evaluated images"
+                f"the images of {dataset} have changed since training, and the record of the model "
+                "does not list all training images, so some of them may be among the evaluated "
+                "images"
             )
             return is_held_out, EvaluatedPart("held_out", num_images, None, warning)
     num_trained = int(is_training_image.sum())
@@ -298,8 +302,8 @@ def check_any_evaluated(is_evaluated: np.ndarray, options: DataOptions, split: s
     """Raise ValueError if no image is left for the evaluation."""
     if not is_evaluated.any():
         raise ValueError(
-            f"the model was trained on all {len(is_evaluated):,} images of {options.dataset}. Set `dataset` to other "
-            f"images, or `split={split!r}` to evaluate these"
+            f"the model was trained on all {len(is_evaluated):,} images of {options.dataset}. Set "
+            f"`dataset` to other images, or `split={split!r}` to evaluate these"
         )
 
 
@@ -309,6 +313,7 @@ def check_rule(rule: HeldOutRule, options: DataOptions) -> HeldOutRule:
         value = getattr(options, name)
         if value not in (recorded_value, getattr(DataOptions, name)):
             raise ValueError(
-                f"`{name}` is {value}, but training held out images with {recorded_value}. Remove `{name}`"
+                f"`{name}` is {value}, but training held out images with {recorded_value}. Remove "
+                f"`{name}`"
             )
     return rule

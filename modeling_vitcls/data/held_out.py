@@ -7,13 +7,14 @@
                                  but at least one image of a class with two or more images
     all other data               the images whose hash, as a number in [0, 1), is less than the fraction
 
-If images have paths, the split depends on neither the order of the images nor the working directory. In a stream, or
-with several labels per image, whether an image is held out does not depend on other images, and the fraction of a
-class is only approximate. Training prints a warning if a class has no held-out images or no training images.
+If images have paths, the split depends on neither the order of the images nor the working
+directory. In a stream, or with several labels per image, whether an image is held out does not
+depend on other images, and the fraction of a class is only approximate. Training prints a warning
+if a class has no held-out images or no training images.
 
-A training run writes a `HeldOutRecord` to results.json under the key "held_out". results.json is published with the
-model. The record also contains a key of the content of each training image, so that `vitcls evaluate` recognizes
-training images in a dataset of any name (evaluated_images.py).
+A training run writes a `HeldOutRecord` to results.json under the key "held_out". results.json is
+published with the model. The record also contains a key of the content of each training image, so
+that `vitcls evaluate` recognizes training images in a dataset of any name (evaluated_images.py).
 """
 
 import base64
@@ -49,8 +50,8 @@ class HeldOutRule:
 
     fraction: float  # fraction of the images to hold out
     seed: int  # seed of the hash
-    # Text that is hashed with the seed, so that rules with the same seed are independent. "selection" is used for
-    # checkpoint selection, and "" is used for the reported results.
+    # Text that is hashed with the seed, so that rules with the same seed are independent.
+    # "selection" is used for checkpoint selection, and "" is used for the reported results.
     purpose: str = ""
     num_folds: int | None = None  # number of cross-validation folds; None: no cross-validation
     fold: int | None = None  # fold to hold out, starting at 1; each image is in exactly one fold
@@ -167,7 +168,8 @@ def read_held_out_record(folder: ModelFolder, task: str | None = None) -> HeldOu
         return HeldOutRecord(**{"dataset": results.get("dataset"), **record})
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"{folder.path / RESULTS_FILE} is damaged: {error}. Remove it to use the model without its record"
+            f"{folder.path / RESULTS_FILE} is damaged: {error}. Remove it to use the model without "
+            "its record"
         ) from error
 
 

@@ -7,13 +7,15 @@
     photos/1.jpg                                        no classes: only for predictions and pre-training
     photos/metadata.csv (or .jsonl, .parquet)           read by `load_dataset("imagefolder")`, also in split folders
 
-Splits are recognized only by the names of the first-level folders (`SPLIT_BY_FOLDER_NAME`, case-insensitive). Other
-folder and file names are not interpreted. The first-level folders are splits if all first-level folders with images
-have split names. If only some of the first-level folders have split names, all first-level folders are classes. In
-this case, an error is raised if a folder with a split name contains class folders, because the structure is ambiguous.
+Splits are recognized only by the names of the first-level folders (`SPLIT_BY_FOLDER_NAME`,
+case-insensitive). Other folder and file names are not interpreted. The first-level folders are
+splits if all first-level folders with images have split names. If only some of the first-level
+folders have split names, all first-level folders are classes. In this case, an error is raised if a
+folder with a split name contains class folders, because the structure is ambiguous.
 
-`ImageFolder.notes` lists the unused files (other file types, images next to class folders). Hidden files are ignored.
-A folder that contains at least as many tables as images, and no metadata files, is read by the `datasets` library.
+`ImageFolder.notes` lists the unused files (other file types, images next to class folders). Hidden
+files are ignored. A folder that contains at least as many tables as images, and no metadata files,
+is read by the `datasets` library.
 """
 
 import glob
@@ -32,7 +34,8 @@ from .images import get_cache_file
 
 
 IMAGE_SUFFIXES = frozenset(
-    ".apng .avif .avifs .bmp .dib .gif .ico .j2c .j2k .jfif .jp2 .jpc .jpe .jpeg .jpf .jpg .jpx .mpo .pbm .pcx .pgm "
+    ".apng .avif .avifs .bmp .dib .gif .ico .j2c .j2k .jfif .jp2 .jpc .jpe .jpeg .jpf .jpg .jpx "
+    ".mpo .pbm .pcx .pgm "
     ".png .pnm .ppm .tga .tif .tiff .webp".split()
 )
 TABLE_SUFFIXES = frozenset(".arrow .csv .json .jsonl .parquet .tar .tsv .zip".split())
@@ -50,7 +53,10 @@ MIN_STORED_IMAGES = 10_000
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """The files of an image folder. Paths are sorted, relative to `path`, and use "/" as the separator."""
+    """The files of an image folder.
+
+    Paths are sorted, relative to `path`, and use "/" as the separator.
+    """
 
     path: Path
     images: list[str] = field(default_factory=list)
@@ -91,7 +97,8 @@ def list_files(root: str | Path) -> Iterator[str]:
 
     def stop(error: OSError) -> None:
         raise OSError(
-            f"cannot read the folder {error.filename}: {error.strerror}. Change its permissions, or move it elsewhere"
+            f"cannot read the folder {error.filename}: {error.strerror}. Change its permissions, "
+            "or move it elsewhere"
         ) from error
 
     visited = set()
@@ -144,12 +151,12 @@ def make_printable(name: str) -> str:
 def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
     """Return a `datasets.DatasetDict` of the splits and add notes about unused files to `folder.notes`.
 
-    If there are metadata files, the columns are `image` and the columns of the metadata files except `file_name`.
-    Otherwise, the columns are `image` and, if labels are used, `label`. Without labels, images at any depth are
-    included.
+    If there are metadata files, the columns are `image` and the columns of the metadata files
+    except `file_name`. Otherwise, the columns are `image` and, if labels are used, `label`. Without
+    labels, images at any depth are included.
 
-    Raise ValueError if labels are used but there are neither class folders nor metadata files, or if the split
-    folders are ambiguous.
+    Raise ValueError if labels are used but there are neither class folders nor metadata files, or
+    if the split folders are ambiguous.
     """
     import datasets
 
@@ -181,7 +188,7 @@ def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
     return datasets.DatasetDict(parts)
 
 
-# Splits and classes --------------------------------------------------------------------------------------------------
+# Splits and classes -------------------------------------------------------------------------------
 
 
 def divide_into_splits(folder: ImageFolder) -> dict[str, list[str]]:
@@ -209,7 +216,8 @@ def divide_into_splits(folder: ImageFolder) -> dict[str, list[str]]:
                 raise ValueError(
                     f"{folder.path}: {name!r} has the name of a split and contains folders "
                     f"({format_name_list(subfolders)}), but {other_folders[0]!r} is not a split "
-                    f"({', '.join(splits)}). Move {other_folders[0]!r} elsewhere, or rename {name!r}"
+                    f"({', '.join(splits)}). Move {other_folders[0]!r} elsewhere, or rename "
+                    f"{name!r}"
                 )
         return {"": folder.images}
 
@@ -217,7 +225,8 @@ def divide_into_splits(folder: ImageFolder) -> dict[str, list[str]]:
     for first, second in pairwise(split_folders):
         if SPLIT_BY_FOLDER_NAME[first.lower()] == SPLIT_BY_FOLDER_NAME[second.lower()]:
             raise ValueError(
-                f"{folder.path}: the folders {first!r} and {second!r} are the same split. Merge them"
+                f"{folder.path}: the folders {first!r} and {second!r} are the same split. Merge "
+                "them"
             )
 
     note_unused_files(
@@ -249,8 +258,9 @@ def build_labeled_splits(
             file for file in folder.path.parent.iterdir() if file.suffix.lower() in TABLE_SUFFIXES
         )
         raise ValueError(
-            f"{parent} contains images, but no class folders. Move the images of each class into a separate folder, "
-            f"or set `dataset` to {tables[0] if tables else 'a table of images and labels'}"
+            f"{parent} contains images, but no class folders. Move the images of each class into a "
+            "separate folder, or set `dataset` to "
+            f"{tables[0] if tables else 'a table of images and labels'}"
         )
     note_unused_files(folder, unlabeled_images, "outside of class folders")
     parts = {}
@@ -331,7 +341,10 @@ def describe_single_class(dataset: str, name: str) -> str:
 
 
 def note_unused_files(folder: ImageFolder, files: list[str], reason: str) -> None:
-    """Add a note about unused files, if there are any. `reason` follows the word "files" in the note."""
+    """Add a note about unused files, if there are any.
+
+    `reason` follows the word "files" in the note.
+    """
     if files:
         count_text = "1 file" if len(files) == 1 else f"{len(files):,} files"
         folder.notes.append(

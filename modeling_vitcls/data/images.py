@@ -3,14 +3,16 @@
     ArrayImages      images of the same size in memory (digits, MNIST)
     DatasetImages    a column of a `datasets.Dataset`: encoded images, paths or URLs
 
-Both return PIL images and raise `UnreadableImage` for unreadable images. Three methods do not decode images:
+Both return PIL images and raise `UnreadableImage` for unreadable images. Three methods do not
+decode images:
 
     select(indices)  a subset
     get_names()      the path of each image within the dataset, a checksum (arrays), or the row number
     compute_keys()   a checksum of the path, row number or bytes of each image, which selects the held-out images
                      (held_out.py)
 
-`compute_content_keys()` reads images, without decoding them, to recognize training images under other names.
+`compute_content_keys()` reads images, without decoding them, to recognize training images under
+other names.
 """
 
 import io
@@ -40,7 +42,10 @@ ROWS_PER_READ = 64  # number of dataset rows that are read from disk at once
 
 
 class UnreadableImage(ValueError):
-    """Raised for an unreadable image. The message is a single line: the name of the image and the reason."""
+    """Raised for an unreadable image.
+
+    The message is a single line: the name of the image and the reason.
+    """
 
 
 @dataclass(frozen=True)
@@ -128,7 +133,10 @@ class DatasetImages(Sequence):
         return decode_image(self.get_encoded_image(index), f"row {self.get_row(index)}")
 
     def get_row(self, index: int) -> int:
-        """Return the row of an image. Raise IndexError at the end of the sequence, so that it can be iterated."""
+        """Return the row of an image.
+
+        Raise IndexError at the end of the sequence, so that it can be iterated.
+        """
         return range(len(self.dataset))[index] if self.rows is None else int(self.rows[index])
 
     def get_encoded_image(self, index: int) -> dict[str, Any]:
@@ -281,7 +289,10 @@ def check_channels(image: Image.Image, pixels: torch.Tensor, num_channels: int |
 
 
 def to_encoded_image(value: Any, folder: Path) -> dict[str, Any]:
-    """Convert an encoded image or a path to {"path": ..., "bytes": ...}. Relative paths are joined to `folder`."""
+    """Convert an encoded image or a path to {"path": ..., "bytes": ...}.
+
+    Relative paths are joined to `folder`.
+    """
     if isinstance(value, dict):
         return {"path": value["path"], "bytes": value["bytes"]}
     if isinstance(value, bytes):
@@ -290,7 +301,10 @@ def to_encoded_image(value: Any, folder: Path) -> dict[str, Any]:
 
 
 def resolve_path(folder: Path, path: str | None) -> str:
-    """Join a path to a folder. URLs and absolute paths are left unchanged. Return "" for a missing path."""
+    """Join a path to a folder.
+
+    URLs and absolute paths are left unchanged. Return "" for a missing path.
+    """
     if not path or "://" in path:
         return path or ""
     return str(folder / path)
@@ -302,8 +316,8 @@ def decode_image(encoded_image: dict[str, Any], fallback_name: str) -> Image.Ima
     Return the image in its stored mode and in upright orientation. Raise UnreadableImage if the
     image is missing or cannot be decoded.
 
-    The `filename` attribute of the image is the path (as in Pillow) or, if there is no path, `fallback_name`. Error
-    messages contain this name.
+    The `filename` attribute of the image is the path (as in Pillow) or, if there is no path,
+    `fallback_name`. Error messages contain this name.
     """
     content = encoded_image["bytes"]
     path = encoded_image["path"]
@@ -334,11 +348,13 @@ def decode_image(encoded_image: dict[str, Any], fallback_name: str) -> Image.Ima
 class UnreadableImageCounter:
     """Counter of the unreadable images of one run.
 
-    Every process calls `add` with the unreadable images of all processes, so that all processes stop at the same step.
+    Every process calls `add` with the unreadable images of all processes, so that all processes
+    stop at the same step.
     """
 
     warn: Callable[[str], None]  # function that prints a one-line warning
-    limit: int  # maximum number of unreadable images (`--max-unreadable-images`); a larger number stops the run
+    # maximum number of unreadable images (`--max-unreadable-images`); a larger number stops the run
+    limit: int
     indices: set[int] = field(default_factory=set)
 
     def add(self, errors: Mapping[int, str]) -> None:

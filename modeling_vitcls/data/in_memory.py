@@ -9,8 +9,9 @@ Each dataset is converted to a named `datasets.DatasetDict`:
 
     name = add_dataset(data)             # "memory:3f2a...", the value of `DataOptions.dataset` in this process
 
-A label is a class name, a class index, a list of class names, a dict with the label of each task, or None for a
-missing label. The name is a digest of the data, so that a run can be resumed with the same data.
+A label is a class name, a class index, a list of class names, a dict with the label of each task,
+or None for a missing label. The name is a digest of the data, so that a run can be resumed with the
+same data.
 """
 
 import hashlib
@@ -51,7 +52,10 @@ def add_dataset(data: Any) -> str:
 
 
 def get_dataset(name: str) -> Any:
-    """Return the `datasets.DatasetDict` with this name. Raise ValueError if this process has no such dataset."""
+    """Return the `datasets.DatasetDict` with this name.
+
+    Raise ValueError if this process has no such dataset.
+    """
     if name not in DATASETS:
         raise ValueError(
             f"{name} exists only in the memory of another process. Pass the data again"
@@ -66,7 +70,8 @@ def convert_split(data: Any) -> Any:
     if isinstance(data, datasets.Dataset):
         if data.format["type"] == "custom":
             raise ValueError(
-                "the dataset has a transform, which would be ignored. Pass dataset.with_format(None)"
+                "the dataset has a transform, which would be ignored. Pass "
+                "dataset.with_format(None)"
             )
         return data
     if (
@@ -75,9 +80,10 @@ def convert_split(data: Any) -> Any:
         or not hasattr(data, "__getitem__")
     ):
         raise TypeError(
-            "a dataset must be a path, a datasets.Dataset, a torch Dataset with a length, or a list of (image, label) "
-            f"pairs, but the type of the data is {type(data).__name__}. Convert a DataFrame with "
-            "datasets.Dataset.from_pandas. For a stream, pass its name and streaming=True"
+            "a dataset must be a path, a datasets.Dataset, a torch Dataset with a length, or a "
+            f"list of (image, label) pairs, but the type of the data is {type(data).__name__}. "
+            "Convert a DataFrame with datasets.Dataset.from_pandas. For a stream, pass its name "
+            "and streaming=True"
         )
     rows = [convert_pair(data[index], index) for index in range(len(data))]
     if not rows:
@@ -96,7 +102,8 @@ def convert_pair(pair: Any, index: int) -> dict[str, Any]:
     """Convert an (image, label) pair to a row of a `datasets.Dataset`."""
     if not isinstance(pair, tuple | list) or len(pair) != 2:
         raise ValueError(
-            f"item {index} of the dataset is not an (image, label) pair, but of type {type(pair).__name__}"
+            f"item {index} of the dataset is not an (image, label) pair, but of type "
+            f"{type(pair).__name__}"
         )
     image, label = pair
     if hasattr(label, "tolist"):  # NumPy and torch values

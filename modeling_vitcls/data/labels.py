@@ -8,8 +8,8 @@
     any other column
         single_label_classification                   class index                   [B] int64
 
-The label names are declared by the dataset (`ClassLabel`), set by --label-names, or collected as the sorted distinct
-values, in this order of precedence. This file also selects the image column.
+The label names are declared by the dataset (`ClassLabel`), set by --label-names, or collected as
+the sorted distinct values, in this order of precedence. This file also selects the image column.
 """
 
 import math
@@ -116,7 +116,10 @@ def is_multi_label(config: ViTCLSConfig) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class MultiHotLabels(Sequence):
-    """Labels of a multi-label dataset, stored as class indices. Items are lists with 0.0 or 1.0 per class."""
+    """Labels of a multi-label dataset, stored as class indices.
+
+    Items are lists with 0.0 or 1.0 per class.
+    """
 
     indices: np.ndarray  # class indices of all images, in the order of the images
     offsets: np.ndarray  # [N + 1]; the indices of image i start at offsets[i]
@@ -150,7 +153,7 @@ class MultiHotLabels(Sequence):
         return self.from_indices(map(self.get_indices, indices), self.num_classes)
 
 
-# Reading -------------------------------------------------------------------------------------------------------------
+# Reading ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -274,8 +277,8 @@ def build_label_reader(
     )
     if has_lists and len(names) > 1:
         raise ValueError(
-            f"{options.dataset}: several label columns require one label per image. Set one `label_column`, or omit "
-            "`label_separator`"
+            f"{options.dataset}: several label columns require one label per image. Set one "
+            "`label_column`, or omit `label_separator`"
         )
     kind: LabelKind = "multi_label_classification" if has_lists else "single_label_classification"
     columns = [build_label_column(options, name, features[name], read_column) for name in names]
@@ -285,7 +288,10 @@ def build_label_reader(
 def build_label_column(
     options: DataOptions, name: str, feature: Any, read_column: Callable[[str], Iterable[Any]]
 ) -> LabelColumn:
-    """Build one label column. The class names are declared, set by --label-names, or collected from the values."""
+    """Build one label column.
+
+    The class names are declared, set by --label-names, or collected from the values.
+    """
     class_label = find_class_label(feature)
     if class_label is not None:
         return LabelColumn(name, list(class_label.names), is_declared=True)
@@ -297,7 +303,8 @@ def build_label_column(
         for label in map(normalize_value, split_labels(value, options.label_separator)):
             if isinstance(label, float) or not isinstance(label, Hashable):
                 raise ValueError(
-                    f"{options.dataset}: the column {name!r} has no class labels. Set `label_column`"
+                    f"{options.dataset}: the column {name!r} has no class labels. Set "
+                    "`label_column`"
                 )
             distinct_values.add(label)
 
@@ -329,7 +336,7 @@ def normalize_value(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-# Columns -------------------------------------------------------------------------------------------------------------
+# Columns ------------------------------------------------------------------------------------------
 
 
 def find_image_column(options: DataOptions, features: Features) -> str:
@@ -368,7 +375,8 @@ def find_column(
             return column
 
     raise ValueError(
-        f"{dataset}: cannot identify the {kind} column among {', '.join(features)}. Set `{kind}_column`"
+        f"{dataset}: cannot identify the {kind} column among {', '.join(features)}. Set "
+        f"`{kind}_column`"
     )
 
 

@@ -12,42 +12,46 @@ class DataOptions:
     """Dataset and held-out split."""
 
     dataset: str
-    """`digits` (scikit-learn), a folder with a subfolder per class, a CSV, JSON Lines or Parquet file, a folder
-    written by `save_to_disk`, a folder with MNIST's idx files, or a dataset id on the Hub."""
+    """`digits` (scikit-learn), a folder with a subfolder per class, a CSV, JSON Lines or Parquet
+    file, a folder written by `save_to_disk`, a folder with MNIST's idx files, or a dataset id on
+    the Hub."""
     image_column: str | None = None
     """Column with images or image paths. By default, the column is detected by type or name."""
     label_column: tuple[str, ...] | None = None
-    """Column with the labels; several columns define several tasks. By default, the column is detected by type or
-    name."""
+    """Column with the labels; several columns define several tasks. By default, the column is
+    detected by type or name."""
     label_separator: str | None = None
     """Separator of the labels in a text column with several labels per image (`cat|dog`)."""
     label_names: tuple[str, ...] | None = None
-    """Names of all labels. By default, they are declared by the dataset or collected from the label column; they are
-    required for WebDataset shards on the Hub."""
+    """Names of all labels. By default, they are declared by the dataset or collected from the label
+    column; they are required for WebDataset shards on the Hub."""
     held_out_fraction: float = 0.2
-    """Fraction of the images to hold out for evaluation if the dataset has no evaluation split. Whether an image is
-    held out depends only on the fraction, --split-seed and the checksum of the image. 0: train on all images, without
-    evaluation."""
+    """Fraction of the images to hold out for evaluation if the dataset has no evaluation split.
+    Whether an image is held out depends only on the fraction, --split-seed and the checksum of the
+    image. 0: train on all images, without evaluation."""
     split_seed: int = 0
-    """Random seed for the held-out split. Use the same seed for all runs that you compare. Evaluation uses the seed
-    of the training run."""
+    """Random seed for the held-out split. Use the same seed for all runs that you compare.
+    Evaluation uses the seed of the training run."""
     folds: int | None = None
-    """Cross-validation: train one model per fold in OUTPUT_DIR/fold-1, fold-2, ..., and report the mean accuracy."""
+    """Cross-validation: train one model per fold in OUTPUT_DIR/fold-1, fold-2, ..., and report the
+    mean accuracy."""
     fold: int | None = None
-    """With --folds: hold out only this fold (numbered from 1), and write the output to OUTPUT_DIR itself. Default: all
-    folds, one after another."""
+    """With --folds: hold out only this fold (numbered from 1), and write the output to OUTPUT_DIR
+    itself. Default: all folds, one after another."""
     streaming: bool = False
     """Stream the dataset during training instead of downloading it. Requires --max-steps."""
     shuffle_buffer: int = 1000
-    """Number of images in the shuffle buffer of a streamed dataset. For an image folder, which is streamed class by
-    class, set the number of images in the folder."""
+    """Number of images in the shuffle buffer of a streamed dataset. For an image folder, which is
+    streamed class by class, set the number of images in the folder."""
     exclude: Path | None = None
-    """CSV file of `evaluate --audit`: the training images in it are left out. Held-out images are not left out."""
+    """CSV file of `evaluate --audit`: the training images in it are left out. Held-out images are
+    not left out."""
     max_unreadable_images: int = 100
-    """Maximum number of unreadable images, which are reported and skipped. The run stops if more images are
-    unreadable."""
+    """Maximum number of unreadable images, which are reported and skipped. The run stops if more
+    images are unreadable."""
     num_workers: int = 2
-    """Number of data loading processes per training process. 0: images are loaded in the training process."""
+    """Number of data loading processes per training process. 0: images are loaded in the training
+    process."""
 
     def __post_init__(self) -> None:
         check_value(
@@ -71,24 +75,26 @@ class AugmentationOptions:
     """Random augmentation of training images."""
 
     crop_scale: float | None = None
-    """Minimum area of a random crop, as a fraction of the image area. 1: resize the whole image. Default: 0.35, or 1
-    for images of at most 64 pixels per side."""
+    """Minimum area of a random crop, as a fraction of the image area. 1: resize the whole image.
+    Default: 0.35, or 1 for images of at most 64 pixels per side."""
     flip: bool = True
     """Flip each image horizontally with a probability of 0.5."""
     rotation: float = 0.0
     """Maximum rotation in degrees."""
     shift: float | None = None
-    """Maximum translation along each axis, as a fraction of the image size. Default: 0.04 for images of at most 64
-    pixels per side, and 0 for larger images."""
+    """Maximum translation along each axis, as a fraction of the image size. Default: 0.04 for
+    images of at most 64 pixels per side, and 0 for larger images."""
     zoom: float = 0.0
-    """Maximum relative change of scale. For example, 0.1 scales images by a random factor from 0.9 to 1.1."""
+    """Maximum relative change of scale. For example, 0.1 scales images by a random factor from 0.9
+    to 1.1."""
     auto_augment: Literal["none", "rand", "trivial"] = "none"
-    """Automatic augmentation: RandAugment (Cubuk et al. 2020; magnitude 9, as in DeiT) or TrivialAugment (Müller and
-    Hutter 2021)."""
+    """Automatic augmentation: RandAugment (Cubuk et al. 2020; magnitude 9, as in DeiT) or
+    TrivialAugment (Müller and Hutter 2021)."""
     random_erasing: float = 0.0
     """Probability of replacing a random rectangle of an image with noise (Zhong et al. 2020)."""
     mixup: float = 0.0
-    """Alpha of mixup (Zhang et al. 2018). 0: off. If --cutmix is also set, each batch uses either mixup or CutMix."""
+    """Alpha of mixup (Zhang et al. 2018). 0: off. If --cutmix is also set, each batch uses either
+    mixup or CutMix."""
     cutmix: float = 0.0
     """Alpha of CutMix (Yun et al. 2019). 0: off."""
 

@@ -1,13 +1,14 @@
 """Select the images of each batch as a function of the seed and the step, without sampler state.
 
-The training images are shuffled for each epoch, and the epochs are concatenated. Each optimizer step consumes the next
-`batch size x accumulation steps x processes` images, divided among the processes:
+The training images are shuffled for each epoch, and the epochs are concatenated. Each optimizer
+step consumes the next `batch size x accumulation steps x processes` images, divided among the
+processes:
 
     epoch 0 ............ | epoch 1 ............ | ...
     step 0 | step 1 | step 2 | step 3 | ...
 
-All batches have the same size, and every image is used equally often. One process with batches of 16, two processes
-with batches of 8, and two accumulated batches of 8 use the same images per step.
+All batches have the same size, and every image is used equally often. One process with batches of
+16, two processes with batches of 8, and two accumulated batches of 8 use the same images per step.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,7 @@ import torch
 ImageKey = tuple[int, int]  # index of the epoch and index of the image
 
 
-# Random numbers ------------------------------------------------------------------------------------------------------
+# Random numbers -----------------------------------------------------------------------------------
 
 
 # increment of SplitMix64: 2**64 divided by the golden ratio
@@ -29,14 +30,18 @@ GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 
 def derive_seed(*numbers: int) -> int:
-    """Return a 63-bit seed from several non-negative integers. Different integers result in unrelated seeds."""
+    """Return a 63-bit seed from several non-negative integers.
+
+    Different integers result in unrelated seeds.
+    """
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
 def draw_random_bits(seeds: np.ndarray, indices: np.ndarray, num_per_image: int) -> np.ndarray:
     """Return random numbers [images, num_per_image] for seeds [images] and indices [images], all `uint64`.
 
-    Each row is a SplitMix64 sequence (Steele, Lea and Flood 2014) that depends only on its seed and index.
+    Each row is a SplitMix64 sequence (Steele, Lea and Flood 2014) that depends only on its seed and
+    index.
     """
     starts = mix_bits(seeds ^ mix_bits(indices + GOLDEN_GAMMA))  # [images]
     return mix_bits(
@@ -51,7 +56,7 @@ def mix_bits(counters: np.ndarray) -> np.ndarray:
     return counters ^ (counters >> np.uint64(31))
 
 
-# Epochs --------------------------------------------------------------------------------------------------------------
+# Epochs -------------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=4)  # a batch may span two epochs
@@ -75,7 +80,7 @@ def compute_class_weights(labels: Sequence[int], num_classes: int) -> torch.Tens
     )
 
 
-# Batches -------------------------------------------------------------------------------------------------------------
+# Batches ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)

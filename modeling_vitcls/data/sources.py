@@ -73,8 +73,10 @@ def load_splits(
     """Load the splits of `--dataset`.
 
     Args:
-        use_labels: whether labels are read. If False, every label is -100, and no label column is required.
-        select: function that selects splits by name. Other splits, whose labels may be hidden, are not read.
+        use_labels: whether labels are read. If False, every label is -100, and no label column is
+            required.
+        select: function that selects splits by name. Other splits, whose labels may be hidden, are
+            not read.
 
     Raises:
         ValueError: if the dataset cannot be read, or has no image or label column.
@@ -101,7 +103,7 @@ def mark_as_unlabeled(images: Any) -> LabeledImages:
     return LabeledImages(images, [IGNORED_LABEL] * len(images))
 
 
-# In memory -----------------------------------------------------------------------------------------------------------
+# In memory ----------------------------------------------------------------------------------------
 
 
 def load_digits() -> Splits:
@@ -151,7 +153,8 @@ def load_idx_folder(folder: Path) -> Splits:
         labels = read_idx(label_file, num_dimensions=1)
         if len(images) != len(labels):
             raise ValueError(
-                f"{image_file} has {len(images)} images, but {len(labels)} labels. Download both files"
+                f"{image_file} has {len(images)} images, but {len(labels)} labels. Download both "
+                "files"
             )
         num_classes = max(num_classes, int(labels.max(initial=0)) + 1)
         images_by_split[name] = LabeledImages(ArrayImages(images), labels.tolist())
@@ -180,7 +183,8 @@ def read_idx(file: Path, num_dimensions: int) -> np.ndarray:
         ) from error
 
 
-# Read by `datasets` --------------------------------------------------------------------------------------------------
+# Read by `datasets`
+# --------------------------------------------------------------------------------------------------
 
 
 def load_with_datasets(options: DataOptions, use_labels: bool, select: SplitSelector) -> Splits:
@@ -272,7 +276,10 @@ def open_splits(options: DataOptions, use_labels: bool = True) -> Any:
 
 
 def read_with_datasets(options: DataOptions) -> Any:
-    """Load a dataset with the `datasets` library. Raise a one-line ValueError if the dataset cannot be read."""
+    """Load a dataset with the `datasets` library.
+
+    Raise a one-line ValueError if the dataset cannot be read.
+    """
     import datasets
 
     path = Path(options.dataset)
@@ -329,7 +336,10 @@ def read_column(dataset: Any, column: str) -> list[Any]:
 
 
 def build_images(dataset: Any, column: str, folder: Path) -> DatasetImages:
-    """Return the images of one split. The column contains encoded images, or paths relative to `folder`."""
+    """Return the images of one split.
+
+    The column contains encoded images, or paths relative to `folder`.
+    """
     import datasets
 
     images = dataset.select_columns([column])

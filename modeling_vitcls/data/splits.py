@@ -5,9 +5,9 @@
 
 Labels are read in labels.py. Images are decoded on access (images.py) and batched in batches.py.
 
-`--resume` continues a run only with the data that the run started with: the same image names in the same order, the
-same labels and the same held-out images (`describe_data`). The names are the images' keys (images.py), so no images
-are read.
+`--resume` continues a run only with the data that the run started with: the same image names in the
+same order, the same labels and the same held-out images (`describe_data`). The names are the
+images' keys (images.py), so no images are read.
 """
 
 import hashlib
@@ -49,8 +49,8 @@ def load_on_main(accelerator: Accelerator, dataset: str, load: Callable[[], Data
     A folder is then scanned once, and the held-out images are selected once. Tables on disk are not
     copied.
 
-    A process loads the dataset itself if it is in memory, or if the files in the cache of `datasets` are not on a file
-    system that it shares with the main process.
+    A process loads the dataset itself if it is in memory, or if the files in the cache of
+    `datasets` are not on a file system that it shares with the main process.
     """
     if accelerator.num_processes == 1 or dataset.startswith(MEMORY_PREFIX):
         return load()
@@ -61,7 +61,7 @@ def load_on_main(accelerator: Accelerator, dataset: str, load: Callable[[], Data
         return load()
 
 
-# Training ------------------------------------------------------------------------------------------------------------
+# Training -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -132,15 +132,17 @@ def load_training_data(
     They are two splits of the dataset, or one split divided by a seeded rule (held_out.py). If
     `use_labels` is False, every label is -100, and the label space has no columns.
 
-    If `use_selection_split` is set, the checkpoint is selected on selection images, which are separate from the
-    held-out images. The selection images are the validation split if the dataset also has a test split. Otherwise,
-    another seeded rule selects the selection images from the training images.
+    If `use_selection_split` is set, the checkpoint is selected on selection images, which are
+    separate from the held-out images. The selection images are the validation split if the dataset
+    also has a test split. Otherwise, another seeded rule selects the selection images from the
+    training images.
 
-    The evaluation split of a stream is read in every evaluation. If a stream has no evaluation split, its first 10,000
-    held-out images are read immediately and stored in memory without decoding.
+    The evaluation split of a stream is read in every evaluation. If a stream has no evaluation
+    split, its first 10,000 held-out images are read immediately and stored in memory without
+    decoding.
 
-    Raise ValueError if the dataset has no images, no labels (unless `use_labels` is False) or only one class, or is
-    too small to be split.
+    Raise ValueError if the dataset has no images, no labels (unless `use_labels` is False) or only
+    one class, or is too small to be split.
     """
 
     def select(names: list[str]) -> list[str]:
@@ -212,7 +214,8 @@ def exclude_images(images: LabeledImages, split: str, file: Path) -> LabeledImag
     table = pd.read_csv(file, dtype=str)
     if not {"split", "id"} <= set(table.columns):
         raise ValueError(
-            f"`exclude={str(file)!r}`: the column 'split' or 'id' is missing. Use a table of `vitcls evaluate --audit`"
+            f"`exclude={str(file)!r}`: the column 'split' or 'id' is missing. Use a table of "
+            "`vitcls evaluate --audit`"
         )
     excluded = set(table["id"][table["split"].isin([split, escape_csv_cell(split)])])
     names = images.images.get_names()
@@ -224,9 +227,9 @@ def exclude_images(images: LabeledImages, split: str, file: Path) -> LabeledImag
     ]
     if excluded and len(kept) == len(names):
         raise ValueError(
-            f"`exclude={str(file)!r}` lists {len(excluded):,} images of the split {split!r}, but none of them is one "
-            f"of the {len(names):,} training images. Use a table of `vitcls evaluate --audit` with this dataset, or "
-            "remove `exclude`"
+            f"`exclude={str(file)!r}` lists {len(excluded):,} images of the split {split!r}, but "
+            f"none of them is one of the {len(names):,} training images. Use a table of `vitcls "
+            "evaluate --audit` with this dataset, or remove `exclude`"
         )
     if not kept:
         raise ValueError(
@@ -272,12 +275,13 @@ def check_splits(
     if options.folds is not None and training_splits.held_out is not None:
         split = training_splits.held_out
         raise ValueError(
-            f"`folds` requires a dataset without a held-out split, but {options.dataset} has {split!r}. Remove `folds`"
+            f"`folds` requires a dataset without a held-out split, but {options.dataset} has "
+            f"{split!r}. Remove `folds`"
         )
     if lacks_selection and options.streaming:
         raise ValueError(
-            "`select='best'` with `streaming=True` requires a validation split and a test split, but "
-            f"{options.dataset} has only {', '.join(splits.names)}. Remove one of the two flags"
+            "`select='best'` with `streaming=True` requires a validation split and a test split, "
+            f"but {options.dataset} has only {', '.join(splits.names)}. Remove one of the two flags"
         )
     if lacks_selection and not options.held_out_fraction:
         raise ValueError(
@@ -339,8 +343,8 @@ def check_folds(rule: HeldOutRule, images: LabeledImages, options: DataOptions) 
     for fold in range(1, (rule.num_folds or 0) + 1):
         if not select_held_out(images, replace(rule, fold=fold))[0].any():
             raise ValueError(
-                f"{options.dataset}: fold {fold} of {rule.num_folds} has no images, because the dataset has only "
-                f"{len(images)}. Set a smaller `folds`"
+                f"{options.dataset}: fold {fold} of {rule.num_folds} has no images, because the "
+                f"dataset has only {len(images)}. Set a smaller `folds`"
             )
 
 
@@ -361,7 +365,7 @@ def describe_rule(rule: HeldOutRule, images: Any) -> str:
     return f"{rule}, not stratified: several labels per image" if has_several_labels else str(rule)
 
 
-# Changes of the data -------------------------------------------------------------------------------------------------
+# Changes of the data ------------------------------------------------------------------------------
 
 
 def describe_data(training_data: TrainingData) -> dict[str, Any]:
@@ -422,7 +426,8 @@ def describe_missing_classes(training_data: TrainingData) -> list[str]:
     names = training_data.label_space.names
     train, held_out = ({names[label] for label in images.labels} for images in parts)
     return [
-        f"{len(missing)} of the {len(train | held_out)} classes have no {images}: {format_name_list(sorted(missing))}"
+        f"{len(missing)} of the {len(train | held_out)} classes have no {images}: "
+        f"{format_name_list(sorted(missing))}"
         for missing, images in (
             (train - held_out, "held-out images"),
             (held_out - train, "training images"),

@@ -3,10 +3,11 @@
     shards -> shuffle buffer -> examples of this process -> examples after the completed steps
            -> batches of encoded examples, read ahead by the main process -> decoding and augmentation in workers
 
-If the number of shards is a multiple of the number of processes, each process reads its own shards. Otherwise, each of
-the n processes reads all shards and uses every n-th example. The shuffling of each pass is seeded. After the last
-example, a process starts a new pass in a different order. The index of an example is a checksum of the encoded image
-or of the image path, so an image has the same index in every pass and every process.
+If the number of shards is a multiple of the number of processes, each process reads its own shards.
+Otherwise, each of the n processes reads all shards and uses every n-th example. The shuffling of
+each pass is seeded. After the last example, a process starts a new pass in a different order. The
+index of an example is a checksum of the encoded image or of the image path, so an image has the
+same index in every pass and every process.
 """
 
 from collections import deque
@@ -68,7 +69,10 @@ class Example:
 
 @dataclass(frozen=True)
 class StreamedImages:
-    """Images of one split of a streamed dataset. `held_out_rule` separates held-out images from training images."""
+    """Images of one split of a streamed dataset.
+
+    `held_out_rule` separates held-out images from training images.
+    """
 
     name: str
     stream: Any  # an IterableDataset whose images are not decoded
@@ -97,8 +101,8 @@ class StreamedImages:
                     yield replace(example, epoch=pass_index)
             if num_examples == 0:
                 raise ValueError(
-                    f"{self.name} has no training image for process {process_index} of {num_processes}. Add images or "
-                    "start fewer processes"
+                    f"{self.name} has no training image for process {process_index} of "
+                    f"{num_processes}. Add images or start fewer processes"
                 )
 
             # all passes of a process have the same length
@@ -185,7 +189,7 @@ class StreamedImages:
                 yield Example(encoded_image, label, index)
 
 
-# Opening -------------------------------------------------------------------------------------------------------------
+# Opening ------------------------------------------------------------------------------------------
 
 
 def open_streams(options: DataOptions, use_labels: bool = True) -> Splits:
@@ -249,7 +253,7 @@ def read_features(stream: Any, options: DataOptions) -> Features:
     return datasets.Dataset.from_list(rows).features
 
 
-# Training ------------------------------------------------------------------------------------------------------------
+# Training -----------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -265,7 +269,10 @@ class TrainingStream:
     def iterate_keys(
         self, plan: BatchPlan, process_index: int, first_step: int
     ) -> Iterator[list[Example]]:
-        """Yield the encoded examples of each batch of one process, starting at `first_step`. A thread reads ahead."""
+        """Yield the encoded examples of each batch of one process, starting at `first_step`.
+
+        A thread reads ahead.
+        """
         first_batch = first_step * plan.accumulation_steps
         last_batch = plan.num_steps * plan.accumulation_steps
         start = first_batch * plan.batch_size
@@ -287,7 +294,8 @@ class TrainingStream:
 
         if not pixels:
             raise ValueError(
-                f"{self.source.name}: none of the {len(examples)} images of a batch can be read. Check the dataset"
+                f"{self.source.name}: none of the {len(examples)} images of a batch can be read. "
+                "Check the dataset"
             )
 
         first = min(pixels)  # replaces images after the last readable image

@@ -4,9 +4,9 @@
     with explain_worker_errors(num_workers):
         for batch in loader: ...
 
-The processes pass batches on through shared memory (/dev/shm on Linux). If a batch does not fit there, or if a limit
-such as `ulimit -n` is reached, PyTorch waits forever. Here, the process that cannot pass on a batch ends, and the
-training process raises an error.
+The processes pass batches on through shared memory (/dev/shm on Linux). If a batch does not fit
+there, or if a limit such as `ulimit -n` is reached, PyTorch waits forever. Here, the process that
+cannot pass on a batch ends, and the training process raises an error.
 """
 
 import math
@@ -28,10 +28,12 @@ from ..runtime.errors import format_error
 
 TIMEOUT = 600.0  # maximum time without a batch, in seconds
 PREFETCH_FACTOR = 2  # number of batches that each process loads in advance
-FILES_PER_WORKER = 8  # number of files that the training process opens for each data loading process, and some more
+# number of files that the training process opens for each data loading process, and some more
+FILES_PER_WORKER = 8
 SHARED_MEMORY = Path("/dev/shm")  # on Linux
 
-# Beginnings of PyTorch's messages for a process that has ended, does not answer, or cannot open files
+# Beginnings of PyTorch's messages for a process that has ended, does not answer, or cannot open
+# files
 WORKER_ERRORS = ("DataLoader worker (pid", "DataLoader timed out", "Too many open files")
 
 
@@ -45,7 +47,8 @@ def build_loader(dataset: Any, num_workers: int, batch_bytes: int, **options: An
         options: other arguments of DataLoader.
 
     Raises:
-        ValueError: if /dev/shm or the limit of open files is too small for this number of processes.
+        ValueError: if /dev/shm or the limit of open files is too small for this number of
+            processes.
     """
     if num_workers:
         check_open_files(num_workers)
@@ -79,7 +82,7 @@ def explain_worker_errors(num_workers: int) -> Iterator[None]:
         raise OSError(f"{reason}. Possible causes: {causes}. Set `num_workers=0`") from error
 
 
-# Limits --------------------------------------------------------------------------------------------------------------
+# Limits -------------------------------------------------------------------------------------------
 
 
 def check_shared_memory(num_workers: int, batch_bytes: int) -> None:
@@ -91,9 +94,9 @@ def check_shared_memory(num_workers: int, batch_bytes: int) -> None:
     free = shutil.disk_usage(SHARED_MEMORY).free
     if free < needed:
         raise ValueError(
-            f"{num_workers} data loading processes require {format_megabytes(needed)} in {SHARED_MEMORY}, but "
-            f"{format_megabytes(free)} are free. Set `num_workers=0` or a smaller `batch_size`, or enlarge "
-            f"{SHARED_MEMORY} (in Docker: --shm-size)"
+            f"{num_workers} data loading processes require {format_megabytes(needed)} in "
+            f"{SHARED_MEMORY}, but {format_megabytes(free)} are free. Set `num_workers=0` or a "
+            f"smaller `batch_size`, or enlarge {SHARED_MEMORY} (in Docker: --shm-size)"
         )
 
 
@@ -108,8 +111,8 @@ def check_open_files(num_workers: int) -> None:
     needed = num_open + FILES_PER_WORKER * (num_workers + 1)
     if limit != resource.RLIM_INFINITY and limit < needed:
         raise ValueError(
-            f"{num_workers} data loading processes require about {needed} open files, but the limit is {limit}. Set "
-            f"`num_workers=0`, or raise the limit (ulimit -n {needed})"
+            f"{num_workers} data loading processes require about {needed} open files, but the "
+            f"limit is {limit}. Set `num_workers=0`, or raise the limit (ulimit -n {needed})"
         )
 
 
@@ -119,18 +122,22 @@ def format_megabytes(num_bytes: int) -> str:
     return f"{megabytes:.1f} MB" if megabytes < 10 else f"{math.ceil(megabytes):,} MB"
 
 
-# In the data loading processes ---------------------------------------------------------------------------------------
+# In the data loading processes --------------------------------------------------------------------
 
 
 def prepare_worker(worker_index: int) -> None:
     """Prepare a data loading process; the `worker_init_fn` of the loader."""
     leave_signals_to_parent()
-    # Python's thread that passes batches on would only print the error, and the parent would wait for the batch.
+    # Python's thread that passes batches on would only print the error, and the parent would wait
+    # for the batch.
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(end_worker)  # type: ignore[attr-defined]
 
 
 def end_worker(error: BaseException, item: Any) -> NoReturn:
-    """End this process, because it cannot pass on a batch. PyTorch raises an error in the parent process."""
+    """End this process, because it cannot pass on a batch.
+
+    PyTorch raises an error in the parent process.
+    """
     print(
         f"a data loading process cannot pass on a batch: {format_error(error)}",
         file=sys.stderr,
@@ -142,9 +149,9 @@ def end_worker(error: BaseException, item: Any) -> NoReturn:
 def leave_signals_to_parent() -> None:
     """Make a DataLoader worker ignore signals that are sent to all processes.
 
-    Otherwise, such a signal would stop the workers while the training process still needs batches. SIGTERM from the
-    training process stops a worker, unless a SIGTERM from another process is pending. To stop the workers without a
-    signal, close the iterator of the loader.
+    Otherwise, such a signal would stop the workers while the training process still needs batches.
+    SIGTERM from the training process stops a worker, unless a SIGTERM from another process is
+    pending. To stop the workers without a signal, close the iterator of the loader.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for name in ("SIGUSR1", "SIGHUP"):  # not available on Windows

@@ -8,5 +8,6 @@
     engine_choice.py      measure PyTorch, ONNX Runtime and OpenVINO, and choose the fastest (`--backend auto`)
     transformers_js.py    write a folder that transformers.js loads in Node.js and browsers
 
-The files in this folder are not copied to the Hub. The extra `export` installs the required packages.
+The files in this folder are not copied to the Hub. The extra `export` installs the required
+packages.
 """

@@ -2,10 +2,10 @@
 
     model = choose_engine(job)          # the model of the job, or a graph that is at least 10% faster
 
-PyTorch, ONNX Runtime and OpenVINO process a batch of the size of the job in turn, three times each. The graphs are
-written once, to MODEL/.engines/ (inference/engines.py), and the choice is stored with the hashes of the model, the
-kind of CPU, the number of threads and the versions. Nothing is measured for few images or an unknown number of them,
-or if the extra `export` is not installed.
+PyTorch, ONNX Runtime and OpenVINO process a batch of the size of the job in turn, three times each.
+The graphs are written once, to MODEL/.engines/ (inference/engines.py), and the choice is stored
+with the hashes of the model, the kind of CPU, the number of threads and the versions. Nothing is
+measured for few images or an unknown number of them, or if the extra `export` is not installed.
 """
 
 import os
@@ -43,8 +43,8 @@ from .tracing import select_graph_shape, trace_model
 
 MIN_TIMES_AS_FAST = 1.1  # a smaller gain would be less than the noise of other measurements
 NUM_ROUNDS = 3
-# Writing and measuring the graphs of a ViT-S takes 12 CPU seconds, and a graph that is 15% faster saves them in this
-# many FLOPs: about 1,600 images of 224 pixels.
+# Writing and measuring the graphs of a ViT-S takes 12 CPU seconds, and a graph that is 15% faster
+# saves them in this many FLOPs: about 1,600 images of 224 pixels.
 MIN_FLOPS = 2e13
 MAX_RELATIVE_ERROR = 1e-4  # of a graph in float32; in bfloat16, at most twice the error of PyTorch
 # Precision -> suffixes of the graphs. ONNX Runtime computes in the dtypes that the file contains.
@@ -52,7 +52,10 @@ GRAPH_SUFFIXES = {"no": (".onnx", ".xml"), "bf16": (".xml",)}
 
 
 def choose_engine(job: Job, print_line: Callable[[str], None]) -> Any:
-    """Return the model of a job, or a graph of it that is at least 10% faster. A choice is printed in one line."""
+    """Return the model of a job, or a graph of it that is at least 10% faster.
+
+    A choice is printed in one line.
+    """
     if not can_run_graphs(job):
         return job.loaded.model
     try:
@@ -68,8 +71,8 @@ def choose_engine(job: Job, print_line: Callable[[str], None]) -> Any:
         return job.loaded.model
     if choice.engine != TORCH:
         print_line(
-            f"engine: {get_engine_name(model)}, measured to be {choice.times_as_fast:.2f} times as fast as PyTorch. "
-            "`backend='torch'` turns it off"
+            f"engine: {get_engine_name(model)}, measured to be {choice.times_as_fast:.2f} times as "
+            "fast as PyTorch. `backend='torch'` turns it off"
         )
     return model
 
@@ -77,8 +80,8 @@ def choose_engine(job: Job, print_line: Callable[[str], None]) -> Any:
 def can_run_graphs(job: Job) -> bool:
     """Return whether a job can be done by graphs.
 
-    They require a CPU, a precision of theirs, images of one size, the packages of the extra `export`, and a model
-    folder that can be written.
+    They require a CPU, a precision of theirs, images of one size, the packages of the extra
+    `export`, and a model folder that can be written.
     """
     return (
         job.loaded.model.device.type == "cpu"
@@ -90,7 +93,7 @@ def can_run_graphs(job: Job) -> bool:
     )
 
 
-# Measurement ---------------------------------------------------------------------------------------------------------
+# Measurement --------------------------------------------------------------------------------------
 
 
 def measure_engines(job: Job) -> Choice:
@@ -158,7 +161,7 @@ def measure_error(outputs: Outputs, reference: Outputs) -> float:
     return torch.stack(errors).max().item()
 
 
-# Files ---------------------------------------------------------------------------------------------------------------
+# Files --------------------------------------------------------------------------------------------
 
 
 def write_missing_graphs(job: Job, output_names: list[str], names: list[str]) -> None:

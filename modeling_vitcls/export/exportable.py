@@ -6,8 +6,8 @@ ViTCLSForMultiTaskClassification    one output per task, named after the task
 both classifiers                    then one output per extra head, named after its task
 ViTCLSBackbone                      feature maps, named after their stages
 
-With `output_attentions=True`, the model also outputs `cls_attention` [B, layers, CLS tokens, rows, columns], the
-attention of the CLS tokens to the patches, averaged over the heads.
+With `output_attentions=True`, the model also outputs `cls_attention` [B, layers, CLS tokens, rows,
+columns], the attention of the CLS tokens to the patches, averaged over the heads.
 """
 
 from collections.abc import Callable
@@ -115,7 +115,8 @@ def load_exportable_model(source: str) -> ExportableModel:
     """Load any checkpoint that `--model` accepts, or a preset with random weights.
 
     Raises:
-        ValueError: If the checkpoint is not a ViTCLS model, if its class is not supported, or if weights are missing.
+        ValueError: If the checkpoint is not a ViTCLS model, if its class is not supported, or if
+            weights are missing.
         OSError: If the checkpoint cannot be found or read.
     """
     if is_preset(source):
@@ -129,8 +130,8 @@ def load_exportable_model(source: str) -> ExportableModel:
     class_name = (folder.config.architectures or ["an unknown class"])[0]
     if class_name not in MODEL_CLASSES:
         raise ValueError(
-            f"export requires one of {', '.join(MODEL_CLASSES)}, but {source} contains {class_name}. Set `model` to a "
-            "model of a supported class"
+            f"export requires one of {', '.join(MODEL_CLASSES)}, but {source} contains "
+            f"{class_name}. Set `model` to a model of a supported class"
         )
     model = folder.load(MODEL_CLASSES[class_name], dtype=torch.float32)
     return ExportableModel(

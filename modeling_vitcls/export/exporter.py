@@ -2,8 +2,9 @@
 
     report = export_model(ExportOptions("runs/mine", "onnx", Path("mine.onnx")))      # also writes mine.onnx.json
 
-The reference outputs are computed by the model in float32, in eager mode. The outputs of the file are computed by the
-runtime of the format, such as onnxruntime. If the outputs differ by more than the limit, nothing is written.
+The reference outputs are computed by the model in float32, in eager mode. The outputs of the file
+are computed by the runtime of the format, such as onnxruntime. If the outputs differ by more than
+the limit, nothing is written.
 """
 
 import shutil
@@ -52,18 +53,19 @@ def export_model(
 
     Args:
         options: The flags of `vitcls export`. The format is "onnx" or "openvino".
-        output_attentions: Whether the graph also outputs the attention of the CLS tokens (exportable.py).
+        output_attentions: Whether the graph also outputs the attention of the CLS tokens
+            (exportable.py).
         exportable: The model that `options` names, if it is already loaded.
 
     Returns:
-        The contents of the report (docs/exporting.md). If a dynamic image size is not possible, the report states the
-        reason.
+        The contents of the report (docs/exporting.md). If a dynamic image size is not possible, the
+        report states the reason.
 
     Raises:
-        ValueError, OSError: If the model cannot be found or exported, if the outputs of the file differ from the
-            outputs of the model by more than the limit, if int8 lowers the metric by more than `max_drop`, if packages
-            are missing, or if `output` is invalid or exists. The message is a single line. Nothing is written if an
-            error is raised.
+        ValueError, OSError: If the model cannot be found or exported, if the outputs of the file
+            differ from the outputs of the model by more than the limit, if int8 lowers the metric
+            by more than `max_drop`, if packages are missing, or if `output` is invalid or exists.
+            The message is a single line. Nothing is written if an error is raised.
     """
     source, format_name, output, dtype = (
         options.model,
@@ -75,14 +77,15 @@ def export_model(
     target = output if output.suffix else output / f"model{file_format.suffix}"
     if target.suffix != file_format.suffix:
         raise ValueError(
-            f"`output={str(output)!r}`: the file name must end in {file_format.suffix}, or have no suffix"
+            f"`output={str(output)!r}`: the file name must end in {file_format.suffix}, or have no "
+            "suffix"
         )
     check_files_do_not_exist(target, get_report_path(target))
     packages = (*file_format.packages, *(["nncf"] if options.int8 else []))
     if missing_packages := [name for name in packages if find_spec(name) is None]:
         raise ValueError(
-            f"`format={format_name!r}` requires packages that are not installed: {', '.join(missing_packages)}. "
-            f"{describe_installation('export')}"
+            f"`format={format_name!r}` requires packages that are not installed: "
+            f"{', '.join(missing_packages)}. {describe_installation('export')}"
         )
     exportable = exportable or load_exportable_model(source)
     model = exportable.model
@@ -212,9 +215,9 @@ def check_drop(report: Report, max_drop: float, model: Any, images: torch.Tensor
     worst = sorted([*excluded, *layers[: max(1, len(layers) // 4)]])
     raise ValueError(
         f"int8 lowers the {scores['metric']} from {scores['model']:.1%} to {scores['file']:.1%} on "
-        f"{scores['num_images']} images, at least {100 * drop:.1f} points and more than `max_drop={max_drop:g}` "
-        f"points. Set `exclude_layers={tuple(worst)}`, the layers with the largest errors, or a larger "
-        "`max_drop`"
+        f"{scores['num_images']} images, at least {100 * drop:.1f} points and more than "
+        f"`max_drop={max_drop:g}` points. Set `exclude_layers={tuple(worst)}`, the layers with the "
+        "largest errors, or a larger `max_drop`"
     )
 
 
@@ -261,7 +264,7 @@ def move_files(source: Path, target: Path) -> None:
         file.rename(target / file.name)
 
 
-# Report --------------------------------------------------------------------------------------------------------------
+# Report -------------------------------------------------------------------------------------------
 
 
 def select_image_shapes(
@@ -315,7 +318,8 @@ def compare_outputs(
         )
         if shapes != expected_shapes:
             raise ValueError(
-                f"the written graph must have the outputs {expected_shapes} for images {shape}, but has {shapes}"
+                f"the written graph must have the outputs {expected_shapes} for images {shape}, "
+                f"but has {shapes}"
             )
         differences = {
             name: get_max_magnitude(result[name] - reference[name]) for name in reference
@@ -325,8 +329,8 @@ def compare_outputs(
             limit = absolute_limit + relative_limit * magnitudes[name]
             if not difference <= limit:  # also true for NaN
                 raise ValueError(
-                    f"the output {name} of the written graph differs from that of the model by {difference:.2g} for "
-                    f"images {shape}, but the limit in {dtype} is {limit:.2g}"
+                    f"the output {name} of the written graph differs from that of the model by "
+                    f"{difference:.2g} for images {shape}, but the limit in {dtype} is {limit:.2g}"
                 )
         comparisons.append({"shape": shape, "differences": differences, "magnitudes": magnitudes})
     return comparisons

@@ -19,7 +19,8 @@ from .exportable import Outputs
 from .tracing import GraphShape, build_dynamic_shapes
 
 
-# Maximum size of the weights inside an ONNX file, in bytes. The file is a protobuf message, which is limited to 2 GB.
+# Maximum size of the weights inside an ONNX file, in bytes. The file is a protobuf message, which
+# is limited to 2 GB.
 MAX_ONNX_WEIGHTS = 1_900_000_000
 
 
@@ -31,12 +32,12 @@ class Format:
     packages: tuple[str, ...]  # names of the required packages
     # Function (graph, image sizes, names of the outputs, file) that writes a graph
     write: Callable[[ExportedProgram, GraphShape, list[str], Path], None]
-    # Whether the antialiasing filter of the runtime equals PyTorch's filter. OpenVINO uses a different filter, which
-    # changes outputs by 1e-4 to 1e-3.
+    # Whether the antialiasing filter of the runtime equals PyTorch's filter. OpenVINO uses a
+    # different filter, which changes outputs by 1e-4 to 1e-3.
     has_pytorch_antialias_filter: bool = True
 
 
-# ONNX ----------------------------------------------------------------------------------------------------------------
+# ONNX ---------------------------------------------------------------------------------------------
 
 
 def write_onnx(
@@ -72,7 +73,7 @@ def run_graph(file: Path, batches: Sequence[torch.Tensor], names: list[str]) -> 
     return [{name: arrays[name] for name in names} for arrays in outputs]
 
 
-# OpenVINO ------------------------------------------------------------------------------------------------------------
+# OpenVINO -----------------------------------------------------------------------------------------
 
 
 def write_openvino(

@@ -3,8 +3,8 @@
     images = load_export_images(folder, "digits")        # split as in the run of the model
     images.measure_accuracy({"model.xml": Path("model.xml")})
 
-Training images calibrate int8 graphs. Held-out images measure the accuracy and, also without labels, the differences
-between the outputs of the file and the model.
+Training images calibrate int8 graphs. Held-out images measure the accuracy and, also without
+labels, the differences between the outputs of the file and the model.
 """
 
 import contextlib
@@ -114,8 +114,9 @@ def compare_labels(
 
     The accuracy is that of a file, and the loss is what it loses against the model.
 
-    Both programs are evaluated on the same images. The loss therefore depends only on the images for which exactly
-    one of them is right (McNemar's test), and its interval on the share of these images that the file loses.
+    Both programs are evaluated on the same images. The loss therefore depends only on the images
+    for which exactly one of them is right (McNemar's test), and its interval on the share of these
+    images that the file loses.
     """
     labels = np.array([int(row.label) for row in file_rows])
     predicted, predicted_in_file = (
@@ -145,7 +146,8 @@ def load_export_images(
     Args:
         folder: The model; None for a preset.
         dataset: As in `vitcls evaluate`.
-        split: Split to evaluate, as in `vitcls evaluate`, which requires labels. Default: held-out images.
+        split: Split to evaluate, as in `vitcls evaluate`, which requires labels. Default: held-out
+            images.
         batch_size: Number of images per forward pass.
 
     Raises:

@@ -7,33 +7,37 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """Export a model. Nothing is written if the outputs of the graph and the model differ by more than the limit."""
+    """Export a model.
+
+    Nothing is written if the outputs of the graph and the model differ by more than the limit.
+    """
 
     model: str
     """A model folder, the id of a model on the Hub, or a preset (random weights)."""
     format: Literal["onnx", "openvino", "transformers.js"]
     """ONNX (.onnx), OpenVINO (.xml and .bin), or a folder for transformers.js."""
     output: Path
-    """Output file, which must not exist yet, or a folder: model.onnx (or model.xml) and all files that
-    `predict` and `evaluate` with --backend require. With --format transformers.js: a new or empty folder."""
+    """Output file, which must not exist yet, or a folder: model.onnx (or model.xml) and all files
+    that `predict` and `evaluate` with --backend require. With --format transformers.js: a new or
+    empty folder."""
     int8: bool = False
-    """With --format onnx or openvino: quantize the matrix products to int8 (NNCF), calibrated on training images of
-    --dataset. The image size is fixed."""
+    """With --format onnx or openvino: quantize the matrix products to int8 (NNCF), calibrated on
+    training images of --dataset. The image size is fixed."""
     max_drop: float = 0.5
-    """With --int8: largest loss of accuracy, in points. If the images show a larger loss with 95% confidence, nothing
-    is written."""
+    """With --int8: largest loss of accuracy, in points. If the images show a larger loss with 95%
+    confidence, nothing is written."""
     exclude_layers: tuple[int, ...] = ()
     """With --int8: numbers of the layers, from 1, that stay in float32."""
     image_size: tuple[int, int] | None = None
-    """Height and width in pixels. With --no-dynamic, the graph accepts only this size; otherwise, the size is used
-    only in the comparison. Default: the image size of the model."""
+    """Height and width in pixels. With --no-dynamic, the graph accepts only this size; otherwise,
+    the size is used only in the comparison. Default: the image size of the model."""
     dynamic: bool = True
     """Accept images of different sizes, not only of --image-size. The batch size is always dynamic."""
     dtype: Literal["float32", "float16"] = "float32"
     """dtype of the weights and computations. Inputs and outputs are always float32."""
     dataset: str | None = None
-    """Images, as in `vitcls evaluate`, to measure the accuracy of the file. For images without labels, the outputs of
-    file and model are compared."""
+    """Images, as in `vitcls evaluate`, to measure the accuracy of the file. For images without
+    labels, the outputs of file and model are compared."""
     split: str | None = None
     """Split of --dataset, as in `vitcls evaluate`."""
 

@@ -1,7 +1,7 @@
 """Post-training quantization of exported graphs to int8, with NNCF's preset for transformers.
 
-NNCF adds fake-quantization nodes around matrix products; the runtimes compute these products in int8. The value ranges
-of the activations are measured on calibration images.
+NNCF adds fake-quantization nodes around matrix products; the runtimes compute these products in
+int8. The value ranges of the activations are measured on calibration images.
 """
 
 import contextlib
@@ -46,7 +46,8 @@ def quantize_graph(
     settings: dict[str, Any] = {
         "model_type": nncf.ModelType.TRANSFORMER,
         "subset_size": len(images),
-        # The patch projection, the only convolution, is 1% of the operations. In int8, it doubles the squared error.
+        # The patch projection, the only convolution, is 1% of the operations. In int8, it doubles
+        # the squared error.
         "ignored_scope": nncf.IgnoredScope(
             patterns=patterns, types=["Convolution", "Conv"], validate=False
         ),

@@ -3,8 +3,8 @@
     graph_shape = select_graph_shape(model, image_size, dynamic=True)
     graph = trace_model(model, graph_shape, torch.float32)    # torch.export.ExportedProgram
 
-A graph with a fixed image size contains the position embeddings for this size. A graph with a dynamic image size
-resamples the position embeddings at run time.
+A graph with a fixed image size contains the position embeddings for this size. A graph with a
+dynamic image size resamples the position embeddings at run time.
 """
 
 import copy
@@ -21,7 +21,8 @@ from ..runtime.errors import format_error
 from .exportable import NamedOutputsModel
 
 
-# Minimum number of patch rows, patch columns and example images; torch.export treats a size of 1 as constant.
+# Minimum number of patch rows, patch columns and example images; torch.export treats a size of 1 as
+# constant.
 MIN_DYNAMIC_SIZE = 2
 
 
@@ -47,8 +48,9 @@ def select_graph_shape(
 
     If `dynamic` is True but a dynamic size is not possible, the size is fixed.
 
-    `image_size` is (height, width) in pixels, by default the native size. `has_pytorch_antialias_filter` is False if
-    the antialiasing filter of the runtime differs from PyTorch's filter.
+    `image_size` is (height, width) in pixels, by default the native size.
+    `has_pytorch_antialias_filter` is False if the antialiasing filter of the runtime differs from
+    PyTorch's filter.
     """
     config = model.config
     size = config.image_height_width if image_size is None else image_size

@@ -1,7 +1,8 @@
 """Export a classifier or an encoder to a folder that transformers.js loads in Node.js and in browsers.
 
     report = export_for_transformers_js("runs/mine", Path("web"))
-    // in JavaScript: const classify = await pipeline("image-classification", "web", {dtype: "fp32"});
+    // in JavaScript: const classify = await pipeline("image-classification", "web", {dtype:
+    "fp32"});
 
     config.json                 model_type "vit", because transformers.js does not support "vitcls"
     preprocessor_config.json    ViTImageProcessor
@@ -11,8 +12,9 @@
     onnx/report.json            differences, top-1 agreement, accuracy on a dataset (optional), and SHA-256 of the
                                 weights of the model
 
-The graph contains the complete model, including special tokens, pooling and heads. The graph also outputs the
-attention of the CLS tokens, which static Spaces display (scripts/space/static_space.py).
+The graph contains the complete model, including special tokens, pooling and heads. The graph also
+outputs the attention of the CLS tokens, which static Spaces display
+(scripts/space/static_space.py).
 """
 
 import json
@@ -46,24 +48,28 @@ BATCH_SIZE = 16  # number of images per batch in the comparison
 def export_for_transformers_js(
     source: str, output: Path, dataset: str | None = None, split: str | None = None
 ) -> dict[str, Any]:
-    """Export a classifier or an encoder for transformers.js. If an error is raised, nothing is written.
+    """Export a classifier or an encoder for transformers.js.
+
+    If an error is raised, nothing is written.
 
     Args:
-        source: Folder or Hub id of a classifier for a single task or of an encoder, or a preset, which has random
-            weights.
+        source: Folder or Hub id of a classifier for a single task or of an encoder, or a preset,
+            which has random weights.
         output: A folder that does not exist or is empty.
-        dataset: Dataset for evaluating a classifier and the files, as in `vitcls evaluate`. Default: no evaluation.
+        dataset: Dataset for evaluating a classifier and the files, as in `vitcls evaluate`.
+            Default: no evaluation.
         split: Split of the dataset, as in `vitcls evaluate`.
 
     Returns:
-        The contents of onnx/report.json: `comparisons` (one per file, on `num_images` random images), `labeled` (the
-        metric of the model and of each file with one image per batch, as in a browser), and hashes.
+        The contents of onnx/report.json: `comparisons` (one per file, on `num_images` random
+        images), `labeled` (the metric of the model and of each file with one image per batch, as in
+        a browser), and hashes.
 
     Raises:
-        ValueError, OSError: If the model cannot be found or exported, if the model has several tasks, if
-            transformers.js does not support the image processor, if the outputs of the float32 or float16 file differ
-            from the outputs of the model by more than the limit, or if the labels of the dataset do not match the
-            model. The message is one line.
+        ValueError, OSError: If the model cannot be found or exported, if the model has several
+            tasks, if transformers.js does not support the image processor, if the outputs of the
+            float32 or float16 file differ from the outputs of the model by more than the limit, or
+            if the labels of the dataset do not match the model. The message is one line.
     """
     check_output_is_empty(output)
     exportable = load_exportable_model(source)
@@ -73,9 +79,10 @@ def export_for_transformers_js(
     is_supported = isinstance(model, ViTCLSForImageClassification | ViTCLSModel)
     if not is_supported or model.config.problem_type == "regression" or processor is None:
         raise ValueError(
-            "`format='transformers.js'` requires an encoder or a classifier for one task (not regression) and its "
-            f"image processor, but {source} contains {type(model).__name__} "
-            f"{'without' if processor is None else 'with'} an image processor. Set a different `model`"
+            "`format='transformers.js'` requires an encoder or a classifier for one task (not "
+            f"regression) and its image processor, but {source} contains {type(model).__name__} "
+            f"{'without' if processor is None else 'with'} an image processor. Set a different "
+            "`model`"
         )
     if dataset is not None and isinstance(model, ViTCLSModel):
         raise ValueError(
@@ -149,8 +156,8 @@ def build_preprocessor_config(processor: ViTCLSImageProcessor) -> dict[str, Any]
     """
     if not processor.do_convert_rgb:
         raise ValueError(
-            "`format='transformers.js'` requires do_convert_rgb=True, but do_convert_rgb is False. Set a different "
-            "`format`"
+            "`format='transformers.js'` requires do_convert_rgb=True, but do_convert_rgb is False. "
+            "Set a different `format`"
         )
     settings = select_settings(processor)
     settings["resample"] = int(PILImageResampling(settings["resample"]))

@@ -26,16 +26,18 @@ HTTPError: type[Exception] = next(base for base in HfHubHTTPError.__bases__ if b
 TimeoutException: type[Exception] = importlib.import_module(
     HTTPError.__module__.partition(".")[0]
 ).TimeoutException
-# Errors that requests to the Hub can raise: OSError for a refused connection, RuntimeError for a failed upload, and
-# ValueError for invalid metadata.
+# Errors that requests to the Hub can raise: OSError for a refused connection, RuntimeError for a
+# failed upload, and ValueError for invalid metadata.
 HUB_ERRORS: tuple[type[Exception], ...] = (HTTPError, OSError, RuntimeError, ValueError)
 
 # HTTP statuses for a timeout, a conflict with another push, too many requests, and a server error.
 TEMPORARY_STATUSES = frozenset({408, 409, 412, 429, 500, 502, 503, 504})
-# Wait before each retry, in seconds. The Hub may request a longer wait, up to its rate limit window of five minutes.
+# Wait before each retry, in seconds. The Hub may request a longer wait, up to its rate limit window
+# of five minutes.
 RETRY_WAITS = (1.0, 2.0, 4.0, 8.0)
 MAX_RETRY_WAIT = 300.0  # maximum wait before a retry, in seconds
-# Time after the first failure, without waits that the Hub requests, after which no retry starts, in seconds.
+# Time after the first failure, without waits that the Hub requests, after which no retry starts, in
+# seconds.
 MAX_RETRY_SECONDS = 60.0
 
 Result = TypeVar("Result")
@@ -47,8 +49,8 @@ def check_is_online() -> None:
     """Raise ValueError if offline mode is set."""
     if is_offline_mode():
         raise ValueError(
-            "HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set, so the Hub cannot be reached. Unset the variable, "
-            "or push later"
+            "HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set, so the Hub cannot be reached. Unset "
+            "the variable, or push later"
         )
 
 
@@ -56,8 +58,8 @@ def check_is_online() -> None:
 def set_hub_timeout(seconds: float) -> Iterator[None]:
     """Set a timeout for requests to the Hub within the block.
 
-    By default, only file downloads have a timeout in huggingface_hub (HF_HUB_DOWNLOAD_TIMEOUT). All threads share one
-    client.
+    By default, only file downloads have a timeout in huggingface_hub (HF_HUB_DOWNLOAD_TIMEOUT). All
+    threads share one client.
     """
     client = get_session()
     previous_timeout = client.timeout
@@ -123,8 +125,8 @@ def retry(
 ) -> Result:
     """Call `action`, retry after temporary failures, and return the result or raise the last error.
 
-    Before each retry, a line with the `description`, such as "pushing to someone/model", is logged. `waits` contains
-    the wait before each retry in seconds (default: `RETRY_WAITS`).
+    Before each retry, a line with the `description`, such as "pushing to someone/model", is logged.
+    `waits` contains the wait before each retry in seconds (default: `RETRY_WAITS`).
     """
     deadline = math.inf
     for wait in RETRY_WAITS if waits is None else waits:
@@ -197,6 +199,6 @@ def format_hub_error(error: BaseException) -> str:
 def describe_no_response(error: BaseException) -> str:
     """Return the error message, with reason and remedy, for a Hub that does not respond."""
     return (
-        f"the Hub at {constants.ENDPOINT} does not respond: {format_hub_error(error)}. Check the network, proxies and "
-        "HF_ENDPOINT"
+        f"the Hub at {constants.ENDPOINT} does not respond: {format_hub_error(error)}. Check the "
+        "network, proxies and HF_ENDPOINT"
     )

@@ -13,8 +13,8 @@
     no response     the cached files, with a warning; an error after two attempts if no files are cached
     offline         the cached files (HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE); an error if no files are cached
 
-Loading from the returned folder sends no requests. Without this module, transformers would retry for a minute if
-connections were refused, and for many minutes if the Hub did not respond.
+Loading from the returned folder sends no requests. Without this module, transformers would retry
+for a minute if connections were refused, and for many minutes if the Hub did not respond.
 """
 
 import logging
@@ -88,17 +88,19 @@ def get_model_folder(
 ) -> str:
     """Return the folder that contains a model's files: `source` itself, or a folder in the cache.
 
-    `source` is a folder, or `namespace/name` on the Hub. The files whose names match `patterns` are downloaded.
-    `revision` is a commit hash, branch or tag on the Hub (default: the newest commit of `main`).
+    `source` is a folder, or `namespace/name` on the Hub. The files whose names match `patterns` are
+    downloaded. `revision` is a commit hash, branch or tag on the Hub (default: the newest commit of
+    `main`).
 
-    Raise ValueError if a revision is given for a folder, and OSError if there is no such folder or model, if access is
-    denied, or if the model is neither in the cache nor available from the Hub (no response, or offline mode). The
-    message is a single line and names the remedy.
+    Raise ValueError if a revision is given for a folder, and OSError if there is no such folder or
+    model, if access is denied, or if the model is neither in the cache nor available from the Hub
+    (no response, or offline mode). The message is a single line and names the remedy.
     """
     if Path(source).exists():
         if revision is not None:
             raise ValueError(
-                f"a revision requires a model on the Hub, but {source} is a folder. Remove @{revision}"
+                f"a revision requires a model on the Hub, but {source} is a folder. Remove "
+                f"@{revision}"
             )
         return source
     if not is_hub_id(source):
@@ -110,22 +112,24 @@ def get_model_folder(
 def check_is_vitcls(source: str, folder: str | Path) -> dict[str, Any]:
     """Check that a folder contains a vitcls model, and return the contents of config.json.
 
-    `source` is the name of the model in error messages. Raise ValueError for other model types, a damaged config.json
-    or a damaged index of the weights, and OSError if config.json is missing or the weights may not be read.
+    `source` is the name of the model in error messages. Raise ValueError for other model types, a
+    damaged config.json or a damaged index of the weights, and OSError if config.json is missing or
+    the weights may not be read.
     """
     check_checkpoint_folder(str(folder), needs_config_file=True)
     config_dict = read_json(Path(folder, CONFIG_FILE))
     model_type = config_dict.get("model_type")
     if model_type != ViTCLSConfig.model_type:
         raise ValueError(
-            f"{source} contains a model of type {model_type!r}, not {ViTCLSConfig.model_type!r}. Convert the model "
-            "with `vitcls convert` first"
+            f"{source} contains a model of type {model_type!r}, not {ViTCLSConfig.model_type!r}. "
+            "Convert the model with `vitcls convert` first"
         )
 
     dtype = config_dict.get("dtype") or "float32"
     if not isinstance(getattr(torch, str(dtype), None), torch.dtype):
         raise ValueError(
-            f"{Path(folder, CONFIG_FILE)}: `dtype` is {dtype!r}, but it must be a type such as float32"
+            f"{Path(folder, CONFIG_FILE)}: `dtype` is {dtype!r}, but it must be a type such as "
+            "float32"
         )
 
     is_classifier = any(
@@ -133,8 +137,8 @@ def check_is_vitcls(source: str, folder: str | Path) -> dict[str, Any]:
     )
     if is_classifier and not config_dict.get("tasks") and config_dict.get("id2label", {}) is None:
         raise ValueError(
-            f"{Path(folder, CONFIG_FILE)}: `id2label` is null, but a classifier requires the names of its labels. "
-            "Download or save the model again"
+            f"{Path(folder, CONFIG_FILE)}: `id2label` is null, but a classifier requires the names "
+            "of its labels. Download or save the model again"
         )
 
     for name in list_weight_files(Path(folder)):
@@ -158,7 +162,8 @@ def fetch_repo_info(
 ) -> Any:
     """Return the Hub's information about a repository, using at most two requests.
 
-    Raise HubUnreachableError if the Hub does not respond, and OSError if there is no such repository or revision.
+    Raise HubUnreachableError if the Hub does not respond, and OSError if there is no such
+    repository or revision.
     """
     try:
         return retry(
@@ -185,8 +190,8 @@ def fall_back_to_cache(
 ) -> Iterator[str | None]:
     """If the Hub does not respond, run the block as if HF_HUB_OFFLINE were set, so that other libraries use the cache.
 
-    Yield the hash of the commit on the Hub, or None if the Hub was not reached. Raise OSError if there is no such
-    repository or revision, or if the Hub does not respond and the block fails.
+    Yield the hash of the commit on the Hub, or None if the Hub was not reached. Raise OSError if
+    there is no such repository or revision, or if the Hub does not respond and the block fails.
     """
     if is_offline_mode():
         yield None
@@ -206,7 +211,8 @@ def fall_back_to_cache(
     except Exception as error:
         # libraries raise different errors for files that are not in the cache
         raise OSError(
-            f"{repo_id} is not a {PATH_NOUNS[repo_type]} and is missing or incomplete in the cache, and {hub_error}"
+            f"{repo_id} is not a {PATH_NOUNS[repo_type]} and is missing or incomplete in the "
+            f"cache, and {hub_error}"
         ) from error
     logger.warning("%s. Loading %s from the cache, which may be outdated", hub_error, repo_id)
 
@@ -230,7 +236,10 @@ def get_cached_commit(folder: str) -> str | None:
 
 
 def split_revision(name: str) -> tuple[str, str | None]:
-    """Split NAME@REVISION at the last `@`. The revision is None if there is no `@`, or if the path `name` exists."""
+    """Split NAME@REVISION at the last `@`.
+
+    The revision is None if there is no `@`, or if the path `name` exists.
+    """
     path, _, revision = name.rpartition("@")
     return (path, revision) if path and revision and not Path(name).exists() else (name, None)
 
@@ -274,7 +283,8 @@ def download_files(
     """
     try:
         with set_hub_timeout(timeout):
-            # Without `local_files_only`, huggingface_hub looks for a commit's files on the Hub even in offline mode.
+            # Without `local_files_only`, huggingface_hub looks for a commit's files on the Hub even
+            # in offline mode.
             target: dict[str, Any] = {"local_dir": folder, "local_files_only": is_offline_mode()}
             path = snapshot_download(
                 repo_id, revision=revision, allow_patterns=list(patterns), **target
@@ -289,9 +299,10 @@ def download_files(
 def describe_incomplete_cache(repo_id: str) -> str:
     """Return the error message, with remedy, for a model that is not complete in the cache in offline mode."""
     return (
-        f"{repo_id} is not a folder and is missing or incomplete in the cache, and HF_HUB_OFFLINE (or "
-        f"TRANSFORMERS_OFFLINE) is set. Check the path, or run `hf download {repo_id}` on a machine with network "
-        "access, copy that machine's cache to this machine, and set HF_HUB_CACHE to the copy"
+        f"{repo_id} is not a folder and is missing or incomplete in the cache, and HF_HUB_OFFLINE "
+        f"(or TRANSFORMERS_OFFLINE) is set. Check the path, or run `hf download {repo_id}` on a "
+        "machine with network access, copy that machine's cache to this machine, and set "
+        "HF_HUB_CACHE to the copy"
     )
 
 
@@ -312,8 +323,9 @@ def describe_missing_repo(name: str, repo_type: RepoType = "model") -> str:
     if not is_hub_id(name):
         return f"{name} is not a {path_noun} and not a valid id of a {repo_type} on the Hub. Check the path"
     return (
-        f"{name} is not a {path_noun}, and the Hub has no such {repo_type} (or the {repo_type} is private and "
-        "the token cannot read it). Check the name, log in with `hf auth login`, or set HF_TOKEN"
+        f"{name} is not a {path_noun}, and the Hub has no such {repo_type} (or the {repo_type} is "
+        "private and the token cannot read it). Check the name, log in with `hf auth login`, or "
+        "set HF_TOKEN"
     )
 
 
@@ -323,7 +335,8 @@ def load_timm_model(name: str, pretrained: bool = True) -> tuple[nn.Module, str 
     The hash is None unless `name` starts with `hf-hub:`. In NAME@FILE, `FILE` contains weights for
     the model, in a format that timm can read.
 
-    Raise OSError if the Hub does not have the repository or does not respond. Other timm errors are not caught.
+    Raise OSError if the Hub does not have the repository or does not respond. Other timm errors are
+    not caught.
     """
     import timm
 

@@ -6,10 +6,10 @@
     make_relative("/home/me/data/teach")        -> "./data/teach"               for the files of a run
     strip_folders("/home/me/data/teach")        -> "path/to/teach"              for publication
 
-Each name is resolved once, when a run starts, relative to the working directory. Afterwards, absolute paths and
-paths that start with `./` or `../` are treated as local paths, even if the files have been removed or another process
-has a different working directory. The files of a run contain relative paths, so that the run can be repeated from
-the same folder.
+Each name is resolved once, when a run starts, relative to the working directory. Afterwards,
+absolute paths and paths that start with `./` or `../` are treated as local paths, even if the files
+have been removed or another process has a different working directory. The files of a run contain
+relative paths, so that the run can be repeated from the same folder.
 """
 
 import os

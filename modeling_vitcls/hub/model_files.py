@@ -70,7 +70,10 @@ ONNX_PATTERNS = ("onnx/*.onnx", ONNX_REPORT_FILE)
 
 
 def is_match(name: str, patterns: Iterable[str]) -> bool:
-    """Return whether a path, such as `images/cat.png`, matches any of the patterns. `*` does not match `/`."""
+    """Return whether a path, such as `images/cat.png`, matches any of the patterns.
+
+    `*` does not match `/`.
+    """
     return any(
         name.count("/") == pattern.count("/") and fnmatchcase(name, pattern) for pattern in patterns
     )
@@ -98,8 +101,8 @@ def list_weight_files(folder: Path) -> list[str]:
         isinstance(name, str) and is_match(name, WEIGHTS_PATTERNS) for name in names
     ):
         raise ValueError(
-            f"cannot read {index_file}: `weight_map` must contain a file such as model-00001-of-00002.safetensors for "
-            "each weight. Save or download the model again"
+            f"cannot read {index_file}: `weight_map` must contain a file such as "
+            "model-00001-of-00002.safetensors for each weight. Save or download the model again"
         )
     return sorted(set(names))
 

@@ -47,7 +47,8 @@ from .provenance import Provenance, read_folder_provenance
 NATIVE_MODEL_TYPES = ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit")
 
 SOURCE_FLAGS = ("dataset", "model", "teacher")  # flags that may contain local paths
-# Names or prefixes of the flags that are not published: the destination of a push, and how the run was started
+# Names or prefixes of the flags that are not published: the destination of a push, and how the run
+# was started
 PRIVATE_FLAGS = ("push_to_hub", "hub_", "resume", "overwrite", "dry_run")
 
 logger = logging.getLogger(__name__)
@@ -73,12 +74,13 @@ class ModelFolder:
             raise ValueError(f"{path} is not a folder. Specify the folder of a saved model")
         if not (path / CONFIG_FILE).is_file():
             raise ValueError(
-                f"{path} does not contain a model: {CONFIG_FILE} is missing. Specify the folder of a saved model"
+                f"{path} does not contain a model: {CONFIG_FILE} is missing. Specify the folder of "
+                "a saved model"
             )
         if not self.is_native:
             check_is_vitcls(self.source, path)
 
-    # Model -----------------------------------------------------------------------------------------------------------
+    # Model ----------------------------------------------------------------------------------------
 
     @cached_property
     def is_native(self) -> bool:
@@ -123,8 +125,9 @@ class ModelFolder:
         """Load the image processor. Raise OSError if there is none."""
         if not self.has_processor:
             raise OSError(
-                f"{self.source} requires an image processor, but {PROCESSOR_FILE} is missing. Convert the original "
-                "checkpoint with `vitcls convert`, which also writes the image processor"
+                f"{self.source} requires an image processor, but {PROCESSOR_FILE} is missing. "
+                "Convert the original checkpoint with `vitcls convert`, which also writes the "
+                "image processor"
             )
         return load_checkpoint(ViTCLSImageProcessor.from_pretrained, self.path)
 
@@ -133,15 +136,16 @@ class ModelFolder:
 
         Raise ValueError if a weight is missing.
         """
-        # Without transformers' warnings: missing weights are an error, and a classifier may be unused.
+        # Without transformers' warnings: missing weights are an error, and a classifier may be
+        # unused.
         with silence_transformers():
             model, loading_info = model_class.from_pretrained(
                 self.path, output_loading_info=True, **arguments
             )
         if missing_weights := loading_info["missing_keys"]:
             raise ValueError(
-                f"the checkpoint {self.source} does not contain the weight {min(missing_weights)}. Train the model "
-                "first"
+                f"the checkpoint {self.source} does not contain the weight {min(missing_weights)}. "
+                "Train the model first"
             )
         return model
 
@@ -171,16 +175,18 @@ class ModelFolder:
         for reference in self.code_references:
             if "--" in reference:
                 raise ValueError(
-                    f"{self.path} has the code {reference} in another repository, but a push requires the code next "
-                    "to the weights. Load the model with modeling_vitcls and save it again"
+                    f"{self.path} has the code {reference} in another repository, but a push "
+                    "requires the code next to the weights. Load the model with modeling_vitcls "
+                    "and save it again"
                 )
         for name in sorted(self.code_files | set(list_weight_files(self.path))):
             if not (self.path / name).is_file():
                 raise ValueError(
-                    f"{self.path} lacks {name}, which is required to load the model. Save the model again"
+                    f"{self.path} lacks {name}, which is required to load the model. Save the "
+                    "model again"
                 )
 
-    # Run and conversion ----------------------------------------------------------------------------------------------
+    # Run and conversion ---------------------------------------------------------------------------
 
     @cached_property
     def weights_sha256(self) -> dict[str, str] | None:

@@ -4,8 +4,8 @@
     find_provenance("ORG/MODEL")                            a model on the Hub: from the card; also transformers:...
     find_provenance("timm:vit_small_patch16_dinov3.lvd1689m")   from timm's pretrained configuration
 
-Unknown values are None: a card never states a license that the authors did not specify. Without a network connection,
-values that are not in the cache are unknown; no error is raised.
+Unknown values are None: a card never states a license that the authors did not specify. Without a
+network connection, values that are not in the cache are unknown; no error is raised.
 """
 
 import shutil
@@ -22,7 +22,8 @@ from .loading import get_model_folder, is_hub_id, split_revision
 from .model_files import CARD_FILE, CONFIG_FILE, LICENSE_PATTERNS, is_match
 
 
-# timm's license identifiers that the Hub supports. Any other license is `other` on the Hub, with a name and a link.
+# timm's license identifiers that the Hub supports. Any other license is `other` on the Hub, with a
+# name and a link.
 HUB_LICENSES = frozenset(
     {"apache-2.0", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "gemma", "mit"}
 )
@@ -109,8 +110,8 @@ def fetch_hub_provenance(repo_id: str) -> Provenance:
 def read_folder_provenance(folder: Path, repo_id: str | None = None) -> Provenance:
     """Return the provenance of a model folder, from its card and license files.
 
-    If `repo_id` is set, the folder contains the files of the Hub model `repo_id`, and this model is the base model.
-    Otherwise, the base model is read from the card.
+    If `repo_id` is set, the folder contains the files of the Hub model `repo_id`, and this model is
+    the base model. Otherwise, the base model is read from the card.
     """
     try:
         card_metadata = metadata_load(folder / CARD_FILE) or {}

@@ -7,8 +7,8 @@
     measure_prediction_sets(probabilities, ...)      their measured coverage, and their size for each class
     measure_unknown(known, unknown, threshold)       how well the energy separates images of none of the classes
 
-All functions work on NumPy arrays: logits [N, L], probabilities [N, L] and label indices [N]. The temperature and the
-energy threshold are stored in config.json (`temperature`, `energy_threshold`).
+All functions work on NumPy arrays: logits [N, L], probabilities [N, L] and label indices [N]. The
+temperature and the energy threshold are stored in config.json (`temperature`, `energy_threshold`).
 """
 
 import math
@@ -89,8 +89,8 @@ def find_score_limit(probabilities: np.ndarray, labels: np.ndarray, coverage: fl
         # without rounding errors, as for 0.9
         required = math.ceil(coverage / (1 - coverage) - 1e-9)
         raise ValueError(
-            f"`coverage={coverage!r}` requires at least {required} labeled images, but there are {len(labels)}. "
-            "Set a lower `coverage`"
+            f"`coverage={coverage!r}` requires at least {required} labeled images, but there are "
+            f"{len(labels)}. Set a lower `coverage`"
         )
     return float(np.sort(1 - probabilities[np.arange(len(labels)), labels])[rank - 1])
 
@@ -105,8 +105,8 @@ def measure_prediction_sets(
 ) -> list[dict[str, Any]]:
     """Return the mean size and the coverage of the prediction sets, of all images and of each class.
 
-    The limit is fitted to every second image, and the sets are those of the other images. The list is empty if there
-    are too few images.
+    The limit is fitted to every second image, and the sets are those of the other images. The list
+    is empty if there are too few images.
     """
     try:
         limit = find_score_limit(probabilities[::2], labels[::2], coverage)

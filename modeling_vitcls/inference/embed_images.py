@@ -26,19 +26,22 @@ IMAGE_COLUMNS = ("image", "bytes", "path")  # column names of images in Ray, Spa
 
 
 class EmbedImages:
-    """Picklable function that adds features to a batch of images. The model is loaded on the first call.
+    """Picklable function that adds features to a batch of images.
+
+    The model is loaded on the first call.
 
     Args:
         model: a folder, a Hub id or any other checkpoint that `--model` accepts.
         features: features as in `vitcls predict --features`, such as `["cls", "mean@6"]`.
-        image_column: column with paths, encoded bytes, `{"bytes", "path"}`, arrays or PIL images. Default: `image`,
-            `bytes` or `path`.
+        image_column: column with paths, encoded bytes, `{"bytes", "path"}`, arrays or PIL images.
+            Default: `image`, `bytes` or `path`.
         dtype: "float32" or "float16".
         batch_size: maximum number of images per forward pass. Default: as in `vitcls predict`.
         fit: see `vitcls predict --fit`.
         device: device of the model. Default: CUDA if it is available.
-        backend: engine as in `vitcls predict --backend`, but "auto" measures nothing: it uses a graph that `vitcls
-            predict --features ... --mixed-precision no` has chosen for this model, kind of CPU and batch size.
+        backend: engine as in `vitcls predict --backend`, but "auto" measures nothing: it uses a
+            graph that `vitcls predict --features ... --mixed-precision no` has chosen for this
+            model, kind of CPU and batch size.
 
     Example:
         >>> from datasets import load_dataset
@@ -83,7 +86,8 @@ class EmbedImages:
         column = self.image_column or next((name for name in IMAGE_COLUMNS if name in batch), None)
         if batch and column not in batch:
             raise ValueError(
-                f"the batch has only the columns {', '.join(batch)}. Set `image_column` to one of them"
+                f"the batch has only the columns {', '.join(batch)}. Set `image_column` to one of "
+                "them"
             )
         images = batch[column] if column is not None and batch else ()
         records = (build_record(index, image, Path()) for index, image in enumerate(images))

@@ -4,8 +4,8 @@ MODEL/.engines/
     choices.json                        the hashes of weights and config and, per kind of job, "torch" or a graph
     logits-224x224.onnx, .xml, .bin     graphs of this model, with reports (logits-224x224.xml.json)
 
-This file describes jobs and opens the graphs that were chosen. export/engine_choice.py measures the engines and writes
-the graphs.
+This file describes jobs and opens the graphs that were chosen. export/engine_choice.py measures the
+engines and writes the graphs.
 """
 
 from collections.abc import Callable

@@ -2,7 +2,8 @@
 
 options -> model, data -> labels matched by name -> Evaluator (evaluator.py) -> tables, and a JSON file
 
-Images that the model was trained on are not evaluated unless --split is set (data/evaluated_images.py).
+Images that the model was trained on are not evaluated unless --split is set
+(data/evaluated_images.py).
 """
 
 import time
@@ -127,7 +128,10 @@ def select_evaluation_engine(
     num_images: int | None,
     choose_engine: EngineChooser | None,
 ) -> Any:
-    """Return the model, or a graph of it that is faster for this evaluation. Several processes use the model."""
+    """Return the model, or a graph of it that is faster for this evaluation.
+
+    Several processes use the model.
+    """
     if accelerator.num_processes > 1:
         return loaded.model
     job = Job(
@@ -150,11 +154,12 @@ def evaluate_checkpoint(
         choose_engine: Function that chooses the engine for `--backend auto` (engines.py).
 
     Raises:
-        ValueError: if the model type is not supported, if the split does not exist, if training used all of its
-            images, if the options of the held-out split differ from the options that were used in training, if an
-            image has a label that the model lacks, or if too many images are unreadable.
-        OSError: if the checkpoint cannot be found or read, if the dataset cannot be found, or if the output cannot be
-            written.
+        ValueError: if the model type is not supported, if the split does not exist, if training
+            used all of its images, if the options of the held-out split differ from the options
+            that were used in training, if an image has a label that the model lacks, or if too many
+            images are unreadable.
+        OSError: if the checkpoint cannot be found or read, if the dataset cannot be found, or if
+            the output cannot be written.
     """
     accelerator, console, warn = set_up_evaluation(options)
     with accelerator.main_process_first():  # the main process downloads the files
@@ -288,7 +293,7 @@ def set_label_columns(
     )
 
 
-# Labels --------------------------------------------------------------------------------------------------------------
+# Labels -------------------------------------------------------------------------------------------
 
 
 def match_labels(images: Any, data_space: LabelSpace, model_space: LabelSpace) -> Any:
@@ -300,8 +305,8 @@ def match_labels(images: Any, data_space: LabelSpace, model_space: LabelSpace) -
     """
     if data_space.kind != model_space.kind:
         raise ValueError(
-            f"the model was trained for {model_space.kind}, but the labels of the dataset are for {data_space.kind}. "
-            "Select other columns with `label_column`, or set `label_separator`"
+            f"the model was trained for {model_space.kind}, but the labels of the dataset are for "
+            f"{data_space.kind}. Select other columns with `label_column`, or set `label_separator`"
         )
     if data_space.kind == "multi_task" and data_space.columns.keys() != model_space.columns.keys():
         raise ValueError(
@@ -317,8 +322,9 @@ def match_labels(images: Any, data_space: LabelSpace, model_space: LabelSpace) -
         )
         if repeated:
             raise ValueError(
-                f"the model has several labels with the name {repeated[0]!r}, so that images of the dataset cannot be "
-                "matched with one of them. Give these labels different names in the model's config.json"
+                f"the model has several labels with the name {repeated[0]!r}, so that images of "
+                "the dataset cannot be matched with one of them. Give these labels different "
+                "names in the model's config.json"
             )
     convert = partial(convert_label, data_space, model_space)
     if isinstance(images, StreamedImages):
@@ -334,7 +340,10 @@ def match_labels(images: Any, data_space: LabelSpace, model_space: LabelSpace) -
 def convert_label(
     data_space: LabelSpace, model_space: LabelSpace, label: Any, task: str | None = None
 ) -> Any:
-    """Convert a label of a dataset to the label of the model with the same name. `task` is the task of an index."""
+    """Convert a label of a dataset to the label of the model with the same name.
+
+    `task` is the task of an index.
+    """
     if isinstance(label, dict):
         return {
             name: convert_label(data_space, model_space, label[name], name)
@@ -356,17 +365,18 @@ def convert_label(
         data_names = data_space.columns[task] if task else data_space.names
         if not set(data_names) & set(model_space.columns[column]):
             raise ValueError(
-                f"the classes differ: the dataset has {format_name_list(data_names, 20)}, but the model has {names}. "
-                "Fine-tune the model on these classes, or set `frozen='knn'` to evaluate its features"
+                f"the classes differ: the dataset has {format_name_list(data_names, 20)}, but the "
+                f"model has {names}. Fine-tune the model on these classes, or set `frozen='knn'` "
+                "to evaluate its features"
             )
         raise ValueError(
-            f"the dataset has the label {name!r}, but the model has only the labels {names}. Remove the images with "
-            "this label"
+            f"the dataset has the label {name!r}, but the model has only the labels {names}. "
+            "Remove the images with this label"
         )
     return model_space.index_by_name[column][name]
 
 
-# Output --------------------------------------------------------------------------------------------------------------
+# Output -------------------------------------------------------------------------------------------
 
 
 def print_results(
@@ -384,8 +394,9 @@ def print_results(
             else f"; {unknown['flagged']:.1%} are flagged as unknown"
         )
         console.print(
-            f"unknown images: AUROC {unknown['auroc']:.4f} of the energy against {unknown['num_images']:,} images of "
-            f"{unknown['dataset']} ({unknown['split']}){flagged}",
+            f"unknown images: AUROC {unknown['auroc']:.4f} of the energy against "
+            f"{unknown['num_images']:,} images of {unknown['dataset']} "
+            f"({unknown['split']}){flagged}",
             markup=False,
         )
     for title, rows in build_class_tables(results, config).items():
@@ -393,7 +404,10 @@ def print_results(
 
 
 def build_table(title: str, header: list[str], rows: list[list[str]]) -> Table:
-    """Build a table with a left-aligned first column. The other columns contain numbers and are right-aligned."""
+    """Build a table with a left-aligned first column.
+
+    The other columns contain numbers and are right-aligned.
+    """
     table = Table(title=title or None, title_justify="left")
     for index, name in enumerate(header):
         table.add_column(name, justify="right" if index else "left")

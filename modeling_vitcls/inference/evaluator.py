@@ -1,7 +1,9 @@
-"""Metrics of a model on labeled images. Each image is counted exactly once with any number of processes.
+"""Metrics of a model on labeled images.
 
-The pass over the images is in image_pass.py, the metrics are in metrics.py, and evaluate.py evaluates a saved model
-and writes the results.
+Each image is counted exactly once with any number of processes.
+
+The pass over the images is in image_pass.py, the metrics are in metrics.py, and evaluate.py
+evaluates a saved model and writes the results.
 """
 
 from collections.abc import Sequence
@@ -31,8 +33,8 @@ class Evaluator(ImagePass):
 
     With `task`, the logits are those of this added task.
 
-    With `keep_logits = True`, `rows` contains the logits of the last evaluation for all readable images, in their
-    order, on every process.
+    With `keep_logits = True`, `rows` contains the logits of the last evaluation for all readable
+    images, in their order, on every process.
     """
 
     keep_logits = False
@@ -42,15 +44,18 @@ class Evaluator(ImagePass):
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, console: Console | None = None) -> dict[str, Any]:
-        """Evaluate a model on the device in evaluation mode. Return the metrics for the kind of labels (metrics.py).
+        """Evaluate a model on the device in evaluation mode.
 
-        In the returned dict, numbers come before lists and dicts, and the first number is the metric for comparing
-        models. `num_unreadable_images` is the number of unreadable images, which `num_images` excludes. Floats are
-        rounded to six decimals. `console` shows the progress (runtime/progress.py).
+        Return the metrics for the kind of labels (metrics.py).
+
+        In the returned dict, numbers come before lists and dicts, and the first number is the
+        metric for comparing models. `num_unreadable_images` is the number of unreadable images,
+        which `num_images` excludes. Floats are rounded to six decimals. `console` shows the
+        progress (runtime/progress.py).
 
         Raises:
-            ValueError: if all images are unreadable, if more than `max_unreadable_images` images are unreadable, or if
-                the outputs of the model for any image are not finite.
+            ValueError: if all images are unreadable, if more than `max_unreadable_images` images
+                are unreadable, or if the outputs of the model for any image are not finite.
         """
         metrics = METRICS[self.label_space.kind](self.label_space, self.accelerator.device)
         rows: list[ImageOutput] = []

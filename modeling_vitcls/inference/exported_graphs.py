@@ -3,8 +3,9 @@
 outputs = ExportedGraph(Path("model.xml"), precision="bf16")(pixel_values)    # {"logits": [B, labels]}
 logits = ExportedModel(Path("model.xml"), config, use_head=True)(pixel_values).logits
 
-`load_exported_model` checks a graph once, before the first image: that it was exported from the weights of the folder
-(the hash in its report, FILE.json), and that its outputs have the shapes and the dtype of the model.
+`load_exported_model` checks a graph once, before the first image: that it was exported from the
+weights of the folder (the hash in its report, FILE.json), and that its outputs have the shapes and
+the dtype of the model.
 """
 
 from collections.abc import Callable
@@ -32,7 +33,8 @@ OPENVINO_HINTS = {"fp32": "f32", "bf16": "bf16"}
 class GraphError(ValueError):
     """Raised if a graph cannot be run, or is not a graph of the model.
 
-    It does not depend on the image, so that prediction stops instead of writing an error for each image.
+    It does not depend on the image, so that prediction stops instead of writing an error for each
+    image.
     """
 
 
@@ -44,7 +46,8 @@ class ExportedGraph(nn.Module):
 
     Args:
         file: An .onnx or .xml file.
-        precision: "fp32" or "bf16", for OpenVINO. ONNX files are computed in the dtypes that they contain.
+        precision: "fp32" or "bf16", for OpenVINO. ONNX files are computed in the dtypes that they
+            contain.
 
     Raises:
         ValueError: If the runtime is not installed, or cannot read the file.
@@ -72,7 +75,8 @@ class ExportedGraph(nn.Module):
             outputs = self.run({INPUT_NAME: pixel_values.float().cpu().numpy()})
         except Exception as error:
             raise GraphError(
-                f"{self.file} cannot be run on images of shape {list(pixel_values.shape)}: {format_error(error)}"
+                f"{self.file} cannot be run on images of shape {list(pixel_values.shape)}: "
+                f"{format_error(error)}"
             ) from error
         return {name: torch.from_numpy(array.copy()) for name, array in outputs.items()}
 
@@ -93,8 +97,9 @@ def open_onnx(file: Path) -> Runner:
 def get_openvino_core() -> Any:
     """Return OpenVINO's core, which is never released.
 
-    On CPUs with AMX, the core installs a signal stack for the thread that creates it. When another thread releases the
-    core, for example while it collects garbage, the stack is unmapped and the next signal crashes the process.
+    On CPUs with AMX, the core installs a signal stack for the thread that creates it. When another
+    thread releases the core, for example while it collects garbage, the stack is unmapped and the
+    next signal crashes the process.
     """
     import openvino
 
@@ -176,8 +181,8 @@ class ExportedModel(nn.Module):
                 )
             if len(outputs[name]) != len(pixel_values):
                 raise GraphError(
-                    f"{self.graph.file} has {len(outputs[name])} rows of {name} for {len(pixel_values)} images. "
-                    "Export the model that `model` names"
+                    f"{self.graph.file} has {len(outputs[name])} rows of {name} for "
+                    f"{len(pixel_values)} images. Export the model that `model` names"
                 )
 
         names = (self.config.extra_heads or {}) if self.use_head else {}
@@ -206,8 +211,8 @@ def load_exported_model(
         mixed_precision: "no", or "bf16" for OpenVINO.
 
     Raises:
-        ValueError: If there is no such graph, if it cannot be run, if it was exported from other weights, or if its
-            outputs are not those of the model.
+        ValueError: If there is no such graph, if it cannot be run, if it was exported from other
+            weights, or if its outputs are not those of the model.
     """
     file = find_exported_file(backend, folder.path)
     check_weights(file, folder, requires_report=backend in BACKEND_FILES)
@@ -219,8 +224,9 @@ def load_exported_model(
 def check_weights(file: Path, folder: ModelFolder, requires_report: bool) -> None:
     """Raise GraphError if a graph was exported from other weights than those in `folder`.
 
-    The report of the graph contains the hash of the weights. A graph without a report cannot be checked: this is an
-    error if `requires_report` is set. Nothing is checked if the folder has only the graph.
+    The report of the graph contains the hash of the weights. A graph without a report cannot be
+    checked: this is an error if `requires_report` is set. Nothing is checked if the folder has only
+    the graph.
     """
     if folder.weights_sha256 is None:
         return
@@ -230,7 +236,8 @@ def check_weights(file: Path, folder: ModelFolder, requires_report: bool) -> Non
     if not report_file.is_file():
         if requires_report:
             raise GraphError(
-                f"{file} may belong to other weights, because {report_file.name} is missing. {remedy}"
+                f"{file} may belong to other weights, because {report_file.name} is missing. "
+                f"{remedy}"
             )
         return
 
@@ -250,7 +257,8 @@ def check_outputs(model: ExportedModel, processor: ViTCLSImageProcessor) -> None
     """Run a graph on a blank image.
 
     Raises:
-        GraphError: If the outputs do not have the shapes of the model's outputs, or are not floating-point numbers.
+        GraphError: If the outputs do not have the shapes of the model's outputs, or are not
+            floating-point numbers.
     """
     config: Any = model.config
     image = torch.zeros(config.num_channels, *config.image_height_width, dtype=torch.uint8)
@@ -276,8 +284,8 @@ def check_outputs(model: ExportedModel, processor: ViTCLSImageProcessor) -> None
             raise GraphError(f"{model.graph.file} has no output {name}. {remedy}")
         if list(output.shape) != shape:
             raise GraphError(
-                f"{model.graph.file} has an output {name} of shape {list(output.shape)} for one image, but the model "
-                f"has {shape}. {remedy}"
+                f"{model.graph.file} has an output {name} of shape {list(output.shape)} for one "
+                f"image, but the model has {shape}. {remedy}"
             )
         if not output.is_floating_point():
             dtype = str(output.dtype).removeprefix("torch.")
@@ -290,7 +298,8 @@ def find_exported_file(backend: str, folder: Path) -> Path:
     """Return the file that a backend runs.
 
     Args:
-        backend: "onnx" or "openvino" for model.onnx or model.xml in the folder, or the path of an exported file.
+        backend: "onnx" or "openvino" for model.onnx or model.xml in the folder, or the path of an
+            exported file.
         folder: Folder of the model.
 
     Raises:

@@ -7,9 +7,9 @@
 knn           KNeighborsClassifier: 10 nearest neighbors by cosine distance, weighted by inverse distance
 logreg        LogisticRegression on standardized features
 
-The features by token are the special tokens and the mean of the patch tokens after the final norm of the encoder. The
-rows by layer are the candidates of the probe (linear_probe.py), each compared with CLS of the last layer on the same
-images.
+The features by token are the special tokens and the mean of the patch tokens after the final norm
+of the encoder. The rows by layer are the candidates of the probe (linear_probe.py), each compared
+with CLS of the last layer on the same images.
 """
 
 import time
@@ -76,14 +76,15 @@ def build_classifier(kind: str, num_training_images: int) -> Any:
 def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
     """Measure the accuracy of a simple classifier on the frozen features of a checkpoint.
 
-    The results are printed, written to `--output` if it is set, and returned. The classifiers are fitted to the
-    training images and evaluated on the images that `--split` selects, as in `evaluate_checkpoint`.
+    The results are printed, written to `--output` if it is set, and returned. The classifiers are
+    fitted to the training images and evaluated on the images that `--split` selects, as in
+    `evaluate_checkpoint`.
 
     Raises:
-        ValueError: if the checkpoint, the dataset or the labels are not supported, or if too many images are
-            unreadable.
-        OSError: if the checkpoint cannot be found or read, if the dataset cannot be found, or if the output cannot be
-            written.
+        ValueError: if the checkpoint, the dataset or the labels are not supported, or if too many
+            images are unreadable.
+        OSError: if the checkpoint cannot be found or read, if the dataset cannot be found, or if
+            the output cannot be written.
     """
     assert options.frozen is not None
     if options.data.streaming:
@@ -116,13 +117,13 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
     kind = held_out_data.label_space.kind
     if kind != "single_label_classification":
         raise ValueError(
-            f"`frozen={options.frozen!r}` requires one label per image, but {options.data.dataset} has "
-            f"labels for {kind}. Set a single `label_column`"
+            f"`frozen={options.frozen!r}` requires one label per image, but {options.data.dataset} "
+            f"has labels for {kind}. Set a single `label_column`"
         )
     if held_out_data.split == training_data.split and held_out_data.part.kind == "whole":
         raise ValueError(
-            f"`frozen={options.frozen!r}` fits to the split {training_data.split!r}. Remove `split`, or set another "
-            "one"
+            f"`frozen={options.frozen!r}` fits to the split {training_data.split!r}. Remove "
+            "`split`, or set another one"
         )
     if held_out_data.part.warning is not None:
         warn(held_out_data.part.warning)
@@ -232,10 +233,9 @@ def predict_correctly(kind: str, features: Pair, labels: Pair) -> np.ndarray:
 def print_accuracies(results: dict[str, Any], data: EvaluationData, console: Console) -> None:
     """Print the table of accuracies."""
     console.print(
-        f"{results['frozen']} on frozen features: {results['num_training_images']:,} training images, "
-        f"evaluated on {results['num_images']:,} images of {results['dataset']} "
-        f"({data.part.describe()}); "
-        f"{results['images_per_second']:,} images/s",
+        f"{results['frozen']} on frozen features: {results['num_training_images']:,} training "
+        f"images, evaluated on {results['num_images']:,} images of {results['dataset']} "
+        f"({data.part.describe()}); {results['images_per_second']:,} images/s",
         markup=False,
     )
     table_rows = []

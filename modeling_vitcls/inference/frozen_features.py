@@ -4,8 +4,8 @@
                                FrozenPass.features             for fits, on every process
                                HeadEvaluator(pass, ...)(model) metrics of a classifier, without the encoder
 
-The features of a layer are what a classifier with `config.pooled_layers` reads, so that a regression on them is the
-model's classifier.
+The features of a layer are what a classifier with `config.pooled_layers` reads, so that a
+regression on them is the model's classifier.
 """
 
 import copy
@@ -41,7 +41,8 @@ class FeatureLayout:
     def from_config(cls, config: ViTCLSConfig, num_layers: int | None = None) -> "FeatureLayout":
         """Return the layout for an encoder: all layers, or the last `num_layers`.
 
-        A pooler with weights, and the maximum, read the last layer as a whole. They are the only kind of token then.
+        A pooler with weights, and the maximum, read the last layer as a whole. They are the only
+        kind of token then.
         """
         if not has_searchable_pooling(config):
             return cls(1, {OWN_POOLING: config.pooled_size})

@@ -6,9 +6,10 @@
     Evaluator      an ImagePass whose outputs become metrics (evaluator.py)
     FrozenPass     an ImagePass whose outputs are the features of a frozen encoder (frozen_features.py)
 
-Sharded models require that all processes run the same number of batches of the same size. The images are therefore
-distributed in rounds of one batch per process. The last round is padded with blank images, which have no labels and
-are not counted. An unreadable image is reported by name, and counted as unreadable.
+Sharded models require that all processes run the same number of batches of the same size. The
+images are therefore distributed in rounds of one batch per process. The last round is padded with
+blank images, which have no labels and are not counted. An unreadable image is reported by name, and
+counted as unreadable.
 
 A streamed split is read in every pass. Each process reads its own shards, or every n-th image.
 """
@@ -108,7 +109,7 @@ def find_finite(outputs: Any, num_images: int) -> torch.Tensor:
     return torch.stack(are_finite).all(dim=0)
 
 
-# Labeled images ------------------------------------------------------------------------------------------------------
+# Labeled images -----------------------------------------------------------------------------------
 
 
 Key = int | tuple[int, Example]  # index of a stored image, or index and example of a streamed image
@@ -116,7 +117,10 @@ Key = int | tuple[int, Example]  # index of a stored image, or index and example
 
 @dataclass
 class BatchDataset(Dataset):
-    """Dataset whose items are the batches of one process. Iterating over it yields the keys of each batch."""
+    """Dataset whose items are the batches of one process.
+
+    Iterating over it yields the keys of each batch.
+    """
 
     source: LabeledImages | StreamedImages
     processor: ViTCLSImageProcessor
@@ -195,13 +199,14 @@ class ImagePass:
         images: all images and labels, the same on every process; or a streamed split.
         processor: image processor that returns `pixel_values`.
         label_space: names of the labels, in the order of the model's logits.
-        options: numbers of data loading workers and of unreadable images. Unreadable images are skipped; the pass
-            fails if more images are unreadable.
+        options: numbers of data loading workers and of unreadable images. Unreadable images are
+            skipped; the pass fails if more images are unreadable.
         batch_size: number of images per process and forward pass.
         accelerator: the accelerator, which defines the device, the precision and the processes.
-        num_channels: number of input channels of the model. Images with a different number of channels are
-            counted as unreadable.
-        warn: function that prints a warning; called on the main process, once for each unreadable image.
+        num_channels: number of input channels of the model. Images with a different number of
+            channels are counted as unreadable.
+        warn: function that prints a warning; called on the main process, once for each unreadable
+            image.
 
     Attributes:
         num_unreadable: number of unreadable images in the last pass.
@@ -271,8 +276,9 @@ class ImagePass:
             console: console for the progress (runtime/progress.py).
 
         Raises:
-            ValueError: after the last batch, if all images are unreadable, if more than `max_unreadable_images` images
-                are unreadable, or if the outputs for any image are not finite.
+            ValueError: after the last batch, if all images are unreadable, if more than
+                `max_unreadable_images` images are unreadable, or if the outputs for any image are
+                not finite.
         """
         accelerator = self.accelerator
         batches = track(
@@ -314,8 +320,8 @@ class ImagePass:
             )
         if num_wrong:
             raise ValueError(
-                f"the outputs of the model are not finite for {num_wrong:,} of {num_readable:,} images. Check the "
-                "weights, or set `mixed_precision='no'`"
+                f"the outputs of the model are not finite for {num_wrong:,} of {num_readable:,} "
+                "images. Check the weights, or set `mixed_precision='no'`"
             )
 
     def collect(
@@ -400,7 +406,10 @@ def stack_rows(rows: Sequence[ImageOutput]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def list_rows(batch: ImageBatch, values: torch.Tensor) -> list[ImageOutput]:
-    """Return one row per image of a batch, given the values [B, ...]. Values after those of the images are padding."""
+    """Return one row per image of a batch, given the values [B, ...].
+
+    Values after those of the images are padding.
+    """
     # a row of a tensor would be pickled with its batch
     arrays = values.float().cpu().numpy()
     names = batch.names or [""] * len(batch.indices)

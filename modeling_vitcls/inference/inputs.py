@@ -1,14 +1,17 @@
-"""Inputs of a prediction, and image preprocessing. Inputs yield records: index, name and undecoded image.
+"""Inputs of a prediction, and image preprocessing.
+
+Inputs yield records: index, name and undecoded image.
 
     PATHS, --list, digits, MNIST files    ListInput      complete list, known at the start
     other datasets                        DatasetInput   random access with the `datasets` library
     --streaming                           StreamInput    read once, in one part per worker
 
-Lists and datasets are read in ranges of indices, and streams in the parts of the workers. Several threads decode and
-preprocess images ahead of the forward pass.
+Lists and datasets are read in ranges of indices, and streams in the parts of the workers. Several
+threads decode and preprocess images ahead of the forward pass.
 
-Threads are faster than worker processes, because decoding and resizing release the GIL and no data is copied between
-processes. On two cores, two threads loaded JPEG files of 500 x 375 pixels 1.3 times as fast as two processes.
+Threads are faster than worker processes, because decoding and resizing release the GIL and no data
+is copied between processes. On two cores, two threads loaded JPEG files of 500 x 375 pixels 1.3
+times as fast as two processes.
 """
 
 import hashlib
@@ -45,10 +48,11 @@ class ImageRecord:
 
     index: int  # index in the input
     name: str
-    content: Any  # path, URL, encoded bytes, or any other input of the image processor; None for a missing image
+    # path, URL, encoded bytes, or any other input of the image processor; None for a missing image
+    content: Any
 
 
-# Lists ---------------------------------------------------------------------------------------------------------------
+# Lists --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,7 @@ def get_file_stat(path: str) -> list[int] | None:
     return [stat.st_size, stat.st_mtime_ns]
 
 
-# Datasets ------------------------------------------------------------------------------------------------------------
+# Datasets -----------------------------------------------------------------------------------------
 
 
 def build_record(index: int, value: Any, folder: Path) -> ImageRecord:
@@ -173,7 +177,10 @@ class DatasetInput:
 
 @dataclass(frozen=True)
 class StreamInput:
-    """A dataset that is streamed during prediction. Each worker reads its part, in the order of the stream."""
+    """A dataset that is streamed during prediction.
+
+    Each worker reads its part, in the order of the stream.
+    """
 
     dataset: Any  # datasets.IterableDataset
     column: str
@@ -244,12 +251,13 @@ def select_split(splits: Mapping[str, Any], options: PredictOptions) -> Any:
     split = next(iter(splits)) if options.split is None and len(splits) == 1 else options.split
     if split is None or split not in splits:
         raise ValueError(
-            f"{options.dataset} has several or other splits. Set `split` to one of {', '.join(splits)}"
+            f"{options.dataset} has several or other splits. Set `split` to one of "
+            f"{', '.join(splits)}"
         )
     return splits[split]
 
 
-# Preprocessing -------------------------------------------------------------------------------------------------------
+# Preprocessing ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -275,7 +283,10 @@ def prepare_images(
     num_workers: int,
     num_ahead: int,
 ) -> Iterator[PreparedImage]:
-    """Yield the preprocessed images in order. `num_workers` threads process up to `num_ahead` images in advance."""
+    """Yield the preprocessed images in order.
+
+    `num_workers` threads process up to `num_ahead` images in advance.
+    """
     pool = ThreadPoolExecutor(num_workers)
     futures: deque[Future[PreparedImage]] = deque()
     try:

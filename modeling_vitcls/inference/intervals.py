@@ -22,8 +22,8 @@ Interval = tuple[float, float]  # lower and upper bounds
 def compute_proportion_interval(num_successes: int, num_trials: int) -> list[float] | None:
     """Return the Wilson score interval [low, high] of `num_successes / num_trials`, or None if `num_trials` is 0.
 
-    The width is positive even if all or no trials succeed (Wilson 1927, "Probable inference, the law of succession,
-    and statistical inference").
+    The width is positive even if all or no trials succeed (Wilson 1927, "Probable inference, the
+    law of succession, and statistical inference").
     """
     if num_trials == 0:
         return None
@@ -34,7 +34,10 @@ def compute_proportion_interval(num_successes: int, num_trials: int) -> list[flo
 
 
 def compute_mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return the mean and the half width of its interval (Student's t). The half width is NaN for a single value."""
+    """Return the mean and the half width of its interval (Student's t).
+
+    The half width is NaN for a single value.
+    """
     if len(values) < 2:
         return float(np.mean(values)), math.nan
     half_width = stats.sem(values) * stats.t.ppf((1 + CONFIDENCE_LEVEL) / 2, len(values) - 1)

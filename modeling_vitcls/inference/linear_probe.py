@@ -3,15 +3,18 @@
     features of all layers [N, layers, kinds, D] -> candidates -> stratified cross-validation -> `ProbeChoice`
                                                  -> logistic regression on all images -> weight, bias
 
-The candidates are those of DINOv2's linear evaluation (Oquab et al. 2023, arXiv 2304.07193, appendix B.3: the last
-layer or the last four, CLS or CLS and the mean of the patches), and single layers. They differ in size, so each is
-compared by its log loss on images that its regression was not fitted to. The simplest candidate that is not clearly
-worse than the best wins (the one-standard-error rule of Breiman et al. 1984, section 3.4.3, with paired differences).
+The candidates are those of DINOv2's linear evaluation (Oquab et al. 2023, arXiv 2304.07193,
+appendix B.3: the last layer or the last four, CLS or CLS and the mean of the patches), and single
+layers. They differ in size, so each is compared by its log loss on images that its regression was
+not fitted to. The simplest candidate that is not clearly worse than the best wins (the
+one-standard-error rule of Breiman et al. 1984, section 3.4.3, with paired differences).
 
-L2 regularization does not depend on the basis of the features. With fewer images than features, they are therefore
-rotated to as many numbers as there are images, which changes no result and makes the fits fast.
+L2 regularization does not depend on the basis of the features. With fewer images than features,
+they are therefore rotated to as many numbers as there are images, which changes no result and makes
+the fits fast.
 
-This file works on NumPy arrays: it knows neither images nor models. frozen_features.py computes the features.
+This file works on NumPy arrays: it knows neither images nor models. frozen_features.py computes the
+features.
 """
 
 import math
@@ -37,7 +40,8 @@ STRENGTHS = (1.0, 4.0, 16.0, 64.0, 256.0, 1024.0, 4096.0)
 DEFAULT_STRENGTH = 64.0  # if there are too few images for a choice
 MAX_ITERATIONS = 300
 MAX_PILOT_IMAGES = 1000  # of the first fold, which all candidates run
-STOP_MARGIN = 2.0  # standard errors behind the best after the first fold, from which a candidate is not continued
+# standard errors behind the best after the first fold, from which a candidate is not continued
+STOP_MARGIN = 2.0
 # directions in which features vary less, relative to the largest, are dropped
 RANK_TOLERANCE = 1e-10
 # difference of a class without training images to the smallest bias, in logits
@@ -50,9 +54,9 @@ class Candidate:
 
     Attributes:
         layers: negative indices, -1 for the last layer.
-        tokens: "cls", "mean", "cls_mean", "last_cls_mean" for the last layer's CLS token and the means of all layers,
-            "last_cls_inner_mean" for the last layer's CLS token and the means of the other layers, or "own" for the
-            model's own pooling.
+        tokens: "cls", "mean", "cls_mean", "last_cls_mean" for the last layer's CLS token and the
+            means of all layers, "last_cls_inner_mean" for the last layer's CLS token and the means
+            of the other layers, or "own" for the model's own pooling.
         scale: "raw", or "standardized" for features with a standard deviation of 1.
     """
 
@@ -119,7 +123,10 @@ def describe_layers(layers: Sequence[int]) -> str:
 
 @dataclass(frozen=True)
 class Score:
-    """Cross-validated result of a candidate, with its best strength. Arrays have one entry per image."""
+    """Cross-validated result of a candidate, with its best strength.
+
+    Arrays have one entry per image.
+    """
 
     candidate: Candidate
     strength: float
@@ -145,7 +152,8 @@ class LinearClassifier:
 class ProbeChoice:
     """The chosen candidate and its strength, and the results of all candidates.
 
-    Without cross-validation, for which there were too few images, `score` is None and `scores` is empty.
+    Without cross-validation, for which there were too few images, `score` is None and `scores` is
+    empty.
     """
 
     candidate: Candidate
@@ -154,7 +162,7 @@ class ProbeChoice:
     scores: tuple[Score, ...] = ()
 
 
-# Candidates ----------------------------------------------------------------------------------------------------------
+# Candidates ---------------------------------------------------------------------------------------
 
 
 def list_candidates(
@@ -166,7 +174,8 @@ def list_candidates(
 
     Args:
         num_layers: number of layers with features, counted from the last.
-        layers: the layers to read, if they are given. Default: the last, the last four, and each other layer.
+        layers: the layers to read, if they are given. Default: the last, the last four, and each
+            other layer.
         tokens: kinds of tokens to choose from.
     """
     if layers is not None:
@@ -187,7 +196,7 @@ def list_candidates(
     return sorted(candidates, key=lambda candidate: candidate.complexity)
 
 
-# Scaling and rotation ------------------------------------------------------------------------------------------------
+# Scaling and rotation -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -234,7 +243,7 @@ class Transform:
         return weight, intercepts - weight @ self.mean
 
 
-# Regression ----------------------------------------------------------------------------------------------------------
+# Regression ---------------------------------------------------------------------------------------
 
 
 def build_regression(strength: float) -> Any:
@@ -272,7 +281,8 @@ def fit_classifier(
 class AddedRows:
     """Logistic regression with fixed logits for the old classes: only the rows of the new classes are fitted.
 
-    The loss and the parameter C are those of scikit-learn's `LogisticRegression`, whose interface this class has:
+    The loss and the parameter C are those of scikit-learn's `LogisticRegression`, whose interface
+    this class has:
 
         C * sum(cross-entropy([old logits, features @ weight.T + bias])) + norm(weight)**2 / 2
 
@@ -335,7 +345,8 @@ class AddedRows:
         return self.solution[:, -1]
 
 
-# Cross-validation ----------------------------------------------------------------------------------------------------
+# Cross-validation
+# --------------------------------------------------------------------------------------------------
 
 
 def split_folds(labels: np.ndarray, seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -453,15 +464,16 @@ def choose_probe(
 ) -> ProbeChoice:
     """Choose a candidate by cross-validation.
 
-    All candidates run the first fold; those that are clearly behind are not continued. Of the others, the simplest
-    that is at most one standard error worse than the best is chosen.
+    All candidates run the first fold; those that are clearly behind are not continued. Of the
+    others, the simplest that is at most one standard error worse than the best is chosen.
 
     Args:
         select: returns the features [N, F] that a candidate reads.
         labels: class indices [N].
         num_labels: number of classes of the model, L.
         candidates: as returned by `list_candidates`, the simplest first.
-        build_run: returns the cross-validation of a candidate; the arguments are those of `CrossValidation`.
+        build_run: returns the cross-validation of a candidate; the arguments are those of
+            `CrossValidation`.
     """
     folds = split_folds(labels)
     if not folds:  # too few images: the default

@@ -106,13 +106,13 @@ def load_model(
         folder: The model.
         use_head: Whether to load the classifier; None to load it if there is one.
         fit: Fit of the image processor. Default: unchanged.
-        backend: "torch", "onnx", "openvino" or an exported file, which replaces the weights. "auto" is "torch" unless
-            the folder only has graphs.
+        backend: "torch", "onnx", "openvino" or an exported file, which replaces the weights. "auto"
+            is "torch" unless the folder only has graphs.
         mixed_precision: Precision of an exported file (exported_graphs.py).
 
     Raises:
-        ValueError: If the model lacks weights, or has no classifier although one is requested, or if an exported file
-            is not one of the model (exported_graphs.py).
+        ValueError: If the model lacks weights, or has no classifier although one is requested, or
+            if an exported file is not one of the model (exported_graphs.py).
         OSError: If the model cannot be read, or has no image processor.
     """
     config = folder.config
@@ -124,8 +124,8 @@ def load_model(
     if use_head:
         if architectures and not has_head:
             raise ValueError(
-                f"labels require a classifier, but {folder.source} contains {architectures[0]}. Fine-tune the model "
-                "first, or write features with `vitcls predict --features cls`"
+                f"labels require a classifier, but {folder.source} contains {architectures[0]}. "
+                "Fine-tune the model first, or write features with `vitcls predict --features cls`"
             )
         model_class = (
             ViTCLSForMultiTaskClassification if config.tasks else ViTCLSForImageClassification
@@ -149,7 +149,8 @@ def load_model(
         return graph, processor
     if has_only_graphs:
         raise ValueError(
-            f"`backend='torch'` requires weights, but {folder.source} has none. Set `backend={backends[0]!r}`"
+            f"`backend='torch'` requires weights, but {folder.source} has none. Set "
+            f"`backend={backends[0]!r}`"
         )
     return folder.load(model_class, **arguments), processor
 
@@ -176,7 +177,8 @@ def choose_batch_size(
 ) -> int:
     """Return `batch_size` or, if it is None, `default`.
 
-    On CPUs, the default is at most `CPU_BATCH_TOKENS` tokens of images of the size that the image processor makes.
+    On CPUs, the default is at most `CPU_BATCH_TOKENS` tokens of images of the size that the image
+    processor makes.
     """
     if batch_size is not None or device.type != "cpu":
         return batch_size or default
@@ -190,6 +192,6 @@ def check_is_classifier(config: ViTCLSConfig) -> None:
     if not config.tasks and (not config.num_labels or config.problem_type == "regression"):
         problem = "was trained for regression" if config.num_labels else "has no classifier"
         raise ValueError(
-            f"labels require a classifier, but the model {problem}. Fine-tune a classifier, or write "
-            "features with `vitcls predict --features cls`"
+            f"labels require a classifier, but the model {problem}. Fine-tune a classifier, or "
+            "write features with `vitcls predict --features cls`"
         )

@@ -29,7 +29,10 @@ MAX_NAME_LENGTH = 100  # maximum length of a name in a card, in characters
 
 
 def get_metric_names(results: dict[str, Any], config: ViTCLSConfig | None) -> dict[str, str]:
-    """Return a dict that maps the keys of the measured metrics to their names. Metrics over all tasks come first."""
+    """Return a dict that maps the keys of the measured metrics to their names.
+
+    Metrics over all tasks come first.
+    """
     tasks = config.task_labels() if config is not None else {}
     names = METRIC_NAMES | {
         f"{task}_{key}": f"{task}: {label}" for task in tasks for key, label in METRIC_NAMES.items()

@@ -2,11 +2,12 @@
 
     METRICS[label_space.kind](label_space, device)   .update(outputs, labels) per batch, then .compute() once
 
-`update` expects the labels of G images in the format of data/labels.py, and the outputs of B >= G images; only the
-first G outputs are used. `compute` returns a dict with numbers first, then lists. Undefined values (0 / 0) are None.
+`update` expects the labels of G images in the format of data/labels.py, and the outputs of B >= G
+images; only the first G outputs are used. `compute` returns a dict with numbers first, then lists.
+Undefined values (0 / 0) are None.
 
-torchmetrics accumulates the values over batches and processes. All processes must call `compute`, and a process
-without images must call `update` with 0 labels. evaluator.py selects the images.
+torchmetrics accumulates the values over batches and processes. All processes must call `compute`,
+and a process without images must call `update` with 0 labels. evaluator.py selects the images.
 """
 
 import warnings
@@ -79,7 +80,10 @@ class SingleLabelMetrics:
                 self.head_accuracies[name].update((predictions == labels).float())
 
     def update_logits(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        """Update the metrics with logits [B, L] and labels [G]. Images with the label -100 are ignored."""
+        """Update the metrics with logits [B, L] and labels [G].
+
+        Images with the label -100 are ignored.
+        """
         is_known = labels != IGNORED_LABEL
         logits = logits[: len(labels)][is_known].float()  # [G, L]
         labels = labels[is_known]
@@ -92,7 +96,8 @@ class SingleLabelMetrics:
             num_images=torch.bincount(labels, minlength=num_classes),
         )
         self.loss.update(nn.functional.cross_entropy(logits, labels, reduction="none"))
-        # Probabilities are passed, because torchmetrics does not apply softmax to logits that are all in [0, 1].
+        # Probabilities are passed, because torchmetrics does not apply softmax to logits that are
+        # all in [0, 1].
         self.calibration_error.update(logits.softmax(dim=1), labels)
 
         if self.top_5_accuracy is not None:
@@ -142,7 +147,8 @@ class MultiLabelMetrics:
     num_images
     per_class               name, number of images, average precision, recall, precision and F1 of each class
 
-    To compute the average precision, probabilities and labels are stored: 12 MB for 1,000 images and 1,000 classes.
+    To compute the average precision, probabilities and labels are stored: 12 MB for 1,000 images
+    and 1,000 classes.
     """
 
     def __init__(self, label_space: LabelSpace, device: torch.device) -> None:
@@ -215,7 +221,10 @@ class MultiTaskMetrics:
         self.num_images = build_aggregator(SumMetric, device)
 
     def update(self, outputs: Any, labels: dict[str, torch.Tensor]) -> None:
-        """Update the metrics with logits {task: [B, L]} and labels {task: [G]}. Missing labels are -100."""
+        """Update the metrics with logits {task: [B, L]} and labels {task: [G]}.
+
+        Missing labels are -100.
+        """
         for task, metrics in self.tasks.items():
             metrics.update_logits(outputs.logits[task], labels[task])
         self.num_images.update(len(next(iter(labels.values()))))
@@ -249,7 +258,7 @@ SELECTION_METRICS: dict[LabelKind, str] = {
 }
 
 
-# Helpers -------------------------------------------------------------------------------------------------------------
+# Helpers ------------------------------------------------------------------------------------------
 
 
 class ClassCounts(Metric):

@@ -14,15 +14,17 @@ class EngineOptions:
     """Flags of the forward pass that evaluation and prediction share."""
 
     fit: Literal["squash", "crop", "pad"] | None = None
-    """How images of other aspect ratios become the input: resize the whole image (`squash`), crop the center (`crop`)
-    or add gray (`pad`). Default: the setting of the image processor."""
+    """How images of other aspect ratios become the input: resize the whole image (`squash`), crop
+    the center (`crop`) or add gray (`pad`). Default: the setting of the image processor."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """Precision of the forward pass. `auto`: the setting of `accelerate launch` or, without it, `bf16` on GPUs and
-    CPUs with bf16 instructions (on CPUs, for models at least as wide as ViT-Ti), and otherwise `no`."""
+    """Precision of the forward pass. `auto`: the setting of `accelerate launch` or, without it,
+    `bf16` on GPUs and CPUs with bf16 instructions (on CPUs, for models at least as wide as ViT-Ti),
+    and otherwise `no`."""
     backend: str = "auto"
-    """Engine: `torch`, or `onnx` or `openvino` for model.onnx or model.xml in the model's folder, which then
-    requires no other weights, or a file that `vitcls export` wrote. `auto`: on CPUs, for many images and if the extra
-    `export` is installed, the engine that is measured to be fastest; otherwise `torch`."""
+    """Engine: `torch`, or `onnx` or `openvino` for model.onnx or model.xml in the model's folder,
+    which then requires no other weights, or a file that `vitcls export` wrote. `auto`: on CPUs, for
+    many images and if the extra `export` is installed, the engine that is measured to be fastest;
+    otherwise `torch`."""
 
 
 @dataclass(frozen=True)
@@ -30,33 +32,34 @@ class EvaluateOptions(EngineOptions):
     """Evaluate a vitcls model on labeled images. Each image is counted exactly once."""
 
     model: str
-    """Folder or Hub id of a vitcls model (`ID@COMMIT` pins the model), or another ViT, which is converted once
-    (`timm:NAME`, `transformers:ID`, a folder, a Hub id, a file)."""
+    """Folder or Hub id of a vitcls model (`ID@COMMIT` pins the model), or another ViT, which is
+    converted once (`timm:NAME`, `transformers:ID`, a folder, a Hub id, a file)."""
     data: DataOptions
     split: str | None = None
-    """Dataset split, of which all images are evaluated. Default: `test` or, if there is none, `validation` or the only
-    split, without the images that the model was trained on."""
+    """Dataset split, of which all images are evaluated. Default: `test` or, if there is none,
+    `validation` or the only split, without the images that the model was trained on."""
     max_images: int | None = None
     """Maximum number of images to evaluate, drawn at random (--split-seed)."""
     batch_size: int | None = None
-    """Number of images per process and forward pass. Default: 64 on GPUs. On CPUs, larger batches are not faster and
-    need more memory: as many images as have 1,600 tokens, for example 8 images of 224 pixels."""
+    """Number of images per process and forward pass. Default: 64 on GPUs. On CPUs, larger batches
+    are not faster and need more memory: as many images as have 1,600 tokens, for example 8 images
+    of 224 pixels."""
     frozen: Literal["knn", "logreg"] | None = None
-    """Evaluate the frozen encoder instead of the classifier of the model: fit `knn` or `logreg` (logistic regression)
-    to the features of the training images."""
+    """Evaluate the frozen encoder instead of the classifier of the model: fit `knn` or `logreg`
+    (logistic regression) to the features of the training images."""
     output: Path | None = None
     """JSON file for the metrics, including the metrics of each class and the confusion matrix."""
     task: str | None = None
     """Evaluate an added task (`vitcls add-task`) instead of the classifier of the model."""
     unknown_dataset: str | None = None
-    """Dataset with images of none of the classes: measures how well the energy separates these images from the
-    evaluated images (AUROC)."""
+    """Dataset with images of none of the classes: measures how well the energy separates these
+    images from the evaluated images (AUROC)."""
     per_image: Path | None = None
     """Parquet file with one row per image: label, prediction, probabilities and loss."""
     audit: Path | None = None
-    """HTML page of likely label errors, near duplicates, outliers and overlapping classes, with a CSV file for
-    `finetune --exclude` in the same folder. Checks the labels of held-out images; with --frozen logreg, or if --model
-    is the output folder of a run with --folds, all labels."""
+    """HTML page of likely label errors, near duplicates, outliers and overlapping classes, with a
+    CSV file for `finetune --exclude` in the same folder. Checks the labels of held-out images; with
+    --frozen logreg, or if --model is the output folder of a run with --folds, all labels."""
     overwrite: bool = False
     """Replace the files of an earlier --audit."""
     config: Path | None = None
@@ -68,7 +71,8 @@ class EvaluateOptions(EngineOptions):
             self.frozen or self.audit or self.per_image or self.unknown_dataset
         ):
             raise ValueError(
-                "`task` only measures a task. Remove `frozen`, `audit`, `per_image`, `unknown_dataset`"
+                "`task` only measures a task. Remove `frozen`, `audit`, `per_image`, "
+                "`unknown_dataset`"
             )
         if self.backend not in ("auto", "torch") and (self.frozen or self.audit):
             raise ValueError("`frozen` and `audit` require `backend='torch'`. Remove `backend`")
@@ -79,32 +83,33 @@ class ImageOptions:
     """Model and image flags that prediction and inspection share. Labels are not required."""
 
     model: str | None
-    """Folder or Hub id of a vitcls model (`ID@COMMIT` pins the model), or another ViT, which is converted once
-    (`timm:NAME`, `transformers:ID`, a folder, a Hub id, a file)."""
+    """Folder or Hub id of a vitcls model (`ID@COMMIT` pins the model), or another ViT, which is
+    converted once (`timm:NAME`, `transformers:ID`, a folder, a Hub id, a file)."""
     paths: tuple[str, ...] = ()
     """Image files, folders (including subfolders), or URLs."""
     dataset: str | None = None
-    """`digits` (scikit-learn), a folder with a subfolder per class, a CSV, JSON Lines or Parquet file, a folder
-    written by `save_to_disk`, a folder with MNIST's idx files, or a dataset id on the Hub."""
+    """`digits` (scikit-learn), a folder with a subfolder per class, a CSV, JSON Lines or Parquet
+    file, a folder written by `save_to_disk`, a folder with MNIST's idx files, or a dataset id on
+    the Hub."""
     image_column: str | None = None
     """Column with images or image paths. By default, the column is detected by type or name."""
     batch_size: int | None = None
-    """Maximum number of images per process and forward pass. To save memory, smaller batches are used if full
-    attention maps are computed. Default: 32 on GPUs; on CPUs, as many images as have 1,600 tokens, for example 8
-    images of 224 pixels."""
+    """Maximum number of images per process and forward pass. To save memory, smaller batches are
+    used if full attention maps are computed. Default: 32 on GPUs; on CPUs, as many images as have
+    1,600 tokens, for example 8 images of 224 pixels."""
 
 
 @dataclass(frozen=True)
 class PredictOptions(ImageOptions, EngineOptions):
     """Predict the labels of images, or compute the features of images.
 
-    The images are selected by PATHS, --list or --dataset, and distributed over all processes. The row of an unreadable
-    image contains an error message.
+    The images are selected by PATHS, --list or --dataset, and distributed over all processes. The
+    row of an unreadable image contains an error message.
     """
 
     model: str | None = None
-    """Folder or Hub id of a vitcls model (`ID@COMMIT` pins the model), or another ViT, which is converted once
-    (`timm:NAME`, `transformers:ID`, a folder, a Hub id, a file)."""
+    """Folder or Hub id of a vitcls model (`ID@COMMIT` pins the model), or another ViT, which is
+    converted once (`timm:NAME`, `transformers:ID`, a folder, a Hub id, a file)."""
     list: Path | None = None
     """Text file with one image file, folder or URL per line."""
     split: str | None = None
@@ -112,28 +117,29 @@ class PredictOptions(ImageOptions, EngineOptions):
     streaming: bool = False
     """Stream the dataset instead of downloading it."""
     output: Path | None = None
-    """Output file (.csv, .json, .jsonl or .parquet), or a folder for Parquet files with --shard-size images each. In
-    an existing folder, only missing files are written. Default: print a table."""
+    """Output file (.csv, .json, .jsonl or .parquet), or a folder for Parquet files with
+    --shard-size images each. In an existing folder, only missing files are written. Default: print
+    a table."""
     shard_size: int = 10_000
     """Number of images per Parquet file, if --output is a folder."""
     shard: str | None = None
-    """`i/n`: compute the i-th of n parts (numbered from 1) of the files in the folder --output, for array jobs. The
-    jobs do not communicate."""
+    """`i/n`: compute the i-th of n parts (numbered from 1) of the files in the folder --output, for
+    array jobs. The jobs do not communicate."""
     merge: Path | None = None
-    """Check that a folder of Parquet files is complete, and write all rows to --output if it is set. No images are
-    read."""
+    """Check that a folder of Parquet files is complete, and write all rows to --output if it is
+    set. No images are read."""
     top_k: int | None = None
-    """Maximum number of predicted labels per image. Default: 1 or, for multi-label models, all labels with a
-    probability of at least --threshold."""
+    """Maximum number of predicted labels per image. Default: 1 or, for multi-label models, all
+    labels with a probability of at least --threshold."""
     threshold: float = 0.5
     """Minimum probability of a predicted label (multi-label models only)."""
     coverage: float | None = None
-    """Add the set of labels that contains the true label with this probability, for example 0.9 (split conformal
-    prediction, from the held-out images of the model's run)."""
+    """Add the set of labels that contains the true label with this probability, for example 0.9
+    (split conformal prediction, from the held-out images of the model's run)."""
     features: tuple[str, ...] | None = None
-    """Features to write instead of labels: `cls`, `registers`, `distillation` or `patches`, or `mean` for the mean of
-    the patch tokens. `cls@6` is the output of layer 6 after the final norm; the default is the last layer. Each of
-    several features has a column."""
+    """Features to write instead of labels: `cls`, `registers`, `distillation` or `patches`, or
+    `mean` for the mean of the patch tokens. `cls@6` is the output of layer 6 after the final norm;
+    the default is the last layer. Each of several features has a column."""
     feature_dtype: Literal["float32", "float16"] = "float32"
     """Data type of the features."""
     num_workers: int | None = None
@@ -147,7 +153,8 @@ class PredictOptions(ImageOptions, EngineOptions):
         )
         if self.coverage is not None and self.features:
             raise ValueError(
-                "`coverage` requires labels, but `features` writes features. Remove one of the two flags"
+                "`coverage` requires labels, but `features` writes features. Remove one of the two "
+                "flags"
             )
         if self.merge is None and self.model is None:
             raise ValueError("Set `model` to the model, or `merge` to a folder of predictions.")
@@ -171,8 +178,8 @@ class PredictOptions(ImageOptions, EngineOptions):
         suffix = "" if self.output is None or self.output.is_dir() else self.output.suffix.lower()
         if suffix not in ("", ".csv", ".json", ".jsonl", ".parquet"):
             raise ValueError(
-                f"`output={str(self.output)!r}`: set a .csv, .json, .jsonl or .parquet file, or a folder without a "
-                "suffix"
+                f"`output={str(self.output)!r}`: set a .csv, .json, .jsonl or .parquet file, or a "
+                "folder without a suffix"
             )
         if self.shard is not None and (self.output is None or suffix):
             raise ValueError(

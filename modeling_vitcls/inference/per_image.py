@@ -11,10 +11,10 @@ energy          -log(sum(exp(logits)))                  -
 nearest_images  of a wrong prediction: the training images  -
                 with the most similar features
 
-`finetune` writes the same file for its held-out images, predictions.parquet. Only this file has the column
-`nearest_images`, and only after a probe of the frozen encoder, whose features are compared. Several tasks are not
-supported. The metadata of the file contains the hash of the model's weights, because predictions of other weights must
-not be used.
+`finetune` writes the same file for its held-out images, predictions.parquet. Only this file has the
+column `nearest_images`, and only after a probe of the frozen encoder, whose features are compared.
+Several tasks are not supported. The metadata of the file contains the hash of the model's weights,
+because predictions of other weights must not be used.
 """
 
 import json
@@ -50,7 +50,8 @@ def write_predictions(
         file: The file to write.
         evaluator: Its `rows` are the images.
         weights_hash: SHA-256 of each weight file of the model, for the metadata.
-        nearest_images: Names of the nearest training images, the nearest first, by the index of the image.
+        nearest_images: Names of the nearest training images, the nearest first, by the index of the
+            image.
 
     Raises:
         ValueError: Without labeled images.
@@ -117,7 +118,8 @@ def read_predictions(file: Path, names: list[str]) -> tuple[np.ndarray, np.ndarr
         names: The labels of the model, in order.
 
     Raises:
-        ValueError: If the file is damaged, lacks a column, or has probabilities or labels that are not the model's.
+        ValueError: If the file is damaged, lacks a column, or has probabilities or labels that are
+            not the model's.
     """
     try:
         rows = pq.read_table(file, columns=["label", "probabilities"]).to_pydict()

@@ -3,9 +3,10 @@
     images -> records -> pixels -> predictions -> rows -> table, file, or folder of Parquet files
     inputs.py ----------------->   prediction_rows.py ->  outputs.py   shards.py
 
-The images are divided by index into chunks of equal size: a shard if the output is a folder, or a batch otherwise. The
-chunks are assigned to the processes in turn, and a batch never spans two chunks. The output is therefore bit-identical
-for any number of processes, even after a restart. A stream is divided among the workers (shards.py) by `datasets`.
+The images are divided by index into chunks of equal size: a shard if the output is a folder, or a
+batch otherwise. The chunks are assigned to the processes in turn, and a batch never spans two
+chunks. The output is therefore bit-identical for any number of processes, even after a restart. A
+stream is divided among the workers (shards.py) by `datasets`.
 """
 
 import hashlib
@@ -81,7 +82,10 @@ class Predictor:
 
 
 class PredictionCounts(NamedTuple):
-    """Number of images, and number of images without a prediction. Both numbers are 0 except on the main process."""
+    """Number of images, and number of images without a prediction.
+
+    Both numbers are 0 except on the main process.
+    """
 
     num_images: int
     num_failed: int
@@ -192,7 +196,8 @@ def find_set_limit(
     )
     if not file.is_file():
         raise ValueError(
-            f"`coverage` requires {PREDICTIONS_FILE} in the model folder, but {folder.source} has none. {remedy}"
+            f"`coverage` requires {PREDICTIONS_FILE} in the model folder, but {folder.source} has "
+            f"none. {remedy}"
         )
     from .per_image import (  # imports torchmetrics, which takes a second
         read_predictions,
@@ -201,14 +206,18 @@ def find_set_limit(
 
     if folder.weights_sha256 is None or read_weights_hash(file) != folder.weights_sha256:
         raise ValueError(
-            f"`coverage` requires predictions of this model, but {file} contains those of other weights. {remedy}"
+            f"`coverage` requires predictions of this model, but {file} contains those of other "
+            f"weights. {remedy}"
         )
     probabilities, labels = read_predictions(file, label_space.names)
     return find_score_limit(probabilities, labels, options.coverage)
 
 
 def wrap_images(images: Sequence[Any]) -> ListInput:
-    """Return an input with images from paths, folders and memory. Images in memory are named by index."""
+    """Return an input with images from paths, folders and memory.
+
+    Images in memory are named by index.
+    """
     names: list[str] = []
     contents: list[Any] = []
     for index, image in enumerate(images):
@@ -254,7 +263,8 @@ def predict_to_file(
     if isinstance(source, StreamInput):
         if accelerator.num_processes > 1:
             raise ValueError(
-                "`streaming=True` with several processes requires a folder. Set `output` to a folder"
+                "`streaming=True` with several processes requires a folder. Set `output` to a "
+                "folder"
             )
         records = read_all_records(source)
         num_local_images = None
@@ -275,7 +285,7 @@ def predict_to_file(
     return PredictionCounts(len(rows), sum(row["error"] is not None for row in rows))
 
 
-# A folder of Parquet files -------------------------------------------------------------------------------------------
+# A folder of Parquet files ------------------------------------------------------------------------
 
 
 def predict_to_folder(

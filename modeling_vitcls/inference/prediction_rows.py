@@ -9,9 +9,10 @@ several or added tasks      <task>_label, <task>_probability, <task>_label_2, ..
 any, with --features        features: a list of D numbers, or one list per token if there are several tokens;
                             with several features, one column per feature
 
-The first columns are `index` (index in the input) and `image`, and the last column is `error`. outputs.py writes the
-rows. Each kind of model has a class with the attribute `columns`, a dict of column types. The method `predict` returns
-a dict of `float32` outputs [B, ...] for images [B, C, H, W], and `build_rows` converts the outputs to rows.
+The first columns are `index` (index in the input) and `image`, and the last column is `error`.
+outputs.py writes the rows. Each kind of model has a class with the attribute `columns`, a dict of
+column types. The method `predict` returns a dict of `float32` outputs [B, ...] for images [B, C, H,
+W], and `build_rows` converts the outputs to rows.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -37,7 +38,7 @@ from .load_model import check_is_classifier
 Row = dict[str, Any]
 
 
-# Labels --------------------------------------------------------------------------------------------------------------
+# Labels -------------------------------------------------------------------------------------------
 
 
 Label = tuple[str, float]  # name and probability
@@ -81,8 +82,8 @@ def build_labels(
 class LabelColumns:
     """Output columns of a classifier and of added tasks: the `top_k` most probable labels.
 
-    With several labels per image, there are up to `top_k` labels with probabilities of at least the threshold. The
-    task of a classifier has an empty name.
+    With several labels per image, there are up to `top_k` labels with probabilities of at least the
+    threshold. The task of a classifier has an empty name.
     """
 
     def __init__(
@@ -179,7 +180,7 @@ def get_energy_thresholds(config: Any, tasks: Iterable[str]) -> dict[str, float]
     return {task: thresholds[task] for task in tasks if thresholds.get(task) is not None}
 
 
-# Features ------------------------------------------------------------------------------------------------------------
+# Features -----------------------------------------------------------------------------------------
 
 
 FEATURE_DTYPES = {
@@ -198,7 +199,10 @@ class Feature:
 
     @classmethod
     def from_name(cls, name: str, config: Any) -> "Feature":
-        """Parse a name such as `cls` or `cls@6`. Raise ValueError if the model has no such tokens or layer."""
+        """Parse a name such as `cls` or `cls@6`.
+
+        Raise ValueError if the model has no such tokens or layer.
+        """
         rows, columns = config.grid_size
         token_counts = dict(
             zip(("cls", "distillation", "registers"), config.token_counts, strict=True)
@@ -208,8 +212,9 @@ class Feature:
         choices = [choice for choice, count in token_counts.items() if count]
         if group not in choices or not 1 <= int(layer or 1) <= config.num_hidden_layers:
             raise ValueError(
-                f"`features={name!r}` requires tokens and a layer of the model, which has only {', '.join(choices)} "
-                f"and {config.num_hidden_layers} layers. Set `features='{choices[0]}@{config.num_hidden_layers}'`"
+                f"`features={name!r}` requires tokens and a layer of the model, which has only "
+                f"{', '.join(choices)} and {config.num_hidden_layers} layers. Set "
+                f"`features='{choices[0]}@{config.num_hidden_layers}'`"
             )
         return cls(group, int(layer) if layer else None, token_counts[group])
 
@@ -281,7 +286,7 @@ class FeatureColumns:
         return rows
 
 
-# Rows ----------------------------------------------------------------------------------------------------------------
+# Rows ---------------------------------------------------------------------------------------------
 
 
 PredictionColumns = LabelColumns | FeatureColumns
@@ -297,7 +302,10 @@ def build_prediction_columns(
     feature_dtype: str = "float32",
     set_limit: float | None = None,
 ) -> PredictionColumns:
-    """Build the output columns of a model. Raise ValueError if the model does not support the arguments."""
+    """Build the output columns of a model.
+
+    Raise ValueError if the model does not support the arguments.
+    """
     config: Any = model.config
     if features is not None:
         return FeatureColumns(model, features, feature_dtype)

@@ -3,13 +3,13 @@
     shard-000003.parquet           images 3 * shard_size, ... of a list or a dataset
     shard-0001-000003.parquet      the fourth file of worker 1, for a stream
 
-A job `--shard i/n` with p processes has p of the n * p workers. Each shard is written atomically by one worker. The
-metadata of every file contains the settings of the prediction, so a repeated command skips finished shards and refuses
-files of another model or input. For a stream, the metadata also contains the position from which a repeated command
-continues.
+A job `--shard i/n` with p processes has p of the n * p workers. Each shard is written atomically by
+one worker. The metadata of every file contains the settings of the prediction, so a repeated
+command skips finished shards and refuses files of another model or input. For a stream, the
+metadata also contains the position from which a repeated command continues.
 
-The name of a shard determines the indices of its images. A shard with other indices, such as a copy of another shard,
-is an error, both for a repeated command and for `--merge`.
+The name of a shard determines the indices of its images. A shard with other indices, such as a copy
+of another shard, is an error, both for a repeated command and for `--merge`.
 """
 
 import json
@@ -34,7 +34,8 @@ METADATA_KEY = b"vitcls"
 SHARD_NAME = re.compile(r"shard-(?:(?P<worker>\d{4,})-)?(?P<shard>\d{6,})\.parquet", re.ASCII)
 # Maximum number of missing shards that are counted; a damaged file may name trillions.
 MAX_COUNTED_SHARDS = 1000
-# Age in seconds from which a partial file belongs to a process that was killed. Writing a shard takes seconds.
+# Age in seconds from which a partial file belongs to a process that was killed. Writing a shard
+# takes seconds.
 MIN_UNFINISHED_AGE = 3600.0
 
 
@@ -62,7 +63,8 @@ class ShardFolder:
         if other_files:
             names = format_name_list([file.name for file in other_files])
             raise ValueError(
-                f"`output={str(self.path)!r}` contains other files ({names}). Set a new or empty folder"
+                f"`output={str(self.path)!r}` contains other files ({names}). Set a new or empty "
+                "folder"
             )
 
         if shards:
@@ -81,8 +83,8 @@ class ShardFolder:
             if metadata["settings"].get(name) != value:
                 difference = f"another {name}" if name in ("input", "model") else f"other `{name}`"
                 raise ValueError(
-                    f"`output={str(self.path)!r}` was written with {difference} ({file.name}). Set a new `output` "
-                    "folder"
+                    f"`output={str(self.path)!r}` was written with {difference} ({file.name}). Set "
+                    "a new `output` folder"
                 )
 
     def read_finished(self, file: Path) -> dict[str, Any] | None:
@@ -117,7 +119,7 @@ def list_shard_indices(num_images: int, shard_size: int) -> list[range]:
     ]
 
 
-# Names ---------------------------------------------------------------------------------------------------------------
+# Names --------------------------------------------------------------------------------------------
 
 
 def format_shard_name(shard_index: int, worker_index: int | None = None) -> str:
@@ -153,7 +155,7 @@ def check_name(file: Path, num_shards: int | None, settings: dict[str, Any]) -> 
         raise ValueError(f"{file} is not a file of this prediction. Delete the file, and repeat")
 
 
-# Contents ------------------------------------------------------------------------------------------------------------
+# Contents -----------------------------------------------------------------------------------------
 
 
 def read_metadata(file: Path) -> dict[str, Any]:
@@ -276,10 +278,13 @@ def iterate_missing_shards(metadata: dict[str, dict[str, Any]]) -> Iterator[str]
 
 
 def merge_shards(folder: Path, output: Path | None) -> str:
-    """Write the rows of all shards to one file, if `output` is set. Return a line of text with the number of images.
+    """Write the rows of all shards to one file, if `output` is set.
+
+    Return a line of text with the number of images.
 
     Raises:
-        ValueError: If the folder does not contain exactly the shards of one prediction, or if `output` is in it.
+        ValueError: If the folder does not contain exactly the shards of one prediction, or if
+            `output` is in it.
         OSError: If the file cannot be written.
     """
     if output is not None and output.parent.resolve() == folder.resolve():

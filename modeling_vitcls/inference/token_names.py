@@ -1,4 +1,7 @@
-"""Names of the special tokens in tables, reports and figures. A Space contains this file without the package."""
+"""Names of the special tokens in tables, reports and figures.
+
+A Space contains this file without the package.
+"""
 
 from typing import Any
 
@@ -10,10 +13,10 @@ SINGLE_TOKEN_NAMES = {"cls": "CLS", "distillation": "distillation", "registers":
 def get_token_names(config: Any) -> list[str]:
     """Return the name of each special token, in sequence order.
 
-    A single CLS token is named "CLS", and several CLS tokens are named "CLS 1", "CLS 2" and so on; distillation and
-    register tokens are named in the same way. In a multi-task model, "CLS species" is the CLS token of the task
-    "species". "CLS 2 (cell 1, 2 of 2 x 2)" is a CLS token for row 1, column 2 of a grid of image regions
-    (`config.cls_scopes`).
+    A single CLS token is named "CLS", and several CLS tokens are named "CLS 1", "CLS 2" and so on;
+    distillation and register tokens are named in the same way. In a multi-task model, "CLS species"
+    is the CLS token of the task "species". "CLS 2 (cell 1, 2 of 2 x 2)" is a CLS token for row 1,
+    column 2 of a grid of image regions (`config.cls_scopes`).
     """
     return [name for names in get_token_names_by_group(config).values() for name in names]
 

@@ -1,4 +1,6 @@
-"""The files that travel with every checkpoint, in reading order. They import only one another and public libraries.
+"""The files that travel with every checkpoint, in reading order.
+
+They import only one another and public libraries.
 
     configuration_vitcls.py           the fields of a model and their checks, TokenLayout
     blocks_vitcls.py                  the ViT in plain PyTorch: embeddings, attention, MLP, the encoder layer
@@ -15,6 +17,7 @@
     image_processing_vitcls.py        image processors with two backends
     fast_image_processing_vitcls.py   faster image processing with the same outputs
 
-What is in this folder is what a checkpoint carries. transformers copies the files next to the weights, so they import
-each other in the form `from .blocks_vitcls import ViTCLSAttention`, and nothing else of this package.
+What is in this folder is what a checkpoint carries. transformers copies the files next to the
+weights, so they import each other in the form `from .blocks_vitcls import ViTCLSAttention`, and
+nothing else of this package.
 """

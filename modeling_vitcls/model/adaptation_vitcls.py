@@ -4,8 +4,8 @@
     model = ViTCLSModel.from_pretrained(path, image_size=[256, 384], num_register_tokens=4)    # while loading
     model = model.adapt(image_size=[256, 384], num_register_tokens=4)                          # after loading
 
-No training is required, but fine-tuning may improve the adapted model. The table `ADAPTERS` determines how each weight
-is adapted, and every change is logged in one line:
+No training is required, but fine-tuning may improve the adapted model. The table `ADAPTERS`
+determines how each weight is adapted, and every change is logged in one line:
 
     tokens                 the first tokens are kept; new tokens are initialized by `config.token_init`
     token positions        the first position embeddings are kept; new position embeddings are zero
@@ -16,8 +16,8 @@ is adapted, and every change is logged in one line:
     specialized weights    copies of the shared weights; shared weights are copies of those of the patches
     other weights          newly initialized if they are missing or their shape changes
 
-Added tokens are gated (`TokenGates`): initially, they do not affect the other tokens. `gate_new_tokens=False` adds
-tokens without gates.
+Added tokens are gated (`TokenGates`): initially, they do not affect the other tokens.
+`gate_new_tokens=False` adds tokens without gates.
 """
 
 import copy
@@ -43,7 +43,8 @@ from .positions_vitcls import resample_positions, resize_patch_kernel
 
 logger = logging.get_logger(__name__)
 
-# Arguments of `from_pretrained` that control how files are loaded, and arguments that configurations do not accept.
+# Arguments of `from_pretrained` that control how files are loaded, and arguments that
+# configurations do not accept.
 HUB_KEYWORDS = (
     "cache_dir",
     "force_download",
@@ -71,11 +72,13 @@ class AdaptableModel(PreTrainedModel):
     ) -> Any:
         """Load a checkpoint, and adapt the model if arguments change `ADAPTABLE_FIELDS` of the stored configuration.
 
-        `gate_new_tokens` is explained in `adapt`; other arguments are passed to `PreTrainedModel.from_pretrained`. If
-        training has opened all gates of the checkpoint, the gates are removed.
+        `gate_new_tokens` is explained in `adapt`; other arguments are passed to
+        `PreTrainedModel.from_pretrained`. If training has opened all gates of the checkpoint, the
+        gates are removed.
 
         Raises:
-            OSError, RuntimeError: if the checkpoint is missing, damaged or incompatible. The message is a single line.
+            OSError, RuntimeError: if the checkpoint is missing, damaged or incompatible. The
+                message is a single line.
             ValueError: if configuration fields contradict each other.
         """
         source = pretrained_model_name_or_path
@@ -105,10 +108,11 @@ class AdaptableModel(PreTrainedModel):
         """Return a model with new values of `ADAPTABLE_FIELDS` and adapted weights, or this model if no field changes.
 
         Args:
-            gate_new_tokens: whether to gate the added tokens, initially with closed gates: only outputs that are
-                computed directly from added tokens change, for example with pooling over all CLS tokens. Default:
-                True if the attention implementation supports gates. A model with random weights does not require
-                gates: build it from its configuration, or set False.
+            gate_new_tokens: whether to gate the added tokens, initially with closed gates: only
+                outputs that are computed directly from added tokens change, for example with
+                pooling over all CLS tokens. Default: True if the attention implementation supports
+                gates. A model with random weights does not require gates: build it from its
+                configuration, or set False.
             changes: new values of `ADAPTABLE_FIELDS`.
 
         Raises:
@@ -145,12 +149,14 @@ def resolve_config(
 ) -> tuple[ViTCLSConfig | None, dict[str, Any]]:
     """Return the configuration that the arguments of `from_pretrained` describe, and the remaining arguments.
 
-    The configuration is None if the arguments contain neither a ViTCLS configuration nor any of `ADAPTABLE_FIELDS`.
+    The configuration is None if the arguments contain neither a ViTCLS configuration nor any of
+    `ADAPTABLE_FIELDS`.
     """
     config = kwargs.get("config")
     overrides = [name for name in ADAPTABLE_FIELDS if name in kwargs]
 
-    # Compare model_type, not the class: transformers may execute configuration_vitcls.py from the Hub twice.
+    # Compare model_type, not the class: transformers may execute configuration_vitcls.py from the
+    # Hub twice.
     if getattr(config, "model_type", None) == config_class.model_type:
         config = replace_fields(config, {name: kwargs.pop(name) for name in overrides})
         return config, kwargs | {"config": config}
@@ -206,12 +212,16 @@ def replace_fields(config: Any, values: Mapping[str, Any], validate: bool = True
 
 
 def can_gate_new_tokens(config: ViTCLSConfig, changes: Mapping[str, Any]) -> bool:
-    """Return whether the attention implementation supports gates. Log a line if it does not, and tokens are added."""
+    """Return whether the attention implementation supports gates.
+
+    Log a line if it does not, and tokens are added.
+    """
     if config._attn_implementation in (None, *ADDITIVE_MASK_IMPLEMENTATIONS):
         return True
     if any(changes.get(field, 0) > getattr(config, field) for field in COUNT_FIELDS.values()):
         logger.warning(
-            f"new tokens change the outputs, because {config._attn_implementation} does not support gates: set "
+            f"new tokens change the outputs, because {config._attn_implementation} does not "
+            "support gates: set "
             'attn_implementation="sdpa" to keep the outputs'
         )
     return False
@@ -243,7 +253,7 @@ def get_gated_tokens(
     return new_gated_tokens or None
 
 
-# Adapting weights ----------------------------------------------------------------------------------------------------
+# Adapting weights ---------------------------------------------------------------------------------
 @torch.no_grad()
 def load_adapted_weights(source: AdaptableModel, target: AdaptableModel) -> None:
     """Adapt the weights of `source` to the configuration of `target`, copy the results to `target`, and log changes.
@@ -366,7 +376,10 @@ def adapt_to_patch_size(context: AdaptationContext) -> AdaptedWeight:
 
 
 def adapt_distillation_head(context: AdaptationContext) -> AdaptedWeight:
-    """Keep the distillation head. Initialize a new head as a copy of the classifier if the shapes are equal."""
+    """Keep the distillation head.
+
+    Initialize a new head as a copy of the classifier if the shapes are equal.
+    """
     if context.old_value is not None:
         return context.old_value, ""
     classifier = context.old_weights[context.name.replace("distillation_classifier", "classifier")]
@@ -376,7 +389,10 @@ def adapt_distillation_head(context: AdaptationContext) -> AdaptedWeight:
 
 
 def adapt_gates(context: AdaptationContext) -> AdaptedWeight:
-    """Keep the gates [n] of kept tokens. New gates are closed for new tokens and open for existing tokens."""
+    """Keep the gates [n] of kept tokens.
+
+    New gates are closed for new tokens and open for existing tokens.
+    """
     gates = context.initial_value.clone()
     old_gate_values = () if context.old_value is None else context.old_value
     old_gates = dict(zip(list_gated_tokens(context.old_config), old_gate_values, strict=True))
@@ -413,7 +429,7 @@ ADAPTERS: dict[str, Callable[[AdaptationContext], AdaptedWeight]] = {
 }
 
 
-# Loading -------------------------------------------------------------------------------------------------------------
+# Loading ------------------------------------------------------------------------------------------
 # Patterns of former parameter names -> current names.
 RENAMED_PARAMETERS = {
     r"\bview\.tables": "relative_position_bias.tables",
@@ -453,7 +469,8 @@ def load_checkpoint(load: Callable[..., Any], source: Any, *args: Any, **kwargs:
         raise
 
     model = model_or_tuple[0] if isinstance(model_or_tuple, tuple) else model_or_tuple
-    model._weight_conversions = []  # by default, transformers would save the model with the former names
+    # by default, transformers would save the model with the former names
+    model._weight_conversions = []
     if isinstance(model, PreTrainedModel):
         align_weights(model)
     return model_or_tuple
@@ -462,9 +479,10 @@ def load_checkpoint(load: Callable[..., Any], source: Any, *args: Any, **kwargs:
 def align_weights(model: PreTrainedModel) -> None:
     """Copy weights on the CPU to addresses that are multiples of 64 bytes, as PyTorch allocates memory.
 
-    transformers maps files into memory, where the address of a weight depends on the length of the file's header. MKL
-    rounds products of one row in float32 differently if the address is not a multiple of 16 bytes: a model that is
-    saved with one more weight would have different outputs for single images.
+    transformers maps files into memory, where the address of a weight depends on the length of the
+    file's header. MKL rounds products of one row in float32 differently if the address is not a
+    multiple of 16 bytes: a model that is saved with one more weight would have different outputs
+    for single images.
     """
     for parameter in model.parameters():
         is_plain = type(parameter) is torch.nn.Parameter and parameter.device.type == "cpu"
@@ -486,7 +504,8 @@ def check_checkpoint_folder(source: Any, needs_config_file: bool) -> None:
         and not (folder / "config.json").is_file()
     ):
         raise OSError(
-            f"there is no config.json in {source}. Save the model with save_pretrained to write this file"
+            f"there is no config.json in {source}. Save the model with save_pretrained to write "
+            "this file"
         )
 
 
@@ -497,6 +516,7 @@ def describe_mismatch(load: Callable[..., Any], source: Any, *args: Any, **kwarg
     )
     name, saved_shape, expected_shape = min(loading_info["mismatched_keys"])
     return (
-        f"the weights in {source} do not match the model: {name} has shape {list(saved_shape)}, but the model "
-        f"requires {list(expected_shape)}. Use the checkpoint's configuration, or set ignore_mismatched_sizes=True"
+        f"the weights in {source} do not match the model: {name} has shape {list(saved_shape)}, "
+        f"but the model requires {list(expected_shape)}. Use the checkpoint's configuration, or "
+        "set ignore_mismatched_sizes=True"
     )

@@ -6,8 +6,8 @@
     RelativePositionBias              learned bias per relative patch position (`config.relative_position_bias`)
     TokenGates                        learned gates on added tokens (`config.gated_tokens`)
 
-`build_attention_mask` combines the masks in the format that the attention implementation expects. `config.cls_scopes`
-hides patches from CLS tokens only. All tokens can attend to special tokens.
+`build_attention_mask` combines the masks in the format that the attention implementation expects.
+`config.cls_scopes` hides patches from CLS tokens only. All tokens can attend to special tokens.
 """
 
 from typing import Any
@@ -32,14 +32,16 @@ def build_attention_mask(
 
     Args:
         hidden_states: [B, N, D], after the embeddings.
-        attention_mask: [B, N], 1 for each token that may be attended to; or a complete 4-dimensional mask.
+        attention_mask: [B, N], 1 for each token that may be attended to; or a complete
+            4-dimensional mask.
         grid_size: number of patch rows and columns.
 
     Returns:
         One mask for all layers, a list with one mask per layer, or None if no mask is required.
 
     Raises:
-        ValueError: if `attention_mask` has an invalid shape, or the attention implementation does not support a mask.
+        ValueError: if `attention_mask` has an invalid shape, or the attention implementation does
+            not support a mask.
     """
     if (
         attention_mask is not None
@@ -47,8 +49,8 @@ def build_attention_mask(
         and attention_mask.shape != hidden_states.shape[:2]
     ):
         raise ValueError(
-            f"attention_mask must have shape [batch, tokens] = {list(hidden_states.shape[:2])}, special tokens "
-            f"included, but it has shape {list(attention_mask.shape)}"
+            f"attention_mask must have shape [batch, tokens] = {list(hidden_states.shape[:2])}, "
+            f"special tokens included, but it has shape {list(attention_mask.shape)}"
         )
 
     mask = None
@@ -75,7 +77,8 @@ def require_additive_mask(config: ViTCLSConfig, feature: str) -> None:
     """Raise ValueError if the attention implementation does not support an additive bias."""
     if config._attn_implementation not in ADDITIVE_MASK_IMPLEMENTATIONS:
         raise ValueError(
-            f"{feature} requires an attention bias, but {config._attn_implementation} does not support biases: "
+            f"{feature} requires an attention bias, but {config._attn_implementation} does not "
+            "support biases: "
             'set attn_implementation to "sdpa" or "eager"'
         )
 
@@ -89,7 +92,7 @@ def apply_mask(bias: Tensor, mask: Tensor | None) -> Tensor:
     return bias + mask
 
 
-# CLS scopes ----------------------------------------------------------------------------------------------------------
+# CLS scopes ---------------------------------------------------------------------------------------
 def build_cls_attention_mask(
     config: ViTCLSConfig,
     hidden_states: Tensor,
@@ -99,12 +102,14 @@ def build_cls_attention_mask(
     """Build the mask that hides from each CLS token the patches outside its scope."""
     if "flash" in config._attn_implementation:
         raise ValueError(
-            f"cls_scopes requires an attention mask, but {config._attn_implementation} does not support masks: "
+            f"cls_scopes requires an attention mask, but {config._attn_implementation} does not "
+            "support masks: "
             'set attn_implementation to "sdpa", "flex_attention" or "eager"'
         )
     if attention_mask is not None and attention_mask.ndim == 4:
         raise ValueError(
-            "cls_scopes does not support a 4-dimensional attention_mask: pass a mask [batch, tokens]"
+            "cls_scopes does not support a 4-dimensional attention_mask: pass a mask [batch, "
+            "tokens]"
         )
     visibility = build_cls_visibility(config, grid_size, hidden_states.device)  # [N, N]
 
@@ -138,8 +143,8 @@ def build_cell_mask(scope: list[int], grid_size: tuple[int, int], device: torch.
     rows, columns, row, column = scope
     if grid_rows < rows or grid_columns < columns:
         raise ValueError(
-            f"cls_scopes: a grid of {rows} x {columns} cells requires at least {rows} x {columns} patches, but the "
-            f"image has {grid_rows} x {grid_columns} patches: use larger images"
+            f"cls_scopes: a grid of {rows} x {columns} cells requires at least {rows} x {columns} "
+            f"patches, but the image has {grid_rows} x {grid_columns} patches: use larger images"
         )
 
     y = torch.arange(grid_rows, device=device)
@@ -152,12 +157,13 @@ def build_cell_mask(scope: list[int], grid_size: tuple[int, int], device: torch.
     return (is_cell_row[:, None] & is_cell_column).flatten()
 
 
-# Relative position bias ----------------------------------------------------------------------------------------------
+# Relative position bias ---------------------------------------------------------------------------
 class RelativePositionBias(nn.Module):
     """Learned bias per relative position of two patches, per layer or shared (BEiT, arXiv 2106.08254; Swin).
 
-    `tables` [tables, distances + 3, heads] has one row per signed (row, column) distance, and three rows for pairs
-    with special tokens: special to patch, patch to special, special to special. For other grids, tables are resampled.
+    `tables` [tables, distances + 3, heads] has one row per signed (row, column) distance, and three
+    rows for pairs with special tokens: special to patch, patch to special, special to special. For
+    other grids, tables are resampled.
     """
 
     def __init__(self, config: ViTCLSConfig) -> None:
@@ -226,19 +232,26 @@ def resample_bias_tables(
     return torch.cat([distance_rows, tables[:, -3:]], dim=1)
 
 
-# Token gates ---------------------------------------------------------------------------------------------------------
+# Token gates --------------------------------------------------------------------------------------
 class TokenGates(nn.Module):
-    """Learned gates that scale the attention to added tokens. Initially, the gates are almost closed.
+    """Learned gates that scale the attention to added tokens.
 
-    Attention weights become w_j = g_j exp(s_j) / sum_i g_i exp(s_i): log(g_j) is added to the scores of key j. With
+    Initially, the gates are almost closed.
+
+    Attention weights become w_j = g_j exp(s_j) / sum_i g_i exp(s_i): log(g_j) is added to the
+    scores of key j. With
     g = 1e-6, the outputs of other tokens change by less than 1e-5. The parameter `gates` is designed for optimizers
     such as Adam, whose step size does not depend on the scale of the gradient:
 
-    - g is linear in the parameter. With parameter log(g), a closed gate's gradient would be a million times smaller.
-    - g is 50 times the magnitude of the parameter, because g ranges from 0 to 1 and typical weights are about 0.02.
-    - The sign of the parameter is ignored. A gate clamped at zero would stay at zero after one step below zero.
-    - g is at most 1. A gate that reaches 1 stays open: the token is then an ordinary token. If all gates of a
-      checkpoint are open, `from_pretrained` removes them, and attention runs without a bias.
+    - g is linear in the parameter. With parameter log(g), a closed gate's gradient would be a
+      million times smaller.
+    - g is 50 times the magnitude of the parameter, because g ranges from 0 to 1 and typical weights
+      are about 0.02.
+    - The sign of the parameter is ignored. A gate clamped at zero would stay at zero after one step
+      below zero.
+    - g is at most 1. A gate that reaches 1 stays open: the token is then an ordinary token. If all
+      gates of a checkpoint are open, `from_pretrained` removes them, and attention runs without a
+      bias.
     """
 
     SCALE = 50.0
@@ -272,7 +285,10 @@ class TokenGates(nn.Module):
 
 
 def list_gated_tokens(config: ViTCLSConfig) -> list[tuple[str, int]]:
-    """Return (group, index within the group) of each gate, in sequence order. A group's last tokens are gated."""
+    """Return (group, index within the group) of each gate, in sequence order.
+
+    A group's last tokens are gated.
+    """
     gated_tokens = config.gated_tokens or {}
     tokens: list[tuple[str, int]] = []
     for group, field in COUNT_FIELDS.items():

@@ -8,10 +8,12 @@
          tokens [B, N, D]
 
 B images, N tokens, D channels. Every layer updates special tokens in the same way as patches.
-`ViTCLSModel` (modeling_vitcls.py) calls the layers. Post-norm and parallel layers, differential attention
-and register neurons are in variants_vitcls.py. Module names follow the ViT of transformers.
+`ViTCLSModel` (modeling_vitcls.py) calls the layers. Post-norm and parallel layers, differential
+attention and register neurons are in variants_vitcls.py. Module names follow the ViT of
+transformers.
 
-This file contains no performance optimizations. On CPUs, cpu_kernels_vitcls.py installs faster modules.
+This file contains no performance optimizations. On CPUs, cpu_kernels_vitcls.py installs faster
+modules.
 """
 
 import math
@@ -43,7 +45,7 @@ def build_norm(config: ViTCLSConfig, width: int | None = None) -> nn.Module:
     return NORMS[config.norm_type](width or config.hidden_size, eps=config.layer_norm_eps)
 
 
-# Embeddings ----------------------------------------------------------------------------------------------------------
+# Embeddings ---------------------------------------------------------------------------------------
 class ViTCLSPatchEmbeddings(nn.Module):
     """Project each patch, [B, C, H, W] -> [B, rows * columns, D]; pixels beyond the last whole patch are ignored."""
 
@@ -58,28 +60,35 @@ class ViTCLSPatchEmbeddings(nn.Module):
         self.norm = build_norm(config) if config.patch_norm else nn.Identity()
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Project the patches of images [B, C, H, W]. The caller must check the shape with `get_grid_size`."""
+        """Project the patches of images [B, C, H, W].
+
+        The caller must check the shape with `get_grid_size`.
+        """
         patches: Tensor = self.projection(pixel_values)  # [B, D, rows, columns]
         patches = patches.flatten(2).transpose(1, 2)  # [B, rows * columns, D]
         return self.norm(patches)
 
     def get_grid_size(self, pixel_values: Tensor) -> tuple[int, int]:
-        """Return the number of patch rows and columns. Raise ValueError if the shape of the images is unsupported."""
+        """Return the number of patch rows and columns.
+
+        Raise ValueError if the shape of the images is unsupported.
+        """
         if pixel_values.ndim != 4 or pixel_values.shape[0] == 0:
             raise ValueError(
-                f"pixel_values has shape {tuple(pixel_values.shape)}: pass images [batch, channels, height, width]"
+                f"pixel_values has shape {tuple(pixel_values.shape)}: pass images [batch, "
+                "channels, height, width]"
             )
         _, channels, height, width = pixel_values.shape
         if channels != self.num_channels:
             raise ValueError(
-                f"the model requires {self.num_channels} channel(s), but pixel_values has {channels}: convert the "
-                f"images, or build the model with num_channels={channels}"
+                f"the model requires {self.num_channels} channel(s), but pixel_values has "
+                f"{channels}: convert the images, or build the model with num_channels={channels}"
             )
         patch_height, patch_width = self.patch_size
         if height < patch_height or width < patch_width:
             raise ValueError(
-                f"images of {height} x {width} pixels are smaller than one patch of {patch_height} x {patch_width}: "
-                "enlarge the images"
+                f"images of {height} x {width} pixels are smaller than one patch of {patch_height} "
+                f"x {patch_width}: enlarge the images"
             )
         return height // patch_height, width // patch_width
 
@@ -123,7 +132,10 @@ class ViTCLSEmbeddings(nn.Module):
         return self.norm(tokens)
 
     def get_special_tokens(self) -> dict[str, Tensor]:
-        """Return the learned tokens [1, n, D] of each group, in sequence order. Empty groups are omitted."""
+        """Return the learned tokens [1, n, D] of each group, in sequence order.
+
+        Empty groups are omitted.
+        """
         groups = {
             "cls": self.cls_token,
             "distillation": self.distillation_token,
@@ -136,7 +148,8 @@ class ViTCLSEmbeddings(nn.Module):
         if bool_masked_pos is None:
             if self.mask_token is None or not self.training:
                 return patches
-            # Use an all-false mask, because distributed training requires a gradient for every parameter.
+            # Use an all-false mask, because distributed training requires a gradient for every
+            # parameter.
             bool_masked_pos = torch.zeros(
                 patches.shape[:2], dtype=torch.bool, device=patches.device
             )
@@ -189,7 +202,10 @@ class SinCosPositionEmbeddings(nn.Module):
     def forward(
         self, special_tokens: dict[str, Tensor], patches: Tensor, grid_size: tuple[int, int]
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Add position embeddings to the patches [B, rows * columns, D]. Special tokens do not change."""
+        """Add position embeddings to the patches [B, rows * columns, D].
+
+        Special tokens do not change.
+        """
         rows, columns = grid_size
         y = torch.arange(rows, dtype=torch.float32, device=patches.device)
         x = torch.arange(columns, dtype=torch.float32, device=patches.device)
@@ -223,7 +239,7 @@ def build_tokens(num_tokens: int, width: int) -> nn.Parameter | None:
     return nn.Parameter(torch.empty(1, num_tokens, width)) if num_tokens else None
 
 
-# Attention -----------------------------------------------------------------------------------------------------------
+# Attention ----------------------------------------------------------------------------------------
 def eager_attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -236,7 +252,8 @@ def eager_attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """Return the attention output [B, n, heads, head_dim] and the attention weights [B, heads, n, N].
 
-    Queries are [B, heads, n, head_dim]; keys and values are [B, heads, N, head_dim]. The softmax runs in float32.
+    Queries are [B, heads, n, head_dim]; keys and values are [B, heads, N, head_dim]. The softmax
+    runs in float32.
     """
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is not None:
@@ -246,7 +263,8 @@ def eager_attention_forward(
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
-# Function that receives query, key, value, mask, scaling and attention output; see `ViTCLSAttention.recorder`.
+# Function that receives query, key, value, mask, scaling and attention output; see
+# `ViTCLSAttention.recorder`.
 AttentionRecorder = Callable[[Tensor, Tensor, Tensor, Any, float, Tensor], None]
 
 
@@ -254,8 +272,8 @@ class ViTCLSAttention(nn.Module):
     """Multi-head self-attention.
 
     Attributes:
-        recorder: function that every forward pass calls with the inputs and output of the attention function. Set a
-            recorder to read queries, keys and values. Default: None.
+        recorder: function that every forward pass calls with the inputs and output of the attention
+            function. Set a recorder to read queries, keys and values. Default: None.
     """
 
     # number of attention maps that each head computes; 2 in differential attention
@@ -292,13 +310,17 @@ class ViTCLSAttention(nn.Module):
         num_queries: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the outputs [B, n, D] and the attention weights [B, heads, n, N]. Fused attention returns no weights.
+        """Return the outputs [B, n, D] and the attention weights [B, heads, n, N].
+
+        Fused attention returns no weights.
 
         Args:
             hidden_states: [B, N, D].
-            attention_mask: mask in the format that the attention implementation expects (attention_masks_vitcls.py).
+            attention_mask: mask in the format that the attention implementation expects
+                (attention_masks_vitcls.py).
             position_embeddings: (cos, sin) of rotary position embeddings.
-            num_queries: number n of leading tokens to update, which must be special tokens. Default: all N tokens.
+            num_queries: number n of leading tokens to update, which must be special tokens.
+                Default: all N tokens.
         """
         query, key, value = self.project_qkv(hidden_states, num_queries)
         if position_embeddings is not None:
@@ -314,7 +336,8 @@ class ViTCLSAttention(nn.Module):
         self, hidden_states: Tensor, num_queries: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries [B, heads, n, head_dim], keys and values [B, heads, N, head_dim], before rotary embedding."""
-        # torch.cat copies the tokens: with a view, torch.onnx would fix the batch size if the example has one image.
+        # torch.cat copies the tokens: with a view, torch.onnx would fix the batch size if the
+        # example has one image.
         queries = (
             hidden_states
             if num_queries is None
@@ -329,7 +352,10 @@ class ViTCLSAttention(nn.Module):
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the attention output [B, n, heads, head_dim] and the weights. Fused attention returns no weights."""
+        """Return the attention output [B, n, heads, head_dim] and the weights.
+
+        Fused attention returns no weights.
+        """
         attention_function = self.get_attention_function()
         kwargs |= {
             "dropout": self.attention_dropout if self.training else 0.0,
@@ -347,12 +373,13 @@ class ViTCLSAttention(nn.Module):
         )
 
 
-# MLP -----------------------------------------------------------------------------------------------------------------
+# MLP ----------------------------------------------------------------------------------------------
 class ViTCLSMLP(nn.Module):
     """Linear layer, activation, linear layer: [B, N, D] -> [B, N, intermediate] -> [B, N, D].
 
     Attributes:
-        register_neurons: module that edits activations (variants_vitcls.py); the identity by default.
+        register_neurons: module that edits activations (variants_vitcls.py); the identity by
+            default.
     """
 
     def __init__(self, config: ViTCLSConfig) -> None:
@@ -394,7 +421,7 @@ class ViTCLSGLU(nn.Module):
         return self.down_proj(self.norm(self.register_neurons(activations)))
 
 
-# Layer ---------------------------------------------------------------------------------------------------------------
+# Layer --------------------------------------------------------------------------------------------
 class LayerScale(nn.Module):
     """Multiply each channel by a learned factor, [B, N, D] -> [B, N, D] (CaiT, arXiv 2103.17239)."""
 
@@ -412,7 +439,8 @@ class DropPath(nn.Module):
 
     def __init__(self, rate: float) -> None:
         super().__init__()
-        self.rate = rate  # a Python float: a tensor would lose its value when a model is built on the meta device
+        # a Python float: a tensor would lose its value when a model is built on the meta device
+        self.rate = rate
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Zero the branch [B, N, D] for random images; divide it by the keep probability for all others."""

@@ -5,8 +5,9 @@ The token order is the same in the whole package:
 
     [ CLS x k | distillation x d | register x r | patches ]
 
-`config.token_layout` has a slice for each group. The fields are divided into main options and options for converted
-checkpoints. All checks of a configuration are in this file: a model with a valid configuration can be built and run.
+`config.token_layout` has a slice for each group. The fields are divided into main options and
+options for converted checkpoints. All checks of a configuration are in this file: a model with a
+valid configuration can be built and run.
 """
 
 import transformers
@@ -15,8 +16,8 @@ import transformers
 MIN_TRANSFORMERS_VERSION = (5, 4)
 if tuple(map(int, transformers.__version__.split(".")[:2])) < MIN_TRANSFORMERS_VERSION:
     raise ImportError(
-        f"This checkpoint requires transformers >= {'.'.join(map(str, MIN_TRANSFORMERS_VERSION))}, but "
-        f"{transformers.__version__} is installed. Run: pip install -U transformers"
+        f"This checkpoint requires transformers >= {'.'.join(map(str, MIN_TRANSFORMERS_VERSION))}, "
+        f"but {transformers.__version__} is installed. Run: pip install -U transformers"
     )
 
 import copy
@@ -47,7 +48,8 @@ AUTO_MAP = {
     "AutoBackbone": "modeling_vitcls.ViTCLSBackbone",
 }
 
-# transformers' remote code loader copies the files that these lines name. As imports, they would form a ring.
+# transformers' remote code loader copies the files that these lines name. As imports, they would
+# form a ring.
 _COPIED_FILES = """
 from .adaptation_vitcls import *
 from .attention_masks_vitcls import *
@@ -89,11 +91,13 @@ PRESETS: dict[str, dict[str, int]] = {
     },
 }
 
-# Keywords that are not fields of `ViTCLSConfig`, but that transformers passes to every configuration or stores in it.
+# Keywords that are not fields of `ViTCLSConfig`, but that transformers passes to every
+# configuration or stores in it.
 TRANSFORMERS_KEYWORDS = frozenset(
-    "num_labels output_attentions attn_implementation experts_implementation torch_dtype name_or_path auto_map "
-    "model_type task_specific_params quantization_config use_cache tie_word_embeddings torchscript pruned_heads "
-    "finetuning_task tokenizer_class prefix use_return_dict out_features out_indices stage_names "
+    "num_labels output_attentions attn_implementation experts_implementation torch_dtype "
+    "name_or_path auto_map model_type task_specific_params quantization_config use_cache "
+    "tie_word_embeddings torchscript pruned_heads finetuning_task tokenizer_class prefix "
+    "use_return_dict out_features out_indices stage_names "
     "gradient_checkpointing per_layer_config tie_last_hidden_states".split()
 )
 
@@ -111,7 +115,8 @@ GROUPS_WITH_POSITIONS: dict[str, tuple[str, ...]] = {
     "all": tuple(COUNT_FIELDS),
 }
 
-# Fields for which `from_pretrained(..., field=value)` adapts the weights of a checkpoint (adaptation_vitcls.py).
+# Fields for which `from_pretrained(..., field=value)` adapts the weights of a checkpoint
+# (adaptation_vitcls.py).
 ADAPTABLE_FIELDS = (
     *("image_size", "patch_size", *COUNT_FIELDS.values()),
     *("cls_scopes", "gated_tokens", "register_neurons", "specialized_layers", "extra_heads"),
@@ -189,14 +194,16 @@ class ExtraHead:
 
     Attributes:
         labels: label names, in the order of the logits.
-        pooling: "cls", "mean", "cls_mean" or "max"; or a list with one of them for each of the layers.
+        pooling: "cls", "mean", "cls_mean" or "max"; or a list with one of them for each of the
+            layers.
         pooled_layers: layers whose tokens are pooled, as in `ViTCLSConfig`.
         problem_type: "single_label_classification" or "multi_label_classification".
         temperature: number by which the logits are divided in evaluation mode.
-        threshold: for several labels per image, the probability from which a label is predicted; for one label per
-            image, the energy above which an image is unlikely to show any of the labels.
-        adds_classes: whether the logits are appended to `logits`, as those of further classes of the classifier. The
-            labels are then the last ones of `id2label`.
+        threshold: for several labels per image, the probability from which a label is predicted;
+            for one label per image, the energy above which an image is unlikely to show any of the
+            labels.
+        adds_classes: whether the logits are appended to `logits`, as those of further classes of
+            the classifier. The labels are then the last ones of `id2label`.
     """
 
     labels: list[str]
@@ -228,155 +235,195 @@ def raise_one_line_errors() -> Iterator[None]:
 class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     r"""Configuration of a Vision Transformer with configurable CLS, distillation and register tokens.
 
-    The defaults are those of ViT-B/16 (arXiv 2010.11929, table 1) at 224 x 224 pixels: one CLS token and 196 patches.
+    The defaults are those of ViT-B/16 (arXiv 2010.11929, table 1) at 224 x 224 pixels: one CLS
+    token and 196 patches.
 
     **Main options**
 
     Tokens:
-        num_cls_tokens (`int`, defaults to 1): Number of CLS tokens, at the start of the sequence. With 0, the model
-            has no CLS token. Several CLS tokens can represent tasks (`tasks`) or regions of the image (`cls_scopes`).
-        num_distillation_tokens (`int`, defaults to 0): Number of tokens that learn from a teacher (DeiT, arXiv
-            2012.12877).
-        distillation_teachers (`list[str]`, *optional*): Names of the teachers: after `vitcls pretrain --teachers`,
-            distillation token k is an embedding that imitates the pooled vector of teacher k.
-        num_register_tokens (`int`, defaults to 0): Number of register tokens, which can store global information that
-            the model would otherwise store in patches (Darcet et al. 2023, arXiv 2309.16588).
-        use_mask_token (`bool`, defaults to `False`): Whether the model has a learned token that replaces masked
-            patches (`bool_masked_pos`). `ViTCLSForMaskedImageModeling` always has a mask token.
-        token_init (`"trunc_normal"`, `"near_zero"` or `"zeros"`, defaults to `"trunc_normal"`): Initial values of the
-            special tokens: truncated normal with standard deviation `initializer_range` (DeiT, DINO), normal with
-            standard deviation 1e-6 (timm, DINOv2), or zero (ViT). `"zeros"` raises an error if tokens would remain
-            identical during training.
-        cls_scopes (`list`, *optional*): Image region that each CLS token can attend to, one region per token:
-            `"image"`, or `[rows, columns, row, column]` for one cell of a rows x columns grid over the image. Every
-            token can attend to all special tokens. Default: the whole image for each CLS token.
+        num_cls_tokens (`int`, defaults to 1): Number of CLS tokens, at the start of the sequence.
+            With 0, the model has no CLS token. Several CLS tokens can represent tasks (`tasks`) or
+            regions of the image (`cls_scopes`).
+        num_distillation_tokens (`int`, defaults to 0): Number of tokens that learn from a teacher
+            (DeiT, arXiv 2012.12877).
+        distillation_teachers (`list[str]`, *optional*): Names of the teachers: after `vitcls
+            pretrain --teachers`, distillation token k is an embedding that imitates the pooled
+            vector of teacher k.
+        num_register_tokens (`int`, defaults to 0): Number of register tokens, which can store
+            global information that the model would otherwise store in patches (Darcet et al. 2023,
+            arXiv 2309.16588).
+        use_mask_token (`bool`, defaults to `False`): Whether the model has a learned token that
+            replaces masked patches (`bool_masked_pos`). `ViTCLSForMaskedImageModeling` always has a
+            mask token.
+        token_init (`"trunc_normal"`, `"near_zero"` or `"zeros"`, defaults to `"trunc_normal"`):
+            Initial values of the special tokens: truncated normal with standard deviation
+            `initializer_range` (DeiT, DINO), normal with standard deviation 1e-6 (timm, DINOv2), or
+            zero (ViT). `"zeros"` raises an error if tokens would remain identical during training.
+        cls_scopes (`list`, *optional*): Image region that each CLS token can attend to, one region
+        per token:
+            `"image"`, or `[rows, columns, row, column]` for one cell of a rows x columns grid over
+            the image. Every token can attend to all special tokens. Default: the whole image for
+            each CLS token.
         gated_tokens (`dict[str, int]`, *optional*): Token group -> number of gated tokens at the end of the group. A
-            gate scales the influence of a token on other tokens. `model.adapt` and `from_pretrained` set this field
-            when they add tokens.
-        register_neurons (`list[[layer, neuron]]`, *optional*): MLP neurons whose activations are moved to the last
-            register (Jiang et al. 2025, arXiv 2506.08010). `find_register_neurons` finds such neurons.
+            gate scales the influence of a token on other tokens. `model.adapt` and
+            `from_pretrained` set this field when they add tokens.
+        register_neurons (`list[[layer, neuron]]`, *optional*): MLP neurons whose activations are
+            moved to the last register (Jiang et al. 2025, arXiv 2506.08010).
+            `find_register_neurons` finds such neurons.
         specialized_layers (`dict[str, list[int]]`, *optional*): Part of a layer, `"norm"` or `"qkv"` -> indices of the
-            layers in which special tokens have weights of their own for this part (arXiv 2602.08626).
+            layers in which special tokens have weights of their own for this part (arXiv
+            2602.08626).
         tasks (`dict[str, int | list[str]]`, *optional*): Task name -> number of labels or label names, for
-            `ViTCLSForMultiTaskClassification`. Tasks are sorted by name; the input of classifier i is CLS token i.
+            `ViTCLSForMultiTaskClassification`. Tasks are sorted by name; the input of classifier i
+            is CLS token i.
 
     Pooling and heads:
-        pooling (`str`, defaults to `"cls"`): Input of the head: `"cls"`, `"mean"` (of the patches), `"cls_mean"`
-            (both, concatenated), `"max"` (of the patches) or `"attention"` (a learned query over the patches; Zhai et
-            al. 2022, arXiv 2106.04560, section 3.3).
-        cls_pooling (`"first"`, `"mean"` or `"concat"`, defaults to `"first"`): How several CLS tokens are combined.
-        pooled_cls_tokens (`list[int]`, *optional*): Indices of the CLS tokens that are pooled. Default: all.
-        pooled_layers (`list[int]`, *optional*): Layers whose tokens are pooled, each after the final norm. The input
-            of the head is the concatenation, in this order. Indices are those of `hidden_states` and `out_indices`:
-            1 is the first layer, -1 the last. `[-4, -3, -2, -1]` is the order of DINOv2's linear evaluation
-            (`n_last_blocks` in dinov2/eval/linear.py; Oquab et al. 2023, arXiv 2304.07193). Default: the last layer.
-        head_type (`"linear"` or `"mlp"`, defaults to `"linear"`): Type of the head. `"mlp"` is Linear, GELU, Linear.
-        head_hidden_size (`int`, *optional*): Hidden size of the MLP head. Default: `hidden_size`.
-        distillation_head (`bool`, *optional*): Whether the distillation token has a classifier. Default: `True`.
-        distillation_inference (`"mean"`, `"cls"` or `"distillation"`, defaults to `"mean"`): Logits that a model with
-            two heads returns: the mean of both heads' logits (DeiT, section 5.2), or the logits of one head.
-        compute_all_tokens (`bool`, defaults to `False`): Whether the last layer of a classifier computes all tokens.
-            By default, it computes only the tokens that its heads read, which is faster; the logits are the same.
+        pooling (`str`, defaults to `"cls"`): Input of the head: `"cls"`, `"mean"` (of the patches),
+            `"cls_mean"` (both, concatenated), `"max"` (of the patches) or `"attention"` (a learned
+            query over the patches; Zhai et al. 2022, arXiv 2106.04560, section 3.3).
+        cls_pooling (`"first"`, `"mean"` or `"concat"`, defaults to `"first"`): How several CLS
+        tokens are combined. pooled_cls_tokens (`list[int]`, *optional*): Indices of the CLS tokens
+        that are pooled. Default: all. pooled_layers (`list[int]`, *optional*): Layers whose tokens
+        are pooled, each after the final norm. The input
+            of the head is the concatenation, in this order. Indices are those of `hidden_states`
+            and `out_indices`: 1 is the first layer, -1 the last. `[-4, -3, -2, -1]` is the order of
+            DINOv2's linear evaluation (`n_last_blocks` in dinov2/eval/linear.py; Oquab et al. 2023,
+            arXiv 2304.07193). Default: the last layer.
+        head_type (`"linear"` or `"mlp"`, defaults to `"linear"`): Type of the head. `"mlp"` is
+        Linear, GELU, Linear. head_hidden_size (`int`, *optional*): Hidden size of the MLP head.
+        Default: `hidden_size`. distillation_head (`bool`, *optional*): Whether the distillation
+        token has a classifier. Default: `True`. distillation_inference (`"mean"`, `"cls"` or
+        `"distillation"`, defaults to `"mean"`): Logits that a model with
+            two heads returns: the mean of both heads' logits (DeiT, section 5.2), or the logits of
+                one head.
+        compute_all_tokens (`bool`, defaults to `False`): Whether the last layer of a classifier
+            computes all tokens. By default, it computes only the tokens that its heads read, which
+            is faster; the logits are the same.
         extra_heads (`dict[str, dict]`, *optional*): Task name -> fields of `ExtraHead`, for example
-            `{"weather": {"labels": ["rain", "sun"], "pooling": "mean", "pooled_layers": [-2, -1]}}`. Extra heads are
-            linear classifiers that only read the tokens of the model: they do not change its other outputs.
+            `{"weather": {"labels": ["rain", "sun"], "pooling": "mean", "pooled_layers": [-2,
+            -1]}}`. Extra heads are linear classifiers that only read the tokens of the model: they
+            do not change its other outputs.
 
     Image and patches:
-        image_size (`int` or `[height, width]`, defaults to 224): Image size in pixels, a multiple of the patch size.
-            The size determines the grid of learned position embeddings. The model also accepts other image sizes.
+        image_size (`int` or `[height, width]`, defaults to 224): Image size in pixels, a multiple
+            of the patch size. The size determines the grid of learned position embeddings. The
+            model also accepts other image sizes.
         patch_size (`int` or `[height, width]`, defaults to 16): Patch size in pixels.
         num_channels (`int`, defaults to 3): Number of image channels.
 
     Model:
-        hidden_size, num_hidden_layers, num_attention_heads, intermediate_size (`int`, defaults to 768, 12, 12, 3072):
-            Encoder sizes. `hidden_size` is a multiple of `num_attention_heads`, unless `attention_head_size` is set.
-        position_embedding_type (`str`, defaults to `"learned"`): `"learned"`, `"sincos_2d"` (fixed; MoCo v3, arXiv
-            2104.02057, and MAE), `"rope_2d"` (rotary on queries and keys of the patches; DINOv3, arXiv 2508.10104),
-            `"rope_mixed"` (rotary with learned frequencies per layer and head; RoPE-ViT, arXiv 2403.13298),
-            `"learned_rope_2d"`, `"learned_rope_mixed"` (learned and rotary; EVA-02) or `"none"`.
-        attention_type (`"softmax"` or `"differential"`, defaults to `"softmax"`): `"differential"` subtracts a second
-            attention map in each head (Ye et al. 2024, arXiv 2410.05258).
-        qk_norm (`bool`, defaults to `False`): Norm on queries and keys of each head (ViT-22B, arXiv 2302.05442).
-        mlp_type (`"mlp"`, `"glu"` or `"swiglu"`, defaults to `"mlp"`): `"glu"` is a gated MLP with
+        hidden_size, num_hidden_layers, num_attention_heads, intermediate_size (`int`, defaults to
+        768, 12, 12, 3072):
+            Encoder sizes. `hidden_size` is a multiple of `num_attention_heads`, unless
+            `attention_head_size` is set.
+        position_embedding_type (`str`, defaults to `"learned"`): `"learned"`, `"sincos_2d"` (fixed;
+            MoCo v3, arXiv 2104.02057, and MAE), `"rope_2d"` (rotary on queries and keys of the
+            patches; DINOv3, arXiv 2508.10104), `"rope_mixed"` (rotary with learned frequencies per
+            layer and head; RoPE-ViT, arXiv 2403.13298), `"learned_rope_2d"`, `"learned_rope_mixed"`
+            (learned and rotary; EVA-02) or `"none"`.
+        attention_type (`"softmax"` or `"differential"`, defaults to `"softmax"`): `"differential"`
+            subtracts a second attention map in each head (Ye et al. 2024, arXiv 2410.05258).
+        qk_norm (`bool`, defaults to `False`): Norm on queries and keys of each head (ViT-22B, arXiv
+        2302.05442). mlp_type (`"mlp"`, `"glu"` or `"swiglu"`, defaults to `"mlp"`): `"glu"` is a
+        gated MLP with
             `hidden_act`, and `"swiglu"` is a gated MLP with SiLU (Shazeer 2020, arXiv 2002.05202).
-        hidden_act (`str`, defaults to `"gelu"`): Activation of the MLP, any name in transformers' `ACT2FN`.
-        layer_scale_init_value (`float`, *optional*): Initial value of a learned scale per channel on each residual
+        hidden_act (`str`, defaults to `"gelu"`): Activation of the MLP, any name in transformers'
+        `ACT2FN`. layer_scale_init_value (`float`, *optional*): Initial value of a learned scale per
+        channel on each residual
             branch (CaiT, arXiv 2103.17239). Default: no scale.
         initializer_range (`float`, defaults to 0.02): Standard deviation of the initial weights.
 
     Regularization:
-        hidden_dropout_prob, attention_probs_dropout_prob (`float`, defaults to 0): Dropout rates, in [0, 1), of
-            residual branches and embeddings, and of attention weights.
-        drop_path_rate (`float`, defaults to 0): Rate, in [0, 1), at which an image skips a residual branch of the
-            last layer. The rate increases linearly from 0 in the first layer (Huang et al. 2016, arXiv 1603.09382).
-        patch_drop_rate (`float`, defaults to 0): Fraction, in [0, 1), of each image's patches that are dropped at
-            random in training (PatchDropout, arXiv 2208.07220; FLIP, arXiv 2212.00794). At least one patch is kept.
+        hidden_dropout_prob, attention_probs_dropout_prob (`float`, defaults to 0): Dropout rates,
+            in [0, 1), of residual branches and embeddings, and of attention weights.
+        drop_path_rate (`float`, defaults to 0): Rate, in [0, 1), at which an image skips a residual
+            branch of the last layer. The rate increases linearly from 0 in the first layer (Huang
+            et al. 2016, arXiv 1603.09382).
+        patch_drop_rate (`float`, defaults to 0): Fraction, in [0, 1), of each image's patches that
+            are dropped at random in training (PatchDropout, arXiv 2208.07220; FLIP, arXiv
+            2212.00794). At least one patch is kept.
 
     Confidence (measured on held-out images after fine-tuning):
-        temperature (`float`, defaults to 1): The classifier's logits are divided by this number in evaluation mode, so
-            that their softmax is calibrated (Guo et al. 2017, arXiv 1706.04599). Predicted labels do not change.
-        energy_threshold (`float`, *optional*): Energy, -log(sum(exp(logits))), above which an image is unlikely to
-            show any of the labels (arXiv 2010.03759).
+        temperature (`float`, defaults to 1): The classifier's logits are divided by this number in
+            evaluation mode, so that their softmax is calibrated (Guo et al. 2017, arXiv
+            1706.04599). Predicted labels do not change.
+        energy_threshold (`float`, *optional*): Energy, -log(sum(exp(logits))), above which an image
+            is unlikely to show any of the labels (arXiv 2010.03759).
 
     Masked image modeling:
-        mim_loss (`"l1"` or `"l2"`, defaults to `"l1"`): Masked-pixel loss: L1 (SimMIM, arXiv 2111.09886) or L2 (MAE).
-        norm_pixel_target (`bool`, defaults to `False`): Whether the target pixels are normalized per patch (MAE).
+        mim_loss (`"l1"` or `"l2"`, defaults to `"l1"`): Masked-pixel loss: L1 (SimMIM, arXiv
+        2111.09886) or L2 (MAE). norm_pixel_target (`bool`, defaults to `False`): Whether the target
+        pixels are normalized per patch (MAE).
 
     Backbone:
-        out_features, out_indices (`list`, *optional*): Stages whose feature maps `ViTCLSBackbone` returns: `"stem"`,
-            `"stage1"`, ... Default: the last stage.
-        apply_layernorm (`bool`, defaults to `True`): Whether the final norm is also applied to earlier stages.
-        reshape_hidden_states (`bool`, defaults to `True`): Whether feature maps are [batch, channels, rows, columns].
+        out_features, out_indices (`list`, *optional*): Stages whose feature maps `ViTCLSBackbone`
+            returns: `"stem"`, `"stage1"`, ... Default: the last stage.
+        apply_layernorm (`bool`, defaults to `True`): Whether the final norm is also applied to
+        earlier stages. reshape_hidden_states (`bool`, defaults to `True`): Whether feature maps are
+        [batch, channels, rows, columns].
 
     **Options for converted checkpoints**
 
     Positions:
-        position_embedding_tokens (`"patches"`, `"cls"` or `"all"`, defaults to `"cls"`): Tokens with learned
-            position embeddings: patches only, CLS and patches (ViT, DINOv2), or all tokens.
-        position_interpolation (`"bicubic"`, `"bilinear"` or `"crop"`, defaults to `"bicubic"`): How learned position
-            embeddings are resampled for other image sizes. `"crop"` resamples to a square and crops it (RADIO).
-        position_antialias (`bool`, defaults to `False`): Whether downsampling of learned positions uses antialiasing.
-        position_offset (`float`, defaults to 0.0): Number added to the new grid size (0.1 in DINO, iBOT and DINOv2).
-        rope_theta (`float`, defaults to 100.0): Base of the periods of rotary position embeddings.
-        rope_periods (`list[float]`, *optional*): `head_dim / 4` rotary periods, for checkpoints that store rounded
+        position_embedding_tokens (`"patches"`, `"cls"` or `"all"`, defaults to `"cls"`): Tokens
+            with learned position embeddings: patches only, CLS and patches (ViT, DINOv2), or all
+            tokens.
+        position_interpolation (`"bicubic"`, `"bilinear"` or `"crop"`, defaults to `"bicubic"`): How
+            learned position embeddings are resampled for other image sizes. `"crop"` resamples to a
+            square and crops it (RADIO).
+        position_antialias (`bool`, defaults to `False`): Whether downsampling of learned positions
+        uses antialiasing. position_offset (`float`, defaults to 0.0): Number added to the new grid
+        size (0.1 in DINO, iBOT and DINOv2). rope_theta (`float`, defaults to 100.0): Base of the
+        periods of rotary position embeddings. rope_periods (`list[float]`, *optional*): `head_dim /
+        4` rotary periods, for checkpoints that store rounded
             periods (DINOv3). Default: computed in float32 from `rope_theta`.
-        rope_coordinates (`"centered"` or `"grid"`, defaults to `"centered"`): Rotary coordinates: patch centers from
-            -1 to 1 over the image (DINOv3), or patch indices (EVA-02).
-        rope_reference_grid (`[rows, columns]`, *optional*): Grid to which `"grid"` coordinates are scaled.
-        rope_grid_offset (`float`, defaults to 0.0): Offset that is added to each `"grid"` coordinate, in patches.
-        rope_axes (`"yx"` or `"xy"`, defaults to `"yx"`): Axes of the two halves of the rotary frequencies.
-        relative_position_bias (`"none"`, `"layer"` or `"shared"`, defaults to `"none"`): A learned attention bias per
-            relative position of two patches, for each layer or shared by all layers (BEiT, arXiv 2106.08254).
+        rope_coordinates (`"centered"` or `"grid"`, defaults to `"centered"`): Rotary coordinates:
+            patch centers from -1 to 1 over the image (DINOv3), or patch indices (EVA-02).
+        rope_reference_grid (`[rows, columns]`, *optional*): Grid to which `"grid"` coordinates are
+        scaled. rope_grid_offset (`float`, defaults to 0.0): Offset that is added to each `"grid"`
+        coordinate, in patches. rope_axes (`"yx"` or `"xy"`, defaults to `"yx"`): Axes of the two
+        halves of the rotary frequencies. relative_position_bias (`"none"`, `"layer"` or `"shared"`,
+        defaults to `"none"`): A learned attention bias per
+            relative position of two patches, for each layer or shared by all layers (BEiT, arXiv
+            2106.08254).
 
     Layers and norms:
-        attention_head_size (`int`, *optional*): Size of one head. Default: `hidden_size / num_attention_heads`.
-        layer_type (`"standard"`, `"post"` or `"parallel"`, defaults to `"standard"`): `x + f(norm(x))` for attention,
-            then MLP; `x + norm(f(x))` (EVA02-CLIP-E); or attention and MLP in parallel after one norm (ViT-22B).
-        norm_type (`"layernorm"` or `"rmsnorm"`, defaults to `"layernorm"`): Type of all norms except `head_norm`.
-        layer_norm_eps (`float`, defaults to 1e-6): Epsilon of all norms except `head_norm`.
-        patch_norm (`bool`, defaults to `False`): Norm on the projected patches, before positions are added (AIMv2).
-        pre_norm (`bool`, defaults to `False`): Norm on the embedded tokens before the first layer (CLIP).
-        attention_norm, mlp_norm (`bool`, defaults to `False`): Norm before the output projection of attention, and of
+        attention_head_size (`int`, *optional*): Size of one head. Default: `hidden_size /
+        num_attention_heads`. layer_type (`"standard"`, `"post"` or `"parallel"`, defaults to
+        `"standard"`): `x + f(norm(x))` for attention,
+            then MLP; `x + norm(f(x))` (EVA02-CLIP-E); or attention and MLP in parallel after one
+            norm (ViT-22B).
+        norm_type (`"layernorm"` or `"rmsnorm"`, defaults to `"layernorm"`): Type of all norms
+        except `head_norm`. layer_norm_eps (`float`, defaults to 1e-6): Epsilon of all norms except
+        `head_norm`. patch_norm (`bool`, defaults to `False`): Norm on the projected patches, before
+        positions are added (AIMv2). pre_norm (`bool`, defaults to `False`): Norm on the embedded
+        tokens before the first layer (CLIP). attention_norm, mlp_norm (`bool`, defaults to
+        `False`): Norm before the output projection of attention, and of
             the MLP (NormFormer, arXiv 2110.09456; EVA-02).
         final_norm (`bool`, defaults to `True`): Norm on the output of the last layer.
 
     Biases:
         patch_bias (`bool`, defaults to `True`): Bias of the patch projection (CLIP has none).
         qkv_bias (`bool`, defaults to `True`): Biases of the query, key and value projections.
-        query_bias, key_bias, value_bias (`bool`, *optional*): Bias of one projection. Default: `qkv_bias`.
-        projection_bias, mlp_bias (`bool`, defaults to `True`): Biases of the attention output projection and the MLP.
+        query_bias, key_bias, value_bias (`bool`, *optional*): Bias of one projection. Default:
+        `qkv_bias`. projection_bias, mlp_bias (`bool`, defaults to `True`): Biases of the attention
+        output projection and the MLP.
 
     Pooling:
-        pooled_norm (`bool`, defaults to `False`): Norm of type `norm_type` on the pooled vector (timm's `fc_norm`).
-        pooled_activation (`str`, *optional*): Activation after a linear layer on the pooled vector (`"tanh"` in
+        pooled_norm (`bool`, defaults to `False`): Norm of type `norm_type` on the pooled vector
+        (timm's `fc_norm`). pooled_activation (`str`, *optional*): Activation after a linear layer
+        on the pooled vector (`"tanh"` in
             transformers' `ViTModel` and `DeiTModel`). Default: no linear layer and no activation.
-        attention_pool_tokens (`"patches"` or `"all"`, defaults to `"patches"`): Input tokens of attention pooling.
-        attention_pool_heads, attention_pool_intermediate_size (`int`, *optional*): Number of heads and MLP size of
+        attention_pool_tokens (`"patches"` or `"all"`, defaults to `"patches"`): Input tokens of
+        attention pooling. attention_pool_heads, attention_pool_intermediate_size (`int`,
+        *optional*): Number of heads and MLP size of
             `pooling="attention"`. Default: the values of the encoder.
-        attention_pool_mlp (`bool`, defaults to `True`): Whether attention pooling has a norm and MLP (not in AIMv2).
+        attention_pool_mlp (`bool`, defaults to `True`): Whether attention pooling has a norm and
+        MLP (not in AIMv2).
 
     Raises:
-        ValueError: If a field has a wrong type or value, fields contradict each other, or a keyword is unknown.
+        ValueError: If a field has a wrong type or value, fields contradict each other, or a keyword
+            is unknown.
 
     Example:
         >>> from modeling_vitcls import ViTCLSConfig
@@ -386,7 +433,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     """
 
     model_type = "vitcls"
-    # Whether to skip validation. True only while loading a checkpoint whose weights are then adapted.
+    # Whether to skip validation. True only while loading a checkpoint whose weights are then
+    # adapted.
     _skip_validation: ClassVar[bool] = False
     # Outputs that Trainer does not collect as predictions.
     keys_to_ignore_at_inference: ClassVar[list[str]] = (
@@ -501,7 +549,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 
         self.validate_sizes()  # checked before lists of these sizes are built
         self.auto_map = kwargs.pop("auto_map", None) or self.build_auto_map()
-        # AutoModelForImageClassification selects one of two classes by `architectures`, which must not be None.
+        # AutoModelForImageClassification selects one of two classes by `architectures`, which must
+        # not be None.
         self.architectures = self.architectures or []
 
         self.stage_names = [
@@ -516,18 +565,20 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 
         self._check_labels(kwargs.get("num_labels"))
         super().__post_init__(**kwargs)
-        # transformers derives labels from `num_labels`, but leaves `label2id` empty if only `id2label` is given.
+        # transformers derives labels from `num_labels`, but leaves `label2id` empty if only
+        # `id2label` is given.
         if self.label2id is None:
             self.label2id = {
                 str(label): int(index) for index, label in (self.id2label or {}).items()
             }
 
-    # Building and saving ---------------------------------------------------------------------------------------------
+    # Building and saving --------------------------------------------------------------------------
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "ViTCLSConfig":
         """Build the configuration of a `"tiny"`, `"small"`, `"base"` or `"large"` ViT; keyword arguments set fields.
 
-        Base and large are from ViT (arXiv 2010.11929, table 1), tiny and small from DeiT (arXiv 2012.12877, table 1).
+        Base and large are from ViT (arXiv 2010.11929, table 1), tiny and small from DeiT (arXiv
+        2012.12877, table 1).
 
         Raises:
             ValueError: If the name is unknown.
@@ -626,8 +677,9 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     def register_auto_classes(cls) -> None:
         """Register the configuration, models, backbone and image processors with the Auto classes of transformers.
 
-        Composite models, for example `VisionTextDualEncoderModel`, require this registration. A registered class takes
-        precedence over `trust_remote_code` and `revision` in all later loads in this process.
+        Composite models, for example `VisionTextDualEncoderModel`, require this registration. A
+        registered class takes precedence over `trust_remote_code` and `revision` in all later loads
+        in this process.
         """
         processing = importlib.import_module(".image_processing_vitcls", __package__)
         modeling = importlib.import_module(".modeling_vitcls", __package__)
@@ -656,7 +708,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             cls, image_processor_classes=processor_classes, exist_ok=True
         )
 
-    # Derived values --------------------------------------------------------------------------------------------------
+    # Derived values -------------------------------------------------------------------------------
     @property
     def token_layout(self) -> TokenLayout:
         """Return the slices of the token groups in the sequence."""
@@ -747,7 +799,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     def num_head_tokens(self) -> int | None:
         """Return the number of leading tokens that the classifiers read, or None if they require all tokens.
 
-        In the last layer, a classifier computes only these tokens unless `compute_all_tokens` is True.
+        In the last layer, a classifier computes only these tokens unless `compute_all_tokens` is
+        True.
         """
         if self.pooling != "cls" or not self.can_trim_last_layer:
             return None
@@ -808,9 +861,12 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         config.energy_threshold = head.threshold if is_single_label else None
         return config
 
-    # Size checks, which the other checks require -------------------------------------------------------------------
+    # Size checks, which the other checks require --------------------------------------------------
     def validate_architecture(self) -> None:
-        """Check sizes before transformers' own check, which uses `head_dim`. Checks run in alphabetical order."""
+        """Check sizes before transformers' own check, which uses `head_dim`.
+
+        Checks run in alphabetical order.
+        """
         self.validate_sizes()
         super().validate_architecture()
 
@@ -823,7 +879,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                     f"`{name}` must be between {minimum} and {maximum:,}, but it is {value}."
                 )
 
-    # Checks of the main options --------------------------------------------------------------------------------------
+    # Checks of the main options -------------------------------------------------------------------
     def validate_token_init(self) -> None:
         """Check that special tokens cannot remain identical during training."""
         has_learned_positions = self.position_embedding_type.startswith("learned")
@@ -846,7 +902,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         grid_rows, grid_columns = self.grid_size
         if scopes is not None and len(scopes) != self.num_cls_tokens:
             raise ValueError(
-                f"`cls_scopes` has {len(scopes)} scopes. Set one for each of {self.num_cls_tokens} CLS tokens."
+                f"`cls_scopes` has {len(scopes)} scopes. Set one for each of {self.num_cls_tokens} "
+                "CLS tokens."
             )
 
         for scope in scopes or ():
@@ -859,8 +916,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             rows, columns, row, column = scope
             if not (0 <= row < rows <= grid_rows and 0 <= column < columns <= grid_columns):
                 raise ValueError(
-                    f"`cls_scopes`: {scope} is not a cell of a {rows} x {columns} grid over {grid_rows} x "
-                    f"{grid_columns} patches. Count rows and columns from 0."
+                    f"`cls_scopes`: {scope} is not a cell of a {rows} x {columns} grid over "
+                    f"{grid_rows} x {grid_columns} patches. Count rows and columns from 0."
                 )
 
     def validate_gates(self) -> None:
@@ -873,7 +930,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             num_tokens = getattr(self, COUNT_FIELDS[group])
             if not 0 < num_gated <= num_tokens:
                 raise ValueError(
-                    f"`gated_tokens`: {num_gated} of {num_tokens} {group!r} tokens. Omit {group!r} for none."
+                    f"`gated_tokens`: {num_gated} of {num_tokens} {group!r} tokens. Omit {group!r} "
+                    "for none."
                 )
 
     def validate_register_neurons(self) -> None:
@@ -887,8 +945,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                 0 <= pair[0] < self.num_hidden_layers and 0 <= pair[1] < self.intermediate_size
             ):
                 raise ValueError(
-                    f"`register_neurons`: {pair} must be [layer, neuron], with a layer below {self.num_hidden_layers} "
-                    f"and a neuron below {self.intermediate_size}."
+                    f"`register_neurons`: {pair} must be [layer, neuron], with a layer below "
+                    f"{self.num_hidden_layers} and a neuron below {self.intermediate_size}."
                 )
 
     def validate_specialized_layers(self) -> None:
@@ -911,12 +969,14 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             return
         if len(self.tasks) != self.num_cls_tokens or not self.tasks:
             raise ValueError(
-                f"`tasks` requires one CLS token per task. Set `num_cls_tokens={max(len(self.tasks), 1)}`."
+                "`tasks` requires one CLS token per task. Set "
+                f"`num_cls_tokens={max(len(self.tasks), 1)}`."
             )
         if self.cls_scopes and list(self.tasks) != sorted(self.tasks):
             order = ", ".join(sorted(self.tasks))
             raise ValueError(
-                f"`cls_scopes` requires `tasks` in alphabetical order. Reorder both fields: {order}."
+                "`cls_scopes` requires `tasks` in alphabetical order. Reorder both fields: "
+                f"{order}."
             )
         if self.pooling != "cls":
             raise ValueError(
@@ -926,7 +986,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         for name, labels in self.tasks.items():
             if not name.isidentifier():
                 raise ValueError(
-                    f"`tasks` does not support the name {name!r}. Use letters, digits and underscores."
+                    f"`tasks` does not support the name {name!r}. Use letters, digits and "
+                    "underscores."
                 )
             num_labels = labels if isinstance(labels, int) else len(set(labels))
             has_duplicates = isinstance(labels, list) and len(labels) != num_labels
@@ -971,11 +1032,13 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         """Check that a distillation head and each named teacher have a distillation token."""
         if len(self.distillation_teachers or ()) > self.num_distillation_tokens:
             raise ValueError(
-                "`distillation_teachers` has more names than `num_distillation_tokens`. Remove names."
+                "`distillation_teachers` has more names than `num_distillation_tokens`. Remove "
+                "names."
             )
         if self.distillation_head and self.num_distillation_tokens == 0:
             raise ValueError(
-                "`distillation_head=True` requires a distillation token. Set `num_distillation_tokens=1`."
+                "`distillation_head=True` requires a distillation token. Set "
+                "`num_distillation_tokens=1`."
             )
         if self.distillation_inference == "distillation" and not self.has_distillation_head:
             raise ValueError(
@@ -989,7 +1052,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             owner = f"`extra_heads`: {name!r}"
             if not name.isidentifier() or name in (*RESERVED_OUTPUT_NAMES, *(self.tasks or ())):
                 raise ValueError(
-                    f"{owner} is not a free name. Use another one, of letters, digits and underscores."
+                    f"{owner} is not a free name. Use another one, of letters, digits and "
+                    "underscores."
                 )
             known_names = [field.name for field in dataclasses.fields(ExtraHead)]
             for field_name in fields:
@@ -1004,8 +1068,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 
         if added_labels and (self.tasks or last_labels != added_labels):
             raise ValueError(
-                "`extra_heads`: the labels of heads with `adds_classes` must be the last ones of `id2label`, which "
-                f"are {last_labels[:3]}. Append them to id2label."
+                "`extra_heads`: the labels of heads with `adds_classes` must be the last ones of "
+                f"`id2label`, which are {last_labels[:3]}. Append them to id2label."
             )
 
     def _check_extra_head(self, owner: str, fields: dict[str, Any]) -> None:
@@ -1020,7 +1084,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         is_multi_label = head.problem_type == "multi_label_classification"
         if not is_multi_label and head.problem_type != "single_label_classification":
             raise ValueError(
-                f"{owner} supports the problem types {', '.join(PROBLEM_TYPES[1:3])}. Set one of them."
+                f"{owner} supports the problem types {', '.join(PROBLEM_TYPES[1:3])}. Set one of "
+                "them."
             )
 
         num_labels = len(set(labels))
@@ -1029,7 +1094,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"{owner} requires {min_labels} to {MAX_LABELS:,} distinct labels.")
         if head.adds_classes and (is_multi_label or head.temperature != 1):
             raise ValueError(
-                f"{owner} adds classes, which share `temperature` and `problem_type` with the others."
+                f"{owner} adds classes, which share `temperature` and `problem_type` with the "
+                "others."
             )
 
         are_layers = isinstance(head.pooled_layers, list) and all(
@@ -1076,13 +1142,15 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             expected_ids = set(map(str, range(len(self.id2label))))
             if set(map(str, self.id2label)) != expected_ids:
                 raise ValueError(
-                    f"`id2label` has the ids {list(self.id2label)}. Number the labels from 0 without gaps."
+                    f"`id2label` has the ids {list(self.id2label)}. Number the labels from 0 "
+                    "without gaps."
                 )
         if num_labels is not None and not (
             isinstance(num_labels, int) and 0 <= num_labels <= MAX_LABELS
         ):
             raise ValueError(
-                f"`num_labels` must be between 0 (no classifier) and {MAX_LABELS:,}, not {num_labels!r}."
+                f"`num_labels` must be between 0 (no classifier) and {MAX_LABELS:,}, not "
+                f"{num_labels!r}."
             )
         if (
             num_labels is not None
@@ -1090,7 +1158,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             and len(self.id2label) != num_labels
         ):
             raise ValueError(
-                f"`num_labels` is {num_labels}, but `id2label` has {len(self.id2label)} labels. Omit `num_labels`."
+                f"`num_labels` is {num_labels}, but `id2label` has {len(self.id2label)} labels. "
+                "Omit `num_labels`."
             )
 
     def validate_image(self) -> None:
@@ -1099,7 +1168,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             value = getattr(self, name)
             if (not isinstance(value, int) and len(value) != 2) or min(to_pair(value)) < 1:
                 raise ValueError(
-                    f"`{name}` must be a positive number of pixels or [height, width], but it is {value}."
+                    f"`{name}` must be a positive number of pixels or [height, width], but it is "
+                    f"{value}."
                 )
 
         if max(self.patch_height_width) > MAX_PATCH_SIDE:
@@ -1108,8 +1178,9 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             )
         if math.prod(self.grid_size) > MAX_PATCHES:
             raise ValueError(
-                f"`image_size` {self.image_size} makes {math.prod(self.grid_size):,} patches of {self.patch_size} "
-                f"pixels, but at most {MAX_PATCHES:,} are supported. Use a smaller image size."
+                f"`image_size` {self.image_size} makes {math.prod(self.grid_size):,} patches of "
+                f"{self.patch_size} pixels, but at most {MAX_PATCHES:,} are supported. Use a "
+                "smaller image size."
             )
 
         axes = zip(
@@ -1122,24 +1193,28 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                 if rounded_down:
                     multiples = f"{rounded_down} or {rounded_down + patch_size}"
                 raise ValueError(
-                    f"`image_size`: {axis} {size} is not a multiple of the patch {axis} {patch_size}. Use {multiples}."
+                    f"`image_size`: {axis} {size} is not a multiple of the patch {axis} "
+                    f"{patch_size}. Use {multiples}."
                 )
 
     def validate_attention(self) -> None:
         """Check that the number of heads divides the hidden size, and that the size of the heads is supported."""
         if self.attention_head_size is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"num_attention_heads={self.num_attention_heads} does not divide hidden_size={self.hidden_size}. "
-                "Set attention_head_size, or another number of heads."
+                f"num_attention_heads={self.num_attention_heads} does not divide "
+                f"hidden_size={self.hidden_size}. Set attention_head_size, or another number of "
+                "heads."
             )
         if self.has_rotary_positions and self.head_dim % 4:
             raise ValueError(
-                f"{self.position_embedding_type} requires a head size that is a multiple of 4, but it is "
-                f"{self.head_dim}. Change hidden_size, num_attention_heads or attention_head_size."
+                f"{self.position_embedding_type} requires a head size that is a multiple of 4, but "
+                f"it is {self.head_dim}. Change hidden_size, num_attention_heads or "
+                "attention_head_size."
             )
         if self.position_embedding_type == "sincos_2d" and self.hidden_size % 4:
             raise ValueError(
-                f"sincos_2d requires `hidden_size` to be a multiple of 4, but it is {self.hidden_size}."
+                "sincos_2d requires `hidden_size` to be a multiple of 4, but it is "
+                f"{self.hidden_size}."
             )
 
         if self.attention_type == "differential" and self.relative_position_bias != "none":
@@ -1178,7 +1253,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 
         if not math.isfinite(self.layer_scale_init_value or 0):
             raise ValueError(
-                f"`layer_scale_init_value` must be finite or None, not {self.layer_scale_init_value}."
+                "`layer_scale_init_value` must be finite or None, not "
+                f"{self.layer_scale_init_value}."
             )
         if not math.isfinite(self.energy_threshold or 0):
             raise ValueError(
@@ -1191,13 +1267,14 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                     f"`{name}` must be a finite positive number, but it is {getattr(self, name)}."
                 )
 
-    # Checks of the options for converted checkpoints -----------------------------------------------------------------
+    # Checks of the options for converted checkpoints ----------------------------------------------
     def validate_rope_reference_grid(self) -> None:
         """Check the reference grid and the periods of rotary positions."""
         grid = self.rope_reference_grid
         if grid is not None and (len(grid) != 2 or min(grid) < 1):
             raise ValueError(
-                f"`rope_reference_grid` must be two positive numbers [rows, columns], but it is {grid}."
+                "`rope_reference_grid` must be two positive numbers [rows, columns], but it is "
+                f"{grid}."
             )
         periods = self.rope_periods
         num_periods = self.head_dim // 4
@@ -1205,7 +1282,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             len(periods) != num_periods or not 0 < min(periods) <= max(periods) < math.inf
         ):
             raise ValueError(
-                f"`rope_periods` must have head_dim / 4 = {num_periods} positive numbers, not {periods}."
+                f"`rope_periods` must have head_dim / 4 = {num_periods} positive numbers, not "
+                f"{periods}."
             )
 
     def validate_attention_pool(self) -> None:
@@ -1217,7 +1295,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"attention_pool_heads={num_heads} must divide hidden_size={self.hidden_size}."
             )
 
-    # Unknown keywords ------------------------------------------------------------------------------------------------
+    # Unknown keywords -----------------------------------------------------------------------------
     @classmethod
     def _is_known_keyword(cls, name: str) -> bool:
         field_names = {field.name for field in dataclasses.fields(cls)}
@@ -1229,7 +1307,8 @@ def update_gated_tokens(
 ) -> dict[str, int] | None:
     """Return `gated_tokens` after the token counts (field -> count) change from `counts` to `new_counts`.
 
-    Gates stay with their tokens. Gated tokens are the last tokens of a group, so new tokens at the end are also gated.
+    Gates stay with their tokens. Gated tokens are the last tokens of a group, so new tokens at the
+    end are also gated.
     """
     remaining_gated_tokens = {}
     for group, field in COUNT_FIELDS.items():

@@ -11,11 +11,12 @@
     nn.Conv2d (patches)   -> CPUPatchProjection    float32 on CPUs without half-precision instructions
     attention classes     -> CPUAttention, ...     bfloat16: a few heads at a time, and one cast of the input
 
-On CPUs without bfloat16 or float16 instructions, half-precision products, including those of attention, are computed
-in float32 and then rounded. The subclasses add no state. Parameters, state dicts, `isinstance` checks, copying and
-pickling work as in plain modules. Plain PyTorch is used on other devices, in exported and traced programs, under
-torch.func, for modules with hooks, for quantized, sharded or parametrized weights, and if a private PyTorch API is
-missing. Under autocast, oneDNN is used only for weights in bfloat16. docs/speed.md lists the speedups.
+On CPUs without bfloat16 or float16 instructions, half-precision products, including those of
+attention, are computed in float32 and then rounded. The subclasses add no state. Parameters, state
+dicts, `isinstance` checks, copying and pickling work as in plain modules. Plain PyTorch is used on
+other devices, in exported and traced programs, under torch.func, for modules with hooks, for
+quantized, sharded or parametrized weights, and if a private PyTorch API is missing. Under autocast,
+oneDNN is used only for weights in bfloat16. docs/speed.md lists the speedups.
 """
 
 import os
@@ -64,7 +65,7 @@ except (ImportError, AttributeError):
     HAS_PRIVATE_NAMES = False
 
 
-# Installing ----------------------------------------------------------------------------------------------------------
+# Installing ---------------------------------------------------------------------------------------
 def install_cpu_kernels(model: nn.Module) -> None:
     """Replace the classes of modules in place (see `KERNEL_CLASSES`) if `can_use_cpu_kernels()` is True."""
     if not can_use_cpu_kernels():
@@ -103,7 +104,7 @@ class CPUKernel(nn.Module):
         return ", ".join(filter(None, (super().extra_repr(), "cpu_kernels=True")))
 
 
-# Modules -------------------------------------------------------------------------------------------------------------
+# Modules ------------------------------------------------------------------------------------------
 class CPULinear(CPUKernel, nn.Linear):
     """A linear layer that maps [..., in] to [..., out]."""
 
@@ -132,7 +133,10 @@ class CPUPatchProjection(CPUKernel, nn.Conv2d):
 
 
 class CPUMLP(CPUKernel, ViTCLSMLP):
-    """ViTCLSMLP with GELU fused with a linear layer or, without gradients, in place. Autograd stores its input."""
+    """ViTCLSMLP with GELU fused with a linear layer or, without gradients, in place.
+
+    Autograd stores its input.
+    """
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Apply the MLP, [B, N, D] -> [B, N, D]."""
@@ -165,7 +169,10 @@ class CPUAttention(CPUKernel, ViTCLSAttention):
     def project_qkv(
         self, hidden_states: Tensor, num_queries: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries, keys and values. Under autocast, the three projections share one cast of the input."""
+        """Return queries, keys and values.
+
+        Under autocast, the three projections share one cast of the input.
+        """
         return super().project_qkv(cast_for_autocast(hidden_states), num_queries)
 
     def get_attention_function(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
@@ -192,9 +199,12 @@ KERNEL_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
 FUSED_CLASSES = [CPULinear, GELUActivation, nn.Identity, nn.Identity, CPULinear]
 
 
-# Conditions ----------------------------------------------------------------------------------------------------------
+# Conditions ---------------------------------------------------------------------------------------
 def can_use_onednn(linear: nn.Linear | nn.Conv2d, inputs: Tensor) -> bool:
-    """Return whether oneDNN can be used and is faster. Return False under torch.func or a dispatch mode."""
+    """Return whether oneDNN can be used and is faster.
+
+    Return False under torch.func or a dispatch mode.
+    """
     min_multiplications = MIN_MULTIPLICATIONS.get((inputs.dtype, torch.is_grad_enabled()))
     if (
         min_multiplications is None
@@ -243,7 +253,7 @@ def is_capturing_graph() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
-# oneDNN --------------------------------------------------------------------------------------------------------------
+# oneDNN -------------------------------------------------------------------------------------------
 def onednn_linear(
     inputs: Tensor, weight: Tensor | None, bias: Tensor | None, activation: str = "none"
 ) -> Tensor:
@@ -313,7 +323,10 @@ class LinearFunction(torch.autograd.Function):
 
 
 class OneDNNGELULinear(torch.autograd.Function):
-    """GELU followed by a linear layer, computed by oneDNN. The backward pass recomputes the GELU output."""
+    """GELU followed by a linear layer, computed by oneDNN.
+
+    The backward pass recomputes the GELU output.
+    """
 
     @staticmethod
     def forward(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -355,7 +368,8 @@ def is_onednn_correct() -> bool:
         return False
 
 
-# Minimum number of multiplications for which oneDNN is faster, by (dtype, whether gradients are enabled).
+# Minimum number of multiplications for which oneDNN is faster, by (dtype, whether gradients are
+# enabled).
 MIN_MULTIPLICATIONS: dict[tuple[torch.dtype, bool], int] = {}
 HAS_ONEDNN = (
     HAS_PRIVATE_NAMES and torch.backends.mkldnn.is_available() and onednn_pointwise is not None
@@ -371,9 +385,10 @@ if (
         MIN_MULTIPLICATIONS |= {(torch.float32, False): 1_500_000, (torch.float32, True): 8_000_000}
 
 
-# Half precision on CPUs without half-precision instructions ----------------------------------------------------------
-# On these CPUs, PyTorch multiplies half-precision numbers one by one, and products take 8 times as long as in float32.
-# Like PyTorch, these functions accumulate in float32. Tensors saved for the backward pass stay in half precision.
+# Half precision on CPUs without half-precision instructions
+# ---------------------------------------------------------- On these CPUs, PyTorch multiplies
+# half-precision numbers one by one, and products take 8 times as long as in float32. Like PyTorch,
+# these functions accumulate in float32. Tensors saved for the backward pass stay in half precision.
 
 EMULATED_DTYPES: set[torch.dtype] = set()
 # measured on x86 only
@@ -430,7 +445,7 @@ def linear_in_float32(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Te
     return LinearFunction.apply(partial(compute_in_float32, nn.functional.linear), *tensors)
 
 
-# Attention -----------------------------------------------------------------------------------------------------------
+# Attention ----------------------------------------------------------------------------------------
 # chunked attention stores its weights for the backward pass, which takes memory
 MAX_CHUNKED_KEYS = 1200
 # number of attention scores per chunk and thread: 1 MiB in bfloat16, about one L2 cache
@@ -479,9 +494,9 @@ def can_chunk_attention(query: Tensor, key: Tensor) -> bool:
 def attend_in_chunks(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     """Return softmax(query @ key.T * scaling) @ value, a few heads at a time, so that scores stay in the cache.
 
-    The scores of a few heads stay in the cache. They are rounded to the dtype of the inputs before the softmax, as in
-    transformers' eager attention. Subtracting the mean of the keys does not change the softmax, but makes scores
-    smaller, so that less is lost by rounding.
+    The scores of a few heads stay in the cache. They are rounded to the dtype of the inputs before
+    the softmax, as in transformers' eager attention. Subtracting the mean of the keys does not
+    change the softmax, but makes scores smaller, so that less is lost by rounding.
 
     Args:
         query: [B, heads, n, head_dim].

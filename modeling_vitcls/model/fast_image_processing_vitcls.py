@@ -3,11 +3,13 @@
 
     JPEG file -> [3, H, W] uint8 -> resize -> center crop -> rescale and normalize, written into the batch
 
-`ViTCLSImageProcessor` uses this path for calls whose only keyword argument is `return_tensors="pt"`, after the first
-call has checked the settings. The overhead of transformers (checks, grouping by shape, layout copies) takes as long as
-the image operations. The image processor resizes and crops images; torchvision decodes JPEG files.
+`ViTCLSImageProcessor` uses this path for calls whose only keyword argument is
+`return_tensors="pt"`, after the first call has checked the settings. The overhead of transformers
+(checks, grouping by shape, layout copies) takes as long as the image operations. The image
+processor resizes and crops images; torchvision decodes JPEG files.
 
-Images are normalized in one thread, because several threads are slower for a single image on a busy machine.
+Images are normalized in one thread, because several threads are slower for a single image on a busy
+machine.
 """
 
 import os
@@ -34,7 +36,8 @@ URL_PREFIXES = ("http://", "https://", "data:")
 def read_jpeg(source: Any) -> Tensor | None:
     """Return the upright RGB pixels [3, H, W] `uint8` of a JPEG file (path or bytes), equal to the pixels from PIL.
 
-    Return None for other formats, or if torchvision cannot decode the file or PIL decodes it differently (CMYK).
+    Return None for other formats, or if torchvision cannot decode the file or PIL decodes it
+    differently (CMYK).
     """
     jpeg_bytes = read_jpeg_bytes(source) if decode_jpeg is not None else None
     if jpeg_bytes is None:

@@ -3,8 +3,9 @@
 
     tokens [B, N, D] -> pooler -> [B, P] -> classifier -> logits [B, labels] -> loss
 
-The losses support `num_items_in_batch`, which Trainer passes during gradient accumulation if labels can be counted.
-Unlike the `loss_function` of transformers, the losses do not set `config.problem_type`.
+The losses support `num_items_in_batch`, which Trainer passes during gradient accumulation if labels
+can be counted. Unlike the `loss_function` of transformers, the losses do not set
+`config.problem_type`.
 """
 
 from collections import OrderedDict
@@ -21,12 +22,13 @@ from .configuration_vitcls import ViTCLSConfig
 IGNORED_LABEL = -100
 
 
-# Poolers -------------------------------------------------------------------------------------------------------------
+# Poolers ------------------------------------------------------------------------------------------
 class TokenPooler(nn.Module):
     """Pooling without parameters, selected by `pooling` (default: `config.pooling`). [B, N, D] -> [B, P].
 
-    "cls": the CLS token, or several CLS tokens combined as `config.cls_pooling` specifies. "mean" and "max": the mean
-    or maximum over the patches. "cls_mean": the CLS token and the mean of the patches, concatenated.
+    "cls": the CLS token, or several CLS tokens combined as `config.cls_pooling` specifies. "mean"
+    and "max": the mean or maximum over the patches. "cls_mean": the CLS token and the mean of the
+    patches, concatenated.
     """
 
     def __init__(self, config: ViTCLSConfig, pooling: str | None = None) -> None:
@@ -58,7 +60,9 @@ class TokenPooler(nn.Module):
 
 
 class MultiLayerPooler(nn.Module):
-    """Pooling of several layers (`config.pooled_layers`), concatenated. List of [B, N, D] -> [B, layers * P].
+    """Pooling of several layers (`config.pooled_layers`), concatenated.
+
+    List of [B, N, D] -> [B, layers * P].
 
     This is the input of DINOv2's linear evaluation (Oquab et al. 2023, arXiv 2304.07193).
     """
@@ -124,7 +128,8 @@ class PooledMLP(nn.Module):
 def build_pooler(config: ViTCLSConfig) -> nn.Module:
     """Build the pooler for `config.pooling`, followed by an optional norm and dense layer.
 
-    The pooler maps tokens [B, N, D] to [B, P]; with several `pooled_layers`, it maps a list of tokens, one per layer.
+    The pooler maps tokens [B, N, D] to [B, P]; with several `pooled_layers`, it maps a list of
+    tokens, one per layer.
     """
     pooler: nn.Module = (
         AttentionPooler(config) if config.pooling == "attention" else TokenPooler(config)
@@ -142,7 +147,7 @@ def build_pooler(config: ViTCLSConfig) -> nn.Module:
     return nn.Sequential(OrderedDict(pooler=pooler, **layers)) if layers else pooler
 
 
-# Classifiers ---------------------------------------------------------------------------------------------------------
+# Classifiers --------------------------------------------------------------------------------------
 def build_head(config: ViTCLSConfig, in_features: int, num_labels: int | None) -> nn.Module:
     """Build a classifier of type `config.head_type`, [B, in_features] -> [B, num_labels]; an identity for 0 labels."""
     if not num_labels:
@@ -158,8 +163,9 @@ def build_head(config: ViTCLSConfig, in_features: int, num_labels: int | None) -
 class ExtraHeads(nn.ModuleDict):
     """Linear classifiers that read the tokens of a finished forward pass (`config.extra_heads`).
 
-    The state dict has the names `task_NAME.weight` and `task_NAME.bias`. The weights are frozen: they are fitted to
-    the features of the model, and the loss of the model does not contain the extra heads.
+    The state dict has the names `task_NAME.weight` and `task_NAME.bias`. The weights are frozen:
+    they are fitted to the features of the model, and the loss of the model does not contain the
+    extra heads.
 
     Attributes:
         layers: indices, from 1, of the layers that the heads read.
@@ -199,8 +205,9 @@ class ExtraHeads(nn.ModuleDict):
 
         Args:
             layer_tokens: layer index -> tokens [B, N, D] after the final norm.
-            compute_all_tokens: function that returns all tokens of the last layer, if `layer_tokens` contains only
-                the tokens that the other classifiers read; None otherwise.
+            compute_all_tokens: function that returns all tokens of the last layer, if
+                `layer_tokens` contains only the tokens that the other classifiers read; None
+                otherwise.
         """
         logits: dict[str, Tensor] = {}
         all_tokens = None
@@ -225,7 +232,7 @@ class ExtraHeads(nn.ModuleDict):
         return logits
 
 
-# Pixel decoder -------------------------------------------------------------------------------------------------------
+# Pixel decoder ------------------------------------------------------------------------------------
 class PixelDecoder(nn.Module):
     """A linear layer that maps each encoded patch to its pixels (SimMIM, arXiv 2111.09886, section 3.4)."""
 
@@ -250,7 +257,7 @@ class PixelDecoder(nn.Module):
         )
 
 
-# Losses --------------------------------------------------------------------------------------------------------------
+# Losses -------------------------------------------------------------------------------------------
 def compute_classification_loss(
     logits: Tensor,
     labels: Tensor,
@@ -260,15 +267,19 @@ def compute_classification_loss(
     """Return the loss of logits [B, C] for C classes. `config.problem_type` selects the loss:
 
     - integer labels [B]: cross-entropy; -100 is ignored;
-    - float labels with "single_label_classification": cross-entropy with probabilities [B, C] (mixup, CutMix);
-    - float labels with "multi_label_classification": binary cross-entropy, one label per class [B, C];
+    - float labels with "single_label_classification": cross-entropy with probabilities [B, C]
+      (mixup, CutMix);
+    - float labels with "multi_label_classification": binary cross-entropy, one label per class [B,
+      C];
     - "regression", or a single output: mean squared error.
 
     Args:
-        num_items_in_batch: divisor of the loss, the number of labels in all accumulated batches (default: this batch).
+        num_items_in_batch: divisor of the loss, the number of labels in all accumulated batches
+            (default: this batch).
 
     Raises:
-        ValueError: if a label is not a class index, or if `problem_type` is not set for float labels.
+        ValueError: if a label is not a class index, or if `problem_type` is not set for float
+            labels.
     """
     labels = labels.to(logits.device)
     if logits.shape[-1] != config.num_labels:
@@ -313,8 +324,8 @@ def compute_cross_entropy(
     """Return the cross-entropy of logits [B, C] and class indices [B], ignoring -100; 0 if all indices are -100.
 
     Raises:
-        ValueError: if there is not one label per image or, only on the CPU, a label is not a class index. The message
-            about the index names the `owner` of the labels.
+        ValueError: if there is not one label per image or, only on the CPU, a label is not a class
+            index. The message about the index names the `owner` of the labels.
     """
     labels = labels.reshape(-1).to(logits.device, torch.long)
     try:

@@ -4,9 +4,10 @@
     source -> upright image -> [C, H, W] uint8 -> resize -> center crop -> rescale -> normalize -> pixel_values
     |______________ this file _______________|    |______________ transformers' backends ______________|
 
-This file reads sources (paths, bytes, URLs), applies EXIF orientation, converts channels and bit depths, and checks
-settings. The backends of transformers (torchvision or PIL) perform the remaining steps. A faster implementation with
-the same results is in fast_image_processing_vitcls.py. Neither file contains augmentation for training.
+This file reads sources (paths, bytes, URLs), applies EXIF orientation, converts channels and bit
+depths, and checks settings. The backends of transformers (torchvision or PIL) perform the remaining
+steps. A faster implementation with the same results is in fast_image_processing_vitcls.py. Neither
+file contains augmentation for training.
 """
 
 import base64
@@ -50,7 +51,8 @@ from .fast_image_processing_vitcls import (
 )
 
 
-# `auto_map` of both backends (torchvision, PIL). By default, transformers saves only the class of the saved processor.
+# `auto_map` of both backends (torchvision, PIL). By default, transformers saves only the class of
+# the saved processor.
 AUTO_MAP = {
     "AutoImageProcessor": {
         "torchvision": "image_processing_vitcls.ViTCLSImageProcessor",
@@ -64,7 +66,8 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JP
 # Resampling filters that both backends support.
 RESAMPLING_FILTERS = tuple(map(PILImageResampling, range(4)))  # nearest, Lanczos, bilinear, bicubic
 
-# Rounding of half pixels in the margins of a center crop: down in transformers, to even in torchvision and timm.
+# Rounding of half pixels in the margins of a center crop: down in transformers, to even in
+# torchvision and timm.
 CROP_ROUNDINGS: dict[str, Callable[[float], int]] = {"down": math.floor, "even": round}
 
 GRAY_MODES = frozenset({"1", "L", "LA", "I", "I;16", "I;16L", "I;16B", "I;16N"})
@@ -112,10 +115,13 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
         return batch
 
     def fetch_images(self, images: Any) -> Any:
-        """Read every path, URL and encoded image in a (nested) list. Images in memory are returned unchanged.
+        """Read every path, URL and encoded image in a (nested) list.
+
+        Images in memory are returned unchanged.
 
         Raises:
-            ValueError: If a path, URL or encoded image cannot be read, or if an object is not an image.
+            ValueError: If a path, URL or encoded image cannot be read, or if an object is not an
+                image.
         """
         if isinstance(images, list | tuple):
             return [self.fetch_images(image) for image in images]
@@ -124,7 +130,8 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
         if is_valid_image(images):
             return images
         raise ValueError(
-            f"cannot use {type(images).__name__} as an image: pass a path, URL, bytes, PIL image, array or tensor"
+            f"cannot use {type(images).__name__} as an image: pass a path, URL, bytes, PIL image, "
+            "array or tensor"
         )
 
     def process_image(
@@ -158,7 +165,10 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
         return image[..., top : top + size.height, left : left + size.width]
 
     def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> list[Any]:
-        """Return a flat list of images. Unlike transformers, this class accepts grayscale arrays [H, W]."""
+        """Return a flat list of images.
+
+        Unlike transformers, this class accepts grayscale arrays [H, W].
+        """
         single_images = list(flatten_images(self.fetch_images(images)))
         if not single_images:
             raise ValueError("the list of images is empty: pass one or more images")
@@ -188,47 +198,60 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
 
 
 class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # type: ignore[misc]
-    r"""Image processor for the ViTCLS models, based on torchvision. It runs on the CPU or a GPU (`device="cuda"`).
+    r"""Image processor for the ViTCLS models, based on torchvision.
 
-    By default, images are resized to 224 x 224 pixels (bicubic) and normalized with ImageNet statistics (DeiT, DINO).
-    Other checkpoints require other settings: transformers' ViT uses `resample=2`, mean 0.5 and standard deviation 0.5.
+    It runs on the CPU or a GPU (`device="cuda"`).
 
-    The input is an image, a batch or a list. The output is a `BatchFeature` with `pixel_values` [B, C, H, W] float32.
-    An image is a path (`str`, `pathlib.Path`), a URL (`http`, `https`, `data`), an encoded file as `bytes`, a PIL
-    image, or an array or tensor of shape [H, W], [C, H, W] or [H, W, C]. `IMAGE_FORMATS` lists the file formats.
+    By default, images are resized to 224 x 224 pixels (bicubic) and normalized with ImageNet
+    statistics (DeiT, DINO). Other checkpoints require other settings: transformers' ViT uses
+    `resample=2`, mean 0.5 and standard deviation 0.5.
+
+    The input is an image, a batch or a list. The output is a `BatchFeature` with `pixel_values` [B,
+    C, H, W] float32. An image is a path (`str`, `pathlib.Path`), a URL (`http`, `https`, `data`),
+    an encoded file as `bytes`, a PIL image, or an array or tensor of shape [H, W], [C, H, W] or [H,
+    W, C]. `IMAGE_FORMATS` lists the file formats.
 
     Steps before resizing:
-        - Orientation: The EXIF orientation of files, bytes and PIL images is applied. Only the first frame is used.
-        - Bit depth: 1-bit values become 0 and 255. 16-bit values (PIL `I;16`, `I`; `uint16`) are divided by 257, not
-          clipped. Other arrays must contain values from 0 to 255, or any floats if `do_rescale=False`. PIL's float
-          mode `F` has no defined range and raises an error.
-        - Channels, `do_convert_rgb=True`: All modes are converted to RGB. Transparent images are composited on white.
-        - Channels, `do_convert_rgb=False`: Gray images are composited on white and have 1 channel. Color images have 3
-          channels, or 4 channels with transparency. Arrays keep their channels. `image_mean` and `image_std` require
-          one value per channel. For `num_channels=1`, set `do_convert_rgb=False, image_mean=[0.5], image_std=[0.5]`.
+        - Orientation: The EXIF orientation of files, bytes and PIL images is applied. Only the
+          first frame is used.
+        - Bit depth: 1-bit values become 0 and 255. 16-bit values (PIL `I;16`, `I`; `uint16`) are
+          divided by 257, not clipped. Other arrays must contain values from 0 to 255, or any floats
+          if `do_rescale=False`. PIL's float mode `F` has no defined range and raises an error.
+        - Channels, `do_convert_rgb=True`: All modes are converted to RGB. Transparent images are
+          composited on white.
+        - Channels, `do_convert_rgb=False`: Gray images are composited on white and have 1 channel.
+          Color images have 3 channels, or 4 channels with transparency. Arrays keep their channels.
+          `image_mean` and `image_std` require one value per channel. For `num_channels=1`, set
+          `do_convert_rgb=False, image_mean=[0.5], image_std=[0.5]`.
 
-    `ViTCLSImageProcessorPil` returns the same values up to floating-point rounding if images are not resized. With
-    bilinear or bicubic resizing, values differ by at most 2 of 255 gray levels (mean: 0.05) for photographs, and by at
-    most 16 (mean: 0.5) for noise, because PIL rounds and clips between passes. With other filters, they differ more.
+    `ViTCLSImageProcessorPil` returns the same values up to floating-point rounding if images are
+    not resized. With bilinear or bicubic resizing, values differ by at most 2 of 255 gray levels
+    (mean: 0.05) for photographs, and by at most 16 (mean: 0.5) for noise, because PIL rounds and
+    clips between passes. With other filters, they differ more.
 
     Args:
-        do_convert_rgb (`bool`, defaults to `True`): Whether to convert every image to three channels.
-        do_resize (`bool`, defaults to `True`): Whether to resize to `size`.
-        size (`dict` or `int`, defaults to `{"height": 224, "width": 224}`): Size in pixels: exact, or
-            `{"shortest_edge": 256}`, which keeps the aspect ratio. An `int` sets both height and width.
-        resample (`int`, defaults to 3): Filter: 0 nearest; with antialiasing: 1 Lanczos, 2 bilinear, 3 bicubic.
-        do_center_crop (`bool`, *optional*): Whether to crop the center of the image to `crop_size`.
-        crop_size (`dict` or `int`, *optional*): Crop size in pixels, at most the size after resizing.
-        crop_rounding (`"down"` or `"even"`, defaults to `"down"`): Rounding of crop margins that are not whole pixels:
-            down as in transformers, or half to even as in torchvision and timm. Calls cannot override this setting.
-        do_rescale (`bool`, defaults to `True`): Whether to multiply by `rescale_factor` (False for floats in [0, 1]).
-        rescale_factor (`float`, defaults to 1/255): Factor by which pixel values are multiplied.
-        do_normalize (`bool`, defaults to `True`): Whether to subtract `image_mean` and divide by `image_std`.
-        image_mean, image_std (`float` or `list[float]`): Mean and standard deviation of rescaled values per channel.
+        do_convert_rgb (`bool`, defaults to `True`): Whether to convert every image to three
+        channels. do_resize (`bool`, defaults to `True`): Whether to resize to `size`. size (`dict`
+        or `int`, defaults to `{"height": 224, "width": 224}`): Size in pixels: exact, or
+            `{"shortest_edge": 256}`, which keeps the aspect ratio. An `int` sets both height and
+            width.
+        resample (`int`, defaults to 3): Filter: 0 nearest; with antialiasing: 1 Lanczos, 2
+        bilinear, 3 bicubic. do_center_crop (`bool`, *optional*): Whether to crop the center of the
+        image to `crop_size`. crop_size (`dict` or `int`, *optional*): Crop size in pixels, at most
+        the size after resizing. crop_rounding (`"down"` or `"even"`, defaults to `"down"`):
+        Rounding of crop margins that are not whole pixels:
+            down as in transformers, or half to even as in torchvision and timm. Calls cannot
+            override this setting.
+        do_rescale (`bool`, defaults to `True`): Whether to multiply by `rescale_factor` (False for
+        floats in [0, 1]). rescale_factor (`float`, defaults to 1/255): Factor by which pixel values
+        are multiplied. do_normalize (`bool`, defaults to `True`): Whether to subtract `image_mean`
+        and divide by `image_std`. image_mean, image_std (`float` or `list[float]`): Mean and
+        standard deviation of rescaled values per channel.
 
     Raises:
-        ValueError: If a file is missing, truncated or not an image, if an object is not an image, if sizes or channels
-            are inconsistent, if values are out of range, or if a setting is misspelled. The message is a single line.
+        ValueError: If a file is missing, truncated or not an image, if an object is not an image,
+            if sizes or channels are inconsistent, if values are out of range, or if a setting is
+            misspelled. The message is a single line.
 
     Example:
         >>> from modeling_vitcls import ViTCLSImageProcessor
@@ -243,15 +266,16 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
     def __init__(self, crop_rounding: str = "down", **kwargs: Unpack[ImagesKwargs]) -> None:
         if not is_torchvision_available():
             raise ImportError(
-                "ViTCLSImageProcessor requires torchvision. Install torchvision or set backend='pil'."
+                "ViTCLSImageProcessor requires torchvision. Install torchvision or set "
+                "backend='pil'."
             )
         super().__init__(crop_rounding=crop_rounding, **kwargs)
 
     def preprocess(self, images: Any, *args: Any, **kwargs: Unpack[ImagesKwargs]) -> BatchFeature:
         """Preprocess an image, a batch or a list of images; keyword arguments override the settings for this call.
 
-        The first call checks the settings. Later calls with the same settings can use a fast path if all images are on
-        the CPU and `return_tensors="pt"` is the only other argument.
+        The first call checks the settings. Later calls with the same settings can use a fast path
+        if all images are on the CPU and `return_tensors="pt"` is the only other argument.
         """
         if (
             args
@@ -290,9 +314,12 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
 
 
 class ViTCLSImageProcessorPil(ViTCLSBaseImageProcessor, PilBackend):  # type: ignore[misc]
-    """Image processor for the ViTCLS models, based on PIL and NumPy. Images are processed one by one.
+    """Image processor for the ViTCLS models, based on PIL and NumPy.
 
-    Settings, inputs and errors are the same as in `ViTCLSImageProcessor`, whose docstring states how outputs differ.
+    Images are processed one by one.
+
+    Settings, inputs and errors are the same as in `ViTCLSImageProcessor`, whose docstring states
+    how outputs differ.
 
     Example:
         >>> from modeling_vitcls import ViTCLSImageProcessorPil
@@ -306,12 +333,13 @@ ViTCLSImageProcessor.register_for_auto_class()
 ViTCLSImageProcessorPil.register_for_auto_class()
 
 
-# Reading sources -----------------------------------------------------------------------------------------------------
+# Reading sources ----------------------------------------------------------------------------------
 def read_image(source: ImageSource) -> PIL.Image.Image:
     """Load an image from a path, a URL or encoded bytes; the result is upright and has the color mode of the file.
 
     Raises:
-        ValueError: If the source cannot be read or is not a complete image. The message names the source.
+        ValueError: If the source cannot be read or is not a complete image. The message names the
+            source.
     """
     file: str | BytesIO
     if isinstance(source, bytes | bytearray):
@@ -383,7 +411,7 @@ def flatten_images(images: Any) -> Iterator[Any]:
         yield images
 
 
-# Channels and bit depth ----------------------------------------------------------------------------------------------
+# Channels and bit depth ---------------------------------------------------------------------------
 def image_to_tensor(
     image: Any,
     to_rgb: bool,
@@ -432,7 +460,8 @@ def pil_to_array(image: PIL.Image.Image) -> np.ndarray:
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError(
-                f"values must be between 0 and 65535, but range from {values.min()} to {values.max()}"
+                f"values must be between 0 and 65535, but range from {values.min()} to "
+                f"{values.max()}"
             )
         return values.astype(np.uint16)
     if image.has_transparency_data:
@@ -445,7 +474,8 @@ def to_channels_first(image: Tensor, data_format: str | ChannelDimension | None)
     shape = list(image.shape)
     if image.ndim not in (2, 3) or image.numel() == 0:
         raise ValueError(
-            f"an image must have shape [H, W], [C, H, W] or [H, W, C] and at least 1 pixel, not {shape}"
+            "an image must have shape [H, W], [C, H, W] or [H, W, C] and at least 1 pixel, not "
+            f"{shape}"
         )
     if image.ndim == 2:
         return image[None]
@@ -459,7 +489,8 @@ def to_channels_first(image: Tensor, data_format: str | ChannelDimension | None)
 def to_uint8(pixels: Tensor, do_rescale: bool) -> Tensor:
     """Convert pixels [C, H, W] of any type to `uint8` from 0 to 255, or to `float32` for floats without rescaling.
 
-    The conversion is necessary, because the results of the two backends are almost equal only for `uint8` images.
+    The conversion is necessary, because the results of the two backends are almost equal only for
+    `uint8` images.
     """
     if pixels.dtype is torch.uint8:
         return pixels
@@ -474,12 +505,13 @@ def to_uint8(pixels: Tensor, do_rescale: bool) -> Tensor:
     minimum, maximum = (bound.item() for bound in torch.aminmax(pixels.double()))
     if not (minimum >= 0 and maximum <= 255):
         raise ValueError(
-            f"the values of this image are between {minimum:g} and {maximum:g}: pass values from 0 to 255, 16-bit "
-            "values as uint16, or floats with do_rescale=False"
+            f"the values of this image are between {minimum:g} and {maximum:g}: pass values from 0 "
+            "to 255, 16-bit values as uint16, or floats with do_rescale=False"
         )
     if pixels.is_floating_point() and 0 < maximum <= 1:
         raise ValueError(
-            f"this image is already rescaled (the maximum value is {maximum:g}): set do_rescale=False"
+            f"this image is already rescaled (the maximum value is {maximum:g}): set "
+            "do_rescale=False"
         )
 
     return pixels.round().to(torch.uint8) if pixels.is_floating_point() else pixels.to(torch.uint8)
@@ -505,7 +537,7 @@ def composite_on_white(pixels: Tensor) -> Tensor:
     return composite if pixels.is_floating_point() else composite.round().to(pixels.dtype)
 
 
-# Checks of settings --------------------------------------------------------------------------------------------------
+# Checks of settings -------------------------------------------------------------------------------
 def check_setting_names(keywords: dict[str, Any] | ImagesKwargs) -> None:
     """Raise ValueError for misspelled settings. transformers handles other unknown keyword arguments."""
     settings = ImagesKwargs.__annotations__
@@ -535,7 +567,8 @@ def check_sizes(settings: dict[str, Any]) -> None:
             resized_edge = size.get(edge) or size.get("shortest_edge")
             if resized_edge and crop_size[edge] > resized_edge:  # transformers would pad with black
                 raise ValueError(
-                    f"crop_size {crop_size} is larger than an image resized to {size}: reduce crop_size"
+                    f"crop_size {crop_size} is larger than an image resized to {size}: reduce "
+                    "crop_size"
                 )
 
 
@@ -544,8 +577,9 @@ def check_same_shape(images: list[Any]) -> None:
     shapes = sorted({tuple(pixels.shape) for pixels in images})
     if len(shapes) > 1:
         raise ValueError(
-            f"the images of this batch have different shapes {shapes} and cannot be stacked: set an exact size or "
-            "do_center_crop (and do_convert_rgb if the channels differ), or pass the images one by one"
+            f"the images of this batch have different shapes {shapes} and cannot be stacked: set "
+            "an exact size or do_center_crop (and do_convert_rgb if the channels differ), or pass "
+            "the images one by one"
         )
 
 
@@ -554,6 +588,7 @@ def check_channels(num_channels: int, **statistics: float | Sequence[float] | No
     for name, values in statistics.items():
         if isinstance(values, list | tuple) and len(values) != num_channels:
             raise ValueError(
-                f"{name} has {len(values)} values, but this image has {num_channels} channels: set one value per "
-                "channel (do_convert_rgb=True converts images to 3 channels, do_convert_rgb=False keeps the channels)"
+                f"{name} has {len(values)} values, but this image has {num_channels} channels: set "
+                "one value per channel (do_convert_rgb=True converts images to 3 channels, "
+                "do_convert_rgb=False keeps the channels)"
             )

@@ -9,9 +9,10 @@
     ViTCLSForMaskedImageModeling       reconstruction of masked patches
     ViTCLSBackbone                     feature maps for dense prediction
 
-blocks_vitcls.py contains the embeddings and layers; heads_vitcls.py contains the poolers, classifiers and losses.
-Other files contain optional features: positions_vitcls.py (rotary), attention_masks_vitcls.py, variants_vitcls.py,
-adaptation_vitcls.py (different special tokens and sizes), token_attention_vitcls.py and cpu_kernels_vitcls.py.
+blocks_vitcls.py contains the embeddings and layers; heads_vitcls.py contains the poolers,
+classifiers and losses. Other files contain optional features: positions_vitcls.py (rotary),
+attention_masks_vitcls.py, variants_vitcls.py, adaptation_vitcls.py (different special tokens and
+sizes), token_attention_vitcls.py and cpu_kernels_vitcls.py.
 """
 
 import copy
@@ -71,17 +72,20 @@ from .variants_vitcls import (
 )
 
 
-# Outputs -------------------------------------------------------------------------------------------------------------
+# Outputs ------------------------------------------------------------------------------------------
 @dataclass
 class ViTCLSModelOutput(BaseModelOutputWithPooling):
     """Output of `ViTCLSModel`.
 
     Attributes:
-        last_hidden_state: [B, N, D], after the final norm. During training, N is smaller if `patch_drop_rate` > 0.
-        pooler_output: [B, P], the input of a classifier (`config.pooling`, `config.pooled_layers`); None if the model
-            has no pooler.
-        hidden_states: the embeddings and the output of each layer before the final norm, [B, N, D] each, if requested.
-        attentions: the attention weights [B, heads, N, N] of each layer, if requested; requires eager attention.
+        last_hidden_state: [B, N, D], after the final norm. During training, N is smaller if
+            `patch_drop_rate` > 0.
+        pooler_output: [B, P], the input of a classifier (`config.pooling`, `config.pooled_layers`);
+            None if the model has no pooler.
+        hidden_states: the embeddings and the output of each layer before the final norm, [B, N, D]
+            each, if requested.
+        attentions: the attention weights [B, heads, N, N] of each layer, if requested; requires
+            eager attention.
     """
 
     # Set by the model; not fields, because fields are tensors.
@@ -91,7 +95,8 @@ class ViTCLSModelOutput(BaseModelOutputWithPooling):
     layer_tokens: ClassVar[Mapping[int, Tensor]] = {}
     # layer -> tokens after the final norm that the pooler reads
     pooled_tokens: ClassVar[Mapping[int, Tensor]] = {}
-    # function that returns all tokens of the last layer after the final norm; None if `last_hidden_state` has them
+    # function that returns all tokens of the last layer after the final norm; None if
+    # `last_hidden_state` has them
     compute_all_tokens: ClassVar[Callable[[], Tensor] | None] = None
 
     @property
@@ -99,12 +104,13 @@ class ViTCLSModelOutput(BaseModelOutputWithPooling):
         """Return `last_hidden_state` split into "cls", "distillation", "registers" and "patches", [B, n, D] each.
 
         Raises:
-            ValueError: if the output was rebuilt from tensors, for example after gathering from several processes.
+            ValueError: if the output was rebuilt from tensors, for example after gathering from
+                several processes.
         """
         if self.token_layout is None or self.last_hidden_state is None:
             raise ValueError(
-                "tokens requires an output that the model returned, but this output was rebuilt from tensors: slice "
-                "last_hidden_state with config.token_layout"
+                "tokens requires an output that the model returned, but this output was rebuilt "
+                "from tensors: slice last_hidden_state with config.token_layout"
             )
         return {
             group: self.last_hidden_state[:, tokens] for group, tokens in self.token_layout.items()
@@ -119,8 +125,10 @@ class ViTCLSImageClassifierOutput(ModelOutput):
         loss: the loss (see `ViTCLSForImageClassification.forward`), if labels were given.
         logits: [B, num_labels], the logits selected by `config.distillation_inference`.
         cls_logits: [B, num_labels], the output of the classifier on the pooled tokens.
-        distillation_logits: [B, num_labels], the output of the distillation classifier, if the model has one.
-        task_logits: dict that maps the names of `config.extra_heads` to logits [B, labels], if the model has any.
+        distillation_logits: [B, num_labels], the output of the distillation classifier, if the
+            model has one.
+        task_logits: dict that maps the names of `config.extra_heads` to logits [B, labels], if the
+            model has any.
         hidden_states, attentions: as in `ViTCLSModelOutput`.
     """
 
@@ -153,7 +161,7 @@ class ViTCLSMultiTaskOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
-# Base class ----------------------------------------------------------------------------------------------------------
+# Base class ---------------------------------------------------------------------------------------
 class ViTCLSPreTrainedModel(AdaptableModel):
     """Base class of all models, with methods for loading, saving and initialization.
 
@@ -235,17 +243,20 @@ class ViTCLSPreTrainedModel(AdaptableModel):
         """Return the attention weights of the special tokens, for any attention implementation.
 
         The values equal the rows of eager attention maps without dropout. One forward pass computes
-        only these rows instead of full maps. To disable gradients of the output, use `torch.no_grad()`.
+        only these rows instead of full maps. To disable gradients of the output, use
+        `torch.no_grad()`.
 
         Args:
             pixel_values: [B, C, H, W].
             tokens: one or more of "cls", "distillation" and "registers".
-            layers: "all", or a list of indices, starting from 0; negative indices count from the last layer.
+            layers: "all", or a list of indices, starting from 0; negative indices count from the
+                last layer.
             attention_mask: as in `forward`.
 
         Returns:
-            [batch, layer, head, special token, key], with tokens and keys in the order of `config.token_layout`. Each
-            row sums to 1. With differential attention, the head axis contains two consecutive maps per head.
+            [batch, layer, head, special token, key], with tokens and keys in the order of
+            `config.token_layout`. Each row sums to 1. With differential attention, the head axis
+            contains two consecutive maps per head.
 
         Raises:
             KeyError, IndexError: if a token group or layer does not exist.
@@ -257,8 +268,8 @@ class ViTCLSPreTrainedModel(AdaptableModel):
     def flops(self, image_size: int | Sequence[int] | None = None, batch_size: int = 1) -> int:
         """Return the FLOPs of a forward pass, counted by `torch.utils.flop_counter` on the meta device.
 
-        The count includes matrix products and convolutions; a multiply-add counts as two. `image_size` is in pixels
-        and defaults to `config.image_size`.
+        The count includes matrix products and convolutions; a multiply-add counts as two.
+        `image_size` is in pixels and defaults to `config.image_size`.
         """
         height, width = (
             self.config.image_height_width if image_size is None else to_pair(image_size)
@@ -282,7 +293,7 @@ TOKEN_INITS: dict[str, Callable[[Tensor, float], Any]] = {
 }
 
 
-# Encoder -------------------------------------------------------------------------------------------------------------
+# Encoder ------------------------------------------------------------------------------------------
 class ViTCLSModel(ViTCLSPreTrainedModel):
     """A Vision Transformer (arXiv 2010.11929) with configurable special tokens and without a classifier.
 
@@ -336,14 +347,20 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
 
         Args:
             pixel_values: [B, C, H, W]; images of any size with at least one patch.
-            bool_masked_pos: [B, rows * columns]; True for patches that are replaced with the mask token.
-            attention_mask: [B, N] for all tokens, special tokens first; 1 for visible tokens, 0 for hidden tokens.
-            num_output_tokens: number of special tokens to compute in the last layer and return. Default: all tokens.
-                Classifiers pass the number of tokens that their heads read (`count_output_tokens`).
-            interpolate_pos_encoding: has no effect, because positions are always interpolated to the image size.
-            output_layers: indices of layers, from 1 to `num_hidden_layers`, whose tokens after the final norm are
+            bool_masked_pos: [B, rows * columns]; True for patches that are replaced with the mask
+                token.
+            attention_mask: [B, N] for all tokens, special tokens first; 1 for visible tokens, 0 for
+                hidden tokens.
+            num_output_tokens: number of special tokens to compute in the last layer and return.
+                Default: all tokens. Classifiers pass the number of tokens that their heads read
+                (`count_output_tokens`).
+            interpolate_pos_encoding: has no effect, because positions are always interpolated to
+                the image size.
+            output_layers: indices of layers, from 1 to `num_hidden_layers`, whose tokens after the
+                final norm are
                 returned as `layer_tokens` (index -> [B, N, D]). Other layers are not kept in memory. If
-                `num_output_tokens` limits the last layer, `compute_all_tokens()` computes it again for all tokens.
+                `num_output_tokens` limits the last layer, `compute_all_tokens()` computes it again
+                for all tokens.
             output_hidden_states, output_attentions, return_dict: as in all transformers models.
 
         Raises:
@@ -430,8 +447,9 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
     ) -> Tensor:
         """Return all tokens of the last layer after the final norm, [B, N, D], in a second pass of this layer.
 
-        The first pass, of fewer tokens, stays as it is: a product of more rows could be rounded differently. Hooks of
-        transformers and the recorder of the attention have seen the first pass, and do not see the second.
+        The first pass, of fewer tokens, stays as it is: a product of more rows could be rounded
+        differently. Hooks of transformers and the recorder of the attention have seen the first
+        pass, and do not see the second.
         """
         layer: Any = self.layers[-1]
         recorder = layer.attention.recorder
@@ -450,12 +468,14 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         return type(self)(config, add_pooling_layer=self.pooler is not None)
 
 
-# Classifiers ---------------------------------------------------------------------------------------------------------
+# Classifiers --------------------------------------------------------------------------------------
 class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
-    """A ViT with a classifier on the pooled tokens. Models with a distillation head have a second classifier.
+    """A ViT with a classifier on the pooled tokens.
 
-    Classifiers of further tasks (`config.extra_heads`) read the tokens of the same forward pass; the other outputs
-    have the same bits as without them.
+    Models with a distillation head have a second classifier.
+
+    Classifiers of further tasks (`config.extra_heads`) read the tokens of the same forward pass;
+    the other outputs have the same bits as without them.
 
     Example:
         >>> import torch
@@ -470,7 +490,8 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
         super().__init__(config)
         if config.tasks:
             raise ValueError(
-                "config.tasks requires ViTCLSForMultiTaskClassification: use that class, or omit tasks"
+                "config.tasks requires ViTCLSForMultiTaskClassification: use that class, or omit "
+                "tasks"
             )
         self.vitcls = ViTCLSModel(config)
         self.build_classifiers()
@@ -528,8 +549,9 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
     ) -> ViTCLSImageClassifierOutput:
         """Classify images.
 
-        The loss is computed from `logits`. During training, a model with two classifiers uses the mean of both losses,
-        so that both classifiers are trained. The training loop adds distillation from a teacher (training/losses.py).
+        The loss is computed from `logits`. During training, a model with two classifiers uses the
+        mean of both losses, so that both classifiers are trained. The training loop adds
+        distillation from a teacher (training/losses.py).
 
         Args:
             labels, num_items_in_batch: as in `compute_classification_loss`.
@@ -637,7 +659,8 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
         """Classify images for every task.
 
         Args:
-            labels: dict that maps task names to class indices [B]. Tasks may be omitted. Labels of -100 are ignored.
+            labels: dict that maps task names to class indices [B]. Tasks may be omitted. Labels of
+                -100 are ignored.
             compute_all_tokens: as in `count_output_tokens`. Default: `config.compute_all_tokens`.
 
         Raises:
@@ -701,9 +724,10 @@ def count_output_tokens(
 ) -> int | None:
     """Return the number of special tokens that the last layer computes for a classifier, or None for all tokens.
 
-    The last layer computes only the tokens that the heads read; the logits do not change. It computes all tokens if
-    `compute_all_tokens` or `config.compute_all_tokens` is True, if hidden states or attentions are requested, or if
-    the encoder, its last layer, final norm or pooler has a hook or recorder, which may read all tokens.
+    The last layer computes only the tokens that the heads read; the logits do not change. It
+    computes all tokens if `compute_all_tokens` or `config.compute_all_tokens` is True, if hidden
+    states or attentions are requested, or if the encoder, its last layer, final norm or pooler has
+    a hook or recorder, which may read all tokens.
     """
     config = encoder.config
     if compute_all_tokens is None:
@@ -739,7 +763,7 @@ def has_user_hooks(module: nn.Module | None) -> bool:
     )
 
 
-# Masked image modeling -----------------------------------------------------------------------------------------------
+# Masked image modeling ----------------------------------------------------------------------------
 class ViTCLSForMaskedImageModeling(ViTCLSPreTrainedModel):
     """A ViT for pre-training, with a linear decoder that reconstructs masked patches (SimMIM, arXiv 2111.09886).
 
@@ -770,11 +794,13 @@ class ViTCLSForMaskedImageModeling(ViTCLSPreTrainedModel):
         """Reconstruct images.
 
         Args:
-            bool_masked_pos: [B, rows * columns]; True for masked patches. If None, no loss is computed.
+            bool_masked_pos: [B, rows * columns]; True for masked patches. If None, no loss is
+                computed.
 
         Returns:
-            The loss over the masked pixels, and `reconstruction` [B, C, rows * patch height, columns * patch width],
-            in the scale of `pixel_values` (normalized per patch if `config.norm_pixel_target`).
+            The loss over the masked pixels, and `reconstruction` [B, C, rows * patch height,
+            columns * patch width], in the scale of `pixel_values` (normalized per patch if
+            `config.norm_pixel_target`).
         """
         require_all_patches(self, self.config)
         outputs = self.vitcls(
@@ -798,7 +824,7 @@ class ViTCLSForMaskedImageModeling(ViTCLSPreTrainedModel):
         )
 
 
-# Backbone ------------------------------------------------------------------------------------------------------------
+# Backbone -----------------------------------------------------------------------------------------
 class ViTCLSBackbone(BackboneMixin, ViTCLSModel):  # type: ignore[misc]  # num_features is a list
     """A ViT that returns feature maps for dense prediction: patch tokens of selected layers, reshaped to a grid.
 
@@ -830,7 +856,8 @@ class ViTCLSBackbone(BackboneMixin, ViTCLSModel):  # type: ignore[misc]  # num_f
         """Return the feature maps of `config.out_features`.
 
         Maps are [B, D, rows, columns], or [B, 1 + patches, D] (first CLS token and patches) if
-        `config.reshape_hidden_states` is False. Without `config.apply_layernorm`, only the last stage is normalized.
+        `config.reshape_hidden_states` is False. Without `config.apply_layernorm`, only the last
+        stage is normalized.
         """
         require_all_patches(self, self.config)
         kwargs["output_hidden_states"] = True  # the decorator sets it since transformers 5.12

@@ -20,7 +20,7 @@ from .configuration_vitcls import ViTCLSConfig
 PositionEmbeddings = tuple[Tensor, Tensor]
 
 
-# Rotary position embeddings ------------------------------------------------------------------------------------------
+# Rotary position embeddings -----------------------------------------------------------------------
 def build_rotary_embeddings(
     config: ViTCLSConfig,
 ) -> "AxialRotaryEmbeddings | MixedRotaryEmbeddings | None":
@@ -99,9 +99,12 @@ class MixedRotaryEmbeddings(nn.Module):
 def get_patch_coordinates(
     config: ViTCLSConfig, grid_size: tuple[int, int], device: torch.device
 ) -> Tensor:
-    """Return the coordinates [rows * columns, 2] of all patches, row by row. `config.rope_axes` sets the axis order.
+    """Return the coordinates [rows * columns, 2] of all patches, row by row.
 
-    Mixed rotary embeddings use `"grid"` coordinates. Coordinates are computed for each grid and need no resampling.
+    `config.rope_axes` sets the axis order.
+
+    Mixed rotary embeddings use `"grid"` coordinates. Coordinates are computed for each grid and
+    need no resampling.
     """
     y, x = (torch.arange(size, dtype=torch.float32, device=device) for size in grid_size)
     is_mixed = config.position_embedding_type.endswith("rope_mixed")
@@ -112,7 +115,8 @@ def get_patch_coordinates(
             for axis, size in zip((y, x), grid_size, strict=True)
         )
     else:
-        # Indices of the patches, scaled to a reference grid (EVA-02, arXiv 2303.11331, section 2.1).
+        # Indices of the patches, scaled to a reference grid (EVA-02, arXiv 2303.11331, section
+        # 2.1).
         reference_grid = config.rope_reference_grid or grid_size
         offset = float(config.rope_grid_offset)
         axes = zip((y, x), grid_size, reference_grid, strict=True)
@@ -127,7 +131,8 @@ def rotate_patches(
 ) -> tuple[Tensor, Tensor]:
     """Rotate the queries [B, heads, n, head_dim] and keys [B, heads, N, head_dim] of the patches.
 
-    Special tokens come first and are not rotated. n is N, or at most the number of special tokens (no patch queries).
+    Special tokens come first and are not rotated. n is N, or at most the number of special tokens
+    (no patch queries).
     """
     cos, sin = position_embeddings
     num_prefix_tokens = key.shape[-2] - cos.shape[-2]
@@ -142,9 +147,12 @@ def rotate_patches(
     return query if query.shape[-2] <= num_prefix_tokens else rotate(query), rotate(key)
 
 
-# Resampling ----------------------------------------------------------------------------------------------------------
+# Resampling ---------------------------------------------------------------------------------------
 def needs_resampling(grid_size: tuple[int, int], new_grid_size: tuple[int, int]) -> bool:
-    """Return whether two grids differ. Return True for dynamic grids, which a comparison would make static."""
+    """Return whether two grids differ.
+
+    Return True for dynamic grids, which a comparison would make static.
+    """
     if torch.compiler.is_exporting() and any(
         isinstance(size, torch.SymInt) for size in new_grid_size
     ):
@@ -161,7 +169,8 @@ def resample_positions(
     """Resample learned positions [1, rows * columns, D] to another grid in float32, with the method in `config`."""
     maps = positions.float().unflatten(1, grid_size).permute(0, 3, 1, 2)  # [1, D, rows, columns]
     if config.position_interpolation == "crop":
-        # Resample to a square as long as the longer side, and keep its top-left part (RADIO, arXiv 2312.06709).
+        # Resample to a square as long as the longer side, and keep its top-left part (RADIO, arXiv
+        # 2312.06709).
         longer_side = max(new_grid_size)
         square = nn.functional.interpolate(
             maps, size=(longer_side, longer_side), mode="bilinear", align_corners=False
@@ -193,8 +202,9 @@ def resample_positions(
 def resize_patch_kernel(kernel: Tensor, new_size: tuple[int, int]) -> Tensor:
     """Resize a patch projection [D, C, height, width] to another patch size (FlexiViT, arXiv 2212.08013, section 3.4).
 
-    The new kernel maps a bilinearly resized patch to the embedding of the original patch: exactly for larger patches,
-    and in the least-squares sense for smaller ones. The new kernel is pinv(B^T) @ kernel; B is the resize matrix.
+    The new kernel maps a bilinearly resized patch to the embedding of the original patch: exactly
+    for larger patches, and in the least-squares sense for smaller ones. The new kernel is pinv(B^T)
+    @ kernel; B is the resize matrix.
     """
     height, width = kernel.shape[-2:]
     # CPU: MPS has no float64

@@ -3,8 +3,9 @@
 
     rows = model.token_attention(pixel_values)      # [batch, layer, head, special token, key]
 
-Fused attention does not return attention maps, and full maps have N x N values. Therefore, a `recorder` in the
-attention module (blocks_vitcls.py) receives queries and keys, and only the rows of the special tokens are computed.
+Fused attention does not return attention maps, and full maps have N x N values. Therefore, a
+`recorder` in the attention module (blocks_vitcls.py) receives queries and keys, and only the rows
+of the special tokens are computed.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -64,7 +65,8 @@ def record_attention(
 ) -> Iterator[None]:
     """Call `record(layer, query, key, value, mask, scaling, attn_output)` in each of `layers` within the context.
 
-    Compiled models run eagerly within the context. The previous recorders are restored at the end of the context.
+    Compiled models run eagerly within the context. The previous recorders are restored at the end
+    of the context.
     """
     attention_modules = {index: encoder.layers[index].attention for index in layers}
     previous_recorders = {
@@ -92,7 +94,8 @@ def compute_attention_rows(
 def select_mask_rows(mask: Any, query: Tensor, key: Tensor) -> Tensor | None:
     """Return the rows of a mask for the first n queries [B, heads, n, d], for any attention implementation.
 
-    Masks are None, [B, N] (flash), [B or 1, heads or 1, N or 1, N] (SDPA, eager) or a `BlockMask` (flex attention).
+    Masks are None, [B, N] (flash), [B or 1, heads or 1, N or 1, N] (SDPA, eager) or a `BlockMask`
+    (flex attention).
     """
     if mask is None or query.shape[2] == 0:
         return None

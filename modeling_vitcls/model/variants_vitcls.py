@@ -24,7 +24,7 @@ from .configuration_vitcls import ViTCLSConfig
 from .positions_vitcls import PositionEmbeddings
 
 
-# Layers --------------------------------------------------------------------------------------------------------------
+# Layers -------------------------------------------------------------------------------------------
 class ViTCLSPostNormLayer(ViTCLSLayer):
     """Layer with norms on the outputs of attention and MLP, before each residual connection (EVA02-CLIP-E)."""
 
@@ -80,16 +80,18 @@ LAYER_CLASSES: dict[str, type[ViTCLSLayer]] = {
 }
 
 
-# Differential attention ----------------------------------------------------------------------------------------------
+# Differential attention ---------------------------------------------------------------------------
 class ViTCLSDifferentialAttention(ViTCLSAttention):
     """Attention whose heads compute the difference between two attention maps (Ye et al. 2024, arXiv 2410.05258).
 
-    The query and key of a head are each split into two halves, one per map. Each layer learns the weight of the second
-    map. Unlike in the paper, this weight is a parameter, and the norm's weights include the output scale.
+    The query and key of a head are each split into two halves, one per map. Each layer learns the
+    weight of the second map. Unlike in the paper, this weight is a parameter, and the norm's
+    weights include the output scale.
     """
 
     MAPS_PER_HEAD = 2
-    LAMBDA_INIT = 0.8  # initial weight of the second map (the paper's limit in deep layers); norm weights start at 0.2
+    # initial weight of the second map (the paper's limit in deep layers); norm weights start at 0.2
+    LAMBDA_INIT = 0.8
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__(config)
@@ -121,7 +123,7 @@ ATTENTION_CLASSES: dict[str, type[ViTCLSAttention]] = {
 }
 
 
-# Specialized weights -------------------------------------------------------------------------------------------------
+# Specialized weights ------------------------------------------------------------------------------
 # Part of a layer in `config.specialized_layers` -> modules. A parallel layer has no `layernorm_after`.
 SPECIALIZED_MODULES = {
     "norm": ("layernorm_before", "layernorm_after"),
@@ -142,8 +144,9 @@ class SpecializedModule(nn.Module):
         """Return the outputs [B, N, out] of tokens [B, N, D], special tokens first."""
         outputs = self.patches(hidden_states)
         special_states = hidden_states[:, : self.num_special_tokens]
-        # A product may be rounded differently if it has fewer rows. Therefore, special tokens get their rows of
-        # `outputs` plus the difference of two products of equal shape, which is exactly 0 for equal weights.
+        # A product may be rounded differently if it has fewer rows. Therefore, special tokens get
+        # their rows of `outputs` plus the difference of two products of equal shape, which is
+        # exactly 0 for equal weights.
         difference = self.special_tokens(special_states) - self.patches(special_states).detach()
         special_outputs = outputs[:, : self.num_special_tokens].detach() + difference
         return torch.cat([special_outputs, outputs[:, self.num_special_tokens :]], dim=1)
@@ -161,12 +164,13 @@ def specialize_layers(layers: nn.ModuleList, config: ViTCLSConfig) -> None:
                     layers[index].set_submodule(name, module)
 
 
-# Register neurons ----------------------------------------------------------------------------------------------------
+# Register neurons ---------------------------------------------------------------------------------
 class RegisterNeurons(nn.Module):
     """Move the activations of selected MLP neurons from the patches to the last register, without training.
 
-    For each neuron, the register receives the largest patch activation in magnitude, and all patch activations are set
-    to 0. Other special tokens are unchanged, as in the authors' code (Jiang et al. 2025, arXiv 2506.08010, section 4).
+    For each neuron, the register receives the largest patch activation in magnitude, and all patch
+    activations are set to 0. Other special tokens are unchanged, as in the authors' code (Jiang et
+    al. 2025, arXiv 2506.08010, section 4).
     """
 
     def __init__(self, config: ViTCLSConfig, neurons: list[int]) -> None:
@@ -198,12 +202,13 @@ def add_register_neurons(layers: Iterable[Any], config: ViTCLSConfig) -> None:
             layer.mlp.register_neurons = RegisterNeurons(config, neurons)
 
 
-# Patch dropout -------------------------------------------------------------------------------------------------------
+# Patch dropout ------------------------------------------------------------------------------------
 class PatchDropout(nn.Module):
     """Keep a random subset of each image's patches in training (PatchDropout, arXiv 2208.07220; FLIP, 2212.00794).
 
-    Kept patches retain their positions: learned embeddings are already added, and rotary embeddings are selected
-    with the patches. Special tokens are always kept. In eval mode, all patches are kept.
+    Kept patches retain their positions: learned embeddings are already added, and rotary embeddings
+    are selected with the patches. Special tokens are always kept. In eval mode, all patches are
+    kept.
     """
 
     def __init__(self, config: ViTCLSConfig) -> None:
@@ -216,7 +221,8 @@ class PatchDropout(nn.Module):
     ) -> tuple[Tensor, Any, Any]:
         """Drop the same patches from hidden states [B, N, D], masks and position embeddings.
 
-        Masks and position embeddings are each a single value for all layers, a list with one value per layer, or None.
+        Masks and position embeddings are each a single value for all layers, a list with one value
+        per layer, or None.
         """
         if not self.training:
             return hidden_states, mask, position_embeddings
@@ -260,8 +266,8 @@ def require_all_patches(model: nn.Module, config: ViTCLSConfig) -> None:
     """Raise ValueError if a model that requires every patch is in training mode with patch dropout."""
     if model.training and config.patch_drop_rate > 0:
         raise ValueError(
-            f"{type(model).__name__} requires every patch, but patch_drop_rate is {config.patch_drop_rate}. "
-            "Set `patch_drop_rate=0` to train the model."
+            f"{type(model).__name__} requires every patch, but patch_drop_rate is "
+            f"{config.patch_drop_rate}. Set `patch_drop_rate=0` to train the model."
         )
 
 

@@ -41,7 +41,8 @@ def build_uploader(options: RunOptions, repo_id: str | None) -> Callable[[Path],
 def finish_run(path: Path, options: RunOptions, repo_id: str | None) -> None:
     """Write the report and the card of a finished run, and push and verify the folder if `repo_id` is set.
 
-    Raise OSError if a file cannot be written, or if the push or the verification fails. The message is a single line.
+    Raise OSError if a file cannot be written, or if the push or the verification fails. The message
+    is a single line.
     """
     folder = ModelFolder(path)
     report = path / REPORT_FILE

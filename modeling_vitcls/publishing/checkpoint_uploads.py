@@ -16,9 +16,9 @@ def build_checkpoint_uploader(
 
     Earlier checkpoints are removed from the branch.
 
-    A checkpoint that is saved during an upload is not uploaded. Errors are passed to `warn` and do not end the run.
-    To resume on another machine, run `hf download ID --revision BRANCH --local-dir DIR`, and repeat the command with
-    --output-dir DIR --resume.
+    A checkpoint that is saved during an upload is not uploaded. Errors are passed to `warn` and do
+    not end the run. To resume on another machine, run `hf download ID --revision BRANCH --local-dir
+    DIR`, and repeat the command with --output-dir DIR --resume.
     """
     api = HfApi()
     uploads: list[Future[CommitInfo]] = []
@@ -26,7 +26,8 @@ def build_checkpoint_uploader(
     def report_error(upload: "Future[CommitInfo]") -> None:
         if error := upload.exception():
             warn(
-                f"a checkpoint was not uploaded to the branch {branch} of {repo_id}: {format_hub_error(error)}"
+                f"a checkpoint was not uploaded to the branch {branch} of {repo_id}: "
+                f"{format_hub_error(error)}"
             )
 
     def upload_checkpoint(folder: Path) -> None:

@@ -38,7 +38,8 @@ def describe_predictions(
 
     Args:
         folder: The folder of a run.
-        data: Its data, for thumbnails of the images with the highest losses and of their nearest training images.
+        data: Its data, for thumbnails of the images with the highest losses and of their nearest
+            training images.
     """
     import pandas as pd
 
@@ -57,7 +58,8 @@ def describe_predictions(
         rows = pd.read_parquet(file, columns=columns)
     except (OSError, ValueError):  # pyarrow's errors are subclasses
         warn_once(
-            f"ignoring {file}, because it is not readable. Write it again with `vitcls evaluate --per-image`"
+            f"ignoring {file}, because it is not readable. Write it again with `vitcls evaluate "
+            "--per-image`"
         )
         return None
     if not len(rows) or not isinstance(rows["label"][0], str):
@@ -110,7 +112,8 @@ def add_nearest_images(
     Args:
         rows: The rows.
         nearest_names: Names of the nearest training images of each row.
-        data: The data of the run. The nearest images may be selection images, to which a frozen model is fitted, too.
+        data: The data of the run. The nearest images may be selection images, to which a frozen
+            model is fitted, too.
     """
     class_names = data.label_space.names
     images_by_name: dict[str, list[tuple[LabeledImages, int]]] = defaultdict(list)

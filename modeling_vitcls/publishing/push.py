@@ -4,8 +4,8 @@
     push_result = push_folder(ModelFolder(Path("runs/mine")), repo_id)
     push_result.commit                                                  # the commit hash to pin
 
-Temporary failures are retried for about a minute. Files that the Hub already has are not uploaded again. The folder is
-not changed.
+Temporary failures are retried for about a minute. Files that the Hub already has are not uploaded
+again. The folder is not changed.
 """
 
 import shlex
@@ -69,15 +69,17 @@ def prepare_repository(
         space_sdk: "gradio" or "static" for a Space.
 
     Raises:
-        ValueError: If the name is invalid, or the token, the namespace or the visibility does not permit the push.
+        ValueError: If the name is invalid, or the token, the namespace or the visibility does not
+            permit the push.
         OSError: If the Hub does not respond.
     """
     check_is_online()
     name = repo_id or default_name
     repo_type = "space" if space_sdk else "model"
     remedy = (
-        f"Run `hf auth login` with a token that may write to the repository ({TOKEN_SETTINGS_URL}), or set HF_TOKEN; "
-        f"check {'`space_id`' if space_sdk else '`hub_model_id`'}"
+        "Run `hf auth login` with a token that may write to the repository "
+        f"({TOKEN_SETTINGS_URL}), or set HF_TOKEN; check "
+        f"{'`space_id`' if space_sdk else '`hub_model_id`'}"
     )
 
     api = HfApi()
@@ -100,8 +102,8 @@ def prepare_repository(
 
     if private and not is_private:
         raise ValueError(
-            f"{name} exists and is public, but a private repository is required. Make the repository private in its "
-            f"settings on the Hub, or set a different name"
+            f"{name} exists and is public, but a private repository is required. Make the "
+            "repository private in its settings on the Hub, or set a different name"
         )
     return name
 
@@ -117,14 +119,17 @@ def push_folder(
     If nothing has changed, no commit is made, and the newest commit of the branch is returned.
 
     Args:
-        folder: Folder with the configuration, weights, code, image processor and results of a model.
+        folder: Folder with the configuration, weights, code, image processor and results of a
+            model.
         repo_id: `namespace/name`.
-        private: Whether a new repository must be private. Default: the account's default visibility.
+        private: Whether a new repository must be private. Default: the account's default
+            visibility.
         branch: Branch of the commit, created from `main` if it does not exist. Default: `main`.
 
     Raises:
         ValueError: If the folder does not contain a complete model.
-        PushError: If the push fails. The message is a single line and ends with the command that completes the push.
+        PushError: If the push fails. The message is a single line and ends with the command that
+            completes the push.
     """
     command = build_push_command(folder.path, repo_id, private, branch)
     advice = f"The model is saved in {folder.path}; finish with: {command}"
@@ -156,7 +161,8 @@ def upload_folder(
     If nothing has changed, no commit is made.
 
     Args:
-        delete_patterns: Patterns of files to remove from the repository unless they are in the folder.
+        delete_patterns: Patterns of files to remove from the repository unless they are in the
+            folder.
         advice: How to finish a failed push.
 
     Raises:
@@ -179,7 +185,8 @@ def upload_folder(
             commit_message=message,
             revision=branch,
             delete_patterns=delete_patterns,
-            # After another push in the meantime, the Hub rejects the commit (HTTP 412), and the retry starts again.
+            # After another push in the meantime, the Hub rejects the commit (HTTP 412), and the
+            # retry starts again.
             parent_commit=info.sha,
         )
         prefix = "spaces/" if repo_type == "space" else ""

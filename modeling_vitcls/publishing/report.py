@@ -2,8 +2,9 @@
 
     write_report(ModelFolder(Path("runs/mine")), warn)    report.html and images/, with the held-out images of the run
 
-The images are read from the dataset of the run again, so that the folder does not contain them. Their predictions are
-read from predictions.parquet. The report of a run measures fewer images and effects than `vitcls inspect`.
+The images are read from the dataset of the run again, so that the folder does not contain them.
+Their predictions are read from predictions.parquet. The report of a run measures fewer images and
+effects than `vitcls inspect`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -26,8 +27,8 @@ from .card_images import write_card_images
 from .held_out_predictions import describe_predictions
 
 
-# Number of images for the statistics, and number of images shown. A model whose statistics would take more than
-# MAX_STATISTICS_FLOPS floating-point operations gets the smaller numbers.
+# Number of images for the statistics, and number of images shown. A model whose statistics would
+# take more than MAX_STATISTICS_FLOPS floating-point operations gets the smaller numbers.
 NUM_STATISTICS_IMAGES, MIN_STATISTICS_IMAGES = 64, 16
 NUM_SHOWN_IMAGES, MIN_SHOWN_IMAGES = 6, 4
 MAX_STATISTICS_FLOPS = 2e11
@@ -39,8 +40,8 @@ NUM_STREAMED_IMAGES = (
 def write_report(folder: ModelFolder, warn: Callable[[str], None]) -> str | None:
     """Write report.html and the card's images, and return a summary of the diagnosis of the special tokens.
 
-    Returns None without a report. The images of the report are the held-out images of the run that wrote the folder.
-    Errors are passed to `warn`, and the missing files are not written.
+    Returns None without a report. The images of the report are the held-out images of the run that
+    wrote the folder. Errors are passed to `warn`, and the missing files are not written.
     """
     inspection: Inspection | None = None
     with convert_errors(warn, f"{REPORT_FILE} could not be written"):
@@ -74,7 +75,8 @@ def inspect_run(folder: ModelFolder, images: InspectionImages) -> Inspection:
             model,
             folder.load_processor(),
             **images.build_arguments(*choose_numbers_of_images(folder.results)),
-            # Effects of tokens are news only if there are several tokens, and training changed them.
+            # Effects of tokens are news only if there are several tokens, and training changed
+            # them.
             has_ablations=num_tokens > 1 and folder.results.get("steps") != 0,
             has_map_checks=False,  # they would take longer than the features of a small dataset
             token_movement=folder.results.get("token_movement"),
@@ -87,8 +89,8 @@ def inspect_run(folder: ModelFolder, images: InspectionImages) -> Inspection:
 def choose_numbers_of_images(results: Mapping[str, Any]) -> tuple[int, int]:
     """Return the number of images to show, and the number of images for the statistics of a run's report.
 
-    The report of a large model must not take longer than the features of a small dataset. `vitcls inspect` measures
-    more images.
+    The report of a large model must not take longer than the features of a small dataset. `vitcls
+    inspect` measures more images.
     """
     num_affordable = int(MAX_STATISTICS_FLOPS / results.get("forward_flops_per_image", 1))
     if num_affordable >= NUM_STATISTICS_IMAGES:

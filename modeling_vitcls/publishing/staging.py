@@ -3,10 +3,10 @@
     with stage_folder(ModelFolder(Path("runs/mine")), "me/mine") as staged:
         api.upload_folder(folder_path=staged, delete_patterns=DELETE_PATTERNS, ...)
 
-Only files that this package writes are published, each by its name: other files in the folder stay on the machine.
-Large files are links. README.md contains the id of the repository, config.resolved.yaml no local paths, and
-CODE_LICENSE the license of the code. There are no pickle files, no results of other weights, and no images of a
-dataset that may not be published.
+Only files that this package writes are published, each by its name: other files in the folder stay
+on the machine. Large files are links. README.md contains the id of the repository,
+config.resolved.yaml no local paths, and CODE_LICENSE the license of the code. There are no pickle
+files, no results of other weights, and no images of a dataset that may not be published.
 """
 
 import logging
@@ -45,8 +45,8 @@ from .card import has_edited_card, render_card
 PACKAGE_FOLDER = Path(__file__).parents[1]
 # License file of the code. Other license files in a model folder apply to the weights.
 CODE_LICENSE_FILE = "CODE_LICENSE"
-# A push removes these files from the repository unless the folder contains them: an old model.safetensors would be
-# loaded instead of new shards, and old results describe other weights.
+# A push removes these files from the repository unless the folder contains them: an old
+# model.safetensors would be loaded instead of new shards, and old results describe other weights.
 DELETE_PATTERNS = [
     *(
         *MODEL_PATTERNS,
@@ -124,8 +124,8 @@ def list_published_files(folder: ModelFolder) -> set[str]:
     for name in sorted(files):
         if (folder.path / name).resolve() != root / name:
             raise ValueError(
-                f"{folder.path / name} is a link, but a push publishes only files of the folder itself. Copy the "
-                f"folder (cp -rL {folder.path} COPY), and push the copy"
+                f"{folder.path / name} is a link, but a push publishes only files of the folder "
+                f"itself. Copy the folder (cp -rL {folder.path} COPY), and push the copy"
             )
     return files
 
@@ -137,7 +137,8 @@ def warn_about_images(folder: ModelFolder, files: set[str]) -> None:
     missing_images = sorted(name for name in shown_images - files if (folder.path / name).is_file())
     if missing_images:
         logger.warning(
-            "%s shows images that vitcls did not write, and that are not pushed: %s. Upload them with `hf upload`",
+            "%s shows images that vitcls did not write, and that are not pushed: %s. Upload them "
+            "with `hf upload`",
             CARD_FILE,
             ", ".join(missing_images),
         )

@@ -2,9 +2,9 @@
 
     python -P verification_script.py REPO_ID COMMIT TRUST_REMOTE_CODE NUM_THREADS FOLDER    # run by verify.py
 
-The script writes outputs.safetensors and report.json with the loaded classes to FOLDER; report.json contains only
-the error if loading fails. The code of the repository runs only in this process. The script imports torch,
-transformers and other libraries, but not this package.
+The script writes outputs.safetensors and report.json with the loaded classes to FOLDER; report.json
+contains only the error if loading fails. The code of the repository runs only in this process. The
+script imports torch, transformers and other libraries, but not this package.
 """
 
 import json
@@ -49,12 +49,13 @@ def collect_outputs(
 
     Args:
         source: Id of a repository, or a folder.
-        options: Arguments of `from_pretrained`: the revision, and whether to trust the code of the repository.
+        options: Arguments of `from_pretrained`: the revision, and whether to trust the code of the
+            repository.
         backbone_class: Class that loads a backbone in a folder. Default: AutoBackbone.
 
     Returns:
-        The outputs in float32 by name, such as `{"AutoModel/last_hidden_state": ...}`, and a report with
-        the names of the loaded classes and of the weights that the checkpoint lacks.
+        The outputs in float32 by name, such as `{"AutoModel/last_hidden_state": ...}`, and a report
+        with the names of the loaded classes and of the weights that the checkpoint lacks.
     """
     config = transformers.AutoConfig.from_pretrained(source, **options)
     size = config.image_size

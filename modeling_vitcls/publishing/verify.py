@@ -2,14 +2,15 @@
 
     print(verify("someone/model", "0123abc...", ModelFolder(Path("runs/mine"))))
 
-1. The hashes of the files on the Hub must match those of the files that a push of `folder` publishes or, without
-   `folder`, those of the downloaded files.
-2. A new process, with an empty cache and without this package, loads the commit with the Auto classes
-   (verification_script.py). Because the process may run code by an unknown author, it receives only a few
-   environment variables, and it receives the user's token only if the repository is private or gated. The process is
-   not sandboxed: it runs as the current user and can read the user's files.
-3. The outputs of the new process for fixed inputs must match the outputs of the model in `folder`, loaded with this
-   package. No published code runs in the calling process.
+1. The hashes of the files on the Hub must match those of the files that a push of `folder`
+   publishes or, without `folder`, those of the downloaded files.
+2. A new process, with an empty cache and without this package, loads the commit with the Auto
+   classes (verification_script.py). Because the process may run code by an unknown author, it
+   receives only a few environment variables, and it receives the user's token only if the
+   repository is private or gated. The process is not sandboxed: it runs as the current user and can
+   read the user's files.
+3. The outputs of the new process for fixed inputs must match the outputs of the model in `folder`,
+   loaded with this package. No published code runs in the calling process.
 """
 
 import json
@@ -44,25 +45,28 @@ from .staging import PACKAGE_FOLDER, stage_folder
 from .verification_script import Outputs, collect_outputs
 
 
-# Maximum absolute difference from a reference tensor in float32, relative to the largest absolute value of the
-# reference tensor if this value exceeds 1.
+# Maximum absolute difference from a reference tensor in float32, relative to the largest absolute
+# value of the reference tensor if this value exceeds 1.
 TOLERANCE = 1e-6
 VERIFIED_PATTERNS = (*MODEL_PATTERNS, PARITY_REPORT_FILE, CARD_FILE, "*.py")
-# Environment variables (in upper or lower case) that the new process inherits: locations of programs and libraries,
-# access to the Hub, and settings that affect numerical results.
+# Environment variables (in upper or lower case) that the new process inherits: locations of
+# programs and libraries, access to the Hub, and settings that affect numerical results.
 INHERITED_VARIABLES = frozenset(
     (
-        "PATH PYTHONPATH LD_LIBRARY_PATH LD_PRELOAD DYLD_LIBRARY_PATH SYSTEMROOT TMPDIR LANG LC_ALL LC_CTYPE "
-        "HTTP_PROXY HTTPS_PROXY ALL_PROXY NO_PROXY SSL_CERT_FILE SSL_CERT_DIR REQUESTS_CA_BUNDLE CURL_CA_BUNDLE "
-        "HF_ENDPOINT HF_HUB_DISABLE_XET HF_HUB_DOWNLOAD_TIMEOUT HF_HUB_ETAG_TIMEOUT CUDA_VISIBLE_DEVICES "
-        "ATEN_CPU_CAPABILITY"
+        "PATH PYTHONPATH LD_LIBRARY_PATH LD_PRELOAD DYLD_LIBRARY_PATH SYSTEMROOT TMPDIR LANG "
+        "LC_ALL LC_CTYPE HTTP_PROXY HTTPS_PROXY ALL_PROXY NO_PROXY SSL_CERT_FILE SSL_CERT_DIR "
+        "REQUESTS_CA_BUNDLE CURL_CA_BUNDLE HF_ENDPOINT HF_HUB_DISABLE_XET HF_HUB_DOWNLOAD_TIMEOUT "
+        "HF_HUB_ETAG_TIMEOUT CUDA_VISIBLE_DEVICES ATEN_CPU_CAPABILITY"
     ).split()
 )
 INHERITED_PREFIXES = ("OMP_", "GOMP_", "KMP_", "MKL_", "ONEDNN_", "DNNL_", "OPENBLAS_")
 
 
 class VerificationError(ValueError):
-    """Raised if a published model does not load or differs from the reference. The message is a single line."""
+    """Raised if a published model does not load or differs from the reference.
+
+    The message is a single line.
+    """
 
 
 def verify(repo_id: str, revision: str = "main", folder: ModelFolder | None = None) -> str:
@@ -71,15 +75,16 @@ def verify(repo_id: str, revision: str = "main", folder: ModelFolder | None = No
     Args:
         repo_id: `namespace/name`.
         revision: Commit hash, branch or tag.
-        folder: Local folder of the pushed model, which is loaded as the reference. By default, the reference is loaded
-            from the downloaded files, with the code of this package.
+        folder: Local folder of the pushed model, which is loaded as the reference. By default, the
+            reference is loaded from the downloaded files, with the code of this package.
 
     Returns:
         The report as lines of text.
 
     Raises:
-        VerificationError: If files are damaged or differ from those in `folder`, if the model does not load without
-            this package, or if the outputs of the model differ from the reference. The message is a single line.
+        VerificationError: If files are damaged or differ from those in `folder`, if the model does
+            not load without this package, or if the outputs of the model differ from the reference.
+            The message is a single line.
         OSError: If the repository or the revision does not exist, or if the Hub does not respond.
     """
     check_is_online()
@@ -99,7 +104,8 @@ def verify(repo_id: str, revision: str = "main", folder: ModelFolder | None = No
                 reference = ModelFolder(files)
             except ValueError:
                 raise VerificationError(
-                    f"{repo_id} at {commit.sha} does not contain a vitcls model. Check the id and the revision"
+                    f"{repo_id} at {commit.sha} does not contain a vitcls model. Check the id and "
+                    "the revision"
                 ) from None
         else:
             reference = folder
@@ -132,9 +138,11 @@ def verify(repo_id: str, revision: str = "main", folder: ModelFolder | None = No
     lines = [
         f"verified: {repo_id} at {commit.sha}",
         f"  {num_files} files match their hashes; {'no code' if is_native else code}",
-        f"  outputs of a new process (empty cache, no modeling_vitcls), compared with {reference_text}:",
+        "  outputs of a new process (empty cache, no modeling_vitcls), compared with "
+        f"{reference_text}:",
         *(
-            f"    {name:{width}}  {class_names.get(name, ''):30}  largest difference {difference:.1e}"
+            "    "
+            f"{name:{width}}  {class_names.get(name, ''):30}  largest difference {difference:.1e}"
             for name, difference in differences.items()
         ),
         f"  limit {TOLERANCE:g}; "
@@ -149,7 +157,9 @@ def verify(repo_id: str, revision: str = "main", folder: ModelFolder | None = No
 
 
 def verify_push(push_result: PushResult, folder: ModelFolder) -> str:
-    """Verify the model that was pushed from `folder`, and return the report. Raise OSError if the verification fails.
+    """Verify the model that was pushed from `folder`, and return the report.
+
+    Raise OSError if the verification fails.
 
     The message is a single line and ends with the command that repeats the verification.
     """
@@ -158,16 +168,16 @@ def verify_push(push_result: PushResult, folder: ModelFolder) -> str:
     except (ValueError, OSError) as error:
         command = f"vitcls push --verify-only {push_result.repo_id}@{push_result.commit}"
         raise OSError(
-            f"the model was pushed, but not verified: {error}. The model is saved in {folder.path} and published at "
-            f"{push_result.url}. Repeat the verification with: {command}"
+            f"the model was pushed, but not verified: {error}. The model is saved in {folder.path} "
+            f"and published at {push_result.url}. Repeat the verification with: {command}"
         ) from error
 
 
 def check_hashes(commit: HubCommit, files: Path, pushed: ModelFolder | None = None) -> int:
     """Compare the files in a folder with the hashes on the Hub, and return the number of files.
 
-    Raise VerificationError if a hash differs. `pushed` is the model whose staged files are in the folder; all of these
-    files must be on the Hub.
+    Raise VerificationError if a hash differs. `pushed` is the model whose staged files are in the
+    folder; all of these files must be on the Hub.
     """
     try:
         with set_hub_timeout(TIMEOUT):
@@ -283,8 +293,8 @@ def compare_outputs(repo_id: str, outputs: Outputs, expected_outputs: Outputs) -
         limit = TOLERANCE * max(1.0, compute_max_abs(expected.double()))
         if not difference <= limit:  # NaN also raises the error
             raise VerificationError(
-                f"the outputs of {repo_id} differ from the reference: {name} by {difference:.2g}; the limit is "
-                f"{limit:.2g}"
+                f"the outputs of {repo_id} differ from the reference: {name} by {difference:.2g}; "
+                f"the limit is {limit:.2g}"
             )
         auto_class = name.partition("/")[0]
         differences[auto_class] = max(differences.get(auto_class, 0.0), difference)

@@ -29,10 +29,11 @@ from .errors import mark_errors_of_all_processes
 from .system import has_bfloat16
 
 
-# Maximum time that processes wait for each other, for example for a download or push by the main process.
+# Maximum time that processes wait for each other, for example for a download or push by the main
+# process.
 PROCESS_GROUP_TIMEOUT = timedelta(hours=12)
-# Minimum width of a model for which --mixed-precision auto selects bf16 on a CPU: that of ViT-Ti. Narrower models are
-# also faster in bf16, but they take little time, and float32 is more exact.
+# Minimum width of a model for which --mixed-precision auto selects bf16 on a CPU: that of ViT-Ti.
+# Narrower models are also faster in bf16, but they take little time, and float32 is more exact.
 MIN_BFLOAT16_WIDTH = 192
 
 
@@ -46,14 +47,14 @@ def build_accelerator(
 
     Args:
         gradient_accumulation_steps: number of forward and backward passes per optimizer step.
-        mixed_precision: "no", "bf16", "fp16", or "auto" for the setting of `accelerate launch`, which
-            `set_mixed_precision` may then change. Default: "auto".
+        mixed_precision: "no", "bf16", "fp16", or "auto" for the setting of `accelerate launch`,
+            which `set_mixed_precision` may then change. Default: "auto".
         trackers: names of experiment trackers, such as "wandb".
         tracker_folder: folder for the files of the trackers.
 
     Raises:
-        ValueError: if this machine does not support the precision, if FSDP 1 or DeepSpeed is configured, or if a
-            tracker is not installed.
+        ValueError: if this machine does not support the precision, if FSDP 1 or DeepSpeed is
+            configured, or if a tracker is not installed.
     """
     for name in trackers:
         if importlib.util.find_spec(name) is None:  # Accelerate would ignore the tracker
@@ -70,12 +71,14 @@ def build_accelerator(
         AcceleratorState._shared_state
         and AcceleratorState().distributed_type is not DistributedType.FSDP
     ):
-        AcceleratorState._reset_state()  # an earlier accelerator of this process may have another precision
+        # an earlier accelerator of this process may have another precision
+        AcceleratorState._reset_state()
     project_config = None
     if tracker_folder:
         project_config = ProjectConfiguration(logging_dir=str(tracker_folder))
     accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # otherwise, several processes on CPUs would run independently
+        # otherwise, several processes on CPUs would run independently
+        cpu=not torch.accelerator.is_available(),
         mixed_precision=None if mixed_precision == "auto" else mixed_precision,
         log_with=list(trackers) or None,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_GROUP_TIMEOUT)],
@@ -102,9 +105,10 @@ def set_mixed_precision(
     """Set the precision of an accelerator for a model if `setting` is "auto", and return its description for the user.
 
     Args:
-        accelerator: accelerator that `build_accelerator(mixed_precision=setting)` returned. It has not prepared a
-            model yet.
-        setting: the value of `--mixed-precision`. "auto" does not change the setting of `accelerate launch`.
+        accelerator: accelerator that `build_accelerator(mixed_precision=setting)` returned. It has
+            not prepared a model yet.
+        setting: the value of `--mixed-precision`. "auto" does not change the setting of `accelerate
+            launch`.
         config: configuration of the model.
         recorded: the precision of the run that is resumed, which is kept.
     """
@@ -147,7 +151,8 @@ def enable_fsdp_on_cpu(accelerator: Accelerator) -> None:
 def configure_layer_sharding(accelerator: Accelerator, model: nn.Module) -> None:
     """Configure FSDP to wrap each encoder layer, unless `accelerate launch` sets the module classes to wrap.
 
-    By default, Accelerate raises an error if the model does not contain all layer classes in `_no_split_modules`.
+    By default, Accelerate raises an error if the model does not contain all layer classes in
+    `_no_split_modules`.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.transformer_cls_names_to_wrap is None:
@@ -155,12 +160,16 @@ def configure_layer_sharding(accelerator: Accelerator, model: nn.Module) -> None
             type(module).__name__ for module in model.modules() if isinstance(module, EncoderLayer)
         }
         plugin.transformer_cls_names_to_wrap = sorted(layer_class_names)
-    # FSDP2 warns that the patch embeddings are a view. This is harmless, because no operation modifies them in place.
+    # FSDP2 warns that the patch embeddings are a view. This is harmless, because no operation
+    # modifies them in place.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(FSDPViTCLSPatchEmbeddings\)")
 
 
 def run_on_main(accelerator: Accelerator, function: Callable[[], Any]) -> Any:
-    """Run a function on the main process. On all processes, return its result or raise its ValueError or OSError."""
+    """Run a function on the main process.
+
+    On all processes, return its result or raise its ValueError or OSError.
+    """
     outcome: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:

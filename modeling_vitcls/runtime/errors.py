@@ -11,7 +11,8 @@ ALL_PROCESSES_NOTE = "on all processes"  # note that marks errors that are raise
 def format_error(error: BaseException) -> str:
     """Return the message of an error as one line of valid Unicode with at most `MAX_MESSAGE_LENGTH` characters.
 
-    Invalid bytes in file names are replaced. If there is no message, the name of the error type is returned.
+    Invalid bytes in file names are replaced. If there is no message, the name of the error type is
+    returned.
     """
     message = (
         " ".join(str(error).split()).encode("utf-8", errors="replace").decode()

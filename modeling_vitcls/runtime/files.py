@@ -16,7 +16,10 @@ FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r")  # first characters of formu
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object from a file. Raise ValueError if the file does not contain a valid JSON object."""
+    """Read a JSON object from a file.
+
+    Raise ValueError if the file does not contain a valid JSON object.
+    """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:  # not UTF-8 or not JSON
@@ -44,8 +47,9 @@ def replace_control_characters(text: str) -> str:
 def escape_csv_cell(text: str) -> str:
     """Return the text of a CSV cell that spreadsheets do not run as a formula and that stays on one line.
 
-    Control characters and line separators become escape sequences such as \\n. A single quote is put before a text
-    that begins with a character of `FORMULA_PREFIXES`, as OWASP recommends against CSV injection.
+    Control characters and line separators become escape sequences such as \\n. A single quote is
+    put before a text that begins with a character of `FORMULA_PREFIXES`, as OWASP recommends
+    against CSV injection.
     """
     escaped = "".join(
         char.encode("unicode_escape").decode()
@@ -69,7 +73,8 @@ def write_atomically(file: Path) -> Iterator[Path]:
     After the block, rename the temporary file to `file`, or remove the temporary file if an error
     is raised. Raise OSError with `file` in the message if writing fails.
 
-    The name of the temporary file is random, because processes on other hosts may have the same process id.
+    The name of the temporary file is random, because processes on other hosts may have the same
+    process id.
     """
     temporary_file = file.with_name(f".{file.name}.{secrets.token_hex(8)}.unfinished")
     try:
@@ -109,7 +114,10 @@ def create_output_folder(output: Path) -> Iterator[Path]:
 
 
 def sync_to_disk(path: Path) -> None:
-    """Flush a file, or the file names in a folder, to disk (fsync). Windows has no such call for folders."""
+    """Flush a file, or the file names in a folder, to disk (fsync).
+
+    Windows has no such call for folders.
+    """
     if os.name == "nt" and path.is_dir():
         return
     file_descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)

@@ -1,8 +1,9 @@
 """Flags of the commands: checks of values, names, and conversion to recipes and command lines.
 
-The options of each command are in options.py of the folder that reads them. Each field is a flag (`batch_size` is
-`--batch-size`) and a key of a recipe file. The docstring below a field is the help text of the flag. This file and the
-options import only the standard library, so that `--help` and errors about flags appear immediately.
+The options of each command are in options.py of the folder that reads them. Each field is a flag
+(`batch_size` is `--batch-size`) and a key of a recipe file. The docstring below a field is the help
+text of the flag. This file and the options import only the standard library, so that `--help` and
+errors about flags appear immediately.
 """
 
 import dataclasses

@@ -2,15 +2,16 @@
 
     message = format_message("Set `num_workers=0`")     # "Set --num-workers 0" in a command (cli/flag_messages.py)
 
-Errors are raised with the names of parameters. What is printed while a function runs is formatted here, because only
-the command knows that it is one.
+Errors are raised with the names of parameters. What is printed while a function runs is formatted
+here, because only the command knows that it is one.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
-# Formatters of the commands that are running; a command may run another one. There are none in a Python program.
+# Formatters of the commands that are running; a command may run another one. There are none in a
+# Python program.
 _formatters: list[Callable[[str], str]] = []
 
 

@@ -3,7 +3,8 @@
     for batch in track(batches, "features", 245, count=len):       features 120 of 245 images
     with report_work("writing report.html"):                       writing report.html, for 0:00:30
 
-All passes over images use `track`. A thread prints the lines, so that a single slow item doesn't delay them.
+All passes over images use `track`. A thread prints the lines, so that a single slow item doesn't
+delay them.
 """
 
 import threading
@@ -40,7 +41,8 @@ def track(
         total: number of images. Default: the number of items, if it is known.
         count: returns the number of images of an item.
         unit: name of what is counted, which may be empty.
-        console: where the progress is shown; a quiet console shows nothing. Default: the standard output.
+        console: where the progress is shown; a quiet console shows nothing. Default: the standard
+            output.
         has_bar: whether a terminal shows a bar. If False, it shows nothing.
     """
     console = console or Console(soft_wrap=True, highlight=False)

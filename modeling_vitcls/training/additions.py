@@ -3,9 +3,10 @@
     images -> frozen encoder, once -> choice of layers, tokens, scale, C (cross-validation) -> extra head
            -> model folder with the tensors of the old model -> certificate, or nothing is written
 
-A head only reads the tokens of the finished forward pass (`config.extra_heads`), so that the other outputs keep their
-bits. The choice and the fit are those of the probe (inference/linear_probe.py). Added classes are a head of their own,
-too, whose logits are appended: one product with more rows would change the bits of the old ones.
+A head only reads the tokens of the finished forward pass (`config.extra_heads`), so that the other
+outputs keep their bits. The choice and the fit are those of the probe (inference/linear_probe.py).
+Added classes are a head of their own, too, whose logits are appended: one product with more rows
+would change the bits of the old ones.
 """
 
 import copy
@@ -115,8 +116,9 @@ class Base:
     def list_candidates(self) -> list[Candidate]:
         """Return what a head can read at a cost of less than 2% of the forward pass.
 
-        The last layer of a classifier on CLS computes only CLS. A head on its patches would compute it again for all
-        tokens, about 8% of a forward pass, so that such a head reads the patches of other layers only.
+        The last layer of a classifier on CLS computes only CLS. A head on its patches would compute
+        it again for all tokens, about 8% of a forward pass, so that such a head reads the patches
+        of other layers only.
         """
         layout = self.layout
         candidates = list_candidates(layout.num_layers, tokens=layout.token_choices)
@@ -141,15 +143,15 @@ class FittedHead:
     lines: dict[str, str]  # to print
 
 
-# Tasks ---------------------------------------------------------------------------------------------------------------
+# Tasks --------------------------------------------------------------------------------------------
 
 
 def add_task_from_options(options: AddTaskOptions) -> dict[str, Any]:
     """Add, replace or remove a task, write the model folder, and return the record of the task.
 
     Raises:
-        ValueError, OSError: if the model or the data cannot be read, the name is taken, or another output would
-            change. Nothing is written then.
+        ValueError, OSError: if the model or the data cannot be read, the name is taken, or another
+            output would change. Nothing is written then.
     """
     check_output_is_empty(options.output_dir)
     base = load_base(options.model, options)
@@ -216,12 +218,13 @@ def check_name(options: AddTaskOptions, config: ViTCLSConfig) -> None:
         )
     if options.name in names and not options.overwrite_task and options.name != options.remove_task:
         raise ValueError(
-            f"`name={options.name!r}`: the model has a task with this name. Set `overwrite_task=True` to replace it, "
-            "or choose another `name`"
+            f"`name={options.name!r}`: the model has a task with this name. Set "
+            "`overwrite_task=True` to replace it, or choose another `name`"
         )
     if options.name in config.get_added_classes() or options.name in (config.tasks or {}):
         raise ValueError(
-            f"`name={options.name!r}`: the model has an output with this name. Choose another `name`"
+            f"`name={options.name!r}`: the model has an output with this name. Choose another "
+            "`name`"
         )
 
 
@@ -230,7 +233,8 @@ def fit_task(base: Base, data: TrainingData, options: AddTaskOptions) -> FittedH
     kind = data.label_space.kind
     if kind not in (SINGLE_LABEL, MULTI_LABEL):
         raise ValueError(
-            f"`name` adds one task, but {options.data.dataset} has labels for {kind}. Set a single `label_column`"
+            f"`name` adds one task, but {options.data.dataset} has labels for {kind}. Set a single "
+            "`label_column`"
         )
     compute = partial(
         base.compute_features,
@@ -311,8 +315,8 @@ def fit_multi_label_head(
 ) -> FittedHead:
     """Fit a binary logistic regression for each label.
 
-    All labels read the candidate with the lowest sum of losses, and share a temperature, which comes from the images
-    that each fold leaves out.
+    All labels read the candidate with the lowest sum of losses, and share a temperature, which
+    comes from the images that each fold leaves out.
     """
     first = parts[0]
     everything = parts[0] if len(parts) == 1 else concatenate_features(*parts)
@@ -407,7 +411,7 @@ def format_proportion(measured: dict[str, Any], name: str) -> str:
     return f"{text}, {measured['num_images']:,} images"
 
 
-# Model ---------------------------------------------------------------------------------------------------------------
+# Model --------------------------------------------------------------------------------------------
 
 
 def append_head(
@@ -523,7 +527,7 @@ def print_lines(console: Console, lines: dict[str, str]) -> None:
         console.print(f"{name:17} {text}", markup=False)
 
 
-# Classes -------------------------------------------------------------------------------------------------------------
+# Classes ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -549,8 +553,9 @@ def add_classes_from_options(options: AddClassOptions) -> dict[str, Any]:
     """Add classes, write the model folder, and return the record of the classes.
 
     Raises:
-        ValueError, OSError: if the model or the data cannot be read, if a class exists already, or if no image of a
-            new class is recognized unless the old classes lose more than `max_old_loss` points. Nothing is written.
+        ValueError, OSError: if the model or the data cannot be read, if a class exists already, or
+            if no image of a new class is recognized unless the old classes lose more than
+            `max_old_loss` points. Nothing is written.
     """
     check_output_is_empty(options.output_dir)
     base = load_base(options.model, options)
@@ -559,8 +564,8 @@ def add_classes_from_options(options: AddClassOptions) -> dict[str, Any]:
     is_classifier = isinstance(base.model, ViTCLSForImageClassification) and num_labels > 1
     if not is_classifier or label_space.kind != SINGLE_LABEL:
         raise ValueError(
-            f"classes can be added to a classifier with one label per image, but {options.model} is none. Add a task "
-            "with `vitcls add-task`"
+            f"classes can be added to a classifier with one label per image, but {options.model} "
+            "is none. Add a task with `vitcls add-task`"
         )
     names, new_images, new_held_out = load_new_images(options, label_space)
     old_images = load_old_images(base, options, label_space)
@@ -643,8 +648,8 @@ def load_old_images(
 ) -> OldImages | None:
     """Return held-out images of the old classes, or None if there are none.
 
-    They come from --old-dataset or from the dataset in the record of the model: the validation or test split or, if
-    there is only one split, the images that training held out.
+    They come from --old-dataset or from the dataset in the record of the model: the validation or
+    test split or, if there is only one split, the images that training held out.
     """
     record = read_held_out_record(base.folder)
     dataset = options.old_dataset or (None if record is None else record.dataset)
@@ -781,9 +786,10 @@ def choose_bias(
 ) -> BiasChoice:
     """Choose the number that is added to the logits of the new classes.
 
-    An old image is lost if it was right and is now predicted as a new class. Of the numbers with which at most
-    `max_old_loss` percent of the old images are lost, one that recognizes the most new images is chosen: 0, if it is
-    one of them, and otherwise the middle between the last recognized image and the next lost one.
+    An old image is lost if it was right and is now predicted as a new class. Of the numbers with
+    which at most `max_old_loss` percent of the old images are lost, one that recognizes the most
+    new images is chosen: 0, if it is one of them, and otherwise the middle between the last
+    recognized image and the next lost one.
 
     Args:
         logits: [N, C + K] of images that the new rows were not fitted to.
@@ -808,8 +814,8 @@ def choose_bias(
             points = 100 * (lost_margins < new_margins[0]).sum() / is_old.sum()
             cost = f": the first one would cost the old classes {points:.1f} points"
         raise ValueError(
-            f"at `max_old_loss={max_old_loss:g}`, no image of a new class is recognized{cost}. Add images to "
-            "`dataset`, or set a larger `max_old_loss`"
+            f"at `max_old_loss={max_old_loss:g}`, no image of a new class is recognized{cost}. Add "
+            "images to `dataset`, or set a larger `max_old_loss`"
         )
     last = recognized[-1]
     shift = 0.0
@@ -829,8 +835,9 @@ def fit_without_old_images(
 ) -> tuple[FittedHead, Callable[[Features], np.ndarray]]:
     """Return rows that score the similarity to the mean of a new class, and recognize half of its images.
 
-    Without images of the old classes, nothing is known about what these lose. In model_cards/studies/additions.md, it
-    was 33 points with rows that recognize 90% of the new images, and 12 points with these.
+    Without images of the old classes, nothing is known about what these lose. In
+    model_cards/studies/additions.md, it was 33 points with rows that recognize 90% of the new
+    images, and 12 points with these.
     """
     (features,) = parts
     old_logits = get_old_logits(base, features)
@@ -854,8 +861,8 @@ def fit_without_old_images(
         np.stack(weights).astype(np.float32), np.array(biases, np.float32)
     )
     base.warn(
-        "there are no images of the old classes, so that it is unknown what these lose. Set `old_dataset` to images "
-        "that the model was not trained on"
+        "there are no images of the old classes, so that it is unknown what these lose. Set "
+        "`old_dataset` to images that the model was not trained on"
     )
     record = {
         "num_training_images": len(features.labels),

@@ -4,8 +4,9 @@
     settings of the image processor     equal
     logits of OLD = logits of NEW       torch.equal, at three batch sizes, in float32 and, where supported, bfloat16
 
-`certify` compares two model folders and raises an error at the first difference. `verify_unchanged` does the same for
-any two models and, if they differ, lists what changed: accuracy of each class, and images with another prediction.
+`certify` compares two model folders and raises an error at the first difference. `verify_unchanged`
+does the same for any two models and, if they differ, lists what changed: accuracy of each class,
+and images with another prediction.
 """
 
 import hashlib
@@ -53,15 +54,16 @@ HEAD_PREFIX = "extra_heads.task_"
 GRAPH_BATCH_SIZE = 4
 
 
-# Models and images ---------------------------------------------------------------------------------------------------
+# Models and images --------------------------------------------------------------------------------
 
 
 def load_old_model(folder: ModelFolder) -> Any:
     """Load a classifier, a multi-task model or an encoder. Raise ValueError for other models."""
     if folder.architecture not in MODEL_CLASSES:
         raise ValueError(
-            f"a classifier or an encoder is required, but {folder.source} contains {folder.architecture}. Set `model` "
-            "to the output of `vitcls finetune` or `vitcls pretrain`"
+            f"a classifier or an encoder is required, but {folder.source} contains "
+            f"{folder.architecture}. Set `model` to the output of `vitcls finetune` or `vitcls "
+            "pretrain`"
         )
     return folder.load(MODEL_CLASSES[folder.architecture])
 
@@ -87,7 +89,7 @@ def build_random_pixels(config: ViTCLSConfig, num_images: int = NUM_IMAGES) -> l
     return list(torch.randn(shape, generator=generator))
 
 
-# Comparison ----------------------------------------------------------------------------------------------------------
+# Comparison ---------------------------------------------------------------------------------------
 
 
 def certify(
@@ -217,7 +219,10 @@ def compare_logits(
     batch_size: int,
     changed_heads: Collection[str] = (),
 ) -> dict[str, str]:
-    """Return the SHA-256 of the old outputs by name. Raise ValueError if one of the new outputs differs."""
+    """Return the SHA-256 of the old outputs by name.
+
+    Raise ValueError if one of the new outputs differs.
+    """
     check_labels(old.config, new.config)
     outputs: dict[str, list[Tensor]] = {}
     for batch in iterate_batches(pixels, batch_size):
@@ -239,7 +244,8 @@ def compare_logits(
                 )
                 dtype = str(old.dtype).removeprefix("torch.")
                 raise ValueError(
-                    f"the output {name} differs by {difference:.1e} in batches of {batch_size} images, {dtype}"
+                    f"the output {name} differs by {difference:.1e} in batches of {batch_size} "
+                    f"images, {dtype}"
                 )
             outputs.setdefault(name, []).append(expected)
     return {name: hash_tensors(tensors) for name, tensors in outputs.items()}
@@ -272,7 +278,8 @@ def list_labels(config: ViTCLSConfig) -> list[str]:
 def compute_outputs(model: Any, pixel_values: Tensor) -> dict[str, Tensor]:
     """Return the outputs of a model by name.
 
-    The pooled vector of an encoder has the name of the logits, which it is in a classifier without labels.
+    The pooled vector of an encoder has the name of the logits, which it is in a classifier without
+    labels.
     """
     outputs = model(pixel_values)
     if isinstance(model, ViTCLSModel):
@@ -302,8 +309,8 @@ def compare_graphs(
 ) -> list[dict[str, Any]]:
     """Compare the outputs of the graphs that `vitcls export` wrote to both folders.
 
-    Other outputs can change how an engine fuses operations. Its repeatability is the largest difference between the
-    outputs of the old graph for images in batches and one by one.
+    Other outputs can change how an engine fuses operations. Its repeatability is the largest
+    difference between the outputs of the old graph for images in batches and one by one.
 
     Raises:
         ValueError: if an output of the new graph differs by more than this.
@@ -332,8 +339,8 @@ def compare_graphs(
         for name, difference in differences.items():
             if difference > repeatability[name]:
                 raise ValueError(
-                    f"the output {name} of {file_name} differs by {difference:.1e}, and the engine repeats it within "
-                    f"{repeatability[name]:.1e}"
+                    f"the output {name} of {file_name} differs by {difference:.1e}, and the engine "
+                    f"repeats it within {repeatability[name]:.1e}"
                 )
         records.append(
             {"file": file_name, "differences": differences, "repeatability": repeatability}
@@ -348,8 +355,8 @@ def describe_graphs(records: Sequence[dict[str, Any]]) -> list[str]:
         difference = max(record["differences"].values())
         repeatability = max(record["repeatability"].values())
         lines.append(
-            f"{record['file']}: the outputs differ by at most {difference:.1e}; the engine repeats them within "
-            f"{repeatability:.1e}"
+            f"{record['file']}: the outputs differ by at most {difference:.1e}; the engine repeats "
+            f"them within {repeatability:.1e}"
         )
     return lines
 
@@ -359,12 +366,12 @@ def describe_certificate(certificate: dict[str, Any]) -> str:
     dtypes = " and ".join(dict.fromkeys(row["dtype"] for row in certificate["passes"]))
     batch_sizes = ", ".join(map(str, sorted({row["batch_size"] for row in certificate["passes"]})))
     return (
-        f"{certificate['num_tensors']} tensors and all outputs for {certificate['num_images']:,} images are equal to "
-        f"the bit ({dtypes}, batches of {batch_sizes})"
+        f"{certificate['num_tensors']} tensors and all outputs for {certificate['num_images']:,} "
+        f"images are equal to the bit ({dtypes}, batches of {batch_sizes})"
     )
 
 
-# Two models ----------------------------------------------------------------------------------------------------------
+# Two models ---------------------------------------------------------------------------------------
 
 
 def verify_models(options: VerifyUnchangedOptions) -> dict[str, Any]:
@@ -413,7 +420,8 @@ def compare_predictions(
 ) -> dict[str, Any]:
     """Compare the predictions of two classifiers for all images of a split.
 
-    Prints the accuracy of each class and the number of images with another prediction (McNemar's exact test).
+    Prints the accuracy of each class and the number of images with another prediction (McNemar's
+    exact test).
     """
     accelerator, _, warn = set_up_evaluation(EvaluateOptions(folders[0].source, data_options))
     predictions = []
@@ -425,7 +433,8 @@ def compare_predictions(
         setup = load_evaluation(folder, options, accelerator, warn, lambda line: None)
         if setup.evaluator.label_space.kind != "single_label_classification":
             raise ValueError(
-                f"`dataset` requires models with one label per image, not {folder.source}. Remove `dataset`"
+                f"`dataset` requires models with one label per image, not {folder.source}. Remove "
+                "`dataset`"
             )
         setup.evaluator.keep_logits = True
         setup.evaluator(setup.model)
@@ -481,8 +490,8 @@ def compare_predictions(
     ]
     console.print(build_table("", ["Class", "Images", "Old", "New"], cells))
     console.print(
-        f"{num_flipped:,} of {len(shared):,} images have another prediction: {num_lost:,} were right, {num_gained:,} "
-        f"are right now (McNemar's test: p = {p_value:.2g})",
+        f"{num_flipped:,} of {len(shared):,} images have another prediction: {num_lost:,} were "
+        f"right, {num_gained:,} are right now (McNemar's test: p = {p_value:.2g})",
         markup=False,
     )
     return results

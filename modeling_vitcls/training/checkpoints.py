@@ -2,13 +2,15 @@
 
     checkpoints/
       step-00000120/           model.safetensors, optimizer.safetensors, ...: named tensors
-                               state.json: step, metadata, the SHA-256 of each file, and a SHA-256 of these fields
+                               state.json: step, metadata, the SHA-256 of each file, and a SHA-256
+                               of these fields
       step-00000240/
       .step-00000360.partial/  incomplete folder of an interrupted save or removal; deleted by the next save or load
 
-A checkpoint is written to a hidden folder, synchronized to the disk and then renamed, so that the previous checkpoint
-remains intact even if the process is killed. Only safetensors and JSON are read: nothing is unpickled or
-executed. training/distributed_state.py collects the tensors from the processes.
+A checkpoint is written to a hidden folder, synchronized to the disk and then renamed, so that the
+previous checkpoint remains intact even if the process is killed. Only safetensors and JSON are
+read: nothing is unpickled or executed. training/distributed_state.py collects the tensors from the
+processes.
 """
 
 import hashlib
@@ -52,7 +54,10 @@ class Checkpoint:
     metadata: dict[str, Any]  # `metadata` in state.json
 
     def load_tensors(self, name: str) -> Tensors:
-        """Return the tensors of `name`.safetensors on the CPU. Raise DamagedCheckpointError if the file is damaged."""
+        """Return the tensors of `name`.safetensors on the CPU.
+
+        Raise DamagedCheckpointError if the file is damaged.
+        """
         try:
             return load_file(self.folder / f"{name}.safetensors")
         except SafetensorError as error:
@@ -74,7 +79,8 @@ class CheckpointStore:
         Args:
             step: number of completed optimizer steps.
             tensor_groups: file name without its suffix -> named tensors, on any device.
-            metadata: JSON-serializable metadata. Floats are restored exactly, and tuples become lists.
+            metadata: JSON-serializable metadata. Floats are restored exactly, and tuples become
+                lists.
             is_best: whether the model is the best model so far.
 
         Raises:
@@ -98,7 +104,8 @@ class CheckpointStore:
             shutil.rmtree(partial_folder, ignore_errors=True)
             message = f"cannot write the checkpoint of step {step} to {self.folder}: {format_error(error)}"
             raise OSError(
-                f"{message}. Earlier checkpoints are intact. Free disk space, then use `resume=True`"
+                f"{message}. Earlier checkpoints are intact. Free disk space, then use "
+                "`resume=True`"
             ) from error
 
         self.prune(step)
@@ -120,18 +127,22 @@ class CheckpointStore:
 
         if error_messages:
             raise ValueError(
-                f"all checkpoints in {self.folder} are damaged ({error_messages[0]}). To start from the beginning, "
-                "set `overwrite=True` instead of `resume=True`"
+                f"all checkpoints in {self.folder} are damaged ({error_messages[0]}). To start "
+                "from the beginning, set `overwrite=True` instead of `resume=True`"
             )
         return None
 
     def load_best(self) -> Checkpoint:
-        """Return the checkpoint with the best evaluation. Raise ValueError if the checkpoint is missing or damaged."""
+        """Return the checkpoint with the best evaluation.
+
+        Raise ValueError if the checkpoint is missing or damaged.
+        """
         for step in reversed(self.list_steps()):
             if is_best_checkpoint(self.get_folder(step)):
                 return read_checkpoint(self.get_folder(step))
         raise ValueError(
-            f"{self.folder} does not contain the best checkpoint. Restart the run with `overwrite=True`"
+            f"{self.folder} does not contain the best checkpoint. Restart the run with "
+            "`overwrite=True`"
         )
 
     def clear(self) -> None:
@@ -160,7 +171,8 @@ class CheckpointStore:
     def prune(self, step: int) -> None:
         """Keep only the `num_kept` newest checkpoints and the best checkpoint up to `step`, the last saved step.
 
-        Checkpoints of later steps, saved before the run was resumed from an earlier step, are also removed.
+        Checkpoints of later steps, saved before the run was resumed from an earlier step, are also
+        removed.
         """
         steps = self.list_steps()
         earlier_steps = [stored_step for stored_step in steps if stored_step <= step]
@@ -180,7 +192,7 @@ class CheckpointStore:
             shutil.rmtree(partial_folder, ignore_errors=True)
 
 
-# Checkpoint files ----------------------------------------------------------------------------------------------------
+# Checkpoint files ---------------------------------------------------------------------------------
 
 
 def write_checkpoint(
@@ -213,7 +225,10 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Return the contents of state.json. Raise DamagedCheckpointError if the file is missing or invalid."""
+    """Return the contents of state.json.
+
+    Raise DamagedCheckpointError if the file is missing or invalid.
+    """
     try:
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         expected_digest = state.pop("sha256")

@@ -5,7 +5,8 @@ learning_rate      1e-3 at width 96           5e-5 at width 768          5e-4   
 layer_decay        1                          0.75                       1                  1
 initializer_range  0.8 / sqrt(width)          checkpoint's value         checkpoint's value checkpoint's value
 epochs             30                         30, or 10 (large dataset)  30                 30
-                   On CPUs, the epochs of a run have at most `MAX_CPU_FLOPS`, but there is at least one epoch.
+                   On CPUs, the epochs of a run have at most `MAX_CPU_FLOPS`, but there is at least
+                   one epoch.
 
 flag               at most 64 pixels per side larger images
 crop_scale         1                          0.35
@@ -14,14 +15,15 @@ shift              0.04                       0
 flag               fewer than 10,000 images   large dataset: at least 10,000 images, or a stream
 batch_size         32                         64
 
-If the classifier starts from the regression of a probe, the learning rate for pre-trained weights is lower:
-3e-5 at width 384 (`choose_learning_rate_after_probe`).
+If the classifier starts from the regression of a probe, the learning rate for pre-trained weights
+is lower: 3e-5 at width 384 (`choose_learning_rate_after_probe`).
 
-Learning rates for random and pre-trained weights are proportional to 1 / width (muP, arXiv 2203.03466) within fixed
-limits. Narrow models learn slowly with the common initializer range of 0.02. The default range is therefore the larger
-of 0.02 and 0.8 / sqrt(width), which lies between the Xavier standard deviations for the attention (1 / sqrt(width))
-and the MLP (0.63 / sqrt(width)). Layer decay follows BEiT (arXiv 2106.08254). Pre-training uses a learning rate
-of 5e-4 and no layer decay.
+Learning rates for random and pre-trained weights are proportional to 1 / width (muP, arXiv
+2203.03466) within fixed limits. Narrow models learn slowly with the common initializer range of
+0.02. The default range is therefore the larger of 0.02 and 0.8 / sqrt(width), which lies between
+the Xavier standard deviations for the attention (1 / sqrt(width)) and the MLP (0.63 / sqrt(width)).
+Layer decay follows BEiT (arXiv 2106.08254). Pre-training uses a learning rate of 5e-4 and no layer
+decay.
 
 The default values are printed with their reasons and written to config.resolved.yaml.
 """
@@ -160,8 +162,9 @@ def choose_learning_rate(method: TrainingMethod, width: int) -> float:
 def choose_learning_rate_after_probe(width: int) -> float:
     """Return the default learning rate of a run whose classifier starts from the regression on the frozen encoder.
 
-    Its features must stay near those that the regression was fitted to. With the rate for a new classifier, the loss
-    of a ViT-S on 130 photographs rose from 0.7 to 1.2 and came back after 30 steps; with this rate, it fell.
+    Its features must stay near those that the regression was fitted to. With the rate for a new
+    classifier, the loss of a ViT-S on 130 photographs rose from 0.7 to 1.2 and came back after 30
+    steps; with this rate, it fell.
     """
     learning_rate = min(
         max(3e-5 * (384 / width) ** 2, 1e-5), choose_learning_rate("pre-trained weights", width)

@@ -3,16 +3,16 @@
     pixels -> teacher k -> pooled vector -> standardization -> target k
     pixels -> encoder   -> distillation token k -> linear   -> prediction k         loss = mean over k of UNIC's loss
 
-With `--distill-patches`, the patches also imitate the patches of each teacher, resampled to the same grid, through
-another linear layer. The linear layers are dropped after pre-training. All teachers can share one token, or the pooled
-token if the encoder has no distillation token.
+With `--distill-patches`, the patches also imitate the patches of each teacher, resampled to the
+same grid, through another linear layer. The linear layers are dropped after pre-training. All
+teachers can share one token, or the pooled token if the encoder has no distillation token.
 
     UNIC's loss (Sariyildiz et al. 2024, arXiv 2408.05088)     0.5 * (1 - cosine) + 0.5 * smooth L1
     PHI-S (Ranzinger et al. 2024, arXiv 2410.01680)            (x - mean) U H^T / sqrt(mean(eigenvalues))
 
-U contains the eigenvectors of the covariance of a teacher's features, and H is a normalized Hadamard matrix: with it,
-all channels of a target have variance 1, although all distances change by the same factor only. teacher.py loads the
-teachers, and losses.py contains the objective.
+U contains the eigenvectors of the covariance of a teacher's features, and H is a normalized
+Hadamard matrix: with it, all channels of a target have variance 1, although all distances change by
+the same factor only. teacher.py loads the teachers, and losses.py contains the objective.
 """
 
 import math
@@ -31,7 +31,10 @@ from .teacher import Teacher, TeacherCache
 
 
 class Distillation(ViTCLSPreTrainedModel):
-    """An encoder with a linear layer for each target. The linear layers are dropped after pre-training."""
+    """An encoder with a linear layer for each target.
+
+    The linear layers are dropped after pre-training.
+    """
 
     def __init__(self, encoder: ViTCLSModel, teachers: list[Teacher], with_patches: bool) -> None:
         config = encoder.config
@@ -154,7 +157,7 @@ def compute_cosines(
     return torch.stack(cosines, dim=1)
 
 
-# Loss and targets ----------------------------------------------------------------------------------------------------
+# Loss and targets ---------------------------------------------------------------------------------
 
 
 def compute_feature_loss(predictions: list[Tensor], targets: list[Tensor]) -> Tensor:
@@ -191,8 +194,8 @@ def fit_phi_s(features: Tensor) -> tuple[Tensor, Tensor]:
 def build_hadamard_matrix(size: int) -> np.ndarray:
     """Return a matrix of 1 and -1 [size, size] with orthogonal rows.
 
-    The matrix is the Kronecker product of Sylvester's matrix of size 2^n and Paley's of size q + 1, for a prime q with
-    q mod 4 = 3. Raise ValueError if `size` has no such factors.
+    The matrix is the Kronecker product of Sylvester's matrix of size 2^n and Paley's of size q + 1,
+    for a prime q with q mod 4 = 3. Raise ValueError if `size` has no such factors.
     """
     power = size & -size  # largest power of 2 that divides the size
     if power == size:
@@ -211,6 +214,6 @@ def build_hadamard_matrix(size: int) -> np.ndarray:
             return np.kron(scipy.linalg.hadamard(power), paley)
         power //= 2
     raise ValueError(
-        f"the standardization of teachers requires a width such as 384, 768 or 1024, but a teacher has width {size}. "
-        "Use a teacher of another width"
+        "the standardization of teachers requires a width such as 384, 768 or 1024, but a teacher "
+        f"has width {size}. Use a teacher of another width"
     )

@@ -3,14 +3,14 @@
     model, optimizer, EMA weights      <->   {"model", "optimizer", "ema"} -> name -> full tensor on the CPU
     on every process, possibly sharded       on the main process
 
-Full tensors do not depend on the number of processes. Names are parameter names of the unwrapped model, without the
-prefixes that DDP and torch.compile add. The state excludes the optimizer's hyperparameters, which are computed from
-the flags and the step, and the states of random number generators, which are seeded in each step. checkpoints.py
-writes the tensors to disk.
+Full tensors do not depend on the number of processes. Names are parameter names of the unwrapped
+model, without the prefixes that DDP and torch.compile add. The state excludes the optimizer's
+hyperparameters, which are computed from the flags and the step, and the states of random number
+generators, which are seeded in each step. checkpoints.py writes the tensors to disk.
 
-The functions of torch.distributed.checkpoint.state_dict gather weights and moments, and distribute weights. Moments
-are not loaded with `set_optimizer_state_dict`, because this function sets a step count of 1 for parameters that have
-no moments in the checkpoint.
+The functions of torch.distributed.checkpoint.state_dict gather weights and moments, and distribute
+weights. Moments are not loaded with `set_optimizer_state_dict`, because this function sets a step
+count of 1 for parameters that have no moments in the checkpoint.
 """
 
 from collections.abc import Sequence
@@ -46,9 +46,10 @@ def gather_state(
 ) -> tuple[dict[str, Tensors], dict[str, Any]]:
     """Return the full tensors of the training state, and a JSON-serializable dictionary with the loss scaler's state.
 
-    The tensors are returned only on the main process. This function must be called on all processes. With a single
-    process on the CPU, the returned tensors share memory with the training state and must be written to disk before
-    training continues. `shadow` contains the EMA weights in the order of the trainable parameters.
+    The tensors are returned only on the main process. This function must be called on all
+    processes. With a single process on the CPU, the returned tensors share memory with the training
+    state and must be written to disk before training continues. `shadow` contains the EMA weights
+    in the order of the trainable parameters.
     """
     torch_optimizer = unwrap_optimizer(optimizer)
     parameter_states: Any = {}
@@ -85,7 +86,8 @@ def scatter_state(
     """Load a state returned by `gather_state`. This function must be called on all processes.
 
     Args:
-        checkpoint: checkpoint to load, the same on all processes. Only the main process reads the tensors from disk.
+        checkpoint: checkpoint to load, the same on all processes. Only the main process reads the
+            tensors from disk.
         shadow: EMA weights, which are overwritten in place.
     """
     scatter_weights_and_ema(checkpoint, accelerator, model, shadow)
@@ -126,7 +128,7 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-# Names ---------------------------------------------------------------------------------------------------------------
+# Names --------------------------------------------------------------------------------------------
 
 
 def get_named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -146,7 +148,7 @@ def unwrap_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
 
 
-# Tensors across processes --------------------------------------------------------------------------------------------
+# Tensors across processes -------------------------------------------------------------------------
 
 
 def gather_weights(model: nn.Module) -> Tensors:
@@ -158,7 +160,10 @@ def gather_weights(model: nn.Module) -> Tensors:
 
 
 def gather_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the full tensor of a possibly sharded tensor. This function must be called on all processes."""
+    """Return the full tensor of a possibly sharded tensor.
+
+    This function must be called on all processes.
+    """
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -168,7 +173,8 @@ def scatter_weights(
     """Load full tensors from the main process into the model on all processes."""
     weights: dict[str, Any] = {} if full_tensors is None else {**full_tensors}
     targets: dict[str, Any] = get_model_state_dict(model)
-    # Full tensors cannot be copied into DTensors without these options. FSDP2 uses DTensors even with one process.
+    # Full tensors cannot be copied into DTensors without these options. FSDP2 uses DTensors even
+    # with one process.
     is_sharded = any(isinstance(target, DTensor) for target in targets.values())
     is_distributed = is_sharded or accelerator.num_processes > 1
     options = StateDictOptions(full_state_dict=is_distributed, broadcast_from_rank0=is_distributed)
@@ -202,7 +208,10 @@ def scatter_optimizer_state(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
 ) -> None:
-    """Load the optimizer state. Moments are sharded like their parameters, and step counts are copied."""
+    """Load the optimizer state.
+
+    Moments are sharded like their parameters, and step counts are copied.
+    """
     parameters: Tensors = {**get_named_parameters(model)}
     torch_optimizer = unwrap_optimizer(optimizer)
     grouped_parameters = chain.from_iterable(
@@ -211,8 +220,9 @@ def scatter_optimizer_state(
     indices = {id(parameter): index for index, parameter in enumerate(grouped_parameters)}
 
     def describe_state() -> dict[str, Any]:
-        # The result is sent to all processes. It contains only the dtypes of the moments, which are large and have the
-        # same shapes as their parameters. Step counts, which are small, are sent as tensors.
+        # The result is sent to all processes. It contains only the dtypes of the moments, which are
+        # large and have the same shapes as their parameters. Step counts, which are small, are sent
+        # as tensors.
         dtypes_and_steps: dict[str, Any] = {}
         for name, tensor in (full_tensors or {}).items():
             parameter = parameters[name.split("/", 1)[1]]

@@ -103,7 +103,8 @@ def describe_dry_run(
         loop: the loop after the dry run.
         full_plan: batch plan of the full run.
         options: flags of the run.
-        evaluated_fraction: fraction of the evaluated images in the images that the full run evaluates.
+        evaluated_fraction: fraction of the evaluated images in the images that the full run
+            evaluates.
         seconds: duration of the dry run.
     """
     epochs = full_plan.count_epochs(full_plan.num_steps) if full_plan.num_images else 1.0
@@ -114,19 +115,23 @@ def describe_dry_run(
     )
     full_seconds += num_evaluations * min(loop.evaluation_seconds) / evaluated_fraction
     return (
-        f"ran {len(loop.step_seconds)} steps and an evaluation, and saved a checkpoint and the model, in "
-        f"{seconds:.0f} s; no files were kept. The full run has {full_plan.num_steps:,} steps, takes about "
-        f"{timedelta(seconds=math.ceil(full_seconds))}, and needs about {loop.peak_memory / 2**20:,.0f} MiB of "
-        "memory per process"
+        f"ran {len(loop.step_seconds)} steps and an evaluation, and saved a checkpoint and the "
+        f"model, in {seconds:.0f} s; no files were kept. The full run has {full_plan.num_steps:,} "
+        f"steps, takes about {timedelta(seconds=math.ceil(full_seconds))}, and needs about "
+        f"{loop.peak_memory / 2**20:,.0f} MiB of memory per process"
     )
 
 
 def describe_dry_probe(results: dict[str, Any], full_plan: BatchPlan, seconds: float) -> str:
-    """Return the expected duration of a full run without steps as text. `results` are those of the dry run."""
+    """Return the expected duration of a full run without steps as text.
+
+    `results` are those of the dry run.
+    """
     record = results["frozen"]
     scale = (full_plan.num_images or 0) / record["num_training_images"]
     duration = timedelta(seconds=math.ceil(max(scale, 1.0) * record["seconds"]))
     return (
-        f"computed the features of {record['num_training_images']:,} training images and fitted the classifier, in "
-        f"{seconds:.0f} s; no files were kept. The full run has no steps, and takes about {duration}"
+        f"computed the features of {record['num_training_images']:,} training images and fitted "
+        f"the classifier, in {seconds:.0f} s; no files were kept. The full run has no steps, and "
+        f"takes about {duration}"
     )

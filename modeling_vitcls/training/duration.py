@@ -1,6 +1,7 @@
 """Expected duration of a run, measured before its first step with a forward and backward pass of the first batches.
 
-The measurement leaves no trace: gradients are discarded, buffers are restored, and the steps use the batches again.
+The measurement leaves no trace: gradients are discarded, buffers are restored, and the steps use
+the batches again.
 """
 
 import itertools

@@ -81,8 +81,8 @@ def build_training_setup(
     )
     if options.model.patch_drop_rate and not uses_patch_dropout(model.vitcls):
         raise ValueError(
-            f"`patch_drop_rate` has no effect with `trainable={training_options.trainable!r}`, which freezes the "
-            "embeddings and the first layer. Remove one of the two flags"
+            f"`patch_drop_rate` has no effect with `trainable={training_options.trainable!r}`, "
+            "which freezes the embeddings and the first layer. Remove one of the two flags"
         )
 
     evaluator_arguments = build_evaluator_arguments(
@@ -149,8 +149,9 @@ def describe_imbalance(options: FinetuneOptions, data: TrainingData) -> list[str
     if data.class_ratio <= MAX_CLASS_RATIO or options.training.class_balance != "none":
         return []
     return [
-        f"the largest class has {data.class_ratio:.0f} times as many training images as the smallest. The accuracy "
-        "hardly depends on small classes: compare macro F1, and set `class_balance='weights'`"
+        f"the largest class has {data.class_ratio:.0f} times as many training images as the "
+        "smallest. The accuracy hardly depends on small classes: compare macro F1, and set "
+        "`class_balance='weights'`"
     ]
 
 
@@ -206,7 +207,7 @@ def build_label_loss(
     return partial(functions[labels.kind], label_smoothing=options.training.label_smoothing)
 
 
-# Checks --------------------------------------------------------------------------------------------------------------
+# Checks -------------------------------------------------------------------------------------------
 
 
 def check_options(options: FinetuneOptions) -> FinetuneOptions:
@@ -225,19 +226,21 @@ def check_options(options: FinetuneOptions) -> FinetuneOptions:
 
     if training_options.trainable != "full" and is_preset(options.model.model):
         raise ValueError(
-            f"`trainable={training_options.trainable!r}` requires trained weights, but {options.model.model} has "
-            "random weights. Set `model` to a checkpoint"
+            f"`trainable={training_options.trainable!r}` requires trained weights, but "
+            f"{options.model.model} has random weights. Set `model` to a checkpoint"
         )
 
     if options.data.streaming and training_options.class_balance != "none":
         raise ValueError(
-            "`class_balance` requires all labels, which `streaming=True` does not read. Remove one flag"
+            "`class_balance` requires all labels, which `streaming=True` does not read. Remove one "
+            "flag"
         )
 
     for flag in ("mixup", "cutmix"):
         if options.distillation.teacher_views and getattr(options.augmentation, flag):
             raise ValueError(
-                f"`teacher_views` requires single images, but `{flag}` mixes images. Remove one flag"
+                f"`teacher_views` requires single images, but `{flag}` mixes images. Remove one "
+                "flag"
             )
     return options
 
@@ -283,6 +286,7 @@ def describe_overlap(initial: InitialModel, data: TrainingData) -> list[str]:
         else f"`folds={old.num_folds}`, `fold={old.fold}`"
     )
     return [
-        f"{initial.name} was trained on {data.name} with a different held-out split, so its training images may "
-        f"include held-out images of this run. Set {size} and `split_seed={old.seed}`"
+        f"{initial.name} was trained on {data.name} with a different held-out split, so its "
+        f"training images may include held-out images of this run. Set {size} and "
+        f"`split_seed={old.seed}`"
     ]

@@ -1,8 +1,8 @@
 """Cross-validation: one run per fold (`--folds`).
 
-Each image is held out in exactly one fold. The confidence interval of the mean uses Student's t-distribution. This
-interval is too narrow, because the training images of the folds overlap (Bengio and Grandvalet 2004, "No unbiased
-estimator of the variance of k-fold cross-validation").
+Each image is held out in exactly one fold. The confidence interval of the mean uses Student's
+t-distribution. This interval is too narrow, because the training images of the folds overlap
+(Bengio and Grandvalet 2004, "No unbiased estimator of the variance of k-fold cross-validation").
 """
 
 from collections.abc import Callable
@@ -28,7 +28,8 @@ def run_folds(options: Any, train_fold: Callable[[Any], dict[str, Any]]) -> dict
     """
     if options.run.push_to_hub:
         raise ValueError(
-            "`folds` trains several models, but `push_to_hub=True` pushes only one model. Remove one of the two flags"
+            "`folds` trains several models, but `push_to_hub=True` pushes only one model. Remove "
+            "one of the two flags"
         )
 
     results = []
@@ -58,6 +59,7 @@ def run_folds(options: Any, train_fold: Callable[[Any], dict[str, Any]]) -> dict
     low, high = (format_metric(metric, value).split()[-1] for value in summary["interval"])
     Reporter(options.output_dir / METRICS_FILE, accelerator).print_line(
         "folds",
-        f"mean {format_metric(metric, mean)} (95% interval: {low} to {high}) over {len(values)} folds",
+        f"mean {format_metric(metric, mean)} (95% interval: {low} to {high}) over {len(values)} "
+        "folds",
     )
     return summary

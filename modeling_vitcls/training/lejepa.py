@@ -4,9 +4,10 @@
 
     loss = (1 - weight) * invariance(z) + weight * SIGReg(z)
 
-The invariance loss pulls all views of an image to the mean of its global views. SIGReg makes the distribution of z an
-isotropic Gaussian, so that the features cannot collapse. The loss is the same over several processes as over one
-process with all images. The crops are drawn on the model's device, from PyTorch's random numbers.
+The invariance loss pulls all views of an image to the mean of its global views. SIGReg makes the
+distribution of z an isotropic Gaussian, so that the features cannot collapse. The loss is the same
+over several processes as over one process with all images. The crops are drawn on the model's
+device, from PyTorch's random numbers.
 """
 
 import math
@@ -120,13 +121,14 @@ class LeJEPAObjective:
         return torch.stack(crops)
 
 
-# Views ---------------------------------------------------------------------------------------------------------------
+# Views --------------------------------------------------------------------------------------------
 
 
 def crop(pixels: Tensor, size: list[int], scale: tuple[float, float]) -> Tensor:
     """Return a random crop of each image [B, C, H, W], resized to `size` and flipped with a probability of 0.5.
 
-    `scale` is the range of the area as a fraction of the image, as in torchvision's RandomResizedCrop.
+    `scale` is the range of the area as a fraction of the image, as in torchvision's
+    RandomResizedCrop.
     """
     area, ratio, x, y, flip = torch.rand(5, len(pixels), device=pixels.device)
     area = scale[0] + (scale[1] - scale[0]) * area
@@ -156,7 +158,7 @@ def jitter(pixels: Tensor) -> Tensor:
     return pixels.clamp(0, 1)
 
 
-# Loss ----------------------------------------------------------------------------------------------------------------
+# Loss ---------------------------------------------------------------------------------------------
 
 
 def compute_invariance_loss(projections: Tensor, num_global: int) -> Tensor:
@@ -167,8 +169,9 @@ def compute_invariance_loss(projections: Tensor, num_global: int) -> Tensor:
 def compute_sigreg(projections: Tensor, directions: Tensor) -> Tensor:
     """Return the Epps-Pulley statistic of projections [views, B, P], averaged over views and directions [P, M].
 
-    The statistic is the number of images times the integral of |characteristic function of the projections - that of
-    a Gaussian|^2, weighted with the Gaussian's (section 4.2; trapezoidal rule).
+    The statistic is the number of images times the integral of |characteristic function of the
+    projections - that of a Gaussian|^2, weighted with the Gaussian's (section 4.2; trapezoidal
+    rule).
     """
     frequencies = torch.linspace(0, MAX_FREQUENCY, NUM_FREQUENCIES, device=projections.device)
     gaussian = torch.exp(-frequencies.square() / 2)

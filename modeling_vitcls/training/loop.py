@@ -3,8 +3,9 @@
     batch -> objective -> accumulated gradients -> clipping -> AdamW -> moving average
                           at intervals: metrics record, evaluation, checkpoint
 
-`TrainingState` contains the state that changes during training. The learning rate, the order and augmentation of the
-images, and the random numbers in the model are computed from the step and are not stored.
+`TrainingState` contains the state that changes during training. The learning rate, the order and
+augmentation of the images, and the random numbers in the model are computed from the step and are
+not stored.
 """
 
 import math
@@ -44,15 +45,19 @@ from .token_monitor import TokenMonitor, measure_attention_entropy
 
 Metrics = dict[str, Any]
 
-# Maximum number of consecutive steps that the fp16 loss scaler may skip. After one more skipped step, the scale would
-# be 2^20 times smaller.
+# Maximum number of consecutive steps that the fp16 loss scaler may skip. After one more skipped
+# step, the scale would be 2^20 times smaller.
 MAX_CONSECUTIVE_OVERFLOWS = 19
-MAX_CHANCE = 0.05  # maximum fraction of runs in which the best evaluation replaces an equal frozen model by chance
+# maximum fraction of runs in which the best evaluation replaces an equal frozen model by chance
+MAX_CHANCE = 0.05
 
 
 @dataclass
 class TrainingState:
-    """State that changes during training. The model and the optimizer are wrapped by `Accelerator.prepare`."""
+    """State that changes during training.
+
+    The model and the optimizer are wrapped by `Accelerator.prepare`.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -137,8 +142,8 @@ class TrainingLoop:
             if name:
                 self.save(self.is_best)
                 raise RunStopped(
-                    f"stopped by {name}; a checkpoint was saved. Repeat the command with `resume=True` to continue "
-                    "the run",
+                    f"stopped by {name}; a checkpoint was saved. Repeat the command with "
+                    "`resume=True` to continue the run",
                     # the exit status that shells use, such as 143 for SIGTERM
                     128 + signal.Signals[name],
                 )
@@ -286,11 +291,11 @@ class TrainingLoop:
         if not is_finite:
             self.state.optimizer.zero_grad()
             raise RunStopped(
-                f"the loss or its gradient is not finite in step {self.state.step + 1}. Set a lower `learning_rate`, "
-                "a longer `warmup`, or `mixed_precision='no'`"
+                f"the loss or its gradient is not finite in step {self.state.step + 1}. Set a "
+                "lower `learning_rate`, a longer `warmup`, or `mixed_precision='no'`"
             )
 
-    # Evaluation and records ------------------------------------------------------------------------------------------
+    # Evaluation and records -----------------------------------------------------------------------
 
     def evaluate(self) -> Metrics:
         """Return the metrics of an evaluation. If EMA is used, the averaged weights are evaluated."""
@@ -306,9 +311,9 @@ class TrainingLoop:
     def evaluate_step(self) -> Metrics:
         """Evaluate the model, log the pending record, and save a checkpoint if the score is the best so far.
 
-        The accuracy of the frozen model (step 0) must be exceeded by so many of its standard errors that the best of
-        all evaluations would exceed it by chance in at most `MAX_CHANCE` of runs (one-sided, Bonferroni): 2.6 standard
-        errors for 10 evaluations, 2.9 for 30.
+        The accuracy of the frozen model (step 0) must be exceeded by so many of its standard errors
+        that the best of all evaluations would exceed it by chance in at most `MAX_CHANCE` of runs
+        (one-sided, Bonferroni): 2.6 standard errors for 10 evaluations, 2.9 for 30.
         """
         state = self.state
         metrics = self.evaluate()
@@ -377,14 +382,17 @@ class TrainingLoop:
             "peak_memory_mb": round(self.peak_memory / 2**20, 1),
         }
 
-    # Checkpoints -----------------------------------------------------------------------------------------------------
+    # Checkpoints ----------------------------------------------------------------------------------
 
     def get_training_seconds(self) -> float:
         """Return the training time so far in seconds, including the time before --resume."""
         return self.state.earlier_seconds + time.perf_counter() - self.start_time
 
     def save(self, is_best: bool) -> None:
-        """Save a checkpoint with everything that `restore` requires. All processes must call this method."""
+        """Save a checkpoint with everything that `restore` requires.
+
+        All processes must call this method.
+        """
         self.report_unreadable_images()
         state = self.state
         metadata = self.run_metadata | {
@@ -409,7 +417,10 @@ class TrainingLoop:
         run_on_main(self.accelerator, write)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Load a checkpoint into the state. Raise ValueError if the checkpoint belongs to another model."""
+        """Load a checkpoint into the state.
+
+        Raise ValueError if the checkpoint belongs to another model.
+        """
         state = self.state
         metadata = checkpoint.metadata
         scatter_state(checkpoint, self.accelerator, state.model, state.optimizer, state.shadow)

@@ -2,14 +2,15 @@
 
     batch -> model inputs and labels -> model -> loss for the kind of labels (-> distillation from a teacher)
 
-Every loss is a mean over images, and the loss of one image does not depend on other images. The mean loss of
-accumulated batches is therefore equal to the loss of one large batch, up to rounding.
+Every loss is a mean over images, and the loss of one image does not depend on other images. The
+mean loss of accumulated batches is therefore equal to the loss of one large batch, up to rounding.
 
 The loss with a teacher and labels follows DeiT (Touvron et al. 2021, arXiv 2012.12877, section 4):
 
     total = (1 - alpha) * loss of the CLS head on the labels + alpha * distillation loss
 
-teacher.py implements the teachers, and distillation.py the distillation of their features without labels.
+teacher.py implements the teachers, and distillation.py the distillation of their features without
+labels.
 """
 
 from collections.abc import Callable
@@ -30,7 +31,7 @@ Objective = Callable[[nn.Module, Batch], Losses]
 LabelLossFunction = Callable[[Any, Any], torch.Tensor]
 
 
-# Losses of a head, by kind of labels ---------------------------------------------------------------------------------
+# Losses of a head, by kind of labels --------------------------------------------------------------
 
 
 def compute_single_label_loss(
@@ -41,8 +42,9 @@ def compute_single_label_loss(
 ) -> torch.Tensor:
     """Return the cross-entropy of logits [B, L] against classes [B] or probabilities [B, L], averaged over images.
 
-    Losses that are weighted with `class_weights` [L], whose mean is 1, are not divided by the sum of the weights,
-    because the loss of one image would otherwise depend on the labels of other images.
+    Losses that are weighted with `class_weights` [L], whose mean is 1, are not divided by the sum
+    of the weights, because the loss of one image would otherwise depend on the labels of other
+    images.
     """
     # [B]
     image_losses = nn.functional.cross_entropy(
@@ -69,9 +71,10 @@ def compute_multi_task_loss(
 
     The loss of an image with the label -100 is 0.
 
-    The loss of each task is averaged over all images of the batch, so that the mean loss of accumulated batches equals
-    the loss of one large batch. In contrast, `ViTCLSForMultiTaskClassification`, which Trainer uses, averages over the
-    labeled images. The two losses are equal if no labels are missing.
+    The loss of each task is averaged over all images of the batch, so that the mean loss of
+    accumulated batches equals the loss of one large batch. In contrast,
+    `ViTCLSForMultiTaskClassification`, which Trainer uses, averages over the labeled images. The
+    two losses are equal if no labels are missing.
     """
     loss = nn.CrossEntropyLoss(
         ignore_index=IGNORED_LABEL, label_smoothing=label_smoothing, reduction="none"
@@ -79,7 +82,7 @@ def compute_multi_task_loss(
     return torch.stack([loss(logits[task].float(), labels[task]).mean() for task in logits]).sum()
 
 
-# Objective -----------------------------------------------------------------------------------------------------------
+# Objective ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,8 @@ class LabelObjective:
     normalize: Normalizer
     label_loss: LabelLossFunction
     mixer: Callable[[Any, Any], tuple[Any, Any]] | None = None  # mixes images and labels
-    # mean distillation loss from the logits of the distillation head and the batch; None without a teacher
+    # mean distillation loss from the logits of the distillation head and the batch; None without a
+    # teacher
     distillation_loss: Callable[[torch.Tensor, Batch], torch.Tensor] | None = None
     alpha: float = 0.5  # weight of the distillation loss; the weight of the label loss is 1 - alpha
 
@@ -131,10 +135,11 @@ def compute_distillation_loss(
 
     The logits of both are [B, L].
 
-    The "hard" loss is the cross-entropy against the teacher's predicted label (equation 3). The "soft" loss is tau²
-    times the Kullback-Leibler divergence between the softened probabilities of teacher and student (equation 2). This
-    divergence is the sum of p_teacher * log(p_teacher / p_student) (Hinton et al. 2015, arXiv 1503.02531). The factor
-    tau² keeps the magnitude of the gradients roughly independent of the temperature tau.
+    The "hard" loss is the cross-entropy against the teacher's predicted label (equation 3). The
+    "soft" loss is tau² times the Kullback-Leibler divergence between the softened probabilities of
+    teacher and student (equation 2). This divergence is the sum of p_teacher * log(p_teacher /
+    p_student) (Hinton et al. 2015, arXiv 1503.02531). The factor tau² keeps the magnitude of the
+    gradients roughly independent of the temperature tau.
     """
     student_logits = student_logits.float()
     teacher_logits = teacher_logits.float()

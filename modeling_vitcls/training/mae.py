@@ -2,10 +2,11 @@
 
     image -> visible patches -> encoder -> linear -> with mask tokens and positions -> decoder -> masked pixels
 
-The encoder computes only the visible patches and the special tokens. The decoder has plain ViT layers and is dropped
-after pre-training. The loss is the squared difference from the pixels of masked patches, normalized per patch
-(section 3). `ViTCLSForMaskedImageModeling` is the other form of masked image modeling, in which the encoder sees all
-patches, with mask tokens in place of the masked ones (BEiT, SimMIM).
+The encoder computes only the visible patches and the special tokens. The decoder has plain ViT
+layers and is dropped after pre-training. The loss is the squared difference from the pixels of
+masked patches, normalized per patch (section 3). `ViTCLSForMaskedImageModeling` is the other form
+of masked image modeling, in which the encoder sees all patches, with mask tokens in place of the
+masked ones (BEiT, SimMIM).
 """
 
 import copy
@@ -118,11 +119,12 @@ class MAE(ViTCLSPreTrainedModel):
 
         Args:
             pixel_values: [B, C, H, W].
-            bool_masked_pos: [B, rows * columns]; True for masked patches; the same number in every image. If None,
-                the encoder's output for all patches is returned.
+            bool_masked_pos: [B, rows * columns]; True for masked patches; the same number in every
+                image. If None, the encoder's output for all patches is returned.
 
         Returns:
-            The loss over the masked patches, and `reconstruction` [B, C, H, W], normalized per patch.
+            The loss over the masked patches, and `reconstruction` [B, C, H, W], normalized per
+            patch.
         """
         if bool_masked_pos is None:
             return self.vitcls(pixel_values, **kwargs)

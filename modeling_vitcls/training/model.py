@@ -7,9 +7,9 @@ The flag `--trainable` selects the trainable parameters:
     last-N    the last N layers, the final norm and the head
     lora      special tokens, the head, and low-rank updates of the query and value projections (arXiv 2106.09685)
 
-Parameters that are missing from the checkpoint are always trained, because their initial values are random. For
-example, a new distillation token is trained with its position embedding and the gates. The mask token is already
-frozen and remains frozen.
+Parameters that are missing from the checkpoint are always trained, because their initial values are
+random. For example, a new distillation token is trained with its position embedding and the gates.
+The mask token is already frozen and remains frozen.
 """
 
 import copy
@@ -36,7 +36,8 @@ from .options import ModelOptions
 # Image sides in pixels: largest side that is kept, and its replacement.
 MAX_NATIVE_SIDE = 256
 FINETUNING_SIDE = 224
-# Query and value projections (Hu et al. 2021, arXiv 2106.09685); the pattern excludes attention poolers
+# Query and value projections (Hu et al. 2021, arXiv 2106.09685); the pattern excludes attention
+# poolers
 LORA_TARGET_MODULES = r".*\.layers\.\d+\.attention\.[qv]_proj"
 LORA_A_SUFFIX = ".lora_A.default.weight"
 LORA_B_SUFFIX = ".lora_B.default.weight"
@@ -136,8 +137,9 @@ def choose_image_size(
     )
 
     return replace(options, image_size=(size[0], size[1])), (
-        f"{size_text} px: {costs[0]} GFLOP per image; native {native_text} px: {costs[1]}. A native side of more than "
-        f"{MAX_NATIVE_SIDE} px is reduced for fine-tuning; `image_size='native'` keeps it"
+        f"{size_text} px: {costs[0]} GFLOP per image; native {native_text} px: {costs[1]}. A "
+        f"native side of more than {MAX_NATIVE_SIDE} px is reduced for fine-tuning; "
+        "`image_size='native'` keeps it"
     )
 
 
@@ -255,7 +257,7 @@ def check_preset_name(name: str) -> None:
         )
 
 
-# Trainable parameters ------------------------------------------------------------------------------------------------
+# Trainable parameters -----------------------------------------------------------------------------
 
 
 def set_trainable_parameters(
@@ -281,7 +283,8 @@ def set_trainable_parameters(
         num_trainable_layers = int(trainable.removeprefix("last-"))
         if num_trainable_layers > num_layers:
             raise ValueError(
-                f"`trainable` is {trainable}, but the model has {num_layers} layers. Use a smaller N"
+                f"`trainable` is {trainable}, but the model has {num_layers} layers. Use a smaller "
+                "N"
             )
         layer_indices = range(num_layers - num_trainable_layers, num_layers)
         prefixes += ["vitcls.layernorm.", *(f"vitcls.layers.{index}." for index in layer_indices)]
@@ -342,7 +345,7 @@ def has_trainable_parameters(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
-# LoRA ----------------------------------------------------------------------------------------------------------------
+# LoRA ---------------------------------------------------------------------------------------------
 
 
 def add_lora(model: Any, rank: int) -> None:
@@ -353,7 +356,8 @@ def add_lora(model: Any, rank: int) -> None:
         raise ValueError("`trainable='lora'` requires PEFT: pip install peft") from error
     if "qkv" in (model.config.specialized_layers or {}):
         raise ValueError(
-            "`trainable='lora'` does not support `specialized_layers` with \"qkv\". Use `trainable='full'`"
+            "`trainable='lora'` does not support `specialized_layers` with \"qkv\". Use "
+            "`trainable='full'`"
         )
     inject_adapter_in_model(
         LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGET_MODULES), model

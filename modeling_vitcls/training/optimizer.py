@@ -1,8 +1,8 @@
 """Optimizer: parameter groups of AdamW, learning rate, and the moving average of the weights.
 
-The exponential moving average of the trainable weights is a list of tensors in the order of the trainable parameters
-(Polyak and Juditsky 1992; used for ViTs in DeiT, section 6). The average works with one process, DDP and sharded
-models.
+The exponential moving average of the trainable weights is a list of tensors in the order of the
+trainable parameters (Polyak and Juditsky 1992; used for ViTs in DeiT, section 6). The average works
+with one process, DDP and sharded models.
 """
 
 import math
@@ -32,9 +32,10 @@ def build_parameter_groups(
 ) -> list[dict[str, Any]]:
     """Group parameters by depth and weight decay.
 
-    Weight decay applies to weights of linear and convolutional layers, but not to biases, norms, tokens, position
-    embeddings or scales. The learning rate of each group is multiplied by `lr_scale`, which is
-    `layer_decay ** (max_depth - depth)` for a group at `depth` (BEiT, arXiv 2106.08254, appendix).
+    Weight decay applies to weights of linear and convolutional layers, but not to biases, norms,
+    tokens, position embeddings or scales. The learning rate of each group is multiplied by
+    `lr_scale`, which is `layer_decay ** (max_depth - depth)` for a group at `depth` (BEiT, arXiv
+    2106.08254, appendix).
     """
     weight_decay_ids = {
         id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)
@@ -87,7 +88,10 @@ def get_learning_rate(step: int, num_steps: int, options: TrainingOptions) -> fl
 
 
 class Ema:
-    """Exponential moving average of the trainable weights. `shadow` has one tensor per trainable parameter."""
+    """Exponential moving average of the trainable weights.
+
+    `shadow` has one tensor per trainable parameter.
+    """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -118,6 +122,9 @@ class Ema:
 
     @torch.no_grad()
     def copy_to_model(self, weights: list[torch.Tensor]) -> None:
-        """Copy `weights` into the model. `weights` contains one tensor for each trainable parameter."""
+        """Copy `weights` into the model.
+
+        `weights` contains one tensor for each trainable parameter.
+        """
         for parameter, weight in zip(self.trainable_parameters, weights, strict=True):
             parameter.copy_(weight)

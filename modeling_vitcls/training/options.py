@@ -15,9 +15,10 @@ class ModelOptions:
     """Model. Flags that are not set keep the values of the preset or checkpoint."""
 
     model: str
-    """A preset to train from scratch (`vitcls-tiny`, `vitcls-small`, `vitcls-base`, `vitcls-large`), a folder or Hub
-    id of a vitcls model, or another ViT, which is converted automatically (`timm:NAME`, `transformers:ID`, a
-    folder, a Hub id, a file). `ID@COMMIT` pins a model on the Hub."""
+    """A preset to train from scratch (`vitcls-tiny`, `vitcls-small`, `vitcls-base`,
+    `vitcls-large`), a folder or Hub id of a vitcls model, or another ViT, which is converted
+    automatically (`timm:NAME`, `transformers:ID`, a folder, a Hub id, a file). `ID@COMMIT` pins a
+    model on the Hub."""
     num_cls_tokens: int | None = None
     """Number of CLS tokens."""
     num_distillation_tokens: int | None = None
@@ -25,29 +26,30 @@ class ModelOptions:
     num_register_tokens: int | None = None
     """Number of register tokens."""
     pooling: Literal["cls", "mean", "cls_mean", "max", "attention"] | None = None
-    """Pooling of the tokens for the classifier. Default: the pooling of the preset or checkpoint, or chosen by the
-    probe of a pre-trained encoder."""
+    """Pooling of the tokens for the classifier. Default: the pooling of the preset or checkpoint,
+    or chosen by the probe of a pre-trained encoder."""
     pooled_layers: tuple[int, ...] | None = None
-    """Layers that the classifier reads, such as -4 -3 -2 -1 for the last four; their features are concatenated.
-    Default: the last layer, or chosen by the probe."""
+    """Layers that the classifier reads, such as -4 -3 -2 -1 for the last four; their features are
+    concatenated. Default: the last layer, or chosen by the probe."""
     cls_pooling: Literal["first", "mean", "concat"] | None = None
     """Reduction of several CLS tokens to one vector."""
     cls_scopes: tuple[str, ...] | None = None
-    """Image regions that the CLS tokens attend to: `image` adds a CLS token for the whole image, and `2x2` adds a CLS
-    token for each cell of a grid of 2 rows and 2 columns."""
+    """Image regions that the CLS tokens attend to: `image` adds a CLS token for the whole image,
+    and `2x2` adds a CLS token for each cell of a grid of 2 rows and 2 columns."""
     specialized_layers: tuple[str, ...] | None = None
-    """Parts of layers in which special tokens have weights of their own: `norm:12 qkv:4` for the norms of the first 12
-    layers, and the query, key and value projections of the first 4 layers."""
+    """Parts of layers in which special tokens have weights of their own: `norm:12 qkv:4` for the
+    norms of the first 12 layers, and the query, key and value projections of the first 4 layers."""
     head_type: Literal["linear", "mlp"] | None = None
     """Type of the classification head."""
     image_size: int | tuple[int, int] | Literal["native"] | None = None
-    """Image height and width in pixels; one number sets both. `native` keeps the size of the checkpoint. Default: the
-    size of the preset or checkpoint, but fine-tuning uses 224 pixels for checkpoints of more than 256 pixels per
-    side."""
+    """Image height and width in pixels; one number sets both. `native` keeps the size of the
+    checkpoint. Default: the size of the preset or checkpoint, but fine-tuning uses 224 pixels for
+    checkpoints of more than 256 pixels per side."""
     fit: Literal["squash", "crop", "pad"] | None = None
-    """How images of other aspect ratios become the input: resize the whole image (`squash`), crop the center (`crop`)
-    or add gray (`pad`). Saved in the image processor, for evaluation and prediction. Default: as the checkpoint does,
-    or `squash` if the probe measures that it is better."""
+    """How images of other aspect ratios become the input: resize the whole image (`squash`), crop
+    the center (`crop`) or add gray (`pad`). Saved in the image processor, for evaluation and
+    prediction. Default: as the checkpoint does, or `squash` if the probe measures that it is
+    better."""
     patch_size: int | tuple[int, int] | None = None
     """Patch height and width in pixels; one number sets both."""
     position_embedding_type: Literal["learned", "sincos_2d", "rope_2d", "none"] | None = None
@@ -63,13 +65,14 @@ class ModelOptions:
     token_init: Literal["trunc_normal", "near_zero", "zeros"] | None = None
     """Initial values of new CLS, distillation and register tokens."""
     drop_path_rate: float | None = None
-    """Stochastic depth rate of the last layer; the rate increases linearly from 0 in the first layer."""
+    """Stochastic depth rate of the last layer; the rate increases linearly from 0 in the first
+    layer."""
     patch_drop_rate: float | None = None
-    """Fraction of patches to drop at random from each training image. Training is faster, but the model is less
-    accurate."""
+    """Fraction of patches to drop at random from each training image. Training is faster, but the
+    model is less accurate."""
     initializer_range: float | None = None
-    """Standard deviation of new weights. Default: depends on the width of the preset (training/defaults.py), because
-    narrow models learn slowly with the common value of 0.02."""
+    """Standard deviation of new weights. Default: depends on the width of the preset
+    (training/defaults.py), because narrow models learn slowly with the common value of 0.02."""
 
     def __post_init__(self) -> None:
         parse_cls_scopes(self.cls_scopes or ())  # raises ValueError if a value is invalid
@@ -126,7 +129,8 @@ def parse_specialized_layers(values: Sequence[str]) -> dict[str, list[int]]:
     for value in values:
         if not (match := re.fullmatch(r"(norm|qkv):([1-9]\d{0,2})", value)):
             raise ValueError(
-                f"`specialized_layers` requires norm:N or qkv:N, but got {value!r}. Example: norm:12 qkv:4"
+                f"`specialized_layers` requires norm:N or qkv:N, but got {value!r}. Example: "
+                "norm:12 qkv:4"
             )
         layers[match[1]] = list(range(int(match[2])))
     return layers
@@ -137,47 +141,55 @@ class TrainingOptions:
     """Training and evaluation."""
 
     epochs: float | None = None
-    """Number of passes over the training images. Default: 30, or 10 for pre-trained weights and a large dataset
-    (at least 10,000 images, or a stream)."""
+    """Number of passes over the training images. Default: 30, or 10 for pre-trained weights and a
+    large dataset (at least 10,000 images, or a stream)."""
     max_steps: int | None = None
     """Number of optimizer steps, instead of --epochs."""
     batch_size: int | None = None
-    """Number of training images per process and forward pass. Default: 64, or 32 for fewer than 10,000 images."""
+    """Number of training images per process and forward pass. Default: 64, or 32 for fewer than
+    10,000 images."""
     gradient_accumulation_steps: int = 1
     """Number of forward and backward passes per optimizer step."""
     learning_rate: float | None = None
-    """Peak learning rate. The learning rate increases linearly (--warmup), and then decreases to 0 with a cosine
-    schedule. Default: depends on the initial weights and the width (training/defaults.py), for example 5e-4 for a
-    ViT-Ti with random weights and 5e-5 for a pre-trained ViT-B."""
+    """Peak learning rate. The learning rate increases linearly (--warmup), and then decreases to 0
+    with a cosine schedule. Default: depends on the initial weights and the width
+    (training/defaults.py), for example 5e-4 for a ViT-Ti with random weights and 5e-5 for a
+    pre-trained ViT-B."""
     layer_decay: float | None = None
-    """Layer-wise learning rate decay (BEiT, Bao et al. 2021): ratio of each layer's learning rate to that of the next
-    layer. Tokens, position embeddings and patch embeddings count as one layer before the first layer. 1: the same
-    learning rate for all layers. Default: 0.75 for pre-trained weights, otherwise 1."""
+    """Layer-wise learning rate decay (BEiT, Bao et al. 2021): ratio of each layer's learning rate
+    to that of the next layer. Tokens, position embeddings and patch embeddings count as one layer
+    before the first layer. 1: the same learning rate for all layers. Default: 0.75 for pre-trained
+    weights, otherwise 1."""
     warmup: float = 0.1
     """Fraction of training steps used for learning rate warmup."""
     weight_decay: float = 0.05
-    """Weight decay of linear layers and the patch projection. Biases, norms, tokens and position embeddings have no
-    weight decay. DeiT uses 0.05."""
+    """Weight decay of linear layers and the patch projection. Biases, norms, tokens and position
+    embeddings have no weight decay. DeiT uses 0.05."""
     label_smoothing: float = 0.1
     """Label smoothing: probability that is distributed evenly over all classes. DeiT uses 0.1."""
     class_balance: Literal["none", "weights"] = "none"
     """Method for imbalanced classes: `weights` multiplies the loss of each image by a factor
     that is inversely proportional to the size of its class."""
     max_gradient_norm: float = 1.0
-    """Maximum norm of the gradients; gradients with a larger norm are scaled down. The ViT paper uses 1."""
+    """Maximum norm of the gradients; gradients with a larger norm are scaled down. The ViT paper
+    uses 1."""
     ema_decay: float | None = None
-    """Decay of an exponential moving average of the weights, which is evaluated and saved instead of the
-    weights. 0.999 is suitable for runs of a few thousand steps. Default: no moving average."""
+    """Decay of an exponential moving average of the weights, which is evaluated and saved instead
+    of the weights. 0.999 is suitable for runs of a few thousand steps. Default: no moving
+    average."""
     trainable: str = "full"
-    """Weights to train: `full` (all), `head` (linear probing), `last-N` (last N layers and head), or `lora`."""
+    """Weights to train: `full` (all), `head` (linear probing), `last-N` (last N layers and head),
+    or `lora`."""
     probe: bool = True
-    """Start the classifier of a pre-trained model from logistic regression on the features of the frozen model, and
-    print the accuracy of the frozen model. `--trainable head` then stops. --no-probe: start from random values."""
+    """Start the classifier of a pre-trained model from logistic regression on the features of the
+    frozen model, and print the accuracy of the frozen model. `--trainable head` then stops.
+    --no-probe: start from random values."""
     lora_rank: int = 8
     """Rank of the LoRA matrices for the query and value projections (Hu et al. 2021)."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """Precision of the forward pass. `auto`: the setting of `accelerate launch` or, without it, `bf16` on GPUs and
-    CPUs with bf16 instructions (on CPUs, for models at least as wide as ViT-Ti), and otherwise `no`."""
+    """Precision of the forward pass. `auto`: the setting of `accelerate launch` or, without it,
+    `bf16` on GPUs and CPUs with bf16 instructions (on CPUs, for models at least as wide as ViT-Ti),
+    and otherwise `no`."""
     compile: bool = False
     """Compile the model with torch.compile."""
     gradient_checkpointing: bool = False
@@ -187,16 +199,20 @@ class TrainingOptions:
     log_every: int = 10
     """Number of steps between log entries in metrics.jsonl."""
     log_attention_every: int = 100
-    """Logged steps whose number is a multiple of this value contain each layer's CLS attention entropy. 0: off."""
+    """Logged steps whose number is a multiple of this value contain each layer's CLS attention
+    entropy. 0: off."""
     evaluate_every: int = 1
-    """Number of epochs between evaluations on held-out images. The model is always evaluated after the last step."""
+    """Number of epochs between evaluations on held-out images. The model is always evaluated after
+    the last step."""
     early_stopping: int | None = None
-    """Stop after this number of evaluations without improvement. Requires --select best. Default: run all steps."""
+    """Stop after this number of evaluations without improvement. Requires --select best. Default:
+    run all steps."""
     select: Literal["last", "best"] | None = None
-    """Checkpoint to save and report: the last checkpoint, or the checkpoint with the best metric, which may be the
-    frozen model of the probe. The best checkpoint is selected on the validation split if there is also a test split,
-    otherwise on additional held-out training images. The reported metrics do not use these images. Default: best for
-    pre-trained weights if the dataset has enough images, otherwise last."""
+    """Checkpoint to save and report: the last checkpoint, or the checkpoint with the best metric,
+    which may be the frozen model of the probe. The best checkpoint is selected on the validation
+    split if there is also a test split, otherwise on additional held-out training images. The
+    reported metrics do not use these images. Default: best for pre-trained weights if the dataset
+    has enough images, otherwise last."""
 
     def __post_init__(self) -> None:
         check_minimum(
@@ -211,7 +227,8 @@ class TrainingOptions:
         check_minimum(self, 1, "lora_rank", "early_stopping")
         if self.early_stopping is not None and self.select == "last":
             raise ValueError(
-                "`early_stopping` requires `select='best'`. Remove `select='last'` or `early_stopping`"
+                "`early_stopping` requires `select='best'`. Remove `select='last'` or "
+                "`early_stopping`"
             )
 
         check_minimum(self, 0, "weight_decay", "seed", "log_attention_every")
@@ -246,22 +263,24 @@ class TrainingOptions:
 class DistillationOptions:
     """Distillation from a teacher (DeiT, Touvron et al. 2021).
 
-    The distillation token is trained on the predictions of the teacher, and the CLS token is trained on the labels. If
-    the model has no distillation token, a distillation token is added.
+    The distillation token is trained on the predictions of the teacher, and the CLS token is
+    trained on the labels. If the model has no distillation token, a distillation token is added.
     """
 
     teacher: str | None = None
-    """Teacher: a folder or Hub id of a transformers classifier (`ID@COMMIT` pins the model), `timm:NAME`, or a
-    state-dict file. Default: no distillation."""
+    """Teacher: a folder or Hub id of a transformers classifier (`ID@COMMIT` pins the model),
+    `timm:NAME`, or a state-dict file. Default: no distillation."""
     distillation: Literal["soft", "hard"] = "hard"
-    """Target of the distillation token: the class probabilities (soft) or the top-1 class (hard) of the teacher."""
+    """Target of the distillation token: the class probabilities (soft) or the top-1 class (hard) of
+    the teacher."""
     distillation_alpha: float = 0.5
-    """Weight of the distillation loss. The weight of the label loss is 1 minus this value. DeiT uses 0.5."""
+    """Weight of the distillation loss. The weight of the label loss is 1 minus this value. DeiT
+    uses 0.5."""
     distillation_tau: float = 3.0
     """Temperature of soft distillation. The DeiT paper uses 3."""
     teacher_views: int = 0
-    """Number of augmented views per image. The teacher predictions for each view are computed once and reused in later
-    epochs. 0: views and predictions are computed in each step."""
+    """Number of augmented views per image. The teacher predictions for each view are computed once
+    and reused in later epochs. 0: views and predictions are computed in each step."""
 
     def __post_init__(self) -> None:
         check_value(
@@ -276,12 +295,14 @@ class RunOptions:
     """Output, checkpoints, experiment trackers and the Hub."""
 
     resume: bool = False
-    """Resume from the newest checkpoint in --output-dir, or start from the beginning if there is no checkpoint."""
+    """Resume from the newest checkpoint in --output-dir, or start from the beginning if there is no
+    checkpoint."""
     overwrite: bool = False
-    """Replace an earlier run in --output-dir and all other files that have the same names as output files."""
+    """Replace an earlier run in --output-dir and all other files that have the same names as output
+    files."""
     save_every: int | None = None
-    """Number of steps between checkpoints. Default: a checkpoint at each evaluation, or every 1,000 steps for a
-    streamed dataset."""
+    """Number of steps between checkpoints. Default: a checkpoint at each evaluation, or every 1,000
+    steps for a streamed dataset."""
     keep_checkpoints: int = 2
     """Number of most recent checkpoints to keep. The best checkpoint is always kept."""
     log_with: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
@@ -289,8 +310,8 @@ class RunOptions:
     report: bool = True
     """Write report.html (see `vitcls inspect`) and add attention maps to the model card."""
     dry_run: bool = False
-    """Test the run and estimate the duration: train a few steps, evaluate, save a checkpoint and the model, and check
-    the push permission. The output is removed."""
+    """Test the run and estimate the duration: train a few steps, evaluate, save a checkpoint and
+    the model, and check the push permission. The output is removed."""
     push_to_hub: bool = False
     """Push the model to the Hub and verify the pushed commit."""
     hub_model_id: str | None = None
@@ -298,19 +319,20 @@ class RunOptions:
     hub_private: bool = False
     """If the repository does not exist, create it as a private repository."""
     hub_verify: bool = True
-    """Load the model from the pushed commit in a new process, and compare its outputs with the outputs of the saved
-    model."""
+    """Load the model from the pushed commit in a new process, and compare its outputs with the
+    outputs of the saved model."""
     hub_checkpoint_branch: str | None = None
-    """Push each saved checkpoint to this branch in the background. To resume on another machine, run
-    `hf download ID --revision BRANCH --local-dir FOLDER`, then repeat the command with --output-dir FOLDER --resume.
-    Default: checkpoints are not pushed. Requires --push-to-hub."""
+    """Push each saved checkpoint to this branch in the background. To resume on another machine,
+    run `hf download ID --revision BRANCH --local-dir FOLDER`, then repeat the command with
+    --output-dir FOLDER --resume. Default: checkpoints are not pushed. Requires --push-to-hub."""
     license: str | None = None
-    """License of the trained weights for the model card: a Hub identifier such as apache-2.0. If the initial weights
-    have a license, the card contains the license of the initial weights instead. Default: no license in the card."""
+    """License of the trained weights for the model card: a Hub identifier such as apache-2.0. If
+    the initial weights have a license, the card contains the license of the initial weights
+    instead. Default: no license in the card."""
     card_samples: bool = False
-    """Show a few held-out images in the model card, and publish report.html with held-out and training images, even if
-    the repository is public and the images are local files. Images of `digits` and of datasets on the Hub are always
-    published."""
+    """Show a few held-out images in the model card, and publish report.html with held-out and
+    training images, even if the repository is public and the images are local files. Images of
+    `digits` and of datasets on the Hub are always published."""
 
     def __post_init__(self) -> None:
         check_minimum(self, 1, "save_every", "keep_checkpoints")
@@ -332,8 +354,8 @@ class CommonOptions:
     """Flags of both fine-tuning and pre-training."""
 
     output_dir: Path
-    """Output folder. To continue an earlier run in this folder, set --resume. To replace the earlier run, set
-    --overwrite."""
+    """Output folder. To continue an earlier run in this folder, set --resume. To replace the
+    earlier run, set --overwrite."""
     data: DataOptions
     model: ModelOptions
     augmentation: AugmentationOptions = field(default_factory=AugmentationOptions)
@@ -365,7 +387,8 @@ class LeJEPAOptions:
     local_crops: int = 6
     """Number of small crops of each image, with 0.43 times the image size."""
     global_crop_scale: float = 0.3
-    """Minimum area of global crops and maximum area of local crops, as a fraction of the image area."""
+    """Minimum area of global crops and maximum area of local crops, as a fraction of the image
+    area."""
     sigreg_weight: float = 0.05
     """Weight of SIGReg, the loss that keeps the features from collapsing."""
     projector_width: int = 1024
@@ -402,21 +425,22 @@ class TeachersOptions:
     """Distillation without labels (UNIC, Sariyildiz et al. 2024): distillation token k imitates teacher k."""
 
     teachers: tuple[str, ...] = ()
-    """Models whose pooled vectors the distillation tokens imitate: vitcls folders, Hub ids, or any other ViT that
-    --model accepts. By default, each teacher has its own token; with --num-distillation-tokens 1, all teachers share
-    one token, and with 0, the pooled token (CLS) imitates all of them."""
+    """Models whose pooled vectors the distillation tokens imitate: vitcls folders, Hub ids, or any
+    other ViT that --model accepts. By default, each teacher has its own token; with
+    --num-distillation-tokens 1, all teachers share one token, and with 0, the pooled token (CLS)
+    imitates all of them."""
     distill_patches: bool = False
     """The patches also imitate the patches of the teachers, resampled to the same grid."""
     teacher_views: int = 0
-    """Number of augmented views per image. The teachers' vectors for each view are computed once and reused in later
-    epochs. 0: views and vectors are computed in each step."""
+    """Number of augmented views per image. The teachers' vectors for each view are computed once
+    and reused in later epochs. 0: views and vectors are computed in each step."""
 
     def __post_init__(self) -> None:
         check_minimum(self, 0, "teacher_views")
         if self.distill_patches and self.teacher_views:
             raise ValueError(
-                "`teacher_views` stores one vector per image, but `distill_patches=True` requires all patches. Remove "
-                "one of the two flags"
+                "`teacher_views` stores one vector per image, but `distill_patches=True` requires "
+                "all patches. Remove one of the two flags"
             )
 
 
@@ -425,8 +449,8 @@ class PretrainOptions(CommonOptions):
     """Pre-train a ViT on images without labels. The pre-trained model can be fine-tuned."""
 
     method: Literal["lejepa", "mae", "distillation"] | None = None
-    """LeJEPA trains the pooled token (CLS), MAE reconstructs masked patches, and distillation imitates --teachers.
-    Default: distillation with --teachers, otherwise lejepa."""
+    """LeJEPA trains the pooled token (CLS), MAE reconstructs masked patches, and distillation
+    imitates --teachers. Default: distillation with --teachers, otherwise lejepa."""
     distillation: TeachersOptions = field(default_factory=TeachersOptions)
     lejepa: LeJEPAOptions = field(default_factory=LeJEPAOptions)
     mae: MAEOptions = field(default_factory=MAEOptions)
@@ -453,13 +477,15 @@ class AddTaskOptions(AdditionOptions):
     """
 
     model: str
-    """A classifier, a multi-task model or an encoder: a folder, a Hub id, or another ViT, which is converted once."""
+    """A classifier, a multi-task model or an encoder: a folder, a Hub id, or another ViT, which is
+    converted once."""
     name: str | None = None
     """Name of the task, of letters, digits and underscores: the key of `outputs.task_logits`."""
     overwrite_task: bool = False
     """Replace the added task with this name."""
     remove_task: str | None = None
-    """Remove the added task with this name. Without --name, the images of --dataset are only compared."""
+    """Remove the added task with this name. Without --name, the images of --dataset are only
+    compared."""
     max_images: int | None = None
     """Maximum number of images that the classifier is fitted to, drawn at random. Default: all."""
 
@@ -487,11 +513,11 @@ class AddClassOptions(AdditionOptions):
     model: str
     """A classifier with one label per image: a folder or a Hub id."""
     old_dataset: str | None = None
-    """Images of the old classes, which --dataset has no images of. Default: the held-out images of the dataset that
-    the model was trained on, if it is found."""
+    """Images of the old classes, which --dataset has no images of. Default: the held-out images of
+    the dataset that the model was trained on, if it is found."""
     max_old_loss: float = 1.0
-    """Largest part of the images of old classes that may be predicted as one of the new classes although they were
-    right before, in points."""
+    """Largest part of the images of old classes that may be predicted as one of the new classes
+    although they were right before, in points."""
 
     def __post_init__(self) -> None:
         check_minimum(self, 1, "batch_size")
@@ -508,8 +534,8 @@ class VerifyUnchangedOptions:
     new: str
     """The model after the change."""
     dataset: str | None = None
-    """Images to compare the outputs with. If the models differ, their predictions are compared, too. Default: random
-    pixels."""
+    """Images to compare the outputs with. If the models differ, their predictions are compared,
+    too. Default: random pixels."""
     label_column: tuple[str, ...] | None = None
     """Column with the labels. By default, the column is detected by type or name."""
     split: str | None = None

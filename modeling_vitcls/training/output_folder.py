@@ -5,8 +5,9 @@
     files that were not written by a run     replaced only with --overwrite
     unfinished run without a checkpoint      replaced
 
-A run first removes the files of the earlier run, starting with results.json and the model, and then writes new files.
-Therefore, the folder never contains an old model with a new configuration, even if the run is killed.
+A run first removes the files of the earlier run, starting with results.json and the model, and then
+writes new files. Therefore, the folder never contains an old model with a new configuration, even
+if the run is killed.
 
 `FolderLock` prevents other runs from using the folder.
 """
@@ -58,8 +59,8 @@ from .resume import replace_sources
 from .training_setup import TrainingSetup
 
 
-# Files that a run writes at the end, and exports of them, in the order in which they are removed; the results and the
-# model come first.
+# Files that a run writes at the end, and exports of them, in the order in which they are removed;
+# the results and the model come first.
 FINAL_FILE_PATTERNS = (
     RESULTS_FILE,
     *MODEL_PATTERNS,
@@ -78,15 +79,16 @@ CHECKPOINTS_FOLDER = "checkpoints"
 
 STAGING_FOLDER = ".model.partial"  # files of the model until all of them are written
 LOCK_FILE = ".vitcls.lock"
-# Waiting time in seconds. Data loading processes of a killed run hold its lock until they end, a few seconds later.
+# Waiting time in seconds. Data loading processes of a killed run hold its lock until they end, a
+# few seconds later.
 LOCK_TIMEOUT = 10.0
 
 
 def check_replaceable(options: Any, store: CheckpointStore) -> None:
     """Raise ValueError if a new run would replace files without --overwrite, including files of no run.
 
-    Also raise ValueError if --overwrite would remove the initial model or the teacher. `store` contains the
-    checkpoints in the output folder.
+    Also raise ValueError if --overwrite would remove the initial model or the teacher. `store`
+    contains the checkpoints in the output folder.
     """
     folder = options.output_dir
     if options.run.overwrite:
@@ -95,12 +97,13 @@ def check_replaceable(options: Any, store: CheckpointStore) -> None:
 
     if (folder / RESULTS_FILE).exists() and (folder / CONFIG_FILE).exists():
         raise ValueError(
-            f"{folder} contains a finished run. Set `overwrite=True`, or choose a different `output_dir`"
+            f"{folder} contains a finished run. Set `overwrite=True`, or choose a different "
+            "`output_dir`"
         )
     if steps := store.list_steps():
         raise ValueError(
-            f"{folder} contains an unfinished run (step {steps[-1]:,}). Set `resume=True` or `overwrite=True`, or "
-            "choose a different `output_dir`"
+            f"{folder} contains an unfinished run (step {steps[-1]:,}). Set `resume=True` or "
+            "`overwrite=True`, or choose a different `output_dir`"
         )
 
     names = list_final_files(folder)
@@ -108,8 +111,8 @@ def check_replaceable(options: Any, store: CheckpointStore) -> None:
         names.append(METRICS_FILE)
     if names:
         raise ValueError(
-            f"{folder} contains other files that this run would replace ({format_name_list(names)}). Move them, or "
-            "set `overwrite=True`"
+            f"{folder} contains other files that this run would replace "
+            f"({format_name_list(names)}). Move them, or set `overwrite=True`"
         )
 
 
@@ -121,7 +124,8 @@ def check_sources_not_removed(options: FinetuneOptions | PretrainOptions) -> Non
         path = Path(split_prefix(source)[1]).resolve()
         if is_local(source) and folder in (path, *path.parents):
             raise ValueError(
-                f"`overwrite=True` would remove the `{flag}` in {folder}. Choose a different `output_dir`"
+                f"`overwrite=True` would remove the `{flag}` in {folder}. Choose a different "
+                "`output_dir`"
             )
         return source
 
@@ -174,15 +178,16 @@ def list_final_files(folder: Path) -> list[str]:
     return list(dict.fromkeys([*matches, *list_export_files(folder)]))
 
 
-# Model ---------------------------------------------------------------------------------------------------------------
+# Model --------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def stage_files(folder: Path) -> Iterator[Path]:
     """Yield a hidden folder for the files of the trained model, and move them to `folder` at the end.
 
-    config.json is moved first, because it marks the folder as the folder of a model, and results.json last, because it
-    marks the run as finished. A run that is killed at any time is therefore continued by --resume.
+    config.json is moved first, because it marks the folder as the folder of a model, and
+    results.json last, because it marks the run as finished. A run that is killed at any time is
+    therefore continued by --resume.
     """
     staging_folder = folder / STAGING_FOLDER
     shutil.rmtree(staging_folder, ignore_errors=True)
@@ -264,8 +269,8 @@ def write_model_files(
     LoRA weights are merged. Only the main process may call this function. `weights` are full
     tensors, because the model may be sharded.
     """
-    # FSDP2 replaces the model's class with a subclass. With the subclass, transformers would save PyTorch's source
-    # files as the model's code.
+    # FSDP2 replaces the model's class with a subclass. With the subclass, transformers would save
+    # PyTorch's source files as the model's code.
     model = setup.encoder or setup.model
     unsharded_class: Any = next(
         base for base in type(model).__mro__ if not issubclass(base, FSDPModule)
@@ -293,7 +298,7 @@ def write_model_files(
     write_json(folder / RESULTS_FILE, results)
 
 
-# Lock ---------------------------------------------------------------------------------------------------------------
+# Lock ---------------------------------------------------------------------------------------------
 
 
 class FolderLock:
@@ -308,13 +313,17 @@ class FolderLock:
         self.file_lock = FileLock(folder / LOCK_FILE, timeout=LOCK_TIMEOUT, thread_local=False)
 
     def acquire(self) -> None:
-        """Create the folder if necessary, and lock it. Raise ValueError if another run holds the lock."""
+        """Create the folder if necessary, and lock it.
+
+        Raise ValueError if another run holds the lock.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             self.file_lock.acquire()
         except Timeout:
             raise ValueError(
-                f"{self.folder} is in use by another run. Wait until that run ends, or choose a different `output_dir`"
+                f"{self.folder} is in use by another run. Wait until that run ends, or choose a "
+                "different `output_dir`"
             ) from None
 
     def __enter__(self) -> Self:

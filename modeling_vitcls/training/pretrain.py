@@ -7,8 +7,8 @@
     images -> method (encoder, and projectors or a decoder) -> loss
     held-out images -> encoder -> features -> accuracy of k-NN, or effective rank of the features without labels
 
-The saved model is the encoder; projectors and the decoder are only in checkpoints/. The accuracy of k-NN and of
-logistic regression on frozen features is measured before and after training.
+The saved model is the encoder; projectors and the decoder are only in checkpoints/. The accuracy of
+k-NN and of logistic regression on frozen features is measured before and after training.
 """
 
 import itertools
@@ -52,7 +52,8 @@ MAX_NEIGHBORS = 10_000  # maximum number of training images for k-NN and logisti
 # images for teachers' means and covariances
 NUM_STANDARDIZATION_IMAGES = 2048
 NUM_DRY_RUN_STANDARDIZATION_IMAGES = 64
-MIN_RANK = 0.02  # effective rank below which the features have collapsed, as a fraction of the highest possible rank
+# effective rank below which the features have collapsed, as a fraction of the highest possible rank
+MIN_RANK = 0.02
 
 
 def check_options(options: PretrainOptions) -> PretrainOptions:
@@ -65,7 +66,8 @@ def check_options(options: PretrainOptions) -> PretrainOptions:
     method = options.method or ("distillation" if num_teachers else "lejepa")
     if (method == "distillation") != bool(num_teachers):
         raise ValueError(
-            f"`method={method!r}` {'excludes' if num_teachers else 'requires'} `teachers`. Change one flag"
+            f"`method={method!r}` {'excludes' if num_teachers else 'requires'} `teachers`. Change "
+            "one flag"
         )
     for name in filter(is_preset, options.distillation.teachers):
         raise ValueError(
@@ -76,7 +78,8 @@ def check_options(options: PretrainOptions) -> PretrainOptions:
         num_tokens = num_teachers
     if num_teachers and num_tokens not in (0, 1, num_teachers):
         raise ValueError(
-            f"`num_distillation_tokens` is {num_tokens}, but {num_teachers} teachers require 0, 1 or {num_teachers}"
+            f"`num_distillation_tokens` is {num_tokens}, but {num_teachers} teachers require 0, 1 "
+            f"or {num_teachers}"
         )
     options = replace(
         options, method=method, model=replace(options.model, num_distillation_tokens=num_tokens)
@@ -186,14 +189,15 @@ def build_training_setup(
     )
 
 
-# Quality of the features ---------------------------------------------------------------------------------------------
+# Quality of the features --------------------------------------------------------------------------
 
 
 def compute_features(model: Any, method: Any, pixel_values: torch.Tensor) -> torch.Tensor:
     """Return the trained token and the mean of the patches of images [B, C, H, W], concatenated: [B, token + D].
 
-    The trained token is the CLS token, or the mean of the patches without CLS token. After distillation from teachers,
-    it is the concatenation of all distillation tokens. `model` is the method, which may be wrapped.
+    The trained token is the CLS token, or the mean of the patches without CLS token. After
+    distillation from teachers, it is the concatenation of all distillation tokens. `model` is the
+    method, which may be wrapped.
     """
     layout = method.config.token_layout
     states = model(pixel_values).last_hidden_state
@@ -208,8 +212,8 @@ def compute_features(model: Any, method: Any, pixel_values: torch.Tensor) -> tor
 class FeatureQuality:
     """Measures frozen features: the accuracy of k-NN on held-out images, and their effective rank.
 
-    `neighbors` are labeled training images; None without labels. `cosines` compares the tokens of a model with those
-    of teachers, for images [B, C, H, W]; None without teachers.
+    `neighbors` are labeled training images; None without labels. `cosines` compares the tokens of a
+    model with those of teachers, for images [B, C, H, W]; None without teachers.
     """
 
     held_out: ImagePass
@@ -253,9 +257,9 @@ class FeatureQuality:
         max_rank = min(width, len(features) - 1)  # n images have a rank of at most n - 1
         if rank < max(MIN_RANK * max_rank, 1.5):
             self.warn(
-                f"the features have collapsed: their effective rank is {rank:.1f} of {width} channels, so images "
-                "have nearly the same features. Set a lower `learning_rate` or, with `method='lejepa'`, a larger "
-                "`sigreg_weight`"
+                f"the features have collapsed: their effective rank is {rank:.1f} of {width} "
+                "channels, so images have nearly the same features. Set a lower `learning_rate` "
+                "or, with `method='lejepa'`, a larger `sigreg_weight`"
             )
         return metrics | {"effective_rank": round(rank, 2)} | counts
 
@@ -296,7 +300,7 @@ def compute_effective_rank(features: np.ndarray) -> float:
     return float(np.exp(-(shares * np.log(shares)).sum()))
 
 
-# Models --------------------------------------------------------------------------------------------------------------
+# Models -------------------------------------------------------------------------------------------
 
 
 def build_encoder(

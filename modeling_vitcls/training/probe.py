@@ -3,11 +3,12 @@
     training images -> frozen encoder, once -> choice of geometry, layers, tokens, scale, C -> classifier
     selection and held-out images -> the same encoder, once -> selection, result
 
-The choice is made in inference/linear_probe.py, from features of inference/frozen_features.py. Fine-tuning then starts
-from the regression instead of a random classifier (linear probing, then fine-tuning: Kumar et al. 2022, arXiv
-2202.10054). With `--select best`, the frozen model takes part in the selection: fine-tuning must be better than the
-frozen model by more than chance. If the frozen model is the result, its classifier is fitted to the training and
-selection images, and its temperature comes from the images that each fold leaves out.
+The choice is made in inference/linear_probe.py, from features of inference/frozen_features.py.
+Fine-tuning then starts from the regression instead of a random classifier (linear probing, then
+fine-tuning: Kumar et al. 2022, arXiv 2202.10054). With `--select best`, the frozen model takes part
+in the selection: fine-tuning must be better than the frozen model by more than chance. If the
+frozen model is the result, its classifier is fitted to the training and selection images, and its
+temperature comes from the images that each fold leaves out.
 """
 
 import math
@@ -118,16 +119,16 @@ def explain_missing_steps(
     num_selection = None if data.selection is None else len(data.selection)
     if num_selection is not None and num_selection < MIN_SELECTION_IMAGES:
         return (
-            f"none: {num_selection} separate images are too few to compare fine-tuning with the frozen model, which "
-            "is saved. Set `select='last'` to fine-tune on all images"
+            f"none: {num_selection} separate images are too few to compare fine-tuning with the "
+            "frozen model, which is saved. Set `select='last'` to fine-tune on all images"
         )
 
     flops = FLOPS_OF_STEP * forward_flops * data.num_training_images * training.epochs
     if device.type == "cpu" and not is_length_set and flops > MAX_CPU_FLOPS:
         minutes = math.ceil(flops / CPU_FLOPS_PER_MINUTE)
         return (
-            f"none: {training.epochs:g} epochs would take about {minutes:,} minutes on this CPU, so that the frozen "
-            f"model is saved. Set `epochs={training.epochs:g}` to fine-tune"
+            f"none: {training.epochs:g} epochs would take about {minutes:,} minutes on this CPU, "
+            f"so that the frozen model is saved. Set `epochs={training.epochs:g}` to fine-tune"
         )
     return None
 
@@ -226,7 +227,8 @@ class Probe:
         Args:
             data: training data. Selection and held-out images pass the encoder once, too.
             reporter: prints the choice.
-            is_final: whether no training follows. The regression is then also fitted to the selection images.
+            is_final: whether no training follows. The regression is then also fitted to the
+                selection images.
         """
         start_time = time.perf_counter()
         layout = FeatureLayout.from_config(self.model.config, NUM_SINGLE_LAYERS)
@@ -243,7 +245,8 @@ class Probe:
         ):
             features, comparison = self.compare_with_squash(first_images, features)
 
-        # Layers, tokens, scale and strength, on all images that are not held out if no training follows
+        # Layers, tokens, scale and strength, on all images that are not held out if no training
+        # follows
         sources = [(first_images, features.indices)]
         selection = None
         if data.selection is not None and len(data.selection):
@@ -287,7 +290,10 @@ class Probe:
         layout: FeatureLayout,
         warn: Callable[[str], None] = ignore_message,
     ) -> FrozenPass:
-        """Pass images through the encoder. Training reports unreadable images, so that the default does not."""
+        """Pass images through the encoder.
+
+        Training reports unreadable images, so that the default does not.
+        """
         frozen_pass = FrozenPass(images, layout, **(self.arguments | {"warn": warn}))
         frozen_pass(self.model.to(self.accelerator.device).eval())
         return frozen_pass
@@ -321,15 +327,15 @@ class Probe:
             return ("mean", *layout.token_choices)
         return layout.token_choices
 
-    # Geometry ----------------------------------------------------------------------------------------------------
+    # Geometry -------------------------------------------------------------------------------------
 
     def compare_with_squash(
         self, images: LabeledImages, own: Features
     ) -> tuple[Features, dict[str, Any]]:
         """Compare the checkpoint's own geometry with squashing, on a part of the images.
 
-        Squashing is chosen only if its loss is lower by more than one standard error. The image processor is set to
-        the chosen geometry.
+        Squashing is chosen only if its loss is lower by more than one standard error. The image
+        processor is set to the chosen geometry.
 
         Args:
             images: images of the choice.
@@ -383,7 +389,7 @@ class Probe:
     def set_geometry(self, fit: str) -> None:
         set_fit(self.processor, fit, self.model.config.image_height_width)
 
-    # Model ---------------------------------------------------------------------------------------------------------
+    # Model ----------------------------------------------------------------------------------------
 
     def restore(self, record: dict[str, Any]) -> None:
         """Set the geometry and the pooling that an interrupted run chose."""
@@ -429,7 +435,7 @@ def split_at_random(images: LabeledImages, num_images: int) -> tuple[LabeledImag
     return images.select(first.tolist()), images.select(others.tolist())
 
 
-# Record --------------------------------------------------------------------------------------------------------------
+# Record -------------------------------------------------------------------------------------------
 
 
 def build_record(
@@ -458,7 +464,10 @@ def build_record(
 
 
 def build_score_record(score: Score, labels: np.ndarray) -> dict[str, Any]:
-    """Return a row of the table of candidates. A candidate that was not continued has results of one fold only."""
+    """Return a row of the table of candidates.
+
+    A candidate that was not continued has results of one fold only.
+    """
     is_predicted = np.isfinite(score.losses)
     is_right = score.logits[is_predicted].argmax(axis=1) == labels[is_predicted]
     return {
@@ -479,8 +488,8 @@ def describe_probe(record: dict[str, Any]) -> str:
         return f"logistic regression on {chosen}: too few images to choose by cross-validation"
     text = (
         f"logistic regression on {chosen}, chosen from {len(record['candidates'])} candidates by "
-        f"{record['num_folds']}-fold cross-validation on {record['num_images_of_choice']:,} images: "
-        f"{record['accuracy']:.1%}, log loss {record['loss']:.2f}"
+        f"{record['num_folds']}-fold cross-validation on {record['num_images_of_choice']:,} "
+        f"images: {record['accuracy']:.1%}, log loss {record['loss']:.2f}"
     )
     default = record["candidates"][0]
     is_other = any(default[name] != record[name] for name in ("layers", "tokens", "scale"))

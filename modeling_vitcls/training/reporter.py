@@ -1,7 +1,7 @@
 """Output of a run: progress, metrics.jsonl, trackers, printed summary, and run statistics for results.json.
 
-In a terminal, a run shows a progress bar; otherwise, a run prints one line per record. Only the main process prints
-and writes.
+In a terminal, a run shows a progress bar; otherwise, a run prints one line per record. Only the
+main process prints and writes.
 """
 
 import json
@@ -151,7 +151,7 @@ def flatten_record(record: dict[str, Any], prefix: str = "") -> dict[str, float]
     return numeric_values
 
 
-# Summary and results -------------------------------------------------------------------------------------------------
+# Summary and results ------------------------------------------------------------------------------
 
 
 def describe_splits(
@@ -173,12 +173,13 @@ def describe_splits(
             f"training uses the split {data.train_split!r}, because no split is named 'train'"
         )
     lines["data"] = (
-        f"{data.name}: {train_text} training images, {held_out_text} held-out images ({data.held_out_name}); "
-        f"{labels_text}"
+        f"{data.name}: {train_text} training images, {held_out_text} held-out images "
+        f"({data.held_out_name}); {labels_text}"
     )
     if data.selection is not None:
         lines["selection"] = (
-            f"the best checkpoint is selected on {selection_text} separate images ({data.selection_name})"
+            f"the best checkpoint is selected on {selection_text} separate images "
+            f"({data.selection_name})"
         )
     if data.num_excluded is not None:
         total = data.num_excluded + (data.num_training_images or 0)
@@ -209,8 +210,8 @@ def describe_model(source: str, model: Any, forward_flops: int) -> dict[str, str
     height, width = config.image_height_width
     return {
         "model": f"{source}: {count_parameters(model):,} parameters, "
-        f"{count_parameters(model, only_trainable=True):,} trainable, "
-        f"{config.num_hidden_layers} layers of width {config.hidden_size}, pooling {config.pooling}",
+        f"{count_parameters(model, only_trainable=True):,} trainable, {config.num_hidden_layers} "
+        f"layers of width {config.hidden_size}, pooling {config.pooling}",
         "tokens": f"[ {layout_text} ] = {sum(token_counts.values())} for {height} x {width} pixels, "
         f"{forward_flops / 1e9:.3g} GFLOP per image",
     }

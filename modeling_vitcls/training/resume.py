@@ -22,9 +22,9 @@ from .options import PretrainOptions
 
 # Flags that may change on --resume, because these flags do not affect the result.
 CHANGEABLE_FLAGS = (
-    "output_dir num_workers max_unreadable_images batch_size gradient_accumulation_steps resume overwrite save_every "
-    "keep_checkpoints log_with report dry_run push_to_hub hub_model_id hub_private hub_verify hub_checkpoint_branch "
-    "license card_samples"
+    "output_dir num_workers max_unreadable_images batch_size gradient_accumulation_steps resume "
+    "overwrite save_every keep_checkpoints log_with report dry_run push_to_hub hub_model_id "
+    "hub_private hub_verify hub_checkpoint_branch license card_samples"
 ).split()
 PATH_FLAGS = ("dataset", "model", "teacher", "teachers")  # flags whose values may be paths
 
@@ -97,8 +97,9 @@ def check_flags_unchanged(
 ) -> None:
     """Raise ValueError if --resume would continue the run with flags that differ from the flags of the checkpoint.
 
-    A current value of None is accepted if the default value of the flag depends on the run. A current model without a
-    commit hash is accepted if the stored model is the same model with a commit hash.
+    A current value of None is accepted if the default value of the flag depends on the run. A
+    current model without a commit hash is accepted if the stored model is the same model with a
+    commit hash.
     """
     for name, value in stored_flags.items():
         current_value = current_flags.get(name)
@@ -121,7 +122,8 @@ def check_flags_unchanged(
             advice = f"To train for more steps, start another run with `model={str(folder)!r}`"
         raise ValueError(
             f"`resume=True`: the run in {folder} was started with `{name}` "
-            f"{format_flag_value(value)}, but the value in this run is {format_flag_value(current_value)}. {advice}"
+            f"{format_flag_value(value)}, but the value in this run is "
+            f"{format_flag_value(current_value)}. {advice}"
         )
 
 
@@ -133,24 +135,26 @@ def check_run_unchanged(metadata: dict[str, Any], current: dict[str, Any], folde
     """
     if change := describe_change(metadata["data"], current["data"]):
         raise ValueError(
-            f"`resume=True`: the dataset has changed since the run in {folder} was started: {change}. Restore the "
-            "dataset, or choose a different `output_dir`"
+            f"`resume=True`: the dataset has changed since the run in {folder} was started: "
+            f"{change}. Restore the dataset, or choose a different `output_dir`"
         )
     if metadata.get("files") != current["files"]:
         raise ValueError(
-            f"`resume=True`: the sizes or times of the dataset's files have changed since the run in {folder} was "
-            "started. Restore the files and their times, or choose a different `output_dir`"
+            "`resume=True`: the sizes or times of the dataset's files have changed since the run "
+            f"in {folder} was started. Restore the files and their times, or choose a different "
+            "`output_dir`"
         )
     if metadata["mixed_precision"] != current["mixed_precision"]:
         raise ValueError(
-            f"`resume=True`: the run in {folder} requires `mixed_precision={metadata['mixed_precision']!r}`, but the "
-            f"mixed precision of this run is {current['mixed_precision']}"
+            f"`resume=True`: the run in {folder} requires "
+            f"`mixed_precision={metadata['mixed_precision']!r}`, but the mixed precision of this "
+            f"run is {current['mixed_precision']}"
         )
     if metadata["images_per_step"] != current["images_per_step"]:
         raise ValueError(
-            f"`resume=True`: the run in {folder} has {metadata['images_per_step']} images per step, but this run has "
-            f"{current['images_per_step']}. Restore the product of `batch_size`, `gradient_accumulation_steps` and "
-            "the number of processes"
+            f"`resume=True`: the run in {folder} has {metadata['images_per_step']} images per "
+            f"step, but this run has {current['images_per_step']}. Restore the product of "
+            "`batch_size`, `gradient_accumulation_steps` and the number of processes"
         )
 
 

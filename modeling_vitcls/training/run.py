@@ -2,10 +2,10 @@
 
     options -> load -> describe -> probe of the frozen encoder -> steps -> calibration -> folder
 
-What is trained is a `TrainingSetup` (finetune.py, pretrain.py); how the steps run is a `TrainingLoop`
-(loop.py). The run writes weights, configuration, code, image processor, config.resolved.yaml,
-metrics.jsonl, checkpoints and finally results.json, which marks the folder as complete. publishing/
-builds the report and the card from the folder.
+What is trained is a `TrainingSetup` (finetune.py, pretrain.py); how the steps run is a
+`TrainingLoop` (loop.py). The run writes weights, configuration, code, image processor,
+config.resolved.yaml, metrics.jsonl, checkpoints and finally results.json, which marks the folder as
+complete. publishing/ builds the report and the card from the folder.
 """
 
 import shutil
@@ -85,8 +85,9 @@ def train(
         on_checkpoint: called on the main process with the folder of each saved checkpoint.
 
     Raises:
-        ValueError, OSError: if data or models cannot be read or do not match the options, another run uses the
-            folder, files would be replaced without --overwrite, or the run cannot be resumed.
+        ValueError, OSError: if data or models cannot be read or do not match the options, another
+            run uses the folder, files would be replaced without --overwrite, or the run cannot be
+            resumed.
         RunStopped: after a signal, a non-finite loss, too many unreadable images, or a full disk.
     """
     check_preset_name(options.model.model)
@@ -145,7 +146,7 @@ def run(kind: ModuleType, options: Options, on_checkpoint: Callable[[Path], None
         return folder
 
 
-# Stages --------------------------------------------------------------------------------------------------------------
+# Stages -------------------------------------------------------------------------------------------
 
 
 def fit_probe(loaded: Loaded, environment: Environment) -> FittedProbe | None:
@@ -202,7 +203,10 @@ def train_steps(
     environment: Environment,
     on_checkpoint: Callable[[Path], None] | None,
 ) -> Trained:
-    """Run the remaining steps, and load the selected weights. Without steps, the frozen model is selected."""
+    """Run the remaining steps, and load the selected weights.
+
+    Without steps, the frozen model is selected.
+    """
     options, data, setup, plan = loaded.options, loaded.data, loaded.setup, loaded.plan
     accelerator, reporter, checkpoint = (
         environment.accelerator,
@@ -348,7 +352,8 @@ def calibrate(
         model: the final model.
 
     Returns:
-        The calibration, None without images for it, and the held-out images that may measure its error.
+        The calibration, None without images for it, and the held-out images that may measure its
+        error.
     """
     selection = loaded.data.selection
     if final is not None and (outputs := final.get_held_out_logits()) is not None:
@@ -385,7 +390,8 @@ def refit_frozen_model(
 ) -> FittedProbe | None:
     """Fit the classifier of the frozen model to the training and selection images.
 
-    A resumed run computes the features again. Returns None for a sharded model, whose classifier is kept.
+    A resumed run computes the features again. Returns None for a sharded model, whose classifier is
+    kept.
     """
     probe = loaded.setup.probe
     if probe is None or isinstance(model, FSDPModule):
@@ -405,7 +411,7 @@ def compute_outputs(evaluate: Any, model: Any) -> tuple[np.ndarray, np.ndarray]:
     return get_outputs(evaluate)
 
 
-# Parts ---------------------------------------------------------------------------------------------------------------
+# Parts --------------------------------------------------------------------------------------------
 
 
 def prepare_state(options: Any, setup: TrainingSetup, accelerator: Accelerator) -> TrainingState:
@@ -435,8 +441,8 @@ def start_trackers(accelerator: Accelerator, options: Any) -> None:
 def stop_on_errors(num_workers: int) -> Iterator[None]:
     """Convert OSError and ValueError inside the `with` block to RunStopped.
 
-    They are raised for a full disk, unreadable images, stalled data loading processes, or a checkpoint of another
-    model.
+    They are raised for a full disk, unreadable images, stalled data loading processes, or a
+    checkpoint of another model.
     """
     try:
         with explain_worker_errors(num_workers):

@@ -110,7 +110,8 @@ def print_result(
     reporter, loop = environment.reporter, trained.loop
     if num_unreadable := len(loop.unreadable_images.indices):
         reporter.warn(
-            f"{num_unreadable} training image(s) could not be read and were replaced with other images"
+            f"{num_unreadable} training image(s) could not be read and were replaced with other "
+            "images"
         )
     reporter.print_line("result", format_result(results, loaded.setup.result_metrics))
     if "features" in results:
@@ -137,7 +138,8 @@ def print_estimate(
 def suggest_all_images(loaded: Loaded) -> str | None:
     """Return how to train on the held-out images as well, for a frozen model and few images per class.
 
-    The part of the images that is held out then costs accuracy (model_cards/studies/first_answer.md).
+    The part of the images that is held out then costs accuracy
+    (model_cards/studies/first_answer.md).
     """
     data = loaded.data
     rule = data.record.rule
@@ -149,6 +151,6 @@ def suggest_all_images(loaded: Loaded) -> str | None:
     if num_images >= FEW_IMAGES_PER_CLASS * num_classes:
         return None
     return (
-        f"{num_held_out} images are held out for this result. To train on them as well, repeat the command with "
-        "`held_out_fraction=0` and another `output_dir`"
+        f"{num_held_out} images are held out for this result. To train on them as well, repeat the "
+        "command with `held_out_fraction=0` and another `output_dir`"
     )

@@ -30,20 +30,20 @@ class SignalHandler:
     A second Ctrl-C raises KeyboardInterrupt, and a second SIGTERM ends the process, both without a
     checkpoint.
 
-    Clusters send SIGTERM, or SIGUSR1 (`sbatch --signal=USR1@120`), some time before the machine is stopped. The
-    launcher determines which processes receive a signal:
+    Clusters send SIGTERM, or SIGUSR1 (`sbatch --signal=USR1@120`), some time before the machine is
+    stopped. The launcher determines which processes receive a signal:
 
         python                    the process itself
         accelerate, 1 process     Ctrl-C: the launcher and the process; the shell prompt appears before the checkpoint
-                                  is saved. SIGTERM: often only the launcher, which ends; `get_signal` detects that
-                                  the parent process has changed
+                                  is saved. SIGTERM: often only the launcher, which ends;
+                                  `get_signal` detects that the parent process has changed
         accelerate, N processes   torchrun's agent forwards both signals to all processes, including DataLoader
                                   workers, and kills the processes after 30 s
 
-    The launcher's exit status may differ from that of the run (128 plus the signal's number): torchrun's agent exits
-    with 1 after any signal. Signal handlers are installed only in the main thread, because Python does not allow
-    other threads to install handlers. Signals that are already ignored, for example Ctrl-C in background jobs of a
-    shell, remain ignored.
+    The launcher's exit status may differ from that of the run (128 plus the signal's number):
+    torchrun's agent exits with 1 after any signal. Signal handlers are installed only in the main
+    thread, because Python does not allow other threads to install handlers. Signals that are
+    already ignored, for example Ctrl-C in background jobs of a shell, remain ignored.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:

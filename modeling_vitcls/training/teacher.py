@@ -1,22 +1,23 @@
 """Teachers: frozen models that predict labels, or compute features, from the student's pixels.
 
     student's pixels -> channels, size and scale of the teacher -> teacher -> logits of the student's labels
-                                                                           -> pooled vector, and patches (ViTs only)
+                                                                           -> pooled vector, and
+                                                                           patches (ViTs only)
 
-Teachers with features are models that `--model` accepts (`pretrain --teachers`; distillation.py). Teachers with logits
-(`finetune --teacher`) are image classifiers of any architecture:
+Teachers with features are models that `--model` accepts (`pretrain --teachers`; distillation.py).
+Teachers with logits (`finetune --teacher`) are image classifiers of any architecture:
 
 `FOLDER` or a Hub id     an image classifier from transformers or this package; code in the repository is not executed
 `timm:NAME`              a timm model with its pretrained weights; also `timm:hf-hub:ID` and `timm:local-dir:FOLDER`
 FILE                     a published state dict with a classifier, converted once (conversion/any_checkpoint.py)
 
-The teacher and the student receive the same crop, resized for the teacher (DeiT, arXiv 2012.12877). The teacher's
-image processor determines the input size, interpolation, scale and normalization, but does not crop. losses.py
-contains the losses.
+The teacher and the student receive the same crop, resized for the teacher (DeiT, arXiv 2012.12877).
+The teacher's image processor determines the input size, interpolation, scale and normalization, but
+does not crop. losses.py contains the losses.
 
-With `--teacher-views V`, every image has V fixed views, and TeacherCache stores the outputs of each view. The cache is
-not stored in checkpoints. A resumed run computes the outputs again in different batches, so the outputs may differ by
-rounding errors.
+With `--teacher-views V`, every image has V fixed views, and TeacherCache stores the outputs of each
+view. The cache is not stored in checkpoints. A resumed run computes the outputs again in different
+batches, so the outputs may differ by rounding errors.
 """
 
 from collections.abc import Callable, Iterator
@@ -47,7 +48,8 @@ from ..runtime.errors import format_error
 
 
 TIMM_PREFIX = "timm:"
-# Model, preprocessing, label names in the order of the logits (None if they have no names), and number of labels
+# Model, preprocessing, label names in the order of the logits (None if they have no names), and
+# number of labels
 LoadedTeacher = tuple[nn.Module, "TeacherPreprocessing", list[str] | None, int]
 
 
@@ -122,8 +124,8 @@ def load_teacher(
     Raise ValueError if the teacher is not an image classifier or lacks a label, and OSError if the
     teacher cannot be found or read.
 
-    Labels are matched by name. If a teacher has no label names but the same number of labels, the labels are assumed
-    to be in the same order. `Teacher.description` states this assumption.
+    Labels are matched by name. If a teacher has no label names but the same number of labels, the
+    labels are assumed to be in the same order. `Teacher.description` states this assumption.
     """
     if source.startswith(TIMM_PREFIX):
         model, preprocessing, names, num_labels = load_timm_teacher(source)
@@ -188,7 +190,8 @@ def match_labels(
     if names is None and num_labels == len(labels):
         return (
             None,
-            f"the teacher's {num_labels} labels have no names and are assumed to be in the dataset's order",
+            f"the teacher's {num_labels} labels have no names and are assumed to be in the "
+            "dataset's order",
         )
     if names == labels:
         return None, ""
@@ -198,9 +201,8 @@ def match_labels(
             f"{num_labels} labels without names" if names is None else format_name_list(names, 8)
         )
         raise ValueError(
-            f"the teacher {source} must have exactly one label {missing_names[0]!r}, like the dataset, but has "
-            f"{names_text}. "
-            "Use a teacher that was trained on the dataset's labels"
+            f"the teacher {source} must have exactly one label {missing_names[0]!r}, like the "
+            f"dataset, but has {names_text}. Use a teacher that was trained on the dataset's labels"
         )
 
     assert names is not None
@@ -210,7 +212,7 @@ def match_labels(
     return [names.index(name) for name in labels], note
 
 
-# transformers --------------------------------------------------------------------------------------------------------
+# transformers -------------------------------------------------------------------------------------
 
 
 def load_transformers_teacher(source: str, student: ViTCLSConfig) -> LoadedTeacher:
@@ -277,7 +279,7 @@ def run_processor(processor: Any, pixels: torch.Tensor, **kwargs: Any) -> torch.
     return processor(list(pixels), **kwargs)["pixel_values"]
 
 
-# timm ----------------------------------------------------------------------------------------------------------------
+# timm ---------------------------------------------------------------------------------------------
 
 
 def load_timm_teacher(source: str) -> LoadedTeacher:
@@ -310,12 +312,12 @@ def check_teacher_outputs(outputs: torch.Tensor, source: str) -> None:
     """Raise ValueError if a teacher's outputs [B, ...] contain NaN or infinity."""
     if num_wrong := int((~find_finite(outputs, len(outputs))).sum()):
         raise ValueError(
-            f"the outputs of the teacher {source} are not finite for {num_wrong} of {len(outputs)} images. "
-            "Use another teacher, or set `mixed_precision='no'`"
+            f"the outputs of the teacher {source} are not finite for {num_wrong} of {len(outputs)} "
+            "images. Use another teacher, or set `mixed_precision='no'`"
         )
 
 
-# Image conversion and cache ------------------------------------------------------------------------------------------
+# Image conversion and cache -----------------------------------------------------------------------
 
 
 def convert_channels(pixels: torch.Tensor, num_channels: int) -> torch.Tensor:
@@ -332,8 +334,8 @@ def convert_channels(pixels: torch.Tensor, num_channels: int) -> torch.Tensor:
         case 3, 1:
             return transforms.rgb_to_grayscale(pixels)
     raise ValueError(
-        f"the teacher requires {num_channels} channel(s), but the student's images have {pixels.shape[1]}. "
-        f"Use a teacher with {pixels.shape[1]} channel(s)"
+        f"the teacher requires {num_channels} channel(s), but the student's images have "
+        f"{pixels.shape[1]}. Use a teacher with {pixels.shape[1]} channel(s)"
     )
 
 
@@ -355,9 +357,9 @@ def get_interpolation(resample: Any) -> InterpolationMode:
 class TeacherCache:
     """Cache of a teacher's outputs for batches with `pixels`, `view` [B] and `index` [B].
 
-    Each process caches the outputs of its own batches. Outputs are converted to `float16` before the first use, and
-    the teacher always runs on whole batches. The result therefore does not depend on the step at which the outputs are
-    cached.
+    Each process caches the outputs of its own batches. Outputs are converted to `float16` before
+    the first use, and the teacher always runs on whole batches. The result therefore does not
+    depend on the step at which the outputs are cached.
     """
 
     def __init__(
@@ -365,7 +367,8 @@ class TeacherCache:
     ) -> None:
         if num_images is None:
             raise ValueError(
-                "`teacher_views` requires a dataset of known size, not `streaming=True`. Remove one flag"
+                "`teacher_views` requires a dataset of known size, not `streaming=True`. Remove "
+                "one flag"
             )
         self.teacher = teacher
         self.outputs = torch.empty(num_views, num_images, width, dtype=torch.float16)

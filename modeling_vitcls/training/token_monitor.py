@@ -85,5 +85,8 @@ def measure_attention_entropy(
 
 
 def round_finite(value: float) -> float | None:
-    """Round a number to six significant digits. Return None if the number is not finite, which may happen in fp16."""
+    """Round a number to six significant digits.
+
+    Return None if the number is not finite, which may happen in fp16.
+    """
     return float(f"{value:.6g}") if math.isfinite(value) else None

@@ -36,7 +36,8 @@ from modeling_vitcls.runtime.files import read_json
 PAGE_FOLDER = "vitcls_demo"
 EXAMPLES_FOLDER = "examples"
 
-# Files from this package that the page requires. These files import no other files from this package.
+# Files from this package that the page requires. These files import no other files from this
+# package.
 PAGE_FILES = ("cli/demo_page.py", "inference/token_names.py")
 # Libraries that the page files and the model's code import. The SDK of the Space contains gradio.
 REQUIRED_LIBRARIES = (
@@ -71,14 +72,15 @@ To run this page on your own machine: `pip install gradio=={gradio} -r requireme
 def find_published_model(source: str) -> HubCommit:
     """Look up a model on the Hub by its id, with an optional `@REVISION` (commit hash, branch or tag).
 
-    Raise ValueError if `source` is a local folder, if the model is not on the Hub, or if it is not a vitcls model
-    with code and an image processor, and OSError if the Hub does not respond.
+    Raise ValueError if `source` is a local folder, if the model is not on the Hub, or if it is not
+    a vitcls model with code and an image processor, and OSError if the Hub does not respond.
     """
     repo_id, revision = split_revision(source)
     if Path(repo_id).is_dir():
         command = build_push_command(Path(repo_id), f"YOUR-NAME/{Path(repo_id).resolve().name}")
         raise ValueError(
-            f"a Space requires a model on the Hub, but {repo_id} is a folder. Push the folder first: {command}"
+            f"a Space requires a model on the Hub, but {repo_id} is a folder. Push the folder "
+            f"first: {command}"
         )
     check_is_online()
     model = resolve_commit(repo_id, revision or "main")
@@ -88,8 +90,8 @@ def find_published_model(source: str) -> HubCommit:
     code_references = list_strings(config_dict.get("auto_map"))
     if config_dict.get("model_type") != ViTCLSConfig.model_type or not code_references:
         raise ValueError(
-            f"{repo_id} at {model.sha} does not contain a {ViTCLSConfig.model_type} model with its code. "
-            "Convert the model with `vitcls convert` and push the result"
+            f"{repo_id} at {model.sha} does not contain a {ViTCLSConfig.model_type} model with its "
+            "code. Convert the model with `vitcls convert` and push the result"
         )
     if not processor_config_file.is_file():
         raise ValueError(
@@ -104,7 +106,8 @@ def write_space(folder: Path, model: HubCommit, examples: Sequence[Path] = ()) -
         gradio_version = importlib.metadata.version("gradio")
     except importlib.metadata.PackageNotFoundError:
         raise ValueError(
-            "the Space uses the installed version of gradio, but gradio is not installed. Run `pip install gradio`"
+            "the Space uses the installed version of gradio, but gradio is not installed. Run `pip "
+            "install gradio`"
         ) from None
     settings = {
         "sdk": "gradio",
@@ -141,7 +144,8 @@ def build_space_card(
 ) -> str:
     """Return the text of README.md, whose header configures the Space.
 
-    `description` is a template with the placeholders `model`, `commit`, `url` and the names in `fields`.
+    `description` is a template with the placeholders `model`, `commit`, `url` and the names in
+    `fields`.
     """
     title = f"{model.repo_id.partition('/')[2]}: labels and attention"
     header = SpaceCardData(
@@ -161,10 +165,13 @@ def build_space_card(
 
 
 def push_space(folder: Path, model: HubCommit, space_id: str) -> PushResult:
-    """Push the files of a Space. Outdated files in the same folders are removed, and all other files are kept.
+    """Push the files of a Space.
 
-    Call this function after `prepare_repository(..., space_sdk=...)`. If nothing has changed, no commit is made.
-    Raise PushError if the push fails. The message is a single line and ends with the remedy.
+    Outdated files in the same folders are removed, and all other files are kept.
+
+    Call this function after `prepare_repository(..., space_sdk=...)`. If nothing has changed, no
+    commit is made. Raise PushError if the push fails. The message is a single line and ends with
+    the remedy.
     """
     subfolders = {
         PAGE_FOLDER,

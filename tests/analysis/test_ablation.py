@@ -220,7 +220,7 @@ def test_heads_that_tokens_feed_alone_are_found(
     assert feeds_head_alone(readers, indices) == heads
 
 
-# Effects in numbers --------------------------------------------------------------------------------------------------
+# Effects in numbers -------------------------------------------------------------------------------
 
 
 def test_an_effect_has_its_size_its_intervals_and_the_change_of_accuracy() -> None:
@@ -306,7 +306,7 @@ def test_an_effect_is_beyond_its_limit() -> None:
     assert replace(effect, null_sizes=(0.0,) * NUM_NULL_DRAWS).limit == MIN_CHANGE
 
 
-# Outputs -------------------------------------------------------------------------------------------------------------
+# Outputs ------------------------------------------------------------------------------------------
 
 
 def test_each_task_has_its_own_output() -> None:
@@ -384,7 +384,7 @@ def build_predictions(predicted: list[list[int]], labels: list[list[int]]) -> Pr
     )
 
 
-# Chance --------------------------------------------------------------------------------------------------------------
+# Chance -------------------------------------------------------------------------------------------
 
 
 def test_a_task_without_labels_does_not_change_chance() -> None:
@@ -399,7 +399,8 @@ def test_a_task_without_labels_does_not_change_chance() -> None:
 def test_each_image_with_a_known_label_counts_as_one_image() -> None:
     """The standard errors are those of 16 and of 4 images, not those of 20 labels.
 
-    Chance is 1/2. The standard error is 1/8 for the 16 images, and 1/4 for the 4 images with two known labels.
+    Chance is 1/2. The standard error is 1/8 for the 16 images, and 1/4 for the 4 images with two
+    known labels.
     """
     unknown = IGNORED_LABEL
     labels = (
@@ -418,7 +419,7 @@ def test_each_image_with_a_known_label_counts_as_one_image() -> None:
         assert found.is_better_than_chance() is is_better
 
 
-# Features ------------------------------------------------------------------------------------------------------------
+# Features -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -453,7 +454,7 @@ def test_features_are_the_tokens_and_the_pooled_vector(
         assert torch.allclose(torch.stack(found[name].vectors), vectors, atol=1e-6), name
 
 
-# Labels --------------------------------------------------------------------------------------------------------------
+# Labels -------------------------------------------------------------------------------------------
 
 
 MULTI_LABEL: dict[str, Any] = {"problem_type": "multi_label_classification"}

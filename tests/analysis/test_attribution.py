@@ -143,7 +143,7 @@ def assert_same_relevance(found: torch.Tensor, expected: torch.Tensor) -> None:
     assert get_largest_difference(found, expected) <= TOLERANCE * min(1, 10 * expected.max().item())
 
 
-# Rollout -------------------------------------------------------------------------------------------------------------
+# Rollout ------------------------------------------------------------------------------------------
 
 
 @each_layout
@@ -185,7 +185,7 @@ def test_rollout_of_differential_attention_ignores_negative_differences(share: f
     assert (same[0, 0, 0].item() == pytest.approx(1)) == (share >= 1)
 
 
-# Attribution ---------------------------------------------------------------------------------------------------------
+# Attribution --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("fields", "special", "patches"), HEADS.values(), ids=HEADS)

@@ -187,7 +187,7 @@ def test_the_table_lists_all_issues_and_the_page_the_first_ones(
     assert page.index("different") < page.index("digit ")  # the error of the split is said first
 
 
-# From the command to the training run --------------------------------------------------------------------------------
+# From the command to the training run -------------------------------------------------------------
 
 
 def test_images_listed_by_an_audit_are_left_out_of_training(
@@ -265,8 +265,9 @@ def test_audit_needs_a_classifier_or_frozen_features(tmp_path: Path) -> None:
 def test_probabilities_are_of_models_that_were_not_trained_on_the_image(tmp_path: Path) -> None:
     """The source of the probabilities depends on what the model was trained on.
 
-    They are the model's for the held-out split and, for a run with folds, the recorded ones of both splits. With
-    `frozen`, they are out-of-fold. Labels are those of the model, whose classes have another order than the folders.
+    They are the model's for the held-out split and, for a run with folds, the recorded ones of both
+    splits. With `frozen`, they are out-of-fold. Labels are those of the model, whose classes have
+    another order than the folders.
     """
     generator = np.random.default_rng(0)
     for split, name in (("train", "ant"), ("train", "bee"), ("val", "ant"), ("val", "bee")):

@@ -179,8 +179,8 @@ def test_single_measurements_are_judged_by_their_limits(
 def test_the_effect_beyond_its_limit_decides_the_verdict() -> None:
     """An effect beyond its limit decides, then a measurable one, then the largest ratio.
 
-    Ratios are those to the limit. For a token that alone feeds a head, its replacement decides. Harm is significant
-    for all 16 tests together. Other tokens are read in part.
+    Ratios are those to the limit. For a token that alone feeds a head, its replacement decides.
+    Harm is significant for all 16 tests together. Other tokens are read in part.
     """
     tokens = {"num_distillation_tokens": 0, "num_register_tokens": 2}
     model = build_classifier(**tokens)
@@ -298,7 +298,7 @@ def test_the_summary_is_one_line() -> None:
     assert summary == "CLS, register: has an effect; heads: dead heads"
 
 
-# Patches -------------------------------------------------------------------------------------------------------------
+# Patches ------------------------------------------------------------------------------------------
 
 
 def sample_norms(

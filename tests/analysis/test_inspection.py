@@ -1,7 +1,7 @@
 """Forward passes of an inspection: their number, and the images and labels that they belong to.
 
-The number is known in advance, and is small for large models. Images and labels stay together, although unreadable
-images are skipped and batches have images of one shape.
+The number is known in advance, and is small for large models. Images and labels stay together,
+although unreadable images are skipped and batches have images of one shape.
 """
 
 from pathlib import Path
@@ -106,7 +106,7 @@ def test_maps_of_small_single_label_classifiers_are_checked(
     assert count_checked(56, problem_type="multi_label_classification") == 0
 
 
-# Images and labels ---------------------------------------------------------------------------------------------------
+# Images and labels --------------------------------------------------------------------------------
 
 
 def test_labels_and_names_stay_with_their_images(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,7 +232,7 @@ def test_batches_fit_into_memory(
         assert [len(batch.indices) for batch in batches()] == sizes
 
 
-# Selection of images -------------------------------------------------------------------------------------------------
+# Selection of images ------------------------------------------------------------------------------
 
 
 def build_predictions(margins: list[float], is_wrong: list[int | None]) -> Predictions:
@@ -294,7 +294,8 @@ def test_the_confidence_is_the_minimum_over_labels() -> None:
     assert several.tolist() == pytest.approx([1 / (1 + np.exp(-1))], abs=1e-5)
 
 
-# Images of `vitcls inspect` ------------------------------------------------------------------------------------------
+# Images of `vitcls inspect`
+# ------------------------------------------------------------------------------------------
 
 
 CLASSES = ["dog", "owl", "cat"]

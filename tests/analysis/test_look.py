@@ -64,7 +64,7 @@ def read_error(capsys: pytest.CaptureFixture[str]) -> str:
     return error
 
 
-# Files ---------------------------------------------------------------------------------------------------------------
+# Files --------------------------------------------------------------------------------------------
 
 
 def test_one_photo_gives_one_sheet(model: str, photo: str, tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_unusable_flags_are_reported_before_the_model_is_loaded(
     read_error(capsys)
 
 
-# Numbers -------------------------------------------------------------------------------------------------------------
+# Numbers ------------------------------------------------------------------------------------------
 
 
 @each_layout
@@ -222,7 +222,7 @@ def test_components_keep_their_color_from_layer_to_layer() -> None:
     assert torch.allclose(matched, last.expand(3, -1, -1, -1))
 
 
-# Sheets --------------------------------------------------------------------------------------------------------------
+# Sheets -------------------------------------------------------------------------------------------
 
 
 def test_the_brightest_patch_has_the_most_attention() -> None:

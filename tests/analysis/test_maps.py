@@ -38,7 +38,7 @@ def test_differential_attention_has_two_maps_per_head():
     assert get_head_names(build_tiny_config(attention_type="differential")) == names
 
 
-# Maps ------------------------------------------------------------------------------------------------------------
+# Maps ---------------------------------------------------------------------------------------------
 
 
 def test_patch_maps_contain_the_attention_to_each_patch():
@@ -126,7 +126,7 @@ def test_a_head_reads_the_tokens_with_a_gradient(fields: dict) -> None:
     assert get_used_token_mask(config) == [*is_read, bool(gradient[layout.patches].sum() > 0)]
 
 
-# The visible part of the image ---------------------------------------------------------------------------------------
+# The visible part of the image --------------------------------------------------------------------
 
 BLACK = 10  # added to coordinates, so that padding can be distinguished
 
@@ -188,7 +188,7 @@ def test_the_visible_part_equals_the_input_of_the_model(settings, backend, size)
         ).abs().max() < 0.76  # rounded to integer gray levels
 
 
-# Maps on the image ---------------------------------------------------------------------------------------------------
+# Maps on the image --------------------------------------------------------------------------------
 
 
 def test_maps_are_bilinear_between_centers_and_nan_outside():
@@ -200,7 +200,7 @@ def test_maps_are_bilinear_between_centers_and_nan_outside():
     assert torch.allclose(drawn, torch.outer(y, x), equal_nan=True, atol=1e-5)
 
 
-# Overlays --------------------------------------------------------------------------------------------------------
+# Overlays -----------------------------------------------------------------------------------------
 
 
 def build_photograph(height: int = 60, width: int = 90) -> Image.Image:

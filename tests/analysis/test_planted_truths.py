@@ -103,7 +103,7 @@ def model(trained: ViTCLSForImageClassification) -> Iterator[ViTCLSForImageClass
     trained.load_state_dict(weights)
 
 
-# One task ------------------------------------------------------------------------------------------------------------
+# One task -----------------------------------------------------------------------------------------
 
 
 def test_a_token_that_alone_feeds_the_head_is_read_by_the_classifier(model: Any) -> None:
@@ -168,7 +168,7 @@ def test_too_few_images_or_patches_give_no_verdict(model: Any, num_images: int) 
     assert f"{MIN_PATCHES:,}" in describe_verdict(patches)
 
 
-# Several tasks -------------------------------------------------------------------------------------------------------
+# Several tasks ------------------------------------------------------------------------------------
 
 
 def get_task_labels(labels: torch.Tensor) -> torch.Tensor:
@@ -257,7 +257,7 @@ def test_the_interval_of_a_task_is_that_of_its_counts() -> None:
         ]
 
 
-# Constructed and random models ---------------------------------------------------------------------------------------
+# Constructed and random models --------------------------------------------------------------------
 
 
 def build_random_model(seed: int, **fields: Any) -> Any:

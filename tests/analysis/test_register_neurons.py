@@ -1,7 +1,7 @@
 """Registers at test time, on models with planted artifacts.
 
-The artifacts are neurons that are active at few patches and write a large norm. They are planted in layer 1 of 3. The
-outliers start there and remain until the last layer.
+The artifacts are neurons that are active at few patches and write a large norm. They are planted in
+layer 1 of 3. The outliers start there and remain until the last layer.
 """
 
 from typing import Any
@@ -40,7 +40,8 @@ all_mlps = pytest.mark.parametrize("fields", MLPS.values(), ids=MLPS)
 def build_planted_model(model_class: type = ViTCLSModel, **fields: Any) -> Any:
     """Return a model in which each planted neuron is active at one patch, identified by a channel of its position.
 
-    This channel is zero at all other tokens up to layer 1. The neuron writes a large value to channel 2.
+    This channel is zero at all other tokens up to layer 1. The neuron writes a large value to
+    channel 2.
     """
     model = randomize(model_class(build_tiny_config(**SIZES, **fields)))
     base = model.base_model

@@ -175,7 +175,8 @@ def test_a_map_on_the_page_equals_the_overlay_in_python(page: Page, inspection: 
     page.wait_for_timeout(300)
     size = button.locator("canvas").evaluate("canvas => [canvas.width, canvas.height]")
     pixels = button.locator("canvas").evaluate(
-        "canvas => Array.from(canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data)"
+        "canvas => Array.from(canvas.getContext('2d').getImageData(0, 0, canvas.width, "
+        "canvas.height).data)"
     )
     drawn = np.array(pixels).reshape(size[1], size[0], 4)[:, :, :3]
     expected = overlay(report.image, values, report.visible_region, max_side=160).resize(size)

@@ -172,7 +172,7 @@ def test_the_demo_evaluates_the_held_out_digits() -> None:
     assert len(images) == 359
 
 
-# Importing the package -----------------------------------------------------------------------------------------------
+# Importing the package ----------------------------------------------------------------------------
 
 
 @pytest.mark.slow

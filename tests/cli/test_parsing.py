@@ -141,7 +141,8 @@ def test_paths_may_follow_a_choice(tmp_path: Path, capsys: pytest.CaptureFixture
         "predict --model runs/nosuch a.png",
         "predict --model ./nosuch a.png",
         "evaluate --model m --dataset /no/such/nosuch",
-        "finetune --model vitcls-tiny --dataset d --output-dir o --teacher timm:resnet18@/no/nosuch.pt",
+        "finetune --model vitcls-tiny --dataset d --output-dir o --teacher "
+        "timm:resnet18@/no/nosuch.pt",
         "convert --source transformers:./nosuch --output o",
     ],
 )

@@ -1,6 +1,7 @@
 """Test scripts/convert.py: its files, its output, and that a failure writes nothing.
 
-The script runs in this process. A test loads the written model in a process that cannot import this package.
+The script runs in this process. A test loads the written model in a process that cannot import this
+package.
 """
 
 import copy

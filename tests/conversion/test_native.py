@@ -81,8 +81,8 @@ def test_the_card_requires_no_remote_code(tmp_path: Path, monkeypatch: pytest.Mo
     assert card.data.tags == ["vision", "vit"]
     assert "path/to/images" not in card.text
     assert (
-        "`path/to/mine`, converted to the transformers class `Dinov2WithRegistersForImageClassification`."
-        in card.text
+        "`path/to/mine`, converted to the transformers class "
+        "`Dinov2WithRegistersForImageClassification`." in card.text
     )
 
     report = json.loads((tmp_path / "native" / "parity_report.json").read_text())

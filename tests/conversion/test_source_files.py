@@ -1,7 +1,7 @@
 """Published state-dict files: families, accuracy against the authors' forward passes, preprocessing, and refusals.
 
-All parameters have random values. The forward passes in helpers/published_weights.py use neither timm nor this
-package.
+All parameters have random values. The forward passes in helpers/published_weights.py use neither
+timm nor this package.
 """
 
 import argparse
@@ -91,7 +91,8 @@ def add_token(weights: Weights, **tokens: tuple[int, ...]) -> Weights:
     return weights | fill(dict(tokens))
 
 
-# File name: family, --family, weights, function that wraps them as published, resampling of the authors
+# File name: family, --family, weights, function that wraps them as published, resampling of the
+# authors
 FILES: dict[str, tuple[str, str | None, Callable[[], Weights], Callable[[Weights], Any], Any]] = {
     "dino.pth": ("dino", "dino", lambda: build_vit_weights(depth=12), dict, resample_dino),
     "dino_full.pth": (
@@ -517,7 +518,7 @@ def test_published_widths_have_the_published_number_of_heads() -> None:
         assert read_vit_options(weights, "dinov3")["num_heads"] == model.blocks[0].attn.num_heads
 
 
-# big_vision ----------------------------------------------------------------------------------------------------------
+# big_vision ---------------------------------------------------------------------------------------
 
 
 FLAX_FILES: dict[str, Callable[[], Weights]] = {
@@ -584,7 +585,7 @@ def test_resampling_that_is_not_supported_is_not_compared(tmp_path: Path) -> Non
         )
 
 
-# Files that timm reads -----------------------------------------------------------------------------------------------
+# Files that timm reads ----------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -619,7 +620,7 @@ def name_as_baai(weights: Weights) -> Weights:
     return weights
 
 
-# Refusals ------------------------------------------------------------------------------------------------------------
+# Refusals -----------------------------------------------------------------------------------------
 
 
 def build_nested_state_dict() -> dict[str, Any]:

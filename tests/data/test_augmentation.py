@@ -191,7 +191,7 @@ def test_transforms_of_single_images_are_those_of_torchvision(
         assert torch.equal(found, v2.Compose(expected)(smooth))
 
 
-# Mixing --------------------------------------------------------------------------------------------------------------
+# Mixing -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "mixer"), [("mixup", v2.MixUp), ("cutmix", v2.CutMix)])

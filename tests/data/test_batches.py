@@ -60,7 +60,7 @@ def are_equal(first: Batch, second: Batch) -> bool:
     )
 
 
-# Images --------------------------------------------------------------------------------------------------------------
+# Images -------------------------------------------------------------------------------------------
 
 
 def test_a_batch_contains_its_keys() -> None:
@@ -146,7 +146,7 @@ def test_only_small_datasets_are_decoded_once(monkeypatch: pytest.MonkeyPatch) -
         assert counted.num_reads == num_reads
 
 
-# Unreadable images ---------------------------------------------------------------------------------------------------
+# Unreadable images --------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -223,7 +223,7 @@ def test_a_dataset_without_any_readable_image_is_a_one_line_error(
     assert "\n" not in str(caught.value)
 
 
-# Workers -------------------------------------------------------------------------------------------------------------
+# Workers ------------------------------------------------------------------------------------------
 
 
 def test_batches_for_a_gpu_are_in_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,7 @@ def run_evaluate(tmp_path: Path, model: Path, dataset: Path, *flags: str) -> dic
     return read_json(output)
 
 
-# Images that the model was not trained on ----------------------------------------------------------------------------
+# Images that the model was not trained on ---------------------------------------------------------
 
 
 def test_other_photos_are_evaluated_whole(
@@ -109,7 +109,7 @@ def test_splits_without_an_evaluation_split_are_an_error(photos: Path) -> None:
         evaluate(photos / "run", {"a": pairs, "b": pairs})
 
 
-# Images that the model was trained on --------------------------------------------------------------------------------
+# Images that the model was trained on -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("flags", [{}, {"folds": 3, "fold": 2}, {"select": "best"}])
@@ -189,7 +189,7 @@ def test_only_training_images_are_an_error(photos: Path, tmp_path: Path) -> None
         evaluate(model, tmp_path / "AB" / "train")
 
 
-# Flags ---------------------------------------------------------------------------------------------------------------
+# Flags --------------------------------------------------------------------------------------------
 
 
 def test_a_named_split_is_evaluated_whole(
@@ -252,7 +252,7 @@ def test_other_photos_are_inspected_whole(photos: Path, tmp_path: Path) -> None:
         assert found.findings.num_images == count
 
 
-# The record ----------------------------------------------------------------------------------------------------------
+# The record ---------------------------------------------------------------------------------------
 
 
 def test_the_record_identifies_the_training_images_by_content(photos: Path) -> None:

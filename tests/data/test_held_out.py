@@ -62,7 +62,7 @@ def evaluate(model: Path, dataset: Path, split: str | None = None, **data: Any) 
     )
 
 
-# Selection -----------------------------------------------------------------------------------------------------------
+# Selection ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.2, 0.5, 0.95])
@@ -219,7 +219,7 @@ def test_empty_parts_are_errors(tmp_path: Path) -> None:
         load_training_data(DataOptions(str(folder), held_out_fraction=0.999), use_labels=False)
 
 
-# The record ----------------------------------------------------------------------------------------------------------
+# The record ---------------------------------------------------------------------------------------
 
 
 def test_evaluation_uses_the_held_out_images_of_the_run(

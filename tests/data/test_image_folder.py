@@ -58,7 +58,7 @@ def load(root: Path, **options: Any) -> Any:
     return load_training_data(DataOptions(str(root), **options))
 
 
-# Splits --------------------------------------------------------------------------------------------------------------
+# Splits -------------------------------------------------------------------------------------------
 
 
 def test_a_class_called_train_is_not_a_split(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_a_split_without_class_folders_is_skipped_and_named(tmp_path: Path) -> N
     }
 
 
-# Classes -------------------------------------------------------------------------------------------------------------
+# Classes ------------------------------------------------------------------------------------------
 
 
 def test_deeper_folders_belong_to_the_class_of_the_first_level(tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_links_are_followed_without_cycles(tmp_path: Path, monkeypatch: pytest.M
         }
 
 
-# Other readers of folders --------------------------------------------------------------------------------------------
+# Other readers of folders -------------------------------------------------------------------------
 
 
 def test_metadata_files_name_the_labels(tmp_path: Path) -> None:

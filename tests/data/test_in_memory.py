@@ -209,7 +209,7 @@ def test_unusable_kinds_are_errors() -> None:
         load_splits(DataOptions("memory:0123456789abcdef"))
 
 
-# Files of the same contents ------------------------------------------------------------------------------------------
+# Files of the same contents -----------------------------------------------------------------------
 
 
 def test_folders_of_save_to_disk_have_all_images_of_their_splits(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ def list_keys(plan: BatchPlan, process: int = 0) -> list[tuple[int, int]]:
     return [key for batch in plan.iterate_keys(process) for key in batch]
 
 
-# The plan ------------------------------------------------------------------------------------------------------------
+# The plan -----------------------------------------------------------------------------------------
 
 
 def test_every_epoch_contains_each_image_once() -> None:
@@ -71,7 +71,7 @@ def test_streams_require_a_number_of_steps() -> None:
     )
 
 
-# Random numbers ------------------------------------------------------------------------------------------------------
+# Random numbers -----------------------------------------------------------------------------------
 
 
 def mix_in_python(counter: int) -> int:

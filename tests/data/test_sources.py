@@ -82,7 +82,7 @@ def write_table(file: Path, rows: dict[str, list[Any]], **features: Any) -> Path
     return file
 
 
-# Sources -------------------------------------------------------------------------------------------------------------
+# Sources ------------------------------------------------------------------------------------------
 
 
 def test_subfolders_are_classes(color_images: Path) -> None:
@@ -266,7 +266,7 @@ def test_the_largest_label_of_both_splits_sets_the_number_of_mnist_classes(
             load_splits(DataOptions("."))
 
 
-# Labels --------------------------------------------------------------------------------------------------------------
+# Labels -------------------------------------------------------------------------------------------
 
 
 def test_lists_of_declared_labels_are_several_labels(color_images: Path, tmp_path: Path) -> None:
@@ -340,7 +340,8 @@ def test_contradictory_labels_are_named(color_images: Path, tmp_path: Path) -> N
             read(file, **options)
 
 
-# Held-out parts ------------------------------------------------------------------------------------------------------
+# Held-out parts
+# --------------------------------------------------------------------------------------------------
 
 
 def test_a_split_of_the_dataset_is_used_if_it_exists(color_images: Path, tmp_path: Path) -> None:
@@ -454,7 +455,7 @@ def test_unusable_datasets_are_named(tmp_path: Path) -> None:
             read(dataset, streaming=True)
 
 
-# Unusual and unreadable images ---------------------------------------------------------------------------------------
+# Unusual and unreadable images --------------------------------------------------------------------
 
 
 def write_unusual_images(folder: Path) -> list[Path]:

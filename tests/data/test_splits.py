@@ -137,7 +137,7 @@ def test_the_description_of_data_changes_only_with_the_data(tmp_path: Path) -> N
     assert {name for name in changed[0] if changed[0][name] != changed[1][name]} == {"labels"}
 
 
-# Splits --------------------------------------------------------------------------------------------------------------
+# Splits -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

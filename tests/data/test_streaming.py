@@ -1,7 +1,7 @@
 """Streamed datasets: order, division among processes, restarts, and the held-out part.
 
-The order is reproducible. Every image is read once per pass on any number of processes, also after a restart at any
-step. The held-out part is not used for training.
+The order is reproducible. Every image is read once per pass on any number of processes, also after
+a restart at any step. The held-out part is not used for training.
 """
 
 import io
@@ -266,7 +266,8 @@ def test_a_process_without_images_is_an_error(two_shards: Path) -> None:
         next(source.iterate_examples(0, 63, 64))
 
 
-# Held-out parts and labels -------------------------------------------------------------------------------------------
+# Held-out parts and labels
+# -------------------------------------------------------------------------------------------
 
 
 def test_the_held_out_part_does_not_depend_on_order_or_files(

@@ -1,7 +1,8 @@
 """Test scripts/export.py: graphs with the outputs of the model for any batch and image size, and error messages.
 
-The tests run each written file in the runtime of its format, at sizes that the script did not compare. A fixture runs
-the script in this process for several tests. The other tests call its functions.
+The tests run each written file in the runtime of its format, at sizes that the script did not
+compare. A fixture runs the script in this process for several tests. The other tests call its
+functions.
 """
 
 import json
@@ -53,7 +54,8 @@ RUN = {
     "label_separator": ",",
 }
 
-# Models that together have every token, position, pooling, mask and block type: class, fields, names of the outputs.
+# Models that together have every token, position, pooling, mask and block type: class, fields,
+# names of the outputs.
 MODELS: dict[str, tuple[type, dict[str, Any], list[str]]] = {
     "tokens": (
         ViTCLSForImageClassification,

@@ -1,6 +1,7 @@
 """The folder for transformers.js: its files, and predictions in node by the npm package.
 
-The npm package is installed into a folder of its own by the slow test, which is skipped without node, npm or network.
+The npm package is installed into a folder of its own by the slow test, which is skipped without
+node, npm or network.
 """
 
 import json

@@ -113,9 +113,9 @@ def fsdp_by_plan(layout: str, folder: Path) -> None:
 def fsdp_by_block(layout: str, folder: Path) -> None:
     """Check a training step with FSDP2 applied to the modules in `_no_split_modules`, as accelerate does.
 
-    A backbone is sharded as a submodule of another module, as in real models. If it is the outermost module, FSDP2
-    renames its class. transformers, which finds the class by name, then records no hidden states. Its own ViT has the
-    same problem.
+    A backbone is sharded as a submodule of another module, as in real models. If it is the
+    outermost module, FSDP2 renames its class. transformers, which finds the class by name, then
+    records no hidden states. Its own ViT has the same problem.
     """
     model, path = save_model(layout, folder)
     sharded = type(model).from_pretrained(path)

@@ -2,8 +2,8 @@
 
     accelerate launch --multi_gpu --num_processes 2 evaluation_worker.py FOLDER
 
-FOLDER contains a saved digits model. The worker writes `scenarios.json`, and `new/digits.json` with the results of
-`vitcls evaluate`.
+FOLDER contains a saved digits model. The worker writes `scenarios.json`, and `new/digits.json` with
+the results of `vitcls evaluate`.
 """
 
 import io

@@ -4,9 +4,9 @@
     ran = run_fresh("-I", "-c", code, folder)                     the same, in isolated mode
     ran = run_fresh("-m", "modeling_vitcls.cli", "predict")
 
-The forks import this package, transformers and the other libraries that read environment variables at import. Tests of
-the first import start real processes, for example in test_predict.py. Tests that need no new import use
-warm_processes.py.
+The forks import this package, transformers and the other libraries that read environment variables
+at import. Tests of the first import start real processes, for example in test_predict.py. Tests
+that need no new import use warm_processes.py.
 """
 
 import atexit
@@ -36,7 +36,8 @@ PRELOADED = (
 NOT_LOADED = {"modeling_vitcls", "transformers", "huggingface_hub", "datasets", "accelerate"}
 SECONDS = 300  # timeout of a process
 OPTIONS = {"-I", "-P"}
-# Environment variables for scripts: import this repository; one thread, no GPU, no Hub, a wide terminal.
+# Environment variables for scripts: import this repository; one thread, no GPU, no Hub, a wide
+# terminal.
 SCRIPT_ENVIRONMENT = {
     "PYTHONPATH": str(Path(__file__).parents[2]),
     "OMP_NUM_THREADS": "1",
@@ -46,7 +47,7 @@ SCRIPT_ENVIRONMENT = {
 }
 
 
-# In the test process -------------------------------------------------------------------------------------------------
+# In the test process ------------------------------------------------------------------------------
 
 
 def run_fresh(
@@ -56,7 +57,8 @@ def run_fresh(
 
     Args:
         arguments: options `-I` or `-P`, then a script, `-m MODULE` or `-c CODE`, then its flags.
-        environment: all environment variables of the process. Default: the variables of this process.
+        environment: all environment variables of the process. Default: the variables of this
+            process.
         cwd: working directory. Default: the working directory of this process.
     """
     words = list(map(str, arguments))
@@ -90,7 +92,7 @@ def start_server() -> subprocess.Popen[str]:
     return process
 
 
-# In the server -------------------------------------------------------------------------------------------------------
+# In the server ------------------------------------------------------------------------------------
 
 
 def serve() -> None:

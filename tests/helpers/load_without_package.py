@@ -2,8 +2,9 @@
 
     python -I load_without_package.py INPUTS TARGET THREADS CHECKPOINT...
 
-Each checkpoint, a folder or a Hub id, is loaded through every Auto class, run on the inputs, saved to TARGET and
-loaded from there. TARGET/report.json describes the loaded objects, TARGET/answers.safetensors contains their outputs.
+Each checkpoint, a folder or a Hub id, is loaded through every Auto class, run on the inputs, saved
+to TARGET and loaded from there. TARGET/report.json describes the loaded objects,
+TARGET/answers.safetensors contains their outputs.
 """
 
 import json
@@ -93,8 +94,8 @@ def load(source: str, auto_class: str) -> tuple[Any, dict[str, Any]]:
     torch.manual_seed(SEED)
     options = {"trust_remote_code": True, "output_loading_info": True}
     if auto_class == "AutoBackbone" and Path(source).is_dir():
-        # AutoBackbone.from_pretrained supports only Hub ids: if the id does not exist on the Hub, it loads a timm
-        # backbone. The configuration contains the class that it would load.
+        # AutoBackbone.from_pretrained supports only Hub ids: if the id does not exist on the Hub,
+        # it loads a timm backbone. The configuration contains the class that it would load.
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=True)
         backbone_class: Any = get_class_from_dynamic_module(config.auto_map[auto_class], source)
         return backbone_class.from_pretrained(source, output_loading_info=True)

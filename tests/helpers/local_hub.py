@@ -8,7 +8,8 @@
         hub.fail("POST", "/commit/", "drop")
         ...                            # HF_ENDPOINT=hub.url HF_TOKEN=hf_ann HF_HUB_DISABLE_XET=1
 
-This file contains the repositories and permissions, local_hub_server.py the HTTP routes. All commits are kept.
+This file contains the repositories and permissions, local_hub_server.py the HTTP routes. All
+commits are kept.
 """
 
 import hashlib
@@ -120,8 +121,9 @@ class Repository:
 class Fault:
     """A fault of the next `times` requests with this method and a matching path.
 
-    Kinds: "drop" closes the connection before the request is handled. "cut" sends half of the response. "corrupt"
-    changes the last byte of the request. "hang" sends no response. A number is the status of the response.
+    Kinds: "drop" closes the connection before the request is handled. "cut" sends half of the
+    response. "corrupt" changes the last byte of the request. "hang" sends no response. A number is
+    the status of the response.
     """
 
     method: str
@@ -155,7 +157,7 @@ class LocalHub:
         self.is_stopped = threading.Event()
         self._folder = folder
 
-    # Methods for tests -----------------------------------------------------------------------------------------------
+    # Methods for tests ----------------------------------------------------------------------------
 
     def fail(self, method: str, path: str, kind: str | int, times: int = 1) -> None:
         """Add a fault for requests.
@@ -185,7 +187,7 @@ class LocalHub:
         """Return the number of requests with this method whose path contains `path`."""
         return sum(each == method and path in requested for each, requested in self.requests)
 
-    # Methods for requests --------------------------------------------------------------------------------------------
+    # Methods for requests -------------------------------------------------------------------------
 
     def next_fault(self, method: str, path: str) -> Fault | None:
         """Return the fault of this request, or None."""
@@ -273,8 +275,8 @@ def point_client_at(
 ) -> None:
     """Set the Hub address, the token and the cache of huggingface_hub in this process and its child processes.
 
-    Constants that huggingface_hub reads from the environment at import are also set. The cache only changes in child
-    processes.
+    Constants that huggingface_hub reads from the environment at import are also set. The cache only
+    changes in child processes.
     """
     monkeypatch.setenv("HF_ENDPOINT", url)
     monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")

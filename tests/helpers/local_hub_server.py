@@ -1,7 +1,8 @@
 """HTTP routes of the local Hub in local_hub.py.
 
-A route is a method, a pattern and a function of (hub, pattern match, request) that returns a Response. Invalid
-requests raise `ErrorResponse`, whose headers contain the reason, as on the real Hub.
+A route is a method, a pattern and a function of (hub, pattern match, request) that returns a
+Response. Invalid requests raise `ErrorResponse`, whose headers contain the reason, as on the real
+Hub.
 """
 
 import base64
@@ -64,7 +65,7 @@ class ErrorResponse(Exception):
 PREFIXES = {"model": "", "space": "spaces/"}
 
 
-# Permissions and revisions -------------------------------------------------------------------------------------------
+# Permissions and revisions ------------------------------------------------------------------------
 
 
 def get_readable(hub: "LocalHub", repo_id: str, request: Request) -> "Repository":
@@ -100,7 +101,7 @@ def get_commit(repository: "Repository", revision: str) -> tuple[str, "Commit"]:
     return name, repository.commits[name]
 
 
-# Accounts and repositories -------------------------------------------------------------------------------------------
+# Accounts and repositories ------------------------------------------------------------------------
 
 
 def who_am_i(hub: "LocalHub", match: re.Match[str], request: Request) -> Response:
@@ -196,7 +197,7 @@ def create_tag(hub: "LocalHub", match: re.Match[str], request: Request) -> Respo
     return Response()
 
 
-# Reading -------------------------------------------------------------------------------------------------------------
+# Reading ------------------------------------------------------------------------------------------
 
 
 def repository_info(hub: "LocalHub", match: re.Match[str], request: Request) -> Response:
@@ -302,7 +303,7 @@ def get_byte_range(content: bytes, request: Request, headers: dict[str, str]) ->
     return Response(content[start:], 206, headers | where)
 
 
-# Writing -------------------------------------------------------------------------------------------------------------
+# Writing ------------------------------------------------------------------------------------------
 
 
 def preupload(hub: "LocalHub", match: re.Match[str], request: Request) -> Response:
@@ -404,7 +405,7 @@ def make_commit(hub: "LocalHub", match: re.Match[str], request: Request) -> Resp
     )
 
 
-# HTTP ----------------------------------------------------------------------------------------------------------------
+# HTTP ---------------------------------------------------------------------------------------------
 
 Routes = list[tuple[str, re.Pattern[str], Callable[["LocalHub", re.Match[str], Request], Response]]]
 

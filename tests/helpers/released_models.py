@@ -2,10 +2,11 @@
 
     PYTHONPATH=tests:. python tests/helpers/released_models.py  # once per release
 
-A folder contains config.json, preprocessor_config.json and model.safetensors, as written by `save_pretrained`, without
-the code, and answers.safetensors: the outputs of the model and of the image processor for the inputs below. The files
-are written at a release and never changed. test_released_checkpoints.py loads them with the current code. The inputs
-are formulas, because random numbers may change with the version of a library.
+A folder contains config.json, preprocessor_config.json and model.safetensors, as written by
+`save_pretrained`, without the code, and answers.safetensors: the outputs of the model and of the
+image processor for the inputs below. The files are written at a release and never changed.
+test_released_checkpoints.py loads them with the current code. The inputs are formulas, because
+random numbers may change with the version of a library.
 """
 
 import sys
@@ -84,7 +85,8 @@ def main() -> None:
     folder = RELEASED / __version__
     if folder.exists():
         sys.exit(
-            f"{folder} exists, and what a release saved does not change: set a different version in version.py"
+            f"{folder} exists, and what a release saved does not change: set a different version "
+            "in version.py"
         )
     for kind in KINDS:
         write(kind, folder / kind)

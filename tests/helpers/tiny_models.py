@@ -144,7 +144,8 @@ def build_images(
 def record_outputs(module: torch.nn.Module) -> list[Any]:
     """Return a list that collects the outputs of a module.
 
-    The module's `forward` is replaced, because with a hook on the last layer, classifiers compute all of its tokens.
+    The module's `forward` is replaced, because with a hook on the last layer, classifiers compute
+    all of its tokens.
     """
     forward = module.forward
     outputs = []

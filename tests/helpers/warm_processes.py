@@ -3,9 +3,9 @@
     process = READY.Process(target=run_script, args=("finetune.py", flags, log, errors, environment))
     output = run_together("finetune.py", *flags, log=log)      two processes that communicate
 
-Forks of the test process would inherit the state of earlier tests, and could not compute gradients once the test
-process has. Libraries read variables such as HF_ENDPOINT when the server imports them. test_accelerate_configs.py and
-test_resume.py test the real launchers.
+Forks of the test process would inherit the state of earlier tests, and could not compute gradients
+once the test process has. Libraries read variables such as HF_ENDPOINT when the server imports
+them. test_accelerate_configs.py and test_resume.py test the real launchers.
 """
 
 import json
@@ -73,8 +73,10 @@ def run_together(
     Args:
         script: name in scripts/, or path.
         flags: flags of each process.
-        log: file to which output is appended; errors are appended to the file with the suffix .errors.
-        environment: variables in addition to the environment of the server and the variables of a launcher.
+        log: file to which output is appended; errors are appended to the file with the suffix
+            .errors.
+        environment: variables in addition to the environment of the server and the variables of a
+            launcher.
         processes: number of processes.
         may_fail: whether the exit status is ignored.
     """
@@ -133,7 +135,8 @@ def get_loopback() -> str:
 def run_checks(worker: str, folder: Path, num_processes: int) -> dict[str, str]:
     """Run the checks of a worker script on several processes; return the error of each check, "" if it passed.
 
-    The exit status is ignored: with torch 2.11, gloo threads sometimes abort a process that has finished.
+    The exit status is ignored: with torch 2.11, gloo threads sometimes abort a process that has
+    finished.
     """
     script = Path(__file__).parent / worker
     run_together(

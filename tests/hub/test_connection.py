@@ -43,7 +43,7 @@ def chain(*errors: BaseException) -> BaseException:
     return errors[0]
 
 
-# Retries -------------------------------------------------------------------------------------------------------------
+# Retries ------------------------------------------------------------------------------------------
 
 
 def test_failed_attempts_are_repeated_after_the_given_waits(
@@ -104,7 +104,7 @@ def test_only_errors_that_may_pass_are_temporary(error: BaseException, expected:
     assert is_temporary(error) is expected
 
 
-# Messages ------------------------------------------------------------------------------------------------------------
+# Messages -----------------------------------------------------------------------------------------
 
 
 def test_messages_of_causes_are_joined_without_repetition() -> None:
@@ -117,7 +117,7 @@ def test_messages_of_causes_are_joined_without_repetition() -> None:
     assert format_hub_error(build_hub_error(502, reason="Bad Gateway")) == "HTTP 502, Bad Gateway"
 
 
-# Silence -------------------------------------------------------------------------------------------------------------
+# Silence ------------------------------------------------------------------------------------------
 
 
 def get_transformers_output() -> tuple[int, bool]:

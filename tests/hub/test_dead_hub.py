@@ -2,8 +2,8 @@
 
 Cached files load at once. Otherwise, a one-line error follows within seconds.
 
-Datasets are loaded with `datasets` and timm models with timm, which would retry for most of a minute. The commands run
-in this process.
+Datasets are loaded with `datasets` and timm models with timm, which would retry for most of a
+minute. The commands run in this process.
 """
 
 import json

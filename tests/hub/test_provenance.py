@@ -149,7 +149,7 @@ def test_other_licenses_of_timm_weights_link_to_their_card() -> None:
     assert find_provenance("timm:dla60_res2net.in1k") == unknown
 
 
-# The Hub -------------------------------------------------------------------------------------------------------------
+# The Hub ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

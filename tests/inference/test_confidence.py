@@ -83,8 +83,8 @@ def test_coverage_requires_enough_images() -> None:
 def test_sets_and_unknown_images_are_measured_on_images_that_set_no_limit() -> None:
     """The limit is fitted to every second image, and measured on the others.
 
-    For a coverage of 0.5, it is the second of the scores 0.1, 0.3, 0.4. The sets of the others have 1 (wrong), 1 and 0
-    labels.
+    For a coverage of 0.5, it is the second of the scores 0.1, 0.3, 0.4. The sets of the others have
+    1 (wrong), 1 and 0 labels.
     """
     labels = np.array([0, 0, 0, 1, 0, 1])
     probabilities = np.zeros((6, 3))

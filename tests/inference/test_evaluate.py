@@ -1,7 +1,7 @@
 """Evaluation of saved models: their results, progress, labels matched by name, and runs of two processes.
 
-The real `accelerate launch` starts evaluation_worker.py once on two processes. Its results must equal those of one
-process.
+The real `accelerate launch` starts evaluation_worker.py once on two processes. Its results must
+equal those of one process.
 """
 
 import csv
@@ -73,7 +73,7 @@ def two_process_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# Two processes -------------------------------------------------------------------------------------------------------
+# Two processes ------------------------------------------------------------------------------------
 
 
 def test_two_processes_equal_one(by_one_process: dict[str, Any], two_process_folder: Path) -> None:
@@ -95,7 +95,7 @@ def test_only_the_main_process_prints(two_process_folder: Path) -> None:
     assert re.findall(r"'(\d+)\.png'", printed) == [*map(str, UNREADABLE)] * 2
 
 
-# Saved models --------------------------------------------------------------------------------------------------------
+# Saved models -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -398,7 +398,7 @@ def test_a_regression_is_an_error(tmp_path: Path) -> None:
         )
 
 
-# Labels by name ------------------------------------------------------------------------------------------------------
+# Labels by name -----------------------------------------------------------------------------------
 
 
 def test_only_models_of_several_labels_use_the_columns_in_their_results(tmp_path: Path) -> None:

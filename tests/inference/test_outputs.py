@@ -21,7 +21,7 @@ from modeling_vitcls.inference.outputs import (
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
-# Files ---------------------------------------------------------------------------------------------------------------
+# Files --------------------------------------------------------------------------------------------
 
 
 def test_lists_and_half_precision_are_written_to_every_format(tmp_path: Path) -> None:

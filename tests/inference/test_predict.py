@@ -1,6 +1,7 @@
 """Prediction: scripts/predict.py and its modules.
 
-Most runs use the test process. Slow tests start real processes: a run that is killed and resumed by two processes.
+Most runs use the test process. Slow tests start real processes: a run that is killed and resumed by
+two processes.
 """
 
 import csv
@@ -110,7 +111,7 @@ def pixel_values(photos: Path) -> torch.Tensor:
     return ViTCLSImageProcessor(size=32)(sorted_photos(photos), return_tensors="pt")["pixel_values"]
 
 
-# Labels --------------------------------------------------------------------------------------------------------------
+# Labels -------------------------------------------------------------------------------------------
 
 
 def test_the_table_contains_images_labels_and_errors(
@@ -257,7 +258,7 @@ def test_several_labels_are_predicted_from_the_threshold(
     assert [row["labels"] for row in csv.DictReader((tmp_path / "a.csv").open())] == [""] * 9
 
 
-# Features ------------------------------------------------------------------------------------------------------------
+# Features -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -326,7 +327,7 @@ def test_features_of_any_layer_are_those_after_the_final_norm(
         predict(model, ViTCLSImageProcessor(size=32), photos, features="registers")
 
 
-# Inputs --------------------------------------------------------------------------------------------------------------
+# Inputs -------------------------------------------------------------------------------------------
 
 
 def test_datasets_are_read_like_files(models: Path, photos: Path, tmp_path: Path) -> None:
@@ -361,7 +362,7 @@ def test_datasets_are_read_like_files(models: Path, photos: Path, tmp_path: Path
         predict_module.predict_to_file(options, SimpleNamespace(num_processes=2), source, None)
 
 
-# Folders of shards ---------------------------------------------------------------------------------------------------
+# Folders of shards --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -667,7 +668,7 @@ def test_a_folder_with_other_files_is_an_error(models: Path, photos: Path, tmp_p
             predict_images(replace(options, output=folder))
 
 
-# Models --------------------------------------------------------------------------------------------------------------
+# Models -------------------------------------------------------------------------------------------
 
 
 def test_models_without_labels_are_a_one_line_error(
@@ -708,7 +709,7 @@ def test_models_without_labels_are_a_one_line_error(
             )
 
 
-# Python function, and flags ------------------------------------------------------------------------------------------
+# Python function, and flags -----------------------------------------------------------------------
 
 
 def test_predict_accepts_images_of_any_kind(models: Path, photos: Path) -> None:

@@ -1,10 +1,10 @@
 """scripts/accelerate/*.yaml: all files are valid, and the files for CPUs train.
 
-Runs get the environment that Accelerate's launcher would set, in processes that start quickly. `make test-all` also
-starts the real `accelerate launch`, and compares.
+Runs get the environment that Accelerate's launcher would set, in processes that start quickly.
+`make test-all` also starts the real `accelerate launch`, and compares.
 
-DDP and FSDP2 on two processes must be equal, with gradient accumulation, averaged weights and evaluations during
-training.
+DDP and FSDP2 on two processes must be equal, with gradient accumulation, averaged weights and
+evaluations during training.
 """
 
 import os
@@ -141,7 +141,7 @@ def fsdp2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# The files -----------------------------------------------------------------------------------------------------------
+# The files ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
@@ -153,7 +153,7 @@ def test_all_keys_are_known_to_accelerate(file: Path) -> None:
     assert [name for name in settings.get("fsdp_config", {}) if name not in flags] == []
 
 
-# Runs ----------------------------------------------------------------------------------------------------------------
+# Runs ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -183,7 +183,7 @@ def read_prose(page: Path) -> str:
     return FENCE.sub("", page.read_text(encoding="utf-8"))
 
 
-# Text ----------------------------------------------------------------------------------------------------------------
+# Text ---------------------------------------------------------------------------------------------
 
 
 def get_anchors(page: Path) -> set[str]:
@@ -212,7 +212,7 @@ def test_every_page_is_in_the_index() -> None:
     assert {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"} <= linked
 
 
-# Commands and flags --------------------------------------------------------------------------------------------------
+# Commands and flags -------------------------------------------------------------------------------
 
 
 def read_flags(name: str) -> frozenset[str]:
@@ -351,7 +351,7 @@ def test_the_pages_contain_the_address_of_pyproject() -> None:
     assert "https://a.github.io/x" in readme
 
 
-# Names and messages --------------------------------------------------------------------------------------------------
+# Names and messages -------------------------------------------------------------------------------
 
 
 @cache
@@ -435,7 +435,7 @@ def test_the_study_in_the_docs_is_the_recipe() -> None:
     assert {**shown, "question": ""} == {**recipe, "question": ""}
 
 
-# Running -------------------------------------------------------------------------------------------------------------
+# Running ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -69,7 +69,7 @@ def processor(request: pytest.FixtureRequest) -> Any:
     return request.param(size=32)
 
 
-# Pipelines -----------------------------------------------------------------------------------------------------------
+# Pipelines ----------------------------------------------------------------------------------------
 
 
 def test_the_classification_pipeline_has_the_probabilities_of_the_model(processor: Any) -> None:
@@ -105,7 +105,7 @@ def test_the_feature_extraction_pipeline_has_the_tokens_or_the_pooled_vector(
     torch.testing.assert_close(torch.tensor(pooled), outputs.pooler_output)
 
 
-# Trainer -------------------------------------------------------------------------------------------------------------
+# Trainer ------------------------------------------------------------------------------------------
 
 
 class Examples(torch.utils.data.Dataset):
@@ -181,7 +181,7 @@ def test_trainer_trains_evaluates_and_saves(tmp_path: Path) -> None:
         assert (folder / "modeling_vitcls.py").is_file()
 
 
-# PEFT ----------------------------------------------------------------------------------------------------------------
+# PEFT ---------------------------------------------------------------------------------------------
 
 
 def test_lora_trains_saves_loads_and_merges(tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def test_lora_trains_saves_loads_and_merges(tmp_path: Path) -> None:
         assert not torch.allclose(build_tiny_classifier().eval()(build_images()).logits, wanted)
 
 
-# With a text model ---------------------------------------------------------------------------------------------------
+# With a text model --------------------------------------------------------------------------------
 
 
 BERT_SIZES = {"vocab_size": 50, "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -278,7 +278,7 @@ def test_an_encoder_decoder_trains_saves_and_generates_the_same_text(
     torch.testing.assert_close(again.generate(pixel_values=build_images(), **options), written)
 
 
-# Loading -------------------------------------------------------------------------------------------------------------
+# Loading ------------------------------------------------------------------------------------------
 
 
 def test_a_sharded_checkpoint_has_the_same_logits(tmp_path: Path) -> None:

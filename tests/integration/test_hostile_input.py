@@ -1,6 +1,7 @@
 """Random damaged inputs of every kind: a result or a one-line error, in limited time, and no code is executed.
 
-The examples are the same in every run. `HYPOTHESIS_PROFILE=explore` draws other examples, and more of them.
+The examples are the same in every run. `HYPOTHESIS_PROFILE=explore` draws other examples, and more
+of them.
 """
 
 import contextlib
@@ -136,7 +137,7 @@ def test_random_configurations_are_accepted_or_one_line_errors(fields: dict[str,
     run_limited(lambda: ViTCLSConfig.from_dict(ViTCLSConfig().to_dict() | fields))
 
 
-# State dicts ---------------------------------------------------------------------------------------------------------
+# State dicts --------------------------------------------------------------------------------------
 
 
 HEAD: dict[str, tuple[int, ...]] = {"head.weight": (3, 192), "head.bias": (3,)}
@@ -188,7 +189,7 @@ def test_damaged_state_dicts_are_converted_or_one_line_errors(
     run_limited(convert)
 
 
-# Files ---------------------------------------------------------------------------------------------------------------
+# Files --------------------------------------------------------------------------------------------
 
 
 @cache

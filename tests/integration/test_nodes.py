@@ -1,6 +1,7 @@
 """Two `torchrun` agents on the loopback interface train as two machines do, with the SLURM script and by hand.
 
-`srun` and `scontrol` are replaced by small programs that start one process per node on this machine.
+`srun` and `scontrol` are replaced by small programs that start one process per node on this
+machine.
 """
 
 import json

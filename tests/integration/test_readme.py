@@ -2,8 +2,8 @@
 
 The block with `git clone` does not run, because it sets up an environment of its own.
 
-The Hub is a local one with the two timm models of the page, with random weights, and accepts the push. `photos` is a
-folder of digits.
+The Hub is a local one with the two timm models of the page, with random weights, and accepts the
+push. `photos` is a folder of digits.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Checkpoints with their own code, loaded in processes that cannot import this package.
 
-The child processes run load_without_package.py. One loads the checkpoints of this process and saves them, the next
-loads those. Their outputs must equal the outputs of this process, to the bit.
+The child processes run load_without_package.py. One loads the checkpoints of this process and saves
+them, the next loads those. Their outputs must equal the outputs of this process, to the bit.
 """
 
 import ast
@@ -222,7 +222,8 @@ def test_a_checkpoint_is_saved_and_adapted_without_the_package(
     child: LoadedCheckpoints, name: str, saved: Path, inputs: Path
 ) -> None:
     wanted = compute_outputs(build_random_model(name), load_file(inputs)["pixel_values"])
-    # Not equal to the bit: weights of a memory-mapped file are aligned differently, and kernels depend on alignment.
+    # Not equal to the bit: weights of a memory-mapped file are aligned differently, and kernels
+    # depend on alignment.
     torch.testing.assert_close(child.get_outputs(f"{name}/again"), wanted, rtol=1e-5, atol=1e-6)
     model = vitcls.ViTCLSModel.from_pretrained(saved / name, image_size=[24, 32])
     assert_same(

@@ -1,7 +1,8 @@
 """Stop and resume: a run that was killed or stopped has the same result as an uninterrupted run, to the bit.
 
-Runs are killed with `kill -9` at random steps and resumed with the same command and --resume. Most start as forks of a
-server that has already imported the libraries; some start with the real `accelerate launch`, in one and two processes.
+Runs are killed with `kill -9` at random steps and resumed with the same command and --resume. Most
+start as forks of a server that has already imported the libraries; some start with the real
+`accelerate launch`, in one and two processes.
 """
 
 import json
@@ -42,8 +43,9 @@ pytestmark = [
 
 ENVIRONMENT = SCRIPT_ENVIRONMENT | {"GLOO_SOCKET_IFNAME": get_loopback()}
 TINY = (
-    "--model vitcls-tiny --hidden-size 32 --num-hidden-layers 2 --num-attention-heads 2 --intermediate-size 64 "
-    "--image-size 32 --patch-size 16 --num-register-tokens 2 --drop-path-rate 0.2 --no-report"
+    "--model vitcls-tiny --hidden-size 32 --num-hidden-layers 2 --num-attention-heads 2 "
+    "--intermediate-size 64 --image-size 32 --patch-size 16 --num-register-tokens 2 "
+    "--drop-path-rate 0.2 --no-report"
 )
 # 36 images: 4.5 steps per epoch, 23 steps. Checkpoints and logged records fall on different steps.
 SCHEDULE = (
@@ -59,7 +61,7 @@ NUM_STEPS = 23
 NOT_COMPARED = ("images_per_second", "peak_memory_mb", "seconds", "inference", "versions")
 
 
-# Runs ----------------------------------------------------------------------------------------------------------------
+# Runs ---------------------------------------------------------------------------------------------
 
 
 class RunningProcess:
@@ -227,7 +229,7 @@ def draw_steps(count: int, seed: int) -> list[int]:
     return sorted(random.Random(seed).sample(range(2, NUM_STEPS - 1), count))
 
 
-# Results -------------------------------------------------------------------------------------------------------------
+# Results ------------------------------------------------------------------------------------------
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
@@ -304,7 +306,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
             process.kill()
 
 
-# Killed runs ---------------------------------------------------------------------------------------------------------
+# Killed runs --------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -406,7 +408,7 @@ def test_a_full_disk_loses_nothing(
         subprocess.run(["umount", str(tmp_path / "disk")], check=True)
 
 
-# Stopped runs --------------------------------------------------------------------------------------------------------
+# Stopped runs -------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -460,7 +462,7 @@ def test_a_terminated_launcher_stops_its_run(
     assert_equal_runs(folder, uninterrupted(flags))
 
 
-# Several processes ---------------------------------------------------------------------------------------------------
+# Several processes --------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

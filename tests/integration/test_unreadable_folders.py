@@ -1,6 +1,7 @@
 """A class folder without read permission is an error, and never a result without its images.
 
-The commands run in processes without the privilege to read all files. Root has it, so that root needs setpriv (Linux).
+The commands run in processes without the privilege to read all files. Root has it, so that root
+needs setpriv (Linux).
 """
 
 import os

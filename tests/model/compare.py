@@ -11,8 +11,9 @@ Tensors = dict[str, torch.Tensor]
 FLOAT32_LIMIT = (
     1e-5  # maximum difference in float32, as a fraction of the largest value of the tensor
 )
-# Maximum error in half precision, as a multiple of the error of plain PyTorch in the same precision: the mean over
-# tensors, and the maximum. The rounding errors of two correct programs are equal only on average.
+# Maximum error in half precision, as a multiple of the error of plain PyTorch in the same
+# precision: the mean over tensors, and the maximum. The rounding errors of two correct programs are
+# equal only on average.
 MEAN_RATIO, MAX_RATIO = 1.25, 2.0
 
 
@@ -79,8 +80,8 @@ def get_relative_errors(values: Tensors, exact: Tensors) -> torch.Tensor:
 def stack_models(tensors: Sequence[Tensors]) -> Tensors:
     """Return the tensors of several models, stacked by name.
 
-    Errors are then relative to the norm over all models. In a single model, terms of a scalar's gradient may cancel by
-    chance, so that rounding errors are as large as the sum.
+    Errors are then relative to the norm over all models. In a single model, terms of a scalar's
+    gradient may cancel by chance, so that rounding errors are as large as the sum.
     """
     return {name: torch.stack([each[name] for each in tensors]) for name in tensors[0]}
 
@@ -88,7 +89,8 @@ def stack_models(tensors: Sequence[Tensors]) -> Tensors:
 def select_scale(name: str, values: Tensors) -> torch.Tensor:
     """Return the tensor whose norm scales an error: the tensor itself, or the weight for a key bias.
 
-    The gradient of a key bias is 0 up to rounding, because adding a constant to all scores has no effect.
+    The gradient of a key bias is 0 up to rounding, because adding a constant to all scores has no
+    effect.
     """
     return values[
         name.replace("k_proj.bias", "k_proj.weight").replace("k_norm.bias", "k_norm.weight")

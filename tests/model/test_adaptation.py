@@ -2,9 +2,9 @@
 
 Models are adapted by `from_pretrained(..., field=value)` and `adapt`.
 
-Unchanged weights (kept and removed tokens) must be equal to the bit. Resampled weights are compared with PyTorch's
-interpolation, and patch kernels with images enlarged patch by patch, for which FlexiViT's resize is exact. Gates are
-tested in test_gates.py.
+Unchanged weights (kept and removed tokens) must be equal to the bit. Resampled weights are compared
+with PyTorch's interpolation, and patch kernels with images enlarged patch by patch, for which
+FlexiViT's resize is exact. Gates are tested in test_gates.py.
 """
 
 import copy
@@ -45,7 +45,8 @@ LOADERS = {
     "loaded": (ViTCLSForImageClassification, None),  # `adapt` of a loaded model
 }
 
-# Changes of a checkpoint with 2 CLS, 1 distillation and 2 register tokens, images of 32 x 48 and patches of 8 x 8.
+# Changes of a checkpoint with 2 CLS, 1 distillation and 2 register tokens, images of 32 x 48 and
+# patches of 8 x 8.
 CHANGES: dict[str, dict[str, Any]] = {
     "registers": {"num_register_tokens": 6},
     "none_left": {"num_cls_tokens": 1, "num_distillation_tokens": 0, "num_register_tokens": 0},

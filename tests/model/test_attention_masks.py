@@ -1,6 +1,7 @@
 """The relative position bias, compared with loops over pairs of tokens and with bilinear interpolation by hand.
 
-tests/model/test_tokens.py tests masks and the scopes of CLS tokens, and tests/model/test_gates.py tests gates.
+tests/model/test_tokens.py tests masks and the scopes of CLS tokens, and tests/model/test_gates.py
+tests gates.
 """
 
 import math

@@ -117,7 +117,8 @@ WRONG_VALUES: list[tuple[str, Any]] = [
 CLASS_VARIABLES = {"_skip_validation", "keys_to_ignore_at_inference", "base_model_fsdp_plan"}
 
 
-# Numbers of parameters with 1,000 labels in the papers' code (timm's vit_*_patch16_224 and deit_*_patch16_224).
+# Numbers of parameters with 1,000 labels in the papers' code (timm's vit_*_patch16_224 and
+# deit_*_patch16_224).
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [("tiny", 5_717_416), ("small", 22_050_664), ("base", 86_567_656), ("large", 304_326_632)],

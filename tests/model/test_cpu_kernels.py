@@ -118,7 +118,7 @@ def list_operators(function: Callable[..., Any], *args: Any) -> set[str]:
     return {event.key for event in profiled.key_averages()}
 
 
-# Values and gradients ------------------------------------------------------------------------------------------------
+# Values and gradients -----------------------------------------------------------------------------
 
 
 @each_variant
@@ -349,7 +349,7 @@ def test_attention_in_bfloat16_is_computed_in_chunks() -> None:
     assert SDPA not in list_operators(fast.bfloat16(), build_images().bfloat16())
 
 
-# Transformations -----------------------------------------------------------------------------------------------------
+# Transformations ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["default", "differential"])
@@ -393,7 +393,7 @@ def test_exported_programs_contain_no_kernels(dtype: torch.dtype) -> None:
     assert not any("mkldnn" in name for name in operators[0])
 
 
-# Other libraries -----------------------------------------------------------------------------------------------------
+# Other libraries ----------------------------------------------------------------------------------
 
 
 def test_gradients_and_merged_weights_of_lora_equal_plain_pytorch() -> None:
@@ -444,7 +444,7 @@ def test_modules_are_those_of_plain_pytorch() -> None:
         assert vars(module).keys() == vars(plain_module).keys()  # the subclasses have no state
 
 
-# Where kernels compute -----------------------------------------------------------------------------------------------
+# Where kernels compute ----------------------------------------------------------------------------
 
 
 @requires_onednn
@@ -526,7 +526,7 @@ def test_other_convolutions_are_not_replaced(change: dict[str, int]) -> None:
     assert type(layer) is nn.Conv2d
 
 
-# Switches ------------------------------------------------------------------------------------------------------------
+# Switches -----------------------------------------------------------------------------------------
 
 
 def test_uninstalled_kernels_leave_a_plain_model() -> None:

@@ -1,8 +1,8 @@
 """Compare with independent implementations with the same, entirely random weights. peers/ compares more models.
 
-Every parameter of the other model is random, because a zero bias or a LayerScale of 1e-5 could hide a difference.
-Tokens, logits and losses agree within 1e-5 in float32, at the native size and, if the other model supports it, at a
-rectangular size.
+Every parameter of the other model is random, because a zero bias or a LayerScale of 1e-5 could hide
+a difference. Tokens, logits and losses agree within 1e-5 in float32, at the native size and, if the
+other model supports it, at a rectangular size.
 """
 
 import pytest

@@ -38,7 +38,8 @@ HEADS: dict[str, dict[str, Any]] = {
     },
 }
 
-# Models with the width of ViT-S, for which the products of one row and of all rows are computed by different kernels.
+# Models with the width of ViT-S, for which the products of one row and of all rows are computed by
+# different kernels.
 WIDE: dict[str, Any] = {
     "hidden_size": 384,
     "num_attention_heads": 6,

@@ -78,7 +78,7 @@ def get_error(backend: type, image: object, **settings: object) -> str:
     return message
 
 
-# Results -------------------------------------------------------------------------------------------------------------
+# Results ------------------------------------------------------------------------------------------
 
 
 def test_the_defaults_resize_rescale_and_normalize(backend: type) -> None:
@@ -87,7 +87,8 @@ def test_the_defaults_resize_rescale_and_normalize(backend: type) -> None:
     pixel_values = backend()(gray, return_tensors="pt").pixel_values
     assert pixel_values.shape == (1, 3, 224, 224)
     assert pixel_values.dtype == torch.float32
-    # Manually computed: (value / 255 - mean) / standard deviation of ImageNet, as published with torchvision's models.
+    # Manually computed: (value / 255 - mean) / standard deviation of ImageNet, as published with
+    # torchvision's models.
     expected = torch.tensor(
         [(128 / 255 - 0.485) / 0.229, (64 / 255 - 0.456) / 0.224, -0.406 / 0.225]
     )
@@ -161,7 +162,7 @@ def test_images_of_several_shapes_are_returned_as_a_list(backend: type) -> None:
         np.testing.assert_array_equal(as_hwc(np.asarray(values)), np.asarray(image))
 
 
-# Sources -------------------------------------------------------------------------------------------------------------
+# Sources ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -260,7 +261,8 @@ def test_inputs_are_not_changed(backend: type) -> None:
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied_once(backend: type, orientation: int, tmp_path: Path) -> None:
     upright = np.array(build_gradient())
-    # The image that a camera stores for each orientation tag, by the definition of the tag (EXIF 2.3, 4.6.4 A).
+    # The image that a camera stores for each orientation tag, by the definition of the tag (EXIF
+    # 2.3, 4.6.4 A).
     stored = {
         1: upright,
         2: upright[:, ::-1],
@@ -280,7 +282,7 @@ def test_exif_orientation_is_applied_once(backend: type, orientation: int, tmp_p
     np.testing.assert_array_equal(np.array(backend().fetch_images(path)), upright)
 
 
-# Channels and bit depth ----------------------------------------------------------------------------------------------
+# Channels and bit depth ---------------------------------------------------------------------------
 
 
 def build_rgba(alpha: int) -> PIL.Image.Image:
@@ -383,7 +385,7 @@ def test_a_gray_model_gets_one_channel(backend: type) -> None:
         processor(build_gradient(), return_tensors="pt")
 
 
-# Errors --------------------------------------------------------------------------------------------------------------
+# Errors -------------------------------------------------------------------------------------------
 
 
 def test_unreadable_sources_are_named(backend: type, tmp_path: Path) -> None:
@@ -543,7 +545,7 @@ def test_a_setting_of_a_wrong_type_is_an_error(backend: type) -> None:
         backend()(build_gradient(), do_resize="yes")
 
 
-# Saving and loading --------------------------------------------------------------------------------------------------
+# Saving and loading -------------------------------------------------------------------------------
 
 SETTINGS = {"size": {"height": 32, "width": 48}, "resample": 2, "image_mean": [0.1, 0.2, 0.3]}
 

@@ -164,7 +164,7 @@ def test_other_attention_implementations_require_all_tokens(implementation: str)
     assert config.num_head_tokens is None
 
 
-# Hooks ---------------------------------------------------------------------------------------------------------------
+# Hooks --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

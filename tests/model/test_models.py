@@ -1,7 +1,8 @@
 """The model classes: shapes, block options, saving, masked image modeling, the backbone, and errors.
 
-Special tokens are tested in test_tokens.py, positions in test_positions.py, losses in test_losses.py, precision and
-compilation in test_runtime.py, equality with other implementations in test_exactness.py.
+Special tokens are tested in test_tokens.py, positions in test_positions.py, losses in
+test_losses.py, precision and compilation in test_runtime.py, equality with other implementations in
+test_exactness.py.
 """
 
 import shutil
@@ -179,7 +180,8 @@ def test_every_parameter_of_a_block_option_is_used(fields: dict[str, Any]) -> No
     model = randomize(ViTCLSForImageClassification(build_tiny_config(**fields))).train()
     model(build_images(16), labels=torch.arange(16) % 3).loss.backward()
     unused = [name for name, parameter in model.named_parameters() if parameter.grad is None]
-    # The last layer does not use the queries of tokens that are not pooled, but it uses those of pooled tokens.
+    # The last layer does not use the queries of tokens that are not pooled, but it uses those of
+    # pooled tokens.
     assert not unused
 
 
@@ -424,7 +426,7 @@ def test_maps_of_tokens_require_a_cls_token() -> None:
         )
 
 
-# Names of timm and transformers --------------------------------------------------------------------------------------
+# Names of timm and transformers -------------------------------------------------------------------
 
 
 def test_methods_of_timm_and_arguments_of_transformers_are_accepted() -> None:

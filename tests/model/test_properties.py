@@ -1,6 +1,7 @@
 """Random valid configurations build models that train and can be saved.
 
-The examples are the same in every run. `HYPOTHESIS_PROFILE=explore` draws other examples, and more of them.
+The examples are the same in every run. `HYPOTHESIS_PROFILE=explore` draws other examples, and more
+of them.
 """
 
 import os
@@ -153,7 +154,8 @@ def valid_fields(draw: st.DrawFn) -> dict[str, Any]:
     if counts["num_distillation_tokens"] and fields["distillation_head"] is not False:
         choices.append("distillation")
     fields["distillation_inference"] = one_of(*choices)
-    # Several tokens of one kind that are initialized with zeros require positions, because they would stay equal.
+    # Several tokens of one kind that are initialized with zeros require positions, because they
+    # would stay equal.
     fields["token_init"] = one_of(
         "trunc_normal", "near_zero", *(["zeros"] if max(counts.values()) < 2 else [])
     )
@@ -209,7 +211,8 @@ def test_valid_configurations_train_and_can_be_saved(
     fields: dict[str, Any], model_class: type[ViTCLSPreTrainedModel], more: tuple[int, int]
 ) -> None:
     config = ViTCLSConfig(**fields)
-    # Without a CLS token, this combination is an error; tests/model/test_models.py checks the message.
+    # Without a CLS token, this combination is an error; tests/model/test_models.py checks the
+    # message.
     assume(
         model_class is not ViTCLSBackbone
         or config.reshape_hidden_states
@@ -227,7 +230,8 @@ def test_valid_configurations_train_and_can_be_saved(
     assert loaded.config.token_layout == config.token_layout
     for name, weight in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], weight), name
-    # Native size and a larger one. Values may differ in the last bits: kernels depend on memory alignment.
+    # Native size and a larger one. Values may differ in the last bits: kernels depend on memory
+    # alignment.
     native_height, native_width = config.image_height_width
     for height, width in (
         (native_height, native_width),

@@ -1,6 +1,7 @@
 """Checkpoints of earlier releases load with the current code without warnings, and their outputs have not changed.
 
-The checkpoints are in fixtures/released/; released_models.py writes the checkpoints of a new release.
+The checkpoints are in fixtures/released/; released_models.py writes the checkpoints of a new
+release.
 """
 
 import logging
@@ -49,7 +50,8 @@ def load_model(folder: Path, **values: Any) -> tuple[Any, dict[str, Any]]:
 def test_this_version_has_its_checkpoints() -> None:
     found = {folder.name for folder in CHECKPOINTS if folder.parent.name == __version__}
     assert found == set(KINDS), (
-        f"version {__version__} has none: run tests/helpers/released_models.py, and commit its files"
+        f"version {__version__} has none: run tests/helpers/released_models.py, and commit its "
+        "files"
     )
 
 

@@ -1,6 +1,7 @@
 """Separate weights for special tokens: their formula, and copies of shared weights with the same outputs to the bit.
 
-Compilation, export, FSDP2, token attention and remote code are tested with the other options of layers.
+Compilation, export, FSDP2, token attention and remote code are tested with the other options of
+layers.
 """
 
 from pathlib import Path

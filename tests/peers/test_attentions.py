@@ -1,7 +1,7 @@
 """Compare attention maps in the families that compute attention differently.
 
-The maps of the source, of eager attention and of the recorder for fused attention must be equal, and so must the rows
-of special tokens (`token_attention`).
+The maps of the source, of eager attention and of the recorder for fused attention must be equal,
+and so must the rows of special tokens (`token_attention`).
 """
 
 from dataclasses import replace
@@ -23,7 +23,8 @@ pytestmark = pytest.mark.integration
 
 LIMIT = 1e-5
 
-# One case for each way to compute attention: tokens, masks, positions, biases, norms and numbers of heads.
+# One case for each way to compute attention: tokens, masks, positions, biases, norms and numbers of
+# heads.
 REPRESENTATIVES = [
     "vit",
     "deit distilled",

@@ -1,7 +1,7 @@
 """Compare every ViT of timm with its conversion: same outputs, or an error that names the unsupported feature.
 
-All parameters are filled with random values. The tests compare all tokens of the encoder and the logits, at the native
-size and, after `set_input_size`, at a rectangle.
+All parameters are filled with random values. The tests compare all tokens of the encoder and the
+logits, at the native size and, after `set_input_size`, at a rectangle.
 """
 
 import copy

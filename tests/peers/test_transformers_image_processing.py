@@ -1,6 +1,7 @@
 """Run the image processor tests of transformers on the image processors of this package, with both backends.
 
-Tests of features that only this package has (sources, modes, messages) are in test_image_processing.py.
+Tests of features that only this package has (sources, modes, messages) are in
+test_image_processing.py.
 """
 
 import unittest

@@ -1,8 +1,8 @@
 """Run the model tests of transformers on the model classes of this package, in every token layout.
 
-There is one class per layout and family of models; the tests are from transformers (transformers_suite.py).
-`make test` runs the layout with all kinds of tokens, `make test-all` all layouts.
-PipelineTesterMixin is excluded, because it requires checkpoints from the Hub.
+There is one class per layout and family of models; the tests are from transformers
+(transformers_suite.py). `make test` runs the layout with all kinds of tokens, `make test-all` all
+layouts. PipelineTesterMixin is excluded, because it requires checkpoints from the Hub.
 """
 
 import unittest
@@ -41,7 +41,8 @@ DISTILLED_WITH_REGISTERS = {
 NO_CLS = {"num_cls_tokens": 0, "num_register_tokens": 2, "pooling": "mean"}
 THREE_CLS = {"num_cls_tokens": 3}
 
-# Tables in which the mixins look up the labels of a class. Classes outside transformers are added here.
+# Tables in which the mixins look up the labels of a class. Classes outside transformers are added
+# here.
 AUTO_TABLES = {
     "MODEL_MAPPING_NAMES": "ViTCLSModel",
     "MODEL_FOR_BACKBONE_MAPPING_NAMES": "ViTCLSBackbone",
@@ -94,13 +95,15 @@ class ViTCLSModelTests(modeling_tests.ModelTesterMixin):
         ViTCLSForMaskedImageModeling,
         ViTCLSBackbone,
     )
-    # transformers runs this test only on models after 2022, which it identifies by the license header.
+    # transformers runs this test only on models after 2022, which it identifies by the license
+    # header.
     test_can_init_all_missing_weights_before_2023 = True
     test_resize_embeddings = False
     layout: ClassVar[dict[str, Any]]
 
     def setUp(self) -> None:
-        transformers.logging.set_verbosity_warning()  # commands that earlier tests ran in this process are silent
+        # commands that earlier tests ran in this process are silent
+        transformers.logging.set_verbosity_warning()
         transformers.logging.get_logger("transformers.modeling_utils").filters.clear()
         self.model_tester = SmallModel(self.layout)
         self.config_tester = configuration_tests.ConfigTester(
@@ -154,7 +157,8 @@ class ThreeTasksTest(ViTCLSModelTests, unittest.TestCase):
 
     def setUp(self) -> None:
         super().setUp()
-        # These tests compare `logits` as one tensor; the next test compares the logits of each task.
+        # These tests compare `logits` as one tensor; the next test compares the logits of each
+        # task.
         if self._testMethodName.startswith(
             ("test_determinism", "test_eager_matches_sdpa_inference")
         ):
@@ -192,7 +196,8 @@ class ViTCLSBackboneTests(backbone_tests.BackboneTesterMixin):
     layout: ClassVar[dict[str, Any]]
 
     def setUp(self) -> None:
-        transformers.logging.set_verbosity_warning()  # commands that earlier tests ran in this process are silent
+        # commands that earlier tests ran in this process are silent
+        transformers.logging.set_verbosity_warning()
         self.model_tester = SmallModel(self.layout)
 
 

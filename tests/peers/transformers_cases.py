@@ -184,7 +184,8 @@ CASES = {
         PLAIN | {"vision_use_head": False},
         interpolates=True,
     ),
-    # 36 pixels contain four whole patches of 8, like 384 pixels and 27 patches of 14 in the so400m model
+    # 36 pixels contain four whole patches of 8, like 384 pixels and 27 patches of 14 in the so400m
+    # model
     "siglip with pixels over": Case(
         "SiglipVisionModel",
         "SiglipVisionConfig",

@@ -1,13 +1,14 @@
 """Load test mixins of the installed version of transformers.
 
-`load("test_modeling_common")` returns a module of transformers' test folder. Only the source distribution contains the
-folder, so the first call downloads it with pip and unpacks it into a cache:
+`load("test_modeling_common")` returns a module of transformers' test folder. Only the source
+distribution contains the folder, so the first call downloads it with pip and unpacks it into a
+cache:
 
     <cache>/transformers-<version>/transformers_tests/   transformers' `tests`, importable as a package
                                    utils/                the one helper of its repository that the tests import
 
-Later runs require no network. <cache> is $VITCLS_TESTS_CACHE, or `vitcls-tests` in the user's cache directory. The
-tests that use the mixins are in test_transformers_*.py.
+Later runs require no network. <cache> is $VITCLS_TESTS_CACHE, or `vitcls-tests` in the user's cache
+directory. The tests that use the mixins are in test_transformers_*.py.
 """
 
 import functools
@@ -145,8 +146,9 @@ def _download(version: str, into: Path) -> Path:
     if run.returncode or not archives:
         last_line = (run.stderr.strip().splitlines() or ["no archive was downloaded"])[-1]
         raise SuiteUnavailableError(
-            f"transformers' tests are not in {get_cache_dir()}, and pip could not download the source distribution of "
-            f"transformers {version} ({last_line}). Run the tests once where a package registry can be reached."
+            f"transformers' tests are not in {get_cache_dir()}, and pip could not download the "
+            f"source distribution of transformers {version} ({last_line}). Run the tests once "
+            "where a package registry can be reached."
         )
     return archives[0]
 

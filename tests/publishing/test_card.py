@@ -56,7 +56,7 @@ def list_headings(text: str) -> list[str]:
     return [line.removeprefix("## ") for line in text.splitlines() if line.startswith("## ")]
 
 
-# Runs ----------------------------------------------------------------------------------------------------------------
+# Runs ---------------------------------------------------------------------------------------------
 
 
 def test_the_card_of_a_classifier_shows_what_was_measured(tmp_path: Path) -> None:
@@ -347,7 +347,7 @@ def test_a_run_without_held_out_images_has_no_results(tmp_path: Path) -> None:
     assert card.data.eval_results is None
 
 
-# Other folders -------------------------------------------------------------------------------------------------------
+# Other folders ------------------------------------------------------------------------------------
 
 
 def test_a_merged_adapter_has_a_card_of_its_own(tmp_path: Path) -> None:
@@ -415,7 +415,7 @@ def test_a_native_model_keeps_the_results_of_its_run(tmp_path: Path) -> None:
     assert f'"transformers>={required.lstrip(">=")}"' in card.text
 
 
-# Committed examples --------------------------------------------------------------------------------------------------
+# Committed examples -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["digits", "fashion-mnist"])

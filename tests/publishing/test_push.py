@@ -83,7 +83,7 @@ def take_snapshot(folder: Path) -> dict[str, str]:
     }
 
 
-# Files ---------------------------------------------------------------------------------------------------------------
+# Files --------------------------------------------------------------------------------------------
 
 
 def test_a_push_is_one_commit_of_the_model_files(
@@ -444,7 +444,7 @@ def test_code_in_another_repository_is_not_pushed(hub: LocalHub, folder: Path) -
             push_folder(ModelFolder(folder), "ann/model")
 
 
-# Cards ---------------------------------------------------------------------------------------------------------------
+# Cards --------------------------------------------------------------------------------------------
 
 
 def test_a_generated_card_names_the_repository_and_an_edited_card_is_kept(
@@ -471,7 +471,7 @@ def test_a_generated_card_names_the_repository_and_an_edited_card_is_kept(
         push_folder(ModelFolder(folder), "ann/model")
 
 
-# Permissions ---------------------------------------------------------------------------------------------------------
+# Permissions --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -556,7 +556,7 @@ def test_offline_mode_and_an_unavailable_hub_are_errors(
             push()
 
 
-# Faults --------------------------------------------------------------------------------------------------------------
+# Faults -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def test_each_kind_of_model_is_verified_at_an_old_tag(
     assert f"code of modeling_vitcls {vitcls.__version__}" in report
 
 
-# Untrusted code ------------------------------------------------------------------------------------------------------
+# Untrusted code -----------------------------------------------------------------------------------
 
 
 CATCHING_IMPORT = "try:\n    import modeling_vitcls\nexcept ValueError:\n    pass\n"
@@ -173,7 +173,7 @@ def test_code_that_does_not_load_is_an_error(
         verify_push(pushed, ModelFolder(folder))
 
 
-# Files ---------------------------------------------------------------------------------------------------------------
+# Files --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "modeling_vitcls.py", "config.json"])
@@ -210,7 +210,7 @@ def test_other_repositories_are_one_line_errors(hub: LocalHub) -> None:
         verify("ann/empty", "v9")
 
 
-# Outputs -------------------------------------------------------------------------------------------------------------
+# Outputs ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

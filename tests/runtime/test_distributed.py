@@ -26,7 +26,8 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 def arguments(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Replace the Accelerator, and return the arguments of its constructor.
 
-    An Accelerator cannot be built without a launcher. The argument "result" contains its attributes.
+    An Accelerator cannot be built without a launcher. The argument "result" contains its
+    attributes.
     """
     found: dict[str, Any] = {"result": {"distributed_type": DistributedType.NO}}
 
@@ -93,7 +94,7 @@ def test_only_version_2_of_fsdp_is_supported(
         build_accelerator()
 
 
-# Precision -----------------------------------------------------------------------------------------------------------
+# Precision ----------------------------------------------------------------------------------------
 
 
 def choose(

@@ -1,6 +1,7 @@
 """Studies: the grid of runs, the page, failed runs and resuming.
 
-The runs of slow tests are real fine-tuning processes. In the other tests, `PROGRAM` replaces the `vitcls` command.
+The runs of slow tests are real fine-tuning processes. In the other tests, `PROGRAM` replaces the
+`vitcls` command.
 """
 
 import json

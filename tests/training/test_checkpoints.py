@@ -162,7 +162,7 @@ def test_the_rest_of_a_killed_save_is_removed(store: CheckpointStore) -> None:
     assert not store.folder.exists()
 
 
-# Damage --------------------------------------------------------------------------------------------------------------
+# Damage -------------------------------------------------------------------------------------------
 
 
 def truncate(file: Path) -> None:
@@ -260,7 +260,7 @@ class Trap:
         return (Path.touch, (self.file,))
 
 
-# Killed in the middle of a save --------------------------------------------------------------------------------------
+# Killed in the middle of a save -------------------------------------------------------------------
 
 
 def save_and_die(folder: Path, calls: int) -> None:
@@ -312,7 +312,7 @@ def test_files_are_flushed_before_the_folder_is_renamed(
     assert flushed[3:] == [own_folder, (store.folder.stat().st_ino, True)]
 
 
-# Disk full -----------------------------------------------------------------------------------------------------------
+# Disk full ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("large", ["model", "metadata"])

@@ -86,7 +86,7 @@ def tiny_options(folder: Path, teachers: tuple[str, ...], **flags: Any) -> Pretr
     )
 
 
-# Loss and targets ----------------------------------------------------------------------------------------------------
+# Loss and targets ---------------------------------------------------------------------------------
 
 
 def test_the_loss_is_that_of_unic() -> None:
@@ -182,7 +182,7 @@ def test_a_teacher_returns_its_pooled_vector_and_its_patches(
     torch.testing.assert_close(second, -first, atol=1e-3, rtol=0)
 
 
-# Runs ----------------------------------------------------------------------------------------------------------------
+# Runs ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

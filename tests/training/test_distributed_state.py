@@ -141,7 +141,7 @@ def test_the_loss_scaler_is_resumed(store: CheckpointStore) -> None:
     assert (state["scale"], state["growth_interval"], state["_growth_tracker"]) == (512.5, 5, 3)
 
 
-# FSDP2 ---------------------------------------------------------------------------------------------------------------
+# FSDP2 --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 """Fine-tuning runs: the command line, the files of a run, and runs of every kind.
 
 A run with batches of 14, and the same run continued in two processes with batches of 7, must agree.
-test_accelerate_configs.py starts the real `accelerate launch`. All other runs use the test process. Single modules are
-tested in test_batches, ...
+test_accelerate_configs.py starts the real `accelerate launch`. All other runs use the test process.
+Single modules are tested in test_batches, ...
 """
 
 import math
@@ -73,9 +73,9 @@ ENVIRONMENT = os.environ | SCRIPT_ENVIRONMENT
 NUM_HELD_OUT_DIGITS, NUM_HELD_OUT_COLORS = 359, 10
 CPU = torch.device("cpu")
 SHORT_RUN_FLAGS = (
-    "--hidden-size 32 --num-hidden-layers 2 --num-attention-heads 2 --intermediate-size 64 --num-cls-tokens 2 "
-    "--num-distillation-tokens 1 --cls-pooling mean --max-steps 7 --log-every 2 --no-report --save-every 5 "
-    "--ema-decay 0.9 --select best"
+    "--hidden-size 32 --num-hidden-layers 2 --num-attention-heads 2 --intermediate-size 64 "
+    "--num-cls-tokens 2 --num-distillation-tokens 1 --cls-pooling mean --max-steps 7 --log-every 2 "
+    "--no-report --save-every 5 --ema-decay 0.9 --select best"
 )
 
 
@@ -128,7 +128,7 @@ def train(output_dir: Path, dataset: object, **others: Any) -> dict[str, Any]:
     return run_training(tiny_options(output_dir, dataset, **others))
 
 
-# A run of a recipe ---------------------------------------------------------------------------------------------------
+# A run of a recipe --------------------------------------------------------------------------------
 
 
 def test_run_leaves_results_of_every_held_out_image(recipe_run: Path) -> None:
@@ -194,7 +194,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-# Runs of every kind --------------------------------------------------------------------------------------------------
+# Runs of every kind -------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -608,7 +608,7 @@ def test_trackers_get_metrics_with_their_steps_and_the_flags(tmp_path: Path) -> 
     )
 
 
-# Errors --------------------------------------------------------------------------------------------------------------
+# Errors -------------------------------------------------------------------------------------------
 
 
 def test_a_failed_evaluation_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -193,7 +193,7 @@ def copy_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
-# Steps ---------------------------------------------------------------------------------------------------------------
+# Steps --------------------------------------------------------------------------------------------
 
 
 def run_four_steps(**training: Any) -> dict[str, torch.Tensor]:
@@ -333,7 +333,7 @@ def test_evaluations_are_due_at_the_end_of_epochs() -> None:
         assert [step for step in range(1, 11) if is_end_of_epochs(step, num_epochs, plan)] == steps
 
 
-# Moving average ------------------------------------------------------------------------------------------------------
+# Moving average -----------------------------------------------------------------------------------
 
 
 def test_the_average_is_evaluated_and_the_weights_stay() -> None:
@@ -364,7 +364,7 @@ def test_the_average_is_evaluated_and_the_weights_stay() -> None:
     )
 
 
-# Checkpoints and signals ---------------------------------------------------------------------------------------------
+# Checkpoints and signals --------------------------------------------------------------------------
 
 
 def test_checkpoints_are_saved_when_due() -> None:
@@ -534,7 +534,7 @@ def test_non_finite_gradients_without_a_loss_scaler_stop_the_run() -> None:
         bench.run()
 
 
-# Tokens --------------------------------------------------------------------------------------------------------------
+# Tokens -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -575,7 +575,7 @@ def test_token_monitor_records_the_current_step() -> None:
     assert movement == pytest.approx((token.detach() - before).norm().item(), rel=1e-5)
 
 
-# Losses --------------------------------------------------------------------------------------------------------------
+# Losses -------------------------------------------------------------------------------------------
 
 
 def test_soft_and_hard_labels_agree() -> None:
@@ -688,7 +688,7 @@ def test_a_teacher_trains_the_distillation_head_on_mixed_images() -> None:
     )
 
 
-# Signals -------------------------------------------------------------------------------------------------------------
+# Signals ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)

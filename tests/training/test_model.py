@@ -376,7 +376,7 @@ def compute_loss(model: Any) -> torch.Tensor:
     return torch.stack([logits.square().mean() for logits in heads]).sum()
 
 
-# Trainable parameters ------------------------------------------------------------------------------------------------
+# Trainable parameters -----------------------------------------------------------------------------
 
 
 HEADS = {"classifier", "distillation_classifier", "pooler"}
@@ -435,7 +435,7 @@ def test_invalid_choices_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
         set_trainable_parameters(build_random_model(), "lora")
 
 
-# Gradients -----------------------------------------------------------------------------------------------------------
+# Gradients ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -466,7 +466,7 @@ def test_exactly_the_trainable_parameters_change(name: str, choice: str) -> None
     assert all("k_proj.bias" in name for name in wanted - moved)
 
 
-# Modes ---------------------------------------------------------------------------------------------------------------
+# Modes --------------------------------------------------------------------------------------------
 
 
 def test_a_frozen_encoder_has_no_dropout() -> None:
@@ -503,7 +503,7 @@ def test_frozen_first_layers_compute_all_patches(choice: str, fresh: set[str], d
     assert lengths == [1 + 8 if drops else 1 + 16]
 
 
-# LoRA ----------------------------------------------------------------------------------------------------------------
+# LoRA ---------------------------------------------------------------------------------------------
 
 
 def test_a_merged_model_has_equal_outputs_and_plain_modules() -> None:

@@ -44,7 +44,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "runs" / "mine"
 
 
-# The lock ------------------------------------------------------------------------------------------------------------
+# The lock -----------------------------------------------------------------------------------------
 
 
 def hold(folder: Path, ready: Any) -> None:
@@ -82,7 +82,7 @@ def test_the_lock_of_a_process_that_has_ended_is_taken_over(
         lock.acquire()
 
 
-# Runs ----------------------------------------------------------------------------------------------------------------
+# Runs ---------------------------------------------------------------------------------------------
 
 
 def options_of(folder: Path, dataset: str = "digits", **flags: Any) -> FinetuneOptions:
@@ -322,7 +322,7 @@ def test_the_configuration_is_moved_first_and_the_results_last(
     }
 
 
-# A kill in the final save --------------------------------------------------------------------------------------------
+# A kill in the final save -------------------------------------------------------------------------
 
 KILLED = 9  # exit status
 CHANGES = (
@@ -362,9 +362,10 @@ def copy_files(source: Path, target: Path) -> None:
 def save_and_end(folder: Path, model: Path, queue: Any) -> None:
     """Train, end the final save before each change of a file, and resume each run.
 
-    The final saves run in child processes, which end before the first, the second, ... change. Runs are resumed in
-    folders with other files outside of the staging folder, which a resumed run removes. Send the number of children,
-    and then the problem of each resumed run, or None if its folder is whole.
+    The final saves run in child processes, which end before the first, the second, ... change. Runs
+    are resumed in folders with other files outside of the staging folder, which a resumed run
+    removes. Send the number of children, and then the problem of each resumed run, or None if its
+    folder is whole.
     """
     torch.set_num_threads(1)
     save_output = run_module.save_output

@@ -177,7 +177,7 @@ def test_a_converted_checkpoint_is_continued(tmp_path: Path) -> None:
         assert 0 < (weight - before[name]).abs().max() < 1e-4, name
 
 
-# Quality of the features ---------------------------------------------------------------------------------------------
+# Quality of the features --------------------------------------------------------------------------
 
 
 def test_the_accuracy_is_that_of_scikit_learn(
@@ -295,7 +295,7 @@ def test_lejepa_replaces_the_crops_of_the_augmentation() -> None:
     )
 
 
-# Flags ---------------------------------------------------------------------------------------------------------------
+# Flags --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

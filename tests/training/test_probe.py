@@ -256,8 +256,8 @@ def test_fine_tuning_starts_from_the_regression(
 ) -> None:
     """The frozen model takes part in the selection.
 
-    A resumed run does not evaluate the step after which it starts: here step 1, because the checkpoint of step 2 is
-    damaged.
+    A resumed run does not evaluate the step after which it starts: here step 1, because the
+    checkpoint of step 2 is damaged.
     """
     flags = {
         "max_steps": 2,

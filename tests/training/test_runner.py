@@ -79,7 +79,7 @@ def get_compared_values(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-# Results -------------------------------------------------------------------------------------------------------------
+# Results ------------------------------------------------------------------------------------------
 
 
 def test_a_resumed_run_has_the_same_results(
@@ -156,7 +156,7 @@ def test_a_signal_saves_a_checkpoint(
     assert [record["step"] for record in read_metrics(folder)] == [1, 2, 3]
 
 
-# Changes between start and resume ------------------------------------------------------------------------------------
+# Changes between start and resume -----------------------------------------------------------------
 
 LENGTH = "To train for more steps, start another run with `model="
 CHANGES: list[tuple[dict[str, Any], str]] = [

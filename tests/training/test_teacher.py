@@ -103,7 +103,7 @@ def resnet(tmp_path: Path) -> Path:
     return save_teacher(tmp_path / "resnet", build_tiny_resnet(), build_half_processor())
 
 
-# Outputs -------------------------------------------------------------------------------------------------------------
+# Outputs ------------------------------------------------------------------------------------------
 
 
 def build_mobile_vit() -> tuple[Any, Any]:
@@ -245,7 +245,7 @@ def test_teacher_is_frozen_and_in_eval_mode(resnet: Path) -> None:
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
 
 
-# Labels --------------------------------------------------------------------------------------------------------------
+# Labels -------------------------------------------------------------------------------------------
 
 
 def test_labels_are_matched_by_name(resnet: Path) -> None:
@@ -275,7 +275,7 @@ def test_labels_that_the_teacher_lacks_are_named(resnet: Path) -> None:
         match_labels("teacher", ["ant", "ant", "bee"], 3, ["ant", "bee"])
 
 
-# Invalid teachers ----------------------------------------------------------------------------------------------------
+# Invalid teachers ---------------------------------------------------------------------------------
 
 
 def test_a_teacher_without_a_trained_classifier_is_an_error(tmp_path: Path) -> None:
@@ -294,7 +294,7 @@ def test_remote_code_is_not_run(tmp_path: Path) -> None:
         load_labeled_teacher(tmp_path)
 
 
-# timm ----------------------------------------------------------------------------------------------------------------
+# timm ---------------------------------------------------------------------------------------------
 
 
 def test_a_published_state_dict_is_converted(
@@ -336,7 +336,7 @@ def test_a_timm_teacher_that_cannot_be_loaded_is_named() -> None:
         load_labeled_teacher("timm:no_such_model")
 
 
-# Losses --------------------------------------------------------------------------------------------------------------
+# Losses -------------------------------------------------------------------------------------------
 
 
 def build_logits(batch: int = 6, seed: int = 0) -> torch.Tensor:
@@ -364,7 +364,7 @@ def test_soft_loss_is_the_scaled_kl_divergence_from_the_teacher() -> None:
     assert compute_distillation_loss("soft", teacher, teacher.float() + 5, tau).abs() <= 1e-5
 
 
-# The cache -----------------------------------------------------------------------------------------------------------
+# The cache ----------------------------------------------------------------------------------------
 
 
 def iterate_views(num_images: int, num_views: int, seed: int) -> Iterator[dict[str, torch.Tensor]]:

@@ -65,7 +65,7 @@ def write_images(folder: Path, splits: dict[str, dict[str, int]]) -> DataOptions
     return DataOptions(str(folder), num_workers=0)
 
 
-# Defaults ------------------------------------------------------------------------------------------------------------
+# Defaults -----------------------------------------------------------------------------------------
 
 
 def test_defaults_are_printed_and_recorded(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -129,7 +129,7 @@ def test_the_flags_and_the_checkpoint_determine_the_batches(tmp_path: Path) -> N
     )
 
 
-# The best checkpoint -------------------------------------------------------------------------------------------------
+# The best checkpoint ------------------------------------------------------------------------------
 
 
 def test_the_best_checkpoint_is_saved_and_reported(
@@ -290,7 +290,8 @@ def test_a_dry_run_predicts_the_duration_of_the_full_run() -> None:
             assert part in text
 
 
-# Cross-validation, and training on all images ------------------------------------------------------------------------
+# Cross-validation, and training on all images
+# ------------------------------------------------------------------------
 
 
 def test_each_image_is_held_out_in_one_fold_and_the_mean_has_an_interval(
@@ -353,7 +354,7 @@ def test_a_run_on_all_images_has_no_accuracy(tmp_path: Path, capsys: pytest.Capt
     assert len(load_evaluation_data(data, "train").images) == 300
 
 
-# Classes -------------------------------------------------------------------------------------------------------------
+# Classes ------------------------------------------------------------------------------------------
 
 
 def test_a_class_without_training_images_is_a_warning(tmp_path: Path) -> None:
