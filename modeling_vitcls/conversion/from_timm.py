@@ -44,10 +44,10 @@ def convert_from_timm(model: nn.Module) -> ViTCLSPreTrainedModel:
     """Convert a timm ViT to a vitcls model in eval mode with the same outputs, dtype and device.
 
     The source is left unchanged. A model with a classifier becomes a
-    `ViTCLSForImageClassification`. A model without a classifier (`num_classes=0`) becomes a
-    `ViTCLSModel`, whose `pooler_output`, if any, equals the output of timm's model. For image sizes
-    other than the native size, the outputs equal those that the source returns after a call to its
-    `set_input_size`.
+    `ViTCLSForImageClassification`. A model without a
+    classifier (`num_classes=0`) becomes a `ViTCLSModel`, whose `pooler_output`, if any, equals the
+    output of timm's model. For image sizes other than the native size, the outputs equal those that
+    the source returns after a call to its `set_input_size`.
 
     Raises:
         ConversionError: If the class or a feature is not supported.

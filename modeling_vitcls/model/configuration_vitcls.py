@@ -260,7 +260,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             `initializer_range` (DeiT, DINO), normal with standard deviation 1e-6 (timm, DINOv2), or
             zero (ViT). `"zeros"` raises an error if tokens would remain identical during training.
         cls_scopes (`list`, *optional*): Image region that each CLS token can attend to, one region
-        per token:
+            per token:
             `"image"`, or `[rows, columns, row, column]` for one cell of a rows x columns grid over
             the image. Every token can attend to all special tokens. Default: the whole image for
             each CLS token.
@@ -282,20 +282,22 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             `"cls_mean"` (both, concatenated), `"max"` (of the patches) or `"attention"` (a learned
             query over the patches; Zhai et al. 2022, arXiv 2106.04560, section 3.3).
         cls_pooling (`"first"`, `"mean"` or `"concat"`, defaults to `"first"`): How several CLS
-        tokens are combined. pooled_cls_tokens (`list[int]`, *optional*): Indices of the CLS tokens
-        that are pooled. Default: all. pooled_layers (`list[int]`, *optional*): Layers whose tokens
-        are pooled, each after the final norm. The input
-            of the head is the concatenation, in this order. Indices are those of `hidden_states`
-            and `out_indices`: 1 is the first layer, -1 the last. `[-4, -3, -2, -1]` is the order of
-            DINOv2's linear evaluation (`n_last_blocks` in dinov2/eval/linear.py; Oquab et al. 2023,
-            arXiv 2304.07193). Default: the last layer.
+            tokens are combined.
+        pooled_cls_tokens (`list[int]`, *optional*): Indices of the CLS tokens that are pooled.
+            Default: all.
+        pooled_layers (`list[int]`, *optional*): Layers whose tokens are pooled, each after the
+            final norm. The input of the head is the concatenation, in this order. Indices are those
+            of `hidden_states` and `out_indices`: 1 is the first layer, -1 the last. `[-4, -3, -2,
+            -1]` is the order of DINOv2's linear evaluation (`n_last_blocks` in
+            dinov2/eval/linear.py; Oquab et al. 2023, arXiv 2304.07193). Default: the last layer.
         head_type (`"linear"` or `"mlp"`, defaults to `"linear"`): Type of the head. `"mlp"` is
-        Linear, GELU, Linear. head_hidden_size (`int`, *optional*): Hidden size of the MLP head.
-        Default: `hidden_size`. distillation_head (`bool`, *optional*): Whether the distillation
-        token has a classifier. Default: `True`. distillation_inference (`"mean"`, `"cls"` or
-        `"distillation"`, defaults to `"mean"`): Logits that a model with
-            two heads returns: the mean of both heads' logits (DeiT, section 5.2), or the logits of
-                one head.
+            Linear, GELU, Linear.
+        head_hidden_size (`int`, *optional*): Hidden size of the MLP head. Default: `hidden_size`.
+        distillation_head (`bool`, *optional*): Whether the distillation token has a classifier.
+            Default: `True`.
+        distillation_inference (`"mean"`, `"cls"` or `"distillation"`, defaults to `"mean"`): Logits
+            that a model with two heads returns: the mean of both heads' logits (DeiT, section 5.2),
+            or the logits of one head.
         compute_all_tokens (`bool`, defaults to `False`): Whether the last layer of a classifier
             computes all tokens. By default, it computes only the tokens that its heads read, which
             is faster; the logits are the same.
@@ -313,7 +315,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 
     Model:
         hidden_size, num_hidden_layers, num_attention_heads, intermediate_size (`int`, defaults to
-        768, 12, 12, 3072):
+            768, 12, 12, 3072):
             Encoder sizes. `hidden_size` is a multiple of `num_attention_heads`, unless
             `attention_head_size` is set.
         position_embedding_type (`str`, defaults to `"learned"`): `"learned"`, `"sincos_2d"` (fixed;
@@ -324,13 +326,13 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         attention_type (`"softmax"` or `"differential"`, defaults to `"softmax"`): `"differential"`
             subtracts a second attention map in each head (Ye et al. 2024, arXiv 2410.05258).
         qk_norm (`bool`, defaults to `False`): Norm on queries and keys of each head (ViT-22B, arXiv
-        2302.05442). mlp_type (`"mlp"`, `"glu"` or `"swiglu"`, defaults to `"mlp"`): `"glu"` is a
-        gated MLP with
+            2302.05442).
+        mlp_type (`"mlp"`, `"glu"` or `"swiglu"`, defaults to `"mlp"`): `"glu"` is a gated MLP with
             `hidden_act`, and `"swiglu"` is a gated MLP with SiLU (Shazeer 2020, arXiv 2002.05202).
         hidden_act (`str`, defaults to `"gelu"`): Activation of the MLP, any name in transformers'
-        `ACT2FN`. layer_scale_init_value (`float`, *optional*): Initial value of a learned scale per
-        channel on each residual
-            branch (CaiT, arXiv 2103.17239). Default: no scale.
+            `ACT2FN`.
+        layer_scale_init_value (`float`, *optional*): Initial value of a learned scale per channel
+            on each residual branch (CaiT, arXiv 2103.17239). Default: no scale.
         initializer_range (`float`, defaults to 0.02): Standard deviation of the initial weights.
 
     Regularization:
@@ -352,15 +354,17 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 
     Masked image modeling:
         mim_loss (`"l1"` or `"l2"`, defaults to `"l1"`): Masked-pixel loss: L1 (SimMIM, arXiv
-        2111.09886) or L2 (MAE). norm_pixel_target (`bool`, defaults to `False`): Whether the target
-        pixels are normalized per patch (MAE).
+            2111.09886) or L2 (MAE).
+        norm_pixel_target (`bool`, defaults to `False`): Whether the target pixels are normalized
+            per patch (MAE).
 
     Backbone:
         out_features, out_indices (`list`, *optional*): Stages whose feature maps `ViTCLSBackbone`
             returns: `"stem"`, `"stage1"`, ... Default: the last stage.
         apply_layernorm (`bool`, defaults to `True`): Whether the final norm is also applied to
-        earlier stages. reshape_hidden_states (`bool`, defaults to `True`): Whether feature maps are
-        [batch, channels, rows, columns].
+            earlier stages.
+        reshape_hidden_states (`bool`, defaults to `True`): Whether feature maps are [batch,
+            channels, rows, columns].
 
     **Options for converted checkpoints**
 
@@ -372,54 +376,61 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             learned position embeddings are resampled for other image sizes. `"crop"` resamples to a
             square and crops it (RADIO).
         position_antialias (`bool`, defaults to `False`): Whether downsampling of learned positions
-        uses antialiasing. position_offset (`float`, defaults to 0.0): Number added to the new grid
-        size (0.1 in DINO, iBOT and DINOv2). rope_theta (`float`, defaults to 100.0): Base of the
-        periods of rotary position embeddings. rope_periods (`list[float]`, *optional*): `head_dim /
-        4` rotary periods, for checkpoints that store rounded
-            periods (DINOv3). Default: computed in float32 from `rope_theta`.
+            uses antialiasing.
+        position_offset (`float`, defaults to 0.0): Number added to the new grid size (0.1 in DINO,
+            iBOT and DINOv2).
+        rope_theta (`float`, defaults to 100.0): Base of the periods of rotary position embeddings.
+        rope_periods (`list[float]`, *optional*): `head_dim / 4` rotary periods, for checkpoints
+            that store rounded periods (DINOv3). Default: computed in float32 from `rope_theta`.
         rope_coordinates (`"centered"` or `"grid"`, defaults to `"centered"`): Rotary coordinates:
             patch centers from -1 to 1 over the image (DINOv3), or patch indices (EVA-02).
         rope_reference_grid (`[rows, columns]`, *optional*): Grid to which `"grid"` coordinates are
-        scaled. rope_grid_offset (`float`, defaults to 0.0): Offset that is added to each `"grid"`
-        coordinate, in patches. rope_axes (`"yx"` or `"xy"`, defaults to `"yx"`): Axes of the two
-        halves of the rotary frequencies. relative_position_bias (`"none"`, `"layer"` or `"shared"`,
-        defaults to `"none"`): A learned attention bias per
-            relative position of two patches, for each layer or shared by all layers (BEiT, arXiv
-            2106.08254).
+            scaled.
+        rope_grid_offset (`float`, defaults to 0.0): Offset that is added to each `"grid"`
+            coordinate, in patches.
+        rope_axes (`"yx"` or `"xy"`, defaults to `"yx"`): Axes of the two halves of the rotary
+            frequencies.
+        relative_position_bias (`"none"`, `"layer"` or `"shared"`, defaults to `"none"`): A learned
+            attention bias per relative position of two patches, for each layer or shared by all
+            layers (BEiT, arXiv 2106.08254).
 
     Layers and norms:
         attention_head_size (`int`, *optional*): Size of one head. Default: `hidden_size /
-        num_attention_heads`. layer_type (`"standard"`, `"post"` or `"parallel"`, defaults to
-        `"standard"`): `x + f(norm(x))` for attention,
-            then MLP; `x + norm(f(x))` (EVA02-CLIP-E); or attention and MLP in parallel after one
-            norm (ViT-22B).
+            num_attention_heads`.
+        layer_type (`"standard"`, `"post"` or `"parallel"`, defaults to `"standard"`): `x +
+            f(norm(x))` for attention, then MLP; `x + norm(f(x))` (EVA02-CLIP-E); or attention and
+            MLP in parallel after one norm (ViT-22B).
         norm_type (`"layernorm"` or `"rmsnorm"`, defaults to `"layernorm"`): Type of all norms
-        except `head_norm`. layer_norm_eps (`float`, defaults to 1e-6): Epsilon of all norms except
-        `head_norm`. patch_norm (`bool`, defaults to `False`): Norm on the projected patches, before
-        positions are added (AIMv2). pre_norm (`bool`, defaults to `False`): Norm on the embedded
-        tokens before the first layer (CLIP). attention_norm, mlp_norm (`bool`, defaults to
-        `False`): Norm before the output projection of attention, and of
-            the MLP (NormFormer, arXiv 2110.09456; EVA-02).
+            except `head_norm`.
+        layer_norm_eps (`float`, defaults to 1e-6): Epsilon of all norms except `head_norm`.
+        patch_norm (`bool`, defaults to `False`): Norm on the projected patches, before positions
+            are added (AIMv2).
+        pre_norm (`bool`, defaults to `False`): Norm on the embedded tokens before the first layer
+            (CLIP).
+        attention_norm, mlp_norm (`bool`, defaults to `False`): Norm before the output projection of
+            attention, and of the MLP (NormFormer, arXiv 2110.09456; EVA-02).
         final_norm (`bool`, defaults to `True`): Norm on the output of the last layer.
 
     Biases:
         patch_bias (`bool`, defaults to `True`): Bias of the patch projection (CLIP has none).
         qkv_bias (`bool`, defaults to `True`): Biases of the query, key and value projections.
         query_bias, key_bias, value_bias (`bool`, *optional*): Bias of one projection. Default:
-        `qkv_bias`. projection_bias, mlp_bias (`bool`, defaults to `True`): Biases of the attention
-        output projection and the MLP.
+            `qkv_bias`.
+        projection_bias, mlp_bias (`bool`, defaults to `True`): Biases of the attention output
+            projection and the MLP.
 
     Pooling:
         pooled_norm (`bool`, defaults to `False`): Norm of type `norm_type` on the pooled vector
-        (timm's `fc_norm`). pooled_activation (`str`, *optional*): Activation after a linear layer
-        on the pooled vector (`"tanh"` in
-            transformers' `ViTModel` and `DeiTModel`). Default: no linear layer and no activation.
+            (timm's `fc_norm`).
+        pooled_activation (`str`, *optional*): Activation after a linear layer on the pooled vector
+            (`"tanh"` in transformers' `ViTModel` and `DeiTModel`). Default: no linear layer and no
+            activation.
         attention_pool_tokens (`"patches"` or `"all"`, defaults to `"patches"`): Input tokens of
-        attention pooling. attention_pool_heads, attention_pool_intermediate_size (`int`,
-        *optional*): Number of heads and MLP size of
-            `pooling="attention"`. Default: the values of the encoder.
+            attention pooling.
+        attention_pool_heads, attention_pool_intermediate_size (`int`, *optional*): Number of heads
+            and MLP size of `pooling="attention"`. Default: the values of the encoder.
         attention_pool_mlp (`bool`, defaults to `True`): Whether attention pooling has a norm and
-        MLP (not in AIMv2).
+            MLP (not in AIMv2).
 
     Raises:
         ValueError: If a field has a wrong type or value, fields contradict each other, or a keyword

@@ -231,22 +231,27 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
 
     Args:
         do_convert_rgb (`bool`, defaults to `True`): Whether to convert every image to three
-        channels. do_resize (`bool`, defaults to `True`): Whether to resize to `size`. size (`dict`
-        or `int`, defaults to `{"height": 224, "width": 224}`): Size in pixels: exact, or
-            `{"shortest_edge": 256}`, which keeps the aspect ratio. An `int` sets both height and
+            channels.
+        do_resize (`bool`, defaults to `True`): Whether to resize to `size`.
+        size (`dict` or `int`, defaults to `{"height": 224, "width": 224}`): Size in pixels: exact,
+            or `{"shortest_edge": 256}`, which keeps the aspect ratio. An `int` sets both height and
             width.
         resample (`int`, defaults to 3): Filter: 0 nearest; with antialiasing: 1 Lanczos, 2
-        bilinear, 3 bicubic. do_center_crop (`bool`, *optional*): Whether to crop the center of the
-        image to `crop_size`. crop_size (`dict` or `int`, *optional*): Crop size in pixels, at most
-        the size after resizing. crop_rounding (`"down"` or `"even"`, defaults to `"down"`):
-        Rounding of crop margins that are not whole pixels:
+            bilinear, 3 bicubic.
+        do_center_crop (`bool`, *optional*): Whether to crop the center of the image to `crop_size`.
+        crop_size (`dict` or `int`, *optional*): Crop size in pixels, at most the size after
+            resizing.
+        crop_rounding (`"down"` or `"even"`, defaults to `"down"`): Rounding of crop margins that
+            are not whole pixels:
             down as in transformers, or half to even as in torchvision and timm. Calls cannot
             override this setting.
         do_rescale (`bool`, defaults to `True`): Whether to multiply by `rescale_factor` (False for
-        floats in [0, 1]). rescale_factor (`float`, defaults to 1/255): Factor by which pixel values
-        are multiplied. do_normalize (`bool`, defaults to `True`): Whether to subtract `image_mean`
-        and divide by `image_std`. image_mean, image_std (`float` or `list[float]`): Mean and
-        standard deviation of rescaled values per channel.
+            floats in [0, 1]).
+        rescale_factor (`float`, defaults to 1/255): Factor by which pixel values are multiplied.
+        do_normalize (`bool`, defaults to `True`): Whether to subtract `image_mean` and divide by
+            `image_std`.
+        image_mean, image_std (`float` or `list[float]`): Mean and standard deviation of rescaled
+            values per channel.
 
     Raises:
         ValueError: If a file is missing, truncated or not an image, if an object is not an image,

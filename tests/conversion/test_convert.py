@@ -483,10 +483,10 @@ UNSUPPORTED: dict[str, Callable[[Path], str]] = {
     ),  # without config.json
     "source 'keras:resnet' is not supported": lambda folder: "keras:resnet",
     "source 'timm:' is not supported": lambda folder: "timm:",
-    "--random-init requires timm:NAME or transformers:PATH_OR_ID, but the source is": lambda folder: (
+    "`random_init=True` requires timm:NAME or transformers:PATH_OR_ID, but the source is": lambda folder: (
         "weights.pth"
     ),
-    "--random-init reads no file": lambda folder: "timm:test_vit@weights.pth",
+    "`random_init=True` reads no file": lambda folder: "timm:test_vit@weights.pth",
     "ViTCLSModel cannot be converted": lambda folder: save_checkpoint(
         ViTCLSModel(build_tiny_config()), folder
     ),

@@ -185,7 +185,7 @@ def test_only_training_images_are_an_error(photos: Path, tmp_path: Path) -> None
     write_photos(tmp_path / "AB" / "val", range(20, 30))
     model = train(tmp_path / "run", tmp_path / "AB")
     assert run_evaluate(tmp_path, model, tmp_path / "AB")["num_images"] == 20
-    with raises_one_line("all 40 images", "split train"):
+    with raises_one_line("all 40 images", "split='train'"):
         evaluate(model, tmp_path / "AB" / "train")
 
 

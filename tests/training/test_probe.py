@@ -399,7 +399,7 @@ def test_the_better_geometry_is_chosen(encoder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        ({"probe": False}, "--no-probe is set"),
+        ({"probe": False}, "`probe=False` is set"),
         ({"head_type": "mlp"}, "the head is an MLP"),
         ({"num_distillation_tokens": 1}, "the model has a distillation head"),
         ({"pooling": "attention"}, "the pooler has random weights"),
