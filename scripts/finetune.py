@@ -8,8 +8,7 @@
 """Fine-tune a ViT on labeled images. This script is equivalent to `vitcls finetune`.
 
 accelerate launch scripts/finetune.py --config scripts/recipes/digits.yaml --output-dir runs/digits
-accelerate launch scripts/finetune.py --model vitcls-tiny --dataset path/to/images --output-dir
-runs/mine
+accelerate launch scripts/finetune.py --model vitcls-tiny --dataset path/to/images --output-dir runs/mine
 """
 
 import sys

@@ -9,8 +9,7 @@
 
 This script is equivalent to `vitcls pretrain`.
 
-accelerate launch scripts/pretrain.py --model vitcls-tiny --dataset path/to/images --output-dir
-runs/pretrained
+accelerate launch scripts/pretrain.py --model vitcls-tiny --dataset path/to/images --output-dir runs/pretrained
 """
 
 import sys

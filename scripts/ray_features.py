@@ -1,8 +1,7 @@
 """Write the features of images with Ray Data: an image folder, or Parquet files with an image column.
 
-    python scripts/ray_features.py --model runs/mine --images photos --output features python
-    scripts/ray_features.py --model runs/mine --images images.parquet --features cls mean@6 --output
-    features
+    python scripts/ray_features.py --model runs/mine --images photos --output features
+    python scripts/ray_features.py --model runs/mine --images images.parquet --features cls mean@6 --output features
 
 Ray restarts workers that are lost, and repeats their batches. Install Ray with `pip install
 "ray[data]"`.

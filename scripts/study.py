@@ -7,8 +7,7 @@
 # ///
 """Studies: grids of training runs over factors and seeds, and a page of tables for each study.
 
-    python scripts/study.py --config scripts/recipes/study_digits.yaml --output-dir runs/study
-    --jobs 2
+    python scripts/study.py --config scripts/recipes/study_digits.yaml --output-dir runs/study --jobs 2
 
 To continue an interrupted study, repeat the command.
 
@@ -21,10 +20,8 @@ A study file (recipes/study_*.yaml) contains
     stages             stage -> flags of the vitcls subcommand; stages run in the order of STAGES
     factors            factor -> level -> flags of `finetune`, or {stage: flags}; {stage: null} skips the stage
     metrics            dotted key of a number in results.json -> heading of its table. Numbers under a heading that
-                       ends with (%), such as `Accuracy (%)`, are shown in per cent. `NAME.*`
-                       denotes a list of
-                       numbers, with one table row per number: `Entropy per layer` has the column
-                           `layer`, from 1
+                       ends with (%), such as `Accuracy (%)`, are shown in per cent. `NAME.*` denotes a list of
+                       numbers, with one table row per number: `Entropy per layer` has the column `layer`, from 1
     baseline           factor -> baseline level, with which all levels of the factor are compared
 
 In flags, `{run}` is replaced with the folder of the run, `{folder}` with the folder of the study,

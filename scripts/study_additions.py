@@ -1,7 +1,6 @@
 """Study: tasks and classes that are added to a finished model (model_cards/studies/additions.md).
 
-    python scripts/study_additions.py --encoder ENCODER --photos PHOTOS --cifar CIFAR --output
-    runs/additions
+    python scripts/study_additions.py --encoder ENCODER --photos PHOTOS --cifar CIFAR --output runs/additions
 
 ENCODER is a ViT, as `vitcls convert` takes it. PHOTOS has the folders train, validation and test
 with a folder per class; CIFAR has CIFAR-10's train.parquet and test.parquet. Four parts follow one

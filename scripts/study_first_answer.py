@@ -1,7 +1,6 @@
 """Study: `vitcls finetune` on few photographs, and ten lines of scikit-learn (model_cards/studies/first_answer.md).
 
-    python scripts/study_first_answer.py --encoder ENCODER --photos PHOTOS --output
-    runs/first-answer
+    python scripts/study_first_answer.py --encoder ENCODER --photos PHOTOS --output runs/first-answer
 
 ENCODER is a transformers folder of a ViT, and PHOTOS has the folders train/CLASS and test/CLASS.
 For each number of labels and each seed, the same training photographs go through

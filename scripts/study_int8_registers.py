@@ -1,7 +1,6 @@
 """Study: does a register reduce the error of int8 features? (model_cards/studies/int8_registers.md)
 
-    python scripts/study_int8_registers.py --model runs/encoder --train train.parquet --test
-    test.parquet
+    python scripts/study_int8_registers.py --model runs/encoder --train train.parquet --test test.parquet
 
 MLP neurons that write a large norm to a few patches are planted in an encoder; large ViTs have such
 neurons (arXiv 2506.08010). The planted model and three changes of it are quantized to int8:
@@ -9,8 +8,7 @@ neurons (arXiv 2506.08010). The planted model and three changes of it are quanti
     test-time register  the neurons write to an added register instead of the patches (arXiv 2506.08010)
     neurons removed     the neurons are zero
     cached prefix       the neurons are zero, and all tokens attend to cached keys and values of the register, as in
-                        RegCache (arXiv 2510.04547), which deletes outlier patches instead of
-                        setting neurons to zero
+                        RegCache (arXiv 2510.04547), which deletes outlier patches instead of setting neurons to zero
 """
 
 import copy

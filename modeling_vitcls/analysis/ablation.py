@@ -1,8 +1,8 @@
 """Effects of special tokens: how outputs change if tokens are replaced with their means or hidden from attention.
 
     information   the states of the tokens are replaced with their means over images, after the embeddings and each
-                  layer, so that the states are the same for every image. Removing tokens or setting
-                  them to zero would instead produce inputs that the model was never trained on.
+                  layer, so that the states are the same for every image. Removing tokens or setting them to zero would
+                  instead produce inputs that the model was never trained on.
     presence      the tokens are hidden by the attention mask, so that no token attends to them.
 
     ablations = compute_ablations(model, batches)

@@ -1,7 +1,6 @@
 """`vitcls add-class`: add classes to a finished classifier, whose logits of the old classes stay equal to the bit.
 
-    vitcls add-class --model runs/mine --dataset path/to/new --output-dir runs/with-new
-    --old-dataset path/to/old
+    vitcls add-class --model runs/mine --dataset path/to/new --output-dir runs/with-new --old-dataset path/to/old
 
 The command is implemented in modeling_vitcls/training/additions.py.
 """

@@ -1,8 +1,7 @@
 """`vitcls add-task`: add a task to a finished model, whose other outputs stay equal to the bit.
 
-    vitcls add-task --model runs/mine --dataset path/to/weather --name weather --output-dir
-    runs/with-weather vitcls add-task --model runs/with-weather --dataset path/to/weather
-    --remove-task weather --output-dir runs/without
+    vitcls add-task --model runs/mine --dataset path/to/weather --name weather --output-dir runs/with-weather
+    vitcls add-task --model runs/with-weather --dataset path/to/weather --remove-task weather --output-dir runs/without
 
 The command is implemented in modeling_vitcls/training/additions.py.
 """

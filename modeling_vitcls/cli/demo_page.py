@@ -3,8 +3,9 @@
     serve_demo(model, processor, "mine")            # serves the page until the process is stopped
     serve_demo(*load_from_hub("someone/model", COMMIT), "someone/model")    # in a Space
 
-    photo, examples | one panel per classifier: the predicted label and the probabilities layer the
-    image as the model sees it, after resizing and cropping | the attention of each token over it
+    photo, examples | one panel per classifier: the predicted label and the probabilities
+    layer
+    the image as the model sees it, after resizing and cropping | the attention of each token over it
 
 A Space contains this file and inference/token_names.py; the model's own code computes the attention
 (`model.token_attention`).

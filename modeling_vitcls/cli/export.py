@@ -1,7 +1,7 @@
 """`vitcls export`: export a model to ONNX, OpenVINO or transformers.js, and compare the outputs.
 
-    vitcls export --model runs/mine --format onnx --output mine.onnx vitcls export --model runs/mine
-    --format openvino --output mine.xml --no-dynamic --image-size 224 320
+    vitcls export --model runs/mine --format onnx --output mine.onnx
+    vitcls export --model runs/mine --format openvino --output mine.xml --no-dynamic --image-size 224 320
 
 The export also writes OUTPUT.json, which contains the largest output differences, the shapes of the
 images in the comparison, and a description of the inputs and outputs of the graph. The export is

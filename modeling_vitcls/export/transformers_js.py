@@ -1,8 +1,7 @@
 """Export a classifier or an encoder to a folder that transformers.js loads in Node.js and in browsers.
 
     report = export_for_transformers_js("runs/mine", Path("web"))
-    // in JavaScript: const classify = await pipeline("image-classification", "web", {dtype:
-    "fp32"});
+    // in JavaScript: const classify = await pipeline("image-classification", "web", {dtype: "fp32"});
 
     config.json                 model_type "vit", because transformers.js does not support "vitcls"
     preprocessor_config.json    ViTImageProcessor

@@ -238,8 +238,7 @@ class TokenGates(nn.Module):
 
     Initially, the gates are almost closed.
 
-    Attention weights become w_j = g_j exp(s_j) / sum_i g_i exp(s_i): log(g_j) is added to the
-    scores of key j. With
+    Attention weights become w_j = g_j exp(s_j) / sum_i g_i exp(s_i): log(g_j) is added to the scores of key j. With
     g = 1e-6, the outputs of other tokens change by less than 1e-5. The parameter `gates` is designed for optimizers
     such as Adam, whose step size does not depend on the scale of the gradient:
 

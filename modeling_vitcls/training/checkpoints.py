@@ -2,8 +2,7 @@
 
     checkpoints/
       step-00000120/           model.safetensors, optimizer.safetensors, ...: named tensors
-                               state.json: step, metadata, the SHA-256 of each file, and a SHA-256
-                               of these fields
+                               state.json: step, metadata, the SHA-256 of each file, and a SHA-256 of these fields
       step-00000240/
       .step-00000360.partial/  incomplete folder of an interrupted save or removal; deleted by the next save or load
 

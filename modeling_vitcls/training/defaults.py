@@ -5,8 +5,7 @@ learning_rate      1e-3 at width 96           5e-5 at width 768          5e-4   
 layer_decay        1                          0.75                       1                  1
 initializer_range  0.8 / sqrt(width)          checkpoint's value         checkpoint's value checkpoint's value
 epochs             30                         30, or 10 (large dataset)  30                 30
-                   On CPUs, the epochs of a run have at most `MAX_CPU_FLOPS`, but there is at least
-                   one epoch.
+                   On CPUs, the epochs of a run have at most `MAX_CPU_FLOPS`, but there is at least one epoch.
 
 flag               at most 64 pixels per side larger images
 crop_scale         1                          0.35

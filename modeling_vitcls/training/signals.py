@@ -35,8 +35,8 @@ class SignalHandler:
 
         python                    the process itself
         accelerate, 1 process     Ctrl-C: the launcher and the process; the shell prompt appears before the checkpoint
-                                  is saved. SIGTERM: often only the launcher, which ends;
-                                  `get_signal` detects that the parent process has changed
+                                  is saved. SIGTERM: often only the launcher, which ends; `get_signal` detects that
+                                  the parent process has changed
         accelerate, N processes   torchrun's agent forwards both signals to all processes, including DataLoader
                                   workers, and kills the processes after 30 s
 

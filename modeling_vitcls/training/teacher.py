@@ -1,8 +1,7 @@
 """Teachers: frozen models that predict labels, or compute features, from the student's pixels.
 
     student's pixels -> channels, size and scale of the teacher -> teacher -> logits of the student's labels
-                                                                           -> pooled vector, and
-                                                                           patches (ViTs only)
+                                                                           -> pooled vector, and patches (ViTs only)
 
 Teachers with features are models that `--model` accepts (`pretrain --teachers`; distillation.py).
 Teachers with logits (`finetune --teacher`) are image classifiers of any architecture:
