@@ -50,7 +50,7 @@ FONTS: dict[str, Any] = {
     "font_mono": ("ui-monospace", "monospace"),
 }
 
-# Small images are enlarged. Up to four pictures in a row, two on a phone, below the label of the
+# Small images are enlarged. Up to four images in a row, two on a phone, below the label of the
 # gallery, which grows with its rows instead of scrolling.
 CSS = """
 #photo .image-frame, #photo .image-frame img { width: 100%; height: 100%; object-fit: contain }

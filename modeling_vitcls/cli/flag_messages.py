@@ -13,8 +13,7 @@ The package names parameters, as Python does. A command prints the same messages
     | `images`                 | PATHS                   |
     | `vitcls push --model M`  | `vitcls push --model M` |
 
-Only the command's own flags are renamed. Commands in backticks (`vitcls ...`) are for the terminal
-and stay.
+The other parameters, which the command does not have, and commands in backticks (`vitcls ...`) stay.
 """
 
 import ast

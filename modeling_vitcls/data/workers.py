@@ -32,7 +32,7 @@ PREFETCH_FACTOR = 2  # number of batches that each process loads in advance
 FILES_PER_WORKER = 8
 SHARED_MEMORY = Path("/dev/shm")  # on Linux
 
-# Beginnings of PyTorch's messages for a process that has ended, does not answer, or cannot open
+# Beginnings of PyTorch's messages for a process that has ended, has timed out, or cannot open
 # files
 WORKER_ERRORS = ("DataLoader worker (pid", "DataLoader timed out", "Too many open files")
 

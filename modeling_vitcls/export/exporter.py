@@ -67,12 +67,10 @@ def export_model(
             by more than `max_drop`, if packages are missing, or if `output` is invalid or exists.
             The message is a single line. Nothing is written if an error is raised.
     """
-    source, format_name, output, dtype = (
-        options.model,
-        options.format,
-        options.output,
-        options.dtype,
-    )
+    source = options.model
+    format_name = options.format
+    output = options.output
+    dtype = options.dtype
     file_format = FORMATS[format_name]
     target = output if output.suffix else output / f"model{file_format.suffix}"
     if target.suffix != file_format.suffix:
@@ -81,12 +79,14 @@ def export_model(
             "suffix"
         )
     check_files_do_not_exist(target, get_report_path(target))
+
     packages = (*file_format.packages, *(["nncf"] if options.int8 else []))
     if missing_packages := [name for name in packages if find_spec(name) is None]:
         raise ValueError(
             f"`format={format_name!r}` requires packages that are not installed: "
             f"{', '.join(missing_packages)}. {describe_installation('export')}"
         )
+
     exportable = exportable or load_exportable_model(source)
     model = exportable.model
     processor = exportable.processor
@@ -104,6 +104,7 @@ def export_model(
         if options.dataset is None
         else load_export_images(exportable.folder, options.dataset, options.split)
     )
+
     is_dynamic = options.dynamic and not options.int8  # int8 graphs have a fixed size
     graph_shape = select_graph_shape(
         model, options.image_size, is_dynamic, file_format.has_pytorch_antialias_filter
@@ -114,6 +115,7 @@ def export_model(
     reference_outputs = compute_named_outputs(model, batches, output_attentions)
     names = list(reference_outputs[0])
     graph = trace_model(model, graph_shape, getattr(torch, dtype), output_attentions)
+
     existing_parent = next(folder for folder in target.absolute().parents if folder.is_dir())
     with tempfile.TemporaryDirectory(
         prefix=f".{output.name}.", dir=existing_parent
@@ -124,6 +126,7 @@ def export_model(
         comparisons = compare_outputs(
             batches, reference_outputs, run_graph(file, batches, names), dtype
         )
+
         calibration_images: list[torch.Tensor] = []
         if options.int8:
             assert images is not None, "int8 requires a dataset"
@@ -132,6 +135,7 @@ def export_model(
             comparisons = compare_outputs(
                 batches, reference_outputs, run_graph(file, batches, names), None
             )
+
         height_width = ["height", "width"] if graph_shape.is_dynamic else graph_shape.image_size
         report: Report = {
             "format": format_name,
@@ -169,6 +173,7 @@ def export_model(
             report["compile_config"] = {"INFERENCE_PRECISION_HINT": "f32"}
         if exportable.folder is not None:
             report["weights_sha256"] = exportable.folder.weights_sha256
+
         has_native_size = (
             graph_shape.is_dynamic or graph_shape.image_size == model.config.image_height_width
         )
@@ -177,6 +182,7 @@ def export_model(
                 file, model.config, use_head="last_hidden_state" not in names
             )
             report["speed"] = measure_inference_speed(exported_model, torch.device("cpu"))
+
         if images is not None:
             pixels = images.prepare(images.held_out, processor, NUM_COMPARED_IMAGES)
             outputs = run_graph(file, pixels, names)
@@ -186,6 +192,7 @@ def export_model(
             report["evaluation"] = images.measure_file(file)
             if options.int8:
                 check_drop(report, options.max_drop, model, torch.cat(calibration_images[:16]))
+
         if not output.suffix and exportable.folder is not None:
             write_model_files(exportable.folder, folder, report)
         write_json(get_report_path(file), report)

@@ -13,7 +13,7 @@ L2 regularization does not depend on the basis of the features. With fewer image
 they are therefore rotated to as many numbers as there are images, which changes no result and makes
 the fits fast.
 
-This file works on NumPy arrays: it knows neither images nor models. frozen_features.py computes the
+This file works on NumPy arrays, without images and models. frozen_features.py computes the
 features.
 """
 

@@ -2,8 +2,8 @@
 
     message = format_message("Set `num_workers=0`")     # "Set --num-workers 0" in a command (cli/flag_messages.py)
 
-Errors are raised with the names of parameters. What is printed while a function runs is formatted
-here, because only the command knows that it is one.
+Errors are raised with the names of parameters. Lines that are printed while a function runs are
+formatted here, because the function is the same in Python and in a command.
 """
 
 from collections.abc import Callable, Iterator

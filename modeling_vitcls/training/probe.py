@@ -58,22 +58,19 @@ MAX_PROBE_IMAGES = (
     10_000  # maximum number of training images for the probe of a run with steps, drawn at random
 )
 MAX_CHOICE_IMAGES = 5_000  # maximum number of images for the choice by cross-validation
-MAX_SQUASHED_IMAGES, SQUASHED_FRACTION = (
-    500,
-    0.4,
-)  # images whose features are computed with both geometries
-MIN_SELECTION_IMAGES = (
-    50  # with fewer images, the accuracy of the frozen model has a standard error of up to 7 points
-)
+# images whose features are computed with both geometries: a fraction of the images, at most a number
+SQUASHED_FRACTION = 0.4
+MAX_SQUASHED_IMAGES = 500
+# with fewer images, the accuracy of the frozen model has a standard error of up to 7 points
+MIN_SELECTION_IMAGES = 50
 FLOPS_OF_STEP = 3  # forward and backward pass of an image, relative to its forward pass
 # of two cores with AVX-512; the estimate of a duration is within a factor of 3
 CPU_FLOPS_PER_MINUTE = 60 * 150e9
 MAX_CPU_FLOPS = 10 * CPU_FLOPS_PER_MINUTE  # of a run on a CPU whose length the user has not set
 NUM_MEASURED_SHAPES = 64  # images whose aspect ratio is read
 NUM_NEAREST_IMAGES = 3  # nearest training images of a wrong prediction
-MIN_ASPECT_RATIO = (
-    1.05  # median of the longer side divided by the shorter, from which two geometries are compared
-)
+# median of the longer side divided by the shorter, from which two geometries are compared
+MIN_ASPECT_RATIO = 1.05
 SQUASH = "squash"
 # Settings of an image processor that `set_fit` changes
 GEOMETRY_SETTINGS = ("do_resize", "size", "do_center_crop", "crop_size", "do_pad", "pad_size")

@@ -207,16 +207,21 @@ def train_steps(
 
     Without steps, the frozen model is selected.
     """
-    options, data, setup, plan = loaded.options, loaded.data, loaded.setup, loaded.plan
-    accelerator, reporter, checkpoint = (
-        environment.accelerator,
-        environment.reporter,
-        environment.checkpoint,
-    )
+    options = loaded.options
+    data = loaded.data
+    setup = loaded.setup
+    plan = loaded.plan
+    accelerator = environment.accelerator
+    reporter = environment.reporter
+
     images = build_training_images(
         options, data, setup.processor, setup.model.config.num_channels, setup.num_views
     )
     state = prepare_state(options, setup, accelerator)
+    normalize = None
+    if setup.model.config.num_cls_tokens:
+        normalize = Normalizer(setup.processor, accelerator.device)
+    default_save_every = None if plan.num_images else DEFAULT_STREAM_SAVE_EVERY
     metrics: dict[str, Any] = {}
     selected_step = None
 
@@ -238,18 +243,15 @@ def train_steps(
             unreadable_images=UnreadableImageCounter(
                 reporter.warn, options.data.max_unreadable_images
             ),
-            save_every=options.run.save_every
-            or (None if plan.num_images else DEFAULT_STREAM_SAVE_EVERY),
+            save_every=options.run.save_every or default_save_every,
             evaluated_images="held_out" if data.selection is None else "selection",
-            normalize=Normalizer(setup.processor, accelerator.device)
-            if setup.model.config.num_cls_tokens
-            else None,
+            normalize=normalize,
             signals=signals,
             run_metadata=loaded.metadata,
             on_checkpoint=on_checkpoint,
         )
-        if checkpoint is not None:
-            loop.restore(checkpoint)
+        if environment.checkpoint is not None:
+            loop.restore(environment.checkpoint)
             reporter.print_line("resumed", f"after step {state.step:,} of {plan.num_steps:,}")
         reporter.start_after(state.step - bool(state.pending_record), plan.num_steps)
         accelerator.wait_for_everyone()
@@ -258,13 +260,16 @@ def train_steps(
 
         if not loaded.has_steps:
             return Trained(loop, metrics, 0, loop.get_training_seconds())
+
         if frozen is not None and frozen.selection is not None:
             evaluate_frozen_model(loop, HeadEvaluator(frozen.selection, frozen.choice.candidate))
+
         batches = iterate_training_batches(
             images, plan, accelerator.process_index, options.data.num_workers, state.step
         )
         with closing(batches):  # closing stops the data loading workers
             metrics = loop.run(batches)
+
         if options.training.select == "best":
             selected_step = loop.load_best_weights()
             text = f"the checkpoint of step {selected_step:,}, with the best evaluation"
@@ -272,6 +277,7 @@ def train_steps(
                 text = "the frozen model: fine-tuning was not clearly better"
             reporter.print_line("selected", text)
         seconds = loop.get_training_seconds()
+
     if state.ema is not None:
         state.ema.copy_to_model(state.ema.shadow)
     return Trained(loop, metrics, selected_step, seconds)

@@ -72,7 +72,8 @@ class Loaded:
 def set_up(options: Options, lock: FolderLock) -> Environment:
     """Build the accelerator, lock the output folder, and load the checkpoint of a resumed run."""
     start_time = time.perf_counter()
-    folder, training = options.output_dir, options.training
+    folder = options.output_dir
+    training = options.training
     accelerator = build_accelerator(
         training.gradient_accumulation_steps,
         training.mixed_precision,
@@ -80,9 +81,11 @@ def set_up(options: Options, lock: FolderLock) -> Environment:
         folder / "trackers",
     )
     set_seed(training.seed)
+
     reporter = Reporter(folder / output_folder.METRICS_FILE, accelerator)
     store = CheckpointStore(folder / CHECKPOINTS_FOLDER, options.run.keep_checkpoints)
     run_on_main(accelerator, lock.acquire)
+
     checkpoint = None
     if options.run.resume:
         checkpoint = run_on_main(accelerator, partial(store.load_newest, reporter.warn))
@@ -109,31 +112,34 @@ def check_folder(options: Options, environment: Environment) -> bool:
 
 def load(kind: Any, options: Options, environment: Environment) -> Loaded:
     """Load the data and the models, resolve all defaults, and prepare the output folder."""
-    accelerator, checkpoint, folder = (
-        environment.accelerator,
-        environment.checkpoint,
-        environment.folder,
-    )
+    accelerator = environment.accelerator
+    checkpoint = environment.checkpoint
+    folder = environment.folder
+
     with accelerator.main_process_first():  # only the main process downloads files
         options = pin_models(options, checkpoint)
         initial = resolve_initial_model(options.model.model)
     data = load_on_main(
         accelerator, options.data.dataset, partial(kind.load_data, options, initial)
     )
+
     is_rate_set = options.training.learning_rate is not None
     is_length_set = options.training.epochs is not None or options.training.max_steps is not None
     with accelerator.main_process_first():
         options, default_lines = resolve_options(options, initial, data)
         setup = kind.build_training_setup(options, initial, data, environment.reporter)
         forward_flops = (setup.encoder or setup.model).flops()
+
     if setup.probe is not None and not is_rate_set:
         rate = choose_learning_rate_after_probe(setup.model.config.hidden_size)
         options = replace(options, training=replace(options.training, learning_rate=rate))
         default_lines["rate"] = (
             f"{rate:g}, because the classifier starts from the regression on the frozen encoder"
         )
+
     if options.training.gradient_checkpointing:
         setup.model.gradient_checkpointing_enable()
+
     recorded_precision = None if checkpoint is None else checkpoint.metadata["mixed_precision"]
     precision_text = set_mixed_precision(
         accelerator, options.training.mixed_precision, setup.model.config, recorded_precision
@@ -149,6 +155,7 @@ def load(kind: Any, options: Options, environment: Environment) -> Loaded:
         ),
         "flags": get_relative_flags(options, options.run.hub_checkpoint_branch is not None),
     }
+
     if checkpoint is not None:
         check_flags_unchanged(checkpoint.metadata["flags"], to_flags(options), folder)
         check_run_unchanged(checkpoint.metadata, metadata, folder)
@@ -164,6 +171,7 @@ def load(kind: Any, options: Options, environment: Environment) -> Loaded:
         **setup.summary_lines,
         "device": f"{describe_device(accelerator)}, mixed precision: {precision_text}",
     }
+
     reason = None
     if setup.probe is not None:
         reason = explain_missing_steps(
@@ -219,6 +227,7 @@ def print_summary(loaded: Loaded, environment: Environment) -> None:
             "selection": None,
             "steps": loaded.missing_steps_reason,
         }
+
     for name, text in lines.items():
         if text:
             reporter.print_line(name, text)

@@ -59,6 +59,7 @@ def build_results(
         "num_training_images": count_training_images(loaded),
         **setup.results,
     }
+
     seconds = trained.seconds
     if probe_record := loaded.metadata["probe"]:
         results["frozen"] = probe_record
@@ -73,15 +74,16 @@ def build_results(
         "num_unreadable_training_images": len(loop.unreadable_images.indices),
         "token_movement": loop.monitor.compute_token_movement(),
     }
+
     if data.selection is not None and loaded.has_steps:
+        is_stored = isinstance(data.selection, LabeledImages)
         results["selection"] = {
             "images": data.selection_name,
-            "num_images": len(data.selection)
-            if isinstance(data.selection, LabeledImages)
-            else None,
+            "num_images": len(data.selection) if is_stored else None,
             "step": trained.selected_step,
             setup.selection_metric: loop.state.best_score,
         }
+
     if features_before is not None and features_after is not None:
         summary = pretrain.compare_features(features_before, features_after)
         results["features"] = {
