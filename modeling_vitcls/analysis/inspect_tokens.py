@@ -8,14 +8,14 @@ from rich.markup import escape
 
 from ..conversion.any_checkpoint import resolve
 from ..data.held_out import read_held_out_record
-from ..hub.loading import split_revision
+from ..hub.local_paths import get_title
 from ..inference.load_model import choose_batch_size, load_model
 from ..runtime.distributed import choose_precision
 from ..runtime.messages import format_message
 from ..runtime.progress import track
 from .inspection import Inspection, inspect_model, open_images
 from .options import InspectOptions
-from .report import SIGNS, get_model_name, write_json_values, write_page
+from .report import SIGNS, write_json_values, write_page
 from .verdict_texts import describe_verdict
 
 
@@ -60,7 +60,7 @@ def inspect_tokens(options: InspectOptions) -> Inspection:
             ),
             watch=partial(track, console=error_console, unit=""),
         )
-    title = get_model_name(split_revision(options.model)[0])
+    title = get_title(options.model)
     write_page(options.output, inspection, title, images.source)
     if options.json is not None:
         write_json_values(options.json, inspection, title)

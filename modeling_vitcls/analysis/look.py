@@ -15,7 +15,7 @@ from rich.progress import track
 
 from ..conversion.any_checkpoint import resolve
 from ..data.aspect_ratio import get_fit, get_output_size, set_fit
-from ..hub.loading import split_revision
+from ..hub.local_paths import get_title
 from ..inference.inputs import build_list_input
 from ..inference.load_model import load_model
 from ..model.configuration_vitcls import to_pair
@@ -23,7 +23,6 @@ from ..model.image_processing_vitcls import read_image
 from ..runtime.files import write_atomically, write_json
 from .options import LookOptions
 from .photo import build_json_record, measure_photo
-from .report import get_model_name
 from .sheet import draw_sheet
 
 
@@ -32,7 +31,7 @@ def draw_photo(options: LookOptions, image: Any) -> Image.Image:
     model, processor = load_adjusted_model(options)
     is_source = isinstance(image, str | bytes | Path)
     photo = read_image(image) if is_source else image
-    title = get_model_name(split_revision(options.model)[0])
+    title = get_title(options.model)
     if is_source and not isinstance(image, bytes):
         title += f" · {Path(image).name}"
     return draw_sheet(measure_photo(model, processor, photo), title)
@@ -50,7 +49,7 @@ def write_sheets(options: LookOptions) -> list[Path]:
     error_console = Console(stderr=True, soft_wrap=True, highlight=False)
     sources = build_list_input(options.paths)
     model, processor = load_adjusted_model(options)
-    model_name = get_model_name(split_revision(options.model)[0])
+    model_name = get_title(options.model)
     is_single = len(sources.names) == 1
     records: list[dict[str, Any]] = []
     written: list[Path] = []

@@ -32,6 +32,7 @@ from matplotlib import colormaps
 from PIL import Image
 
 from ..hub.loading import get_cached_commit
+from ..hub.local_paths import get_title
 from ..inference.token_names import get_token_names
 from ..runtime.files import write_atomically
 from ..version import __version__
@@ -100,7 +101,7 @@ def write_page(
     config = inspection.config
     shown_verdicts, other_verdicts = sort_verdicts(inspection)
     text = environment.get_template("report.html.j2").render(
-        title=title or get_model_name(config.name_or_path) or inspection.model_class,
+        title=title or get_title(config.name_or_path) or inspection.model_class,
         source=source,
         commit=get_commit(config),
         version=__version__,
@@ -140,7 +141,7 @@ def write_json_values(file: str | Path, inspection: Inspection, title: str | Non
     Raises:
         OSError: if the file cannot be written.
     """
-    model = title or get_model_name(inspection.config.name_or_path)
+    model = title or get_title(inspection.config.name_or_path)
     commit = get_commit(inspection.config)
     values = {"model": model, "commit": commit, "version": __version__} | build_json_values(
         inspection
@@ -284,11 +285,6 @@ def build_figures(inspection: Inspection) -> list[Markup]:
         ]
         figures = [*curves, *figures]
     return [Markup(render_svg(figure)) for figure in figures]
-
-
-def get_model_name(source: str) -> str:
-    """Return the name of a folder without its path, or the id of a model on the Hub."""
-    return Path(source).resolve().name if source and Path(source).is_dir() else source
 
 
 def get_commit(config: Any) -> str | None:

@@ -59,6 +59,7 @@ def run(options: DemoOptions) -> None:
         raise ValueError(f"vitcls demo requires gradio. {describe_installation('demo')}")
     from ..conversion.any_checkpoint import resolve
     from ..hub.loading import force_offline
+    from ..hub.local_paths import get_title
     from ..inference.load_model import load_model
 
     folder = resolve(options.model, options.backend)
@@ -78,16 +79,6 @@ def run(options: DemoOptions) -> None:
             host=options.host,
             port=options.port,
         )
-
-
-def get_title(model: str) -> str:
-    """Return the name of a model without the folders of local paths and without a revision."""
-    from ..hub.loading import split_revision
-    from ..hub.local_paths import split_prefix
-
-    name = split_revision(model)[0]
-    path = split_prefix(name)[1]
-    return Path(path).resolve().name if path and Path(path).exists() else name
 
 
 def write_examples(run: "ModelFolder", output: Path) -> list[Path]:

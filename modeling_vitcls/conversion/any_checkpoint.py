@@ -30,9 +30,8 @@ from ..hub.loading import (
     check_is_vitcls,
     get_cached_commit,
     get_model_folder,
-    split_revision,
 )
-from ..hub.local_paths import split_prefix
+from ..hub.local_paths import split_prefix, split_revision
 from ..hub.model_files import PARITY_REPORT_FILE, RESULTS_FILE, list_backend_files
 from ..hub.model_folder import ModelFolder
 from ..model.configuration_vitcls import PRESETS
@@ -87,7 +86,7 @@ def resolve(source: str, backend: str = "torch", files: Sequence[str] = ()) -> M
 def find_or_convert(source: str, files: Sequence[str]) -> str:
     """Return the folder of a vitcls model, or of a source of another kind, which is converted once."""
     if source.startswith(SOURCE_PREFIXES) or Path(source).is_file():
-        return convert_once(source)
+        return convert_once(pin_revision(source))
 
     name, revision = split_revision(source)
     folder = get_model_folder(name, files, revision)
@@ -109,10 +108,10 @@ def find_or_convert(source: str, files: Sequence[str]) -> str:
 
 def pin_revision(source: str) -> str:
     """Append the commit hash to the id of a Hub model. Other sources are returned unchanged."""
-    prefix = "transformers:" if source.startswith("transformers:") else ""
-    name, revision = split_revision(source.removeprefix(prefix))
     if source.startswith("timm:"):
         return source
+    prefix = "transformers:" if source.startswith("transformers:") else ""
+    name, revision = split_revision(source.removeprefix(prefix))
     commit = get_cached_commit(get_model_folder(name, CONFIG_FILES, revision))
     return f"{prefix}{name}@{commit}" if commit else source
 
@@ -128,7 +127,7 @@ def is_pinned(pinned_source: object, source: object) -> bool:
 
 
 def convert_once(source: str) -> str:
-    """Return the cached folder of a converted source. Convert the source if it is not in the cache."""
+    """Convert a source, pinned to a commit, unless it is in the cache; return its folder there."""
     from .convert import convert_checkpoint  # slow, because it imports many transformers models
 
     folder = (
@@ -147,15 +146,13 @@ def convert_once(source: str) -> str:
 def compute_cache_name(source: str) -> str:
     """Return the folder name of a conversion.
 
-    The name depends on the revision or the local files of the source, and on the package version.
+    The name depends on the commit or the local files of the source, and on the package version.
     """
     path = Path(split_prefix(source)[1] or source.removeprefix("timm:"))
-    cache_key: list[object] = [pin_revision(source), __version__]
+    cache_key: list[object] = [source, __version__]
     if path.exists():
         files = sorted(path.iterdir()) if path.is_dir() else [path]
         cache_key.append(str(path.resolve()))
         cache_key += [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    readable_name = "".join(
-        character if character.isalnum() or character in "-_." else "-" for character in path.name
-    )
+    readable_name = re.sub(r"[^\w.-]", "-", path.name)
     return f"{readable_name}-{hashlib.sha256(json.dumps(cache_key).encode()).hexdigest()[:16]}"

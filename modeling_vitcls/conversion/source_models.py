@@ -26,8 +26,8 @@ from ..hub.loading import (
     get_external_model_folder,
     get_model_folder,
     load_timm_model,
-    split_revision,
 )
+from ..hub.local_paths import split_revision
 from ..model.modeling_vitcls import ViTCLSPreTrainedModel
 from ..runtime.errors import format_error
 from .from_timm import TIMM_CLASSES, convert_from_timm

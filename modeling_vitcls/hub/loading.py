@@ -235,15 +235,6 @@ def get_cached_commit(folder: str) -> str | None:
     return path.name if is_snapshot else None
 
 
-def split_revision(name: str) -> tuple[str, str | None]:
-    """Split NAME@REVISION at the last `@`.
-
-    The revision is None if there is no `@`, or if the path `name` exists.
-    """
-    path, _, revision = name.rpartition("@")
-    return (path, revision) if path and revision and not Path(name).exists() else (name, None)
-
-
 def is_hub_id(source: str) -> bool:
     """Return whether a name is a syntactically valid repository id."""
     try:

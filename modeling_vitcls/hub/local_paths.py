@@ -5,6 +5,8 @@
     resolve_name("someone/their-model")         -> unchanged, like any name that is not an existing path
     make_relative("/home/me/data/teach")        -> "./data/teach"               for the files of a run
     strip_folders("/home/me/data/teach")        -> "path/to/teach"              for publication
+    get_title("/home/me/data/teach")            -> "teach"                      for titles
+    split_revision("someone/their-model@v1")    -> ("someone/their-model", "v1")
 
 Each name is resolved once, when a run starts, relative to the working directory. Afterwards,
 absolute paths and paths that start with `./` or `../` are treated as local paths, even if the files
@@ -107,6 +109,22 @@ def split_prefix(name: str) -> tuple[str, str]:
     if name.startswith("transformers:"):
         return "transformers:", name.removeprefix("transformers:")
     return "", name
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """Split NAME@REVISION at the last `@`.
+
+    The revision is None if there is no `@`, or if the path `name` exists.
+    """
+    path, _, revision = name.rpartition("@")
+    return (path, revision) if path and revision and not Path(name).exists() else (name, None)
+
+
+def get_title(name: str) -> str:
+    """Return a name without the folders of a local path, and without a revision."""
+    name = split_revision(name)[0]
+    path = split_prefix(name)[1]
+    return Path(path).resolve().name if path and Path(path).exists() else name
 
 
 def check_output_is_empty(output: Path) -> None:

@@ -18,7 +18,8 @@ import yaml
 from huggingface_hub import constants, metadata_load
 
 from .connection import hide_hub_progress_bars
-from .loading import get_model_folder, is_hub_id, split_revision
+from .loading import get_model_folder, is_hub_id
+from .local_paths import split_revision
 from .model_files import CARD_FILE, CONFIG_FILE, LICENSE_PATTERNS, is_match
 
 

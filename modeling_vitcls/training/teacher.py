@@ -38,8 +38,8 @@ from ..data.labels import LabelSpace
 from ..hub.loading import (
     get_external_model_folder,
     load_timm_model,
-    split_revision,
 )
+from ..hub.local_paths import split_revision
 from ..inference.image_pass import find_finite
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.modeling_vitcls import ViTCLSModel, ViTCLSModelOutput

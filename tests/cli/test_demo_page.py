@@ -31,7 +31,7 @@ from modeling_vitcls import (
     ViTCLSImageProcessor,
     ViTCLSModel,
 )
-from modeling_vitcls.cli.demo import DemoOptions, get_title, run, write_examples
+from modeling_vitcls.cli.demo import DemoOptions, run, write_examples
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.sources import load_splits
 from modeling_vitcls.data.splits import build_held_out_rule, select_held_out
@@ -415,11 +415,3 @@ def test_held_out_images_are_only_shown_on_this_machine(
     for host, num_examples in (("127.0.0.1", 8), ("0.0.0.0", 0)):
         run(DemoOptions(model=str(folder), host=host))
         assert len(served.call_args.kwargs["examples"]) == num_examples
-
-
-def test_the_title_has_no_local_path(tmp_path: Path) -> None:
-    (tmp_path / "mine").mkdir()
-    assert get_title(str(tmp_path / "mine")) == "mine"
-    assert get_title(f"transformers:{tmp_path / 'mine'}") == "mine"
-    assert get_title("someone/their-model@0123abc") == "someone/their-model"
-    assert get_title("timm:vit_tiny_patch16_224") == "timm:vit_tiny_patch16_224"

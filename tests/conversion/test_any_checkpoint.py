@@ -154,7 +154,9 @@ def test_the_conversion_of_a_hub_model_is_pinned(source: Path, tmp_path: Path) -
         (repository / "refs" / "main").write_text(commit)
         folders.append(resolve("ann/vit").path)
         for name in ("ann/vit", "transformers:ann/vit"):
-            report = resolve(name).parity_report
+            converted = resolve(name)
+            report = converted.parity_report
+            assert converted.path == folders[-1]  # converted once
             assert (report["source"], report["source_revision"]) == ("transformers:ann/vit", commit)
     assert folders[0] != folders[1]
     assert resolve(f"ann/vit@{COMMIT}").path == folders[0]

@@ -9,14 +9,15 @@ import yaml
 from helpers.tiny_models import raises_one_line
 
 from modeling_vitcls.data.options import DataOptions
-from modeling_vitcls.hub.loading import split_revision
 from modeling_vitcls.hub.local_paths import (
     can_publish_images,
     check_output_is_empty,
+    get_title,
     is_local,
     is_same_source,
     make_relative,
     resolve_name,
+    split_revision,
     strip_folders,
 )
 from modeling_vitcls.runtime.flags import to_flags
@@ -87,6 +88,22 @@ def test_only_absolute_paths_are_local(here: Path, name: str, shared: str) -> No
     assert is_local(name) is (name != shared)
     assert not is_local(None)
     assert not is_local(["/a"])
+
+
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [
+        ("data/teach", "teach"),
+        ("transformers:data/teach", "teach"),
+        ("weights.pt", "weights.pt"),
+        ("timm:resnet18@weights.pt", "timm:resnet18"),
+        ("timm:resnet18", "timm:resnet18"),
+        ("someone/their-model@0123abc", "someone/their-model"),
+    ],
+)
+@pytest.mark.usefixtures("here")
+def test_a_title_has_no_folders_and_no_revision(name: str, title: str) -> None:
+    assert get_title(name) == title
 
 
 def options_of(output: Path, dataset: str, **others: Any) -> FinetuneOptions:
