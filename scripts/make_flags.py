@@ -14,9 +14,9 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
 from modeling_vitcls.analysis.options import InspectOptions, LookOptions
-from modeling_vitcls.cli.functions import get_value_types
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.inference.options import EvaluateOptions, PredictOptions
+from modeling_vitcls.runtime.flags import get_value_types
 from modeling_vitcls.training.options import FinetuneOptions, PretrainOptions
 
 

@@ -51,7 +51,12 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from modeling_vitcls.cli.parsing import exit_with_message, find_recipe, run_script
+from modeling_vitcls.cli.parsing import (
+    check_recipe_exists,
+    exit_with_message,
+    find_recipe,
+    run_script,
+)
 from modeling_vitcls.runtime.errors import format_error
 from modeling_vitcls.runtime.files import read_json, write_json
 from modeling_vitcls.runtime.flags import check_minimum, to_arguments
@@ -514,22 +519,15 @@ class StudyOptions:
 
 def run(options: StudyOptions) -> None:
     """Run the study. Exit with status 1 if a run fails."""
-    words = [
-        "python",
-        "scripts/study.py",
-        "--config",
-        options.config,
-        "--output-dir",
-        options.output_dir,
-    ]
-    words += ["--jobs", options.jobs, "--threads", options.threads]
-    words += ["--dataset", options.dataset] if options.dataset else []
-    study = load_study(find_recipe(options.config))
-    command = shlex.join(map(str, words))
-    rows = run_study(
-        StudyRunner(study, options.output_dir, options.jobs, options.threads, options.dataset),
-        command,
+    file = find_recipe(options.config)
+    check_recipe_exists(file, "study", "study_*.yaml")
+    runner = StudyRunner(
+        load_study(file), options.output_dir, options.jobs, options.threads, options.dataset
     )
+    flags = ["--config", options.config, "--output-dir", options.output_dir]
+    flags += ["--jobs", options.jobs, "--threads", options.threads]
+    flags += ["--dataset", options.dataset] if options.dataset else []
+    rows = run_study(runner, shlex.join(map(str, ["python", "scripts/study.py", *flags])))
     if num_unfinished := sum(row["status"] != "finished" for row in rows):
         message = (
             f"error: {num_unfinished} of {len(rows)} runs failed. See log.txt in their folders"

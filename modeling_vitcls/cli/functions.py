@@ -14,14 +14,13 @@ dataset is a path, a Hub id, or data in memory (data/in_memory.py).
 
 import dataclasses
 import sys
-import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, Unpack, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Unpack, get_args, get_origin, get_type_hints
 
 from ..analysis.options import InspectOptions, LookOptions
 from ..inference.options import EvaluateOptions, PredictOptions
-from ..runtime.flags import find_similar_flag, get_flag_fields
+from ..runtime.flags import find_similar_flag, get_flag_fields, get_value_types
 from ..runtime.messages import format_message
 from ..training.options import (
     AddClassOptions,
@@ -101,9 +100,8 @@ def run_training(options: Any) -> dict[str, Any]:
     """
     from accelerate import PartialState
 
-    from ..hub.model_files import RESULTS_FILE
+    from ..hub.model_folder import ModelFolder
     from ..publishing.after_run import build_uploader, finish_run, prepare_push
-    from ..runtime.files import read_json
     from ..training.folds import run_folds
     from ..training.run import train
 
@@ -115,7 +113,7 @@ def run_training(options: Any) -> dict[str, Any]:
             return {}
         if PartialState().is_main_process:
             finish_run(folder, options.run, repo_id)
-        return read_json(folder / RESULTS_FILE)
+        return ModelFolder(folder).saved_results
 
     if options.data.folds is not None and options.data.fold is None and not options.run.dry_run:
         return run_folds(options, train_one)
@@ -286,8 +284,10 @@ def add_task(
         >>> from modeling_vitcls import add_task
         >>> record = add_task("runs/digits", "photos", "pet", "runs/with-pet")
     """
-    flags |= {"model": model, "dataset": dataset, "name": name, "output_dir": output_dir}
-    return run_addition(build_options(AddTaskOptions, **flags))
+    options = build_options(
+        AddTaskOptions, model=model, dataset=dataset, name=name, output_dir=output_dir, **flags
+    )
+    return run_addition(options)
 
 
 def add_class(
@@ -312,12 +312,14 @@ def add_class(
         >>> from modeling_vitcls import add_class
         >>> record = add_class("runs/digits", "photos", "runs/with-cats-and-dogs")
     """
-    flags |= {"model": model, "dataset": dataset, "output_dir": output_dir}
     if not isinstance(flags.get("old_dataset", ""), str | Path | None):
         from ..data.in_memory import add_dataset
 
         flags["old_dataset"] = add_dataset(flags["old_dataset"])
-    return run_addition(build_options(AddClassOptions, **flags))
+    options = build_options(
+        AddClassOptions, model=model, dataset=dataset, output_dir=output_dir, **flags
+    )
+    return run_addition(options)
 
 
 def run_addition(options: AddTaskOptions | AddClassOptions) -> dict[str, Any]:
@@ -429,12 +431,6 @@ def convert_value(name: str, value: Any, type_hint: Any) -> Any:
             f"`{name}` must be of type {value_types[0].__name__}, but it is the string {value!r}"
         )
     return str(value) if isinstance(value, Path) and Path not in value_types else value
-
-
-def get_value_types(type_hint: Any) -> tuple[Any, ...]:
-    """Return the types of a union, or the type itself."""
-    is_union = get_origin(type_hint) in (Union, types.UnionType)
-    return get_args(type_hint) if is_union else (type_hint,)
 
 
 def get_choices(value_types: tuple[Any, ...]) -> list[Any]:

@@ -21,7 +21,7 @@ import traceback
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType, UnionType
+from types import ModuleType
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
 import docstring_parser
@@ -30,7 +30,13 @@ import yaml
 
 from ..hub.local_paths import split_prefix
 from ..runtime.errors import format_error, is_raised_on_all_processes
-from ..runtime.flags import find_similar_flag, get_flag_fields, to_arguments, to_flags
+from ..runtime.flags import (
+    find_similar_flag,
+    get_flag_fields,
+    get_value_types,
+    to_arguments,
+    to_flags,
+)
 from ..runtime.messages import format_message
 from .flag_messages import messages_name_flags
 
@@ -99,16 +105,13 @@ def prepare_flags(command: str, options_class: type, flags: list[str]) -> list[s
     """
     flag_fields = get_flag_fields(options_class)
     flag_names = set(flag_fields)
-    has_recipes = "config" in flag_names
     flag = "source" if "source" in flag_names else "model"
     if flags and not flags[0].startswith("-") and "paths" not in flag_names and flag in flag_names:
         exit_with_message(
             f"error: vitcls {command} has no positional arguments. Set --{flag} {flags[0]}"
         )
-    if has_recipes and (recipe := read_value(flags, "--config")) is not None:
-        flags = [*read_recipe(find_recipe(Path(recipe))), *flags]
-    if command == "study" and (study := read_value(flags, "--config")) is not None:
-        check_recipe_exists(find_recipe(Path(study)), "study", "study_*.yaml")
+    if "config" in flag_names and (recipes := read_values(flags, "--config")):
+        flags = [*read_recipe(find_recipe(Path(recipes[-1]))), *flags]
     names = [
         flag.partition("=")[0].removeprefix("--").replace("-", "_")
         for flag in flags
@@ -154,9 +157,7 @@ def check_choices(name: str, type_hint: Any, flags: list[str]) -> None:
 
 def list_types(type_hint: Any) -> tuple[list[Any], bool]:
     """Return the types of one value of a flag, without None, and whether the flag takes several values."""
-    types = [type_hint]
-    if get_origin(type_hint) in (Union, UnionType):
-        types = [each for each in get_args(type_hint) if each is not type(None)]
+    types = [each for each in get_value_types(type_hint) if each is not type(None)]
     has_several_values = len(types) == 1 and get_origin(types[0]) is tuple
     if has_several_values:
         types = [each for each in get_args(types[0]) if each is not Ellipsis]
@@ -171,7 +172,7 @@ def list_choices(type_hint: Any) -> list[str]:
     return [str(choice) for each in types for choice in get_args(each)]
 
 
-def read_values(flags: list[str], flag: str, has_several_values: bool) -> list[str]:
+def read_values(flags: list[str], flag: str, has_several_values: bool = False) -> list[str]:
     """Return all values of a flag, given as `--flag value ...` or `--flag=value`."""
     values: list[str] = []
     is_value = False
@@ -240,13 +241,6 @@ def hint(name: str, flag_names: set[str]) -> str:
         )
     similar = find_similar_flag(name, flag_names)
     return f"use --{similar.replace('_', '-')}" if similar else "`--help` lists the flags"
-
-
-def read_value(flags: list[str], flag: str) -> str | None:
-    """Return the last value of a flag, given as `--flag value` or `--flag=value`; None if the flag is not given."""
-    values = [flags[index + 1] for index in range(len(flags) - 1) if flags[index] == flag]
-    values += [each.partition("=")[2] for each in flags if each.startswith(f"{flag}=")]
-    return values[-1] if values else None
 
 
 @contextmanager

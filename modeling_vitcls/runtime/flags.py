@@ -8,9 +8,10 @@ errors about flags appear immediately.
 
 import dataclasses
 import difflib
+import types
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, Union, get_args, get_origin
 
 
 # Flags of other training scripts -> equivalent flags in this package.
@@ -51,6 +52,12 @@ def get_flag_fields(options_class: Any) -> dict[str, dataclasses.Field[Any]]:
         else:
             fields[option.name] = option
     return fields
+
+
+def get_value_types(type_hint: Any) -> tuple[Any, ...]:
+    """Return the types of a union, or the type itself."""
+    is_union = get_origin(type_hint) in (Union, types.UnionType)
+    return get_args(type_hint) if is_union else (type_hint,)
 
 
 def find_similar_flag(name: str, flag_names: Collection[str]) -> str | None:

@@ -252,6 +252,7 @@ def test_flags_select_one_run_all_folds_or_a_dry_run(
         assert on_checkpoint == (options.run, "ann/mine")
         assert isinstance(options, FinetuneOptions if function is finetune else PretrainOptions)
         options.output_dir.mkdir(parents=True)
+        write_json(options.output_dir / "config.json", {"model_type": "vitcls"})
         write_json(
             options.output_dir / "results.json", {"accuracy": 1.0, "selection_metric": "accuracy"}
         )

@@ -9,6 +9,7 @@ WRONG_FLAGS = [
     ("benchmark.py", "--round 3", "--round"),
     ("study.py", "--output-dir out", "--config"),
     ("study.py", "--config study_digits --output-dir out --jobs 0", "--jobs"),
+    ("study.py", "--config study_digts --output-dir out", "study_digits"),
     ("push_space.py", "--model m --output o --private", "--private"),
 ]
 
