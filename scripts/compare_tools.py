@@ -13,6 +13,8 @@ import os
 import re
 import subprocess
 import sys
+import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -68,7 +70,10 @@ class Options:
 def main() -> None:
     options = tyro.cli(Options)
     options.output.mkdir(parents=True, exist_ok=True)
-    environment = prepare(options)
+    chosen = draw_photos(options.photos / "train", options.labels, seed=0)
+    link_photos(chosen, options.output / "photos" / "train")
+    link_photos(list_photos(options.photos / "test"), options.output / "photos" / "test")
+    environment = build_environment(options.encoder, options.output)
     file = options.output / "rows.json"
     rows: dict[str, Any] = read_json(file) if file.exists() else {}
 
@@ -85,23 +90,25 @@ def main() -> None:
     (options.output / "README.md").write_text(format_table(rows), encoding="utf-8")
 
 
-def prepare(options: Options) -> dict[str, str]:
-    """Link the photographs, write the weights for timm, and return the environment variables of the programs."""
-    photos = options.output.resolve() / "photos"
-    chosen = draw_photos(options.photos / "train", options.labels, seed=0)
-    for split, files in (("train", chosen), ("test", list_photos(options.photos / "test"))):
-        for file in files:
-            link = photos / split / file.parent.name / file.name
-            link.parent.mkdir(parents=True, exist_ok=True)
-            if not link.exists():
-                link.symlink_to(file.resolve())
+def link_photos(files: Iterable[Path], folder: Path) -> None:
+    """Link photographs in FOLDER/CLASS."""
+    for file in files:
+        link = folder / file.parent.name / file.name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.exists():
+            link.symlink_to(file.resolve())
 
-    weights = options.output.resolve() / "timm.pt"
-    torch.save(rename_weights(load_file(options.encoder / "model.safetensors")), weights)
+
+def build_environment(encoder: Path, output: Path) -> dict[str, str]:
+    """Write the weights for timm, and return the environment variables of the programs."""
+    weights = output.resolve() / "timm.pt"
+    torch.save(rename_weights(load_file(encoder / "model.safetensors")), weights)
     return {
-        "ENCODER": str(options.encoder.resolve()),
-        "PHOTOS": str(photos),
+        **os.environ,
+        "ENCODER": str(encoder.resolve()),
+        "PHOTOS": str(output.resolve() / "photos"),
         "TIMM_WEIGHTS": str(weights),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
 
 
@@ -129,23 +136,37 @@ def run_program(name: str, output: Path, environment: dict[str, str]) -> dict[st
     folder.mkdir(exist_ok=True)
     log_file = folder / "log.txt"
     script = PROGRAMS / name
-    command = (
-        ["bash", "-e", str(script)] if script.suffix == ".sh" else [sys.executable, str(script)]
-    )
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    variables = {**os.environ, **environment, "OUTPUT": str(folder), "PATH": path}
-
     with log_file.open("wb") as log:
-        process = subprocess.Popen(command, env=variables, stdout=log, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)
-    if status != 0:
-        raise SystemExit(f"{name} failed. See {log_file}")
+        usage = run_measured(
+            script, environment | {"OUTPUT": str(folder)}, stdout=log, stderr=subprocess.STDOUT
+        )
     return {
         "accuracy": read_accuracy(folder),
-        "cpu_seconds": usage.ru_utime + usage.ru_stime,
-        "peak_memory": usage.ru_maxrss * 1024,
+        "cpu_seconds": usage.cpu_seconds,
+        "peak_memory": usage.peak_memory,
         "lines": count_lines(script),
     }
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a program used."""
+
+    cpu_seconds: float
+    seconds: float
+    peak_memory: int  # bytes of the largest process
+
+
+def run_measured(script: Path, environment: dict[str, str], **streams: Any) -> Usage:
+    """Run a program in Python or bash, and return what it used."""
+    interpreter = ["bash", "-e"] if script.suffix == ".sh" else [sys.executable]
+    start_time = time.perf_counter()
+    process = subprocess.Popen([*interpreter, str(script)], env=environment, **streams)
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - start_time
+    if status != 0:
+        raise SystemExit(f"{script} failed. Its output folder is {environment['OUTPUT']}")
+    return Usage(usage.ru_utime + usage.ru_stime, seconds, usage.ru_maxrss * 1024)
 
 
 def read_accuracy(folder: Path) -> float:
