@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,14 +60,11 @@ def test_recipes_are_flags_that_the_command_line_overrides(tmp_path: Path) -> No
     ],
 )
 def test_errors_of_recipes_are_one_line(
-    content: bytes, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    content: bytes, words: list[str], tmp_path: Path, run_with_error: Callable[..., str]
 ) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_bytes(content)
-    assert run_here("finetune", "--config", str(recipe), "--output-dir", "out") == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
+    error = run_with_error("finetune", "--config", recipe, "--output-dir", "out", status=2)
     assert all(word in error for word in words)
 
 
@@ -98,12 +96,9 @@ def test_errors_of_recipes_are_one_line(
     ],
 )
 def test_errors_of_flags_are_one_line(
-    command: str, words: list[str], capsys: pytest.CaptureFixture[str]
+    command: str, words: list[str], run_with_error: Callable[..., str]
 ) -> None:
-    assert run_here(*command.split()) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
+    error = run_with_error(*command.split(), status=2)
     assert all(word in error for word in words)
 
 
@@ -123,16 +118,15 @@ def test_errors_of_flags_are_one_line(
     ],
 )
 def test_values_of_flags_are_checked_in_the_words_of_the_user(
-    flags: str, message: str, capsys: pytest.CaptureFixture[str]
+    flags: str, message: str, run_with_error: Callable[..., str]
 ) -> None:
-    assert run_here("finetune", *RUN.split(), *flags.split()) == 2
-    assert capsys.readouterr().err.strip() == message
+    error = run_with_error("finetune", *RUN.split(), *flags.split(), status=2)
+    assert error.strip() == message
 
 
-def test_paths_may_follow_a_choice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--model", "/no/such/model", "--fit", "crop", str(tmp_path)]
-    assert run_here("predict", *flags) == 1
-    assert "/no/such/model" in capsys.readouterr().err
+def test_paths_may_follow_a_choice(tmp_path: Path, run_with_error: Callable[..., str]) -> None:
+    error = run_with_error("predict", "--model", "/no/such/model", "--fit", "crop", tmp_path)
+    assert "/no/such/model" in error
 
 
 @pytest.mark.parametrize(
@@ -147,44 +141,34 @@ def test_paths_may_follow_a_choice(tmp_path: Path, capsys: pytest.CaptureFixture
     ],
 )
 def test_a_path_that_does_not_exist_is_named_before_libraries_are_imported(
-    flags: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    flags: str, run_with_error: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # the first step after the flags are parsed
     monkeypatch.setattr(ViTCLSConfig, "register_auto_classes", None)
-    assert run_here(*flags.split()) == 1
-    error = capsys.readouterr().err
+    error = run_with_error(*flags.split())
     assert "nosuch" in error
     assert "there is no file or folder" in error
-    assert error.count("\n") == 1
 
 
 def test_a_folder_that_is_not_utf_8_is_an_error_before_training(
-    capsys: pytest.CaptureFixture[str],
+    run_with_error: Callable[..., str],
 ) -> None:
     folder = os.fsdecode(b"out\xff")
-    assert (
-        run_here(
-            "finetune", "--model", "vitcls-tiny", "--dataset", "digits", "--output-dir", folder
-        )
-        == 1
-    )
-    error = capsys.readouterr().err
+    flags = ["--model", "vitcls-tiny", "--dataset", "digits", "--output-dir", folder]
+    error = run_with_error("finetune", *flags)
     assert "--output-dir" in error
     assert "UTF-8" in error
     assert not Path(folder).exists()
 
 
 def test_a_deleted_working_directory_is_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, run_with_error: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
-    assert (
-        run_here("finetune", "--model", "vitcls-tiny", "--dataset", "digits", "--output-dir", "o")
-        == 1
-    )
-    assert "the working directory no longer exists" in capsys.readouterr().err
+    flags = ["--model", "vitcls-tiny", "--dataset", "digits", "--output-dir", "o"]
+    assert "the working directory no longer exists" in run_with_error("finetune", *flags)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +182,7 @@ def test_a_missing_library_is_named_with_the_extra_of_the_checkout(
     command: str,
     library: str,
     extra: str,
-    capsys: pytest.CaptureFixture[str],
+    run_with_error: Callable[..., str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found = importlib.util.find_spec
@@ -206,11 +190,9 @@ def test_a_missing_library_is_named_with_the_extra_of_the_checkout(
         monkeypatch.setattr(
             f"{module}.find_spec", lambda name: None if name == library else found(name)
         )
-    assert run_here(*command.split()) == 1
-    error = capsys.readouterr().err
+    error = run_with_error(*command.split())
     assert library in error
     assert f'pip install ".[{extra}]"' in error
-    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -224,15 +206,13 @@ def test_a_missing_library_is_named_with_the_extra_of_the_checkout(
 def test_an_unsupported_architecture_is_named_before_any_download(
     source: str,
     words: list[str],
-    capsys: pytest.CaptureFixture[str],
+    run_with_error: Callable[..., str],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
     monkeypatch.setattr("modeling_vitcls.conversion.source_models.load_timm_model", None)
-    assert run_here("convert", "--source", source, "--output", str(tmp_path / "converted")) == 1
-    error = capsys.readouterr().err
+    error = run_with_error("convert", "--source", source, "--output", tmp_path / "converted")
     assert all(word in error for word in words)
-    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize("command", ["finetune", "pretrain"])
