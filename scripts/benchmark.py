@@ -5,7 +5,7 @@
 # [tool.uv.sources]
 # modeling_vitcls = { path = "..", editable = true }
 # ///
-"""Speed of one model on this machine, by backend and precision, next to the same ViT in timm and transformers.
+"""Speed of a model on this machine, by backend and precision, next to timm and transformers.
 
     python scripts/benchmark.py --model runs/mine
     python scripts/benchmark.py --work inference step --backends torch compiled --markdown speed.md
@@ -84,7 +84,7 @@ Function = Callable[[], object]
 
 @dataclass(frozen=True)
 class BenchmarkOptions:
-    """Measure the speed of a model by backend and precision, and compare it with timm and transformers."""
+    """Measure the speed of a model, and compare it with timm and transformers."""
 
     model: str = "vitcls-small"
     """A model folder, the id of a model on the Hub, or a preset (random weights)."""
@@ -92,7 +92,8 @@ class BenchmarkOptions:
     """inference: forward passes. step: training steps (forward, backward, AdamW) without data
     loading."""
     backends: tuple[Literal["torch", "compiled", "onnx", "openvino"], ...] | None = None
-    """Backends. Default: torch, compiled and, on the CPU, the installed ones of onnx and openvino."""
+    """Backends. Default: torch, compiled and, on the CPU, those of onnx and openvino that are
+    installed."""
     peers: tuple[Literal["timm", "transformers"], ...] | None = None
     """Other packages, with the plain ViT of the same size. Default: the installed ones."""
     precisions: tuple[Literal["fp32", "bf16", "int8"], ...] = ("fp32", "bf16", "int8")
@@ -126,7 +127,7 @@ class Row:
     throughputs: list[float] = field(default_factory=list)  # images per second
 
     def compute_ratios(self, other: "Row") -> list[float]:
-        """Return the lower quartile, median and upper quartile of the ratios of this row to another row."""
+        """Return the quartiles of the ratios of this row to another row: lower, median, upper."""
         ratios = [a / b for a, b in zip(self.throughputs, other.throughputs, strict=True)]
         return (
             statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
@@ -236,7 +237,7 @@ Engines = Iterator[tuple[str, str, Function, float]]
 def build_inference_engines(
     model: Any, settings: BenchmarkOptions, images: torch.Tensor, folder: Path
 ) -> Engines:
-    """Yield a function that computes the outputs for a batch of images [B, C, H, W], for each engine."""
+    """Yield, for each engine, a function that computes the outputs for images [B, C, H, W]."""
     for name, precision in list_engines(settings):
         ours, engine = build_engine(name, precision, model, settings.device, folder)
         batch = images if name in PACKAGES else images.to(DTYPES[precision])
@@ -298,7 +299,7 @@ def list_engines(settings: BenchmarkOptions) -> list[tuple[str, str]]:
 def build_engine(
     name: str, precision: str, model: Any, device: str, folder: Path
 ) -> tuple[nn.Module, nn.Module]:
-    """Return a vitcls model in float32 on the CPU, and the engine that must have the same outputs."""
+    """Return a vitcls model on the CPU, and the engine that must have the same outputs."""
     if name in PACKAGES:
         return FirstOutput(model), FirstOutput(
             open_exported_graph(name, precision, model.config, folder)
@@ -332,7 +333,10 @@ def open_exported_graph(
 
 
 class FirstOutput(nn.Module):
-    """Wrapper that returns the first output of a model: the logits of a classifier, the final tokens of an encoder."""
+    """Wrapper that returns the first output of a model.
+
+    It is the logits of a classifier, or the final tokens of an encoder.
+    """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -408,7 +412,10 @@ def measure_calls_per_second(function: Function) -> float:
 
 
 def uses_cpu_time() -> bool:
-    """Return whether speed is measured per second of CPU time, which other programs hardly change: with one thread."""
+    """Return whether speed is measured per second of CPU time, which requires one thread.
+
+    Other programs hardly change the CPU time.
+    """
     return torch.get_num_threads() == 1 and not torch.cuda.is_initialized()
 
 
@@ -438,7 +445,7 @@ def measure_matrix_product(device: str, dtype: torch.dtype) -> float:
 
 
 def format_markdown(rows: list[Row], settings: BenchmarkOptions) -> str:
-    """Return a Markdown table with one line per row, and a caption with the machine and the versions."""
+    """Return a Markdown table of the rows, and a caption with the machine and the versions."""
     settings = set_default_engines(settings)
     peaks = {
         precision: measure_matrix_product(settings.device, DTYPES[precision])

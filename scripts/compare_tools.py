@@ -1,4 +1,4 @@
-"""Compare tools on the same encoder and photographs: accuracy, CPU time, memory, and the lines that a user writes.
+"""Compare tools on the same encoder: accuracy, CPU time, memory, and lines of code.
 
     python scripts/compare_tools.py --encoder ENCODER --photos PHOTOS --output runs/compared
 
@@ -131,7 +131,7 @@ def rename_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def run_program(name: str, output: Path, environment: dict[str, str]) -> dict[str, Any]:
-    """Run a program, and return its accuracy, CPU seconds, peak memory of its largest process, and lines."""
+    """Run a program, and return its accuracy, CPU seconds, peak memory and lines."""
     folder = output.resolve() / Path(name).stem
     folder.mkdir(exist_ok=True)
     log_file = folder / "log.txt"
@@ -179,7 +179,7 @@ def read_accuracy(folder: Path) -> float:
 
 
 def count_lines(script: Path) -> int:
-    """Return the number of lines without blank lines, and without the docstring of a Python file."""
+    """Return the number of lines without blank lines and the docstring."""
     text = script.read_text(encoding="utf-8")
     if script.suffix == ".py":
         docstring = ast.parse(text).body[0]

@@ -27,7 +27,10 @@ console = Console(soft_wrap=True, highlight=False)
 
 
 def main() -> None:
-    """Train and load a model, and print the next steps. If a command fails, exit with its status."""
+    """Train and load a model, and print the next steps.
+
+    If a command fails, exit with its status.
+    """
     start_time = time.perf_counter()
     output = get_output_dir(sys.argv[1:])
     finetune_arguments = [SCRIPTS / "finetune.py", "--config", RECIPE, "--output-dir", OUTPUT]

@@ -1,4 +1,6 @@
-"""Load a model folder with transformers and check the accuracy in its results.json (second step of `make demo`).
+"""Load a model with transformers, and check the accuracy in its results.json.
+
+This is the second step of `make demo`.
 
     python scripts/demo_load.py runs/demo
 
@@ -78,7 +80,7 @@ def load_held_out_digits() -> tuple[list[Image.Image], list[str]]:
 
 
 def hash_image(image_bytes: bytes, seed: int = 0) -> int:
-    """Return the hash of an image's bytes and the seed, by which fine-tuning orders the images of a class."""
+    """Return the hash by which fine-tuning orders the images of a class."""
     image_hash = int.from_bytes(hashlib.blake2b(image_bytes, digest_size=8).digest(), "big") >> 1
     return int.from_bytes(
         hashlib.blake2b(f"{seed} {image_hash}".encode(), digest_size=8).digest(), "big"

@@ -1,4 +1,6 @@
-"""Measure the speed on a CUDA device, train with sharded weights, run the core tests, and write docs/speed-gpu.md.
+"""Measure and test the package on a CUDA device, and write docs/speed-gpu.md.
+
+The parts measure the speed, train with sharded weights, and run the core tests.
 
     python scripts/gpu.py                        all parts, under 25 minutes (`make gpu`)
     python scripts/gpu.py --parts step fsdp2     some parts
@@ -67,7 +69,8 @@ def main() -> None:
             traceback.print_exc()
             # The messages of subprocess errors contain local paths.
             is_process = isinstance(error, subprocess.SubprocessError)
-            text = f"failed: {type(error).__name__}: {'see the output' if is_process else str(error).splitlines()[0]}"
+            reason = "see the output" if is_process else str(error).splitlines()[0]
+            text = f"failed: {type(error).__name__}: {reason}"
             has_failed = True
         sections.append(f"## {name}\n\n{text.strip()}")
         print(f"\n{sections[-1]}", flush=True)
@@ -99,7 +102,10 @@ def measure(work: str, is_dry_run: bool) -> str:
 
 
 def train_sharded(is_dry_run: bool) -> str:
-    """Train a small model with sharded weights, with a process per GPU, and return a sentence with the loss."""
+    """Train a small model with sharded weights, and return a sentence with the loss.
+
+    There is one process per GPU.
+    """
     settings_file, num_processes = (
         ("fsdp2_cpu.yaml", 2) if is_dry_run else ("fsdp2.yaml", torch.cuda.device_count())
     )

@@ -1,4 +1,4 @@
-"""Determine which plain ViTs of timm and transformers convert exactly, and write the table in docs/coverage.md.
+"""Determine which plain ViTs convert exactly, and write the table in docs/coverage.md.
 
     python scripts/make_coverage.py                       # docs/coverage.md
     python scripts/make_coverage.py --output other.md
@@ -75,9 +75,15 @@ NOT_PLAIN_REASONS = {
 # Features that ViTCLS or the converter does not support, keyed by class name.
 UNSUPPORTED_FEATURES = {
     # timm
-    "Beit": "timm resamples position biases at unevenly spaced points; BEiT converts exactly from `transformers:`",
+    "Beit": (
+        "timm resamples position biases at unevenly spaced points; BEiT converts exactly from "
+        "`transformers:`"
+    ),
     "VisionTransformerRelPos": "position biases are computed by an MLP, or resampled as in `Beit`",
-    "NaFlexVit": "one module embeds patches, tokens and positions, and also packs the patches of several images",
+    "NaFlexVit": (
+        "one module embeds patches, tokens and positions, and also packs the patches of several "
+        "images"
+    ),
     "Cait": "talking-heads attention and separate layers for the CLS token",
     "ConVit": "gated positional self-attention",
     "DeepseekVitClassifier": "the converter has no rules for an encoder in a submodule",
@@ -108,28 +114,31 @@ UNSUPPORTED_FEATURES = {
 }
 HEADER = """# Coverage of other projects' ViTs
 
-`python scripts/make_coverage.py` writes this page. The script builds every architecture with random weights and two
-layers, and converts the model. An architecture is converted exactly if all tokens and logits match those of the source
-model to within 1e-5 of the largest value in float32, at the native size and at a non-square size.
+`python scripts/make_coverage.py` writes this page. The script builds every architecture with random
+weights and two layers, and converts the model. An architecture is converted exactly if all tokens
+and logits match those of the source model to within 1e-5 of the largest value in float32, at the
+native size and at a non-square size.
 
 The versions are timm {timm} and transformers {transformers}.
 
 The timm table lists all modules whose models have a single resolution and global attention, except
-`vision_transformer_hybrid`, which has a CNN before the ViT. EUPE and LingBot-Vision (arXiv 2607.05247) are sets of
-weights for architectures of the module `eva`. Neither library contains ViT-5, so there is no reference implementation
-for a ViT-5 preset.
+`vision_transformer_hybrid`, which has a CNN before the ViT. EUPE and LingBot-Vision (arXiv
+2607.05247) are sets of weights for architectures of the module `eva`. Neither library contains
+ViT-5, so there is no reference implementation for a ViT-5 preset.
 
-Two vision encoders that were published in 2026 are not in the tables, because their configurations do not have the
-fields of an image encoder. Neither is supported:
+Two vision encoders that were published in 2026 are not in the tables, because their configurations
+do not have the fields of an image encoder. Neither is supported:
 
-- Molmo 2 (`Molmo2VisionModel`): the input is a sequence of flattened patches of a grid with one fixed size, so that no
-  image size can be chosen.
-- Kimi K2.5 (`Kimi_K25VisionModel`): batches contain images and videos of several sizes, and the model merges patches.
+- Molmo 2 (`Molmo2VisionModel`): the input is a sequence of flattened patches of a grid with one
+  fixed size, so that no image size can be chosen.
+- Kimi K2.5 (`Kimi_K25VisionModel`): batches contain images and videos of several sizes, and the
+  model merges patches.
 
-Sapiens2: the authors' code computes rotary positions in bfloat16 by default. transformers, timm and the converted
-model compute them in float32, which changes the outputs by up to 4.2e-3. Files in the authors' format are not
-supported; use `transformers:ID`. DINOv3: the authors' files store rotary periods that are rounded to bfloat16, and
-timm and transformers compute the periods in float32 ([Converting checkpoints](converting.md)).
+Sapiens2: the authors' code computes rotary positions in bfloat16 by default. transformers, timm and
+the converted model compute them in float32, which changes the outputs by up to 4.2e-3. Files in the
+authors' format are not supported; use `transformers:ID`. DINOv3: the authors' files store rotary
+periods that are rounded to bfloat16, and timm and transformers compute the periods in float32
+([Converting checkpoints](converting.md)).
 
 """
 
@@ -200,7 +209,7 @@ def measure_timm_model(name: str) -> tuple[float | None, str]:
 
 
 def build_timm_model(name: str) -> Any:
-    """Build an architecture with two blocks, six heads of the original head size, and random values.
+    """Build an architecture with two blocks, six heads of the original size and random values.
 
     Raises:
         ConversionError: If the class of the model is not supported.
@@ -267,7 +276,7 @@ def format_transformers_section() -> str:
 
 
 def list_vision_classes() -> dict[str, Any]:
-    """Return the default configuration of each transformers class by name, or None for convertible classes.
+    """Return the default configuration of each class, or None for convertible classes.
 
     The names are the convertible classes, and all base models whose configuration has the fields of
     an image encoder.
@@ -304,7 +313,7 @@ def measure_transformers_class(name: str) -> tuple[float | None, str]:
 
 
 def build_config(config_class: Any) -> Any:
-    """Build a small configuration, with a small vision configuration if `config_class` contains one."""
+    """Build a small configuration, with a small vision configuration if there is one."""
     default_config = config_class()
     if hasattr(default_config, "vision_config"):
         return config_class(

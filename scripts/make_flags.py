@@ -1,4 +1,4 @@
-"""Write modeling_vitcls/cli/flags.py: the keyword arguments of the Python functions, with their types.
+"""Write modeling_vitcls/cli/flags.py: the keyword arguments of the functions.
 
     python scripts/make_flags.py
 
@@ -22,10 +22,10 @@ from modeling_vitcls.training.options import FinetuneOptions, PretrainOptions
 
 FILE = Path(__file__).parents[1] / "modeling_vitcls" / "cli" / "flags.py"
 
-HEADER = '''"""The keyword arguments of the Python functions (functions.py), for editors and type checkers.
+HEADER = '''"""The keyword arguments of the functions in functions.py, for editors and type checkers.
 
-Written by scripts/make_flags.py from the options of the commands; do not edit it. `vitcls finetune --help-all`
-describes each flag and its default.
+Written by scripts/make_flags.py from the options of the commands; do not edit it. `vitcls finetune
+--help-all` describes each flag and its default.
 """
 
 from collections.abc import Sequence

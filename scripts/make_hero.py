@@ -1,4 +1,4 @@
-"""Draw the image in README.md: photographs, patch features as colors, and the attention of the CLS token over them.
+"""Draw the image in README.md: photographs, patch features and the attention of the CLS token.
 
     python scripts/make_hero.py --model runs/hero
 
@@ -60,7 +60,10 @@ def load_photographs() -> list[Image.Image]:
 
 @torch.no_grad()
 def compute_maps(folder: Path, images: list[Image.Image]) -> list[np.ndarray]:
-    """Return the colors of two layers and the attention of the CLS token, in 0..1: [images, rows, columns, (3)]."""
+    """Return the colors of two layers and the attention of the CLS token.
+
+    The values are in 0..1, [images, rows, columns, (3)].
+    """
     model = ViTCLSModel.from_pretrained(folder).eval()
     processor = ViTCLSImageProcessor.from_pretrained(folder)
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}

@@ -1,4 +1,6 @@
-"""Create the screenshot for docs/inspecting.md: the first screen of a report on a model trained on digits.
+"""Create the screenshot for docs/inspecting.md: the first screen of a report.
+
+The report is about a model that was trained on digits.
 
     python scripts/make_report_image.py --report runs/digits/report.html
 

@@ -1,4 +1,6 @@
-"""Write the features of images with Ray Data: an image folder, or Parquet files with an image column.
+"""Write the features of images with Ray Data.
+
+The images are a folder, or Parquet files with an image column.
 
     python scripts/ray_features.py --model runs/mine --images photos --output features
     python scripts/ray_features.py --model runs/mine --images images.parquet --features cls mean@6 --output features

@@ -113,7 +113,7 @@ class Study:
         return runs
 
     def combine_flags(self, levels: Mapping[str, str], seed: int) -> dict[str, Flags]:
-        """Return the flags of each stage of a run, combined from the stages, the levels and the seed."""
+        """Return the flags of each stage of a run, from the stages, the levels and the seed."""
         stages: dict[str, Flags | None] = {name: flags or {} for name, flags in self.stages.items()}
         for factor, level in levels.items():
             level_flags = dict(self.factors[factor][level])
@@ -208,7 +208,7 @@ class StudyRunner:
                 executor.shutdown(cancel_futures=True)
 
     def execute_run(self, run: StudyRun) -> str:
-        """Run the unfinished stages of a run, and return its metrics or the last line of its log."""
+        """Run the unfinished stages of a run; return its metrics or the last line of its log."""
         log_file = self.get_run_folder(run) / "log.txt"
         log_file.parent.mkdir(parents=True, exist_ok=True)
         environment = os.environ | {
@@ -226,7 +226,8 @@ class StudyRunner:
                     command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False
                 )
             if process.returncode:
-                return f"failed: {log_file.read_text(encoding='utf-8', errors='replace').strip().splitlines()[-1]}"
+                text = log_file.read_text(encoding="utf-8", errors="replace")
+                return f"failed: {text.strip().splitlines()[-1]}"
         row = build_row(self, run)
         return ", ".join(f"{name} {row[name]:.4g}" for name in self.study.metrics if name in row)
 
@@ -285,7 +286,7 @@ class StudyRunner:
 
 
 def write_subset(folder: Path, subset: Flags, source: str | None) -> None:
-    """Write `num_images` random images of the split `train`, and all images of the other splits, as Parquet files."""
+    """Write a random part of the split `train`, and the other splits, as Parquet files."""
     from datasets import load_dataset
 
     partial_folder = folder.with_name(f".{folder.name}.partial")
@@ -310,7 +311,7 @@ def write_subset(folder: Path, subset: Flags, source: str | None) -> None:
 def add_label_groups(
     dataset: "Dataset", column: str, groups: Mapping[str, Sequence[str]]
 ) -> "Dataset":
-    """Return a copy of a dataset with an additional column that contains the group of each image's label."""
+    """Return a dataset with a new column: the group of each image's label."""
     from datasets import ClassLabel
 
     indices = {label: index for index, labels in enumerate(groups.values()) for label in labels}
@@ -324,7 +325,7 @@ def add_label_groups(
 
 
 def build_row(runner: StudyRunner, run: StudyRun) -> dict[str, Any]:
-    """Build the row of a run in runs.parquet: factor levels, seed, status and the numeric values in the results.
+    """Build the row of a run in runs.parquet: levels, seed, status and numbers.
 
     The column names of numeric values start with the stage (for example,
     `inspect.findings.outliers.3`), except for the stage `finetune`. The prefixes `first.` and
@@ -355,7 +356,10 @@ def build_row(runner: StudyRunner, run: StudyRun) -> dict[str, Any]:
 
 
 def flatten_numbers(value: Any, name: str) -> dict[str, float]:
-    """Return the numbers in nested dicts and lists as a flat dict with dotted keys, without long lists."""
+    """Return the numbers in nested dicts and lists as a flat dict with dotted keys.
+
+    Long lists are left out.
+    """
     if isinstance(value, list):
         value = dict(enumerate(value)) if len(value) <= MAX_LIST_LENGTH else {}
     if not isinstance(value, dict):
@@ -399,7 +403,9 @@ def write_page(runner: StudyRunner, rows: "pandas.DataFrame", command: str) -> P
 
 
 def summarize(study: Study, rows: "pandas.DataFrame", metric: str) -> "pandas.DataFrame":
-    """Summarize a metric: one row per combination of levels, and per number of a list of numbers (`NAME.*`).
+    """Summarize a metric: one row per combination of levels.
+
+    A list of numbers (`NAME.*`) has one row per number.
 
     The columns are the levels, the values by seed, their mean and half width of the 95% interval,
     and the mean and the half width of the paired differences from the baseline (NaN for the
@@ -445,7 +451,10 @@ def summarize(study: Study, rows: "pandas.DataFrame", metric: str) -> "pandas.Da
 
 
 def format_table(summary: "pandas.DataFrame") -> str:
-    """Format a Markdown table in which all numbers have the same decimals: two digits of the largest half width."""
+    """Format a Markdown table in which all numbers have the same decimals.
+
+    They are two digits of the largest half width.
+    """
     widths = summary[["half_width", "difference_half_width"]].max(axis=None)
     largest = widths if widths > 0 else summary["mean"].abs().max() / 100 or 1.0
     decimals = max(0, 1 - math.floor(math.log10(largest)))
@@ -500,7 +509,7 @@ def run_study(runner: StudyRunner, command: str) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class StudyOptions:
-    """Compare settings by fine-tuning with each combination of settings and seeds, and write a page of tables."""
+    """Fine-tune with each combination of settings and seeds, and write a page of tables."""
 
     config: Path
     """Study file, or the name of a study file in the package, such as study_digits."""

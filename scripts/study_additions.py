@@ -170,7 +170,10 @@ def load_data(options: Options, name: str) -> Data:
 
 
 def write_cifar(options: Options) -> Path:
-    """Write the first images of each class as an image folder; validation images follow the training images."""
+    """Write the first images of each class as an image folder.
+
+    Validation images follow the training images.
+    """
     folder = options.output / "cifar10"
     if folder.exists():
         return folder
@@ -215,7 +218,10 @@ def train_digits(options: Options, dataset: Path) -> Path:
 
 
 def write_encoder(options: Options, image_size: int) -> Path:
-    """Write the encoder for an image size, with an image processor that scales the shorter side to this size."""
+    """Write the encoder for an image size.
+
+    Its image processor scales the shorter side to this size.
+    """
     folder = options.output / f"encoder-{image_size}"
     if not folder.exists():
         source = resolve(options.encoder).path
@@ -261,7 +267,10 @@ class LeftOut:
 
 
 def leave_out(options: Options, data: Data, name: str | None) -> LeftOut:
-    """Fit a classifier to the training images of all classes but one, as `vitcls finetune --trainable head` does."""
+    """Fit a classifier to the training images of all classes but one.
+
+    It is fitted as by `vitcls finetune --trainable head`.
+    """
     old_classes = [each for each in data.classes if each != name]
     order = [*old_classes, *filter(None, [name])]
     new_labels = np.array([order.index(each) for each in data.classes])
@@ -357,7 +366,7 @@ def run_class(left_out: LeftOut, num_images: int, seed: int) -> dict[str, Any]:
 
 
 def measure(left_out: LeftOut, logits: np.ndarray) -> dict[str, float]:
-    """Return the recall of the new class and what the old classes lose on the test images, in points."""
+    """Return the recall of the new class, and what the old classes lose, in points."""
     test = left_out.features["test"]
     is_old = test.labels < left_out.num_old
     was_right = test.values[:, -left_out.num_old :].argmax(axis=1) == test.labels
@@ -393,7 +402,10 @@ def list_images(data: Data, split: str) -> list[tuple[Path, str]]:
 
 
 def run_add_class(options: Options, data: Data, left_out: LeftOut) -> dict[str, Any]:
-    """Run `add_class` with 20 images, and images of the old classes that the classifier was not fitted to."""
+    """Run `add_class` with 20 images, and with images of the old classes.
+
+    The classifier was not fitted to these images.
+    """
     new = [pair for pair in list_images(data, "train") if pair[1] == left_out.name]
     chosen = np.random.default_rng(0).permutation(len(new))[:20]
     dataset = {
@@ -442,7 +454,7 @@ def run_thousand(options: Options, data: Data) -> dict[str, Any]:
 
 
 def run_tasks(data: Data) -> dict[str, Any]:
-    """Run `add_task` for the first task, and for the others in two orders, on the classifier of the digits."""
+    """Run `add_task` on the classifier of the digits, for the other tasks in two orders."""
     first, *others = TASKS[data.name]
     start, record = add(data, data.encoder, first)
     records = {first: [record]}
@@ -476,7 +488,10 @@ def add(data: Data, source: Path, name: str) -> tuple[Path, dict[str, Any]]:
 
 
 def fit_tasks(options: Options, data: Data) -> dict[str, Any]:
-    """Fit the tasks of clothing on the features, for a classifier on CLS, and append them in two orders."""
+    """Fit the tasks of clothing on the features, and append them in two orders.
+
+    The classifier that they are added to reads the CLS token.
+    """
     train = data.features["train"]
     folder = options.output / f"{data.name}-cls"
     if not folder.exists():

@@ -1,4 +1,6 @@
-"""Study: `vitcls finetune` on few photographs, and ten lines of scikit-learn (model_cards/studies/first_answer.md).
+"""Study: `vitcls finetune` on few photographs, and ten lines of scikit-learn.
+
+The results are in model_cards/studies/first_answer.md.
 
     python scripts/study_first_answer.py --encoder ENCODER --photos PHOTOS --output runs/first-answer
 
@@ -167,7 +169,7 @@ def compute_features(options: Options) -> Features:
 
 
 def run_peer(options: Options, chosen: list[Path], features: Features) -> dict[str, float]:
-    """Fit scikit-learn's regression to the chosen photographs, and measure it on all test photographs."""
+    """Fit scikit-learn's regression to the chosen photographs, and measure it."""
     test = list_photos(options.photos / "test")
     labels, test_labels = (
         np.array([file.parent.name for file in files]) for files in (chosen, test)

@@ -54,7 +54,7 @@ NUM_TRAIN, NUM_TEST, NUM_CALIBRATION_IMAGES = 3000, 2000, 128
 
 
 class PrefixAttention(ViTCLSAttention):
-    """Attention of all tokens to the tokens and to cached keys and values [1, heads, 1, head_dim]."""
+    """Attention to the tokens, and to cached keys and values [1, heads, 1, head_dim]."""
 
     def project_qkv(
         self, hidden_states: Tensor, num_queries: int | None = None
@@ -68,7 +68,10 @@ class PrefixAttention(ViTCLSAttention):
 
 @torch.no_grad()
 def plant_outliers(model: Any, images: Tensor, seed: int) -> tuple[Any, list[list[int]]]:
-    """Return a copy of the model with neurons that are active at patches similar to a random one, and the neurons."""
+    """Return a copy of the model with planted neurons, and the neurons.
+
+    A planted neuron is active at patches similar to a random one.
+    """
     model, first_patch, inputs = copy.deepcopy(model), model.config.token_layout.patches.start, []
     layer = model.layers[LAYER]
     generator = torch.Generator().manual_seed(seed)
@@ -128,7 +131,10 @@ def build_arms(model: Any, neurons: list[list[int]], images: Tensor) -> dict[str
 
 
 def simulate_int8(model: Any) -> Any:
-    """Return a copy whose linear layers compute in int8: weights per output channel, inputs per tensor."""
+    """Return a copy whose linear layers compute in int8.
+
+    Weights are rounded per output channel, and inputs per tensor.
+    """
     model = copy.deepcopy(model)
     for module in model.layers.modules():
         if isinstance(module, nn.Linear):
@@ -151,7 +157,7 @@ def export_int8(model: Any, images: Tensor, folder: str) -> ExportedGraph:
 
 @torch.no_grad()
 def compute_tokens(model: Any, images: Tensor, num_patches: int) -> Tensor:
-    """Return the CLS token and the patches of the last layer, after the final norm, [B, 1 + patches, D]."""
+    """Return the CLS token and the patches after the final norm, [B, 1 + patches, D]."""
     tokens = torch.cat([model(batch)["last_hidden_state"] for batch in images.split(64)])
     return torch.cat([tokens[:, :1], tokens[:, -num_patches:]], dim=1)
 

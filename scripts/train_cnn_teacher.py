@@ -87,7 +87,7 @@ def train_cnn_teacher(
 def train_network(
     model: nn.Module, pixel_values: torch.Tensor, labels: torch.Tensor, epochs: int, flip: bool
 ) -> None:
-    """Train a model on randomly shifted images, with AdamW and a one-cycle learning rate schedule."""
+    """Train a model on randomly shifted images, with AdamW and a one-cycle schedule."""
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     num_steps = epochs * (len(labels) // BATCH_SIZE)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=5e-3, total_steps=num_steps)

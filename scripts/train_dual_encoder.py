@@ -186,7 +186,10 @@ def evaluate_model(
     processor: VisionTextDualEncoderProcessor,
     class_names: list[str],
 ) -> float:
-    """Return the accuracy: the fraction of images for which the caption of the correct class is the most similar."""
+    """Return the accuracy.
+
+    An image is right if the caption of its class is the most similar one.
+    """
     model.eval()
     texts = [EVALUATION_CAPTION.format(name) for name in class_names]
     tokens = processor(text=texts, padding="max_length", max_length=8, return_tensors="pt")

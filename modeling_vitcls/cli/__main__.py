@@ -1,4 +1,4 @@
-"""`python -m modeling_vitcls.cli`, and `accelerate launch -m modeling_vitcls.cli` in several processes."""
+"""`python -m modeling_vitcls.cli`, and the same with `accelerate launch`."""
 
 from . import main
 

@@ -1,4 +1,4 @@
-"""`vitcls add-class`: add classes to a finished classifier, whose logits of the old classes stay equal to the bit.
+"""`vitcls add-class`: add classes to a classifier, whose old logits stay equal to the bit.
 
     vitcls add-class --model runs/mine --dataset path/to/new --output-dir runs/with-new --old-dataset path/to/old
 

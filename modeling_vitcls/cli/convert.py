@@ -1,4 +1,4 @@
-"""`vitcls convert`: convert a timm or transformers ViT, or convert a model back, and write a parity report.
+"""`vitcls convert`: convert a timm or transformers ViT, or convert a model back.
 
     vitcls convert --source timm:vit_base_patch14_reg4_dinov2.lvd142m --output converted
     vitcls convert --source transformers:facebook/dinov2-base@COMMIT --output converted

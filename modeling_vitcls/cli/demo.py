@@ -1,4 +1,4 @@
-"""`vitcls demo`: serve a web page that shows the predictions for images and the attention of the special tokens.
+"""`vitcls demo`: serve a web page that shows predictions and the attention of the tokens.
 
     vitcls demo --model runs/mine
     vitcls demo --model someone/their-model@COMMIT --port 8000
@@ -82,7 +82,7 @@ def run(options: DemoOptions) -> None:
 
 
 def write_examples(run: "ModelFolder", output: Path) -> list[Path]:
-    """Write held-out images of the run that wrote a model folder to another folder, and return their files.
+    """Write held-out images of the run of a model to a folder, and return their files.
 
     The images are drawn at random. There are none if the folder is not the output of a run, if the
     dataset would have to be downloaded, or if it cannot be read.

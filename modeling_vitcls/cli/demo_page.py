@@ -109,7 +109,10 @@ def serve_demo(
 
 
 def load_from_hub(source: str, revision: str) -> tuple[Any, Any]:
-    """Load the classifier or the encoder of a repository, and its image processor, with the code in the repository."""
+    """Load the model and the image processor of a repository, with its code.
+
+    The model is a classifier or an encoder.
+    """
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": True}
     architectures = AutoConfig.from_pretrained(source, **options).architectures or []
     is_classifier = any("Classification" in name for name in architectures)
@@ -181,7 +184,10 @@ def build_page(
 
 
 def list_classifiers(model: Any) -> list[str]:
-    """Return the names of a model's classifiers, in the order of `compute_predictions`; none for an encoder."""
+    """Return the names of a model's classifiers, in the order of `compute_predictions`.
+
+    An encoder has none.
+    """
     config = model.config
     if "Classification" not in (config.architectures or [type(model).__name__])[0]:
         return []

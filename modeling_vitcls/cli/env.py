@@ -20,7 +20,7 @@ OPTIONS_CLASS = EnvOptions
 
 
 def run(options: EnvOptions) -> None:
-    """Print the versions of the libraries, the processor and its instructions, the device and the CPU kernels."""
+    """Print versions, the processor and its instructions, the device and the CPU kernels."""
     import platform
     from pathlib import Path
 

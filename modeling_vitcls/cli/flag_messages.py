@@ -13,7 +13,8 @@ The package names parameters, as Python does. A command prints the same messages
     | `images`                 | PATHS                   |
     | `vitcls push --model M`  | `vitcls push --model M` |
 
-The other parameters, which the command does not have, and commands in backticks (`vitcls ...`) stay.
+The other parameters, which the command does not have, and commands in backticks (`vitcls ...`)
+stay.
 """
 
 import ast

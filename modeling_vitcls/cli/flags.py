@@ -1,7 +1,7 @@
-"""The keyword arguments of the Python functions (functions.py), for editors and type checkers.
+"""The keyword arguments of the functions in functions.py, for editors and type checkers.
 
-Written by scripts/make_flags.py from the options of the commands; do not edit it. `vitcls finetune --help-all`
-describes each flag and its default.
+Written by scripts/make_flags.py from the options of the commands; do not edit it. `vitcls finetune
+--help-all` describes each flag and its default.
 """
 
 from collections.abc import Sequence

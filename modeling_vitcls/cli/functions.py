@@ -121,7 +121,7 @@ def run_training(options: Any) -> dict[str, Any]:
 
 
 def evaluate(model: str | Path, dataset: Any, **flags: Unpack[EvaluateFlags]) -> dict[str, Any]:
-    """Evaluate a saved model, or its frozen features with `frozen="knn"`, as `vitcls evaluate` does.
+    """Evaluate a saved model or its frozen features, as `vitcls evaluate` does.
 
     Args:
         model: a folder, a Hub id or any other checkpoint that `--model` accepts.
@@ -146,7 +146,7 @@ def evaluate(model: str | Path, dataset: Any, **flags: Unpack[EvaluateFlags]) ->
 
 
 def run_evaluation(options: EvaluateOptions) -> dict[str, Any]:
-    """Evaluate the classifier, or the frozen features if `frozen` is set; or audit the dataset if `audit` is set."""
+    """Evaluate the classifier or the frozen features, or audit the dataset."""
     from ..inference.evaluate import evaluate_checkpoint
     from ..inference.frozen import evaluate_frozen
 
@@ -160,7 +160,10 @@ def run_evaluation(options: EvaluateOptions) -> dict[str, Any]:
 
 
 def choose_engine(job: Any) -> Any:
-    """Return the model of a job or a faster graph of it, for `--backend auto`. A choice is printed."""
+    """Return the model of a job, or a faster graph of it, and print the choice.
+
+    This is for `backend="auto"`.
+    """
     from ..export.engine_choice import choose_engine as choose
 
     def print_line(text: str) -> None:
@@ -172,7 +175,7 @@ def choose_engine(job: Any) -> Any:
 def predict(
     model: str | Path, images: Any = (), **flags: Unpack[PredictFlags]
 ) -> list[dict[str, Any]]:
-    """Predict the labels of images, or compute their features with `features="cls"`, as `vitcls predict` does.
+    """Predict the labels of images, or compute their features, as `vitcls predict` does.
 
     Args:
         model: a folder, a Hub id or any other checkpoint that `--model` accepts.
@@ -265,7 +268,9 @@ def look(model: str | Path, image: Any, **flags: Unpack[LookFlags]) -> Any:
 def add_task(
     model: str | Path, dataset: Any, name: str | None, output_dir: str | Path, **flags: Any
 ) -> dict[str, Any]:
-    """Add a task to a finished model, whose other outputs stay equal to the bit, as `vitcls add-task` does.
+    """Add a task to a finished model, as `vitcls add-task` does.
+
+    The other outputs stay equal to the bit.
 
     Args:
         model: a classifier, a multi-task model or an encoder: a folder, a Hub id or any other ViT.
@@ -293,7 +298,9 @@ def add_task(
 def add_class(
     model: str | Path, dataset: Any, output_dir: str | Path, **flags: Any
 ) -> dict[str, Any]:
-    """Add classes to a finished classifier, whose old logits stay equal to the bit, as `vitcls add-class` does.
+    """Add classes to a finished classifier, as `vitcls add-class` does.
+
+    The logits of the old classes stay equal to the bit.
 
     Args:
         model: a classifier with one label per image: a folder or a Hub id.
@@ -339,7 +346,9 @@ def run_addition(options: AddTaskOptions | AddClassOptions) -> dict[str, Any]:
 def verify_unchanged(
     old: str | Path, new: str | Path, dataset: Any = None, **flags: Any
 ) -> dict[str, Any]:
-    """Compare the weights and the outputs of two models to the bit, as `vitcls verify-unchanged` does.
+    """Compare two models to the bit, as `vitcls verify-unchanged` does.
+
+    The weights and the outputs are compared.
 
     Args:
         old, new: folders or Hub ids.

@@ -1,4 +1,4 @@
-"""`vitcls inspect`: show what the special tokens of a model do, in an HTML report and on the terminal.
+"""`vitcls inspect`: show what the special tokens of a model do, in a report and a summary.
 
     vitcls inspect --model runs/mine photo.jpg path/to/folder --output report.html
     vitcls inspect --model runs/digits --dataset digits --json report.json

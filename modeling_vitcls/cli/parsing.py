@@ -92,7 +92,8 @@ def parse_command_line(modules: dict[str, ModuleType], arguments: list[str]) -> 
             ]
         )
     with messages_name_flags(flag_names), one_line_errors():
-        union: Any = Union[tuple(subcommands)]  # noqa: UP007  # the number of types is not known here
+        # the number of types is not known here
+        union: Any = Union[tuple(subcommands)]  # noqa: UP007
         options = tyro.cli(union, prog="vitcls", args=[name, *flags], config=TYRO_CONFIG)
     check_paths(options)
     return name, options
@@ -141,7 +142,10 @@ def prepare_flags(command: str, options_class: type, flags: list[str]) -> list[s
 
 
 def check_choices(name: str, type_hint: Any, flags: list[str]) -> None:
-    """Exit with status 2 if a value of a flag is not one of its choices, which are listed in a fixed order."""
+    """Exit with status 2 if a value of a flag is not one of its choices.
+
+    The choices are listed in a fixed order.
+    """
     types, has_several_values = list_types(type_hint)
     choices = list_choices(type_hint)
     if not choices:
@@ -156,7 +160,10 @@ def check_choices(name: str, type_hint: Any, flags: list[str]) -> None:
 
 
 def list_types(type_hint: Any) -> tuple[list[Any], bool]:
-    """Return the types of one value of a flag, without None, and whether the flag takes several values."""
+    """Return the types of one value of a flag, and whether the flag takes several values.
+
+    None is left out.
+    """
     types = [each for each in get_value_types(type_hint) if each is not type(None)]
     has_several_values = len(types) == 1 and get_origin(types[0]) is tuple
     if has_several_values:
@@ -270,7 +277,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 def find_own_error(ended: BaseException) -> BaseException | None:
-    """Return the error of the options' own checks that made tyro exit; None if tyro found the error."""
+    """Return the error of the options' own checks that made tyro exit, if any."""
     error = ended.__context__
     while error is not None:
         frames = list(traceback.walk_tb(error.__traceback__))
@@ -290,7 +297,8 @@ class FlagGroup:
 
     Attributes:
         title: title of the group, and an example of its flags.
-        texts: name of a flag -> a few words, with a default value only where the flag's own is None.
+        texts: name of a flag -> a few words, with a default value only where the flag's own is
+            None.
     """
 
     title: str
@@ -315,7 +323,7 @@ def format_short_help(command: str, options_class: type, groups: tuple[FlagGroup
 
 
 def describe_values(field: dataclasses.Field[Any]) -> str:
-    """Return the choices and the default value of a flag, in parentheses; an empty text if there are none."""
+    """Return the choices and the default value of a flag in parentheses, if there are any."""
     choices = ", ".join(list_choices(field.type))
     has_default = isinstance(field.default, str | float | int) and not isinstance(
         field.default, bool
@@ -326,7 +334,10 @@ def describe_values(field: dataclasses.Field[Any]) -> str:
 
 
 def read_help_texts(options_class: Any) -> dict[str, str]:
-    """Return the docstrings below the fields of a dataclass, its base classes and its nested dataclasses."""
+    """Return the docstrings below the fields of a dataclass.
+
+    The fields of base classes and nested dataclasses are included.
+    """
     texts: dict[str, str] = {}
     for base in reversed(options_class.__mro__[:-1]):
         parameters = docstring_parser.parse_from_object(base).params
@@ -341,7 +352,10 @@ def read_help_texts(options_class: Any) -> dict[str, str]:
 
 
 def find_recipe(path: Path) -> Path:
-    """Return `path` itself, or the path of the recipe in the package if `path` is a name, such as `digits`."""
+    """Return `path` itself, or the path of a recipe of the package by its name.
+
+    `digits` is such a name.
+    """
     if path.is_file() or path.suffix or path.name != str(path):
         return path
     recipe_files = (folder / f"{path}.yaml" for folder in RECIPE_FOLDERS)
@@ -364,7 +378,7 @@ def read_recipe(path: Path) -> list[str]:
 
 
 def check_recipe_exists(path: Path, kind: str, pattern: str) -> None:
-    """Exit with status 2, and list the names of the recipes that match the pattern, if a file does not exist."""
+    """Exit with status 2 if a file does not exist, and list the recipes that match a pattern."""
     if path.is_file():
         return
     names = sorted({file.stem for folder in RECIPE_FOLDERS for file in folder.glob(pattern)})
@@ -385,7 +399,8 @@ def silence_libraries() -> None:
 
     transformers_logging.disable_progress_bar()
     transformers_logging.get_logger("transformers.modeling_utils").addFilter(
-        lambda record: "LOAD REPORT" not in record.getMessage()  # type: ignore[arg-type]  # logging accepts functions
+        # logging accepts functions
+        lambda record: "LOAD REPORT" not in record.getMessage()  # type: ignore[arg-type]
     )
 
 
@@ -424,7 +439,7 @@ def has_working_directory() -> bool:
 def run_script(
     options_class: type[Options], run: Callable[[Options], None], arguments: list[str] | None = None
 ) -> None:
-    """Run a program of scripts/ that is not a subcommand of `vitcls`, with the same errors of one line.
+    """Run a program of scripts/ that is not a subcommand, with the same errors of one line.
 
     Args:
         options_class: A dataclass whose fields are the flags.

@@ -1,4 +1,6 @@
-"""Convert checkpoints between other projects and this package, with tables of rules for parameter names.
+"""Convert checkpoints between other projects and this package.
+
+Tables of rules map the names of the parameters.
 
     any_checkpoint.py         any supported checkpoint -> a model folder, converted once and cached
     weight_rules.py           rules for parameter names and shapes in both directions, and handling of the classifier

@@ -84,7 +84,7 @@ def resolve(source: str, backend: str = "torch", files: Sequence[str] = ()) -> M
 
 
 def find_or_convert(source: str, files: Sequence[str]) -> str:
-    """Return the folder of a vitcls model, or of a source of another kind, which is converted once."""
+    """Return the folder of a vitcls model, or of the converted model of another source."""
     if source.startswith(SOURCE_PREFIXES) or Path(source).is_file():
         return convert_once(pin_revision(source))
 
@@ -117,7 +117,10 @@ def pin_revision(source: str) -> str:
 
 
 def is_pinned(pinned_source: object, source: object) -> bool:
-    """Return whether `pinned_source` is `source` pinned to a commit, and `source` itself is not pinned."""
+    """Return whether a name is another name pinned to a commit.
+
+    `source` itself is not pinned.
+    """
     if not isinstance(pinned_source, str) or not isinstance(source, str) or pinned_source == source:
         return False
     name, revision = split_revision(source)

@@ -1,9 +1,9 @@
-"""Convert a model, and write the converted model, image processor, parity report and license to a folder.
+"""Convert a model, and write it to a folder with its processor, parity report and license.
 
 If an error occurs, nothing is written. The card is written afterwards, from the folder.
 
 report = convert_checkpoint("timm:vit_base_patch14_reg4_dinov2", Path("converted"))
-report = write_native_model("runs/mine", Path("native"))    # a transformers class, which requires no remote code
+report = write_native_model("runs/mine", Path("native"))    # a class of transformers
 """
 
 import shutil
@@ -54,7 +54,9 @@ SOURCE_CLASSES: dict[str, type[SourceModel]] = {
 def convert_checkpoint(
     source_name: str, output: Path, random_init: bool = False, family: str | None = None
 ) -> Report:
-    """Convert a checkpoint and write the model, image processor, parity report and license to `output`.
+    """Convert a checkpoint, and write the folder of the model.
+
+    The folder has the model, the image processor, the parity report and the license.
 
     Args:
         source_name: `timm:NAME[@FILE]`, `transformers:PATH_OR_ID` (an id may end with `@REVISION`),
@@ -266,7 +268,7 @@ def write_native_model(source: str, output: Path) -> Report:
 
 
 def copy_results(folder: ModelFolder, output_folder: Path) -> None:
-    """Copy the results and flags of the run that trained the weights in `folder`, for the card of the converted model.
+    """Copy the results and flags of the run that trained a model, for the card.
 
     Results of other weights are not copied.
     """

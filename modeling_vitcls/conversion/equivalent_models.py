@@ -52,7 +52,7 @@ class Rewrite:
 
 
 def can_widen_classifier(config: ViTCLSConfig, target: ViTCLSConfig) -> bool:
-    """Return whether a linear classifier uses the CLS token or the mean of the patches, and the target uses both."""
+    """Return whether a linear classifier reads the CLS token or the mean, and the target both."""
     is_linear = (
         bool(config.num_labels) and config.head_type == "linear" and config.num_cls_tokens > 0
     )
@@ -60,7 +60,7 @@ def can_widen_classifier(config: ViTCLSConfig, target: ViTCLSConfig) -> bool:
 
 
 def widen_classifier(weights: Weights, old_config: ViTCLSConfig, new_config: ViTCLSConfig) -> None:
-    """Pad the classifier weight [labels, D] with zeros to [labels, 2 * D], for a classifier on [CLS, mean]."""
+    """Pad the classifier weight [labels, D] with zeros, for a classifier on [CLS, mean]."""
     halves = [weights["classifier.weight"], torch.zeros_like(weights["classifier.weight"])]
     weights["classifier.weight"] = torch.cat(
         halves if old_config.pooling == "cls" else halves[::-1], dim=1
@@ -68,7 +68,7 @@ def widen_classifier(weights: Weights, old_config: ViTCLSConfig, new_config: ViT
 
 
 def can_fold_temperature(config: ViTCLSConfig, target: ViTCLSConfig) -> bool:
-    """Return whether the model has one linear classifier, whose weights can be divided by the temperature."""
+    """Return whether the model has one linear classifier, which can absorb the temperature."""
     return (
         bool(config.num_labels)
         and config.head_type == "linear"
@@ -88,7 +88,7 @@ def fold_temperature(weights: Weights, old_config: ViTCLSConfig, new_config: ViT
 def move_position_embeddings(
     weights: Weights, old_config: ViTCLSConfig, new_config: ViTCLSConfig
 ) -> None:
-    """Add the position embeddings of special tokens to the tokens, or create zero position embeddings."""
+    """Add the position embeddings of special tokens to the tokens, or create zeros."""
     old_groups, new_groups = (
         GROUPS_WITH_POSITIONS[config.position_embedding_tokens]
         for config in (old_config, new_config)

@@ -1,4 +1,6 @@
-"""Convert published state dicts through timm: DINO, iBOT, MSN, I-JEPA, DINOv2, DINOv3, TIPS, DeiT, MAE and big_vision.
+"""Convert published state dicts through timm.
+
+The families are DINO, iBOT, MSN, I-JEPA, DINOv2, DINOv3, TIPS, DeiT, MAE and big_vision.
 
     weights = prepare_weights(torch.load("dinov2_vits14_reg4_pretrain.pth", weights_only=True), "dinov2")
     model = convert_family_model(build_timm_model(weights, "dinov2"), weights, "dinov2")
@@ -50,7 +52,7 @@ BILINEAR_ALIGNED: Fields = {"position_interpolation": "bilinear", "position_anti
 def resample_as_authors(
     maps: torch.Tensor, grid: tuple[int, int], resampling: Fields
 ) -> torch.Tensor:
-    """Resample maps [1, D, rows, columns] to a grid with PyTorch's function, as in the authors' code."""
+    """Resample maps [1, D, rows, columns] to a grid, as in the authors' code."""
     mode = resampling.get("position_interpolation", "bicubic")
     if offset := resampling.get("position_offset"):
         factors = [(new + offset) / old for new, old in zip(grid, maps.shape[-2:], strict=True)]
@@ -197,7 +199,10 @@ def convert_linear_head(converted_weights: Weights, weights: Weights) -> Fields:
 
 
 def split_linear_head(weights: Weights) -> tuple[torch.Tensor, ...]:
-    """Split the weight of DINOv2's linear classifier into matrices [labels, D]: one per CLS token, then the mean."""
+    """Split the weight of DINOv2's linear classifier into matrices [labels, D].
+
+    There is one matrix for each CLS token, and then one for the mean of the patches.
+    """
     weight = weights[LINEAR_HEAD]
     width = find_weight(weights, "patch_embed.proj.weight").shape[0]
     num_vectors = weight.shape[1] // width
@@ -359,7 +364,7 @@ def load_timm_weights(model: Any, weights: Weights, family: str) -> None:
 
 
 def read_vit_options(weights: Weights, family: str) -> dict[str, Any]:
-    """Return the arguments of `timm.create_model` for weights with the parameter names of timm or DINOv2."""
+    """Return the arguments of `timm.create_model` for weights named as in timm or DINOv2."""
     width, channels, *patch_size = find_weight(weights, "patch_embed.proj.weight").shape
     num_heads = 20 if (family, width) == ("dinov3", 1280) else NUM_HEADS.get(width)
     if num_heads is None:
@@ -457,7 +462,7 @@ def count_blocks(weights: Weights, pattern: str) -> int:
 
 
 def find_weight(weights: Weights, pattern: str) -> torch.Tensor:
-    """Return the first weight whose name matches a pattern. Raise ConversionError if there is none."""
+    """Return the first weight whose name matches a pattern, or raise ConversionError."""
     for name, weight in weights.items():
         if re.fullmatch(pattern, name):
             return weight

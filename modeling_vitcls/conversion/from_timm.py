@@ -1,4 +1,7 @@
-"""Convert ViTs from timm: `VisionTransformer`, `VisionTransformerDistilled` (DeiT) and `Eva` (EVA, PE, DINOv3, ...).
+"""Convert ViTs from timm.
+
+The classes are `VisionTransformer`, `VisionTransformerDistilled` (DeiT) and `Eva` (EVA, PE, DINOv3,
+...).
 
     model = convert_from_timm(timm.create_model("vit_base_patch16_clip_224.openai", pretrained=True))
 
@@ -85,12 +88,15 @@ def read_timm_model(model: nn.Module) -> tuple[ViTCLSConfig, Weights]:
 
 
 def has_pooler(model: TimmModule) -> bool:
-    """Return whether a timm model has one pooled output. A model with a distillation token has two."""
+    """Return whether a timm model has one pooled output.
+
+    A model with a distillation token has two.
+    """
     return bool(model.global_pool) and getattr(model, "dist_token", None) is None
 
 
 def rewrite_state_dict(model: TimmModule) -> Weights:
-    """Return the model's state dict after rewriting parallel branches and differential attention."""
+    """Return the state dict with parallel branches and differential attention rewritten."""
     weights: Weights = model.state_dict()
     for index, block in enumerate(model.blocks):
         prefix = f"blocks.{index}."
@@ -104,7 +110,9 @@ def rewrite_state_dict(model: TimmModule) -> Weights:
 
 
 def merge_branches(weights: Weights, prefix: str, num_branches: int) -> None:
-    """Rewrite `attns.j` and `ffns.j` of a block as one attention module and one MLP (arXiv 2203.09795, section 3).
+    """Rewrite `attns.j` and `ffns.j` of a block as one attention module and one MLP.
+
+    The branches are those of arXiv 2203.09795, section 3.
 
     All branches have the same input. The scale and bias of each norm are folded into the subsequent
     projections, and LayerScale is folded into the preceding projection. The branches are then
@@ -220,7 +228,10 @@ QKV_NAMES = [f"layers.{{i}}.attention.{letter}_proj.{{rest}}" for letter in "qkv
 
 
 def split_mlp_qkv(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
-    """Split the input projection [mlp + 3 * D, ...] of a parallel block into MLP, query, key and value projections."""
+    """Split the input projection [mlp + 3 * D, ...] of a parallel block.
+
+    The parts are the projections of the MLP, the queries, the keys and the values.
+    """
     mlp, qkv = tensor.tensor_split([config.intermediate_size])
     return [mlp, *qkv.chunk(3)]
 

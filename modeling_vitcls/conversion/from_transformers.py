@@ -28,7 +28,9 @@ from .weight_rules import (
 
 
 def convert_from_transformers(model: PreTrainedModel) -> ViTCLSPreTrainedModel:
-    """Convert a transformers ViT to a vitcls model in eval mode with the same outputs, dtype and device.
+    """Convert a transformers ViT to a vitcls model with the same outputs, dtype and device.
+
+    The model is in eval mode.
 
     The source is left unchanged. A classifier becomes a `ViTCLSForImageClassification` with the
     same labels. An image embedding model (CLIP with projection) also becomes a
@@ -47,8 +49,8 @@ def convert_from_transformers(model: PreTrainedModel) -> ViTCLSPreTrainedModel:
     Example:
         >>> from modeling_vitcls import convert_from_transformers
         >>> from transformers import ViTConfig, ViTModel
-        >>> source = ViTModel(ViTConfig(hidden_size=96, num_attention_heads=3, intermediate_size=384))
-        >>> model = convert_from_transformers(source.eval())
+        >>> config = ViTConfig(hidden_size=96, num_attention_heads=3, intermediate_size=384)
+        >>> model = convert_from_transformers(ViTModel(config).eval())
         >>> model.config.token_counts
         (1, 0, 0)
     """
@@ -80,7 +82,7 @@ def convert_from_transformers(model: PreTrainedModel) -> ViTCLSPreTrainedModel:
 
 
 def read_labels(config: Any) -> Fields:
-    """Return the label names and the problem type that are set in the configuration of the source."""
+    """Return the label names and the problem type in the configuration of the source."""
     label_fields = {
         "id2label": config.id2label,
         "label2id": config.label2id,
@@ -105,14 +107,14 @@ class ConvertibleClass:
 
 
 def is_convertible(module: torch.nn.Module) -> bool:
-    """Return whether the class of a module is a supported transformers class; subclasses are not supported."""
+    """Return whether the class of a module is supported; subclasses are not."""
     return type(module).__name__ in CONVERTIBLE_CLASSES and type(module).__module__.startswith(
         "transformers."
     )
 
 
 def strip_encoder_name(weights: Weights, encoder_name: str | None) -> Weights:
-    """Return a state dict in which the names of the encoder's weights do not start with the name of the encoder.
+    """Return a state dict without the name of the encoder in its parameter names.
 
     `encoder_name` is None if the model is an encoder; the names are then unchanged.
     """

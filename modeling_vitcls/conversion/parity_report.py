@@ -35,7 +35,9 @@ def compare_models(
     native_size_reason: str = "",
     processor_size: tuple[int, int] | None = None,
 ) -> tuple[list[Report], str]:
-    """Compare the outputs at the native size, the size that the image processor makes, and a non-square size.
+    """Compare the outputs of a source and the converted model at up to three image sizes.
+
+    The sizes are the native size, the size that the image processor makes, and a non-square size.
 
     Raise ConversionError if a difference exceeds `MAX_DIFFERENCE`.
 
@@ -103,7 +105,10 @@ def compare_models(
 
 
 def describe_pooling(source: SourceModel, config: ViTCLSConfig) -> list[str]:
-    """Return a note if timm pools another token than the authors (huggingface/pytorch-image-models#2681)."""
+    """Return a note if timm pools another token than the authors.
+
+    See huggingface/pytorch-image-models#2681.
+    """
     is_dinov3 = source.project == "timm" and "dinov3" in source.name.lower()
     if not is_dinov3 or config.pooling != "mean":
         return []
@@ -114,7 +119,7 @@ def describe_pooling(source: SourceModel, config: ViTCLSConfig) -> list[str]:
 
 
 def describe_position_embeddings(source: SourceModel, config: ViTCLSConfig) -> list[str]:
-    """Return notes on how the converted model computes position embeddings, and how other implementations differ."""
+    """Return notes on how the model computes positions, and how other implementations differ."""
     notes = []
     if config.position_embedding_type.startswith("learned") and not source.native_size_reason:
         offset_text = f", offset {config.position_offset}" if config.position_offset else ""
@@ -147,7 +152,7 @@ def describe_position_embeddings(source: SourceModel, config: ViTCLSConfig) -> l
 def get_non_square_size(
     image_size: tuple[int, int], patch_size: tuple[int, int]
 ) -> tuple[int, int]:
-    """Return an image size (height, width) with fewer rows and more columns of patches than `image_size`."""
+    """Return an image size (height, width) with fewer rows and more columns of patches."""
     height, width = image_size
     patch_height, patch_width = patch_size
     rows = height // patch_height
@@ -156,7 +161,7 @@ def get_non_square_size(
 
 
 def build_random_images(shape: tuple[int, int, int, int]) -> torch.Tensor:
-    """Build random images [B, C, height, width]; calls with the same shape return the same images."""
+    """Build random images [B, C, height, width], the same ones for the same shape."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 

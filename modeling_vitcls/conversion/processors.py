@@ -68,7 +68,7 @@ def convert_timm_preprocessing(model: nn.Module) -> ConvertedPreprocessing:
 
 
 def convert_timm_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Convert the settings returned by `timm.data.resolve_data_config` to settings of the image processor."""
+    """Convert the settings of `timm.data.resolve_data_config` to those of the image processor."""
     channels, height, width = settings["input_size"]
     scaled_height, scaled_width = (
         math.floor(length / settings["crop_pct"]) for length in (height, width)
@@ -200,7 +200,7 @@ def build_default_preprocessing(image_size: tuple[int, int], reason: str) -> Con
 
 
 def build_preprocessing_record(settings_name: str, reason: str) -> dict[str, Any]:
-    """Return the field `preprocessing` of the parity report for a processor that was not compared with a source.
+    """Return the field `preprocessing` of the parity report, without a comparison.
 
     `reason` is the reason why the default processor is used.
     """

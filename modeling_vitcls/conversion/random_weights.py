@@ -17,7 +17,9 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @torch.no_grad()
 def randomize_weights(model: Model) -> Model:
-    """Fill a model in place with random values and return it in eval mode; repeated calls give the same values.
+    """Fill a model in place with random values, and return it in eval mode.
+
+    Repeated calls give the same values.
 
     Scales (norms, LayerScale, variances) are uniformly distributed from 0.5 to 1.5. Other values
     are normally distributed with mean 0 and these standard deviations: 1 / sqrt(fan in) for weights

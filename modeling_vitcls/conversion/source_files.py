@@ -1,4 +1,4 @@
-"""Load a published state-dict file: containers, prefixes of parameter names, and the family of the weights.
+"""Load a published state-dict file, and find the family of its weights.
 
     source = FileSource.load(Path("dinov2_vits14_reg4_pretrain.pth"))
     source = FileSource.load(Path("dino_deitsmall16_pretrain.pth"), family="dino")
@@ -56,7 +56,8 @@ CONTAINER_KEYS = (
 MAX_CONTAINER_DEPTH = 8
 WRAPPER_PREFIXES = ("module.", "_orig_mod.", "backbone.")
 
-# Family -> regular expression for the weight names that identify the family. The first matching family is used.
+# Family -> regular expression for the weight names that identify the family. The first matching
+# family is used.
 FAMILY_PATTERNS = {
     "big_vision": r"(.*/)?embedding/kernel",
     "dinov3": r"storage_tokens|rope_embed\.periods",
@@ -112,7 +113,7 @@ class FileSource(TimmSource):
         return LINEAR_HEAD in self.weights or super().has_classifier
 
     def compute_outputs(self, pixel_values: torch.Tensor) -> Outputs:
-        """Return the outputs of the timm model or, for DINOv2's hub classifiers, the logits of the linear head."""
+        """Return the outputs of the timm model, with the logits of DINOv2's linear head if any."""
         if LINEAR_HEAD not in self.weights:
             return super().compute_outputs(pixel_values)
         size = pixel_values.shape[-2], pixel_values.shape[-1]
@@ -134,7 +135,10 @@ class FileSource(TimmSource):
         return convert_family_model(self.model, self.weights, self.family)
 
     def build_resized_model(self, size: tuple[int, int]) -> Any:
-        """Return the timm model for another image size, with position embeddings resampled as in the authors' code."""
+        """Return the timm model for another image size.
+
+        The position embeddings are resampled as in the authors' code.
+        """
         model = super().build_resized_model(size)
         if self.resampling is not None:
             num_prefix_tokens = 0 if self.model.no_embed_class else self.model.num_prefix_tokens
@@ -195,7 +199,9 @@ def read_state_dict(file: Path) -> Mapping[str, Any]:
 
 
 def unwrap_weights(weights: Mapping[str, Any], notes: list[str]) -> tuple[Weights, str | None]:
-    """Return the tensors of the image encoder, with prefixes stripped, and the key of the innermost container.
+    """Return the tensors of the image encoder, and the key of the innermost container.
+
+    Prefixes of the parameter names are stripped.
 
     Add a note if the file contains weights outside the encoder, such as the projection head of a
     teacher.
@@ -226,7 +232,7 @@ def unwrap_weights(weights: Mapping[str, Any], notes: list[str]) -> tuple[Weight
 
 
 def has_encoder(weights: Weights, prefix: str) -> bool:
-    """Return whether the weights contain an image encoder whose parameter names start with `prefix`."""
+    """Return whether the weights contain an image encoder below `prefix`."""
     return any(
         re.match(rf"{re.escape(prefix)}.*patch_embed\.proj\.weight", name) for name in weights
     )

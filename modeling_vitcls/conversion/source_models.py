@@ -173,7 +173,10 @@ class TransformersSource(Source):
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Image size in the configuration, or, for SigLIP 2, the size of a square image with `num_patches` patches."""
+        """Image size in the configuration, as (height, width).
+
+        For SigLIP 2, it is the size of a square image with `num_patches` patches.
+        """
         config = getattr(self.model.config, "vision_config", self.model.config)
         if not hasattr(config, "image_size"):  # SigLIP 2
             side = isqrt(config.num_patches) * config.patch_size
@@ -183,7 +186,7 @@ class TransformersSource(Source):
 
     @property
     def has_classifier(self) -> bool:
-        """Return whether the model outputs logits or an image embedding, which is treated as logits."""
+        """Return whether the model outputs logits, or an image embedding instead of logits."""
         return self.encoder is not self.model
 
     def convert(self) -> ViTCLSPreTrainedModel:
@@ -239,7 +242,7 @@ class TransformersSource(Source):
         return inputs
 
     def convert_preprocessing(self) -> ConvertedPreprocessing:
-        """Convert preprocessor_config.json if the file exists, or build the default image processor."""
+        """Convert preprocessor_config.json, or build the default image processor."""
         return convert_transformers_preprocessing(self.folder, self.image_size)
 
 
@@ -247,7 +250,7 @@ SourceModel = TimmSource | TransformersSource
 
 
 def check_timm_architecture(name: str) -> None:
-    """Raise ConversionError if timm has no architecture of this name, or if it is not a ViT, before any download."""
+    """Raise ConversionError, before any download, unless timm has a ViT of this name."""
     import timm
 
     if not timm.is_model(name):
@@ -275,7 +278,10 @@ def check_timm_architecture(name: str) -> None:
 
 
 def get_convertible_class(config: transformers.PreTrainedConfig) -> Any:
-    """Return the transformers class that loads a checkpoint, or its encoder if only the encoder can be converted."""
+    """Return the transformers class that loads a checkpoint, or only its encoder.
+
+    The encoder is loaded if the whole model cannot be converted.
+    """
     architecture = (config.architectures or [""])[0]
     encoder_config = getattr(config, "vision_config", config)
     model_name, encoder_name = (
@@ -333,7 +339,10 @@ def load_transformers_model(
 
 
 def raise_if_unsafe_pickle(name_or_path: str, error: BaseException) -> None:
-    """Raise ConversionError if loading failed because a file contains code or objects other than tensors."""
+    """Raise ConversionError if a file contains code or objects other than tensors.
+
+    `error` is the reason why loading failed.
+    """
     if "TorchScript" in str(error):
         raise ConversionError(
             f"{name_or_path} is a TorchScript archive. Save its state dict"
@@ -346,7 +355,10 @@ def raise_if_unsafe_pickle(name_or_path: str, error: BaseException) -> None:
 
 
 def flatten_patches(pixel_values: torch.Tensor, patch_size: int) -> dict[str, Any]:
-    """Build the inputs of SigLIP 2: flattened patches with channels last, and the size of the patch grid."""
+    """Build the inputs of SigLIP 2: flattened patches, and the size of the patch grid.
+
+    The channels come last in a patch.
+    """
     batch_size, _, height, width = pixel_values.shape
     rows = height // patch_size
     columns = width // patch_size

@@ -97,7 +97,10 @@ def read_tokens(model: TimmModule) -> Fields:
 
 
 def read_positions(model: TimmModule) -> Fields:
-    """Return the fields of learned position embeddings, which timm resamples bicubically with antialiasing."""
+    """Return the fields of learned position embeddings.
+
+    timm resamples them bicubically with antialiasing.
+    """
     if model.pos_embed is None:
         return {"position_embedding_type": "none"}
     token_counts = read_tokens(model)
@@ -117,7 +120,10 @@ def read_positions(model: TimmModule) -> Fields:
 
 
 def read_rotary_positions(model: TimmModule) -> Fields:
-    """Return the fields of rotary position embeddings, which replace or complement learned position embeddings."""
+    """Return the fields of rotary position embeddings.
+
+    They replace or complement learned position embeddings.
+    """
     rope = getattr(model, "rope", None)
     if rope is None:
         return {}
@@ -154,7 +160,7 @@ def read_rotary_positions(model: TimmModule) -> Fields:
 
 
 def read_norms(model: TimmModule) -> Fields:
-    """Return the type and eps of the norms, and whether the model has a final norm and a pooled norm."""
+    """Return the type and eps of the norms, and which of the optional norms exist."""
     norms = {
         (NORM_TYPES.get(get_class_name(module), get_class_name(module)), module.eps)
         for name, module in model.named_modules()
@@ -188,7 +194,7 @@ def read_block(block: TimmModule) -> Fields:
 
 
 def read_parallel_block(block: TimmModule) -> Fields:
-    """Return the fields of a block that applies attention and MLP in parallel, with fused projections."""
+    """Return the fields of a block with attention and MLP in parallel and fused projections."""
     return {
         "layer_type": "parallel",
         "attention_type": "differential" if hasattr(block, "sub_norm") else "softmax",
@@ -203,7 +209,7 @@ def read_parallel_block(block: TimmModule) -> Fields:
 
 
 def read_branched_block(block: TimmModule) -> Fields:
-    """Return the fields of a block whose parallel branches are merged by `merge_branches` in from_timm.py."""
+    """Return the fields of a block whose parallel branches from_timm.py merges."""
     attention = block.attns[0].attn
     mlp = block.ffns[0].mlp
     fields = read_attention(attention) | read_mlp(mlp)
@@ -324,7 +330,10 @@ def read_pooling(model: TimmModule, hidden_act: str | None) -> Fields:
 
 
 def read_attention_pool(model: TimmModule, hidden_act: str | None) -> Fields:
-    """Return the fields of attention pooling. In `Eva`, the query also attends to special tokens."""
+    """Return the fields of attention pooling.
+
+    In `Eva`, the query also attends to special tokens.
+    """
     pooler = model.attn_pool
     check_supported(
         get_class_name(pooler) == "AttentionPoolLatent",

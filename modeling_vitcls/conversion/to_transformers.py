@@ -176,7 +176,7 @@ def find_best_match(model_class: str, config: ViTCLSConfig, native_size_only: bo
 def find_equivalent_match(
     target: TargetClass, config: ViTCLSConfig, native_size_only: bool
 ) -> TargetMatch:
-    """Apply all rewrites that reduce the number of mismatches, and return the match of the new configuration."""
+    """Apply all rewrites that reduce the number of mismatches, and return the new match."""
     match = compare_with_target(target, config)
 
     for rewrite in REWRITES:
@@ -195,7 +195,7 @@ def find_equivalent_match(
 
 
 def compare_with_target(target: TargetClass, config: ViTCLSConfig) -> TargetMatch:
-    """Build the target from a configuration, convert the target configuration back, and compare the fields."""
+    """Convert a configuration to the target and back, and compare the fields."""
     convertible_class = CONVERTIBLE_CLASSES[target.name]
 
     try:
@@ -328,7 +328,7 @@ def get_unused_fields(config: ViTCLSConfig, has_head: bool) -> set[str]:
 
 
 def get_qkv_biases(config: ViTCLSConfig) -> dict[str, bool]:
-    """Return `query_bias`, `key_bias` and `value_bias`: whether each of these projections has a bias."""
+    """Return whether each projection has a bias: `query_bias`, `key_bias` and `value_bias`."""
     biases = {name: getattr(config, name) for name in ("query_bias", "key_bias", "value_bias")}
     return {name: config.qkv_bias if bias is None else bias for name, bias in biases.items()}
 
@@ -370,7 +370,8 @@ def build_transformers_model(match: TargetMatch, model: ViTCLSPreTrainedModel) -
         else:
             raise ConversionError(f"weights missing: {name}")
 
-    transformers_model.to(device=model.device, dtype=model.dtype)  # type: ignore[call-arg]  # `to` is untyped in transformers
+    # `to` is untyped in transformers
+    transformers_model.to(device=model.device, dtype=model.dtype)  # type: ignore[call-arg]
     transformers_model.load_state_dict(target_weights)
     transformers_model.eval()
     return transformers_model

@@ -1,4 +1,4 @@
-"""Rules for the parameter names and configurations of plain ViTs in transformers, one table per family.
+"""Rules for the parameter names and configurations of plain ViTs in transformers.
 
 The classes of each family are listed in from_transformers.py. If transformers renamed a parameter
 between versions, both names are listed. Dropout and drop path rates are copied, but this package
@@ -45,7 +45,7 @@ class TransformersFamily:
     has_square_grid: bool = False
 
     def read_all_fields(self, config: Any, weights: Weights) -> Fields:
-        """Return the fields of `ViTCLSConfig`. Raise ConversionError if the model is not supported."""
+        """Return the fields of `ViTCLSConfig`, or raise ConversionError."""
         if self.has_square_grid and not isinstance(
             round_to_patches(config.image_size, config.patch_size), int
         ):
@@ -216,7 +216,7 @@ def read_dinov2_fields(config: Any, weights: Weights) -> Fields:
 
 
 def select_by_mlp_type(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
-    """Return the tensor for the first target if the MLP is plain, and for the second target if the MLP is gated."""
+    """Return the tensor for the first target if the MLP is plain, else for the second."""
     return [tensor, tensor[:0]] if config.mlp_type == "mlp" else [tensor[:0], tensor]
 
 
@@ -260,7 +260,9 @@ SIGLIP_RULES = [
 
 
 def read_siglip_fields(config: Any, weights: Weights) -> Fields:
-    """Return the fields of SigLIP, which has no special tokens and uses attention pooling if the model has a head.
+    """Return the fields of SigLIP, which has no special tokens.
+
+    A model with a head uses attention pooling.
 
     The converted SigLIP 2 expects images instead of flattened patches.
     """
@@ -300,13 +302,13 @@ def read_internvl_fields(config: Any, weights: Weights) -> Fields:
 
 
 def add_identity_projection(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
-    """Return the probe for a query that has no projection, an identity projection weight and a zero bias."""
+    """Return the probe, an identity projection and a zero bias, for a query without projection."""
     identity = torch.eye(config.hidden_size, dtype=tensor.dtype, device=tensor.device)
     return [tensor, identity, identity.new_zeros(config.hidden_size)]
 
 
 def append_missing_bias(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
-    """Return a weight and a zero bias, or an empty bias if the model has query, key and value biases."""
+    """Return a weight and a zero bias, or an empty bias if the model has biases."""
     return [tensor, tensor[:0]] if config.qkv_bias else append_zero_bias(tensor, config)
 
 
@@ -348,7 +350,7 @@ BEIT_RULES = [
 
 
 def read_beit_fields(config: Any, weights: Weights) -> Fields:
-    """Return the fields of BEiT, which has a relative position bias, position embeddings, or both."""
+    """Return the fields of BEiT: a relative position bias, position embeddings, or both."""
     bias_type = "shared" if config.use_shared_relative_position_bias else "none"
     if config.use_relative_position_bias:
         bias_type = "layer"
@@ -362,7 +364,7 @@ def read_beit_fields(config: Any, weights: Weights) -> Fields:
 
 
 def add_shared_bias(weights: Weights) -> Weights:
-    """Add the shared relative position bias table to the table of each layer, if the model has both types."""
+    """Add the shared relative position bias to that of each layer, if the model has both."""
     shared_prefixes = ("shared_position_bias.", "encoder.relative_position_bias.")
     table_names = [name for name in weights if name.endswith("relative_position_bias_table")]
     shared_table_name = next(
@@ -398,7 +400,10 @@ RADIO_RULES = [
 
 
 def read_radio_fields(config: Any, weights: Weights) -> Fields:
-    """Return the fields of RADIO, which concatenates CLS tokens and crops position embeddings to the image size."""
+    """Return the fields of RADIO.
+
+    It concatenates CLS tokens, and crops position embeddings to the image size.
+    """
     return read_common_fields(config, weights) | {
         "image_size": round_to_patches(config.max_img_size, config.patch_size),
         "cls_pooling": "concat",

@@ -56,7 +56,7 @@ class ConversionError(ValueError):
 
 
 def split_positions(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
-    """Split position embeddings [1, N, D] or [N, D] into the token groups of `POSITIONS`, [1, n, D] each."""
+    """Split position embeddings [1, N, D] or [N, D] into token groups [1, n, D]."""
     positions = tensor.reshape(1, -1, config.hidden_size)
     groups = GROUPS_WITH_POSITIONS[config.position_embedding_tokens]
     token_counts = [
@@ -71,7 +71,10 @@ def reshape_token(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.
 
 
 def repeat_kv(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
-    """Repeat the key or value heads [heads * head_dim, ...] of grouped-query attention to match the query heads."""
+    """Repeat the key or value heads [heads * head_dim, ...] of grouped-query attention.
+
+    There are then as many as query heads.
+    """
     heads = tensor.unflatten(0, (-1, config.head_dim))
     return [heads.repeat_interleave(config.num_attention_heads // len(heads), dim=0).flatten(0, 1)]
 
@@ -105,7 +108,7 @@ class Rule:
     axis: int = 0  # axis along which `revert_weights` concatenates the targets
 
     def match(self, name: str) -> list[str] | None:
-        """Return the target names of the parameter `name`, or None if the pattern does not match."""
+        """Return the target names of a parameter, or None if the pattern does not match."""
         pattern = self.pattern.replace(".", r"\.").replace("{i}", r"(?P<i>\d+)")
         match = re.fullmatch(re.sub(r"\{(\w+)\}", r"(?P<\1>.+)", pattern), name)
         targets = [self.targets] if isinstance(self.targets, str) else self.targets
@@ -179,7 +182,7 @@ def divide(tensor: torch.Tensor, num_parts: int) -> Sequence[torch.Tensor]:
 
 
 def find_rule(rules: Sequence[Rule], name: str) -> tuple[Rule | None, list[str]]:
-    """Return the first rule that matches `name`, and the names of its targets; (None, []) if no rule matches."""
+    """Return the first rule that matches `name`, and its targets; (None, []) for no rule."""
     for rule in rules:
         if (targets := rule.match(name)) is not None:
             return rule, targets
@@ -195,7 +198,7 @@ def build_model(
     add_pooling_layer: bool = True,
     has_classifier: bool | None = None,
 ) -> ViTCLSPreTrainedModel:
-    """Build a model in eval mode from converted weights, with the dtype and device of these weights.
+    """Build a model in eval mode from converted weights, with their dtype and device.
 
     Args:
         weights: Encoder weights, named as in `ViTCLSModel`, and classifier weights.
@@ -220,7 +223,8 @@ def build_model(
         else:
             model = ViTCLSModel(config, add_pooling_layer=add_pooling_layer)
 
-    model.to(device=kernel.device, dtype=kernel.dtype)  # type: ignore[call-arg]  # `to` is untyped in transformers
+    # `to` is untyped in transformers
+    model.to(device=kernel.device, dtype=kernel.dtype)  # type: ignore[call-arg]
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

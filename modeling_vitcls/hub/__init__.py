@@ -1,4 +1,6 @@
-"""Access to the Hugging Face Hub that all folders share. publishing/ writes cards, pushes and verifies models.
+"""Access to the Hugging Face Hub that all folders share.
+
+publishing/ writes cards, and pushes and verifies models.
 
     connection.py      timeouts, retries and error messages for requests to the Hub
     loading.py         model name -> local folder, from the Hub or the cache; branch or tag -> commit; timm models

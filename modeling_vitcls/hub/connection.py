@@ -72,7 +72,7 @@ def set_hub_timeout(seconds: float) -> Iterator[None]:
 
 @contextmanager
 def end_requests_without_response(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError, a temporary error for `retry`, if the Hub sends nothing for `seconds` within the block.
+    """Raise TimeoutError, a temporary error, if the Hub sends nothing for `seconds`.
 
     huggingface_hub itself repeats such a request five times without a word.
     """
@@ -95,7 +95,7 @@ def end_requests_without_response(seconds: float) -> Iterator[None]:
 
 @contextmanager
 def silence_transformers() -> Iterator[None]:
-    """Turn off transformers' progress bars and warnings, for example about unused classifier weights."""
+    """Turn off transformers' progress bars and warnings within the block."""
     verbosity = transformers_logging.get_verbosity()
     had_progress_bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

@@ -150,7 +150,10 @@ def check_is_vitcls(source: str, folder: str | Path) -> dict[str, Any]:
 
 
 def get_external_model_folder(source: str, revision: str | None = None) -> str:
-    """Return the folder of a model from another project, including pickled weights if no safetensors files exist."""
+    """Return the folder of a model from another project.
+
+    It includes pickled weights if no safetensors files exist.
+    """
     folder = get_model_folder(source, revision=revision)
     if any(Path(folder).glob("*.safetensors")):
         return folder
@@ -188,7 +191,7 @@ def fetch_repo_info(
 def fall_back_to_cache(
     repo_id: str, repo_type: RepoType = "model", revision: str | None = None
 ) -> Iterator[str | None]:
-    """If the Hub does not respond, run the block as if HF_HUB_OFFLINE were set, so that other libraries use the cache.
+    """If the Hub does not respond, run the block offline, so that libraries use the cache.
 
     Yield the hash of the commit on the Hub, or None if the Hub was not reached. Raise OSError if
     there is no such repository or revision, or if the Hub does not respond and the block fails.
@@ -245,7 +248,7 @@ def is_hub_id(source: str) -> bool:
 
 
 def download_model(repo_id: str, patterns: Sequence[str], revision: str | None) -> str:
-    """Download the commit of the revision, by default the newest commit, and return the folder in the cache.
+    """Download a commit, by default the newest, and return its folder in the cache.
 
     All processes on a machine share one download, and only the first process shows progress bars.
     """
@@ -288,7 +291,7 @@ def download_files(
 
 
 def describe_incomplete_cache(repo_id: str) -> str:
-    """Return the error message, with remedy, for a model that is not complete in the cache in offline mode."""
+    """Return the error message for a model that offline mode does not find in the cache."""
     return (
         f"{repo_id} is not a folder and is missing or incomplete in the cache, and HF_HUB_OFFLINE "
         f"(or TRANSFORMERS_OFFLINE) is set. Check the path, or run `hf download {repo_id}` on a "
@@ -309,10 +312,16 @@ def resolve_commit(repo_id: str, revision: str = "main") -> HubCommit:
 
 
 def describe_missing_repo(name: str, repo_type: RepoType = "model") -> str:
-    """Return the error message for a missing or private repository; the Hub does not distinguish the two cases."""
+    """Return the error message for a missing or private repository.
+
+    The Hub does not distinguish the two cases.
+    """
     path_noun = PATH_NOUNS[repo_type]
     if not is_hub_id(name):
-        return f"{name} is not a {path_noun} and not a valid id of a {repo_type} on the Hub. Check the path"
+        return (
+            f"{name} is not a {path_noun} and not a valid id of a {repo_type} on the Hub. Check "
+            "the path"
+        )
     return (
         f"{name} is not a {path_noun}, and the Hub has no such {repo_type} (or the {repo_type} is "
         "private and the token cannot read it). Check the name, log in with `hf auth login`, or "

@@ -36,7 +36,7 @@ def resolve_name(name: str, is_built_in: bool = False) -> str:
 
 
 def is_local(name: Any) -> bool:
-    """Return whether a resolved name is a local file or folder; False for values that are not strings."""
+    """Return whether a resolved name is a local file or folder; False for other values."""
     if not isinstance(name, str):
         return False
     path = split_prefix(name)[1]
@@ -44,7 +44,10 @@ def is_local(name: Any) -> bool:
 
 
 def make_relative(name: Any) -> Any:
-    """Make the local path in a resolved name relative to the working directory; return any other value unchanged."""
+    """Make the local path in a resolved name relative to the working directory.
+
+    Any other value is returned unchanged.
+    """
     if not is_local(name):
         return name
     prefix, path = split_prefix(name)
@@ -77,13 +80,13 @@ def can_publish_images(flags: dict[str, Any]) -> bool:
 
 
 def strip_folders(name: str) -> str:
-    """Return a resolved name for publication: the folders of a local path are replaced with `path/to`."""
+    """Replace the folders of a local path in a resolved name with `path/to`, for publication."""
     prefix, path = split_prefix(name)
     return f"{prefix}path/to/{Path(path).name}" if is_local(name) else name
 
 
 def is_same_source(stored_name: Any, current_name: Any) -> bool:
-    """Return whether two names refer to the same dataset or model, even if the files have been moved."""
+    """Return whether two names refer to the same dataset or model, which may have moved."""
     if stored_name == current_name or not (isinstance(stored_name, str) and is_local(current_name)):
         return bool(stored_name == current_name)
     old_prefix, old_path = split_prefix(stored_name)
@@ -98,7 +101,10 @@ def is_same_source(stored_name: Any, current_name: Any) -> bool:
 
 
 def split_prefix(name: str) -> tuple[str, str]:
-    """Split a name into a prefix and a path or Hub id. The path is "" if the name contains no path."""
+    """Split a name into a prefix and a path or Hub id.
+
+    The path is "" if the name contains no path.
+    """
     if name.startswith("timm:"):
         kind, separator, folder = name.removeprefix("timm:").partition(":")
         if separator:

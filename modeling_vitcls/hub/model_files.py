@@ -1,4 +1,6 @@
-"""Names of the files in a model folder, which is the interface between training or conversion and publishing.
+"""Names of the files in a model folder.
+
+The folder is the interface between training or conversion and publishing.
 
 config.json, preprocessor_config.json, model*.safetensors, *_vitcls.py      the model
 results.json, config.resolved.yaml, metrics.jsonl                           a training run
@@ -56,7 +58,8 @@ MODEL_PATTERNS = (*CONFIG_FILES, *WEIGHTS_PATTERNS, CODE_PATTERN)
 # Files of a training run, which belong to certain weights.
 RUN_FILES = (RESULTS_FILE, METRICS_FILE, RECIPE_FILE, REPORT_FILE)
 RESULT_IMAGE_PATTERNS = (SAMPLE_IMAGES_FILE, f"{IMAGES_FOLDER}/confusion_matrix*.png")
-# Backend -> files that it reads in a model folder. Large ONNX files have their weights in a second file.
+# Backend -> files that it reads in a model folder. Large ONNX files have their weights in a second
+# file.
 BACKEND_FILES = {"onnx": ("model.onnx", "model.onnx.data"), "openvino": ("model.xml", "model.bin")}
 # Files of `vitcls export`; FILE.json is the report of FILE.
 EXPORT_SUFFIXES = (".onnx", ".xml")

@@ -84,19 +84,19 @@ class ModelFolder:
 
     @cached_property
     def is_native(self) -> bool:
-        """Whether the model was converted to a class of transformers and requires no code from the repository."""
+        """Whether the model was converted to a class of transformers, and requires no code."""
         is_native = read_json(self.path / CONFIG_FILE).get("model_type") in NATIVE_MODEL_TYPES
         return is_native and (self.path / PARITY_REPORT_FILE).is_file() and not self.code_references
 
     @cached_property
     def code_references(self) -> list[str]:
-        """The code references of the model, such as `modeling_vitcls.ViTCLSModel`, in the `auto_map` of its files."""
+        """The code references in `auto_map`, such as `modeling_vitcls.ViTCLSModel`."""
         files = (self.path / name for name in CONFIG_FILES if (self.path / name).is_file())
         return [text for file in files for text in list_strings(read_json(file).get("auto_map"))]
 
     @cached_property
     def code_files(self) -> set[str]:
-        """The names of the code files that the model requires, including those that other code files import."""
+        """The names of the code files that the model requires, also indirectly."""
         modules = [reference.partition(".")[0] for reference in self.code_references]
         names: set[str] = set()
         while modules:
@@ -169,7 +169,7 @@ class ModelFolder:
         return any((self.path / name).is_file() for name in (WEIGHTS_FILE, INDEX_FILE))
 
     def check_is_complete(self) -> None:
-        """Raise ValueError if files are missing or refer to other repositories or to local paths."""
+        """Raise ValueError if files are missing, or refer to files elsewhere."""
         if self.exports and not self.has_weights:
             return
         for reference in self.code_references:
@@ -200,7 +200,7 @@ class ModelFolder:
 
     @cached_property
     def saved_results(self) -> dict[str, Any]:
-        """The contents of results.json, also if the results belong to other weights; empty if there is no file."""
+        """The contents of results.json, also of other weights; empty if there is no file."""
         return self.read_saved(RESULTS_FILE)
 
     @cached_property
@@ -215,7 +215,7 @@ class ModelFolder:
 
     @cached_property
     def parity_report(self) -> dict[str, Any]:
-        """The contents of the parity report of a conversion; empty if it belongs to other weights."""
+        """The contents of the parity report; empty if it belongs to other weights."""
         return self.read_current(PARITY_REPORT_FILE, "sha256")
 
     @cached_property
@@ -225,7 +225,7 @@ class ModelFolder:
 
     @cached_property
     def onnx_report(self) -> dict[str, Any]:
-        """The contents of onnx/report.json; empty if the ONNX files were created from other weights."""
+        """The contents of onnx/report.json; empty if it belongs to other weights."""
         return self.read_current(ONNX_REPORT_FILE, "weights_sha256")
 
     @cached_property
@@ -245,7 +245,10 @@ class ModelFolder:
         return read_json(self.path / name) if (self.path / name).is_file() else {}
 
     def read_current(self, name: str, key: str) -> dict[str, Any]:
-        """Read a JSON file; return an empty dict if the hashes under `key` are not those of this folder's weights."""
+        """Read a JSON file; return an empty dict if it belongs to other weights.
+
+        `key` is the field with the hashes of the weights.
+        """
         content = self.read_saved(name)
         if not content or not self.has_weights or content.get(key) == self.weights_sha256:
             return content
@@ -304,7 +307,7 @@ class ModelFolder:
 
     @property
     def license_files(self) -> set[str]:
-        """The names of the license files: those that were copied with the initial weights, and the usual names."""
+        """The names of the license files: the copied ones, and the usual names."""
         contents = (self.saved_results, self.read_saved(PARITY_REPORT_FILE))
         records = [content.get("provenance") or {} for content in contents]
         copied_files = {name for record in records for name in record.get("license_files", ())}
@@ -329,7 +332,7 @@ class ModelFolder:
 
 @cache
 def warn_once(message: str) -> None:
-    """Log a warning unless it was already logged, because a push and its verification both read the folder."""
+    """Log a warning once, because a push and its verification both read the folder."""
     logger.warning(format_message(message))
 
 

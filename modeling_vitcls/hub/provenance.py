@@ -84,7 +84,10 @@ class Provenance:
 
 
 def find_provenance(source: str) -> Provenance:
-    """Return the provenance of a model folder, a Hub id, `timm:NAME[@FILE]` or `transformers:PATH_OR_ID`."""
+    """Return the provenance of a model by its name.
+
+    The name is a folder, a Hub id, `timm:NAME[@FILE]` or `transformers:PATH_OR_ID`.
+    """
     if source.startswith("timm:"):
         return find_timm_provenance(source.removeprefix("timm:"))
     source = source.removeprefix("transformers:")

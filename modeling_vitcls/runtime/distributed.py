@@ -102,7 +102,7 @@ def build_accelerator(
 def set_mixed_precision(
     accelerator: Accelerator, setting: str, config: ViTCLSConfig, recorded: str | None = None
 ) -> str:
-    """Set the precision of an accelerator for a model if `setting` is "auto", and return its description for the user.
+    """Set the precision of an accelerator if `setting` is "auto", and describe the precision.
 
     Args:
         accelerator: accelerator that `build_accelerator(mixed_precision=setting)` returned. It has
@@ -125,12 +125,15 @@ def set_mixed_precision(
     if recorded is not None:
         return f"{recorded}, as in the checkpoint"
     if precision == "bf16":
-        return f"bf16, because this {device_name} has instructions for it. `mixed_precision='no'` turns it off"
+        return (
+            f"bf16, because this {device_name} has instructions for it. `mixed_precision='no'` "
+            "turns it off"
+        )
     return precision
 
 
 def choose_precision(device: torch.device, config: ViTCLSConfig) -> str:
-    """Return "bf16" if a device has instructions for it and the model is large enough to gain much, otherwise "no"."""
+    """Return "bf16" if the device has it and the model is large enough to gain much, else "no"."""
     is_large_enough = device.type != "cpu" or config.hidden_size >= MIN_BFLOAT16_WIDTH
     return "bf16" if has_bfloat16(device) and is_large_enough else "no"
 
@@ -149,7 +152,7 @@ def enable_fsdp_on_cpu(accelerator: Accelerator) -> None:
 
 
 def configure_layer_sharding(accelerator: Accelerator, model: nn.Module) -> None:
-    """Configure FSDP to wrap each encoder layer, unless `accelerate launch` sets the module classes to wrap.
+    """Configure FSDP to wrap each encoder layer, unless the launcher sets the classes to wrap.
 
     By default, Accelerate raises an error if the model does not contain all layer classes in
     `_no_split_modules`.

@@ -1,4 +1,4 @@
-"""Format error messages as one line, name missing extras, and mark errors that all processes of a run raise."""
+"""Errors in one line, missing extras, and errors that all processes of a run raise."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ ALL_PROCESSES_NOTE = "on all processes"  # note that marks errors that are raise
 
 
 def format_error(error: BaseException) -> str:
-    """Return the message of an error as one line of valid Unicode with at most `MAX_MESSAGE_LENGTH` characters.
+    """Return the message of an error as one line of at most `MAX_MESSAGE_LENGTH` characters.
 
     Invalid bytes in file names are replaced. If there is no message, the name of the error type is
     returned.
@@ -25,7 +25,10 @@ def format_error(error: BaseException) -> str:
 
 @contextmanager
 def mark_errors_of_all_processes() -> Iterator[None]:
-    """Mark errors raised in the block as raised on all processes, so that only one process prints the message."""
+    """Mark errors raised in the block as raised on all processes.
+
+    Only one process then prints the message.
+    """
     try:
         yield
     except (ValueError, OSError) as error:
@@ -39,7 +42,7 @@ def is_raised_on_all_processes(error: BaseException) -> bool:
 
 
 def describe_installation(extra: str) -> str:
-    """Return the sentence that says how to install an extra of this package, which is not on PyPI."""
+    """Return how to install an extra of this package, which is not on PyPI."""
     return f'Run pip install ".[{extra}]" in the checkout of this package'
 
 

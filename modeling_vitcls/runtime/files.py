@@ -1,4 +1,4 @@
-"""Read and write JSON, write files and folders atomically, and replace or escape unprintable characters."""
+"""Read JSON, write files and folders atomically, and replace unprintable characters."""
 
 import hashlib
 import json
@@ -32,7 +32,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def replace_control_characters(text: str) -> str:
-    """Replace line breaks and tabs with spaces, and all other unprintable characters with U+FFFD."""
+    """Replace line breaks and tabs with spaces, and other unprintable characters with U+FFFD."""
     characters = []
     for char in text:
         if char.isprintable():
@@ -45,7 +45,7 @@ def replace_control_characters(text: str) -> str:
 
 
 def escape_csv_cell(text: str) -> str:
-    """Return the text of a CSV cell that spreadsheets do not run as a formula and that stays on one line.
+    """Return a text as a CSV cell of one line that spreadsheets do not run as a formula.
 
     Control characters and line separators become escape sequences such as \\n. A single quote is
     put before a text that begins with a character of `FORMULA_PREFIXES`, as OWASP recommends
@@ -92,7 +92,9 @@ def write_atomically(file: Path) -> Iterator[Path]:
 
 @contextmanager
 def create_output_folder(output: Path) -> Iterator[Path]:
-    """Create a temporary folder, and rename it to `output` on exit, or move its contents to an existing `output`.
+    """Create a temporary folder that becomes `output` at the end of the block.
+
+    If `output` exists, the contents are moved there.
 
     If the block raises an error, nothing is left.
     """

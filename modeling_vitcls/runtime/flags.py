@@ -44,7 +44,7 @@ def check_minimum(options: Any, minimum: int, *names: str) -> None:
 
 
 def get_flag_fields(options_class: Any) -> dict[str, dataclasses.Field[Any]]:
-    """Return the fields of an options dataclass and its nested dataclasses, by name, such as `batch_size`."""
+    """Return the fields of an options dataclass and its nested dataclasses, by name."""
     fields: dict[str, dataclasses.Field[Any]] = {}
     for option in dataclasses.fields(options_class):
         if dataclasses.is_dataclass(option.type):

@@ -1,4 +1,4 @@
-"""Messages for the user: the package names parameters, as Python does, and a command replaces them by its flags.
+"""Messages for the user: the package names parameters, and a command its flags.
 
     message = format_message("Set `num_workers=0`")     # "Set --num-workers 0" in a command (cli/flag_messages.py)
 

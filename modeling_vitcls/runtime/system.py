@@ -29,7 +29,10 @@ def synchronize(device: torch.device) -> None:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Return whether a device has instructions for bfloat16: CUDA from Ampere on, CPUs with avx512_bf16 or AMX."""
+    """Return whether a device has instructions for bfloat16.
+
+    They are in CUDA devices from Ampere on, and in CPUs with avx512_bf16 or AMX.
+    """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     checks = [
@@ -40,7 +43,7 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def get_peak_memory(device: torch.device) -> int:
-    """Return the peak allocated memory of a GPU, or the peak memory of this process on other devices, in bytes."""
+    """Return the peak memory of a GPU, or of this process on other devices, in bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if resource is None:
@@ -74,7 +77,10 @@ def format_count(count: int, noun: str) -> str:
 
 
 def get_versions(*libraries: str) -> dict[str, str]:
-    """Return the versions of this package, Python, and the installed libraries in `CORE_LIBRARIES` and `libraries`."""
+    """Return the versions of this package, Python and the installed libraries.
+
+    The libraries are those in `CORE_LIBRARIES` and in `libraries`.
+    """
     versions = {"modeling_vitcls": __version__, "python": platform.python_version()}
     for name in (*CORE_LIBRARIES, *libraries):
         with suppress(PackageNotFoundError):
@@ -83,7 +89,10 @@ def get_versions(*libraries: str) -> dict[str, str]:
 
 
 def get_processor_name() -> str:
-    """Return the model name of the CPU from /proc/cpuinfo, or from Python if the file does not exist."""
+    """Return the model name of the CPU.
+
+    It is read from /proc/cpuinfo or, if the file does not exist, from Python.
+    """
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

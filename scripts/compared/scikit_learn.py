@@ -1,4 +1,4 @@
-"""Logistic regression on frozen CLS tokens: transformers for the features, scikit-learn for the rest."""
+"""Logistic regression of scikit-learn on frozen CLS tokens of transformers."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""Fine-tuning with a loop around a timm model: AdamW, 5 epochs, learning rate 1e-5 with warm-up and a cosine.
+"""Fine-tuning with a loop around a timm model.
+
+AdamW, 5 epochs, learning rate 1e-5 with warm-up and a cosine.
 
 With 5e-5 from the first step, this encoder's features are destroyed (28% on clothing).
 """

@@ -1,4 +1,4 @@
-"""Fine-tuning with `Trainer`, as in the image-classification example of transformers: 5 epochs, learning rate 2e-5."""
+"""Fine-tuning with `Trainer`, as in transformers' example: 5 epochs, learning rate 2e-5."""
 
 import os
 

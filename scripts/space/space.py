@@ -1,4 +1,4 @@
-"""A Space on the Hub that runs the page of `vitcls demo`: predictions and attention maps of a model.
+"""A Space on the Hub that runs the page of `vitcls demo`.
 
     model = find_published_model("someone/model@COMMIT")
     write_space(folder, model)
@@ -62,16 +62,19 @@ if __name__ == "__main__":
 '''
 
 DESCRIPTION_TEMPLATE = """
-Upload an image to see the predictions of the Vision Transformer [{model}]({url}), and the attention maps of its
-special tokens (CLS, distillation, registers) in every layer.
+Upload an image to see the predictions of the Vision Transformer [{model}]({url}), and the attention
+maps of its special tokens (CLS, distillation, registers) in every layer.
 
 The model is loaded at commit [`{commit}`]({url}/tree/{commit}). The commit is set in `app.py`.
-To run this page on your own machine: `pip install gradio=={gradio} -r requirements.txt`, then `python app.py`.
+To run this page on your own machine: `pip install gradio=={gradio} -r requirements.txt`, then
+`python app.py`.
 """
 
 
 def find_published_model(source: str) -> HubCommit:
-    """Look up a model on the Hub by its id, with an optional `@REVISION` (commit hash, branch or tag).
+    """Look up a model on the Hub by its id, with an optional `@REVISION`.
+
+    A revision is a commit hash, a branch or a tag.
 
     Raise ValueError if `source` is a local folder, if the model is not on the Hub, or if it is not
     a vitcls model with code and an image processor, and OSError if the Hub does not respond.

@@ -1,4 +1,6 @@
-"""A static Space on the Hub: a page that runs a copy of the model in the browser, with transformers.js.
+"""A static Space on the Hub: a page that runs the model in the browser.
+
+transformers.js runs a copy of the model.
 
 export_for_transformers_js("someone/model@commit", folder / MODEL_FOLDER)
 write_static_space(folder, model)       # space.py pushes the folder
@@ -25,11 +27,11 @@ TRANSFORMERS_JS_URL = (
 )
 
 DESCRIPTION_TEMPLATE = """
-Select an image to see the predictions of the Vision Transformer [{model}]({url}) and the attention of its CLS
-token.
+Select an image to see the predictions of the Vision Transformer [{model}]({url}) and the attention
+of its CLS token.
 
-The model runs in the browser, with transformers.js. Images are not uploaded. The model in `{folder}/` was exported
-from commit [`{commit}`]({url}/tree/{commit}).
+The model runs in the browser, with transformers.js. Images are not uploaded. The model in
+`{folder}/` was exported from commit [`{commit}`]({url}/tree/{commit}).
 """
 
 
