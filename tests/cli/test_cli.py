@@ -104,9 +104,11 @@ def test_a_missing_extra_is_named(
 ) -> None:
     for name in ("predict", "parsing"):
         monkeypatch.delitem(sys.modules, f"modeling_vitcls.cli.{name}", raising=False)
+
     with monkeypatch.context() as other, pytest.raises(ModuleNotFoundError, match="textwrap"):
         other.setitem(sys.modules, "textwrap", None)  # importing it fails
         run_here()
+
     monkeypatch.setitem(sys.modules, missing, None)
     for arguments in ((), ("predict", "--help")):
         assert run_here(*arguments) == 1
@@ -211,6 +213,7 @@ def test_the_command_registers_the_auto_classes_after_flags_are_checked(tmp_path
         "--output",
         tmp_path / "a.onnx",
     )
+
     assert ran.returncode == 1, ran.stderr
     assert ran.stderr.splitlines()[-1] == "True", ran.stderr
 
@@ -242,15 +245,18 @@ def test_public_names_are_visible_to_type_checkers() -> None:
         for node in tree.body
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
     )
+
     seen = {
         alias.name: node.module
         for node in checked.body
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
+
     assert seen == modeling_vitcls.MODULE_BY_NAME
     assert {*seen, "__version__"} == set(modeling_vitcls.__all__) <= set(dir(modeling_vitcls))
     for name in modeling_vitcls.__all__:
         assert getattr(modeling_vitcls, name) is not None
+
     with pytest.raises(AttributeError, match="no attribute 'ViTCLSModell'"):
         modeling_vitcls.ViTCLSModell  # noqa: B018

@@ -139,6 +139,7 @@ def test_a_map_has_the_attention_of_its_token_and_layer(
     pixel_values = torch.randn(1, 3, 32, 40)
     white = ViTCLSImageProcessor(size=32, image_mean=[100.0] * 3, image_std=[1.0] * 3)
     brightest = 0.4 * 255 + 0.6 * 255 * np.array(colormaps["inferno"](1.0)[:3])
+
     for layer in (0, 1):
         expected = (
             model.token_attention(pixel_values, layers=[layer])[0, 0]
@@ -159,6 +160,7 @@ def test_a_map_has_the_attention_of_its_token_and_layer(
             assert np.asarray(drawn)[64 * row + 32, 64 * column + 32] == pytest.approx(
                 brightest, abs=1
             )
+
     monkeypatch.setattr(page, "MIN_SIDE", 16)  # large images are not scaled
     assert page.draw_attention(model, white, pixel_values, 0)[0].size == (40, 32)
 
@@ -235,6 +237,7 @@ def test_an_image_above_the_energy_threshold_shows_none_of_the_labels(page: Any)
     images = torch.randn(1, 3, 32, 32)
     model = fix_logits(build_classifier(temperature=2.0), [8.0, 4.0, 0.0])
     energy = -float(np.log(np.exp([4.0, 2.0, 0.0]).sum()))
+
     for threshold, answer in ((energy + 0.1, "LABEL_0"), (energy - 0.1, "none of these")):
         model.config.energy_threshold = threshold
         (prediction,) = page.compute_predictions(model, images)
@@ -254,9 +257,11 @@ def test_each_extra_head_has_a_panel(page: Any, uploads: Path) -> None:
     model = build_classifier(extra_heads=heads)
     blocks = page.build_page(model, PROCESSOR, "mine")
     photo = save_photo(uploads / "image.png")
+
     _, tags, weather, pictures = call_page(blocks, photo, 1)
     panels = [each.label for each in blocks.blocks.values() if isinstance(each, page.gr.Label)]
     assert panels == ["Prediction", "tags", "weather"]
+
     pixel_values = PROCESSOR(Image.open(photo["path"]), return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         logits = model(pixel_values).task_logits
@@ -344,10 +349,12 @@ def test_only_the_prediction_is_public(page: Any) -> None:
     (slider,) = (each for each in blocks.blocks.values() if isinstance(each, page.gr.Slider))
     assert (slider.minimum, slider.maximum, slider.value, slider.step) == (1, 2, 2, 1)
     assert slider.visible
+
     assert (blocks.title, blocks.delete_cache) == (
         "mine",
         (3600, 3600),
     )  # uploads are deleted after an hour
+
     assert [each.preprocess for each in blocks.fns.values()] == [False, False]
     assert {each.api_name for each in blocks.fns.values() if each.api_visibility == "public"} == {
         "predict"
@@ -369,10 +376,12 @@ def test_the_page_is_served_until_the_process_is_stopped(
     Image.new("RGB", (40, 40)).save(uploads / "example.png")
     served: list[Any] = []
     monkeypatch.setattr("gradio.Blocks.block_thread", lambda blocks: served.append(blocks))
+
     page.serve_demo(
         build_classifier(), PROCESSOR, "mine", [uploads / "example.png"], host="127.0.0.1"
     )
     (blocks,) = served
+
     with closing(blocks):
         # the examples
         assert any(isinstance(each, page.gr.Dataset) for each in blocks.blocks.values())

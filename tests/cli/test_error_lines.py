@@ -102,6 +102,7 @@ def test_weights_without_read_permission_are_not_called_missing(
     folder = save_classifier(open_folder / "model")
     photos = write_photos(open_folder / "photos", range(1))
     (folder / "model.safetensors").chmod(0)
+
     is_root = os.geteuid() == 0
     if is_root:
         os.seteuid(NOBODY)
@@ -110,6 +111,7 @@ def test_weights_without_read_permission_are_not_called_missing(
     finally:
         if is_root:
             os.seteuid(0)
+
     assert "Permission denied" in error
     assert "model.safetensors" in error
 

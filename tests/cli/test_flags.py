@@ -52,12 +52,15 @@ def test_a_type_checker_finds_a_wrong_name_and_a_wrong_value(tmp_path: Path) -> 
         *package.glob("*/options.py"),
     ]
     files += [package / "cli" / f"{name}.py" for name in ("functions", "flags")]
+
     options = ["--config-file=", "--explicit-package-bases", "--follow-imports=skip"]
     options += ["--ignore-missing-imports", f"--cache-dir={tmp_path / 'cache'}"]
     command = [sys.executable, "-m", "mypy", *options, str(snippet), *map(str, files)]
+
     checked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     lines = [line for line in checked.stdout.splitlines() if "snippet.py" in line]
     errors = [line for line in lines if ": error:" in line]
+
     assert len(errors) == 2, checked.stdout
     assert "snippet.py:5:" in errors[0]
     assert '"learning_rat"' in errors[0]

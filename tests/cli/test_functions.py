@@ -66,11 +66,13 @@ def test_data_in_memory_is_evaluated_on_its_held_out_images(
 ) -> None:
     folder, results = trained
     assert results == json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
     evaluated = evaluate(folder, get_digits(), num_workers=0)
     assert (evaluated["accuracy"], evaluated["images"]) == (results["accuracy"], "held_out")
     assert evaluated["mixed_precision"] == "no"
     seconds = evaluated["num_images"] / evaluated["images_per_second"]
     assert evaluated["seconds"] == pytest.approx(seconds, abs=0.006)  # the duration is rounded
+
     splits = {"train": get_digits()[:200], "test": get_digits()[200:]}
     frozen = evaluate(folder, splits, frozen="knn", split="test", num_workers=0)
     assert (frozen["num_training_images"], frozen["num_images"]) == (200, 100)
@@ -108,18 +110,23 @@ def test_images_in_memory_files_and_bytes_have_the_same_prediction(
     rows = predict(folder, images, top_k=2)
     assert [row["index"] for row in rows] == [0, 1, 2]
     assert {"label", "label_2"} <= rows[0].keys()
+
     images[1].save(tmp_path / "1.png")
     (from_path,) = predict(folder, tmp_path / "1.png", top_k=2)
     assert from_path["label"] == rows[1]["label"]
+
     images[2].save(tmp_path / "2.png")
     # images in memory are named by their position
     rows = predict(folder, [tmp_path, images[1]], top_k=2)
     assert [row["image"] for row in rows] == [str(tmp_path / "1.png"), str(tmp_path / "2.png"), "1"]
+
     (from_bytes,) = predict(folder, (tmp_path / "1.png").read_bytes(), top_k=2)
     assert from_bytes["label"] == from_path["label"]
     assert from_bytes["error"] is None
+
     assert len(predict(folder, dataset="digits", features="cls")) == 300
     assert len(predict(folder, images, features="registers")[0]["features"]) == 16
+
     for flag in ("output", "shard", "shard_size", "merge", "config"):
         with raises_one_line(flag, error=TypeError):
             predict(folder, images, **{flag: None})

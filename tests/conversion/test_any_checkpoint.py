@@ -83,11 +83,13 @@ def test_a_model_of_transformers_is_converted_once(
         folder = resolve(str(source)).path
         assert resolve(str(source)).path == folder
         assert resolve(f"transformers:{source}").path == folder
+
     assert sum("converting" in record.message for record in caplog.records) == 1
     assert folder.parent == own_cache
     report = json.loads((folder / "parity_report.json").read_text(encoding="utf-8"))
     assert report["source_class"] == "ViTForImageClassification"
     assert not report["random_init"]
+
     pixel_values = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     theirs = transformers.ViTForImageClassification.from_pretrained(source).eval()
     ours, _ = load_model(resolve(str(source)), use_head=True)
@@ -103,6 +105,7 @@ def test_conversions_of_other_sources_and_versions_are_not_used(
         (tmp_path / name / "source").mkdir(parents=True)
         (tmp_path / name / "source" / "config.json").write_text("{}")
         os.utime(tmp_path / name / "source" / "config.json", (0, 0))
+
     names = [compute_cache_name(str(tmp_path / name / "source")) for name in ("one", "two")]
     for name in ("one", "two"):
         monkeypatch.chdir(tmp_path / name)
@@ -118,6 +121,7 @@ def test_conversions_of_other_sources_and_versions_are_not_used(
     names.append(compute_cache_name(str(tmp_path / "one" / "source")))
     os.utime(tmp_path / "one" / "source" / "config.json", (0, 0))  # changes only the time
     names.append(compute_cache_name(str(tmp_path / "one" / "source")))
+
     assert len(set(names)) == len(names) == 10
     assert compute_cache_name("timm:test_vit") == names[-4]
     assert re.fullmatch(r"my-vit-b16-[0-9a-f]{16}", compute_cache_name("timm:my vit+b16"))
@@ -131,6 +135,7 @@ def test_a_timm_model_on_the_hub_is_converted_at_the_requested_commit(tmp_path: 
         save_for_hf(model, repository / "snapshots" / commit, safe_serialization=True)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(COMMIT[::-1])
+
     for name, num_labels, commit in (
         (f"ann/timm@{COMMIT}", 5, COMMIT),
         ("ann/timm", 6, COMMIT[::-1]),
@@ -138,7 +143,9 @@ def test_a_timm_model_on_the_hub_is_converted_at_the_requested_commit(tmp_path: 
         folder = resolve(name)
         assert folder.config.num_labels == num_labels
         assert folder.parity_report["source"] == f"timm:hf-hub:ann/timm@{commit}"
+
     assert load_source(f"timm:hf-hub:ann/timm@{COMMIT}", random_init=True).model.num_classes == 5
+
     # a folder that timm saved
     shutil.copytree(repository / "snapshots" / COMMIT, tmp_path / "local")
     assert resolve(str(tmp_path / "local")).config.num_labels == 5
@@ -158,6 +165,7 @@ def test_the_conversion_of_a_hub_model_is_pinned(source: Path, tmp_path: Path) -
             report = converted.parity_report
             assert converted.path == folders[-1]  # converted once
             assert (report["source"], report["source_revision"]) == ("transformers:ann/vit", commit)
+
     assert folders[0] != folders[1]
     assert resolve(f"ann/vit@{COMMIT}").path == folders[0]
     assert load_source(f"transformers:ann/vit@{COMMIT}", random_init=True).revision == COMMIT

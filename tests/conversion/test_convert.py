@@ -88,9 +88,11 @@ def test_a_converted_timm_model_has_the_same_logits_and_all_files(from_timm: Pat
     source = randomize_weights(timm.create_model("test_vit"))
     model = ViTCLSForImageClassification.from_pretrained(from_timm)
     pixel_values = torch.randn(2, 3, 160, 160, generator=torch.Generator().manual_seed(5))
+
     with torch.no_grad():
         assert (model(pixel_values).logits - source(pixel_values)).abs().max() <= LIMIT
         assert source(pixel_values).abs().max() > 0.1
+
     assert {file.name for file in from_timm.iterdir()} >= {
         "config.json",
         "model.safetensors",
@@ -110,12 +112,14 @@ def test_a_converted_checkpoint_of_transformers_has_the_same_pixels_and_logits(
     source = transformers.ViTForImageClassification.from_pretrained(source_folder).eval()
     model = ViTCLSForImageClassification.from_pretrained(folder)
     assert model.config.id2label == NAMES
+
     theirs = AutoImageProcessor.from_pretrained(source_folder)
     ours = AutoImageProcessor.from_pretrained(folder)
     assert type(ours) is ViTCLSImageProcessor
     wanted = theirs(photograph("china.jpg"), return_tensors="pt")
     found = ours(photograph("china.jpg"), return_tensors="pt")
     assert torch.equal(found["pixel_values"], wanted["pixel_values"])
+
     with torch.no_grad():
         assert (model(**found).logits - source(**wanted).logits).abs().max() <= LIMIT
 
@@ -274,7 +278,9 @@ def test_a_non_square_source_is_compared_at_its_native_size(tmp_path: Path) -> N
     """transformers has no interpolation for non-square grids, so only the native size is compared."""
     config = transformers.ViTConfig(**SIZES | {"image_size": [32, 48]})
     source = save_checkpoint(randomize_weights(transformers.ViTModel(config)), tmp_path / "source")
+
     made = convert_checkpoint(source, tmp_path / "made")
+
     assert (
         [comparison["image_size"] for comparison in made["comparisons"]]
         == [made["image_size"]]
@@ -308,10 +314,14 @@ def test_the_vision_part_of_a_larger_model_is_converted(tmp_path: Path) -> None:
     }
     config = transformers.CLIPConfig(vision_config=SIZES, text_config=text)
     clip = randomize_weights(transformers.CLIPModel(config))
+
     made = convert_checkpoint(save_checkpoint(clip, tmp_path / "source"), tmp_path / "made")
+
     assert made["source_class"] == "CLIPVisionModel"
     assert not any("text_model" in note or "does not use" in note for note in made["notes"])
+
     convert_checkpoint(f"transformers:{tmp_path / 'source'}", tmp_path / "random", random_init=True)
+
     model = ViTCLSModel.from_pretrained(tmp_path / "made")
     pixel_values = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
@@ -372,10 +382,12 @@ def test_pickles_with_code_are_errors(tmp_path: Path) -> None:
         {"layernorm.weight": RunWhenUnpickled(tmp_path / "ran")},
         tmp_path / "source" / "pytorch_model.bin",
     )
+
     with raises_one_line(
         "is a pickle with objects other than tensors", "safetensors", error=ConversionError
     ):
         convert_checkpoint(source, tmp_path / "made")
+
     assert not (tmp_path / "ran").exists()
     assert not (tmp_path / "made").exists()
 
@@ -449,10 +461,12 @@ def test_the_limit_is_relative_to_the_largest_value(tmp_path: Path) -> None:
     aim = transformers.Aimv2VisionModel(transformers.Aimv2VisionConfig(**SIZES))
     with torch.no_grad():
         randomize_weights(aim).rms_norm.weight.mul_(300)
+
     report = convert_checkpoint(save_checkpoint(aim, tmp_path / "source"), tmp_path / "made")
     assert (
         max(max(comparison["differences"].values()) for comparison in report["comparisons"]) > 1e-5
     )
+
     source = load_source(f"transformers:{tmp_path / 'source'}")
     model: Any = source.convert()
     with torch.no_grad():

@@ -40,15 +40,18 @@ def save(folder: Path, kind: str = "classifier", **fields: Any) -> Path:
 def test_the_demo_model_has_the_same_outputs_at_its_native_size(tmp_path: Path) -> None:
     folder = save(tmp_path / "mine", **DEMO)
     report = write_native_model(str(folder), tmp_path / "native")
+
     assert report["model_class"] == "Dinov2WithRegistersForImageClassification"
     assert [comparison["image_size"] for comparison in report["comparisons"]] == [(32, 32)]
     assert "resample position embeddings differently" in str(report["not_compared"])
     assert not list((tmp_path / "native").glob("*.py"))
+
     native = AutoModelForImageClassification.from_pretrained(tmp_path / "native")
     original = ViTCLSForImageClassification.from_pretrained(folder)
     with torch.no_grad():
         assert (native(build_images()).logits - original(build_images()).logits).abs().max() <= 1e-5
     assert native.config.id2label == original.config.id2label
+
     processors = (
         AutoImageProcessor.from_pretrained(tmp_path / "native"),
         ViTCLSImageProcessor.from_pretrained(folder),
@@ -128,9 +131,11 @@ def test_wrong_sources_and_outputs_are_errors(tmp_path: Path) -> None:
     (tmp_path / "native" / "notes.txt").touch()
     with raises_one_line("not empty"):
         write_native_model(str(folder), tmp_path / "native")
+
     save_checkpoint(build_vit_classifier(), tmp_path / "vit")
     with raises_one_line("contains a model of type 'vit', not 'vitcls'"):
         write_native_model(str(tmp_path / "vit"), tmp_path / "other")
+
     crop = {
         "do_center_crop": True,
         "crop_size": {"height": 32, "width": 32},
@@ -141,6 +146,7 @@ def test_wrong_sources_and_outputs_are_errors(tmp_path: Path) -> None:
         "the converted processor differs from ViTCLSImageProcessor by", "gray levels"
     ):
         write_native_model(str(folder), tmp_path / "other")
+
     assert not (tmp_path / "other").exists()
     assert [path.name for path in (tmp_path / "native").iterdir()] == ["notes.txt"]
 
@@ -200,15 +206,19 @@ def test_results_of_the_same_weights_are_kept(tmp_path: Path) -> None:
     results = {"accuracy": 0.5, "weights_sha256": hash_weights(folder)}
     (folder / "results.json").write_text(json.dumps(results))
     (folder / "config.resolved.yaml").write_text("dataset: digits\n")
+
     report = write_native_model(str(folder), tmp_path / "native")
     assert report["required_versions"] == {"transformers": "4.30"}
+
     kept = json.loads((tmp_path / "native" / "results.json").read_text())
     assert kept == {"accuracy": 0.5, "weights_sha256": hash_weights(tmp_path / "native")}
     assert (tmp_path / "native" / "config.resolved.yaml").is_file()
+
     for name in ("results.json", "config.resolved.yaml"):
         (tmp_path / "native" / name).unlink()
     (folder / "config.resolved.yaml").unlink()  # results are kept without the flags
     copy_results(ModelFolder(folder), tmp_path / "native")
+
     (tmp_path / "native" / "results.json").unlink()
     (folder / "results.json").write_text(
         json.dumps(results | {"weights_sha256": {"model.safetensors": "other"}})

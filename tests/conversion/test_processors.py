@@ -43,9 +43,11 @@ def test_timm_preprocessing_is_equal(name: str, tmp_path: Path) -> None:
     processor, record = processors.convert_timm_preprocessing(model)
     assert record["largest_difference_in_gray_levels"] == 0
     assert not record["assumed_because"]
+
     processor.save_pretrained(tmp_path)
     config = resolve_data_config(pretrained_cfg=model.pretrained_cfg)
     wanted = create_transform(**config, is_training=False)(photograph("china.jpg"))
+
     std = torch.tensor(config["std"]).view(3, 1, 1)
     for backend, limit in ((ViTCLSImageProcessorPil, 1e-3), (ViTCLSImageProcessor, 2.01)):
         found = backend.from_pretrained(tmp_path)(photograph("china.jpg"), return_tensors="pt")[
@@ -74,6 +76,7 @@ def test_transformers_preprocessing_is_equal(
 ) -> None:
     theirs = getattr(transformers, name)(**settings)
     theirs.save_pretrained(tmp_path / "source")
+
     processor, record = processors.convert_transformers_preprocessing(
         str(tmp_path / "source"), (32, 32)
     )
@@ -83,9 +86,11 @@ def test_transformers_preprocessing_is_equal(
         <= limit
         <= 3 * record["largest_difference_in_gray_levels"]
     )
+
     processor.save_pretrained(tmp_path / "made")
     theirs = AutoImageProcessor.from_pretrained(tmp_path / "source")
     ours = ViTCLSImageProcessor.from_pretrained(tmp_path / "made")
+
     wanted, found = (
         one(photograph("flower.jpg"), return_tensors="pt")["pixel_values"][0]
         for one in (theirs, ours)

@@ -340,12 +340,14 @@ def test_tips_files_are_exact_if_their_family_is_known(tmp_path: Path) -> None:
     weights = FILES["tips.npz"][2]()
     source = FileSource.load(save(weights, tmp_path / "tips.npz"))
     model = source.convert()
+
     images = torch.rand(1, 3, GRID * PATCH, GRID * PATCH)
     outputs = model(images)
     expected = run_authors_vit(weights, images)
     torch.testing.assert_close(outputs.tokens["cls"], expected[:, :2], atol=LIMIT, rtol=LIMIT)
     assert outputs.tokens["registers"].shape[1] == 0
     torch.testing.assert_close(outputs.pooler_output, expected[:, 0], atol=LIMIT, rtol=LIMIT)
+
     processor = source.convert_preprocessing()[0]
     assert (list(processor.image_mean), list(processor.image_std), processor.resample) == (
         [0] * 3,
@@ -353,6 +355,7 @@ def test_tips_files_are_exact_if_their_family_is_known(tmp_path: Path) -> None:
         2,
     )
     assert dict(processor.size) == {"height": GRID * PATCH, "width": GRID * PATCH}
+
     with raises_one_line("`family`", "tips", "dinov2", error=ConversionError):
         FileSource.load(save(weights, tmp_path / "unknown.pth"))
 
@@ -424,13 +427,16 @@ def test_key_biases_of_dinov3_are_refused() -> None:
     weights = build_dinov3_weights()
     unmasked = {name: part for name, part in weights.items() if not name.endswith("bias_mask")}
     biases = [part.chunk(3)[1] for name, part in unmasked.items() if name.endswith("qkv.bias")]
+
     for bias in biases:
         bias[1:] = 0
+
     with raises_one_line("nonzero key biases", error=ConversionError):
         convert_state_dict(unmasked, "dinov3")
     for bias in biases:
         bias.zero_()
     convert_state_dict(unmasked, "dinov3")
+
     with raises_one_line("rope_periods", error=ValueError):
         convert_state_dict(weights | {"rope_embed.periods": torch.zeros(16)}, "dinov3")
 
@@ -449,12 +455,15 @@ def test_converted_weights_keep_the_dtype_of_the_file_if_it_represents_them(
         backbone = add_token(backbone, register_tokens=(1, registers, 384))
     weights = {f"backbone.{name}": tensor.half() for name, tensor in backbone.items()}
     weights["linear_head.bias"] = torch.zeros(LABELS)
+
     report = convert_checkpoint(str(save(weights, tmp_path / "lc.pth")), tmp_path / "made")
+
     assert report["classifier"] == "none"
     assert any("linear_head.bias" in note for note in report["notes"])
     dtypes = {
         weight.dtype for weight in load_file(tmp_path / "made" / "model.safetensors").values()
     }
+
     # the sum of the CLS token and its position
     assert dtypes == {torch.float32 if registers else torch.float16}
 
@@ -470,15 +479,18 @@ def test_a_fine_tuned_mae_pools_then_normalizes_then_classifies(tmp_path: Path) 
     }
     weights = build_vit_weights(width=768, extra=extra)
     del weights["norm.weight"], weights["norm.bias"]
+
     source = FileSource.load(save({"model": weights}, tmp_path / "mae.pth"))
     model: Any = source.convert()
     assert source.family == "mae"
+
     images = torch.randn(2, 3, GRID * PATCH, GRID * PATCH)
     pooled = run_authors_vit(weights, images)[:, 1:].mean(dim=1)
     pooled = nn.functional.layer_norm(
         pooled, (768,), weights["fc_norm.weight"], weights["fc_norm.bias"], eps=1e-6
     )
     expected = pooled @ weights["head.weight"].T + weights["head.bias"]
+
     torch.testing.assert_close(model(images).logits, expected, atol=LIMIT, rtol=LIMIT)
 
 
@@ -595,13 +607,16 @@ def test_a_file_with_the_parameter_names_of_eva02_is_exact(tmp_path: Path) -> No
     source: Any = randomize_weights(timm.create_model(name))
     file = save(name_as_baai(dict(source.state_dict())), tmp_path / "eva02.safetensors")
     model: Any = load_source(f"timm:{name}@{file}").convert()
+
     images = torch.randn(1, 3, *source.patch_embed.img_size)
     expected = source.forward_features(images)
     assert (model(images).last_hidden_state - expected).abs().max() <= LIMIT * expected.abs().max()
+
     with raises_one_line("timm:NAME@FILE", error=ConversionError):
         FileSource.load(file)
     with raises_one_line("missing.pth", error=OSError):
         load_source(f"timm:{name}@{tmp_path}/missing.pth")
+
     cache_name = compute_cache_name(f"timm:{name}@{file}")
     save({"x": torch.zeros(1)}, file)
     assert compute_cache_name(f"timm:{name}@{file}") != cache_name
@@ -727,6 +742,7 @@ def test_no_code_in_a_file_runs(tmp_path: Path) -> None:
         tmp_path / "evil.npz",
         embedding=np.array([RunWhenUnpickled(tmp_path / "ran")], dtype=object),
     )
+
     for name, remedy in (
         ("evil.pth", "safetensors"),
         ("script.pt", "state dict"),
@@ -736,20 +752,25 @@ def test_no_code_in_a_file_runs(tmp_path: Path) -> None:
             FileSource.load(tmp_path / name)
     with raises_one_line("evil.pth", "safetensors", error=ConversionError):
         load_source(f"timm:test_vit@{tmp_path / 'evil.pth'}")
+
     assert not (tmp_path / "ran").exists()
 
 
 def test_a_file_has_labels_a_processor_and_an_unknown_license(tmp_path: Path) -> None:
     file = save({"model": build_vit_weights(extra=HEAD)}, tmp_path / "deit.pth")
     source = FileSource.load(file)
+
     model = source.convert()
+
     processor = source.convert_preprocessing()[0]
     assert isinstance(model, ViTCLSForImageClassification)
     assert model.config.num_labels == LABELS
     assert (processor.crop_size.height, processor.crop_size.width) == (GRID * PATCH, GRID * PATCH)
+
     provenance = find_provenance(str(file))
     assert provenance.name == "deit.pth"
     assert provenance.license is None
+
     comparisons, _ = compare_models(source, model)
     assert "cpu_kernels" not in str(model)  # their rounding errors are not those of the conversion
     assert [set(comparison["differences"]) for comparison in comparisons] == [

@@ -127,6 +127,7 @@ def get_transformers_output() -> tuple[int, bool]:
 def test_timeouts_and_progress_bars_are_restored() -> None:
     enable_progress_bars()  # commands in this process turn them off
     before = get_session().timeout
+
     with (
         suppress(ZeroDivisionError),
         connection.set_hub_timeout(3.5),
@@ -137,6 +138,7 @@ def test_timeouts_and_progress_bars_are_restored() -> None:
         assert get_session().timeout.read == 3.5
         assert are_progress_bars_disabled()
         raise ZeroDivisionError
+
     assert get_session().timeout == before
     assert not are_progress_bars_disabled()
 

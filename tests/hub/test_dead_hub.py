@@ -191,9 +191,11 @@ def test_a_mistyped_folder_is_named_in_one_line(
     }.items():
         if name == "lab/gone":
             stop_hub(monkeypatch)
+
         started = time.monotonic()
         status = run_in_process(script, *flags.format(name).split())
         assert time.monotonic() - started < 20
+
         errors = capsys.readouterr().err
         last = errors.strip().splitlines()[-1]
         assert status == 1

@@ -76,10 +76,12 @@ def test_each_commit_runs_its_own_code_in_a_process_without_the_package(
     with (folder / "heads_vitcls.py").open("a") as file:
         file.write(OTHER_CODE)
     commits.append(push_folder(ModelFolder(folder), "ann/model").commit)
+
     model = vitcls.ViTCLSForImageClassification.from_pretrained(folder).eval()
     with torch.no_grad():
         old, bias = model(torch.ones(1, 3, 32, 32)).logits[0], model.classifier.bias
         expected = [old.tolist(), (2 * (old - bias) + bias).tolist()]
+
     for offline in ("0", "1"):
         asked = len(hub.requests)
         environment = os.environ | {
@@ -90,6 +92,7 @@ def test_each_commit_runs_its_own_code_in_a_process_without_the_package(
         assert child.returncode == 0, child.stderr[-4000:]
         for found, logits in zip(json.loads(child.stdout), expected, strict=True):
             assert found == pytest.approx(logits, rel=1e-5, abs=1e-5)
+
     assert len(hub.requests) == asked
 
 

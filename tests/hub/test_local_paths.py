@@ -50,10 +50,12 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_paths_become_absolute_and_names_with_at_are_kept(here: Path) -> None:
     for name in ("acme/data", "data/teach", "weights.pt"):
         assert resolve_name(name) == resolve_name(resolve_name(name)) == str(here / name)
+
     assert resolve_name("timm:resnet18@weights.pt") == f"timm:resnet18@{here}/weights.pt"
     assert resolve_name("timm:local-dir:data/teach") == f"timm:local-dir:{here}/data/teach"
     assert resolve_name("timm:local_dir:data/teach") == f"timm:local_dir:{here}/data/teach"
     assert resolve_name("transformers:data/teach") == f"transformers:{here}/data/teach"
+
     for other in (
         "acme/none",
         "timm:weights.pt",
@@ -62,10 +64,12 @@ def test_paths_become_absolute_and_names_with_at_are_kept(here: Path) -> None:
     ):
         assert resolve_name(other) == other
     assert resolve_name("digits", is_built_in=True) == "digits"
+
     (here / "at@home").mkdir()
     for name in ("at@home", "@v1", "acme/data@"):
         assert split_revision(name) == (name, None)
     assert split_revision("me@home/vit@v1") == ("me@home/vit", "v1")
+
     (here / "link").symlink_to(here / "data")
     assert resolve_name("link/teach") == f"{here}/link/teach"
 
@@ -129,17 +133,21 @@ def test_files_of_a_run_contain_no_local_paths(
     folder = tmp_path / "runs" / "mine"
     options = resolve_local_paths(options_of(folder, str(tmp_path / "clinic" / "scans")))
     write_recipe(options)
+
     text = (folder / "config.resolved.yaml").read_text()
     flags = yaml.safe_load(text)
     assert (flags["output_dir"], flags["dataset"]) == ("../runs/mine", "../clinic/scans")
     assert (flags["model"], flags["teacher"]) == ("vitcls-tiny", "timm:resnet18@./weights.pt")
     assert str(tmp_path) not in text
+
     again = resolve_local_paths(options_of(Path(flags["output_dir"]), flags["dataset"]))
     assert again.distillation == options.distillation
     assert Path(again.data.dataset).resolve() == Path(options.data.dataset)
     check_flags_unchanged(get_relative_flags(options), to_flags(options), folder)
+
     published = get_relative_flags(options, should_strip=True)
     assert (published["output_dir"], published["dataset"]) == ("path/to/mine", "path/to/scans")
+
     monkeypatch.chdir(tmp_path / "clinic")  # the dataset is a local folder, from any working folder
     assert is_local(flags["dataset"])
     assert is_local(flags["teacher"])

@@ -125,14 +125,17 @@ def test_timm_weights_have_their_license() -> None:
         found.license_link == "https://ai.meta.com/resources/models-and-libraries/dinov3-license/"
     )
     assert found.base_model == "timm/vit_small_patch16_dinov3.lvd1689m"
+
     assert find_provenance("timm:vit_base_patch16_224.mae").license_metadata == {
         "license": "cc-by-nc-4.0",
         "license_name": None,
         "license_link": None,
     }
+
     assert find_provenance("timm:vit_tiny_patch16_224@mine.safetensors") == Provenance(
         "timm:vit_tiny_patch16_224"
     )
+
     for unknown in ("timm:no_such_model", "timm:vit_base_patch16_224.no_such_tag"):
         assert find_provenance(unknown) == Provenance(unknown)
 

@@ -31,6 +31,7 @@ def test_json_is_read_and_written(tmp_path: Path) -> None:
 def test_a_failed_write_keeps_the_file(tmp_path: Path) -> None:
     file = tmp_path / "results.json"
     file.write_text("before", encoding="utf-8")
+
     for error, named in (
         (ValueError("no results"), "no results"),
         (OSError("no connection"), "no connection"),  # while the content is computed
@@ -42,6 +43,7 @@ def test_a_failed_write_keeps_the_file(tmp_path: Path) -> None:
             raise error
         assert list(tmp_path.iterdir()) == [file]
         assert file.read_text(encoding="utf-8") == "before"
+
     missing = tmp_path / "missing" / "results.json"
     with raises_one_line(str(missing), error=OSError):
         write_json(missing, {})

@@ -104,7 +104,9 @@ def test_encoders_in_int8_are_measured_and_differ_slightly(tmp_path: Path) -> No
     settings = BenchmarkOptions(
         str(tmp_path), ("inference",), ("onnx", "openvino"), (), ("fp32", "int8"), **SMALL
     )
+
     rows = run_benchmarks(settings)
+
     engines = [
         (engine, precision) for engine in ("onnx", "openvino") for precision in ("fp32", "int8")
     ]
@@ -113,6 +115,7 @@ def test_encoders_in_int8_are_measured_and_differ_slightly(tmp_path: Path) -> No
         row.difference < 0.5 and (row.difference > 1e-4) == (row.precision == "int8")
         for row in rows
     )
+
     table = format_markdown(rows, settings)
     assert "| openvino int8 |" in table
     assert " onnxruntime " in table
@@ -152,12 +155,14 @@ def test_only_the_engine_of_this_name_is_compiled(
 ) -> None:
     compiled: list[torch.nn.Module] = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda engine: compiled.append(engine))
+
     loaded = benchmark.load_model(model, tmp_path)
     engines = [
         benchmark.build_engine(name, "fp32", loaded, "cpu", tmp_path)[1]
         for name in ("torch", "compiled")
     ]
     assert compiled == engines[1:]
+
     expected = ViTCLSForImageClassification.from_pretrained(
         model
     ).state_dict()  # trained weights are not replaced
@@ -174,6 +179,7 @@ def test_peers_have_the_size_of_the_model() -> None:
     names = ["image_height_width", "patch_height_width", "num_channels", "num_labels"]
     names += SIZES.keys() - {"image_size", "patch_size"}
     config = build_tiny_config(**fields)
+
     for built in (
         benchmark.convert_from_timm(benchmark.build_timm_vit(config)),
         benchmark.convert_from_transformers(benchmark.build_transformers_vit(config)),
@@ -221,10 +227,12 @@ def test_ratios_compare_measurements_of_the_same_round() -> None:
         "theirs",
         "ours",
     ]  # the second is reversed
+
     ours, theirs = (
         Row("inference", "torch", "fp32", 1, 1, 0.0, values)
         for values in ([2.0, 9.0, 8.0], [1.0, 3.0, 2.0])
     )
+
     assert ours.compute_ratios(theirs) == [2.5, 3.0, 3.5]  # of 2, 3 and 4
     assert (
         Row("", "", "", 1, 1, 0.0, [6.0]).compute_ratios(Row("", "", "", 1, 1, 0.0, [2.0]))

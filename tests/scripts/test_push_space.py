@@ -135,11 +135,13 @@ def test_a_space_requires_a_model_on_the_hub(hub: LocalHub, tmp_path: Path) -> N
             name, private=False, files={"config.json": config, "preprocessor_config.json": b"{}"}
         )
     hub.create("ann/bare", private=False, files={"config.json": code})
+
     words = {
         str(tmp_path): f"vitcls push --model {tmp_path} ",
         "ann/vit": "vitcls convert",
         "ann/code": "vitcls convert",
     }
+
     for source, remedy in (
         words | {"ann/bare": "preprocessor_config.json", "ann/none": "no such model"}
     ).items():

@@ -135,14 +135,17 @@ def test_the_grid_combines_levels_seeds_and_stages(tmp_path: Path) -> None:
     }
     stages = {"finetune": {"model": "vitcls-tiny"}, "pretrain": {"epochs": 2}}
     file = write_study(tmp_path, factors=factors, stages=stages, baseline={"pretraining": "none"})
+
     runs = load_study(file).plan_runs()
     assert len(runs) == len({run.name for run in runs}) == 2 * 2 * 2
+
     by_levels = {(*run.levels.values(), run.seed): run.stages for run in runs}
     assert by_levels["none", "cls", 1] == {"finetune": {"model": "vitcls-tiny", "seed": 1}}
     assert by_levels["masked", "mean", 0] == {
         "pretrain": {"epochs": 2, "seed": 0},
         "finetune": {"model": "{run}/pretrain", "pooling": "mean", "epochs": 3, "seed": 0},
     }
+
     runner = StudyRunner(load_study(file), tmp_path / "out")
     masked = next(run for run in runs if run.levels["pretraining"] == "masked")
     (first, _), (second, flags) = runner.build_commands(masked)
@@ -226,6 +229,7 @@ def test_the_commands_of_a_study_in_the_repository_are_valid(file: Path) -> None
     runner = StudyRunner(load_study(file), Path("runs/study"))
     modules = cli.load_modules()
     first_run, *other_runs = runner.study.plan_runs()
+
     for run in [first_run, *other_runs]:
         if (
             run.seed == first_run.seed
@@ -515,15 +519,19 @@ def test_a_killed_study_resumes_its_runs(tmp_path: Path) -> None:
     stages = {"finetune": {**STUDY["stages"]["finetune"], "max_steps": 60, "save_every": 5}}
     file = write_study(tmp_path, stages=stages, seeds=[0])
     output = tmp_path / "out"
+
     process = start_study(file, output, "--jobs", "2")
     while not list(output.glob("runs/*/finetune/checkpoints/*")):
         assert process.poll() is None
         time.sleep(0.1)
+
     os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal
     process.communicate()
+
     process = start_study(file, output, "--jobs", "2")
     _, error = process.communicate()
     assert process.returncode == 0, error
+
     assert "--resume" in "".join(log.read_text() for log in output.glob("runs/*/log.txt"))
     rows = parquet.read_table(output / "runs.parquet").to_pylist()
     assert len(rows) == 2
