@@ -74,16 +74,11 @@ class FileFamily:
 
 GATE = "blocks.0.mlp.w3.weight"  # weight of a gated MLP
 LINEAR_HEAD = "linear_head.weight"  # classifier of DINOv2's hub models
-FAMILIES = {
+FAMILIES = {  # values of --family
     "dinov2": FileFamily(
         "vit_small_patch14_dinov2.lvd142m",
         BICUBIC_WITH_OFFSET,
         {GATE: "vit_giant_patch14_dinov2.lvd142m"},
-    ),
-    "dinov2 with registers": FileFamily(
-        "vit_small_patch14_reg4_dinov2.lvd142m",
-        BICUBIC_ANTIALIASED,
-        {GATE: "vit_giant_patch14_reg4_dinov2.lvd142m"},
     ),
     "tips": FileFamily(
         "vit_base_patch14_reg1_tipsv2.webli",
@@ -117,7 +112,11 @@ FAMILIES = {
         {"MAPHead_0/probe": "vit_base_patch16_siglip_224.webli"},
     ),
 }
-FAMILY_NAMES = tuple(name for name in FAMILIES if " " not in name)  # values of --family
+DINOV2_WITH_REGISTERS = FileFamily(
+    "vit_small_patch14_reg4_dinov2.lvd142m",
+    BICUBIC_ANTIALIASED,
+    {GATE: "vit_giant_patch14_reg4_dinov2.lvd142m"},
+)
 # Number of heads by width, for the published models. DINOv3 has 20 heads for the width 1280.
 NUM_HEADS = {
     192: 3,
@@ -216,10 +215,10 @@ def split_linear_head(weights: Weights) -> tuple[torch.Tensor, ...]:
 
 
 def get_family(family: str, weights: Weights) -> FileFamily:
-    """Return the entry of a family in `FAMILIES`. DINOv2 has one with and one without registers."""
-    return FAMILIES[
-        "dinov2 with registers" if family == "dinov2" and "register_tokens" in weights else family
-    ]
+    """Return the entry of a family in `FAMILIES`, or that of DINOv2 with registers."""
+    if family == "dinov2" and "register_tokens" in weights:
+        return DINOV2_WITH_REGISTERS
+    return FAMILIES[family]
 
 
 # Preparation --------------------------------------------------------------------------------------
@@ -230,9 +229,9 @@ def prepare_weights(weights: Mapping[str, Any], family: str) -> Weights:
 
     Raise ConversionError if the family is unknown, or the weights are not floating-point numbers.
     """
-    if family not in FAMILY_NAMES:
+    if family not in FAMILIES:
         raise ConversionError(
-            f"the family {family!r} is unknown. Set `family` to one of {', '.join(FAMILY_NAMES)}"
+            f"the family {family!r} is unknown. Set `family` to one of {', '.join(FAMILIES)}"
         )
 
     ignored_prefixes = ("decoder", "mask_token") if family == "mae" else ("local_cls_norm",)

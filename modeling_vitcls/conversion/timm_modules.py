@@ -40,10 +40,11 @@ def read_config_fields(model: TimmModule) -> Fields:
     drop_path_rates = [
         module.drop_prob for module in last_block_modules if get_class_name(module) == "DropPath"
     ]
+    token_counts = read_tokens(model)
     return {
         **read_patch_embedding(model),
-        **read_tokens(model),
-        **read_positions(model),
+        **token_counts,
+        **read_positions(model, token_counts),
         **read_rotary_positions(model),
         **read_norms(model),
         **block_fields,
@@ -96,14 +97,13 @@ def read_tokens(model: TimmModule) -> Fields:
     return counts
 
 
-def read_positions(model: TimmModule) -> Fields:
+def read_positions(model: TimmModule, token_counts: Fields) -> Fields:
     """Return the fields of learned position embeddings.
 
     timm resamples them bicubically with antialiasing.
     """
     if model.pos_embed is None:
         return {"position_embedding_type": "none"}
-    token_counts = read_tokens(model)
     num_non_cls_tokens = (
         token_counts["num_distillation_tokens"] + token_counts["num_register_tokens"]
     )

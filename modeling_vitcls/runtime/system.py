@@ -67,13 +67,13 @@ def format_device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":
-        return f"CPU, {format_count(torch.get_num_threads(), 'thread')}"
+        return f"CPU, {format_threads(torch.get_num_threads())}"
     return device.type
 
 
-def format_count(count: int, noun: str) -> str:
-    """Format a count with its noun, such as "1 layer" or "2 layers"."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+def format_threads(count: int) -> str:
+    """Format a number of threads: "1 thread" or "2 threads"."""
+    return "1 thread" if count == 1 else f"{count} threads"
 
 
 def get_versions(*libraries: str) -> dict[str, str]:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import logging
+from collections.abc import Callable
 from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
@@ -46,43 +47,60 @@ def chain(*errors: BaseException) -> BaseException:
 # Retries ------------------------------------------------------------------------------------------
 
 
-def test_failed_attempts_are_repeated_after_the_given_waits(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Return the waits before retries, which take no time."""
     waits: list[float] = []
     clock = SimpleNamespace(sleep=waits.append, monotonic=lambda: sum(waits))
     monkeypatch.setattr(connection, "time", clock)
-    errors: list[Exception] = [build_hub_error(503, reason="Down"), build_hub_error(503)]
-    errors += [
+    return waits
+
+
+def fail_with(*errors: Exception) -> Callable[[], str]:
+    """Return a function that raises the errors one after the other, and then returns "done"."""
+    remaining = list(errors)
+
+    def act() -> str:
+        if remaining:
+            raise remaining.pop(0)
+        return "done"
+
+    return act
+
+
+def test_failed_attempts_are_repeated_after_the_given_or_the_requested_waits(
+    waits: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    requested = [
         build_hub_error(429, reason="Busy", Retry_After=wait)
         for wait in ("2", "3", "86400", "Mon, 1 Jan")
     ]
-
-    def act() -> str:
-        if errors:
-            raise errors.pop(0)
-        return "done"
+    act = fail_with(build_hub_error(503, reason="Down"), build_hub_error(503), *requested)
 
     assert retry(act, "looking", waits=(0.5, 1.0, 1.0, 4.0, 4.0, 4.0)) == "done"
+
     assert waits == [0.5, 1.0, 2.0, 4.0, 300.0, 4.0]
     messages = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert messages[0] == "looking: HTTP 503, Down; trying again immediately"
     assert messages[1].endswith("; trying again in 1 s")
     assert messages[2] == "looking: HTTP 429, Busy; trying again in 2 s"
     assert len(messages) == 6
-    waits.clear()
-    errors += [build_hub_error(503)] * 5
+
+
+@pytest.mark.parametrize(
+    ("status", "times", "expected"),
+    [
+        (503, None, [1.0, 2.0, 4.0, 8.0]),
+        (503, (), []),
+        (404, (9.0,), []),
+    ],
+)
+def test_the_error_is_raised_after_the_last_attempt_or_if_it_is_permanent(
+    status: int, times: tuple[float, ...] | None, expected: list[float], waits: list[float]
+) -> None:
     with pytest.raises(HfHubHTTPError):
-        retry(act, "looking")
-    assert waits == [1.0, 2.0, 4.0, 8.0]
-    assert errors == []
-    waits.clear()
-    for error, times in ((build_hub_error(404), (9.0,)), (build_hub_error(503), ())):
-        errors.append(error)
-        with pytest.raises(HfHubHTTPError):
-            retry(act, "looking", waits=times)
-    assert waits == []
-    assert errors == []
+        retry(fail_with(*[build_hub_error(status)] * 5), "looking", waits=times)
+    assert waits == expected
 
 
 @pytest.mark.parametrize(

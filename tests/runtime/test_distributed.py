@@ -1,7 +1,6 @@
 """Settings of the Accelerator that depend on the device and the configuration of `accelerate launch`."""
 
 from contextlib import nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -43,16 +42,14 @@ def arguments(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 @pytest.mark.parametrize("has_gpu", [False, True])
 def test_a_run_uses_the_gpu_if_there_is_one(
-    has_gpu: bool, arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    has_gpu: bool, arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: has_gpu)
-    accelerator: Any = build_accelerator(3, "bf16", trackers=("json",), tracker_folder=tmp_path)
+    accelerator: Any = build_accelerator(gradient_accumulation_steps=3)
     (handler,) = arguments["kwargs_handlers"]
     assert arguments["cpu"] == (not has_gpu)
-    assert handler.timeout.total_seconds() == 12 * 3600
-    assert (arguments["mixed_precision"], arguments["log_with"]) == ("bf16", ["json"])
+    assert handler.timeout.total_seconds() == 12 * 3600  # for a push by the main process
     assert accelerator.gradient_accumulation_steps == 3
-    assert arguments["project_config"].logging_dir == str(tmp_path)
 
 
 def test_fsdp_on_cpus_is_enabled(
