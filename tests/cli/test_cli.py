@@ -1,4 +1,4 @@
-"""The vitcls command: help, version, errors, completion, and the modules that importing the package loads."""
+"""The vitcls command: help, version, errors, completion, and imported modules."""
 
 import ast
 import contextlib
@@ -198,7 +198,7 @@ def test_importing_the_package_registers_the_auto_classes() -> None:
 
 
 def test_the_command_registers_the_auto_classes_after_flags_are_checked(tmp_path: Path) -> None:
-    """Check that the command loads a model folder through an Auto class without trust_remote_code."""
+    """The command loads a model folder through an Auto class without trust_remote_code."""
     code = COMMAND.replace(
         "finally:", "finally:\n    from transformers.models.auto import CONFIG_MAPPING\n"
     ).replace("print(*sorted(sys.modules)", "print('vitcls' in CONFIG_MAPPING")

@@ -1,4 +1,4 @@
-"""The demo: predictions, the attention of each special token over the image that the model sees, and the examples."""
+"""The demo: predictions, the attention of each special token, and the examples."""
 
 import asyncio
 import dataclasses
@@ -94,20 +94,26 @@ def uploads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "uploads"
 
 
-def save_photo(file: Path) -> dict[str, str]:
-    """Save an image of 50 x 40 pixels, and return the input of the page."""
+@pytest.fixture
+def photo(uploads: Path) -> dict[str, str]:
+    """Upload an image of 50 x 40 pixels, and return the input of the page."""
     pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(file)
-    return {"path": str(file)}
+    Image.fromarray(pixels).save(uploads / "image.png")
+    return {"path": str(uploads / "image.png")}
 
 
-def test_the_page_shows_the_prediction_and_a_map_per_token(page: Any, uploads: Path) -> None:
+def read_pixels(photo: dict[str, str]) -> torch.Tensor:
+    """Return the pixel values [1, C, H, W] of the uploaded image."""
+    return PROCESSOR(Image.open(photo["path"]), return_tensors="pt")["pixel_values"]
+
+
+def test_the_page_shows_the_prediction_and_a_map_per_token(
+    page: Any, photo: dict[str, str]
+) -> None:
     model = build_classifier(num_register_tokens=2)
-    photo = save_photo(uploads / "image.png")
     prediction, pictures = call_page(page.build_page(model, PROCESSOR, "mine"), photo, 1)
     with torch.no_grad():
-        pixel_values = PROCESSOR(Image.open(photo["path"]), return_tensors="pt")["pixel_values"]
-        logits = model(pixel_values).logits[0]
+        logits = model(read_pixels(photo)).logits[0]
     names = [model.config.id2label[index] for index in range(3)]
     expected = dict(zip(names, logits.softmax(0).tolist(), strict=True))
     assert prediction.probabilities == pytest.approx(expected)
@@ -167,23 +173,21 @@ def test_a_map_has_the_attention_of_its_token_and_layer(
 
 @pytest.mark.parametrize("layer", [0, -1, 99, 1.5, float("nan"), float("inf"), None, "2", [1]])
 def test_other_layers_are_errors_of_one_line_without_a_traceback(
-    page: Any, uploads: Path, layer: Any
+    page: Any, photo: dict[str, str], layer: Any
 ) -> None:
     blocks = page.build_page(build_classifier(), PROCESSOR, "mine")
     with pytest.raises(page.gr.Error, match="from 1 to 2") as raised:
-        call_page(blocks, save_photo(uploads / "image.png"), layer)
+        call_page(blocks, photo, layer)
     assert not raised.value.print_exception
     assert "\n" not in raised.value.message
 
 
-def test_layers_count_from_1(page: Any, uploads: Path) -> None:
+@pytest.mark.parametrize("number", [1, 2])
+def test_layers_count_from_1(page: Any, photo: dict[str, str], number: int) -> None:
     model = build_classifier()
-    photo = save_photo(uploads / "image.png")
-    pixel_values = PROCESSOR(Image.open(photo["path"]), return_tensors="pt")["pixel_values"]
-    for number in (1, 2):
-        _, pictures = call_page(page.build_page(model, PROCESSOR, "mine"), photo, number)
-        expected = page.draw_attention(model, PROCESSOR, pixel_values, number - 1)
-        assert np.array_equal(np.asarray(pictures[1][0]), np.asarray(expected[1]))
+    _, pictures = call_page(page.build_page(model, PROCESSOR, "mine"), photo, number)
+    expected = page.draw_attention(model, PROCESSOR, read_pixels(photo), number - 1)
+    assert np.array_equal(np.asarray(pictures[1][0]), np.asarray(expected[1]))
 
 
 def test_the_image_is_shown_as_the_model_sees_it(page: Any) -> None:
@@ -249,22 +253,20 @@ def test_an_image_above_the_energy_threshold_shows_none_of_the_labels(page: Any)
         assert [each.label for each in shown.confidences] == ["LABEL_0", "LABEL_1", "LABEL_2"]
 
 
-def test_each_extra_head_has_a_panel(page: Any, uploads: Path) -> None:
+def test_each_extra_head_has_a_panel(page: Any, photo: dict[str, str]) -> None:
     heads = {
         "weather": {"labels": ["sun", "rain"], "temperature": 3.0},
         "tags": {"labels": ["a", "b", "c"], "problem_type": "multi_label_classification"},
     }
     model = build_classifier(extra_heads=heads)
     blocks = page.build_page(model, PROCESSOR, "mine")
-    photo = save_photo(uploads / "image.png")
 
     _, tags, weather, pictures = call_page(blocks, photo, 1)
     panels = [each.label for each in blocks.blocks.values() if isinstance(each, page.gr.Label)]
     assert panels == ["Prediction", "tags", "weather"]
 
-    pixel_values = PROCESSOR(Image.open(photo["path"]), return_tensors="pt")["pixel_values"]
     with torch.no_grad():
-        logits = model(pixel_values).task_logits
+        logits = model(read_pixels(photo)).task_logits
     expected = logits["weather"][0].softmax(0).tolist()
     assert list(weather.probabilities.values()) == pytest.approx(expected)
     expected = logits["tags"][0].sigmoid().tolist()

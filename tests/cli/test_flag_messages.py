@@ -1,4 +1,4 @@
-"""Messages of the package name parameters; a command shows them as flags, and nothing else of a message changes."""
+"""Messages of the package name parameters; a command shows them as flags."""
 
 import ast
 import re

@@ -54,7 +54,7 @@ def get_digits() -> list[tuple[Image.Image, str]]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """Return a model that was fine-tuned on digits in memory, and the return value of the function."""
+    """Return a model that was fine-tuned on digits in memory, and its results."""
     reset_accelerate()
     folder = tmp_path_factory.mktemp("api") / "run"
     return folder, finetune("vitcls-tiny", get_digits(), folder, **MODEL, **RUN)

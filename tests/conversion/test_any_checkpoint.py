@@ -1,4 +1,4 @@
-"""Checkpoints by name: vitcls models are used directly, others are converted once, and commits are pinned."""
+"""Checkpoints by name: used directly or converted once, and pinned to commits."""
 
 import json
 import logging
@@ -16,14 +16,12 @@ import transformers
 import yaml
 from helpers.accelerate_state import reset_accelerate
 from helpers.source_checkpoints import build_vit_classifier, save_checkpoint
-from helpers.tiny_models import build_tiny_config, raises_one_line, randomize
+from helpers.tiny_models import build_tiny_config, raises_one_line, randomize, save_classifier
 from helpers.tiny_options import build_tiny_options, run_training
 from huggingface_hub import constants
 from timm.models import save_for_hf
 
 from modeling_vitcls import (
-    ViTCLSForImageClassification,
-    ViTCLSImageProcessor,
     ViTCLSModel,
     convert_from_timm,
 )
@@ -64,15 +62,18 @@ def source(tmp_path: Path) -> Path:
     return tmp_path / "source"
 
 
+def add_commit(name: str, commit: str) -> Path:
+    """Return the folder of a new commit of ann/NAME in the Hub cache, which is `main`."""
+    repository = Path(constants.HF_HUB_CACHE, f"models--ann--{name}")
+    (repository / "refs").mkdir(parents=True, exist_ok=True)
+    (repository / "refs" / "main").write_text(commit)
+    return repository / "snapshots" / commit
+
+
 @pytest.fixture
-def cached_hub_model(tmp_path: Path) -> str:
+def cached_hub_model() -> str:
     """Return the id of a vitcls model in the Hub cache, at COMMIT."""
-    repository = tmp_path / "cache" / "hub" / "models--ann--mine"
-    snapshot = repository / "snapshots" / COMMIT
-    randomize(ViTCLSForImageClassification(build_tiny_config())).save_pretrained(snapshot)
-    ViTCLSImageProcessor(size=32).save_pretrained(snapshot)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(COMMIT)
+    save_classifier(add_commit("mine", COMMIT))
     return "ann/mine"
 
 
@@ -129,12 +130,9 @@ def test_conversions_of_other_sources_and_versions_are_not_used(
 
 def test_a_timm_model_on_the_hub_is_converted_at_the_requested_commit(tmp_path: Path) -> None:
     """The newest commit has another classifier."""
-    repository = tmp_path / "cache" / "hub" / "models--ann--timm"
     for commit, num_classes in ((COMMIT, 5), (COMMIT[::-1], 6)):
         model = timm.create_model("test_vit", num_classes=num_classes)
-        save_for_hf(model, repository / "snapshots" / commit, safe_serialization=True)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(COMMIT[::-1])
+        save_for_hf(model, add_commit("timm", commit), safe_serialization=True)
 
     for name, num_labels, commit in (
         (f"ann/timm@{COMMIT}", 5, COMMIT),
@@ -146,19 +144,15 @@ def test_a_timm_model_on_the_hub_is_converted_at_the_requested_commit(tmp_path: 
 
     assert load_source(f"timm:hf-hub:ann/timm@{COMMIT}", random_init=True).model.num_classes == 5
 
-    # a folder that timm saved
-    shutil.copytree(repository / "snapshots" / COMMIT, tmp_path / "local")
-    assert resolve(str(tmp_path / "local")).config.num_labels == 5
+    save_for_hf(model, tmp_path / "local", safe_serialization=True)
+    assert resolve(str(tmp_path / "local")).config.num_labels == 6
 
 
-def test_the_conversion_of_a_hub_model_is_pinned(source: Path, tmp_path: Path) -> None:
+def test_the_conversion_of_a_hub_model_is_pinned(source: Path) -> None:
     """The commit is in the parity report, and a new commit is converted again."""
-    repository = tmp_path / "cache" / "hub" / "models--ann--vit"
-    (repository / "refs").mkdir(parents=True)
     folders = []
     for commit in (COMMIT, COMMIT[::-1]):
-        shutil.copytree(source, repository / "snapshots" / commit)
-        (repository / "refs" / "main").write_text(commit)
+        shutil.copytree(source, add_commit("vit", commit))
         folders.append(resolve("ann/vit").path)
         for name in ("ann/vit", "transformers:ann/vit"):
             converted = resolve(name)
@@ -212,8 +206,8 @@ def test_commits_are_pinned(cached_hub_model: str) -> None:
     Path(
         constants.HF_HUB_CACHE, "models--ann--mine", "refs", "main"
     ).unlink()  # only the commit can be loaded
-    adapted = ViTCLSModel.from_pretrained(cached_hub_model, revision=COMMIT, num_register_tokens=1)
-    assert adapted.config.num_register_tokens == 1
+    adapted = ViTCLSModel.from_pretrained(cached_hub_model, revision=COMMIT, num_register_tokens=2)
+    assert adapted.config.num_register_tokens == 2
 
 
 def run(folder: Path, model: str) -> dict[str, Any]:

@@ -165,7 +165,8 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 image, model = Image.open(sys.argv[1]), sys.argv[3]
-processor = AutoImageProcessor.from_pretrained(model, backend="pil", trust_remote_code=True)  # timm resizes with PIL
+# timm resizes with PIL
+processor = AutoImageProcessor.from_pretrained(model, backend="pil", trust_remote_code=True)
 model = AutoModelForImageClassification.from_pretrained(model, trust_remote_code=True)
 logits = model.eval()(**processor(image, return_tensors="pt")).logits
 assert type(model).__module__.startswith("transformers_modules."), type(model)
@@ -274,8 +275,14 @@ def test_an_output_that_is_not_empty_is_unchanged(tmp_path: Path) -> None:
 # Sources
 
 
+def save_encoder(folder: Path, **options: Any) -> str:
+    """Save a ViT of transformers with random weights, and return it as a source."""
+    model = transformers.ViTModel(transformers.ViTConfig(**SIZES), **options)
+    return save_checkpoint(randomize_weights(model), folder)
+
+
 def test_a_non_square_source_is_compared_at_its_native_size(tmp_path: Path) -> None:
-    """transformers has no interpolation for non-square grids, so only the native size is compared."""
+    """transformers does not interpolate non-square grids: only the native size is compared."""
     config = transformers.ViTConfig(**SIZES | {"image_size": [32, 48]})
     source = save_checkpoint(randomize_weights(transformers.ViTModel(config)), tmp_path / "source")
 
@@ -340,30 +347,19 @@ def test_the_encoder_of_a_model_with_another_head_is_converted_with_a_note(tmp_p
 
 
 def test_a_missing_pooler_is_not_initialized(tmp_path: Path) -> None:
-    model = randomize_weights(
-        transformers.ViTModel(transformers.ViTConfig(**SIZES), add_pooling_layer=False)
-    )
-    made = convert_checkpoint(save_checkpoint(model, tmp_path / "source"), tmp_path / "made")
+    source = save_encoder(tmp_path / "source", add_pooling_layer=False)
+    made = convert_checkpoint(source, tmp_path / "made")
     assert "no pooler" in made["notes"][0]
     assert ViTCLSModel.from_pretrained(tmp_path / "made").config.pooled_activation is None
 
 
-def save_without_pooler(folder: Path, names: dict[str, str]) -> str:
-    """Save a ViTModel without its pooler, with these weights renamed; return it as a source."""
-    encoder = randomize_weights(transformers.ViTModel(transformers.ViTConfig(**SIZES)))
-    source = save_checkpoint(encoder, folder)
-    weights = load_file(folder / "model.safetensors")
-    weights = {
-        names.get(name, name): value
-        for name, value in weights.items()
-        if not name.startswith("pooler.")
-    }
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return source
-
-
 def test_a_checkpoint_without_a_pooler_must_have_all_other_weights(tmp_path: Path) -> None:
-    source = save_without_pooler(tmp_path / "source", {"layernorm.weight": "layernorm.scale"})
+    source = save_encoder(tmp_path / "source", add_pooling_layer=False)
+    file = tmp_path / "source" / "model.safetensors"
+    weights = load_file(file)
+    weights["layernorm.scale"] = weights.pop("layernorm.weight")
+    save_file(weights, file, metadata={"format": "pt"})
+
     with pytest.raises(
         ConversionError,
         match=r"ViTModel requires 3 weights that are missing .*, for example layernorm\.weight",
@@ -373,10 +369,7 @@ def test_a_checkpoint_without_a_pooler_must_have_all_other_weights(tmp_path: Pat
 
 
 def test_pickles_with_code_are_errors(tmp_path: Path) -> None:
-    source = save_checkpoint(
-        randomize_weights(transformers.ViTModel(transformers.ViTConfig(**SIZES))),
-        tmp_path / "source",
-    )
+    source = save_encoder(tmp_path / "source")
     (tmp_path / "source" / "model.safetensors").unlink()
     torch.save(
         {"layernorm.weight": RunWhenUnpickled(tmp_path / "ran")},
@@ -401,10 +394,7 @@ def test_remote_code_is_never_run(
     monkeypatch.setattr(
         "builtins.input", lambda *_: pytest.fail("asked whether to run remote code")
     )
-    source = save_checkpoint(
-        randomize_weights(transformers.ViTModel(transformers.ViTConfig(**SIZES))),
-        tmp_path / "source",
-    )
+    source = save_encoder(tmp_path / "source")
     (tmp_path / "source" / "evil.py").write_text(
         f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: ...\n"
     )

@@ -1,4 +1,4 @@
-"""Models written as classes of transformers: folder, card, push and verification, all without remote code."""
+"""Models written as classes of transformers: folder, card, push, and no remote code."""
 
 import json
 from pathlib import Path

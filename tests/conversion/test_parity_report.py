@@ -1,4 +1,4 @@
-"""The comparison of a source with its conversion: image sizes, token groups, and notes on positions."""
+"""The comparison of a source with its conversion, and notes on positions."""
 
 from typing import Any
 

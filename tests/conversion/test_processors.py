@@ -1,4 +1,4 @@
-"""The conversion of image processors of timm and transformers: equal pixels on real photographs, and defaults."""
+"""The conversion of image processors: equal pixels on real photographs, and defaults."""
 
 from functools import partial
 from pathlib import Path
@@ -38,7 +38,7 @@ class PretrainedConfigOnly(torch.nn.Module):
 
 @pytest.mark.parametrize("name", TIMM_CONFIGS.values(), ids=TIMM_CONFIGS)
 def test_timm_preprocessing_is_equal(name: str, tmp_path: Path) -> None:
-    """Pixels are equal with PIL, which timm uses, and within 2 of 255 gray levels with torchvision."""
+    """Pixels are equal with PIL, which timm uses, and within 2 gray levels with torchvision."""
     model = PretrainedConfigOnly(name)
     processor, record = processors.convert_timm_preprocessing(model)
     assert record["largest_difference_in_gray_levels"] == 0

@@ -34,7 +34,7 @@ def build_model() -> nn.Module:
 
 
 def test_random_weights_are_reproducible() -> None:
-    """`vitcls convert --random-init` builds source and reloaded source independently; they must be equal."""
+    """A conversion with random weights builds the source twice."""
     torch.manual_seed(0)
     first = randomize_weights(build_model()).state_dict()
     torch.manual_seed(1)

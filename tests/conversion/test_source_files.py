@@ -1,4 +1,4 @@
-"""Published state-dict files: families, accuracy against the authors' forward passes, preprocessing, and refusals.
+"""Published state-dict files: families, exactness, preprocessing, and refusals.
 
 All parameters have random values. The forward passes in helpers/published_weights.py use neither
 timm nor this package.
@@ -59,7 +59,7 @@ HEAD = {"head.weight": (LABELS, 192), "head.bias": (LABELS,)}
 
 
 def resample_dino(maps: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """facebookresearch/dino, vision_transformer.py, and dinov2 without registers (interpolate_offset=0.1)."""
+    """facebookresearch/dino, vision_transformer.py, and dinov2 without registers (offset 0.1)."""
     return interpolate(
         maps, scale_factor=((grid[0] + 0.1) / GRID, (grid[1] + 0.1) / GRID), mode="bicubic"
     )
@@ -71,7 +71,7 @@ def resample_bicubic(maps: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
 
 
 def resample_dinov2_reg4(maps: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """facebookresearch/dinov2, hub/backbones.py: interpolate_antialias=True, interpolate_offset=0.0."""
+    """facebookresearch/dinov2, hub/backbones.py: with antialiasing, without an offset."""
     return interpolate(maps, size=grid, mode="bicubic", antialias=True)
 
 
@@ -336,7 +336,7 @@ def test_a_linear_classifier_of_another_width_is_refused(tmp_path: Path) -> None
 
 @torch.no_grad()
 def test_tips_files_are_exact_if_their_family_is_known(tmp_path: Path) -> None:
-    """Two CLS tokens, images in 0..1 that are resized to a square, and the family must be unambiguous."""
+    """Two CLS tokens, images in 0..1 that are resized to a square, and a known family."""
     weights = FILES["tips.npz"][2]()
     source = FileSource.load(save(weights, tmp_path / "tips.npz"))
     model = source.convert()
@@ -516,7 +516,7 @@ PUBLISHED_SIZES = {
 
 
 def test_published_widths_have_the_published_number_of_heads() -> None:
-    """The weights do not contain the number of heads, and a comparison would use the same number."""
+    """The weights do not contain this number, and a comparison would use the same one."""
     for pattern, sizes in PUBLISHED_SIZES.items():
         for size in sizes:
             model: Any = timm.create_model(pattern.format(size), device="meta", depth=1)

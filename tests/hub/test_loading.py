@@ -42,16 +42,29 @@ pytestmark = pytest.mark.integration
 
 
 NAMES = {index: str(index) for index in range(10)}
-CARD = "---\nlicense: other\nlicense_name: dinov3-license\nlicense_link: LICENSE.md\n---\n# A model of theirs\n"
+CARD = """---
+license: other
+license_name: dinov3-license
+license_link: LICENSE.md
+---
+# A model of theirs
+"""
 # A change in a later release of the code: same weights, other outputs.
-OTHER_CODE = "pool = TokenPooler.forward\nTokenPooler.forward = lambda self, sequence: 2 * pool(self, sequence)\n"
+OTHER_CODE = """
+pool = TokenPooler.forward
+TokenPooler.forward = lambda self, sequence: 2 * pool(self, sequence)
+"""
 # Prints the logits of several commits.
 LOAD_COMMITS = """
 import json, sys, torch, transformers
 sys.modules["modeling_vitcls"] = None
 auto_class, options = transformers.AutoModelForImageClassification, {"trust_remote_code": True}
-models = [auto_class.from_pretrained("ann/model", revision=commit, **options).eval() for commit in sys.argv[1:]]
-print(json.dumps([model(torch.ones(1, 3, 32, 32)).logits[0].tolist() for model in models]))
+images = torch.ones(1, 3, 32, 32)
+models = [
+    auto_class.from_pretrained("ann/model", revision=commit, **options).eval()
+    for commit in sys.argv[1:]
+]
+print(json.dumps([model(images).logits[0].tolist() for model in models]))
 """
 
 

@@ -39,9 +39,9 @@ from modeling_vitcls.training.resume import (
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return a working folder that contains folders with misleading names, next to a data folder."""
-    for name in "here/digits here/vitcls-tiny here/acme/data here/data/teach here/.hidden clinic/scans".split():
-        (tmp_path / name).mkdir(parents=True)
+    """Return a working folder with folders of misleading names, next to a data folder."""
+    for name in ("digits", "vitcls-tiny", "acme/data", "data/teach", ".hidden", "../clinic/scans"):
+        (tmp_path / "here" / name).mkdir(parents=True)
     (tmp_path / "here" / "weights.pt").touch()
     monkeypatch.chdir(tmp_path / "here")
     return tmp_path / "here"

@@ -1,4 +1,4 @@
-"""Settings of the Accelerator that depend on the device and the configuration of `accelerate launch`."""
+"""Settings of the Accelerator that depend on the device and on `accelerate launch`."""
 
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -97,7 +97,7 @@ def test_only_version_2_of_fsdp_is_supported(
 def choose(
     monkeypatch: pytest.MonkeyPatch, width: int, is_supported: bool = True, **arguments: Any
 ) -> Any:
-    """Return the accelerator with the precision that --mixed-precision auto selects for a model of a width."""
+    """Return the accelerator with the precision selected for a model of a width."""
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     monkeypatch.setattr(distributed, "has_bfloat16", lambda device: is_supported)
     accelerator = build_accelerator()
@@ -156,8 +156,10 @@ def test_missing_trackers_are_errors() -> None:
 def test_models_are_sharded_by_layer_unless_the_configuration_names_modules() -> None:
     model = ViTCLSForImageClassification(build_tiny_config(layer_type="parallel"))
     names = {type(layer).__name__ for layer in model.vitcls.layers}
+    accelerator: Any = SimpleNamespace(state=SimpleNamespace())
+    configure_layer_sharding(accelerator, model)  # without FSDP
     for configured, expected in ((None, sorted(names)), (["Linear"], ["Linear"])):
         plugin = SimpleNamespace(transformer_cls_names_to_wrap=configured)
-        configure_layer_sharding(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)), model)  # type: ignore[arg-type]
+        accelerator.state.fsdp_plugin = plugin
+        configure_layer_sharding(accelerator, model)
         assert plugin.transformer_cls_names_to_wrap == expected
-    configure_layer_sharding(SimpleNamespace(state=SimpleNamespace()), model)  # type: ignore[arg-type]

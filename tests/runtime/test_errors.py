@@ -1,4 +1,4 @@
-"""Messages of errors of other libraries as one line, and errors that all processes of a run raise."""
+"""Errors of other libraries in one line, and errors that all processes raise."""
 
 import pytest
 from accelerate import Accelerator

@@ -1,4 +1,4 @@
-"""`scripts/push_space.py`: the files of a Space, pushes to a local Hub, and flags that contradict each other."""
+"""`scripts/push_space.py`: the files of a Space, pushes, and contradicting flags."""
 
 import importlib.metadata
 import sys

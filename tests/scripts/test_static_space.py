@@ -1,4 +1,4 @@
-"""The page of a static Space in Chromium, with a model of fixed outputs in place of transformers.js."""
+"""The page of a static Space in Chromium, with a model of fixed outputs."""
 
 import threading
 from functools import partial
@@ -26,15 +26,18 @@ const settings = { do_normalize: false, image_mean: [0, 0, 0], image_std: [1, 1,
 export const AutoImageProcessor = {
   from_pretrained: async () => Object.assign(async () => ({ pixel_values }), settings),
 };
-const outputs = { logits: { data: [2, 8] }, cls_attention: { dims: [1, 1, 1, 2, 2], data: [0.9, 0, 0.05, 0.05] } };
+const cls_attention = { dims: [1, 1, 1, 2, 2], data: [0.9, 0, 0.05, 0.05] };
+const outputs = { logits: { data: [2, 8] }, cls_attention };
+const config = { id2label: { 0: "dusk", 1: "noon" } };
 export const AutoModelForImageClassification = {
-  from_pretrained: async () => ({ config: { id2label: { 0: "dusk", 1: "noon" } }, forward: async () => outputs }),
+  from_pretrained: async () => ({ config, forward: async () => outputs }),
 };
 """
 HEADERS = {"content-type": "text/javascript", "access-control-allow-origin": "*"}
 READ_CORNERS = """() => {
   const context = document.getElementById("map").getContext("2d");
-  return [[0, 0], [7, 0]].map(([x, y]) => Array.from(context.getImageData(x, y, 1, 1).data.slice(0, 3)));
+  const read = ([x, y]) => Array.from(context.getImageData(x, y, 1, 1).data.slice(0, 3));
+  return [[0, 0], [7, 0]].map(read);
 }"""
 
 

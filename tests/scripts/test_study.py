@@ -87,7 +87,8 @@ if arguments[0] == "finetune":
         time.sleep(0.01)
     output = folder / "finetune"
     output.mkdir()
-    running = len(list(folder.parent.glob("*/log.txt"))) - len(list(folder.parent.glob("*/finetune/results.json")))
+    num_finished = len(list(folder.parent.glob("*/finetune/results.json")))
+    running = len(list(folder.parent.glob("*/log.txt"))) - num_finished
     results = {{"accuracy": accuracy, "seconds": 90, "threads": threads, "running": running}}
     (output / "results.json").write_text(json.dumps(results))
 elif "median" in flags["--model"]:
@@ -187,7 +188,8 @@ def test_each_stage_gets_its_flags_folders_and_the_resume_of_its_checkpoints(
     (folder / "pretrain" / "checkpoints" / "step-00000001").mkdir(parents=True)
     (folder / "finetune" / "checkpoints").mkdir(parents=True)  # killed before the first checkpoint
     assert {stage: " ".join(flags) for stage, flags in runner.build_commands(run)} == {
-        "pretrain": f"--dataset {out}/subsets/few-images-0 --seed 0 --output-dir {folder}/pretrain --resume",
+        "pretrain": f"--dataset {out}/subsets/few-images-0 --seed 0 "
+        f"--output-dir {folder}/pretrain --resume",
         "finetune": f"--model {out}/{folder} --no-flip --image-size 32 08 --folds 2 --seed 0 "
         f"--output-dir {folder}/finetune --overwrite",
         "evaluate": f"--dataset digits --model {folder}/finetune --output {folder}/evaluate.json",
