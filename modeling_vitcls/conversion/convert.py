@@ -79,9 +79,7 @@ def convert_checkpoint(
     with create_output_folder(output) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        comparisons, native_size_reason = compare_models(
-            source, model, source.native_size_reason, get_processor_size(processor)
-        )
+        comparisons, not_compared = compare_models(source, model, get_processor_size(processor))
         return write_parity_report(
             folder,
             source_name,
@@ -93,7 +91,7 @@ def convert_checkpoint(
             source_class=type(source.model).__name__,
             classifier="kept" if isinstance(model, ViTCLSForImageClassification) else "none",
             comparisons=comparisons,
-            not_compared=native_size_reason,
+            not_compared=not_compared,
             preprocessing=preprocessing,
             versions=get_versions("timm"),
             notes=source.notes
@@ -239,12 +237,11 @@ def write_native_model(source: str, output: Path) -> Report:
 
         reloaded_source = TransformersSource.load(str(output_folder), random_init=False)
         reloaded_source.model.float()
+        reloaded_source.native_size_reason = native_size_reason
         processor_size = None
         if folder.has_processor:
             processor_size = get_processor_size(folder.load_processor())
-        comparisons, native_size_reason = compare_models(
-            reloaded_source, model, native_size_reason, processor_size
-        )
+        comparisons, not_compared = compare_models(reloaded_source, model, processor_size)
 
         copy_results(folder, output_folder)
         return write_parity_report(
@@ -258,7 +255,7 @@ def write_native_model(source: str, output: Path) -> Report:
             is_native=True,
             classifier="kept" if is_classifier and model.config.num_labels else "none",
             comparisons=comparisons,
-            not_compared=native_size_reason,
+            not_compared=not_compared,
             preprocessing=preprocessing,
             versions=get_versions(),
             required_versions={

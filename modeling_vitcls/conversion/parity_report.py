@@ -32,7 +32,6 @@ Report = dict[str, Any]  # content of parity_report.json, or of one of its compa
 def compare_models(
     source: SourceModel,
     model: ViTCLSPreTrainedModel,
-    native_size_reason: str = "",
     processor_size: tuple[int, int] | None = None,
 ) -> tuple[list[Report], str]:
     """Compare the outputs of a source and the converted model at up to three image sizes.
@@ -42,11 +41,10 @@ def compare_models(
     Raise ConversionError if a difference exceeds `MAX_DIFFERENCE`.
 
     Args:
-        source: Source whose model is in float32.
+        source: Source whose model is in float32. If it has a `native_size_reason`, only the native
+            size is compared.
         model: The converted model. It is cast to float32, and its CPU kernels are removed, because
             their rounding errors grow with the magnitude of the values (docs/speed.md).
-        native_size_reason: Reason why only the native size is compared. If empty, all sizes are
-            compared.
         processor_size: Height and width of the processor's outputs.
 
     Returns:
@@ -99,8 +97,8 @@ def compare_models(
         comparisons.append(
             {"image_size": (height, width), "differences": differences, "magnitudes": magnitudes}
         )
-        if native_size_reason:
-            return comparisons, native_size_reason
+        if source.native_size_reason:
+            return comparisons, source.native_size_reason
     return comparisons, ""
 
 
