@@ -92,7 +92,7 @@ def load_modules() -> dict[str, ModuleType]:
             for name in COMMANDS
         }
     except ModuleNotFoundError as error:
-        if error.name not in ("docstring_parser", "tyro", "yaml"):
+        if error.name not in ("tyro", "yaml"):
             raise
         message = f"the vitcls command requires {error.name}. {describe_installation('cli')}"
         print(f"error: {message}", file=sys.stderr)

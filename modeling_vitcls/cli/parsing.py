@@ -24,7 +24,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
-import docstring_parser
 import tyro
 import yaml
 
@@ -331,21 +330,6 @@ def describe_values(field: dataclasses.Field[Any]) -> str:
     default = f"default {field.default}" if has_default else ""
     values = "; ".join(part for part in (choices, default) if part)
     return f"({values})" if values else ""
-
-
-def read_help_texts(options_class: Any) -> dict[str, str]:
-    """Return the docstrings below the fields of a dataclass.
-
-    The fields of base classes and nested dataclasses are included.
-    """
-    texts: dict[str, str] = {}
-    for base in reversed(options_class.__mro__[:-1]):
-        parameters = docstring_parser.parse_from_object(base).params
-        texts |= {parameter.arg_name: str(parameter.description) for parameter in parameters}
-    for option in dataclasses.fields(options_class):
-        if dataclasses.is_dataclass(option.type):
-            texts |= read_help_texts(option.type)
-    return texts
 
 
 # Recipes ------------------------------------------------------------------------------------------

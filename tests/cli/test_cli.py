@@ -98,7 +98,7 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
         assert capsys.readouterr().out == f"vitcls {__version__}\n"
 
 
-@pytest.mark.parametrize("missing", ["docstring_parser", "tyro", "yaml"])
+@pytest.mark.parametrize("missing", ["tyro", "yaml"])
 def test_a_missing_extra_is_named(
     missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
