@@ -21,7 +21,7 @@ import traceback
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, NoneType
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
 import tyro
@@ -145,12 +145,13 @@ def check_choices(name: str, type_hint: Any, flags: list[str]) -> None:
 
     The choices are listed in a fixed order.
     """
-    types, has_several_values = list_types(type_hint)
     choices = list_choices(type_hint)
     if not choices:
         return
+    value_types = get_value_types(type_hint)
+    allowed = {*choices, "None"} if NoneType in value_types else set(choices)
+    has_several_values = any(get_origin(each) is tuple for each in value_types)
     flag = f"--{name.replace('_', '-')}"
-    allowed = {*choices, "None"} if type_hint is not types[0] else set(choices)
     for value in read_values(flags, flag, has_several_values):
         if value not in allowed:
             exit_with_message(
@@ -158,24 +159,14 @@ def check_choices(name: str, type_hint: Any, flags: list[str]) -> None:
             )
 
 
-def list_types(type_hint: Any) -> tuple[list[Any], bool]:
-    """Return the types of one value of a flag, and whether the flag takes several values.
-
-    None is left out.
-    """
-    types = [each for each in get_value_types(type_hint) if each is not type(None)]
-    has_several_values = len(types) == 1 and get_origin(types[0]) is tuple
-    if has_several_values:
-        types = [each for each in get_args(types[0]) if each is not Ellipsis]
-    return types, has_several_values
-
-
 def list_choices(type_hint: Any) -> list[str]:
     """Return the choices of a flag; an empty list if it accepts other values as well."""
-    types, _ = list_types(type_hint)
-    if not all(get_origin(each) is Literal for each in types):
+    value_types = [each for each in get_value_types(type_hint) if each is not NoneType]
+    if len(value_types) == 1 and get_origin(value_types[0]) is tuple:  # several values
+        value_types = [each for each in get_args(value_types[0]) if each is not Ellipsis]
+    if not all(get_origin(each) is Literal for each in value_types):
         return []
-    return [str(choice) for each in types for choice in get_args(each)]
+    return [str(choice) for each in value_types for choice in get_args(each)]
 
 
 def read_values(flags: list[str], flag: str, has_several_values: bool = False) -> list[str]:

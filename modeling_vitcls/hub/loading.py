@@ -109,8 +109,8 @@ def get_model_folder(
         return download_model(source, patterns, revision)
 
 
-def check_is_vitcls(source: str, folder: str | Path) -> dict[str, Any]:
-    """Check that a folder contains a vitcls model, and return the contents of config.json.
+def check_is_vitcls(source: str, folder: str | Path) -> None:
+    """Check that a folder contains a vitcls model.
 
     `source` is the name of the model in error messages. Raise ValueError for other model types, a
     damaged config.json or a damaged index of the weights, and OSError if config.json is missing or
@@ -146,7 +146,6 @@ def check_is_vitcls(source: str, folder: str | Path) -> dict[str, Any]:
         if file.exists():
             # otherwise, safetensors reports a file without read permission as missing
             file.open("rb").close()
-    return config_dict
 
 
 def get_external_model_folder(source: str, revision: str | None = None) -> str:
