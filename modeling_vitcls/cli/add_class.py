@@ -6,13 +6,8 @@ The command is implemented in modeling_vitcls/training/additions.py.
 """
 
 from ..training.options import AddClassOptions
+from .functions import run_addition
 
 
 OPTIONS_CLASS = AddClassOptions
-
-
-def run(options: AddClassOptions) -> None:
-    """Add the classes, and write the model folder with its card."""
-    from .functions import run_addition
-
-    run_addition(options)
+run = run_addition

@@ -7,13 +7,8 @@ The command is implemented in modeling_vitcls/training/additions.py.
 """
 
 from ..training.options import AddTaskOptions
+from .functions import run_addition
 
 
 OPTIONS_CLASS = AddTaskOptions
-
-
-def run(options: AddTaskOptions) -> None:
-    """Add the task, and write the model folder with its card."""
-    from .functions import run_addition
-
-    run_addition(options)
+run = run_addition

@@ -8,16 +8,8 @@ features.
 """
 
 from ..inference.options import EvaluateOptions
+from .functions import run_evaluation
 
 
 OPTIONS_CLASS = EvaluateOptions
-
-
-def run(options: EvaluateOptions) -> None:
-    """Evaluate the model and print the metrics.
-
-    With --frozen, its frozen features are evaluated; with --audit, the dataset is audited.
-    """
-    from .functions import run_evaluation
-
-    run_evaluation(options)
+run = run_evaluation

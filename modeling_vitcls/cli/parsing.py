@@ -201,7 +201,8 @@ def check_paths(options: Any) -> None:
                 )
     for name in ("output_dir", "output", "dataset", "model"):
         value = values.get(name)
-        if isinstance(value, str) and not is_utf8(value):
+        # Python reads bytes of file names that are not UTF-8 as surrogates
+        if isinstance(value, str) and value.encode(errors="ignore").decode() != value:
             exit_with_message(
                 f"error: --{name.replace('_', '-')} {value!a} is not valid UTF-8. Rename the "
                 "folder, or set another one",
@@ -223,11 +224,6 @@ def is_path(source: str) -> bool:
         or len(parts) > 2
         or parts[:1] == ("runs",)
     )
-
-
-def is_utf8(text: str) -> bool:
-    """Return whether a text contains no bytes of file names that are not UTF-8."""
-    return not any(0xDC80 <= ord(character) <= 0xDCFF for character in text)
 
 
 def hint(name: str, flag_names: set[str]) -> str:
