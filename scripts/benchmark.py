@@ -75,9 +75,8 @@ PACKAGES = {"onnx": (*EXPORT_PACKAGES, "onnxruntime"), "openvino": (*EXPORT_PACK
 LIMITS = {"fp32": 1e-4, "bf16": 0.08, "int8": float("inf")}
 SECONDS_PER_MEASUREMENT = 0.5
 NUM_CHECKED_IMAGES = 2
-NUM_CALIBRATION_IMAGES = (
-    16  # random images; the accuracy of int8 is measured by `vitcls export --int8`
-)
+# Random images; the accuracy of int8 is measured by `vitcls export --int8`.
+NUM_CALIBRATION_IMAGES = 16
 
 Function = Callable[[], object]
 
@@ -121,9 +120,8 @@ class Row:
     precision: str
     batch_size: int
     flops_per_image: int
-    difference: (
-        float  # from the float32 output of the model, relative to its largest absolute value
-    )
+    # from the float32 output of the model, relative to its largest absolute value
+    difference: float
     throughputs: list[float] = field(default_factory=list)  # images per second
 
     def compute_ratios(self, other: "Row") -> list[float]:

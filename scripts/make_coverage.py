@@ -217,10 +217,8 @@ def build_timm_model(name: str) -> Any:
     options: dict[str, Any] = {"depth": 2, "num_classes": 7}
     try:
         original_model: Any = timm.create_model(name, device="meta", **options)
-    except (
-        TypeError,
-        AssertionError,
-    ):  # an architecture that has no such arguments, or requires one value per block
+    except (TypeError, AssertionError):
+        # an architecture that has no such arguments, or requires one value per block
         original_model = timm.create_model(name, device="meta")
     if get_class_name(original_model) not in TIMM_CLASSES:
         class_name = get_class_name(original_model)

@@ -20,10 +20,11 @@ from modeling_vitcls import IMPORT_STRUCTURE
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+# Path in the repository -> path in the site.
 RENAMED = {
     "README.md": "index.md",
     "docs/README.md": "contents.md",
-}  # path in the repository -> path in the site
+}
 ADDED = [
     "CONTRIBUTING.md",
     "CODE_OF_CONDUCT.md",

@@ -41,16 +41,14 @@ from modeling_vitcls.model.blocks_vitcls import ViTCLSAttention
 from modeling_vitcls.model.cpu_kernels_vitcls import uninstall_cpu_kernels
 
 
-LAYER, NUM_NEURONS, SHARE = (
-    1,
-    2,
-    0.03,
-)  # of the planted neurons; share of the patches at which a neuron is active
-ACTIVATION, NORM = (
-    40.0,
-    6.0,
-)  # at these patches, on average: activation, norm written in median norms of last patches
-NUM_TRAIN, NUM_TEST, NUM_CALIBRATION_IMAGES = 3000, 2000, 128
+LAYER = 1  # of the planted neurons
+NUM_NEURONS = 2
+SHARE = 0.03  # of the patches at which a neuron is active
+ACTIVATION = 40.0  # at these patches, on average
+NORM = 6.0  # written at these patches, on average, in median norms of last patches
+NUM_TRAIN = 3000
+NUM_TEST = 2000
+NUM_CALIBRATION_IMAGES = 128
 
 
 class PrefixAttention(ViTCLSAttention):

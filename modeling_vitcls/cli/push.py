@@ -73,8 +73,7 @@ def run(options: PushOptions) -> None:
     )
     pushed_model = push_folder(folder, repo_id, options.private, options.branch)
     print(f"pushed    {pushed_model.summary}", flush=True)
-    if (
-        options.verify and folder.has_weights
-    ):  # adapters and exported files do not load without other files
+    # adapters and exported files do not load without other files
+    if options.verify and folder.has_weights:
         print("verifying the pushed commit in a new process", flush=True)
         print(verify_push(pushed_model, folder))

@@ -28,9 +28,8 @@ CERTIFICATE_FILE = "certificate.json"  # which outputs of an earlier model did n
 CARD_FILE = "README.md"
 REPORT_FILE = "report.html"  # HTML report with held-out images
 IMAGES_FOLDER = "images"
-SAMPLE_IMAGES_FILE = (
-    f"{IMAGES_FOLDER}/attention.png"  # the only figure that shows images of the dataset
-)
+# The only figure that shows images of the dataset.
+SAMPLE_IMAGES_FILE = f"{IMAGES_FOLDER}/attention.png"
 CODE_PATTERN = "*_vitcls.py"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = f"{WEIGHTS_FILE}.index.json"  # which file contains which weight, if there are several

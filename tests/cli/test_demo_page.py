@@ -352,10 +352,8 @@ def test_only_the_prediction_is_public(page: Any) -> None:
     assert (slider.minimum, slider.maximum, slider.value, slider.step) == (1, 2, 2, 1)
     assert slider.visible
 
-    assert (blocks.title, blocks.delete_cache) == (
-        "mine",
-        (3600, 3600),
-    )  # uploads are deleted after an hour
+    assert blocks.title == "mine"
+    assert blocks.delete_cache == (3600, 3600)  # uploads are deleted after an hour
 
     assert [each.preprocess for each in blocks.fns.values()] == [False, False]
     assert {each.api_name for each in blocks.fns.values() if each.api_visibility == "public"} == {

@@ -482,9 +482,8 @@ UNSUPPORTED: dict[str, Callable[[Path], str]] = {
     ),
     "timm 1.* has no model vit_huuge": lambda folder: "timm:vit_huuge",
     "nowhere/at/all is not a folder": lambda folder: f"transformers:{folder}/nowhere/at/all",
-    "cannot read the configuration of": lambda folder: (
-        f"transformers:{folder.parent}"
-    ),  # without config.json
+    # without config.json
+    "cannot read the configuration of": lambda folder: f"transformers:{folder.parent}",
     "source 'keras:resnet' is not supported": lambda folder: "keras:resnet",
     "source 'timm:' is not supported": lambda folder: "timm:",
     "`random_init=True` requires timm:NAME or transformers:PATH_OR_ID, but the source is": lambda folder: (

@@ -103,10 +103,11 @@ def test_transformers_preprocessing_is_equal(
     ("theirs", "reason"),
     [
         (None, "has no image processor"),
+        # patches, not images
         (
             transformers.Siglip2ImageProcessor(),
             "differs from Siglip2ImageProcessor in the output shape",
-        ),  # patches, not images
+        ),
     ],
 )
 def test_a_default_is_stated(theirs: Any, reason: str, tmp_path: Path) -> None:

@@ -222,11 +222,8 @@ def test_ratios_compare_measurements_of_the_same_round() -> None:
     benchmark.measure_rows(
         rows, [lambda: calls.append("ours"), lambda: calls.append("theirs")], num_rounds=2
     )
-    assert [name for name, _ in itertools.groupby(calls)] == [
-        "ours",
-        "theirs",
-        "ours",
-    ]  # the second is reversed
+    # the second round is reversed
+    assert [name for name, _ in itertools.groupby(calls)] == ["ours", "theirs", "ours"]
 
     ours, theirs = (
         Row("inference", "torch", "fp32", 1, 1, 0.0, values)
