@@ -200,11 +200,7 @@ def measure_timm_model(name: str) -> tuple[float | None, str]:
         return None, shorten_message(str(error))
     except Exception as error:  # unsupported modules may raise any exception
         return None, shorten_message(f"{type(error).__name__}: {error}")
-    difference = max(
-        difference
-        for comparison in comparisons
-        for difference in comparison["differences"].values()
-    )
+    difference = max(max(each["differences"].values()) for each in comparisons)
     return (None, shorten_message(reason)) if reason else (difference, "")
 
 
@@ -305,9 +301,7 @@ def measure_transformers_class(name: str) -> tuple[float | None, str]:
         comparisons, _ = compare_models(source, source.convert())
     except Exception as error:  # some classes do not support the small sizes
         return None, shorten_message(f"{type(error).__name__}: {error}")
-    return max(
-        value for comparison in comparisons for value in comparison["differences"].values()
-    ), ""
+    return max(max(each["differences"].values()) for each in comparisons), ""
 
 
 def build_config(config_class: Any) -> Any:
