@@ -239,9 +239,9 @@ def build_position_embeddings(
     """Build learned or sin-cos position embeddings; return None if the model has neither."""
     if config.position_embedding_type.startswith("learned"):
         return LearnedPositionEmbeddings(config)
-    return (
-        SinCosPositionEmbeddings(config) if config.position_embedding_type == "sincos_2d" else None
-    )
+    if config.position_embedding_type == "sincos_2d":
+        return SinCosPositionEmbeddings(config)
+    return None
 
 
 def build_tokens(num_tokens: int, width: int) -> nn.Parameter | None:
@@ -467,12 +467,11 @@ class DropPath(nn.Module):
         return f"rate={self.rate}"
 
 
-class EncoderLayer(GradientCheckpointingLayer):
-    """Base class of all layers. transformers records the output of each layer as a hidden state."""
+class ViTCLSLayer(GradientCheckpointingLayer):
+    """A pre-norm Transformer layer, [B, N, D] -> [B, N, D], and base class of the other layers.
 
-
-class ViTCLSLayer(EncoderLayer):
-    """A pre-norm Transformer layer, [B, N, D] -> [B, N, D]."""
+    transformers records the output of each layer as a hidden state.
+    """
 
     def __init__(
         self,

@@ -25,7 +25,7 @@ import dataclasses
 import difflib
 import importlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
@@ -129,11 +129,12 @@ SIZE_LIMITS: dict[str, tuple[int, int]] = {
     **dict.fromkeys(COUNT_FIELDS.values(), (0, 100_000)),
     "num_channels": (1, 100_000),
     "num_hidden_layers": (1, 10_000),
-    **dict.fromkeys(
-        ("hidden_size", "num_attention_heads", "intermediate_size", "head_hidden_size"),
-        (1, 1_000_000),
-    ),
-    **dict.fromkeys(("attention_head_size", "attention_pool_heads"), (1, 1_000_000)),
+    "hidden_size": (1, 1_000_000),
+    "num_attention_heads": (1, 1_000_000),
+    "intermediate_size": (1, 1_000_000),
+    "head_hidden_size": (1, 1_000_000),
+    "attention_head_size": (1, 1_000_000),
+    "attention_pool_heads": (1, 1_000_000),
     "attention_pool_intermediate_size": (1, 1_000_000),
 }
 # Fields that are saved even with default values.
@@ -550,12 +551,9 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     attention_pool_mlp: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
+        known_names = self._list_keywords()
         for name in kwargs:
-            if not self._is_known_keyword(name):
-                known_names = [
-                    *(field.name for field in dataclasses.fields(self)),
-                    *TRANSFORMERS_KEYWORDS,
-                ]
+            if name not in known_names and not name.startswith("_"):
                 raise ValueError(f"Unknown field {name!r}{_format_suggestion(name, known_names)}")
 
         self.validate_sizes()  # checked before lists of these sizes are built
@@ -603,12 +601,11 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Build a configuration from a stored dict; overrides are applied before validation."""
         field_names = {field.name for field in dataclasses.fields(cls)} - {"dtype"}
-        overrides = {key: kwargs.pop(key) for key in list(kwargs) if key in field_names}
-        known_names = sorted(field_names | TRANSFORMERS_KEYWORDS | {"gate_new_tokens"})
-        for name in kwargs:
-            if name in known_names:
-                continue
-            hint = _format_suggestion(name, known_names, cutoff=0.8)
+        overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in field_names}
+        keywords = cls._list_keywords()
+        loading_keywords = keywords | {"gate_new_tokens"}
+        for name in sorted(kwargs.keys() - loading_keywords):
+            hint = _format_suggestion(name, loading_keywords, cutoff=0.8)
             if hint:
                 raise ValueError(f"Unknown field {name!r}{hint}")
 
@@ -644,7 +641,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         unknown_fields = {
             name: config_dict.pop(name)
             for name in list(config_dict)
-            if not cls._is_known_keyword(name)
+            if name not in keywords and not name.startswith("_")
         }
 
         config_or_tuple = super().from_dict({**config_dict, **overrides}, **kwargs)
@@ -1251,9 +1248,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         for name in ("hidden_act", "pooled_activation"):
             value = getattr(self, name)
             if value is not None and value not in ACT2FN:
-                raise ValueError(
-                    f"Unknown {name} {value!r}{_format_suggestion(value, list(ACT2FN))}"
-                )
+                raise ValueError(f"Unknown {name} {value!r}{_format_suggestion(value, ACT2FN)}")
 
     def validate_numbers(self) -> None:
         """Check that rates are in [0, 1), and that other numbers are finite or also positive."""
@@ -1268,15 +1263,9 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                     f"`{name}` must be at least 0 and below 1, but it is {getattr(self, name)}."
                 )
 
-        if not math.isfinite(self.layer_scale_init_value or 0):
-            raise ValueError(
-                "`layer_scale_init_value` must be finite or None, not "
-                f"{self.layer_scale_init_value}."
-            )
-        if not math.isfinite(self.energy_threshold or 0):
-            raise ValueError(
-                f"`energy_threshold` must be finite or None, not {self.energy_threshold}."
-            )
+        for name in ("layer_scale_init_value", "energy_threshold"):
+            if not math.isfinite(getattr(self, name) or 0):
+                raise ValueError(f"`{name}` must be finite or None, not {getattr(self, name)}.")
 
         for name in ("initializer_range", "rope_theta", "layer_norm_eps", "temperature"):
             if not 0 < getattr(self, name) < math.inf:
@@ -1312,11 +1301,10 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"attention_pool_heads={num_heads} must divide hidden_size={self.hidden_size}."
             )
 
-    # Unknown keywords -----------------------------------------------------------------------------
     @classmethod
-    def _is_known_keyword(cls, name: str) -> bool:
-        field_names = {field.name for field in dataclasses.fields(cls)}
-        return name in field_names or name in TRANSFORMERS_KEYWORDS or name.startswith("_")
+    def _list_keywords(cls) -> frozenset[str]:
+        """Return the names of all fields, and of the keywords that transformers passes."""
+        return TRANSFORMERS_KEYWORDS | {field.name for field in dataclasses.fields(cls)}
 
 
 def update_gated_tokens(
@@ -1344,7 +1332,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _format_suggestion(name: str, known_names: list[str], cutoff: float = 0.6) -> str:
+def _format_suggestion(name: str, known_names: Iterable[str], cutoff: float = 0.6) -> str:
     matches = difflib.get_close_matches(name, known_names, n=1, cutoff=cutoff)
     return f": did you mean {matches[0]}?" if matches else ""
 

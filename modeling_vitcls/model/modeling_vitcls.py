@@ -39,11 +39,11 @@ from transformers.utils.output_capturing import capture_outputs
 from .adaptation_vitcls import AdaptableModel
 from .attention_masks_vitcls import RelativePositionBias, TokenGates, build_attention_mask
 from .blocks_vitcls import (
-    EncoderLayer,
     LayerScale,
     LearnedPositionEmbeddings,
     ViTCLSAttention,
     ViTCLSEmbeddings,
+    ViTCLSLayer,
     build_norm,
 )
 from .configuration_vitcls import TokenLayout, ViTCLSConfig, to_pair
@@ -182,7 +182,7 @@ class ViTCLSPreTrainedModel(AdaptableModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _can_record_outputs = {"hidden_states": EncoderLayer, "attentions": ViTCLSAttention}
+    _can_record_outputs = {"hidden_states": ViTCLSLayer, "attentions": ViTCLSAttention}
     _input_embed_layer = "patch_embeddings"
 
     def __init__(self, config: ViTCLSConfig, *args: Any, **kwargs: Any) -> None:
@@ -408,11 +408,11 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         layer_tokens: dict[int, Tensor] = {}
         for index, layer in enumerate(self.layers, start=1):
             is_last = index == len(self.layers)
-            layer_mask = mask[index - 1] if isinstance(mask, list) else mask
-            layer_positions = position_embeddings
-            if isinstance(position_embeddings, list):
-                layer_positions = position_embeddings[index - 1]
-            inputs = (hidden_states, layer_mask, layer_positions)
+            inputs = (
+                hidden_states,
+                select_layer_value(mask, index),
+                select_layer_value(position_embeddings, index),
+            )
             hidden_states = layer(*inputs, num_output_tokens if is_last else None, **kwargs)
 
             if is_last or index in pooled_layers or index in output_layers:
@@ -467,6 +467,11 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
     def new_like(self, config: ViTCLSConfig) -> Self:
         """Return a new model for another configuration, with a pooler if this model has one."""
         return type(self)(config, add_pooling_layer=self.pooler is not None)
+
+
+def select_layer_value(values: Any, index: int) -> Any:
+    """Return the value of the layer at `index`, from 1, in a list; any other value as it is."""
+    return values[index - 1] if isinstance(values, list) else values
 
 
 # Classifiers --------------------------------------------------------------------------------------
@@ -741,9 +746,8 @@ def count_output_tokens(
     config = encoder.config
     if compute_all_tokens is None:
         compute_all_tokens = config.compute_all_tokens
-    if compute_all_tokens:
-        return None
-    if not config.num_labels:  # the logits are the pooler output of the encoder, to the bit
+    # without labels, the logits are the pooler output of the encoder, to the bit
+    if compute_all_tokens or not config.num_labels:
         return None
     if any(
         kwargs.get(name, getattr(config, name, False))
