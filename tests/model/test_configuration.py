@@ -340,6 +340,7 @@ SAVED_CONFIGS = [
         "register_neurons": [[0, 0], [1, 23]],
     },
     {"specialized_layers": {"norm": [0, 1], "qkv": [1]}},
+    {"pooled_layers": [-2, -1], "pooling": "cls_mean", "pooled_norm": True},
     {
         "num_cls_tokens": 2,
         "pooled_cls_tokens": [1, 0],
@@ -441,7 +442,7 @@ def test_defaults_and_none_are_not_saved_except_sizes(tmp_path: Path) -> None:
     assert (stored["num_register_tokens"], stored["qkv_bias"]) == (2, False)
     assert None not in stored.values()
     assert stored["auto_map"] == AUTO_MAP
-    assert not {"position_antialias", "rope_theta", "hidden_act", "layer_type"} & stored.keys()
+    assert not {"position_antialias", "rope_theta", "pooled_layers", "layer_type"} & stored.keys()
     loaded = ViTCLSConfig.from_pretrained(tmp_path)
     assert loaded.to_dict() == ViTCLSConfig(num_register_tokens=2, qkv_bias=False).to_dict() | {
         name: loaded.to_dict()[name]

@@ -30,6 +30,7 @@ GATED = {
     "distances": {"relative_position_bias": "layer"},
     "rope": {"position_embedding_type": "rope_2d"},
     "mean": {"pooling": "mean"},
+    "several layers": {"pooled_layers": [-2, -1]},
     "parallel": {"layer_type": "parallel"},
 }
 

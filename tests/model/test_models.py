@@ -190,6 +190,7 @@ def test_every_parameter_of_a_block_option_is_used(fields: dict[str, Any]) -> No
     [
         (ViTCLSForImageClassification, BLOCKS["tokens"], {"labels": torch.tensor([0, -100])}),
         (ViTCLSForImageClassification, {"use_mask_token": True}, {"labels": torch.tensor([0, 2])}),
+        (ViTCLSForImageClassification, {"pooled_layers": [1]}, {"labels": torch.tensor([0, 2])}),
         (
             ViTCLSForMultiTaskClassification,
             {"num_cls_tokens": 2, "tasks": TASKS, "pooled_norm": True},
@@ -206,7 +207,14 @@ def test_every_parameter_of_a_block_option_is_used(fields: dict[str, Any]) -> No
             {"bool_masked_pos": torch.ones(2, 16, dtype=torch.bool)},
         ),
     ],
-    ids=["two_heads", "unused_mask_token", "missing_task", "nothing_masked", "no_pooler"],
+    ids=[
+        "two_heads",
+        "unused_mask_token",
+        "two_layers",
+        "missing_task",
+        "nothing_masked",
+        "no_pooler",
+    ],
 )
 def test_every_parameter_has_a_gradient_in_every_step(
     model_class: type, fields: dict[str, Any], inputs: dict[str, Any]

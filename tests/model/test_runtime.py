@@ -25,7 +25,14 @@ from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, BLOCKS["scopes"], BLOCKS["rope"] | BLOCKS["drop_path"]], ids=str
+    "fields",
+    [
+        {},
+        BLOCKS["scopes"],
+        BLOCKS["rope"] | BLOCKS["drop_path"],
+        {"pooled_layers": [1, -1], "pooling": "cls_mean"},
+    ],
+    ids=str,
 )
 def test_gradient_checkpointing_changes_no_gradient(fields: dict[str, Any]) -> None:
     gradients = []
