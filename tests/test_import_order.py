@@ -26,7 +26,7 @@ RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 
 
 def load_import_graph() -> dict[str, set[str]]:
-    """Return module -> modules of the package that it imports, at the top, in functions or for type checking."""
+    """Return module -> modules of the package that it imports, anywhere in the file."""
     files = {
         ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts): file
         for file in PACKAGE.rglob("*.py")

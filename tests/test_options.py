@@ -1,4 +1,4 @@
-"""Flags: limits of values, combinations of flags, and conversion to configurations, recipes and command lines."""
+"""Flags: limits, combinations, and conversion to configurations and command lines."""
 
 from pathlib import Path
 from typing import Any
@@ -179,7 +179,7 @@ def test_contradicting_flags_are_errors(
 
 
 def test_an_output_folder_is_not_a_file(tmp_path: Path) -> None:
-    """The output folder of a run is not a file; the name of an existing folder may contain a dot."""
+    """The output of a run is no file; the name of an existing folder may contain a dot."""
     (tmp_path / "v1.0").mkdir()
     PredictOptions("m", ("a",), output=tmp_path / "v1.0", shard="1/2")
     (tmp_path / "out").write_text("", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Metrics of the scenarios of evaluation_worker.py, and the outputs from which to compute them directly."""
+"""Metrics of the scenarios of evaluation_worker.py, and outputs to compute them from."""
 
 from typing import Any
 

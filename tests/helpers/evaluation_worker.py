@@ -1,4 +1,4 @@
-"""Evaluations that tests run in their own process, and that test_evaluate.py compares with two processes:
+"""Evaluations in the test process, which test_evaluate.py compares with two processes:
 
     accelerate launch --multi_gpu --num_processes 2 evaluation_worker.py FOLDER
 
@@ -130,7 +130,7 @@ def evaluate_all(accelerator: Accelerator) -> dict[str, Any]:
 
 
 def evaluate_stream(accelerator: Accelerator) -> dict[str, Any]:
-    """Return the metrics of streamed images, and the index and name of each image in the order of the outputs."""
+    """Return the metrics of streamed images, and the index and name of each image."""
     images = build_labeled_images("single")
     column = LabelColumn("label", CLASSES, is_declared=True)
     stream = images.images.dataset.add_column("label", images.labels).to_iterable_dataset()

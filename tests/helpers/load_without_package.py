@@ -33,7 +33,7 @@ class PackageBlocker(MetaPathFinder):
     """Make `import modeling_vitcls` fail, as if the package were not installed."""
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> None:
-        """Raise an error for the package, but not for modules such as `transformers_modules.x.modeling_vitcls`."""
+        """Raise an error for the package, not for `transformers_modules.x.modeling_vitcls`."""
         if fullname.partition(".")[0] == "modeling_vitcls":
             raise ModuleNotFoundError(f"No module named {fullname!r}")
 

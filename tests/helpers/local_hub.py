@@ -273,7 +273,7 @@ def running_hub(folder: Path | None = None) -> Iterator[LocalHub]:
 def point_client_at(
     url: str, token: str | None, monkeypatch: pytest.MonkeyPatch, home: Path
 ) -> None:
-    """Set the Hub address, the token and the cache of huggingface_hub in this process and its child processes.
+    """Set the address, token and cache of huggingface_hub, also for child processes.
 
     Constants that huggingface_hub reads from the environment at import are also set. The cache only
     changes in child processes.

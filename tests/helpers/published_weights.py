@@ -1,4 +1,4 @@
-"""Random state dicts with the names and shapes of published checkpoints, and the authors' forward passes.
+"""Random weights of published checkpoints, and the authors' forward passes.
 
     build_vit_weights(...)         DINO, DINOv2, DeiT, MAE, TIPS, ...; two layers by default, width 192 or 384
     build_dinov3_weights(...)      DINOv3
@@ -229,7 +229,7 @@ def build_flax_mlp(name: str) -> Shapes:
 
 @torch.no_grad()
 def run_big_vision(weights: Weights, images: torch.Tensor) -> torch.Tensor:
-    """Return the logits [B, labels] of big_vision's ViT: CLS token, attention pooling or mean of the patches."""
+    """Return the logits [B, labels] of big_vision's ViT, for each of its poolings."""
 
     def norm(name: str, values: torch.Tensor) -> torch.Tensor:
         scale, bias = weights[f"{name}/scale"], weights[f"{name}/bias"]

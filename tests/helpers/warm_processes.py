@@ -113,7 +113,7 @@ def run_together(
 
 
 def get_rank_variables(rank: int, world: int, port: int) -> dict[str, str]:
-    """Return the environment variables that a launcher sets for one of several processes on the CPU."""
+    """Return the variables that a launcher sets for one of several processes."""
     several = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
     several |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     cpu = {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": get_loopback()}
@@ -133,7 +133,7 @@ def get_loopback() -> str:
 
 
 def run_checks(worker: str, folder: Path, num_processes: int) -> dict[str, str]:
-    """Run the checks of a worker script on several processes; return the error of each check, "" if it passed.
+    """Run a worker's checks on several processes; return each error, "" if it passed.
 
     The exit status is ignored: with torch 2.11, gloo threads sometimes abort a process that has
     finished.

@@ -30,7 +30,7 @@ FORMULA_PREFIXES = tuple("=+-@\t\r")
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return photographs in classes whose names are formulas; one file name contains an escape sequence."""
+    """Return photographs of classes, and of a file, whose names are harmful in a table."""
     folder = write_photos(tmp_path_factory.mktemp("photos"), range(8), *NAMES)
     (folder / NAMES[0] / "0.png").rename(folder / NAMES[0] / "\x1b[31m.png")
     return folder

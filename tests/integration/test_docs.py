@@ -1,4 +1,4 @@
-"""README.md, CONTRIBUTING.md, AGENTS.md and docs/*.md: links, names, flags, error messages and code blocks.
+"""The pages: links, names, flags, error messages and code blocks.
 
 Fast tests resolve the imports of Python blocks; slow tests run the blocks. The
 blocks of a page run one after the other in one process, offline, in a folder with
@@ -278,7 +278,7 @@ def parse_command(words: list[str]) -> Command | None:
 
 
 def read_subcommand(script: Path) -> str:
-    """Return the name of the subcommand that a program in scripts/ runs, or the path of a program of its own."""
+    """Return the subcommand that a script runs, or the path of a program of its own."""
     name = script.relative_to(ROOT).as_posix()
     if name in PROGRAMS:
         return name
@@ -290,7 +290,7 @@ def read_subcommand(script: Path) -> str:
 
 
 def read_all_commands() -> Iterator[tuple[str, list[str]]]:
-    """Yield the position and the words of each command: in bash blocks, and in inline code, for example in tables."""
+    """Yield the position and the words of each command, also of those in inline code."""
     for block in BLOCKS:
         if block.language == "bash":
             yield from ((str(block), words) for words in block.get_commands())

@@ -125,7 +125,7 @@ class Examples(torch.utils.data.Dataset):
 def build_trainer(
     model: Any, dataset: Any, folder: Path, *, trainer: Any = None, **arguments: Any
 ) -> Trainer:
-    """Return a Trainer on the CPU without trackers; `trainer` are further arguments of `Trainer`."""
+    """Return a Trainer on the CPU without trackers; `trainer` has its other arguments."""
     values = {
         "output_dir": str(folder),
         "use_cpu": True,
@@ -302,7 +302,7 @@ def test_a_checkpoint_in_a_subfolder_is_loaded_and_adapted(tmp_path: Path) -> No
 
 
 def build_offload_map(model: ViTCLSForImageClassification) -> dict[str, str]:
-    """Return a device map with the embeddings and the first layer on disk, and the rest in memory."""
+    """Return a device map with the embeddings and the first layer on disk."""
     blocks = [name for name in dict(model.named_children()) if name != "vitcls"]
     blocks += [f"vitcls.{name}" for name in dict(model.vitcls.named_children()) if name != "layers"]
     blocks += [f"vitcls.layers.{name}" for name in dict(model.vitcls.layers.named_children())]

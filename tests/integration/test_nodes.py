@@ -1,4 +1,4 @@
-"""Two `torchrun` agents on the loopback interface train as two machines do, with the SLURM script and by hand.
+"""Two `torchrun` agents on one machine train as two machines do, also with SLURM.
 
 `srun` and `scontrol` are replaced by small programs that start one process per node on this
 machine.

@@ -1,4 +1,4 @@
-"""Pre-training in two processes: stopped, killed and resumed runs, sharded weights and bfloat16, for each method.
+"""Pre-training in two processes: stopped, killed, resumed, sharded and bfloat16 runs.
 
 test_runner.py and test_pretrain.py resume runs in one process.
 """

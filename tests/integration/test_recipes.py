@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 
 
 def finetune_digits(output: Path, *flags: object) -> dict[str, Any]:
-    """Fine-tune with the digits recipe and further flags, and return the contents of results.json."""
+    """Fine-tune with the digits recipe and further flags; return results.json."""
     command = [
         sys.executable,
         SCRIPTS / "finetune.py",

@@ -298,7 +298,7 @@ def test_saving_without_the_package_writes_the_same_files(
 
 @pytest.mark.parametrize("file", SHIPPED_FILES, ids=lambda file: file.name)
 def test_shipped_files_import_only_what_the_hub_can_load(file: Path) -> None:
-    """Check public libraries and sibling files by name; transformers finds the same siblings as Python."""
+    """Check libraries and siblings by name; transformers finds the same ones as Python."""
     assert set(get_imports(file)) <= ALLOWED_LIBRARIES
     nodes = list(ast.walk(ast.parse(file.read_text())))
     relative = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.level > 0]
@@ -320,7 +320,7 @@ def test_shipped_files_import_only_what_the_hub_can_load(file: Path) -> None:
 
 
 def get_module_imported_by_name(node: ast.AST) -> str | None:
-    """Return `x_vitcls` for `importlib.import_module(".x_vitcls", __package__)`, and None for other calls."""
+    """Return `x_vitcls` for `importlib.import_module(".x_vitcls", __package__)`, or None."""
     if not isinstance(node, ast.Call) or ast.unparse(node.func) != "importlib.import_module":
         return None
     name, package = node.args

@@ -1,4 +1,4 @@
-"""Stop and resume: a run that was killed or stopped has the same result as an uninterrupted run, to the bit.
+"""Stop and resume: a killed or stopped run has the result of an uninterrupted one.
 
 Runs are killed with `kill -9` at random steps and resumed with the same command and --resume. Most
 start as forks of a server that has already imported the libraries; some start with the real
@@ -196,7 +196,7 @@ def finish(folder: Path, flags: str) -> str:
 
 
 def kill_and_resume(folder: Path, flags: str, kills: list[int]) -> str:
-    """Kill a run with -9 after each of these steps, then let it finish; return the last printed text."""
+    """Kill a run with -9 after each of these steps, then finish it; return its output."""
     for number, step in enumerate(kills):
         run = start(folder, f"{flags} --resume" if number else flags)
         run.wait_for_step(step)
@@ -242,7 +242,7 @@ def remove_speeds(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def assert_equal_runs(folder: Path, expected: Path) -> None:
-    """Check losses, learning rates, gradient norms, weights and results to the bit; speeds may differ."""
+    """Check logged values, weights and results to the bit; speeds may differ."""
     assert read_records(folder) == read_records(expected)
     weights, expected_weights = (
         load_file(place / "model.safetensors") for place in (folder, expected)
@@ -268,7 +268,7 @@ def get_resumed_step(output: str) -> int:
 
 @pytest.fixture(scope="module")
 def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write 36 noise images for training and 10 for testing, in a bright and a dark class; one is unreadable."""
+    """Write 36 noise images for training and 10 for testing; one is unreadable."""
     folder = tmp_path_factory.mktemp("pictures")
     noise = random.Random(0)
     for index in range(23):
@@ -313,7 +313,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 def test_a_run_with_all_options_that_is_killed_at_any_step_ends_with_the_same_weights(
     image_folder: Path, folder: Path, uninterrupted: Callable[[str], Path]
 ) -> None:
-    """Kill the run in the first epoch and later, with accumulation, moving average, mixup and CutMix."""
+    """Use accumulation, a moving average, mixup and CutMix; kill in the first epoch, too."""
     flags = f"{EVERYTHING} --dataset {image_folder}"
     output = kill_and_resume(folder, flags, [3, 8, *draw_steps(2, seed=1)])
     assert get_resumed_step(output) > 3
@@ -431,7 +431,7 @@ def test_a_signal_saves_a_checkpoint(
 
 @pytest.mark.slow
 def test_delayed_workers_do_not_block_the_end(image_folder: Path, folder: Path) -> None:
-    """The cluster's SIGTERM is still pending in a worker at the end of the run, so another SIGTERM would be lost."""
+    """The cluster's SIGTERM is still pending in a worker at the end of the run."""
     flags = f"{RUN} --epochs 15 --dataset {image_folder} --num-workers 2 --save-every 1000"
     run = RunningProcess(
         folder, flags, build_ready_process(folder, flags, finetune_with_late_workers)

@@ -296,7 +296,7 @@ def test_a_new_distillation_head_starts_as_the_classifier() -> None:
 
 @pytest.mark.parametrize("loader", [ViTCLSForImageClassification, AutoModelForImageClassification])
 def test_tokens_and_pooling_change_together(loader: Any, tmp_path: Path) -> None:
-    """Check changes in which the new pooling does not match the old tokens, nor the old pooling the new tokens."""
+    """Each pooling is possible only with the tokens that change together with it."""
     without = randomize(
         ViTCLSForImageClassification(build_tiny_config(num_cls_tokens=0, pooling="mean"))
     )
@@ -420,7 +420,7 @@ def test_relative_position_biases_are_resampled(shared: str) -> None:
 
 @pytest.mark.parametrize("patch", [(16, 16), (10, 13), (8, 16)])
 def test_growing_patches_are_exact(patch: tuple[int, int]) -> None:
-    """Check that images whose patches are enlarged bilinearly, each separately, have the same tokens."""
+    """Images whose patches are enlarged bilinearly, one by one, have the same tokens."""
     model = randomize(ViTCLSForImageClassification(build_tiny_config()))
     larger = model.adapt(patch_size=list(patch), image_size=[4 * patch[0], 4 * patch[1]])
     with torch.no_grad():
@@ -447,7 +447,10 @@ def enlarge(pixels: torch.Tensor, patch: tuple[int, int]) -> torch.Tensor:
     ("size", "new_size"), [((8, 8), (4, 4)), ((8, 8), (5, 7)), ((4, 16), (16, 16))]
 )
 def test_patch_kernels_are_the_best_fit(size: tuple[int, int], new_size: tuple[int, int]) -> None:
-    """Compare with a least-squares solver: over white noise x, <resized x, new kernel> is nearest to <x, kernel>."""
+    """Compare with a least-squares solver.
+
+    Over white noise x, <resized x, new kernel> is nearest to <x, kernel>.
+    """
     kernel = torch.randn(
         5, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
     )

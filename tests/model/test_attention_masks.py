@@ -1,4 +1,6 @@
-"""The relative position bias, compared with loops over pairs of tokens and with bilinear interpolation by hand.
+"""The relative position bias, compared with loops over pairs of tokens.
+
+Interpolation is written out by hand.
 
 tests/model/test_tokens.py tests masks and the scopes of CLS tokens, and tests/model/test_gates.py
 tests gates.
@@ -25,7 +27,7 @@ GRID = (3, 5)  # rows and columns of patches of the tables
 
 
 def interpolate(values: np.ndarray, position: float) -> np.ndarray:
-    """Interpolate values [n, ...] linearly between the two nearest indices; the ends are constant."""
+    """Interpolate values [n, ...] linearly between two indices; the ends are constant."""
     position = min(max(position, 0), len(values) - 1)
     lower = min(math.floor(position), len(values) - 2)
     return values[lower] * (1 - (position - lower)) + values[lower + 1] * (position - lower)

@@ -289,7 +289,7 @@ def test_stored_stages_apply_to_the_stored_number_of_layers_only(tmp_path: Path)
 
 
 def test_gates_and_teachers_stay_with_their_tokens_at_load(tmp_path: Path) -> None:
-    """Gates stay with their tokens, the last of a group, and teachers with the first distillation tokens."""
+    """Gates stay with the last tokens of a group, and teachers with the first ones."""
     teachers = {"num_distillation_tokens": 2, "distillation_teachers": ["a", "b"]}
     build_tiny_config(
         num_register_tokens=3, gated_tokens={"registers": 2}, **teachers

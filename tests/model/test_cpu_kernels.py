@@ -70,7 +70,7 @@ each_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], i
 
 @pytest.fixture(autouse=True)
 def use_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Use oneDNN for all sizes and on all CPUs where it is correct, even where it is not the fastest."""
+    """Use oneDNN for all sizes, wherever it is correct, even if it is not the fastest."""
     if cpu_kernels_vitcls.HAS_ONEDNN:
         for has_gradients in (False, True):
             monkeypatch.setitem(
@@ -168,7 +168,7 @@ def test_half_precision_is_as_exact_as_plain_pytorch(
     is_emulated: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Errors with respect to float32 are as large as those of plain PyTorch, also with emulated products."""
+    """Errors against float32 are as large as in plain PyTorch, also with emulated products."""
     if is_emulated:
         monkeypatch.setattr(cpu_kernels_vitcls, "EMULATED_DTYPES", {dtype})
     found = []
@@ -207,7 +207,7 @@ def attend_with_sdpa(
 
 
 def compute_attention(attend: Attention, states: Tensors, dtype: torch.dtype) -> Tensors:
-    """Return the output of an attention function, and the gradients with respect to queries, keys and values."""
+    """Return the output of an attention function, and the gradients of its inputs."""
     inputs = {name: state.to(dtype).requires_grad_() for name, state in states.items()}
     output = attend(*inputs.values(), 8**-0.5)
     output_grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -216,7 +216,10 @@ def compute_attention(attend: Attention, states: Tensors, dtype: torch.dtype) ->
 
 
 def build_states(num_queries: int, score_scale: float = 1.0, key_offset: float = 0.0) -> Tensors:
-    """Return random queries [4, 2, num_queries, 8], and keys and values [4, 2, 23, 8], exact in bfloat16."""
+    """Return random queries [4, 2, num_queries, 8], and keys and values [4, 2, 23, 8].
+
+    The values are exact in bfloat16.
+    """
     generator = torch.Generator().manual_seed(0)
     shapes = {"query": num_queries, "key": 23, "value": 23}
     states = {
@@ -267,7 +270,7 @@ def test_a_common_offset_of_all_keys_does_not_make_chunked_attention_less_exact(
 def test_emulated_products_are_rounded_once(
     dtype: torch.dtype, autocast: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Weights and inputs are rounded, the product is computed in float32, and its result is rounded."""
+    """Weights and inputs are rounded; the product is rounded after float32 arithmetic."""
     monkeypatch.setattr(cpu_kernels_vitcls, "EMULATED_DTYPES", {dtype})
     torch.manual_seed(0)
     linear = CPULinear(48, 80)
@@ -385,7 +388,7 @@ def test_compiled_models_equal_plain_pytorch(backend: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()
 def test_exported_programs_contain_no_kernels(dtype: torch.dtype) -> None:
-    """An exported program is the program of plain PyTorch, because it may run on another machine."""
+    """An exported program may run on another machine: it is that of plain PyTorch."""
     fast, plain = (model.to(dtype) for model in build_models(num_register_tokens=2))
     programs = [torch.export.export(model, (build_images().to(dtype),)) for model in (fast, plain)]
     operators = [[str(node.target) for node in program.graph.nodes] for program in programs]
@@ -397,7 +400,7 @@ def test_exported_programs_contain_no_kernels(dtype: torch.dtype) -> None:
 
 
 def test_gradients_and_merged_weights_of_lora_equal_plain_pytorch() -> None:
-    """Gradients are compared over several models: in one model, the terms of a rank-2 gradient may cancel."""
+    """In one model, the terms of a rank-2 gradient may cancel; hence several models."""
     steps: list[list[Tensors]] = [[], []]
     for seed in range(NUM_MODELS):
         for results, model in zip(steps, build_models(seed), strict=True):

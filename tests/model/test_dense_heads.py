@@ -1,4 +1,4 @@
-"""A dense prediction head of transformers on `ViTCLSBackbone`: every patch is at its correct position."""
+"""A dense prediction head of transformers on `ViTCLSBackbone`: patches keep their places."""
 
 from helpers.tiny_models import (
     build_images,
@@ -13,7 +13,7 @@ from modeling_vitcls import ViTCLSModel
 
 
 def test_a_depth_head_gets_the_cls_token_and_the_patches_of_each_stage() -> None:
-    """Check that the head receives the first CLS token and the patches of each stage, row by row."""
+    """The head receives the first CLS token and the patches of each stage, row by row."""
     tokens = {"num_cls_tokens": 2, "num_distillation_tokens": 1, "num_register_tokens": 2}
     size = (24, 48)
     sizes = {"neck_hidden_sizes": [8, 8], "reassemble_factors": [2, 1], "fusion_hidden_size": 8}

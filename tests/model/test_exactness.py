@@ -1,4 +1,4 @@
-"""Compare with independent implementations with the same, entirely random weights. peers/ compares more models.
+"""Compare with independent implementations; peers/ compares more models.
 
 Every parameter of the other model is random, because a zero bias or a LayerScale of 1e-5 could hide
 a difference. Tokens, logits and losses agree within 1e-5 in float32, at the native size and, if the
@@ -72,7 +72,10 @@ def test_feature_maps_equal_those_of_the_dinov2_backbone(
 
 @pytest.mark.parametrize("size", [NATIVE, RECTANGLE])
 def test_sincos_positions_are_ordered_as_in_moco_v3_and_mae(size: tuple[int, int]) -> None:
-    """timm orders the channels as sin y, sin x, cos y, cos x; MoCo v3 and MAE, as sin x, cos x, sin y, cos y."""
+    """timm orders the channels as sin y, sin x, cos y, cos x.
+
+    MoCo v3 and MAE order them as sin x, cos x, sin y, cos y.
+    """
     rows = size[0] // 8
     columns = size[1] // 8
     expected = build_sincos2d_pos_embed([rows, columns], dim=16, interleave_sin_cos=False)

@@ -1,4 +1,4 @@
-"""Extra heads: classifiers of further tasks that leave all other outputs of the model as they are, to the bit."""
+"""Extra heads: classifiers of further tasks, which change no bit of the other outputs."""
 
 from pathlib import Path
 from typing import Any
@@ -160,7 +160,7 @@ def test_gradients_of_the_model_do_not_change() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("num_tokens", [None, 1])
 def test_heads_read_the_normalized_tokens_of_their_layers(num_tokens: int | None) -> None:
-    """The reference slices hidden states; `num_tokens` limits the tokens of the last layer in the main pass."""
+    """The reference slices hidden states; `num_tokens` limits the last layer."""
     _, model = build_pair(HEADS, num_register_tokens=2)
     hidden_states = model(build_images(), output_hidden_states=True).hidden_states
     tokens = [model.vitcls.layernorm(states) for states in hidden_states]

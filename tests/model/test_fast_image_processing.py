@@ -1,4 +1,4 @@
-"""The fast path of the image processor returns the values of the slow path, to the bit, for supported settings."""
+"""The fast path of the image processor returns the values of the slow path, to the bit."""
 
 import copy
 from io import BytesIO

@@ -65,7 +65,7 @@ def test_gated_tokens_change_nothing_at_first(
 
 
 def test_gradient_reaches_gates_and_new_tokens() -> None:
-    """The gate's gradient is as large as the gradient of an open token's gate, and points to a lower loss."""
+    """The gradient is as large as that of an open gate, and points to a lower loss."""
     model = randomize(ViTCLSForImageClassification(build_tiny_config()))
     torch.manual_seed(0)
     gated = model.adapt(
@@ -96,7 +96,7 @@ def test_gradient_reaches_gates_and_new_tokens() -> None:
 
 @pytest.mark.parametrize("value", [-1e-4, 0.0])
 def test_a_gate_at_zero_or_below_still_learns(value: float) -> None:
-    """Adam's first step has the size of the learning rate for any gradient, so half of all gates become negative."""
+    """Adam's first step is the learning rate, so half of all gates become negative."""
     gated = randomize(ViTCLSForImageClassification(build_tiny_config())).adapt(
         num_register_tokens=4, gate_new_tokens=True
     )
@@ -180,7 +180,7 @@ def test_gates_that_are_not_all_open_are_kept(tmp_path: Path) -> None:
 def test_gates_stay_with_their_tokens(
     loader: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Check two open registers followed by two gated registers, and one CLS token followed by a gated one."""
+    """Two open registers precede two gated ones, and one CLS token a gated one."""
     model = randomize(ViTCLSModel(build_tiny_config(num_register_tokens=2)))
     gated = model.adapt(num_cls_tokens=2, num_register_tokens=4, gate_new_tokens=True)
     with torch.no_grad():

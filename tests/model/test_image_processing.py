@@ -1,4 +1,4 @@
-"""The image processor: all kinds of images, both backends, errors, and loading it as remote code."""
+"""The image processor: all kinds of images, both backends, errors, and saving."""
 
 import base64
 import contextlib
@@ -292,7 +292,7 @@ def build_rgba(alpha: int) -> PIL.Image.Image:
 
 
 def build_palette_with_transparency() -> PIL.Image.Image:
-    """Return an image whose left half is red and whose right half is transparent, in the mode of a palette PNG."""
+    """Return a palette image whose left half is red and whose right half is transparent."""
     image = PIL.Image.new("P", (6, 4), 0)
     image.putpalette([255, 0, 0, 0, 0, 255])
     image.paste(1, (3, 0, 6, 4))

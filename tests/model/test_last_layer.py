@@ -1,4 +1,7 @@
-"""The last layer of a classifier computes only the tokens that the heads read, unless others can read all tokens."""
+"""The last layer of a classifier computes only the tokens that the heads read.
+
+It computes all tokens if others can read them.
+"""
 
 from typing import Any
 
@@ -50,7 +53,7 @@ MASK[1, 10:14] = 0
 
 
 def compute_losses_and_gradients(model: Any, **inputs: Any) -> tuple[Any, list[torch.Tensor]]:
-    """Return the outputs, and the gradients of a loss on both heads with respect to every parameter."""
+    """Return the outputs, and the gradients of a loss on both heads for every parameter."""
     model.zero_grad()
     output = model(build_images(), **inputs)
     heads = [

@@ -88,7 +88,7 @@ def test_losses_equal_their_formulas_in_float32(
 def test_accumulated_gradients_equal_those_of_the_whole_batch(
     fields: dict[str, Any], labels: torch.Tensor, formula: Any
 ) -> None:
-    """As in Trainer, all labels other than -100 are counted, and the loss of each batch is divided by this number."""
+    """As in Trainer, losses are divided by the number of labels other than -100."""
     whole = build_classifier(**fields)
     parts = build_classifier(**fields)
     whole(build_images(4), labels=labels).loss.backward()
@@ -113,7 +113,7 @@ def test_a_batch_without_labels_has_zero_loss_and_gradient() -> None:
 
 
 def test_both_heads_are_trained() -> None:
-    """In training, the loss is the mean of both heads' losses; in evaluation, that of the predicting head."""
+    """In training, the loss is the mean over both heads; then that of the predicting head."""
     labels = torch.tensor([0, 2])
     for choice in ("mean", "cls", "distillation"):
         model = build_classifier(num_distillation_tokens=1, distillation_inference=choice).train()

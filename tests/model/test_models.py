@@ -1,4 +1,4 @@
-"""The model classes: shapes, block options, saving, masked image modeling, the backbone, and errors.
+"""The model classes: shapes, blocks, saving, masked image modeling, backbone, errors.
 
 Special tokens are tested in test_tokens.py, positions in test_positions.py, losses in
 test_losses.py, precision and compilation in test_runtime.py, equality with other implementations in
@@ -122,7 +122,7 @@ def test_the_pooled_vector_is_normalized_before_the_pooled_layer() -> None:
 
 
 def test_norms_start_as_identities_biases_at_zero_and_other_weights_normal() -> None:
-    """Norms are identities, biases are zero, and other weights are normal with the configured standard deviation."""
+    """Other weights are normal with the configured standard deviation."""
     config = build_tiny_config(
         hidden_size=64,
         image_size=64,
@@ -159,7 +159,7 @@ def test_norms_start_as_identities_biases_at_zero_and_other_weights_normal() -> 
 def test_missing_weights_of_a_checkpoint_are_initialized_as_in_a_new_model(
     fields: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Models are built without memory before loading, so missing weights are initialized afterwards."""
+    """Missing weights are initialized after the model is built without memory."""
     torch.manual_seed(0)
     config = build_tiny_config(num_register_tokens=2, hidden_size=64, **fields)
     ViTCLSForImageClassification(config).save_pretrained(tmp_path)
@@ -238,7 +238,7 @@ def test_drop_path_increases_linearly_over_the_layers(tmp_path: Path) -> None:
     ("layer_type", "num_kinds"), [("standard", 4), ("post", 4), ("parallel", 2)]
 )
 def test_drop_path_drops_whole_branches_of_single_images(layer_type: str, num_kinds: int) -> None:
-    """In training, the last layer adds to each image one of the scaled branches, both, or nothing."""
+    """In training, the last layer adds one scaled branch, both, or nothing to each image."""
     torch.manual_seed(0)
     model = randomize(
         ViTCLSModel(build_tiny_config(drop_path_rate=0.3, layer_type=layer_type))

@@ -1,4 +1,4 @@
-"""Patch dropout: training uses some patches, each with its own position, mask and rotation; evaluation uses all."""
+"""Patch dropout: training uses some patches, with their positions, masks and rotations."""
 
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ CASES += [("rotary", "flash_attention_2", MASK)]
 
 
 def record_kept_patches(model: ViTCLSModel) -> list[torch.Tensor]:
-    """Return a list that collects, for each forward pass, the indices [B, n] of the kept patches."""
+    """Return a list that collects the indices [B, n] of the kept patches of each pass."""
     found: list[torch.Tensor] = []
     choose = model.patch_dropout.choose_patches
 
@@ -66,7 +66,7 @@ def record_kept_patches(model: ViTCLSModel) -> list[torch.Tensor]:
 def test_training_equals_evaluation_on_the_kept_patches(
     source: str, implementation: str, mask: torch.Tensor | None
 ) -> None:
-    """If the dropped patches are masked for all tokens, the kept tokens must have the same states."""
+    """If the dropped patches are masked for all tokens, the states are the same."""
     model = randomize(
         ViTCLSModel(build_tiny_config(**(TOKENS | SOURCES[source]), patch_drop_rate=0.4))
     )

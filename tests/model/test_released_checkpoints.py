@@ -1,4 +1,4 @@
-"""Checkpoints of earlier releases load with the current code without warnings, and their outputs have not changed.
+"""Checkpoints of earlier releases load without warnings, with the same outputs.
 
 The checkpoints are in fixtures/released/; released_models.py writes the checkpoints of a new
 release.

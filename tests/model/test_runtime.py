@@ -1,4 +1,4 @@
-"""Gradient checkpointing, precision, attention implementations, compilation, export, and parallelism plans."""
+"""Gradient checkpointing, precision, attention implementations, compilation and export."""
 
 import re
 from collections.abc import Iterator

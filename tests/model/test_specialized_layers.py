@@ -1,4 +1,4 @@
-"""Separate weights for special tokens: their formula, and copies of shared weights with the same outputs to the bit.
+"""Separate weights for special tokens: their formula, and copies that change no bit.
 
 Compilation, export, FSDP2, token attention and remote code are tested with the other options of
 layers.

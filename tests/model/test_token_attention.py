@@ -1,4 +1,4 @@
-"""`token_attention`: the attention of the special tokens, equal to the rows of eager attention maps."""
+"""`token_attention`: the special tokens' rows of eager attention maps."""
 
 from typing import Any
 
@@ -49,7 +49,7 @@ MASK[1, 10:14] = 0
 
 
 def get_eager_rows(model: Any, pixels: torch.Tensor, **inputs: Any) -> torch.Tensor:
-    """Return all special tokens' rows [batch, layer, head, special token, key] of the full attention maps."""
+    """Return the special tokens' rows of the full maps, [batch, layer, head, token, key]."""
     implementation = model.config._attn_implementation
     model.set_attn_implementation("eager")
     maps = model(pixels, output_attentions=True, **inputs).attentions

@@ -1,4 +1,4 @@
-"""The special tokens: their order, initialization, training, attention, and the tokens that each head reads."""
+"""The special tokens: order, initialization, training, attention, and the heads' inputs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -48,7 +48,7 @@ def test_the_layout_is_cls_distillation_registers_patches() -> None:
 
 @each_layout
 def test_embeddings_follow_the_layout(layout: dict[str, Any]) -> None:
-    """Each group of rows is its own parameter; the patches are the projection, in the order of the layout."""
+    """Each group of rows is its own parameter; the patches are the projection."""
     config = build_tiny_config(**layout, position_embedding_type="none")
     embeddings = randomize(ViTCLSModel(config)).embeddings
     pixels = build_images()
@@ -160,7 +160,7 @@ QUADRANTS = [[2, 2, row, column] for row in range(2) for column in range(2)]
 
 
 def _build_scoped_model(attention: str = "sdpa", **fields: Any) -> ViTCLSModel:
-    """Return a model with one layer and six CLS tokens: two without a scope, and one per quadrant."""
+    """Return a model with six CLS tokens: two without a scope, and one per quadrant."""
     config = build_tiny_config(
         **{
             "num_cls_tokens": 6,

@@ -1,4 +1,4 @@
-"""Compare every ViT of timm with its conversion: same outputs, or an error that names the unsupported feature.
+"""Compare every ViT of timm with its conversion: same outputs, or a named error.
 
 All parameters are filled with random values. The tests compare all tokens of the encoder and the
 logits, at the native size and, after `set_input_size`, at a rectangle.
@@ -210,7 +210,10 @@ def pixels(model: nn.Module, grid: tuple[int, int]) -> tuple[int, int]:
 
 @torch.no_grad()
 def largest_difference(model: nn.Module, ours: ViTCLSForImageClassification) -> float:
-    """Return the largest difference of tokens and logits at both sizes; the timm model keeps the last size."""
+    """Return the largest difference of tokens and logits at both sizes.
+
+    The timm model keeps the last size.
+    """
     differences = []
     for grid in (NATIVE, RECTANGLE):
         size = pixels(model, grid)
@@ -329,7 +332,7 @@ def test_gates_and_foreign_layers_raise_an_error() -> None:
 
 
 def test_dropout_rates_initial_layer_scales_and_whole_patches_are_kept() -> None:
-    """Dropout and initial LayerScale values, and image sizes that are rounded down to whole patches."""
+    """Image sizes are rounded down to whole patches."""
     rates = {"attn_drop_rate": 0.1, "drop_path_rate": 0.2}
     for name, arguments, scale in (
         ("deit3_small_patch16_224", {"init_values": 1e-4}, 1e-4),

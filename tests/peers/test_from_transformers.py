@@ -1,4 +1,4 @@
-"""Compare every plain ViT of transformers with its conversion: same outputs for every token, at two sizes.
+"""Compare every plain ViT of transformers with its conversion, at two sizes.
 
 The models are in transformers_cases.py.
 """
@@ -70,7 +70,7 @@ def test_converted_models_have_the_same_outputs(name: str, size: tuple[int, int]
     ],
 )
 def test_the_parity_report_compares_all_outputs_of_the_source(name: str, outputs: set[str]) -> None:
-    """`TransformersSource` computes the outputs of the source for the parity report, at both sizes."""
+    """`TransformersSource` computes the outputs for the parity report, at both sizes."""
     source = TransformersSource(name, "", CASES[name].build(), [])
     if name == "mae":
         # as in published models; the comparison needs all patches

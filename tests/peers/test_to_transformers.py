@@ -122,7 +122,8 @@ SUPPORTED = [
 ]
 
 
-# Models that are converted in an equivalent form -> the built-in class, and a case that says how to call it.
+# Models that are converted in an equivalent form -> the built-in class, and a case that says how
+# to call it.
 SCALED = LAYER_SCALE | {"pooling": "mean"}
 EQUIVALENT = [
     (

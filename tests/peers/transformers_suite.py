@@ -85,7 +85,7 @@ def get_cache_dir() -> Path:
 
 
 def fetch(version: str) -> Path:
-    """Return the folder with the tests of a version of transformers, and download it if it is not cached.
+    """Return the folder with the tests of a version of transformers; download missing ones.
 
     Several processes may call this function at once.
 
