@@ -225,10 +225,11 @@ def test_flags_that_are_set_become_fields_of_the_configuration() -> None:
 
 
 DEFAULTS = """
-    output_dir=out dataset=digits held_out_fraction=0.2 shuffle_buffer=1000 max_unreadable_images=100 num_workers=2
-    model=m flip=True auto_augment=none
-    gradient_accumulation_steps=1 warmup=0.1 weight_decay=0.05 label_smoothing=0.1 class_balance=none
-    max_gradient_norm=1.0 trainable=full lora_rank=8 log_every=10 log_attention_every=100 evaluate_every=1 probe=True
+    output_dir=out dataset=digits held_out_fraction=0.2 shuffle_buffer=1000
+    max_unreadable_images=100 num_workers=2 model=m flip=True auto_augment=none
+    gradient_accumulation_steps=1 warmup=0.1 weight_decay=0.05 label_smoothing=0.1
+    class_balance=none max_gradient_norm=1.0 trainable=full lora_rank=8 log_every=10
+    log_attention_every=100 evaluate_every=1 probe=True
     keep_checkpoints=2 report=True hub_verify=True distillation=hard mixed_precision=auto
     distillation_alpha=0.5 distillation_tau=3.0
 
@@ -236,8 +237,8 @@ DEFAULTS = """
 
     mask_ratio=0.75 decoder_layers=4
 
-    model=m dataset=digits held_out_fraction=0.2 shuffle_buffer=1000 max_unreadable_images=100 num_workers=2
-    backend=auto mixed_precision=auto
+    model=m dataset=digits held_out_fraction=0.2 shuffle_buffer=1000 max_unreadable_images=100
+    num_workers=2 backend=auto mixed_precision=auto
 
     model=m dataset=digits shard_size=10000 threshold=0.5 feature_dtype=float32 backend=auto
     mixed_precision=auto

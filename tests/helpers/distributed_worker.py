@@ -5,10 +5,12 @@ Start with: torchrun --nproc-per-node 2 distributed_worker.py FOLDER
 
 import functools
 import itertools
+import json
 import math
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -21,11 +23,9 @@ from torch.distributed.fsdp import fully_shard
 from transformers.distributed import DistributedConfig
 
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import modeling_vitcls as vitcls
-from helpers.process_checks import write_report
 from modeling_vitcls.data.images import UnreadableImageCounter
 from modeling_vitcls.runtime.distributed import run_on_main
 from modeling_vitcls.runtime.errors import RunStopped
@@ -44,8 +44,9 @@ SIZES: dict[str, Any] = {
     "patch_size": 8,
     "hidden_size": 32,
     "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
 }
-SIZES |= {"num_attention_heads": 4, "intermediate_size": 48}
 SCOPES: list[Any] = ["image", [2, 2, 0, 0], [2, 2, 1, 1]]
 
 # Name -> model class and configuration fields. Each model must train on several processes without
@@ -336,12 +337,33 @@ def gather(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def write_report(folder: Path) -> None:
+    """Call every check on all processes.
+
+    FOLDER/report.json contains the errors of each check on all processes, or an empty string.
+    """
+    report = {}
+    for name, run_check in CHECKS.items():
+        try:
+            run_check(folder)
+            error = ""
+        except Exception:
+            error = traceback.format_exc()
+        errors = [""] * NUM_PROCESSES
+        distributed.all_gather_object(errors, error)
+        report[name] = "\n".join(
+            f"process {rank}: {text}" for rank, text in enumerate(errors) if text
+        )
+    if distributed.get_rank() == 0:
+        (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
+
+
 def main(folder: Path) -> None:
     """Run every check."""
     torch.set_num_threads(1)
     limit = InitProcessGroupKwargs(timeout=timedelta(seconds=60))
     Accelerator(cpu=True, kwargs_handlers=[limit])  # starts the process group
-    write_report(CHECKS, folder)
+    write_report(folder)
     distributed.barrier()  # the first process to exit would stop the other
     distributed.destroy_process_group()
 

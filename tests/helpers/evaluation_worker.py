@@ -47,8 +47,10 @@ SIZES: dict[str, Any] = {
     "patch_size": 8,
     "hidden_size": 16,
     "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "initializer_range": 0.5,
 }
-SIZES |= {"num_attention_heads": 2, "intermediate_size": 24, "initializer_range": 0.5}
 SPACES = {
     "single": LabelSpace("single_label_classification", {"label": CLASSES}),
     "multi_label": LabelSpace("multi_label_classification", {"label": CLASSES}),

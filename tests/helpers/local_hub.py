@@ -189,14 +189,14 @@ class LocalHub:
 
     # Methods for requests -------------------------------------------------------------------------
 
-    def next_fault(self, method: str, path: str) -> Fault | None:
-        """Return the fault of this request, or None."""
+    def next_fault(self, method: str, path: str) -> str | int | None:
+        """Return the kind of the fault of this request, or None."""
         with self.lock:
             self.requests.append((method, path))
             for fault in self.faults:
                 if fault.times > 0 and fault.method == method and fault.path.search(path):
                     fault.times -= 1
-                    return fault
+                    return fault.kind
         return None
 
     def repository(self, repo_id: str) -> Repository | None:

@@ -3,13 +3,13 @@
 Fast tests resolve the imports of Python blocks; slow tests run the blocks. The
 blocks of a page run one after the other in one process, offline, in a folder with
     photos/cat/*.png, photos/dog/*.png, photo.jpg    real digits as images
-    runs/photos                                      a small classifier of cat and dog, with random weights
-    study_digits                                     the recipe with two seeds, and two training steps per run
+    runs/photos                                      a small random classifier of cat and dog
+    study_digits                                     the recipe with two seeds and two steps per run
 
 An HTML comment in the line before a block changes what happens to it:
     <!-- not run: REASON -->                     the block requires the network, a GPU or minutes
     <!-- run with: "NEW" instead of "OLD" -->    the block runs with one text replaced
-    <!-- run -->                                 commands run as well (slow tests), with few steps and a small model
+    <!-- run -->                                 commands run as well (slow tests), on a small model
 
 The flags of all commands are compared with `vitcls NAME --help`, even in blocks that do not run.
 """
@@ -26,7 +26,7 @@ import runpy
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -463,9 +463,14 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def write_classifier(folder: Path, labels: list[str]) -> None:
     """Write a small classifier with random weights."""
     config = ViTCLSConfig.from_preset(
-        "tiny", image_size=32, hidden_size=32, num_attention_heads=2, num_hidden_layers=2, num_register_tokens=2,
+        "tiny",
+        image_size=32,
+        hidden_size=32,
+        num_attention_heads=2,
+        num_hidden_layers=2,
+        num_register_tokens=2,
         id2label=dict(enumerate(labels)),
-    )  # fmt: skip
+    )
     ViTCLSForImageClassification(config).save_pretrained(folder)
     ViTCLSImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
 
@@ -480,7 +485,9 @@ def run(prepared: Path, tmp_path: Path) -> Run:
     (tmp_path / "scripts").symlink_to(ROOT / "scripts")
     hub = {"HF_HOME": str(tmp_path / "huggingface"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
 
-    def start(command: list[str], variables: list[str] = []) -> subprocess.CompletedProcess[str]:  # noqa: B006
+    def start(
+        command: Sequence[str], variables: Sequence[str] = ()
+    ) -> subprocess.CompletedProcess[str]:
         environment = os.environ | hub | dict(each.split("=", 1) for each in variables)
         done = run_fresh(*command, environment=environment, cwd=tmp_path)
         assert done.returncode == 0, (

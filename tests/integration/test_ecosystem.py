@@ -216,8 +216,13 @@ def test_lora_trains_saves_loads_and_merges(tmp_path: Path) -> None:
 # With a text model --------------------------------------------------------------------------------
 
 
-BERT_SIZES = {"vocab_size": 50, "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-BERT_SIZES |= {"intermediate_size": 32}
+BERT_SIZES = {
+    "vocab_size": 50,
+    "hidden_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
 
 
 @pytest.fixture

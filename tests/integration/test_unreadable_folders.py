@@ -72,20 +72,11 @@ def test_predict_does_not_leave_out_a_folder(photos: Path, tmp_path: Path) -> No
 
 @needs_permissions
 def test_finetune_does_not_leave_out_a_class(photos: Path, tmp_path: Path) -> None:
-    sizes = "--hidden-size 16 --num-hidden-layers 1 --num-attention-heads 2 --image-size 32 --patch-size 8".split()
-    flags = [
-        "--model",
-        "vitcls-tiny",
-        *sizes,
-        "--max-steps",
-        "1",
-        "--batch-size",
-        "4",
-        "--num-workers",
-        "0",
-    ]
-    ran = run_unprivileged(
-        "finetune", "--dataset", photos, "--output-dir", tmp_path / "run", *flags, "--no-report"
+    flags = (
+        "--model vitcls-tiny --hidden-size 16 --num-hidden-layers 1 --num-attention-heads 2 "
+        "--image-size 32 --patch-size 8 --max-steps 1 --batch-size 4 --num-workers 0 --no-report"
     )
+    folders = ("--dataset", photos, "--output-dir", tmp_path / "run")
+    ran = run_unprivileged("finetune", *folders, *flags.split())
     check_error(ran, photos / "dog")
     assert not (tmp_path / "run" / "model.safetensors").exists()

@@ -458,7 +458,8 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel
+from transformers import AutoModelForImageClassification
 from transformers import BertConfig, BertModel, VisionTextDualEncoderModel
 
 first, second, work = map(Path, sys.argv[1:])
@@ -475,8 +476,8 @@ for _ in range(2):
     type(model.config).register_auto_classes()
 images = torch.rand(2, 3, 32, 32)
 
-sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-text_model = BertModel(BertConfig(vocab_size=20, **sizes))
+sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
+text_model = BertModel(BertConfig(vocab_size=20, num_hidden_layers=1, **sizes))
 dual = VisionTextDualEncoderModel(vision_model=model, text_model=text_model).eval()
 dual.save_pretrained(work / "dual")
 dual_again = VisionTextDualEncoderModel.from_pretrained(work / "dual").eval()
@@ -486,11 +487,13 @@ with torch.no_grad():
 assert torch.equal(*features) and features[0].std() > 0
 
 config = AutoConfig.from_pretrained(first)
+processors = [AutoImageProcessor.from_pretrained(first, backend=name) for name in (None, "pil")]
+other = AutoModel.from_pretrained(second, trust_remote_code=True)
 print(json.dumps({
     "backbone": type(AutoBackbone.from_config(config)).__name__,
     "classifier": type(AutoModelForImageClassification.from_config(config)).__name__,
-    "processors": [type(AutoImageProcessor.from_pretrained(first, backend=name)).__name__ for name in (None, "pil")],
-    "registered code for another checkpoint": AutoModel.from_pretrained(second, trust_remote_code=True).version(),
+    "processors": [type(processor).__name__ for processor in processors],
+    "registered code for another checkpoint": other.version(),
 }))
 assert "modeling_vitcls" not in sys.modules
 """
