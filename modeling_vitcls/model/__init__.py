@@ -6,7 +6,7 @@ They import only one another and public libraries.
     blocks_vitcls.py                  the ViT in plain PyTorch: embeddings, attention, MLP, layer
     modeling_vitcls.py                output classes, encoder, task classes
     heads_vitcls.py                   poolers, classifiers, pixel decoder, losses
-    (a default model executes only these four files)
+    (a default model executes only these four files, and one function of positions_vitcls.py)
 
     positions_vitcls.py               rotary position embeddings, resampling
     attention_masks_vitcls.py         masks of CLS tokens, relative position bias, token gates

@@ -349,13 +349,11 @@ class ViTCLSAttention(nn.Module):
 
         Rotary position embeddings are not yet applied.
         """
-        # torch.cat copies the tokens: with a view, torch.onnx would fix the batch size if the
-        # example has one image.
-        queries = (
-            hidden_states
-            if num_queries is None
-            else torch.cat([hidden_states[:, :num_queries]], dim=1)
-        )
+        queries = hidden_states
+        if num_queries is not None:
+            # torch.cat copies the tokens: with a view, torch.onnx would fix the batch size if the
+            # example has one image.
+            queries = torch.cat([hidden_states[:, :num_queries]], dim=1)
         # [B, n or N, heads, head_dim]
         query = self.q_norm(self.q_proj(queries).unflatten(-1, (-1, self.qk_head_dim)))
         key = self.k_norm(self.k_proj(hidden_states).unflatten(-1, (-1, self.qk_head_dim)))
@@ -397,13 +395,12 @@ class ViTCLSMLP(nn.Module):
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
+        width, inner_dim = config.hidden_size, config.intermediate_size
         self.activation_fn = ACT2FN[config.hidden_act]
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.fc1 = nn.Linear(width, inner_dim, bias=config.mlp_bias)
         self.register_neurons: nn.Module = nn.Identity()
-        self.norm = (
-            build_norm(config, config.intermediate_size) if config.mlp_norm else nn.Identity()
-        )
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.norm = build_norm(config, inner_dim) if config.mlp_norm else nn.Identity()
+        self.fc2 = nn.Linear(inner_dim, width, bias=config.mlp_bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         activations = self.activation_fn(self.fc1(hidden_states))  # [B, N, intermediate]
@@ -415,18 +412,13 @@ class ViTCLSGLU(nn.Module):
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
+        width, inner_dim = config.hidden_size, config.intermediate_size
         self.activation_fn = ACT2FN["silu" if config.mlp_type == "swiglu" else config.hidden_act]
-        self.gate_proj = nn.Linear(
-            config.hidden_size, config.intermediate_size, bias=config.mlp_bias
-        )
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.gate_proj = nn.Linear(width, inner_dim, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(width, inner_dim, bias=config.mlp_bias)
         self.register_neurons: nn.Module = nn.Identity()
-        self.norm = (
-            build_norm(config, config.intermediate_size) if config.mlp_norm else nn.Identity()
-        )
-        self.down_proj = nn.Linear(
-            config.intermediate_size, config.hidden_size, bias=config.mlp_bias
-        )
+        self.norm = build_norm(config, inner_dim) if config.mlp_norm else nn.Identity()
+        self.down_proj = nn.Linear(inner_dim, width, bias=config.mlp_bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         gates = self.activation_fn(self.gate_proj(hidden_states))  # [B, N, intermediate]

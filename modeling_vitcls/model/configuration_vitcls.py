@@ -691,27 +691,24 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         """
         processing = importlib.import_module(".image_processing_vitcls", __package__)
         modeling = importlib.import_module(".modeling_vitcls", __package__)
-        transformers.AutoConfig.register(cls.model_type, cls, exist_ok=True)
-        transformers.AutoModel.register(cls, modeling.ViTCLSModel, exist_ok=True)
-        # transformers selects the class named in `config.architectures`, or else the first class.
-        classifier_classes = (
-            modeling.ViTCLSForImageClassification,
-            modeling.ViTCLSForMultiTaskClassification,
-        )
-        transformers.AutoModelForImageClassification.register(
-            cls, classifier_classes, exist_ok=True
-        )
-
-        masked_model_class = modeling.ViTCLSForMaskedImageModeling
-        transformers.AutoModelForMaskedImageModeling.register(
-            cls, masked_model_class, exist_ok=True
-        )
-        transformers.AutoBackbone.register(cls, modeling.ViTCLSBackbone, exist_ok=True)
-
+        model_classes = {
+            "AutoModel": modeling.ViTCLSModel,
+            # transformers selects the class named in `config.architectures`, or else the first.
+            "AutoModelForImageClassification": (
+                modeling.ViTCLSForImageClassification,
+                modeling.ViTCLSForMultiTaskClassification,
+            ),
+            "AutoModelForMaskedImageModeling": modeling.ViTCLSForMaskedImageModeling,
+            "AutoBackbone": modeling.ViTCLSBackbone,
+        }
         processor_classes = {
             "torchvision": processing.ViTCLSImageProcessor,
             "pil": processing.ViTCLSImageProcessorPil,
         }
+
+        transformers.AutoConfig.register(cls.model_type, cls, exist_ok=True)
+        for auto_class, classes in model_classes.items():
+            getattr(transformers, auto_class).register(cls, classes, exist_ok=True)
         transformers.AutoImageProcessor.register(
             cls, image_processor_classes=processor_classes, exist_ok=True
         )
