@@ -207,10 +207,12 @@ def test_a_number_of_specialized_layers_means_the_first_layers() -> None:
 
 def test_flags_that_are_set_become_fields_of_the_configuration() -> None:
     assert ModelOptions("vitcls-tiny").get_config_values() == {}
+
     options = ModelOptions(
         "vitcls-tiny", num_register_tokens=0, cls_scopes=("image", "2x1"), image_size="native"
     )
     scopes = ["image", [2, 1, 0, 0], [2, 1, 1, 0]]
+
     assert options.get_config_values() == {
         "num_register_tokens": 0,
         "cls_scopes": scopes,
@@ -275,6 +277,7 @@ def test_flags_of_a_run_are_those_of_a_recipe() -> None:
         config=Path("a.yaml"),
     )
     flags = to_flags(options)
+
     assert flags.keys() == get_flag_fields(FinetuneOptions).keys() - {"config"}
     assert flags["output_dir"] == "out"
     assert flags["label_column"] == ["a", "b"]
@@ -282,6 +285,7 @@ def test_flags_of_a_run_are_those_of_a_recipe() -> None:
     assert flags["distillation_tau"] == 3.0
     assert flags["flip"] is True
     assert flags["teacher"] is None
+
     arguments = [to_arguments(name, flags[name]) for name in ("output_dir", "label_column", "flip")]
     assert arguments == [["--output-dir", "out"], ["--label-column", "a", "b"], ["--flip"]]
     assert to_arguments("hub_verify", False) == ["--no-hub-verify"]

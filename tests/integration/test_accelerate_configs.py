@@ -123,6 +123,7 @@ def test_all_keys_are_known_to_accelerate(file: Path) -> None:
 @pytest.mark.slow
 def test_fsdp2_trains_like_ddp(ddp: Path, fsdp2: Path) -> None:
     assert_same_run(ddp, fsdp2, tolerance=1e-4)
+
     for folder in (ddp, fsdp2):
         results = read_json(folder / "results.json")
         assert results["num_processes"] == 2
@@ -134,6 +135,7 @@ def test_fsdp2_trains_like_ddp(ddp: Path, fsdp2: Path) -> None:
         assert evaluated == [2, 4, 6]
     assert "weights sharded by FSDP" in read_json(fsdp2 / "results.json")["device"]
     assert "parts" not in read_json(ddp / "results.json")["device"]
+
     losses = [record["loss"] for record in read_metrics(fsdp2)]
     assert losses[-1] < losses[0]
 

@@ -307,6 +307,7 @@ def test_commands_have_the_flags_of_their_programs() -> None:
         for place, command in found
         if command and command.name not in OTHER_SUBCOMMANDS
     ]
+
     for place, command in commands:
         assert command.name in ALL_PROGRAMS, f"{place}: there is no `vitcls {command.name}`"
         unknown = get_flags(command.arguments) - read_flags(command.name)
@@ -336,17 +337,22 @@ def test_the_pages_contain_the_address_of_pyproject() -> None:
     for page in make_address.PAGES:
         text = page.read_text(encoding="utf-8")
         assert make_address.write_address(text, make_address.read_address()) == text, page
+
     command = make_address.write_address('pip install ".[cli,export]"', "https://example.org/x")
     assert command == 'pip install "modeling_vitcls[cli,export] @ git+https://example.org/x"'
     assert make_address.write_address(command, None) == 'pip install ".[cli,export]"'
+
     clone = make_address.write_address(
         "git clone ADDRESS-OF-THIS-REPOSITORY x", "https://example.org/x"
     )
+
     assert clone == "git clone https://example.org/x x"
     assert make_address.write_address(clone, None) == "git clone ADDRESS-OF-THIS-REPOSITORY x"
+
     readme = make_address.write_address(
         (ROOT / "README.md").read_text(encoding="utf-8"), "https://github.com/a/x"
     )
+
     assert "https://github.com/a/x/actions/workflows/test.yml/badge.svg" in readme
     assert "https://a.github.io/x" in readme
 
@@ -417,6 +423,7 @@ def test_links_of_the_package_page_are_absolute(
     )
     runpy.run_path(str(tmp_path / "setup.py"))
     targets = re.findall(r"\]\(([^)]+)\)", described[0])
+
     assert targets
     assert all(target.startswith(("https://", "http://")) for target in targets)
     assert "https://example.org/vitcls/raw/main/docs/images/look.jpg" in targets
@@ -536,6 +543,7 @@ def test_python_blocks_run(page: Path, run: Run, tmp_path: Path) -> None:
         ViTCLSModel(config).save_pretrained(tmp_path / "runs" / "student")
     (tmp_path / "page.py").write_text(source, encoding="utf-8")
     done = run(["page.py"])
+
     for line in source.splitlines():
         if PRINTED.match(line):
             assert line.removeprefix("# ") in done.stdout.splitlines()
@@ -547,6 +555,7 @@ def test_examples_in_docstrings_run(run: Run, tmp_path: Path) -> None:
     documented = [each for each in objects if callable(each)]
     documented += [lejepa.LeJEPA, mae.MAE, distillation.compute_feature_loss]
     lines = []
+
     for each in documented:
         examples = doctest.DocTestParser().get_examples(inspect.getdoc(each) or "")
         assert examples, f"{each.__name__} has no example"
@@ -555,6 +564,7 @@ def test_examples_in_docstrings_run(run: Run, tmp_path: Path) -> None:
             is_value = expected and not example.source.startswith("print")
             source = example.source.strip()
             lines.append(f"assert repr(({source})) == {expected!r}" if is_value else source)
+
     write_classifier(tmp_path / "runs" / "digits", list("0123456789"))
     (tmp_path / "page.py").write_text("\n\n".join(lines), encoding="utf-8")
     run(["page.py"])

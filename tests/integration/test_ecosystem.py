@@ -80,6 +80,7 @@ def test_the_classification_pipeline_has_the_probabilities_of_the_model(processo
     with torch.no_grad():
         scores = model(**processor(build_pil_image(), return_tensors="pt")).logits.softmax(-1)[0]
     best = scores.argmax().item()
+
     assert len(found) == 2
     assert all(len(answer) == 2 for answer in found)
     assert found[0][0] == {
@@ -101,6 +102,7 @@ def test_the_feature_extraction_pipeline_has_the_tokens_or_the_pooled_vector(
     pooled = pipeline(
         "image-feature-extraction", model=model, image_processor=processor, pool=True
     )(build_pil_image())
+
     torch.testing.assert_close(torch.tensor(tokens), outputs.last_hidden_state)
     torch.testing.assert_close(torch.tensor(pooled), outputs.pooler_output)
 

@@ -123,7 +123,9 @@ def test_a_killed_agent_is_started_again(
         psutil.Process(agents[1].pid),
     ]:
         member.kill()
+
     assert agents[0].wait(timeout=240) != 0  # the other agent notices
+
     agents[1].wait()
     assert not (folder / "results.json").exists()
     for agent in (agents := start_agents(flags, folder)):

@@ -168,6 +168,7 @@ def test_teachers_in_two_processes_equal_one(flags: Flags, tmp_path: Path) -> No
         )
         for processes in (2, 1)
     )
+
     for found, expected in zip(read_records(two), read_records(one), strict=True):
         assert math.isclose(found["loss"], expected["loss"], rel_tol=1e-3), (found, expected)
 

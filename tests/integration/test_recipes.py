@@ -67,10 +67,13 @@ def test_a_cnn_trains_the_distillation_token(tmp_path: Path) -> None:
 
 def test_a_dual_encoder_classifies_digits_by_captions(tmp_path: Path) -> None:
     assert train_dual_encoder("digits", tmp_path / "dual", patch_size=8, epochs=20) >= 0.9
+
     model = VisionTextDualEncoderModel.from_pretrained(tmp_path / "dual")
     assert type(model.vision_model).__name__ == "ViTCLSModel"
+
     processor = VisionTextDualEncoderProcessor.from_pretrained(tmp_path / "dual")
     tokens = processor(text=["a photo of the 3"])["input_ids"][0]
+
     assert processor.tokenizer.convert_ids_to_tokens(tokens) == [
         "[CLS]",
         "a",

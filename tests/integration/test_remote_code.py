@@ -286,6 +286,7 @@ def test_saving_without_the_package_writes_the_same_files(
     assert json.loads((folder / "config.json").read_text()) == json.loads(
         (saved / name / "config.json").read_text()
     )
+
     settings = json.loads((folder / "preprocessor_config.json").read_text())
     assert (
         settings["auto_map"]
@@ -297,15 +298,19 @@ def test_saving_without_the_package_writes_the_same_files(
 def test_shipped_files_import_only_what_the_hub_can_load(file: Path) -> None:
     """Check libraries and siblings by name; transformers finds the same ones as Python."""
     assert set(get_imports(file)) <= ALLOWED_LIBRARIES
+
     nodes = list(ast.walk(ast.parse(file.read_text())))
     relative = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.level > 0]
+
     assert all(node.level == 1 and node.module for node in relative), (
         "only `from .x_vitcls import Y` works"
     )
+
     siblings = {node.module for node in relative} | set(
         filter(None, map(get_module_imported_by_name, nodes))
     )
     shipped = {shipped.stem for shipped in SHIPPED_FILES}
+
     if (
         file.stem == "configuration_vitcls"
     ):  # a string lists all other files, so that transformers copies them

@@ -352,6 +352,7 @@ def test_a_killed_run_of_any_kind_ends_with_the_same_weights(
     run = start(folder, before)
     run.wait_for_step(*draw_steps(1, seed=list(VARIANTS).index(variant)))
     run.kill()
+
     assert get_resumed_step(finish(folder, f"{flags} --resume")) > 0
     assert_equal_runs(folder, uninterrupted(flags))
 
@@ -391,6 +392,7 @@ def test_a_full_disk_loses_nothing(
         ["mount", "-t", "tmpfs", "-o", "size=1200k", *disk], capture_output=True, check=False
     ).returncode:
         pytest.skip("mounting a small file system needs root")
+
     try:
         flags = f"{RUN} --dataset {image_folder}"
         folder = tmp_path / "disk" / "model"

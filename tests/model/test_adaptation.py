@@ -76,12 +76,14 @@ def test_adapted_models_keep_their_tokens_and_resample_their_patches(
 ) -> None:
     old = randomize(saver(build_tiny_config(**FIELDS)))
     new = adapt_with_loader(old, loader, tmp_path, gate_new_tokens=False, **change)
+
     assert type(new) is saver
     assert not new.training
     for field, value in (COUNTS | change).items():
         assert getattr(new.config, field) == value
     assert new.base_model.config is new.config
     assert_adapted(old, new)
+
     with torch.no_grad():
         outputs = new(build_images(1, *new.config.image_height_width))
     assert all(
@@ -154,11 +156,14 @@ def test_the_source_model_is_unchanged() -> None:
     with torch.no_grad():
         for parameter in changed.parameters():
             parameter.add_(1)
+
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     assert model.config.to_dict() == config
+
     bare = (
         ViTCLSModel(build_tiny_config(), add_pooling_layer=False).to("meta").adapt(num_cls_tokens=2)
     )
+
     assert bare.pooler is None
     assert bare.device.type == "meta"
 
@@ -202,6 +207,7 @@ def test_each_change_is_logged_once_in_a_line_of_its_own(
     expected = {f"vitcls.embeddings.{name}": number.split() for name, number in numbers.items()}
     expected |= {"distillation_classifier.bias": [], "distillation_classifier.weight": []}
     lines = [line.partition(": ") for line in get_logged_lines(caplog)]
+
     assert {name: re.findall(r"\d+", note) for name, _, note in lines} == expected
     assert len(lines) == len(expected)
 
@@ -238,6 +244,7 @@ def test_new_parameters_of_a_frozen_model_are_trainable() -> None:
     changed = model.adapt(
         num_register_tokens=2, num_distillation_tokens=1, image_size=48, gate_new_tokens=True
     )
+
     assert changed.training
     assert {name for name, parameter in changed.named_parameters() if parameter.requires_grad} == {
         "vitcls.embeddings.register_tokens",
@@ -246,9 +253,11 @@ def test_new_parameters_of_a_frozen_model_are_trainable() -> None:
         "distillation_classifier.weight",
         "distillation_classifier.bias",
     }
+
     config = build_tiny_config(num_cls_tokens=2, cls_pooling="concat")
     wider = ViTCLSForImageClassification(config).requires_grad_(False).adapt(num_cls_tokens=3)
     trainable = {name for name, parameter in wider.named_parameters() if parameter.requires_grad}
+
     assert "classifier.weight" in trainable
     assert "vitcls.embeddings.cls_token" not in trainable
 
@@ -270,6 +279,7 @@ def test_adding_and_removing_tokens_restores_the_model(positions: str) -> None:
         found = larger.adapt(**{field: getattr(model.config, field) for field in COUNTS})(
             build_images(), output_hidden_states=True
         )
+
     assert torch.equal(found.logits, wanted.logits)
     assert all(
         torch.equal(one, other)
@@ -300,18 +310,23 @@ def test_tokens_and_pooling_change_together(loader: Any, tmp_path: Path) -> None
     )
     without.save_pretrained(tmp_path / "without")
     gained = loader.from_pretrained(tmp_path / "without", num_cls_tokens=1, pooling="cls")
+
     assert torch.equal(gained.classifier.weight, without.classifier.weight)
     assert gained(build_images()).logits.isfinite().all()
+
     gained.save_pretrained(tmp_path / "with")
     lost = loader.from_pretrained(tmp_path / "with", num_cls_tokens=0, pooling="mean")
+
     with torch.no_grad():
         assert torch.equal(lost(build_images()).logits, without(build_images()).logits)
+
     distilled = loader.from_pretrained(
         tmp_path / "with",
         num_distillation_tokens=1,
         distillation_head=True,
         distillation_inference="distillation",
     )
+
     assert torch.equal(distilled.distillation_classifier.weight, without.classifier.weight)
 
 
@@ -356,6 +371,7 @@ def test_impossible_changes_are_errors(tmp_path: Path) -> None:
         model.adapt(image_size=30)
     with raises_one_line("tasks", "num_cls_tokens"):
         model.adapt(num_cls_tokens=2)
+
     model.save_pretrained(tmp_path)
     for loader in (ViTCLSModel, AutoModel):
         with raises_one_line("num_regster_tokens", "num_register_tokens"):
@@ -377,6 +393,7 @@ def test_positions_are_resampled_with_an_offset_or_cropped(size: tuple[int, int]
     """DINO adds the offset to the new grid size in the scale factors. RADIO crops a square."""
     rows = size[0] // 8
     columns = size[1] // 8
+
     for policy in ({"position_offset": 0.1}, {"position_interpolation": "crop"}):
         model = randomize(ViTCLSModel(build_tiny_config(image_size=[32, 48], **policy)))
         found = model.adapt(image_size=size).embeddings.position_embeddings.patches

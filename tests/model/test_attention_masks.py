@@ -68,11 +68,13 @@ def test_the_bias_depends_on_the_distance_of_two_patches(
     num_tokens = NUM_SPECIAL + math.prod(grid)
     found = module(torch.zeros(2, num_tokens, 16), None, grid)
     biases = [found] if sharing == "shared" else found
+
     assert (
         len(module.tables)
         == len(biases)
         == (1 if sharing == "shared" else config.num_hidden_layers)
     )
+
     for bias, table in zip(biases, module.tables, strict=True):
         # [heads, N, N]
         expected = torch.from_numpy(compute_bias(table.double().numpy(), grid)).permute(2, 0, 1)
@@ -101,6 +103,7 @@ def test_masks_hide_tokens_whatever_their_bias_is() -> None:
     weights = module(states, None, (4, 4)).exp() * is_visible  # [2, heads, N, N]
     weights[..., 2] *= 0.25  # the last register is gated
     expected = weights / weights.sum(dim=-1, keepdim=True)
+
     for mask in (is_visible, additive):
         found = gates(states, module(states, mask, (4, 4))).softmax(dim=-1)
         assert (found - expected).abs().max() <= 1e-6

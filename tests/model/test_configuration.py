@@ -197,6 +197,7 @@ def test_a_misspelt_keyword_is_an_error(tmp_path: Path) -> None:
     ):
         with raises_one_line(keyword, meant):
             ViTCLSConfig(**{keyword: 4})
+
     ViTCLSModel(build_tiny_config()).save_pretrained(tmp_path)
     for load in (
         ViTCLSConfig,
@@ -227,14 +228,17 @@ def test_loading_keywords_of_transformers_are_not_fields(tmp_path: Path) -> None
     config, unused = ViTCLSConfig.from_pretrained(
         tmp_path, pooling="mean", device_map="cpu", return_unused_kwargs=True, revision="main"
     )
+
     assert config.pooling == "mean"
     assert "device_map" in unused
+
     others = {
         "token": "hf_ann",
         "generation_config": None,
         "kernel_config": None,
         "tp_size": 1,
     }  # similar to fields
+
     for name, value in others.items():
         assert ViTCLSConfig.from_pretrained(tmp_path, **{name: value}).pooling == "cls"
 
@@ -252,14 +256,17 @@ def test_overrides_at_load_are_validated_together(tmp_path: Path) -> None:
 def test_stored_labels_are_kept_until_their_number_or_names_change(tmp_path: Path) -> None:
     ViTCLSConfig(id2label={0: "cat", 1: "dog"}).save_pretrained(tmp_path)
     kept = ViTCLSConfig.from_pretrained(tmp_path)
+
     assert (kept.id2label, kept.label2id, kept.num_labels) == (
         {0: "cat", 1: "dog"},
         {"cat": 0, "dog": 1},
         2,
     )
     assert ViTCLSConfig.from_pretrained(tmp_path, num_labels=2).id2label == {0: "cat", 1: "dog"}
+
     more = ViTCLSConfig.from_pretrained(tmp_path, num_labels=4)
     assert (more.num_labels, len(more.label2id)) == (4, 4)
+
     renamed = ViTCLSConfig.from_pretrained(tmp_path, id2label={0: "a", 1: "b", 2: "c"})
     assert (renamed.num_labels, renamed.label2id) == (3, {"a": 0, "b": 1, "c": 2})
 
@@ -295,6 +302,7 @@ def test_gates_and_teachers_stay_with_their_tokens_at_load(tmp_path: Path) -> No
         num_register_tokens=3, gated_tokens={"registers": 2}, **teachers
     ).save_pretrained(tmp_path)
     expected = {1: None, 2: {"registers": 1}, 3: {"registers": 2}, 5: {"registers": 4}}
+
     for num_registers, gated_tokens in expected.items():
         counts = {
             "num_register_tokens": num_registers,
@@ -382,15 +390,18 @@ def test_auto_classes_and_the_map_of_remote_code_agree(tmp_path: Path) -> None:
     for auto_class in ("AutoModel", *[name for name in AUTO_MAP if "For" in name], "AutoBackbone"):
         model = getattr(transformers, auto_class).from_config(config)
         assert config.auto_map[auto_class] == f"modeling_vitcls.{type(model).__name__}"
+
     ViTCLSImageProcessor().save_pretrained(tmp_path)
     processors = [
         AutoImageProcessor.from_pretrained(tmp_path, backend=name)
         for name in ("torchvision", "pil")
     ]
+
     assert [type(processor) for processor in processors] == [
         ViTCLSImageProcessor,
         ViTCLSImageProcessorPil,
     ]
+
     with_tasks = build_tiny_config(tasks={"age": 2}).auto_map["AutoModelForImageClassification"]
     assert with_tasks == "modeling_vitcls.ViTCLSForMultiTaskClassification"
 
@@ -433,6 +444,7 @@ def test_defaults_and_none_are_not_saved_except_sizes(tmp_path: Path) -> None:
     auto_map = {"AutoModel": "ann/mine--modeling_vitcls.ViTCLSModel"}  # of a model on the Hub
     ViTCLSConfig(num_register_tokens=2, qkv_bias=False, auto_map=auto_map).save_pretrained(tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())
+
     assert {
         "hidden_size": 768,
         "num_cls_tokens": 1,
@@ -443,6 +455,7 @@ def test_defaults_and_none_are_not_saved_except_sizes(tmp_path: Path) -> None:
     assert None not in stored.values()
     assert stored["auto_map"] == AUTO_MAP
     assert not {"position_antialias", "rope_theta", "pooled_layers", "layer_type"} & stored.keys()
+
     loaded = ViTCLSConfig.from_pretrained(tmp_path)
     assert loaded.to_dict() == ViTCLSConfig(num_register_tokens=2, qkv_bias=False).to_dict() | {
         name: loaded.to_dict()[name]
@@ -514,6 +527,7 @@ def test_one_line_registers_remote_code_for_composite_models(tmp_path: Path) -> 
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
     words = ["-I", "-c", REGISTER, first, second, tmp_path / "work"]
     run = run_fresh(*words, environment=environment, cwd=tmp_path)
+
     assert run.returncode == 0, run.stderr[-4000:]
     assert json.loads(run.stdout.splitlines()[-1]) == {
         "backbone": "ViTCLSBackbone",

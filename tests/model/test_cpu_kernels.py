@@ -179,6 +179,7 @@ def test_half_precision_is_as_exact_as_plain_pytorch(
         exact.append(run(plain, torch.float32))
         found.append(run(fast, dtype))
         expected.append(run(plain, dtype))
+
     assert_as_exact_in_half_precision(
         stack_models(found), stack_models(expected), stack_models(exact)
     )
@@ -275,6 +276,7 @@ def test_emulated_products_are_rounded_once(
     torch.manual_seed(0)
     linear = CPULinear(48, 80)
     projection = CPUPatchProjection(3, 24, kernel_size=4, stride=4)
+
     for layer, inputs in ((linear, torch.randn(2, 7, 48)), (projection, torch.randn(2, 3, 8, 8))):
         weight = layer.weight.to(dtype).float()
         bias = layer.bias.to(dtype).float()
@@ -412,9 +414,11 @@ def test_gradients_and_merged_weights_of_lora_equal_plain_pytorch() -> None:
                 if "lora_" in name:
                     nn.init.normal_(weight, std=0.3, generator=generator)
             results.append(run_step(adapter, build_images()))
+
     assert all("lora_" in name for name in steps[0][0] if name != "logits")
     assert len(steps[0][0]) > 1
     assert_equal_in_float32(*map(stack_models, steps))
+
     merged = adapter.merge_and_unload()
     with torch.no_grad():
         assert_equal_in_float32(
@@ -476,18 +480,22 @@ def test_small_products_do_not_use_onednn(monkeypatch: pytest.MonkeyPatch) -> No
 def test_onednn_is_not_used_where_it_does_not_apply() -> None:
     layer = CPULinear(48, 80)
     inputs = torch.randn(2, 7, 48)
+
     assert ONEDNN in list_operators(layer, inputs)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert ONEDNN not in list_operators(layer, inputs)
     with torch.backends.mkldnn.flags(enabled=False):
         assert ONEDNN not in list_operators(layer, inputs)
     assert "mkldnn" not in str(torch.jit.trace(layer, inputs).inlined_graph)
+
     with FlopCounterMode(display=False) as counter:
         layer(inputs)
     assert counter.get_total_flops() == 2 * 2 * 7 * 48 * 80
     assert layer.to("meta")(inputs.to("meta")).shape == (2, 7, 80)
+
     doubled = CPULinear(48, 80)
     before = doubled(inputs)
+
     for name, expected in (("bias", before + doubled.bias), ("weight", 2 * before)):
         nn.utils.parametrize.register_parametrization(doubled, name, Doubled())
         torch.testing.assert_close(doubled(inputs), expected)

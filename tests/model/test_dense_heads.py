@@ -23,12 +23,15 @@ def test_a_depth_head_gets_the_cls_token_and_the_patches_of_each_stage() -> None
     )
     received = record_outputs(model.backbone)
     depth = model(build_images(2, *size)).predicted_depth
+
     assert depth.shape[0] == 2
     assert depth.isfinite().all()
     assert depth.std() > 0
+
     encoder = ViTCLSModel(config, add_pooling_layer=False).eval()
     encoder.load_state_dict(model.backbone.state_dict())
     expected = encoder(build_images(2, *size)).tokens
     last = received[0].feature_maps[-1]
+
     assert get_largest_difference(last[:, 0], expected["cls"][:, 0]) <= 1e-6
     assert get_largest_difference(last[:, 1:], expected["patches"]) <= 1e-6

@@ -106,6 +106,7 @@ def test_masked_image_modeling_equals_simmim() -> None:
     )
     mask = torch.arange(32).view(2, 16) % 3 == 0
     got, expected = (model(build_images(), bool_masked_pos=mask) for model in (ours, peer))
+
     assert all(
         get_largest_difference(got[name], expected[name]) <= TOLERANCE
         for name in ("reconstruction", "loss")
@@ -125,4 +126,5 @@ def test_squared_pixel_loss_equals_mae(normalised: bool) -> None:
     config = build_tiny_config(mim_loss="l2", norm_pixel_target=normalised)
     reconstruction = peer.unpatchify(expected.logits)
     loss = compute_masked_pixel_loss(reconstruction, build_images(), expected.mask, config)
+
     assert loss.item() == pytest.approx(expected.loss.item(), rel=TOLERANCE)

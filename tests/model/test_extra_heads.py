@@ -175,6 +175,7 @@ def test_heads_read_the_normalized_tokens_of_their_layers(num_tokens: int | None
         "objects": [tokens[2][:, 3:].mean(1)],
     }
     found = model(build_images(), compute_all_tokens=num_tokens is None).task_logits
+
     assert found.keys() == inputs.keys()
     for name, vectors in inputs.items():
         expected = model.extra_heads[f"task_{name}"](torch.cat(vectors, dim=1))

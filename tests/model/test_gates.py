@@ -42,6 +42,7 @@ def test_gated_tokens_change_nothing_at_first(
 ) -> None:
     saved = randomize(ViTCLSForImageClassification(build_tiny_config(**fields)))
     saved.save_pretrained(tmp_path)
+
     for loader in (ViTCLSForImageClassification, AutoModelForImageClassification):
         options = {"num_register_tokens": 4, "attn_implementation": implementation}
         gated = loader.from_pretrained(tmp_path, **options)
@@ -154,10 +155,13 @@ def test_open_gates_are_removed_when_a_checkpoint_is_loaded(
     model.gates.gates.fill_(1.2 * TokenGates.OPEN)
     model.save_pretrained(tmp_path)
     loaded = loader.from_pretrained(tmp_path)
+
     assert loaded.gates is None
     assert loaded.config.gated_tokens is None
+
     ungated = model.adapt(gated_tokens=None)
     images = build_images().to(dtype)
+
     assert torch.equal(loaded(images).last_hidden_state, ungated(images).last_hidden_state)
     if dtype == torch.float32:
         assert (
@@ -185,6 +189,7 @@ def test_gates_stay_with_their_tokens(
     gated = model.adapt(num_cls_tokens=2, num_register_tokens=4, gate_new_tokens=True)
     with torch.no_grad():
         gated.gates.gates.copy_(torch.tensor([0.5, 0.2, 0.3]) * TokenGates.OPEN)
+
     for change, gated_tokens, values, logged in (  # numbers of kept, dropped and closed gates
         (
             {"num_register_tokens": 5},  # the added register gets one gate, not two

@@ -72,6 +72,7 @@ def test_outputs_and_gradients_equal_those_of_all_tokens(
 ) -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config(**fields)))
     assert model.config.num_head_tokens == num_read
+
     num_tokens = model.config.token_layout.num_prefix_tokens + 16
     for implementation in ("sdpa", "eager"):
         model.set_attn_implementation(implementation)

@@ -97,6 +97,7 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(
         parts(
             build_images(4)[part], labels=labels[part], num_items_in_batch=num_items
         ).loss.backward()
+
     for expected, got in zip(whole.parameters(), parts.parameters(), strict=True):
         if expected.grad is not None:
             assert torch.allclose(got.grad, expected.grad, atol=1e-6, rtol=1e-4)
@@ -161,6 +162,7 @@ def test_task_losses_are_summed() -> None:
         "colour": torch.tensor([2, 2]),
     }
     output = build_multi_task()(build_images(), labels=labels)
+
     assert list(output.losses) == sorted(TASKS)
     assert [logits.shape for logits in output.logits.values()] == [(2, 2), (2, 3), (2, 4)]
     for name, loss in output.losses.items():

@@ -100,6 +100,7 @@ def test_evaluation_and_weights_do_not_change(tmp_path: Path) -> None:
     model = randomize(
         ViTCLSForImageClassification(build_tiny_config(**TOKENS, patch_drop_rate=0.5))
     )
+
     assert plain.state_dict().keys() == model.state_dict().keys()
     assert_same_outputs(model(build_images()), plain(build_images()))
     assert (
@@ -108,6 +109,7 @@ def test_evaluation_and_weights_do_not_change(tmp_path: Path) -> None:
         )
         > 1e-3
     )
+
     again = save_and_load(model, tmp_path)
     assert again.config.patch_drop_rate == 0.5
     assert_same_outputs(again(build_images()), plain.eval()(build_images()))
@@ -140,10 +142,14 @@ def test_kept_patches_are_random_and_reproducible() -> None:
         torch.manual_seed(seed)
         model.patch_dropout(torch.zeros(4, 17, 16), None, None)
         counts += torch.bincount(kept[-1].flatten(), minlength=16)
+
     assert counts.min() > 150
     assert counts.max() < 250  # expected 200, with a standard deviation of 10
+
     torch.manual_seed(99)
     model(build_images(4))
+
     assert kept[-1].equal(kept[-2])
+
     model = randomize(ViTCLSModel(build_tiny_config(patch_drop_rate=0.99))).train()
     assert model(build_images()).tokens["patches"].shape == (2, 1, 16)

@@ -64,9 +64,11 @@ def test_released_models_load_without_warnings_and_outputs_are_unchanged(
         model, info = load_model(folder)
         processor = AutoImageProcessor.from_pretrained(folder)
         found = compute_outputs(model, processor)
+
     assert not log_messages
     assert not any(info.values()), info
     assert {weights.dtype for weights in model.parameters()} == {torch.float32}
+
     wanted = load_file(folder / ANSWERS)
     assert wanted.keys() <= found.keys()
     for name, value in wanted.items():

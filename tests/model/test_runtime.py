@@ -52,6 +52,7 @@ def test_gradient_checkpointing_changes_no_gradient(fields: dict[str, Any]) -> N
             [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         )
         calls.append(len(counted))
+
     assert calls == [1, 2]  # computed again for the backward pass
     assert_same_outputs(*gradients, 1e-6)
 
@@ -66,6 +67,7 @@ def test_half_precision_is_close_to_float32_for_float32_images(
     expected = model(build_images(), **inputs)
     model.to(dtype)
     output = model(build_images(), **inputs)
+
     for name, value in output.items():
         if name != "loss" and isinstance(value, torch.Tensor):
             assert value.dtype == dtype, name
@@ -85,6 +87,7 @@ def test_autocast_is_close_to_float32_and_has_finite_gradients(
     """Weights stay in float32, as in mixed-precision training."""
     fields = {"position_embedding_type": "learned_rope_mixed", "num_register_tokens": 2, **fields}
     model = randomize(model_class(build_tiny_config(**fields)))
+
     for implementation in ("sdpa", "eager"):
         model.set_attn_implementation(implementation)
         expected = model(build_images(), **inputs)
@@ -168,6 +171,7 @@ def test_options_compile_into_one_graph_with_gradients(name: str) -> None:
                 if parameter.grad is not None
             ]
         )
+
     assert_same_outputs(*gradients, 1e-6)
 
 

@@ -135,6 +135,7 @@ def test_every_class_has_the_rows_of_eager_attention(
 def test_groups_and_layers_can_be_selected() -> None:
     model = randomize(ViTCLSModel(build_tiny_config(**TOKENS, num_hidden_layers=3)))
     everything = model.token_attention(build_images())
+
     for tokens, places in {
         ("cls",): [0, 1],
         ("distillation",): [2],

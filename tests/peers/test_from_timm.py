@@ -346,9 +346,11 @@ def test_dropout_rates_initial_layer_scales_and_whole_patches_are_kept() -> None
             0.1,
             pytest.approx(0.2),
         ), name
+
     model = timm.create_model(
         "vit_tiny_patch16_224", depth=1, num_classes=0, patch_size=8, img_size=(36, 47)
     )
+
     assert convert_from_timm(model).config.image_height_width == (32, 40)
 
 
@@ -365,9 +367,11 @@ def test_a_model_without_a_classifier_pools_as_in_timm() -> None:
         with torch.no_grad():
             assert type(ours) is ViTCLSModel
             assert (ours(images).pooler_output - model(images)).abs().max() <= TOLERANCE
+
     two_outputs = convert_from_timm(
         peer("deit_tiny_distilled_patch16_224", **TINY | {"num_classes": 0})
     )
+
     assert two_outputs.pooler is None
     for name, pooling in (("vit_tiny_patch16_224", "cls"), ("vit_base_patch16_siglip_224", "mean")):
         unpooled = convert_from_timm(peer(name, **TINY | {"num_classes": 0, "global_pool": ""}))
@@ -379,6 +383,7 @@ def test_dtype_labels_and_the_source_are_kept() -> None:
     model.pretrained_cfg["label_names"] = list("abcdefg")
     before = copy.deepcopy(model.state_dict())
     ours = convert_from_timm(model)
+
     assert ours.dtype == torch.bfloat16
     assert not ours.training
     assert ours.config.id2label[1] == "b"
@@ -386,8 +391,10 @@ def test_dtype_labels_and_the_source_are_kept() -> None:
     for other in ("abc", "abcdefgh"):  # of another number of classes
         model.pretrained_cfg["label_names"] = list(other)
         assert convert_from_timm(model).config.num_labels == 7
+
     del model.pretrained_cfg  # as in a model without `timm.create_model`
     assert convert_from_timm(model).config.num_labels == 7
+
     with torch.no_grad():
         ours.classifier.weight.zero_()
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
@@ -414,5 +421,6 @@ def test_every_architecture_is_exact_or_refused() -> None:
             exact.append(name)
         else:
             wrong[name] = difference
+
     assert not wrong
     assert len(exact) == len(names) - len(refused) >= 215

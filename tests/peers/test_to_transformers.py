@@ -298,6 +298,7 @@ def test_errors_name_all_unsupported_fields() -> None:
         "layer_type": "parallel",
         "cls_scopes": [[2, 2, 0, 0]] * 3,
     }
+
     with pytest.raises(ConversionError) as raised:
         convert_to_transformers(ViTCLSModel(ViTCLSConfig(**BASE | fields)))
     assert all(
