@@ -102,10 +102,10 @@ def load(source: str, auto_class: str) -> tuple[Any, dict[str, Any]]:
     return getattr(transformers, auto_class).from_pretrained(source, **options)
 
 
+@torch.no_grad()
 def compute_outputs(model: torch.nn.Module, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return the model's output tensors for these images, by name."""
-    with torch.no_grad():
-        return flatten(dict(model.eval()(pixel_values)))
+    return flatten(dict(model.eval()(pixel_values)))
 
 
 def flatten(outputs: Any) -> dict[str, torch.Tensor]:

@@ -107,12 +107,12 @@ def build_tiny_config(**fields: Any) -> ViTCLSConfig:
     return ViTCLSConfig(**{**SIZES, **fields})
 
 
+@torch.no_grad()
 def randomize(model: Model, seed: int = 0) -> Model:
     """Set all parameters to random values, as zeros and ones hide errors; enter eval mode."""
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    for parameter in model.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
     return model.eval()
 
 

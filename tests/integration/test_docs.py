@@ -35,6 +35,7 @@ import numpy as np
 import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
+from helpers.command_in_process import run_here
 from helpers.fresh_processes import run_fresh
 from helpers.scripts_in_process import run_in_process
 from PIL import Image
@@ -215,16 +216,15 @@ def test_every_page_is_in_the_index() -> None:
 # Commands and flags -------------------------------------------------------------------------------
 
 
+@cache
 def read_flags(name: str) -> frozenset[str]:
     """Return the flags in `vitcls NAME --help`, or in the help of a program of scripts/."""
     output = io.StringIO()
-    if name in PROGRAMS:
-        with contextlib.redirect_stdout(output):
+    with contextlib.redirect_stdout(output):
+        if name in PROGRAMS:
             assert run_in_process(Path(name).name, "--help") == 0
-        return frozenset(FLAG.findall(output.getvalue()))
-    with contextlib.redirect_stdout(output), pytest.raises(SystemExit) as ended:
-        cli.main([name, "--help-all"])
-    assert ended.value.code == 0
+        else:
+            assert run_here(name, "--help-all") == 0
     return frozenset(FLAG.findall(output.getvalue()))
 
 
@@ -338,16 +338,14 @@ def test_the_pages_contain_the_address_of_pyproject() -> None:
         text = page.read_text(encoding="utf-8")
         assert make_address.write_address(text, make_address.read_address()) == text, page
 
-    command = make_address.write_address('pip install ".[cli,export]"', "https://example.org/x")
-    assert command == 'pip install "modeling_vitcls[cli,export] @ git+https://example.org/x"'
-    assert make_address.write_address(command, None) == 'pip install ".[cli,export]"'
-
-    clone = make_address.write_address(
-        "git clone ADDRESS-OF-THIS-REPOSITORY x", "https://example.org/x"
-    )
-
-    assert clone == "git clone https://example.org/x x"
-    assert make_address.write_address(clone, None) == "git clone ADDRESS-OF-THIS-REPOSITORY x"
+    url = "https://example.org/x"
+    commands = {
+        'pip install ".[cli,export]"': f'pip install "modeling_vitcls[cli,export] @ git+{url}"',
+        "git clone ADDRESS-OF-THIS-REPOSITORY x": f"git clone {url} x",
+    }
+    for command, with_address in commands.items():
+        assert make_address.write_address(command, url) == with_address
+        assert make_address.write_address(with_address, None) == command
 
     readme = make_address.write_address(
         (ROOT / "README.md").read_text(encoding="utf-8"), "https://github.com/a/x"

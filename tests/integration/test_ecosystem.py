@@ -72,13 +72,13 @@ def processor(request: pytest.FixtureRequest) -> Any:
 # Pipelines ----------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def test_the_classification_pipeline_has_the_probabilities_of_the_model(processor: Any) -> None:
     model = build_tiny_classifier().eval()
     found = pipeline("image-classification", model=model, image_processor=processor)(
         [build_pil_image(), build_pil_image()], top_k=2
     )
-    with torch.no_grad():
-        scores = model(**processor(build_pil_image(), return_tensors="pt")).logits.softmax(-1)[0]
+    scores = model(**processor(build_pil_image(), return_tensors="pt")).logits.softmax(-1)[0]
     best = scores.argmax().item()
 
     assert len(found) == 2
@@ -89,13 +89,13 @@ def test_the_classification_pipeline_has_the_probabilities_of_the_model(processo
     }
 
 
+@torch.no_grad()
 def test_the_feature_extraction_pipeline_has_the_tokens_or_the_pooled_vector(
     processor: Any,
 ) -> None:
     torch.manual_seed(0)
     model = ViTCLSModel(build_tiny_config(**FIELDS)).eval()
-    with torch.no_grad():
-        outputs = model(**processor(build_pil_image(), return_tensors="pt"))
+    outputs = model(**processor(build_pil_image(), return_tensors="pt"))
     tokens = pipeline("image-feature-extraction", model=model, image_processor=processor)(
         build_pil_image()
     )

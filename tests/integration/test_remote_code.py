@@ -246,13 +246,13 @@ def test_configuration_and_image_processor_load_without_the_package(
         assert torch.equal(child.outputs[f"{name}/processor/{backend}"], pixel_values)
 
 
+@torch.no_grad()
 def test_the_classification_pipeline_loads_without_the_package(
     child: LoadedCheckpoints, saved: Path, inputs: Path
 ) -> None:
     model = vitcls.ViTCLSForImageClassification.from_pretrained(saved / "classifier").eval()
     processor = vitcls.ViTCLSImageProcessor.from_pretrained(saved / "classifier")
-    with torch.no_grad():
-        logits = model(**processor(load_file(inputs)["image"], return_tensors="pt")).logits
+    logits = model(**processor(load_file(inputs)["image"], return_tensors="pt")).logits
     scores = {
         model.config.id2label[index]: score
         for index, score in enumerate(logits.softmax(-1)[0].tolist())

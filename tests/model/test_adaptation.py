@@ -71,6 +71,7 @@ GROUPS = {"cls": "cls_token", "distillation": "distillation_token", "registers":
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @pytest.mark.parametrize(("saver", "loader"), LOADERS.values(), ids=LOADERS)
+@torch.no_grad()
 def test_adapted_models_keep_their_tokens_and_resample_their_patches(
     saver: Any, loader: Any, change: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -84,8 +85,7 @@ def test_adapted_models_keep_their_tokens_and_resample_their_patches(
     assert new.base_model.config is new.config
     assert_adapted(old, new)
 
-    with torch.no_grad():
-        outputs = new(build_images(1, *new.config.image_height_width))
+    outputs = new(build_images(1, *new.config.image_height_width))
     assert all(
         value.isfinite().all() for value in outputs.values() if isinstance(value, torch.Tensor)
     )
@@ -148,14 +148,14 @@ def resample(
     return maps.permute(0, 2, 3, 1).reshape(1, -1, positions.shape[-1])
 
 
+@torch.no_grad()
 def test_the_source_model_is_unchanged() -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config(**FIELDS)))
     before = copy.deepcopy(model.state_dict())
     config = model.config.to_dict()
     changed = model.adapt(**CHANGES["everything"])
-    with torch.no_grad():
-        for parameter in changed.parameters():
-            parameter.add_(1)
+    for parameter in changed.parameters():
+        parameter.add_(1)
 
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     assert model.config.to_dict() == config
@@ -266,6 +266,7 @@ def test_new_parameters_of_a_frozen_model_are_trainable() -> None:
 
 
 @pytest.mark.parametrize("positions", ["patches", "cls", "all"])
+@torch.no_grad()
 def test_adding_and_removing_tokens_restores_the_model(positions: str) -> None:
     model = randomize(
         ViTCLSForImageClassification(build_tiny_config(position_embedding_tokens=positions))
@@ -273,12 +274,11 @@ def test_adding_and_removing_tokens_restores_the_model(positions: str) -> None:
     larger = model.adapt(
         num_register_tokens=4, num_cls_tokens=3, num_distillation_tokens=1, gate_new_tokens=False
     )
-    with torch.no_grad():
-        wanted = model(build_images(), output_hidden_states=True)
-        between = larger(build_images()).cls_logits
-        found = larger.adapt(**{field: getattr(model.config, field) for field in COUNTS})(
-            build_images(), output_hidden_states=True
-        )
+    wanted = model(build_images(), output_hidden_states=True)
+    between = larger(build_images()).cls_logits
+    found = larger.adapt(**{field: getattr(model.config, field) for field in COUNTS})(
+        build_images(), output_hidden_states=True
+    )
 
     assert torch.equal(found.logits, wanted.logits)
     assert all(
@@ -303,6 +303,7 @@ def test_a_new_distillation_head_starts_as_the_classifier() -> None:
 
 
 @pytest.mark.parametrize("loader", [ViTCLSForImageClassification, AutoModelForImageClassification])
+@torch.no_grad()
 def test_tokens_and_pooling_change_together(loader: Any, tmp_path: Path) -> None:
     """Each pooling is possible only with the tokens that change together with it."""
     without = randomize(
@@ -317,8 +318,7 @@ def test_tokens_and_pooling_change_together(loader: Any, tmp_path: Path) -> None
     gained.save_pretrained(tmp_path / "with")
     lost = loader.from_pretrained(tmp_path / "with", num_cls_tokens=0, pooling="mean")
 
-    with torch.no_grad():
-        assert torch.equal(lost(build_images()).logits, without(build_images()).logits)
+    assert torch.equal(lost(build_images()).logits, without(build_images()).logits)
 
     distilled = loader.from_pretrained(
         tmp_path / "with",
@@ -410,37 +410,35 @@ def test_positions_are_resampled_with_an_offset_or_cropped(size: tuple[int, int]
 
 
 @pytest.mark.parametrize("kind", ["sincos_2d", "rope_2d", "learned_rope_mixed", "none"])
+@torch.no_grad()
 def test_adapting_equals_running_with_larger_images(kind: str) -> None:
     model = randomize(
         ViTCLSModel(build_tiny_config(position_embedding_type=kind, position_offset=0.1))
     )
-    with torch.no_grad():
-        wanted = model(build_images(2, 48, 24)).last_hidden_state
-        found = model.adapt(image_size=[48, 24])(build_images(2, 48, 24)).last_hidden_state
+    wanted = model(build_images(2, 48, 24)).last_hidden_state
+    found = model.adapt(image_size=[48, 24])(build_images(2, 48, 24)).last_hidden_state
     assert get_largest_difference(found, wanted) < 1e-5
 
 
 @pytest.mark.parametrize("shared", ["layer", "shared"])
+@torch.no_grad()
 def test_relative_position_biases_are_resampled(shared: str) -> None:
     model = randomize(
         ViTCLSModel(build_tiny_config(relative_position_bias=shared, image_size=[32, 48]))
     )
     turned = model.adapt(image_size=[48, 32])
-    with torch.no_grad():
-        wanted = model(build_images(2, 48, 32)).last_hidden_state
-        assert (
-            get_largest_difference(turned(build_images(2, 48, 32)).last_hidden_state, wanted) < 1e-5
-        )
+    wanted = model(build_images(2, 48, 32)).last_hidden_state
+    assert get_largest_difference(turned(build_images(2, 48, 32)).last_hidden_state, wanted) < 1e-5
 
 
 @pytest.mark.parametrize("patch", [(16, 16), (10, 13), (8, 16)])
+@torch.no_grad()
 def test_growing_patches_are_exact(patch: tuple[int, int]) -> None:
     """Images whose patches are enlarged bilinearly, one by one, have the same tokens."""
     model = randomize(ViTCLSForImageClassification(build_tiny_config()))
     larger = model.adapt(patch_size=list(patch), image_size=[4 * patch[0], 4 * patch[1]])
-    with torch.no_grad():
-        wanted = model(build_images(), output_hidden_states=True)
-        found = larger(enlarge(build_images(), patch), output_hidden_states=True)
+    wanted = model(build_images(), output_hidden_states=True)
+    found = larger(enlarge(build_images(), patch), output_hidden_states=True)
     for one, other in zip(found.hidden_states, wanted.hidden_states, strict=True):
         assert get_largest_difference(one, other) < 1e-4 * other.abs().max()
     assert get_largest_difference(found.logits, wanted.logits) < 1e-4

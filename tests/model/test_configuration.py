@@ -94,7 +94,8 @@ CONTRADICTIONS: list[dict[str, Any]] = [
 WRONG_VALUES: list[tuple[str, Any]] = [
     *(("hidden_size", value) for value in (16.0, "16", None, True)),
     *(("drop_path_rate", value) for value in (-0.1, 1.0, NAN)),
-    *(("patch_size", value) for value in (0, [8], [8, 0])),
+    *(("patch_size", value) for value in (0, [8], [8, 0], 5000)),
+    ("image_size", 32_768),
     *(("hidden_act", value) for value in ("geluu", None)),
     ("pooled_activation", "tan"),
     ("id2label", {5: "cat"}),
@@ -107,7 +108,7 @@ WRONG_VALUES: list[tuple[str, Any]] = [
     ),
     ("pooling", "other"),
     ("qkv_bias", 1),
-    ("layer_scale_init_value", NAN),
+    *((name, NAN) for name in ("layer_scale_init_value", "energy_threshold")),
     ("problem_type", "classification"),
     ("num_labels", -1),
     ("tasks", {"species": 1.5}),

@@ -219,14 +219,34 @@ def test_models_without_heads_have_no_task_logits() -> None:
     assert not [name for name in model.state_dict() if "extra" in name]
 
 
-def test_pipelines_return_the_labels_of_the_model_or_of_a_selected_task() -> None:
+def test_the_pipeline_returns_the_main_labels(tmp_path: Path) -> None:
+    _, model = build_pair(HEADS)
+    model.save_pretrained(tmp_path)
+    ViTCLSImageProcessor(size=32).save_pretrained(tmp_path)
+    (answers,) = pipeline("image-classification", model=str(tmp_path))([Image.new("RGB", (32, 32))])
+    assert {answer["label"] for answer in answers} == {"LABEL_0", "LABEL_1", "LABEL_2"}
+
+
+def test_the_pipeline_returns_the_labels_of_a_selected_task() -> None:
     _, model = build_pair(HEADS)
     processor = ViTCLSImageProcessor(size=32)
-    labels = ["LABEL_0", "LABEL_1", "LABEL_2"]
-    for classifier, expected in ((model, labels), (model.select_task("weather"), LABELS)):
-        classify = pipeline("image-classification", model=classifier, image_processor=processor)
-        answers = classify(Image.new("RGB", (32, 32)))
-        assert sorted(answer["label"] for answer in answers) == expected
+    weather = model.select_task("weather")
+    classify = pipeline("image-classification", model=weather, image_processor=processor)
+    answers = classify(Image.new("RGB", (32, 32)))
+    assert {answer["label"] for answer in answers} == set(LABELS)
+
+
+def test_a_reset_classifier_has_no_added_classes() -> None:
+    classes = {"labels": ["c"], "adds_classes": True}
+    heads = {"weather": HEADS["weather"], "c": classes}
+    config = build_tiny_config(id2label={0: "a", 1: "b", 2: "c"}, extra_heads=heads)
+    model = ViTCLSForImageClassification(config)
+    assert model(build_images()).logits.shape == (2, 3)
+
+    model.reset_classifier(5)
+    outputs = model(build_images())
+    assert outputs.logits.shape == (2, 5)
+    assert outputs.task_logits.keys() == model.config.extra_heads.keys() == {"weather"}
 
 
 SELECTED = [*MODELS.values(), {"num_labels": 0}, {"tasks": TASKS, "num_cls_tokens": 2}]
@@ -262,6 +282,7 @@ def test_compiled_models_compute_the_heads() -> None:
 # Configuration -----------------------------------------------------------------------------------
 
 HEAD = HEADS["indoors"]
+ADDED = {"labels": ["x"], "adds_classes": True}
 NO_CLS = {"num_cls_tokens": 0, "pooling": "mean"}
 # Name -> extra heads, other fields, and a word of the error.
 INVALID: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
@@ -274,11 +295,14 @@ INVALID: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "equal labels": ({"a": {"labels": ["x", "x"]}}, {}, "distinct"),
     "pooling": ({"a": HEAD | {"pooling": "attention"}}, {}, "cls, mean, cls_mean, max"),
     "no CLS token": ({"a": HEAD}, NO_CLS, 'pooling="mean"'),
+    "poolings": ({"a": HEAD | {"pooling": ["cls", "mean"]}}, {}, "one for each of"),
     "layer": ({"a": HEAD | {"pooled_layers": [3]}}, {}, "pooled_layers"),
     "layers": ({"a": HEAD | {"pooled_layers": -1}}, {}, "pooled_layers"),
     "problem type": ({"a": HEAD | {"problem_type": "regression"}}, {}, "single_label"),
     "temperature": ({"a": HEAD | {"temperature": 0}}, {}, "temperature"),
     "threshold": ({"a": HEADS["objects"] | {"threshold": 1.5}}, {}, "threshold"),
+    "added labels": ({"a": ADDED}, {}, "id2label"),
+    "temperature of added labels": ({"a": ADDED | {"temperature": 2}}, {}, "temperature"),
 }
 
 

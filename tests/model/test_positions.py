@@ -48,6 +48,7 @@ def test_images_of_any_size_are_cropped_to_whole_patches(kind: str, size: tuple[
         ("all", ["cls", "distillation", "registers", "patches"]),
     ],
 )
+@torch.no_grad()
 def test_only_the_configured_tokens_have_learned_positions(tokens: str, groups: list[str]) -> None:
     layout = LAYOUTS["several_of_each"]
     model = randomize(ViTCLSModel(build_tiny_config(**layout, position_embedding_tokens=tokens)))
@@ -67,9 +68,8 @@ def test_only_the_configured_tokens_have_learned_positions(tokens: str, groups: 
     }
 
     before = model.embeddings(build_images(), (4, 4))
-    with torch.no_grad():
-        for parameter in positions.values():
-            parameter.zero_()
+    for parameter in positions.values():
+        parameter.zero_()
     change = before - model.embeddings(build_images(), (4, 4))
 
     for name, group in model.config.token_layout.items():

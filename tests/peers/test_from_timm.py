@@ -354,6 +354,7 @@ def test_dropout_rates_initial_layer_scales_and_whole_patches_are_kept() -> None
     assert convert_from_timm(model).config.image_height_width == (32, 40)
 
 
+@torch.no_grad()
 def test_a_model_without_a_classifier_pools_as_in_timm() -> None:
     """`num_classes=0` gives a base model, which pools as timm's does."""
     for name in (
@@ -364,9 +365,8 @@ def test_a_model_without_a_classifier_pools_as_in_timm() -> None:
         model = peer(name, **TINY | {"num_classes": 0})
         ours = convert_from_timm(model)
         images = torch.randn(2, 3, *pixels(model, NATIVE))
-        with torch.no_grad():
-            assert type(ours) is ViTCLSModel
-            assert (ours(images).pooler_output - model(images)).abs().max() <= TOLERANCE
+        assert type(ours) is ViTCLSModel
+        assert (ours(images).pooler_output - model(images)).abs().max() <= TOLERANCE
 
     two_outputs = convert_from_timm(
         peer("deit_tiny_distilled_patch16_224", **TINY | {"num_classes": 0})
@@ -378,6 +378,7 @@ def test_a_model_without_a_classifier_pools_as_in_timm() -> None:
         assert (unpooled.config.pooling, unpooled.pooler) == (pooling, None)
 
 
+@torch.no_grad()
 def test_dtype_labels_and_the_source_are_kept() -> None:
     model = peer("vit_tiny_patch16_224", **TINY).to(torch.bfloat16)
     model.pretrained_cfg["label_names"] = list("abcdefg")
@@ -395,8 +396,7 @@ def test_dtype_labels_and_the_source_are_kept() -> None:
     del model.pretrained_cfg  # as in a model without `timm.create_model`
     assert convert_from_timm(model).config.num_labels == 7
 
-    with torch.no_grad():
-        ours.classifier.weight.zero_()
+    ours.classifier.weight.zero_()
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
