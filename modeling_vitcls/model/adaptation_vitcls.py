@@ -446,7 +446,7 @@ RENAMED_PARAMETERS = {
 class MismatchedWeightsError(ValueError, RuntimeError):
     """Raised if weights do not match the configuration.
 
-    It is a RuntimeError, as in transformers, and a ValueError, as for other files that do not fit.
+    It is a RuntimeError, as in transformers, and a ValueError, like other errors of files.
     """
 
 

@@ -167,7 +167,7 @@ class ViTCLSEmbeddings(nn.Module):
 class LearnedPositionEmbeddings(nn.Module):
     """Learned position embeddings, resampled to the patch grid of the images.
 
-    Special tokens have some if `config.position_embedding_tokens` includes them.
+    `config.position_embedding_tokens` selects the special tokens that have positions, too.
     """
 
     def __init__(self, config: ViTCLSConfig) -> None:
@@ -440,7 +440,7 @@ class LayerScale(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Drop a residual branch for random images in training (stochastic depth, 1603.09382)."""
+    """Drop a residual branch for random images (stochastic depth, arXiv 1603.09382)."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()

@@ -406,7 +406,7 @@ def is_emulated(inputs: Tensor) -> bool:
 
 
 def get_matmul_dtype(inputs: Tensor) -> torch.dtype:
-    """Return the dtype of matrix products: that of autocast, or of float64 and other inputs."""
+    """Return the dtype of matrix products of `inputs`; autocast changes all but float64."""
     if inputs.dtype == torch.float64 or not torch.is_autocast_enabled(inputs.device.type):
         return inputs.dtype
     return torch.get_autocast_dtype(inputs.device.type)
@@ -422,7 +422,7 @@ def cast_for_autocast(inputs: Tensor) -> Tensor:
 def compute_in_float32(
     function: Callable[..., Tensor], inputs: Tensor, *other_inputs: Tensor | None
 ) -> Tensor:
-    """Compute `function(inputs, *other_inputs)` in float32; return it in half precision."""
+    """Compute `function(inputs, *other_inputs)` in float32, and round it to half precision."""
     dtype = get_matmul_dtype(inputs)
     with torch.autocast("cpu", enabled=False):
         tensors = [to_float32(tensor, dtype) for tensor in (inputs, *other_inputs)]
@@ -430,7 +430,7 @@ def compute_in_float32(
 
 
 def to_float32(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Round floats to `dtype` and return them as float32; leave boolean masks and None."""
+    """Round floats to `dtype`, and return them as float32; keep boolean masks and None."""
     return tensor.to(dtype).float() if tensor is not None and tensor.is_floating_point() else tensor
 
 

@@ -505,7 +505,7 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
         self.post_init()
 
     def build_classifiers(self) -> None:
-        """Build the classifiers for `config.num_labels` labels, less those of extra heads."""
+        """Build the classifiers for `config.num_labels` labels, without those of extra heads."""
         self.num_labels = self.config.num_labels
         num_added = sum(map(len, self.config.get_added_classes().values()))
         num_labels = (self.num_labels or 0) - num_added
