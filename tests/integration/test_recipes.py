@@ -31,18 +31,9 @@ pytestmark = pytest.mark.slow
 
 def finetune_digits(output: Path, *flags: object) -> dict[str, Any]:
     """Fine-tune with the digits recipe and further flags; return results.json."""
-    command = [
-        sys.executable,
-        SCRIPTS / "finetune.py",
-        "--config",
-        RECIPE,
-        "--output-dir",
-        output,
-        *flags,
-    ]
-    ran = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, env=ENVIRONMENT, check=False
-    )
+    program = [SCRIPTS / "finetune.py", "--config", RECIPE, "--output-dir", output, *flags]
+    command = [sys.executable, *map(str, program)]
+    ran = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
     assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr}"
     return json.loads((output / "results.json").read_text(encoding="utf-8"))
 

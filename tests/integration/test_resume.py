@@ -169,16 +169,11 @@ def start(folder: Path, flags: str) -> RunningProcess:
 def launch(folder: Path, flags: str, processes: int = 1, *launcher_flags: str) -> RunningProcess:
     """Run the script with the real `accelerate launch`, like a shell: in its own process group."""
     several = ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else []  # use CPUs
-    launcher = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--num_processes",
-        str(processes),
-    ]
+    launcher = f"-m accelerate.commands.launch --num_processes {processes}".split()
+    command = [*launcher, *several, *launcher_flags, *build_command(folder, flags)]
     with read_log(folder).open("a", encoding="utf-8") as output:
         process = subprocess.Popen(
-            [*launcher, *several, *launcher_flags, *build_command(folder, flags)],
+            [sys.executable, *command],
             stdout=output,
             stderr=output,
             env=os.environ | ENVIRONMENT,

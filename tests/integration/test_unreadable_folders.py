@@ -39,19 +39,10 @@ def photos(tmp_path: Path) -> Iterator[Path]:
 
 def run_unprivileged(*arguments: object) -> subprocess.CompletedProcess[str]:
     """Run `vitcls` in a process that can read only what its user may read."""
-    command = [
-        *(UNPRIVILEGED if os.geteuid() == 0 else []),
-        sys.executable,
-        "-m",
-        "modeling_vitcls.cli",
-    ]
-    return subprocess.run(
-        [*command, *map(str, arguments)],
-        env=os.environ | SCRIPT_ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    prefix = UNPRIVILEGED if os.geteuid() == 0 else []
+    command = [*prefix, sys.executable, "-m", "modeling_vitcls.cli", *map(str, arguments)]
+    environment = os.environ | SCRIPT_ENVIRONMENT
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
 def check_error(ran: subprocess.CompletedProcess[str], folder: Path) -> None:

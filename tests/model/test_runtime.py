@@ -20,6 +20,8 @@ from helpers.tiny_models import (
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 
+from .compare import run_step
+
 
 # Gradient checkpointing and precision
 
@@ -35,7 +37,7 @@ from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
     ids=str,
 )
 def test_gradient_checkpointing_changes_no_gradient(fields: dict[str, Any]) -> None:
-    gradients = []
+    steps = []
     calls = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
@@ -47,14 +49,11 @@ def test_gradient_checkpointing_changes_no_gradient(fields: dict[str, Any]) -> N
             lambda *_, counted=counted: counted.append(1)
         )
         torch.manual_seed(1)
-        model(build_images(), labels=torch.tensor([0, 2])).loss.backward()
-        gradients.append(
-            [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        )
+        steps.append(run_step(model, build_images()))
         calls.append(len(counted))
 
     assert calls == [1, 2]  # computed again for the backward pass
-    assert_same_outputs(*gradients, 1e-6)
+    assert_same_outputs(*steps, 1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -160,19 +159,8 @@ def test_options_compile_into_one_graph_with_gradients(name: str) -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config(**merge_blocks(name))))
     model.train(name != "random")
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    gradients = []
-    for run in (model, compiled):
-        model.zero_grad()
-        run(build_images(), labels=torch.tensor([0, 2])).loss.backward()
-        gradients.append(
-            [
-                parameter.grad.clone()
-                for parameter in model.parameters()
-                if parameter.grad is not None
-            ]
-        )
-
-    assert_same_outputs(*gradients, 1e-6)
+    expected, found = (run_step(model, build_images(), forward=run) for run in (model, compiled))
+    assert_same_outputs(found, expected, 1e-6)
 
 
 @pytest.mark.slow
