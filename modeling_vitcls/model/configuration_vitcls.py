@@ -1248,7 +1248,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                 raise ValueError(f"Unknown {name} {value!r}{_format_suggestion(value, ACT2FN)}")
 
     def validate_numbers(self) -> None:
-        """Check that rates are in [0, 1), and that other numbers are finite or also positive."""
+        """Check that rates are in [0, 1), and other numbers finite and, if required, positive."""
         for name in (
             "hidden_dropout_prob",
             "attention_probs_dropout_prob",
