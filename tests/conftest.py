@@ -57,14 +57,14 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Seed each test with a hash of its id, so that its random numbers do not depend on other tests."""
+    """Seed each test with a hash of its id: random numbers depend on no other test."""
     from accelerate.utils import set_seed
 
     set_seed(zlib.crc32(item.nodeid.encode()))
 
 
 class GroupScheduling(LoadFileScheduling):
-    """Give files that start the same servers, or import the same large libraries, to one test process."""
+    """Give files with the same servers or large libraries to one test process."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = super()._split_scope(nodeid)
@@ -92,7 +92,7 @@ def fresh_accelerate() -> Iterator[None]:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
-    """Start an empty Hub on this machine, to which the client of this process is logged in as `ann`."""
+    """Start an empty Hub on this machine, with a client that is logged in as `ann`."""
     from helpers import local_hub
 
     with local_hub.running_hub() as running:
@@ -103,7 +103,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def few_digits() -> Iterator[None]:
-    """Let the dataset `digits` have 300 images in this process: 240 for training and 60 held out."""
+    """Let the dataset `digits` have 240 images for training and 60 held out."""
     import sklearn.datasets
     from sklearn.utils import Bunch
 
@@ -126,7 +126,7 @@ def store(tmp_path: Path) -> Any:
 
 @pytest.fixture(autouse=True, scope="session")
 def enable_signals() -> None:
-    """Restore default handlers: background jobs of a shell ignore SIGINT, and `nohup make test` ignores SIGHUP."""
+    """Restore the signal handlers that background jobs and `nohup` ignore."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:

@@ -1,4 +1,4 @@
-"""Flags: limits of values, combinations of flags, and conversion to configurations, recipes and command lines."""
+"""Flags: limits, combinations, and conversion to configurations and command lines."""
 
 from pathlib import Path
 from typing import Any
@@ -179,7 +179,7 @@ def test_contradicting_flags_are_errors(
 
 
 def test_an_output_folder_is_not_a_file(tmp_path: Path) -> None:
-    """The output folder of a run is not a file; the name of an existing folder may contain a dot."""
+    """The output of a run is no file; the name of an existing folder may contain a dot."""
     (tmp_path / "v1.0").mkdir()
     PredictOptions("m", ("a",), output=tmp_path / "v1.0", shard="1/2")
     (tmp_path / "out").write_text("", encoding="utf-8")
@@ -207,10 +207,12 @@ def test_a_number_of_specialized_layers_means_the_first_layers() -> None:
 
 def test_flags_that_are_set_become_fields_of_the_configuration() -> None:
     assert ModelOptions("vitcls-tiny").get_config_values() == {}
+
     options = ModelOptions(
         "vitcls-tiny", num_register_tokens=0, cls_scopes=("image", "2x1"), image_size="native"
     )
     scopes = ["image", [2, 1, 0, 0], [2, 1, 1, 0]]
+
     assert options.get_config_values() == {
         "num_register_tokens": 0,
         "cls_scopes": scopes,
@@ -225,10 +227,11 @@ def test_flags_that_are_set_become_fields_of_the_configuration() -> None:
 
 
 DEFAULTS = """
-    output_dir=out dataset=digits held_out_fraction=0.2 shuffle_buffer=1000 max_unreadable_images=100 num_workers=2
-    model=m flip=True auto_augment=none
-    gradient_accumulation_steps=1 warmup=0.1 weight_decay=0.05 label_smoothing=0.1 class_balance=none
-    max_gradient_norm=1.0 trainable=full lora_rank=8 log_every=10 log_attention_every=100 evaluate_every=1 probe=True
+    output_dir=out dataset=digits held_out_fraction=0.2 shuffle_buffer=1000
+    max_unreadable_images=100 num_workers=2 model=m flip=True auto_augment=none
+    gradient_accumulation_steps=1 warmup=0.1 weight_decay=0.05 label_smoothing=0.1
+    class_balance=none max_gradient_norm=1.0 trainable=full lora_rank=8 log_every=10
+    log_attention_every=100 evaluate_every=1 probe=True
     keep_checkpoints=2 report=True hub_verify=True distillation=hard mixed_precision=auto
     distillation_alpha=0.5 distillation_tau=3.0
 
@@ -236,8 +239,8 @@ DEFAULTS = """
 
     mask_ratio=0.75 decoder_layers=4
 
-    model=m dataset=digits held_out_fraction=0.2 shuffle_buffer=1000 max_unreadable_images=100 num_workers=2
-    backend=auto mixed_precision=auto
+    model=m dataset=digits held_out_fraction=0.2 shuffle_buffer=1000 max_unreadable_images=100
+    num_workers=2 backend=auto mixed_precision=auto
 
     model=m dataset=digits shard_size=10000 threshold=0.5 feature_dtype=float32 backend=auto
     mixed_precision=auto
@@ -274,6 +277,7 @@ def test_flags_of_a_run_are_those_of_a_recipe() -> None:
         config=Path("a.yaml"),
     )
     flags = to_flags(options)
+
     assert flags.keys() == get_flag_fields(FinetuneOptions).keys() - {"config"}
     assert flags["output_dir"] == "out"
     assert flags["label_column"] == ["a", "b"]
@@ -281,6 +285,7 @@ def test_flags_of_a_run_are_those_of_a_recipe() -> None:
     assert flags["distillation_tau"] == 3.0
     assert flags["flip"] is True
     assert flags["teacher"] is None
+
     arguments = [to_arguments(name, flags[name]) for name in ("output_dir", "label_column", "flip")]
     assert arguments == [["--output-dir", "out"], ["--label-column", "a", "b"], ["--flip"]]
     assert to_arguments("hub_verify", False) == ["--no-hub-verify"]

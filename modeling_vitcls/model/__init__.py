@@ -3,15 +3,15 @@
 They import only one another and public libraries.
 
     configuration_vitcls.py           the fields of a model and their checks, TokenLayout
-    blocks_vitcls.py                  the ViT in plain PyTorch: embeddings, attention, MLP, the encoder layer
+    blocks_vitcls.py                  the ViT in plain PyTorch: embeddings, attention, MLP, layer
     modeling_vitcls.py                output classes, encoder, task classes
     heads_vitcls.py                   poolers, classifiers, pixel decoder, losses
-    (a default model executes only these four files)
+    (a default model executes only these four files, and one function of positions_vitcls.py)
 
     positions_vitcls.py               rotary position embeddings, resampling
     attention_masks_vitcls.py         masks of CLS tokens, relative position bias, token gates
     variants_vitcls.py                other layers and attentions, register neurons, patch dropout
-    adaptation_vitcls.py              a checkpoint with other special tokens or sizes; loading errors
+    adaptation_vitcls.py              checkpoints with other special tokens or sizes; loading errors
     token_attention_vitcls.py         attention maps of the special tokens
     cpu_kernels_vitcls.py             faster CPU versions of plain modules, installed from outside
     image_processing_vitcls.py        image processors with two backends

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Change the special tokens, image size or patch size of a model.
 
-    model = ViTCLSModel.from_pretrained(path, image_size=[256, 384], num_register_tokens=4)    # while loading
-    model = model.adapt(image_size=[256, 384], num_register_tokens=4)                          # after loading
+    model = ViTCLSModel.from_pretrained(path, num_register_tokens=4)    # while loading
+    model = model.adapt(image_size=[256, 384], num_register_tokens=4)   # after loading
 
 No training is required, but fine-tuning may improve the adapted model. The table `ADAPTERS`
 determines how each weight is adapted, and every change is logged in one line:
 
-    tokens                 the first tokens are kept; new tokens are initialized by `config.token_init`
+    tokens                 the first are kept; new tokens are initialized by `config.token_init`
     token positions        the first position embeddings are kept; new position embeddings are zero
     patch positions        resampled (`config.position_interpolation`)
     patch projection       resized with FlexiViT's pseudo-inverse
     distillation head      a new head is initialized as a copy of the classifier
     gates                  a gate is kept if the gated token is kept
-    specialized weights    copies of the shared weights; shared weights are copies of those of the patches
+    specialized weights    copied from the shared weights; shared weights, from those of the patches
     other weights          newly initialized if they are missing or their shape changes
 
 Added tokens are gated (`TokenGates`): initially, they do not affect the other tokens.
@@ -58,7 +58,7 @@ MODEL_KEYWORDS = ("dtype", "torch_dtype", "quantization_config", "state_dict")
 
 
 class AdaptableModel(PreTrainedModel):
-    """A `PreTrainedModel` with methods that adapt checkpoints (`from_pretrained`) and loaded models (`adapt`)."""
+    """A `PreTrainedModel` that is adapted while loading (`from_pretrained`) or later (`adapt`)."""
 
     config: ViTCLSConfig
 
@@ -70,7 +70,7 @@ class AdaptableModel(PreTrainedModel):
         gate_new_tokens: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Load a checkpoint, and adapt the model if arguments change `ADAPTABLE_FIELDS` of the stored configuration.
+        """Load a checkpoint, and adapt the model if arguments change its `ADAPTABLE_FIELDS`.
 
         `gate_new_tokens` is explained in `adapt`; other arguments are passed to
         `PreTrainedModel.from_pretrained`. If training has opened all gates of the checkpoint, the
@@ -105,7 +105,9 @@ class AdaptableModel(PreTrainedModel):
         return (model, *model_or_tuple[1:]) if has_loading_info else model
 
     def adapt(self, gate_new_tokens: bool | None = None, **changes: Any) -> Self:
-        """Return a model with new values of `ADAPTABLE_FIELDS` and adapted weights, or this model if no field changes.
+        """Return a model with new values of `ADAPTABLE_FIELDS` and adapted weights.
+
+        If no field changes, this model is returned.
 
         Args:
             gate_new_tokens: whether to gate the added tokens, initially with closed gates: only
@@ -135,7 +137,8 @@ class AdaptableModel(PreTrainedModel):
 
         model = self.new_like(replace_fields(self.config, changes | {"gated_tokens": gated_tokens}))
         model.train(self.training)
-        model.to(device=self.device, dtype=self.dtype)  # type: ignore[call-arg]  # transformers' `to` is untyped
+        # transformers' `to` is untyped
+        model.to(device=self.device, dtype=self.dtype)  # type: ignore[call-arg]
         load_adapted_weights(self, model)
         return model
 
@@ -147,7 +150,7 @@ class AdaptableModel(PreTrainedModel):
 def resolve_config(
     config_class: type[ViTCLSConfig], source: Any, kwargs: dict[str, Any]
 ) -> tuple[ViTCLSConfig | None, dict[str, Any]]:
-    """Return the configuration that the arguments of `from_pretrained` describe, and the remaining arguments.
+    """Return the configuration for the arguments of `from_pretrained`, and the other arguments.
 
     The configuration is None if the arguments contain neither a ViTCLS configuration nor any of
     `ADAPTABLE_FIELDS`.
@@ -179,7 +182,7 @@ def resolve_config(
 def read_adaptable_fields(
     config_class: type[ViTCLSConfig], source: Any, kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the values of `ADAPTABLE_FIELDS` in a checkpoint, or {} if the checkpoint has no configuration."""
+    """Return the values of `ADAPTABLE_FIELDS` in a checkpoint; {} if it has no configuration."""
     if source is None:  # the caller passes a state dict instead of a checkpoint
         return {}
     hub_kwargs = {name: kwargs[name] for name in HUB_KEYWORDS if name in kwargs}
@@ -228,7 +231,7 @@ def can_gate_new_tokens(config: ViTCLSConfig, changes: Mapping[str, Any]) -> boo
 
 
 def remove_open_gates(model: AdaptableModel) -> None:
-    """Remove the gates of a loaded model if all of them are open: attention without a bias is faster, and equal."""
+    """Remove the gates of a loaded model if all are open: attention without a bias is faster."""
     encoder: Any = model.base_model
     gates = getattr(encoder, "gates", None)
     if gates is not None and not gates.gates.is_meta and bool((gates.get_gate_values() == 1).all()):
@@ -240,7 +243,7 @@ def remove_open_gates(model: AdaptableModel) -> None:
 def get_gated_tokens(
     config: ViTCLSConfig, changes: Mapping[str, Any], gate_new_tokens: bool
 ) -> dict[str, int] | None:
-    """Return the value of `gated_tokens` after `changes`, with all added tokens if `gate_new_tokens` is True."""
+    """Return `gated_tokens` after `changes`; `gate_new_tokens` includes all added tokens."""
     counts = {field: getattr(config, field) for field in COUNT_FIELDS.values()}
     new_counts = {field: changes.get(field, count) for field, count in counts.items()}
     remaining_gated_tokens = update_gated_tokens(config.gated_tokens, counts, new_counts)
@@ -256,7 +259,7 @@ def get_gated_tokens(
 # Adapting weights ---------------------------------------------------------------------------------
 @torch.no_grad()
 def load_adapted_weights(source: AdaptableModel, target: AdaptableModel) -> None:
-    """Adapt the weights of `source` to the configuration of `target`, copy the results to `target`, and log changes.
+    """Adapt the weights of `source`, copy the results to `target`, and log the changes.
 
     Frozen weights stay frozen, unless they are newly initialized.
     """
@@ -295,7 +298,7 @@ def load_adapted_weights(source: AdaptableModel, target: AdaptableModel) -> None
 
 
 def find_old_name(name: str, old_weights: Mapping[str, Tensor]) -> str:
-    """Return the name of the old weight from which a weight is adapted (see `SpecializedModule`)."""
+    """Return the name of the weight from which a weight is adapted (see `SpecializedModule`)."""
     shared_name = name.replace(".special_tokens.", ".").replace(".patches.", ".")
     module_name, _, parameter_name = shared_name.rpartition(".")
     candidates = (name, shared_name, f"{module_name}.patches.{parameter_name}")
@@ -303,7 +306,7 @@ def find_old_name(name: str, old_weights: Mapping[str, Tensor]) -> str:
 
 
 class AdaptationContext(NamedTuple):
-    """Inputs to the adapters: a weight of the new model, the weights of the old model, and both configurations."""
+    """Inputs of an adapter: a weight, the weights of the old model, and both configurations."""
 
     name: str
     initial_value: Tensor  # the newly initialized weight
@@ -319,7 +322,7 @@ AdaptedWeight = tuple[Tensor, str]
 
 
 def adapt_weight(context: AdaptationContext) -> AdaptedWeight:
-    """Adapt a weight with the first function in `ADAPTERS` whose key is a substring of the weight's name."""
+    """Adapt a weight with the first function in `ADAPTERS` whose key is a part of its name."""
     for substring, adapt in ADAPTERS.items():
         if substring in context.name:
             return adapt(context)
@@ -371,7 +374,10 @@ def adapt_to_patch_size(context: AdaptationContext) -> AdaptedWeight:
     new_size = context.new_config.patch_height_width
     if old_size == new_size:
         return context.old_weights[context.name], ""
-    note = f"resized from {old_size[0]} x {old_size[1]} to {new_size[0]} x {new_size[1]} pixels per patch"
+    note = (
+        f"resized from {old_size[0]} x {old_size[1]} to {new_size[0]} x {new_size[1]} pixels "
+        "per patch"
+    )
     return resize_patch_kernel(context.old_weights[context.name], new_size), note
 
 
@@ -438,11 +444,14 @@ RENAMED_PARAMETERS = {
 
 
 class MismatchedWeightsError(ValueError, RuntimeError):
-    """Raised if weights do not match the configuration: a RuntimeError, as in transformers, and an error of a file."""
+    """Raised if weights do not match the configuration.
+
+    It is a RuntimeError, as in transformers, and a ValueError, like other errors of files.
+    """
 
 
 def load_checkpoint(load: Callable[..., Any], source: Any, *args: Any, **kwargs: Any) -> Any:
-    """Return the output of `load` (a `from_pretrained` method); raise one-line errors that name the checkpoint.
+    """Call `load` (a `from_pretrained` method); raise one-line errors that name the checkpoint.
 
     Raises:
         OSError: if the folder, config.json or the weights are missing or damaged.
@@ -477,12 +486,12 @@ def load_checkpoint(load: Callable[..., Any], source: Any, *args: Any, **kwargs:
 
 
 def align_weights(model: PreTrainedModel) -> None:
-    """Copy weights on the CPU to addresses that are multiples of 64 bytes, as PyTorch allocates memory.
+    """Copy weights on the CPU to addresses that are multiples of 64 bytes.
 
-    transformers maps files into memory, where the address of a weight depends on the length of the
-    file's header. MKL rounds products of one row in float32 differently if the address is not a
-    multiple of 16 bytes: a model that is saved with one more weight would have different outputs
-    for single images.
+    PyTorch allocates memory at such addresses, but transformers maps files into memory, where the
+    address of a weight depends on the length of the file's header. MKL rounds products of one row
+    in float32 differently if the address is not a multiple of 16 bytes: a model that is saved with
+    one more weight would have different outputs for single images.
     """
     for parameter in model.parameters():
         is_plain = type(parameter) is torch.nn.Parameter and parameter.device.type == "cpu"
@@ -491,7 +500,10 @@ def align_weights(model: PreTrainedModel) -> None:
 
 
 def check_checkpoint_folder(source: Any, needs_config_file: bool) -> None:
-    """Raise OSError if a local path is not a checkpoint folder; Hub ids and None (a state dict) are not checked."""
+    """Raise OSError if a local path is not a checkpoint folder.
+
+    Hub ids and None (a state dict) are not checked.
+    """
     folder = Path("." if source is None else source)
     if not folder.exists() and (
         folder.is_absolute() or len(folder.parts) > 2 or str(source).startswith((".", "~"))
@@ -510,7 +522,7 @@ def check_checkpoint_folder(source: Any, needs_config_file: bool) -> None:
 
 
 def describe_mismatch(load: Callable[..., Any], source: Any, *args: Any, **kwargs: Any) -> str:
-    """Load the checkpoint again, and return an error message that names a weight with a mismatched shape."""
+    """Load the checkpoint again, and return a message that names a weight of another shape."""
     _, loading_info = load(
         source, *args, **{**kwargs, "ignore_mismatched_sizes": True, "output_loading_info": True}
     )

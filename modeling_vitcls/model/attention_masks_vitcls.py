@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention masks and attention biases. The default model uses neither.
 
-    attention_mask (argument)         mask of tokens (padding) [B, N], or complete 4-dimensional mask
-    build_cls_attention_mask          mask that hides patches from individual CLS tokens (`config.cls_scopes`)
-    RelativePositionBias              learned bias per relative patch position (`config.relative_position_bias`)
-    TokenGates                        learned gates on added tokens (`config.gated_tokens`)
+    attention_mask (argument)   mask of tokens (padding) [B, N], or complete 4-dimensional mask
+    build_cls_attention_mask    hides patches from individual CLS tokens (`cls_scopes`)
+    RelativePositionBias        learned bias per relative patch position (`relative_position_bias`)
+    TokenGates                  learned gates on added tokens (`gated_tokens`)
 
 `build_attention_mask` combines the masks in the format that the attention implementation expects.
 `config.cls_scopes` hides patches from CLS tokens only. All tokens can attend to special tokens.
@@ -127,7 +127,7 @@ def build_cls_attention_mask(
 def build_cls_visibility(
     config: ViTCLSConfig, grid_size: tuple[int, int], device: torch.device
 ) -> Tensor:
-    """Return a boolean matrix [N, N] whose element [q, k] is true if token q may attend to token k."""
+    """Return a boolean matrix [N, N]; [q, k] is true if token q may attend to token k."""
     layout = config.token_layout
     num_tokens = layout.get_num_tokens(*grid_size)
     visibility = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=device)
@@ -138,7 +138,7 @@ def build_cls_visibility(
 
 
 def build_cell_mask(scope: list[int], grid_size: tuple[int, int], device: torch.device) -> Tensor:
-    """Return a boolean vector [patches] that is true for the patches in the cell `[rows, columns, row, column]`."""
+    """Return a boolean vector [patches], true in the cell `[rows, columns, row, column]`."""
     grid_rows, grid_columns = grid_size
     rows, columns, row, column = scope
     if grid_rows < rows or grid_columns < columns:
@@ -159,7 +159,7 @@ def build_cell_mask(scope: list[int], grid_size: tuple[int, int], device: torch.
 
 # Relative position bias ---------------------------------------------------------------------------
 class RelativePositionBias(nn.Module):
-    """Learned bias per relative position of two patches, per layer or shared (BEiT, arXiv 2106.08254; Swin).
+    """Learned bias per relative position of two patches (BEiT, arXiv 2106.08254; Swin).
 
     `tables` [tables, distances + 3, heads] has one row per signed (row, column) distance, and three
     rows for pairs with special tokens: special to patch, patch to special, special to special. For
@@ -177,7 +177,7 @@ class RelativePositionBias(nn.Module):
         )
 
     def forward(self, hidden_states: Tensor, mask: Any, grid_size: tuple[int, int]) -> Any:
-        """Return the bias [B or 1, heads, N, N] with the mask applied, or a list with one bias per layer."""
+        """Return the masked bias [B or 1, heads, N, N], or a list with one bias per layer."""
         require_additive_mask(self.config, "relative_position_bias")
         index = self.get_relative_position_index(grid_size, hidden_states.device)  # [N, N]
         # [tables, distances + 3, heads]
@@ -216,7 +216,10 @@ class RelativePositionBias(nn.Module):
 def resample_bias_tables(
     tables: Tensor, grid_size: tuple[int, int], new_grid_size: tuple[int, int]
 ) -> Tensor:
-    """Resample bias tables [tables, distances + 3, heads] to another grid; rows of special tokens do not change."""
+    """Resample bias tables [tables, distances + 3, heads] to another grid.
+
+    The rows of special tokens do not change.
+    """
     if not needs_resampling(grid_size, new_grid_size):
         return tables
     table_size = [2 * size - 1 for size in grid_size]
@@ -234,13 +237,12 @@ def resample_bias_tables(
 
 # Token gates --------------------------------------------------------------------------------------
 class TokenGates(nn.Module):
-    """Learned gates that scale the attention to added tokens.
+    """Learned gates that scale the attention to added tokens; initially, they are almost closed.
 
-    Initially, the gates are almost closed.
-
-    Attention weights become w_j = g_j exp(s_j) / sum_i g_i exp(s_i): log(g_j) is added to the scores of key j. With
-    g = 1e-6, the outputs of other tokens change by less than 1e-5. The parameter `gates` is designed for optimizers
-    such as Adam, whose step size does not depend on the scale of the gradient:
+    Attention weights become w_j = g_j exp(s_j) / sum_i g_i exp(s_i): log(g_j) is added to the
+    scores of key j. With g = 1e-6, the outputs of other tokens change by less than 1e-5. The
+    parameter `gates` is designed for optimizers such as Adam, whose step size does not depend on
+    the scale of the gradient:
 
     - g is linear in the parameter. With parameter log(g), a closed gate's gradient would be a
       million times smaller.

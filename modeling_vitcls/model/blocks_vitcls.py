@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Vision Transformer (Dosovitskiy et al. 2020, arXiv 2010.11929) in plain PyTorch, from pixels to the last layer.
+"""The Vision Transformer (Dosovitskiy et al. 2020, arXiv 2010.11929) in plain PyTorch.
 
     pixel_values [B, C, H, W]
       -> ViTCLSEmbeddings     patches, special tokens, learned or sin-cos position embeddings
@@ -41,13 +41,16 @@ NORMS: dict[str, type[nn.Module]] = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RM
 
 
 def build_norm(config: ViTCLSConfig, width: int | None = None) -> nn.Module:
-    """Build a norm of type `config.norm_type` over the last axis, with `width` channels (default: `hidden_size`)."""
+    """Build a norm of type `config.norm_type` over `width` channels (default: `hidden_size`)."""
     return NORMS[config.norm_type](width or config.hidden_size, eps=config.layer_norm_eps)
 
 
 # Embeddings ---------------------------------------------------------------------------------------
 class ViTCLSPatchEmbeddings(nn.Module):
-    """Project each patch, [B, C, H, W] -> [B, rows * columns, D]; pixels beyond the last whole patch are ignored."""
+    """Project each patch, [B, C, H, W] -> [B, rows * columns, D].
+
+    Pixels beyond the last whole patch are ignored.
+    """
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
@@ -113,10 +116,11 @@ class ViTCLSEmbeddings(nn.Module):
         grid_size: tuple[int, int],
         bool_masked_pos: Tensor | None = None,
     ) -> Tensor:
-        """Embed images, and replace patches with the mask token where `bool_masked_pos` [B, rows * columns] is True.
+        """Embed images, and replace masked patches with the mask token.
 
         Args:
             grid_size: number of patch rows and columns, from `get_grid_size`.
+            bool_masked_pos: [B, rows * columns]; True for masked patches.
 
         Raises:
             ValueError: if `bool_masked_pos` does not have one value per patch.
@@ -161,7 +165,10 @@ class ViTCLSEmbeddings(nn.Module):
 
 
 class LearnedPositionEmbeddings(nn.Module):
-    """Learned position embeddings (`config.position_embedding_tokens`), resampled to the patch grid of the images."""
+    """Learned position embeddings, resampled to the patch grid of the images.
+
+    `config.position_embedding_tokens` selects the special tokens that have positions, too.
+    """
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
@@ -182,7 +189,7 @@ class LearnedPositionEmbeddings(nn.Module):
     def forward(
         self, special_tokens: dict[str, Tensor], patches: Tensor, grid_size: tuple[int, int]
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Add position embeddings to special tokens (if they have any) and to the patches [B, rows * columns, D]."""
+        """Add positions to patches [B, rows * columns, D], and to special tokens that have any."""
         positions: Tensor = self.patches  # [1, rows * columns, D]
         if needs_resampling(self.grid_size, grid_size):
             positions = resample_positions(positions, self.grid_size, grid_size, self.config)
@@ -193,7 +200,10 @@ class LearnedPositionEmbeddings(nn.Module):
 
 
 class SinCosPositionEmbeddings(nn.Module):
-    """Fixed sine-cosine position embeddings of patches, [sin x, cos x, sin y, cos y] (MoCo v3, arXiv 2104.02057)."""
+    """Fixed sine-cosine position embeddings of patches (MoCo v3, arXiv 2104.02057).
+
+    The channels are [sin x, cos x, sin y, cos y].
+    """
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
@@ -229,13 +239,13 @@ def build_position_embeddings(
     """Build learned or sin-cos position embeddings; return None if the model has neither."""
     if config.position_embedding_type.startswith("learned"):
         return LearnedPositionEmbeddings(config)
-    return (
-        SinCosPositionEmbeddings(config) if config.position_embedding_type == "sincos_2d" else None
-    )
+    if config.position_embedding_type == "sincos_2d":
+        return SinCosPositionEmbeddings(config)
+    return None
 
 
 def build_tokens(num_tokens: int, width: int) -> nn.Parameter | None:
-    """Return a parameter [1, num_tokens, width], initialized by `_init_weights`, or None if `num_tokens` is 0."""
+    """Return a parameter [1, num_tokens, width], which `_init_weights` fills; None for 0 tokens."""
     return nn.Parameter(torch.empty(1, num_tokens, width)) if num_tokens else None
 
 
@@ -250,7 +260,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[Tensor, Tensor]:
-    """Return the attention output [B, n, heads, head_dim] and the attention weights [B, heads, n, N].
+    """Return the attention output [B, n, heads, head_dim] and weights [B, heads, n, N].
 
     Queries are [B, heads, n, head_dim]; keys and values are [B, heads, N, head_dim]. The softmax
     runs in float32.
@@ -335,14 +345,15 @@ class ViTCLSAttention(nn.Module):
     def project_qkv(
         self, hidden_states: Tensor, num_queries: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries [B, heads, n, head_dim], keys and values [B, heads, N, head_dim], before rotary embedding."""
-        # torch.cat copies the tokens: with a view, torch.onnx would fix the batch size if the
-        # example has one image.
-        queries = (
-            hidden_states
-            if num_queries is None
-            else torch.cat([hidden_states[:, :num_queries]], dim=1)
-        )
+        """Return queries [B, heads, n, head_dim], keys and values [B, heads, N, head_dim].
+
+        Rotary position embeddings are not yet applied.
+        """
+        queries = hidden_states
+        if num_queries is not None:
+            # torch.cat copies the tokens: with a view, torch.onnx would fix the batch size if the
+            # example has one image.
+            queries = torch.cat([hidden_states[:, :num_queries]], dim=1)
         # [B, n or N, heads, head_dim]
         query = self.q_norm(self.q_proj(queries).unflatten(-1, (-1, self.qk_head_dim)))
         key = self.k_norm(self.k_proj(hidden_states).unflatten(-1, (-1, self.qk_head_dim)))
@@ -367,7 +378,7 @@ class ViTCLSAttention(nn.Module):
         return attn_output, weights
 
     def get_attention_function(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
-        """Return the function for `config._attn_implementation` from the attention interface of transformers."""
+        """Return the function of transformers for `config._attn_implementation`."""
         return ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -384,13 +395,12 @@ class ViTCLSMLP(nn.Module):
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
+        width, inner_dim = config.hidden_size, config.intermediate_size
         self.activation_fn = ACT2FN[config.hidden_act]
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.fc1 = nn.Linear(width, inner_dim, bias=config.mlp_bias)
         self.register_neurons: nn.Module = nn.Identity()
-        self.norm = (
-            build_norm(config, config.intermediate_size) if config.mlp_norm else nn.Identity()
-        )
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.norm = build_norm(config, inner_dim) if config.mlp_norm else nn.Identity()
+        self.fc2 = nn.Linear(inner_dim, width, bias=config.mlp_bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         activations = self.activation_fn(self.fc1(hidden_states))  # [B, N, intermediate]
@@ -402,18 +412,13 @@ class ViTCLSGLU(nn.Module):
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
+        width, inner_dim = config.hidden_size, config.intermediate_size
         self.activation_fn = ACT2FN["silu" if config.mlp_type == "swiglu" else config.hidden_act]
-        self.gate_proj = nn.Linear(
-            config.hidden_size, config.intermediate_size, bias=config.mlp_bias
-        )
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.gate_proj = nn.Linear(width, inner_dim, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(width, inner_dim, bias=config.mlp_bias)
         self.register_neurons: nn.Module = nn.Identity()
-        self.norm = (
-            build_norm(config, config.intermediate_size) if config.mlp_norm else nn.Identity()
-        )
-        self.down_proj = nn.Linear(
-            config.intermediate_size, config.hidden_size, bias=config.mlp_bias
-        )
+        self.norm = build_norm(config, inner_dim) if config.mlp_norm else nn.Identity()
+        self.down_proj = nn.Linear(inner_dim, width, bias=config.mlp_bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         gates = self.activation_fn(self.gate_proj(hidden_states))  # [B, N, intermediate]
@@ -423,7 +428,7 @@ class ViTCLSGLU(nn.Module):
 
 # Layer --------------------------------------------------------------------------------------------
 class LayerScale(nn.Module):
-    """Multiply each channel by a learned factor, [B, N, D] -> [B, N, D] (CaiT, arXiv 2103.17239)."""
+    """Multiply each channel by a learned factor (CaiT, arXiv 2103.17239)."""
 
     def __init__(self, hidden_size: int, init_value: float) -> None:
         super().__init__()
@@ -435,7 +440,7 @@ class LayerScale(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Drop a residual branch for random images during training (stochastic depth, arXiv 1603.09382)."""
+    """Drop a residual branch for random images (stochastic depth, arXiv 1603.09382)."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -443,7 +448,7 @@ class DropPath(nn.Module):
         self.rate = rate
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Zero the branch [B, N, D] for random images; divide it by the keep probability for all others."""
+        """Zero the branch [B, N, D] of random images; divide others by the keep probability."""
         if not self.training:
             return hidden_states
         keep_prob = 1 - self.rate
@@ -454,12 +459,11 @@ class DropPath(nn.Module):
         return f"rate={self.rate}"
 
 
-class EncoderLayer(GradientCheckpointingLayer):
-    """Base class of all layers. transformers records the output of each layer as a hidden state."""
+class ViTCLSLayer(GradientCheckpointingLayer):
+    """A pre-norm Transformer layer, [B, N, D] -> [B, N, D], and base class of the other layers.
 
-
-class ViTCLSLayer(EncoderLayer):
-    """A pre-norm Transformer layer, [B, N, D] -> [B, N, D]."""
+    transformers records the output of each layer as a hidden state.
+    """
 
     def __init__(
         self,
@@ -485,7 +489,7 @@ class ViTCLSLayer(EncoderLayer):
         num_tokens: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Tensor:
-        """Apply attention, then the MLP, to all tokens, or only to the first `num_tokens` (special tokens)."""
+        """Apply attention, then the MLP, and return all tokens or only the first `num_tokens`."""
         attn_output, _ = self.attention(
             self.layernorm_before(hidden_states),
             attention_mask,
@@ -502,7 +506,7 @@ class ViTCLSLayer(EncoderLayer):
 
 
 def build_layer_scale(config: ViTCLSConfig) -> nn.Module:
-    """Build the `LayerScale` of a residual branch; the identity if `config.layer_scale_init_value` is None."""
+    """Build the `LayerScale` of a residual branch; the identity without an initial value."""
     if config.layer_scale_init_value is None:
         return nn.Identity()
     return LayerScale(config.hidden_size, config.layer_scale_init_value)

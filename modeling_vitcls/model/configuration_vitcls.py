@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The configuration of a ViT: its special tokens, and all other choices that determine how the model is built.
+"""The configuration of a ViT: its special tokens, and all other choices of its architecture.
 
 The token order is the same in the whole package:
 
@@ -25,7 +25,7 @@ import dataclasses
 import difflib
 import importlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
@@ -39,7 +39,8 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# Auto class -> file and class. Every checkpoint contains the complete map, so that each Auto class finds its code.
+# Auto class -> file and class. Every checkpoint contains the complete map, so that each Auto class
+# finds its code.
 AUTO_MAP = {
     "AutoConfig": "configuration_vitcls.ViTCLSConfig",
     "AutoModel": "modeling_vitcls.ViTCLSModel",
@@ -122,16 +123,18 @@ ADAPTABLE_FIELDS = (
     *("cls_scopes", "gated_tokens", "register_neurons", "specialized_layers", "extra_heads"),
 )
 
-# Field -> smallest and largest value. The upper limits only reject typos that would exhaust the memory.
+# Field -> smallest and largest value. The upper limits only reject typos that would exhaust the
+# memory.
 SIZE_LIMITS: dict[str, tuple[int, int]] = {
     **dict.fromkeys(COUNT_FIELDS.values(), (0, 100_000)),
     "num_channels": (1, 100_000),
     "num_hidden_layers": (1, 10_000),
-    **dict.fromkeys(
-        ("hidden_size", "num_attention_heads", "intermediate_size", "head_hidden_size"),
-        (1, 1_000_000),
-    ),
-    **dict.fromkeys(("attention_head_size", "attention_pool_heads"), (1, 1_000_000)),
+    "hidden_size": (1, 1_000_000),
+    "num_attention_heads": (1, 1_000_000),
+    "intermediate_size": (1, 1_000_000),
+    "head_hidden_size": (1, 1_000_000),
+    "attention_head_size": (1, 1_000_000),
+    "attention_pool_heads": (1, 1_000_000),
     "attention_pool_intermediate_size": (1, 1_000_000),
 }
 # Fields that are saved even with default values.
@@ -224,7 +227,7 @@ class ExtraHead:
 
 @contextmanager
 def raise_one_line_errors() -> Iterator[None]:
-    """Raise a `ValueError` with a one-line message instead of the multi-line errors that `strict` raises."""
+    """Raise a one-line `ValueError` instead of the multi-line errors that `strict` raises."""
     try:
         yield
     except (StrictDataclassError, TypeError) as error:
@@ -233,7 +236,7 @@ def raise_one_line_errors() -> Iterator[None]:
 
 @strict
 class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
-    r"""Configuration of a Vision Transformer with configurable CLS, distillation and register tokens.
+    r"""Configuration of a Vision Transformer with CLS, distillation and register tokens.
 
     The defaults are those of ViT-B/16 (arXiv 2010.11929, table 1) at 224 x 224 pixels: one CLS
     token and 196 patches.
@@ -260,22 +263,21 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             `initializer_range` (DeiT, DINO), normal with standard deviation 1e-6 (timm, DINOv2), or
             zero (ViT). `"zeros"` raises an error if tokens would remain identical during training.
         cls_scopes (`list`, *optional*): Image region that each CLS token can attend to, one region
-            per token:
-            `"image"`, or `[rows, columns, row, column]` for one cell of a rows x columns grid over
-            the image. Every token can attend to all special tokens. Default: the whole image for
-            each CLS token.
-        gated_tokens (`dict[str, int]`, *optional*): Token group -> number of gated tokens at the end of the group. A
-            gate scales the influence of a token on other tokens. `model.adapt` and
-            `from_pretrained` set this field when they add tokens.
+            per token: `"image"`, or `[rows, columns, row, column]` for one cell of a rows x columns
+            grid over the image. Every token can attend to all special tokens. Default: the whole
+            image for each CLS token.
+        gated_tokens (`dict[str, int]`, *optional*): Token group -> number of gated tokens at the
+            end of the group. A gate scales the influence of a token on other tokens. `model.adapt`
+            and `from_pretrained` set this field when they add tokens.
         register_neurons (`list[[layer, neuron]]`, *optional*): MLP neurons whose activations are
             moved to the last register (Jiang et al. 2025, arXiv 2506.08010).
             `find_register_neurons` finds such neurons.
-        specialized_layers (`dict[str, list[int]]`, *optional*): Part of a layer, `"norm"` or `"qkv"` -> indices of the
-            layers in which special tokens have weights of their own for this part (arXiv
-            2602.08626).
-        tasks (`dict[str, int | list[str]]`, *optional*): Task name -> number of labels or label names, for
-            `ViTCLSForMultiTaskClassification`. Tasks are sorted by name; the input of classifier i
-            is CLS token i.
+        specialized_layers (`dict[str, list[int]]`, *optional*): Part of a layer, `"norm"` or
+            `"qkv"` -> indices of the layers in which special tokens have weights of their own for
+            this part (arXiv 2602.08626).
+        tasks (`dict[str, int | list[str]]`, *optional*): Task name -> number of labels or label
+            names, for `ViTCLSForMultiTaskClassification`. Tasks are sorted by name; the input of
+            classifier i is CLS token i.
 
     Pooling and heads:
         pooling (`str`, defaults to `"cls"`): Input of the head: `"cls"`, `"mean"` (of the patches),
@@ -315,9 +317,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 
     Model:
         hidden_size, num_hidden_layers, num_attention_heads, intermediate_size (`int`, defaults to
-            768, 12, 12, 3072):
-            Encoder sizes. `hidden_size` is a multiple of `num_attention_heads`, unless
-            `attention_head_size` is set.
+            768, 12, 12, 3072): Encoder sizes. `hidden_size` is a multiple of `num_attention_heads`,
+            unless `attention_head_size` is set.
         position_embedding_type (`str`, defaults to `"learned"`): `"learned"`, `"sincos_2d"` (fixed;
             MoCo v3, arXiv 2104.02057, and MAE), `"rope_2d"` (rotary on queries and keys of the
             patches; DINOv3, arXiv 2508.10104), `"rope_mixed"` (rotary with learned frequencies per
@@ -438,7 +439,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 
     Example:
         >>> from modeling_vitcls import ViTCLSConfig
-        >>> config = ViTCLSConfig(num_cls_tokens=2, num_register_tokens=4, image_size=224, patch_size=16)
+        >>> config = ViTCLSConfig(num_cls_tokens=2, num_register_tokens=4, image_size=224)
         >>> config.token_counts, config.grid_size
         ((2, 0, 4), (14, 14))
     """
@@ -550,12 +551,9 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     attention_pool_mlp: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
+        known_names = self._list_keywords()
         for name in kwargs:
-            if not self._is_known_keyword(name):
-                known_names = [
-                    *(field.name for field in dataclasses.fields(self)),
-                    *TRANSFORMERS_KEYWORDS,
-                ]
+            if name not in known_names and not name.startswith("_"):
                 raise ValueError(f"Unknown field {name!r}{_format_suggestion(name, known_names)}")
 
         self.validate_sizes()  # checked before lists of these sizes are built
@@ -586,10 +584,10 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     # Building and saving --------------------------------------------------------------------------
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "ViTCLSConfig":
-        """Build the configuration of a `"tiny"`, `"small"`, `"base"` or `"large"` ViT; keyword arguments set fields.
+        """Build the configuration of a `"tiny"`, `"small"`, `"base"` or `"large"` ViT.
 
-        Base and large are from ViT (arXiv 2010.11929, table 1), tiny and small from DeiT (arXiv
-        2012.12877, table 1).
+        Keyword arguments set fields. Base and large are from ViT (arXiv 2010.11929, table 1), tiny
+        and small from DeiT (arXiv 2012.12877, table 1).
 
         Raises:
             ValueError: If the name is unknown.
@@ -601,14 +599,13 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Build a configuration from a stored dict; overrides are applied before the configuration is validated."""
+        """Build a configuration from a stored dict; overrides are applied before validation."""
         field_names = {field.name for field in dataclasses.fields(cls)} - {"dtype"}
-        overrides = {key: kwargs.pop(key) for key in list(kwargs) if key in field_names}
-        known_names = sorted(field_names | TRANSFORMERS_KEYWORDS | {"gate_new_tokens"})
-        for name in kwargs:
-            if name in known_names:
-                continue
-            hint = _format_suggestion(name, known_names, cutoff=0.8)
+        overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in field_names}
+        keywords = cls._list_keywords()
+        loading_keywords = keywords | {"gate_new_tokens"}
+        for name in sorted(kwargs.keys() - loading_keywords):
+            hint = _format_suggestion(name, loading_keywords, cutoff=0.8)
             if hint:
                 raise ValueError(f"Unknown field {name!r}{hint}")
 
@@ -644,7 +641,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         unknown_fields = {
             name: config_dict.pop(name)
             for name in list(config_dict)
-            if not cls._is_known_keyword(name)
+            if name not in keywords and not name.startswith("_")
         }
 
         config_or_tuple = super().from_dict({**config_dict, **overrides}, **kwargs)
@@ -661,12 +658,12 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     def save_pretrained(
         self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any
     ) -> None:
-        """Save the configuration as transformers does, with an `auto_map` that refers to code in the same folder."""
+        """Save the configuration, with an `auto_map` that refers to code in the same folder."""
         self.auto_map = self.build_auto_map()
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """Return the fields to save: `ALWAYS_SAVED_FIELDS` that are not None, and fields with non-default values."""
+        """Return the fields to save: changed ones, and `ALWAYS_SAVED_FIELDS` that are not None."""
         defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(self)}
         defaults |= dict.fromkeys(ALWAYS_SAVED_FIELDS)
         values = super().to_diff_dict()
@@ -677,7 +674,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         }
 
     def build_auto_map(self) -> dict[str, str]:
-        """Return `AUTO_MAP`, with the multi-task class as the classifier if the configuration has tasks."""
+        """Return `AUTO_MAP`, with the multi-task class as the classifier if there are tasks."""
         if self.tasks is None:
             return dict(AUTO_MAP)
         return AUTO_MAP | {
@@ -686,7 +683,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @classmethod
     def register_auto_classes(cls) -> None:
-        """Register the configuration, models, backbone and image processors with the Auto classes of transformers.
+        """Register configuration, models and image processors with transformers' Auto classes.
 
         Composite models, for example `VisionTextDualEncoderModel`, require this registration. A
         registered class takes precedence over `trust_remote_code` and `revision` in all later loads
@@ -694,27 +691,24 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         """
         processing = importlib.import_module(".image_processing_vitcls", __package__)
         modeling = importlib.import_module(".modeling_vitcls", __package__)
-        transformers.AutoConfig.register(cls.model_type, cls, exist_ok=True)
-        transformers.AutoModel.register(cls, modeling.ViTCLSModel, exist_ok=True)
-        # transformers selects the class named in `config.architectures`, or else the first class.
-        classifier_classes = (
-            modeling.ViTCLSForImageClassification,
-            modeling.ViTCLSForMultiTaskClassification,
-        )
-        transformers.AutoModelForImageClassification.register(
-            cls, classifier_classes, exist_ok=True
-        )
-
-        masked_model_class = modeling.ViTCLSForMaskedImageModeling
-        transformers.AutoModelForMaskedImageModeling.register(
-            cls, masked_model_class, exist_ok=True
-        )
-        transformers.AutoBackbone.register(cls, modeling.ViTCLSBackbone, exist_ok=True)
-
+        model_classes = {
+            "AutoModel": modeling.ViTCLSModel,
+            # transformers selects the class named in `config.architectures`, or else the first.
+            "AutoModelForImageClassification": (
+                modeling.ViTCLSForImageClassification,
+                modeling.ViTCLSForMultiTaskClassification,
+            ),
+            "AutoModelForMaskedImageModeling": modeling.ViTCLSForMaskedImageModeling,
+            "AutoBackbone": modeling.ViTCLSBackbone,
+        }
         processor_classes = {
             "torchvision": processing.ViTCLSImageProcessor,
             "pil": processing.ViTCLSImageProcessorPil,
         }
+
+        transformers.AutoConfig.register(cls.model_type, cls, exist_ok=True)
+        for auto_class, classes in model_classes.items():
+            getattr(transformers, auto_class).register(cls, classes, exist_ok=True)
         transformers.AutoImageProcessor.register(
             cls, image_processor_classes=processor_classes, exist_ok=True
         )
@@ -746,7 +740,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         return self.get_grid_size(self.image_height_width)
 
     def get_grid_size(self, height_width: tuple[int, int]) -> tuple[int, int]:
-        """Return the number of patch rows and columns for images of a height and width in pixels."""
+        """Return the number of patch rows and columns for images of (height, width) pixels."""
         height, width = height_width
         patch_height, patch_width = self.patch_height_width
         return height // patch_height, width // patch_width
@@ -765,7 +759,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def pooled_layer_indices(self) -> list[int]:
-        """Return the indices of the pooled layers, from 1 to `num_hidden_layers`, in the order of concatenation."""
+        """Return the pooled layers, from 1 to `num_hidden_layers`, in the order of the pooling."""
         return self.resolve_layers(self.pooled_layers)
 
     def resolve_layers(self, layers: Sequence[int] | None) -> list[int]:
@@ -778,7 +772,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         return self.compute_pooled_size(self.pooling, len(self.pooled_layer_indices))
 
     def compute_pooled_size(self, pooling: str, num_layers: int) -> int:
-        """Return the size of the vector that `pooling` computes from the tokens of `num_layers` layers."""
+        """Return the size of the vector that `pooling` computes from `num_layers` layers."""
         num_vectors = 1
         if pooling in ("cls", "cls_mean") and self.cls_pooling == "concat":
             num_vectors = len(self.pooled_cls_indices)
@@ -808,7 +802,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def num_head_tokens(self) -> int | None:
-        """Return the number of leading tokens that the classifiers read, or None if they require all tokens.
+        """Return the number of leading tokens that the classifiers read; None if they read all.
 
         In the last layer, a classifier computes only these tokens unless `compute_all_tokens` is
         True.
@@ -845,7 +839,10 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         }
 
     def build_task_config(self, name: str) -> "ViTCLSConfig":
-        """Return the configuration of a classifier for an added task alone, whose classes are all added ones."""
+        """Return the configuration of a classifier for an added task alone.
+
+        All of its classes are added ones.
+        """
         tasks = self.get_added_tasks()
         if name not in tasks:
             choice = f"Choose from {', '.join(tasks)}" if tasks else "Add it with `vitcls add-task`"
@@ -904,7 +901,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                 and getattr(self, field) > 1
             ):
                 raise ValueError(
-                    f'`token_init="zeros"` keeps the tokens of "{group}" identical. Set `token_init="trunc_normal"`.'
+                    f'`token_init="zeros"` keeps the tokens of "{group}" identical. '
+                    'Set `token_init="trunc_normal"`.'
                 )
 
     def validate_scopes(self) -> None:
@@ -991,7 +989,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             )
         if self.pooling != "cls":
             raise ValueError(
-                f'`tasks` requires CLS pooling, but `pooling` is "{self.pooling}". Set `pooling="cls"`.'
+                f'`tasks` requires CLS pooling, but `pooling` is "{self.pooling}". '
+                'Set `pooling="cls"`.'
             )
 
         for name, labels in self.tasks.items():
@@ -1009,8 +1008,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         """Check that the pooled CLS tokens exist."""
         if self.pooling in ("cls", "cls_mean") and self.num_cls_tokens == 0:
             raise ValueError(
-                f'`pooling="{self.pooling}"` requires a CLS token, but `num_cls_tokens` is 0. Set `num_cls_tokens=1` '
-                'or pooling="mean", "max" or "attention".'
+                f'`pooling="{self.pooling}"` requires a CLS token, but `num_cls_tokens` is 0. '
+                'Set `num_cls_tokens=1` or pooling="mean", "max" or "attention".'
             )
         pooled = self.pooled_cls_tokens
         if pooled is not None and not (pooled and set(pooled) <= set(range(self.num_cls_tokens))):
@@ -1019,16 +1018,16 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             )
 
     def validate_pooled_layers(self) -> None:
-        """Check that the pooled layers exist and differ, and that several layers are not pooled by attention."""
+        """Check that pooled layers exist and differ; attention pooling supports one layer."""
         self._check_layers("`pooled_layers`", self.pooled_layers)
         if self.pooling == "attention" and len(self.pooled_layer_indices) > 1:
             raise ValueError(
-                '`pooling="attention"` supports one layer, but `pooled_layers` has several. Set `pooling="cls_mean"` '
-                "or one layer."
+                '`pooling="attention"` supports one layer, but `pooled_layers` has several. '
+                'Set `pooling="cls_mean"` or one layer.'
             )
 
     def _check_layers(self, owner: str, layers: list[int] | None) -> None:
-        """Check that layer indices exist and differ. The message names the `owner` of the indices."""
+        """Check that layers exist and differ; the message names the `owner` of the indices."""
         if layers is None:
             return
         indices = self.resolve_layers(layers)
@@ -1174,7 +1173,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             )
 
     def validate_image(self) -> None:
-        """Check that image and patch sizes are positive, and that the image size is a multiple of the patch size."""
+        """Check that sizes are positive, and that patches divide the image."""
         for name in ("image_size", "patch_size"):
             value = getattr(self, name)
             if (not isinstance(value, int) and len(value) != 2) or min(to_pair(value)) < 1:
@@ -1209,7 +1208,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                 )
 
     def validate_attention(self) -> None:
-        """Check that the number of heads divides the hidden size, and that the size of the heads is supported."""
+        """Check that the heads divide the hidden size and have a supported size."""
         if self.attention_head_size is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} does not divide "
@@ -1236,8 +1235,9 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             self.head_dim % 2 or self.has_rotary_positions
         ):
             raise ValueError(
-                '`attention_type="differential"` requires an even head size and no rotary positions, but the head '
-                f'size is {self.head_dim} and position_embedding_type is "{self.position_embedding_type}".'
+                '`attention_type="differential"` requires an even head size and no rotary '
+                f"positions, but the head size is {self.head_dim} and position_embedding_type is "
+                f'"{self.position_embedding_type}".'
             )
 
     def validate_activations(self) -> None:
@@ -1245,12 +1245,10 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         for name in ("hidden_act", "pooled_activation"):
             value = getattr(self, name)
             if value is not None and value not in ACT2FN:
-                raise ValueError(
-                    f"Unknown {name} {value!r}{_format_suggestion(value, list(ACT2FN))}"
-                )
+                raise ValueError(f"Unknown {name} {value!r}{_format_suggestion(value, ACT2FN)}")
 
     def validate_numbers(self) -> None:
-        """Check that rates are in [0, 1), and that constants are finite and, where required, positive."""
+        """Check that rates are in [0, 1), and other numbers finite and, if required, positive."""
         for name in (
             "hidden_dropout_prob",
             "attention_probs_dropout_prob",
@@ -1262,15 +1260,9 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                     f"`{name}` must be at least 0 and below 1, but it is {getattr(self, name)}."
                 )
 
-        if not math.isfinite(self.layer_scale_init_value or 0):
-            raise ValueError(
-                "`layer_scale_init_value` must be finite or None, not "
-                f"{self.layer_scale_init_value}."
-            )
-        if not math.isfinite(self.energy_threshold or 0):
-            raise ValueError(
-                f"`energy_threshold` must be finite or None, not {self.energy_threshold}."
-            )
+        for name in ("layer_scale_init_value", "energy_threshold"):
+            if not math.isfinite(getattr(self, name) or 0):
+                raise ValueError(f"`{name}` must be finite or None, not {getattr(self, name)}.")
 
         for name in ("initializer_range", "rope_theta", "layer_norm_eps", "temperature"):
             if not 0 < getattr(self, name) < math.inf:
@@ -1306,17 +1298,16 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"attention_pool_heads={num_heads} must divide hidden_size={self.hidden_size}."
             )
 
-    # Unknown keywords -----------------------------------------------------------------------------
     @classmethod
-    def _is_known_keyword(cls, name: str) -> bool:
-        field_names = {field.name for field in dataclasses.fields(cls)}
-        return name in field_names or name in TRANSFORMERS_KEYWORDS or name.startswith("_")
+    def _list_keywords(cls) -> frozenset[str]:
+        """Return the names of all fields, and of the keywords that transformers passes."""
+        return TRANSFORMERS_KEYWORDS | {field.name for field in dataclasses.fields(cls)}
 
 
 def update_gated_tokens(
     gated_tokens: dict[str, int] | None, counts: Mapping[str, int], new_counts: Mapping[str, int]
 ) -> dict[str, int] | None:
-    """Return `gated_tokens` after the token counts (field -> count) change from `counts` to `new_counts`.
+    """Return `gated_tokens` after the token counts (field -> count) change to `new_counts`.
 
     Gates stay with their tokens. Gated tokens are the last tokens of a group, so new tokens at the
     end are also gated.
@@ -1330,7 +1321,7 @@ def update_gated_tokens(
 
 
 def to_pair(value: int | Sequence[int]) -> tuple[int, int]:
-    """Return (height, width) of a size that is given as one number for both axes or as [height, width]."""
+    """Return (height, width) of a size: one number for both axes, or [height, width]."""
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
@@ -1338,7 +1329,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _format_suggestion(name: str, known_names: list[str], cutoff: float = 0.6) -> str:
+def _format_suggestion(name: str, known_names: Iterable[str], cutoff: float = 0.6) -> str:
     matches = difflib.get_close_matches(name, known_names, n=1, cutoff=cutoff)
     return f": did you mean {matches[0]}?" if matches else ""
 

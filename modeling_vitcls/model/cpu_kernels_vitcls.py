@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Faster CPU versions of modules. The outputs agree with plain PyTorch up to rounding errors.
 
-    install_cpu_kernels(model)      called by every model's constructor; replaces the classes of some modules
+    install_cpu_kernels(model)      called by every model's constructor; replaces classes of modules
     uninstall_cpu_kernels(model)    restores the plain classes
     VITCLS_CPU_KERNELS=0            environment variable that prevents installation
     torch.backends.mkldnn.flags(enabled=False)    plain PyTorch while the context is active
 
-    nn.Linear             -> CPULinear             oneDNN: float32 with AVX-512 but not AMX, bfloat16 in inference
-    ViTCLSMLP             -> CPUMLP                GELU fused with a linear layer or in place; recomputed in backward
-    nn.Conv2d (patches)   -> CPUPatchProjection    float32 on CPUs without half-precision instructions
-    attention classes     -> CPUAttention, ...     bfloat16: a few heads at a time, and one cast of the input
+    nn.Linear           -> CPULinear            oneDNN: float32 with AVX-512 but not AMX, bfloat16
+                                                in inference
+    ViTCLSMLP           -> CPUMLP               GELU fused with a linear layer or in place;
+                                                recomputed in backward
+    nn.Conv2d (patches) -> CPUPatchProjection   float32 on CPUs without half-precision instructions
+    attention classes   -> CPUAttention, ...    bfloat16: a few heads at a time, and one cast of
+                                                the input
 
 On CPUs without bfloat16 or float16 instructions, half-precision products, including those of
 attention, are computed in float32 and then rounded. The subclasses add no state. Parameters, state
@@ -51,11 +54,11 @@ try:
     HAS_AVX512_BFLOAT16 = torch.cpu._is_avx512_bf16_supported()
 
     def is_functorch_active() -> bool:
-        """Return whether torch.func or forward-mode AD is active; oneDNN's operators support neither."""
+        """Return whether torch.func or forward-mode AD is active; oneDNN supports neither."""
         return peek_functorch_stack() is not None or forward_ad._current_level >= 0
 
     def is_exporting() -> bool:
-        """Return whether the model is being exported to a program that may run on another machine."""
+        """Return whether the model is being exported, perhaps for another machine."""
         # before torch 2.14, torch.compiler.is_exporting() is also true during compilation
         return torch.compiler._is_exporting_flag or torch.jit.is_tracing()
 
@@ -67,7 +70,7 @@ except (ImportError, AttributeError):
 
 # Installing ---------------------------------------------------------------------------------------
 def install_cpu_kernels(model: nn.Module) -> None:
-    """Replace the classes of modules in place (see `KERNEL_CLASSES`) if `can_use_cpu_kernels()` is True."""
+    """Replace the classes of modules in place (`KERNEL_CLASSES`), if kernels can be used."""
     if not can_use_cpu_kernels():
         return
     for module in model.modules():
@@ -79,7 +82,7 @@ def install_cpu_kernels(model: nn.Module) -> None:
 
 
 def can_use_cpu_kernels() -> bool:
-    """Return whether VITCLS_CPU_KERNELS is not 0 and the installed PyTorch has all required private APIs."""
+    """Return whether VITCLS_CPU_KERNELS is not 0 and PyTorch has all required private APIs."""
     return os.environ.get("VITCLS_CPU_KERNELS") != "0" and HAS_PRIVATE_NAMES
 
 
@@ -94,7 +97,7 @@ class CPUKernel(nn.Module):
     """Base class of all CPU kernels."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a copied or pickled module; it becomes a plain module if `can_use_cpu_kernels()` is False."""
+        """Restore a copied or pickled module, as a plain module where kernels cannot be used."""
         super().__setstate__(state)
         if not can_use_cpu_kernels():
             uninstall_cpu_kernels(self)
@@ -122,7 +125,10 @@ class CPULinear(CPUKernel, nn.Linear):
 
 
 class CPUPatchProjection(CPUKernel, nn.Conv2d):
-    """A convolution with no padding and a stride equal to the kernel size, [B, C, H, W] -> [B, out, rows, columns]."""
+    """A projection of patches, [B, C, H, W] -> [B, out, rows, columns].
+
+    The convolution has no padding, and its stride is the kernel size.
+    """
 
     def forward(self, images: Tensor) -> Tensor:
         """Project each patch; pixels beyond the last whole patch are ignored."""
@@ -133,10 +139,7 @@ class CPUPatchProjection(CPUKernel, nn.Conv2d):
 
 
 class CPUMLP(CPUKernel, ViTCLSMLP):
-    """ViTCLSMLP with GELU fused with a linear layer or, without gradients, in place.
-
-    Autograd stores its input.
-    """
+    """ViTCLSMLP with GELU fused with a linear layer, or in place if autograd does not need it."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Apply the MLP, [B, N, D] -> [B, N, D]."""
@@ -169,14 +172,11 @@ class CPUAttention(CPUKernel, ViTCLSAttention):
     def project_qkv(
         self, hidden_states: Tensor, num_queries: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries, keys and values.
-
-        Under autocast, the three projections share one cast of the input.
-        """
+        """Return queries, keys and values, from one cast of the input under autocast."""
         return super().project_qkv(cast_for_autocast(hidden_states), num_queries)
 
     def get_attention_function(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
-        """Return `sdpa_attention` for "sdpa", and the function of `ViTCLSAttention` for other implementations."""
+        """Return `sdpa_attention` for "sdpa", and the plain module's function otherwise."""
         if self.config._attn_implementation == "sdpa":
             return sdpa_attention
         return super().get_attention_function()
@@ -201,10 +201,7 @@ FUSED_CLASSES = [CPULinear, GELUActivation, nn.Identity, nn.Identity, CPULinear]
 
 # Conditions ---------------------------------------------------------------------------------------
 def can_use_onednn(linear: nn.Linear | nn.Conv2d, inputs: Tensor) -> bool:
-    """Return whether oneDNN can be used and is faster.
-
-    Return False under torch.func or a dispatch mode.
-    """
+    """Return whether oneDNN is faster and can be used: not under torch.func or a dispatch mode."""
     min_multiplications = MIN_MULTIPLICATIONS.get((inputs.dtype, torch.is_grad_enabled()))
     if (
         min_multiplications is None
@@ -231,7 +228,7 @@ def can_fuse_gelu(mlp: ViTCLSMLP) -> bool:
 
 
 def has_plain_parameters(linear: nn.Linear | nn.Conv2d) -> bool:
-    """Return whether weight and bias are plain parameters, that is, not quantized, sharded or parametrized."""
+    """Return whether weight and bias are plain: not quantized, sharded or parametrized."""
     parameters = linear._parameters
     # the bias may be None
     return type(parameters.get("weight")) is nn.Parameter and "bias" in parameters
@@ -257,12 +254,15 @@ def is_capturing_graph() -> bool:
 def onednn_linear(
     inputs: Tensor, weight: Tensor | None, bias: Tensor | None, activation: str = "none"
 ) -> Tensor:
-    """Return `activation(inputs @ weight.T + bias)`, [..., in], [out, in] -> [..., out]; "gelu" is the exact GELU."""
+    """Return `activation(inputs @ weight.T + bias)`, [..., in] and [out, in] -> [..., out].
+
+    "gelu" is the exact GELU.
+    """
     return onednn_pointwise.default(inputs, weight, bias, activation, [], "none")
 
 
 def onednn_linear_autograd(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return `inputs @ weight.T + bias` with gradients, computed by PyTorch if torch.func is active."""
+    """Return `inputs @ weight.T + bias` with gradients; under torch.func, PyTorch computes it."""
     if is_functorch_active():
         return nn.functional.linear(inputs, weight, bias)
     if torch.is_grad_enabled():  # disabled when `LinearFunction.forward` calls this function
@@ -278,7 +278,7 @@ def compute_linear_gradients(
     weight: Tensor,
     bias: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of the inputs [..., in], weight [out, in] and bias [out] of a linear layer.
+    """Return the gradients of a linear layer: inputs [..., in], weight [out, in], bias [out].
 
     Args:
         linear: function that computes a linear layer, `linear(inputs, weight, bias)`.
@@ -301,7 +301,7 @@ def compute_linear_gradients(
 
 
 class LinearFunction(torch.autograd.Function):
-    """A linear layer computed by `linear(inputs, weight, bias)` in the forward pass and all backward passes."""
+    """A linear layer whose products `linear` computes, in the forward and all backward passes."""
 
     generate_vmap_rule = True
 
@@ -323,10 +323,7 @@ class LinearFunction(torch.autograd.Function):
 
 
 class OneDNNGELULinear(torch.autograd.Function):
-    """GELU followed by a linear layer, computed by oneDNN.
-
-    The backward pass recomputes the GELU output.
-    """
+    """GELU and a linear layer, computed by oneDNN; the backward pass recomputes the GELU."""
 
     @staticmethod
     def forward(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -354,7 +351,7 @@ class OneDNNGELULinear(torch.autograd.Function):
 
 
 def is_onednn_correct() -> bool:
-    """Return whether oneDNN's operator runs on this CPU and agrees with PyTorch's linear layer on a small product."""
+    """Return whether oneDNN's operator runs on this CPU, and agrees with PyTorch."""
     if count_dispatch_modes():  # fake tensors have no values to compare
         return True
     inputs, weight = (
@@ -385,11 +382,10 @@ if (
         MIN_MULTIPLICATIONS |= {(torch.float32, False): 1_500_000, (torch.float32, True): 8_000_000}
 
 
-# Half precision on CPUs without half-precision instructions
-# ---------------------------------------------------------- On these CPUs, PyTorch multiplies
-# half-precision numbers one by one, and products take 8 times as long as in float32. Like PyTorch,
-# these functions accumulate in float32. Tensors saved for the backward pass stay in half precision.
-
+# Half precision on CPUs without half-precision instructions ---------------------------------------
+# On these CPUs, PyTorch multiplies half-precision numbers one by one, and products take 8 times as
+# long as in float32. Like PyTorch, these functions accumulate in float32. Tensors saved for the
+# backward pass stay in half precision.
 EMULATED_DTYPES: set[torch.dtype] = set()
 # measured on x86 only
 if HAS_PRIVATE_NAMES and torch.backends.cpu.get_cpu_capability().startswith("AVX"):
@@ -399,7 +395,7 @@ if HAS_PRIVATE_NAMES and torch.backends.cpu.get_cpu_capability().startswith("AVX
 
 
 def is_emulated(inputs: Tensor) -> bool:
-    """Return whether PyTorch would multiply `inputs` in a dtype for which this CPU has no instructions."""
+    """Return whether PyTorch would multiply `inputs` without instructions for their dtype."""
     return (
         bool(EMULATED_DTYPES)
         and inputs.is_cpu
@@ -410,7 +406,7 @@ def is_emulated(inputs: Tensor) -> bool:
 
 
 def get_matmul_dtype(inputs: Tensor) -> torch.dtype:
-    """Return the dtype of matrix products: the autocast dtype or, for float64 or without autocast, the input dtype."""
+    """Return the dtype of matrix products of `inputs`; autocast changes all but float64."""
     if inputs.dtype == torch.float64 or not torch.is_autocast_enabled(inputs.device.type):
         return inputs.dtype
     return torch.get_autocast_dtype(inputs.device.type)
@@ -426,7 +422,7 @@ def cast_for_autocast(inputs: Tensor) -> Tensor:
 def compute_in_float32(
     function: Callable[..., Tensor], inputs: Tensor, *other_inputs: Tensor | None
 ) -> Tensor:
-    """Compute `function(inputs, *other_inputs)` in float32 and return the result in half precision."""
+    """Compute `function(inputs, *other_inputs)` in float32, and round it to half precision."""
     dtype = get_matmul_dtype(inputs)
     with torch.autocast("cpu", enabled=False):
         tensors = [to_float32(tensor, dtype) for tensor in (inputs, *other_inputs)]
@@ -434,12 +430,12 @@ def compute_in_float32(
 
 
 def to_float32(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Round floats to `dtype` and return them as float32; return boolean masks and None unchanged."""
+    """Round floats to `dtype`, and return them as float32; keep boolean masks and None."""
     return tensor.to(dtype).float() if tensor is not None and tensor.is_floating_point() else tensor
 
 
 def linear_in_float32(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return `inputs @ weight.T + bias`, [..., in] and [out, in] -> [..., out], in the dtype of nn.Linear's output."""
+    """Return `inputs @ weight.T + bias` in the dtype of nn.Linear, [..., in] -> [..., out]."""
     dtype = get_matmul_dtype(inputs)
     tensors = (inputs.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
     return LinearFunction.apply(partial(compute_in_float32, nn.functional.linear), *tensors)
@@ -492,11 +488,11 @@ def can_chunk_attention(query: Tensor, key: Tensor) -> bool:
 
 
 def attend_in_chunks(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """Return softmax(query @ key.T * scaling) @ value, a few heads at a time, so that scores stay in the cache.
+    """Return softmax(query @ key.T * scaling) @ value, a few heads at a time.
 
     The scores of a few heads stay in the cache. They are rounded to the dtype of the inputs before
-    the softmax, as in transformers' eager attention. Subtracting the mean of the keys does not
-    change the softmax, but makes scores smaller, so that less is lost by rounding.
+    the softmax, as in transformers' eager attention. Subtracting the mean of the keys makes scores
+    smaller, so that less is lost by rounding, and does not change the softmax.
 
     Args:
         query: [B, heads, n, head_dim].

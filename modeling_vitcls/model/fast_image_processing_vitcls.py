@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The fast path of the image processor: bit-identical `pixel_values` with less overhead.
 
-    JPEG file -> [3, H, W] uint8 -> resize -> center crop -> rescale and normalize, written into the batch
+    JPEG file -> [3, H, W] uint8 -> resize -> center crop -> rescale and normalize into the batch
 
 `ViTCLSImageProcessor` uses this path for calls whose only keyword argument is
 `return_tensors="pt"`, after the first call has checked the settings. The overhead of transformers
@@ -34,10 +34,10 @@ URL_PREFIXES = ("http://", "https://", "data:")
 
 
 def read_jpeg(source: Any) -> Tensor | None:
-    """Return the upright RGB pixels [3, H, W] `uint8` of a JPEG file (path or bytes), equal to the pixels from PIL.
+    """Return the upright RGB pixels [3, H, W] `uint8` of a JPEG file (path or bytes).
 
-    Return None for other formats, or if torchvision cannot decode the file or PIL decodes it
-    differently (CMYK).
+    The pixels equal those from PIL. Return None for other formats, or if torchvision cannot decode
+    the file or PIL decodes it differently (CMYK).
     """
     jpeg_bytes = read_jpeg_bytes(source) if decode_jpeg is not None else None
     if jpeg_bytes is None:
@@ -56,7 +56,7 @@ def read_jpeg(source: Any) -> Tensor | None:
 
 
 def read_jpeg_bytes(source: Any) -> bytearray | None:
-    """Return the contents of a JPEG file, given as a path or bytes; None for other formats and other types."""
+    """Return the contents of a JPEG file, given as a path or bytes; None for anything else."""
     if isinstance(source, bytes | bytearray):
         return bytearray(source) if source.startswith(JPEG_SIGNATURE) else None
     if not isinstance(source, str | os.PathLike) or str(source).startswith(URL_PREFIXES):
@@ -72,7 +72,7 @@ def read_jpeg_bytes(source: Any) -> bytearray | None:
 
 
 def get_settings(processor: Any, names: list[str]) -> tuple[Any, ...]:
-    """Return the settings of an image processor, with a copy of the mutable sizes, for comparison in later calls."""
+    """Return the settings of an image processor, with copies of mutable sizes, for comparison."""
     values = (getattr(processor, name, None) for name in names)
     return tuple(
         tuple(vars(value).values()) if isinstance(value, SizeDict) else value for value in values
@@ -102,7 +102,7 @@ def resize_and_crop(processor: Any, pixels: Tensor) -> Tensor:
 
 
 def normalize_batch(processor: Any, images: list[Tensor]) -> Tensor:
-    """Rescale and normalize images of equal shape [C, h, w], `uint8` on the CPU; return [B, C, h, w] float32."""
+    """Rescale and normalize `uint8` images [C, h, w] of one shape; return float32 [B, C, h, w]."""
     mean, std = scale_statistics(
         processor.image_mean, processor.image_std, processor.rescale_factor
     )
@@ -118,7 +118,7 @@ def normalize_batch(processor: Any, images: list[Tensor]) -> Tensor:
 def scale_statistics(
     mean: tuple[float, ...], std: tuple[float, ...], rescale_factor: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return mean and standard deviation for pixels in [0, 255], float32 [C, 1, 1], computed as in transformers."""
+    """Return mean and standard deviation [C, 1, 1] of pixels in [0, 255], as transformers does."""
     scaled_statistics = [
         torch.tensor(values).float() * (1.0 / rescale_factor) for values in (mean, std)
     ]

@@ -24,11 +24,11 @@ IGNORED_LABEL = -100
 
 # Poolers ------------------------------------------------------------------------------------------
 class TokenPooler(nn.Module):
-    """Pooling without parameters, selected by `pooling` (default: `config.pooling`). [B, N, D] -> [B, P].
+    """Pooling without parameters, [B, N, D] -> [B, P].
 
-    "cls": the CLS token, or several CLS tokens combined as `config.cls_pooling` specifies. "mean"
-    and "max": the mean or maximum over the patches. "cls_mean": the CLS token and the mean of the
-    patches, concatenated.
+    `pooling` (default: `config.pooling`) is "cls": the CLS token, or several CLS tokens combined as
+    `config.cls_pooling` specifies; "mean" or "max": the mean or maximum over the patches; or
+    "cls_mean": the CLS token and the mean of the patches, concatenated.
     """
 
     def __init__(self, config: ViTCLSConfig, pooling: str | None = None) -> None:
@@ -60,11 +60,9 @@ class TokenPooler(nn.Module):
 
 
 class MultiLayerPooler(nn.Module):
-    """Pooling of several layers (`config.pooled_layers`), concatenated.
+    """Pooling of several layers (`config.pooled_layers`), list of [B, N, D] -> [B, layers * P].
 
-    List of [B, N, D] -> [B, layers * P].
-
-    This is the input of DINOv2's linear evaluation (Oquab et al. 2023, arXiv 2304.07193).
+    The vectors are concatenated, as for DINOv2's linear evaluation (arXiv 2304.07193).
     """
 
     def __init__(self, pooler: nn.Module) -> None:
@@ -76,7 +74,10 @@ class MultiLayerPooler(nn.Module):
 
 
 class AttentionPooler(nn.Module):
-    """Attention pooling with a learned query and an optional MLP. [B, N, D] -> [B, D] (MAP, arXiv 2106.04560)."""
+    """Attention pooling with a learned query, [B, N, D] -> [B, D] (MAP, arXiv 2106.04560).
+
+    `PooledMLP` can follow.
+    """
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
@@ -149,7 +150,7 @@ def build_pooler(config: ViTCLSConfig) -> nn.Module:
 
 # Classifiers --------------------------------------------------------------------------------------
 def build_head(config: ViTCLSConfig, in_features: int, num_labels: int | None) -> nn.Module:
-    """Build a classifier of type `config.head_type`, [B, in_features] -> [B, num_labels]; an identity for 0 labels."""
+    """Build a classifier, [B, in_features] -> [B, num_labels]; the identity for 0 labels."""
     if not num_labels:
         return nn.Identity()
     if config.head_type == "linear":
@@ -234,7 +235,7 @@ class ExtraHeads(nn.ModuleDict):
 
 # Pixel decoder ------------------------------------------------------------------------------------
 class PixelDecoder(nn.Module):
-    """A linear layer that maps each encoded patch to its pixels (SimMIM, arXiv 2111.09886, section 3.4)."""
+    """A linear layer that maps each patch to its pixels (SimMIM, arXiv 2111.09886, section 3.4)."""
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
@@ -246,7 +247,7 @@ class PixelDecoder(nn.Module):
         )
 
     def forward(self, patches: Tensor, grid_size: tuple[int, int]) -> Tensor:
-        """Decode patches [B, rows * columns, D] to pixels [B, C, rows * patch height, columns * patch width]."""
+        """Decode patches [B, rows * columns, D] to pixels [B, C, H, W]."""
         rows, columns = grid_size
         patch_height, patch_width = self.patch_size
         # [B, rows * columns, C * patch height * patch width]
@@ -306,8 +307,8 @@ def compute_classification_loss(
         return compute_cross_entropy(logits, labels, num_items_in_batch)
     if problem_type is None:
         raise ValueError(
-            'float labels require config.problem_type: "single_label_classification" for class probabilities '
-            'or "multi_label_classification" for several labels per image'
+            'float labels require config.problem_type: "single_label_classification" for class '
+            'probabilities or "multi_label_classification" for several labels per image'
         )
 
     loss_sum = nn.functional.cross_entropy(logits.float(), labels.float(), reduction="sum")
@@ -321,7 +322,9 @@ def compute_cross_entropy(
     num_items_in_batch: Tensor | int | None = None,
     owner: str = "the model",
 ) -> Tensor:
-    """Return the cross-entropy of logits [B, C] and class indices [B], ignoring -100; 0 if all indices are -100.
+    """Return the cross-entropy of logits [B, C] and class indices [B], ignoring -100.
+
+    The result is 0 if all indices are -100.
 
     Raises:
         ValueError: if there is not one label per image or, only on the CPU, a label is not a class
@@ -373,7 +376,7 @@ def compute_masked_pixel_loss(
 
 
 def split_into_patches(pixels: Tensor, config: ViTCLSConfig) -> Tensor:
-    """Split images [B, C, H, W] into patches [B, rows * columns, C * patch height * patch width]."""
+    """Split images [B, C, H, W] into patches [B, rows * columns, C * height * width]."""
     patch_height, patch_width = config.patch_height_width
     # [B, C, rows, columns, patch height, patch width]
     patches = pixels.unfold(2, patch_height, patch_height).unfold(3, patch_width, patch_width)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The image processor, which converts paths, URLs, PIL images, arrays and tensors to `pixel_values`.
+"""The image processor: from paths, URLs, PIL images, arrays and tensors to `pixel_values`.
 
-    source -> upright image -> [C, H, W] uint8 -> resize -> center crop -> rescale -> normalize -> pixel_values
-    |______________ this file _______________|    |______________ transformers' backends ______________|
+    source -> upright image -> [C, H, W] uint8 -> resize -> center crop -> rescale -> normalize
+    |______________ this file _______________|    |___________ transformers' backends ________|
 
 This file reads sources (paths, bytes, URLs), applies EXIF orientation, converts channels and bit
 depths, and checks settings. The backends of transformers (torchvision or PIL) perform the remaining
@@ -78,7 +78,7 @@ SOURCE_TYPES = (str, os.PathLike, bytes, bytearray)
 
 
 class ViTCLSBaseImageProcessor(BaseImageProcessor):
-    """Base class of the image processors: default settings, image loading, channel conversion and checks."""
+    """Base class of the image processors: default settings, loading, conversion and checks."""
 
     do_convert_rgb = True
     do_resize = True
@@ -99,14 +99,14 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
         self.crop_rounding = crop_rounding
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings as saved in `preprocessor_config.json`, with both backends in `auto_map`."""
+        """Return the settings for `preprocessor_config.json`, with both backends in `auto_map`."""
         settings = super().to_dict()
         settings.pop("_checked_settings", None)
         settings["auto_map"] = {name: dict(classes) for name, classes in AUTO_MAP.items()}
         return settings
 
     def preprocess(self, images: Any, *args: Any, **kwargs: Unpack[ImagesKwargs]) -> BatchFeature:
-        """Preprocess an image, a batch or a list of images; keyword arguments override the settings for this call."""
+        """Preprocess an image, a batch or a list; keyword arguments override the settings."""
         check_setting_names(kwargs)
         try:
             batch: BatchFeature = super().preprocess(images, *args, **kwargs)
@@ -141,7 +141,7 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
         input_data_format: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """Convert one image in memory to the shape [C, H, W] and the type that the backend requires."""
+        """Convert one image in memory to the shape [C, H, W] and type that the backend requires."""
         pixels = image_to_tensor(
             image, bool(do_convert_rgb), bool(kwargs.get("do_rescale")), input_data_format
         )
@@ -154,7 +154,7 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
         )
 
     def center_crop(self, image: Any, size: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Crop images [..., H, W] to `size` around the center, and round the margins as `crop_rounding` specifies."""
+        """Crop the center of images [..., H, W] to `size`; `crop_rounding` rounds the margins."""
         margins = [
             (old - new) / 2
             for old, new in zip(image.shape[-2:], (size.height, size.width), strict=True)
@@ -175,7 +175,7 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
         return single_images
 
     def _standardize_kwargs(self, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Return the settings in canonical form. transformers calls this method in `__init__` and `preprocess`."""
+        """Return the settings in canonical form, as `__init__` and `preprocess` require them."""
         settings = super()._standardize_kwargs(**kwargs)
         check_sizes(settings)
         resample = settings.get("resample")
@@ -277,7 +277,7 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
         super().__init__(crop_rounding=crop_rounding, **kwargs)
 
     def preprocess(self, images: Any, *args: Any, **kwargs: Unpack[ImagesKwargs]) -> BatchFeature:
-        """Preprocess an image, a batch or a list of images; keyword arguments override the settings for this call.
+        """Preprocess an image, a batch or a list; keyword arguments override the settings.
 
         The first call checks the settings. Later calls with the same settings can use a fast path
         if all images are on the CPU and `return_tensors="pt"` is the only other argument.
@@ -309,7 +309,7 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
         return BatchFeature(data={"pixel_values": normalize_batch(self, tensors)})
 
     def _load_image(self, image: Any) -> Tensor:
-        """Load an image from memory, a path or a URL, and return the resized and cropped `uint8` image [C, h, w]."""
+        """Load an image, and return it resized and cropped, [C, h, w] `uint8`."""
         to_rgb = bool(self.do_convert_rgb)
         pixels = read_jpeg(image) if to_rgb else None
         if pixels is None:
@@ -340,7 +340,7 @@ ViTCLSImageProcessorPil.register_for_auto_class()
 
 # Reading sources ----------------------------------------------------------------------------------
 def read_image(source: ImageSource) -> PIL.Image.Image:
-    """Load an image from a path, a URL or encoded bytes; the result is upright and has the color mode of the file.
+    """Load an upright image, in the color mode of the file, from a path, a URL or encoded bytes.
 
     Raises:
         ValueError: If the source cannot be read or is not a complete image. The message names the
@@ -401,7 +401,7 @@ def shorten_text(text: str) -> str:
 
 
 def get_first_line(error: Exception) -> str:
-    """Return the first line of an error message (at most 300 characters), or the error type if there is no message."""
+    """Return the first line of an error message, at most 300 characters, or the error type."""
     return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
@@ -423,9 +423,10 @@ def image_to_tensor(
     do_rescale: bool = True,
     input_data_format: str | ChannelDimension | None = None,
 ) -> Tensor:
-    """Convert one image in memory to an upright [C, H, W] tensor: `uint8`, or `float32` for floats without rescaling.
+    """Convert one image in memory to an upright tensor [C, H, W].
 
-    Arrays and tensors have the shape [H, W], [C, H, W] or [H, W, C].
+    The type is `uint8`, or `float32` for floats without rescaling. Arrays and tensors have the
+    shape [H, W], [C, H, W] or [H, W, C].
     """
     if isinstance(image, PIL.Image.Image):
         return pil_to_tensor(image, to_rgb)
@@ -456,7 +457,7 @@ def pil_to_tensor(image: PIL.Image.Image, to_rgb: bool) -> Tensor:
 
 
 def pil_to_array(image: PIL.Image.Image) -> np.ndarray:
-    """Return the values of a PIL image: [H, W] for gray, [H, W, 3] for color, [H, W, 4] with transparency."""
+    """Return the values of a PIL image: [H, W], [H, W, 3], or [H, W, 4] with transparency."""
     if image.mode == "F":
         raise ValueError(
             "mode F has no fixed range: convert to mode L, or pass an array with do_rescale=False"
@@ -475,7 +476,7 @@ def pil_to_array(image: PIL.Image.Image) -> np.ndarray:
 
 
 def to_channels_first(image: Tensor, data_format: str | ChannelDimension | None) -> Tensor:
-    """Return an image as [C, H, W]; by default, the channel axis is the first or last axis of length 1, 3 or 4."""
+    """Return an image as [C, H, W]; channels are the first or last axis of length 1, 3 or 4."""
     shape = list(image.shape)
     if image.ndim not in (2, 3) or image.numel() == 0:
         raise ValueError(
@@ -485,17 +486,20 @@ def to_channels_first(image: Tensor, data_format: str | ChannelDimension | None)
     if image.ndim == 2:
         return image[None]
     if data_format is None:
-        data_format = infer_channel_dimension_format(image, num_channels=(1, 3, 4))  # type: ignore[arg-type]
+        data_format = infer_channel_dimension_format(
+            image,  # type: ignore[arg-type]
+            num_channels=(1, 3, 4),
+        )
     return (
         image.permute(2, 0, 1) if ChannelDimension(data_format) is ChannelDimension.LAST else image
     )
 
 
 def to_uint8(pixels: Tensor, do_rescale: bool) -> Tensor:
-    """Convert pixels [C, H, W] of any type to `uint8` from 0 to 255, or to `float32` for floats without rescaling.
+    """Convert pixels [C, H, W] of any type to `uint8` from 0 to 255.
 
-    The conversion is necessary, because the results of the two backends are almost equal only for
-    `uint8` images.
+    Floats without rescaling become `float32`. The conversion is necessary, because the results of
+    the two backends are almost equal only for `uint8` images.
     """
     if pixels.dtype is torch.uint8:
         return pixels
@@ -544,7 +548,7 @@ def composite_on_white(pixels: Tensor) -> Tensor:
 
 # Checks of settings -------------------------------------------------------------------------------
 def check_setting_names(keywords: dict[str, Any] | ImagesKwargs) -> None:
-    """Raise ValueError for misspelled settings. transformers handles other unknown keyword arguments."""
+    """Raise ValueError for misspelled settings; transformers handles other unknown keywords."""
     settings = ImagesKwargs.__annotations__
     for keyword in keywords:
         if keyword in settings:
@@ -555,7 +559,7 @@ def check_setting_names(keywords: dict[str, Any] | ImagesKwargs) -> None:
 
 
 def check_sizes(settings: dict[str, Any]) -> None:
-    """Raise ValueError for sizes that are not positive, and for a crop larger than the resized image."""
+    """Raise ValueError for sizes below 1, and for a crop larger than the resized image."""
     size, crop_size = (dict(settings[name] or {}) for name in ("size", "crop_size"))
     for name, values in (("size", size), ("crop_size", crop_size)):
         if any(type(value) is not int or value < 1 for value in values.values()):
@@ -589,7 +593,7 @@ def check_same_shape(images: list[Any]) -> None:
 
 
 def check_channels(num_channels: int, **statistics: float | Sequence[float] | None) -> None:
-    """Raise ValueError unless `image_mean` and `image_std` are scalars or have one value per image channel."""
+    """Raise ValueError unless mean and std are scalars or have one value per channel."""
     for name, values in statistics.items():
         if isinstance(values, list | tuple) and len(values) != num_channels:
             raise ValueError(

@@ -4,7 +4,7 @@
     pixel_values -> embeddings -> layers -> layernorm -> pooler -> classifier -> loss
 
     ViTCLSModel                        the encoder; its output contains the tokens of each group
-    ViTCLSForImageClassification       one classifier, and a second classifier for distillation tokens
+    ViTCLSForImageClassification       one classifier, and a second one for distillation tokens
     ViTCLSForMultiTaskClassification   one CLS token, one classifier and one loss per task
     ViTCLSForMaskedImageModeling       reconstruction of masked patches
     ViTCLSBackbone                     feature maps for dense prediction
@@ -39,11 +39,11 @@ from transformers.utils.output_capturing import capture_outputs
 from .adaptation_vitcls import AdaptableModel
 from .attention_masks_vitcls import RelativePositionBias, TokenGates, build_attention_mask
 from .blocks_vitcls import (
-    EncoderLayer,
     LayerScale,
     LearnedPositionEmbeddings,
     ViTCLSAttention,
     ViTCLSEmbeddings,
+    ViTCLSLayer,
     build_norm,
 )
 from .configuration_vitcls import TokenLayout, ViTCLSConfig, to_pair
@@ -101,7 +101,7 @@ class ViTCLSModelOutput(BaseModelOutputWithPooling):
 
     @property
     def tokens(self) -> dict[str, Tensor]:
-        """Return `last_hidden_state` split into "cls", "distillation", "registers" and "patches", [B, n, D] each.
+        """Return the tokens [B, n, D] of "cls", "distillation", "registers" and "patches".
 
         Raises:
             ValueError: if the output was rebuilt from tensors, for example after gathering from
@@ -182,7 +182,7 @@ class ViTCLSPreTrainedModel(AdaptableModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _can_record_outputs = {"hidden_states": EncoderLayer, "attentions": ViTCLSAttention}
+    _can_record_outputs = {"hidden_states": ViTCLSLayer, "attentions": ViTCLSAttention}
     _input_embed_layer = "patch_embeddings"
 
     def __init__(self, config: ViTCLSConfig, *args: Any, **kwargs: Any) -> None:
@@ -198,7 +198,7 @@ class ViTCLSPreTrainedModel(AdaptableModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialize weights (truncated normal), biases (0, as in ViT and DeiT) and tokens (`config.token_init`)."""
+        """Initialize weights (truncated normal), biases (0) and tokens (`config.token_init`)."""
         std = self.config.initializer_range
         if isinstance(module, nn.Linear | nn.Conv2d):
             init.trunc_normal_(module.weight, mean=0.0, std=std)
@@ -229,7 +229,7 @@ class ViTCLSPreTrainedModel(AdaptableModel):
             super()._init_weights(module)  # norms
 
     def forward_features(self, pixel_values: Tensor) -> Tensor:
-        """Return the encoded tokens [B, N, D] of images [B, C, H, W], like timm's method of the same name."""
+        """Return the encoded tokens [B, N, D] of images [B, C, H, W], as timm's method does."""
         tokens: Tensor = self.base_model(pixel_values).last_hidden_state
         return tokens
 
@@ -266,10 +266,10 @@ class ViTCLSPreTrainedModel(AdaptableModel):
 
     @torch.no_grad()
     def flops(self, image_size: int | Sequence[int] | None = None, batch_size: int = 1) -> int:
-        """Return the FLOPs of a forward pass, counted by `torch.utils.flop_counter` on the meta device.
+        """Return the FLOPs of a forward pass, counted on the meta device.
 
-        The count includes matrix products and convolutions; a multiply-add counts as two.
-        `image_size` is in pixels and defaults to `config.image_size`.
+        `torch.utils.flop_counter` counts matrix products and convolutions; a multiply-add counts as
+        two. `image_size` is in pixels and defaults to `config.image_size`.
         """
         height, width = (
             self.config.image_height_width if image_size is None else to_pair(image_size)
@@ -295,7 +295,7 @@ TOKEN_INITS: dict[str, Callable[[Tensor, float], Any]] = {
 
 # Encoder ------------------------------------------------------------------------------------------
 class ViTCLSModel(ViTCLSPreTrainedModel):
-    """A Vision Transformer (arXiv 2010.11929) with configurable special tokens and without a classifier.
+    """A Vision Transformer (arXiv 2010.11929) with configurable special tokens, no classifier.
 
     Example:
         >>> import torch
@@ -357,10 +357,9 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
             interpolate_pos_encoding: has no effect, because positions are always interpolated to
                 the image size.
             output_layers: indices of layers, from 1 to `num_hidden_layers`, whose tokens after the
-                final norm are
-                returned as `layer_tokens` (index -> [B, N, D]). Other layers are not kept in memory. If
-                `num_output_tokens` limits the last layer, `compute_all_tokens()` computes it again
-                for all tokens.
+                final norm are returned as `layer_tokens` (index -> [B, N, D]). Other layers are not
+                kept in memory. If `num_output_tokens` limits the last layer, `compute_all_tokens()`
+                computes it again for all tokens.
             output_hidden_states, output_attentions, return_dict: as in all transformers models.
 
         Raises:
@@ -409,11 +408,11 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         layer_tokens: dict[int, Tensor] = {}
         for index, layer in enumerate(self.layers, start=1):
             is_last = index == len(self.layers)
-            layer_mask = mask[index - 1] if isinstance(mask, list) else mask
-            layer_positions = position_embeddings
-            if isinstance(position_embeddings, list):
-                layer_positions = position_embeddings[index - 1]
-            inputs = (hidden_states, layer_mask, layer_positions)
+            inputs = (
+                hidden_states,
+                select_layer_value(mask, index),
+                select_layer_value(position_embeddings, index),
+            )
             hidden_states = layer(*inputs, num_output_tokens if is_last else None, **kwargs)
 
             if is_last or index in pooled_layers or index in output_layers:
@@ -439,13 +438,15 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         output.layer_tokens = layer_tokens  # type: ignore[misc]
         output.pooled_tokens = pooled_tokens  # type: ignore[misc]
         if num_output_tokens is not None and len(self.layers) in output_layers:
-            output.compute_all_tokens = partial(self.compute_last_layer, inputs, **kwargs)  # type: ignore[misc]
+            output.compute_all_tokens = partial(  # type: ignore[misc]
+                self.compute_last_layer, inputs, **kwargs
+            )
         return output
 
     def compute_last_layer(
         self, inputs: tuple[Tensor, Any, Any], **kwargs: Unpack[TransformersKwargs]
     ) -> Tensor:
-        """Return all tokens of the last layer after the final norm, [B, N, D], in a second pass of this layer.
+        """Return all tokens [B, N, D] of the last layer after the final norm, in a second pass.
 
         The first pass, of fewer tokens, stays as it is: a product of more rows could be rounded
         differently. Hooks of transformers and the recorder of the attention have seen the first
@@ -464,8 +465,13 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         return hidden_states if self.layernorm is None else self.layernorm(hidden_states)
 
     def new_like(self, config: ViTCLSConfig) -> Self:
-        """Return a newly initialized model for another configuration, with a pooler if this model has one."""
+        """Return a new model for another configuration, with a pooler if this model has one."""
         return type(self)(config, add_pooling_layer=self.pooler is not None)
+
+
+def select_layer_value(values: Any, index: int) -> Any:
+    """Return the value of the layer at `index`, from 1, in a list; any other value as it is."""
+    return values[index - 1] if isinstance(values, list) else values
 
 
 # Classifiers --------------------------------------------------------------------------------------
@@ -499,7 +505,7 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
         self.post_init()
 
     def build_classifiers(self) -> None:
-        """Build the classifiers for `config.num_labels` labels, without those that extra heads add."""
+        """Build the classifiers for `config.num_labels` labels, without those of extra heads."""
         self.num_labels = self.config.num_labels
         num_added = sum(map(len, self.config.get_added_classes().values()))
         num_labels = (self.num_labels or 0) - num_added
@@ -511,7 +517,7 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
             )
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Initialize new classifiers, or remove the classifiers if `num_classes` is 0 (as in timm)."""
+        """Initialize new classifiers, or remove them if `num_classes` is 0 (as in timm)."""
         for name in self.config.get_added_classes():
             self.extra_heads.remove(name)
         self.config.id2label = {}
@@ -523,11 +529,14 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
         install_cpu_kernels(self)
 
     def select_task(self, name: str) -> "ViTCLSForImageClassification":
-        """Return a classifier for an added task alone, with the same bits: a model for transformers' pipelines.
+        """Return a classifier for an added task alone, with the same bits.
+
+        It is a model for transformers' pipelines.
 
         Example::
 
-            classifier = pipeline("image-classification", model.select_task("weather"), image_processor=FOLDER)
+            weather = model.select_task("weather")
+            classifier = pipeline("image-classification", weather, image_processor=FOLDER)
 
         Raises:
             ValueError: if `config.extra_heads` has no such task.
@@ -619,7 +628,8 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
     Example:
         >>> import torch
         >>> from modeling_vitcls import ViTCLSConfig, ViTCLSForMultiTaskClassification
-        >>> config = ViTCLSConfig.from_preset("tiny", num_cls_tokens=2, tasks={"age": 3, "species": 12})
+        >>> tasks = {"age": 3, "species": 12}
+        >>> config = ViTCLSConfig.from_preset("tiny", num_cls_tokens=2, tasks=tasks)
         >>> outputs = ViTCLSForMultiTaskClassification(config).eval()(torch.randn(1, 3, 224, 224))
         >>> {task: logits.shape[1] for task, logits in outputs.logits.items()}
         {'age': 3, 'species': 12}
@@ -629,7 +639,8 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
         super().__init__(config)
         if not config.tasks:
             raise ValueError(
-                'ViTCLSForMultiTaskClassification requires config.tasks, such as tasks={"species": 12}'
+                "ViTCLSForMultiTaskClassification requires config.tasks, such as "
+                'tasks={"species": 12}'
             )
         self.vitcls = ViTCLSModel(config, add_pooling_layer=False)
         num_pooled_layers = len(config.pooled_layer_indices)
@@ -703,7 +714,10 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
     def compute_losses(
         self, logits: dict[str, Tensor], labels: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Return each task's mean cross-entropy over labeled images (training/losses.py averages over all images)."""
+        """Return the mean cross-entropy of each task over its labeled images.
+
+        training/losses.py averages over all images.
+        """
         if unknown_tasks := sorted(set(labels) - set(logits)):
             raise ValueError(
                 f"labels contains the unknown task {unknown_tasks[0]!r}: use {', '.join(logits)}"
@@ -722,7 +736,7 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
 def count_output_tokens(
     encoder: ViTCLSModel, compute_all_tokens: bool | None, kwargs: Mapping[str, Any]
 ) -> int | None:
-    """Return the number of special tokens that the last layer computes for a classifier, or None for all tokens.
+    """Return how many special tokens the last layer computes for a classifier; None for all.
 
     The last layer computes only the tokens that the heads read; the logits do not change. It
     computes all tokens if `compute_all_tokens` or `config.compute_all_tokens` is True, if hidden
@@ -732,9 +746,8 @@ def count_output_tokens(
     config = encoder.config
     if compute_all_tokens is None:
         compute_all_tokens = config.compute_all_tokens
-    if compute_all_tokens:
-        return None
-    if not config.num_labels:  # the logits are the pooler output of the encoder, to the bit
+    # without labels, the logits are the pooler output of the encoder, to the bit
+    if compute_all_tokens or not config.num_labels:
         return None
     if any(
         kwargs.get(name, getattr(config, name, False))
@@ -754,7 +767,7 @@ def count_output_tokens(
 
 
 def has_user_hooks(module: nn.Module | None) -> bool:
-    """Return whether a module has hooks that neither transformers nor torch.distributed registered."""
+    """Return whether a module has hooks, except those of transformers and torch.distributed."""
     names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     hooks = [hook for name in names for hook in (getattr(module, name, None) or {}).values()]
     module_names = (str(getattr(hook, "__module__", "")) for hook in hooks)
@@ -765,7 +778,7 @@ def has_user_hooks(module: nn.Module | None) -> bool:
 
 # Masked image modeling ----------------------------------------------------------------------------
 class ViTCLSForMaskedImageModeling(ViTCLSPreTrainedModel):
-    """A ViT for pre-training, with a linear decoder that reconstructs masked patches (SimMIM, arXiv 2111.09886).
+    """A ViT for pre-training, which reconstructs masked patches (SimMIM, arXiv 2111.09886).
 
     Example:
         >>> import torch
@@ -826,7 +839,9 @@ class ViTCLSForMaskedImageModeling(ViTCLSPreTrainedModel):
 
 # Backbone -----------------------------------------------------------------------------------------
 class ViTCLSBackbone(BackboneMixin, ViTCLSModel):  # type: ignore[misc]  # num_features is a list
-    """A ViT that returns feature maps for dense prediction: patch tokens of selected layers, reshaped to a grid.
+    """A ViT that returns feature maps for dense prediction.
+
+    A feature map consists of the patch tokens of a layer, reshaped to a grid.
 
     Example:
         >>> import torch
@@ -868,7 +883,8 @@ class ViTCLSBackbone(BackboneMixin, ViTCLSModel):  # type: ignore[misc]  # num_f
             if stage in self.out_features
         ]
         return BackboneOutput(
-            feature_maps=tuple(feature_maps),  # type: ignore[arg-type]  # annotated as a tuple of length one
+            # annotated as a tuple of length one
+            feature_maps=tuple(feature_maps),  # type: ignore[arg-type]
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

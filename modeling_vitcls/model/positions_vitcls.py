@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rotary position embeddings, and resampling of learned weights that depend on the patch grid or the patch size.
+"""Rotary positions, and resampling of weights that depend on the patch grid or patch size.
 
-    rotary position embeddings     (cos, sin) for queries and keys of the patches; special tokens are not rotated
+    rotary position embeddings     (cos, sin) for queries and keys of the patches only
     learned position embeddings    resampled to another patch grid
     patch kernels                  resized to another patch size
 
@@ -24,7 +24,7 @@ PositionEmbeddings = tuple[Tensor, Tensor]
 def build_rotary_embeddings(
     config: ViTCLSConfig,
 ) -> "AxialRotaryEmbeddings | MixedRotaryEmbeddings | None":
-    """Build the rotary position embeddings; return None if `config.position_embedding_type` is not rotary."""
+    """Build the rotary position embeddings, or return None if the model has none."""
     if not config.has_rotary_positions:
         return None
     if config.position_embedding_type.endswith("rope_mixed"):
@@ -33,7 +33,10 @@ def build_rotary_embeddings(
 
 
 class AxialRotaryEmbeddings(nn.Module):
-    """Rotary embeddings with half of the channels for rows and half for columns (DINOv3, arXiv 2508.10104; EVA-02)."""
+    """Rotary embeddings with half of the channels for rows and half for columns.
+
+    Sources: DINOv3, arXiv 2508.10104; EVA-02, arXiv 2303.11331.
+    """
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
@@ -57,7 +60,10 @@ class AxialRotaryEmbeddings(nn.Module):
 
 
 class MixedRotaryEmbeddings(nn.Module):
-    """Rotary embeddings with learned frequencies along both axes, per layer and head (RoPE-ViT, arXiv 2403.13298)."""
+    """Rotary embeddings with learned frequencies along both axes, per layer and head.
+
+    Source: RoPE-ViT, arXiv 2403.13298.
+    """
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
@@ -72,7 +78,7 @@ class MixedRotaryEmbeddings(nn.Module):
     def forward(
         self, grid_size: tuple[int, int], hidden_states: Tensor
     ) -> list[PositionEmbeddings]:
-        """Return cos and sin [heads, rows * columns, head_dim] per layer, in the dtype of `hidden_states`."""
+        """Return cos and sin [heads, rows * columns, head_dim] of each layer."""
         # [rows * columns, 2]
         coordinates = get_patch_coordinates(self.config, grid_size, hidden_states.device)
         # [layers, heads, 1, d / 2]
@@ -84,7 +90,7 @@ class MixedRotaryEmbeddings(nn.Module):
         return list(zip(cos, sin, strict=True))
 
     def get_initial_frequencies(self) -> Tensor:
-        """Return axial frequencies, rotated by a random angle per layer and head (initialization of RoPE-ViT)."""
+        """Return axial frequencies, rotated by a random angle per layer and head (RoPE-ViT)."""
         num_layers, num_heads = self.frequencies.shape[1:3]
         head_dim = self.config.head_dim
         # [head_dim / 4]
@@ -101,10 +107,8 @@ def get_patch_coordinates(
 ) -> Tensor:
     """Return the coordinates [rows * columns, 2] of all patches, row by row.
 
-    `config.rope_axes` sets the axis order.
-
-    Mixed rotary embeddings use `"grid"` coordinates. Coordinates are computed for each grid and
-    need no resampling.
+    `config.rope_axes` sets the axis order. Mixed rotary embeddings use `"grid"` coordinates.
+    Coordinates are computed for each grid and need no resampling.
     """
     y, x = (torch.arange(size, dtype=torch.float32, device=device) for size in grid_size)
     is_mixed = config.position_embedding_type.endswith("rope_mixed")
@@ -149,10 +153,7 @@ def rotate_patches(
 
 # Resampling ---------------------------------------------------------------------------------------
 def needs_resampling(grid_size: tuple[int, int], new_grid_size: tuple[int, int]) -> bool:
-    """Return whether two grids differ.
-
-    Return True for dynamic grids, which a comparison would make static.
-    """
+    """Return whether two grids differ, or are dynamic: a comparison would make them static."""
     if torch.compiler.is_exporting() and any(
         isinstance(size, torch.SymInt) for size in new_grid_size
     ):
@@ -166,7 +167,7 @@ def resample_positions(
     new_grid_size: tuple[int, int],
     config: ViTCLSConfig,
 ) -> Tensor:
-    """Resample learned positions [1, rows * columns, D] to another grid in float32, with the method in `config`."""
+    """Resample learned positions [1, rows * columns, D] to another grid, in float32."""
     maps = positions.float().unflatten(1, grid_size).permute(0, 3, 1, 2)  # [1, D, rows, columns]
     if config.position_interpolation == "crop":
         # Resample to a square as long as the longer side, and keep its top-left part (RADIO, arXiv
@@ -200,11 +201,11 @@ def resample_positions(
 
 
 def resize_patch_kernel(kernel: Tensor, new_size: tuple[int, int]) -> Tensor:
-    """Resize a patch projection [D, C, height, width] to another patch size (FlexiViT, arXiv 2212.08013, section 3.4).
+    """Resize a patch projection [D, C, height, width] to another patch size.
 
     The new kernel maps a bilinearly resized patch to the embedding of the original patch: exactly
     for larger patches, and in the least-squares sense for smaller ones. The new kernel is pinv(B^T)
-    @ kernel; B is the resize matrix.
+    @ kernel; B is the resize matrix (FlexiViT, arXiv 2212.08013, section 3.4).
     """
     height, width = kernel.shape[-2:]
     # CPU: MPS has no float64

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention of the special tokens: the rows of the attention maps in which special tokens are the queries.
+"""Attention of the special tokens: their rows of the attention maps.
 
     rows = model.token_attention(pixel_values)      # [batch, layer, head, special token, key]
 
@@ -32,7 +32,7 @@ def compute_token_attention(
     tokens: Sequence[str],
     layers: LayerIndices,
 ) -> Tensor:
-    """Return the attention weights of special tokens; see `ViTCLSPreTrainedModel.token_attention`."""
+    """Return the attention weights of special tokens (see `token_attention` of the models)."""
     encoder = model.base_model
     layout = encoder.config.token_layout
     indices = range(layout.num_prefix_tokens)
@@ -63,7 +63,9 @@ def compute_token_attention(
 def record_attention(
     encoder: Any, layers: Iterable[int], record: Callable[..., None]
 ) -> Iterator[None]:
-    """Call `record(layer, query, key, value, mask, scaling, attn_output)` in each of `layers` within the context.
+    """Call `record` in the attention of each of `layers` within the context.
+
+    The arguments are (layer, query, key, value, mask, scaling, attn_output).
 
     Compiled models run eagerly within the context. The previous recorders are restored at the end
     of the context.
@@ -86,13 +88,13 @@ def record_attention(
 def compute_attention_rows(
     query: Tensor, key: Tensor, mask: Tensor | None, scaling: float
 ) -> Tensor:
-    """Return the attention weights [B, heads, n, N] of queries [B, heads, n, d] and keys [B, heads, N, d]."""
+    """Return the attention weights [B, heads, n, N] of n queries and N keys."""
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
     return apply_mask(scores, mask).softmax(dim=-1, dtype=torch.float32).to(query.dtype)
 
 
 def select_mask_rows(mask: Any, query: Tensor, key: Tensor) -> Tensor | None:
-    """Return the rows of a mask for the first n queries [B, heads, n, d], for any attention implementation.
+    """Return the rows of a mask for the first n queries, for any attention implementation.
 
     Masks are None, [B, N] (flash), [B or 1, heads or 1, N or 1, N] (SDPA, eager) or a `BlockMask`
     (flex attention).

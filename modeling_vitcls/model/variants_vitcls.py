@@ -26,7 +26,7 @@ from .positions_vitcls import PositionEmbeddings
 
 # Layers -------------------------------------------------------------------------------------------
 class ViTCLSPostNormLayer(ViTCLSLayer):
-    """Layer with norms on the outputs of attention and MLP, before each residual connection (EVA02-CLIP-E)."""
+    """Layer with norms on the outputs of attention and MLP (EVA02-CLIP-E)."""
 
     def forward(
         self,
@@ -49,7 +49,7 @@ class ViTCLSPostNormLayer(ViTCLSLayer):
 
 
 class ViTCLSParallelLayer(ViTCLSLayer):
-    """Layer with parallel attention and MLP after one norm, [B, N, D] -> [B, N, D] (ViT-22B, arXiv 2302.05442)."""
+    """Layer with parallel attention and MLP after one norm (ViT-22B, arXiv 2302.05442)."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -82,7 +82,7 @@ LAYER_CLASSES: dict[str, type[ViTCLSLayer]] = {
 
 # Differential attention ---------------------------------------------------------------------------
 class ViTCLSDifferentialAttention(ViTCLSAttention):
-    """Attention whose heads compute the difference between two attention maps (Ye et al. 2024, arXiv 2410.05258).
+    """Attention whose heads subtract a second map (Ye et al. 2024, arXiv 2410.05258).
 
     The query and key of a head are each split into two halves, one per map. Each layer learns the
     weight of the second map. Unlike in the paper, this weight is a parameter, and the norm's
@@ -101,7 +101,11 @@ class ViTCLSDifferentialAttention(ViTCLSAttention):
     def project_qkv(
         self, hidden_states: Tensor, num_queries: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries and keys [B, 2 * heads, n or N, head_dim / 2], and values [B, 2 * heads, N, head_dim]."""
+        """Return the queries, keys and values of both maps of each head.
+
+        Queries and keys are [B, 2 * heads, n or N, head_dim / 2]; values are
+        [B, 2 * heads, N, head_dim].
+        """
         query, key, value = super().project_qkv(hidden_states, num_queries)
         # both maps of a head use the same values
         return query, key, value.repeat_interleave(2, dim=1)
@@ -109,7 +113,7 @@ class ViTCLSDifferentialAttention(ViTCLSAttention):
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the normalized difference [B, n, heads, head_dim] of the maps' outputs, and the attention weights."""
+        """Return the normalized difference [B, n, heads, head_dim] of both maps' outputs."""
         # [B, n, 2 * heads, head_dim]
         outputs, weights = super().attend(query, key, value, attention_mask, **kwargs)
         # [B, n, heads, head_dim] each
@@ -124,7 +128,8 @@ ATTENTION_CLASSES: dict[str, type[ViTCLSAttention]] = {
 
 
 # Specialized weights ------------------------------------------------------------------------------
-# Part of a layer in `config.specialized_layers` -> modules. A parallel layer has no `layernorm_after`.
+# Part of a layer in `config.specialized_layers` -> modules. A parallel layer has no
+# `layernorm_after`.
 SPECIALIZED_MODULES = {
     "norm": ("layernorm_before", "layernorm_after"),
     "qkv": ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
@@ -132,7 +137,7 @@ SPECIALIZED_MODULES = {
 
 
 class SpecializedModule(nn.Module):
-    """Norm or projection with separate weights for special tokens and patches (arXiv 2602.08626)."""
+    """Norm or projection with weights of their own for special tokens (arXiv 2602.08626)."""
 
     def __init__(self, module: nn.Module, num_special_tokens: int) -> None:
         super().__init__()
@@ -166,11 +171,11 @@ def specialize_layers(layers: nn.ModuleList, config: ViTCLSConfig) -> None:
 
 # Register neurons ---------------------------------------------------------------------------------
 class RegisterNeurons(nn.Module):
-    """Move the activations of selected MLP neurons from the patches to the last register, without training.
+    """Move activations of selected MLP neurons from the patches to the last register.
 
     For each neuron, the register receives the largest patch activation in magnitude, and all patch
     activations are set to 0. Other special tokens are unchanged, as in the authors' code (Jiang et
-    al. 2025, arXiv 2506.08010, section 4).
+    al. 2025, arXiv 2506.08010, section 4). No training is required.
     """
 
     def __init__(self, config: ViTCLSConfig, neurons: list[int]) -> None:
@@ -180,7 +185,7 @@ class RegisterNeurons(nn.Module):
         self.last_register = config.token_layout.registers.stop - 1
 
     def forward(self, activations: Tensor) -> Tensor:
-        """Return a copy of the activations [B, N, intermediate] in which the activations of `neurons` are moved."""
+        """Return a copy of the activations [B, N, intermediate] with moved `neurons`."""
         patch_activations = activations[:, self.patches, self.neurons]  # [B, patches, neurons]
         largest_index = patch_activations.abs().argmax(dim=1, keepdim=True)  # [B, 1, neurons]
 
@@ -204,7 +209,9 @@ def add_register_neurons(layers: Iterable[Any], config: ViTCLSConfig) -> None:
 
 # Patch dropout ------------------------------------------------------------------------------------
 class PatchDropout(nn.Module):
-    """Keep a random subset of each image's patches in training (PatchDropout, arXiv 2208.07220; FLIP, 2212.00794).
+    """Keep a random subset of each image's patches in training.
+
+    Sources: PatchDropout, arXiv 2208.07220; FLIP, arXiv 2212.00794.
 
     Kept patches retain their positions: learned embeddings are already added, and rotary embeddings
     are selected with the patches. Special tokens are always kept. In eval mode, all patches are
@@ -248,7 +255,7 @@ def keep_patches(
     kept_indices: Tensor,
     num_prefix_tokens: int,
 ) -> tuple[Tensor, Any, Any]:
-    """Keep the special tokens and the patches at `kept_indices` [B, num_kept], as `PatchDropout.forward` does."""
+    """Keep the special tokens and the patches at `kept_indices` [B, num_kept]."""
     prefix_indices = torch.arange(num_prefix_tokens, device=hidden_states.device)
     prefix_indices = prefix_indices.expand(len(hidden_states), -1)  # [B, num_prefix_tokens]
 
@@ -263,7 +270,7 @@ def keep_patches(
 
 
 def require_all_patches(model: nn.Module, config: ViTCLSConfig) -> None:
-    """Raise ValueError if a model that requires every patch is in training mode with patch dropout."""
+    """Raise ValueError in training with patch dropout, if a model requires every patch."""
     if model.training and config.patch_drop_rate > 0:
         raise ValueError(
             f"{type(model).__name__} requires every patch, but patch_drop_rate is "
@@ -279,9 +286,10 @@ def map_layers(values: Any, function: Callable[[Any], Any]) -> Any:
 
 
 def select_mask(mask: Any, indices: Tensor) -> Any:
-    """Select the tokens at `indices` [B, n] in a mask [B, N] (flash) or [B or 1, heads or 1, N or 1, N] (SDPA, eager).
+    """Select the tokens at `indices` [B, n] in a mask.
 
-    Masks of flex attention are not supported.
+    Masks are [B, N] (flash) or [B or 1, heads or 1, N or 1, N] (SDPA, eager). Masks of flex
+    attention are not supported.
     """
     if mask.ndim == 2:
         return torch.take_along_dim(mask, indices, dim=1)

@@ -23,7 +23,7 @@ from accelerate.utils import (
 )
 from torch import nn
 
-from ..model.blocks_vitcls import EncoderLayer
+from ..model.blocks_vitcls import ViTCLSLayer
 from ..model.configuration_vitcls import ViTCLSConfig
 from .errors import mark_errors_of_all_processes
 from .system import has_bfloat16
@@ -160,7 +160,7 @@ def configure_layer_sharding(accelerator: Accelerator, model: nn.Module) -> None
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.transformer_cls_names_to_wrap is None:
         layer_class_names = {
-            type(module).__name__ for module in model.modules() if isinstance(module, EncoderLayer)
+            type(module).__name__ for module in model.modules() if isinstance(module, ViTCLSLayer)
         }
         plugin.transformer_cls_names_to_wrap = sorted(layer_class_names)
     # FSDP2 warns that the patch embeddings are a view. This is harmless, because no operation

@@ -26,7 +26,7 @@ from ..data.aspect_ratio import get_fit, set_fit
 from ..data.labels import LabelSpace
 from ..hub.model_folder import ModelFolder
 from ..inference.load_model import CLASSIFIER_CLASSES, Classifier
-from ..model.blocks_vitcls import EncoderLayer, ViTCLSEmbeddings
+from ..model.blocks_vitcls import ViTCLSEmbeddings, ViTCLSLayer
 from ..model.configuration_vitcls import PRESETS, ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import ViTCLSModel
@@ -330,7 +330,7 @@ def set_train_mode(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, ViTCLSModel) and module.patch_dropout is not None:
             module.patch_dropout.train(uses_patch_dropout(module))
-        if isinstance(module, ViTCLSEmbeddings | EncoderLayer):
+        if isinstance(module, ViTCLSEmbeddings | ViTCLSLayer):
             module.train(has_trainable_parameters(module))
 
 

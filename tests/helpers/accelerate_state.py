@@ -4,5 +4,5 @@ from accelerate.test_utils.testing import AccelerateTestCase
 
 
 def reset_accelerate() -> None:
-    """Reset the state of Accelerate to the state of a process without an `Accelerator`, as its own tests do."""
+    """Reset Accelerate to the state of a process without an `Accelerator`."""
     AccelerateTestCase().tearDown()

@@ -7,7 +7,7 @@ import pytest
 
 
 def adapt_with_loader(old: Any, loader: Any, folder: Path, **change: Any) -> Any:
-    """Return the model with changed fields, adapted by `loader.from_pretrained`, or by `adapt` if `loader` is None."""
+    """Return the model adapted by `loader.from_pretrained`, or by `adapt` without a loader."""
     if loader is None:
         return old.adapt(**change)
     old.save_pretrained(folder)

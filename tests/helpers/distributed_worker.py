@@ -1,14 +1,16 @@
-"""Checks of test_distributed_runs.py that run in two processes and compare with the same model in one process.
+"""Checks of test_distributed_runs.py: two processes equal one process.
 
 Start with: torchrun --nproc-per-node 2 distributed_worker.py FOLDER
 """
 
 import functools
 import itertools
+import json
 import math
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -21,11 +23,9 @@ from torch.distributed.fsdp import fully_shard
 from transformers.distributed import DistributedConfig
 
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import modeling_vitcls as vitcls
-from helpers.process_checks import write_report
 from modeling_vitcls.data.images import UnreadableImageCounter
 from modeling_vitcls.runtime.distributed import run_on_main
 from modeling_vitcls.runtime.errors import RunStopped
@@ -44,11 +44,13 @@ SIZES: dict[str, Any] = {
     "patch_size": 8,
     "hidden_size": 32,
     "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
 }
-SIZES |= {"num_attention_heads": 4, "intermediate_size": 48}
 SCOPES: list[Any] = ["image", [2, 2, 0, 0], [2, 2, 1, 1]]
 
-# Name -> model class and configuration fields. Each model must train on several processes without changes.
+# Name -> model class and configuration fields. Each model must train on several processes without
+# changes.
 LAYOUTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "one CLS": (vitcls.ViTCLSForImageClassification, {"use_mask_token": True}),
     "distillation and registers": (
@@ -111,7 +113,7 @@ def fsdp_by_plan(layout: str, folder: Path) -> None:
 
 @check
 def fsdp_by_block(layout: str, folder: Path) -> None:
-    """Check a training step with FSDP2 applied to the modules in `_no_split_modules`, as accelerate does.
+    """Check a step with FSDP2 on the modules in `_no_split_modules`, as in accelerate.
 
     A backbone is sharded as a submodule of another module, as in real models. If it is the
     outermost module, FSDP2 renames its class. transformers, which finds the class by name, then
@@ -131,7 +133,7 @@ def fsdp_by_block(layout: str, folder: Path) -> None:
 
 @check
 def token_attention_with_fsdp(layout: str, folder: Path) -> None:
-    """Check that `token_attention` uses gathered weights, even for tokens that the heads do not use."""
+    """Check that `token_attention` gathers weights, also for tokens that heads ignore."""
     model, path = save_model(layout, folder)
     sharded = type(model).from_pretrained(path)
     for module in list(sharded.modules()):
@@ -147,7 +149,7 @@ def token_attention_with_fsdp(layout: str, folder: Path) -> None:
 
 @check
 def data_parallel(layout: str, folder: Path) -> None:
-    """Check two steps with DDP through accelerate, whose second step raises an error if a parameter was unused."""
+    """Check two steps with DDP; the second is an error if a parameter was unused."""
     accelerator = Accelerator(cpu=True)
     model, path = save_model(layout, folder)
     replica = type(model).from_pretrained(path)
@@ -164,7 +166,7 @@ def data_parallel(layout: str, folder: Path) -> None:
 
 
 def build_training_loop(folder: Path, objective: Objective) -> TrainingLoop:
-    """Build a training loop of four steps on both processes, which calls `objective(model, batch)`."""
+    """Build a training loop of four steps, which calls `objective(model, batch)`."""
     accelerator = Accelerator(cpu=True)
     model, _ = save_model("one CLS", folder)
     options = TrainingOptions(max_steps=4, batch_size=2, learning_rate=0.1, layer_decay=1.0)
@@ -192,7 +194,7 @@ NO_IMAGES: dict[str, Any] = {"errors": {}}  # a batch of two readable images, wi
 
 
 def random_numbers_per_process(folder: Path) -> None:
-    """Check that random numbers of a forward pass differ between processes and steps, and are reproducible."""
+    """Check that random numbers differ between processes and steps, and repeat."""
 
     def draw(model: Any, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         drawn.append(torch.rand(4))
@@ -274,7 +276,7 @@ CHECKS |= {
 
 
 def save_model(layout: str, folder: Path) -> tuple[Any, Path]:
-    """Return the model of a layout, equal in all processes, and the folder to which it was saved."""
+    """Return the model of a layout, equal in all processes, and its saved folder."""
     model_class, overrides = LAYOUTS[layout]
     torch.manual_seed(0)
     model = model_class(vitcls.ViTCLSConfig(**SIZES, **overrides))
@@ -311,7 +313,10 @@ def compute_loss(model: Any, layout: str, images: torch.Tensor) -> torch.Tensor:
 
 
 def compare_a_step(layout: str, model: Any, sharded: Any) -> None:
-    """Check that an SGD step of a sharded model, with half of the batch per process, equals a step on one process."""
+    """Check that an SGD step of a sharded model equals a step on one process.
+
+    Each process has half of the batch.
+    """
     assert any(hasattr(weight, "full_tensor") for weight in sharded.parameters())
     optimizers = [torch.optim.SGD(each.parameters(), lr=0.1) for each in (model, sharded)]
     compute_loss(model.train(), layout, build_all_images()).backward()
@@ -332,12 +337,33 @@ def gather(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def write_report(folder: Path) -> None:
+    """Call every check on all processes.
+
+    FOLDER/report.json contains the errors of each check on all processes, or an empty string.
+    """
+    report = {}
+    for name, run_check in CHECKS.items():
+        try:
+            run_check(folder)
+            error = ""
+        except Exception:
+            error = traceback.format_exc()
+        errors = [""] * NUM_PROCESSES
+        distributed.all_gather_object(errors, error)
+        report[name] = "\n".join(
+            f"process {rank}: {text}" for rank, text in enumerate(errors) if text
+        )
+    if distributed.get_rank() == 0:
+        (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
+
+
 def main(folder: Path) -> None:
     """Run every check."""
     torch.set_num_threads(1)
     limit = InitProcessGroupKwargs(timeout=timedelta(seconds=60))
     Accelerator(cpu=True, kwargs_handlers=[limit])  # starts the process group
-    write_report(CHECKS, folder)
+    write_report(folder)
     distributed.barrier()  # the first process to exit would stop the other
     distributed.destroy_process_group()
 

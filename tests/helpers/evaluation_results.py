@@ -1,4 +1,4 @@
-"""Metrics of the scenarios of evaluation_worker.py, and the outputs from which to compute them directly."""
+"""Metrics of the scenarios of evaluation_worker.py, and outputs to compute them from."""
 
 from typing import Any
 
@@ -16,13 +16,13 @@ def by_one_process() -> dict[str, Any]:
     return evaluate_all(build_accelerator())
 
 
+@torch.no_grad()
 def compute_outputs(name: str) -> tuple[Any, list[Any]]:
     """Return the model's outputs for all images of a scenario in one batch, and the labels."""
     pictures = build_labeled_images(name)
     processor = ViTCLSImageProcessor(size=16)
     pixel_values = processor(list(pictures.images), return_tensors="pt")["pixel_values"]
-    with torch.no_grad():
-        return build_classifier(name)(pixel_values), list(pictures.labels)
+    return build_classifier(name)(pixel_values), list(pictures.labels)
 
 
 def close(value: float) -> Any:

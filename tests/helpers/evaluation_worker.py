@@ -1,4 +1,4 @@
-"""Evaluations that tests run in their own process, and that test_evaluate.py compares with two processes:
+"""Evaluations in the test process, which test_evaluate.py compares with two processes:
 
     accelerate launch --multi_gpu --num_processes 2 evaluation_worker.py FOLDER
 
@@ -47,8 +47,10 @@ SIZES: dict[str, Any] = {
     "patch_size": 8,
     "hidden_size": 16,
     "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "initializer_range": 0.5,
 }
-SIZES |= {"num_attention_heads": 2, "intermediate_size": 24, "initializer_range": 0.5}
 SPACES = {
     "single": LabelSpace("single_label_classification", {"label": CLASSES}),
     "multi_label": LabelSpace("multi_label_classification", {"label": CLASSES}),
@@ -130,7 +132,7 @@ def evaluate_all(accelerator: Accelerator) -> dict[str, Any]:
 
 
 def evaluate_stream(accelerator: Accelerator) -> dict[str, Any]:
-    """Return the metrics of streamed images, and the index and name of each image in the order of the outputs."""
+    """Return the metrics of streamed images, and the index and name of each image."""
     images = build_labeled_images("single")
     column = LabelColumn("label", CLASSES, is_declared=True)
     stream = images.images.dataset.add_column("label", images.labels).to_iterable_dataset()

@@ -1,7 +1,7 @@
-"""Start new Python processes quickly: forks of a server that has imported torch, but not this package.
+"""Start new Python processes quickly: forks of a server that has imported torch.
 
-    ran = run_fresh(script, "--flag", environment=environment)    as subprocess.run([sys.executable, script, "--flag"])
-    ran = run_fresh("-I", "-c", code, folder)                     the same, in isolated mode
+    ran = run_fresh(script, "--flag")          as subprocess.run([sys.executable, script, "--flag"])
+    ran = run_fresh("-I", "-c", code, folder)  the same, in isolated mode
     ran = run_fresh("-m", "modeling_vitcls.cli", "predict")
 
 The forks import this package, transformers and the other libraries that read environment variables

@@ -33,7 +33,7 @@ class PackageBlocker(MetaPathFinder):
     """Make `import modeling_vitcls` fail, as if the package were not installed."""
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> None:
-        """Raise an error for the package, but not for modules such as `transformers_modules.x.modeling_vitcls`."""
+        """Raise an error for the package, not for `transformers_modules.x.modeling_vitcls`."""
         if fullname.partition(".")[0] == "modeling_vitcls":
             raise ModuleNotFoundError(f"No module named {fullname!r}")
 
@@ -102,10 +102,10 @@ def load(source: str, auto_class: str) -> tuple[Any, dict[str, Any]]:
     return getattr(transformers, auto_class).from_pretrained(source, **options)
 
 
+@torch.no_grad()
 def compute_outputs(model: torch.nn.Module, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return the model's output tensors for these images, by name."""
-    with torch.no_grad():
-        return flatten(dict(model.eval()(pixel_values)))
+    return flatten(dict(model.eval()(pixel_values)))
 
 
 def flatten(outputs: Any) -> dict[str, torch.Tensor]:

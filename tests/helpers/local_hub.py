@@ -189,14 +189,14 @@ class LocalHub:
 
     # Methods for requests -------------------------------------------------------------------------
 
-    def next_fault(self, method: str, path: str) -> Fault | None:
-        """Return the fault of this request, or None."""
+    def next_fault(self, method: str, path: str) -> str | int | None:
+        """Return the kind of the fault of this request, or None."""
         with self.lock:
             self.requests.append((method, path))
             for fault in self.faults:
                 if fault.times > 0 and fault.method == method and fault.path.search(path):
                     fault.times -= 1
-                    return fault
+                    return fault.kind
         return None
 
     def repository(self, repo_id: str) -> Repository | None:
@@ -273,7 +273,7 @@ def running_hub(folder: Path | None = None) -> Iterator[LocalHub]:
 def point_client_at(
     url: str, token: str | None, monkeypatch: pytest.MonkeyPatch, home: Path
 ) -> None:
-    """Set the Hub address, the token and the cache of huggingface_hub in this process and its child processes.
+    """Set the address, token and cache of huggingface_hub, also for child processes.
 
     Constants that huggingface_hub reads from the environment at import are also set. The cache only
     changes in child processes.

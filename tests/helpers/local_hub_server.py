@@ -101,33 +101,7 @@ def get_commit(repository: "Repository", revision: str) -> tuple[str, "Commit"]:
     return name, repository.commits[name]
 
 
-# Accounts and repositories ------------------------------------------------------------------------
-
-
-def who_am_i(hub: "LocalHub", match: re.Match[str], request: Request) -> Response:
-    """Return the user of the token, the user's organizations, and the permissions of the token."""
-    if request.token is None:
-        raise ErrorResponse(401, "Invalid username or password.")
-    token = request.token
-    access: dict[str, Any] = {"displayName": "test", "role": token.role}
-    if token.role == "fineGrained":
-        scoped = [
-            {"entity": {"_id": "0", "type": kind, "name": name}, "permissions": permissions}
-            for (kind, name), permissions in token.scopes.items()
-        ]
-        access["fineGrained"] = {"canReadGatedRepos": False, "global": [], "scoped": scoped}
-    organizations = [
-        {"type": "org", "name": name, "roleInOrg": role}
-        for name, role in token.organizations.items()
-    ]
-    return Response(
-        {
-            "type": "user",
-            "name": token.user,
-            "orgs": organizations,
-            "auth": {"type": "access_token", "accessToken": access},
-        }
-    )
+# Repositories ------------------------------------------------------------------------------------
 
 
 def check_write_access(hub: "LocalHub", match: re.Match[str], request: Request) -> Response:
@@ -167,11 +141,9 @@ def validate_card(hub: "LocalHub", match: re.Match[str], request: Request) -> Re
     content = request.json()["content"]
     header = re.match(r"---\n(.*?)\n---", content, re.DOTALL)
     try:
-        metadata = yaml.safe_load(header[1]) if header else {}
+        yaml.safe_load(header[1] if header else "")
     except yaml.YAMLError as error:
         return Response({"errors": [{"message": f"bad YAML: {error}"}], "warnings": []}, 400)
-    if not isinstance(metadata, dict):
-        return Response({"errors": [{"message": "the metadata is no object"}], "warnings": []}, 400)
     return Response({"errors": [], "warnings": []})
 
 
@@ -190,10 +162,7 @@ def create_branch(hub: "LocalHub", match: re.Match[str], request: Request) -> Re
 def create_tag(hub: "LocalHub", match: re.Match[str], request: Request) -> Response:
     """Create a tag of a revision."""
     repository = get_writable(hub, match["repo"], request)
-    tag = request.json()["tag"]
-    if tag in repository.tags:
-        raise ErrorResponse(409, f"Tag reference exists already: {tag}")
-    repository.tags[tag], _ = get_commit(repository, match["name"])
+    repository.tags[request.json()["tag"]], _ = get_commit(repository, match["name"])
     return Response()
 
 
@@ -242,20 +211,6 @@ def tree(hub: "LocalHub", match: re.Match[str], request: Request) -> Response:
     if request.query.get("recursive", ["false"])[0].lower() != "true":
         entries = [entry for entry in entries if "/" not in str(entry["path"]).removeprefix(start)]
     return Response(entries)
-
-
-def paths_info(hub: "LocalHub", match: re.Match[str], request: Request) -> Response:
-    """Return information about the requested files."""
-    _, commit = get_commit(get_readable(hub, match["repo"], request), match["revision"])
-    is_json = request.headers.get("content-type") == "application/json"
-    requested = request.json() if is_json else parse_qs(request.body.decode())
-    return Response(
-        [
-            file_entry(path, commit.files[path])
-            for path in requested["paths"]
-            if path in commit.files
-        ]
-    )
 
 
 def file_entry(path: str, file: "StoredFile") -> dict[str, Any]:
@@ -413,7 +368,6 @@ REPO = r"(?P<repo>(spaces/|datasets/)?[\w.-]+/[\w.-]+)"
 REVISION = r"(?P<revision>[^/]+)"
 ANY_REPO = f"/api/(models/|(?=spaces/|datasets/)){REPO}"
 HUB_ROUTES: Routes = [
-    ("GET", re.compile(r"/api/whoami-v2"), who_am_i),
     ("POST", re.compile(r"/api/repos/create"), create_repository),
     ("POST", re.compile(r"/api/validate-yaml"), validate_card),
     ("GET", re.compile(f"{ANY_REPO}/auth-check/write"), check_write_access),
@@ -421,7 +375,6 @@ HUB_ROUTES: Routes = [
     ("POST", re.compile(f"{ANY_REPO}/tag/(?P<name>[^/]+)"), create_tag),
     ("GET", re.compile(f"{ANY_REPO}(/revision/{REVISION})?"), repository_info),
     ("GET", re.compile(f"{ANY_REPO}/tree/{REVISION}(/(?P<folder>.+))?"), tree),
-    ("POST", re.compile(f"{ANY_REPO}/paths-info/{REVISION}"), paths_info),
     ("GET", re.compile(f"/{REPO}/resolve/{REVISION}/(?P<file>.+)"), resolve),
     ("POST", re.compile(f"{ANY_REPO}/preupload/{REVISION}"), preupload),
     ("POST", re.compile(f"/{REPO}[.]git/info/lfs/objects/batch"), lfs_batch),
@@ -443,25 +396,20 @@ def build_handler(hub: "LocalHub", routes: Routes) -> type[BaseHTTPRequestHandle
 
         def do_GET(self) -> None:
             fault = hub.next_fault(self.command, self.path)
-            if fault is not None and fault.kind == "drop":
+            if fault == "drop":
                 self.drop_connection()
                 return
             body = self.read_body()
-            if fault is not None and fault.kind == "corrupt":
+            if fault == "corrupt":
                 body = body[:-1] + bytes([body[-1] ^ 1])
-            if fault is not None and fault.kind == "hang":
+            if fault == "hang":
                 hub.is_stopped.wait()
                 return
-            if fault is not None and isinstance(
-                fault.kind, int
-            ):  # as of an overloaded server or proxy
-                self.send(
-                    Response(
-                        b"<html><h1>not now</h1></html>", fault.kind, {"Content-Type": "text/html"}
-                    )
-                )
+            if isinstance(fault, int):  # as of an overloaded server or proxy
+                page = b"<html><h1>not now</h1></html>"
+                self.send(Response(page, fault, {"Content-Type": "text/html"}))
                 return
-            self.send(self.response(body), is_cut=fault is not None and fault.kind == "cut")
+            self.send(self.response(body), is_cut=fault == "cut")
 
         do_HEAD = do_POST = do_PUT = do_GET
 
@@ -497,23 +445,14 @@ def build_handler(hub: "LocalHub", routes: Routes) -> type[BaseHTTPRequestHandle
             return body
 
         def send(self, response: Response, is_cut: bool = False) -> None:
-            content = (
-                response.content
-                if isinstance(response.content, bytes)
-                else json.dumps(response.content).encode()
-            )
-            kind = (
-                "application/octet-stream"
-                if isinstance(response.content, bytes)
-                else "application/json"
-            )
+            content = response.content
+            kind = "application/octet-stream"
+            if not isinstance(content, bytes):
+                content = json.dumps(content).encode()
+                kind = "application/json"
             self.send_response(response.status)
-            headers = {
-                "Content-Type": kind,
-                "Content-Length": str(len(content)),
-                **response.headers,
-            }
-            for header, value in headers.items():
+            headers = {"Content-Type": kind, "Content-Length": str(len(content))}
+            for header, value in (headers | response.headers).items():
                 self.send_header(header, value)
             self.end_headers()
             if self.command != "HEAD":

@@ -14,7 +14,7 @@ from modeling_vitcls.inference.prediction_rows import build_prediction_columns
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder of nine photographs of many kinds, with sub-folders and files that are not images."""
+    """Return a folder of nine photographs of many kinds, and files that are not images."""
     folder = tmp_path_factory.mktemp("photos")
     (folder / "inner").mkdir()
     (folder / ".hidden").mkdir()

@@ -1,6 +1,6 @@
-"""Random state dicts with the names and shapes of published checkpoints, and the authors' forward passes.
+"""Random weights of published checkpoints, and the authors' forward passes.
 
-    build_vit_weights(...)         DINO, DINOv2, DeiT, MAE, TIPS, ...; two layers by default, width 192 or 384
+    build_vit_weights(...)         DINO, DINOv2, DeiT, MAE, TIPS, ...; by default, two layers
     build_dinov3_weights(...)      DINOv3
     build_flax_weights(...)        big_vision and google-research/vision_transformer
     run_authors_vit(...)           tokens after the last norm, written as in the authors' code
@@ -102,6 +102,11 @@ def build_dinov3_weights(mlp: str = "plain", bias: bool = True) -> Weights:
     return weights | {"rope_embed.periods": (100.0 ** (torch.arange(16) / 16)).bfloat16()}
 
 
+def project_patches(images: torch.Tensor, kernel: torch.Tensor, bias: Any) -> torch.Tensor:
+    """Return the projections of patches [B, D, rows, columns], of the size of the kernel."""
+    return functional.conv2d(images, kernel, bias, stride=(kernel.shape[-2], kernel.shape[-1]))
+
+
 @torch.no_grad()
 def run_authors_vit(
     weights: Weights, images: torch.Tensor, resample: Resample | None = None
@@ -112,7 +117,7 @@ def run_authors_vit(
     """
     width = weights["patch_embed.proj.weight"].shape[0]
     kernel, bias = weights["patch_embed.proj.weight"], weights["patch_embed.proj.bias"]
-    maps = functional.conv2d(images, kernel, bias, stride=kernel.shape[-2:])  # type: ignore[arg-type]
+    maps = project_patches(images, kernel, bias)
     grid = maps.shape[-2:]
     tokens = maps.flatten(2).transpose(1, 2)
     prefix = [
@@ -229,7 +234,7 @@ def build_flax_mlp(name: str) -> Shapes:
 
 @torch.no_grad()
 def run_big_vision(weights: Weights, images: torch.Tensor) -> torch.Tensor:
-    """Return the logits [B, labels] of big_vision's ViT: CLS token, attention pooling or mean of the patches."""
+    """Return the logits [B, labels] of big_vision's ViT, for each of its poolings."""
 
     def norm(name: str, values: torch.Tensor) -> torch.Tensor:
         scale, bias = weights[f"{name}/scale"], weights[f"{name}/bias"]
@@ -253,7 +258,7 @@ def run_big_vision(weights: Weights, images: torch.Tensor) -> torch.Tensor:
         return hidden @ weights[f"{name}/Dense_1/kernel"] + weights[f"{name}/Dense_1/bias"]
 
     kernel = weights["embedding/kernel"].permute(3, 2, 0, 1)
-    maps = functional.conv2d(images, kernel, weights["embedding/bias"], stride=kernel.shape[-2:])  # type: ignore[arg-type]
+    maps = project_patches(images, kernel, weights["embedding/bias"])
     tokens = maps.flatten(2).transpose(1, 2)
     if "pos_embedding" in weights:
         tokens = tokens + weights["pos_embedding"]

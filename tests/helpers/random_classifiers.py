@@ -7,5 +7,5 @@ from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification
 
 
 def build_random_model(**values: Any) -> ViTCLSForImageClassification:
-    """Return a classifier with the given fields of the configuration, and those of TINY otherwise."""
+    """Return a classifier with these fields of the configuration, and those of TINY."""
     return ViTCLSForImageClassification(ViTCLSConfig(**(TINY.get_config_values() | values)))

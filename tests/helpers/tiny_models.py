@@ -1,4 +1,4 @@
-"""Helpers of the core tests: small models, random weights, images, and a check for one-line errors."""
+"""Small models, random weights and images, and a check for one-line errors."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -107,19 +107,19 @@ def build_tiny_config(**fields: Any) -> ViTCLSConfig:
     return ViTCLSConfig(**{**SIZES, **fields})
 
 
+@torch.no_grad()
 def randomize(model: Model, seed: int = 0) -> Model:
-    """Set all parameters to random values, because zeros and ones hide errors; return the model in eval mode."""
+    """Set all parameters to random values, as zeros and ones hide errors; enter eval mode."""
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    for parameter in model.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
     return model.eval()
 
 
 def save_with_processor(
     model: PreTrainedModel, folder: Path, processor: ViTCLSImageProcessor | None = None
 ) -> Path:
-    """Save a model with random parameters and an image processor, by default for 32 x 32 pixels; return the folder."""
+    """Save a model with random parameters and an image processor; return the folder."""
     randomize(model).save_pretrained(folder)
     (processor or ViTCLSImageProcessor(size=32)).save_pretrained(folder)
     return folder
@@ -174,7 +174,7 @@ def save_and_load(model: PreTrainedModel, folder: Path, **kwargs: Any) -> Any:
 
 
 def get_largest_difference(first: torch.Tensor, second: torch.Tensor) -> float:
-    """Return the largest absolute difference between two tensors of equal shape; 0 if they are empty."""
+    """Return the largest absolute difference between two tensors; 0 if they are empty."""
     assert first.shape == second.shape
     return (first - second).abs().max().item() if first.numel() else 0.0
 
@@ -189,7 +189,7 @@ def list_tensors(output: Any) -> Iterator[torch.Tensor]:
 
 
 def assert_same_outputs(first: Any, second: Any, tolerance: float = 0.0) -> None:
-    """Check that two outputs, or dicts or tuples of outputs, contain the same tensors in the same order."""
+    """Check that two outputs, or dicts or tuples of outputs, contain the same tensors."""
     first_values = list(list_tensors(first))
     second_values = list(list_tensors(second))
     assert first_values

@@ -71,7 +71,7 @@ def run_to_folder(options: Any) -> Path:
 
 
 def prepare_setup(options: Any) -> SimpleNamespace:
-    """Return what a run prepares before training: task, options with all defaults, data, plan and reporter."""
+    """Return what a run prepares: task, resolved options, data, plan and reporter."""
     reset_accelerate()
     kind: Any = pretrain if isinstance(options, PretrainOptions) else finetune
     options = kind.check_options(options)
@@ -86,7 +86,7 @@ def prepare_setup(options: Any) -> SimpleNamespace:
 
 
 def build_initial_model(options: ModelOptions, label_space: LabelSpace) -> Any:
-    """Return the model, the image processor and the names of new parameters, as at the start of a run."""
+    """Return model, image processor and names of new parameters, as at a run's start."""
     return build_model(options, resolve_initial_model(options.model), label_space)
 
 

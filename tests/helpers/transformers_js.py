@@ -1,4 +1,4 @@
-"""The npm package of transformers.js, and a classifier of digits, for tests in node and in a browser."""
+"""The npm package of transformers.js, and a classifier of digits to run with it."""
 
 import shutil
 import subprocess
@@ -19,7 +19,10 @@ NUM_DIGITS = 500
 
 
 def install_transformers_js(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Install transformers.js once per session and return its folder; skip the test without node, npm or network."""
+    """Install transformers.js once per session, and return its folder.
+
+    Skip the test without node, npm or a network.
+    """
     if shutil.which("node") is None or shutil.which("npm") is None:
         pytest.skip("node and npm are not installed")
     folder = tmp_path_factory.getbasetemp() / "npm"
@@ -46,7 +49,7 @@ def load_digit_images() -> list[Image.Image]:
 
 
 def save_digits_classifier(folder: Path, **fields: Any) -> Path:
-    """Save a classifier with random weights that predicts several classes for the digits; return its folder."""
+    """Save a random classifier that predicts several classes for the digits."""
     names = {index: f"digit {index}" for index in range(10)}
     config = build_tiny_config(
         **{"num_hidden_layers": 1, "num_register_tokens": 2, "num_labels": 10, "id2label": names}

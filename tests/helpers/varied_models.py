@@ -1,4 +1,4 @@
-"""Helpers of the analysis tests: small models whose predictions differ between images, and their statistics."""
+"""Small models whose predictions differ between images, and their statistics."""
 
 from typing import Any
 

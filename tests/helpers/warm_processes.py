@@ -1,6 +1,6 @@
 """Start processes quickly: forks of a server that has imported the large libraries.
 
-    process = READY.Process(target=run_script, args=("finetune.py", flags, log, errors, environment))
+    process = READY.Process(target=run_script, args=("finetune.py", flags, log, errors, variables))
     output = run_together("finetune.py", *flags, log=log)      two processes that communicate
 
 Forks of the test process would inherit the state of earlier tests, and could not compute gradients
@@ -16,13 +16,16 @@ import socket
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
-PRELOADED = ["modeling_vitcls.training.finetune", "datasets", "peft", "psutil", "pytest", "timm"]
-PRELOADED += ["sklearn.datasets", "sklearn.model_selection", "tyro"]
+PRELOADED = (
+    "modeling_vitcls.training.finetune datasets peft psutil pytest timm "
+    "sklearn.datasets sklearn.model_selection tyro"
+).split()
 METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 READY = multiprocessing.get_context(METHOD)
 if multiprocessing.parent_process() is None:  # not inherited by the forks
@@ -81,39 +84,41 @@ def run_together(
         may_fail: whether the exit status is ignored.
     """
     errors = log.with_name(f"{log.name}.errors")
-    port = find_free_port()
-    started = [
-        READY.Process(
-            target=run_script,
-            args=(
-                script,
-                list(map(str, flags)),
-                log,
-                errors,
-                dict(environment or {}) | get_rank_variables(rank, processes, port),
-            ),
-        )
-        for rank in range(processes)
-    ]
-    for process in started:
-        process.start()
+    words = list(map(str, flags))
+    started = start_together(script, words, log, errors, environment or {}, processes)
     for process in started:
         process.join(SECONDS)
     hanging = [process for process in started if process.is_alive()]
     for process in hanging:
         process.terminate()
-    assert not hanging, (
-        f"{len(hanging)} of {processes} did not end in {SECONDS} s: {log.read_text()}"
-    )
-    if not may_fail:
-        assert [process.exitcode for process in started] == [0] * processes, (
-            log.read_text() + errors.read_text()
-        )
-    return log.read_text(encoding="utf-8")
+    output = log.read_text(encoding="utf-8")
+    assert not hanging, f"{len(hanging)} of {processes} did not end in {SECONDS} s: {output}"
+    statuses = [process.exitcode for process in started]
+    assert may_fail or statuses == [0] * processes, output + errors.read_text()
+    return output
+
+
+def start_together(
+    script: str | Path,
+    flags: Sequence[str],
+    log: Path,
+    errors: Path,
+    environment: Mapping[str, str],
+    processes: int = 2,
+) -> list[Any]:
+    """Start a script on processes that communicate, and return the processes."""
+    port = find_free_port()
+    started = []
+    for rank in range(processes):
+        variables = {**environment, **get_rank_variables(rank, processes, port)}
+        process = READY.Process(target=run_script, args=(script, flags, log, errors, variables))
+        process.start()
+        started.append(process)
+    return started
 
 
 def get_rank_variables(rank: int, world: int, port: int) -> dict[str, str]:
-    """Return the environment variables that a launcher sets for one of several processes on the CPU."""
+    """Return the variables that a launcher sets for one of several processes."""
     several = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
     several |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     cpu = {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": get_loopback()}
@@ -133,7 +138,7 @@ def get_loopback() -> str:
 
 
 def run_checks(worker: str, folder: Path, num_processes: int) -> dict[str, str]:
-    """Run the checks of a worker script on several processes; return the error of each check, "" if it passed.
+    """Run a worker's checks on several processes; return each error, "" if it passed.
 
     The exit status is ignored: with torch 2.11, gloo threads sometimes abort a process that has
     finished.

@@ -30,7 +30,7 @@ FORMULA_PREFIXES = tuple("=+-@\t\r")
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return photographs in classes whose names are formulas; one file name contains an escape sequence."""
+    """Return photographs of classes, and of a file, whose names are harmful in a table."""
     folder = write_photos(tmp_path_factory.mktemp("photos"), range(8), *NAMES)
     (folder / NAMES[0] / "0.png").rename(folder / NAMES[0] / "\x1b[31m.png")
     return folder
@@ -78,11 +78,14 @@ def test_audits_contain_no_formulas_and_exclude_the_images_they_list(
     model: Path, photos: Path, tmp_path: Path
 ) -> None:
     assert audit(model, photos, tmp_path / "audit.html") == 0
+
     with (tmp_path / "audit.csv").open(newline="", encoding="utf-8") as stream:
         header, row, *_ = csv.reader(stream)
     values = dict(zip(header, row, strict=True))
+
     assert values["id"].startswith("'")
     assert values["label"].startswith("'")
+
     whole = prepare_setup(
         build_tiny_options(tmp_path / "whole", photos, held_out_fraction=0.5)
     ).data.train
@@ -91,6 +94,7 @@ def test_audits_contain_no_formulas_and_exclude_the_images_they_list(
     options = build_tiny_options(
         tmp_path / "out", photos, held_out_fraction=0.5, exclude=tmp_path / "edited.csv"
     )
+
     assert prepare_setup(options).data.num_excluded == 1
 
 

@@ -1,15 +1,15 @@
-"""README.md, CONTRIBUTING.md, AGENTS.md and docs/*.md: links, names, flags, error messages and code blocks.
+"""The pages: links, names, flags, error messages and code blocks.
 
 Fast tests resolve the imports of Python blocks; slow tests run the blocks. The
 blocks of a page run one after the other in one process, offline, in a folder with
     photos/cat/*.png, photos/dog/*.png, photo.jpg    real digits as images
-    runs/photos                                      a small classifier of cat and dog, with random weights
-    study_digits                                     the recipe with two seeds, and two training steps per run
+    runs/photos                                      a small random classifier of cat and dog
+    study_digits                                     the recipe with two seeds and two steps per run
 
 An HTML comment in the line before a block changes what happens to it:
     <!-- not run: REASON -->                     the block requires the network, a GPU or minutes
     <!-- run with: "NEW" instead of "OLD" -->    the block runs with one text replaced
-    <!-- run -->                                 commands run as well (slow tests), with few steps and a small model
+    <!-- run -->                                 commands run as well (slow tests), on a small model
 
 The flags of all commands are compared with `vitcls NAME --help`, even in blocks that do not run.
 """
@@ -26,7 +26,7 @@ import runpy
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -35,6 +35,7 @@ import numpy as np
 import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
+from helpers.command_in_process import run_here
 from helpers.fresh_processes import run_fresh
 from helpers.scripts_in_process import run_in_process
 from PIL import Image
@@ -215,16 +216,15 @@ def test_every_page_is_in_the_index() -> None:
 # Commands and flags -------------------------------------------------------------------------------
 
 
+@cache
 def read_flags(name: str) -> frozenset[str]:
     """Return the flags in `vitcls NAME --help`, or in the help of a program of scripts/."""
     output = io.StringIO()
-    if name in PROGRAMS:
-        with contextlib.redirect_stdout(output):
+    with contextlib.redirect_stdout(output):
+        if name in PROGRAMS:
             assert run_in_process(Path(name).name, "--help") == 0
-        return frozenset(FLAG.findall(output.getvalue()))
-    with contextlib.redirect_stdout(output), pytest.raises(SystemExit) as ended:
-        cli.main([name, "--help-all"])
-    assert ended.value.code == 0
+        else:
+            assert run_here(name, "--help-all") == 0
     return frozenset(FLAG.findall(output.getvalue()))
 
 
@@ -278,7 +278,7 @@ def parse_command(words: list[str]) -> Command | None:
 
 
 def read_subcommand(script: Path) -> str:
-    """Return the name of the subcommand that a program in scripts/ runs, or the path of a program of its own."""
+    """Return the subcommand that a script runs, or the path of a program of its own."""
     name = script.relative_to(ROOT).as_posix()
     if name in PROGRAMS:
         return name
@@ -290,7 +290,7 @@ def read_subcommand(script: Path) -> str:
 
 
 def read_all_commands() -> Iterator[tuple[str, list[str]]]:
-    """Yield the position and the words of each command: in bash blocks, and in inline code, for example in tables."""
+    """Yield the position and the words of each command, also of those in inline code."""
     for block in BLOCKS:
         if block.language == "bash":
             yield from ((str(block), words) for words in block.get_commands())
@@ -307,6 +307,7 @@ def test_commands_have_the_flags_of_their_programs() -> None:
         for place, command in found
         if command and command.name not in OTHER_SUBCOMMANDS
     ]
+
     for place, command in commands:
         assert command.name in ALL_PROGRAMS, f"{place}: there is no `vitcls {command.name}`"
         unknown = get_flags(command.arguments) - read_flags(command.name)
@@ -336,17 +337,20 @@ def test_the_pages_contain_the_address_of_pyproject() -> None:
     for page in make_address.PAGES:
         text = page.read_text(encoding="utf-8")
         assert make_address.write_address(text, make_address.read_address()) == text, page
-    command = make_address.write_address('pip install ".[cli,export]"', "https://example.org/x")
-    assert command == 'pip install "modeling_vitcls[cli,export] @ git+https://example.org/x"'
-    assert make_address.write_address(command, None) == 'pip install ".[cli,export]"'
-    clone = make_address.write_address(
-        "git clone ADDRESS-OF-THIS-REPOSITORY x", "https://example.org/x"
-    )
-    assert clone == "git clone https://example.org/x x"
-    assert make_address.write_address(clone, None) == "git clone ADDRESS-OF-THIS-REPOSITORY x"
+
+    url = "https://example.org/x"
+    commands = {
+        'pip install ".[cli,export]"': f'pip install "modeling_vitcls[cli,export] @ git+{url}"',
+        "git clone ADDRESS-OF-THIS-REPOSITORY x": f"git clone {url} x",
+    }
+    for command, with_address in commands.items():
+        assert make_address.write_address(command, url) == with_address
+        assert make_address.write_address(with_address, None) == command
+
     readme = make_address.write_address(
         (ROOT / "README.md").read_text(encoding="utf-8"), "https://github.com/a/x"
     )
+
     assert "https://github.com/a/x/actions/workflows/test.yml/badge.svg" in readme
     assert "https://a.github.io/x" in readme
 
@@ -417,6 +421,7 @@ def test_links_of_the_package_page_are_absolute(
     )
     runpy.run_path(str(tmp_path / "setup.py"))
     targets = re.findall(r"\]\(([^)]+)\)", described[0])
+
     assert targets
     assert all(target.startswith(("https://", "http://")) for target in targets)
     assert "https://example.org/vitcls/raw/main/docs/images/look.jpg" in targets
@@ -463,9 +468,14 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def write_classifier(folder: Path, labels: list[str]) -> None:
     """Write a small classifier with random weights."""
     config = ViTCLSConfig.from_preset(
-        "tiny", image_size=32, hidden_size=32, num_attention_heads=2, num_hidden_layers=2, num_register_tokens=2,
+        "tiny",
+        image_size=32,
+        hidden_size=32,
+        num_attention_heads=2,
+        num_hidden_layers=2,
+        num_register_tokens=2,
         id2label=dict(enumerate(labels)),
-    )  # fmt: skip
+    )
     ViTCLSForImageClassification(config).save_pretrained(folder)
     ViTCLSImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
 
@@ -480,7 +490,9 @@ def run(prepared: Path, tmp_path: Path) -> Run:
     (tmp_path / "scripts").symlink_to(ROOT / "scripts")
     hub = {"HF_HOME": str(tmp_path / "huggingface"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
 
-    def start(command: list[str], variables: list[str] = []) -> subprocess.CompletedProcess[str]:  # noqa: B006
+    def start(
+        command: Sequence[str], variables: Sequence[str] = ()
+    ) -> subprocess.CompletedProcess[str]:
         environment = os.environ | hub | dict(each.split("=", 1) for each in variables)
         done = run_fresh(*command, environment=environment, cwd=tmp_path)
         assert done.returncode == 0, (
@@ -529,6 +541,7 @@ def test_python_blocks_run(page: Path, run: Run, tmp_path: Path) -> None:
         ViTCLSModel(config).save_pretrained(tmp_path / "runs" / "student")
     (tmp_path / "page.py").write_text(source, encoding="utf-8")
     done = run(["page.py"])
+
     for line in source.splitlines():
         if PRINTED.match(line):
             assert line.removeprefix("# ") in done.stdout.splitlines()
@@ -540,6 +553,7 @@ def test_examples_in_docstrings_run(run: Run, tmp_path: Path) -> None:
     documented = [each for each in objects if callable(each)]
     documented += [lejepa.LeJEPA, mae.MAE, distillation.compute_feature_loss]
     lines = []
+
     for each in documented:
         examples = doctest.DocTestParser().get_examples(inspect.getdoc(each) or "")
         assert examples, f"{each.__name__} has no example"
@@ -548,6 +562,7 @@ def test_examples_in_docstrings_run(run: Run, tmp_path: Path) -> None:
             is_value = expected and not example.source.startswith("print")
             source = example.source.strip()
             lines.append(f"assert repr(({source})) == {expected!r}" if is_value else source)
+
     write_classifier(tmp_path / "runs" / "digits", list("0123456789"))
     (tmp_path / "page.py").write_text("\n\n".join(lines), encoding="utf-8")
     run(["page.py"])

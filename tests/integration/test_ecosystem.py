@@ -72,14 +72,15 @@ def processor(request: pytest.FixtureRequest) -> Any:
 # Pipelines ----------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def test_the_classification_pipeline_has_the_probabilities_of_the_model(processor: Any) -> None:
     model = build_tiny_classifier().eval()
     found = pipeline("image-classification", model=model, image_processor=processor)(
         [build_pil_image(), build_pil_image()], top_k=2
     )
-    with torch.no_grad():
-        scores = model(**processor(build_pil_image(), return_tensors="pt")).logits.softmax(-1)[0]
+    scores = model(**processor(build_pil_image(), return_tensors="pt")).logits.softmax(-1)[0]
     best = scores.argmax().item()
+
     assert len(found) == 2
     assert all(len(answer) == 2 for answer in found)
     assert found[0][0] == {
@@ -88,19 +89,20 @@ def test_the_classification_pipeline_has_the_probabilities_of_the_model(processo
     }
 
 
+@torch.no_grad()
 def test_the_feature_extraction_pipeline_has_the_tokens_or_the_pooled_vector(
     processor: Any,
 ) -> None:
     torch.manual_seed(0)
     model = ViTCLSModel(build_tiny_config(**FIELDS)).eval()
-    with torch.no_grad():
-        outputs = model(**processor(build_pil_image(), return_tensors="pt"))
+    outputs = model(**processor(build_pil_image(), return_tensors="pt"))
     tokens = pipeline("image-feature-extraction", model=model, image_processor=processor)(
         build_pil_image()
     )
     pooled = pipeline(
         "image-feature-extraction", model=model, image_processor=processor, pool=True
     )(build_pil_image())
+
     torch.testing.assert_close(torch.tensor(tokens), outputs.last_hidden_state)
     torch.testing.assert_close(torch.tensor(pooled), outputs.pooler_output)
 
@@ -125,7 +127,7 @@ class Examples(torch.utils.data.Dataset):
 def build_trainer(
     model: Any, dataset: Any, folder: Path, *, trainer: Any = None, **arguments: Any
 ) -> Trainer:
-    """Return a Trainer on the CPU without trackers; `trainer` are further arguments of `Trainer`."""
+    """Return a Trainer on the CPU without trackers; `trainer` has its other arguments."""
     values = {
         "output_dir": str(folder),
         "use_cpu": True,
@@ -216,8 +218,13 @@ def test_lora_trains_saves_loads_and_merges(tmp_path: Path) -> None:
 # With a text model --------------------------------------------------------------------------------
 
 
-BERT_SIZES = {"vocab_size": 50, "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-BERT_SIZES |= {"intermediate_size": 32}
+BERT_SIZES = {
+    "vocab_size": 50,
+    "hidden_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
 
 
 @pytest.fixture
@@ -302,7 +309,7 @@ def test_a_checkpoint_in_a_subfolder_is_loaded_and_adapted(tmp_path: Path) -> No
 
 
 def build_offload_map(model: ViTCLSForImageClassification) -> dict[str, str]:
-    """Return a device map with the embeddings and the first layer on disk, and the rest in memory."""
+    """Return a device map with the embeddings and the first layer on disk."""
     blocks = [name for name in dict(model.named_children()) if name != "vitcls"]
     blocks += [f"vitcls.{name}" for name in dict(model.vitcls.named_children()) if name != "layers"]
     blocks += [f"vitcls.layers.{name}" for name in dict(model.vitcls.layers.named_children())]

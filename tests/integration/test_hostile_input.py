@@ -1,4 +1,4 @@
-"""Random damaged inputs of every kind: a result or a one-line error, in limited time, and no code is executed.
+"""Random damaged inputs: a result or a one-line error, in time, and no code is executed.
 
 The examples are the same in every run. `HYPOTHESIS_PROFILE=explore` draws other examples, and more
 of them.
@@ -59,7 +59,7 @@ is_watching = False
 
 
 def watch(event: str, arguments: Any) -> None:
-    """Record processes, connections and unpickled classes (an audit hook, which cannot be removed)."""
+    """Record processes, connections and unpickled classes (an audit hook)."""
     if is_watching and event in FORBIDDEN_EVENTS:
         watched.append(f"{event}: {arguments}")
 
@@ -73,7 +73,7 @@ class OutOfTime(BaseException):
 
 @contextlib.contextmanager
 def limits() -> Iterator[None]:
-    """Limit the time of the block, and fail if it starts a process, connects to a host or unpickles a class."""
+    """Limit the time of the block; fail if it starts, connects to or unpickles anything."""
     global is_watching
 
     def stop(*_: Any) -> None:

@@ -1,4 +1,4 @@
-"""Two `torchrun` agents on the loopback interface train as two machines do, with the SLURM script and by hand.
+"""Two `torchrun` agents on one machine train as two machines do, also with SLURM.
 
 `srun` and `scontrol` are replaced by small programs that start one process per node on this
 machine.
@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from helpers.fresh_processes import SCRIPT_ENVIRONMENT
 from helpers.photo_folders import write_photos
 from helpers.warm_processes import find_free_port, get_loopback
@@ -45,15 +46,18 @@ ENVIRONMENT = (
     | SCRIPT_ENVIRONMENT
     | {"GLOO_SOCKET_IFNAME": get_loopback(), "PYTHONUNBUFFERED": "1"}
 )
+FLAGS = (
+    "--model vitcls-tiny --image-size 32 --patch-size 8 --hidden-size 32 --num-hidden-layers 2 "
+    "--num-attention-heads 2 --batch-size 4 --max-steps 12 --save-every 2 --log-every 1 "
+    "--num-workers 0 --drop-path-rate 0.1"
+)
 
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Return the flags of a run of 12 steps on generated photographs, without the output folder."""
     photos = write_photos(tmp_path_factory.mktemp("photos") / "photos", range(20))
-    text = "--model vitcls-tiny --image-size 32 --patch-size 8 --hidden-size 32 --num-hidden-layers 2 --max-steps 12"
-    text += " --num-attention-heads 2 --batch-size 4 --save-every 2 --log-every 1 --num-workers 0 --drop-path-rate 0.1"
-    return [*text.split(), "--dataset", str(photos)]
+    return [*FLAGS.split(), "--dataset", str(photos)]
 
 
 @pytest.fixture(scope="module")
@@ -69,26 +73,13 @@ def uninterrupted(flags: list[str], tmp_path_factory: pytest.TempPathFactory) ->
 
 def start_agents(flags: list[str], folder: Path) -> list[subprocess.Popen[str]]:
     """Start two torchrun agents with one process each, as on two machines."""
-    port = find_free_port()
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nnodes",
-        "2",
-        "--nproc-per-node",
-        "1",
-    ]
-    command += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
-    program = [
-        "-m",
-        "modeling_vitcls.cli",
-        "finetune",
-        "--resume",
-        *flags,
-        "--output-dir",
-        str(folder),
-    ]
+    torchrun = (
+        "-m torch.distributed.run --nnodes 2 --nproc-per-node 1 "
+        f"--master-addr 127.0.0.1 --master-port {find_free_port()}"
+    )
+    command = [sys.executable, *torchrun.split()]
+    program = ["-m", "modeling_vitcls.cli", "finetune", "--resume", *flags]
+    program += ["--output-dir", str(folder)]
     return [
         subprocess.Popen(
             [*command, "--node-rank", str(rank), *program],
@@ -114,8 +105,7 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen[Any]) -> No
 def assert_equal_weights(first: Path, second: Path) -> None:
     """Check that two runs have the same weights to the bit, and the same accuracy."""
     weights, others = (load_file(folder / "model.safetensors") for folder in (first, second))
-    assert weights.keys() == others.keys()
-    assert all(weights[name].equal(others[name]) for name in weights)
+    torch.testing.assert_close(others, weights, rtol=0, atol=0)
     accuracies = [
         json.loads((folder / "results.json").read_text())["accuracy"] for folder in (first, second)
     ]
@@ -133,7 +123,9 @@ def test_a_killed_agent_is_started_again(
         psutil.Process(agents[1].pid),
     ]:
         member.kill()
+
     assert agents[0].wait(timeout=240) != 0  # the other agent notices
+
     agents[1].wait()
     assert not (folder / "results.json").exists()
     for agent in (agents := start_agents(flags, folder)):

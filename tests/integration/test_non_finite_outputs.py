@@ -15,8 +15,10 @@ from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate")]
 
 LABELS = {"id2label": {0: "cat", 1: "dog"}, "label2id": {"cat": 0, "dog": 1}, "num_labels": 2}
-SMALL = "--hidden-size 16 --num-hidden-layers 1 --num-attention-heads 2 --image-size 32 --patch-size 8".split()
-TRAINING = [*SMALL, "--max-steps", "2", "--batch-size", "4", "--num-workers", "0"]
+TRAINING = (
+    "--model vitcls-tiny --hidden-size 16 --num-hidden-layers 1 --num-attention-heads 2 "
+    "--image-size 32 --patch-size 8 --max-steps 2 --batch-size 4 --num-workers 0"
+).split()
 
 
 def save_nan_model(model: Any, weight: str, folder: Path) -> Path:
@@ -59,14 +61,9 @@ def check_error(capsys: pytest.CaptureFixture[str], *words: str) -> None:
 def test_evaluate_reports_no_accuracy(
     classifier: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = [
-        "--per-image",
-        str(tmp_path / "rows.parquet"),
-        "--output",
-        str(tmp_path / "results.json"),
-    ]
-    data = ["--dataset", str(photos), "--num-workers", "0"]
-    assert run_here("evaluate", "--model", str(classifier), *data, *flags) == 1
+    model = ["--model", str(classifier), "--dataset", str(photos), "--num-workers", "0"]
+    rows = ["--per-image", str(tmp_path / "rows.parquet")]
+    assert run_here("evaluate", *model, *rows, "--output", str(tmp_path / "results.json")) == 1
     check_error(capsys, "16 of 16 images")
     assert not list(tmp_path.iterdir())
 
@@ -82,14 +79,7 @@ def test_evaluate_frozen_fits_no_classifier(
 def test_finetune_does_not_learn_from_a_teacher(
     classifier: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = [
-        "--model",
-        "vitcls-tiny",
-        "--dataset",
-        str(photos),
-        "--output-dir",
-        str(tmp_path / "run"),
-    ]
+    flags = ["--dataset", str(photos), "--output-dir", str(tmp_path / "run")]
     assert run_here("finetune", *flags, *TRAINING, "--teacher", str(classifier)) == 1
     check_error(capsys, str(classifier), "4 of 4 images")
     assert not (tmp_path / "run" / "model.safetensors").exists()
@@ -98,38 +88,16 @@ def test_finetune_does_not_learn_from_a_teacher(
 def test_pretrain_does_not_learn_from_a_teacher(
     encoder: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = [
-        "--model",
-        "vitcls-tiny",
-        "--dataset",
-        str(photos),
-        "--output-dir",
-        str(tmp_path / "run"),
-    ]
-    assert (
-        run_here(
-            "pretrain", *flags, *TRAINING, "--method", "distillation", "--teachers", str(encoder)
-        )
-        == 1
-    )
+    flags = ["--dataset", str(photos), "--output-dir", str(tmp_path / "run")]
+    teachers = ["--method", "distillation", "--teachers", str(encoder)]
+    assert run_here("pretrain", *flags, *TRAINING, *teachers) == 1
     check_error(capsys, str(encoder), "4 of 4 images")
 
 
 def test_finetune_fits_no_probe(
     encoder: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = [
-        "--model",
-        str(encoder),
-        "--dataset",
-        str(photos),
-        "--output-dir",
-        str(tmp_path / "run"),
-    ]
-    assert (
-        run_here(
-            "finetune", *flags, "--batch-size", "4", "--num-workers", "0", "--trainable", "head"
-        )
-        == 1
-    )
+    flags = ["--dataset", str(photos), "--output-dir", str(tmp_path / "run")]
+    flags += "--batch-size 4 --num-workers 0 --trainable head".split()
+    assert run_here("finetune", "--model", str(encoder), *flags) == 1
     check_error(capsys, "images")

@@ -37,8 +37,10 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     printed = "".join(
         output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ())
     )
+
     assert "'registers': (64, 2, 64)" in printed
     assert "best features:" in printed
+
     accuracy = float(printed.partition("\naccuracy ")[2].partition("%")[0])
     assert accuracy > 80
     assert (tmp_path / "runs" / "quickstart" / "report.html").stat().st_size > 100_000

@@ -1,4 +1,4 @@
-"""Pre-training in two processes: stopped, killed and resumed runs, sharded weights and bfloat16, for each method.
+"""Pre-training in two processes: stopped, killed, resumed, sharded and bfloat16 runs.
 
 test_runner.py and test_pretrain.py resume runs in one process.
 """
@@ -16,14 +16,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.photo_folders import write_photos
-from helpers.warm_processes import (
-    OFFLINE,
-    READY,
-    find_free_port,
-    get_rank_variables,
-    run_script,
-    run_together,
-)
+from helpers.warm_processes import OFFLINE, run_together, start_together
 from safetensors.torch import load_file
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSImageProcessor, ViTCLSModel
@@ -50,8 +43,8 @@ SHARDED = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
 }
-SHARDED |= {"FSDP_RESHARD_AFTER_FORWARD": "true"}
 NOT_COMPARED = ("images_per_second", "peak_memory_mb")
 Flags = Callable[[str], list[str]]
 
@@ -104,18 +97,9 @@ def interrupt(
     folder: Path, flags: list[str], step: int, number: signal.Signals
 ) -> list[int | None]:
     """Start two processes, send them a signal after a step, and return their exit statuses."""
-    port = find_free_port()
     log = folder.with_suffix(".log")
     arguments = [*flags, "--output-dir", str(folder)]
-    started = [
-        READY.Process(
-            target=run_script,
-            args=("pretrain.py", arguments, log, log, OFFLINE | get_rank_variables(rank, 2, port)),
-        )
-        for rank in range(2)
-    ]
-    for process in started:
-        process.start()
+    started = start_together("pretrain.py", arguments, log, log, OFFLINE)
     deadline = time.monotonic() + 240
     while len(read_records(folder)) < step:
         assert time.monotonic() < deadline, log.read_text()
@@ -152,8 +136,7 @@ def test_two_processes_are_stopped_killed_and_resumed(
     run_two(folder, [*flags(method), "--resume"])
     assert read_records(folder) == read_records(whole)
     weights, expected = (load_file(each / "model.safetensors") for each in (folder, whole))
-    assert weights.keys() == expected.keys()
-    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    torch.testing.assert_close(weights, expected, rtol=0, atol=0)
 
 
 VARIANTS: dict[str, tuple[dict[str, str], str, float]] = {
@@ -185,6 +168,7 @@ def test_teachers_in_two_processes_equal_one(flags: Flags, tmp_path: Path) -> No
         )
         for processes in (2, 1)
     )
+
     for found, expected in zip(read_records(two), read_records(one), strict=True):
         assert math.isclose(found["loss"], expected["loss"], rel_tol=1e-3), (found, expected)
 

@@ -1,4 +1,4 @@
-"""The blocks of README.md run as they are printed, in a new environment with the printed installation.
+"""The blocks of README.md run as printed, in a new environment.
 
 The block with `git clone` does not run, because it sets up an environment of its own.
 
@@ -74,7 +74,7 @@ def checkout(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def environment(tmp_path: Path, hub: LocalHub) -> dict[str, str]:
-    """Return the variables of a new environment in which `pip` is uv, which takes seconds instead of minutes."""
+    """Return the variables of a new environment in which `pip` is uv, which is faster."""
     uv = shutil.which(
         "uv", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     )

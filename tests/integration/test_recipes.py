@@ -30,19 +30,10 @@ pytestmark = pytest.mark.slow
 
 
 def finetune_digits(output: Path, *flags: object) -> dict[str, Any]:
-    """Fine-tune with the digits recipe and further flags, and return the contents of results.json."""
-    command = [
-        sys.executable,
-        SCRIPTS / "finetune.py",
-        "--config",
-        RECIPE,
-        "--output-dir",
-        output,
-        *flags,
-    ]
-    ran = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, env=ENVIRONMENT, check=False
-    )
+    """Fine-tune with the digits recipe and further flags; return results.json."""
+    program = [SCRIPTS / "finetune.py", "--config", RECIPE, "--output-dir", output, *flags]
+    command = [sys.executable, *map(str, program)]
+    ran = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
     assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr}"
     return json.loads((output / "results.json").read_text(encoding="utf-8"))
 
@@ -67,10 +58,13 @@ def test_a_cnn_trains_the_distillation_token(tmp_path: Path) -> None:
 
 def test_a_dual_encoder_classifies_digits_by_captions(tmp_path: Path) -> None:
     assert train_dual_encoder("digits", tmp_path / "dual", patch_size=8, epochs=20) >= 0.9
+
     model = VisionTextDualEncoderModel.from_pretrained(tmp_path / "dual")
     assert type(model.vision_model).__name__ == "ViTCLSModel"
+
     processor = VisionTextDualEncoderProcessor.from_pretrained(tmp_path / "dual")
     tokens = processor(text=["a photo of the 3"])["input_ids"][0]
+
     assert processor.tokenizer.convert_ids_to_tokens(tokens) == [
         "[CLS]",
         "a",

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,8 @@ SIZES = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
+    "intermediate_size": 48,
 }
-SIZES |= {"intermediate_size": 48}
 # Name of the checkpoint -> its class and configuration fields.
 CHECKPOINTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "classifier": (
@@ -188,11 +189,7 @@ def get_expected_class(name: str, auto_class: str) -> Any:
     return AUTO_TO_CLASS[auto_class]
 
 
-def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
-    """Check that names and values are equal to the bit."""
-    assert found.keys() == wanted.keys()
-    for name, value in wanted.items():
-        assert torch.equal(found[name], value), name
+assert_same = partial(torch.testing.assert_close, rtol=0, atol=0)  # names, and values to the bit
 
 
 @each_checkpoint
@@ -249,13 +246,13 @@ def test_configuration_and_image_processor_load_without_the_package(
         assert torch.equal(child.outputs[f"{name}/processor/{backend}"], pixel_values)
 
 
+@torch.no_grad()
 def test_the_classification_pipeline_loads_without_the_package(
     child: LoadedCheckpoints, saved: Path, inputs: Path
 ) -> None:
     model = vitcls.ViTCLSForImageClassification.from_pretrained(saved / "classifier").eval()
     processor = vitcls.ViTCLSImageProcessor.from_pretrained(saved / "classifier")
-    with torch.no_grad():
-        logits = model(**processor(load_file(inputs)["image"], return_tensors="pt")).logits
+    logits = model(**processor(load_file(inputs)["image"], return_tensors="pt")).logits
     scores = {
         model.config.id2label[index]: score
         for index, score in enumerate(logits.softmax(-1)[0].tolist())
@@ -289,6 +286,7 @@ def test_saving_without_the_package_writes_the_same_files(
     assert json.loads((folder / "config.json").read_text()) == json.loads(
         (saved / name / "config.json").read_text()
     )
+
     settings = json.loads((folder / "preprocessor_config.json").read_text())
     assert (
         settings["auto_map"]
@@ -298,17 +296,21 @@ def test_saving_without_the_package_writes_the_same_files(
 
 @pytest.mark.parametrize("file", SHIPPED_FILES, ids=lambda file: file.name)
 def test_shipped_files_import_only_what_the_hub_can_load(file: Path) -> None:
-    """Check public libraries and sibling files by name; transformers finds the same siblings as Python."""
+    """Check libraries and siblings by name; transformers finds the same ones as Python."""
     assert set(get_imports(file)) <= ALLOWED_LIBRARIES
+
     nodes = list(ast.walk(ast.parse(file.read_text())))
     relative = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.level > 0]
+
     assert all(node.level == 1 and node.module for node in relative), (
         "only `from .x_vitcls import Y` works"
     )
+
     siblings = {node.module for node in relative} | set(
         filter(None, map(get_module_imported_by_name, nodes))
     )
     shipped = {shipped.stem for shipped in SHIPPED_FILES}
+
     if (
         file.stem == "configuration_vitcls"
     ):  # a string lists all other files, so that transformers copies them
@@ -320,7 +322,7 @@ def test_shipped_files_import_only_what_the_hub_can_load(file: Path) -> None:
 
 
 def get_module_imported_by_name(node: ast.AST) -> str | None:
-    """Return `x_vitcls` for `importlib.import_module(".x_vitcls", __package__)`, and None for other calls."""
+    """Return `x_vitcls` for `importlib.import_module(".x_vitcls", __package__)`, or None."""
     if not isinstance(node, ast.Call) or ast.unparse(node.func) != "importlib.import_module":
         return None
     name, package = node.args

@@ -1,4 +1,4 @@
-"""Stop and resume: a run that was killed or stopped has the same result as an uninterrupted run, to the bit.
+"""Stop and resume: a killed or stopped run has the result of an uninterrupted one.
 
 Runs are killed with `kill -9` at random steps and resumed with the same command and --resume. Most
 start as forks of a server that has already imported the libraries; some start with the real
@@ -169,16 +169,11 @@ def start(folder: Path, flags: str) -> RunningProcess:
 def launch(folder: Path, flags: str, processes: int = 1, *launcher_flags: str) -> RunningProcess:
     """Run the script with the real `accelerate launch`, like a shell: in its own process group."""
     several = ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else []  # use CPUs
-    launcher = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--num_processes",
-        str(processes),
-    ]
+    launcher = f"-m accelerate.commands.launch --num_processes {processes}".split()
+    command = [*launcher, *several, *launcher_flags, *build_command(folder, flags)]
     with read_log(folder).open("a", encoding="utf-8") as output:
         process = subprocess.Popen(
-            [*launcher, *several, *launcher_flags, *build_command(folder, flags)],
+            [sys.executable, *command],
             stdout=output,
             stderr=output,
             env=os.environ | ENVIRONMENT,
@@ -196,7 +191,7 @@ def finish(folder: Path, flags: str) -> str:
 
 
 def kill_and_resume(folder: Path, flags: str, kills: list[int]) -> str:
-    """Kill a run with -9 after each of these steps, then let it finish; return the last printed text."""
+    """Kill a run with -9 after each of these steps, then finish it; return its output."""
     for number, step in enumerate(kills):
         run = start(folder, f"{flags} --resume" if number else flags)
         run.wait_for_step(step)
@@ -242,14 +237,12 @@ def remove_speeds(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def assert_equal_runs(folder: Path, expected: Path) -> None:
-    """Check losses, learning rates, gradient norms, weights and results to the bit; speeds may differ."""
+    """Check logged values, weights and results to the bit; speeds may differ."""
     assert read_records(folder) == read_records(expected)
     weights, expected_weights = (
         load_file(place / "model.safetensors") for place in (folder, expected)
     )
-    assert weights.keys() == expected_weights.keys()
-    for name, weight in expected_weights.items():
-        assert torch.equal(weights[name], weight), name
+    torch.testing.assert_close(weights, expected_weights, rtol=0, atol=0)
     results, expected_results = (
         json.loads((place / "results.json").read_text()) for place in (folder, expected)
     )
@@ -268,7 +261,7 @@ def get_resumed_step(output: str) -> int:
 
 @pytest.fixture(scope="module")
 def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write 36 noise images for training and 10 for testing, in a bright and a dark class; one is unreadable."""
+    """Write 36 noise images for training and 10 for testing; one is unreadable."""
     folder = tmp_path_factory.mktemp("pictures")
     noise = random.Random(0)
     for index in range(23):
@@ -313,7 +306,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 def test_a_run_with_all_options_that_is_killed_at_any_step_ends_with_the_same_weights(
     image_folder: Path, folder: Path, uninterrupted: Callable[[str], Path]
 ) -> None:
-    """Kill the run in the first epoch and later, with accumulation, moving average, mixup and CutMix."""
+    """Use accumulation, a moving average, mixup and CutMix; kill in the first epoch, too."""
     flags = f"{EVERYTHING} --dataset {image_folder}"
     output = kill_and_resume(folder, flags, [3, 8, *draw_steps(2, seed=1)])
     assert get_resumed_step(output) > 3
@@ -324,7 +317,9 @@ def test_a_run_with_all_options_that_is_killed_at_any_step_ends_with_the_same_we
 
 
 VARIANTS = {
-    "several kinds of tokens": f"{RUN} --num-cls-tokens 2 --num-distillation-tokens 1 --pooling cls_mean",
+    "several kinds of tokens": (
+        f"{RUN} --num-cls-tokens 2 --num-distillation-tokens 1 --pooling cls_mean"
+    ),
     "head": f"{SCHEDULE} --model {{trained}} --trainable head",
     "LoRA": f"{SCHEDULE} --model {{trained}} --trainable lora --lora-rank 2 --ema-decay 0.9",
     "last layer": f"{SCHEDULE} --model {{trained}} --trainable last-1 --class-balance weights",
@@ -352,6 +347,7 @@ def test_a_killed_run_of_any_kind_ends_with_the_same_weights(
     run = start(folder, before)
     run.wait_for_step(*draw_steps(1, seed=list(VARIANTS).index(variant)))
     run.kill()
+
     assert get_resumed_step(finish(folder, f"{flags} --resume")) > 0
     assert_equal_runs(folder, uninterrupted(flags))
 
@@ -391,6 +387,7 @@ def test_a_full_disk_loses_nothing(
         ["mount", "-t", "tmpfs", "-o", "size=1200k", *disk], capture_output=True, check=False
     ).returncode:
         pytest.skip("mounting a small file system needs root")
+
     try:
         flags = f"{RUN} --dataset {image_folder}"
         folder = tmp_path / "disk" / "model"
@@ -431,7 +428,7 @@ def test_a_signal_saves_a_checkpoint(
 
 @pytest.mark.slow
 def test_delayed_workers_do_not_block_the_end(image_folder: Path, folder: Path) -> None:
-    """The cluster's SIGTERM is still pending in a worker at the end of the run, so another SIGTERM would be lost."""
+    """The cluster's SIGTERM is still pending in a worker at the end of the run."""
     flags = f"{RUN} --epochs 15 --dataset {image_folder} --num-workers 2 --save-every 1000"
     run = RunningProcess(
         folder, flags, build_ready_process(folder, flags, finetune_with_late_workers)

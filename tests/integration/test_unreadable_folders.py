@@ -39,19 +39,10 @@ def photos(tmp_path: Path) -> Iterator[Path]:
 
 def run_unprivileged(*arguments: object) -> subprocess.CompletedProcess[str]:
     """Run `vitcls` in a process that can read only what its user may read."""
-    command = [
-        *(UNPRIVILEGED if os.geteuid() == 0 else []),
-        sys.executable,
-        "-m",
-        "modeling_vitcls.cli",
-    ]
-    return subprocess.run(
-        [*command, *map(str, arguments)],
-        env=os.environ | SCRIPT_ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    prefix = UNPRIVILEGED if os.geteuid() == 0 else []
+    command = [*prefix, sys.executable, "-m", "modeling_vitcls.cli", *map(str, arguments)]
+    environment = os.environ | SCRIPT_ENVIRONMENT
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
 def check_error(ran: subprocess.CompletedProcess[str], folder: Path) -> None:
@@ -72,20 +63,11 @@ def test_predict_does_not_leave_out_a_folder(photos: Path, tmp_path: Path) -> No
 
 @needs_permissions
 def test_finetune_does_not_leave_out_a_class(photos: Path, tmp_path: Path) -> None:
-    sizes = "--hidden-size 16 --num-hidden-layers 1 --num-attention-heads 2 --image-size 32 --patch-size 8".split()
-    flags = [
-        "--model",
-        "vitcls-tiny",
-        *sizes,
-        "--max-steps",
-        "1",
-        "--batch-size",
-        "4",
-        "--num-workers",
-        "0",
-    ]
-    ran = run_unprivileged(
-        "finetune", "--dataset", photos, "--output-dir", tmp_path / "run", *flags, "--no-report"
+    flags = (
+        "--model vitcls-tiny --hidden-size 16 --num-hidden-layers 1 --num-attention-heads 2 "
+        "--image-size 32 --patch-size 8 --max-steps 1 --batch-size 4 --num-workers 0 --no-report"
     )
+    folders = ("--dataset", photos, "--output-dir", tmp_path / "run")
+    ran = run_unprivileged("finetune", *folders, *flags.split())
     check_error(ran, photos / "dog")
     assert not (tmp_path / "run" / "model.safetensors").exists()

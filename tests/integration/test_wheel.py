@@ -64,20 +64,11 @@ def test_the_wheel_has_all_modules_and_data_files(wheel: Path) -> None:
 
 @pytest.mark.slow
 def test_the_installed_wheel_trains_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
-    run(sys.executable, "-m", "uv", "venv", "--python", sys.executable, "environment", cwd=tmp_path)
     programs = tmp_path / "environment" / "bin"
     python = programs / "python"
-    run(
-        sys.executable,
-        "-m",
-        "uv",
-        "pip",
-        "install",
-        "--python",
-        python,
-        f"{wheel}[cli]",
-        cwd=tmp_path,
-    )
+    uv = (sys.executable, "-m", "uv")
+    run(*uv, "venv", "--python", sys.executable, "environment", cwd=tmp_path)
+    run(*uv, "pip", "install", "--python", python, f"{wheel}[cli]", cwd=tmp_path)
     location = run(
         python, "-c", "import modeling_vitcls; print(modeling_vitcls.__file__)", cwd=tmp_path
     )

@@ -50,7 +50,7 @@ def assert_equal_in_float32(found: Tensors, plain: Tensors) -> None:
 
 
 def assert_as_exact_in_half_precision(found: Tensors, plain: Tensors, exact: Tensors) -> None:
-    """Check that the errors with respect to float32 are as large as the errors of plain PyTorch in half precision.
+    """Check that errors against float32 are as large as those of plain PyTorch.
 
     Args:
         found: result of the kernels, in half precision.
@@ -87,7 +87,7 @@ def stack_models(tensors: Sequence[Tensors]) -> Tensors:
 
 
 def select_scale(name: str, values: Tensors) -> torch.Tensor:
-    """Return the tensor whose norm scales an error: the tensor itself, or the weight for a key bias.
+    """Return the tensor whose norm scales an error: itself, or the weight for a key bias.
 
     The gradient of a key bias is 0 up to rounding, because adding a constant to all scores has no
     effect.

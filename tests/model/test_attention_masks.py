@@ -1,4 +1,6 @@
-"""The relative position bias, compared with loops over pairs of tokens and with bilinear interpolation by hand.
+"""The relative position bias, compared with loops over pairs of tokens.
+
+Interpolation is written out by hand.
 
 tests/model/test_tokens.py tests masks and the scopes of CLS tokens, and tests/model/test_gates.py
 tests gates.
@@ -25,7 +27,7 @@ GRID = (3, 5)  # rows and columns of patches of the tables
 
 
 def interpolate(values: np.ndarray, position: float) -> np.ndarray:
-    """Interpolate values [n, ...] linearly between the two nearest indices; the ends are constant."""
+    """Interpolate values [n, ...] linearly between two indices; the ends are constant."""
     position = min(max(position, 0), len(values) - 1)
     lower = min(math.floor(position), len(values) - 2)
     return values[lower] * (1 - (position - lower)) + values[lower + 1] * (position - lower)
@@ -66,11 +68,13 @@ def test_the_bias_depends_on_the_distance_of_two_patches(
     num_tokens = NUM_SPECIAL + math.prod(grid)
     found = module(torch.zeros(2, num_tokens, 16), None, grid)
     biases = [found] if sharing == "shared" else found
+
     assert (
         len(module.tables)
         == len(biases)
         == (1 if sharing == "shared" else config.num_hidden_layers)
     )
+
     for bias, table in zip(biases, module.tables, strict=True):
         # [heads, N, N]
         expected = torch.from_numpy(compute_bias(table.double().numpy(), grid)).permute(2, 0, 1)
@@ -99,6 +103,7 @@ def test_masks_hide_tokens_whatever_their_bias_is() -> None:
     weights = module(states, None, (4, 4)).exp() * is_visible  # [2, heads, N, N]
     weights[..., 2] *= 0.25  # the last register is gated
     expected = weights / weights.sum(dim=-1, keepdim=True)
+
     for mask in (is_visible, additive):
         found = gates(states, module(states, mask, (4, 4))).softmax(dim=-1)
         assert (found - expected).abs().max() <= 1e-6

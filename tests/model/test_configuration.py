@@ -94,7 +94,8 @@ CONTRADICTIONS: list[dict[str, Any]] = [
 WRONG_VALUES: list[tuple[str, Any]] = [
     *(("hidden_size", value) for value in (16.0, "16", None, True)),
     *(("drop_path_rate", value) for value in (-0.1, 1.0, NAN)),
-    *(("patch_size", value) for value in (0, [8], [8, 0])),
+    *(("patch_size", value) for value in (0, [8], [8, 0], 5000)),
+    ("image_size", 32_768),
     *(("hidden_act", value) for value in ("geluu", None)),
     ("pooled_activation", "tan"),
     ("id2label", {5: "cat"}),
@@ -107,7 +108,7 @@ WRONG_VALUES: list[tuple[str, Any]] = [
     ),
     ("pooling", "other"),
     ("qkv_bias", 1),
-    ("layer_scale_init_value", NAN),
+    *((name, NAN) for name in ("layer_scale_init_value", "energy_threshold")),
     ("problem_type", "classification"),
     ("num_labels", -1),
     ("tasks", {"species": 1.5}),
@@ -197,6 +198,7 @@ def test_a_misspelt_keyword_is_an_error(tmp_path: Path) -> None:
     ):
         with raises_one_line(keyword, meant):
             ViTCLSConfig(**{keyword: 4})
+
     ViTCLSModel(build_tiny_config()).save_pretrained(tmp_path)
     for load in (
         ViTCLSConfig,
@@ -227,14 +229,17 @@ def test_loading_keywords_of_transformers_are_not_fields(tmp_path: Path) -> None
     config, unused = ViTCLSConfig.from_pretrained(
         tmp_path, pooling="mean", device_map="cpu", return_unused_kwargs=True, revision="main"
     )
+
     assert config.pooling == "mean"
     assert "device_map" in unused
+
     others = {
         "token": "hf_ann",
         "generation_config": None,
         "kernel_config": None,
         "tp_size": 1,
     }  # similar to fields
+
     for name, value in others.items():
         assert ViTCLSConfig.from_pretrained(tmp_path, **{name: value}).pooling == "cls"
 
@@ -252,14 +257,17 @@ def test_overrides_at_load_are_validated_together(tmp_path: Path) -> None:
 def test_stored_labels_are_kept_until_their_number_or_names_change(tmp_path: Path) -> None:
     ViTCLSConfig(id2label={0: "cat", 1: "dog"}).save_pretrained(tmp_path)
     kept = ViTCLSConfig.from_pretrained(tmp_path)
+
     assert (kept.id2label, kept.label2id, kept.num_labels) == (
         {0: "cat", 1: "dog"},
         {"cat": 0, "dog": 1},
         2,
     )
     assert ViTCLSConfig.from_pretrained(tmp_path, num_labels=2).id2label == {0: "cat", 1: "dog"}
+
     more = ViTCLSConfig.from_pretrained(tmp_path, num_labels=4)
     assert (more.num_labels, len(more.label2id)) == (4, 4)
+
     renamed = ViTCLSConfig.from_pretrained(tmp_path, id2label={0: "a", 1: "b", 2: "c"})
     assert (renamed.num_labels, renamed.label2id) == (3, {"a": 0, "b": 1, "c": 2})
 
@@ -289,12 +297,13 @@ def test_stored_stages_apply_to_the_stored_number_of_layers_only(tmp_path: Path)
 
 
 def test_gates_and_teachers_stay_with_their_tokens_at_load(tmp_path: Path) -> None:
-    """Gates stay with their tokens, the last of a group, and teachers with the first distillation tokens."""
+    """Gates stay with the last tokens of a group, and teachers with the first ones."""
     teachers = {"num_distillation_tokens": 2, "distillation_teachers": ["a", "b"]}
     build_tiny_config(
         num_register_tokens=3, gated_tokens={"registers": 2}, **teachers
     ).save_pretrained(tmp_path)
     expected = {1: None, 2: {"registers": 1}, 3: {"registers": 2}, 5: {"registers": 4}}
+
     for num_registers, gated_tokens in expected.items():
         counts = {
             "num_register_tokens": num_registers,
@@ -340,6 +349,7 @@ SAVED_CONFIGS = [
         "register_neurons": [[0, 0], [1, 23]],
     },
     {"specialized_layers": {"norm": [0, 1], "qkv": [1]}},
+    {"pooled_layers": [-2, -1], "pooling": "cls_mean", "pooled_norm": True},
     {
         "num_cls_tokens": 2,
         "pooled_cls_tokens": [1, 0],
@@ -381,15 +391,18 @@ def test_auto_classes_and_the_map_of_remote_code_agree(tmp_path: Path) -> None:
     for auto_class in ("AutoModel", *[name for name in AUTO_MAP if "For" in name], "AutoBackbone"):
         model = getattr(transformers, auto_class).from_config(config)
         assert config.auto_map[auto_class] == f"modeling_vitcls.{type(model).__name__}"
+
     ViTCLSImageProcessor().save_pretrained(tmp_path)
     processors = [
         AutoImageProcessor.from_pretrained(tmp_path, backend=name)
         for name in ("torchvision", "pil")
     ]
+
     assert [type(processor) for processor in processors] == [
         ViTCLSImageProcessor,
         ViTCLSImageProcessorPil,
     ]
+
     with_tasks = build_tiny_config(tasks={"age": 2}).auto_map["AutoModelForImageClassification"]
     assert with_tasks == "modeling_vitcls.ViTCLSForMultiTaskClassification"
 
@@ -432,6 +445,7 @@ def test_defaults_and_none_are_not_saved_except_sizes(tmp_path: Path) -> None:
     auto_map = {"AutoModel": "ann/mine--modeling_vitcls.ViTCLSModel"}  # of a model on the Hub
     ViTCLSConfig(num_register_tokens=2, qkv_bias=False, auto_map=auto_map).save_pretrained(tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())
+
     assert {
         "hidden_size": 768,
         "num_cls_tokens": 1,
@@ -441,7 +455,8 @@ def test_defaults_and_none_are_not_saved_except_sizes(tmp_path: Path) -> None:
     assert (stored["num_register_tokens"], stored["qkv_bias"]) == (2, False)
     assert None not in stored.values()
     assert stored["auto_map"] == AUTO_MAP
-    assert not {"position_antialias", "rope_theta", "hidden_act", "layer_type"} & stored.keys()
+    assert not {"position_antialias", "rope_theta", "pooled_layers", "layer_type"} & stored.keys()
+
     loaded = ViTCLSConfig.from_pretrained(tmp_path)
     assert loaded.to_dict() == ViTCLSConfig(num_register_tokens=2, qkv_bias=False).to_dict() | {
         name: loaded.to_dict()[name]
@@ -457,7 +472,8 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel
+from transformers import AutoModelForImageClassification
 from transformers import BertConfig, BertModel, VisionTextDualEncoderModel
 
 first, second, work = map(Path, sys.argv[1:])
@@ -474,8 +490,8 @@ for _ in range(2):
     type(model.config).register_auto_classes()
 images = torch.rand(2, 3, 32, 32)
 
-sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-text_model = BertModel(BertConfig(vocab_size=20, **sizes))
+sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
+text_model = BertModel(BertConfig(vocab_size=20, num_hidden_layers=1, **sizes))
 dual = VisionTextDualEncoderModel(vision_model=model, text_model=text_model).eval()
 dual.save_pretrained(work / "dual")
 dual_again = VisionTextDualEncoderModel.from_pretrained(work / "dual").eval()
@@ -485,11 +501,13 @@ with torch.no_grad():
 assert torch.equal(*features) and features[0].std() > 0
 
 config = AutoConfig.from_pretrained(first)
+processors = [AutoImageProcessor.from_pretrained(first, backend=name) for name in (None, "pil")]
+other = AutoModel.from_pretrained(second, trust_remote_code=True)
 print(json.dumps({
     "backbone": type(AutoBackbone.from_config(config)).__name__,
     "classifier": type(AutoModelForImageClassification.from_config(config)).__name__,
-    "processors": [type(AutoImageProcessor.from_pretrained(first, backend=name)).__name__ for name in (None, "pil")],
-    "registered code for another checkpoint": AutoModel.from_pretrained(second, trust_remote_code=True).version(),
+    "processors": [type(processor).__name__ for processor in processors],
+    "registered code for another checkpoint": other.version(),
 }))
 assert "modeling_vitcls" not in sys.modules
 """
@@ -510,6 +528,7 @@ def test_one_line_registers_remote_code_for_composite_models(tmp_path: Path) -> 
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
     words = ["-I", "-c", REGISTER, first, second, tmp_path / "work"]
     run = run_fresh(*words, environment=environment, cwd=tmp_path)
+
     assert run.returncode == 0, run.stderr[-4000:]
     assert json.loads(run.stdout.splitlines()[-1]) == {
         "backbone": "ViTCLSBackbone",

@@ -1,4 +1,4 @@
-"""`model.flops()` compared with published numbers and with torch's counter on a real forward pass."""
+"""`model.flops()` compared with published numbers and with torch's counter."""
 
 from typing import Any
 

@@ -70,7 +70,7 @@ each_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], i
 
 @pytest.fixture(autouse=True)
 def use_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Use oneDNN for all sizes and on all CPUs where it is correct, even where it is not the fastest."""
+    """Use oneDNN for all sizes, wherever it is correct, even if it is not the fastest."""
     if cpu_kernels_vitcls.HAS_ONEDNN:
         for has_gradients in (False, True):
             monkeypatch.setitem(
@@ -168,7 +168,7 @@ def test_half_precision_is_as_exact_as_plain_pytorch(
     is_emulated: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Errors with respect to float32 are as large as those of plain PyTorch, also with emulated products."""
+    """Errors against float32 are as large as in plain PyTorch, also with emulated products."""
     if is_emulated:
         monkeypatch.setattr(cpu_kernels_vitcls, "EMULATED_DTYPES", {dtype})
     found = []
@@ -179,6 +179,7 @@ def test_half_precision_is_as_exact_as_plain_pytorch(
         exact.append(run(plain, torch.float32))
         found.append(run(fast, dtype))
         expected.append(run(plain, dtype))
+
     assert_as_exact_in_half_precision(
         stack_models(found), stack_models(expected), stack_models(exact)
     )
@@ -207,7 +208,7 @@ def attend_with_sdpa(
 
 
 def compute_attention(attend: Attention, states: Tensors, dtype: torch.dtype) -> Tensors:
-    """Return the output of an attention function, and the gradients with respect to queries, keys and values."""
+    """Return the output of an attention function, and the gradients of its inputs."""
     inputs = {name: state.to(dtype).requires_grad_() for name, state in states.items()}
     output = attend(*inputs.values(), 8**-0.5)
     output_grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -216,7 +217,10 @@ def compute_attention(attend: Attention, states: Tensors, dtype: torch.dtype) ->
 
 
 def build_states(num_queries: int, score_scale: float = 1.0, key_offset: float = 0.0) -> Tensors:
-    """Return random queries [4, 2, num_queries, 8], and keys and values [4, 2, 23, 8], exact in bfloat16."""
+    """Return random queries [4, 2, num_queries, 8], and keys and values [4, 2, 23, 8].
+
+    The values are exact in bfloat16.
+    """
     generator = torch.Generator().manual_seed(0)
     shapes = {"query": num_queries, "key": 23, "value": 23}
     states = {
@@ -267,11 +271,12 @@ def test_a_common_offset_of_all_keys_does_not_make_chunked_attention_less_exact(
 def test_emulated_products_are_rounded_once(
     dtype: torch.dtype, autocast: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Weights and inputs are rounded, the product is computed in float32, and its result is rounded."""
+    """Weights and inputs are rounded; the product is rounded after float32 arithmetic."""
     monkeypatch.setattr(cpu_kernels_vitcls, "EMULATED_DTYPES", {dtype})
     torch.manual_seed(0)
     linear = CPULinear(48, 80)
     projection = CPUPatchProjection(3, 24, kernel_size=4, stride=4)
+
     for layer, inputs in ((linear, torch.randn(2, 7, 48)), (projection, torch.randn(2, 3, 8, 8))):
         weight = layer.weight.to(dtype).float()
         bias = layer.bias.to(dtype).float()
@@ -385,7 +390,7 @@ def test_compiled_models_equal_plain_pytorch(backend: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()
 def test_exported_programs_contain_no_kernels(dtype: torch.dtype) -> None:
-    """An exported program is the program of plain PyTorch, because it may run on another machine."""
+    """An exported program may run on another machine: it is that of plain PyTorch."""
     fast, plain = (model.to(dtype) for model in build_models(num_register_tokens=2))
     programs = [torch.export.export(model, (build_images().to(dtype),)) for model in (fast, plain)]
     operators = [[str(node.target) for node in program.graph.nodes] for program in programs]
@@ -397,7 +402,7 @@ def test_exported_programs_contain_no_kernels(dtype: torch.dtype) -> None:
 
 
 def test_gradients_and_merged_weights_of_lora_equal_plain_pytorch() -> None:
-    """Gradients are compared over several models: in one model, the terms of a rank-2 gradient may cancel."""
+    """In one model, the terms of a rank-2 gradient may cancel; hence several models."""
     steps: list[list[Tensors]] = [[], []]
     for seed in range(NUM_MODELS):
         for results, model in zip(steps, build_models(seed), strict=True):
@@ -409,9 +414,11 @@ def test_gradients_and_merged_weights_of_lora_equal_plain_pytorch() -> None:
                 if "lora_" in name:
                     nn.init.normal_(weight, std=0.3, generator=generator)
             results.append(run_step(adapter, build_images()))
+
     assert all("lora_" in name for name in steps[0][0] if name != "logits")
     assert len(steps[0][0]) > 1
     assert_equal_in_float32(*map(stack_models, steps))
+
     merged = adapter.merge_and_unload()
     with torch.no_grad():
         assert_equal_in_float32(
@@ -473,18 +480,22 @@ def test_small_products_do_not_use_onednn(monkeypatch: pytest.MonkeyPatch) -> No
 def test_onednn_is_not_used_where_it_does_not_apply() -> None:
     layer = CPULinear(48, 80)
     inputs = torch.randn(2, 7, 48)
+
     assert ONEDNN in list_operators(layer, inputs)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert ONEDNN not in list_operators(layer, inputs)
     with torch.backends.mkldnn.flags(enabled=False):
         assert ONEDNN not in list_operators(layer, inputs)
     assert "mkldnn" not in str(torch.jit.trace(layer, inputs).inlined_graph)
+
     with FlopCounterMode(display=False) as counter:
         layer(inputs)
     assert counter.get_total_flops() == 2 * 2 * 7 * 48 * 80
     assert layer.to("meta")(inputs.to("meta")).shape == (2, 7, 80)
+
     doubled = CPULinear(48, 80)
     before = doubled(inputs)
+
     for name, expected in (("bias", before + doubled.bias), ("weight", 2 * before)):
         nn.utils.parametrize.register_parametrization(doubled, name, Doubled())
         torch.testing.assert_close(doubled(inputs), expected)

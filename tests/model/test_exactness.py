@@ -1,4 +1,4 @@
-"""Compare with independent implementations with the same, entirely random weights. peers/ compares more models.
+"""Compare with independent implementations; peers/ compares more models.
 
 Every parameter of the other model is random, because a zero bias or a LayerScale of 1e-5 could hide
 a difference. Tokens, logits and losses agree within 1e-5 in float32, at the native size and, if the
@@ -72,7 +72,10 @@ def test_feature_maps_equal_those_of_the_dinov2_backbone(
 
 @pytest.mark.parametrize("size", [NATIVE, RECTANGLE])
 def test_sincos_positions_are_ordered_as_in_moco_v3_and_mae(size: tuple[int, int]) -> None:
-    """timm orders the channels as sin y, sin x, cos y, cos x; MoCo v3 and MAE, as sin x, cos x, sin y, cos y."""
+    """timm orders the channels as sin y, sin x, cos y, cos x.
+
+    MoCo v3 and MAE order them as sin x, cos x, sin y, cos y.
+    """
     rows = size[0] // 8
     columns = size[1] // 8
     expected = build_sincos2d_pos_embed([rows, columns], dim=16, interleave_sin_cos=False)
@@ -103,6 +106,7 @@ def test_masked_image_modeling_equals_simmim() -> None:
     )
     mask = torch.arange(32).view(2, 16) % 3 == 0
     got, expected = (model(build_images(), bool_masked_pos=mask) for model in (ours, peer))
+
     assert all(
         get_largest_difference(got[name], expected[name]) <= TOLERANCE
         for name in ("reconstruction", "loss")
@@ -122,4 +126,5 @@ def test_squared_pixel_loss_equals_mae(normalised: bool) -> None:
     config = build_tiny_config(mim_loss="l2", norm_pixel_target=normalised)
     reconstruction = peer.unpatchify(expected.logits)
     loss = compute_masked_pixel_loss(reconstruction, build_images(), expected.mask, config)
+
     assert loss.item() == pytest.approx(expected.loss.item(), rel=TOLERANCE)

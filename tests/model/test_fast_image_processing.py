@@ -1,4 +1,4 @@
-"""The fast path of the image processor returns the values of the slow path, to the bit, for supported settings."""
+"""The fast path of the image processor returns the values of the slow path, to the bit."""
 
 import copy
 from io import BytesIO
@@ -140,6 +140,7 @@ def test_errors_are_those_of_the_slow_path(tmp_path: Path) -> None:
         np.full((8, 8, 3), 300.0),
         PIL.Image.new("F", (5, 5)),
     ]
+
     for images in wrong:
         with pytest.raises(ValueError) as fresh:
             ViTCLSImageProcessor(do_resize=False)(images, return_tensors="pt")
@@ -151,7 +152,9 @@ def test_settings_may_change_between_calls() -> None:
     """Change a setting, a value within a size, and set a wrong value."""
     image = build_example_images()["jpeg"]
     processor = ViTCLSImageProcessor(size=32)
+
     check_same(processor, image, "as built")
+
     for name, value in {
         "size": SizeDict(height=20, width=30),
         "image_mean": (0.1, 0.2, 0.3),
@@ -159,9 +162,11 @@ def test_settings_may_change_between_calls() -> None:
     }.items():
         setattr(processor, name, value)
         check_same(processor, image, name)
+
     processor.size["height"] = 24
     assert processor(image, return_tensors="pt")["pixel_values"].shape == (1, 3, 24, 30)
     assert isinstance(processor(image, return_tensors="np")["pixel_values"], np.ndarray)
+
     processor.size["height"] = -1
     with raises_one_line("must contain positive integers"):
         processor(image, return_tensors="pt")

@@ -30,41 +30,41 @@ GATED = {
     "distances": {"relative_position_bias": "layer"},
     "rope": {"position_embedding_type": "rope_2d"},
     "mean": {"pooling": "mean"},
+    "several layers": {"pooled_layers": [-2, -1]},
     "parallel": {"layer_type": "parallel"},
 }
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("fields", GATED.values(), ids=GATED)
+@torch.no_grad()
 def test_gated_tokens_change_nothing_at_first(
     fields: dict[str, Any], implementation: str, tmp_path: Path
 ) -> None:
     saved = randomize(ViTCLSForImageClassification(build_tiny_config(**fields)))
     saved.save_pretrained(tmp_path)
+
     for loader in (ViTCLSForImageClassification, AutoModelForImageClassification):
         options = {"num_register_tokens": 4, "attn_implementation": implementation}
         gated = loader.from_pretrained(tmp_path, **options)
-        with torch.no_grad():
-            wanted = saved.vitcls(build_images())
-            found = gated.vitcls(build_images())
-            assert (
-                get_largest_difference(gated(build_images()).logits, saved(build_images()).logits)
-                < 1e-5
-            )
-            for group in ("cls", "patches"):
-                assert get_largest_difference(found.tokens[group], wanted.tokens[group]) < 1e-5
-            # otherwise, the test could not detect unused tokens
-            open_tokens = loader.from_pretrained(tmp_path, gate_new_tokens=False, **options)
-            assert (
-                get_largest_difference(
-                    open_tokens(build_images()).logits, saved(build_images()).logits
-                )
-                > 1e-3
-            )
+        wanted = saved.vitcls(build_images())
+        found = gated.vitcls(build_images())
+        assert (
+            get_largest_difference(gated(build_images()).logits, saved(build_images()).logits)
+            < 1e-5
+        )
+        for group in ("cls", "patches"):
+            assert get_largest_difference(found.tokens[group], wanted.tokens[group]) < 1e-5
+        # otherwise, the test could not detect unused tokens
+        open_tokens = loader.from_pretrained(tmp_path, gate_new_tokens=False, **options)
+        assert (
+            get_largest_difference(open_tokens(build_images()).logits, saved(build_images()).logits)
+            > 1e-3
+        )
 
 
 def test_gradient_reaches_gates_and_new_tokens() -> None:
-    """The gate's gradient is as large as the gradient of an open token's gate, and points to a lower loss."""
+    """The gradient is as large as that of an open gate, and points to a lower loss."""
     model = randomize(ViTCLSForImageClassification(build_tiny_config()))
     torch.manual_seed(0)
     gated = model.adapt(
@@ -95,7 +95,7 @@ def test_gradient_reaches_gates_and_new_tokens() -> None:
 
 @pytest.mark.parametrize("value", [-1e-4, 0.0])
 def test_a_gate_at_zero_or_below_still_learns(value: float) -> None:
-    """Adam's first step has the size of the learning rate for any gradient, so half of all gates become negative."""
+    """Adam's first step is the learning rate, so half of all gates become negative."""
     gated = randomize(ViTCLSForImageClassification(build_tiny_config())).adapt(
         num_register_tokens=4, gate_new_tokens=True
     )
@@ -136,10 +136,10 @@ def test_tokens_are_not_gated_if_the_attention_does_not_support_gates(
     assert any("flex_attention does not support gates" in line for line in get_logged_lines(caplog))
 
 
+@torch.no_grad()
 def test_a_gate_does_not_exceed_one() -> None:
     gates = TokenGates(build_tiny_config(num_register_tokens=3, gated_tokens={"registers": 3}))
-    with torch.no_grad():
-        gates.gates.copy_(torch.tensor([1.0, 3.0, -2.0]) * TokenGates.OPEN)
+    gates.gates.copy_(torch.tensor([1.0, 3.0, -2.0]) * TokenGates.OPEN)
     assert gates.get_gate_values().tolist() == [1, 1, 1]
 
 
@@ -153,10 +153,13 @@ def test_open_gates_are_removed_when_a_checkpoint_is_loaded(
     model.gates.gates.fill_(1.2 * TokenGates.OPEN)
     model.save_pretrained(tmp_path)
     loaded = loader.from_pretrained(tmp_path)
+
     assert loaded.gates is None
     assert loaded.config.gated_tokens is None
+
     ungated = model.adapt(gated_tokens=None)
     images = build_images().to(dtype)
+
     assert torch.equal(loaded(images).last_hidden_state, ungated(images).last_hidden_state)
     if dtype == torch.float32:
         assert (
@@ -167,23 +170,24 @@ def test_open_gates_are_removed_when_a_checkpoint_is_loaded(
         )
 
 
+@torch.no_grad()
 def test_gates_that_are_not_all_open_are_kept(tmp_path: Path) -> None:
     model = randomize(ViTCLSModel(build_tiny_config())).adapt(num_register_tokens=2)
-    with torch.no_grad():
-        model.gates.gates.copy_(torch.tensor([1.0, 0.9]) * TokenGates.OPEN)
+    model.gates.gates.copy_(torch.tensor([1.0, 0.9]) * TokenGates.OPEN)
     model.save_pretrained(tmp_path)
     assert ViTCLSModel.from_pretrained(tmp_path).config.gated_tokens == {"registers": 2}
 
 
 @pytest.mark.parametrize("loader", [None, ViTCLSModel, AutoModel])
+@torch.no_grad()
 def test_gates_stay_with_their_tokens(
     loader: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Check two open registers followed by two gated registers, and one CLS token followed by a gated one."""
+    """Two open registers precede two gated ones, and one CLS token a gated one."""
     model = randomize(ViTCLSModel(build_tiny_config(num_register_tokens=2)))
     gated = model.adapt(num_cls_tokens=2, num_register_tokens=4, gate_new_tokens=True)
-    with torch.no_grad():
-        gated.gates.gates.copy_(torch.tensor([0.5, 0.2, 0.3]) * TokenGates.OPEN)
+    gated.gates.gates.copy_(torch.tensor([0.5, 0.2, 0.3]) * TokenGates.OPEN)
+
     for change, gated_tokens, values, logged in (  # numbers of kept, dropped and closed gates
         (
             {"num_register_tokens": 5},  # the added register gets one gate, not two

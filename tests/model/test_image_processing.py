@@ -1,4 +1,4 @@
-"""The image processor: all kinds of images, both backends, errors, and loading it as remote code."""
+"""The image processor: all kinds of images, both backends, errors, and saving."""
 
 import base64
 import contextlib
@@ -142,6 +142,7 @@ def test_backends_agree_within_the_tolerance_of_the_docstring(
 ) -> None:
     settings = {"resample": resample, "do_rescale": False, "do_normalize": False, **settings}
     noise = np.random.default_rng(0).integers(0, 256, (150, 333, 3), dtype=np.uint8)
+
     for image, at_any_pixel, on_average in [
         *((photo, 2, 0.05) for photo in photographs()),
         (noise, 16, 0.5),
@@ -216,6 +217,7 @@ def test_images_are_downloaded_and_failed_downloads_name_their_address(
     (tmp_path / "folder").mkdir()
     for name in ("image.png", "folder/index.html"):
         (tmp_path / name).write_bytes(encode(build_gradient()))
+
     for address in ("image.png", "folder"):  # the server redirects folder to folder/
         found = as_hwc(get_raw_values(backend, f"{web_server}/{address}"))
         np.testing.assert_array_equal(found, np.array(build_gradient()))
@@ -223,6 +225,7 @@ def test_images_are_downloaded_and_failed_downloads_name_their_address(
         message := get_error(backend, f"{web_server}/missing.png")
     )
     assert "404" in message
+
     monkeypatch.setattr(image_processing_vitcls, "DOWNLOAD_TIMEOUT", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts connections and never answers
         timer = threading.Timer(1, silent.close)
@@ -277,6 +280,7 @@ def test_exif_orientation_is_applied_once(backend: type, orientation: int, tmp_p
     exif[0x0112] = orientation
     path = tmp_path / "image.png"
     PIL.Image.fromarray(np.ascontiguousarray(stored)).save(path, exif=exif)
+
     for source in (path, path.read_bytes(), PIL.Image.open(path)):
         np.testing.assert_array_equal(as_hwc(get_raw_values(backend, source)), upright)
     np.testing.assert_array_equal(np.array(backend().fetch_images(path)), upright)
@@ -292,7 +296,7 @@ def build_rgba(alpha: int) -> PIL.Image.Image:
 
 
 def build_palette_with_transparency() -> PIL.Image.Image:
-    """Return an image whose left half is red and whose right half is transparent, in the mode of a palette PNG."""
+    """Return a palette image whose left half is red and whose right half is transparent."""
     image = PIL.Image.new("P", (6, 4), 0)
     image.putpalette([255, 0, 0, 0, 0, 255])
     image.paste(1, (3, 0, 6, 4))
@@ -351,7 +355,9 @@ def test_sixteen_bits_are_scaled_not_clipped(backend: type, mode: str) -> None:
         source = PIL.Image.frombytes(
             mode, (6, 4), values.astype(">u2" if mode == "I;16B" else "<u2").tobytes()
         )
+
     assert getattr(source, "mode", "array") == mode
+
     result = get_raw_values(backend, source)
     np.testing.assert_array_equal(result, np.stack([np.round(values / 257)] * 3))
 
@@ -370,6 +376,7 @@ def test_without_rgb_an_image_keeps_its_own_channels(backend: type) -> None:
         "color with alpha": (build_rgba(100), 4),
         "array": (np.zeros((5, 6, 4), dtype=np.uint8), 4),
     }
+
     for name, (source, expected) in channels.items():
         assert get_raw_values(backend, source, do_convert_rgb=False).shape == (expected, 5, 6), name
 
@@ -395,6 +402,7 @@ def test_unreadable_sources_are_named(backend: type, tmp_path: Path) -> None:
     text.write_text("not an image")
     photo = encode(PIL.Image.fromarray(photographs()[0]), "JPEG")
     truncated.write_bytes(photo[: len(photo) // 2])
+
     for path in (missing, text, truncated, tmp_path):
         assert path.name in get_error(backend, path)
         assert path.name in get_error(backend, str(path))
@@ -460,26 +468,6 @@ def test_pipes_sockets_and_devices_are_errors(backend: type, tmp_path: Path) -> 
     for name, message in messages.items():
         assert name in message
         assert "it is not a regular file" in message
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
-@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP"])
-def test_damaged_files_return_an_image_or_a_value_error(file_format: str) -> None:
-    whole = encode(PIL.Image.fromarray(photographs()[0][::8, ::8]), file_format)
-    processor = ViTCLSImageProcessorPil(size=8)
-    random = np.random.default_rng(0)
-    num_errors = 0
-    for _ in range(150):
-        damaged = np.frombuffer(whole, dtype=np.uint8).copy()
-        damaged[random.integers(0, min(len(damaged), 1000), 3)] = random.integers(0, 256, 3)
-        damaged = damaged[: random.integers(1, 2 * len(damaged))]
-        try:
-            processor(damaged.tobytes(), return_tensors="pt")
-        except ValueError as error:
-            assert f"{len(damaged)} bytes" in str(error)
-            assert "\n" not in str(error)
-            num_errors += 1
-    assert num_errors > 20
 
 
 @pytest.mark.parametrize("bad", [None, 3, {"bytes": b""}], ids=lambda bad: type(bad).__name__)
@@ -557,6 +545,7 @@ def read_settings(folder: Path) -> dict:
 def test_saved_settings_name_both_backends(backend: type, tmp_path: Path) -> None:
     backend(**SETTINGS).save_pretrained(tmp_path)
     code = {"image_processing_vitcls.py", "fast_image_processing_vitcls.py"}
+
     assert {path.name for path in tmp_path.iterdir()} == {"preprocessor_config.json", *code}
     assert read_settings(tmp_path)["image_processor_type"] == "ViTCLSImageProcessor"
     assert read_settings(tmp_path)["auto_map"] == {

@@ -1,4 +1,7 @@
-"""The last layer of a classifier computes only the tokens that the heads read, unless others can read all tokens."""
+"""The last layer of a classifier computes only the tokens that the heads read.
+
+It computes all tokens if others can read them.
+"""
 
 from typing import Any
 
@@ -33,6 +36,7 @@ NUM_READ: list[tuple[dict[str, Any], int | None]] = [
     (TOKENS | {"gated_tokens": {"registers": 2}, "relative_position_bias": "layer"}, 3),
     (TOKENS | {"position_embedding_type": "rope_mixed", "qk_norm": True}, 3),
     (TOKENS | {"specialized_layers": {"norm": [0, 1], "qkv": [1]}}, 3),
+    (TOKENS | {"pooled_layers": [-2, -1]}, 3),
     (TOKENS | {"attention_type": "differential", "layer_type": "parallel"}, 3),
     (
         TOKENS
@@ -49,7 +53,7 @@ MASK[1, 10:14] = 0
 
 
 def compute_losses_and_gradients(model: Any, **inputs: Any) -> tuple[Any, list[torch.Tensor]]:
-    """Return the outputs, and the gradients of a loss on both heads with respect to every parameter."""
+    """Return the outputs, and the gradients of a loss on both heads for every parameter."""
     model.zero_grad()
     output = model(build_images(), **inputs)
     heads = [
@@ -68,6 +72,7 @@ def test_outputs_and_gradients_equal_those_of_all_tokens(
 ) -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config(**fields)))
     assert model.config.num_head_tokens == num_read
+
     num_tokens = model.config.token_layout.num_prefix_tokens + 16
     for implementation in ("sdpa", "eager"):
         model.set_attn_implementation(implementation)

@@ -88,7 +88,7 @@ def test_losses_equal_their_formulas_in_float32(
 def test_accumulated_gradients_equal_those_of_the_whole_batch(
     fields: dict[str, Any], labels: torch.Tensor, formula: Any
 ) -> None:
-    """As in Trainer, all labels other than -100 are counted, and the loss of each batch is divided by this number."""
+    """As in Trainer, losses are divided by the number of labels other than -100."""
     whole = build_classifier(**fields)
     parts = build_classifier(**fields)
     whole(build_images(4), labels=labels).loss.backward()
@@ -97,6 +97,7 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(
         parts(
             build_images(4)[part], labels=labels[part], num_items_in_batch=num_items
         ).loss.backward()
+
     for expected, got in zip(whole.parameters(), parts.parameters(), strict=True):
         if expected.grad is not None:
             assert torch.allclose(got.grad, expected.grad, atol=1e-6, rtol=1e-4)
@@ -113,7 +114,7 @@ def test_a_batch_without_labels_has_zero_loss_and_gradient() -> None:
 
 
 def test_both_heads_are_trained() -> None:
-    """In training, the loss is the mean of both heads' losses; in evaluation, that of the predicting head."""
+    """In training, the loss is the mean over both heads; then that of the predicting head."""
     labels = torch.tensor([0, 2])
     for choice in ("mean", "cls", "distillation"):
         model = build_classifier(num_distillation_tokens=1, distillation_inference=choice).train()
@@ -161,6 +162,7 @@ def test_task_losses_are_summed() -> None:
         "colour": torch.tensor([2, 2]),
     }
     output = build_multi_task()(build_images(), labels=labels)
+
     assert list(output.losses) == sorted(TASKS)
     assert [logits.shape for logits in output.logits.values()] == [(2, 2), (2, 3), (2, 4)]
     for name, loss in output.losses.items():

@@ -1,4 +1,4 @@
-"""The model classes: shapes, block options, saving, masked image modeling, the backbone, and errors.
+"""The model classes: shapes, blocks, saving, masked image modeling, backbone, errors.
 
 Special tokens are tested in test_tokens.py, positions in test_positions.py, losses in
 test_losses.py, precision and compilation in test_runtime.py, equality with other implementations in
@@ -51,12 +51,14 @@ def test_the_mlp_head_is_two_linear_layers_with_a_gelu_between(
     )
     model = randomize(ViTCLSForImageClassification(config))
     first, activation, second = model.classifier
+
     assert (first.in_features, first.out_features, second.out_features) == (
         32,
         head_hidden_size or 16,
         3,
     )
     assert isinstance(activation, nn.GELU)
+
     pooled = model.vitcls(build_images()).pooler_output
     assert torch.equal(model(build_images()).logits, second(nn.functional.gelu(first(pooled))))
 
@@ -122,7 +124,7 @@ def test_the_pooled_vector_is_normalized_before_the_pooled_layer() -> None:
 
 
 def test_norms_start_as_identities_biases_at_zero_and_other_weights_normal() -> None:
-    """Norms are identities, biases are zero, and other weights are normal with the configured standard deviation."""
+    """Other weights are normal with the configured standard deviation."""
     config = build_tiny_config(
         hidden_size=64,
         image_size=64,
@@ -159,12 +161,13 @@ def test_norms_start_as_identities_biases_at_zero_and_other_weights_normal() -> 
 def test_missing_weights_of_a_checkpoint_are_initialized_as_in_a_new_model(
     fields: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Models are built without memory before loading, so missing weights are initialized afterwards."""
+    """Missing weights are initialized after the model is built without memory."""
     torch.manual_seed(0)
     config = build_tiny_config(num_register_tokens=2, hidden_size=64, **fields)
     ViTCLSForImageClassification(config).save_pretrained(tmp_path)
     save_file({}, tmp_path / "model.safetensors", {"format": "pt"})
     loaded = dict(ViTCLSForImageClassification.from_pretrained(tmp_path).named_parameters())
+
     for name, fresh in ViTCLSForImageClassification(config).named_parameters():
         parameter = loaded[name]
         assert parameter.isfinite().all(), name
@@ -190,6 +193,7 @@ def test_every_parameter_of_a_block_option_is_used(fields: dict[str, Any]) -> No
     [
         (ViTCLSForImageClassification, BLOCKS["tokens"], {"labels": torch.tensor([0, -100])}),
         (ViTCLSForImageClassification, {"use_mask_token": True}, {"labels": torch.tensor([0, 2])}),
+        (ViTCLSForImageClassification, {"pooled_layers": [1]}, {"labels": torch.tensor([0, 2])}),
         (
             ViTCLSForMultiTaskClassification,
             {"num_cls_tokens": 2, "tasks": TASKS, "pooled_norm": True},
@@ -206,7 +210,14 @@ def test_every_parameter_of_a_block_option_is_used(fields: dict[str, Any]) -> No
             {"bool_masked_pos": torch.ones(2, 16, dtype=torch.bool)},
         ),
     ],
-    ids=["two_heads", "unused_mask_token", "missing_task", "nothing_masked", "no_pooler"],
+    ids=[
+        "two_heads",
+        "unused_mask_token",
+        "two_layers",
+        "missing_task",
+        "nothing_masked",
+        "no_pooler",
+    ],
 )
 def test_every_parameter_has_a_gradient_in_every_step(
     model_class: type, fields: dict[str, Any], inputs: dict[str, Any]
@@ -230,18 +241,22 @@ def test_drop_path_increases_linearly_over_the_layers(tmp_path: Path) -> None:
     ("layer_type", "num_kinds"), [("standard", 4), ("post", 4), ("parallel", 2)]
 )
 def test_drop_path_drops_whole_branches_of_single_images(layer_type: str, num_kinds: int) -> None:
-    """In training, the last layer adds to each image one of the scaled branches, both, or nothing."""
+    """In training, the last layer adds one scaled branch, both, or nothing to each image."""
     torch.manual_seed(0)
     model = randomize(
         ViTCLSModel(build_tiny_config(drop_path_rate=0.3, layer_type=layer_type))
     ).train()
     states = model(build_images(1).expand(400, -1, -1, -1), output_hidden_states=True).hidden_states
+
     # the first layer drops nothing
     assert_same_outputs(states[1], states[1][:1].expand_as(states[1]), 1e-6)
+
     change = (states[2] - states[1]).flatten(1)
     kinds = change.round(decimals=3).unique(dim=0)
+
     # neither, attention, MLP, both; parallel branches are dropped together
     assert len(kinds) == num_kinds
+
     untouched = (change.abs().amax(dim=1) < 1e-6).float().mean().item()
     assert untouched == pytest.approx(0.3 if layer_type == "parallel" else 0.3**2, abs=0.06)
     if layer_type == "standard":
@@ -292,6 +307,7 @@ def test_dropout_of_attention_weights_keeps_their_mean(implementation: str) -> N
     whole = attention(states)[0]
     # The mean over many draws is the full value, but single draws differ from it.
     draws = attention.train()(states.repeat(400, 1, 1))[0].unflatten(0, (400, 2))
+
     assert get_largest_difference(draws.mean(dim=0), whole) < 0.2 * draws.std(dim=0).max()
     assert draws.std(dim=0).min() > 0
 
@@ -355,9 +371,12 @@ def test_masked_image_modeling_reconstructs_each_patch_from_its_token(
     columns = size[1] // 4
     mask = torch.rand(2, rows * columns) < 0.5
     output = model(build_images(2, *size), bool_masked_pos=mask)
+
     assert output.reconstruction.shape == (2, 3, *size)
+
     patches = model.vitcls(build_images(2, *size), bool_masked_pos=mask).tokens["patches"]
     differences = []
+
     for row in range(rows):
         for column in range(columns):
             index = row * columns + column
@@ -393,6 +412,7 @@ def test_masked_patches_have_no_effect(
         )
     elif model_class is ViTCLSModel:
         first, second = (output.last_hidden_state[:, :-1] for output in (first, second))
+
     assert_same_outputs(first, second, 1e-6)
 
 
@@ -405,16 +425,21 @@ def test_feature_maps_are_the_patches_of_each_stage(layout: dict[str, Any]) -> N
         **layout, out_features=["stem", "stage1", "stage2"], apply_layernorm=False
     )
     backbone = randomize(ViTCLSBackbone(config))
+
     assert backbone.stage_names == ["stem", "stage1", "stage2"]
     assert backbone.channels == [16, 16, 16]
+
     maps = backbone(build_images(2, 24, 56)).feature_maps
     assert [feature_map.shape for feature_map in maps] == [(2, 16, 3, 7)] * 3
+
     # Pixel (1, 2) of a map is the patch at row 1, column 2.
     states = randomize(ViTCLSModel(config))(build_images(2, 24, 56), output_hidden_states=True)
     patch = config.token_layout.num_prefix_tokens + 1 * 7 + 2
+
     for feature_map, state in zip(maps[:2], states.hidden_states, strict=False):
         assert get_largest_difference(feature_map[:, :, 1, 2], state[:, patch]) < 1e-6
     assert get_largest_difference(maps[2][:, :, 1, 2], states.last_hidden_state[:, patch]) < 1e-6
+
     backbone.out_features = ["stage1"]  # only the last stage of the model is normalized
     assert torch.equal(backbone(build_images(2, 24, 56)).feature_maps[0], maps[1])
 
@@ -475,11 +500,8 @@ def test_a_new_classifier_is_random_and_the_encoder_is_kept(tmp_path: Path, head
     model.reset_classifier(3)
     assert model.config.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
     model.reset_classifier(0)
-    assert (
-        get_largest_difference(
-            model(build_images()).logits, model.vitcls(build_images()).pooler_output
-        )
-        <= 1e-12
+    assert_same_outputs(
+        model(build_images()).logits, model.vitcls(build_images()).pooler_output, 1e-12
     )
     assert model.distillation_classifier is None
 
@@ -507,6 +529,7 @@ def test_wrong_inputs_are_errors() -> None:
         ({"pixel_values": build_images(), "labels": torch.tensor([0, 0])}, "num_labels"),
         ({"pixel_values": build_images(), "bool_masked_pos": torch.ones(2, 16)}, "use_mask_token"),
     ]
+
     for inputs, word in cases:
         with raises_one_line(word):
             model(**inputs)

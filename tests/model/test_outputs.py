@@ -1,4 +1,4 @@
-"""Outputs contain only tensors: gather, DataParallel, pytrees and tuples handle them like transformers' outputs."""
+"""Outputs contain only tensors, so that gather, DataParallel and pytrees handle them."""
 
 from typing import Any
 

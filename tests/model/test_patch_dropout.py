@@ -1,4 +1,4 @@
-"""Patch dropout: training uses some patches, each with its own position, mask and rotation; evaluation uses all."""
+"""Patch dropout: training uses some patches, with their positions, masks and rotations."""
 
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ CASES += [("rotary", "flash_attention_2", MASK)]
 
 
 def record_kept_patches(model: ViTCLSModel) -> list[torch.Tensor]:
-    """Return a list that collects, for each forward pass, the indices [B, n] of the kept patches."""
+    """Return a list that collects the indices [B, n] of the kept patches of each pass."""
     found: list[torch.Tensor] = []
     choose = model.patch_dropout.choose_patches
 
@@ -66,7 +66,7 @@ def record_kept_patches(model: ViTCLSModel) -> list[torch.Tensor]:
 def test_training_equals_evaluation_on_the_kept_patches(
     source: str, implementation: str, mask: torch.Tensor | None
 ) -> None:
-    """If the dropped patches are masked for all tokens, the kept tokens must have the same states."""
+    """If the dropped patches are masked for all tokens, the states are the same."""
     model = randomize(
         ViTCLSModel(build_tiny_config(**(TOKENS | SOURCES[source]), patch_drop_rate=0.4))
     )
@@ -100,6 +100,7 @@ def test_evaluation_and_weights_do_not_change(tmp_path: Path) -> None:
     model = randomize(
         ViTCLSForImageClassification(build_tiny_config(**TOKENS, patch_drop_rate=0.5))
     )
+
     assert plain.state_dict().keys() == model.state_dict().keys()
     assert_same_outputs(model(build_images()), plain(build_images()))
     assert (
@@ -108,6 +109,7 @@ def test_evaluation_and_weights_do_not_change(tmp_path: Path) -> None:
         )
         > 1e-3
     )
+
     again = save_and_load(model, tmp_path)
     assert again.config.patch_drop_rate == 0.5
     assert_same_outputs(again(build_images()), plain.eval()(build_images()))
@@ -140,10 +142,14 @@ def test_kept_patches_are_random_and_reproducible() -> None:
         torch.manual_seed(seed)
         model.patch_dropout(torch.zeros(4, 17, 16), None, None)
         counts += torch.bincount(kept[-1].flatten(), minlength=16)
+
     assert counts.min() > 150
     assert counts.max() < 250  # expected 200, with a standard deviation of 10
+
     torch.manual_seed(99)
     model(build_images(4))
+
     assert kept[-1].equal(kept[-2])
+
     model = randomize(ViTCLSModel(build_tiny_config(patch_drop_rate=0.99))).train()
     assert model(build_images()).tokens["patches"].shape == (2, 1, 16)

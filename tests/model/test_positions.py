@@ -48,24 +48,30 @@ def test_images_of_any_size_are_cropped_to_whole_patches(kind: str, size: tuple[
         ("all", ["cls", "distillation", "registers", "patches"]),
     ],
 )
+@torch.no_grad()
 def test_only_the_configured_tokens_have_learned_positions(tokens: str, groups: list[str]) -> None:
     layout = LAYOUTS["several_of_each"]
     model = randomize(ViTCLSModel(build_tiny_config(**layout, position_embedding_tokens=tokens)))
     positions = dict(model.embeddings.position_embeddings.named_parameters())
+
     assert list(positions) == groups
+
     without_cls = ViTCLSModel(
         build_tiny_config(num_cls_tokens=0, pooling="mean", position_embedding_tokens=tokens)
     )
+
     assert list(dict(without_cls.embeddings.position_embeddings.named_parameters())) == ["patches"]
+
     counts = {"cls": 2, "distillation": 2, "registers": 3, "patches": 16}
     assert {name: parameter.shape for name, parameter in positions.items()} == {
         name: (1, counts[name], 16) for name in groups
     }
+
     before = model.embeddings(build_images(), (4, 4))
-    with torch.no_grad():
-        for parameter in positions.values():
-            parameter.zero_()
+    for parameter in positions.values():
+        parameter.zero_()
     change = before - model.embeddings(build_images(), (4, 4))
+
     for name, group in model.config.token_layout.items():
         assert (change[:, group].abs().amax(dim=(0, 2)) > 1e-3).all() == (name in groups)
 
@@ -90,6 +96,7 @@ def test_learned_positions_are_resampled_as_configured(
         1, 2
     )
     limit = 1e-5 if dtype == torch.float32 else 0
+
     assert get_largest_difference(model.embeddings(pixels, (2, 9))[:, 1:], expected) <= limit
 
 
@@ -104,8 +111,11 @@ def test_initial_frequencies_of_mixed_rotary_positions_equal_those_of_timm() -> 
     torch.manual_seed(0)
     expected = init_random_2d_freqs(head_dim=8, depth=3, num_heads=2, temperature=10.0)
     torch.manual_seed(0)
+
     assert get_largest_difference(positions.get_initial_frequencies(), expected) <= 1e-6
     assert positions.frequencies.abs().max() > 0.1  # the parameter has such values
+
     lengths = positions.frequencies.square().sum(dim=0).sqrt()  # a rotation keeps the magnitudes
     magnitudes = torch.tensor([1.0, 10**-0.5])
+
     assert get_largest_difference(lengths, magnitudes.tile(2).expand_as(lengths)) <= 1e-6

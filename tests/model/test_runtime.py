@@ -1,4 +1,4 @@
-"""Gradient checkpointing, precision, attention implementations, compilation, export, and parallelism plans."""
+"""Gradient checkpointing, precision, attention implementations, compilation and export."""
 
 import re
 from collections.abc import Iterator
@@ -20,15 +20,24 @@ from helpers.tiny_models import (
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 
+from .compare import run_step
+
 
 # Gradient checkpointing and precision
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, BLOCKS["scopes"], BLOCKS["rope"] | BLOCKS["drop_path"]], ids=str
+    "fields",
+    [
+        {},
+        BLOCKS["scopes"],
+        BLOCKS["rope"] | BLOCKS["drop_path"],
+        {"pooled_layers": [1, -1], "pooling": "cls_mean"},
+    ],
+    ids=str,
 )
 def test_gradient_checkpointing_changes_no_gradient(fields: dict[str, Any]) -> None:
-    gradients = []
+    steps = []
     calls = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
@@ -40,13 +49,11 @@ def test_gradient_checkpointing_changes_no_gradient(fields: dict[str, Any]) -> N
             lambda *_, counted=counted: counted.append(1)
         )
         torch.manual_seed(1)
-        model(build_images(), labels=torch.tensor([0, 2])).loss.backward()
-        gradients.append(
-            [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        )
+        steps.append(run_step(model, build_images()))
         calls.append(len(counted))
+
     assert calls == [1, 2]  # computed again for the backward pass
-    assert_same_outputs(*gradients, 1e-6)
+    assert_same_outputs(*steps, 1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -59,6 +66,7 @@ def test_half_precision_is_close_to_float32_for_float32_images(
     expected = model(build_images(), **inputs)
     model.to(dtype)
     output = model(build_images(), **inputs)
+
     for name, value in output.items():
         if name != "loss" and isinstance(value, torch.Tensor):
             assert value.dtype == dtype, name
@@ -78,6 +86,7 @@ def test_autocast_is_close_to_float32_and_has_finite_gradients(
     """Weights stay in float32, as in mixed-precision training."""
     fields = {"position_embedding_type": "learned_rope_mixed", "num_register_tokens": 2, **fields}
     model = randomize(model_class(build_tiny_config(**fields)))
+
     for implementation in ("sdpa", "eager"):
         model.set_attn_implementation(implementation)
         expected = model(build_images(), **inputs)
@@ -150,18 +159,8 @@ def test_options_compile_into_one_graph_with_gradients(name: str) -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config(**merge_blocks(name))))
     model.train(name != "random")
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    gradients = []
-    for run in (model, compiled):
-        model.zero_grad()
-        run(build_images(), labels=torch.tensor([0, 2])).loss.backward()
-        gradients.append(
-            [
-                parameter.grad.clone()
-                for parameter in model.parameters()
-                if parameter.grad is not None
-            ]
-        )
-    assert_same_outputs(*gradients, 1e-6)
+    expected, found = (run_step(model, build_images(), forward=run) for run in (model, compiled))
+    assert_same_outputs(found, expected, 1e-6)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Separate weights for special tokens: their formula, and copies of shared weights with the same outputs to the bit.
+"""Separate weights for special tokens: their formula, and copies that change no bit.
 
 Compilation, export, FSDP2, token attention and remote code are tested with the other options of
 layers.
@@ -53,8 +53,10 @@ def test_copied_weights_change_no_bit(fields: dict[str, Any], tmp_path: Path) ->
     loaded = AutoModelForImageClassification.from_pretrained(
         tmp_path, specialized_layers=SPECIALIZED
     )
+
     assert adapted.config.specialized_layers == loaded.config.specialized_layers == SPECIALIZED
     assert_same_outputs(loaded.state_dict(), adapted.state_dict())
+
     models = (model, adapted, adapted.adapt(specialized_layers={"norm": [1], "qkv": [0, 1]}))
     for dtype in (torch.float32, torch.bfloat16):
         for size in ((32, 32), (24, 56)):
@@ -107,6 +109,7 @@ def test_both_sets_of_weights_learn_from_their_own_tokens() -> None:
     config = build_tiny_config(num_register_tokens=2, specialized_layers=SPECIALIZED)
     module = randomize(ViTCLSModel(config)).layers[1].attention.q_proj
     states = torch.randn(2, 3 + 16, 16, generator=torch.Generator().manual_seed(0))
+
     for part, tokens in (("special_tokens", slice(3)), ("patches", slice(3, None))):
         module.zero_grad()
         module(states)[:, tokens].sum().backward()
@@ -126,13 +129,17 @@ def test_specialized_layers_are_saved_and_removing_them_keeps_the_patch_weights(
     model = randomize(
         ViTCLSForImageClassification(build_tiny_config(specialized_layers=SPECIALIZED))
     )
+
     assert_same_outputs(save_and_load(model, tmp_path)(build_images()), model(build_images()))
+
     caplog.clear()
     shared = model.adapt(specialized_layers=None)
+
     assert torch.equal(
         shared.vitcls.layers[1].attention.q_proj.weight,
         model.vitcls.layers[1].attention.q_proj.patches.weight,
     )
+
     lines = get_logged_lines(caplog)
     assert all(".special_tokens." in line for line in lines[:-1])
     assert lines[-1].startswith("specialized_layers: ")

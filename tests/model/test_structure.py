@@ -1,4 +1,4 @@
-"""The shipped files: their number and length, the files that a forward pass executes, and private names."""
+"""The shipped files: their number, which of them run, and private names of PyTorch."""
 
 import ast
 import re

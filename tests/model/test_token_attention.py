@@ -1,4 +1,4 @@
-"""`token_attention`: the attention of the special tokens, equal to the rows of eager attention maps."""
+"""`token_attention`: the special tokens' rows of eager attention maps."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers.tiny_models import (
     assert_no_recording,
+    assert_same_outputs,
     build_images,
     build_tiny_config,
     each_kind,
@@ -49,7 +50,7 @@ MASK[1, 10:14] = 0
 
 
 def get_eager_rows(model: Any, pixels: torch.Tensor, **inputs: Any) -> torch.Tensor:
-    """Return all special tokens' rows [batch, layer, head, special token, key] of the full attention maps."""
+    """Return the special tokens' rows of the full maps, [batch, layer, head, token, key]."""
     implementation = model.config._attn_implementation
     model.set_attn_implementation("eager")
     maps = model(pixels, output_attentions=True, **inputs).attentions
@@ -79,10 +80,7 @@ def test_every_attention_equals_eager_attention(
 ) -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config(**TOKENS | fields)))
     rows = model.token_attention(build_images(), attention_mask=mask)
-    assert (
-        get_largest_difference(rows, get_eager_rows(model, build_images(), attention_mask=mask))
-        <= 1e-5
-    )
+    assert_same_outputs(rows, get_eager_rows(model, build_images(), attention_mask=mask), 1e-5)
     assert get_largest_difference(rows.sum(-1), torch.ones(rows.shape[:-1])) <= 1e-5
 
 
@@ -92,10 +90,7 @@ def test_scopes_of_flex_attention_equal_eager_attention(mask: torch.Tensor | Non
     model = randomize(ViTCLSModel(build_tiny_config(**TOKENS | ATTENTIONS["scopes"])))
     model.set_attn_implementation("flex_attention")
     rows = model.token_attention(build_images(), attention_mask=mask)
-    assert (
-        get_largest_difference(rows, get_eager_rows(model, build_images(), attention_mask=mask))
-        <= 1e-5
-    )
+    assert_same_outputs(rows, get_eager_rows(model, build_images(), attention_mask=mask), 1e-5)
 
 
 @torch.no_grad()
@@ -123,11 +118,8 @@ def test_every_class_has_the_rows_of_eager_attention(
     model_class: type, fields: dict[str, Any], inputs: dict[str, Any]
 ) -> None:
     model = randomize(model_class(build_tiny_config(**fields)))
-    assert (
-        get_largest_difference(
-            model.token_attention(build_images()), get_eager_rows(model, build_images())
-        )
-        <= 1e-5
+    assert_same_outputs(
+        model.token_attention(build_images()), get_eager_rows(model, build_images()), 1e-5
     )
 
 
@@ -135,6 +127,7 @@ def test_every_class_has_the_rows_of_eager_attention(
 def test_groups_and_layers_can_be_selected() -> None:
     model = randomize(ViTCLSModel(build_tiny_config(**TOKENS, num_hidden_layers=3)))
     everything = model.token_attention(build_images())
+
     for tokens, places in {
         ("cls",): [0, 1],
         ("distillation",): [2],
@@ -190,6 +183,4 @@ def test_half_precision_is_close_to_eager_attention() -> None:
     model = randomize(ViTCLSModel(build_tiny_config(**TOKENS))).bfloat16()
     rows = model.token_attention(build_images())
     assert rows.dtype == torch.bfloat16
-    assert (
-        get_largest_difference(rows.float(), get_eager_rows(model, build_images()).float()) <= 0.02
-    )
+    assert_same_outputs(rows.float(), get_eager_rows(model, build_images()).float(), 0.02)

@@ -1,4 +1,4 @@
-"""The special tokens: their order, initialization, training, attention, and the tokens that each head reads."""
+"""The special tokens: order, initialization, training, attention, and the heads' inputs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -48,12 +48,14 @@ def test_the_layout_is_cls_distillation_registers_patches() -> None:
 
 @each_layout
 def test_embeddings_follow_the_layout(layout: dict[str, Any]) -> None:
-    """Each group of rows is its own parameter; the patches are the projection, in the order of the layout."""
+    """Each group of rows is its own parameter; the patches are the projection."""
     config = build_tiny_config(**layout, position_embedding_type="none")
     embeddings = randomize(ViTCLSModel(config)).embeddings
     pixels = build_images()
     sequence = embeddings(pixels, (4, 4))
+
     assert sequence.shape == (2, config.token_layout.num_prefix_tokens + 16, 16)
+
     for name, group in config.token_layout.items():
         if name == "patches":
             expected = embeddings.patch_embeddings.projection(pixels).flatten(2).transpose(1, 2)
@@ -98,6 +100,7 @@ def test_every_special_token_gets_gradient_and_moves(
     tokens = {name: token for name, token in tokens.items() if token is not None}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
     starts = {name: token.detach().clone() for name, token in tokens.items()}
+
     for _ in range(3):
         optimizer.zero_grad()
         model(build_images(), labels=torch.tensor([0, 2])).loss.backward()
@@ -106,10 +109,12 @@ def test_every_special_token_gets_gradient_and_moves(
         optimizer.step()
     for name, token in tokens.items():
         assert ((token.detach() - starts[name]).norm(dim=-1) > 1e-4).all(), f"did not move: {name}"
+
     masked = ViTCLSForMaskedImageModeling(
         build_tiny_config(**layout, token_init=token_init)
     ).train()
     masked(build_images(), bool_masked_pos=torch.arange(32).view(2, 16) % 3 == 0).loss.backward()
+
     assert masked.vitcls.embeddings.mask_token.grad.any()
 
 
@@ -160,7 +165,7 @@ QUADRANTS = [[2, 2, row, column] for row in range(2) for column in range(2)]
 
 
 def _build_scoped_model(attention: str = "sdpa", **fields: Any) -> ViTCLSModel:
-    """Return a model with one layer and six CLS tokens: two without a scope, and one per quadrant."""
+    """Return a model with six CLS tokens: two without a scope, and one per quadrant."""
     config = build_tiny_config(
         **{
             "num_cls_tokens": 6,

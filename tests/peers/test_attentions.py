@@ -47,7 +47,7 @@ REPRESENTATIVES = [
 
 
 def check_maps(ours: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Check that three ways to compute attention maps agree, and return the maps [B, maps, N, N] per layer."""
+    """Check three ways to compute attention maps; return the maps [B, maps, N, N] per layer."""
     rows = ours.token_attention(pixels)  # [B, layer, map, special token, N]
     layers: list[RecordedLayer] = []
     with process_attention_layers(ours, layers.append):
@@ -76,7 +76,7 @@ def test_attention_maps_equal_those_of_transformers(name: str) -> None:
 
 
 def compute_source_maps(source: nn.Module, case: Case, pixels: torch.Tensor) -> list[torch.Tensor]:
-    """Return the attention maps of the source, [B, heads, N, N] per layer, with patches in their original order."""
+    """Return the source's maps [B, heads, N, N] per layer, with patches in image order."""
     outputs = get_encoder(source)(**build_inputs(case, pixels), output_attentions=True)
     if "ids_restore" not in outputs:
         return list(outputs.attentions)

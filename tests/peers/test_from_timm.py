@@ -1,4 +1,4 @@
-"""Compare every ViT of timm with its conversion: same outputs, or an error that names the unsupported feature.
+"""Compare every ViT of timm with its conversion: same outputs, or a named error.
 
 All parameters are filled with random values. The tests compare all tokens of the encoder and the
 logits, at the native size and, after `set_input_size`, at a rectangle.
@@ -210,7 +210,10 @@ def pixels(model: nn.Module, grid: tuple[int, int]) -> tuple[int, int]:
 
 @torch.no_grad()
 def largest_difference(model: nn.Module, ours: ViTCLSForImageClassification) -> float:
-    """Return the largest difference of tokens and logits at both sizes; the timm model keeps the last size."""
+    """Return the largest difference of tokens and logits at both sizes.
+
+    The timm model keeps the last size.
+    """
     differences = []
     for grid in (NATIVE, RECTANGLE):
         size = pixels(model, grid)
@@ -329,7 +332,7 @@ def test_gates_and_foreign_layers_raise_an_error() -> None:
 
 
 def test_dropout_rates_initial_layer_scales_and_whole_patches_are_kept() -> None:
-    """Dropout and initial LayerScale values, and image sizes that are rounded down to whole patches."""
+    """Image sizes are rounded down to whole patches."""
     rates = {"attn_drop_rate": 0.1, "drop_path_rate": 0.2}
     for name, arguments, scale in (
         ("deit3_small_patch16_224", {"init_values": 1e-4}, 1e-4),
@@ -343,12 +346,15 @@ def test_dropout_rates_initial_layer_scales_and_whole_patches_are_kept() -> None
             0.1,
             pytest.approx(0.2),
         ), name
+
     model = timm.create_model(
         "vit_tiny_patch16_224", depth=1, num_classes=0, patch_size=8, img_size=(36, 47)
     )
+
     assert convert_from_timm(model).config.image_height_width == (32, 40)
 
 
+@torch.no_grad()
 def test_a_model_without_a_classifier_pools_as_in_timm() -> None:
     """`num_classes=0` gives a base model, which pools as timm's does."""
     for name in (
@@ -359,23 +365,26 @@ def test_a_model_without_a_classifier_pools_as_in_timm() -> None:
         model = peer(name, **TINY | {"num_classes": 0})
         ours = convert_from_timm(model)
         images = torch.randn(2, 3, *pixels(model, NATIVE))
-        with torch.no_grad():
-            assert type(ours) is ViTCLSModel
-            assert (ours(images).pooler_output - model(images)).abs().max() <= TOLERANCE
+        assert type(ours) is ViTCLSModel
+        assert (ours(images).pooler_output - model(images)).abs().max() <= TOLERANCE
+
     two_outputs = convert_from_timm(
         peer("deit_tiny_distilled_patch16_224", **TINY | {"num_classes": 0})
     )
+
     assert two_outputs.pooler is None
     for name, pooling in (("vit_tiny_patch16_224", "cls"), ("vit_base_patch16_siglip_224", "mean")):
         unpooled = convert_from_timm(peer(name, **TINY | {"num_classes": 0, "global_pool": ""}))
         assert (unpooled.config.pooling, unpooled.pooler) == (pooling, None)
 
 
+@torch.no_grad()
 def test_dtype_labels_and_the_source_are_kept() -> None:
     model = peer("vit_tiny_patch16_224", **TINY).to(torch.bfloat16)
     model.pretrained_cfg["label_names"] = list("abcdefg")
     before = copy.deepcopy(model.state_dict())
     ours = convert_from_timm(model)
+
     assert ours.dtype == torch.bfloat16
     assert not ours.training
     assert ours.config.id2label[1] == "b"
@@ -383,12 +392,12 @@ def test_dtype_labels_and_the_source_are_kept() -> None:
     for other in ("abc", "abcdefgh"):  # of another number of classes
         model.pretrained_cfg["label_names"] = list(other)
         assert convert_from_timm(model).config.num_labels == 7
+
     del model.pretrained_cfg  # as in a model without `timm.create_model`
     assert convert_from_timm(model).config.num_labels == 7
-    with torch.no_grad():
-        ours.classifier.weight.zero_()
-    for name, weight in model.state_dict().items():
-        assert torch.equal(weight, before[name])
+
+    ours.classifier.weight.zero_()
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
 @pytest.mark.slow
@@ -412,5 +421,6 @@ def test_every_architecture_is_exact_or_refused() -> None:
             exact.append(name)
         else:
             wrong[name] = difference
+
     assert not wrong
     assert len(exact) == len(names) - len(refused) >= 215

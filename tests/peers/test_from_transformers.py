@@ -1,4 +1,4 @@
-"""Compare every plain ViT of transformers with its conversion: same outputs for every token, at two sizes.
+"""Compare every plain ViT of transformers with its conversion, at two sizes.
 
 The models are in transformers_cases.py.
 """
@@ -70,12 +70,14 @@ def test_converted_models_have_the_same_outputs(name: str, size: tuple[int, int]
     ],
 )
 def test_the_parity_report_compares_all_outputs_of_the_source(name: str, outputs: set[str]) -> None:
-    """`TransformersSource` computes the outputs of the source for the parity report, at both sizes."""
+    """`TransformersSource` computes the outputs for the parity report, at both sizes."""
     source = TransformersSource(name, "", CASES[name].build(), [])
     if name == "mae":
         # as in published models; the comparison needs all patches
         source.model.config.mask_ratio = 0.75
+
     assert source.image_size == CASES[name].sizes[0]
+
     comparisons, reason = compare_models(source, source.convert())
     assert [set(comparison["differences"]) for comparison in comparisons] == [outputs] * (
         1 if reason else 2
@@ -88,13 +90,13 @@ def test_every_class_is_tested() -> None:
     assert {case.model for case in CASES.values()} == set(CONVERTIBLE_CLASSES)
 
 
+@torch.no_grad()
 def test_the_source_is_unchanged_and_shares_no_memory() -> None:
     source = CASES["radio"].build()
     before = {name: weight.clone() for name, weight in source.state_dict().items()}
     model = convert_from_transformers(source)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()
+    for parameter in model.parameters():
+        parameter.zero_()
     assert all(torch.equal(weight, before[name]) for name, weight in source.state_dict().items())
 
 
@@ -112,6 +114,7 @@ def test_dtype_labels_and_mode_are_kept(name: str) -> None:
 def test_initial_values_and_the_problem_type_are_kept() -> None:
     scale = {"layerscale_value": 0.5}
     rates = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.2, "drop_path_rate": 0.3}
+
     for name, values in {
         "Dinov2": RATIO | scale,
         "DINOv3ViT": PLAIN | scale,
@@ -122,8 +125,10 @@ def test_initial_values_and_the_problem_type_are_kept() -> None:
         config = convert_from_transformers(source).config
         assert (config.layer_scale_init_value, config.initializer_range) == (0.5, 0.03), name
     assert {name: getattr(config, name) for name in rates} == rates
+
     labels = {"num_labels": 3, "problem_type": "multi_label_classification"}
     source = Case("ViTForImageClassification", "ViTConfig", PLAIN | labels).build()
+
     assert convert_from_transformers(source).config.problem_type == "multi_label_classification"
 
 

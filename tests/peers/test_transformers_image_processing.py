@@ -1,4 +1,4 @@
-"""Run the image processor tests of transformers on the image processors of this package, with both backends.
+"""Run the image processor tests of transformers on this package, with both backends.
 
 Tests of features that only this package has (sources, modes, messages) are in
 test_image_processing.py.
@@ -49,7 +49,7 @@ class SmallImages(common.ImageProcessingTester):
 
 
 class ViTCLSTest(common.ImageProcessingTestMixin, unittest.TestCase):
-    """The mixin with explicit `image_processing_classes`, which transformers derives from the folder of the file."""
+    """The mixin with `image_processing_classes`, which transformers derives from the folder."""
 
     test_cast_dtype = True
     image_processing_classes: ClassVar[dict[str, type]] = {

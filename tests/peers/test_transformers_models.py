@@ -63,7 +63,7 @@ SIZES: dict[str, int] = {
 
 
 class SmallModel:
-    """A small model with a token layout and its inputs, with the attributes that the mixins read."""
+    """A small model with a token layout and inputs, with the attributes the mixins read."""
 
     is_training = True
     batch_size = 2
@@ -148,7 +148,7 @@ class NoCLSTest(ViTCLSModelTests, unittest.TestCase):
 
 @pytest.mark.slow
 class ThreeTasksTest(ViTCLSModelTests, unittest.TestCase):
-    """Model tests for the multi-task class, which has one task per CLS token, and dicts of labels and logits."""
+    """Model tests for the multi-task class, with one task per CLS token and dicts of labels."""
 
     layout = THREE_CLS | {
         "tasks": {"digit": ["odd", "even"], "color": ["red", "green", "blue"], "size": ["any"]}

@@ -4,8 +4,8 @@
 distribution contains the folder, so the first call downloads it with pip and unpacks it into a
 cache:
 
-    <cache>/transformers-<version>/transformers_tests/   transformers' `tests`, importable as a package
-                                   utils/                the one helper of its repository that the tests import
+    <cache>/transformers-<version>/transformers_tests/   transformers' `tests` as a package
+                                   utils/                a helper that the tests import
 
 Later runs require no network. <cache> is $VITCLS_TESTS_CACHE, or `vitcls-tests` in the user's cache
 directory. The tests that use the mixins are in test_transformers_*.py.
@@ -35,7 +35,9 @@ STUBS = {
     f"{PACKAGE}/exporters/test_export.py": "class ExportTesterMixin:\n    pass\n",
     f"{PACKAGE}/generation/test_utils.py": "class GenerationTesterMixin:\n    pass\n",
     f"{PACKAGE}/utils/test_configuration_utils.py": "config_common_kwargs = {}\n",
-    "utils/fetch_hub_objects_for_ci.py": "def url_to_local_path(url, return_url_if_not_found=True):\n    return url\n",
+    "utils/fetch_hub_objects_for_ci.py": (
+        "def url_to_local_path(url, return_url_if_not_found=True):\n    return url\n"
+    ),
 }
 
 
@@ -85,7 +87,7 @@ def get_cache_dir() -> Path:
 
 
 def fetch(version: str) -> Path:
-    """Return the folder with the tests of a version of transformers, and download it if it is not cached.
+    """Return the folder with the tests of a version of transformers; download missing ones.
 
     Several processes may call this function at once.
 
@@ -121,24 +123,11 @@ def _import_package() -> None:
 
 def _download(version: str, into: Path) -> Path:
     """Download the source distribution of transformers with pip, without building it."""
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--disable-pip-version-check",
-        "--retries",
-        "1",
-    ]
-    command += [
-        "--no-deps",
-        "--no-build-isolation",
-        "--no-binary",
-        "transformers",
-        "--dest",
-        str(into),
-    ]
+    flags = (
+        "--quiet --disable-pip-version-check --retries 1 --no-deps --no-build-isolation "
+        "--no-binary transformers"
+    )
+    command = [sys.executable, "-m", "pip", "download", *flags.split(), "--dest", str(into)]
     run = subprocess.run(
         [*command, f"transformers=={version}"], capture_output=True, text=True, check=False
     )
