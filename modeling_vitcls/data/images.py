@@ -58,6 +58,10 @@ class LabeledImages:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def num_images(self) -> int:
+        return len(self)
+
     def select(self, indices: Iterable[int]) -> "LabeledImages":
         """Return the images and labels at `indices`, in the given order."""
         indices = list(indices)

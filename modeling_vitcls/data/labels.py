@@ -49,6 +49,15 @@ class LabelSpace:
         (names,) = self.columns.values()
         return names
 
+    @property
+    def tasks(self) -> list[str | None]:
+        """Return the tasks; None is the only one of a dataset that is not multi-task."""
+        return list(self.columns) if self.kind == "multi_task" else [None]
+
+    def get_names(self, task: str | None) -> list[str]:
+        """Return the label names of one of `tasks`."""
+        return self.names if task is None else self.columns[task]
+
     @cached_property
     def index_by_name(self) -> dict[str, dict[str, int]]:
         """Return class indices by column and class name."""

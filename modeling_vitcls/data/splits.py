@@ -85,12 +85,12 @@ class TrainingData:
     @property
     def num_training_images(self) -> int | None:
         """Return the number of training images; None for a stream, whose length is unknown."""
-        return None if isinstance(self.train, StreamedImages) else len(self.train)
+        return self.train.num_images
 
     @property
     def num_held_out_images(self) -> int | None:
         """Return the number of held-out images; None for a streamed split, whose length is unknown."""
-        return None if isinstance(self.held_out, StreamedImages) else len(self.held_out)
+        return self.held_out.num_images
 
     def build_record(self) -> HeldOutRecord:
         """Return the record for results.json, which identifies the training and selection images by their content.

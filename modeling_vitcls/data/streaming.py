@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -83,6 +83,7 @@ class StreamedImages:
     held_out_rule: HeldOutRule | None = None
     is_held_out_part: bool = False  # whether the images are those that `held_out_rule` holds out
     convert_label: Callable[[Any], Any] | None = None  # applied to each label
+    num_images: ClassVar[None] = None  # unknown
 
     def iterate_examples(
         self, seed: int, process_index: int, num_processes: int, start: int = 0
@@ -162,6 +163,13 @@ class StreamedImages:
             DatasetImages.from_list([example.encoded_image for example in examples], self.folder),
             labels,
         )
+
+    def draw(self, num_images: int | None, seed: int = 0) -> "StreamedImages | LabeledImages":
+        """Return images drawn from the shuffle buffer, as `read_first`; the stream if `num_images` is None."""
+        if num_images is None:
+            return self
+        stream = self.stream.shuffle(seed=seed, buffer_size=self.shuffle_buffer_size)
+        return replace(self, stream=stream).read_first(num_images)
 
     def iterate_rows(self, stream: Any, is_held_out: bool) -> Iterator[StreamRow]:
         """Yield the column values and the image key of each row that is held out, or of each row that is not.

@@ -14,6 +14,7 @@ with CLS of the last layer on the same images.
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -89,17 +90,16 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
     assert options.frozen is not None
     if options.data.streaming:
         raise ValueError("`frozen` does not support streams. Remove `streaming=True`")
-    accelerator, console, warn = set_up_evaluation(options)
+    accelerator, console, warn = set_up_evaluation(options.mixed_precision)
     with accelerator.main_process_first():  # the main process downloads the files
         folder = resolve(options.model)
     loaded = load_for_inference(
         folder,
-        options,
+        replace(options, backend=TORCH),
         accelerator,
         use_head=False,
         max_batch_size=MAX_BATCH_SIZE,
         print_line=partial(console.print, markup=False),
-        backend=TORCH,
     )
     model = loaded.model
 

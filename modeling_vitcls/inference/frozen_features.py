@@ -168,6 +168,8 @@ def concatenate_features(first: Features, second: Features) -> Features:
 class FrozenPass(ImagePass):
     """One pass of images through an encoder. Calling it with a model computes the features, once.
 
+    With `has_logits`, the last columns of the features are the logits of the classifier.
+
     Attributes:
         features: of the readable images, in their order, the same on every process.
         batches: batches of this process, with features in place of pixels.
@@ -175,17 +177,20 @@ class FrozenPass(ImagePass):
 
     is_repeated = False
 
-    def __init__(self, images: Any, layout: FeatureLayout, **arguments: Any) -> None:
+    def __init__(
+        self, images: Any, layout: FeatureLayout, has_logits: bool = False, **arguments: Any
+    ) -> None:
         super().__init__(images, **arguments)
         self.arguments = arguments
         self.layout = layout
+        self.has_logits = has_logits
         self.batches: list[ImageBatch] = []
 
     def __call__(self, model: nn.Module, console: Console | None = None) -> Features:
         """Compute and return the features, with a classifier or an encoder."""
-        encoder: Any = getattr(model, "vitcls", model)
+        encoder = getattr(model, "vitcls", model)
         rows: list[ImageOutput] = []
-        for batch, features in self.iterate(encoder, partial(self.compute, encoder), console):
+        for batch, features in self.iterate(encoder, partial(self.compute, model), console):
             rows += list_rows(batch, features)
             self.batches.append(replace(batch, pixel_values=features[: len(batch.indices)].cpu()))
 
@@ -196,28 +201,13 @@ class FrozenPass(ImagePass):
         )
         return self.features
 
-    def compute(self, encoder: Any, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Return the features [B, all] of images [B, C, H, W]."""
-        has_layers = OWN_POOLING not in self.layout.widths
-        return pool_layers(
-            encoder, encoder(pixel_values, output_hidden_states=has_layers), self.layout
-        )
-
-
-class ClassifierPass(FrozenPass):
-    """A pass that also keeps the logits of the classifier: the last columns of the features."""
-
-    def __init__(
-        self, classifier: nn.Module, images: Any, layout: FeatureLayout, **arguments: Any
-    ) -> None:
-        super().__init__(images, layout, **arguments)
-        self.classifier = classifier
-
-    def compute(self, encoder: Any, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Return the features and the logits [B, all + L] of images [B, C, H, W]."""
-        outputs = self.classifier(pixel_values, output_hidden_states=True)
+    def compute(self, model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return the features [B, all], or [B, all + L] with logits, of images [B, C, H, W]."""
+        encoder = getattr(model, "vitcls", model)
+        program = model if self.has_logits else encoder
+        outputs = program(pixel_values, output_hidden_states=OWN_POOLING not in self.layout.widths)
         features = pool_layers(encoder, outputs, self.layout)
-        return torch.cat([features, outputs.logits.float()], dim=1)
+        return torch.cat([features, outputs.logits.float()], dim=1) if self.has_logits else features
 
 
 class HeadEvaluator(Evaluator):

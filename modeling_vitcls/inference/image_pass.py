@@ -258,7 +258,6 @@ class ImagePass:
             generator=torch.Generator(),  # its own, so that passes do not affect training
         )
 
-        self.num_batches = None if isinstance(images, StreamedImages) else len(batches)
         self.cache: list[ImageBatch] | None = None
         self.num_unreadable = 0
 
@@ -284,7 +283,7 @@ class ImagePass:
         batches = track(
             self.load_batches(),
             self.pass_name,
-            len(self.images) if isinstance(self.images, LabeledImages) else None,
+            self.images.num_images,
             count=lambda batch: (
                 (len(batch.indices) + len(batch.error_messages)) * accelerator.num_processes
             ),
@@ -383,7 +382,7 @@ class ImagePass:
             yield from self.cache
             return
 
-        is_cached = self.is_repeated and self.num_batches is not None
+        is_cached = self.is_repeated and self.images.num_images is not None
         cache: list[ImageBatch] | None = [] if is_cached else None
         num_bytes = 0
         with explain_worker_errors(self.num_workers):
