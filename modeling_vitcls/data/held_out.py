@@ -20,9 +20,7 @@ that `vitcls evaluate` recognizes training images in a dataset of any name (eval
 import base64
 import hashlib
 import io
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -196,17 +194,3 @@ def encode_content_keys(keys: np.ndarray) -> str:
     """Return content keys, sorted and each once, as base64 of `CONTENT_KEY_BYTES` bytes per key."""
     content = np.unique(keys).astype("<u8").view(np.uint8).reshape(-1, 8)[:, :CONTENT_KEY_BYTES]
     return base64.b64encode(content.tobytes()).decode()
-
-
-def get_relative_path(path: str, folder: Path) -> str:
-    """Return the path of an image relative to the dataset folder.
-
-    URLs, empty paths, and relative paths outside of the folder, such as names in a table, are left
-    unchanged.
-    """
-    prefix = f"{folder}/"
-    if path.startswith(prefix) and "/." not in path and "//" not in path:
-        return path.removeprefix(prefix)
-    if not path or "://" in path or not (path.startswith(prefix) or Path(path).is_absolute()):
-        return path
-    return Path(os.path.relpath(path, folder)).as_posix()

@@ -92,10 +92,8 @@ def load_splits(
     images_by_split = {name: splits.images_by_split[name] for name in select(splits.names)}
     if use_labels:
         return replace(splits, images_by_split=images_by_split)
-    images_by_split = {
-        name: mark_as_unlabeled(split.images) for name, split in images_by_split.items()
-    }
-    return replace(splits, label_space=UNLABELED, images_by_split=images_by_split)
+    unlabeled = {name: mark_as_unlabeled(split.images) for name, split in images_by_split.items()}
+    return replace(splits, label_space=UNLABELED, images_by_split=unlabeled)
 
 
 def mark_as_unlabeled(images: Any) -> LabeledImages:
@@ -199,10 +197,8 @@ def load_with_datasets(options: DataOptions, use_labels: bool, select: SplitSele
         split: build_images(dataset, image_column, folder) for split, dataset in datasets.items()
     }
     if not use_labels:
-        unlabeled_splits = {
-            split: mark_as_unlabeled(images) for split, images in images_by_split.items()
-        }
-        return Splits(name, UNLABELED, unlabeled_splits, list(all_splits))
+        unlabeled = {split: mark_as_unlabeled(each) for split, each in images_by_split.items()}
+        return Splits(name, UNLABELED, unlabeled, list(all_splits))
 
     def read_all(column: str) -> Iterable[Any]:
         return chain.from_iterable(read_column(dataset, column) for dataset in datasets.values())

@@ -97,11 +97,11 @@ class TrainingData:
 
         Up to `MAX_RECORDED_IMAGES` images are read, without decoding them.
         """
-        parts = [
-            images for images in (self.train, self.selection) if isinstance(images, LabeledImages)
-        ]
-        if not isinstance(self.train, LabeledImages):
+        if isinstance(self.train, StreamedImages):
             return replace(self.record, dataset=self.name)
+        parts = [self.train]
+        if self.selection is not None:
+            parts.append(self.selection)
         num_images = sum(map(len, parts))
         drawn = [
             part.draw(len(part) * MAX_RECORDED_IMAGES // max(num_images, MAX_RECORDED_IMAGES))
@@ -387,13 +387,10 @@ def describe_data(training_data: TrainingData) -> dict[str, Any]:
         labels = images.labels
         if isinstance(labels, MultiHotLabels):
             labels = [labels.offsets.tolist(), labels.indices.tolist()]
-        digests = (
-            hashlib.sha256(images.images.compute_keys().tobytes()),
-            hashlib.sha256(json.dumps(labels).encode()),
-        )
+        keys = images.images.compute_keys()
         description |= {
-            "image_names_or_order": digests[0].hexdigest(),
-            "labels": digests[1].hexdigest(),
+            "image_names_or_order": hashlib.sha256(keys.tobytes()).hexdigest(),
+            "labels": hashlib.sha256(json.dumps(labels).encode()).hexdigest(),
         }
     return description | {"held_out_images": asdict(training_data.record)}
 

@@ -12,7 +12,6 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from torch import nn
 
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.heads_vitcls import TokenPooler, build_pooler
-from .evaluator import Evaluator
+from .evaluator import Evaluator, HeadOutput
 from .image_pass import ImageBatch, ImageOutput, ImagePass, list_rows, stack_rows
 from .linear_probe import LAST_CLS_INNER_MEAN, LAST_CLS_MEAN, Candidate, LinearClassifier
 
@@ -215,18 +214,12 @@ class HeadEvaluator(Evaluator):
 
     def __init__(self, frozen_pass: FrozenPass, candidate: Candidate) -> None:
         super().__init__(frozen_pass.images, **frozen_pass.arguments | {"warn": ignore_message})
-        self.cache = [
-            self.select_columns(batch, frozen_pass.layout, candidate)
-            for batch in frozen_pass.batches
-        ]
-
-    def select_columns(
-        self, batch: ImageBatch, layout: FeatureLayout, candidate: Candidate
-    ) -> ImageBatch:
-        """Return a batch whose "pixels" are the features [G, F] that the classifier reads."""
-        assert batch.pixel_values is not None
-        columns = torch.from_numpy(layout.get_columns(candidate.layers, candidate.pooling))
-        return replace(batch, pixel_values=batch.pixel_values[:, columns])
+        columns = frozen_pass.layout.get_columns(candidate.layers, candidate.pooling)
+        self.cache = []
+        for batch in frozen_pass.batches:
+            assert batch.pixel_values is not None
+            # the "pixels" are the features [G, F] that the classifier reads
+            self.cache.append(replace(batch, pixel_values=batch.pixel_values[:, columns]))
 
     def pad_batch(self, model: nn.Module, batch: ImageBatch) -> ImageBatch:
         """Return the batch itself: the classifier needs no padding."""
@@ -235,12 +228,12 @@ class HeadEvaluator(Evaluator):
         width = self.accelerator.unwrap_model(model).config.pooled_size
         return replace(batch, pixel_values=torch.zeros(0, width))
 
-    def compute_outputs(self, model: nn.Module, pixel_values: torch.Tensor) -> SimpleNamespace:
+    def compute_outputs(self, model: nn.Module, pixel_values: torch.Tensor) -> HeadOutput:
         """Return the logits [B, L], in single precision."""
         classifier = self.accelerator.unwrap_model(model)
         with torch.autocast(pixel_values.device.type, enabled=False):
             logits = classifier.classifier(pixel_values) / classifier.config.temperature
-        return SimpleNamespace(logits=logits, cls_logits=logits, distillation_logits=None)
+        return HeadOutput(logits)
 
 
 def ignore_message(message: str) -> None:

@@ -80,11 +80,10 @@ class ListInput:
             )
         return {"images": self.num_images, "sha256": digest.hexdigest()}
 
-    def read_records(self, ranges: Iterable[range]) -> Iterator[ImageRecord]:
-        """Yield the records in the index ranges."""
-        for indices in ranges:
-            for index in indices:
-                yield ImageRecord(index, self.names[index], self.contents[index])
+    def read_records(self, indices: range) -> Iterator[ImageRecord]:
+        """Yield the records in a range of indices."""
+        for index in indices:
+            yield ImageRecord(index, self.names[index], self.contents[index])
 
 
 def build_list_input(paths: Iterable[str]) -> ListInput:
@@ -166,13 +165,12 @@ class DatasetInput:
             "fingerprint": self.dataset._fingerprint,
         }
 
-    def read_records(self, ranges: Iterable[range]) -> Iterator[ImageRecord]:
-        """Yield the records in the index ranges."""
-        for indices in ranges:
-            for start in range(indices.start, indices.stop, ROWS_PER_READ):
-                values = self.dataset[start : min(start + ROWS_PER_READ, indices.stop)][self.column]
-                for index, value in enumerate(values, start):
-                    yield build_record(index, value, self.folder)
+    def read_records(self, indices: range) -> Iterator[ImageRecord]:
+        """Yield the records in a range of indices."""
+        for start in range(indices.start, indices.stop, ROWS_PER_READ):
+            values = self.dataset[start : min(start + ROWS_PER_READ, indices.stop)][self.column]
+            for index, value in enumerate(values, start):
+                yield build_record(index, value, self.folder)
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ def predict_from_options(
     """
     accelerator = build_accelerator(mixed_precision=options.mixed_precision)
     source = wrap_images(images) if images else open_input(options)
-    predictor = build_predictor(options, accelerator, get_num_images(source), choose_engine)
+    predictor = build_predictor(options, accelerator, source.num_images, choose_engine)
     return list(predictor.iterate_rows(read_all_records(source)))
 
 
@@ -109,12 +109,7 @@ def read_all_records(source: PredictionInput) -> Iterator[ImageRecord]:
     """Yield the records of all images."""
     if isinstance(source, StreamInput):
         return source.build_records(source.dataset, count())
-    return source.read_records([range(source.num_images)])
-
-
-def get_num_images(source: PredictionInput) -> int | None:
-    """Return the number of images, or None for a stream."""
-    return None if isinstance(source, StreamInput) else source.num_images
+    return source.read_records(range(source.num_images))
 
 
 def build_predictor(
@@ -241,7 +236,7 @@ def predict_images(
     accelerator = build_accelerator(mixed_precision=options.mixed_precision)
     source = load_on_main(accelerator, options.dataset or "", partial(open_input, options))
     with accelerator.main_process_first():  # the main process downloads the files
-        predictor = build_predictor(options, accelerator, get_num_images(source), choose_engine)
+        predictor = build_predictor(options, accelerator, source.num_images, choose_engine)
     is_folder = options.output is not None and options.output.suffix.lower() not in WRITERS
     counts = (predict_to_folder if is_folder else predict_to_file)(
         options, accelerator, source, predictor
@@ -271,7 +266,7 @@ def predict_to_file(
     else:
         chunks = list_shard_indices(source.num_images, predictor.batch_size)
         ranges = chunks[accelerator.process_index :: accelerator.num_processes]
-        records = source.read_records(ranges)
+        records = chain.from_iterable(map(source.read_records, ranges))
         num_local_images = sum(map(len, ranges))
     columns = get_output_columns(predictor.columns.columns)
     is_main = accelerator.is_main_process
@@ -307,24 +302,24 @@ def predict_to_folder(
         "input": run_on_main(accelerator, source.compute_fingerprint),
         "model": compute_model_digest(predictor.model, predictor.processor),
     }
+    num_shards = None
+    write_shards: Any = write_stream_shards
     if isinstance(source, StreamInput):
         settings["num_workers"] = num_workers
-    num_shards = None
-    if not isinstance(source, StreamInput):
+    else:
         num_shards = len(list_shard_indices(source.num_images, options.shard_size))
+        write_shards = write_list_shards
     folder = ShardFolder(
         options.output, options.shard_size, json.loads(json.dumps(settings)), num_shards
     )
     folder.open()
-    write_shards: Any = (
-        write_stream_shards if isinstance(source, StreamInput) else write_list_shards
-    )
     is_shown = accelerator.is_main_process
     shards = gather_object(
         write_shards(folder, worker_index, num_workers, source, predictor, is_shown)
     )
     return PredictionCounts(
-        *(sum(shard[name] for shard in shards) for name in ("images", "failed"))
+        num_images=sum(shard["images"] for shard in shards),
+        num_failed=sum(shard["failed"] for shard in shards),
     )
 
 
@@ -344,7 +339,7 @@ def write_list_shards(
     metadata = [folder.read_finished(file) for file in files]
     for position in show_progress(range(len(files)), "files", len(files), is_shown):
         if metadata[position] is None:
-            rows = list(predictor.iterate_rows(source.read_records([local_shards[position]])))
+            rows = list(predictor.iterate_rows(source.read_records(local_shards[position])))
             metadata[position] = folder.write(
                 files[position], rows, predictor.columns.columns, num_shards=len(shards)
             )

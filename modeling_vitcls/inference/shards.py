@@ -16,7 +16,7 @@ import json
 import re
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
@@ -162,14 +162,21 @@ def read_metadata(file: Path) -> dict[str, Any]:
     """Return the metadata of a shard. Raise ValueError if the file is damaged."""
     if not file.is_file():  # a pipe, from which reading would wait forever
         raise ValueError(f"{file} is not a regular file. Delete it, and repeat")
-    try:
+    with explain_damage(file):
         metadata = pq.read_metadata(file)
         fields = json.loads(metadata.metadata[METADATA_KEY])
         if fields["images"] != metadata.num_rows:
             raise ValueError(f"{metadata.num_rows} of {fields['images']} rows")
         if not isinstance(fields.get("num_shards", 0), int):
             raise ValueError("its number of shards is not a number")
-        return fields
+    return fields
+
+
+@contextmanager
+def explain_damage(file: Path) -> Iterator[None]:
+    """Raise ValueError of one line for any error while a shard is read."""
+    try:
+        yield
     except Exception as error:  # pyarrow raises several types of errors
         raise ValueError(
             f"{file} is damaged ({format_error(error)}). Delete the file, and repeat"
@@ -179,7 +186,7 @@ def read_metadata(file: Path) -> dict[str, Any]:
 def check_indices(file: Path, metadata: dict[str, Any]) -> None:
     """Raise ValueError if the images of a shard are not exactly those that its name determines."""
     shard_index, worker_index = parse_shard_name(file.name) or (0, None)
-    try:
+    with explain_damage(file):
         settings = metadata["settings"]
         num_images = metadata["images"]
         shard_size = settings["shard_size"]
@@ -197,10 +204,6 @@ def check_indices(file: Path, metadata: dict[str, Any]) -> None:
 
         expected = list(range(start, start + num_images * step, step))
         indices = pq.read_table(file, columns=["index"])["index"].to_pylist()
-    except Exception as error:  # pyarrow raises several types of errors
-        raise ValueError(
-            f"{file} is damaged ({format_error(error)}). Delete the file, and repeat"
-        ) from error
 
     if num_images != expected_size or indices != expected:
         raise ValueError(

@@ -295,5 +295,5 @@ def test_the_fingerprint_depends_on_files_and_labels(tmp_path: Path) -> None:
 def test_predictions_are_for_every_image(tmp_path: Path) -> None:
     write_images(tmp_path, "1.png", "test_2.png", "deep/3.png")
     source = open_input(PredictOptions("model", dataset=str(tmp_path)))
-    names = [record.name for record in source.read_records([range(3)])]
+    names = [record.name for record in source.read_records(range(3))]
     assert names == [str(tmp_path / name) for name in ("1.png", "test_2.png", "deep/3.png")]

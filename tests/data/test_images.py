@@ -17,6 +17,7 @@ from modeling_vitcls.data.images import (
     LabeledImages,
     UnreadableImage,
     decode_image,
+    get_relative_path,
 )
 
 
@@ -99,3 +100,11 @@ def test_images_are_named_in_errors(tmp_path: Path) -> None:
     for path, name in (("b.png", "'b.png'"), (None, "row 1")):
         with raises_one_line(f"cannot read the image {name}: ", error=UnreadableImage):
             decode_image({"path": path, "bytes": b"text"}, "row 1")
+
+
+def test_names_are_paths_within_the_folder_however_the_path_is_written() -> None:
+    for path in ("/photos/cat/1.png", "/photos//cat/1.png", "/photos/./cat//1.png", "cat/1.png"):
+        assert get_relative_path(path, Path("/photos")) == "cat/1.png"
+    assert get_relative_path("/other/1.png", Path("/photos")) == "../other/1.png"
+    for path in ("", "https://a.org/1.png"):
+        assert get_relative_path(path, Path("/photos")) == path

@@ -47,7 +47,7 @@ def test_a_list_contains_files_and_folders(photos: Path, tmp_path: Path) -> None
         f"\ufeff{photos / 'c.png'}\r\n\n{photos / 'inner'}\n".encode() + b"odd-\xff.png\n"
     )
     source = open_input(PredictOptions("model", list=file))
-    names = [record.name for record in source.read_records([range(source.num_images)])]
+    names = [record.name for record in source.read_records(range(source.num_images))]
     assert names == [*sorted_photos(photos)[2:], "odd-\ufffd.png"]
     file.write_text("\n \n", encoding="utf-8")
     with raises_one_line(f"the list {file} is empty"):
@@ -79,8 +79,7 @@ def test_rows_of_a_dataset_keep_their_index_in_any_ranges(tmp_path: Path) -> Non
     values = [None if index == 2 else f"{index}.png" for index in range(150)]
     dataset = datasets.Dataset.from_dict({"image": values})
     source = DatasetInput(dataset, "image", tmp_path, {})
-    ranges = [range(1, 3), range(60, 150)]
-    records = list(source.read_records(ranges))
+    records = [*source.read_records(range(1, 3)), *source.read_records(range(60, 150))]
     assert [record.index for record in records] == [1, 2, *range(60, 150)]
     assert source.num_images == 150
     assert "2" in (prepare_image(None, records[1]).error or "")
@@ -255,7 +254,7 @@ def test_idx_files_are_read(tmp_path: Path) -> None:
         content = np.array(header, dtype=">i4").tobytes() + pixels.tobytes()[: np.prod(header[1:])]
         (tmp_path / f"train-{name}-ubyte").write_bytes(content)
     source = open_input(PredictOptions("model", dataset=str(tmp_path)))
-    (record,) = source.read_records([range(1, 2)])
+    (record,) = source.read_records(range(1, 2))
     assert source.num_images == 2
     assert record.name == f"{tmp_path.name}/1"
     np.testing.assert_array_equal(np.asarray(record.content), pixels[1])
