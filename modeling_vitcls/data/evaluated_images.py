@@ -220,7 +220,7 @@ def choose_evaluation_split(split: str | None, names: Sequence[str], options: Da
 def choose_fitting_and_evaluation_split(
     split: str | None, options: DataOptions, names: Sequence[str]
 ) -> tuple[str, str]:
-    """Return the name of the split that a classifier is fitted to, and that of the split to evaluate.
+    """Return the names of the split that a classifier is fitted to, and of the evaluated split.
 
     They are the same if the dataset has only one.
     """

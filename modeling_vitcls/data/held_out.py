@@ -1,4 +1,4 @@
-"""Held-out images of datasets without an evaluation split, and the record of these images in results.json.
+"""Held-out images of datasets without an evaluation split, and their record in results.json.
 
     image -> key: checksum of the path within the dataset, of the row number, or of the bytes (images.py)
           -> hash of the key and the split seed
@@ -133,13 +133,16 @@ class HeldOutRecord:
 
     @property
     def rule(self) -> HeldOutRule | None:
-        """Return the rule that selected the images; None if the images are a split of the dataset."""
+        """Return the rule that selected the images; None if they are a split of the dataset."""
         if self.fraction is None or self.split_seed is None:
             return None
         return HeldOutRule(self.fraction, self.split_seed, num_folds=self.num_folds, fold=self.fold)
 
     def decode_training_images(self) -> tuple[np.ndarray, float]:
-        """Return the sorted content keys of the recorded training images, and the recorded fraction of them."""
+        """Return the sorted content keys of the recorded training images.
+
+        The second value is the fraction of the training images that is recorded.
+        """
         content = np.frombuffer(base64.b64decode(self.training_images or ""), np.uint8)
         padded = np.zeros((len(content) // CONTENT_KEY_BYTES, 8), np.uint8)
         padded[:, :CONTENT_KEY_BYTES] = content.reshape(-1, CONTENT_KEY_BYTES)
@@ -148,7 +151,10 @@ class HeldOutRecord:
 
 
 def get_run_results(folder: ModelFolder, task: str | None = None) -> dict[str, Any]:
-    """Return results.json of a model folder, or the record of an added task in it; empty if there is none."""
+    """Return results.json of a model folder, or the record of an added task in it.
+
+    The result is empty if there is none.
+    """
     results = folder.saved_results
     return results if task is None else results.get(ADDITIONS_KEY, {}).get(task, {})
 
@@ -177,7 +183,10 @@ def compute_image_key(content: bytes) -> int:
 
 
 def compute_content_key(stream: BinaryIO) -> int:
-    """Compute the 40-bit key of an image from its encoded content, of which at most 48 KiB are read."""
+    """Compute the 40-bit key of an image from its encoded content.
+
+    At most 48 KiB are read.
+    """
     size = stream.seek(0, io.SEEK_END)
     digest = hashlib.blake2b(size.to_bytes(8, "little"), digest_size=CONTENT_KEY_BYTES)
     if size <= 3 * CONTENT_PART_BYTES:

@@ -52,7 +52,10 @@ class UnreadableImage(ValueError):
 
 @dataclass(frozen=True)
 class LabeledImages:
-    """Images and one label per image: a class index, a list with 0.0 or 1.0 per class, or {task: class index}."""
+    """Images and one label per image.
+
+    A label is a class index, a list with 0.0 or 1.0 per class, or {task: class index}.
+    """
 
     images: Any  # one of the classes below, or any other sequence of PIL images
     labels: Any  # a list or `MultiHotLabels`
@@ -113,7 +116,10 @@ class ArrayImages(Sequence):
 
 @dataclass(frozen=True, eq=False)
 class DatasetImages(Sequence):
-    """Rows of a `datasets.Dataset` with one column: encoded images (`datasets.Image(decode=False)`) or paths."""
+    """Rows of a `datasets.Dataset` with one column of encoded images or paths.
+
+    Encoded images have the type `datasets.Image(decode=False)`.
+    """
 
     dataset: Any
     folder: Path = Path()  # folder to which paths are relative
@@ -121,7 +127,7 @@ class DatasetImages(Sequence):
 
     @classmethod
     def from_list(cls, values: Sequence[Any], folder: Path = Path()) -> "DatasetImages":
-        """Build a sequence in memory from paths, or from encoded images {"path": ..., "bytes": ...}."""
+        """Build a sequence from paths, or from encoded images {"path": ..., "bytes": ...}."""
         import datasets
 
         feature: Any = datasets.Image(decode=False)
@@ -268,14 +274,20 @@ def get_cache_file(name: str) -> Path:
 
 
 def compute_encoded_image_key(encoded_image: dict[str, Any], folder: Path) -> int:
-    """Return the key of an encoded image: a checksum of its bytes or, if it has none, of its path within `folder`."""
+    """Return the key of an encoded image, a checksum of its bytes.
+
+    Without bytes, it is a checksum of the path within `folder`.
+    """
     if encoded_image["bytes"] is not None:
         return compute_image_key(encoded_image["bytes"])
     return compute_image_key(get_relative_path(encoded_image["path"] or "", folder).encode())
 
 
 def compute_encoded_content_key(encoded_image: dict[str, Any]) -> int:
-    """Return the key of the content of an encoded image or, if it is not in memory or a local file, of its path."""
+    """Return the key of the content of an encoded image.
+
+    If it is neither in memory nor a local file, it is the key of its path.
+    """
     content = encoded_image["bytes"]
     path = encoded_image["path"] or ""
     if content is not None:
@@ -288,7 +300,7 @@ def compute_encoded_content_key(encoded_image: dict[str, Any]) -> int:
 
 
 def check_channels(image: Image.Image, pixels: torch.Tensor, num_channels: int | None) -> None:
-    """Raise UnreadableImage if the pixels [C, H, W] of an image do not have `num_channels` channels.
+    """Raise UnreadableImage if pixels [C, H, W] do not have `num_channels` channels.
 
     Do nothing if `num_channels` is None. The image processor converts images to three channels only
     if `do_convert_rgb` is set.

@@ -1,4 +1,4 @@
-"""Labels of a dataset: the columns that contain labels, and the conversion of labels to class indices.
+"""Labels of a dataset: the columns that contain them, and the conversion to class indices.
 
                                                       label of one image            batch of labels
     several --label-column
@@ -78,7 +78,10 @@ class LabelSpace:
         }
 
     def format_label(self, label: Any) -> str | None:
-        """Return a label as text, such as "cat", "cat, dog" or "age old, kind cat", or None for an unknown label."""
+        """Return a label as text, or None for an unknown label.
+
+        Examples: "cat", "cat, dog", "age old, kind cat".
+        """
         if isinstance(label, dict):
             known_tasks = {
                 task: names for task, names in self.columns.items() if is_known(label.get(task))
@@ -112,12 +115,18 @@ def get_label_space(config: ViTCLSConfig) -> LabelSpace:
 
 
 def is_known(label: int | None) -> bool:
-    """Return whether a label is a class index, and not None, -100 (IGNORED_LABEL) or another negative value."""
+    """Return whether a label is a class index.
+
+    Missing labels are None, -100 (IGNORED_LABEL) or another negative value.
+    """
     return label is not None and label >= 0
 
 
 def is_multi_label(config: ViTCLSConfig) -> bool:
-    """Return whether a sigmoid is applied to each logit; True for models with one label, as in transformers."""
+    """Return whether a sigmoid is applied to each logit.
+
+    It is for models with one label, too, as in transformers.
+    """
     return not config.tasks and (
         config.problem_type == "multi_label_classification" or config.num_labels == 1
     )
@@ -136,7 +145,7 @@ class MultiHotLabels(Sequence):
 
     @classmethod
     def from_indices(cls, labels: Iterable[Iterable[int]], num_classes: int) -> "MultiHotLabels":
-        """Build labels from the class indices of each image; negative indices (missing labels) are ignored."""
+        """Build labels from the class indices of each image; negative indices are ignored."""
         rows = [
             np.unique([index for index in label if index >= 0]).astype(np.int32) for label in labels
         ]
@@ -200,7 +209,10 @@ class LabelColumn:
 
     @cached_property
     def has_class_indices(self) -> bool:
-        """Return whether integers are class indices: if the classes are declared, or no class name is an integer."""
+        """Return whether integers are class indices.
+
+        They are if the classes are declared, or if no class name is an integer.
+        """
         return self.is_declared or not any(
             name.removeprefix("-").isdecimal() for name in self.classes
         )
@@ -235,7 +247,7 @@ class LabelReader:
         return label
 
     def read_columns(self, values: Sequence[Sequence[Any]], name_row: Callable[[int], str]) -> Any:
-        """Return the labels of all rows: a list or, with several labels per image, `MultiHotLabels`.
+        """Return the labels of all rows, a list or `MultiHotLabels` (several labels per image).
 
         Raise ValueError if a value is not one of the classes.
 
@@ -326,7 +338,10 @@ def build_label_column(
 
 
 def split_labels(value: Any, separator: str | None) -> list[Any]:
-    """Return the labels in one value: the items of a list, the text between separators, or the value itself."""
+    """Return the labels in one value.
+
+    They are the items of a list, the text between separators, or the value itself.
+    """
     if isinstance(value, list):
         return value
     if separator is None or not isinstance(value, str):
@@ -368,7 +383,11 @@ def find_column(
     common_names: tuple[str, ...],
     dataset: str,
 ) -> str:
-    """Return the requested column, the only column of the matching type, or the first column with a common name."""
+    """Return the name of the column of a kind.
+
+    It is the requested column, the only column of the matching type, or the first column with a
+    common name.
+    """
     if name is not None and name not in features:
         raise ValueError(f"{dataset} has no column {name!r}. Choose one of {', '.join(features)}")
     if name is not None:
@@ -400,7 +419,7 @@ def is_image_feature(feature: Any) -> bool:
 
 
 def find_class_label(feature: Any) -> Any:
-    """Return the `ClassLabel` of a column of labels or lists of labels, or None for any other column."""
+    """Return the `ClassLabel` of a column of labels or lists of labels; None for other columns."""
     column_types = (feature, get_item_type(feature))
     return next(
         (column_type for column_type in column_types if type(column_type).__name__ == "ClassLabel"),

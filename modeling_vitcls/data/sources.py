@@ -46,8 +46,8 @@ READERS = {
 
 IDX_SPLITS = {"train": "train", "t10k": "test"}
 IDX_CLASSES = {
-    "fashion-mnist": "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(
-        ","
+    "fashion-mnist": (
+        "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(",")
     ),
 }
 
@@ -123,7 +123,7 @@ def is_idx_folder(folder: Path) -> bool:
 
 
 def find_idx_file(folder: Path, split: str, kind: str) -> Path | None:
-    """Return the path of a plain or compressed file in the MNIST format, or None if the file does not exist."""
+    """Return the path of a plain or compressed file in the MNIST format, or None."""
     files = (folder / f"{split}-{kind}-ubyte{suffix}" for suffix in ("", ".gz"))
     return next((file for file in files if file.is_file()), None)
 

@@ -89,11 +89,13 @@ class TrainingData:
 
     @property
     def num_held_out_images(self) -> int | None:
-        """Return the number of held-out images; None for a streamed split, whose length is unknown."""
+        """Return the number of held-out images; None for a streamed split."""
         return self.held_out.num_images
 
     def build_record(self) -> HeldOutRecord:
-        """Return the record for results.json, which identifies the training and selection images by their content.
+        """Return the record for results.json.
+
+        It identifies the training and selection images by their content.
 
         Up to `MAX_RECORDED_IMAGES` images are read, without decoding them.
         """
@@ -117,7 +119,10 @@ class TrainingData:
 
     @property
     def class_ratio(self) -> float:
-        """Return the size of the largest class divided by that of the smallest, or 1 if images have several labels."""
+        """Return the size of the largest class divided by that of the smallest.
+
+        It is 1 if images have several labels.
+        """
         if not is_stratified(self.train):
             return 1.0
         sizes = Counter(self.train.labels).values()  # type: ignore
@@ -203,7 +208,7 @@ def load_training_data(
 
 
 def exclude_images(images: LabeledImages, split: str, file: Path) -> LabeledImages:
-    """Return the training images without those that a table of `evaluate --audit` lists in this split.
+    """Return the training images without those that a table of the audit lists in this split.
 
     Held-out images are never left out, because this would only make the accuracy look better. Raise
     ValueError if the table does not have the columns `split` and `id`, or lists only other images
@@ -262,7 +267,11 @@ def choose_training_splits(names: Collection[str], use_selection_split: bool) ->
 def check_splits(
     options: DataOptions, splits: Splits, training_splits: TrainingSplits, use_selection_split: bool
 ) -> None:
-    """Raise ValueError for a single class, or if `--folds` or `--select best` is not possible with the splits."""
+    """Raise ValueError if there is only one class, or if the splits do not support the options.
+
+    A cross-validation, and the selection of a checkpoint (`use_selection_split`), require certain
+    splits.
+    """
     label_space = splits.label_space
     lacks_selection = use_selection_split and training_splits.selection is None
     if (
@@ -301,7 +310,9 @@ def build_held_out_rule(options: DataOptions) -> HeldOutRule:
 def hold_out_images(
     images: Any, rule: HeldOutRule, options: DataOptions
 ) -> tuple[Any, LabeledImages, HeldOutRecord]:
-    """Return the training images (stored or streamed), the held-out images, and the record of the held-out images.
+    """Return the training images, the held-out images, and the record of the latter.
+
+    The images are stored or streamed.
 
     Raise ValueError if none or all of the images would be held out.
     """
@@ -339,7 +350,10 @@ def check_both_parts(is_held_out: np.ndarray, rule: HeldOutRule, options: DataOp
 
 
 def check_folds(rule: HeldOutRule, images: LabeledImages, options: DataOptions) -> None:
-    """Raise ValueError if one of the folds of a cross-validation has no images, before the first fold is trained."""
+    """Raise ValueError if a fold of a cross-validation has no images.
+
+    All folds are checked before the first one is trained.
+    """
     for fold in range(1, (rule.num_folds or 0) + 1):
         if not select_held_out(images, replace(rule, fold=fold))[0].any():
             raise ValueError(
@@ -349,7 +363,10 @@ def check_folds(rule: HeldOutRule, images: LabeledImages, options: DataOptions) 
 
 
 def is_stratified(images: Any) -> bool:
-    """Return whether held-out images are selected by class, which requires one known label per image."""
+    """Return whether held-out images are selected by class.
+
+    It requires one known label per image.
+    """
     if isinstance(images, StreamedImages) or isinstance(images.labels, MultiHotLabels):
         return False
     return all(isinstance(label, int) and label != IGNORED_LABEL for label in images.labels)
@@ -398,7 +415,7 @@ def describe_data(training_data: TrainingData) -> dict[str, Any]:
 def describe_change(
     stored_description: dict[str, Any], current_description: dict[str, Any]
 ) -> str | None:
-    """Return the first difference between two outputs of `describe_data` as text, or None if they are equal."""
+    """Return the first difference between two outputs of `describe_data` as text, or None."""
     for name, current in current_description.items():
         stored = stored_description.get(name)
         if stored != current:

@@ -1,4 +1,4 @@
-"""Streamed datasets, whose examples are read during training without a prior download (`--streaming`).
+"""Streamed datasets, read during training without a prior download (`--streaming`).
 
     shards -> shuffle buffer -> examples of this process -> examples after the completed steps
            -> batches of encoded examples, read ahead by the main process -> decoding and augmentation in workers
@@ -165,14 +165,16 @@ class StreamedImages:
         )
 
     def draw(self, num_images: int | None, seed: int = 0) -> "StreamedImages | LabeledImages":
-        """Return images drawn from the shuffle buffer, as `read_first`; the stream if `num_images` is None."""
+        """Return images drawn from the shuffle buffer; the stream if `num_images` is None."""
         if num_images is None:
             return self
         stream = self.stream.shuffle(seed=seed, buffer_size=self.shuffle_buffer_size)
         return replace(self, stream=stream).read_first(num_images)
 
     def iterate_rows(self, stream: Any, is_held_out: bool) -> Iterator[StreamRow]:
-        """Yield the column values and the image key of each row that is held out, or of each row that is not.
+        """Yield the column values and the image key of each row.
+
+        The rows are those that are held out, or those that are not.
 
         The image column contains inputs of `decode_image`.
         """
@@ -251,7 +253,7 @@ def read_label_column(streams: Any, column: str, options: DataOptions) -> Iterat
 
 
 def read_features(stream: Any, options: DataOptions) -> Features:
-    """Return the declared column types of a dataset, or the types of the first row if no types are declared."""
+    """Return the declared column types of a dataset or, without them, those of the first row."""
     import datasets
 
     if stream.features is not None:
@@ -289,7 +291,7 @@ class TrainingStream:
         return read_ahead(batches, num_items=4)
 
     def __getitem__(self, examples: list[Example]) -> Batch:
-        """Build a batch from encoded examples. Raise ValueError if none of the images can be read."""
+        """Build a batch from encoded examples. Raise ValueError if no image can be read."""
         # position of each readable image in the batch -> pixels
         pixels: dict[int, torch.Tensor] = {}
         errors: dict[int, str] = {}
@@ -322,7 +324,7 @@ class TrainingStream:
 
 
 def read_ahead(items: Iterator[Any], num_items: int) -> Iterator[Any]:
-    """Yield the items of an iterator and read up to `num_items` items ahead in a separate thread."""
+    """Yield the items of an iterator; a thread reads up to `num_items` items ahead."""
     sentinel = object()
     pool = ThreadPoolExecutor(max_workers=1)
     try:

@@ -37,7 +37,7 @@ from .confidence import measure_unknown
 from .engines import EngineChooser, Job, compute_logits, get_engine_name, select_engine
 from .evaluator import Evaluator, round_floats
 from .image_pass import stack_rows
-from .load_model import LoadedModel, check_is_classifier, load_for_inference
+from .load_model import check_is_classifier, load_for_inference
 from .metric_tables import build_class_tables, build_metric_rows
 from .options import EvaluateOptions
 from .per_image import get_outputs, write_predictions
@@ -107,10 +107,18 @@ def load_evaluation(
     )
     evaluator = build_evaluator(match_labels(data.images, data.label_space, model_space))
     evaluator.task = options.task
+    model = loaded.model
+    if accelerator.num_processes == 1:
+        job = Job(
+            loaded=loaded,
+            use_head=True,
+            compute=compute_logits,
+            num_images=data.images.num_images,
+            mixed_precision=accelerator.mixed_precision,
+        )
+        model = select_engine(job, options.backend, choose_engine)
     return EvaluationSetup(
-        model=select_evaluation_engine(
-            loaded, options, accelerator, data.images.num_images, choose_engine
-        ),
+        model=model,
         config=config,
         evaluator=evaluator,
         build_evaluator=build_evaluator,
@@ -118,33 +126,10 @@ def load_evaluation(
     )
 
 
-def select_evaluation_engine(
-    loaded: LoadedModel,
-    options: EvaluateOptions,
-    accelerator: Accelerator,
-    num_images: int | None,
-    choose_engine: EngineChooser | None,
-) -> Any:
-    """Return the model, or a graph of it that is faster for this evaluation.
-
-    Several processes use the model.
-    """
-    if accelerator.num_processes > 1:
-        return loaded.model
-    job = Job(
-        loaded=loaded,
-        use_head=True,
-        compute=compute_logits,
-        num_images=num_images,
-        mixed_precision=accelerator.mixed_precision,
-    )
-    return select_engine(job, options.backend, choose_engine)
-
-
 def evaluate_checkpoint(
     options: EvaluateOptions, choose_engine: EngineChooser | None = None
 ) -> dict[str, Any]:
-    """Evaluate a saved model, print the results, write the results to `--output` if it is set, and return the results.
+    """Evaluate a saved model, print and return the results, and write them to `output` if set.
 
     Args:
         options: The flags of `vitcls evaluate`.
@@ -203,7 +188,9 @@ def evaluate_unknown(
     accelerator: Accelerator,
     known_logits: np.ndarray,
 ) -> dict[str, Any]:
-    """Return how well the energy separates the images of `--unknown-dataset` from those with `known_logits` [N, L].
+    """Return how well the energy separates the images of `unknown_dataset` from the evaluated ones.
+
+    The logits of the evaluated images are `known_logits` [N, L].
 
     The test split is used or, if there is none, another evaluation split or the only split.
     """
@@ -223,7 +210,7 @@ def evaluate_unknown(
 def set_up_evaluation(
     mixed_precision: str = "auto",
 ) -> tuple[Accelerator, Console, Callable[[str], None]]:
-    """Build the accelerator, the console of the main process, and a function that prints a warning."""
+    """Build the accelerator, the console of the main process, and a function that warns."""
     accelerator = build_accelerator(mixed_precision=mixed_precision)
     console = Console(quiet=not accelerator.is_main_process, soft_wrap=True, highlight=False)
 
@@ -267,7 +254,7 @@ def write_results(options: EvaluateOptions, results: dict[str, Any], console: Co
 def set_label_columns(
     options: DataOptions, config: ViTCLSConfig, folder: ModelFolder, task: str | None = None
 ) -> DataOptions:
-    """Return the options with the label columns that the model was trained on, unless the flags are set.
+    """Return the options with the label columns of the model's training, unless columns are set.
 
     These are the columns of a multi-task model, or the label column and the separator of a
     multi-label model or of an added task.

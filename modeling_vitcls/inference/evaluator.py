@@ -78,7 +78,7 @@ class Evaluator(ImagePass):
 
 
 def round_floats(value: Any) -> Any:
-    """Return the value with all floats rounded to six decimals, including floats in nested lists and dicts."""
+    """Return the value with all floats rounded to six decimals, also in nested lists and dicts."""
     if isinstance(value, float):
         return round(value, 6)
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Accuracy of simple classifiers on frozen features, by token and by layer (`vitcls evaluate --frozen`).
+"""Accuracy of simple classifiers on frozen features, by token and layer (`evaluate --frozen`).
 
     training images -> encoder, once -> features -> fit scikit-learn's classifier  --+
     held-out images -> encoder, once -> features ------------------------------------+-> accuracy by token, by layer
@@ -130,7 +130,7 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
     layout = FeatureLayout.from_config(model.config, NUM_SINGLE_LAYERS)
 
     def extract_features(data: EvaluationData) -> tuple[np.ndarray, np.ndarray, int]:
-        """Return the features and the class name of each image, and the number of unreadable images."""
+        """Return the features, the class names and the number of unreadable images."""
         images = ImagePass(
             images=data.images,
             processor=loaded.processor,
@@ -225,7 +225,7 @@ def measure_layers(
 
 
 def predict_correctly(kind: str, features: Pair, labels: Pair) -> np.ndarray:
-    """Return whether a classifier that is fitted to the training images is right about each evaluated image."""
+    """Return whether a classifier of the training images is right about each evaluated image."""
     classifier = build_classifier(kind, len(labels[0])).fit(features[0], labels[0])
     return classifier.predict(features[1]) == labels[1]
 
@@ -248,7 +248,9 @@ def print_accuracies(results: dict[str, Any], data: EvaluationData, console: Con
     for row in results["layers"]:
         name = f"{describe_layers(row['layers'])}, {TOKEN_TEXTS[row['tokens']]}"
         low, high = (f"{100 * value:+.1f}" for value in row["difference_interval"])
-        difference_text = f"{100 * row['difference']:+.1f} ({low} to {high})" if table_rows else "–"
+        difference_text = "–"
+        if table_rows:
+            difference_text = f"{100 * row['difference']:+.1f} ({low} to {high})"
         table_rows.append([name, format_percent(row["accuracy"]), difference_text])
     console.print(
         build_table("", ["Layers and tokens", "Accuracy", "Difference, points (95%)"], table_rows)

@@ -51,7 +51,10 @@ class FeatureLayout:
 
     @classmethod
     def for_extra_heads(cls, config: ViTCLSConfig, num_layers: int) -> "FeatureLayout":
-        """Return the layout of the last `num_layers` for extra heads, which do not use the model's pooler."""
+        """Return the layout of the last `num_layers` for extra heads.
+
+        They do not use the model's pooler.
+        """
         pooling = "cls" if config.num_cls_tokens else "mean"
         plain_config = build_kind_config(config, pooling)
         plain_config.pooled_norm = False
@@ -82,7 +85,7 @@ class FeatureLayout:
         return np.concatenate(columns)
 
     def expand(self, classifier: LinearClassifier, candidate: Candidate) -> LinearClassifier:
-        """Return the classifier with zeros for the part of the model's input that a candidate does not read."""
+        """Return the classifier with zeros for the inputs that a candidate does not read."""
         read = self.get_columns(candidate.layers, candidate.tokens)
         pooled = self.get_columns(candidate.layers, candidate.pooling)
         weight = np.zeros((len(classifier.weight), len(pooled)), np.float32)  # [L, pooled]
@@ -210,7 +213,7 @@ class FrozenPass(ImagePass):
 
 
 class HeadEvaluator(Evaluator):
-    """Evaluates the classifier of a model on the features of a `FrozenPass`, without computing them again."""
+    """Evaluates the classifier of a model on the features of a `FrozenPass`."""
 
     def __init__(self, frozen_pass: FrozenPass, candidate: Candidate) -> None:
         super().__init__(frozen_pass.images, **frozen_pass.arguments | {"warn": ignore_message})

@@ -1,4 +1,4 @@
-"""One pass of images through a model, for metrics, features, predictions and the measurements of tokens.
+"""One pass of images through a model, for metrics, features, predictions and measurements.
 
     batches of images -> pass_over_images(compute, batches, device) -> batch, and what `compute` returns for it
 
@@ -131,7 +131,8 @@ class BatchDataset(Dataset):
     num_channels: int | None = None
 
     def __len__(self) -> int:
-        return math.ceil(len(self.source) / (self.batch_size * self.num_processes))  # type: ignore[arg-type]
+        images_per_round = self.batch_size * self.num_processes
+        return math.ceil(len(self.source) / images_per_round)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[Sequence[Key]]:
         if isinstance(self.source, StreamedImages):
@@ -181,7 +182,10 @@ class BatchDataset(Dataset):
 
 
 def collate_labels(labels: list[Any], label_space: LabelSpace) -> Any:
-    """Return the labels of G images, 0 or more, as [G] `int64`, [G, L] `float32`, or {task: [G] `int64`}."""
+    """Return the labels of G images as [G] `int64`, [G, L] `float32` or {task: [G] `int64`}.
+
+    There may be no images.
+    """
     if label_space.kind == "multi_task":
         return {
             task: torch.tensor([label[task] for label in labels], dtype=torch.int64)
@@ -326,14 +330,14 @@ class ImagePass:
     def collect(
         self, model: nn.Module, compute: Compute, console: Console | None = None
     ) -> list[ImageOutput]:
-        """Return what `compute` returns for each readable image, in the order of the images, on every process."""
+        """Return what `compute` returns for each readable image, in order, on every process."""
         rows: list[ImageOutput] = []
         for batch, outputs in self.iterate(model, compute, console):
             rows += list_rows(batch, outputs)
         return self.gather_rows(rows)
 
     def gather_rows(self, rows: list[ImageOutput]) -> list[ImageOutput]:
-        """Return the rows of all processes, in the order of the images, with the names of the images."""
+        """Return the rows of all processes, in the order of the images, with their names."""
         rows = sorted(gather_object(rows), key=lambda row: row.index)
         if isinstance(self.images, LabeledImages):
             names = self.images.images.get_names()
@@ -354,7 +358,7 @@ class ImagePass:
             yield self.loader.dataset[[]] if batch is None else batch
 
     def pad_batch(self, model: nn.Module, batch: ImageBatch) -> ImageBatch:
-        """Return the batch with blank images after its own, up to the batch size, if that is required.
+        """Return the batch with blank images after its own, up to the batch size, if required.
 
         It is if the model is shared by several processes or compiled for a batch size, or if no
         image is readable.

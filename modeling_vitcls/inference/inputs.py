@@ -117,7 +117,10 @@ def read_path_list(file: Path) -> list[str]:
 
 
 def get_file_stat(path: str) -> list[int] | None:
-    """Return the size in bytes and the modification time in nanoseconds of a file; None for URLs and missing files."""
+    """Return the size in bytes and the modification time in nanoseconds of a file.
+
+    It is None for URLs and missing files.
+    """
     try:
         stat = Path(path).stat()
     except (OSError, ValueError):
@@ -260,7 +263,7 @@ def select_split(splits: Mapping[str, Any], options: PredictOptions) -> Any:
 
 @dataclass(frozen=True)
 class PreparedImage:
-    """An image with preprocessed pixels [C, H, W], or with an error message if the image is unreadable."""
+    """An image with preprocessed pixels [C, H, W], or with an error if it is unreadable."""
 
     record: ImageRecord
     pixels: torch.Tensor | None = None
@@ -315,7 +318,9 @@ def prepare_image(processor: ViTCLSImageProcessor, record: ImageRecord) -> Prepa
 
 
 def fetch(url: str) -> bytes:
-    """Return the contents of a URL: of a web server, or of another file system such as `hf://` or an archive.
+    """Return the contents of a URL.
+
+    It is that of a web server, or of another file system such as `hf://` or an archive.
 
     Network errors and temporary errors of a web server are retried for about 15 seconds. Raise
     ValueError if the server has no such image, and FetchError otherwise.

@@ -1,4 +1,4 @@
-"""Choice and fit of a linear classifier on frozen features: layers, tokens, scale and regularization.
+"""Choice and fit of a linear classifier on features: layers, tokens, scale, regularization.
 
     features of all layers [N, layers, kinds, D] -> candidates -> stratified cross-validation -> `ProbeChoice`
                                                  -> logistic regression on all images -> weight, bias
@@ -66,7 +66,9 @@ class Candidate:
 
     @property
     def complexity(self) -> tuple[int, ...]:
-        """Return a key by which the default comes first: the last layer, CLS (or the only kind of tokens), raw.
+        """Return a key by which the default comes first.
+
+        The default is the last layer, CLS (or the only kind of tokens), raw.
 
         A single layer other than the last comes after the last four: it must be better than both.
         """
@@ -82,7 +84,10 @@ class Candidate:
 
     @property
     def pooling(self) -> str:
-        """Return `config.pooling` of a model whose classifier reads the candidate, with zeros for what is not read."""
+        """Return `config.pooling` of a model whose classifier reads the candidate.
+
+        The classifier has zeros for what the candidate does not read.
+        """
         return "cls_mean" if self.tokens in (LAST_CLS_MEAN, LAST_CLS_INNER_MEAN) else self.tokens
 
     @property
@@ -109,7 +114,7 @@ TOKEN_TEXTS = {
 
 
 def describe_candidate(row: Mapping[str, Any]) -> str:
-    """Return a candidate with its strength, as in results.json, as text: "last 4 layers, CLS + mean, raw, C 64"."""
+    """Return a row of results.json as text: "last 4 layers, CLS + mean, raw, C 64"."""
     layers = describe_layers(row["layers"])
     return f"{layers}, {TOKEN_TEXTS[row['tokens']]}, {row['scale']}, C {row['strength']:g}"
 
@@ -142,7 +147,10 @@ class Score:
 
 @dataclass(frozen=True)
 class LinearClassifier:
-    """Logits are `features @ weight.T + bias`. Classes without training images are never predicted."""
+    """Logits are `features @ weight.T + bias`.
+
+    Classes without training images are never predicted.
+    """
 
     weight: np.ndarray  # [L, F] float32
     bias: np.ndarray  # [L] float32
@@ -201,7 +209,10 @@ def list_candidates(
 
 @dataclass(frozen=True)
 class Transform:
-    """Centers, scales and, if there are more features than images, rotates features [N, F] to [N, min(N, F)]."""
+    """Centers, scales and rotates features [N, F] to [N, min(N, F)].
+
+    They are only rotated if there are more features than images.
+    """
 
     mean: np.ndarray  # [F]
     scale: np.ndarray  # [F]
@@ -236,7 +247,10 @@ class Transform:
     def fold(
         self, coefficients: np.ndarray, intercepts: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the weight [L, F] and the bias [L] that give the same logits on features without the transform."""
+        """Return the weight [L, F] and the bias [L] for features without the transform.
+
+        They give the same logits.
+        """
         if self.rotation is not None:
             coefficients = coefficients @ self.rotation.T
         weight = coefficients / self.scale
@@ -247,7 +261,7 @@ class Transform:
 
 
 class AllRows:
-    """scikit-learn's logistic regression, which continues from its last solution when it is fitted again."""
+    """scikit-learn's logistic regression; each fit continues from the last solution."""
 
     def __init__(self, num_labels: int) -> None:
         from sklearn.linear_model import LogisticRegression
@@ -274,7 +288,7 @@ class AllRows:
 
 
 class AddedRows:
-    """Logistic regression with fixed logits for the old classes: only the rows of the new classes are fitted.
+    """Logistic regression of new classes, with fixed logits for the old classes.
 
     The loss and the parameter C are those of scikit-learn's `LogisticRegression`:
 
@@ -338,7 +352,7 @@ def fit_classifier(
     strength: float,
     old_logits: np.ndarray | None = None,
 ) -> LinearClassifier:
-    """Fit a regression to features [N, F] and labels [N], and fold the scaling into its weight and bias.
+    """Fit a regression to features [N, F] and labels [N], and fold the scaling into it.
 
     With the logits [N, C] of old classes, the classifier has only the rows of the new classes.
     """

@@ -118,7 +118,7 @@ def build_predictor(
     num_images: int | None = None,
     choose_engine: EngineChooser | None = None,
 ) -> Predictor:
-    """Load the model and the image processor, and build a predictor on the device of the accelerator.
+    """Load the model and its image processor on the device, and build a predictor.
 
     For `--backend auto`, `choose_engine` chooses the engine for the number of images (engines.py).
     """
@@ -246,7 +246,7 @@ def predict_images(
 
 
 def get_num_workers() -> int:
-    """Return the number of threads per process: the number of CPU cores per local process, clamped to [1, 8]."""
+    """Return the number of CPU cores per local process, clamped to [1, 8]."""
     num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, min(8, (os.cpu_count() or 1) // num_processes))
 
@@ -286,7 +286,7 @@ def predict_to_file(
 def predict_to_folder(
     options: PredictOptions, accelerator: Accelerator, source: PredictionInput, predictor: Predictor
 ) -> PredictionCounts:
-    """Write the missing shards of each process, and return the numbers of images of all processes of this job."""
+    """Write the missing shards of each process, and return the numbers of images of this job."""
     assert options.output is not None
     job, num_jobs = map(int, (options.shard or "1/1").split("/"))
     worker_index = (job - 1) * accelerator.num_processes + accelerator.process_index
@@ -354,7 +354,10 @@ def write_stream_shards(
     predictor: Predictor,
     is_shown: bool,
 ) -> list[dict[str, Any]]:
-    """Continue the shards of one worker from the state of the stream in its last shard, as `write_list_shards`."""
+    """Continue the shards of one worker from the state of the stream in its last shard.
+
+    Return the metadata as `write_list_shards`.
+    """
     from datasets.distributed import split_dataset_by_node
 
     stream = split_dataset_by_node(source.dataset, worker_index, num_workers)
@@ -387,7 +390,7 @@ def write_stream_shards(
 
 
 def compute_model_digest(model: PreTrainedModel, processor: ViTCLSImageProcessor) -> str:
-    """Return a digest of all weights, labels and preprocessing settings, which determine the predictions."""
+    """Return a digest of what determines predictions: weights, labels and preprocessing."""
     settings = [model.config.id2label, model.config.tasks, processor.to_dict()]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, weights in sorted(model.state_dict().items()):

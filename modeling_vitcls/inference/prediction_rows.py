@@ -47,7 +47,10 @@ DEFAULT_THRESHOLD = 0.5
 
 
 def select_top_labels(logits: torch.Tensor, names: list[str], top_k: int) -> list[list[Label]]:
-    """Return the `top_k` most probable labels of each image, given single-label logits [B, num_labels]."""
+    """Return the `top_k` most probable labels of each image, given logits [B, num_labels].
+
+    Each image has one label.
+    """
     # values and indices, [B, top_k]
     top_labels = logits.float().softmax(dim=1).topk(min(top_k, len(names)), dim=1)
     return build_labels(top_labels.indices, top_labels.values, names)
@@ -56,7 +59,7 @@ def select_top_labels(logits: torch.Tensor, names: list[str], top_k: int) -> lis
 def select_probable_labels(
     logits: torch.Tensor, names: list[str], threshold: float
 ) -> list[list[Label]]:
-    """Return the labels of each image whose probability is at least `threshold`, the most probable first.
+    """Return the labels of each image whose probability is at least `threshold`, sorted.
 
     The multi-label logits are [B, num_labels].
     """
@@ -71,7 +74,7 @@ def select_probable_labels(
 def build_labels(
     indices: torch.Tensor, probabilities: torch.Tensor, names: list[str]
 ) -> list[list[Label]]:
-    """Return the names and probabilities of labels, given the label indices [B, n] and the probabilities [B, n]."""
+    """Return the names and probabilities of labels, given indices and probabilities [B, n]."""
     labels = []
     for pair in zip(indices.tolist(), probabilities.tolist(), strict=True):
         image_labels = zip(*pair, strict=True)
@@ -190,7 +193,7 @@ FEATURE_DTYPES = {
 
 @dataclass(frozen=True)
 class Feature:
-    """The tokens of a group, or the mean of the patch tokens, in the output of a layer after the final norm."""
+    """The tokens of a group, or the mean of the patches, of a layer after the final norm."""
 
     group: str
     layer: int | None  # number of the layer, starting from 1; None for the last layer
@@ -265,7 +268,10 @@ class FeatureColumns:
         }
 
     def count_special_tokens(self) -> int | None:
-        """Return the number of leading special tokens that contain all features, or None if patches are required."""
+        """Return the number of leading special tokens that contain all features.
+
+        It is None if patches are required.
+        """
         config: Any = self.encoder.config
         groups = {feature.group for feature in self.features.values()}
         if groups & {"mean", "patches"} or not config.can_trim_last_layer:
@@ -273,7 +279,10 @@ class FeatureColumns:
         return max(getattr(config.token_layout, group).stop for group in groups)
 
     def build_rows(self, outputs: dict[str, torch.Tensor]) -> list[Row]:
-        """Return one row per image with the features: one array, or a list with one array per token."""
+        """Return one row per image with the features.
+
+        A feature is one array, or a list with one array per token.
+        """
         arrays = {name: output.cpu().numpy() for name, output in outputs.items()}
         rows = []
         for index in range(len(next(iter(arrays.values())))):
@@ -366,7 +375,10 @@ def predict_rows(
 def try_predict(
     columns: PredictionColumns, pixel_values: torch.Tensor
 ) -> dict[str, torch.Tensor] | str:
-    """Return the outputs [B, ...] for images [B, C, H, W], or the reason why the model does not support them."""
+    """Return the outputs [B, ...] for images [B, C, H, W].
+
+    If the model does not support the images, it is the reason.
+    """
     try:
         return columns.predict(pixel_values)
     except GraphError:

@@ -1,4 +1,4 @@
-"""Folders of Parquet files (`vitcls predict --output FOLDER`), written by any number of jobs without communication.
+"""Folders of Parquet files (`predict --output FOLDER`), written by independent jobs.
 
     shard-000003.parquet           images 3 * shard_size, ... of a list or a dataset
     shard-0001-000003.parquet      the fourth file of worker 1, for a stream
@@ -41,7 +41,7 @@ MIN_UNFINISHED_AGE = 3600.0
 
 @dataclass(frozen=True)
 class ShardFolder:
-    """An output folder, the settings in all of its files, and the number of files (None for a stream)."""
+    """An output folder, the settings in its files, and their number (None for a stream)."""
 
     path: Path
     shard_size: int
@@ -78,7 +78,7 @@ class ShardFolder:
                     unfinished_file.unlink()
 
     def check_settings(self, file: Path, metadata: dict[str, Any]) -> None:
-        """Raise ValueError if the settings in the metadata of a shard differ from those of this prediction."""
+        """Raise ValueError if the settings in a shard differ from those of this prediction."""
         for name, value in self.settings.items():
             if metadata["settings"].get(name) != value:
                 difference = f"another {name}" if name in ("input", "model") else f"other `{name}`"
@@ -129,7 +129,7 @@ def format_shard_name(shard_index: int, worker_index: int | None = None) -> str:
 
 
 def parse_shard_name(name: str) -> tuple[int, int | None] | None:
-    """Return the index and the worker of a shard (None without workers), or None for another file."""
+    """Return the index and the worker of a shard (None without workers); None for another file."""
     match = SHARD_NAME.fullmatch(name)
     if match is None:
         return None
@@ -145,7 +145,10 @@ def list_shards(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def check_name(file: Path, num_shards: int | None, settings: dict[str, Any]) -> None:
-    """Raise ValueError if a prediction with `num_shards` shards (None for a stream) does not write this file."""
+    """Raise ValueError if a prediction does not write this file.
+
+    The prediction has `num_shards` shards, or None for a stream.
+    """
     shard_index, worker_index = parse_shard_name(file.name) or (None, None)
     if num_shards is None:
         is_expected = worker_index is not None and worker_index < settings["num_workers"]
