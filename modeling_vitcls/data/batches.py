@@ -21,6 +21,7 @@ import torch
 from ..model.image_processing_vitcls import pil_to_tensor
 from .augmentation import Augmentation
 from .images import LabeledImages, UnreadableImage, check_channels
+from .labels import LabelSpace
 from .sampling import BatchPlan, ImageKey, derive_seed
 from .workers import build_loader
 
@@ -39,6 +40,7 @@ class BatchBuilder:
     """
 
     augmentation: Augmentation
+    label_space: LabelSpace
     to_rgb: bool  # whether images are converted to three channels
     seed: int  # seed of the augmentation
     num_views: int = 0  # number of augmented views of each image; 0: a new view for each epoch
@@ -74,19 +76,12 @@ class BatchBuilder:
         image_seeds = np.array([seeds[view] for view in views.tolist()], dtype=np.uint64)
         return {
             "pixels": self.augmentation(pixels, image_seeds, indices.astype(np.uint64)),
-            "labels": collate_labels(labels),
+            "labels": self.label_space.collate(labels),
             "index": torch.from_numpy(indices.copy()),
             "epoch": torch.from_numpy(epochs.copy()),
             "view": torch.from_numpy(views.copy()),
             "errors": errors,
         }
-
-
-def collate_labels(labels: list[Any]) -> Any:
-    """Return labels as [B] `int64`, [B, classes] `float32` or {task: [B] `int64`}."""
-    if isinstance(labels[0], dict):
-        return {task: torch.tensor([label[task] for label in labels]) for task in labels[0]}
-    return torch.tensor(labels, dtype=torch.float32 if isinstance(labels[0], list) else torch.int64)
 
 
 class TrainingImages:

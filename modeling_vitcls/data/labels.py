@@ -19,6 +19,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.heads_vitcls import IGNORED_LABEL
@@ -76,6 +77,17 @@ class LabelSpace:
             "label2id": label2id,
             "problem_type": self.kind,
         }
+
+    def collate(self, labels: list[Any]) -> Any:
+        """Return the labels of any number of images as tensors, in the format of the kind of labels."""
+        if self.kind == "multi_task":
+            return {
+                task: torch.tensor([label[task] for label in labels], dtype=torch.int64)
+                for task in self.columns
+            }
+        if self.kind == "multi_label_classification":
+            return torch.tensor(labels, dtype=torch.float32).reshape(-1, len(self.names))
+        return torch.tensor(labels, dtype=torch.int64)
 
     def format_label(self, label: Any) -> str | None:
         """Return a label as text, or None for an unknown label.
@@ -311,7 +323,7 @@ def build_label_column(
 ) -> LabelColumn:
     """Build one label column.
 
-    The class names are declared, set by --label-names, or collected from the values.
+    The class names are declared, set by `label_names`, or collected from the values.
     """
     class_label = find_class_label(feature)
     if class_label is not None:

@@ -70,7 +70,7 @@ class Splits:
 def load_splits(
     options: DataOptions, use_labels: bool = True, select: SplitSelector = list
 ) -> Splits:
-    """Load the splits of `--dataset`.
+    """Load the splits of `dataset`.
 
     Args:
         use_labels: whether labels are read. If False, every label is -100, and no label column is
@@ -246,7 +246,7 @@ def warn_on_first_process(message: str) -> None:
 def open_splits(options: DataOptions, use_labels: bool = True) -> Any:
     """Return the splits of a dataset by name, as `datasets` objects.
 
-    With --streaming, no rows are read yet. Raise ValueError if the dataset cannot be read, and
+    With `streaming`, no rows are read yet. Raise ValueError if the dataset cannot be read, and
     OSError if the dataset is found neither locally nor on the Hub.
     """
     path = Path(options.dataset)
@@ -306,7 +306,7 @@ def read_with_datasets(options: DataOptions) -> Any:
 
 
 def convert_to_streams(splits: Any, options: DataOptions) -> Any:
-    """Return the splits, converted to streams if --streaming is set."""
+    """Return the splits, converted to streams if `streaming` is set."""
     if not options.streaming:
         return splits
     return {name: split.to_iterable_dataset() for name, split in splits.items()}

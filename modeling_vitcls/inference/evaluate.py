@@ -133,7 +133,7 @@ def evaluate_checkpoint(
 
     Args:
         options: The flags of `vitcls evaluate`.
-        choose_engine: Function that chooses the engine for `--backend auto` (engines.py).
+        choose_engine: Function that chooses the engine for `backend="auto"` (engines.py).
 
     Raises:
         ValueError: if the model type is not supported, if the split does not exist, if training
@@ -244,7 +244,7 @@ def describe_evaluation(
 
 
 def write_results(options: EvaluateOptions, results: dict[str, Any], console: Console) -> None:
-    """Write the results to `--output` if it is set."""
+    """Write the results to `output` if it is set."""
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         write_json(options.output, results)

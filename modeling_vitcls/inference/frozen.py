@@ -77,8 +77,8 @@ def build_classifier(kind: str, num_training_images: int) -> Any:
 def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
     """Measure the accuracy of a simple classifier on the frozen features of a checkpoint.
 
-    The results are printed, written to `--output` if it is set, and returned. The classifiers are
-    fitted to the training images and evaluated on the images that `--split` selects, as in
+    The results are printed, written to `output` if it is set, and returned. The classifiers are
+    fitted to the training images and evaluated on the images that `split` selects, as in
     `evaluate_checkpoint`.
 
     Raises:

@@ -177,23 +177,8 @@ class BatchDataset(Dataset):
                 batch.names.append(example.name)
 
         batch.pixel_values = torch.stack(pixel_values) if pixel_values else None
-        batch.labels = collate_labels(labels, self.label_space)
+        batch.labels = self.label_space.collate(labels)
         return batch
-
-
-def collate_labels(labels: list[Any], label_space: LabelSpace) -> Any:
-    """Return the labels of G images as [G] `int64`, [G, L] `float32` or {task: [G] `int64`}.
-
-    There may be no images.
-    """
-    if label_space.kind == "multi_task":
-        return {
-            task: torch.tensor([label[task] for label in labels], dtype=torch.int64)
-            for task in label_space.columns
-        }
-    if label_space.kind == "multi_label_classification":
-        return torch.tensor(labels, dtype=torch.float32).reshape(-1, len(label_space.names))
-    return torch.tensor(labels, dtype=torch.int64)
 
 
 class ImagePass:

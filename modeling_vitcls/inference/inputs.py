@@ -205,7 +205,7 @@ PredictionInput = ListInput | DatasetInput | StreamInput
 
 
 def open_input(options: PredictOptions) -> PredictionInput:
-    """Open the input that PATHS, `--list` or `--dataset` specifies.
+    """Open the input that `paths`, `list` or `dataset` specifies.
 
     Labels are not required. Raise ValueError if the input has no images or the dataset cannot be
     read, and OSError if the list cannot be read or the dataset cannot be found.
@@ -245,7 +245,7 @@ def open_input(options: PredictOptions) -> PredictionInput:
 
 
 def select_split(splits: Mapping[str, Any], options: PredictOptions) -> Any:
-    """Return the split that `--split` names, or the only split if `--split` is not set.
+    """Return the split that `split` names, or the only split if `split` is not set.
 
     Raise ValueError if there is no such split.
     """

@@ -120,7 +120,7 @@ def build_predictor(
 ) -> Predictor:
     """Load the model and its image processor on the device, and build a predictor.
 
-    For `--backend auto`, `choose_engine` chooses the engine for the number of images (engines.py).
+    For `backend="auto"`, `choose_engine` chooses the engine for the number of images (engines.py).
     """
     assert options.model is not None
     files = () if options.coverage is None else (PREDICTIONS_FILE,)
@@ -173,7 +173,7 @@ def build_predictor(
 def find_set_limit(
     options: PredictOptions, model: ViTCLSPreTrainedModel, folder: ModelFolder
 ) -> float | None:
-    """Return the limit of the scores of labels in prediction sets; None without --coverage.
+    """Return the limit of the scores of labels in prediction sets; None without `coverage`.
 
     It is fitted to the held-out images of the model's run (confidence.py). Raise ValueError if the
     model has several labels or tasks, or no predictions of held-out images.

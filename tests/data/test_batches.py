@@ -28,20 +28,28 @@ from modeling_vitcls.data.batches import (
     iterate_training_batches,
 )
 from modeling_vitcls.data.images import ArrayImages, DatasetImages, LabeledImages
+from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.data.options import AugmentationOptions
 from modeling_vitcls.data.sampling import derive_seed
 from modeling_vitcls.data.streaming import TrainingStream
 
 
+LABELS = LabelSpace("single_label_classification", {"label": list("abcde")})
+
+
 def build_images(
-    source: LabeledImages, seed: int = 0, num_views: int = 0, **options: Any
+    source: LabeledImages,
+    seed: int = 0,
+    num_views: int = 0,
+    label_space: LabelSpace = LABELS,
+    **options: Any,
 ) -> TrainingImages | TrainingStream:
     options = {"crop_scale": 1.0, "flip": False, "shift": 0.0} | options
     augmentation = build_augmentation(
         AugmentationOptions(**options), ViTCLSImageProcessor(size=[16, 16])
     )
     return TrainingImages(
-        source, BatchBuilder(augmentation, to_rgb=True, seed=seed, num_views=num_views)
+        source, BatchBuilder(augmentation, label_space, to_rgb=True, seed=seed, num_views=num_views)
     )
 
 
@@ -85,19 +93,24 @@ def test_a_batch_contains_its_keys() -> None:
 
 
 @pytest.mark.parametrize(
-    ("labels", "expected"),
+    ("label_space", "labels", "expected"),
     [
-        ([[0.0, 1.0], [1.0, 1.0]], torch.tensor([[0.0, 1.0], [1.0, 1.0]])),
         (
+            LabelSpace("multi_label_classification", {"tags": ["a", "b"]}),
+            [[0.0, 1.0], [1.0, 1.0]],
+            torch.tensor([[0.0, 1.0], [1.0, 1.0]]),
+        ),
+        (
+            LabelSpace("multi_task", {"a": ["x", "y"], "b": ["x", "y", "z"]}),
             [{"a": 1, "b": -100}, {"a": 0, "b": 2}],
             {"a": torch.tensor([1, 0]), "b": torch.tensor([-100, 2])},
         ),
     ],
 )
 def test_labels_of_several_classes_and_tasks_become_tensors(
-    labels: list[Any], expected: Any
+    label_space: LabelSpace, labels: list[Any], expected: Any
 ) -> None:
-    images = build_images(LabeledImages(build_noise_images(2), labels))
+    images = build_images(LabeledImages(build_noise_images(2), labels), label_space=label_space)
     torch.testing.assert_close(images[[(0, 0), (0, 1)]]["labels"], expected)
 
 
@@ -269,7 +282,7 @@ def test_a_gray_model_skips_color_images(tmp_path: Path) -> None:
     )
     source = LabeledImages(images, [0, 1, 2, 3])
     prepared = TrainingImages(
-        source, BatchBuilder(augmentation, to_rgb=False, seed=0, num_channels=1)
+        source, BatchBuilder(augmentation, LABELS, to_rgb=False, seed=0, num_channels=1)
     )
 
     batch = prepared[[(0, 0), (0, 1), (0, 2), (0, 3)]]
@@ -281,11 +294,13 @@ def test_a_gray_model_skips_color_images(tmp_path: Path) -> None:
     arrays = LabeledImages(ArrayImages(np.zeros((2, 12, 10), dtype=np.uint8)), [0, 1])
     options = AugmentationOptions(crop_scale=1.0, shift=0.0, auto_augment="rand")
     gray = build_augmentation(options, ViTCLSImageProcessor(size=[16, 16]))
-    prepared = TrainingImages(arrays, BatchBuilder(gray, to_rgb=False, seed=0))
+    prepared = TrainingImages(arrays, BatchBuilder(gray, LABELS, to_rgb=False, seed=0))
     assert prepared[[(0, 0)]]["pixels"].shape == (1, 1, 16, 16)
 
     images[1].save(tmp_path / "color.png")
     files = LabeledImages(DatasetImages.from_list([str(tmp_path / "color.png")]), [0])
-    named = TrainingImages(files, BatchBuilder(augmentation, to_rgb=False, seed=0, num_channels=1))
+    named = TrainingImages(
+        files, BatchBuilder(augmentation, LABELS, to_rgb=False, seed=0, num_channels=1)
+    )
     with raises_one_line(f"'{tmp_path / 'color.png'}' has 3 channels"):
         named[[(0, 0)]]

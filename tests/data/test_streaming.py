@@ -27,6 +27,7 @@ from modeling_vitcls.data.augmentation import build_augmentation
 from modeling_vitcls.data.batches import Batch, BatchBuilder, iterate_training_batches
 from modeling_vitcls.data.evaluated_images import load_evaluation_data
 from modeling_vitcls.data.held_out import HeldOutRule
+from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.data.options import AugmentationOptions, DataOptions
 from modeling_vitcls.data.sampling import BatchPlan
 from modeling_vitcls.data.splits import TrainingData, load_training_data
@@ -36,6 +37,8 @@ from modeling_vitcls.training.options import TrainingOptions
 
 
 NUM_IMAGES = 60
+CLASSES = datasets.ClassLabel(names=["a", "b", "c"])
+LABELS = LabelSpace("single_label_classification", {"label": CLASSES.names})
 
 
 def encode_example(index: int) -> bytes:
@@ -46,7 +49,9 @@ def encode_example(index: int) -> bytes:
     return file.getvalue()
 
 
-def write_shards(folder: Path, num_shards: int, labels: Any, broken: tuple[int, ...] = ()) -> Path:
+def write_shards(
+    folder: Path, num_shards: int, labels: Any = CLASSES, broken: tuple[int, ...] = ()
+) -> Path:
     """Write a folder of Parquet files of equal size."""
     features = datasets.Features({"image": datasets.Image(), "label": labels})
     names = labels.names if isinstance(labels, datasets.ClassLabel) else ["a", "b", "c"]
@@ -80,14 +85,12 @@ def no_delay(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module", params=[1, 2, 4])
 def shards(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shards") / "data"
-    return write_shards(folder, request.param, datasets.ClassLabel(names=["a", "b", "c"]))
+    return write_shards(folder, request.param)
 
 
 @pytest.fixture(scope="module")
 def two_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_shards(
-        tmp_path_factory.mktemp("two") / "data", 2, datasets.ClassLabel(names=["a", "b", "c"])
-    )
+    return write_shards(tmp_path_factory.mktemp("two") / "data", 2)
 
 
 def read(folder: Path, **options: Any) -> TrainingData:
@@ -107,7 +110,7 @@ def build_batches(
         AugmentationOptions(crop_scale=0.5, rotation=10, shift=0.0),
         ViTCLSImageProcessor(size=[8, 8]),
     )
-    images = TrainingStream(source, BatchBuilder(augmentation, True, plan.seed))
+    images = TrainingStream(source, BatchBuilder(augmentation, LABELS, True, plan.seed))
     return list(iterate_training_batches(images, plan, process, num_workers, first_step))
 
 
@@ -180,7 +183,7 @@ def test_processes_share_each_pass(shards: Path, num_processes: int) -> None:
 def test_the_size_of_the_shuffle_buffer_limits_the_change_of_the_order(
     size: int, tmp_path: Path
 ) -> None:
-    folder = write_shards(tmp_path / "data", 1, datasets.ClassLabel(names=["a", "b", "c"]))
+    folder = write_shards(tmp_path / "data", 1)
     options = DataOptions(str(folder), held_out_fraction=0.0, streaming=True, shuffle_buffer=size)
     order = get_indices(
         islice(load_training_data(options).train.iterate_examples(0, 0, 1), NUM_IMAGES)
@@ -191,9 +194,7 @@ def test_the_size_of_the_shuffle_buffer_limits_the_change_of_the_order(
 
 def test_two_processes_have_the_same_images_per_step_as_one(tmp_path: Path) -> None:
     """The number of shards is not a multiple of the number of processes."""
-    source = read(
-        write_shards(tmp_path / "data", 1, datasets.ClassLabel(names=["a", "b", "c"]))
-    ).train
+    source = read(write_shards(tmp_path / "data", 1)).train
     whole = build_batches(source, build_plan(max_steps=9, batch_size=8))
     shared = build_plan(num_processes=2, max_steps=9, batch_size=2, gradient_accumulation_steps=2)
     parts = [build_batches(source, shared, process) for process in (0, 1)]
@@ -218,7 +219,7 @@ def test_a_restart_continues_with_the_same_batches(two_shards: Path) -> None:
 
 def test_the_next_image_of_the_batch_replaces_an_unreadable_one(tmp_path: Path) -> None:
     broken = (3, 4, 5, 30, 31, 32, 33, 34)
-    folder = write_shards(tmp_path / "data", 2, datasets.ClassLabel(names=["a", "b", "c"]), broken)
+    folder = write_shards(tmp_path / "data", 2, broken=broken)
     source = read(folder).train
     plan = build_plan(max_steps=10, batch_size=8)
     batches = build_batches(source, plan, num_workers=2)
@@ -242,7 +243,6 @@ def test_a_batch_of_unreadable_images_is_an_error(tmp_path: Path, two_shards: Pa
     folder = write_shards(
         tmp_path / "data",
         1,
-        datasets.ClassLabel(names=["a", "b", "c"]),
         broken=tuple(range(NUM_IMAGES)),
     )
     message = "data: none of the 4 images of a batch can be read"
@@ -253,7 +253,8 @@ def test_a_batch_of_unreadable_images_is_an_error(tmp_path: Path, two_shards: Pa
     )
     for num_channels in (1, 3):  # of the model; the images are color images
         source = TrainingStream(
-            read(two_shards).train, BatchBuilder(augmentation, False, 0, num_channels=num_channels)
+            read(two_shards).train,
+            BatchBuilder(augmentation, LABELS, False, 0, num_channels=num_channels),
         )
         batches = iterate_training_batches(source, build_plan(max_steps=1, batch_size=4), 0, 0)
         with raises_one_line(message) if num_channels == 1 else nullcontext():
@@ -298,7 +299,7 @@ def test_a_stream_without_held_out_images_is_an_error(
 
 
 def test_a_stream_with_an_empty_evaluation_split_is_an_error(tmp_path: Path) -> None:
-    folder = write_shards(tmp_path / "data", 1, datasets.ClassLabel(names=["a", "b", "c"]))
+    folder = write_shards(tmp_path / "data", 1)
     train = datasets.Dataset.from_parquet(str(folder / "train-0.parquet"))
     pq.ParquetWriter(folder / "test-0.parquet", train.features.arrow_schema).close()
     with pytest.raises(ValueError, match="Remove the evaluation split"):
@@ -363,9 +364,7 @@ def test_rows_without_a_label_are_skipped(tmp_path: Path) -> None:
         "image": [{"bytes": encode_example(index), "path": None} for index in range(40)],
         "label": labels,
     }
-    features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])}
-    )
+    features = datasets.Features({"image": datasets.Image(), "label": CLASSES})
     datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "table.parquet")
     data = read(tmp_path / "table.parquet")
     held_out = get_held_out(data)

@@ -17,7 +17,6 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from modeling_vitcls.data.labels import LabelSpace
-from modeling_vitcls.inference.image_pass import collate_labels
 from modeling_vitcls.inference.metrics import (
     METRICS,
     MultiLabelMetrics,
@@ -297,7 +296,7 @@ def test_half_precision_logits_are_evaluated_in_float32(name: str) -> None:
     outputs, values = compute_outputs(name)
     kind = SPACES[name].kind
     found = []
-    labels = collate_labels(values, SPACES[name])
+    labels = SPACES[name].collate(values)
     halves = tree_map(torch.Tensor.bfloat16, outputs.logits)
     for convert in (torch.Tensor.bfloat16, torch.Tensor.float):
         logits = tree_map(convert, halves)
