@@ -1,4 +1,4 @@
-"""`--fit`: the region of an image that reaches the model, in training, prediction and saved processors."""
+"""`--fit`: the region of an image that reaches the model, in training and prediction."""
 
 from pathlib import Path
 

@@ -251,7 +251,7 @@ def test_batches_for_a_gpu_are_in_pinned_memory(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_workers_ignore_the_signals_that_stop_a_run() -> None:
-    """Ctrl-C and a cluster's SIGTERM reach all processes, but the main process still has to save."""
+    """Ctrl-C and a cluster's SIGTERM reach all processes, but the main process has to save."""
     source = LabeledImages(build_noise_images(4), [0] * 4)
     batches = iterate_training_batches(
         build_images(source), build_plan(4, max_steps=60, batch_size=2), 0, num_workers=2

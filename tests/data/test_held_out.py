@@ -66,7 +66,7 @@ def evaluate(model: Path, dataset: Path, split: str | None = None, **data: Any) 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.2, 0.5, 0.95])
 def test_the_split_is_stratified(fraction: float, tmp_path: Path) -> None:
-    """Each class with two or more images has held-out images and training images, in proportion to its size."""
+    """Each class with two or more images has held-out images in proportion to its size."""
     sizes = {"ant": 1, "bee": 2, "cat": 3, "dog": 40, "elk": 7}
     for name, size in sizes.items():
         write_photos(tmp_path / "photos", range(size), name)
@@ -86,7 +86,7 @@ def test_the_split_is_stratified(fraction: float, tmp_path: Path) -> None:
 
 
 def test_the_folds_are_stratified(tmp_path: Path) -> None:
-    """The images by which the classes exceed a multiple of the number of folds are divided among the folds."""
+    """The images by which classes exceed a multiple of the folds are divided among the folds."""
     folder = write_photos(tmp_path / "photos", range(13), "ant", "cat")
     folds = [read(folder, folds=3, fold=fold) for fold in (1, 2, 3)]
     assert [Counter(fold.held_out.labels) for fold in folds] == [
@@ -171,7 +171,7 @@ def test_images_without_paths_are_selected_by_row_on_disk_and_by_content_in_memo
 
 
 def test_the_held_out_images_of_a_dataset_never_change() -> None:
-    """A model is evaluated by later versions of the package on the images that it was not trained on."""
+    """Later versions of the package evaluate a model on images it was not trained on."""
 
     def hash_text(text: str) -> int:
         return int(hashlib.blake2b(text.encode(), digest_size=8).hexdigest(), 16)
@@ -256,7 +256,7 @@ def test_evaluation_uses_the_held_out_images_of_the_run(
 
 
 def test_the_label_columns_of_a_run_are_used_in_its_evaluation(tmp_path: Path) -> None:
-    """The model of several tasks has their names, and results.json the column and the separator of tags."""
+    """A model has the names of its tasks; results.json has the column and the separator of tags."""
     paths = sorted(write_photos(tmp_path / "photos", range(10)).glob("*/*.png"))
     rows = [
         f"{path},{path.parent.name}|all,{'old' if index % 2 else 'new'}"

@@ -62,7 +62,10 @@ def load(root: Path, **options: Any) -> Any:
 
 
 def test_a_class_called_train_is_not_a_split(tmp_path: Path) -> None:
-    """Files of the test split must not be used for training: `datasets` puts 6 of them into both splits."""
+    """Files of the test split must not be used for training.
+
+    `datasets` puts 6 of them into both splits.
+    """
     for split in ("train", "test"):
         for name in ("bus", "train"):
             write_class(tmp_path, f"{split}/{name}", 6)
@@ -136,7 +139,10 @@ def test_a_split_without_class_folders_is_skipped_and_named(tmp_path: Path) -> N
 
 
 def test_deeper_folders_belong_to_the_class_of_the_first_level(tmp_path: Path) -> None:
-    """Among classes, a folder called train is a class, and names of files are not splits, unlike in `datasets`."""
+    """Among classes, a folder called train is a class, and file names are not splits.
+
+    This is unlike in `datasets`.
+    """
     dogs = ["dog/eye-test-1.png", "dog/test_2.png", "dog/test/3.JPG", "dog/val/4.webp"]
     write_images(tmp_path, "cat/1.png", "cat/2024/may/2.png", *dogs, "train/5.png")
     classes = {"cat": ["cat/1.png", "cat/2024/may/2.png"], "dog": dogs, "train": ["train/5.png"]}
@@ -205,7 +211,10 @@ def test_links_are_followed_without_cycles(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_metadata_files_name_the_labels(tmp_path: Path) -> None:
-    """Each split folder has its metadata file; names of splits may be in upper case, and brackets are no pattern."""
+    """Each split folder has its metadata file.
+
+    Names of splits may be in upper case, and brackets are no pattern.
+    """
     folder = tmp_path / "photos [1]"
     for split, shades in (("Train", "abab"), ("TEST", "ba")):
         write_class(folder, split, 5)

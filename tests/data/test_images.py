@@ -1,4 +1,4 @@
-"""Sequences of images: names, bytes and checksums of subsets and encoded images, and errors of individual images."""
+"""Sequences of images: names, bytes and checksums, and errors of individual images."""
 
 import io
 from pathlib import Path

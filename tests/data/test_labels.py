@@ -158,7 +158,7 @@ def test_each_type_of_list_contains_several_labels(build: Callable[[Any], Any]) 
 
 
 def test_the_image_column_contains_images() -> None:
-    """A usual name is used only among columns of images, or among all columns if none contains images."""
+    """A usual name is only used among columns of images, or if no column contains images."""
     options = DataOptions(dataset="table")
     image = datasets.Image()
     text = datasets.Value("string")

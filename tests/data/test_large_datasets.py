@@ -1,4 +1,4 @@
-"""The start of a run with many images: one scan of a folder, keys computed once, and no image that is read."""
+"""The start of a run with many images: one scan, keys computed once, no image read."""
 
 import io
 import os

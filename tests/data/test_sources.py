@@ -232,7 +232,10 @@ def test_damaged_folders_in_the_format_of_mnist_are_named(tmp_path: Path) -> Non
 def test_the_largest_label_of_both_splits_sets_the_number_of_mnist_classes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The number of classes is the largest label plus 1, or 10; a split may be missing; the folder may be `.`."""
+    """The number of classes is the largest label plus 1, or 10.
+
+    A split may be missing, and the folder may be `.`.
+    """
     write_mnist(tmp_path / "mine")
     write_idx(tmp_path / "mine" / "train-labels-idx1-ubyte", np.arange(12, dtype=np.uint8))
     monkeypatch.chdir(tmp_path / "mine")

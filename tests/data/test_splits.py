@@ -32,30 +32,6 @@ from modeling_vitcls.training.reporter import describe_splits
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
-def test_a_changed_folder_is_an_error(tmp_path: Path) -> None:
-    """The first difference is named: of the classes, of the numbers of images, or of their names."""
-    photos = write_photos(tmp_path / "photos", range(20), "cat", "dog")
-    options = build_tiny_options(tmp_path / "run", photos, max_steps=2, batch_size=8)
-    run_training(options)
-    (options.output_dir / "results.json").unlink()  # the run did not finish
-    options = replace(options, run=replace(options.run, resume=True))
-    run_training(options)  # with the same data
-    (options.output_dir / "results.json").unlink()
-
-    def assert_change(reason: str) -> None:
-        with raises_one_line(
-            "`resume=True`: the dataset has changed since the run in", reason, "Restore the dataset"
-        ):
-            run_training(options)
-
-    (photos / "cat" / "1.png").rename(photos / "cat" / "0a.png")
-    assert_change("names")
-    write_photos(photos, range(20, 60), "cat")
-    assert_change("training images was 32 and is 64")
-    write_photos(photos, range(20), "ant")
-    assert_change("classes")
-
-
 @pytest.fixture
 def unfinished(tmp_path: Path) -> Any:
     """Return options that continue a run that did not finish."""
@@ -64,6 +40,26 @@ def unfinished(tmp_path: Path) -> Any:
     run_training(options)
     (options.output_dir / "results.json").unlink()
     return replace(options, run=replace(options.run, resume=True))
+
+
+def test_a_changed_folder_is_an_error(unfinished: Any) -> None:
+    """The first difference is named: classes, numbers of images, or their names."""
+    photos = Path(unfinished.data.dataset)
+    run_training(unfinished)  # with the same data
+    (unfinished.output_dir / "results.json").unlink()
+
+    def assert_change(reason: str) -> None:
+        with raises_one_line(
+            "`resume=True`: the dataset has changed since the run in", reason, "Restore the dataset"
+        ):
+            run_training(unfinished)
+
+    (photos / "cat" / "1.png").rename(photos / "cat" / "0a.png")
+    assert_change("names")
+    write_photos(photos, range(20, 60), "cat")
+    assert_change("training images was 32 and is 64")
+    write_photos(photos, range(20), "ant")
+    assert_change("classes")
 
 
 def test_images_that_were_replaced_are_an_error(unfinished: Any) -> None:

@@ -1,4 +1,4 @@
-"""Temperature, energy threshold and prediction sets, compared with scikit-learn, torch and MAPIE."""
+"""Temperature, energy threshold and prediction sets, as in scikit-learn, torch and MAPIE."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Evaluation of saved models: their results, progress, labels matched by name, and runs of two processes.
+"""Evaluation of saved models: their results, progress, and runs of two processes.
 
 The real `accelerate launch` starts evaluation_worker.py once on two processes. Its results must
 equal those of one process.
@@ -43,7 +43,6 @@ from modeling_vitcls.inference.evaluate import (
     evaluate_checkpoint,
     set_label_columns,
 )
-from modeling_vitcls.inference.metric_tables import build_class_tables, get_metric_names
 from modeling_vitcls.inference.options import EvaluateOptions
 from modeling_vitcls.runtime.distributed import build_accelerator
 from modeling_vitcls.runtime.files import read_json, write_json
@@ -60,7 +59,10 @@ by_one_process = evaluation_results.by_one_process  # a fixture
 
 @pytest.fixture(scope="module")
 def two_process_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run evaluation_worker.py on two processes; return its folder, which contains the printed text in `stdout`."""
+    """Run evaluation_worker.py on two processes, and return its folder.
+
+    The folder contains the printed text in `stdout`.
+    """
     folder = tmp_path_factory.mktemp("two")
     labels = LabelSpace("single_label_classification", {"label": list("9876543210")})
     model = build_classifier("single")
@@ -107,7 +109,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_table(folder: Path, name: str, header: list[str], text: Any) -> Path:
-    """Write the images of a scenario and a CSV file with `text(label)` for each label; each image occurs twice."""
+    """Write the images of a scenario and a CSV file with `text(label)` for each label.
+
+    Each image occurs twice.
+    """
     pictures = build_labeled_images(name)
     with (folder / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
@@ -281,7 +286,7 @@ def test_the_results_describe_the_evaluation(
 def test_streamed_images_have_the_same_loss(
     models: Path, tmp_path: Path, by_one_process: dict[str, Any]
 ) -> None:
-    """Streams select their held-out images differently; one of several splits can be evaluated as a whole."""
+    """Streams select their held-out images differently; a split can be evaluated whole."""
     (tmp_path / "data").mkdir()
     table = write_table(tmp_path, "single", ["animal"], lambda label: [CLASSES[label]])
     for split in ("train", "test"):
@@ -355,29 +360,6 @@ def test_two_processes_evaluate_frozen_features(two_process_folder: Path) -> Non
     assert (two["num_processes"], one["num_processes"]) == (2, 1)
     assert two["num_images"] == 359
     assert {**two, **dict.fromkeys(MEASURED)} == {**one, **dict.fromkeys(MEASURED)}
-
-
-def test_up_to_20_classes_are_listed_in_one_line_each() -> None:
-    """Names are one line of Markdown code. More than 20 classes have no table."""
-    values = {"recall": 0.5, "precision": None, "f1": 0.0}
-    rows = [{"name": name, "images": 1200} | values for name in ("`a`\n", "x" * 100, "x" * 101)]
-    (table,) = build_class_tables({"per_class": rows}, None).values()
-    cells = {"Images": "1,200", "Recall": "50.00%", "Precision": "–", "F1": "0.00%"}
-    names = ["`'a' `", f"`{'x' * 100}`", f"`{'x' * 99}…`"]
-    assert table == [{"Class": name} | cells for name in names]
-    assert [
-        len(build_class_tables({"per_class": rows[:1] * number}, None)) for number in (0, 20, 21)
-    ] == [0, 1, 0]
-    config = ViTCLSConfig(
-        tasks={"age": ["old", "young"], "size": ["small", "large"]}, num_cls_tokens=2
-    )
-    tables = build_class_tables({"size_per_class": rows, "age_per_class": rows[:2]}, config)
-    assert {title.split(",")[0]: len(rows) for title, rows in tables.items()} == {
-        "age": 2,
-        "size": 3,
-    }
-    keys = get_metric_names({"size_accuracy": 0.0, "accuracy": 0.0, "macro_f1": None}, config)
-    assert list(keys) == ["accuracy", "size_accuracy"]
 
 
 def test_an_unfinished_run_names_resume(tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
-"""Accuracy of frozen features equals scikit-learn on features of a plain loop, for every token and layer."""
+"""Accuracy of frozen features, for every token and layer, equals that of scikit-learn.
+
+The features are those of a plain loop.
+"""
 
 import json
 import re
@@ -56,7 +59,7 @@ def save_model(folder: Path, **fields: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a model with one CLS token, one distillation token and four registers."""
+    """Return the folder of a model with one CLS and one distillation token, and four registers."""
     return save_model(tmp_path_factory.mktemp("model"), **LAYOUTS["cls_distillation_registers"])
 
 
@@ -85,7 +88,10 @@ def test_ten_neighbors_vote_or_all_images_if_there_are_fewer() -> None:
 
 
 def write_noise(folder: Path, counts: dict[str, tuple[int, ...]]) -> Path:
-    """Write noise images of the classes a, b, c, ... in each split; `counts` are the numbers of images per class."""
+    """Write noise images of the classes a, b, c, ... in each split.
+
+    `counts` are the numbers of images per class.
+    """
     generator = np.random.default_rng(0)
     for split, numbers in counts.items():
         for name, number in zip("abc", numbers, strict=False):
@@ -202,7 +208,7 @@ def test_other_labels_are_an_error(model: Path, tmp_path: Path) -> None:
 
 
 def test_each_row_by_layer_is_scikit_learn_on_that_layer(model: Path, tmp_path: Path) -> None:
-    """The first row is CLS of the last layer, with which the others are compared on the same images."""
+    """The other rows are compared with the first, CLS of the last layer, on the same images."""
     dataset = str(write_noise(tmp_path, {"train": (8, 8), "val": (6, 6)}))
     data = DataOptions(dataset=dataset, num_workers=0)
     rows = run(model, "knn", data=data, split="validation")["layers"]

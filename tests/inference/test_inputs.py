@@ -1,4 +1,4 @@
-"""Inputs of prediction: lists, folders, datasets and streams, and how their content is identified."""
+"""Inputs of prediction: lists, folders, datasets and streams, and their identification."""
 
 import json
 import os
@@ -91,7 +91,7 @@ def test_rows_of_a_dataset_keep_their_index_in_any_ranges(tmp_path: Path) -> Non
 
 
 def test_an_input_is_identified_by_its_content(photos: Path, tmp_path: Path) -> None:
-    """Check inputs of equal names and sizes: files, a folder as a dataset, a table, also as a stream."""
+    """Check inputs of equal names and sizes: files, a folder, a table, also as a stream."""
     folder = tmp_path / "data" / "x"
     table = tmp_path / "table.csv"
     folder.mkdir(parents=True)

@@ -79,7 +79,10 @@ def test_metrics_of_one_label_per_image_equal_scikit_learn(by_one_process: dict[
 def assert_per_class(
     measured: list[dict[str, Any]], truth: np.ndarray, answers: np.ndarray
 ) -> None:
-    """Check recall, precision and F1 of each class, for 0 or 1 per image and class [N, L]; None for 0 / 0."""
+    """Check recall, precision and F1 of each class; None for 0 / 0.
+
+    The values are 0 or 1 per image and class [N, L].
+    """
     expected = sklearn.metrics.precision_recall_fscore_support(truth, answers, zero_division=np.nan)
     assert [row["name"] for row in measured] == CLASSES
     for row, precision, recall, f1, support in zip(measured, *expected, strict=True):
@@ -262,7 +265,10 @@ def test_means_of_many_batches_are_exact() -> None:
 
 
 def test_a_single_class_has_all_metrics() -> None:
-    """A dataset may have one tag, or a task with one class. torchmetrics returns scalars for one class."""
+    """A dataset may have one tag, or a task with one class.
+
+    torchmetrics returns scalars for one class.
+    """
     tags = MultiLabelMetrics(LabelSpace("multi_label_classification", {"label": ["a"]}), CPU)
     logits = torch.tensor([[1.0], [-1.0], [2.0]])
     labels = torch.tensor([[1.0], [0.0], [0.0]])
