@@ -75,6 +75,7 @@ def test_a_batch_contains_its_keys() -> None:
     source = LabeledImages(build_noise_images(5), [0, 1, 2, 3, 4])
     images = build_images(source, seed=7, rotation=20)
     batch = images[[(3, 4), (0, 2)]]
+
     assert batch.pop("errors") == {}
     assert {name: (list(value.shape), value.dtype) for name, value in batch.items()} == {
         "pixels": ([2, 3, 16, 16], torch.uint8),
@@ -85,6 +86,7 @@ def test_a_batch_contains_its_keys() -> None:
     }
     assert batch["labels"].tolist() == batch["index"].tolist() == [4, 2]
     assert batch["epoch"].tolist() == batch["view"].tolist() == [3, 0]
+
     seeds = np.array([derive_seed(7, 3), derive_seed(7, 0)], np.uint64)
     prepared = [images.builder.prepare_image(source.images[index]) for index in (4, 2)]
     assert torch.equal(
@@ -225,6 +227,7 @@ def test_a_dataset_without_any_readable_image_is_a_one_line_error(
     source = LabeledImages(
         DatasetImages.from_list([str(tmp_path / f"{index}.png") for index in range(3)]), [0, 1, 2]
     )
+
     with pytest.raises(
         ValueError, match=r"^none of the 3 images can be read\. First error: .*\.png"
     ) as caught:
@@ -260,11 +263,14 @@ def test_workers_ignore_the_signals_that_stop_a_run() -> None:
     for _ in range(2):
         next(batches)  # one batch from each worker: both have started
     workers = [child for child in multiprocessing.active_children() if child not in before]
+
     assert len(workers) == 2
+
     for name in ("INT", "TERM", "USR1"):
         subprocess.run(["kill", f"-{name}", *(str(worker.pid) for worker in workers)], check=True)
     time.sleep(0.2)
     assert len(list(islice(batches, 50))) == 50
+
     for worker in workers:
         worker.terminate()  # a SIGTERM from this process, as at exit
         worker.join(timeout=10)

@@ -263,11 +263,15 @@ def test_of_many_training_images_some_are_recorded(
     options = DataOptions(str(photos / "train"))
     data = load_training_data(options)
     record = data.build_record()
+
     assert record.decode_training_images()[1] == 0.25
+
     found = load_evaluation_data(options, None, record)
     assert found.images.images.get_names() == data.held_out.images.get_names()
+
     other = write_photos(tmp_path / "other", range(100, 130))
     assert len(load_evaluation_data(DataOptions(str(other)), None, record).images) == 60
+
     shutil.copytree(photos / "train", tmp_path / "more")
     write_photos(tmp_path / "more", range(30, 35))
     more = load_evaluation_data(DataOptions(str(tmp_path / "more")), None, record)
@@ -284,7 +288,9 @@ def test_large_files_are_read_in_part(tmp_path: Path) -> None:
     for path, content in zip(paths, contents, strict=True):
         path.write_bytes(content)
     keys = DatasetImages.from_list(list(map(str, paths))).compute_content_keys()
+
     assert len(set(keys.tolist())) == 4
+
     encoded = DatasetImages.from_list(
         [{"path": None, "bytes": bytes(content)} for content in contents]
     )

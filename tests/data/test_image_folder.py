@@ -121,7 +121,9 @@ def test_a_split_without_class_folders_is_skipped_and_named(tmp_path: Path) -> N
     write_class(tmp_path, "train/cat", 2)
     write_class(tmp_path, "train/dog", 2)
     write_class(tmp_path, "test", 5)
+
     assert list(read(tmp_path)) == ["train"]
+
     write_images(tmp_path, "stray.png")
     notes = get_notes(tmp_path)
     assert (
@@ -158,6 +160,7 @@ def test_skipped_files_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     # not valid text
     write_images(tmp_path, os.fsdecode(b".\xff/1.png"), os.fsdecode(b"cat/\xff.png"))
     data = load(tmp_path)
+
     assert len(data.train) + len(data.held_out) == 18
     assert [record.getMessage() for record in caplog.records] == [
         f"{tmp_path}: skipped 3 files of other types: cat/notes.txt, cat/\ufffd.png, labels.csv",

@@ -19,6 +19,7 @@ def test_labels_are_matched_to_the_model_by_name() -> None:
         build_single_label_space("noon", "dusk"),
         build_single_label_space("dawn", "dusk", "noon"),
     ).labels == [2, 1, 2]
+
     many = [f"label {index}" for index in range(22)]
     for number, shown in ((20, r", label 19\. Remove"), (21, r", label 19 and 1 more\. Remove")):
         with pytest.raises(ValueError, match=f"'noon'.*{shown}"):
@@ -27,6 +28,7 @@ def test_labels_are_matched_to_the_model_by_name() -> None:
                 build_single_label_space("noon", "label 0"),
                 build_single_label_space(*many[:number]),
             )
+
     # an unused name has no effect
     match_labels(
         LabeledImages([], [1]),
@@ -51,6 +53,7 @@ def test_tasks_are_matched_by_name() -> None:
     given = LabelSpace("multi_task", {"b": ["y", "x"], "a": ["q", "p"]})
     known = LabelSpace("multi_task", {"a": ["p", "q"], "b": ["x", "y"]})
     matched = match_labels(LabeledImages([], [{"b": 0, "a": 0}, {"b": -100, "a": 1}]), given, known)
+
     assert matched.labels == [{"a": 1, "b": 1}, {"a": 0, "b": -100}]
     with pytest.raises(
         ValueError, match=r"the model has the tasks a, c, but the dataset has b, a. Select"

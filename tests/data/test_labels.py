@@ -112,9 +112,11 @@ def test_labels_are_shown_by_their_names() -> None:
         None,
         None,
     ]
+
     several = LabelSpace("multi_label_classification", {"label": ["cat", "dog"]})
     texts = [several.format_label(label) for label in ([1.0, 1.0], (0.0, 1.0), [0.0, 0.0])]
     assert texts == ["cat, dog", "dog", "no label"]
+
     tasks = LabelSpace("multi_task", {"kind": ["cat", "dog"], "age": ["young", "old"]})
     assert tasks.format_label({"kind": 0, "age": 1}) == "kind cat, age old"
     assert tasks.format_label({"kind": -100, "age": 0}) == "age young"
@@ -134,8 +136,10 @@ def test_a_label_space_survives_the_configuration() -> None:
         config = ViTCLSConfig(**fields)
         assert get_label_space(config) == LabelSpace(kind, {"label": names})
         assert is_multi_label(config) == (kind == "multi_label_classification")
+
     tasks = LabelSpace("multi_task", {"animal": names, "age": ["young", "old"]})
     assert tasks.to_config_values() == {"tasks": {"animal": names, "age": ["young", "old"]}}
+
     config = ViTCLSConfig(
         **tasks.to_config_values(), num_cls_tokens=2, problem_type="multi_label_classification"
     )

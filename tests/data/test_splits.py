@@ -165,8 +165,10 @@ def test_splits_are_used_for_their_purposes(tmp_path: Path, streaming: bool) -> 
         write_photos(tmp_path / "photos" / split, numbers)
     options = DataOptions(str(tmp_path / "photos"), streaming=streaming, held_out_fraction=0.0)
     data = load_training_data(options, use_selection_split=True)
+
     assert (data.held_out_name, data.selection_name) == ("split 'test'", "split 'validation'")
     assert data.record == HeldOutRecord("test", None if streaming else 8)
+
     if streaming:  # read in each evaluation
         data = replace(
             data, held_out=data.held_out.read_first(99), selection=data.selection.read_first(99)
@@ -192,11 +194,14 @@ def test_selection_images_of_a_single_split_are_not_used_for_anything_else(tmp_p
     options = DataOptions(str(photos), held_out_fraction=0.25, split_seed=3)
     plain = load_training_data(options)
     data = load_training_data(options, use_selection_split=True)
+
     assert get_names(data.held_out) == get_names(plain.held_out)
+
     train = get_names(data.train)
     selection = get_names(data.selection)
     assert train | selection == get_names(plain.train)
     assert not train & selection
+
     selected = hold_out_images(plain.train, HeldOutRule(0.25, 3, "selection"), options)[1]
     assert selection == get_names(selected)
     assert len(selection) == 16  # 8 of the 30 training images of each class
@@ -219,8 +224,10 @@ def test_without_a_held_out_part_all_images_are_trained_on(tmp_path: Path, strea
     photos = write_photos(tmp_path / "photos", range(10))
     options = DataOptions(str(photos), held_out_fraction=0.0, streaming=streaming)
     data = load_training_data(options)
+
     assert len(data.held_out) == 0
     assert data.record.num_images == 0
+
     if streaming:
         examples = data.train.iterate_examples(0, 0, 1)  # type: ignore[union-attr]
         first_pass = [next(examples) for _ in range(20)]

@@ -144,6 +144,7 @@ def test_every_pass_contains_each_image_once_in_another_order(shards: Path) -> N
     assert isinstance(data.train, StreamedImages)
     assert data.num_training_images is None
     assert data.label_space.columns == {"label": ["a", "b", "c"]}
+
     held_out = get_held_out(data)
     length = NUM_IMAGES - len(held_out)
     examples = list(islice(data.train.iterate_examples(0, 0, 1), 3 * length))
@@ -175,6 +176,7 @@ def test_processes_share_each_pass(shards: Path, num_processes: int) -> None:
         for process in range(num_processes)
     ]
     assert sorted([*chain.from_iterable(parts), *get_held_out(data)]) == list(range(NUM_IMAGES))
+
     if len(list(shards.iterdir())) % num_processes:  # otherwise, each process reads its own shards
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
@@ -225,6 +227,7 @@ def test_the_next_image_of_the_batch_replaces_an_unreadable_one(tmp_path: Path) 
     batches = build_batches(source, plan, num_workers=2)
     examples = source.iterate_examples(plan.seed, 0, 1)
     found = 0
+
     for batch in batches:
         chosen = list(islice(examples, 8))
         is_broken = [example.encoded_image["bytes"].startswith(b"no image") for example in chosen]
@@ -248,6 +251,7 @@ def test_a_batch_of_unreadable_images_is_an_error(tmp_path: Path, two_shards: Pa
     message = "data: none of the 4 images of a batch can be read"
     with raises_one_line(message):
         build_batches(read(folder).train, build_plan(max_steps=1, batch_size=4))
+
     augmentation = build_augmentation(
         AugmentationOptions(crop_scale=0.5, shift=0.0), ViTCLSImageProcessor(size=[8, 8])
     )
@@ -276,15 +280,18 @@ def test_the_held_out_part_does_not_depend_on_order_or_files(
 ) -> None:
     data = read(shards)
     assert data.held_out_name == "about 20%, by checksum, split seed 0"
+
     held_out = get_held_out(data)
     assert 4 <= len(held_out) <= 24
     assert list(data.held_out.labels) == [number % 3 for number in held_out]
     assert sorted(held_out) == sorted(get_held_out(read(two_shards)))
     assert sorted(get_held_out(read(two_shards, split_seed=1))) != sorted(held_out)
+
     options = DataOptions(dataset=str(two_shards), streaming=True)
     space, images, *_ = load_evaluation_data(options, None, read(two_shards).build_record())
     assert space.names == ["a", "b", "c"]
     assert len(images) == len(held_out)
+
     other = replace(read(two_shards).build_record(), dataset="other")
     images = load_evaluation_data(options, None, other).images
     assert sum(1 for _ in images.iterate_in_order()) == NUM_IMAGES
@@ -316,7 +323,9 @@ def test_only_the_first_images_of_a_large_held_out_part_are_kept(
     compared = create_autospec(holds, side_effect=holds)
     monkeypatch.setattr(HeldOutRule, "is_held_out", compared)
     data = read(two_shards)
+
     assert get_held_out(data) == whole[:3]
+
     results = [holds(*arguments) for arguments, _ in compared.call_args_list]
     assert sum(results) == 3
     assert len(results) < NUM_IMAGES
@@ -324,6 +333,7 @@ def test_only_the_first_images_of_a_large_held_out_part_are_kept(
         data.held_out_name
         == "about 20%, by checksum, split seed 0, evaluated on the first 3 images"
     )
+
     trained = get_indices(islice(data.train.iterate_examples(0, 0, 1), NUM_IMAGES - len(whole)))
     assert sorted([*trained, *whole]) == list(range(NUM_IMAGES))  # no held-out images
 
@@ -338,6 +348,7 @@ def test_a_split_of_the_dataset_is_read_as_a_whole(two_shards: Path, tmp_path: P
     assert sorted(get_indices(islice(data.train.iterate_examples(0, 0, 1), 30))) == list(
         range(0, NUM_IMAGES, 2)
     )
+
     _, images, *_ = load_evaluation_data(
         DataOptions(dataset=str(tmp_path), streaming=True), "validation"
     )
@@ -368,7 +379,9 @@ def test_rows_without_a_label_are_skipped(tmp_path: Path) -> None:
     datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "table.parquet")
     data = read(tmp_path / "table.parquet")
     held_out = get_held_out(data)
+
     assert list(data.held_out.labels) == [number % 4 for number in held_out]
+
     first_pass = list(islice(data.train.iterate_examples(0, 0, 1), 30 - len(held_out)))
     assert sorted([*get_indices(first_pass), *held_out]) == [
         number for number in range(40) if number % 4 != 3

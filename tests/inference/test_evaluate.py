@@ -382,12 +382,16 @@ def test_only_models_of_several_labels_use_the_columns_in_their_results(tmp_path
     options = DataOptions("data")
     tags = ViTCLSConfig(problem_type="multi_label_classification")
     tags.save_pretrained(tmp_path)
+
     assert set_label_columns(options, tags, ModelFolder(tmp_path)) == options  # no results.json
+
     for columns, expected in ((["tags"], ("tags",)), (None, None)):
         write_json(tmp_path / "results.json", {"label_column": columns, "label_separator": ";"})
         found = set_label_columns(options, tags, ModelFolder(tmp_path))
         assert (found.label_column, found.label_separator) == (expected, ";")
+
     folder = ModelFolder(tmp_path)
     assert set_label_columns(options, ViTCLSConfig(), folder) == options
+
     given = DataOptions("data", label_column=("other",))
     assert set_label_columns(given, tags, folder) == given

@@ -80,9 +80,11 @@ def test_rows_of_a_dataset_keep_their_index_in_any_ranges(tmp_path: Path) -> Non
     dataset = datasets.Dataset.from_dict({"image": values})
     source = DatasetInput(dataset, "image", tmp_path, {})
     records = [*source.read_records(range(1, 3)), *source.read_records(range(60, 150))]
+
     assert [record.index for record in records] == [1, 2, *range(60, 150)]
     assert source.num_images == 150
     assert "2" in (prepare_image(None, records[1]).error or "")
+
     for record in records:
         path = str(tmp_path / f"{record.index}.png")
         assert (record.name, record.content) == (
@@ -142,8 +144,10 @@ def test_files_are_identified_by_their_size_and_time(tmp_path: Path) -> None:
         file.write_bytes(content)
         os.utime(file, (seconds, seconds))
         digests.append(ListInput([file.name], [str(file)]).compute_fingerprint()["sha256"])
+
     assert len(set(digests)) == 3
     assert digests[2] == digests[3]
+
     urls = [
         ListInput([url], [url]).compute_fingerprint()
         for url in ("https://host/a.png", "https://host/b\0.png")
@@ -153,6 +157,7 @@ def test_files_are_identified_by_their_size_and_time(tmp_path: Path) -> None:
 
 def test_values_of_a_column_are_paths_bytes_or_images(tmp_path: Path) -> None:
     image = Image.new("L", (4, 4))
+
     for value, name, content in (
         ("a.png", "a.png", str(tmp_path / "a.png")),
         ("memory://a.png", "memory://a.png", "memory://a.png"),
@@ -178,6 +183,7 @@ def test_files_of_other_file_systems_are_fetched() -> None:
         record = ImageRecord(0, "name", content)
         prepared = prepare_image(lambda given, return_tensors: {"pixel_values": [given]}, record)
         assert prepared == PreparedImage(record, read)
+
     records = iter([ImageRecord(index, "name", None) for index in range(9)])
     next(prepare_images(records, None, num_workers=1, num_ahead=4))
     assert len(list(records)) == 9 - (1 + 4)  # four images are read ahead
@@ -269,6 +275,7 @@ def test_datasets_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         open_input(PredictOptions("model", dataset=str(tmp_path / "table.csv"), image_column="c"))
     with raises_one_line("`split`", "train"):
         open_input(PredictOptions("model", dataset=str(tmp_path / "table.csv"), split="test"))
+
     datasets.Dataset.from_dict({"image": ["a.png"]}).filter(lambda row: False).save_to_disk(
         tmp_path / "empty"
     )

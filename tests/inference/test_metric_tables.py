@@ -11,10 +11,12 @@ def test_up_to_20_classes_are_listed_in_one_line_each() -> None:
     (table,) = build_class_tables({"per_class": rows}, None).values()
     cells = {"Images": "1,200", "Recall": "50.00%", "Precision": "–", "F1": "0.00%"}
     names = ["`'a' `", f"`{'x' * 100}`", f"`{'x' * 99}…`"]
+
     assert table == [{"Class": name} | cells for name in names]
     assert [
         len(build_class_tables({"per_class": rows[:1] * number}, None)) for number in (0, 20, 21)
     ] == [0, 1, 0]
+
     config = ViTCLSConfig(
         tasks={"age": ["old", "young"], "size": ["small", "large"]}, num_cls_tokens=2
     )
@@ -23,5 +25,6 @@ def test_up_to_20_classes_are_listed_in_one_line_each() -> None:
         "age": 2,
         "size": 3,
     }
+
     keys = get_metric_names({"size_accuracy": 0.0, "accuracy": 0.0, "macro_f1": None}, config)
     assert list(keys) == ["accuracy", "size_accuracy"]

@@ -116,16 +116,19 @@ def test_metrics_of_several_labels_per_image_equal_scikit_learn(
         sklearn.metrics.average_precision_score(truth[:, place], probabilities[:, place])
         for place in range(6)
     ]
+
     assert metrics["mean_average_precision"] == close(np.mean(precisions))
     assert metrics["micro_f1"] == close(sklearn.metrics.f1_score(truth, answers, average="micro"))
     assert metrics["macro_f1"] == close(sklearn.metrics.f1_score(truth, answers, average="macro"))
     assert metrics["exact_match"] == close((truth == answers).all(1).mean())
+
     loss = nn.functional.binary_cross_entropy_with_logits(
         outputs.logits, torch.tensor(truth, dtype=torch.float32)
     )
     assert metrics["loss"] == close(loss.item())
     assert metrics["num_images"] == NUM_IMAGES
     assert_per_class(metrics["per_class"], truth, answers)
+
     measured = [row["average_precision"] for row in metrics["per_class"]]
     assert measured == [*map(close, precisions), None]  # no image has the last class
 

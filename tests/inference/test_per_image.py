@@ -50,6 +50,7 @@ def test_rows_equal_the_metrics_of_the_same_evaluation(folder: Path, tmp_path: P
         results["accuracy"], abs=1e-6
     )
     assert rows["loss"].mean() == pytest.approx(results["loss"], abs=1e-5)
+
     probabilities = np.stack(rows["probabilities"])
     names = sorted(rows["label"].unique())
     assert log_loss(rows["label"], probabilities, labels=names) == pytest.approx(
@@ -71,10 +72,13 @@ def test_rows_keep_the_index_of_their_image(tmp_path: Path) -> None:
     evaluator(build_classifier("single"))
     write_predictions(tmp_path / "rows.parquet", evaluator, None)
     table = pd.read_parquet(tmp_path / "rows.parquet")
+
     assert table["index"].tolist() == rows
     assert table["label"].tolist() == [CLASSES[labels[index]] for index in rows]
+
     logits, found = get_outputs(evaluator, slice(1, 4))
     assert (len(logits), found.tolist()) == (2, labels[3:5])
+
     evaluator.rows = evaluator.rows[:2]
     assert [len(part) for part in get_outputs(evaluator)] == [0, 0]
     with raises_one_line("label"):

@@ -71,7 +71,9 @@ def test_an_image_without_a_finite_output_does_not_affect_other_images(
     pixels = build_images(3)
     pixels[1, 0, 0, 0] = torch.nan
     first, second, third = predict(columns, pixels)
+
     assert second == {"error": "the model output is not finite. Set a different `mixed_precision`"}
+
     for row, index in ((first, 0), (third, 2)):
         assert row.keys() == columns.columns.keys()
         (alone,) = predict(columns, pixels[index : index + 1])

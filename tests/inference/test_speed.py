@@ -27,6 +27,7 @@ def test_the_batch_is_as_large_as_the_time_permits(
     sizes = []
     model.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
     found = speed.measure_inference_speed(model, device)
+
     assert found == {
         "images_per_second": pytest.approx(batch_size / seconds, abs=0.1),
         "batch_size": batch_size,
