@@ -6,7 +6,6 @@ import time
 from itertools import islice
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -18,7 +17,6 @@ from PIL import Image
 
 from modeling_vitcls import ViTCLSImageProcessor
 from modeling_vitcls.data import batches as batches_module
-from modeling_vitcls.data import workers as workers_module
 from modeling_vitcls.data.augmentation import build_augmentation
 from modeling_vitcls.data.batches import (
     Batch,
@@ -240,17 +238,6 @@ def test_a_dataset_without_any_readable_image_is_a_one_line_error(
 
 
 # Workers ------------------------------------------------------------------------------------------
-
-
-def test_batches_for_a_gpu_are_in_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    loader = Mock(return_value=[])
-    monkeypatch.setattr(workers_module, "DataLoader", loader)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    images = build_images(LabeledImages(build_noise_images(2), [0, 1]))
-    plan = build_plan(2, batch_size=2, max_steps=1)
-    assert not list(iterate_training_batches(images, plan, 0, num_workers=3))
-    assert loader.call_args.kwargs["pin_memory"]
-    assert loader.call_args.kwargs["num_workers"] == 3
 
 
 def test_workers_ignore_the_signals_that_stop_a_run() -> None:

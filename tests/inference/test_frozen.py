@@ -4,7 +4,6 @@ The features are those of a plain loop.
 """
 
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -83,7 +82,6 @@ def encode(model: Path, images: Any) -> np.ndarray:
 
 
 def test_ten_neighbors_vote_or_all_images_if_there_are_fewer() -> None:
-    assert build_classifier("logreg", 7)[-1].max_iter == 1000
     assert [build_classifier("knn", count).n_neighbors for count in (7, 10, 11)] == [7, 10, 10]
 
 
@@ -134,9 +132,7 @@ def test_the_named_split_is_evaluated_without_unreadable_images(
 
 
 @pytest.mark.parametrize("frozen", CLASSIFIERS)
-def test_results_equal_scikit_learn(
-    model: Path, frozen: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_results_equal_scikit_learn(model: Path, frozen: str, tmp_path: Path) -> None:
     """The evaluated split lacks the first class."""
     dataset = str(write_noise(tmp_path, {"train": (4, 5, 6), "val": (0, 4, 3)}))
     data = DataOptions(dataset=dataset, num_workers=0)
@@ -153,18 +149,7 @@ def test_results_equal_scikit_learn(
     }
     assert "versions" in results
 
-    printed, rows = capsys.readouterr().out, results["rows"]
-    before, _, after = printed.partition(dataset)
-    assert re.findall(r"\d+", before) == ["15", "7"]
-    assert f"; {results['images_per_second']:,} " in after
-
-    for row in rows:
-        cells = [
-            row["token"],
-            f"{row['accuracy']:.2%}",
-            "{:.2%} to {:.2%}".format(*row["accuracy_interval"]),
-        ]
-        assert re.search("│ {} +│ +{} │ +{} │".format(*cells), printed)
+    rows = results["rows"]
     assert [row["token"] for row in rows] == TOKENS
     assert (results["num_training_images"], results["num_images"]) == (15, 7)
     assert len({row["accuracy"] for row in rows}) > 1

@@ -115,9 +115,7 @@ def test_prediction_adds_sets_and_unknown_images(folder: Path, tmp_path: Path) -
     assert 0.01 < is_unknown.float().mean() < 0.1
 
 
-def test_unknown_images_are_measured_and_recorded(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unknown_images_are_measured_and_recorded(folder: Path, tmp_path: Path) -> None:
     """The areas under the curve of noise and of the known images themselves.
 
     The model's folder is not changed.
@@ -141,11 +139,6 @@ def test_unknown_images_are_measured_and_recorded(
     (model / RESULTS_FILE).write_text('{"dataset": "digits"}')
     found = evaluate(model, "digits", unknown_dataset=str(tmp_path / "noise"))["unknown"]
     assert (found["dataset"], found["split"], found["num_images"]) == ("noise", "test", 30)
-
-    printed = capsys.readouterr().out
-    assert f"AUROC {found['auroc']:.4f}" in printed
-    assert f"30 images of noise (test); {found['flagged']:.1%}" in printed
-    assert f"saved {tmp_path / 'rows.parquet'}" in printed
 
     images = [Image.open(tmp_path / "noise" / "test" / f"{index}.png") for index in range(30)]
     pixels = ViTCLSImageProcessor.from_pretrained(model)(images, return_tensors="pt")[
