@@ -112,7 +112,7 @@ class FitTransform(nn.Module):
     cropped.
     """
 
-    def __init__(self, processor: Processor, keep_resolution: bool = False) -> None:
+    def __init__(self, processor: Processor, keep_resolution: bool) -> None:
         super().__init__()
         self.processor = processor
         self.keep_resolution = keep_resolution

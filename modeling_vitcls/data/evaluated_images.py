@@ -126,7 +126,7 @@ def load_evaluation_data(
 def load_fitting_and_evaluation_data(
     options: DataOptions,
     split: str | None,
-    record: HeldOutRecord | None = None,
+    record: HeldOutRecord | None,
     max_images: int | None = None,
 ) -> tuple[EvaluationData, EvaluationData]:
     """Load images to fit a classifier or to calibrate a graph, and the images to evaluate.

@@ -150,7 +150,7 @@ class HeldOutRecord:
         return padded.view("<u8")[:, 0], min(1.0, MAX_RECORDED_IMAGES / max(num_images, 1))
 
 
-def get_run_results(folder: ModelFolder, task: str | None = None) -> dict[str, Any]:
+def get_run_results(folder: ModelFolder, task: str | None) -> dict[str, Any]:
     """Return results.json of a model folder, or the record of an added task in it.
 
     The result is empty if there is none.

@@ -243,7 +243,7 @@ def warn_on_first_process(message: str) -> None:
         logger.warning("%s", message)
 
 
-def open_splits(options: DataOptions, use_labels: bool = True) -> Any:
+def open_splits(options: DataOptions, use_labels: bool) -> Any:
     """Return the splits of a dataset by name, as `datasets` objects.
 
     With `streaming`, no rows are read yet. Raise ValueError if the dataset cannot be read, and

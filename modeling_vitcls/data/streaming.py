@@ -202,7 +202,7 @@ class StreamedImages:
 # Opening ------------------------------------------------------------------------------------------
 
 
-def open_streams(options: DataOptions, use_labels: bool = True) -> Splits:
+def open_streams(options: DataOptions, use_labels: bool) -> Splits:
     """Open the splits of a dataset as `StreamedImages`.
 
     Raise ValueError if the dataset cannot be read, has no image or label column, or has unknown

@@ -52,9 +52,9 @@ def compute_energies(logits: np.ndarray) -> np.ndarray:
     return -logsumexp(logits, axis=1)
 
 
-def find_energy_threshold(logits: np.ndarray, recall: float = KNOWN_RECALL) -> float:
-    """Return the energy below which the fraction `recall` of images of the classes lies."""
-    return float(np.quantile(compute_energies(logits), recall, method="higher"))
+def find_energy_threshold(logits: np.ndarray) -> float:
+    """Return the energy below which the fraction `KNOWN_RECALL` of images of the classes lies."""
+    return float(np.quantile(compute_energies(logits), KNOWN_RECALL, method="higher"))
 
 
 def measure_unknown(

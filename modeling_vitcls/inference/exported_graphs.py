@@ -199,7 +199,7 @@ def load_exported_model(
     folder: ModelFolder,
     processor: ViTCLSImageProcessor,
     use_head: bool,
-    mixed_precision: str = "no",
+    mixed_precision: str,
 ) -> ExportedModel:
     """Load a graph, and check that it is one of the model in a folder.
 

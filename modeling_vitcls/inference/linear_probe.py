@@ -366,7 +366,7 @@ def fit_classifier(
 # --------------------------------------------------------------------------------------------------
 
 
-def split_folds(labels: np.ndarray, seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
+def split_folds(labels: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
     """Return indices of training and validation images for each of five folds, stratified by class.
 
     The only image of a class is in the training images of every fold.
@@ -379,7 +379,7 @@ def split_folds(labels: np.ndarray, seed: int = 0) -> list[tuple[np.ndarray, np.
     if len(several) < NUM_FOLDS or len(np.unique(labels[several])) < 2:
         return []
     num_folds = min(NUM_FOLDS, counts.max())
-    splitter = StratifiedKFold(num_folds, shuffle=True, random_state=seed)
+    splitter = StratifiedKFold(num_folds, shuffle=True, random_state=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a class with fewer images than folds
         parts = list(splitter.split(several, labels[several]))

@@ -240,9 +240,7 @@ class FeatureColumns:
     Raise ValueError if the model has no such tokens.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, names: Sequence[str], dtype: str = "float32"
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, names: Sequence[str], dtype: str) -> None:
         self.encoder = model.base_model
         columns = ["features"] if len(names) == 1 else names
         self.features = {
