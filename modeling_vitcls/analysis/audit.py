@@ -175,7 +175,9 @@ def load_audited_images(options: EvaluateOptions) -> tuple[AuditedImages, int, C
         print_line=partial(console.print, markup=False),
     )
     record = None if folds else read_held_out_record(folder)
-    choose_splits = partial(choose_fitting_and_evaluation_split, options.split, options.data)
+    choose_splits = partial(
+        choose_fitting_and_evaluation_split, options.split, options.data.dataset
+    )
     data = load_splits(options.data, select=list if folds else choose_splits)
     if data.label_space.kind != "single_label_classification":
         raise ValueError("`audit` requires one label per image. Set a single `label_column`")

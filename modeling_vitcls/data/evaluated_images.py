@@ -106,7 +106,7 @@ def load_evaluation_data(
     """
 
     def select(names: list[str]) -> list[str]:
-        return [choose_evaluation_split(split, names, options)]
+        return [choose_evaluation_split(split, names, options.dataset)]
 
     splits = (
         open_streams(options, use_labels)
@@ -119,8 +119,10 @@ def load_evaluation_data(
         images, part = select_streamed_images(images, splits, split, record, options)
     else:
         is_evaluated, part = find_evaluated_images(images, record, options, splits.name)
-        images, part = select_part(images, is_evaluated, part, options, name, split is not None)
-    return draw_data(splits, name, images, part, max_images, options)
+        images, part = select_part(
+            images, is_evaluated, part, options.dataset, name, split is not None
+        )
+    return draw_data(splits, name, images, part, max_images, options.split_seed)
 
 
 def load_fitting_and_evaluation_data(
@@ -135,7 +137,7 @@ def load_fitting_and_evaluation_data(
     are fitted to that are not evaluated; if training did not use the dataset, a rule divides it
     (`options.held_out_fraction`). With `split`, an only split is both.
     """
-    choose_splits = partial(choose_fitting_and_evaluation_split, split, options)
+    choose_splits = partial(choose_fitting_and_evaluation_split, split, options.dataset)
     splits = load_splits(options, select=choose_splits)
     fitting_name, name = choose_splits(splits.names)
     images = splits.images_by_split[name]
@@ -146,15 +148,15 @@ def load_fitting_and_evaluation_data(
         if part.kind == "whole":
             rule = build_held_out_rule(options)
             is_evaluated, _ = select_held_out(images, rule)
-            check_both_parts(is_evaluated, rule, options)
+            check_both_parts(is_evaluated, rule, options.dataset)
             part = replace(part, kind="fraction")
         fitting_images = images.select(np.flatnonzero(~is_evaluated).tolist())
 
     fitting_part = EvaluatedPart("whole", len(fitting_images))
-    images, part = select_part(images, is_evaluated, part, options, name, split is not None)
+    images, part = select_part(images, is_evaluated, part, options.dataset, name, split is not None)
     return (
         EvaluationData(splits.label_space, fitting_images, fitting_name, fitting_part),
-        draw_data(splits, name, images, part, max_images, options),
+        draw_data(splits, name, images, part, max_images, options.split_seed),
     )
 
 
@@ -162,7 +164,7 @@ def select_part(
     images: LabeledImages,
     is_evaluated: np.ndarray,
     part: EvaluatedPart,
-    options: DataOptions,
+    dataset: str,
     name: str,
     is_named: bool,
 ) -> tuple[LabeledImages, EvaluatedPart]:
@@ -174,7 +176,7 @@ def select_part(
         return images, EvaluatedPart("whole", part.num_given, part.num_trained)
     if not is_evaluated.any():
         raise ValueError(
-            f"the model was trained on all {len(is_evaluated):,} images of {options.dataset}. Set "
+            f"the model was trained on all {len(is_evaluated):,} images of {dataset}. Set "
             f"`dataset` to other images, or `split={name!r}` to evaluate these"
         )
     return images.select(np.flatnonzero(is_evaluated).tolist()), part
@@ -186,10 +188,10 @@ def draw_data(
     images: Any,
     part: EvaluatedPart,
     max_images: int | None,
-    options: DataOptions,
+    seed: int,
 ) -> EvaluationData:
     """Return at most `max_images` images of a part of a split, drawn at random."""
-    drawn = images.draw(max_images, options.split_seed)
+    drawn = images.draw(max_images, seed)
     if drawn is not images and len(drawn) != images.num_images:
         part = replace(part, num_drawn=len(drawn))
     if len(splits.names) > 1:  # users have not given the name of an only split
@@ -200,7 +202,7 @@ def draw_data(
 # Splits -------------------------------------------------------------------------------------------
 
 
-def choose_evaluation_split(split: str | None, names: Sequence[str], options: DataOptions) -> str:
+def choose_evaluation_split(split: str | None, names: Sequence[str], dataset: str) -> str:
     """Return the name of the split to evaluate. Raise ValueError if there is no such split."""
     if split is None:
         split = next(
@@ -214,17 +216,17 @@ def choose_evaluation_split(split: str | None, names: Sequence[str], options: Da
         if split is not None
         else "has several splits, none of them for evaluation"
     )
-    raise ValueError(f"{options.dataset} {problem}. Set `split` to one of {', '.join(names)}")
+    raise ValueError(f"{dataset} {problem}. Set `split` to one of {', '.join(names)}")
 
 
 def choose_fitting_and_evaluation_split(
-    split: str | None, options: DataOptions, names: Sequence[str]
+    split: str | None, dataset: str, names: Sequence[str]
 ) -> tuple[str, str]:
     """Return the names of the split that a classifier is fitted to, and of the evaluated split.
 
     They are the same if the dataset has only one.
     """
-    evaluated = choose_evaluation_split(split, names, options)
+    evaluated = choose_evaluation_split(split, names, dataset)
     fitting_names = ["train"] if "train" in names else [each for each in names if each != evaluated]
     return (fitting_names or [evaluated])[0], evaluated
 
@@ -291,7 +293,7 @@ def select_streamed_images(
     rule = None if record is None or record.dataset != splits.name else record.rule
     if split is not None or rule is None or len(splits.names) > 1:
         return images, EvaluatedPart("whole", None)
-    _, held_out, found = hold_out_images(images, check_rule(rule, options), options)
+    _, held_out, found = hold_out_images(images, check_rule(rule, options), options.dataset)
     warning = None
     if record is not None and found.sha256 != record.sha256:
         warning = "the held-out images of the stream are not those of the training run"

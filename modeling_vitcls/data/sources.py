@@ -191,8 +191,8 @@ def load_with_datasets(options: DataOptions, use_labels: bool, select: SplitSele
     datasets = {split: all_splits[split] for split in select(list(all_splits))}
     features = next(iter(datasets.values())).features
     image_column = find_image_column(options, features)
-    folder = get_dataset_folder(options)
-    name = get_dataset_name(options)
+    folder = get_dataset_folder(options.dataset)
+    name = get_dataset_name(options.dataset)
     images_by_split = {
         split: build_images(dataset, image_column, folder) for split, dataset in datasets.items()
     }
@@ -211,15 +211,15 @@ def load_with_datasets(options: DataOptions, use_labels: bool, select: SplitSele
             [read_column(dataset, column.name) for column in reader.columns], name_row
         )
         labeled_splits[split] = drop_unlabeled_images(
-            LabeledImages(images_by_split[split], labels), options, split
+            LabeledImages(images_by_split[split], labels), f"{options.dataset}, split {split!r}"
         )
     return Splits(name, reader.label_space, labeled_splits, list(all_splits))
 
 
-def drop_unlabeled_images(images: LabeledImages, options: DataOptions, split: str) -> LabeledImages:
+def drop_unlabeled_images(images: LabeledImages, name: str) -> LabeledImages:
     """Return the labeled images and log a warning about images without a label.
 
-    Raise ValueError if no image has a label.
+    `name` is that of the split. Raise ValueError if no image has a label.
     """
     if not isinstance(images.labels, list):
         return images
@@ -227,7 +227,6 @@ def drop_unlabeled_images(images: LabeledImages, options: DataOptions, split: st
     if len(labeled) == len(images):
         return images
 
-    name = f"{options.dataset}, split {split!r}"
     if not labeled:
         raise ValueError(f"{name}: no image has a label. Set a different `label_column` or `split`")
     warn_on_first_process(
@@ -312,17 +311,17 @@ def convert_to_streams(splits: Any, options: DataOptions) -> Any:
     return {name: split.to_iterable_dataset() for name, split in splits.items()}
 
 
-def get_dataset_name(options: DataOptions) -> str:
+def get_dataset_name(dataset: str) -> str:
     """Return the name of the dataset: the file or folder name, or the id on the Hub."""
-    path = Path(options.dataset)
-    return path.resolve().name if path.exists() else options.dataset
+    path = Path(dataset)
+    return path.resolve().name if path.exists() else dataset
 
 
-def get_dataset_folder(options: DataOptions) -> Path:
+def get_dataset_folder(dataset: str) -> Path:
     """Return the folder to which image paths are relative."""
-    if options.dataset.startswith(MEMORY_PREFIX):
+    if dataset.startswith(MEMORY_PREFIX):
         return Path("/")
-    path = Path(options.dataset)
+    path = Path(dataset)
     return path.parent if path.suffix in READERS else path
 
 

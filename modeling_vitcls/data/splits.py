@@ -173,7 +173,7 @@ def load_training_data(
     else:
         rule = build_held_out_rule(options)
         held_out_name = describe_rule(rule, train)
-        train, held_out, record = hold_out_images(train, rule, options)
+        train, held_out, record = hold_out_images(train, rule, options.dataset)
         if options.streaming and len(held_out) == MAX_HELD_OUT_IMAGES:
             held_out_name += f", evaluated on the first {MAX_HELD_OUT_IMAGES:,} images"
 
@@ -190,7 +190,7 @@ def load_training_data(
         selection_name = f"split {training_splits.selection!r}"
     elif use_selection_split:
         rule = HeldOutRule(options.held_out_fraction, options.split_seed, "selection")
-        train, selection, _ = hold_out_images(train, rule, options)
+        train, selection, _ = hold_out_images(train, rule, options.dataset)
         selection_name = f"{rule}; from the training images"
 
     return TrainingData(
@@ -308,7 +308,7 @@ def build_held_out_rule(options: DataOptions) -> HeldOutRule:
 
 
 def hold_out_images(
-    images: Any, rule: HeldOutRule, options: DataOptions
+    images: Any, rule: HeldOutRule, dataset: str
 ) -> tuple[Any, LabeledImages, HeldOutRecord]:
     """Return the training images, the held-out images, and the record of the latter.
 
@@ -323,9 +323,9 @@ def hold_out_images(
             held_out = replace(train, is_held_out_part=True).read_first(MAX_HELD_OUT_IMAGES)
         return train, held_out, HeldOutRecord.from_keys(rule, held_out.images.compute_keys())
 
-    check_folds(rule, images, options)
+    check_folds(rule, images, dataset)
     is_held_out, record = select_held_out(images, rule)
-    check_both_parts(is_held_out, rule, options)
+    check_both_parts(is_held_out, rule, dataset)
     train_indices = np.flatnonzero(~is_held_out)
     held_out_indices = np.flatnonzero(is_held_out)
     return images.select(train_indices.tolist()), images.select(held_out_indices.tolist()), record
@@ -339,17 +339,17 @@ def select_held_out(images: LabeledImages, rule: HeldOutRule) -> tuple[np.ndarra
     return is_held_out, HeldOutRecord.from_keys(rule, keys[is_held_out])
 
 
-def check_both_parts(is_held_out: np.ndarray, rule: HeldOutRule, options: DataOptions) -> None:
+def check_both_parts(is_held_out: np.ndarray, rule: HeldOutRule, dataset: str) -> None:
     """Raise ValueError if none or all of the images would be held out."""
     if is_held_out.all() or (not is_held_out.any() and rule.fraction > 0):
         amount, change = ("all", "smaller") if is_held_out.all() else ("none of the", "larger")
         raise ValueError(
-            f"{options.dataset}: {amount} {len(is_held_out)} images would be held out. "
+            f"{dataset}: {amount} {len(is_held_out)} images would be held out. "
             f"Set a {change} `held_out_fraction`"
         )
 
 
-def check_folds(rule: HeldOutRule, images: LabeledImages, options: DataOptions) -> None:
+def check_folds(rule: HeldOutRule, images: LabeledImages, dataset: str) -> None:
     """Raise ValueError if a fold of a cross-validation has no images.
 
     All folds are checked before the first one is trained.
@@ -357,7 +357,7 @@ def check_folds(rule: HeldOutRule, images: LabeledImages, options: DataOptions) 
     for fold in range(1, (rule.num_folds or 0) + 1):
         if not select_held_out(images, replace(rule, fold=fold))[0].any():
             raise ValueError(
-                f"{options.dataset}: fold {fold} of {rule.num_folds} has no images, because the "
+                f"{dataset}: fold {fold} of {rule.num_folds} has no images, because the "
                 f"dataset has only {len(images)}. Set a smaller `folds`"
             )
 

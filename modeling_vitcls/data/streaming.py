@@ -211,17 +211,17 @@ def open_streams(options: DataOptions, use_labels: bool) -> Splits:
     import datasets
 
     streams = open_splits(options, use_labels)
-    features = read_features(next(iter(streams.values())), options)
+    features = read_features(next(iter(streams.values())), options.dataset)
     image_column = find_image_column(options, features)
     reader = None
     if use_labels:
         reader = build_label_reader(
-            options, features, lambda column: read_label_column(streams, column, options)
+            options, features, lambda column: read_label_column(streams, column, options.dataset)
         )
     label_space = UNLABELED if reader is None else reader.label_space
     columns = [image_column, *label_space.columns]
-    name = get_dataset_name(options)
-    folder = get_dataset_folder(options)
+    name = get_dataset_name(options.dataset)
+    folder = get_dataset_folder(options.dataset)
     images_by_split = {}
     for split, stream in streams.items():
         if isinstance(features[image_column], datasets.Image):
@@ -237,29 +237,29 @@ def open_streams(options: DataOptions, use_labels: bool) -> Splits:
     return Splits(name, label_space, images_by_split, list(streams))
 
 
-def read_label_column(streams: Any, column: str, options: DataOptions) -> Iterator[Any]:
+def read_label_column(streams: Any, column: str, dataset: str) -> Iterator[Any]:
     """Yield the labels of all splits of a dataset that does not declare its classes.
 
     Images are not decoded. Raise ValueError for WebDataset shards on the Hub, of which all images
     would be downloaded.
     """
     for stream in streams.values():
-        if "__url__" in (stream.features or {}) and not Path(options.dataset).exists():
+        if "__url__" in (stream.features or {}) and not Path(dataset).exists():
             raise ValueError(
-                f"{options.dataset} does not declare the classes of {column!r}. Set `label_names`"
+                f"{dataset} does not declare the classes of {column!r}. Set `label_names`"
             )
         for row in stream.select_columns([column]):
             yield row[column]
 
 
-def read_features(stream: Any, options: DataOptions) -> Features:
+def read_features(stream: Any, dataset: str) -> Features:
     """Return the declared column types of a dataset or, without them, those of the first row."""
     import datasets
 
     if stream.features is not None:
         return stream.features
     if not (rows := list(stream.take(1))):
-        raise ValueError(f"{options.dataset} is empty. Add images")
+        raise ValueError(f"{dataset} is empty. Add images")
     return datasets.Dataset.from_list(rows).features
 
 

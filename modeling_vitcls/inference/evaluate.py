@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -173,7 +174,7 @@ def evaluate_checkpoint(
         )
     print_results(results, setup.data.part.describe(), setup.config, console)
     if accelerator.is_main_process:
-        write_results(options, results, console)
+        write_results(results, options.output, console)
         if options.per_image is not None:
             options.per_image.parent.mkdir(parents=True, exist_ok=True)
             write_predictions(options.per_image, evaluator, folder.weights_sha256)
@@ -243,12 +244,12 @@ def describe_evaluation(
     }
 
 
-def write_results(options: EvaluateOptions, results: dict[str, Any], console: Console) -> None:
-    """Write the results to `output` if it is set."""
-    if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(options.output, results)
-        console.print(f"saved {options.output}", markup=False)
+def write_results(results: dict[str, Any], file: Path | None, console: Console) -> None:
+    """Write the results to a file, if there is one."""
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, results)
+        console.print(f"saved {file}", markup=False)
 
 
 def set_label_columns(

@@ -172,7 +172,7 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
             measure_layers(options.frozen, layout, layer_features, labels)
         )
         print_accuracies(results, held_out_data, console)
-        write_results(options, results, console)
+        write_results(results, options.output, console)
     accelerator.end_training()
     return results
 

@@ -228,9 +228,9 @@ def open_input(options: PredictOptions) -> PredictionInput:
         return ListInput([f"{path.name}/{index}" for index in range(len(images))], images)
 
     split = select_split(open_splits(data_options, use_labels=False), options)
-    features = read_features(split, data_options)
+    features = read_features(split, dataset)
     column = find_image_column(data_options, features)
-    folder = get_dataset_folder(data_options)
+    folder = get_dataset_folder(dataset)
     settings: dict[str, Any] = {"dataset": dataset, "split": options.split, "column": column}
     if options.streaming or path.is_file():
         settings["files"] = compute_files_digest(path)

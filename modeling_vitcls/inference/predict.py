@@ -30,8 +30,8 @@ from ..data.labels import get_label_space
 from ..data.splits import load_on_main
 from ..hub.model_files import PREDICTIONS_FILE
 from ..hub.model_folder import ModelFolder
+from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
-from ..model.modeling_vitcls import ViTCLSPreTrainedModel
 from ..runtime.distributed import build_accelerator, run_on_main
 from .confidence import find_score_limit
 from .engines import EngineChooser, Job, select_engine
@@ -133,7 +133,7 @@ def build_predictor(
         max_batch_size=MAX_BATCH_SIZE,
         print_line=accelerator.on_main_process(partial(print, file=sys.stderr)),
     )
-    set_limit = find_set_limit(options, loaded.model, folder)
+    set_limit = find_set_limit(options.coverage, loaded.config, folder)
 
     def build_columns(model: Any) -> PredictionColumns:
         return build_prediction_columns(
@@ -171,16 +171,16 @@ def build_predictor(
 
 
 def find_set_limit(
-    options: PredictOptions, model: ViTCLSPreTrainedModel, folder: ModelFolder
+    coverage: float | None, config: ViTCLSConfig, folder: ModelFolder
 ) -> float | None:
     """Return the limit of the scores of labels in prediction sets; None without `coverage`.
 
     It is fitted to the held-out images of the model's run (confidence.py). Raise ValueError if the
     model has several labels or tasks, or no predictions of held-out images.
     """
-    if options.coverage is None:
+    if coverage is None:
         return None
-    label_space = get_label_space(model.config)
+    label_space = get_label_space(config)
     if label_space.kind != "single_label_classification":
         raise ValueError(
             f"`coverage` requires one label per image, not {label_space.kind}. Remove `coverage`"
@@ -205,7 +205,7 @@ def find_set_limit(
             f"weights. {remedy}"
         )
     probabilities, labels = read_predictions(file, label_space.names)
-    return find_score_limit(probabilities, labels, options.coverage)
+    return find_score_limit(probabilities, labels, coverage)
 
 
 def wrap_images(images: Sequence[Any]) -> ListInput:

@@ -117,4 +117,4 @@ def test_web_dataset_shards_need_no_flags(is_folder: bool, tmp_path: Path) -> No
 
     on_the_hub = {"train": SimpleNamespace(features={"__url__": datasets.Value("string")})}
     with raises_one_line("'cls'", "`label_names`"):  # otherwise, all images would be downloaded
-        next(read_label_column(on_the_hub, "cls", DataOptions("owner/name", streaming=True)))
+        next(read_label_column(on_the_hub, "cls", "owner/name"))

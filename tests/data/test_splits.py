@@ -202,7 +202,7 @@ def test_selection_images_of_a_single_split_are_not_used_for_anything_else(tmp_p
     assert train | selection == get_names(plain.train)
     assert not train & selection
 
-    selected = hold_out_images(plain.train, HeldOutRule(0.25, 3, "selection"), options)[1]
+    selected = hold_out_images(plain.train, HeldOutRule(0.25, 3, "selection"), str(photos))[1]
     assert selection == get_names(selected)
     assert len(selection) == 16  # 8 of the 30 training images of each class
     assert data.selection_name == "about 25%, by checksum, split seed 3; from the training images"
