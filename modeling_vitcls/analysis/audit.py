@@ -13,7 +13,7 @@ copies of the images, whose pixels agree.
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,17 +31,16 @@ from sklearn.neighbors import NearestNeighbors
 
 from ..conversion.any_checkpoint import resolve
 from ..data.evaluated_images import (
-    choose_evaluation_split,
-    choose_fitting_split,
-    draw,
+    choose_fitting_and_evaluation_split,
     find_evaluated_images,
 )
 from ..data.held_out import HeldOutRecord, read_held_out_record
 from ..data.images import LabeledImages
+from ..data.label_matching import match_labels
 from ..data.labels import get_label_space
 from ..data.sources import load_splits
 from ..hub.model_files import PREDICTIONS_FILE
-from ..inference.evaluate import MAX_BATCH_SIZE, match_labels, set_up_evaluation
+from ..inference.evaluate import MAX_BATCH_SIZE, set_up_evaluation
 from ..inference.frozen import build_classifier
 from ..inference.image_pass import ImagePass, stack_rows
 from ..inference.load_model import TORCH, load_for_inference
@@ -166,20 +165,20 @@ def load_audited_images(options: EvaluateOptions) -> tuple[AuditedImages, int, C
             "`audit` requires a classifier, but the model has none. Set `frozen='logreg'`"
         )
 
-    accelerator, console, warn = set_up_evaluation(options)
+    accelerator, console, warn = set_up_evaluation(options.mixed_precision)
     loaded = load_for_inference(
         folder,
-        options,
+        replace(options, backend=TORCH),
         accelerator,
         use_head=options.frozen is None,
         max_batch_size=MAX_BATCH_SIZE,
         print_line=partial(console.print, markup=False),
-        backend=TORCH,
     )
     record = None if folds else read_held_out_record(folder)
-    data = load_splits(
-        options.data, select=list if folds else partial(choose_audited_splits, options)
+    choose_splits = partial(
+        choose_fitting_and_evaluation_split, options.split, options.data.dataset
     )
+    data = load_splits(options.data, select=list if folds else choose_splits)
     if data.label_space.kind != "single_label_classification":
         raise ValueError("`audit` requires one label per image. Set a single `label_column`")
     if options.frozen:
@@ -189,7 +188,7 @@ def load_audited_images(options: EvaluateOptions) -> tuple[AuditedImages, int, C
     label_space = data.label_space if options.frozen else model_space
     splits = []
     for name, images in data.images_by_split.items():
-        images = draw(images, options.max_images, options.data)
+        images = images.draw(options.max_images, options.data.split_seed)
         if not options.frozen:
             images = match_labels(images, data.label_space, model_space)
         image_pass = ImagePass(
@@ -296,12 +295,6 @@ def join_splits(
         pixels=np.concatenate([split.pixels for split in splits]),
         names=names,
     )
-
-
-def choose_audited_splits(options: EvaluateOptions, names: list[str]) -> list[str]:
-    """Return the names of the training split and the split to evaluate, which may be the same."""
-    evaluated = choose_evaluation_split(options.split, names, options.data)
-    return list(dict.fromkeys([choose_fitting_split(evaluated, names), evaluated]))
 
 
 def check_class_sizes(parts: Iterable[LabeledImages]) -> None:

@@ -20,9 +20,9 @@ from PIL import Image
 from ..data.evaluated_images import load_evaluation_data
 from ..data.held_out import HeldOutRecord
 from ..data.images import ArrayImages, DatasetImages, check_channels
+from ..data.label_matching import match_labels
 from ..data.labels import get_label_space, is_multi_label
 from ..data.options import DataOptions
-from ..inference.evaluate import match_labels
 from ..inference.image_pass import ImageBatch, group_by_shape, pass_over_images
 from ..inference.inputs import build_list_input
 from ..model.heads_vitcls import IGNORED_LABEL

@@ -8,6 +8,7 @@ streaming.py                                 datasets that are read during train
 splits.py, held_out.py                       training split, held-out split, and their fingerprints
 evaluated_images.py                          images that an evaluation reads, without those of the training
 images.py, labels.py                         images decoded on demand; kinds of labels
+label_matching.py                            labels of a dataset as labels of a model, by name
 aspect_ratio.py                              from any aspect ratio to the input of the model
 sampling.py, augmentation.py, batches.py     batches, as a function of the seed and the step
 """

@@ -1,4 +1,4 @@
-"""How an image of any aspect ratio becomes the input of the model (`--fit`), and which region the model sees.
+"""How an image of any aspect ratio becomes the input of the model, and what the model sees.
 
     squash  the whole image is resized to the input size, which changes its aspect ratio
     crop    the shorter side is resized, and the center is cropped
@@ -23,7 +23,7 @@ from ..model.fast_image_processing_vitcls import resize_and_crop
 from ..model.image_processing_vitcls import CROP_ROUNDINGS
 
 
-MAX_MEASURED_IMAGES = 64  # number of images for the median share of the image area
+MAX_MEASURED_IMAGES = 64  # number of images whose size is read
 
 Size = tuple[int, int]  # height, width in pixels
 # a ViTCLSImageProcessor or ViTCLSImageProcessorPil; transformers sets the attributes dynamically
@@ -31,7 +31,9 @@ Processor = Any
 
 
 class VisibleRegion(NamedTuple):
-    """Edges, in pixels, of the image region that the model receives; (0, 0, w, h) is the whole image.
+    """Edges, in pixels, of the image region that the model receives.
+
+    (0, 0, w, h) is the whole image.
 
     The region extends beyond the image if the processor pads the image.
     """
@@ -68,7 +70,7 @@ def set_fit(processor: Processor, fit: str, height_width: Size) -> None:
 
 
 def get_crop_ratio(processor: Processor) -> float:
-    """Return the ratio of the crop to the resized image (`crop_pct` in timm), or 1 without a crop."""
+    """Return the ratio of the crop to the resized image (`crop_pct` in timm); 1 without a crop."""
     if not (processor.do_resize and processor.do_center_crop):
         return 1.0
     resized_side = (
@@ -110,7 +112,7 @@ class FitTransform(nn.Module):
     cropped.
     """
 
-    def __init__(self, processor: Processor, keep_resolution: bool = False) -> None:
+    def __init__(self, processor: Processor, keep_resolution: bool) -> None:
         super().__init__()
         self.processor = processor
         self.keep_resolution = keep_resolution
@@ -187,7 +189,8 @@ def get_visible_region(
     )
 
 
-# Keys of the processor's size -> function that returns height and width after resizing, as in transformers.
+# Keys of the processor's size -> function that returns height and width after resizing, as in
+# transformers.
 RESIZE_RULES: dict[frozenset[str], Callable[..., Size]] = {
     frozenset({"height", "width"}): lambda _, height, width: (height, width),
     frozenset({"shortest_edge"}): lambda size, shortest_edge: get_size_with_aspect_ratio(
@@ -212,23 +215,30 @@ def get_visible_share(processor: Processor, image_size: Size) -> float:
     return visible_height * visible_width / (height * width)
 
 
+def read_sizes(images: Sequence[Any]) -> list[Size]:
+    """Return height and width of `MAX_MEASURED_IMAGES` images, spread over all images."""
+    sizes = []
+    for index in range(0, len(images), -(-len(images) // MAX_MEASURED_IMAGES) or 1):
+        try:
+            width, height = images[index].size
+        except ValueError:  # an unreadable image is reported when it is used
+            continue
+        sizes.append((height, width))
+    return sizes
+
+
 def describe_fit(processor: Processor, images: Sequence[Any]) -> str:
-    """Return a line of text with the fit and the median share of the image area that the model sees.
+    """Return the fit and the median share of the image area that the model sees, as text.
 
     For a crop, a sample of `images` is read.
     """
     fit = get_fit(processor)
     share = 1.0
     if fit == "crop":
-        shares = []
-        for index in range(0, len(images), -(-len(images) // MAX_MEASURED_IMAGES) or 1):
-            try:
-                shares.append(get_visible_share(processor, images[index].size[::-1]))
-            except ValueError:  # an unreadable image is reported when it is used
-                continue
-        if not shares:
+        sizes = read_sizes(images)
+        if not sizes:
             return fit
-        share = median(shares)
+        share = median(get_visible_share(processor, size) for size in sizes)
 
     median_text = "a median of " if fit == "crop" else ""
     return f"{fit}; evaluation sees {median_text}{100 * share:.0f} % of the image area"

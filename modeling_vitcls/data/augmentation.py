@@ -35,7 +35,7 @@ class Augmentation:
     def __call__(
         self, pixels: torch.Tensor | list[torch.Tensor], seeds: np.ndarray, indices: np.ndarray
     ) -> torch.Tensor:
-        """Apply `image_transform` and `batch_transform`, and return the images [B, C, H, W] `uint8`.
+        """Apply `image_transform` and `batch_transform`, and return images [B, C, H, W] `uint8`.
 
         Args:
             pixels: output of `fixed_transform` for each image; a tensor [B, C, H, W] if all images
@@ -102,7 +102,7 @@ class Erasing(nn.Module):
         self.erase = v2.RandomErasing(probability, value="random")
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Erase a random rectangle of an image [C, H, W] `uint8` and return an image of the same shape and dtype."""
+        """Erase a random rectangle of an image [C, H, W] `uint8`."""
         erased_pixels = self.erase((pixels.float() - self.NOISE_MEAN) / self.NOISE_STD)
         return (
             (erased_pixels * self.NOISE_STD + self.NOISE_MEAN).round().clamp(0, 255).to(torch.uint8)
@@ -110,7 +110,7 @@ class Erasing(nn.Module):
 
 
 class BatchTransform:
-    """Random flips, rotations, shifts and zooms of a batch, with separate random numbers for each image."""
+    """Random flips, rotations, shifts and zooms of a batch, different for each image."""
 
     num_random_numbers = 5  # number of random numbers per image
 
@@ -122,7 +122,10 @@ class BatchTransform:
         self.rotation = math.radians(options.rotation)
 
     def __call__(self, pixels: torch.Tensor, random_numbers: np.ndarray) -> torch.Tensor:
-        """Return the transformed pixels [B, C, H, W] `uint8` for random numbers [B, 5] in [0, 1)."""
+        """Return the transformed pixels [B, C, H, W] `uint8`.
+
+        The random numbers are [B, 5] in [0, 1).
+        """
         is_flipped = torch.from_numpy(random_numbers[:, 0] < 0.5) & self.flip  # [B]
         if not (self.rotation or self.shift or self.zoom):
             if not self.flip:

@@ -1,4 +1,6 @@
-"""Batches of training images, loaded and augmented in DataLoader workers. sampling.py selects the images.
+"""Batches of training images, loaded and augmented in DataLoader workers.
+
+sampling.py selects the images.
 
 A batch is a dict:
     pixels   [B, C, H, W] `uint8`    augmented images at the model's image size
@@ -19,6 +21,7 @@ import torch
 from ..model.image_processing_vitcls import pil_to_tensor
 from .augmentation import Augmentation
 from .images import LabeledImages, UnreadableImage, check_channels
+from .labels import LabelSpace
 from .sampling import BatchPlan, ImageKey, derive_seed
 from .workers import build_loader
 
@@ -37,6 +40,7 @@ class BatchBuilder:
     """
 
     augmentation: Augmentation
+    label_space: LabelSpace
     to_rgb: bool  # whether images are converted to three channels
     seed: int  # seed of the augmentation
     num_views: int = 0  # number of augmented views of each image; 0: a new view for each epoch
@@ -44,7 +48,7 @@ class BatchBuilder:
     image_bytes: int = 0  # size of an augmented image in bytes; 0 if unknown
 
     def prepare_image(self, image: Any) -> torch.Tensor:
-        """Convert a PIL image to `uint8` pixels [C, H, W] and apply the fixed transform of the augmentation.
+        """Convert a PIL image to `uint8` pixels [C, H, W] and apply the fixed transform.
 
         Raise UnreadableImage if the mode or the number of channels is not supported.
         """
@@ -72,19 +76,12 @@ class BatchBuilder:
         image_seeds = np.array([seeds[view] for view in views.tolist()], dtype=np.uint64)
         return {
             "pixels": self.augmentation(pixels, image_seeds, indices.astype(np.uint64)),
-            "labels": collate_labels(labels),
+            "labels": self.label_space.collate(labels),
             "index": torch.from_numpy(indices.copy()),
             "epoch": torch.from_numpy(epochs.copy()),
             "view": torch.from_numpy(views.copy()),
             "errors": errors,
         }
-
-
-def collate_labels(labels: list[Any]) -> Any:
-    """Return labels as [B] `int64`, [B, classes] `float32`, or {task: [B] `int64`}, depending on the label kind."""
-    if isinstance(labels[0], dict):
-        return {task: torch.tensor([label[task] for label in labels]) for task in labels[0]}
-    return torch.tensor(labels, dtype=torch.float32 if isinstance(labels[0], list) else torch.int64)
 
 
 class TrainingImages:
@@ -120,7 +117,7 @@ class TrainingImages:
         )
 
     def load_readable_image(self, index: int) -> tuple[int, torch.Tensor]:
-        """Return the index and the prepared pixels of the first readable image, starting at `index`."""
+        """Return the index and the pixels of the first readable image, starting at `index`."""
         num_images = len(self.source)
         for candidate in (number % num_images for number in range(index, index + num_images)):
             if candidate not in self.errors:
@@ -149,7 +146,9 @@ class TrainingImages:
 def iterate_training_batches(
     dataset: Any, plan: BatchPlan, process_index: int, num_workers: int, first_step: int = 0
 ) -> Generator[Batch, None, None]:
-    """Yield the batches of one process from `TrainingImages` or a `TrainingStream`, starting at `first_step`.
+    """Yield the batches of one process, starting at `first_step`.
+
+    The dataset is a `TrainingImages` or a `TrainingStream`.
 
     Raise ValueError, without the worker's traceback, if no image can be read, or if the label of a
     streamed example is not one of the classes. Close the iterator to stop the workers.

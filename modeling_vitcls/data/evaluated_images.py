@@ -13,6 +13,7 @@ the dataset has the same name.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -105,7 +106,7 @@ def load_evaluation_data(
     """
 
     def select(names: list[str]) -> list[str]:
-        return [choose_evaluation_split(split, names, options)]
+        return [choose_evaluation_split(split, names, options.dataset)]
 
     splits = (
         open_streams(options, use_labels)
@@ -118,93 +119,90 @@ def load_evaluation_data(
         images, part = select_streamed_images(images, splits, split, record, options)
     else:
         is_evaluated, part = find_evaluated_images(images, record, options, splits.name)
-        if split is not None:
-            part = EvaluatedPart("whole", part.num_given, part.num_trained)
-        else:
-            check_any_evaluated(is_evaluated, options, name)
-            images = images.select(np.flatnonzero(is_evaluated).tolist())
-    images, part = draw_part(images, part, max_images, options)
-    return EvaluationData(
-        splits.label_space, images, name, replace(part, split=get_split_name(name, splits))
-    )
+        images, part = select_part(
+            images, is_evaluated, part, options.dataset, name, split is not None
+        )
+    return draw_data(splits, name, images, part, max_images, options.split_seed)
 
 
 def load_fitting_and_evaluation_data(
     options: DataOptions,
     split: str | None,
-    record: HeldOutRecord | None = None,
+    record: HeldOutRecord | None,
     max_images: int | None = None,
 ) -> tuple[EvaluationData, EvaluationData]:
-    """Load images to fit a classifier or to calibrate a graph, and the images to evaluate, as `load_evaluation_data`.
+    """Load images to fit a classifier or to calibrate a graph, and the images to evaluate.
 
-    If the dataset has only one split, the images are fitted to that are not evaluated; if training
-    did not use the dataset, a rule divides it (`options.held_out_fraction`). With --split, an only
-    split is both.
+    The latter are those of `load_evaluation_data`. If the dataset has only one split, the images
+    are fitted to that are not evaluated; if training did not use the dataset, a rule divides it
+    (`options.held_out_fraction`). With `split`, an only split is both.
     """
-
-    def select(names: list[str]) -> list[str]:
-        evaluated = choose_evaluation_split(split, names, options)
-        return list(dict.fromkeys([choose_fitting_split(evaluated, names), evaluated]))
-
-    splits = load_splits(options, select=select)
-    fitting_name, name = (select(splits.names) * 2)[:2]
+    choose_splits = partial(choose_fitting_and_evaluation_split, split, options.dataset)
+    splits = load_splits(options, select=choose_splits)
+    fitting_name, name = choose_splits(splits.names)
     images = splits.images_by_split[name]
     fitting_images = splits.images_by_split[fitting_name]
     is_evaluated, part = find_evaluated_images(images, record, options, splits.name)
 
-    if split is not None:
-        part = EvaluatedPart("whole", part.num_given, part.num_trained)
-    else:
-        if fitting_name == name and part.kind == "whole":
+    if split is None and fitting_name == name:
+        if part.kind == "whole":
             rule = build_held_out_rule(options)
             is_evaluated, _ = select_held_out(images, rule)
-            check_both_parts(is_evaluated, rule, options)
+            check_both_parts(is_evaluated, rule, options.dataset)
             part = replace(part, kind="fraction")
-        check_any_evaluated(is_evaluated, options, name)
-        if fitting_name == name:
-            fitting_images = images.select(np.flatnonzero(~is_evaluated).tolist())
-        images = images.select(np.flatnonzero(is_evaluated).tolist())
+        fitting_images = images.select(np.flatnonzero(~is_evaluated).tolist())
 
-    images, part = draw_part(images, part, max_images, options)
+    fitting_part = EvaluatedPart("whole", len(fitting_images))
+    images, part = select_part(images, is_evaluated, part, options.dataset, name, split is not None)
     return (
-        EvaluationData(
-            splits.label_space,
-            fitting_images,
-            fitting_name,
-            EvaluatedPart("whole", len(fitting_images)),
-        ),
-        EvaluationData(
-            splits.label_space, images, name, replace(part, split=get_split_name(name, splits))
-        ),
+        EvaluationData(splits.label_space, fitting_images, fitting_name, fitting_part),
+        draw_data(splits, name, images, part, max_images, options.split_seed),
     )
 
 
-def get_split_name(name: str, splits: Splits) -> str | None:
-    """Return the name of a split, or None if the dataset has only one, whose name users have not given."""
-    return name if len(splits.names) > 1 else None
+def select_part(
+    images: LabeledImages,
+    is_evaluated: np.ndarray,
+    part: EvaluatedPart,
+    dataset: str,
+    name: str,
+    is_named: bool,
+) -> tuple[LabeledImages, EvaluatedPart]:
+    """Return the images of a part, or all images of a split `name` that the user has named.
+
+    Raise ValueError if the part has no images.
+    """
+    if is_named:
+        return images, EvaluatedPart("whole", part.num_given, part.num_trained)
+    if not is_evaluated.any():
+        raise ValueError(
+            f"the model was trained on all {len(is_evaluated):,} images of {dataset}. Set "
+            f"`dataset` to other images, or `split={name!r}` to evaluate these"
+        )
+    return images.select(np.flatnonzero(is_evaluated).tolist()), part
 
 
-def draw_part(
-    images: Any, part: EvaluatedPart, max_images: int | None, options: DataOptions
-) -> tuple[Any, EvaluatedPart]:
-    """Return at most `max_images` images of a part, and the part with their number if some were left out."""
-    drawn = draw(images, max_images, options)
-    has_all = drawn is images or (isinstance(images, LabeledImages) and len(drawn) == len(images))
-    return drawn, part if has_all else replace(part, num_drawn=len(drawn))
-
-
-def draw(images: Any, num_images: int | None, options: DataOptions) -> Any:
-    """Return `num_images` images, drawn at random; all of them if `num_images` is None."""
-    if num_images is not None and isinstance(images, StreamedImages):
-        stream = images.stream.shuffle(seed=options.split_seed, buffer_size=options.shuffle_buffer)
-        return replace(images, stream=stream).read_first(num_images)
-    return images if num_images is None else images.draw(num_images, options.split_seed)
+def draw_data(
+    splits: Splits,
+    name: str,
+    images: Any,
+    part: EvaluatedPart,
+    max_images: int | None,
+    seed: int,
+) -> EvaluationData:
+    """Return at most `max_images` images of a part of a split, drawn at random."""
+    drawn = images.draw(max_images, seed)
+    if drawn is not images and len(drawn) != images.num_images:
+        part = replace(part, num_drawn=len(drawn))
+    if len(splits.names) > 1:  # users have not given the name of an only split
+        part = replace(part, split=name)
+    return EvaluationData(splits.label_space, drawn, name, part)
 
 
 # Splits -------------------------------------------------------------------------------------------
 
 
-def choose_evaluation_split(split: str | None, names: Sequence[str], options: DataOptions) -> str:
+def choose_evaluation_split(split: str | None, names: Sequence[str], dataset: str) -> str:
     """Return the name of the split to evaluate. Raise ValueError if there is no such split."""
     if split is None:
         split = next(
@@ -218,15 +216,19 @@ def choose_evaluation_split(split: str | None, names: Sequence[str], options: Da
         if split is not None
         else "has several splits, none of them for evaluation"
     )
-    raise ValueError(f"{options.dataset} {problem}. Set `split` to one of {', '.join(names)}")
+    raise ValueError(f"{dataset} {problem}. Set `split` to one of {', '.join(names)}")
 
 
-def choose_fitting_split(evaluated: str, names: Sequence[str]) -> str:
-    """Return the name of the split that a classifier of frozen features is fitted to."""
-    others = [name for name in names if name != evaluated]
-    if "train" in names or not others:
-        return "train" if "train" in names else evaluated
-    return others[0]
+def choose_fitting_and_evaluation_split(
+    split: str | None, dataset: str, names: Sequence[str]
+) -> tuple[str, str]:
+    """Return the names of the split that a classifier is fitted to, and of the evaluated split.
+
+    They are the same if the dataset has only one.
+    """
+    evaluated = choose_evaluation_split(split, names, dataset)
+    fitting_names = ["train"] if "train" in names else [each for each in names if each != evaluated]
+    return (fitting_names or [evaluated])[0], evaluated
 
 
 # Training images ----------------------------------------------------------------------------------
@@ -291,20 +293,11 @@ def select_streamed_images(
     rule = None if record is None or record.dataset != splits.name else record.rule
     if split is not None or rule is None or len(splits.names) > 1:
         return images, EvaluatedPart("whole", None)
-    _, held_out, found = hold_out_images(images, check_rule(rule, options), options)
+    _, held_out, found = hold_out_images(images, check_rule(rule, options), options.dataset)
     warning = None
     if record is not None and found.sha256 != record.sha256:
         warning = "the held-out images of the stream are not those of the training run"
     return held_out, EvaluatedPart("held_out", None, None, warning)
-
-
-def check_any_evaluated(is_evaluated: np.ndarray, options: DataOptions, split: str) -> None:
-    """Raise ValueError if no image is left for the evaluation."""
-    if not is_evaluated.any():
-        raise ValueError(
-            f"the model was trained on all {len(is_evaluated):,} images of {options.dataset}. Set "
-            f"`dataset` to other images, or `split={split!r}` to evaluate these"
-        )
 
 
 def check_rule(rule: HeldOutRule, options: DataOptions) -> HeldOutRule:

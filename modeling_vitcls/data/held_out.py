@@ -1,4 +1,4 @@
-"""Held-out images of datasets without an evaluation split, and the record of these images in results.json.
+"""Held-out images of datasets without an evaluation split, and their record in results.json.
 
     image -> key: checksum of the path within the dataset, of the row number, or of the bytes (images.py)
           -> hash of the key and the split seed
@@ -20,9 +20,7 @@ that `vitcls evaluate` recognizes training images in a dataset of any name (eval
 import base64
 import hashlib
 import io
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -135,13 +133,16 @@ class HeldOutRecord:
 
     @property
     def rule(self) -> HeldOutRule | None:
-        """Return the rule that selected the images; None if the images are a split of the dataset."""
+        """Return the rule that selected the images; None if they are a split of the dataset."""
         if self.fraction is None or self.split_seed is None:
             return None
         return HeldOutRule(self.fraction, self.split_seed, num_folds=self.num_folds, fold=self.fold)
 
     def decode_training_images(self) -> tuple[np.ndarray, float]:
-        """Return the sorted content keys of the recorded training images, and the recorded fraction of them."""
+        """Return the sorted content keys of the recorded training images.
+
+        The second value is the fraction of the training images that is recorded.
+        """
         content = np.frombuffer(base64.b64decode(self.training_images or ""), np.uint8)
         padded = np.zeros((len(content) // CONTENT_KEY_BYTES, 8), np.uint8)
         padded[:, :CONTENT_KEY_BYTES] = content.reshape(-1, CONTENT_KEY_BYTES)
@@ -149,8 +150,11 @@ class HeldOutRecord:
         return padded.view("<u8")[:, 0], min(1.0, MAX_RECORDED_IMAGES / max(num_images, 1))
 
 
-def get_run_results(folder: ModelFolder, task: str | None = None) -> dict[str, Any]:
-    """Return results.json of a model folder, or the record of an added task in it; empty if there is none."""
+def get_run_results(folder: ModelFolder, task: str | None) -> dict[str, Any]:
+    """Return results.json of a model folder, or the record of an added task in it.
+
+    The result is empty if there is none.
+    """
     results = folder.saved_results
     return results if task is None else results.get(ADDITIONS_KEY, {}).get(task, {})
 
@@ -179,7 +183,10 @@ def compute_image_key(content: bytes) -> int:
 
 
 def compute_content_key(stream: BinaryIO) -> int:
-    """Compute the 40-bit key of an image from its encoded content, of which at most 48 KiB are read."""
+    """Compute the 40-bit key of an image from its encoded content.
+
+    At most 48 KiB are read.
+    """
     size = stream.seek(0, io.SEEK_END)
     digest = hashlib.blake2b(size.to_bytes(8, "little"), digest_size=CONTENT_KEY_BYTES)
     if size <= 3 * CONTENT_PART_BYTES:
@@ -196,17 +203,3 @@ def encode_content_keys(keys: np.ndarray) -> str:
     """Return content keys, sorted and each once, as base64 of `CONTENT_KEY_BYTES` bytes per key."""
     content = np.unique(keys).astype("<u8").view(np.uint8).reshape(-1, 8)[:, :CONTENT_KEY_BYTES]
     return base64.b64encode(content.tobytes()).decode()
-
-
-def get_relative_path(path: str, folder: Path) -> str:
-    """Return the path of an image relative to the dataset folder.
-
-    URLs, empty paths, and relative paths outside of the folder, such as names in a table, are left
-    unchanged.
-    """
-    prefix = f"{folder}/"
-    if path.startswith(prefix) and "/." not in path and "//" not in path:
-        return path.removeprefix(prefix)
-    if not path or "://" in path or not (path.startswith(prefix) or Path(path).is_absolute()):
-        return path
-    return Path(os.path.relpath(path, folder)).as_posix()

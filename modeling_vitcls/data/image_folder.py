@@ -1,4 +1,6 @@
-"""Read image folders (one subfolder of images per class) as `datasets.DatasetDict`, without copying images.
+"""Read image folders (one subfolder of images per class) as `datasets.DatasetDict`.
+
+Images are not copied.
 
     photos/cat/1.jpg, photos/dog/2.jpg                  classes cat, dog; one split, "train"
     photos/cat/2024/may/1.jpg                           class cat: images may be at any depth in a class folder
@@ -139,7 +141,7 @@ def compute_files_digest(path: Path) -> str | None:
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a file or folder is hidden or is a `__MACOSX` folder, which macOS adds to archives."""
+    """Return whether a file or folder is hidden or is a `__MACOSX` folder of an archive."""
     return name.startswith(".") or name == "__MACOSX"
 
 
@@ -149,7 +151,7 @@ def make_printable(name: str) -> str:
 
 
 def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
-    """Return a `datasets.DatasetDict` of the splits and add notes about unused files to `folder.notes`.
+    """Return the splits as a `datasets.DatasetDict`, and add notes about unused files.
 
     If there are metadata files, the columns are `image` and the columns of the metadata files
     except `file_name`. Otherwise, the columns are `image` and, if labels are used, `label`. Without
@@ -337,7 +339,10 @@ def describe_single_class(dataset: str, name: str) -> str:
         if folder.is_dir()
         else ""
     )
-    return f"a classifier requires two or more classes, but {dataset} has the single class {name!r}{hint}"
+    return (
+        f"a classifier requires two or more classes, but {dataset} has the single class {name!r}"
+        f"{hint}"
+    )
 
 
 def note_unused_files(folder: ImageFolder, files: list[str], reason: str) -> None:

@@ -16,11 +16,13 @@ other names.
 """
 
 import io
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from PIL import Image
 from ..model.image_processing_vitcls import read_image, shorten_text
 from ..runtime.errors import format_error
 from ..runtime.files import write_atomically
-from .held_out import compute_content_key, compute_image_key, get_relative_path
+from .held_out import compute_content_key, compute_image_key
 from .labels import MultiHotLabels
 
 
@@ -50,13 +52,20 @@ class UnreadableImage(ValueError):
 
 @dataclass(frozen=True)
 class LabeledImages:
-    """Images and one label per image: a class index, a list with 0.0 or 1.0 per class, or {task: class index}."""
+    """Images and one label per image.
+
+    A label is a class index, a list with 0.0 or 1.0 per class, or {task: class index}.
+    """
 
     images: Any  # one of the classes below, or any other sequence of PIL images
     labels: Any  # a list or `MultiHotLabels`
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def num_images(self) -> int:
+        return len(self)
 
     def select(self, indices: Iterable[int]) -> "LabeledImages":
         """Return the images and labels at `indices`, in the given order."""
@@ -107,7 +116,10 @@ class ArrayImages(Sequence):
 
 @dataclass(frozen=True, eq=False)
 class DatasetImages(Sequence):
-    """Rows of a `datasets.Dataset` with one column: encoded images (`datasets.Image(decode=False)`) or paths."""
+    """Rows of a `datasets.Dataset` with one column of encoded images or paths.
+
+    Encoded images have the type `datasets.Image(decode=False)`.
+    """
 
     dataset: Any
     folder: Path = Path()  # folder to which paths are relative
@@ -115,7 +127,7 @@ class DatasetImages(Sequence):
 
     @classmethod
     def from_list(cls, values: Sequence[Any], folder: Path = Path()) -> "DatasetImages":
-        """Build a sequence in memory from paths, or from encoded images {"path": ..., "bytes": ...}."""
+        """Build a sequence from paths, or from encoded images {"path": ..., "bytes": ...}."""
         import datasets
 
         feature: Any = datasets.Image(decode=False)
@@ -125,6 +137,20 @@ class DatasetImages(Sequence):
             datasets.Dataset.from_dict({"image": values}, datasets.Features({"image": feature})),
             folder,
         )
+
+    @property
+    def column(self) -> str:
+        return self.dataset.column_names[0]
+
+    @property
+    def arrow_values(self) -> Any:
+        """The column of all rows as an Arrow array, which is not copied."""
+        return self.dataset.with_format("arrow")[:][self.column]
+
+    @property
+    def used_rows(self) -> np.ndarray:
+        """The row of each image."""
+        return np.arange(len(self.dataset)) if self.rows is None else self.rows
 
     def __len__(self) -> int:
         return len(self.dataset) if self.rows is None else len(self.rows)
@@ -141,16 +167,14 @@ class DatasetImages(Sequence):
 
     def get_encoded_image(self, index: int) -> dict[str, Any]:
         """Return {"path": ..., "bytes": ...}, the input of `decode_image`."""
-        return to_encoded_image(
-            self.dataset[self.get_row(index)][self.dataset.column_names[0]], self.folder
-        )
+        return to_encoded_image(self.dataset[self.get_row(index)][self.column], self.folder)
 
     def select(self, indices: Sequence[int]) -> "DatasetImages":
         selected = np.asarray(indices, np.int64)
         return replace(self, rows=selected if self.rows is None else self.rows[selected])
 
     def get_names(self) -> list[str]:
-        rows = np.arange(len(self.dataset)) if self.rows is None else self.rows
+        rows = self.used_rows
         return [
             name or str(row)
             for row, name in zip(rows.tolist(), self.iterate_names(rows), strict=True)
@@ -177,15 +201,17 @@ class DatasetImages(Sequence):
 
     def compute_content_keys(self) -> np.ndarray:
         """Return a key of the content of each image. Files are read by several threads."""
-        rows = np.arange(len(self.dataset)) if self.rows is None else self.rows
-        column = self.dataset.column_names[0]
         keys: list[int] = []
         with ThreadPoolExecutor() as pool:
-            for start in range(0, len(rows), ROWS_PER_READ):
-                values = self.dataset[rows[start : start + ROWS_PER_READ]][column]
+            for values in self.read_values(self.used_rows):
                 images = (to_encoded_image(value, self.folder) for value in values)
                 keys += pool.map(compute_encoded_content_key, images)
         return np.array(keys, np.uint64)
+
+    def read_values(self, rows: np.ndarray) -> Iterator[list[Any]]:
+        """Yield the values of rows, some rows at a time."""
+        for start in range(0, len(rows), ROWS_PER_READ):
+            yield self.dataset[rows[start : start + ROWS_PER_READ]][self.column]
 
     def compute_all_keys(self) -> np.ndarray:
         """Return the keys of all rows.
@@ -208,13 +234,7 @@ class DatasetImages(Sequence):
                 (compute_image_key(b"row %d" % row) for row in range(num_rows)), np.int64, num_rows
             )
 
-        starts = range(0, num_rows, ROWS_PER_READ)
-        column = self.dataset.column_names[0]
-        values = (
-            value
-            for start in starts
-            for value in self.dataset[start : start + ROWS_PER_READ][column]
-        )
+        values = chain.from_iterable(self.read_values(np.arange(num_rows)))
         encoded_images = (to_encoded_image(value, self.folder) for value in values)
         return np.fromiter(
             (compute_encoded_image_key(image, self.folder) for image in encoded_images), np.int64
@@ -224,7 +244,7 @@ class DatasetImages(Sequence):
         """Yield the path of each image within the folder, or "". Images are not read."""
         import pyarrow.compute
 
-        values = self.dataset.with_format("arrow")[:][self.dataset.column_names[0]]  # not copied
+        values = self.arrow_values
         is_encoded = pyarrow.types.is_struct(values.type)
         paths = pyarrow.compute.struct_field(values, "path") if is_encoded else values
         for chunk in (paths if rows is None else paths.take(pyarrow.array(rows))).chunks:
@@ -237,7 +257,7 @@ class DatasetImages(Sequence):
         """Return whether any row contains the bytes of the image."""
         import pyarrow.compute
 
-        values = self.dataset.with_format("arrow")[:][self.dataset.column_names[0]]
+        values = self.arrow_values
         if not pyarrow.types.is_struct(values.type):
             return False
         return pyarrow.compute.struct_field(values, "bytes").null_count < len(values)
@@ -254,14 +274,20 @@ def get_cache_file(name: str) -> Path:
 
 
 def compute_encoded_image_key(encoded_image: dict[str, Any], folder: Path) -> int:
-    """Return the key of an encoded image: a checksum of its bytes or, if it has none, of its path within `folder`."""
+    """Return the key of an encoded image, a checksum of its bytes.
+
+    Without bytes, it is a checksum of the path within `folder`.
+    """
     if encoded_image["bytes"] is not None:
         return compute_image_key(encoded_image["bytes"])
     return compute_image_key(get_relative_path(encoded_image["path"] or "", folder).encode())
 
 
 def compute_encoded_content_key(encoded_image: dict[str, Any]) -> int:
-    """Return the key of the content of an encoded image or, if it is not in memory or a local file, of its path."""
+    """Return the key of the content of an encoded image.
+
+    If it is neither in memory nor a local file, it is the key of its path.
+    """
     content = encoded_image["bytes"]
     path = encoded_image["path"] or ""
     if content is not None:
@@ -274,7 +300,7 @@ def compute_encoded_content_key(encoded_image: dict[str, Any]) -> int:
 
 
 def check_channels(image: Image.Image, pixels: torch.Tensor, num_channels: int | None) -> None:
-    """Raise UnreadableImage if the pixels [C, H, W] of an image do not have `num_channels` channels.
+    """Raise UnreadableImage if pixels [C, H, W] do not have `num_channels` channels.
 
     Do nothing if `num_channels` is None. The image processor converts images to three channels only
     if `do_convert_rgb` is set.
@@ -308,6 +334,20 @@ def resolve_path(folder: Path, path: str | None) -> str:
     if not path or "://" in path:
         return path or ""
     return str(folder / path)
+
+
+def get_relative_path(path: str, folder: Path) -> str:
+    """Return the path of an image relative to the dataset folder.
+
+    URLs, empty paths, and relative paths outside of the folder, such as names in a table, are left
+    unchanged.
+    """
+    prefix = f"{folder}/"
+    if path.startswith(prefix) and "/." not in path and "//" not in path:
+        return path.removeprefix(prefix)
+    if not path or "://" in path or not (path.startswith(prefix) or Path(path).is_absolute()):
+        return path
+    return Path(os.path.relpath(path, folder)).as_posix()
 
 
 def decode_image(encoded_image: dict[str, Any], fallback_name: str) -> Image.Image:

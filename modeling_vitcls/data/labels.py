@@ -1,4 +1,4 @@
-"""Labels of a dataset: the columns that contain labels, and the conversion of labels to class indices.
+"""Labels of a dataset: the columns that contain them, and the conversion to class indices.
 
                                                       label of one image            batch of labels
     several --label-column
@@ -19,6 +19,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.heads_vitcls import IGNORED_LABEL
@@ -49,6 +50,15 @@ class LabelSpace:
         (names,) = self.columns.values()
         return names
 
+    @property
+    def tasks(self) -> list[str | None]:
+        """Return the tasks; None is the only one of a dataset that is not multi-task."""
+        return list(self.columns) if self.kind == "multi_task" else [None]
+
+    def get_names(self, task: str | None) -> list[str]:
+        """Return the label names of one of `tasks`."""
+        return self.names if task is None else self.columns[task]
+
     @cached_property
     def index_by_name(self) -> dict[str, dict[str, int]]:
         """Return class indices by column and class name."""
@@ -68,8 +78,22 @@ class LabelSpace:
             "problem_type": self.kind,
         }
 
+    def collate(self, labels: list[Any]) -> Any:
+        """Return the labels of any number of images as tensors, in the format of the kind of labels."""
+        if self.kind == "multi_task":
+            return {
+                task: torch.tensor([label[task] for label in labels], dtype=torch.int64)
+                for task in self.columns
+            }
+        if self.kind == "multi_label_classification":
+            return torch.tensor(labels, dtype=torch.float32).reshape(-1, len(self.names))
+        return torch.tensor(labels, dtype=torch.int64)
+
     def format_label(self, label: Any) -> str | None:
-        """Return a label as text, such as "cat", "cat, dog" or "age old, kind cat", or None for an unknown label."""
+        """Return a label as text, or None for an unknown label.
+
+        Examples: "cat", "cat, dog", "age old, kind cat".
+        """
         if isinstance(label, dict):
             known_tasks = {
                 task: names for task, names in self.columns.items() if is_known(label.get(task))
@@ -103,12 +127,18 @@ def get_label_space(config: ViTCLSConfig) -> LabelSpace:
 
 
 def is_known(label: int | None) -> bool:
-    """Return whether a label is a class index, and not None, -100 (IGNORED_LABEL) or another negative value."""
+    """Return whether a label is a class index.
+
+    Missing labels are None, -100 (IGNORED_LABEL) or another negative value.
+    """
     return label is not None and label >= 0
 
 
 def is_multi_label(config: ViTCLSConfig) -> bool:
-    """Return whether a sigmoid is applied to each logit; True for models with one label, as in transformers."""
+    """Return whether a sigmoid is applied to each logit.
+
+    It is for models with one label, too, as in transformers.
+    """
     return not config.tasks and (
         config.problem_type == "multi_label_classification" or config.num_labels == 1
     )
@@ -127,7 +157,7 @@ class MultiHotLabels(Sequence):
 
     @classmethod
     def from_indices(cls, labels: Iterable[Iterable[int]], num_classes: int) -> "MultiHotLabels":
-        """Build labels from the class indices of each image; negative indices (missing labels) are ignored."""
+        """Build labels from the class indices of each image; negative indices are ignored."""
         rows = [
             np.unique([index for index in label if index >= 0]).astype(np.int32) for label in labels
         ]
@@ -191,7 +221,10 @@ class LabelColumn:
 
     @cached_property
     def has_class_indices(self) -> bool:
-        """Return whether integers are class indices: if the classes are declared, or no class name is an integer."""
+        """Return whether integers are class indices.
+
+        They are if the classes are declared, or if no class name is an integer.
+        """
         return self.is_declared or not any(
             name.removeprefix("-").isdecimal() for name in self.classes
         )
@@ -226,7 +259,7 @@ class LabelReader:
         return label
 
     def read_columns(self, values: Sequence[Sequence[Any]], name_row: Callable[[int], str]) -> Any:
-        """Return the labels of all rows: a list or, with several labels per image, `MultiHotLabels`.
+        """Return the labels of all rows, a list or `MultiHotLabels` (several labels per image).
 
         Raise ValueError if a value is not one of the classes.
 
@@ -290,7 +323,7 @@ def build_label_column(
 ) -> LabelColumn:
     """Build one label column.
 
-    The class names are declared, set by --label-names, or collected from the values.
+    The class names are declared, set by `label_names`, or collected from the values.
     """
     class_label = find_class_label(feature)
     if class_label is not None:
@@ -317,7 +350,10 @@ def build_label_column(
 
 
 def split_labels(value: Any, separator: str | None) -> list[Any]:
-    """Return the labels in one value: the items of a list, the text between separators, or the value itself."""
+    """Return the labels in one value.
+
+    They are the items of a list, the text between separators, or the value itself.
+    """
     if isinstance(value, list):
         return value
     if separator is None or not isinstance(value, str):
@@ -359,7 +395,11 @@ def find_column(
     common_names: tuple[str, ...],
     dataset: str,
 ) -> str:
-    """Return the requested column, the only column of the matching type, or the first column with a common name."""
+    """Return the name of the column of a kind.
+
+    It is the requested column, the only column of the matching type, or the first column with a
+    common name.
+    """
     if name is not None and name not in features:
         raise ValueError(f"{dataset} has no column {name!r}. Choose one of {', '.join(features)}")
     if name is not None:
@@ -391,7 +431,7 @@ def is_image_feature(feature: Any) -> bool:
 
 
 def find_class_label(feature: Any) -> Any:
-    """Return the `ClassLabel` of a column of labels or lists of labels, or None for any other column."""
+    """Return the `ClassLabel` of a column of labels or lists of labels; None for other columns."""
     column_types = (feature, get_item_type(feature))
     return next(
         (column_type for column_type in column_types if type(column_type).__name__ == "ClassLabel"),

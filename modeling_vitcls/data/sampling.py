@@ -38,7 +38,9 @@ def derive_seed(*numbers: int) -> int:
 
 
 def draw_random_bits(seeds: np.ndarray, indices: np.ndarray, num_per_image: int) -> np.ndarray:
-    """Return random numbers [images, num_per_image] for seeds [images] and indices [images], all `uint64`.
+    """Return random numbers [images, num_per_image] `uint64`.
+
+    The seeds and indices are [images] `uint64`.
 
     Each row is a SplitMix64 sequence (Steele, Lea and Flood 2014) that depends only on its seed and
     index.
@@ -67,7 +69,9 @@ def shuffle_indices(num_images: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def compute_class_weights(labels: Sequence[int], num_classes: int) -> torch.Tensor:
-    """Return class weights [classes], inversely proportional to the class sizes, with a mean of 1 over the images.
+    """Return class weights [classes], inversely proportional to the class sizes.
+
+    Their mean over the images is 1.
 
     Missing labels (-100) are ignored. A class without images has weight 0.
     """
@@ -100,7 +104,10 @@ class BatchPlan:
         return self.batch_size * self.accumulation_steps * self.num_processes
 
     def count_epochs(self, step: int) -> float:
-        """Return the (fractional) number of epochs after `step` steps; 0 for a stream, whose length is unknown."""
+        """Return the (fractional) number of epochs after `step` steps; 0 for a stream.
+
+        The length of a stream is unknown.
+        """
         return step * self.images_per_step / self.num_images if self.num_images else 0.0
 
     def iterate_keys(self, process_index: int, first_step: int = 0) -> Iterator[list[ImageKey]]:

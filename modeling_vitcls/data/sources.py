@@ -46,8 +46,8 @@ READERS = {
 
 IDX_SPLITS = {"train": "train", "t10k": "test"}
 IDX_CLASSES = {
-    "fashion-mnist": "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(
-        ","
+    "fashion-mnist": (
+        "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(",")
     ),
 }
 
@@ -70,7 +70,7 @@ class Splits:
 def load_splits(
     options: DataOptions, use_labels: bool = True, select: SplitSelector = list
 ) -> Splits:
-    """Load the splits of `--dataset`.
+    """Load the splits of `dataset`.
 
     Args:
         use_labels: whether labels are read. If False, every label is -100, and no label column is
@@ -92,10 +92,8 @@ def load_splits(
     images_by_split = {name: splits.images_by_split[name] for name in select(splits.names)}
     if use_labels:
         return replace(splits, images_by_split=images_by_split)
-    images_by_split = {
-        name: mark_as_unlabeled(split.images) for name, split in images_by_split.items()
-    }
-    return replace(splits, label_space=UNLABELED, images_by_split=images_by_split)
+    unlabeled = {name: mark_as_unlabeled(split.images) for name, split in images_by_split.items()}
+    return replace(splits, label_space=UNLABELED, images_by_split=unlabeled)
 
 
 def mark_as_unlabeled(images: Any) -> LabeledImages:
@@ -125,7 +123,7 @@ def is_idx_folder(folder: Path) -> bool:
 
 
 def find_idx_file(folder: Path, split: str, kind: str) -> Path | None:
-    """Return the path of a plain or compressed file in the MNIST format, or None if the file does not exist."""
+    """Return the path of a plain or compressed file in the MNIST format, or None."""
     files = (folder / f"{split}-{kind}-ubyte{suffix}" for suffix in ("", ".gz"))
     return next((file for file in files if file.is_file()), None)
 
@@ -193,16 +191,14 @@ def load_with_datasets(options: DataOptions, use_labels: bool, select: SplitSele
     datasets = {split: all_splits[split] for split in select(list(all_splits))}
     features = next(iter(datasets.values())).features
     image_column = find_image_column(options, features)
-    folder = get_dataset_folder(options)
-    name = get_dataset_name(options)
+    folder = get_dataset_folder(options.dataset)
+    name = get_dataset_name(options.dataset)
     images_by_split = {
         split: build_images(dataset, image_column, folder) for split, dataset in datasets.items()
     }
     if not use_labels:
-        unlabeled_splits = {
-            split: mark_as_unlabeled(images) for split, images in images_by_split.items()
-        }
-        return Splits(name, UNLABELED, unlabeled_splits, list(all_splits))
+        unlabeled = {split: mark_as_unlabeled(each) for split, each in images_by_split.items()}
+        return Splits(name, UNLABELED, unlabeled, list(all_splits))
 
     def read_all(column: str) -> Iterable[Any]:
         return chain.from_iterable(read_column(dataset, column) for dataset in datasets.values())
@@ -215,15 +211,15 @@ def load_with_datasets(options: DataOptions, use_labels: bool, select: SplitSele
             [read_column(dataset, column.name) for column in reader.columns], name_row
         )
         labeled_splits[split] = drop_unlabeled_images(
-            LabeledImages(images_by_split[split], labels), options, split
+            LabeledImages(images_by_split[split], labels), f"{options.dataset}, split {split!r}"
         )
     return Splits(name, reader.label_space, labeled_splits, list(all_splits))
 
 
-def drop_unlabeled_images(images: LabeledImages, options: DataOptions, split: str) -> LabeledImages:
+def drop_unlabeled_images(images: LabeledImages, name: str) -> LabeledImages:
     """Return the labeled images and log a warning about images without a label.
 
-    Raise ValueError if no image has a label.
+    `name` is that of the split. Raise ValueError if no image has a label.
     """
     if not isinstance(images.labels, list):
         return images
@@ -231,7 +227,6 @@ def drop_unlabeled_images(images: LabeledImages, options: DataOptions, split: st
     if len(labeled) == len(images):
         return images
 
-    name = f"{options.dataset}, split {split!r}"
     if not labeled:
         raise ValueError(f"{name}: no image has a label. Set a different `label_column` or `split`")
     warn_on_first_process(
@@ -247,10 +242,10 @@ def warn_on_first_process(message: str) -> None:
         logger.warning("%s", message)
 
 
-def open_splits(options: DataOptions, use_labels: bool = True) -> Any:
+def open_splits(options: DataOptions, use_labels: bool) -> Any:
     """Return the splits of a dataset by name, as `datasets` objects.
 
-    With --streaming, no rows are read yet. Raise ValueError if the dataset cannot be read, and
+    With `streaming`, no rows are read yet. Raise ValueError if the dataset cannot be read, and
     OSError if the dataset is found neither locally nor on the Hub.
     """
     path = Path(options.dataset)
@@ -310,23 +305,23 @@ def read_with_datasets(options: DataOptions) -> Any:
 
 
 def convert_to_streams(splits: Any, options: DataOptions) -> Any:
-    """Return the splits, converted to streams if --streaming is set."""
+    """Return the splits, converted to streams if `streaming` is set."""
     if not options.streaming:
         return splits
     return {name: split.to_iterable_dataset() for name, split in splits.items()}
 
 
-def get_dataset_name(options: DataOptions) -> str:
+def get_dataset_name(dataset: str) -> str:
     """Return the name of the dataset: the file or folder name, or the id on the Hub."""
-    path = Path(options.dataset)
-    return path.resolve().name if path.exists() else options.dataset
+    path = Path(dataset)
+    return path.resolve().name if path.exists() else dataset
 
 
-def get_dataset_folder(options: DataOptions) -> Path:
+def get_dataset_folder(dataset: str) -> Path:
     """Return the folder to which image paths are relative."""
-    if options.dataset.startswith(MEMORY_PREFIX):
+    if dataset.startswith(MEMORY_PREFIX):
         return Path("/")
-    path = Path(options.dataset)
+    path = Path(dataset)
     return path.parent if path.suffix in READERS else path
 
 

@@ -85,23 +85,25 @@ class TrainingData:
     @property
     def num_training_images(self) -> int | None:
         """Return the number of training images; None for a stream, whose length is unknown."""
-        return None if isinstance(self.train, StreamedImages) else len(self.train)
+        return self.train.num_images
 
     @property
     def num_held_out_images(self) -> int | None:
-        """Return the number of held-out images; None for a streamed split, whose length is unknown."""
-        return None if isinstance(self.held_out, StreamedImages) else len(self.held_out)
+        """Return the number of held-out images; None for a streamed split."""
+        return self.held_out.num_images
 
     def build_record(self) -> HeldOutRecord:
-        """Return the record for results.json, which identifies the training and selection images by their content.
+        """Return the record for results.json.
+
+        It identifies the training and selection images by their content.
 
         Up to `MAX_RECORDED_IMAGES` images are read, without decoding them.
         """
-        parts = [
-            images for images in (self.train, self.selection) if isinstance(images, LabeledImages)
-        ]
-        if not isinstance(self.train, LabeledImages):
+        if isinstance(self.train, StreamedImages):
             return replace(self.record, dataset=self.name)
+        parts = [self.train]
+        if self.selection is not None:
+            parts.append(self.selection)
         num_images = sum(map(len, parts))
         drawn = [
             part.draw(len(part) * MAX_RECORDED_IMAGES // max(num_images, MAX_RECORDED_IMAGES))
@@ -117,7 +119,10 @@ class TrainingData:
 
     @property
     def class_ratio(self) -> float:
-        """Return the size of the largest class divided by that of the smallest, or 1 if images have several labels."""
+        """Return the size of the largest class divided by that of the smallest.
+
+        It is 1 if images have several labels.
+        """
         if not is_stratified(self.train):
             return 1.0
         sizes = Counter(self.train.labels).values()  # type: ignore
@@ -168,7 +173,7 @@ def load_training_data(
     else:
         rule = build_held_out_rule(options)
         held_out_name = describe_rule(rule, train)
-        train, held_out, record = hold_out_images(train, rule, options)
+        train, held_out, record = hold_out_images(train, rule, options.dataset)
         if options.streaming and len(held_out) == MAX_HELD_OUT_IMAGES:
             held_out_name += f", evaluated on the first {MAX_HELD_OUT_IMAGES:,} images"
 
@@ -185,7 +190,7 @@ def load_training_data(
         selection_name = f"split {training_splits.selection!r}"
     elif use_selection_split:
         rule = HeldOutRule(options.held_out_fraction, options.split_seed, "selection")
-        train, selection, _ = hold_out_images(train, rule, options)
+        train, selection, _ = hold_out_images(train, rule, options.dataset)
         selection_name = f"{rule}; from the training images"
 
     return TrainingData(
@@ -203,7 +208,7 @@ def load_training_data(
 
 
 def exclude_images(images: LabeledImages, split: str, file: Path) -> LabeledImages:
-    """Return the training images without those that a table of `evaluate --audit` lists in this split.
+    """Return the training images without those that a table of the audit lists in this split.
 
     Held-out images are never left out, because this would only make the accuracy look better. Raise
     ValueError if the table does not have the columns `split` and `id`, or lists only other images
@@ -262,7 +267,11 @@ def choose_training_splits(names: Collection[str], use_selection_split: bool) ->
 def check_splits(
     options: DataOptions, splits: Splits, training_splits: TrainingSplits, use_selection_split: bool
 ) -> None:
-    """Raise ValueError for a single class, or if `--folds` or `--select best` is not possible with the splits."""
+    """Raise ValueError if there is only one class, or if the splits do not support the options.
+
+    A cross-validation, and the selection of a checkpoint (`use_selection_split`), require certain
+    splits.
+    """
     label_space = splits.label_space
     lacks_selection = use_selection_split and training_splits.selection is None
     if (
@@ -299,9 +308,11 @@ def build_held_out_rule(options: DataOptions) -> HeldOutRule:
 
 
 def hold_out_images(
-    images: Any, rule: HeldOutRule, options: DataOptions
+    images: Any, rule: HeldOutRule, dataset: str
 ) -> tuple[Any, LabeledImages, HeldOutRecord]:
-    """Return the training images (stored or streamed), the held-out images, and the record of the held-out images.
+    """Return the training images, the held-out images, and the record of the latter.
+
+    The images are stored or streamed.
 
     Raise ValueError if none or all of the images would be held out.
     """
@@ -312,9 +323,9 @@ def hold_out_images(
             held_out = replace(train, is_held_out_part=True).read_first(MAX_HELD_OUT_IMAGES)
         return train, held_out, HeldOutRecord.from_keys(rule, held_out.images.compute_keys())
 
-    check_folds(rule, images, options)
+    check_folds(rule, images, dataset)
     is_held_out, record = select_held_out(images, rule)
-    check_both_parts(is_held_out, rule, options)
+    check_both_parts(is_held_out, rule, dataset)
     train_indices = np.flatnonzero(~is_held_out)
     held_out_indices = np.flatnonzero(is_held_out)
     return images.select(train_indices.tolist()), images.select(held_out_indices.tolist()), record
@@ -328,28 +339,34 @@ def select_held_out(images: LabeledImages, rule: HeldOutRule) -> tuple[np.ndarra
     return is_held_out, HeldOutRecord.from_keys(rule, keys[is_held_out])
 
 
-def check_both_parts(is_held_out: np.ndarray, rule: HeldOutRule, options: DataOptions) -> None:
+def check_both_parts(is_held_out: np.ndarray, rule: HeldOutRule, dataset: str) -> None:
     """Raise ValueError if none or all of the images would be held out."""
     if is_held_out.all() or (not is_held_out.any() and rule.fraction > 0):
         amount, change = ("all", "smaller") if is_held_out.all() else ("none of the", "larger")
         raise ValueError(
-            f"{options.dataset}: {amount} {len(is_held_out)} images would be held out. "
+            f"{dataset}: {amount} {len(is_held_out)} images would be held out. "
             f"Set a {change} `held_out_fraction`"
         )
 
 
-def check_folds(rule: HeldOutRule, images: LabeledImages, options: DataOptions) -> None:
-    """Raise ValueError if one of the folds of a cross-validation has no images, before the first fold is trained."""
+def check_folds(rule: HeldOutRule, images: LabeledImages, dataset: str) -> None:
+    """Raise ValueError if a fold of a cross-validation has no images.
+
+    All folds are checked before the first one is trained.
+    """
     for fold in range(1, (rule.num_folds or 0) + 1):
         if not select_held_out(images, replace(rule, fold=fold))[0].any():
             raise ValueError(
-                f"{options.dataset}: fold {fold} of {rule.num_folds} has no images, because the "
+                f"{dataset}: fold {fold} of {rule.num_folds} has no images, because the "
                 f"dataset has only {len(images)}. Set a smaller `folds`"
             )
 
 
 def is_stratified(images: Any) -> bool:
-    """Return whether held-out images are selected by class, which requires one known label per image."""
+    """Return whether held-out images are selected by class.
+
+    It requires one known label per image.
+    """
     if isinstance(images, StreamedImages) or isinstance(images.labels, MultiHotLabels):
         return False
     return all(isinstance(label, int) and label != IGNORED_LABEL for label in images.labels)
@@ -387,13 +404,10 @@ def describe_data(training_data: TrainingData) -> dict[str, Any]:
         labels = images.labels
         if isinstance(labels, MultiHotLabels):
             labels = [labels.offsets.tolist(), labels.indices.tolist()]
-        digests = (
-            hashlib.sha256(images.images.compute_keys().tobytes()),
-            hashlib.sha256(json.dumps(labels).encode()),
-        )
+        keys = images.images.compute_keys()
         description |= {
-            "image_names_or_order": digests[0].hexdigest(),
-            "labels": digests[1].hexdigest(),
+            "image_names_or_order": hashlib.sha256(keys.tobytes()).hexdigest(),
+            "labels": hashlib.sha256(json.dumps(labels).encode()).hexdigest(),
         }
     return description | {"held_out_images": asdict(training_data.record)}
 
@@ -401,7 +415,7 @@ def describe_data(training_data: TrainingData) -> dict[str, Any]:
 def describe_change(
     stored_description: dict[str, Any], current_description: dict[str, Any]
 ) -> str | None:
-    """Return the first difference between two outputs of `describe_data` as text, or None if they are equal."""
+    """Return the first difference between two outputs of `describe_data` as text, or None."""
     for name, current in current_description.items():
         stored = stored_description.get(name)
         if stored != current:

@@ -1,4 +1,4 @@
-"""Streamed datasets, whose examples are read during training without a prior download (`--streaming`).
+"""Streamed datasets, read during training without a prior download (`--streaming`).
 
     shards -> shuffle buffer -> examples of this process -> examples after the completed steps
            -> batches of encoded examples, read ahead by the main process -> decoding and augmentation in workers
@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -83,6 +83,7 @@ class StreamedImages:
     held_out_rule: HeldOutRule | None = None
     is_held_out_part: bool = False  # whether the images are those that `held_out_rule` holds out
     convert_label: Callable[[Any], Any] | None = None  # applied to each label
+    num_images: ClassVar[None] = None  # unknown
 
     def iterate_examples(
         self, seed: int, process_index: int, num_processes: int, start: int = 0
@@ -163,8 +164,17 @@ class StreamedImages:
             labels,
         )
 
+    def draw(self, num_images: int | None, seed: int = 0) -> "StreamedImages | LabeledImages":
+        """Return images drawn from the shuffle buffer; the stream if `num_images` is None."""
+        if num_images is None:
+            return self
+        stream = self.stream.shuffle(seed=seed, buffer_size=self.shuffle_buffer_size)
+        return replace(self, stream=stream).read_first(num_images)
+
     def iterate_rows(self, stream: Any, is_held_out: bool) -> Iterator[StreamRow]:
-        """Yield the column values and the image key of each row that is held out, or of each row that is not.
+        """Yield the column values and the image key of each row.
+
+        The rows are those that are held out, or those that are not.
 
         The image column contains inputs of `decode_image`.
         """
@@ -192,7 +202,7 @@ class StreamedImages:
 # Opening ------------------------------------------------------------------------------------------
 
 
-def open_streams(options: DataOptions, use_labels: bool = True) -> Splits:
+def open_streams(options: DataOptions, use_labels: bool) -> Splits:
     """Open the splits of a dataset as `StreamedImages`.
 
     Raise ValueError if the dataset cannot be read, has no image or label column, or has unknown
@@ -201,17 +211,17 @@ def open_streams(options: DataOptions, use_labels: bool = True) -> Splits:
     import datasets
 
     streams = open_splits(options, use_labels)
-    features = read_features(next(iter(streams.values())), options)
+    features = read_features(next(iter(streams.values())), options.dataset)
     image_column = find_image_column(options, features)
     reader = None
     if use_labels:
         reader = build_label_reader(
-            options, features, lambda column: read_label_column(streams, column, options)
+            options, features, lambda column: read_label_column(streams, column, options.dataset)
         )
     label_space = UNLABELED if reader is None else reader.label_space
     columns = [image_column, *label_space.columns]
-    name = get_dataset_name(options)
-    folder = get_dataset_folder(options)
+    name = get_dataset_name(options.dataset)
+    folder = get_dataset_folder(options.dataset)
     images_by_split = {}
     for split, stream in streams.items():
         if isinstance(features[image_column], datasets.Image):
@@ -227,29 +237,29 @@ def open_streams(options: DataOptions, use_labels: bool = True) -> Splits:
     return Splits(name, label_space, images_by_split, list(streams))
 
 
-def read_label_column(streams: Any, column: str, options: DataOptions) -> Iterator[Any]:
+def read_label_column(streams: Any, column: str, dataset: str) -> Iterator[Any]:
     """Yield the labels of all splits of a dataset that does not declare its classes.
 
     Images are not decoded. Raise ValueError for WebDataset shards on the Hub, of which all images
     would be downloaded.
     """
     for stream in streams.values():
-        if "__url__" in (stream.features or {}) and not Path(options.dataset).exists():
+        if "__url__" in (stream.features or {}) and not Path(dataset).exists():
             raise ValueError(
-                f"{options.dataset} does not declare the classes of {column!r}. Set `label_names`"
+                f"{dataset} does not declare the classes of {column!r}. Set `label_names`"
             )
         for row in stream.select_columns([column]):
             yield row[column]
 
 
-def read_features(stream: Any, options: DataOptions) -> Features:
-    """Return the declared column types of a dataset, or the types of the first row if no types are declared."""
+def read_features(stream: Any, dataset: str) -> Features:
+    """Return the declared column types of a dataset or, without them, those of the first row."""
     import datasets
 
     if stream.features is not None:
         return stream.features
     if not (rows := list(stream.take(1))):
-        raise ValueError(f"{options.dataset} is empty. Add images")
+        raise ValueError(f"{dataset} is empty. Add images")
     return datasets.Dataset.from_list(rows).features
 
 
@@ -281,7 +291,7 @@ class TrainingStream:
         return read_ahead(batches, num_items=4)
 
     def __getitem__(self, examples: list[Example]) -> Batch:
-        """Build a batch from encoded examples. Raise ValueError if none of the images can be read."""
+        """Build a batch from encoded examples. Raise ValueError if no image can be read."""
         # position of each readable image in the batch -> pixels
         pixels: dict[int, torch.Tensor] = {}
         errors: dict[int, str] = {}
@@ -314,7 +324,7 @@ class TrainingStream:
 
 
 def read_ahead(items: Iterator[Any], num_items: int) -> Iterator[Any]:
-    """Yield the items of an iterator and read up to `num_items` items ahead in a separate thread."""
+    """Yield the items of an iterator; a thread reads up to `num_items` items ahead."""
     sentinel = object()
     pool = ThreadPoolExecutor(max_workers=1)
     try:

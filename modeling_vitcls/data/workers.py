@@ -1,4 +1,4 @@
-"""Data loading processes: limits that are checked before they start, their signals, and errors of one line.
+"""Data loading processes: limits that are checked first, signals, and errors of one line.
 
     loader = build_loader(dataset, num_workers, batch_bytes, sampler=sampler)
     with explain_worker_errors(num_workers):
@@ -63,7 +63,7 @@ def build_loader(dataset: Any, num_workers: int, batch_bytes: int, **options: An
 
 @contextmanager
 def explain_worker_errors(num_workers: int) -> Iterator[None]:
-    """Convert the errors of data loading processes that ended or do not answer to an OSError of one line.
+    """Convert errors of data loading processes that ended or hang to an OSError of one line.
 
     PyTorch raises these errors at any time, also while the training process computes.
     """

@@ -100,7 +100,7 @@ class ExportImages:
         metric = next(iter(metrics))
         return {
             "dataset": strip_folders(resolve_name(self.dataset, self.dataset == BUILT_IN_DATASET)),
-            "split": self.setup.split,
+            "split": self.setup.data.split,
             "num_images": metrics["num_images"],
             "metric": metric,
             "model": metrics[metric],

@@ -1,4 +1,4 @@
-"""Calibrated probabilities, unknown images and prediction sets, from the outputs of a single-label classifier.
+"""Calibrated probabilities, unknown images and prediction sets of a single-label classifier.
 
     fit_temperature(logits, labels)                  T, with which softmax(logits / T) is calibrated
     find_energy_threshold(logits)                    an image with a higher energy shows none of the classes
@@ -43,16 +43,18 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def compute_energies(logits: np.ndarray) -> np.ndarray:
-    """Return the energy [N] of each image, -log(sum(exp(logits))) (Liu et al. 2020, arXiv 2010.03759, section 3.1).
+    """Return the energy [N] of each image, -log(sum(exp(logits))).
+
+    Source: Liu et al. 2020, arXiv 2010.03759, section 3.1.
 
     The energy is low for images that resemble the training images.
     """
     return -logsumexp(logits, axis=1)
 
 
-def find_energy_threshold(logits: np.ndarray, recall: float = KNOWN_RECALL) -> float:
-    """Return the energy below which the fraction `recall` of images of the classes lies."""
-    return float(np.quantile(compute_energies(logits), recall, method="higher"))
+def find_energy_threshold(logits: np.ndarray) -> float:
+    """Return the energy below which the fraction `KNOWN_RECALL` of images of the classes lies."""
+    return float(np.quantile(compute_energies(logits), KNOWN_RECALL, method="higher"))
 
 
 def measure_unknown(
@@ -75,7 +77,7 @@ def measure_unknown(
 
 
 def find_score_limit(probabilities: np.ndarray, labels: np.ndarray, coverage: float) -> float:
-    """Return the limit of the scores for which images' sets contain the true label with a probability.
+    """Return the limit of scores with which sets contain the true label with a probability.
 
     It is the ceil((n + 1) * coverage)-th smallest score of the true labels of n images (split
     conformal prediction). The score of a label is one minus its probability ("lac", Sadinle et al.
@@ -96,14 +98,17 @@ def find_score_limit(probabilities: np.ndarray, labels: np.ndarray, coverage: fl
 
 
 def build_prediction_sets(probabilities: np.ndarray, limit: float) -> np.ndarray:
-    """Return whether each label is in the prediction set of each image, [N, L]. A set can be empty."""
+    """Return whether each label is in the prediction set of each image, [N, L].
+
+    A set can be empty.
+    """
     return 1 - probabilities <= limit
 
 
 def measure_prediction_sets(
     probabilities: np.ndarray, labels: np.ndarray, names: list[str], coverage: float
 ) -> list[dict[str, Any]]:
-    """Return the mean size and the coverage of the prediction sets, of all images and of each class.
+    """Return the mean size and the coverage of the prediction sets, overall and of each class.
 
     The limit is fitted to every second image, and the sets are those of the other images. The list
     is empty if there are too few images.

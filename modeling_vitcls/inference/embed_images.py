@@ -1,4 +1,4 @@
-"""`EmbedImages`: features of batches of images, as a callable for Ray Data, Spark and `datasets.map`.
+"""`EmbedImages`: features of batches of images, for Ray Data, Spark and `datasets.map`.
 
 embed = EmbedImages("runs/mine", features=["cls", "mean"])
 ray_dataset.map_batches(embed_class, fn_constructor_args=["runs/mine"])       # see scripts/ray_features.py

@@ -1,4 +1,4 @@
-"""The engine that `--backend auto` runs: PyTorch, or a graph that was measured to be faster on this CPU.
+"""The engine that `--backend auto` runs: PyTorch, or a graph that is faster on this CPU.
 
 MODEL/.engines/
     choices.json                        the hashes of weights and config and, per kind of job, "torch" or a graph
@@ -78,7 +78,10 @@ class Job:
         return ", ".join(parts)
 
     def hash_model(self) -> dict[str, str]:
-        """Return the SHA-256 of the configuration, which a graph contains too, and of each weight file."""
+        """Return the SHA-256 of the configuration and of each weight file.
+
+        A graph contains the configuration, too.
+        """
         config_hash = hash_files([self.loaded.folder.path / CONFIG_FILE])
         return config_hash | (self.loaded.folder.weights_sha256 or {})
 
@@ -100,7 +103,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Choice:
-    """The engine for a kind of job: "torch" or the name of a graph, and its speed relative to PyTorch."""
+    """The engine for a kind of job and its speed relative to PyTorch.
+
+    The engine is "torch" or the name of a graph.
+    """
 
     engine: str
     times_as_fast: float
@@ -130,7 +136,7 @@ def select_engine(job: Job, backend: str, choose_engine: EngineChooser | None = 
 
 
 def open_chosen_engine(job: Job) -> Any:
-    """Return the graph that was chosen for such a job before, or the model in PyTorch if there is none.
+    """Return the graph that was chosen for such a job before, or else the model in PyTorch.
 
     Raises:
         ValueError: If the graph cannot be opened.
@@ -143,7 +149,10 @@ def open_chosen_engine(job: Job) -> Any:
 
 
 def read_choices(job: Job) -> dict[str, Choice]:
-    """Return the choices for a model, by key; none if they are of other weights or another configuration."""
+    """Return the choices for a model, by key.
+
+    There are none if they are of other weights or another configuration.
+    """
     file = job.engines_folder / CHOICES_FILE
     if not file.is_file():
         return {}

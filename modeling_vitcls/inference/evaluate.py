@@ -7,10 +7,10 @@ Images that the model was trained on are not evaluated unless --split is set
 """
 
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,18 +20,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..conversion.any_checkpoint import resolve
-from ..data.evaluated_images import EvaluatedPart, EvaluationData, load_evaluation_data
+from ..data.evaluated_images import EvaluationData, load_evaluation_data
 from ..data.held_out import get_run_results, read_held_out_record
-from ..data.image_folder import format_name_list
 from ..data.images import LabeledImages
-from ..data.labels import LabelSpace, MultiHotLabels, get_label_space
+from ..data.label_matching import match_labels
+from ..data.labels import get_label_space
 from ..data.options import DataOptions
 from ..data.sources import load_splits
 from ..data.splits import EVALUATION_SPLITS, load_on_main
-from ..data.streaming import StreamedImages
 from ..hub.model_folder import ModelFolder
 from ..model.configuration_vitcls import ViTCLSConfig
-from ..model.heads_vitcls import IGNORED_LABEL
 from ..runtime.distributed import build_accelerator
 from ..runtime.files import write_json
 from ..runtime.messages import format_message
@@ -39,7 +37,8 @@ from ..runtime.system import describe_device, get_versions
 from .confidence import measure_unknown
 from .engines import EngineChooser, Job, compute_logits, get_engine_name, select_engine
 from .evaluator import Evaluator, round_floats
-from .load_model import LoadedModel, check_is_classifier, load_for_inference
+from .image_pass import stack_rows
+from .load_model import check_is_classifier, load_for_inference
 from .metric_tables import build_class_tables, build_metric_rows
 from .options import EvaluateOptions
 from .per_image import get_outputs, write_predictions
@@ -56,8 +55,7 @@ class EvaluationSetup(NamedTuple):
     evaluator: Evaluator
     # for other images with the labels of the model
     build_evaluator: Callable[[LabeledImages], Evaluator]
-    split: str
-    part: EvaluatedPart  # of the split
+    data: EvaluationData
 
 
 def load_evaluation(
@@ -110,48 +108,33 @@ def load_evaluation(
     )
     evaluator = build_evaluator(match_labels(data.images, data.label_space, model_space))
     evaluator.task = options.task
-    num_images = None if isinstance(data.images, StreamedImages) else len(data.images)
+    model = loaded.model
+    if accelerator.num_processes == 1:
+        job = Job(
+            loaded=loaded,
+            use_head=True,
+            compute=compute_logits,
+            num_images=data.images.num_images,
+            mixed_precision=accelerator.mixed_precision,
+        )
+        model = select_engine(job, options.backend, choose_engine)
     return EvaluationSetup(
-        model=select_evaluation_engine(loaded, options, accelerator, num_images, choose_engine),
+        model=model,
         config=config,
         evaluator=evaluator,
         build_evaluator=build_evaluator,
-        split=data.split,
-        part=data.part,
+        data=data,
     )
-
-
-def select_evaluation_engine(
-    loaded: LoadedModel,
-    options: EvaluateOptions,
-    accelerator: Accelerator,
-    num_images: int | None,
-    choose_engine: EngineChooser | None,
-) -> Any:
-    """Return the model, or a graph of it that is faster for this evaluation.
-
-    Several processes use the model.
-    """
-    if accelerator.num_processes > 1:
-        return loaded.model
-    job = Job(
-        loaded=loaded,
-        use_head=True,
-        compute=compute_logits,
-        num_images=num_images,
-        mixed_precision=accelerator.mixed_precision,
-    )
-    return select_engine(job, options.backend, choose_engine)
 
 
 def evaluate_checkpoint(
     options: EvaluateOptions, choose_engine: EngineChooser | None = None
 ) -> dict[str, Any]:
-    """Evaluate a saved model, print the results, write the results to `--output` if it is set, and return the results.
+    """Evaluate a saved model, print and return the results, and write them to `output` if set.
 
     Args:
         options: The flags of `vitcls evaluate`.
-        choose_engine: Function that chooses the engine for `--backend auto` (engines.py).
+        choose_engine: Function that chooses the engine for `backend="auto"` (engines.py).
 
     Raises:
         ValueError: if the model type is not supported, if the split does not exist, if training
@@ -161,7 +144,7 @@ def evaluate_checkpoint(
         OSError: if the checkpoint cannot be found or read, if the dataset cannot be found, or if
             the output cannot be written.
     """
-    accelerator, console, warn = set_up_evaluation(options)
+    accelerator, console, warn = set_up_evaluation(options.mixed_precision)
     with accelerator.main_process_first():  # the main process downloads the files
         folder = resolve(options.model, options.backend)
     print_line = partial(console.print, markup=False)
@@ -180,7 +163,7 @@ def evaluate_checkpoint(
     metrics = evaluator(model, console)
     seconds = time.perf_counter() - start_time
     results = {
-        **describe_evaluation(options, setup, metrics["num_images"], seconds, accelerator),
+        **describe_evaluation(options, setup.data, metrics["num_images"], seconds, accelerator),
         "engine": get_engine_name(model),
         "weights_sha256": folder.weights_sha256,
         **metrics,
@@ -189,9 +172,9 @@ def evaluate_checkpoint(
         results["unknown"] = evaluate_unknown(
             options, setup, accelerator, get_outputs(evaluator)[0]
         )
-    print_results(results, setup.part, setup.config, console)
+    print_results(results, setup.data.part.describe(), setup.config, console)
     if accelerator.is_main_process:
-        write_results(options, results, console)
+        write_results(results, options.output, console)
         if options.per_image is not None:
             options.per_image.parent.mkdir(parents=True, exist_ok=True)
             write_predictions(options.per_image, evaluator, folder.weights_sha256)
@@ -206,7 +189,9 @@ def evaluate_unknown(
     accelerator: Accelerator,
     known_logits: np.ndarray,
 ) -> dict[str, Any]:
-    """Return how well the energy separates the images of `--unknown-dataset` from those with `known_logits` [N, L].
+    """Return how well the energy separates the images of `unknown_dataset` from the evaluated ones.
+
+    The logits of the evaluated images are `known_logits` [N, L].
 
     The test split is used or, if there is none, another evaluation split or the only split.
     """
@@ -216,21 +201,18 @@ def evaluate_unknown(
         accelerator, data_options.dataset, partial(load_splits, data_options, use_labels=False)
     )
     split = next((name for name in EVALUATION_SPLITS if name in splits.names), splits.names[0])
-    images = splits.images_by_split[split].images
-    # the labels are not used
-    evaluator = setup.build_evaluator(LabeledImages(images, [0] * len(images)))
-    evaluator.keep_logits = True
-    evaluator(setup.model)
-    unknown_logits = get_outputs(evaluator)[0]
+    images = setup.build_evaluator(splits.images_by_split[split])
+    rows = images.collect(setup.model, partial(compute_logits, setup.model))
+    unknown_logits, _ = stack_rows(rows)
     measured = measure_unknown(known_logits, unknown_logits, setup.model.config.energy_threshold)
     return {"dataset": splits.name, "split": split, **round_floats(measured)}
 
 
 def set_up_evaluation(
-    options: EvaluateOptions,
+    mixed_precision: str = "auto",
 ) -> tuple[Accelerator, Console, Callable[[str], None]]:
-    """Build the accelerator, the console of the main process, and a function that prints a warning to the console."""
-    accelerator = build_accelerator(mixed_precision=options.mixed_precision)
+    """Build the accelerator, the console of the main process, and a function that warns."""
+    accelerator = build_accelerator(mixed_precision=mixed_precision)
     console = Console(quiet=not accelerator.is_main_process, soft_wrap=True, highlight=False)
 
     def warn(message: str) -> None:
@@ -241,7 +223,7 @@ def set_up_evaluation(
 
 def describe_evaluation(
     options: EvaluateOptions,
-    data: EvaluationSetup | EvaluationData,
+    data: EvaluationData,
     num_images: int,
     seconds: float,
     accelerator: Accelerator,
@@ -262,18 +244,18 @@ def describe_evaluation(
     }
 
 
-def write_results(options: EvaluateOptions, results: dict[str, Any], console: Console) -> None:
-    """Write the results to `--output` if it is set."""
-    if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(options.output, results)
-        console.print(f"saved {options.output}", markup=False)
+def write_results(results: dict[str, Any], file: Path | None, console: Console) -> None:
+    """Write the results to a file, if there is one."""
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, results)
+        console.print(f"saved {file}", markup=False)
 
 
 def set_label_columns(
     options: DataOptions, config: ViTCLSConfig, folder: ModelFolder, task: str | None = None
 ) -> DataOptions:
-    """Return the options with the label columns that the model was trained on, unless the flags are set.
+    """Return the options with the label columns of the model's training, unless columns are set.
 
     These are the columns of a multi-task model, or the label column and the separator of a
     multi-label model or of an added task.
@@ -293,98 +275,15 @@ def set_label_columns(
     )
 
 
-# Labels -------------------------------------------------------------------------------------------
-
-
-def match_labels(images: Any, data_space: LabelSpace, model_space: LabelSpace) -> Any:
-    """Convert the label indices of the dataset to the label indices of the model.
-
-    Labels are matched by name, and missing labels (-100) are left unchanged. Raise ValueError if
-    the kinds of labels or the tasks differ, if the model has several labels with the same name, or
-    if an image has a label that the model lacks (in a stream, when the label is read).
-    """
-    if data_space.kind != model_space.kind:
-        raise ValueError(
-            f"the model was trained for {model_space.kind}, but the labels of the dataset are for "
-            f"{data_space.kind}. Select other columns with `label_column`, or set `label_separator`"
-        )
-    if data_space.kind == "multi_task" and data_space.columns.keys() != model_space.columns.keys():
-        raise ValueError(
-            f"the model has the tasks {', '.join(model_space.columns)}, but the dataset has "
-            f"{', '.join(data_space.columns)}. Select the columns of the tasks with `label_column`"
-        )
-    for column, names in model_space.columns.items():
-        data_names = (
-            data_space.columns[column] if data_space.kind == "multi_task" else data_space.names
-        )
-        repeated = sorted(
-            name for name, number in Counter(names).items() if number > 1 and name in data_names
-        )
-        if repeated:
-            raise ValueError(
-                f"the model has several labels with the name {repeated[0]!r}, so that images of "
-                "the dataset cannot be matched with one of them. Give these labels different "
-                "names in the model's config.json"
-            )
-    convert = partial(convert_label, data_space, model_space)
-    if isinstance(images, StreamedImages):
-        return replace(images, convert_label=convert)
-    if isinstance(images.labels, MultiHotLabels):
-        rows = (map(convert, images.labels.get_indices(row).tolist()) for row in range(len(images)))
-        return LabeledImages(
-            images.images, MultiHotLabels.from_indices(rows, len(model_space.names))
-        )
-    return LabeledImages(images.images, list(map(convert, images.labels)))
-
-
-def convert_label(
-    data_space: LabelSpace, model_space: LabelSpace, label: Any, task: str | None = None
-) -> Any:
-    """Convert a label of a dataset to the label of the model with the same name.
-
-    `task` is the task of an index.
-    """
-    if isinstance(label, dict):
-        return {
-            name: convert_label(data_space, model_space, label[name], name)
-            for name in model_space.columns
-        }
-    if isinstance(label, list):
-        indices = [
-            convert_label(data_space, model_space, index)
-            for index, value in enumerate(label)
-            if value
-        ]
-        return MultiHotLabels.from_indices([indices], len(model_space.names))[0]
-    if label == IGNORED_LABEL:
-        return IGNORED_LABEL
-    name = (data_space.columns[task] if task else data_space.names)[label]
-    column = task or next(iter(model_space.columns))
-    if name not in model_space.index_by_name[column]:
-        names = format_name_list(model_space.columns[column], 20)
-        data_names = data_space.columns[task] if task else data_space.names
-        if not set(data_names) & set(model_space.columns[column]):
-            raise ValueError(
-                f"the classes differ: the dataset has {format_name_list(data_names, 20)}, but the "
-                f"model has {names}. Fine-tune the model on these classes, or set `frozen='knn'` "
-                "to evaluate its features"
-            )
-        raise ValueError(
-            f"the dataset has the label {name!r}, but the model has only the labels {names}. "
-            "Remove the images with this label"
-        )
-    return model_space.index_by_name[column][name]
-
-
 # Output -------------------------------------------------------------------------------------------
 
 
 def print_results(
-    results: dict[str, Any], part: EvaluatedPart, config: ViTCLSConfig, console: Console
+    results: dict[str, Any], part_text: str, config: ViTCLSConfig, console: Console
 ) -> None:
     """Print the metrics, and the metrics of each class if there are few classes."""
     images_text = f"{results['num_images']:,} images of {results['dataset']}"
-    summary = f"{images_text} ({part.describe()}), each counted once"
+    summary = f"{images_text} ({part_text}), each counted once"
     console.print(f"{summary}; {results['images_per_second']:,} images/s", markup=False)
     console.print(build_table("", ["Metric", "Value"], build_metric_rows(results, config)))
     if unknown := results.get("unknown"):

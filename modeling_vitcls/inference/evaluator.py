@@ -20,12 +20,11 @@ from .metrics import METRICS, select_scalars
 
 
 @dataclass(frozen=True)
-class TaskOutput:
-    """The logits of an added task, as the output of a classifier."""
+class HeadOutput:
+    """The logits of a single head, as the output of a classifier."""
 
     logits: torch.Tensor
-    cls_logits: torch.Tensor | None = None
-    distillation_logits: torch.Tensor | None = None
+    distillation_logits: None = None
 
 
 class Evaluator(ImagePass):
@@ -75,11 +74,11 @@ class Evaluator(ImagePass):
     def compute_outputs(self, model: nn.Module, pixel_values: torch.Tensor) -> Any:
         """Return the model outputs for images [B, C, H, W]."""
         outputs = model(pixel_values)
-        return outputs if self.task is None else TaskOutput(outputs.task_logits[self.task])
+        return outputs if self.task is None else HeadOutput(outputs.task_logits[self.task])
 
 
 def round_floats(value: Any) -> Any:
-    """Return the value with all floats rounded to six decimals, including floats in nested lists and dicts."""
+    """Return the value with all floats rounded to six decimals, also in nested lists and dicts."""
     if isinstance(value, float):
         return round(value, 6)
     if isinstance(value, list):

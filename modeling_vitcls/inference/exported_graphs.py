@@ -1,4 +1,4 @@
-"""Run graphs that `vitcls export` wrote: ONNX files with onnxruntime, and OpenVINO files with OpenVINO, on the CPU.
+"""Run graphs that `vitcls export` wrote on the CPU, with onnxruntime or OpenVINO.
 
 outputs = ExportedGraph(Path("model.xml"), precision="bf16")(pixel_values)    # {"logits": [B, labels]}
 logits = ExportedModel(Path("model.xml"), config, use_head=True)(pixel_values).logits
@@ -26,7 +26,7 @@ from ..runtime.files import read_json
 
 
 INPUT_NAME = "pixel_values"
-# Precision -> OpenVINO's hint. Without a hint, OpenVINO computes in bfloat16 wherever the CPU supports it.
+# Precision -> OpenVINO's hint. Without a hint, OpenVINO computes in bfloat16 if the CPU can.
 OPENVINO_HINTS = {"fp32": "f32", "bf16": "bf16"}
 
 
@@ -118,7 +118,7 @@ def open_openvino(file: Path, precision: str) -> Runner:
 
 
 class ExportedModel(nn.Module):
-    """An exported graph with the interface of the model that was exported, whose weights are not loaded.
+    """An exported graph with the interface of its model, whose weights are not loaded.
 
     Args:
         file: The exported file.
@@ -159,7 +159,7 @@ class ExportedModel(nn.Module):
         output_hidden_states: bool = False,
         num_output_tokens: int | None = None,
     ) -> SimpleNamespace:
-        """Return the outputs [B, ...] of the model for images [B, C, H, W], on the device of the images.
+        """Return the outputs [B, ...] for images [B, C, H, W], on the device of the images.
 
         The graph always computes all tokens (`num_output_tokens`).
         """
@@ -199,7 +199,7 @@ def load_exported_model(
     folder: ModelFolder,
     processor: ViTCLSImageProcessor,
     use_head: bool,
-    mixed_precision: str = "no",
+    mixed_precision: str,
 ) -> ExportedModel:
     """Load a graph, and check that it is one of the model in a folder.
 
@@ -232,7 +232,8 @@ def check_weights(file: Path, folder: ModelFolder, requires_report: bool) -> Non
         return
 
     report_file = file.with_name(f"{file.name}.json")
-    remedy = f"Remove {file} and {report_file.name}, and repeat `{format_export_command(file, folder.path)}`"
+    command = format_export_command(file, folder.path)
+    remedy = f"Remove {file} and {report_file.name}, and repeat `{command}`"
     if not report_file.is_file():
         if requires_report:
             raise GraphError(

@@ -1,4 +1,4 @@
-"""Accuracy of simple classifiers on frozen features, by token and by layer (`vitcls evaluate --frozen`).
+"""Accuracy of simple classifiers on frozen features, by token and layer (`evaluate --frozen`).
 
     training images -> encoder, once -> features -> fit scikit-learn's classifier  --+
     held-out images -> encoder, once -> features ------------------------------------+-> accuracy by token, by layer
@@ -14,6 +14,7 @@ with CLS of the last layer on the same images.
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -76,8 +77,8 @@ def build_classifier(kind: str, num_training_images: int) -> Any:
 def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
     """Measure the accuracy of a simple classifier on the frozen features of a checkpoint.
 
-    The results are printed, written to `--output` if it is set, and returned. The classifiers are
-    fitted to the training images and evaluated on the images that `--split` selects, as in
+    The results are printed, written to `output` if it is set, and returned. The classifiers are
+    fitted to the training images and evaluated on the images that `split` selects, as in
     `evaluate_checkpoint`.
 
     Raises:
@@ -89,17 +90,16 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
     assert options.frozen is not None
     if options.data.streaming:
         raise ValueError("`frozen` does not support streams. Remove `streaming=True`")
-    accelerator, console, warn = set_up_evaluation(options)
+    accelerator, console, warn = set_up_evaluation(options.mixed_precision)
     with accelerator.main_process_first():  # the main process downloads the files
         folder = resolve(options.model)
     loaded = load_for_inference(
         folder,
-        options,
+        replace(options, backend=TORCH),
         accelerator,
         use_head=False,
         max_batch_size=MAX_BATCH_SIZE,
         print_line=partial(console.print, markup=False),
-        backend=TORCH,
     )
     model = loaded.model
 
@@ -130,7 +130,7 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
     layout = FeatureLayout.from_config(model.config, NUM_SINGLE_LAYERS)
 
     def extract_features(data: EvaluationData) -> tuple[np.ndarray, np.ndarray, int]:
-        """Return the features and the class name of each image, and the number of unreadable images."""
+        """Return the features, the class names and the number of unreadable images."""
         images = ImagePass(
             images=data.images,
             processor=loaded.processor,
@@ -172,7 +172,7 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
             measure_layers(options.frozen, layout, layer_features, labels)
         )
         print_accuracies(results, held_out_data, console)
-        write_results(options, results, console)
+        write_results(results, options.output, console)
     accelerator.end_training()
     return results
 
@@ -225,7 +225,7 @@ def measure_layers(
 
 
 def predict_correctly(kind: str, features: Pair, labels: Pair) -> np.ndarray:
-    """Return whether a classifier that is fitted to the training images is right about each evaluated image."""
+    """Return whether a classifier of the training images is right about each evaluated image."""
     classifier = build_classifier(kind, len(labels[0])).fit(features[0], labels[0])
     return classifier.predict(features[1]) == labels[1]
 
@@ -248,7 +248,9 @@ def print_accuracies(results: dict[str, Any], data: EvaluationData, console: Con
     for row in results["layers"]:
         name = f"{describe_layers(row['layers'])}, {TOKEN_TEXTS[row['tokens']]}"
         low, high = (f"{100 * value:+.1f}" for value in row["difference_interval"])
-        difference_text = f"{100 * row['difference']:+.1f} ({low} to {high})" if table_rows else "–"
+        difference_text = "–"
+        if table_rows:
+            difference_text = f"{100 * row['difference']:+.1f} ({low} to {high})"
         table_rows.append([name, format_percent(row["accuracy"]), difference_text])
     console.print(
         build_table("", ["Layers and tokens", "Accuracy", "Difference, points (95%)"], table_rows)

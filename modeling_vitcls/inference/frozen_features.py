@@ -12,7 +12,6 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from torch import nn
 
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.heads_vitcls import TokenPooler, build_pooler
-from .evaluator import Evaluator
+from .evaluator import Evaluator, HeadOutput
 from .image_pass import ImageBatch, ImageOutput, ImagePass, list_rows, stack_rows
 from .linear_probe import LAST_CLS_INNER_MEAN, LAST_CLS_MEAN, Candidate, LinearClassifier
 
@@ -52,7 +51,10 @@ class FeatureLayout:
 
     @classmethod
     def for_extra_heads(cls, config: ViTCLSConfig, num_layers: int) -> "FeatureLayout":
-        """Return the layout of the last `num_layers` for extra heads, which do not use the model's pooler."""
+        """Return the layout of the last `num_layers` for extra heads.
+
+        They do not use the model's pooler.
+        """
         pooling = "cls" if config.num_cls_tokens else "mean"
         plain_config = build_kind_config(config, pooling)
         plain_config.pooled_norm = False
@@ -83,7 +85,7 @@ class FeatureLayout:
         return np.concatenate(columns)
 
     def expand(self, classifier: LinearClassifier, candidate: Candidate) -> LinearClassifier:
-        """Return the classifier with zeros for the part of the model's input that a candidate does not read."""
+        """Return the classifier with zeros for the inputs that a candidate does not read."""
         read = self.get_columns(candidate.layers, candidate.tokens)
         pooled = self.get_columns(candidate.layers, candidate.pooling)
         weight = np.zeros((len(classifier.weight), len(pooled)), np.float32)  # [L, pooled]
@@ -168,6 +170,8 @@ def concatenate_features(first: Features, second: Features) -> Features:
 class FrozenPass(ImagePass):
     """One pass of images through an encoder. Calling it with a model computes the features, once.
 
+    With `has_logits`, the last columns of the features are the logits of the classifier.
+
     Attributes:
         features: of the readable images, in their order, the same on every process.
         batches: batches of this process, with features in place of pixels.
@@ -175,17 +179,20 @@ class FrozenPass(ImagePass):
 
     is_repeated = False
 
-    def __init__(self, images: Any, layout: FeatureLayout, **arguments: Any) -> None:
+    def __init__(
+        self, images: Any, layout: FeatureLayout, has_logits: bool = False, **arguments: Any
+    ) -> None:
         super().__init__(images, **arguments)
         self.arguments = arguments
         self.layout = layout
+        self.has_logits = has_logits
         self.batches: list[ImageBatch] = []
 
     def __call__(self, model: nn.Module, console: Console | None = None) -> Features:
         """Compute and return the features, with a classifier or an encoder."""
-        encoder: Any = getattr(model, "vitcls", model)
+        encoder = getattr(model, "vitcls", model)
         rows: list[ImageOutput] = []
-        for batch, features in self.iterate(encoder, partial(self.compute, encoder), console):
+        for batch, features in self.iterate(encoder, partial(self.compute, model), console):
             rows += list_rows(batch, features)
             self.batches.append(replace(batch, pixel_values=features[: len(batch.indices)].cpu()))
 
@@ -196,47 +203,26 @@ class FrozenPass(ImagePass):
         )
         return self.features
 
-    def compute(self, encoder: Any, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Return the features [B, all] of images [B, C, H, W]."""
-        has_layers = OWN_POOLING not in self.layout.widths
-        return pool_layers(
-            encoder, encoder(pixel_values, output_hidden_states=has_layers), self.layout
-        )
-
-
-class ClassifierPass(FrozenPass):
-    """A pass that also keeps the logits of the classifier: the last columns of the features."""
-
-    def __init__(
-        self, classifier: nn.Module, images: Any, layout: FeatureLayout, **arguments: Any
-    ) -> None:
-        super().__init__(images, layout, **arguments)
-        self.classifier = classifier
-
-    def compute(self, encoder: Any, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Return the features and the logits [B, all + L] of images [B, C, H, W]."""
-        outputs = self.classifier(pixel_values, output_hidden_states=True)
+    def compute(self, model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return the features [B, all], or [B, all + L] with logits, of images [B, C, H, W]."""
+        encoder = getattr(model, "vitcls", model)
+        program = model if self.has_logits else encoder
+        outputs = program(pixel_values, output_hidden_states=OWN_POOLING not in self.layout.widths)
         features = pool_layers(encoder, outputs, self.layout)
-        return torch.cat([features, outputs.logits.float()], dim=1)
+        return torch.cat([features, outputs.logits.float()], dim=1) if self.has_logits else features
 
 
 class HeadEvaluator(Evaluator):
-    """Evaluates the classifier of a model on the features of a `FrozenPass`, without computing them again."""
+    """Evaluates the classifier of a model on the features of a `FrozenPass`."""
 
     def __init__(self, frozen_pass: FrozenPass, candidate: Candidate) -> None:
         super().__init__(frozen_pass.images, **frozen_pass.arguments | {"warn": ignore_message})
-        self.cache = [
-            self.select_columns(batch, frozen_pass.layout, candidate)
-            for batch in frozen_pass.batches
-        ]
-
-    def select_columns(
-        self, batch: ImageBatch, layout: FeatureLayout, candidate: Candidate
-    ) -> ImageBatch:
-        """Return a batch whose "pixels" are the features [G, F] that the classifier reads."""
-        assert batch.pixel_values is not None
-        columns = torch.from_numpy(layout.get_columns(candidate.layers, candidate.pooling))
-        return replace(batch, pixel_values=batch.pixel_values[:, columns])
+        columns = frozen_pass.layout.get_columns(candidate.layers, candidate.pooling)
+        self.cache = []
+        for batch in frozen_pass.batches:
+            assert batch.pixel_values is not None
+            # the "pixels" are the features [G, F] that the classifier reads
+            self.cache.append(replace(batch, pixel_values=batch.pixel_values[:, columns]))
 
     def pad_batch(self, model: nn.Module, batch: ImageBatch) -> ImageBatch:
         """Return the batch itself: the classifier needs no padding."""
@@ -245,12 +231,12 @@ class HeadEvaluator(Evaluator):
         width = self.accelerator.unwrap_model(model).config.pooled_size
         return replace(batch, pixel_values=torch.zeros(0, width))
 
-    def compute_outputs(self, model: nn.Module, pixel_values: torch.Tensor) -> SimpleNamespace:
+    def compute_outputs(self, model: nn.Module, pixel_values: torch.Tensor) -> HeadOutput:
         """Return the logits [B, L], in single precision."""
         classifier = self.accelerator.unwrap_model(model)
         with torch.autocast(pixel_values.device.type, enabled=False):
             logits = classifier.classifier(pixel_values) / classifier.config.temperature
-        return SimpleNamespace(logits=logits, cls_logits=logits, distillation_logits=None)
+        return HeadOutput(logits)
 
 
 def ignore_message(message: str) -> None:

@@ -1,4 +1,4 @@
-"""One pass of images through a model, for metrics, features, predictions and the measurements of tokens.
+"""One pass of images through a model, for metrics, features, predictions and measurements.
 
     batches of images -> pass_over_images(compute, batches, device) -> batch, and what `compute` returns for it
 
@@ -131,7 +131,8 @@ class BatchDataset(Dataset):
     num_channels: int | None = None
 
     def __len__(self) -> int:
-        return math.ceil(len(self.source) / (self.batch_size * self.num_processes))  # type: ignore[arg-type]
+        images_per_round = self.batch_size * self.num_processes
+        return math.ceil(len(self.source) / images_per_round)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[Sequence[Key]]:
         if isinstance(self.source, StreamedImages):
@@ -176,20 +177,8 @@ class BatchDataset(Dataset):
                 batch.names.append(example.name)
 
         batch.pixel_values = torch.stack(pixel_values) if pixel_values else None
-        batch.labels = collate_labels(labels, self.label_space)
+        batch.labels = self.label_space.collate(labels)
         return batch
-
-
-def collate_labels(labels: list[Any], label_space: LabelSpace) -> Any:
-    """Return the labels of G images, 0 or more, as [G] `int64`, [G, L] `float32`, or {task: [G] `int64`}."""
-    if label_space.kind == "multi_task":
-        return {
-            task: torch.tensor([label[task] for label in labels], dtype=torch.int64)
-            for task in label_space.columns
-        }
-    if label_space.kind == "multi_label_classification":
-        return torch.tensor(labels, dtype=torch.float32).reshape(-1, len(label_space.names))
-    return torch.tensor(labels, dtype=torch.int64)
 
 
 class ImagePass:
@@ -258,7 +247,6 @@ class ImagePass:
             generator=torch.Generator(),  # its own, so that passes do not affect training
         )
 
-        self.num_batches = None if isinstance(images, StreamedImages) else len(batches)
         self.cache: list[ImageBatch] | None = None
         self.num_unreadable = 0
 
@@ -284,7 +272,7 @@ class ImagePass:
         batches = track(
             self.load_batches(),
             self.pass_name,
-            len(self.images) if isinstance(self.images, LabeledImages) else None,
+            self.images.num_images,
             count=lambda batch: (
                 (len(batch.indices) + len(batch.error_messages)) * accelerator.num_processes
             ),
@@ -327,14 +315,14 @@ class ImagePass:
     def collect(
         self, model: nn.Module, compute: Compute, console: Console | None = None
     ) -> list[ImageOutput]:
-        """Return what `compute` returns for each readable image, in the order of the images, on every process."""
+        """Return what `compute` returns for each readable image, in order, on every process."""
         rows: list[ImageOutput] = []
         for batch, outputs in self.iterate(model, compute, console):
             rows += list_rows(batch, outputs)
         return self.gather_rows(rows)
 
     def gather_rows(self, rows: list[ImageOutput]) -> list[ImageOutput]:
-        """Return the rows of all processes, in the order of the images, with the names of the images."""
+        """Return the rows of all processes, in the order of the images, with their names."""
         rows = sorted(gather_object(rows), key=lambda row: row.index)
         if isinstance(self.images, LabeledImages):
             names = self.images.images.get_names()
@@ -355,7 +343,7 @@ class ImagePass:
             yield self.loader.dataset[[]] if batch is None else batch
 
     def pad_batch(self, model: nn.Module, batch: ImageBatch) -> ImageBatch:
-        """Return the batch with blank images after its own, up to the batch size, if that is required.
+        """Return the batch with blank images after its own, up to the batch size, if required.
 
         It is if the model is shared by several processes or compiled for a batch size, or if no
         image is readable.
@@ -383,7 +371,7 @@ class ImagePass:
             yield from self.cache
             return
 
-        is_cached = self.is_repeated and self.num_batches is not None
+        is_cached = self.is_repeated and self.images.num_images is not None
         cache: list[ImageBatch] | None = [] if is_cached else None
         num_bytes = 0
         with explain_worker_errors(self.num_workers):

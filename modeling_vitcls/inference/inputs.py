@@ -80,11 +80,10 @@ class ListInput:
             )
         return {"images": self.num_images, "sha256": digest.hexdigest()}
 
-    def read_records(self, ranges: Iterable[range]) -> Iterator[ImageRecord]:
-        """Yield the records in the index ranges."""
-        for indices in ranges:
-            for index in indices:
-                yield ImageRecord(index, self.names[index], self.contents[index])
+    def read_records(self, indices: range) -> Iterator[ImageRecord]:
+        """Yield the records in a range of indices."""
+        for index in indices:
+            yield ImageRecord(index, self.names[index], self.contents[index])
 
 
 def build_list_input(paths: Iterable[str]) -> ListInput:
@@ -118,7 +117,10 @@ def read_path_list(file: Path) -> list[str]:
 
 
 def get_file_stat(path: str) -> list[int] | None:
-    """Return the size in bytes and the modification time in nanoseconds of a file; None for URLs and missing files."""
+    """Return the size in bytes and the modification time in nanoseconds of a file.
+
+    It is None for URLs and missing files.
+    """
     try:
         stat = Path(path).stat()
     except (OSError, ValueError):
@@ -166,13 +168,12 @@ class DatasetInput:
             "fingerprint": self.dataset._fingerprint,
         }
 
-    def read_records(self, ranges: Iterable[range]) -> Iterator[ImageRecord]:
-        """Yield the records in the index ranges."""
-        for indices in ranges:
-            for start in range(indices.start, indices.stop, ROWS_PER_READ):
-                values = self.dataset[start : min(start + ROWS_PER_READ, indices.stop)][self.column]
-                for index, value in enumerate(values, start):
-                    yield build_record(index, value, self.folder)
+    def read_records(self, indices: range) -> Iterator[ImageRecord]:
+        """Yield the records in a range of indices."""
+        for start in range(indices.start, indices.stop, ROWS_PER_READ):
+            values = self.dataset[start : min(start + ROWS_PER_READ, indices.stop)][self.column]
+            for index, value in enumerate(values, start):
+                yield build_record(index, value, self.folder)
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ PredictionInput = ListInput | DatasetInput | StreamInput
 
 
 def open_input(options: PredictOptions) -> PredictionInput:
-    """Open the input that PATHS, `--list` or `--dataset` specifies.
+    """Open the input that `paths`, `list` or `dataset` specifies.
 
     Labels are not required. Raise ValueError if the input has no images or the dataset cannot be
     read, and OSError if the list cannot be read or the dataset cannot be found.
@@ -227,9 +228,9 @@ def open_input(options: PredictOptions) -> PredictionInput:
         return ListInput([f"{path.name}/{index}" for index in range(len(images))], images)
 
     split = select_split(open_splits(data_options, use_labels=False), options)
-    features = read_features(split, data_options)
+    features = read_features(split, dataset)
     column = find_image_column(data_options, features)
-    folder = get_dataset_folder(data_options)
+    folder = get_dataset_folder(dataset)
     settings: dict[str, Any] = {"dataset": dataset, "split": options.split, "column": column}
     if options.streaming or path.is_file():
         settings["files"] = compute_files_digest(path)
@@ -244,7 +245,7 @@ def open_input(options: PredictOptions) -> PredictionInput:
 
 
 def select_split(splits: Mapping[str, Any], options: PredictOptions) -> Any:
-    """Return the split that `--split` names, or the only split if `--split` is not set.
+    """Return the split that `split` names, or the only split if `split` is not set.
 
     Raise ValueError if there is no such split.
     """
@@ -262,7 +263,7 @@ def select_split(splits: Mapping[str, Any], options: PredictOptions) -> Any:
 
 @dataclass(frozen=True)
 class PreparedImage:
-    """An image with preprocessed pixels [C, H, W], or with an error message if the image is unreadable."""
+    """An image with preprocessed pixels [C, H, W], or with an error if it is unreadable."""
 
     record: ImageRecord
     pixels: torch.Tensor | None = None
@@ -317,7 +318,9 @@ def prepare_image(processor: ViTCLSImageProcessor, record: ImageRecord) -> Prepa
 
 
 def fetch(url: str) -> bytes:
-    """Return the contents of a URL: of a web server, or of another file system such as `hf://` or an archive.
+    """Return the contents of a URL.
+
+    It is that of a web server, or of another file system such as `hf://` or an archive.
 
     Network errors and temporary errors of a web server are retried for about 15 seconds. Raise
     ValueError if the server has no such image, and FetchError otherwise.

@@ -20,7 +20,9 @@ Interval = tuple[float, float]  # lower and upper bounds
 
 
 def compute_proportion_interval(num_successes: int, num_trials: int) -> list[float] | None:
-    """Return the Wilson score interval [low, high] of `num_successes / num_trials`, or None if `num_trials` is 0.
+    """Return the Wilson score interval [low, high] of `num_successes / num_trials`.
+
+    It is None if `num_trials` is 0.
 
     The width is positive even if all or no trials succeed (Wilson 1927, "Probable inference, the
     law of succession, and statistical inference").

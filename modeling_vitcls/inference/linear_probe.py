@@ -1,4 +1,4 @@
-"""Choice and fit of a linear classifier on frozen features: layers, tokens, scale and regularization.
+"""Choice and fit of a linear classifier on features: layers, tokens, scale, regularization.
 
     features of all layers [N, layers, kinds, D] -> candidates -> stratified cross-validation -> `ProbeChoice`
                                                  -> logistic regression on all images -> weight, bias
@@ -66,7 +66,9 @@ class Candidate:
 
     @property
     def complexity(self) -> tuple[int, ...]:
-        """Return a key by which the default comes first: the last layer, CLS (or the only kind of tokens), raw.
+        """Return a key by which the default comes first.
+
+        The default is the last layer, CLS (or the only kind of tokens), raw.
 
         A single layer other than the last comes after the last four: it must be better than both.
         """
@@ -82,7 +84,10 @@ class Candidate:
 
     @property
     def pooling(self) -> str:
-        """Return `config.pooling` of a model whose classifier reads the candidate, with zeros for what is not read."""
+        """Return `config.pooling` of a model whose classifier reads the candidate.
+
+        The classifier has zeros for what the candidate does not read.
+        """
         return "cls_mean" if self.tokens in (LAST_CLS_MEAN, LAST_CLS_INNER_MEAN) else self.tokens
 
     @property
@@ -109,7 +114,7 @@ TOKEN_TEXTS = {
 
 
 def describe_candidate(row: Mapping[str, Any]) -> str:
-    """Return a candidate with its strength, as in results.json, as text: "last 4 layers, CLS + mean, raw, C 64"."""
+    """Return a row of results.json as text: "last 4 layers, CLS + mean, raw, C 64"."""
     layers = describe_layers(row["layers"])
     return f"{layers}, {TOKEN_TEXTS[row['tokens']]}, {row['scale']}, C {row['strength']:g}"
 
@@ -142,7 +147,10 @@ class Score:
 
 @dataclass(frozen=True)
 class LinearClassifier:
-    """Logits are `features @ weight.T + bias`. Classes without training images are never predicted."""
+    """Logits are `features @ weight.T + bias`.
+
+    Classes without training images are never predicted.
+    """
 
     weight: np.ndarray  # [L, F] float32
     bias: np.ndarray  # [L] float32
@@ -201,7 +209,10 @@ def list_candidates(
 
 @dataclass(frozen=True)
 class Transform:
-    """Centers, scales and, if there are more features than images, rotates features [N, F] to [N, min(N, F)]."""
+    """Centers, scales and rotates features [N, F] to [N, min(N, F)].
+
+    They are only rotated if there are more features than images.
+    """
 
     mean: np.ndarray  # [F]
     scale: np.ndarray  # [F]
@@ -236,7 +247,10 @@ class Transform:
     def fold(
         self, coefficients: np.ndarray, intercepts: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the weight [L, F] and the bias [L] that give the same logits on features without the transform."""
+        """Return the weight [L, F] and the bias [L] for features without the transform.
+
+        They give the same logits.
+        """
         if self.rotation is not None:
             coefficients = coefficients @ self.rotation.T
         weight = coefficients / self.scale
@@ -246,43 +260,37 @@ class Transform:
 # Regression ---------------------------------------------------------------------------------------
 
 
-def build_regression(strength: float) -> Any:
-    """Build scikit-learn's logistic regression, which continues from its last solution when it is fitted again."""
-    from sklearn.linear_model import LogisticRegression
+class AllRows:
+    """scikit-learn's logistic regression; each fit continues from the last solution."""
 
-    return LogisticRegression(C=strength, max_iter=MAX_ITERATIONS, warm_start=True)
+    def __init__(self, num_labels: int) -> None:
+        from sklearn.linear_model import LogisticRegression
 
+        self.num_labels = num_labels
+        self.regression = LogisticRegression(max_iter=MAX_ITERATIONS, warm_start=True)
 
-def get_coefficients(regression: Any, num_labels: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return coefficients [L, F] and intercepts [L] of a fitted regression, with a row for each label."""
-    coefficients = regression.coef_
-    intercepts = regression.intercept_
-    if len(regression.classes_) == 2:  # the sigmoid of z is the softmax of [-z / 2, z / 2]
-        coefficients = np.concatenate([-coefficients, coefficients]) / 2
-        intercepts = np.concatenate([-intercepts, intercepts]) / 2
+    def fit(
+        self, features: np.ndarray, labels: np.ndarray, strength: float
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the weight [L, F] and the bias [L] for features [N, F] and labels [N]."""
+        regression = self.regression.set_params(C=strength).fit(features, labels)
+        coefficients = regression.coef_
+        intercepts = regression.intercept_
+        if len(regression.classes_) == 2:  # the sigmoid of z is the softmax of [-z / 2, z / 2]
+            coefficients = np.concatenate([-coefficients, coefficients]) / 2
+            intercepts = np.concatenate([-intercepts, intercepts]) / 2
 
-    all_coefficients = np.zeros((num_labels, coefficients.shape[1]))
-    all_intercepts = np.full(num_labels, intercepts.min() - ABSENT_CLASS_MARGIN)
-    all_coefficients[regression.classes_] = coefficients
-    all_intercepts[regression.classes_] = intercepts
-    return all_coefficients, all_intercepts
-
-
-def fit_classifier(
-    features: np.ndarray, labels: np.ndarray, num_labels: int, scale: str, strength: float
-) -> LinearClassifier:
-    """Fit the regression to features [N, F] and labels [N], and fold the scaling into its weight and bias."""
-    transform = Transform.fit(features, scale)
-    regression = build_regression(strength).fit(transform.apply(features), labels)
-    weight, bias = transform.fold(*get_coefficients(regression, num_labels))
-    return LinearClassifier(weight.astype(np.float32), bias.astype(np.float32))
+        weight = np.zeros((self.num_labels, coefficients.shape[1]))
+        bias = np.full(self.num_labels, intercepts.min() - ABSENT_CLASS_MARGIN)
+        weight[regression.classes_] = coefficients
+        bias[regression.classes_] = intercepts
+        return weight, bias
 
 
 class AddedRows:
-    """Logistic regression with fixed logits for the old classes: only the rows of the new classes are fitted.
+    """Logistic regression of new classes, with fixed logits for the old classes.
 
-    The loss and the parameter C are those of scikit-learn's `LogisticRegression`, whose interface
-    this class has:
+    The loss and the parameter C are those of scikit-learn's `LogisticRegression`:
 
         C * sum(cross-entropy([old logits, features @ weight.T + bias])) + norm(weight)**2 / 2
 
@@ -290,18 +298,15 @@ class AddedRows:
         old_logits: [N, C] of the images that the rows are fitted to.
     """
 
-    def __init__(self, old_logits: np.ndarray, num_labels: int) -> None:
+    def __init__(self, num_labels: int, old_logits: np.ndarray) -> None:
         self.old_logits = old_logits
         self.num_new = num_labels - old_logits.shape[1]
-        self.strength = DEFAULT_STRENGTH
-        self.solution: np.ndarray | None = None  # [K, F + 1], from which the next fit continues
+        self.solution: np.ndarray | None = None  # [K * (F + 1)], from which the next fit continues
 
-    def set_params(self, C: float) -> "AddedRows":  # scikit-learn's name
-        self.strength = C
-        return self
-
-    def fit(self, features: np.ndarray, labels: np.ndarray) -> "AddedRows":
-        """Fit weight and bias to features [N, F] and labels [N]."""
+    def fit(
+        self, features: np.ndarray, labels: np.ndarray, strength: float
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the weight [K, F] and the bias [K] of the new classes, as `AllRows.fit`."""
         num_old = self.old_logits.shape[1]
         padded = np.concatenate([features, np.ones((len(features), 1))], axis=1)  # [N, F + 1]
         targets = np.eye(num_old + self.num_new)[labels][:, num_old:]  # [N, K]
@@ -314,42 +319,54 @@ class AddedRows:
                 np.concatenate([self.old_logits, padded @ solution.T], axis=1), axis=1
             )
             loss = (
-                -self.strength * log_probabilities[rows, labels].sum()
+                -strength * log_probabilities[rows, labels].sum()
                 + (solution[:, :-1] ** 2).sum() / 2
             )
-            gradient = self.strength * (np.exp(log_probabilities[:, num_old:]) - targets).T @ padded
+            gradient = strength * (np.exp(log_probabilities[:, num_old:]) - targets).T @ padded
             gradient[:, :-1] += solution[:, :-1]
             return loss, gradient.ravel()
 
-        start = (
-            np.zeros((self.num_new, padded.shape[1])) if self.solution is None else self.solution
-        )
-        result = minimize(
+        if self.solution is None:
+            self.solution = np.zeros(self.num_new * padded.shape[1])
+        self.solution = minimize(
             compute_loss,
-            start.ravel(),
+            self.solution,
             jac=True,
             method="L-BFGS-B",
             options={"maxiter": MAX_ITERATIONS},
-        )
-        self.solution = result.x.reshape(self.num_new, -1)
-        return self
+        ).x
+        weight_and_bias = self.solution.reshape(self.num_new, -1)
+        return weight_and_bias[:, :-1], weight_and_bias[:, -1]
 
-    @property
-    def weight(self) -> np.ndarray:
-        assert self.solution is not None
-        return self.solution[:, :-1]
 
-    @property
-    def bias(self) -> np.ndarray:
-        assert self.solution is not None
-        return self.solution[:, -1]
+def build_regression(num_labels: int, old_logits: np.ndarray | None) -> AllRows | AddedRows:
+    """Return the regression of all classes, or of those that are not in `old_logits` [N, C]."""
+    return AllRows(num_labels) if old_logits is None else AddedRows(num_labels, old_logits)
+
+
+def fit_classifier(
+    features: np.ndarray,
+    labels: np.ndarray,
+    num_labels: int,
+    scale: str,
+    strength: float,
+    old_logits: np.ndarray | None = None,
+) -> LinearClassifier:
+    """Fit a regression to features [N, F] and labels [N], and fold the scaling into it.
+
+    With the logits [N, C] of old classes, the classifier has only the rows of the new classes.
+    """
+    transform = Transform.fit(features, scale)
+    regression = build_regression(num_labels, old_logits)
+    weight, bias = transform.fold(*regression.fit(transform.apply(features), labels, strength))
+    return LinearClassifier(weight.astype(np.float32), bias.astype(np.float32))
 
 
 # Cross-validation
 # --------------------------------------------------------------------------------------------------
 
 
-def split_folds(labels: np.ndarray, seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
+def split_folds(labels: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
     """Return indices of training and validation images for each of five folds, stratified by class.
 
     The only image of a class is in the training images of every fold.
@@ -362,7 +379,7 @@ def split_folds(labels: np.ndarray, seed: int = 0) -> list[tuple[np.ndarray, np.
     if len(several) < NUM_FOLDS or len(np.unique(labels[several])) < 2:
         return []
     num_folds = min(NUM_FOLDS, counts.max())
-    splitter = StratifiedKFold(num_folds, shuffle=True, random_state=seed)
+    splitter = StratifiedKFold(num_folds, shuffle=True, random_state=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a class with fewer images than folds
         parts = list(splitter.split(several, labels[several]))
@@ -376,11 +393,17 @@ class CrossValidation:
     """
 
     def __init__(
-        self, candidate: Candidate, features: np.ndarray, labels: np.ndarray, num_labels: int
+        self,
+        candidate: Candidate,
+        features: np.ndarray,
+        labels: np.ndarray,
+        num_labels: int,
+        old_logits: np.ndarray | None = None,
     ) -> None:
         self.candidate = candidate
         self.labels = labels
         self.num_labels = num_labels
+        self.old_logits = old_logits
         # The scale and the rotation see no labels, so that one of each serves all folds.
         self.features = Transform.fit(features, candidate.scale).apply(features)
         self.strengths: tuple[float, ...] = STRENGTHS
@@ -388,25 +411,24 @@ class CrossValidation:
         self.logits = np.full(shape, np.nan)  # NaN: not predicted
 
     def run_fold(self, train: np.ndarray, test: np.ndarray) -> None:
-        """Fit the regressions to the images `train`, the most regularized first, and predict the images `test`."""
-        regression = self.build_regression(train)
+        """Fit the regressions to the images `train`, and predict the images `test`.
+
+        The most regularized one is the first.
+        """
+        old_logits = self.old_logits
+        regression = build_regression(
+            self.num_labels, None if old_logits is None else old_logits[train]
+        )
         for strength in self.strengths:
-            regression.set_params(C=strength).fit(self.features[train], self.labels[train])
-            index = STRENGTHS.index(strength)
-            self.logits[index, test] = self.predict(regression, test)
+            weight, bias = regression.fit(self.features[train], self.labels[train], strength)
+            logits = self.features[test] @ weight.T + bias
+            if old_logits is not None:
+                logits = np.concatenate([old_logits[test], logits], axis=1)
+            self.logits[STRENGTHS.index(strength), test] = logits
 
         if self.strengths is STRENGTHS:
             best = int(np.nanmean(self.compute_losses(), axis=1).argmin())
             self.strengths = STRENGTHS[max(best - 1, 0) : best + 2]
-
-    def build_regression(self, train: np.ndarray) -> Any:
-        """Build the regression of a fold, which is fitted to the images `train`."""
-        return build_regression(STRENGTHS[0])
-
-    def predict(self, regression: Any, test: np.ndarray) -> np.ndarray:
-        """Return the logits [T, L] of the images `test`."""
-        coefficients, intercepts = get_coefficients(regression, self.num_labels)
-        return self.features[test] @ coefficients.T + intercepts
 
     def compute_losses(self) -> np.ndarray:
         """Return the log loss of each image for each strength, NaN where it was not computed."""
@@ -421,46 +443,12 @@ class CrossValidation:
         return Score(self.candidate, STRENGTHS[best], losses[best], self.logits[best])
 
 
-class AddedRowsValidation(CrossValidation):
-    """Cross-validation of rows that are added to a classifier with known logits [N, C] of all images."""
-
-    def __init__(self, old_logits: np.ndarray, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.old_logits = old_logits
-
-    def build_regression(self, train: np.ndarray) -> Any:
-        return AddedRows(self.old_logits[train], self.num_labels)
-
-    def predict(self, regression: Any, test: np.ndarray) -> np.ndarray:
-        added = self.features[test] @ regression.weight.T + regression.bias
-        return np.concatenate([self.old_logits[test], added], axis=1)
-
-
-def fit_added_rows(
-    features: np.ndarray,
-    labels: np.ndarray,
-    old_logits: np.ndarray,
-    num_labels: int,
-    scale: str,
-    strength: float,
-) -> LinearClassifier:
-    """Fit the rows of new classes to features [N, F], labels [N] and the logits [N, C] of the old classes."""
-    transform = Transform.fit(features, scale)
-    rows = (
-        AddedRows(old_logits, num_labels)
-        .set_params(C=strength)
-        .fit(transform.apply(features), labels)
-    )
-    weight, bias = transform.fold(rows.weight, rows.bias)
-    return LinearClassifier(weight.astype(np.float32), bias.astype(np.float32))
-
-
 def choose_probe(
     select: Callable[[Candidate], np.ndarray],
     labels: np.ndarray,
     num_labels: int,
     candidates: Sequence[Candidate],
-    build_run: Callable[..., CrossValidation] = CrossValidation,
+    old_logits: np.ndarray | None = None,
 ) -> ProbeChoice:
     """Choose a candidate by cross-validation.
 
@@ -472,8 +460,7 @@ def choose_probe(
         labels: class indices [N].
         num_labels: number of classes of the model, L.
         candidates: as returned by `list_candidates`, the simplest first.
-        build_run: returns the cross-validation of a candidate; the arguments are those of
-            `CrossValidation`.
+        old_logits: [N, C] of the old classes, if only the other classes are fitted.
     """
     folds = split_folds(labels)
     if not folds:  # too few images: the default
@@ -484,7 +471,7 @@ def choose_probe(
 
     runs = []
     for candidate in candidates:
-        run = build_run(candidate, select(candidate), labels, num_labels)
+        run = CrossValidation(candidate, select(candidate), labels, num_labels, old_logits)
         run.run_fold(pilot_train, pilot_test)
         runs.append(run)
     scores = [run.get_score() for run in runs]

@@ -63,7 +63,6 @@ def load_for_inference(
     use_head: bool,
     max_batch_size: int,
     print_line: Callable[[str], None],
-    backend: str | None = None,
 ) -> LoadedModel:
     """Load a model on the device of the accelerator, in the precision of the options.
 
@@ -74,18 +73,18 @@ def load_for_inference(
         use_head: Whether to load the classifier.
         max_batch_size: Default batch size on GPUs.
         print_line: Prints the precision if it was chosen.
-        backend: As in `load_model`. Default: that of the options.
 
     Raises:
         ValueError, OSError: As in `load_model`.
     """
-    backend = options.backend if backend is None else backend
-    precision = announce_precision(accelerator, options.mixed_precision, folder.config, backend)
-    if precision:
-        print_line(precision)
+    # ONNX files run in float32
+    if options.mixed_precision == "auto" and not options.backend.endswith("onnx"):
+        text = set_mixed_precision(accelerator, "auto", folder.config)
+        if accelerator.mixed_precision != "no":
+            print_line(f"mixed precision: {format_message(text)}")
 
     model, processor = load_model(
-        folder, use_head, options.fit, backend, accelerator.mixed_precision
+        folder, use_head, options.fit, options.backend, accelerator.mixed_precision
     )
     batch_size = choose_batch_size(
         options.batch_size, model.config, processor, accelerator.device, max_batch_size
@@ -153,19 +152,6 @@ def load_model(
             f"`backend={backends[0]!r}`"
         )
     return folder.load(model_class, **arguments), processor
-
-
-def announce_precision(
-    accelerator: Accelerator, setting: str, config: ViTCLSConfig, backend: str
-) -> str:
-    """Set the precision for `--mixed-precision auto` before a model is loaded, and return a line for the user.
-
-    The text is empty if no choice was made. ONNX files run in float32.
-    """
-    if setting != "auto" or backend.endswith("onnx"):
-        return ""
-    text = set_mixed_precision(accelerator, setting, config)
-    return f"mixed precision: {format_message(text)}" if accelerator.mixed_precision != "no" else ""
 
 
 def choose_batch_size(

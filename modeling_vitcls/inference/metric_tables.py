@@ -1,4 +1,4 @@
-"""Measured metrics as tables: names of the metrics, rows with confidence intervals, and one table of the classes."""
+"""Measured metrics as tables: names, rows with confidence intervals, and a table of classes."""
 
 from typing import Any
 
@@ -41,7 +41,7 @@ def get_metric_names(results: dict[str, Any], config: ViTCLSConfig | None) -> di
 
 
 def build_metric_rows(results: dict[str, Any], config: ViTCLSConfig | None) -> list[list[str]]:
-    """Return the name and the value of each measured metric, with the confidence interval if available."""
+    """Return the name and the value of each measured metric, with its confidence interval."""
     rows = []
     for key, name in get_metric_names(results, config).items():
         interval = results.get(f"{key}_interval")  # [low, high]
@@ -56,7 +56,10 @@ def build_metric_rows(results: dict[str, Any], config: ViTCLSConfig | None) -> l
 def build_class_tables(
     results: dict[str, Any], config: ViTCLSConfig | None
 ) -> dict[str, list[dict[str, str]]]:
-    """Return a dict that maps table titles to rows, for each task with at most `MAX_CLASSES_IN_TABLE` classes."""
+    """Return the rows of the table of classes, by title.
+
+    Tasks with more than `MAX_CLASSES_IN_TABLE` classes have no table.
+    """
     tasks = config.task_labels() if config is not None else {}
     titles = {"": "Per class"} | {f"{task}_": f"{task}, per class" for task in tasks}
     tables = {title: results.get(f"{prefix}per_class", []) for prefix, title in titles.items()}
@@ -87,6 +90,9 @@ def format_percent(value: float | None) -> str:
 
 
 def format_name(name: str) -> str:
-    """Return a name from a dataset as inline Markdown code on one line, with at most 100 characters."""
+    """Return a name from a dataset as inline Markdown code on one line.
+
+    It has at most 100 characters.
+    """
     name = replace_control_characters(name).replace("`", "'")
     return f"`{name if len(name) <= MAX_NAME_LENGTH else f'{name[: MAX_NAME_LENGTH - 1]}…'}`"

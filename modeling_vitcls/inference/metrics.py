@@ -72,7 +72,7 @@ class SingleLabelMetrics:
             self.confusion_matrix = confusion_matrix.to(device)
 
     def update(self, outputs: Any, labels: torch.Tensor) -> None:
-        """Update the metrics with logits [B, L], labels [G] and the logits of each of two heads, if there are."""
+        """Update the metrics with logits [B, L], also of each of two heads, and labels [G]."""
         self.update_logits(outputs.logits, labels)
         if outputs.distillation_logits is not None:
             for name, attribute in HEAD_OUTPUTS.items():
@@ -204,7 +204,7 @@ class MultiLabelMetrics:
 
 
 class MultiTaskMetrics:
-    """Metrics of multi-task classification, including each task's `SingleLabelMetrics` with the prefix `TASK_`.
+    """Metrics of multi-task classification, and each task's `SingleLabelMetrics` as `TASK_...`.
 
     accuracy                mean over the tasks that have labeled images
     loss                    sum over the tasks, as in training
@@ -262,7 +262,7 @@ SELECTION_METRICS: dict[LabelKind, str] = {
 
 
 class ClassCounts(Metric):
-    """Three counts per class, as an int64 tensor [3, L]: correct predictions, all predictions, and images.
+    """Three counts per class [3, L]: correct predictions, all predictions, and images.
 
     The counting metrics of torchmetrics do not support empty batches and build a matrix [L, L] at
     each update.
@@ -299,7 +299,7 @@ def build_aggregator(metric_class: type[MeanMetric | SumMetric], device: torch.d
 
 
 def compute_class_metrics(names: list[str], counts: list[list[int]]) -> list[MetricValues]:
-    """Compute the recall, precision and F1 of each class from the three counts [3, L] of `ClassCounts`."""
+    """Compute the recall, precision and F1 of each class from the counts of `ClassCounts`."""
     return [
         {
             "name": name,
@@ -324,5 +324,5 @@ def compute_mean(values: list[float | None]) -> float | None:
 
 
 def to_number(value: torch.Tensor) -> float | None:
-    """Return the value of a one-element tensor; None for NaN and infinity, which JSON does not support."""
+    """Return the value of a one-element tensor; None for NaN and infinity, which JSON lacks."""
     return value.item() if value.isfinite() else None

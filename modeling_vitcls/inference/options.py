@@ -143,7 +143,8 @@ class PredictOptions(ImageOptions, EngineOptions):
     feature_dtype: Literal["float32", "float16"] = "float32"
     """Data type of the features."""
     num_workers: int | None = None
-    """Number of image loading threads per process. Default: the number of CPU cores, but at most 8."""
+    """Number of image loading threads per process. Default: the number of CPU cores, but at most
+    8."""
 
     def __post_init__(self) -> None:
         check_minimum(self, 1, "shard_size", "batch_size", "top_k", "num_workers")
@@ -170,7 +171,10 @@ class PredictOptions(ImageOptions, EngineOptions):
             is_feature = bool(
                 re.fullmatch(r"(cls|registers|distillation|patches|mean)(@[1-9]\d*)?", name)
             )
-            requirement = "cls, registers, distillation, patches or mean, and optionally a layer such as cls@6"
+            requirement = (
+                "cls, registers, distillation, patches or mean, and optionally a layer such as "
+                "cls@6"
+            )
             check_value(self, "features", is_feature, requirement)
         match = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", self.shard or "1/1")
         is_part = match is not None and int(match[1]) <= int(match[2])

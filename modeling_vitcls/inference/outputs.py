@@ -24,7 +24,7 @@ Columns = dict[str, pa.DataType]
 
 
 def get_output_columns(columns: Columns) -> Columns:
-    """Return the columns of the output: the index and name of the image, the prediction, and the error."""
+    """Return the columns of the output: index, image, those of the prediction, and error."""
     return {"index": pa.int64(), "image": pa.string(), **columns, "error": pa.string()}
 
 
@@ -42,7 +42,7 @@ def show_progress(
 def write_rows(
     rows: Iterable[Row], columns: Columns, file: Path, metadata: dict[str, str] | None = None
 ) -> None:
-    """Write rows to a file in the format given by the suffix of the file name, and replace an existing file.
+    """Write rows to a file in the format of its suffix, and replace an existing file.
 
     If an OSError is raised, no partial file remains. Parquet files also store `metadata`.
     """
@@ -102,7 +102,10 @@ WRITERS: dict[str, Callable[[pa.Table, Path], None]] = {
 
 
 def print_table(rows: Iterable[Row], columns: Columns) -> None:
-    """Print the rows as a table without the column `index`, and without the column `error` if there are no errors."""
+    """Print the rows as a table, without the column `index`.
+
+    The column `error` is omitted if there are no errors.
+    """
     rows = list(rows)
     names = [name for name in columns if name != "index"]
     if all(row["error"] is None for row in rows):

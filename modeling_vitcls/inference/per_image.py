@@ -1,4 +1,4 @@
-"""One row per evaluated image: what the model predicted, how sure it was, and how wrong (`evaluate --per-image`).
+"""One row per evaluated image: prediction, probabilities and loss (`evaluate --per-image`).
 
 column          one label per image                     several labels per image
 index           index in the split                      same
@@ -111,7 +111,9 @@ def read_weights_hash(file: Path) -> dict[str, str] | None:
 
 
 def read_predictions(file: Path, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the probabilities [N, L] and label indices [N] of a file of images with one label each.
+    """Return the probabilities [N, L] and label indices [N] in a file of predictions.
+
+    Each image has one label.
 
     Args:
         file: A file that `write_predictions` wrote.
@@ -149,7 +151,10 @@ def read_predictions(file: Path, names: list[str]) -> tuple[np.ndarray, np.ndarr
 
 
 def get_outputs(evaluator: Evaluator, images: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
-    """Return logits [N, L] and labels [N] of the selected images of the last evaluation that have a label."""
+    """Return logits [N, L] and labels [N] of the selected images that have a label.
+
+    The images are those of the last evaluation.
+    """
     rows = [row for row in evaluator.rows[images] if is_labeled(row)]
     if not rows:
         return np.zeros((0, 1), np.float32), np.zeros(0, np.int64)

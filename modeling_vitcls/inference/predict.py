@@ -30,8 +30,8 @@ from ..data.labels import get_label_space
 from ..data.splits import load_on_main
 from ..hub.model_files import PREDICTIONS_FILE
 from ..hub.model_folder import ModelFolder
+from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
-from ..model.modeling_vitcls import ViTCLSPreTrainedModel
 from ..runtime.distributed import build_accelerator, run_on_main
 from .confidence import find_score_limit
 from .engines import EngineChooser, Job, select_engine
@@ -101,7 +101,7 @@ def predict_from_options(
     """
     accelerator = build_accelerator(mixed_precision=options.mixed_precision)
     source = wrap_images(images) if images else open_input(options)
-    predictor = build_predictor(options, accelerator, get_num_images(source), choose_engine)
+    predictor = build_predictor(options, accelerator, source.num_images, choose_engine)
     return list(predictor.iterate_rows(read_all_records(source)))
 
 
@@ -109,12 +109,7 @@ def read_all_records(source: PredictionInput) -> Iterator[ImageRecord]:
     """Yield the records of all images."""
     if isinstance(source, StreamInput):
         return source.build_records(source.dataset, count())
-    return source.read_records([range(source.num_images)])
-
-
-def get_num_images(source: PredictionInput) -> int | None:
-    """Return the number of images, or None for a stream."""
-    return None if isinstance(source, StreamInput) else source.num_images
+    return source.read_records(range(source.num_images))
 
 
 def build_predictor(
@@ -123,9 +118,9 @@ def build_predictor(
     num_images: int | None = None,
     choose_engine: EngineChooser | None = None,
 ) -> Predictor:
-    """Load the model and the image processor, and build a predictor on the device of the accelerator.
+    """Load the model and its image processor on the device, and build a predictor.
 
-    For `--backend auto`, `choose_engine` chooses the engine for the number of images (engines.py).
+    For `backend="auto"`, `choose_engine` chooses the engine for the number of images (engines.py).
     """
     assert options.model is not None
     files = () if options.coverage is None else (PREDICTIONS_FILE,)
@@ -138,7 +133,7 @@ def build_predictor(
         max_batch_size=MAX_BATCH_SIZE,
         print_line=accelerator.on_main_process(partial(print, file=sys.stderr)),
     )
-    set_limit = find_set_limit(options, loaded.model, folder)
+    set_limit = find_set_limit(options.coverage, loaded.config, folder)
 
     def build_columns(model: Any) -> PredictionColumns:
         return build_prediction_columns(
@@ -176,16 +171,16 @@ def build_predictor(
 
 
 def find_set_limit(
-    options: PredictOptions, model: ViTCLSPreTrainedModel, folder: ModelFolder
+    coverage: float | None, config: ViTCLSConfig, folder: ModelFolder
 ) -> float | None:
-    """Return the limit of the scores of labels in prediction sets; None without --coverage.
+    """Return the limit of the scores of labels in prediction sets; None without `coverage`.
 
     It is fitted to the held-out images of the model's run (confidence.py). Raise ValueError if the
     model has several labels or tasks, or no predictions of held-out images.
     """
-    if options.coverage is None:
+    if coverage is None:
         return None
-    label_space = get_label_space(model.config)
+    label_space = get_label_space(config)
     if label_space.kind != "single_label_classification":
         raise ValueError(
             f"`coverage` requires one label per image, not {label_space.kind}. Remove `coverage`"
@@ -210,7 +205,7 @@ def find_set_limit(
             f"weights. {remedy}"
         )
     probabilities, labels = read_predictions(file, label_space.names)
-    return find_score_limit(probabilities, labels, options.coverage)
+    return find_score_limit(probabilities, labels, coverage)
 
 
 def wrap_images(images: Sequence[Any]) -> ListInput:
@@ -241,7 +236,7 @@ def predict_images(
     accelerator = build_accelerator(mixed_precision=options.mixed_precision)
     source = load_on_main(accelerator, options.dataset or "", partial(open_input, options))
     with accelerator.main_process_first():  # the main process downloads the files
-        predictor = build_predictor(options, accelerator, get_num_images(source), choose_engine)
+        predictor = build_predictor(options, accelerator, source.num_images, choose_engine)
     is_folder = options.output is not None and options.output.suffix.lower() not in WRITERS
     counts = (predict_to_folder if is_folder else predict_to_file)(
         options, accelerator, source, predictor
@@ -251,7 +246,7 @@ def predict_images(
 
 
 def get_num_workers() -> int:
-    """Return the number of threads per process: the number of CPU cores per local process, clamped to [1, 8]."""
+    """Return the number of CPU cores per local process, clamped to [1, 8]."""
     num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, min(8, (os.cpu_count() or 1) // num_processes))
 
@@ -271,7 +266,7 @@ def predict_to_file(
     else:
         chunks = list_shard_indices(source.num_images, predictor.batch_size)
         ranges = chunks[accelerator.process_index :: accelerator.num_processes]
-        records = source.read_records(ranges)
+        records = chain.from_iterable(map(source.read_records, ranges))
         num_local_images = sum(map(len, ranges))
     columns = get_output_columns(predictor.columns.columns)
     is_main = accelerator.is_main_process
@@ -291,7 +286,7 @@ def predict_to_file(
 def predict_to_folder(
     options: PredictOptions, accelerator: Accelerator, source: PredictionInput, predictor: Predictor
 ) -> PredictionCounts:
-    """Write the missing shards of each process, and return the numbers of images of all processes of this job."""
+    """Write the missing shards of each process, and return the numbers of images of this job."""
     assert options.output is not None
     job, num_jobs = map(int, (options.shard or "1/1").split("/"))
     worker_index = (job - 1) * accelerator.num_processes + accelerator.process_index
@@ -307,24 +302,24 @@ def predict_to_folder(
         "input": run_on_main(accelerator, source.compute_fingerprint),
         "model": compute_model_digest(predictor.model, predictor.processor),
     }
+    num_shards = None
+    write_shards: Any = write_stream_shards
     if isinstance(source, StreamInput):
         settings["num_workers"] = num_workers
-    num_shards = None
-    if not isinstance(source, StreamInput):
+    else:
         num_shards = len(list_shard_indices(source.num_images, options.shard_size))
+        write_shards = write_list_shards
     folder = ShardFolder(
         options.output, options.shard_size, json.loads(json.dumps(settings)), num_shards
     )
     folder.open()
-    write_shards: Any = (
-        write_stream_shards if isinstance(source, StreamInput) else write_list_shards
-    )
     is_shown = accelerator.is_main_process
     shards = gather_object(
         write_shards(folder, worker_index, num_workers, source, predictor, is_shown)
     )
     return PredictionCounts(
-        *(sum(shard[name] for shard in shards) for name in ("images", "failed"))
+        num_images=sum(shard["images"] for shard in shards),
+        num_failed=sum(shard["failed"] for shard in shards),
     )
 
 
@@ -344,7 +339,7 @@ def write_list_shards(
     metadata = [folder.read_finished(file) for file in files]
     for position in show_progress(range(len(files)), "files", len(files), is_shown):
         if metadata[position] is None:
-            rows = list(predictor.iterate_rows(source.read_records([local_shards[position]])))
+            rows = list(predictor.iterate_rows(source.read_records(local_shards[position])))
             metadata[position] = folder.write(
                 files[position], rows, predictor.columns.columns, num_shards=len(shards)
             )
@@ -359,7 +354,10 @@ def write_stream_shards(
     predictor: Predictor,
     is_shown: bool,
 ) -> list[dict[str, Any]]:
-    """Continue the shards of one worker from the state of the stream in its last shard, as `write_list_shards`."""
+    """Continue the shards of one worker from the state of the stream in its last shard.
+
+    Return the metadata as `write_list_shards`.
+    """
     from datasets.distributed import split_dataset_by_node
 
     stream = split_dataset_by_node(source.dataset, worker_index, num_workers)
@@ -392,7 +390,7 @@ def write_stream_shards(
 
 
 def compute_model_digest(model: PreTrainedModel, processor: ViTCLSImageProcessor) -> str:
-    """Return a digest of all weights, labels and preprocessing settings, which determine the predictions."""
+    """Return a digest of what determines predictions: weights, labels and preprocessing."""
     settings = [model.config.id2label, model.config.tasks, processor.to_dict()]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, weights in sorted(model.state_dict().items()):

@@ -47,16 +47,19 @@ DEFAULT_THRESHOLD = 0.5
 
 
 def select_top_labels(logits: torch.Tensor, names: list[str], top_k: int) -> list[list[Label]]:
-    """Return the `top_k` most probable labels of each image, given single-label logits [B, num_labels]."""
+    """Return the `top_k` most probable labels of each image, given logits [B, num_labels].
+
+    Each image has one label.
+    """
     # values and indices, [B, top_k]
     top_labels = logits.float().softmax(dim=1).topk(min(top_k, len(names)), dim=1)
     return build_labels(top_labels.indices, top_labels.values, names)
 
 
 def select_probable_labels(
-    logits: torch.Tensor, names: list[str], threshold: float = DEFAULT_THRESHOLD
+    logits: torch.Tensor, names: list[str], threshold: float
 ) -> list[list[Label]]:
-    """Return the labels of each image whose probability is at least `threshold`, the most probable first.
+    """Return the labels of each image whose probability is at least `threshold`, sorted.
 
     The multi-label logits are [B, num_labels].
     """
@@ -71,7 +74,7 @@ def select_probable_labels(
 def build_labels(
     indices: torch.Tensor, probabilities: torch.Tensor, names: list[str]
 ) -> list[list[Label]]:
-    """Return the names and probabilities of labels, given the label indices [B, n] and the probabilities [B, n]."""
+    """Return the names and probabilities of labels, given indices and probabilities [B, n]."""
     labels = []
     for pair in zip(indices.tolist(), probabilities.tolist(), strict=True):
         image_labels = zip(*pair, strict=True)
@@ -79,105 +82,104 @@ def build_labels(
     return labels
 
 
+def name_column(task: str, name: str) -> str:
+    """Return the name of a column of a task. That of a classifier has an empty name."""
+    return f"{task}_{name}" if task else name
+
+
 class LabelColumns:
     """Output columns of a classifier and of added tasks: the `top_k` most probable labels.
 
     With several labels per image, there are up to `top_k` labels with probabilities of at least the
-    threshold. The task of a classifier has an empty name.
+    threshold.
+
+    Args:
+        model: The model.
+        heads: Labels and threshold of each task. The task of a classifier has an empty name.
+        top_k: Maximum number of labels per image.
+        set_limit: Limit of the scores of labels in prediction sets (confidence.py).
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
-        names: dict[str, list[str]],
+        heads: Mapping[str, ExtraHead],
         top_k: int | None,
         set_limit: float | None = None,
-        label_lists: Mapping[str, ExtraHead] | None = None,
     ) -> None:
         self.model = model
-        self.label_lists = label_lists or {}  # tasks with several labels per image
         self.max_labels = top_k
-        # limit of the scores of labels in prediction sets (confidence.py)
         self.set_limit = set_limit
-        self.energy_thresholds = get_energy_thresholds(model.config, names)
-        self.names = names  # task -> label names
+        self.label_lists = {
+            task: head
+            for task, head in heads.items()
+            if head.problem_type == "multi_label_classification"
+        }
+        self.single_labels = {
+            task: head for task, head in heads.items() if task not in self.label_lists
+        }
+        self.energy_thresholds = {
+            task: head.threshold
+            for task, head in self.single_labels.items()
+            if head.threshold is not None
+        }
         # task -> names of label and probability columns
         self.column_pairs: dict[str, list[tuple[str, str]]] = {}
         self.columns: dict[str, pa.DataType] = {}
 
-        for task, task_names in names.items():
-            prefix = f"{task}_" if task else ""
-            suffixes = [
-                "",
-                *(f"_{rank}" for rank in range(2, min(top_k or 1, len(task_names)) + 1)),
-            ]
+        for task, head in self.single_labels.items():
+            ranks = range(2, min(top_k or 1, len(head.labels)) + 1)
             self.column_pairs[task] = [
-                (f"{prefix}label{suffix}", f"{prefix}probability{suffix}") for suffix in suffixes
+                (name_column(task, f"label{suffix}"), name_column(task, f"probability{suffix}"))
+                for suffix in ("", *(f"_{rank}" for rank in ranks))
             ]
             for label_column, probability_column in self.column_pairs[task]:
                 self.columns |= {label_column: pa.string(), probability_column: pa.float32()}
 
         for task in self.label_lists:
-            prefix = f"{task}_" if task else ""
-            self.columns[f"{prefix}labels"] = pa.list_(pa.string())
-            self.columns[f"{prefix}probabilities"] = pa.list_(pa.float32())
+            self.columns[name_column(task, "labels")] = pa.list_(pa.string())
+            self.columns[name_column(task, "probabilities")] = pa.list_(pa.float32())
         for task in self.energy_thresholds:
-            self.columns[f"{task}_unknown" if task else "unknown"] = pa.bool_()
+            self.columns[name_column(task, "unknown")] = pa.bool_()
         if set_limit is not None:
             self.columns["label_set"] = pa.list_(pa.string())
 
     def predict(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the logits [B, num_labels] of each task."""
-        tasks = {*self.names, *self.label_lists}
         outputs: Any = self.model(pixel_values)
-        logits_by_task = (
-            outputs.logits if isinstance(outputs.logits, dict) else {"": outputs.logits}
-        )
-        logits_by_task = {**logits_by_task, **(getattr(outputs, "task_logits", None) or {})}
-        logits_by_task = {task: logits for task, logits in logits_by_task.items() if task in tasks}
-        return {task: task_logits.float() for task, task_logits in logits_by_task.items()}
+        logits = outputs.logits if isinstance(outputs.logits, dict) else {"": outputs.logits}
+        logits = {**logits, **(getattr(outputs, "task_logits", None) or {})}
+        return {task: logits[task].float() for task in (*self.single_labels, *self.label_lists)}
 
     def build_rows(self, outputs: dict[str, torch.Tensor]) -> list[Row]:
         """Return one row per image with the most probable labels."""
         rows: list[Row] = [{} for _ in next(iter(outputs.values()))]
         for task, pairs in self.column_pairs.items():
-            top_labels = select_top_labels(outputs[task], self.names[task], len(pairs))
+            names = self.single_labels[task].labels
+            top_labels = select_top_labels(outputs[task], names, len(pairs))
             for row, labels in zip(rows, top_labels, strict=True):
-                for (label_column, probability_column), (label, probability) in zip(
-                    pairs, labels, strict=True
-                ):
-                    row |= {label_column: label, probability_column: probability}
+                for columns, label in zip(pairs, labels, strict=True):
+                    row |= dict(zip(columns, label, strict=True))
 
         for task, head in self.label_lists.items():
             threshold = DEFAULT_THRESHOLD if head.threshold is None else head.threshold
             images = select_probable_labels(outputs[task], head.labels, threshold)
-            prefix = f"{task}_" if task else ""
             for row, image_labels in zip(rows, images, strict=True):
                 labels = image_labels[: self.max_labels]
-                row[f"{prefix}labels"] = [name for name, _ in labels]
-                row[f"{prefix}probabilities"] = [probability for _, probability in labels]
+                row[name_column(task, "labels")] = [name for name, _ in labels]
+                row[name_column(task, "probabilities")] = [probability for _, probability in labels]
 
         for task, threshold in self.energy_thresholds.items():
-            column = f"{task}_unknown" if task else "unknown"
             energies = compute_energies(outputs[task].cpu().numpy())
             for row, energy in zip(rows, energies, strict=True):
-                row[column] = bool(energy > threshold)
+                row[name_column(task, "unknown")] = bool(energy > threshold)
 
         if self.set_limit is not None:
+            names = self.single_labels[""].labels
             sets = build_prediction_sets(outputs[""].softmax(dim=1).cpu().numpy(), self.set_limit)
             for row, is_in_set in zip(rows, sets, strict=True):
-                row["label_set"] = [self.names[""][index] for index in is_in_set.nonzero()[0]]
+                row["label_set"] = [names[index] for index in is_in_set.nonzero()[0]]
         return rows
-
-
-def get_energy_thresholds(config: Any, tasks: Iterable[str]) -> dict[str, float]:
-    """Return the largest energy of a known image, for each task with one label per image that has a threshold.
-
-    The task of a classifier has an empty name.
-    """
-    thresholds = {"": config.energy_threshold}
-    thresholds |= {task: head.threshold for task, head in config.get_added_tasks().items()}
-    return {task: thresholds[task] for task in tasks if thresholds.get(task) is not None}
 
 
 # Features -----------------------------------------------------------------------------------------
@@ -191,7 +193,7 @@ FEATURE_DTYPES = {
 
 @dataclass(frozen=True)
 class Feature:
-    """The tokens of a group, or the mean of the patch tokens, in the output of a layer after the final norm."""
+    """The tokens of a group, or the mean of the patches, of a layer after the final norm."""
 
     group: str
     layer: int | None  # number of the layer, starting from 1; None for the last layer
@@ -238,9 +240,7 @@ class FeatureColumns:
     Raise ValueError if the model has no such tokens.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, names: Sequence[str], dtype: str = "float32"
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, names: Sequence[str], dtype: str) -> None:
         self.encoder = model.base_model
         columns = ["features"] if len(names) == 1 else names
         self.features = {
@@ -266,7 +266,10 @@ class FeatureColumns:
         }
 
     def count_special_tokens(self) -> int | None:
-        """Return the number of leading special tokens that contain all features, or None if patches are required."""
+        """Return the number of leading special tokens that contain all features.
+
+        It is None if patches are required.
+        """
         config: Any = self.encoder.config
         groups = {feature.group for feature in self.features.values()}
         if groups & {"mean", "patches"} or not config.can_trim_last_layer:
@@ -274,7 +277,10 @@ class FeatureColumns:
         return max(getattr(config.token_layout, group).stop for group in groups)
 
     def build_rows(self, outputs: dict[str, torch.Tensor]) -> list[Row]:
-        """Return one row per image with the features: one array, or a list with one array per token."""
+        """Return one row per image with the features.
+
+        A feature is one array, or a list with one array per token.
+        """
         arrays = {name: output.cpu().numpy() for name, output in outputs.items()}
         rows = []
         for index in range(len(next(iter(arrays.values())))):
@@ -310,27 +316,21 @@ def build_prediction_columns(
     if features is not None:
         return FeatureColumns(model, features, feature_dtype)
 
-    heads = config.get_added_tasks()
-    label_lists = {
-        name: head
-        for name, head in heads.items()
-        if head.problem_type == "multi_label_classification"
-    }
-    added_tasks = {name: head.labels for name, head in heads.items() if name not in label_lists}
-    if heads and not config.tasks and not config.num_labels:
-        return LabelColumns(model, added_tasks, top_k, label_lists=label_lists)
+    added_heads = config.get_added_tasks()
+    if added_heads and not config.tasks and not config.num_labels:
+        return LabelColumns(model, added_heads, top_k)
 
     check_is_classifier(config)
     if config.tasks:
-        return LabelColumns(
-            model, config.task_labels() | added_tasks, top_k, label_lists=label_lists
-        )
+        heads = {task: ExtraHead(labels) for task, labels in config.task_labels().items()}
+        return LabelColumns(model, heads | added_heads, top_k)
 
     names = [config.id2label[index] for index in range(config.num_labels)]
     if is_multi_label(config):
-        own_list = ExtraHead(names, threshold=threshold)
-        return LabelColumns(model, added_tasks, top_k, label_lists={"": own_list} | label_lists)
-    return LabelColumns(model, {"": names} | added_tasks, top_k, set_limit, label_lists)
+        head = ExtraHead(names, problem_type="multi_label_classification", threshold=threshold)
+        return LabelColumns(model, {"": head} | added_heads, top_k)
+    head = ExtraHead(names, threshold=config.energy_threshold)
+    return LabelColumns(model, {"": head} | added_heads, top_k, set_limit)
 
 
 def predict_rows(
@@ -373,7 +373,10 @@ def predict_rows(
 def try_predict(
     columns: PredictionColumns, pixel_values: torch.Tensor
 ) -> dict[str, torch.Tensor] | str:
-    """Return the outputs [B, ...] for images [B, C, H, W], or the reason why the model does not support them."""
+    """Return the outputs [B, ...] for images [B, C, H, W].
+
+    If the model does not support the images, it is the reason.
+    """
     try:
         return columns.predict(pixel_values)
     except GraphError:

@@ -1,4 +1,4 @@
-"""Folders of Parquet files (`vitcls predict --output FOLDER`), written by any number of jobs without communication.
+"""Folders of Parquet files (`predict --output FOLDER`), written by independent jobs.
 
     shard-000003.parquet           images 3 * shard_size, ... of a list or a dataset
     shard-0001-000003.parquet      the fourth file of worker 1, for a stream
@@ -16,7 +16,7 @@ import json
 import re
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
@@ -41,7 +41,7 @@ MIN_UNFINISHED_AGE = 3600.0
 
 @dataclass(frozen=True)
 class ShardFolder:
-    """An output folder, the settings in all of its files, and the number of files (None for a stream)."""
+    """An output folder, the settings in its files, and their number (None for a stream)."""
 
     path: Path
     shard_size: int
@@ -78,7 +78,7 @@ class ShardFolder:
                     unfinished_file.unlink()
 
     def check_settings(self, file: Path, metadata: dict[str, Any]) -> None:
-        """Raise ValueError if the settings in the metadata of a shard differ from those of this prediction."""
+        """Raise ValueError if the settings in a shard differ from those of this prediction."""
         for name, value in self.settings.items():
             if metadata["settings"].get(name) != value:
                 difference = f"another {name}" if name in ("input", "model") else f"other `{name}`"
@@ -129,7 +129,7 @@ def format_shard_name(shard_index: int, worker_index: int | None = None) -> str:
 
 
 def parse_shard_name(name: str) -> tuple[int, int | None] | None:
-    """Return the index and the worker of a shard (None without workers), or None for another file."""
+    """Return the index and the worker of a shard (None without workers); None for another file."""
     match = SHARD_NAME.fullmatch(name)
     if match is None:
         return None
@@ -145,7 +145,10 @@ def list_shards(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def check_name(file: Path, num_shards: int | None, settings: dict[str, Any]) -> None:
-    """Raise ValueError if a prediction with `num_shards` shards (None for a stream) does not write this file."""
+    """Raise ValueError if a prediction does not write this file.
+
+    The prediction has `num_shards` shards, or None for a stream.
+    """
     shard_index, worker_index = parse_shard_name(file.name) or (None, None)
     if num_shards is None:
         is_expected = worker_index is not None and worker_index < settings["num_workers"]
@@ -162,14 +165,21 @@ def read_metadata(file: Path) -> dict[str, Any]:
     """Return the metadata of a shard. Raise ValueError if the file is damaged."""
     if not file.is_file():  # a pipe, from which reading would wait forever
         raise ValueError(f"{file} is not a regular file. Delete it, and repeat")
-    try:
+    with explain_damage(file):
         metadata = pq.read_metadata(file)
         fields = json.loads(metadata.metadata[METADATA_KEY])
         if fields["images"] != metadata.num_rows:
             raise ValueError(f"{metadata.num_rows} of {fields['images']} rows")
         if not isinstance(fields.get("num_shards", 0), int):
             raise ValueError("its number of shards is not a number")
-        return fields
+    return fields
+
+
+@contextmanager
+def explain_damage(file: Path) -> Iterator[None]:
+    """Raise ValueError of one line for any error while a shard is read."""
+    try:
+        yield
     except Exception as error:  # pyarrow raises several types of errors
         raise ValueError(
             f"{file} is damaged ({format_error(error)}). Delete the file, and repeat"
@@ -179,7 +189,7 @@ def read_metadata(file: Path) -> dict[str, Any]:
 def check_indices(file: Path, metadata: dict[str, Any]) -> None:
     """Raise ValueError if the images of a shard are not exactly those that its name determines."""
     shard_index, worker_index = parse_shard_name(file.name) or (0, None)
-    try:
+    with explain_damage(file):
         settings = metadata["settings"]
         num_images = metadata["images"]
         shard_size = settings["shard_size"]
@@ -197,10 +207,6 @@ def check_indices(file: Path, metadata: dict[str, Any]) -> None:
 
         expected = list(range(start, start + num_images * step, step))
         indices = pq.read_table(file, columns=["index"])["index"].to_pylist()
-    except Exception as error:  # pyarrow raises several types of errors
-        raise ValueError(
-            f"{file} is damaged ({format_error(error)}). Delete the file, and repeat"
-        ) from error
 
     if num_images != expected_size or indices != expected:
         raise ValueError(

@@ -16,7 +16,7 @@ MEASUREMENT_SECONDS = 0.5  # approximate duration of the measurement in seconds
 
 @torch.inference_mode()
 def measure_inference_speed(model: Any, device: torch.device) -> dict[str, Any]:
-    """Return the median speed in images per second over a few forward passes, and the conditions of the measurement.
+    """Return the median speed in images per second, and the conditions of the measurement.
 
     The batch size is 32, or smaller if the measurement would otherwise take too long. A model that
     needs longer than MEASUREMENT_SECONDS for one image is measured once.

@@ -22,7 +22,7 @@ def get_token_names(config: Any) -> list[str]:
 
 
 def get_token_names_by_group(config: Any) -> dict[str, list[str]]:
-    """Return a dict that maps token groups ("cls", "distillation" and "registers") to the names of their tokens."""
+    """Return the names of the tokens of each group: "cls", "distillation" and "registers"."""
     layout = config.token_layout
     indices = range(layout.num_prefix_tokens)
     names: dict[str, list[str]] = {}

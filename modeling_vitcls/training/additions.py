@@ -27,6 +27,7 @@ from ..conversion.any_checkpoint import resolve
 from ..data.evaluated_images import find_evaluated_images
 from ..data.held_out import ADDITIONS_KEY, HELD_OUT_RECORD_KEY, read_held_out_record
 from ..data.images import LabeledImages
+from ..data.label_matching import match_labels
 from ..data.labels import LabelSpace, get_label_space
 from ..data.options import DataOptions
 from ..data.sources import load_splits
@@ -37,10 +38,9 @@ from ..hub.model_files import CERTIFICATE_FILE, RECIPE_FILE, RESULTS_FILE, hash_
 from ..hub.model_folder import ModelFolder
 from ..hub.provenance import Provenance, find_provenance
 from ..inference.confidence import find_energy_threshold
-from ..inference.evaluate import match_labels, set_up_evaluation
+from ..inference.evaluate import set_up_evaluation
 from ..inference.evaluator import round_floats
 from ..inference.frozen_features import (
-    ClassifierPass,
     FeatureLayout,
     Features,
     FrozenPass,
@@ -51,17 +51,14 @@ from ..inference.linear_probe import (
     LAST_CLS_INNER_MEAN,
     NUM_LAST_LAYERS,
     NUM_SINGLE_LAYERS,
-    AddedRowsValidation,
     Candidate,
     LinearClassifier,
     ProbeChoice,
     choose_probe,
     describe_candidate,
-    fit_added_rows,
     fit_classifier,
     list_candidates,
 )
-from ..inference.options import EvaluateOptions
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, count_output_tokens
 from ..runtime.distributed import set_mixed_precision
@@ -187,9 +184,7 @@ def add_task_from_options(options: AddTaskOptions) -> dict[str, Any]:
 
 def load_base(source: str, options: AdditionOptions) -> Base:
     """Load a model, its image processor and the device."""
-    accelerator, console, warn = set_up_evaluation(
-        EvaluateOptions(source, options.data, mixed_precision=options.mixed_precision)
-    )
+    accelerator, console, warn = set_up_evaluation(options.mixed_precision)
     folder = resolve(source)
     model = load_old_model(folder)
     if isinstance(model, ViTCLSModel):
@@ -686,10 +681,10 @@ def compute_class_features(
 ) -> Features:
     """Pass images through the model once, and return their features, with the logits as the last columns."""
     model = base.model.to(base.accelerator.device).eval()
-    classifier_pass = ClassifierPass(
-        model,
+    frozen_pass = FrozenPass(
         images,
         base.layout,
+        has_logits=True,
         processor=base.processor,
         label_space=label_space,
         options=options.data,
@@ -698,7 +693,7 @@ def compute_class_features(
         num_channels=base.config.num_channels,
         warn=base.warn,
     )
-    features = classifier_pass(model, base.console)
+    features = frozen_pass(model, base.console)
     return features.take(features.labels >= 0)
 
 
@@ -729,7 +724,7 @@ def fit_new_rows(
         labels,
         num_labels,
         [candidate for candidate in base.list_candidates() if candidate.layers[-1] == -1],
-        partial(AddedRowsValidation, old_logits),
+        old_logits,
     )
     candidate = choice.candidate
     if choice.score is None:
@@ -739,13 +734,13 @@ def fit_new_rows(
     is_predicted = np.isfinite(choice.score.losses)
     out_of_fold, predicted_labels = choice.score.logits[is_predicted], labels[is_predicted]
     bias = choose_bias(out_of_fold, predicted_labels, num_old, max_old_loss)
-    classifier = fit_added_rows(
+    classifier = fit_classifier(
         features=features.select(candidate).astype(np.float64),
         labels=labels,
-        old_logits=old_logits,
         num_labels=num_labels,
         scale=candidate.scale,
         strength=choice.strength,
+        old_logits=old_logits,
     )
     classifier = LinearClassifier(
         classifier.weight, (classifier.bias + bias.shift).astype(np.float32)

@@ -423,7 +423,7 @@ def compare_predictions(
     Prints the accuracy of each class and the number of images with another prediction (McNemar's
     exact test).
     """
-    accelerator, _, warn = set_up_evaluation(EvaluateOptions(folders[0].source, data_options))
+    accelerator, _, warn = set_up_evaluation()
     predictions = []
     truths = []
     for folder in folders:

@@ -24,7 +24,7 @@ from sklearn.neighbors import NearestNeighbors
 from threadpoolctl import threadpool_limits
 from torch import nn
 
-from ..data.aspect_ratio import get_fit, set_fit
+from ..data.aspect_ratio import get_fit, read_sizes, set_fit
 from ..data.images import LabeledImages
 from ..inference.evaluator import round_floats
 from ..inference.frozen_features import (
@@ -67,7 +67,6 @@ FLOPS_OF_STEP = 3  # forward and backward pass of an image, relative to its forw
 # of two cores with AVX-512; the estimate of a duration is within a factor of 3
 CPU_FLOPS_PER_MINUTE = 60 * 150e9
 MAX_CPU_FLOPS = 10 * CPU_FLOPS_PER_MINUTE  # of a run on a CPU whose length the user has not set
-NUM_MEASURED_SHAPES = 64  # images whose aspect ratio is read
 NUM_NEAREST_IMAGES = 3  # nearest training images of a wrong prediction
 # median of the longer side divided by the shorter, from which two geometries are compared
 MIN_ASPECT_RATIO = 1.05
@@ -414,13 +413,7 @@ class Probe:
 
 def has_various_shapes(images: LabeledImages) -> bool:
     """Return whether the median image of a sample is clearly not square."""
-    ratios = []
-    for index in range(0, len(images), -(-len(images) // NUM_MEASURED_SHAPES) or 1):
-        try:
-            width, height = images.images[index].size
-        except ValueError:  # an unreadable image, which is reported when it is used
-            continue
-        ratios.append(max(width, height) / min(width, height))
+    ratios = [max(size) / min(size) for size in read_sizes(images.images)]
     return bool(ratios) and median(ratios) >= MIN_ASPECT_RATIO
 
 

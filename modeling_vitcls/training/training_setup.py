@@ -70,6 +70,7 @@ def build_training_images(
     to_rgb = bool(processor.do_convert_rgb)
     builder = BatchBuilder(
         augmentation,
+        data.label_space,
         to_rgb,
         seed=options.training.seed,
         num_views=num_views,

@@ -1,4 +1,4 @@
-"""`--fit`: the region of an image that reaches the model, in training, prediction and saved processors."""
+"""`--fit`: the region of an image that reaches the model, in training and prediction."""
 
 from pathlib import Path
 
@@ -100,6 +100,7 @@ def test_random_crops_of_padded_images_have_the_aspect_ratio_of_the_input() -> N
     processor = ViTCLSImageProcessor(do_resize=False)
     set_fit(processor, "pad", (32, 48))
     assert processor.do_resize  # in prediction
+
     augmentation = build_augmentation(AugmentationOptions(crop_scale=0.5, shift=0.0), processor)
     assert augmentation.fixed_transform(torch.zeros(3, 40, 30, dtype=torch.uint8)).shape == (
         3,
@@ -111,6 +112,7 @@ def test_random_crops_of_padded_images_have_the_aspect_ratio_of_the_input() -> N
         60,
         90,
     )
+
     processor.do_normalize = False
     # black
     assert (

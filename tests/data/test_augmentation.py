@@ -51,9 +51,11 @@ def test_augmentation_depends_only_on_seed_and_index(name: str) -> None:
     indices = [5, 0, 7, 1, 2, 9]
     state = torch.get_rng_state()
     first = augment(augmentation, sources, 3, indices)
+
     assert torch.equal(torch.get_rng_state(), state)
     assert first.shape == (6, 3, 24, 32)
     assert first.dtype == torch.uint8
+
     # Neither the state of the global generator nor the other images of the batch must matter.
     torch.rand(1)
     assert torch.equal(augment(augmentation, sources[2:4], 3, indices[2:4]), first[2:4])
@@ -113,6 +115,7 @@ def test_placement_equals_torchvision_affine(
         smooth.float(), interpolation=InterpolationMode.BILINEAR, **full
     )
     inside = (slice(None), slice(None), slice(2, -2), slice(2, -2))
+
     # rounded
     torch.testing.assert_close(placed.float()[inside], expected[inside], atol=0.51, rtol=0)
 
@@ -139,6 +142,7 @@ def test_erasing_changes_only_a_rectangle() -> None:
     top, left = changed.min(dim=0).values.tolist()
     bottom, right = changed.max(dim=0).values.tolist()
     part = erased[:, top : bottom + 1, left : right + 1].float()
+
     assert 0.01 * 40 * 36 < part[0].numel() < 0.4 * 40 * 36
     assert len(changed) > 0.9 * part[0].numel()
     assert 100 < part.mean() < 156

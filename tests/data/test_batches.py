@@ -6,7 +6,6 @@ import time
 from itertools import islice
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -18,7 +17,6 @@ from PIL import Image
 
 from modeling_vitcls import ViTCLSImageProcessor
 from modeling_vitcls.data import batches as batches_module
-from modeling_vitcls.data import workers as workers_module
 from modeling_vitcls.data.augmentation import build_augmentation
 from modeling_vitcls.data.batches import (
     Batch,
@@ -28,20 +26,28 @@ from modeling_vitcls.data.batches import (
     iterate_training_batches,
 )
 from modeling_vitcls.data.images import ArrayImages, DatasetImages, LabeledImages
+from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.data.options import AugmentationOptions
 from modeling_vitcls.data.sampling import derive_seed
 from modeling_vitcls.data.streaming import TrainingStream
 
 
+LABELS = LabelSpace("single_label_classification", {"label": list("abcde")})
+
+
 def build_images(
-    source: LabeledImages, seed: int = 0, num_views: int = 0, **options: Any
+    source: LabeledImages,
+    seed: int = 0,
+    num_views: int = 0,
+    label_space: LabelSpace = LABELS,
+    **options: Any,
 ) -> TrainingImages | TrainingStream:
     options = {"crop_scale": 1.0, "flip": False, "shift": 0.0} | options
     augmentation = build_augmentation(
         AugmentationOptions(**options), ViTCLSImageProcessor(size=[16, 16])
     )
     return TrainingImages(
-        source, BatchBuilder(augmentation, to_rgb=True, seed=seed, num_views=num_views)
+        source, BatchBuilder(augmentation, label_space, to_rgb=True, seed=seed, num_views=num_views)
     )
 
 
@@ -67,6 +73,7 @@ def test_a_batch_contains_its_keys() -> None:
     source = LabeledImages(build_noise_images(5), [0, 1, 2, 3, 4])
     images = build_images(source, seed=7, rotation=20)
     batch = images[[(3, 4), (0, 2)]]
+
     assert batch.pop("errors") == {}
     assert {name: (list(value.shape), value.dtype) for name, value in batch.items()} == {
         "pixels": ([2, 3, 16, 16], torch.uint8),
@@ -77,6 +84,7 @@ def test_a_batch_contains_its_keys() -> None:
     }
     assert batch["labels"].tolist() == batch["index"].tolist() == [4, 2]
     assert batch["epoch"].tolist() == batch["view"].tolist() == [3, 0]
+
     seeds = np.array([derive_seed(7, 3), derive_seed(7, 0)], np.uint64)
     prepared = [images.builder.prepare_image(source.images[index]) for index in (4, 2)]
     assert torch.equal(
@@ -85,19 +93,24 @@ def test_a_batch_contains_its_keys() -> None:
 
 
 @pytest.mark.parametrize(
-    ("labels", "expected"),
+    ("label_space", "labels", "expected"),
     [
-        ([[0.0, 1.0], [1.0, 1.0]], torch.tensor([[0.0, 1.0], [1.0, 1.0]])),
         (
+            LabelSpace("multi_label_classification", {"tags": ["a", "b"]}),
+            [[0.0, 1.0], [1.0, 1.0]],
+            torch.tensor([[0.0, 1.0], [1.0, 1.0]]),
+        ),
+        (
+            LabelSpace("multi_task", {"a": ["x", "y"], "b": ["x", "y", "z"]}),
             [{"a": 1, "b": -100}, {"a": 0, "b": 2}],
             {"a": torch.tensor([1, 0]), "b": torch.tensor([-100, 2])},
         ),
     ],
 )
 def test_labels_of_several_classes_and_tasks_become_tensors(
-    labels: list[Any], expected: Any
+    label_space: LabelSpace, labels: list[Any], expected: Any
 ) -> None:
-    images = build_images(LabeledImages(build_noise_images(2), labels))
+    images = build_images(LabeledImages(build_noise_images(2), labels), label_space=label_space)
     torch.testing.assert_close(images[[(0, 0), (0, 1)]]["labels"], expected)
 
 
@@ -212,6 +225,7 @@ def test_a_dataset_without_any_readable_image_is_a_one_line_error(
     source = LabeledImages(
         DatasetImages.from_list([str(tmp_path / f"{index}.png") for index in range(3)]), [0, 1, 2]
     )
+
     with pytest.raises(
         ValueError, match=r"^none of the 3 images can be read\. First error: .*\.png"
     ) as caught:
@@ -226,19 +240,8 @@ def test_a_dataset_without_any_readable_image_is_a_one_line_error(
 # Workers ------------------------------------------------------------------------------------------
 
 
-def test_batches_for_a_gpu_are_in_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    loader = Mock(return_value=[])
-    monkeypatch.setattr(workers_module, "DataLoader", loader)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    images = build_images(LabeledImages(build_noise_images(2), [0, 1]))
-    plan = build_plan(2, batch_size=2, max_steps=1)
-    assert not list(iterate_training_batches(images, plan, 0, num_workers=3))
-    assert loader.call_args.kwargs["pin_memory"]
-    assert loader.call_args.kwargs["num_workers"] == 3
-
-
 def test_workers_ignore_the_signals_that_stop_a_run() -> None:
-    """Ctrl-C and a cluster's SIGTERM reach all processes, but the main process still has to save."""
+    """Ctrl-C and a cluster's SIGTERM reach all processes, but the main process has to save."""
     source = LabeledImages(build_noise_images(4), [0] * 4)
     batches = iterate_training_batches(
         build_images(source), build_plan(4, max_steps=60, batch_size=2), 0, num_workers=2
@@ -247,11 +250,14 @@ def test_workers_ignore_the_signals_that_stop_a_run() -> None:
     for _ in range(2):
         next(batches)  # one batch from each worker: both have started
     workers = [child for child in multiprocessing.active_children() if child not in before]
+
     assert len(workers) == 2
+
     for name in ("INT", "TERM", "USR1"):
         subprocess.run(["kill", f"-{name}", *(str(worker.pid) for worker in workers)], check=True)
     time.sleep(0.2)
     assert len(list(islice(batches, 50))) == 50
+
     for worker in workers:
         worker.terminate()  # a SIGTERM from this process, as at exit
         worker.join(timeout=10)
@@ -269,7 +275,7 @@ def test_a_gray_model_skips_color_images(tmp_path: Path) -> None:
     )
     source = LabeledImages(images, [0, 1, 2, 3])
     prepared = TrainingImages(
-        source, BatchBuilder(augmentation, to_rgb=False, seed=0, num_channels=1)
+        source, BatchBuilder(augmentation, LABELS, to_rgb=False, seed=0, num_channels=1)
     )
 
     batch = prepared[[(0, 0), (0, 1), (0, 2), (0, 3)]]
@@ -281,11 +287,13 @@ def test_a_gray_model_skips_color_images(tmp_path: Path) -> None:
     arrays = LabeledImages(ArrayImages(np.zeros((2, 12, 10), dtype=np.uint8)), [0, 1])
     options = AugmentationOptions(crop_scale=1.0, shift=0.0, auto_augment="rand")
     gray = build_augmentation(options, ViTCLSImageProcessor(size=[16, 16]))
-    prepared = TrainingImages(arrays, BatchBuilder(gray, to_rgb=False, seed=0))
+    prepared = TrainingImages(arrays, BatchBuilder(gray, LABELS, to_rgb=False, seed=0))
     assert prepared[[(0, 0)]]["pixels"].shape == (1, 1, 16, 16)
 
     images[1].save(tmp_path / "color.png")
     files = LabeledImages(DatasetImages.from_list([str(tmp_path / "color.png")]), [0])
-    named = TrainingImages(files, BatchBuilder(augmentation, to_rgb=False, seed=0, num_channels=1))
+    named = TrainingImages(
+        files, BatchBuilder(augmentation, LABELS, to_rgb=False, seed=0, num_channels=1)
+    )
     with raises_one_line(f"'{tmp_path / 'color.png'}' has 3 channels"):
         named[[(0, 0)]]

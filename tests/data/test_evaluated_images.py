@@ -1,4 +1,4 @@
-"""Which images `vitcls evaluate` evaluates: all that it is given, except those that the model was trained on."""
+"""`vitcls evaluate` evaluates all given images, except those that the model was trained on."""
 
 import shutil
 from pathlib import Path
@@ -36,7 +36,7 @@ def train(folder: Path, dataset: Path, **flags: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder of 60 photos without splits, `train`, next to `run`, a model that was trained on it."""
+    """Return a folder with 60 photos without splits, `train`, and a model of them, `run`."""
     root = tmp_path_factory.mktemp("photos")
     write_photos(root / "train", range(30))
     train(root / "run", root / "train")
@@ -64,37 +64,27 @@ def run_evaluate(tmp_path: Path, model: Path, dataset: Path, *flags: str) -> dic
 # Images that the model was not trained on ---------------------------------------------------------
 
 
-def test_other_photos_are_evaluated_whole(
-    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_other_photos_are_evaluated_whole(photos: Path, tmp_path: Path) -> None:
     """The files have the same names as the training images."""
     other = write_photos(tmp_path / "test", range(100, 130))
     for path in other.glob("*/*.png"):
         path.rename(path.with_stem(str(int(path.stem) - 100)))
     found = run_evaluate(tmp_path, photos / "run", other)
     assert (found["num_images"], found["images"], found["num_trained_images"]) == (60, "whole", 0)
-    assert "60 images of" in capsys.readouterr().out
 
 
-def test_the_validation_split_is_evaluated_if_there_is_no_test_split(
+def test_the_test_split_is_evaluated_or_else_the_validation_split(
     photos: Path, tmp_path: Path
 ) -> None:
     write_photos(tmp_path / "AB" / "train", range(40, 45))
-    write_photos(tmp_path / "AB" / "val", range(50, 57))
-    found = run_evaluate(tmp_path, photos / "run", tmp_path / "AB")
-    assert (found["split"], found["num_images"]) == ("validation", 14)
-
-
-def test_the_test_split_is_evaluated_before_the_validation_split(
-    photos: Path, tmp_path: Path
-) -> None:
-    for split, numbers in (
-        ("train", range(40, 45)),
-        ("val", range(50, 57)),
-        ("test", range(60, 63)),
+    for folder, numbers, split in (
+        ("val", range(50, 57), "validation"),
+        ("test", range(60, 63), "test"),
     ):
-        write_photos(tmp_path / "AB" / split, numbers)
-    assert run_evaluate(tmp_path, photos / "run", tmp_path / "AB")["num_images"] == 6
+        write_photos(tmp_path / "AB" / folder, numbers)
+        found = run_evaluate(tmp_path, photos / "run", tmp_path / "AB")
+        assert found["split"] == split
+        assert found["num_images"] == 2 * len(numbers)
 
 
 def test_a_model_without_a_record_is_evaluated_on_all_images(photos: Path, tmp_path: Path) -> None:
@@ -143,9 +133,7 @@ def test_renamed_training_images_are_not_evaluated(photos: Path, tmp_path: Path)
     )
 
 
-def test_images_added_to_the_training_folder_are_evaluated(
-    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_images_added_to_the_training_folder_are_evaluated(photos: Path, tmp_path: Path) -> None:
     shutil.copytree(photos / "train", tmp_path / "more")
     write_photos(tmp_path / "more", range(30, 35))
     found = run_evaluate(tmp_path, photos / "run", tmp_path / "more")
@@ -154,9 +142,6 @@ def test_images_added_to_the_training_folder_are_evaluated(
         22,
         48,
     )
-    printed = capsys.readouterr().out
-    assert "22 images" in printed
-    assert "70 images" in printed
 
 
 def test_a_part_of_the_training_folder_is_evaluated_without_training_images(
@@ -200,7 +185,9 @@ def test_a_named_split_is_evaluated_whole(
     assert "training used 48" in capsys.readouterr().out
 
 
-def test_images_are_drawn_at_random(photos: Path, tmp_path: Path) -> None:
+def test_images_are_drawn_at_random_and_their_number_is_printed(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     other = write_photos(tmp_path / "test", range(100, 130))
     flags = ("--max-images", "20", "--per-image", str(tmp_path / "rows.parquet"))
     drawn = [
@@ -211,14 +198,8 @@ def test_images_are_drawn_at_random(photos: Path, tmp_path: Path) -> None:
     assert {row["images"] for row in drawn[0]["per_class"]} != {0, 20}  # not only the first class
     assert drawn[0]["loss"] == drawn[1]["loss"] != drawn[2]["loss"]
 
-
-def test_the_number_of_drawn_images_is_printed(
-    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    other = write_photos(tmp_path / "test", range(100, 130))
-    run_evaluate(tmp_path, photos / "run", other, "--max-images", "7")
     printed = capsys.readouterr().out
-    assert "7 images of" in printed
+    assert "20 images of" in printed
     assert "at random from all 60 images" in printed
 
 
@@ -274,11 +255,15 @@ def test_of_many_training_images_some_are_recorded(
     options = DataOptions(str(photos / "train"))
     data = load_training_data(options)
     record = data.build_record()
+
     assert record.decode_training_images()[1] == 0.25
+
     found = load_evaluation_data(options, None, record)
     assert found.images.images.get_names() == data.held_out.images.get_names()
+
     other = write_photos(tmp_path / "other", range(100, 130))
     assert len(load_evaluation_data(DataOptions(str(other)), None, record).images) == 60
+
     shutil.copytree(photos / "train", tmp_path / "more")
     write_photos(tmp_path / "more", range(30, 35))
     more = load_evaluation_data(DataOptions(str(tmp_path / "more")), None, record)
@@ -295,7 +280,9 @@ def test_large_files_are_read_in_part(tmp_path: Path) -> None:
     for path, content in zip(paths, contents, strict=True):
         path.write_bytes(content)
     keys = DatasetImages.from_list(list(map(str, paths))).compute_content_keys()
+
     assert len(set(keys.tolist())) == 4
+
     encoded = DatasetImages.from_list(
         [{"path": None, "bytes": bytes(content)} for content in contents]
     )

@@ -62,7 +62,10 @@ def load(root: Path, **options: Any) -> Any:
 
 
 def test_a_class_called_train_is_not_a_split(tmp_path: Path) -> None:
-    """Files of the test split must not be used for training: `datasets` puts 6 of them into both splits."""
+    """Files of the test split must not be used for training.
+
+    `datasets` puts 6 of them into both splits.
+    """
     for split in ("train", "test"):
         for name in ("bus", "train"):
             write_class(tmp_path, f"{split}/{name}", 6)
@@ -118,7 +121,9 @@ def test_a_split_without_class_folders_is_skipped_and_named(tmp_path: Path) -> N
     write_class(tmp_path, "train/cat", 2)
     write_class(tmp_path, "train/dog", 2)
     write_class(tmp_path, "test", 5)
+
     assert list(read(tmp_path)) == ["train"]
+
     write_images(tmp_path, "stray.png")
     notes = get_notes(tmp_path)
     assert (
@@ -136,7 +141,10 @@ def test_a_split_without_class_folders_is_skipped_and_named(tmp_path: Path) -> N
 
 
 def test_deeper_folders_belong_to_the_class_of_the_first_level(tmp_path: Path) -> None:
-    """Among classes, a folder called train is a class, and names of files are not splits, unlike in `datasets`."""
+    """Among classes, a folder called train is a class, and file names are not splits.
+
+    This is unlike in `datasets`.
+    """
     dogs = ["dog/eye-test-1.png", "dog/test_2.png", "dog/test/3.JPG", "dog/val/4.webp"]
     write_images(tmp_path, "cat/1.png", "cat/2024/may/2.png", *dogs, "train/5.png")
     classes = {"cat": ["cat/1.png", "cat/2024/may/2.png"], "dog": dogs, "train": ["train/5.png"]}
@@ -152,6 +160,7 @@ def test_skipped_files_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     # not valid text
     write_images(tmp_path, os.fsdecode(b".\xff/1.png"), os.fsdecode(b"cat/\xff.png"))
     data = load(tmp_path)
+
     assert len(data.train) + len(data.held_out) == 18
     assert [record.getMessage() for record in caplog.records] == [
         f"{tmp_path}: skipped 3 files of other types: cat/notes.txt, cat/\ufffd.png, labels.csv",
@@ -205,7 +214,10 @@ def test_links_are_followed_without_cycles(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_metadata_files_name_the_labels(tmp_path: Path) -> None:
-    """Each split folder has its metadata file; names of splits may be in upper case, and brackets are no pattern."""
+    """Each split folder has its metadata file.
+
+    Names of splits may be in upper case, and brackets are no pattern.
+    """
     folder = tmp_path / "photos [1]"
     for split, shades in (("Train", "abab"), ("TEST", "ba")):
         write_class(folder, split, 5)
@@ -295,5 +307,5 @@ def test_the_fingerprint_depends_on_files_and_labels(tmp_path: Path) -> None:
 def test_predictions_are_for_every_image(tmp_path: Path) -> None:
     write_images(tmp_path, "1.png", "test_2.png", "deep/3.png")
     source = open_input(PredictOptions("model", dataset=str(tmp_path)))
-    names = [record.name for record in source.read_records([range(3)])]
+    names = [record.name for record in source.read_records(range(3))]
     assert names == [str(tmp_path / name) for name in ("1.png", "test_2.png", "deep/3.png")]

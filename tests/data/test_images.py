@@ -1,4 +1,4 @@
-"""Sequences of images: names, bytes and checksums of subsets and encoded images, and errors of individual images."""
+"""Sequences of images: names, bytes and checksums, and errors of individual images."""
 
 import io
 from pathlib import Path
@@ -17,6 +17,7 @@ from modeling_vitcls.data.images import (
     LabeledImages,
     UnreadableImage,
     decode_image,
+    get_relative_path,
 )
 
 
@@ -40,6 +41,7 @@ def test_a_subset_has_the_names_bytes_and_checksums_of_its_images(tmp_path: Path
     rows = build_rows(tmp_path)
     images = DatasetImages.from_list(rows, tmp_path)
     subset = images.select([1, 2, 0]).select([1, 2, 0])  # the last image, the first and the second
+
     assert [image.getpixel((0, 0)) for image in subset] == [3, 1, 2]
     assert subset.get_names() == ["c.png", "a.png", "1"]
     assert subset.compute_keys().tolist() == list(
@@ -50,6 +52,7 @@ def test_a_subset_has_the_names_bytes_and_checksums_of_its_images(tmp_path: Path
     assert (
         DatasetImages(datasets.Dataset.from_dict({"image": [encode(7)]}))[0].getpixel((0, 0)) == 7
     )
+
     same_path = DatasetImages.from_list(
         [{"path": "c.png", "bytes": encode(shade)} for shade in (3, 4)]
     )
@@ -87,6 +90,7 @@ def test_images_on_the_hub_are_read_by_datasets(monkeypatch: pytest.MonkeyPatch)
 
 def test_images_are_named_in_errors(tmp_path: Path) -> None:
     missing = tmp_path / "missing.png"
+
     for value in (None, ""):
         with raises_one_line("row 0 has no image", error=UnreadableImage):
             DatasetImages.from_list([value])[0]
@@ -99,3 +103,11 @@ def test_images_are_named_in_errors(tmp_path: Path) -> None:
     for path, name in (("b.png", "'b.png'"), (None, "row 1")):
         with raises_one_line(f"cannot read the image {name}: ", error=UnreadableImage):
             decode_image({"path": path, "bytes": b"text"}, "row 1")
+
+
+def test_names_are_paths_within_the_folder_however_the_path_is_written() -> None:
+    for path in ("/photos/cat/1.png", "/photos//cat/1.png", "/photos/./cat//1.png", "cat/1.png"):
+        assert get_relative_path(path, Path("/photos")) == "cat/1.png"
+    assert get_relative_path("/other/1.png", Path("/photos")) == "../other/1.png"
+    for path in ("", "https://a.org/1.png"):
+        assert get_relative_path(path, Path("/photos")) == path

@@ -86,12 +86,14 @@ def test_every_kind_has_the_same_images_and_labels(
     data = load_training_data(DataOptions(add_dataset(build(kind, tmp_path))))
     assert data.label_space.names == ["cat", "dog"]
     assert len(data.train) + len(data.held_out) == NUM_IMAGES
+
     expected = {encode(make_image(index)): name_class(index) for index in range(NUM_IMAGES)}
     found = {}
     for part in (data.train, data.held_out):
         for image, label in zip(part.images, part.labels, strict=True):
             found[encode(image)] = data.label_space.names[label]
     assert found == expected
+
     if kind == "paths":  # independent of the working folder
         monkeypatch.chdir(tmp_path)
         names = {name for part in (data.train, data.held_out) for name in part.images.get_names()}
@@ -118,8 +120,10 @@ def test_dicts_are_tasks_and_lists_are_several_labels() -> None:
         [(image, {"animal": name_class(index), "age": index}) for index in range(12)]
     )
     splits = load_splits(DataOptions(tasks, label_column=("animal", "age")))
+
     assert splits.label_space.kind == "multi_task"
     assert splits.images_by_split["train"].labels[3] == {"animal": 1, "age": 3}
+
     splits = load_splits(
         DataOptions(add_dataset(NamedPairs([(image, [index]) for index in range(2)])))
     )
@@ -127,6 +131,7 @@ def test_dicts_are_tasks_and_lists_are_several_labels() -> None:
         "multi_label_classification",
         ["0", "1"],
     )
+
     names = ["a", "b"]
     for convert in (list, np.array):
         tags = add_dataset([(image, convert(names[: index % 3])) for index in range(12)])
@@ -199,6 +204,7 @@ def test_unusable_kinds_are_errors() -> None:
     ):
         with pytest.raises(TypeError, match=f"but the type of the data is {type(data).__name__}"):
             add_dataset(data)
+
     stream = datasets.Dataset.from_dict({"image": [1], "label": [1]}).to_iterable_dataset()
     for data in (stream, datasets.IterableDatasetDict({"train": stream})):
         with pytest.raises(TypeError, match="IterableDataset"):
@@ -219,9 +225,13 @@ def test_folders_of_save_to_disk_have_all_images_of_their_splits(tmp_path: Path)
         tmp_path / "two"
     )
     one = load_training_data(DataOptions(str(tmp_path / "one")))
+
     assert len(one.train) + len(one.held_out) == NUM_IMAGES
     assert one.record.rule is not None
+
     two = load_training_data(DataOptions(str(tmp_path / "two")))
     assert (len(two.train), len(two.held_out), two.record.split) == (NUM_IMAGES, 6, "validation")
+
     streamed = load_training_data(DataOptions(str(tmp_path / "two"), streaming=True))
-    assert len(list(streamed.train.iterate_pass(0, 0, 0, 1))) == NUM_IMAGES  # type: ignore[union-attr]
+    examples = streamed.train.iterate_pass(0, 0, 0, 1)  # type: ignore[union-attr]
+    assert len(list(examples)) == NUM_IMAGES

@@ -112,9 +112,11 @@ def test_labels_are_shown_by_their_names() -> None:
         None,
         None,
     ]
+
     several = LabelSpace("multi_label_classification", {"label": ["cat", "dog"]})
     texts = [several.format_label(label) for label in ([1.0, 1.0], (0.0, 1.0), [0.0, 0.0])]
     assert texts == ["cat, dog", "dog", "no label"]
+
     tasks = LabelSpace("multi_task", {"kind": ["cat", "dog"], "age": ["young", "old"]})
     assert tasks.format_label({"kind": 0, "age": 1}) == "kind cat, age old"
     assert tasks.format_label({"kind": -100, "age": 0}) == "age young"
@@ -134,8 +136,10 @@ def test_a_label_space_survives_the_configuration() -> None:
         config = ViTCLSConfig(**fields)
         assert get_label_space(config) == LabelSpace(kind, {"label": names})
         assert is_multi_label(config) == (kind == "multi_label_classification")
+
     tasks = LabelSpace("multi_task", {"animal": names, "age": ["young", "old"]})
     assert tasks.to_config_values() == {"tasks": {"animal": names, "age": ["young", "old"]}}
+
     config = ViTCLSConfig(
         **tasks.to_config_values(), num_cls_tokens=2, problem_type="multi_label_classification"
     )
@@ -158,7 +162,7 @@ def test_each_type_of_list_contains_several_labels(build: Callable[[Any], Any]) 
 
 
 def test_the_image_column_contains_images() -> None:
-    """A usual name is used only among columns of images, or among all columns if none contains images."""
+    """A usual name is only used among columns of images, or if no column contains images."""
     options = DataOptions(dataset="table")
     image = datasets.Image()
     text = datasets.Value("string")

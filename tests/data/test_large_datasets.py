@@ -1,4 +1,4 @@
-"""The start of a run with many images: one scan of a folder, keys computed once, and no image that is read."""
+"""The start of a run with many images: one scan, keys computed once, no image read."""
 
 import io
 import os
@@ -21,6 +21,9 @@ from modeling_vitcls.data.splits import load_on_main, load_training_data
 from modeling_vitcls.data.streaming import read_label_column
 
 
+TWO_PROCESSES: Any = SimpleNamespace(num_processes=2)  # an accelerator
+
+
 def test_the_main_process_scans_a_folder_once_for_all_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -38,26 +41,25 @@ def test_the_main_process_scans_a_folder_once_for_all_processes(
 
     monkeypatch.setattr(splits, "run_on_main", send)
     load = partial(load_training_data, DataOptions(str(photos)))
-    main = load_on_main(SimpleNamespace(num_processes=2), str(photos), load)  # type: ignore[arg-type]
+    main = load_on_main(TWO_PROCESSES, str(photos), load)
     class_folders = [
         Path(path) for (path,), _ in scandir.call_args_list if Path(path).parent == photos
     ]
     assert sorted(class_folders) == sorted(photos.iterdir())
     assert len(sent[0]) < 10_000
     scandir.reset_mock()
-    other = load_on_main(SimpleNamespace(num_processes=2), str(photos), load)  # type: ignore[arg-type]
+    other = load_on_main(TWO_PROCESSES, str(photos), load)
     assert str(photos) not in str(scandir.call_args_list)
     assert other.record == main.record
     assert other.train.images.get_names() == main.train.images.get_names()
     assert other.train.images[0].tobytes() == main.train.images[0].tobytes()
-    Path(
-        main.train.images.dataset.cache_files[0]["filename"]
-    ).unlink()  # the processes do not share the cache
+    # the processes do not share the cache
+    Path(main.train.images.dataset.cache_files[0]["filename"]).unlink()
     scandir.reset_mock()
-    alone = load_on_main(SimpleNamespace(num_processes=2), str(photos), load)  # type: ignore[arg-type]
+    alone = load_on_main(TWO_PROCESSES, str(photos), load)
     assert alone.record == main.record
     assert str(photos) in str(scandir.call_args_list)
-    assert load_on_main(SimpleNamespace(num_processes=2), "memory:0", lambda: "loaded") == "loaded"  # type: ignore[arg-type]
+    assert load_on_main(TWO_PROCESSES, "memory:0", lambda: "loaded") == "loaded"
     # cannot be written
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(photos / "cat" / "0.png"))
     assert load().record == main.record
@@ -81,6 +83,7 @@ def test_keys_of_a_table_are_computed_once_without_its_images(
     first, second = (
         load_training_data(DataOptions(str(tmp_path / "table.parquet"))) for _ in range(2)
     )
+
     assert first.record == second.record
     assert first.record.num_images == 10
     assert compute.call_count == 1
@@ -114,4 +117,4 @@ def test_web_dataset_shards_need_no_flags(is_folder: bool, tmp_path: Path) -> No
 
     on_the_hub = {"train": SimpleNamespace(features={"__url__": datasets.Value("string")})}
     with raises_one_line("'cls'", "`label_names`"):  # otherwise, all images would be downloaded
-        next(read_label_column(on_the_hub, "cls", DataOptions("owner/name", streaming=True)))
+        next(read_label_column(on_the_hub, "cls", "owner/name"))

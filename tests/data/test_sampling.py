@@ -1,4 +1,4 @@
-"""Sampling: the order of images, their distribution to processes, class weights, and random numbers."""
+"""Sampling: the order of images, their distribution, class weights, and random numbers."""
 
 import numpy as np
 import pytest

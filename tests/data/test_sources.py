@@ -109,6 +109,7 @@ def test_a_table_has_relative_paths_and_named_labels(
         "\n".join([f"path{separator}category", *rows]), encoding="utf-8"
     )
     data = read(tmp_path / f"list{suffix}")
+
     assert data.name == f"list{suffix}"
     assert data.label_space.columns == {"category": ["dusk", "noon"]}
     assert_noon_is_class_1(data)
@@ -138,6 +139,7 @@ def test_class_names_match_labels_by_name_or_index(color_images: Path, tmp_path:
         tmp_path / "b.parquet",
         {"image": paths, "label": [Path(path).parent.name for path in paths]},
     )
+
     for file, names in (
         (numbers, ("dark", "light")),
         (words, ("dusk", "noon")),
@@ -189,6 +191,7 @@ def test_a_folder_in_the_format_of_mnist_keeps_its_test_split(
 ) -> None:
     images = write_mnist(tmp_path / name, ending)
     data = read(tmp_path / name)
+
     assert (data.name, data.held_out_name, len(data.train), len(data.held_out)) == (
         name,
         "split 'test'",
@@ -232,7 +235,10 @@ def test_damaged_folders_in_the_format_of_mnist_are_named(tmp_path: Path) -> Non
 def test_the_largest_label_of_both_splits_sets_the_number_of_mnist_classes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The number of classes is the largest label plus 1, or 10; a split may be missing; the folder may be `.`."""
+    """The number of classes is the largest label plus 1, or 10.
+
+    A split may be missing, and the folder may be `.`.
+    """
     write_mnist(tmp_path / "mine")
     write_idx(tmp_path / "mine" / "train-labels-idx1-ubyte", np.arange(12, dtype=np.uint8))
     monkeypatch.chdir(tmp_path / "mine")
@@ -289,9 +295,11 @@ def test_several_columns_are_several_tasks(color_images: Path, tmp_path: Path) -
     ]
     (tmp_path / "list.csv").write_text("\n".join(["image,shade,count", *rows]), encoding="utf-8")
     data = read(tmp_path / "list.csv", label_column=("count", "shade"))
+
     assert data.label_space.kind == "multi_task"
     assert "not stratified" in data.held_out_name
     assert data.label_space.columns == {"count": ["1", "2"], "shade": ["dusk", "noon"]}
+
     counts = Counter(label["count"] for _, label in list_all(data))
     assert counts == {-100: 5, 0: 5, 1: 10}
     for image, label in list_all(data):
@@ -313,15 +321,18 @@ def test_rows_without_a_label_are_skipped_and_counted(
     table = write_table(
         tmp_path / "b.parquet", {"image": paths, "label": ["x", None, "y", "y"] * 5}
     )
+
     for file, classes in ((declared, ["a", "b"]), (table, ["x", "y"])):
         caplog.clear()
         data = read(file)
         assert len(list_all(data)) == 15
         assert data.label_space.names == classes
         assert "5 of 20" in caplog.text
+
     caplog.clear()
     assert len(list_all(read(table))) == 15
     assert not caplog.records  # once per process
+
     monkeypatch.setenv("RANK", "1")  # only the first process prints the warning
     assert len(list_all(read(table.rename(tmp_path / "c.parquet")))) == 15
     assert not caplog.records
@@ -354,8 +365,10 @@ def test_a_split_of_the_dataset_is_used_if_it_exists(color_images: Path, tmp_pat
                 )
     data = read(tmp_path)
     assert (len(data.train), len(data.held_out), data.held_out_name) == (14, 6, "split 'test'")
+
     options = DataOptions(dataset=str(tmp_path))
     assert [len(load_evaluation_data(options, split)[1]) for split in ("train", "test")] == [14, 6]
+
     for use_labels in (True, False):  # only the selected splits are read
         splits = load_splits(options, use_labels, lambda names: names[1:])
         assert (splits.names, list(splits.images_by_split)) == (["train", "test"], ["test"])
@@ -399,6 +412,7 @@ def test_missing_labels_of_an_unused_split_are_ignored(color_images: Path, tmp_p
         20,
         "split 'validation'",
     )
+
     options = DataOptions(dataset=str(folder))
     assert len(load_evaluation_data(options, "validation")[1]) == 20
     with raises_one_line("split 'test'", "`label_column`"):
@@ -437,6 +451,7 @@ def test_images_can_be_read_without_labels(color_images: Path, tmp_path: Path) -
         assert (
             len({np.asarray(image.convert("RGB")).tobytes() for image, _ in list_all(data)}) == 20
         )
+
     digits = load_training_data(DataOptions(dataset="digits"), use_labels=False)
     assert set(digits.train.labels) == {-100}
     with pytest.raises(ValueError, match="contains images, but no class folders"):
@@ -526,6 +541,7 @@ def test_unreadable_images_are_named(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     paths = write_unreadable_images(tmp_path / "images")
     by_path, in_column, as_bytes = build_three_sources(paths, tmp_path / "tables")
+
     for index, path in enumerate(paths):
         for source, name in (
             (by_path, path.name),
@@ -547,10 +563,13 @@ def test_missing_images_are_unreadable(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(UnreadableImage, match="row 1 has no image"):
         images[1]
     assert images.get_names() == ["absent.png", "1", "absent.png"]
+
     keys = images.compute_keys()
     assert keys[0] == keys[2] != keys[1]
+
     monkeypatch.chdir("/")
     assert images.compute_keys().tolist() == keys.tolist()
+
     table = write_table(
         tmp_path / "table.parquet", {"image": [None, b"", None], "label": ["x"] * 3}
     )
@@ -571,6 +590,7 @@ def test_addresses_are_not_joined_to_the_folder(tmp_path: Path) -> None:
         "\n".join(["image,label", *(f"{path},x" for path in paths)]), encoding="utf-8"
     )
     images = read_single_split(tmp_path / "list.csv").images
+
     assert images.get_names() == paths
     for image in (images[1], images[2]):
         assert image.size == (5, 4)

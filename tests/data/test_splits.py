@@ -32,30 +32,6 @@ from modeling_vitcls.training.reporter import describe_splits
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
-def test_a_changed_folder_is_an_error(tmp_path: Path) -> None:
-    """The first difference is named: of the classes, of the numbers of images, or of their names."""
-    photos = write_photos(tmp_path / "photos", range(20), "cat", "dog")
-    options = build_tiny_options(tmp_path / "run", photos, max_steps=2, batch_size=8)
-    run_training(options)
-    (options.output_dir / "results.json").unlink()  # the run did not finish
-    options = replace(options, run=replace(options.run, resume=True))
-    run_training(options)  # with the same data
-    (options.output_dir / "results.json").unlink()
-
-    def assert_change(reason: str) -> None:
-        with raises_one_line(
-            "`resume=True`: the dataset has changed since the run in", reason, "Restore the dataset"
-        ):
-            run_training(options)
-
-    (photos / "cat" / "1.png").rename(photos / "cat" / "0a.png")
-    assert_change("names")
-    write_photos(photos, range(20, 60), "cat")
-    assert_change("training images was 32 and is 64")
-    write_photos(photos, range(20), "ant")
-    assert_change("classes")
-
-
 @pytest.fixture
 def unfinished(tmp_path: Path) -> Any:
     """Return options that continue a run that did not finish."""
@@ -64,6 +40,26 @@ def unfinished(tmp_path: Path) -> Any:
     run_training(options)
     (options.output_dir / "results.json").unlink()
     return replace(options, run=replace(options.run, resume=True))
+
+
+def test_a_changed_folder_is_an_error(unfinished: Any) -> None:
+    """The first difference is named: classes, numbers of images, or their names."""
+    photos = Path(unfinished.data.dataset)
+    run_training(unfinished)  # with the same data
+    (unfinished.output_dir / "results.json").unlink()
+
+    def assert_change(reason: str) -> None:
+        with raises_one_line(
+            "`resume=True`: the dataset has changed since the run in", reason, "Restore the dataset"
+        ):
+            run_training(unfinished)
+
+    (photos / "cat" / "1.png").rename(photos / "cat" / "0a.png")
+    assert_change("names")
+    write_photos(photos, range(20, 60), "cat")
+    assert_change("training images was 32 and is 64")
+    write_photos(photos, range(20), "ant")
+    assert_change("classes")
 
 
 def test_images_that_were_replaced_are_an_error(unfinished: Any) -> None:
@@ -169,8 +165,10 @@ def test_splits_are_used_for_their_purposes(tmp_path: Path, streaming: bool) -> 
         write_photos(tmp_path / "photos" / split, numbers)
     options = DataOptions(str(tmp_path / "photos"), streaming=streaming, held_out_fraction=0.0)
     data = load_training_data(options, use_selection_split=True)
+
     assert (data.held_out_name, data.selection_name) == ("split 'test'", "split 'validation'")
     assert data.record == HeldOutRecord("test", None if streaming else 8)
+
     if streaming:  # read in each evaluation
         data = replace(
             data, held_out=data.held_out.read_first(99), selection=data.selection.read_first(99)
@@ -196,12 +194,15 @@ def test_selection_images_of_a_single_split_are_not_used_for_anything_else(tmp_p
     options = DataOptions(str(photos), held_out_fraction=0.25, split_seed=3)
     plain = load_training_data(options)
     data = load_training_data(options, use_selection_split=True)
+
     assert get_names(data.held_out) == get_names(plain.held_out)
+
     train = get_names(data.train)
     selection = get_names(data.selection)
     assert train | selection == get_names(plain.train)
     assert not train & selection
-    selected = hold_out_images(plain.train, HeldOutRule(0.25, 3, "selection"), options)[1]
+
+    selected = hold_out_images(plain.train, HeldOutRule(0.25, 3, "selection"), str(photos))[1]
     assert selection == get_names(selected)
     assert len(selection) == 16  # 8 of the 30 training images of each class
     assert data.selection_name == "about 25%, by checksum, split seed 3; from the training images"
@@ -223,8 +224,10 @@ def test_without_a_held_out_part_all_images_are_trained_on(tmp_path: Path, strea
     photos = write_photos(tmp_path / "photos", range(10))
     options = DataOptions(str(photos), held_out_fraction=0.0, streaming=streaming)
     data = load_training_data(options)
+
     assert len(data.held_out) == 0
     assert data.record.num_images == 0
+
     if streaming:
         examples = data.train.iterate_examples(0, 0, 1)  # type: ignore[union-attr]
         first_pass = [next(examples) for _ in range(20)]

@@ -27,6 +27,7 @@ from modeling_vitcls.data.augmentation import build_augmentation
 from modeling_vitcls.data.batches import Batch, BatchBuilder, iterate_training_batches
 from modeling_vitcls.data.evaluated_images import load_evaluation_data
 from modeling_vitcls.data.held_out import HeldOutRule
+from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.data.options import AugmentationOptions, DataOptions
 from modeling_vitcls.data.sampling import BatchPlan
 from modeling_vitcls.data.splits import TrainingData, load_training_data
@@ -36,6 +37,8 @@ from modeling_vitcls.training.options import TrainingOptions
 
 
 NUM_IMAGES = 60
+CLASSES = datasets.ClassLabel(names=["a", "b", "c"])
+LABELS = LabelSpace("single_label_classification", {"label": CLASSES.names})
 
 
 def encode_example(index: int) -> bytes:
@@ -46,7 +49,9 @@ def encode_example(index: int) -> bytes:
     return file.getvalue()
 
 
-def write_shards(folder: Path, num_shards: int, labels: Any, broken: tuple[int, ...] = ()) -> Path:
+def write_shards(
+    folder: Path, num_shards: int, labels: Any = CLASSES, broken: tuple[int, ...] = ()
+) -> Path:
     """Write a folder of Parquet files of equal size."""
     features = datasets.Features({"image": datasets.Image(), "label": labels})
     names = labels.names if isinstance(labels, datasets.ClassLabel) else ["a", "b", "c"]
@@ -80,14 +85,12 @@ def no_delay(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module", params=[1, 2, 4])
 def shards(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shards") / "data"
-    return write_shards(folder, request.param, datasets.ClassLabel(names=["a", "b", "c"]))
+    return write_shards(folder, request.param)
 
 
 @pytest.fixture(scope="module")
 def two_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_shards(
-        tmp_path_factory.mktemp("two") / "data", 2, datasets.ClassLabel(names=["a", "b", "c"])
-    )
+    return write_shards(tmp_path_factory.mktemp("two") / "data", 2)
 
 
 def read(folder: Path, **options: Any) -> TrainingData:
@@ -107,7 +110,7 @@ def build_batches(
         AugmentationOptions(crop_scale=0.5, rotation=10, shift=0.0),
         ViTCLSImageProcessor(size=[8, 8]),
     )
-    images = TrainingStream(source, BatchBuilder(augmentation, True, plan.seed))
+    images = TrainingStream(source, BatchBuilder(augmentation, LABELS, True, plan.seed))
     return list(iterate_training_batches(images, plan, process, num_workers, first_step))
 
 
@@ -141,6 +144,7 @@ def test_every_pass_contains_each_image_once_in_another_order(shards: Path) -> N
     assert isinstance(data.train, StreamedImages)
     assert data.num_training_images is None
     assert data.label_space.columns == {"label": ["a", "b", "c"]}
+
     held_out = get_held_out(data)
     length = NUM_IMAGES - len(held_out)
     examples = list(islice(data.train.iterate_examples(0, 0, 1), 3 * length))
@@ -172,6 +176,7 @@ def test_processes_share_each_pass(shards: Path, num_processes: int) -> None:
         for process in range(num_processes)
     ]
     assert sorted([*chain.from_iterable(parts), *get_held_out(data)]) == list(range(NUM_IMAGES))
+
     if len(list(shards.iterdir())) % num_processes:  # otherwise, each process reads its own shards
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
@@ -180,7 +185,7 @@ def test_processes_share_each_pass(shards: Path, num_processes: int) -> None:
 def test_the_size_of_the_shuffle_buffer_limits_the_change_of_the_order(
     size: int, tmp_path: Path
 ) -> None:
-    folder = write_shards(tmp_path / "data", 1, datasets.ClassLabel(names=["a", "b", "c"]))
+    folder = write_shards(tmp_path / "data", 1)
     options = DataOptions(str(folder), held_out_fraction=0.0, streaming=True, shuffle_buffer=size)
     order = get_indices(
         islice(load_training_data(options).train.iterate_examples(0, 0, 1), NUM_IMAGES)
@@ -191,9 +196,7 @@ def test_the_size_of_the_shuffle_buffer_limits_the_change_of_the_order(
 
 def test_two_processes_have_the_same_images_per_step_as_one(tmp_path: Path) -> None:
     """The number of shards is not a multiple of the number of processes."""
-    source = read(
-        write_shards(tmp_path / "data", 1, datasets.ClassLabel(names=["a", "b", "c"]))
-    ).train
+    source = read(write_shards(tmp_path / "data", 1)).train
     whole = build_batches(source, build_plan(max_steps=9, batch_size=8))
     shared = build_plan(num_processes=2, max_steps=9, batch_size=2, gradient_accumulation_steps=2)
     parts = [build_batches(source, shared, process) for process in (0, 1)]
@@ -218,12 +221,13 @@ def test_a_restart_continues_with_the_same_batches(two_shards: Path) -> None:
 
 def test_the_next_image_of_the_batch_replaces_an_unreadable_one(tmp_path: Path) -> None:
     broken = (3, 4, 5, 30, 31, 32, 33, 34)
-    folder = write_shards(tmp_path / "data", 2, datasets.ClassLabel(names=["a", "b", "c"]), broken)
+    folder = write_shards(tmp_path / "data", 2, broken=broken)
     source = read(folder).train
     plan = build_plan(max_steps=10, batch_size=8)
     batches = build_batches(source, plan, num_workers=2)
     examples = source.iterate_examples(plan.seed, 0, 1)
     found = 0
+
     for batch in batches:
         chosen = list(islice(examples, 8))
         is_broken = [example.encoded_image["bytes"].startswith(b"no image") for example in chosen]
@@ -242,18 +246,19 @@ def test_a_batch_of_unreadable_images_is_an_error(tmp_path: Path, two_shards: Pa
     folder = write_shards(
         tmp_path / "data",
         1,
-        datasets.ClassLabel(names=["a", "b", "c"]),
         broken=tuple(range(NUM_IMAGES)),
     )
     message = "data: none of the 4 images of a batch can be read"
     with raises_one_line(message):
         build_batches(read(folder).train, build_plan(max_steps=1, batch_size=4))
+
     augmentation = build_augmentation(
         AugmentationOptions(crop_scale=0.5, shift=0.0), ViTCLSImageProcessor(size=[8, 8])
     )
     for num_channels in (1, 3):  # of the model; the images are color images
         source = TrainingStream(
-            read(two_shards).train, BatchBuilder(augmentation, False, 0, num_channels=num_channels)
+            read(two_shards).train,
+            BatchBuilder(augmentation, LABELS, False, 0, num_channels=num_channels),
         )
         batches = iterate_training_batches(source, build_plan(max_steps=1, batch_size=4), 0, 0)
         with raises_one_line(message) if num_channels == 1 else nullcontext():
@@ -275,15 +280,18 @@ def test_the_held_out_part_does_not_depend_on_order_or_files(
 ) -> None:
     data = read(shards)
     assert data.held_out_name == "about 20%, by checksum, split seed 0"
+
     held_out = get_held_out(data)
     assert 4 <= len(held_out) <= 24
     assert list(data.held_out.labels) == [number % 3 for number in held_out]
     assert sorted(held_out) == sorted(get_held_out(read(two_shards)))
     assert sorted(get_held_out(read(two_shards, split_seed=1))) != sorted(held_out)
+
     options = DataOptions(dataset=str(two_shards), streaming=True)
     space, images, *_ = load_evaluation_data(options, None, read(two_shards).build_record())
     assert space.names == ["a", "b", "c"]
     assert len(images) == len(held_out)
+
     other = replace(read(two_shards).build_record(), dataset="other")
     images = load_evaluation_data(options, None, other).images
     assert sum(1 for _ in images.iterate_in_order()) == NUM_IMAGES
@@ -298,7 +306,7 @@ def test_a_stream_without_held_out_images_is_an_error(
 
 
 def test_a_stream_with_an_empty_evaluation_split_is_an_error(tmp_path: Path) -> None:
-    folder = write_shards(tmp_path / "data", 1, datasets.ClassLabel(names=["a", "b", "c"]))
+    folder = write_shards(tmp_path / "data", 1)
     train = datasets.Dataset.from_parquet(str(folder / "train-0.parquet"))
     pq.ParquetWriter(folder / "test-0.parquet", train.features.arrow_schema).close()
     with pytest.raises(ValueError, match="Remove the evaluation split"):
@@ -315,7 +323,9 @@ def test_only_the_first_images_of_a_large_held_out_part_are_kept(
     compared = create_autospec(holds, side_effect=holds)
     monkeypatch.setattr(HeldOutRule, "is_held_out", compared)
     data = read(two_shards)
+
     assert get_held_out(data) == whole[:3]
+
     results = [holds(*arguments) for arguments, _ in compared.call_args_list]
     assert sum(results) == 3
     assert len(results) < NUM_IMAGES
@@ -323,6 +333,7 @@ def test_only_the_first_images_of_a_large_held_out_part_are_kept(
         data.held_out_name
         == "about 20%, by checksum, split seed 0, evaluated on the first 3 images"
     )
+
     trained = get_indices(islice(data.train.iterate_examples(0, 0, 1), NUM_IMAGES - len(whole)))
     assert sorted([*trained, *whole]) == list(range(NUM_IMAGES))  # no held-out images
 
@@ -337,6 +348,7 @@ def test_a_split_of_the_dataset_is_read_as_a_whole(two_shards: Path, tmp_path: P
     assert sorted(get_indices(islice(data.train.iterate_examples(0, 0, 1), 30))) == list(
         range(0, NUM_IMAGES, 2)
     )
+
     _, images, *_ = load_evaluation_data(
         DataOptions(dataset=str(tmp_path), streaming=True), "validation"
     )
@@ -363,13 +375,13 @@ def test_rows_without_a_label_are_skipped(tmp_path: Path) -> None:
         "image": [{"bytes": encode_example(index), "path": None} for index in range(40)],
         "label": labels,
     }
-    features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])}
-    )
+    features = datasets.Features({"image": datasets.Image(), "label": CLASSES})
     datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "table.parquet")
     data = read(tmp_path / "table.parquet")
     held_out = get_held_out(data)
+
     assert list(data.held_out.labels) == [number % 4 for number in held_out]
+
     first_pass = list(islice(data.train.iterate_examples(0, 0, 1), 30 - len(held_out)))
     assert sorted([*get_indices(first_pass), *held_out]) == [
         number for number in range(40) if number % 4 != 3

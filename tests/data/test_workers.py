@@ -65,6 +65,7 @@ def test_a_tiny_shared_memory_is_an_error_before_training(tmp_path: Path) -> Non
     ]
     ran = run_with_shared_memory("64k", "-m", "modeling_vitcls.cli", "finetune", *flags)
     assert ran.returncode == 1
+
     (error,) = ran.stderr.strip().splitlines()
     assert "/dev/shm" in error
     assert "--num-workers 0" in error
@@ -83,6 +84,7 @@ def test_a_tiny_shared_memory_is_an_error_of_evaluate(tmp_path: Path) -> None:
         "64k", "-m", "modeling_vitcls.cli", "evaluate", *flags, "--num-workers", 2
     )
     assert ran.returncode == 1
+
     error = ran.stderr.strip().splitlines()[-1]
     assert "/dev/shm" in error
     assert "--num-workers 0" in error

@@ -1,4 +1,4 @@
-"""Temperature, energy threshold and prediction sets, compared with scikit-learn, torch and MAPIE."""
+"""Temperature, energy threshold and prediction sets, as in scikit-learn, torch and MAPIE."""
 
 import numpy as np
 import pytest
@@ -69,6 +69,7 @@ def test_prediction_sets_equal_mapie() -> None:
     conformal.conformalize(images[200:600], labels[200:600])
     expected = conformal.predict_set(images[600:])[1][:, :, 0]
     limit = find_score_limit(probabilities[200:600], labels[200:600], 0.9)
+
     assert (build_prediction_sets(probabilities[600:], limit) == expected).all()
 
 
@@ -94,11 +95,13 @@ def test_sets_and_unknown_images_are_measured_on_images_that_set_no_limit() -> N
         list(row.values())
         for row in measure_prediction_sets(probabilities, labels, ["a", "b", "c"], 0.5)
     ]
+
     assert [row[:2] for row in rows] == [["all classes", 3], ["a", 1], ["b", 2]]
     assert [row[2:] for row in rows] == [
         pytest.approx(each) for each in ([2 / 3, 1 / 3], [1, 0], [0.5, 0.5])
     ]
     assert measure_prediction_sets(probabilities, labels, ["a", "b", "c"], 0.9) == []
+
     known, unknown = (
         np.array([[value, -99.0] for value in values]) for values in ([5.0, 4.0, 1.0], [2.0, 0.0])
     )

@@ -84,6 +84,7 @@ def test_unreadable_images_have_an_error(encoder: Path, photos: Path) -> None:
     assert not outputs["error"][1]
     assert list(outputs) == ["path", "cls", "error"]
     assert EmbedImages(encoder, device="meta").build_predictor().model.device.type == "meta"
+
     model = ViTCLSModel.from_pretrained(encoder).eval()
     processor = ViTCLSImageProcessor.from_pretrained(encoder)
     set_fit(processor, "pad", (32, 48))

@@ -1,4 +1,4 @@
-"""Evaluation of saved models: their results, progress, labels matched by name, and runs of two processes.
+"""Evaluation of saved models: their results, progress, and runs of two processes.
 
 The real `accelerate launch` starts evaluation_worker.py once on two processes. Its results must
 equal those of one process.
@@ -35,17 +35,14 @@ from PIL import Image
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSImageProcessor
 from modeling_vitcls.data.aspect_ratio import set_fit
-from modeling_vitcls.data.images import LabeledImages
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.inference import evaluate as evaluate_module
 from modeling_vitcls.inference.evaluate import (
     evaluate_checkpoint,
-    match_labels,
     set_label_columns,
 )
-from modeling_vitcls.inference.metric_tables import build_class_tables, get_metric_names
 from modeling_vitcls.inference.options import EvaluateOptions
 from modeling_vitcls.runtime.distributed import build_accelerator
 from modeling_vitcls.runtime.files import read_json, write_json
@@ -62,7 +59,10 @@ by_one_process = evaluation_results.by_one_process  # a fixture
 
 @pytest.fixture(scope="module")
 def two_process_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run evaluation_worker.py on two processes; return its folder, which contains the printed text in `stdout`."""
+    """Run evaluation_worker.py on two processes, and return its folder.
+
+    The folder contains the printed text in `stdout`.
+    """
     folder = tmp_path_factory.mktemp("two")
     labels = LabelSpace("single_label_classification", {"label": list("9876543210")})
     model = build_classifier("single")
@@ -109,7 +109,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_table(folder: Path, name: str, header: list[str], text: Any) -> Path:
-    """Write the images of a scenario and a CSV file with `text(label)` for each label; each image occurs twice."""
+    """Write the images of a scenario and a CSV file with `text(label)` for each label.
+
+    Each image occurs twice.
+    """
     pictures = build_labeled_images(name)
     with (folder / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
@@ -283,7 +286,7 @@ def test_the_results_describe_the_evaluation(
 def test_streamed_images_have_the_same_loss(
     models: Path, tmp_path: Path, by_one_process: dict[str, Any]
 ) -> None:
-    """Streams select their held-out images differently; one of several splits can be evaluated as a whole."""
+    """Streams select their held-out images differently; a split can be evaluated whole."""
     (tmp_path / "data").mkdir()
     table = write_table(tmp_path, "single", ["animal"], lambda label: [CLASSES[label]])
     for split in ("train", "test"):
@@ -359,29 +362,6 @@ def test_two_processes_evaluate_frozen_features(two_process_folder: Path) -> Non
     assert {**two, **dict.fromkeys(MEASURED)} == {**one, **dict.fromkeys(MEASURED)}
 
 
-def test_up_to_20_classes_are_listed_in_one_line_each() -> None:
-    """Names are one line of Markdown code. More than 20 classes have no table."""
-    values = {"recall": 0.5, "precision": None, "f1": 0.0}
-    rows = [{"name": name, "images": 1200} | values for name in ("`a`\n", "x" * 100, "x" * 101)]
-    (table,) = build_class_tables({"per_class": rows}, None).values()
-    cells = {"Images": "1,200", "Recall": "50.00%", "Precision": "–", "F1": "0.00%"}
-    names = ["`'a' `", f"`{'x' * 100}`", f"`{'x' * 99}…`"]
-    assert table == [{"Class": name} | cells for name in names]
-    assert [
-        len(build_class_tables({"per_class": rows[:1] * number}, None)) for number in (0, 20, 21)
-    ] == [0, 1, 0]
-    config = ViTCLSConfig(
-        tasks={"age": ["old", "young"], "size": ["small", "large"]}, num_cls_tokens=2
-    )
-    tables = build_class_tables({"size_per_class": rows, "age_per_class": rows[:2]}, config)
-    assert {title.split(",")[0]: len(rows) for title, rows in tables.items()} == {
-        "age": 2,
-        "size": 3,
-    }
-    keys = get_metric_names({"size_accuracy": 0.0, "accuracy": 0.0, "macro_f1": None}, config)
-    assert list(keys) == ["accuracy", "size_accuracy"]
-
-
 def test_an_unfinished_run_names_resume(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     with raises_one_line("vitcls finetune ... --resume"):
@@ -398,73 +378,20 @@ def test_a_regression_is_an_error(tmp_path: Path) -> None:
         )
 
 
-# Labels by name -----------------------------------------------------------------------------------
-
-
 def test_only_models_of_several_labels_use_the_columns_in_their_results(tmp_path: Path) -> None:
     options = DataOptions("data")
     tags = ViTCLSConfig(problem_type="multi_label_classification")
     tags.save_pretrained(tmp_path)
+
     assert set_label_columns(options, tags, ModelFolder(tmp_path)) == options  # no results.json
+
     for columns, expected in ((["tags"], ("tags",)), (None, None)):
         write_json(tmp_path / "results.json", {"label_column": columns, "label_separator": ";"})
         found = set_label_columns(options, tags, ModelFolder(tmp_path))
         assert (found.label_column, found.label_separator) == (expected, ";")
+
     folder = ModelFolder(tmp_path)
     assert set_label_columns(options, ViTCLSConfig(), folder) == options
+
     given = DataOptions("data", label_column=("other",))
     assert set_label_columns(given, tags, folder) == given
-
-
-def build_single_label_space(*names: str) -> LabelSpace:
-    return LabelSpace("single_label_classification", {"label": list(names)})
-
-
-def test_labels_are_matched_to_the_model_by_name() -> None:
-    pictures = LabeledImages([], [0, 1, 0])
-    assert match_labels(
-        pictures,
-        build_single_label_space("noon", "dusk"),
-        build_single_label_space("dawn", "dusk", "noon"),
-    ).labels == [2, 1, 2]
-    many = [f"label {index}" for index in range(22)]
-    for number, shown in ((20, r", label 19\. Remove"), (21, r", label 19 and 1 more\. Remove")):
-        with pytest.raises(ValueError, match=f"'noon'.*{shown}"):
-            match_labels(
-                pictures,
-                build_single_label_space("noon", "label 0"),
-                build_single_label_space(*many[:number]),
-            )
-    # an unused name has no effect
-    match_labels(
-        LabeledImages([], [1]),
-        build_single_label_space("noon", "dusk"),
-        build_single_label_space("dusk"),
-    )
-
-
-def test_several_labels_are_matched_by_name() -> None:
-    kind = "multi_label_classification"
-    given = LabelSpace(kind, {"tags": ["b", "c", "a"]})
-    known = LabelSpace(kind, {"label": ["a", "b", "d", "e"]})
-    matched = match_labels(
-        LabeledImages([], [[1.0, 0.0, 0.0], [1.0, 0.0, 1.0], [0.0, 0.0, 0.0]]), given, known
-    )
-    assert matched.labels == [[0.0, 1.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0], [0.0] * 4]
-    with pytest.raises(ValueError, match="the label 'c', but the model has only the labels"):
-        match_labels(LabeledImages([], [[0.0, 1.0, 0.0]]), given, known)
-
-
-def test_tasks_are_matched_by_name() -> None:
-    given = LabelSpace("multi_task", {"b": ["y", "x"], "a": ["q", "p"]})
-    known = LabelSpace("multi_task", {"a": ["p", "q"], "b": ["x", "y"]})
-    matched = match_labels(LabeledImages([], [{"b": 0, "a": 0}, {"b": -100, "a": 1}]), given, known)
-    assert matched.labels == [{"a": 1, "b": 1}, {"a": 0, "b": -100}]
-    with pytest.raises(
-        ValueError, match=r"the model has the tasks a, c, but the dataset has b, a. Select"
-    ):
-        match_labels(
-            LabeledImages([], []), given, LabelSpace("multi_task", {"a": ["p"], "c": ["x"]})
-        )
-    with raises_one_line("multi_task", "`label_column`"):
-        match_labels(LabeledImages([], []), given, build_single_label_space("a"))

@@ -77,12 +77,14 @@ def test_unreadable_images_are_named_once_and_not_counted(by_one_process: dict[s
     )
     model = build_classifier("single")
     metrics = evaluator(model)
+
     assert (metrics["num_images"], metrics["num_unreadable_images"]) == (NUM_IMAGES - 4, 4)
     assert [f"'{index}.png'" in line for index, line in zip(UNREADABLE, said, strict=True)] == [
         True
     ] * 4
     assert evaluator(model) == metrics == by_one_process["unreadable"]
     assert len(said) == 4
+
     outputs, labels = compute_outputs("single")
     good = [index for index in range(NUM_IMAGES) if index not in UNREADABLE]
     right = outputs.logits.argmax(1)[good] == torch.tensor(labels)[good]

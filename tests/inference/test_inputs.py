@@ -1,4 +1,4 @@
-"""Inputs of prediction: lists, folders, datasets and streams, and how their content is identified."""
+"""Inputs of prediction: lists, folders, datasets and streams, and their identification."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def test_a_list_contains_files_and_folders(photos: Path, tmp_path: Path) -> None
         f"\ufeff{photos / 'c.png'}\r\n\n{photos / 'inner'}\n".encode() + b"odd-\xff.png\n"
     )
     source = open_input(PredictOptions("model", list=file))
-    names = [record.name for record in source.read_records([range(source.num_images)])]
+    names = [record.name for record in source.read_records(range(source.num_images))]
     assert names == [*sorted_photos(photos)[2:], "odd-\ufffd.png"]
     file.write_text("\n \n", encoding="utf-8")
     with raises_one_line(f"the list {file} is empty"):
@@ -79,11 +79,12 @@ def test_rows_of_a_dataset_keep_their_index_in_any_ranges(tmp_path: Path) -> Non
     values = [None if index == 2 else f"{index}.png" for index in range(150)]
     dataset = datasets.Dataset.from_dict({"image": values})
     source = DatasetInput(dataset, "image", tmp_path, {})
-    ranges = [range(1, 3), range(60, 150)]
-    records = list(source.read_records(ranges))
+    records = [*source.read_records(range(1, 3)), *source.read_records(range(60, 150))]
+
     assert [record.index for record in records] == [1, 2, *range(60, 150)]
     assert source.num_images == 150
     assert "2" in (prepare_image(None, records[1]).error or "")
+
     for record in records:
         path = str(tmp_path / f"{record.index}.png")
         assert (record.name, record.content) == (
@@ -92,7 +93,7 @@ def test_rows_of_a_dataset_keep_their_index_in_any_ranges(tmp_path: Path) -> Non
 
 
 def test_an_input_is_identified_by_its_content(photos: Path, tmp_path: Path) -> None:
-    """Check inputs of equal names and sizes: files, a folder as a dataset, a table, also as a stream."""
+    """Check inputs of equal names and sizes: files, a folder, a table, also as a stream."""
     folder = tmp_path / "data" / "x"
     table = tmp_path / "table.csv"
     folder.mkdir(parents=True)
@@ -143,8 +144,10 @@ def test_files_are_identified_by_their_size_and_time(tmp_path: Path) -> None:
         file.write_bytes(content)
         os.utime(file, (seconds, seconds))
         digests.append(ListInput([file.name], [str(file)]).compute_fingerprint()["sha256"])
+
     assert len(set(digests)) == 3
     assert digests[2] == digests[3]
+
     urls = [
         ListInput([url], [url]).compute_fingerprint()
         for url in ("https://host/a.png", "https://host/b\0.png")
@@ -154,6 +157,7 @@ def test_files_are_identified_by_their_size_and_time(tmp_path: Path) -> None:
 
 def test_values_of_a_column_are_paths_bytes_or_images(tmp_path: Path) -> None:
     image = Image.new("L", (4, 4))
+
     for value, name, content in (
         ("a.png", "a.png", str(tmp_path / "a.png")),
         ("memory://a.png", "memory://a.png", "memory://a.png"),
@@ -179,6 +183,7 @@ def test_files_of_other_file_systems_are_fetched() -> None:
         record = ImageRecord(0, "name", content)
         prepared = prepare_image(lambda given, return_tensors: {"pixel_values": [given]}, record)
         assert prepared == PreparedImage(record, read)
+
     records = iter([ImageRecord(index, "name", None) for index in range(9)])
     next(prepare_images(records, None, num_workers=1, num_ahead=4))
     assert len(list(records)) == 9 - (1 + 4)  # four images are read ahead
@@ -255,7 +260,7 @@ def test_idx_files_are_read(tmp_path: Path) -> None:
         content = np.array(header, dtype=">i4").tobytes() + pixels.tobytes()[: np.prod(header[1:])]
         (tmp_path / f"train-{name}-ubyte").write_bytes(content)
     source = open_input(PredictOptions("model", dataset=str(tmp_path)))
-    (record,) = source.read_records([range(1, 2)])
+    (record,) = source.read_records(range(1, 2))
     assert source.num_images == 2
     assert record.name == f"{tmp_path.name}/1"
     np.testing.assert_array_equal(np.asarray(record.content), pixels[1])
@@ -270,6 +275,7 @@ def test_datasets_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         open_input(PredictOptions("model", dataset=str(tmp_path / "table.csv"), image_column="c"))
     with raises_one_line("`split`", "train"):
         open_input(PredictOptions("model", dataset=str(tmp_path / "table.csv"), split="test"))
+
     datasets.Dataset.from_dict({"image": ["a.png"]}).filter(lambda row: False).save_to_disk(
         tmp_path / "empty"
     )

@@ -52,7 +52,10 @@ def test_bootstrap_intervals_approach_the_normal_approximation() -> None:
 
 
 def test_the_limit_of_a_null_distribution_is_a_prediction_bound_or_the_maximum() -> None:
-    """The limit is the upper bound of the prediction interval (2.5 + 3.182 * 1.291 * 1.25 ** 0.5), or the maximum."""
+    """The limit is the upper bound of the prediction interval, or the maximum.
+
+    The bound is 2.5 + 3.182 * 1.291 * 1.25 ** 0.5.
+    """
     assert compute_prediction_limit([1.0, 2.0, 3.0, 4.0], 0.975) == pytest.approx(7.093, abs=1e-3)
     assert compute_prediction_limit([0.2], 0.975) == 0.2
     assert compute_prediction_limit([0.0] * 20 + [9.0], 0.975) == 9

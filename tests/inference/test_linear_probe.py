@@ -1,4 +1,7 @@
-"""Choice and fit of a linear classifier on features: equal to scikit-learn's, and chosen on images it has not seen."""
+"""Choice and fit of a linear classifier on features.
+
+It is equal to scikit-learn's, and chosen on images that it has not seen.
+"""
 
 import numpy as np
 import pytest
@@ -39,7 +42,7 @@ def build_features(
 def test_the_classifier_is_the_regression_of_scikit_learn(
     num_features: int, num_classes: int
 ) -> None:
-    """The strength is for features with a mean squared norm of 1, which is C / F on standardized features."""
+    """The strength is for features with a mean squared norm of 1, so C / F if standardized."""
     features, labels = build_features(60, num_features, num_classes)
     classifier = fit_classifier(features, labels, num_classes, "standardized", strength=16.0)
     scaler = StandardScaler().fit(features)

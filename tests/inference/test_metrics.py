@@ -17,7 +17,6 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from modeling_vitcls.data.labels import LabelSpace
-from modeling_vitcls.inference.image_pass import collate_labels
 from modeling_vitcls.inference.metrics import (
     METRICS,
     MultiLabelMetrics,
@@ -80,7 +79,10 @@ def test_metrics_of_one_label_per_image_equal_scikit_learn(by_one_process: dict[
 def assert_per_class(
     measured: list[dict[str, Any]], truth: np.ndarray, answers: np.ndarray
 ) -> None:
-    """Check recall, precision and F1 of each class, for 0 or 1 per image and class [N, L]; None for 0 / 0."""
+    """Check recall, precision and F1 of each class; None for 0 / 0.
+
+    The values are 0 or 1 per image and class [N, L].
+    """
     expected = sklearn.metrics.precision_recall_fscore_support(truth, answers, zero_division=np.nan)
     assert [row["name"] for row in measured] == CLASSES
     for row, precision, recall, f1, support in zip(measured, *expected, strict=True):
@@ -114,16 +116,19 @@ def test_metrics_of_several_labels_per_image_equal_scikit_learn(
         sklearn.metrics.average_precision_score(truth[:, place], probabilities[:, place])
         for place in range(6)
     ]
+
     assert metrics["mean_average_precision"] == close(np.mean(precisions))
     assert metrics["micro_f1"] == close(sklearn.metrics.f1_score(truth, answers, average="micro"))
     assert metrics["macro_f1"] == close(sklearn.metrics.f1_score(truth, answers, average="macro"))
     assert metrics["exact_match"] == close((truth == answers).all(1).mean())
+
     loss = nn.functional.binary_cross_entropy_with_logits(
         outputs.logits, torch.tensor(truth, dtype=torch.float32)
     )
     assert metrics["loss"] == close(loss.item())
     assert metrics["num_images"] == NUM_IMAGES
     assert_per_class(metrics["per_class"], truth, answers)
+
     measured = [row["average_precision"] for row in metrics["per_class"]]
     assert measured == [*map(close, precisions), None]  # no image has the last class
 
@@ -263,7 +268,10 @@ def test_means_of_many_batches_are_exact() -> None:
 
 
 def test_a_single_class_has_all_metrics() -> None:
-    """A dataset may have one tag, or a task with one class. torchmetrics returns scalars for one class."""
+    """A dataset may have one tag, or a task with one class.
+
+    torchmetrics returns scalars for one class.
+    """
     tags = MultiLabelMetrics(LabelSpace("multi_label_classification", {"label": ["a"]}), CPU)
     logits = torch.tensor([[1.0], [-1.0], [2.0]])
     labels = torch.tensor([[1.0], [0.0], [0.0]])
@@ -297,7 +305,7 @@ def test_half_precision_logits_are_evaluated_in_float32(name: str) -> None:
     outputs, values = compute_outputs(name)
     kind = SPACES[name].kind
     found = []
-    labels = collate_labels(values, SPACES[name])
+    labels = SPACES[name].collate(values)
     halves = tree_map(torch.Tensor.bfloat16, outputs.logits)
     for convert in (torch.Tensor.bfloat16, torch.Tensor.float):
         logits = tree_map(convert, halves)

@@ -154,8 +154,10 @@ def test_labels_equal_those_of_the_model_and_the_pipeline(
         )
     )
     rows = read_json(output)
+
     assert [row["image"] for row in rows] == sorted_photos(photos)
     assert [row["index"] for row in rows] == list(range(9))
+
     expected = pipeline("image-classification", str(models / "one_label"), top_k=2)(
         sorted_photos(photos)
     )
@@ -242,15 +244,18 @@ def test_several_labels_are_predicted_from_the_threshold(
         probabilities = model(pixel_values(photos)).logits.sigmoid()
     threshold = probabilities.median().item()
     rows = predict(model, ViTCLSImageProcessor(size=32), photos, threshold=threshold)
+
     assert [set(row["labels"]) for row in rows] == [
         {NAMES[label] for label in range(3) if image[label] >= threshold} for image in probabilities
     ]
     assert {len(row["labels"]) for row in rows} != {3}
     assert all(row["probabilities"] == sorted(row["probabilities"], reverse=True) for row in rows)
+
     best = predict(model, ViTCLSImageProcessor(size=32), photos, threshold=0, top_k=1)
     assert [row["labels"] for row in best] == [
         [NAMES[label]] for label in probabilities.argmax(dim=1)
     ]
+
     options = PredictOptions(
         str(models / "several_labels"), (str(photos),), output=tmp_path / "a.csv", threshold=1
     )
@@ -282,6 +287,7 @@ def test_features_equal_the_tokens_of_the_model(
     group = tokens["patches"].mean(dim=1) if kind == "mean" else tokens[kind]
     expected = group[:, 0] if kind == "cls" else group
     measured = np.array([row["features"] for row in rows], dtype=np.float32)
+
     # A classifier computes fewer tokens in its last layer, which changes the order of sums.
     np.testing.assert_allclose(measured, expected.numpy(), rtol=0, atol=1e-6)
     assert rows[0].keys() == {"index", "image", "features", "error"}
@@ -454,8 +460,10 @@ def test_processes_take_batches_and_shards_in_turn(
         )
         predict_module.predict_to_file(replace(options, output=output), process, source, predictor)
     lines = (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()
+
     assert [json.loads(line)["index"] for line in lines] == [2, 3, 8]
     assert not output.exists()
+
     process.is_main_process = True  # computes the fingerprint
     folder = replace(options, output=tmp_path / "folder", shard="2/2", shard_size=1)
     assert predict_module.predict_to_folder(folder, process, source, predictor) == PredictionCounts(
@@ -723,10 +731,12 @@ def test_predict_accepts_images_of_any_kind(models: Path, photos: Path) -> None:
         np.asarray(Image.open(picture)),
     ]
     rows = functions.predict(model, [*given, b"broken", photos / "inner"], top_k=2)
+
     assert [row["image"] for row in rows][:6] == [str(picture), str(picture), "2", "3", "4", "5"]
     assert len({(row["label"], row["probability"], row["label_2"]) for row in rows[:5]}) == 1
     assert "cannot read an image" in rows[5]["error"]
     assert len(rows) == 12
+
     (alone,) = functions.predict(model, picture)
     assert alone["image"] == str(picture)
     assert alone["label"] == rows[0]["label"]
@@ -743,7 +753,9 @@ def test_rows_of_options_have_the_settings_of_the_options(models: Path, photos: 
         source, (str(photos),), mixed_precision="bf16", num_workers=1, batch_size=7, **flags
     )
     predictor = predict_module.build_predictor(options, build_accelerator(mixed_precision="bf16"))
+
     assert (predictor.num_workers, predictor.batch_size) == (1, 7)
+
     with torch.autocast("cpu", torch.bfloat16):
         expected = predict(model, processor, photos, **flags)
     assert predict_module.predict_from_options(options, []) == expected

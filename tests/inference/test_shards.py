@@ -1,4 +1,7 @@
-"""Folders of predictions: `--merge` and a repeated command accept exactly the files of one prediction."""
+"""Folders of predictions: a command accepts exactly the files of one prediction.
+
+The commands are `--merge` and a repeated prediction.
+"""
 
 import json
 import os

@@ -15,7 +15,10 @@ from modeling_vitcls.runtime.system import format_device_name
 def test_the_batch_is_as_large_as_the_time_permits(
     seconds: float, batch_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each forward pass takes the same time: three passes take about half a second, and a slow model one pass."""
+    """Three passes take about half a second; a slow model is measured once.
+
+    Each forward pass takes the same time.
+    """
     times = iter(seconds * number for number in range(100))
     monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=times.__next__))
     device = torch.device("cpu")
@@ -24,6 +27,7 @@ def test_the_batch_is_as_large_as_the_time_permits(
     sizes = []
     model.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
     found = speed.measure_inference_speed(model, device)
+
     assert found == {
         "images_per_second": pytest.approx(batch_size / seconds, abs=0.1),
         "batch_size": batch_size,

@@ -383,10 +383,10 @@ def test_the_new_rows_are_those_of_a_logistic_regression_with_fixed_rows() -> No
     generator = np.random.default_rng(0)
     features = generator.normal(size=(200, 5))
     labels = (features[:, 0] + generator.normal(size=200) > 0).astype(int)
-    rows = AddedRows(np.zeros((200, 1)), 2).set_params(C=0.1).fit(features, labels)
+    weight, bias = AddedRows(2, np.zeros((200, 1))).fit(features, labels, strength=0.1)
     expected = LogisticRegression(C=0.1, tol=1e-8, max_iter=1000).fit(features, labels)
-    assert np.abs(rows.weight - expected.coef_).max() < 1e-3
-    assert np.abs(rows.bias - expected.intercept_).max() < 1e-3
+    assert np.abs(weight - expected.coef_).max() < 1e-3
+    assert np.abs(bias - expected.intercept_).max() < 1e-3
 
 
 def test_the_bias_loses_at_most_the_allowed_images() -> None:

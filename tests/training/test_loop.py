@@ -180,7 +180,8 @@ class RecordedLoop:
 
     def batches(self) -> Iterator[Any]:
         augmentation = build_augmentation(PLAIN, ViTCLSImageProcessor(size=[32, 32]))
-        pictures = TrainingImages(DIGITS.train, BatchBuilder(augmentation, to_rgb=True, seed=0))
+        builder = BatchBuilder(augmentation, DIGITS.label_space, to_rgb=True, seed=0)
+        pictures = TrainingImages(DIGITS.train, builder)
         return iterate_training_batches(
             pictures, self.plan, process_index=0, num_workers=0, first_step=self.state.step
         )

@@ -115,7 +115,8 @@ def test_the_flags_and_the_checkpoint_determine_the_batches(tmp_path: Path) -> N
     augmentation = build_augmentation(
         options.augmentation, ViTCLSImageProcessor(size=[24, 32], resample=0)
     )
-    images = TrainingImages(train, BatchBuilder(augmentation, to_rgb=False, seed=5, num_channels=1))
+    builder = BatchBuilder(augmentation, run.data.label_space, to_rgb=False, seed=5, num_channels=1)
+    images = TrainingImages(train, builder)
     expected = next(iterate_training_batches(images, run.plan, 0, 0))
     images = build_training_images(options, run.data, task.processor, 1, 0)
 
