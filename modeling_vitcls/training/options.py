@@ -421,7 +421,7 @@ class MAEOptions:
 
 
 @dataclass(frozen=True)
-class TeachersOptions:
+class MultiTeacherDistillationOptions:
     """Distillation without labels (UNIC, Sariyildiz et al. 2024): distillation token k imitates teacher k."""
 
     teachers: tuple[str, ...] = ()
@@ -451,7 +451,9 @@ class PretrainOptions(CommonOptions):
     method: Literal["lejepa", "mae", "distillation"] | None = None
     """LeJEPA trains the pooled token (CLS), MAE reconstructs masked patches, and distillation
     imitates --teachers. Default: distillation with --teachers, otherwise lejepa."""
-    distillation: TeachersOptions = field(default_factory=TeachersOptions)
+    multi_teacher: MultiTeacherDistillationOptions = field(
+        default_factory=MultiTeacherDistillationOptions
+    )
     lejepa: LeJEPAOptions = field(default_factory=LeJEPAOptions)
     mae: MAEOptions = field(default_factory=MAEOptions)
 

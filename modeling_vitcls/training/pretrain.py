@@ -61,7 +61,7 @@ def check_options(options: PretrainOptions) -> PretrainOptions:
 
     Raise ValueError if flags contradict each other, require labels or drop patches.
     """
-    num_teachers = len(options.distillation.teachers)
+    num_teachers = len(options.multi_teacher.teachers)
     num_tokens = options.model.num_distillation_tokens
     method = options.method or ("distillation" if num_teachers else "lejepa")
     if (method == "distillation") != bool(num_teachers):
@@ -69,7 +69,7 @@ def check_options(options: PretrainOptions) -> PretrainOptions:
             f"`method={method!r}` {'excludes' if num_teachers else 'requires'} `teachers`. Change "
             "one flag"
         )
-    for name in filter(is_preset, options.distillation.teachers):
+    for name in filter(is_preset, options.multi_teacher.teachers):
         raise ValueError(
             f"`teachers` requires trained models, but {name} has random weights. Set a checkpoint"
         )
@@ -163,7 +163,7 @@ def build_training_setup(
         summary_lines |= {
             f"teacher {index}": each.description for index, each in enumerate(teachers.teachers)
         }
-        results["teachers"] = [strip_folders(name) for name in options.distillation.teachers]
+        results["teachers"] = [strip_folders(name) for name in options.multi_teacher.teachers]
         has_own_tokens = config.num_distillation_tokens == len(teachers.teachers)
         config.distillation_teachers = results["teachers"] if has_own_tokens else None
 
@@ -181,7 +181,7 @@ def build_training_setup(
             "effective_rank",
         ),
         labels_text="labels are used only to measure the features" if has_labels else "no labels",
-        num_views=options.distillation.teacher_views,
+        num_views=options.multi_teacher.teacher_views,
         summary_lines=summary_lines,
         results=results,
         encoder=method.vitcls,
@@ -342,8 +342,8 @@ def load_teachers(
     accelerator: Accelerator,
 ) -> FeatureTeachers:
     """Load the teachers, and fit the standardization of their features to augmented training images."""
-    names = options.distillation.teachers
-    with_patches = options.distillation.distill_patches
+    names = options.multi_teacher.teachers
+    with_patches = options.multi_teacher.distill_patches
     loaded = [
         load_feature_teacher(name, config, with_patches, accelerator.device) for name in names
     ]
@@ -369,7 +369,7 @@ def build_distillation_objective(
 ) -> Objective:
     """Build the loss of the encoder's predictions, with cached targets if the number of views is limited."""
     sources: list[Any] = teachers.teachers
-    if num_views := options.distillation.teacher_views:
+    if num_views := options.multi_teacher.teacher_views:
         num_images = data.num_training_images
         sources = [
             TeacherCache(each, num_images, num_views, each.model.config.pooled_size)

@@ -70,8 +70,8 @@ def replace_sources(options: Any, convert: Callable[[str, str], str]) -> Any:
         options, model=replace(options.model, model=convert("model", options.model.model))
     )
     if isinstance(options, PretrainOptions):
-        teachers = tuple(convert("teachers", source) for source in options.distillation.teachers)
-        return replace(options, distillation=replace(options.distillation, teachers=teachers))
+        teachers = tuple(convert("teachers", source) for source in options.multi_teacher.teachers)
+        return replace(options, multi_teacher=replace(options.multi_teacher, teachers=teachers))
     if options.distillation.teacher is None:
         return options
     teacher = convert("teacher", options.distillation.teacher)

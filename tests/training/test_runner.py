@@ -214,7 +214,7 @@ def test_a_resumed_run_uses_the_commits_of_its_checkpoint() -> None:
     options = build_tiny_options(
         Path("run"), "digits", PretrainOptions, teachers=("acme/other", "acme/vit")
     )
-    assert pin_models(options, checkpoint).distillation.teachers == (
+    assert pin_models(options, checkpoint).multi_teacher.teachers == (
         stored["teacher"],
         stored["model"],
     )
