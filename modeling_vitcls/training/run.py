@@ -47,7 +47,7 @@ from .options import FinetuneOptions, PretrainOptions
 from .output_folder import FolderLock, save_output
 from .probe import FittedProbe
 from .resume import format_flag_value, resolve_local_paths
-from .run_inputs import Environment, Loaded, Options, check_folder, load, print_summary, set_up
+from .run_inputs import Environment, Loaded, Options, load, print_summary, set_up
 from .run_results import Result, Trained, build_results, print_estimate, print_result
 from .signals import SignalHandler
 from .training_setup import TrainingSetup, build_training_images
@@ -105,7 +105,7 @@ def run(kind: ModuleType, options: Options, on_checkpoint: Callable[[Path], None
     with FolderLock(folder) as lock:
         environment = set_up(options, lock)
         accelerator, reporter = environment.accelerator, environment.reporter
-        if run_on_main(accelerator, partial(check_folder, options, environment)):
+        if environment.is_finished:
             # killed at the end
             shutil.rmtree(folder / output_folder.STAGING_FOLDER, ignore_errors=True)
             reporter.print_line("finished", f"{folder} already contains the results of this run")
