@@ -161,6 +161,8 @@ def test_a_task_is_replaced_or_removed_on_request_only(with_parity: Path, tmp_pa
     add_task(with_parity, data, "parity", tmp_path / "replaced", overwrite_task=True)
     outputs = compute(tmp_path / "replaced", build_images(1, 8, 8, channels=1))
     assert set(outputs.task_logits) == {"parity"}
+    add_task(with_parity, data, "parity", tmp_path / "both", remove_task="parity")
+    assert set(predict(tmp_path / "both", IMAGES[:1])[0]) >= {"parity_label"}
     add_task(with_parity, data, None, tmp_path / "removed", remove_task="parity")
     assert compute(tmp_path / "removed", build_images(1, 8, 8, channels=1)).task_logits is None
 
