@@ -70,7 +70,7 @@ from ..runtime.system import get_versions
 from .calibration import compute_error, find_calibration
 from .certificate import NUM_IMAGES, certify, describe_certificate, load_old_model, read_pixels
 from .options import AddClassOptions, AdditionOptions, AddTaskOptions
-from .probe import MAX_CHOICE_IMAGES, build_record, split_at_random
+from .probe import MAX_CHOICE_IMAGES, build_record, select_out_of_fold, split_at_random
 
 
 SINGLE_LABEL, MULTI_LABEL = "single_label_classification", "multi_label_classification"
@@ -304,9 +304,8 @@ def fit_single_label_head(base: Base, names: list[str], parts: Sequence[Features
     lines = {"head": describe_candidate(record)}
     if choice.score is not None:
         lines["cross-validation"] = f"{record['accuracy']:.1%}, log loss {record['loss']:.2f}"
-        is_predicted = np.isfinite(choice.score.losses)
-        out_of_fold = choice.score.logits[is_predicted].astype(np.float32)
-        calibration = find_calibration(out_of_fold, first.labels[is_predicted], "cross-validation")
+        out_of_fold, labels = select_out_of_fold(choice.score, first.labels)
+        calibration = find_calibration(out_of_fold.astype(np.float32), labels, "cross-validation")
         lines["calibration"] = calibration.text
         if calibration.is_fitted:
             fields |= {
@@ -701,8 +700,7 @@ def fit_new_rows(
         raise ValueError(
             f"{len(labels)} images are too few for a cross-validation. Add images to `dataset`"
         )
-    is_predicted = np.isfinite(choice.score.losses)
-    out_of_fold, predicted_labels = choice.score.logits[is_predicted], labels[is_predicted]
+    out_of_fold, predicted_labels = select_out_of_fold(choice.score, labels)
     bias = choose_bias(out_of_fold, predicted_labels, num_old, max_old_loss)
     classifier = fit_added_rows(
         features=features.select(candidate).astype(np.float64),

@@ -82,8 +82,7 @@ def explain_missing_calibration(num_images: int, images: str) -> Calibration:
 def is_improvement(logits: np.ndarray, labels: np.ndarray, temperature: float) -> bool:
     """Return whether a temperature lowers the log loss of images that it was not fitted to, in two halves.
 
-    It must not make the calibration error larger, either. That of fewer than `MIN_ERROR_IMAGES`
-    images is mostly noise.
+    It must not make the calibration error larger, either.
     """
     halves = np.arange(len(labels)) % 2
     loss_before = 0.0
@@ -98,8 +97,6 @@ def is_improvement(logits: np.ndarray, labels: np.ndarray, temperature: float) -
 
     if loss_after > loss_before:
         return False
-    if len(labels) < MIN_ERROR_IMAGES:
-        return True
     return compute_error(logits / temperature, labels) <= compute_error(logits, labels)
 
 

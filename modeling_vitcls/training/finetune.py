@@ -107,8 +107,11 @@ def build_training_setup(
     )
 
     teacher_name = options.distillation.teacher
-    warnings = describe_missing_classes(data)
-    warnings = warnings + describe_imbalance(options, data) + describe_overlap(initial, data)
+    warnings = [
+        *describe_missing_classes(data),
+        *describe_imbalance(options, data),
+        *describe_overlap(initial, data),
+    ]
     return TrainingSetup(
         model,
         processor,
@@ -133,14 +136,13 @@ def build_training_setup(
 
 def build_probe(options: FinetuneOptions, model: Any, evaluator_arguments: dict[str, Any]) -> Probe:
     """Build the probe, which chooses what the user has not set."""
-    pooled_layers = options.model.pooled_layers
     return Probe(
         model=model,
         arguments=evaluator_arguments,
         max_images=None if options.training.trainable == "head" else MAX_PROBE_IMAGES,
         fit=options.model.fit,
         pooling=options.model.pooling,
-        pooled_layers=None if pooled_layers is None else list(pooled_layers),
+        pooled_layers=options.model.pooled_layers,
     )
 
 

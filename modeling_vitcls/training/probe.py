@@ -163,9 +163,8 @@ class FittedProbe:
         """
         if self.choice.score is None:
             return None
-        is_predicted = np.isfinite(self.choice.score.losses)
-        labels = self.labels[: len(is_predicted)]
-        return self.choice.score.logits[is_predicted].astype(np.float32), labels[is_predicted]
+        logits, labels = select_out_of_fold(self.choice.score, self.labels)
+        return logits.astype(np.float32), labels
 
     def find_nearest_images(self, held_out_indices: Sequence[int]) -> dict[int, list[str]]:
         """Return the names of the training images that are most similar to each of some held-out images, by its index.
@@ -208,7 +207,7 @@ class Probe:
     max_images: int | None
     fit: str | None = None
     pooling: str | None = None
-    pooled_layers: list[int] | None = None
+    pooled_layers: Sequence[int] | None = None
 
     @property
     def processor(self) -> Any:
@@ -412,6 +411,15 @@ class Probe:
             self.model.classifier.bias.copy_(torch.from_numpy(fitted.bias))
 
 
+def select_out_of_fold(score: Score, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return logits [M, L] and labels [M] of the images that a regression of a fold was not fitted to.
+
+    The first ones of the `labels` are those of the images of the choice.
+    """
+    is_predicted = np.isfinite(score.losses)
+    return score.logits[is_predicted], labels[: len(is_predicted)][is_predicted]
+
+
 def has_various_shapes(images: LabeledImages) -> bool:
     """Return whether the median image of a sample is clearly not square."""
     ratios = []
@@ -465,16 +473,15 @@ def build_score_record(score: Score, labels: np.ndarray) -> dict[str, Any]:
 
     A candidate that was not continued has results of one fold only.
     """
-    is_predicted = np.isfinite(score.losses)
-    is_right = score.logits[is_predicted].argmax(axis=1) == labels[is_predicted]
+    logits, labels = select_out_of_fold(score, labels)
     return {
         "layers": list(score.candidate.layers),
         "tokens": score.candidate.tokens,
         "scale": score.candidate.scale,
         "strength": score.strength,
-        "loss": float(score.losses[is_predicted].mean()),
-        "accuracy": float(is_right.mean()),
-        "num_images": int(is_predicted.sum()),
+        "loss": float(score.losses[np.isfinite(score.losses)].mean()),
+        "accuracy": float((logits.argmax(axis=1) == labels).mean()),
+        "num_images": len(labels),
     }
 
 

@@ -88,12 +88,17 @@ class Reporter:
         """Print the step in a log file if the last line is older than 30 seconds."""
         is_due = self.progress.get_time() - self.last_line_time >= LINE_SECONDS
         if self.progress.disable and is_due and self.accelerator.is_main_process:
-            task = self.progress.tasks[0]
-            remaining_time = (
-                f"  {timedelta(seconds=task.time_remaining)} left" if task.time_remaining else ""
-            )
-            self.console.print(f"step {step}/{task.total}{remaining_time}", markup=False)
-            self.last_line_time = self.progress.get_time()
+            self.print_step(step)
+
+    def print_step(self, step: int, text: str = "", score_text: str = "") -> None:
+        """Print a line about a step, with the remaining time."""
+        task = self.progress.tasks[0]
+        remaining_time = ""
+        if task.time_remaining:
+            remaining_time = f"{timedelta(seconds=task.time_remaining)} left"
+        columns = [f"step {step}/{task.total}", text, remaining_time, score_text]
+        self.console.print("  ".join(filter(None, columns)), markup=False)
+        self.last_line_time = self.progress.get_time()
 
     def log(self, record: dict[str, Any]) -> None:
         """Append a record to metrics.jsonl, print it, and send its numbers to the trackers.
@@ -115,14 +120,8 @@ class Reporter:
         score_text = f"{split.replace('_', ' ')}: {scores}" if scores else ""
 
         self.progress.update(self.progress_task, completed=record["step"], description=text)
-        task = self.progress.tasks[0]
         if self.progress.disable:
-            remaining_time = (
-                f"{timedelta(seconds=task.time_remaining)} left" if task.time_remaining else ""
-            )
-            columns = [f"step {record['step']}/{task.total}", text, remaining_time, score_text]
-            self.console.print("  ".join(filter(None, columns)), markup=False)
-            self.last_line_time = self.progress.get_time()
+            self.print_step(record["step"], text, score_text)
         elif score_text:
             self.progress.console.print(
                 f"epoch {record['epoch']:>5.1f}  {score_text}", markup=False

@@ -22,8 +22,7 @@ from accelerate import Accelerator
 from torch.distributed.fsdp import FSDPModule
 
 from ..data.batches import Normalizer, iterate_training_batches
-from ..data.images import UnreadableImageCounter
-from ..data.streaming import StreamedImages
+from ..data.images import LabeledImages, UnreadableImageCounter
 from ..data.workers import explain_worker_errors
 from ..inference.frozen_features import HeadEvaluator
 from ..inference.per_image import get_outputs, is_labeled
@@ -40,7 +39,7 @@ from .calibration import (
 )
 from .distributed_state import reshard
 from .dry_run import build_dry_run_options, reduce_for_dry_run
-from .loop import TrainingLoop, TrainingState
+from .loop import Evaluate, TrainingLoop, TrainingState
 from .model import check_preset_name
 from .optimizer import Ema, build_optimizer
 from .options import FinetuneOptions, PretrainOptions
@@ -59,13 +58,10 @@ ALL = slice(None)
 FIRST_HALF = slice(0, None, 2)
 SECOND_HALF = slice(1, None, 2)  # of the held-out images
 
-# from a model to metrics; an `Evaluator` if there are images
-Evaluate = Callable[[Any], dict[str, Any]]
-
 
 @dataclass(frozen=True)
 class Evaluators:
-    """The evaluations of a run. Without held-out images, they return no metrics."""
+    """The evaluations of a run: an `Evaluator` if there are images, otherwise `evaluate_nothing`."""
 
     selection: Evaluate  # of the selection images or, without them, of the held-out images
     held_out: Evaluate
@@ -262,7 +258,8 @@ def train_steps(
             return Trained(loop, metrics, 0, loop.get_training_seconds())
 
         if frozen is not None and frozen.selection is not None:
-            evaluate_frozen_model(loop, HeadEvaluator(frozen.selection, frozen.choice.candidate))
+            # the frozen model takes part in the selection, as step 0
+            loop.evaluate_step(HeadEvaluator(frozen.selection, frozen.choice.candidate))
 
         batches = iterate_training_batches(
             images, plan, accelerator.process_index, options.data.num_workers, state.step
@@ -281,14 +278,6 @@ def train_steps(
     if state.ema is not None:
         state.ema.copy_to_model(state.ema.shadow)
     return Trained(loop, metrics, selected_step, seconds)
-
-
-def evaluate_frozen_model(loop: TrainingLoop, evaluate: HeadEvaluator) -> None:
-    """Let the frozen model take part in the selection, as step 0, with the features of the probe."""
-    evaluate_model = loop.evaluate_model
-    loop.evaluate_model = evaluate
-    loop.evaluate_step()
-    loop.evaluate_model = evaluate_model
 
 
 def finish_model(
@@ -366,7 +355,7 @@ def calibrate(
         return find_calibration(*outputs, images="cross-validation"), ALL
 
     if selection is not None and loaded.has_steps:
-        if not isinstance(selection, StreamedImages) and not has_enough_images(len(selection)):
+        if isinstance(selection, LabeledImages) and not has_enough_images(len(selection)):
             return explain_missing_calibration(len(selection), images="selection"), ALL
         outputs = compute_outputs(evaluators.selection, model)
         return find_calibration(*outputs, images="selection"), ALL
