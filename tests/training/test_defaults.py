@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny_models import build_tiny_config, randomize
+from helpers.tiny_models import build_tiny_config, save_with_processor
 from helpers.tiny_options import build_tiny_options
 
-from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, ViTCLSImageProcessor
+from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification
 from modeling_vitcls.conversion.convert import convert_checkpoint
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.training import defaults
@@ -183,8 +183,7 @@ def test_a_conversion_with_random_weights_is_not_pretrained(tmp_path: Path) -> N
     assert "preset" in str(describe_random_weights(preset))
     trained = tmp_path / "trained"
     random = tmp_path / "random"
-    randomize(ViTCLSForImageClassification(build_tiny_config())).save_pretrained(trained)
-    ViTCLSImageProcessor(size=32).save_pretrained(trained)
+    save_with_processor(ViTCLSForImageClassification(build_tiny_config()), trained)
     checkpoint = resolve_initial_model(str(trained))
     assert (checkpoint.config.hidden_size, checkpoint.has_random_weights) == (16, False)
     assert describe_random_weights(checkpoint) is None

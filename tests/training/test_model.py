@@ -17,6 +17,7 @@ from helpers.tiny_models import (
     get_largest_difference,
     raises_one_line,
     randomize,
+    save_with_processor,
 )
 from helpers.tiny_options import build_initial_model, prepare_setup, run_training
 
@@ -57,11 +58,8 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 def two_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a checkpoint with two tasks."""
     folder = tmp_path_factory.mktemp("tasks")
-    torch.manual_seed(0)
     config = build_tiny_config(num_cls_tokens=2, tasks={"age": 2, "kind": 3})
-    ViTCLSForMultiTaskClassification(config).save_pretrained(folder)
-    ViTCLSImageProcessor(size=32).save_pretrained(folder)
-    return folder
+    return save_with_processor(ViTCLSForMultiTaskClassification(config), folder)
 
 
 @pytest.mark.parametrize("labels", [["LABEL_0", "LABEL_1", "LABEL_2"], ["no", "yes"]])
@@ -69,8 +67,7 @@ def test_extra_heads_are_dropped_because_fine_tuning_changes_their_features(
     labels: list[str], tmp_path: Path
 ) -> None:
     config = build_tiny_config(extra_heads={"weather": {"labels": ["rain", "sun"]}})
-    ViTCLSForImageClassification(config).save_pretrained(tmp_path)
-    ViTCLSImageProcessor(size=32).save_pretrained(tmp_path)
+    save_with_processor(ViTCLSForImageClassification(config), tmp_path)
     label_space = LabelSpace("single_label_classification", {"label": labels})
     model, _, new_names = build_initial_model(ModelOptions(model=str(tmp_path)), label_space)
     assert model.config.extra_heads is None
@@ -126,9 +123,8 @@ def test_a_classifier_is_kept_only_for_the_same_labels(
 ) -> None:
     fields = {"id2label": {0: "ant", 1: "bee", 2: "cat"}, "problem_type": stored_kind}
     fields |= {"temperature": 3.0, "energy_threshold": 2.0}
-    saved = randomize(ViTCLSForImageClassification(build_tiny_config(**fields)))
-    saved.save_pretrained(tmp_path)
-    ViTCLSImageProcessor(size=32).save_pretrained(tmp_path)
+    saved = ViTCLSForImageClassification(build_tiny_config(**fields))
+    save_with_processor(saved, tmp_path)
     model, _, new_names = build_initial_model(
         ModelOptions(model=str(tmp_path)), LabelSpace(kind, {"label": names})
     )
@@ -163,8 +159,7 @@ def test_a_new_classifier_of_a_pretrained_encoder_reads_cls_and_the_patches(
 ) -> None:
     """Encoders with random weights, other poolers or distillation heads keep the pooling of the checkpoint."""
     encoder = ViTCLSModel(build_tiny_config(num_distillation_tokens=0, **stored))
-    encoder.save_pretrained(tmp_path)
-    ViTCLSImageProcessor(size=32).save_pretrained(tmp_path)
+    save_with_processor(encoder, tmp_path)
     write_json(tmp_path / "parity_report.json", report)
     labels = LabelSpace("single_label_classification", {"label": ["ant", "bee"]})
     model, _, _ = build_initial_model(ModelOptions(model=str(tmp_path), **flags), labels)
@@ -184,8 +179,7 @@ def test_checkpoints_in_bfloat16_are_trained_in_float32(names: list[str], tmp_pa
     config = build_tiny_config(
         id2label={0: "ant", 1: "bee", 2: "cat"}, num_register_tokens=2, use_mask_token=True
     )
-    randomize(ViTCLSForImageClassification(config)).bfloat16().save_pretrained(tmp_path)
-    ViTCLSImageProcessor(size=32).save_pretrained(tmp_path)
+    save_with_processor(ViTCLSForImageClassification(config).bfloat16(), tmp_path)
     options = ModelOptions(
         model=str(tmp_path), num_distillation_tokens=1, num_register_tokens=1, pooling="attention"
     )
@@ -207,8 +201,7 @@ def test_checkpoints_in_bfloat16_are_trained_in_float32(names: list[str], tmp_pa
 def test_registers_are_gated_if_the_weights_are_trained(
     is_random: bool, gated_tokens: dict[str, int] | None, tmp_path: Path
 ) -> None:
-    ViTCLSModel(build_tiny_config()).save_pretrained(tmp_path)
-    ViTCLSImageProcessor(size=32).save_pretrained(tmp_path)
+    save_with_processor(ViTCLSModel(build_tiny_config()), tmp_path)
     write_json(tmp_path / "parity_report.json", {"random_init": is_random})
     options = ModelOptions(model=str(tmp_path), num_register_tokens=2)
     label_space = LabelSpace("single_label_classification", {"label": ["no", "yes"]})
@@ -409,8 +402,7 @@ def test_added_tokens_are_trained_with_their_positions_and_gates(
     saved = ViTCLSForImageClassification(
         build_tiny_config(**fields, id2label=dict(enumerate(names)))
     )
-    randomize(saved).save_pretrained(tmp_path)
-    ViTCLSImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    save_with_processor(saved, tmp_path)
     labels = LabelSpace("single_label_classification", {"label": names})
     options = ModelOptions(model=str(tmp_path), num_distillation_tokens=1, num_register_tokens=3)
     model, _, new_names = build_initial_model(options, labels)
@@ -532,8 +524,7 @@ def test_large_checkpoints_are_fine_tuned_at_224_pixels(
         image_size=native, patch_size=patch, position_embedding_type="sincos_2d"
     )
     encoder = ViTCLSModel(config)
-    encoder.save_pretrained(tmp_path)
-    ViTCLSImageProcessor(size=config.image_height_width).save_pretrained(tmp_path)
+    save_with_processor(encoder, tmp_path, ViTCLSImageProcessor(size=config.image_height_width))
     options = ModelOptions(str(tmp_path), image_size=flag)
     options, line = choose_image_size(options, resolve_initial_model(options.model))
     label_space = LabelSpace("single_label_classification", {"label": ["yes", "no"]})

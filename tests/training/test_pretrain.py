@@ -34,7 +34,6 @@ from modeling_vitcls.training.pretrain import (
     compare_features,
     compute_effective_rank,
 )
-from modeling_vitcls.training.reporter import format_metric
 
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate", "few_digits")]
@@ -162,9 +161,8 @@ def test_images_without_labels_are_measured_by_rank(
 
 def test_a_converted_checkpoint_is_continued(tmp_path: Path) -> None:
     """It is trained in float32, here on all images."""
-    ViTCLSModel(build_tiny_config(num_register_tokens=1)).bfloat16().save_pretrained(
-        tmp_path / "model"
-    )
+    encoder = ViTCLSModel(build_tiny_config(num_register_tokens=1)).bfloat16()
+    encoder.save_pretrained(tmp_path / "model")
     ViTCLSImageProcessor(size=32).save_pretrained(tmp_path / "model")
     model = {
         "model": str(tmp_path / "model"),
@@ -228,8 +226,7 @@ def test_the_effective_rank_is_the_exponential_of_the_entropy_of_singular_values
 
 def test_a_collapse_is_a_warning(tmp_path: Path) -> None:
     warnings: list[str] = []
-    prepared = prepare_setup(tiny_options(tmp_path / "out", local_crops=3))
-    assert re.findall(r"\d+", prepared.setup.summary_lines["method"]) == ["2", "3"]  # crops
+    prepared = prepare_setup(tiny_options(tmp_path / "out"))
     evaluate: FeatureQuality = prepared.setup.build_evaluator(prepared.data.held_out)
     evaluate.warn = warnings.append
     evaluate(prepared.setup.model.eval())
@@ -247,11 +244,6 @@ def test_few_images_do_not_trigger_the_collapse_warning(tmp_path: Path) -> None:
     warnings: list[str] = []
     flags = {"hidden_size": 192, "method": "mae", "image_size": [32, 48], "patch_size": 16}
     prepared = prepare_setup(tiny_options(tmp_path / "out", **flags))
-    assert re.findall(r"\d+", prepared.setup.summary_lines["method"]) == [
-        "5",
-        "2",
-        "3",
-    ]  # 5 of 2 x 3 are masked
     evaluate = prepared.setup.build_evaluator(prepared.data.held_out.draw(4, 0))
     evaluate.warn = warnings.append
     assert 1.5 < evaluate(prepared.setup.model.eval())["effective_rank"] <= 3
@@ -269,17 +261,6 @@ def test_worse_features_are_named() -> None:
     assert "worse" not in compare_features(bad, good) + compare_features(
         good, bad | {"knn_accuracy": 0.5}
     )
-    found = [
-        format_metric(name, 12.3456)
-        for name in ("effective_rank", "teacher_cosine", "loss", "macro_f1")
-    ]
-    assert found == [
-        "effective rank 12.3",
-        "teacher cosine 12.346",
-        "loss 12.35",
-        "macro f1 1234.56%",
-    ]
-    assert format_metric("macro_f1", None).startswith("macro f1 ")  # if no image has a label
 
 
 def test_lejepa_replaces_the_crops_of_the_augmentation() -> None:
