@@ -30,7 +30,7 @@ The default values are printed with their reasons and written to config.resolved
 import copy
 import math
 from dataclasses import replace
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -84,7 +84,7 @@ def resolve_defaults(
 
     epochs = 10.0 if is_pretrained and is_large else 30.0
     notes = {}
-    max_epochs = compute_max_epochs(options, initial, num_training_images)
+    max_epochs = compute_max_epochs(options, initial, config_values, num_training_images)
     if max_epochs < epochs:
         notes["epochs"] = f" (limited on CPUs; `epochs={epochs:g}` is the default on GPUs)"
         epochs = max_epochs
@@ -115,7 +115,10 @@ def resolve_defaults(
 
 
 def compute_max_epochs(
-    options: Options, initial: InitialModel, num_training_images: int | None
+    options: Options,
+    initial: InitialModel,
+    config_values: dict[str, Any],
+    num_training_images: int | None,
 ) -> float:
     """Return the maximum default number of epochs: infinite on GPUs, for streams, and if no step is run."""
     has_number = options.training.epochs is not None or options.training.max_steps is not None
@@ -123,7 +126,7 @@ def compute_max_epochs(
         return math.inf
 
     config = copy.deepcopy(initial.config)
-    for name, value in options.model.get_config_values().items():
+    for name, value in config_values.items():
         if name in SIZE_FLAGS:
             setattr(config, name, value)
 

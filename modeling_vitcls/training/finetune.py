@@ -89,15 +89,12 @@ def build_training_setup(
         options, data, processor, model.config.num_channels, reporter
     )
 
-    missing_probe_reason: str | None = "the initial weights are random"
-    if not initial.has_random_weights:
-        missing_probe_reason = explain_missing_probe(
-            options, model, new_parameter_names, labels.kind
-        )
-    summary_lines = (
-        {} if missing_probe_reason is None else {"probe": f"off, because {missing_probe_reason}"}
+    missing_probe_reason = explain_missing_probe(
+        options, model, initial.has_random_weights, new_parameter_names, labels.kind
     )
-
+    summary_lines = {}
+    if missing_probe_reason is not None:
+        summary_lines["probe"] = f"off, because {missing_probe_reason}"
     if teacher is not None:
         summary_lines["teacher"] = teacher.description
     normalize = Normalizer(processor, accelerator.device)

@@ -77,10 +77,15 @@ GEOMETRY_SETTINGS = ("do_resize", "size", "do_center_crop", "crop_size", "do_pad
 
 
 def explain_missing_probe(
-    options: Any, model: Any, new_parameter_names: set[str], label_kind: str
+    options: Any,
+    model: Any,
+    has_random_weights: bool,
+    new_parameter_names: set[str],
+    label_kind: str,
 ) -> str | None:
     """Return the reason why a run has no probe, or None if it has one."""
     reasons = {
+        "the initial weights are random": has_random_weights,
         "`probe=False` is set": not options.training.probe,
         "the dataset is a stream": options.data.streaming,
         "the dataset does not have one label per image": label_kind
@@ -352,22 +357,22 @@ class Probe:
         shared = np.intersect1d(own.indices[is_compared[own.indices]], squashed.indices)
         for fit, features in ((own_fit, own), (SQUASH, squashed)):
             choices[fit] = self.choose(features.take(np.isin(features.indices, shared)))
-        scores = {fit: choice.score for fit, choice in choices.items() if choice.score is not None}
-        if len(scores) < 2:  # too few images to compare
-            self.restore_settings(own_settings)
-            return own, {}
-
-        is_squashed = is_clearly_worse(scores[own_fit].losses, scores[SQUASH].losses, 1.0)
-        record = {
-            "num_images": len(shared),
-            "losses": {fit: float(np.nanmean(score.losses)) for fit, score in scores.items()},
+        losses = {
+            fit: choice.score.losses for fit, choice in choices.items() if choice.score is not None
         }
-        if not is_squashed:
-            self.restore_settings(own_settings)
-            return own, record
-        return concatenate_features(
-            squashed, self.compute_part(images, ~is_compared, own.layout)
-        ), record
+        record: dict[str, Any] = {}
+        is_squashed = False
+        if len(losses) == 2:  # with fewer, there are too few images to compare
+            is_squashed = is_clearly_worse(losses[own_fit], losses[SQUASH], 1.0)
+            means = {fit: float(np.nanmean(values)) for fit, values in losses.items()}
+            record = {"num_images": len(shared), "losses": means}
+
+        if is_squashed:
+            others = self.compute_part(images, ~is_compared, own.layout)
+            return concatenate_features(squashed, others), record
+        for name, value in own_settings.items():  # `set_fit` would not know the size before a crop
+            setattr(self.processor, name, value)
+        return own, record
 
     def compute_part(
         self, images: LabeledImages, is_chosen: np.ndarray, layout: FeatureLayout
@@ -376,11 +381,6 @@ class Probe:
         indices = np.flatnonzero(is_chosen)
         features = self.compute_features(images.select(indices.tolist()), layout).features
         return replace(features, indices=indices[features.indices])
-
-    def restore_settings(self, settings: dict[str, Any]) -> None:
-        """Set the image processor as it was. `set_fit` would not know the size before a crop."""
-        for name, value in settings.items():
-            setattr(self.processor, name, value)
 
     def set_geometry(self, fit: str) -> None:
         set_fit(self.processor, fit, self.model.config.image_height_width)

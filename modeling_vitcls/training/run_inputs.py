@@ -41,7 +41,6 @@ Options = Any  # FinetuneOptions or PretrainOptions
 class Environment:
     """Where and how a run takes place."""
 
-    folder: Path
     accelerator: Accelerator
     reporter: Reporter
     store: CheckpointStore
@@ -90,7 +89,6 @@ def set_up(options: Options, lock: FolderLock) -> Environment:
         accelerator, partial(open_folder, options, lock, store, reporter.warn)
     )
     return Environment(
-        folder=folder,
         accelerator=accelerator,
         reporter=reporter,
         store=store,
@@ -189,7 +187,7 @@ def prepare_folder(
 
     Raise ValueError if the run differs from the run of the checkpoint to resume from.
     """
-    folder = environment.folder
+    folder = options.output_dir
     checkpoint = environment.checkpoint
     metadata = {
         "images_per_step": plan.images_per_step,

@@ -118,7 +118,8 @@ def print_result(
     reporter.print_line("result", format_result(results, loaded.setup.result_metrics))
     if "features" in results:
         reporter.print_line("features", results["features"]["summary"])
-    reporter.print_line("saved", f"{environment.folder} (model, image processor, {RESULTS_FILE})")
+    folder = loaded.options.output_dir
+    reporter.print_line("saved", f"{folder} (model, image processor, {RESULTS_FILE})")
     if suggestion := suggest_all_images(loaded):
         reporter.print_line("next", suggestion)
 

@@ -409,7 +409,7 @@ def test_random_weights_have_no_probe(tmp_path: Path) -> None:
         (run.options, {"classifier.weight"}, "multi_task", "label"),
         (run.options, set(), "single_label_classification", "checkpoint has a classifier"),
     ):
-        assert reason in str(explain_missing_probe(options, run.setup.model, names, kind))
+        assert reason in str(explain_missing_probe(options, run.setup.model, False, names, kind))
 
 
 def test_the_own_geometry_that_wins_is_saved_as_it_was(encoder: Path, tmp_path: Path) -> None:
