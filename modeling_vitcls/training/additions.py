@@ -214,7 +214,7 @@ def build_classifier_without_labels(encoder: Any) -> Any:
 
 
 def check_name(options: AddTaskOptions, config: ViTCLSConfig) -> None:
-    """Raise ValueError if the task to remove does not exist, or the name of the new task is taken."""
+    """Raise ValueError if the task to remove does not exist, or the new name is taken."""
     names = config.get_added_tasks()
     if options.remove_task is not None and options.remove_task not in names:
         remedy = f"Choose from {', '.join(names)}" if names else "Remove `remove_task`"
@@ -268,7 +268,7 @@ def fit_task(base: Base, data: TrainingData, options: AddTaskOptions) -> FittedH
 
 
 def measure_head(head: FittedHead, held_out: Features) -> dict[str, Any]:
-    """Return the accuracy of a head on held-out images and, for single labels, its calibration error."""
+    """Return the accuracy and, for one label per image, the calibration error of a head."""
     logits = head.compute_logits(held_out)
     temperature = head.fields.get("temperature", 1.0)
     if head.fields["problem_type"] == MULTI_LABEL:
@@ -281,7 +281,7 @@ def measure_head(head: FittedHead, held_out: Features) -> dict[str, Any]:
 
 
 def fit_single_label_head(base: Base, names: list[str], parts: Sequence[Features]) -> FittedHead:
-    """Fit a logistic regression; its temperature comes from the images that each fold leaves out."""
+    """Fit a logistic regression, with a temperature from the images that each fold leaves out."""
     first = parts[0]
     choice = choose_probe(
         lambda candidate: first.select(candidate).astype(np.float64),
@@ -444,7 +444,7 @@ def remove_head(model: Any, name: str) -> Any:
 
 
 def rebuild(model: Any, config: ViTCLSConfig) -> Any:
-    """Return a model with another configuration and the weights of `model`, as far as it has them."""
+    """Return a model with another configuration and the weights of `model` that it has, too."""
     rebuilt = model.new_like(config).to(device=model.device, dtype=model.dtype).eval()
     weights = model.state_dict()
     rebuilt.load_state_dict(
@@ -465,7 +465,10 @@ def describe_cost(old: Any, new: Any) -> dict[str, Any]:
 
 
 def format_cost(record: dict[str, Any]) -> str:
-    return f"{record['relative_flops']:.3%} of the forward pass (FLOPs), {record['num_parameters']:,} parameters"
+    return (
+        f"{record['relative_flops']:.3%} of the forward pass (FLOPs), "
+        f"{record['num_parameters']:,} parameters"
+    )
 
 
 def write_model(
@@ -475,7 +478,7 @@ def write_model(
     records: dict[str, Any],
     changed_heads: Collection[str] = (),
 ) -> None:
-    """Write the model folder, after the certificate that the other outputs are those of the old model.
+    """Write the model folder and the certificate that the other outputs are unchanged.
 
     Raise ValueError at the first difference; nothing is written then.
     """
@@ -509,7 +512,10 @@ def write_model(
 
 
 def copy_provenance(base: Base, folder: Path) -> dict[str, Any] | None:
-    """Copy the license of the weights, and return their provenance; None if they were trained from scratch."""
+    """Copy the license of the weights, and return their provenance.
+
+    Returns None for weights that were trained from scratch.
+    """
     if "provenance" not in base.folder.results:
         provenance = find_provenance(base.folder.source)
     elif base.folder.results["provenance"] is None:
@@ -530,7 +536,10 @@ def print_lines(console: Console, lines: dict[str, str]) -> None:
 
 @dataclass(frozen=True)
 class BiasChoice:
-    """Number that is added to the bias of the new classes, and its effect on images that were left out."""
+    """Number that is added to the bias of the new classes, and its effect.
+
+    The effect is that on images that were left out of the fits.
+    """
 
     shift: float
     num_old: int
@@ -604,7 +613,7 @@ def add_classes_from_options(options: AddClassOptions) -> dict[str, Any]:
 def load_new_images(
     options: AddClassOptions, label_space: LabelSpace
 ) -> tuple[list[str], LabeledImages, LabeledImages | None]:
-    """Return the names of the new classes, their images, and the images of the held-out split, if there is one.
+    """Return the names of the new classes, their images, and held-out images, if any.
 
     Their labels follow those of the old classes.
     """
@@ -672,7 +681,10 @@ def load_old_images(
 
 
 def get_old_logits(base: Base, features: Features) -> np.ndarray:
-    """Return the logits [N, C] of the old classes before the division by the temperature, which new rows share."""
+    """Return the logits [N, C] of the old classes before the division by the temperature.
+
+    The new rows share the temperature.
+    """
     logits = features.values[:, -(base.config.num_labels or 0) :]
     return logits.astype(np.float64) * base.config.temperature
 
@@ -680,7 +692,7 @@ def get_old_logits(base: Base, features: Features) -> np.ndarray:
 def fit_new_rows(
     base: Base, names: list[str], features: Features, max_old_loss: float
 ) -> FittedHead:
-    """Fit the rows of the new classes, with a bias that costs the old classes at most `max_old_loss` points.
+    """Fit the rows of the new classes, which cost the old ones at most `max_old_loss` points.
 
     Raise ValueError if no image of a new class is recognized at this cost.
     """
@@ -785,7 +797,9 @@ def choose_bias(
 
 
 def fit_without_old_images(base: Base, names: list[str], features: Features) -> FittedHead:
-    """Return rows that score the similarity to the mean of a new class, and recognize half of its images.
+    """Return rows that score the similarity to the mean of a new class.
+
+    They recognize half of its images.
 
     Without images of the old classes, nothing is known about what these lose. In
     model_cards/studies/additions.md, it was 33 points with rows that recognize 90% of the new

@@ -255,7 +255,7 @@ def check_labels(old: ViTCLSConfig, new: ViTCLSConfig) -> None:
 
 
 def list_labels(config: ViTCLSConfig) -> list[str]:
-    """Return the labels of a model with one task, or the task and the label of each output of a multi-task model."""
+    """Return the labels of a model; those of several tasks with the name of the task."""
     if config.tasks:
         return [
             f"{task}: {label}" for task, labels in config.task_labels().items() for label in labels
@@ -355,7 +355,9 @@ def describe_certificate(certificate: dict[str, Any]) -> str:
 
 
 def verify_models(options: VerifyUnchangedOptions) -> dict[str, Any]:
-    """Compare two models, print the result, and return it: the certificate, or `difference` and what changed.
+    """Compare two models, print and return the result.
+
+    The result is the certificate, or `difference` and what changed.
 
     Raises:
         ValueError, OSError: if a model or the dataset cannot be read.

@@ -65,7 +65,7 @@ def load_data(options: FinetuneOptions, initial: InitialModel) -> TrainingData:
 def build_training_setup(
     options: FinetuneOptions, initial: InitialModel, data: TrainingData, reporter: Reporter
 ) -> TrainingSetup:
-    """Load the model and the teacher, freeze the parameters that are not trained, and build loss and evaluation."""
+    """Load the model and the teacher, freeze parameters, and build loss and evaluation."""
     accelerator = reporter.accelerator
     training_options = options.training
     labels = data.label_space
@@ -144,7 +144,7 @@ def build_probe(options: FinetuneOptions, model: Any, evaluator_arguments: dict[
 
 
 def describe_imbalance(options: FinetuneOptions, data: TrainingData) -> list[str]:
-    """Return a warning if the largest class has more than `MAX_CLASS_RATIO` times the images of the smallest."""
+    """Return a warning if the largest class is `MAX_CLASS_RATIO` times as large as the smallest."""
     if data.class_ratio <= MAX_CLASS_RATIO or options.training.class_balance != "none":
         return []
     return [
@@ -245,7 +245,7 @@ def check_options(options: FinetuneOptions) -> FinetuneOptions:
 
 
 def check_label_kind(options: FinetuneOptions, kind: str) -> None:
-    """Raise ValueError if a flag requires one label per image, but the labels are of another kind."""
+    """Raise ValueError for a flag that requires one label per image, if the labels are others."""
     flags = {
         "mixup": bool(options.augmentation.mixup),
         "cutmix": bool(options.augmentation.cutmix),

@@ -271,7 +271,9 @@ class TrainingLoop:
         return record, batch
 
     def check_finite(self, losses: list[Losses], gradient_norm: float) -> None:
-        """Discard the gradients and raise RunStopped on all processes if a loss or gradient is not finite.
+        """Discard the gradients and raise RunStopped if a loss or gradient is not finite.
+
+        All processes raise it.
 
         With fp16, gradients may overflow. The loss scaler then skips the step and reduces the
         scale. MAX_CONSECUTIVE_OVERFLOWS limits the number of consecutive skipped steps.
@@ -297,7 +299,7 @@ class TrainingLoop:
     # Evaluation and records -----------------------------------------------------------------------
 
     def evaluate(self, evaluate_model: Evaluate | None = None) -> Metrics:
-        """Return the metrics of an evaluation. If EMA is used, the averaged weights are evaluated."""
+        """Return the metrics of an evaluation, of the averaged weights if EMA is used."""
         evaluate_model = evaluate_model or self.evaluate_model
         start_time = time.perf_counter()
         self.state.model.eval()
@@ -309,7 +311,7 @@ class TrainingLoop:
         return metrics
 
     def evaluate_step(self, evaluate_model: Evaluate | None = None) -> Metrics:
-        """Evaluate the model, log the pending record, and save a checkpoint if the score is the best so far.
+        """Evaluate the model, log the pending record, and save a checkpoint of the best model.
 
         `evaluate_model` replaces the evaluation of the loop: for the frozen model, whose features
         are known.
@@ -359,7 +361,7 @@ class TrainingLoop:
         self.unreported_errors.clear()
 
     def compute_recent_metrics(self) -> Metrics:
-        """Return the losses, the speed of the steps since the last record, and the peak memory so far.
+        """Return the losses and the speed since the last record, and the peak memory so far.
 
         Losses are means over all processes and these steps. The speed excludes evaluations and
         checkpoints.
@@ -480,7 +482,7 @@ def build_batch_plan(
 
 
 def is_end_of_epochs(step: int, num_epochs: int, plan: BatchPlan) -> bool:
-    """Return whether the number of completed epochs reaches a multiple of `num_epochs` in this step."""
+    """Return whether a step completes a multiple of `num_epochs` epochs."""
     return math.floor(plan.count_epochs(step) / num_epochs) > math.floor(
         plan.count_epochs(step - 1) / num_epochs
     )

@@ -1,4 +1,4 @@
-"""Flags of `vitcls finetune`, `pretrain`, `add-task`, `add-class` and `verify-unchanged` (runtime/flags.py)."""
+"""Flags of `vitcls finetune`, `pretrain`, `add-task`, `add-class` and `verify-unchanged`."""
 
 import re
 from collections.abc import Sequence
@@ -121,7 +121,7 @@ def parse_cls_scopes(values: Sequence[str]) -> list[str | list[int]]:
 
 
 def parse_specialized_layers(values: Sequence[str]) -> dict[str, list[int]]:
-    """Convert the values of `--specialized-layers` to `ViTCLSConfig.specialized_layers`; `norm:2` is {"norm": [0, 1]}.
+    """Convert values such as `norm:2` to `ViTCLSConfig.specialized_layers`: {"norm": [0, 1]}.
 
     Raise ValueError if a value is invalid.
     """
@@ -373,7 +373,7 @@ class CommonOptions:
 
 @dataclass(frozen=True)
 class FinetuneOptions(CommonOptions):
-    """Fine-tune a ViT on labeled images, evaluate the model on held-out images, and save the model and the results."""
+    """Fine-tune a ViT on labeled images, evaluate it on held-out images, and save the results."""
 
     distillation: DistillationOptions = field(default_factory=DistillationOptions)
 
@@ -422,7 +422,10 @@ class MAEOptions:
 
 @dataclass(frozen=True)
 class MultiTeacherDistillationOptions:
-    """Distillation without labels (UNIC, Sariyildiz et al. 2024): distillation token k imitates teacher k."""
+    """Distillation without labels (UNIC, Sariyildiz et al. 2024).
+
+    Distillation token k imitates teacher k.
+    """
 
     teachers: tuple[str, ...] = ()
     """Models whose pooled vectors the distillation tokens imitate: vitcls folders, Hub ids, or any
@@ -510,7 +513,10 @@ class AddTaskOptions(AdditionOptions):
 
 @dataclass(frozen=True)
 class AddClassOptions(AdditionOptions):
-    """Add classes to a finished classifier, whose logits of the old classes stay equal to the bit."""
+    """Add classes to a finished classifier.
+
+    The logits of the old classes stay equal to the bit.
+    """
 
     model: str
     """A classifier with one label per image: a folder or a Hub id."""

@@ -1,4 +1,6 @@
-"""Pre-training on images without labels, by one of three methods. run.py implements the complete run.
+"""Pre-training on images without labels, by one of three methods.
+
+run.py implements the complete run.
 
     lejepa.py          LeJEPA (default)
     mae.py             masked autoencoder
@@ -193,7 +195,9 @@ def build_training_setup(
 
 
 def compute_features(model: Any, method: Any, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Return the trained token and the mean of the patches of images [B, C, H, W], concatenated: [B, token + D].
+    """Return the trained token and the mean of the patches of images: [B, token + D].
+
+    The images are [B, C, H, W].
 
     The trained token is the CLS token, or the mean of the patches without CLS token. After
     distillation from teachers, it is the concatenation of all distillation tokens. `model` is the
@@ -265,7 +269,7 @@ class FeatureQuality:
 
 
 def compare_features(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """Return a line that compares the metrics of the held-out images before and after pre-training."""
+    """Return a line that compares the metrics before and after pre-training."""
     names = {"knn_accuracy": "k-NN", "regression_accuracy": "logistic regression"}
     texts = [
         f"{text} {before[name]:.1%} -> {after[name]:.1%}"
@@ -283,12 +287,16 @@ def compare_features(before: dict[str, Any], after: dict[str, Any]) -> str:
             f"cosine with teacher {index} {before['teacher_cosines'][index]:.3f} -> {cosine:.3f}"
         )
 
-    text = f"{', '.join(texts)} on {after['num_images']:,} held-out images, from before to after pre-training"
-    return f"{text}. Pre-training made the features worse" if is_worse else text
+    return (
+        f"{', '.join(texts)} on {after['num_images']:,} held-out images, from before to after "
+        f"pre-training{'. Pre-training made the features worse' if is_worse else ''}"
+    )
 
 
 def compute_effective_rank(features: np.ndarray) -> float:
-    """Return the exponential of the entropy of the singular values of centered features [images, D], from 1 to D.
+    """Return the effective rank of features [images, D], from 1 to D.
+
+    It is the exponential of the entropy of the singular values of the centered features.
 
     Source: Roy and Vetterli 2007, "The effective rank: a measure of effective dimensionality".
     """
@@ -341,7 +349,7 @@ def load_teachers(
     config: ViTCLSConfig,
     accelerator: Accelerator,
 ) -> FeatureTeachers:
-    """Load the teachers, and fit the standardization of their features to augmented training images."""
+    """Load the teachers, and fit their standardization to augmented training images."""
     names = options.multi_teacher.teachers
     with_patches = options.multi_teacher.distill_patches
     loaded = [
@@ -367,7 +375,7 @@ def load_teachers(
 def build_distillation_objective(
     options: PretrainOptions, data: TrainingData, teachers: FeatureTeachers, normalize: Normalizer
 ) -> Objective:
-    """Build the loss of the encoder's predictions, with cached targets if the number of views is limited."""
+    """Build the loss of the encoder's predictions; for a number of views, targets are cached."""
     sources: list[Any] = teachers.teachers
     if num_views := options.multi_teacher.teacher_views:
         num_images = data.num_training_images

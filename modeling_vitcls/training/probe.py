@@ -1,4 +1,6 @@
-"""Probe of the frozen encoder before fine-tuning: a logistic regression whose inputs are chosen by cross-validation.
+"""Probe of the frozen encoder before fine-tuning: a logistic regression.
+
+Its inputs are chosen by cross-validation.
 
     training images -> frozen encoder, once -> choice of geometry, layers, tokens, scale, C -> classifier
     selection and held-out images -> the same encoder, once -> selection, result
@@ -58,7 +60,7 @@ MAX_PROBE_IMAGES = (
     10_000  # maximum number of training images for the probe of a run with steps, drawn at random
 )
 MAX_CHOICE_IMAGES = 5_000  # maximum number of images for the choice by cross-validation
-# images whose features are computed with both geometries: a fraction of the images, at most a number
+# images whose features are computed with both geometries: a fraction, at most a number
 SQUASHED_FRACTION = 0.4
 MAX_SQUASHED_IMAGES = 500
 # with fewer images, the accuracy of the frozen model has a standard error of up to 7 points
@@ -149,7 +151,7 @@ class FittedProbe:
     held_out: FrozenPass | None
 
     def fit(self, num_labels: int, with_selection: bool) -> LinearClassifier:
-        """Fit the regression to the training images, and to the selection images if `with_selection` is set."""
+        """Fit the regression to the training images and, on request, to the selection images."""
         features, labels = self.features, self.labels
         if with_selection and self.selection is not None:
             selected = self.selection.features
@@ -162,7 +164,7 @@ class FittedProbe:
         return self.layout.expand(classifier, candidate)
 
     def get_held_out_logits(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Return logits [M, L] and labels [M] of images that the regression of a fold was not fitted to.
+        """Return logits [M, L] and labels [M] of the images that a fold left out.
 
         Returns None without cross-validation.
         """
@@ -172,7 +174,7 @@ class FittedProbe:
         return logits.astype(np.float32), labels
 
     def find_nearest_images(self, held_out_indices: Sequence[int]) -> dict[int, list[str]]:
-        """Return the names of the training images that are most similar to each of some held-out images, by its index.
+        """Return the names of the nearest training images of some held-out images, by index.
 
         The similarity is the cosine of the features that the regression reads. The nearest image is
         the first.
@@ -319,7 +321,7 @@ class Probe:
         return run_on_main(self.accelerator, choose)
 
     def list_token_choices(self, layout: FeatureLayout) -> tuple[str, ...]:
-        """Return the kinds of tokens to choose from: that of the user, or CLS with and without the patches."""
+        """Return the kinds of tokens to choose from, or that of the user."""
         if OWN_POOLING in layout.token_choices:
             return layout.token_choices
         if self.pooling is not None:
@@ -412,7 +414,7 @@ class Probe:
 
 
 def select_out_of_fold(score: Score, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return logits [M, L] and labels [M] of the images that a regression of a fold was not fitted to.
+    """Return logits [M, L] and labels [M] of the images that a fold left out.
 
     The first ones of the `labels` are those of the images of the choice.
     """
@@ -509,4 +511,7 @@ def describe_geometry(record: dict[str, Any]) -> str | None:
     if "geometry" not in record:
         return None
     losses = ", ".join(f"{fit} {loss:.2f}" for fit, loss in record["geometry"]["losses"].items())
-    return f"{record['fit']}; log loss on {record['geometry']['num_images']:,} images: {losses}. Set `fit` to choose"
+    return (
+        f"{record['fit']}; log loss on {record['geometry']['num_images']:,} images: {losses}. Set "
+        "`fit` to choose"
+    )

@@ -61,7 +61,7 @@ SECOND_HALF = slice(1, None, 2)  # of the held-out images
 
 @dataclass(frozen=True)
 class Evaluators:
-    """The evaluations of a run: an `Evaluator` if there are images, otherwise `evaluate_nothing`."""
+    """The evaluations of a run: an `Evaluator`, or `evaluate_nothing` without images."""
 
     selection: Evaluate  # of the selection images or, without them, of the held-out images
     held_out: Evaluate
@@ -166,7 +166,10 @@ def fit_probe(loaded: Loaded, environment: Environment) -> FittedProbe | None:
 def measure_features(
     loaded: Loaded, environment: Environment, model: Any = None
 ) -> dict[str, Any] | None:
-    """Measure the features of an encoder before and after pre-training; None if there is nothing to measure."""
+    """Measure the features of an encoder before or after pre-training.
+
+    Returns None if there is nothing to measure.
+    """
     measure = loaded.setup.measure_features
     if measure is None or loaded.data.num_held_out_images == 0:
         return None
@@ -287,7 +290,7 @@ def finish_model(
     trained: Trained,
     environment: Environment,
 ) -> Result:
-    """Fit the classifier of a frozen model, calibrate the classifier, and measure the held-out images.
+    """Fit the classifier of a frozen model, calibrate it, and measure the held-out images.
 
     A frozen model is fitted to all images that are not held out.
     """
@@ -319,7 +322,8 @@ def finish_model(
         if calibration.is_fitted:
             record = calibration.to_dict()
         if calibration.is_fitted and evaluators.has_held_out:
-            errors, errors_text = measure_errors(calibration, *get_outputs(evaluate, reported))  # type: ignore[arg-type]
+            outputs = get_outputs(evaluate, reported)  # type: ignore[arg-type]
+            errors, errors_text = measure_errors(calibration, *outputs)
             record |= errors
             metrics["calibration_error"] = errors["calibration_error"]
             text += errors_text
@@ -368,7 +372,7 @@ def calibrate(
 
 
 def find_nearest_images(frozen: FittedProbe | None, evaluate: Any) -> dict[int, list[str]] | None:
-    """Return the nearest training images of each wrong prediction, by the features of the frozen encoder.
+    """Return the nearest training images of each wrong prediction, by frozen features.
 
     Returns None without these features (random weights, a resumed run), or if images have several
     labels.
@@ -410,7 +414,7 @@ def compute_outputs(evaluate: Any, model: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def prepare_state(options: Any, setup: TrainingSetup, accelerator: Accelerator) -> TrainingState:
-    """Prepare the model and the optimizer for the launch configuration, and build the moving average."""
+    """Prepare model and optimizer for the launch configuration, and build the moving average."""
     if options.training.compile:
         setup.model.compile()
     configure_layer_sharding(accelerator, setup.model)

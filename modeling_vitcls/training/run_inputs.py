@@ -71,7 +71,7 @@ class Loaded:
 
 
 def set_up(options: Options, lock: FolderLock) -> Environment:
-    """Build the accelerator, lock and check the output folder, and load the checkpoint to resume from."""
+    """Build the accelerator, open the output folder, and load the checkpoint to resume from."""
     start_time = time.perf_counter()
     folder = options.output_dir
     training = options.training
@@ -206,7 +206,7 @@ def prepare_folder(
 def resolve_options(
     options: Any, initial: InitialModel, data: TrainingData
 ) -> tuple[Any, dict[str, str | None]]:
-    """Return the options with a value for each flag whose default depends on the run, and summary lines.
+    """Return the options with the defaults that depend on the run, and summary lines.
 
     The defaults are in defaults.py, and the lines are about these values.
     """

@@ -139,7 +139,7 @@ def print_estimate(
 
 
 def suggest_all_images(loaded: Loaded) -> str | None:
-    """Return how to train on the held-out images as well, for a frozen model and few images per class.
+    """Return how to train on the held-out images as well, for a frozen model and few images.
 
     The part of the images that is held out then costs accuracy
     (model_cards/studies/first_answer.md).

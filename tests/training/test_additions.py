@@ -1,4 +1,4 @@
-"""Added tasks and classes: the earlier outputs keep their bits, and the certificate finds any change."""
+"""Added tasks and classes: earlier outputs keep their bits, and any change is found."""
 
 import shutil
 import subprocess

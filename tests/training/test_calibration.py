@@ -1,4 +1,4 @@
-"""Temperature and energy threshold of a fine-tuned classifier, and the predictions of its held-out images."""
+"""Temperature and energy threshold of a classifier, and its held-out predictions."""
 
 import json
 from pathlib import Path

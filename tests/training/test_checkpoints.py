@@ -1,4 +1,7 @@
-"""Checkpoints on disk: whole or not at all, verified and pruned. test_resume.py kills and resumes whole runs."""
+"""Checkpoints on disk: whole or not at all, verified and pruned.
+
+test_resume.py kills and resumes whole runs.
+"""
 
 import json
 import math
@@ -221,7 +224,7 @@ def test_only_damaged_checkpoints_are_an_error(store: CheckpointStore) -> None:
 
 
 def test_nothing_is_unpickled(store: CheckpointStore, tmp_path: Path) -> None:
-    """Replace the tensors with pickled code and a matching checksum: an error, and the code does not run."""
+    """Pickled code with a matching checksum is an error, and does not run."""
     save(store, 10)
     file = store.get_folder(10) / "model.safetensors"
     ran = tmp_path / "ran"

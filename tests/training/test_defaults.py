@@ -148,7 +148,7 @@ def set_device(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
 
 
 def test_the_default_epochs_are_limited_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A ViT-S/16 of 224 pixels computes 9.2 GFLOP per image, and three times as many in a training step."""
+    """A ViT-S/16 of 224 pixels computes 9.2 GFLOP per image, three times as many in a step."""
     set_device(monkeypatch, "cpu")
     sizes = {"patch_size": 16, "num_attention_heads": 6, "intermediate_size": 1536}
     initial = build_initial(384, 224, sizes, **PRETRAINED)

@@ -1,4 +1,7 @@
-"""The state of training as tensors, in one process. tests/integration resumes runs in two processes."""
+"""The state of training as tensors, in one process.
+
+tests/integration resumes runs in two processes.
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -72,7 +75,7 @@ def step_once(model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema, step
 def check_resume(
     store: CheckpointStore, accelerator: Accelerator, first: Any, second: Any
 ) -> dict[str, dict[str, torch.Tensor]]:
-    """Check that `second` continues from a checkpoint as `first` does, and return the saved tensors.
+    """Check that `second` continues from a checkpoint as `first` does; return its tensors.
 
     Both are a model, its optimizer and the moving average of its weights.
     """
@@ -118,7 +121,10 @@ def test_training_resumes_to_the_bit(store: CheckpointStore, kind: str) -> None:
 
 
 def test_parameters_without_moments_have_none_after_a_resume(store: CheckpointStore) -> None:
-    """A parameter that had no gradient before the checkpoint starts at step 1 after it, as without a resume."""
+    """A parameter without gradient before the checkpoint starts at step 1 after it.
+
+    A run that is not resumed does the same.
+    """
     accelerator = Accelerator(cpu=True)
     losses = []
     for seed in (0, 1):
@@ -173,7 +179,7 @@ def mesh() -> Iterator[distributed.DeviceMesh]:
 def build_sharded(
     seed: int, mesh: distributed.DeviceMesh, kind: str = "plain"
 ) -> tuple[nn.Module, torch.optim.Optimizer, Ema]:
-    """Return a model that is sharded with FSDP2, its optimizer and the moving average of its weights."""
+    """Return a model that is sharded with FSDP2, its optimizer and its moving average."""
     model: Any = build(kind, seed)
     for layer in model.vitcls.layers:
         fully_shard(layer, mesh=mesh)

@@ -193,7 +193,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @pytest.fixture(scope="module")
 def tasks(color_images: Path) -> Path:
-    """Return the same images with two columns of labels, some of them missing, and a column of several labels."""
+    """Return the images with two columns of labels, some missing, and one of several labels."""
     rows = [
         (
             str(path),
@@ -546,7 +546,7 @@ def test_trackers_get_metrics_with_their_steps_and_the_flags(tmp_path: Path) -> 
 
 
 def test_a_failed_evaluation_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The disk with the held-out images may be removed, or a cluster may not wait for the evaluation."""
+    """A disk may be removed, or a cluster may not wait for the evaluation."""
     settings = {
         "max_steps": 6,
         "batch_size": 80,

@@ -1,4 +1,4 @@
-"""LeJEPA: the loss equals lightly's, also over two processes; random crops; gradients reach the tokens."""
+"""LeJEPA: lightly's loss, also over two processes; random crops; gradients of the tokens."""
 
 import math
 from pathlib import Path
@@ -68,7 +68,7 @@ def test_sigreg_measures_the_distance_from_a_gaussian() -> None:
 
 
 def compare_with_one_process(rank: int, folder: Path) -> None:
-    """Check that the mean gradient over two processes equals the gradient of one process with all images."""
+    """Check that the mean gradient of two processes is that of one process with all images."""
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2
     )

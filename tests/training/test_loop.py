@@ -1,4 +1,4 @@
-"""The training loop: accumulation, learning rates, moving average, tokens, losses, and signals that stop a run."""
+"""The training loop: steps, moving average, checkpoints, tokens, losses, and signals."""
 
 import itertools
 import math
@@ -74,7 +74,7 @@ DIGITS = replace(DIGITS, train=DIGITS.train.draw(360, seed=0))
 
 
 class RecordingReporter:
-    """A reporter that keeps the records, the warnings, the names of printed lines, and the steps."""
+    """A reporter that keeps records, warnings, names of printed lines, and steps."""
 
     def __init__(self) -> None:
         self.records: list[dict[str, Any]] = []
@@ -197,7 +197,7 @@ def copy_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def run_four_steps(**training: Any) -> dict[str, torch.Tensor]:
-    """Return the weights after four steps of SGD without momentum, which shows every difference in scale."""
+    """Return the weights after four steps of SGD, which shows every difference in scale."""
     reset_accelerate()
     groups = lambda model: torch.optim.SGD(build_parameter_groups(model, 0.0), lr=1.0)  # noqa: E731
     bench = RecordedLoop(groups, **training)
@@ -214,7 +214,7 @@ def test_accumulation_equals_the_large_batch() -> None:
 
 
 def test_steps_equal_a_plain_training_loop() -> None:
-    """Check the loss, the learning rates of all layers, clipping, and that the gradients of a step are cleared."""
+    """Loss, learning rates of all layers, clipping, and cleared gradients."""
     groups = lambda model: torch.optim.SGD(build_parameter_groups(model, 0.0, 0.5), lr=1.0)  # noqa: E731
     settings = {
         "max_steps": 3,

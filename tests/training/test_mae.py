@@ -1,4 +1,4 @@
-"""MAE equals transformers' ViTMAEForPreTraining, and with any tokens and positions encodes only visible patches."""
+"""MAE equals transformers' ViTMAEForPreTraining, and encodes only visible patches."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The initial model of training, invalid flags, the effect of `--trainable`, and merged LoRA models."""
+"""The initial model of training, invalid flags, what is trained, and merged LoRA models."""
 
 import json
 import re
@@ -157,7 +157,7 @@ def test_a_new_classifier_of_a_pretrained_encoder_reads_cls_and_the_patches(
     expected: str,
     tmp_path: Path,
 ) -> None:
-    """Encoders with random weights, other poolers or distillation heads keep the pooling of the checkpoint."""
+    """Random weights, other poolers and distillation heads keep the pooling of the checkpoint."""
     encoder = ViTCLSModel(build_tiny_config(num_distillation_tokens=0, **stored))
     save_with_processor(encoder, tmp_path)
     write_json(tmp_path / "parity_report.json", report)
@@ -348,7 +348,7 @@ def build_random_model(model_class: Any = ViTCLSForImageClassification, **fields
 
 
 def group_trainable(model: torch.nn.Module) -> set[str]:
-    """Return the names of trainable parameters, grouped by `layers.1`, `lora`, or the module of the parameter."""
+    """Return the groups of trainable parameters: `layers.1`, `lora`, or their module."""
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups = {re.sub(r"^vitcls\.|^embeddings\.", "", name) for name in names}
     groups = {"lora" if "lora_" in name else name for name in groups}

@@ -272,7 +272,7 @@ def test_only_the_files_of_a_run_are_removed(earlier: Path) -> None:
 
 @pytest.mark.parametrize("name", ["results.json", "config.json", "config.resolved.yaml", None])
 def test_only_folders_of_runs_and_models_are_cleared(folder: Path, name: str | None) -> None:
-    """A folder with checkpoints is the folder of a run, too, which is not replaced without a flag."""
+    """A folder with checkpoints is that of a run, too, which requires a flag."""
     names = ["README.md", "images/a.png", "onnx/model.onnx", "report.html", "parity_report.json"]
     store = CheckpointStore(folder / "checkpoints", num_kept=2)
     for each in names:

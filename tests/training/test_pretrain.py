@@ -1,4 +1,4 @@
-"""Pre-training runs with LeJEPA and MAE: measured features, the saved encoder, resumption, and any tokens and data."""
+"""Pre-training with LeJEPA and MAE: features, saved encoder, resumption, any tokens."""
 
 import math
 import re
@@ -92,7 +92,10 @@ def test_the_folder_contains_the_encoder_and_the_measured_features(pretrained: P
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_resumed_run_equals_an_uninterrupted_run(method: str, tmp_path: Path) -> None:
-    """The newest checkpoint is removed; its projector or decoder, crops and masks come back to the bit."""
+    """Projector or decoder, crops and masks come back to the bit.
+
+    The newest checkpoint is removed.
+    """
     flags = {"method": method, "save_every": 2, "keep_checkpoints": 3, "batch_size": 24}
     whole = run_to_folder(tiny_options(tmp_path / "whole", **flags))
     shutil.copytree(whole, resumed := tmp_path / "resumed")

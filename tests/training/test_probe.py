@@ -1,4 +1,4 @@
-"""Probe of the frozen encoder: the classifier equals scikit-learn's regression, and fine-tuning is never worse."""
+"""Probe of the frozen encoder: scikit-learn's regression; fine-tuning is never worse."""
 
 import math
 import shutil
@@ -115,7 +115,7 @@ def test_the_reported_accuracy_is_that_of_the_saved_model(frozen_run: Any) -> No
 def find_nearest_names(
     features: np.ndarray, train: np.ndarray, names: list[str]
 ) -> list[list[str]]:
-    """Return the names of the three training images with the highest cosine, for each row of features."""
+    """Return the names of the three training images with the highest cosine, by row."""
     normalized = [
         array / np.linalg.norm(array, axis=1, keepdims=True) for array in (features, train)
     ]
@@ -124,7 +124,7 @@ def find_nearest_names(
 
 
 def check_nearest_images(options: Any, frozen: Path) -> tuple[Any, Any]:
-    """Compare the nearest images of the wrong predictions of a run with those by the features of a frozen model.
+    """Compare the nearest images of wrong predictions with those of a frozen model.
 
     Returns whether each prediction is wrong, and the nearest images of each.
     """

@@ -1,4 +1,4 @@
-"""Runs that are stopped and resumed in this process, and errors for changes between start and resume (run.py).
+"""Runs that are stopped and resumed in this process, and errors for changes.
 
 tests/integration/test_resume.py kills and resumes whole runs in other processes.
 """
@@ -30,7 +30,7 @@ NOT_COMPARED = ("images_per_second", "peak_memory_mb", "seconds", "inference", "
 
 
 def build_options(folder: Path, **flags: Any) -> FinetuneOptions:
-    """Return the options of a run of three steps with averaged weights, which saves after each step."""
+    """Return the options of three steps with averaged weights, which saves after each step."""
     settings = {
         "max_steps": 3,
         "batch_size": 8,

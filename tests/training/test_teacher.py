@@ -397,7 +397,7 @@ def test_the_cache_predicts_each_view_once(resnet: Path) -> None:
 
 
 def test_cached_predictions_do_not_depend_on_the_batch(resnet: Path) -> None:
-    """A run that is resumed after the first epoch predicts again, in other batches: to the bit the same."""
+    """A resumed run predicts again, in other batches: the same to the bit."""
     teacher = load_labeled_teacher(resnet)
     uninterrupted = TeacherCache(teacher, 24, 2, 3)
     for batch in iterate_views(24, 2, seed=0):

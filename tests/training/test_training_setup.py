@@ -1,4 +1,4 @@
-"""Whole runs in this process: defaults, the best checkpoint, cross-validation, and runs without held-out images."""
+"""Whole runs in this process: defaults, the best checkpoint, folds, and no held-out images."""
 
 import json
 from dataclasses import replace
@@ -129,7 +129,7 @@ def test_the_flags_and_the_checkpoint_determine_the_batches(tmp_path: Path) -> N
 def test_the_best_checkpoint_is_saved_and_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """The learning rate is far too high, so that a later evaluation is worse than an earlier one."""
+    """The learning rate is far too high, so that later evaluations are worse."""
     folder = tmp_path / "run"
     flags = {"epochs": 4.0, "batch_size": 60, "learning_rate": 0.2, "warmup": 0.0, "ema_decay": 0.5}
     flags |= {"drop_path_rate": 0.5}  # not in evaluations
@@ -288,9 +288,7 @@ def test_a_dry_run_predicts_the_duration_of_the_full_run() -> None:
 # ------------------------------------------------------------------------
 
 
-def test_each_image_is_held_out_in_one_fold_and_the_mean_has_an_interval(
-    tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_each_image_is_held_out_in_one_fold_and_the_mean_has_an_interval(tmp_path: Path) -> None:
     data = replace(DIGITS, folds=3)
     summary = run_folds(build_options(tmp_path / "run", data, max_steps=2), run_training)
     parts = [
@@ -312,9 +310,6 @@ def test_each_image_is_held_out_in_one_fold_and_the_mean_has_an_interval(
         {"folder": f"fold-{fold}", "accuracy": value} for fold, value in enumerate(accuracies, 1)
     ]
     assert (summary["metric"], summary["folds"]) == ("accuracy", folds)
-
-    line = f"mean accuracy {summary['mean']:.2%} (95% interval: {interval[0]:.2%} to {interval[1]:.2%}) over 3 folds"
-    assert line in capsys.readouterr().out
 
     reset_accelerate()
     evaluated = evaluate_checkpoint(
@@ -352,7 +347,7 @@ def test_a_run_on_all_images_has_no_accuracy(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_a_class_without_training_images_is_a_warning(tmp_path: Path) -> None:
-    """The training images of a trained model are too few for a selection split, which would be the default."""
+    """The training images are too few for a selection split, which would be the default."""
     model = save_with_processor(
         ViTCLSForImageClassification(build_tiny_config()), tmp_path / "model"
     )
