@@ -566,11 +566,11 @@ def add_classes_from_options(options: AddClassOptions) -> dict[str, Any]:
             f"classes can be added to a classifier with one label per image, but {options.model} "
             "is none. Add a task with `vitcls add-task`"
         )
-    names, new_images, new_held_out = load_new_images(options, label_space)
+    new_space, new_images, new_held_out = load_new_images(options, label_space)
+    names = new_space.names[len(label_space.names) :]
     old_images, old_description = load_old_images(base, options, label_space)
 
     compute = partial(base.compute_features, with_logits=True)
-    new_space = LabelSpace(SINGLE_LABEL, {"label": [*label_space.names, *names]})
     new_features = compute(new_images, new_space)
     if old_images is None:
         head = fit_without_old_images(base, names, new_features)
@@ -612,11 +612,8 @@ def add_classes_from_options(options: AddClassOptions) -> dict[str, Any]:
 
 def load_new_images(
     options: AddClassOptions, label_space: LabelSpace
-) -> tuple[list[str], LabeledImages, LabeledImages | None]:
-    """Return the names of the new classes, their images, and held-out images, if any.
-
-    Their labels follow those of the old classes.
-    """
+) -> tuple[LabelSpace, LabeledImages, LabeledImages | None]:
+    """Return the old and new classes, images of the new classes, and held-out images, if any."""
     splits = load_splits(options.data)
     if splits.label_space.kind != SINGLE_LABEL:
         raise ValueError(
@@ -628,18 +625,14 @@ def load_new_images(
         raise ValueError(
             f"the model has the class {known[0]!r} already. Remove its images from `dataset`"
         )
+    new_space = LabelSpace(SINGLE_LABEL, {"label": [*label_space.names, *names]})
     training_splits = choose_training_splits(splits.names, use_selection_split=False)
-
-    def move_labels(images: LabeledImages) -> LabeledImages:
-        num_old = len(label_space.names)
-        return LabeledImages(
-            images.images, [label if label < 0 else label + num_old for label in images.labels]
-        )
-
+    images = splits.images_by_split
+    train = match_labels(images[training_splits.train], splits.label_space, new_space)
     held_out = None
     if training_splits.held_out is not None:
-        held_out = move_labels(splits.images_by_split[training_splits.held_out])
-    return list(names), move_labels(splits.images_by_split[training_splits.train]), held_out
+        held_out = match_labels(images[training_splits.held_out], splits.label_space, new_space)
+    return new_space, train, held_out
 
 
 def load_old_images(

@@ -117,14 +117,15 @@ def certify(
         for model in (old, new):
             model.to(dtype)
         for batch_size, max_images in MAX_IMAGES.items():
-            hashes = compare_logits(old, new, pixels[:max_images], batch_size, changed_heads)
-            num_images = min(max_images, len(pixels))
+            compared = pixels[:max_images]
+            hashes = compare_logits(old, new, compared, batch_size, changed_heads)
             record = {
                 "dtype": str(dtype).removeprefix("torch."),
                 "batch_size": batch_size,
-                "num_images": num_images,
+                "num_images": len(compared),
+                "logits_sha256": hashes,
             }
-            passes.append(record | {"logits_sha256": hashes})
+            passes.append(record)
     return {
         "old_model": old_name,
         "num_images": len(pixels),

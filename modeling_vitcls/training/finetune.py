@@ -34,7 +34,7 @@ from .model import InitialModel, build_model, set_trainable_parameters, uses_pat
 from .options import FinetuneOptions
 from .probe import MAX_PROBE_IMAGES, Probe, explain_missing_probe
 from .reporter import Reporter
-from .teacher import Teacher, TeacherCache, load_teacher
+from .teacher import Teacher, cache_views, load_teacher
 from .training_setup import TrainingSetup, build_evaluator_arguments
 
 
@@ -171,16 +171,13 @@ def build_objective(
     distillation = options.distillation
     if teacher is None:
         return losses.LabelObjective(normalize, label_loss, mixer)
-    predict = teacher.predict
-    num_views = distillation.teacher_views
-    if num_views:
-        predict = TeacherCache(
-            teacher, data.num_training_images, num_views, len(labels.names)
-        ).predict
+    source = cache_views(
+        teacher, data.num_training_images, distillation.teacher_views, len(labels.names)
+    )
 
     def compute_loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
         with accelerator.autocast():
-            teacher_logits = predict(batch)
+            teacher_logits = source.predict(batch)
         return losses.compute_distillation_loss(
             distillation.distillation, logits, teacher_logits, distillation.distillation_tau
         )

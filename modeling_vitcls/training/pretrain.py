@@ -46,7 +46,7 @@ from .mae import MAE, MAEObjective, build_decoder_config, draw_masks
 from .model import InitialModel
 from .options import ModelOptions, PretrainOptions
 from .reporter import Reporter
-from .teacher import TeacherCache, load_feature_teacher
+from .teacher import cache_views, load_feature_teacher
 from .training_setup import TrainingSetup, build_evaluator_arguments, build_training_images
 
 
@@ -376,13 +376,11 @@ def build_distillation_objective(
     options: PretrainOptions, data: TrainingData, teachers: FeatureTeachers, normalize: Normalizer
 ) -> Objective:
     """Build the loss of the encoder's predictions; for a number of views, targets are cached."""
-    sources: list[Any] = teachers.teachers
-    if num_views := options.multi_teacher.teacher_views:
-        num_images = data.num_training_images
-        sources = [
-            TeacherCache(each, num_images, num_views, each.model.config.pooled_size)
-            for each in sources
-        ]
+    num_views = options.multi_teacher.teacher_views
+    sources = [
+        cache_views(each, data.num_training_images, num_views, each.model.config.pooled_size)
+        for each in teachers.teachers
+    ]
 
     def compute_loss(model: Any, batch: Batch) -> Losses:
         predictions = model(pixel_values=normalize(batch["pixels"]), project=True)

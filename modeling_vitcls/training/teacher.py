@@ -388,3 +388,10 @@ class TeacherCache:
             self.outputs[views[is_missing], indices[is_missing]] = outputs[is_missing]
             self.is_cached[views, indices] = True
         return self.outputs[views, indices].to(batch["pixels"].device, torch.float32)
+
+
+def cache_views(
+    teacher: Teacher, num_images: int | None, num_views: int, width: int
+) -> Teacher | TeacherCache:
+    """Return a teacher, with a cache of its outputs if every image has `num_views` fixed views."""
+    return TeacherCache(teacher, num_images, num_views, width) if num_views else teacher

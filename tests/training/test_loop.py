@@ -123,6 +123,7 @@ class RecordedLoop:
         save_every: int | None = None,
         **training: Any,
     ) -> None:
+        reset_accelerate()
         self.options = replace(
             TrainingOptions(max_steps=4, batch_size=8, learning_rate=1e-3, layer_decay=1.0),
             **training,
@@ -198,7 +199,6 @@ def copy_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def run_four_steps(**training: Any) -> dict[str, torch.Tensor]:
     """Return the weights after four steps of SGD, which shows every difference in scale."""
-    reset_accelerate()
     groups = lambda model: torch.optim.SGD(build_parameter_groups(model, 0.0), lr=1.0)  # noqa: E731
     bench = RecordedLoop(groups, **training)
     bench.run()
@@ -281,7 +281,6 @@ def test_losses_and_speed_are_measured_since_the_last_record(
 
 def collect_seeds(first_step: int = 0, **training: Any) -> list[int]:
     """Return the random seeds of the batches of four steps, after `first_step` of them."""
-    reset_accelerate()
     bench = RecordedLoop(max_steps=4, gradient_accumulation_steps=2, **training)
     bench.state.step = first_step
     bench.run()
@@ -371,7 +370,6 @@ def test_checkpoints_are_saved_when_due() -> None:
     bench = RecordedLoop(max_steps=8, save_every=3)
     bench.run()
     assert bench.store.saved == [(3, False), (6, False), (8, False), (8, True)]
-    reset_accelerate()
     # two steps per epoch
     at_evaluations = RecordedLoop(epochs=3, max_steps=None, batch_size=180, evaluate_every=2)
     at_evaluations.run()
@@ -383,7 +381,6 @@ def test_the_best_checkpoint_is_marked() -> None:
     bench.run()  # 0.5, 0.75, 0.6
     assert bench.store.saved == [(3, True), (6, True), (9, False)]
     assert bench.state.best_score == 0.75
-    reset_accelerate()
     equal = RecordedLoop(epochs=3, max_steps=None, batch_size=120, save_every=100)
     equal.accuracies = iter([0.5, 0.5, 0.5])
     equal.run()
@@ -407,7 +404,6 @@ def test_fine_tuning_must_exceed_the_frozen_model_by_more_than_chance() -> None:
         (9, False),
         (9, True),
     ]
-    reset_accelerate()
     single = RecordedLoop(max_steps=1, batch_size=720)  # one step of two epochs
     single.accuracies = iter([0.5, 0.82])
     single.loop.evaluate_step()
@@ -438,7 +434,6 @@ def test_the_measured_duration_does_not_change_the_run(monkeypatch: pytest.Monke
     whole.run()
     monkeypatch.setattr(duration, "MIN_BATCHES", 1)
     monkeypatch.setattr(duration, "MIN_SECONDS", 0)
-    reset_accelerate()
     measured = RecordedLoop(max_steps=9)
     measured.run()
     assert measured.reporter.lines == ["duration"]
@@ -521,7 +516,6 @@ def test_permanently_non_finite_gradients_stop_the_run() -> None:
     bench = build_overflowing_loop(max_steps=40, log_every=40)
     with pytest.raises(RunStopped, match="not finite in step 20"):
         bench.run()
-    reset_accelerate()
     bench = build_overflowing_loop(finite_every=2, max_steps=2)
     bench.loop.num_overflows = 19
     bench.run()  # the first step is finite
