@@ -14,7 +14,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -92,8 +91,18 @@ def build_training_setup(
     missing_probe_reason = explain_missing_probe(
         options, model, initial.has_random_weights, new_parameter_names, labels.kind
     )
+    probe = None
     summary_lines = {}
-    if missing_probe_reason is not None:
+    if missing_probe_reason is None:
+        probe = Probe(
+            model=model,
+            arguments=evaluator_arguments,
+            max_images=None if training_options.trainable == "head" else MAX_PROBE_IMAGES,
+            fit=options.model.fit,
+            pooling=options.model.pooling,
+            pooled_layers=options.model.pooled_layers,
+        )
+    else:
         summary_lines["probe"] = f"off, because {missing_probe_reason}"
     if teacher is not None:
         summary_lines["teacher"] = teacher.description
@@ -127,19 +136,7 @@ def build_training_setup(
             "label_column": list(labels.columns),
             "label_separator": options.data.label_separator,
         },
-        probe=None if missing_probe_reason else build_probe(options, model, evaluator_arguments),
-    )
-
-
-def build_probe(options: FinetuneOptions, model: Any, evaluator_arguments: dict[str, Any]) -> Probe:
-    """Build the probe, which chooses what the user has not set."""
-    return Probe(
-        model=model,
-        arguments=evaluator_arguments,
-        max_images=None if options.training.trainable == "head" else MAX_PROBE_IMAGES,
-        fit=options.model.fit,
-        pooling=options.model.pooling,
-        pooled_layers=options.model.pooled_layers,
+        probe=probe,
     )
 
 

@@ -223,8 +223,9 @@ class TrainingOptions:
             "gradient_accumulation_steps",
             "log_every",
             "evaluate_every",
+            "lora_rank",
+            "early_stopping",
         )
-        check_minimum(self, 1, "lora_rank", "early_stopping")
         if self.early_stopping is not None and self.select == "last":
             raise ValueError(
                 "`early_stopping` requires `select='best'`. Remove `select='last'` or "

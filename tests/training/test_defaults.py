@@ -137,6 +137,7 @@ def test_every_default_can_be_overridden_and_the_reasons_are_printed() -> None:
     assert resolve_defaults(options, initial, 2000) == (options, "")
     sizes = ModelOptions("vitcls-tiny", hidden_size=192, image_size=(32, 96), patch_size=32)
     line = resolve_defaults(build_options(model=sizes), initial, 2000)[1]
+
     assert "width 192: " in line
     assert "image size 96: " in line
 
@@ -161,6 +162,7 @@ def test_the_default_epochs_are_limited_on_cpus(monkeypatch: pytest.MonkeyPatch)
     given = build_options(training=TrainingOptions(epochs=20.0))
     assert resolve_defaults(given, initial, 9_000)[0].training.epochs == 20
     set_device(monkeypatch, "cuda")
+
     assert resolve_defaults(build_options(), initial, 9_000)[0].training.epochs == 30
 
 
@@ -192,5 +194,6 @@ def test_a_conversion_with_random_weights_is_not_pretrained(tmp_path: Path) -> N
     assert initial.has_random_weights
     assert "`random_init=True`" in str(describe_random_weights(initial))
     values = get_values(resolve_defaults(build_options(), initial, 20_000)[0])
+
     assert (values["epochs"], values["layer_decay"]) == (30.0, 1.0)
     assert values["initializer_range"] is None  # the weights are those of the conversion

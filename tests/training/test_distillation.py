@@ -104,6 +104,7 @@ def test_the_loss_is_that_of_unic() -> None:
     found = compute_feature_loss(
         *([torch.from_numpy(each).float() for each in x] for x in (predictions, targets))
     )
+
     assert float(found) == pytest.approx(np.mean(losses), abs=1e-6)
 
 
@@ -214,6 +215,7 @@ def test_the_folder_contains_the_encoder_and_the_names_of_the_teachers(
     assert not info["unexpected_keys"]  # no linear layers
     names = [f"path/to/{Path(name).name}" for name in teachers]
     results = read_json(pretrained / "results.json")
+
     assert model.config.distillation_teachers == names == results["teachers"]
     assert results["teacher_licenses"] == ["mit", None]
     assert model.adapt(num_distillation_tokens=1).config.distillation_teachers == names[:1]

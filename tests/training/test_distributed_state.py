@@ -143,6 +143,7 @@ def test_parameters_without_moments_have_none_after_a_resume(store: CheckpointSt
         )
         model.vitcls.layers[0].requires_grad_(True)
         losses.append([step_once(model, optimizer, ema, step) for step in (1, 2, 3)])
+
     assert losses[0] == losses[1]
 
 
@@ -162,6 +163,7 @@ def test_the_loss_scaler_is_resumed(store: CheckpointStore) -> None:
     accelerator.scaler = torch.amp.GradScaler("cpu")
     scatter_state(checkpoint, accelerator, model, optimizer, None)
     state = accelerator.scaler.state_dict()
+
     assert (state["scale"], state["growth_interval"], state["_growth_tracker"]) == (512.5, 5, 3)
 
 

@@ -223,6 +223,7 @@ def test_several_tasks_are_learned_and_continued_with_the_saved_heads(
     again = train(
         tmp_path / "again", tasks, label_column=("time", "kind"), model=tmp_path, split_seed=1
     )
+
     assert again["time_accuracy"] == 1.0  # with the saved heads
     # of the earlier run, which held out other images
     assert "`split_seed=0`" in capsys.readouterr().out
@@ -614,6 +615,7 @@ def test_a_dry_run_executes_all_steps_and_keeps_nothing(
         )
     )
     output = capsys.readouterr().out
+
     assert re.search(
         r"The full run has 50 steps, takes about \d:\d\d:\d\d, and needs about [\d,]+ MiB", output
     )
@@ -643,5 +645,6 @@ def test_the_demo_trains_and_loads_a_model(tmp_path: Path) -> None:
     environment = {name: value for name, value in ENVIRONMENT.items() if name != "PYTHONPATH"}
     words = ("-P", "-c", WITHOUT_PACKAGE, SCRIPTS / "demo_load.py", tmp_path)
     ran = run_fresh(*words, environment=environment, cwd=tmp_path)
+
     assert ran.returncode == 0
     assert "This is also the accuracy in results.json" in ran.stdout

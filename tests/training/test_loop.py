@@ -249,6 +249,7 @@ def test_steps_equal_a_plain_training_loop() -> None:
 def test_records_have_the_step_the_learning_rate_and_the_norms_of_each_token() -> None:
     bench = RecordedLoop(max_steps=5, log_every=2, log_attention_every=0)
     metrics = bench.run()
+
     assert [record["step"] for record in bench.reporter.records] == [2, 4, 5]
     for record in bench.reporter.records:
         assert record["epoch"] == round(record["step"] * 8 / 360, 4)
@@ -408,6 +409,7 @@ def test_fine_tuning_must_exceed_the_frozen_model_by_more_than_chance() -> None:
     single.accuracies = iter([0.5, 0.82])
     single.loop.evaluate_step()
     single.run()
+
     assert single.store.saved == [(0, True), (1, False), (1, True)]
 
 
@@ -439,6 +441,7 @@ def test_the_measured_duration_does_not_change_the_run(monkeypatch: pytest.Monke
     assert measured.reporter.lines == ["duration"]
     assert measured.losses[2:] == whole.losses
     weights = copy_weights(measured.model)
+
     assert all(
         torch.equal(weights[name], weight) for name, weight in copy_weights(whole.model).items()
     )
@@ -492,6 +495,7 @@ def test_a_non_finite_loss_stops_before_the_update(accumulation: int, build: Any
     bench.loop.objective = lambda model, batch: {
         "loss": objective(model, batch)["loss"] * next(factors)
     }
+
     with pytest.raises(RunStopped, match=r"not finite in step 2\. Set a lower `learning_rate`"):
         bench.loop.run_step(batches)
     assert all(
@@ -550,6 +554,7 @@ def test_a_token_without_gradient_is_named_once_unless_tokens_are_frozen(
         for index, message in zip(tokens, bench.reporter.warnings, strict=True)
     )
     movement = bench.loop.monitor.compute_token_movement()
+
     assert movement["registers[0]"] == movement["registers[1]"] == 0 < movement["cls[0]"]
 
 
@@ -566,6 +571,7 @@ def test_token_monitor_records_the_current_step() -> None:
         gradients[0].norm().item(), rel=1e-5
     )
     movement = bench.loop.monitor.compute_token_movement()["cls[0]"]
+
     assert movement == pytest.approx((token.detach() - before).norm().item(), rel=1e-5)
 
 
@@ -590,6 +596,7 @@ def test_soft_and_hard_labels_agree() -> None:
     mixed = 0.75 * soft + 0.25 * torch.nn.functional.one_hot(other, 4)
     image_losses = torch.nn.functional.cross_entropy(logits, mixed, reduction="none")
     expected = ((0.75 * weights[labels] + 0.25 * weights[other]) * image_losses).mean()
+
     torch.testing.assert_close(weighted(logits, mixed), expected)
 
 
@@ -624,6 +631,7 @@ def test_multi_task_loss_ignores_missing_labels() -> None:
     assert all(parameter.grad is not None for parameter in model.parameters())
     complete = {"age": torch.tensor([0, 2]), "kind": torch.tensor([1, 0])}
     loss = objective(model, batch | {"labels": complete})["loss"]
+
     torch.testing.assert_close(loss, model(normalise(batch["pixels"]), labels=complete).loss)
 
 
@@ -645,6 +653,7 @@ def test_every_head_is_trained_without_a_teacher() -> None:
         torch.nn.functional.cross_entropy(logits, batch["labels"])
         for logits in (outputs.cls_logits, outputs.distillation_logits)
     ]
+
     torch.testing.assert_close(loss, (head_losses[0] + head_losses[1]) / 2)
 
 

@@ -95,6 +95,7 @@ def test_a_checkpoint_of_several_tasks_is_trained_on_other_labels(
     kept = saved.vitcls.layers[0].mlp.fc1.weight
     assert torch.equal(model.vitcls.layers[0].mlp.fc1.weight, kept)
     logits = model(torch.zeros(1, 3, *model.config.image_height_width)).logits
+
     if label_space.kind == "multi_task":
         assert {task: answer.shape[1] for task, answer in logits.items()} == {
             task: len(names) for task, names in label_space.columns.items()
@@ -128,6 +129,7 @@ def test_a_classifier_is_kept_only_for_the_same_labels(
     model, _, new_names = build_initial_model(
         ModelOptions(model=str(tmp_path)), LabelSpace(kind, {"label": names})
     )
+
     assert new_names == (set() if is_same else {"classifier.weight", "classifier.bias"})
     assert torch.equal(model.classifier.weight, saved.classifier.weight) is is_same
     assert model.config.problem_type == (stored_kind if is_same else kind)
@@ -194,6 +196,7 @@ def test_checkpoints_in_bfloat16_are_trained_in_float32(names: list[str], tmp_pa
     heads = [] if len(names) == 3 else ["classifier", "distillation_classifier"]
     new = {f"{head}.{name}" for head in heads for name in ("weight", "bias")}
     new |= {name for name, _ in model.named_parameters() if name.startswith("vitcls.pooler.")}
+
     assert new_names == new | {"vitcls.embeddings.distillation_token"}
 
 
@@ -453,6 +456,7 @@ def test_exactly_the_trainable_parameters_change(name: str, choice: str) -> None
         if not torch.equal(parameter, before[name])
     }
     wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
     assert moved <= wanted
     # key biases do not change the softmax
     assert all("k_proj.bias" in name for name in wanted - moved)

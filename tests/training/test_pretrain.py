@@ -84,6 +84,7 @@ def test_the_folder_contains_the_encoder_and_the_measured_features(pretrained: P
     assert after["knn_accuracy"] == results["knn_accuracy"]
     assert all(moved > 0 for moved in results["token_movement"].values())
     records = [record for record in read_metrics(pretrained) if "held_out_knn_accuracy" in record]
+
     assert [record["step"] for record in records] == [3, 6]
     assert "cls_attention_entropy" in read_metrics(pretrained)[1]
     assert 1 < records[-1]["held_out_effective_rank"] < TINY.hidden_size
@@ -110,6 +111,7 @@ def test_a_resumed_run_equals_an_uninterrupted_run(method: str, tmp_path: Path) 
         assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert any(name.startswith(("projector.", "decoder.")) for name in found)
     features = [read_json(folder / "results.json")["features"] for folder in (whole, resumed)]
+
     assert features[0] == features[1]
 
 
@@ -157,6 +159,7 @@ def test_images_without_labels_are_measured_by_rank(
     assert results["selection_metric"] == "effective_rank"
     assert "knn_accuracy" not in results
     before, after = (results["features"][name]["effective_rank"] for name in ("before", "after"))
+
     assert f"\nfeatures  effective rank {before} -> {after} " in printed
     assert "worse" not in printed
     assert 1 <= after <= TINY.hidden_size
@@ -174,6 +177,7 @@ def test_a_converted_checkpoint_is_continued(tmp_path: Path) -> None:
     before = load_file(tmp_path / "model" / "model.safetensors")
     flags = {"max_steps": 1, "learning_rate": 1e-5, "held_out_fraction": 0.0}
     folder = run_to_folder(tiny_options(tmp_path / "out", **model, **flags))
+
     for name, weight in load_file(folder / "model.safetensors").items():
         assert 0 < (weight - before[name]).abs().max() < 1e-4, name
 
@@ -236,6 +240,7 @@ def test_a_collapse_is_a_warning(tmp_path: Path) -> None:
     assert warnings == []
     with torch.no_grad():
         prepared.setup.model.vitcls.layernorm.weight.zero_()
+
     assert evaluate(prepared.setup.model)["effective_rank"] == 1
     assert len(warnings) == 1
     assert "1.0 of 32 channels" in warnings[0]

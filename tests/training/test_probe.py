@@ -376,6 +376,7 @@ def test_the_better_geometry_is_chosen(encoder: Path, tmp_path: Path) -> None:
     results = run_training(
         build_tiny_options(tmp_path / "run", folder, model=own, probe=True, select=None)
     )
+
     assert results["frozen"]["fit"] == "squash"
     assert get_fit(ViTCLSImageProcessor.from_pretrained(tmp_path / "run")) == "squash"
     assert results["accuracy"] == 1

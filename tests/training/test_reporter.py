@@ -78,6 +78,7 @@ def test_records_of_repeated_steps_are_removed(tmp_path: Path) -> None:
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
     reporter.start_after(0, 10)
+
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
@@ -110,6 +111,7 @@ def test_trackers_get_only_numbers() -> None:
         "entropy": [0.25, {"a": 2}],
         "name": "x",
     }
+
     assert flatten_record(record) == {
         "step": 3,
         "norms/cls[0]": 1.5,

@@ -82,6 +82,7 @@ def test_defaults_are_recorded(tmp_path: Path) -> None:
         "crop_scale": 1.0,
         "weight_decay": 0.1,
     }
+
     assert {name: resolved[name] for name in expected} == expected
     assert not resolved.keys() & {"config", "resume", "overwrite", "dry_run"}
 
@@ -174,6 +175,7 @@ def test_early_stopping_is_resumed_exactly(tmp_path: Path, capsys: pytest.Captur
     assert first["selection"]["num_images"] > 0
     (tmp_path / "run" / "results.json").unlink()
     again = run_training(build_options(tmp_path / "run", select=None, resume=True, **flags))
+
     assert (again["steps"], again["accuracy"]) == (first["steps"], first["accuracy"])
     with raises_one_line("`early_stopping`", "`select='best'`"):
         build_options(tmp_path / "other", select="last", **flags)
@@ -335,6 +337,7 @@ def test_a_run_on_all_images_has_no_accuracy(tmp_path: Path, capsys: pytest.Capt
     results = run_training(options)
     assert (results["num_training_images"], results["num_images"]) == (300, 0)
     output = capsys.readouterr().out
+
     assert "accuracy" not in results
     assert "not evaluated" in output
     assert "WARNING" not in output
