@@ -136,8 +136,8 @@ class FinetuneFlags(CommonFlags, DistillationFlags, total=False):
     """Flags of `FinetuneOptions`."""
 
 
-class TeachersFlags(TypedDict, total=False):
-    """Flags of `TeachersOptions`."""
+class MultiTeacherDistillationFlags(TypedDict, total=False):
+    """Flags of `MultiTeacherDistillationOptions`."""
 
     teachers: str | Sequence[str]
     distill_patches: bool
@@ -161,7 +161,7 @@ class MAEFlags(TypedDict, total=False):
     decoder_layers: int
 
 
-class PretrainFlags(CommonFlags, TeachersFlags, LeJEPAFlags, MAEFlags, total=False):
+class PretrainFlags(CommonFlags, MultiTeacherDistillationFlags, LeJEPAFlags, MAEFlags, total=False):
     """Flags of `PretrainOptions`."""
 
     method: Literal["lejepa", "mae", "distillation"] | None

@@ -11,8 +11,8 @@ would change the bits of the old ones.
 
 import copy
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ from ..runtime.system import get_versions
 from .calibration import compute_error, find_calibration
 from .certificate import NUM_IMAGES, certify, describe_certificate, load_old_model, read_pixels
 from .options import AddClassOptions, AdditionOptions, AddTaskOptions
-from .probe import MAX_CHOICE_IMAGES, build_record, split_at_random
+from .probe import MAX_CHOICE_IMAGES, build_record, select_out_of_fold, split_at_random
 
 
 SINGLE_LABEL, MULTI_LABEL = "single_label_classification", "multi_label_classification"
@@ -83,27 +83,33 @@ class Base:
     accelerator: Accelerator
     console: Console
     warn: Any
+    options: AdditionOptions
 
     @property
     def config(self) -> ViTCLSConfig:
         return self.model.config
 
     def compute_features(
-        self, images: LabeledImages, label_space: LabelSpace, options: DataOptions, batch_size: int
+        self, images: LabeledImages, label_space: LabelSpace, with_logits: bool = False
     ) -> Features:
-        """Pass images through the encoder once, and return the features of those with a known label."""
+        """Pass images through the model once, and return the features of those with a known label.
+
+        With logits, these are the last columns of the features.
+        """
+        model = self.model.to(self.accelerator.device).eval()
         frozen_pass = FrozenPass(
             images,
             self.layout,
+            has_logits=with_logits,
             processor=self.processor,
             label_space=label_space,
-            options=options,
-            batch_size=batch_size,
+            options=self.options.data,
+            batch_size=self.options.batch_size,
             accelerator=self.accelerator,
             num_channels=self.config.num_channels,
             warn=self.warn,
         )
-        features = frozen_pass(self.model.to(self.accelerator.device).eval(), self.console)
+        features = frozen_pass(model, self.console)
         return features if features.labels.ndim > 1 else features.take(features.labels >= 0)
 
     @property
@@ -134,10 +140,15 @@ class Base:
 class FittedHead:
     """A head and what is known about it."""
 
-    fields: dict[str, Any]  # of `config.extra_heads`
+    candidate: Candidate  # what the head reads
     classifier: LinearClassifier
+    fields: dict[str, Any]  # of `config.extra_heads`
     record: dict[str, Any]  # for results.json
     lines: dict[str, str]  # to print
+
+    def compute_logits(self, features: Features) -> np.ndarray:
+        """Return the logits [N, L] of the head, before the division by its temperature."""
+        return features.select(self.candidate) @ self.classifier.weight.T + self.classifier.bias
 
 
 # Tasks --------------------------------------------------------------------------------------------
@@ -152,33 +163,27 @@ def add_task_from_options(options: AddTaskOptions) -> dict[str, Any]:
     """
     check_output_is_empty(options.output_dir)
     base = load_base(options.model, options)
-    heads = base.config.extra_heads or {}
     check_name(options, base.config)
+    changes = (options.remove_task, options.name)
+    changed_heads = [name for name in base.config.get_added_tasks() if name in changes]
 
     data = load_training_data(options.data)
     model = base.model
+    for name in changed_heads:
+        model = remove_head(model, name)
+    additions = base.folder.results.get(ADDITIONS_KEY, {})
+    records = {name: value for name, value in additions.items() if name not in changed_heads}
     record = {}
-    changed_heads = set()
-    if options.remove_task is not None:
-        model = remove_head(model, options.remove_task)
-        changed_heads.add(options.remove_task)
     if options.name is not None:
         head = fit_task(base, data, options)
-        if options.name in heads:
-            model = remove_head(model, options.name)
-            changed_heads.add(options.name)
         extended = append_head(model, options.name, head)
         record = head.record | describe_cost(model, extended)
-        model = extended
         print_lines(base.console, head.lines | {"cost": format_cost(record)})
-
-    records = {
-        name: value for name, value in get_additions(base).items() if name not in changed_heads
-    }
-    if options.name is not None:
+        model = extended
         records[options.name] = record
+
     pixels = read_pixels(data.train, base.processor)  # type: ignore[arg-type]  # not streamed
-    write_model(base, model, pixels, records, options.output_dir, changed_heads)
+    write_model(base, model, pixels, records, changed_heads)
     return record
 
 
@@ -190,7 +195,7 @@ def load_base(source: str, options: AdditionOptions) -> Base:
     if isinstance(model, ViTCLSModel):
         model = build_classifier_without_labels(model)
     set_mixed_precision(accelerator, options.mixed_precision, model.config)
-    return Base(folder, model, folder.load_processor(), accelerator, console, warn)
+    return Base(folder, model, folder.load_processor(), accelerator, console, warn, options)
 
 
 def build_classifier_without_labels(encoder: Any) -> Any:
@@ -204,7 +209,7 @@ def build_classifier_without_labels(encoder: Any) -> Any:
 
 
 def check_name(options: AddTaskOptions, config: ViTCLSConfig) -> None:
-    """Raise ValueError if the task to remove does not exist, or the name of the new task is taken."""
+    """Raise ValueError if the task to remove does not exist, or the new name is taken."""
     names = config.get_added_tasks()
     if options.remove_task is not None and options.remove_task not in names:
         remedy = f"Choose from {', '.join(names)}" if names else "Remove `remove_task`"
@@ -231,12 +236,7 @@ def fit_task(base: Base, data: TrainingData, options: AddTaskOptions) -> FittedH
             f"`name` adds one task, but {options.data.dataset} has labels for {kind}. Set a single "
             "`label_column`"
         )
-    compute = partial(
-        base.compute_features,
-        label_space=data.label_space,
-        options=options.data,
-        batch_size=options.batch_size,
-    )
+    compute = partial(base.compute_features, label_space=data.label_space)
     images: Any = data.train  # not streamed
     first_images, other_images = split_at_random(images.draw(options.max_images), MAX_CHOICE_IMAGES)
     parts = [compute(first_images)]
@@ -245,7 +245,11 @@ def fit_task(base: Base, data: TrainingData, options: AddTaskOptions) -> FittedH
     held_out = compute(data.held_out) if len(data.held_out) else None
 
     fit = fit_single_label_head if kind == SINGLE_LABEL else fit_multi_label_head
-    head = fit(base, data.label_space.names, parts, held_out)
+    head = fit(base, data.label_space.names, parts)
+    if held_out is not None:
+        measured = measure_head(head, held_out)
+        head.record["held_out_result"] = round_floats(measured)
+        head.lines["held out"] = format_proportion(measured)
     record = {
         "kind": "task",
         "dataset": strip_folders(data.name),
@@ -255,13 +259,24 @@ def fit_task(base: Base, data: TrainingData, options: AddTaskOptions) -> FittedH
         "held_out_images": data.held_out_name,
         HELD_OUT_RECORD_KEY: asdict(data.build_record()),
     }
-    return FittedHead(head.fields, head.classifier, record, head.lines)
+    return replace(head, record=record)
 
 
-def fit_single_label_head(
-    base: Base, names: list[str], parts: Sequence[Features], held_out: Features | None
-) -> FittedHead:
-    """Fit a logistic regression; its temperature comes from the images that each fold leaves out."""
+def measure_head(head: FittedHead, held_out: Features) -> dict[str, Any]:
+    """Return the accuracy and, for one label per image, the calibration error of a head."""
+    logits = head.compute_logits(held_out)
+    temperature = head.fields.get("temperature", 1.0)
+    if head.fields["problem_type"] == MULTI_LABEL:
+        is_predicted = expit(logits / temperature) >= head.fields["threshold"]
+        is_right = is_predicted == (held_out.labels > 0.5)
+        return build_proportion("label_accuracy", is_right.sum(), is_right.size)
+    num_right = (logits.argmax(axis=1) == held_out.labels).sum()
+    error = compute_error((logits / temperature).astype(np.float32), held_out.labels)
+    return build_proportion("accuracy", num_right, len(logits)) | {"calibration_error": error}
+
+
+def fit_single_label_head(base: Base, names: list[str], parts: Sequence[Features]) -> FittedHead:
+    """Fit a logistic regression, with a temperature from the images that each fold leaves out."""
     first = parts[0]
     choice = choose_probe(
         lambda candidate: first.select(candidate).astype(np.float64),
@@ -270,7 +285,7 @@ def fit_single_label_head(
         base.list_candidates(),
     )
     candidate = choice.candidate
-    everything = parts[0] if len(parts) == 1 else concatenate_features(*parts)
+    everything = join(parts)
     classifier = fit_classifier(
         everything.select(candidate).astype(np.float64),
         everything.labels,
@@ -284,9 +299,8 @@ def fit_single_label_head(
     lines = {"head": describe_candidate(record)}
     if choice.score is not None:
         lines["cross-validation"] = f"{record['accuracy']:.1%}, log loss {record['loss']:.2f}"
-        is_predicted = np.isfinite(choice.score.losses)
-        out_of_fold = choice.score.logits[is_predicted].astype(np.float32)
-        calibration = find_calibration(out_of_fold, first.labels[is_predicted], "cross-validation")
+        out_of_fold, labels = select_out_of_fold(choice.score, first.labels)
+        calibration = find_calibration(out_of_fold.astype(np.float32), labels, "cross-validation")
         lines["calibration"] = calibration.text
         if calibration.is_fitted:
             fields |= {
@@ -294,27 +308,17 @@ def fit_single_label_head(
                 "threshold": calibration.energy_threshold,
             }
             record["calibration"] = calibration.to_dict()
-    if held_out is not None:
-        logits = held_out.select(candidate) @ classifier.weight.T + classifier.bias
-        is_right = logits.argmax(axis=1) == held_out.labels
-        measured = measure_proportion("accuracy", is_right)
-        logits = (logits / fields.get("temperature", 1.0)).astype(np.float32)
-        measured["calibration_error"] = compute_error(logits, held_out.labels)
-        record |= {"held_out_result": round_floats(measured)}
-        lines["held out"] = format_proportion(measured, "accuracy")
-    return FittedHead(fields, classifier, record, lines)
+    return FittedHead(candidate, classifier, fields, record, lines)
 
 
-def fit_multi_label_head(
-    base: Base, names: list[str], parts: Sequence[Features], held_out: Features | None
-) -> FittedHead:
+def fit_multi_label_head(base: Base, names: list[str], parts: Sequence[Features]) -> FittedHead:
     """Fit a binary logistic regression for each label.
 
     All labels read the candidate with the lowest sum of losses, and share a temperature, which
     comes from the images that each fold leaves out.
     """
     first = parts[0]
-    everything = parts[0] if len(parts) == 1 else concatenate_features(*parts)
+    everything = join(parts)
     for index, name in enumerate(names):
         if len(np.unique(everything.labels[:, index])) < 2:
             raise ValueError(
@@ -370,14 +374,12 @@ def fit_multi_label_head(
             record["calibration"] = {"temperature": temperature, "images": "cross-validation"}
             text = f"temperature {temperature:.2f}, from {len(first.labels):,} training images"
             lines["calibration"] = f"{text} x {len(names)} labels, each left out of its regression"
-    if held_out is not None:
-        logits = held_out.select(candidate) @ classifier.weight.T + classifier.bias
-        probabilities = expit(logits / fields.get("temperature", 1.0))
-        is_right = (probabilities >= fields["threshold"]) == (held_out.labels > 0.5)
-        measured = measure_proportion("label_accuracy", is_right.ravel())
-        record |= {"held_out_result": round_floats(measured)}
-        lines["held out"] = format_proportion(measured, "label_accuracy")
-    return FittedHead(fields, classifier, record, lines)
+    return FittedHead(candidate, classifier, fields, record, lines)
+
+
+def join(parts: Sequence[Features]) -> Features:
+    """Return the features of one part, or of two parts of the same images."""
+    return parts[0] if len(parts) == 1 else concatenate_features(*parts)
 
 
 def build_head_fields(candidate: Candidate, names: list[str], problem_type: str) -> dict[str, Any]:
@@ -390,17 +392,18 @@ def build_head_fields(candidate: Candidate, names: list[str], problem_type: str)
     }
 
 
-def measure_proportion(name: str, is_true: np.ndarray) -> dict[str, Any]:
+def build_proportion(name: str, count: int, total: int) -> dict[str, Any]:
     """Return a proportion, its 95% interval and the number of observations."""
     return {
-        name: float(is_true.mean()),
-        f"{name}_interval": compute_proportion_interval(int(is_true.sum()), len(is_true)),
-        "num_images": len(is_true),
+        name: float(count / total),
+        f"{name}_interval": compute_proportion_interval(int(count), total),
+        "num_images": total,
     }
 
 
-def format_proportion(measured: dict[str, Any], name: str) -> str:
-    """Return a measured proportion as text."""
+def format_proportion(measured: dict[str, Any]) -> str:
+    """Return a result of `build_proportion` as text."""
+    name = next(iter(measured))
     low, high = measured[f"{name}_interval"]
     text = f"{name.replace('_', ' ')} {measured[name]:.1%} (95% interval: {low:.1%} to {high:.1%})"
     return f"{text}, {measured['num_images']:,} images"
@@ -436,7 +439,7 @@ def remove_head(model: Any, name: str) -> Any:
 
 
 def rebuild(model: Any, config: ViTCLSConfig) -> Any:
-    """Return a model with another configuration and the weights of `model`, as far as it has them."""
+    """Return a model with another configuration and the weights of `model` that it has, too."""
     rebuilt = model.new_like(config).to(device=model.device, dtype=model.dtype).eval()
     weights = model.state_dict()
     rebuilt.load_state_dict(
@@ -457,13 +460,10 @@ def describe_cost(old: Any, new: Any) -> dict[str, Any]:
 
 
 def format_cost(record: dict[str, Any]) -> str:
-    return f"{record['relative_flops']:.3%} of the forward pass (FLOPs), {record['num_parameters']:,} parameters"
-
-
-def get_additions(base: Base) -> dict[str, Any]:
-    """Return the records of what was added to a model before."""
-    additions: dict[str, Any] = base.folder.results.get(ADDITIONS_KEY, {})
-    return additions
+    return (
+        f"{record['relative_flops']:.3%} of the forward pass (FLOPs), "
+        f"{record['num_parameters']:,} parameters"
+    )
 
 
 def write_model(
@@ -471,14 +471,13 @@ def write_model(
     model: Any,
     pixels: Sequence[torch.Tensor],
     records: dict[str, Any],
-    output_dir: Path,
-    changed_heads: set[str],
+    changed_heads: Collection[str] = (),
 ) -> None:
-    """Write the model folder, after the certificate that the other outputs are those of the old model.
+    """Write the model folder and the certificate that the other outputs are unchanged.
 
     Raise ValueError at the first difference; nothing is written then.
     """
-    with create_output_folder(output_dir) as folder, silence_transformers():
+    with create_output_folder(base.options.output_dir) as folder, silence_transformers():
         model.save_pretrained(folder)
         base.processor.save_pretrained(folder)
         certificate = certify(
@@ -500,13 +499,18 @@ def write_model(
             folder / RESULTS_FILE,
             results | hashes | {"provenance": provenance, ADDITIONS_KEY: records},
         )
-    print_lines(
-        base.console, {"certificate": describe_certificate(certificate), "written": str(output_dir)}
-    )
+    lines = {
+        "certificate": describe_certificate(certificate),
+        "written": str(base.options.output_dir),
+    }
+    print_lines(base.console, lines)
 
 
 def copy_provenance(base: Base, folder: Path) -> dict[str, Any] | None:
-    """Copy the license of the weights, and return their provenance; None if they were trained from scratch."""
+    """Copy the license of the weights, and return their provenance.
+
+    Returns None for weights that were trained from scratch.
+    """
     if "provenance" not in base.folder.results:
         provenance = find_provenance(base.folder.source)
     elif base.folder.results["provenance"] is None:
@@ -526,16 +530,11 @@ def print_lines(console: Console, lines: dict[str, str]) -> None:
 
 
 @dataclass(frozen=True)
-class OldImages:
-    """Images of the old classes, which the model was not trained on if its record says so."""
-
-    images: LabeledImages
-    description: str
-
-
-@dataclass(frozen=True)
 class BiasChoice:
-    """Number that is added to the bias of the new classes, and its effect on images that were left out."""
+    """Number that is added to the bias of the new classes, and its effect.
+
+    The effect is that on images that were left out of the fits.
+    """
 
     shift: float
     num_old: int
@@ -562,32 +561,33 @@ def add_classes_from_options(options: AddClassOptions) -> dict[str, Any]:
             f"classes can be added to a classifier with one label per image, but {options.model} "
             "is none. Add a task with `vitcls add-task`"
         )
-    names, new_images, new_held_out = load_new_images(options, label_space)
-    old_images = load_old_images(base, options, label_space)
+    new_space, new_images, new_held_out = load_new_images(options, label_space)
+    names = new_space.names[len(label_space.names) :]
+    old_images, old_description = load_old_images(base, options, label_space)
 
-    compute = partial(compute_class_features, base, options)
-    new_space = LabelSpace(SINGLE_LABEL, {"label": [*label_space.names, *names]})
-    parts = [compute(new_images, new_space)]
-    if old_images is not None:
-        parts.append(compute(old_images.images, label_space))
-    fit = fit_new_rows if old_images is not None else fit_without_old_images
-    head, shared = fit(base, names, parts, options.max_old_loss)
+    compute = partial(base.compute_features, with_logits=True)
+    new_features = compute(new_images, new_space)
+    if old_images is None:
+        head = fit_without_old_images(base, names, new_features)
+    else:
+        features = concatenate_features(new_features, compute(old_images, label_space))
+        head = fit_new_rows(base, names, features, options.max_old_loss)
     record: dict[str, Any] = {
         "kind": "classes",
         "labels": names,
         "dataset": strip_folders(options.data.dataset),
-        "num_new_images": len(parts[0].labels),
-        "old_images": None if old_images is None else old_images.description,
+        "num_new_images": len(new_features.labels),
+        "old_images": old_description,
         **head.record,
     }
     lines = head.lines
     if new_held_out is not None:
         held_out = compute(new_held_out, new_space)
-        added = shared(held_out)
-        logits = np.concatenate([get_old_logits(base, held_out), added], axis=1)
-        measured = measure_proportion("recall", logits.argmax(axis=1) == held_out.labels)
+        logits = [get_old_logits(base, held_out), head.compute_logits(held_out)]
+        is_right = np.concatenate(logits, axis=1).argmax(axis=1) == held_out.labels
+        measured = build_proportion("recall", is_right.sum(), len(is_right))
         record["held_out_result"] = round_floats(measured)
-        lines = lines | {"held out": format_proportion(measured, "recall")}
+        lines = lines | {"held out": format_proportion(measured)}
 
     head_name = f"added_classes_{len(base.config.get_added_classes()) + 1:03d}"
     model = append_head(base.model, head_name, head, dict(enumerate(new_space.names)))
@@ -599,20 +599,16 @@ def add_classes_from_options(options: AddClassOptions) -> dict[str, Any]:
     num_old_pixels = 0 if old_images is None else NUM_IMAGES * 3 // 4
     pixels = read_pixels(new_images, base.processor, NUM_IMAGES - num_old_pixels)
     if old_images is not None:
-        pixels += read_pixels(old_images.images, base.processor, NUM_IMAGES - len(pixels))
-    write_model(
-        base, model, pixels, get_additions(base) | {head_name: record}, options.output_dir, set()
-    )
+        pixels += read_pixels(old_images, base.processor, NUM_IMAGES - len(pixels))
+    records = base.folder.results.get(ADDITIONS_KEY, {}) | {head_name: record}
+    write_model(base, model, pixels, records)
     return record
 
 
 def load_new_images(
     options: AddClassOptions, label_space: LabelSpace
-) -> tuple[list[str], LabeledImages, LabeledImages | None]:
-    """Return the names of the new classes, their images, and the images of the held-out split, if there is one.
-
-    Their labels follow those of the old classes.
-    """
+) -> tuple[LabelSpace, LabeledImages, LabeledImages | None]:
+    """Return the old and new classes, images of the new classes, and held-out images, if any."""
     splits = load_splits(options.data)
     if splits.label_space.kind != SINGLE_LABEL:
         raise ValueError(
@@ -624,24 +620,20 @@ def load_new_images(
         raise ValueError(
             f"the model has the class {known[0]!r} already. Remove its images from `dataset`"
         )
+    new_space = LabelSpace(SINGLE_LABEL, {"label": [*label_space.names, *names]})
     training_splits = choose_training_splits(splits.names, use_selection_split=False)
-
-    def move_labels(images: LabeledImages) -> LabeledImages:
-        num_old = len(label_space.names)
-        return LabeledImages(
-            images.images, [label if label < 0 else label + num_old for label in images.labels]
-        )
-
+    images = splits.images_by_split
+    train = match_labels(images[training_splits.train], splits.label_space, new_space)
     held_out = None
     if training_splits.held_out is not None:
-        held_out = move_labels(splits.images_by_split[training_splits.held_out])
-    return list(names), move_labels(splits.images_by_split[training_splits.train]), held_out
+        held_out = match_labels(images[training_splits.held_out], splits.label_space, new_space)
+    return new_space, train, held_out
 
 
 def load_old_images(
     base: Base, options: AddClassOptions, label_space: LabelSpace
-) -> OldImages | None:
-    """Return held-out images of the old classes, or None if there are none.
+) -> tuple[LabeledImages | None, str | None]:
+    """Return held-out images of the old classes and their description, or None for both.
 
     They come from --old-dataset or from the dataset in the record of the model: the validation or
     test split or, if there is only one split, the images that training held out.
@@ -649,14 +641,14 @@ def load_old_images(
     record = read_held_out_record(base.folder)
     dataset = options.old_dataset or (None if record is None else record.dataset)
     if dataset is None:
-        return None
+        return None, None
     data_options = DataOptions(dataset, num_workers=options.data.num_workers)
     try:
         splits = load_splits(data_options)
     except (ValueError, OSError):
         if options.old_dataset is not None:
             raise
-        return None
+        return None, None
     training_splits = choose_training_splits(splits.names, use_selection_split=False)
     split = training_splits.held_out or training_splits.train
     images = splits.images_by_split[split]
@@ -671,50 +663,27 @@ def load_old_images(
         images = images.select(np.flatnonzero(is_evaluated).tolist())
         part_text = part.describe()
     if not len(images):
-        return None
+        return None, None
     images = match_labels(images.draw(MAX_CHOICE_IMAGES), splits.label_space, label_space)
-    return OldImages(images, f"{len(images):,} images of {strip_folders(dataset)} ({part_text})")
-
-
-def compute_class_features(
-    base: Base, options: AddClassOptions, images: LabeledImages, label_space: LabelSpace
-) -> Features:
-    """Pass images through the model once, and return their features, with the logits as the last columns."""
-    model = base.model.to(base.accelerator.device).eval()
-    frozen_pass = FrozenPass(
-        images,
-        base.layout,
-        has_logits=True,
-        processor=base.processor,
-        label_space=label_space,
-        options=options.data,
-        batch_size=options.batch_size,
-        accelerator=base.accelerator,
-        num_channels=base.config.num_channels,
-        warn=base.warn,
-    )
-    features = frozen_pass(model, base.console)
-    return features.take(features.labels >= 0)
+    return images, f"{len(images):,} images of {strip_folders(dataset)} ({part_text})"
 
 
 def get_old_logits(base: Base, features: Features) -> np.ndarray:
-    """Return the logits [N, C] of the old classes before the division by the temperature, which new rows share."""
+    """Return the logits [N, C] of the old classes before the division by the temperature.
+
+    The new rows share the temperature.
+    """
     logits = features.values[:, -(base.config.num_labels or 0) :]
     return logits.astype(np.float64) * base.config.temperature
 
 
 def fit_new_rows(
-    base: Base, names: list[str], parts: Sequence[Features], max_old_loss: float
-) -> tuple[FittedHead, Callable[[Features], np.ndarray]]:
-    """Fit the rows of the new classes, with a bias that costs the old classes at most `max_old_loss` points.
+    base: Base, names: list[str], features: Features, max_old_loss: float
+) -> FittedHead:
+    """Fit the rows of the new classes, which cost the old ones at most `max_old_loss` points.
 
-    Returns:
-        The head, and a function that returns the logits [N, K] of the new classes.
-
-    Raises:
-        ValueError: if no image of a new class is recognized at this cost.
+    Raise ValueError if no image of a new class is recognized at this cost.
     """
-    features = concatenate_features(*parts)
     labels = features.labels
     old_logits = get_old_logits(base, features)
     num_old = old_logits.shape[1]
@@ -731,8 +700,7 @@ def fit_new_rows(
         raise ValueError(
             f"{len(labels)} images are too few for a cross-validation. Add images to `dataset`"
         )
-    is_predicted = np.isfinite(choice.score.losses)
-    out_of_fold, predicted_labels = choice.score.logits[is_predicted], labels[is_predicted]
+    out_of_fold, predicted_labels = select_out_of_fold(choice.score, labels)
     bias = choose_bias(out_of_fold, predicted_labels, num_old, max_old_loss)
     classifier = fit_classifier(
         features=features.select(candidate).astype(np.float64),
@@ -749,16 +717,8 @@ def fit_new_rows(
     out_of_fold = out_of_fold.copy()
     out_of_fold[:, num_old:] += bias.shift
     calibrated = (out_of_fold / base.config.temperature).astype(np.float32)
-    lost = {
-        "old_loss": bias.num_lost / bias.num_old,
-        "old_loss_interval": compute_proportion_interval(bias.num_lost, bias.num_old),
-        "num_images": bias.num_old,
-    }
-    recall = {
-        "recall": bias.num_recognized / bias.num_new,
-        "recall_interval": compute_proportion_interval(bias.num_recognized, bias.num_new),
-        "num_images": bias.num_new,
-    }
+    lost = build_proportion("old_loss", bias.num_lost, bias.num_old)
+    recall = build_proportion("recall", bias.num_recognized, bias.num_new)
     record = build_record(choice, "unchanged", None, [features]) | {
         "max_old_loss": max_old_loss / 100,
         "old_classes": round_floats(lost),
@@ -768,12 +728,11 @@ def fit_new_rows(
     }
     lines = {
         "head": describe_candidate(record),
-        "old classes": format_proportion(lost, "old_loss"),
-        "new classes": format_proportion(recall, "recall"),
+        "old classes": format_proportion(lost),
+        "new classes": format_proportion(recall),
         "calibration": f"error {100 * record['calibration_error']:.1f} points with all classes",
     }
-    head = FittedHead(build_class_fields(candidate, names), classifier, record, lines)
-    return head, lambda each: each.select(candidate) @ classifier.weight.T + classifier.bias
+    return FittedHead(candidate, classifier, build_class_fields(candidate, names), record, lines)
 
 
 def choose_bias(
@@ -825,16 +784,15 @@ def choose_bias(
     )
 
 
-def fit_without_old_images(
-    base: Base, names: list[str], parts: Sequence[Features], max_old_loss: float
-) -> tuple[FittedHead, Callable[[Features], np.ndarray]]:
-    """Return rows that score the similarity to the mean of a new class, and recognize half of its images.
+def fit_without_old_images(base: Base, names: list[str], features: Features) -> FittedHead:
+    """Return rows that score the similarity to the mean of a new class.
+
+    They recognize half of its images.
 
     Without images of the old classes, nothing is known about what these lose. In
     model_cards/studies/additions.md, it was 33 points with rows that recognize 90% of the new
     images, and 12 points with these.
     """
-    (features,) = parts
     old_logits = get_old_logits(base, features)
     candidate = base.list_candidates()[0]
     values = features.select(candidate).astype(np.float64)
@@ -865,8 +823,7 @@ def fit_without_old_images(
         "tokens": candidate.tokens,
         "max_old_loss": None,
     }
-    head = FittedHead(build_class_fields(candidate, names), classifier, record, {})
-    return head, lambda each: each.select(candidate) @ classifier.weight.T + classifier.bias
+    return FittedHead(candidate, classifier, build_class_fields(candidate, names), record, {})
 
 
 def build_class_fields(candidate: Candidate, names: list[str]) -> dict[str, Any]:

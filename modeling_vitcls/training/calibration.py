@@ -1,4 +1,4 @@
-"""Calibration of a trained classifier: the temperature and the energy threshold in its configuration.
+"""Calibration of a trained classifier: temperature and energy threshold.
 
     frozen model          logits of the images that each fold of the cross-validation leaves out
     fine-tuned model      logits of the selection images
@@ -62,7 +62,10 @@ def find_calibration(logits: np.ndarray, labels: np.ndarray, images: str) -> Cal
     temperature = round(fit_temperature(logits, labels), 4)
     text = f"temperature {temperature:.2f}, from {describe_images(images, num_images)}"
     if not is_improvement(logits, labels, temperature):
-        text = f"temperature 1, because {temperature:.2f} made the error of {num_images:,} {images} images larger"
+        text = (
+            f"temperature 1, because {temperature:.2f} made the error of {num_images:,} {images} "
+            "images larger"
+        )
         temperature = 1.0
     threshold = round(find_energy_threshold(logits / temperature), 6)
     return Calibration(num_images, images, text, temperature, threshold)
@@ -80,10 +83,11 @@ def explain_missing_calibration(num_images: int, images: str) -> Calibration:
 
 
 def is_improvement(logits: np.ndarray, labels: np.ndarray, temperature: float) -> bool:
-    """Return whether a temperature lowers the log loss of images that it was not fitted to, in two halves.
+    """Return whether a temperature lowers the log loss of images that it was not fitted to.
 
-    It must not make the calibration error larger, either. That of fewer than `MIN_ERROR_IMAGES`
-    images is mostly noise.
+    Each half of the images measures the temperature of the other half.
+
+    It must not make the calibration error larger, either.
     """
     halves = np.arange(len(labels)) % 2
     loss_before = 0.0
@@ -98,8 +102,6 @@ def is_improvement(logits: np.ndarray, labels: np.ndarray, temperature: float) -
 
     if loss_after > loss_before:
         return False
-    if len(labels) < MIN_ERROR_IMAGES:
-        return True
     return compute_error(logits / temperature, labels) <= compute_error(logits, labels)
 
 
@@ -117,7 +119,7 @@ def describe_images(images: str, num_images: int) -> str:
 def measure_errors(
     calibration: Calibration, logits: np.ndarray, labels: np.ndarray
 ) -> tuple[dict[str, float], str]:
-    """Return the expected calibration error of calibrated logits and what it was before, and a text about both.
+    """Return the calibration errors before and after the temperature, and a text about both.
 
     The text is empty for few images.
     """
@@ -131,7 +133,7 @@ def measure_errors(
 
 
 def compute_error(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Return the expected calibration error (15 bins; Guo et al. 2017, arXiv 1706.04599, section 2)."""
+    """Return the expected calibration error in 15 bins (Guo et al. 2017, arXiv 1706.04599)."""
     probabilities = torch.from_numpy(logits).float().softmax(dim=1)
     error = multiclass_calibration_error(
         probabilities, torch.from_numpy(labels), logits.shape[1], n_bins=15

@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from safetensors import safe_open
@@ -31,7 +32,6 @@ from ..inference.evaluator import round_floats
 from ..inference.exported_graphs import BACKEND_FILES, ExportedGraph
 from ..inference.metric_tables import format_percent
 from ..inference.options import EvaluateOptions
-from ..inference.per_image import get_outputs
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.modeling_vitcls import (
     ViTCLSForImageClassification,
@@ -82,13 +82,6 @@ def read_pixels(
     return pixels
 
 
-def build_random_pixels(config: ViTCLSConfig, num_images: int = NUM_IMAGES) -> list[Tensor]:
-    """Return random pixels [C, H, W], with which logits are compared if there is no dataset."""
-    generator = torch.Generator().manual_seed(0)
-    shape = (num_images, config.num_channels, *config.image_height_width)
-    return list(torch.randn(shape, generator=generator))
-
-
 # Comparison ---------------------------------------------------------------------------------------
 
 
@@ -124,14 +117,15 @@ def certify(
         for model in (old, new):
             model.to(dtype)
         for batch_size, max_images in MAX_IMAGES.items():
-            hashes = compare_logits(old, new, pixels[:max_images], batch_size, changed_heads)
-            num_images = min(max_images, len(pixels))
+            compared = pixels[:max_images]
+            hashes = compare_logits(old, new, compared, batch_size, changed_heads)
             record = {
                 "dtype": str(dtype).removeprefix("torch."),
                 "batch_size": batch_size,
-                "num_images": num_images,
+                "num_images": len(compared),
+                "logits_sha256": hashes,
             }
-            passes.append(record | {"logits_sha256": hashes})
+            passes.append(record)
     return {
         "old_model": old_name,
         "num_images": len(pixels),
@@ -146,7 +140,7 @@ def certify(
 
 
 def compare_tensors(
-    old_folder: Path, new_folder: Path, changed_heads: Collection[str] = ()
+    old_folder: Path, new_folder: Path, changed_heads: Collection[str]
 ) -> dict[str, str]:
     """Return the SHA-256 of each tensor of the old model.
 
@@ -217,7 +211,7 @@ def compare_logits(
     new: Any,
     pixels: Sequence[Tensor],
     batch_size: int,
-    changed_heads: Collection[str] = (),
+    changed_heads: Collection[str],
 ) -> dict[str, str]:
     """Return the SHA-256 of the old outputs by name.
 
@@ -262,7 +256,7 @@ def check_labels(old: ViTCLSConfig, new: ViTCLSConfig) -> None:
 
 
 def list_labels(config: ViTCLSConfig) -> list[str]:
-    """Return the labels of a model with one task, or the task and the label of each output of a multi-task model."""
+    """Return the labels of a model; those of several tasks with the name of the task."""
     if config.tasks:
         return [
             f"{task}: {label}" for task, labels in config.task_labels().items() for label in labels
@@ -348,19 +342,6 @@ def compare_graphs(
     return records
 
 
-def describe_graphs(records: Sequence[dict[str, Any]]) -> list[str]:
-    """Return a line for each graph."""
-    lines = []
-    for record in records:
-        difference = max(record["differences"].values())
-        repeatability = max(record["repeatability"].values())
-        lines.append(
-            f"{record['file']}: the outputs differ by at most {difference:.1e}; the engine repeats "
-            f"them within {repeatability:.1e}"
-        )
-    return lines
-
-
 def describe_certificate(certificate: dict[str, Any]) -> str:
     """Return the certificate as a line."""
     dtypes = " and ".join(dict.fromkeys(row["dtype"] for row in certificate["passes"]))
@@ -375,7 +356,9 @@ def describe_certificate(certificate: dict[str, Any]) -> str:
 
 
 def verify_models(options: VerifyUnchangedOptions) -> dict[str, Any]:
-    """Compare two models, print the result, and return it: the certificate, or `difference` and what changed.
+    """Compare two models, print and return the result.
+
+    The result is the certificate, or `difference` and what changed.
 
     Raises:
         ValueError, OSError: if a model or the dataset cannot be read.
@@ -391,7 +374,9 @@ def verify_models(options: VerifyUnchangedOptions) -> dict[str, Any]:
         split = data.split
         pixels = read_pixels(data.images, old_folder.load_processor())
     else:
-        pixels = build_random_pixels(old.config)
+        generator = torch.Generator().manual_seed(0)
+        shape = (NUM_IMAGES, old.config.num_channels, *old.config.image_height_width)
+        pixels = list(torch.randn(shape, generator=generator))
 
     console = Console(soft_wrap=True, highlight=False)
     device = (
@@ -410,8 +395,14 @@ def verify_models(options: VerifyUnchangedOptions) -> dict[str, Any]:
             results |= compare_predictions([old_folder, new_folder], data_options, split, console)
         return results
     console.print(f"unchanged: {describe_certificate(certificate)}", markup=False)
-    for line in describe_graphs(certificate["graphs"]):
-        console.print(f"unchanged: {line}", markup=False)
+    for record in certificate["graphs"]:
+        difference = max(record["differences"].values())
+        repeatability = max(record["repeatability"].values())
+        console.print(
+            f"unchanged: {record['file']}: the outputs differ by at most {difference:.1e}; the "
+            f"engine repeats them within {repeatability:.1e}",
+            markup=False,
+        )
     return {"difference": None, **certificate}
 
 
@@ -424,59 +415,53 @@ def compare_predictions(
     exact test).
     """
     accelerator, _, warn = set_up_evaluation()
-    predictions = []
-    truths = []
+    answers = []  # of each model: index of the image -> label and prediction
     for folder in folders:
         options = EvaluateOptions(
             folder.source, data_options, split=split, mixed_precision="no", backend="torch"
         )
         setup = load_evaluation(folder, options, accelerator, warn, lambda line: None)
-        if setup.evaluator.label_space.kind != "single_label_classification":
+        evaluator = setup.evaluator
+        if evaluator.label_space.kind != "single_label_classification":
             raise ValueError(
                 f"`dataset` requires models with one label per image, not {folder.source}. Remove "
                 "`dataset`"
             )
-        setup.evaluator.keep_logits = True
-        setup.evaluator(setup.model)
-        logits, labels = get_outputs(setup.evaluator)
-        names = setup.evaluator.label_space.names
-        indices = [row.index for row in setup.evaluator.rows if row.label >= 0]
-        predictions.append(
-            {i: names[label] for i, label in zip(indices, logits.argmax(axis=1), strict=True)}
-        )
-        truths.append({i: names[label] for i, label in zip(indices, labels, strict=True)})
+        evaluator.keep_logits = True
+        evaluator(setup.model)
+        names = evaluator.label_space.names
+        rows = [row for row in evaluator.rows if row.label >= 0]
+        answers.append({row.index: (names[row.label], names[row.values.argmax()]) for row in rows})
 
-    shared = sorted(predictions[0].keys() & predictions[1].keys())
-    was_right = torch.tensor([predictions[0][index] == truths[0][index] for index in shared])
-    is_right = torch.tensor([predictions[1][index] == truths[0][index] for index in shared])
-    rows = []
-    for name in sorted(set(truths[0].values())):
-        in_class = torch.tensor([truths[0][index] == name for index in shared])
-        counts = {"class": name, "num_images": int(in_class.sum())}
-        rows.append(
-            counts
-            | {
-                "old": float(was_right[in_class].float().mean()),
-                "new": float(is_right[in_class].float().mean()),
-            }
-        )
+    shared = sorted(answers[0].keys() & answers[1].keys())
+    labels = np.array([answers[0][index][0] for index in shared])
+    old = np.array([answers[0][index][1] for index in shared])
+    new = np.array([answers[1][index][1] for index in shared])
+    was_right = old == labels
+    is_right = new == labels
+    per_class: list[dict[str, Any]] = [
+        {
+            "class": str(name),
+            "num_images": int((labels == name).sum()),
+            "old": float(was_right[labels == name].mean()),
+            "new": float(is_right[labels == name].mean()),
+        }
+        for name in np.unique(labels)
+    ]
+    num_flipped = int((old != new).sum())
     num_lost = int((was_right & ~is_right).sum())
     num_gained = int((~was_right & is_right).sum())
     num_discordant = num_lost + num_gained
     p_value = binomtest(num_lost, num_discordant).pvalue if num_discordant else 1.0
-    num_flipped = sum(predictions[0][index] != predictions[1][index] for index in shared)
     results = round_floats(
         {
             "num_images": len(shared),
-            "accuracy": {
-                "old": float(was_right.float().mean()),
-                "new": float(is_right.float().mean()),
-            },
+            "accuracy": {"old": float(was_right.mean()), "new": float(is_right.mean())},
             "num_flipped": num_flipped,
             "num_lost": num_lost,
             "num_gained": num_gained,
             "p_value": float(p_value),
-            "per_class": rows,
+            "per_class": per_class,
         }
     )
     cells = [
@@ -486,7 +471,7 @@ def compare_predictions(
             format_percent(row["old"]),
             format_percent(row["new"]),
         ]
-        for row in rows
+        for row in per_class
     ]
     console.print(build_table("", ["Class", "Images", "Old", "New"], cells))
     console.print(

@@ -38,7 +38,7 @@ WRITE_ERRORS = (OSError, SafetensorError)  # exceptions raised by failed writes
 
 
 class DamagedCheckpointError(ValueError):
-    """Raised if a file of a checkpoint is missing or has changed since the checkpoint was written."""
+    """Raised if a file of a checkpoint is missing or has changed since it was written."""
 
     def __init__(self, folder: Path, reason: str) -> None:
         super().__init__(f"the checkpoint {folder} is damaged: {reason}")
@@ -101,9 +101,9 @@ class CheckpointStore:
             shutil.rmtree(old_folder, ignore_errors=True)
         except WRITE_ERRORS as error:
             shutil.rmtree(partial_folder, ignore_errors=True)
-            message = f"cannot write the checkpoint of step {step} to {self.folder}: {format_error(error)}"
             raise OSError(
-                f"{message}. Earlier checkpoints are intact. Free disk space, then use "
+                f"cannot write the checkpoint of step {step} to {self.folder}: "
+                f"{format_error(error)}. Earlier checkpoints are intact. Free disk space, then use "
                 "`resume=True`"
             ) from error
 
@@ -168,7 +168,7 @@ class CheckpointStore:
         return self.folder / f"step-{step:08d}"
 
     def prune(self, step: int) -> None:
-        """Keep only the `num_kept` newest checkpoints and the best checkpoint up to `step`, the last saved step.
+        """Keep the `num_kept` newest checkpoints and the best one up to `step`, the last saved.
 
         Checkpoints of later steps, saved before the run was resumed from an earlier step, are also
         removed.
@@ -201,7 +201,7 @@ def write_checkpoint(
     metadata: dict[str, Any],
     is_best: bool,
 ) -> None:
-    """Write the files of a checkpoint to an empty folder, and flush the files and the folder to the disk."""
+    """Write the files of a checkpoint to an empty folder, and flush all to the disk."""
     for name, tensors in tensor_groups.items():
         cpu_tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         save_file(cpu_tensors, folder / f"{name}.safetensors")
@@ -213,7 +213,10 @@ def write_checkpoint(
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Verify and return a checkpoint. Raise DamagedCheckpointError if a file is missing or damaged."""
+    """Verify and return a checkpoint.
+
+    Raise DamagedCheckpointError if a file is missing or damaged.
+    """
     state = read_state(folder)
     for name, expected_digest in state["files"].items():
         if not (folder / name).is_file() or compute_file_digest(folder / name) != expected_digest:
@@ -246,7 +249,7 @@ def format_state(state: dict[str, Any]) -> str:
 
 
 def is_best_checkpoint(folder: Path) -> bool:
-    """Return whether the model in a checkpoint was the best model when the checkpoint was written."""
+    """Return whether a checkpoint contained the best model when it was written."""
     try:
         return bool(read_state(folder)["is_best"])
     except DamagedCheckpointError:

@@ -30,7 +30,7 @@ The default values are printed with their reasons and written to config.resolved
 import copy
 import math
 from dataclasses import replace
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -52,7 +52,9 @@ MAX_SMALL_IMAGE_SIZE = 64  # maximum length of the longer side of a small image,
 MIN_LARGE_DATASET_SIZE = 10_000  # minimum number of training images in a large dataset
 MAX_CPU_FLOPS = 1e15  # of all training steps; about an hour at 300 GFLOP/s
 # Flags with defaults of this file
-SIZE_FLAGS = "image_size patch_size hidden_size num_hidden_layers num_attention_heads intermediate_size".split()
+SIZE_FLAGS = (
+    "image_size patch_size hidden_size num_hidden_layers num_attention_heads intermediate_size"
+).split()
 DEFAULT_FLAGS = (
     "learning_rate initializer_range layer_decay epochs batch_size crop_scale shift".split()
 )
@@ -61,7 +63,7 @@ DEFAULT_FLAGS = (
 def resolve_defaults(
     options: Options, initial: InitialModel, num_training_images: int | None
 ) -> tuple[Options, str]:
-    """Return the options with a value for each flag in `DEFAULT_FLAGS`, and a line about these values.
+    """Return the options with a value for each flag in `DEFAULT_FLAGS`, and a line about them.
 
     The line has the default values that affect the run, grouped by reason. `num_training_images` is
     None for a stream. For checkpoints, `initializer_range` remains None.
@@ -84,7 +86,7 @@ def resolve_defaults(
 
     epochs = 10.0 if is_pretrained and is_large else 30.0
     notes = {}
-    max_epochs = compute_max_epochs(options, initial, num_training_images)
+    max_epochs = compute_max_epochs(options, initial, config_values, num_training_images)
     if max_epochs < epochs:
         notes["epochs"] = f" (limited on CPUs; `epochs={epochs:g}` is the default on GPUs)"
         epochs = max_epochs
@@ -115,15 +117,21 @@ def resolve_defaults(
 
 
 def compute_max_epochs(
-    options: Options, initial: InitialModel, num_training_images: int | None
+    options: Options,
+    initial: InitialModel,
+    config_values: dict[str, Any],
+    num_training_images: int | None,
 ) -> float:
-    """Return the maximum default number of epochs: infinite on GPUs, for streams, and if no step is run."""
+    """Return the maximum default number of epochs.
+
+    It is infinite on GPUs, for streams, and if the user has set the length of the run.
+    """
     has_number = options.training.epochs is not None or options.training.max_steps is not None
     if has_number or not num_training_images or PartialState().device.type != "cpu":
         return math.inf
 
     config = copy.deepcopy(initial.config)
-    for name, value in options.model.get_config_values().items():
+    for name, value in config_values.items():
         if name in SIZE_FLAGS:
             setattr(config, name, value)
 
@@ -159,7 +167,7 @@ def choose_learning_rate(method: TrainingMethod, width: int) -> float:
 
 
 def choose_learning_rate_after_probe(width: int) -> float:
-    """Return the default learning rate of a run whose classifier starts from the regression on the frozen encoder.
+    """Return the default learning rate of a run whose classifier starts from the regression.
 
     Its features must stay near those that the regression was fitted to. With the rate for a new
     classifier, the loss of a ViT-S on 130 photographs rose from 0.7 to 1.2 and came back after 30
@@ -172,9 +180,11 @@ def choose_learning_rate_after_probe(width: int) -> float:
 
 
 def describe_random_weights(initial: InitialModel) -> str | None:
-    """Return the summary line about random initial weights, or None if the initial weights are pre-trained."""
-    remedy = f"For better results on a small dataset, set `model` to a checkpoint, for example {EXAMPLE_CHECKPOINT}"
+    """Return the summary line about random initial weights; None for pre-trained weights."""
+    if not initial.has_random_weights:
+        return None
     reason = "is a preset" if initial.folder is None else "was converted with `random_init=True`"
     return (
-        f"random, because {initial.name} {reason}. {remedy}" if initial.has_random_weights else None
+        f"random, because {initial.name} {reason}. For better results on a small dataset, set "
+        f"`model` to a checkpoint, for example {EXAMPLE_CHECKPOINT}"
     )

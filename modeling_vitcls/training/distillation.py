@@ -1,4 +1,6 @@
-"""Distillation of features without labels, from one or several teachers (`vitcls pretrain --teachers A B`).
+"""Distillation of features without labels, from one or several teachers.
+
+The command is `vitcls pretrain --teachers A B`.
 
     pixels -> teacher k -> pooled vector -> standardization -> target k
     pixels -> encoder   -> distillation token k -> linear   -> prediction k         loss = mean over k of UNIC's loss
@@ -85,7 +87,7 @@ class Distillation(ViTCLSPreTrainedModel):
 
 @dataclass
 class FeatureTeachers:
-    """Standardized features of several teachers: the pooled vectors of all teachers, then the patches of all."""
+    """Standardized features: the pooled vectors of all teachers, then the patches of all."""
 
     teachers: list[Teacher]
     with_patches: bool
@@ -118,7 +120,7 @@ class FeatureTeachers:
     def compute_features(
         self, batch: Batch, sources: Sequence[Teacher | TeacherCache]
     ) -> list[Tensor]:
-        """Return the pooled vectors [B, P] and patches [B, N, D] from the teachers or their caches."""
+        """Return the pooled vectors [B, P] and patches [B, N, D] of teachers or their caches."""
         with self.autocast():
             outputs = [source.predict(batch) for source in sources]
         configs = [teacher.model.config for teacher in self.teachers]
@@ -146,7 +148,7 @@ class FeatureTeachers:
 def compute_cosines(
     teachers: FeatureTeachers, normalize: Normalizer, model: Any, pixel_values: Tensor
 ) -> Tensor:
-    """Return the cosines [B, teachers] of each token's prediction and its target, for images [B, C, H, W]."""
+    """Return the cosines [B, teachers] of predictions and targets, for images [B, C, H, W]."""
     predictions = model(pixel_values, project=True)
     with torch.autocast(pixel_values.device.type, enabled=False):
         targets = teachers.compute_targets({"pixels": normalize.invert(pixel_values)})

@@ -1,4 +1,4 @@
-"""Conversion between the distributed training state and named full tensors, for one process, DDP and FSDP2.
+"""The training state as named full tensors, for one process, DDP and FSDP2.
 
     model, optimizer, EMA weights      <->   {"model", "optimizer", "ema"} -> name -> full tensor on the CPU
     on every process, possibly sharded       on the main process
@@ -44,7 +44,7 @@ def gather_state(
     optimizer: torch.optim.Optimizer,
     shadow: Sequence[torch.Tensor] | None,
 ) -> tuple[dict[str, Tensors], dict[str, Any]]:
-    """Return the full tensors of the training state, and a JSON-serializable dictionary with the loss scaler's state.
+    """Return the full tensors of the training state, and the loss scaler's state for JSON.
 
     The tensors are returned only on the main process. This function must be called on all
     processes. With a single process on the CPU, the returned tensors share memory with the training
@@ -132,7 +132,7 @@ def reshard(model: nn.Module) -> None:
 
 
 def get_named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return all parameters of the unwrapped model, keyed by name. Tied weights are included once."""
+    """Return the parameters of the unwrapped model by name. Tied weights are included once."""
     return dict(extract_model_from_parallel(model, keep_torch_compile=False).named_parameters())
 
 
@@ -156,7 +156,8 @@ def gather_weights(model: nn.Module) -> Tensors:
 
     The other processes get an empty dictionary. This function must be called on all processes.
     """
-    return get_model_state_dict(model, options=FULL_STATE_DICT_OPTIONS)  # type: ignore[return-value]
+    weights: Any = get_model_state_dict(model, options=FULL_STATE_DICT_OPTIONS)
+    return weights
 
 
 def gather_tensor(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Dry run: a few steps, an evaluation, a checkpoint and a model in a temporary folder (`--dry-run`).
+"""Dry run: a few steps, an evaluation, a checkpoint and a model in a temporary folder.
 
 The run prints the expected duration and memory of the full run, and keeps no files.
 """
@@ -58,7 +58,7 @@ def build_dry_run_options(options: Any) -> Iterator[Any]:
 
 
 def reduce_for_dry_run(loaded: Loaded) -> Loaded:
-    """Return the inputs of a dry run: a few steps, and a few images for evaluations and for the probe."""
+    """Return the inputs of a dry run: a few steps, and few images for evaluations and probe."""
     data, evaluated_fraction = draw_few_images(loaded.data, loaded.plan)
     setup = loaded.setup
     setup.measure_features = None
@@ -75,7 +75,7 @@ def reduce_for_dry_run(loaded: Loaded) -> Loaded:
 
 
 def draw_few_images(data: TrainingData, plan: BatchPlan) -> tuple[TrainingData, float]:
-    """Return data with one batch of held-out and selection images, and the fraction of the evaluated images."""
+    """Return data with a batch of held-out and selection images, and the fraction evaluated."""
     num_images = plan.batch_size * plan.num_processes
     held_out, selection = (
         images.read_first(num_images)

@@ -1,4 +1,6 @@
-"""Expected duration of a run, measured before its first step with a forward and backward pass of the first batches.
+"""Expected duration of a run, measured before its first step.
+
+The first batches pass the model forward and backward.
 
 The measurement leaves no trace: gradients are discarded, buffers are restored, and the steps use
 the batches again.
@@ -45,12 +47,15 @@ def describe_duration(loop: Any, batches: Iterator[Batch]) -> tuple[Iterator[Bat
     seconds = estimate_seconds(loop, batch_seconds)
     duration = timedelta(minutes=math.ceil(seconds / 60))
     step_seconds = batch_seconds * loop.plan.accumulation_steps
-    text = f"about {duration} (hours:minutes:seconds): {num_steps:,} steps of {step_seconds:.1f} s, and evaluations"
+    text = (
+        f"about {duration} (hours:minutes:seconds): {num_steps:,} steps of {step_seconds:.1f} s, "
+        "and evaluations"
+    )
     return batches, text if seconds >= MIN_SECONDS else None
 
 
 def measure_pass(loop: Any, batches: Iterator[Batch]) -> float:
-    """Return the seconds of reading a batch and its forward and backward pass, the mean of all processes."""
+    """Return the seconds of a batch, from reading to its backward pass, averaged over processes."""
     model = loop.state.model
     accelerator = loop.accelerator
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -34,7 +33,7 @@ from .model import InitialModel, build_model, set_trainable_parameters, uses_pat
 from .options import FinetuneOptions
 from .probe import MAX_PROBE_IMAGES, Probe, explain_missing_probe
 from .reporter import Reporter
-from .teacher import Teacher, TeacherCache, load_teacher
+from .teacher import Teacher, cache_views, load_teacher
 from .training_setup import TrainingSetup, build_evaluator_arguments
 
 
@@ -65,7 +64,7 @@ def load_data(options: FinetuneOptions, initial: InitialModel) -> TrainingData:
 def build_training_setup(
     options: FinetuneOptions, initial: InitialModel, data: TrainingData, reporter: Reporter
 ) -> TrainingSetup:
-    """Load the model and the teacher, freeze the parameters that are not trained, and build loss and evaluation."""
+    """Load the model and the teacher, freeze parameters, and build loss and evaluation."""
     accelerator = reporter.accelerator
     training_options = options.training
     labels = data.label_space
@@ -89,15 +88,22 @@ def build_training_setup(
         options, data, processor, model.config.num_channels, reporter
     )
 
-    missing_probe_reason: str | None = "the initial weights are random"
-    if not initial.has_random_weights:
-        missing_probe_reason = explain_missing_probe(
-            options, model, new_parameter_names, labels.kind
-        )
-    summary_lines = (
-        {} if missing_probe_reason is None else {"probe": f"off, because {missing_probe_reason}"}
+    missing_probe_reason = explain_missing_probe(
+        options, model, initial.has_random_weights, new_parameter_names, labels.kind
     )
-
+    probe = None
+    summary_lines = {}
+    if missing_probe_reason is None:
+        probe = Probe(
+            model=model,
+            arguments=evaluator_arguments,
+            max_images=None if training_options.trainable == "head" else MAX_PROBE_IMAGES,
+            fit=options.model.fit,
+            pooling=options.model.pooling,
+            pooled_layers=options.model.pooled_layers,
+        )
+    else:
+        summary_lines["probe"] = f"off, because {missing_probe_reason}"
     if teacher is not None:
         summary_lines["teacher"] = teacher.description
     normalize = Normalizer(processor, accelerator.device)
@@ -107,8 +113,11 @@ def build_training_setup(
     )
 
     teacher_name = options.distillation.teacher
-    warnings = describe_missing_classes(data)
-    warnings = warnings + describe_imbalance(options, data) + describe_overlap(initial, data)
+    warnings = [
+        *describe_missing_classes(data),
+        *describe_imbalance(options, data),
+        *describe_overlap(initial, data),
+    ]
     return TrainingSetup(
         model,
         processor,
@@ -127,25 +136,12 @@ def build_training_setup(
             "label_column": list(labels.columns),
             "label_separator": options.data.label_separator,
         },
-        probe=None if missing_probe_reason else build_probe(options, model, evaluator_arguments),
-    )
-
-
-def build_probe(options: FinetuneOptions, model: Any, evaluator_arguments: dict[str, Any]) -> Probe:
-    """Build the probe, which chooses what the user has not set."""
-    pooled_layers = options.model.pooled_layers
-    return Probe(
-        model=model,
-        arguments=evaluator_arguments,
-        max_images=None if options.training.trainable == "head" else MAX_PROBE_IMAGES,
-        fit=options.model.fit,
-        pooling=options.model.pooling,
-        pooled_layers=None if pooled_layers is None else list(pooled_layers),
+        probe=probe,
     )
 
 
 def describe_imbalance(options: FinetuneOptions, data: TrainingData) -> list[str]:
-    """Return a warning if the largest class has more than `MAX_CLASS_RATIO` times the images of the smallest."""
+    """Return a warning if the largest class is `MAX_CLASS_RATIO` times as large as the smallest."""
     if data.class_ratio <= MAX_CLASS_RATIO or options.training.class_balance != "none":
         return []
     return [
@@ -172,16 +168,13 @@ def build_objective(
     distillation = options.distillation
     if teacher is None:
         return losses.LabelObjective(normalize, label_loss, mixer)
-    predict = teacher.predict
-    num_views = distillation.teacher_views
-    if num_views:
-        predict = TeacherCache(
-            teacher, data.num_training_images, num_views, len(labels.names)
-        ).predict
+    source = cache_views(
+        teacher, data.num_training_images, distillation.teacher_views, len(labels.names)
+    )
 
     def compute_loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
         with accelerator.autocast():
-            teacher_logits = predict(batch)
+            teacher_logits = source.predict(batch)
         return losses.compute_distillation_loss(
             distillation.distillation, logits, teacher_logits, distillation.distillation_tau
         )
@@ -246,7 +239,7 @@ def check_options(options: FinetuneOptions) -> FinetuneOptions:
 
 
 def check_label_kind(options: FinetuneOptions, kind: str) -> None:
-    """Raise ValueError if a flag requires one label per image, but the labels are of another kind."""
+    """Raise ValueError for a flag that requires one label per image, if the labels are others."""
     flags = {
         "mixup": bool(options.augmentation.mixup),
         "cutmix": bool(options.augmentation.cutmix),

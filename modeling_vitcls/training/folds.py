@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from ..inference.evaluator import round_floats
 from ..inference.intervals import compute_mean_interval
 from ..runtime.distributed import build_accelerator, run_on_main
 from ..runtime.files import write_json
@@ -17,7 +18,6 @@ from .reporter import Reporter, format_metric
 
 
 FOLDS_FILE = "folds.json"  # results of a cross-validation
-NUM_DECIMALS = 6  # number of decimals in folds.json
 
 
 def run_folds(options: Any, train_fold: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
@@ -44,11 +44,8 @@ def run_folds(options: Any, train_fold: Callable[[Any], dict[str, Any]]) -> dict
     mean, half_width = compute_mean_interval(values)
     summary = {
         "metric": metric,
-        "mean": round(mean, NUM_DECIMALS),
-        "interval": [
-            round(mean - half_width, NUM_DECIMALS),
-            round(mean + half_width, NUM_DECIMALS),
-        ],
+        "mean": round_floats(mean),
+        "interval": round_floats([mean - half_width, mean + half_width]),
         "folds": [
             {"folder": f"fold-{index + 1}", metric: value} for index, value in enumerate(values)
         ],

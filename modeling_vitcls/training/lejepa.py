@@ -1,4 +1,6 @@
-"""LeJEPA (Balestriero and LeCun 2025, arXiv 2511.08544): pre-training without labels, teacher or stop-gradient.
+"""LeJEPA: pre-training without labels, teacher or stop-gradient.
+
+Balestriero and LeCun 2025, arXiv 2511.08544.
 
     image -> global and local crops -> encoder -> pooled token -> projector -> z [views, B, P]
 
@@ -125,7 +127,7 @@ class LeJEPAObjective:
 
 
 def crop(pixels: Tensor, size: list[int], scale: tuple[float, float]) -> Tensor:
-    """Return a random crop of each image [B, C, H, W], resized to `size` and flipped with a probability of 0.5.
+    """Return a random crop of each image [B, C, H, W], resized to `size`, half of them flipped.
 
     `scale` is the range of the area as a fraction of the image, as in torchvision's
     RandomResizedCrop.
@@ -147,7 +149,10 @@ def crop(pixels: Tensor, size: list[int], scale: tuple[float, float]) -> Tensor:
 
 
 def jitter(pixels: Tensor) -> Tensor:
-    """Return images [B, C, H, W] in [0, 1] with random brightness, contrast and saturation, some of them gray."""
+    """Return images [B, C, H, W] in [0, 1] with random colors.
+
+    Brightness, contrast and saturation are random, and some images are gray.
+    """
     random = torch.rand(5, len(pixels), 1, 1, 1, device=pixels.device)
     factors = torch.where(random[3] < JITTER_PROBABILITY, 1 + JITTER * (2 * random[:3] - 1), 1)
     pixels = pixels * factors[0]
@@ -162,12 +167,15 @@ def jitter(pixels: Tensor) -> Tensor:
 
 
 def compute_invariance_loss(projections: Tensor, num_global: int) -> Tensor:
-    """Return the mean squared distance of projections [views, B, P] from the mean of the first `num_global` views."""
+    """Return the mean squared distance of projections [views, B, P] from their centers.
+
+    The center of an image is the mean of its first `num_global` views.
+    """
     return (projections - projections[:num_global].mean(dim=0)).square().mean()
 
 
 def compute_sigreg(projections: Tensor, directions: Tensor) -> Tensor:
-    """Return the Epps-Pulley statistic of projections [views, B, P], averaged over views and directions [P, M].
+    """Return the mean Epps-Pulley statistic of projections [views, B, P] in directions [P, M].
 
     The statistic is the number of images times the integral of |characteristic function of the
     projections - that of a Gaussian|^2, weighted with the Gaussian's (section 4.2; trapezoidal

@@ -44,6 +44,7 @@ from .token_monitor import TokenMonitor, measure_attention_entropy
 
 
 Metrics = dict[str, Any]
+Evaluate = Callable[[Any], Metrics]
 
 # Maximum number of consecutive steps that the fp16 loss scaler may skip. After one more skipped
 # step, the scale would be 2^20 times smaller.
@@ -84,7 +85,7 @@ class TrainingLoop:
 
     state: TrainingState
     objective: Objective
-    evaluate_model: Callable[[nn.Module], Metrics]  # evaluates the model from `Accelerator.prepare`
+    evaluate_model: Evaluate  # evaluates the model from `Accelerator.prepare`
     plan: BatchPlan
     options: TrainingOptions
     accelerator: Accelerator
@@ -92,12 +93,12 @@ class TrainingLoop:
     store: CheckpointStore
     selection_metric: str
     unreadable_images: UnreadableImageCounter
+    signals: SignalHandler
     # number of steps between checkpoints; None to save at each evaluation
     save_every: int | None = None
     # "selection" if the best checkpoint is selected on separate images
     evaluated_images: str = "held_out"
     normalize: Normalizer | None = None  # for the attention entropy; None if it is not measured
-    signals: SignalHandler | None = None
     # constant values that checkpoints contain
     run_metadata: dict[str, Any] = field(default_factory=dict)
     # called on the main process with each saved checkpoint
@@ -136,9 +137,7 @@ class TrainingLoop:
         while self.state.step < self.plan.num_steps and not self.should_stop_early():
             metrics = self.run_step(batches)
             is_last_step = self.state.step == self.plan.num_steps
-            name = None
-            if self.signals is not None and not is_last_step:
-                name = self.signals.get_signal()
+            name = None if is_last_step else self.signals.get_signal()
             if name:
                 self.save(self.is_best)
                 raise RunStopped(
@@ -272,7 +271,9 @@ class TrainingLoop:
         return record, batch
 
     def check_finite(self, losses: list[Losses], gradient_norm: float) -> None:
-        """Discard the gradients and raise RunStopped on all processes if a loss or gradient is not finite.
+        """Discard the gradients and raise RunStopped if a loss or gradient is not finite.
+
+        All processes raise it.
 
         With fp16, gradients may overflow. The loss scaler then skips the step and reduces the
         scale. MAX_CONSECUTIVE_OVERFLOWS limits the number of consecutive skipped steps.
@@ -297,26 +298,29 @@ class TrainingLoop:
 
     # Evaluation and records -----------------------------------------------------------------------
 
-    def evaluate(self) -> Metrics:
-        """Return the metrics of an evaluation. If EMA is used, the averaged weights are evaluated."""
+    def evaluate(self, evaluate_model: Evaluate | None = None) -> Metrics:
+        """Return the metrics of an evaluation, of the averaged weights if EMA is used."""
+        evaluate_model = evaluate_model or self.evaluate_model
         start_time = time.perf_counter()
         self.state.model.eval()
         with nullcontext() if self.state.ema is None else self.state.ema.use_averaged_weights():
-            metrics = self.evaluate_model(self.state.model)
+            metrics = evaluate_model(self.state.model)
         reshard(self.state.model)
         set_train_mode(self.state.model)
         self.evaluation_seconds.append(time.perf_counter() - start_time)
         return metrics
 
-    def evaluate_step(self) -> Metrics:
-        """Evaluate the model, log the pending record, and save a checkpoint if the score is the best so far.
+    def evaluate_step(self, evaluate_model: Evaluate | None = None) -> Metrics:
+        """Evaluate the model, log the pending record, and save a checkpoint of the best model.
 
+        `evaluate_model` replaces the evaluation of the loop: for the frozen model, whose features
+        are known.
         The accuracy of the frozen model (step 0) must be exceeded by so many of its standard errors
         that the best of all evaluations would exceed it by chance in at most `MAX_CHANCE` of runs
         (one-sided, Bonferroni): 2.6 standard errors for 10 evaluations, 2.9 for 30.
         """
         state = self.state
-        metrics = self.evaluate()
+        metrics = self.evaluate(evaluate_model)
         score = metrics.get(self.selection_metric)
 
         self.is_best = False
@@ -357,7 +361,7 @@ class TrainingLoop:
         self.unreported_errors.clear()
 
     def compute_recent_metrics(self) -> Metrics:
-        """Return the losses, the speed of the steps since the last record, and the peak memory so far.
+        """Return the losses and the speed since the last record, and the peak memory so far.
 
         Losses are means over all processes and these steps. The speed excludes evaluations and
         checkpoints.
@@ -478,7 +482,7 @@ def build_batch_plan(
 
 
 def is_end_of_epochs(step: int, num_epochs: int, plan: BatchPlan) -> bool:
-    """Return whether the number of completed epochs reaches a multiple of `num_epochs` in this step."""
+    """Return whether a step completes a multiple of `num_epochs` epochs."""
     return math.floor(plan.count_epochs(step) / num_epochs) > math.floor(
         plan.count_epochs(step - 1) / num_epochs
     )

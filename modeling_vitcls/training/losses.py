@@ -40,7 +40,7 @@ def compute_single_label_loss(
     label_smoothing: float,
     class_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the cross-entropy of logits [B, L] against classes [B] or probabilities [B, L], averaged over images.
+    """Return the mean cross-entropy of logits [B, L] and classes [B] or probabilities [B, L].
 
     Losses that are weighted with `class_weights` [L], whose mean is 1, are not divided by the sum
     of the weights, because the loss of one image would otherwise depend on the labels of other
@@ -67,7 +67,7 @@ def compute_multi_label_loss(
 def compute_multi_task_loss(
     logits: dict[str, torch.Tensor], labels: dict[str, torch.Tensor], label_smoothing: float
 ) -> torch.Tensor:
-    """Return the sum over tasks of the cross-entropy of {task: logits [B, L]} against {task: classes [B]}.
+    """Return the summed cross-entropy of {task: logits [B, L]} and {task: classes [B]}.
 
     The loss of an image with the label -100 is 0.
 
@@ -102,7 +102,7 @@ class LabelObjective:
     alpha: float = 0.5  # weight of the distillation loss; the weight of the label loss is 1 - alpha
 
     def __call__(self, model: nn.Module, batch: Batch) -> Losses:
-        """Return the total loss of a batch on the model's device and, with a teacher, the parts of the loss."""
+        """Return the loss of a batch on the model's device and, with a teacher, its parts."""
         if self.mixer is not None:
             pixels, mixed_labels = self.mixer(batch["pixels"], batch["labels"])
             batch = batch | {"pixels": pixels, "labels": mixed_labels}

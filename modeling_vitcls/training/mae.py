@@ -1,4 +1,6 @@
-"""Masked autoencoder (MAE; He et al. 2021, arXiv 2111.06377): pre-training by reconstruction of masked patches.
+"""Masked autoencoder: pre-training by reconstruction of masked patches.
+
+MAE, He et al. 2021, arXiv 2111.06377.
 
     image -> visible patches -> encoder -> linear -> with mask tokens and positions -> decoder -> masked pixels
 
@@ -31,7 +33,10 @@ HEAD_DIM = 32  # of the decoder, as in the paper (512 channels, 16 heads)
 
 
 def build_decoder_config(config: ViTCLSConfig, num_layers: int) -> ViTCLSConfig:
-    """Return the configuration of a decoder with two thirds of the encoder's width, as for ViT-B in the paper."""
+    """Return the configuration of a decoder with two thirds of the encoder's width.
+
+    This is the ratio of the paper for ViT-B.
+    """
     width = HEAD_DIM * max(1, round(config.hidden_size * 2 / 3 / HEAD_DIM))
     return ViTCLSConfig(
         hidden_size=width,
@@ -46,7 +51,7 @@ def build_decoder_config(config: ViTCLSConfig, num_layers: int) -> ViTCLSConfig:
 
 
 class VisiblePatches(nn.Module):
-    """Keeps the patches at `indices` [B, K] in the encoder's sequence, or all patches if `indices` is None."""
+    """Keeps the patches at `indices` [B, K] in the encoder's sequence; None keeps all patches."""
 
     def __init__(self, num_prefix_tokens: int) -> None:
         super().__init__()
@@ -183,7 +188,10 @@ class MAEObjective:
 def draw_masks(
     num_images: int, num_patches: int, mask_ratio: float, device: torch.device
 ) -> Tensor:
-    """Return random masks [num_images, num_patches], True for masked patches; at least one patch stays visible."""
+    """Return random masks [num_images, num_patches], True for masked patches.
+
+    At least one patch of each image stays visible.
+    """
     num_visible = max(1, int(num_patches * (1 - mask_ratio)))
     order = torch.rand(num_images, num_patches, device=device).argsort(dim=1)
     return torch.ones_like(order, dtype=torch.bool).scatter(1, order[:, :num_visible], False)

@@ -1,4 +1,4 @@
-"""Build the model and the image processor for the labels of a dataset, and select the trainable parameters.
+"""The model and the image processor for the labels of a dataset, and what is trained.
 
 The flag `--trainable` selects the trainable parameters:
 
@@ -54,7 +54,7 @@ class InitialModel:
 
     @property
     def gate_new_tokens(self) -> bool | None:
-        """Return the argument of `from_pretrained`: only tokens that are added to trained weights are gated."""
+        """Return the argument of `from_pretrained`: tokens added to trained weights are gated."""
         return False if self.has_random_weights else None
 
 
@@ -109,7 +109,7 @@ def build_model(
 def choose_image_size(
     options: ModelOptions, initial: InitialModel
 ) -> tuple[ModelOptions, str | None]:
-    """Return the options of fine-tuning with an image size, and a line of text with the reason and the cost.
+    """Return the options with an image size, and a line with the reason and the cost.
 
     Large images of a checkpoint are replaced with images of 224 pixels, unless `--image-size` is
     set.
@@ -202,7 +202,7 @@ def load_with_label_space(
 def reads_patches_by_default(
     initial: InitialModel, config_values: dict[str, Any], label_space: LabelSpace
 ) -> bool:
-    """Return whether a new classifier reads the CLS token and the mean of the patches, if `--pooling` is not set.
+    """Return whether a new classifier reads CLS and the mean of the patches by default.
 
     It does for a pre-trained encoder that pools CLS without further weights, as in the linear
     evaluation of DINOv2 (arXiv 2304.07193), and usually better than with CLS alone
@@ -335,7 +335,10 @@ def set_train_mode(model: nn.Module) -> None:
 
 
 def uses_patch_dropout(encoder: ViTCLSModel) -> bool:
-    """Return whether training drops patches, which requires trainable embeddings or a trainable first layer."""
+    """Return whether training drops patches.
+
+    This requires trainable embeddings or a trainable first layer.
+    """
     return encoder.config.patch_drop_rate > 0 and any(
         map(has_trainable_parameters, (encoder.embeddings, encoder.layers[0]))
     )
@@ -349,7 +352,10 @@ def has_trainable_parameters(module: nn.Module) -> bool:
 
 
 def add_lora(model: Any, rank: int) -> None:
-    """Replace the query and value projections with PEFT's LoRA layers, scaled by 1: W x becomes W x + B A x."""
+    """Replace the query and value projections with PEFT's LoRA layers.
+
+    They are scaled by 1: W x becomes W x + B A x.
+    """
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
@@ -365,7 +371,7 @@ def add_lora(model: Any, rank: int) -> None:
 
 
 def merge_lora(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return a copy of a state dict of full tensors with the LoRA weights, if any, merged: W becomes W + B A."""
+    """Return a state dict of full tensors with merged LoRA weights: W becomes W + B A."""
     merged_weights = {
         name.replace(".base_layer.", "."): weight
         for name, weight in weights.items()

@@ -78,7 +78,7 @@ def get_parameter_depths(model: nn.Module) -> dict[str, int]:
 
 
 def get_learning_rate(step: int, num_steps: int, options: TrainingOptions) -> float:
-    """Return the learning rate at `step` (counted from 0): linear warmup, then cosine decay to 0."""
+    """Return the learning rate at `step`, from 0: linear warmup, then cosine decay to 0."""
     assert options.learning_rate is not None
     num_warmup_steps = round(options.warmup * num_steps)
     if step < num_warmup_steps:
@@ -112,7 +112,7 @@ class Ema:
 
     @contextmanager
     def use_averaged_weights(self) -> Iterator[None]:
-        """Replace the model's weights with the averaged weights for the duration of the `with` block."""
+        """Replace the model's weights with the averaged weights during the `with` block."""
         weights = [parameter.detach().clone() for parameter in self.trainable_parameters]
         self.copy_to_model(self.shadow)
         try:

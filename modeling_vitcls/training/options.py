@@ -1,4 +1,4 @@
-"""Flags of `vitcls finetune`, `pretrain`, `add-task`, `add-class` and `verify-unchanged` (runtime/flags.py)."""
+"""Flags of `vitcls finetune`, `pretrain`, `add-task`, `add-class` and `verify-unchanged`."""
 
 import re
 from collections.abc import Sequence
@@ -121,7 +121,7 @@ def parse_cls_scopes(values: Sequence[str]) -> list[str | list[int]]:
 
 
 def parse_specialized_layers(values: Sequence[str]) -> dict[str, list[int]]:
-    """Convert the values of `--specialized-layers` to `ViTCLSConfig.specialized_layers`; `norm:2` is {"norm": [0, 1]}.
+    """Convert values such as `norm:2` to `ViTCLSConfig.specialized_layers`: {"norm": [0, 1]}.
 
     Raise ValueError if a value is invalid.
     """
@@ -223,8 +223,9 @@ class TrainingOptions:
             "gradient_accumulation_steps",
             "log_every",
             "evaluate_every",
+            "lora_rank",
+            "early_stopping",
         )
-        check_minimum(self, 1, "lora_rank", "early_stopping")
         if self.early_stopping is not None and self.select == "last":
             raise ValueError(
                 "`early_stopping` requires `select='best'`. Remove `select='last'` or "
@@ -373,7 +374,7 @@ class CommonOptions:
 
 @dataclass(frozen=True)
 class FinetuneOptions(CommonOptions):
-    """Fine-tune a ViT on labeled images, evaluate the model on held-out images, and save the model and the results."""
+    """Fine-tune a ViT on labeled images, evaluate it on held-out images, and save the results."""
 
     distillation: DistillationOptions = field(default_factory=DistillationOptions)
 
@@ -421,8 +422,11 @@ class MAEOptions:
 
 
 @dataclass(frozen=True)
-class TeachersOptions:
-    """Distillation without labels (UNIC, Sariyildiz et al. 2024): distillation token k imitates teacher k."""
+class MultiTeacherDistillationOptions:
+    """Distillation without labels (UNIC, Sariyildiz et al. 2024).
+
+    Distillation token k imitates teacher k.
+    """
 
     teachers: tuple[str, ...] = ()
     """Models whose pooled vectors the distillation tokens imitate: vitcls folders, Hub ids, or any
@@ -451,7 +455,9 @@ class PretrainOptions(CommonOptions):
     method: Literal["lejepa", "mae", "distillation"] | None = None
     """LeJEPA trains the pooled token (CLS), MAE reconstructs masked patches, and distillation
     imitates --teachers. Default: distillation with --teachers, otherwise lejepa."""
-    distillation: TeachersOptions = field(default_factory=TeachersOptions)
+    multi_teacher: MultiTeacherDistillationOptions = field(
+        default_factory=MultiTeacherDistillationOptions
+    )
     lejepa: LeJEPAOptions = field(default_factory=LeJEPAOptions)
     mae: MAEOptions = field(default_factory=MAEOptions)
 
@@ -508,7 +514,10 @@ class AddTaskOptions(AdditionOptions):
 
 @dataclass(frozen=True)
 class AddClassOptions(AdditionOptions):
-    """Add classes to a finished classifier, whose logits of the old classes stay equal to the bit."""
+    """Add classes to a finished classifier.
+
+    The logits of the old classes stay equal to the bit.
+    """
 
     model: str
     """A classifier with one label per image: a folder or a Hub id."""

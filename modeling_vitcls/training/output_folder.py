@@ -85,7 +85,9 @@ LOCK_TIMEOUT = 10.0
 
 
 def check_replaceable(options: Any, store: CheckpointStore) -> None:
-    """Raise ValueError if a new run would replace files without --overwrite, including files of no run.
+    """Raise ValueError if a new run would replace files without `overwrite=True`.
+
+    Files that no run has written count, too.
 
     Also raise ValueError if --overwrite would remove the initial model or the teacher. `store`
     contains the checkpoints in the output folder.
@@ -154,7 +156,7 @@ def remove_run_files(folder: Path, store: CheckpointStore) -> None:
 def prepare(
     folder: Path, store: CheckpointStore, flags: dict[str, Any], checkpoint: Checkpoint | None
 ) -> None:
-    """Remove the files of an earlier run unless that run is resumed, then write config.resolved.yaml."""
+    """Remove the files of an earlier run, unless it is resumed, and write config.resolved.yaml."""
     if checkpoint is None:
         remove_run_files(folder, store)
     flags = {
@@ -166,7 +168,7 @@ def prepare(
 
 
 def list_final_files(folder: Path) -> list[str]:
-    """Return the names of the existing files that a run writes at the end, in the order of `FINAL_FILE_PATTERNS`."""
+    """Return the names of the existing final files, in the order of `FINAL_FILE_PATTERNS`."""
     patterns = ("*", f"{IMAGES_FOLDER}/*", "onnx/*")
     files = (
         path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()
@@ -183,7 +185,7 @@ def list_final_files(folder: Path) -> list[str]:
 
 @contextmanager
 def stage_files(folder: Path) -> Iterator[Path]:
-    """Yield a hidden folder for the files of the trained model, and move them to `folder` at the end.
+    """Yield a hidden folder for the files of the model, and move them to `folder` at the end.
 
     config.json is moved first, because it marks the folder as the folder of a model, and
     results.json last, because it marks the run as finished. A run that is killed at any time is
@@ -252,8 +254,10 @@ def save_output(
     try:
         run_on_main(accelerator, write)
     except OSError as error:
-        message = f"cannot write the model to {options.output_dir} ({error}). Free disk space, then use `resume=True`"
-        raise RunStopped(message) from error
+        raise RunStopped(
+            f"cannot write the model to {options.output_dir} ({error}). Free disk space, then use "
+            "`resume=True`"
+        ) from error
 
 
 def write_model_files(
@@ -285,9 +289,9 @@ def write_model_files(
         provenance = find_provenance(initial.name)
         provenance.copy_license(folder)
         results["provenance"] = provenance.to_dict()
-    if isinstance(options, PretrainOptions) and options.distillation.teachers:
+    if isinstance(options, PretrainOptions) and options.multi_teacher.teachers:
         results["teacher_licenses"] = [
-            find_provenance(name).license for name in options.distillation.teachers
+            find_provenance(name).license for name in options.multi_teacher.teachers
         ]
     elif isinstance(options, FinetuneOptions) and options.distillation.teacher is not None:
         results["teacher_provenance"] = find_provenance(options.distillation.teacher).to_dict()

@@ -1,4 +1,6 @@
-"""Pre-training on images without labels, by one of three methods. run.py implements the complete run.
+"""Pre-training on images without labels, by one of three methods.
+
+run.py implements the complete run.
 
     lejepa.py          LeJEPA (default)
     mae.py             masked autoencoder
@@ -44,7 +46,7 @@ from .mae import MAE, MAEObjective, build_decoder_config, draw_masks
 from .model import InitialModel
 from .options import ModelOptions, PretrainOptions
 from .reporter import Reporter
-from .teacher import TeacherCache, load_feature_teacher
+from .teacher import cache_views, load_feature_teacher
 from .training_setup import TrainingSetup, build_evaluator_arguments, build_training_images
 
 
@@ -61,7 +63,7 @@ def check_options(options: PretrainOptions) -> PretrainOptions:
 
     Raise ValueError if flags contradict each other, require labels or drop patches.
     """
-    num_teachers = len(options.distillation.teachers)
+    num_teachers = len(options.multi_teacher.teachers)
     num_tokens = options.model.num_distillation_tokens
     method = options.method or ("distillation" if num_teachers else "lejepa")
     if (method == "distillation") != bool(num_teachers):
@@ -69,7 +71,7 @@ def check_options(options: PretrainOptions) -> PretrainOptions:
             f"`method={method!r}` {'excludes' if num_teachers else 'requires'} `teachers`. Change "
             "one flag"
         )
-    for name in filter(is_preset, options.distillation.teachers):
+    for name in filter(is_preset, options.multi_teacher.teachers):
         raise ValueError(
             f"`teachers` requires trained models, but {name} has random weights. Set a checkpoint"
         )
@@ -163,7 +165,7 @@ def build_training_setup(
         summary_lines |= {
             f"teacher {index}": each.description for index, each in enumerate(teachers.teachers)
         }
-        results["teachers"] = [strip_folders(name) for name in options.distillation.teachers]
+        results["teachers"] = [strip_folders(name) for name in options.multi_teacher.teachers]
         has_own_tokens = config.num_distillation_tokens == len(teachers.teachers)
         config.distillation_teachers = results["teachers"] if has_own_tokens else None
 
@@ -181,7 +183,7 @@ def build_training_setup(
             "effective_rank",
         ),
         labels_text="labels are used only to measure the features" if has_labels else "no labels",
-        num_views=options.distillation.teacher_views,
+        num_views=options.multi_teacher.teacher_views,
         summary_lines=summary_lines,
         results=results,
         encoder=method.vitcls,
@@ -193,7 +195,9 @@ def build_training_setup(
 
 
 def compute_features(model: Any, method: Any, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Return the trained token and the mean of the patches of images [B, C, H, W], concatenated: [B, token + D].
+    """Return the trained token and the mean of the patches of images: [B, token + D].
+
+    The images are [B, C, H, W].
 
     The trained token is the CLS token, or the mean of the patches without CLS token. After
     distillation from teachers, it is the concatenation of all distillation tokens. `model` is the
@@ -265,7 +269,7 @@ class FeatureQuality:
 
 
 def compare_features(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """Return a line that compares the metrics of the held-out images before and after pre-training."""
+    """Return a line that compares the metrics before and after pre-training."""
     names = {"knn_accuracy": "k-NN", "regression_accuracy": "logistic regression"}
     texts = [
         f"{text} {before[name]:.1%} -> {after[name]:.1%}"
@@ -283,12 +287,16 @@ def compare_features(before: dict[str, Any], after: dict[str, Any]) -> str:
             f"cosine with teacher {index} {before['teacher_cosines'][index]:.3f} -> {cosine:.3f}"
         )
 
-    text = f"{', '.join(texts)} on {after['num_images']:,} held-out images, from before to after pre-training"
-    return f"{text}. Pre-training made the features worse" if is_worse else text
+    return (
+        f"{', '.join(texts)} on {after['num_images']:,} held-out images, from before to after "
+        f"pre-training{'. Pre-training made the features worse' if is_worse else ''}"
+    )
 
 
 def compute_effective_rank(features: np.ndarray) -> float:
-    """Return the exponential of the entropy of the singular values of centered features [images, D], from 1 to D.
+    """Return the effective rank of features [images, D], from 1 to D.
+
+    It is the exponential of the entropy of the singular values of the centered features.
 
     Source: Roy and Vetterli 2007, "The effective rank: a measure of effective dimensionality".
     """
@@ -341,9 +349,9 @@ def load_teachers(
     config: ViTCLSConfig,
     accelerator: Accelerator,
 ) -> FeatureTeachers:
-    """Load the teachers, and fit the standardization of their features to augmented training images."""
-    names = options.distillation.teachers
-    with_patches = options.distillation.distill_patches
+    """Load the teachers, and fit their standardization to augmented training images."""
+    names = options.multi_teacher.teachers
+    with_patches = options.multi_teacher.distill_patches
     loaded = [
         load_feature_teacher(name, config, with_patches, accelerator.device) for name in names
     ]
@@ -367,14 +375,12 @@ def load_teachers(
 def build_distillation_objective(
     options: PretrainOptions, data: TrainingData, teachers: FeatureTeachers, normalize: Normalizer
 ) -> Objective:
-    """Build the loss of the encoder's predictions, with cached targets if the number of views is limited."""
-    sources: list[Any] = teachers.teachers
-    if num_views := options.distillation.teacher_views:
-        num_images = data.num_training_images
-        sources = [
-            TeacherCache(each, num_images, num_views, each.model.config.pooled_size)
-            for each in sources
-        ]
+    """Build the loss of the encoder's predictions; for a number of views, targets are cached."""
+    num_views = options.multi_teacher.teacher_views
+    sources = [
+        cache_views(each, data.num_training_images, num_views, each.model.config.pooled_size)
+        for each in teachers.teachers
+    ]
 
     def compute_loss(model: Any, batch: Batch) -> Losses:
         predictions = model(pixel_values=normalize(batch["pixels"]), project=True)

@@ -1,4 +1,6 @@
-"""Probe of the frozen encoder before fine-tuning: a logistic regression whose inputs are chosen by cross-validation.
+"""Probe of the frozen encoder before fine-tuning: a logistic regression.
+
+Its inputs are chosen by cross-validation.
 
     training images -> frozen encoder, once -> choice of geometry, layers, tokens, scale, C -> classifier
     selection and held-out images -> the same encoder, once -> selection, result
@@ -58,7 +60,7 @@ MAX_PROBE_IMAGES = (
     10_000  # maximum number of training images for the probe of a run with steps, drawn at random
 )
 MAX_CHOICE_IMAGES = 5_000  # maximum number of images for the choice by cross-validation
-# images whose features are computed with both geometries: a fraction of the images, at most a number
+# images whose features are computed with both geometries: a fraction, at most a number
 SQUASHED_FRACTION = 0.4
 MAX_SQUASHED_IMAGES = 500
 # with fewer images, the accuracy of the frozen model has a standard error of up to 7 points
@@ -76,10 +78,15 @@ GEOMETRY_SETTINGS = ("do_resize", "size", "do_center_crop", "crop_size", "do_pad
 
 
 def explain_missing_probe(
-    options: Any, model: Any, new_parameter_names: set[str], label_kind: str
+    options: Any,
+    model: Any,
+    has_random_weights: bool,
+    new_parameter_names: set[str],
+    label_kind: str,
 ) -> str | None:
     """Return the reason why a run has no probe, or None if it has one."""
     reasons = {
+        "the initial weights are random": has_random_weights,
         "`probe=False` is set": not options.training.probe,
         "the dataset is a stream": options.data.streaming,
         "the dataset does not have one label per image": label_kind
@@ -143,7 +150,7 @@ class FittedProbe:
     held_out: FrozenPass | None
 
     def fit(self, num_labels: int, with_selection: bool) -> LinearClassifier:
-        """Fit the regression to the training images, and to the selection images if `with_selection` is set."""
+        """Fit the regression to the training images and, on request, to the selection images."""
         features, labels = self.features, self.labels
         if with_selection and self.selection is not None:
             selected = self.selection.features
@@ -156,18 +163,17 @@ class FittedProbe:
         return self.layout.expand(classifier, candidate)
 
     def get_held_out_logits(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Return logits [M, L] and labels [M] of images that the regression of a fold was not fitted to.
+        """Return logits [M, L] and labels [M] of the images that a fold left out.
 
         Returns None without cross-validation.
         """
         if self.choice.score is None:
             return None
-        is_predicted = np.isfinite(self.choice.score.losses)
-        labels = self.labels[: len(is_predicted)]
-        return self.choice.score.logits[is_predicted].astype(np.float32), labels[is_predicted]
+        logits, labels = select_out_of_fold(self.choice.score, self.labels)
+        return logits.astype(np.float32), labels
 
     def find_nearest_images(self, held_out_indices: Sequence[int]) -> dict[int, list[str]]:
-        """Return the names of the training images that are most similar to each of some held-out images, by its index.
+        """Return the names of the nearest training images of some held-out images, by index.
 
         The similarity is the cosine of the features that the regression reads. The nearest image is
         the first.
@@ -207,7 +213,7 @@ class Probe:
     max_images: int | None
     fit: str | None = None
     pooling: str | None = None
-    pooled_layers: list[int] | None = None
+    pooled_layers: Sequence[int] | None = None
 
     @property
     def processor(self) -> Any:
@@ -314,7 +320,7 @@ class Probe:
         return run_on_main(self.accelerator, choose)
 
     def list_token_choices(self, layout: FeatureLayout) -> tuple[str, ...]:
-        """Return the kinds of tokens to choose from: that of the user, or CLS with and without the patches."""
+        """Return the kinds of tokens to choose from, or that of the user."""
         if OWN_POOLING in layout.token_choices:
             return layout.token_choices
         if self.pooling is not None:
@@ -352,22 +358,22 @@ class Probe:
         shared = np.intersect1d(own.indices[is_compared[own.indices]], squashed.indices)
         for fit, features in ((own_fit, own), (SQUASH, squashed)):
             choices[fit] = self.choose(features.take(np.isin(features.indices, shared)))
-        scores = {fit: choice.score for fit, choice in choices.items() if choice.score is not None}
-        if len(scores) < 2:  # too few images to compare
-            self.restore_settings(own_settings)
-            return own, {}
-
-        is_squashed = is_clearly_worse(scores[own_fit].losses, scores[SQUASH].losses, 1.0)
-        record = {
-            "num_images": len(shared),
-            "losses": {fit: float(np.nanmean(score.losses)) for fit, score in scores.items()},
+        losses = {
+            fit: choice.score.losses for fit, choice in choices.items() if choice.score is not None
         }
-        if not is_squashed:
-            self.restore_settings(own_settings)
-            return own, record
-        return concatenate_features(
-            squashed, self.compute_part(images, ~is_compared, own.layout)
-        ), record
+        record: dict[str, Any] = {}
+        is_squashed = False
+        if len(losses) == 2:  # with fewer, there are too few images to compare
+            is_squashed = is_clearly_worse(losses[own_fit], losses[SQUASH], 1.0)
+            means = {fit: float(np.nanmean(values)) for fit, values in losses.items()}
+            record = {"num_images": len(shared), "losses": means}
+
+        if is_squashed:
+            others = self.compute_part(images, ~is_compared, own.layout)
+            return concatenate_features(squashed, others), record
+        for name, value in own_settings.items():  # `set_fit` would not know the size before a crop
+            setattr(self.processor, name, value)
+        return own, record
 
     def compute_part(
         self, images: LabeledImages, is_chosen: np.ndarray, layout: FeatureLayout
@@ -376,11 +382,6 @@ class Probe:
         indices = np.flatnonzero(is_chosen)
         features = self.compute_features(images.select(indices.tolist()), layout).features
         return replace(features, indices=indices[features.indices])
-
-    def restore_settings(self, settings: dict[str, Any]) -> None:
-        """Set the image processor as it was. `set_fit` would not know the size before a crop."""
-        for name, value in settings.items():
-            setattr(self.processor, name, value)
 
     def set_geometry(self, fit: str) -> None:
         set_fit(self.processor, fit, self.model.config.image_height_width)
@@ -409,6 +410,15 @@ class Probe:
         with torch.no_grad():
             self.model.classifier.weight.copy_(torch.from_numpy(fitted.weight))
             self.model.classifier.bias.copy_(torch.from_numpy(fitted.bias))
+
+
+def select_out_of_fold(score: Score, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return logits [M, L] and labels [M] of the images that a fold left out.
+
+    The first ones of the `labels` are those of the images of the choice.
+    """
+    is_predicted = np.isfinite(score.losses)
+    return score.logits[is_predicted], labels[: len(is_predicted)][is_predicted]
 
 
 def has_various_shapes(images: LabeledImages) -> bool:
@@ -458,16 +468,15 @@ def build_score_record(score: Score, labels: np.ndarray) -> dict[str, Any]:
 
     A candidate that was not continued has results of one fold only.
     """
-    is_predicted = np.isfinite(score.losses)
-    is_right = score.logits[is_predicted].argmax(axis=1) == labels[is_predicted]
+    logits, labels = select_out_of_fold(score, labels)
     return {
         "layers": list(score.candidate.layers),
         "tokens": score.candidate.tokens,
         "scale": score.candidate.scale,
         "strength": score.strength,
-        "loss": float(score.losses[is_predicted].mean()),
-        "accuracy": float(is_right.mean()),
-        "num_images": int(is_predicted.sum()),
+        "loss": float(score.losses[np.isfinite(score.losses)].mean()),
+        "accuracy": float((logits.argmax(axis=1) == labels).mean()),
+        "num_images": len(labels),
     }
 
 
@@ -495,4 +504,7 @@ def describe_geometry(record: dict[str, Any]) -> str | None:
     if "geometry" not in record:
         return None
     losses = ", ".join(f"{fit} {loss:.2f}" for fit, loss in record["geometry"]["losses"].items())
-    return f"{record['fit']}; log loss on {record['geometry']['num_images']:,} images: {losses}. Set `fit` to choose"
+    return (
+        f"{record['fit']}; log loss on {record['geometry']['num_images']:,} images: {losses}. Set "
+        "`fit` to choose"
+    )

@@ -1,4 +1,4 @@
-"""Output of a run: progress, metrics.jsonl, trackers, printed summary, and run statistics for results.json.
+"""Output of a run: progress, metrics.jsonl, trackers, summary, and run statistics.
 
 In a terminal, a run shows a progress bar; otherwise, a run prints one line per record. Only the
 main process prints and writes.
@@ -88,12 +88,17 @@ class Reporter:
         """Print the step in a log file if the last line is older than 30 seconds."""
         is_due = self.progress.get_time() - self.last_line_time >= LINE_SECONDS
         if self.progress.disable and is_due and self.accelerator.is_main_process:
-            task = self.progress.tasks[0]
-            remaining_time = (
-                f"  {timedelta(seconds=task.time_remaining)} left" if task.time_remaining else ""
-            )
-            self.console.print(f"step {step}/{task.total}{remaining_time}", markup=False)
-            self.last_line_time = self.progress.get_time()
+            self.print_step(step)
+
+    def print_step(self, step: int, text: str = "", score_text: str = "") -> None:
+        """Print a line about a step, with the remaining time."""
+        task = self.progress.tasks[0]
+        remaining_time = ""
+        if task.time_remaining:
+            remaining_time = f"{timedelta(seconds=task.time_remaining)} left"
+        columns = [f"step {step}/{task.total}", text, remaining_time, score_text]
+        self.console.print("  ".join(filter(None, columns)), markup=False)
+        self.last_line_time = self.progress.get_time()
 
     def log(self, record: dict[str, Any]) -> None:
         """Append a record to metrics.jsonl, print it, and send its numbers to the trackers.
@@ -107,22 +112,18 @@ class Reporter:
         with self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, allow_nan=False) + "\n")
 
-        text = f"epoch {record['epoch']:.1f}  loss {record['loss']:.3f}  lr {record['learning_rate']:.1e}  "
-        text += f"{record['images_per_second']:.0f} images/s"
+        text = (
+            f"epoch {record['epoch']:.1f}  loss {record['loss']:.3f}  "
+            f"lr {record['learning_rate']:.1e}  {record['images_per_second']:.0f} images/s"
+        )
         split = "selection" if any(name.startswith("selection_") for name in record) else "held_out"
         names = [name for name in self.printed_metrics if f"{split}_{name}" in record]
         scores = ", ".join(format_metric(name, record[f"{split}_{name}"]) for name in names)
         score_text = f"{split.replace('_', ' ')}: {scores}" if scores else ""
 
         self.progress.update(self.progress_task, completed=record["step"], description=text)
-        task = self.progress.tasks[0]
         if self.progress.disable:
-            remaining_time = (
-                f"{timedelta(seconds=task.time_remaining)} left" if task.time_remaining else ""
-            )
-            columns = [f"step {record['step']}/{task.total}", text, remaining_time, score_text]
-            self.console.print("  ".join(filter(None, columns)), markup=False)
-            self.last_line_time = self.progress.get_time()
+            self.print_step(record["step"], text, score_text)
         elif score_text:
             self.progress.console.print(
                 f"epoch {record['epoch']:>5.1f}  {score_text}", markup=False
@@ -197,7 +198,10 @@ def format_result(metrics: dict[str, Any], names: tuple[str, ...]) -> str:
     """Format the metrics `names` of the final evaluation as one line of text."""
     names = tuple(name for name in names if name in metrics)
     if not names:
-        return "the model was trained on all images and not evaluated, because `held_out_fraction` is 0"
+        return (
+            "the model was trained on all images and not evaluated, because `held_out_fraction` "
+            "is 0"
+        )
     text = ", ".join(format_metric(name, metrics[name]) for name in names)
     return f"{text} on {metrics['num_images']:,} held-out images"
 
@@ -212,16 +216,18 @@ def describe_model(source: str, model: Any, forward_flops: int) -> dict[str, str
         "model": f"{source}: {count_parameters(model):,} parameters, "
         f"{count_parameters(model, only_trainable=True):,} trainable, {config.num_hidden_layers} "
         f"layers of width {config.hidden_size}, pooling {config.pooling}",
-        "tokens": f"[ {layout_text} ] = {sum(token_counts.values())} for {height} x {width} pixels, "
-        f"{forward_flops / 1e9:.3g} GFLOP per image",
+        "tokens": f"[ {layout_text} ] = {sum(token_counts.values())} for {height} x {width} "
+        f"pixels, {forward_flops / 1e9:.3g} GFLOP per image",
     }
 
 
 def describe_batches(plan: BatchPlan) -> str:
     """Return the summary line about the batches."""
-    batch_text = f"{plan.batch_size} x {plan.accumulation_steps} accumulated x {plan.num_processes} process(es)"
     epoch_text = f" = {plan.count_epochs(plan.num_steps):.1f} epochs" if plan.num_images else ""
-    return f"{plan.images_per_step} images per step = {batch_text}; {plan.num_steps:,} steps{epoch_text}"
+    return (
+        f"{plan.images_per_step} images per step = {plan.batch_size} x {plan.accumulation_steps} "
+        f"accumulated x {plan.num_processes} process(es); {plan.num_steps:,} steps{epoch_text}"
+    )
 
 
 def describe_run(

@@ -1,4 +1,4 @@
-"""What `--resume` may change: checks of flags, models, data and plan against the checkpoint of the run."""
+"""What a resumed run may change: checks of flags, models, data and plan."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -65,13 +65,13 @@ def pin_models(options: Any, checkpoint: Checkpoint | None) -> Any:
 
 
 def replace_sources(options: Any, convert: Callable[[str, str], str]) -> Any:
-    """Return the options with the values of --model, --teacher and --teachers replaced with `convert(flag, value)`."""
+    """Return the options with other models and teachers: `convert(flag, value)`."""
     options = replace(
         options, model=replace(options.model, model=convert("model", options.model.model))
     )
     if isinstance(options, PretrainOptions):
-        teachers = tuple(convert("teachers", source) for source in options.distillation.teachers)
-        return replace(options, distillation=replace(options.distillation, teachers=teachers))
+        teachers = tuple(convert("teachers", source) for source in options.multi_teacher.teachers)
+        return replace(options, multi_teacher=replace(options.multi_teacher, teachers=teachers))
     if options.distillation.teacher is None:
         return options
     teacher = convert("teacher", options.distillation.teacher)
@@ -95,7 +95,7 @@ def get_relative_flags(options: Any, should_strip: bool = False) -> dict[str, An
 def check_flags_unchanged(
     stored_flags: dict[str, Any], current_flags: dict[str, Any], folder: Path
 ) -> None:
-    """Raise ValueError if --resume would continue the run with flags that differ from the flags of the checkpoint.
+    """Raise ValueError if the flags of a resumed run differ from those of the checkpoint.
 
     A current value of None is accepted if the default value of the flag depends on the run. A
     current model without a commit hash is accepted if the stored model is the same model with a
@@ -159,7 +159,7 @@ def check_run_unchanged(metadata: dict[str, Any], current: dict[str, Any], folde
 
 
 def format_flag_value(value: Any) -> str:
-    """Format a flag's value for messages: as on the command line, or "unset" if the value is None."""
+    """Format a flag's value for messages: as on the command line, or "unset" for None."""
     if value is None:
         return "unset"
     if isinstance(value, list):

@@ -22,8 +22,7 @@ from accelerate import Accelerator
 from torch.distributed.fsdp import FSDPModule
 
 from ..data.batches import Normalizer, iterate_training_batches
-from ..data.images import UnreadableImageCounter
-from ..data.streaming import StreamedImages
+from ..data.images import LabeledImages, UnreadableImageCounter
 from ..data.workers import explain_worker_errors
 from ..inference.frozen_features import HeadEvaluator
 from ..inference.per_image import get_outputs, is_labeled
@@ -40,14 +39,14 @@ from .calibration import (
 )
 from .distributed_state import reshard
 from .dry_run import build_dry_run_options, reduce_for_dry_run
-from .loop import TrainingLoop, TrainingState
+from .loop import Evaluate, TrainingLoop, TrainingState
 from .model import check_preset_name
 from .optimizer import Ema, build_optimizer
 from .options import FinetuneOptions, PretrainOptions
 from .output_folder import FolderLock, save_output
 from .probe import FittedProbe
 from .resume import format_flag_value, resolve_local_paths
-from .run_inputs import Environment, Loaded, Options, check_folder, load, print_summary, set_up
+from .run_inputs import Environment, Loaded, Options, load, print_summary, set_up
 from .run_results import Result, Trained, build_results, print_estimate, print_result
 from .signals import SignalHandler
 from .training_setup import TrainingSetup, build_training_images
@@ -59,13 +58,10 @@ ALL = slice(None)
 FIRST_HALF = slice(0, None, 2)
 SECOND_HALF = slice(1, None, 2)  # of the held-out images
 
-# from a model to metrics; an `Evaluator` if there are images
-Evaluate = Callable[[Any], dict[str, Any]]
-
 
 @dataclass(frozen=True)
 class Evaluators:
-    """The evaluations of a run. Without held-out images, they return no metrics."""
+    """The evaluations of a run: an `Evaluator`, or `evaluate_nothing` without images."""
 
     selection: Evaluate  # of the selection images or, without them, of the held-out images
     held_out: Evaluate
@@ -105,7 +101,7 @@ def run(kind: ModuleType, options: Options, on_checkpoint: Callable[[Path], None
     with FolderLock(folder) as lock:
         environment = set_up(options, lock)
         accelerator, reporter = environment.accelerator, environment.reporter
-        if run_on_main(accelerator, partial(check_folder, options, environment)):
+        if environment.is_finished:
             # killed at the end
             shutil.rmtree(folder / output_folder.STAGING_FOLDER, ignore_errors=True)
             reporter.print_line("finished", f"{folder} already contains the results of this run")
@@ -170,7 +166,10 @@ def fit_probe(loaded: Loaded, environment: Environment) -> FittedProbe | None:
 def measure_features(
     loaded: Loaded, environment: Environment, model: Any = None
 ) -> dict[str, Any] | None:
-    """Measure the features of an encoder before and after pre-training; None if there is nothing to measure."""
+    """Measure the features of an encoder before or after pre-training.
+
+    Returns None if there is nothing to measure.
+    """
     measure = loaded.setup.measure_features
     if measure is None or loaded.data.num_held_out_images == 0:
         return None
@@ -262,7 +261,8 @@ def train_steps(
             return Trained(loop, metrics, 0, loop.get_training_seconds())
 
         if frozen is not None and frozen.selection is not None:
-            evaluate_frozen_model(loop, HeadEvaluator(frozen.selection, frozen.choice.candidate))
+            # the frozen model takes part in the selection, as step 0
+            loop.evaluate_step(HeadEvaluator(frozen.selection, frozen.choice.candidate))
 
         batches = iterate_training_batches(
             images, plan, accelerator.process_index, options.data.num_workers, state.step
@@ -283,14 +283,6 @@ def train_steps(
     return Trained(loop, metrics, selected_step, seconds)
 
 
-def evaluate_frozen_model(loop: TrainingLoop, evaluate: HeadEvaluator) -> None:
-    """Let the frozen model take part in the selection, as step 0, with the features of the probe."""
-    evaluate_model = loop.evaluate_model
-    loop.evaluate_model = evaluate
-    loop.evaluate_step()
-    loop.evaluate_model = evaluate_model
-
-
 def finish_model(
     loaded: Loaded,
     frozen: FittedProbe | None,
@@ -298,7 +290,7 @@ def finish_model(
     trained: Trained,
     environment: Environment,
 ) -> Result:
-    """Fit the classifier of a frozen model, calibrate the classifier, and measure the held-out images.
+    """Fit the classifier of a frozen model, calibrate it, and measure the held-out images.
 
     A frozen model is fitted to all images that are not held out.
     """
@@ -330,7 +322,8 @@ def finish_model(
         if calibration.is_fitted:
             record = calibration.to_dict()
         if calibration.is_fitted and evaluators.has_held_out:
-            errors, errors_text = measure_errors(calibration, *get_outputs(evaluate, reported))  # type: ignore[arg-type]
+            outputs = get_outputs(evaluate, reported)  # type: ignore[arg-type]
+            errors, errors_text = measure_errors(calibration, *outputs)
             record |= errors
             metrics["calibration_error"] = errors["calibration_error"]
             text += errors_text
@@ -366,7 +359,7 @@ def calibrate(
         return find_calibration(*outputs, images="cross-validation"), ALL
 
     if selection is not None and loaded.has_steps:
-        if not isinstance(selection, StreamedImages) and not has_enough_images(len(selection)):
+        if isinstance(selection, LabeledImages) and not has_enough_images(len(selection)):
             return explain_missing_calibration(len(selection), images="selection"), ALL
         outputs = compute_outputs(evaluators.selection, model)
         return find_calibration(*outputs, images="selection"), ALL
@@ -379,7 +372,7 @@ def calibrate(
 
 
 def find_nearest_images(frozen: FittedProbe | None, evaluate: Any) -> dict[int, list[str]] | None:
-    """Return the nearest training images of each wrong prediction, by the features of the frozen encoder.
+    """Return the nearest training images of each wrong prediction, by frozen features.
 
     Returns None without these features (random weights, a resumed run), or if images have several
     labels.
@@ -421,7 +414,7 @@ def compute_outputs(evaluate: Any, model: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def prepare_state(options: Any, setup: TrainingSetup, accelerator: Accelerator) -> TrainingState:
-    """Prepare the model and the optimizer for the launch configuration, and build the moving average."""
+    """Prepare model and optimizer for the launch configuration, and build the moving average."""
     if options.training.compile:
         setup.model.compile()
     configure_layer_sharding(accelerator, setup.model)

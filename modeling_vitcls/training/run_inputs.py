@@ -6,6 +6,7 @@ print_summary(loaded, environment)
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -40,11 +41,11 @@ Options = Any  # FinetuneOptions or PretrainOptions
 class Environment:
     """Where and how a run takes place."""
 
-    folder: Path
     accelerator: Accelerator
     reporter: Reporter
     store: CheckpointStore
     checkpoint: Checkpoint | None  # to resume from
+    is_finished: bool  # whether the resumed run has written its results
     start_time: float
 
 
@@ -70,7 +71,7 @@ class Loaded:
 
 
 def set_up(options: Options, lock: FolderLock) -> Environment:
-    """Build the accelerator, lock the output folder, and load the checkpoint of a resumed run."""
+    """Build the accelerator, open the output folder, and load the checkpoint to resume from."""
     start_time = time.perf_counter()
     folder = options.output_dir
     training = options.training
@@ -84,37 +85,40 @@ def set_up(options: Options, lock: FolderLock) -> Environment:
 
     reporter = Reporter(folder / output_folder.METRICS_FILE, accelerator)
     store = CheckpointStore(folder / CHECKPOINTS_FOLDER, options.run.keep_checkpoints)
-    run_on_main(accelerator, lock.acquire)
-
-    checkpoint = None
-    if options.run.resume:
-        checkpoint = run_on_main(accelerator, partial(store.load_newest, reporter.warn))
+    checkpoint, is_finished = run_on_main(
+        accelerator, partial(open_folder, options, lock, store, reporter.warn)
+    )
     return Environment(
-        folder=folder,
         accelerator=accelerator,
         reporter=reporter,
         store=store,
         checkpoint=checkpoint,
+        is_finished=is_finished,
         start_time=start_time,
     )
 
 
-def check_folder(options: Options, environment: Environment) -> bool:
-    """Check the output folder, and return whether the resumed run is already finished."""
-    if environment.checkpoint is None:
-        output_folder.check_replaceable(options, environment.store)
-        return False
-    check_flags_unchanged(
-        environment.checkpoint.metadata["flags"], to_flags(options), environment.folder
-    )
-    return (environment.folder / RESULTS_FILE).exists()
+def open_folder(
+    options: Options, lock: FolderLock, store: CheckpointStore, warn: Callable[[str], None]
+) -> tuple[Checkpoint | None, bool]:
+    """Lock and check the output folder.
+
+    Returns:
+        The checkpoint to resume from, and whether the run of this checkpoint is finished.
+    """
+    lock.acquire()
+    checkpoint = store.load_newest(warn) if options.run.resume else None
+    if checkpoint is None:
+        output_folder.check_replaceable(options, store)
+        return None, False
+    check_flags_unchanged(checkpoint.metadata["flags"], to_flags(options), options.output_dir)
+    return checkpoint, (options.output_dir / RESULTS_FILE).exists()
 
 
 def load(kind: Any, options: Options, environment: Environment) -> Loaded:
     """Load the data and the models, resolve all defaults, and prepare the output folder."""
     accelerator = environment.accelerator
     checkpoint = environment.checkpoint
-    folder = environment.folder
 
     with accelerator.main_process_first():  # only the main process downloads files
         options = pin_models(options, checkpoint)
@@ -146,23 +150,7 @@ def load(kind: Any, options: Options, environment: Environment) -> Loaded:
     )
 
     plan = build_batch_plan(data.num_training_images, options.training, accelerator.num_processes)
-    metadata = {
-        "images_per_step": plan.images_per_step,
-        "mixed_precision": accelerator.mixed_precision,
-        "data": run_on_main(accelerator, partial(describe_data, data)),
-        "files": run_on_main(
-            accelerator, partial(compute_files_digest, Path(options.data.dataset))
-        ),
-        "flags": get_relative_flags(options, options.run.hub_checkpoint_branch is not None),
-    }
-
-    if checkpoint is not None:
-        check_flags_unchanged(checkpoint.metadata["flags"], to_flags(options), folder)
-        check_run_unchanged(checkpoint.metadata, metadata, folder)
-    flags = get_relative_flags(options)
-    run_on_main(
-        accelerator, lambda: output_folder.prepare(folder, environment.store, flags, checkpoint)
-    )
+    metadata = run_on_main(accelerator, partial(prepare_folder, options, data, plan, environment))
 
     lines = {
         **describe_splits(data, setup.processor, setup.labels_text),
@@ -192,10 +180,33 @@ def load(kind: Any, options: Options, environment: Environment) -> Loaded:
     )
 
 
+def prepare_folder(
+    options: Options, data: TrainingData, plan: BatchPlan, environment: Environment
+) -> dict[str, Any]:
+    """Prepare the output folder, and return the metadata of the checkpoints of the run.
+
+    Raise ValueError if the run differs from the run of the checkpoint to resume from.
+    """
+    folder = options.output_dir
+    checkpoint = environment.checkpoint
+    metadata = {
+        "images_per_step": plan.images_per_step,
+        "mixed_precision": environment.accelerator.mixed_precision,
+        "data": describe_data(data),
+        "files": compute_files_digest(Path(options.data.dataset)),
+        "flags": get_relative_flags(options, options.run.hub_checkpoint_branch is not None),
+    }
+    if checkpoint is not None:
+        check_flags_unchanged(checkpoint.metadata["flags"], to_flags(options), folder)
+        check_run_unchanged(checkpoint.metadata, metadata, folder)
+    output_folder.prepare(folder, environment.store, get_relative_flags(options), checkpoint)
+    return metadata
+
+
 def resolve_options(
     options: Any, initial: InitialModel, data: TrainingData
 ) -> tuple[Any, dict[str, str | None]]:
-    """Return the options with a value for each flag whose default depends on the run, and summary lines.
+    """Return the options with the defaults that depend on the run, and summary lines.
 
     The defaults are in defaults.py, and the lines are about these values.
     """

@@ -118,7 +118,8 @@ def print_result(
     reporter.print_line("result", format_result(results, loaded.setup.result_metrics))
     if "features" in results:
         reporter.print_line("features", results["features"]["summary"])
-    reporter.print_line("saved", f"{environment.folder} (model, image processor, {RESULTS_FILE})")
+    folder = loaded.options.output_dir
+    reporter.print_line("saved", f"{folder} (model, image processor, {RESULTS_FILE})")
     if suggestion := suggest_all_images(loaded):
         reporter.print_line("next", suggestion)
 
@@ -138,7 +139,7 @@ def print_estimate(
 
 
 def suggest_all_images(loaded: Loaded) -> str | None:
-    """Return how to train on the held-out images as well, for a frozen model and few images per class.
+    """Return how to train on the held-out images as well, for a frozen model and few images.
 
     The part of the images that is held out then costs accuracy
     (model_cards/studies/first_answer.md).

@@ -248,7 +248,10 @@ def explain_loading_errors(source: str) -> Iterator[None]:
     except Exception as error:  # loading files of other projects may raise any error
         advice = ""
         if "trust_remote_code" in str(error):
-            advice = ". Code of a repository is not executed: use a model that is part of transformers, or timm:NAME"
+            advice = (
+                ". Code of a repository is not executed: use a model that is part of "
+                "transformers, or timm:NAME"
+            )
         reason = f"{type(error).__name__}: {format_error(error)}"
         raise OSError(f"cannot load the teacher {source} ({reason}){advice}") from error
 
@@ -273,7 +276,7 @@ def build_processor_preprocessing(
 
 
 def run_processor(processor: Any, pixels: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-    """Run an image processor on a `uint8` batch [B, C, H, W], and return [B, C, H', W'] on the same device."""
+    """Run an image processor on `uint8` images [B, C, H, W], and return [B, C, H', W']."""
     kwargs |= {"input_data_format": "channels_first", "return_tensors": "pt"}
     return processor(list(pixels), **kwargs)["pixel_values"]
 
@@ -339,7 +342,7 @@ def convert_channels(pixels: torch.Tensor, num_channels: int) -> torch.Tensor:
 
 
 def get_interpolation(resample: Any) -> InterpolationMode:
-    """Return torchvision's interpolation mode for a resampling filter, given by its PIL number or timm name.
+    """Return torchvision's interpolation mode for a PIL number or a name of timm.
 
     Lanczos is replaced with bicubic, because torchvision does not support Lanczos for tensors.
     """
@@ -374,7 +377,7 @@ class TeacherCache:
         self.is_cached = torch.zeros(num_views, num_images, dtype=torch.bool)
 
     def predict(self, batch: dict[str, Any]) -> torch.Tensor:
-        """Return the teacher's `float32` outputs [B, width] for a batch, on the device of the pixels."""
+        """Return the teacher's `float32` outputs [B, width] on the device of the pixels."""
         views = batch["view"].cpu()
         indices = batch["index"].cpu()
         is_missing = ~self.is_cached[views, indices]  # [B]
@@ -385,3 +388,10 @@ class TeacherCache:
             self.outputs[views[is_missing], indices[is_missing]] = outputs[is_missing]
             self.is_cached[views, indices] = True
         return self.outputs[views, indices].to(batch["pixels"].device, torch.float32)
+
+
+def cache_views(
+    teacher: Teacher, num_images: int | None, num_views: int, width: int
+) -> Teacher | TeacherCache:
+    """Return a teacher, with a cache of its outputs if every image has `num_views` fixed views."""
+    return TeacherCache(teacher, num_images, num_views, width) if num_views else teacher

@@ -36,7 +36,7 @@ class TokenMonitor:
         self.initial_tokens = self.copy_tokens()
 
     def copy_tokens(self, gradients: bool = False) -> Tokens:
-        """Return a copy of each token, or of the gradient of each token that has one, on the CPU."""
+        """Return a copy of each token, or of its gradient if it has one, on the CPU."""
         copies: Tokens = {}
         for group, parameter in self.parameters.items():
             tensor = parameter.grad if gradients else parameter.detach()
@@ -46,7 +46,7 @@ class TokenMonitor:
         return copies
 
     def compute_norms(self, gradients: Tokens) -> dict[str, dict[str, float | None]]:
-        """Return the norm of each token and of its gradient (0 if it has none) for metrics.jsonl."""
+        """Return the norms of each token and of its gradient, 0 without gradient."""
         norms = {name: token.norm().item() for name, token in self.copy_tokens().items()}
         gradient_norms = {
             name: gradients[name].norm().item() if name in gradients else 0.0 for name in norms

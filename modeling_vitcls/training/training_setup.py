@@ -1,4 +1,4 @@
-"""What a run trains: the interface between run.py and the two kinds of runs, finetune.py and pretrain.py.
+"""What a run trains: the interface of run.py to finetune.py and pretrain.py.
 
 Each of the two files has three functions: `check_options(options)`, `load_data(options, initial)`
 and `build_training_setup(options, initial, data, reporter)`.

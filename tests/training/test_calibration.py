@@ -1,4 +1,4 @@
-"""Temperature and energy threshold of a fine-tuned classifier, and the predictions of its held-out images."""
+"""Temperature and energy threshold of a classifier, and its held-out predictions."""
 
 import json
 from pathlib import Path
@@ -33,6 +33,10 @@ def test_calibration_uses_images_that_are_not_reported(
         else data.selection
     )
     monkeypatch.setattr("modeling_vitcls.training.calibration.MIN_IMAGES", len(fitted))
+    # whether a temperature is an improvement is mostly noise with so few images
+    monkeypatch.setattr(
+        "modeling_vitcls.training.calibration.is_improvement", lambda *arguments: True
+    )
     flags = {"image_size": 8, "patch_size": 4, "select": select, "max_steps": 20, "batch_size": 32}
     folder = train(build_tiny_options(tmp_path / "run", "digits", drop_path_rate=0.5, **flags))
     results = json.loads((folder / "results.json").read_text())

@@ -1,4 +1,7 @@
-"""Checkpoints on disk: whole or not at all, verified and pruned. test_resume.py kills and resumes whole runs."""
+"""Checkpoints on disk: whole or not at all, verified and pruned.
+
+test_resume.py kills and resumes whole runs.
+"""
 
 import json
 import math
@@ -139,6 +142,7 @@ def test_the_best_checkpoint_is_the_newest_that_was_saved_as_the_best(
     save(store, 40)
     assert store.list_steps() == [20, 30, 40]
     save(store, 50, 60)
+
     assert store.list_steps() == [20, 40, 50, 60]
 
 
@@ -221,7 +225,7 @@ def test_only_damaged_checkpoints_are_an_error(store: CheckpointStore) -> None:
 
 
 def test_nothing_is_unpickled(store: CheckpointStore, tmp_path: Path) -> None:
-    """Replace the tensors with pickled code and a matching checksum: an error, and the code does not run."""
+    """Pickled code with a matching checksum is an error, and does not run."""
     save(store, 10)
     file = store.get_folder(10) / "model.safetensors"
     ran = tmp_path / "ran"
@@ -231,6 +235,7 @@ def test_nothing_is_unpickled(store: CheckpointStore, tmp_path: Path) -> None:
     state["files"]["model.safetensors"] = compute_file_digest(file)
     (store.get_folder(10) / "state.json").write_text(format_state(state), encoding="utf-8")
     checkpoint = store.load_newest(pytest.fail)
+
     assert checkpoint is not None
     with pytest.raises(DamagedCheckpointError, match=r"(?i)header"):
         checkpoint.load_tensors("model")

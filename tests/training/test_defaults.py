@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny_models import build_tiny_config, randomize
+from helpers.tiny_models import build_tiny_config, save_with_processor
 from helpers.tiny_options import build_tiny_options
 
-from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, ViTCLSImageProcessor
+from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification
 from modeling_vitcls.conversion.convert import convert_checkpoint
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.training import defaults
@@ -137,6 +137,7 @@ def test_every_default_can_be_overridden_and_the_reasons_are_printed() -> None:
     assert resolve_defaults(options, initial, 2000) == (options, "")
     sizes = ModelOptions("vitcls-tiny", hidden_size=192, image_size=(32, 96), patch_size=32)
     line = resolve_defaults(build_options(model=sizes), initial, 2000)[1]
+
     assert "width 192: " in line
     assert "image size 96: " in line
 
@@ -148,7 +149,7 @@ def set_device(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
 
 
 def test_the_default_epochs_are_limited_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A ViT-S/16 of 224 pixels computes 9.2 GFLOP per image, and three times as many in a training step."""
+    """A ViT-S/16 of 224 pixels computes 9.2 GFLOP per image, three times as many in a step."""
     set_device(monkeypatch, "cpu")
     sizes = {"patch_size": 16, "num_attention_heads": 6, "intermediate_size": 1536}
     initial = build_initial(384, 224, sizes, **PRETRAINED)
@@ -161,6 +162,7 @@ def test_the_default_epochs_are_limited_on_cpus(monkeypatch: pytest.MonkeyPatch)
     given = build_options(training=TrainingOptions(epochs=20.0))
     assert resolve_defaults(given, initial, 9_000)[0].training.epochs == 20
     set_device(monkeypatch, "cuda")
+
     assert resolve_defaults(build_options(), initial, 9_000)[0].training.epochs == 30
 
 
@@ -183,8 +185,7 @@ def test_a_conversion_with_random_weights_is_not_pretrained(tmp_path: Path) -> N
     assert "preset" in str(describe_random_weights(preset))
     trained = tmp_path / "trained"
     random = tmp_path / "random"
-    randomize(ViTCLSForImageClassification(build_tiny_config())).save_pretrained(trained)
-    ViTCLSImageProcessor(size=32).save_pretrained(trained)
+    save_with_processor(ViTCLSForImageClassification(build_tiny_config()), trained)
     checkpoint = resolve_initial_model(str(trained))
     assert (checkpoint.config.hidden_size, checkpoint.has_random_weights) == (16, False)
     assert describe_random_weights(checkpoint) is None
@@ -193,5 +194,6 @@ def test_a_conversion_with_random_weights_is_not_pretrained(tmp_path: Path) -> N
     assert initial.has_random_weights
     assert "`random_init=True`" in str(describe_random_weights(initial))
     values = get_values(resolve_defaults(build_options(), initial, 20_000)[0])
+
     assert (values["epochs"], values["layer_decay"]) == (30.0, 1.0)
     assert values["initializer_range"] is None  # the weights are those of the conversion

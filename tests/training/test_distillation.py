@@ -1,4 +1,4 @@
-"""Distillation of features without labels: the loss, the standardization of targets, and runs with two teachers."""
+"""Distillation without labels: loss, standardized targets, and runs with two teachers."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -53,7 +53,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """Return two teachers with other widths, sizes and kinds: a ViTCLS model, and a ViT of transformers."""
+    """Return two teachers of other widths and sizes: a ViTCLS model, a ViT of transformers."""
     folder = tmp_path_factory.mktemp("teachers")
     torch.manual_seed(0)
     sizes: dict[str, Any] = {
@@ -104,12 +104,16 @@ def test_the_loss_is_that_of_unic() -> None:
     found = compute_feature_loss(
         *([torch.from_numpy(each).float() for each in x] for x in (predictions, targets))
     )
+
     assert float(found) == pytest.approx(np.mean(losses), abs=1e-6)
 
 
 @pytest.mark.parametrize("width", [16, 12])
 def test_the_targets_are_those_of_phi_s(width: int) -> None:
-    """Compare with numpy and scipy's Hadamard matrix; eigenvectors have no sign, so covariances are compared."""
+    """Compare with numpy and scipy's Hadamard matrix.
+
+    Eigenvectors have no sign, so covariances are compared.
+    """
     generator = np.random.default_rng(0)
     features = generator.normal(size=(200, width)) @ generator.normal(size=(width, width)) + 3
     mean, matrix = fit_phi_s(torch.from_numpy(features))
@@ -145,7 +149,7 @@ def test_a_width_without_hadamard_matrix_is_an_error() -> None:
 def test_a_teacher_returns_its_pooled_vector_and_its_patches(
     teachers: tuple[str, str], tmp_path: Path
 ) -> None:
-    """The pixels have the teacher's size; the patches are resampled from a grid of 6 x 6 to 3 x 3."""
+    """The pixels have the teacher's size; the patches are resampled from 6 x 6 to 3 x 3."""
     student = build_tiny_config(image_size=48, patch_size=16)
     teacher = load_feature_teacher(teachers[0], student, True, torch.device("cpu"))
     pixels = (build_images(3, 48, 48) * 255).clamp(0, 255).to(torch.uint8)
@@ -211,6 +215,7 @@ def test_the_folder_contains_the_encoder_and_the_names_of_the_teachers(
     assert not info["unexpected_keys"]  # no linear layers
     names = [f"path/to/{Path(name).name}" for name in teachers]
     results = read_json(pretrained / "results.json")
+
     assert model.config.distillation_teachers == names == results["teachers"]
     assert results["teacher_licenses"] == ["mit", None]
     assert model.adapt(num_distillation_tokens=1).config.distillation_teachers == names[:1]

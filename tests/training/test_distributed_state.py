@@ -1,4 +1,7 @@
-"""The state of training as tensors, in one process. tests/integration resumes runs in two processes."""
+"""The state of training as tensors, in one process.
+
+tests/integration resumes runs in two processes.
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,13 +10,18 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import distributed, nn
-from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification
 from modeling_vitcls.training.checkpoints import CheckpointStore
-from modeling_vitcls.training.distributed_state import gather_state, reshard, scatter_state
+from modeling_vitcls.training.distributed_state import (
+    gather_state,
+    gather_tensor,
+    gather_weights,
+    reshard,
+    scatter_state,
+)
 from modeling_vitcls.training.model import set_trainable_parameters
 from modeling_vitcls.training.optimizer import Ema
 
@@ -64,6 +72,33 @@ def step_once(model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema, step
     return loss.item()
 
 
+def check_resume(
+    store: CheckpointStore, accelerator: Accelerator, first: Any, second: Any
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Check that `second` continues from a checkpoint as `first` does; return its tensors.
+
+    Both are a model, its optimizer and the moving average of its weights.
+    """
+    model, optimizer, ema = first
+    for step in range(3):
+        step_once(model, optimizer, ema, step)
+    tensors, facts = gather_state(accelerator, model, optimizer, ema.shadow)
+    store.save(3, tensors, facts, is_best=False)
+    expected = [step_once(model, optimizer, ema, step) for step in range(3, 6)]
+
+    other, other_optimizer, other_ema = second
+    checkpoint: Any = store.load_newest(pytest.fail)
+    scatter_state(checkpoint, accelerator, other, other_optimizer, other_ema.shadow)
+    found = [step_once(other, other_optimizer, other_ema, step) for step in range(3, 6)]
+
+    assert found == expected
+    for name, tensor in gather_weights(model).items():
+        assert torch.equal(tensor, gather_weights(other)[name]), name
+    for mine, theirs in zip(ema.shadow, other_ema.shadow, strict=True):
+        assert torch.equal(gather_tensor(mine), gather_tensor(theirs))
+    return tensors
+
+
 KINDS = ("plain", "fused", "SGD", "head only", "LoRA", "compiled")
 
 
@@ -71,36 +106,25 @@ KINDS = ("plain", "fused", "SGD", "head only", "LoRA", "compiled")
 @torch.compiler.set_stance("force_eager")  # tracing takes seconds
 def test_training_resumes_to_the_bit(store: CheckpointStore, kind: str) -> None:
     accelerator = Accelerator(cpu=True)
-    model = build(kind, seed=0)
-    model, optimizer = accelerator.prepare(model, build_optimizer(kind, model))
-    ema = Ema(model, decay=0.9)
-    for step in range(3):
-        step_once(model, optimizer, ema, step)
-    tensors, facts = gather_state(accelerator, model, optimizer, ema.shadow)
-    store.save(3, tensors, facts, is_best=False)
-    if kind != "LoRA":
-        assert (
-            tensors["model"].keys()
-            == build("plain", seed=0).state_dict().keys()
-            >= tensors["ema"].keys()
-        )
-        assert tensors["ema"]
-    expected = [step_once(model, optimizer, ema, step) for step in range(3, 6)]
+    states = []
+    for seed in (0, 1):
+        model = build(kind, seed)
+        model, optimizer = accelerator.prepare(model, build_optimizer(kind, model))
+        states.append((model, optimizer, Ema(model, decay=0.9)))
 
-    other = build(kind, seed=1)
-    other, other_optimizer = accelerator.prepare(other, build_optimizer(kind, other))
-    other_ema = Ema(other, decay=0.9)
-    checkpoint: Any = store.load_newest(pytest.fail)
-    scatter_state(checkpoint, accelerator, other, other_optimizer, other_ema.shadow)
-    assert [step_once(other, other_optimizer, other_ema, step) for step in range(3, 6)] == expected
-    for name, tensor in get_model_state_dict(model).items():
-        assert torch.equal(tensor, get_model_state_dict(other)[name]), name
-    for mine, theirs in zip(ema.shadow, other_ema.shadow, strict=True):
-        assert torch.equal(mine, theirs)
+    tensors = check_resume(store, accelerator, *states)
+
+    if kind != "LoRA":
+        names = build("plain", seed=0).state_dict().keys()
+        assert tensors["model"].keys() == names >= tensors["ema"].keys()
+        assert tensors["ema"]
 
 
 def test_parameters_without_moments_have_none_after_a_resume(store: CheckpointStore) -> None:
-    """A parameter that had no gradient before the checkpoint starts at step 1 after it, as without a resume."""
+    """A parameter without gradient before the checkpoint starts at step 1 after it.
+
+    A run that is not resumed does the same.
+    """
     accelerator = Accelerator(cpu=True)
     losses = []
     for seed in (0, 1):
@@ -119,6 +143,7 @@ def test_parameters_without_moments_have_none_after_a_resume(store: CheckpointSt
         )
         model.vitcls.layers[0].requires_grad_(True)
         losses.append([step_once(model, optimizer, ema, step) for step in (1, 2, 3)])
+
     assert losses[0] == losses[1]
 
 
@@ -138,6 +163,7 @@ def test_the_loss_scaler_is_resumed(store: CheckpointStore) -> None:
     accelerator.scaler = torch.amp.GradScaler("cpu")
     scatter_state(checkpoint, accelerator, model, optimizer, None)
     state = accelerator.scaler.state_dict()
+
     assert (state["scale"], state["growth_interval"], state["_growth_tracker"]) == (512.5, 5, 3)
 
 
@@ -155,7 +181,7 @@ def mesh() -> Iterator[distributed.DeviceMesh]:
 def build_sharded(
     seed: int, mesh: distributed.DeviceMesh, kind: str = "plain"
 ) -> tuple[nn.Module, torch.optim.Optimizer, Ema]:
-    """Return a model that is sharded with FSDP2, its optimizer and the moving average of its weights."""
+    """Return a model that is sharded with FSDP2, its optimizer and its moving average."""
     model: Any = build(kind, seed)
     for layer in model.vitcls.layers:
         fully_shard(layer, mesh=mesh)
@@ -167,22 +193,14 @@ def build_sharded(
 def test_fsdp2_on_one_process_resumes_bit_for_bit(
     kind: str, store: CheckpointStore, mesh: distributed.DeviceMesh
 ) -> None:
-    accelerator, (model, optimizer, ema) = Accelerator(cpu=True), build_sharded(0, mesh, kind)
-    for step in range(2):
-        step_once(model, optimizer, ema, step)
-    tensors, facts = gather_state(accelerator, model, optimizer, ema.shadow)
+    states = [build_sharded(seed, mesh, kind) for seed in (0, 1)]
+
+    tensors = check_resume(store, Accelerator(cpu=True), *states)
+
     assert not any(
         isinstance(tensor, DTensor) for group in tensors.values() for tensor in group.values()
     )
     assert tensors["model"].keys() == tensors["ema"].keys() == build(kind, 0).state_dict().keys()
-    store.save(2, tensors, facts, is_best=False)
-    expected = [step_once(model, optimizer, ema, step) for step in range(2, 4)]
-    other, other_optimizer, other_ema = build_sharded(1, mesh, kind)
-    checkpoint: Any = store.load_newest(pytest.fail)
-    scatter_state(checkpoint, accelerator, other, other_optimizer, other_ema.shadow)
-    assert [step_once(other, other_optimizer, other_ema, step) for step in range(2, 4)] == expected
-    for mine, theirs in zip(ema.shadow, other_ema.shadow, strict=True):
-        assert torch.equal(mine.full_tensor(), theirs.full_tensor())
 
 
 def test_evaluated_weights_are_sharded_again(mesh: distributed.DeviceMesh) -> None:

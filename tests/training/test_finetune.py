@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -38,7 +39,6 @@ from transformers import ResNetConfig, ResNetForImageClassification, ViTImagePro
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification
 from modeling_vitcls.data.batches import Normalizer, iterate_training_batches
-from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.hub.model_files import hash_weights
 from modeling_vitcls.inference.evaluator import Evaluator
 from modeling_vitcls.runtime.errors import RunStopped
@@ -46,20 +46,14 @@ from modeling_vitcls.runtime.files import read_json
 from modeling_vitcls.training import run as run_module
 from modeling_vitcls.training.checkpoints import CheckpointStore
 from modeling_vitcls.training.finetune import (
-    build_label_loss,
-    build_objective,
     build_training_setup,
     describe_imbalance,
 )
 from modeling_vitcls.training.losses import (
     compute_distillation_loss,
-    compute_multi_label_loss,
-    compute_multi_task_loss,
-    compute_single_label_loss,
 )
 from modeling_vitcls.training.model import resolve_initial_model
 from modeling_vitcls.training.options import FinetuneOptions
-from modeling_vitcls.training.reporter import describe_splits
 from modeling_vitcls.training.teacher import Teacher
 from modeling_vitcls.training.training_setup import build_training_images
 
@@ -199,7 +193,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @pytest.fixture(scope="module")
 def tasks(color_images: Path) -> Path:
-    """Return the same images with two columns of labels, some of them missing, and a column of several labels."""
+    """Return the images with two columns of labels, some missing, and one of several labels."""
     rows = [
         (
             str(path),
@@ -229,6 +223,7 @@ def test_several_tasks_are_learned_and_continued_with_the_saved_heads(
     again = train(
         tmp_path / "again", tasks, label_column=("time", "kind"), model=tmp_path, split_seed=1
     )
+
     assert again["time_accuracy"] == 1.0  # with the saved heads
     # of the earlier run, which held out other images
     assert "`split_seed=0`" in capsys.readouterr().out
@@ -328,23 +323,6 @@ def test_linear_probing_trains_only_the_head(
     assert results["selection_metric"] == "accuracy"  # 30 images are too few
     assert ViTCLSForImageClassification.from_pretrained(tmp_path).config.temperature == 1
 
-    lines = {
-        line.split(" ")[0]: re.findall(r"\d+(?:[.,]\d+)*", line) for line in printed.splitlines()
-    }
-    assert {"data", "fit", "model", "tokens", "probe", "batches", "step"} <= lines.keys()
-    assert lines["data"][:2] == ["240", "60"]
-    assert lines["batches"] == ["8", "8", "1", "1", "20", "0.7"]
-    assert lines["model"][-4:] == [f"{results['num_parameters']:,}", "330", "2", "32"]
-    assert lines["tokens"] == [
-        "1",
-        "2",
-        "4",
-        "7",
-        "32",
-        "32",
-        f"{results['forward_flops_per_image'] / 1e9:.3g}",
-    ]
-
 
 def test_a_new_token_is_trained_with_a_frozen_encoder(pretrained: Path, tmp_path: Path) -> None:
     flags = {"model": pretrained, "trainable": "head", "num_distillation_tokens": 1}
@@ -358,76 +336,39 @@ def test_a_new_token_is_trained_with_a_frozen_encoder(pretrained: Path, tmp_path
     assert trained == heads | {"vitcls.embeddings.distillation_token", "vitcls.gates.gates"}
 
 
-def test_the_summary_counts_the_images_that_are_left_out(
-    color_images: Path, tmp_path: Path
-) -> None:
-    whole = prepare_setup(tiny_options(tmp_path / "whole", color_images)).data
-    names = whole.train.images.get_names()
-    rows = ["id,split", *(f"{name},{whole.train_split}" for name in names[:3])]
-    (tmp_path / "audit.csv").write_text("\n".join(rows))
-    run = prepare_setup(
-        tiny_options(tmp_path / "out", color_images, exclude=tmp_path / "audit.csv")
-    )
-    assert (
-        f"3 of {len(names)} "
-        in describe_splits(run.data, run.setup.processor, run.setup.labels_text)["excluded"]
-    )
+@pytest.mark.parametrize("flag", ["mixup", "cutmix"])
+def test_images_are_mixed_by_flags(flag: str, color_images: Path, tmp_path: Path) -> None:
+    run = prepare_setup(tiny_options(tmp_path / "out", color_images, **{flag: 5.0}))
+    pixels = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8)
+    mixed_pixels, mixed_labels = run.setup.objective.mixer(pixels, torch.arange(8) % 2)
+    assert mixed_labels.is_floating_point()
+    assert not torch.equal(mixed_pixels, pixels)
 
 
-def test_images_are_mixed_and_classes_are_weighted_by_flags(
-    color_images: Path, tmp_path: Path
-) -> None:
+def test_the_losses_of_classes_are_weighted_on_request(color_images: Path, tmp_path: Path) -> None:
     run = prepare_setup(tiny_options(tmp_path / "out", color_images, class_balance="weights"))
-    batch = {
-        "pixels": torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8),
-        "labels": torch.arange(8) % 2,
-    }
-    options = run.options
-    data = run.data
-    normalize = Normalizer(run.setup.processor, torch.device("cpu"))
-    for flag in (None, "mixup", "cutmix"):
-        changed = replace(
-            options, augmentation=replace(options.augmentation, **({flag: 5.0} if flag else {}))
-        )
-        objective: Any = build_objective(changed, data, None, normalize, run.reporter.accelerator)
-        assert (objective.mixer is not None) == (flag is not None)
-        if flag is not None:
-            pixels, mixed_labels = objective.mixer(batch["pixels"], batch["labels"])
-            assert mixed_labels.is_floating_point()
-            assert not torch.equal(pixels, batch["pixels"])
-    counts = torch.bincount(torch.tensor(data.train.labels), minlength=2)
+    counts = torch.bincount(torch.tensor(run.data.train.labels), minlength=2)
     logits = torch.randn(6, 2)
     labels = torch.tensor([0, 1, 1, 0, 1, 1])
-    expected = torch.nn.functional.cross_entropy(
-        logits, labels, label_smoothing=0.1, reduction="none"
-    )
-    weighted = (expected * (counts.sum() / (2 * counts))[labels]).mean()
-    torch.testing.assert_close(build_label_loss(options, data, CPU)(logits, labels), weighted)
+    plain = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1, reduction="none")
+    weighted = (plain * (counts.sum() / (2 * counts))[labels]).mean()
+    torch.testing.assert_close(run.setup.objective.label_loss(logits, labels), weighted)
 
-    plain = replace(options, training=replace(options.training, class_balance="none"))
-    dusk, noon = (
-        [index for index, label in enumerate(data.train.labels) if label == each] for each in (0, 1)
-    )
 
-    for num_images, is_imbalanced in ((10, False), (11, True)):  # and one image of the other class
-        rare = replace(data, train=data.train.select([*dusk[:num_images], noon[0]]))
-        task = build_training_setup(plain, resolve_initial_model("vitcls-tiny"), rare, run.reporter)
-        assert ("macro_f1" in task.printed_metrics, len(task.warnings)) == (
-            is_imbalanced,
-            is_imbalanced,
-        )
-    assert describe_imbalance(options, rare) == []
-
-    unweighted = compute_single_label_loss(logits, labels, label_smoothing=0.1)
-    torch.testing.assert_close(build_label_loss(plain, data, CPU)(logits, labels), unweighted)
-    losses = {
-        "multi_task": compute_multi_task_loss,
-        "multi_label_classification": compute_multi_label_loss,
-    }
-    for kind, loss in losses.items():
-        other: Any = replace(data, label_space=LabelSpace(kind, {"label": ["dusk", "noon"]}))  # type: ignore[arg-type]
-        built: Any = build_label_loss(options, other, CPU)
-        assert (built.func, built.keywords) == (loss, {"label_smoothing": 0.1})
+@pytest.mark.parametrize(("num_images", "is_imbalanced"), [(10, False), (11, True)])
+def test_macro_f1_is_printed_for_imbalanced_classes(
+    num_images: int, is_imbalanced: bool, color_images: Path, tmp_path: Path
+) -> None:
+    """The other class has one image. Weights of the classes make the warning unnecessary."""
+    run = prepare_setup(tiny_options(tmp_path / "out", color_images))
+    dusk, noon = (np.flatnonzero(np.equal(run.data.train.labels, each)) for each in (0, 1))
+    rare = replace(run.data, train=run.data.train.select([*dusk[:num_images], noon[0]]))
+    initial = resolve_initial_model("vitcls-tiny")
+    setup = build_training_setup(run.options, initial, rare, run.reporter)
+    assert ("macro_f1" in setup.printed_metrics) == is_imbalanced
+    assert len(setup.warnings) == is_imbalanced
+    training = replace(run.options.training, class_balance="weights")
+    assert describe_imbalance(replace(run.options, training=training), rare) == []
 
 
 def test_lora_is_merged_into_a_plain_model(pretrained: Path, tmp_path: Path) -> None:
@@ -465,9 +406,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["hard", "soft"])
-def test_a_teacher_trains_the_distillation_token(
-    teacher: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_teacher_trains_the_distillation_token(teacher: Path, tmp_path: Path, kind: str) -> None:
     results = train(
         tmp_path, "digits", teacher=str(teacher), distillation=kind, max_steps=4, mixup=0.2
     )
@@ -477,10 +416,6 @@ def test_a_teacher_trains_the_distillation_token(
     last = read_metrics(tmp_path)[-1]
     parts = last["label_loss"] / 2 + last["distillation_loss"] / 2
     assert last["loss"] == pytest.approx(parts, abs=1e-5)
-    output = capsys.readouterr().out
-    assert "teacher " in output
-    assert "cls accuracy" in output
-    assert "distillation accuracy" in output
     assert read_json(tmp_path / "results.json")["teacher_provenance"]["license"] == "cc-by-nc-4.0"
 
 
@@ -612,7 +547,7 @@ def test_trackers_get_metrics_with_their_steps_and_the_flags(tmp_path: Path) -> 
 
 
 def test_a_failed_evaluation_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The disk with the held-out images may be removed, or a cluster may not wait for the evaluation."""
+    """A disk may be removed, or a cluster may not wait for the evaluation."""
     settings = {
         "max_steps": 6,
         "batch_size": 80,
@@ -680,9 +615,7 @@ def test_a_dry_run_executes_all_steps_and_keeps_nothing(
         )
     )
     output = capsys.readouterr().out
-    assert re.search(
-        r"ran 3 steps and an evaluation, and saved a checkpoint and the model, in \d+ s", output
-    )
+
     assert re.search(
         r"The full run has 50 steps, takes about \d:\d\d:\d\d, and needs about [\d,]+ MiB", output
     )
@@ -712,5 +645,6 @@ def test_the_demo_trains_and_loads_a_model(tmp_path: Path) -> None:
     environment = {name: value for name, value in ENVIRONMENT.items() if name != "PYTHONPATH"}
     words = ("-P", "-c", WITHOUT_PACKAGE, SCRIPTS / "demo_load.py", tmp_path)
     ran = run_fresh(*words, environment=environment, cwd=tmp_path)
+
     assert ran.returncode == 0
     assert "This is also the accuracy in results.json" in ran.stdout

@@ -1,4 +1,4 @@
-"""LeJEPA: the loss equals lightly's, also over two processes; random crops; gradients reach the tokens."""
+"""LeJEPA: lightly's loss, also over two processes; random crops; gradients of the tokens."""
 
 import math
 from pathlib import Path
@@ -68,7 +68,7 @@ def test_sigreg_measures_the_distance_from_a_gaussian() -> None:
 
 
 def compare_with_one_process(rank: int, folder: Path) -> None:
-    """Check that the mean gradient over two processes equals the gradient of one process with all images."""
+    """Check that the mean gradient of two processes is that of one process with all images."""
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2
     )
@@ -116,6 +116,7 @@ def test_crops_are_parts_of_the_image() -> None:
     assert centers.amin(0).max() < 10
     assert centers.amax(0).min() > 21
     whole = crop(pixels[:8], [32, 32], (1.0, 1.0))[:, 0]
+
     assert (
         whole.amax((1, 2)) - whole.amin((1, 2))
     ).min() > 23  # at most the aspect ratio is cropped
@@ -167,6 +168,7 @@ def test_brightness_contrast_and_saturation_change_by_up_to_two_fifths() -> None
         assert 1.35 < factors.max() < 1.401
         assert 0.1 < ((factors - 1).abs() < 1e-4).float().mean() < 0.3
     extremes = lejepa.jitter(torch.eye(2).expand(50, 3, 2, 2))  # black and white
+
     assert (extremes.min(), extremes.max()) == (0, 1)
 
 
@@ -184,6 +186,7 @@ def test_gradients_reach_the_tokens(fields: dict) -> None:
         losses["loss"], 0.95 * losses["invariance_loss"] + 0.05 * losses["sigreg_loss"]
     )
     without = [name for name, weight in model.named_parameters() if weight.grad is None]
+
     assert without == []
     assert model.vitcls.embeddings.cls_token.grad.abs().sum() > 0
     # initialized as in the encoder

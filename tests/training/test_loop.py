@@ -1,4 +1,4 @@
-"""The training loop: accumulation, learning rates, moving average, tokens, losses, and signals that stop a run."""
+"""The training loop: steps, moving average, checkpoints, tokens, losses, and signals."""
 
 import itertools
 import math
@@ -74,7 +74,7 @@ DIGITS = replace(DIGITS, train=DIGITS.train.draw(360, seed=0))
 
 
 class RecordingReporter:
-    """A reporter that keeps the records, the warnings, the names of printed lines, and the steps."""
+    """A reporter that keeps records, warnings, names of printed lines, and steps."""
 
     def __init__(self) -> None:
         self.records: list[dict[str, Any]] = []
@@ -123,6 +123,7 @@ class RecordedLoop:
         save_every: int | None = None,
         **training: Any,
     ) -> None:
+        reset_accelerate()
         self.options = replace(
             TrainingOptions(max_steps=4, batch_size=8, learning_rate=1e-3, layer_decay=1.0),
             **training,
@@ -198,8 +199,7 @@ def copy_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def run_four_steps(**training: Any) -> dict[str, torch.Tensor]:
-    """Return the weights after four steps of SGD without momentum, which shows every difference in scale."""
-    reset_accelerate()
+    """Return the weights after four steps of SGD, which shows every difference in scale."""
     groups = lambda model: torch.optim.SGD(build_parameter_groups(model, 0.0), lr=1.0)  # noqa: E731
     bench = RecordedLoop(groups, **training)
     bench.run()
@@ -215,7 +215,7 @@ def test_accumulation_equals_the_large_batch() -> None:
 
 
 def test_steps_equal_a_plain_training_loop() -> None:
-    """Check the loss, the learning rates of all layers, clipping, and that the gradients of a step are cleared."""
+    """Loss, learning rates of all layers, clipping, and cleared gradients."""
     groups = lambda model: torch.optim.SGD(build_parameter_groups(model, 0.0, 0.5), lr=1.0)  # noqa: E731
     settings = {
         "max_steps": 3,
@@ -250,6 +250,7 @@ def test_steps_equal_a_plain_training_loop() -> None:
 def test_records_have_the_step_the_learning_rate_and_the_norms_of_each_token() -> None:
     bench = RecordedLoop(max_steps=5, log_every=2, log_attention_every=0)
     metrics = bench.run()
+
     assert [record["step"] for record in bench.reporter.records] == [2, 4, 5]
     for record in bench.reporter.records:
         assert record["epoch"] == round(record["step"] * 8 / 360, 4)
@@ -282,7 +283,6 @@ def test_losses_and_speed_are_measured_since_the_last_record(
 
 def collect_seeds(first_step: int = 0, **training: Any) -> list[int]:
     """Return the random seeds of the batches of four steps, after `first_step` of them."""
-    reset_accelerate()
     bench = RecordedLoop(max_steps=4, gradient_accumulation_steps=2, **training)
     bench.state.step = first_step
     bench.run()
@@ -372,7 +372,6 @@ def test_checkpoints_are_saved_when_due() -> None:
     bench = RecordedLoop(max_steps=8, save_every=3)
     bench.run()
     assert bench.store.saved == [(3, False), (6, False), (8, False), (8, True)]
-    reset_accelerate()
     # two steps per epoch
     at_evaluations = RecordedLoop(epochs=3, max_steps=None, batch_size=180, evaluate_every=2)
     at_evaluations.run()
@@ -384,7 +383,6 @@ def test_the_best_checkpoint_is_marked() -> None:
     bench.run()  # 0.5, 0.75, 0.6
     assert bench.store.saved == [(3, True), (6, True), (9, False)]
     assert bench.state.best_score == 0.75
-    reset_accelerate()
     equal = RecordedLoop(epochs=3, max_steps=None, batch_size=120, save_every=100)
     equal.accuracies = iter([0.5, 0.5, 0.5])
     equal.run()
@@ -408,11 +406,11 @@ def test_fine_tuning_must_exceed_the_frozen_model_by_more_than_chance() -> None:
         (9, False),
         (9, True),
     ]
-    reset_accelerate()
     single = RecordedLoop(max_steps=1, batch_size=720)  # one step of two epochs
     single.accuracies = iter([0.5, 0.82])
     single.loop.evaluate_step()
     single.run()
+
     assert single.store.saved == [(0, True), (1, False), (1, True)]
 
 
@@ -439,12 +437,12 @@ def test_the_measured_duration_does_not_change_the_run(monkeypatch: pytest.Monke
     whole.run()
     monkeypatch.setattr(duration, "MIN_BATCHES", 1)
     monkeypatch.setattr(duration, "MIN_SECONDS", 0)
-    reset_accelerate()
     measured = RecordedLoop(max_steps=9)
     measured.run()
     assert measured.reporter.lines == ["duration"]
     assert measured.losses[2:] == whole.losses
     weights = copy_weights(measured.model)
+
     assert all(
         torch.equal(weights[name], weight) for name, weight in copy_weights(whole.model).items()
     )
@@ -498,6 +496,7 @@ def test_a_non_finite_loss_stops_before_the_update(accumulation: int, build: Any
     bench.loop.objective = lambda model, batch: {
         "loss": objective(model, batch)["loss"] * next(factors)
     }
+
     with pytest.raises(RunStopped, match=r"not finite in step 2\. Set a lower `learning_rate`"):
         bench.loop.run_step(batches)
     assert all(
@@ -522,7 +521,6 @@ def test_permanently_non_finite_gradients_stop_the_run() -> None:
     bench = build_overflowing_loop(max_steps=40, log_every=40)
     with pytest.raises(RunStopped, match="not finite in step 20"):
         bench.run()
-    reset_accelerate()
     bench = build_overflowing_loop(finite_every=2, max_steps=2)
     bench.loop.num_overflows = 19
     bench.run()  # the first step is finite
@@ -557,6 +555,7 @@ def test_a_token_without_gradient_is_named_once_unless_tokens_are_frozen(
         for index, message in zip(tokens, bench.reporter.warnings, strict=True)
     )
     movement = bench.loop.monitor.compute_token_movement()
+
     assert movement["registers[0]"] == movement["registers[1]"] == 0 < movement["cls[0]"]
 
 
@@ -573,6 +572,7 @@ def test_token_monitor_records_the_current_step() -> None:
         gradients[0].norm().item(), rel=1e-5
     )
     movement = bench.loop.monitor.compute_token_movement()["cls[0]"]
+
     assert movement == pytest.approx((token.detach() - before).norm().item(), rel=1e-5)
 
 
@@ -597,6 +597,7 @@ def test_soft_and_hard_labels_agree() -> None:
     mixed = 0.75 * soft + 0.25 * torch.nn.functional.one_hot(other, 4)
     image_losses = torch.nn.functional.cross_entropy(logits, mixed, reduction="none")
     expected = ((0.75 * weights[labels] + 0.25 * weights[other]) * image_losses).mean()
+
     torch.testing.assert_close(weighted(logits, mixed), expected)
 
 
@@ -631,6 +632,7 @@ def test_multi_task_loss_ignores_missing_labels() -> None:
     assert all(parameter.grad is not None for parameter in model.parameters())
     complete = {"age": torch.tensor([0, 2]), "kind": torch.tensor([1, 0])}
     loss = objective(model, batch | {"labels": complete})["loss"]
+
     torch.testing.assert_close(loss, model(normalise(batch["pixels"]), labels=complete).loss)
 
 
@@ -652,6 +654,7 @@ def test_every_head_is_trained_without_a_teacher() -> None:
         torch.nn.functional.cross_entropy(logits, batch["labels"])
         for logits in (outputs.cls_logits, outputs.distillation_logits)
     ]
+
     torch.testing.assert_close(loss, (head_losses[0] + head_losses[1]) / 2)
 
 

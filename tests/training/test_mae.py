@@ -1,4 +1,4 @@
-"""MAE equals transformers' ViTMAEForPreTraining, and with any tokens and positions encodes only visible patches."""
+"""MAE equals transformers' ViTMAEForPreTraining, and encodes only visible patches."""
 
 from typing import Any
 
@@ -82,6 +82,7 @@ def test_only_visible_patches_are_encoded(name: str) -> None:
         hidden = masks.view(2, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
         changed = model(torch.where(hidden, torch.randn_like(pixels), pixels), masks).reconstruction
         assert model.vitcls(pixels).last_hidden_state.shape[1] == model.num_prefix_tokens + 16
+
     assert seen[:2] == [model.num_prefix_tokens + 4] * 2
     torch.testing.assert_close(changed, expected)
     assert not torch.allclose(model(pixels + 1, masks).reconstruction, expected)
@@ -98,6 +99,7 @@ def test_every_parameter_except_the_pooler_is_trained() -> None:
     assert masks.sum(dim=1).tolist() == [15, 15]
     randomize(model).train()(build_images(2), masks).loss.backward()
     frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
+
     assert {name for name, weight in model.named_parameters() if weight.grad is None} == frozen
     assert frozen
     assert all(name.startswith("vitcls.pooler.") for name in frozen)
@@ -125,4 +127,5 @@ def test_the_decoder_has_two_thirds_of_the_width() -> None:
     rounded = build_decoder_config(
         ViTCLSConfig(hidden_size=128, num_attention_heads=4), num_layers=1
     )
+
     assert rounded.hidden_size == 96  # three heads of 32

@@ -1,4 +1,4 @@
-"""The initial model of training, invalid flags, the effect of `--trainable`, and merged LoRA models."""
+"""The initial model of training, invalid flags, what is trained, and merged LoRA models."""
 
 import json
 import re
@@ -17,6 +17,7 @@ from helpers.tiny_models import (
     get_largest_difference,
     raises_one_line,
     randomize,
+    save_with_processor,
 )
 from helpers.tiny_options import build_initial_model, prepare_setup, run_training
 
@@ -57,11 +58,8 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 def two_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a checkpoint with two tasks."""
     folder = tmp_path_factory.mktemp("tasks")
-    torch.manual_seed(0)
     config = build_tiny_config(num_cls_tokens=2, tasks={"age": 2, "kind": 3})
-    ViTCLSForMultiTaskClassification(config).save_pretrained(folder)
-    ViTCLSImageProcessor(size=32).save_pretrained(folder)
-    return folder
+    return save_with_processor(ViTCLSForMultiTaskClassification(config), folder)
 
 
 @pytest.mark.parametrize("labels", [["LABEL_0", "LABEL_1", "LABEL_2"], ["no", "yes"]])
@@ -69,8 +67,7 @@ def test_extra_heads_are_dropped_because_fine_tuning_changes_their_features(
     labels: list[str], tmp_path: Path
 ) -> None:
     config = build_tiny_config(extra_heads={"weather": {"labels": ["rain", "sun"]}})
-    ViTCLSForImageClassification(config).save_pretrained(tmp_path)
-    ViTCLSImageProcessor(size=32).save_pretrained(tmp_path)
+    save_with_processor(ViTCLSForImageClassification(config), tmp_path)
     label_space = LabelSpace("single_label_classification", {"label": labels})
     model, _, new_names = build_initial_model(ModelOptions(model=str(tmp_path)), label_space)
     assert model.config.extra_heads is None
@@ -98,6 +95,7 @@ def test_a_checkpoint_of_several_tasks_is_trained_on_other_labels(
     kept = saved.vitcls.layers[0].mlp.fc1.weight
     assert torch.equal(model.vitcls.layers[0].mlp.fc1.weight, kept)
     logits = model(torch.zeros(1, 3, *model.config.image_height_width)).logits
+
     if label_space.kind == "multi_task":
         assert {task: answer.shape[1] for task, answer in logits.items()} == {
             task: len(names) for task, names in label_space.columns.items()
@@ -126,12 +124,12 @@ def test_a_classifier_is_kept_only_for_the_same_labels(
 ) -> None:
     fields = {"id2label": {0: "ant", 1: "bee", 2: "cat"}, "problem_type": stored_kind}
     fields |= {"temperature": 3.0, "energy_threshold": 2.0}
-    saved = randomize(ViTCLSForImageClassification(build_tiny_config(**fields)))
-    saved.save_pretrained(tmp_path)
-    ViTCLSImageProcessor(size=32).save_pretrained(tmp_path)
+    saved = ViTCLSForImageClassification(build_tiny_config(**fields))
+    save_with_processor(saved, tmp_path)
     model, _, new_names = build_initial_model(
         ModelOptions(model=str(tmp_path)), LabelSpace(kind, {"label": names})
     )
+
     assert new_names == (set() if is_same else {"classifier.weight", "classifier.bias"})
     assert torch.equal(model.classifier.weight, saved.classifier.weight) is is_same
     assert model.config.problem_type == (stored_kind if is_same else kind)
@@ -161,10 +159,9 @@ def test_a_new_classifier_of_a_pretrained_encoder_reads_cls_and_the_patches(
     expected: str,
     tmp_path: Path,
 ) -> None:
-    """Encoders with random weights, other poolers or distillation heads keep the pooling of the checkpoint."""
+    """Random weights, other poolers and distillation heads keep the pooling of the checkpoint."""
     encoder = ViTCLSModel(build_tiny_config(num_distillation_tokens=0, **stored))
-    encoder.save_pretrained(tmp_path)
-    ViTCLSImageProcessor(size=32).save_pretrained(tmp_path)
+    save_with_processor(encoder, tmp_path)
     write_json(tmp_path / "parity_report.json", report)
     labels = LabelSpace("single_label_classification", {"label": ["ant", "bee"]})
     model, _, _ = build_initial_model(ModelOptions(model=str(tmp_path), **flags), labels)
@@ -184,8 +181,7 @@ def test_checkpoints_in_bfloat16_are_trained_in_float32(names: list[str], tmp_pa
     config = build_tiny_config(
         id2label={0: "ant", 1: "bee", 2: "cat"}, num_register_tokens=2, use_mask_token=True
     )
-    randomize(ViTCLSForImageClassification(config)).bfloat16().save_pretrained(tmp_path)
-    ViTCLSImageProcessor(size=32).save_pretrained(tmp_path)
+    save_with_processor(ViTCLSForImageClassification(config).bfloat16(), tmp_path)
     options = ModelOptions(
         model=str(tmp_path), num_distillation_tokens=1, num_register_tokens=1, pooling="attention"
     )
@@ -200,6 +196,7 @@ def test_checkpoints_in_bfloat16_are_trained_in_float32(names: list[str], tmp_pa
     heads = [] if len(names) == 3 else ["classifier", "distillation_classifier"]
     new = {f"{head}.{name}" for head in heads for name in ("weight", "bias")}
     new |= {name for name, _ in model.named_parameters() if name.startswith("vitcls.pooler.")}
+
     assert new_names == new | {"vitcls.embeddings.distillation_token"}
 
 
@@ -207,8 +204,7 @@ def test_checkpoints_in_bfloat16_are_trained_in_float32(names: list[str], tmp_pa
 def test_registers_are_gated_if_the_weights_are_trained(
     is_random: bool, gated_tokens: dict[str, int] | None, tmp_path: Path
 ) -> None:
-    ViTCLSModel(build_tiny_config()).save_pretrained(tmp_path)
-    ViTCLSImageProcessor(size=32).save_pretrained(tmp_path)
+    save_with_processor(ViTCLSModel(build_tiny_config()), tmp_path)
     write_json(tmp_path / "parity_report.json", {"random_init": is_random})
     options = ModelOptions(model=str(tmp_path), num_register_tokens=2)
     label_space = LabelSpace("single_label_classification", {"label": ["no", "yes"]})
@@ -355,7 +351,7 @@ def build_random_model(model_class: Any = ViTCLSForImageClassification, **fields
 
 
 def group_trainable(model: torch.nn.Module) -> set[str]:
-    """Return the names of trainable parameters, grouped by `layers.1`, `lora`, or the module of the parameter."""
+    """Return the groups of trainable parameters: `layers.1`, `lora`, or their module."""
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups = {re.sub(r"^vitcls\.|^embeddings\.", "", name) for name in names}
     groups = {"lora" if "lora_" in name else name for name in groups}
@@ -409,8 +405,7 @@ def test_added_tokens_are_trained_with_their_positions_and_gates(
     saved = ViTCLSForImageClassification(
         build_tiny_config(**fields, id2label=dict(enumerate(names)))
     )
-    randomize(saved).save_pretrained(tmp_path)
-    ViTCLSImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    save_with_processor(saved, tmp_path)
     labels = LabelSpace("single_label_classification", {"label": names})
     options = ModelOptions(model=str(tmp_path), num_distillation_tokens=1, num_register_tokens=3)
     model, _, new_names = build_initial_model(options, labels)
@@ -461,6 +456,7 @@ def test_exactly_the_trainable_parameters_change(name: str, choice: str) -> None
         if not torch.equal(parameter, before[name])
     }
     wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
     assert moved <= wanted
     # key biases do not change the softmax
     assert all("k_proj.bias" in name for name in wanted - moved)
@@ -532,8 +528,7 @@ def test_large_checkpoints_are_fine_tuned_at_224_pixels(
         image_size=native, patch_size=patch, position_embedding_type="sincos_2d"
     )
     encoder = ViTCLSModel(config)
-    encoder.save_pretrained(tmp_path)
-    ViTCLSImageProcessor(size=config.image_height_width).save_pretrained(tmp_path)
+    save_with_processor(encoder, tmp_path, ViTCLSImageProcessor(size=config.image_height_width))
     options = ModelOptions(str(tmp_path), image_size=flag)
     options, line = choose_image_size(options, resolve_initial_model(options.model))
     label_space = LabelSpace("single_label_classification", {"label": ["yes", "no"]})

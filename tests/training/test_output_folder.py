@@ -147,6 +147,7 @@ def test_a_finished_run_is_replaced_only_with_overwrite(
     with build_dry_run_options(options_of(earlier / "new" / "run")):
         assert not list((earlier / "new").iterdir())
     monkeypatch.delenv("RANK")
+
     assert run(earlier, max_steps=2, overwrite=True)["steps"] == 2
 
 
@@ -261,6 +262,7 @@ def test_only_the_files_of_a_run_are_removed(earlier: Path) -> None:
         (earlier / name).write_text("mine")
     (earlier / ".model.partial").mkdir()
     remove_run_files(earlier, CheckpointStore(earlier / "checkpoints", num_kept=1))
+
     assert set(contents(earlier)) == set(mine)
     assert {path.name for path in earlier.iterdir()} == {
         "notes.txt",
@@ -272,7 +274,7 @@ def test_only_the_files_of_a_run_are_removed(earlier: Path) -> None:
 
 @pytest.mark.parametrize("name", ["results.json", "config.json", "config.resolved.yaml", None])
 def test_only_folders_of_runs_and_models_are_cleared(folder: Path, name: str | None) -> None:
-    """A folder with checkpoints is the folder of a run, too, which is not replaced without a flag."""
+    """A folder with checkpoints is that of a run, too, which requires a flag."""
     names = ["README.md", "images/a.png", "onnx/model.onnx", "report.html", "parity_report.json"]
     store = CheckpointStore(folder / "checkpoints", num_kept=2)
     for each in names:
@@ -288,6 +290,7 @@ def test_only_folders_of_runs_and_models_are_cleared(folder: Path, name: str | N
     else:
         (folder / name).touch()
     remove_run_files(folder, store)
+
     assert contents(folder) == {}
     assert not (folder / "images").exists()
 

@@ -1,4 +1,4 @@
-"""Pre-training runs with LeJEPA and MAE: measured features, the saved encoder, resumption, and any tokens and data."""
+"""Pre-training with LeJEPA and MAE: features, saved encoder, resumption, any tokens."""
 
 import math
 import re
@@ -34,7 +34,6 @@ from modeling_vitcls.training.pretrain import (
     compare_features,
     compute_effective_rank,
 )
-from modeling_vitcls.training.reporter import format_metric
 
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate", "few_digits")]
@@ -85,6 +84,7 @@ def test_the_folder_contains_the_encoder_and_the_measured_features(pretrained: P
     assert after["knn_accuracy"] == results["knn_accuracy"]
     assert all(moved > 0 for moved in results["token_movement"].values())
     records = [record for record in read_metrics(pretrained) if "held_out_knn_accuracy" in record]
+
     assert [record["step"] for record in records] == [3, 6]
     assert "cls_attention_entropy" in read_metrics(pretrained)[1]
     assert 1 < records[-1]["held_out_effective_rank"] < TINY.hidden_size
@@ -93,7 +93,10 @@ def test_the_folder_contains_the_encoder_and_the_measured_features(pretrained: P
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_resumed_run_equals_an_uninterrupted_run(method: str, tmp_path: Path) -> None:
-    """The newest checkpoint is removed; its projector or decoder, crops and masks come back to the bit."""
+    """Projector or decoder, crops and masks come back to the bit.
+
+    The newest checkpoint is removed.
+    """
     flags = {"method": method, "save_every": 2, "keep_checkpoints": 3, "batch_size": 24}
     whole = run_to_folder(tiny_options(tmp_path / "whole", **flags))
     shutil.copytree(whole, resumed := tmp_path / "resumed")
@@ -108,6 +111,7 @@ def test_a_resumed_run_equals_an_uninterrupted_run(method: str, tmp_path: Path) 
         assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert any(name.startswith(("projector.", "decoder.")) for name in found)
     features = [read_json(folder / "results.json")["features"] for folder in (whole, resumed)]
+
     assert features[0] == features[1]
 
 
@@ -155,6 +159,7 @@ def test_images_without_labels_are_measured_by_rank(
     assert results["selection_metric"] == "effective_rank"
     assert "knn_accuracy" not in results
     before, after = (results["features"][name]["effective_rank"] for name in ("before", "after"))
+
     assert f"\nfeatures  effective rank {before} -> {after} " in printed
     assert "worse" not in printed
     assert 1 <= after <= TINY.hidden_size
@@ -162,9 +167,8 @@ def test_images_without_labels_are_measured_by_rank(
 
 def test_a_converted_checkpoint_is_continued(tmp_path: Path) -> None:
     """It is trained in float32, here on all images."""
-    ViTCLSModel(build_tiny_config(num_register_tokens=1)).bfloat16().save_pretrained(
-        tmp_path / "model"
-    )
+    encoder = ViTCLSModel(build_tiny_config(num_register_tokens=1)).bfloat16()
+    encoder.save_pretrained(tmp_path / "model")
     ViTCLSImageProcessor(size=32).save_pretrained(tmp_path / "model")
     model = {
         "model": str(tmp_path / "model"),
@@ -173,6 +177,7 @@ def test_a_converted_checkpoint_is_continued(tmp_path: Path) -> None:
     before = load_file(tmp_path / "model" / "model.safetensors")
     flags = {"max_steps": 1, "learning_rate": 1e-5, "held_out_fraction": 0.0}
     folder = run_to_folder(tiny_options(tmp_path / "out", **model, **flags))
+
     for name, weight in load_file(folder / "model.safetensors").items():
         assert 0 < (weight - before[name]).abs().max() < 1e-4, name
 
@@ -228,14 +233,14 @@ def test_the_effective_rank_is_the_exponential_of_the_entropy_of_singular_values
 
 def test_a_collapse_is_a_warning(tmp_path: Path) -> None:
     warnings: list[str] = []
-    prepared = prepare_setup(tiny_options(tmp_path / "out", local_crops=3))
-    assert re.findall(r"\d+", prepared.setup.summary_lines["method"]) == ["2", "3"]  # crops
+    prepared = prepare_setup(tiny_options(tmp_path / "out"))
     evaluate: FeatureQuality = prepared.setup.build_evaluator(prepared.data.held_out)
     evaluate.warn = warnings.append
     evaluate(prepared.setup.model.eval())
     assert warnings == []
     with torch.no_grad():
         prepared.setup.model.vitcls.layernorm.weight.zero_()
+
     assert evaluate(prepared.setup.model)["effective_rank"] == 1
     assert len(warnings) == 1
     assert "1.0 of 32 channels" in warnings[0]
@@ -247,11 +252,6 @@ def test_few_images_do_not_trigger_the_collapse_warning(tmp_path: Path) -> None:
     warnings: list[str] = []
     flags = {"hidden_size": 192, "method": "mae", "image_size": [32, 48], "patch_size": 16}
     prepared = prepare_setup(tiny_options(tmp_path / "out", **flags))
-    assert re.findall(r"\d+", prepared.setup.summary_lines["method"]) == [
-        "5",
-        "2",
-        "3",
-    ]  # 5 of 2 x 3 are masked
     evaluate = prepared.setup.build_evaluator(prepared.data.held_out.draw(4, 0))
     evaluate.warn = warnings.append
     assert 1.5 < evaluate(prepared.setup.model.eval())["effective_rank"] <= 3
@@ -269,17 +269,6 @@ def test_worse_features_are_named() -> None:
     assert "worse" not in compare_features(bad, good) + compare_features(
         good, bad | {"knn_accuracy": 0.5}
     )
-    found = [
-        format_metric(name, 12.3456)
-        for name in ("effective_rank", "teacher_cosine", "loss", "macro_f1")
-    ]
-    assert found == [
-        "effective rank 12.3",
-        "teacher cosine 12.346",
-        "loss 12.35",
-        "macro f1 1234.56%",
-    ]
-    assert format_metric("macro_f1", None).startswith("macro f1 ")  # if no image has a label
 
 
 def test_lejepa_replaces_the_crops_of_the_augmentation() -> None:

@@ -1,4 +1,4 @@
-"""Probe of the frozen encoder: the classifier equals scikit-learn's regression, and fine-tuning is never worse."""
+"""Probe of the frozen encoder: scikit-learn's regression; fine-tuning is never worse."""
 
 import math
 import shutil
@@ -54,59 +54,60 @@ def build_options(folder: Path, encoder: Path, **flags: Any) -> Any:
     return build_tiny_options(folder, "digits", **settings | flags)
 
 
+def process(run: Path, images: Any) -> torch.Tensor:
+    """Return the pixel values of images for a saved model."""
+    processor = ViTCLSImageProcessor.from_pretrained(run)
+    pictures = [images[index] for index in range(len(images))]
+    return processor(pictures, return_tensors="pt")["pixel_values"]
+
+
 @torch.no_grad()
 def compute_logits(run: Path, images: Any) -> np.ndarray:
     """Compute the logits of a saved model with its public interface."""
     model = ViTCLSForImageClassification.from_pretrained(run).eval()
-    processor = ViTCLSImageProcessor.from_pretrained(run)
-    pixel_values = processor([images[index] for index in range(len(images))], return_tensors="pt")[
-        "pixel_values"
-    ]
-    return model(pixel_values).logits.numpy()
+    return model(process(run, images)).logits.numpy()
 
 
 @torch.no_grad()
 def compute_features(run: Path, images: Any) -> np.ndarray:
     """Compute the input of the saved model's classifier."""
     model = ViTCLSModel.from_pretrained(run).eval()
-    processor = ViTCLSImageProcessor.from_pretrained(run)
-    pixel_values = processor([images[index] for index in range(len(images))], return_tensors="pt")[
-        "pixel_values"
-    ]
-    return model(pixel_values).pooler_output.double().numpy()
+    return model(process(run, images)).pooler_output.double().numpy()
 
 
-def fit_reference(run: Path, frozen: dict[str, Any], parts: list[Any], images: Any) -> np.ndarray:
-    """Return the probabilities of scikit-learn's regression on the input of the saved model's classifier."""
+def check_regression(run: Path, results: dict[str, Any], parts: list[Any], images: Any) -> None:
+    """Compare a saved model with scikit-learn's regression on the input of its classifier."""
     features = np.concatenate([compute_features(run, part.images) for part in parts])
     labels = np.concatenate([part.labels for part in parts])
+    frozen = results["frozen"]
     scaler = StandardScaler(with_std=frozen["scale"] == "standardized").fit(features)
     scaled = scaler.transform(features)
     norm = np.sqrt((scaled**2).sum(axis=1).mean())
     regression = LogisticRegression(C=frozen["strength"], max_iter=1000).fit(scaled / norm, labels)
-    return regression.predict_proba(scaler.transform(compute_features(run, images)) / norm)
+    expected = regression.predict_proba(scaler.transform(compute_features(run, images)) / norm)
 
-
-def test_the_frozen_model_is_the_regression_of_scikit_learn(encoder: Path, tmp_path: Path) -> None:
-    options = build_options(tmp_path / "head", encoder, trainable="head")
-    results = run_training(options)
-    data = prepare_setup(options).data
-    assert results["steps"] == 0
-    expected = fit_reference(
-        tmp_path / "head", results["frozen"], [data.train], data.held_out.images
-    )
-    logits = (
-        compute_logits(tmp_path / "head", data.held_out.images)
-        * results["calibration"]["temperature"]
-    )
+    logits = compute_logits(run, images) * results["calibration"]["temperature"]
     np.testing.assert_allclose(softmax(logits, axis=1), expected, atol=5e-3)
 
 
-def test_the_reported_accuracy_is_that_of_the_saved_model(encoder: Path, tmp_path: Path) -> None:
-    options = build_options(tmp_path / "head", encoder, trainable="head")
-    results = run_training(options)
+@pytest.fixture(scope="module")
+def frozen_run(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return the options and the results of a run that stops after the probe."""
+    options = build_options(tmp_path_factory.mktemp("head") / "run", encoder, trainable="head")
+    return options, run_training(options)
+
+
+def test_the_frozen_model_is_the_regression_of_scikit_learn(frozen_run: Any) -> None:
+    options, results = frozen_run
+    data = prepare_setup(options).data
+    assert results["steps"] == 0
+    check_regression(options.output_dir, results, [data.train], data.held_out.images)
+
+
+def test_the_reported_accuracy_is_that_of_the_saved_model(frozen_run: Any) -> None:
+    options, results = frozen_run
     held_out = prepare_setup(options).data.held_out
-    predictions = compute_logits(tmp_path / "head", held_out.images).argmax(axis=1)
+    predictions = compute_logits(options.output_dir, held_out.images).argmax(axis=1)
     assert results["num_images"] == len(held_out)
     assert results["accuracy"] == pytest.approx((predictions == held_out.labels).mean(), abs=1e-6)
 
@@ -114,7 +115,7 @@ def test_the_reported_accuracy_is_that_of_the_saved_model(encoder: Path, tmp_pat
 def find_nearest_names(
     features: np.ndarray, train: np.ndarray, names: list[str]
 ) -> list[list[str]]:
-    """Return the names of the three training images with the highest cosine, for each row of features."""
+    """Return the names of the three training images with the highest cosine, by row."""
     normalized = [
         array / np.linalg.norm(array, axis=1, keepdims=True) for array in (features, train)
     ]
@@ -123,7 +124,7 @@ def find_nearest_names(
 
 
 def check_nearest_images(options: Any, frozen: Path) -> tuple[Any, Any]:
-    """Compare the nearest images of the wrong predictions of a run with those by the features of a frozen model.
+    """Compare the nearest images of wrong predictions with those of a frozen model.
 
     Returns whether each prediction is wrong, and the nearest images of each.
     """
@@ -139,11 +140,10 @@ def check_nearest_images(options: Any, frozen: Path) -> tuple[Any, Any]:
 
 
 def test_the_nearest_images_of_a_wrong_prediction_have_the_most_similar_features(
-    encoder: Path, tmp_path: Path
+    frozen_run: Any,
 ) -> None:
-    options = build_options(tmp_path / "head", encoder, trainable="head")
-    run_training(options)
-    is_wrong, names = check_nearest_images(options, tmp_path / "head")
+    options, _ = frozen_run
+    is_wrong, names = check_nearest_images(options, options.output_dir)
     assert not names[~is_wrong].map(len).any()
 
 
@@ -203,15 +203,8 @@ def test_a_learning_rate_that_is_too_large_ends_with_the_frozen_model(
     assert results["selection"]["step"] == 0
 
     data = prepare_setup(options).data
-    expected = fit_reference(
-        tmp_path / "run", results["frozen"], [data.train, data.selection], data.held_out.images
-    )
-
-    logits = (
-        compute_logits(tmp_path / "run", data.held_out.images)
-        * results["calibration"]["temperature"]
-    )
-    np.testing.assert_allclose(softmax(logits, axis=1), expected, atol=5e-3)
+    parts = [data.train, data.selection]
+    check_regression(tmp_path / "run", results, parts, data.held_out.images)
 
 
 def test_nothing_is_trained_with_too_few_selection_images(encoder: Path, tmp_path: Path) -> None:
@@ -224,14 +217,8 @@ def test_nothing_is_trained_with_too_few_selection_images(encoder: Path, tmp_pat
     assert results["num_training_images"] == len(data.train) + len(data.selection)
     # no second copy of the weights
     assert not list((tmp_path / "run").rglob("checkpoints/*/*.safetensors"))
-    expected = fit_reference(
-        tmp_path / "run", results["frozen"], [data.train, data.selection], data.held_out.images
-    )
-    logits = (
-        compute_logits(tmp_path / "run", data.held_out.images)
-        * results["calibration"]["temperature"]
-    )
-    np.testing.assert_allclose(softmax(logits, axis=1), expected, atol=5e-3)
+    parts = [data.train, data.selection]
+    check_regression(tmp_path / "run", results, parts, data.held_out.images)
 
 
 def test_select_last_trains_on_few_images(
@@ -303,20 +290,18 @@ def test_the_loss_stays_low_when_training_starts_from_the_regression(
     assert max(losses) < 2 * losses[0]
 
 
-def test_the_loss_stays_low_in_transformers_trainer(encoder: Path, tmp_path: Path) -> None:
+def test_the_loss_stays_low_in_transformers_trainer(frozen_run: Any, tmp_path: Path) -> None:
     """The loss of held-out images, because that of the training images is nearly 0."""
-    options = build_options(tmp_path / "frozen", encoder, trainable="head")
-    run_training(options)
+    options, _ = frozen_run
     data = prepare_setup(options).data
-    model = ViTCLSForImageClassification.from_pretrained(tmp_path / "frozen")
-    processor = ViTCLSImageProcessor.from_pretrained(tmp_path / "frozen")
+    model = ViTCLSForImageClassification.from_pretrained(options.output_dir)
 
     def build_examples(part: Any) -> list[dict[str, Any]]:
-        pictures = [part.images[index] for index in range(len(part))]
-        pixel_values = processor(pictures, return_tensors="pt")["pixel_values"]
         return [
             {"pixel_values": pixels, "labels": int(label)}
-            for pixels, label in zip(pixel_values, part.labels, strict=True)
+            for pixels, label in zip(
+                process(options.output_dir, part.images), part.labels, strict=True
+            )
         ]
 
     arguments = TrainingArguments(
@@ -391,6 +376,7 @@ def test_the_better_geometry_is_chosen(encoder: Path, tmp_path: Path) -> None:
     results = run_training(
         build_tiny_options(tmp_path / "run", folder, model=own, probe=True, select=None)
     )
+
     assert results["frozen"]["fit"] == "squash"
     assert get_fit(ViTCLSImageProcessor.from_pretrained(tmp_path / "run")) == "squash"
     assert results["accuracy"] == 1
@@ -424,7 +410,7 @@ def test_random_weights_have_no_probe(tmp_path: Path) -> None:
         (run.options, {"classifier.weight"}, "multi_task", "label"),
         (run.options, set(), "single_label_classification", "checkpoint has a classifier"),
     ):
-        assert reason in str(explain_missing_probe(options, run.setup.model, names, kind))
+        assert reason in str(explain_missing_probe(options, run.setup.model, False, names, kind))
 
 
 def test_the_own_geometry_that_wins_is_saved_as_it_was(encoder: Path, tmp_path: Path) -> None:

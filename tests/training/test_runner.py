@@ -1,4 +1,4 @@
-"""Runs that are stopped and resumed in this process, and errors for changes between start and resume (run.py).
+"""Runs that are stopped and resumed in this process, and errors for changes.
 
 tests/integration/test_resume.py kills and resumes whole runs in other processes.
 """
@@ -30,7 +30,7 @@ NOT_COMPARED = ("images_per_second", "peak_memory_mb", "seconds", "inference", "
 
 
 def build_options(folder: Path, **flags: Any) -> FinetuneOptions:
-    """Return the options of a run of three steps with averaged weights, which saves after each step."""
+    """Return the options of three steps with averaged weights, which saves after each step."""
     settings = {
         "max_steps": 3,
         "batch_size": 8,
@@ -152,6 +152,7 @@ def test_a_signal_saves_a_checkpoint(
     assert CheckpointStore(folder / "checkpoints", num_kept=1).list_steps() == [1]
     monkeypatch.setattr(Reporter, "show_step", show_step)
     run_training(build_options(folder, resume=True, **flags))
+
     assert get_compared_values(folder)[0] == get_compared_values(whole)[0]
     assert [record["step"] for record in read_metrics(folder)] == [1, 2, 3]
 
@@ -195,6 +196,7 @@ def test_teachers_of_a_run_may_be_pinned_but_not_changed() -> None:
         "hub_private": True,
     }
     flags |= {"hub_verify": True}
+
     check_flags_unchanged(flags, {"teachers": ["acme/vit", "acme/other"]}, Path("run"))
     for teachers in (["acme/other", "acme/vit"], ["acme/vit"]):
         with raises_one_line(
@@ -214,7 +216,8 @@ def test_a_resumed_run_uses_the_commits_of_its_checkpoint() -> None:
     options = build_tiny_options(
         Path("run"), "digits", PretrainOptions, teachers=("acme/other", "acme/vit")
     )
-    assert pin_models(options, checkpoint).distillation.teachers == (
+
+    assert pin_models(options, checkpoint).multi_teacher.teachers == (
         stored["teacher"],
         stored["model"],
     )

@@ -148,6 +148,7 @@ def test_teachers_predict_as_with_their_own_image_processor(build: Any, tmp_path
         assert get_largest_difference(teacher(shown), alone(**whole).logits) <= 1e-5
         expected = alone(**processor(list(batch), return_tensors="pt")).logits
         assert get_largest_difference(teacher(batch), expected) <= 1e-5
+
     assert teacher.description.endswith(f"{size[0]} x {size[1]} pixels")
 
 
@@ -166,6 +167,7 @@ def test_teachers_resize_with_the_filter_of_their_processor(
     teacher = load_labeled_teacher(f"transformers:{folder}")
     pixels = build_pixels(height=40, width=56)
     expected = functional.resize(pixels, [24, 24], InterpolationMode(mode), antialias=True)
+
     assert torch.equal(teacher.preprocessing(pixels), teacher.preprocessing(expected))
     assert get_interpolation("random") is InterpolationMode.BILINEAR  # of timm's configurations
     assert teacher(pixels).dtype == torch.float32
@@ -188,6 +190,7 @@ def test_the_whole_crop_is_used_without_a_center_crop(tmp_path: Path) -> None:
     border[:, :, 8:24, 8:24] = 100  # the part that a center crop would keep
     other = border.clone()
     other[:, :, :8] = 0
+
     assert get_largest_difference(teacher(border), teacher(other)) > 1e-3
 
 
@@ -231,6 +234,7 @@ def test_gray_and_color_images_are_converted(channels: int, tmp_path: Path) -> N
     found, expected = (
         load_labeled_teacher(colour, channels=each.shape[1])(each) for each in (batch, in_color)
     )
+
     assert get_largest_difference(found, expected) <= 1e-5
 
 
@@ -328,6 +332,7 @@ def test_timm_preprocessing_equals_timm(tmp_path: Path) -> None:
     resized = functional.resize(
         build_pixels(), [height, width], InterpolationMode.BICUBIC, antialias=True
     )
+
     assert torch.equal(teacher.preprocessing(build_pixels()), teacher.preprocessing(resized))
 
 
@@ -392,12 +397,13 @@ def test_the_cache_predicts_each_view_once(resnet: Path) -> None:
             assert get_largest_difference(answer, Teacher.predict(teacher, batch)) <= rounding
             calls.pop()
         assert len(calls) == 5
+
     with raises_one_line("`teacher_views`", "`streaming=True`"):
         TeacherCache(teacher, None, num_views=2, width=3)
 
 
 def test_cached_predictions_do_not_depend_on_the_batch(resnet: Path) -> None:
-    """A run that is resumed after the first epoch predicts again, in other batches: to the bit the same."""
+    """A resumed run predicts again, in other batches: the same to the bit."""
     teacher = load_labeled_teacher(resnet)
     uninterrupted = TeacherCache(teacher, 24, 2, 3)
     for batch in iterate_views(24, 2, seed=0):

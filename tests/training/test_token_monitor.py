@@ -28,5 +28,6 @@ def test_entropy_of_cls_attention_equals_eager_attention() -> None:
     attentions = eager.eval()(normalise(pixels[:8]), output_attentions=True).attentions
     rows = [weights[:, :, model.config.token_layout.cls] for weights in attentions]
     expected = [-(row * row.log()).sum(-1).mean().item() for row in rows]
+
     assert found == pytest.approx(expected, abs=1e-3)
     assert max(found) < math.log(8) - 0.01  # 2 CLS, 2 registers, 4 patches: not uniform

@@ -1,4 +1,4 @@
-"""Whole runs in this process: defaults, the best checkpoint, cross-validation, and runs without held-out images."""
+"""Whole runs in this process: defaults, the best checkpoint, folds, and no held-out images."""
 
 import json
 from dataclasses import replace
@@ -68,16 +68,10 @@ def write_images(folder: Path, splits: dict[str, dict[str, int]]) -> DataOptions
 # Defaults -----------------------------------------------------------------------------------------
 
 
-def test_defaults_are_printed_and_recorded(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_defaults_are_recorded(tmp_path: Path) -> None:
     flags = {"crop_scale": None, "shift": None, "max_steps": 2, "weight_decay": 0.1}
     options = build_tiny_options(tmp_path / "run", "digits", **flags)
     run_training(options)
-    printed = capsys.readouterr().out
-    assert "weights   random, because vitcls-tiny is a preset" in printed
-    assert "for example timm:" in printed
-    assert "random weights, width 32: learning rate 0.001, initializer range 0.141" in printed
-    assert "random weights, 240 images: batch size 32" in printed
-    assert "image size 32: crop scale 1, shift 0.04" in printed
     resolved = yaml.safe_load(
         (tmp_path / "run" / "config.resolved.yaml").read_text(encoding="utf-8")
     )
@@ -88,6 +82,7 @@ def test_defaults_are_printed_and_recorded(tmp_path: Path, capsys: pytest.Captur
         "crop_scale": 1.0,
         "weight_decay": 0.1,
     }
+
     assert {name: resolved[name] for name in expected} == expected
     assert not resolved.keys() & {"config", "resume", "overwrite", "dry_run"}
 
@@ -136,7 +131,7 @@ def test_the_flags_and_the_checkpoint_determine_the_batches(tmp_path: Path) -> N
 def test_the_best_checkpoint_is_saved_and_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """The learning rate is far too high, so that a later evaluation is worse than an earlier one."""
+    """The learning rate is far too high, so that later evaluations are worse."""
     folder = tmp_path / "run"
     flags = {"epochs": 4.0, "batch_size": 60, "learning_rate": 0.2, "warmup": 0.0, "ema_decay": 0.5}
     flags |= {"drop_path_rate": 0.5}  # not in evaluations
@@ -181,6 +176,7 @@ def test_early_stopping_is_resumed_exactly(tmp_path: Path, capsys: pytest.Captur
     assert first["selection"]["num_images"] > 0
     (tmp_path / "run" / "results.json").unlink()
     again = run_training(build_options(tmp_path / "run", select=None, resume=True, **flags))
+
     assert (again["steps"], again["accuracy"]) == (first["steps"], first["accuracy"])
     with raises_one_line("`early_stopping`", "`select='best'`"):
         build_options(tmp_path / "other", select="last", **flags)
@@ -295,9 +291,7 @@ def test_a_dry_run_predicts_the_duration_of_the_full_run() -> None:
 # ------------------------------------------------------------------------
 
 
-def test_each_image_is_held_out_in_one_fold_and_the_mean_has_an_interval(
-    tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_each_image_is_held_out_in_one_fold_and_the_mean_has_an_interval(tmp_path: Path) -> None:
     data = replace(DIGITS, folds=3)
     summary = run_folds(build_options(tmp_path / "run", data, max_steps=2), run_training)
     parts = [
@@ -319,9 +313,6 @@ def test_each_image_is_held_out_in_one_fold_and_the_mean_has_an_interval(
         {"folder": f"fold-{fold}", "accuracy": value} for fold, value in enumerate(accuracies, 1)
     ]
     assert (summary["metric"], summary["folds"]) == ("accuracy", folds)
-
-    line = f"mean accuracy {summary['mean']:.2%} (95% interval: {interval[0]:.2%} to {interval[1]:.2%}) over 3 folds"
-    assert line in capsys.readouterr().out
 
     reset_accelerate()
     evaluated = evaluate_checkpoint(
@@ -347,6 +338,7 @@ def test_a_run_on_all_images_has_no_accuracy(tmp_path: Path, capsys: pytest.Capt
     results = run_training(options)
     assert (results["num_training_images"], results["num_images"]) == (300, 0)
     output = capsys.readouterr().out
+
     assert "accuracy" not in results
     assert "not evaluated" in output
     assert "WARNING" not in output
@@ -359,7 +351,7 @@ def test_a_run_on_all_images_has_no_accuracy(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_a_class_without_training_images_is_a_warning(tmp_path: Path) -> None:
-    """The training images of a trained model are too few for a selection split, which would be the default."""
+    """The training images are too few for a selection split, which would be the default."""
     model = save_with_processor(
         ViTCLSForImageClassification(build_tiny_config()), tmp_path / "model"
     )
