@@ -5,6 +5,7 @@ from modeling_vitcls.analysis.report import write_page
 write_page("report.html", inspect_model(model, processor, images))
 
 options.py              flags of `vitcls inspect` and `vitcls look`
+token_use.py            which tokens the outputs of a model read, and in how many layers
 maps.py                 attention to patches as maps on the pixels of an image
 attribution.py          attention of every layer, attention rollout and gradient attribution
 token_statistics.py     statistics over many images, per layer, head and token

@@ -20,9 +20,10 @@ from ..inference.token_names import get_token_names_by_group
 from ..model.configuration_vitcls import ViTCLSConfig
 from .attribution import AttentionTrace, trace_attention
 from .image_report import ImagePrediction, build_image_predictions, decompose_patches
-from .maps import count_used_layers, extract_patch_maps, get_head_names, to_upright_rgb
+from .maps import extract_patch_maps, get_head_names, to_upright_rgb
 from .model_utils import is_classifier, unwrap_model
 from .register_neurons import OUTLIER_RATIO
+from .token_use import TokenUse
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class PhotoMeasurements:
 
 
 def measure_photo(model: Any, processor: Any, image: Image.Image) -> PhotoMeasurements:
-    """Run the model once on a photo, and return the attention of its tokens and the features of its patches.
+    """Run the model once on a photo, and return the attention and the features of its tokens.
 
     Args:
         model: any ViTCLS classifier or encoder, with or without special tokens.
@@ -100,8 +101,8 @@ def measure_photo(model: Any, processor: Any, image: Image.Image) -> PhotoMeasur
     decompositions = [decompose_patches([layer]) for layer in features]
     colors = torch.stack([layer_colors for (layer_colors,), _ in decompositions])  # [L, gh, gw, 3]
 
-    has_head = is_classifier(model)
-    *token_layers, patch_layer = [max(count, 1) for count in count_used_layers(config, has_head)]
+    use = TokenUse(config, is_classifier(model))
+    *token_layers, patch_layer = [max(number, 1) for number in use.num_layers]
     names_by_group = get_token_names_by_group(config)
     token_names = [name for names in names_by_group.values() for name in names]
     token_groups = [group for group, names in names_by_group.items() for _ in names]
@@ -119,7 +120,7 @@ def measure_photo(model: Any, processor: Any, image: Image.Image) -> PhotoMeasur
         image=upright_image,
         visible_region=get_visible_region(processor, image_size, config.patch_height_width),
         input_size=input_size,
-        predictions=build_image_predictions(model, trace.outputs),
+        predictions=build_image_predictions(use, trace.outputs),
         token_names=token_names,
         token_groups=token_groups,
         token_layers=token_layers,

@@ -32,6 +32,7 @@ from modeling_vitcls.analysis.diagnosis import (
 )
 from modeling_vitcls.analysis.report import build_effect_rows
 from modeling_vitcls.analysis.token_statistics import Findings
+from modeling_vitcls.analysis.token_use import TokenUse
 from modeling_vitcls.analysis.verdict_texts import describe_verdict
 from modeling_vitcls.inference.image_pass import ImageBatch
 
@@ -61,7 +62,7 @@ def fill(value: Any, *place: Any) -> Callable[[torch.Tensor], None]:
 
 def judge(model: Any, findings: Findings) -> list[str]:
     """Return the words of the verdicts on tokens, without effects."""
-    return [verdict.headline for verdict in diagnose_tokens(model, findings)][
+    return [verdict.headline for verdict in diagnose_tokens(TokenUse(model.config), findings)][
         : len(findings.token_norms[0])
     ]
 
@@ -90,7 +91,7 @@ def test_states_that_are_not_used_are_not_judged() -> None:
     ]
     equal = plant_layer(2, 0, 2)  # CLS is used in three layers
     assert judge(model, equal) == ["identical", "not measured", "identical", "same for all images"]
-    assert "After layer 2," in describe_verdict(diagnose_tokens(model, equal)[0])
+    assert "After layer 2," in describe_verdict(diagnose_tokens(TokenUse(model.config), equal)[0])
 
 
 SELECTIVE = {"map_selectivity": fill(0.3, ALL, 0)}
@@ -168,7 +169,9 @@ def test_single_measurements_are_judged_by_their_limits(
     token: int, planted: dict[str, Any], word: str
 ) -> None:
     model = build_classifier()
-    found = diagnose_tokens(model, plant(collect_findings(model, PIXELS), **planted))[token]
+    found = diagnose_tokens(
+        TokenUse(model.config), plant(collect_findings(model, PIXELS), **planted)
+    )[token]
     assert found.headline == word
     assert REASONS.get(word, "") in describe_verdict(found)
     assert found.rating == {"not measured": "neutral", "equal attention": "doubtful"}.get(
@@ -200,9 +203,8 @@ def test_the_effect_beyond_its_limit_decides_the_verdict() -> None:
             kind: {key: {"": found, "other": unmeasurable} for key in keys}
             for kind, found in kinds.items()
         }
-        return diagnose_tokens(
-            judged, findings, effects, {f"{key}[0]": value for key, value in moved.items()}
-        )
+        movement = {f"{key}[0]": value for key, value in moved.items()}
+        return diagnose_tokens(TokenUse(judged.config), findings, effects, movement)
 
     for information, presence, outcome in (
         (effect, change(effect, size=0.4, redraw_drop=(0.2, 0.3)), "has an effect"),
@@ -254,11 +256,9 @@ def test_the_effect_beyond_its_limit_decides_the_verdict() -> None:
 
 def test_encoders_are_judged_by_their_features() -> None:
     model = randomize(ViTCLSModel(build_tiny_config(num_register_tokens=2, num_hidden_layers=3)))
-    found = diagnose_tokens(
-        model,
-        collect_findings(model, PIXELS),
-        compute_ablations(model, lambda: [ImageBatch(PIXELS)]),
-    )
+    use = TokenUse(model.config, has_head=False)
+    effects = compute_ablations(model, use, [ImageBatch(PIXELS)])
+    found = diagnose_tokens(use, collect_findings(model, PIXELS), effects)
     cls, *registers, group = found
     assert cls.headline == "an output of the encoder"
     assert set(cls.numbers["information"]) == {"cls", "pooled", "patches"}
@@ -414,7 +414,7 @@ def test_the_last_layers_that_are_used_are_decisive() -> None:
         ([7], "artifacts"),
     ):
         found = diagnose_patches(
-            model.config, replace_ratios(findings, dict.fromkeys(layers, 0.02))
+            TokenUse(model.config), replace_ratios(findings, dict.fromkeys(layers, 0.02))
         )
         assert found.headline == word, layers
 
@@ -426,12 +426,14 @@ def test_the_last_layers_that_are_used_are_decisive() -> None:
     )
     assert (found.rating, found.numbers["layer"], found.numbers["num_patches"]) == ("bad", 7, 4096)
 
-    encoder = diagnose_patches(model.config, replace_ratios(findings, {9: 0.02}), has_head=False)
+    encoder = diagnose_patches(
+        TokenUse(model.config, has_head=False), replace_ratios(findings, {9: 0.02})
+    )
     assert (encoder.headline, encoder.numbers["layer"]) == ("artifacts", 9)
     assert (
-        diagnose_patches(model.config, replace_ratios(findings, {7: 0.02, 8: 0.03})).numbers[
-            "layer"
-        ]
+        diagnose_patches(
+            TokenUse(model.config), replace_ratios(findings, {7: 0.02, 8: 0.03})
+        ).numbers["layer"]
         == 8
     )
 
@@ -440,7 +442,7 @@ def test_the_patches_of_a_single_layer_are_judged_in_the_embeddings() -> None:
     """The head does not use the patches of the last layer."""
     model = build_classifier(num_hidden_layers=1)
     findings = collect_findings(model, PIXELS)
-    found = diagnose_patches(model.config, replace_ratios(findings, {0: 0.02}))
+    found = diagnose_patches(TokenUse(model.config), replace_ratios(findings, {0: 0.02}))
     assert (found.headline, found.numbers["layer"]) == ("artifacts", 0)
     # the registers are the same for all images
     assert judge(model, findings) == ["not measured"] * 5
@@ -450,7 +452,7 @@ def test_registers_absorb_outliers_only_if_outliers_increase_without_them() -> N
     model = build_classifier(num_register_tokens=2)
     findings = collect_findings(model, PIXELS)
     absorbed = describe_verdict(
-        diagnose_patches(model.config, replace_ratios(findings, {}, {2: 0.03}))
+        diagnose_patches(TokenUse(model.config), replace_ratios(findings, {}, {2: 0.03}))
     )
     assert "absorb outliers" in absorbed
     assert "0.00%" in absorbed
@@ -460,13 +462,15 @@ def test_registers_absorb_outliers_only_if_outliers_increase_without_them() -> N
         (0.02, 0.033, False),
         (0.02, 0.036, True),
     ):  # 3.7 and 4.4 standard deviations
-        found = diagnose_patches(model.config, replace_ratios(findings, {2: before}, {2: after}))
+        found = diagnose_patches(
+            TokenUse(model.config), replace_ratios(findings, {2: before}, {2: after})
+        )
         assert found.numbers["second_mode_without_registers"]["fraction"] == pytest.approx(
             after, rel=0.02
         )
         assert ("absorb outliers" in describe_verdict(found)) == is_increase
     for by_layer, without in (({2: 0.03}, {}), ({}, {}), ({2: 0.03}, {2: 0.03})):
-        same = diagnose_patches(model.config, replace_ratios(findings, by_layer, without))
+        same = diagnose_patches(TokenUse(model.config), replace_ratios(findings, by_layer, without))
         assert ("more registers" in describe_verdict(same)) == bool(by_layer)
         assert "absorb outliers" not in describe_verdict(same)
         assert (same.numbers["second_mode_without_registers"] is None) == (not without)

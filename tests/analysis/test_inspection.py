@@ -28,11 +28,13 @@ from modeling_vitcls.analysis.inspection import (
     InspectionImages,
     check_sampled_maps,
     compute_confidences,
+    count_affordable_images,
     inspect_model,
     open_images,
     select_images,
 )
 from modeling_vitcls.analysis.options import InspectOptions
+from modeling_vitcls.analysis.token_use import TokenUse
 from modeling_vitcls.data.images import ArrayImages
 from modeling_vitcls.model.heads_vitcls import IGNORED_LABEL
 
@@ -93,12 +95,16 @@ def test_maps_of_small_single_label_classifiers_are_checked(
 
     def count_checked(num_null: int, **fields: Any) -> int:
         model = build_classifier(**fields)
-        num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        num_parameters = model.num_parameters()
         monkeypatch.setattr(
             inspection, "MAX_ABLATION_FLOPS", (num_null + 0.5) * 2 * num_parameters * 19
         )
         checks = check_sampled_maps(
-            model, InspectionBatches(model, pixels, None, 32), lambda items, _: items
+            model=model,
+            use=TokenUse(model.config),
+            batches=InspectionBatches(model, dict(enumerate(pixels)), {}, 32),
+            num_affordable=count_affordable_images(model, num_parameters, pixels),
+            watch=lambda items, _: items,
         )
         return checks["attribution"].num_images if checks else 0
 
@@ -147,7 +153,7 @@ def test_labels_and_names_stay_with_their_images(monkeypatch: pytest.MonkeyPatch
     assert found.tasks[0].numbers["accuracy"] == pytest.approx(4 / 6)
     assert found.findings.num_images == 7
     assert (found.num_ablation_images, found.num_parameters) == (5, model.num_parameters())
-    assert (found.model_class, found.has_head) == ("ViTCLSForImageClassification", True)
+    assert (found.model_class, found.use.has_head) == ("ViTCLSForImageClassification", True)
     assert found.num_unreadable == 1
     assert len(warnings) == 1
     assert "mode F" in warnings[0]
@@ -198,19 +204,21 @@ def test_hidden_states_that_are_not_finite_are_errors() -> None:
 
 
 def test_samples_of_batches_keep_their_labels() -> None:
-    """Positions are in the order in which batches yield images: first one shape, then the other."""
+    """The order is that in which batches contain the images: first one shape, then the other."""
     model = build_classifier()
-    pixels = [torch.full((3, 32, 40 if index % 2 else 32), float(index)) for index in range(9)]
-    labels = 10 * torch.arange(9)[:, None]
+    pixels = {
+        index: torch.full((3, 32, 40 if index % 2 else 32), float(index)) for index in range(9)
+    }
+    labels = {index: torch.tensor([10 * index]) for index in range(9)}
     batches = InspectionBatches(model, pixels, labels, batch_size=3)
     assert batches.order == [0, 2, 4, 6, 8, 1, 3, 5, 7]
-    assert [len(batch.indices) for batch in batches()] == [3, 2, 3, 1]
-    sampled = batches.sample(3)
-    for batch, indices in zip(sampled(), [[2, 8], [5]], strict=True):
+    assert [len(batch.indices) for batch in batches] == [3, 2, 3, 1]
+    for batch, indices in zip(batches.sample(3), [[2, 8], [5]], strict=True):
+        assert batch.indices == indices
         assert batch.pixel_values[:, 0, 0, 0].tolist() == indices
         assert batch.labels.flatten().tolist() == [10 * index for index in indices]
-    unlabeled = InspectionBatches(model, pixels, None, 3).sample(3)
-    assert all(batch.labels is None for batch in unlabeled())
+    unlabeled = InspectionBatches(model, pixels, {}, 3).sample(3)
+    assert all(batch.labels is None for batch in unlabeled)
 
 
 @pytest.mark.parametrize(("fields", "num_maps"), [({}, 2), ({"attention_type": "differential"}, 4)])
@@ -218,7 +226,7 @@ def test_batches_fit_into_memory(
     fields: dict[str, Any], num_maps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """19 tokens have states of width 16 in 2 + 8 copies, twice 24 MLP activations, and 3 copies of the maps."""
-    pixels = [torch.zeros(3, 32, 32)] * 7
+    pixels = dict.fromkeys(range(7), torch.zeros(3, 32, 32))
     num_bytes = 4 * (19 * 16 * (2 + 8) + 19 * 2 * 24 + 3 * num_maps * 19 * 19)
     limits = {
         4 * num_bytes: [4, 3],
@@ -228,8 +236,8 @@ def test_batches_fit_into_memory(
     }
     for limit, sizes in limits.items():
         monkeypatch.setattr(inspection, "MAX_BATCH_BYTES", limit)
-        batches = InspectionBatches(build_classifier(**fields), pixels, None, 5)
-        assert [len(batch.indices) for batch in batches()] == sizes
+        batches = InspectionBatches(build_classifier(**fields), pixels, {}, 5)
+        assert [len(batch.indices) for batch in batches] == sizes
 
 
 # Selection of images ------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from scipy import stats
 
 from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.analysis import map_checks
-from modeling_vitcls.analysis.attribution import compute_attention_rollout, compute_attribution
+from modeling_vitcls.analysis.attribution import trace_attention
 from modeling_vitcls.analysis.map_checks import (
     FRACTIONS,
     MapCheck,
@@ -77,8 +77,10 @@ def test_checks_average_over_images() -> None:
             target = int(model(pixels).logits.argmax())
         maps = [
             {
-                "attribution": compute_attribution(each, pixels, target)[0, 2:].view(4, 4),
-                "rollout": compute_attention_rollout(each, pixels)[0, 0, 2:].view(4, 4),
+                "attribution": trace_attention(each, pixels, needs_gradients=True)
+                .compute_attribution(target)[0, 2:]
+                .view(4, 4),
+                "rollout": trace_attention(each, pixels).compute_rollout()[0, 0, 2:].view(4, 4),
             }
             for each in (model, shuffled)
         ]
@@ -164,9 +166,10 @@ def test_rollout_is_the_map_of_the_first_token_that_the_head_reads() -> None:
     for target in (predicted, (predicted + 1) % 3):
         maps, probabilities = map_checks.compute_maps(model, pixels, torch.tensor(target))
         assert torch.allclose(
-            maps["rollout"].flatten(), compute_attention_rollout(model, pixels)[0, 1, 2:]
+            maps["rollout"].flatten(), trace_attention(model, pixels).compute_rollout()[0, 1, 2:]
         )
         assert torch.allclose(
-            maps["attribution"].flatten(), compute_attribution(model, pixels, target)[0, 2:]
+            maps["attribution"].flatten(),
+            trace_attention(model, pixels, needs_gradients=True).compute_attribution(target)[0, 2:],
         )
         assert int(probabilities.argmax()) == predicted

@@ -5,23 +5,18 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers.tiny_models import TASKS, build_images, build_tiny_config, raises_one_line, randomize
+from helpers.tiny_models import build_images, build_tiny_config, raises_one_line, randomize
 from matplotlib import colormaps
 from PIL import Image
-from torch import nn
 
 from modeling_vitcls import (
-    ViTCLSForImageClassification,
-    ViTCLSForMultiTaskClassification,
     ViTCLSImageProcessor,
     ViTCLSImageProcessorPil,
     ViTCLSModel,
 )
 from modeling_vitcls.analysis.maps import (
-    count_used_layers,
     extract_patch_maps,
     get_head_names,
-    get_used_token_mask,
     overlay,
     resize_with_region,
     upsample_maps,
@@ -63,67 +58,6 @@ def test_maps_of_another_image_size_are_errors():
     config = build_tiny_config(num_register_tokens=2)
     with raises_one_line("64 x 32"):
         extract_patch_maps(torch.zeros(1, 3, 19), config, (64, 32))
-
-
-def test_a_model_without_a_head_outputs_all_tokens_but_registers():
-    config = build_tiny_config(num_cls_tokens=2, num_distillation_tokens=1, num_register_tokens=1)
-    assert get_used_token_mask(config, has_head=False) == [True, True, True, False, True]
-    assert count_used_layers(config, has_head=False) == [2, 2, 2, 1, 2]
-
-
-def test_layers_above_the_pooled_layers_are_not_used() -> None:
-    config = build_tiny_config(num_hidden_layers=4, pooled_layers=[1, 3], num_register_tokens=1)
-    assert count_used_layers(config, has_head=True) == [3, 2, 2]
-    assert count_used_layers(config, has_head=False) == [4, 3, 4]
-
-
-def test_a_distillation_head_uses_all_layers() -> None:
-    config = build_tiny_config(num_hidden_layers=4, pooled_layers=[2], num_distillation_tokens=1)
-    assert count_used_layers(config, has_head=True) == [3, 4, 3]
-
-
-FIELDS = {
-    "cls": {},
-    "first of pooled": {"num_cls_tokens": 3, "pooled_cls_tokens": [1, 2]},
-    "concat of pooled": {"num_cls_tokens": 3, "pooled_cls_tokens": [2, 0], "cls_pooling": "concat"},
-    "distillation": {"num_distillation_tokens": 2, "num_register_tokens": 1},
-    "distillation without head": {"num_distillation_tokens": 1, "distillation_head": False},
-    "mean": {"pooling": "mean", "num_register_tokens": 2},
-    "cls_mean": {"pooling": "cls_mean", "num_cls_tokens": 2},
-    "attention": {"pooling": "attention", "num_register_tokens": 1},
-    "attention to all": {
-        "pooling": "attention",
-        "attention_pool_tokens": "all",
-        "num_register_tokens": 1,
-    }
-    | {"num_distillation_tokens": 1, "distillation_head": False},
-    "tasks": {"num_cls_tokens": 2, "tasks": TASKS, "num_distillation_tokens": 1},
-}
-
-
-@pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
-def test_a_head_reads_the_tokens_with_a_gradient(fields: dict) -> None:
-    config = build_tiny_config(**fields)
-    model = randomize(
-        (ViTCLSForMultiTaskClassification if config.tasks else ViTCLSForImageClassification)(config)
-    )
-    sequences: list[torch.Tensor] = []
-
-    def record(norm: nn.Module, args: tuple, sequence: torch.Tensor) -> None:
-        sequence.retain_grad()
-        sequences.append(sequence)
-
-    model.vitcls.layernorm.register_forward_hook(record)
-    outputs = model(build_images(batch=1)).logits
-    tensors = outputs.values() if isinstance(outputs, dict) else [outputs]
-    torch.stack([tensor.square().sum() for tensor in tensors]).sum().backward()
-    gradient = sequences[0].grad[0].abs().sum(dim=1)  # one value per computed token
-    layout = config.token_layout
-    is_read = [
-        index < len(gradient) and bool(gradient[index] > 0)
-        for index in range(layout.num_prefix_tokens)
-    ]
-    assert get_used_token_mask(config) == [*is_read, bool(gradient[layout.patches].sum() > 0)]
 
 
 # The visible part of the image --------------------------------------------------------------------

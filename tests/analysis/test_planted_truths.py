@@ -35,6 +35,7 @@ from modeling_vitcls.analysis.diagnosis import (
     diagnose_tokens,
 )
 from modeling_vitcls.analysis.report import build_effect_rows
+from modeling_vitcls.analysis.token_use import TokenUse
 from modeling_vitcls.analysis.verdict_texts import describe_verdict
 from modeling_vitcls.inference.image_pass import ImageBatch
 from modeling_vitcls.inference.intervals import compute_proportion_interval
@@ -52,9 +53,10 @@ def judge(
     labels: torch.Tensor | None = HELD_OUT[1],
 ) -> dict[str, Verdict]:
     """Return the verdicts on tokens, groups and tasks by name."""
-    batches = lambda: [ImageBatch(pixels, labels)]  # noqa: E731
+    batches = [ImageBatch(pixels, labels)]
+    use = TokenUse(model.config)
     findings = collect_findings(model, pixels)
-    verdicts = diagnose_tokens(model, findings, compute_ablations(model, batches))
+    verdicts = diagnose_tokens(use, findings, compute_ablations(model, use, batches))
     return {
         verdict.token: verdict
         for verdict in [*verdicts, *diagnose_tasks(collect_outputs(model, batches))]
@@ -138,7 +140,10 @@ def test_registers_that_carry_all_information_have_an_effect(num_registers: int)
 
 def test_dead_and_uniform_heads_are_found(model: Any) -> None:
     findings = collect_findings(model, HELD_OUT[0])
-    assert (diagnose_heads(findings).rating, diagnose_patches(model.config, findings).headline) == (
+    assert (
+        diagnose_heads(findings).rating,
+        diagnose_patches(TokenUse(model.config), findings).headline,
+    ) == (
         "good",
         "no artifacts",
     )
@@ -163,7 +168,9 @@ def test_too_few_images_or_patches_give_no_verdict(model: Any, num_images: int) 
     assert {verdict.headline for verdict in found.values()} == {"too few images to tell"}
     assert str(num_images) in describe_verdict(found["register 1"])
     assert str(MIN_IMAGES) in describe_verdict(found["register 1"])
-    patches = diagnose_patches(model.config, collect_findings(model, HELD_OUT[0][:num_images]))
+    patches = diagnose_patches(
+        TokenUse(model.config), collect_findings(model, HELD_OUT[0][:num_images])
+    )
     assert patches.headline == "too few patches to tell"
     assert f"{MIN_PATCHES:,}" in describe_verdict(patches)
 

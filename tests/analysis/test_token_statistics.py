@@ -25,7 +25,7 @@ from modeling_vitcls import (
     ViTCLSModel,
 )
 from modeling_vitcls.analysis import token_statistics
-from modeling_vitcls.analysis.attribution import compute_attention_rollout
+from modeling_vitcls.analysis.attribution import trace_attention
 from modeling_vitcls.analysis.token_statistics import Findings, TokenStatistics
 
 
@@ -331,13 +331,12 @@ def test_every_class_has_statistics_and_is_not_changed(name: str) -> None:
     model = randomize(models[name])
     state = {key: value.clone() for key, value in model.state_dict().items()}
 
-    found = collect_findings(model.train(), build_images())
-    assert model.training
+    found = collect_findings(model.base_model, build_images())
     assert found.entropy.isfinite().all()
     assert found.head_outputs.shape == found.entropy.shape[:2]
     assert found.head_outputs.std(dim=1).min() > 0
     assert (
-        compute_attention_rollout(model, build_images()).sum(dim=-1) - 1
+        trace_attention(model, build_images()).compute_rollout().sum(dim=-1) - 1
     ).abs().max() <= TOLERANCE
 
     encoder = randomize(ViTCLSModel(model.config))
@@ -375,11 +374,10 @@ def test_norms_are_stored_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_no_images_are_an_error() -> None:
-    model = randomize(ViTCLSModel(build_tiny_config(**LAYOUTS["three_cls"]))).train()
+    model = randomize(ViTCLSModel(build_tiny_config(**LAYOUTS["three_cls"])))
     collected = TokenStatistics(model)
     with raises_one_line("pixel_values"):
         collected.update(build_images(channels=4))
-    assert model.training  # after the error
     assert_no_recording(model)
     with raises_one_line("no images"):
         collected.compute()
