@@ -19,6 +19,7 @@ from transformers.image_utils import PILImageResampling
 from ..conversion.parity_report import build_random_images, get_max_magnitude, get_non_square_size
 from ..conversion.processors import SHARED_SETTINGS, select_settings
 from ..data.held_out import HELD_OUT_RECORD_KEY
+from ..data.labels import get_label_space
 from ..hub.local_paths import resolve_name, strip_folders
 from ..hub.model_files import CONFIG_FILES, RESULTS_FILE, hash_files
 from ..hub.model_folder import ModelFolder
@@ -38,7 +39,8 @@ from .quantization import NUM_CALIBRATION_IMAGES, quantize_graph, rank_layers
 from .tracing import GraphShape, select_graph_shape, trace_model
 
 
-# dtype of the graph -> absolute tolerance, and tolerance relative to the largest absolute value of the output.
+# dtype of the graph -> absolute tolerance, and tolerance relative to the largest absolute value of
+# the output.
 LIMITS: dict[str, tuple[float, float]] = {"float32": (1e-4, 0.0), "float16": (1e-4, 1e-2)}
 
 Report = dict[str, Any]
@@ -67,11 +69,8 @@ def export_model(
             by more than `max_drop`, if packages are missing, or if `output` is invalid or exists.
             The message is a single line. Nothing is written if an error is raised.
     """
-    source = options.model
-    format_name = options.format
     output = options.output
-    dtype = options.dtype
-    file_format = FORMATS[format_name]
+    file_format = FORMATS[options.format]
     target = output if output.suffix else output / f"model{file_format.suffix}"
     if target.suffix != file_format.suffix:
         raise ValueError(
@@ -83,27 +82,25 @@ def export_model(
     packages = (*file_format.packages, *(["nncf"] if options.int8 else []))
     if missing_packages := [name for name in packages if find_spec(name) is None]:
         raise ValueError(
-            f"`format={format_name!r}` requires packages that are not installed: "
+            f"`format={options.format!r}` requires packages that are not installed: "
             f"{', '.join(missing_packages)}. {describe_installation('export')}"
         )
 
-    exportable = exportable or load_exportable_model(source)
+    exportable = exportable or load_exportable_model(options.model)
     model = exportable.model
     processor = exportable.processor
-    is_trained = exportable.folder is not None
+    folder = exportable.folder
     excluded_layers = list(options.exclude_layers)
     num_layers = model.config.num_hidden_layers
     if not set(excluded_layers) <= set(range(1, num_layers + 1)):
         raise ValueError(f"`exclude_layers` requires numbers from 1 to {num_layers}")
     if options.dataset is not None and processor is None:
         raise ValueError(
-            f"`dataset` requires an image processor, but {source} has none. Omit `dataset`"
+            f"`dataset` requires an image processor, but {options.model} has none. Omit `dataset`"
         )
-    images = (
-        None
-        if options.dataset is None
-        else load_export_images(exportable.folder, options.dataset, options.split)
-    )
+    images = None
+    if options.dataset is not None:
+        images = load_export_images(folder, options.dataset, options.split)
 
     is_dynamic = options.dynamic and not options.int8  # int8 graphs have a fixed size
     graph_shape = select_graph_shape(
@@ -114,17 +111,16 @@ def export_model(
     ]
     reference_outputs = compute_named_outputs(model, batches, output_attentions)
     names = list(reference_outputs[0])
-    graph = trace_model(model, graph_shape, getattr(torch, dtype), output_attentions)
+    graph = trace_model(model, graph_shape, getattr(torch, options.dtype), output_attentions)
 
-    existing_parent = next(folder for folder in target.absolute().parents if folder.is_dir())
+    existing_parent = next(parent for parent in target.absolute().parents if parent.is_dir())
     with tempfile.TemporaryDirectory(
         prefix=f".{output.name}.", dir=existing_parent
     ) as temporary_folder:
-        folder = Path(temporary_folder)
-        file = folder / target.name
+        file = Path(temporary_folder, target.name)
         file_format.write(graph, graph_shape, names, file)
         comparisons = compare_outputs(
-            batches, reference_outputs, run_graph(file, batches, names), dtype
+            batches, reference_outputs, run_graph(file, batches, names), options.dtype
         )
 
         calibration_images: list[torch.Tensor] = []
@@ -137,13 +133,14 @@ def export_model(
             )
 
         height_width = ["height", "width"] if graph_shape.is_dynamic else graph_shape.image_size
+        files = list(file.parent.iterdir())
         report: Report = {
-            "format": format_name,
-            "model": strip_folders(resolve_name(source, is_built_in=not is_trained)),
+            "format": options.format,
+            "model": strip_folders(resolve_name(options.model, is_built_in=folder is None)),
             "model_class": type(model).__name__,
-            "weights": "trained" if is_trained else "random",
-            "dtype": "int8" if options.int8 else dtype,
-            "limit": None if options.int8 else LIMITS[dtype],
+            "weights": "random" if folder is None else "trained",
+            "dtype": "int8" if options.int8 else options.dtype,
+            "limit": None if options.int8 else LIMITS[options.dtype],
             "largest_differences": {
                 name: max(each["differences"][name] for each in comparisons) for name in names
             },
@@ -161,18 +158,18 @@ def export_model(
             "preprocessing": describe_preprocessing(processor),
             "labels": get_label_names(model.config, names),
             "versions": get_versions("timm", *packages),
-            "sha256": hash_files(folder.iterdir()),
-            "num_bytes": sum(each.stat().st_size for each in folder.iterdir()),
+            "sha256": hash_files(files),
+            "num_bytes": sum(each.stat().st_size for each in files),
             "excluded_layers": excluded_layers,
             "num_calibration_images": len(calibration_images),
             "evaluation": None,
             "comparison": None,
         }
-        if format_name == "openvino":
+        if options.format == "openvino":
             # without it, OpenVINO computes in bfloat16
             report["compile_config"] = {"INFERENCE_PRECISION_HINT": "f32"}
-        if exportable.folder is not None:
-            report["weights_sha256"] = exportable.folder.weights_sha256
+        if folder is not None:
+            report["weights_sha256"] = folder.weights_sha256
 
         has_native_size = (
             graph_shape.is_dynamic or graph_shape.image_size == model.config.image_height_width
@@ -193,10 +190,10 @@ def export_model(
             if options.int8:
                 check_drop(report, options.max_drop, model, torch.cat(calibration_images[:16]))
 
-        if not output.suffix and exportable.folder is not None:
-            write_model_files(exportable.folder, folder, report)
+        if folder is not None and not output.suffix:
+            write_model_files(folder, file.parent, report)
         write_json(get_report_path(file), report)
-        move_files(folder, target.parent)
+        move_files(file.parent, target.parent)
     return report
 
 
@@ -357,7 +354,7 @@ def get_output_shapes(outputs: Outputs, graph_shape: GraphShape) -> dict[str, li
 
 
 def describe_preprocessing(processor: ViTCLSImageProcessor | None) -> dict[str, Any] | None:
-    """Return the image processor settings that are not None, or None if there is no image processor."""
+    """Return the settings of the image processor that are not None, or None without a processor."""
     if processor is None:
         return None
     settings = select_settings(processor, (*SHARED_SETTINGS, "crop_rounding", "do_pad", "pad_size"))
@@ -367,10 +364,9 @@ def describe_preprocessing(processor: ViTCLSImageProcessor | None) -> dict[str, 
 
 
 def get_label_names(config: ViTCLSConfig, names: list[str]) -> dict[str, list[str]]:
-    """Return a dict that maps the name of each logits output to its class names, in the order of the logits."""
-    extra_labels = {name: head.labels for name, head in config.get_added_tasks().items()}
-    if config.tasks:
-        return config.task_labels() | extra_labels
-    id2label: dict[Any, str] = dict(config.id2label or {})
-    labels = [id2label[index] for index in range(len(id2label))]
-    return {name: labels for name in names if name.endswith("logits")} | extra_labels
+    """Return the class names of each logits output, in the order of the logits."""
+    labels = config.task_labels()
+    if not config.tasks:
+        class_names = get_label_space(config).names
+        labels = {name: class_names for name in names if name.endswith("logits")}
+    return labels | {name: head.labels for name, head in config.get_added_tasks().items()}
