@@ -9,7 +9,7 @@ token_use.py            which tokens the outputs of a model read, and in how man
 maps.py                 attention to patches as maps on the pixels of an image
 attribution.py          attention of every layer, attention rollout and gradient attribution
 token_statistics.py     statistics over many images, per layer, head and token
-ablation.py             outputs for many images, and effects of tokens on them, with null distributions
+ablation.py             effects of tokens on the outputs for many images, with null distributions
 diagnosis.py            verdicts with measured values; patches with large norms
 verdict_texts.py        sentences of verdicts
 map_checks.py           checks whether rollout and attribution show what predictions depend on

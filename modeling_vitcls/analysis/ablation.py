@@ -1,4 +1,4 @@
-"""Effects of special tokens: how outputs change if tokens are replaced with their means or hidden from attention.
+"""Effects of special tokens: how outputs change if tokens are replaced or hidden.
 
     information   the states of the tokens are replaced with their means over images, after the embeddings and each
                   layer, so that the states are the same for every image. Removing tokens or setting them to zero would
@@ -307,7 +307,7 @@ def get_group_indices(layout: TokenLayout) -> dict[str, list[int]]:
 
 
 def get_token_keys(layout: TokenLayout) -> list[str]:
-    """Return the keys of the special tokens as in metrics.jsonl (`cls[0]`, `registers[1]`), in sequence order."""
+    """Return the keys of the special tokens, such as `cls[0]`, as in metrics.jsonl."""
     groups = get_group_indices(layout)
     return [
         f"{group}[{index}]" for group, members in groups.items() for index in range(len(members))
@@ -315,7 +315,7 @@ def get_token_keys(layout: TokenLayout) -> list[str]:
 
 
 def get_ablation_targets(layout: TokenLayout) -> dict[str, list[int]]:
-    """Return a dict that maps token keys, and names of groups with several tokens, to sequence indices."""
+    """Return the sequence indices of each token, and of each group of several tokens, by key."""
     targets = {key: [index] for index, key in enumerate(get_token_keys(layout))}
     return targets | {
         name: members for name, members in get_group_indices(layout).items() if len(members) > 1
@@ -366,7 +366,7 @@ def replace_by_means(
 
 @contextmanager
 def redraw_tokens(model: Any, indices: Sequence[int], generator: torch.Generator) -> Iterator[None]:
-    """Replace the embeddings of the special tokens `indices` with random vectors of the same norms."""
+    """Replace the embeddings of the tokens `indices` with random vectors of the same norms."""
     # [n, D]
     directions = nn.functional.normalize(
         torch.randn(len(indices), model.config.hidden_size, generator=generator)
@@ -425,7 +425,7 @@ class Predictions:
         return self.labels != IGNORED_LABEL
 
     def compute_accuracy(self) -> float | None:
-        """Return the fraction of correct predictions among images with known labels, or None if no label is known."""
+        """Return the fraction of correct predictions for known labels, or None without any."""
         is_correct = (self.predicted == self.labels)[self.is_known]
         return is_correct.float().mean().item() if len(is_correct) else None
 
@@ -438,7 +438,10 @@ class Predictions:
         return sum(counts) / sum(map(len, columns))
 
     def is_better_than_chance(self) -> bool | None:
-        """Return whether the accuracy exceeds chance by more than 2 standard errors, or None if no label is known."""
+        """Return whether the accuracy exceeds chance by more than 2 standard errors.
+
+        Return None if no label is known.
+        """
         accuracy = self.compute_accuracy()
         if accuracy is None:
             return None

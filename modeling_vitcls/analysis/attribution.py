@@ -104,7 +104,7 @@ class AttentionTrace:
 
     @torch.no_grad()
     def compute_token_attention(self) -> torch.Tensor:
-        """Return the attention of the special tokens [B, L, maps, S, N], as in `model.token_attention`."""
+        """Return what `model.token_attention` returns, [B, L, maps, S, N]."""
         num_special_tokens = self.config.token_layout.num_prefix_tokens
         return torch.stack(
             [layer.compute_weights(num_special_tokens) for layer in self.layers], dim=1
@@ -130,12 +130,13 @@ class AttentionTrace:
     def compute_attribution(
         self, target: torch.Tensor | int | None = None, task: str | None = None
     ) -> torch.Tensor:
-        """Return the attribution of a class to each token [B, N]: attention weighted by its gradient.
+        """Return the attribution of a class to each token [B, N].
 
-        Source: Chefer et al. 2021, arXiv 2103.15679, equations 5 and 6. The attribution starts from
-        the tokens that the head uses. The gradient of a map is computed from the value vectors and
-        the gradient of the attention output, so the maps do not have to be part of the autograd
-        graph. The trace must be recorded with `needs_gradients=True`.
+        It is the attention weighted by its gradient, starting from the tokens that the head uses.
+        Source: Chefer et al. 2021, arXiv 2103.15679, equations 5 and 6. The gradient of a map is
+        computed from the value vectors and the gradient of the attention output, so the maps do
+        not have to be part of the autograd graph. The trace must be recorded with
+        `needs_gradients=True`.
 
         Args:
             target: one class index for all images, or class indices [B]. Default: the predicted
@@ -184,7 +185,7 @@ class AttentionTrace:
 def trace_attention(
     model: Any, pixel_values: torch.Tensor, needs_gradients: bool = False
 ) -> AttentionTrace:
-    """Run a model on images [B, C, H, W] in evaluation mode, and record the attention of all layers.
+    """Run a model on images in evaluation mode, and record the attention of all layers.
 
     Args:
         model: any ViTCLS model without wrappers, in evaluation or training mode.

@@ -1,4 +1,4 @@
-"""Audit of a labeled dataset: likely label errors, near duplicates, outliers and classes that overlap.
+"""Audit of a labeled dataset: label errors, near duplicates, outliers and overlapping classes.
 
     audit_checkpoint(options)         `evaluate --audit`: compute features and probabilities, audit, write
     audit = audit_dataset(images)     the tables, from labels, probabilities and features
@@ -213,7 +213,7 @@ def find_held_out_images(
     dataset: str,
     is_last: bool,
 ) -> tuple[np.ndarray, str]:
-    """Return whether the model was not trained on each image [n], and a text that says which images these are.
+    """Return whether the model was not trained on each image [n], and a description of these.
 
     If the record does not tell which images training used, they are those of the last split.
     """
@@ -283,7 +283,7 @@ def choose_audited_splits(options: EvaluateOptions, names: list[str]) -> list[st
 
 
 def check_class_sizes(parts: Iterable[LabeledImages]) -> None:
-    """Raise ValueError if no class has an image for each fold of the cross-validation with --frozen."""
+    """Raise ValueError if no class has an image for each fold of the cross-validation."""
     sizes = Counter(label for images in parts for label in images.labels if label != IGNORED_LABEL)
     if sizes and max(sizes.values()) < NUM_FOLDS:
         raise ValueError(
@@ -355,7 +355,7 @@ def find_outliers(images: AuditedImages) -> pd.DataFrame:
 
 
 def find_class_overlap(images: AuditedImages) -> pd.DataFrame:
-    """Return pairs of classes in the order of the number of images that may belong to the other class."""
+    """Return pairs of classes, those with the most images of the other class first."""
     from cleanlab.dataset import find_overlapping_classes
 
     known = np.isfinite(images.probabilities).all(axis=1)
@@ -418,7 +418,7 @@ def find_near_duplicates(images: AuditedImages) -> pd.DataFrame:
 
 
 def standardize(images: np.ndarray) -> np.ndarray:
-    """Return images [N, ...] as vectors [N, P] with mean 0 and length 1; constant images become zeros."""
+    """Return images [N, ...] as vectors [N, P] of mean 0 and length 1, or 0 if constant."""
     flat = images.reshape(len(images), -1)
     flat = flat - flat.mean(axis=1, keepdims=True)
     return flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-6)

@@ -1,4 +1,4 @@
-"""Diagnosis with measured values: special tokens, groups of tokens, patches, attention heads and tasks.
+"""Diagnosis with measured values: tokens, groups of tokens, patches, attention heads and tasks.
 
     diagnose_tokens(use, findings, ablations)     one Verdict per special token, then one per group of several tokens
     diagnose_patches(use, findings)               one Verdict on the norms of the patches
@@ -140,7 +140,7 @@ Faults = dict[Fault, dict[str, Any]]  # fault -> values of its sentence
 
 @dataclass(frozen=True)
 class Verdict:
-    """Verdict on a special token, a group of special tokens, the patches, the attention heads or a task.
+    """Verdict on a token, a group of tokens, the patches, the attention heads or a task.
 
     Attributes:
         token: name of the token, such as "register 1", or of the group, such as "all 4 registers".
@@ -377,7 +377,7 @@ def find_identical_token(
 def find_equal_attention(
     used_layers: Sequence[int], findings: Findings, index: int
 ) -> tuple[int | None, float]:
-    """Return the index of another token with nearly the same attention maps, or None, and the distance.
+    """Return the nearest token with nearly the same attention maps, or None, and the distance.
 
     The distance between the maps of both tokens is relative to the mean distance of these maps from
     uniform attention.
@@ -499,7 +499,7 @@ def diagnose_patches(use: TokenUse, findings: Findings) -> Verdict:
 def compare_without_registers(
     findings: Findings, layer: int
 ) -> tuple[SecondMode | None, list[float] | None]:
-    """Return the second mode of the norms with the registers hidden from attention, and what they absorb.
+    """Return the second mode of the norms with hidden registers, and what the registers absorb.
 
     The mode is None if there is none. What they absorb are the fractions of outliers with visible
     and with hidden registers, or None if the registers do not absorb outliers.
@@ -543,7 +543,10 @@ def diagnose_heads(findings: Findings) -> Verdict:
 
 
 def diagnose_tasks(outputs: Outputs) -> list[Verdict]:
-    """Return the accuracy of each task with known labels, compared with predicting the most frequent label."""
+    """Return the verdict on the accuracy of each task with known labels.
+
+    It is compared with predicting the most frequent label.
+    """
     verdicts = []
     for task, predictions in outputs.items():
         if not isinstance(predictions, Predictions):

@@ -42,7 +42,7 @@ IMAGE_KINDS = {"wrong": "wrong prediction", "uncertain": "least confident", "typ
 
 @dataclass(frozen=True)
 class ImagePrediction:
-    """Prediction of a model, or of one task of a multi-task model or an added task, for an image."""
+    """Prediction for an image: of a model, of one of its tasks, or of an added task."""
 
     task: str | None
     # in order of decreasing probability; empty if a multi-label model predicts no label
@@ -193,7 +193,7 @@ def compute_patch_colors(features: Sequence[torch.Tensor]) -> list[torch.Tensor]
 
 
 def decompose_patches(features: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[float]]:
-    """Return the colors of `compute_patch_colors`, and the fraction of the variance that each component explains."""
+    """Return the colors, and the fraction of the variance that each component explains."""
     rows = torch.cat([image.flatten(0, 1) for image in features]).numpy()  # [patches, D]
     num_components = min(NUM_COLOR_CHANNELS, *rows.shape)
     pca = PCA(num_components, random_state=0)

@@ -1,4 +1,4 @@
-"""Inspect a saved model on images, write the report and JSON values, and print the verdicts: `vitcls inspect`."""
+"""Inspect a saved model on images, write the report, and print the verdicts: `vitcls inspect`."""
 
 from functools import partial
 

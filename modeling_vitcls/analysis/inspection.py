@@ -416,7 +416,7 @@ class InspectionBatches(Sequence):
 
 
 def get_max_batch_size(model: Any, pixels: torch.Tensor) -> int:
-    """Return the largest batch size for images [C, H, W] that require at most MAX_BATCH_BYTES, or 1.
+    """Return the largest batch size for images [C, H, W] that fits in MAX_BATCH_BYTES, or 1.
 
     The estimate includes all hidden states, a few copies of the attention maps of one layer, and
     the activations of one MLP.
@@ -449,7 +449,7 @@ class InspectionImages:
     source: str
 
     def build_arguments(self, num_shown: int, num_measured: int) -> dict[str, Any]:
-        """Return arguments of `inspect_model`: `num_measured` images, of which `num_shown` are shown.
+        """Return arguments of `inspect_model`: `num_measured` images, `num_shown` of them shown.
 
         The images are drawn at random, because datasets are often sorted by class.
         """

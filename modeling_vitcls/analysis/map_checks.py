@@ -131,9 +131,9 @@ def check_maps(model: Any, images: Iterable[torch.Tensor], seed: int = 0) -> dic
 
 
 def compare_curves(curves: torch.Tensor, random_curves: torch.Tensor) -> float:
-    """Return the p-value under the null hypothesis that `curves` are not better than `random_curves`.
+    """Return the p-value of the null hypothesis that `curves` are not better than random ones.
 
-    The curves are [images, 2, fractions]. The test is a one-sided Wilcoxon test over images, for
+    Curves are [images, 2, fractions]. The test is a one-sided Wilcoxon test over images, for
     deletion and insertion together.
     """
     deletion, insertion = (curves - random_curves).mean(dim=-1).double().unbind(dim=1)

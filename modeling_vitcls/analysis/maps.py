@@ -21,7 +21,7 @@ from ..model.image_processing_vitcls import pil_to_tensor
 
 
 def get_head_names(config: ViTCLSConfig) -> list[str]:
-    """Return the names of a layer's attention maps; differential attention has two maps per head."""
+    """Return the names of a layer's attention maps; differential attention has two per head."""
     names = [f"head {number}" for number in range(1, config.num_attention_heads + 1)]
     if config.attention_type == "differential":
         return [f"{name}, {ordinal} map" for name in names for ordinal in ("first", "second")]
@@ -166,7 +166,7 @@ def draw_patch_colors(
 
 
 def to_upright_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image to 8-bit RGB as the image processor does: upright (EXIF) and on a white background."""
+    """Convert an image to 8-bit RGB as the image processor does: upright and on white."""
     return Image.fromarray(pil_to_tensor(image, to_rgb=True).permute(1, 2, 0).contiguous().numpy())
 
 
@@ -176,7 +176,10 @@ def resize_with_region(
     max_side: int | None,
     min_side: int | None,
 ) -> tuple[Image.Image, VisibleRegion]:
-    """Scale an image and the visible region: down with averaging, or up by an integer factor without smoothing."""
+    """Scale an image and the visible region.
+
+    A large image is averaged; a small one is enlarged by an integer factor, without smoothing.
+    """
     width, height = image.size
     longer_side = max(image.size)
     left, top, right, bottom = visible_region or VisibleRegion(0, 0, width, height)

@@ -1,6 +1,7 @@
-"""Helpers for models, which may be wrapped by torch.compile, PEFT, DataParallel or DistributedDataParallel.
+"""Helpers for models, which may be wrapped by torch.compile, PEFT or distributed training.
 
-The functions that a user calls unwrap the model; all other functions of the analysis take a plain model.
+The functions that a user calls unwrap the model; all other functions of the analysis take a plain
+model.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ CLASSIFIER_CLASS_NAMES = {"ViTCLSForImageClassification", "ViTCLSForMultiTaskCla
 
 
 def unwrap_model(model: Any) -> Any:
-    """Return the ViTCLS model inside any wrappers. Adapter layers that PEFT inserted stay active."""
+    """Return the ViTCLS model inside any wrappers; layers that PEFT inserted stay active."""
     module: Any = extract_model_from_parallel(model, keep_torch_compile=False)
     return unwrap_model(module.get_base_model()) if hasattr(module, "get_base_model") else module
 
@@ -59,7 +60,7 @@ def count_tokens(model: Any, pixel_values: torch.Tensor) -> int:
 def run_without_tokens(
     model: Any, indices: Sequence[int], pixel_values: torch.Tensor, **arguments: Any
 ) -> Any:
-    """Return the outputs of a model whose tokens at sequence indices `indices` are hidden from attention."""
+    """Return the outputs of a model with the special tokens `indices` hidden from attention."""
     shape = len(pixel_values), count_tokens(model, pixel_values)
     mask = torch.ones(shape, dtype=torch.long, device=pixel_values.device)
     mask[:, list(indices)] = 0

@@ -1,4 +1,4 @@
-"""What each special token of a model attends to in one photo, and what its patches contain: `vitcls look`.
+"""What the special tokens attend to in one photo, and what its patches contain: `vitcls look`.
 
     measurements = measure_photo(model, processor, photo)
     draw_sheet(measurements, "mine")        # a PIL image (sheet.py)
@@ -144,7 +144,7 @@ def compute_patch_attention(trace: AttentionTrace) -> torch.Tensor:
 
 
 def match_colors(colors: torch.Tensor, last_layer: int) -> torch.Tensor:
-    """Return the colors [L, gh, gw, 3] with the components of each layer in the channels of similar components.
+    """Return the colors [L, gh, gw, 3] with similar components in the same channel.
 
     The order and the sign of principal components differ between layers. From `last_layer` to the
     first layer, each component gets the channel and the sign of the component of the next layer
@@ -203,6 +203,6 @@ def build_json_record(measurements: PhotoMeasurements) -> dict[str, Any]:
 
 
 def summarize_row(config: ViTCLSConfig, row: torch.Tensor) -> dict[str, float]:
-    """Return the entropy of one row of attention [N], and the fraction of attention to each group of tokens."""
+    """Return the entropy of one row of attention [N], and its fraction on each group of tokens."""
     fractions = {name: row[group].sum().item() for name, group in config.token_layout.items()}
     return {"entropy": torch.special.entr(row).sum().item(), **fractions}

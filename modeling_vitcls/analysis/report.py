@@ -131,7 +131,7 @@ def write_page(
 
 
 def write_json_values(file: str | Path, inspection: Inspection, title: str | None = None) -> None:
-    """Write the values of an inspection as JSON (`build_json_values`), with the name and commit of the model.
+    """Write the values of an inspection as JSON, with the name and commit of the model.
 
     Numbers that are not finite become null.
 
@@ -333,7 +333,7 @@ def build_page_data(inspection: Inspection) -> dict[str, Any]:
 
 
 def count_images_with_heads(image_reports: list[ImageReport]) -> int:
-    """Return the number of leading images whose per-head attention maps fit in MAX_MAP_BYTES in total."""
+    """Return the number of leading images whose maps of all heads fit in MAX_MAP_BYTES."""
     cumulative_sizes = itertools.accumulate(report.attention.numel() for report in image_reports)
     return sum(size <= MAX_MAP_BYTES for size in cumulative_sizes)
 

@@ -184,7 +184,7 @@ class Sheet:
 
 
 def draw_header(sheet: Sheet, measurements: PhotoMeasurements, title: str) -> None:
-    """Write the title, the size of the model, what the model sees of the photo, and the predictions."""
+    """Write the title, the size of the model, what it sees of the photo, and the predictions."""
     config = measurements.config
     image = measurements.image
     height, width = measurements.input_size
@@ -222,7 +222,7 @@ def draw_header(sheet: Sheet, measurements: PhotoMeasurements, title: str) -> No
 
 
 def draw_overview(sheet: Sheet, measurements: PhotoMeasurements) -> None:
-    """Draw the photo as the model sees it, the attention of the first token, and the features and norms of patches."""
+    """Draw what the model sees, the attention of the first token, and the patches."""
     token = measurements.token_names[0]
     token_layer = measurements.token_layers[0]
     attention = measurements.maps[token_layer - 1, :, 0].mean(dim=0)  # [gh, gw]
@@ -438,7 +438,7 @@ def draw_norms(measurements: PhotoMeasurements, layer: int, side: int) -> Image.
 
 
 def fill_region(measurements: PhotoMeasurements, colors: np.ndarray, side: int) -> Image.Image:
-    """Return one color per patch [gh, gw, 3] (0 to 1) as a picture with the size of the visible part of the photo."""
+    """Return one color per patch [gh, gw, 3] (0 to 1) as a picture of the visible part's size."""
     size = draw_visible_part(measurements, side).size
     return Image.fromarray((colors * 255).round().astype(np.uint8)).resize(
         size, Image.Resampling.NEAREST

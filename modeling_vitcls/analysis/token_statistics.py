@@ -276,7 +276,7 @@ def divide_by_median(norms: torch.Tensor) -> torch.Tensor:
 
 
 def get_visible_keys(layer: RecordedLayer, num_rows: int) -> torch.Tensor:
-    """Return a boolean mask [B, rows, N] of the keys that the first `num_rows` tokens may attend to."""
+    """Return a mask [B, rows, N] of the keys that the first `num_rows` tokens may attend to."""
     query = layer.query[:, :, :num_rows]
     key = layer.key
     batch, _, num_rows, _ = query.shape

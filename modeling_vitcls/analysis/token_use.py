@@ -53,12 +53,12 @@ class TokenUse:
 
     @cached_property
     def read_tokens(self) -> set[int]:
-        """Return the sequence indices of the special tokens that an output reads, and PATCHES if one reads them."""
+        """Return the indices of all tokens that an output reads, as in `readers`."""
         return set().union(*self.readers.values())
 
     @cached_property
     def num_layers(self) -> list[int]:
-        """Return, for each special token and then for the patches, the number of layers whose output is used.
+        """Return the number of layers whose output is used, for each special token and the patches.
 
         The last layer that a head reads is counted only if a head reads the token there. The
         attention of a token is used in the same layers.

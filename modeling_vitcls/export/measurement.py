@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ExportImages:
-    """Images of a dataset, and an evaluator if the images have labels and the model is a classifier."""
+    """Images of a dataset, and an evaluator if they have labels and the model is a classifier."""
 
     dataset: str
     training: Any  # sequence of images
@@ -61,7 +61,7 @@ class ExportImages:
         return pixels[:count]
 
     def measure_accuracy(self, files: Mapping[str, Path]) -> dict[str, Any] | None:
-        """Return the metric of the model and of each exported file, by name; None without labels."""
+        """Return the metric of the model and of each file, by name; None without labels."""
         if self.setup is None:
             return None
         scores = self.describe_metrics(self.setup.evaluator(self.setup.model))
@@ -110,7 +110,7 @@ class ExportImages:
 def compare_labels(
     model_rows: Sequence[ImageOutput], file_rows: Sequence[ImageOutput]
 ) -> dict[str, Any]:
-    """Return the number of equal predicted labels, and 95% intervals of the accuracy and of its loss.
+    """Return the number of equal labels, and 95% intervals of the accuracy and of its loss.
 
     The accuracy is that of a file, and the loss is what it loses against the model.
 

@@ -27,7 +27,9 @@ NUM_CALIBRATION_IMAGES = 300
 def quantize_graph(
     file: Path, images: Sequence[torch.Tensor], excluded_layers: Iterable[int] = ()
 ) -> None:
-    """Quantize the matrix products of an .onnx or .xml file, except for the patch projection, to int8, in place.
+    """Quantize the matrix products of an .onnx or .xml file to int8, in place.
+
+    The patch projection is excluded.
 
     Args:
         file: A graph in float32.

@@ -97,7 +97,7 @@ def stage_folder(folder: ModelFolder, repo_id: str) -> Iterator[Path]:
 
 
 def list_published_files(folder: ModelFolder) -> set[str]:
-    """Return the names of the files to publish: those of the files that this package writes which are in the folder.
+    """Return the names of the files to publish: those in the folder that this package writes.
 
     Raise ValueError if one of them is a link, because its target is not a file of the folder.
     """
