@@ -5,7 +5,6 @@ Planted truths in trained and random models are in test_planted_truths.py.
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -222,7 +221,6 @@ def test_the_effect_beyond_its_limit_decides_the_verdict() -> None:
             "presence",
         )
         assert (register.rating == "good") == (outcome == "has an effect")
-        assert ("accuracy" in describe_verdict(register)) == (presence.redraw_drop is not None)
         assert (cls.headline, cls.numbers["decided_by"]["ablation"]) == (
             "read by the classifier",
             "information",
@@ -230,9 +228,7 @@ def test_the_effect_beyond_its_limit_decides_the_verdict() -> None:
     assert judge_effects(effect, effect, mixed)[0].headline == "has an effect"
     _, register, _, group = judge_effects(effect, effect, cls=1.0, registers=0.0)
     assert register.headline == "not moved"
-    assert re.findall(r"\d+%", describe_verdict(register)) == ["20%", "10%", "30%"]
-    assert "them" in describe_verdict(group)
-    assert "them" not in describe_verdict(register)
+    assert (register.is_group, group.is_group) == (False, True)
     assert (
         judge_effects(effect, change(effect, size=0.9), cls=1.0, registers=0.0)[1].headline
         == "has an effect"
@@ -266,11 +262,9 @@ def test_encoders_are_judged_by_their_features() -> None:
     assert {row["changed predictions"] for row in build_effect_rows(found)} == {"–"}
     for verdict in registers:
         assert verdict.headline in ("has an effect", "replaceable", "no measurable effect")
-        name = verdict.numbers["decided_by"]["output"]
-        effect = verdict.numbers[verdict.numbers["decided_by"]["ablation"]][name]
-        values = [f"{value:.2g}" for value in (effect["size"], *effect["interval"])]
-        assert f'"{name}"' in describe_verdict(verdict)
-        assert re.findall(r"\d[\d.e-]*", describe_verdict(verdict))[:3] == values
+        decided_by = verdict.numbers["decided_by"]
+        effect = verdict.numbers[decided_by["ablation"]][decided_by["output"]]
+        assert f"{effect['size']:.2g}" in describe_verdict(verdict)
 
 
 def test_uniform_heads_are_named() -> None:
@@ -418,24 +412,16 @@ def test_the_last_layers_that_are_used_are_decisive() -> None:
         )
         assert found.headline == word, layers
 
-    ratio = found.numbers["second_mode"]["ratio"]
-    assert ratio == pytest.approx(6, rel=0.05)
-    assert "more registers" not in describe_verdict(found)
-    assert all(
-        part in describe_verdict(found) for part in ("layer 7", "2.0%", f" {ratio:.1f} times")
-    )
+    assert found.numbers["second_mode"]["ratio"] == pytest.approx(6, rel=0.05)
+    assert not found.numbers["has_registers"]
     assert (found.rating, found.numbers["layer"], found.numbers["num_patches"]) == ("bad", 7, 4096)
 
     encoder = diagnose_patches(
         TokenUse(model.config, has_head=False), replace_ratios(findings, {9: 0.02})
     )
     assert (encoder.headline, encoder.numbers["layer"]) == ("artifacts", 9)
-    assert (
-        diagnose_patches(
-            TokenUse(model.config), replace_ratios(findings, {7: 0.02, 8: 0.03})
-        ).numbers["layer"]
-        == 8
-    )
+    larger = replace_ratios(findings, {7: 0.02, 8: 0.03})
+    assert diagnose_patches(TokenUse(model.config), larger).numbers["layer"] == 8
 
 
 def test_the_patches_of_a_single_layer_are_judged_in_the_embeddings() -> None:
@@ -448,29 +434,29 @@ def test_the_patches_of_a_single_layer_are_judged_in_the_embeddings() -> None:
     assert judge(model, findings) == ["not measured"] * 5
 
 
-def test_registers_absorb_outliers_only_if_outliers_increase_without_them() -> None:
+@pytest.mark.parametrize(
+    ("before", "after", "is_increase"),
+    [
+        ({}, {2: 0.03}, True),
+        ({2: 0.02}, {2: 0.036}, True),  # 4.4 standard deviations
+        ({2: 0.02}, {2: 0.033}, False),  # 3.7 standard deviations
+        ({2: 0.03}, {2: 0.03}, False),
+        ({2: 0.03}, {}, False),
+        ({}, {}, False),
+    ],
+)
+def test_registers_absorb_outliers_only_if_outliers_increase_without_them(
+    before: dict[int, float], after: dict[int, float], is_increase: bool
+) -> None:
     model = build_classifier(num_register_tokens=2)
-    findings = collect_findings(model, PIXELS)
-    absorbed = describe_verdict(
-        diagnose_patches(TokenUse(model.config), replace_ratios(findings, {}, {2: 0.03}))
-    )
-    assert "absorb outliers" in absorbed
-    assert "0.00%" in absorbed
-    assert "3.00%" in absorbed
+    findings = replace_ratios(collect_findings(model, PIXELS), before, after)
 
-    for before, after, is_increase in (
-        (0.02, 0.033, False),
-        (0.02, 0.036, True),
-    ):  # 3.7 and 4.4 standard deviations
-        found = diagnose_patches(
-            TokenUse(model.config), replace_ratios(findings, {2: before}, {2: after})
-        )
-        assert found.numbers["second_mode_without_registers"]["fraction"] == pytest.approx(
-            after, rel=0.02
-        )
-        assert ("absorb outliers" in describe_verdict(found)) == is_increase
-    for by_layer, without in (({2: 0.03}, {}), ({}, {}), ({2: 0.03}, {2: 0.03})):
-        same = diagnose_patches(TokenUse(model.config), replace_ratios(findings, by_layer, without))
-        assert ("more registers" in describe_verdict(same)) == bool(by_layer)
-        assert "absorb outliers" not in describe_verdict(same)
-        assert (same.numbers["second_mode_without_registers"] is None) == (not without)
+    found = diagnose_patches(TokenUse(model.config), findings)
+
+    hidden_mode = found.numbers["second_mode_without_registers"]
+    assert (hidden_mode is None) == (not after)
+    if after:
+        assert hidden_mode["fraction"] == pytest.approx(after[2], rel=0.02)
+    assert (found.numbers["absorbed_outliers"] is not None) == is_increase
+    assert ("absorb outliers" in describe_verdict(found)) == is_increase
+    assert found.headline == ("artifacts" if before else "no artifacts")

@@ -1,6 +1,5 @@
 """The diagnosis finds planted truths in small trained and constructed models, and raises no false alarms."""
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -27,7 +26,6 @@ from modeling_vitcls.analysis.ablation import (
     compute_ablations,
 )
 from modeling_vitcls.analysis.diagnosis import (
-    MIN_PATCHES,
     Verdict,
     diagnose_heads,
     diagnose_patches,
@@ -154,11 +152,7 @@ def test_dead_and_uniform_heads_are_found(model: Any) -> None:
             getattr(model.vitcls.layers[0].attention.q_proj, name)[head_size:] = 0
     found = diagnose_heads(collect_findings(model, HELD_OUT[0]))
     assert (found.numbers["dead"], found.numbers["uniform"]) == ([[1, 0]], [[0, 1]])
-    assert found.rating == "bad"
-    assert "dead" in found.headline
-    assert "uniform" in found.headline
-    assert "layer 2 head 1" in describe_verdict(found)
-    assert "layer 1 head 2" in describe_verdict(found)
+    assert found.headline == "dead and uniform heads"
     assert describe_verdict(found).count("1 of 6") == 2
 
 
@@ -166,13 +160,10 @@ def test_dead_and_uniform_heads_are_found(model: Any) -> None:
 def test_too_few_images_or_patches_give_no_verdict(model: Any, num_images: int) -> None:
     found = judge(model, HELD_OUT[0][:num_images], HELD_OUT[1][:num_images])
     assert {verdict.headline for verdict in found.values()} == {"too few images to tell"}
-    assert str(num_images) in describe_verdict(found["register 1"])
-    assert str(MIN_IMAGES) in describe_verdict(found["register 1"])
     patches = diagnose_patches(
         TokenUse(model.config), collect_findings(model, HELD_OUT[0][:num_images])
     )
     assert patches.headline == "too few patches to tell"
-    assert f"{MIN_PATCHES:,}" in describe_verdict(patches)
 
 
 # Several tasks ------------------------------------------------------------------------------------
@@ -207,7 +198,6 @@ def test_each_task_has_its_own_effects(trained_tasks: Any) -> None:
         assert found[f"CLS {task}"].headline == "read by the classifier"
         assert found[f"CLS {task}"].rating == "good"
         assert found[f"CLS {task}"].numbers["heads"] == [task]
-        assert f"({task})" in describe_verdict(found[f"CLS {task}"])
         assert found[f"task {task}"].headline == "better than chance"
     assert "all 2 CLS tokens" in found
 
@@ -258,10 +248,6 @@ def test_the_interval_of_a_task_is_that_of_its_counts() -> None:
             "num_labels": 100,
         }
         assert verdict.numbers == {"accuracy": pytest.approx(num_right / 100)} | counts
-        values = (num_right / 100, *counts["interval"], 1.0)
-        assert re.findall(r"[\d.]+%", describe_verdict(verdict).replace("95% ", "")) == [
-            f"{value:.1%}" for value in values
-        ]
 
 
 # Constructed and random models --------------------------------------------------------------------
