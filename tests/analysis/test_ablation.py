@@ -117,6 +117,7 @@ def test_replacing_a_token_by_its_mean_equals_a_computation_layer_by_layer(
     found = compute_ablations(model, TokenUse(model.config), UNLABELED)["information"]
     before = compute_logits(model, None, means)
     keys = get_token_keys(model.config.token_layout)
+
     assert [key for key in found if "[" in key] == keys
     scale = (before - before.mean(dim=0)).square().mean().sqrt()
     for index, key in enumerate(keys):
@@ -339,9 +340,11 @@ def test_each_of_several_labels_is_a_prediction() -> None:
         model.classifier.weight[0] = model.classifier.bias[0] = 0
         expected = (model(PIXELS).logits >= 0).long()
     found = collect_outputs(model, UNLABELED)[""]
+
     assert torch.equal(found.predicted, expected)
     assert 0 < expected.float().mean() < 1
     assert not found.logits.requires_grad
+
     labels = expected.float()
     labels[0, :3] = 1 - labels[0, :3]
     labels[1] = IGNORED_LABEL
@@ -432,6 +435,7 @@ def test_features_are_the_tokens_and_the_pooled_vector(
     maximum = tokens["patches"].amax(dim=1, keepdim=True)
     mean = tokens["patches"].mean(dim=1, keepdim=True)
     expected = tokens | ({"pooled": maximum} if has_pooler else {"mean of patches": mean})
+
     assert set(found) == set(expected)
     assert count_images(found) == 3
     for name, vectors in expected.items():

@@ -171,9 +171,11 @@ def test_rollout_of_differential_attention_ignores_negative_differences(share: f
         for layer in model.layers:
             layer.attention.lambda_full.fill_(share)
     found = trace_attention(model, build_images()).compute_rollout()
+
     assert get_largest_difference(found, compute_rollout(model, build_images())[:, :1]) <= TOLERANCE
     assert get_largest_difference(found.sum(-1), torch.ones(found.shape[:-1])) <= TOLERANCE
     assert found.min() >= 0
+
     with torch.no_grad():
         for layer in model.layers:
             for part in (layer.attention.q_proj, layer.attention.k_proj):
@@ -245,6 +247,7 @@ def test_attribution_starts_at_every_pooled_layer() -> None:
         maps.append((map_gradient * layer.compute_weights()).clamp(min=0).mean(dim=1))
     above = first + first @ maps[1] + first  # read in layer 2, then in layer 1
     expected = above + above @ maps[0] - 2 * first
+
     assert get_largest_difference(found, expected[:, 0]) <= TOLERANCE
 
 
@@ -280,6 +283,7 @@ def test_the_target_is_the_predicted_class_unless_it_is_given() -> None:
         ]
     )
     chosen = model(pixels).logits.argmax(dim=-1)
+
     assert get_largest_difference(of_each[0], of_each[1]) > 1e-3
     assert torch.equal(
         trace_attention(model, pixels, needs_gradients=True).compute_attribution(),
@@ -313,6 +317,7 @@ def test_weights_are_not_changed(frozen: str) -> None:
             )
         assert get_largest_difference(found, expected) <= TOLERANCE
         assert get_largest_difference(same, expected) <= TOLERANCE
+
     assert all(parameter.grad is None for parameter in model.parameters())
     assert pixels.grad is None
     assert not pixels.requires_grad
@@ -338,6 +343,7 @@ def test_the_mode_of_each_module_is_kept() -> None:
         trace_attention(model, build_images()).compute_rollout(),
         trace_attention(model, build_images(), needs_gradients=True).compute_attribution(),
     )
+
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
     assert {name: module.training for name, module in model.named_modules()} == before

@@ -256,6 +256,7 @@ def test_encoders_are_judged_by_their_features() -> None:
     effects = compute_ablations(model, use, [ImageBatch(PIXELS)])
     found = diagnose_tokens(use, collect_findings(model, PIXELS), effects)
     cls, *registers, group = found
+
     assert cls.headline == "an output of the encoder"
     assert set(cls.numbers["information"]) == {"cls", "pooled", "patches"}
     assert group.token == "all 2 registers"
@@ -350,11 +351,13 @@ def test_the_second_mode_is_measured_beyond_its_valley() -> None:
     # too near to the median: no valley from 0.25 to 0.5
     assert find_second_mode(build_ratios(20, 0.45)) is None
     assert find_second_mode(build_ratios(20, 0.52)) is not None
+
     ratios = build_ratios(20, 1.02)
     ratios[:5] = 4.0
     mode_of_two_norms = find_second_mode(ratios)
     assert mode_of_two_norms is not None
     assert mode_of_two_norms.ratio == pytest.approx(math.exp(1.02))  # the median
+
     far = find_second_mode(build_ratios(20, 8.0))  # beyond the histogram
     assert far is not None
     assert far.ratio == pytest.approx(math.exp(8))

@@ -38,6 +38,7 @@ def test_added_tasks_have_a_prediction_and_the_attribution_of_a_model_for_the_ta
     config = build_tiny_config(num_labels=5, extra_heads=heads, pooled_layers=[-2, -1], **TOKENS)
     model = randomize(ViTCLSForImageClassification(config))
     report = build_image_report(model, PROCESSOR, PHOTO)
+
     assert [each.task for each in report.predictions] == [None, "tags", "weather"]
     assert len(report.predictions[2].labels) == 3
     for index in (1, 2):
@@ -129,6 +130,7 @@ def test_each_task_has_a_prediction_and_an_attribution() -> None:
     )
     report = build_image_report(model, PROCESSOR, PHOTO)
     assert [prediction.task for prediction in report.predictions] == ["age", "species"]
+
     for prediction, attribution in zip(report.predictions, report.attributions, strict=True):
         with torch.no_grad():
             index = model(PIXELS).logits[prediction.task][0].argmax()
@@ -157,6 +159,7 @@ def test_colors_are_the_principal_components() -> None:
     directions = np.linalg.svd(centered, full_matrices=False)[2][:3]
     components = centered @ directions.T
     colors = compute_patch_colors(features)
+
     assert [tuple(one.shape) for one in colors] == [(4, 5, 3), (3, 2, 3)]
     found = torch.cat([one.flatten(0, 1) for one in colors]).double().numpy()
     for channel in range(3):

@@ -54,11 +54,13 @@ def test_folder_names_are_labels_and_the_printed_table_equals_the_page(
     page = tmp_path / "page.html"
     figures = tmp_path / "figures.json"
     flags = ["--model", model, image_folder, "--output", page, "--json", figures, "--num-images", 4]
+
     assert run_in_process("inspect_tokens.py", *flags) == 0
     printed, errors = capsys.readouterr()
     assert errors.count("\n") == 1
     assert "skipped an image" in errors
     assert "broken [old].png" in errors
+
     found = json.loads(figures.read_text())
     for verdict in [*found["tokens"], *found["tasks"], *found["heads"], found["patches"]]:
         assert verdict["token"] in printed
@@ -66,6 +68,7 @@ def test_folder_names_are_labels_and_the_printed_table_equals_the_page(
         assert verdict["reason"] in printed
     assert f"saved {page}" in printed
     assert "(11 images, 4 shown)" in printed
+
     text = page.read_text()
     assert found["tokens"][0]["reason"] in text.replace("&#39;", "'")
     assert str(image_folder) not in text
@@ -159,6 +162,7 @@ def test_unusable_inputs_are_one_line_errors_and_write_nothing(
     model: str, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_in_process("inspect_tokens.py", "--model", model, tmp_path / "missing.png") == 1
+
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert "missing.png" in error

@@ -186,6 +186,7 @@ def test_unreadable_images_are_skipped_everywhere(monkeypatch: pytest.MonkeyPatc
     found = inspect_model(
         encoder, PROCESSOR, images, labels=["cat"] * 3, on_warning=warnings.append
     )
+
     assert [(report.name, report.truth) for report in found.image_reports] == [
         ("image 2", None),
         ("image 3", None),
@@ -211,12 +212,14 @@ def test_samples_of_batches_keep_their_labels() -> None:
     }
     labels = {index: torch.tensor([10 * index]) for index in range(9)}
     batches = InspectionBatches(model, pixels, labels, batch_size=3)
+
     assert batches.order == [0, 2, 4, 6, 8, 1, 3, 5, 7]
     assert [len(batch.indices) for batch in batches] == [3, 2, 3, 1]
     for batch, indices in zip(batches.sample(3), [[2, 8], [5]], strict=True):
         assert batch.indices == indices
         assert batch.pixel_values[:, 0, 0, 0].tolist() == indices
         assert batch.labels.flatten().tolist() == [10 * index for index in indices]
+
     unlabeled = InspectionBatches(model, pixels, {}, 3).sample(3)
     assert all(batch.labels is None for batch in unlabeled)
 
@@ -335,9 +338,11 @@ def test_folder_names_are_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             np.asarray(found.images[index]), np.asarray(Image.open(folder / name))
         )
     assert open_paths(build_named_classifier(CLASSES), folder / "else").labels is None
+
     monkeypatch.chdir(folder / "cat")
     here = open_paths(build_named_classifier(CLASSES), Path())
     assert (here.labels, here.source) == ([2, 2], "cat")
+
     url = "https://host/photos/1.png"
     remote = open_images(InspectOptions("model", (url,)), build_named_classifier(CLASSES))
     assert (remote.names, remote.source) == ([url], url)
@@ -379,6 +384,7 @@ def test_images_and_labels_are_read_from_the_named_columns(tmp_path: Path) -> No
     found = open_images(
         options, build_named_classifier(CLASSES, problem_type="multi_label_classification")
     )
+
     assert found.labels
     assert list(found.labels) == [[1.0, 0.0, 1.0]] * len(found.names)
 
@@ -392,6 +398,7 @@ def test_an_encoder_reads_the_selected_split(tmp_path: Path) -> None:
             InspectOptions("model", dataset=str(tmp_path / "photos"), split=split), encoder
         )
         assert len(found.images) == count
+
     with raises_one_line("no split 'nothing'", "train"):
         open_images(
             InspectOptions("model", dataset=str(tmp_path / "photos"), split="nothing"), encoder

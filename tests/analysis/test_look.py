@@ -101,6 +101,7 @@ def test_an_animated_image_gives_one_sheet_per_frame(model: str, tmp_path: Path)
     frames[0].save(tmp_path / "clip.gif", save_all=True, append_images=frames[1:])
     numbers = tmp_path / "numbers.json"
     flags = ["--model", model, "-o", str(tmp_path / "out.png"), "--json", str(numbers)]
+
     assert run_here("look", str(tmp_path / "clip.gif"), *flags) == 0
     first, second, third = json.loads(numbers.read_text())["photos"]
     assert [Path(each["sheet"]).name for each in (first, second, third)] == [

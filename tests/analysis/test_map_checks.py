@@ -35,6 +35,7 @@ def test_curves_replace_the_highest_patches_first() -> None:
     pixels = build_images(1, 32, 40)  # the last 8 columns are not a whole patch
     values = torch.randperm(8, generator=torch.Generator().manual_seed(0)).view(4, 2).float()
     deletion, insertion = measure_curves(model.train(), pixels, values, target=1)  # without dropout
+
     assert model.training
     model.eval()
     for index, fraction in enumerate(FRACTIONS):
@@ -112,6 +113,7 @@ def test_a_map_is_faithful_below_the_limits_of_p_value_and_correlation() -> None
         9, curves[0], curves[2], curves[1], curves[3], weight_correlation=0.5, p_value=0.05
     )
     assert check.is_faithful
+
     numbers = re.findall(r"\d+\.\d+", check.describe("attribution"))
     assert numbers == [
         "0.50",
@@ -121,6 +123,7 @@ def test_a_map_is_faithful_below_the_limits_of_p_value_and_correlation() -> None
         "0.05",
         "0.50",
     ]  # areas, p-value, correlation
+
     worse = [
         dataclasses.replace(check, weight_correlation=0.51),
         dataclasses.replace(check, p_value=0.051),

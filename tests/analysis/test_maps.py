@@ -46,6 +46,7 @@ def test_patch_maps_contain_the_attention_to_each_patch():
     with torch.no_grad():
         maps = extract_patch_maps(model.token_attention(pixel_values), config, (24, 41))
         attentions = model(pixel_values, output_attentions=True).attentions
+
     assert maps.shape == (2, 2, 2, 6, 3, 10)
     for row in range(3):
         for column in range(10):
@@ -169,6 +170,7 @@ def test_the_maximum_is_bright_the_invisible_part_is_dark_and_uniform_maps_are_n
         assert (drawn[:, :15] == 70).all()
         assert (drawn[:, 75:] == 70).all()
     y, x = np.nonzero(get_lightness(overlay(build_photograph(), build_spot())) > 150)
+
     assert len(y) > 20
     assert y.min() >= 15
     assert y.max() < 30
@@ -182,6 +184,7 @@ def test_overlays_of_large_and_small_images_are_scaled_on_request():
     assert overlay(build_photograph(1, 900), build_spot(), max_side=300).size == (300, 1)
     assert overlay(build_photograph(900, 1), build_spot(), max_side=300).size == (1, 300)
     assert overlay(build_photograph(), build_spot(), max_side=300, min_side=40).size == (90, 60)
+
     stripes = Image.fromarray(np.uint8([[0, 200] * 300] * 400))
     # averages
     assert resize_with_region(stripes, None, 300, None)[0].getcolors() == [(300 * 200, 100)]
@@ -189,6 +192,7 @@ def test_overlays_of_large_and_small_images_are_scaled_on_request():
         (32, 0),
         (32, 200),
     ]
+
     seen = VisibleRegion(150, 0, 750, 600)
     small = overlay(build_photograph(600, 900), build_spot(), seen, max_side=90)
     large = overlay(build_photograph(), build_spot(), seen)

@@ -145,6 +145,7 @@ def test_dead_and_uniform_heads_are_found(model: Any) -> None:
         "good",
         "no artifacts",
     )
+
     head_size = model.config.hidden_size // 2
     with torch.no_grad():
         model.vitcls.layers[1].attention.o_proj.weight[:, :head_size] = 0
@@ -226,6 +227,7 @@ def test_a_task_whose_head_is_zero_is_not_better_than_chance(trained_tasks: Any)
         head.weight.zero_()
     found = judge_tasks(trained_tasks)
     head.load_state_dict(weights)
+
     assert found["CLS parity"].rating == "good"
     assert found["task parity"].rating == "good"
     assert found["CLS size"].rating == "doubtful"

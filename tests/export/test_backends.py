@@ -116,6 +116,7 @@ def test_backends_have_the_predictions_of_torch(backend: str, model: Path, tmp_p
     rows = [
         predict(str(model), str(tmp_path), top_k=3, backend=name) for name in ("torch", backend)
     ]
+
     for mine, theirs in zip(*rows, strict=True):
         assert [mine[f"label{suffix}"] for suffix in ("", "_2", "_3")] == [
             theirs[f"label{suffix}"] for suffix in ("", "_2", "_3")
@@ -181,6 +182,7 @@ def test_graphs_and_the_pipeline_have_calibrated_probabilities(model: Path) -> N
     with torch.no_grad():
         expected = (plain(pixel_values).logits / 2.5).softmax(-1)[0].tolist()
     found = ExportedGraph(model / "model.xml")(pixel_values)["logits"].softmax(-1)[0].tolist()
+
     assert found == pytest.approx(expected, abs=1e-5)
     loaded: Any = ViTCLSForImageClassification.from_pretrained(model)
     rows = pipeline("image-classification", model=loaded, image_processor=processor)(image)
@@ -288,6 +290,7 @@ def test_graphs_are_identified_by_all_their_files(model: Path, tmp_path: Path) -
         digests.add(compute_model_digest(graph, processor))
         with raises_one_line("no output last_hidden_state"):
             graph(build_images(1))
+
     assert len(digests) == 3
     with raises_one_line("`backend='torch'`"):
         graph(build_images(1), output_hidden_states=True)

@@ -41,12 +41,15 @@ def test_an_encoder_in_half_precision_is_exported_in_float32(tmp_path: Path) -> 
     model.save_pretrained(tmp_path)
     exportable = load_exportable_model(str(tmp_path))
     loaded = exportable.model
+
     assert exportable.processor is None
     assert loaded.dtype == torch.float32
     assert not loaded.training
+
     (outputs,) = compute_named_outputs(loaded, [build_images()])
     assert list(outputs) == ["last_hidden_state", "pooler_output"]
     assert not outputs["pooler_output"].requires_grad
+
     no_pooler = ViTCLSModel(build_tiny_config(), add_pooling_layer=False)
     assert list(NamedOutputsModel(no_pooler)(build_images())) == ["last_hidden_state"]
     assert torch.equal(

@@ -55,6 +55,7 @@ def test_the_batch_is_dynamic_and_no_output_is_repeated(
             else []
         ),
     ]
+
     assert len(outputs) == len(names)
     for name, output in zip(names, outputs, strict=True):
         assert (output - expected[name]).abs().max() <= 1e-5, name

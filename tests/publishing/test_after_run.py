@@ -140,6 +140,7 @@ def test_the_data_of_a_run_are_loaded_again(tmp_path: Path) -> None:
         )
     (folder.path / "config.resolved.yaml").write_text("{dataset: digits, held_out_fraction: 0}")
     assert write_report(ModelFolder(folder.path), pytest.fail) is None  # no images are held out
+
     (folder.path / "config.resolved.yaml").unlink()
     assert load_run_data(ModelFolder(folder.path)) is None
 
@@ -158,6 +159,7 @@ def test_the_report_shows_held_out_images_of_a_stream(
     for split, numbers in (("train", range(1)), ("test", range(30))):
         write_photos(tmp_path / "photos" / split, numbers, "dusk", "noon", "x")
     flags = {"dataset": str(tmp_path / "photos"), "streaming": True}
+
     assert (
         write_report(ModelFolder(write_run_folder(tmp_path / "run", None, flags)), warnings.append)
         is None
@@ -247,11 +249,13 @@ def test_a_model_saved_by_hand_gets_a_card(tmp_path: Path) -> None:
     config = build_tiny_config(num_register_tokens=1, id2label={0: "a", 1: "b", 2: "c"})
     save_with_processor(ViTCLSForImageClassification(config), tmp_path / "mine")
     assert write_report(ModelFolder(tmp_path / "mine"), pytest.fail) is None
+
     write_card(ModelFolder(tmp_path / "mine"))
     card = ModelCard.load(tmp_path / "mine" / "README.md")
     assert "for image classification with 3 classes" in card.text
     assert card.data.eval_results is None
     assert 'model="mine"' in card.text
+
     write_json(
         tmp_path / "mine" / "config.json",
         read_json(tmp_path / "mine" / "config.json") | {"architectures": None},

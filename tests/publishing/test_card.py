@@ -239,10 +239,12 @@ def test_tasks_have_no_pipeline(tmp_path: Path) -> None:
         tmp_path / "mine", results, None, ViTCLSForMultiTaskClassification, config
     )
     card = load_card(folder)
+
     assert "| species: Accuracy | 75.00% |" in card.text
     assert "pipeline(" not in card.text
     assert card.data.pipeline_tag == "image-feature-extraction"
     assert describe_architecture(ModelFolder(folder))["is_classifier"]
+
     save_with_processor(ViTCLSForMultiTaskClassification(config), tmp_path / "by hand")
     assert "species (2 classes)" in load_card(tmp_path / "by hand").text
 
@@ -281,6 +283,7 @@ def test_the_license_of_the_initial_weights_is_inherited(
     results = {"provenance": provenance, "teacher": "timm:resnet18"}
     results["teacher_provenance"] = {"name": "timm:resnet18", "license": "apache-2.0"}
     card = load_card(write_run_folder(tmp_path / "mine", results, flags))
+
     assert card.data.license == license_id
     assert words in card.text
     assert "teacher model of the distillation is licensed under apache-2.0" in card.text
@@ -404,11 +407,13 @@ def test_a_native_model_keeps_the_results_of_its_run(tmp_path: Path) -> None:
         )
     write_results(native, {"dataset": "photos"})
     card = load_card(native, "ann/native")
+
     assert card.data.eval_results[0].metric_value == RESULTS["accuracy"]
     assert "98.33%" in card.text
     assert card.data.tags == ["vision", "vit"]
     assert "trust_remote_code" not in card.text
     assert "vitcls finetune" not in card.text
+
     required = json.loads((native / "parity_report.json").read_text())["required_versions"][
         "transformers"
     ]

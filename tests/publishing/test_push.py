@@ -230,6 +230,7 @@ def test_results_of_other_weights_are_not_published(
 ) -> None:
     push_folder(ModelFolder(folder), "ann/model")
     assert "98.33%" in read_card(hub)
+
     replace_weights(folder)
     (folder / "parity_report.json").write_text('{"sha256": {}}')
     push_folder(ModelFolder(folder), "ann/model")
@@ -243,6 +244,7 @@ def test_results_of_other_weights_are_not_published(
         "parity_report.json",
     }
     assert "98.33%" not in read_card(hub)
+
     (message,) = (text for text in caplog.messages if "results.json" in text)
     assert "\n" not in message
 
@@ -318,14 +320,17 @@ def test_exported_files_are_pushed_only_with_the_weights_they_were_created_from(
     (folder / "pytorch_model.bin").write_bytes(b"pickled")
     push_folder(ModelFolder(folder), "ann/model")
     names = set(hub.files("ann/model"))
+
     assert {"model.xml", "model.bin", "model.xml.json"} <= names
     assert "pytorch_model.bin" not in names
+
     card = read_card(hub)
     (row,) = (line for line in card.splitlines() if line.startswith("| `model.xml` |"))
     assert all(
         text in row
         for text in ("int8", "1.5 MiB", "97.25% (95.00% to 99.00%)", "97.40%", "359", "1,234")
     )
+
     replace_weights(folder)
     push_folder(ModelFolder(folder), "ann/model")
     assert not set(hub.files("ann/model")) & {"model.xml", "model.bin", "model.xml.json"}
@@ -345,6 +350,7 @@ def test_a_folder_of_exported_files_is_pushed_without_weights_and_code(
         file.unlink()
     (folder / "results.json").write_text('{"files": {}}')
     push_folder(ModelFolder(folder), "ann/export")
+
     assert set(hub.files("ann/export")) - {".gitattributes"} == {
         *("config.json", "preprocessor_config.json", "results.json", "README.md", "LICENSE"),
         *("model.xml", "model.bin", "model.xml.json"),
@@ -445,18 +451,22 @@ def test_a_generated_card_names_the_repository_and_an_edited_card_is_kept(
     local_card = (folder / "README.md").read_text()
     assert "# my-run\n" in local_card
     assert 'model="my-run"' in local_card
+
     push_folder(ModelFolder(folder), "ann/model")
     card = read_card(hub)
     assert "# ann/model\n" in card
     assert 'model="ann/model"' in card
     assert "my-run" not in card
     assert (folder / "README.md").read_text() == local_card
+
     text = local_card.replace("# my-run", "# My model")
     (folder / "README.md").write_text(text)
     push_folder(ModelFolder(folder), "ann/model")
     assert read_card(hub) == text
+
     write_card(ModelFolder(folder))
     assert (folder / "README.md").read_text() == text
+
     (folder / "README.md").write_text("---\nlicense: [\n---\n")  # invalid YAML
     with raises_one_line("README.md", "vitcls push", error=PushError):
         push_folder(ModelFolder(folder), "ann/model")
