@@ -1,4 +1,4 @@
-"""Effects of special tokens: outputs with a token replaced by its mean, compared with direct computations."""
+"""Effects of special tokens, compared with direct computations."""
 
 from dataclasses import replace
 from functools import partial
@@ -111,7 +111,7 @@ def compute_logits(model: Any, index: int | None, means: torch.Tensor) -> torch.
 def test_replacing_a_token_by_its_mean_equals_a_computation_layer_by_layer(
     fields: dict[str, Any],
 ) -> None:
-    """The outputs equal a computation layer by layer, and effects are the changes of these outputs."""
+    """Effects are the changes of these outputs."""
     model = build_classifier(**fields)
     means = collect_means(model)
     found = compute_ablations(model, TokenUse(model.config), UNLABELED)["information"]
@@ -133,7 +133,7 @@ def test_replacing_a_token_by_its_mean_equals_a_computation_layer_by_layer(
 
 
 def test_tokens_are_replaced_together_if_a_head_uses_only_one_of_them() -> None:
-    """The classifier then sees the mean of the CLS token after the last layer, which is the same for all images."""
+    """The classifier then sees the mean of the CLS token, which is the same for all images."""
     model = build_classifier(num_register_tokens=2)
     means = collect_means(model)
     with torch.no_grad(), replace_by_means(model, TokenUse(model.config), [0, 1], means[:, [0, 1]]):

@@ -1,4 +1,4 @@
-"""Attention rollout and gradient-weighted attribution, compared with plain references on full eager attention maps."""
+"""Attention rollout and attribution, compared with references on full eager attention maps."""
 
 from typing import Any
 
@@ -97,7 +97,10 @@ def compute_rollout(model: Any, pixels: torch.Tensor) -> torch.Tensor:
 
 
 def subtract_second_maps(maps: torch.Tensor, share: float) -> torch.Tensor:
-    """Return each head's first map [B, 2 * heads, N, N] minus a share of the second, as rows of sum 1."""
+    """Return each head's first map minus a share of the second, as rows of sum 1.
+
+    The maps are [B, 2 * heads, N, N].
+    """
     left = (maps[:, 0::2] - share * maps[:, 1::2]).clamp(min=0)
     rows = left.flatten(0, 2)
     itself = torch.eye(left.shape[-1]).repeat(left.shape[0] * left.shape[1], 1)
@@ -136,7 +139,7 @@ def expand_shares(special: list[float], patches: str, sequence: torch.Tensor) ->
 
 
 def assert_same_relevance(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Compare within the tolerance, and relative to the largest value, because some values are small."""
+    """Compare within a tolerance that is relative to the largest value if it is small."""
     assert expected.max() > 0
     assert get_largest_difference(found, expected) <= TOLERANCE * min(1, 10 * expected.max().item())
 

@@ -1,4 +1,4 @@
-"""The audit of a dataset: planted label errors and duplicates are found, and the results are cleanlab's."""
+"""The audit of a dataset: planted errors are found, and the results are cleanlab's."""
 
 import io
 import re
@@ -43,7 +43,7 @@ NUM_FLIPPED, NUM_COPIES = 54, 20  # 3 % of the labels
 
 @pytest.fixture(scope="module")
 def planted() -> tuple[AuditedImages, np.ndarray, np.ndarray]:
-    """Return digits with wrong labels and darker JPEG copies, and the indices of wrong labels and copied images."""
+    """Return digits with wrong labels and darker JPEG copies, and the indices of both."""
     digits = load_digits()
     generator = np.random.default_rng(0)
     images = [Image.fromarray(np.uint8(pixels * 15.9)) for pixels in digits.images]
@@ -199,7 +199,7 @@ def test_the_table_lists_all_issues_and_the_page_the_first_ones(
 def test_images_listed_by_an_audit_are_left_out_of_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Ten wrong labels and five copies in another split of 400 digits: the listed training images are left out."""
+    """There are ten wrong labels, and five copies in another split, of 400 digits."""
     digits = load_digits()
     generator = np.random.default_rng(0)
     wrong = set(generator.choice(300, 10, replace=False).tolist())

@@ -18,7 +18,10 @@ CONFIG = build_tiny_config(num_hidden_layers=4)
 
 @pytest.fixture
 def findings() -> Findings:
-    """Return statistics of six images: 16, 16, 4 and 8 of 17 tokens by layer, and the same map in layers 1 and 3."""
+    """Return statistics of six images.
+
+    The attention covers 16, 16, 4 and 8 of 17 tokens by layer, with the same map in layers 1 and 3.
+    """
     statistics = TokenStatistics(ViTCLSForImageClassification(CONFIG).eval())
     statistics.update(torch.rand(6, CONFIG.num_channels, *CONFIG.image_height_width))
     found = statistics.compute()

@@ -47,7 +47,7 @@ def build_classifier(**fields: Any) -> ViTCLSForImageClassification:
 
 
 def plant(findings: Findings, **values: Callable[[torch.Tensor], Any]) -> Findings:
-    """Return findings with other values; each value is a function that changes a copy of a tensor."""
+    """Return findings with other values; each is a function that changes a copy of a tensor."""
     changed = {name: getattr(findings, name).clone() for name in values}
     for name, change in values.items():
         change(changed[name])
@@ -67,7 +67,7 @@ def judge(model: Any, findings: Findings) -> list[str]:
 
 
 def test_states_that_are_not_used_are_not_judged() -> None:
-    """In the last layer, two registers are equal and do not depend on the image, but the head uses only CLS."""
+    """In the last layer, two registers are equal for all images, but the head uses only CLS."""
     model = build_classifier(num_distillation_tokens=0)
     findings = collect_findings(model, PIXELS)
 
@@ -299,7 +299,7 @@ def test_the_summary_is_one_line() -> None:
 def sample_norms(
     seed: int, sigma: float, fraction: float = 0.0, ratio: float = 1.0, count: int = 4096
 ) -> torch.Tensor:
-    """Return log-normal norms as multiples of their median; a fraction has a second mode at a ratio."""
+    """Return log-normal norms as multiples of their median, with a second mode at a ratio."""
     generator = torch.Generator().manual_seed(seed)
     norms = (sigma * torch.randn(count, generator=generator)).exp()
     outliers = round(fraction * count)
@@ -373,7 +373,7 @@ def test_large_modes_are_outliers_only_at_three_times_the_median() -> None:
 
 
 def test_the_best_window_width_is_used() -> None:
-    """A wide mode has few patches in each narrow window, so the widest window of 17 bins has the highest score."""
+    """A wide mode has few patches in each narrow window, and most in the window of 17 bins."""
     for count in (30, 100):  # 100 patches are a mode for all widths
         ratios = build_ratios(count, 0.0)
         ratios[:count] = torch.linspace(1.52, 2.28, count).exp()
@@ -386,7 +386,7 @@ def test_the_best_window_width_is_used() -> None:
 def replace_ratios(
     findings: Findings, by_layer: dict[int, float], without: dict[int, float] | None = None
 ) -> Findings:
-    """Return findings with a fraction of the patches in a second mode after some layers, also without registers."""
+    """Return findings with a second mode after some layers, also without registers."""
     count = len(findings.patch_norms)
 
     def draw(fractions: dict[int, float]) -> torch.Tensor:
@@ -401,7 +401,7 @@ def replace_ratios(
 
 
 def test_the_last_layers_that_are_used_are_decisive() -> None:
-    """The head does not use the patches of layer 9; the last quarter of 8 layers begins with layer 7."""
+    """The head uses the patches of 8 layers, whose last quarter begins with layer 7."""
     model = build_classifier(num_hidden_layers=9, num_register_tokens=0)
     findings = collect_findings(model, PIXELS)
     for layers, word in (

@@ -228,7 +228,10 @@ def test_samples_of_batches_keep_their_labels() -> None:
 def test_batches_fit_into_memory(
     fields: dict[str, Any], num_maps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """19 tokens have states of width 16 in 2 + 8 copies, twice 24 MLP activations, and 3 copies of the maps."""
+    """A batch holds 2 + 8 copies of the states, 2 of the MLP activations, and 3 of the maps.
+
+    There are 19 tokens with states of width 16 and 24 MLP activations.
+    """
     pixels = dict.fromkeys(range(7), torch.zeros(3, 32, 32))
     num_bytes = 4 * (19 * 16 * (2 + 8) + 19 * 2 * 24 + 3 * num_maps * 19 * 19)
     limits = {
@@ -257,7 +260,7 @@ def build_predictions(margins: list[float], is_wrong: list[int | None]) -> Predi
 
 
 def test_the_most_instructive_images_are_selected() -> None:
-    """Check at most half wrong images (confident ones first), a quarter uncertain ones, and typical ones."""
+    """At most half are wrong (confident ones first), a quarter is uncertain, the rest typical."""
     config = build_tiny_config(num_labels=2)
     select = lambda output, number: select_images({"": output}, config, number)  # noqa: E731
     before = build_predictions([5, 9, 1, 7, 3, 8, 2, 6, 4, 5.5], [1, 1, 1, 0, 0, None, 0, 0, 0, 0])
@@ -406,7 +409,7 @@ def test_an_encoder_reads_the_selected_split(tmp_path: Path) -> None:
 
 
 def test_images_are_drawn_at_random_with_their_names_and_labels() -> None:
-    """Every second image has another class, so that regular intervals would select one class only."""
+    """Every second image has another class: regular intervals would select one class only."""
     images = ArrayImages(np.arange(200, dtype=np.uint8).reshape(200, 1, 1))
     found = InspectionImages(
         images, [f"image {value}" for value in range(200)], range(200), "a test"

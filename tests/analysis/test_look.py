@@ -1,4 +1,4 @@
-"""The command `vitcls look` and the function `look`: files, numbers, token layouts, and legible sheets."""
+"""The command `vitcls look` and the function `look`: files, numbers, and legible sheets."""
 
 import json
 from pathlib import Path
@@ -257,7 +257,12 @@ def test_no_text_covers_a_tile_or_another_text_or_is_cut_off(
     )
     drawn: list[Sheet] = []
     render = Sheet.render
-    monkeypatch.setattr(Sheet, "render", lambda sheet: drawn.append(sheet) or render(sheet))  # type: ignore[func-returns-value]
+
+    def keep_and_render(sheet: Sheet) -> Image.Image:
+        drawn.append(sheet)
+        return render(sheet)
+
+    monkeypatch.setattr(Sheet, "render", keep_and_render)
     # a part of the photo is hidden
     processor = ViTCLSImageProcessor(size=40, do_center_crop=True, crop_size=32)
     picture = draw_sheet(

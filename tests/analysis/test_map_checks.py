@@ -61,7 +61,7 @@ def test_shuffled_weights_have_the_same_values() -> None:
 
 
 def test_checks_average_over_images() -> None:
-    """Compare with curves, correlations and a Wilcoxon test that are computed separately for each image."""
+    """Curves, correlations and a Wilcoxon test are computed separately for each image."""
     model = center_logits(
         ViTCLSForImageClassification(build_tiny_config(num_register_tokens=1)), build_images(6)
     )

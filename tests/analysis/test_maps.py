@@ -1,4 +1,4 @@
-"""Maps of attention on the pixels of the image, compared with the input that real image processors create."""
+"""Maps on the pixels of the image, compared with the input that image processors create."""
 
 import math
 
@@ -67,7 +67,7 @@ BLACK = 10  # added to coordinates, so that padding can be distinguished
 
 
 def build_coordinates(height: int, width: int) -> Image.Image:
-    """Return an image whose red channel is the column of each pixel, and green the row, starting at 10."""
+    """Return an image whose red channel is the column of each pixel plus 10, and green the row."""
     y, x = np.mgrid[0:height, 0:width]
     return Image.fromarray(np.stack([x + BLACK, y + BLACK, 0 * x], axis=-1).astype(np.uint8))
 
@@ -127,7 +127,7 @@ def test_the_visible_part_equals_the_input_of_the_model(settings, backend, size)
 
 
 def test_maps_are_bilinear_between_centers_and_nan_outside():
-    """Cells are 3 pixels wide, with centers at 2.5 and 5.5, and 2 pixels high, with centers at 2 and 4."""
+    """Cells are 3 x 2 pixels, with centers at x = 2.5 and 5.5 and at y = 2 and 4."""
     maps = torch.tensor([[1.0, 3.0], [10.0, 30.0]])
     drawn = upsample_maps(maps, (6, 8), VisibleRegion(1, 1, 7, 5))
     x = torch.tensor([math.nan, 1, 1, 1 + 2 / 3, 1 + 4 / 3, 3, 3, math.nan])

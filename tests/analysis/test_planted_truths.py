@@ -1,4 +1,4 @@
-"""The diagnosis finds planted truths in small trained and constructed models, and raises no false alarms."""
+"""The diagnosis finds planted truths in small models, and raises no false alarms."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -80,7 +80,7 @@ def hide_keys(model: Any, hidden: slice) -> Iterator[None]:
 
 
 def train(model: Any, compute_loss: Callable[[Any, torch.Tensor], torch.Tensor]) -> Any:
-    """Train a model on digits; `compute_loss` receives the output of the model and the indices of the images."""
+    """Train a model on digits; `compute_loss` takes its output and the indices of the images."""
     optimizer = torch.optim.AdamW(model.train().parameters(), lr=3e-3)
     for _ in range(NUM_EPOCHS):
         for indices in torch.randperm(NUM_TRAINED).split(100):

@@ -38,10 +38,10 @@ all_mlps = pytest.mark.parametrize("fields", MLPS.values(), ids=MLPS)
 
 @torch.no_grad()
 def build_planted_model(model_class: type = ViTCLSModel, **fields: Any) -> Any:
-    """Return a model in which each planted neuron is active at one patch, identified by a channel of its position.
+    """Return a model in which each planted neuron is active at one patch.
 
-    This channel is zero at all other tokens up to layer 1. The neuron writes a large value to
-    channel 2.
+    The patch is identified by a channel of its position, which is zero at all other tokens up to
+    layer 1. The neuron writes a large value to channel 2.
     """
     model = randomize(model_class(build_tiny_config(**SIZES, **fields)))
     base = model.base_model

@@ -132,7 +132,7 @@ def test_a_folder_without_weights_is_evaluated_and_shown(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The graph, the configuration and the image processor are enough; --backend torch names the remedy."""
+    """The graph, the configuration and the image processor are enough."""
     folder = tmp_path / "exported"
     shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     page: Any = importlib.import_module("modeling_vitcls.cli.demo_page")  # gradio
@@ -324,7 +324,10 @@ def digits_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_int8_loses_at_most_0_3_points(
     format_name: str, digits_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`evaluate --backend` repeats the result of the export, and a larger drop than --max-drop writes nothing."""
+    """`evaluate --backend` repeats the result of the export.
+
+    A larger drop than --max-drop writes nothing.
+    """
     output = tmp_path / "exported"
     words = (
         "export",

@@ -1,4 +1,4 @@
-"""`--backend auto`: which engine runs, that its answers are those of PyTorch, and what is stored for the next run."""
+"""`--backend auto`: which engine runs, with the answers of PyTorch, and what is stored."""
 
 import shutil
 from collections.abc import Callable
@@ -48,7 +48,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def measured(saved: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a model with graphs for logits and for tokens, which were found to be faster."""
+    """Return the folder of a model with graphs for logits and tokens that were found faster."""
     folder = shutil.copytree(saved, tmp_path_factory.mktemp("measured") / "model")
     with pytest.MonkeyPatch.context() as patch:
         call_job_large(patch)

@@ -1,4 +1,4 @@
-"""Test scripts/export.py: graphs with the outputs of the model for any batch and image size, and error messages.
+"""Test scripts/export.py: graphs with the outputs of the model for any size, and errors.
 
 The tests run each written file in the runtime of its format, at sizes that the script did not
 compare. A fixture runs the script in this process for several tests. The other tests call its

@@ -19,7 +19,7 @@ pytest.importorskip("onnxscript", reason="onnxscript is not installed")
 
 
 def export_and_run(model: torch.nn.Module, file: Path, num_images: int) -> dict[str, torch.Tensor]:
-    """Export with an example batch of one image, and return the outputs of the file for more images."""
+    """Export with an example of one image, and return the outputs of the file for more."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(

@@ -1,4 +1,4 @@
-"""Cards of model folders: one builder for every kind; every claim was measured or read from the folder."""
+"""Cards of model folders: every claim was measured or read from the folder."""
 
 import json
 import re
@@ -37,7 +37,10 @@ MODEL_CARDS = Path(__file__).parents[2] / "model_cards"
 
 
 def load_card(folder: Path, name: str | None = None) -> ModelCard:
-    """Return the card of a folder, which must be valid Markdown with a title and sections that are not empty."""
+    """Return the card of a folder.
+
+    It must be valid Markdown with a title and sections that are not empty.
+    """
     card = ModelCard(render_card(ModelFolder(folder), name))
     tokens = MarkdownIt("commonmark").enable("table").parse(card.text)
     kinds = [token.type for token in tokens]
@@ -89,7 +92,6 @@ def test_the_card_of_a_classifier_shows_what_was_measured(tmp_path: Path) -> Non
     assert sorted(set(re.findall(r"`(\w+_vitcls\.py)`", text))) == code_files  # in reading order
     assert "trained from scratch on `digits`" in text
     assert f"These files belong to modeling_vitcls {__version__}." in text
-    assert "sha256sum" not in text
     assert card.data.library_name == "transformers"
     assert card.data.pipeline_tag == "image-classification"
     assert card.data.license is None
@@ -327,7 +329,6 @@ def test_the_recipe_has_no_local_paths_and_no_destination(tmp_path: Path) -> Non
         folder.shareable_flags == {"output_dir": "my-model", "epochs": 3.0, "shift": 0.0} | sources
     )
     assert "secret" not in render_card(folder)
-    assert "`path/to/base`" in render_card(folder)
 
     for unreadable in (b"[", b"- dataset", b"\xff"):
         (folder.path / "config.resolved.yaml").write_bytes(unreadable)
@@ -431,8 +432,6 @@ def test_example_cards_have_the_headings_of_the_template(tmp_path: Path, name: s
     (folder / "images").mkdir()
     (folder / "images" / "attention.png").touch()
     assert list_headings(text) == list_headings(load_card(folder).text)
-    assert "modeling_vitcls " in text
-    assert "sha256sum" not in text
     for image in MarkdownIt().parse(text):
         for child in image.children or ():
             if child.type == "image":

@@ -1,4 +1,4 @@
-"""The images of a model card: their files, and what they show compared with the model and the results."""
+"""The images of a model card, compared with the model and the results."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The held-out images of a run in the report and the card: from predictions.parquet, without another evaluation."""
+"""The held-out images of a run in the report and the card, from predictions.parquet."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Verification of published models: hashes, and the outputs of a new process that loads the published code."""
+"""Verification of published models: hashes, and the outputs of the published code."""
 
 import json
 import os
@@ -99,7 +99,10 @@ def test_each_kind_of_model_is_verified_at_an_old_tag(
 
 
 CATCHING_IMPORT = "try:\n    import modeling_vitcls\nexcept ValueError:\n    pass\n"
-CHANGED_CODE = "pool = TokenPooler.forward\nTokenPooler.forward = lambda self, tokens: 1.001 * pool(self, tokens)\n"
+CHANGED_CODE = """
+pool = TokenPooler.forward
+TokenPooler.forward = lambda self, tokens: 1.001 * pool(self, tokens)
+"""
 
 
 @pytest.mark.usefixtures("fast_verification")
@@ -165,7 +168,7 @@ def test_only_private_repositories_are_loaded_with_the_token(
 def test_code_that_does_not_load_is_an_error(
     hub: LocalHub, folder: Path, code: str, words: list[str]
 ) -> None:
-    """The weights lack a tensor, or the code raises an error, requires this package, or ends the process."""
+    """The weights lack a tensor, or the code fails, requires this package, or ends the process."""
     file = folder / "modeling_vitcls.py"
     file.write_text(code + file.read_text())
     if not code:
