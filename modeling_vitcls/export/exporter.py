@@ -33,9 +33,14 @@ from ..runtime.files import write_json
 from ..runtime.system import get_versions
 from .exportable import ExportableModel, Outputs, compute_named_outputs, load_exportable_model
 from .formats import FORMATS, run_graph
-from .measurement import NUM_COMPARED_IMAGES, compare_outputs_on_images, load_export_images
+from .measurement import (
+    NUM_COMPARED_IMAGES,
+    compare_outputs_on_images,
+    load_export_images,
+    prepare_images,
+)
 from .options import ExportOptions
-from .quantization import NUM_CALIBRATION_IMAGES, quantize_graph, rank_layers
+from .quantization import NUM_CALIBRATION_IMAGES, check_drop, quantize_graph
 from .tracing import GraphShape, select_graph_shape, trace_model
 
 
@@ -126,7 +131,7 @@ def export_model(
         calibration_images: list[torch.Tensor] = []
         if options.int8:
             assert images is not None, "int8 requires a dataset"
-            calibration_images = images.prepare(images.training, processor, NUM_CALIBRATION_IMAGES)
+            calibration_images = prepare_images(images.training, processor, NUM_CALIBRATION_IMAGES)
             quantize_graph(file, calibration_images, excluded_layers)
             comparisons = compare_outputs(
                 batches, reference_outputs, run_graph(file, batches, names), None
@@ -181,7 +186,7 @@ def export_model(
             report["speed"] = measure_inference_speed(exported_model, torch.device("cpu"))
 
         if images is not None:
-            pixels = images.prepare(images.held_out, processor, NUM_COMPARED_IMAGES)
+            pixels = prepare_images(images.held_out, processor, NUM_COMPARED_IMAGES)
             outputs = run_graph(file, pixels, names)
             report["comparison"] = compare_outputs_on_images(
                 outputs, compute_named_outputs(model, pixels)
@@ -195,34 +200,6 @@ def export_model(
         write_json(get_report_path(file), report)
         move_files(file.parent, target.parent)
     return report
-
-
-def check_drop(report: Report, max_drop: float, model: Any, images: torch.Tensor) -> None:
-    """Raise ValueError if the metric falls by more than `max_drop` points.
-
-    An accuracy must fall by more than that with 95% confidence: few images cannot show a small
-    loss. The message names the layers with the largest error in int8, measured on preprocessed
-    images [B, C, H, W].
-    """
-    scores = report["evaluation"]
-    if scores is None:
-        return
-    drop = (
-        scores["model"] - scores["file"]
-        if scores["drop_interval"] is None
-        else scores["drop_interval"][0]
-    )
-    if 100 * drop <= max_drop:
-        return
-    excluded = report["excluded_layers"]
-    layers = [number for number in rank_layers(model, images) if number not in excluded]
-    worst = sorted([*excluded, *layers[: max(1, len(layers) // 4)]])
-    raise ValueError(
-        f"int8 lowers the {scores['metric']} from {scores['model']:.1%} to {scores['file']:.1%} on "
-        f"{scores['num_images']} images, at least {100 * drop:.1f} points and more than "
-        f"`max_drop={max_drop:g}` points. Set `exclude_layers={tuple(worst)}`, the layers with the "
-        "largest errors, or a larger `max_drop`"
-    )
 
 
 def write_model_files(model_folder: ModelFolder, folder: Path, report: Report) -> None:

@@ -49,17 +49,6 @@ class ExportImages:
     held_out: Any
     setup: EvaluationSetup | None
 
-    def prepare(self, images: Any, processor: Any, count: int) -> list[torch.Tensor]:
-        """Return up to `count` preprocessed images, each [1, C, H, W], spread over all images.
-
-        Unreadable images are left out.
-        """
-        pixels = []
-        for index in range(0, len(images), max(1, len(images) // count)):
-            with contextlib.suppress(ValueError):
-                pixels.append(processor(images[index], return_tensors="pt")[INPUT_NAME])
-        return pixels[:count]
-
     def measure_accuracy(self, files: Mapping[str, Path]) -> dict[str, Any] | None:
         """Return the metric of the model and of each file, by name; None without labels."""
         if self.setup is None:
@@ -105,6 +94,18 @@ class ExportImages:
             "metric": metric,
             "model": metrics[metric],
         }
+
+
+def prepare_images(images: Any, processor: Any, count: int) -> list[torch.Tensor]:
+    """Return up to `count` preprocessed images, each [1, C, H, W], spread over all images.
+
+    Unreadable images are left out.
+    """
+    pixels = []
+    for index in range(0, len(images), max(1, len(images) // count)):
+        with contextlib.suppress(ValueError):
+            pixels.append(processor(images[index], return_tensors="pt")[INPUT_NAME])
+    return pixels[:count]
 
 
 def compare_labels(

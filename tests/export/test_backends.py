@@ -33,9 +33,9 @@ from modeling_vitcls import (
     predict,
 )
 from modeling_vitcls.export import exporter
-from modeling_vitcls.export.exporter import check_drop, export_model
+from modeling_vitcls.export.exporter import export_model
 from modeling_vitcls.export.options import ExportOptions
-from modeling_vitcls.export.quantization import rank_layers, round_to_int8
+from modeling_vitcls.export.quantization import check_drop, rank_layers, round_to_int8
 from modeling_vitcls.inference.exported_graphs import ExportedGraph, ExportedModel
 from modeling_vitcls.inference.intervals import compute_proportion_interval
 from modeling_vitcls.inference.predict import compute_model_digest
