@@ -17,7 +17,8 @@ model_utils.py          helpers that unwrap models and set evaluation mode
 image_report.py         predictions, maps and patch features (PCA) of one image
 figures.py              figures of statistics, for reports and notebooks
 register_neurons.py     neuron activations moved from patches to a register, without training
-inspection.py           images of an inspection, and all measurements for a model and images
+inspection.py           all measurements for a model and images
+inspection_images.py    the images of `vitcls inspect`, with names and labels
 report.py               the HTML report, and its values for programs
 inspect_tokens.py       the command `vitcls inspect`
 photo.py                attention of the tokens and features of the patches in one photo

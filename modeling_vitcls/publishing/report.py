@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from ..analysis.inspection import Inspection, InspectionImages, inspect_model, name_images
+from ..analysis.inspection import Inspection, inspect_model
+from ..analysis.inspection_images import InspectionImages, name_images
 from ..analysis.report import write_page
 from ..data.options import DataOptions
 from ..data.splits import TrainingData, load_training_data
