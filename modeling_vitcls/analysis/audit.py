@@ -6,7 +6,7 @@
 
 Label errors, outliers and overlapping classes are cleanlab's (Northcutt et al. 2021, arXiv
 1911.00068). Probabilities must come from a model that was not trained on the image: held-out, or
-out-of-fold with `--folds`. Near duplicates are neighbors in the model's features, or in small
+out-of-fold for a run with folds. Near duplicates are neighbors in the model's features, or in small
 copies of the images, whose pixels agree.
 """
 
@@ -52,7 +52,7 @@ from ..runtime.files import escape_csv_cell, write_atomically
 from .report import encode_data_url
 
 
-NUM_FOLDS = 5  # folds of the cross-validation with --frozen
+NUM_FOLDS = 5  # folds of the cross-validation with `frozen`
 NUM_NEIGHBORS = 5  # neighbors in feature space whose pixels are compared
 THUMBNAIL_SIZE = 32  # side of the compared images in pixels
 MAX_PIXEL_DISTANCE = 0.1  # maximum distance of near duplicates, 1 - correlation of the pixels
@@ -81,14 +81,14 @@ def audit_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     """Audit a dataset, write the page and the table, and return the number of issues of each kind.
 
     Features are the CLS tokens and the mean of the patches. Probabilities are the classifier's for
-    held-out images or, with `--frozen`, those of a classifier on the features that was fitted
-    without the image, for all images. If the model is the output folder of a run with `--folds`,
+    held-out images or, with `frozen`, those of a classifier on the features that was fitted
+    without the image, for all images. If the model is the output folder of a run with folds,
     they are those of the model that held out the image, for all images, and the features are those
     of the first fold's model.
 
     Raises:
         ValueError: if the dataset has several labels per image, if the model has no classifier
-            without --frozen, or if the page or the table exists without --overwrite.
+            without `frozen`, or if the page or the table exists without `overwrite`.
         OSError: if the model or the dataset cannot be read, or the page cannot be written.
     """
     assert options.audit is not None

@@ -50,7 +50,7 @@ class InspectionImages:
 def open_images(
     options: InspectOptions, model: Any, record: HeldOutRecord | None = None
 ) -> InspectionImages:
-    """Open the images of PATHS or `--dataset`.
+    """Open the images of `paths` or `dataset`.
 
     `record` is the held-out record of the model's training run.
 

@@ -260,10 +260,14 @@ class TokenStatistics:
             [state[:, :num_special_tokens] for state in hidden_states], dim=1
         ).float()
         directions = torch.nn.functional.normalize(special_states, dim=-1)  # [B, L + 1, S, D]
+        # matrix products in TF32 would cause large rounding errors
+        distances = torch.cdist(
+            special_states, special_states, compute_mode="donot_use_mm_for_euclid_dist"
+        )
         return {
             "between_tokens": directions @ directions.transpose(-1, -2),
             "embedding_similarity": (directions * directions[:, :1]).sum(dim=-1),
-            "squared_distances": compute_distances(special_states).square(),
+            "squared_distances": distances.square(),
             "states": special_states,
             "squares": special_states.cpu().double().square(),
             "token_norms": special_states.norm(dim=-1),
@@ -300,11 +304,3 @@ def compute_head_outputs(layer: RecordedLayer) -> torch.Tensor:
     return torch.stack(
         [(outputs[:, :, i] @ w.T).norm(dim=-1).mean(dim=1) for i, w in enumerate(weights)], dim=1
     )
-
-
-def compute_distances(points: torch.Tensor) -> torch.Tensor:
-    """Return the pairwise distances [..., P, P] of points [..., P, D], without matrix products.
-
-    Products in TF32 cause large rounding errors.
-    """
-    return torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")

@@ -112,7 +112,7 @@ class ExportableModel:
 
 
 def load_exportable_model(source: str) -> ExportableModel:
-    """Load any checkpoint that `--model` accepts, or a preset with random weights.
+    """Load any checkpoint that `model` may name, or a preset with random weights.
 
     Raises:
         ValueError: If the checkpoint is not a ViTCLS model, if its class is not supported, or if

@@ -203,7 +203,7 @@ def export_model(
 
 
 def write_model_files(model_folder: ModelFolder, folder: Path, report: Report) -> None:
-    """Write what `--backend` and `evaluate` require in the folder of the graph.
+    """Write what `predict` and `evaluate` with `backend` require in the folder of the graph.
 
     These are the configuration, the image processor and, in results.json, the held-out images of
     the model's run and the measurements of the file.

@@ -21,7 +21,7 @@ from .verify import verify_push
 def prepare_push(options: FinetuneOptions | PretrainOptions) -> str | None:
     """Create the repository to push to before training, and return its id.
 
-    It is None without `--push-to-hub` and on processes other than the main process. Raise
+    It is None without `push_to_hub` and on processes other than the main process. Raise
     ValueError or OSError if a push is not possible.
     """
     is_main_process = os.environ.get("RANK", "0") == "0"  # Accelerate is not initialized yet

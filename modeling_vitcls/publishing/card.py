@@ -204,8 +204,8 @@ def build_eval_results(folder: ModelFolder, metric_names: dict[str, str]) -> lis
 def get_license_source(folder: ModelFolder) -> Provenance:
     """Return the provenance whose license applies to the weights.
 
-    It is that of the initial weights if their license is known, otherwise that of the run, with the
-    license given with `--license`.
+    It is that of the initial weights if their license is known, otherwise one with the `license` of
+    the run.
     """
     if folder.provenance is not None and folder.provenance.license is not None:
         return folder.provenance
@@ -321,12 +321,13 @@ def describe_addition(name: str, record: dict[str, Any]) -> dict[str, Any]:
     names = format_name(name) if is_task else ", ".join(map(format_name, record["labels"]))
 
     result = "not measured"
-    for measured in filter(None, (record.get("held_out_result"), record.get("new_classes"))):
+    if measured := record.get("held_out_result") or record.get("new_classes"):
         metric = next(iter(measured))
         low, high = measured[f"{metric}_interval"]
-        result = f"{metric.replace('_', ' ')} {measured[metric]:.1%} ({low:.1%} to {high:.1%})"
-        result += f", {measured['num_images']:,} images"
-        break
+        result = (
+            f"{metric.replace('_', ' ')} {measured[metric]:.1%} ({low:.1%} to {high:.1%}), "
+            f"{measured['num_images']:,} images"
+        )
 
     if old := record.get("old_classes"):
         low, high = old["old_loss_interval"]

@@ -48,16 +48,15 @@ CODE_LICENSE_FILE = "CODE_LICENSE"
 # A push removes these files from the repository unless the folder contains them: an old
 # model.safetensors would be loaded instead of new shards, and old results describe other weights.
 DELETE_PATTERNS = [
-    *(
-        *MODEL_PATTERNS,
-        *RUN_FILES,
-        *RESULT_IMAGE_PATTERNS,
-        *ONNX_PATTERNS,
-        *EXPORT_PATTERNS,
-        PARITY_REPORT_FILE,
-    ),
+    *MODEL_PATTERNS,
+    *RUN_FILES,
+    *RESULT_IMAGE_PATTERNS,
+    *ONNX_PATTERNS,
+    *EXPORT_PATTERNS,
+    PARITY_REPORT_FILE,
     CERTIFICATE_FILE,
-    *("handler.py", "checkpoints/step-*"),
+    "handler.py",
+    "checkpoints/step-*",
 ]
 
 logger = logging.getLogger(__name__)
