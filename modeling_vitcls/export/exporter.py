@@ -8,7 +8,6 @@ the limit, nothing is written.
 """
 
 import shutil
-import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import ViTCLSBackbone
 from ..runtime.errors import describe_installation
-from ..runtime.files import write_json
+from ..runtime.files import create_output_folder, write_json
 from ..runtime.system import get_versions
 from .exportable import ExportableModel, Outputs, compute_named_outputs, load_exportable_model
 from .formats import FORMATS, run_graph
@@ -118,11 +117,8 @@ def export_model(
     names = list(reference_outputs[0])
     graph = trace_model(model, graph_shape, getattr(torch, options.dtype), output_attentions)
 
-    existing_parent = next(parent for parent in target.absolute().parents if parent.is_dir())
-    with tempfile.TemporaryDirectory(
-        prefix=f".{output.name}.", dir=existing_parent
-    ) as temporary_folder:
-        file = Path(temporary_folder, target.name)
+    with create_output_folder(target.parent) as output_folder:
+        file = output_folder / target.name
         file_format.write(graph, graph_shape, names, file)
         comparisons = compare_outputs(
             batches, reference_outputs, run_graph(file, batches, names), options.dtype
@@ -138,7 +134,7 @@ def export_model(
             )
 
         height_width = ["height", "width"] if graph_shape.is_dynamic else graph_shape.image_size
-        files = list(file.parent.iterdir())
+        files = list(output_folder.iterdir())
         report: Report = {
             "format": options.format,
             "model": strip_folders(resolve_name(options.model, is_built_in=folder is None)),
@@ -196,9 +192,9 @@ def export_model(
                 check_drop(report, options.max_drop, model, torch.cat(calibration_images[:16]))
 
         if folder is not None and not output.suffix:
-            write_model_files(folder, file.parent, report)
+            write_model_files(folder, output_folder, report)
         write_json(get_report_path(file), report)
-        move_files(file.parent, target.parent)
+        check_files_do_not_exist(*(target.parent / each.name for each in output_folder.iterdir()))
     return report
 
 
@@ -231,18 +227,6 @@ def check_files_do_not_exist(*files: Path) -> None:
     for file in files:
         if file.exists():
             raise ValueError(f"{file} exists. Set a different `output`, or remove the file")
-
-
-def move_files(source: Path, target: Path) -> None:
-    """Move all files of a folder to another folder.
-
-    Raise ValueError if the target folder contains a file of the same name.
-    """
-    files = sorted(source.iterdir())
-    check_files_do_not_exist(*(target / file.name for file in files))
-    target.mkdir(parents=True, exist_ok=True)
-    for file in files:
-        file.rename(target / file.name)
 
 
 # Report -------------------------------------------------------------------------------------------

@@ -529,12 +529,18 @@ def test_existing_files_are_not_replaced(tmp_path: Path) -> None:
         (tmp_path / name).touch()
         with raises_one_line(f"{tmp_path / name} exists"):
             export_model(ExportOptions("nowhere", "onnx", tmp_path / name.removesuffix(".json")))
-    (tmp_path / "made").mkdir()
-    (tmp_path / "made" / "vit.onnx").touch()
-    with raises_one_line(f"{tmp_path / 'vit.onnx'} exists"):
-        exporter.move_files(tmp_path / "made", tmp_path)
     with raises_one_line("the file name must end in .xml"):
         export_model(ExportOptions("nowhere", "openvino", tmp_path / "vit.onnx"))
+
+
+def test_a_folder_with_files_of_another_model_is_not_changed(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "model", num_hidden_layers=1)
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "config.json").write_text("other")
+    with raises_one_line(f"{tmp_path / 'output' / 'config.json'} exists"):
+        export_model(ExportOptions(str(tmp_path / "model"), "onnx", tmp_path / "output"))
+    assert [file.name for file in (tmp_path / "output").iterdir()] == ["config.json"]
+    assert (tmp_path / "output" / "config.json").read_text() == "other"
 
 
 def test_packages_that_are_not_installed_are_named(
