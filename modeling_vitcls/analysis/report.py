@@ -130,7 +130,7 @@ def write_page(
     write_text(file, text)
 
 
-def write_json_values(file: str | Path, inspection: Inspection, title: str | None = None) -> None:
+def write_json_values(file: str | Path, inspection: Inspection, model: str) -> None:
     """Write the values of an inspection as JSON, with the name and commit of the model.
 
     Numbers that are not finite become null.
@@ -138,7 +138,6 @@ def write_json_values(file: str | Path, inspection: Inspection, title: str | Non
     Raises:
         OSError: if the file cannot be written.
     """
-    model = title or get_model_name(inspection.config.name_or_path)
     commit = get_commit(inspection.config)
     values = {"model": model, "commit": commit, "version": __version__} | build_json_values(
         inspection
