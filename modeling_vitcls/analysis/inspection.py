@@ -167,8 +167,6 @@ def inspect_model(
 
     ablations: Ablations = {}
     num_ablation_images = 0
-    map_checks: dict[str, MapCheck] = {}
-    image_reports = []
     with evaluation_mode(model):
         findings, outputs = collect_statistics(measured_model, batches, watch)
         if has_ablations:
@@ -177,28 +175,27 @@ def inspect_model(
             ablations = compute_ablations(measured_model, use, sample_batches, watch)
             num_ablation_images = len(sample_batches.pixels)
 
-        kinds_by_index = dict.fromkeys(pixels)
-        if num_shown is not None:
-            selected_images = select_images(outputs, config, num_shown)
-            kinds_by_index = {
-                batches.order[position]: kind for position, kind in selected_images.items()
-            }
-        label_space = get_label_space(config)
-        for index, kind in watch(kinds_by_index.items(), "computing maps"):
-            name = f"image {index + 1}" if names is None else names[index]
-            truth = None
-            if index in known_labels:
-                truth = label_space.format_label(known_labels[index])
-            image_reports.append(
-                build_image_report(model, processor, images[index], name, truth, kind)
-            )
-
-        if has_map_checks:
-            map_checks = check_sampled_maps(model, use, batches, num_affordable, watch)
-
     verdicts = diagnose_tokens(use, findings, ablations, token_movement)
     if not has_ablations:
         verdicts = [verdict for verdict in verdicts if verdict.headline is not Outcome.NOT_MEASURED]
+
+    kinds_by_index = dict.fromkeys(pixels)
+    if num_shown is not None:
+        selected_images = select_images(outputs, config, num_shown)
+        kinds_by_index = {
+            batches.order[position]: kind for position, kind in selected_images.items()
+        }
+
+    label_space = get_label_space(config)
+    image_reports = []
+    for index, kind in watch(kinds_by_index.items(), "computing maps"):
+        name = f"image {index + 1}" if names is None else names[index]
+        truth = label_space.format_label(known_labels[index]) if known_labels else None
+        image_reports.append(build_image_report(model, processor, images[index], name, truth, kind))
+
+    map_checks: dict[str, MapCheck] = {}
+    if has_map_checks:
+        map_checks = check_sampled_maps(model, use, batches, num_affordable, watch)
 
     return Inspection(
         use=use,
