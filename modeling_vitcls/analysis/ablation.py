@@ -1,11 +1,11 @@
-"""Effects of special tokens: how outputs change if tokens are replaced with their means or hidden from attention.
+"""Effects of special tokens: how outputs change if tokens are replaced or hidden.
 
     information   the states of the tokens are replaced with their means over images, after the embeddings and each
                   layer, so that the states are the same for every image. Removing tokens or setting them to zero would
                   instead produce inputs that the model was never trained on.
     presence      the tokens are hidden by the attention mask, so that no token attends to them.
 
-    ablations = compute_ablations(model, batches)
+    ablations = compute_ablations(model, TokenUse(model.config), batches)
     ablations["information"]["registers[0]"][""]    the `Effect` on the output "" (model_outputs.py)
 
 An effect alone is not meaningful, because a random token is attended to as well. The effect of each
@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -36,13 +37,13 @@ from ..inference.intervals import (
 from ..inference.prediction_rows import DEFAULT_THRESHOLD
 from ..model.configuration_vitcls import TokenLayout, ViTCLSConfig
 from ..model.heads_vitcls import IGNORED_LABEL
-from .maps import get_used_token_mask
-from .model_utils import evaluation_mode, get_classifier_or_encoder, is_classifier, unwrap_model
+from .model_utils import run_without_tokens
+from .token_use import TokenUse
 
 
-# Callable that returns batches with labels or None. Labels are [B, A] with the columns of all tasks
-# (see `Predictions`), or [B] if A is 1. Each call returns the same batches.
-Batches = Callable[[], Iterable[ImageBatch]]
+# Batches with labels or None. Labels are [B, A] with the columns of all tasks (see `Predictions`),
+# or [B] if A is 1. Each iteration yields the same batches.
+Batches = Iterable[ImageBatch]
 # (items, description) -> items, with a progress bar
 Watch = Callable[[Collection[Any], str], Iterable[Any]]
 Outputs = dict[str, Any]  # name of a task or a feature -> `Predictions` or `Features`
@@ -133,49 +134,50 @@ Ablations = dict[str, dict[str, dict[str, Effect]]]
 
 
 def compute_ablations(
-    model: Any, batches: Batches, watch: Watch = lambda items, description: items
+    model: Any, use: TokenUse, batches: Batches, watch: Watch = lambda items, description: items
 ) -> Ablations:
-    """Return the effects of each special token and of each group of several tokens, with their null distributions.
+    """Return the effects of each special token and of each group of several tokens.
+
+    The effects of tokens that no head reads have null distributions.
 
     Args:
-        model: any ViTCLS model.
-        batches: callable that returns an iterable over batches of images and labels; it is called
-            several times for each token.
+        model: a classifier or an encoder, in evaluation mode.
+        use: the tokens that the outputs of the model read.
+        batches: batches of images and labels, over which several passes per token are made.
         watch: function that returns the same items and shows the progress.
 
     Raises:
         ValueError: if there are no images, or labels have the wrong shape.
     """
-    model = unwrap_model(model)
-    targets = get_ablation_targets(model.config.token_layout)
+    layout = model.config.token_layout
+    targets = get_ablation_targets(layout)
     generator = torch.Generator().manual_seed(0)
     ablations: Ablations = {kind: {} for kind in ABLATION_KINDS}
     if not targets:
         return ablations
 
     # [L + 1, S, D]
-    means, before = collect_mean_states(
-        model, batches, range(model.config.token_layout.num_prefix_tokens)
-    )
+    means, before = collect_mean_states(model, batches, range(layout.num_prefix_tokens))
 
     def compute_effects(after: Outputs) -> dict[str, Effect]:
         return {name: compute_effect(output, after[name]) for name, output in before.items()}
 
     hidden = {}  # token key or group name -> outputs with these tokens hidden
     for key, indices in watch(targets.items(), "ablating tokens"):
-        with replace_by_means(model, indices, means[:, indices]):
+        with replace_by_means(model, use, indices, means[:, indices]):
             ablations["information"][key] = compute_effects(collect_outputs(model, batches))
-        hidden[key] = collect_outputs(model, batches, indices)
+        hide = partial(run_without_tokens, model, indices)
+        hidden[key] = collect_outputs(model, batches, hide)
         ablations["presence"][key] = compute_effects(hidden[key])
 
-    for keys, draws in watch(list(plan_redraws(model)), "ablating random tokens"):
+    for keys, draws in watch(list(plan_redraws(layout, use)), "ablating random tokens"):
         sizes: dict[tuple[str, str], list[float]] = {}  # (kind, output name) -> null distribution
         # (redrawn key, output name) -> drops [images] per draw
         drops: dict[tuple[str, str], list[torch.Tensor]] = {}
         for key in draws:
             with redraw_tokens(model, targets[key], generator):
                 redrawn_means, redrawn = collect_mean_states(model, batches, targets[key])
-                with replace_by_means(model, targets[key], redrawn_means):
+                with replace_by_means(model, use, targets[key], redrawn_means):
                     replaced = collect_outputs(model, batches)
 
             for name, output in redrawn.items():
@@ -206,21 +208,16 @@ def compute_ablations(
     return ablations
 
 
-def plan_redraws(model: Any) -> Iterator[tuple[list[str], list[str]]]:
+def plan_redraws(layout: TokenLayout, use: TokenUse) -> Iterator[tuple[list[str], list[str]]]:
     """Yield the keys that share a null distribution, and the key that each draw redraws.
 
     The draws cycle through the tokens of a group. Tokens that a head reads are not redrawn.
     """
-    layout = model.config.token_layout
     keys = get_token_keys(layout)
-    is_read = get_used_token_mask(model.config, is_classifier(model))
     for group, members in get_group_indices(layout).items():
-        unread_keys = [keys[index] for index in members if not is_read[index]]
+        unread_keys = [keys[index] for index in members if index not in use.read_tokens]
         if unread_keys:
-            yield (
-                unread_keys,
-                [unread_keys[draw % len(unread_keys)] for draw in range(NUM_NULL_DRAWS)],
-            )
+            yield unread_keys, list(islice(cycle(unread_keys), NUM_NULL_DRAWS))
         if len(unread_keys) == len(members) > 1:
             yield [group], [group] * NUM_NULL_DRAWS
 
@@ -310,7 +307,7 @@ def get_group_indices(layout: TokenLayout) -> dict[str, list[int]]:
 
 
 def get_token_keys(layout: TokenLayout) -> list[str]:
-    """Return the keys of the special tokens as in metrics.jsonl (`cls[0]`, `registers[1]`), in sequence order."""
+    """Return the keys of the special tokens, such as `cls[0]`, as in metrics.jsonl."""
     groups = get_group_indices(layout)
     return [
         f"{group}[{index}]" for group, members in groups.items() for index in range(len(members))
@@ -318,7 +315,7 @@ def get_token_keys(layout: TokenLayout) -> list[str]:
 
 
 def get_ablation_targets(layout: TokenLayout) -> dict[str, list[int]]:
-    """Return a dict that maps token keys, and names of groups with several tokens, to sequence indices."""
+    """Return the sequence indices of each token, and of each group of several tokens, by key."""
     targets = {key: [index] for index, key in enumerate(get_token_keys(layout))}
     return targets | {
         name: members for name, members in get_group_indices(layout).items() if len(members) > 1
@@ -328,39 +325,35 @@ def get_ablation_targets(layout: TokenLayout) -> dict[str, list[int]]:
 def collect_mean_states(
     model: Any, batches: Batches, indices: Sequence[int]
 ) -> tuple[torch.Tensor, Outputs]:
-    """Return the mean states [L + 1, n, D] of some tokens, and the outputs of the same forward passes.
+    """Return the mean states [L + 1, n, D] of some tokens, and the outputs of the same passes.
 
     The tokens are those at the sequence indices `indices`. The means are in double precision.
     """
-    batch_outputs = []
     state_sums = []
-    compute = partial(get_classifier_or_encoder(model), output_hidden_states=True)
-    with evaluation_mode(model):
-        for batch, outputs in pass_over_images(compute, batches(), model.device):
-            # [B, L + 1, n, D]
-            states = torch.stack(
-                [state[:, list(indices)] for state in outputs.hidden_states], dim=1
-            )
-            state_sums.append(states.cpu().double().sum(dim=0))
-            batch_outputs.append(extract_outputs(model, outputs, batch.labels))
 
-    joined_outputs = join_outputs(batch_outputs)
-    return torch.stack(state_sums).sum(dim=0) / count_images(joined_outputs), joined_outputs
+    def run(pixel_values: torch.Tensor) -> Any:
+        outputs = model(pixel_values, output_hidden_states=True)
+        # [B, L + 1, n, D]
+        states = torch.stack([state[:, list(indices)] for state in outputs.hidden_states], dim=1)
+        state_sums.append(states.cpu().double().sum(dim=0))
+        return outputs
+
+    outputs = collect_outputs(model, batches, run)
+    return torch.stack(state_sums).sum(dim=0) / count_images(outputs), outputs
 
 
 @contextmanager
 def replace_by_means(
-    model: Any, indices: Sequence[int], mean_states: torch.Tensor
+    model: Any, use: TokenUse, indices: Sequence[int], mean_states: torch.Tensor
 ) -> Iterator[None]:
-    """Replace the states of the tokens at sequence indices `indices` with `mean_states` [L + 1, n, D].
+    """Replace the states of the special tokens `indices` with `mean_states` [L + 1, n, D].
 
     They are replaced after the embeddings and after each layer. The last layer is included only if
     the head uses one of the tokens.
     """
     encoder = model.base_model
-    is_used_by_head = get_used_token_mask(model.config, is_classifier(model))
     modules = [encoder.embeddings, *encoder.layers]
-    if not any(is_used_by_head[min(index, len(is_used_by_head) - 1)] for index in indices):
+    if use.read_tokens.isdisjoint(indices):
         modules.pop()  # a hook on the last layer would make the layer compute all tokens
 
     with ExitStack() as hooks:
@@ -373,7 +366,7 @@ def replace_by_means(
 
 @contextmanager
 def redraw_tokens(model: Any, indices: Sequence[int], generator: torch.Generator) -> Iterator[None]:
-    """Replace the embeddings of the tokens at sequence indices `indices` with random vectors of the same norms."""
+    """Replace the embeddings of the tokens `indices` with random vectors of the same norms."""
     # [n, D]
     directions = nn.functional.normalize(
         torch.randn(len(indices), model.config.hidden_size, generator=generator)
@@ -394,7 +387,7 @@ def replace_tokens(
     indices: Sequence[int],
     new_tokens: torch.Tensor | Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.utils.hooks.RemovableHandle:
-    """Replace the tokens at sequence indices `indices` in the output of a module until the returned handle is removed.
+    """Replace the special tokens `indices` in the output of a module until the handle is removed.
 
     `new_tokens` is a tensor [n, D], or a function that maps the old tokens [B, n, D] to the new
     tokens.
@@ -432,7 +425,7 @@ class Predictions:
         return self.labels != IGNORED_LABEL
 
     def compute_accuracy(self) -> float | None:
-        """Return the fraction of correct predictions among images with known labels, or None if no label is known."""
+        """Return the fraction of correct predictions for known labels, or None without any."""
         is_correct = (self.predicted == self.labels)[self.is_known]
         return is_correct.float().mean().item() if len(is_correct) else None
 
@@ -445,7 +438,10 @@ class Predictions:
         return sum(counts) / sum(map(len, columns))
 
     def is_better_than_chance(self) -> bool | None:
-        """Return whether the accuracy exceeds chance by more than 2 standard errors, or None if no label is known."""
+        """Return whether the accuracy exceeds chance by more than 2 standard errors.
+
+        Return None if no label is known.
+        """
         accuracy = self.compute_accuracy()
         if accuracy is None:
             return None
@@ -464,51 +460,52 @@ class Features:
         return len(self.vectors)
 
 
-def collect_outputs(model: Any, batches: Batches, hidden_indices: Sequence[int] = ()) -> Outputs:
+def collect_outputs(
+    model: Any, batches: Batches, run: Callable[[torch.Tensor], Any] | None = None
+) -> Outputs:
     """Return the outputs for all images, on the CPU.
 
-    The tokens at the sequence indices `hidden_indices` are hidden from attention.
+    Args:
+        model: a classifier or an encoder, in evaluation mode.
+        batches: batches of images and labels.
+        run: function from images [B, C, H, W] to the output of the model. Default: the model.
+
+    Raises:
+        ValueError: if there are no images, or the shape of the labels does not match the
+            predictions.
     """
     batch_outputs = []
-    module = get_classifier_or_encoder(model)
-
-    def compute(pixel_values: torch.Tensor) -> Any:
-        mask = build_hiding_mask(model, pixel_values, hidden_indices) if hidden_indices else None
-        return module(pixel_values, attention_mask=mask)
-
-    with evaluation_mode(model):
-        for batch, outputs in pass_over_images(compute, batches(), model.device):
-            batch_outputs.append(extract_outputs(model, outputs, batch.labels))
+    for batch, outputs in pass_over_images(run or model, batches, model.device):
+        if hasattr(outputs, "logits"):
+            batch_outputs.append(extract_predictions(outputs, batch.labels, model.config))
+        else:
+            batch_outputs.append(extract_features(outputs, model.config.token_layout))
     return join_outputs(batch_outputs)
 
 
-def extract_outputs(model: Any, outputs: Any, labels: torch.Tensor | None = None) -> Outputs:
-    """Return the outputs of a batch, on the CPU.
+def extract_features(outputs: Any, layout: TokenLayout) -> Outputs:
+    """Return the features of a batch, on the CPU.
 
-    `outputs` is the output of the classifier, or of the encoder inside any other model. The
-    features of an encoder are "cls" and "distillation" (if there are such tokens), "pooled" (its
-    `pooler_output`) or, without a pooler, "mean of patches", and "patches".
-
-    Raises:
-        ValueError: if the shape of the labels does not match the predictions.
+    They are "cls" and "distillation" (if there are such tokens), "pooled" (`pooler_output`) or,
+    without a pooler, "mean of patches", and "patches".
     """
-    config = model.config
-    if not is_classifier(model):
-        layout = config.token_layout
-        states = outputs.last_hidden_state  # [B, N, D]
-        features = {"cls": states[:, layout.cls], "distillation": states[:, layout.distillation]}
-        pooled = getattr(outputs, "pooler_output", None)
-        if pooled is not None:
-            features["pooled"] = pooled.unsqueeze(1)
-        else:
-            features["mean of patches"] = states[:, layout.patches].mean(dim=1, keepdim=True)
-        features["patches"] = states[:, layout.patches]
-        return {
-            name: Features(list(rows.float().cpu()))
-            for name, rows in features.items()
-            if rows.shape[1]
-        }
+    states = outputs.last_hidden_state  # [B, N, D]
+    features = {"cls": states[:, layout.cls], "distillation": states[:, layout.distillation]}
+    if outputs.pooler_output is not None:
+        features["pooled"] = outputs.pooler_output.unsqueeze(1)
+    else:
+        features["mean of patches"] = states[:, layout.patches].mean(dim=1, keepdim=True)
+    features["patches"] = states[:, layout.patches]
+    return {
+        name: Features(list(rows.float().cpu())) for name, rows in features.items() if rows.shape[1]
+    }
 
+
+def extract_predictions(outputs: Any, labels: torch.Tensor | None, config: ViTCLSConfig) -> Outputs:
+    """Return the predictions of each task for a batch, on the CPU.
+
+    Raise ValueError if the shape of the labels does not match the predictions.
+    """
     logits_by_task = outputs.logits if isinstance(outputs.logits, dict) else {"": outputs.logits}
     # [B, 1] each, or [B, labels] for a multi-label model
     predicted = {
@@ -555,22 +552,6 @@ def count_images(outputs: Outputs) -> int:
     return len(next(iter(outputs.values())))
 
 
-def build_hiding_mask(
-    model: Any, pixel_values: torch.Tensor, hidden_indices: Sequence[int]
-) -> torch.Tensor:
-    """Return an attention mask [B, N] that hides the tokens at sequence indices `hidden_indices` from all tokens."""
-    shape = len(pixel_values), count_tokens(model, pixel_values)
-    mask = torch.ones(shape, dtype=torch.long, device=pixel_values.device)
-    mask[:, list(hidden_indices)] = 0
-    return mask
-
-
-def count_tokens(model: Any, pixel_values: torch.Tensor) -> int:
-    """Return the number of tokens of each image in a batch [B, C, H, W]."""
-    grid_size = model.base_model.embeddings.patch_embeddings.get_grid_size(pixel_values)
-    return model.config.token_layout.get_num_tokens(*grid_size)
-
-
 # Labels -------------------------------------------------------------------------------------------
 
 
@@ -602,10 +583,3 @@ def encode_label(label: Any, config: ViTCLSConfig) -> torch.Tensor:
     if label is None or label < 0:
         return torch.full((config.num_labels or 0,), IGNORED_LABEL)
     return torch.tensor([int(index == label) for index in range(config.num_labels or 0)])
-
-
-def encode_labels(labels: Sequence[Any] | None, model: Any) -> torch.Tensor | None:
-    """Return dataset labels as a tensor [images, A], or None if `labels` is None or the model is not a classifier."""
-    if labels is None or not is_classifier(model):
-        return None
-    return torch.stack([encode_label(label, model.config) for label in labels])

@@ -1,7 +1,8 @@
 """Attention of every layer of a forward pass, attention rollout and gradient-weighted attribution.
 
-    compute_attention_rollout(model, pixel_values)    [B, special token, key]    contributions to each special token
-    compute_attribution(model, pixel_values)          [B, key]                   contributions to the predicted class
+    trace = trace_attention(model, pixel_values, needs_gradients=True)
+    trace.compute_rollout()        [B, special token, key]    contributions to each special token
+    trace.compute_attribution()    [B, key]                   contributions to the predicted class
 
     with process_attention_layers(model, layers.append):
         model(pixel_values)
@@ -11,8 +12,8 @@ The `recorder` of each layer's attention receives queries, keys and values inste
 maps, so memory grows with N, not N².
 
 Keys are in the order of `config.token_layout`; `extract_patch_maps` (maps.py) selects the patches.
-Both functions multiply row vectors by the maps of each layer, from the last layer to the first, so
-that the maps of only one layer are in memory. Both functions support every attention
+Rollout and attribution multiply row vectors by the maps of each layer, from the last layer to the
+first, so that the maps of only one layer are in memory. Both support every attention
 implementation.
 """
 
@@ -29,7 +30,7 @@ from ..model.token_attention_vitcls import (
     record_attention,
     select_mask_rows,
 )
-from .model_utils import evaluation_mode, unwrap_model
+from .model_utils import evaluation_mode
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class RecordedLayer:
     Each head has one map, or two maps with differential attention.
     """
 
+    attention: Any  # the attention module
     query: torch.Tensor  # [B, maps, N, d]
     key: torch.Tensor  # [B, maps, N, d]
     value: torch.Tensor  # [B, maps, N, head_dim]
@@ -47,15 +49,30 @@ class RecordedLayer:
     attention_output: torch.Tensor  # [B, N, maps, head_dim]
 
     def compute_weights(self, num_rows: int | None = None) -> torch.Tensor:
-        """Return the maps [B, maps, N, N] of eager attention, or only the rows of the first `num_rows` tokens.
+        """Return the maps [B, maps, N, N], or only the rows of the first `num_rows` tokens.
 
-        Maps are computed in float32, so that rows sum to 1 for half-precision models too.
+        They are the maps of eager attention, computed in float32, so that rows sum to 1 for
+        half-precision models too.
         """
         query = self.query[:, :, :num_rows].float()
         key = self.key.float()
         return compute_attention_rows(
             query, key, select_mask_rows(self.mask, query, key), self.scaling
         )
+
+    def average_heads(self) -> torch.Tensor:
+        """Return the mean of the maps over heads [B, N, N]; each row sums to 1."""
+        weights = self.compute_weights()  # [B, maps, N, N]
+        if self.attention.config.attention_type != "differential":
+            return weights.mean(dim=1)
+        # [B, heads, N, N] each
+        first_maps, second_maps = weights.unflatten(1, (-1, 2)).unbind(dim=2)
+        share = self.attention.lambda_full.float()
+        positive_weights = (first_maps - share * second_maps).clamp(min=0)
+        row_sums = positive_weights.sum(dim=-1, keepdim=True)
+        # replaces rows without positive weights
+        identity = torch.eye(weights.shape[-1], device=weights.device)
+        return torch.where(row_sums > 0, positive_weights / row_sums, identity).mean(dim=1)
 
 
 @contextmanager
@@ -66,86 +83,28 @@ def process_attention_layers(
 
     The attention includes all tokens of the last layer.
     """
-    encoder = unwrap_model(model).base_model
-    record = lambda index, *fields: process_layer(RecordedLayer(*fields))  # noqa: E731
+    encoder = model.base_model
+
+    def record(index: int, *fields: Any) -> None:
+        process_layer(RecordedLayer(encoder.layers[index].attention, *fields))
+
     with record_attention(encoder, range(len(encoder.layers)), record):
         yield
 
 
-@torch.no_grad()
-def compute_attention_rollout(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Return the attention rollout of each special token (Abnar and Zuidema 2020, arXiv 2005.00928).
-
-    The map of a layer is the mean of the identity matrix and the attention averaged over heads.
-    With differential attention, the map of a head is the first map minus the weighted second map,
-    clamped to nonnegative values and normalized. Negative attention is therefore ignored.
-
-    Args:
-        model: any ViTCLS model, in evaluation or training mode (dropout is disabled).
-        pixel_values: [B, C, H, W].
-
-    Returns:
-        Tensor [B, special token, key]; each row sums to 1. There are no rows if the model has no
-        special tokens.
-    """
-    return trace_attention(model, pixel_values).compute_rollout()
-
-
-def average_heads(weights: torch.Tensor, attention: Any) -> torch.Tensor:
-    """Return the mean over heads [B, N, N] of a layer's maps [B, maps, N, N]; each row sums to 1."""
-    if attention.config.attention_type != "differential":
-        return weights.mean(dim=1)
-    first_maps, second_maps = weights.unflatten(1, (-1, 2)).unbind(dim=2)  # [B, heads, N, N] each
-    positive_weights = (first_maps - attention.lambda_full.float() * second_maps).clamp(min=0)
-    row_sums = positive_weights.sum(dim=-1, keepdim=True)
-    # replaces rows without positive weights
-    identity = torch.eye(weights.shape[-1], device=weights.device)
-    return torch.where(row_sums > 0, positive_weights / row_sums, identity).mean(dim=1)
-
-
-def compute_attribution(
-    model: Any,
-    pixel_values: torch.Tensor,
-    target: torch.Tensor | int | None = None,
-    task: str | None = None,
-) -> torch.Tensor:
-    """Return the attribution of a class to each token: attention weighted by its gradient.
-
-    Source: Chefer et al. 2021, arXiv 2103.15679, equations 5 and 6. The attribution starts from the
-    tokens that the head uses.
-
-    The gradient of a map is computed from the value vectors and the gradient of the attention
-    output, so the maps do not have to be part of the autograd graph.
-
-    Args:
-        model: a classifier.
-        pixel_values: [B, C, H, W].
-        target: one class index for all images, or class indices [B]. Default: the predicted class
-            of each image.
-        task: name of the task; required for a multi-task model and for an added task.
-
-    Returns:
-        Nonnegative tensor [B, key]. Values have no unit and are comparable only within an image.
-    """
-    return trace_attention(model, pixel_values, needs_gradients=True).compute_attribution(
-        target, task
-    )
-
-
 @dataclass(frozen=True)
 class AttentionTrace:
-    """Outputs and recorded attention of a forward pass, from which rollout and attribution are computed."""
+    """Outputs and recorded attention of a forward pass."""
 
     config: ViTCLSConfig
     outputs: Any  # outputs of the model, with hidden states
     layers: list[RecordedLayer]
-    attention_modules: list[Any]  # one per layer
     # layer -> tokens [B, n, D] that the heads read; the last layer may be None (backbone)
     read_tokens: dict[int, Any]
 
     @torch.no_grad()
     def compute_token_attention(self) -> torch.Tensor:
-        """Return the attention of the special tokens [B, L, maps, S, N], as in `model.token_attention`."""
+        """Return what `model.token_attention` returns, [B, L, maps, S, N]."""
         num_special_tokens = self.config.token_layout.num_prefix_tokens
         return torch.stack(
             [layer.compute_weights(num_special_tokens) for layer in self.layers], dim=1
@@ -153,24 +112,39 @@ class AttentionTrace:
 
     @torch.no_grad()
     def compute_rollout(self) -> torch.Tensor:
-        """Return the attention rollout [B, S, N] (`compute_attention_rollout`)."""
+        """Return the attention rollout of each special token [B, S, N]; each row sums to 1.
+
+        Source: Abnar and Zuidema 2020, arXiv 2005.00928. The map of a layer is the mean of the
+        identity matrix and the attention averaged over heads. With differential attention, the map
+        of a head is the first map minus the weighted second map, clamped to nonnegative values and
+        normalized. Negative attention is therefore ignored.
+        """
         query = self.layers[-1].query
         identity = torch.eye(query.shape[2], device=query.device)  # [N, N]
         # [B, S, N]
         rollout = identity[: self.config.token_layout.num_prefix_tokens].expand(len(query), -1, -1)
-        for layer, attention in zip(
-            reversed(self.layers), reversed(self.attention_modules), strict=True
-        ):
-            attention_map = average_heads(layer.compute_weights(), attention)  # [B, N, N]
-            rollout = 0.5 * rollout + 0.5 * rollout @ attention_map
+        for layer in reversed(self.layers):
+            rollout = 0.5 * rollout + 0.5 * rollout @ layer.average_heads()
         return rollout
 
     def compute_attribution(
         self, target: torch.Tensor | int | None = None, task: str | None = None
     ) -> torch.Tensor:
-        """Return the attribution [B, N] of a class (`compute_attribution`).
+        """Return the attribution of a class to each token [B, N].
 
-        The trace must be recorded with `needs_gradients=True`.
+        It is the attention weighted by its gradient, starting from the tokens that the head uses.
+        Source: Chefer et al. 2021, arXiv 2103.15679, equations 5 and 6. The gradient of a map is
+        computed from the value vectors and the gradient of the attention output, so the maps do
+        not have to be part of the autograd graph. The trace must be recorded with
+        `needs_gradients=True`.
+
+        Args:
+            target: one class index for all images, or class indices [B]. Default: the predicted
+                class of each image.
+            task: name of the task; required for a multi-task model and for an added task.
+
+        Returns:
+            Nonnegative values, which have no unit and are comparable only within an image.
         """
         attention_outputs = [layer.attention_output for layer in self.layers]
         with torch.inference_mode(False), torch.enable_grad():
@@ -211,8 +185,13 @@ class AttentionTrace:
 def trace_attention(
     model: Any, pixel_values: torch.Tensor, needs_gradients: bool = False
 ) -> AttentionTrace:
-    """Run the model on images [B, C, H, W] in evaluation mode, and record the attention of all layers."""
-    model = unwrap_model(model)
+    """Run a model on images in evaluation mode, and record the attention of all layers.
+
+    Args:
+        model: any ViTCLS model without wrappers, in evaluation or training mode.
+        pixel_values: [B, C, H, W].
+        needs_gradients: whether the attribution will be computed.
+    """
     encoder_outputs: list[Any] = []
     layers: list[RecordedLayer] = []
     hook = model.base_model.register_forward_hook(
@@ -231,20 +210,19 @@ def trace_attention(
         with process_attention_layers(model, layers.append):
             outputs = model(inputs, output_hidden_states=True)
 
-    attention_modules = [layer.attention for layer in model.base_model.layers]
     encoder_output = encoder_outputs[-1]
     read_tokens = {
         **getattr(encoder_output, "pooled_tokens", {}),
         **getattr(encoder_output, "layer_tokens", {}),  # of which pooled tokens are a part
         len(layers): getattr(encoder_output, "last_hidden_state", None),  # None for a backbone
     }
-    return AttentionTrace(model.config, outputs, layers, attention_modules, read_tokens)
+    return AttentionTrace(model.config, outputs, layers, read_tokens)
 
 
 def select_logits(
     outputs: Any, target: torch.Tensor | int | None, task: str | None
 ) -> torch.Tensor:
-    """Return the logit [B] of each image's target class, or of its predicted class if `target` is None.
+    """Return the logit [B] of each image's target class; by default, of its predicted class.
 
     `task` is the name of a task of a multi-task model or of an added task, and None for the
     classifier of any other model.

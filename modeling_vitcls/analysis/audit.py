@@ -1,4 +1,4 @@
-"""Audit of a labeled dataset: likely label errors, near duplicates, outliers and classes that overlap.
+"""Audit of a labeled dataset: label errors, near duplicates, outliers and overlapping classes.
 
     audit_checkpoint(options)         `evaluate --audit`: compute features and probabilities, audit, write
     audit = audit_dataset(images)     the tables, from labels, probabilities and features
@@ -6,7 +6,7 @@
 
 Label errors, outliers and overlapping classes are cleanlab's (Northcutt et al. 2021, arXiv
 1911.00068). Probabilities must come from a model that was not trained on the image: held-out, or
-out-of-fold with `--folds`. Near duplicates are neighbors in the model's features, or in small
+out-of-fold for a run with folds. Near duplicates are neighbors in the model's features, or in small
 copies of the images, whose pixels agree.
 """
 
@@ -51,7 +51,7 @@ from ..runtime.files import escape_csv_cell, write_atomically
 from .report import encode_data_url
 
 
-NUM_FOLDS = 5  # folds of the cross-validation with --frozen
+NUM_FOLDS = 5  # folds of the cross-validation with `frozen`
 NUM_NEIGHBORS = 5  # neighbors in feature space whose pixels are compared
 THUMBNAIL_SIZE = 32  # side of the compared images in pixels
 MAX_PIXEL_DISTANCE = 0.1  # maximum distance of near duplicates, 1 - correlation of the pixels
@@ -63,12 +63,12 @@ MAX_SHOWN = 100  # maximum number of rows of a table with thumbnails
 BLOCK_SIZE = 1024  # images whose neighbors' pixels are compared at once
 
 
-@dataclass
+@dataclass(frozen=True)
 class AuditedImages:
-    """Images of all splits with the outputs of a model. All lists have N entries."""
+    """Readable images with the outputs of a model. All lists have N entries."""
 
-    ids: Sequence[str]  # path or index of each image in its split
-    splits: Sequence[str]
+    ids: list[str]  # path or index of each image in its split
+    splits: list[str]
     labels: np.ndarray  # [N], label indices
     probabilities: np.ndarray  # [N, L]; NaN for images that the model was trained on
     features: np.ndarray  # [N, D]
@@ -80,14 +80,14 @@ def audit_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     """Audit a dataset, write the page and the table, and return the number of issues of each kind.
 
     Features are the CLS tokens and the mean of the patches. Probabilities are the classifier's for
-    held-out images or, with `--frozen`, those of a classifier on the features that was fitted
-    without the image, for all images. If the model is the output folder of a run with `--folds`,
+    held-out images or, with `frozen`, those of a classifier on the features that was fitted
+    without the image, for all images. If the model is the output folder of a run with folds,
     they are those of the model that held out the image, for all images, and the features are those
     of the first fold's model.
 
     Raises:
         ValueError: if the dataset has several labels per image, if the model has no classifier
-            without --frozen, or if the page or the table exists without --overwrite.
+            without `frozen`, or if the page or the table exists without `overwrite`.
         OSError: if the model or the dataset cannot be read, or the page cannot be written.
     """
     assert options.audit is not None
@@ -134,25 +134,8 @@ def compute_features_and_logits(model: Any, pixel_values: torch.Tensor) -> torch
     return features if logits is None else torch.cat([features, logits], dim=1)
 
 
-@dataclass(frozen=True)
-class AuditedSplit:
-    """The readable images of a split, and what the model computed for them.
-
-    All entries have n rows.
-    """
-
-    name: str
-    ids: list[str]
-    labels: np.ndarray  # [n]
-    features: np.ndarray  # [n, D]
-    logits: np.ndarray  # [n, L]; [n, 0] for an encoder
-    pixels: np.ndarray  # [n, THUMBNAIL_SIZE, THUMBNAIL_SIZE, 3], uint8
-    is_held_out: np.ndarray  # [n], whether the model was not trained on the image
-    num_unreadable: int
-
-
 def load_audited_images(options: EvaluateOptions) -> tuple[AuditedImages, int, Console]:
-    """Return the audited images, the number of unreadable images, and the console of the main process.
+    """Return the audited images, the number of unreadable ones, and the main process's console.
 
     The images are those for training and the held-out ones, with features and probabilities.
     """
@@ -186,7 +169,8 @@ def load_audited_images(options: EvaluateOptions) -> tuple[AuditedImages, int, C
 
     model_space = get_label_space(loaded.config)
     label_space = data.label_space if options.frozen else model_space
-    splits = []
+    parts = []
+    num_unreadable = 0
     for name, images in data.images_by_split.items():
         images = images.draw(options.max_images, options.data.split_seed)
         if not options.frozen:
@@ -209,18 +193,16 @@ def load_audited_images(options: EvaluateOptions) -> tuple[AuditedImages, int, C
                 f"labels checked: {is_held_out.sum():,} images of split {name!r} ({text})",
                 markup=False,
             )
-        split = compute_split(name, images, image_pass, loaded.model, is_held_out, console)
-        splits.append(split)
+        parts.append(audit_split(name, images, image_pass, loaded.model, is_held_out, console))
+        num_unreadable += image_pass.num_unreadable
 
+    audited = join_parts(parts)
     if folds:
-        ids = [each for split in splits for each in split.ids]
-        probabilities = read_fold_probabilities(folds, ids, len(model_space.names))
+        probabilities = read_fold_probabilities(folds, audited.ids, len(model_space.names))
+        audited = replace(audited, probabilities=probabilities)
     elif options.frozen:
-        probabilities = predict_out_of_fold(options.frozen, splits)
-    else:
-        probabilities = np.concatenate([compute_probabilities(split) for split in splits])
-    audited = join_splits(splits, probabilities, label_space.names)
-    return audited, sum(split.num_unreadable for split in splits), console
+        audited = replace(audited, probabilities=predict_out_of_fold(options.frozen, audited))
+    return audited, num_unreadable, console
 
 
 def find_held_out_images(
@@ -230,7 +212,7 @@ def find_held_out_images(
     dataset: str,
     is_last: bool,
 ) -> tuple[np.ndarray, str]:
-    """Return whether the model was not trained on each image [n], and a text that says which images these are.
+    """Return whether the model was not trained on each image [n], and a description of these.
 
     If the record does not tell which images training used, they are those of the last split.
     """
@@ -240,65 +222,61 @@ def find_held_out_images(
     return is_held_out, part.describe()
 
 
-def compute_split(
+def audit_split(
     name: str,
     images: LabeledImages,
     image_pass: ImagePass,
     model: Any,
     is_held_out: np.ndarray,
     console: Console,
-) -> AuditedSplit:
-    """Pass the images of a split through the model."""
+) -> AuditedImages:
+    """Pass the images of a split through the model.
+
+    The probabilities are those of its classifier, or [N, 0] for an encoder.
+    """
     rows = image_pass.collect(model, partial(compute_features_and_logits, model), console)
     values, labels = stack_rows(rows)
     indices = [row.index for row in rows]
     num_features = (model.config.num_cls_tokens + 1) * model.config.hidden_size
-    return AuditedSplit(
-        name=name,
+    logits = values[:, num_features:]
+    probabilities = softmax(logits, axis=1) if logits.size else logits
+    return AuditedImages(
         ids=[row.name for row in rows],
+        splits=[name] * len(rows),
         labels=labels,
+        probabilities=np.where(is_held_out[indices, None], probabilities, np.nan),
         features=values[:, :num_features],
-        logits=values[:, num_features:],
         pixels=np.stack([make_thumbnail(images.images[index]) for index in indices]),
-        is_held_out=is_held_out[indices],
-        num_unreadable=image_pass.num_unreadable,
+        names=image_pass.label_space.names,
     )
 
 
-def compute_probabilities(split: AuditedSplit) -> np.ndarray:
-    """Return the classifier's probabilities [n, L]; NaN for images that the model was trained on."""
-    return np.where(split.is_held_out[:, None], softmax(split.logits, axis=1), np.nan)
+def join_parts(parts: Sequence[AuditedImages]) -> AuditedImages:
+    """Return the images of all parts, which have the same label names."""
+    joined = {
+        field: np.concatenate([getattr(part, field) for part in parts])
+        for field in ("labels", "probabilities", "features", "pixels")
+    }
+    return AuditedImages(
+        ids=[each for part in parts for each in part.ids],
+        splits=[each for part in parts for each in part.splits],
+        names=parts[0].names,
+        **joined,
+    )
 
 
-def predict_out_of_fold(kind: str, splits: Sequence[AuditedSplit]) -> np.ndarray:
-    """Return the probabilities [N, L] of a classifier on the features that was fitted without the image."""
-    features = np.concatenate([split.features for split in splits])
-    labels = np.concatenate([split.labels for split in splits])
-    classifier = build_classifier(kind, len(labels) * (NUM_FOLDS - 1) // NUM_FOLDS)
+def predict_out_of_fold(kind: str, images: AuditedImages) -> np.ndarray:
+    """Return the probabilities [N, L] of a classifier that was fitted without the image."""
+    classifier = build_classifier(kind, len(images.labels) * (NUM_FOLDS - 1) // NUM_FOLDS)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # classes with fewer than five images
         return cross_val_predict(  # type: ignore[no-any-return]
-            classifier, features, labels, cv=NUM_FOLDS, method="predict_proba"
+            classifier, images.features, images.labels, cv=NUM_FOLDS, method="predict_proba"
         )
 
 
-def join_splits(
-    splits: Sequence[AuditedSplit], probabilities: np.ndarray, names: list[str]
-) -> AuditedImages:
-    """Return the images of all splits."""
-    return AuditedImages(
-        ids=[each for split in splits for each in split.ids],
-        splits=[split.name for split in splits for _ in split.ids],
-        labels=np.concatenate([split.labels for split in splits]),
-        probabilities=probabilities,
-        features=np.concatenate([split.features for split in splits]),
-        pixels=np.concatenate([split.pixels for split in splits]),
-        names=names,
-    )
-
-
 def check_class_sizes(parts: Iterable[LabeledImages]) -> None:
-    """Raise ValueError if no class has an image for each fold of the cross-validation with --frozen."""
+    """Raise ValueError if no class has an image for each fold of the cross-validation."""
     sizes = Counter(label for images in parts for label in images.labels if label != IGNORED_LABEL)
     if sizes and max(sizes.values()) < NUM_FOLDS:
         raise ValueError(
@@ -370,7 +348,7 @@ def find_outliers(images: AuditedImages) -> pd.DataFrame:
 
 
 def find_class_overlap(images: AuditedImages) -> pd.DataFrame:
-    """Return pairs of classes in the order of the number of images that may belong to the other class."""
+    """Return pairs of classes, those with the most images of the other class first."""
     from cleanlab.dataset import find_overlapping_classes
 
     known = np.isfinite(images.probabilities).all(axis=1)
@@ -433,7 +411,7 @@ def find_near_duplicates(images: AuditedImages) -> pd.DataFrame:
 
 
 def standardize(images: np.ndarray) -> np.ndarray:
-    """Return images [N, ...] as vectors [N, P] with mean 0 and length 1; constant images become zeros."""
+    """Return images [N, ...] as vectors [N, P] of mean 0 and length 1, or 0 if constant."""
     flat = images.reshape(len(images), -1)
     flat = flat - flat.mean(axis=1, keepdims=True)
     return flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-6)

@@ -1,14 +1,13 @@
-"""How the attention of the first special token changes with depth, in sentences for the first screen of the report.
+"""How the attention of the first special token changes with depth, in sentences for the report.
 
-    describe_attention_depth(config, findings, has_head)    up to three sentences
+    describe_attention_depth(use, findings)    up to three sentences
 
 The same values by layer are curves in figures.py, and lists in the JSON file of `vitcls inspect`.
 """
 
 from ..inference.token_names import get_token_names
-from ..model.configuration_vitcls import ViTCLSConfig
-from .maps import count_used_layers
 from .token_statistics import Findings
+from .token_use import TokenUse
 
 
 # A map is nearly the same in every image if it varies less between images (`map_variation`) than
@@ -19,7 +18,7 @@ MIN_SHARED_SELECTIVITY = 0.1
 MIN_IMAGES = 5  # minimum number of images for statements about all images
 
 
-def describe_attention_depth(config: ViTCLSConfig, findings: Findings, has_head: bool) -> list[str]:
+def describe_attention_depth(use: TokenUse, findings: Findings) -> list[str]:
     """Return sentences on the attention of the first special token by layer.
 
     They say over how many tokens it is spread, where it becomes selective, and where its map is the
@@ -29,15 +28,18 @@ def describe_attention_depth(config: ViTCLSConfig, findings: Findings, has_head:
     to n tokens gives n. Only layers in which the attention is used are described. A model without
     special tokens has no sentences.
     """
-    num_layers = count_used_layers(config, has_head)[0]
-    if not config.token_layout.num_prefix_tokens or not num_layers:
+    names = get_token_names(use.config)
+    num_layers = use.num_layers[0]
+    if not names or not num_layers:
         return []
-    name = get_token_names(config)[0]
     num_tokens = findings.entropy[:num_layers, :, 0].mean(dim=1).exp().tolist()
     num_visible = findings.uniform_entropy_by_token[0].exp().item()
 
     narrowest = min(range(num_layers), key=num_tokens.__getitem__)
-    sentence = f"{name} spreads its attention over about {num_tokens[0]:.0f} of {num_visible:.0f} tokens in layer 1"
+    sentence = (
+        f"{names[0]} spreads its attention over about {num_tokens[0]:.0f} of {num_visible:.0f} "
+        "tokens in layer 1"
+    )
     if num_layers > 1:
         sentence += f" and over {num_tokens[-1]:.0f} in layer {num_layers}"
     if narrowest not in (0, num_layers - 1):

@@ -1,15 +1,15 @@
-"""Diagnosis with measured values: special tokens, groups of tokens, patches, attention heads and tasks.
+"""Diagnosis with measured values: tokens, groups of tokens, patches, attention heads and tasks.
 
-    diagnose_tokens(model, findings, ablations)   one Verdict per special token, then one per group of several tokens
-    diagnose_patches(config, findings)            one Verdict on the norms of the patches
+    diagnose_tokens(use, findings, ablations)     one Verdict per special token, then one per group of several tokens
+    diagnose_patches(use, findings)               one Verdict on the norms of the patches
     diagnose_heads(findings)                      one Verdict on all attention heads
     diagnose_tasks(outputs)                       one Verdict per task with known labels
 
 A verdict is an `Outcome`, the `Fault`s that were found, and numbers. verdict_texts.py writes the
 sentences.
 
-A token's output in the last layer is used only if the head uses the token (`count_used_layers`), so
-states and attention are judged in the last layer whose output is used.
+A token's output in the last layer is used only if the head uses the token (`TokenUse`), so states
+and attention are judged in the last layer whose output is used.
 """
 
 import math
@@ -22,7 +22,6 @@ import torch
 
 from ..inference.intervals import compute_proportion_interval
 from ..inference.token_names import SINGLE_TOKEN_NAMES, get_token_names
-from ..model.configuration_vitcls import ViTCLSConfig
 from .ablation import (
     MIN_IMAGES,
     Ablations,
@@ -31,10 +30,9 @@ from .ablation import (
     Predictions,
     get_ablation_targets,
 )
-from .maps import count_used_layers, feeds_head_alone, get_head_readers
-from .model_utils import is_classifier
 from .register_neurons import OUTLIER_RATIO
 from .token_statistics import Findings
+from .token_use import TokenUse
 
 
 Rating = Literal["good", "neutral", "doubtful", "bad"]
@@ -142,7 +140,7 @@ Faults = dict[Fault, dict[str, Any]]  # fault -> values of its sentence
 
 @dataclass(frozen=True)
 class Verdict:
-    """Verdict on a special token, a group of special tokens, the patches, the attention heads or a task.
+    """Verdict on a token, a group of tokens, the patches, the attention heads or a task.
 
     Attributes:
         token: name of the token, such as "register 1", or of the group, such as "all 4 registers".
@@ -174,7 +172,7 @@ class Verdict:
 
 
 def diagnose_tokens(
-    model: Any,
+    use: TokenUse,
     findings: Findings,
     ablations: Ablations | None = None,
     token_movement: Mapping[str, float] | None = None,
@@ -184,24 +182,22 @@ def diagnose_tokens(
     A register can be redundant even if all registers together have an effect.
 
     Args:
-        model: the model.
+        use: the tokens that the outputs of the model read.
         findings: statistics over images.
         ablations: output of `compute_ablations`; if None, effects are not judged.
         token_movement: distance by which training moved each token, with keys such as `cls[0]`
             (`token_movement` in results.json); None if unknown.
     """
-    has_head = is_classifier(model)
-    readers = get_head_readers(model.config, has_head)
-    *used_layers, _ = count_used_layers(model.config, has_head)
-    names = get_token_names(model.config)
+    *used_layers, _ = use.num_layers
+    names = get_token_names(use.config)
     movement = token_movement or {}
     verdicts = []
 
-    for key, indices in get_ablation_targets(model.config.token_layout).items():
+    for key, indices in get_ablation_targets(use.config.token_layout).items():
         effects = {kind: effects_by_key[key] for kind, effects_by_key in (ablations or {}).items()}
         is_group = "[" not in key
         group_name = "CLS token" if key == "cls" else SINGLE_TOKEN_NAMES.get(key)
-        outcome, numbers = judge_effects(readers, has_head, indices, effects)
+        outcome, numbers = judge_effects(use, indices, effects)
         faults = find_harm(effects, sum(map(len, (ablations or {}).values())))
 
         if not is_group:
@@ -221,15 +217,13 @@ def diagnose_tokens(
 
 
 def judge_effects(
-    readers: dict[str, set[int]],
-    has_head: bool,
+    use: TokenUse,
     indices: Sequence[int],
     effects: dict[str, dict[str, Effect]],
 ) -> tuple[Outcome, dict[str, Any]]:
     """Return the outcome for the tokens at sequence indices `indices`, and the measured values.
 
-    `readers` are the tokens that each output is computed from (`get_head_readers`), and `effects`
-    maps (kind of ablation, name of output) to effects.
+    `effects` maps the kind of ablation and the name of the output to an effect.
     """
     if not effects:
         return Outcome.NOT_MEASURED, {}
@@ -239,8 +233,8 @@ def judge_effects(
         for kind, by_name in effects.items()
         for name, effect in by_name.items()
     ]
-    heads = feeds_head_alone(readers, indices)
-    is_read = bool(set(indices) & set().union(*readers.values()))
+    heads = use.find_heads_of(indices)
+    is_read = not use.read_tokens.isdisjoint(indices)
     head_effects = [item for item in flat_effects if item[0] == "information" and item[1] in heads]
 
     # The effect with the largest ratio to its limit decides; without limits, the largest effect.
@@ -256,7 +250,7 @@ def judge_effects(
     if effect.num_images < MIN_IMAGES:
         outcome = Outcome.FEW_IMAGES
     elif heads:
-        outcome = Outcome.READ if has_head else Outcome.OUTPUT
+        outcome = Outcome.READ if use.has_head else Outcome.OUTPUT
     elif not effect.is_measurable:
         outcome = Outcome.NO_EFFECT
     elif is_read or effect.is_beyond_limit:
@@ -383,7 +377,7 @@ def find_identical_token(
 def find_equal_attention(
     used_layers: Sequence[int], findings: Findings, index: int
 ) -> tuple[int | None, float]:
-    """Return the index of another token with nearly the same attention maps, or None, and the distance.
+    """Return the nearest token with nearly the same attention maps, or None, and the distance.
 
     The distance between the maps of both tokens is relative to the mean distance of these maps from
     uniform attention.
@@ -467,14 +461,15 @@ def find_second_mode(ratios: torch.Tensor) -> SecondMode | None:
     return best_mode
 
 
-def diagnose_patches(config: ViTCLSConfig, findings: Findings, has_head: bool = True) -> Verdict:
-    """Determine whether the patch norms have a second mode ("artifacts"), and whether registers absorb outliers.
+def diagnose_patches(use: TokenUse, findings: Findings) -> Verdict:
+    """Determine whether the patch norms have a second mode ("artifacts").
 
-    The verdict applies to the last quarter of the layers whose output is used; Darcet et al. (2023,
-    arXiv 2309.16588) measure only the last layer. `numbers["layer"]` is the layer with the largest
-    mode, or the last layer that is used if there is no second mode; 0 means the embeddings.
+    It also says whether registers absorb outliers, and applies to the last quarter of the layers
+    whose output is used; Darcet et al. (2023, arXiv 2309.16588) measure only the last layer.
+    `numbers["layer"]` is the layer with the largest mode, or the last layer that is used if there
+    is no second mode; 0 means the embeddings.
     """
-    last_layer = count_used_layers(config, has_head)[-1]
+    last_layer = use.num_layers[-1]
     layers = range(last_layer - max(last_layer // 4, 1) + 1, last_layer + 1)
     modes = {layer: find_second_mode(findings.patch_ratios[layer]) for layer in layers}
     fractions = {layer: mode.fraction for layer, mode in modes.items() if mode is not None}
@@ -496,7 +491,7 @@ def diagnose_patches(config: ViTCLSConfig, findings: Findings, has_head: bool = 
         "second_mode": None if mode is None else asdict(mode),
         "second_mode_without_registers": None if hidden_mode is None else asdict(hidden_mode),
         "absorbed_outliers": absorbed,
-        "has_registers": config.num_register_tokens > 0,
+        "has_registers": use.config.num_register_tokens > 0,
     }
     return Verdict("patches", outcome, numbers)
 
@@ -504,7 +499,7 @@ def diagnose_patches(config: ViTCLSConfig, findings: Findings, has_head: bool = 
 def compare_without_registers(
     findings: Findings, layer: int
 ) -> tuple[SecondMode | None, list[float] | None]:
-    """Return the second mode of the norms with the registers hidden from attention, and what they absorb.
+    """Return the second mode of the norms with hidden registers, and what the registers absorb.
 
     The mode is None if there is none. What they absorb are the fractions of outliers with visible
     and with hidden registers, or None if the registers do not absorb outliers.
@@ -548,7 +543,10 @@ def diagnose_heads(findings: Findings) -> Verdict:
 
 
 def diagnose_tasks(outputs: Outputs) -> list[Verdict]:
-    """Return the accuracy of each task with known labels, compared with predicting the most frequent label."""
+    """Return the verdict on the accuracy of each task with known labels.
+
+    It is compared with predicting the most frequent label.
+    """
     verdicts = []
     for task, predictions in outputs.items():
         if not isinstance(predictions, Predictions):

@@ -56,8 +56,8 @@ OUTLIER_COLOR = "#B3261E"  # color of the bars of the second mode
 DASHES = ("o-", "s--", "^:", "D-.")  # markers and dashes of the tokens of a group
 MAX_WHITE_FRACTION = 0.55  # fraction of white in the color of the last token of a group
 
-# Attribute of `Findings` -> title, label of the y axis, and whether values are percentages. Shapes are [L, H, S] for
-# attention and [L + 1, S] for states.
+# Attribute of `Findings` -> title, label of the y axis, and whether values are percentages. Shapes
+# are [L, H, S] for attention and [L + 1, S] for states.
 CURVES = {
     "entropy": ("Entropy of attention", "nats", False),
     "received": ("Attention received from patches", "fraction", True),
@@ -131,7 +131,7 @@ def draw_line(
     high: torch.Tensor,
     first_layer: int,
 ) -> None:
-    """Draw the `mean` [L] as a line over the layers, and a band from `low` to `high` if these values differ."""
+    """Draw the `mean` [L] as a line over the layers, and `low` to `high` as a band."""
     name, color, line_format = style
     layer_numbers = range(first_layer, first_layer + len(mean))
     if bool((high > low).any()):
@@ -147,7 +147,7 @@ def draw_line(
 
 
 def plot_norms(config: ViTCLSConfig, findings: Findings) -> Figure:
-    """Plot the norms of the special tokens, and the median and central 90% range of the patch norms.
+    """Plot the norms of the special tokens, and the median and 90% range of the patch norms.
 
     Models without registers may store global information in uninformative patches, whose norms then
     become outliers (Darcet et al. 2023, arXiv 2309.16588).
@@ -173,10 +173,11 @@ def plot_norms(config: ViTCLSConfig, findings: Findings) -> Figure:
 
 
 def plot_norm_histogram(config: ViTCLSConfig, findings: Findings, layer: int = -1) -> Figure:
-    """Plot a histogram of the patch norms after a layer, divided by the median norm of the image (logarithmic axes).
+    """Plot a histogram of the patch norms after a layer.
 
-    If the norms have a second mode, the bars of this mode are red, and the dashed line is the lower
-    limit of this mode. Triangles mark the mean norms of the registers.
+    The norms are divided by the median norm of the image, and the axes are logarithmic. If the
+    norms have a second mode, the bars of this mode are red, and the dashed line is the lower limit
+    of this mode. Triangles mark the mean norms of the registers.
     """
     ratios = findings.patch_ratios[layer].float().clamp(min=1e-3)
     median = findings.patch_norms[layer].median().clamp(min=1e-12)
@@ -245,7 +246,7 @@ def use_plain_numbers(axis: Axis) -> None:
 
 
 def format_layer_axis(figure: Figure, axes: Axes, num_values: int, first_layer: int) -> None:
-    """Draw horizontal grid lines, label the x axis with layer indices, and draw a legend of several names."""
+    """Label the x axis with layer indices, and draw a grid and a legend of several names."""
     axes.set_xlabel("layer" if first_layer else "after layer")
     axes.set_xlim(first_layer - 0.3, first_layer + num_values - 0.7)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -273,7 +274,7 @@ def render_svg(figure: Figure) -> str:
 
 
 def shorten_text(text: str, max_length: int) -> str:
-    """Shorten a text by replacing its middle with "…", because names often differ only at their ends."""
+    """Replace the middle of a long text with "…", because names often differ at their ends."""
     if len(text) <= max_length:
         return text
     suffix_length = (max_length - 1) // 2

@@ -1,4 +1,4 @@
-"""Report on one image: predictions of the model, attention maps of the special tokens, and features of the patches.
+"""Report on one image: predictions, attention maps of the special tokens, and patch features.
 
 Patches of one object have similar features and thus similar colors (Oquab et al. 2023, arXiv
 2304.07193, figure 1). Features are hidden states before the final norm; models without special
@@ -28,6 +28,7 @@ from ..model.configuration_vitcls import ViTCLSConfig
 from .attribution import trace_attention
 from .maps import extract_patch_maps, to_upright_rgb
 from .model_utils import is_classifier, unwrap_model
+from .token_use import TokenUse
 
 
 MAX_LABELS = 3  # maximum number of labels shown per prediction
@@ -41,7 +42,7 @@ IMAGE_KINDS = {"wrong": "wrong prediction", "uncertain": "least confident", "typ
 
 @dataclass(frozen=True)
 class ImagePrediction:
-    """Prediction of a model, or of one task of a multi-task model or an added task, for an image."""
+    """Prediction for an image: of a model, of one of its tasks, or of an added task."""
 
     task: str | None
     # in order of decreasing probability; empty if a multi-label model predicts no label
@@ -63,9 +64,9 @@ class ImageReport:
         predictions: one prediction, or one per task, and one per added task; empty for an encoder
             without tasks.
         attention: [L, H, S, gh, gw], attention of each special token to the patches.
-        rollout: [S, gh, gw], attention rollout through all layers (`compute_attention_rollout`).
+        rollout: [S, gh, gw], attention rollout through all layers (`AttentionTrace`).
         attributions: [gh, gw] for each prediction, attribution of the most probable label
-            (`compute_attribution`).
+            (`AttentionTrace`).
         features: [L, gh, gw, D], hidden states of the patches after each layer, before the final
             norm.
         kind: reason why the image is shown, one of IMAGE_KINDS; None if the image was not selected
@@ -92,7 +93,7 @@ def build_image_report(
     truth: str | None = None,
     kind: str | None = None,
 ) -> ImageReport:
-    """Run the model once on an image, and return the predictions, maps and patch features of the image.
+    """Run the model once on an image, and return its predictions, maps and patch features.
 
     Args:
         name: name of the image in the report.
@@ -107,9 +108,10 @@ def build_image_report(
     # [1, C, H, W]
     pixel_values = processor(image, return_tensors="pt")["pixel_values"].to(model.device)
     upright_image = to_upright_rgb(image)
-    has_predictions = is_classifier(model) or bool(config.extra_heads)
+    use = TokenUse(config, is_classifier(model))
+    has_predictions = use.has_head or bool(config.extra_heads)
     trace = trace_attention(model, pixel_values, needs_gradients=has_predictions)
-    predictions = build_image_predictions(model, trace.outputs)
+    predictions = build_image_predictions(use, trace.outputs)
 
     def extract_maps(rows: torch.Tensor) -> torch.Tensor:
         return extract_patch_maps(rows.detach().float().cpu(), config, pixel_values.shape[-2:])
@@ -134,19 +136,19 @@ def build_image_report(
     )
 
 
-def build_image_predictions(model: Any, outputs: Any) -> list[ImagePrediction]:
+def build_image_predictions(use: TokenUse, outputs: Any) -> list[ImagePrediction]:
     """Return the predictions for the outputs of one image.
 
     That is the prediction of the classifier, or of each task, and of each added task. Encoders and
     regression models have none of their own.
     """
-    config: ViTCLSConfig = model.config
+    config = use.config
     predictions = []
 
-    if is_classifier(model) and config.tasks:
+    if use.has_head and config.tasks:
         for task, names in config.task_labels().items():
             predictions.append(build_image_prediction(task, outputs.logits[task], names))
-    elif is_classifier(model):
+    elif use.has_head:
         names = get_label_space(config).names
         threshold = DEFAULT_THRESHOLD if is_multi_label(config) else None
         predictions.append(build_image_prediction(None, outputs.logits, names, threshold))
@@ -191,7 +193,7 @@ def compute_patch_colors(features: Sequence[torch.Tensor]) -> list[torch.Tensor]
 
 
 def decompose_patches(features: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[float]]:
-    """Return the colors of `compute_patch_colors`, and the fraction of the variance that each component explains."""
+    """Return the colors, and the fraction of the variance that each component explains."""
     rows = torch.cat([image.flatten(0, 1) for image in features]).numpy()  # [patches, D]
     num_components = min(NUM_COLOR_CHANNELS, *rows.shape)
     pca = PCA(num_components, random_state=0)

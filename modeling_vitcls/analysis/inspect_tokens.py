@@ -1,4 +1,4 @@
-"""Inspect a saved model on images, write the report and JSON values, and print the verdicts: `vitcls inspect`."""
+"""Inspect a saved model on images, write the report, and print the verdicts: `vitcls inspect`."""
 
 from functools import partial
 
@@ -13,7 +13,8 @@ from ..inference.load_model import choose_batch_size, load_model
 from ..runtime.distributed import choose_precision
 from ..runtime.messages import format_message
 from ..runtime.progress import track
-from .inspection import Inspection, inspect_model, open_images
+from .inspection import Inspection, inspect_model
+from .inspection_images import open_images
 from .options import InspectOptions
 from .report import SIGNS, write_json_values, write_page
 from .verdict_texts import describe_verdict

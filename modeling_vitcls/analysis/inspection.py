@@ -1,31 +1,24 @@
-"""All measurements of the report (report.py): maps of a few images, statistics over many images, and verdicts.
+"""All measurements of the report (report.py).
+
+They are maps of a few images, statistics over many images, and verdicts.
 
 images -> pixels in memory -> token_statistics.py -> ablation.py -> diagnosis.py
        -> image_report.py, for the images to show
 
-Images and labels of `vitcls inspect` (`open_images`), decoded on access:
-    PATHS       files, folders and URLs; if a folder has the name of a class, the images in the folder have this label
-    --dataset   a dataset, loaded as in `vitcls evaluate`
+The images of `vitcls inspect` are opened in inspection_images.py.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 
-from ..data.evaluated_images import load_evaluation_data
-from ..data.held_out import HeldOutRecord
-from ..data.images import ArrayImages, DatasetImages, check_channels
-from ..data.label_matching import match_labels
+from ..data.images import check_channels
 from ..data.labels import get_label_space, is_multi_label
-from ..data.options import DataOptions
-from ..inference.image_pass import ImageBatch, group_by_shape, pass_over_images
-from ..inference.inputs import build_list_input
-from ..model.heads_vitcls import IGNORED_LABEL
+from ..inference.image_pass import ImageBatch, group_by_shape
+from ..model.configuration_vitcls import ViTCLSConfig
 from ..runtime.errors import format_error
 from .ablation import (
     MIN_IMAGES,
@@ -33,12 +26,10 @@ from .ablation import (
     Outputs,
     Predictions,
     Watch,
+    collect_outputs,
     compute_ablations,
     count_images,
-    count_tokens,
-    encode_labels,
-    extract_outputs,
-    join_outputs,
+    encode_label,
 )
 from .diagnosis import (
     Outcome,
@@ -51,9 +42,9 @@ from .diagnosis import (
 )
 from .image_report import ImageReport, build_image_report
 from .map_checks import MapCheck, check_maps
-from .model_utils import is_classifier, unwrap_model
-from .options import InspectOptions
+from .model_utils import count_tokens, evaluation_mode, is_classifier, unwrap_model
 from .token_statistics import Findings, TokenStatistics
+from .token_use import TokenUse
 
 
 MAX_BATCH_BYTES = 2**29  # maximum memory of a batch in bytes (`get_max_batch_size`)
@@ -73,10 +64,9 @@ class Inspection:
     """Measurements that `inspect_model` returns.
 
     Attributes:
-        config: configuration of the model.
+        use: the configuration of the model, and which tokens its outputs read.
         model_class: class name of the model.
         num_parameters: number of parameters of the model.
-        has_head: whether the model is a classifier.
         findings: statistics over `findings.num_images` images.
         ablations: effects of each special token and each group, with null distributions
             (`compute_ablations`); empty if the effects were not measured.
@@ -92,10 +82,9 @@ class Inspection:
         num_unreadable: number of images that could not be read.
     """
 
-    config: Any
+    use: TokenUse
     model_class: str
     num_parameters: int
-    has_head: bool
     findings: Findings
     ablations: Ablations
     num_ablation_images: int
@@ -106,6 +95,11 @@ class Inspection:
     image_reports: list[ImageReport]
     map_checks: dict[str, MapCheck]
     num_unreadable: int
+
+    @property
+    def config(self) -> Any:
+        """Return the configuration of the model."""
+        return self.use.config
 
     @property
     def summary(self) -> str:
@@ -158,76 +152,80 @@ def inspect_model(
         ValueError: if no image can be read, or the hidden states of the model are not finite.
     """
     model = unwrap_model(model)
-    config = model.config
-    has_head = is_classifier(model)
-    pixels_by_index = read_pixels(processor, config.num_channels, images, on_warning, watch)
-    readable_indices = list(pixels_by_index)
-    pixels = list(pixels_by_index.values())
-    readable_labels = None if labels is None else [labels[index] for index in readable_indices]
-    batches = InspectionBatches(model, pixels, encode_labels(readable_labels, model), batch_size)
-    findings, outputs = collect_statistics(model, batches, watch)
+    config: ViTCLSConfig = model.config
+    use = TokenUse(config, is_classifier(model))
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    measured_model = model if use.has_head else model.base_model
+
+    pixels = read_pixels(processor, config.num_channels, images, on_warning, watch)
+    known_labels: dict[int, Any] = {}
+    if labels is not None and use.has_head:
+        known_labels = {index: labels[index] for index in pixels}
+    encoded_labels = {index: encode_label(label, config) for index, label in known_labels.items()}
+    batches = InspectionBatches(measured_model, pixels, encoded_labels, batch_size)
+    num_affordable = count_affordable_images(measured_model, num_parameters, pixels.values())
 
     ablations: Ablations = {}
     num_ablation_images = 0
-    if has_ablations:
-        num_affordable = max(count_affordable_images(model, pixels), MIN_IMAGES)
-        sample_batches = batches.sample(min(num_affordable, MAX_ABLATION_IMAGES))
-        ablations = compute_ablations(model, sample_batches, watch)
-        num_ablation_images = len(sample_batches.order)
+    with evaluation_mode(model):
+        findings, outputs = collect_statistics(measured_model, batches, watch)
+        if has_ablations:
+            num_ablated = min(max(num_affordable, MIN_IMAGES), MAX_ABLATION_IMAGES)
+            sample_batches = batches.sample(num_ablated)
+            ablations = compute_ablations(measured_model, use, sample_batches, watch)
+            num_ablation_images = len(sample_batches.pixels)
 
-    verdicts = diagnose_tokens(model, findings, ablations, token_movement)
+    verdicts = diagnose_tokens(use, findings, ablations, token_movement)
     if not has_ablations:
         verdicts = [verdict for verdict in verdicts if verdict.headline is not Outcome.NOT_MEASURED]
 
-    kinds_by_index = dict.fromkeys(readable_indices)
+    kinds_by_index = dict.fromkeys(pixels)
     if num_shown is not None:
         selected_images = select_images(outputs, config, num_shown)
         kinds_by_index = {
-            readable_indices[batches.order[each]]: kind for each, kind in selected_images.items()
+            batches.order[position]: kind for position, kind in selected_images.items()
         }
 
     label_space = get_label_space(config)
     image_reports = []
     for index, kind in watch(kinds_by_index.items(), "computing maps"):
         name = f"image {index + 1}" if names is None else names[index]
-        truth = label_space.format_label(labels[index]) if has_head and labels is not None else None
+        truth = label_space.format_label(known_labels[index]) if known_labels else None
         image_reports.append(build_image_report(model, processor, images[index], name, truth, kind))
 
+    map_checks: dict[str, MapCheck] = {}
+    if has_map_checks:
+        map_checks = check_sampled_maps(model, use, batches, num_affordable, watch)
+
     return Inspection(
-        config=config,
+        use=use,
         model_class=type(model).__name__,
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        has_head=has_head,
+        num_parameters=num_parameters,
         findings=findings,
         ablations=ablations,
         num_ablation_images=num_ablation_images,
         verdicts=verdicts,
         tasks=diagnose_tasks(outputs),
         heads=diagnose_heads(findings),
-        patches=diagnose_patches(config, findings, has_head),
+        patches=diagnose_patches(use, findings),
         image_reports=image_reports,
-        map_checks=check_sampled_maps(model, batches, watch) if has_map_checks else {},
+        map_checks=map_checks,
         num_unreadable=len(images) - len(pixels),
     )
 
 
 def check_sampled_maps(
-    model: Any, batches: "InspectionBatches", watch: Watch
+    model: Any, use: TokenUse, batches: "InspectionBatches", num_affordable: int, watch: Watch
 ) -> dict[str, MapCheck]:
     """Return the checks of rollout and attribution for a few images.
 
     Each image requires about 40 forward passes. The dict is empty for fewer than MIN_CHECKED_IMAGES
-    images, for large models, and for models other than single-label classifiers.
+    images, for large models (`count_affordable_images`), and for models other than single-label
+    classifiers.
     """
-    if len(batches.order) < MIN_CHECKED_IMAGES:
-        return {}
-    num_affordable = count_affordable_images(model, batches.pixels)
-    if (
-        not is_classifier(model)
-        or model.config.tasks
-        or is_multi_label(model.config)
-        or num_affordable < MIN_IMAGES
-    ):
+    is_single_label = use.has_head and not use.config.tasks and not is_multi_label(use.config)
+    is_affordable = num_affordable >= MIN_IMAGES
+    if not is_single_label or not is_affordable or len(batches.pixels) < MIN_CHECKED_IMAGES:
         return {}
     sample_batches = batches.sample(
         min(max(num_affordable // 8, MIN_CHECKED_IMAGES), MAX_CHECKED_IMAGES)
@@ -282,7 +280,10 @@ def select_images(outputs: Outputs, config: Any, num_selected: int) -> dict[int,
 
 
 def compute_confidences(logits: torch.Tensor, config: Any) -> torch.Tensor:
-    """Return the probability [images] of each prediction; for a multi-label model, the minimum over labels."""
+    """Return the probability [images] of each prediction.
+
+    For a multi-label model, it is the minimum over labels.
+    """
     if is_multi_label(config):
         probabilities = logits.sigmoid()
         return probabilities.maximum(1 - probabilities).amin(dim=1)
@@ -303,18 +304,15 @@ def collect_statistics(
 ) -> tuple[Findings, Outputs]:
     """Return the statistics over all images, and the outputs of the same forward passes."""
     statistics = TokenStatistics(model)
-    batch_outputs = []
-    watched = map(batches.build, watch(batches.index_batches, "collecting statistics"))
-    for batch, outputs in pass_over_images(statistics.update, watched, model.device):
-        batch_outputs.append(extract_outputs(model, outputs, batch.labels))
-
+    watched_batches = watch(batches, "collecting statistics")
+    outputs = collect_outputs(model, watched_batches, statistics.update)
     findings = statistics.compute()
     if not bool(findings.patch_norms.isfinite().all() and findings.token_norms.isfinite().all()):
         raise ValueError(
             "The hidden states of the model are not finite. Check the weights, or load them in "
             "float32."
         )
-    return findings, join_outputs(batch_outputs)
+    return findings, outputs
 
 
 # Pixels -------------------------------------------------------------------------------------------
@@ -327,7 +325,7 @@ def read_pixels(
     on_warning: WarningCallback,
     watch: Watch,
 ) -> dict[int, torch.Tensor]:
-    """Return a dict that maps indices to the pixels [C, H, W] of all usable images, and warn about each other image.
+    """Return the pixels [C, H, W] of each usable image by index, and warn about each other image.
 
     Raise ValueError if no image is usable.
     """
@@ -353,15 +351,25 @@ def read_pixels(
     return pixels_by_index
 
 
-class InspectionBatches:
-    """Batches of equally shaped images [C, H, W] in memory, with labels [B, A] (`Predictions.labels`) or None.
+class InspectionBatches(Sequence):
+    """Batches of equally shaped images in memory, with their labels.
 
     Batches are smaller than `batch_size` if full batches would require more than MAX_BATCH_BYTES of
     memory.
+
+    Args:
+        model: the model that processes the images.
+        pixels: images [C, H, W] by index.
+        labels: labels [A] by index (`Predictions.labels`); empty if they are unknown.
+        batch_size: maximum number of images per batch.
     """
 
     def __init__(
-        self, model: Any, pixels: list[torch.Tensor], labels: torch.Tensor | None, batch_size: int
+        self,
+        model: Any,
+        pixels: dict[int, torch.Tensor],
+        labels: dict[int, torch.Tensor],
+        batch_size: int,
     ) -> None:
         self.model = model
         self.pixels = pixels
@@ -369,35 +377,32 @@ class InspectionBatches:
         self.batch_size = batch_size
 
         self.index_batches: list[list[int]] = []
-        for indices in map(list, group_by_shape(dict(enumerate(pixels)))):
+        for indices in map(list, group_by_shape(pixels)):
             size = min(batch_size, get_max_batch_size(model, pixels[indices[0]]))
             for start in range(0, len(indices), size):
                 self.index_batches.append(indices[start : start + size])
         self.order = [index for batch_indices in self.index_batches for index in batch_indices]
 
-    def __call__(self) -> Iterator[ImageBatch]:
-        """Yield each batch of images and labels once."""
-        yield from map(self.build, self.index_batches)
+    def __len__(self) -> int:
+        return len(self.index_batches)
 
-    def build(self, indices: list[int]) -> ImageBatch:
-        """Return the images and labels of one batch."""
+    def __getitem__(self, number: Any) -> Any:
+        indices = self.index_batches[number]
         pixel_values = torch.stack([self.pixels[index] for index in indices])  # [B, C, H, W]
-        labels = None if self.labels is None else self.labels[indices]
+        labels = None
+        if self.labels:
+            labels = torch.stack([self.labels[index] for index in indices])  # [B, A]
         return ImageBatch(pixel_values, labels, indices)
 
     def sample(self, num_selected: int) -> "InspectionBatches":
         """Return the batches of a sample of at most `num_selected` evenly spaced images."""
-        indices = [
-            self.order[position]
-            for position in select_evenly_spaced(range(len(self.order)), num_selected)
-        ]
-        pixels = [self.pixels[index] for index in indices]
-        labels = None if self.labels is None else self.labels[indices]
-        return InspectionBatches(self.model, pixels, labels, self.batch_size)
+        indices = select_evenly_spaced(self.order, num_selected)
+        pixels = {index: self.pixels[index] for index in indices}
+        return InspectionBatches(self.model, pixels, self.labels, self.batch_size)
 
 
 def get_max_batch_size(model: Any, pixels: torch.Tensor) -> int:
-    """Return the largest batch size for images [C, H, W] that require at most MAX_BATCH_BYTES, or 1.
+    """Return the largest batch size for images [C, H, W] that fits in MAX_BATCH_BYTES, or 1.
 
     The estimate includes all hidden states, a few copies of the attention maps of one layer, and
     the activations of one MLP.
@@ -411,113 +416,7 @@ def get_max_batch_size(model: Any, pixels: torch.Tensor) -> int:
     return max(MAX_BATCH_BYTES // (4 * num_values), 1)
 
 
-def count_affordable_images(model: Any, pixels: Sequence[torch.Tensor]) -> int:
-    """Return the number of images that a pass of MAX_ABLATION_FLOPS floating-point operations can process."""
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+def count_affordable_images(model: Any, num_parameters: int, pixels: Iterable[torch.Tensor]) -> int:
+    """Return the number of images that a pass of MAX_ABLATION_FLOPS operations can process."""
     flops = 2 * num_parameters * max(count_tokens(model, image.unsqueeze(0)) for image in pixels)
     return int(MAX_ABLATION_FLOPS / flops)
-
-
-# Images of `vitcls inspect`
-# ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class InspectionImages:
-    """Images with names, labels (as in `inspect_model`; None if unknown) and a description of the source."""
-
-    images: ArrayImages | DatasetImages
-    names: Sequence[str]
-    labels: Sequence[Any] | None
-    source: str
-
-    def build_arguments(self, num_shown: int, num_measured: int) -> dict[str, Any]:
-        """Return arguments of `inspect_model`: `num_measured` images, of which `num_shown` are shown.
-
-        The images are drawn at random, because datasets are often sorted by class.
-        """
-        drawn = np.random.default_rng(0).permutation(len(self.names))[:num_measured]
-        indices = np.sort(drawn).tolist()
-        return {
-            "images": self.images.select(indices),
-            "names": [self.names[index] for index in indices],
-            "labels": None if self.labels is None else [self.labels[index] for index in indices],
-            "num_shown": num_shown,
-        }
-
-
-def open_images(
-    options: InspectOptions, model: Any, record: HeldOutRecord | None = None
-) -> InspectionImages:
-    """Open the images of PATHS or `--dataset`.
-
-    `record` is the held-out record of the model's training run.
-
-    Raises:
-        ValueError: if there are no images, the dataset cannot be read, or its labels do not match
-            the model.
-    """
-    if options.dataset is not None:
-        return load_from_dataset(options, options.dataset, model, record)
-    list_input = build_list_input(options.paths)
-    files = [str(content) for content in list_input.contents]
-    for file in files:
-        if "://" not in file and not Path(file).exists():
-            raise ValueError(f"Image {file} does not exist. Check the path.")
-
-    names = [name if "://" in name else Path(name).name for name in list_input.names]
-    source = ", ".join(map(get_short_name, options.paths))
-    return InspectionImages(
-        DatasetImages.from_list(files), names, get_folder_labels(files, model), source
-    )
-
-
-def name_images(images: ArrayImages | DatasetImages, source: str) -> list[str]:
-    """Return the path of each image within the dataset or, if it has none, the source and the number of its row."""
-    if isinstance(images, ArrayImages):
-        return [f"{source} {index}" for index in range(len(images))]
-    return [f"{source} {name}" if name.isdigit() else name for name in images.get_names()]
-
-
-def get_short_name(path: str) -> str:
-    """Return the last component of a path; URLs are returned unchanged."""
-    return path if "://" in path else Path(path).resolve().name
-
-
-def get_folder_labels(files: Sequence[str], model: Any) -> list[int] | None:
-    """Return the class index of each file from the name of its folder, or None if no folder has such a name.
-
-    The index is that of the class with the same name, or IGNORED_LABEL if there is no such class.
-    """
-    config = model.config
-    if (
-        not is_classifier(model)
-        or config.tasks
-        or config.problem_type == "multi_label_classification"
-    ):
-        return None
-    class_indices = {name: index for index, name in enumerate(get_label_space(config).names)}
-    labels = [class_indices.get(Path(file).resolve().parent.name, IGNORED_LABEL) for file in files]
-    return labels if any(label != IGNORED_LABEL for label in labels) else None
-
-
-def load_from_dataset(
-    options: InspectOptions, dataset: str, model: Any, record: HeldOutRecord | None
-) -> InspectionImages:
-    """Load one split, with the label indices of the model, or without labels if the model is not a classifier."""
-    column_options = {
-        name: getattr(options, name) for name in ("image_column", "label_column", "label_separator")
-    }
-    has_head = is_classifier(model)
-    data_options = DataOptions(dataset, **column_options)
-
-    data = load_evaluation_data(data_options, options.split, record, use_labels=has_head)
-    labels: Sequence[Any] | None = None
-    if has_head:
-        labels = match_labels(data.images, data.label_space, get_label_space(model.config)).labels
-
-    dataset_name = get_short_name(dataset)
-    names = name_images(data.images.images, dataset_name)
-    return InspectionImages(
-        data.images.images, names, labels, f"{dataset_name}, {data.part.describe()}"
-    )

@@ -132,9 +132,10 @@ def iterate_frames(name: str, source: str) -> Iterator[tuple[str, Image.Image]]:
 
 
 def choose_file(output: Path, stem: str, is_single: bool, written: list[Path]) -> Path:
-    """Return the file for a sheet: `output` itself, `output`-STEM, or STEM.png in the folder `output`.
+    """Return the file for a sheet: `output`, `output`-STEM, or STEM.png in the folder `output`.
 
-    A number is appended if the command has already written a sheet with this name."""
+    A number is appended if the command has already written a sheet with this name.
+    """
     is_folder = not output.suffix
     if is_single and not is_folder:
         return output

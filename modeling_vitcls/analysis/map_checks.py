@@ -17,8 +17,9 @@ import torch
 from scipy import stats
 
 from .attribution import trace_attention
-from .maps import extract_patch_maps, get_used_token_mask
+from .maps import extract_patch_maps
 from .model_utils import evaluation_mode, unwrap_model
+from .token_use import PATCHES, TokenUse
 
 
 # fractions of the patches that deletion replaces and insertion keeps
@@ -54,7 +55,7 @@ class MapCheck:
 
     @property
     def is_faithful(self) -> bool:
-        """Return whether the map is significantly better than a random order and depends on the weights."""
+        """Return whether the map is better than a random order and depends on the weights."""
         return self.p_value <= MAX_P_VALUE and self.weight_correlation <= MAX_CORRELATION
 
     def describe(self, name: str) -> str:
@@ -78,7 +79,9 @@ class MapCheck:
 
 
 def check_maps(model: Any, images: Iterable[torch.Tensor], seed: int = 0) -> dict[str, MapCheck]:
-    """Check the rollout of the first special token that the head uses, and the attribution of the predicted class.
+    """Check the rollout and the attribution of the predicted class.
+
+    The rollout is that of the first special token that the head uses.
 
     Args:
         model: a single-label classifier.
@@ -128,9 +131,9 @@ def check_maps(model: Any, images: Iterable[torch.Tensor], seed: int = 0) -> dic
 
 
 def compare_curves(curves: torch.Tensor, random_curves: torch.Tensor) -> float:
-    """Return the p-value under the null hypothesis that `curves` are not better than `random_curves`.
+    """Return the p-value of the null hypothesis that `curves` are not better than random ones.
 
-    The curves are [images, 2, fractions]. The test is a one-sided Wilcoxon test over images, for
+    Curves are [images, 2, fractions]. The test is a one-sided Wilcoxon test over images, for
     deletion and insertion together.
     """
     deletion, insertion = (curves - random_curves).mean(dim=-1).double().unbind(dim=1)
@@ -141,14 +144,14 @@ def compare_curves(curves: torch.Tensor, random_curves: torch.Tensor) -> float:
 def compute_maps(
     model: Any, pixel_values: torch.Tensor, target: torch.Tensor | None = None
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Return a dict that maps map names to the maps [gh, gw] of one image, and the class probabilities [labels]."""
+    """Return the maps [gh, gw] of one image by name, and the class probabilities [labels]."""
     trace = trace_attention(model, pixel_values, needs_gradients=True)
     config = model.config
     logits = trace.outputs.logits  # [1, labels]
     rows = {"attribution": trace.compute_attribution(target)[0]}
-    *is_used, _ = get_used_token_mask(config)
-    if any(is_used):
-        rows["rollout"] = trace.compute_rollout()[0, is_used.index(True)]
+    special_tokens = TokenUse(config).read_tokens - {PATCHES}
+    if special_tokens:
+        rows["rollout"] = trace.compute_rollout()[0, min(special_tokens)]
 
     image_size = (pixel_values.shape[-2], pixel_values.shape[-1])
     maps = {

@@ -8,7 +8,6 @@ The rows are returned by `model.token_attention`. Figures are in figures.py.
 """
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -22,76 +21,11 @@ from ..model.image_processing_vitcls import pil_to_tensor
 
 
 def get_head_names(config: ViTCLSConfig) -> list[str]:
-    """Return the names of a layer's attention maps; differential attention has two maps per head."""
+    """Return the names of a layer's attention maps; differential attention has two per head."""
     names = [f"head {number}" for number in range(1, config.num_attention_heads + 1)]
     if config.attention_type == "differential":
         return [f"{name}, {ordinal} map" for name in names for ordinal in ("first", "second")]
     return names
-
-
-# Tokens that are used -----------------------------------------------------------------------------
-
-
-def get_head_readers(config: ViTCLSConfig, has_head: bool = True) -> dict[str, set[int]]:
-    """Return a dict from each output of the model to the indices of the tokens that it is computed from.
-
-    Only special tokens that it is computed from directly count, by sequence index; patches count as
-    index -1. Outputs are named as in ablation.py; the distillation head is "distillation". The
-    outputs of a model without a head are its CLS tokens, distillation tokens and patches.
-    """
-    layout = config.token_layout
-    special_indices = range(layout.num_prefix_tokens)
-    cls = special_indices[layout.cls]
-    distillation = set(special_indices[layout.distillation])
-
-    if not has_head:
-        return {"cls": set(cls), "distillation": distillation, "patches": {-1}}
-    if config.tasks:
-        return {task: {index} for task, index in zip(config.task_labels(), cls, strict=True)}
-
-    heads = {"": set() if config.pooling == "cls" else {-1}}
-    if config.pooling in ("cls", "cls_mean"):
-        num_pooled = 1 if config.cls_pooling == "first" else None
-        heads[""] |= {cls[index] for index in config.pooled_cls_indices[:num_pooled]}
-    elif config.pooling == "attention" and config.attention_pool_tokens == "all":
-        heads[""] |= set(special_indices)
-    if config.has_distillation_head:
-        heads["distillation"] = distillation
-    return heads
-
-
-def feeds_head_alone(readers: dict[str, set[int]], indices: Sequence[int]) -> list[str]:
-    """Return the names of the heads that read only tokens at these sequence indices.
-
-    `readers` is the output of `get_head_readers`.
-    """
-    return [head for head, read in readers.items() if read and read <= set(indices)]
-
-
-def get_used_token_mask(config: ViTCLSConfig, has_head: bool = True) -> list[bool]:
-    """Return whether an output of the model reads each special token and, as the last value, the patches."""
-    used_indices = set().union(*get_head_readers(config, has_head).values())
-    return [index in used_indices for index in (*range(config.token_layout.num_prefix_tokens), -1)]
-
-
-def count_used_layers(config: ViTCLSConfig, has_head: bool) -> list[int]:
-    """Return, for each special token and then for the patches, the number of layers whose output is used.
-
-    The last layer that a head reads is counted only if a head reads the token there. The attention
-    of a token is used in the same layers.
-    """
-    readers = get_head_readers(config, has_head)
-    last_layers = dict.fromkeys(
-        readers, max(config.pooled_layer_indices) if has_head else config.num_hidden_layers
-    )
-    if has_head and "distillation" in readers:
-        last_layers["distillation"] = config.num_hidden_layers
-
-    used_layers = [max(last_layers.values()) - 1] * (config.token_layout.num_prefix_tokens + 1)
-    for head, indices in readers.items():
-        for index in indices:
-            used_layers[index] = max(used_layers[index], last_layers[head])
-    return used_layers
 
 
 # Maps ---------------------------------------------------------------------------------------------
@@ -232,7 +166,7 @@ def draw_patch_colors(
 
 
 def to_upright_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image to 8-bit RGB as the image processor does: upright (EXIF) and on a white background."""
+    """Convert an image to 8-bit RGB as the image processor does: upright and on white."""
     return Image.fromarray(pil_to_tensor(image, to_rgb=True).permute(1, 2, 0).contiguous().numpy())
 
 
@@ -242,7 +176,10 @@ def resize_with_region(
     max_side: int | None,
     min_side: int | None,
 ) -> tuple[Image.Image, VisibleRegion]:
-    """Scale an image and the visible region: down with averaging, or up by an integer factor without smoothing."""
+    """Scale an image and the visible region.
+
+    A large image is averaged; a small one is enlarged by an integer factor, without smoothing.
+    """
     width, height = image.size
     longer_side = max(image.size)
     left, top, right, bottom = visible_region or VisibleRegion(0, 0, width, height)

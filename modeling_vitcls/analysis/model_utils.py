@@ -1,9 +1,14 @@
-"""Helpers for models that may be wrapped by torch.compile, PEFT, DataParallel or DistributedDataParallel."""
+"""Helpers for models, which may be wrapped by torch.compile, PEFT or distributed training.
 
-from collections.abc import Iterator
+The functions that a user calls unwrap the model; all other functions of the analysis take a plain
+model.
+"""
+
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
@@ -14,7 +19,7 @@ CLASSIFIER_CLASS_NAMES = {"ViTCLSForImageClassification", "ViTCLSForMultiTaskCla
 
 
 def unwrap_model(model: Any) -> Any:
-    """Return the ViTCLS model inside any wrappers. Adapter layers that PEFT inserted stay active."""
+    """Return the ViTCLS model inside any wrappers; layers that PEFT inserted stay active."""
     module: Any = extract_model_from_parallel(model, keep_torch_compile=False)
     return unwrap_model(module.get_base_model()) if hasattr(module, "get_base_model") else module
 
@@ -24,19 +29,11 @@ def is_classifier(model: Any) -> bool:
 
     Regression models are not classifiers.
     """
-    unwrapped_model = unwrap_model(model)
-    config = unwrapped_model.config
-    has_head = any(
-        base.__name__ in CLASSIFIER_CLASS_NAMES for base in type(unwrapped_model).__mro__
-    )
+    config = model.config
+    has_head = any(base.__name__ in CLASSIFIER_CLASS_NAMES for base in type(model).__mro__)
     return (
         has_head and bool(config.tasks or config.num_labels) and config.problem_type != "regression"
     )
-
-
-def get_classifier_or_encoder(model: Any) -> Any:
-    """Return an unwrapped classifier unchanged, and the encoder of any other unwrapped model."""
-    return model if is_classifier(model) else model.base_model
 
 
 @contextmanager
@@ -52,3 +49,19 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, was_training in modes.items():
             module.training = was_training
+
+
+def count_tokens(model: Any, pixel_values: torch.Tensor) -> int:
+    """Return the number of tokens of each image in a batch [B, C, H, W]."""
+    grid_size = model.base_model.embeddings.patch_embeddings.get_grid_size(pixel_values)
+    return model.config.token_layout.get_num_tokens(*grid_size)
+
+
+def run_without_tokens(
+    model: Any, indices: Sequence[int], pixel_values: torch.Tensor, **arguments: Any
+) -> Any:
+    """Return the outputs of a model with the special tokens `indices` hidden from attention."""
+    shape = len(pixel_values), count_tokens(model, pixel_values)
+    mask = torch.ones(shape, dtype=torch.long, device=pixel_values.device)
+    mask[:, list(indices)] = 0
+    return model(pixel_values, attention_mask=mask, **arguments)

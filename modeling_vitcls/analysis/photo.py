@@ -1,4 +1,4 @@
-"""What each special token of a model attends to in one photo, and what its patches contain: `vitcls look`.
+"""What the special tokens attend to in one photo, and what its patches contain: `vitcls look`.
 
     measurements = measure_photo(model, processor, photo)
     draw_sheet(measurements, "mine")        # a PIL image (sheet.py)
@@ -20,9 +20,10 @@ from ..inference.token_names import get_token_names_by_group
 from ..model.configuration_vitcls import ViTCLSConfig
 from .attribution import AttentionTrace, trace_attention
 from .image_report import ImagePrediction, build_image_predictions, decompose_patches
-from .maps import count_used_layers, extract_patch_maps, get_head_names, to_upright_rgb
+from .maps import extract_patch_maps, get_head_names, to_upright_rgb
 from .model_utils import is_classifier, unwrap_model
 from .register_neurons import OUTLIER_RATIO
+from .token_use import TokenUse
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class PhotoMeasurements:
 
 
 def measure_photo(model: Any, processor: Any, image: Image.Image) -> PhotoMeasurements:
-    """Run the model once on a photo, and return the attention of its tokens and the features of its patches.
+    """Run the model once on a photo, and return the attention and the features of its tokens.
 
     Args:
         model: any ViTCLS classifier or encoder, with or without special tokens.
@@ -100,8 +101,8 @@ def measure_photo(model: Any, processor: Any, image: Image.Image) -> PhotoMeasur
     decompositions = [decompose_patches([layer]) for layer in features]
     colors = torch.stack([layer_colors for (layer_colors,), _ in decompositions])  # [L, gh, gw, 3]
 
-    has_head = is_classifier(model)
-    *token_layers, patch_layer = [max(count, 1) for count in count_used_layers(config, has_head)]
+    use = TokenUse(config, is_classifier(model))
+    *token_layers, patch_layer = [max(number, 1) for number in use.num_layers]
     names_by_group = get_token_names_by_group(config)
     token_names = [name for names in names_by_group.values() for name in names]
     token_groups = [group for group, names in names_by_group.items() for _ in names]
@@ -119,7 +120,7 @@ def measure_photo(model: Any, processor: Any, image: Image.Image) -> PhotoMeasur
         image=upright_image,
         visible_region=get_visible_region(processor, image_size, config.patch_height_width),
         input_size=input_size,
-        predictions=build_image_predictions(model, trace.outputs),
+        predictions=build_image_predictions(use, trace.outputs),
         token_names=token_names,
         token_groups=token_groups,
         token_layers=token_layers,
@@ -143,7 +144,7 @@ def compute_patch_attention(trace: AttentionTrace) -> torch.Tensor:
 
 
 def match_colors(colors: torch.Tensor, last_layer: int) -> torch.Tensor:
-    """Return the colors [L, gh, gw, 3] with the components of each layer in the channels of similar components.
+    """Return the colors [L, gh, gw, 3] with similar components in the same channel.
 
     The order and the sign of principal components differ between layers. From `last_layer` to the
     first layer, each component gets the channel and the sign of the component of the next layer
@@ -202,6 +203,6 @@ def build_json_record(measurements: PhotoMeasurements) -> dict[str, Any]:
 
 
 def summarize_row(config: ViTCLSConfig, row: torch.Tensor) -> dict[str, float]:
-    """Return the entropy of one row of attention [N], and the fraction of attention to each group of tokens."""
+    """Return the entropy of one row of attention [N], and its fraction on each group of tokens."""
     fractions = {name: row[group].sum().item() for name, group in config.token_layout.items()}
     return {"entropy": torch.special.entr(row).sum().item(), **fractions}

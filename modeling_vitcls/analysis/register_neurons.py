@@ -1,4 +1,4 @@
-"""Test-time registers: move artifacts of a trained model from patches to a register, without training.
+"""Test-time registers: move artifacts from patches to a register, without training.
 
     neurons = find_register_neurons(model, pixel_values)
     adapted = add_test_time_register(model, neurons)
@@ -90,7 +90,9 @@ def find_register_neurons(
 def add_test_time_register(
     model: ViTCLSPreTrainedModel, neurons: list[list[int]]
 ) -> ViTCLSPreTrainedModel:
-    """Return a copy of the model with a zero-initialized register that receives the activations of `neurons`.
+    """Return a copy of the model with a register that receives the activations of `neurons`.
+
+    The register is initialized with zeros.
 
     Args:
         neurons: MLP neurons `[[layer, neuron], ...]`, as returned by `find_register_neurons`.
@@ -117,10 +119,10 @@ def add_test_time_register(
 def encode_patches(
     model: ViTCLSPreTrainedModel, pixel_values: torch.Tensor
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Return the states [B, patches, D] and the MLP activations [B, patches, neurons] of the patches.
+    """Return the states and the MLP activations of the patches.
 
-    The states are those after the embeddings and after each layer, and the activations are those in
-    each layer.
+    The states [B, patches, D] are those after the embeddings and after each layer, and the
+    activations [B, patches, neurons] are those in each layer.
     """
     encoder: Any = model.base_model
     patches = encoder.config.token_layout.patches

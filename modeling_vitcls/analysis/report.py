@@ -45,7 +45,6 @@ from .inspection import Inspection
 from .maps import (
     COLORMAP,
     MIN_SCALE,
-    count_used_layers,
     draw_patch_colors,
     get_head_names,
     overlay,
@@ -110,7 +109,7 @@ def write_page(
         findings=inspection.findings,
         shown_verdicts=shown_verdicts,
         other_verdicts=other_verdicts,
-        depth_sentences=describe_attention_depth(config, inspection.findings, inspection.has_head),
+        depth_sentences=describe_attention_depth(inspection.use, inspection.findings),
         overview=build_overview(inspection),
         predictions=predictions,
         effects=build_effect_rows(inspection.verdicts),
@@ -118,8 +117,7 @@ def write_page(
         image_kinds=IMAGE_KINDS,
         first_token=next(iter(get_token_names(config)), None),
         is_cropped=any(map(is_cropped, inspection.image_reports[:NUM_OVERVIEW_IMAGES])),
-        has_unused_maps=min(count_used_layers(config, inspection.has_head))
-        < config.num_hidden_layers,
+        has_unused_maps=min(inspection.use.num_layers) < config.num_hidden_layers,
         num_large=NUM_LARGE_WRONG_IMAGES,
         shorten=lambda name: shorten_text(name.rpartition("/")[2], MAX_FILE_NAME),
         signs=SIGNS,
@@ -133,15 +131,14 @@ def write_page(
     write_text(file, text)
 
 
-def write_json_values(file: str | Path, inspection: Inspection, title: str | None = None) -> None:
-    """Write the values of an inspection as JSON (`build_json_values`), with the name and commit of the model.
+def write_json_values(file: str | Path, inspection: Inspection, model: str) -> None:
+    """Write the values of an inspection as JSON, with the name and commit of the model.
 
     Numbers that are not finite become null.
 
     Raises:
         OSError: if the file cannot be written.
     """
-    model = title or get_title(inspection.config.name_or_path)
     commit = get_commit(inspection.config)
     values = {"model": model, "commit": commit, "version": __version__} | build_json_values(
         inspection
@@ -169,7 +166,7 @@ def iterate_overview(
 
     The attention is that of the last layer in which it is used, averaged over heads.
     """
-    *used_layers, _ = count_used_layers(inspection.config, inspection.has_head)
+    *used_layers, _ = inspection.use.num_layers
     layers = torch.tensor(used_layers, dtype=torch.long).sub(1).clamp(min=0)  # [S]
     names = get_token_names(inspection.config)[:MAX_OVERVIEW_TOKENS]
     for report in inspection.image_reports[:num_images]:
@@ -198,7 +195,7 @@ def build_overview(inspection: Inspection) -> list[dict[str, Any]]:
     if not reports:
         return rows
 
-    last_layer = max(count_used_layers(inspection.config, inspection.has_head)[-1], 1) - 1
+    last_layer = max(inspection.use.num_layers[-1], 1) - 1
     patch_colors = compute_patch_colors([report.features[last_layer] for report in reports])
     overview = iterate_overview(inspection, NUM_OVERVIEW_IMAGES)
     for (report, caption, maps), colors in zip(overview, patch_colors, strict=True):
@@ -300,7 +297,7 @@ def build_page_data(inspection: Inspection) -> dict[str, Any]:
     reports = inspection.image_reports
     config = inspection.config
     num_images_with_heads = count_images_with_heads(reports)
-    *num_used_layers, num_used_patch_layers = count_used_layers(config, inspection.has_head)
+    *num_used_layers, num_used_patch_layers = inspection.use.num_layers
     groups = [key.partition("[")[0] for key in get_token_keys(config.token_layout)]
 
     color_table = (colormaps[COLORMAP](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
@@ -331,7 +328,7 @@ def build_page_data(inspection: Inspection) -> dict[str, Any]:
 
 
 def count_images_with_heads(image_reports: list[ImageReport]) -> int:
-    """Return the number of leading images whose per-head attention maps fit in MAX_MAP_BYTES in total."""
+    """Return the number of leading images whose maps of all heads fit in MAX_MAP_BYTES."""
     cumulative_sizes = itertools.accumulate(report.attention.numel() for report in image_reports)
     return sum(size <= MAX_MAP_BYTES for size in cumulative_sizes)
 

@@ -184,18 +184,18 @@ class Sheet:
 
 
 def draw_header(sheet: Sheet, measurements: PhotoMeasurements, title: str) -> None:
-    """Write the title, the size of the model, what the model sees of the photo, and the predictions."""
+    """Write the title, the size of the model, what it sees of the photo, and the predictions."""
     config = measurements.config
     image = measurements.image
     height, width = measurements.input_size
     rows, columns = measurements.norms.shape[1:]
     patch_height, patch_width = config.patch_height_width
+    visible_part = describe_visible_part(measurements)
     lines = [
         f"{config.num_hidden_layers} layers, {config.num_attention_heads} heads, patches of "
         f"{patch_height} × {patch_width} pixels, {describe_tokens(config)}",
-        f"photo of {image.width} × {image.height} pixels; the model sees "
-        f"{describe_visible_part(measurements)} at {width} × {height} pixels, as {columns} × "
-        f"{rows} patches",
+        f"photo of {image.width} × {image.height} pixels; the model sees {visible_part} at "
+        f"{width} × {height} pixels, as {columns} × {rows} patches",
     ]
 
     for prediction in measurements.predictions:
@@ -212,22 +212,17 @@ def draw_header(sheet: Sheet, measurements: PhotoMeasurements, title: str) -> No
     for line in lines:
         sheet.y += 0.2
         sheet.write(MARGIN, sheet.y, line, size=9)
-    if describe_visible_part(measurements) != "all of it":
+    if visible_part != "all of it":
         thumbnail = draw_whole_photo(measurements)
-        thumbnail_height = sheet.y - MARGIN + 0.05
-        thumbnail_width = min(thumbnail_height * thumbnail.width / thumbnail.height, 2.65)
+        max_height = sheet.y - MARGIN + 0.05
+        thumbnail_width = min(max_height * thumbnail.width / thumbnail.height, 2.65)
+        thumbnail_height = thumbnail_width * thumbnail.height / thumbnail.width
         x = WIDTH - MARGIN - thumbnail_width
-        sheet.place(
-            thumbnail,
-            x,
-            MARGIN,
-            thumbnail_width,
-            thumbnail_width * thumbnail.height / thumbnail.width,
-        )
+        sheet.place(thumbnail, x, MARGIN, thumbnail_width, thumbnail_height)
 
 
 def draw_overview(sheet: Sheet, measurements: PhotoMeasurements) -> None:
-    """Draw the photo as the model sees it, the attention of the first token, and the features and norms of patches."""
+    """Draw what the model sees, the attention of the first token, and the patches."""
     token = measurements.token_names[0]
     token_layer = measurements.token_layers[0]
     attention = measurements.maps[token_layer - 1, :, 0].mean(dim=0)  # [gh, gw]
@@ -310,14 +305,10 @@ def draw_heads(sheet: Sheet, measurements: PhotoMeasurements) -> None:
     headers = ["mean", *(f"{noun} {number}" for number in range(1, measurements.maps.shape[1] + 1))]
 
     rows = []
-    for name, color, index in list_tokens(measurements):
-        layer = measurements.token_layers[index]
+    for index, layer in enumerate(measurements.token_layers[:MAX_TOKENS]):
         maps = measurements.maps[layer - 1, :, index]  # [H, gh, gw]
         maps = torch.cat([maps.mean(dim=0, keepdim=True), maps])  # [1 + H, gh, gw]
-        tiles = [
-            Tile(draw_attention(measurements, values), f"{values.sum():.0%}") for values in maps
-        ]
-        rows.append(Row(name, f"layer {layer}", color, tiles))
+        rows.append(draw_attention_row(measurements, index, f"layer {layer}", maps))
 
     sheet.draw_rows(headers, rows, get_min_columns(measurements))
 
@@ -332,12 +323,9 @@ def draw_layers(sheet: Sheet, measurements: PhotoMeasurements) -> None:
 
     layers = range(len(measurements.maps))
     rows = []
-    for name, color, index in list_tokens(measurements):
+    for index in range(len(measurements.token_names[:MAX_TOKENS])):
         maps = measurements.maps[:, :, index].mean(dim=1)  # [L, gh, gw]
-        tiles = [
-            Tile(draw_attention(measurements, values), f"{values.sum():.0%}") for values in maps
-        ]
-        rows.append(Row(name, "attention", color, tiles))
+        rows.append(draw_attention_row(measurements, index, "attention", maps))
 
     shares = [f"{sum(each):.0%}" for each in measurements.explained_variance]
     tiles = [Tile(draw_colors(measurements, layer, SMALL_SIDE), shares[layer]) for layer in layers]
@@ -350,13 +338,13 @@ def draw_layers(sheet: Sheet, measurements: PhotoMeasurements) -> None:
     sheet.draw_rows([f"layer {layer + 1}" for layer in layers], rows, get_min_columns(measurements))
 
 
-def list_tokens(measurements: PhotoMeasurements) -> list[tuple[str, str, int]]:
-    """Return the name, the color and the index of each token with a row."""
-    names = measurements.token_names[:MAX_TOKENS]
-    return [
-        (name, GROUP_COLORS[measurements.token_groups[index]], index)
-        for index, name in enumerate(names)
-    ]
+def draw_attention_row(
+    measurements: PhotoMeasurements, index: int, note: str, maps: torch.Tensor
+) -> Row:
+    """Return the row of a token, with one tile for each map [n, gh, gw]."""
+    color = GROUP_COLORS[measurements.token_groups[index]]
+    tiles = [Tile(draw_attention(measurements, values), f"{values.sum():.0%}") for values in maps]
+    return Row(measurements.token_names[index], note, color, tiles)
 
 
 def get_min_columns(measurements: PhotoMeasurements) -> int:
@@ -450,7 +438,7 @@ def draw_norms(measurements: PhotoMeasurements, layer: int, side: int) -> Image.
 
 
 def fill_region(measurements: PhotoMeasurements, colors: np.ndarray, side: int) -> Image.Image:
-    """Return one color per patch [gh, gw, 3] (0 to 1) as a picture with the size of the visible part of the photo."""
+    """Return one color per patch [gh, gw, 3] (0 to 1) as a picture of the visible part's size."""
     size = draw_visible_part(measurements, side).size
     return Image.fromarray((colors * 255).round().astype(np.uint8)).resize(
         size, Image.Resampling.NEAREST

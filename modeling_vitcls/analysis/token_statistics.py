@@ -14,9 +14,8 @@ import torch
 
 from ..model.configuration_vitcls import TokenLayout
 from ..model.token_attention_vitcls import select_mask_rows
-from .ablation import build_hiding_mask
 from .attribution import RecordedLayer, process_attention_layers
-from .model_utils import evaluation_mode, get_classifier_or_encoder, unwrap_model
+from .model_utils import run_without_tokens
 from .register_neurons import OUTLIER_RATIO
 
 
@@ -101,11 +100,11 @@ class Findings:
 
 
 class TokenStatistics:
-    """Accumulates statistics over images, for any ViTCLS model."""
+    """Accumulates statistics over images, for a classifier or an encoder in evaluation mode."""
 
     def __init__(self, model: Any) -> None:
-        self.model = unwrap_model(model)
-        self.layout: TokenLayout = self.model.config.token_layout
+        self.model = model
+        self.layout: TokenLayout = model.config.token_layout
         self.num_images = 0
         self.sums: dict[str, torch.Tensor] = {}
         # name -> one tensor [L + 1, n] per batch
@@ -119,26 +118,16 @@ class TokenStatistics:
             pixel_values: [B, C, H, W], on the model's device.
 
         Returns:
-            The output of the model, or of the encoder if the model is not a classifier. A second
-            forward pass with the registers hidden from attention contributes to the patch norms.
+            The output of the model. A second forward pass with the registers hidden from attention
+            contributes to the patch norms.
         """
         layer_statistics: list[dict[str, torch.Tensor]] = []
-        module = get_classifier_or_encoder(self.model)
-        register_indices = range(self.layout.num_prefix_tokens)[self.layout.registers]
-        outputs_without_registers = None
 
         def add_layer(layer: RecordedLayer) -> None:
-            attention = self.model.base_model.layers[len(layer_statistics)].attention
-            layer_statistics.append(self.compute_layer_statistics(layer, attention))
+            layer_statistics.append(self.compute_layer_statistics(layer))
 
-        with evaluation_mode(self.model):
-            with process_attention_layers(self.model, add_layer):
-                outputs = module(pixel_values, output_hidden_states=True)
-            if register_indices:  # register neurons still move activations to the hidden registers
-                mask = build_hiding_mask(self.model, pixel_values, register_indices)
-                outputs_without_registers = module(
-                    pixel_values, attention_mask=mask, output_hidden_states=True
-                )
+        with process_attention_layers(self.model, add_layer):
+            outputs = self.model(pixel_values, output_hidden_states=True)
 
         names = list(layer_statistics[0])
         # [B, L, ...] each
@@ -154,7 +143,11 @@ class TokenStatistics:
         patch_statistics = {"norms": norms, "ratios": divide_by_median(norms)}
         # [B, L + 1]
         statistics["outliers"] = (patch_statistics["ratios"] > OUTLIER_RATIO).float().mean(dim=-1)
-        if outputs_without_registers is not None:
+        registers = range(self.layout.num_prefix_tokens)[self.layout.registers]
+        if registers:  # register neurons still move activations to the hidden registers
+            outputs_without_registers = run_without_tokens(
+                self.model, registers, pixel_values, output_hidden_states=True
+            )
             norms = self.compute_patch_norms(outputs_without_registers.hidden_states)
             patch_statistics["ratios_without_registers"] = divide_by_median(norms)
 
@@ -222,9 +215,7 @@ class TokenStatistics:
     # Statistics of one batch, tensors [B, ...]
     # -----------------------------------------------------------------------
 
-    def compute_layer_statistics(
-        self, layer: RecordedLayer, attention: Any
-    ) -> dict[str, torch.Tensor]:
+    def compute_layer_statistics(self, layer: RecordedLayer) -> dict[str, torch.Tensor]:
         """Return the statistics of one layer's attention maps."""
         layout = self.layout
         weights = layer.compute_weights()  # [B, H, N, N]
@@ -243,7 +234,7 @@ class TokenStatistics:
             "maps": maps,
             "map_squares": maps.cpu().double().square().sum(dim=-1),
             "head_selectivity": head_distance.mean(dim=-1) / 2,
-            "head_outputs": compute_head_outputs(layer, attention),
+            "head_outputs": compute_head_outputs(layer),
             "map_distance": torch.cdist(special_rows, special_rows, p=1).mean(dim=1) / 2,
             "map_selectivity": map_distance.mean(dim=1) / 2,
             "entropy": torch.special.entr(special_rows).sum(dim=-1),
@@ -269,10 +260,14 @@ class TokenStatistics:
             [state[:, :num_special_tokens] for state in hidden_states], dim=1
         ).float()
         directions = torch.nn.functional.normalize(special_states, dim=-1)  # [B, L + 1, S, D]
+        # matrix products in TF32 would cause large rounding errors
+        distances = torch.cdist(
+            special_states, special_states, compute_mode="donot_use_mm_for_euclid_dist"
+        )
         return {
             "between_tokens": directions @ directions.transpose(-1, -2),
             "embedding_similarity": (directions * directions[:, :1]).sum(dim=-1),
-            "squared_distances": compute_distances(special_states).square(),
+            "squared_distances": distances.square(),
             "states": special_states,
             "squares": special_states.cpu().double().square(),
             "token_norms": special_states.norm(dim=-1),
@@ -285,7 +280,7 @@ def divide_by_median(norms: torch.Tensor) -> torch.Tensor:
 
 
 def get_visible_keys(layer: RecordedLayer, num_rows: int) -> torch.Tensor:
-    """Return a boolean mask [B, rows, N] of the keys that the first `num_rows` tokens may attend to."""
+    """Return a mask [B, rows, N] of the keys that the first `num_rows` tokens may attend to."""
     query = layer.query[:, :, :num_rows]
     key = layer.key
     batch, _, num_rows, _ = query.shape
@@ -298,22 +293,14 @@ def get_visible_keys(layer: RecordedLayer, num_rows: int) -> torch.Tensor:
     return mask[:, 0].expand(batch, num_rows, -1)
 
 
-def compute_head_outputs(layer: RecordedLayer, attention: Any) -> torch.Tensor:
+def compute_head_outputs(layer: RecordedLayer) -> torch.Tensor:
     """Return the mean norm over tokens of what each head adds to the hidden states, [B, maps]."""
     outputs = layer.attention_output.float()  # [B, N, maps, d]
     num_maps, size = outputs.shape[2:]
-    weight = attention.o_proj.weight.float()  # [D, width]
+    weight = layer.attention.o_proj.weight.float()  # [D, width]
     if weight.shape[1] != num_maps * size:  # differential attention merges the two maps of a head
         return outputs.norm(dim=-1).mean(dim=1)
     weights = weight.unflatten(1, (num_maps, size)).unbind(dim=1)  # [D, d] each
     return torch.stack(
         [(outputs[:, :, i] @ w.T).norm(dim=-1).mean(dim=1) for i, w in enumerate(weights)], dim=1
     )
-
-
-def compute_distances(points: torch.Tensor) -> torch.Tensor:
-    """Return the pairwise distances [..., P, P] of points [..., P, D], without matrix products.
-
-    Products in TF32 cause large rounding errors.
-    """
-    return torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")

@@ -12,7 +12,9 @@ from .diagnosis import MIN_PATCHES, Fault, Outcome, Verdict
 # The values are those of the fault and the numbers of the verdict.
 FAULT_SENTENCES = {
     Fault.IDENTICAL: "After layer {layer}, its state is identical to the state of {other}.",
-    Fault.CUT_OFF: "At most {patch_mass:.2%} of its attention goes to patches, in each layer and head.",
+    Fault.CUT_OFF: (
+        "At most {patch_mass:.2%} of its attention goes to patches, in each layer and head."
+    ),
     Fault.LARGE_NORM: (
         "The norm of its embedding is {norm_ratio:.3g} times the median norm of the patches, so "
         "the layers hardly change it (cosine {embedding_similarity:.3f} between embedding and last "
@@ -104,8 +106,10 @@ def describe_effect(effect: dict[str, Any], output: str) -> str:
     """Return a description of an effect, such as `changes 84% of predictions (80% to 88%)`."""
     if effect["changed"] is None:
         low, high = effect["interval"]
-        interval = f"{low:.2g} to {high:.2g}"
-        return f'changes "{output}" features by {effect["size"]:.2g} (cosine distance, interval {interval})'
+        return (
+            f'changes "{output}" features by {effect["size"]:.2g} (cosine distance, interval '
+            f"{low:.2g} to {high:.2g})"
+        )
     low, high = effect["changed_interval"]
     task = f" of {output}" if output else ""
     return f"changes {effect['changed']:.0%} of predictions{task} ({low:.0%} to {high:.0%})"
@@ -124,7 +128,10 @@ def describe_patches(verdict: Verdict) -> str:
             "(train with num_register_tokens, or see analysis.register_neurons)."
         )
     elif verdict.outcome is Outcome.FEW_PATCHES:
-        sentence = f"There are {numbers['num_patches']:,} patches, but {MIN_PATCHES:,} are needed. Pass more images."
+        sentence = (
+            f"There are {numbers['num_patches']:,} patches, but {MIN_PATCHES:,} are needed. Pass "
+            "more images."
+        )
     else:
         sentence = (
             f"The norms of {numbers['num_patches']:,} patches have one mode; the largest norm is "

@@ -165,9 +165,9 @@ def measure_error(outputs: Outputs, reference: Outputs) -> float:
 
 
 def write_missing_graphs(job: Job, output_names: list[str], names: list[str]) -> None:
-    """Write the graphs of a job, with reports that contain the hash of the weights, unless all of them exist.
+    """Write the graphs of a job, unless all of them exist.
 
-    Graphs of another model are removed.
+    Their reports contain the hash of the weights. Graphs of another model are removed.
     """
     if not read_choices(job):
         shutil.rmtree(job.engines_folder, ignore_errors=True)

@@ -66,7 +66,7 @@ class NamedOutputsModel(nn.Module):
 
 
 def get_classifier_outputs(outputs: Any, model: Any) -> dict[str, torch.Tensor | None]:
-    """Return the logits [B, labels]; if the model has two heads, the logits of each head; and those of extra heads."""
+    """Return the logits [B, labels], those of each of two heads, and those of extra heads."""
     names = ["logits"]
     if outputs.distillation_logits is not None:
         names += ["cls_logits", "distillation_logits"]
@@ -112,7 +112,7 @@ class ExportableModel:
 
 
 def load_exportable_model(source: str) -> ExportableModel:
-    """Load any checkpoint that `--model` accepts, or a preset with random weights.
+    """Load any checkpoint that `model` may name, or a preset with random weights.
 
     Raises:
         ValueError: If the checkpoint is not a ViTCLS model, if its class is not supported, or if

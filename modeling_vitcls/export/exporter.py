@@ -8,7 +8,6 @@ the limit, nothing is written.
 """
 
 import shutil
-import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from transformers.image_utils import PILImageResampling
 from ..conversion.parity_report import build_random_images, get_max_magnitude, get_non_square_size
 from ..conversion.processors import SHARED_SETTINGS, select_settings
 from ..data.held_out import HELD_OUT_RECORD_KEY
+from ..data.labels import get_label_space
 from ..hub.local_paths import resolve_name, strip_folders
 from ..hub.model_files import CONFIG_FILES, RESULTS_FILE, hash_files
 from ..hub.model_folder import ModelFolder
@@ -28,17 +28,23 @@ from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import ViTCLSBackbone
 from ..runtime.errors import describe_installation
-from ..runtime.files import write_json
+from ..runtime.files import create_output_folder, write_json
 from ..runtime.system import get_versions
 from .exportable import ExportableModel, Outputs, compute_named_outputs, load_exportable_model
 from .formats import FORMATS, run_graph
-from .measurement import NUM_COMPARED_IMAGES, compare_outputs_on_images, load_export_images
+from .measurement import (
+    NUM_COMPARED_IMAGES,
+    compare_outputs_on_images,
+    load_export_images,
+    prepare_images,
+)
 from .options import ExportOptions
-from .quantization import NUM_CALIBRATION_IMAGES, quantize_graph, rank_layers
+from .quantization import NUM_CALIBRATION_IMAGES, check_drop, quantize_graph
 from .tracing import GraphShape, select_graph_shape, trace_model
 
 
-# dtype of the graph -> absolute tolerance, and tolerance relative to the largest absolute value of the output.
+# dtype of the graph -> absolute tolerance, and tolerance relative to the largest absolute value of
+# the output.
 LIMITS: dict[str, tuple[float, float]] = {"float32": (1e-4, 0.0), "float16": (1e-4, 1e-2)}
 
 Report = dict[str, Any]
@@ -67,11 +73,8 @@ def export_model(
             by more than `max_drop`, if packages are missing, or if `output` is invalid or exists.
             The message is a single line. Nothing is written if an error is raised.
     """
-    source = options.model
-    format_name = options.format
     output = options.output
-    dtype = options.dtype
-    file_format = FORMATS[format_name]
+    file_format = FORMATS[options.format]
     target = output if output.suffix else output / f"model{file_format.suffix}"
     if target.suffix != file_format.suffix:
         raise ValueError(
@@ -83,27 +86,25 @@ def export_model(
     packages = (*file_format.packages, *(["nncf"] if options.int8 else []))
     if missing_packages := [name for name in packages if find_spec(name) is None]:
         raise ValueError(
-            f"`format={format_name!r}` requires packages that are not installed: "
+            f"`format={options.format!r}` requires packages that are not installed: "
             f"{', '.join(missing_packages)}. {describe_installation('export')}"
         )
 
-    exportable = exportable or load_exportable_model(source)
+    exportable = exportable or load_exportable_model(options.model)
     model = exportable.model
     processor = exportable.processor
-    is_trained = exportable.folder is not None
+    folder = exportable.folder
     excluded_layers = list(options.exclude_layers)
     num_layers = model.config.num_hidden_layers
     if not set(excluded_layers) <= set(range(1, num_layers + 1)):
         raise ValueError(f"`exclude_layers` requires numbers from 1 to {num_layers}")
     if options.dataset is not None and processor is None:
         raise ValueError(
-            f"`dataset` requires an image processor, but {source} has none. Omit `dataset`"
+            f"`dataset` requires an image processor, but {options.model} has none. Omit `dataset`"
         )
-    images = (
-        None
-        if options.dataset is None
-        else load_export_images(exportable.folder, options.dataset, options.split)
-    )
+    images = None
+    if options.dataset is not None:
+        images = load_export_images(folder, options.dataset, options.split)
 
     is_dynamic = options.dynamic and not options.int8  # int8 graphs have a fixed size
     graph_shape = select_graph_shape(
@@ -114,36 +115,33 @@ def export_model(
     ]
     reference_outputs = compute_named_outputs(model, batches, output_attentions)
     names = list(reference_outputs[0])
-    graph = trace_model(model, graph_shape, getattr(torch, dtype), output_attentions)
+    graph = trace_model(model, graph_shape, getattr(torch, options.dtype), output_attentions)
 
-    existing_parent = next(folder for folder in target.absolute().parents if folder.is_dir())
-    with tempfile.TemporaryDirectory(
-        prefix=f".{output.name}.", dir=existing_parent
-    ) as temporary_folder:
-        folder = Path(temporary_folder)
-        file = folder / target.name
+    with create_output_folder(target.parent) as output_folder:
+        file = output_folder / target.name
         file_format.write(graph, graph_shape, names, file)
         comparisons = compare_outputs(
-            batches, reference_outputs, run_graph(file, batches, names), dtype
+            batches, reference_outputs, run_graph(file, batches, names), options.dtype
         )
 
         calibration_images: list[torch.Tensor] = []
         if options.int8:
             assert images is not None, "int8 requires a dataset"
-            calibration_images = images.prepare(images.training, processor, NUM_CALIBRATION_IMAGES)
+            calibration_images = prepare_images(images.training, processor, NUM_CALIBRATION_IMAGES)
             quantize_graph(file, calibration_images, excluded_layers)
             comparisons = compare_outputs(
                 batches, reference_outputs, run_graph(file, batches, names), None
             )
 
         height_width = ["height", "width"] if graph_shape.is_dynamic else graph_shape.image_size
+        files = list(output_folder.iterdir())
         report: Report = {
-            "format": format_name,
-            "model": strip_folders(resolve_name(source, is_built_in=not is_trained)),
+            "format": options.format,
+            "model": strip_folders(resolve_name(options.model, is_built_in=folder is None)),
             "model_class": type(model).__name__,
-            "weights": "trained" if is_trained else "random",
-            "dtype": "int8" if options.int8 else dtype,
-            "limit": None if options.int8 else LIMITS[dtype],
+            "weights": "random" if folder is None else "trained",
+            "dtype": "int8" if options.int8 else options.dtype,
+            "limit": None if options.int8 else LIMITS[options.dtype],
             "largest_differences": {
                 name: max(each["differences"][name] for each in comparisons) for name in names
             },
@@ -161,18 +159,18 @@ def export_model(
             "preprocessing": describe_preprocessing(processor),
             "labels": get_label_names(model.config, names),
             "versions": get_versions("timm", *packages),
-            "sha256": hash_files(folder.iterdir()),
-            "num_bytes": sum(each.stat().st_size for each in folder.iterdir()),
+            "sha256": hash_files(files),
+            "num_bytes": sum(each.stat().st_size for each in files),
             "excluded_layers": excluded_layers,
             "num_calibration_images": len(calibration_images),
             "evaluation": None,
             "comparison": None,
         }
-        if format_name == "openvino":
+        if options.format == "openvino":
             # without it, OpenVINO computes in bfloat16
             report["compile_config"] = {"INFERENCE_PRECISION_HINT": "f32"}
-        if exportable.folder is not None:
-            report["weights_sha256"] = exportable.folder.weights_sha256
+        if folder is not None:
+            report["weights_sha256"] = folder.weights_sha256
 
         has_native_size = (
             graph_shape.is_dynamic or graph_shape.image_size == model.config.image_height_width
@@ -184,7 +182,7 @@ def export_model(
             report["speed"] = measure_inference_speed(exported_model, torch.device("cpu"))
 
         if images is not None:
-            pixels = images.prepare(images.held_out, processor, NUM_COMPARED_IMAGES)
+            pixels = prepare_images(images.held_out, processor, NUM_COMPARED_IMAGES)
             outputs = run_graph(file, pixels, names)
             report["comparison"] = compare_outputs_on_images(
                 outputs, compute_named_outputs(model, pixels)
@@ -193,43 +191,15 @@ def export_model(
             if options.int8:
                 check_drop(report, options.max_drop, model, torch.cat(calibration_images[:16]))
 
-        if not output.suffix and exportable.folder is not None:
-            write_model_files(exportable.folder, folder, report)
+        if folder is not None and not output.suffix:
+            write_model_files(folder, output_folder, report)
         write_json(get_report_path(file), report)
-        move_files(folder, target.parent)
+        check_files_do_not_exist(*(target.parent / each.name for each in output_folder.iterdir()))
     return report
 
 
-def check_drop(report: Report, max_drop: float, model: Any, images: torch.Tensor) -> None:
-    """Raise ValueError if the metric falls by more than `max_drop` points.
-
-    An accuracy must fall by more than that with 95% confidence: few images cannot show a small
-    loss. The message names the layers with the largest error in int8, measured on preprocessed
-    images [B, C, H, W].
-    """
-    scores = report["evaluation"]
-    if scores is None:
-        return
-    drop = (
-        scores["model"] - scores["file"]
-        if scores["drop_interval"] is None
-        else scores["drop_interval"][0]
-    )
-    if 100 * drop <= max_drop:
-        return
-    excluded = report["excluded_layers"]
-    layers = [number for number in rank_layers(model, images) if number not in excluded]
-    worst = sorted([*excluded, *layers[: max(1, len(layers) // 4)]])
-    raise ValueError(
-        f"int8 lowers the {scores['metric']} from {scores['model']:.1%} to {scores['file']:.1%} on "
-        f"{scores['num_images']} images, at least {100 * drop:.1f} points and more than "
-        f"`max_drop={max_drop:g}` points. Set `exclude_layers={tuple(worst)}`, the layers with the "
-        "largest errors, or a larger `max_drop`"
-    )
-
-
 def write_model_files(model_folder: ModelFolder, folder: Path, report: Report) -> None:
-    """Write what `--backend` and `evaluate` require in the folder of the graph.
+    """Write what `predict` and `evaluate` with `backend` require in the folder of the graph.
 
     These are the configuration, the image processor and, in results.json, the held-out images of
     the model's run and the measurements of the file.
@@ -257,18 +227,6 @@ def check_files_do_not_exist(*files: Path) -> None:
     for file in files:
         if file.exists():
             raise ValueError(f"{file} exists. Set a different `output`, or remove the file")
-
-
-def move_files(source: Path, target: Path) -> None:
-    """Move all files of a folder to another folder.
-
-    Raise ValueError if the target folder contains a file of the same name.
-    """
-    files = sorted(source.iterdir())
-    check_files_do_not_exist(*(target / file.name for file in files))
-    target.mkdir(parents=True, exist_ok=True)
-    for file in files:
-        file.rename(target / file.name)
 
 
 # Report -------------------------------------------------------------------------------------------
@@ -357,7 +315,7 @@ def get_output_shapes(outputs: Outputs, graph_shape: GraphShape) -> dict[str, li
 
 
 def describe_preprocessing(processor: ViTCLSImageProcessor | None) -> dict[str, Any] | None:
-    """Return the image processor settings that are not None, or None if there is no image processor."""
+    """Return the settings of the image processor that are not None, or None without a processor."""
     if processor is None:
         return None
     settings = select_settings(processor, (*SHARED_SETTINGS, "crop_rounding", "do_pad", "pad_size"))
@@ -367,10 +325,9 @@ def describe_preprocessing(processor: ViTCLSImageProcessor | None) -> dict[str, 
 
 
 def get_label_names(config: ViTCLSConfig, names: list[str]) -> dict[str, list[str]]:
-    """Return a dict that maps the name of each logits output to its class names, in the order of the logits."""
-    extra_labels = {name: head.labels for name, head in config.get_added_tasks().items()}
-    if config.tasks:
-        return config.task_labels() | extra_labels
-    id2label: dict[Any, str] = dict(config.id2label or {})
-    labels = [id2label[index] for index in range(len(id2label))]
-    return {name: labels for name in names if name.endswith("logits")} | extra_labels
+    """Return the class names of each logits output, in the order of the logits."""
+    labels = config.task_labels()
+    if not config.tasks:
+        class_names = get_label_space(config).names
+        labels = {name: class_names for name in names if name.endswith("logits")}
+    return labels | {name: head.labels for name, head in config.get_added_tasks().items()}

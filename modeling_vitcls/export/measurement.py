@@ -42,26 +42,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ExportImages:
-    """Images of a dataset, and an evaluator if the images have labels and the model is a classifier."""
+    """Images of a dataset, and an evaluator if they have labels and the model is a classifier."""
 
     dataset: str
     training: Any  # sequence of images
     held_out: Any
     setup: EvaluationSetup | None
 
-    def prepare(self, images: Any, processor: Any, count: int) -> list[torch.Tensor]:
-        """Return up to `count` preprocessed images, each [1, C, H, W], spread over all images.
-
-        Unreadable images are left out.
-        """
-        pixels = []
-        for index in range(0, len(images), max(1, len(images) // count)):
-            with contextlib.suppress(ValueError):
-                pixels.append(processor(images[index], return_tensors="pt")[INPUT_NAME])
-        return pixels[:count]
-
     def measure_accuracy(self, files: Mapping[str, Path]) -> dict[str, Any] | None:
-        """Return the metric of the model and of each exported file, by name; None without labels."""
+        """Return the metric of the model and of each file, by name; None without labels."""
         if self.setup is None:
             return None
         scores = self.describe_metrics(self.setup.evaluator(self.setup.model))
@@ -107,10 +96,22 @@ class ExportImages:
         }
 
 
+def prepare_images(images: Any, processor: Any, count: int) -> list[torch.Tensor]:
+    """Return up to `count` preprocessed images, each [1, C, H, W], spread over all images.
+
+    Unreadable images are left out.
+    """
+    pixels = []
+    for index in range(0, len(images), max(1, len(images) // count)):
+        with contextlib.suppress(ValueError):
+            pixels.append(processor(images[index], return_tensors="pt")[INPUT_NAME])
+    return pixels[:count]
+
+
 def compare_labels(
     model_rows: Sequence[ImageOutput], file_rows: Sequence[ImageOutput]
 ) -> dict[str, Any]:
-    """Return the number of equal predicted labels, and 95% intervals of the accuracy and of its loss.
+    """Return the number of equal labels, and 95% intervals of the accuracy and of its loss.
 
     The accuracy is that of a file, and the loss is what it loses against the model.
 

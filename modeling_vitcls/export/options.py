@@ -46,19 +46,28 @@ class ExportOptions:
         has_dataset = self.dataset is not None
         is_js = self.format == "transformers.js"
         has_graph_settings = (size, self.dynamic, self.dtype) != (None, True, "float32")
-        errors = {
-            f"`image_size` requires positive numbers, but got {size}. Set `image_size` to a height and a width": size
-            is not None
-            and min(size) < 1,
-            "`format='transformers.js'` does not support `image_size`, `dynamic=False` or `dtype`. "
-            "Remove the flag": is_js and has_graph_settings,
-            "`int8=True` requires `format='onnx'` or `format='openvino'`, and `dataset`": self.int8
-            and (is_js or not has_dataset),
-            "`int8=True` does not support `dtype` or `dynamic=False`. Remove the flag": self.int8
-            and (not self.dynamic or self.dtype != "float32"),
-            "`exclude_layers` requires `int8=True`": bool(self.exclude_layers) and not self.int8,
-            "`split` requires `dataset`": self.split is not None and not has_dataset,
-        }
-        for message, is_wrong in errors.items():
+        checks = (
+            (
+                size is not None and min(size) < 1,
+                f"`image_size` requires positive numbers, but got {size}. Set `image_size` to a "
+                "height and a width",
+            ),
+            (
+                is_js and has_graph_settings,
+                "`format='transformers.js'` does not support `image_size`, `dynamic=False` or "
+                "`dtype`. Remove the flag",
+            ),
+            (
+                self.int8 and (is_js or not has_dataset),
+                "`int8=True` requires `format='onnx'` or `format='openvino'`, and `dataset`",
+            ),
+            (
+                self.int8 and (not self.dynamic or self.dtype != "float32"),
+                "`int8=True` does not support `dtype` or `dynamic=False`. Remove the flag",
+            ),
+            (self.exclude_layers and not self.int8, "`exclude_layers` requires `int8=True`"),
+            (self.split is not None and not has_dataset, "`split` requires `dataset`"),
+        )
+        for is_wrong, message in checks:
             if is_wrong:
                 raise ValueError(message)

@@ -27,7 +27,9 @@ NUM_CALIBRATION_IMAGES = 300
 def quantize_graph(
     file: Path, images: Sequence[torch.Tensor], excluded_layers: Iterable[int] = ()
 ) -> None:
-    """Quantize the matrix products of an .onnx or .xml file, except for the patch projection, to int8, in place.
+    """Quantize the matrix products of an .onnx or .xml file to int8, in place.
+
+    The patch projection is excluded.
 
     Args:
         file: A graph in float32.
@@ -69,6 +71,31 @@ def quantize_graph(
                 onnx.save(nncf.quantize(onnx.load(file), dataset, **settings), file)
     except Exception as error:  # NNCF raises many types of errors
         raise ValueError(f"NNCF cannot quantize {file.name}: {format_error(error)}") from error
+
+
+def check_drop(report: dict[str, Any], max_drop: float, model: Any, images: torch.Tensor) -> None:
+    """Raise ValueError if the metric falls by more than `max_drop` points.
+
+    An accuracy must fall by more than that with 95% confidence: few images cannot show a small
+    loss. The message names the layers with the largest error in int8, measured on preprocessed
+    images [B, C, H, W].
+    """
+    scores = report["evaluation"]
+    if scores is None:
+        return
+    interval = scores["drop_interval"]
+    drop = scores["model"] - scores["file"] if interval is None else interval[0]
+    if 100 * drop <= max_drop:
+        return
+    excluded = report["excluded_layers"]
+    layers = [number for number in rank_layers(model, images) if number not in excluded]
+    worst = sorted([*excluded, *layers[: max(1, len(layers) // 4)]])
+    raise ValueError(
+        f"int8 lowers the {scores['metric']} from {scores['model']:.1%} to {scores['file']:.1%} on "
+        f"{scores['num_images']} images, at least {100 * drop:.1f} points and more than "
+        f"`max_drop={max_drop:g}` points. Set `exclude_layers={tuple(worst)}`, the layers with the "
+        "largest errors, or a larger `max_drop`"
+    )
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Trace a model to a graph with torch.export, with a dynamic batch size and, if possible, a dynamic image size.
+"""Trace a model to a graph with torch.export, with dynamic batch and image sizes.
 
     graph_shape = select_graph_shape(model, image_size, dynamic=True)
     graph = trace_model(model, graph_shape, torch.float32)    # torch.export.ExportedProgram
@@ -61,16 +61,25 @@ def select_graph_shape(
 
 
 def find_fixed_size_reason(config: ViTCLSConfig, has_pytorch_antialias_filter: bool) -> str:
-    """Return the reason why the image size of the graph must be fixed; empty if the size can be dynamic."""
+    """Return why the image size of the graph must be fixed; empty if it can be dynamic."""
     if not config.position_embedding_type.startswith("learned"):
         return ""
     if config.position_offset:
-        return "position_offset requires a resampling scale that a graph cannot compute from the image size"
+        return (
+            "position_offset requires a resampling scale that a graph cannot compute from the "
+            "image size"
+        )
     if config.position_antialias and not has_pytorch_antialias_filter:
-        return "position_antialias=True requires PyTorch's antialiasing, which the runtime of this format lacks"
+        return (
+            "position_antialias=True requires PyTorch's antialiasing, which the runtime of this "
+            "format lacks"
+        )
     rows, columns = config.grid_size
     if config.position_interpolation == "crop" and rows != columns:
-        return 'position_interpolation="crop" crops position embeddings of a non-square grid at every non-native size'
+        return (
+            'position_interpolation="crop" crops position embeddings of a non-square grid at every '
+            "non-native size"
+        )
     return ""
 
 
@@ -101,7 +110,7 @@ def trace_model(
     model.set_attn_implementation("sdpa")  # PyTorch's fused attention
     # attention masks that require gradients would select a different attention kernel
     model.requires_grad_(False)
-    model.to(dtype=dtype)  # type: ignore[call-arg]  # the wrapper of `to` in transformers is untyped
+    model.to(dtype=dtype)  # type: ignore[call-arg]  # `to` is decorated
 
     height, width = graph_shape.image_size
     if graph_shape.is_dynamic:  # not square, and not the native size

@@ -1,4 +1,4 @@
-"""Export a classifier or an encoder to a folder that transformers.js loads in Node.js and in browsers.
+"""Export a classifier or an encoder to a folder that transformers.js loads.
 
     report = export_for_transformers_js("runs/mine", Path("web"))
     // in JavaScript: const classify = await pipeline("image-classification", "web", {dtype: "fp32"});
@@ -131,7 +131,7 @@ def export_for_transformers_js(
 
 
 def build_config(model: ViTCLSPreTrainedModel) -> dict[str, Any]:
-    """Return the contents of config.json, from which transformers.js reads the model type and the labels."""
+    """Return the contents of config.json, with the model type and the labels."""
     config = model.config
     is_classifier = isinstance(model, ViTCLSForImageClassification)
     labels = {"id2label": config.id2label, "label2id": config.label2id} if is_classifier else {}

@@ -4,11 +4,12 @@ Only the files of the folder are read.
 
 report.py                  report.html and the card's images
 card.py                    README.md, with one template per kind of model in model_cards/
-limitations.py             sentences of a card about measured limitations
-training_section.py        the section of a card on a training run
+card_images.py             the card's images
+held_out_predictions.py    predictions of held-out images, for the report and the card
 staging.py                 the files that a push publishes
 push.py                    permissions and push, with retries
 verify.py                  verification of a published model, which is loaded in a new process
 verification_script.py     the script that the new process runs, independent of this package
-after_run.py                  all of these after a training run
+checkpoint_uploads.py      uploads of training checkpoints to a branch
+after_run.py               all of these after a training run
 """

@@ -1,4 +1,4 @@
-"""What follows a training run, on the main process: report, card, push and verification of the output folder."""
+"""What follows a training run, on the main process: report, card, push and verification."""
 
 import os
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from .verify import verify_push
 def prepare_push(options: FinetuneOptions | PretrainOptions) -> str | None:
     """Create the repository to push to before training, and return its id.
 
-    It is None without `--push-to-hub` and on processes other than the main process. Raise
+    It is None without `push_to_hub` and on processes other than the main process. Raise
     ValueError or OSError if a push is not possible.
     """
     is_main_process = os.environ.get("RANK", "0") == "0"  # Accelerate is not initialized yet
@@ -32,14 +32,14 @@ def prepare_push(options: FinetuneOptions | PretrainOptions) -> str | None:
 
 
 def build_uploader(options: RunOptions, repo_id: str | None) -> Callable[[Path], None] | None:
-    """Build the function that pushes each checkpoint to `--hub-checkpoint-branch`; None if the flag is not set."""
+    """Build the function that pushes each checkpoint; None without `hub_checkpoint_branch`."""
     if repo_id is None or options.hub_checkpoint_branch is None or options.dry_run:
         return None
     return build_checkpoint_uploader(repo_id, options.hub_checkpoint_branch, warn)
 
 
 def finish_run(path: Path, options: RunOptions, repo_id: str | None) -> None:
-    """Write the report and the card of a finished run, and push and verify the folder if `repo_id` is set.
+    """Write the report and the card of a finished run; with `repo_id`, push and verify the folder.
 
     Raise OSError if a file cannot be written, or if the push or the verification fails. The message
     is a single line.

@@ -1,4 +1,4 @@
-"""The card (README.md) of a model folder, rendered from the files of the folder with one template per kind.
+"""The card (README.md) of a model folder, rendered from its files with one template per kind.
 
     write_card(ModelFolder(path))                   README.md for the name of the folder
     render_card(ModelFolder(path), "me/mine")       the text for a repository, as a push publishes it
@@ -204,8 +204,8 @@ def build_eval_results(folder: ModelFolder, metric_names: dict[str, str]) -> lis
 def get_license_source(folder: ModelFolder) -> Provenance:
     """Return the provenance whose license applies to the weights.
 
-    It is that of the initial weights if their license is known, otherwise that of the run, with the
-    license given with `--license`.
+    It is that of the initial weights if their license is known, otherwise one with the `license` of
+    the run.
     """
     if folder.provenance is not None and folder.provenance.license is not None:
         return folder.provenance
@@ -259,7 +259,7 @@ def describe_use(folder: ModelFolder) -> dict[str, Any]:
 
 
 def describe_run(folder: ModelFolder) -> dict[str, Any]:
-    """Return the variables about a training run: results, limitations and the section "Training"."""
+    """Return the variables about a training run: results, limitations and training."""
     config = folder.config
     results = folder.results
     flags = folder.flags
@@ -282,7 +282,7 @@ def describe_run(folder: ModelFolder) -> dict[str, Any]:
 
 
 def describe_probe(results: dict[str, Any]) -> dict[str, Any]:
-    """Return the variables about a classifier that is a regression on frozen features, if it is one."""
+    """Return the variables about a regression on frozen features, if the classifier is one."""
     record = results.get("frozen")
     selection = results.get("selection", {})
     if record is None or (results["steps"] and selection.get("step") != 0):
@@ -321,16 +321,20 @@ def describe_addition(name: str, record: dict[str, Any]) -> dict[str, Any]:
     names = format_name(name) if is_task else ", ".join(map(format_name, record["labels"]))
 
     result = "not measured"
-    for measured in filter(None, (record.get("held_out_result"), record.get("new_classes"))):
+    if measured := record.get("held_out_result") or record.get("new_classes"):
         metric = next(iter(measured))
         low, high = measured[f"{metric}_interval"]
-        result = f"{metric.replace('_', ' ')} {measured[metric]:.1%} ({low:.1%} to {high:.1%})"
-        result += f", {measured['num_images']:,} images"
-        break
+        result = (
+            f"{metric.replace('_', ' ')} {measured[metric]:.1%} ({low:.1%} to {high:.1%}), "
+            f"{measured['num_images']:,} images"
+        )
 
     if old := record.get("old_classes"):
         low, high = old["old_loss_interval"]
-        result += f"; old classes lose {old['old_loss']:.1%} ({low:.1%} to {high:.1%}) of {old['num_images']:,} images"
+        result += (
+            f"; old classes lose {old['old_loss']:.1%} ({low:.1%} to {high:.1%}) of "
+            f"{old['num_images']:,} images"
+        )
     elif not is_task:
         result += "; what the old classes lose is unknown, because there were no images of them"
 
@@ -363,7 +367,7 @@ def describe_conversion(folder: ModelFolder) -> dict[str, Any]:
 
 
 def format_class_list(class_names: list[str]) -> str:
-    """Return a string with at most `MAX_LISTED_CLASSES` class names and the number of remaining classes."""
+    """Return at most `MAX_LISTED_CLASSES` class names, and the number of other classes, as text."""
     text = ", ".join(map(format_name, class_names[:MAX_LISTED_CLASSES]))
     if len(class_names) <= MAX_LISTED_CLASSES:
         return text

@@ -1,4 +1,4 @@
-"""Uploads of training checkpoints to a branch of the run's repository (`--hub-checkpoint-branch`)."""
+"""Uploads of training checkpoints to a branch of the run's repository."""
 
 from collections.abc import Callable
 from concurrent.futures import Future

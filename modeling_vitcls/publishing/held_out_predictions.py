@@ -1,4 +1,4 @@
-"""What predictions.parquet contains about the held-out images of a run, for the report and the card.
+"""What predictions.parquet says about the held-out images of a run, for report and card.
 
 These results exist only for classifiers with one label per image.
 """
@@ -95,7 +95,10 @@ def describe_predictions(
 
 
 def draw_thumbnail(images: Sequence[Image.Image], index: int, side: int) -> str | None:
-    """Return a small image as a data URL; None if the dataset has changed, or the image is unreadable."""
+    """Return a small image as a data URL.
+
+    Return None if the dataset has changed, or the image is unreadable.
+    """
     try:
         image = to_upright_rgb(images[index])
     except (IndexError, ValueError):
@@ -107,10 +110,10 @@ def draw_thumbnail(images: Sequence[Image.Image], index: int, side: int) -> str 
 def add_nearest_images(
     rows: list[dict[str, Any]], nearest_names: list[Sequence[str]], data: TrainingData
 ) -> None:
-    """Add the thumbnails, names and labels of the nearest training images to the rows of wrong predictions.
+    """Add the nearest training images to the rows of wrong predictions.
 
     Args:
-        rows: The rows.
+        rows: The rows, which get the thumbnails, names and labels.
         nearest_names: Names of the nearest training images of each row.
         data: The data of the run. The nearest images may be selection images, to which a frozen
             model is fitted, too.
@@ -139,9 +142,9 @@ def add_nearest_images(
 
 
 def describe_accuracy(rows: Any) -> str:
-    """Return the accuracy in one sentence, with the most frequent confusion if it happened more than once.
+    """Return the accuracy and the most frequent confusion in one sentence.
 
-    `rows` are the rows of predictions.parquet.
+    A confusion that happened once is omitted. `rows` are the rows of predictions.parquet.
     """
     num_images = len(rows)
     wrong = rows[rows["label"] != rows["prediction"]]
@@ -157,5 +160,8 @@ def describe_accuracy(rows: Any) -> str:
     )
     if most["size"] > 1:
         num_of_label = int((rows["label"] == label).sum())
-        sentence += f"; {label} is most often taken for {prediction} ({int(most['size'])} of {num_of_label:,})"
+        sentence += (
+            f"; {label} is most often taken for {prediction} ({int(most['size'])} of "
+            f"{num_of_label:,})"
+        )
     return sentence

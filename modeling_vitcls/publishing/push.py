@@ -60,7 +60,7 @@ class PushResult:
 def prepare_repository(
     repo_id: str | None, default_name: str, private: bool = False, space_sdk: str | None = None
 ) -> str:
-    """Create a repository if it does not exist, check that the token may push to it, and return `namespace/name`.
+    """Create a repository if it does not exist, check that it accepts a push, and return its id.
 
     Args:
         repo_id: `namespace/name`, or a name in the user's namespace. Default: `default_name`.

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from ..analysis.inspection import Inspection, InspectionImages, inspect_model, name_images
+from ..analysis.inspection import Inspection, inspect_model
+from ..analysis.inspection_images import InspectionImages, name_images
 from ..analysis.report import write_page
 from ..data.options import DataOptions
 from ..data.splits import TrainingData, load_training_data
@@ -38,7 +39,7 @@ NUM_STREAMED_IMAGES = (
 
 
 def write_report(folder: ModelFolder, warn: Callable[[str], None]) -> str | None:
-    """Write report.html and the card's images, and return a summary of the diagnosis of the special tokens.
+    """Write report.html and the card's images, and return a summary of the diagnosis.
 
     Returns None without a report. The images of the report are the held-out images of the run that
     wrote the folder. Errors are passed to `warn`, and the missing files are not written.
@@ -87,7 +88,7 @@ def inspect_run(folder: ModelFolder, images: InspectionImages) -> Inspection:
 
 
 def choose_numbers_of_images(results: Mapping[str, Any]) -> tuple[int, int]:
-    """Return the number of images to show, and the number of images for the statistics of a run's report.
+    """Return the number of images that a run's report shows, and the number for its statistics.
 
     The report of a large model must not take longer than the features of a small dataset. `vitcls
     inspect` measures more images.
@@ -108,7 +109,7 @@ def convert_errors(warn: Callable[[str], None], message: str) -> Iterator[None]:
 
 
 def load_run_data(folder: ModelFolder) -> TrainingData | None:
-    """Load the data of the run that wrote a folder, with its held-out images; None without a record."""
+    """Load the data of the run that wrote a folder; None without a record of the run."""
     options = read_data_options(folder)
     if options is None:
         return None
@@ -117,7 +118,7 @@ def load_run_data(folder: ModelFolder) -> TrainingData | None:
 
 
 def read_data_options(folder: ModelFolder) -> DataOptions | None:
-    """Return the dataset options of the run that wrote a folder; None without a record of the run."""
+    """Return the dataset options of the run that wrote a folder; None without a record."""
     flags = folder.flags
     if "dataset" not in flags:
         return None

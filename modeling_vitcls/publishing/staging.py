@@ -48,16 +48,15 @@ CODE_LICENSE_FILE = "CODE_LICENSE"
 # A push removes these files from the repository unless the folder contains them: an old
 # model.safetensors would be loaded instead of new shards, and old results describe other weights.
 DELETE_PATTERNS = [
-    *(
-        *MODEL_PATTERNS,
-        *RUN_FILES,
-        *RESULT_IMAGE_PATTERNS,
-        *ONNX_PATTERNS,
-        *EXPORT_PATTERNS,
-        PARITY_REPORT_FILE,
-    ),
+    *MODEL_PATTERNS,
+    *RUN_FILES,
+    *RESULT_IMAGE_PATTERNS,
+    *ONNX_PATTERNS,
+    *EXPORT_PATTERNS,
+    PARITY_REPORT_FILE,
     CERTIFICATE_FILE,
-    *("handler.py", "checkpoints/step-*"),
+    "handler.py",
+    "checkpoints/step-*",
 ]
 
 logger = logging.getLogger(__name__)
@@ -97,7 +96,7 @@ def stage_folder(folder: ModelFolder, repo_id: str) -> Iterator[Path]:
 
 
 def list_published_files(folder: ModelFolder) -> set[str]:
-    """Return the names of the files to publish: those of the files that this package writes which are in the folder.
+    """Return the names of the files to publish: those in the folder that this package writes.
 
     Raise ValueError if one of them is a link, because its target is not a file of the folder.
     """

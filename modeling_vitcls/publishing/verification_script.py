@@ -18,7 +18,8 @@ import transformers
 from safetensors.torch import save_file
 
 
-# Model class -> Auto class that loads the complete model. AutoModel loads the encoder of any checkpoint.
+# Model class -> Auto class that loads the complete model. AutoModel loads the encoder of any
+# checkpoint.
 AUTO_CLASSES = {
     "ViTCLSForImageClassification": "AutoModelForImageClassification",
     "ViTCLSForMultiTaskClassification": "AutoModelForImageClassification",
@@ -107,7 +108,7 @@ def collect_outputs(
 
 
 def get_auto_class(architecture: str) -> str:
-    """Return the Auto class for a model class of modeling_vitcls, or for a transformers classifier or encoder."""
+    """Return the Auto class for a model class of modeling_vitcls or transformers."""
     is_classifier = "ForImageClassification" in architecture
     return AUTO_CLASSES.get(
         architecture, "AutoModelForImageClassification" if is_classifier else "AutoModel"
@@ -125,7 +126,8 @@ def flatten_outputs(outputs: Any, prefix: str = "") -> Iterator[tuple[str, torch
 
 
 if __name__ == "__main__":
-    sys.modules["modeling_vitcls"] = None  # type: ignore[assignment]  # cannot be imported, as if not installed
+    # cannot be imported, as if it were not installed
+    sys.modules["modeling_vitcls"] = None  # type: ignore[assignment]
     script_repo_id, script_commit, trust_text, thread_text, script_folder = sys.argv[1:]
     torch.set_num_threads(int(thread_text))  # the number of threads affects rounding
     main(script_repo_id, script_commit, trust_text == "True", Path(script_folder))

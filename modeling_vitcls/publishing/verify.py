@@ -70,7 +70,7 @@ class VerificationError(ValueError):
 
 
 def verify(repo_id: str, revision: str = "main", folder: ModelFolder | None = None) -> str:
-    """Download a published model, run it in a new process, and compare its outputs with a reference.
+    """Run a published model in a new process, and compare its outputs with a reference.
 
     Args:
         repo_id: `namespace/name`.
@@ -202,7 +202,7 @@ def check_hashes(commit: HubCommit, files: Path, pushed: ModelFolder | None = No
 
 
 def describe_code_differences(folder: Path) -> str:
-    """Compare all Python files of a folder with the code files of this package, and return the result in one line."""
+    """Compare the Python files of a folder with the code of this package, and return one line."""
     expected_files = {
         file.name: file.read_bytes() for file in (PACKAGE_FOLDER / "model").glob(CODE_PATTERN)
     }
@@ -259,7 +259,10 @@ def run_script(
 
 
 def build_clean_environment(home_folder: str, needs_token: bool) -> dict[str, str]:
-    """Return a minimal environment with the cache in `home_folder` and, if `needs_token`, the user's token."""
+    """Return a minimal environment with the cache in `home_folder`.
+
+    It contains the user's token if `needs_token` is True.
+    """
     environment = {
         name: value
         for name, value in os.environ.items()
@@ -302,5 +305,5 @@ def compare_outputs(repo_id: str, outputs: Outputs, expected_outputs: Outputs) -
 
 
 def compute_max_abs(tensor: torch.Tensor) -> float:
-    """Return the maximum absolute value of a tensor: 0 if the tensor is empty, NaN if it contains NaN."""
+    """Return the maximum absolute value of a tensor: 0 if it is empty, NaN if it contains NaN."""
     return tensor.abs().max().item() if tensor.numel() else 0.0

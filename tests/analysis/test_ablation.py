@@ -1,7 +1,7 @@
-"""Effects of special tokens: outputs with a token replaced by its mean, compared with direct computations."""
+"""Effects of special tokens, compared with direct computations."""
 
-from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -34,12 +34,13 @@ from modeling_vitcls.analysis.ablation import (
     compute_ablations,
     compute_effect,
     count_images,
-    encode_labels,
+    encode_label,
     get_token_keys,
     redraw_tokens,
     replace_by_means,
 )
-from modeling_vitcls.analysis.maps import feeds_head_alone, get_head_readers
+from modeling_vitcls.analysis.model_utils import run_without_tokens
+from modeling_vitcls.analysis.token_use import TokenUse
 from modeling_vitcls.inference.image_pass import ImageBatch
 from modeling_vitcls.inference.intervals import compute_bootstrap_interval
 from modeling_vitcls.model.attention_masks_vitcls import build_attention_mask
@@ -50,27 +51,23 @@ PIXELS = build_images(6)
 LABELS = 12  # many labels, so that predictions differ
 
 
-class Batches:
-    """Images in two batches, with or without labels; as a callable."""
+def build_batches(labels: torch.Tensor) -> list[ImageBatch]:
+    """Return the images in two batches, with labels."""
+    return [ImageBatch(PIXELS[part], labels[part]) for part in (slice(0, 4), slice(4, None))]
 
-    def __init__(self, labels: torch.Tensor | None = None) -> None:
-        self.labels = labels
 
-    def __call__(self) -> Iterator[ImageBatch]:
-        for part in (slice(0, 4), slice(4, None)):
-            yield ImageBatch(PIXELS[part], None if self.labels is None else self.labels[part])
+UNLABELED = [ImageBatch(PIXELS[:4]), ImageBatch(PIXELS[4:])]
 
 
 def build_classifier(**fields: Any) -> ViTCLSForImageClassification:
     config = build_tiny_config(num_labels=LABELS, num_hidden_layers=3, **fields)
-    return center_logits(ViTCLSForImageClassification(config), PIXELS)
+    return center_logits(ViTCLSForImageClassification(config), PIXELS).eval()
 
 
 def collect_means(model: Any) -> torch.Tensor:
     """Return the mean states of the special tokens, [L + 1, S, D]."""
-    return collect_mean_states(
-        model, Batches(), range(model.config.token_layout.num_prefix_tokens)
-    )[0]
+    indices = range(model.config.token_layout.num_prefix_tokens)
+    return collect_mean_states(model, UNLABELED, indices)[0]
 
 
 @torch.no_grad()
@@ -114,19 +111,20 @@ def compute_logits(model: Any, index: int | None, means: torch.Tensor) -> torch.
 def test_replacing_a_token_by_its_mean_equals_a_computation_layer_by_layer(
     fields: dict[str, Any],
 ) -> None:
-    """The outputs equal a computation layer by layer, and effects are the changes of these outputs."""
+    """Effects are the changes of these outputs."""
     model = build_classifier(**fields)
     means = collect_means(model)
-    found = compute_ablations(model, Batches())["information"]
+    found = compute_ablations(model, TokenUse(model.config), UNLABELED)["information"]
     before = compute_logits(model, None, means)
     keys = get_token_keys(model.config.token_layout)
+
     assert [key for key in found if "[" in key] == keys
     scale = (before - before.mean(dim=0)).square().mean().sqrt()
     for index, key in enumerate(keys):
         after = compute_logits(model, index, means)
-        with replace_by_means(model, [index], means[:, [index]]):
+        with replace_by_means(model, TokenUse(model.config), [index], means[:, [index]]):
             assert (
-                get_largest_difference(collect_outputs(model, Batches())[""].logits, after) <= 1e-5
+                get_largest_difference(collect_outputs(model, UNLABELED)[""].logits, after) <= 1e-5
             )
         change = ((after - before).square().mean().sqrt() / scale).item()
         assert found[key][""].size == pytest.approx(change, abs=1e-5)
@@ -135,10 +133,10 @@ def test_replacing_a_token_by_its_mean_equals_a_computation_layer_by_layer(
 
 
 def test_tokens_are_replaced_together_if_a_head_uses_only_one_of_them() -> None:
-    """The classifier then sees the mean of the CLS token after the last layer, which is the same for all images."""
+    """The classifier then sees the mean of the CLS token, which is the same for all images."""
     model = build_classifier(num_register_tokens=2)
     means = collect_means(model)
-    with torch.no_grad(), replace_by_means(model, [0, 1], means[:, [0, 1]]):
+    with torch.no_grad(), replace_by_means(model, TokenUse(model.config), [0, 1], means[:, [0, 1]]):
         found = model(PIXELS).logits
     expected = model.classifier(model.vitcls.layernorm(means[-1, 0].float()))
     assert get_largest_difference(found, expected.expand_as(found)) <= 1e-5
@@ -146,17 +144,17 @@ def test_tokens_are_replaced_together_if_a_head_uses_only_one_of_them() -> None:
 
 
 def test_null_distributions_are_effects_of_redrawn_tokens() -> None:
-    """Redrawn tokens are ablated on the same images, without dropout.
+    """Redrawn tokens are ablated on the same images.
 
     The draws cycle through the registers.
     """
-    model = build_classifier(num_register_tokens=3, hidden_dropout_prob=0.5)
-    outputs = collect_outputs(model, Batches())[""]
+    model = build_classifier(num_register_tokens=3)
+    outputs = collect_outputs(model, UNLABELED)[""]
     labels = outputs.predicted
 
-    found = compute_ablations(model.train(), Batches(labels))
+    found = compute_ablations(model, TokenUse(model.config), build_batches(labels))
     # the model is unchanged
-    assert torch.equal(collect_outputs(model, Batches())[""].logits, outputs.logits)
+    assert torch.equal(collect_outputs(model, UNLABELED)[""].logits, outputs.logits)
 
     mask = torch.ones(6, 20)
     mask[:, 1] = 0
@@ -177,12 +175,15 @@ def test_null_distributions_are_effects_of_redrawn_tokens() -> None:
     for draw in range(NUM_NULL_DRAWS):
         index = 1 + draw % 3
         with redraw_tokens(model, [index], generator):
-            means, redrawn = collect_mean_states(model, Batches(labels), [index])
-            with replace_by_means(model, [index], means):
-                replaced = collect_outputs(model, Batches())[""]
+            means, redrawn = collect_mean_states(model, build_batches(labels), [index])
+            with replace_by_means(model, TokenUse(model.config), [index], means):
+                replaced = collect_outputs(model, UNLABELED)[""]
         for kind, after in (
             ("information", replaced),
-            ("presence", collect_outputs(model, Batches(), [index])[""]),
+            (
+                "presence",
+                collect_outputs(model, UNLABELED, partial(run_without_tokens, model, [index]))[""],
+            ),
         ):
             sizes[kind].append(compute_effect(redrawn[""], after).size)
         drops.append((redrawn[""].predicted != labels).float()[:, 0])
@@ -200,24 +201,6 @@ def test_null_distributions_are_effects_of_redrawn_tokens() -> None:
             drop = compute_bootstrap_interval(torch.stack(drops[index::3]).mean(dim=0).tolist())
             assert effect.null_sizes == pytest.approx(null_sizes, rel=1e-4)
             assert effect.redraw_drop == drop
-
-
-@pytest.mark.parametrize(
-    ("fields", "indices", "heads"),
-    [
-        ({"num_register_tokens": 1}, [0], [""]),
-        ({"num_register_tokens": 1}, [1], []),
-        ({"num_distillation_tokens": 1}, [1], ["distillation"]),
-        ({"num_cls_tokens": 3, "cls_pooling": "mean"}, [1], []),
-        ({"num_cls_tokens": 3, "cls_pooling": "mean"}, [0, 1, 2], [""]),
-        ({"pooling": "cls_mean"}, [0], []),
-    ],
-)
-def test_heads_that_tokens_feed_alone_are_found(
-    fields: dict[str, Any], indices: list[int], heads: list[str]
-) -> None:
-    readers = get_head_readers(build_classifier(**fields).config)
-    assert feeds_head_alone(readers, indices) == heads
 
 
 # Effects in numbers -------------------------------------------------------------------------------
@@ -314,11 +297,11 @@ def test_each_task_has_its_own_output() -> None:
     config = build_tiny_config(
         num_cls_tokens=2, num_register_tokens=1, tasks={"species": 9, "age": 7}
     )
-    model = center_logits(ViTCLSForMultiTaskClassification(config), PIXELS)
+    model = center_logits(ViTCLSForMultiTaskClassification(config), PIXELS).eval()
     with torch.no_grad():
         logits = model(PIXELS).logits
 
-    found = collect_outputs(model, Batches())
+    found = collect_outputs(model, UNLABELED)
     assert list(found) == ["age", "species"]
     for task, predictions in found.items():
         assert torch.equal(predictions.predicted, logits[task].argmax(-1, keepdim=True))
@@ -327,11 +310,11 @@ def test_each_task_has_its_own_output() -> None:
     labels[:3, 0] = IGNORED_LABEL
     labels[3, 0] = (labels[3, 0] + 1) % 7
 
-    known = collect_outputs(model, Batches(labels))
+    known = collect_outputs(model, build_batches(labels))
     assert known["age"].compute_accuracy() == pytest.approx(2 / 3)
     assert known["species"].compute_accuracy() == 1
 
-    effects = compute_ablations(model, Batches(labels))["information"]
+    effects = compute_ablations(model, TokenUse(model.config), build_batches(labels))["information"]
     drops = {
         task: effect.redraw_drop is not None for task, effect in effects["registers[0]"].items()
     }
@@ -339,8 +322,10 @@ def test_each_task_has_its_own_output() -> None:
     assert effects["cls"]["age"].null_sizes == ()
 
     for index, key in enumerate(("cls[0]", "cls[1]")):
-        with replace_by_means(model, [index], collect_means(model)[:, [index]]):
-            after = collect_outputs(model, Batches(labels))
+        with replace_by_means(
+            model, TokenUse(model.config), [index], collect_means(model)[:, [index]]
+        ):
+            after = collect_outputs(model, build_batches(labels))
         own = list(found)[index]
         assert len(after[own].predicted.unique()) == 1 < len(found[own].predicted.unique())
         for task, effect in effects[key].items():
@@ -354,14 +339,16 @@ def test_each_of_several_labels_is_a_prediction() -> None:
         # the probability of this label is the threshold
         model.classifier.weight[0] = model.classifier.bias[0] = 0
         expected = (model(PIXELS).logits >= 0).long()
-    found = collect_outputs(model, Batches())[""]
+    found = collect_outputs(model, UNLABELED)[""]
+
     assert torch.equal(found.predicted, expected)
     assert 0 < expected.float().mean() < 1
     assert not found.logits.requires_grad
+
     labels = expected.float()
     labels[0, :3] = 1 - labels[0, :3]
     labels[1] = IGNORED_LABEL
-    assert collect_outputs(model, Batches(labels))[""].compute_accuracy() == pytest.approx(
+    assert collect_outputs(model, build_batches(labels))[""].compute_accuracy() == pytest.approx(
         1 - 3 / (5 * LABELS)
     )
 
@@ -369,13 +356,13 @@ def test_each_of_several_labels_is_a_prediction() -> None:
 def test_wrong_inputs_are_one_line_errors() -> None:
     model = build_classifier()
     for batches in (
-        Batches(torch.zeros(6, 2)),
-        lambda: [ImageBatch(PIXELS[:2], torch.zeros(1, 2))],
+        build_batches(torch.zeros(6, 2)),
+        [ImageBatch(PIXELS[:2], torch.zeros(1, 2))],
     ):
         with raises_one_line("labels"):
-            compute_ablations(model, batches)
+            compute_ablations(model, TokenUse(model.config), batches)
     with raises_one_line("at least one image"):
-        compute_ablations(model, list)
+        compute_ablations(model, TokenUse(model.config), [])
 
 
 def build_predictions(predicted: list[list[int]], labels: list[list[int]]) -> Predictions:
@@ -437,7 +424,7 @@ def test_features_are_the_tokens_and_the_pooled_vector(
         ViTCLSModel(build_tiny_config(**{"pooling": "max"} | fields), add_pooling_layer=has_pooler)
     )
     batches = [build_images(2), build_images(1, seed=1)]
-    found = collect_outputs(model, lambda: map(ImageBatch, batches))
+    found = collect_outputs(model, list(map(ImageBatch, batches)))
     with torch.no_grad():
         outputs = [model(batch) for batch in batches]
     tokens = {
@@ -448,6 +435,7 @@ def test_features_are_the_tokens_and_the_pooled_vector(
     maximum = tokens["patches"].amax(dim=1, keepdim=True)
     mean = tokens["patches"].mean(dim=1, keepdim=True)
     expected = tokens | ({"pooled": maximum} if has_pooler else {"mean of patches": mean})
+
     assert set(found) == set(expected)
     assert count_images(found) == 3
     for name, vectors in expected.items():
@@ -480,11 +468,4 @@ MULTI_TASK: dict[str, Any] = {"num_cls_tokens": 2, "tasks": TASKS}
 def test_labels_of_datasets_are_converted(
     fields: dict[str, Any], label: Any, expected: list[int]
 ) -> None:
-    config = build_tiny_config(**fields)
-    model = (ViTCLSForMultiTaskClassification if config.tasks else ViTCLSForImageClassification)(
-        config
-    )
-    found = encode_labels([label, label], model)
-    assert found is not None
-    assert found.tolist() == [expected] * 2
-    assert encode_labels(None, model) is None
+    assert encode_label(label, build_tiny_config(**fields)).tolist() == expected

@@ -1,4 +1,4 @@
-"""Attention rollout and gradient-weighted attribution, compared with plain references on full eager attention maps."""
+"""Attention rollout and attribution, compared with references on full eager attention maps."""
 
 from typing import Any
 
@@ -23,8 +23,6 @@ from modeling_vitcls import (
     ViTCLSModel,
 )
 from modeling_vitcls.analysis.attribution import (
-    compute_attention_rollout,
-    compute_attribution,
     trace_attention,
 )
 
@@ -99,7 +97,10 @@ def compute_rollout(model: Any, pixels: torch.Tensor) -> torch.Tensor:
 
 
 def subtract_second_maps(maps: torch.Tensor, share: float) -> torch.Tensor:
-    """Return each head's first map [B, 2 * heads, N, N] minus a share of the second, as rows of sum 1."""
+    """Return each head's first map minus a share of the second, as rows of sum 1.
+
+    The maps are [B, 2 * heads, N, N].
+    """
     left = (maps[:, 0::2] - share * maps[:, 1::2]).clamp(min=0)
     rows = left.flatten(0, 2)
     itself = torch.eye(left.shape[-1]).repeat(left.shape[0] * left.shape[1], 1)
@@ -138,7 +139,7 @@ def expand_shares(special: list[float], patches: str, sequence: torch.Tensor) ->
 
 
 def assert_same_relevance(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Compare within the tolerance, and relative to the largest value, because some values are small."""
+    """Compare within a tolerance that is relative to the largest value if it is small."""
     assert expected.max() > 0
     assert get_largest_difference(found, expected) <= TOLERANCE * min(1, 10 * expected.max().item())
 
@@ -155,7 +156,7 @@ def test_rollout_equals_the_product_of_all_layers(
     model.set_attn_implementation(implementation)
     num_special = model.config.token_layout.num_prefix_tokens
     for size in SIZES:
-        found = compute_attention_rollout(model, build_images(2, *size))
+        found = trace_attention(model, build_images(2, *size)).compute_rollout()
         expected = compute_rollout(model, build_images(2, *size))[:, :num_special]
         assert get_largest_difference(found, expected) <= TOLERANCE
         assert get_largest_difference(found.sum(-1), torch.ones(found.shape[:-1])) <= TOLERANCE
@@ -172,16 +173,18 @@ def test_rollout_of_differential_attention_ignores_negative_differences(share: f
     with torch.no_grad():
         for layer in model.layers:
             layer.attention.lambda_full.fill_(share)
-    found = compute_attention_rollout(model, build_images())
+    found = trace_attention(model, build_images()).compute_rollout()
+
     assert get_largest_difference(found, compute_rollout(model, build_images())[:, :1]) <= TOLERANCE
     assert get_largest_difference(found.sum(-1), torch.ones(found.shape[:-1])) <= TOLERANCE
     assert found.min() >= 0
+
     with torch.no_grad():
         for layer in model.layers:
             for part in (layer.attention.q_proj, layer.attention.k_proj):
                 part.weight.zero_()
                 part.bias.zero_()
-    same = compute_attention_rollout(model, build_images())
+    same = trace_attention(model, build_images()).compute_rollout()
     assert (same[0, 0, 0].item() == pytest.approx(1)) == (share >= 1)
 
 
@@ -193,7 +196,9 @@ def test_attribution_starts_at_the_tokens_that_the_head_reads(
     fields: dict[str, Any], special: list[float], patches: str
 ) -> None:
     model = build_classifier(**fields)
-    found = compute_attribution(model, build_images(2, 24, 56), target=1)
+    found = trace_attention(
+        model, build_images(2, 24, 56), needs_gradients=True
+    ).compute_attribution(target=1)
     relevance, sequence = compute_relevance(model, build_images(2, 24, 56), target=1)
     expected = (expand_shares(special, patches, sequence)[:, None] @ relevance).squeeze(1)
     assert_same_relevance(found, expected)
@@ -206,9 +211,11 @@ def test_attribution_and_rollout_equal_references_for_every_kind_of_layers(
     fields: dict[str, Any],
 ) -> None:
     model = build_classifier(**fields)
-    found = compute_attribution(model, build_images(), target=2)
+    found = trace_attention(model, build_images(), needs_gradients=True).compute_attribution(
+        target=2
+    )
     assert_same_relevance(found, compute_relevance(model, build_images(), target=2)[0][:, 0])
-    rollout = compute_attention_rollout(model, build_images())
+    rollout = trace_attention(model, build_images()).compute_rollout()
     expected = compute_rollout(model, build_images())[:, : rollout.shape[1]]
     assert get_largest_difference(rollout, expected) <= TOLERANCE
 
@@ -221,7 +228,8 @@ def test_attribution_of_a_head_on_an_earlier_layer_equals_that_of_the_model_with
     shallow = build_classifier(num_hidden_layers=2, pooling=pooling)
     shallow.load_state_dict({name: deep.state_dict()[name] for name in shallow.state_dict()})
     found, expected = (
-        compute_attribution(model, build_images(), target=1) for model in (deep, shallow)
+        trace_attention(model, build_images(), needs_gradients=True).compute_attribution(target=1)
+        for model in (deep, shallow)
     )
     assert get_largest_difference(found, expected) <= TOLERANCE
 
@@ -229,7 +237,9 @@ def test_attribution_of_a_head_on_an_earlier_layer_equals_that_of_the_model_with
 def test_attribution_starts_at_every_pooled_layer() -> None:
     """The relevance of a CLS token that is read twice is the sum of both paths."""
     model = build_classifier(num_hidden_layers=2, pooled_layers=[1, 2])
-    found = compute_attribution(model, build_images(), target=1)
+    found = trace_attention(model, build_images(), needs_gradients=True).compute_attribution(
+        target=1
+    )
     first = torch.eye(17)[:1].expand(2, 1, -1)
     maps = []
     trace = trace_attention(model, build_images(), needs_gradients=True)
@@ -240,6 +250,7 @@ def test_attribution_starts_at_every_pooled_layer() -> None:
         maps.append((map_gradient * layer.compute_weights()).clamp(min=0).mean(dim=1))
     above = first + first @ maps[1] + first  # read in layer 2, then in layer 1
     expected = above + above @ maps[0] - 2 * first
+
     assert get_largest_difference(found, expected[:, 0]) <= TOLERANCE
 
 
@@ -249,11 +260,16 @@ def test_attribution_of_a_task_starts_at_its_cls_token() -> None:
         ViTCLSForMultiTaskClassification(build_tiny_config(**LAYERS, num_cls_tokens=2, tasks=TASKS))
     )
     for place, task in enumerate(["age", "species"]):
-        found = compute_attribution(model, build_images(), target=1, task=task)
+        found = trace_attention(model, build_images(), needs_gradients=True).compute_attribution(
+            target=1, task=task
+        )
         assert_same_relevance(found, compute_relevance(model, build_images(), 1, task)[0][:, place])
     assert (
         get_largest_difference(
-            found, compute_attribution(model, build_images(), target=1, task="age")
+            found,
+            trace_attention(model, build_images(), needs_gradients=True).compute_attribution(
+                target=1, task="age"
+            ),
         )
         > 1e-3
     )
@@ -263,31 +279,48 @@ def test_the_target_is_the_predicted_class_unless_it_is_given() -> None:
     model = build_classifier()
     pixels = build_images(3)
     # [class, B, N]
-    of_each = torch.stack([compute_attribution(model, pixels, target) for target in range(3)])
+    of_each = torch.stack(
+        [
+            trace_attention(model, pixels, needs_gradients=True).compute_attribution(target)
+            for target in range(3)
+        ]
+    )
     chosen = model(pixels).logits.argmax(dim=-1)
+
     assert get_largest_difference(of_each[0], of_each[1]) > 1e-3
-    assert torch.equal(compute_attribution(model, pixels), of_each[chosen, torch.arange(3)])
+    assert torch.equal(
+        trace_attention(model, pixels, needs_gradients=True).compute_attribution(),
+        of_each[chosen, torch.arange(3)],
+    )
     for wanted in (torch.tensor([2, 0, 1]), torch.tensor([2, 0, 1], dtype=torch.int32)):
         assert torch.equal(
-            compute_attribution(model, pixels, wanted), of_each[wanted.long(), torch.arange(3)]
+            trace_attention(model, pixels, needs_gradients=True).compute_attribution(wanted),
+            of_each[wanted.long(), torch.arange(3)],
         )
 
 
 @pytest.mark.parametrize("frozen", ["all", "encoder", "none"])
 def test_weights_are_not_changed(frozen: str) -> None:
     """Weights may be frozen, no weight gets a gradient, and gradients may be disabled."""
-    expected = compute_attribution(build_classifier(), build_images(), target=0)
+    expected = trace_attention(
+        build_classifier(), build_images(), needs_gradients=True
+    ).compute_attribution(target=0)
     model = build_classifier()
     part: nn.Module = {"all": model, "encoder": model.vitcls, "none": nn.Module()}[frozen]
     part.requires_grad_(False)
     pixels = build_images()
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
-            found = compute_attribution(model, pixels, target=0)
+            found = trace_attention(model, pixels, needs_gradients=True).compute_attribution(
+                target=0
+            )
             # images that are created in this mode
-            same = compute_attribution(model, pixels.clone(), target=0)
+            same = trace_attention(model, pixels.clone(), needs_gradients=True).compute_attribution(
+                target=0
+            )
         assert get_largest_difference(found, expected) <= TOLERANCE
         assert get_largest_difference(same, expected) <= TOLERANCE
+
     assert all(parameter.grad is None for parameter in model.parameters())
     assert pixels.grad is None
     assert not pixels.requires_grad
@@ -303,16 +336,17 @@ def test_the_mode_of_each_module_is_kept() -> None:
         hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5, drop_path_rate=0.5
     )
     expected = (
-        compute_attention_rollout(model, build_images()),
-        compute_attribution(model, build_images()),
+        trace_attention(model, build_images()).compute_rollout(),
+        trace_attention(model, build_images(), needs_gradients=True).compute_attribution(),
     )
     model.train()
     model.vitcls.layers[0].eval()
     before = {name: module.training for name, module in model.named_modules()}
     found = (
-        compute_attention_rollout(model, build_images()),
-        compute_attribution(model, build_images()),
+        trace_attention(model, build_images()).compute_rollout(),
+        trace_attention(model, build_images(), needs_gradients=True).compute_attribution(),
     )
+
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
     assert {name: module.training for name, module in model.named_modules()} == before

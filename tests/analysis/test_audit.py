@@ -1,4 +1,4 @@
-"""The audit of a dataset: planted label errors and duplicates are found, and the results are cleanlab's."""
+"""The audit of a dataset: planted errors are found, and the results are cleanlab's."""
 
 import io
 import re
@@ -43,7 +43,7 @@ NUM_FLIPPED, NUM_COPIES = 54, 20  # 3 % of the labels
 
 @pytest.fixture(scope="module")
 def planted() -> tuple[AuditedImages, np.ndarray, np.ndarray]:
-    """Return digits with wrong labels and darker JPEG copies, and the indices of wrong labels and copied images."""
+    """Return digits with wrong labels and darker JPEG copies, and the indices of both."""
     digits = load_digits()
     generator = np.random.default_rng(0)
     images = [Image.fromarray(np.uint8(pixels * 15.9)) for pixels in digits.images]
@@ -85,6 +85,7 @@ def test_planted_duplicates_are_found_and_none_is_invented(
     _, _, copied = planted
     rows = audit["duplicate"]
     across = rows[rows["split"] != rows["other_split"]]
+
     assert set(zip(across["row"], across["other_row"], strict=True)) == {
         (index, 1797 + number) for number, index in enumerate(copied)
     }
@@ -95,6 +96,7 @@ def test_planted_duplicates_are_found_and_none_is_invented(
     ).is_monotonic_decreasing  # errors of the split come first
     assert across["score"].is_monotonic_increasing
     assert 0 < rows["score"].max() <= 0.1
+
     few = {name: values[:3] for name, values in vars(planted[0]).items() if name != "names"}
     assert audit_module.find_near_duplicates(
         replace(planted[0], **few)
@@ -119,11 +121,14 @@ def test_copies_are_found_by_pixels_and_images_without_probabilities_are_not_sco
     twice["probabilities"][::2] = np.nan
     found = audit_dataset(replace(planted[0], ids=[str(index) for index in range(200)], **twice))
     pairs = set(zip(found["duplicate"]["row"], found["duplicate"]["other_row"], strict=True))
+
     assert {(index, index + 100) for index in range(1, 100)} <= pairs
     assert (0, 100) not in pairs
+
     listed = found["label"]["row"]
     assert len(listed)
     assert (listed % 2 == 1).all()
+
     suggested = np.array(planted[0].names)[twice["probabilities"][listed].argmax(axis=1)]
     assert found["label"]["suggested"].tolist() == suggested.tolist()
 
@@ -174,6 +179,7 @@ def test_the_table_lists_all_issues_and_the_page_the_first_ones(
         write_audit(audit, planted[0], tmp_path / "new" / "audit.html", "Digits"), dtype=str
     )
     listed = {issue: rows["id"].tolist() for issue, rows in table.groupby("issue")}
+
     assert listed == {
         issue: audit[issue]["id"].tolist() for issue in ("duplicate", "label", "outlier")
     }
@@ -193,7 +199,7 @@ def test_the_table_lists_all_issues_and_the_page_the_first_ones(
 def test_images_listed_by_an_audit_are_left_out_of_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Ten wrong labels and five copies in another split of 400 digits: the listed training images are left out."""
+    """There are ten wrong labels, and five copies in another split, of 400 digits."""
     digits = load_digits()
     generator = np.random.default_rng(0)
     wrong = set(generator.choice(300, 10, replace=False).tolist())

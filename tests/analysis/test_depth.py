@@ -10,6 +10,7 @@ from helpers.tiny_models import build_tiny_config
 from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.analysis.depth import describe_attention_depth, format_layers
 from modeling_vitcls.analysis.token_statistics import Findings, TokenStatistics
+from modeling_vitcls.analysis.token_use import TokenUse
 
 
 CONFIG = build_tiny_config(num_hidden_layers=4)
@@ -17,8 +18,11 @@ CONFIG = build_tiny_config(num_hidden_layers=4)
 
 @pytest.fixture
 def findings() -> Findings:
-    """Return statistics of six images: 16, 16, 4 and 8 of 17 tokens by layer, and the same map in layers 1 and 3."""
-    statistics = TokenStatistics(ViTCLSForImageClassification(CONFIG))
+    """Return statistics of six images.
+
+    The attention covers 16, 16, 4 and 8 of 17 tokens by layer, with the same map in layers 1 and 3.
+    """
+    statistics = TokenStatistics(ViTCLSForImageClassification(CONFIG).eval())
     statistics.update(torch.rand(6, CONFIG.num_channels, *CONFIG.image_height_width))
     found = statistics.compute()
     entropy = torch.tensor([16, 16, 4, 8]).log()[:, None, None].expand_as(found.entropy)
@@ -32,7 +36,7 @@ def findings() -> Findings:
 
 
 def test_layers_are_described_in_numbers_of_tokens(findings: Findings) -> None:
-    spread, selective, shared = describe_attention_depth(CONFIG, findings, has_head=True)
+    spread, selective, shared = describe_attention_depth(TokenUse(CONFIG), findings)
     assert "16 of 17 tokens in layer 1 and over 8 in layer 4" in spread
     assert "4, in layer 3" in spread
     assert "layer 3" in selective
@@ -43,14 +47,14 @@ def test_uniform_attention_and_single_images_are_not_called_the_same_map(
     findings: Findings,
 ) -> None:
     uniform = replace(findings, map_selectivity=torch.zeros(4, 1))
-    assert len(describe_attention_depth(CONFIG, uniform, has_head=True)) == 2
+    assert len(describe_attention_depth(TokenUse(CONFIG), uniform)) == 2
     single = replace(findings, num_images=1)
-    assert len(describe_attention_depth(CONFIG, single, has_head=True)) == 2
+    assert len(describe_attention_depth(TokenUse(CONFIG), single)) == 2
 
 
 def test_a_model_without_special_tokens_has_no_sentences(findings: Findings) -> None:
     config = build_tiny_config(num_cls_tokens=0, pooling="mean")
-    assert describe_attention_depth(config, findings, has_head=True) == []
+    assert describe_attention_depth(TokenUse(config), findings) == []
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from modeling_vitcls import (
     ViTCLSForMultiTaskClassification,
     ViTCLSImageProcessor,
 )
-from modeling_vitcls.analysis.attribution import compute_attention_rollout, compute_attribution
+from modeling_vitcls.analysis.attribution import trace_attention
 from modeling_vitcls.analysis.image_report import build_image_report, compute_patch_colors
 from modeling_vitcls.analysis.maps import VisibleRegion, extract_patch_maps
 
@@ -38,11 +38,12 @@ def test_added_tasks_have_a_prediction_and_the_attribution_of_a_model_for_the_ta
     config = build_tiny_config(num_labels=5, extra_heads=heads, pooled_layers=[-2, -1], **TOKENS)
     model = randomize(ViTCLSForImageClassification(config))
     report = build_image_report(model, PROCESSOR, PHOTO)
+
     assert [each.task for each in report.predictions] == [None, "tags", "weather"]
     assert len(report.predictions[2].labels) == 3
     for index in (1, 2):
         alone = model.select_task(report.predictions[index].task)
-        rows = compute_attribution(alone, PIXELS)[0]
+        rows = trace_attention(alone, PIXELS, needs_gradients=True).compute_attribution()[0]
         expected = extract_patch_maps(rows, model.config, (32, 40))
         assert get_largest_difference(report.attributions[index], expected) < 1e-5
 
@@ -57,7 +58,7 @@ def test_maps_and_features_of_an_image_equal_those_of_the_model() -> None:
 
     expected: dict[str, Any] = {
         "attention": model.token_attention(PIXELS)[0],
-        "rollout": compute_attention_rollout(model, PIXELS)[0],
+        "rollout": trace_attention(model, PIXELS).compute_rollout()[0],
     }
     for name, rows in expected.items():
         assert (
@@ -68,7 +69,7 @@ def test_maps_and_features_of_an_image_equal_those_of_the_model() -> None:
         )
 
     (attribution,) = report.attributions
-    rows = compute_attribution(model, PIXELS)[0]
+    rows = trace_attention(model, PIXELS, needs_gradients=True).compute_attribution()[0]
     assert (
         get_largest_difference(attribution, extract_patch_maps(rows, model.config, (32, 40))) < 1e-5
     )
@@ -129,11 +130,14 @@ def test_each_task_has_a_prediction_and_an_attribution() -> None:
     )
     report = build_image_report(model, PROCESSOR, PHOTO)
     assert [prediction.task for prediction in report.predictions] == ["age", "species"]
+
     for prediction, attribution in zip(report.predictions, report.attributions, strict=True):
         with torch.no_grad():
             index = model(PIXELS).logits[prediction.task][0].argmax()
         assert prediction.top_label == prediction.labels[0][0] == f"LABEL_{index}"
-        rows = compute_attribution(model, PIXELS, task=prediction.task)[0]
+        rows = trace_attention(model, PIXELS, needs_gradients=True).compute_attribution(
+            task=prediction.task
+        )[0]
         assert (
             get_largest_difference(attribution, extract_patch_maps(rows, model.config, (32, 40)))
             < 1e-5
@@ -155,6 +159,7 @@ def test_colors_are_the_principal_components() -> None:
     directions = np.linalg.svd(centered, full_matrices=False)[2][:3]
     components = centered @ directions.T
     colors = compute_patch_colors(features)
+
     assert [tuple(one.shape) for one in colors] == [(4, 5, 3), (3, 2, 3)]
     found = torch.cat([one.flatten(0, 1) for one in colors]).double().numpy()
     for channel in range(3):

@@ -1,4 +1,4 @@
-"""The command scripts/inspect_tokens.py: folders of images, datasets, converted models, and one-line errors."""
+"""The command scripts/inspect_tokens.py: folders of images, datasets, and one-line errors."""
 
 import html
 import json
@@ -23,7 +23,7 @@ CLASSES = ["cat", "dog", "owl"]
 
 
 def save_classifier(folder: Path, names: list[str], **fields: Any) -> str:
-    """Save a classifier of these classes with random weights and its image processor, and return the folder."""
+    """Save a classifier of these classes and its image processor, and return the folder."""
     config = build_tiny_config(id2label=dict(enumerate(names)), num_labels=len(names), **fields)
     return str(save_with_processor(ViTCLSForImageClassification(config), folder))
 
@@ -35,7 +35,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write five images each in folders called cat and owl, one without a class, and an unreadable file."""
+    """Write images of two classes, one without a class, and an unreadable file."""
     folder = tmp_path_factory.mktemp("photos")
     generator = np.random.default_rng(0)
     for name, count in {"cat": 5, "owl": 5, "else": 1}.items():
@@ -50,15 +50,17 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_folder_names_are_labels_and_the_printed_table_equals_the_page(
     model: str, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Folder names are labels, the unreadable file is named, and the printed table equals the page."""
+    """The unreadable file is named."""
     page = tmp_path / "page.html"
     figures = tmp_path / "figures.json"
     flags = ["--model", model, image_folder, "--output", page, "--json", figures, "--num-images", 4]
+
     assert run_in_process("inspect_tokens.py", *flags) == 0
     printed, errors = capsys.readouterr()
     assert errors.count("\n") == 1
     assert "skipped an image" in errors
     assert "broken [old].png" in errors
+
     found = json.loads(figures.read_text())
     for verdict in [*found["tokens"], *found["tasks"], *found["heads"], found["patches"]]:
         assert verdict["token"] in printed
@@ -66,6 +68,7 @@ def test_folder_names_are_labels_and_the_printed_table_equals_the_page(
         assert verdict["reason"] in printed
     assert f"saved {page}" in printed
     assert "(11 images, 4 shown)" in printed
+
     text = page.read_text()
     assert found["tokens"][0]["reason"] in text.replace("&#39;", "'")
     assert str(image_folder) not in text
@@ -159,6 +162,7 @@ def test_unusable_inputs_are_one_line_errors_and_write_nothing(
     model: str, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_in_process("inspect_tokens.py", "--model", model, tmp_path / "missing.png") == 1
+
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert "missing.png" in error

@@ -4,20 +4,17 @@ The number is known in advance, and is small for large models. Images and labels
 although unreadable images are skipped and batches have images of one shape.
 """
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers.photo_folders import write_photos
-from helpers.tiny_models import TASKS, build_tiny_config, raises_one_line
+from helpers.tiny_models import build_tiny_config, raises_one_line
 from helpers.varied_models import center_logits
 from PIL import Image
 
 from modeling_vitcls import (
     ViTCLSForImageClassification,
-    ViTCLSForMultiTaskClassification,
     ViTCLSImageProcessor,
     ViTCLSModel,
 )
@@ -25,15 +22,13 @@ from modeling_vitcls.analysis import inspection
 from modeling_vitcls.analysis.ablation import MIN_IMAGES, Features, Predictions
 from modeling_vitcls.analysis.inspection import (
     InspectionBatches,
-    InspectionImages,
     check_sampled_maps,
     compute_confidences,
+    count_affordable_images,
     inspect_model,
-    open_images,
     select_images,
 )
-from modeling_vitcls.analysis.options import InspectOptions
-from modeling_vitcls.data.images import ArrayImages
+from modeling_vitcls.analysis.token_use import TokenUse
 from modeling_vitcls.model.heads_vitcls import IGNORED_LABEL
 
 
@@ -93,12 +88,16 @@ def test_maps_of_small_single_label_classifiers_are_checked(
 
     def count_checked(num_null: int, **fields: Any) -> int:
         model = build_classifier(**fields)
-        num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        num_parameters = model.num_parameters()
         monkeypatch.setattr(
             inspection, "MAX_ABLATION_FLOPS", (num_null + 0.5) * 2 * num_parameters * 19
         )
         checks = check_sampled_maps(
-            model, InspectionBatches(model, pixels, None, 32), lambda items, _: items
+            model=model,
+            use=TokenUse(model.config),
+            batches=InspectionBatches(model, dict(enumerate(pixels)), {}, 32),
+            num_affordable=count_affordable_images(model, num_parameters, pixels),
+            watch=lambda items, _: items,
         )
         return checks["attribution"].num_images if checks else 0
 
@@ -147,7 +146,7 @@ def test_labels_and_names_stay_with_their_images(monkeypatch: pytest.MonkeyPatch
     assert found.tasks[0].numbers["accuracy"] == pytest.approx(4 / 6)
     assert found.findings.num_images == 7
     assert (found.num_ablation_images, found.num_parameters) == (5, model.num_parameters())
-    assert (found.model_class, found.has_head) == ("ViTCLSForImageClassification", True)
+    assert (found.model_class, found.use.has_head) == ("ViTCLSForImageClassification", True)
     assert found.num_unreadable == 1
     assert len(warnings) == 1
     assert "mode F" in warnings[0]
@@ -180,6 +179,7 @@ def test_unreadable_images_are_skipped_everywhere(monkeypatch: pytest.MonkeyPatc
     found = inspect_model(
         encoder, PROCESSOR, images, labels=["cat"] * 3, on_warning=warnings.append
     )
+
     assert [(report.name, report.truth) for report in found.image_reports] == [
         ("image 2", None),
         ("image 3", None),
@@ -198,27 +198,34 @@ def test_hidden_states_that_are_not_finite_are_errors() -> None:
 
 
 def test_samples_of_batches_keep_their_labels() -> None:
-    """Positions are in the order in which batches yield images: first one shape, then the other."""
+    """The order is that in which batches contain the images: first one shape, then the other."""
     model = build_classifier()
-    pixels = [torch.full((3, 32, 40 if index % 2 else 32), float(index)) for index in range(9)]
-    labels = 10 * torch.arange(9)[:, None]
+    pixels = {
+        index: torch.full((3, 32, 40 if index % 2 else 32), float(index)) for index in range(9)
+    }
+    labels = {index: torch.tensor([10 * index]) for index in range(9)}
     batches = InspectionBatches(model, pixels, labels, batch_size=3)
+
     assert batches.order == [0, 2, 4, 6, 8, 1, 3, 5, 7]
-    assert [len(batch.indices) for batch in batches()] == [3, 2, 3, 1]
-    sampled = batches.sample(3)
-    for batch, indices in zip(sampled(), [[2, 8], [5]], strict=True):
+    assert [len(batch.indices) for batch in batches] == [3, 2, 3, 1]
+    for batch, indices in zip(batches.sample(3), [[2, 8], [5]], strict=True):
+        assert batch.indices == indices
         assert batch.pixel_values[:, 0, 0, 0].tolist() == indices
         assert batch.labels.flatten().tolist() == [10 * index for index in indices]
-    unlabeled = InspectionBatches(model, pixels, None, 3).sample(3)
-    assert all(batch.labels is None for batch in unlabeled())
+
+    unlabeled = InspectionBatches(model, pixels, {}, 3).sample(3)
+    assert all(batch.labels is None for batch in unlabeled)
 
 
 @pytest.mark.parametrize(("fields", "num_maps"), [({}, 2), ({"attention_type": "differential"}, 4)])
 def test_batches_fit_into_memory(
     fields: dict[str, Any], num_maps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """19 tokens have states of width 16 in 2 + 8 copies, twice 24 MLP activations, and 3 copies of the maps."""
-    pixels = [torch.zeros(3, 32, 32)] * 7
+    """A batch holds 2 + 8 copies of the states, 2 of the MLP activations, and 3 of the maps.
+
+    There are 19 tokens with states of width 16 and 24 MLP activations.
+    """
+    pixels = dict.fromkeys(range(7), torch.zeros(3, 32, 32))
     num_bytes = 4 * (19 * 16 * (2 + 8) + 19 * 2 * 24 + 3 * num_maps * 19 * 19)
     limits = {
         4 * num_bytes: [4, 3],
@@ -228,8 +235,8 @@ def test_batches_fit_into_memory(
     }
     for limit, sizes in limits.items():
         monkeypatch.setattr(inspection, "MAX_BATCH_BYTES", limit)
-        batches = InspectionBatches(build_classifier(**fields), pixels, None, 5)
-        assert [len(batch.indices) for batch in batches()] == sizes
+        batches = InspectionBatches(build_classifier(**fields), pixels, {}, 5)
+        assert [len(batch.indices) for batch in batches] == sizes
 
 
 # Selection of images ------------------------------------------------------------------------------
@@ -246,7 +253,7 @@ def build_predictions(margins: list[float], is_wrong: list[int | None]) -> Predi
 
 
 def test_the_most_instructive_images_are_selected() -> None:
-    """Check at most half wrong images (confident ones first), a quarter uncertain ones, and typical ones."""
+    """At most half are wrong (confident ones first), a quarter is uncertain, the rest typical."""
     config = build_tiny_config(num_labels=2)
     select = lambda output, number: select_images({"": output}, config, number)  # noqa: E731
     before = build_predictions([5, 9, 1, 7, 3, 8, 2, 6, 4, 5.5], [1, 1, 1, 0, 0, None, 0, 0, 0, 0])
@@ -292,114 +299,3 @@ def test_the_confidence_is_the_minimum_over_labels() -> None:
         build_tiny_config(problem_type="multi_label_classification"),
     )
     assert several.tolist() == pytest.approx([1 / (1 + np.exp(-1))], abs=1e-5)
-
-
-# Images of `vitcls inspect`
-# ------------------------------------------------------------------------------------------
-
-
-CLASSES = ["dog", "owl", "cat"]
-DIGITS = [str(digit) for digit in range(10)]
-
-
-def build_named_classifier(names: list[str], **fields: Any) -> ViTCLSForImageClassification:
-    config = build_tiny_config(id2label=dict(enumerate(names)), num_labels=len(names), **fields)
-    return ViTCLSForImageClassification(config)
-
-
-def open_paths(model: Any, *paths: Path) -> InspectionImages:
-    return open_images(InspectOptions("model", tuple(map(str, paths))), model)
-
-
-def open_digits(model: Any, **fields: Any) -> InspectionImages:
-    return open_images(InspectOptions("model", dataset="digits", **fields), model)
-
-
-def test_folder_names_are_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder without a class has unknown labels. Images are in the order of the paths."""
-    folder = write_photos(tmp_path / "photos", range(2), "dog", "cat", "else")
-    found = open_paths(build_named_classifier(CLASSES), folder, folder / "cat" / "1.png")
-    assert found.names == ["0.png", "1.png"] * 3 + ["1.png"]
-    assert found.labels == [2, 2, 0, 0, IGNORED_LABEL, IGNORED_LABEL, 2]
-    assert found.source == "photos, 1.png"
-    for index, name in enumerate(["cat/0.png", "cat/1.png", "dog/0.png"]):
-        assert np.array_equal(
-            np.asarray(found.images[index]), np.asarray(Image.open(folder / name))
-        )
-    assert open_paths(build_named_classifier(CLASSES), folder / "else").labels is None
-    monkeypatch.chdir(folder / "cat")
-    here = open_paths(build_named_classifier(CLASSES), Path())
-    assert (here.labels, here.source) == ([2, 2], "cat")
-    url = "https://host/photos/1.png"
-    remote = open_images(InspectOptions("model", (url,)), build_named_classifier(CLASSES))
-    assert (remote.names, remote.source) == ([url], url)
-
-
-def test_folder_names_are_labels_of_single_label_classifiers_only(tmp_path: Path) -> None:
-    folder = write_photos(tmp_path, range(1), *CLASSES)
-    several = build_named_classifier(CLASSES, problem_type="multi_label_classification")
-    tasks = ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=2, tasks=TASKS))
-    for model in (several, tasks, ViTCLSModel(build_tiny_config())):
-        assert open_paths(model, folder).labels is None
-
-
-def test_labels_of_a_dataset_are_the_indices_of_the_model() -> None:
-    """The model has the classes in another order."""
-    found, other = (
-        open_digits(build_named_classifier(names)) for names in (DIGITS, DIGITS[1:] + DIGITS[:1])
-    )
-    assert found.labels is not None
-    assert other.labels is not None
-    assert list(other.labels) == [(label - 1) % 10 for label in found.labels]
-    assert found.names[:2] == ["digits 0", "digits 1"]
-    assert len(found.names) == len(found.images) == len(found.labels)
-    assert len(found.images) == 1797
-
-
-def test_images_and_labels_are_read_from_the_named_columns(tmp_path: Path) -> None:
-    write_photos(tmp_path, range(4), "x")
-    rows = [f"x/0.png,x/{number}.png,cat|dog" for number in range(4)]
-    (tmp_path / "table.csv").write_text(
-        "\n".join(["photo,thumbnail,tags", *rows]), encoding="utf-8"
-    )
-    columns: dict[str, Any] = {
-        "image_column": "thumbnail",
-        "label_column": ("tags",),
-        "label_separator": "|",
-    }
-    options = InspectOptions("model", dataset=str(tmp_path / "table.csv"), split="train", **columns)
-    found = open_images(
-        options, build_named_classifier(CLASSES, problem_type="multi_label_classification")
-    )
-    assert found.labels
-    assert list(found.labels) == [[1.0, 0.0, 1.0]] * len(found.names)
-
-
-def test_an_encoder_reads_the_selected_split(tmp_path: Path) -> None:
-    for split, numbers in {"train": range(3), "test": range(3, 5)}.items():
-        write_photos(tmp_path / "photos" / split, numbers)
-    encoder = ViTCLSModel(build_tiny_config())
-    for split, count in ((None, 4), ("test", 4), ("train", 6)):
-        found = open_images(
-            InspectOptions("model", dataset=str(tmp_path / "photos"), split=split), encoder
-        )
-        assert len(found.images) == count
-    with raises_one_line("no split 'nothing'", "train"):
-        open_images(
-            InspectOptions("model", dataset=str(tmp_path / "photos"), split="nothing"), encoder
-        )
-
-
-def test_images_are_drawn_at_random_with_their_names_and_labels() -> None:
-    """Every second image has another class, so that regular intervals would select one class only."""
-    images = ArrayImages(np.arange(200, dtype=np.uint8).reshape(200, 1, 1))
-    found = InspectionImages(
-        images, [f"image {value}" for value in range(200)], range(200), "a test"
-    )
-    arguments = found.build_arguments(2, 20)
-    values = [arguments["images"][index].getpixel((0, 0)) for index in range(20)]
-    assert values == sorted(set(values))
-    assert 0 < sum(value % 2 for value in values) < 20
-    assert arguments["names"] == [f"image {value}" for value in values]
-    assert arguments["labels"] == values
-    assert arguments["num_shown"] == 2

@@ -1,4 +1,4 @@
-"""The command `vitcls look` and the function `look`: files, numbers, token layouts, and legible sheets."""
+"""The command `vitcls look` and the function `look`: files, numbers, and legible sheets."""
 
 import json
 from pathlib import Path
@@ -101,6 +101,7 @@ def test_an_animated_image_gives_one_sheet_per_frame(model: str, tmp_path: Path)
     frames[0].save(tmp_path / "clip.gif", save_all=True, append_images=frames[1:])
     numbers = tmp_path / "numbers.json"
     flags = ["--model", model, "-o", str(tmp_path / "out.png"), "--json", str(numbers)]
+
     assert run_here("look", str(tmp_path / "clip.gif"), *flags) == 0
     first, second, third = json.loads(numbers.read_text())["photos"]
     assert [Path(each["sheet"]).name for each in (first, second, third)] == [
@@ -256,7 +257,12 @@ def test_no_text_covers_a_tile_or_another_text_or_is_cut_off(
     )
     drawn: list[Sheet] = []
     render = Sheet.render
-    monkeypatch.setattr(Sheet, "render", lambda sheet: drawn.append(sheet) or render(sheet))  # type: ignore[func-returns-value]
+
+    def keep_and_render(sheet: Sheet) -> Image.Image:
+        drawn.append(sheet)
+        return render(sheet)
+
+    monkeypatch.setattr(Sheet, "render", keep_and_render)
     # a part of the photo is hidden
     processor = ViTCLSImageProcessor(size=40, do_center_crop=True, crop_size=32)
     picture = draw_sheet(

@@ -15,7 +15,7 @@ from scipy import stats
 
 from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.analysis import map_checks
-from modeling_vitcls.analysis.attribution import compute_attention_rollout, compute_attribution
+from modeling_vitcls.analysis.attribution import trace_attention
 from modeling_vitcls.analysis.map_checks import (
     FRACTIONS,
     MapCheck,
@@ -35,6 +35,7 @@ def test_curves_replace_the_highest_patches_first() -> None:
     pixels = build_images(1, 32, 40)  # the last 8 columns are not a whole patch
     values = torch.randperm(8, generator=torch.Generator().manual_seed(0)).view(4, 2).float()
     deletion, insertion = measure_curves(model.train(), pixels, values, target=1)  # without dropout
+
     assert model.training
     model.eval()
     for index, fraction in enumerate(FRACTIONS):
@@ -60,7 +61,7 @@ def test_shuffled_weights_have_the_same_values() -> None:
 
 
 def test_checks_average_over_images() -> None:
-    """Compare with curves, correlations and a Wilcoxon test that are computed separately for each image."""
+    """Curves, correlations and a Wilcoxon test are computed separately for each image."""
     model = center_logits(
         ViTCLSForImageClassification(build_tiny_config(num_register_tokens=1)), build_images(6)
     )
@@ -77,8 +78,10 @@ def test_checks_average_over_images() -> None:
             target = int(model(pixels).logits.argmax())
         maps = [
             {
-                "attribution": compute_attribution(each, pixels, target)[0, 2:].view(4, 4),
-                "rollout": compute_attention_rollout(each, pixels)[0, 0, 2:].view(4, 4),
+                "attribution": trace_attention(each, pixels, needs_gradients=True)
+                .compute_attribution(target)[0, 2:]
+                .view(4, 4),
+                "rollout": trace_attention(each, pixels).compute_rollout()[0, 0, 2:].view(4, 4),
             }
             for each in (model, shuffled)
         ]
@@ -110,6 +113,7 @@ def test_a_map_is_faithful_below_the_limits_of_p_value_and_correlation() -> None
         9, curves[0], curves[2], curves[1], curves[3], weight_correlation=0.5, p_value=0.05
     )
     assert check.is_faithful
+
     numbers = re.findall(r"\d+\.\d+", check.describe("attribution"))
     assert numbers == [
         "0.50",
@@ -119,6 +123,7 @@ def test_a_map_is_faithful_below_the_limits_of_p_value_and_correlation() -> None
         "0.05",
         "0.50",
     ]  # areas, p-value, correlation
+
     worse = [
         dataclasses.replace(check, weight_correlation=0.51),
         dataclasses.replace(check, p_value=0.051),
@@ -164,9 +169,10 @@ def test_rollout_is_the_map_of_the_first_token_that_the_head_reads() -> None:
     for target in (predicted, (predicted + 1) % 3):
         maps, probabilities = map_checks.compute_maps(model, pixels, torch.tensor(target))
         assert torch.allclose(
-            maps["rollout"].flatten(), compute_attention_rollout(model, pixels)[0, 1, 2:]
+            maps["rollout"].flatten(), trace_attention(model, pixels).compute_rollout()[0, 1, 2:]
         )
         assert torch.allclose(
-            maps["attribution"].flatten(), compute_attribution(model, pixels, target)[0, 2:]
+            maps["attribution"].flatten(),
+            trace_attention(model, pixels, needs_gradients=True).compute_attribution(target)[0, 2:],
         )
         assert int(probabilities.argmax()) == predicted

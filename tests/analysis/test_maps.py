@@ -1,27 +1,22 @@
-"""Maps of attention on the pixels of the image, compared with the input that real image processors create."""
+"""Maps on the pixels of the image, compared with the input that image processors create."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
-from helpers.tiny_models import TASKS, build_images, build_tiny_config, raises_one_line, randomize
+from helpers.tiny_models import build_images, build_tiny_config, raises_one_line, randomize
 from matplotlib import colormaps
 from PIL import Image
-from torch import nn
 
 from modeling_vitcls import (
-    ViTCLSForImageClassification,
-    ViTCLSForMultiTaskClassification,
     ViTCLSImageProcessor,
     ViTCLSImageProcessorPil,
     ViTCLSModel,
 )
 from modeling_vitcls.analysis.maps import (
-    count_used_layers,
     extract_patch_maps,
     get_head_names,
-    get_used_token_mask,
     overlay,
     resize_with_region,
     upsample_maps,
@@ -51,6 +46,7 @@ def test_patch_maps_contain_the_attention_to_each_patch():
     with torch.no_grad():
         maps = extract_patch_maps(model.token_attention(pixel_values), config, (24, 41))
         attentions = model(pixel_values, output_attentions=True).attentions
+
     assert maps.shape == (2, 2, 2, 6, 3, 10)
     for row in range(3):
         for column in range(10):
@@ -65,74 +61,13 @@ def test_maps_of_another_image_size_are_errors():
         extract_patch_maps(torch.zeros(1, 3, 19), config, (64, 32))
 
 
-def test_a_model_without_a_head_outputs_all_tokens_but_registers():
-    config = build_tiny_config(num_cls_tokens=2, num_distillation_tokens=1, num_register_tokens=1)
-    assert get_used_token_mask(config, has_head=False) == [True, True, True, False, True]
-    assert count_used_layers(config, has_head=False) == [2, 2, 2, 1, 2]
-
-
-def test_layers_above_the_pooled_layers_are_not_used() -> None:
-    config = build_tiny_config(num_hidden_layers=4, pooled_layers=[1, 3], num_register_tokens=1)
-    assert count_used_layers(config, has_head=True) == [3, 2, 2]
-    assert count_used_layers(config, has_head=False) == [4, 3, 4]
-
-
-def test_a_distillation_head_uses_all_layers() -> None:
-    config = build_tiny_config(num_hidden_layers=4, pooled_layers=[2], num_distillation_tokens=1)
-    assert count_used_layers(config, has_head=True) == [3, 4, 3]
-
-
-FIELDS = {
-    "cls": {},
-    "first of pooled": {"num_cls_tokens": 3, "pooled_cls_tokens": [1, 2]},
-    "concat of pooled": {"num_cls_tokens": 3, "pooled_cls_tokens": [2, 0], "cls_pooling": "concat"},
-    "distillation": {"num_distillation_tokens": 2, "num_register_tokens": 1},
-    "distillation without head": {"num_distillation_tokens": 1, "distillation_head": False},
-    "mean": {"pooling": "mean", "num_register_tokens": 2},
-    "cls_mean": {"pooling": "cls_mean", "num_cls_tokens": 2},
-    "attention": {"pooling": "attention", "num_register_tokens": 1},
-    "attention to all": {
-        "pooling": "attention",
-        "attention_pool_tokens": "all",
-        "num_register_tokens": 1,
-    }
-    | {"num_distillation_tokens": 1, "distillation_head": False},
-    "tasks": {"num_cls_tokens": 2, "tasks": TASKS, "num_distillation_tokens": 1},
-}
-
-
-@pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
-def test_a_head_reads_the_tokens_with_a_gradient(fields: dict) -> None:
-    config = build_tiny_config(**fields)
-    model = randomize(
-        (ViTCLSForMultiTaskClassification if config.tasks else ViTCLSForImageClassification)(config)
-    )
-    sequences: list[torch.Tensor] = []
-
-    def record(norm: nn.Module, args: tuple, sequence: torch.Tensor) -> None:
-        sequence.retain_grad()
-        sequences.append(sequence)
-
-    model.vitcls.layernorm.register_forward_hook(record)
-    outputs = model(build_images(batch=1)).logits
-    tensors = outputs.values() if isinstance(outputs, dict) else [outputs]
-    torch.stack([tensor.square().sum() for tensor in tensors]).sum().backward()
-    gradient = sequences[0].grad[0].abs().sum(dim=1)  # one value per computed token
-    layout = config.token_layout
-    is_read = [
-        index < len(gradient) and bool(gradient[index] > 0)
-        for index in range(layout.num_prefix_tokens)
-    ]
-    assert get_used_token_mask(config) == [*is_read, bool(gradient[layout.patches].sum() > 0)]
-
-
 # The visible part of the image --------------------------------------------------------------------
 
 BLACK = 10  # added to coordinates, so that padding can be distinguished
 
 
 def build_coordinates(height: int, width: int) -> Image.Image:
-    """Return an image whose red channel is the column of each pixel, and green the row, starting at 10."""
+    """Return an image whose red channel is the column of each pixel plus 10, and green the row."""
     y, x = np.mgrid[0:height, 0:width]
     return Image.fromarray(np.stack([x + BLACK, y + BLACK, 0 * x], axis=-1).astype(np.uint8))
 
@@ -192,7 +127,7 @@ def test_the_visible_part_equals_the_input_of_the_model(settings, backend, size)
 
 
 def test_maps_are_bilinear_between_centers_and_nan_outside():
-    """Cells are 3 pixels wide, with centers at 2.5 and 5.5, and 2 pixels high, with centers at 2 and 4."""
+    """Cells are 3 x 2 pixels, with centers at x = 2.5 and 5.5 and at y = 2 and 4."""
     maps = torch.tensor([[1.0, 3.0], [10.0, 30.0]])
     drawn = upsample_maps(maps, (6, 8), VisibleRegion(1, 1, 7, 5))
     x = torch.tensor([math.nan, 1, 1, 1 + 2 / 3, 1 + 4 / 3, 3, 3, math.nan])
@@ -235,6 +170,7 @@ def test_the_maximum_is_bright_the_invisible_part_is_dark_and_uniform_maps_are_n
         assert (drawn[:, :15] == 70).all()
         assert (drawn[:, 75:] == 70).all()
     y, x = np.nonzero(get_lightness(overlay(build_photograph(), build_spot())) > 150)
+
     assert len(y) > 20
     assert y.min() >= 15
     assert y.max() < 30
@@ -248,6 +184,7 @@ def test_overlays_of_large_and_small_images_are_scaled_on_request():
     assert overlay(build_photograph(1, 900), build_spot(), max_side=300).size == (300, 1)
     assert overlay(build_photograph(900, 1), build_spot(), max_side=300).size == (1, 300)
     assert overlay(build_photograph(), build_spot(), max_side=300, min_side=40).size == (90, 60)
+
     stripes = Image.fromarray(np.uint8([[0, 200] * 300] * 400))
     # averages
     assert resize_with_region(stripes, None, 300, None)[0].getcolors() == [(300 * 200, 100)]
@@ -255,6 +192,7 @@ def test_overlays_of_large_and_small_images_are_scaled_on_request():
         (32, 0),
         (32, 200),
     ]
+
     seen = VisibleRegion(150, 0, 750, 600)
     small = overlay(build_photograph(600, 900), build_spot(), seen, max_side=90)
     large = overlay(build_photograph(), build_spot(), seen)

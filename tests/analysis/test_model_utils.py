@@ -1,4 +1,4 @@
-"""Models in wrappers are unwrapped by every function of the analysis."""
+"""Models in wrappers are measured like the models inside."""
 
 from functools import partial
 from pathlib import Path
@@ -9,23 +9,27 @@ import torch
 from helpers.tiny_models import build_images, build_tiny_config, randomize
 from helpers.varied_models import center_logits
 from peft import LoraConfig, get_peft_model
+from PIL import Image
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
-from modeling_vitcls.analysis.ablation import compute_ablations
-from modeling_vitcls.analysis.attribution import compute_attention_rollout, compute_attribution
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
+from modeling_vitcls.analysis.inspection import inspect_model
 from modeling_vitcls.analysis.model_utils import is_classifier, unwrap_model
-from modeling_vitcls.analysis.token_statistics import TokenStatistics
-from modeling_vitcls.inference.image_pass import ImageBatch
+
+
+PROCESSOR = ViTCLSImageProcessor(size={"height": 32, "width": 32})
+PHOTOS = [Image.effect_noise((32, 32), sigma) for sigma in (20, 40)]
 
 
 class Mine(ViTCLSForImageClassification):
     """A subclass of the user."""
 
 
-def build_classifier(kind: type = ViTCLSForImageClassification) -> Any:
-    config = build_tiny_config(num_register_tokens=1, num_labels=5, num_hidden_layers=3)
-    return center_logits(kind(config), build_images(4)).eval()
+def build_classifier() -> Any:
+    config = build_tiny_config(
+        num_register_tokens=1, num_labels=5, num_hidden_layers=3, hidden_dropout_prob=0.5
+    )
+    return center_logits(ViTCLSForImageClassification(config).eval(), build_images(4))
 
 
 def add_lora(model: Any) -> Any:
@@ -39,23 +43,24 @@ def add_lora(model: Any) -> Any:
 @pytest.mark.parametrize(
     "wrap", [partial(torch.compile, backend="eager"), add_lora], ids=["compiled", "peft"]
 )
-def test_each_function_accepts_wrapped_models(wrap: Any) -> None:
-    """The results equal those of the inner model."""
+def test_a_wrapped_model_in_training_is_measured_like_the_inner_model(wrap: Any) -> None:
+    """Dropout is disabled. Frozen layers in evaluation mode stay in it while others train."""
     model = wrap(build_classifier())
     plain = unwrap_model(model)
     assert type(plain) is ViTCLSForImageClassification
-    pixels = build_images(2)
-    assert torch.allclose(
-        compute_attention_rollout(model, pixels), compute_attention_rollout(plain, pixels)
-    )
-    assert torch.allclose(compute_attribution(model, pixels), compute_attribution(plain, pixels))
-    statistics = [TokenStatistics(one) for one in (model, plain)]
-    for collected in statistics:
-        collected.update(pixels)
-    wrapped, unwrapped = (collected.compute() for collected in statistics)
-    assert torch.allclose(wrapped.entropy, unwrapped.entropy)
-    batches = lambda: [ImageBatch(pixels)]  # noqa: E731
-    assert compute_ablations(model, batches) == compute_ablations(plain, batches)
+    expected = inspect_model(plain, PROCESSOR, PHOTOS)
+    model.train()
+    plain.vitcls.layers[0].eval()
+
+    found = inspect_model(model, PROCESSOR, PHOTOS)
+
+    assert plain.training
+    assert not plain.vitcls.layers[0].training
+    assert torch.equal(found.findings.entropy, expected.findings.entropy)
+    assert found.ablations == expected.ablations
+    for one, other in zip(found.image_reports, expected.image_reports, strict=True):
+        assert torch.equal(one.rollout, other.rollout)
+        assert torch.equal(one.attributions[0], other.attributions[0])
 
 
 def test_remote_code_has_its_own_classes(tmp_path: Path) -> None:
@@ -70,7 +75,7 @@ def test_remote_code_has_its_own_classes(tmp_path: Path) -> None:
 
 
 def test_encoders_and_regressions_are_not_classifiers() -> None:
-    assert is_classifier(torch.nn.DataParallel(Mine(build_tiny_config())))
+    assert is_classifier(Mine(build_tiny_config()))
     assert not is_classifier(randomize(ViTCLSModel(build_tiny_config())))
     assert not is_classifier(
         ViTCLSForImageClassification(build_tiny_config(problem_type="regression"))

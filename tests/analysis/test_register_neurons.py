@@ -38,10 +38,10 @@ all_mlps = pytest.mark.parametrize("fields", MLPS.values(), ids=MLPS)
 
 @torch.no_grad()
 def build_planted_model(model_class: type = ViTCLSModel, **fields: Any) -> Any:
-    """Return a model in which each planted neuron is active at one patch, identified by a channel of its position.
+    """Return a model in which each planted neuron is active at one patch.
 
-    This channel is zero at all other tokens up to layer 1. The neuron writes a large value to
-    channel 2.
+    The patch is identified by a channel of its position, which is zero at all other tokens up to
+    layer 1. The neuron writes a large value to channel 2.
     """
     model = randomize(model_class(build_tiny_config(**SIZES, **fields)))
     base = model.base_model
@@ -173,10 +173,12 @@ def test_only_planted_activations_of_patches_and_the_register_change(
     activations = torch.randn(2, layout.num_prefix_tokens + 16, 32)
     moved = register_neurons(activations)
     others = [neuron for neuron in range(32) if neuron not in PLANTED]
+
     assert torch.equal(moved[..., others], activations[..., others])
     before = slice(layout.registers.stop - 1)  # CLS and the other registers
     assert torch.equal(moved[:, before], activations[:, before])
     assert not moved[:, layout.patches][..., PLANTED].any()
+
     of_patches = activations[:, layout.patches][..., PLANTED]
     # activations may be negative
     strongest = of_patches.gather(1, of_patches.abs().argmax(dim=1, keepdim=True))
@@ -191,6 +193,7 @@ def test_the_register_starts_at_zero_and_other_weights_are_not_changed() -> None
     )
     assert not better.vitcls.embeddings.register_tokens[:, 2].any()
     assert not better.vitcls.embeddings.position_embeddings.registers[:, 2].any()
+
     old = model.state_dict()
     new = better.state_dict()
     changed = {
@@ -220,8 +223,10 @@ def test_images_without_outliers_do_not_count() -> None:
     bright = build_images(1, seed=3) * 0.01
     bright[:, :, 8:16, 8:16] = 0.2
     dark = build_images(1, seed=4) * 0.01
+
     assert compute_outlier_fraction(model, bright) == 1 / 16
     assert compute_outlier_fraction(model, dark) == 0
+
     both = torch.cat([bright, dark])
     assert find_register_neurons(model, both, num_neurons=5) == find_register_neurons(
         model, bright, num_neurons=5

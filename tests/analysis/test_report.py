@@ -226,6 +226,7 @@ def test_every_kind_of_model_has_a_report(name: str, browser: Browser, tmp_path:
     file = tmp_path / "folder" / "report.html"
     found = inspect_model(randomize(KINDS[name]), PROCESSOR, build_pil_images(2))
     write_page(file, found)
+
     assert {verdict.outcome for verdict in found.verdicts} <= {"too few images to tell"}
     errors: list[Any] = []
     page = browser.new_page()
@@ -233,6 +234,7 @@ def test_every_kind_of_model_has_a_report(name: str, browser: Browser, tmp_path:
     page.goto(file.as_uri())
     expect(page.locator("#overview figure")).to_have_count(2)
     assert found.model_class in page.locator("h1").inner_text()
+
     page.locator(".image summary").first.click()
     expect(page.locator("[data-maps='0'] canvas").first).to_be_visible()
     page.close()

@@ -25,7 +25,7 @@ from modeling_vitcls import (
     ViTCLSModel,
 )
 from modeling_vitcls.analysis import token_statistics
-from modeling_vitcls.analysis.attribution import compute_attention_rollout
+from modeling_vitcls.analysis.attribution import trace_attention
 from modeling_vitcls.analysis.token_statistics import Findings, TokenStatistics
 
 
@@ -140,9 +140,11 @@ def test_statistics_of_an_image_equal_loops(layout: dict[str, Any]) -> None:
     model = randomize(ViTCLSModel(build_tiny_config(**PATCH | layout)))
     image = build_images(1, 24, 32)
     found = collect_findings(model, image)
+
     assert found.num_images == 1
     check_maps(found, model, image[0])
     check_states(found, model, image[0])
+
     num_special = model.config.token_layout.num_prefix_tokens
     assert (
         get_largest_difference(found.mean_states, run_eager(model, image[0])[1][:, :num_special])
@@ -247,6 +249,7 @@ def test_small_variation_is_not_lost_to_rounding() -> None:
     expected = (states - states.mean(0)).square().sum(-1).mean(0).sqrt() / states.mean(0).norm(
         dim=-1
     )
+
     assert 1e-7 < expected[-1] < 1e-3
     assert found.variation[-1, 0].item() == pytest.approx(expected[-1].item(), rel=0.05)
 
@@ -264,6 +267,7 @@ def test_uniform_attention_is_compared_within_the_scope(implementation: str) -> 
     with torch.compiler.set_stance("force_eager"):  # flex attention is mathematically equal
         found = collect_findings(model, build_images(2), build_images(1))
     entropy = found.uniform_entropy_by_token
+
     assert entropy.tolist() == pytest.approx([math.log(3 + 16), math.log(3 + 4), math.log(3 + 16)])
     assert get_largest_difference(found.entropy, entropy.expand_as(found.entropy)) <= 1e-5
     # compared with uniform attention to the tokens in the scope
@@ -331,13 +335,12 @@ def test_every_class_has_statistics_and_is_not_changed(name: str) -> None:
     model = randomize(models[name])
     state = {key: value.clone() for key, value in model.state_dict().items()}
 
-    found = collect_findings(model.train(), build_images())
-    assert model.training
+    found = collect_findings(model.base_model, build_images())
     assert found.entropy.isfinite().all()
     assert found.head_outputs.shape == found.entropy.shape[:2]
     assert found.head_outputs.std(dim=1).min() > 0
     assert (
-        compute_attention_rollout(model, build_images()).sum(dim=-1) - 1
+        trace_attention(model, build_images()).compute_rollout().sum(dim=-1) - 1
     ).abs().max() <= TOLERANCE
 
     encoder = randomize(ViTCLSModel(model.config))
@@ -375,11 +378,10 @@ def test_norms_are_stored_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_no_images_are_an_error() -> None:
-    model = randomize(ViTCLSModel(build_tiny_config(**LAYOUTS["three_cls"]))).train()
+    model = randomize(ViTCLSModel(build_tiny_config(**LAYOUTS["three_cls"])))
     collected = TokenStatistics(model)
     with raises_one_line("pixel_values"):
         collected.update(build_images(channels=4))
-    assert model.training  # after the error
     assert_no_recording(model)
     with raises_one_line("no images"):
         collected.compute()
@@ -394,6 +396,7 @@ def test_map_variation_is_zero_for_one_image_and_infinite_for_two_sizes() -> Non
     with torch.no_grad():
         model.layers[1].attention.o_proj.weight[:, :8] = 0
     assert collect_findings(model, build_images(1)).map_variation.max() <= 1e-3
+
     found = collect_findings(model, build_images(3))
     assert found.map_variation.min() > 1e-3
     assert found.map_variation.isfinite().all()
@@ -404,6 +407,7 @@ def test_map_variation_is_zero_for_one_image_and_infinite_for_two_sizes() -> Non
     )
     assert found.head_outputs[1].tolist() == pytest.approx([0, 2])
     assert found.head_outputs[0].min() > 0.1
+
     # [images, L, H, N, N]
     weights = torch.stack([run_eager(model, image)[0] for image in build_images(3)])
     maps = weights.mean(dim=2)[:, :, 0]  # attention of the CLS token, mean over heads

@@ -16,7 +16,7 @@ from helpers.photo_folders import write_photos
 from helpers.tiny_models import build_tiny_config, raises_one_line
 from helpers.tiny_options import build_tiny_options, run_training
 
-from modeling_vitcls.analysis.inspection import open_images
+from modeling_vitcls.analysis.inspection_images import open_images
 from modeling_vitcls.analysis.options import InspectOptions
 from modeling_vitcls.data.evaluated_images import load_evaluation_data
 from modeling_vitcls.data.held_out import (

@@ -33,9 +33,9 @@ from modeling_vitcls import (
     predict,
 )
 from modeling_vitcls.export import exporter
-from modeling_vitcls.export.exporter import check_drop, export_model
+from modeling_vitcls.export.exporter import export_model
 from modeling_vitcls.export.options import ExportOptions
-from modeling_vitcls.export.quantization import rank_layers, round_to_int8
+from modeling_vitcls.export.quantization import check_drop, rank_layers, round_to_int8
 from modeling_vitcls.inference.exported_graphs import ExportedGraph, ExportedModel
 from modeling_vitcls.inference.intervals import compute_proportion_interval
 from modeling_vitcls.inference.predict import compute_model_digest
@@ -116,6 +116,7 @@ def test_backends_have_the_predictions_of_torch(backend: str, model: Path, tmp_p
     rows = [
         predict(str(model), str(tmp_path), top_k=3, backend=name) for name in ("torch", backend)
     ]
+
     for mine, theirs in zip(*rows, strict=True):
         assert [mine[f"label{suffix}"] for suffix in ("", "_2", "_3")] == [
             theirs[f"label{suffix}"] for suffix in ("", "_2", "_3")
@@ -131,7 +132,7 @@ def test_a_folder_without_weights_is_evaluated_and_shown(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The graph, the configuration and the image processor are enough; --backend torch names the remedy."""
+    """The graph, the configuration and the image processor are enough."""
     folder = tmp_path / "exported"
     shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     page: Any = importlib.import_module("modeling_vitcls.cli.demo_page")  # gradio
@@ -181,6 +182,7 @@ def test_graphs_and_the_pipeline_have_calibrated_probabilities(model: Path) -> N
     with torch.no_grad():
         expected = (plain(pixel_values).logits / 2.5).softmax(-1)[0].tolist()
     found = ExportedGraph(model / "model.xml")(pixel_values)["logits"].softmax(-1)[0].tolist()
+
     assert found == pytest.approx(expected, abs=1e-5)
     loaded: Any = ViTCLSForImageClassification.from_pretrained(model)
     rows = pipeline("image-classification", model=loaded, image_processor=processor)(image)
@@ -288,6 +290,7 @@ def test_graphs_are_identified_by_all_their_files(model: Path, tmp_path: Path) -
         digests.add(compute_model_digest(graph, processor))
         with raises_one_line("no output last_hidden_state"):
             graph(build_images(1))
+
     assert len(digests) == 3
     with raises_one_line("`backend='torch'`"):
         graph(build_images(1), output_hidden_states=True)
@@ -321,7 +324,10 @@ def digits_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_int8_loses_at_most_0_3_points(
     format_name: str, digits_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`evaluate --backend` repeats the result of the export, and a larger drop than --max-drop writes nothing."""
+    """`evaluate --backend` repeats the result of the export.
+
+    A larger drop than --max-drop writes nothing.
+    """
     output = tmp_path / "exported"
     words = (
         "export",

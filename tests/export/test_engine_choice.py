@@ -1,4 +1,4 @@
-"""`--backend auto`: which engine runs, that its answers are those of PyTorch, and what is stored for the next run."""
+"""`--backend auto`: which engine runs, with the answers of PyTorch, and what is stored."""
 
 import shutil
 from collections.abc import Callable
@@ -48,7 +48,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def measured(saved: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a model with graphs for logits and for tokens, which were found to be faster."""
+    """Return the folder of a model with graphs for logits and tokens that were found faster."""
     folder = shutil.copytree(saved, tmp_path_factory.mktemp("measured") / "model")
     with pytest.MonkeyPatch.context() as patch:
         call_job_large(patch)
@@ -60,7 +60,28 @@ def measured(saved: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture
 def model(measured: Path, tmp_path: Path) -> Path:
+    """Return the folder of a model with graphs that were found to be faster."""
     return shutil.copytree(measured, tmp_path / "model")
+
+
+@pytest.fixture
+def unmeasured(saved: Path, tmp_path: Path) -> Path:
+    """Return the folder of a model without graphs."""
+    return shutil.copytree(saved, tmp_path / "model")
+
+
+@pytest.fixture
+def _large_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    call_job_large(monkeypatch)
+
+
+@pytest.fixture
+def _openvino_wins(_large_job: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    let_win(monkeypatch, ".xml")
+
+
+large_job = pytest.mark.usefixtures("_large_job")
+openvino_wins = pytest.mark.usefixtures("_openvino_wins")
 
 
 def call_job_large(patch: pytest.MonkeyPatch) -> None:
@@ -91,35 +112,32 @@ def test_few_images_write_no_graph(saved: Path, photos: Path) -> None:
     assert not (saved / ENGINES_FOLDER).exists()
 
 
+@large_job
 def test_measured_engines_are_those_that_are_installed(
-    saved: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    unmeasured: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = shutil.copytree(saved, tmp_path / "model")
-    call_job_large(monkeypatch)
     names: list[str] = []
     monkeypatch.setattr(
         engine_choice,
         "measure_seconds",
         lambda works: names.extend(works) or dict.fromkeys(works, 1.0),
     )
-    predict_photos(folder, photos)
+    predict_photos(unmeasured, photos)
     assert names == [TORCH, "logits-32x32.onnx", "logits-32x32.xml"]
 
 
 @pytest.mark.parametrize("suffix", [".onnx", ".xml"])
+@large_job
 def test_the_fastest_graph_gives_the_probabilities_of_torch(
     suffix: str,
-    saved: Path,
+    unmeasured: Path,
     photos: Path,
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    folder = shutil.copytree(saved, tmp_path / "model")
-    expected = predict_photos(folder, photos, backend="torch")
-    call_job_large(monkeypatch)
+    expected = predict_photos(unmeasured, photos, backend="torch")
     let_win(monkeypatch, suffix)
-    rows = predict_photos(folder, photos)
+    rows = predict_photos(unmeasured, photos)
     assert engines.ENGINE_NAMES[suffix] in capsys.readouterr().err
     assert [row["label"] for row in rows] == [row["label"] for row in expected]
     np.testing.assert_allclose(
@@ -127,29 +145,26 @@ def test_the_fastest_graph_gives_the_probabilities_of_torch(
     )
 
 
+@large_job
 def test_a_gain_below_ten_percent_keeps_torch(
-    saved: Path,
+    unmeasured: Path,
     photos: Path,
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    folder = shutil.copytree(saved, tmp_path / "model")
-    call_job_large(monkeypatch)
     monkeypatch.setattr(
         engine_choice,
         "measure_seconds",
         lambda works: {name: 1.09 if name == TORCH else 1.0 for name in works},
     )
-    predict_photos(folder, photos)
+    predict_photos(unmeasured, photos)
     assert "engine:" not in capsys.readouterr().err
 
 
+@openvino_wins
 def test_a_graph_with_other_outputs_is_not_chosen(
     model: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    call_job_large(monkeypatch)
-    let_win(monkeypatch, ".xml")
     monkeypatch.setattr(
         engine_choice, "measure_error", lambda outputs, reference: 0.1 if outputs else 0.0
     )
@@ -160,69 +175,58 @@ def test_a_graph_with_other_outputs_is_not_chosen(
     assert '"engine": "torch"' in (model / ENGINES_FOLDER / engines.CHOICES_FILE).read_text()
 
 
+@large_job
 def test_a_choice_is_used_again_without_a_measurement(
     model: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    call_job_large(monkeypatch)
     monkeypatch.setattr(engine_choice, "measure_engines", None)
     predict_photos(model, photos)
     assert "OpenVINO" in capsys.readouterr().err
 
 
-def test_graphs_of_other_weights_are_not_run(
-    model: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@openvino_wins
+def test_graphs_of_other_weights_are_not_run(model: Path, photos: Path) -> None:
     other = ViTCLSForImageClassification.from_pretrained(model)
     torch.nn.init.normal_(other.classifier.weight)
     other.save_pretrained(model)
     expected = predict_photos(model, photos, backend="torch")
-    call_job_large(monkeypatch)
-    let_win(monkeypatch, ".xml")
     rows = predict_photos(model, photos)
     assert [row["label"] for row in rows] == [row["label"] for row in expected]
     assert list_engines(model) == ["logits-32x32.xml"]
 
 
-def test_graphs_of_another_temperature_are_not_run(
-    model: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@openvino_wins
+def test_graphs_of_another_temperature_are_not_run(model: Path, photos: Path) -> None:
     """The temperature is in the graph, and in config.json instead of the weights."""
     config = ViTCLSConfig.from_pretrained(model)
     config.temperature = 3.0
     config.save_pretrained(model)
     expected = predict_photos(model, photos, backend="torch")
-    call_job_large(monkeypatch)
-    let_win(monkeypatch, ".xml")
     rows = predict_photos(model, photos)
     np.testing.assert_allclose(
         [row["probability"] for row in rows], [row["probability"] for row in expected], atol=1e-5
     )
 
 
+@openvino_wins
 def test_images_of_several_sizes_are_computed_by_torch(
-    model: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model: Path, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     processor = ViTCLSImageProcessor.from_pretrained(model)
     processor.size = SizeDict(shortest_edge=32)
     processor.save_pretrained(model)
-    call_job_large(monkeypatch)
-    let_win(monkeypatch, ".xml")
     rows = predict_photos(model, photos)
     assert all(row["error"] is None for row in rows)
     assert "engine:" not in capsys.readouterr().err
 
 
-def test_a_classifier_whose_logits_are_zero_is_measured(
-    saved: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = shutil.copytree(saved, tmp_path / "model")
-    zero = ViTCLSForImageClassification.from_pretrained(folder)
+@openvino_wins
+def test_a_classifier_whose_logits_are_zero_is_measured(unmeasured: Path, photos: Path) -> None:
+    zero = ViTCLSForImageClassification.from_pretrained(unmeasured)
     torch.nn.init.zeros_(zero.classifier.weight)
     torch.nn.init.zeros_(zero.classifier.bias)
-    zero.save_pretrained(folder)
-    call_job_large(monkeypatch)
-    let_win(monkeypatch, ".xml")
-    rows = predict_photos(folder, photos)
+    zero.save_pretrained(unmeasured)
+    rows = predict_photos(unmeasured, photos)
     assert rows[0]["probability"] == pytest.approx(1 / 3)
 
 
@@ -232,11 +236,10 @@ def test_an_output_that_is_not_finite_has_no_error_that_passes_a_limit() -> None
     assert not engine_choice.measure_error(outputs, reference) <= 1e9
 
 
+@large_job
 def test_evaluation_measures_pytorch_in_the_precision_of_the_job(
-    saved: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    unmeasured: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = shutil.copytree(saved, tmp_path / "model")
-    call_job_large(monkeypatch)
     states: list[tuple[bool, bool]] = []
 
     def measure(works: dict[str, Callable[[], Any]]) -> dict[str, float]:
@@ -249,24 +252,24 @@ def test_evaluation_measures_pytorch_in_the_precision_of_the_job(
         return dict.fromkeys(works, 1.0)
 
     monkeypatch.setattr(engine_choice, "measure_seconds", measure)
-    evaluate(folder, photos, mixed_precision="bf16", num_workers=0)
+    evaluate(unmeasured, photos, mixed_precision="bf16", num_workers=0)
     assert set(states) == {(True, False)}
 
 
+@large_job
 def test_a_damaged_graph_is_replaced_by_torch(
-    model: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model: Path, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (model / ENGINES_FOLDER / "logits-32x32.xml").write_text("damaged")
-    call_job_large(monkeypatch)
     rows = predict_photos(model, photos)
     assert "engine: PyTorch, because" in capsys.readouterr().err
     assert all(row["error"] is None for row in rows)
 
 
+@large_job
 def test_features_of_layers_are_computed_by_torch(
-    model: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model: Path, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    call_job_large(monkeypatch)
     rows = predict_photos(model, photos, features=["cls@1"])
     assert rows[0]["features"] is not None
     assert "engine:" not in capsys.readouterr().err

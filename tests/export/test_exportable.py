@@ -25,8 +25,8 @@ from modeling_vitcls.export.exportable import (
     compute_named_outputs,
     load_exportable_model,
 )
-from modeling_vitcls.export.exporter import check_drop
-from modeling_vitcls.export.measurement import compare_labels, load_export_images
+from modeling_vitcls.export.measurement import compare_labels, load_export_images, prepare_images
+from modeling_vitcls.export.quantization import check_drop
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.inference.image_pass import ImageOutput
 from modeling_vitcls.inference.intervals import compute_proportion_interval
@@ -41,12 +41,15 @@ def test_an_encoder_in_half_precision_is_exported_in_float32(tmp_path: Path) -> 
     model.save_pretrained(tmp_path)
     exportable = load_exportable_model(str(tmp_path))
     loaded = exportable.model
+
     assert exportable.processor is None
     assert loaded.dtype == torch.float32
     assert not loaded.training
+
     (outputs,) = compute_named_outputs(loaded, [build_images()])
     assert list(outputs) == ["last_hidden_state", "pooler_output"]
     assert not outputs["pooler_output"].requires_grad
+
     no_pooler = ViTCLSModel(build_tiny_config(), add_pooling_layer=False)
     assert list(NamedOutputsModel(no_pooler)(build_images())) == ["last_hidden_state"]
     assert torch.equal(
@@ -130,8 +133,8 @@ def test_calibration_uses_the_training_images_of_the_run(
     assert len(keys[1]) == 359
     assert not keys[0] & keys[1]
     assert images.setup.evaluator.batch_size == 7
-    assert images.prepare([0, None, 2, 3, 4, 5, 6], read_number, 3) == [0, 2, 4]
-    assert images.prepare([0, None, 2], read_number, 4) == [0, 2]
+    assert prepare_images([0, None, 2, 3, 4, 5, 6], read_number, 3) == [0, 2, 4]
+    assert prepare_images([0, None, 2], read_number, 4) == [0, 2]
 
     setup: Any = SimpleNamespace(
         split="test", model=images.setup.model, evaluator=lambda model: {"num_images": 2}

@@ -1,4 +1,4 @@
-"""Test scripts/export.py: graphs with the outputs of the model for any batch and image size, and error messages.
+"""Test scripts/export.py: graphs with the outputs of the model for any size, and errors.
 
 The tests run each written file in the runtime of its format, at sizes that the script did not
 compare. A fixture runs the script in this process for several tests. The other tests call its
@@ -244,9 +244,11 @@ def test_a_graph_of_one_size_contains_resampled_positions(tmp_path: Path) -> Non
     report = export_model(
         ExportOptions(str(tmp_path / "model"), "onnx", file, image_size=(24, 56), dynamic=False)
     )
+
     assert report["input"]["shape"] == ["batch", 3, 24, 56]
     assert not report["fixed_because"]
     assert "speed" not in report  # a dynamic size was not requested
+
     pixel_values = build_images(4, 24, 56, seed=7)
     assert_close(run_onnx(file, pixel_values), compute_outputs(model, pixel_values))
     assert b"Resize" not in file.read_bytes()
@@ -297,6 +299,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
 def test_the_exported_file_has_the_outputs_of_the_model(exported: tuple[Any, Path]) -> None:
     model, file = exported
     check_onnx_file(file, model)
+
     files = [
         "model.onnx",
         "model.onnx.data",
@@ -384,6 +387,7 @@ def test_limits_are_absolute_and_relative_to_the_largest_value(dtype: str, limit
     images = [build_images()]
     below = [{"logits": reference[0]["logits"] - 0.9 * limit, "pooled": reference[0]["pooled"]}]
     (comparison,) = exporter.compare_outputs(images, reference, below, dtype)
+
     assert comparison["shape"] == [2, 3, 32, 32]
     assert comparison["differences"] == {
         "logits": pytest.approx(0.9 * limit, rel=1e-2),
@@ -461,6 +465,7 @@ def test_outputs_are_compared_by_error_cosine_and_label() -> None:
         "cosine_similarity": pytest.approx(0.6),
         "top1_agreement": 0.0,
     }
+
     encoded = [{"last_hidden_state": torch.ones(1, 2, 3)}]
     assert compare_outputs_on_images(encoded, encoded)["top1_agreement"] is None
 
@@ -492,6 +497,7 @@ def test_unsupported_and_incomplete_models_are_errors(tmp_path: Path) -> None:
     checkpoint(tmp_path / "masked", ViTCLSForMaskedImageModeling)
     with raises_one_line("contains ViTCLSForMaskedImageModeling"):
         export_model(ExportOptions(str(tmp_path / "masked"), "onnx", tmp_path / "vit.onnx"))
+
     checkpoint(tmp_path / "incomplete", ViTCLSModel)
     settings = json.loads((tmp_path / "incomplete" / "config.json").read_text())
     for names, words in (
@@ -523,12 +529,18 @@ def test_existing_files_are_not_replaced(tmp_path: Path) -> None:
         (tmp_path / name).touch()
         with raises_one_line(f"{tmp_path / name} exists"):
             export_model(ExportOptions("nowhere", "onnx", tmp_path / name.removesuffix(".json")))
-    (tmp_path / "made").mkdir()
-    (tmp_path / "made" / "vit.onnx").touch()
-    with raises_one_line(f"{tmp_path / 'vit.onnx'} exists"):
-        exporter.move_files(tmp_path / "made", tmp_path)
     with raises_one_line("the file name must end in .xml"):
         export_model(ExportOptions("nowhere", "openvino", tmp_path / "vit.onnx"))
+
+
+def test_a_folder_with_files_of_another_model_is_not_changed(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "model", num_hidden_layers=1)
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "config.json").write_text("other")
+    with raises_one_line(f"{tmp_path / 'output' / 'config.json'} exists"):
+        export_model(ExportOptions(str(tmp_path / "model"), "onnx", tmp_path / "output"))
+    assert [file.name for file in (tmp_path / "output").iterdir()] == ["config.json"]
+    assert (tmp_path / "output" / "config.json").read_text() == "other"
 
 
 def test_packages_that_are_not_installed_are_named(

@@ -37,7 +37,7 @@ COMMANDS: dict[str, Command] = {
 def write_graph(
     file: Path, num_outputs: int = 3, output_type: int = TensorProto.FLOAT, name: str = "logits"
 ) -> None:
-    """Write an ONNX file whose logits are sums of the mean color, next to the report that `vitcls export` writes."""
+    """Write an ONNX file whose logits are sums of the mean color, and its report."""
     weights = np.ones((3, num_outputs), dtype=np.float32)
     nodes = [
         helper.make_node("ReduceMean", ["pixel_values", "axes"], ["mean"], keepdims=0),
@@ -191,7 +191,10 @@ def test_finetune_with_overwrite_removes_exported_graphs(model: Path, photos: Pa
     report = {"weights_sha256": {}, "sha256": {"other.onnx": "1", "other.onnx.data": "2"}}
     (model / "other.onnx.json").write_text(json.dumps(report))
     (model / "annotations.xml").write_text("<a/>")  # not written by `vitcls export`
-    sizes = "--hidden-size 16 --num-hidden-layers 1 --num-attention-heads 2 --image-size 32 --patch-size 8".split()
+    sizes = (
+        "--hidden-size 16 --num-hidden-layers 1 --num-attention-heads 2 --image-size 32 "
+        "--patch-size 8"
+    ).split()
     flags = [
         "--model",
         "vitcls-tiny",

@@ -19,7 +19,7 @@ pytest.importorskip("onnxscript", reason="onnxscript is not installed")
 
 
 def export_and_run(model: torch.nn.Module, file: Path, num_images: int) -> dict[str, torch.Tensor]:
-    """Export with an example batch of one image, and return the outputs of the file for more images."""
+    """Export with an example of one image, and return the outputs of the file for more."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
@@ -55,6 +55,7 @@ def test_the_batch_is_dynamic_and_no_output_is_repeated(
             else []
         ),
     ]
+
     assert len(outputs) == len(names)
     for name, output in zip(names, outputs, strict=True):
         assert (output - expected[name]).abs().max() <= 1e-5, name

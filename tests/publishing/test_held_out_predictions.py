@@ -1,4 +1,4 @@
-"""The held-out images of a run in the report and the card: from predictions.parquet, without another evaluation."""
+"""The held-out images of a run in the report and the card, from predictions.parquet."""
 
 import re
 from pathlib import Path
@@ -128,6 +128,7 @@ def test_the_headline_names_the_accuracy_and_the_most_frequent_confusion(folder:
     label, prediction = table.stack().idxmax()
     headline = describe_predictions(ModelFolder(folder))["headline"]
     accuracy = (rows["label"] == rows["prediction"]).mean()
+
     assert headline.startswith(
         f"{accuracy:.1%} of 400 held-out images are right; ".replace(".0%", "%")
     )
@@ -160,6 +161,7 @@ def test_predictions_of_other_weights_or_kinds_are_not_shown(folder: Path) -> No
     few = pd.read_parquet(folder / "predictions.parquet").head(10)
     write_predictions(folder, few)
     assert describe_predictions(ModelFolder(folder))["sets"] == []  # too few images for a limit
+
     # several labels per image, no images, and a file of another program
     for rows in (few.assign(label=[["dusk"]] * 10), few.head(0), few.drop(columns="loss")):
         write_predictions(folder, rows)

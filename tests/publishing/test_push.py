@@ -83,6 +83,23 @@ def take_snapshot(folder: Path) -> dict[str, str]:
     }
 
 
+def run_push_command(folder: Path) -> int:
+    """Push with the command, and return its exit status."""
+    target = ("--hub-model-id", "ann/model", "--no-verify")
+    return run_here("push", "--model", str(folder), *target)
+
+
+def read_card(hub: LocalHub) -> str:
+    """Return the published card."""
+    return hub.read("ann/model", "README.md").decode()
+
+
+def replace_weights(folder: Path) -> None:
+    """Save other weights to the folder."""
+    config = build_tiny_config(num_register_tokens=2)
+    save_with_processor(vitcls.ViTCLSForImageClassification(config), folder)
+
+
 # Files --------------------------------------------------------------------------------------------
 
 
@@ -131,32 +148,19 @@ def test_only_files_that_the_package_wrote_are_pushed(hub: LocalHub, folder: Pat
     )
 
     write_export(folder, sha256={"model.xml": "", "model.bin": "", "notes.txt": ""})
-    assert (
-        run_here("push", "--model", str(folder), "--hub-model-id", "ann/model", "--no-verify") == 0
-    )
+    assert run_push_command(folder) == 0
 
     published = set(hub.files("ann/model"))
     assert {"images/attention.png", "onnx/model.onnx", "model.bin", "LICENSE"} <= published
-    planted = [
-        "LICENSE-secret.txt",
-        "NOTICE.env",
-        "images/private.png",
-        "evil_vitcls.py",
-        "onnx/other.onnx",
-    ]
-    planted += [
-        "model-00001-of-00002.safetensors",
-        "other.onnx",
-        "other.bin",
-        "images/confusion_matrix_other.png",
-    ]
-    for name in planted:
+    planted = (
+        "LICENSE-secret.txt NOTICE.env evil_vitcls.py other.onnx other.bin onnx/other.onnx "
+        "images/private.png images/confusion_matrix_other.png model-00001-of-00002.safetensors"
+    )
+    for name in planted.split():
         (folder / name).write_bytes(b"private")
 
     (folder / "LICENSE.link").symlink_to("/etc/hostname")
-    assert (
-        run_here("push", "--model", str(folder), "--hub-model-id", "ann/model", "--no-verify") == 0
-    )
+    assert run_push_command(folder) == 0
     assert set(hub.files("ann/model")) == published
 
 
@@ -166,9 +170,7 @@ def test_the_target_of_a_link_is_not_pushed(
 ) -> None:
     (folder / name).rename(folder.parent / "elsewhere")
     (folder / name).symlink_to(folder.parent / "elsewhere")
-    assert (
-        run_here("push", "--model", str(folder), "--hub-model-id", "ann/model", "--no-verify") == 1
-    )
+    assert run_push_command(folder) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert name in error
     assert "is a link" in error
@@ -183,9 +185,7 @@ def test_an_index_that_names_no_weight_files_is_one_line(
 ) -> None:
     (folder / WEIGHTS).rename(folder.parent / "x.safetensors")
     (folder / "model.safetensors.index.json").write_text(f'{{"weight_map": {weight_map}}}')
-    assert (
-        run_here("push", "--model", str(folder), "--hub-model-id", "ann/model", "--no-verify") == 1
-    )
+    assert run_push_command(folder) == 1
     error = capsys.readouterr().err
     assert "weight_map" in error
     assert error.strip().count("\n") == 0
@@ -217,7 +217,7 @@ def test_images_of_local_datasets_are_published_only_on_request(
 ) -> None:
     (folder / "config.resolved.yaml").write_text(yaml.safe_dump({"model": "vitcls-tiny"} | flags))
     push_folder(ModelFolder(folder), "ann/model")
-    card = hub.read("ann/model", "README.md").decode()
+    card = read_card(hub)
     for name in ("report.html", "images/attention.png"):
         assert (name in hub.files("ann/model")) is is_published
         assert (name in card) is is_published
@@ -229,9 +229,9 @@ def test_results_of_other_weights_are_not_published(
     hub: LocalHub, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     push_folder(ModelFolder(folder), "ann/model")
-    assert "98.33%" in hub.read("ann/model", "README.md").decode()
-    config = build_tiny_config(num_register_tokens=1)
-    save_with_processor(vitcls.ViTCLSForImageClassification(config), folder)
+    assert "98.33%" in read_card(hub)
+
+    replace_weights(folder)
     (folder / "parity_report.json").write_text('{"sha256": {}}')
     push_folder(ModelFolder(folder), "ann/model")
     names = set(hub.files("ann/model"))
@@ -243,7 +243,8 @@ def test_results_of_other_weights_are_not_published(
         "images/attention.png",
         "parity_report.json",
     }
-    assert "98.33%" not in hub.read("ann/model", "README.md").decode()
+    assert "98.33%" not in read_card(hub)
+
     (message,) = (text for text in caplog.messages if "results.json" in text)
     assert "\n" not in message
 
@@ -268,17 +269,15 @@ def test_onnx_files_are_pushed_only_with_the_weights_they_were_created_from(
     push_folder(ModelFolder(folder), "ann/model")
     assert {"onnx/model.onnx", "onnx/report.json"} <= set(hub.files("ann/model"))
 
-    card = hub.read("ann/model", "README.md").decode()
+    card = read_card(hub)
     assert "| `onnx/model.onnx` | 2.5e-07 | 100.00% | 97.25% |\n" in card
     assert "97.40%" in card
 
-    save_with_processor(
-        vitcls.ViTCLSForImageClassification(build_tiny_config(num_register_tokens=2)), folder
-    )
+    replace_weights(folder)
 
     push_folder(ModelFolder(folder), "ann/model")
     assert not [name for name in hub.files("ann/model") if name.startswith("onnx/")]
-    assert "onnx" not in hub.read("ann/model", "README.md").decode()
+    assert "onnx" not in read_card(hub)
 
 
 def write_export(folder: Path, **values: Any) -> None:
@@ -303,13 +302,9 @@ def write_export(folder: Path, **values: Any) -> None:
         "dtype": "int8",
         "weights_sha256": {WEIGHTS: digest},
         "num_bytes": 3 * 2**19,
-    }
-    report |= {
         "evaluation": scores | {"file": 0.9725, "interval": [0.95, 0.99]},
         "comparison": None,
         "speed": speed,
-    }
-    report |= {
         "largest_differences": {"logits": 2e-6},
         "sha256": {"model.xml": "", "model.bin": ""},
     }
@@ -325,20 +320,21 @@ def test_exported_files_are_pushed_only_with_the_weights_they_were_created_from(
     (folder / "pytorch_model.bin").write_bytes(b"pickled")
     push_folder(ModelFolder(folder), "ann/model")
     names = set(hub.files("ann/model"))
+
     assert {"model.xml", "model.bin", "model.xml.json"} <= names
     assert "pytorch_model.bin" not in names
-    card = hub.read("ann/model", "README.md").decode()
+
+    card = read_card(hub)
     (row,) = (line for line in card.splitlines() if line.startswith("| `model.xml` |"))
     assert all(
         text in row
         for text in ("int8", "1.5 MiB", "97.25% (95.00% to 99.00%)", "97.40%", "359", "1,234")
     )
-    save_with_processor(
-        vitcls.ViTCLSForImageClassification(build_tiny_config(num_register_tokens=2)), folder
-    )
+
+    replace_weights(folder)
     push_folder(ModelFolder(folder), "ann/model")
     assert not set(hub.files("ann/model")) & {"model.xml", "model.bin", "model.xml.json"}
-    assert "model.xml" not in hub.read("ann/model", "README.md").decode()
+    assert "model.xml" not in read_card(hub)
 
 
 def test_a_folder_of_exported_files_is_pushed_without_weights_and_code(
@@ -354,6 +350,7 @@ def test_a_folder_of_exported_files_is_pushed_without_weights_and_code(
         file.unlink()
     (folder / "results.json").write_text('{"files": {}}')
     push_folder(ModelFolder(folder), "ann/export")
+
     assert set(hub.files("ann/export")) - {".gitattributes"} == {
         *("config.json", "preprocessor_config.json", "results.json", "README.md", "LICENSE"),
         *("model.xml", "model.bin", "model.xml.json"),
@@ -454,18 +451,22 @@ def test_a_generated_card_names_the_repository_and_an_edited_card_is_kept(
     local_card = (folder / "README.md").read_text()
     assert "# my-run\n" in local_card
     assert 'model="my-run"' in local_card
+
     push_folder(ModelFolder(folder), "ann/model")
-    card = hub.read("ann/model", "README.md").decode()
+    card = read_card(hub)
     assert "# ann/model\n" in card
     assert 'model="ann/model"' in card
     assert "my-run" not in card
     assert (folder / "README.md").read_text() == local_card
+
     text = local_card.replace("# my-run", "# My model")
     (folder / "README.md").write_text(text)
     push_folder(ModelFolder(folder), "ann/model")
-    assert hub.read("ann/model", "README.md").decode() == text
+    assert read_card(hub) == text
+
     write_card(ModelFolder(folder))
     assert (folder / "README.md").read_text() == text
+
     (folder / "README.md").write_text("---\nlicense: [\n---\n")  # invalid YAML
     with raises_one_line("README.md", "vitcls push", error=PushError):
         push_folder(ModelFolder(folder), "ann/model")

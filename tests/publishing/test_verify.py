@@ -1,4 +1,4 @@
-"""Verification of published models: hashes, and the outputs of a new process that loads the published code."""
+"""Verification of published models: hashes, and the outputs of the published code."""
 
 import json
 import os
@@ -86,8 +86,10 @@ def test_each_kind_of_model_is_verified_at_an_old_tag(
     HfApi().create_tag("ann/model", tag="v1", revision=first)
     push_folder(ModelFolder(save_classifier(tmp_path / "other")), "ann/model")
     report = verify("ann/model", "v1")
+
     assert first in report
     assert model_class.__name__ in report
+
     names = ("AutoModel", get_auto_class(model_class.__name__), "AutoImageProcessor")
     assert all(f"    {name} " in report for name in names)
     assert f"code of modeling_vitcls {vitcls.__version__}" in report
@@ -97,7 +99,10 @@ def test_each_kind_of_model_is_verified_at_an_old_tag(
 
 
 CATCHING_IMPORT = "try:\n    import modeling_vitcls\nexcept ValueError:\n    pass\n"
-CHANGED_CODE = "pool = TokenPooler.forward\nTokenPooler.forward = lambda self, tokens: 1.001 * pool(self, tokens)\n"
+CHANGED_CODE = """
+pool = TokenPooler.forward
+TokenPooler.forward = lambda self, tokens: 1.001 * pool(self, tokens)
+"""
 
 
 @pytest.mark.usefixtures("fast_verification")
@@ -110,10 +115,12 @@ def test_published_code_runs_in_another_process_and_other_logits_are_noticed(
     spy = f"import json, os\njson.dump([os.getpid(), dict(os.environ)], open({str(seen)!r}, 'w'))\n"
     code.write_text(code.read_text() + CHANGED_CODE + spy)
     pushed = push_folder(ModelFolder(folder), "ann/model")
+
     assert not seen.exists()
     monkeypatch.setenv("MY_SECRET", "42")
     with raises_one_line("differ from the reference", "the limit", error=VerificationError):
         verify("ann/model", pushed.commit, ModelFolder(folder))
+
     process, environment = json.loads(seen.read_text())
     assert process != os.getpid()
     assert "hf_ann" not in environment.values()
@@ -135,6 +142,7 @@ def test_only_private_repositories_are_loaded_with_the_token(
     for name, value in values.items():
         monkeypatch.setenv(name, value)
     found = build_clean_environment(str(tmp_path), needs_token=False)
+
     assert not {"HF_TOKEN", "AWS_KEY", "RANK"} & found.keys()
     assert found["HF_HOME"] == found["HOME"] == str(tmp_path)
     assert found["no_proxy"] == "a"
@@ -160,7 +168,7 @@ def test_only_private_repositories_are_loaded_with_the_token(
 def test_code_that_does_not_load_is_an_error(
     hub: LocalHub, folder: Path, code: str, words: list[str]
 ) -> None:
-    """The weights lack a tensor, or the code raises an error, requires this package, or ends the process."""
+    """The weights lack a tensor, or the code fails, requires this package, or ends the process."""
     file = folder / "modeling_vitcls.py"
     file.write_text(code + file.read_text())
     if not code:
@@ -247,11 +255,13 @@ def test_outputs_of_all_auto_classes_of_a_folder_are_collected(
         "classes": classes | {"AutoImageProcessor": "ViTCLSImageProcessor"},
         "missing": [],
     }
+
     config = build_tiny_config(num_cls_tokens=2, tasks=TASKS, image_size=[32, 40], num_channels=1)
     vitcls.ViTCLSForMultiTaskClassification(config).save_pretrained(tmp_path / "tasks")
     outputs, _ = collect_outputs(str(tmp_path / "tasks"), {})
     assert outputs["AutoModel/last_hidden_state"].shape == (2, 2 + 20, 16)
     assert {f"AutoModelForImageClassification/logits.{task}" for task in TASKS} < outputs.keys()
+
     vitcls.ViTCLSBackbone(build_tiny_config(out_indices=[1])).save_pretrained(tmp_path / "backbone")
     outputs, report = collect_outputs(str(tmp_path / "backbone"), {}, vitcls.ViTCLSBackbone)
     assert report["classes"]["AutoBackbone"] == "ViTCLSBackbone"

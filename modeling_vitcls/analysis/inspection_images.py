@@ -1,0 +1,126 @@
+"""Images and labels of `vitcls inspect`, decoded on access.
+
+PATHS       files, folders and URLs; if a folder has the name of a class, its images have this label
+--dataset   a dataset, loaded as in `vitcls evaluate`
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..data.evaluated_images import load_evaluation_data
+from ..data.held_out import HeldOutRecord
+from ..data.images import ArrayImages, DatasetImages
+from ..data.label_matching import match_labels
+from ..data.labels import LabelSpace, get_label_space
+from ..data.options import DataOptions
+from ..inference.inputs import build_list_input
+from ..model.heads_vitcls import IGNORED_LABEL
+from .model_utils import is_classifier
+from .options import InspectOptions
+
+
+@dataclass(frozen=True)
+class InspectionImages:
+    """Images with names, labels (as in `inspect_model`), and a description of the source."""
+
+    images: ArrayImages | DatasetImages
+    names: Sequence[str]
+    labels: Sequence[Any] | None  # None if unknown
+    source: str
+
+    def build_arguments(self, num_shown: int, num_measured: int) -> dict[str, Any]:
+        """Return arguments of `inspect_model`: `num_measured` images, `num_shown` of them shown.
+
+        The images are drawn at random, because datasets are often sorted by class.
+        """
+        drawn = np.random.default_rng(0).permutation(len(self.names))[:num_measured]
+        indices = np.sort(drawn).tolist()
+        return {
+            "images": self.images.select(indices),
+            "names": [self.names[index] for index in indices],
+            "labels": None if self.labels is None else [self.labels[index] for index in indices],
+            "num_shown": num_shown,
+        }
+
+
+def open_images(
+    options: InspectOptions, model: Any, record: HeldOutRecord | None = None
+) -> InspectionImages:
+    """Open the images of `paths` or `dataset`.
+
+    `record` is the held-out record of the model's training run.
+
+    Raises:
+        ValueError: if there are no images, the dataset cannot be read, or its labels do not match
+            the model.
+    """
+    label_space = get_label_space(model.config) if is_classifier(model) else None
+    if options.dataset is not None:
+        return load_from_dataset(options, options.dataset, label_space, record)
+    list_input = build_list_input(options.paths)
+    files = [str(content) for content in list_input.contents]
+    for file in files:
+        if "://" not in file and not Path(file).exists():
+            raise ValueError(f"Image {file} does not exist. Check the path.")
+
+    names = [name if "://" in name else Path(name).name for name in list_input.names]
+    source = ", ".join(map(get_short_name, options.paths))
+    labels = None if label_space is None else get_folder_labels(files, label_space)
+    return InspectionImages(DatasetImages.from_list(files), names, labels, source)
+
+
+def name_images(images: ArrayImages | DatasetImages, source: str) -> list[str]:
+    """Return the path of each image within the dataset.
+
+    If an image has none, its name is the source and the number of its row.
+    """
+    if isinstance(images, ArrayImages):
+        return [f"{source} {index}" for index in range(len(images))]
+    return [f"{source} {name}" if name.isdigit() else name for name in images.get_names()]
+
+
+def get_short_name(path: str) -> str:
+    """Return the last component of a path; URLs are returned unchanged."""
+    return path if "://" in path else Path(path).resolve().name
+
+
+def get_folder_labels(files: Sequence[str], label_space: LabelSpace) -> list[int] | None:
+    """Return the class index of each file, from the name of its folder.
+
+    The index is that of the class with the same name, or IGNORED_LABEL if there is no such class.
+    Return None if no folder has the name of a class, or images do not have exactly one class.
+    """
+    if label_space.kind != "single_label_classification":
+        return None
+    class_indices = {name: index for index, name in enumerate(label_space.names)}
+    labels = [class_indices.get(Path(file).resolve().parent.name, IGNORED_LABEL) for file in files]
+    return labels if any(label != IGNORED_LABEL for label in labels) else None
+
+
+def load_from_dataset(
+    options: InspectOptions,
+    dataset: str,
+    label_space: LabelSpace | None,
+    record: HeldOutRecord | None,
+) -> InspectionImages:
+    """Load one split, with the label indices of a classifier's label space, or without labels."""
+    column_options = {
+        name: getattr(options, name) for name in ("image_column", "label_column", "label_separator")
+    }
+    data_options = DataOptions(dataset, **column_options)
+    use_labels = label_space is not None
+
+    data = load_evaluation_data(data_options, options.split, record, use_labels=use_labels)
+    labels: Sequence[Any] | None = None
+    if label_space is not None:
+        labels = match_labels(data.images, data.label_space, label_space).labels
+
+    dataset_name = get_short_name(dataset)
+    names = name_images(data.images.images, dataset_name)
+    return InspectionImages(
+        data.images.images, names, labels, f"{dataset_name}, {data.part.describe()}"
+    )

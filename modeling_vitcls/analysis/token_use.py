@@ -1,0 +1,80 @@
+"""Which tokens the outputs of a model are computed from, and in how many layers a token is used."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from ..model.configuration_vitcls import ViTCLSConfig
+
+
+PATCHES = -1  # stands for the patches among the sequence indices of special tokens
+
+
+@dataclass(frozen=True)
+class TokenUse:
+    """The tokens that the outputs of a model read.
+
+    Attributes:
+        config: configuration of the model.
+        has_head: whether the model is a classifier. The outputs of any other model are its CLS
+            tokens, distillation tokens and patches.
+    """
+
+    config: ViTCLSConfig
+    has_head: bool = True
+
+    @cached_property
+    def readers(self) -> dict[str, set[int]]:
+        """Return a dict from each output to the sequence indices of the tokens that it reads.
+
+        Only special tokens that the output is computed from directly count, and PATCHES. Outputs
+        are named as in ablation.py; the distillation head is "distillation".
+        """
+        config = self.config
+        layout = config.token_layout
+        special_indices = range(layout.num_prefix_tokens)
+        cls = special_indices[layout.cls]
+        distillation = set(special_indices[layout.distillation])
+
+        if not self.has_head:
+            return {"cls": set(cls), "distillation": distillation, "patches": {PATCHES}}
+        if config.tasks:
+            return {task: {index} for task, index in zip(config.task_labels(), cls, strict=True)}
+
+        heads = {"": set() if config.pooling == "cls" else {PATCHES}}
+        if config.pooling in ("cls", "cls_mean"):
+            num_pooled = 1 if config.cls_pooling == "first" else None
+            heads[""] |= {cls[index] for index in config.pooled_cls_indices[:num_pooled]}
+        elif config.pooling == "attention" and config.attention_pool_tokens == "all":
+            heads[""] |= set(special_indices)
+        if config.has_distillation_head:
+            heads["distillation"] = distillation
+        return heads
+
+    @cached_property
+    def read_tokens(self) -> set[int]:
+        """Return the indices of all tokens that an output reads, as in `readers`."""
+        return set().union(*self.readers.values())
+
+    @cached_property
+    def num_layers(self) -> list[int]:
+        """Return the number of layers whose output is used, for each special token and the patches.
+
+        The last layer that a head reads is counted only if a head reads the token there. The
+        attention of a token is used in the same layers.
+        """
+        config = self.config
+        last_layer = max(config.pooled_layer_indices) if self.has_head else config.num_hidden_layers
+        last_layers = dict.fromkeys(self.readers, last_layer)
+        if self.has_head and "distillation" in last_layers:
+            last_layers["distillation"] = config.num_hidden_layers
+
+        num_layers = [max(last_layers.values()) - 1] * (config.token_layout.num_prefix_tokens + 1)
+        for head, indices in self.readers.items():
+            for index in indices:
+                num_layers[index] = max(num_layers[index], last_layers[head])
+        return num_layers
+
+    def find_heads_of(self, indices: Sequence[int]) -> list[str]:
+        """Return the names of the outputs that read only tokens at these sequence indices."""
+        return [head for head, read in self.readers.items() if read and read <= set(indices)]

@@ -1,0 +1,131 @@
+"""Images of `vitcls inspect`: their names, and labels as indices of the model."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.photo_folders import write_photos
+from helpers.tiny_models import TASKS, build_tiny_config, raises_one_line
+from PIL import Image
+
+from modeling_vitcls import (
+    ViTCLSForImageClassification,
+    ViTCLSForMultiTaskClassification,
+    ViTCLSModel,
+)
+from modeling_vitcls.analysis.inspection_images import InspectionImages, open_images
+from modeling_vitcls.analysis.options import InspectOptions
+from modeling_vitcls.data.images import ArrayImages
+from modeling_vitcls.model.heads_vitcls import IGNORED_LABEL
+
+
+CLASSES = ["dog", "owl", "cat"]
+DIGITS = [str(digit) for digit in range(10)]
+
+
+def build_named_classifier(names: list[str], **fields: Any) -> ViTCLSForImageClassification:
+    config = build_tiny_config(id2label=dict(enumerate(names)), num_labels=len(names), **fields)
+    return ViTCLSForImageClassification(config)
+
+
+def open_paths(model: Any, *paths: Path) -> InspectionImages:
+    return open_images(InspectOptions("model", tuple(map(str, paths))), model)
+
+
+def open_digits(model: Any, **fields: Any) -> InspectionImages:
+    return open_images(InspectOptions("model", dataset="digits", **fields), model)
+
+
+def test_folder_names_are_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder without a class has unknown labels. Images are in the order of the paths."""
+    folder = write_photos(tmp_path / "photos", range(2), "dog", "cat", "else")
+    found = open_paths(build_named_classifier(CLASSES), folder, folder / "cat" / "1.png")
+    assert found.names == ["0.png", "1.png"] * 3 + ["1.png"]
+    assert found.labels == [2, 2, 0, 0, IGNORED_LABEL, IGNORED_LABEL, 2]
+    assert found.source == "photos, 1.png"
+    for index, name in enumerate(["cat/0.png", "cat/1.png", "dog/0.png"]):
+        assert np.array_equal(
+            np.asarray(found.images[index]), np.asarray(Image.open(folder / name))
+        )
+    assert open_paths(build_named_classifier(CLASSES), folder / "else").labels is None
+
+    monkeypatch.chdir(folder / "cat")
+    here = open_paths(build_named_classifier(CLASSES), Path())
+    assert (here.labels, here.source) == ([2, 2], "cat")
+
+    url = "https://host/photos/1.png"
+    remote = open_images(InspectOptions("model", (url,)), build_named_classifier(CLASSES))
+    assert (remote.names, remote.source) == ([url], url)
+
+
+def test_folder_names_are_labels_of_single_label_classifiers_only(tmp_path: Path) -> None:
+    folder = write_photos(tmp_path, range(1), *CLASSES)
+    several = build_named_classifier(CLASSES, problem_type="multi_label_classification")
+    tasks = ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=2, tasks=TASKS))
+    for model in (several, tasks, ViTCLSModel(build_tiny_config())):
+        assert open_paths(model, folder).labels is None
+
+
+def test_labels_of_a_dataset_are_the_indices_of_the_model() -> None:
+    """The model has the classes in another order."""
+    found, other = (
+        open_digits(build_named_classifier(names)) for names in (DIGITS, DIGITS[1:] + DIGITS[:1])
+    )
+    assert found.labels is not None
+    assert other.labels is not None
+    assert list(other.labels) == [(label - 1) % 10 for label in found.labels]
+    assert found.names[:2] == ["digits 0", "digits 1"]
+    assert len(found.names) == len(found.images) == len(found.labels)
+    assert len(found.images) == 1797
+
+
+def test_images_and_labels_are_read_from_the_named_columns(tmp_path: Path) -> None:
+    write_photos(tmp_path, range(4), "x")
+    rows = [f"x/0.png,x/{number}.png,cat|dog" for number in range(4)]
+    (tmp_path / "table.csv").write_text(
+        "\n".join(["photo,thumbnail,tags", *rows]), encoding="utf-8"
+    )
+    columns: dict[str, Any] = {
+        "image_column": "thumbnail",
+        "label_column": ("tags",),
+        "label_separator": "|",
+    }
+    options = InspectOptions("model", dataset=str(tmp_path / "table.csv"), split="train", **columns)
+    found = open_images(
+        options, build_named_classifier(CLASSES, problem_type="multi_label_classification")
+    )
+
+    assert found.labels
+    assert list(found.labels) == [[1.0, 0.0, 1.0]] * len(found.names)
+
+
+def test_an_encoder_reads_the_selected_split(tmp_path: Path) -> None:
+    for split, numbers in {"train": range(3), "test": range(3, 5)}.items():
+        write_photos(tmp_path / "photos" / split, numbers)
+    encoder = ViTCLSModel(build_tiny_config())
+    for split, count in ((None, 4), ("test", 4), ("train", 6)):
+        found = open_images(
+            InspectOptions("model", dataset=str(tmp_path / "photos"), split=split), encoder
+        )
+        assert len(found.images) == count
+
+    with raises_one_line("no split 'nothing'", "train"):
+        open_images(
+            InspectOptions("model", dataset=str(tmp_path / "photos"), split="nothing"), encoder
+        )
+
+
+def test_images_are_drawn_at_random_with_their_names_and_labels() -> None:
+    """Every second image has another class: regular intervals would select one class only."""
+    images = ArrayImages(np.arange(200, dtype=np.uint8).reshape(200, 1, 1))
+    found = InspectionImages(
+        images, [f"image {value}" for value in range(200)], range(200), "a test"
+    )
+    arguments = found.build_arguments(2, 20)
+    values = [arguments["images"][index].getpixel((0, 0)) for index in range(20)]
+    assert values == sorted(set(values))
+    assert 0 < sum(value % 2 for value in values) < 20
+    assert arguments["names"] == [f"image {value}" for value in values]
+    assert arguments["labels"] == values
+    assert arguments["num_shown"] == 2

@@ -1,0 +1,89 @@
+"""The tokens that heads read, compared with the gradients of the outputs."""
+
+from typing import Any
+
+import pytest
+import torch
+from helpers.tiny_models import TASKS, build_images, build_tiny_config, randomize
+from torch import nn
+
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification
+from modeling_vitcls.analysis.token_use import PATCHES, TokenUse
+
+
+def test_a_model_without_a_head_outputs_all_tokens_but_registers():
+    config = build_tiny_config(num_cls_tokens=2, num_distillation_tokens=1, num_register_tokens=1)
+    assert TokenUse(config, has_head=False).read_tokens == {0, 1, 2, PATCHES}
+    assert TokenUse(config, has_head=False).num_layers == [2, 2, 2, 1, 2]
+
+
+def test_layers_above_the_pooled_layers_are_not_used() -> None:
+    config = build_tiny_config(num_hidden_layers=4, pooled_layers=[1, 3], num_register_tokens=1)
+    assert TokenUse(config).num_layers == [3, 2, 2]
+    assert TokenUse(config, has_head=False).num_layers == [4, 3, 4]
+
+
+def test_a_distillation_head_uses_all_layers() -> None:
+    config = build_tiny_config(num_hidden_layers=4, pooled_layers=[2], num_distillation_tokens=1)
+    assert TokenUse(config).num_layers == [3, 4, 3]
+
+
+FIELDS = {
+    "cls": {},
+    "first of pooled": {"num_cls_tokens": 3, "pooled_cls_tokens": [1, 2]},
+    "concat of pooled": {"num_cls_tokens": 3, "pooled_cls_tokens": [2, 0], "cls_pooling": "concat"},
+    "distillation": {"num_distillation_tokens": 2, "num_register_tokens": 1},
+    "distillation without head": {"num_distillation_tokens": 1, "distillation_head": False},
+    "mean": {"pooling": "mean", "num_register_tokens": 2},
+    "cls_mean": {"pooling": "cls_mean", "num_cls_tokens": 2},
+    "attention": {"pooling": "attention", "num_register_tokens": 1},
+    "attention to all": {
+        "pooling": "attention",
+        "attention_pool_tokens": "all",
+        "num_register_tokens": 1,
+    }
+    | {"num_distillation_tokens": 1, "distillation_head": False},
+    "tasks": {"num_cls_tokens": 2, "tasks": TASKS, "num_distillation_tokens": 1},
+}
+
+
+@pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
+def test_a_head_reads_the_tokens_with_a_gradient(fields: dict) -> None:
+    config = build_tiny_config(**fields)
+    model = randomize(
+        (ViTCLSForMultiTaskClassification if config.tasks else ViTCLSForImageClassification)(config)
+    )
+    sequences: list[torch.Tensor] = []
+
+    def record(norm: nn.Module, args: tuple, sequence: torch.Tensor) -> None:
+        sequence.retain_grad()
+        sequences.append(sequence)
+
+    model.vitcls.layernorm.register_forward_hook(record)
+    outputs = model(build_images(batch=1)).logits
+    tensors = outputs.values() if isinstance(outputs, dict) else [outputs]
+    torch.stack([tensor.square().sum() for tensor in tensors]).sum().backward()
+    gradient = sequences[0].grad[0].abs().sum(dim=1)  # one value per computed token
+    layout = config.token_layout
+    expected = set(gradient[: layout.num_prefix_tokens].nonzero().flatten().tolist())
+    if gradient[layout.patches].any():
+        expected.add(PATCHES)
+    assert TokenUse(config).read_tokens == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "indices", "heads"),
+    [
+        ({"num_register_tokens": 1}, [0], [""]),
+        ({"num_register_tokens": 1}, [1], []),
+        ({"num_distillation_tokens": 1}, [1], ["distillation"]),
+        ({"num_cls_tokens": 3, "cls_pooling": "mean"}, [1], []),
+        ({"num_cls_tokens": 3, "cls_pooling": "mean"}, [0, 1, 2], [""]),
+        ({"pooling": "cls_mean"}, [0], []),
+    ],
+)
+def test_heads_that_tokens_feed_alone_are_found(
+    fields: dict[str, Any], indices: list[int], heads: list[str]
+) -> None:
+    config = build_tiny_config(**fields)
+    assert TokenUse(config).find_heads_of(indices) == heads
