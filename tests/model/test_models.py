@@ -193,7 +193,11 @@ def test_every_parameter_of_a_block_option_is_used(fields: dict[str, Any]) -> No
     [
         (ViTCLSForImageClassification, BLOCKS["tokens"], {"labels": torch.tensor([0, -100])}),
         (ViTCLSForImageClassification, {"use_mask_token": True}, {"labels": torch.tensor([0, 2])}),
-        (ViTCLSForImageClassification, {"pooled_layers": [1]}, {"labels": torch.tensor([0, 2])}),
+        (
+            ViTCLSForImageClassification,
+            {"pooled_layers": [1, -1]},
+            {"labels": torch.tensor([0, 2])},
+        ),
         (
             ViTCLSForMultiTaskClassification,
             {"num_cls_tokens": 2, "tasks": TASKS, "pooled_norm": True},
