@@ -10,4 +10,8 @@ from .functions import run_addition
 
 
 OPTIONS_CLASS = AddClassOptions
-run = run_addition
+
+
+def run(options: AddClassOptions) -> None:
+    """Add the classes, and write the model folder with its card."""
+    run_addition(options)

@@ -11,4 +11,8 @@ from .functions import run_addition
 
 
 OPTIONS_CLASS = AddTaskOptions
-run = run_addition
+
+
+def run(options: AddTaskOptions) -> None:
+    """Add or remove the task, and write the model folder with its card."""
+    run_addition(options)

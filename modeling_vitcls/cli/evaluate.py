@@ -12,4 +12,8 @@ from .functions import run_evaluation
 
 
 OPTIONS_CLASS = EvaluateOptions
-run = run_evaluation
+
+
+def run(options: EvaluateOptions) -> None:
+    """Evaluate the model, its frozen features, or audit the dataset, and print the results."""
+    run_evaluation(options)
