@@ -137,7 +137,9 @@ def test_calibration_uses_the_training_images_of_the_run(
     assert prepare_images([0, None, 2], read_number, 4) == [0, 2]
 
     setup: Any = SimpleNamespace(
-        split="test", model=images.setup.model, evaluator=lambda model: {"num_images": 2}
+        data=SimpleNamespace(split="test"),
+        model=images.setup.model,
+        evaluator=lambda model: {"num_images": 2},
     )
     monkeypatch.chdir(tmp_path)
     for dataset, published in (("digits", "digits"), ("mine", "path/to/mine")):
