@@ -88,7 +88,7 @@ def plot_curve(config: ViTCLSConfig, findings: Findings, name: str) -> Figure:
     uniform_values = findings.uniform_entropy_by_token.tolist() if name == "entropy" else []
     baselines = sorted({float(f"{value:.5g}") for value in uniform_values})
 
-    figure, axes = create_axes(title, y_label)
+    figure, axes = create_titled_figure(title, y_label)
     for style, line in zip(styles, lines.unbind(dim=-1), strict=True):
         head_values = line if line.ndim == 2 else line.unsqueeze(1)  # [L, H]
         draw_line(
@@ -153,7 +153,7 @@ def plot_norms(config: ViTCLSConfig, findings: Findings) -> Figure:
     become outliers (Darcet et al. 2023, arXiv 2309.16588).
     """
     styles = get_token_styles(config)
-    figure, axes = create_axes("Norms of tokens and patches", "norm")
+    figure, axes = create_titled_figure("Norms of tokens and patches", "norm")
 
     # [L + 1] each
     low, median, high = findings.patch_norms.float().quantile(torch.tensor(PATCH_QUANTILES), dim=1)
@@ -195,7 +195,7 @@ def plot_norm_histogram(config: ViTCLSConfig, findings: Findings, layer: int = -
     title = "Norms of the patches"
     if mode is not None:
         title += f", after layer {range(len(findings.patch_norms))[layer]}"
-    figure, axes = create_axes(title, "patches, logarithmic")
+    figure, axes = create_titled_figure(title, "patches, logarithmic")
 
     is_outlier = np.sqrt(edges[1:] * edges[:-1]) >= (math.inf if mode is None else mode.threshold)
     colors = [OUTLIER_COLOR if each else GROUP_COLORS["patches"] for each in is_outlier]
@@ -228,7 +228,7 @@ def plot_norm_histogram(config: ViTCLSConfig, findings: Findings, layer: int = -
 # Axes ---------------------------------------------------------------------------------------------
 
 
-def create_axes(title: str, y_label: str) -> tuple[Figure, Axes]:
+def create_titled_figure(title: str, y_label: str) -> tuple[Figure, Axes]:
     """Create a figure with a title."""
     figure = create_figure(*FIGURE_SIZE)
     axes = figure.add_subplot()

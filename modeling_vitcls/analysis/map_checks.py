@@ -124,13 +124,13 @@ def check_maps(model: Any, images: Iterable[torch.Tensor], seed: int = 0) -> dic
             random_deletion=random_means[0],
             random_insertion=random_means[1],
             weight_correlation=sum(correlations[name]) / len(map_curves),
-            p_value=compare_curves(map_curves, random_curves),
+            p_value=compute_p_value(map_curves, random_curves),
         )
         for name, map_curves in curves_by_map.items()
     }
 
 
-def compare_curves(curves: torch.Tensor, random_curves: torch.Tensor) -> float:
+def compute_p_value(curves: torch.Tensor, random_curves: torch.Tensor) -> float:
     """Return the p-value of the null hypothesis that `curves` are not better than random ones.
 
     Curves are [images, 2, fractions]. The test is a one-sided Wilcoxon test over images, for
