@@ -140,14 +140,17 @@ def test_results_equal_cleanlab(
 
     Outliers have the largest distance to their ten nearest neighbors.
     """
-    from cleanlab import Datalab
+    from cleanlab.count import num_label_issues
 
     audited, flipped, _ = planted
-    lab = Datalab({"label": audited.labels}, label_name="label", verbosity=0)
-    lab.find_issues(pred_probs=audited.probabilities, issue_types={"label": {}})
-    expected = np.flatnonzero(lab.get_issues("label")["is_label_issue"])
+    is_wrong = audited.probabilities.argmax(axis=1) != audited.labels
+    assert audited.accuracy == 1 - is_wrong.mean()
     scores = audited.probabilities[np.arange(len(audited.labels)), audited.labels]
-    expected = expected[np.argsort(scores[expected], kind="stable")]
+    number = num_label_issues(
+        audited.labels, audited.probabilities, estimation_method="off_diagonal"
+    )
+    expected = np.argsort(scores, kind="stable")[:number]
+    expected = expected[is_wrong[expected]]
     rows = audit["label"]
     names = np.array(audited.names)
     assert rows["row"].tolist() == expected.tolist()
@@ -230,13 +233,15 @@ def test_images_listed_by_an_audit_are_left_out_of_training(
         "issue"
     ].value_counts().to_dict()
 
-    *_, warning, summary, saved = capsys.readouterr().out.splitlines()
+    *_, warning, summary, accuracy, saved = capsys.readouterr().out.splitlines()
     assert saved.split() == ["saved", *str(page).split(), "and", "page.csv"]
     kinds = ("num_images", "duplicate", "label", "outlier", "overlap")
     assert re.findall(r"\d+", f"{warning} {summary}") == [
         str(counts[kind]) for kind in ("across_splits", *kinds)
     ]
     assert "of photos</h1>" in page.read_text()
+    assert f"{counts['accuracy']:.1%}" in accuracy
+    assert f"{counts['accuracy']:.1%}" in page.read_text()
 
     pairs = {
         (Path(row["id"]).stem, Path(row["other"]).stem)
@@ -254,7 +259,7 @@ def test_images_listed_by_an_audit_are_left_out_of_training(
         DataOptions(str(tmp_path / "photos"), exclude=page.with_suffix(".csv"))
     )
     excluded = set(table["id"][table["split"] == "train"])
-    assert without.num_excluded == len(excluded) == 301 - len(without.train)
+    assert len(without.excluded) == len(excluded) == 301 - len(without.train)
     assert not excluded & set(without.train.images.get_names())
     assert len(without.held_out) == 105
 
