@@ -484,7 +484,10 @@ def describe_probe(record: dict[str, Any]) -> str:
     """Return the choice as text, with the result of the simplest candidate for comparison."""
     chosen = describe_candidate(record)
     if "accuracy" not in record:
-        return f"logistic regression on {chosen}: too few images to choose by cross-validation"
+        return (
+            f"logistic regression on {chosen}, without cross-validation, which requires two images "
+            f"of each of two classes, and {NUM_FOLDS} such images"
+        )
     text = (
         f"logistic regression on {chosen}, chosen from {len(record['candidates'])} candidates by "
         f"{record['num_folds']}-fold cross-validation on {record['num_images_of_choice']:,} "
