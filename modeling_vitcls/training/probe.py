@@ -406,7 +406,12 @@ class Probe:
     def fit_classifier(self, probe: FittedProbe, with_selection: bool) -> None:
         """Set the classifier to the regression of a probe."""
         num_labels = self.model.config.num_labels
-        fitted = run_on_main(self.accelerator, lambda: probe.fit(num_labels, with_selection))
+
+        def fit() -> LinearClassifier:
+            with report_work("fitting the classifier"):
+                return probe.fit(num_labels, with_selection)
+
+        fitted = run_on_main(self.accelerator, fit)
         with torch.no_grad():
             self.model.classifier.weight.copy_(torch.from_numpy(fitted.weight))
             self.model.classifier.bias.copy_(torch.from_numpy(fitted.bias))
