@@ -750,9 +750,14 @@ def choose_bias(
         labels: [N]; those of the new classes start at `num_old`.
 
     Raises:
-        ValueError: if no new image is recognized at this cost.
+        ValueError: if no new image is recognized at this cost, or none was left out.
     """
     is_old = labels < num_old
+    if is_old.all():
+        raise ValueError(
+            "one image of each new class is too few, because it cannot be left out of the fits to "
+            "measure what the class costs. Add images to `dataset`"
+        )
     margins = logits[:, :num_old].max(axis=1) - logits[:, num_old:].max(axis=1)
     was_right = logits[:, :num_old].argmax(axis=1) == labels
     is_right_new = logits[:, num_old:].argmax(axis=1) + num_old == labels
