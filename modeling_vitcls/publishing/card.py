@@ -33,6 +33,7 @@ from ..inference.metric_tables import (
     build_metric_rows,
     format_name,
     format_percent,
+    format_small_percent,
     get_metric_names,
 )
 from ..model.configuration_vitcls import MIN_TRANSFORMERS_VERSION
@@ -363,7 +364,8 @@ def describe_addition(name: str, record: dict[str, Any]) -> dict[str, Any]:
         "dataset": format_name(record["dataset"]),
         "reads": f"layers {', '.join(map(str, record['layers']))}: {TOKEN_TEXTS[record['tokens']]}",
         "result": result,
-        "cost": f"{record['relative_flops']:.3%} FLOPs, {record['num_parameters']:,} parameters",
+        "cost": f"{format_small_percent(record['relative_flops'])} FLOPs, "
+        f"{record['num_parameters']:,} parameters",
     }
 
 

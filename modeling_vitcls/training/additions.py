@@ -59,6 +59,7 @@ from ..inference.linear_probe import (
     fit_classifier,
     list_candidates,
 )
+from ..inference.metric_tables import format_small_percent
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, count_output_tokens
 from ..runtime.distributed import set_mixed_precision
@@ -461,7 +462,7 @@ def describe_cost(old: Any, new: Any) -> dict[str, Any]:
 
 def format_cost(record: dict[str, Any]) -> str:
     return (
-        f"{record['relative_flops']:.3%} of the forward pass (FLOPs), "
+        f"{format_small_percent(record['relative_flops'])} of the forward pass (FLOPs), "
         f"{record['num_parameters']:,} parameters"
     )
 
