@@ -306,7 +306,11 @@ def predict_out_of_fold(kind: str, images: AuditedImages) -> np.ndarray:
             len(images.names),
             [LAST_LAYER],
         )
-        assert choice.score is not None  # `check_class_sizes`
+        if choice.score is None:
+            raise ValueError(
+                "`frozen='logreg'` requires two images of each of two classes. Add images, or set "
+                "`frozen='knn'`"
+            )
         return softmax(choice.score.logits, axis=1)
     classifier = build_classifier(kind, len(images.labels) * (NUM_FOLDS - 1) // NUM_FOLDS)
     with warnings.catch_warnings():
@@ -317,20 +321,12 @@ def predict_out_of_fold(kind: str, images: AuditedImages) -> np.ndarray:
 
 
 def check_class_sizes(parts: Iterable[LabeledImages]) -> None:
-    """Raise ValueError if the classes are too small for the cross-validation.
-
-    One class needs an image for each fold, and another one two images.
-    """
+    """Raise ValueError if no class has an image for each fold of the cross-validation."""
     sizes = Counter(label for images in parts for label in images.labels if label != IGNORED_LABEL)
     if sizes and max(sizes.values()) < NUM_FOLDS:
         raise ValueError(
             f"`audit` with `frozen` requires {NUM_FOLDS} images of a class, but the largest class "
             f"has {max(sizes.values())}. Add images, or audit with a classifier (without `frozen`)"
-        )
-    if sum(size > 1 for size in sizes.values()) < 2:
-        raise ValueError(
-            "`audit` with `frozen` requires two images of each of two classes. Add images, or audit "
-            "with a classifier (without `frozen`)"
         )
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers.tiny_models import build_tiny_config, save_with_processor
+from helpers.photo_folders import write_photos
+from helpers.tiny_models import build_tiny_config, raises_one_line, save_with_processor
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
@@ -262,6 +263,37 @@ def test_images_listed_by_an_audit_are_left_out_of_training(
     assert len(without.excluded) == len(excluded) == 301 - len(without.train)
     assert not excluded & set(without.train.images.get_names())
     assert len(without.held_out) == 105
+
+
+def test_the_only_image_of_a_class_is_not_checked(tmp_path: Path) -> None:
+    photos = write_photos(tmp_path / "photos", range(8))
+    write_photos(photos, range(1), "bird")
+    save_with_processor(ViTCLSModel(build_tiny_config()), tmp_path / "model")
+    options = EvaluateOptions(
+        str(tmp_path / "model"),
+        DataOptions(str(photos), num_workers=0),
+        frozen="logreg",
+        audit=tmp_path / "page.html",
+    )
+    found, _, _ = load_audited_images(options)
+    names = [found.names[label] for label in found.labels[found.is_checked]]
+    assert names == ["cat"] * 8 + ["dog"] * 8
+    assert audit_checkpoint(options)["num_images"] == 17
+
+
+def test_logistic_regression_needs_two_classes_of_two_images(tmp_path: Path) -> None:
+    photos = write_photos(tmp_path / "photos", range(8), "cat")
+    write_photos(photos, range(1), "bird")
+    save_with_processor(ViTCLSModel(build_tiny_config()), tmp_path / "model")
+    options = EvaluateOptions(
+        str(tmp_path / "model"),
+        DataOptions(str(photos), num_workers=0),
+        frozen="logreg",
+        audit=tmp_path / "page.html",
+    )
+    with raises_one_line("two images", "`frozen='knn'`"):
+        audit_checkpoint(options)
+    assert not options.audit.exists()
 
 
 def test_audit_needs_a_classifier_or_frozen_features(tmp_path: Path) -> None:
