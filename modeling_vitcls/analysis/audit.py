@@ -129,8 +129,8 @@ def audit_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
         )
     console.print(
         f"{len(images.ids):,} images: {counts['duplicate']} near duplicates, {counts['label']} "
-        f"possible label errors, {counts['outlier']} outliers, {counts['overlap']} pairs of classes "
-        "that overlap"
+        f"possible label errors, {counts['outlier']} outliers, {counts['overlap']} pairs of "
+        "classes that overlap"
     )
     if counts["label"]:
         console.print(
