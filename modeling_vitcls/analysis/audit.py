@@ -6,8 +6,9 @@
 
 Label errors, outliers and overlapping classes are cleanlab's (Northcutt et al. 2021, arXiv
 1911.00068). Probabilities must come from a model that was not trained on the image: held-out, or
-out-of-fold for a run with folds. Near duplicates are neighbors in the model's features, or in small
-copies of the images, whose pixels agree.
+out-of-fold for a run with folds. A classifier that is wrong about many images also lists many right
+labels, so its accuracy is printed beside their number. Near duplicates are neighbors in the model's
+features, or in small copies of the images, whose pixels agree.
 """
 
 import warnings
@@ -43,15 +44,21 @@ from ..hub.model_files import PREDICTIONS_FILE
 from ..inference.evaluate import MAX_BATCH_SIZE, set_up_evaluation
 from ..inference.frozen import build_classifier
 from ..inference.image_pass import ImagePass, stack_rows
+from ..inference.linear_probe import Candidate, choose_probe
 from ..inference.load_model import TORCH, load_for_inference
 from ..inference.options import EvaluateOptions
 from ..model.heads_vitcls import IGNORED_LABEL
 from ..runtime.errors import describe_installation
 from ..runtime.files import escape_csv_cell, write_atomically
+from ..runtime.progress import report_work
 from .report import encode_data_url
 
 
 NUM_FOLDS = 5  # folds of the cross-validation with `frozen`
+# The classifier's features: CLS and the mean of the patches. Scaling them changed nothing.
+LAST_LAYER = Candidate((-1,), "cls_mean", "raw")
+# of cleanlab's choices, the one with the fewest right labels (docs/evaluating.md)
+LABEL_FILTER = "low_self_confidence"
 NUM_NEIGHBORS = 5  # neighbors in feature space whose pixels are compared
 THUMBNAIL_SIZE = 32  # side of the compared images in pixels
 MAX_PIXEL_DISTANCE = 0.1  # maximum distance of near duplicates, 1 - correlation of the pixels
@@ -74,6 +81,19 @@ class AuditedImages:
     features: np.ndarray  # [N, D]
     pixels: np.ndarray  # [N, THUMBNAIL_SIZE, THUMBNAIL_SIZE, 3], uint8
     names: list[str]  # of the labels
+
+    @property
+    def is_checked(self) -> np.ndarray:
+        """Return whether the label of each image [N] can be checked."""
+        return np.isfinite(self.probabilities).all(axis=1)
+
+    @property
+    def accuracy(self) -> float:
+        """Return the fraction of the checked labels that are predicted; NaN without any."""
+        if not self.is_checked.any():
+            return float("nan")
+        predicted = self.probabilities[self.is_checked].argmax(axis=1)
+        return float((predicted == self.labels[self.is_checked]).mean())
 
 
 def audit_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
@@ -109,14 +129,20 @@ def audit_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
         )
     console.print(
         f"{len(images.ids):,} images: {counts['duplicate']} near duplicates, {counts['label']} "
-        f"likely label errors, {counts['outlier']} outliers, {counts['overlap']} pairs of classes "
-        "that overlap"
+        f"possible label errors, {counts['outlier']} outliers, {counts['overlap']} pairs of "
+        "classes that overlap"
     )
+    if counts["label"]:
+        console.print(
+            f"the classifier that checked the labels predicts {images.accuracy:.1%} of them: the "
+            "lower this number, the more of the possible label errors are right labels"
+        )
     console.print(f"saved {options.audit} and {csv_file.name}", markup=False)
     return counts | {
         "across_splits": across,
         "num_images": len(images.ids),
         "num_unreadable_images": num_unreadable,
+        "accuracy": images.accuracy,
     }
 
 
@@ -201,7 +227,9 @@ def load_audited_images(options: EvaluateOptions) -> tuple[AuditedImages, int, C
         probabilities = read_fold_probabilities(folds, audited.ids, len(model_space.names))
         audited = replace(audited, probabilities=probabilities)
     elif options.frozen:
-        audited = replace(audited, probabilities=predict_out_of_fold(options.frozen, audited))
+        with report_work("cross-validation", console):
+            probabilities = predict_out_of_fold(options.frozen, audited)
+        audited = replace(audited, probabilities=probabilities)
     return audited, num_unreadable, console
 
 
@@ -266,7 +294,24 @@ def join_parts(parts: Sequence[AuditedImages]) -> AuditedImages:
 
 
 def predict_out_of_fold(kind: str, images: AuditedImages) -> np.ndarray:
-    """Return the probabilities [N, L] of a classifier that was fitted without the image."""
+    """Return the probabilities [N, L] of a classifier that was fitted without the image.
+
+    The regularization of a logistic regression is chosen, because the probabilities of one that
+    fits every training image mark many more right labels. The only image of a class has NaN.
+    """
+    if kind == "logreg":
+        choice = choose_probe(
+            lambda _: images.features.astype(np.float64),
+            images.labels,
+            len(images.names),
+            [LAST_LAYER],
+        )
+        if choice.score is None:
+            raise ValueError(
+                "`frozen='logreg'` requires two images of each of two classes. Add images, or set "
+                "`frozen='knn'`"
+            )
+        return softmax(choice.score.logits, axis=1)
     classifier = build_classifier(kind, len(images.labels) * (NUM_FOLDS - 1) // NUM_FOLDS)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # classes with fewer than five images
@@ -319,17 +364,18 @@ def audit_dataset(images: AuditedImages) -> dict[str, pd.DataFrame]:
 
 
 def find_label_errors(images: AuditedImages) -> pd.DataFrame:
-    """Return the images that confident learning marks as likely label errors.
+    """Return the images that confident learning marks as possible label errors.
 
-    The score is the label's probability, from a model that was not trained on the image.
+    Confident learning estimates their number; they are those with the lowest score. The
+    score is the label's probability, from a model that was not trained on the image.
     """
     from cleanlab.filter import find_label_issues
     from cleanlab.rank import get_label_quality_scores
 
-    known = np.flatnonzero(np.isfinite(images.probabilities).all(axis=1))
+    known = np.flatnonzero(images.is_checked)
     labels, probabilities = images.labels[known], images.probabilities[known]
     scores = get_label_quality_scores(labels, probabilities, method="self_confidence")
-    is_issue = find_label_issues(labels, probabilities, n_jobs=1)
+    is_issue = find_label_issues(labels, probabilities, filter_by=LABEL_FILTER, n_jobs=1)
     order = np.argsort(scores, kind="stable")
     order = order[is_issue[order]]
     rows = build_rows(images, known[order], scores[order])
@@ -351,7 +397,7 @@ def find_class_overlap(images: AuditedImages) -> pd.DataFrame:
     """Return pairs of classes, those with the most images of the other class first."""
     from cleanlab.dataset import find_overlapping_classes
 
-    known = np.isfinite(images.probabilities).all(axis=1)
+    known = images.is_checked
     table = find_overlapping_classes(
         images.labels[known], images.probabilities[known], class_names=images.names
     )
@@ -455,6 +501,8 @@ def write_audit(
         counts={issue: len(rows) for issue, rows in audit.items()},
         across=count_pairs_across_splits(audit),
         num_images=len(images.ids),
+        num_checked=int(images.is_checked.sum()),
+        accuracy=images.accuracy,
         thumbnail=lambda row: encode_data_url(Image.fromarray(images.pixels[row])),
         csv_name=csv_file.name,
     )

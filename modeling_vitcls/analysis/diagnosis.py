@@ -56,7 +56,8 @@ class Outcome(RatedText):
     # the token alone feeds a head: every replacement has an effect, so there is no test
     READ = "read by the classifier", "good"
     OUTPUT = "an output of the encoder", "good"
-    # outputs depend on the token more than on a random token in its place
+    # outputs depend on the token more than on a random token in its place, or a head reads it
+    # together with other tokens
     EFFECT = "has an effect", "good"
     # outputs depend on the token, but a random token in its place does as well
     REPLACEABLE = "replaceable", "neutral"

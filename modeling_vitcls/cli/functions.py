@@ -131,7 +131,7 @@ def evaluate(model: str | Path, dataset: Any, **flags: Unpack[EvaluateFlags]) ->
 
     Returns:
         The metrics that `vitcls evaluate --output FILE` writes or, if `audit` is set, the numbers
-        of issues.
+        of issues, and the accuracy of the predictions that the labels were checked with.
 
     Raises:
         TypeError, ValueError, OSError: as in `finetune`.

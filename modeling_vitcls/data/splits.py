@@ -39,6 +39,8 @@ from .streaming import MAX_HELD_OUT_IMAGES, StreamedImages, open_streams
 HELD_OUT_SPLITS = ("validation", "valid", "val", "dev", "test")
 # Splits that `vitcls evaluate` reads, in order of precedence.
 EVALUATION_SPLITS = ("test", *HELD_OUT_SPLITS[:-1])
+# fraction of the training images from which `--exclude` warns that right labels may be listed
+MAX_EXCLUDED_FRACTION = 0.05
 
 Data = TypeVar("Data")
 
@@ -79,8 +81,8 @@ class TrainingData:
     # images for selecting the best checkpoint (`--select best`), as `held_out`
     selection: Any = None
     selection_name: str = ""  # name of the selection split, or description of the rule
-    # number of training images that `--exclude` leaves out; None without it
-    num_excluded: int | None = None
+    # training images that `--exclude` leaves out; None without it
+    excluded: LabeledImages | None = None
 
     @property
     def num_training_images(self) -> int | None:
@@ -177,11 +179,9 @@ def load_training_data(
         if options.streaming and len(held_out) == MAX_HELD_OUT_IMAGES:
             held_out_name += f", evaluated on the first {MAX_HELD_OUT_IMAGES:,} images"
 
-    num_excluded = None
+    excluded = None
     if options.exclude is not None:
-        num_images = len(train)
-        train = exclude_images(train, training_splits.train, options.exclude)
-        num_excluded = num_images - len(train)
+        train, excluded = exclude_images(train, training_splits.train, options.exclude)
 
     selection = None
     selection_name = ""
@@ -203,12 +203,14 @@ def load_training_data(
         record=record,
         selection=selection,
         selection_name=selection_name,
-        num_excluded=num_excluded,
+        excluded=excluded,
     )
 
 
-def exclude_images(images: LabeledImages, split: str, file: Path) -> LabeledImages:
-    """Return the training images without those that a table of the audit lists in this split.
+def exclude_images(
+    images: LabeledImages, split: str, file: Path
+) -> tuple[LabeledImages, LabeledImages]:
+    """Return the training images to keep, and those that a table of the audit lists in this split.
 
     Held-out images are never left out, because this would only make the accuracy look better. Raise
     ValueError if the table does not have the columns `split` and `id`, or lists only other images
@@ -240,7 +242,8 @@ def exclude_images(images: LabeledImages, split: str, file: Path) -> LabeledImag
         raise ValueError(
             f"`exclude={str(file)!r}` lists all {len(names):,} training images. Keep some of them"
         )
-    return images.select(kept)
+    others = sorted(set(range(len(names))) - set(kept))
+    return images.select(kept), images.select(others)
 
 
 class TrainingSplits(NamedTuple):
@@ -427,6 +430,35 @@ def describe_change(
                 + numbers
             )
     return None
+
+
+def describe_exclusion(training_data: TrainingData) -> list[str]:
+    """Return a warning if `--exclude` leaves out many images, or most images of a class."""
+    excluded = training_data.excluded
+    if not excluded:
+        return []
+    parts: list[Any] = [excluded, training_data.train]  # streams have no `exclude`
+    if training_data.selection is not None:
+        parts.append(training_data.selection)
+    num_images = sum(map(len, parts))
+    text = f"`exclude` leaves out {len(excluded):,} of {num_images:,} training images"
+
+    emptied = []
+    if all(map(is_stratified, parts)):
+        sizes = Counter(label for part in parts for label in part.labels)
+        emptied = [
+            training_data.label_space.names[label]
+            for label, count in sorted(Counter(excluded.labels).items())
+            if count > sizes[label] / 2
+        ]
+    if emptied:
+        text += f", most of those of {format_name_list(emptied)}"
+    elif len(excluded) <= MAX_EXCLUDED_FRACTION * num_images:
+        return []
+    return [
+        f"{text}. Many of their labels may be right: look at the page of the audit, and delete the "
+        "rows of images to keep from the table"
+    ]
 
 
 def describe_missing_classes(training_data: TrainingData) -> list[str]:

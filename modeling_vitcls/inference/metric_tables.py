@@ -89,6 +89,11 @@ def format_percent(value: float | None) -> str:
     return "–" if value is None else f"{value:.2%}"
 
 
+def format_small_percent(value: float) -> str:
+    """Return a positive fraction as a percentage with three decimals, never as 0."""
+    return f"{value:.3%}" if value >= 1e-5 else "less than 0.001%"
+
+
 def format_name(name: str) -> str:
     """Return a name from a dataset as inline Markdown code on one line.
 

@@ -57,7 +57,7 @@ class EvaluateOptions(EngineOptions):
     per_image: Path | None = None
     """Parquet file with one row per image: label, prediction, probabilities and loss."""
     audit: Path | None = None
-    """HTML page of likely label errors, near duplicates, outliers and overlapping classes, with a
+    """HTML page of possible label errors, near duplicates, outliers and overlapping classes, with a
     CSV file for `finetune --exclude` in the same folder. Checks the labels of held-out images; with
     --frozen logreg, or if --model is the output folder of a run with --folds, all labels."""
     overwrite: bool = False

@@ -33,6 +33,7 @@ from ..inference.metric_tables import (
     build_metric_rows,
     format_name,
     format_percent,
+    format_small_percent,
     get_metric_names,
 )
 from ..model.configuration_vitcls import MIN_TRANSFORMERS_VERSION
@@ -111,6 +112,7 @@ def render_card(
         "version": __version__,
         "images": images,
         "report_file": REPORT_FILE if has_report else None,
+        "has_token_effects": has_token_effects(folder),
         "license": get_license_source(folder),
         "has_code": folder.has_weights and not folder.is_native,
         "is_native": folder.is_native,
@@ -118,6 +120,7 @@ def render_card(
         "parity": folder.parity_report,
         "onnx": folder.onnx_report,
         "certificate": folder.certificate,
+        "added_classes": [format_name(label) for label in list_added_classes(folder)],
         "additions": [
             describe_addition(name, record) for name, record in list_additions(folder).items()
         ],
@@ -175,7 +178,7 @@ def build_metadata(folder: ModelFolder, name: str) -> dict[str, Any]:
         metadata["metrics"] = ["accuracy" if "accuracy" in results else "mean_average_precision"]
     # A dataset type is required in the model index, and the only valid types are datasets on the
     # Hub.
-    if metric_names and metadata["datasets"]:
+    if metric_names and metadata["datasets"] and not list_added_classes(folder):
         metadata |= {"model_name": name, "eval_results": build_eval_results(folder, metric_names)}
     return metadata
 
@@ -315,6 +318,24 @@ def list_additions(folder: ModelFolder) -> dict[str, Any]:
     return {name: records[name] for name in heads if name in records}
 
 
+def list_added_classes(folder: ModelFolder) -> list[str]:
+    """Return the classes that were added after the results of the run were measured."""
+    records = list_additions(folder).values()
+    return [
+        label for record in records if record["kind"] == "classes" for label in record["labels"]
+    ]
+
+
+def has_token_effects(folder: ModelFolder) -> bool:
+    """Return whether the report of a run measures the effects of the special tokens.
+
+    They are news only if there are several tokens, and training changed them.
+    """
+    config = folder.config
+    has_several_tokens = config is not None and config.token_layout.num_prefix_tokens > 1
+    return has_several_tokens and folder.results.get("steps") != 0
+
+
 def describe_addition(name: str, record: dict[str, Any]) -> dict[str, Any]:
     """Return the variables of the row of an added task or of added classes."""
     is_task = record["kind"] == "task"
@@ -343,7 +364,8 @@ def describe_addition(name: str, record: dict[str, Any]) -> dict[str, Any]:
         "dataset": format_name(record["dataset"]),
         "reads": f"layers {', '.join(map(str, record['layers']))}: {TOKEN_TEXTS[record['tokens']]}",
         "result": result,
-        "cost": f"{record['relative_flops']:.3%} FLOPs, {record['num_parameters']:,} parameters",
+        "cost": f"{format_small_percent(record['relative_flops'])} FLOPs, "
+        f"{record['num_parameters']:,} parameters",
     }
 
 

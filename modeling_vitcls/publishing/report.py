@@ -24,6 +24,7 @@ from ..hub.model_files import REPORT_FILE
 from ..hub.model_folder import ModelFolder
 from ..model import modeling_vitcls
 from ..runtime.progress import track
+from .card import has_token_effects
 from .card_images import write_card_images
 from .held_out_predictions import describe_predictions
 
@@ -68,7 +69,6 @@ def inspect_run(folder: ModelFolder, images: InspectionImages) -> Inspection:
     """Measure the model of a run on its held-out images, in the precision of the run."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = folder.load(getattr(modeling_vitcls, folder.architecture)).to(device)
-    num_tokens = model.config.token_layout.num_prefix_tokens
     is_bfloat16 = folder.results.get("mixed_precision") == "bf16"
 
     with torch.autocast(device.type, torch.bfloat16, enabled=is_bfloat16):
@@ -76,9 +76,7 @@ def inspect_run(folder: ModelFolder, images: InspectionImages) -> Inspection:
             model,
             folder.load_processor(),
             **images.build_arguments(*choose_numbers_of_images(folder.results)),
-            # Effects of tokens are news only if there are several tokens, and training changed
-            # them.
-            has_ablations=num_tokens > 1 and folder.results.get("steps") != 0,
+            has_ablations=has_token_effects(folder),
             has_map_checks=False,  # they would take longer than the features of a small dataset
             token_movement=folder.results.get("token_movement"),
             watch=lambda items, description: track(

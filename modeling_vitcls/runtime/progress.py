@@ -4,9 +4,11 @@
     with report_work("writing report.html"):                       writing report.html, for 0:00:30
 
 All passes over images use `track`. A thread prints the lines, so that a single slow item doesn't
-delay them.
+delay them. Short stages that follow one another share the 30 seconds: the features of three parts,
+20 seconds each, are not a silent minute.
 """
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -19,6 +21,7 @@ from rich.progress import Progress
 
 
 LINE_SECONDS = 30  # seconds between lines
+MAX_GAP_SECONDS = 10  # between two stages that share the time until the next line
 
 Item = TypeVar("Item")
 
@@ -90,10 +93,12 @@ def report_work(description: str, console: Console | None = None) -> Iterator[No
 def print_regularly(describe: Callable[[], str], console: Console) -> Iterator[None]:
     """Print the text that `describe` returns every 30 seconds of the `with` block."""
     is_finished = threading.Event()
+    silence.start_stage()
 
     def print_lines() -> None:
-        while not is_finished.wait(LINE_SECONDS):
+        while not is_finished.wait(silence.get_remaining_seconds()):
             console.print(describe(), markup=False)
+            silence.start = time.monotonic()
 
     thread = threading.Thread(target=print_lines, daemon=True)
     thread.start()
@@ -102,3 +107,24 @@ def print_regularly(describe: Callable[[], str], console: Console) -> Iterator[N
     finally:
         is_finished.set()
         thread.join()
+        silence.end_of_stage = time.monotonic()
+
+
+class Silence:
+    """When the last line was printed, over all stages of the process."""
+
+    def __init__(self) -> None:
+        self.start = self.end_of_stage = -math.inf
+
+    def start_stage(self) -> None:
+        """Count from now, unless another stage has just ended."""
+        now = time.monotonic()
+        if now - self.end_of_stage > MAX_GAP_SECONDS:
+            self.start = now
+
+    def get_remaining_seconds(self) -> float:
+        """Return the time until the next line."""
+        return max(0.0, self.start + LINE_SECONDS - time.monotonic())
+
+
+silence = Silence()

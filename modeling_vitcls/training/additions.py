@@ -59,6 +59,7 @@ from ..inference.linear_probe import (
     fit_classifier,
     list_candidates,
 )
+from ..inference.metric_tables import format_small_percent
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, count_output_tokens
 from ..runtime.distributed import set_mixed_precision
@@ -461,7 +462,7 @@ def describe_cost(old: Any, new: Any) -> dict[str, Any]:
 
 def format_cost(record: dict[str, Any]) -> str:
     return (
-        f"{record['relative_flops']:.3%} of the forward pass (FLOPs), "
+        f"{format_small_percent(record['relative_flops'])} of the forward pass (FLOPs), "
         f"{record['num_parameters']:,} parameters"
     )
 
@@ -750,9 +751,14 @@ def choose_bias(
         labels: [N]; those of the new classes start at `num_old`.
 
     Raises:
-        ValueError: if no new image is recognized at this cost.
+        ValueError: if no new image is recognized at this cost, or none was left out.
     """
     is_old = labels < num_old
+    if is_old.all():
+        raise ValueError(
+            "one image of each new class is too few, because it cannot be left out of the fits to "
+            "measure what the class costs. Add images to `dataset`"
+        )
     margins = logits[:, :num_old].max(axis=1) - logits[:, num_old:].max(axis=1)
     was_right = logits[:, :num_old].argmax(axis=1) == labels
     is_right_new = logits[:, num_old:].argmax(axis=1) + num_old == labels

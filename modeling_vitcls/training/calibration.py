@@ -4,7 +4,8 @@
     fine-tuned model      logits of the selection images
     no selection images   logits of half of the held-out images; the error is reported for the other half
 
-A temperature that makes the calibration error of these images larger is not kept.
+A temperature that makes the calibration error of these images larger is not kept. It may still make
+the reported error larger, which is that of other images.
 """
 
 from dataclasses import dataclass
@@ -113,7 +114,7 @@ def compute_loss(logits: np.ndarray, labels: np.ndarray) -> float:
 def describe_images(images: str, num_images: int) -> str:
     if images == "cross-validation":
         return f"{num_images:,} training images, each by a regression that was not fitted to it"
-    return f"{num_images:,} {images} images that are not reported"
+    return f"{num_images:,} {images} images"
 
 
 def measure_errors(
@@ -128,7 +129,10 @@ def measure_errors(
     after = compute_error(logits, labels)
     text = ""
     if len(labels) >= MIN_ERROR_IMAGES:
-        text = f"; calibration error {100 * before:.1f} -> {100 * after:.1f} points"
+        text = (
+            f"; calibration error of {len(labels):,} other images {100 * before:.1f} -> "
+            f"{100 * after:.1f} points"
+        )
     return {"calibration_error_before": before, "calibration_error": after}, text
 
 

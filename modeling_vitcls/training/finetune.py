@@ -24,7 +24,12 @@ from ..data.batches import Batch, Normalizer
 from ..data.held_out import read_held_out_record
 from ..data.images import LabeledImages
 from ..data.sampling import compute_class_weights
-from ..data.splits import TrainingData, describe_missing_classes, load_training_data
+from ..data.splits import (
+    TrainingData,
+    describe_exclusion,
+    describe_missing_classes,
+    load_training_data,
+)
 from ..hub.local_paths import strip_folders
 from ..inference.evaluator import Evaluator
 from ..inference.metrics import SELECTION_METRICS
@@ -114,8 +119,8 @@ def build_training_setup(
 
     teacher_name = options.distillation.teacher
     warnings = [
+        *describe_exclusion(data),
         *describe_missing_classes(data),
-        *describe_imbalance(options, data),
         *describe_overlap(initial, data),
     ]
     return TrainingSetup(
@@ -140,15 +145,34 @@ def build_training_setup(
     )
 
 
-def describe_imbalance(options: FinetuneOptions, data: TrainingData) -> list[str]:
-    """Return a warning if the largest class is `MAX_CLASS_RATIO` times as large as the smallest."""
-    if data.class_ratio <= MAX_CLASS_RATIO or options.training.class_balance != "none":
-        return []
-    return [
+def describe_imbalance(options: FinetuneOptions, data: TrainingData, has_steps: bool) -> str | None:
+    """Return a warning about classes of very different sizes, or about weights without effect.
+
+    The regression of the probe has no class weights. Classes differ if the largest has more than
+    `MAX_CLASS_RATIO` times as many training images as the smallest.
+    """
+    training = options.training
+    if training.class_balance != "none":
+        if has_steps:
+            return None
+        remedy = "read the line 'steps' to train"
+        if training.trainable == "head":
+            remedy = "set `probe=False` to train the head in steps"
+        return (
+            "`class_balance='weights'` has no effect, because it weights the loss of training "
+            f"steps, and this run has none. Remove it, or {remedy}"
+        )
+    if data.class_ratio <= MAX_CLASS_RATIO:
+        return None
+    advice = "The accuracy hardly depends on small classes: compare macro F1"
+    if describe_missing_classes(data):
+        advice = "No result measures the classes without held-out images: add images of them"
+    if has_steps:
+        advice += ", and set `class_balance='weights'`"
+    return (
         f"the largest class has {data.class_ratio:.0f} times as many training images as the "
-        "smallest. The accuracy hardly depends on small classes: compare macro F1, and set "
-        "`class_balance='weights'`"
-    ]
+        f"smallest. {advice}"
+    )
 
 
 def build_objective(

@@ -406,7 +406,12 @@ class Probe:
     def fit_classifier(self, probe: FittedProbe, with_selection: bool) -> None:
         """Set the classifier to the regression of a probe."""
         num_labels = self.model.config.num_labels
-        fitted = run_on_main(self.accelerator, lambda: probe.fit(num_labels, with_selection))
+
+        def fit() -> LinearClassifier:
+            with report_work("fitting the classifier"):
+                return probe.fit(num_labels, with_selection)
+
+        fitted = run_on_main(self.accelerator, fit)
         with torch.no_grad():
             self.model.classifier.weight.copy_(torch.from_numpy(fitted.weight))
             self.model.classifier.bias.copy_(torch.from_numpy(fitted.bias))
@@ -484,7 +489,10 @@ def describe_probe(record: dict[str, Any]) -> str:
     """Return the choice as text, with the result of the simplest candidate for comparison."""
     chosen = describe_candidate(record)
     if "accuracy" not in record:
-        return f"logistic regression on {chosen}: too few images to choose by cross-validation"
+        return (
+            f"logistic regression on {chosen}, without cross-validation, which requires two images "
+            f"of each of two classes, and {NUM_FOLDS} such images"
+        )
     text = (
         f"logistic regression on {chosen}, chosen from {len(record['candidates'])} candidates by "
         f"{record['num_folds']}-fold cross-validation on {record['num_images_of_choice']:,} "

@@ -182,10 +182,12 @@ def describe_splits(
             f"the best checkpoint is selected on {selection_text} separate images "
             f"({data.selection_name})"
         )
-    if data.num_excluded is not None:
-        total = data.num_excluded + (data.num_training_images or 0)
+    if data.excluded is not None:
+        num_excluded = len(data.excluded)
+        num_selection = 0 if data.selection is None else len(data.selection)
+        total = num_excluded + num_selection + (data.num_training_images or 0)
         lines["excluded"] = (
-            f"{data.num_excluded:,} of {total:,} training images are left out (`exclude`)"
+            f"{num_excluded:,} of {total:,} training images are left out (`exclude`)"
         )
 
     is_streamed = isinstance(data.held_out, StreamedImages)

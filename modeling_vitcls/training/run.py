@@ -111,6 +111,10 @@ def run(kind: ModuleType, options: Options, on_checkpoint: Callable[[Path], None
         if options.run.dry_run:
             loaded = reduce_for_dry_run(loaded)
         print_summary(loaded, environment)
+        if isinstance(loaded.options, FinetuneOptions) and (
+            warning := finetune.describe_imbalance(loaded.options, loaded.data, loaded.has_steps)
+        ):
+            reporter.warn(warning)
 
         frozen = fit_probe(loaded, environment)
         features_before = measure_features(loaded, environment)
@@ -275,6 +279,8 @@ def train_steps(
             text = f"the checkpoint of step {selected_step:,}, with the best evaluation"
             if selected_step == 0:
                 text = "the frozen model: fine-tuning was not clearly better"
+                if frozen is not None and options.training.class_balance == "weights":
+                    text += ". Its regression has no class weights"
             reporter.print_line("selected", text)
         seconds = loop.get_training_seconds()
 

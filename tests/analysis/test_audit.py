@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers.tiny_models import build_tiny_config, save_with_processor
+from helpers.photo_folders import write_photos
+from helpers.tiny_models import build_tiny_config, raises_one_line, save_with_processor
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
@@ -140,14 +141,17 @@ def test_results_equal_cleanlab(
 
     Outliers have the largest distance to their ten nearest neighbors.
     """
-    from cleanlab import Datalab
+    from cleanlab.count import num_label_issues
 
     audited, flipped, _ = planted
-    lab = Datalab({"label": audited.labels}, label_name="label", verbosity=0)
-    lab.find_issues(pred_probs=audited.probabilities, issue_types={"label": {}})
-    expected = np.flatnonzero(lab.get_issues("label")["is_label_issue"])
+    is_wrong = audited.probabilities.argmax(axis=1) != audited.labels
+    assert audited.accuracy == 1 - is_wrong.mean()
     scores = audited.probabilities[np.arange(len(audited.labels)), audited.labels]
-    expected = expected[np.argsort(scores[expected], kind="stable")]
+    number = num_label_issues(
+        audited.labels, audited.probabilities, estimation_method="off_diagonal"
+    )
+    expected = np.argsort(scores, kind="stable")[:number]
+    expected = expected[is_wrong[expected]]
     rows = audit["label"]
     names = np.array(audited.names)
     assert rows["row"].tolist() == expected.tolist()
@@ -230,13 +234,15 @@ def test_images_listed_by_an_audit_are_left_out_of_training(
         "issue"
     ].value_counts().to_dict()
 
-    *_, warning, summary, saved = capsys.readouterr().out.splitlines()
+    *_, warning, summary, accuracy, saved = capsys.readouterr().out.splitlines()
     assert saved.split() == ["saved", *str(page).split(), "and", "page.csv"]
     kinds = ("num_images", "duplicate", "label", "outlier", "overlap")
     assert re.findall(r"\d+", f"{warning} {summary}") == [
         str(counts[kind]) for kind in ("across_splits", *kinds)
     ]
     assert "of photos</h1>" in page.read_text()
+    assert f"{counts['accuracy']:.1%}" in accuracy
+    assert f"{counts['accuracy']:.1%}" in page.read_text()
 
     pairs = {
         (Path(row["id"]).stem, Path(row["other"]).stem)
@@ -254,9 +260,40 @@ def test_images_listed_by_an_audit_are_left_out_of_training(
         DataOptions(str(tmp_path / "photos"), exclude=page.with_suffix(".csv"))
     )
     excluded = set(table["id"][table["split"] == "train"])
-    assert without.num_excluded == len(excluded) == 301 - len(without.train)
+    assert len(without.excluded) == len(excluded) == 301 - len(without.train)
     assert not excluded & set(without.train.images.get_names())
     assert len(without.held_out) == 105
+
+
+def test_the_only_image_of_a_class_is_not_checked(tmp_path: Path) -> None:
+    photos = write_photos(tmp_path / "photos", range(8))
+    write_photos(photos, range(1), "bird")
+    save_with_processor(ViTCLSModel(build_tiny_config()), tmp_path / "model")
+    options = EvaluateOptions(
+        str(tmp_path / "model"),
+        DataOptions(str(photos), num_workers=0),
+        frozen="logreg",
+        audit=tmp_path / "page.html",
+    )
+    found, _, _ = load_audited_images(options)
+    names = [found.names[label] for label in found.labels[found.is_checked]]
+    assert names == ["cat"] * 8 + ["dog"] * 8
+    assert audit_checkpoint(options)["num_images"] == 17
+
+
+def test_logistic_regression_needs_two_classes_of_two_images(tmp_path: Path) -> None:
+    photos = write_photos(tmp_path / "photos", range(8), "cat")
+    write_photos(photos, range(1), "bird")
+    save_with_processor(ViTCLSModel(build_tiny_config()), tmp_path / "model")
+    options = EvaluateOptions(
+        str(tmp_path / "model"),
+        DataOptions(str(photos), num_workers=0),
+        frozen="logreg",
+        audit=tmp_path / "page.html",
+    )
+    with raises_one_line("two images", "`frozen='knn'`"):
+        audit_checkpoint(options)
+    assert not options.audit.exists()
 
 
 def test_audit_needs_a_classifier_or_frozen_features(tmp_path: Path) -> None:

@@ -245,7 +245,9 @@ def test_listed_images_of_the_training_split_are_excluded(tmp_path: Path) -> Non
         DatasetImages.from_list([{"path": None, "bytes": b"image"}] * 4), [0, 1, 2, 3]
     )
     (tmp_path / "audit.csv").write_text("id,split\n1,train\n2,test\n3,train\n", encoding="utf-8")
-    assert exclude_images(images, "train", tmp_path / "audit.csv").labels == [0, 2]
+    kept, excluded = exclude_images(images, "train", tmp_path / "audit.csv")
+    assert kept.labels == [0, 2]
+    assert excluded.labels == [1, 3]
     for name in ("id", "split"):
         (tmp_path / "audit.csv").write_text(f"{name}\n1\n", encoding="utf-8")
         with raises_one_line("`exclude=", "audit.csv"):

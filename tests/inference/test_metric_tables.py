@@ -1,7 +1,13 @@
 """Tables of measured metrics: their titles, cells and names."""
 
+import pytest
+
 from modeling_vitcls import ViTCLSConfig
-from modeling_vitcls.inference.metric_tables import build_class_tables, get_metric_names
+from modeling_vitcls.inference.metric_tables import (
+    build_class_tables,
+    format_small_percent,
+    get_metric_names,
+)
 
 
 def test_up_to_20_classes_are_listed_in_one_line_each() -> None:
@@ -28,3 +34,10 @@ def test_up_to_20_classes_are_listed_in_one_line_each() -> None:
 
     keys = get_metric_names({"size_accuracy": 0.0, "accuracy": 0.0, "macro_f1": None}, config)
     assert list(keys) == ["accuracy", "size_accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.00016, "0.016%"), (1e-5, "0.001%"), (0.0, "less than 0.001%")]
+)
+def test_a_small_cost_is_never_printed_as_zero(value: float, text: str) -> None:
+    assert format_small_percent(value) == text

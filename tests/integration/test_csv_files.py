@@ -95,7 +95,37 @@ def test_audits_contain_no_formulas_and_exclude_the_images_they_list(
         tmp_path / "out", photos, held_out_fraction=0.5, exclude=tmp_path / "edited.csv"
     )
 
-    assert prepare_setup(options).data.num_excluded == 1
+    assert len(prepare_setup(options).data.excluded) == 1
+
+
+@pytest.mark.parametrize(
+    ("listed", "expected"),
+    [
+        ({"cat": 1}, None),
+        ({"cat": 2, "dog": 2}, "4 of 64 training images. "),
+        ({"cat": 16}, "16 of 64 training images. "),
+        ({"cat": 17}, "17 of 64 training images, most of those of cat. "),
+    ],
+)
+def test_leaving_out_many_images_or_most_of_a_class_is_a_warning(
+    listed: dict[str, int], expected: str | None, tmp_path: Path
+) -> None:
+    write_photos(tmp_path / "photos" / "train", range(32))
+    write_photos(tmp_path / "photos" / "test", range(32, 36))
+    table = tmp_path / "audit.csv"
+    ids = [
+        f"train,train/{name}/{number}.png"
+        for name, count in listed.items()
+        for number in range(count)
+    ]
+    table.write_text("\n".join(["split,id", *ids]))
+    options = build_tiny_options(tmp_path / "out", tmp_path / "photos", exclude=table)
+    warnings = prepare_setup(options).setup.warnings
+    if expected is None:
+        assert warnings == []
+    else:
+        (warning,) = warnings
+        assert expected in warning
 
 
 def test_an_edited_audit_is_replaced_only_with_overwrite(

@@ -99,6 +99,46 @@ def test_the_card_of_a_classifier_shows_what_was_measured(tmp_path: Path) -> Non
     assert "report.html" not in text
 
 
+def test_results_before_a_class_was_added_are_named_as_such(tmp_path: Path) -> None:
+    head = {"labels": ["dawn"], "adds_classes": True}
+    config = build_tiny_config(
+        num_labels=4,
+        id2label={0: "dusk", 1: "noon", 2: "x", 3: "dawn"},
+        extra_heads={"added": head},
+    )
+    record = {
+        "kind": "classes",
+        "labels": ["dawn"],
+        "dataset": "new",
+        "layers": [-1],
+        "tokens": "cls",
+        "relative_flops": 0.00001,
+        "num_parameters": 33,
+    }
+    flags = {"dataset": "ann/photos"}
+    before = load_card(write_run_folder(tmp_path / "old", flags=flags))
+    folder = write_run_folder(
+        tmp_path / "mine", {"additions": {"added": record}}, flags, config=config
+    )
+    card = load_card(folder)
+    assert "before `dawn` was added" not in before.text
+    assert "before `dawn` was added" in card.text
+    assert before.data.eval_results
+    assert not card.data.eval_results
+
+
+@pytest.mark.parametrize(("steps", "has_effects"), [(0, False), (5, True)])
+def test_the_card_promises_effects_of_tokens_only_if_the_report_has_them(
+    steps: int, has_effects: bool, tmp_path: Path
+) -> None:
+    config = build_tiny_config(num_cls_tokens=1, num_register_tokens=1)
+    folder = write_run_folder(tmp_path / "mine", {"steps": steps}, config=config)
+    (folder / "report.html").touch()
+    text = load_card(folder).text
+    assert "shows the attention" in text
+    assert ("measured effects" in text) is has_effects
+
+
 def test_a_card_describes_the_run_the_architecture_and_the_use(tmp_path: Path) -> None:
     config = build_tiny_config(num_cls_tokens=2, num_register_tokens=3, image_size=[32, 40])
     flags = {

@@ -35,6 +35,15 @@ def test_short_work_prints_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert log.file.getvalue() == ""  # type: ignore[attr-defined]
 
 
+def test_short_stages_in_a_row_are_not_silent_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.5)
+    log = Console(file=io.StringIO())
+    for stage in range(4):
+        with report_work(f"stage {stage}", log):
+            time.sleep(0.2)
+    assert "stage 2" in log.file.getvalue()  # type: ignore[attr-defined]
+
+
 def test_no_line_is_printed_after_an_error() -> None:
     log = Console(file=io.StringIO())
     with pytest.raises(ValueError, match="stop"), report_work("fitting", log):

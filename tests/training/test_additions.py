@@ -407,6 +407,14 @@ def test_the_bias_loses_at_most_the_allowed_images() -> None:
     assert choice.num_recognized == (moved[200:].argmax(axis=1) == 3).sum() > 0
 
 
+def test_one_image_of_a_new_class_is_too_few_to_measure_its_cost(
+    digits: Path, tmp_path: Path
+) -> None:
+    old = build_dataset(list(map(str, TARGETS)))
+    with raises_one_line("one image of each new class"):
+        add_class(digits, [(IMAGES[0], "new")], tmp_path / "new", old_dataset=old)
+
+
 def test_classes_that_cost_too_much_are_refused_with_the_figure() -> None:
     logits = np.array([[1.0, 0.0, 0.9]] * 50 + [[9.0, 0.0, 0.0]] * 2)
     labels = np.array([0] * 50 + [2] * 2)

@@ -359,16 +359,36 @@ def test_the_losses_of_classes_are_weighted_on_request(color_images: Path, tmp_p
 def test_macro_f1_is_printed_for_imbalanced_classes(
     num_images: int, is_imbalanced: bool, color_images: Path, tmp_path: Path
 ) -> None:
-    """The other class has one image. Weights of the classes make the warning unnecessary."""
+    """The other class has one image. Weights of the classes make the warning unnecessary.
+
+    Without training steps, weights have no effect, so that they are not recommended.
+    """
     run = prepare_setup(tiny_options(tmp_path / "out", color_images))
     dusk, noon = (np.flatnonzero(np.equal(run.data.train.labels, each)) for each in (0, 1))
     rare = replace(run.data, train=run.data.train.select([*dusk[:num_images], noon[0]]))
     initial = resolve_initial_model("vitcls-tiny")
     setup = build_training_setup(run.options, initial, rare, run.reporter)
     assert ("macro_f1" in setup.printed_metrics) == is_imbalanced
-    assert len(setup.warnings) == is_imbalanced
+    for has_steps in (True, False):
+        warning = describe_imbalance(run.options, rare, has_steps) or ""
+        assert ("macro F1" in warning) == is_imbalanced
+        assert ("`class_balance='weights'`" in warning) == (is_imbalanced and has_steps)
     training = replace(run.options.training, class_balance="weights")
-    assert describe_imbalance(replace(run.options, training=training), rare) == []
+    weighted = replace(run.options, training=training)
+    assert describe_imbalance(weighted, rare, has_steps=True) is None
+    assert "no effect" in describe_imbalance(weighted, rare, has_steps=False)
+
+
+def test_macro_f1_is_not_recommended_if_a_class_is_not_held_out(
+    color_images: Path, tmp_path: Path
+) -> None:
+    run = prepare_setup(tiny_options(tmp_path / "out", color_images))
+    dusk, noon = (np.flatnonzero(np.equal(run.data.train.labels, each)) for each in (0, 1))
+    held_out = run.data.held_out.select(np.flatnonzero(np.equal(run.data.held_out.labels, 0)))
+    rare = replace(run.data, train=run.data.train.select([*dusk[:11], noon[0]]), held_out=held_out)
+    warning = describe_imbalance(run.options, rare, has_steps=True)
+    assert "macro F1" not in warning
+    assert "held-out images" in warning
 
 
 def test_lora_is_merged_into_a_plain_model(pretrained: Path, tmp_path: Path) -> None:

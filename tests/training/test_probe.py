@@ -221,6 +221,16 @@ def test_nothing_is_trained_with_too_few_selection_images(encoder: Path, tmp_pat
     check_regression(tmp_path / "run", results, parts, data.held_out.images)
 
 
+def test_class_weights_without_steps_are_a_warning(
+    encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_training(build_options(tmp_path, encoder, trainable="head", class_balance="weights"))
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "WARNING" in line]
+    (warning,) = (line for line in warnings if "class_balance" in line)
+    assert "no effect" in warning
+    assert "`probe=False`" in warning
+
+
 def test_select_last_trains_on_few_images(
     encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
