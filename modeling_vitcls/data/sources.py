@@ -259,6 +259,8 @@ def open_splits(options: DataOptions, use_labels: bool) -> Any:
         image_splits = read_image_folder(folder, use_labels)
         for note in folder.notes:
             warn_on_first_process(note)
+        for warning in folder.warnings:
+            warn_on_first_process(f"WARNING: {warning}")
         return convert_to_streams(image_splits, options)
     if path.suffix in READERS or path.exists():
         return read_with_datasets(options)
