@@ -17,8 +17,9 @@ folder with a split name contains class folders, because the structure is ambigu
 
 `ImageFolder.notes` lists the unused files (other file types, images next to class folders), and
 `ImageFolder.warnings` the folders that are not read although they look like classes. Hidden files
-are ignored, and so are the folders of models and training runs, which contain figures. A folder that contains at least as many tables as images, and no metadata files,
-is read by the `datasets` library.
+are ignored, and so are the folders of models and training runs, which contain figures. A folder
+that contains at least as many tables as images, and no metadata files, is read by the `datasets`
+library.
 """
 
 import glob
@@ -26,7 +27,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
 from pathlib import Path, PurePosixPath
@@ -201,12 +202,8 @@ def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
             + "/**"
             for name in images_by_folder
         }
-        try:
+        with explain_reading_errors(str(folder.path / folder.metadata[0])):
             return datasets.load_dataset("imagefolder", data_files=patterns)
-        except Exception as error:  # many types of errors on damaged data
-            raise ValueError(
-                f"cannot read {folder.path / folder.metadata[0]}: {format_error(error)}"
-            ) from error
     if use_labels:
         warn_about_folders_without_images(folder, list(images_by_folder))
         return build_labeled_splits(
@@ -216,6 +213,38 @@ def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
         split: build_dataset(folder, split, images) for split, images in images_by_split.items()
     }
     return datasets.DatasetDict(parts)
+
+
+@contextmanager
+def explain_reading_errors(name: str) -> Iterator[None]:
+    """Raise the errors of `datasets` in the block as a one-line ValueError that names the cause.
+
+    `datasets` does not log them. `name` is the dataset or the file.
+    """
+    import datasets
+
+    verbosity = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        yield
+    except datasets.data_files.EmptyDatasetError:
+        raise ValueError(f"{name} contains no images and no tables. Check the path") from None
+    except Exception as error:  # the readers raise many types of errors on damaged data
+        cause: BaseException = error
+        while isinstance(cause, datasets.exceptions.DatasetGenerationError) and cause.__cause__:
+            cause = cause.__cause__
+        if isinstance(cause, UnicodeDecodeError):
+            raise ValueError(
+                f"{name} is not encoded as UTF-8. Save it as UTF-8, such as with the file type "
+                "'CSV UTF-8' of a spreadsheet"
+            ) from error
+        raise ValueError(
+            f"cannot read the dataset {name!r} ({type(cause).__name__}: {format_error(cause)}). "
+            "Check the path and the file format: CSV, JSON Lines or Parquet, or a folder of images "
+            "or of such files"
+        ) from error
+    finally:
+        datasets.logging.set_verbosity(verbosity)
 
 
 # Splits and classes -------------------------------------------------------------------------------

@@ -24,7 +24,12 @@ from ..data.batches import Batch, Normalizer
 from ..data.held_out import read_held_out_record
 from ..data.images import LabeledImages
 from ..data.sampling import compute_class_weights
-from ..data.splits import TrainingData, describe_missing_classes, load_training_data
+from ..data.splits import (
+    TrainingData,
+    describe_copies,
+    describe_missing_classes,
+    load_training_data,
+)
 from ..hub.local_paths import strip_folders
 from ..inference.evaluator import Evaluator
 from ..inference.metrics import SELECTION_METRICS
@@ -115,6 +120,7 @@ def build_training_setup(
     teacher_name = options.distillation.teacher
     warnings = [
         *describe_missing_classes(data),
+        *describe_copies(data),
         *describe_imbalance(options, data),
         *describe_overlap(initial, data),
     ]

@@ -322,7 +322,12 @@ def test_predictions_are_for_every_image(tmp_path: Path) -> None:
 def write_run(folder: Path) -> Path:
     """Write the files of a training run that a scan of its folder sees."""
     write_images(folder, "images/attention.png")
-    for name in ("config.json", "preprocessor_config.json", "config.resolved.yaml", "metrics.jsonl"):
+    for name in (
+        "config.json",
+        "preprocessor_config.json",
+        "config.resolved.yaml",
+        "metrics.jsonl",
+    ):
         (folder / name).write_text("{}\n")
     return folder
 

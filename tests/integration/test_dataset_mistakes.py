@@ -67,3 +67,68 @@ def test_an_output_folder_in_a_split_is_refused(tmp_path: Path) -> None:
     for split in ("train", "test"):
         write_photos(tmp_path / split, range(4))
     assert finetune(tmp_path / "test" / "run", "--dataset", str(tmp_path)) == 1
+
+
+# Labels and tables --------------------------------------------------------------------------------
+
+
+def write_table(root: Path, labels: list[str], encoding: str = "utf-8") -> Path:
+    """Write a table of labels and their images."""
+    write_photos(root, range(len(labels)), "all")
+    rows = [f"all/{number}.png,{label}" for number, label in enumerate(labels)]
+    table = root / "table.csv"
+    table.write_text("\n".join(["file_name,label", *rows]) + "\n", encoding=encoding)
+    return table
+
+
+def test_a_table_in_another_encoding_is_named_in_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    table = write_table(tmp_path, ["hüte", "schuhe"] * 4, "latin-1")
+    assert finetune(tmp_path / "run", "--dataset", str(table)) == 1
+    error = capfd.readouterr().err
+    assert f"error: {table} is not encoded as UTF-8" in error
+    assert "Failed to read" not in error
+    assert "evaluate --help" not in error
+
+
+def test_labels_that_differ_only_in_case_or_white_space_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    labels = ["pants", "PANTS", "pants ", "hat"]
+    table = write_table(tmp_path, labels * 3)
+    assert finetune(tmp_path / "run", "--dataset", str(table)) == 0
+    assert "'PANTS' and 'pants' and 'pants '" in caplog.text
+    assert "'hat'" not in caplog.text
+
+
+@pytest.mark.parametrize("flag", ["--label-column", "--label-names", "--image-column"])
+def test_flags_of_tables_are_refused_for_other_data(
+    flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert finetune(tmp_path / "run", "--dataset", "digits", flag, "nope") == 1
+    assert f"Remove {flag}" in capsys.readouterr().err
+
+
+def test_label_names_are_refused_if_the_folders_have_other_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = write_photos(tmp_path / "photos", range(5))
+    flags = ["--dataset", str(photos), "--label-names"]
+    assert finetune(tmp_path / "run", *flags, "a", "b") == 1
+    error = capsys.readouterr().err
+    assert "cat, dog" in error
+    assert "Remove --label-names" in error
+    assert finetune(tmp_path / "run", *flags, "cat", "dog") == 0
+
+
+def test_the_summary_names_all_images_and_classes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = write_photos(tmp_path / "photos", range(20))
+    write_photos(photos, range(20, 30), "ant")
+    flags = ["--dataset", str(photos), "--select", "best"]
+    assert finetune(tmp_path / "run", *flags) == 0
+    output = capsys.readouterr().out
+    assert "32 training images, 8 selection images, 10 held-out images" in output
+    assert "classes   ant 10, cat 20, dog 20" in output
