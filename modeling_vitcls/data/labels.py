@@ -330,7 +330,7 @@ def build_label_column(
         if options.label_names not in (None, tuple(class_label.names)):
             raise ValueError(
                 f"`label_names` has no effect on {options.dataset}, which has the labels "
-                f"{', '.join(class_label.names[:20])}. Remove `label_names`"
+                f"{', '.join(map(repr, class_label.names[:20]))}. Remove `label_names`"
             )
         return LabelColumn(name, list(class_label.names), is_declared=True)
     if options.label_names is not None:

@@ -23,7 +23,7 @@ from ..data.splits import HELD_OUT_SPLITS, TrainingData, is_stratified
 from ..data.streaming import StreamedImages
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
-from ..runtime.files import write_atomically
+from ..runtime.files import replace_control_characters, write_atomically
 from ..runtime.messages import format_message
 from ..runtime.progress import LINE_SECONDS
 from ..runtime.system import describe_device, get_versions
@@ -213,11 +213,12 @@ def describe_class_sizes(data: TrainingData) -> str:
     if not data.label_space.columns or not all(map(is_stratified, parts)):
         return ""
     counts = Counter(label for part in parts for label in part.labels)
-    sizes = [(counts[label], name) for label, name in enumerate(data.label_space.names)]
+    names = map(replace_control_characters, data.label_space.names)
+    sizes = [(counts[label], name) for label, name in enumerate(names)]
     if len(sizes) > MAX_NAMED_CLASSES:
         (smallest, first), (largest, last) = min(sizes), max(sizes)
         return f"from {smallest:,} images ({first}) to {largest:,} ({last})"
-    return ", ".join(f"{name} {size:,}" for size, name in sizes)
+    return ", ".join(f"{name}: {size:,}" for size, name in sizes)
 
 
 def format_result(metrics: dict[str, Any], names: tuple[str, ...]) -> str:

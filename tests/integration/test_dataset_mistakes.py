@@ -117,7 +117,7 @@ def test_label_names_are_refused_if_the_folders_have_other_names(
     flags = ["--dataset", str(photos), "--label-names"]
     assert finetune(tmp_path / "run", *flags, "a", "b") == 1
     error = capsys.readouterr().err
-    assert "cat, dog" in error
+    assert "'cat', 'dog'" in error
     assert "Remove --label-names" in error
     assert finetune(tmp_path / "run", *flags, "cat", "dog") == 0
 
@@ -131,4 +131,4 @@ def test_the_summary_names_all_images_and_classes(
     assert finetune(tmp_path / "run", *flags) == 0
     output = capsys.readouterr().out
     assert "32 training images, 8 selection images, 10 held-out images" in output
-    assert "classes   ant 10, cat 20, dog 20" in output
+    assert "classes   ant: 10, cat: 20, dog: 20" in output
