@@ -29,6 +29,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from itertools import chain, pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -45,6 +46,9 @@ IMAGE_SUFFIXES = frozenset(
     ".mpo .pbm .pcx .pgm "
     ".png .pnm .ppm .tga .tif .tiff .webp".split()
 )
+HEIF_SUFFIXES = frozenset(".heic .heics .heif .heifs .hif".split())
+if find_spec("pillow_heif"):
+    IMAGE_SUFFIXES |= HEIF_SUFFIXES
 TABLE_SUFFIXES = frozenset(".arrow .csv .json .jsonl .parquet .tar .tsv .zip".split())
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
@@ -351,10 +355,13 @@ def warn_about_folders_without_images(folder: ImageFolder, split_folders: list[s
         descriptions.append(f"{name} ({counts or 'empty'})")
 
     if descriptions:
+        remedy = "Convert their images to JPEG, or remove the folders"
+        suffixes = {PurePosixPath(file).suffix.lower() for file in folder.other_files}
+        if suffixes & HEIF_SUFFIXES:
+            remedy = "To read HEIC, `pip install pillow-heif`, or convert the images to JPEG"
         folder.warnings.append(
             f"{folder.path}: these folders have no image of a readable type, so they are left "
-            f"out: {format_name_list(descriptions, MAX_NAMED_FOLDERS)}. Convert their images to "
-            "JPEG, or remove the folders"
+            f"out: {format_name_list(descriptions, MAX_NAMED_FOLDERS)}. {remedy}"
         )
 
 

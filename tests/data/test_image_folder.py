@@ -11,6 +11,7 @@ from helpers.photo_folders import write_photos
 from helpers.tiny_models import raises_one_line
 from PIL import Image
 
+from modeling_vitcls.data import image_folder
 from modeling_vitcls.data.evaluated_images import load_evaluation_data
 from modeling_vitcls.data.image_folder import (
     compute_files_digest,
@@ -379,12 +380,12 @@ def test_class_folders_without_readable_images_are_named_with_their_file_types(
     write_photos(tmp_path, range(5))
     (tmp_path / "hats").mkdir()
     (tmp_path / "shoes/2024").mkdir(parents=True)
-    for name in ("a.heic", "b.HEIC", "2024/c.heic", "notes.txt"):
+    for name in ("a.nef", "b.NEF", "2024/c.nef", "notes.txt"):
         (tmp_path / "shoes" / name).write_bytes(b"1")
 
     load(tmp_path)
 
-    assert "hats (empty), shoes (3 .heic, 1 .txt). Convert" in caplog.text
+    assert "hats (empty), shoes (3 .nef, 1 .txt). Convert" in caplog.text
 
 
 def test_splits_and_their_class_folders_without_readable_images_are_named(
@@ -393,8 +394,22 @@ def test_splits_and_their_class_folders_without_readable_images_are_named(
     write_photos(tmp_path / "train", range(3))
     for folder in ("train/shoes", "test/shoes"):
         (tmp_path / folder).mkdir(parents=True)
-        (tmp_path / folder / "a.heic").write_bytes(b"1")
+        (tmp_path / folder / "a.nef").write_bytes(b"1")
 
     load(tmp_path)
 
-    assert "test (1 .heic), train/shoes (1 .heic). Convert" in caplog.text
+    assert "test (1 .nef), train/shoes (1 .nef). Convert" in caplog.text
+
+
+def test_heic_files_are_named_with_the_library_that_reads_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suffixes = image_folder.IMAGE_SUFFIXES - image_folder.HEIF_SUFFIXES
+    monkeypatch.setattr(image_folder, "IMAGE_SUFFIXES", suffixes)
+    write_photos(tmp_path, range(5))
+    (tmp_path / "shoes").mkdir()
+    (tmp_path / "shoes" / "a.heic").touch()
+
+    load(tmp_path)
+
+    assert "shoes (1 .heic). To read HEIC, `pip install pillow-heif`" in caplog.text

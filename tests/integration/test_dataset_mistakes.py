@@ -5,6 +5,9 @@ from pathlib import Path
 import pytest
 from helpers.command_in_process import run_here
 from helpers.photo_folders import write_photos
+from PIL import Image
+
+from modeling_vitcls.runtime.files import read_json
 
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate")]
@@ -132,3 +135,27 @@ def test_the_summary_names_all_images_and_classes(
     output = capsys.readouterr().out
     assert "32 training images, 8 selection images, 10 held-out images" in output
     assert "classes   ant: 10, cat: 20, dog: 20" in output
+
+
+# HEIC ---------------------------------------------------------------------------------------------
+
+
+def test_heic_photos_are_trained_on_and_predicted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Worker processes decode them, too."""
+    pytest.importorskip("pillow_heif").register_heif_opener()
+    photos = write_photos(tmp_path / "photos", range(5))
+    for file in photos.glob("cat/*.png"):
+        with Image.open(file) as image:
+            image.resize((64, 64)).save(file.with_suffix(".HEIC"), "HEIF")
+        file.unlink()
+    flags = ["2" if flag == "0" else flag for flag in TINY]
+
+    run = tmp_path / "run"
+    assert run_here("finetune", *flags, "--output-dir", str(run), "--dataset", str(photos)) == 0
+    assert "cat: 5, dog: 5" in capsys.readouterr().out
+    assert read_json(run / "results.json")["num_unreadable_images"] == 0
+
+    assert run_here("predict", "--model", str(run), str(photos / "cat"), "--num-workers", "1") == 0
+    assert capsys.readouterr().out.count(".HEIC") >= 5
