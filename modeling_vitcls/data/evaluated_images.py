@@ -148,7 +148,7 @@ def load_fitting_and_evaluation_data(
         if part.kind == "whole":
             rule = build_held_out_rule(options)
             is_evaluated, _ = select_held_out(images, rule)
-            check_both_parts(is_evaluated, rule, options.dataset)
+            check_both_parts(is_evaluated, rule, images, options.dataset)
             part = replace(part, kind="fraction")
         fitting_images = images.select(np.flatnonzero(~is_evaluated).tolist())
 

@@ -7,6 +7,10 @@
                                  but at least one image of a class with two or more images
     all other data               the images whose hash, as a number in [0, 1), is less than the fraction
 
+Copies of an image (files with the same content) have the smallest key of all of them, so that they
+are on the same side of the split. Streams, and datasets of more than 100,000 images, are not
+compared.
+
 If images have paths, the split depends on neither the order of the images nor the working
 directory. In a stream, or with several labels per image, whether an image is held out does not
 depend on other images, and the fraction of a class is only approximate. Training prints a warning
@@ -197,6 +201,14 @@ def compute_content_key(stream: BinaryIO) -> int:
             stream.seek(start)
             digest.update(stream.read(CONTENT_PART_BYTES))
     return int.from_bytes(digest.digest(), "little")
+
+
+def join_copies(keys: np.ndarray, content_keys: np.ndarray) -> np.ndarray:
+    """Return the keys [N] of images, with the smallest key of all copies for each copy."""
+    _, group = np.unique(content_keys, return_inverse=True)
+    smallest = np.full(len(keys), np.iinfo(keys.dtype).max)  # of each group
+    np.minimum.at(smallest, group, keys)
+    return smallest[group]
 
 
 def encode_content_keys(keys: np.ndarray) -> str:

@@ -15,21 +15,27 @@ splits if all first-level folders with images have split names. If only some of 
 folders have split names, all first-level folders are classes. In this case, an error is raised if a
 folder with a split name contains class folders, because the structure is ambiguous.
 
-`ImageFolder.notes` lists the unused files (other file types, images next to class folders). Hidden
-files are ignored. A folder that contains at least as many tables as images, and no metadata files,
-is read by the `datasets` library.
+`ImageFolder.notes` lists the unused files (other file types, images next to class folders), and
+`ImageFolder.warnings` the folders that are not read although they look like classes. Hidden files
+are ignored, and so are the folders of models and training runs, which contain figures. A folder
+that contains at least as many tables as images, and no metadata files, is read by the `datasets`
+library.
 """
 
 import glob
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from itertools import chain, pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ..hub.local_paths import BUILT_IN_DATASET
+from ..hub.model_files import CONFIG_FILES, RECIPE_FILE
 from ..runtime.errors import format_error
 from ..runtime.files import replace_control_characters, write_atomically
 from .images import get_cache_file
@@ -40,6 +46,9 @@ IMAGE_SUFFIXES = frozenset(
     ".mpo .pbm .pcx .pgm "
     ".png .pnm .ppm .tga .tif .tiff .webp".split()
 )
+HEIF_SUFFIXES = frozenset(".heic .heics .heif .heifs .hif".split())
+if find_spec("pillow_heif"):
+    IMAGE_SUFFIXES |= HEIF_SUFFIXES
 TABLE_SUFFIXES = frozenset(".arrow .csv .json .jsonl .parquet .tar .tsv .zip".split())
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
@@ -49,6 +58,8 @@ SPLIT_BY_FOLDER_NAME = {
     **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
+ROOT = "."  # the image folder itself, as a relative path
+MAX_NAMED_FOLDERS = 10  # in one warning
 # Number of images from which the table of a folder is stored in the cache.
 MIN_STORED_IMAGES = 10_000
 
@@ -66,7 +77,9 @@ class ImageFolder:
     tables: list[str] = field(default_factory=list)
     # also files with names that are not valid text
     other_files: list[str] = field(default_factory=list)
+    run_folders: list[str] = field(default_factory=list)  # whose files are not listed
     notes: list[str] = field(default_factory=list)  # one line for each kind of unused file
+    warnings: list[str] = field(default_factory=list)  # one line for each kind of unused folder
 
     @property
     def is_image_folder(self) -> bool:
@@ -77,7 +90,7 @@ class ImageFolder:
 def scan_folder(path: Path) -> ImageFolder:
     """Return the files of a folder and its subfolders."""
     folder = ImageFolder(path)
-    for file in list_files(path):
+    for file in list_files(path, folder.run_folders):
         suffix = PurePosixPath(file).suffix.lower()
         if make_printable(file) != file:
             folder.other_files.append(file)
@@ -90,11 +103,12 @@ def scan_folder(path: Path) -> ImageFolder:
     return folder
 
 
-def list_files(root: str | Path) -> Iterator[str]:
+def list_files(root: str | Path, run_folders: list[str] | None = None) -> Iterator[str]:
     """Yield the paths of the files in a folder and its subfolders, sorted within each folder.
 
     Paths are relative to the folder. Hidden files are ignored. Symbolic links to folders are
-    followed, except cycles. Raise OSError if a folder cannot be read.
+    followed, except cycles. With `run_folders`, the folders of models and training runs are added
+    to this list, and subfolders among them are skipped. Raise OSError if a folder cannot be read.
     """
 
     def stop(error: OSError) -> None:
@@ -109,6 +123,12 @@ def list_files(root: str | Path) -> Iterator[str]:
         visible = sorted(name for name in folders if not is_hidden(name))
         folders[:] = [name for name in visible if Path(parent, name).resolve() not in visited]
         relative_parent = Path(parent).relative_to(root)
+        is_run = RECIPE_FILE in files or set(CONFIG_FILES) <= set(files)
+        if is_run and run_folders is not None:
+            run_folders.append(relative_parent.as_posix())
+            if relative_parent.parts:
+                folders.clear()
+                continue
         yield from (
             (relative_parent / name).as_posix() for name in sorted(files) if not is_hidden(name)
         )
@@ -117,13 +137,14 @@ def list_files(root: str | Path) -> Iterator[str]:
 def compute_files_digest(path: Path) -> str | None:
     """Return a hash of the images and tables in a folder, or of one file; None if there is none.
 
-    It is computed from names, sizes and modification times. Files are not read.
+    It is computed from names, sizes and modification times. Files are not read. Folders of training
+    runs are skipped, because they change during a run.
     """
     suffixes = IMAGE_SUFFIXES | TABLE_SUFFIXES
     if path.is_dir():
         files = [
             path / name
-            for name in list_files(path)
+            for name in list_files(path, run_folders=[])
             if PurePosixPath(name).suffix.lower() in suffixes
         ]
     elif path.is_file():
@@ -157,12 +178,23 @@ def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
     except `file_name`. Otherwise, the columns are `image` and, if labels are used, `label`. Without
     labels, images at any depth are included.
 
-    Raise ValueError if labels are used but there are neither class folders nor metadata files, or
-    if the split folders are ambiguous.
+    Raise ValueError if labels are used but there are neither class folders nor metadata files, if
+    the split folders are ambiguous, or if a training run has written its files next to the images.
     """
     import datasets
 
+    if ROOT in folder.run_folders:
+        raise ValueError(
+            f"{folder.path} contains the files of a training run next to the images. Move the "
+            "images, or the folders of the classes, to a folder of their own"
+        )
     images_by_folder = divide_into_splits(folder)
+    skipped = [name for name in folder.run_folders if is_in_splits(name, images_by_folder)]
+    if skipped:
+        folder.warnings.append(
+            f"{folder.path}: skipped folders that a training run has written: "
+            f"{format_name_list(skipped)}. Move them out of the dataset"
+        )
     images_by_split = {
         SPLIT_BY_FOLDER_NAME.get(name.lower(), "train"): images
         for name, images in images_by_folder.items()
@@ -174,13 +206,10 @@ def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
             + "/**"
             for name in images_by_folder
         }
-        try:
+        with explain_reading_errors(str(folder.path / folder.metadata[0])):
             return datasets.load_dataset("imagefolder", data_files=patterns)
-        except Exception as error:  # many types of errors on damaged data
-            raise ValueError(
-                f"cannot read {folder.path / folder.metadata[0]}: {format_error(error)}"
-            ) from error
     if use_labels:
+        warn_about_folders_without_images(folder, list(images_by_folder))
         return build_labeled_splits(
             folder, images_by_split, depth=0 if "" in images_by_folder else 1
         )
@@ -188,6 +217,38 @@ def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
         split: build_dataset(folder, split, images) for split, images in images_by_split.items()
     }
     return datasets.DatasetDict(parts)
+
+
+@contextmanager
+def explain_reading_errors(name: str) -> Iterator[None]:
+    """Raise the errors of `datasets` in the block as a one-line ValueError that names the cause.
+
+    `datasets` does not log them. `name` is the dataset or the file.
+    """
+    import datasets
+
+    verbosity = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        yield
+    except datasets.data_files.EmptyDatasetError:
+        raise ValueError(f"{name} contains no images and no tables. Check the path") from None
+    except Exception as error:  # the readers raise many types of errors on damaged data
+        cause: BaseException = error
+        while isinstance(cause, datasets.exceptions.DatasetGenerationError) and cause.__cause__:
+            cause = cause.__cause__
+        if isinstance(cause, UnicodeDecodeError):
+            raise ValueError(
+                f"{name} is not encoded as UTF-8. Save it as UTF-8, such as with the file type "
+                "'CSV UTF-8' of a spreadsheet"
+            ) from error
+        raise ValueError(
+            f"cannot read the dataset {name!r} ({type(cause).__name__}: {format_error(cause)}). "
+            "Check the path and the file format: CSV, JSON Lines or Parquet, or a folder of images "
+            "or of such files"
+        ) from error
+    finally:
+        datasets.logging.set_verbosity(verbosity)
 
 
 # Splits and classes -------------------------------------------------------------------------------
@@ -235,6 +296,80 @@ def divide_into_splits(folder: ImageFolder) -> dict[str, list[str]]:
         folder, [image for image in folder.images if "/" not in image], "next to the split folders"
     )
     return {name: images_by_folder[name] for name in split_folders}
+
+
+def is_in_splits(path: str, names: Collection[str]) -> bool:
+    """Return whether a relative path is in one of the folders that `divide_into_splits` returns."""
+    return "" in names or path.partition("/")[0] in names
+
+
+def check_output_is_not_read(output_dir: Path, dataset: str) -> None:
+    """Raise ValueError if images in the output folder of a run would be images of the dataset."""
+    root = Path(dataset).resolve()
+    folder = output_dir.resolve()
+    if dataset == BUILT_IN_DATASET or not root.is_dir() or not folder.is_relative_to(root):
+        return
+
+    path = folder.relative_to(root)
+    is_read = folder == root
+    scanned = scan_folder(root)
+    if scanned.is_image_folder and not any(map(is_hidden, path.parts)):
+        is_read = is_read or is_in_splits(path.as_posix(), divide_into_splits(scanned))
+    if is_read:
+        raise ValueError(
+            f"`output_dir={str(output_dir)!r}` is in the folder of the dataset, so that the "
+            "figures of the run would become images of it. Set `output_dir` to a folder outside of "
+            f"{dataset}"
+        )
+
+
+def warn_about_folders_without_images(folder: ImageFolder, split_folders: list[str]) -> None:
+    """Add a warning about folders in the places of classes and splits that have no images.
+
+    `split_folders` are those of `divide_into_splits`.
+    """
+    with_images = set()
+    for image in folder.images:
+        parts = image.split("/", 2)
+        with_images |= {parts[0], "/".join(parts[:2])}
+
+    candidates = list_subfolders(folder.path)
+    if "" not in split_folders:
+        candidates = [name for name in candidates if name.lower() in SPLIT_BY_FOLDER_NAME]
+        for split_folder in split_folders:
+            names = list_subfolders(folder.path / split_folder)
+            candidates += [f"{split_folder}/{name}" for name in names]
+
+    descriptions = []
+    for name in candidates:
+        prefix = f"{name}/"
+        has_runs = any(f"{run}/".startswith(prefix) for run in folder.run_folders)
+        if name in with_images or has_runs:
+            continue
+        types = Counter(
+            PurePosixPath(file).suffix.lower() or "without a suffix"
+            for file in (*folder.other_files, *folder.tables)
+            if file.startswith(prefix)
+        )
+        counts = ", ".join(f"{count:,} {suffix}" for suffix, count in types.most_common())
+        descriptions.append(f"{name} ({counts or 'empty'})")
+
+    if descriptions:
+        remedy = "Convert their images to JPEG, or remove the folders"
+        suffixes = {PurePosixPath(file).suffix.lower() for file in folder.other_files}
+        if suffixes & HEIF_SUFFIXES:
+            remedy = "To read HEIC, `pip install pillow-heif`, or convert the images to JPEG"
+        folder.warnings.append(
+            f"{folder.path}: these folders have no image of a readable type, so they are left "
+            f"out: {format_name_list(descriptions, MAX_NAMED_FOLDERS)}. {remedy}"
+        )
+
+
+def list_subfolders(path: Path) -> list[str]:
+    """Return the names of the visible subfolders, sorted."""
+    return sorted(
+        entry.name for entry in path.iterdir() if entry.is_dir() and not is_hidden(entry.name)
+    )
 
 
 def build_labeled_splits(

@@ -208,6 +208,22 @@ class DatasetImages(Sequence):
                 keys += pool.map(compute_encoded_content_key, images)
         return np.array(keys, np.uint64)
 
+    def compute_sizes(self) -> np.ndarray:
+        """Return the number of bytes of each encoded image; -1 if unknown. Images are not read."""
+        import pyarrow.compute
+
+        values = self.arrow_values
+        sizes = np.full(len(values), -1)
+        paths = values
+        if pyarrow.types.is_struct(values.type):
+            lengths = pyarrow.compute.binary_length(pyarrow.compute.struct_field(values, "bytes"))
+            sizes = pyarrow.compute.fill_null(lengths, -1).to_numpy().astype(np.int64)
+            paths = pyarrow.compute.struct_field(values, "path")
+        for row in np.flatnonzero(sizes < 0).tolist():
+            with suppress(OSError):  # a URL, a file in an archive, or a missing file
+                sizes[row] = Path(resolve_path(self.folder, paths[row].as_py())).stat().st_size
+        return sizes[self.used_rows]
+
     def read_values(self, rows: np.ndarray) -> Iterator[list[Any]]:
         """Yield the values of rows, some rows at a time."""
         for start in range(0, len(rows), ROWS_PER_READ):

@@ -327,6 +327,11 @@ def build_label_column(
     """
     class_label = find_class_label(feature)
     if class_label is not None:
+        if options.label_names not in (None, tuple(class_label.names)):
+            raise ValueError(
+                f"`label_names` has no effect on {options.dataset}, which has the labels "
+                f"{', '.join(map(repr, class_label.names[:20]))}. Remove `label_names`"
+            )
         return LabelColumn(name, list(class_label.names), is_declared=True)
     if options.label_names is not None:
         return LabelColumn(name, list(options.label_names), is_declared=False)
@@ -347,6 +352,22 @@ def build_label_column(
         for value in sorted(distinct_values, key=lambda value: (isinstance(value, str), value))
     ]
     return LabelColumn(name, classes, is_declared=False)
+
+
+def describe_similar_labels(label_space: LabelSpace) -> list[str]:
+    """Return a warning for each column with labels that differ only in case or white space."""
+    warnings = []
+    for column, names in label_space.columns.items():
+        groups: dict[str, list[str]] = {}
+        for name in names:
+            groups.setdefault(" ".join(name.split()).casefold(), []).append(name)
+        similar = [" and ".join(map(repr, group)) for group in groups.values() if len(group) > 1]
+        if similar:
+            warnings.append(
+                f"labels of {column!r} differ only in case or white space and are separate "
+                f"classes: {', '.join(similar[:10])}. Give them one name"
+            )
+    return warnings
 
 
 def split_labels(value: Any, separator: str | None) -> list[Any]:

@@ -29,10 +29,17 @@ import numpy as np
 from ..hub.loading import describe_missing_repo, fall_back_to_cache, is_hub_id
 from ..model.heads_vitcls import IGNORED_LABEL
 from ..runtime.errors import format_error
-from .image_folder import read_image_folder, scan_folder
+from .image_folder import explain_reading_errors, read_image_folder, scan_folder
 from .images import ArrayImages, DatasetImages, LabeledImages
 from .in_memory import MEMORY_PREFIX, get_dataset
-from .labels import UNLABELED, LabelSpace, build_label_reader, find_image_column, is_image_feature
+from .labels import (
+    UNLABELED,
+    LabelSpace,
+    build_label_reader,
+    describe_similar_labels,
+    find_image_column,
+    is_image_feature,
+)
 from .options import DataOptions
 
 
@@ -89,11 +96,29 @@ def load_splits(
     else:
         return load_with_datasets(options, use_labels, select)
 
+    check_columns_not_set(options, splits.label_space)
     images_by_split = {name: splits.images_by_split[name] for name in select(splits.names)}
     if use_labels:
         return replace(splits, images_by_split=images_by_split)
     unlabeled = {name: mark_as_unlabeled(split.images) for name, split in images_by_split.items()}
     return replace(splits, label_space=UNLABELED, images_by_split=unlabeled)
+
+
+def check_columns_not_set(options: DataOptions, label_space: LabelSpace) -> None:
+    """Raise ValueError for flags of columns and labels other than the only ones of a dataset."""
+    only_values = {
+        "image_column": "image",
+        "label_column": tuple(label_space.columns),
+        "label_separator": None,
+        "label_names": tuple(label_space.names),
+    }
+    for name, only_value in only_values.items():
+        value = getattr(options, name)
+        if value not in (None, only_value):
+            raise ValueError(
+                f"`{name}` has no effect on {options.dataset}, whose images and labels are not in "
+                f"a table. Remove `{name}`"
+            )
 
 
 def mark_as_unlabeled(images: Any) -> LabeledImages:
@@ -204,6 +229,8 @@ def load_with_datasets(options: DataOptions, use_labels: bool, select: SplitSele
         return chain.from_iterable(read_column(dataset, column) for dataset in datasets.values())
 
     reader = build_label_reader(options, features, read_all)
+    for warning in describe_similar_labels(reader.label_space):
+        warn_on_first_process(f"WARNING: {options.dataset}: {warning}")
     labeled_splits = {}
     for split, dataset in datasets.items():
         name_row = partial("{}, split {!r}: row {}".format, options.dataset, split)
@@ -259,6 +286,8 @@ def open_splits(options: DataOptions, use_labels: bool) -> Any:
         image_splits = read_image_folder(folder, use_labels)
         for note in folder.notes:
             warn_on_first_process(note)
+        for warning in folder.warnings:
+            warn_on_first_process(f"WARNING: {warning}")
         return convert_to_streams(image_splits, options)
     if path.suffix in READERS or path.exists():
         return read_with_datasets(options)
@@ -278,7 +307,7 @@ def read_with_datasets(options: DataOptions) -> Any:
     import datasets
 
     path = Path(options.dataset)
-    try:
+    with explain_reading_errors(options.dataset):
         if path.suffix in READERS:
             reader = READERS[path.suffix]
             arguments = {"sep": "\t"} if path.suffix == ".tsv" else {}
@@ -292,16 +321,6 @@ def read_with_datasets(options: DataOptions) -> Any:
                 saved if isinstance(saved, dict) else {"train": saved}, options
             )
         return datasets.load_dataset(options.dataset, streaming=options.streaming)
-    except datasets.data_files.EmptyDatasetError:
-        raise ValueError(
-            f"{options.dataset} contains no images and no tables. Check the path"
-        ) from None
-    except Exception as error:  # the readers raise many types of errors on damaged data
-        reason = f"{type(error).__name__}: {format_error(error)}"
-        advice = "Check the path and the file format (`vitcls evaluate --help` lists the formats)"
-        raise ValueError(
-            f"cannot read the dataset {options.dataset!r} ({reason}). {advice}"
-        ) from error
 
 
 def convert_to_streams(splits: Any, options: DataOptions) -> Any:

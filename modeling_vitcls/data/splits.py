@@ -25,7 +25,13 @@ from accelerate import Accelerator
 from ..model.heads_vitcls import IGNORED_LABEL
 from ..runtime.distributed import run_on_main
 from ..runtime.files import escape_csv_cell
-from .held_out import MAX_RECORDED_IMAGES, HeldOutRecord, HeldOutRule, encode_content_keys
+from .held_out import (
+    MAX_RECORDED_IMAGES,
+    HeldOutRecord,
+    HeldOutRule,
+    encode_content_keys,
+    join_copies,
+)
 from .image_folder import describe_single_class, format_name_list
 from .images import DatasetImages, LabeledImages
 from .in_memory import MEMORY_PREFIX
@@ -328,22 +334,40 @@ def hold_out_images(
 
     check_folds(rule, images, dataset)
     is_held_out, record = select_held_out(images, rule)
-    check_both_parts(is_held_out, rule, dataset)
+    check_both_parts(is_held_out, rule, images, dataset)
     train_indices = np.flatnonzero(~is_held_out)
     held_out_indices = np.flatnonzero(is_held_out)
     return images.select(train_indices.tolist()), images.select(held_out_indices.tolist()), record
 
 
 def select_held_out(images: LabeledImages, rule: HeldOutRule) -> tuple[np.ndarray, HeldOutRecord]:
-    """Return whether the rule holds out each image, and the record of the held-out images."""
+    """Return whether the rule holds out each image, and the record of the held-out images.
+
+    Copies of an image are on the same side, unless there are more images than are read for it.
+    """
     keys = images.images.compute_keys()
+    if isinstance(images.images, DatasetImages) and len(images) <= MAX_RECORDED_IMAGES:
+        _, group, counts = np.unique(
+            images.images.compute_sizes(), return_inverse=True, return_counts=True
+        )
+        rows = np.flatnonzero(counts[group] > 1)  # only images of the same size are read
+        content_keys = images.images.select(rows.tolist()).compute_content_keys()
+        keys[rows] = join_copies(keys[rows], content_keys)
     labels = np.array(images.labels) if is_stratified(images) else np.full(len(keys), IGNORED_LABEL)
     is_held_out = rule.select(keys, labels)
     return is_held_out, HeldOutRecord.from_keys(rule, keys[is_held_out])
 
 
-def check_both_parts(is_held_out: np.ndarray, rule: HeldOutRule, dataset: str) -> None:
+def check_both_parts(
+    is_held_out: np.ndarray, rule: HeldOutRule, images: LabeledImages, dataset: str
+) -> None:
     """Raise ValueError if none or all of the images would be held out."""
+    if rule.fraction > 0 and not is_held_out.any() and is_stratified(images):
+        raise ValueError(
+            f"{dataset}: no image can be held out, because each of the {len(set(images.labels))} "
+            "classes has a single image (or copies of one). Add images, choose a different "
+            "`label_column`, or set `held_out_fraction=0` to train on all images"
+        )
     if is_held_out.all() or (not is_held_out.any() and rule.fraction > 0):
         amount, change = ("all", "smaller") if is_held_out.all() else ("none of the", "larger")
         raise ValueError(
@@ -458,6 +482,30 @@ def describe_exclusion(training_data: TrainingData) -> list[str]:
     return [
         f"{text}. Many of their labels may be right: look at the page of the audit, and delete the "
         "rows of images to keep from the table"
+    ]
+
+
+def describe_copies(training_data: TrainingData) -> list[str]:
+    """Return a warning about images of a held-out split that are training images, too.
+
+    Streams, and datasets with more images than are read for it, are not compared. If a rule selects
+    the held-out images, it keeps copies together.
+    """
+    train, held_out = training_data.train, training_data.held_out
+    if training_data.record.split is None:
+        return []
+    if isinstance(train, StreamedImages) or isinstance(held_out, StreamedImages):
+        return []
+    if len(train) + len(held_out) > MAX_RECORDED_IMAGES:
+        return []
+    keys = [part.images.compute_content_keys() for part in (train, held_out)]
+    num_copies = int(np.isin(keys[1], keys[0]).sum())
+    if not num_copies:
+        return []
+    return [
+        f"{num_copies:,} of the {len(held_out):,} held-out images are identical to training "
+        "images, so the result is better than for new images. Remove these images, which `vitcls "
+        "evaluate --audit` lists, from the training split"
     ]
 
 

@@ -38,11 +38,18 @@ from .labels import (
     LabelReader,
     MultiHotLabels,
     build_label_reader,
+    describe_similar_labels,
     find_image_column,
 )
 from .options import DataOptions
 from .sampling import BatchPlan, derive_seed
-from .sources import Splits, get_dataset_folder, get_dataset_name, open_splits
+from .sources import (
+    Splits,
+    get_dataset_folder,
+    get_dataset_name,
+    open_splits,
+    warn_on_first_process,
+)
 
 
 # Maximum number of held-out images of a stream without an evaluation split.
@@ -218,6 +225,8 @@ def open_streams(options: DataOptions, use_labels: bool) -> Splits:
         reader = build_label_reader(
             options, features, lambda column: read_label_column(streams, column, options.dataset)
         )
+        for warning in describe_similar_labels(reader.label_space):
+            warn_on_first_process(f"WARNING: {options.dataset}: {warning}")
     label_space = UNLABELED if reader is None else reader.label_space
     columns = [image_column, *label_space.columns]
     name = get_dataset_name(options.dataset)

@@ -61,7 +61,7 @@ AUTO_MAP = {
 }
 
 # Formats that PIL may open. EPS is excluded, because PIL opens it with an external program.
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO")
+IMAGE_FORMATS = tuple("JPEG PNG WEBP GIF BMP TIFF PPM AVIF JPEG2000 ICO HEIF".split())
 
 # Resampling filters that both backends support.
 RESAMPLING_FILTERS = tuple(map(PILImageResampling, range(4)))  # nearest, Lanczos, bilinear, bicubic
@@ -375,8 +375,17 @@ def read_image(source: ImageSource) -> PIL.Image.Image:
 
 @cache
 def get_image_formats() -> tuple[str, ...]:
-    """Return the formats in `IMAGE_FORMATS` that the installed Pillow can open."""
+    """Return the formats in `IMAGE_FORMATS` that the installed Pillow can open.
+
+    HEIF (HEIC) requires the library pillow-heif.
+    """
     PIL.Image.init()
+    try:  # the scanner of remote code exempts imports in `try`
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
+    except ImportError:
+        pass
     return tuple(name for name in IMAGE_FORMATS if name in PIL.Image.OPEN)
 
 

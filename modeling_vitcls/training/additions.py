@@ -26,6 +26,7 @@ from scipy.special import expit
 from ..conversion.any_checkpoint import resolve
 from ..data.evaluated_images import find_evaluated_images
 from ..data.held_out import ADDITIONS_KEY, HELD_OUT_RECORD_KEY, read_held_out_record
+from ..data.image_folder import check_output_is_not_read
 from ..data.images import LabeledImages
 from ..data.label_matching import match_labels
 from ..data.labels import LabelSpace, get_label_space
@@ -163,6 +164,7 @@ def add_task_from_options(options: AddTaskOptions) -> dict[str, Any]:
             output would change. Nothing is written then.
     """
     check_output_is_empty(options.output_dir)
+    check_output_is_not_read(options.output_dir, options.data.dataset)
     base = load_base(options.model, options)
     check_name(options, base.config)
     changes = (options.remove_task, options.name)
@@ -553,6 +555,7 @@ def add_classes_from_options(options: AddClassOptions) -> dict[str, Any]:
             `max_old_loss` points. Nothing is written.
     """
     check_output_is_empty(options.output_dir)
+    check_output_is_not_read(options.output_dir, options.data.dataset)
     base = load_base(options.model, options)
     label_space = get_label_space(base.config)
     num_labels = base.config.num_labels or 0

@@ -26,6 +26,7 @@ from ..data.images import LabeledImages
 from ..data.sampling import compute_class_weights
 from ..data.splits import (
     TrainingData,
+    describe_copies,
     describe_exclusion,
     describe_missing_classes,
     load_training_data,
@@ -121,6 +122,7 @@ def build_training_setup(
     warnings = [
         *describe_exclusion(data),
         *describe_missing_classes(data),
+        *describe_copies(data),
         *describe_overlap(initial, data),
     ]
     return TrainingSetup(

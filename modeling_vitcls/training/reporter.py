@@ -6,6 +6,7 @@ main process prints and writes.
 
 import json
 import math
+from collections import Counter
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -18,14 +19,17 @@ from torch import nn
 
 from ..data.aspect_ratio import MAX_MEASURED_IMAGES, describe_fit
 from ..data.sampling import BatchPlan
-from ..data.splits import HELD_OUT_SPLITS, TrainingData
+from ..data.splits import HELD_OUT_SPLITS, TrainingData, is_stratified
 from ..data.streaming import StreamedImages
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
-from ..runtime.files import write_atomically
+from ..runtime.files import replace_control_characters, write_atomically
 from ..runtime.messages import format_message
 from ..runtime.progress import LINE_SECONDS
 from ..runtime.system import describe_device, get_versions
+
+
+MAX_NAMED_CLASSES = 12  # in the summary
 
 
 class Reporter:
@@ -173,10 +177,14 @@ def describe_splits(
         lines["split"] = (
             f"training uses the split {data.train_split!r}, because no split is named 'train'"
         )
+    middle_text = "" if data.selection is None else f"{selection_text} selection images, "
     lines["data"] = (
-        f"{data.name}: {train_text} training images, {held_out_text} held-out images "
+        f"{data.name}: {train_text} training images, {middle_text}{held_out_text} held-out images "
         f"({data.held_out_name}); {labels_text}"
     )
+    class_text = describe_class_sizes(data)
+    if class_text:
+        lines["classes"] = class_text
     if data.selection is not None:
         lines["selection"] = (
             f"the best checkpoint is selected on {selection_text} separate images "
@@ -194,6 +202,25 @@ def describe_splits(
     measured = data.held_out.read_first(MAX_MEASURED_IMAGES) if is_streamed else data.held_out
     lines["fit"] = describe_fit(processor, measured.images)
     return lines
+
+
+def describe_class_sizes(data: TrainingData) -> str:
+    """Return the number of images of each class or, of many classes, the smallest and largest.
+
+    It is "" for streams, and for images without labels or with several labels.
+    """
+    parts: list[Any] = [data.train, data.held_out]
+    if data.selection is not None:
+        parts.append(data.selection)
+    if not data.label_space.columns or not all(map(is_stratified, parts)):
+        return ""
+    counts = Counter(label for part in parts for label in part.labels)
+    names = map(replace_control_characters, data.label_space.names)
+    sizes = [(counts[label], name) for label, name in enumerate(names)]
+    if len(sizes) > MAX_NAMED_CLASSES:
+        (smallest, first), (largest, last) = min(sizes), max(sizes)
+        return f"from {smallest:,} images ({first}) to {largest:,} ({last})"
+    return ", ".join(f"{name}: {size:,}" for size, name in sizes)
 
 
 def format_result(metrics: dict[str, Any], names: tuple[str, ...]) -> str:

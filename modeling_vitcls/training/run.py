@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from torch.distributed.fsdp import FSDPModule
 
 from ..data.batches import Normalizer, iterate_training_batches
+from ..data.image_folder import check_output_is_not_read
 from ..data.images import LabeledImages, UnreadableImageCounter
 from ..data.workers import explain_worker_errors
 from ..inference.frozen_features import HeadEvaluator
@@ -89,6 +90,7 @@ def train(
     check_preset_name(options.model.model)
     kind = pretrain if isinstance(options, PretrainOptions) else finetune
     options = resolve_local_paths(kind.check_options(options))  # type: ignore[arg-type]
+    check_output_is_not_read(options.output_dir, options.data.dataset)
     if options.run.dry_run:
         with build_dry_run_options(options) as dry_run_options:
             return run(kind, dry_run_options, None)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections import Counter
 from dataclasses import asdict, replace
 from itertools import chain
@@ -27,7 +28,7 @@ from modeling_vitcls.data.held_out import (
 )
 from modeling_vitcls.data.in_memory import add_dataset
 from modeling_vitcls.data.options import DataOptions
-from modeling_vitcls.data.splits import load_training_data
+from modeling_vitcls.data.splits import describe_copies, load_training_data
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.inference.evaluate import evaluate_checkpoint
 from modeling_vitcls.inference.load_model import load_model
@@ -68,8 +69,10 @@ def evaluate(model: Path, dataset: Path, split: str | None = None, **data: Any) 
 def test_the_split_is_stratified(fraction: float, tmp_path: Path) -> None:
     """Each class with two or more images has held-out images in proportion to its size."""
     sizes = {"ant": 1, "bee": 2, "cat": 3, "dog": 40, "elk": 7}
+    write_photos(tmp_path / "photos", range(max(sizes.values())), *sizes)
     for name, size in sizes.items():
-        write_photos(tmp_path / "photos", range(size), name)
+        for number in range(size, max(sizes.values())):
+            (tmp_path / "photos" / name / f"{number}.png").unlink()
     data = read(tmp_path / "photos", held_out_fraction=fraction)
     names = data.label_space.names
     counts = [
@@ -153,7 +156,7 @@ def test_images_without_paths_are_selected_by_row_on_disk_and_by_content_in_memo
 ) -> None:
     """In memory, equal images are on the same side, in any order.
 
-    On disk, the images are not read.
+    On disk, only images of the same size are read.
     """
     paths = sorted(write_photos(tmp_path / "photos", range(30)).glob("*/*.png"))
     pairs = [(path.read_bytes(), path.parent.name) for path in paths]
@@ -166,7 +169,8 @@ def test_images_without_paths_are_selected_by_row_on_disk_and_by_content_in_memo
     assert found[0] == found[1] == found[2]
     assert len(found[0]) == 12
 
-    rows = {"image": [b"unreadable"] * 60, "label": [label for _, label in pairs]}
+    unreadable = [b"unreadable %d" % row for row in range(60)]
+    rows = {"image": unreadable, "label": [label for _, label in pairs]}
     datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "table.parquet")
     held_out = read(tmp_path / "table.parquet").held_out
     assert len(held_out) == 12
@@ -213,10 +217,47 @@ def test_each_image_is_in_one_fold() -> None:
         )
 
 
+def test_copies_of_an_image_are_on_the_same_side(tmp_path: Path) -> None:
+    """The other images stay on their sides."""
+    folder = write_photos(tmp_path, range(30))
+    before = get_names(read(folder).held_out)
+    for path in sorted(folder.glob("cat/*.png")):
+        shutil.copyfile(path, path.with_name(f"copy {path.name}"))
+
+    data = read(folder)
+
+    held_out = get_names(data.held_out)
+    assert {name for name in held_out if "dog" in name} == {
+        name for name in before if "dog" in name
+    }
+    cats = {name for name in held_out if "cat" in name}
+    assert len(cats) == 12
+    assert {name.replace("copy ", "") for name in cats} == {
+        name for name in cats if "copy" not in name
+    }
+    with_copies = data.build_record()
+    evaluated = load_evaluation_data(DataOptions(str(folder)), None, with_copies)
+    assert get_names(evaluated.images) == held_out
+
+
+def test_copies_in_the_held_out_split_are_reported(tmp_path: Path) -> None:
+    write_photos(tmp_path / "train", range(10))
+    write_photos(tmp_path / "test", range(8, 13))
+    (warning,) = describe_copies(read(tmp_path))
+    assert "4 of the 10 held-out images" in warning
+    write_photos(tmp_path / "test", range(20, 25))
+    for name in ("cat", "dog"):
+        for number in (8, 9):
+            (tmp_path / "test" / name / f"{number}.png").unlink()
+    assert describe_copies(read(tmp_path)) == []
+
+
 def test_empty_parts_are_errors(tmp_path: Path) -> None:
     folder = write_photos(tmp_path, range(1))
-    with raises_one_line("2 images", "larger `held_out_fraction`"):
+    with raises_one_line("each of the 2 classes has a single image", "`held_out_fraction=0`"):
         read(folder)
+    with raises_one_line("none of the 2 images", "larger `held_out_fraction`"):
+        load_training_data(DataOptions(str(folder), held_out_fraction=1e-9), use_labels=False)
     with raises_one_line("all 2 images", "smaller `held_out_fraction`"):
         load_training_data(DataOptions(str(folder), held_out_fraction=0.999), use_labels=False)
 

@@ -7,11 +7,17 @@ from typing import Any
 import datasets
 import pandas
 import pytest
+from helpers.photo_folders import write_photos
 from helpers.tiny_models import raises_one_line
 from PIL import Image
 
+from modeling_vitcls.data import image_folder
 from modeling_vitcls.data.evaluated_images import load_evaluation_data
-from modeling_vitcls.data.image_folder import read_image_folder, scan_folder
+from modeling_vitcls.data.image_folder import (
+    compute_files_digest,
+    read_image_folder,
+    scan_folder,
+)
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.inference.inputs import open_input
@@ -309,3 +315,101 @@ def test_predictions_are_for_every_image(tmp_path: Path) -> None:
     source = open_input(PredictOptions("model", dataset=str(tmp_path)))
     names = [record.name for record in source.read_records(range(3))]
     assert names == [str(tmp_path / name) for name in ("1.png", "test_2.png", "deep/3.png")]
+
+
+# Folders that are not classes ---------------------------------------------------------------------
+
+
+def write_run(folder: Path) -> Path:
+    """Write the files of a training run that a scan of its folder sees."""
+    write_images(folder, "images/attention.png")
+    for name in (
+        "config.json",
+        "preprocessor_config.json",
+        "config.resolved.yaml",
+        "metrics.jsonl",
+    ):
+        (folder / name).write_text("{}\n")
+    return folder
+
+
+def test_folders_of_training_runs_are_not_classes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_photos(tmp_path / "photos", range(5))
+    write_run(tmp_path / "photos/run1")
+    write_run(tmp_path / "photos/cat/run2")
+
+    data = load(tmp_path / "photos")
+
+    assert data.label_space.names == ["cat", "dog"]
+    assert len(data.train) + len(data.held_out) == 10
+    assert "WARNING" in caplog.text
+    assert "cat/run2, run1" in caplog.text
+
+
+def test_images_next_to_the_files_of_a_training_run_are_refused(tmp_path: Path) -> None:
+    write_photos(tmp_path, range(5))
+    write_run(tmp_path)
+    with raises_one_line("files of a training run", "Move"):
+        load(tmp_path)
+
+
+def test_runs_next_to_split_folders_are_ignored_without_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for split in ("train", "test"):
+        write_photos(tmp_path / split, range(3))
+    write_run(tmp_path / "runs/first")
+    (tmp_path / "docs").mkdir()
+
+    assert list(read(tmp_path)) == ["train", "test"]
+    assert caplog.text == ""
+
+
+def test_a_resumed_run_next_to_split_folders_has_unchanged_files(tmp_path: Path) -> None:
+    write_photos(tmp_path / "train", range(3))
+    before = compute_files_digest(tmp_path)
+    write_run(tmp_path / "runs/first")
+    assert compute_files_digest(tmp_path) == before
+
+
+def test_class_folders_without_readable_images_are_named_with_their_file_types(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_photos(tmp_path, range(5))
+    (tmp_path / "hats").mkdir()
+    (tmp_path / "shoes/2024").mkdir(parents=True)
+    for name in ("a.nef", "b.NEF", "2024/c.nef", "notes.txt"):
+        (tmp_path / "shoes" / name).write_bytes(b"1")
+
+    load(tmp_path)
+
+    assert "hats (empty), shoes (3 .nef, 1 .txt). Convert" in caplog.text
+
+
+def test_splits_and_their_class_folders_without_readable_images_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_photos(tmp_path / "train", range(3))
+    for folder in ("train/shoes", "test/shoes"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "a.nef").write_bytes(b"1")
+
+    load(tmp_path)
+
+    assert "test (1 .nef), train/shoes (1 .nef). Convert" in caplog.text
+
+
+def test_heic_files_are_named_with_the_library_that_reads_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suffixes = image_folder.IMAGE_SUFFIXES - image_folder.HEIF_SUFFIXES
+    monkeypatch.setattr(image_folder, "IMAGE_SUFFIXES", suffixes)
+    write_photos(tmp_path, range(5))
+    (tmp_path / "shoes").mkdir()
+    (tmp_path / "shoes" / "a.heic").touch()
+
+    load(tmp_path)
+
+    assert "shoes (1 .heic). To read HEIC, `pip install pillow-heif`" in caplog.text

@@ -70,7 +70,7 @@ def test_keys_of_a_table_are_computed_once_without_its_images(
     has_paths: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [
-        {"path": f"{index}.png" if has_paths else None, "bytes": b"unreadable"}
+        {"path": f"{index}.png" if has_paths else None, "bytes": b"unreadable %d" % index}
         for index in range(50)
     ]
     table = datasets.Dataset.from_dict({"image": rows, "label": [index % 2 for index in range(50)]})

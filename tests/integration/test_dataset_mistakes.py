@@ -1,0 +1,161 @@
+"""Mistakes in a dataset or its flags, which a command names before it writes a result."""
+
+from pathlib import Path
+
+import pytest
+from helpers.command_in_process import run_here
+from helpers.photo_folders import write_photos
+from PIL import Image
+
+from modeling_vitcls.runtime.files import read_json
+
+
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate")]
+
+COMMANDS = {
+    "finetune": ["--model", "vitcls-tiny"],
+    "pretrain": ["--model", "vitcls-tiny"],
+    "add-task": ["--model", "m", "--name", "kind"],
+    "add-class": ["--model", "m"],
+}
+TINY = (
+    "--model vitcls-tiny --hidden-size 32 --num-hidden-layers 2 --num-attention-heads 2 "
+    "--image-size 32 --patch-size 16 --max-steps 1 --num-workers 0 --no-report --no-probe"
+).split()
+
+
+def finetune(output_dir: Path, *flags: str) -> int:
+    return run_here("finetune", *TINY, "--output-dir", str(output_dir), *flags)
+
+
+# The output folder --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_output_folder_in_the_dataset_is_refused_before_anything_is_written(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The figures of the run would become a class of the next run."""
+    photos = write_photos(tmp_path / "photos", range(5))
+    files = sorted(tmp_path.rglob("*"))
+    output = photos / "runs" / "first"
+    flags = ["--dataset", str(photos), "--output-dir", str(output)]
+
+    assert run_here(command, *COMMANDS[command], *flags) == 1
+
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"--output-dir {output} is in the folder of the dataset" in error
+    assert sorted(tmp_path.rglob("*")) == files
+
+
+def test_the_folder_of_the_dataset_is_no_output_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = write_photos(tmp_path / "photos", range(5))
+    assert finetune(photos, "--dataset", str(photos)) == 1
+    assert "is in the folder of the dataset" in capsys.readouterr().err
+    assert not (photos / "config.resolved.yaml").exists()
+
+
+def test_runs_next_to_split_folders_can_be_repeated(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        write_photos(tmp_path / split, range(4))
+    for name in ("first", "second"):
+        assert finetune(tmp_path / "runs" / name, "--dataset", str(tmp_path)) == 0
+        write_photos(tmp_path / "runs" / name, range(1), "images")
+
+
+def test_an_output_folder_in_a_split_is_refused(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        write_photos(tmp_path / split, range(4))
+    assert finetune(tmp_path / "test" / "run", "--dataset", str(tmp_path)) == 1
+
+
+# Labels and tables --------------------------------------------------------------------------------
+
+
+def write_table(root: Path, labels: list[str], encoding: str = "utf-8") -> Path:
+    """Write a table of labels and their images."""
+    write_photos(root, range(len(labels)), "all")
+    rows = [f"all/{number}.png,{label}" for number, label in enumerate(labels)]
+    table = root / "table.csv"
+    table.write_text("\n".join(["file_name,label", *rows]) + "\n", encoding=encoding)
+    return table
+
+
+def test_a_table_in_another_encoding_is_named_in_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    table = write_table(tmp_path, ["hüte", "schuhe"] * 4, "latin-1")
+    assert finetune(tmp_path / "run", "--dataset", str(table)) == 1
+    error = capfd.readouterr().err
+    assert f"error: {table} is not encoded as UTF-8" in error
+    assert "Failed to read" not in error
+    assert "evaluate --help" not in error
+
+
+def test_labels_that_differ_only_in_case_or_white_space_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    labels = ["pants", "PANTS", "pants ", "hat"]
+    table = write_table(tmp_path, labels * 3)
+    assert finetune(tmp_path / "run", "--dataset", str(table)) == 0
+    assert "'PANTS' and 'pants' and 'pants '" in caplog.text
+    assert "'hat'" not in caplog.text
+
+
+@pytest.mark.parametrize("flag", ["--label-column", "--label-names", "--image-column"])
+def test_flags_of_tables_are_refused_for_other_data(
+    flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert finetune(tmp_path / "run", "--dataset", "digits", flag, "nope") == 1
+    assert f"Remove {flag}" in capsys.readouterr().err
+
+
+def test_label_names_are_refused_if_the_folders_have_other_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = write_photos(tmp_path / "photos", range(5))
+    flags = ["--dataset", str(photos), "--label-names"]
+    assert finetune(tmp_path / "run", *flags, "a", "b") == 1
+    error = capsys.readouterr().err
+    assert "'cat', 'dog'" in error
+    assert "Remove --label-names" in error
+    assert finetune(tmp_path / "run", *flags, "cat", "dog") == 0
+
+
+def test_the_summary_names_all_images_and_classes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = write_photos(tmp_path / "photos", range(20))
+    write_photos(photos, range(20, 30), "ant")
+    flags = ["--dataset", str(photos), "--select", "best"]
+    assert finetune(tmp_path / "run", *flags) == 0
+    output = capsys.readouterr().out
+    assert "32 training images, 8 selection images, 10 held-out images" in output
+    assert "classes   ant: 10, cat: 20, dog: 20" in output
+
+
+# HEIC ---------------------------------------------------------------------------------------------
+
+
+def test_heic_photos_are_trained_on_and_predicted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Worker processes decode them, too."""
+    pytest.importorskip("pillow_heif").register_heif_opener()
+    photos = write_photos(tmp_path / "photos", range(5))
+    for file in photos.glob("cat/*.png"):
+        with Image.open(file) as image:
+            image.resize((64, 64)).save(file.with_suffix(".HEIC"), "HEIF")
+        file.unlink()
+    flags = ["2" if flag == "0" else flag for flag in TINY]
+
+    run = tmp_path / "run"
+    assert run_here("finetune", *flags, "--output-dir", str(run), "--dataset", str(photos)) == 0
+    assert "cat: 5, dog: 5" in capsys.readouterr().out
+    assert read_json(run / "results.json")["num_unreadable_images"] == 0
+
+    assert run_here("predict", "--model", str(run), str(photos / "cat"), "--num-workers", "1") == 0
+    assert capsys.readouterr().out.count(".HEIC") >= 5
