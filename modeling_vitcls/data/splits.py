@@ -498,8 +498,17 @@ def describe_copies(training_data: TrainingData) -> list[str]:
         return []
     if len(train) + len(held_out) > MAX_RECORDED_IMAGES:
         return []
-    keys = [part.images.compute_content_keys() for part in (train, held_out)]
-    num_copies = int(np.isin(keys[1], keys[0]).sum())
+
+    parts: list[Any] = [train.images, held_out.images]
+    if all(isinstance(images, DatasetImages) for images in parts):
+        sizes = [images.compute_sizes() for images in parts]
+        shared = np.intersect1d(*sizes)  # only images of the same size are read
+        parts = [
+            images.select(np.flatnonzero(np.isin(size, shared)).tolist())
+            for images, size in zip(parts, sizes, strict=True)
+        ]
+    train_keys, held_out_keys = (images.compute_content_keys() for images in parts)
+    num_copies = int(np.isin(held_out_keys, train_keys).sum())
     if not num_copies:
         return []
     return [
