@@ -54,6 +54,22 @@ def test_a_list_contains_files_and_folders(photos: Path, tmp_path: Path) -> None
         open_input(PredictOptions("model", list=file))
 
 
+def test_other_files_in_folders_are_counted_with_the_remedy_for_heic(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a.heic", "inner/b.HEIC", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    options = PredictOptions("model", (str(tmp_path),))
+    with raises_one_line("there are no images", "2 .heic, 1 .txt", "to JPEG"):
+        open_input(options)
+
+    (tmp_path / "c.png").touch()
+    assert open_input(options).num_images == 1
+    (message,) = caplog.messages
+    assert "skipped 3 files of other types (2 .heic, 1 .txt). Convert .heic" in message
+
+
 def test_images_of_folders_are_sorted_whatever_the_file_system_lists_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
