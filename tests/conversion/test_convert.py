@@ -103,6 +103,8 @@ def test_a_converted_timm_model_has_the_same_logits_and_all_files(from_timm: Pat
     }
     # no temporary folder is left
     assert [path.name for path in from_timm.parent.iterdir()] == ["there"]
+    # other users can read the weights
+    assert len({file.stat().st_mode for file in from_timm.iterdir()}) == 1
 
 
 def test_a_converted_checkpoint_of_transformers_has_the_same_pixels_and_logits(
