@@ -205,6 +205,13 @@ def test_a_wrong_value_names_its_argument(name: str, value: Any, words: list[str
         build_options(FinetuneOptions, **REQUIRED, **{name: value})
 
 
+@pytest.mark.parametrize("flag", ["per_image", "unknown_dataset"])
+@pytest.mark.parametrize("other", [{"frozen": "knn"}, {"audit": "page.html"}])
+def test_evaluation_refuses_what_it_would_not_write(flag: str, other: dict[str, Any]) -> None:
+    with raises_one_line(flag, "frozen", "audit"):
+        evaluate("m", "digits", **other, **{flag: "some"})
+
+
 @pytest.mark.parametrize("size", ["native", 32, [32, 48]])
 def test_an_image_size_is_a_word_a_number_or_two(size: Any) -> None:
     options = build_options(FinetuneOptions, **REQUIRED, image_size=size)
