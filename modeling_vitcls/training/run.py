@@ -325,7 +325,8 @@ def finish_model(
             outputs = get_outputs(evaluate, reported)  # type: ignore[arg-type]
             errors, errors_text = measure_errors(calibration, *outputs)
             record |= errors
-            metrics["calibration_error"] = errors["calibration_error"]
+            for key in ("calibration_error", "calibration_error_by_chance"):
+                metrics[key] = errors[key]
             text += errors_text
         environment.reporter.print_line("calibration", text)
     if not keeps_predictions:

@@ -1,7 +1,11 @@
 """Tables of measured metrics: their titles, cells and names."""
 
 from modeling_vitcls import ViTCLSConfig
-from modeling_vitcls.inference.metric_tables import build_class_tables, get_metric_names
+from modeling_vitcls.inference.metric_tables import (
+    build_class_tables,
+    build_metric_rows,
+    get_metric_names,
+)
 
 
 def test_up_to_20_classes_are_listed_in_one_line_each() -> None:
@@ -28,3 +32,10 @@ def test_up_to_20_classes_are_listed_in_one_line_each() -> None:
 
     keys = get_metric_names({"size_accuracy": 0.0, "accuracy": 0.0, "macro_f1": None}, config)
     assert list(keys) == ["accuracy", "size_accuracy"]
+
+
+def test_a_calibration_error_has_the_one_that_a_calibrated_model_has_by_chance() -> None:
+    results = {"calibration_error": 0.0860, "calibration_error_by_chance": 0.1702}
+    ((_, value),) = build_metric_rows(results, None)
+    assert value.startswith("8.60%")
+    assert "17.02%" in value
