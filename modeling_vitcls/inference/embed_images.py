@@ -29,7 +29,7 @@ IMAGE_COLUMNS = ("image", "bytes", "path")  # column names of images in Ray, Spa
 
 def is_single_image(images: Any) -> bool:
     """Return whether a column is one image: a source, a PIL image, or [H, W] or [H, W, C]."""
-    shape = getattr(images, "shape", ())
+    shape: Any = getattr(images, "shape", ())
     if len(shape) == 3:
         return shape[2] in (3, 4)  # otherwise a batch of gray images
     return len(shape) == 2 or isinstance(images, (*SOURCE_TYPES, Image.Image))

@@ -166,7 +166,7 @@ def add_task_from_options(options: AddTaskOptions) -> dict[str, Any]:
         ValueError, OSError: if the model or the data cannot be read, the name is taken, or another
             output would change. Nothing is written then.
     """
-    check_output_is_empty(options.output_dir)
+    check_output_is_empty(options.output_dir, "output_dir")
     base = load_base(options.model, options)
     check_name(options, base.config)
     changes = (options.remove_task, options.name)
@@ -559,7 +559,7 @@ def add_classes_from_options(options: AddClassOptions) -> dict[str, Any]:
             if no image of a new class is recognized unless the old classes lose more than
             `max_old_loss` points. Nothing is written.
     """
-    check_output_is_empty(options.output_dir)
+    check_output_is_empty(options.output_dir, "output_dir")
     base = load_base(options.model, options)
     label_space = get_label_space(base.config)
     num_labels = base.config.num_labels or 0

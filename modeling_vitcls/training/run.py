@@ -27,7 +27,7 @@ from ..data.workers import explain_worker_errors
 from ..inference.frozen_features import HeadEvaluator
 from ..inference.per_image import get_outputs, is_labeled
 from ..runtime.distributed import configure_layer_sharding, run_on_main
-from ..runtime.errors import RunStopped, is_raised_on_all_processes
+from ..runtime.errors import RunStopped, describe_error, is_raised_on_all_processes
 from ..runtime.flags import to_flags
 from . import finetune, output_folder, pretrain
 from .calibration import (
@@ -449,5 +449,5 @@ def stop_on_errors(num_workers: int) -> Iterator[None]:
             yield
     except (OSError, ValueError) as error:
         raise RunStopped(
-            str(error), is_on_all_processes=is_raised_on_all_processes(error)
+            describe_error(error), is_on_all_processes=is_raised_on_all_processes(error)
         ) from error
