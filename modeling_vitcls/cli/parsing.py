@@ -215,7 +215,6 @@ def check_paths(options: Any) -> None:
 
 def check_writable(name: str, output: Path) -> None:
     """Exit with a message if a file or folder cannot be written, before the work is done."""
-    output = output.absolute()
     reason = None
     for path in (output, *output.parents):
         # unlike Path.is_dir, these do not raise PermissionError
