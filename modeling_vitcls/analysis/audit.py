@@ -41,7 +41,7 @@ from ..data.label_matching import match_labels
 from ..data.labels import get_label_space
 from ..data.sources import load_splits
 from ..hub.model_files import PREDICTIONS_FILE
-from ..inference.evaluate import MAX_BATCH_SIZE, set_up_evaluation
+from ..inference.evaluate import MAX_BATCH_SIZE, set_up_evaluation, write_results
 from ..inference.frozen import build_classifier
 from ..inference.image_pass import ImagePass, stack_rows
 from ..inference.linear_probe import Candidate, choose_probe
@@ -138,12 +138,14 @@ def audit_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
             "lower this number, the more of the possible label errors are right labels"
         )
     console.print(f"saved {options.audit} and {csv_file.name}", markup=False)
-    return counts | {
+    results = counts | {
         "across_splits": across,
         "num_images": len(images.ids),
         "num_unreadable_images": num_unreadable,
         "accuracy": images.accuracy,
     }
+    write_results(results, options.output, console)
+    return results
 
 
 def compute_features_and_logits(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageSequence
 from rich.console import Console
 from rich.progress import track
+from torchvision.transforms.v2.functional import to_pil_image
 
 from ..conversion.any_checkpoint import resolve
 from ..data.aspect_ratio import get_fit, get_output_size, set_fit
@@ -19,7 +20,7 @@ from ..hub.local_paths import get_title
 from ..inference.inputs import build_list_input
 from ..inference.load_model import load_model
 from ..model.configuration_vitcls import to_pair
-from ..model.image_processing_vitcls import read_image
+from ..model.image_processing_vitcls import image_to_tensor, read_image
 from ..runtime.files import write_atomically, write_json
 from .options import LookOptions
 from .photo import build_json_record, measure_photo
@@ -27,10 +28,17 @@ from .sheet import draw_sheet
 
 
 def draw_photo(options: LookOptions, image: Any) -> Image.Image:
-    """Return the sheet of one photo: a path, a URL, encoded bytes or a PIL image."""
-    model, processor = load_adjusted_model(options)
+    """Return the sheet of one photo: a path, a URL, encoded bytes, a PIL image or an array."""
     is_source = isinstance(image, str | bytes | Path)
-    photo = read_image(image) if is_source else image
+    if is_source:
+        photo = read_image(image)
+    elif isinstance(image, Image.Image):
+        photo = image
+    elif hasattr(image, "ndim"):
+        photo = to_pil_image(image_to_tensor(image, to_rgb=True))
+    else:
+        raise ValueError(f"cannot draw a {type(image).__name__}. Pass one photo")
+    model, processor = load_adjusted_model(options)
     title = get_title(options.model)
     if is_source and not isinstance(image, bytes):
         title += f" · {Path(image).name}"

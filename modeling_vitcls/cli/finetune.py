@@ -75,4 +75,5 @@ def run(options: FinetuneOptions | PretrainOptions) -> None:
     try:
         run_training(options)
     except RunStopped as stopped:
-        exit_with_message(str(stopped), stopped.exit_status, stopped.is_on_all_processes)
+        prefix = "error: " if stopped.exit_status == 1 else ""  # otherwise a signal
+        exit_with_message(f"{prefix}{stopped}", stopped.exit_status, stopped.is_on_all_processes)

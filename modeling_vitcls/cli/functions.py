@@ -179,9 +179,9 @@ def predict(
 
     Args:
         model: a folder, a Hub id or any other checkpoint that `--model` accepts.
-        images: a path, a URL, or a list of paths, URLs, encoded images (bytes), PIL images or
-            arrays. A folder path selects all images in the folder. To use a dataset instead, set
-            `dataset`.
+        images: a path, a URL, an encoded image (bytes), a PIL image, an array or a tensor, or a
+            list of these. An array of four dimensions is a batch. A folder path selects all images
+            in the folder. To use a dataset instead, set `dataset`.
         flags: other flags of `vitcls predict`, which `PredictFlags` in flags.py lists.
 
     Returns:
@@ -198,7 +198,7 @@ def predict(
     """
     from ..inference.predict import predict_from_options
 
-    images = [images] if isinstance(images, str | bytes | Path) else list(images)
+    images = list_images(images)
     # PredictOptions requires one path per image
     placeholder_paths = tuple(map(str, range(len(images))))
     # Features require an output file. The other flags are about output folders.
@@ -208,6 +208,17 @@ def predict(
     }
     options = build_options(PredictOptions, model=model, **fixed_flags, **flags)
     return predict_from_options(options, images, choose_engine)
+
+
+def list_images(images: Any) -> list[Any]:
+    """Return one image, a batch [N, ...], or the images of an iterable as a list."""
+    from PIL import Image
+
+    from ..model.image_processing_vitcls import SOURCE_TYPES, flatten_images
+
+    is_image = isinstance(images, (*SOURCE_TYPES, Image.Image))
+    is_array = getattr(images, "ndim", 1) > 1
+    return list(flatten_images(images if is_image or is_array else list(images)))
 
 
 def inspect_tokens(model: str | Path, images: Any = (), **flags: Unpack[InspectFlags]) -> Any:
@@ -233,7 +244,13 @@ def inspect_tokens(model: str | Path, images: Any = (), **flags: Unpack[InspectF
     """
     from ..analysis.inspect_tokens import inspect_tokens
 
-    paths = [images] if isinstance(images, str | Path) else images
+    paths = list_images(images)
+    for path in paths:
+        if not isinstance(path, str | Path):
+            raise ValueError(
+                f"`images` must be paths or URLs, but one is of type {type(path).__name__}. Save "
+                "the images in files, or set `dataset` to a list of (image, label)"
+            )
     return inspect_tokens(
         build_options(InspectOptions, model=model, paths=tuple(map(str, paths)), **flags)
     )
@@ -244,7 +261,7 @@ def look(model: str | Path, image: Any, **flags: Unpack[LookFlags]) -> Any:
 
     Args:
         model: a folder, a Hub id or any other checkpoint that `--model` accepts.
-        image: a path, a URL, encoded bytes or a PIL image.
+        image: a path, a URL, encoded bytes, a PIL image, or an array or tensor of one image.
         flags: `image_size` and `fit`, as in `vitcls look`.
 
     Returns:

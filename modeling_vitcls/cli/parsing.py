@@ -28,7 +28,7 @@ import tyro
 import yaml
 
 from ..hub.local_paths import split_prefix
-from ..runtime.errors import format_error, is_raised_on_all_processes
+from ..runtime.errors import describe_error, format_error, is_raised_on_all_processes
 from ..runtime.flags import (
     find_similar_flag,
     get_flag_fields,
@@ -199,6 +199,9 @@ def check_paths(options: Any) -> None:
                 exit_with_message(
                     f"error: there is no file or folder {path}. Check --{name}", status=1
                 )
+    for name in ("output_dir", "output", "json", "per_image", "audit"):
+        if isinstance(values.get(name), str):
+            check_writable(name, Path(values[name]))
     for name in ("output_dir", "output", "dataset", "model"):
         value = values.get(name)
         # Python reads bytes of file names that are not UTF-8 as surrogates
@@ -208,6 +211,25 @@ def check_paths(options: Any) -> None:
                 "folder, or set another one",
                 status=1,
             )
+
+
+def check_writable(name: str, output: Path) -> None:
+    """Exit with a message if a file or folder cannot be written, before the work is done."""
+    reason = None
+    for path in (output, *output.parents):
+        # unlike Path.is_dir, these do not raise PermissionError
+        if os.path.isdir(path):  # noqa: PTH112
+            if not os.access(path, os.W_OK):
+                reason = f"no permission to write to {path}"
+            break
+        if path != output and os.path.exists(path):  # noqa: PTH110
+            reason = f"{path} is not a folder"
+            break
+    if reason is not None:
+        exit_with_message(
+            f"error: cannot write {output}: {reason}. Set a different --{name.replace('_', '-')}",
+            status=1,
+        )
 
 
 def is_path(source: str) -> bool:
@@ -386,7 +408,9 @@ def exit_on_error() -> Iterator[None]:
                 "error: the working directory no longer exists. Change to another folder", status=1
             )
         exit_with_message(
-            f"error: {error}", status=1, is_on_all_processes=is_raised_on_all_processes(error)
+            f"error: {describe_error(error)}",
+            status=1,
+            is_on_all_processes=is_raised_on_all_processes(error),
         )
     except RuntimeError as error:
         if "can't start new thread" not in str(error):

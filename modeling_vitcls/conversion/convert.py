@@ -17,7 +17,12 @@ import transformers
 from transformers import PreTrainedModel
 
 from ..hub.loading import check_is_vitcls, get_model_folder
-from ..hub.local_paths import check_output_is_empty, resolve_name, strip_folders
+from ..hub.local_paths import (
+    check_output_is_empty,
+    resolve_name,
+    split_revision,
+    strip_folders,
+)
 from ..hub.model_files import PARITY_REPORT_FILE, RECIPE_FILE, RESULTS_FILE, hash_weights
 from ..hub.model_folder import ModelFolder
 from ..hub.provenance import find_provenance
@@ -214,7 +219,8 @@ def write_native_model(source: str, output: Path) -> Report:
             is a single line.
     """
     check_output_is_empty(output)
-    path = Path(get_model_folder(source))
+    name, revision = split_revision(source)
+    path = Path(get_model_folder(name, revision=revision))
     check_is_vitcls(source, path)
     folder = ModelFolder(path, source)
 

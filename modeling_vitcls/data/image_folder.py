@@ -47,6 +47,7 @@ IMAGE_SUFFIXES = frozenset(
     ".png .pnm .ppm .tga .tif .tiff .webp".split()
 )
 HEIF_SUFFIXES = frozenset(".heic .heics .heif .heifs .hif".split())
+HEIC_REMEDY = "To read HEIC, `pip install pillow-heif`, or convert the images to JPEG"
 if find_spec("pillow_heif"):
     IMAGE_SUFFIXES |= HEIF_SUFFIXES
 TABLE_SUFFIXES = frozenset(".arrow .csv .json .jsonl .parquet .tar .tsv .zip".split())
@@ -358,7 +359,7 @@ def warn_about_folders_without_images(folder: ImageFolder, split_folders: list[s
         remedy = "Convert their images to JPEG, or remove the folders"
         suffixes = {PurePosixPath(file).suffix.lower() for file in folder.other_files}
         if suffixes & HEIF_SUFFIXES:
-            remedy = "To read HEIC, `pip install pillow-heif`, or convert the images to JPEG"
+            remedy = HEIC_REMEDY
         folder.warnings.append(
             f"{folder.path}: these folders have no image of a readable type, so they are left "
             f"out: {format_name_list(descriptions, MAX_NAMED_FOLDERS)}. {remedy}"

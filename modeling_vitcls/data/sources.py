@@ -255,7 +255,9 @@ def drop_unlabeled_images(images: LabeledImages, name: str) -> LabeledImages:
         return images
 
     if not labeled:
-        raise ValueError(f"{name}: no image has a label. Set a different `label_column` or `split`")
+        raise ValueError(
+            f"{name}: no image has a label. Set a different `label_column`, or add labels"
+        )
     warn_on_first_process(
         f"{name}: skipped {len(images) - len(labeled):,} of {len(images):,} images (no label)"
     )

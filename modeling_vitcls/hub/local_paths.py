@@ -133,9 +133,9 @@ def get_title(name: str) -> str:
     return Path(path).resolve().name if path and Path(path).exists() else name
 
 
-def check_output_is_empty(output: Path) -> None:
-    """Raise ValueError if `output` exists and is not an empty folder."""
+def check_output_is_empty(output: Path, parameter: str = "output") -> None:
+    """Raise ValueError, with the parameter to set, if `output` is not an empty or a new folder."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(
-            f"{output} exists and is not empty. Set a different `output`, or remove {output}"
+            f"{output} exists and is not empty. Set a different `{parameter}`, or remove {output}"
         )

@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from ..conversion.any_checkpoint import resolve
+from ..model.image_processing_vitcls import SOURCE_TYPES
 from .engines import Job, select_engine
 from .inputs import build_record
 from .load_model import LoadedModel, choose_batch_size, load_model
@@ -23,6 +25,14 @@ from .prediction_rows import FeatureColumns
 
 
 IMAGE_COLUMNS = ("image", "bytes", "path")  # column names of images in Ray, Spark and `datasets`
+
+
+def is_single_image(images: Any) -> bool:
+    """Return whether a column is one image: a source, a PIL image, or [H, W] or [H, W, C]."""
+    shape: Any = getattr(images, "shape", ())
+    if len(shape) == 3:
+        return shape[2] in (3, 4)  # otherwise a batch of gray images
+    return len(shape) == 2 or isinstance(images, (*SOURCE_TYPES, Image.Image))
 
 
 class EmbedImages:
@@ -90,6 +100,10 @@ class EmbedImages:
                 "them"
             )
         images = batch[column] if column is not None and batch else ()
+        if is_single_image(images):
+            raise ValueError(
+                f"the column {column} is one image, not a batch. Set `batched=True`, or pass a list"
+            )
         records = (build_record(index, image, Path()) for index, image in enumerate(images))
         rows = list(self.predictor.iterate_rows(records))
         columns: Any = self.predictor.columns

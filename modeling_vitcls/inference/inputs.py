@@ -16,7 +16,7 @@ times as fast as two processes.
 
 import hashlib
 import json
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,11 +27,25 @@ import fsspec
 import torch
 from huggingface_hub.utils import http_backoff
 
-from ..data.image_folder import IMAGE_SUFFIXES, compute_files_digest, list_files, make_printable
+from ..data.image_folder import (
+    HEIC_REMEDY,
+    HEIF_SUFFIXES,
+    IMAGE_SUFFIXES,
+    compute_files_digest,
+    format_name_list,
+    list_files,
+    make_printable,
+)
 from ..data.images import ROWS_PER_READ, ArrayImages, resolve_path
 from ..data.labels import find_image_column
 from ..data.options import DataOptions
-from ..data.sources import get_dataset_folder, is_idx_folder, load_splits, open_splits
+from ..data.sources import (
+    get_dataset_folder,
+    is_idx_folder,
+    load_splits,
+    open_splits,
+    warn_on_first_process,
+)
 from ..data.streaming import read_features
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..runtime.errors import format_error
@@ -89,22 +103,50 @@ class ListInput:
 def build_list_input(paths: Iterable[str]) -> ListInput:
     """Return an input with the given files and URLs, and the images in the given folders.
 
-    Images in a folder are sorted by name. Raise ValueError if there are no images.
+    Images in a folder are sorted by name. Other files in folders cause a warning. Raise ValueError
+    if there are no images.
     """
     files: list[str] = []
+    folders: list[str] = []
+    other_files: list[str] = []
     for path in paths:
         if not Path(path).is_dir():
             files.append(path)
             continue
+        folders.append(path)
         for name in list_files(path):
-            if Path(name).suffix.lower() in IMAGE_SUFFIXES:
-                files.append(str(Path(path, name)))
+            is_image = Path(name).suffix.lower() in IMAGE_SUFFIXES
+            (files if is_image else other_files).append(str(Path(path, name)))
 
+    types_text = describe_types(other_files)
     if not files:
+        found = f", but files of other types ({types_text})" if other_files else ""
         raise ValueError(
-            f"there are no images in {', '.join(paths)}. Pass image files, or folders of images"
+            f"there are no images in {', '.join(paths)}{found}. "
+            f"{get_heic_remedy(other_files) or 'Pass image files, or folders of images'}"
+        )
+    if other_files:
+        count_text = "1 file" if len(other_files) == 1 else f"{len(other_files):,} files"
+        remedy = get_heic_remedy(other_files)
+        warn_on_first_process(
+            f"{format_name_list(folders)}: skipped {count_text} of other types "
+            f"({types_text}){remedy and f'. {remedy}'}"
         )
     return ListInput([make_printable(file) for file in files], files)
+
+
+def describe_types(files: Sequence[str]) -> str:
+    """Return the most frequent suffixes of files with the number of files, such as `2 .heic`."""
+    suffixes = Counter(make_printable(Path(file).suffix.lower()) for file in files)
+    return format_name_list(
+        [f"{count:,} {suffix or 'without a suffix'}" for suffix, count in suffixes.most_common()]
+    )
+
+
+def get_heic_remedy(files: Sequence[str]) -> str:
+    """Return what to do with the HEIC files among files, or an empty text if there are none."""
+    is_heic = any(Path(file).suffix.lower() in HEIF_SUFFIXES for file in files)
+    return HEIC_REMEDY if is_heic else ""
 
 
 def read_path_list(file: Path) -> list[str]:

@@ -4,6 +4,8 @@ compute_proportion_interval(num_successes, num_trials)    accuracy, fraction of 
 compute_mean_interval(values)                             mean over seeds, folds or repeats
 compute_bootstrap_interval(values)                        mean over images
 compute_prediction_limit(values)                          limit of a null distribution
+
+compute_chance_calibration_error(confidences) is the calibration error of a calibrated model.
 """
 
 import math
@@ -15,6 +17,7 @@ from scipy import stats
 
 CONFIDENCE_LEVEL = 0.95
 NUM_RESAMPLES = 1000  # number of bootstrap samples
+NUM_BINS = 15  # of calibration errors
 
 Interval = tuple[float, float]  # lower and upper bounds
 
@@ -71,3 +74,23 @@ def compute_prediction_limit(values: Sequence[float], level: float) -> float:
         * math.sqrt(1 + 1 / len(values))
     )
     return max(*values, float(np.mean(values) + margin))
+
+
+def compute_chance_calibration_error(confidences: np.ndarray) -> float:
+    """Return the expected calibration error (15 bins) of a model that is calibrated.
+
+    It is not 0, because the accuracy of few images differs from their confidences [N] by chance:
+    the number of correct predictions in a bin is binomial, and its mean absolute deviation is that
+    of De Moivre (Diaconis and Zabell 1991, "Closed form summation for classical distributions").
+    It is NaN if there are no images, or if a confidence is.
+    """
+    if not len(confidences) or not np.isfinite(confidences).all():
+        return math.nan
+    bins = np.minimum(confidences * NUM_BINS, NUM_BINS - 1).astype(int)
+    counts = np.bincount(bins)
+    sums = np.bincount(bins, confidences)
+    counts, sums = counts[counts > 0], sums[counts > 0]
+    fractions = np.minimum(sums / counts, 1.0)
+    above = np.floor(sums) + 1
+    deviations = 2 * above * (1 - fractions) * stats.binom.pmf(above, counts, fractions)
+    return float(deviations.sum() / len(confidences))

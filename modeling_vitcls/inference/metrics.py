@@ -22,10 +22,15 @@ from torchmetrics.classification import (
     MulticlassConfusionMatrix,
     MultilabelAveragePrecision,
 )
+from torchmetrics.utilities.data import dim_zero_cat
 
 from ..data.labels import LabelKind, LabelSpace
 from ..model.heads_vitcls import IGNORED_LABEL
-from .intervals import compute_proportion_interval
+from .intervals import (
+    NUM_BINS,
+    compute_chance_calibration_error,
+    compute_proportion_interval,
+)
 
 
 MAX_MATRIX_CLASSES = 200  # maximum number of classes for which a confusion matrix is computed
@@ -49,6 +54,7 @@ class SingleLabelMetrics:
     balanced_accuracy       mean recall of the classes that have images
     macro_f1                mean F1 of the classes that have images or predictions
     calibration_error       expected calibration error with 15 bins (Guo et al. 2017, arXiv 1706.04599)
+    calibration_error_by_chance     that of a calibrated model on as many images
     cls_accuracy, distillation_accuracy     accuracy of each head, if the model has two heads
     loss                    cross-entropy, without label smoothing
     num_images
@@ -62,8 +68,9 @@ class SingleLabelMetrics:
         num_classes = len(self.names)
         self.counts = ClassCounts(num_classes).to(device)
         self.loss = build_aggregator(MeanMetric, device)
-        calibration_error = MulticlassCalibrationError(num_classes, n_bins=15, validate_args=False)
-        self.calibration_error = calibration_error.to(device)
+        self.calibration_error = CalibrationErrors(
+            num_classes, n_bins=NUM_BINS, validate_args=False
+        ).to(device)
         self.top_5_accuracy = build_aggregator(MeanMetric, device) if num_classes > 5 else None
         self.head_accuracies = {name: build_aggregator(MeanMetric, device) for name in HEAD_OUTPUTS}
         self.confusion_matrix = None
@@ -117,7 +124,8 @@ class SingleLabelMetrics:
             values["top_5_accuracy"] = to_number(self.top_5_accuracy.compute())
         values["balanced_accuracy"] = compute_mean([row["recall"] for row in class_metrics])
         values["macro_f1"] = compute_mean([row["f1"] for row in class_metrics])
-        values["calibration_error"] = to_number(self.calibration_error.compute())
+        errors = self.calibration_error.compute()
+        values["calibration_error"], values["calibration_error_by_chance"] = map(to_number, errors)
 
         values |= {
             name: to_number(metric.compute())
@@ -286,6 +294,17 @@ class ClassCounts(Metric):
     def compute(self) -> torch.Tensor:
         """Return the three counts of each class as one tensor [3, L]."""
         return self.counts
+
+
+class CalibrationErrors(MulticlassCalibrationError):
+    """The calibration error, and that of a calibrated model with the same confidences."""
+
+    def compute(self) -> torch.Tensor:
+        """Return both errors [2]."""
+        confidences = dim_zero_cat(self.confidences)
+        by_chance = compute_chance_calibration_error(confidences.double().cpu().numpy())
+        error: torch.Tensor = super().compute()
+        return torch.stack([error, error.new_tensor(by_chance)])
 
 
 def build_aggregator(metric_class: type[MeanMetric | SumMetric], device: torch.device) -> Any:

@@ -48,7 +48,8 @@ class EvaluateOptions(EngineOptions):
     """Evaluate the frozen encoder instead of the classifier of the model: fit `knn` or `logreg`
     (logistic regression) to the features of the training images."""
     output: Path | None = None
-    """JSON file for the metrics, including the metrics of each class and the confusion matrix."""
+    """JSON file for the metrics, including the metrics of each class and the confusion matrix; with
+    --audit, for the numbers of issues."""
     task: str | None = None
     """Evaluate an added task (`vitcls add-task`) instead of the classifier of the model."""
     unknown_dataset: str | None = None
@@ -73,6 +74,11 @@ class EvaluateOptions(EngineOptions):
             raise ValueError(
                 "`task` only measures a task. Remove `frozen`, `audit`, `per_image`, "
                 "`unknown_dataset`"
+            )
+        if (self.per_image or self.unknown_dataset) and (self.frozen or self.audit):
+            raise ValueError(
+                "`per_image` and `unknown_dataset` are about the classifier. Remove them, or "
+                "remove `frozen` and `audit`"
             )
         if self.backend not in ("auto", "torch") and (self.frozen or self.audit):
             raise ValueError("`frozen` and `audit` require `backend='torch'`. Remove `backend`")

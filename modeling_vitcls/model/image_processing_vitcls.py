@@ -528,8 +528,8 @@ def to_uint8(pixels: Tensor, do_rescale: bool) -> Tensor:
         )
     if pixels.is_floating_point() and 0 < maximum <= 1:
         raise ValueError(
-            f"this image is already rescaled (the maximum value is {maximum:g}): set "
-            "do_rescale=False"
+            f"this image is already rescaled (the maximum value is {maximum:g}): multiply it by "
+            "255 to get values from 0 to 255, or call the image processor with do_rescale=False"
         )
 
     return pixels.round().to(torch.uint8) if pixels.is_floating_point() else pixels.to(torch.uint8)

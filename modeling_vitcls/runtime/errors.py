@@ -23,6 +23,14 @@ def format_error(error: BaseException) -> str:
     )
 
 
+def describe_error(error: BaseException) -> str:
+    """Return the message of an error; that of a file operation names the file and the reason."""
+    if not isinstance(error, OSError) or error.errno is None or error.filename is None:
+        return str(error)
+    file = error.filename2 or error.filename  # a rename has two
+    return f"cannot use {file}: {error.strerror}. Check the path and its permissions"
+
+
 @contextmanager
 def mark_errors_of_all_processes() -> Iterator[None]:
     """Mark errors raised in the block as raised on all processes.

@@ -106,6 +106,7 @@ def create_output_folder(output: Path) -> Iterator[Path]:
         folder = Path(temporary_folder, output.name)
         folder.mkdir()
         yield folder
+        follow_umask(folder)
         if output.exists():
             # it may be the working directory or a mount point, which cannot be replaced
             for path in folder.iterdir():
@@ -113,6 +114,17 @@ def create_output_folder(output: Path) -> Iterator[Path]:
         else:
             output.parent.mkdir(parents=True, exist_ok=True)
             folder.rename(output)
+
+
+def follow_umask(folder: Path) -> None:
+    """Give weights in a folder the permissions of a new file.
+
+    safetensors makes them unreadable for other users.
+    """
+    umask = os.umask(0o077)  # the only call that returns it
+    os.umask(umask)
+    for file in folder.glob("*.safetensors"):
+        file.chmod(0o666 & ~umask)
 
 
 def sync_to_disk(path: Path) -> None:

@@ -66,7 +66,12 @@ from ..model.modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, c
 from ..runtime.distributed import set_mixed_precision
 from ..runtime.files import create_output_folder, write_json
 from ..runtime.system import get_versions
-from .calibration import compute_error, find_calibration
+from .calibration import (
+    compute_error,
+    compute_error_by_chance,
+    describe_error_by_chance,
+    find_calibration,
+)
 from .certificate import NUM_IMAGES, certify, describe_certificate, load_old_model, read_pixels
 from .options import AddClassOptions, AdditionOptions, AddTaskOptions
 from .probe import MAX_CHOICE_IMAGES, build_record, select_out_of_fold, split_at_random
@@ -163,7 +168,7 @@ def add_task_from_options(options: AddTaskOptions) -> dict[str, Any]:
         ValueError, OSError: if the model or the data cannot be read, the name is taken, or another
             output would change. Nothing is written then.
     """
-    check_output_is_empty(options.output_dir)
+    check_output_is_empty(options.output_dir, "output_dir")
     check_output_is_not_read(options.output_dir, options.data.dataset)
     base = load_base(options.model, options)
     check_name(options, base.config)
@@ -274,8 +279,11 @@ def measure_head(head: FittedHead, held_out: Features) -> dict[str, Any]:
         is_right = is_predicted == (held_out.labels > 0.5)
         return build_proportion("label_accuracy", is_right.sum(), is_right.size)
     num_right = (logits.argmax(axis=1) == held_out.labels).sum()
-    error = compute_error((logits / temperature).astype(np.float32), held_out.labels)
-    return build_proportion("accuracy", num_right, len(logits)) | {"calibration_error": error}
+    calibrated = (logits / temperature).astype(np.float32)
+    return build_proportion("accuracy", num_right, len(logits)) | {
+        "calibration_error": compute_error(calibrated, held_out.labels),
+        "calibration_error_by_chance": compute_error_by_chance(calibrated),
+    }
 
 
 def fit_single_label_head(base: Base, names: list[str], parts: Sequence[Features]) -> FittedHead:
@@ -554,7 +562,7 @@ def add_classes_from_options(options: AddClassOptions) -> dict[str, Any]:
             if no image of a new class is recognized unless the old classes lose more than
             `max_old_loss` points. Nothing is written.
     """
-    check_output_is_empty(options.output_dir)
+    check_output_is_empty(options.output_dir, "output_dir")
     check_output_is_not_read(options.output_dir, options.data.dataset)
     base = load_base(options.model, options)
     label_space = get_label_space(base.config)
@@ -728,13 +736,18 @@ def fit_new_rows(
         "old_classes": round_floats(lost),
         "new_classes": round_floats(recall),
         "calibration_error": compute_error(calibrated, predicted_labels),
+        "calibration_error_by_chance": compute_error_by_chance(calibrated),
         "energy_threshold": round(find_energy_threshold(calibrated), 6),
     }
+    by_chance_text = describe_error_by_chance(record["calibration_error_by_chance"])
     lines = {
         "head": describe_candidate(record),
         "old classes": format_proportion(lost),
         "new classes": format_proportion(recall),
-        "calibration": f"error {100 * record['calibration_error']:.1f} points with all classes",
+        "calibration": (
+            f"error {100 * record['calibration_error']:.1f} points with all classes "
+            f"{by_chance_text}"
+        ),
     }
     return FittedHead(candidate, classifier, build_class_fields(candidate, names), record, lines)
 

@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.special import log_softmax
+from scipy.special import log_softmax, softmax
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from ..inference.confidence import find_energy_threshold, fit_temperature
+from ..inference.intervals import NUM_BINS, compute_chance_calibration_error
 
 
 MIN_IMAGES = 100  # minimum number of images for a temperature; with fewer, it is mostly noise
@@ -127,19 +128,35 @@ def measure_errors(
     assert calibration.temperature is not None
     before = compute_error(logits * calibration.temperature, labels)
     after = compute_error(logits, labels)
+    by_chance = compute_error_by_chance(logits)
     text = ""
     if len(labels) >= MIN_ERROR_IMAGES:
         text = (
             f"; calibration error of {len(labels):,} other images {100 * before:.1f} -> "
-            f"{100 * after:.1f} points"
+            f"{100 * after:.1f} points {describe_error_by_chance(by_chance)}"
         )
-    return {"calibration_error_before": before, "calibration_error": after}, text
+    errors = {
+        "calibration_error_before": before,
+        "calibration_error": after,
+        "calibration_error_by_chance": by_chance,
+    }
+    return errors, text
 
 
 def compute_error(logits: np.ndarray, labels: np.ndarray) -> float:
     """Return the expected calibration error in 15 bins (Guo et al. 2017, arXiv 1706.04599)."""
     probabilities = torch.from_numpy(logits).float().softmax(dim=1)
     error = multiclass_calibration_error(
-        probabilities, torch.from_numpy(labels), logits.shape[1], n_bins=15
+        probabilities, torch.from_numpy(labels), logits.shape[1], n_bins=NUM_BINS
     )
     return round(float(error), 6)
+
+
+def compute_error_by_chance(logits: np.ndarray) -> float:
+    """Return the calibration error of a calibrated model with the confidences of logits [N, L]."""
+    confidences = softmax(logits.astype(np.float64), axis=1).max(axis=1)
+    return round(compute_chance_calibration_error(confidences), 6)
+
+
+def describe_error_by_chance(by_chance: float) -> str:
+    return f"(a calibrated model: {100 * by_chance:.1f}, by chance)"

@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..runtime.errors import format_error
-from ..runtime.files import compute_file_digest, sync_to_disk
+from ..runtime.files import compute_file_digest, follow_umask, sync_to_disk
 
 
 Tensors = dict[str, torch.Tensor]
@@ -205,6 +205,7 @@ def write_checkpoint(
     for name, tensors in tensor_groups.items():
         cpu_tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         save_file(cpu_tensors, folder / f"{name}.safetensors")
+    follow_umask(folder)
     files = {path.name: compute_file_digest(path) for path in sorted(folder.iterdir())}
     state = {"format": 1, "step": step, "is_best": is_best, "metadata": metadata, "files": files}
     (folder / STATE_FILE).write_text(format_state(state), encoding="utf-8")

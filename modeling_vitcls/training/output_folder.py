@@ -50,7 +50,7 @@ from ..inference.per_image import write_predictions
 from ..inference.speed import measure_inference_speed
 from ..runtime.distributed import run_on_main
 from ..runtime.errors import RunStopped, format_error
-from ..runtime.files import read_json, sync_to_disk, write_json
+from ..runtime.files import follow_umask, read_json, sync_to_disk, write_json
 from .checkpoints import WRITE_ERRORS, Checkpoint, CheckpointStore, Tensors
 from .distributed_state import gather_weights
 from .model import InitialModel, merge_lora
@@ -282,6 +282,7 @@ def write_model_files(
     model.__class__ = unsharded_class
     model.save_pretrained(folder, state_dict=merge_lora(weights))
     setup.processor.save_pretrained(folder)
+    follow_umask(folder)
 
     # provenance None: random weights
     results = results | {"weights_sha256": hash_weights(folder), "provenance": None}

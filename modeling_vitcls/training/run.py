@@ -28,7 +28,7 @@ from ..data.workers import explain_worker_errors
 from ..inference.frozen_features import HeadEvaluator
 from ..inference.per_image import get_outputs, is_labeled
 from ..runtime.distributed import configure_layer_sharding, run_on_main
-from ..runtime.errors import RunStopped, is_raised_on_all_processes
+from ..runtime.errors import RunStopped, describe_error, is_raised_on_all_processes
 from ..runtime.flags import to_flags
 from . import finetune, output_folder, pretrain
 from .calibration import (
@@ -333,7 +333,8 @@ def finish_model(
             outputs = get_outputs(evaluate, reported)  # type: ignore[arg-type]
             errors, errors_text = measure_errors(calibration, *outputs)
             record |= errors
-            metrics["calibration_error"] = errors["calibration_error"]
+            for key in ("calibration_error", "calibration_error_by_chance"):
+                metrics[key] = errors[key]
             text += errors_text
         environment.reporter.print_line("calibration", text)
     if not keeps_predictions:
@@ -456,5 +457,5 @@ def stop_on_errors(num_workers: int) -> Iterator[None]:
             yield
     except (OSError, ValueError) as error:
         raise RunStopped(
-            str(error), is_on_all_processes=is_raised_on_all_processes(error)
+            describe_error(error), is_on_all_processes=is_raised_on_all_processes(error)
         ) from error

@@ -1,6 +1,7 @@
 """The audit of a dataset: planted errors are found, and the results are cleanlab's."""
 
 import io
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -225,7 +226,11 @@ def test_images_listed_by_an_audit_are_left_out_of_training(
     save_with_processor(model, tmp_path / "model")
     page = tmp_path / "audit [old]" / "page.html"
 
-    counts = evaluate(tmp_path / "model", tmp_path / "photos", frozen="logreg", audit=page)
+    output = tmp_path / "counts.json"
+    counts = evaluate(
+        tmp_path / "model", tmp_path / "photos", frozen="logreg", audit=page, output=output
+    )
+    assert json.loads(output.read_text()) == counts
     assert (counts["num_images"], counts["num_unreadable_images"]) == (405, 1)
     assert counts["across_splits"] >= 5
 
@@ -234,7 +239,7 @@ def test_images_listed_by_an_audit_are_left_out_of_training(
         "issue"
     ].value_counts().to_dict()
 
-    *_, warning, summary, accuracy, saved = capsys.readouterr().out.splitlines()
+    *_, warning, summary, accuracy, saved, _ = capsys.readouterr().out.splitlines()
     assert saved.split() == ["saved", *str(page).split(), "and", "page.csv"]
     kinds = ("num_images", "duplicate", "label", "outlier", "overlap")
     assert re.findall(r"\d+", f"{warning} {summary}") == [

@@ -13,6 +13,7 @@ from helpers.tiny_models import (
     LAYOUTS,
     build_tiny_config,
     each_layout,
+    raises_one_line,
     randomize,
     save_with_processor,
 )
@@ -27,7 +28,13 @@ from modeling_vitcls import (
     ViTCLSModel,
     look,
 )
-from modeling_vitcls.analysis.photo import PhotoMeasurements, match_colors, measure_photo
+from modeling_vitcls.analysis import look as look_module
+from modeling_vitcls.analysis.photo import (
+    PhotoMeasurements,
+    build_json_record,
+    match_colors,
+    measure_photo,
+)
 from modeling_vitcls.analysis.sheet import COLORMAP, Sheet, draw_attention, draw_sheet
 
 
@@ -293,6 +300,18 @@ def test_the_function_returns_the_image_of_the_command(
     )
     sheet = look(model, photo, image_size=64)
     assert np.array_equal(np.asarray(sheet), np.asarray(Image.open(tmp_path / "out.png")))
+
+
+def test_an_array_and_a_tensor_have_the_numbers_of_the_photo(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = np.asarray(photograph("china.jpg"))
+    monkeypatch.setattr(look_module, "draw_sheet", lambda measurements, title: measurements)
+    expected = build_json_record(look(model, photograph("china.jpg")))
+    assert build_json_record(look(model, pixels)) == expected
+    assert build_json_record(look(model, torch.tensor(pixels))) == expected
+    with raises_one_line("list"):
+        look(model, [pixels])
 
 
 def test_gray_models_take_color_photos(tmp_path: Path) -> None:

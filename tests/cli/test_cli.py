@@ -139,6 +139,16 @@ def test_a_run_that_stops_early_ends_with_its_status(
     with pytest.raises(SystemExit, match="143"):
         finetune.run(None)  # type: ignore[arg-type]
     assert capsys.readouterr().err == "process 1: stopped by a signal\n"
+
+    def fail(options: Any) -> None:
+        raise RunStopped("none of the images can be read")
+
+    monkeypatch.setattr("modeling_vitcls.cli.functions.run_training", fail)
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(SystemExit, match="1"):
+        finetune.run(None)  # type: ignore[arg-type]
+    assert capsys.readouterr().err == "error: none of the images can be read\n"
+    monkeypatch.setenv("RANK", "1")
     for mark, printed in (
         (contextlib.nullcontext, "process 1: error: wrong\n"),
         (mark_errors_of_all_processes, ""),

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import sklearn.datasets
+import torch
 from helpers.accelerate_state import reset_accelerate
 from helpers.command_in_process import parse_flags
 from helpers.tiny_models import raises_one_line
@@ -132,6 +133,38 @@ def test_images_in_memory_files_and_bytes_have_the_same_prediction(
             predict(folder, images, **{flag: None})
 
 
+@pytest.mark.parametrize("shape", [(12, 10), (12, 10, 3), (3, 12, 10)], ids=str)
+def test_one_image_is_one_row_and_a_batch_one_row_per_image(
+    shape: tuple[int, ...], trained: tuple[Path, dict[str, Any]]
+) -> None:
+    folder, _ = trained
+    pixels = np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8)
+    rows = predict(folder, [pixels])
+    assert rows[0]["error"] is None
+    assert predict(folder, pixels) == rows
+    assert predict(folder, torch.from_numpy(pixels)) == rows
+    if len(shape) == 3:
+        assert len(predict(folder, np.stack([pixels, pixels]))) == 2
+        assert len(predict(folder, [np.stack([pixels, pixels])])) == 2
+    if shape[-1] == 3:
+        assert predict(folder, Image.fromarray(pixels)) == rows
+
+
+def test_floats_from_0_to_1_have_an_error_that_predict_can_remedy(
+    trained: tuple[Path, dict[str, Any]],
+) -> None:
+    folder, _ = trained
+    (row,) = predict(folder, np.random.default_rng(0).random((12, 10, 3)))
+    assert row["label"] is None
+    assert "0 to 255" in row["error"]
+
+
+@pytest.mark.parametrize("image", [np.zeros((12, 10, 3)), Image.new("RGB", (10, 12))])
+def test_inspection_requires_paths(image: Any) -> None:
+    with raises_one_line("images", "paths", "dataset"):
+        inspect_tokens("m", image)
+
+
 def test_every_token_gets_a_verdict_and_a_report_is_written(
     trained: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -170,6 +203,13 @@ def test_an_unknown_argument_is_named_with_the_one_to_use(
 def test_a_wrong_value_names_its_argument(name: str, value: Any, words: list[str]) -> None:
     with raises_one_line(name, *words):
         build_options(FinetuneOptions, **REQUIRED, **{name: value})
+
+
+@pytest.mark.parametrize("flag", ["per_image", "unknown_dataset"])
+@pytest.mark.parametrize("other", [{"frozen": "knn"}, {"audit": "page.html"}])
+def test_evaluation_refuses_what_it_would_not_write(flag: str, other: dict[str, Any]) -> None:
+    with raises_one_line(flag, "frozen", "audit"):
+        evaluate("m", "digits", **other, **{flag: "some"})
 
 
 @pytest.mark.parametrize("size", ["native", 32, [32, 48]])

@@ -290,3 +290,46 @@ def test_commands_do_not_print_transformers_reports_about_weights(
     printed = caplog.text + "".join(capfd.readouterr())
     assert "LOAD REPORT" not in printed
     assert "Loading weights" not in printed
+
+
+@pytest.mark.parametrize(
+    ("command", "flag"),
+    [
+        ("evaluate --model m --dataset d", "--output"),
+        ("evaluate --model m --dataset d", "--audit"),
+        ("predict --model m photo.jpg", "--output"),
+        ("inspect --model m photo.jpg", "--json"),
+        ("export --model m --format onnx", "--output"),
+        ("finetune --model m --dataset d", "--output-dir"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_reported_before_the_work(
+    command: str, flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    suffix = {"--json": ".json", "--audit": ".html"}.get(flag, ".onnx" * ("export" in command))
+    output = tmp_path / "file" / "inner" / f"x{suffix}"
+    assert run_here(*command.split(), flag, str(output)) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: cannot write {output}: ")
+    assert error.endswith(f"is not a folder. Set a different {flag}\n")
+
+
+def test_a_folder_without_write_permission_is_reported_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    arguments = ("--model", "m", "--dataset", "d", "--output", str(tmp_path / "x.json"))
+    assert run_here("evaluate", *arguments) == 1
+    assert f"no permission to write to {tmp_path}. Set" in capsys.readouterr().err
+
+
+def test_errors_of_file_operations_name_the_file_and_the_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--model", "vitcls-tiny", "--dataset", "digits", "--output-dir"]
+    missing = str(tmp_path / "nofile.csv")
+    assert run_here("finetune", *arguments, str(tmp_path / "out"), "--exclude", missing) == 1
+    error = capsys.readouterr().err
+    assert f"error: cannot use {missing}: No such file" in error
+    assert "Errno" not in error

@@ -38,7 +38,7 @@ from modeling_vitcls import (
     ViTCLSModel,
     convert_from_timm,
 )
-from modeling_vitcls.conversion import source_models
+from modeling_vitcls.conversion import convert, source_models
 from modeling_vitcls.conversion.convert import convert_checkpoint, load_source
 from modeling_vitcls.conversion.parity_report import compare_models
 from modeling_vitcls.conversion.random_weights import randomize_weights
@@ -103,6 +103,8 @@ def test_a_converted_timm_model_has_the_same_logits_and_all_files(from_timm: Pat
     }
     # no temporary folder is left
     assert [path.name for path in from_timm.parent.iterdir()] == ["there"]
+    # other users can read the weights
+    assert len({file.stat().st_mode for file in from_timm.iterdir()}) == 1
 
 
 def test_a_converted_checkpoint_of_transformers_has_the_same_pixels_and_logits(
@@ -506,3 +508,18 @@ def test_unsupported_sources_are_one_line_errors_and_write_nothing(
         convert_checkpoint(source, tmp_path / "made", random_init=True)
     assert "\n" not in str(raised.value)
     assert list_all(tmp_path) == before
+
+
+def test_a_model_to_convert_back_is_pinned_by_its_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Any] = []
+
+    def get_model_folder(name: str, revision: str | None = None) -> str:
+        found.append((name, revision))
+        raise OSError("not downloaded")
+
+    monkeypatch.setattr(convert, "get_model_folder", get_model_folder)
+    with pytest.raises(OSError, match="not downloaded"):
+        convert.write_native_model(f"ann/mine@{'0' * 40}", tmp_path / "out")
+    assert found == [("ann/mine", "0" * 40)]

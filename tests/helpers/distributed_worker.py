@@ -177,16 +177,17 @@ def build_training_loop(folder: Path, objective: Objective) -> TrainingLoop:
     store = CheckpointStore(folder / "checkpoints", num_kept=1)
     unreadable_images = UnreadableImageCounter(print, 0)
     return TrainingLoop(
-        state,
-        objective,
-        dict,
-        plan,
-        options,
-        accelerator,
-        reporter,
-        store,
-        "accuracy",
-        unreadable_images,
+        state=state,
+        objective=objective,
+        evaluate_model=dict,
+        plan=plan,
+        options=options,
+        accelerator=accelerator,
+        reporter=reporter,
+        store=store,
+        selection_metric="accuracy",
+        unreadable_images=unreadable_images,
+        signals=SignalHandler(accelerator),
     )
 
 

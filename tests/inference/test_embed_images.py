@@ -15,6 +15,7 @@ from helpers import prediction_photos
 from helpers.prediction_photos import predict, sorted_photos
 from helpers.scripts_in_process import SCRIPTS
 from helpers.tiny_models import build_tiny_config, raises_one_line, save_with_processor
+from PIL import Image
 
 from modeling_vitcls import EmbedImages, ViTCLSImageProcessor, ViTCLSModel
 from modeling_vitcls.data.aspect_ratio import set_fit
@@ -73,6 +74,14 @@ def test_an_empty_batch_has_empty_columns(batch: dict[str, Any], encoder: Path) 
     assert outputs["registers"].shape == (0, 2, 16)
     assert len(outputs["error"]) == 0
     assert "path" not in outputs
+
+
+@pytest.mark.parametrize(
+    "image", [np.zeros((12, 10), np.uint8), np.zeros((12, 10, 3), np.uint8), Image.new("L", (9, 9))]
+)
+def test_one_image_instead_of_a_batch_is_an_error(image: Any, encoder: Path) -> None:
+    with raises_one_line("image", "batched=True"):
+        EmbedImages(str(encoder))({"image": image})
 
 
 def test_unreadable_images_have_an_error(encoder: Path, photos: Path) -> None:

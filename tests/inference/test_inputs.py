@@ -19,6 +19,7 @@ from helpers.prediction_photos import sorted_photos
 from helpers.tiny_models import raises_one_line
 from PIL import Image
 
+from modeling_vitcls.data import image_folder
 from modeling_vitcls.data.image_folder import compute_files_digest
 from modeling_vitcls.data.images import ArrayImages
 from modeling_vitcls.inference import inputs
@@ -52,6 +53,25 @@ def test_a_list_contains_files_and_folders(photos: Path, tmp_path: Path) -> None
     file.write_text("\n \n", encoding="utf-8")
     with raises_one_line(f"the list {file} is empty"):
         open_input(PredictOptions("model", list=file))
+
+
+def test_other_files_in_folders_are_counted_with_the_remedy_for_heic(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without pillow-heif, Pillow has no decoder for HEIC."""
+    suffixes = image_folder.IMAGE_SUFFIXES - image_folder.HEIF_SUFFIXES
+    monkeypatch.setattr(inputs, "IMAGE_SUFFIXES", suffixes)
+    for name in ("a.heic", "inner/b.HEIC", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    options = PredictOptions("model", (str(tmp_path),))
+    with raises_one_line("there are no images", "2 .heic, 1 .txt", "to JPEG"):
+        open_input(options)
+
+    (tmp_path / "c.png").touch()
+    assert open_input(options).num_images == 1
+    (message,) = caplog.messages
+    assert "skipped 3 files of other types (2 .heic, 1 .txt). To read HEIC" in message
 
 
 def test_images_of_folders_are_sorted_whatever_the_file_system_lists_first(

@@ -5,6 +5,7 @@ import pytest
 from modeling_vitcls import ViTCLSConfig
 from modeling_vitcls.inference.metric_tables import (
     build_class_tables,
+    build_metric_rows,
     format_small_percent,
     get_metric_names,
 )
@@ -41,3 +42,10 @@ def test_up_to_20_classes_are_listed_in_one_line_each() -> None:
 )
 def test_a_small_cost_is_never_printed_as_zero(value: float, text: str) -> None:
     assert format_small_percent(value) == text
+
+
+def test_a_calibration_error_has_the_one_that_a_calibrated_model_has_by_chance() -> None:
+    results = {"calibration_error": 0.0860, "calibration_error_by_chance": 0.1702}
+    ((_, value),) = build_metric_rows(results, None)
+    assert value.startswith("8.60%")
+    assert "17.02%" in value

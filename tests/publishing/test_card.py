@@ -73,6 +73,7 @@ def test_the_card_of_a_classifier_shows_what_was_measured(tmp_path: Path) -> Non
         "per_class": rows,
         "confusion_matrix": matrix,
         "calibration_error": 0.0123,
+        "calibration_error_by_chance": 0.0345,
         "calibration": calibration,
     }
 
@@ -83,7 +84,8 @@ def test_the_card_of_a_classifier_shows_what_was_measured(tmp_path: Path) -> Non
     assert "| Accuracy | 98.33% (95% interval: 96.00% to 99.00%) |" in text
     assert r"| `noon\|late` | 160 | 50.00% | 100.00% | 50.00% |" in text
     assert all(
-        number in text for number in ("by 1.23 percentage points", "8.71", "0.65", "180 images")
+        number in text
+        for number in ("by 1.23 percentage points", "differ by 3.45", "8.71", "0.65", "180 images")
     )
 
     code_files = sorted(

@@ -366,7 +366,9 @@ def test_a_model_of_1000_classes_keeps_its_bits(tmp_path: Path) -> None:
     )
 
 
-def test_an_added_class_is_recognized_at_a_bounded_loss(digits: Path, tmp_path: Path) -> None:
+def test_an_added_class_is_recognized_at_a_bounded_loss(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The new class is a stripe pattern that no digit looks like."""
     stripes = np.zeros((30, 8, 8), np.uint8)
     stripes[:, :, ::2] = np.arange(200, 230, dtype=np.uint8)[:, None, None]
@@ -381,6 +383,8 @@ def test_an_added_class_is_recognized_at_a_bounded_loss(digits: Path, tmp_path: 
 
     assert record["old_classes"]["old_loss"] <= 0.02
     assert record["new_classes"]["recall"] > 0.9
+    assert 0 < record["calibration_error_by_chance"] < 0.5
+    assert f"{100 * record['calibration_error_by_chance']:.1f}" in capsys.readouterr().out
     assert predict(tmp_path / "new", [new[0][0]])[0]["label"] == "stripes"
 
 

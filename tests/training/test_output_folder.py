@@ -445,3 +445,10 @@ def test_a_run_writes_only_listed_files(finished: Path) -> None:
         output_folder.METRICS_FILE,
         output_folder.RECIPE_FILE,
     }
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
+def test_other_users_can_read_the_weights_as_all_other_files(finished: Path) -> None:
+    weights = {file.stat().st_mode for file in finished.rglob("*.safetensors")}
+    assert weights == {(finished / "config.json").stat().st_mode}
+    assert (finished / "checkpoints").exists()
