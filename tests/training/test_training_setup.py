@@ -234,10 +234,8 @@ def test_a_dry_run_evaluates_random_images_and_prints_no_result(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first selection images are all of one class."""
-    data = write_images(
-        tmp_path / "data", {split: {"dusk": 40, "noon": 40} for split in ("train", "val")}
-    )
-    write_images(tmp_path / "data", {"test": {"dusk": 2, "noon": 2}})
+    splits = {split: {"dusk": 40, "noon": 40} for split in ("train", "val")}
+    data = write_images(tmp_path / "data", splits | {"test": {"dusk": 2, "noon": 2}})
     evaluated: list[Any] = []
 
     class RecordingEvaluator(Evaluator):
