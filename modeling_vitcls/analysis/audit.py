@@ -61,6 +61,7 @@ LAST_LAYER = Candidate((-1,), "cls_mean", "raw")
 LABEL_FILTER = "low_self_confidence"
 NUM_NEIGHBORS = 5  # neighbors in feature space whose pixels are compared
 THUMBNAIL_SIZE = 32  # side of the compared images in pixels
+PHOTO_SIZE = 192  # longer side of the images on the page in pixels
 MAX_PIXEL_DISTANCE = 0.1  # maximum distance of near duplicates, 1 - correlation of the pixels
 # Near duplicates are at most this fraction of the distance at which images of the dataset usually
 # have a neighbor. Without this limit, all images of the digit 1 would be duplicates.
@@ -80,6 +81,7 @@ class AuditedImages:
     probabilities: np.ndarray  # [N, L]; NaN for images that the model was trained on
     features: np.ndarray  # [N, D]
     pixels: np.ndarray  # [N, THUMBNAIL_SIZE, THUMBNAIL_SIZE, 3], uint8
+    sources: list[tuple[Sequence[Any], int]]  # images of the split, and the index of the image
     names: list[str]  # of the labels
 
     @property
@@ -277,6 +279,7 @@ def audit_split(
         probabilities=np.where(is_held_out[indices, None], probabilities, np.nan),
         features=values[:, :num_features],
         pixels=np.stack([make_thumbnail(images.images[index]) for index in indices]),
+        sources=[(images.images, index) for index in indices],
         names=image_pass.label_space.names,
     )
 
@@ -290,6 +293,7 @@ def join_parts(parts: Sequence[AuditedImages]) -> AuditedImages:
     return AuditedImages(
         ids=[each for part in parts for each in part.ids],
         splits=[each for part in parts for each in part.splits],
+        sources=[each for part in parts for each in part.sources],
         names=parts[0].names,
         **joined,
     )
@@ -344,7 +348,7 @@ def read_fold_probabilities(files: list[Path], ids: Sequence[str], num_labels: i
 
 
 def make_thumbnail(image: Image.Image) -> np.ndarray:
-    """Return the image at the size for comparisons and for the page."""
+    """Return the pixels of the image at the size for comparisons."""
     return np.asarray(
         image.convert("RGB").resize((THUMBNAIL_SIZE, THUMBNAIL_SIZE), Image.Resampling.BOX)
     )
@@ -505,7 +509,7 @@ def write_audit(
         num_images=len(images.ids),
         num_checked=int(images.is_checked.sum()),
         accuracy=images.accuracy,
-        thumbnail=lambda row: encode_data_url(Image.fromarray(images.pixels[row])),
+        thumbnail=partial(draw_photo, images),
         csv_name=csv_file.name,
     )
     with write_atomically(csv_file) as temporary_file:
@@ -513,6 +517,14 @@ def write_audit(
     with write_atomically(page) as temporary_file:
         temporary_file.write_text(html, encoding="utf-8")
     return csv_file
+
+
+def draw_photo(images: AuditedImages, row: int) -> str:
+    """Return an image, large enough to judge its label, as a data URL."""
+    source, index = images.sources[row]
+    photo = source[index].convert("RGB")
+    photo.thumbnail((PHOTO_SIZE, PHOTO_SIZE))
+    return encode_data_url(photo)
 
 
 def count_pairs_across_splits(audit: dict[str, pd.DataFrame]) -> int:

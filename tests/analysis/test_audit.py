@@ -1,5 +1,6 @@
 """The audit of a dataset: planted errors are found, and the results are cleanlab's."""
 
+import base64
 import io
 import json
 import re
@@ -71,6 +72,7 @@ def planted() -> tuple[AuditedImages, np.ndarray, np.ndarray]:
         probabilities=probabilities,
         features=features,
         pixels=np.stack([make_thumbnail(image) for image in images]),
+        sources=[(images, index) for index in range(len(images))],
         names=[f"digit {index}" for index in range(10)],
     )
     return audited, flipped, copied
@@ -284,6 +286,21 @@ def test_the_only_image_of_a_class_is_not_checked(tmp_path: Path) -> None:
     names = [found.names[label] for label in found.labels[found.is_checked]]
     assert names == ["cat"] * 8 + ["dog"] * 8
     assert audit_checkpoint(options)["num_images"] == 17
+
+
+def test_photos_on_the_page_are_large_enough_to_judge_their_labels(tmp_path: Path) -> None:
+    photos = write_photos(tmp_path / "photos", range(8))
+    pixels = np.random.default_rng(0).integers(256, size=(300, 600, 3), dtype=np.uint8)
+    for name in ("large", "copy"):
+        Image.fromarray(pixels).save(photos / "cat" / f"{name}.png")
+    save_with_processor(ViTCLSModel(build_tiny_config()), tmp_path / "model")
+    page = tmp_path / "page.html"
+
+    evaluate(tmp_path / "model", photos, frozen="logreg", audit=page)
+
+    shown = re.findall(r'src="data:image/\w+;base64,([^"]+)"', page.read_text())
+    sizes = {Image.open(io.BytesIO(base64.b64decode(url))).size for url in shown}
+    assert (192, 96) in sizes
 
 
 def test_logistic_regression_needs_two_classes_of_two_images(tmp_path: Path) -> None:
