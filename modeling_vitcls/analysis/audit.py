@@ -2,12 +2,12 @@
 
     audit_checkpoint(options)         `evaluate --audit`: compute features and probabilities, audit, write
     audit = audit_dataset(images)     the tables, from labels, probabilities and features
-    write_audit(audit, images, ...)   audit.html with thumbnails, and audit.csv for `finetune --exclude`
+    write_audit(audit, images, ...)   audit.html with photos, and audit.csv for `finetune --exclude`
 
 Label errors, outliers and overlapping classes are cleanlab's (Northcutt et al. 2021, arXiv
 1911.00068). Probabilities must come from a model that was not trained on the image: held-out, or
 out-of-fold for a run with folds. A classifier that is wrong about many images also lists many right
-labels, so its accuracy is printed beside their number. Near duplicates are neighbors in the model's
+labels, so its accuracy is printed as well. Near duplicates are neighbors in the model's
 features, or in small copies of the images, whose pixels agree.
 """
 
@@ -67,7 +67,7 @@ MAX_PIXEL_DISTANCE = 0.1  # maximum distance of near duplicates, 1 - correlation
 # have a neighbor. Without this limit, all images of the digit 1 would be duplicates.
 MAX_RELATIVE_DISTANCE = 0.25
 OUTLIER_FRACTION = 0.01  # fraction of the images that the page lists as outliers
-MAX_SHOWN = 100  # maximum number of rows of a table with thumbnails
+MAX_SHOWN = 100  # maximum number of rows of a table with photos
 BLOCK_SIZE = 1024  # images whose neighbors' pixels are compared at once
 
 
@@ -90,10 +90,10 @@ class AuditedImages:
         return np.isfinite(self.probabilities).all(axis=1)
 
     @property
-    def accuracy(self) -> float:
-        """Return the fraction of the checked labels that are predicted; NaN without any."""
+    def accuracy(self) -> float | None:
+        """Return the fraction of the checked labels that are predicted; None without any."""
         if not self.is_checked.any():
-            return float("nan")
+            return None
         predicted = self.probabilities[self.is_checked].argmax(axis=1)
         return float((predicted == self.labels[self.is_checked]).mean())
 

@@ -438,7 +438,7 @@ def draw_norms(measurements: PhotoMeasurements, layer: int, side: int) -> Image.
 
 
 def fill_region(measurements: PhotoMeasurements, colors: np.ndarray, side: int) -> Image.Image:
-    """Return one color per patch [gh, gw, 3] (0 to 1) as a picture of the visible part's size."""
+    """Return colors of patches [gh, gw, 3] (0 to 1) as an image of the visible part's size."""
     size = draw_visible_part(measurements, side).size
     return Image.fromarray((colors * 255).round().astype(np.uint8)).resize(
         size, Image.Resampling.NEAREST

@@ -7,7 +7,7 @@ from functools import cached_property
 from ..model.configuration_vitcls import ViTCLSConfig
 
 
-PATCHES = -1  # stands for the patches among the sequence indices of special tokens
+PATCHES = -1  # all patches, in a set of sequence indices of special tokens
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class TokenUse:
     def readers(self) -> dict[str, set[int]]:
         """Return a dict from each output to the sequence indices of the tokens that it reads.
 
-        Only special tokens that the output is computed from directly count, and PATCHES. Outputs
-        are named as in ablation.py; the distillation head is "distillation".
+        These are the special tokens from which the output is computed directly, and PATCHES.
+        Outputs are named as in ablation.py; the distillation head is "distillation".
         """
         config = self.config
         layout = config.token_layout

@@ -104,12 +104,13 @@ def scan_folder(path: Path) -> ImageFolder:
     return folder
 
 
-def list_files(root: str | Path, run_folders: list[str] | None = None) -> Iterator[str]:
+def list_files(root: str | Path, run_folders: list[str]) -> Iterator[str]:
     """Yield the paths of the files in a folder and its subfolders, sorted within each folder.
 
     Paths are relative to the folder. Hidden files are ignored. Symbolic links to folders are
-    followed, except cycles. With `run_folders`, the folders of models and training runs are added
-    to this list, and subfolders among them are skipped. Raise OSError if a folder cannot be read.
+    followed, except cycles. The folders of models and training runs, which contain figures, are
+    added to `run_folders`; the subfolders among them are skipped. Raise OSError if a folder cannot
+    be read.
     """
 
     def stop(error: OSError) -> None:
@@ -124,8 +125,7 @@ def list_files(root: str | Path, run_folders: list[str] | None = None) -> Iterat
         visible = sorted(name for name in folders if not is_hidden(name))
         folders[:] = [name for name in visible if Path(parent, name).resolve() not in visited]
         relative_parent = Path(parent).relative_to(root)
-        is_run = RECIPE_FILE in files or set(CONFIG_FILES) <= set(files)
-        if is_run and run_folders is not None:
+        if RECIPE_FILE in files or set(CONFIG_FILES) <= set(files):
             run_folders.append(relative_parent.as_posix())
             if relative_parent.parts:
                 folders.clear()
@@ -192,10 +192,7 @@ def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
     images_by_folder = divide_into_splits(folder)
     skipped = [name for name in folder.run_folders if is_in_splits(name, images_by_folder)]
     if skipped:
-        folder.warnings.append(
-            f"{folder.path}: skipped folders that a training run has written: "
-            f"{format_name_list(skipped)}. Move them out of the dataset"
-        )
+        folder.warnings.append(f"{folder.path}: {describe_skipped_runs(skipped)}")
     images_by_split = {
         SPLIT_BY_FOLDER_NAME.get(name.lower(), "train"): images
         for name, images in images_by_folder.items()
@@ -342,28 +339,44 @@ def warn_about_folders_without_images(folder: ImageFolder, split_folders: list[s
             candidates += [f"{split_folder}/{name}" for name in names]
 
     descriptions = []
+    unread_files = []
     for name in candidates:
         prefix = f"{name}/"
         has_runs = any(f"{run}/".startswith(prefix) for run in folder.run_folders)
         if name in with_images or has_runs:
             continue
-        types = Counter(
-            PurePosixPath(file).suffix.lower() or "without a suffix"
-            for file in (*folder.other_files, *folder.tables)
-            if file.startswith(prefix)
-        )
-        counts = ", ".join(f"{count:,} {suffix}" for suffix, count in types.most_common())
-        descriptions.append(f"{name} ({counts or 'empty'})")
+        files = [file for file in (*folder.other_files, *folder.tables) if file.startswith(prefix)]
+        unread_files += files
+        descriptions.append(f"{name} ({describe_types(files) or 'empty'})")
 
     if descriptions:
-        remedy = "Convert their images to JPEG, or remove the folders"
-        suffixes = {PurePosixPath(file).suffix.lower() for file in folder.other_files}
-        if suffixes & HEIF_SUFFIXES:
-            remedy = HEIC_REMEDY
+        remedy = get_heic_remedy(unread_files)
+        remedy = remedy or "Convert their images to JPEG, or remove the folders"
         folder.warnings.append(
             f"{folder.path}: these folders have no image of a readable type, so they are left "
             f"out: {format_name_list(descriptions, MAX_NAMED_FOLDERS)}. {remedy}"
         )
+
+
+def describe_skipped_runs(folders: Sequence[str]) -> str:
+    return (
+        f"skipped folders that a training run has written: {format_name_list(folders)}. Move them "
+        "elsewhere"
+    )
+
+
+def describe_types(files: Sequence[str]) -> str:
+    """Return the suffixes of files with the number of files, the most frequent first: `2 .heic`."""
+    suffixes = Counter(make_printable(PurePosixPath(file).suffix.lower()) for file in files)
+    return format_name_list(
+        [f"{count:,} {suffix or 'without a suffix'}" for suffix, count in suffixes.most_common()]
+    )
+
+
+def get_heic_remedy(files: Sequence[str]) -> str:
+    """Return what to do with the HEIC files among unread files; "" if there are none."""
+    is_heic = any(PurePosixPath(file).suffix.lower() in HEIF_SUFFIXES for file in files)
+    return HEIC_REMEDY if is_heic else ""
 
 
 def list_subfolders(path: Path) -> list[str]:

@@ -16,7 +16,7 @@ times as fast as two processes.
 
 import hashlib
 import json
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,11 +28,13 @@ import torch
 from huggingface_hub.utils import http_backoff
 
 from ..data.image_folder import (
-    HEIC_REMEDY,
-    HEIF_SUFFIXES,
     IMAGE_SUFFIXES,
+    ROOT,
     compute_files_digest,
+    describe_skipped_runs,
+    describe_types,
     format_name_list,
+    get_heic_remedy,
     list_files,
     make_printable,
 )
@@ -103,21 +105,26 @@ class ListInput:
 def build_list_input(paths: Iterable[str]) -> ListInput:
     """Return an input with the given files and URLs, and the images in the given folders.
 
-    Images in a folder are sorted by name. Other files in folders cause a warning. Raise ValueError
-    if there are no images.
+    Images in a folder are sorted by name. Other files, and folders of training runs, cause a
+    warning. Raise ValueError if there are no images.
     """
     files: list[str] = []
     folders: list[str] = []
     other_files: list[str] = []
+    run_folders: list[str] = []
     for path in paths:
         if not Path(path).is_dir():
             files.append(path)
             continue
         folders.append(path)
-        for name in list_files(path):
+        runs: list[str] = []
+        for name in list_files(path, runs):
             is_image = Path(name).suffix.lower() in IMAGE_SUFFIXES
             (files if is_image else other_files).append(str(Path(path, name)))
+        run_folders += [str(Path(path, run)) for run in runs if run != ROOT]
 
+    if run_folders:
+        warn_on_first_process(describe_skipped_runs(run_folders))
     types_text = describe_types(other_files)
     if not files:
         found = f", but files of other types ({types_text})" if other_files else ""
@@ -133,20 +140,6 @@ def build_list_input(paths: Iterable[str]) -> ListInput:
             f"({types_text}){remedy and f'. {remedy}'}"
         )
     return ListInput([make_printable(file) for file in files], files)
-
-
-def describe_types(files: Sequence[str]) -> str:
-    """Return the most frequent suffixes of files with the number of files, such as `2 .heic`."""
-    suffixes = Counter(make_printable(Path(file).suffix.lower()) for file in files)
-    return format_name_list(
-        [f"{count:,} {suffix or 'without a suffix'}" for suffix, count in suffixes.most_common()]
-    )
-
-
-def get_heic_remedy(files: Sequence[str]) -> str:
-    """Return what to do with the HEIC files among files, or an empty text if there are none."""
-    is_heic = any(Path(file).suffix.lower() in HEIF_SUFFIXES for file in files)
-    return HEIC_REMEDY if is_heic else ""
 
 
 def read_path_list(file: Path) -> list[str]:

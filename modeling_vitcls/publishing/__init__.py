@@ -1,6 +1,6 @@
 """Publish a model folder: report, card, push and verification.
 
-Only the files of the folder are read.
+They read the files of the folder, and nothing else.
 
 report.py                  report.html and the card's images
 card.py                    README.md, with one template per kind of model in model_cards/

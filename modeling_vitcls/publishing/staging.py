@@ -3,8 +3,8 @@
     with stage_folder(ModelFolder(Path("runs/mine")), "me/mine") as staged:
         api.upload_folder(folder_path=staged, delete_patterns=DELETE_PATTERNS, ...)
 
-Only files that this package writes are published, each by its name: other files in the folder stay
-on the machine. Large files are links. README.md contains the id of the repository,
+The published files are those that this package writes, each by its name; other files in the folder
+stay on the machine. Large files are links. README.md contains the id of the repository,
 config.resolved.yaml no local paths, and CODE_LICENSE the license of the code. There are no pickle
 files, no results of other weights, and no images of a dataset that may not be published.
 """

@@ -35,7 +35,7 @@ def describe_error(error: BaseException) -> str:
 def mark_errors_of_all_processes() -> Iterator[None]:
     """Mark errors raised in the block as raised on all processes.
 
-    Only one process then prints the message.
+    The message is then printed by one process.
     """
     try:
         yield

@@ -138,6 +138,7 @@ def build_training_setup(
         num_views=options.distillation.teacher_views,
         summary_lines=summary_lines,
         warnings=warnings,
+        describe_imbalance=partial(describe_imbalance, options, data),
         results={
             "teacher": strip_folders(teacher_name) if teacher_name else None,
             "label_column": list(labels.columns),
@@ -147,7 +148,7 @@ def build_training_setup(
     )
 
 
-def describe_imbalance(options: FinetuneOptions, data: TrainingData, has_steps: bool) -> str | None:
+def describe_imbalance(options: FinetuneOptions, data: TrainingData, has_steps: bool) -> list[str]:
     """Return a warning about classes of very different sizes, or about weights without effect.
 
     The regression of the probe has no class weights. Classes differ if the largest has more than
@@ -156,25 +157,26 @@ def describe_imbalance(options: FinetuneOptions, data: TrainingData, has_steps: 
     training = options.training
     if training.class_balance != "none":
         if has_steps:
-            return None
+            return []
         remedy = "read the line 'steps' to train"
         if training.trainable == "head":
             remedy = "set `probe=False` to train the head in steps"
-        return (
+        return [
             "`class_balance='weights'` has no effect, because it weights the loss of training "
             f"steps, and this run has none. Remove it, or {remedy}"
-        )
+        ]
     if data.class_ratio <= MAX_CLASS_RATIO:
-        return None
+        return []
+
     advice = "The accuracy hardly depends on small classes: compare macro F1"
     if describe_missing_classes(data):
         advice = "No result measures the classes without held-out images: add images of them"
     if has_steps:
         advice += ", and set `class_balance='weights'`"
-    return (
+    return [
         f"the largest class has {data.class_ratio:.0f} times as many training images as the "
         f"smallest. {advice}"
-    )
+    ]
 
 
 def build_objective(

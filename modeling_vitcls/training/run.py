@@ -113,10 +113,6 @@ def run(kind: ModuleType, options: Options, on_checkpoint: Callable[[Path], None
         if options.run.dry_run:
             loaded = reduce_for_dry_run(loaded)
         print_summary(loaded, environment)
-        if isinstance(loaded.options, FinetuneOptions) and (
-            warning := finetune.describe_imbalance(loaded.options, loaded.data, loaded.has_steps)
-        ):
-            reporter.warn(warning)
 
         frozen = fit_probe(loaded, environment)
         features_before = measure_features(loaded, environment)

@@ -242,6 +242,7 @@ def print_summary(loaded: Loaded, environment: Environment) -> None:
     for name, text in lines.items():
         if text:
             reporter.print_line(name, text)
-    for warning in loaded.setup.warnings:
+    setup = loaded.setup
+    for warning in [*setup.warnings, *setup.describe_imbalance(loaded.has_steps)]:
         reporter.warn(warning)
-    reporter.printed_metrics = loaded.setup.printed_metrics
+    reporter.printed_metrics = setup.printed_metrics

@@ -272,16 +272,22 @@ def test_images_listed_by_an_audit_are_left_out_of_training(
     assert len(without.held_out) == 105
 
 
+def build_audit_options(folder: Path, photos: Path) -> EvaluateOptions:
+    """Save an encoder, and return the options of an audit by logistic regression."""
+    save_with_processor(ViTCLSModel(build_tiny_config()), folder / "model")
+    return EvaluateOptions(
+        str(folder / "model"),
+        DataOptions(str(photos), num_workers=0),
+        frozen="logreg",
+        audit=folder / "page.html",
+    )
+
+
 def test_the_only_image_of_a_class_is_not_checked(tmp_path: Path) -> None:
     photos = write_photos(tmp_path / "photos", range(8))
     write_photos(photos, range(1), "bird")
-    save_with_processor(ViTCLSModel(build_tiny_config()), tmp_path / "model")
-    options = EvaluateOptions(
-        str(tmp_path / "model"),
-        DataOptions(str(photos), num_workers=0),
-        frozen="logreg",
-        audit=tmp_path / "page.html",
-    )
+    options = build_audit_options(tmp_path, photos)
+
     found, _, _ = load_audited_images(options)
     names = [found.names[label] for label in found.labels[found.is_checked]]
     assert names == ["cat"] * 8 + ["dog"] * 8
@@ -293,12 +299,11 @@ def test_photos_on_the_page_are_large_enough_to_judge_their_labels(tmp_path: Pat
     pixels = np.random.default_rng(0).integers(256, size=(300, 600, 3), dtype=np.uint8)
     for name in ("large", "copy"):
         Image.fromarray(pixels).save(photos / "cat" / f"{name}.png")
-    save_with_processor(ViTCLSModel(build_tiny_config()), tmp_path / "model")
-    page = tmp_path / "page.html"
+    options = build_audit_options(tmp_path, photos)
 
-    evaluate(tmp_path / "model", photos, frozen="logreg", audit=page)
+    audit_checkpoint(options)
 
-    shown = re.findall(r'src="data:image/\w+;base64,([^"]+)"', page.read_text())
+    shown = re.findall(r'src="data:image/\w+;base64,([^"]+)"', options.audit.read_text())
     sizes = {Image.open(io.BytesIO(base64.b64decode(url))).size for url in shown}
     assert (192, 96) in sizes
 
@@ -306,16 +311,18 @@ def test_photos_on_the_page_are_large_enough_to_judge_their_labels(tmp_path: Pat
 def test_logistic_regression_needs_two_classes_of_two_images(tmp_path: Path) -> None:
     photos = write_photos(tmp_path / "photos", range(8), "cat")
     write_photos(photos, range(1), "bird")
-    save_with_processor(ViTCLSModel(build_tiny_config()), tmp_path / "model")
-    options = EvaluateOptions(
-        str(tmp_path / "model"),
-        DataOptions(str(photos), num_workers=0),
-        frozen="logreg",
-        audit=tmp_path / "page.html",
-    )
+    options = build_audit_options(tmp_path, photos)
     with raises_one_line("two images", "`frozen='knn'`"):
         audit_checkpoint(options)
     assert not options.audit.exists()
+
+
+def test_an_audit_without_a_checked_label_has_no_accuracy(
+    planted: tuple[AuditedImages, ...],
+) -> None:
+    audited = planted[0]
+    unchecked = replace(audited, probabilities=np.full_like(audited.probabilities, np.nan))
+    assert unchecked.accuracy is None
 
 
 def test_audit_needs_a_classifier_or_frozen_features(tmp_path: Path) -> None:

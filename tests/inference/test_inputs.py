@@ -74,6 +74,20 @@ def test_other_files_in_folders_are_counted_with_the_remedy_for_heic(
     assert "skipped 3 files of other types (2 .heic, 1 .txt). To read HEIC" in message
 
 
+def test_figures_of_a_training_run_are_not_predicted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("photo.png", "run/config.resolved.yaml", "run/images/figure.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).touch()
+
+    source = open_input(PredictOptions("model", (str(tmp_path),)))
+
+    assert source.names == [str(tmp_path / "photo.png")]
+    (message,) = caplog.messages
+    assert str(tmp_path / "run") in message
+
+
 def test_images_of_folders_are_sorted_whatever_the_file_system_lists_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

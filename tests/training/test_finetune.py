@@ -370,13 +370,14 @@ def test_macro_f1_is_printed_for_imbalanced_classes(
     setup = build_training_setup(run.options, initial, rare, run.reporter)
     assert ("macro_f1" in setup.printed_metrics) == is_imbalanced
     for has_steps in (True, False):
-        warning = describe_imbalance(run.options, rare, has_steps) or ""
+        warning = " ".join(describe_imbalance(run.options, rare, has_steps))
         assert ("macro F1" in warning) == is_imbalanced
         assert ("`class_balance='weights'`" in warning) == (is_imbalanced and has_steps)
     training = replace(run.options.training, class_balance="weights")
     weighted = replace(run.options, training=training)
-    assert describe_imbalance(weighted, rare, has_steps=True) is None
-    assert "no effect" in describe_imbalance(weighted, rare, has_steps=False)
+    assert describe_imbalance(weighted, rare, has_steps=True) == []
+    (warning,) = describe_imbalance(weighted, rare, has_steps=False)
+    assert "no effect" in warning
 
 
 def test_macro_f1_is_not_recommended_if_a_class_is_not_held_out(
@@ -386,7 +387,7 @@ def test_macro_f1_is_not_recommended_if_a_class_is_not_held_out(
     dusk, noon = (np.flatnonzero(np.equal(run.data.train.labels, each)) for each in (0, 1))
     held_out = run.data.held_out.select(np.flatnonzero(np.equal(run.data.held_out.labels, 0)))
     rare = replace(run.data, train=run.data.train.select([*dusk[:11], noon[0]]), held_out=held_out)
-    warning = describe_imbalance(run.options, rare, has_steps=True)
+    (warning,) = describe_imbalance(run.options, rare, has_steps=True)
     assert "macro F1" not in warning
     assert "held-out images" in warning
 
