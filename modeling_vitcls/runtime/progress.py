@@ -22,6 +22,8 @@ from rich.progress import Progress
 
 LINE_SECONDS = 30  # seconds between lines
 MAX_GAP_SECONDS = 10  # between two stages that share the time until the next line
+# fraction of LINE_SECONDS (5 seconds) in which a stage prints no line, as it may be short
+SILENT_FRACTION = 1 / 6
 
 Item = TypeVar("Item")
 
@@ -121,6 +123,7 @@ class Silence:
         now = time.monotonic()
         if now - self.end_of_stage > MAX_GAP_SECONDS:
             self.start = now
+        self.start = max(self.start, now - (1 - SILENT_FRACTION) * LINE_SECONDS)
 
     def get_remaining_seconds(self) -> float:
         """Return the time until the next line."""
