@@ -64,7 +64,7 @@ from modeling_vitcls.training.additions import (
     append_head,
     describe_cost,
     fit_new_rows,
-    fit_single_label_head,
+    fit_task_head,
     fit_without_old_images,
     load_base,
 )
@@ -510,7 +510,7 @@ def fit_tasks(options: Options, data: Data) -> dict[str, Any]:
     for name in TASKS[data.name]:
         labels = list(TASKS[data.name][name])
         parts = [label_features(data, name, split) for split in ("train", "test")]
-        heads[name] = fit_single_label_head(base, labels, [parts[0]], parts[1])
+        heads[name] = fit_task_head(base, labels, [parts[0]], parts[1])
         cost = describe_cost(base.model, append_head(base.model, name, heads[name]))
         records[name] = [heads[name].record | cost]
 

@@ -373,7 +373,7 @@ def verify_unchanged(
         flags: other flags of `vitcls verify-unchanged`.
 
     Returns:
-        `difference`, which is None if nothing changed, and the certificate or what changed.
+        The certificate with `difference` None or, if the models differ, only `difference`.
 
     Raises:
         TypeError, ValueError, OSError: as in `finetune`.

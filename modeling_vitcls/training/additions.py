@@ -15,13 +15,12 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from rich.console import Console
-from scipy.special import expit
 
 from ..conversion.any_checkpoint import resolve
 from ..data.evaluated_images import find_evaluated_images
@@ -54,7 +53,6 @@ from ..inference.linear_probe import (
     NUM_SINGLE_LAYERS,
     Candidate,
     LinearClassifier,
-    ProbeChoice,
     choose_probe,
     describe_candidate,
     fit_classifier,
@@ -77,7 +75,7 @@ from .options import AddClassOptions, AdditionOptions, AddTaskOptions
 from .probe import MAX_CHOICE_IMAGES, build_record, select_out_of_fold, split_at_random
 
 
-SINGLE_LABEL, MULTI_LABEL = "single_label_classification", "multi_label_classification"
+SINGLE_LABEL: Final = "single_label_classification"
 
 
 @dataclass(frozen=True)
@@ -117,7 +115,7 @@ class Base:
             warn=self.warn,
         )
         features = frozen_pass(model, self.console)
-        return features if features.labels.ndim > 1 else features.take(features.labels >= 0)
+        return features.take(features.labels >= 0)
 
     @property
     def layout(self) -> FeatureLayout:
@@ -238,12 +236,7 @@ def check_name(options: AddTaskOptions, config: ViTCLSConfig) -> None:
 
 def fit_task(base: Base, data: TrainingData, options: AddTaskOptions) -> FittedHead:
     """Choose and fit the head of a task, and measure it on the held-out images."""
-    kind = data.label_space.kind
-    if kind not in (SINGLE_LABEL, MULTI_LABEL):
-        raise ValueError(
-            f"`name` adds one task, but {options.data.dataset} has labels for {kind}. Set a single "
-            "`label_column`"
-        )
+    check_has_one_label(data.label_space, options.data.dataset)
     compute = partial(base.compute_features, label_space=data.label_space)
     images: Any = data.train  # not streamed
     first_images, other_images = split_at_random(images.draw(options.max_images), MAX_CHOICE_IMAGES)
@@ -252,8 +245,7 @@ def fit_task(base: Base, data: TrainingData, options: AddTaskOptions) -> FittedH
         parts.append(compute(other_images))
     held_out = compute(data.held_out) if len(data.held_out) else None
 
-    fit = fit_single_label_head if kind == SINGLE_LABEL else fit_multi_label_head
-    head = fit(base, data.label_space.names, parts)
+    head = fit_task_head(base, data.label_space.names, parts)
     if held_out is not None:
         measured = measure_head(head, held_out)
         head.record["held_out_result"] = round_floats(measured)
@@ -262,7 +254,6 @@ def fit_task(base: Base, data: TrainingData, options: AddTaskOptions) -> FittedH
         "kind": "task",
         "dataset": strip_folders(data.name),
         "label_column": list(data.label_space.columns),
-        "label_separator": options.data.label_separator,
         **head.record,
         "held_out_images": data.held_out_name,
         HELD_OUT_RECORD_KEY: asdict(data.build_record()),
@@ -270,23 +261,27 @@ def fit_task(base: Base, data: TrainingData, options: AddTaskOptions) -> FittedH
     return replace(head, record=record)
 
 
+def check_has_one_label(label_space: LabelSpace, dataset: str) -> None:
+    """Raise ValueError unless a dataset has one label per image."""
+    if label_space.kind != SINGLE_LABEL:
+        raise ValueError(
+            f"one label per image is required, but {dataset} has labels for {label_space.kind}. "
+            "Set `label_column` to a column with one label per image"
+        )
+
+
 def measure_head(head: FittedHead, held_out: Features) -> dict[str, Any]:
-    """Return the accuracy and, for one label per image, the calibration error of a head."""
+    """Return the accuracy and the calibration error of a head."""
     logits = head.compute_logits(held_out)
-    temperature = head.fields.get("temperature", 1.0)
-    if head.fields["problem_type"] == MULTI_LABEL:
-        is_predicted = expit(logits / temperature) >= head.fields["threshold"]
-        is_right = is_predicted == (held_out.labels > 0.5)
-        return build_proportion("label_accuracy", is_right.sum(), is_right.size)
     num_right = (logits.argmax(axis=1) == held_out.labels).sum()
-    calibrated = (logits / temperature).astype(np.float32)
+    calibrated = (logits / head.fields.get("temperature", 1.0)).astype(np.float32)
     return build_proportion("accuracy", num_right, len(logits)) | {
         "calibration_error": compute_error(calibrated, held_out.labels),
         "calibration_error_by_chance": compute_error_by_chance(calibrated),
     }
 
 
-def fit_single_label_head(base: Base, names: list[str], parts: Sequence[Features]) -> FittedHead:
+def fit_task_head(base: Base, names: list[str], parts: Sequence[Features]) -> FittedHead:
     """Fit a logistic regression, with a temperature from the images that each fold leaves out."""
     first = parts[0]
     choice = choose_probe(
@@ -305,7 +300,7 @@ def fit_single_label_head(base: Base, names: list[str], parts: Sequence[Features
         choice.strength,
     )
 
-    fields = build_head_fields(candidate, names, SINGLE_LABEL)
+    fields = build_head_fields(candidate, names)
     record = build_record(choice, "unchanged", None, list(parts))
     lines = {"head": describe_candidate(record)}
     if choice.score is not None:
@@ -322,84 +317,18 @@ def fit_single_label_head(base: Base, names: list[str], parts: Sequence[Features
     return FittedHead(candidate, classifier, fields, record, lines)
 
 
-def fit_multi_label_head(base: Base, names: list[str], parts: Sequence[Features]) -> FittedHead:
-    """Fit a binary logistic regression for each label.
-
-    All labels read the candidate with the lowest sum of losses, and share a temperature, which
-    comes from the images that each fold leaves out.
-    """
-    first = parts[0]
-    everything = join(parts)
-    for index, name in enumerate(names):
-        if len(np.unique(everything.labels[:, index])) < 2:
-            raise ValueError(
-                f"the label {name!r} has no images, or all of them. Remove it from the label column"
-            )
-
-    def choose(index: int, candidates: Sequence[Candidate]) -> ProbeChoice:
-        labels = first.labels[:, index].astype(np.int64)
-        return choose_probe(
-            lambda each: first.select(each).astype(np.float64), labels, 2, candidates
-        )
-
-    candidates = base.list_candidates()
-    losses: dict[Candidate, float] = dict.fromkeys(candidates, 0.0)
-    for index in range(len(names)):
-        for score in choose(index, candidates).scores:
-            losses[score.candidate] += float(np.nanmean(score.losses))
-    candidate = min(losses, key=lambda each: losses[each])
-
-    features = everything.select(candidate).astype(np.float64)
-    weights = []
-    biases = []
-    strengths = []
-    scores = []
-    for index in range(len(names)):
-        choice = choose(index, [candidate])
-        strengths.append(choice.strength)
-        scores.append(choice.score)
-        labels = everything.labels[:, index].astype(np.int64)
-        both = fit_classifier(features, labels, 2, candidate.scale, strengths[-1])
-        weights.append(both.weight[1] - both.weight[0])
-        biases.append(both.bias[1] - both.bias[0])
-    classifier = LinearClassifier(np.stack(weights), np.array(biases, np.float32))
-
-    fields = build_head_fields(candidate, names, MULTI_LABEL) | {"threshold": 0.5}
-    record: dict[str, Any] = {
-        "num_training_images": len(everything.labels),
-        "layers": list(candidate.layers),
-        "tokens": candidate.tokens,
-        "scale": candidate.scale,
-        "strength": float(np.median(strengths)),
-        "strengths": strengths,
-    }
-    lines = {"head": f"{describe_candidate(record)} (median of {len(names)} labels)"}
-    complete = [score for score in scores if score is not None and score.is_complete]
-    if len(complete) == len(scores):
-        out_of_fold = np.concatenate([score.logits for score in complete]).astype(np.float32)
-        labels = first.labels.T.ravel().astype(np.int64)
-        calibration = find_calibration(out_of_fold, labels, "cross-validation")
-        if calibration.is_fitted:
-            temperature = calibration.temperature
-            fields["temperature"] = temperature
-            record["calibration"] = {"temperature": temperature, "images": "cross-validation"}
-            text = f"temperature {temperature:.2f}, from {len(first.labels):,} training images"
-            lines["calibration"] = f"{text} x {len(names)} labels, each left out of its regression"
-    return FittedHead(candidate, classifier, fields, record, lines)
-
-
 def join(parts: Sequence[Features]) -> Features:
     """Return the features of one part, or of two parts of the same images."""
     return parts[0] if len(parts) == 1 else concatenate_features(*parts)
 
 
-def build_head_fields(candidate: Candidate, names: list[str], problem_type: str) -> dict[str, Any]:
+def build_head_fields(candidate: Candidate, names: list[str]) -> dict[str, Any]:
     """Return the entry of `config.extra_heads` for a head that reads exactly a candidate."""
     return {
         "labels": list(names),
         "pooling": candidate.layer_poolings,
         "pooled_layers": list(candidate.layers),
-        "problem_type": problem_type,
+        "problem_type": SINGLE_LABEL,
     }
 
 
@@ -622,11 +551,7 @@ def load_new_images(
 ) -> tuple[LabelSpace, LabeledImages, LabeledImages | None]:
     """Return the old and new classes, images of the new classes, and held-out images, if any."""
     splits = load_splits(options.data)
-    if splits.label_space.kind != SINGLE_LABEL:
-        raise ValueError(
-            f"classes require one label per image, but {options.data.dataset} has labels for "
-            f"{splits.label_space.kind}. Set a single `label_column`"
-        )
+    check_has_one_label(splits.label_space, options.data.dataset)
     names = splits.label_space.names
     if known := sorted(set(names) & set(label_space.names)):
         raise ValueError(
@@ -850,4 +775,4 @@ def fit_without_old_images(base: Base, names: list[str], features: Features) -> 
 
 def build_class_fields(candidate: Candidate, names: list[str]) -> dict[str, Any]:
     """Return the entry of `config.extra_heads` for a head that adds classes."""
-    return build_head_fields(candidate, names, SINGLE_LABEL) | {"adds_classes": True}
+    return build_head_fields(candidate, names) | {"adds_classes": True}

@@ -4,9 +4,8 @@
     settings of the image processor     equal
     logits of OLD = logits of NEW       torch.equal, at three batch sizes, in float32 and, where supported, bfloat16
 
-`certify` compares two model folders and raises an error at the first difference. `verify_unchanged`
-does the same for any two models and, if they differ, lists what changed: accuracy of each class,
-and images with another prediction.
+`certify` compares two model folders and raises an error at the first difference. `verify_models`
+does the same for any two models, and prints the difference.
 """
 
 import hashlib
@@ -14,11 +13,9 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from safetensors import safe_open
-from scipy.stats import binomtest
 from torch import Tensor
 
 from ..conversion.any_checkpoint import resolve
@@ -27,11 +24,6 @@ from ..data.images import LabeledImages
 from ..data.options import DataOptions
 from ..hub.model_files import list_weight_files
 from ..hub.model_folder import ModelFolder
-from ..inference.evaluate import build_table, load_evaluation, set_up_evaluation
-from ..inference.evaluator import round_floats
-from ..inference.exported_graphs import BACKEND_FILES, ExportedGraph
-from ..inference.metric_tables import format_percent
-from ..inference.options import EvaluateOptions
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.modeling_vitcls import (
     ViTCLSForImageClassification,
@@ -51,7 +43,6 @@ NUM_IMAGES = 256
 MAX_IMAGES = {16: NUM_IMAGES, 3: 48, 1: 16}  # batch size -> maximum number of images
 ENCODER_PREFIX = "vitcls."
 HEAD_PREFIX = "extra_heads.task_"
-GRAPH_BATCH_SIZE = 4
 
 
 # Models and images --------------------------------------------------------------------------------
@@ -298,50 +289,6 @@ def iterate_batches(pixels: Sequence[Tensor], batch_size: int) -> Iterator[Tenso
         yield torch.stack(batch)
 
 
-def compare_graphs(
-    old_folder: Path, new_folder: Path, pixels: Sequence[Tensor]
-) -> list[dict[str, Any]]:
-    """Compare the outputs of the graphs that `vitcls export` wrote to both folders.
-
-    Other outputs can change how an engine fuses operations. Its repeatability is the largest
-    difference between the outputs of the old graph for images in batches and one by one.
-
-    Raises:
-        ValueError: if an output of the new graph differs by more than this.
-    """
-    records = []
-    for file_name, *_ in BACKEND_FILES.values():
-        files = [folder / file_name for folder in (old_folder, new_folder)]
-        if not all(file.is_file() for file in files):
-            continue
-        old, new = map(ExportedGraph, files)
-        differences: dict[str, float] = {}
-        repeatability: dict[str, float] = {}
-        for batch in iterate_batches(pixels[: MAX_IMAGES[1]], GRAPH_BATCH_SIZE):
-            new_outputs = new(batch)
-            single = [old(image) for image in batch.split(1)]
-            for name, expected in old(batch).items():
-                if name not in new_outputs:
-                    raise ValueError(f"{file_name} has no output {name} in the new folder")
-                found = new_outputs[name][:, : expected.shape[1]]
-                if not (found.isfinite().all() and expected.isfinite().all()):
-                    raise ValueError(f"the output {name} of {file_name} is not finite")
-                repeated = torch.cat([outputs[name] for outputs in single])
-                for maxima, other in ((differences, found), (repeatability, repeated)):
-                    difference = (other - expected).abs().max().item()
-                    maxima[name] = max(maxima.get(name, 0.0), difference)
-        for name, difference in differences.items():
-            if difference > repeatability[name]:
-                raise ValueError(
-                    f"the output {name} of {file_name} differs by {difference:.1e}, and the engine "
-                    f"repeats it within {repeatability[name]:.1e}"
-                )
-        records.append(
-            {"file": file_name, "differences": differences, "repeatability": repeatability}
-        )
-    return records
-
-
 def describe_certificate(certificate: dict[str, Any]) -> str:
     """Return the certificate as a line."""
     dtypes = " and ".join(dict.fromkeys(row["dtype"] for row in certificate["passes"]))
@@ -358,7 +305,7 @@ def describe_certificate(certificate: dict[str, Any]) -> str:
 def verify_models(options: VerifyUnchangedOptions) -> dict[str, Any]:
     """Compare two models, print and return the result.
 
-    The result is the certificate, or `difference` and what changed.
+    The result is the certificate with `difference` None, or only `difference`.
 
     Raises:
         ValueError, OSError: if a model or the dataset cannot be read.
@@ -367,11 +314,9 @@ def verify_models(options: VerifyUnchangedOptions) -> dict[str, Any]:
     new_folder = resolve(options.new)
     old = load_old_model(old_folder)
     load_old_model(new_folder)
-    data_options, split = None, ""
     if options.dataset is not None:
-        data_options = DataOptions(options.dataset, label_column=options.label_column)
+        data_options = DataOptions(options.dataset)
         data = load_evaluation_data(data_options, options.split, use_labels=False)
-        split = data.split
         pixels = read_pixels(data.images, old_folder.load_processor())
     else:
         generator = torch.Generator().manual_seed(0)
@@ -387,96 +332,8 @@ def verify_models(options: VerifyUnchangedOptions) -> dict[str, Any]:
     assert device is not None
     try:
         certificate = certify(old_folder.path, new_folder.path, options.old, pixels, device)
-        certificate["graphs"] = compare_graphs(old_folder.path, new_folder.path, pixels)
     except ValueError as error:
         console.print(f"changed: {error}", markup=False)
-        results: dict[str, Any] = {"difference": str(error)}
-        if data_options is not None:
-            results |= compare_predictions([old_folder, new_folder], data_options, split, console)
-        return results
+        return {"difference": str(error)}
     console.print(f"unchanged: {describe_certificate(certificate)}", markup=False)
-    for record in certificate["graphs"]:
-        difference = max(record["differences"].values())
-        repeatability = max(record["repeatability"].values())
-        console.print(
-            f"unchanged: {record['file']}: the outputs differ by at most {difference:.1e}; the "
-            f"engine repeats them within {repeatability:.1e}",
-            markup=False,
-        )
     return {"difference": None, **certificate}
-
-
-def compare_predictions(
-    folders: Sequence[ModelFolder], data_options: DataOptions, split: str, console: Console
-) -> dict[str, Any]:
-    """Compare the predictions of two classifiers for all images of a split.
-
-    Prints the accuracy of each class and the number of images with another prediction (McNemar's
-    exact test).
-    """
-    accelerator, _, warn = set_up_evaluation()
-    answers = []  # of each model: index of the image -> label and prediction
-    for folder in folders:
-        options = EvaluateOptions(
-            folder.source, data_options, split=split, mixed_precision="no", backend="torch"
-        )
-        setup = load_evaluation(folder, options, accelerator, warn, lambda line: None)
-        evaluator = setup.evaluator
-        if evaluator.label_space.kind != "single_label_classification":
-            raise ValueError(
-                f"`dataset` requires models with one label per image, not {folder.source}. Remove "
-                "`dataset`"
-            )
-        evaluator.keep_logits = True
-        evaluator(setup.model)
-        names = evaluator.label_space.names
-        rows = [row for row in evaluator.rows if row.label >= 0]
-        answers.append({row.index: (names[row.label], names[row.values.argmax()]) for row in rows})
-
-    shared = sorted(answers[0].keys() & answers[1].keys())
-    labels = np.array([answers[0][index][0] for index in shared])
-    old = np.array([answers[0][index][1] for index in shared])
-    new = np.array([answers[1][index][1] for index in shared])
-    was_right = old == labels
-    is_right = new == labels
-    per_class: list[dict[str, Any]] = [
-        {
-            "class": str(name),
-            "num_images": int((labels == name).sum()),
-            "old": float(was_right[labels == name].mean()),
-            "new": float(is_right[labels == name].mean()),
-        }
-        for name in np.unique(labels)
-    ]
-    num_flipped = int((old != new).sum())
-    num_lost = int((was_right & ~is_right).sum())
-    num_gained = int((~was_right & is_right).sum())
-    num_discordant = num_lost + num_gained
-    p_value = binomtest(num_lost, num_discordant).pvalue if num_discordant else 1.0
-    results = round_floats(
-        {
-            "num_images": len(shared),
-            "accuracy": {"old": float(was_right.mean()), "new": float(is_right.mean())},
-            "num_flipped": num_flipped,
-            "num_lost": num_lost,
-            "num_gained": num_gained,
-            "p_value": float(p_value),
-            "per_class": per_class,
-        }
-    )
-    cells = [
-        [
-            row["class"],
-            str(row["num_images"]),
-            format_percent(row["old"]),
-            format_percent(row["new"]),
-        ]
-        for row in per_class
-    ]
-    console.print(build_table("", ["Class", "Images", "Old", "New"], cells))
-    console.print(
-        f"{num_flipped:,} of {len(shared):,} images have another prediction: {num_lost:,} were "
-        f"right, {num_gained:,} are right now (McNemar's test: p = {p_value:.2g})",
-        markup=False,
-    )
-    return results

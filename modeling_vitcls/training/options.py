@@ -543,9 +543,6 @@ class VerifyUnchangedOptions:
     new: str
     """The model after the change."""
     dataset: str | None = None
-    """Images to compare the outputs with. If the models differ, their predictions are compared,
-    too. Default: random pixels."""
-    label_column: tuple[str, ...] | None = None
-    """Column with the labels. By default, the column is detected by type or name."""
+    """Images to compare the outputs with. Default: random pixels."""
     split: str | None = None
     """Split of --dataset, as in `vitcls evaluate`."""
