@@ -200,16 +200,6 @@ def test_grids_of_cls_tokens_are_listed_row_by_row() -> None:
             ModelOptions("vitcls-tiny", cls_scopes=("image", text))
 
 
-def test_a_number_of_specialized_layers_means_the_first_layers() -> None:
-    options = ModelOptions("vitcls-tiny", specialized_layers=("norm:100", "qkv:1"))
-    assert options.get_config_values() == {
-        "specialized_layers": {"norm": list(range(100)), "qkv": [0]}
-    }
-    for text in ("norm", "mlp:2", "qkv:0", "norm:1:2", "norm:1000"):
-        with raises_one_line("`specialized_layers`", text):
-            ModelOptions("vitcls-tiny", specialized_layers=(text,))
-
-
 def test_flags_that_are_set_become_fields_of_the_configuration() -> None:
     assert ModelOptions("vitcls-tiny").get_config_values() == {}
 

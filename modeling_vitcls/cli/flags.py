@@ -37,7 +37,6 @@ class ModelFlags(TypedDict, total=False):
     pooled_layers: Sequence[int] | None
     cls_pooling: Literal["first", "mean", "concat"] | None
     cls_scopes: str | Sequence[str] | None
-    specialized_layers: str | Sequence[str] | None
     head_type: Literal["linear", "mlp"] | None
     image_size: int | Sequence[int] | Literal["native"] | None
     fit: Literal["squash", "crop", "pad"] | None
@@ -49,7 +48,6 @@ class ModelFlags(TypedDict, total=False):
     intermediate_size: int | None
     token_init: Literal["trunc_normal", "near_zero", "zeros"] | None
     drop_path_rate: float | None
-    patch_drop_rate: float | None
     initializer_range: float | None
 
 

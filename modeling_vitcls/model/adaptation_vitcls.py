@@ -13,7 +13,6 @@ determines how each weight is adapted, and every change is logged in one line:
     patch projection       resized with FlexiViT's pseudo-inverse
     distillation head      a new head is initialized as a copy of the classifier
     gates                  a gate is kept if the gated token is kept
-    specialized weights    copied from the shared weights; shared weights, from those of the patches
     other weights          newly initialized if they are missing or their shape changes
 
 Added tokens are gated (`TokenGates`): initially, they do not affect the other tokens.
@@ -272,18 +271,17 @@ def load_adapted_weights(source: AdaptableModel, target: AdaptableModel) -> None
     dropped_names = set(old_weights)
 
     for name, initial_value in new_weights.items():
-        old_name = find_old_name(name, old_weights)
-        dropped_names.discard(old_name)
+        dropped_names.discard(name)
         context = AdaptationContext(
             name=name,
             initial_value=initial_value,
-            old_value=old_weights.get(old_name),
+            old_value=old_weights.get(name),
             old_weights=old_weights,
             old_config=source.config,
             new_config=target.config,
         )
         weight, note = adapt_weight(context)
-        if old_name in frozen_names and weight is not initial_value:
+        if name in frozen_names and weight is not initial_value:
             parameters[name].requires_grad_(False)
         initial_value.copy_(weight)
         if note:
@@ -291,18 +289,6 @@ def load_adapted_weights(source: AdaptableModel, target: AdaptableModel) -> None
 
     for name in sorted(dropped_names):
         logger.warning(f"{name}: dropped")
-    if source.config.specialized_layers != target.config.specialized_layers:
-        logger.warning(
-            f"specialized_layers: {target.config.specialized_layers}, with copied weights"
-        )
-
-
-def find_old_name(name: str, old_weights: Mapping[str, Tensor]) -> str:
-    """Return the name of the weight from which a weight is adapted (see `SpecializedModule`)."""
-    shared_name = name.replace(".special_tokens.", ".").replace(".patches.", ".")
-    module_name, _, parameter_name = shared_name.rpartition(".")
-    candidates = (name, shared_name, f"{module_name}.patches.{parameter_name}")
-    return next((candidate for candidate in candidates if candidate in old_weights), name)
 
 
 class AdaptationContext(NamedTuple):

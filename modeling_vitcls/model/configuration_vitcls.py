@@ -120,8 +120,11 @@ GROUPS_WITH_POSITIONS: dict[str, tuple[str, ...]] = {
 # (adaptation_vitcls.py).
 ADAPTABLE_FIELDS = (
     *("image_size", "patch_size", *COUNT_FIELDS.values()),
-    *("cls_scopes", "gated_tokens", "register_neurons", "specialized_layers", "extra_heads"),
+    *("cls_scopes", "gated_tokens", "register_neurons", "extra_heads"),
 )
+
+# Field of an earlier version -> default value, with which a stored configuration still loads.
+REMOVED_FIELDS: dict[str, Any] = {"patch_drop_rate": 0, "specialized_layers": None}
 
 # Field -> smallest and largest value. The upper limits only reject typos that would exhaust the
 # memory.
@@ -272,9 +275,6 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         register_neurons (`list[[layer, neuron]]`, *optional*): MLP neurons whose activations are
             moved to the last register (Jiang et al. 2025, arXiv 2506.08010).
             `find_register_neurons` finds such neurons.
-        specialized_layers (`dict[str, list[int]]`, *optional*): Part of a layer, `"norm"` or
-            `"qkv"` -> indices of the layers in which special tokens have weights of their own for
-            this part (arXiv 2602.08626).
         tasks (`dict[str, int | list[str]]`, *optional*): Task name -> number of labels or label
             names, for `ViTCLSForMultiTaskClassification`. Tasks are sorted by name; the input of
             classifier i is CLS token i.
@@ -342,9 +342,6 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         drop_path_rate (`float`, defaults to 0): Rate, in [0, 1), at which an image skips a residual
             branch of the last layer. The rate increases linearly from 0 in the first layer (Huang
             et al. 2016, arXiv 1603.09382).
-        patch_drop_rate (`float`, defaults to 0): Fraction, in [0, 1), of each image's patches that
-            are dropped at random in training (PatchDropout, arXiv 2208.07220; FLIP, arXiv
-            2212.00794). At least one patch is kept.
 
     Confidence (measured on held-out images after fine-tuning):
         temperature (`float`, defaults to 1): The classifier's logits are divided by this number in
@@ -468,7 +465,6 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     cls_scopes: list[str | list[int]] | None = None
     gated_tokens: dict[str, int] | None = None
     register_neurons: list[list[int]] | None = None
-    specialized_layers: dict[str, list[int]] | None = None
     tasks: dict[str, int | list[str]] | None = None
     pooling: Literal["cls", "mean", "cls_mean", "max", "attention"] = "cls"
     cls_pooling: Literal["first", "mean", "concat"] = "first"
@@ -505,7 +501,6 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     hidden_dropout_prob: float | int = 0.0
     attention_probs_dropout_prob: float | int = 0.0
     drop_path_rate: float | int = 0.0
-    patch_drop_rate: float | int = 0.0
     temperature: float | int = 1.0
     energy_threshold: float | None = None
     mim_loss: Literal["l1", "l2"] = "l1"
@@ -637,6 +632,14 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             config_dict["distillation_teachers"] = (
                 teachers[: new_counts["num_distillation_tokens"]] or None
             )
+
+        for name, default in REMOVED_FIELDS.items():
+            value = config_dict.pop(name, default)
+            if value != default:
+                raise ValueError(
+                    f"The stored configuration has {name}={value!r}, a field that is no longer "
+                    "supported. Remove the field from config.json, or train the model without it."
+                )
 
         unknown_fields = {
             name: config_dict.pop(name)
@@ -958,20 +961,6 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                     f"{self.num_hidden_layers} and a neuron below {self.intermediate_size}."
                 )
 
-    def validate_specialized_layers(self) -> None:
-        """Check that the parts and layers exist, and that the model has special tokens."""
-        for part, layers in (self.specialized_layers or {}).items():
-            existing_layers = set(layers) & set(range(self.num_hidden_layers))
-            if part not in ("norm", "qkv") or len(existing_layers) != len(layers):
-                raise ValueError(
-                    f'`specialized_layers` maps "norm" or "qkv" to different layers from 0 to '
-                    f"{self.num_hidden_layers - 1}, not {part!r} to {layers}."
-                )
-            if not self.token_layout.num_prefix_tokens:
-                raise ValueError(
-                    "`specialized_layers` requires a special token. Set `num_cls_tokens=1`."
-                )
-
     def validate_tasks(self) -> None:
         """Check that every task has its own CLS token, a valid name, and labels."""
         if self.tasks is None:
@@ -1253,7 +1242,6 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             "hidden_dropout_prob",
             "attention_probs_dropout_prob",
             "drop_path_rate",
-            "patch_drop_rate",
         ):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(

@@ -64,11 +64,9 @@ from .token_attention_vitcls import SPECIAL_TOKEN_GROUPS, LayerIndices, compute_
 from .variants_vitcls import (
     ATTENTION_CLASSES,
     LAYER_CLASSES,
-    PatchDropout,
     ViTCLSDifferentialAttention,
     add_register_neurons,
-    require_all_patches,
-    specialize_layers,
+    keep_patches,
 )
 
 
@@ -79,7 +77,7 @@ class ViTCLSModelOutput(BaseModelOutputWithPooling):
 
     Attributes:
         last_hidden_state: [B, N, D], after the final norm. During training, N is smaller if
-            `patch_drop_rate` > 0.
+            `visible_patches` are set.
         pooler_output: [B, P], the input of a classifier (`config.pooling`, `config.pooled_layers`);
             None if the model has no pooler.
         hidden_states: the embeddings and the output of each layer before the final norm, [B, N, D]
@@ -317,15 +315,11 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         has_position_bias = config.relative_position_bias != "none"
         self.relative_position_bias = RelativePositionBias(config) if has_position_bias else None
         self.gates = TokenGates(config) if config.gated_tokens else None
-        self.patch_dropout: nn.Module | None = (
-            PatchDropout(config) if config.patch_drop_rate > 0 else None
-        )
 
         self.layers = nn.ModuleList(
             layer_class(config, config.drop_path_rate * index / last_layer_index, attention_class)
             for index in range(config.num_hidden_layers)
         )
-        specialize_layers(self.layers, config)
         add_register_neurons(self.layers, config)
 
         self.layernorm = build_norm(config) if config.final_norm else None
@@ -341,6 +335,7 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         num_output_tokens: int | None = None,
         interpolate_pos_encoding: bool = True,
         output_layers: Collection[int] = (),
+        visible_patches: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ViTCLSModelOutput:
         """Encode images.
@@ -360,6 +355,8 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
                 final norm are returned as `layer_tokens` (index -> [B, N, D]). Other layers are not
                 kept in memory. If `num_output_tokens` limits the last layer, `compute_all_tokens()`
                 computes it again for all tokens.
+            visible_patches: [B, n]; ascending indices of the patches to encode, as in MAE. Default:
+                all patches.
             output_hidden_states, output_attentions, return_dict: as in all transformers models.
 
         Raises:
@@ -398,9 +395,13 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
             )
         if self.rotary_positions is not None:
             position_embeddings = self.rotary_positions(grid_size, hidden_states)
-        if self.patch_dropout is not None:
-            hidden_states, mask, position_embeddings = self.patch_dropout(
-                hidden_states, mask, position_embeddings
+        if visible_patches is not None:
+            hidden_states, mask, position_embeddings = keep_patches(
+                hidden_states,
+                mask,
+                position_embeddings,
+                visible_patches,
+                self.config.token_layout.num_prefix_tokens,
             )
 
         pooled_layers = self.config.pooled_layer_indices if self.pooler is not None else []
@@ -815,7 +816,6 @@ class ViTCLSForMaskedImageModeling(ViTCLSPreTrainedModel):
             columns * patch width], in the scale of `pixel_values` (normalized per patch if
             `config.norm_pixel_target`).
         """
-        require_all_patches(self, self.config)
         outputs = self.vitcls(
             pixel_values, bool_masked_pos=bool_masked_pos, attention_mask=attention_mask, **kwargs
         )
@@ -874,7 +874,6 @@ class ViTCLSBackbone(BackboneMixin, ViTCLSModel):  # type: ignore[misc]  # num_f
         `config.reshape_hidden_states` is False. Without `config.apply_layernorm`, only the last
         stage is normalized.
         """
-        require_all_patches(self, self.config)
         kwargs["output_hidden_states"] = True  # the decorator sets it since transformers 5.12
         outputs = ViTCLSModel.forward(self, pixel_values, attention_mask=attention_mask, **kwargs)
         feature_maps = [

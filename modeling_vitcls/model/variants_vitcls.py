@@ -3,14 +3,11 @@
 
     layer_type="post", "parallel"     ViTCLSPostNormLayer, ViTCLSParallelLayer
     attention_type="differential"     ViTCLSDifferentialAttention
-    specialized_layers                SpecializedModule
     register_neurons                  RegisterNeurons
-    patch_drop_rate                   PatchDropout
 
 These classes extend the classes of blocks_vitcls.py, which does not import this file.
 """
 
-import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -127,48 +124,6 @@ ATTENTION_CLASSES: dict[str, type[ViTCLSAttention]] = {
 }
 
 
-# Specialized weights ------------------------------------------------------------------------------
-# Part of a layer in `config.specialized_layers` -> modules. A parallel layer has no
-# `layernorm_after`.
-SPECIALIZED_MODULES = {
-    "norm": ("layernorm_before", "layernorm_after"),
-    "qkv": ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
-}
-
-
-class SpecializedModule(nn.Module):
-    """Norm or projection with weights of their own for special tokens (arXiv 2602.08626)."""
-
-    def __init__(self, module: nn.Module, num_special_tokens: int) -> None:
-        super().__init__()
-        self.num_special_tokens = num_special_tokens
-        self.special_tokens = copy.deepcopy(module)
-        self.patches = module
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Return the outputs [B, N, out] of tokens [B, N, D], special tokens first."""
-        outputs = self.patches(hidden_states)
-        special_states = hidden_states[:, : self.num_special_tokens]
-        # A product may be rounded differently if it has fewer rows. Therefore, special tokens get
-        # their rows of `outputs` plus the difference of two products of equal shape, which is
-        # exactly 0 for equal weights.
-        difference = self.special_tokens(special_states) - self.patches(special_states).detach()
-        special_outputs = outputs[:, : self.num_special_tokens].detach() + difference
-        return torch.cat([special_outputs, outputs[:, self.num_special_tokens :]], dim=1)
-
-
-def specialize_layers(layers: nn.ModuleList, config: ViTCLSConfig) -> None:
-    """Replace the modules that `config.specialized_layers` selects with a `SpecializedModule`."""
-    for part, indices in (config.specialized_layers or {}).items():
-        for name in SPECIALIZED_MODULES[part]:
-            for index in indices:
-                if config.layer_type != "parallel" or name != "layernorm_after":
-                    module = SpecializedModule(
-                        layers[index].get_submodule(name), config.token_layout.num_prefix_tokens
-                    )
-                    layers[index].set_submodule(name, module)
-
-
 # Register neurons ---------------------------------------------------------------------------------
 class RegisterNeurons(nn.Module):
     """Move activations of selected MLP neurons from the patches to the last register.
@@ -207,47 +162,7 @@ def add_register_neurons(layers: Iterable[Any], config: ViTCLSConfig) -> None:
             layer.mlp.register_neurons = RegisterNeurons(config, neurons)
 
 
-# Patch dropout ------------------------------------------------------------------------------------
-class PatchDropout(nn.Module):
-    """Keep a random subset of each image's patches in training.
-
-    Sources: PatchDropout, arXiv 2208.07220; FLIP, arXiv 2212.00794.
-
-    Kept patches retain their positions: learned embeddings are already added, and rotary embeddings
-    are selected with the patches. Special tokens are always kept. In eval mode, all patches are
-    kept.
-    """
-
-    def __init__(self, config: ViTCLSConfig) -> None:
-        super().__init__()
-        self.rate = config.patch_drop_rate
-        self.num_prefix_tokens = config.token_layout.num_prefix_tokens
-
-    def forward(
-        self, hidden_states: Tensor, mask: Any, position_embeddings: Any
-    ) -> tuple[Tensor, Any, Any]:
-        """Drop the same patches from hidden states [B, N, D], masks and position embeddings.
-
-        Masks and position embeddings are each a single value for all layers, a list with one value
-        per layer, or None.
-        """
-        if not self.training:
-            return hidden_states, mask, position_embeddings
-        kept_indices = self.choose_patches(hidden_states)  # [B, num_kept]
-        return keep_patches(
-            hidden_states, mask, position_embeddings, kept_indices, self.num_prefix_tokens
-        )
-
-    def choose_patches(self, hidden_states: Tensor) -> Tensor:
-        """Return the indices [B, num_kept] of the patches to keep, in ascending order."""
-        num_images = hidden_states.shape[0]
-        num_patches = hidden_states.shape[1] - self.num_prefix_tokens
-        num_kept = max(1, round(num_patches * (1 - self.rate)))
-        random_values = torch.rand(num_images, num_patches, device=hidden_states.device)
-        random_order = random_values.argsort(dim=1)  # [B, num_patches]
-        return random_order[:, :num_kept].sort(dim=1).values
-
-
+# Visible patches ---------------------------------------------------------------------------------
 def keep_patches(
     hidden_states: Tensor,
     mask: Any,
@@ -255,7 +170,12 @@ def keep_patches(
     kept_indices: Tensor,
     num_prefix_tokens: int,
 ) -> tuple[Tensor, Any, Any]:
-    """Keep the special tokens and the patches at `kept_indices` [B, num_kept]."""
+    """Keep the special tokens and the patches at `kept_indices` [B, num_kept], in ascending order.
+
+    The patches retain their positions: learned embeddings are already added to the hidden states
+    [B, N, D], and rotary embeddings are selected with the patches. Masks and position embeddings
+    are each a single value for all layers, a list with one value per layer, or None.
+    """
     prefix_indices = torch.arange(num_prefix_tokens, device=hidden_states.device)
     prefix_indices = prefix_indices.expand(len(hidden_states), -1)  # [B, num_prefix_tokens]
 
@@ -267,15 +187,6 @@ def keep_patches(
             position_embeddings, lambda cos_sin: select_position_embeddings(cos_sin, kept_indices)
         ),
     )
-
-
-def require_all_patches(model: nn.Module, config: ViTCLSConfig) -> None:
-    """Raise ValueError in training with patch dropout, if a model requires every patch."""
-    if model.training and config.patch_drop_rate > 0:
-        raise ValueError(
-            f"{type(model).__name__} requires every patch, but patch_drop_rate is "
-            f"{config.patch_drop_rate}. Set `patch_drop_rate=0` to train the model."
-        )
 
 
 def map_layers(values: Any, function: Callable[[Any], Any]) -> Any:

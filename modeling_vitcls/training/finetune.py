@@ -35,7 +35,7 @@ from ..hub.local_paths import strip_folders
 from ..inference.evaluator import Evaluator
 from ..inference.metrics import SELECTION_METRICS
 from . import losses
-from .model import InitialModel, build_model, set_trainable_parameters, uses_patch_dropout
+from .model import InitialModel, build_model, set_trainable_parameters
 from .options import FinetuneOptions
 from .probe import MAX_PROBE_IMAGES, Probe, explain_missing_probe
 from .reporter import Reporter
@@ -84,11 +84,6 @@ def build_training_setup(
     set_trainable_parameters(
         model, training_options.trainable, training_options.lora_rank, new_parameter_names
     )
-    if options.model.patch_drop_rate and not uses_patch_dropout(model.vitcls):
-        raise ValueError(
-            f"`patch_drop_rate` has no effect with `trainable={training_options.trainable!r}`, "
-            "which freezes the embeddings and the first layer. Remove one of the two flags"
-        )
 
     evaluator_arguments = build_evaluator_arguments(
         options, data, processor, model.config.num_channels, reporter

@@ -25,7 +25,7 @@ from ..model.blocks_vitcls import SinCosPositionEmbeddings, build_norm
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.heads_vitcls import PixelDecoder, compute_masked_pixel_loss
 from ..model.modeling_vitcls import ViTCLSModel, ViTCLSPreTrainedModel
-from ..model.variants_vitcls import ATTENTION_CLASSES, LAYER_CLASSES, keep_patches
+from ..model.variants_vitcls import ATTENTION_CLASSES, LAYER_CLASSES
 from .losses import Losses
 
 
@@ -48,25 +48,6 @@ def build_decoder_config(config: ViTCLSConfig, num_layers: int) -> ViTCLSConfig:
         patch_size=config.patch_size,
         num_channels=config.num_channels,
     )
-
-
-class VisiblePatches(nn.Module):
-    """Keeps the patches at `indices` [B, K] in the encoder's sequence; None keeps all patches."""
-
-    def __init__(self, num_prefix_tokens: int) -> None:
-        super().__init__()
-        self.num_prefix_tokens = num_prefix_tokens
-        self.indices: Tensor | None = None
-
-    def forward(
-        self, hidden_states: Tensor, mask: Any, position_embeddings: Any
-    ) -> tuple[Tensor, Any, Any]:
-        """Select tokens in hidden states [B, N, D], masks and position embeddings."""
-        if self.indices is None:
-            return hidden_states, mask, position_embeddings
-        return keep_patches(
-            hidden_states, mask, position_embeddings, self.indices, self.num_prefix_tokens
-        )
 
 
 class MAE(ViTCLSPreTrainedModel):
@@ -106,7 +87,6 @@ class MAE(ViTCLSPreTrainedModel):
 
         self.post_init()
         self.vitcls = encoder  # after the initialization of the decoder, which keeps these weights
-        self.vitcls.patch_dropout = VisiblePatches(self.num_prefix_tokens)
         if encoder.pooler is not None:
             encoder.pooler.requires_grad_(False)  # not part of the loss
 
@@ -139,14 +119,8 @@ class MAE(ViTCLSPreTrainedModel):
         # [B, K], ascending
         visible = bool_masked_pos.int().argsort(dim=1, stable=True)[:, :num_visible]
 
-        visible_patches = self.vitcls.patch_dropout
-        assert isinstance(visible_patches, VisiblePatches)
-        visible_patches.indices = visible
-        try:
-            # [B, prefix + K, width]
-            tokens = self.decoder_embed(self.vitcls(pixel_values).last_hidden_state)
-        finally:
-            visible_patches.indices = None
+        outputs = self.vitcls(pixel_values, visible_patches=visible)
+        tokens = self.decoder_embed(outputs.last_hidden_state)  # [B, prefix + K, width]
 
         special_tokens, patches = tokens.split([self.num_prefix_tokens, num_visible], dim=1)
         mask_token = self.mask_token.to(tokens.dtype)

@@ -322,26 +322,13 @@ def set_trainable_parameters(
 def set_train_mode(model: nn.Module) -> None:
     """Set train mode, but keep frozen embeddings and frozen layers in eval mode.
 
-    The frozen modules then have the same outputs as during inference. Patch dropout is disabled if
-    the embeddings and the first layer are frozen. Use this function instead of `model.train()`,
-    even for wrapped models.
+    The frozen modules then have the same outputs as during inference. Use this
+    function instead of `model.train()`, even for wrapped models.
     """
     model.train()
     for module in model.modules():
-        if isinstance(module, ViTCLSModel) and module.patch_dropout is not None:
-            module.patch_dropout.train(uses_patch_dropout(module))
         if isinstance(module, ViTCLSEmbeddings | ViTCLSLayer):
             module.train(has_trainable_parameters(module))
-
-
-def uses_patch_dropout(encoder: ViTCLSModel) -> bool:
-    """Return whether training drops patches.
-
-    This requires trainable embeddings or a trainable first layer.
-    """
-    return encoder.config.patch_drop_rate > 0 and any(
-        map(has_trainable_parameters, (encoder.embeddings, encoder.layers[0]))
-    )
 
 
 def has_trainable_parameters(module: nn.Module) -> bool:
@@ -360,11 +347,6 @@ def add_lora(model: Any, rank: int) -> None:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ValueError("`trainable='lora'` requires PEFT: pip install peft") from error
-    if "qkv" in (model.config.specialized_layers or {}):
-        raise ValueError(
-            "`trainable='lora'` does not support `specialized_layers` with \"qkv\". Use "
-            "`trainable='full'`"
-        )
     inject_adapter_in_model(
         LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGET_MODULES), model
     )

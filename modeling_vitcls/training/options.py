@@ -36,9 +36,6 @@ class ModelOptions:
     cls_scopes: tuple[str, ...] | None = None
     """Image regions that the CLS tokens attend to: `image` adds a CLS token for the whole image,
     and `2x2` adds a CLS token for each cell of a grid of 2 rows and 2 columns."""
-    specialized_layers: tuple[str, ...] | None = None
-    """Parts of layers in which special tokens have weights of their own: `norm:12 qkv:4` for the
-    norms of the first 12 layers, and the query, key and value projections of the first 4 layers."""
     head_type: Literal["linear", "mlp"] | None = None
     """Type of the classification head."""
     image_size: int | tuple[int, int] | Literal["native"] | None = None
@@ -67,16 +64,12 @@ class ModelOptions:
     drop_path_rate: float | None = None
     """Stochastic depth rate of the last layer; the rate increases linearly from 0 in the first
     layer."""
-    patch_drop_rate: float | None = None
-    """Fraction of patches to drop at random from each training image. Training is faster, but the
-    model is less accurate."""
     initializer_range: float | None = None
     """Standard deviation of new weights. Default: depends on the width of the preset
     (training/defaults.py), because narrow models learn slowly with the common value of 0.02."""
 
     def __post_init__(self) -> None:
         parse_cls_scopes(self.cls_scopes or ())  # raises ValueError if a value is invalid
-        parse_specialized_layers(self.specialized_layers or ())
 
     def get_config_values(self) -> dict[str, Any]:
         """Return the ViTCLSConfig fields that these options set, with their values."""
@@ -91,8 +84,6 @@ class ModelOptions:
         if self.cls_scopes:
             config_values["cls_scopes"] = parse_cls_scopes(self.cls_scopes)
             config_values.setdefault("num_cls_tokens", len(config_values["cls_scopes"]))
-        if self.specialized_layers:
-            config_values["specialized_layers"] = parse_specialized_layers(self.specialized_layers)
         return config_values
 
 
@@ -118,22 +109,6 @@ def parse_cls_scopes(values: Sequence[str]) -> list[str | list[int]]:
                 "`cls_scopes=('image', '2x2')`"
             )
     return scopes
-
-
-def parse_specialized_layers(values: Sequence[str]) -> dict[str, list[int]]:
-    """Convert values such as `norm:2` to `ViTCLSConfig.specialized_layers`: {"norm": [0, 1]}.
-
-    Raise ValueError if a value is invalid.
-    """
-    layers = {}
-    for value in values:
-        if not (match := re.fullmatch(r"(norm|qkv):([1-9]\d{0,2})", value)):
-            raise ValueError(
-                f"`specialized_layers` requires norm:N or qkv:N, but got {value!r}. Example: "
-                "norm:12 qkv:4"
-            )
-        layers[match[1]] = list(range(int(match[2])))
-    return layers
 
 
 @dataclass(frozen=True)

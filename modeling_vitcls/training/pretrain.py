@@ -61,7 +61,7 @@ MIN_RANK = 0.02
 def check_options(options: PretrainOptions) -> PretrainOptions:
     """Return the options with the method's defaults.
 
-    Raise ValueError if flags contradict each other, require labels or drop patches.
+    Raise ValueError if flags contradict each other or require labels.
     """
     num_teachers = len(options.multi_teacher.teachers)
     num_tokens = options.model.num_distillation_tokens
@@ -331,10 +331,6 @@ def build_encoder(
         processor = initial.folder.load_processor()
 
     config = encoder.config
-    if config.patch_drop_rate:
-        raise ValueError(
-            f"pre-training requires `patch_drop_rate=0`, but the rate is {config.patch_drop_rate}"
-        )
     if encoder.embeddings.mask_token is not None:
         # not used; DDP requires gradients of all parameters
         encoder.embeddings.mask_token.requires_grad_(False)

@@ -93,7 +93,6 @@ BLOCKS: dict[str, dict[str, Any]] = {
     "no_positions": {"position_embedding_type": "none"},
     "scopes": {"num_cls_tokens": 2, "cls_scopes": ["image", [2, 2, 0, 1]]},
     "tokens": {"num_cls_tokens": 2, "num_distillation_tokens": 1, "num_register_tokens": 3},
-    "specialized": {"specialized_layers": {"norm": [0, 1], "qkv": [1]}},
 }
 each_block = pytest.mark.parametrize("fields", BLOCKS.values(), ids=BLOCKS)
 

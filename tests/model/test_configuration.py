@@ -72,11 +72,6 @@ CONTRADICTIONS: list[dict[str, Any]] = [
         {"register_neurons": [pair], "num_register_tokens": 1}
         for pair in ([2, 0], [0, 24], [-1, 0], [0, -1], [0])
     ),
-    *(
-        {"specialized_layers": layers}
-        for layers in ({"mlp": [0]}, {"norm": [0, 2]}, {"qkv": [1, 1]})
-    ),
-    {"specialized_layers": {"qkv": [0]}, "num_cls_tokens": 0, "pooling": "mean"},
     {"pooled_cls_tokens": []},
     {"pooled_cls_tokens": [0, 2], "num_cls_tokens": 2},
     {"attention_pool_heads": 3},
@@ -102,10 +97,7 @@ WRONG_VALUES: list[tuple[str, Any]] = [
     *(("cls_scopes", value) for value in ("image", [[2, 2, 0, 0.5]])),
     ("layer_norm_eps", math.inf),
     *((name, 0.0) for name in ("temperature", "initializer_range", "rope_theta")),
-    *(
-        (name, 1.0)
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "patch_drop_rate")
-    ),
+    *((name, 1.0) for name in ("hidden_dropout_prob", "attention_probs_dropout_prob")),
     ("pooling", "other"),
     ("qkv_bias", 1),
     *((name, NAN) for name in ("layer_scale_init_value", "energy_threshold")),
@@ -348,7 +340,6 @@ SAVED_CONFIGS = [
         "gated_tokens": {"cls": 1, "registers": 2},
         "register_neurons": [[0, 0], [1, 23]],
     },
-    {"specialized_layers": {"norm": [0, 1], "qkv": [1]}},
     {"pooled_layers": [-2, -1], "pooling": "cls_mean", "pooled_norm": True},
     {
         "num_cls_tokens": 2,
@@ -357,6 +348,19 @@ SAVED_CONFIGS = [
         "pooled_activation": "tanh",
     },
 ]
+
+
+def test_a_removed_field_loads_only_with_its_default_value(tmp_path: Path) -> None:
+    build_tiny_config().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    stored = json.loads(file.read_text())
+
+    file.write_text(json.dumps(stored | {"patch_drop_rate": 0.0, "specialized_layers": None}))
+    assert not hasattr(ViTCLSConfig.from_pretrained(tmp_path), "patch_drop_rate")
+
+    file.write_text(json.dumps(stored | {"patch_drop_rate": 0.25}))
+    with raises_one_line("patch_drop_rate=0.25", "no longer supported"):
+        ViTCLSConfig.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("fields", SAVED_CONFIGS, ids=str)

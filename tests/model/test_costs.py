@@ -12,7 +12,7 @@ from modeling_vitcls import ViTCLSConfig, ViTCLSModel
 
 @pytest.mark.parametrize(
     "variant",
-    [{}, {"attention_type": "differential", "patch_drop_rate": 0.5, "gated_tokens": {"cls": 1}}],
+    [{}, {"attention_type": "differential", "gated_tokens": {"cls": 1}}],
     ids=str,
 )
 @each_kind

@@ -35,7 +35,6 @@ NUM_READ: list[tuple[dict[str, Any], int | None]] = [
     (TOKENS | {"pooled_cls_tokens": [1], "cls_scopes": ["image", [2, 2, 0, 1]]}, 3),
     (TOKENS | {"gated_tokens": {"registers": 2}, "relative_position_bias": "layer"}, 3),
     (TOKENS | {"position_embedding_type": "rope_mixed", "qk_norm": True}, 3),
-    (TOKENS | {"specialized_layers": {"norm": [0, 1], "qkv": [1]}}, 3),
     (TOKENS | {"pooled_layers": [-2, -1]}, 3),
     (TOKENS | {"attention_type": "differential", "layer_type": "parallel"}, 3),
     (

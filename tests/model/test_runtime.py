@@ -140,7 +140,7 @@ def fresh_compiler() -> Iterator[None]:
 # Few models contain all blocks, because tracing a model takes seconds.
 TOGETHER = {
     "gated MLP": ["swiglu", "qk_norm", "no_key_bias", "layer_scale", "rope", "tokens", "mlp_head"],
-    "bare": ["no_bias", "pre_norm", "relu", "sincos", "attention_pooling", "specialized"],
+    "bare": ["no_bias", "pre_norm", "relu", "sincos", "attention_pooling"],
     "scopes": ["scopes", "no_positions", "no_qkv_bias"],
     "random": ["drop_path", "dropout"],
 }

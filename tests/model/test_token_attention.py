@@ -42,7 +42,6 @@ ATTENTIONS: dict[str, dict[str, Any]] = {
     },
     "differential": {"attention_type": "differential"},
     "parallel": {"layer_type": "parallel"},
-    "specialized": {"specialized_layers": {"norm": [0], "qkv": [0, 1]}},
     "post-norm": {"layer_type": "post", "attention_head_size": 12},
 }
 MASK = torch.ones(2, NUM_SPECIAL + NUM_PATCHES, dtype=torch.long)

@@ -267,11 +267,6 @@ UNSUPPORTED = [
     ),
     (ViTCLSModel, REGISTERS | {"gated_tokens": {"registers": 2}}, "gated_tokens={'registers': 2}"),
     (
-        ViTCLSForImageClassification,
-        {"specialized_layers": {"norm": [0]}},
-        "specialized_layers={'norm': [0]}",
-    ),
-    (
         ViTCLSModel,
         {"qk_norm": True, "relative_position_bias": "layer"},
         "relative_position_bias='layer'",

@@ -40,10 +40,6 @@ SIZES |= {"num_attention_heads": 4, "intermediate_size": 48, "num_register_token
 def build(kind: str, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     model: Any = ViTCLSForImageClassification(ViTCLSConfig(**SIZES, num_labels=3))
-    if kind == "specialized":
-        model = ViTCLSForImageClassification(
-            ViTCLSConfig(**SIZES, num_labels=3, specialized_layers={"qkv": [0]})
-        )
     if kind == "head only":
         model.vitcls.requires_grad_(False)
     if kind == "LoRA":
@@ -179,28 +175,27 @@ def mesh() -> Iterator[distributed.DeviceMesh]:
 
 
 def build_sharded(
-    seed: int, mesh: distributed.DeviceMesh, kind: str = "plain"
+    seed: int, mesh: distributed.DeviceMesh
 ) -> tuple[nn.Module, torch.optim.Optimizer, Ema]:
     """Return a model that is sharded with FSDP2, its optimizer and its moving average."""
-    model: Any = build(kind, seed)
+    model: Any = build("plain", seed)
     for layer in model.vitcls.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model, build_optimizer("plain", model), Ema(model, decay=0.9)
 
 
-@pytest.mark.parametrize("kind", ["plain", "specialized"])
 def test_fsdp2_on_one_process_resumes_bit_for_bit(
-    kind: str, store: CheckpointStore, mesh: distributed.DeviceMesh
+    store: CheckpointStore, mesh: distributed.DeviceMesh
 ) -> None:
-    states = [build_sharded(seed, mesh, kind) for seed in (0, 1)]
+    states = [build_sharded(seed, mesh) for seed in (0, 1)]
 
     tensors = check_resume(store, Accelerator(cpu=True), *states)
 
     assert not any(
         isinstance(tensor, DTensor) for group in tensors.values() for tensor in group.values()
     )
-    assert tensors["model"].keys() == tensors["ema"].keys() == build(kind, 0).state_dict().keys()
+    assert tensors["model"].keys() == tensors["ema"].keys() == build("plain", 0).state_dict().keys()
 
 
 def test_evaluated_weights_are_sharded_again(mesh: distributed.DeviceMesh) -> None:

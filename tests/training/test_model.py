@@ -19,7 +19,7 @@ from helpers.tiny_models import (
     randomize,
     save_with_processor,
 )
-from helpers.tiny_options import build_initial_model, prepare_setup, run_training
+from helpers.tiny_options import build_initial_model, run_training
 
 from modeling_vitcls import (
     ViTCLSForImageClassification,
@@ -46,7 +46,6 @@ from modeling_vitcls.training.options import (
     FinetuneOptions,
     ModelOptions,
     PretrainOptions,
-    TrainingOptions,
 )
 from modeling_vitcls.training.pretrain import build_encoder
 
@@ -255,17 +254,6 @@ def test_a_model_of_the_hub_tells_its_results_and_whether_its_weights_are_random
     assert not resolve_initial_model("ann/trained").has_random_weights
 
 
-def test_patches_are_dropped_only_in_trained_layers(two_tasks: Path, tmp_path: Path) -> None:
-    """The number of layers is known only after the checkpoint is loaded."""
-    model = ModelOptions(str(two_tasks), patch_drop_rate=0.5)
-    options = FinetuneOptions(tmp_path / "out", DataOptions("digits"), model)
-    with raises_one_line("`patch_drop_rate`", "`trainable='last-1'`"):
-        run_training(replace(options, training=TrainingOptions(trainable="last-1")))
-    assert not (tmp_path / "out").exists()
-    task = prepare_setup(replace(options, training=TrainingOptions(trainable="last-2"))).setup
-    assert task.model.config.patch_drop_rate == 0.5
-
-
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
@@ -283,7 +271,6 @@ def test_patches_are_dropped_only_in_trained_layers(two_tasks: Path, tmp_path: P
             {
                 "teacher": "t",
                 "num_distillation_tokens": 1,
-                "patch_drop_rate": 0.5,
                 "trainable": "head",
             },
             (),
@@ -423,8 +410,6 @@ def test_added_tokens_are_trained_with_their_positions_and_gates(
 def test_invalid_choices_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     with raises_one_line("last-3", "2 layers"):
         set_trainable_parameters(build_random_model(), "last-3")
-    with raises_one_line("`trainable='lora'` does not support", "qkv"):
-        set_trainable_parameters(build_random_model(specialized_layers={"qkv": [0]}), "lora")
     monkeypatch.setitem(sys.modules, "peft", None)
     with raises_one_line("`trainable='lora'` requires PEFT: pip install peft"):
         set_trainable_parameters(build_random_model(), "lora")
@@ -475,28 +460,6 @@ def test_a_frozen_encoder_has_no_dropout() -> None:
     assert torch.equal(first, second)
     model.train()
     assert not torch.equal(model(build_images()).logits, second)
-
-
-@pytest.mark.parametrize(
-    ("choice", "fresh", "drops"),
-    [
-        ("full", set(), True),
-        ("head", set(), False),
-        ("last-1", set(), False),
-        ("last-2", set(), True),
-        ("lora", set(), True),
-        ("head", {"vitcls.embeddings.cls_token"}, True),
-    ],
-)
-def test_frozen_first_layers_compute_all_patches(choice: str, fresh: set[str], drops: bool) -> None:
-    model = set_trainable_parameters(build_random_model(patch_drop_rate=0.5), choice, 4, fresh)
-    set_train_mode(torch.nn.Sequential(model))
-    lengths: list[int] = []
-    model.vitcls.layers[0].register_forward_pre_hook(
-        lambda module, args: lengths.append(args[0].shape[1])
-    )
-    model(build_images())
-    assert lengths == [1 + 8 if drops else 1 + 16]
 
 
 # LoRA ---------------------------------------------------------------------------------------------

@@ -294,11 +294,8 @@ def test_lejepa_replaces_the_crops_of_the_augmentation() -> None:
         ("cutmix", 1.0),
         ("class_balance", "weights"),
         ("trainable", "head"),
-        ("patch_drop_rate", 0.5),
     ],
 )
-def test_flags_that_require_labels_or_drop_patches_are_errors(
-    flag: str, value: Any, tmp_path: Path
-) -> None:
+def test_flags_that_require_labels_are_errors(flag: str, value: Any, tmp_path: Path) -> None:
     with raises_one_line(flag):
         run_training(tiny_options(tmp_path / "out", **{flag: value}))
