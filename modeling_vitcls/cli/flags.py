@@ -127,19 +127,10 @@ class DistillationFlags(TypedDict, total=False):
     distillation: Literal["soft", "hard"]
     distillation_alpha: float
     distillation_tau: float
-    teacher_views: int
 
 
 class FinetuneFlags(CommonFlags, DistillationFlags, total=False):
     """Flags of `FinetuneOptions`."""
-
-
-class MultiTeacherDistillationFlags(TypedDict, total=False):
-    """Flags of `MultiTeacherDistillationOptions`."""
-
-    teachers: str | Sequence[str]
-    distill_patches: bool
-    teacher_views: int
 
 
 class LeJEPAFlags(TypedDict, total=False):
@@ -159,10 +150,10 @@ class MAEFlags(TypedDict, total=False):
     decoder_layers: int
 
 
-class PretrainFlags(CommonFlags, MultiTeacherDistillationFlags, LeJEPAFlags, MAEFlags, total=False):
+class PretrainFlags(CommonFlags, LeJEPAFlags, MAEFlags, total=False):
     """Flags of `PretrainOptions`."""
 
-    method: Literal["lejepa", "mae", "distillation"] | None
+    method: Literal["lejepa", "mae"]
 
 
 class EngineFlags(TypedDict, total=False):

@@ -191,7 +191,7 @@ def check_paths(options: Any) -> None:
     run.
     """
     values = to_flags(options)
-    for name in ("model", "source", "teacher", "teachers", "dataset"):
+    for name in ("model", "source", "teacher", "dataset"):
         value = values.get(name) or []
         for source in value if isinstance(value, list) else [value]:
             path = split_prefix(source)[1].partition("@")[0]

@@ -7,7 +7,6 @@ A batch is a dict:
     labels                           labels; the format depends on the kind of labels (labels.py)
     index    [B] `int64`             index of the image
     epoch    [B] `int64`             number of earlier uses of the image
-    view     [B] `int64`             index of the augmented view: `epoch`, or `epoch` modulo `num_views`
     errors   {index: message}        error message of each unreadable image, which another image replaces
 """
 
@@ -35,7 +34,7 @@ Batch = dict[str, Any]
 class BatchBuilder:
     """Builds batches from decoded images of stored or streamed datasets.
 
-    The augmentation of an image depends only on (seed, view, index), and not on the process or
+    The augmentation of an image depends only on (seed, epoch, index), and not on the process or
     worker.
     """
 
@@ -43,7 +42,6 @@ class BatchBuilder:
     label_space: LabelSpace
     to_rgb: bool  # whether images are converted to three channels
     seed: int  # seed of the augmentation
-    num_views: int = 0  # number of augmented views of each image; 0: a new view for each epoch
     num_channels: int | None = None  # number of channels that the model requires; None: not checked
     image_bytes: int = 0  # size of an augmented image in bytes; 0 if unknown
 
@@ -71,15 +69,13 @@ class BatchBuilder:
         `errors` are the error messages of the images that were replaced with other images.
         """
         epochs, indices = np.array(keys, dtype=np.int64).T
-        views = epochs % self.num_views if self.num_views else epochs
-        seeds = {view: derive_seed(self.seed, view) for view in set(views.tolist())}
-        image_seeds = np.array([seeds[view] for view in views.tolist()], dtype=np.uint64)
+        seeds = {epoch: derive_seed(self.seed, epoch) for epoch in set(epochs.tolist())}
+        image_seeds = np.array([seeds[epoch] for epoch in epochs.tolist()], dtype=np.uint64)
         return {
             "pixels": self.augmentation(pixels, image_seeds, indices.astype(np.uint64)),
             "labels": self.label_space.collate(labels),
             "index": torch.from_numpy(indices.copy()),
             "epoch": torch.from_numpy(epochs.copy()),
-            "view": torch.from_numpy(views.copy()),
             "errors": errors,
         }
 
@@ -189,7 +185,3 @@ class Normalizer:
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         """Rescale and normalize pixels [B, C, H, W], `uint8` or `float32`; return `float32`."""
         return pixels * self.scale - self.offset
-
-    def invert(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Return pixels [B, C, H, W] in [0, 255] for normalized pixel values."""
-        return (pixel_values + self.offset) / self.scale

@@ -271,8 +271,6 @@ class ModelFolder:
             name: strip_folders(self.flags[name]) for name in SOURCE_FLAGS if self.flags.get(name)
         }
         shareable_paths: dict[str, Any] = sources | {"output_dir": "my-model"}
-        if teachers := self.flags.get("teachers"):
-            shareable_paths["teachers"] = [strip_folders(teacher) for teacher in teachers]
         return {
             name: shareable_paths.get(name, value)
             for name, value in self.flags.items()

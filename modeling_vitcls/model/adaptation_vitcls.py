@@ -202,9 +202,6 @@ def replace_fields(config: Any, values: Mapping[str, Any], validate: bool = True
     for name, value in values.items():
         setattr(config, name, value)
 
-    teachers = config.distillation_teachers or []
-    config.distillation_teachers = teachers[: config.num_distillation_tokens] or None
-
     if validate:
         config.__dict__.pop("_skip_validation", None)
         config.validate()

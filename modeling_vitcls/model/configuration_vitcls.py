@@ -124,7 +124,11 @@ ADAPTABLE_FIELDS = (
 )
 
 # Field of an earlier version -> default value, with which a stored configuration still loads.
-REMOVED_FIELDS: dict[str, Any] = {"patch_drop_rate": 0, "specialized_layers": None}
+REMOVED_FIELDS: dict[str, Any] = {
+    "patch_drop_rate": 0,
+    "specialized_layers": None,
+    "distillation_teachers": None,
+}
 
 # Field -> smallest and largest value. The upper limits only reject typos that would exhaust the
 # memory.
@@ -252,9 +256,6 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             regions of the image (`cls_scopes`).
         num_distillation_tokens (`int`, defaults to 0): Number of tokens that learn from a teacher
             (DeiT, arXiv 2012.12877).
-        distillation_teachers (`list[str]`, *optional*): Names of the teachers: after `vitcls
-            pretrain --teachers`, distillation token k is an embedding that imitates the pooled
-            vector of teacher k.
         num_register_tokens (`int`, defaults to 0): Number of register tokens, which can store
             global information that the model would otherwise store in patches (Darcet et al. 2023,
             arXiv 2309.16588).
@@ -458,7 +459,6 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     # Main options
     num_cls_tokens: int = 1
     num_distillation_tokens: int = 0
-    distillation_teachers: list[str] | None = None
     num_register_tokens: int = 0
     use_mask_token: bool = False
     token_init: Literal["trunc_normal", "near_zero", "zeros"] = "trunc_normal"
@@ -627,10 +627,6 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             gated_tokens = config_dict.get("gated_tokens")
             config_dict["gated_tokens"] = update_gated_tokens(
                 gated_tokens, stored_counts, new_counts
-            )
-            teachers = config_dict.get("distillation_teachers") or []
-            config_dict["distillation_teachers"] = (
-                teachers[: new_counts["num_distillation_tokens"]] or None
             )
 
         for name, default in REMOVED_FIELDS.items():
@@ -1028,12 +1024,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             )
 
     def validate_distillation(self) -> None:
-        """Check that a distillation head and each named teacher have a distillation token."""
-        if len(self.distillation_teachers or ()) > self.num_distillation_tokens:
-            raise ValueError(
-                "`distillation_teachers` has more names than `num_distillation_tokens`. Remove "
-                "names."
-            )
+        """Check that a distillation head has a distillation token."""
         if self.distillation_head and self.num_distillation_tokens == 0:
             raise ValueError(
                 "`distillation_head=True` requires a distillation token. Set "

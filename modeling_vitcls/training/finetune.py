@@ -39,7 +39,7 @@ from .model import InitialModel, build_model, set_trainable_parameters
 from .options import FinetuneOptions
 from .probe import MAX_PROBE_IMAGES, Probe, explain_missing_probe
 from .reporter import Reporter
-from .teacher import Teacher, cache_views, load_teacher
+from .teacher import Teacher, load_teacher
 from .training_setup import TrainingSetup, build_evaluator_arguments
 
 
@@ -130,7 +130,6 @@ def build_training_setup(
         result_metrics=(metric, "cls_accuracy", "distillation_accuracy"),
         labels_text=f"classes: {class_count_text}, {labels.kind.replace('_', ' ')}",
         can_calibrate=labels.kind == "single_label_classification",
-        num_views=options.distillation.teacher_views,
         summary_lines=summary_lines,
         warnings=warnings,
         describe_imbalance=partial(describe_imbalance, options, data),
@@ -191,13 +190,10 @@ def build_objective(
     distillation = options.distillation
     if teacher is None:
         return losses.LabelObjective(normalize, label_loss, mixer)
-    source = cache_views(
-        teacher, data.num_training_images, distillation.teacher_views, len(labels.names)
-    )
 
     def compute_loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
         with accelerator.autocast():
-            teacher_logits = source.predict(batch)
+            teacher_logits = teacher(batch["pixels"])
         return losses.compute_distillation_loss(
             distillation.distillation, logits, teacher_logits, distillation.distillation_tau
         )
@@ -251,13 +247,6 @@ def check_options(options: FinetuneOptions) -> FinetuneOptions:
             "`class_balance` requires all labels, which `streaming=True` does not read. Remove one "
             "flag"
         )
-
-    for flag in ("mixup", "cutmix"):
-        if options.distillation.teacher_views and getattr(options.augmentation, flag):
-            raise ValueError(
-                f"`teacher_views` requires single images, but `{flag}` mixes images. Remove one "
-                "flag"
-            )
     return options
 
 

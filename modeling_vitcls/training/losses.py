@@ -9,8 +9,7 @@ The loss with a teacher and labels follows DeiT (Touvron et al. 2021, arXiv 2012
 
     total = (1 - alpha) * loss of the CLS head on the labels + alpha * distillation loss
 
-teacher.py implements the teachers, and distillation.py the distillation of their features without
-labels.
+teacher.py implements the teachers.
 """
 
 from collections.abc import Callable

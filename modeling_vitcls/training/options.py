@@ -254,16 +254,12 @@ class DistillationOptions:
     uses 0.5."""
     distillation_tau: float = 3.0
     """Temperature of soft distillation. The DeiT paper uses 3."""
-    teacher_views: int = 0
-    """Number of augmented views per image. The teacher predictions for each view are computed once
-    and reused in later epochs. 0: views and predictions are computed in each step."""
 
     def __post_init__(self) -> None:
         check_value(
             self, "distillation_alpha", 0 < self.distillation_alpha <= 1, "above 0 and at most 1"
         )
         check_value(self, "distillation_tau", self.distillation_tau > 0, "above 0")
-        check_minimum(self, 0, "teacher_views")
 
 
 @dataclass(frozen=True)
@@ -397,42 +393,11 @@ class MAEOptions:
 
 
 @dataclass(frozen=True)
-class MultiTeacherDistillationOptions:
-    """Distillation without labels (UNIC, Sariyildiz et al. 2024).
-
-    Distillation token k imitates teacher k.
-    """
-
-    teachers: tuple[str, ...] = ()
-    """Models whose pooled vectors the distillation tokens imitate: vitcls folders, Hub ids, or any
-    other ViT that --model accepts. By default, each teacher has its own token; with
-    --num-distillation-tokens 1, all teachers share one token, and with 0, the pooled token (CLS)
-    imitates all of them."""
-    distill_patches: bool = False
-    """The patches also imitate the patches of the teachers, resampled to the same grid."""
-    teacher_views: int = 0
-    """Number of augmented views per image. The teachers' vectors for each view are computed once
-    and reused in later epochs. 0: views and vectors are computed in each step."""
-
-    def __post_init__(self) -> None:
-        check_minimum(self, 0, "teacher_views")
-        if self.distill_patches and self.teacher_views:
-            raise ValueError(
-                "`teacher_views` stores one vector per image, but `distill_patches=True` requires "
-                "all patches. Remove one of the two flags"
-            )
-
-
-@dataclass(frozen=True)
 class PretrainOptions(CommonOptions):
     """Pre-train a ViT on images without labels. The pre-trained model can be fine-tuned."""
 
-    method: Literal["lejepa", "mae", "distillation"] | None = None
-    """LeJEPA trains the pooled token (CLS), MAE reconstructs masked patches, and distillation
-    imitates --teachers. Default: distillation with --teachers, otherwise lejepa."""
-    multi_teacher: MultiTeacherDistillationOptions = field(
-        default_factory=MultiTeacherDistillationOptions
-    )
+    method: Literal["lejepa", "mae"] = "lejepa"
+    """LeJEPA trains the pooled token (CLS), and MAE reconstructs masked patches."""
     lejepa: LeJEPAOptions = field(default_factory=LeJEPAOptions)
     mae: MAEOptions = field(default_factory=MAEOptions)
 

@@ -290,11 +290,7 @@ def write_model_files(
         provenance = find_provenance(initial.name)
         provenance.copy_license(folder)
         results["provenance"] = provenance.to_dict()
-    if isinstance(options, PretrainOptions) and options.multi_teacher.teachers:
-        results["teacher_licenses"] = [
-            find_provenance(name).license for name in options.multi_teacher.teachers
-        ]
-    elif isinstance(options, FinetuneOptions) and options.distillation.teacher is not None:
+    if isinstance(options, FinetuneOptions) and options.distillation.teacher is not None:
         results["teacher_provenance"] = find_provenance(options.distillation.teacher).to_dict()
 
     # `model` may be sharded

@@ -1,59 +1,46 @@
-"""Pre-training on images without labels, by one of three methods.
+"""Pre-training on images without labels, by one of two methods.
 
 run.py implements the complete run.
 
-    lejepa.py          LeJEPA (default)
-    mae.py             masked autoencoder
-    distillation.py    distillation from teachers
+    lejepa.py    LeJEPA (default)
+    mae.py       masked autoencoder
 
-    images -> method (encoder, and projectors or a decoder) -> loss
+    images -> method (encoder, and a projector or a decoder) -> loss
     held-out images -> encoder -> features -> accuracy of k-NN, or effective rank of the features without labels
 
-The saved model is the encoder; projectors and the decoder are only in checkpoints/. The accuracy of
+The saved model is the encoder; the projector and the decoder are only in checkpoints/. The accuracy of
 k-NN and of logistic regression on frozen features is measured before and after training.
 """
 
 import itertools
-import math
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import send_to_device
 
-from ..conversion.any_checkpoint import is_preset
 from ..data.aspect_ratio import get_fit, set_fit
-from ..data.batches import Batch, Normalizer, iterate_training_batches
+from ..data.batches import Normalizer
 from ..data.images import LabeledImages
 from ..data.splits import TrainingData, load_training_data
-from ..hub.local_paths import strip_folders
 from ..inference.frozen import build_classifier
 from ..inference.image_pass import ImagePass, stack_rows
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import ViTCLSModel
 from ..runtime.flags import to_flags
-from .distillation import Distillation, FeatureTeachers, compute_cosines, compute_feature_loss
 from .lejepa import LeJEPA, LeJEPAObjective
-from .loop import build_batch_plan
-from .losses import Losses, Objective
+from .losses import Objective
 from .mae import MAE, MAEObjective, build_decoder_config, draw_masks
 from .model import InitialModel
 from .options import ModelOptions, PretrainOptions
 from .reporter import Reporter
-from .teacher import cache_views, load_feature_teacher
-from .training_setup import TrainingSetup, build_evaluator_arguments, build_training_images
+from .training_setup import TrainingSetup, build_evaluator_arguments
 
 
 MAX_NEIGHBORS = 10_000  # maximum number of training images for k-NN and logistic regression
-# images for teachers' means and covariances
-NUM_STANDARDIZATION_IMAGES = 2048
-NUM_DRY_RUN_STANDARDIZATION_IMAGES = 64
 # effective rank below which the features have collapsed, as a fraction of the highest possible rank
 MIN_RANK = 0.02
 
@@ -63,30 +50,6 @@ def check_options(options: PretrainOptions) -> PretrainOptions:
 
     Raise ValueError if flags contradict each other or require labels.
     """
-    num_teachers = len(options.multi_teacher.teachers)
-    num_tokens = options.model.num_distillation_tokens
-    method = options.method or ("distillation" if num_teachers else "lejepa")
-    if (method == "distillation") != bool(num_teachers):
-        raise ValueError(
-            f"`method={method!r}` {'excludes' if num_teachers else 'requires'} `teachers`. Change "
-            "one flag"
-        )
-    for name in filter(is_preset, options.multi_teacher.teachers):
-        raise ValueError(
-            f"`teachers` requires trained models, but {name} has random weights. Set a checkpoint"
-        )
-
-    if num_teachers and num_tokens is None:
-        num_tokens = num_teachers
-    if num_teachers and num_tokens not in (0, 1, num_teachers):
-        raise ValueError(
-            f"`num_distillation_tokens` is {num_tokens}, but {num_teachers} teachers require 0, 1 "
-            f"or {num_teachers}"
-        )
-    options = replace(
-        options, method=method, model=replace(options.model, num_distillation_tokens=num_tokens)
-    )
-
     flags = to_flags(options)
     defaults = {"mixup": 0, "cutmix": 0, "class_balance": "none", "trainable": "full"}
     for name, default in defaults.items():
@@ -122,15 +85,9 @@ def build_training_setup(
     normalize = Normalizer(processor, device)
     rows, columns = config.grid_size
 
-    teachers: FeatureTeachers | None = None
     method: Any
     objective: Objective
-    if options.method == "distillation":
-        teachers = load_teachers(options, data, processor, config, reporter.accelerator)
-        method = Distillation(encoder, teachers.teachers, teachers.with_patches)
-        objective = build_distillation_objective(options, data, teachers, normalize)
-        summary = f"distillation from {len(teachers.teachers)} teacher(s)"
-    elif options.method == "mae":
+    if options.method == "mae":
         method = MAE(encoder, build_decoder_config(config, options.mae.decoder_layers))
         objective = MAEObjective(normalize, rows * columns, options.mae.mask_ratio)
         masks = draw_masks(1, rows * columns, options.mae.mask_ratio, torch.device("cpu"))
@@ -150,25 +107,13 @@ def build_training_setup(
     neighbors = None
     if has_labels and isinstance(data.train, LabeledImages):
         neighbors = ImagePass(data.train.draw(MAX_NEIGHBORS, options.data.split_seed), **arguments)
-    cosines = None if teachers is None else partial(compute_cosines, teachers, normalize)
 
     def build_evaluator(images: LabeledImages, with_regression: bool = False) -> FeatureQuality:
         return FeatureQuality(
-            ImagePass(images, **arguments), neighbors, cosines, reporter.warn, with_regression
+            ImagePass(images, **arguments), neighbors, reporter.warn, with_regression
         )
 
     selection_metric = "effective_rank" if neighbors is None else "knn_accuracy"
-    summary_lines = {"method": summary}
-    results: dict[str, Any] = {"method": options.method}
-    if teachers is not None:
-        selection_metric = "teacher_cosine"
-        summary_lines |= {
-            f"teacher {index}": each.description for index, each in enumerate(teachers.teachers)
-        }
-        results["teachers"] = [strip_folders(name) for name in options.multi_teacher.teachers]
-        has_own_tokens = config.num_distillation_tokens == len(teachers.teachers)
-        config.distillation_teachers = results["teachers"] if has_own_tokens else None
-
     return TrainingSetup(
         method,
         processor,
@@ -176,16 +121,10 @@ def build_training_setup(
         build_evaluator,
         selection_metric=selection_metric,
         printed_metrics=(selection_metric,),
-        result_metrics=(
-            "teacher_cosine",
-            "knn_accuracy",
-            "knn_accuracy_of_patches",
-            "effective_rank",
-        ),
+        result_metrics=("knn_accuracy", "knn_accuracy_of_patches", "effective_rank"),
         labels_text="labels are used only to measure the features" if has_labels else "no labels",
-        num_views=options.multi_teacher.teacher_views,
-        summary_lines=summary_lines,
-        results=results,
+        summary_lines={"method": summary},
+        results={"method": options.method},
         encoder=method.vitcls,
         measure_features=build_evaluator(data.held_out, with_regression=True),
     )
@@ -199,16 +138,13 @@ def compute_features(model: Any, method: Any, pixel_values: torch.Tensor) -> tor
 
     The images are [B, C, H, W].
 
-    The trained token is the CLS token, or the mean of the patches without CLS token. After
-    distillation from teachers, it is the concatenation of all distillation tokens. `model` is the
+    The trained token is the CLS token, or the mean of the patches without CLS token. `model` is the
     method, which may be wrapped.
     """
     layout = method.config.token_layout
     states = model(pixel_values).last_hidden_state
     patches = states[:, layout.patches].mean(dim=1)
     token = states[:, layout.cls.start] if layout.cls.start < layout.cls.stop else patches
-    if isinstance(method, Distillation) and method.num_tokens:
-        token = states[:, layout.distillation].flatten(1)
     return torch.cat([token, patches], dim=1)
 
 
@@ -216,13 +152,11 @@ def compute_features(model: Any, method: Any, pixel_values: torch.Tensor) -> tor
 class FeatureQuality:
     """Measures frozen features: the accuracy of k-NN on held-out images, and their effective rank.
 
-    `neighbors` are labeled training images; None without labels. `cosines` compares the tokens of a
-    model with those of teachers, for images [B, C, H, W]; None without teachers.
+    `neighbors` are labeled training images; None without labels.
     """
 
     held_out: ImagePass
     neighbors: ImagePass | None
-    cosines: Callable[[Any, torch.Tensor], torch.Tensor] | None
     warn: Callable[[str], None]
     with_regression: bool = False
 
@@ -240,12 +174,6 @@ class FeatureQuality:
         parts = {"": np.s_[:, :-patch_width], "_of_patches": np.s_[:, -patch_width:]}
 
         metrics: dict[str, Any] = {}
-        if self.cosines is not None:
-            compared, _ = stack_rows(self.held_out.collect(model, partial(self.cosines, model)))
-            cosines = compared.mean(axis=0)  # [teachers]
-            metrics["teacher_cosine"] = round(float(cosines.mean()), 6)
-            metrics["teacher_cosines"] = [round(float(cosine), 6) for cosine in cosines]
-
         if self.neighbors is not None:
             train_features, train_labels = stack_rows(self.neighbors.collect(model, compute))
             kinds = {"knn_accuracy": "knn"}
@@ -282,10 +210,6 @@ def compare_features(before: dict[str, Any], after: dict[str, Any]) -> str:
         texts = [
             f"effective rank {before['effective_rank']} -> {after['effective_rank']} (no labels)"
         ]
-    for index, cosine in enumerate(after.get("teacher_cosines", ())):
-        texts.append(
-            f"cosine with teacher {index} {before['teacher_cosines'][index]:.3f} -> {cosine:.3f}"
-        )
 
     return (
         f"{', '.join(texts)} on {after['num_images']:,} held-out images, from before to after "
@@ -336,50 +260,3 @@ def build_encoder(
         encoder.embeddings.mask_token.requires_grad_(False)
     set_fit(processor, options.fit or get_fit(processor), config.image_height_width)
     return encoder, processor
-
-
-def load_teachers(
-    options: PretrainOptions,
-    data: TrainingData,
-    processor: ViTCLSImageProcessor,
-    config: ViTCLSConfig,
-    accelerator: Accelerator,
-) -> FeatureTeachers:
-    """Load the teachers, and fit their standardization to augmented training images."""
-    names = options.multi_teacher.teachers
-    with_patches = options.multi_teacher.distill_patches
-    loaded = [
-        load_feature_teacher(name, config, with_patches, accelerator.device) for name in names
-    ]
-    teachers = FeatureTeachers(loaded, with_patches, accelerator.autocast)
-
-    num_images = (
-        NUM_DRY_RUN_STANDARDIZATION_IMAGES if options.run.dry_run else NUM_STANDARDIZATION_IMAGES
-    )
-    num_images = min(num_images, data.num_training_images or num_images)
-
-    plan = build_batch_plan(data.num_training_images, options.training, num_processes=1)
-    images = build_training_images(options, data, processor, config.num_channels, num_views=0)
-    with closing(iterate_training_batches(images, plan, 0, num_workers=0)) as batches:
-        first_batches = itertools.islice(batches, math.ceil(num_images / plan.batch_size))
-        teachers.fit(
-            (send_to_device(batch, accelerator.device) for batch in first_batches), num_images
-        )
-    return teachers
-
-
-def build_distillation_objective(
-    options: PretrainOptions, data: TrainingData, teachers: FeatureTeachers, normalize: Normalizer
-) -> Objective:
-    """Build the loss of the encoder's predictions; for a number of views, targets are cached."""
-    num_views = options.multi_teacher.teacher_views
-    sources = [
-        cache_views(each, data.num_training_images, num_views, each.model.config.pooled_size)
-        for each in teachers.teachers
-    ]
-
-    def compute_loss(model: Any, batch: Batch) -> Losses:
-        predictions = model(pixel_values=normalize(batch["pixels"]), project=True)
-        return {"loss": compute_feature_loss(predictions, teachers.compute_targets(batch, sources))}
-
-    return compute_loss

@@ -26,11 +26,11 @@ CHANGEABLE_FLAGS = (
     "overwrite save_every keep_checkpoints log_with report dry_run push_to_hub hub_model_id "
     "hub_private hub_verify hub_checkpoint_branch license card_samples"
 ).split()
-PATH_FLAGS = ("dataset", "model", "teacher", "teachers")  # flags whose values may be paths
+PATH_FLAGS = ("dataset", "model", "teacher")  # flags whose values may be paths
 
 
 def resolve_local_paths(options: Any) -> Any:
-    """Return the options with absolute paths for a local dataset, model and teachers."""
+    """Return the options with absolute paths for a local dataset, model and teacher."""
     dataset = resolve_name(
         options.data.dataset, is_built_in=options.data.dataset == BUILT_IN_DATASET
     )
@@ -54,25 +54,18 @@ def pin_models(options: Any, checkpoint: Checkpoint | None) -> Any:
     def pin(flag: str, source: str) -> str:
         if flag == "model" and is_preset(source):
             return source
-        stored_sources = (
-            [stored_flags.get(flag)] if flag != "teachers" else stored_flags.get(flag, [])
-        )
-        return next(
-            (stored for stored in stored_sources if is_pinned(stored, source)), None
-        ) or pin_revision(source)
+        stored_source = stored_flags.get(flag)
+        return stored_source if is_pinned(stored_source, source) else pin_revision(source)
 
     return replace_sources(options, pin)
 
 
 def replace_sources(options: Any, convert: Callable[[str, str], str]) -> Any:
-    """Return the options with other models and teachers: `convert(flag, value)`."""
+    """Return the options with another model and teacher: `convert(flag, value)`."""
     options = replace(
         options, model=replace(options.model, model=convert("model", options.model.model))
     )
-    if isinstance(options, PretrainOptions):
-        teachers = tuple(convert("teachers", source) for source in options.multi_teacher.teachers)
-        return replace(options, multi_teacher=replace(options.multi_teacher, teachers=teachers))
-    if options.distillation.teacher is None:
+    if isinstance(options, PretrainOptions) or options.distillation.teacher is None:
         return options
     teacher = convert("teacher", options.distillation.teacher)
     return replace(options, distillation=replace(options.distillation, teacher=teacher))
@@ -103,15 +96,12 @@ def check_flags_unchanged(
     """
     for name, value in stored_flags.items():
         current_value = current_flags.get(name)
-        pairs = [(value, current_value)]
-        if name == "teachers" and value and current_value and len(value) == len(current_value):
-            pairs = list(zip(value, current_value, strict=True))
         if (
             name in CHANGEABLE_FLAGS
             or current_value == value
             or (
                 name in PATH_FLAGS
-                and all(is_same_source(*pair) or is_pinned(*pair) for pair in pairs)
+                and (is_same_source(value, current_value) or is_pinned(value, current_value))
             )
             or (current_value is None and name in ("select", *DEFAULT_FLAGS))
         ):

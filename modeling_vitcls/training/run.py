@@ -215,9 +215,7 @@ def train_steps(
     accelerator = environment.accelerator
     reporter = environment.reporter
 
-    images = build_training_images(
-        options, data, setup.processor, setup.model.config.num_channels, setup.num_views
-    )
+    images = build_training_images(options, data, setup.processor, setup.model.config.num_channels)
     state = prepare_state(options, setup, accelerator)
     normalize = None
     if setup.model.config.num_cls_tokens:

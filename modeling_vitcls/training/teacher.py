@@ -1,10 +1,8 @@
-"""Teachers: frozen models that predict labels, or compute features, from the student's pixels.
+"""Teachers: frozen classifiers that predict labels from the student's pixels.
 
     student's pixels -> channels, size and scale of the teacher -> teacher -> logits of the student's labels
-                                                                           -> pooled vector, and patches (ViTs only)
 
-Teachers with features are models that `--model` accepts (`pretrain --teachers`; distillation.py).
-Teachers with logits (`finetune --teacher`) are image classifiers of any architecture:
+Teachers (`finetune --teacher`) are image classifiers of any architecture:
 
 `FOLDER` or a Hub id     an image classifier from transformers or this package; code in the repository is not executed
 `timm:NAME`              a timm model with its pretrained weights; also `timm:hf-hub:ID` and `timm:local-dir:FOLDER`
@@ -13,10 +11,6 @@ FILE                     a published state dict with a classifier, converted onc
 The teacher and the student receive the same crop, resized for the teacher (DeiT, arXiv 2012.12877).
 The teacher's image processor determines the input size, interpolation, scale and normalization, but
 does not crop. losses.py contains the losses.
-
-With `--teacher-views V`, every image has V fixed views, and TeacherCache stores the outputs of each
-view. The cache is not stored in checkpoints. A resumed run computes the outputs again in different
-batches, so the outputs may differ by rounding errors.
 """
 
 from collections.abc import Callable, Iterator
@@ -42,7 +36,6 @@ from ..hub.loading import (
 from ..hub.local_paths import split_revision
 from ..inference.image_pass import find_finite
 from ..model.configuration_vitcls import ViTCLSConfig
-from ..model.modeling_vitcls import ViTCLSModel, ViTCLSModelOutput
 from ..runtime.errors import format_error
 
 
@@ -92,7 +85,7 @@ class Teacher(nn.Module):
         self.source = source
         self.model: Any = model.requires_grad_(False)
         self.preprocessing = preprocessing
-        # model's outputs -> logits of the student's labels, or features
+        # model's outputs -> logits of the student's labels
         self.read_outputs = read_outputs
 
         height, width = preprocessing.height_width
@@ -103,16 +96,13 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return the logits [B, L] or features [B, F] for the student's pixels [B, C, H, W].
+        """Return the logits [B, L] for the student's pixels [B, C, H, W].
 
         The pixels are `uint8` or floats in [0, 255]. Raise ValueError if any output is not finite.
         """
         outputs = self.read_outputs(self.model(self.preprocessing(pixels)))
         check_teacher_outputs(outputs, self.source)
         return outputs
-
-    def predict(self, batch: dict[str, Any]) -> torch.Tensor:
-        return self(batch["pixels"])
 
 
 def load_teacher(
@@ -138,44 +128,6 @@ def load_teacher(
         return logits if label_indices is None else logits[:, label_indices]
 
     return Teacher(source, model, preprocessing, read_logits, note).to(device)
-
-
-def load_feature_teacher(
-    source: str, student: ViTCLSConfig, with_patches: bool, device: torch.device
-) -> Teacher:
-    """Load a teacher that returns its pooled vector [B, P].
-
-    With patches, it returns [B, P + rows * columns * D]: the pooled vector, and the patches,
-    resampled to the student's grid.
-
-    Args:
-        source: any model that `--model` accepts, except a preset.
-        student: the student's configuration.
-        with_patches: whether the teacher also returns patches.
-        device: device of the teacher.
-
-    Raises:
-        ValueError: if the source is not a complete ViT.
-        OSError: if the source cannot be found or read.
-    """
-    folder = resolve(source)
-    model = folder.load(ViTCLSModel, dtype=torch.float32)
-    processor = folder.load_processor()
-    preprocessing = build_processor_preprocessing(processor, model.config.num_channels, student)
-
-    def read_features(outputs: ViTCLSModelOutput) -> torch.Tensor:
-        assert outputs.pooler_output is not None
-        pooled = outputs.pooler_output.float()
-        if not with_patches:
-            return pooled
-        # [B, D, r, c]
-        patches = outputs.tokens["patches"].float().transpose(1, 2).unflatten(2, outputs.grid_size)
-        patches = nn.functional.interpolate(
-            patches, student.grid_size, mode="bilinear", antialias=True
-        )
-        return torch.cat([pooled, patches.flatten(2).transpose(1, 2).flatten(1)], dim=1)
-
-    return Teacher(source, model, preprocessing, read_features).to(device)
 
 
 def match_labels(
@@ -319,7 +271,7 @@ def check_teacher_outputs(outputs: torch.Tensor, source: str) -> None:
         )
 
 
-# Image conversion and cache -----------------------------------------------------------------------
+# Image conversion -----------------------------------------------------------------------
 
 
 def convert_channels(pixels: torch.Tensor, num_channels: int) -> torch.Tensor:
@@ -354,44 +306,3 @@ def get_interpolation(resample: Any) -> InterpolationMode:
         else pil_torch_interpolation_mapping[resample]
     )
     return InterpolationMode.BICUBIC if mode is InterpolationMode.LANCZOS else mode
-
-
-class TeacherCache:
-    """Cache of a teacher's outputs for batches with `pixels`, `view` [B] and `index` [B].
-
-    Each process caches the outputs of its own batches. Outputs are converted to `float16` before
-    the first use, and the teacher always runs on whole batches. The result therefore does not
-    depend on the step at which the outputs are cached.
-    """
-
-    def __init__(
-        self, teacher: Teacher, num_images: int | None, num_views: int, width: int
-    ) -> None:
-        if num_images is None:
-            raise ValueError(
-                "`teacher_views` requires a dataset of known size, not `streaming=True`. Remove "
-                "one flag"
-            )
-        self.teacher = teacher
-        self.outputs = torch.empty(num_views, num_images, width, dtype=torch.float16)
-        self.is_cached = torch.zeros(num_views, num_images, dtype=torch.bool)
-
-    def predict(self, batch: dict[str, Any]) -> torch.Tensor:
-        """Return the teacher's `float32` outputs [B, width] on the device of the pixels."""
-        views = batch["view"].cpu()
-        indices = batch["index"].cpu()
-        is_missing = ~self.is_cached[views, indices]  # [B]
-
-        if is_missing.any():
-            outputs = self.teacher.predict(batch).to("cpu", torch.float16)
-            check_teacher_outputs(outputs, self.teacher.source)  # float16 has a smaller range
-            self.outputs[views[is_missing], indices[is_missing]] = outputs[is_missing]
-            self.is_cached[views, indices] = True
-        return self.outputs[views, indices].to(batch["pixels"].device, torch.float32)
-
-
-def cache_views(
-    teacher: Teacher, num_images: int | None, num_views: int, width: int
-) -> Teacher | TeacherCache:
-    """Return a teacher, with a cache of its outputs if every image has `num_views` fixed views."""
-    return TeacherCache(teacher, num_images, num_views, width) if num_views else teacher

@@ -37,7 +37,6 @@ class TrainingSetup:
     labels_text: str
     # whether the model has a temperature: a classifier with one label per image
     can_calibrate: bool = False
-    num_views: int = 0  # number of different views per image, or 0 if every epoch uses a new view
     # lines to print before training, keyed by name
     summary_lines: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)  # warnings to print before training
@@ -65,7 +64,7 @@ def build_evaluator_arguments(
 
 
 def build_training_images(
-    options: Any, data: TrainingData, processor: Any, num_channels: int, num_views: int
+    options: Any, data: TrainingData, processor: Any, num_channels: int
 ) -> Any:
     """Build the augmented training images (`TrainingImages` or `TrainingStream`)."""
     augmentation = build_augmentation(options.augmentation, processor)
@@ -75,7 +74,6 @@ def build_training_images(
         data.label_space,
         to_rgb,
         seed=options.training.seed,
-        num_views=num_views,
         num_channels=num_channels,
         image_bytes=num_channels * math.prod(get_output_size(processor)),
     )

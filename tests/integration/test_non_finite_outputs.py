@@ -85,15 +85,6 @@ def test_finetune_does_not_learn_from_a_teacher(
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
-def test_pretrain_does_not_learn_from_a_teacher(
-    encoder: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    flags = ["--dataset", str(photos), "--output-dir", str(tmp_path / "run")]
-    teachers = ["--method", "distillation", "--teachers", str(encoder)]
-    assert run_here("pretrain", *flags, *TRAINING, *teachers) == 1
-    check_error(capsys, str(encoder), "4 of 4 images")
-
-
 def test_finetune_fits_no_probe(
     encoder: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

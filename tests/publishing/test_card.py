@@ -249,32 +249,6 @@ def test_an_encoder_shows_its_features_before_and_after_pre_training(tmp_path: P
     )
 
 
-def test_an_encoder_names_its_teachers(tmp_path: Path) -> None:
-    measured = {"knn_accuracy": 0.5, "effective_rank": 7.5, "teacher_cosines": [0.25, 0.75]}
-    results: dict[str, Any] = {
-        "method": "distillation",
-        "teachers": ["ann/a", "path/to/b"],
-        "knn_accuracy": 0.5,
-    }
-    results |= {
-        "teacher_licenses": ["mit", None],
-        "features": {"before": measured, "after": measured, "summary": ""},
-    }
-    results |= {"accuracy": None, "accuracy_interval": None, "selection_metric": "teacher_cosine"}
-    config = build_tiny_config(num_distillation_tokens=2, distillation_teachers=results["teachers"])
-
-    card = load_card(
-        write_run_folder(
-            tmp_path / "mine", results, {"teachers": ["ann/a", "/home/b"]}, ViTCLSModel, config
-        )
-    )
-    assert '`outputs.tokens["distillation"][:, k]`' in card.text
-    assert "0 `ann/a` (license: mit), 1 `path/to/b`" in card.text
-    assert "/home/b" not in card.text
-    assert "| Cosine similarity with teacher 1 | 0.750 | 0.750 |" in card.text
-    assert "distillation tokens |" in card.text
-
-
 def test_tasks_have_no_pipeline(tmp_path: Path) -> None:
     tasks = {"species": ["cat", "dog"], "coat": ["short", "long", "none"]}
     config = build_tiny_config(num_cls_tokens=2, tasks=tasks)
@@ -354,7 +328,7 @@ def test_the_recipe_has_no_local_paths_and_no_destination(tmp_path: Path) -> Non
         "output_dir": "/home/ann/secret/out",
     }
     flags |= {
-        "teachers": ["ann/a", "/home/ann/secret/b"],
+        "teacher": "/home/ann/secret/b",
         "overwrite": True,
         "resume": True,
         "shift": 0.0,
@@ -365,7 +339,7 @@ def test_the_recipe_has_no_local_paths_and_no_destination(tmp_path: Path) -> Non
     sources = {
         "dataset": "path/to/photos",
         "model": "path/to/base",
-        "teachers": ["ann/a", "path/to/b"],
+        "teacher": "path/to/b",
     }
     assert (
         folder.shareable_flags == {"output_dir": "my-model", "epochs": 3.0, "shift": 0.0} | sources

@@ -40,7 +40,7 @@ from scripts.study import run as run_command
 
 
 RECIPES = Path(__file__).parents[2] / "scripts" / "recipes"
-FAST = ("study_pretraining", "study_teachers")
+FAST = ("study_pretraining",)
 STUDIES = [
     pytest.param(file, id=file.stem, marks=() if file.stem in FAST else pytest.mark.slow)
     for file in sorted(RECIPES.glob("study_*.yaml"))

@@ -262,11 +262,8 @@ def test_a_model_of_the_hub_tells_its_results_and_whether_its_weights_are_random
             ("`teacher`", "`num_distillation_tokens=1`"),
         ),
         ({"streaming": True, "class_balance": "weights"}, ("`class_balance`", "`streaming=True`")),
-        ({"teacher_views": 3, "mixup": 0.8}, ("`teacher_views`", "`mixup`")),
-        ({"teacher_views": 3, "cutmix": 1.0}, ("`teacher_views`", "`cutmix`")),
         ({"model": "vitcls-tiny", "trainable": "last-1"}, ("`trainable='last-1'`", "`model`")),
         ({"class_balance": "weights", "mixup": 0.8, "cutmix": 1.0}, ()),
-        ({"teacher": "t", "num_distillation_tokens": 1, "teacher_views": 1}, ()),
         (
             {
                 "teacher": "t",

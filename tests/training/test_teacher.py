@@ -1,6 +1,5 @@
 """Teachers: labels and preprocessing, distillation losses, and the cache of their predictions."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,6 @@ from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.training.losses import compute_distillation_loss
 from modeling_vitcls.training.teacher import (
     Teacher,
-    TeacherCache,
     get_interpolation,
     load_teacher,
     match_labels,
@@ -367,47 +365,3 @@ def test_soft_loss_is_the_scaled_kl_divergence_from_the_teacher() -> None:
         <= 1e-5
     )
     assert compute_distillation_loss("soft", teacher, teacher.float() + 5, tau).abs() <= 1e-5
-
-
-# The cache ----------------------------------------------------------------------------------------
-
-
-def iterate_views(num_images: int, num_views: int, seed: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield every view of every image once, in a random order, in batches of four."""
-    everything = build_pixels(num_images * num_views, seed=99)
-    order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(seed))
-    for chosen in order.split(4):
-        yield {
-            "pixels": everything[chosen],
-            "view": chosen // num_images,
-            "index": chosen % num_images,
-        }
-
-
-def test_the_cache_predicts_each_view_once(resnet: Path) -> None:
-    teacher = load_labeled_teacher(resnet)
-    calls = []
-    teacher.register_forward_hook(lambda *_: calls.append(None))
-    cache = TeacherCache(teacher, num_images=10, num_views=2, width=3)
-    for seed in range(4):
-        for batch in iterate_views(10, 2, seed):
-            answer = cache.predict(batch)
-            assert answer.dtype is torch.float32
-            rounding = answer.abs().max() * 2**-11
-            assert get_largest_difference(answer, Teacher.predict(teacher, batch)) <= rounding
-            calls.pop()
-        assert len(calls) == 5
-
-    with raises_one_line("`teacher_views`", "`streaming=True`"):
-        TeacherCache(teacher, None, num_views=2, width=3)
-
-
-def test_cached_predictions_do_not_depend_on_the_batch(resnet: Path) -> None:
-    """A resumed run predicts again, in other batches: the same to the bit."""
-    teacher = load_labeled_teacher(resnet)
-    uninterrupted = TeacherCache(teacher, 24, 2, 3)
-    for batch in iterate_views(24, 2, seed=0):
-        uninterrupted.predict(batch)
-    resumed = TeacherCache(teacher, 24, 2, 3)
-    for batch in iterate_views(24, 2, seed=1):
-        assert torch.equal(resumed.predict(batch), uninterrupted.predict(batch))
