@@ -51,7 +51,7 @@ OMITTED_IN_CLASS = {
     LookOptions: {"output", "json"},
 }
 # Fields with strings that can be paths, and fields that also accept data in memory
-PATHS = {"teacher", "unknown_dataset"}
+PATHS = {"teacher"}
 DATA = {"dataset"}
 
 

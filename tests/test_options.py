@@ -74,7 +74,6 @@ LIMITS: list[tuple[type, str, list[Any], list[Any]]] = [
     (RunOptions, "hub_checkpoint_branch", [None], ["", "main"]),
     (EvaluateOptions, "batch_size", [1], [0]),
     (PredictOptions, "threshold", [0, 1], [-0.1, 1.1]),
-    (PredictOptions, "coverage", [None, 0.1, 0.9], [0, 1]),
     (PredictOptions, "shard_size batch_size top_k num_workers", [1], [0]),
     (PredictOptions, "shard", ["1/1", "2/12"], ["0/2", "3/2", "2", "1/0"]),
     (
@@ -116,7 +115,6 @@ COMBINATIONS: list[tuple[type, dict[str, Any], dict[str, Any], str]] = [
     ),
     (EvaluateOptions, {"frozen": "knn"}, {"backend": "onnx"}, "`backend`"),
     (EvaluateOptions, {"audit": Path("a.html")}, {"backend": "onnx"}, "`backend`"),
-    (PredictOptions, {"coverage": 0.9}, {"features": ("cls",)}, "`coverage`"),
     (
         PredictOptions,
         {"merge": Path("a"), "model": None, "paths": ()},

@@ -83,7 +83,7 @@ def write_page(
         title: name of the model. Default: name of the folder or Hub id that the model was loaded
             from.
         source: description of the images.
-        predictions: headline, wrong images, prediction sets and calibration
+        predictions: headline, wrong images and calibration
             (publishing/held_out_predictions.py).
 
     Raises:

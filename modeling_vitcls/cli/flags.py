@@ -173,7 +173,6 @@ class EvaluateFlags(EngineFlags, DataFlags, total=False):
     frozen: Literal["knn", "logreg"] | None
     output: str | Path | None
     task: str | None
-    unknown_dataset: Path | str | None
     per_image: str | Path | None
     audit: str | Path | None
     overwrite: bool
@@ -195,7 +194,6 @@ class PredictFlags(ImageFlags, EngineFlags, total=False):
     streaming: bool
     top_k: int | None
     threshold: float
-    coverage: float | None
     features: str | Sequence[str] | None
     feature_dtype: Literal["float32", "float16"]
     num_workers: int | None

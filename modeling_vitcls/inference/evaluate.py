@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from accelerate import Accelerator
 from rich.console import Console
 from rich.markup import escape
@@ -26,22 +25,19 @@ from ..data.images import LabeledImages
 from ..data.label_matching import match_labels
 from ..data.labels import get_label_space
 from ..data.options import DataOptions
-from ..data.sources import load_splits
-from ..data.splits import EVALUATION_SPLITS, load_on_main
+from ..data.splits import load_on_main
 from ..hub.model_folder import ModelFolder
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..runtime.distributed import build_accelerator
 from ..runtime.files import write_json
 from ..runtime.messages import format_message
 from ..runtime.system import describe_device, get_versions
-from .confidence import measure_unknown
 from .engines import EngineChooser, Job, compute_logits, get_engine_name, select_engine
-from .evaluator import Evaluator, round_floats
-from .image_pass import stack_rows
+from .evaluator import Evaluator
 from .load_model import check_is_classifier, load_for_inference
 from .metric_tables import build_class_tables, build_metric_rows
 from .options import EvaluateOptions
-from .per_image import get_outputs, write_predictions
+from .per_image import write_predictions
 
 
 MAX_BATCH_SIZE = 64  # default number of images per process and forward pass on GPUs
@@ -154,11 +150,7 @@ def evaluate_checkpoint(
         raise ValueError(
             "`per_image` requires a single task. Use `vitcls predict --dataset` for several tasks"
         )
-    if options.unknown_dataset is not None and kind != "single_label_classification":
-        raise ValueError(
-            f"`unknown_dataset` requires one label per image, not {kind}. Remove `unknown_dataset`"
-        )
-    evaluator.keep_logits = options.unknown_dataset is not None or options.per_image is not None
+    evaluator.keep_logits = options.per_image is not None
     start_time = time.perf_counter()
     metrics = evaluator(model, console)
     seconds = time.perf_counter() - start_time
@@ -168,10 +160,6 @@ def evaluate_checkpoint(
         "weights_sha256": folder.weights_sha256,
         **metrics,
     }
-    if options.unknown_dataset is not None:
-        results["unknown"] = evaluate_unknown(
-            options, setup, accelerator, get_outputs(evaluator)[0]
-        )
     print_results(results, setup.data.part.describe(), setup.config, console)
     if accelerator.is_main_process:
         write_results(results, options.output, console)
@@ -181,31 +169,6 @@ def evaluate_checkpoint(
             console.print(f"saved {options.per_image}", markup=False)
     accelerator.end_training()
     return results
-
-
-def evaluate_unknown(
-    options: EvaluateOptions,
-    setup: EvaluationSetup,
-    accelerator: Accelerator,
-    known_logits: np.ndarray,
-) -> dict[str, Any]:
-    """Return how well the energy separates the images of `unknown_dataset` from the evaluated ones.
-
-    The logits of the evaluated images are `known_logits` [N, L].
-
-    The test split is used or, if there is none, another evaluation split or the only split.
-    """
-    assert options.unknown_dataset is not None
-    data_options = replace(options.data, dataset=options.unknown_dataset, streaming=False)
-    splits = load_on_main(
-        accelerator, data_options.dataset, partial(load_splits, data_options, use_labels=False)
-    )
-    split = next((name for name in EVALUATION_SPLITS if name in splits.names), splits.names[0])
-    images = setup.build_evaluator(splits.images_by_split[split])
-    rows = images.collect(setup.model, partial(compute_logits, setup.model))
-    unknown_logits, _ = stack_rows(rows)
-    measured = measure_unknown(known_logits, unknown_logits, setup.model.config.energy_threshold)
-    return {"dataset": splits.name, "split": split, **round_floats(measured)}
 
 
 def set_up_evaluation(
@@ -286,18 +249,6 @@ def print_results(
     summary = f"{images_text} ({part_text}), each counted once"
     console.print(f"{summary}; {results['images_per_second']:,} images/s", markup=False)
     console.print(build_table("", ["Metric", "Value"], build_metric_rows(results, config)))
-    if unknown := results.get("unknown"):
-        flagged = (
-            ""
-            if unknown["flagged"] is None
-            else f"; {unknown['flagged']:.1%} are flagged as unknown"
-        )
-        console.print(
-            f"unknown images: AUROC {unknown['auroc']:.4f} of the energy against "
-            f"{unknown['num_images']:,} images of {unknown['dataset']} "
-            f"({unknown['split']}){flagged}",
-            markup=False,
-        )
     for title, rows in build_class_tables(results, config).items():
         console.print(build_table(title, list(rows[0]), [list(row.values()) for row in rows]))
 

@@ -52,9 +52,6 @@ class EvaluateOptions(EngineOptions):
     --audit, for the numbers of issues."""
     task: str | None = None
     """Evaluate an added task (`vitcls add-task`) instead of the classifier of the model."""
-    unknown_dataset: str | None = None
-    """Dataset with images of none of the classes: measures how well the energy separates these
-    images from the evaluated images (AUROC)."""
     per_image: Path | None = None
     """Parquet file with one row per image: label, prediction, probabilities and loss."""
     audit: Path | None = None
@@ -68,17 +65,11 @@ class EvaluateOptions(EngineOptions):
 
     def __post_init__(self) -> None:
         check_minimum(self, 1, "batch_size", "max_images")
-        if self.task is not None and (
-            self.frozen or self.audit or self.per_image or self.unknown_dataset
-        ):
+        if self.task is not None and (self.frozen or self.audit or self.per_image):
+            raise ValueError("`task` only measures a task. Remove `frozen`, `audit`, `per_image`")
+        if self.per_image and (self.frozen or self.audit):
             raise ValueError(
-                "`task` only measures a task. Remove `frozen`, `audit`, `per_image`, "
-                "`unknown_dataset`"
-            )
-        if (self.per_image or self.unknown_dataset) and (self.frozen or self.audit):
-            raise ValueError(
-                "`per_image` and `unknown_dataset` are about the classifier. Remove them, or "
-                "remove `frozen` and `audit`"
+                "`per_image` is about the classifier. Remove `per_image`, or `frozen` and `audit`"
             )
         if self.backend not in ("auto", "torch") and (self.frozen or self.audit):
             raise ValueError("`frozen` and `audit` require `backend='torch'`. Remove `backend`")
@@ -139,9 +130,6 @@ class PredictOptions(ImageOptions, EngineOptions):
     labels with a probability of at least --threshold."""
     threshold: float = 0.5
     """Minimum probability of a predicted label (multi-label models only)."""
-    coverage: float | None = None
-    """Add the set of labels that contains the true label with this probability, for example 0.9
-    (split conformal prediction, from the held-out images of the model's run)."""
     features: tuple[str, ...] | None = None
     """Features to write instead of labels: `cls`, `registers`, `distillation` or `patches`, or
     `mean` for the mean of the patch tokens. `cls@6` is the output of layer 6 after the final norm;
@@ -155,14 +143,6 @@ class PredictOptions(ImageOptions, EngineOptions):
     def __post_init__(self) -> None:
         check_minimum(self, 1, "shard_size", "batch_size", "top_k", "num_workers")
         check_value(self, "threshold", 0 <= self.threshold <= 1, "from 0 to 1")
-        check_value(
-            self, "coverage", self.coverage is None or 0 < self.coverage < 1, "between 0 and 1"
-        )
-        if self.coverage is not None and self.features:
-            raise ValueError(
-                "`coverage` requires labels, but `features` writes features. Remove one of the two "
-                "flags"
-            )
         if self.merge is None and self.model is None:
             raise ValueError("Set `model` to the model, or `merge` to a folder of predictions.")
         if self.merge is None and sum(map(bool, (self.paths, self.list, self.dataset))) != 1:

@@ -110,46 +110,6 @@ def read_weights_hash(file: Path) -> dict[str, str] | None:
         raise ValueError(f"cannot read {file}: {format_error(error)}") from error
 
 
-def read_predictions(file: Path, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the probabilities [N, L] and label indices [N] in a file of predictions.
-
-    Each image has one label.
-
-    Args:
-        file: A file that `write_predictions` wrote.
-        names: The labels of the model, in order.
-
-    Raises:
-        ValueError: If the file is damaged, lacks a column, or has probabilities or labels that are
-            not the model's.
-    """
-    try:
-        rows = pq.read_table(file, columns=["label", "probabilities"]).to_pydict()
-        labels = rows["label"]
-        probabilities = np.array(rows["probabilities"], dtype=np.float64)
-    except Exception as error:  # pyarrow raises several types of errors
-        raise ValueError(
-            f"cannot read label and probabilities in {file}: {format_error(error)}"
-        ) from error
-
-    if probabilities.shape != (len(labels), len(names)):
-        raise ValueError(
-            f"{file} does not have {len(names)} probabilities for each image, one for each label"
-        )
-    num_wrong = int((~np.isfinite(probabilities).all(axis=1)).sum())
-    if num_wrong:
-        raise ValueError(
-            f"{file} has probabilities that are not finite for {num_wrong} of {len(labels)} images"
-        )
-    if other := next((label for label in labels if names.count(label) != 1), None):
-        raise ValueError(
-            f"{file} has the label {other!r}, which is not exactly one label of the model"
-        )
-
-    index_by_name = {name: index for index, name in enumerate(names)}
-    return probabilities, np.array([index_by_name[label] for label in labels])
-
-
 def get_outputs(evaluator: Evaluator, images: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
     """Return logits [N, L] and labels [N] of the selected images that have a label.
 

@@ -26,14 +26,9 @@ from accelerate.utils import gather_object
 from transformers import PreTrainedModel
 
 from ..conversion.any_checkpoint import resolve
-from ..data.labels import get_label_space
 from ..data.splits import load_on_main
-from ..hub.model_files import PREDICTIONS_FILE
-from ..hub.model_folder import ModelFolder
-from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..runtime.distributed import build_accelerator, run_on_main
-from .confidence import find_score_limit
 from .engines import EngineChooser, Job, select_engine
 from .exported_graphs import ExportedModel
 from .inputs import (
@@ -123,8 +118,7 @@ def build_predictor(
     For `backend="auto"`, `choose_engine` chooses the engine for the number of images (engines.py).
     """
     assert options.model is not None
-    files = () if options.coverage is None else (PREDICTIONS_FILE,)
-    folder = resolve(options.model, options.backend, files)
+    folder = resolve(options.model, options.backend)
     loaded = load_for_inference(
         folder,
         options,
@@ -133,7 +127,6 @@ def build_predictor(
         max_batch_size=MAX_BATCH_SIZE,
         print_line=accelerator.on_main_process(partial(print, file=sys.stderr)),
     )
-    set_limit = find_set_limit(options.coverage, loaded.config, folder)
 
     def build_columns(model: Any) -> PredictionColumns:
         return build_prediction_columns(
@@ -142,7 +135,6 @@ def build_predictor(
             threshold=options.threshold,
             features=options.features,
             feature_dtype=options.feature_dtype,
-            set_limit=set_limit,
         )
 
     def compute_outputs(model: Any, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -168,44 +160,6 @@ def build_predictor(
         batch_size=loaded.batch_size,
         num_workers=options.num_workers or get_num_workers(),
     )
-
-
-def find_set_limit(
-    coverage: float | None, config: ViTCLSConfig, folder: ModelFolder
-) -> float | None:
-    """Return the limit of the scores of labels in prediction sets; None without `coverage`.
-
-    It is fitted to the held-out images of the model's run (confidence.py). Raise ValueError if the
-    model has several labels or tasks, or no predictions of held-out images.
-    """
-    if coverage is None:
-        return None
-    label_space = get_label_space(config)
-    if label_space.kind != "single_label_classification":
-        raise ValueError(
-            f"`coverage` requires one label per image, not {label_space.kind}. Remove `coverage`"
-        )
-    file = folder.path / PREDICTIONS_FILE
-    remedy = (
-        f"Write it with `vitcls evaluate --model {folder.source} --dataset D --per-image {file}`"
-    )
-    if not file.is_file():
-        raise ValueError(
-            f"`coverage` requires {PREDICTIONS_FILE} in the model folder, but {folder.source} has "
-            f"none. {remedy}"
-        )
-    from .per_image import (  # imports torchmetrics, which takes a second
-        read_predictions,
-        read_weights_hash,
-    )
-
-    if folder.weights_sha256 is None or read_weights_hash(file) != folder.weights_sha256:
-        raise ValueError(
-            f"`coverage` requires predictions of this model, but {file} contains those of other "
-            f"weights. {remedy}"
-        )
-    probabilities, labels = read_predictions(file, label_space.names)
-    return find_score_limit(probabilities, labels, coverage)
 
 
 def wrap_images(images: Sequence[Any]) -> ListInput:
@@ -297,7 +251,6 @@ def predict_to_folder(
         "feature_dtype": options.feature_dtype,
         "top_k": options.top_k,
         "threshold": options.threshold,
-        "coverage": options.coverage,
         "mixed_precision": accelerator.mixed_precision,
         "input": run_on_main(accelerator, source.compute_fingerprint),
         "model": compute_model_digest(predictor.model, predictor.processor),

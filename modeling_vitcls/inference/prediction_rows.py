@@ -2,7 +2,7 @@
 
 model                       columns
 one label per image         label, probability, label_2, probability_2, ... up to --top-k; unknown, if the model has
-                            an energy threshold; label_set, with --coverage
+                            an energy threshold
 several labels per image    labels, probabilities: lists
 several or added tasks      <task>_label, <task>_probability, <task>_label_2, ..., <task>_unknown; <task>_labels and
                             <task>_probabilities of an added task with several labels per image
@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from ..data.labels import is_multi_label
 from ..model.configuration_vitcls import ExtraHead
 from ..runtime.messages import format_message
-from .confidence import build_prediction_sets, compute_energies
+from .confidence import compute_energies
 from .exported_graphs import GraphError
 from .image_pass import ImageBatch, find_finite, group_by_shape, pass_over_images
 from .inputs import PreparedImage
@@ -97,7 +97,6 @@ class LabelColumns:
         model: The model.
         heads: Labels and threshold of each task. The task of a classifier has an empty name.
         top_k: Maximum number of labels per image.
-        set_limit: Limit of the scores of labels in prediction sets (confidence.py).
     """
 
     def __init__(
@@ -105,11 +104,9 @@ class LabelColumns:
         model: PreTrainedModel,
         heads: Mapping[str, ExtraHead],
         top_k: int | None,
-        set_limit: float | None = None,
     ) -> None:
         self.model = model
         self.max_labels = top_k
-        self.set_limit = set_limit
         self.label_lists = {
             task: head
             for task, head in heads.items()
@@ -141,8 +138,6 @@ class LabelColumns:
             self.columns[name_column(task, "probabilities")] = pa.list_(pa.float32())
         for task in self.energy_thresholds:
             self.columns[name_column(task, "unknown")] = pa.bool_()
-        if set_limit is not None:
-            self.columns["label_set"] = pa.list_(pa.string())
 
     def predict(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the logits [B, num_labels] of each task."""
@@ -174,11 +169,6 @@ class LabelColumns:
             for row, energy in zip(rows, energies, strict=True):
                 row[name_column(task, "unknown")] = bool(energy > threshold)
 
-        if self.set_limit is not None:
-            names = self.single_labels[""].labels
-            sets = build_prediction_sets(outputs[""].softmax(dim=1).cpu().numpy(), self.set_limit)
-            for row, is_in_set in zip(rows, sets, strict=True):
-                row["label_set"] = [names[index] for index in is_in_set.nonzero()[0]]
         return rows
 
 
@@ -306,7 +296,6 @@ def build_prediction_columns(
     threshold: float,
     features: Sequence[str] | None,
     feature_dtype: str = "float32",
-    set_limit: float | None = None,
 ) -> PredictionColumns:
     """Build the output columns of a model.
 
@@ -330,7 +319,7 @@ def build_prediction_columns(
         head = ExtraHead(names, problem_type="multi_label_classification", threshold=threshold)
         return LabelColumns(model, {"": head} | added_heads, top_k)
     head = ExtraHead(names, threshold=config.energy_threshold)
-    return LabelColumns(model, {"": head} | added_heads, top_k, set_limit)
+    return LabelColumns(model, {"": head} | added_heads, top_k)
 
 
 def predict_rows(

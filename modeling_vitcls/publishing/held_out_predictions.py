@@ -7,22 +7,19 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
 
 from ..analysis.maps import resize_with_region, to_upright_rgb
 from ..analysis.report import encode_data_url
 from ..data.images import LabeledImages
-from ..data.labels import get_label_space
 from ..data.splits import TrainingData
 from ..hub.model_files import PREDICTIONS_FILE
 from ..hub.model_folder import ModelFolder, warn_once
-from ..inference.confidence import measure_prediction_sets
 from ..inference.per_image import read_weights_hash
 
 
-COVERAGE = 0.9  # probability with which a prediction set contains the true label
+MIN_CONFIDENT = 0.9  # probability above which a wrong prediction is a confident one
 MAX_WRONG_IMAGES = 12  # maximum number of wrong images in the report
 THUMBNAIL_SIDE = 240  # longer side of a wrong image in the report, in pixels
 NEAREST_SIDE = 120  # longer side of a nearest training image
@@ -33,8 +30,7 @@ def describe_predictions(
 ) -> dict[str, Any] | None:
     """Return what the report says about the predictions of held-out images.
 
-    That is a headline, the wrong images, the prediction sets of each class, and the calibration;
-    None if the folder has no predictions of these weights.
+    That is a headline, the wrong images, and the calibration; None if the folder has no predictions of these weights.
 
     Args:
         folder: The folder of a run.
@@ -43,9 +39,8 @@ def describe_predictions(
     """
     import pandas as pd
 
-    config = folder.config
     file = folder.path / PREDICTIONS_FILE
-    if not folder.results or not file.is_file() or config is None:
+    if not folder.results or not file.is_file() or folder.config is None:
         return None
 
     try:
@@ -76,8 +71,6 @@ def describe_predictions(
         if "nearest_images" in shown:
             add_nearest_images(wrong_rows, list(shown["nearest_images"]), data)
 
-    names = get_label_space(config).names
-    targets = np.array([names.index(label) for label in rows["label"]])
     is_trained = (
         folder.results.get("steps") and folder.results.get("selection", {}).get("step") != 0
     )
@@ -86,11 +79,10 @@ def describe_predictions(
         "is_trained": bool(is_trained),  # whether the weights are not those of the frozen model
         "num_images": len(rows),
         "num_wrong": len(wrong),
-        "num_confident_errors": int((wrong["confidence"] > COVERAGE).sum()),
+        "num_confident_errors": int((wrong["confidence"] > MIN_CONFIDENT).sum()),
         "wrong": wrong_rows,
         "calibration": folder.results.get("calibration"),
-        "coverage": COVERAGE,
-        "sets": measure_prediction_sets(np.stack(rows["probabilities"]), targets, names, COVERAGE),
+        "min_confident": MIN_CONFIDENT,
     }
 
 

@@ -164,11 +164,6 @@ def test_several_labels_per_image_are_matched_by_name_and_scored_per_image(
         close(results["exact_match"]),
         close(results["loss"]),
     )
-    reset_accelerate()
-    with raises_one_line("`unknown_dataset`"):
-        evaluate_checkpoint(
-            EvaluateOptions(str(models / "multi_label"), data, unknown_dataset="digits")
-        )
 
 
 def test_tasks_are_matched_by_name_and_missing_labels_are_not_counted(
@@ -300,7 +295,6 @@ def test_streamed_images_have_the_same_loss(
         data,
         batch_size=4,
         per_image=tmp_path / "rows.parquet",
-        unknown_dataset=data.dataset,
     )
     metrics = evaluate_checkpoint(options)
 
@@ -309,10 +303,6 @@ def test_streamed_images_have_the_same_loss(
     assert rows["index"].tolist() == list(range(2 * NUM_IMAGES))
     assert {Path(name).stem for name in rows["image"]} == set(map(str, range(2 * NUM_IMAGES)))
     assert metrics["loss"] == close(by_one_process["single"]["loss"])
-
-    unknown = {"dataset": "data", "split": "test", "num_images": 2 * NUM_IMAGES, "flagged": None}
-    # the same images
-    assert metrics["unknown"] == unknown | {"auroc": pytest.approx(0.5, abs=0.01)}
 
     (tmp_path / "data" / "test" / "zebra").mkdir()
     (tmp_path / "data" / "test" / "zebra" / "0.png").symlink_to(tmp_path / "single0.png")

@@ -1,6 +1,5 @@
 """One row per evaluated image, compared with the model, and with two processes."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -19,12 +18,11 @@ from helpers.evaluation_worker import (
 from helpers.tiny_models import raises_one_line
 from PIL import Image
 from sklearn.datasets import load_digits
-from sklearn.metrics import log_loss, roc_auc_score
+from sklearn.metrics import log_loss
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, evaluate, predict
 from modeling_vitcls.data.images import LabeledImages
-from modeling_vitcls.hub.model_files import PREDICTIONS_FILE, RESULTS_FILE
-from modeling_vitcls.inference.confidence import compute_energies
+from modeling_vitcls.hub.model_files import PREDICTIONS_FILE
 from modeling_vitcls.inference.per_image import get_outputs, select_names, write_predictions
 from modeling_vitcls.runtime.distributed import build_accelerator
 
@@ -86,21 +84,12 @@ def test_rows_keep_the_index_of_their_image(tmp_path: Path) -> None:
     assert select_names(["a", "b"], torch.tensor([0.5, 0.6])) == ["b"]
 
 
-def test_prediction_adds_sets_and_unknown_images(folder: Path, tmp_path: Path) -> None:
-    """On images that were not used for the limit, sets contain the label as often as requested."""
+def test_an_image_above_the_energy_threshold_is_unknown(folder: Path, tmp_path: Path) -> None:
     calibrated = tmp_path / "calibrated"
     shutil.copytree(folder, calibrated)
     images = [Image.fromarray(np.uint8(pixels * 15.9)) for pixels in load_digits().images[::3]]
-    with pytest.raises(ValueError, match="--per-image"):
-        predict(calibrated, images[:1], coverage=0.9)
     evaluate(calibrated, "digits", per_image=calibrated / PREDICTIONS_FILE)
-    rows = predict(calibrated, images, coverage=0.9)
-    is_covered = [
-        str(label) in row["label_set"]
-        for row, label in zip(rows, load_digits().target[::3], strict=True)
-    ]
-    assert 0.85 < np.mean(is_covered) < 0.96
-    assert "unknown" not in rows[0]
+    assert "unknown" not in predict(calibrated, images)[0]
 
     model = ViTCLSForImageClassification.from_pretrained(folder)
     threshold = float(pd.read_parquet(calibrated / PREDICTIONS_FILE)["energy"].quantile(0.95))
@@ -113,45 +102,3 @@ def test_prediction_adds_sets_and_unknown_images(folder: Path, tmp_path: Path) -
         is_unknown = -model(pixel_values).logits.logsumexp(dim=1) > threshold
     assert [row["unknown"] for row in predict(calibrated, images)] == is_unknown.tolist()
     assert 0.01 < is_unknown.float().mean() < 0.1
-
-
-def test_unknown_images_are_measured_and_recorded(folder: Path, tmp_path: Path) -> None:
-    """The areas under the curve of noise and of the known images themselves.
-
-    The model's folder is not changed.
-    """
-    model = tmp_path / "model"
-    shutil.copytree(folder, model)
-    classifier = ViTCLSForImageClassification.from_pretrained(model)
-    classifier.config.energy_threshold = -3.0
-    classifier.save_pretrained(model)
-    for index in range(30):
-        noise = np.random.default_rng(index).integers(0, 256, (8, 8), dtype=np.uint8)
-        for split in ("test", "validation", "train") if index == 0 else ("test",):
-            (tmp_path / "noise" / split).mkdir(parents=True, exist_ok=True)
-            Image.fromarray(noise).save(tmp_path / "noise" / split / f"{index}.png")
-    evaluate(
-        model,
-        "digits",
-        per_image=tmp_path / "rows.parquet",
-        unknown_dataset=str(tmp_path / "noise"),
-    )
-    (model / RESULTS_FILE).write_text('{"dataset": "digits"}')
-    found = evaluate(model, "digits", unknown_dataset=str(tmp_path / "noise"))["unknown"]
-    assert (found["dataset"], found["split"], found["num_images"]) == ("noise", "test", 30)
-
-    images = [Image.open(tmp_path / "noise" / "test" / f"{index}.png") for index in range(30)]
-    pixels = ViTCLSImageProcessor.from_pretrained(model)(images, return_tensors="pt")[
-        "pixel_values"
-    ]
-    logits = classifier.eval()(pixels).logits.detach().numpy()
-    known = pd.read_parquet(tmp_path / "rows.parquet")["energy"]
-    energies = np.concatenate([known, compute_energies(logits)])
-
-    flagged = (energies[-30:] > -3.0).mean()
-    assert found["flagged"] == pytest.approx(flagged, abs=1e-6)
-    assert 0 < flagged < 1
-    assert found["auroc"] == pytest.approx(
-        roc_auc_score(np.arange(len(energies)) >= len(known), energies), abs=1e-5
-    )
-    assert json.loads((model / RESULTS_FILE).read_text()) == {"dataset": "digits"}

@@ -16,14 +16,12 @@ from typing import Any
 
 import datasets
 import numpy as np
-import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import sklearn.datasets
 import torch
 from helpers import prediction_photos
 from helpers.accelerate_state import reset_accelerate
-from helpers.model_folders import write_predictions
 from helpers.prediction_photos import predict, sorted_photos
 from helpers.scripts_in_process import run_in_process
 from helpers.tiny_models import build_tiny_config, raises_one_line, randomize
@@ -228,12 +226,6 @@ def test_several_tasks_have_separate_columns(models: Path, photos: Path, tmp_pat
         probability, index = logits[task].softmax(dim=1).max(dim=1)
         assert table[f"{task}_label"].to_pylist() == [names[one] for one in index]
         np.testing.assert_allclose(table[f"{task}_probability"], probability, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", ["several_labels", "several_tasks"])
-def test_prediction_sets_require_one_label_per_image(name: str, models: Path, photos: Path) -> None:
-    with raises_one_line("`coverage`", "not multi_"):
-        predict_images(PredictOptions(str(models / name), (str(photos),), coverage=0.9))
 
 
 def test_several_labels_are_predicted_from_the_threshold(
@@ -585,8 +577,6 @@ def test_a_second_start_must_have_the_same_options(
             PredictOptions(str(models / model), (str(path),), output=folder, **options)
         )
 
-    predictions = {"label": ["ant"] * 9, "probabilities": [[0.5, 0.25, 0.25]] * 9}
-    write_predictions(models / "one_label", pd.DataFrame(predictions))  # for --coverage
     assert again() == PredictionCounts(9, 0)
     written = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
     assert len(written) == 3
@@ -596,7 +586,6 @@ def test_a_second_start_must_have_the_same_options(
         "`top_k`": {"top_k": 2},
         "`features`": {"features": ("mean",)},
         "`feature_dtype`": {"feature_dtype": "float16"},
-        "`coverage`": {"coverage": 0.5},
         "`mixed_precision`": {"mixed_precision": "bf16"},
         "another model": {"model": "several_labels"},
         "another input": {"path": photos / "inner"},

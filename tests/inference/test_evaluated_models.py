@@ -1,14 +1,10 @@
-"""`predict --coverage` uses only predictions that the same weights computed."""
+"""Evaluation and prediction refuse ambiguous labels and damaged configurations."""
 
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import pandas as pd
 import pytest
 from helpers.accelerate_state import reset_accelerate
 from helpers.command_in_process import run_here
-from helpers.model_folders import write_predictions
 from helpers.photo_folders import write_photos
 from helpers.tiny_models import build_tiny_config, save_with_processor
 
@@ -44,30 +40,10 @@ def run_evaluation(model: Path, photos: Path, *flags: object) -> int:
     return run_here("evaluate", "--model", str(model), *map(str, [*data, *flags]))
 
 
-def run_prediction(model: Path, photos: Path) -> int:
-    reset_accelerate()
-    return run_here("predict", "--model", str(model), str(photos), "--coverage", "0.5")
-
-
 def check_error(capsys: pytest.CaptureFixture[str], *words: str) -> None:
     printed = capsys.readouterr()
     assert printed.err.count("\n") == 1, printed.err
     assert all(word in printed.err for word in words), printed.err
-
-
-def test_predictions_of_the_same_weights_are_used(model: Path, photos: Path) -> None:
-    assert run_evaluation(model, photos, "--per-image", model / "predictions.parquet") == 0
-    assert run_prediction(model, photos) == 0
-
-
-def test_predictions_of_other_weights_are_an_error(
-    model: Path, photos: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run_evaluation(model, photos, "--per-image", model / "predictions.parquet") == 0
-    ViTCLSForImageClassification(build_tiny_config(**LABELS)).save_pretrained(model)
-    capsys.readouterr()
-    assert run_prediction(model, photos) == 1
-    check_error(capsys, "predictions.parquet", "other weights")
 
 
 def test_the_results_of_an_evaluation_name_the_weights(
@@ -75,30 +51,6 @@ def test_the_results_of_an_evaluation_name_the_weights(
 ) -> None:
     assert run_evaluation(model, photos, "--output", tmp_path / "results.json") == 0
     assert read_json(tmp_path / "results.json")["weights_sha256"] == hash_weights(model)
-
-
-DAMAGES: dict[str, tuple[dict[str, Any], str]] = {
-    "NaN": ({"label": ["cat"] * 9, "probabilities": [[np.nan, 0.5, 0.5]] * 9}, "not finite"),
-    "one column is missing": ({"label": ["cat"] * 9}, "probabilities"),
-    "two probabilities of three labels": (
-        {"label": ["cat"] * 9, "probabilities": [[0.5, 0.5]] * 9},
-        "3 prob",
-    ),
-    "other labels": ({"label": ["zebra"] * 9, "probabilities": [[0.5, 0.25, 0.25]] * 9}, "'zebra'"),
-}
-
-
-@pytest.mark.parametrize(("columns", "words"), DAMAGES.values(), ids=DAMAGES)
-def test_damaged_predictions_are_an_error(
-    columns: dict[str, Any],
-    words: str,
-    model: Path,
-    photos: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    write_predictions(model, pd.DataFrame(columns))
-    assert run_prediction(model, photos) == 1
-    check_error(capsys, "predictions.parquet", words)
 
 
 def test_labels_with_the_same_name_are_not_evaluated(
