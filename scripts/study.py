@@ -20,8 +20,7 @@ A study file (recipes/study_*.yaml) contains
     stages             stage -> flags of the vitcls subcommand; stages run in the order of STAGES
     factors            factor -> level -> flags of `finetune`, or {stage: flags}; {stage: null} skips the stage
     metrics            dotted key of a number in results.json -> heading of its table. Numbers under a heading that
-                       ends with (%), such as `Accuracy (%)`, are shown in per cent. `NAME.*` denotes a list of
-                       numbers, with one table row per number: `Entropy per layer` has the column `layer`, from 1
+                       ends with (%), such as `Accuracy (%)`, are shown in per cent.
     baseline           factor -> baseline level, with which all levels of the factor are compared
 
 In flags, `{run}` is replaced with the folder of the run, `{folder}` with the folder of the study,
@@ -330,7 +329,7 @@ def build_row(runner: StudyRunner, run: StudyRun) -> dict[str, Any]:
     The column names of numeric values start with the stage (for example,
     `inspect.findings.outliers.3`), except for the stage `finetune`. The prefixes `first.` and
     `last.` denote the first and the last value in the training log (for example, `first.loss` and
-    `last.cls_attention_entropy.0`). If a run has a single label column, the accuracy and loss are
+    `last.token_norm.cls[0]`). If a run has a single label column, the accuracy and loss are
     also stored as `COLUMN_accuracy` and `COLUMN_loss`, which are the names in runs with several
     label columns.
     """
@@ -405,8 +404,6 @@ def write_page(runner: StudyRunner, rows: "pandas.DataFrame", command: str) -> P
 def summarize(study: Study, rows: "pandas.DataFrame", metric: str) -> "pandas.DataFrame":
     """Summarize a metric: one row per combination of levels.
 
-    A list of numbers (`NAME.*`) has one row per number.
-
     The columns are the levels, the values by seed, their mean and half width of the 95% interval,
     and the mean and the half width of the paired differences from the baseline (NaN for the
     baseline and without common seeds).
@@ -416,24 +413,18 @@ def summarize(study: Study, rows: "pandas.DataFrame", metric: str) -> "pandas.Da
     from modeling_vitcls.inference.intervals import compute_mean_interval
 
     factors = list(study.factors)
-    prefix = metric.removesuffix("*")
-    columns = [
-        name for name in rows.columns if name == metric or name.removeprefix(prefix).isdigit()
-    ]
-    long = rows.melt([*factors, "seed"], columns, "index", "value").dropna(subset="value")
-    long["value"] *= 100 if study.metrics[metric].endswith("(%)") else 1
-    keys = factors
-    if metric.endswith("*"):
-        index_name = study.metrics[metric].partition(" per ")[2].split(",")[0] or "index"
-        long[index_name] = [str(int(name.removeprefix(prefix)) + 1) for name in long["index"]]
-        keys = [*factors, index_name]
+    if metric not in rows:
+        return pandas.DataFrame()
+    measured = rows.dropna(subset=metric)
+    scale = 100 if study.metrics[metric].endswith("(%)") else 1
     groups = {
-        key: group.set_index("seed")["value"] for key, group in long.groupby(keys, sort=False)
+        levels: group.set_index("seed")[metric] * scale
+        for levels, group in measured.groupby(factors, sort=False)
     }
     summary = []
     for levels, values in groups.items():
         baseline = tuple(
-            study.baseline.get(key, level) for key, level in zip(keys, levels, strict=True)
+            study.baseline.get(factor, level) for factor, level in zip(factors, levels, strict=True)
         )
         differences = (
             (values - groups[baseline]).dropna()
@@ -442,7 +433,7 @@ def summarize(study: Study, rows: "pandas.DataFrame", metric: str) -> "pandas.Da
         )
         interval = compute_mean_interval(differences) if len(differences) else (math.nan, math.nan)
         summary.append(
-            dict(zip(keys, levels, strict=True))
+            dict(zip(factors, levels, strict=True))
             | {"runs": values.tolist(), "is_baseline": baseline == levels}
             | dict(zip(("mean", "half_width"), compute_mean_interval(values), strict=True))
             | dict(zip(("difference", "difference_half_width"), interval, strict=True))

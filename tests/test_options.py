@@ -51,7 +51,7 @@ LIMITS: list[tuple[type, str, list[Any], list[Any]]] = [
     (TrainingOptions, "epochs learning_rate max_gradient_norm", [0.1], [0]),
     (TrainingOptions, "max_steps batch_size gradient_accumulation_steps lora_rank", [1], [0]),
     (TrainingOptions, "log_every evaluate_every", [1], [0]),
-    (TrainingOptions, "weight_decay seed log_attention_every", [0], [-1]),
+    (TrainingOptions, "weight_decay seed", [0], [-1]),
     (TrainingOptions, "warmup label_smoothing", [0, 0.9], [-0.1, 1]),
     (TrainingOptions, "layer_decay", [None, 0.1, 1], [0, 1.1]),
     (TrainingOptions, "ema_decay", [None, 0.1, 0.9], [0, 1]),
@@ -215,7 +215,7 @@ DEFAULTS = """
     max_unreadable_images=100 num_workers=2 model=m flip=True auto_augment=none
     gradient_accumulation_steps=1 warmup=0.1 weight_decay=0.05 label_smoothing=0.1
     class_balance=none max_gradient_norm=1.0 trainable=full lora_rank=8 log_every=10
-    log_attention_every=100 evaluate_every=1 probe=True
+    evaluate_every=1 probe=True
     keep_checkpoints=2 report=True hub_verify=True distillation=hard mixed_precision=auto
     distillation_alpha=0.5 distillation_tau=3.0
 

@@ -88,7 +88,6 @@ class TrainingFlags(TypedDict, total=False):
     gradient_checkpointing: bool
     seed: int
     log_every: int
-    log_attention_every: int
     evaluate_every: int
     early_stopping: int | None
     select: Literal["last", "best"] | None

@@ -24,7 +24,7 @@ from accelerate.utils import gather_object, send_to_device
 from scipy.stats import norm
 from torch import nn
 
-from ..data.batches import Batch, Normalizer
+from ..data.batches import Batch
 from ..data.images import UnreadableImageCounter
 from ..data.sampling import BatchPlan, derive_seed
 from ..inference.metrics import select_scalars
@@ -40,7 +40,7 @@ from .optimizer import Ema, get_learning_rate
 from .options import TrainingOptions
 from .reporter import Reporter
 from .signals import SignalHandler
-from .token_monitor import TokenMonitor, measure_attention_entropy
+from .token_monitor import TokenMonitor
 
 
 Metrics = dict[str, Any]
@@ -98,7 +98,6 @@ class TrainingLoop:
     save_every: int | None = None
     # "selection" if the best checkpoint is selected on separate images
     evaluated_images: str = "held_out"
-    normalize: Normalizer | None = None  # for the attention entropy; None if it is not measured
     # constant values that checkpoints contain
     run_metadata: dict[str, Any] = field(default_factory=dict)
     # called on the main process with each saved checkpoint
@@ -181,7 +180,7 @@ class TrainingLoop:
             should_save = is_last_step or next_step % self.save_every == 0
 
         start_time = time.perf_counter()
-        record, batch = self.run_optimizer_step(batches, should_measure_tokens=should_log)
+        record = self.run_optimizer_step(batches, should_measure_tokens=should_log)
         self.step_seconds.append(time.perf_counter() - start_time)
         self.reporter.show_step(state.step)
         if not should_log:
@@ -190,10 +189,6 @@ class TrainingLoop:
         self.is_best = False
         if should_log:
             record |= self.compute_recent_metrics()
-            attention_every = self.options.log_attention_every
-            if self.normalize is not None and attention_every and next_step % attention_every == 0:
-                record |= measure_attention_entropy(self.model, self.normalize, batch)
-                reshard(state.model)
         if should_evaluate:
             state.pending_record = record
         elif should_log:
@@ -202,13 +197,11 @@ class TrainingLoop:
             self.save(False)
         return self.evaluate_step() if should_evaluate else {}
 
-    def run_optimizer_step(
-        self, batches: Iterator[Batch], should_measure_tokens: bool
-    ) -> tuple[Metrics, Batch]:
+    def run_optimizer_step(self, batches: Iterator[Batch], should_measure_tokens: bool) -> Metrics:
         """Run one optimizer step with gradients accumulated over several batches.
 
-        Return the record of the step, and the last batch, which is on the device. If
-        `should_measure_tokens` is set, the record contains metrics of the special tokens.
+        Return the record of the step. If `should_measure_tokens` is set, the record contains metrics
+        of the special tokens.
         """
         state = self.state
         options = self.options
@@ -268,7 +261,7 @@ class TrainingLoop:
                         f"the token {token} received no gradient in step {state.step}"
                     )
             self.should_warn_about_tokens &= not math.isfinite(gradient_norm)  # warns once
-        return record, batch
+        return record
 
     def check_finite(self, losses: list[Losses], gradient_norm: float) -> None:
         """Discard the gradients and raise RunStopped if a loss or gradient is not finite.

@@ -173,9 +173,6 @@ class TrainingOptions:
     """Random seed for the initial weights, image order, augmentation and stochastic depth."""
     log_every: int = 10
     """Number of steps between log entries in metrics.jsonl."""
-    log_attention_every: int = 100
-    """Logged steps whose number is a multiple of this value contain each layer's CLS attention
-    entropy. 0: off."""
     evaluate_every: int = 1
     """Number of epochs between evaluations on held-out images. The model is always evaluated after
     the last step."""
@@ -207,7 +204,7 @@ class TrainingOptions:
                 "`early_stopping`"
             )
 
-        check_minimum(self, 0, "weight_decay", "seed", "log_attention_every")
+        check_minimum(self, 0, "weight_decay", "seed")
         for name in ("epochs", "learning_rate", "max_gradient_norm"):
             check_value(
                 self, name, getattr(self, name) is None or getattr(self, name) > 0, "above 0"

@@ -21,7 +21,7 @@ import numpy as np
 from accelerate import Accelerator
 from torch.distributed.fsdp import FSDPModule
 
-from ..data.batches import Normalizer, iterate_training_batches
+from ..data.batches import iterate_training_batches
 from ..data.image_folder import check_output_is_not_read
 from ..data.images import LabeledImages, UnreadableImageCounter
 from ..data.workers import explain_worker_errors
@@ -217,9 +217,6 @@ def train_steps(
 
     images = build_training_images(options, data, setup.processor, setup.model.config.num_channels)
     state = prepare_state(options, setup, accelerator)
-    normalize = None
-    if setup.model.config.num_cls_tokens:
-        normalize = Normalizer(setup.processor, accelerator.device)
     default_save_every = None if plan.num_images else DEFAULT_STREAM_SAVE_EVERY
     metrics: dict[str, Any] = {}
     selected_step = None
@@ -244,7 +241,6 @@ def train_steps(
             ),
             save_every=options.run.save_every or default_save_every,
             evaluated_images="held_out" if data.selection is None else "selection",
-            normalize=normalize,
             signals=signals,
             run_metadata=loaded.metadata,
             on_checkpoint=on_checkpoint,

@@ -3,24 +3,18 @@
 norm              norm of the token
 gradient_norm     norm of the token's gradient after clipping
 movement          norm of the token's change since the start of training
-entropy           entropy of the CLS attention in nats, per layer; ln(number of tokens) for uniform attention
 """
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
 
 from ..model.blocks_vitcls import ViTCLSEmbeddings
 from .distributed_state import gather_tensor
-from .model import set_train_mode
 
 
 Tokens = dict[str, torch.Tensor]  # token name (for example "cls[0]") -> token [D]
-
-MAX_ATTENTION_IMAGES = 8  # maximum number of images for the attention entropy
 
 
 class TokenMonitor:
@@ -63,25 +57,6 @@ class TokenMonitor:
             name: (token - self.initial_tokens[name]).norm().item()
             for name, token in self.copy_tokens().items()
         }
-
-
-@torch.no_grad()
-def measure_attention_entropy(
-    model: Any, normalize: Callable[[torch.Tensor], torch.Tensor], batch: dict[str, Any]
-) -> dict[str, Any]:
-    """Return the entropy of the CLS attention in nats for each layer.
-
-    It is averaged over the CLS tokens, the heads, and the first images of the batch.
-    """
-    pixel_values = normalize(batch["pixels"][:MAX_ATTENTION_IMAGES])  # [B, C, H, W]
-    model.eval()
-    # [B, layers, heads, CLS, N]
-    attention_weights = model.token_attention(pixel_values, tokens=("cls",))
-    set_train_mode(model)
-    entropy = torch.special.entr(attention_weights.float()).sum(-1)  # [B, layers, heads, CLS]
-    return {
-        "cls_attention_entropy": [round(value, 4) for value in entropy.mean(dim=(0, 2, 3)).tolist()]
-    }
 
 
 def round_finite(value: float) -> float | None:

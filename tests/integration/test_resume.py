@@ -49,13 +49,12 @@ TINY = (
 )
 # 36 images: 4.5 steps per epoch, 23 steps. Checkpoints and logged records fall on different steps.
 SCHEDULE = (
-    "--epochs 5 --batch-size 8 --learning-rate 3e-3 --num-workers 0 --save-every 3 --log-every 2 "
-    "--log-attention-every 0"
+    "--epochs 5 --batch-size 8 --learning-rate 3e-3 --num-workers 0 --save-every 3 --log-every 2"
 )
 RUN = f"{TINY} {SCHEDULE}"
 EVERYTHING = (
     f"{RUN} --batch-size 4 --gradient-accumulation-steps 2 --ema-decay 0.9 --mixup 0.4 --cutmix 1 "
-    "--random-erasing 0.3 --auto-augment trivial --layer-decay 0.8 --log-attention-every 3"
+    "--random-erasing 0.3 --auto-augment trivial --layer-decay 0.8"
 )
 NUM_STEPS = 23
 NOT_COMPARED = ("images_per_second", "peak_memory_mb", "seconds", "inference", "versions")

@@ -385,37 +385,6 @@ def test_differences_are_paired_by_seed_within_the_other_levels() -> None:
     assert summarize(study, rows[rows["pooling"] == "mean"], "accuracy")["difference"].isna().all()
 
 
-def test_a_list_has_one_row_per_number() -> None:
-    rows = pandas.DataFrame(
-        {
-            "pooling": level,
-            "seed": seed,
-            "entropy.0": 1.0 + seed,
-            "entropy.1": -20.0,
-            "entropy.largest": 9.0,
-        }
-        for level in ("cls", "mean")
-        for seed in (0, 1)
-    )
-
-    for heading, column in (("Entropy per layer, in nats", "layer"), ("Entropy", "index")):
-        study = replace(STUDY_OBJECT, metrics={"entropy.*": heading})
-        summary = summarize(study, rows, "entropy.*")
-        found = {(row["pooling"], row[column]): row["mean"] for row in summary.to_dict("records")}
-        assert found == {
-            (level, index): mean
-            for level in ("cls", "mean")
-            for index, mean in (("1", 1.5), ("2", -20.0))
-        }
-    # two digits of the interval
-    assert "| mean | 1 | 2 | 1.5 ± 6.4 | +0.0 ± 0.0 |" in format_table(summary)
-
-    table = format_table(summarize(study, rows[rows["seed"] == 0], "entropy.*"))
-    assert "| mean | 1 | 1 | 1.00 | +0.00 |" in table  # without intervals
-    zeros = rows[rows["seed"] == 0].assign(**{"entropy.0": 0.0, "entropy.1": 0.0})
-    assert "| mean | 1 | 1 | 0.0 | +0.0 |" in format_table(summarize(study, zeros, "entropy.*"))
-
-
 @pytest.mark.usefixtures("program")
 def test_all_runs_are_executed_and_summarized(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -170,7 +170,6 @@ class RecordedLoop:
             selection_metric="accuracy",
             unreadable_images=UnreadableImageCounter(self.reporter.warn, 0),
             save_every=save_every,
-            normalize=self.normalise,
             signals=self.signals,  # type: ignore[arg-type]
         )
 
@@ -224,7 +223,7 @@ def test_steps_equal_a_plain_training_loop() -> None:
         "max_gradient_norm": 0.1,
         "log_every": 1,
     }
-    bench = RecordedLoop(groups, log_attention_every=0, **settings)
+    bench = RecordedLoop(groups, **settings)
     torch.manual_seed(0)
     reference = build_initial_model(TINY, DIGITS.label_space)[0].train()
     optimizer = groups(reference)
@@ -248,7 +247,7 @@ def test_steps_equal_a_plain_training_loop() -> None:
 
 
 def test_records_have_the_step_the_learning_rate_and_the_norms_of_each_token() -> None:
-    bench = RecordedLoop(max_steps=5, log_every=2, log_attention_every=0)
+    bench = RecordedLoop(max_steps=5, log_every=2)
     metrics = bench.run()
 
     assert [record["step"] for record in bench.reporter.records] == [2, 4, 5]

@@ -86,9 +86,7 @@ def test_the_lock_of_a_process_that_has_ended_is_taken_over(
 
 
 def options_of(folder: Path, dataset: str = "digits", **flags: Any) -> FinetuneOptions:
-    return build_tiny_options(
-        folder, dataset, **{"max_steps": 1, "batch_size": 4, "log_attention_every": 0} | flags
-    )
+    return build_tiny_options(folder, dataset, **{"max_steps": 1, "batch_size": 4} | flags)
 
 
 def run(folder: Path, **changes: Any) -> dict[str, Any]:

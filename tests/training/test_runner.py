@@ -38,7 +38,7 @@ def build_options(folder: Path, **flags: Any) -> FinetuneOptions:
         "ema_decay": 0.5,
         "save_every": 1,
     }
-    settings |= {"log_every": 3, "log_attention_every": 3, "keep_checkpoints": 5}
+    settings |= {"log_every": 3, "keep_checkpoints": 5}
     return build_tiny_options(folder, "digits", **settings | flags)
 
 

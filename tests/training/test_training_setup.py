@@ -48,7 +48,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate
 
 def build_options(folder: Path, data: DataOptions = DIGITS, **training: Any) -> Any:
     """Return the options of a run of a tiny model."""
-    settings = {"batch_size": 16, "learning_rate": 3e-3, "log_attention_every": 0} | training
+    settings = {"batch_size": 16, "learning_rate": 3e-3} | training
     return build_tiny_options(folder, **vars(data) | settings)
 
 
