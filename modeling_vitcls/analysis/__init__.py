@@ -7,12 +7,11 @@ write_page("report.html", inspect_model(model, processor, images))
 options.py              flags of `vitcls inspect` and `vitcls look`
 token_use.py            which tokens the outputs of a model read, and in how many layers
 maps.py                 attention to patches as maps on the pixels of an image
-attribution.py          attention of every layer, attention rollout and gradient attribution
+attribution.py          attention of every layer, and gradient attribution
 token_statistics.py     statistics over many images, per layer, head and token
 ablation.py             effects of tokens on the outputs for many images, with null distributions
 diagnosis.py            verdicts with measured values; patches with large norms
 verdict_texts.py        sentences of verdicts
-map_checks.py           checks whether rollout and attribution show what predictions depend on
 model_utils.py          helpers that unwrap models and set evaluation mode
 image_report.py         predictions, maps and patch features (PCA) of one image
 figures.py              figures of statistics, for reports and notebooks

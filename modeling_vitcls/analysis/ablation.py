@@ -1,12 +1,11 @@
-"""Effects of special tokens: how outputs change if tokens are replaced or hidden.
-
-    information   the states of the tokens are replaced with their means over images, after the embeddings and each
-                  layer, so that the states are the same for every image. Removing tokens or setting them to zero would
-                  instead produce inputs that the model was never trained on.
-    presence      the tokens are hidden by the attention mask, so that no token attends to them.
+"""Effects of special tokens: how outputs change if the states of tokens are replaced by their means.
 
     ablations = compute_ablations(model, TokenUse(model.config), batches)
-    ablations["information"]["registers[0]"][""]    the `Effect` on the output "" (model_outputs.py)
+    ablations["registers[0]"][""]    the `Effect` on the output "" (token_use.py)
+
+The states are replaced with their means over images, after the embeddings and each layer, so that
+they are the same for every image. Removing tokens or setting them to zero would instead produce
+inputs that the model was never trained on.
 
 An effect alone is not meaningful, because a random token is attended to as well. The effect of each
 token that no head reads is therefore compared with one null distribution: the effects of ablating a
@@ -18,7 +17,6 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import cycle, islice
 from typing import Any
 
@@ -37,7 +35,6 @@ from ..inference.intervals import (
 from ..inference.prediction_rows import DEFAULT_THRESHOLD
 from ..model.configuration_vitcls import TokenLayout, ViTCLSConfig
 from ..model.heads_vitcls import IGNORED_LABEL
-from .model_utils import run_without_tokens
 from .token_use import TokenUse
 
 
@@ -49,7 +46,6 @@ Watch = Callable[[Collection[Any], str], Iterable[Any]]
 Outputs = dict[str, Any]  # name of a task or a feature -> `Predictions` or `Features`
 
 MIN_IMAGES = 16  # minimum number of images required to judge an effect
-ABLATION_KINDS = ("information", "presence")
 MIN_CHANGE = 1e-3  # smaller effects are rounding errors
 # Minimum standard deviation of the logits over images, as a fraction of their root mean square
 MIN_RELATIVE_DEVIATION = 1e-3
@@ -129,8 +125,8 @@ class Effect:
         )
 
 
-# kind -> token key or group name -> output name -> effect
-Ablations = dict[str, dict[str, dict[str, Effect]]]
+# token key or group name -> output name -> effect
+Ablations = dict[str, dict[str, Effect]]
 
 
 def compute_ablations(
@@ -152,26 +148,21 @@ def compute_ablations(
     layout = model.config.token_layout
     targets = get_ablation_targets(layout)
     generator = torch.Generator().manual_seed(0)
-    ablations: Ablations = {kind: {} for kind in ABLATION_KINDS}
+    ablations: Ablations = {}
     if not targets:
         return ablations
 
     # [L + 1, S, D]
     means, before = collect_mean_states(model, batches, range(layout.num_prefix_tokens))
-
-    def compute_effects(after: Outputs) -> dict[str, Effect]:
-        return {name: compute_effect(output, after[name]) for name, output in before.items()}
-
-    hidden = {}  # token key or group name -> outputs with these tokens hidden
     for key, indices in watch(targets.items(), "ablating tokens"):
         with replace_by_means(model, use, indices, means[:, indices]):
-            ablations["information"][key] = compute_effects(collect_outputs(model, batches))
-        hide = partial(run_without_tokens, model, indices)
-        hidden[key] = collect_outputs(model, batches, hide)
-        ablations["presence"][key] = compute_effects(hidden[key])
+            after = collect_outputs(model, batches)
+        ablations[key] = {
+            name: compute_effect(output, after[name]) for name, output in before.items()
+        }
 
     for keys, draws in watch(list(plan_redraws(layout, use)), "ablating random tokens"):
-        sizes: dict[tuple[str, str], list[float]] = {}  # (kind, output name) -> null distribution
+        sizes: dict[str, list[float]] = {}  # output name -> null distribution
         # (redrawn key, output name) -> drops [images] per draw
         drops: dict[tuple[str, str], list[torch.Tensor]] = {}
         for key in draws:
@@ -181,29 +172,24 @@ def compute_ablations(
                     replaced = collect_outputs(model, batches)
 
             for name, output in redrawn.items():
+                size = summarize_changes(replaced[name], measure_changes(output, replaced[name]))
+                sizes.setdefault(name, []).append(size)
                 if isinstance(output, Predictions) and bool(output.is_known.all()):
                     was_correct = before[name].predicted == output.labels
                     is_correct = output.predicted == output.labels
                     drop_by_image = (was_correct.float() - is_correct.float()).mean(dim=1)
                     drops.setdefault((key, name), []).append(drop_by_image)
 
-            # No head reads the tokens, so the outputs with hidden tokens do not depend on their
-            # embeddings.
-            for kind, after in (("information", replaced), ("presence", hidden[key])):
-                for name, output in after.items():
-                    size = summarize_changes(output, measure_changes(redrawn[name], output))
-                    sizes.setdefault((kind, name), []).append(size)
-
         intervals = {
             position: compute_bootstrap_interval(torch.stack(draw_drops).mean(dim=0).tolist())
             for position, draw_drops in drops.items()
         }
-        for (kind, name), null_sizes in sizes.items():
+        for name, null_sizes in sizes.items():
             for key in keys:
-                effects = ablations[kind][key]
-                drop = intervals.get((key, name))
-                effects[name] = replace(
-                    effects[name], null_sizes=tuple(null_sizes), redraw_drop=drop
+                ablations[key][name] = replace(
+                    ablations[key][name],
+                    null_sizes=tuple(null_sizes),
+                    redraw_drop=intervals.get((key, name)),
                 )
     return ablations
 

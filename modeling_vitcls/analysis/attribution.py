@@ -1,8 +1,7 @@
-"""Attention of every layer of a forward pass, attention rollout and gradient-weighted attribution.
+"""Attention of every layer of a forward pass, and gradient-weighted attribution.
 
     trace = trace_attention(model, pixel_values, needs_gradients=True)
-    trace.compute_rollout()        [B, special token, key]    contributions to each special token
-    trace.compute_attribution()    [B, key]                   contributions to the predicted class
+    trace.compute_attribution()    # [B, key], contributions to the predicted class
 
     with process_attention_layers(model, layers.append):
         model(pixel_values)
@@ -12,9 +11,8 @@ The `recorder` of each layer's attention receives queries, keys and values inste
 maps, so memory grows with N, not N².
 
 Keys are in the order of `config.token_layout`; `extract_patch_maps` (maps.py) selects the patches.
-Rollout and attribution multiply row vectors by the maps of each layer, from the last layer to the
-first, so that the maps of only one layer are in memory. Both support every attention
-implementation.
+The attribution multiplies row vectors by the maps of each layer, from the last layer to the first,
+so that the maps of only one layer are in memory. Every attention implementation is supported.
 """
 
 from collections.abc import Callable, Iterator
@@ -60,20 +58,6 @@ class RecordedLayer:
             query, key, select_mask_rows(self.mask, query, key), self.scaling
         )
 
-    def average_heads(self) -> torch.Tensor:
-        """Return the mean of the maps over heads [B, N, N]; each row sums to 1."""
-        weights = self.compute_weights()  # [B, maps, N, N]
-        if self.attention.config.attention_type != "differential":
-            return weights.mean(dim=1)
-        # [B, heads, N, N] each
-        first_maps, second_maps = weights.unflatten(1, (-1, 2)).unbind(dim=2)
-        share = self.attention.lambda_full.float()
-        positive_weights = (first_maps - share * second_maps).clamp(min=0)
-        row_sums = positive_weights.sum(dim=-1, keepdim=True)
-        # replaces rows without positive weights
-        identity = torch.eye(weights.shape[-1], device=weights.device)
-        return torch.where(row_sums > 0, positive_weights / row_sums, identity).mean(dim=1)
-
 
 @contextmanager
 def process_attention_layers(
@@ -109,23 +93,6 @@ class AttentionTrace:
         return torch.stack(
             [layer.compute_weights(num_special_tokens) for layer in self.layers], dim=1
         )
-
-    @torch.no_grad()
-    def compute_rollout(self) -> torch.Tensor:
-        """Return the attention rollout of each special token [B, S, N]; each row sums to 1.
-
-        Source: Abnar and Zuidema 2020, arXiv 2005.00928. The map of a layer is the mean of the
-        identity matrix and the attention averaged over heads. With differential attention, the map
-        of a head is the first map minus the weighted second map, clamped to nonnegative values and
-        normalized. Negative attention is therefore ignored.
-        """
-        query = self.layers[-1].query
-        identity = torch.eye(query.shape[2], device=query.device)  # [N, N]
-        # [B, S, N]
-        rollout = identity[: self.config.token_layout.num_prefix_tokens].expand(len(query), -1, -1)
-        for layer in reversed(self.layers):
-            rollout = 0.5 * rollout + 0.5 * rollout @ layer.average_heads()
-        return rollout
 
     def compute_attribution(
         self, target: torch.Tensor | int | None = None, task: str | None = None

@@ -1,12 +1,10 @@
-"""Diagnosis with measured values: tokens, groups of tokens, patches, attention heads and tasks.
+"""Diagnosis with measured values: tokens, groups of tokens, and patches.
 
     diagnose_tokens(use, findings, ablations)     one Verdict per special token, then one per group of several tokens
     diagnose_patches(use, findings)               one Verdict on the norms of the patches
-    diagnose_heads(findings)                      one Verdict on all attention heads
-    diagnose_tasks(outputs)                       one Verdict per task with known labels
 
 A verdict is an `Outcome`, the `Fault`s that were found, and numbers. verdict_texts.py writes the
-sentences.
+sentence.
 
 A token's output in the last layer is used only if the head uses the token (`TokenUse`), so states
 and attention are judged in the last layer whose output is used.
@@ -20,16 +18,8 @@ from typing import Any, Literal, Self
 
 import torch
 
-from ..inference.intervals import compute_proportion_interval
 from ..inference.token_names import SINGLE_TOKEN_NAMES, get_token_names
-from .ablation import (
-    MIN_IMAGES,
-    Ablations,
-    Effect,
-    Outputs,
-    Predictions,
-    get_ablation_targets,
-)
+from .ablation import MIN_IMAGES, Ablations, Effect, get_ablation_targets
 from .register_neurons import OUTLIER_RATIO
 from .token_statistics import Findings
 from .token_use import TokenUse
@@ -51,7 +41,7 @@ class RatedText(StrEnum):
 
 
 class Outcome(RatedText):
-    """What the measurements of a token, the patches, the heads or a task show."""
+    """What the measurements of a token or of the patches show."""
 
     # the token alone feeds a head: every replacement has an effect, so there is no test
     READ = "read by the classifier", "good"
@@ -71,26 +61,15 @@ class Outcome(RatedText):
     ARTIFACTS = "artifacts", "bad"
     FEW_PATCHES = "too few patches to tell", "neutral"
 
-    WORKING_HEADS = "no dead or uniform heads", "good"
-    DEAD_HEADS = "dead heads", "bad"
-    UNIFORM_HEADS = "uniform heads", "bad"
-    DEAD_AND_UNIFORM_HEADS = "dead and uniform heads", "bad"
-
-    USEFUL = "better than chance", "good"
-    USELESS = "not better than chance", "bad"
-
 
 class Fault(RatedText):
     """What is wrong with a token, the most important fault first."""
 
     HARMFUL = "harmful", "bad"
     IDENTICAL = "identical", "bad"
-    CUT_OFF = "cut off from the patches", "bad"
     SAME_STATE = "same for all images", "bad"
-    SAME_ATTENTION = "same attention for all images", "bad"
-    LARGE_NORM = "norm too large", "bad"
-    EQUAL_ATTENTION = "equal attention", "doubtful"
     NOT_MOVED = "not moved", "bad"
+    SAME_ATTENTION = "same attention in every image", "doubtful"
 
 
 MIN_IMAGE_VARIATION = 1e-3  # minimum variation of a token whose state depends on the image
@@ -98,27 +77,14 @@ MIN_IMAGE_VARIATION = 1e-3  # minimum variation of a token whose state depends o
 MIN_IDENTICAL_SIMILARITY = 0.999
 # maximum distance between identical tokens, relative to their variation over images
 MAX_IDENTICAL_DISTANCE = 0.01
-# maximum distance between equal maps, relative to their distance from uniform attention
-MAX_MAP_DISTANCE = 0.1
-# minimum `map_selectivity` of selective maps, and `map_variation` below which they are equal in all
-# images
-MIN_SELECTIVITY = 0.2
-MIN_MAP_VARIATION = 0.1
-# minimum fraction of attention to patches of a token that is not cut off from the patches
-MIN_PATCH_MASS = 0.01
-# maximum norm of a token's embedding, as a multiple of the median norm of embedded patches
-MAX_NORM_RATIO = 3.0
-# Maximum cosine similarity between the embedding and the last state of a token that the layers
-# change.
-MAX_EMBEDDING_SIMILARITY = 0.8
+# The attention is the same in every image in layers whose `map_variation` is below MAX_MAP_VARIATION
+# and whose `map_selectivity` is at least MIN_SELECTIVITY: uniform attention is the same, too
+MAX_MAP_VARIATION = 0.3
+MIN_SELECTIVITY = 0.1
+MIN_COMPARED_IMAGES = 5  # minimum number of images for this statement
 ROUNDING_ERROR = 1e-6  # rounding error of a state as a fraction of its norm
 # significance level of "harmful"; divided by the number of ablations (Bonferroni)
 MAX_HARM_P_VALUE = 0.05
-MIN_HEAD_OUTPUT = 1e-3  # minimum `head_outputs` of a head that is not dead
-# Minimum `head_selectivity` of a head that is not uniform, and minimum as a fraction of the median
-# over all heads
-MIN_HEAD_SELECTIVITY = 1e-3
-MIN_RELATIVE_SELECTIVITY = 0.02
 
 # Bin width in the histogram of norm ratios (natural logarithms), and widths of the compared
 # windows, in bins
@@ -133,15 +99,13 @@ MODE_FRACTION_RANGE = 0.001, 0.45  # range of the fraction of patches in a secon
 # median
 MAX_OUTLIER_FRACTION = 0.2
 MIN_PATCHES = 1000  # minimum number of patches that show a mode of 2% of the patches
-# minimum increase in the outlier fraction, in standard errors, if registers are hidden
-MIN_RISE_SCORE = 4.0
 
 Faults = dict[Fault, dict[str, Any]]  # fault -> values of its sentence
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Verdict on a token, a group of tokens, the patches, the attention heads or a task.
+    """Verdict on a token, a group of tokens or the patches.
 
     Attributes:
         token: name of the token, such as "register 1", or of the group, such as "all 4 registers".
@@ -195,11 +159,11 @@ def diagnose_tokens(
     verdicts = []
 
     for key, indices in get_ablation_targets(use.config.token_layout).items():
-        effects = {kind: effects_by_key[key] for kind, effects_by_key in (ablations or {}).items()}
+        effects = (ablations or {}).get(key, {})
         is_group = "[" not in key
         group_name = "CLS token" if key == "cls" else SINGLE_TOKEN_NAMES.get(key)
         outcome, numbers = judge_effects(use, indices, effects)
-        faults = find_harm(effects, sum(map(len, (ablations or {}).values())))
+        faults = find_harm(effects, len(ablations or {}))
 
         if not is_group:
             moved = movement.get(key)
@@ -218,35 +182,28 @@ def diagnose_tokens(
 
 
 def judge_effects(
-    use: TokenUse,
-    indices: Sequence[int],
-    effects: dict[str, dict[str, Effect]],
+    use: TokenUse, indices: Sequence[int], effects: dict[str, Effect]
 ) -> tuple[Outcome, dict[str, Any]]:
     """Return the outcome for the tokens at sequence indices `indices`, and the measured values.
 
-    `effects` maps the kind of ablation and the name of the output to an effect.
+    `effects` maps the name of each output to an effect.
     """
     if not effects:
         return Outcome.NOT_MEASURED, {}
 
-    flat_effects = [
-        (kind, name, effect)
-        for kind, by_name in effects.items()
-        for name, effect in by_name.items()
-    ]
     heads = use.find_heads_of(indices)
     is_read = not use.read_tokens.isdisjoint(indices)
-    head_effects = [item for item in flat_effects if item[0] == "information" and item[1] in heads]
 
     # The effect with the largest ratio to its limit decides; without limits, the largest effect.
-    kind, name, effect = max(
-        head_effects or flat_effects,
-        key=lambda item: (
-            item[2].is_beyond_limit,
-            item[2].is_measurable,
-            item[2].size / (item[2].limit or 1),
+    name = max(
+        [head for head in heads if head in effects] or effects,
+        key=lambda name: (
+            effects[name].is_beyond_limit,
+            effects[name].is_measurable,
+            effects[name].size / (effects[name].limit or 1),
         ),
     )
+    effect = effects[name]
 
     if effect.num_images < MIN_IMAGES:
         outcome = Outcome.FEW_IMAGES
@@ -259,33 +216,28 @@ def judge_effects(
     else:
         outcome = Outcome.REPLACEABLE
 
-    numbers: dict[str, Any] = {
+    return outcome, {
         "is_measurable": effect.is_measurable,
-        "decided_by": {"ablation": kind, "output": name, "limit": effect.limit},
+        "decided_by": name,
         "heads": heads,
         "num_images": effect.num_images,
+        "effects": {key: asdict(value) | {"limit": value.limit} for key, value in effects.items()},
     }
-    for kind, by_name in effects.items():
-        numbers[kind] = {
-            key: asdict(value) | {"limit": value.limit} for key, value in by_name.items()
-        }
-    return outcome, numbers
 
 
-def find_harm(effects: dict[str, dict[str, Effect]], num_tests: int) -> Faults:
+def find_harm(effects: dict[str, Effect], num_tests: int) -> Faults:
     """Return the fault "harmful" if predictions are significantly more accurate after an ablation.
 
     They must also be better than a constant prediction.
     """
-    for kind, by_name in effects.items():
-        for name, effect in by_name.items():
-            limit = MAX_HARM_P_VALUE / (num_tests * len(by_name))
-            if (
-                effect.improvement is not None
-                and effect.improvement < limit
-                and effect.is_better_than_chance
-            ):
-                return {Fault.HARMFUL: {"ablation": kind, "output": name}}
+    for name, effect in effects.items():
+        limit = MAX_HARM_P_VALUE / (num_tests * len(effects))
+        if (
+            effect.improvement is not None
+            and effect.improvement < limit
+            and effect.is_better_than_chance
+        ):
+            return {Fault.HARMFUL: {"output": name}}
     return {}
 
 
@@ -310,25 +262,13 @@ def find_faults(
         other, shared = identical
         faults[Fault.IDENTICAL] = {"other": names[other], "layer": shared}
 
-    if last == len(findings.entropy) and numbers["patch_mass"] < MIN_PATCH_MASS:
-        faults[Fault.CUT_OFF] = {}
     if last > 0 and findings.num_images > 1 and numbers["variation"] < MIN_IMAGE_VARIATION:
         faults[Fault.SAME_STATE] = {"is_last_layer": last == len(findings.entropy)}
 
-    is_selective = findings.map_selectivity[:last, index] >= MIN_SELECTIVITY  # [read layers]
-    is_same = findings.map_variation[:last, index] < MIN_MAP_VARIATION
-    if findings.num_images > 1 and bool(is_selective.any()) and bool(is_same[is_selective].all()):
-        faults[Fault.SAME_ATTENTION] = {"layers": (is_selective.nonzero().flatten() + 1).tolist()}
-
-    if (
-        numbers["norm_ratio"] > MAX_NORM_RATIO
-        and numbers["embedding_similarity"] > MAX_EMBEDDING_SIMILARITY
-    ):
-        faults[Fault.LARGE_NORM] = {}
-
-    equal_token, distance = find_equal_attention(used_layers, findings, index)
-    if equal_token is not None and identical is None:
-        faults[Fault.EQUAL_ATTENTION] = {"other": names[equal_token], "distance": distance}
+    is_same = findings.map_variation[:last, index] < MAX_MAP_VARIATION  # [used layers]
+    is_same &= findings.map_selectivity[:last, index] >= MIN_SELECTIVITY
+    if findings.num_images >= MIN_COMPARED_IMAGES and int(is_same.sum()) > last / 2:
+        faults[Fault.SAME_ATTENTION] = {"layers": (is_same.nonzero().flatten() + 1).tolist()}
     return faults
 
 
@@ -339,17 +279,8 @@ def collect_numbers(used_layers: Sequence[int], findings: Findings, index: int) 
     channels.
     """
     last = used_layers[index]
-    # [layers, H], attention to patches
-    fractions = findings.attention_fractions[:last, :, index, -1]
     variation = torch.max(findings.variation[last, index], findings.channel_variation[last, index])
-    median_norm = findings.patch_norms[0].median().clamp(min=1e-12)
-    return {
-        "read_layers": last,
-        "variation": variation.item(),
-        "patch_mass": fractions.max().item() if fractions.numel() else 1.0,
-        "norm_ratio": (findings.token_norms[0, index] / median_norm).item(),
-        "embedding_similarity": findings.embedding_similarity[last, index].item(),
-    }
+    return {"read_layers": last, "variation": variation.item()}
 
 
 def find_identical_token(
@@ -373,26 +304,6 @@ def find_identical_token(
             candidates.append((distance.item(), other, last))
 
     return min(candidates)[1:] if candidates else None
-
-
-def find_equal_attention(
-    used_layers: Sequence[int], findings: Findings, index: int
-) -> tuple[int | None, float]:
-    """Return the nearest token with nearly the same attention maps, or None, and the distance.
-
-    The distance between the maps of both tokens is relative to the mean distance of these maps from
-    uniform attention.
-    """
-    candidates = []
-    for other in range(len(used_layers)):
-        layers = slice(0, min(used_layers[index], used_layers[other]))
-        distance = findings.map_distance[layers, index, other].sum().item()
-        selectivity = findings.map_selectivity[layers][:, [index, other]].mean(dim=1).sum().item()
-        if other != index and selectivity > 0:
-            candidates.append((distance / selectivity, other))
-
-    distance, nearest = min(candidates, default=(math.inf, None))
-    return (nearest if distance <= MAX_MAP_DISTANCE else None), distance
 
 
 # Patches ------------------------------------------------------------------------------------------
@@ -465,8 +376,8 @@ def find_second_mode(ratios: torch.Tensor) -> SecondMode | None:
 def diagnose_patches(use: TokenUse, findings: Findings) -> Verdict:
     """Determine whether the patch norms have a second mode ("artifacts").
 
-    It also says whether registers absorb outliers, and applies to the last quarter of the layers
-    whose output is used; Darcet et al. (2023, arXiv 2309.16588) measure only the last layer.
+    It applies to the last quarter of the layers whose output is used; Darcet et al. (2023, arXiv
+    2309.16588) measure only the last layer.
     `numbers["layer"]` is the layer with the largest mode, or the last layer that is used if there
     is no second mode; 0 means the embeddings.
     """
@@ -484,94 +395,14 @@ def diagnose_patches(use: TokenUse, findings: Findings) -> Verdict:
     elif len(ratios) < MIN_PATCHES:
         outcome = Outcome.FEW_PATCHES
 
-    hidden_mode, absorbed = compare_without_registers(findings, layer)
     numbers = {
         "layer": layer,
         "num_patches": len(ratios),
         "largest_ratio": ratios.max().item(),
         "second_mode": None if mode is None else asdict(mode),
-        "second_mode_without_registers": None if hidden_mode is None else asdict(hidden_mode),
-        "absorbed_outliers": absorbed,
         "has_registers": use.config.num_register_tokens > 0,
     }
     return Verdict("patches", outcome, numbers)
-
-
-def compare_without_registers(
-    findings: Findings, layer: int
-) -> tuple[SecondMode | None, list[float] | None]:
-    """Return the second mode of the norms with hidden registers, and what the registers absorb.
-
-    The mode is None if there is none. What they absorb are the fractions of outliers with visible
-    and with hidden registers, or None if the registers do not absorb outliers.
-    """
-    if findings.patch_ratios_without_registers is None:
-        return None, None
-    all_ratios = findings.patch_ratios[layer], findings.patch_ratios_without_registers[layer]
-    mode = find_second_mode(all_ratios[1])
-    if mode is None:
-        return None, None
-
-    before, after = ((ratios > mode.threshold).float().mean().item() for ratios in all_ratios)
-    mean_fraction = (before + after) / 2
-    standard_error = (2 * mean_fraction * (1 - mean_fraction) / len(all_ratios[0])) ** 0.5
-    has_risen = after - before >= MIN_RISE_SCORE * standard_error
-    return mode, [before, after] if has_risen else None
-
-
-# Heads and tasks ----------------------------------------------------------------------------------
-
-
-def diagnose_heads(findings: Findings) -> Verdict:
-    """Return the verdict on all attention heads.
-
-    Dead heads add almost nothing to the tokens. The attention of uniform heads is uniform although
-    that of other heads is not.
-    """
-    limit = max(
-        MIN_HEAD_SELECTIVITY, MIN_RELATIVE_SELECTIVITY * findings.head_selectivity.median().item()
-    )
-    dead = (findings.head_outputs < MIN_HEAD_OUTPUT).nonzero().tolist()
-    uniform = (findings.head_selectivity < limit).nonzero().tolist()
-    outcomes = {
-        (False, False): Outcome.WORKING_HEADS,
-        (True, False): Outcome.DEAD_HEADS,
-        (False, True): Outcome.UNIFORM_HEADS,
-        (True, True): Outcome.DEAD_AND_UNIFORM_HEADS,
-    }
-    numbers = {"dead": dead, "uniform": uniform, "num_heads": findings.head_outputs.numel()}
-    return Verdict("heads", outcomes[bool(dead), bool(uniform)], numbers)
-
-
-def diagnose_tasks(outputs: Outputs) -> list[Verdict]:
-    """Return the verdict on the accuracy of each task with known labels.
-
-    It is compared with predicting the most frequent label.
-    """
-    verdicts = []
-    for task, predictions in outputs.items():
-        if not isinstance(predictions, Predictions):
-            continue
-        accuracy = predictions.compute_accuracy()
-        if accuracy is None:
-            continue
-
-        chance = predictions.compute_chance()
-        num_known = int(predictions.is_known.sum())
-        num_correct = round(accuracy * num_known)
-        low, high = compute_proportion_interval(num_correct, num_known) or (0.0, 1.0)
-
-        outcome = Outcome.USEFUL if predictions.is_better_than_chance() else Outcome.USELESS
-        if num_known < MIN_IMAGES:
-            outcome = Outcome.FEW_IMAGES
-        numbers = {
-            "accuracy": accuracy,
-            "interval": [low, high],
-            "chance": chance,
-            "num_labels": num_known,
-        }
-        verdicts.append(Verdict(f"task {task}" if task else "predictions", outcome, numbers))
-    return verdicts
 
 
 def summarize_diagnosis(verdicts: Sequence[Verdict]) -> str:

@@ -60,7 +60,6 @@ MAX_WHITE_FRACTION = 0.55  # fraction of white in the color of the last token of
 # are [L, H, S] for attention and [L + 1, S] for states.
 CURVES = {
     "entropy": ("Entropy of attention", "nats", False),
-    "received": ("Attention received from patches", "fraction", True),
     "variation": ("Variation between images", "fraction of the norm", True),
 }
 
@@ -71,7 +70,7 @@ PATCH_STYLE: LineStyle = ("patches", to_rgb(GROUP_COLORS["patches"]), DASHES[0])
 
 
 def plot_curve(config: ViTCLSConfig, findings: Findings, name: str) -> Figure:
-    """Plot one of CURVES: "entropy", "received" or "variation".
+    """Plot one of CURVES: "entropy" or "variation".
 
     Each line is the mean over heads, each band is the range over heads, and dashed lines show the
     entropy of uniform attention.

@@ -64,7 +64,6 @@ class ImageReport:
         predictions: one prediction, or one per task, and one per added task; empty for an encoder
             without tasks.
         attention: [L, H, S, gh, gw], attention of each special token to the patches.
-        rollout: [S, gh, gw], attention rollout through all layers (`AttentionTrace`).
         attributions: [gh, gw] for each prediction, attribution of the most probable label
             (`AttentionTrace`).
         features: [L, gh, gw, D], hidden states of the patches after each layer, before the final
@@ -79,7 +78,6 @@ class ImageReport:
     truth: str | None
     predictions: list[ImagePrediction]
     attention: torch.Tensor
-    rollout: torch.Tensor
     attributions: list[torch.Tensor]
     features: torch.Tensor
     kind: str | None = None
@@ -124,7 +122,6 @@ def build_image_report(
         truth=truth,
         predictions=predictions,
         attention=extract_maps(trace.compute_token_attention()[0]),
-        rollout=extract_maps(trace.compute_rollout()[0]),
         attributions=[
             extract_maps(trace.compute_attribution(task=prediction.task)[0])
             for prediction in predictions

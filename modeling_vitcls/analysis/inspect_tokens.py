@@ -76,13 +76,11 @@ def print_inspection(inspection: Inspection, options: InspectOptions, console: C
     """Print the verdicts and the paths of the written files."""
     if not inspection.verdicts:
         console.print("The model has no special tokens.")
-    for verdict in [*inspection.verdicts, *inspection.tasks, inspection.heads, inspection.patches]:
+    for verdict in [*inspection.verdicts, inspection.patches]:
         headline = f"[{RATING_STYLES[verdict.rating]}]{SIGNS[verdict.rating]} {verdict.headline}[/]"
         console.print(
             f"[bold]{escape(verdict.token)}[/]: {headline}. {escape(describe_verdict(verdict))}"
         )
-    for name, check in inspection.map_checks.items():
-        console.print(check.describe(name), markup=False)
     num_images = inspection.findings.num_images
     num_shown = len(inspection.image_reports)
     console.print(

@@ -31,17 +31,8 @@ from .ablation import (
     count_images,
     encode_label,
 )
-from .diagnosis import (
-    Outcome,
-    Verdict,
-    diagnose_heads,
-    diagnose_patches,
-    diagnose_tasks,
-    diagnose_tokens,
-    summarize_diagnosis,
-)
+from .diagnosis import Outcome, Verdict, diagnose_patches, diagnose_tokens, summarize_diagnosis
 from .image_report import ImageReport, build_image_report
-from .map_checks import MapCheck, check_maps
 from .model_utils import count_tokens, evaluation_mode, is_classifier, unwrap_model
 from .token_statistics import Findings, TokenStatistics
 from .token_use import TokenUse
@@ -52,9 +43,6 @@ MAX_BATCH_BYTES = 2**29  # maximum memory of a batch in bytes (`get_max_batch_si
 # floating-point operations in a pass over these images; MIN_IMAGES images are always used
 MAX_ABLATION_IMAGES = 256
 MAX_ABLATION_FLOPS = 2.5e11
-# Minimum and maximum number of images for the checks of maps
-MIN_CHECKED_IMAGES = 5
-MAX_CHECKED_IMAGES = 16
 
 WarningCallback = Callable[[str], None]
 
@@ -73,12 +61,8 @@ class Inspection:
         num_ablation_images: number of images for the effects and their null distributions.
         verdicts: one verdict per special token, and one per group of several special tokens. If the
             effects were not measured, only the tokens with a fault.
-        tasks: one verdict per task with known labels, over all images.
-        heads: verdict on the attention heads.
         patches: verdict on the patch norms.
         image_reports: reports of the images to show.
-        map_checks: checks of rollout and attribution (`check_maps`); empty unless the model is a
-            small single-label classifier and there are at least MIN_CHECKED_IMAGES images.
         num_unreadable: number of images that could not be read.
     """
 
@@ -89,11 +73,8 @@ class Inspection:
     ablations: Ablations
     num_ablation_images: int
     verdicts: list[Verdict]
-    tasks: list[Verdict]
-    heads: Verdict
     patches: Verdict
     image_reports: list[ImageReport]
-    map_checks: dict[str, MapCheck]
     num_unreadable: int
 
     @property
@@ -104,7 +85,7 @@ class Inspection:
     @property
     def summary(self) -> str:
         """Return the diagnosis in one line."""
-        return summarize_diagnosis([*self.verdicts, *self.tasks, self.heads, self.patches])
+        return summarize_diagnosis([*self.verdicts, self.patches])
 
 
 def inspect_model(
@@ -116,7 +97,6 @@ def inspect_model(
     labels: Sequence[Any] | None = None,
     num_shown: int | None = None,
     has_ablations: bool = True,
-    has_map_checks: bool = True,
     token_movement: Mapping[str, float] | None = None,
     batch_size: int = 32,
     on_warning: WarningCallback = lambda message: None,
@@ -139,8 +119,6 @@ def inspect_model(
         has_ablations: whether to measure the effect of each token, which takes up to 16 passes per
             token and image (`compute_ablations`). Without the effects, only the faults of tokens
             have a verdict.
-        has_map_checks: whether to check rollout and attribution, which takes 40 passes per image
-            (`check_maps`).
         token_movement: distance by which training moved each token (`token_movement` in
             results.json).
         batch_size: maximum number of images per forward pass.
@@ -193,10 +171,6 @@ def inspect_model(
         truth = label_space.format_label(known_labels[index]) if known_labels else None
         image_reports.append(build_image_report(model, processor, images[index], name, truth, kind))
 
-    map_checks: dict[str, MapCheck] = {}
-    if has_map_checks:
-        map_checks = check_sampled_maps(model, use, batches, num_affordable, watch)
-
     return Inspection(
         use=use,
         model_class=type(model).__name__,
@@ -205,35 +179,10 @@ def inspect_model(
         ablations=ablations,
         num_ablation_images=num_ablation_images,
         verdicts=verdicts,
-        tasks=diagnose_tasks(outputs),
-        heads=diagnose_heads(findings),
         patches=diagnose_patches(use, findings),
         image_reports=image_reports,
-        map_checks=map_checks,
         num_unreadable=len(images) - len(pixels),
     )
-
-
-def check_sampled_maps(
-    model: Any, use: TokenUse, batches: "InspectionBatches", num_affordable: int, watch: Watch
-) -> dict[str, MapCheck]:
-    """Return the checks of rollout and attribution for a few images.
-
-    Each image requires about 40 forward passes. The dict is empty for fewer than MIN_CHECKED_IMAGES
-    images, for large models (`count_affordable_images`), and for models other than single-label
-    classifiers.
-    """
-    is_single_label = use.has_head and not use.config.tasks and not is_multi_label(use.config)
-    is_affordable = num_affordable >= MIN_IMAGES
-    if not is_single_label or not is_affordable or len(batches.pixels) < MIN_CHECKED_IMAGES:
-        return {}
-    sample_batches = batches.sample(
-        min(max(num_affordable // 8, MIN_CHECKED_IMAGES), MAX_CHECKED_IMAGES)
-    )
-    images = [
-        sample_batches.pixels[index].unsqueeze(0).to(model.device) for index in sample_batches.order
-    ]
-    return check_maps(model, watch(images, "checking maps"))
 
 
 def select_images(outputs: Outputs, config: Any, num_selected: int) -> dict[int, str | None]:

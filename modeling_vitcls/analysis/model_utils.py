@@ -4,7 +4,7 @@ The functions that a user calls unwrap the model; all other functions of the ana
 model.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -55,13 +55,3 @@ def count_tokens(model: Any, pixel_values: torch.Tensor) -> int:
     """Return the number of tokens of each image in a batch [B, C, H, W]."""
     grid_size = model.base_model.embeddings.patch_embeddings.get_grid_size(pixel_values)
     return model.config.token_layout.get_num_tokens(*grid_size)
-
-
-def run_without_tokens(
-    model: Any, indices: Sequence[int], pixel_values: torch.Tensor, **arguments: Any
-) -> Any:
-    """Return the outputs of a model with the special tokens `indices` hidden from attention."""
-    shape = len(pixel_values), count_tokens(model, pixel_values)
-    mask = torch.ones(shape, dtype=torch.long, device=pixel_values.device)
-    mask[:, list(indices)] = 0
-    return model(pixel_values, attention_mask=mask, **arguments)

@@ -14,7 +14,6 @@ and is precise for weak attention.
 """
 
 import base64
-import dataclasses
 import io
 import itertools
 import json
@@ -37,7 +36,6 @@ from ..inference.token_names import get_token_names
 from ..runtime.files import write_atomically
 from ..version import __version__
 from .ablation import get_token_keys
-from .depth import describe_attention_depth
 from .diagnosis import Verdict
 from .figures import plot_curve, plot_norm_histogram, plot_norms, render_svg, shorten_text
 from .image_report import IMAGE_KINDS, ImageReport, compute_patch_colors
@@ -109,7 +107,6 @@ def write_page(
         findings=inspection.findings,
         shown_verdicts=shown_verdicts,
         other_verdicts=other_verdicts,
-        depth_sentences=describe_attention_depth(inspection.use, inspection.findings),
         overview=build_overview(inspection),
         predictions=predictions,
         effects=build_effect_rows(inspection.verdicts),
@@ -237,36 +234,34 @@ def sort_verdicts(inspection: Inspection) -> tuple[list[Verdict], list[Verdict]]
         if has_several_tokens or verdict.rating in ("bad", "doubtful")
     ]
     others = [verdict for verdict in inspection.verdicts if verdict not in shown]
-    for verdict in (*inspection.tasks, inspection.heads, inspection.patches):
-        (shown if verdict.rating in ("bad", "doubtful") else others).append(verdict)
+    is_wrong = inspection.patches.rating in ("bad", "doubtful")
+    (shown if is_wrong else others).append(inspection.patches)
     return shown, others
 
 
 def build_effect_rows(verdicts: Sequence[Verdict]) -> list[dict[str, str]]:
-    """Return one row for the effect of each ablation of each token on each output.
+    """Return one row for the effect of replacing each token on each output.
 
     A dot marks the effect that decided the outcome.
     """
     rows = []
     for verdict in verdicts:
-        decided_by = verdict.numbers.get("decided_by", {})
-        for kind, term in (("information", "replaced with mean"), ("presence", "hidden")):
-            for name, effect in verdict.numbers.get(kind, {}).items():
-                row = {"token": verdict.token, "ablation": term + (f", {name}" if name else "")}
-                if (decided_by["ablation"], decided_by["output"]) == (kind, name):
-                    row["ablation"] += " •"
+        for name, effect in verdict.numbers.get("effects", {}).items():
+            row = {"token": verdict.token, "output": name or "predictions"}
+            if name == verdict.numbers["decided_by"]:
+                row["output"] += " •"
 
-                row["changed predictions"] = "–"
-                if effect["changed"] is not None:
-                    low, high = effect["changed_interval"]
-                    changed = f"{effect['changed']:.1%} ({low:.1%} to {high:.1%})"
-                    row["changed predictions"] = changed
+            row["changed predictions"] = "–"
+            if effect["changed"] is not None:
+                low, high = effect["changed_interval"]
+                changed = f"{effect['changed']:.1%} ({low:.1%} to {high:.1%})"
+                row["changed predictions"] = changed
 
-                row["effect (95% interval)"] = "{:.2g} ({:.2g} to {:.2g})".format(
-                    effect["size"], *effect["interval"]
-                )
-                row["limit"] = "no test" if effect["limit"] is None else f"{effect['limit']:.2g}"
-                rows.append(row)
+            row["effect (95% interval)"] = "{:.2g} ({:.2g} to {:.2g})".format(
+                effect["size"], *effect["interval"]
+            )
+            row["limit"] = "no test" if effect["limit"] is None else f"{effect['limit']:.2g}"
+            rows.append(row)
     return rows
 
 
@@ -277,9 +272,7 @@ def build_figures(inspection: Inspection) -> list[Markup]:
     histogram = plot_norm_histogram(config, findings, inspection.patches.numbers["layer"])
     figures = [plot_norms(config, findings), histogram]
     if config.token_layout.num_prefix_tokens:
-        curves = [
-            plot_curve(config, findings, name) for name in ("entropy", "received", "variation")
-        ]
+        curves = [plot_curve(config, findings, name) for name in ("entropy", "variation")]
         figures = [*curves, *figures]
     return [Markup(render_svg(figure)) for figure in figures]
 
@@ -354,7 +347,6 @@ def build_image_data(
         "visible_region": [left / width, top / height, right / width, bottom / height],
         "grid": list(attention.shape[-2:]),
         "attention": pack_maps(attention),
-        "rollout": pack_maps(report.rollout),
         "num_heads": report.attention.shape[1] if has_head_maps else 0,
         "attribution": pack_maps(torch.stack(report.attributions)) if report.attributions else None,
         "attributed": [
@@ -405,10 +397,10 @@ def build_json_values(inspection: Inspection) -> dict[str, Any]:
     """Return all verdicts with the measured values, and the findings.
 
     Mean states and norms of single patches are omitted. `tokens` are the special tokens, then the
-    groups of several tokens; "information" and "presence" contain all values of an ablation by
-    output (`Effect`), and `decided_by` names the effect that decided the outcome.
+    groups of several tokens; `effects` contains all values by output (`Effect`), and `decided_by`
+    names the output that decided the outcome.
     """
-    omitted_names = ("mean_states", "patch_norms", "patch_ratios", "patch_ratios_without_registers")
+    omitted_names = ("mean_states", "patch_norms", "patch_ratios")
     findings = {
         name: value
         for name, value in vars(inspection.findings).items()
@@ -429,15 +421,8 @@ def build_json_values(inspection: Inspection) -> dict[str, Any]:
     return {
         "diagnosis": inspection.summary,
         "tokens": list(map(build_record, inspection.verdicts)),
-        "tasks": list(map(build_record, inspection.tasks)),
-        "heads": [build_record(inspection.heads)],
         "patches": build_record(inspection.patches),
         "num_ablation_images": inspection.num_ablation_images,
-        "map_checks": {
-            name: {"statement": check.describe(name), "is_faithful": check.is_faithful}
-            | dataclasses.asdict(check)
-            for name, check in inspection.map_checks.items()
-        },
         "findings": findings,
         "num_unreadable": inspection.num_unreadable,
     }

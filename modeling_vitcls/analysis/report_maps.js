@@ -1,5 +1,5 @@
 // Maps over images. A map is drawn when it becomes visible, shows values at the pointer, and is enlarged on click.
-// A map is { image, kind, layer, token }, where kind is "image", "attention", "rollout", "attribution" (`token` is the
+// A map is { image, kind, layer, token }, where kind is "image", "attention", "attribution" (`token` is the
 // index of the prediction) or "colors" (principal components of the patches).
 "use strict";
 
@@ -23,7 +23,7 @@ const unpack = (packed) =>
   };
 const images = data.images.map((image) => ({
   ...image,
-  maps: { attention: unpack(image.attention), rollout: unpack(image.rollout), attribution: unpack(image.attribution) },
+  maps: { attention: unpack(image.attention), attribution: unpack(image.attribution) },
   colors: decodeBytes(image.patch_colors),
   loaded: load(image.url),
 }));
@@ -63,7 +63,6 @@ function getTitle({ image, kind, layer, token }) {
   if (kind === "colors") return `patch features, layer ${layer + 1}`;
   if (kind === "attribution") return `attribution of ${images[image].attributed[token]}`;
   const { name } = data.tokens[token];
-  if (kind === "rollout") return `${name}, rollout through all layers`;
   return `${name}, layer ${layer + 1}, ${getHead() ? data.heads[getHead() - 1] : "mean of all heads"}`;
 }
 
@@ -179,7 +178,7 @@ function fillStrip(box) {
   box.replaceChildren(...buildLayerNames(), ...rows);
 }
 
-// Fill a box with a grid of maps. Rows: patches and tokens; columns: the image or rollout, then layers.
+// Fill a box with a grid of maps. Rows: patches and tokens; columns: the image, then layers.
 function fillBox(box) {
   const image = Number(box.dataset.maps);
   box.style.setProperty("--columns", data.layers + 1);
@@ -191,7 +190,7 @@ function fillBox(box) {
   ];
   const tokens = data.tokens.flatMap(({ name, group }, token) => [
     element("span", { class: `g-${group}` }, name),
-    buildCell({ image, kind: "rollout", token }, "rollout"),
+    element("span", {}),
     ...LAYERS.map((layer) => {
       const map = { image, kind: "attention", layer, token };
       return buildCell(map, formatPercent(getMap(map).sum));

@@ -15,7 +15,6 @@ import torch
 from ..model.configuration_vitcls import TokenLayout
 from ..model.token_attention_vitcls import select_mask_rows
 from .attribution import RecordedLayer, process_attention_layers
-from .model_utils import run_without_tokens
 from .register_neurons import OUTLIER_RATIO
 
 
@@ -40,15 +39,10 @@ class Findings:
             token may attend to: ln N, or less for CLS tokens that are restricted to a region
             (`config.cls_scopes`).
         entropy: [L, H, S], entropy of the attention of each special token, in nats.
-        attention_fractions: [L, H, S, 4], fraction of attention to CLS, distillation, register and
-            patch tokens.
-        received: [L, H, S], mean fraction of a patch's attention that each special token receives.
         between_tokens: [L + 1, S, S], cosine similarity between the states of two special tokens.
         state_distance: [L + 1, S, S], root mean square distance between the states of two special
             tokens for the same image. Unlike the cosine similarity, the distance shows differences
             even if one channel is very large in all tokens.
-        embedding_similarity: [L + 1, S], cosine similarity between the state of a special token and
-            its embedding.
         variation: [L + 1, S], variation between images: root mean square distance between the state
             of a token and the mean state over images, divided by the norm of the mean state.
         channel_variation: [L + 1, S], median over channels of (standard deviation over images) /
@@ -59,43 +53,28 @@ class Findings:
         outliers: [L + 1], fraction of patches whose norm exceeds 3 times the median patch norm of
             the image (Darcet et al. 2023, arXiv 2309.16588, also detect artifacts by norm).
         patch_ratios: [L + 1, n], `patch_norms` divided by the median patch norm of the image.
-        patch_ratios_without_registers: `patch_ratios` with the registers hidden from attention;
-            None if the model has no registers.
-        map_distance: [L, S, S], mean total variation distance between the attention maps of two
-            special tokens (half the sum of absolute differences, 0 to 1).
         map_selectivity: [L, S], mean total variation distance between the attention maps of a
             special token and uniform attention to all visible tokens.
         map_variation: [L, S], root mean square distance between the attention map of a special
             token (mean over heads) and its mean over images, divided by the distance of this mean
             from uniform attention. 0 means that the map is the same for every image. Infinite if
             the images have different numbers of patches.
-        head_selectivity: [L, H], mean total variation distance between the attention of a token and
-            uniform attention.
-        head_outputs: [L, H], mean norm of what a head adds to a token, as a fraction of the mean
-            over all heads of the layer. With differential attention, two maps share one value.
         token_norms: [L + 1, S], norms of the special tokens' states.
     """
 
     num_images: int
     uniform_entropy_by_token: torch.Tensor
     entropy: torch.Tensor
-    attention_fractions: torch.Tensor
-    received: torch.Tensor
     between_tokens: torch.Tensor
     state_distance: torch.Tensor
-    embedding_similarity: torch.Tensor
     variation: torch.Tensor
     channel_variation: torch.Tensor
     mean_states: torch.Tensor
     patch_norms: torch.Tensor
     outliers: torch.Tensor
     patch_ratios: torch.Tensor
-    patch_ratios_without_registers: torch.Tensor | None = None
-    map_distance: torch.Tensor
     map_selectivity: torch.Tensor
     map_variation: torch.Tensor
-    head_selectivity: torch.Tensor
-    head_outputs: torch.Tensor
     token_norms: torch.Tensor
 
 
@@ -118,8 +97,7 @@ class TokenStatistics:
             pixel_values: [B, C, H, W], on the model's device.
 
         Returns:
-            The output of the model. A second forward pass with the registers hidden from attention
-            contributes to the patch norms.
+            The output of the model.
         """
         layer_statistics: list[dict[str, torch.Tensor]] = []
 
@@ -143,14 +121,6 @@ class TokenStatistics:
         patch_statistics = {"norms": norms, "ratios": divide_by_median(norms)}
         # [B, L + 1]
         statistics["outliers"] = (patch_statistics["ratios"] > OUTLIER_RATIO).float().mean(dim=-1)
-        registers = range(self.layout.num_prefix_tokens)[self.layout.registers]
-        if registers:  # register neurons still move activations to the hidden registers
-            outputs_without_registers = run_without_tokens(
-                self.model, registers, pixel_values, output_hidden_states=True
-            )
-            norms = self.compute_patch_norms(outputs_without_registers.hidden_states)
-            patch_statistics["ratios_without_registers"] = divide_by_median(norms)
-
         for name, value in statistics.items():
             total = value.cpu().double().sum(dim=0)  # some devices do not support double precision
             if name == "maps" and name in self.sums and self.sums[name].shape != total.shape:
@@ -189,16 +159,12 @@ class TokenStatistics:
         map_squares = means.pop("map_squares")  # [L, S]
         map_deviation = (map_squares - maps.square().sum(dim=-1)).clamp(min=0).sqrt()
         map_distance = (maps - maps.mean(dim=-1, keepdim=True)).norm(dim=-1)
-        head_outputs = means.pop("head_outputs")  # [L, H]
 
         return Findings(
             num_images=self.num_images,
             map_variation=(map_deviation / map_distance.clamp(min=1e-12))
             .nan_to_num(nan=torch.inf)
             .float(),
-            head_outputs=(
-                head_outputs / head_outputs.mean(dim=1, keepdim=True).clamp(min=1e-12)
-            ).float(),
             mean_states=mean_states.float(),
             variation=(deviations.norm(dim=-1) / mean_states.norm(dim=-1).clamp(min=1e-12)).float(),
             channel_variation=(deviations / mean_states.abs().clamp(min=1e-12))
@@ -217,31 +183,20 @@ class TokenStatistics:
 
     def compute_layer_statistics(self, layer: RecordedLayer) -> dict[str, torch.Tensor]:
         """Return the statistics of one layer's attention maps."""
-        layout = self.layout
-        weights = layer.compute_weights()  # [B, H, N, N]
-        special_rows = weights[:, :, : layout.num_prefix_tokens]  # [B, H, S, N]
-        patch_rows = weights[:, :, layout.patches]  # [B, H, P, N]
-        is_visible = get_visible_keys(layer, layout.num_prefix_tokens).float()  # [B, S, N]
+        num_special_tokens = self.layout.num_prefix_tokens
+        rows = layer.compute_weights(num_special_tokens)  # [B, H, S, N]
+        is_visible = get_visible_keys(layer, num_special_tokens).float()  # [B, S, N]
         uniform = is_visible / is_visible.sum(dim=-1, keepdim=True)
-        maps = special_rows.mean(dim=1)  # [B, S, N]
-        # L1 distances from uniform attention, twice the total variation distance: [B, H, N], [B, H,
-        # S]
-        head_distance = (weights - 1 / weights.shape[-1]).abs().sum(dim=-1)
-        map_distance = (special_rows - uniform.unsqueeze(1)).abs().sum(dim=-1)
+        maps = rows.mean(dim=1)  # [B, S, N]
+        # L1 distance from uniform attention, twice the total variation distance: [B, H, S]
+        distance = (rows - uniform.unsqueeze(1)).abs().sum(dim=-1)
 
         return {
             "uniform_entropy_by_token": is_visible.sum(dim=-1).log(),
             "maps": maps,
             "map_squares": maps.cpu().double().square().sum(dim=-1),
-            "head_selectivity": head_distance.mean(dim=-1) / 2,
-            "head_outputs": compute_head_outputs(layer),
-            "map_distance": torch.cdist(special_rows, special_rows, p=1).mean(dim=1) / 2,
-            "map_selectivity": map_distance.mean(dim=1) / 2,
-            "entropy": torch.special.entr(special_rows).sum(dim=-1),
-            "attention_fractions": torch.stack(
-                [special_rows[..., group].sum(dim=-1) for _, group in layout.items()], dim=-1
-            ),
-            "received": patch_rows[..., : layout.num_prefix_tokens].mean(dim=2),
+            "map_selectivity": distance.mean(dim=1) / 2,
+            "entropy": torch.special.entr(rows).sum(dim=-1),
         }
 
     def compute_patch_norms(self, hidden_states: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -266,7 +221,6 @@ class TokenStatistics:
         )
         return {
             "between_tokens": directions @ directions.transpose(-1, -2),
-            "embedding_similarity": (directions * directions[:, :1]).sum(dim=-1),
             "squared_distances": distances.square(),
             "states": special_states,
             "squares": special_states.cpu().double().square(),
@@ -291,16 +245,3 @@ def get_visible_keys(layer: RecordedLayer, num_rows: int) -> torch.Tensor:
     if mask.dtype != torch.bool:  # additive mask
         mask = mask > torch.finfo(mask.dtype).min / 2
     return mask[:, 0].expand(batch, num_rows, -1)
-
-
-def compute_head_outputs(layer: RecordedLayer) -> torch.Tensor:
-    """Return the mean norm over tokens of what each head adds to the hidden states, [B, maps]."""
-    outputs = layer.attention_output.float()  # [B, N, maps, d]
-    num_maps, size = outputs.shape[2:]
-    weight = layer.attention.o_proj.weight.float()  # [D, width]
-    if weight.shape[1] != num_maps * size:  # differential attention merges the two maps of a head
-        return outputs.norm(dim=-1).mean(dim=1)
-    weights = weight.unflatten(1, (num_maps, size)).unbind(dim=1)  # [D, d] each
-    return torch.stack(
-        [(outputs[:, :, i] @ w.T).norm(dim=-1).mean(dim=1) for i, w in enumerate(weights)], dim=1
-    )

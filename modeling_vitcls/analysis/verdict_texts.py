@@ -1,6 +1,6 @@
-"""Sentences of verdicts (diagnosis.py), for the page, the terminal and the JSON file.
+"""The sentence of a verdict (diagnosis.py), for the page, the terminal and the JSON file.
 
-describe_verdict(verdict)    the faults of a token, then what was measured, with 95% intervals
+describe_verdict(verdict)    the fault or, without one, what was measured, with its 95% interval
 """
 
 from typing import Any
@@ -12,62 +12,43 @@ from .diagnosis import MIN_PATCHES, Fault, Outcome, Verdict
 # The values are those of the fault and the numbers of the verdict.
 FAULT_SENTENCES = {
     Fault.IDENTICAL: "After layer {layer}, its state is identical to the state of {other}.",
-    Fault.CUT_OFF: (
-        "At most {patch_mass:.2%} of its attention goes to patches, in each layer and head."
-    ),
-    Fault.LARGE_NORM: (
-        "The norm of its embedding is {norm_ratio:.3g} times the median norm of the patches, so "
-        "the layers hardly change it (cosine {embedding_similarity:.3f} between embedding and last "
-        "state)."
-    ),
-    Fault.EQUAL_ATTENTION: (
-        "Its attention maps nearly equal the maps of {other} (the distance is {distance:.2g} times "
-        "their distance from uniform attention)."
-    ),
+    Fault.SAME_STATE: "After layer {read_layers}, its state is the same for every image.",
     Fault.NOT_MOVED: "Training did not move the token, but moved other tokens.",
-}
-ABLATIONS = {
-    "information": "replacing {} with {} mean{}",
-    "presence": "hiding {} from attention",
+    Fault.SAME_ATTENTION: (
+        "In {layer_names}, its map is nearly the same in every image, so it says little about a "
+        "single image."
+    ),
 }
 
 
 def describe_verdict(verdict: Verdict) -> str:
-    """Return the sentences of a verdict."""
-    sentences = [describe_fault(verdict, fault, values) for fault, values in verdict.faults.items()]
-    describe: Any = {"patches": describe_patches, "heads": describe_heads}.get(verdict.token)
-    if describe is None:
-        describe = describe_task if "accuracy" in verdict.numbers else describe_outcome
-    return " ".join([*sentences, describe(verdict)])
+    """Return the sentence of a verdict."""
+    headline = verdict.headline
+    if headline is Fault.HARMFUL:
+        return describe_harm(verdict)
+    if isinstance(headline, Fault):
+        values = verdict.numbers | verdict.faults[headline]
+        layer_names = format_layers(values.get("layers", []))
+        return FAULT_SENTENCES[headline].format(layer_names=layer_names, **values)
+    if verdict.token == "patches":
+        return describe_patches(verdict)
+    return describe_outcome(verdict)
 
 
-def describe_fault(verdict: Verdict, fault: Fault, values: dict[str, Any]) -> str:
-    """Return the sentence of a fault of a token."""
-    numbers = verdict.numbers
-    if fault is Fault.HARMFUL:
-        effect = numbers[values["ablation"]][values["output"]]
-        output = f" of {values['output']}" if values["output"] else ""
-        return (
-            f"{describe_ablation(verdict, values['ablation'])} changes the accuracy{output} by "
-            f"{100 * (effect['accuracy_change'] or 0):+.1f} percentage points (p = "
-            f"{effect['improvement']:.1g}, {effect['num_images']:,} images)."
-        )
-
-    if fault is Fault.SAME_STATE:
-        layer = f"layer {numbers['read_layers']}, the last layer that is used"
-        if values["is_last_layer"]:
-            layer = "the last layer"
-        return f"After {layer}, its state is the same for every image."
-
-    if fault is Fault.SAME_ATTENTION:
-        layers = ", ".join(map(str, values["layers"]))
-        return f"Its attention selects the same patches in every image (layers {layers})."
-
-    return FAULT_SENTENCES[fault].format(**numbers | values)
+def describe_harm(verdict: Verdict) -> str:
+    """Return the sentence on predictions that are more accurate without a token."""
+    output = verdict.faults[Fault.HARMFUL]["output"]
+    effect = verdict.numbers["effects"][output]
+    task = f" of {output}" if output else ""
+    return (
+        f"{describe_ablation(verdict)} changes the accuracy{task} by "
+        f"{100 * effect['accuracy_change']:+.1f} percentage points (p = "
+        f"{effect['improvement']:.1g}, {effect['num_images']:,} images)."
+    )
 
 
 def describe_outcome(verdict: Verdict) -> str:
-    """Return the sentences on the effect of a token or of a group."""
+    """Return the sentence on the effect of a token or of a group."""
     numbers = verdict.numbers
     outcome = verdict.outcome
     if outcome is Outcome.NOT_MEASURED:
@@ -75,31 +56,22 @@ def describe_outcome(verdict: Verdict) -> str:
     if outcome is Outcome.FEW_IMAGES:
         return f"There are {numbers['num_images']} images, but {MIN_IMAGES} are needed."
 
-    kind = numbers["decided_by"]["ablation"]
-    output = numbers["decided_by"]["output"]
-    effect = numbers[kind][output]
-    sentence = f"{describe_ablation(verdict, kind)} {describe_effect(effect, output)}."
-    place = f"in {'their' if verdict.is_group else 'its'} place"
-
-    if outcome is Outcome.READ:
-        tasks = ", ".join(filter(None, numbers["heads"]))
-        if not tasks and not verdict.faults:  # the headline says that it is read
-            return sentence
-        subject = "They are" if verdict.is_group else "It is"
-        return f"{subject} read by the classifier{f' ({tasks})' if tasks else ''}. {sentence}"
+    output = numbers["decided_by"]
+    effect = numbers["effects"][output]
+    sentence = f"{describe_ablation(verdict)} {describe_effect(effect, output)}"
+    place = f"a random token in {'their' if verdict.is_group else 'its'} place"
 
     if outcome is Outcome.REPLACEABLE:
-        return f"{sentence} A random token {place} does as well."
+        return f"{sentence}; {place} does as well."
     if outcome is Outcome.EFFECT and effect["limit"] is not None:
         worse = "has less effect" if effect["size"] > effect["limit"] else "costs accuracy"
-        return f"{sentence} A random token {place} {worse}."
-    return sentence
+        return f"{sentence}; {place} {worse}."
+    return f"{sentence}."
 
 
-def describe_ablation(verdict: Verdict, kind: str) -> str:
-    """Return a description of an ablation, such as `Replacing it with its mean`."""
-    words = ("them", "their", "s") if verdict.is_group else ("it", "its", "")
-    return ABLATIONS[kind].format(*words).capitalize()
+def describe_ablation(verdict: Verdict) -> str:
+    """Return the subject of a sentence, such as `Replacing it with its mean`."""
+    return "Replacing them with their means" if verdict.is_group else "Replacing it with its mean"
 
 
 def describe_effect(effect: dict[str, Any], output: str) -> str:
@@ -116,59 +88,37 @@ def describe_effect(effect: dict[str, Any], output: str) -> str:
 
 
 def describe_patches(verdict: Verdict) -> str:
-    """Return the sentences on the norms of the patches."""
+    """Return the sentence on the norms of the patches."""
     numbers = verdict.numbers
     mode = numbers["second_mode"]
     if verdict.outcome is Outcome.ARTIFACTS:
         position = f"After layer {numbers['layer']}" if numbers["layer"] else "In the embeddings"
         registers = "more registers" if numbers["has_registers"] else "registers"
-        sentence = (
+        return (
             f"{position}, {mode['fraction']:.1%} of the patches have outlier norms, at "
             f"{mode['ratio']:.1f} times the median norm of the image; {registers} may absorb them "
             "(train with num_register_tokens, or see analysis.register_neurons)."
         )
-    elif verdict.outcome is Outcome.FEW_PATCHES:
-        sentence = (
-            f"There are {numbers['num_patches']:,} patches, but {MIN_PATCHES:,} are needed. Pass "
+    if verdict.outcome is Outcome.FEW_PATCHES:
+        return (
+            f"There are {numbers['num_patches']:,} patches, but {MIN_PATCHES:,} are needed: pass "
             "more images."
         )
-    else:
-        sentence = (
-            f"The norms of {numbers['num_patches']:,} patches have one mode; the largest norm is "
-            f"{numbers['largest_ratio']:.1f} times the median norm of its image."
-        )
-
-    if numbers["absorbed_outliers"] is None:
-        return sentence
-    before, after = numbers["absorbed_outliers"]
-    threshold = numbers["second_mode_without_registers"]["threshold"]
     return (
-        f"{sentence} The registers absorb outliers (norms above {threshold:.1f} times the median): "
-        "with the registers hidden from attention, the fraction of outliers increases from "
-        f"{before:.2%} to {after:.2%}."
+        f"The norms of {numbers['num_patches']:,} patches have one mode; the largest norm is "
+        f"{numbers['largest_ratio']:.1f} times the median norm of its image."
     )
 
 
-def describe_heads(verdict: Verdict) -> str:
-    """Return the sentences on the attention heads."""
-    num_heads = verdict.numbers["num_heads"]
-    meanings = {"dead": "add nothing to the tokens", "uniform": "attend to all tokens equally"}
-    sentences = []
-    for name, meaning in meanings.items():
-        if positions := verdict.numbers[name]:
-            heads = ", ".join(f"layer {layer + 1} head {head + 1}" for layer, head in positions)
-            sentences.append(f"{len(positions)} of {num_heads} heads {meaning}: {heads}.")
-    return " ".join(sentences) or f"All {num_heads} heads select tokens and change them."
+def format_layers(layers: list[int]) -> str:
+    """Return layer numbers as text, such as "layer 3" or "layers 1 to 3 and 7"."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
 
-
-def describe_task(verdict: Verdict) -> str:
-    """Return the sentence on the accuracy of a task."""
-    numbers = verdict.numbers
-    if verdict.outcome is Outcome.FEW_IMAGES:
-        return f"There are {numbers['num_labels']} labels, but {MIN_IMAGES} are needed."
-    low, high = numbers["interval"]
-    return (
-        f"Accuracy {numbers['accuracy']:.1%} (95% interval {low:.1%} to {high:.1%}, "
-        f"{numbers['num_labels']:,} labels); the most frequent label alone gives "
-        f"{numbers['chance']:.1%}."
-    )
+    texts = [f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
+    text = " and ".join([", ".join(texts[:-1]), *texts[-1:]]) if len(texts) > 1 else "".join(texts)
+    return f"layer{'s' if len(layers) > 1 else ''} {text}"

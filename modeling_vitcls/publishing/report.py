@@ -77,7 +77,6 @@ def inspect_run(folder: ModelFolder, images: InspectionImages) -> Inspection:
             folder.load_processor(),
             **images.build_arguments(*choose_numbers_of_images(folder.results)),
             has_ablations=has_token_effects(folder),
-            has_map_checks=False,  # they would take longer than the features of a small dataset
             token_movement=folder.results.get("token_movement"),
             watch=lambda items, description: track(
                 items, f"report, {description}", unit="", has_bar=False

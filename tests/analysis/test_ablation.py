@@ -1,7 +1,6 @@
 """Effects of special tokens, compared with direct computations."""
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
@@ -39,7 +38,6 @@ from modeling_vitcls.analysis.ablation import (
     redraw_tokens,
     replace_by_means,
 )
-from modeling_vitcls.analysis.model_utils import run_without_tokens
 from modeling_vitcls.analysis.token_use import TokenUse
 from modeling_vitcls.inference.image_pass import ImageBatch
 from modeling_vitcls.inference.intervals import compute_bootstrap_interval
@@ -114,7 +112,7 @@ def test_replacing_a_token_by_its_mean_equals_a_computation_layer_by_layer(
     """Effects are the changes of these outputs."""
     model = build_classifier(**fields)
     means = collect_means(model)
-    found = compute_ablations(model, TokenUse(model.config), UNLABELED)["information"]
+    found = compute_ablations(model, TokenUse(model.config), UNLABELED)
     before = compute_logits(model, None, means)
     keys = get_token_keys(model.config.token_layout)
 
@@ -156,36 +154,18 @@ def test_null_distributions_are_effects_of_redrawn_tokens() -> None:
     # the model is unchanged
     assert torch.equal(collect_outputs(model, UNLABELED)[""].logits, outputs.logits)
 
-    mask = torch.ones(6, 20)
-    mask[:, 1] = 0
-    with torch.no_grad():
-        hidden, before = (model.eval()(PIXELS, attention_mask=each).logits for each in (mask, None))
-
-    size = compute_effect(
-        Predictions(before, labels, labels), Predictions(hidden, labels, labels)
-    ).size
-    assert found["presence"]["registers[0]"][""].size == pytest.approx(size, rel=1e-4)
-
     generator = torch.Generator().manual_seed(0)
     embeddings = []
     model.vitcls.layers[0].register_forward_pre_hook(lambda layer, args: embeddings.append(args[0]))
-    sizes: dict[str, list[float]] = {kind: [] for kind in found}
+    sizes = []
     drops = []
-
     for draw in range(NUM_NULL_DRAWS):
         index = 1 + draw % 3
         with redraw_tokens(model, [index], generator):
             means, redrawn = collect_mean_states(model, build_batches(labels), [index])
             with replace_by_means(model, TokenUse(model.config), [index], means):
                 replaced = collect_outputs(model, UNLABELED)[""]
-        for kind, after in (
-            ("information", replaced),
-            (
-                "presence",
-                collect_outputs(model, UNLABELED, partial(run_without_tokens, model, [index]))[""],
-            ),
-        ):
-            sizes[kind].append(compute_effect(redrawn[""], after).size)
+        sizes.append(compute_effect(redrawn[""], replaced).size)
         drops.append((redrawn[""].predicted != labels).float()[:, 0])
     assert torch.stack(drops).any()
 
@@ -193,14 +173,13 @@ def test_null_distributions_are_effects_of_redrawn_tokens() -> None:
     assert new.norm().item() == pytest.approx(old.norm().item(), rel=1e-5)
     assert torch.nn.functional.cosine_similarity(new, old, dim=0).item() < 0.9
 
-    for kind, null_sizes in sizes.items():
-        assert found[kind]["cls[0]"][""].null_sizes == ()  # the head reads the token
-        assert len(found[kind]["registers"][""].null_sizes) == NUM_NULL_DRAWS
-        for index in range(3):
-            effect = found[kind][f"registers[{index}]"][""]
-            drop = compute_bootstrap_interval(torch.stack(drops[index::3]).mean(dim=0).tolist())
-            assert effect.null_sizes == pytest.approx(null_sizes, rel=1e-4)
-            assert effect.redraw_drop == drop
+    assert found["cls[0]"][""].null_sizes == ()  # the head reads the token
+    assert len(found["registers"][""].null_sizes) == NUM_NULL_DRAWS
+    for index in range(3):
+        effect = found[f"registers[{index}]"][""]
+        drop = compute_bootstrap_interval(torch.stack(drops[index::3]).mean(dim=0).tolist())
+        assert effect.null_sizes == pytest.approx(sizes, rel=1e-4)
+        assert effect.redraw_drop == drop
 
 
 # Effects in numbers -------------------------------------------------------------------------------
@@ -314,7 +293,7 @@ def test_each_task_has_its_own_output() -> None:
     assert known["age"].compute_accuracy() == pytest.approx(2 / 3)
     assert known["species"].compute_accuracy() == 1
 
-    effects = compute_ablations(model, TokenUse(model.config), build_batches(labels))["information"]
+    effects = compute_ablations(model, TokenUse(model.config), build_batches(labels))
     drops = {
         task: effect.redraw_drop is not None for task, effect in effects["registers[0]"].items()
     }

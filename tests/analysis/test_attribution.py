@@ -1,4 +1,4 @@
-"""Attention rollout and attribution, compared with references on full eager attention maps."""
+"""Attribution, compared with references on full eager attention maps."""
 
 from typing import Any
 
@@ -11,7 +11,6 @@ from helpers.tiny_models import (
     assert_no_recording,
     build_images,
     build_tiny_config,
-    each_layout,
     get_largest_difference,
     randomize,
 )
@@ -20,7 +19,6 @@ from torch import nn
 from modeling_vitcls import (
     ViTCLSForImageClassification,
     ViTCLSForMultiTaskClassification,
-    ViTCLSModel,
 )
 from modeling_vitcls.analysis.attribution import (
     trace_attention,
@@ -82,34 +80,6 @@ def run_eager(model: Any, pixels: torch.Tensor) -> Any:
     return outputs
 
 
-@torch.no_grad()
-def compute_rollout(model: Any, pixels: torch.Tensor) -> torch.Tensor:
-    """Compute the definition: the product of (map + identity) / 2 over all layers, [B, N, N]."""
-    product = None
-    for maps, layer in zip(
-        run_eager(model, pixels).attentions, model.base_model.layers, strict=True
-    ):
-        if model.config.attention_type == "differential":
-            maps = subtract_second_maps(maps, layer.attention.lambda_full.item())
-        mixed = (maps.mean(dim=1) + torch.eye(maps.shape[-1])) / 2
-        product = mixed if product is None else mixed @ product
-    return product
-
-
-def subtract_second_maps(maps: torch.Tensor, share: float) -> torch.Tensor:
-    """Return each head's first map minus a share of the second, as rows of sum 1.
-
-    The maps are [B, 2 * heads, N, N].
-    """
-    left = (maps[:, 0::2] - share * maps[:, 1::2]).clamp(min=0)
-    rows = left.flatten(0, 2)
-    itself = torch.eye(left.shape[-1]).repeat(left.shape[0] * left.shape[1], 1)
-    shares = [
-        row / row.sum() if row.sum() > 0 else same for row, same in zip(rows, itself, strict=True)
-    ]
-    return torch.stack(shares).view_as(left)
-
-
 def compute_relevance(
     model: Any, pixels: torch.Tensor, target: int, task: str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -144,50 +114,6 @@ def assert_same_relevance(found: torch.Tensor, expected: torch.Tensor) -> None:
     assert get_largest_difference(found, expected) <= TOLERANCE * min(1, 10 * expected.max().item())
 
 
-# Rollout ------------------------------------------------------------------------------------------
-
-
-@each_layout
-@pytest.mark.parametrize("implementation", ["sdpa", "flex_attention"])
-def test_rollout_equals_the_product_of_all_layers(
-    layout: dict[str, Any], implementation: str
-) -> None:
-    model = randomize(ViTCLSModel(build_tiny_config(**LAYERS | layout)))
-    model.set_attn_implementation(implementation)
-    num_special = model.config.token_layout.num_prefix_tokens
-    for size in SIZES:
-        found = trace_attention(model, build_images(2, *size)).compute_rollout()
-        expected = compute_rollout(model, build_images(2, *size))[:, :num_special]
-        assert get_largest_difference(found, expected) <= TOLERANCE
-        assert get_largest_difference(found.sum(-1), torch.ones(found.shape[:-1])) <= TOLERANCE
-        assert not found.requires_grad
-
-
-@pytest.mark.parametrize("share", [0.0, 0.8, 2.0])
-def test_rollout_of_differential_attention_ignores_negative_differences(share: float) -> None:
-    """A negative difference does not flow.
-
-    If both maps are equal, the token keeps its own value.
-    """
-    model = randomize(ViTCLSModel(build_tiny_config(**LAYERS, attention_type="differential")))
-    with torch.no_grad():
-        for layer in model.layers:
-            layer.attention.lambda_full.fill_(share)
-    found = trace_attention(model, build_images()).compute_rollout()
-
-    assert get_largest_difference(found, compute_rollout(model, build_images())[:, :1]) <= TOLERANCE
-    assert get_largest_difference(found.sum(-1), torch.ones(found.shape[:-1])) <= TOLERANCE
-    assert found.min() >= 0
-
-    with torch.no_grad():
-        for layer in model.layers:
-            for part in (layer.attention.q_proj, layer.attention.k_proj):
-                part.weight.zero_()
-                part.bias.zero_()
-    same = trace_attention(model, build_images()).compute_rollout()
-    assert (same[0, 0, 0].item() == pytest.approx(1)) == (share >= 1)
-
-
 # Attribution --------------------------------------------------------------------------------------
 
 
@@ -207,7 +133,7 @@ def test_attribution_starts_at_the_tokens_that_the_head_reads(
 
 
 @pytest.mark.parametrize("fields", KINDS_OF_LAYERS.values(), ids=KINDS_OF_LAYERS)
-def test_attribution_and_rollout_equal_references_for_every_kind_of_layers(
+def test_attribution_equals_a_reference_for_every_kind_of_layers(
     fields: dict[str, Any],
 ) -> None:
     model = build_classifier(**fields)
@@ -215,9 +141,6 @@ def test_attribution_and_rollout_equal_references_for_every_kind_of_layers(
         target=2
     )
     assert_same_relevance(found, compute_relevance(model, build_images(), target=2)[0][:, 0])
-    rollout = trace_attention(model, build_images()).compute_rollout()
-    expected = compute_rollout(model, build_images())[:, : rollout.shape[1]]
-    assert get_largest_difference(rollout, expected) <= TOLERANCE
 
 
 @pytest.mark.parametrize("pooling", ["cls", "cls_mean", "max"])
@@ -335,18 +258,11 @@ def test_the_mode_of_each_module_is_kept() -> None:
     model = build_classifier(
         hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5, drop_path_rate=0.5
     )
-    expected = (
-        trace_attention(model, build_images()).compute_rollout(),
-        trace_attention(model, build_images(), needs_gradients=True).compute_attribution(),
-    )
+    expected = trace_attention(model, build_images(), needs_gradients=True).compute_attribution()
     model.train()
     model.vitcls.layers[0].eval()
     before = {name: module.training for name, module in model.named_modules()}
-    found = (
-        trace_attention(model, build_images()).compute_rollout(),
-        trace_attention(model, build_images(), needs_gradients=True).compute_attribution(),
-    )
+    found = trace_attention(model, build_images(), needs_gradients=True).compute_attribution()
 
-    for one, other in zip(found, expected, strict=True):
-        assert torch.equal(one, other)
+    assert torch.equal(found, expected)
     assert {name: module.training for name, module in model.named_modules()} == before

@@ -22,13 +22,10 @@ from modeling_vitcls.analysis import inspection
 from modeling_vitcls.analysis.ablation import MIN_IMAGES, Features, Predictions
 from modeling_vitcls.analysis.inspection import (
     InspectionBatches,
-    check_sampled_maps,
     compute_confidences,
-    count_affordable_images,
     inspect_model,
     select_images,
 )
-from modeling_vitcls.analysis.token_use import TokenUse
 from modeling_vitcls.model.heads_vitcls import IGNORED_LABEL
 
 
@@ -71,38 +68,8 @@ def test_progress_is_shown_and_large_models_use_fewer_images(
     assert ("ablating tokens", 4) in descriptions
     # large models use fewer images for effects, null distributions and decisions, but never too few
     assert found.num_ablation_images == MIN_IMAGES < found.findings.num_images == NUM_IMAGES
-    effects = [
-        effect for by_key in found.ablations["information"].values() for effect in by_key.values()
-    ]
+    effects = [effect for by_key in found.ablations.values() for effect in by_key.values()]
     assert {effect.num_images for effect in effects} == {MIN_IMAGES}
-
-
-def test_maps_of_small_single_label_classifiers_are_checked(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    # the largest image decides
-    pixels = [
-        torch.zeros(3, 16, 16),
-        *PROCESSOR(build_images(), return_tensors="pt")["pixel_values"],
-    ]
-
-    def count_checked(num_null: int, **fields: Any) -> int:
-        model = build_classifier(**fields)
-        num_parameters = model.num_parameters()
-        monkeypatch.setattr(
-            inspection, "MAX_ABLATION_FLOPS", (num_null + 0.5) * 2 * num_parameters * 19
-        )
-        checks = check_sampled_maps(
-            model=model,
-            use=TokenUse(model.config),
-            batches=InspectionBatches(model, dict(enumerate(pixels)), {}, 32),
-            num_affordable=count_affordable_images(model, num_parameters, pixels),
-            watch=lambda items, _: items,
-        )
-        return checks["attribution"].num_images if checks else 0
-
-    assert [count_checked(number) for number in (15, 16, 56, 999)] == [0, 5, 7, 16]
-    assert count_checked(56, problem_type="multi_label_classification") == 0
 
 
 # Images and labels --------------------------------------------------------------------------------
@@ -128,7 +95,6 @@ def test_labels_and_names_stay_with_their_images(monkeypatch: pytest.MonkeyPatch
     labels[4] = (labels[4] + 1) % 8
     labels[5] = (labels[5] + 1) % 8
     labels[6] = IGNORED_LABEL
-    monkeypatch.setattr(inspection, "check_sampled_maps", lambda *_: {})
     monkeypatch.setattr(inspection, "MAX_ABLATION_IMAGES", 5)
     monkeypatch.setattr("modeling_vitcls.analysis.ablation.NUM_NULL_DRAWS", 2)
     warnings: list[str] = []
@@ -143,7 +109,6 @@ def test_labels_and_names_stay_with_their_images(monkeypatch: pytest.MonkeyPatch
         batch_size=2,
         on_warning=warnings.append,
     )
-    assert found.tasks[0].numbers["accuracy"] == pytest.approx(4 / 6)
     assert found.findings.num_images == 7
     assert (found.num_ablation_images, found.num_parameters) == (5, model.num_parameters())
     assert (found.model_class, found.use.has_head) == ("ViTCLSForImageClassification", True)
@@ -184,7 +149,7 @@ def test_unreadable_images_are_skipped_everywhere(monkeypatch: pytest.MonkeyPatc
         ("image 2", None),
         ("image 3", None),
     ]
-    assert (found.num_unreadable, len(warnings), found.tasks) == (1, 1, [])
+    assert (found.num_unreadable, len(warnings)) == (1, 1)
     assert [verdict.numbers["read_layers"] for verdict in found.verdicts[:3]] == [2, 2, 1]
     assert found.patches.numbers["layer"] == 2  # the last layer
 

@@ -110,11 +110,10 @@ def test_the_first_screen_shows_six_images_then_one_line_per_token(
 
     page.locator("#verdicts summary").click()
     lines = page.locator("#verdicts li")
-    others = [*inspection.tasks, inspection.heads, inspection.patches]
-    others.sort(key=lambda verdict: verdict.rating not in ("bad", "doubtful"))
-    assert lines.count() == len(inspection.verdicts) + len(others)
+    verdicts = [*inspection.verdicts, inspection.patches]
+    assert lines.count() == len(verdicts)
 
-    for index, verdict in enumerate([*inspection.verdicts, *others]):
+    for index, verdict in enumerate(verdicts):
         text = lines.nth(index).inner_text()
         assert verdict.token.lower() in text.lower()
         assert describe_verdict(verdict) in text
@@ -127,15 +126,15 @@ def test_the_table_contains_effects_intervals_and_limits(
     page: Page, inspection: Inspection
 ) -> None:
     rows = page.locator("#effects tbody tr")
-    assert rows.count() == 2 * len(inspection.verdicts)
+    assert rows.count() == len(inspection.verdicts)
     first = rows.first.inner_text()
-    effect = inspection.ablations["information"]["cls[0]"][""]
+    effect = inspection.ablations["cls[0]"][""]
     low, high = effect.changed_interval
     assert f"{effect.changed:.1%} ({low:.1%} to {high:.1%})" in first
     assert "no test" in first
     assert "{:.2g} ({:.2g} to {:.2g})".format(effect.size, *effect.interval) in first
-    register = rows.nth(2).inner_text()
-    assert f"{inspection.ablations['information']['registers[0]'][''].limit:.2g}" in register
+    register = rows.nth(1).inner_text()
+    assert f"{inspection.ablations['registers[0]'][''].limit:.2g}" in register
 
 
 def test_the_first_screen_shows_each_layer_of_the_first_image_from_the_last_to_the_first(
@@ -165,8 +164,8 @@ def test_a_map_on_the_page_equals_the_overlay_in_python(page: Page, inspection: 
     report = inspection.image_reports[0]
 
     names = get_token_names(inspection.config)
-    # the image and patch colors, rollout and layers of each token, and the attribution
-    assert box.locator("canvas").count() == 4 + len(names) * 4 + 1
+    # the image and patch colors, layers of each token, and the attribution
+    assert box.locator("canvas").count() == 4 + len(names) * 3 + 1
 
     button = box.get_by_label("enlarge CLS, layer 2, mean of all heads")
     values = report.attention[1, :, 0].mean(dim=0)  # [gh, gw]
@@ -200,7 +199,7 @@ def test_the_page_names_the_model_and_escapes_names(page: Page, inspection: Insp
     assert f"{len(NAMES)} images of my photos" in about
     assert __version__ in about
     page.locator("#figures summary").click()
-    assert page.locator("#figures svg").count() == 5
+    assert page.locator("#figures svg").count() == 4
 
 
 KINDS = {
@@ -261,13 +260,10 @@ def test_values_for_programs_are_null_if_they_are_not_finite(
         verdict.token for verdict in inspection.verdicts
     ]
 
-    effect = inspection.ablations["presence"]["registers[1]"][""]
-    values = next(each for each in found["tokens"] if each["token"] == "register 2")["presence"][""]
+    effect = inspection.ablations["registers[1]"][""]
+    values = next(each for each in found["tokens"] if each["token"] == "register 2")["effects"][""]
     assert values["size"] == pytest.approx(effect.size, rel=1e-4)
     assert values["limit"] == pytest.approx(effect.limit, rel=1e-4)
-    assert found["tasks"][0]["accuracy"] == pytest.approx(
-        inspection.tasks[0].numbers["accuracy"], rel=1e-4
-    )
     assert np.shape(found["findings"]["entropy"]) == inspection.findings.entropy.shape
     assert (found["num_unreadable"], found["num_ablation_images"]) == (0, 7)
 
@@ -303,19 +299,6 @@ def test_values_and_maps_of_the_page_are_those_of_the_inspection(inspection: Ins
     assert first["visible_region"] == pytest.approx([21 / 90, 6 / 60, 69 / 90, 54 / 60])
     assert max(base64.b64decode(first["patch_colors"])) > 200
     assert len({image["patch_colors"] for image in data["images"]}) == len(NAMES)
-
-    sums = np.frombuffer(base64.b64decode(first["rollout"]["sum"]), np.float32)
-    assert sums == pytest.approx(report.rollout.sum(dim=(-2, -1)).numpy())
-    roots = (
-        np.frombuffer(base64.b64decode(first["rollout"]["values"]), np.uint8).reshape(-1, 4, 4)
-        / 255
-    )
-
-    largest = np.frombuffer(base64.b64decode(first["rollout"]["largest"]), np.float32)
-    assert largest == pytest.approx(report.rollout.amax(dim=(1, 2)).numpy())
-    assert roots == pytest.approx(
-        (report.rollout.numpy() / largest[:, None, None]) ** 0.5, abs=0.003
-    )
 
     shown, caption, maps = next(report_module.iterate_overview(inspection, 1))
     assert (shown, caption, list(maps)) == (

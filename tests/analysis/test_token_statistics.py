@@ -25,12 +25,10 @@ from modeling_vitcls import (
     ViTCLSModel,
 )
 from modeling_vitcls.analysis import token_statistics
-from modeling_vitcls.analysis.attribution import trace_attention
 from modeling_vitcls.analysis.token_statistics import Findings, TokenStatistics
 
 
 TOLERANCE = 1e-5
-GROUPS = ("cls", "distillation", "registers", "patches")
 PATCH = {"patch_size": [8, 4], "num_hidden_layers": 3}
 TOKENS: dict[str, Any] = {
     "num_cls_tokens": 2,
@@ -63,31 +61,16 @@ def cosine(first: torch.Tensor, second: torch.Tensor) -> float:
 def check_maps(found: Findings, model: Any, image: torch.Tensor) -> None:
     """Check the attention statistics of one image with loops."""
     maps, _ = run_eager(model, image)
-    layout = model.config.token_layout
-    num_special = layout.num_prefix_tokens
-    num_patches = maps.shape[-1] - num_special
+    num_special = model.config.token_layout.num_prefix_tokens
     for layer, head in (
         (layer, head) for layer in range(maps.shape[0]) for head in range(maps.shape[1])
     ):
         rows = maps[layer, head].tolist()
-        distances = [get_total_variation(row, [1 / len(row)] * len(row)) for row in rows]
-        assert found.head_selectivity[layer, head] == pytest.approx(
-            sum(distances) / len(rows), abs=TOLERANCE
-        )
         for token in range(num_special):
             row = rows[token]
             assert found.entropy[layer, head, token] == pytest.approx(
                 -sum(p * math.log(p) for p in row), abs=1e-5
             )
-            for group, name in enumerate(GROUPS):
-                share = sum(row[getattr(layout, name)])
-                assert found.attention_fractions[layer, head, token, group] == pytest.approx(
-                    share, abs=TOLERANCE
-                )
-            received = (
-                sum(rows[num_special + patch][token] for patch in range(num_patches)) / num_patches
-            )
-            assert found.received[layer, head, token] == pytest.approx(received, abs=TOLERANCE)
     for layer, token in (
         (layer, token) for layer in range(maps.shape[0]) for token in range(num_special)
     ):
@@ -95,10 +78,6 @@ def check_maps(found: Findings, model: Any, image: torch.Tensor) -> None:
         uniform = [1 / len(rows[0])] * len(rows[0])
         selectivity = sum(get_total_variation(row, uniform) for row in rows) / len(rows)
         assert found.map_selectivity[layer, token] == pytest.approx(selectivity, abs=TOLERANCE)
-        for other in range(num_special):
-            others = maps[layer, :, other].tolist()
-            distance = sum(map(get_total_variation, rows, others)) / len(rows)
-            assert found.map_distance[layer, token, other] == pytest.approx(distance, abs=TOLERANCE)
 
 
 def get_total_variation(first: list[float], second: list[float]) -> float:
@@ -129,10 +108,6 @@ def check_states(found: Findings, model: Any, image: torch.Tensor) -> None:
                 assert found.between_tokens[step, token, other] == pytest.approx(
                     similarity, abs=TOLERANCE
                 )
-            similarity = cosine(special[token], states[0, token])
-            assert found.embedding_similarity[step, token] == pytest.approx(
-                similarity, abs=TOLERANCE
-            )
 
 
 @each_layout
@@ -152,7 +127,6 @@ def test_statistics_of_an_image_equal_loops(layout: dict[str, Any]) -> None:
     )
     assert found.variation.shape == (4, num_special)
     assert found.variation.sum() <= 1e-4  # there is only one image
-    assert (found.patch_ratios_without_registers is None) == (not model.config.num_register_tokens)
 
 
 def test_statistics_over_images_are_means() -> None:
@@ -181,11 +155,9 @@ def test_statistics_over_images_are_means() -> None:
     means = (
         "entropy",
         "uniform_entropy_by_token",
-        "attention_fractions",
-        "received",
         "between_tokens",
     )
-    for name in (*means, "embedding_similarity"):
+    for name in means:
         expected = average([getattr(single, name) for single in singles])
         assert get_largest_difference(getattr(together, name).double(), expected) <= TOLERANCE, name
 
@@ -272,56 +244,6 @@ def test_uniform_attention_is_compared_within_the_scope(implementation: str) -> 
     assert get_largest_difference(found.entropy, entropy.expand_as(found.entropy)) <= 1e-5
     # compared with uniform attention to the tokens in the scope
     assert found.map_selectivity.max() <= 1e-6
-    # 12 of 19 tokens are not in the scope
-    assert found.map_distance[:, 0, 1].tolist() == pytest.approx([12 / 19] * 2)
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {},
-        {"position_embedding_type": "rope_2d"},
-        {"num_cls_tokens": 2, "cls_scopes": ["image", [2, 2, 0, 1]]},
-    ],
-    ids=lambda fields: ", ".join(fields) or "plain",
-)
-def test_outliers_are_also_measured_without_registers(fields: dict[str, Any]) -> None:
-    """A register to which all patches attend keeps the norm of one patch low.
-
-    Without it, the patch is an outlier.
-    """
-    model = randomize(
-        ViTCLSModel(
-            build_tiny_config(**{"num_hidden_layers": 3, "num_register_tokens": 2, **fields})
-        )
-    )
-    pixels = build_images(4)
-    first = model.config.token_layout.patches.start
-    registers = model.config.token_layout.registers
-    masks = []
-
-    def plant(layer: nn.Module, args: tuple, states: torch.Tensor) -> torch.Tensor:
-        """Simulate a trained layer, whose output depends on whether it attends to registers."""
-        rows = (
-            args[1][:, 0]
-            if args[1] is not None
-            else torch.ones(1, 1, states.shape[1], dtype=torch.bool)
-        )
-        masks.append(rows)
-        states = states.clone()
-        states[:, first + 7] *= 1 if bool(rows[:, :, registers].any()) else 1000
-        return states
-
-    with model.layers[1].register_forward_hook(plant):
-        found = collect_findings(model, pixels[:3], pixels[3:])
-    assert found.outliers.max() == 0
-    is_outlier = found.patch_ratios_without_registers > 3
-    assert is_outlier.float().mean(dim=1).tolist() == pytest.approx([0, 0, 1 / 16, 1 / 16])
-    assert found.patch_ratios_without_registers[2].max() > 100 > 3 > found.patch_ratios[2].max()
-    # the last pass: no token attends to registers, and everything else is unchanged
-    hidden = masks[-1].expand(4, -1, -1)
-    assert not hidden[:, :, registers].any()
-    assert hidden[:, first:, first:].all()
 
 
 @pytest.mark.parametrize("name", ["classifier", "masked", "backbone", "differential"])
@@ -337,11 +259,6 @@ def test_every_class_has_statistics_and_is_not_changed(name: str) -> None:
 
     found = collect_findings(model.base_model, build_images())
     assert found.entropy.isfinite().all()
-    assert found.head_outputs.shape == found.entropy.shape[:2]
-    assert found.head_outputs.std(dim=1).min() > 0
-    assert (
-        trace_attention(model, build_images()).compute_rollout().sum(dim=-1) - 1
-    ).abs().max() <= TOLERANCE
 
     encoder = randomize(ViTCLSModel(model.config))
     encoder.load_state_dict(getattr(model, "vitcls", model).state_dict(), strict=False)
@@ -359,11 +276,8 @@ def test_statistics_in_half_precision_are_close_to_float32() -> None:
     found = collect_findings(model.bfloat16(), build_images(3))
     tensors = [value for value in vars(found).values() if isinstance(value, torch.Tensor)]
     assert all(value.dtype == torch.float32 for value in tensors)
-    for name in ("entropy", "attention_fractions", "received", "between_tokens"):
+    for name in ("entropy", "between_tokens"):
         assert get_largest_difference(getattr(found, name), getattr(expected, name)) <= 0.05, name
-    assert (
-        get_largest_difference(found.attention_fractions.sum(-1), torch.ones(3, 2, 6)) <= TOLERANCE
-    )
 
 
 def test_norms_are_stored_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -388,13 +302,7 @@ def test_no_images_are_an_error() -> None:
 
 
 def test_map_variation_is_zero_for_one_image_and_infinite_for_two_sizes() -> None:
-    """Variation is 0 for one image and infinite for images of two sizes.
-
-    A head without weights adds nothing.
-    """
     model = randomize(ViTCLSModel(build_tiny_config(**PATCH)))
-    with torch.no_grad():
-        model.layers[1].attention.o_proj.weight[:, :8] = 0
     assert collect_findings(model, build_images(1)).map_variation.max() <= 1e-3
 
     found = collect_findings(model, build_images(3))
@@ -405,8 +313,6 @@ def test_map_variation_is_zero_for_one_image_and_infinite_for_two_sizes() -> Non
         .map_variation.isinf()
         .all()
     )
-    assert found.head_outputs[1].tolist() == pytest.approx([0, 2])
-    assert found.head_outputs[0].min() > 0.1
 
     # [images, L, H, N, N]
     weights = torch.stack([run_eager(model, image)[0] for image in build_images(3)])
