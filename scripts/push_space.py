@@ -61,8 +61,8 @@ def run(options: SpaceOptions) -> None:
     """Write the files of a Space for a model, push them, and print the URL or folder."""
     from space.space import find_published_model, push_space
 
-    from modeling_vitcls.hub.local_paths import check_output_is_empty
     from modeling_vitcls.publishing.push import prepare_repository
+    from modeling_vitcls.runtime.staging import check_output_is_empty
 
     model = find_published_model(options.model)
     if options.static and model.needs_token and not options.private and options.output is None:

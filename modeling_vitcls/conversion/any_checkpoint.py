@@ -21,6 +21,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from filelock import FileLock
 from huggingface_hub import constants
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
@@ -136,13 +137,15 @@ def convert_once(source: str) -> str:
     folder = (
         Path(constants.HF_HUB_CACHE).parent / "vitcls" / "converted" / compute_cache_name(source)
     )
-    if not (folder / CONFIG_FILE).is_file():
-        logger.warning("converting %s", source)
-        report = convert_checkpoint(source, folder)
-        for note in report["notes"]:
-            if note.startswith("pooling: "):
-                logger.warning("%s", format_message(note))
-        logger.warning("the converted model is cached in %s", folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):  # another process may be converting it
+        if not (folder / CONFIG_FILE).is_file():
+            logger.warning("converting %s", source)
+            report = convert_checkpoint(source, folder)
+            for note in report["notes"]:
+                if note.startswith("pooling: "):
+                    logger.warning("%s", format_message(note))
+            logger.warning("the converted model is cached in %s", folder)
     return str(folder)
 
 

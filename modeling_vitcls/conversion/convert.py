@@ -17,18 +17,14 @@ import transformers
 from transformers import PreTrainedModel
 
 from ..hub.loading import check_is_vitcls, get_model_folder
-from ..hub.local_paths import (
-    check_output_is_empty,
-    resolve_name,
-    split_revision,
-    strip_folders,
-)
+from ..hub.local_paths import resolve_name, split_revision, strip_folders
 from ..hub.model_files import PARITY_REPORT_FILE, RECIPE_FILE, RESULTS_FILE, hash_weights
 from ..hub.model_folder import ModelFolder
 from ..hub.provenance import find_provenance
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, ViTCLSPreTrainedModel
-from ..runtime.files import create_output_folder, write_json
+from ..runtime.files import write_json
+from ..runtime.staging import check_output_is_empty, create_output_folder
 from ..runtime.system import get_versions
 from .parity_report import (
     MAX_DIFFERENCE,

@@ -28,7 +28,8 @@ from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import ViTCLSBackbone
 from ..runtime.errors import describe_installation
-from ..runtime.files import create_output_folder, write_json
+from ..runtime.files import write_json
+from ..runtime.staging import create_output_files
 from ..runtime.system import get_versions
 from .exportable import ExportableModel, Outputs, compute_named_outputs, load_exportable_model
 from .formats import FORMATS, run_graph
@@ -117,7 +118,7 @@ def export_model(
     names = list(reference_outputs[0])
     graph = trace_model(model, graph_shape, getattr(torch, options.dtype), output_attentions)
 
-    with create_output_folder(target.parent) as output_folder:
+    with create_output_files(target, last=get_report_path(target).name) as output_folder:
         file = output_folder / target.name
         file_format.write(graph, graph_shape, names, file)
         comparisons = compare_outputs(

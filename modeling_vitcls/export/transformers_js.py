@@ -26,11 +26,11 @@ from transformers.image_utils import PILImageResampling
 from ..conversion.parity_report import build_random_images, get_max_magnitude
 from ..conversion.processors import select_settings
 from ..data.labels import is_multi_label
-from ..hub.local_paths import check_output_is_empty
 from ..hub.model_files import hash_files
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, ViTCLSPreTrainedModel
-from ..runtime.files import create_output_folder, write_json
+from ..runtime.files import write_json
+from ..runtime.staging import check_output_is_empty, create_output_folder
 from .exportable import Outputs, compute_named_outputs, load_exportable_model
 from .exporter import export_model, get_report_path
 from .formats import run_graph

@@ -131,11 +131,3 @@ def get_title(name: str) -> str:
     name = split_revision(name)[0]
     path = split_prefix(name)[1]
     return Path(path).resolve().name if path and Path(path).exists() else name
-
-
-def check_output_is_empty(output: Path, parameter: str = "output") -> None:
-    """Raise ValueError, with the parameter to set, if `output` is not an empty or a new folder."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(
-            f"{output} exists and is not empty. Set a different `{parameter}`, or remove {output}"
-        )

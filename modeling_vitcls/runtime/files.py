@@ -1,10 +1,9 @@
-"""Read JSON, write files and folders atomically, and replace unprintable characters."""
+"""Read JSON, write files atomically, and replace unprintable characters."""
 
 import hashlib
 import json
 import os
 import secrets
-import tempfile
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -88,43 +87,6 @@ def write_atomically(file: Path) -> Iterator[Path]:
     finally:
         temporary_file.unlink(missing_ok=True)
     sync_to_disk(file.parent)
-
-
-@contextmanager
-def create_output_folder(output: Path) -> Iterator[Path]:
-    """Create a temporary folder that becomes `output` at the end of the block.
-
-    If `output` exists, the contents are moved there.
-
-    If the block raises an error, nothing is left.
-    """
-    output = output.resolve()
-    existing_folder = next(folder for folder in (output, *output.parents) if folder.is_dir())
-    with tempfile.TemporaryDirectory(
-        prefix=f".{output.name}.", dir=existing_folder
-    ) as temporary_folder:
-        folder = Path(temporary_folder, output.name)
-        folder.mkdir()
-        yield folder
-        follow_umask(folder)
-        if output.exists():
-            # it may be the working directory or a mount point, which cannot be replaced
-            for path in folder.iterdir():
-                path.rename(output / path.name)
-        else:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            folder.rename(output)
-
-
-def follow_umask(folder: Path) -> None:
-    """Give weights in a folder the permissions of a new file.
-
-    safetensors makes them unreadable for other users.
-    """
-    umask = os.umask(0o077)  # the only call that returns it
-    os.umask(umask)
-    for file in folder.glob("*.safetensors"):
-        file.chmod(0o666 & ~umask)
 
 
 def sync_to_disk(path: Path) -> None:

@@ -33,7 +33,7 @@ from ..data.options import DataOptions
 from ..data.sources import load_splits
 from ..data.splits import TrainingData, choose_training_splits, load_training_data
 from ..hub.connection import silence_transformers
-from ..hub.local_paths import check_output_is_empty, strip_folders
+from ..hub.local_paths import strip_folders
 from ..hub.model_files import CERTIFICATE_FILE, RECIPE_FILE, RESULTS_FILE, hash_weights
 from ..hub.model_folder import ModelFolder
 from ..hub.provenance import Provenance, find_provenance
@@ -62,7 +62,8 @@ from ..inference.metric_tables import format_small_percent
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, count_output_tokens
 from ..runtime.distributed import set_mixed_precision
-from ..runtime.files import create_output_folder, write_json
+from ..runtime.files import write_json
+from ..runtime.staging import check_output_is_empty, create_output_folder
 from ..runtime.system import get_versions
 from .calibration import (
     compute_error,
@@ -180,16 +181,18 @@ def add_task_from_options(options: AddTaskOptions) -> dict[str, Any]:
     additions = base.folder.results.get(ADDITIONS_KEY, {})
     records = {name: value for name, value in additions.items() if name not in changed_heads}
     record = {}
-    if options.name is not None:
-        head = fit_task(base, data, options)
-        extended = append_head(model, options.name, head)
-        record = head.record | describe_cost(model, extended)
-        print_lines(base.console, head.lines | {"cost": format_cost(record)})
-        model = extended
-        records[options.name] = record
+    with create_output_folder(options.output_dir, "output_dir") as folder:
+        if options.name is not None:
+            head = fit_task(base, data, options)
+            extended = append_head(model, options.name, head)
+            record = head.record | describe_cost(model, extended)
+            print_lines(base.console, head.lines | {"cost": format_cost(record)})
+            model = extended
+            records[options.name] = record
 
-    pixels = read_pixels(data.train, base.processor)  # type: ignore[arg-type]  # not streamed
-    write_model(base, model, pixels, records, changed_heads)
+        pixels = read_pixels(data.train, base.processor)  # type: ignore[arg-type]  # not streamed
+        line = write_model(base, model, folder, pixels, records, changed_heads)
+    print_lines(base.console, {"certificate": line, "written": str(options.output_dir)})
     return record
 
 
@@ -409,15 +412,16 @@ def format_cost(record: dict[str, Any]) -> str:
 def write_model(
     base: Base,
     model: Any,
+    folder: Path,
     pixels: Sequence[torch.Tensor],
     records: dict[str, Any],
     changed_heads: Collection[str] = (),
-) -> None:
-    """Write the model folder and the certificate that the other outputs are unchanged.
+) -> str:
+    """Write the model and the certificate that the other outputs are unchanged.
 
-    Raise ValueError at the first difference; nothing is written then.
+    Return the certificate as a line. Raise ValueError at the first difference.
     """
-    with create_output_folder(base.options.output_dir) as folder, silence_transformers():
+    with silence_transformers():
         model.save_pretrained(folder)
         base.processor.save_pretrained(folder)
         certificate = certify(
@@ -428,22 +432,16 @@ def write_model(
             base.accelerator.device,
             changed_heads,
         )
-        hashes = {"weights_sha256": hash_weights(folder)}
-        write_json(folder / CERTIFICATE_FILE, hashes | certificate)
-        recipe = base.folder.path / RECIPE_FILE
-        if base.folder.results and recipe.is_file():
-            shutil.copyfile(recipe, folder / RECIPE_FILE)
-        provenance = copy_provenance(base, folder)
-        results = {"versions": get_versions()} | base.folder.results
-        write_json(
-            folder / RESULTS_FILE,
-            results | hashes | {"provenance": provenance, ADDITIONS_KEY: records},
-        )
-    lines = {
-        "certificate": describe_certificate(certificate),
-        "written": str(base.options.output_dir),
-    }
-    print_lines(base.console, lines)
+    hashes = {"weights_sha256": hash_weights(folder)}
+    write_json(folder / CERTIFICATE_FILE, hashes | certificate)
+    recipe = base.folder.path / RECIPE_FILE
+    if base.folder.results and recipe.is_file():
+        shutil.copyfile(recipe, folder / RECIPE_FILE)
+    provenance = copy_provenance(base, folder)
+    results = {"versions": get_versions()} | base.folder.results
+    additions = {"provenance": provenance, ADDITIONS_KEY: records}
+    write_json(folder / RESULTS_FILE, results | hashes | additions)
+    return describe_certificate(certificate)
 
 
 def copy_provenance(base: Base, folder: Path) -> dict[str, Any] | None:
@@ -506,43 +504,45 @@ def add_classes_from_options(options: AddClassOptions) -> dict[str, Any]:
     names = new_space.names[len(label_space.names) :]
     old_images, old_description = load_old_images(base, options, label_space)
 
-    compute = partial(base.compute_features, with_logits=True)
-    new_features = compute(new_images, new_space)
-    if old_images is None:
-        head = fit_without_old_images(base, names, new_features)
-    else:
-        features = concatenate_features(new_features, compute(old_images, label_space))
-        head = fit_new_rows(base, names, features, options.max_old_loss)
-    record: dict[str, Any] = {
-        "kind": "classes",
-        "labels": names,
-        "dataset": strip_folders(options.data.dataset),
-        "num_new_images": len(new_features.labels),
-        "old_images": old_description,
-        **head.record,
-    }
-    lines = head.lines
-    if new_held_out is not None:
-        held_out = compute(new_held_out, new_space)
-        logits = [get_old_logits(base, held_out), head.compute_logits(held_out)]
-        is_right = np.concatenate(logits, axis=1).argmax(axis=1) == held_out.labels
-        measured = build_proportion("recall", is_right.sum(), len(is_right))
-        record["held_out_result"] = round_floats(measured)
-        lines = lines | {"held out": format_proportion(measured)}
+    with create_output_folder(options.output_dir, "output_dir") as folder:
+        compute = partial(base.compute_features, with_logits=True)
+        new_features = compute(new_images, new_space)
+        if old_images is None:
+            head = fit_without_old_images(base, names, new_features)
+        else:
+            features = concatenate_features(new_features, compute(old_images, label_space))
+            head = fit_new_rows(base, names, features, options.max_old_loss)
+        record: dict[str, Any] = {
+            "kind": "classes",
+            "labels": names,
+            "dataset": strip_folders(options.data.dataset),
+            "num_new_images": len(new_features.labels),
+            "old_images": old_description,
+            **head.record,
+        }
+        lines = head.lines
+        if new_held_out is not None:
+            held_out = compute(new_held_out, new_space)
+            logits = [get_old_logits(base, held_out), head.compute_logits(held_out)]
+            is_right = np.concatenate(logits, axis=1).argmax(axis=1) == held_out.labels
+            measured = build_proportion("recall", is_right.sum(), len(is_right))
+            record["held_out_result"] = round_floats(measured)
+            lines = lines | {"held out": format_proportion(measured)}
 
-    head_name = f"added_classes_{len(base.config.get_added_classes()) + 1:03d}"
-    model = append_head(base.model, head_name, head, dict(enumerate(new_space.names)))
-    if base.config.energy_threshold is not None and "energy_threshold" in record:
-        model.config.energy_threshold = record["energy_threshold"]
-    record |= describe_cost(base.model, model)
-    print_lines(base.console, lines | {"cost": format_cost(record)})
+        head_name = f"added_classes_{len(base.config.get_added_classes()) + 1:03d}"
+        model = append_head(base.model, head_name, head, dict(enumerate(new_space.names)))
+        if base.config.energy_threshold is not None and "energy_threshold" in record:
+            model.config.energy_threshold = record["energy_threshold"]
+        record |= describe_cost(base.model, model)
+        print_lines(base.console, lines | {"cost": format_cost(record)})
 
-    num_old_pixels = 0 if old_images is None else NUM_IMAGES * 3 // 4
-    pixels = read_pixels(new_images, base.processor, NUM_IMAGES - num_old_pixels)
-    if old_images is not None:
-        pixels += read_pixels(old_images, base.processor, NUM_IMAGES - len(pixels))
-    records = base.folder.results.get(ADDITIONS_KEY, {}) | {head_name: record}
-    write_model(base, model, pixels, records)
+        num_old_pixels = 0 if old_images is None else NUM_IMAGES * 3 // 4
+        pixels = read_pixels(new_images, base.processor, NUM_IMAGES - num_old_pixels)
+        if old_images is not None:
+            pixels += read_pixels(old_images, base.processor, NUM_IMAGES - len(pixels))
+        records = base.folder.results.get(ADDITIONS_KEY, {}) | {head_name: record}
+        line = write_model(base, model, folder, pixels, records)
+    print_lines(base.console, {"certificate": line, "written": str(options.output_dir)})
     return record
 
 

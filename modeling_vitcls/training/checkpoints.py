@@ -27,7 +27,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..runtime.errors import format_error
-from ..runtime.files import compute_file_digest, follow_umask, sync_to_disk
+from ..runtime.files import compute_file_digest, sync_to_disk
+from ..runtime.staging import follow_umask
 
 
 Tensors = dict[str, torch.Tensor]

@@ -1,4 +1,4 @@
-"""Check the output folder before a run starts, remove replaced files, and lock the folder.
+"""Check the output folder before a run starts, remove replaced files, and write the results.
 
     finished run (results.json)              replaced only with --overwrite
     unfinished run (checkpoints/)            continued with --resume, replaced with --overwrite
@@ -9,18 +9,16 @@ A run first removes the files of the earlier run, starting with results.json and
 writes new files. Therefore, the folder never contains an old model with a new configuration, even
 if the run is killed.
 
-`FolderLock` prevents other runs from using the folder.
+The folder is locked (runtime/staging.py).
 """
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import yaml
 from accelerate import Accelerator
-from filelock import FileLock, Timeout
 from torch.distributed.fsdp import FSDPModule
 
 from ..data.image_folder import format_name_list
@@ -50,7 +48,8 @@ from ..inference.per_image import write_predictions
 from ..inference.speed import measure_inference_speed
 from ..runtime.distributed import run_on_main
 from ..runtime.errors import RunStopped, format_error
-from ..runtime.files import follow_umask, read_json, sync_to_disk, write_json
+from ..runtime.files import read_json, write_json
+from ..runtime.staging import STAGING_FOLDER, stage_files
 from .checkpoints import WRITE_ERRORS, Checkpoint, CheckpointStore, Tensors
 from .distributed_state import gather_weights
 from .model import InitialModel, merge_lora
@@ -76,12 +75,6 @@ FINAL_FILE_PATTERNS = (
     *DEFAULT_EXPORT_PATTERNS,
 )
 CHECKPOINTS_FOLDER = "checkpoints"
-
-STAGING_FOLDER = ".model.partial"  # files of the model until all of them are written
-LOCK_FILE = ".vitcls.lock"
-# Waiting time in seconds. Data loading processes of a killed run hold its lock until they end, a
-# few seconds later.
-LOCK_TIMEOUT = 10.0
 
 
 def check_replaceable(options: Any, store: CheckpointStore) -> None:
@@ -183,34 +176,6 @@ def list_final_files(folder: Path) -> list[str]:
 # Model --------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def stage_files(folder: Path) -> Iterator[Path]:
-    """Yield a hidden folder for the files of the model, and move them to `folder` at the end.
-
-    config.json is moved first, because it marks the folder as the folder of a model, and
-    results.json last, because it marks the run as finished. A run that is killed at any time is
-    therefore continued by --resume.
-    """
-    staging_folder = folder / STAGING_FOLDER
-    shutil.rmtree(staging_folder, ignore_errors=True)
-    staging_folder.mkdir()
-    yield staging_folder
-
-    files = [path for path in staging_folder.rglob("*") if path.is_file()]
-    for path in (*files, staging_folder):
-        sync_to_disk(path)
-
-    order = {CONFIG_FILE: 0, RESULTS_FILE: 2}
-    names = {path: path.relative_to(staging_folder).as_posix() for path in files}
-    for path in sorted(files, key=lambda path: (order.get(names[path], 1), path)):
-        target = folder / names[path]
-        target.parent.mkdir(exist_ok=True)
-        path.replace(target)
-
-    sync_to_disk(folder)
-    shutil.rmtree(staging_folder)
-
-
 def save_output(
     setup: TrainingSetup,
     results: dict[str, Any],
@@ -235,7 +200,12 @@ def save_output(
 
     def write() -> None:
         try:
-            with stage_files(options.output_dir) as folder, silence_transformers():
+            # A run that is killed at any time is continued by --resume: config.json marks the folder
+            # as that of a model, and results.json the run as finished.
+            with (
+                stage_files(options.output_dir, CONFIG_FILE, RESULTS_FILE) as folder,
+                silence_transformers(),
+            ):
                 write_model_files(
                     setup,
                     folder,
@@ -282,7 +252,6 @@ def write_model_files(
     model.__class__ = unsharded_class
     model.save_pretrained(folder, state_dict=merge_lora(weights))
     setup.processor.save_pretrained(folder)
-    follow_umask(folder)
 
     # provenance None: random weights
     results = results | {"weights_sha256": hash_weights(folder), "provenance": None}
@@ -297,42 +266,3 @@ def write_model_files(
     saved_model = unsharded_class.from_pretrained(folder).to(model.device).eval()
     results["inference"] = measure_inference_speed(saved_model, model.device)
     write_json(folder / RESULTS_FILE, results)
-
-
-# Lock ---------------------------------------------------------------------------------------------
-
-
-class FolderLock:
-    """Lock of one output folder.
-
-    The operating system releases the lock of a process that has ended for any reason, even if the
-    process ran on another host that shares the file system.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.file_lock = FileLock(folder / LOCK_FILE, timeout=LOCK_TIMEOUT, thread_local=False)
-
-    def acquire(self) -> None:
-        """Create the folder if necessary, and lock it.
-
-        Raise ValueError if another run holds the lock.
-        """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            self.file_lock.acquire()
-        except Timeout:
-            raise ValueError(
-                f"{self.folder} is in use by another run. Wait until that run ends, or choose a "
-                "different `output_dir`"
-            ) from None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.file_lock.is_locked:
-            (self.folder / LOCK_FILE).unlink(missing_ok=True)
-            self.file_lock.release()
-            with suppress(OSError):  # the folder is not empty
-                self.folder.rmdir()

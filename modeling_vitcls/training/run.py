@@ -30,7 +30,8 @@ from ..inference.per_image import get_outputs, is_labeled
 from ..runtime.distributed import configure_layer_sharding, run_on_main
 from ..runtime.errors import RunStopped, describe_error, is_raised_on_all_processes
 from ..runtime.flags import to_flags
-from . import finetune, output_folder, pretrain
+from ..runtime.staging import STAGING_FOLDER, FolderLock
+from . import finetune, pretrain
 from .calibration import (
     Calibration,
     explain_missing_calibration,
@@ -44,7 +45,7 @@ from .loop import Evaluate, TrainingLoop, TrainingState
 from .model import check_preset_name
 from .optimizer import Ema, build_optimizer
 from .options import FinetuneOptions, PretrainOptions
-from .output_folder import FolderLock, save_output
+from .output_folder import save_output
 from .probe import FittedProbe
 from .resume import format_flag_value, resolve_local_paths
 from .run_inputs import Environment, Loaded, Options, load, print_summary, set_up
@@ -105,7 +106,7 @@ def run(kind: ModuleType, options: Options, on_checkpoint: Callable[[Path], None
         accelerator, reporter = environment.accelerator, environment.reporter
         if environment.is_finished:
             # killed at the end
-            shutil.rmtree(folder / output_folder.STAGING_FOLDER, ignore_errors=True)
+            shutil.rmtree(folder / STAGING_FOLDER, ignore_errors=True)
             reporter.print_line("finished", f"{folder} already contains the results of this run")
             return folder
 

@@ -20,6 +20,7 @@ from ..data.sampling import BatchPlan
 from ..data.splits import TrainingData, describe_data, load_on_main
 from ..runtime.distributed import build_accelerator, run_on_main, set_mixed_precision
 from ..runtime.flags import to_flags
+from ..runtime.staging import FolderLock
 from ..runtime.system import describe_device
 from . import output_folder
 from .checkpoints import Checkpoint, CheckpointStore
@@ -27,7 +28,7 @@ from .defaults import choose_learning_rate_after_probe, describe_random_weights,
 from .loop import build_batch_plan
 from .model import InitialModel, choose_image_size, resolve_initial_model
 from .options import FinetuneOptions
-from .output_folder import CHECKPOINTS_FOLDER, RESULTS_FILE, FolderLock
+from .output_folder import CHECKPOINTS_FOLDER, RESULTS_FILE
 from .probe import explain_missing_steps
 from .reporter import Reporter, describe_batches, describe_model, describe_splits
 from .resume import check_flags_unchanged, check_run_unchanged, get_relative_flags, pin_models

@@ -11,7 +11,6 @@ from helpers.tiny_models import raises_one_line
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.hub.local_paths import (
     can_publish_images,
-    check_output_is_empty,
     get_title,
     is_local,
     is_same_source,
@@ -233,12 +232,3 @@ def test_images_of_local_datasets_are_published_only_if_requested() -> None:
     ):
         assert can_publish_images({"dataset": dataset}) is is_public
         assert can_publish_images({"dataset": dataset, "card_samples": True})
-
-
-def test_a_folder_in_use_is_not_written_to(tmp_path: Path) -> None:
-    check_output_is_empty(tmp_path / "new")
-    check_output_is_empty(tmp_path)
-    (tmp_path / "file").touch()
-    for used in (tmp_path, tmp_path / "file"):
-        with raises_one_line(str(used), "not empty", "a different `output`"):
-            check_output_is_empty(used)

@@ -7,7 +7,6 @@ import pytest
 from helpers.tiny_models import raises_one_line
 
 from modeling_vitcls.runtime.files import (
-    create_output_folder,
     read_json,
     replace_control_characters,
     write_atomically,
@@ -74,22 +73,6 @@ def test_two_writers_of_a_file_do_not_share_a_temporary_file(tmp_path: Path) -> 
         first.write_text("first")
         second.write_text("second")
         assert first.read_text() == "first"
-
-
-@pytest.mark.parametrize("output", ["new/made", "existing", "link", "."])
-def test_an_output_folder_is_new_or_empty(
-    output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("work", "work/existing"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "work/link").symlink_to("existing")
-    monkeypatch.chdir(tmp_path / "work" if output != "." else tmp_path / "work" / "existing")
-    with pytest.raises(KeyError), create_output_folder(Path(output)) as folder:
-        raise KeyError
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["existing", "link", "work"]
-    with create_output_folder(Path(output)) as folder:
-        (folder / "model").touch()
-    assert [path.name for path in Path(output).iterdir()] == ["model"]
 
 
 def test_control_characters_and_invalid_bytes_are_replaced() -> None:

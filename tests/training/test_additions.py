@@ -33,6 +33,7 @@ from modeling_vitcls import (
 )
 from modeling_vitcls.hub.model_files import CERTIFICATE_FILE, hash_weights
 from modeling_vitcls.inference.linear_probe import AddedRows
+from modeling_vitcls.runtime import staging
 from modeling_vitcls.runtime.files import read_json, write_json
 from modeling_vitcls.training import additions
 from modeling_vitcls.training.additions import choose_bias, rebuild
@@ -219,6 +220,25 @@ def test_predictions_of_several_labels_per_image_have_columns_for_added_tasks(
     row = predict(source, [Image.new("RGB", (32, 32), "red")], threshold=0.01)[0]
     assert {"labels", "tags_labels", "size_label"} <= row.keys()
     assert set(row["labels"]) == {"LABEL_0", "LABEL_1", "LABEL_2"}
+
+
+def test_two_commands_that_write_one_new_folder_leave_one_result(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(staging, "LOCK_TIMEOUT", 0.1)
+
+    def certify_and_add(*arguments: Any) -> Any:
+        monkeypatch.undo()
+        monkeypatch.setattr(staging, "LOCK_TIMEOUT", 0.1)
+        with raises_one_line("in use by another command"):
+            add_task(digits, build_dataset(LABELS["hole"]), "hole", tmp_path / "new")
+        return additions.certify(*arguments)
+
+    monkeypatch.setattr(additions, "certify", certify_and_add)
+    add_task(digits, build_dataset(LABELS["size"]), "size", tmp_path / "new")
+    outputs = compute(tmp_path / "new", build_images(1, 8, 8, channels=1))
+    assert set(outputs.task_logits) == {"size"}
+    assert not [path.name for path in (tmp_path / "new").iterdir() if path.name.startswith(".")]
 
 
 # Certificate -------------------------------------------------------------------------------------

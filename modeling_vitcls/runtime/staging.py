@@ -1,0 +1,192 @@
+"""Write the files of a folder together: all of them or, if the process is killed, none.
+
+    with create_output_folder(Path("out")) as folder:       # out/.model.partial
+        model.save_pretrained(folder)                       # locked: no other command writes to `out`
+                                                            # afterwards, the files are in `out`
+
+A hidden folder collects the files, and each is then renamed to its place. One file is the last: the
+folder is complete if it is there. What a killed process left behind is removed by the next command
+that writes to the folder.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Self
+
+from filelock import FileLock, Timeout
+
+from .files import sync_to_disk, write_atomically
+
+
+LOCK_FILE = ".vitcls.lock"
+STAGING_FOLDER = ".model.partial"  # the files until all of them are written
+MOVED_FILES = ".moved"  # in the staging folder: the names of the files, before the first is moved
+# Waiting time in seconds. Data loading processes of a killed run hold its lock until they end, a
+# few seconds later.
+LOCK_TIMEOUT = 10.0
+
+
+class FolderLock:
+    """Lock of one output folder.
+
+    The operating system releases the lock of a process that has ended for any reason, even if the
+    process ran on another host that shares the file system.
+    """
+
+    def __init__(self, folder: Path, parameter: str = "output_dir", name: str = LOCK_FILE) -> None:
+        self.folder = folder
+        self.parameter = parameter
+        self.lock_file = folder / name
+        self.file_lock = FileLock(self.lock_file, timeout=LOCK_TIMEOUT, thread_local=False)
+        self.new_folders = [each for each in (folder, *folder.parents) if not each.exists()]
+
+    def acquire(self) -> None:
+        """Create the folder if necessary, and lock it.
+
+        Raise ValueError if another command holds the lock.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.file_lock.acquire()
+        except Timeout:
+            raise ValueError(
+                f"{self.folder} is in use by another command. Wait until it ends, or set a "
+                f"different `{self.parameter}`"
+            ) from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.file_lock.is_locked:
+            self.lock_file.unlink(missing_ok=True)
+            self.file_lock.release()
+            for folder in self.new_folders:
+                with suppress(OSError):  # not empty
+                    folder.rmdir()
+
+
+@contextmanager
+def create_output_folder(output: Path, parameter: str = "output") -> Iterator[Path]:
+    """Lock a new or empty folder, and yield a folder for its files.
+
+    config.json is moved last. If the block raises an error, nothing is left.
+
+    Args:
+        output: the folder.
+        parameter: its name in errors.
+
+    Raises:
+        ValueError: if `output` is not empty, or another command writes to it.
+    """
+    output = output.resolve()
+    check_output_is_empty(output, parameter)
+    with FolderLock(output, parameter) as lock:
+        lock.acquire()
+        remove_unfinished_files(output)
+        check_output_is_empty(output, parameter)
+        with stage_files(output, last="config.json") as folder:
+            yield folder
+
+
+@contextmanager
+def create_output_files(target: Path, last: str) -> Iterator[Path]:
+    """Lock the name of a file in a folder, and yield a folder for this and accompanying files.
+
+    If the block raises an error, nothing is left.
+
+    Args:
+        target: the file.
+        last: name of the file to move last.
+
+    Raises:
+        ValueError: if another command writes the file.
+    """
+    with FolderLock(target.parent, "output", f".{target.name}.lock") as lock:
+        lock.acquire()
+        with stage_files(target.parent, last=last, name=f".{target.name}.partial") as folder:
+            yield folder
+
+
+def check_output_is_empty(output: Path, parameter: str = "output") -> None:
+    """Raise ValueError, with the parameter to set, if `output` is not an empty or a new folder.
+
+    A folder with files of a killed command counts as empty, because they will be removed.
+    """
+    if not output.exists():
+        return
+    names = {path.name for path in output.iterdir()} if output.is_dir() else {output.name}
+    if names - {LOCK_FILE} and STAGING_FOLDER not in names:
+        raise ValueError(
+            f"{output} exists and is not empty. Set a different `{parameter}`, or remove {output}"
+        )
+
+
+@contextmanager
+def stage_files(
+    folder: Path, first: str = "", last: str = "", name: str = STAGING_FOLDER
+) -> Iterator[Path]:
+    """Yield a hidden folder for files, and move them to `folder` at the end.
+
+    The folder must be locked.
+
+    Args:
+        folder: an existing folder.
+        first, last: names of the files to move first and last.
+        name: name of the hidden folder.
+    """
+    remove_unfinished_files(folder, name)
+    staging_folder = folder / name
+    staging_folder.mkdir()
+    try:
+        yield staging_folder
+        move_files(staging_folder, folder, first, last)
+    finally:
+        remove_unfinished_files(folder, name)
+
+
+def move_files(staging_folder: Path, folder: Path, first: str, last: str) -> None:
+    """Move the files of a staging folder to `folder`, and write all of it to the disk."""
+    follow_umask(staging_folder)
+    files = [path for path in staging_folder.rglob("*") if path.is_file()]
+    names = sorted(path.relative_to(staging_folder).as_posix() for path in files)
+    names.sort(key=lambda name: (name != first, name == last))
+
+    moved_file = staging_folder / MOVED_FILES
+    with write_atomically(moved_file) as file:
+        file.write_text("\n".join(names), encoding="utf-8")
+    for path in files:
+        sync_to_disk(path)
+
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (staging_folder / name).replace(folder / name)
+    sync_to_disk(folder)
+    moved_file.unlink()
+
+
+def remove_unfinished_files(folder: Path, name: str = STAGING_FOLDER) -> None:
+    """Remove what a killed process left in a folder, which must be locked."""
+    moved_file = folder / name / MOVED_FILES
+    if moved_file.is_file():
+        names = moved_file.read_text(encoding="utf-8").splitlines()
+        if any((folder / name / each).is_file() for each in names):  # not all of them were moved
+            for each in names:
+                (folder / each).unlink(missing_ok=True)
+                with suppress(OSError):  # not empty
+                    (folder / each).parent.rmdir()
+    shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def follow_umask(folder: Path) -> None:
+    """Give weights in a folder the permissions of a new file.
+
+    safetensors makes them unreadable for other users.
+    """
+    umask = os.umask(0o077)  # the only call that returns it
+    os.umask(umask)
+    for file in folder.glob("*.safetensors"):
+        file.chmod(0o666 & ~umask)

@@ -1,0 +1,131 @@
+"""A folder is written by one command at a time, completely or not at all."""
+
+import itertools
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.tiny_models import raises_one_line
+
+from modeling_vitcls.runtime import staging
+from modeling_vitcls.runtime.staging import (
+    FolderLock,
+    check_output_is_empty,
+    create_output_files,
+    create_output_folder,
+)
+
+
+NAMES = ["config.json", "model.safetensors", "onnx/model.onnx"]
+KILLED = 9  # exit status
+CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree")
+
+
+def write(output: Path, content: str = "") -> None:
+    """Write a folder as a command does."""
+    with create_output_folder(output) as folder:
+        for name in NAMES:
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(content)
+
+
+def list_names(folder: Path) -> list[str]:
+    return sorted(
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
+    )
+
+
+@pytest.mark.parametrize("output", ["new/made", "existing", "link", "."])
+def test_an_output_folder_is_new_or_empty(
+    output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("work", "work/existing"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "work/link").symlink_to("existing")
+    monkeypatch.chdir(tmp_path / "work" if output != "." else tmp_path / "work" / "existing")
+    with pytest.raises(KeyError), create_output_folder(Path(output)) as folder:
+        (folder / "model").touch()
+        raise KeyError
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["existing", "link", "work"]
+    write(Path(output))
+    assert list_names(Path(output)) == NAMES
+
+
+def test_a_folder_in_use_is_not_written_to(tmp_path: Path) -> None:
+    check_output_is_empty(tmp_path / "new")
+    check_output_is_empty(tmp_path)
+    (tmp_path / "file").touch()
+    for used in (tmp_path, tmp_path / "file"):
+        with raises_one_line(str(used), "not empty", "a different `output`"):
+            check_output_is_empty(used)
+
+
+def test_two_commands_never_write_to_one_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(staging, "LOCK_TIMEOUT", 0.1)
+    with create_output_folder(tmp_path / "out") as folder:
+        with raises_one_line("is in use by another command"):
+            write(tmp_path / "out", "second")
+        (folder / "config.json").write_text("first")
+    assert list_names(tmp_path / "out") == ["config.json"]
+    with raises_one_line("exists and is not empty"):
+        write(tmp_path / "out", "second")
+    assert (tmp_path / "out" / "config.json").read_text() == "first"
+
+
+def test_other_files_of_a_folder_are_written_at_the_same_time(tmp_path: Path) -> None:
+    with (
+        create_output_files(tmp_path / "a.onnx", "a.onnx.json") as first,
+        create_output_files(tmp_path / "b.onnx", "b.onnx.json") as second,
+    ):
+        (first / "a.onnx").touch()
+        (second / "b.onnx").touch()
+    assert list_names(tmp_path) == ["a.onnx", "b.onnx"]
+
+
+def end_at_change(number: int, folder: Path, work: Callable[[], Any]) -> int:
+    """Do some work in another process, which ends before its change `number` of a folder.
+
+    Return the exit status.
+    """
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    numbers = itertools.count(1)
+
+    def count(event: str, arguments: tuple[Any, ...]) -> None:
+        is_change = event in CHANGES and str(arguments[0]).startswith(str(folder))
+        if is_change and next(numbers) == number:
+            os._exit(KILLED)
+
+    sys.addaudithook(count)
+    work()
+    os._exit(0)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
+def test_what_a_killed_command_left_is_removed_by_the_next_one(tmp_path: Path) -> None:
+    """The first process is killed before its first, second, ... change of the folder."""
+    for number in itertools.count(1):
+        output = tmp_path / str(number)
+        output.mkdir()
+        status = end_at_change(number, output, lambda output=output: write(output, "killed"))
+        if status == 0:
+            break
+        is_complete = (output / "config.json").is_file()
+        if is_complete:
+            assert set(NAMES) <= set(list_names(output))
+        with FolderLock(output) as lock:
+            lock.acquire()
+            staging.remove_unfinished_files(output)
+        if not is_complete:
+            write(output, "new")
+        assert list_names(output) == NAMES
+        assert {(output / name).read_text() for name in NAMES} == {
+            "killed" if is_complete else "new"
+        }
+    assert number > 8
