@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from random_weights import randomize_weights
 from torch import nn
 from torch.utils.benchmark import Timer, timer
 from transformers import PreTrainedModel
@@ -42,7 +43,6 @@ from modeling_vitcls.cli.parsing import run_script
 from modeling_vitcls.conversion.from_timm import convert_from_timm
 from modeling_vitcls.conversion.from_transformers import convert_from_transformers
 from modeling_vitcls.conversion.parity_report import build_random_images
-from modeling_vitcls.conversion.random_weights import randomize_weights
 from modeling_vitcls.export.exportable import (
     OUTPUT_SELECTORS,
     NamedOutputsModel,

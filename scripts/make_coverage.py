@@ -17,6 +17,7 @@ from typing import Any
 import timm
 import torch
 import transformers
+from random_weights import randomize_weights
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 from transformers.utils import logging
@@ -24,7 +25,6 @@ from transformers.utils import logging
 from modeling_vitcls.conversion.from_timm import TIMM_CLASSES, convert_from_timm
 from modeling_vitcls.conversion.from_transformers import CONVERTIBLE_CLASSES
 from modeling_vitcls.conversion.parity_report import compare_models
-from modeling_vitcls.conversion.random_weights import randomize_weights
 from modeling_vitcls.conversion.source_models import TimmSource, TransformersSource
 from modeling_vitcls.conversion.timm_modules import get_class_name
 from modeling_vitcls.conversion.weight_rules import ConversionError

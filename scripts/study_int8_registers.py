@@ -23,6 +23,7 @@ import timm
 import torch
 import tyro
 from PIL import Image
+from random_weights import randomize_weights
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 
@@ -31,7 +32,6 @@ from modeling_vitcls.analysis.register_neurons import (
     add_test_time_register,
     compute_outlier_fraction,
 )
-from modeling_vitcls.conversion.random_weights import randomize_weights
 from modeling_vitcls.export.exportable import NamedOutputsModel
 from modeling_vitcls.export.formats import write_openvino
 from modeling_vitcls.export.quantization import quantize_graph, round_inputs, round_to_int8

@@ -34,8 +34,6 @@ class ConvertOptions:
     remote code."""
     model: str | None = None
     """With --to transformers: folder or Hub id of a vitcls model."""
-    random_init: bool = False
-    """Initialize the source with random weights, to test the conversion without trained weights."""
     family: str | None = None
     """Model family of a state-dict file, such as dino, ibot, mae or dinov2. Default: detected from
     the parameter names."""
@@ -60,9 +58,7 @@ def run(options: ConvertOptions) -> None:
     if options.to == "transformers":
         report = write_native_model(str(options.model), options.output)
     else:
-        report = convert_checkpoint(
-            str(options.source), options.output, options.random_init, options.family
-        )
+        report = convert_checkpoint(str(options.source), options.output, options.family)
     write_card(ModelFolder(options.output))
     print_report(report, options.output)
 

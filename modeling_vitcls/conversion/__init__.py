@@ -4,7 +4,6 @@ Tables of rules map the names of the parameters.
 
     any_checkpoint.py         any supported checkpoint -> a model folder, converted once and cached
     weight_rules.py           rules for parameter names and shapes in both directions, and handling of the classifier
-    random_weights.py         random values for every parameter, for conversions without a checkpoint
     from_transformers.py      conversion of transformers models
     transformers_families.py  parameter names and configurations of the model families of transformers
     from_timm.py              conversion of timm models: parameter names, and rewrites that involve several parameters

@@ -52,9 +52,7 @@ SOURCE_CLASSES: dict[str, type[SourceModel]] = {
 }
 
 
-def convert_checkpoint(
-    source_name: str, output: Path, random_init: bool = False, family: str | None = None
-) -> Report:
+def convert_checkpoint(source_name: str, output: Path, family: str | None = None) -> Report:
     """Convert a checkpoint, and write the folder of the model.
 
     The folder has the model, the image processor, the parity report and the license.
@@ -63,8 +61,6 @@ def convert_checkpoint(
         source_name: `timm:NAME[@FILE]`, `transformers:PATH_OR_ID` (an id may end with `@REVISION`),
             or a state-dict file.
         output: A folder that does not exist or is empty.
-        random_init: Whether to fill the source model with random values instead of loading trained
-            weights.
         family: Family of a state-dict file. By default, the family is detected from the file.
 
     Raises:
@@ -73,7 +69,7 @@ def convert_checkpoint(
             nothing is written.
     """
     check_output_is_empty(output)
-    source = load_source(source_name, random_init, family)
+    source = load_source(source_name, family)
     model = convert_source(source)
     processor, preprocessing = source.convert_preprocessing()
 
@@ -86,7 +82,6 @@ def convert_checkpoint(
             source_name,
             model,
             model.config,
-            random_init=random_init,
             source=strip_folders(resolve_name(source.name)),
             source_revision=source.revision,
             source_class=type(source.model).__name__,
@@ -108,27 +103,22 @@ def write_parity_report(
     source_name: str,
     model: PreTrainedModel,
     config: ViTCLSConfig,
-    *,
-    random_init: bool,
     **fields: Any,
 ) -> Report:
     """Write the parity report of a model in a folder, and copy the license of the source.
 
-    The license is not copied for random weights. `config` is the configuration of the ViTCLS model,
-    and `fields` are further fields of the report.
+    `config` is the configuration of the ViTCLS model, and `fields` are further fields of the report.
 
     docs/converting.md describes the main fields. `is_native` (whether the model is a transformers
     model), `required_versions` (the lowest versions that its class requires) and `provenance`
     (license and base model) are for the card.
     """
     provenance = find_provenance(source_name)
-    if not random_init:
-        provenance.copy_license(folder)
+    provenance.copy_license(folder)
     optional_fields: Report = {"is_native": False, "required_versions": {}, "notes": []}
     optional_fields |= dict.fromkeys(("source_revision", "family", "source_sha256"))
     report = {
         **optional_fields,
-        "random_init": random_init,
         "model_class": type(model).__name__,
         "num_parameters": model.num_parameters(),
         "image_size": config.image_height_width,
@@ -142,9 +132,7 @@ def write_parity_report(
     return report
 
 
-def load_source(
-    source_name: str, random_init: bool = False, family: str | None = None
-) -> SourceModel:
+def load_source(source_name: str, family: str | None = None) -> SourceModel:
     """Load a model of another project: `timm:NAME`, `transformers:PATH_OR_ID` or a state-dict file.
 
     An id may end with `@REVISION`, and a file may have a family. Raise ValueError or OSError if the
@@ -161,13 +149,8 @@ def load_source(
                 f"the source {source_name!r} is not supported. Use timm:NAME, "
                 "transformers:PATH_OR_ID or a state-dict file"
             )
-        return SOURCE_CLASSES[project].load(name, random_init)
+        return SOURCE_CLASSES[project].load(name)
 
-    if random_init:
-        raise ConversionError(
-            "`random_init=True` requires timm:NAME or transformers:PATH_OR_ID, but the source is "
-            f"{source_name}"
-        )
     return FileSource.load(Path(source_name), family)
 
 
@@ -237,7 +220,7 @@ def write_native_model(source: str, output: Path) -> Report:
         converted_model.save_pretrained(output_folder)
         preprocessing = write_processor(folder, output_folder)
 
-        reloaded_source = TransformersSource.load(str(output_folder), random_init=False)
+        reloaded_source = TransformersSource.load(str(output_folder))
         reloaded_source.model.float()
         reloaded_source.native_size_reason = native_size_reason
         processor_size = None
@@ -251,7 +234,6 @@ def write_native_model(source: str, output: Path) -> Report:
             source,
             converted_model,
             model.config,
-            random_init=False,
             source=strip_folders(resolve_name(source)),
             source_class=type(model).__name__,
             is_native=True,

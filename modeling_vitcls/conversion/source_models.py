@@ -1,8 +1,8 @@
-"""Load a timm or transformers model with trained weights or with random values.
+"""Load a timm or transformers model.
 
-    source = TimmSource.load("vit_base_patch16_clip_224.openai", random_init=False)
-    source = TransformersSource.load("facebook/dinov2-base@COMMIT", random_init=False)  # commit, branch or tag
-    source = TransformersSource.load("path/to/checkpoint", random_init=True)            # requires only config.json
+    source = TimmSource.load("vit_base_patch16_clip_224.openai")
+    source = TransformersSource.load("facebook/dinov2-base@COMMIT")  # commit, branch or tag
+    source = TransformersSource.load("path/to/checkpoint")
 
 A source converts its model and its preprocessing, and computes reference outputs for the parity
 report.
@@ -21,10 +21,8 @@ from torch import nn
 
 from ..hub.connection import iter_causes
 from ..hub.loading import (
-    CONFIG_FILES,
     get_cached_commit,
     get_external_model_folder,
-    get_model_folder,
     load_timm_model,
 )
 from ..hub.local_paths import split_revision
@@ -37,7 +35,6 @@ from .processors import (
     convert_timm_preprocessing,
     convert_transformers_preprocessing,
 )
-from .random_weights import randomize_weights
 from .weight_rules import ConversionError
 
 
@@ -65,21 +62,15 @@ class TimmSource(Source):
     project = "timm"  # project whose resampling of position embeddings the converted model follows
 
     @classmethod
-    def load(cls, name: str, random_init: bool) -> "TimmSource":
+    def load(cls, name: str) -> "TimmSource":
         """Load a model by its timm name.
 
         The name may have a tag, `@FILE`, or timm's prefix `hf-hub:` or `local-dir:`.
         """
         if ":" not in name:
             check_timm_architecture(name.partition("@")[0].partition(".")[0])
-        if random_init and "@" in name and ":" not in name:
-            raise ConversionError(
-                f"`random_init=True` reads no file, but the source is timm:{name}. Remove one of "
-                "them"
-            )
-
         try:
-            model, commit = load_timm_model(name, pretrained=not random_init)
+            model, commit = load_timm_model(name)
         except Exception as error:  # downloads raise errors of many types
             raise_if_unsafe_pickle(name, error)
             raise OSError(
@@ -87,7 +78,7 @@ class TimmSource(Source):
                 "Hub, a folder with the model (timm:local-dir:FOLDER) or a file with its weights "
                 "(timm:NAME@FILE)"
             ) from error
-        return cls(f"timm:{name}", randomize_weights(model) if random_init else model, commit, [])
+        return cls(f"timm:{name}", model, commit, [])
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -134,16 +125,10 @@ class TransformersSource(Source):
     project = "transformers"
 
     @classmethod
-    def load(cls, name: str, random_init: bool) -> "TransformersSource":
-        """Load a model from a folder or by a Hub id, optionally with `@REVISION`.
-
-        `random_init` requires only config.json.
-        """
+    def load(cls, name: str) -> "TransformersSource":
+        """Load a model from a folder or by a Hub id, optionally with `@REVISION`."""
         name_or_path, revision = split_revision(name)
-        if random_init:
-            folder = get_model_folder(name_or_path, CONFIG_FILES, revision)
-        else:
-            folder = get_external_model_folder(name_or_path, revision)
+        folder = get_external_model_folder(name_or_path, revision)
 
         try:
             config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -158,11 +143,6 @@ class TransformersSource(Source):
             ) from error
 
         model_class = get_convertible_class(config)
-        if random_init:
-            model_config = (
-                config if isinstance(config, model_class.config_class) else config.vision_config
-            )
-            return cls(name_or_path, folder, randomize_weights(model_class(model_config)), [])
         return cls(
             name_or_path, folder, *load_transformers_model(model_class, name_or_path, folder)
         )

@@ -328,7 +328,7 @@ def describe_missing_repo(name: str, repo_type: RepoType = "model") -> str:
     )
 
 
-def load_timm_model(name: str, pretrained: bool = True) -> tuple[nn.Module, str | None]:
+def load_timm_model(name: str) -> tuple[nn.Module, str | None]:
     """Return a timm model and the commit hash of its repository.
 
     The hash is None unless `name` starts with `hf-hub:`. In NAME@FILE, `FILE` contains weights for
@@ -343,15 +343,15 @@ def load_timm_model(name: str, pretrained: bool = True) -> tuple[nn.Module, str 
     if not separator and "@" in name:
         name, _, file = name.partition("@")
         overlay = {"file": file, "custom_load": False}
-        return timm.create_model(name, pretrained=pretrained, pretrained_cfg_overlay=overlay), None
+        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay), None
     if not separator:
-        config = timm.get_pretrained_cfg(name) if pretrained else None
+        config = timm.get_pretrained_cfg(name)
         hub_id = None if config is None else config.hf_hub_id
         with fall_back_to_cache(hub_id) if hub_id else nullcontext():
-            return timm.create_model(name, pretrained=pretrained), None
+            return timm.create_model(name, pretrained=True), None
     if kind.lower().replace("_", "-") != "hf-hub":
-        return timm.create_model(name, pretrained=pretrained), None
+        return timm.create_model(name, pretrained=True), None
     repo_id, _, revision = location.partition("@")
     with fall_back_to_cache(repo_id, revision=revision or None) as commit:
         pinned_name = f"{kind}:{repo_id}@{commit}" if commit else name
-        return timm.create_model(pinned_name, pretrained=pretrained), commit
+        return timm.create_model(pinned_name, pretrained=True), commit

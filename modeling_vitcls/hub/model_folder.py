@@ -209,11 +209,6 @@ class ModelFolder:
         return self.read_current(RESULTS_FILE, "weights_sha256")
 
     @cached_property
-    def has_random_weights(self) -> bool:
-        """Whether the model was converted with random weights (`vitcls convert --random-init`)."""
-        return bool(self.read_saved(PARITY_REPORT_FILE).get("random_init"))
-
-    @cached_property
     def parity_report(self) -> dict[str, Any]:
         """The contents of the parity report; empty if it belongs to other weights."""
         return self.read_current(PARITY_REPORT_FILE, "sha256")

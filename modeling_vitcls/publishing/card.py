@@ -157,8 +157,7 @@ def build_metadata(folder: ModelFolder, name: str) -> dict[str, Any]:
     results = folder.results
     flags = folder.flags
     report = folder.parity_report
-    is_random = report.get("random_init", False)
-    base_model = folder.provenance.base_model if folder.provenance and not is_random else None
+    base_model = folder.provenance.base_model if folder.provenance else None
     relation = None if report else "finetune"  # the Hub has no relation for exact copies
     is_classifier = "ForImageClassification" in folder.architecture
 
@@ -170,7 +169,7 @@ def build_metadata(folder: ModelFolder, name: str) -> dict[str, Any]:
         "datasets": [flags["dataset"]] if has_hub_dataset else None,
         "base_model": base_model,
         "base_model_relation": relation if base_model else None,
-        **({} if is_random else get_license_source(folder).license_metadata),
+        **get_license_source(folder).license_metadata,
     }
 
     metric_names = get_metric_names(results, config)
@@ -241,23 +240,19 @@ def describe_architecture(folder: ModelFolder) -> dict[str, Any]:
 def describe_use(folder: ModelFolder) -> dict[str, Any]:
     """Return the variables of the section "Use".
 
-    A pipeline supports classifiers with one task and trained weights.
+    A pipeline supports classifiers with one task.
     """
     report = folder.parity_report
     auto_class = get_auto_class(folder.architecture)
     is_classifier = auto_class == "AutoModelForImageClassification"
-    is_trained = not report.get("random_init")
     min_transformers = ".".join(map(str, MIN_TRANSFORMERS_VERSION))
     if folder.is_native:
         min_transformers = report["required_versions"]["transformers"].lstrip(">=")
     return {
         "auto_class": auto_class,
-        "has_pipeline": is_classifier
-        and is_trained
-        and not (folder.config is not None and folder.config.tasks),
+        "has_pipeline": is_classifier and not (folder.config is not None and folder.config.tasks),
         "min_transformers": min_transformers,
-        "can_be_finetuned": not folder.is_native
-        and not (folder.results and is_classifier and is_trained),
+        "can_be_finetuned": not folder.is_native and not (folder.results and is_classifier),
     }
 
 
@@ -374,7 +369,6 @@ def describe_conversion(folder: ModelFolder) -> dict[str, Any]:
     report = folder.parity_report
     provenance = folder.provenance or Provenance(folder.parity_report["source"])
     return {
-        "random_init": report["random_init"],
         "source_name": provenance.name,
         "base_model": provenance.base_model,
         # whether the base model in the card's header is the source itself, rather than the base

@@ -183,8 +183,7 @@ def describe_random_weights(initial: InitialModel) -> str | None:
     """Return the summary line about random initial weights; None for pre-trained weights."""
     if not initial.has_random_weights:
         return None
-    reason = "is a preset" if initial.folder is None else "was converted with `random_init=True`"
     return (
-        f"random, because {initial.name} {reason}. For better results on a small dataset, set "
+        f"random, because {initial.name} is a preset. For better results on a small dataset, set "
         f"`model` to a checkpoint, for example {EXAMPLE_CHECKPOINT}"
     )

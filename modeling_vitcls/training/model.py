@@ -50,7 +50,11 @@ class InitialModel:
     name: str
     folder: ModelFolder | None  # None for a preset
     config: ViTCLSConfig
-    has_random_weights: bool  # a preset, or a conversion with --random-init
+
+    @property
+    def has_random_weights(self) -> bool:
+        """Return whether the model is a preset."""
+        return self.folder is None
 
     @property
     def gate_new_tokens(self) -> bool | None:
@@ -65,9 +69,9 @@ def resolve_initial_model(name: str) -> InitialModel:
     a vitcls model, and OSError if it cannot be found or read.
     """
     if is_preset(name):
-        return InitialModel(name, None, ViTCLSConfig.from_preset(name), has_random_weights=True)
+        return InitialModel(name, None, ViTCLSConfig.from_preset(name))
     folder = resolve(name)
-    return InitialModel(name, folder, folder.config, folder.has_random_weights)
+    return InitialModel(name, folder, folder.config)
 
 
 def build_model(

@@ -32,7 +32,7 @@ from modeling_vitcls.conversion.any_checkpoint import (
     pin_revision,
     resolve,
 )
-from modeling_vitcls.conversion.convert import convert_checkpoint, load_source
+from modeling_vitcls.conversion.convert import load_source
 from modeling_vitcls.conversion.weight_rules import ConversionError
 from modeling_vitcls.inference.load_model import load_model
 
@@ -89,7 +89,6 @@ def test_a_model_of_transformers_is_converted_once(
     assert folder.parent == own_cache
     report = json.loads((folder / "parity_report.json").read_text(encoding="utf-8"))
     assert report["source_class"] == "ViTForImageClassification"
-    assert not report["random_init"]
 
     pixel_values = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     theirs = transformers.ViTForImageClassification.from_pretrained(source).eval()
@@ -142,7 +141,7 @@ def test_a_timm_model_on_the_hub_is_converted_at_the_requested_commit(tmp_path: 
         assert folder.config.num_labels == num_labels
         assert folder.parity_report["source"] == f"timm:hf-hub:ann/timm@{commit}"
 
-    assert load_source(f"timm:hf-hub:ann/timm@{COMMIT}", random_init=True).model.num_classes == 5
+    assert load_source(f"timm:hf-hub:ann/timm@{COMMIT}").model.num_classes == 5
 
     save_for_hf(model, tmp_path / "local", safe_serialization=True)
     assert resolve(str(tmp_path / "local")).config.num_labels == 6
@@ -162,7 +161,7 @@ def test_the_conversion_of_a_hub_model_is_pinned(source: Path) -> None:
 
     assert folders[0] != folders[1]
     assert resolve(f"ann/vit@{COMMIT}").path == folders[0]
-    assert load_source(f"transformers:ann/vit@{COMMIT}", random_init=True).revision == COMMIT
+    assert load_source(f"transformers:ann/vit@{COMMIT}").revision == COMMIT
 
 
 def test_vitcls_folders_are_not_converted(tmp_path: Path) -> None:
@@ -237,16 +236,8 @@ def test_a_model_without_an_image_processor_names_the_remedy(tmp_path: Path) -> 
 def test_a_timm_model_that_cannot_be_loaded_names_a_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """`finetune` has no flag --random-init, and nothing is cached."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(OSError, match="timm:local-dir:FOLDER") as raised:
         run(tmp_path / "run", "timm:vit_tiny_patch16_224")
-    assert "`random_init=True`" not in str(raised.value)
     assert "\n" not in str(raised.value)
     assert "cached in" not in caplog.text
-
-
-@pytest.mark.slow
-def test_a_run_from_random_weights_records_no_source(tmp_path: Path) -> None:
-    convert_checkpoint("timm:test_vit", tmp_path / "random", random_init=True)
-    assert run(tmp_path / "run", str(tmp_path / "random"))["provenance"] is None

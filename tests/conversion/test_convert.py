@@ -26,6 +26,7 @@ from helpers.source_checkpoints import (
     RunWhenUnpickled,
     build_vit_classifier,
     save_checkpoint,
+    save_timm_model,
 )
 from helpers.tiny_models import build_tiny_config, raises_one_line
 from safetensors.torch import load_file, save_file
@@ -41,9 +42,8 @@ from modeling_vitcls import (
 from modeling_vitcls.conversion import convert, source_models
 from modeling_vitcls.conversion.convert import convert_checkpoint, load_source
 from modeling_vitcls.conversion.parity_report import compare_models
-from modeling_vitcls.conversion.random_weights import randomize_weights
 from modeling_vitcls.conversion.weight_rules import ConversionError
-from modeling_vitcls.hub.model_folder import ModelFolder
+from scripts.random_weights import randomize_weights
 
 
 LIMIT = 1e-5  # DESIGN.md
@@ -68,7 +68,8 @@ def list_all(folder: Path) -> list[Path]:
 def from_timm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a converted model of timm."""
     folder = tmp_path_factory.mktemp("timm") / "not" / "there"
-    run("--source", "timm:test_vit", "--output", folder, "--random-init")
+    source = save_timm_model(tmp_path_factory.mktemp("timm_source"))
+    run("--source", source, "--output", folder)
     return folder
 
 
@@ -149,12 +150,6 @@ def test_the_parity_report_has_the_differences_at_two_sizes(
     num_parameters = ViTCLSForImageClassification.from_pretrained(folder).num_parameters()
     assert (report["num_parameters"], report["num_labels"]) == (num_parameters, 3)
     assert report["source"].startswith("transformers:")
-    assert [
-        ModelFolder(folder).has_random_weights for folder in (from_timm, from_transformers[0])
-    ] == [
-        True,
-        False,
-    ]
 
 
 CHILD = """
@@ -246,10 +241,9 @@ def test_a_wrong_weight_aborts_and_writes_nothing(
         run_in_process(
             "convert.py",
             "--source",
-            "timm:test_vit",
+            save_timm_model(tmp_path / "source"),
             "--output",
             tmp_path / "deep" / "made",
-            "--random-init",
         )
         == 1
     )
@@ -257,21 +251,22 @@ def test_a_wrong_weight_aborts_and_writes_nothing(
     assert error.startswith("error: ")
     assert message in error
     assert "1e-05" in error
-    assert not list_all(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_an_output_that_is_not_empty_is_unchanged(tmp_path: Path) -> None:
+    source = save_timm_model(tmp_path / "source")
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "mine.txt").write_text("mine")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="not empty"):
-        convert_checkpoint("timm:test_vit", tmp_path / "used", random_init=True)
+        convert_checkpoint(source, tmp_path / "used")
     with pytest.raises(ValueError, match="not empty"):
-        convert_checkpoint("timm:test_vit", tmp_path / "used" / "mine.txt", random_init=True)
-    convert_checkpoint("timm:test_vit", tmp_path / "empty", random_init=True)
+        convert_checkpoint(source, tmp_path / "used" / "mine.txt")
+    convert_checkpoint(source, tmp_path / "empty")
     assert (tmp_path / "empty" / "parity_report.json").is_file()
     assert [path.name for path in (tmp_path / "used").iterdir()] == ["mine.txt"]
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 # Sources
@@ -328,8 +323,6 @@ def test_the_vision_part_of_a_larger_model_is_converted(tmp_path: Path) -> None:
 
     assert made["source_class"] == "CLIPVisionModel"
     assert not any("text_model" in note or "does not use" in note for note in made["notes"])
-
-    convert_checkpoint(f"transformers:{tmp_path / 'source'}", tmp_path / "random", random_init=True)
 
     model = ViTCLSModel.from_pretrained(tmp_path / "made")
     pixel_values = torch.randn(2, 3, 32, 32)
@@ -488,10 +481,6 @@ UNSUPPORTED: dict[str, Callable[[Path], str]] = {
     "cannot read the configuration of": lambda folder: f"transformers:{folder.parent}",
     "source 'keras:resnet' is not supported": lambda folder: "keras:resnet",
     "source 'timm:' is not supported": lambda folder: "timm:",
-    "`random_init=True` requires timm:NAME or transformers:PATH_OR_ID, but the source is": lambda folder: (
-        "weights.pth"
-    ),
-    "`random_init=True` reads no file": lambda folder: "timm:test_vit@weights.pth",
     "ViTCLSModel cannot be converted": lambda folder: save_checkpoint(
         ViTCLSModel(build_tiny_config()), folder
     ),
@@ -505,7 +494,7 @@ def test_unsupported_sources_are_one_line_errors_and_write_nothing(
     source = UNSUPPORTED[message](tmp_path / "source")
     before = list_all(tmp_path)
     with pytest.raises((ValueError, OSError), match=message) as raised:
-        convert_checkpoint(source, tmp_path / "made", random_init=True)
+        convert_checkpoint(source, tmp_path / "made")
     assert "\n" not in str(raised.value)
     assert list_all(tmp_path) == before
 

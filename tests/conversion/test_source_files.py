@@ -46,10 +46,10 @@ from modeling_vitcls.conversion.from_state_dict import (
     read_vit_options,
 )
 from modeling_vitcls.conversion.parity_report import compare_models
-from modeling_vitcls.conversion.random_weights import randomize_weights
 from modeling_vitcls.conversion.source_files import FileSource, detect_family, unwrap_weights
 from modeling_vitcls.conversion.weight_rules import ConversionError
 from modeling_vitcls.hub.provenance import find_provenance
+from scripts.random_weights import randomize_weights
 
 
 pytestmark = pytest.mark.integration

@@ -1,12 +1,14 @@
-"""Small transformers models in folders, for tests of conversion."""
+"""Small models of other projects in folders, for tests of conversion."""
 
 import os
 from pathlib import Path
 from typing import Any
 
+import timm
 import transformers
+from timm.models import save_for_hf
 
-from modeling_vitcls.conversion.random_weights import randomize_weights
+from scripts.random_weights import randomize_weights
 
 
 WIDTHS = {
@@ -23,6 +25,13 @@ def save_checkpoint(model: transformers.PreTrainedModel, folder: Path) -> str:
     """Save a model and return its folder as a source of the conversion."""
     model.save_pretrained(folder)
     return f"transformers:{folder}"
+
+
+def save_timm_model(folder: Path, name: str = "test_vit") -> str:
+    """Save a timm model with random weights, and return it as a source of the conversion."""
+    model = randomize_weights(timm.create_model(name))
+    save_for_hf(model, folder, safe_serialization=True)
+    return f"timm:local-dir:{folder}"
 
 
 def build_vit_classifier(**fields: Any) -> transformers.PreTrainedModel:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from modeling_vitcls.analysis.token_statistics import Findings, TokenStatistics
-from modeling_vitcls.conversion.random_weights import randomize_weights
+from scripts.random_weights import randomize_weights
 
 
 @torch.no_grad()

@@ -24,7 +24,6 @@ from huggingface_hub.utils import _http as hub_http
 from huggingface_hub.utils import enable_progress_bars
 
 import modeling_vitcls as vitcls
-from modeling_vitcls.conversion.random_weights import randomize_weights
 from modeling_vitcls.hub import loading
 from modeling_vitcls.hub.loading import (
     download_files,
@@ -36,6 +35,7 @@ from modeling_vitcls.hub.model_files import CONFIG_FILES
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.publishing.push import push_folder
 from modeling_vitcls.publishing.verify import verify_push
+from scripts.random_weights import randomize_weights
 
 
 pytestmark = pytest.mark.integration

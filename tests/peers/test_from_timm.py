@@ -22,9 +22,9 @@ from torch import nn
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 from modeling_vitcls.conversion.from_timm import convert_from_timm
-from modeling_vitcls.conversion.random_weights import randomize_weights
 from modeling_vitcls.conversion.weight_rules import ConversionError
 from modeling_vitcls.model.cpu_kernels_vitcls import uninstall_cpu_kernels
+from scripts.random_weights import randomize_weights
 
 
 pytestmark = pytest.mark.integration

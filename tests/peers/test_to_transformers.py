@@ -18,9 +18,9 @@ from modeling_vitcls import (
     convert_from_transformers,
     convert_to_transformers,
 )
-from modeling_vitcls.conversion.random_weights import randomize_weights
 from modeling_vitcls.conversion.weight_rules import ConversionError
 from peers.transformers_cases import CASES, compute_outputs, compute_source_outputs, images
+from scripts.random_weights import randomize_weights
 
 
 pytestmark = pytest.mark.integration

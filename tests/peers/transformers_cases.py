@@ -9,8 +9,8 @@ import torch
 import transformers
 from torch import nn
 
-from modeling_vitcls.conversion.random_weights import randomize_weights
 from modeling_vitcls.conversion.source_models import flatten_patches
+from scripts.random_weights import randomize_weights
 
 
 NATIVE = (32, 32)

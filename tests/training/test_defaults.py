@@ -10,7 +10,6 @@ from helpers.tiny_models import build_tiny_config, save_with_processor
 from helpers.tiny_options import build_tiny_options
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification
-from modeling_vitcls.conversion.convert import convert_checkpoint
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.training import defaults
 from modeling_vitcls.training.defaults import (
@@ -27,7 +26,7 @@ from modeling_vitcls.training.options import (
 )
 
 
-PRETRAINED = {"folder": "checkpoint", "has_random_weights": False}
+PRETRAINED = {"folder": "checkpoint"}
 
 
 def build_options(kind: Any = FinetuneOptions, **groups: Any) -> Any:
@@ -46,9 +45,7 @@ def build_initial(
     """Return an initial model with one patch per image; by default with random weights."""
     sizes = {"image_size": image_size, "patch_size": image_size, "num_attention_heads": 1}
     config = ViTCLSConfig(hidden_size=hidden_size, **sizes | (config_values or {}))
-    return InitialModel(
-        **{"name": "model", "folder": None, "config": config, "has_random_weights": True} | fields
-    )
+    return InitialModel(**{"name": "model", "folder": None, "config": config} | fields)
 
 
 def get_values(options: Any) -> dict[str, Any]:
@@ -174,8 +171,7 @@ def test_max_steps_replace_the_epochs() -> None:
     assert "epochs" not in line
 
 
-def test_a_conversion_with_random_weights_is_not_pretrained(tmp_path: Path) -> None:
-    """A conversion with random weights is not pre-trained, and the run says so."""
+def test_only_a_preset_has_random_weights(tmp_path: Path) -> None:
     preset = resolve_initial_model("vitcls-tiny")
     assert (preset.folder, preset.config.hidden_size, preset.has_random_weights) == (
         None,
@@ -184,16 +180,7 @@ def test_a_conversion_with_random_weights_is_not_pretrained(tmp_path: Path) -> N
     )
     assert "preset" in str(describe_random_weights(preset))
     trained = tmp_path / "trained"
-    random = tmp_path / "random"
     save_with_processor(ViTCLSForImageClassification(build_tiny_config()), trained)
     checkpoint = resolve_initial_model(str(trained))
     assert (checkpoint.config.hidden_size, checkpoint.has_random_weights) == (16, False)
     assert describe_random_weights(checkpoint) is None
-    convert_checkpoint("timm:test_vit", random, random_init=True)
-    initial = resolve_initial_model(str(random))
-    assert initial.has_random_weights
-    assert "`random_init=True`" in str(describe_random_weights(initial))
-    values = get_values(resolve_defaults(build_options(), initial, 20_000)[0])
-
-    assert (values["epochs"], values["layer_decay"]) == (30.0, 1.0)
-    assert values["initializer_range"] is None  # the weights are those of the conversion

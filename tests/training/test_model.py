@@ -31,7 +31,6 @@ from modeling_vitcls.cli.functions import build_options
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.hub.model_files import hash_weights
-from modeling_vitcls.runtime.files import write_json
 from modeling_vitcls.training.finetune import check_label_kind, check_options
 from modeling_vitcls.training.model import (
     check_preset_name,
@@ -140,28 +139,25 @@ def test_a_classifier_is_kept_only_for_the_same_labels(
 
 
 @pytest.mark.parametrize(
-    ("stored", "flags", "report", "expected"),
+    ("stored", "flags", "expected"),
     [
-        ({}, {}, {"random_init": False}, "cls_mean"),
-        ({}, {"pooling": "cls"}, {}, "cls"),
-        ({}, {}, {"random_init": True}, "cls"),
-        ({}, {"num_distillation_tokens": 1}, {}, "cls"),
-        ({"pooled_norm": True}, {}, {}, "cls"),
-        ({"pooled_activation": "tanh"}, {}, {}, "cls"),
-        ({"pooling": "mean"}, {}, {}, "mean"),
+        ({}, {}, "cls_mean"),
+        ({}, {"pooling": "cls"}, "cls"),
+        ({}, {"num_distillation_tokens": 1}, "cls"),
+        ({"pooled_norm": True}, {}, "cls"),
+        ({"pooled_activation": "tanh"}, {}, "cls"),
+        ({"pooling": "mean"}, {}, "mean"),
     ],
 )
 def test_a_new_classifier_of_a_pretrained_encoder_reads_cls_and_the_patches(
     stored: dict[str, Any],
     flags: dict[str, Any],
-    report: dict[str, bool],
     expected: str,
     tmp_path: Path,
 ) -> None:
-    """Random weights, other poolers and distillation heads keep the pooling of the checkpoint."""
+    """Other poolers and distillation heads keep the pooling of the checkpoint."""
     encoder = ViTCLSModel(build_tiny_config(num_distillation_tokens=0, **stored))
     save_with_processor(encoder, tmp_path)
-    write_json(tmp_path / "parity_report.json", report)
     labels = LabelSpace("single_label_classification", {"label": ["ant", "bee"]})
     model, _, _ = build_initial_model(ModelOptions(model=str(tmp_path), **flags), labels)
     assert model.config.pooling == expected
@@ -199,17 +195,13 @@ def test_checkpoints_in_bfloat16_are_trained_in_float32(names: list[str], tmp_pa
     assert new_names == new | {"vitcls.embeddings.distillation_token"}
 
 
-@pytest.mark.parametrize(("is_random", "gated_tokens"), [(False, {"registers": 2}), (True, None)])
-def test_registers_are_gated_if_the_weights_are_trained(
-    is_random: bool, gated_tokens: dict[str, int] | None, tmp_path: Path
-) -> None:
+def test_registers_that_are_added_to_a_checkpoint_are_gated(tmp_path: Path) -> None:
     save_with_processor(ViTCLSModel(build_tiny_config()), tmp_path)
-    write_json(tmp_path / "parity_report.json", {"random_init": is_random})
     options = ModelOptions(model=str(tmp_path), num_register_tokens=2)
     label_space = LabelSpace("single_label_classification", {"label": ["no", "yes"]})
     model, _, _ = build_initial_model(options, label_space)
     encoder, _ = build_encoder(options, resolve_initial_model(options.model))
-    assert model.config.gated_tokens == encoder.config.gated_tokens == gated_tokens
+    assert model.config.gated_tokens == encoder.config.gated_tokens == {"registers": 2}
 
 
 def test_a_checkpoint_of_an_unknown_type_is_an_error(tmp_path: Path) -> None:
@@ -233,25 +225,19 @@ def test_only_names_that_look_like_presets_must_be_presets(
 
 
 @pytest.mark.integration
-def test_a_model_of_the_hub_tells_its_results_and_whether_its_weights_are_random(
+def test_a_model_of_the_hub_tells_its_results(
     hub: LocalHub, two_tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The results tell which images were held out."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     files = {file.name: file.read_bytes() for file in two_tasks.iterdir()}
     results = {"weights_sha256": hash_weights(two_tasks)}
-    history = {
-        "parity_report.json": b'{"random_init": true}',
-        "results.json": json.dumps(results).encode(),
-    }
-    hub.create("ann/random", private=False, files=files | history)
+    files["results.json"] = json.dumps(results).encode()
     hub.create("ann/trained", private=False, files=files)
 
-    random = resolve_initial_model("ann/random")
-    assert random.has_random_weights
-    assert random.folder is not None
-    assert random.folder.results == results
-    assert not resolve_initial_model("ann/trained").has_random_weights
+    initial = resolve_initial_model("ann/trained")
+    assert initial.folder is not None
+    assert initial.folder.results == results
 
 
 @pytest.mark.parametrize(

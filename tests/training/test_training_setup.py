@@ -113,7 +113,7 @@ def test_the_flags_and_the_checkpoint_determine_the_batches(tmp_path: Path) -> N
     builder = BatchBuilder(augmentation, run.data.label_space, to_rgb=False, seed=5, num_channels=1)
     images = TrainingImages(train, builder)
     expected = next(iterate_training_batches(images, run.plan, 0, 0))
-    images = build_training_images(options, run.data, task.processor, 1, 0)
+    images = build_training_images(options, run.data, task.processor, 1)
 
     batch = next(iterate_training_batches(images, run.plan, 0, 0))
     assert batch["pixels"].shape == (16, 1, 24, 32)

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from modeling_vitcls.conversion.random_weights import randomize_weights
+from scripts.random_weights import randomize_weights
 
 
 class Scale(nn.Module):

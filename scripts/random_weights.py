@@ -1,4 +1,4 @@
-"""Fill a model with random values to test a conversion without a checkpoint.
+"""Random values for every parameter, to test a conversion or a speed without a checkpoint.
 
 A newly initialized model can hide conversion errors, because biases are zero and LayerScale values
 may be only 1e-5. The random values keep activations close to 1 in magnitude, so that an absolute
