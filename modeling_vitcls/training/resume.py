@@ -54,7 +54,7 @@ def pin_models(options: Any, checkpoint: Checkpoint | None) -> Any:
     def pin(flag: str, source: str) -> str:
         if flag == "model" and is_preset(source):
             return source
-        stored_source = stored_flags.get(flag)
+        stored_source: str = stored_flags.get(flag) or ""
         return stored_source if is_pinned(stored_source, source) else pin_revision(source)
 
     return replace_sources(options, pin)
