@@ -216,7 +216,7 @@ DEFAULTS = """
     gradient_accumulation_steps=1 warmup=0.1 weight_decay=0.05 label_smoothing=0.1
     class_balance=none max_gradient_norm=1.0 trainable=full lora_rank=8 log_every=10
     evaluate_every=1 probe=True
-    keep_checkpoints=2 report=True hub_verify=True distillation=hard mixed_precision=auto
+    report=True hub_verify=True distillation=hard mixed_precision=auto
     distillation_alpha=0.5 distillation_tau=3.0
 
     global_crops=2 local_crops=6 global_crop_scale=0.3 sigreg_weight=0.05 projector_width=1024

@@ -99,7 +99,7 @@ class RunFlags(TypedDict, total=False):
     resume: bool
     overwrite: bool
     save_every: int | None
-    keep_checkpoints: int
+    keep_checkpoints: int | None
     log_with: (
         Literal["tensorboard", "wandb", "trackio"]
         | Sequence[Literal["tensorboard", "wandb", "trackio"]]

@@ -272,8 +272,9 @@ class RunOptions:
     save_every: int | None = None
     """Number of steps between checkpoints. Default: a checkpoint at each evaluation, or every 1,000
     steps for a streamed dataset."""
-    keep_checkpoints: int = 2
-    """Number of most recent checkpoints to keep. The best checkpoint is always kept."""
+    keep_checkpoints: int | None = None
+    """Number of most recent checkpoints to keep, besides the best one, also after the run. Default:
+    2, which are removed when the run is finished."""
     log_with: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Experiment trackers to log to, in addition to metrics.jsonl."""
     report: bool = True

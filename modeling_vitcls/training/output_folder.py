@@ -90,7 +90,7 @@ def check_replaceable(options: Any, store: CheckpointStore) -> None:
         check_sources_not_removed(options)
         return
 
-    if (folder / RESULTS_FILE).exists() and (folder / CONFIG_FILE).exists():
+    if is_finished(folder):
         raise ValueError(
             f"{folder} contains a finished run. Set `overwrite=True`, or choose a different "
             "`output_dir`"
@@ -109,6 +109,11 @@ def check_replaceable(options: Any, store: CheckpointStore) -> None:
             f"{folder} contains other files that this run would replace "
             f"({format_name_list(names)}). Move them, or set `overwrite=True`"
         )
+
+
+def is_finished(folder: Path) -> bool:
+    """Return whether a folder contains the model and the results of a run."""
+    return (folder / RESULTS_FILE).exists() and (folder / CONFIG_FILE).exists()
 
 
 def check_sources_not_removed(options: FinetuneOptions | PretrainOptions) -> None:

@@ -1,11 +1,24 @@
-"""What a resumed run may change: checks of flags, models, data and plan."""
+"""What a resumed run may change: checks of flags, models, data and plan.
+
+A run records three things, because only the first one is a person's choice:
+
+    flags     the flags as the person set them
+    chosen    values that the program derived for some of them, such as the learning rate, the
+              image size of a large checkpoint, and the commit of a model on the Hub
+    config    values of the model's configuration that no flag set
+
+A resumed run may set a flag as before, or to the value that was derived for it. Derived values are
+taken from the record, so that they do not depend on the machine that resumes the run.
+"""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..conversion.any_checkpoint import is_pinned, is_preset, pin_revision
+import yaml
+
+from ..conversion.any_checkpoint import is_preset, pin_revision
 from ..data.splits import describe_change
 from ..hub.local_paths import (
     BUILT_IN_DATASET,
@@ -14,27 +27,45 @@ from ..hub.local_paths import (
     resolve_name,
     strip_folders,
 )
+from ..hub.model_files import CONFIG_FILE, RECIPE_FILE, RESULTS_FILE
+from ..runtime.files import read_json
 from ..runtime.flags import to_flags
-from .checkpoints import Checkpoint
-from .defaults import DEFAULT_FLAGS
-from .options import PretrainOptions
+from .options import ModelOptions, PretrainOptions
 
 
 # Flags that may change on --resume, because these flags do not affect the result.
 CHANGEABLE_FLAGS = (
     "output_dir num_workers max_unreadable_images batch_size gradient_accumulation_steps resume "
     "overwrite save_every keep_checkpoints log_with report dry_run push_to_hub hub_model_id "
-    "hub_private hub_verify hub_checkpoint_branch license card_samples"
+    "hub_private hub_verify hub_checkpoint_branch license card_samples "
+    # the precision itself is compared (`check_run_unchanged`)
+    "mixed_precision"
 ).split()
-PATH_FLAGS = ("dataset", "model", "teacher")  # flags whose values may be paths
+# flags whose values may be paths
+PATH_FLAGS = ("dataset", "exclude", "model", "teacher")
+# flags of the model whose values are not in its configuration as they are set, or are chosen by the
+# probe after the start
+FLAGS_NOT_IN_CONFIG = ("model", "fit", "cls_scopes", "pooling", "pooled_layers")
+CONFIG_FLAGS = [
+    field.name for field in fields(ModelOptions) if field.name not in FLAGS_NOT_IN_CONFIG
+]
+
+
+@dataclass(frozen=True)
+class RecordedFlags:
+    """The flags of a run, and the values that were derived for flags that were not set."""
+
+    flags: dict[str, Any]
+    chosen: dict[str, Any]
+    config: dict[str, Any]
 
 
 def resolve_local_paths(options: Any) -> Any:
     """Return the options with absolute paths for a local dataset, model and teacher."""
-    dataset = resolve_name(
-        options.data.dataset, is_built_in=options.data.dataset == BUILT_IN_DATASET
-    )
-    options = replace(options, data=replace(options.data, dataset=dataset))
+    data = options.data
+    dataset = resolve_name(data.dataset, is_built_in=data.dataset == BUILT_IN_DATASET)
+    exclude = data.exclude and data.exclude.absolute()
+    options = replace(options, data=replace(data, dataset=dataset, exclude=exclude))
     return replace_sources(
         options,
         lambda flag, source: resolve_name(
@@ -43,19 +74,14 @@ def resolve_local_paths(options: Any) -> Any:
     )
 
 
-def pin_models(options: Any, checkpoint: Checkpoint | None) -> Any:
+def pin_models(options: Any) -> Any:
     """Return the options with Hub models pinned to commits.
 
-    A resumed run uses the commits that are stored in the flags of the checkpoint. Raise ValueError
-    or OSError if a model cannot be found.
+    Raise ValueError or OSError if a model cannot be found.
     """
-    stored_flags = checkpoint.metadata["flags"] if checkpoint else {}
 
     def pin(flag: str, source: str) -> str:
-        if flag == "model" and is_preset(source):
-            return source
-        stored_source: str = stored_flags.get(flag) or ""
-        return stored_source if is_pinned(stored_source, source) else pin_revision(source)
+        return source if flag == "model" and is_preset(source) else pin_revision(source)
 
     return replace_sources(options, pin)
 
@@ -82,28 +108,79 @@ def get_relative_flags(options: Any, should_strip: bool = False) -> dict[str, An
     flags = to_flags(
         replace(options, data=replace(options.data, dataset=convert(options.data.dataset)))
     )
-    return flags | {"output_dir": convert(flags["output_dir"])}
+    paths = {name: flags[name] and convert(flags[name]) for name in ("output_dir", "exclude")}
+    return flags | paths
 
 
-def check_flags_unchanged(
-    stored_flags: dict[str, Any], current_flags: dict[str, Any], folder: Path
-) -> None:
-    """Raise ValueError if the flags of a resumed run differ from those of the checkpoint.
+def build_flags_record(
+    asked: Any,
+    options: Any,
+    config: dict[str, Any],
+    should_strip: bool,
+    recorded: RecordedFlags | None,
+) -> dict[str, Any]:
+    """Return the fields of `RecordedFlags` for a checkpoint.
 
-    A current value of None is accepted if the default value of the flag depends on the run. A
-    current model without a commit hash is accepted if the stored model is the same model with a
-    commit hash.
+    Args:
+        asked: the options as the person set them.
+        options: the options of the run.
+        config: the configuration of the model.
+        should_strip: see `get_relative_flags`.
+        recorded: the record of the run that is resumed, whose derived values stay derived.
     """
-    for name, value in stored_flags.items():
-        current_value = current_flags.get(name)
-        if (
-            name in CHANGEABLE_FLAGS
-            or current_value == value
-            or (
-                name in PATH_FLAGS
-                and (is_same_source(value, current_value) or is_pinned(value, current_value))
-            )
-            or (current_value is None and name in ("select", *DEFAULT_FLAGS))
+    asked_flags = to_flags(asked)
+    flags = get_relative_flags(asked, should_strip)
+    chosen = {
+        name: value for name, value in to_flags(options).items() if value != asked_flags[name]
+    }
+    if recorded is not None:
+        derived_names = (recorded.chosen.keys() | recorded.config.keys()).difference(PATH_FLAGS)
+        flags |= {name: recorded.flags[name] for name in derived_names}
+        chosen = recorded.chosen | chosen
+    config = {name: config[name] for name in CONFIG_FLAGS if name in config}
+    return {"flags": flags, "chosen": chosen, "config": config}
+
+
+def read_finished_flags(folder: Path) -> RecordedFlags:
+    """Return the flags of a finished run, which has no checkpoints, from its files."""
+    flags = yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8"))
+    chosen = read_json(folder / RESULTS_FILE).get("chosen_flags", {})
+    unset = {name: None for name in chosen if name not in PATH_FLAGS}
+    return RecordedFlags(flags | unset, chosen, read_json(folder / CONFIG_FILE))
+
+
+def use_chosen_values(options: Any, chosen: dict[str, Any]) -> Any:
+    """Return the options with the values that were derived when the run was started.
+
+    The flags of the resumed run are checked (`check_flags_unchanged`).
+    """
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if is_dataclass(value):
+            options = replace(options, **{field.name: use_chosen_values(value, chosen)})
+        elif field.name in chosen and (value is None or field.name in PATH_FLAGS):
+            stored = chosen[field.name]
+            stored = tuple(stored) if isinstance(stored, list) else stored
+            options = replace(options, **{field.name: stored})
+    return options
+
+
+def check_flags_unchanged(recorded: RecordedFlags, asked: dict[str, Any], folder: Path) -> None:
+    """Raise ValueError if the flags of a resumed run differ from those of the run.
+
+    Args:
+        recorded: the flags of the run in `folder`.
+        asked: the flags of the resumed run, as the person set them.
+        folder: output folder.
+    """
+    for name, value in recorded.flags.items():
+        current_value = asked.get(name)
+        accepted_values = [
+            value,
+            *(values[name] for values in (recorded.chosen, recorded.config) if name in values),
+        ]
+        if name in CHANGEABLE_FLAGS or any(
+            is_same_value(name, accepted, current_value) for accepted in accepted_values
         ):
             continue
 
@@ -115,6 +192,15 @@ def check_flags_unchanged(
             f"{format_flag_value(value)}, but the value in this run is "
             f"{format_flag_value(current_value)}. {advice}"
         )
+
+
+def is_same_value(name: str, stored: Any, current: Any) -> bool:
+    """Return whether two values of a flag mean the same. One number sets both image sides."""
+    if name in ("image_size", "patch_size"):
+        stored, current = (
+            [value, value] if isinstance(value, int) else value for value in (stored, current)
+        )
+    return bool(stored == current) or (name in PATH_FLAGS and is_same_source(stored, current))
 
 
 def check_run_unchanged(metadata: dict[str, Any], current: dict[str, Any], folder: Path) -> None:

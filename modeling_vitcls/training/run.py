@@ -90,7 +90,7 @@ def train(
     """
     check_preset_name(options.model.model)
     kind = pretrain if isinstance(options, PretrainOptions) else finetune
-    options = resolve_local_paths(kind.check_options(options))  # type: ignore[arg-type]
+    options = resolve_local_paths(options)
     check_output_is_not_read(options.output_dir, options.data.dataset)
     if options.run.dry_run:
         with build_dry_run_options(options) as dry_run_options:
@@ -98,15 +98,21 @@ def train(
     return run(kind, options, on_checkpoint)
 
 
-def run(kind: ModuleType, options: Options, on_checkpoint: Callable[[Path], None] | None) -> Path:
-    """Run all stages, and return the output folder."""
+def run(kind: ModuleType, asked: Options, on_checkpoint: Callable[[Path], None] | None) -> Path:
+    """Run all stages, and return the output folder.
+
+    `asked` are the options as the person set them.
+    """
+    options = kind.check_options(asked)
     folder = options.output_dir
     with FolderLock(folder) as lock:
-        environment = set_up(options, lock)
+        environment = set_up(asked, lock)
         accelerator, reporter = environment.accelerator, environment.reporter
         if environment.is_finished:
             # killed at the end
             shutil.rmtree(folder / STAGING_FOLDER, ignore_errors=True)
+            if options.run.keep_checkpoints is None:
+                environment.store.clear()
             reporter.print_line("finished", f"{folder} already contains the results of this run")
             return folder
 
@@ -135,6 +141,8 @@ def run(kind: ModuleType, options: Options, on_checkpoint: Callable[[Path], None
             evaluator=result.evaluator,
             nearest_images=result.nearest_images,
         )
+        if options.run.keep_checkpoints is None:
+            run_on_main(accelerator, environment.store.clear)
         print_end = print_estimate if options.run.dry_run else print_result
         print_end(results, loaded, trained, environment)
 

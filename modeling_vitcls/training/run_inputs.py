@@ -1,6 +1,6 @@
 """Start of a run: the folder, the data, the models, and all defaults (run.py).
 
-environment = set_up(options, lock)             where the run takes place
+environment = set_up(asked, lock)               where the run takes place
 loaded = load(kind, options, environment)       what it trains on
 print_summary(loaded, environment)
 """
@@ -28,14 +28,24 @@ from .defaults import choose_learning_rate_after_probe, describe_random_weights,
 from .loop import build_batch_plan
 from .model import InitialModel, choose_image_size, resolve_initial_model
 from .options import FinetuneOptions
-from .output_folder import CHECKPOINTS_FOLDER, RESULTS_FILE
+from .output_folder import CHECKPOINTS_FOLDER
 from .probe import explain_missing_steps
 from .reporter import Reporter, describe_batches, describe_model, describe_splits
-from .resume import check_flags_unchanged, check_run_unchanged, get_relative_flags, pin_models
+from .resume import (
+    RecordedFlags,
+    build_flags_record,
+    check_flags_unchanged,
+    check_run_unchanged,
+    get_relative_flags,
+    pin_models,
+    read_finished_flags,
+    use_chosen_values,
+)
 from .training_setup import TrainingSetup
 
 
 Options = Any  # FinetuneOptions or PretrainOptions
+NUM_KEPT_DURING_RUN = 2  # checkpoints, besides the best one; none is kept after the run
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,7 @@ class Environment:
     accelerator: Accelerator
     reporter: Reporter
     store: CheckpointStore
+    asked: Options  # as the person set them, without derived values
     checkpoint: Checkpoint | None  # to resume from
     is_finished: bool  # whether the resumed run has written its results
     start_time: float
@@ -71,28 +82,31 @@ class Loaded:
         return self.missing_steps_reason is None
 
 
-def set_up(options: Options, lock: FolderLock) -> Environment:
+def set_up(asked: Options, lock: FolderLock) -> Environment:
     """Build the accelerator, open the output folder, and load the checkpoint to resume from."""
     start_time = time.perf_counter()
-    folder = options.output_dir
-    training = options.training
+    folder = asked.output_dir
+    training = asked.training
     accelerator = build_accelerator(
         training.gradient_accumulation_steps,
         training.mixed_precision,
-        options.run.log_with,
+        asked.run.log_with,
         folder / "trackers",
     )
     set_seed(training.seed)
 
     reporter = Reporter(folder / output_folder.METRICS_FILE, accelerator)
-    store = CheckpointStore(folder / CHECKPOINTS_FOLDER, options.run.keep_checkpoints)
+    store = CheckpointStore(
+        folder / CHECKPOINTS_FOLDER, asked.run.keep_checkpoints or NUM_KEPT_DURING_RUN
+    )
     checkpoint, is_finished = run_on_main(
-        accelerator, partial(open_folder, options, lock, store, reporter.warn)
+        accelerator, partial(open_folder, asked, lock, store, reporter.warn)
     )
     return Environment(
         accelerator=accelerator,
         reporter=reporter,
         store=store,
+        asked=asked,
         checkpoint=checkpoint,
         is_finished=is_finished,
         start_time=start_time,
@@ -100,36 +114,44 @@ def set_up(options: Options, lock: FolderLock) -> Environment:
 
 
 def open_folder(
-    options: Options, lock: FolderLock, store: CheckpointStore, warn: Callable[[str], None]
+    asked: Options, lock: FolderLock, store: CheckpointStore, warn: Callable[[str], None]
 ) -> tuple[Checkpoint | None, bool]:
     """Lock and check the output folder.
 
     Returns:
-        The checkpoint to resume from, and whether the run of this checkpoint is finished.
+        The checkpoint to resume from, and whether the run to resume is finished.
     """
+    folder = asked.output_dir
     lock.acquire()
-    checkpoint = store.load_newest(warn) if options.run.resume else None
+    if asked.run.resume and output_folder.is_finished(folder):
+        check_flags_unchanged(read_finished_flags(folder), to_flags(asked), folder)
+        return None, True
+    checkpoint = store.load_newest(warn) if asked.run.resume else None
     if checkpoint is None:
-        output_folder.check_replaceable(options, store)
+        output_folder.check_replaceable(asked, store)
         return None, False
-    check_flags_unchanged(checkpoint.metadata["flags"], to_flags(options), options.output_dir)
-    return checkpoint, (options.output_dir / RESULTS_FILE).exists()
+    recorded = RecordedFlags(**checkpoint.metadata["flags"])
+    check_flags_unchanged(recorded, to_flags(asked), folder)
+    return checkpoint, False
 
 
 def load(kind: Any, options: Options, environment: Environment) -> Loaded:
     """Load the data and the models, resolve all defaults, and prepare the output folder."""
     accelerator = environment.accelerator
     checkpoint = environment.checkpoint
+    asked = environment.asked
 
+    if checkpoint is not None:
+        options = use_chosen_values(options, checkpoint.metadata["flags"]["chosen"])
     with accelerator.main_process_first():  # only the main process downloads files
-        options = pin_models(options, checkpoint)
+        options = pin_models(options)
         initial = resolve_initial_model(options.model.model)
     data = load_on_main(
         accelerator, options.data.dataset, partial(kind.load_data, options, initial)
     )
 
     is_rate_set = options.training.learning_rate is not None
-    is_length_set = options.training.epochs is not None or options.training.max_steps is not None
+    is_length_set = asked.training.epochs is not None or asked.training.max_steps is not None
     with accelerator.main_process_first():
         options, default_lines = resolve_options(options, initial, data)
         setup = kind.build_training_setup(options, initial, data, environment.reporter)
@@ -151,7 +173,10 @@ def load(kind: Any, options: Options, environment: Environment) -> Loaded:
     )
 
     plan = build_batch_plan(data.num_training_images, options.training, accelerator.num_processes)
-    metadata = run_on_main(accelerator, partial(prepare_folder, options, data, plan, environment))
+    metadata = run_on_main(
+        accelerator,
+        partial(prepare_folder, options, data, plan, setup.model.config.to_dict(), environment),
+    )
 
     lines = {
         **describe_splits(data, setup.processor, setup.labels_text),
@@ -162,7 +187,7 @@ def load(kind: Any, options: Options, environment: Environment) -> Loaded:
     }
 
     reason = None
-    if setup.probe is not None:
+    if setup.probe is not None and checkpoint is None:  # a checkpoint is one of steps
         reason = explain_missing_steps(
             options, data, forward_flops, accelerator.device, is_length_set
         )
@@ -182,7 +207,11 @@ def load(kind: Any, options: Options, environment: Environment) -> Loaded:
 
 
 def prepare_folder(
-    options: Options, data: TrainingData, plan: BatchPlan, environment: Environment
+    options: Options,
+    data: TrainingData,
+    plan: BatchPlan,
+    config: dict[str, Any],
+    environment: Environment,
 ) -> dict[str, Any]:
     """Prepare the output folder, and return the metadata of the checkpoints of the run.
 
@@ -190,15 +219,23 @@ def prepare_folder(
     """
     folder = options.output_dir
     checkpoint = environment.checkpoint
+    recorded = None
+    if checkpoint is not None:
+        recorded = RecordedFlags(**checkpoint.metadata["flags"])
     metadata = {
         "images_per_step": plan.images_per_step,
         "mixed_precision": environment.accelerator.mixed_precision,
         "data": describe_data(data),
         "files": compute_files_digest(Path(options.data.dataset)),
-        "flags": get_relative_flags(options, options.run.hub_checkpoint_branch is not None),
+        "flags": build_flags_record(
+            environment.asked,
+            options,
+            config,
+            should_strip=options.run.hub_checkpoint_branch is not None,
+            recorded=recorded,
+        ),
     }
     if checkpoint is not None:
-        check_flags_unchanged(checkpoint.metadata["flags"], to_flags(options), folder)
         check_run_unchanged(checkpoint.metadata, metadata, folder)
     output_folder.prepare(folder, environment.store, get_relative_flags(options), checkpoint)
     return metadata

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from ..data.held_out import HELD_OUT_RECORD_KEY
@@ -10,7 +11,7 @@ from ..runtime.distributed import run_on_main
 from . import pretrain
 from .dry_run import describe_dry_probe, describe_dry_run
 from .loop import TrainingLoop
-from .output_folder import RESULTS_FILE
+from .output_folder import CHECKPOINTS_FOLDER, RESULTS_FILE
 from .reporter import describe_run, format_result
 from .run_inputs import Environment, Loaded
 
@@ -57,6 +58,7 @@ def build_results(
             environment.accelerator, lambda: asdict(data.build_record())
         ),
         "num_training_images": count_training_images(loaded),
+        "chosen_flags": loaded.metadata["flags"]["chosen"],
         **setup.results,
     }
 
@@ -119,9 +121,24 @@ def print_result(
     if "features" in results:
         reporter.print_line("features", results["features"]["summary"])
     folder = loaded.options.output_dir
-    reporter.print_line("saved", f"{folder} (model, image processor, {RESULTS_FILE})")
+    reporter.print_line("saved", describe_saved_files(folder))
     if suggestion := suggest_all_images(loaded):
         reporter.print_line("next", suggestion)
+
+
+def describe_saved_files(folder: Path) -> str:
+    """Return what a run has saved, with sizes, because checkpoints may be larger than the model."""
+    text = f"{folder} (model, image processor, {RESULTS_FILE}), {measure_size(folder)}"
+    checkpoints = folder / CHECKPOINTS_FOLDER
+    if checkpoints.exists():
+        text += f", of which {measure_size(checkpoints)} are checkpoints"
+    return text
+
+
+def measure_size(folder: Path) -> str:
+    """Return the size of the files in a folder."""
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return f"{size / 1e6:,.1f} MB"
 
 
 def print_estimate(

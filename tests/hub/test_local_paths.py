@@ -30,6 +30,7 @@ from modeling_vitcls.training.options import (
     RunOptions,
 )
 from modeling_vitcls.training.resume import (
+    RecordedFlags,
     check_flags_unchanged,
     get_relative_flags,
     resolve_local_paths,
@@ -142,7 +143,8 @@ def test_files_of_a_run_contain_no_local_paths(
     again = resolve_local_paths(options_of(Path(flags["output_dir"]), flags["dataset"]))
     assert again.distillation == options.distillation
     assert Path(again.data.dataset).resolve() == Path(options.data.dataset)
-    check_flags_unchanged(get_relative_flags(options), to_flags(options), folder)
+    recorded = RecordedFlags(get_relative_flags(options), chosen={}, config={})
+    check_flags_unchanged(recorded, to_flags(options), folder)
 
     published = get_relative_flags(options, should_strip=True)
     assert (published["output_dir"], published["dataset"]) == ("path/to/mine", "path/to/scans")
@@ -189,6 +191,9 @@ def test_a_run_is_resumed_with_another_spelling_of_its_data(here: Path, tmp_path
     def flags(dataset: str) -> dict[str, Any]:
         return to_flags(resolve_local_paths(options_of(tmp_path / "run", dataset)))
 
+    def check(stored: dict[str, Any], current: dict[str, Any]) -> None:
+        check_flags_unchanged(RecordedFlags(stored, chosen={}, config={}), current, tmp_path)
+
     before = flags("data/teach")
     assert before["dataset"] == f"{here}/data/teach"
     for spelling in (
@@ -197,17 +202,17 @@ def test_a_run_is_resumed_with_another_spelling_of_its_data(here: Path, tmp_path
         "../here/data/teach",
         "data/../data/teach",
     ):
-        check_flags_unchanged(before, flags(spelling), tmp_path)
+        check(before, flags(spelling))
         # as written by earlier versions
-        check_flags_unchanged(before | {"dataset": "data/teach"}, flags(spelling), tmp_path)
-    check_flags_unchanged(before, before | {"license": "mit", "card_samples": True}, tmp_path)
+        check(before | {"dataset": "data/teach"}, flags(spelling))
+    check(before, before | {"license": "mit", "card_samples": True})
     with raises_one_line("`dataset`", "acme/data", "a different `output_dir`"):
-        check_flags_unchanged(before, flags("acme/data"), tmp_path)
+        check(before, flags("acme/data"))
     (tmp_path / "new").mkdir()
     shutil.move(here / "data/teach", tmp_path / "new/teach")
-    check_flags_unchanged(before, flags("../new/teach"), tmp_path)
+    check(before, flags("../new/teach"))
     with raises_one_line("`dataset`"):
-        check_flags_unchanged(before, flags("../clinic/scans"), tmp_path)
+        check(before, flags("../clinic/scans"))
 
 
 def test_a_folder_has_moved_only_if_its_old_path_is_gone(here: Path) -> None:

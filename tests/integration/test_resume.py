@@ -54,7 +54,8 @@ SCHEDULE = (
 RUN = f"{TINY} {SCHEDULE}"
 EVERYTHING = (
     f"{RUN} --batch-size 4 --gradient-accumulation-steps 2 --ema-decay 0.9 --mixup 0.4 --cutmix 1 "
-    "--random-erasing 0.3 --auto-augment trivial --layer-decay 0.8"
+    "--random-erasing 0.3 --auto-augment trivial --layer-decay 0.8 "
+    "--keep-checkpoints 2"
 )
 NUM_STEPS = 23
 NOT_COMPARED = ("images_per_second", "peak_memory_mb", "seconds", "inference", "versions")

@@ -69,7 +69,7 @@ CPU = torch.device("cpu")
 SHORT_RUN_FLAGS = (
     "--hidden-size 32 --num-hidden-layers 2 --num-attention-heads 2 --intermediate-size 64 "
     "--num-cls-tokens 2 --num-distillation-tokens 1 --cls-pooling mean --max-steps 7 --log-every 2 "
-    "--no-report --save-every 5 --ema-decay 0.9 --select best"
+    "--no-report --save-every 5 --keep-checkpoints 2 --ema-decay 0.9 --select best"
 )
 
 
@@ -243,7 +243,14 @@ def test_a_stream_is_learned(
     color_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run_module, "DEFAULT_STREAM_SAVE_EVERY", 15)
-    results = train(tmp_path, color_images, streaming=True, max_steps=20, held_out_fraction=0.4)
+    results = train(
+        tmp_path,
+        color_images,
+        streaming=True,
+        max_steps=20,
+        held_out_fraction=0.4,
+        keep_checkpoints=2,
+    )
     assert results["num_training_images"] is None
     assert results["num_images"] > 4
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [

@@ -442,4 +442,3 @@ def test_a_run_writes_only_listed_files(finished: Path) -> None:
 def test_other_users_can_read_the_weights_as_all_other_files(finished: Path) -> None:
     weights = {file.stat().st_mode for file in finished.rglob("*.safetensors")}
     assert weights == {(finished / "config.json").stat().st_mode}
-    assert (finished / "checkpoints").exists()

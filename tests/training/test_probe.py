@@ -337,7 +337,12 @@ def test_the_loss_stays_low_in_transformers_trainer(frozen_run: Any, tmp_path: P
 
 def test_a_resumed_run_keeps_what_the_regression_reads(encoder: Path, tmp_path: Path) -> None:
     options = build_options(
-        tmp_path / "run", encoder, pooled_layers=(-2, -1), pooling="cls_mean", max_steps=2
+        tmp_path / "run",
+        encoder,
+        pooled_layers=(-2, -1),
+        pooling="cls_mean",
+        max_steps=2,
+        keep_checkpoints=2,
     )
     run_training(replace(options, training=replace(options.training, select="last")))
     (tmp_path / "run" / "results.json").unlink()

@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,10 +16,16 @@ from helpers.tiny_options import build_tiny_options, read_metrics, run_to_folder
 from modeling_vitcls.runtime import distributed
 from modeling_vitcls.runtime.errors import RunStopped
 from modeling_vitcls.runtime.files import read_json
+from modeling_vitcls.runtime.flags import to_flags
 from modeling_vitcls.training.checkpoints import CheckpointStore, format_state, read_state
 from modeling_vitcls.training.options import FinetuneOptions
 from modeling_vitcls.training.reporter import Reporter
-from modeling_vitcls.training.resume import check_flags_unchanged, check_run_unchanged, pin_models
+from modeling_vitcls.training.resume import (
+    RecordedFlags,
+    check_flags_unchanged,
+    check_run_unchanged,
+    use_chosen_values,
+)
 from modeling_vitcls.training.run import train
 
 
@@ -115,7 +120,7 @@ def test_a_resumed_run_has_the_same_results(
     assert checkpoints.list_steps() == [3]
     metadata = read_json(checkpoints.get_folder(3) / "state.json")["metadata"]
     assert 1000 < metadata["training_seconds"] <= results["seconds"]
-    assert metadata["flags"]["batch_size"] == 4
+    assert metadata["flags"]["flags"]["batch_size"] == 4
     assert metadata["images_per_step"] == 8
 
 
@@ -129,7 +134,7 @@ def test_unreadable_images_and_evaluations_of_earlier_steps_are_counted(killed: 
     state = read_json(killed / "checkpoints" / "step-00000003" / "state.json")
     assert state["metadata"]["unreadable_images"] == [3, 7]
     assert (state["metadata"]["best_score"], state["metadata"]["margin"]) == (2.0, 0.25)
-    assert state["metadata"]["flags"]["output_dir"] == "path/to/killed"  # will be uploaded
+    assert state["metadata"]["flags"]["flags"]["output_dir"] == "path/to/killed"  # will be uploaded
     assert "path/to" not in (killed / "config.resolved.yaml").read_text(encoding="utf-8")
 
 
@@ -163,7 +168,7 @@ LENGTH = "To train for more steps, start another run with `model="
 CHANGES: list[tuple[dict[str, Any], str]] = [
     (
         {"learning_rate": None},
-        "`learning_rate` 0.003, but the value in this run is 0.001. Use the same flags",
+        "`learning_rate` 0.003, but the value in this run is unset. Use the same flags",
     ),
     ({"ema_decay": None}, "`ema_decay` 0.5, but the value in this run is unset"),
     ({"max_steps": 9}, f"`max_steps` 3, but the value in this run is 9. {LENGTH}"),
@@ -179,36 +184,19 @@ def test_another_run_is_an_error(killed: Path, changes: dict[str, Any], message:
     assert not (killed / ".vitcls.lock").exists()
 
 
-def test_the_teacher_of_a_run_may_be_pinned_but_not_changed() -> None:
-    """Flags that do not affect the result may change."""
-    flags = {"teacher": f"acme/vit@{'0' * 40}", "select": "best"}
-    flags |= {
-        "log_with": ["wandb"],
-        "report": True,
-        "push_to_hub": True,
-        "license": "mit",
-        "card_samples": 3,
-    }
-    flags |= {
-        "num_workers": 3,
-        "max_unreadable_images": 3,
-        "hub_model_id": "a/b",
-        "hub_private": True,
-    }
-    flags |= {"hub_verify": True}
+def test_a_resumed_run_uses_the_commits_with_which_it_was_started() -> None:
+    options = build_options(Path("run"), model="acme/vit", teacher="acme/other")
+    chosen = {"model": f"acme/vit@{'0' * 40}", "teacher": f"acme/other@{'1' * 40}"}
+    used = use_chosen_values(options, chosen)
+    assert (used.model.model, used.distillation.teacher) == (chosen["model"], chosen["teacher"])
 
-    check_flags_unchanged(flags, {"teacher": "acme/vit"}, Path("run"))
-    with raises_one_line(f"`teacher` {flags['teacher']}, but", "is acme/other."):
-        check_flags_unchanged(flags, {"teacher": "acme/other"}, Path("run"))
-
-
-def test_a_resumed_run_uses_the_commits_of_its_checkpoint() -> None:
-    stored = {"model": f"acme/vit@{'0' * 40}", "teacher": f"acme/other@{'1' * 40}"}
-    checkpoint: Any = SimpleNamespace(metadata={"flags": stored})
-    pinned = pin_models(
-        build_options(Path("run"), model="acme/vit", teacher="acme/other"), checkpoint
-    )
-    assert {"model": pinned.model.model, "teacher": pinned.distillation.teacher} == stored
+    recorded = RecordedFlags(to_flags(options), chosen, config={})
+    for sources in ({"model": "acme/vit", "teacher": "acme/other"}, chosen):
+        check_flags_unchanged(recorded, to_flags(options) | sources, Path("run"))
+    with raises_one_line("`model` acme/vit, but", f"is acme/vit@{'2' * 40}"):
+        check_flags_unchanged(
+            recorded, to_flags(options) | {"model": f"acme/vit@{'2' * 40}"}, Path("run")
+        )
 
 
 def test_a_run_resumed_on_a_machine_without_bfloat16_keeps_its_precision(

@@ -1,0 +1,180 @@
+"""The flags with which a run may be resumed: those that a person set, in any spelling.
+
+The encoder is converted and has a native side of 280 pixels, so that the run derives an image size.
+"""
+
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from helpers.accelerate_state import reset_accelerate
+from helpers.tiny_models import raises_one_line
+from PIL import Image
+
+from modeling_vitcls.cli import load_modules, main
+from modeling_vitcls.cli.parsing import parse_command_line
+from modeling_vitcls.model.configuration_vitcls import to_pair
+from modeling_vitcls.runtime.files import read_json
+from modeling_vitcls.runtime.flags import get_flag_fields, to_arguments, to_flags
+from modeling_vitcls.training.options import FinetuneOptions
+from modeling_vitcls.training.reporter import Reporter
+from modeling_vitcls.training.resume import (
+    RecordedFlags,
+    check_flags_unchanged,
+    resolve_local_paths,
+)
+
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+NOT_SPELLED = ("config", "output_dir", "resume", "overwrite", "dry_run")
+FLAGS = [name for name in get_flag_fields(FinetuneOptions) if name not in NOT_SPELLED]
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+    """Yield a command without an output folder: few flags, two classes of photos, a ViT of 280 px."""
+    folder = tmp_path_factory.mktemp("sources")
+    config = transformers.Dinov2Config(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        mlp_ratio=2,
+        image_size=280,
+        patch_size=28,
+    )
+    torch.manual_seed(0)
+    transformers.Dinov2Model(config).save_pretrained(folder / "vit")
+    transformers.ViTImageProcessor(size={"height": 280, "width": 280}).save_pretrained(
+        folder / "vit"
+    )
+    write_photos(folder / "photos")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder / "cache" / "hub"))
+        yield [
+            "finetune",
+            *("--model", str(folder / "vit"), "--dataset", str(folder / "photos")),
+            *("--select", "last", "--epochs", "2", "--num-workers", "0", "--no-report"),
+        ]
+
+
+def write_photos(root: Path) -> None:
+    """Write 15 bright and 9 dark photos of 40 x 24 pixels."""
+    noise = np.random.default_rng(0)
+    for name, brightest, number in (("ants", 100, 15), ("bees", 255, 9)):
+        (root / name).mkdir(parents=True)
+        for index in range(number):
+            pixels = noise.integers(0, brightest, (24, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{index}.png")
+
+
+@pytest.fixture(scope="module")
+def stopped(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the output folder of a run that was stopped after its first step."""
+    reset_accelerate()
+    folder = tmp_path_factory.mktemp("runs") / "stopped"
+    show_step = Reporter.show_step
+
+    def stop(reporter: Reporter, step: int) -> None:
+        show_step(reporter, step)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Reporter, "show_step", stop)
+        with pytest.raises(SystemExit, match="143"):
+            main([*command, "--output-dir", str(folder)])
+    return folder
+
+
+@pytest.fixture
+def interrupted(stopped: Path, tmp_path: Path) -> Path:
+    """Return a copy of the folder of the stopped run."""
+    return shutil.copytree(stopped, tmp_path / "run")
+
+
+def read_recorded_flags(folder: Path) -> RecordedFlags:
+    (state,) = folder.glob("checkpoints/step-*/state.json")
+    return RecordedFlags(**read_json(state)["metadata"]["flags"])
+
+
+@pytest.mark.parametrize(
+    "flags", [(), ("--image-size", "224"), ("--image-size", "224", "224"), ("--epochs", "2.0")]
+)
+def test_an_interrupted_and_a_finished_run_resume_with_the_same_command(
+    flags: tuple[str, ...],
+    command: list[str],
+    interrupted: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = [*command, "--output-dir", str(interrupted), "--resume"]
+    main([*arguments, *flags])
+    assert "resumed   after step 1" in capsys.readouterr().out
+    assert to_pair(read_json(interrupted / "config.json")["image_size"]) == (224, 224)
+    assert not (interrupted / "checkpoints").exists()
+
+    for more_flags in ((), flags):
+        main([*arguments, *more_flags])
+        assert capsys.readouterr().out.startswith("finished ")
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_a_run_resumes_with_any_flag_spelled_as_the_value_that_it_used(
+    name: str, stopped: Path, command: list[str]
+) -> None:
+    """The value of a flag that is not set is derived, that of the configuration, or its default."""
+    recorded = read_recorded_flags(stopped)
+    value: Any = recorded.flags[name]
+    for values in (recorded.config, recorded.chosen):
+        value = values.get(name, value)
+    words = [] if value in (None, [], ()) else to_arguments(name, value)
+    arguments = [*command, "--output-dir", str(stopped), "--resume"]
+    for more_words in ([], words):
+        _, options = parse_command_line(load_modules(), [*arguments, *more_words])
+        check_flags_unchanged(recorded, to_flags(resolve_local_paths(options)), stopped)
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["--image-size 280", "--learning-rate 0.5", "--hidden-size 48", "--warmup 0.2", "--epochs 3"],
+)
+def test_a_run_does_not_resume_with_another_value(
+    words: str, stopped: Path, command: list[str]
+) -> None:
+    arguments = [*command, "--output-dir", str(stopped), "--resume", *words.split()]
+    _, options = parse_command_line(load_modules(), arguments)
+    name = words.split()[0].removeprefix("--").replace("-", "_")
+    with raises_one_line(f"was started with `{name}`"):
+        check_flags_unchanged(
+            read_recorded_flags(stopped), to_flags(resolve_local_paths(options)), stopped
+        )
+
+
+def test_a_resumed_run_keeps_the_values_that_were_derived_on_another_machine(
+    command: list[str], interrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = read_recorded_flags(interrupted).chosen
+    monkeypatch.setattr("modeling_vitcls.training.defaults.choose_learning_rate", lambda *_: 0.5)
+    monkeypatch.setattr("modeling_vitcls.training.model.FINETUNING_SIDE", 112)
+    main([*command, "--output-dir", str(interrupted), "--resume"])
+    results = read_json(interrupted / "results.json")
+    assert results["chosen_flags"] == chosen
+    assert chosen["image_size"] == [224, 224]
+
+
+@pytest.mark.parametrize("number", [None, 1])
+def test_checkpoints_of_a_finished_run_are_kept_only_if_requested(
+    number: int | None, command: list[str], interrupted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [] if number is None else ["--keep-checkpoints", str(number)]
+    main([*command, "--output-dir", str(interrupted), "--resume", *flags])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("saved")]
+    assert " MB" in line
+    assert ("are checkpoints" in line) is (number is not None)
+    assert any(interrupted.glob("checkpoints/step-*")) is (number is not None)
