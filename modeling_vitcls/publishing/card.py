@@ -37,6 +37,7 @@ from ..inference.metric_tables import (
     get_metric_names,
 )
 from ..model.configuration_vitcls import MIN_TRANSFORMERS_VERSION
+from ..runtime.files import replace_control_characters
 from ..version import __version__
 from .held_out_predictions import describe_predictions
 from .verification_script import get_auto_class
@@ -97,7 +98,7 @@ def render_card(
         hidden_files: Files of the folder that the card must not show, because they are not
             published.
     """
-    name = name or folder.path.resolve().name
+    name = replace_control_characters(name or folder.path.resolve().name)
     hidden_files = hidden_files or set()
     images = {key: path for key, path in folder.images.items() if path not in hidden_files}
     has_report = (
@@ -131,7 +132,7 @@ def render_card(
         },
     }
 
-    is_run = bool(folder.results and folder.flags)
+    is_run = "num_processes" in folder.results and bool(folder.flags)
     template = "encoder" if "method" in folder.results else "classifier"
     variables |= (
         describe_architecture(folder)

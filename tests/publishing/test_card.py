@@ -20,6 +20,7 @@ from modeling_vitcls import (
     ViTCLSModel,
 )
 from modeling_vitcls.conversion.convert import convert_checkpoint, write_native_model
+from modeling_vitcls.hub.model_files import hash_weights
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.model.configuration_vitcls import MIN_TRANSFORMERS_VERSION
 from modeling_vitcls.publishing.card import (
@@ -31,6 +32,7 @@ from modeling_vitcls.publishing.card import (
     render_card,
     write_card,
 )
+from modeling_vitcls.runtime.files import write_json
 from modeling_vitcls.version import __version__
 
 
@@ -359,6 +361,18 @@ def test_names_from_a_dataset_cannot_change_the_card(tmp_path: Path) -> None:
     ).text
     assert "\n# Injected" not in text
     assert "\x1b" not in text
+
+
+def test_a_line_break_in_the_name_of_a_folder_does_not_end_the_title(tmp_path: Path) -> None:
+    folder = write_run_folder(tmp_path / "mine\n---\nevil: 1")
+    assert "# mine --- evil: 1\n" in load_card(folder).text
+
+
+def test_a_recipe_next_to_results_of_no_run_is_not_described(tmp_path: Path) -> None:
+    """Such as a recipe that was copied to a model that was not trained."""
+    folder = write_run_folder(tmp_path / "mine")
+    write_json(folder / "results.json", {"weights_sha256": hash_weights(folder), "versions": {}})
+    assert "## Training" not in load_card(folder).text
 
 
 def test_a_run_without_held_out_images_has_no_results(tmp_path: Path) -> None:
