@@ -6,7 +6,7 @@ report.py                  report.html and the card's images
 card.py                    README.md, with one template per kind of model in model_cards/
 card_images.py             the card's images
 held_out_predictions.py    predictions of held-out images, for the report and the card
-staging.py                 the files that a push publishes
+published_files.py         the files that a push publishes
 push.py                    permissions and push, with retries
 verify.py                  verification of a published model, which is loaded in a new process
 verification_script.py     the script that the new process runs, independent of this package

@@ -10,13 +10,15 @@ again. The folder is not changed.
 
 import shlex
 import sys
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, constants
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import filter_repo_objects
 
 from ..hub.connection import (
     HUB_ERRORS,
@@ -30,11 +32,12 @@ from ..hub.connection import (
 )
 from ..hub.model_folder import ModelFolder
 from ..runtime.flags import to_arguments
-from .staging import DELETE_PATTERNS, stage_folder
+from .published_files import DELETE_PATTERNS, collect_files
 
 
 # Maximum time without a response, in seconds; the duration of an upload is not limited.
 TIMEOUT = 50.0
+GIT_ATTRIBUTES_FILE = ".gitattributes"  # names the large files; the Hub maintains it
 TOKEN_SETTINGS_URL = "https://huggingface.co/settings/tokens"
 
 
@@ -132,22 +135,20 @@ def push_folder(
             completes the push.
     """
     command = build_push_command(folder.path, repo_id, private, branch)
-    advice = f"The model is saved in {folder.path}; finish with: {command}"
-    with stage_folder(folder, repo_id) as staged_folder:
-        return upload_folder(
-            staged_folder,
-            repo_id,
-            repo_type="model",
-            message="Upload model",
-            delete_patterns=DELETE_PATTERNS,
-            advice=advice,
-            private=private,
-            branch=branch,
-        )
+    return upload_files(
+        collect_files(folder, repo_id),
+        repo_id,
+        repo_type="model",
+        message="Upload model",
+        delete_patterns=DELETE_PATTERNS,
+        advice=f"The model is saved in {folder.path}; finish with: {command}",
+        private=private,
+        branch=branch,
+    )
 
 
-def upload_folder(
-    folder: Path,
+def upload_files(
+    files: Mapping[str, Path | bytes],
     repo_id: str,
     repo_type: str,
     message: str,
@@ -156,13 +157,13 @@ def upload_folder(
     private: bool = False,
     branch: str | None = None,
 ) -> PushResult:
-    """Upload a folder in one commit; create a model repository if it does not exist.
+    """Upload files in one commit; create a model repository if it does not exist.
 
     If nothing has changed, no commit is made.
 
     Args:
-        delete_patterns: Patterns of files to remove from the repository unless they are in the
-            folder.
+        files: Name in the repository -> path or content.
+        delete_patterns: Patterns of files to remove from the repository unless they are uploaded.
         advice: How to finish a failed push.
 
     Raises:
@@ -178,13 +179,18 @@ def upload_folder(
         if branch is not None:
             api.create_branch(repo_id, branch=branch, exist_ok=True)
         info = api.repo_info(repo_id, repo_type=repo_type, revision=branch, timeout=TIMEOUT)
-        commit = api.upload_folder(
-            repo_id=repo_id,
+        names = api.list_repo_files(repo_id, repo_type=repo_type, revision=info.sha)
+        outdated = set(filter_repo_objects(names, allow_patterns=delete_patterns)) - files.keys()
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [
+            CommitOperationDelete(name) for name in sorted(outdated - {GIT_ATTRIBUTES_FILE})
+        ]
+        operations += [CommitOperationAdd(name, content) for name, content in files.items()]
+        commit = api.create_commit(
+            repo_id,
+            operations,
             repo_type=repo_type,
-            folder_path=folder,
             commit_message=message,
             revision=branch,
-            delete_patterns=delete_patterns,
             # After another push in the meantime, the Hub rejects the commit (HTTP 412), and the
             # retry starts again.
             parent_commit=info.sha,

@@ -13,17 +13,19 @@
    loaded with this package. No published code runs in the calling process.
 """
 
+import hashlib
 import json
 import os
 import site
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, get_token
+from huggingface_hub import CommitOperationAdd, HfApi, RepoFile, get_token
 from safetensors.torch import load_file
 
 from ..hub.connection import (
@@ -40,8 +42,8 @@ from ..model.modeling_vitcls import ViTCLSBackbone
 from ..runtime.system import get_versions
 from ..version import __version__
 from . import verification_script
+from .published_files import PACKAGE_FOLDER, collect_files
 from .push import TIMEOUT, PushResult
-from .staging import PACKAGE_FOLDER, stage_folder
 from .verification_script import Outputs, collect_outputs
 
 
@@ -95,13 +97,13 @@ def verify(repo_id: str, revision: str = "main", folder: ModelFolder | None = No
         silence_transformers(),
     ):
         if folder is None:
-            files = download_files(
+            path = download_files(
                 repo_id, commit.sha, VERIFIED_PATTERNS, folder=Path(temporary_path, "files")
             )
-            num_files = check_hashes(commit, files)
-            code = describe_code_differences(files)
+            files = list_downloaded_files(path)
+            check_hashes(commit, files)
             try:
-                reference = ModelFolder(files)
+                reference = ModelFolder(path)
             except ValueError:
                 raise VerificationError(
                     f"{repo_id} at {commit.sha} does not contain a vitcls model. Check the id and "
@@ -109,9 +111,8 @@ def verify(repo_id: str, revision: str = "main", folder: ModelFolder | None = No
                 ) from None
         else:
             reference = folder
-            with stage_folder(folder, repo_id) as staged_folder:
-                num_files = check_hashes(commit, staged_folder, folder)
-                code = describe_code_differences(staged_folder)
+            files = collect_files(folder, repo_id)
+            check_hashes(commit, files, folder)
 
         is_native = reference.is_native
         # AutoBackbone queries the Hub even for a local folder.
@@ -137,7 +138,8 @@ def verify(repo_id: str, revision: str = "main", folder: ModelFolder | None = No
 
     lines = [
         f"verified: {repo_id} at {commit.sha}",
-        f"  {num_files} files match their hashes; {'no code' if is_native else code}",
+        f"  {len(files)} files match their hashes; "
+        f"{'no code' if is_native else describe_code_differences(files)}",
         "  outputs of a new process (empty cache, no modeling_vitcls), compared with "
         f"{reference_text}:",
         *(
@@ -173,23 +175,31 @@ def verify_push(push_result: PushResult, folder: ModelFolder) -> str:
         ) from error
 
 
-def check_hashes(commit: HubCommit, files: Path, pushed: ModelFolder | None = None) -> int:
-    """Compare the files in a folder with the hashes on the Hub, and return the number of files.
+def list_downloaded_files(folder: Path) -> dict[str, Path | bytes]:
+    """Return the files in the folder of a download, without huggingface_hub's own: name -> path."""
+    paths = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
+    return {name.as_posix(): path for name, path in paths.items() if name.parts[0] != ".cache"}
 
-    Raise VerificationError if a hash differs. `pushed` is the model whose staged files are in the
-    folder; all of these files must be on the Hub.
+
+def check_hashes(
+    commit: HubCommit, files: Mapping[str, Path | bytes], pushed: ModelFolder | None = None
+) -> None:
+    """Raise VerificationError unless files have the hashes of the files on the Hub.
+
+    `pushed` is the model that the files are of, if it was pushed from this machine.
     """
     try:
         with set_hub_timeout(TIMEOUT):
-            result = HfApi().verify_repo_checksums(
-                commit.repo_id, revision=commit.sha, local_dir=files
-            )
+            tree = HfApi().list_repo_tree(commit.repo_id, revision=commit.sha, recursive=True)
+            entries = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
     except HUB_ERRORS as error:
         raise OSError(f"cannot check {commit.repo_id}: {format_hub_error(error)}") from error
 
-    names = [mismatch["path"] for mismatch in result.mismatches]
-    if pushed:
-        names += result.extra_paths
+    names = [
+        name
+        for name, content in files.items()
+        if name not in entries or not has_content(entries[name], content)
+    ]
     if names:
         problem = (
             "damaged on the Hub" if pushed is None else f"missing or different from {pushed.path}"
@@ -198,16 +208,28 @@ def check_hashes(commit: HubCommit, files: Path, pushed: ModelFolder | None = No
             f"files in {commit.repo_id} at {commit.sha} are {problem}: {', '.join(names)}. Push "
             f"{pushed.path if pushed else 'the model'} again"
         )
-    return result.checked_count
 
 
-def describe_code_differences(folder: Path) -> str:
-    """Compare the Python files of a folder with the code of this package, and return one line."""
+def has_content(entry: RepoFile, content: Path | bytes) -> bool:
+    """Return whether a file on the Hub has a content: SHA-256 of large files, or Git's hash."""
+    if entry.lfs is not None:
+        upload = CommitOperationAdd(entry.path, content).upload_info
+        return upload.sha256.hex() == entry.lfs.sha256
+    content = read_content(content)
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == entry.blob_id
+
+
+def read_content(content: Path | bytes) -> bytes:
+    return content if isinstance(content, bytes) else content.read_bytes()
+
+
+def describe_code_differences(files: Mapping[str, Path | bytes]) -> str:
+    """Compare Python files with the code of this package, and return one line."""
     expected_files = {
         file.name: file.read_bytes() for file in (PACKAGE_FOLDER / "model").glob(CODE_PATTERN)
     }
     actual_files = {
-        file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*.py")
+        name: read_content(content) for name, content in files.items() if name.endswith(".py")
     }
     names = expected_files.keys() | actual_files.keys()
     different_names = sorted(

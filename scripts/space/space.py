@@ -29,8 +29,8 @@ from modeling_vitcls.hub.local_paths import split_revision
 from modeling_vitcls.hub.model_files import CONFIG_FILES
 from modeling_vitcls.hub.model_folder import list_strings
 from modeling_vitcls.model.configuration_vitcls import ViTCLSConfig
-from modeling_vitcls.publishing.push import PushResult, build_push_command, upload_folder
-from modeling_vitcls.publishing.staging import PACKAGE_FOLDER
+from modeling_vitcls.publishing.published_files import PACKAGE_FOLDER
+from modeling_vitcls.publishing.push import PushResult, build_push_command, upload_files
 from modeling_vitcls.runtime.files import read_json
 
 
@@ -184,4 +184,7 @@ def push_space(folder: Path, model: HubCommit, space_id: str) -> PushResult:
     }
     message = f"Show {model.repo_id} at {model.sha[:7]}"
     delete_patterns = [f"{name}/*" for name in subfolders]
-    return upload_folder(folder, space_id, "space", message, delete_patterns, "Repeat the command")
+    files = {
+        file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()
+    }
+    return upload_files(files, space_id, "space", message, delete_patterns, "Repeat the command")

@@ -34,7 +34,7 @@ from modeling_vitcls.inference.evaluate import evaluate_checkpoint
 from modeling_vitcls.inference.load_model import load_model
 from modeling_vitcls.inference.options import EvaluateOptions
 from modeling_vitcls.model.modeling_vitcls import ViTCLSModel
-from modeling_vitcls.publishing.staging import list_published_files
+from modeling_vitcls.publishing.published_files import list_published_files
 from modeling_vitcls.training.finetune import describe_overlap
 from modeling_vitcls.training.model import resolve_initial_model
 

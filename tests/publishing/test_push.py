@@ -604,14 +604,14 @@ def test_another_push_in_the_meantime_is_noticed(
     hub: LocalHub, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The Hub rejects a commit whose parent is outdated (HTTP 412), and the retry starts again."""
-    upload = HfApi.upload_folder
+    create = HfApi.create_commit
 
-    def upload_second(api: HfApi, **arguments: Any) -> Any:
-        monkeypatch.setattr(HfApi, "upload_folder", upload)
-        api.upload_file(path_or_fileobj=b"mine", path_in_repo="notes.md", repo_id="ann/model")
-        return upload(api, **arguments)
+    def create_second(api: HfApi, *arguments: Any, **keywords: Any) -> Any:
+        monkeypatch.setattr(HfApi, "create_commit", create)
+        HfApi().upload_file(path_or_fileobj=b"mine", path_in_repo="notes.md", repo_id="ann/model")
+        return create(api, *arguments, **keywords)
 
-    monkeypatch.setattr(HfApi, "upload_folder", upload_second)
+    monkeypatch.setattr(HfApi, "create_commit", create_second)
     monkeypatch.chdir(folder.parent)
     pushed = push_folder(ModelFolder(Path(folder.name)), "ann/model")
     # of the file, the rejected one, and the retry

@@ -25,6 +25,7 @@ from modeling_vitcls.cli.push import PushOptions
 from modeling_vitcls.cli.push import run as run_push
 from modeling_vitcls.hub import connection
 from modeling_vitcls.hub.model_folder import ModelFolder
+from modeling_vitcls.publishing.published_files import collect_files
 from modeling_vitcls.publishing.push import push_folder
 from modeling_vitcls.publishing.verification_script import collect_outputs, get_auto_class
 from modeling_vitcls.publishing.verify import (
@@ -269,11 +270,11 @@ def test_outputs_of_all_auto_classes_of_a_folder_are_collected(
 
 
 def test_code_is_compared_with_the_package(folder: Path) -> None:
-    assert describe_code_differences(folder) == f"code of modeling_vitcls {vitcls.__version__}"
-    (folder / "heads_vitcls.py").unlink()
-    for name in ("blocks_vitcls.py", "other.py"):
-        (folder / name).write_text("")
-    assert describe_code_differences(folder).endswith(
+    files = collect_files(ModelFolder(folder), "ann/model")
+    assert describe_code_differences(files) == f"code of modeling_vitcls {vitcls.__version__}"
+    del files["heads_vitcls.py"]
+    files |= {"blocks_vitcls.py": b"", "other.py": b""}
+    assert describe_code_differences(files).endswith(
         ": blocks_vitcls.py, heads_vitcls.py, other.py"
     )
 

@@ -1,20 +1,15 @@
-"""The files of a model folder that a push publishes, collected in a temporary folder.
+"""The files of a model folder that a push publishes: names, and paths or contents.
 
-    with stage_folder(ModelFolder(Path("runs/mine")), "me/mine") as staged:
-        api.upload_folder(folder_path=staged, delete_patterns=DELETE_PATTERNS, ...)
+    collect_files(folder, "me/mine")     # {"model.safetensors": Path(...), "README.md": b"...", ...}
 
 The published files are those that this package writes, each by its name; other files in the folder
-stay on the machine. Large files are links. README.md contains the id of the repository,
-config.resolved.yaml no local paths, and CODE_LICENSE the license of the code. There are no pickle
-files, no results of other weights, and no images of a dataset that may not be published.
+stay on the machine. README.md contains the id of the repository, config.resolved.yaml no local
+paths, and CODE_LICENSE the license of the code. There are no pickle files, no results of other
+weights, and no images of a dataset that may not be published.
 """
 
 import logging
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import distribution
 from pathlib import Path
 
@@ -62,37 +57,25 @@ DELETE_PATTERNS = [
 logger = logging.getLogger(__name__)
 
 
-@contextmanager
-def stage_folder(folder: ModelFolder, repo_id: str) -> Iterator[Path]:
-    """Yield a temporary folder with the files to publish.
+def collect_files(folder: ModelFolder, repo_id: str) -> dict[str, Path | bytes]:
+    """Return the files to publish: name in the repository -> path or content.
 
     Raise ValueError if the model is incomplete, or if one of the files is a link to a file
     elsewhere.
     """
     folder.check_is_complete()
-    path = folder.path
-    files = list_published_files(folder)
+    names = list_published_files(folder)
+    files: dict[str, Path | bytes] = {name: folder.path / name for name in sorted(names)}
 
-    with tempfile.TemporaryDirectory(prefix="vitcls-push-") as temporary_path:
-        staged = Path(temporary_path)
-        for name in files:
-            (staged / name).parent.mkdir(parents=True, exist_ok=True)
-            try:
-                (staged / name).symlink_to((path / name).resolve())
-            except OSError:  # Windows without developer mode
-                shutil.copyfile(path / name, staged / name)
-
-        if has_edited_card(folder):
-            warn_about_images(folder, files)
-        else:
-            replace_file(staged / CARD_FILE, render_card(folder, repo_id, folder.private_files))
-        if RECIPE_FILE in files:
-            replace_file(
-                staged / RECIPE_FILE, yaml.safe_dump(folder.shareable_flags, sort_keys=False)
-            )
-        if any(staged.glob("*.py")):
-            replace_file(staged / CODE_LICENSE_FILE, read_code_license())
-        yield staged
+    if has_edited_card(folder):
+        warn_about_images(folder, names)
+    else:
+        files[CARD_FILE] = render_card(folder, repo_id, folder.private_files).encode()
+    if RECIPE_FILE in names:
+        files[RECIPE_FILE] = yaml.safe_dump(folder.shareable_flags, sort_keys=False).encode()
+    if any(name.endswith(".py") for name in names):
+        files[CODE_LICENSE_FILE] = read_code_license().encode()
+    return files
 
 
 def list_published_files(folder: ModelFolder) -> set[str]:
@@ -141,12 +124,6 @@ def warn_about_images(folder: ModelFolder, files: set[str]) -> None:
             CARD_FILE,
             ", ".join(missing_images),
         )
-
-
-def replace_file(file: Path, text: str) -> None:
-    """Write a file in place of a link."""
-    file.unlink(missing_ok=True)
-    file.write_text(text, encoding="utf-8", newline="\n")
 
 
 def read_code_license() -> str:
