@@ -16,6 +16,8 @@ class DataFlags(TypedDict, total=False):
     label_column: str | Sequence[str] | None
     label_separator: str | None
     label_names: str | Sequence[str] | None
+    split_column: str | None
+    group_column: str | None
     held_out_fraction: float
     split_seed: int
     folds: int | None

@@ -22,7 +22,6 @@ that contains at least as many tables as images, and no metadata files, is read 
 library.
 """
 
-import glob
 import hashlib
 import os
 from collections import Counter
@@ -34,11 +33,11 @@ from itertools import chain, pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..hub.local_paths import BUILT_IN_DATASET
 from ..hub.model_files import CONFIG_FILES, RECIPE_FILE
 from ..runtime.errors import format_error
 from ..runtime.files import replace_control_characters, write_atomically
 from .images import get_cache_file
+from .tables import read_table, wrap_table
 
 
 IMAGE_SUFFIXES = frozenset(
@@ -199,13 +198,7 @@ def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
     }
     note_unused_files(folder, sorted([*folder.other_files, *folder.tables]), "of other types")
     if folder.metadata:
-        patterns = {
-            SPLIT_BY_FOLDER_NAME.get(name.lower(), "train"): glob.escape(str(folder.path / name))
-            + "/**"
-            for name in images_by_folder
-        }
-        with explain_reading_errors(str(folder.path / folder.metadata[0])):
-            return datasets.load_dataset("imagefolder", data_files=patterns)
+        return read_metadata(folder, list(images_by_folder))
     if use_labels:
         warn_about_folders_without_images(folder, list(images_by_folder))
         return build_labeled_splits(
@@ -215,6 +208,41 @@ def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
         split: build_dataset(folder, split, images) for split, images in images_by_split.items()
     }
     return datasets.DatasetDict(parts)
+
+
+def read_metadata(folder: ImageFolder, split_folders: Sequence[str]) -> Any:
+    """Return the rows of the metadata files by split, with the columns of the first file of each.
+
+    Raise ValueError if a metadata file has no column `file_name`.
+    """
+    import datasets
+    import pyarrow
+
+    parts: dict[str, list[Any]] = {}
+    for file in folder.metadata:
+        name = file.partition("/")[0] if "" not in split_folders else ""
+        if name not in split_folders:
+            continue
+        table = read_table(folder.path / file)
+        if "file_name" not in table.features:
+            raise ValueError(
+                f"{folder.path / file} has no column 'file_name'. Add one with the name of each "
+                "image"
+            )
+        parent = (folder.path / file).parent
+        paths = [path and str(parent / path) for path in table["file_name"]]
+        contents = pyarrow.nulls(len(paths), pyarrow.binary())
+        images = pyarrow.StructArray.from_arrays(
+            [contents, pyarrow.array(paths, pyarrow.string())], ["bytes", "path"]
+        )
+        others = table.remove_columns("file_name").with_format("arrow")[:]
+        columns = {name: others[name] for name in others.column_names}
+        dataset = wrap_table({"image": images, **columns})
+        split = SPLIT_BY_FOLDER_NAME.get(name.lower(), "train")
+        parts.setdefault(split, []).append(dataset.cast_column("image", datasets.Image()))
+    return datasets.DatasetDict(
+        {split: datasets.concatenate_datasets(part) for split, part in parts.items()}
+    )
 
 
 @contextmanager
@@ -305,7 +333,7 @@ def check_output_is_not_read(output_dir: Path, dataset: str) -> None:
     """Raise ValueError if images in the output folder of a run would be images of the dataset."""
     root = Path(dataset).resolve()
     folder = output_dir.resolve()
-    if dataset == BUILT_IN_DATASET or not root.is_dir() or not folder.is_relative_to(root):
+    if not root.is_dir() or not folder.is_relative_to(root):
         return
 
     path = folder.relative_to(root)

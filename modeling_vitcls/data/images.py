@@ -59,6 +59,7 @@ class LabeledImages:
 
     images: Any  # one of the classes below, or any other sequence of PIL images
     labels: Any  # a list or `MultiHotLabels`
+    groups: np.ndarray | None = None  # [N] int64; images of one group stay together
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -70,9 +71,13 @@ class LabeledImages:
     def select(self, indices: Iterable[int]) -> "LabeledImages":
         """Return the images and labels at `indices`, in the given order."""
         indices = list(indices)
-        if isinstance(self.labels, MultiHotLabels):
-            return LabeledImages(self.images.select(indices), self.labels.select(indices))
-        return LabeledImages(self.images.select(indices), [self.labels[index] for index in indices])
+        groups = None if self.groups is None else self.groups[indices]
+        labels: Any = (
+            self.labels.select(indices)
+            if isinstance(self.labels, MultiHotLabels)
+            else [self.labels[index] for index in indices]
+        )
+        return LabeledImages(self.images.select(indices), labels, groups)
 
     def draw(self, num_images: int | None, seed: int = 0) -> "LabeledImages":
         """Return `num_images` random images in dataset order.

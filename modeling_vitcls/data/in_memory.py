@@ -25,6 +25,7 @@ from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
 
 from ..model.image_processing_vitcls import image_to_tensor
+from .tables import build_column, wrap_table
 
 
 MEMORY_PREFIX = "memory:"
@@ -66,6 +67,7 @@ def get_dataset(name: str) -> Any:
 def convert_split(data: Any) -> Any:
     """Return one split as a `datasets.Dataset`."""
     import datasets
+    import pyarrow
 
     if isinstance(data, datasets.Dataset):
         if data.format["type"] == "custom":
@@ -90,12 +92,34 @@ def convert_split(data: Any) -> Any:
         raise ValueError(
             "the dataset in memory has no images. Pass at least one (image, label) pair"
         )
-    dataset = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
-    # class names of torchvision's datasets
-    names = [str(name) for name in getattr(data, "classes", ())]
+    names = find_class_names(data)
+    columns = {"image": pyarrow.array([row["image"] for row in rows])}
+    for column in dict.fromkeys(column for row in rows for column in row if column != "image"):
+        values = [row.get(column) for row in rows]
+        if names and column == "label":
+            values = name_vectors(values, names)
+        columns[column] = build_column(values)
+    dataset = wrap_table(columns).cast_column("image", datasets.Image())
     if names and dataset.features.get("label") == datasets.Value("int64"):
         dataset = dataset.cast_column("label", datasets.ClassLabel(names=names))
     return dataset
+
+
+def find_class_names(data: Any) -> list[str]:
+    """Return the class names of a dataset of torchvision, or of the dataset that it is a part of."""
+    while not hasattr(data, "classes") and hasattr(data, "dataset"):
+        data = data.dataset
+    return [str(name) for name in getattr(data, "classes", None) or ()]
+
+
+def name_vectors(labels: list[Any], names: list[str]) -> list[Any]:
+    """Return the labels, with names in the place of vectors that have 0 or 1 for each class."""
+    return [
+        [name for name, bit in zip(names, label, strict=True) if bit]
+        if isinstance(label, list) and len(label) == len(names) and set(label) <= {0, 1}
+        else label
+        for label in labels
+    ]
 
 
 def convert_pair(pair: Any, index: int) -> dict[str, Any]:

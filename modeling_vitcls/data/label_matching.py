@@ -1,13 +1,16 @@
-"""Labels of a dataset as labels of a model: the indices are matched by the names of the labels."""
+"""Labels of a dataset as labels of a model: the indices are matched by the names of the labels.
+
+Names are compared in the Unicode form NFC.
+"""
 
 from collections import Counter
 from dataclasses import replace
 from functools import partial
 from typing import Any
+from unicodedata import normalize
 
 from ..model.heads_vitcls import IGNORED_LABEL
 from .image_folder import format_name_list
-from .images import LabeledImages
 from .labels import LabelSpace, MultiHotLabels
 from .streaming import StreamedImages
 
@@ -30,8 +33,12 @@ def match_labels(images: Any, data_space: LabelSpace, model_space: LabelSpace) -
             f"{', '.join(data_space.columns)}. Select the columns of the tasks with `label_column`"
         )
     for task in model_space.tasks:
-        counts = Counter(model_space.get_names(task))
-        repeated = [name for name in sorted(set(data_space.get_names(task))) if counts[name] > 1]
+        counts = Counter(normalize("NFC", name) for name in model_space.get_names(task))
+        repeated = [
+            name
+            for name in sorted(set(data_space.get_names(task)))
+            if counts[normalize("NFC", name)] > 1
+        ]
         if repeated:
             raise ValueError(
                 f"the model has several labels with the name {repeated[0]!r}, so that images of "
@@ -43,10 +50,8 @@ def match_labels(images: Any, data_space: LabelSpace, model_space: LabelSpace) -
         return replace(images, convert_label=convert)
     if isinstance(images.labels, MultiHotLabels):
         rows = (map(convert, images.labels.get_indices(row).tolist()) for row in range(len(images)))
-        return LabeledImages(
-            images.images, MultiHotLabels.from_indices(rows, len(model_space.names))
-        )
-    return LabeledImages(images.images, list(map(convert, images.labels)))
+        return replace(images, labels=MultiHotLabels.from_indices(rows, len(model_space.names)))
+    return replace(images, labels=list(map(convert, images.labels)))
 
 
 def convert_label(
@@ -73,11 +78,11 @@ def convert_label(
 
     data_names = data_space.get_names(task)
     index_by_name = model_space.index_by_name[task or next(iter(model_space.columns))]
-    name = data_names[label]
+    name = normalize("NFC", data_names[label])
     if name in index_by_name:
         return index_by_name[name]
-    names = format_name_list(list(index_by_name), 20)
-    if not set(data_names) & index_by_name.keys():
+    names = format_name_list(model_space.get_names(task), 20)
+    if not {normalize("NFC", name) for name in data_names} & index_by_name.keys():
         raise ValueError(
             f"the classes differ: the dataset has {format_name_list(data_names, 20)}, but the "
             f"model has {names}. Fine-tune the model on these classes, or set `frozen='knn'` "

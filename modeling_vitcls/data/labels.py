@@ -3,19 +3,23 @@
                                                       label of one image            batch of labels
     several --label-column
         multi_task                                    {task: class index or -100}   {task: [B] int64}
-    a column of lists, or text with --label-separator
+    a column of lists or of vectors of 0 and 1, text with --label-separator, or one --label-column of 0 and 1 per class
         multi_label_classification                    0.0 or 1.0 per class          [B, classes] float32
     any other column
         single_label_classification                   class index                   [B] int64
 
 The label names are declared by the dataset (`ClassLabel`), set by --label-names, or collected as
-the sorted distinct values, in this order of precedence. This file also selects the image column.
+the sorted distinct values, in this order of precedence. Each split may declare them in an order of
+its own: labels are matched by name. This file also selects the image column.
 """
 
+import ast
 import math
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -61,9 +65,9 @@ class LabelSpace:
 
     @cached_property
     def index_by_name(self) -> dict[str, dict[str, int]]:
-        """Return class indices by column and class name."""
+        """Return class indices by column and class name in the Unicode form NFC."""
         return {
-            column: {name: index for index, name in enumerate(names)}
+            column: {unicodedata.normalize("NFC", name): index for index, name in enumerate(names)}
             for column, names in self.columns.items()
         }
 
@@ -71,10 +75,9 @@ class LabelSpace:
         """Return the fields of ViTCLSConfig that describe the labels."""
         if self.kind == "multi_task":
             return {"tasks": self.columns}
-        (label2id,) = self.index_by_name.values()
         return {
             "id2label": dict(enumerate(self.names)),
-            "label2id": label2id,
+            "label2id": {name: index for index, name in enumerate(self.names)},
             "problem_type": self.kind,
         }
 
@@ -186,66 +189,91 @@ class MultiHotLabels(Sequence):
 # Reading ------------------------------------------------------------------------------------------
 
 
+# how a row contains its labels: one value per column, a list of labels, one place per class with 0
+# or 1, or one such column per class
+LabelForm = Literal["value", "list", "vector", "class columns"]
+BITS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
+
+
 @dataclass(frozen=True)
 class LabelColumn:
     """A label column and the names of its classes."""
 
     name: str
     classes: list[str]
-    # whether the dataset declares the classes, so that labels are indices into `classes`
-    is_declared: bool
+    # names that the split declares, so that labels are indices into these; None: labels are names
+    declared: tuple[str, ...] | None = None
 
     def get_index(self, value: Any, row_name: str) -> int:
         """Return the class index of one value, or -100 if the value is missing.
 
         Raise ValueError if the value is not one of the classes.
         """
-        value = normalize_value(value)
-        if value is None or (self.is_declared and value == -1):
+        name = get_class_name(value)
+        is_declared = self.declared is not None and type(value) is int
+        if name is None or (is_declared and value == -1):
             return IGNORED_LABEL
-        if self.has_class_indices and isinstance(value, int) and 0 <= value < len(self.classes):
-            return value
-        if str(value) not in self.index_by_name:
-            raise ValueError(
-                f"{row_name} has the label {value!r}, not one of the {len(self.classes)} classes"
-            )
-        return self.index_by_name[str(value)]
+        names = self.declared if is_declared else None
+        if names is not None:
+            name = get_class_name(names[value]) if 0 <= value < len(names) else None
+        if name in self.index_by_name:
+            return self.index_by_name[name]
+        if name is not None and self.has_class_indices:
+            index = int(name) if name.isdecimal() and not isinstance(value, bool) else -1
+            if str(index) == name and 0 <= index < len(self.classes):
+                return index
+        raise ValueError(
+            f"{row_name} has the label {value!r}, not one of the {len(self.classes)} classes"
+        )
 
     def get_indices(self, values: Sequence[Any], name_row: Callable[[int], str]) -> list[int]:
         """Return the class index of each value."""
-        known: dict[Any, int] = {}
+        known: dict[str, int] = {}
         for row, value in enumerate(values):
-            if value not in known:
-                known[value] = self.get_index(value, name_row(row))
-        return [known[value] for value in values]
+            if str(value) not in known:
+                known[str(value)] = self.get_index(value, name_row(row))
+        return [known[str(value)] for value in values]
 
     @cached_property
     def has_class_indices(self) -> bool:
-        """Return whether integers are class indices.
+        """Return whether whole numbers that are no names are class indices.
 
-        They are if the classes are declared, or if no class name is an integer.
+        They are not if any class name is a number.
         """
-        return self.is_declared or not any(
-            name.removeprefix("-").isdecimal() for name in self.classes
-        )
+        return not any(name.removeprefix("-").isdecimal() for name in self.classes)
 
     @cached_property
     def index_by_name(self) -> dict[str, int]:
-        """Return class indices by class name; empty if the dataset declares the classes."""
-        return {} if self.is_declared else {name: index for index, name in enumerate(self.classes)}
+        return {name: index for index, name in enumerate(self.classes)}
 
 
 @dataclass(frozen=True)
 class LabelReader:
-    """Reader of the labels in the rows of a dataset."""
+    """Reader of the labels in the rows of one split."""
 
     kind: LabelKind
+    form: LabelForm
     columns: list[LabelColumn]
     separator: str | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def label_space(self) -> LabelSpace:
+        if self.form == "class columns":
+            return LabelSpace(self.kind, {"labels": self.column_names})
         return LabelSpace(self.kind, {column.name: column.classes for column in self.columns})
+
+    @property
+    def column_names(self) -> list[str]:
+        return [column.name for column in self.columns]
+
+    def for_split(self, features: Features) -> "LabelReader":
+        """Return the reader of a split with these columns, whose class indices are its own."""
+        columns = [
+            replace(column, declared=get_declared_names(features[column.name]))
+            for column in self.columns
+        ]
+        return replace(self, columns=columns)
 
     def read(self, row: Row, row_name: str) -> Any:
         """Return the label of one row in the format of the label kind.
@@ -253,10 +281,8 @@ class LabelReader:
         Raise ValueError if a value is not one of the classes. `row_name` is the name of the row in
         error messages.
         """
-        (label,) = self.read_columns(
-            [[row[column.name]] for column in self.columns], lambda _: row_name
-        )
-        return label
+        values = [[row[name]] for name in self.column_names]
+        return self.read_columns(values, lambda _: row_name)[0]
 
     def read_columns(self, values: Sequence[Sequence[Any]], name_row: Callable[[int], str]) -> Any:
         """Return the labels of all rows, a list or `MultiHotLabels` (several labels per image).
@@ -268,15 +294,12 @@ class LabelReader:
             name_row: returns the name of a row in error messages.
         """
         if self.kind == "multi_label_classification":
-            (column,) = self.columns
+            num_classes = len(self.label_space.names)
             rows = (
-                [
-                    column.get_index(label, name_row(row))
-                    for label in split_labels(value, self.separator)
-                ]
-                for row, value in enumerate(values[0])
+                self.read_list(list(row), name_row(number))
+                for number, row in enumerate(zip(*values, strict=True))
             )
-            return MultiHotLabels.from_indices(rows, len(column.classes))
+            return MultiHotLabels.from_indices(rows, num_classes)
         indices = [self.columns[n].get_indices(column, name_row) for n, column in enumerate(values)]
         if self.kind == "single_label_classification":
             return indices[0]
@@ -285,89 +308,207 @@ class LabelReader:
             for row in zip(*indices, strict=True)
         ]
 
+    def read_list(self, values: list[Any], row_name: str) -> list[int]:
+        """Return the class indices of an image with several labels, given its value per column."""
+        if self.form == "list":
+            labels = split_labels(values[0], self.separator)
+            return [self.columns[0].get_index(label, row_name) for label in labels]
+        names = self.label_space.names
+        bits = values if self.form == "class columns" else split_labels(values[0], None)
+        if bits in ([None], [""]):
+            return []
+        if len(bits) != len(names) or not all(map(is_bit, bits)):
+            raise ValueError(
+                f"{row_name} has the labels {values!r}, not 0 or 1 for each of the {len(names)} "
+                "classes"
+            )
+        return [index for index, bit in enumerate(bits) if BITS.get(str(bit).lower())]
+
 
 def build_label_reader(
-    options: DataOptions, features: Features, read_column: Callable[[str], Iterable[Any]]
+    options: DataOptions,
+    features_by_split: Mapping[str, Features],
+    read_column: Callable[[str], Iterable[Any]],
 ) -> LabelReader:
-    """Build the label reader of a dataset.
+    """Build the label reader of a dataset; `for_split` returns that of a split.
 
     Raise ValueError if a column does not exist or contains no class labels, or if the classes of a
-    column are unknown. `read_column` returns all values of a column.
+    column are unknown. `read_column` returns the values of a column in all splits.
     """
+    features = next(iter(features_by_split.values()))
     names = [
         find_column(
             "label",
             name,
             features,
-            has_matching_type=find_class_label,
+            has_matching_type=get_declared_names,
             common_names=LABEL_COLUMN_NAMES,
             dataset=options.dataset,
         )
         for name in options.label_column or (None,)
     ]
-    has_lists = bool(options.label_separator) or any(
-        get_item_type(features[name]) is not None for name in names
-    )
-    if has_lists and len(names) > 1:
-        raise ValueError(
-            f"{options.dataset}: several label columns require one label per image. Set one "
-            "`label_column`, or omit `label_separator`"
-        )
-    kind: LabelKind = "multi_label_classification" if has_lists else "single_label_classification"
-    columns = [build_label_column(options, name, features[name], read_column) for name in names]
-    return LabelReader("multi_task" if len(names) > 1 else kind, columns, options.label_separator)
+    for split, others in features_by_split.items():
+        if missing := [name for name in names if name not in others]:
+            raise ValueError(
+                f"{options.dataset}: the split {split!r} has no column {missing[0]!r}. Set a "
+                "`label_column` that all splits have"
+            )
 
+    declared = {
+        name: list_declared_names([each[name] for each in features_by_split.values()])
+        for name in names
+    }
+    values = {
+        name: list(read_column(name))
+        for name in names
+        if not declared[name] or get_item_type(features[name]) is not None
+    }
+    form = find_label_form(options, names, features, values, declared)
+    if form == "class columns":
+        columns = [LabelColumn(name, ["0", "1"]) for name in names]
+        return LabelReader("multi_label_classification", form, columns)
 
-def build_label_column(
-    options: DataOptions, name: str, feature: Any, read_column: Callable[[str], Iterable[Any]]
-) -> LabelColumn:
-    """Build one label column.
-
-    The class names are declared, set by `label_names`, or collected from the values.
-    """
-    class_label = find_class_label(feature)
-    if class_label is not None:
-        if options.label_names not in (None, tuple(class_label.names)):
+    columns = []
+    warnings = []
+    for name in names:
+        spellings = declared[name] or list_spellings(options, name, values[name], form)
+        if declared[name] and options.label_names not in (None, tuple(declared[name])):
             raise ValueError(
                 f"`label_names` has no effect on {options.dataset}, which has the labels "
-                f"{', '.join(map(repr, class_label.names[:20]))}. Remove `label_names`"
+                f"{', '.join(map(repr, declared[name][:20]))}. Remove `label_names`"
             )
-        return LabelColumn(name, list(class_label.names), is_declared=True)
-    if options.label_names is not None:
-        return LabelColumn(name, list(options.label_names), is_declared=False)
+        classes = list(dict.fromkeys(str(get_class_name(each)) for each in spellings))
+        columns.append(LabelColumn(name, classes, get_declared_names(features[name])))
+        warnings += describe_similar_labels(name, spellings)
+    kind: LabelKind = "single_label_classification"
+    if form != "value":
+        kind = "multi_label_classification"
+    elif len(names) > 1:
+        kind = "multi_task"
+    return LabelReader(kind, form, columns, options.label_separator, tuple(warnings))
 
-    distinct_values: set[Any] = set()
-    for value in read_column(name):
-        for label in map(normalize_value, split_labels(value, options.label_separator)):
-            if isinstance(label, float) or not isinstance(label, Hashable):
-                raise ValueError(
-                    f"{options.dataset}: the column {name!r} has no class labels. Set "
-                    "`label_column`"
-                )
-            distinct_values.add(label)
 
-    distinct_values.discard(None)
-    classes = [
-        str(value)
-        for value in sorted(distinct_values, key=lambda value: (isinstance(value, str), value))
+def find_label_form(
+    options: DataOptions,
+    names: Sequence[str],
+    features: Features,
+    values: Mapping[str, list[Any]],
+    declared: Mapping[str, list[str]],
+) -> LabelForm:
+    """Return how the rows contain their labels. Raise ValueError if they contradict the options."""
+    if len(names) > 1 and all(is_class_column(values.get(name, [])) for name in names):
+        return "class columns"
+    has_lists = [
+        name
+        for name in names
+        if options.label_separator
+        or get_item_type(features[name]) is not None
+        or any(parse_list(value) is not None for value in values.get(name, []))
     ]
-    return LabelColumn(name, classes, is_declared=False)
+    if not has_lists:
+        return "value"
+    if len(names) > 1:
+        raise ValueError(
+            f"{options.dataset}: several label columns require one label per image, but "
+            f"{has_lists[0]!r} has lists. Set one `label_column`, or omit `label_separator`"
+        )
+    lists = [split_labels(value, None) for value in values[names[0]] if value not in (None, "")]
+    lengths = set(map(len, lists))
+    if options.label_separator or len(lengths) != 1 or lengths == {1}:
+        return "list"
+    if not all(map(is_bit, chain.from_iterable(lists))):
+        return "list"
+    class_names = options.label_names or declared[names[0]]
+    if lengths != {len(class_names)}:
+        (length,) = lengths
+        found = f", not {len(class_names)}" if class_names else ""
+        raise ValueError(
+            f"{options.dataset}: each value of {names[0]!r} has {length} places with 0 or 1. Set "
+            f"`label_names` to the {length} names of these classes, in this order{found}"
+        )
+    return "vector"
 
 
-def describe_similar_labels(label_space: LabelSpace) -> list[str]:
-    """Return a warning for each column with labels that differ only in case or white space."""
-    warnings = []
-    for column, names in label_space.columns.items():
-        groups: dict[str, list[str]] = {}
-        for name in names:
-            groups.setdefault(" ".join(name.split()).casefold(), []).append(name)
-        similar = [" and ".join(map(repr, group)) for group in groups.values() if len(group) > 1]
-        if similar:
-            warnings.append(
-                f"labels of {column!r} differ only in case or white space and are separate "
-                f"classes: {', '.join(similar[:10])}. Give them one name"
+def is_class_column(values: Sequence[Any]) -> bool:
+    """Return whether a column contains 0 or 1 for every image."""
+    return bool(values) and all(map(is_bit, values))
+
+
+def is_bit(value: Any) -> bool:
+    return str(value).lower() in BITS
+
+
+def list_spellings(
+    options: DataOptions, name: str, values: Iterable[Any], form: LabelForm
+) -> list[str]:
+    """Return the different labels of a column as they are written; numbers are sorted by value."""
+    if options.label_names is not None:
+        return list(options.label_names)
+    spellings: set[str] = set()
+    for value in values:
+        labels = [value] if form == "value" else split_labels(value, options.label_separator)
+        if any(isinstance(label, list | dict) for label in labels):
+            raise ValueError(
+                f"{options.dataset}: the column {name!r} has no class labels, but values such as "
+                f"{value!r:.60}. Set `label_column`"
             )
-    return warnings
+        spellings.update(text for label in labels if (text := spell_label(label)) is not None)
+
+    if not spellings:
+        return []
+    numbers = [number for text in spellings if (number := parse_number(text)) is not None]
+    if len(numbers) == len(spellings) and not all(map(float.is_integer, numbers)):
+        raise ValueError(
+            f"{options.dataset}: the column {name!r} has decimal numbers, which are no class "
+            "labels. Set `label_column` to another column, or `label_names` to these numbers"
+        )
+    if form == "value" and all(text[0] + text[-1] == "[]" for text in spellings):
+        raise ValueError(
+            f"{options.dataset}: the labels of {name!r} look like lists, such as "
+            f"{min(spellings)!r:.60}, but cannot be read. Write them as JSON, such as "
+            '["cat", "dog"], or as text with `label_separator`'
+        )
+    return sorted(spellings, key=get_sort_key)
+
+
+def get_sort_key(text: str) -> tuple[float, str]:
+    """Return the key that sorts whole numbers by value, before other text."""
+    is_whole = text.removeprefix("-").isdecimal()
+    return (int(text) if is_whole else math.inf, text)
+
+
+def parse_number(text: str) -> float | None:
+    """Return the finite number that a text is, or None."""
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def describe_similar_labels(column: str, spellings: Sequence[str]) -> list[str]:
+    """Return a warning about labels that look alike, if there are any.
+
+    They differ only in case, white space, invisible characters or their form in Unicode. Labels
+    that are equal in the form NFC are one class.
+    """
+    groups: dict[str, list[str]] = {}
+    for name in spellings:
+        visible = "".join(each for each in name if unicodedata.category(each) != "Cf")
+        key = " ".join(unicodedata.normalize("NFKC", visible).split()).casefold()
+        groups.setdefault(key, []).append(name)
+    parts = []
+    for group in groups.values():
+        if len(group) > 1:
+            is_one = len(set(map(get_class_name, group))) == 1
+            text = " and ".join(map(ascii, group))
+            parts.append(f"{text} ({'one class' if is_one else 'separate classes'})")
+    if not parts:
+        return []
+    return [
+        f"labels of {column!r} differ only in case, white space, invisible characters or Unicode "
+        f"form: {', '.join(parts[:10])}. Give each class one name"
+    ]
 
 
 def split_labels(value: Any, separator: str | None) -> list[Any]:
@@ -375,22 +516,42 @@ def split_labels(value: Any, separator: str | None) -> list[Any]:
 
     They are the items of a list, the text between separators, or the value itself.
     """
-    if isinstance(value, list):
-        return value
+    items = value if isinstance(value, list) else parse_list(value)
+    if items is not None:
+        return items
     if separator is None or not isinstance(value, str):
         return [value]
     return [label.strip() for label in value.split(separator)]  # empty text is a missing label
 
 
-def normalize_value(value: Any) -> Any:
-    """Return a label as text or as an integer, or None for a missing label.
-
-    Whole floats become integers, because the integers in a column with missing values are read as
-    floats.
-    """
-    if value == "" or (isinstance(value, float) and math.isnan(value)):
+def parse_list(value: Any) -> list[Any] | None:
+    """Return the list that a text such as `["a", "b"]` writes, or None for another value."""
+    if not isinstance(value, str) or not (value.startswith("[") and value.endswith("]")):
         return None
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    try:
+        return list(ast.literal_eval(value))
+    except (ValueError, SyntaxError, TypeError):
+        return None
+
+
+def spell_label(value: Any) -> str | None:
+    """Return a label as it is written, or None for a missing label.
+
+    Whole numbers have no decimal point; truth values are True and False.
+    """
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if isinstance(value, bytes):
+        value = value.decode(errors="replace")
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value) if str(value).strip() else None
+
+
+def get_class_name(value: Any) -> str | None:
+    """Return the name of the class of a label, which is its spelling in the Unicode form NFC."""
+    text = spell_label(value)
+    return None if text is None else unicodedata.normalize("NFC", text)
 
 
 # Columns ------------------------------------------------------------------------------------------
@@ -398,10 +559,13 @@ def normalize_value(value: Any) -> Any:
 
 def find_image_column(options: DataOptions, features: Features) -> str:
     """Return the name of the column of images or image paths."""
+    label_columns = options.label_column or [
+        name for name in features if name.lower() in LABEL_COLUMN_NAMES
+    ]
     return find_column(
         "image",
         options.image_column,
-        features,
+        {name: feature for name, feature in features.items() if name not in label_columns},
         has_matching_type=is_image_feature,
         common_names=IMAGE_COLUMN_NAMES,
         dataset=options.dataset,
@@ -431,10 +595,16 @@ def find_column(
     ]
     if len(matching_columns) == 1:
         return matching_columns[0]
-    for column in common_names:
-        if column in (matching_columns or features):
-            return column
+    column_by_name = {column.lower(): column for column in matching_columns or features}
+    for common_name in common_names:
+        if common_name in column_by_name:
+            return column_by_name[common_name]
 
+    if len(features) < 2:
+        raise ValueError(
+            f"{dataset} has no {kind} column: its first line names {len(features)} column(s) "
+            f"({', '.join(features)}), separated by commas, semicolons, tabs or bars. Add one"
+        )
     raise ValueError(
         f"{dataset}: cannot identify the {kind} column among {', '.join(features)}. Set "
         f"`{kind}_column`"
@@ -451,13 +621,18 @@ def is_image_feature(feature: Any) -> bool:
     )
 
 
-def find_class_label(feature: Any) -> Any:
-    """Return the `ClassLabel` of a column of labels or lists of labels; None for other columns."""
-    column_types = (feature, get_item_type(feature))
-    return next(
-        (column_type for column_type in column_types if type(column_type).__name__ == "ClassLabel"),
-        None,
-    )
+def get_declared_names(feature: Any) -> tuple[str, ...] | None:
+    """Return the names of the `ClassLabel` of a column of labels or lists of labels, or None."""
+    for column_type in (feature, get_item_type(feature)):
+        if type(column_type).__name__ == "ClassLabel":
+            return tuple(column_type.names)
+    return None
+
+
+def list_declared_names(features: Iterable[Any]) -> list[str]:
+    """Return the label names that the splits declare: those of the first one, then new ones."""
+    names = (get_declared_names(feature) or () for feature in features)
+    return list(dict.fromkeys(chain.from_iterable(names)))
 
 
 def get_item_type(feature: Any) -> Any:

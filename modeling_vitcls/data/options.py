@@ -25,6 +25,12 @@ class DataOptions:
     label_names: tuple[str, ...] | None = None
     """Names of all labels. By default, they are declared by the dataset or collected from the label
     column; they are required for WebDataset shards on the Hub."""
+    split_column: str | None = None
+    """Column of a table with the split of each row: train, validation or test. By default, a column
+    `split` is used."""
+    group_column: str | None = None
+    """Column of a table with groups, such as patients: all images of a group are on one side of
+    every split."""
     held_out_fraction: float = 0.2
     """Fraction of the images to hold out for evaluation if the dataset has no evaluation split.
     Whether an image is held out depends only on the fraction, --split-seed and the checksum of the

@@ -3,22 +3,25 @@
     digits                1,797 handwritten digits of 8 x 8 pixels from scikit-learn, in memory
     a folder of idx files MNIST, Fashion-MNIST and other datasets in this format, in memory
     an image folder       a subfolder per class, or metadata.csv; read by image_folder.py
-    CSV, JSON Lines,      a file, or a folder with a file per split; read by the `datasets` library, offline
-    Parquet
+    CSV, JSON Lines       a file, or a folder with a file per split; read by tables.py
+    Parquet, WebDataset   a file, or a folder with a file per split; read by the `datasets` library, offline
     saved with `datasets` a folder written by `save_to_disk`
     memory:...            a dataset in memory (in_memory.py)
     anything else         the id of a dataset on the Hub
 
-Held-out images are selected in held_out.py. Streamed datasets are read in streaming.py.
+A table may have a column of splits and one of groups (columns.py). Held-out images are selected in
+held_out.py. Streamed datasets are read in streaming.py.
 """
 
 import gzip
+import hashlib
 import logging
 import os
+import re
 import struct
 import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import chain
 from pathlib import Path
@@ -27,28 +30,48 @@ from typing import Any
 import numpy as np
 
 from ..hub.loading import describe_missing_repo, fall_back_to_cache, is_hub_id
+from ..hub.local_paths import is_built_in_dataset
 from ..model.heads_vitcls import IGNORED_LABEL
 from ..runtime.errors import format_error
-from .image_folder import explain_reading_errors, read_image_folder, scan_folder
-from .images import ArrayImages, DatasetImages, LabeledImages
+from .columns import divide_by_column, read_groups
+from .image_folder import (
+    SPLIT_BY_FOLDER_NAME,
+    explain_reading_errors,
+    list_files,
+    read_image_folder,
+    scan_folder,
+)
+from .images import ArrayImages, DatasetImages, LabeledImages, get_cache_file
 from .in_memory import MEMORY_PREFIX, get_dataset
 from .labels import (
     UNLABELED,
+    LabelReader,
     LabelSpace,
     build_label_reader,
-    describe_similar_labels,
     find_image_column,
     is_image_feature,
 )
 from .options import DataOptions
+from .tables import read_table
 
 
-READERS = {
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".jsonl": "json",
-    ".parquet": "parquet",
-    ".tar": "webdataset",
+# files that the `datasets` library reads
+LIBRARY_READERS = {".parquet": "parquet", ".tar": "webdataset"}
+TEXT_TABLES = (".csv", ".tsv", ".jsonl")
+DATASET_SUFFIXES = (*TEXT_TABLES, *LIBRARY_READERS)
+# what to do with a file of another type
+REMEDIES = {
+    ".xlsx": "Save the sheet as CSV UTF-8",
+    ".xls": "Save the sheet as CSV UTF-8",
+    ".ods": "Save the sheet as CSV UTF-8",
+    ".json": (
+        "Write one JSON object per line to a .jsonl file, such as "
+        '{"file_name": "1.jpg", "label": "cat"}; annotations of COCO need one row per image'
+    ),
+    ".txt": "Add a line with the names of the columns, such as file_name,label, and save it as .csv",
+    ".xml": "Write the labels to a CSV file with the columns file_name and label",
+    ".gz": "Unpack it",
+    ".zip": "Unpack it",
 }
 
 IDX_SPLITS = {"train": "train", "t10k": "test"}
@@ -57,6 +80,10 @@ IDX_CLASSES = {
         "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(",")
     ),
 }
+
+# of which one is in a folder written by `save_to_disk`
+SAVED_FILES = ("dataset_dict.json", "state.json")
+MAX_CHECKED_PATHS = 100  # of a table, of which one must be a file
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +99,8 @@ class Splits:
     label_space: LabelSpace
     images_by_split: Mapping[str, Any]  # values: `LabeledImages` or `StreamedImages` (streaming.py)
     names: list[str]  # names of all splits
+    # lines about what was read: the labels, and the columns of splits and groups
+    facts: dict[str, str] = field(default_factory=dict)
 
 
 def load_splits(
@@ -89,12 +118,12 @@ def load_splits(
         ValueError: if the dataset cannot be read, or has no image or label column.
         OSError: if the dataset cannot be found.
     """
-    if options.dataset == "digits":
+    if is_built_in_dataset(options.dataset):
         splits = load_digits()
     elif is_idx_folder(Path(options.dataset)):
         splits = load_idx_folder(Path(options.dataset))
     else:
-        return load_with_datasets(options, use_labels, select)
+        return load_table(options, use_labels, select)
 
     check_columns_not_set(options, splits.label_space)
     images_by_split = {name: splits.images_by_split[name] for name in select(splits.names)}
@@ -206,41 +235,60 @@ def read_idx(file: Path, num_dimensions: int) -> np.ndarray:
         ) from error
 
 
-# Read by `datasets`
-# --------------------------------------------------------------------------------------------------
+# Tables and folders -------------------------------------------------------------------------------
 
 
-def load_with_datasets(options: DataOptions, use_labels: bool, select: SplitSelector) -> Splits:
-    """Use the `datasets` library to load the splits of a folder, a file or a dataset on the Hub."""
-    all_splits = open_splits(options, use_labels)
+def load_table(options: DataOptions, use_labels: bool, select: SplitSelector) -> Splits:
+    """Load the splits of an image folder, a table, data in memory or a dataset on the Hub."""
+    all_splits, facts = divide_by_column(open_splits(options, use_labels), options)
     datasets = {split: all_splits[split] for split in select(list(all_splits))}
     features = next(iter(datasets.values())).features
     image_column = find_image_column(options, features)
     folder = get_dataset_folder(options.dataset)
     name = get_dataset_name(options.dataset)
     images_by_split = {
-        split: build_images(dataset, image_column, folder) for split, dataset in datasets.items()
+        split: build_images(dataset, image_column, folder, options.dataset)
+        for split, dataset in datasets.items()
     }
     if not use_labels:
         unlabeled = {split: mark_as_unlabeled(each) for split, each in images_by_split.items()}
-        return Splits(name, UNLABELED, unlabeled, list(all_splits))
+        return Splits(name, UNLABELED, unlabeled, list(all_splits), facts)
 
     def read_all(column: str) -> Iterable[Any]:
         return chain.from_iterable(read_column(dataset, column) for dataset in datasets.values())
 
-    reader = build_label_reader(options, features, read_all)
-    for warning in describe_similar_labels(reader.label_space):
+    features_by_split = {split: dataset.features for split, dataset in datasets.items()}
+    reader = build_label_reader(options, features_by_split, read_all)
+    for warning in reader.warnings:
         warn_on_first_process(f"WARNING: {options.dataset}: {warning}")
+    facts = {"labels": describe_labels(reader)} | facts
+    groups_by_split, groups_fact = read_groups(options, datasets, reader.column_names)
+    if groups_fact:
+        facts["groups"] = groups_fact
+
     labeled_splits = {}
     for split, dataset in datasets.items():
         name_row = partial("{}, split {!r}: row {}".format, options.dataset, split)
-        labels = reader.read_columns(
-            [read_column(dataset, column.name) for column in reader.columns], name_row
+        labels = reader.for_split(dataset.features).read_columns(
+            [read_column(dataset, column) for column in reader.column_names], name_row
         )
-        labeled_splits[split] = drop_unlabeled_images(
-            LabeledImages(images_by_split[split], labels), f"{options.dataset}, split {split!r}"
-        )
-    return Splits(name, reader.label_space, labeled_splits, list(all_splits))
+        images = LabeledImages(images_by_split[split], labels, groups_by_split.get(split))
+        labeled_splits[split] = drop_unlabeled_images(images, f"{options.dataset}, split {split!r}")
+    return Splits(name, reader.label_space, labeled_splits, list(all_splits), facts)
+
+
+def describe_labels(reader: LabelReader) -> str:
+    """Return which columns contain the labels, their kind, and labels as they are spelled."""
+    kinds = {
+        "single_label_classification": "one label per image",
+        "multi_label_classification": "several labels per image",
+        "multi_task": "one task per column",
+    }
+    examples = [
+        f"{', '.join(map(repr, names[:3]))}" for names in reader.label_space.columns.values()
+    ]
+    columns = ", ".join(map(repr, reader.column_names))
+    return f"{kinds[reader.kind]}, from {columns}, such as {'; '.join(examples)}"
 
 
 def drop_unlabeled_images(images: LabeledImages, name: str) -> LabeledImages:
@@ -274,62 +322,98 @@ def warn_on_first_process(message: str) -> None:
 def open_splits(options: DataOptions, use_labels: bool) -> Any:
     """Return the splits of a dataset by name, as `datasets` objects.
 
-    With `streaming`, no rows are read yet. Raise ValueError if the dataset cannot be read, and
-    OSError if the dataset is found neither locally nor on the Hub.
+    With `streaming`, rows of the Hub and of large files are not read yet. Raise ValueError if the
+    dataset cannot be read, and OSError if it is found neither locally nor on the Hub.
     """
     path = Path(options.dataset)
     is_in_memory = options.dataset.startswith(MEMORY_PREFIX)
-    if options.streaming and (is_in_memory or options.dataset == "digits" or is_idx_folder(path)):
+    if options.streaming and (
+        is_in_memory or is_built_in_dataset(options.dataset) or is_idx_folder(path)
+    ):
         raise ValueError(f"{options.dataset} is always loaded into memory. Remove `streaming=True`")
 
     if is_in_memory:
         return get_dataset(options.dataset)
+    if path.exists():
+        return open_local_splits(path, options, use_labels)
+    if path.suffix.lower() in DATASET_SUFFIXES:
+        raise OSError(f"there is no file {options.dataset}. Check the path")
+    if not is_hub_id(options.dataset):
+        raise OSError(describe_missing_repo(options.dataset, "dataset"))
+
+    import datasets
+
+    # without the fallback, `datasets` retries for almost a minute
+    with fall_back_to_cache(options.dataset, "dataset"), explain_reading_errors(options.dataset):
+        return datasets.load_dataset(options.dataset, streaming=options.streaming)
+
+
+def open_local_splits(path: Path, options: DataOptions, use_labels: bool) -> Any:
+    """Return the splits of a file or folder on this machine."""
+    import datasets
+
     if path.is_dir() and (folder := scan_folder(path)).is_image_folder:
         image_splits = read_image_folder(folder, use_labels)
         for note in folder.notes:
             warn_on_first_process(note)
         for warning in folder.warnings:
             warn_on_first_process(f"WARNING: {warning}")
-        return convert_to_streams(image_splits, options)
-    if path.suffix in READERS or path.exists():
-        return read_with_datasets(options)
+        return image_splits
 
-    if not is_hub_id(options.dataset):
-        raise OSError(describe_missing_repo(options.dataset, "dataset"))
-    # without the fallback, `datasets` retries for almost a minute
-    with fall_back_to_cache(options.dataset, "dataset"):
-        return read_with_datasets(options)
+    suffix = path.suffix.lower()
+    if path.is_file() and suffix in TEXT_TABLES:
+        return {"train": read_table(path)}
+    if path.is_dir() and any((path / file).is_file() for file in SAVED_FILES):
+        with explain_reading_errors(options.dataset):  # written by `save_to_disk`
+            saved = datasets.load_from_disk(path)
+        return saved if isinstance(saved, dict) else {"train": saved}
+    if path.is_dir() and (tables := find_text_tables(path)):
+        parts = {split: [read_table(file) for file in files] for split, files in tables.items()}
+        return {split: datasets.concatenate_datasets(part) for split, part in parts.items()}
+    if not path.is_dir() and suffix not in LIBRARY_READERS:
+        raise ValueError(
+            f"{path} is not a table that can be read. "
+            f"{REMEDIES.get(suffix, 'Set `dataset` to a folder of images, or to a CSV file')}"
+        )
+    with explain_reading_errors(options.dataset):
+        if options.streaming:
+            return load_files(path, streaming=True)
+        # the cache of `datasets` identifies a file by its time, which a copy may keep
+        cache_folder = get_cache_file(compute_content_digest(path))
+        return load_files(path, cache_dir=str(cache_folder))
 
 
-def read_with_datasets(options: DataOptions) -> Any:
-    """Load a dataset with the `datasets` library.
-
-    Raise a one-line ValueError if the dataset cannot be read.
-    """
+def load_files(path: Path, **arguments: Any) -> Any:
+    """Load a file, or a folder with files by split, with the `datasets` library."""
     import datasets
 
-    path = Path(options.dataset)
-    with explain_reading_errors(options.dataset):
-        if path.suffix in READERS:
-            reader = READERS[path.suffix]
-            arguments = {"sep": "\t"} if path.suffix == ".tsv" else {}
-            return datasets.load_dataset(
-                reader, data_files=str(path), streaming=options.streaming, **arguments
-            )
-        # written by `save_to_disk`
-        if any((path / file).is_file() for file in ("dataset_dict.json", "state.json")):
-            saved = datasets.load_from_disk(path)
-            return convert_to_streams(
-                saved if isinstance(saved, dict) else {"train": saved}, options
-            )
-        return datasets.load_dataset(options.dataset, streaming=options.streaming)
+    if path.is_dir():
+        return datasets.load_dataset(str(path), **arguments)
+    reader = LIBRARY_READERS[path.suffix.lower()]
+    return datasets.load_dataset(reader, data_files=str(path), **arguments)
 
 
-def convert_to_streams(splits: Any, options: DataOptions) -> Any:
-    """Return the splits, converted to streams if `streaming` is set."""
-    if not options.streaming:
-        return splits
-    return {name: split.to_iterable_dataset() for name, split in splits.items()}
+def compute_content_digest(path: Path) -> str:
+    """Return a hash of the content of a file, or of the names and the content of all its files."""
+    digest = hashlib.blake2b(digest_size=16)
+    files = [path] if path.is_file() else [path / name for name in list_files(path, [])]
+    for file in files:
+        digest.update(f"{file.relative_to(path.parent)}\0".encode())
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "blake2b").digest())
+    return digest.hexdigest()
+
+
+def find_text_tables(folder: Path) -> dict[str, list[Path]]:
+    """Return the text tables of a folder by the split that their names or folders begin with."""
+    files = [folder / name for name in list_files(folder, [])]
+    tables: dict[str, list[Path]] = {}
+    for file in files:
+        if file.suffix.lower() in TEXT_TABLES:
+            parts = re.split(r"[/._-]", file.relative_to(folder).as_posix().lower())
+            names = [SPLIT_BY_FOLDER_NAME[part] for part in parts if part in SPLIT_BY_FOLDER_NAME]
+            tables.setdefault(names[0] if names else "train", []).append(file)
+    return tables
 
 
 def get_dataset_name(dataset: str) -> str:
@@ -343,22 +427,33 @@ def get_dataset_folder(dataset: str) -> Path:
     if dataset.startswith(MEMORY_PREFIX):
         return Path("/")
     path = Path(dataset)
-    return path.parent if path.suffix in READERS else path
+    return path.parent if path.suffix.lower() in DATASET_SUFFIXES else path
 
 
 def read_column(dataset: Any, column: str) -> list[Any]:
     """Return all values of one column."""
-    return dataset.select_columns([column])[:][column]
+    return dataset.select_columns([column])[:][column]  # type: ignore[no-any-return]
 
 
-def build_images(dataset: Any, column: str, folder: Path) -> DatasetImages:
+def build_images(dataset: Any, column: str, folder: Path, name: str) -> DatasetImages:
     """Return the images of one split.
 
-    The column contains encoded images, or paths relative to `folder`.
+    The column contains encoded images, or paths relative to `folder`. Raise ValueError if none of
+    the paths is a file.
     """
     import datasets
 
     images = dataset.select_columns([column])
-    if is_image_feature(dataset.features[column]):
-        images = images.cast_column(column, datasets.Image(decode=False))
+    feature = dataset.features[column]
+    if is_image_feature(feature):
+        return DatasetImages(images.cast_column(column, datasets.Image(decode=False)), folder)
+    if getattr(feature, "dtype", None) != "string":
+        images = images.cast_column(column, datasets.Value("string"))  # numbers as file names
+    paths = [path for path in images[:MAX_CHECKED_PATHS][column] if path]
+    if paths and not any("://" in path or (folder / path).exists() for path in paths):
+        raise ValueError(
+            f"{name}: the column {column!r} has no names of files in {folder}, such as "
+            f"{paths[0]!r}. Set `image_column` to a column of file names, or write them with their "
+            "folder and suffix"
+        )
     return DatasetImages(images, folder)

@@ -13,14 +13,16 @@ images' keys (images.py), so no images are read.
 import hashlib
 import json
 import pickle
+import warnings
 from collections import Counter
-from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from accelerate import Accelerator
+from sklearn.model_selection import StratifiedGroupKFold
 
 from ..model.heads_vitcls import IGNORED_LABEL
 from ..runtime.distributed import run_on_main
@@ -89,6 +91,8 @@ class TrainingData:
     selection_name: str = ""  # name of the selection split, or description of the rule
     # training images that `--exclude` leaves out; None without it
     excluded: LabeledImages | None = None
+    # lines about what was read: the labels, and the columns of splits and groups
+    facts: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def num_training_images(self) -> int | None:
@@ -210,6 +214,7 @@ def load_training_data(
         selection=selection,
         selection_name=selection_name,
         excluded=excluded,
+        facts=splits.facts,
     )
 
 
@@ -354,8 +359,32 @@ def select_held_out(images: LabeledImages, rule: HeldOutRule) -> tuple[np.ndarra
         content_keys = images.images.select(rows.tolist()).compute_content_keys()
         keys[rows] = join_copies(keys[rows], content_keys)
     labels = np.array(images.labels) if is_stratified(images) else np.full(len(keys), IGNORED_LABEL)
-    is_held_out = rule.select(keys, labels)
+    if images.groups is None:
+        is_held_out = rule.select(keys, labels)
+    else:
+        is_held_out = select_groups(keys, labels, images.groups, rule)
     return is_held_out, HeldOutRecord.from_keys(rule, keys[is_held_out])
+
+
+def select_groups(
+    keys: np.ndarray, labels: np.ndarray, groups: np.ndarray, rule: HeldOutRule
+) -> np.ndarray:
+    """Return whether each image is held out, together with all images of its group.
+
+    All arrays are [N]. The held-out groups do not depend on the order of the images.
+    """
+    num_groups = len(np.unique(groups))
+    if not rule.fraction or num_groups < 2:
+        return np.zeros(len(keys), bool)
+    num_folds = rule.num_folds or min(max(round(1 / rule.fraction), 2), num_groups)
+    order = np.argsort(keys, kind="stable")
+    folds = StratifiedGroupKFold(num_folds, shuffle=True, random_state=rule.hash_key(0) >> 32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # classes with fewer images than folds
+        parts = [part for _, part in folds.split(order, labels[order], groups[order])]
+    is_held_out = np.zeros(len(keys), bool)
+    is_held_out[order[parts[(rule.fold or 1) - 1]]] = True
+    return is_held_out
 
 
 def check_both_parts(

@@ -23,6 +23,7 @@ import torch
 
 from ..model.heads_vitcls import IGNORED_LABEL
 from .batches import Batch, BatchBuilder
+from .columns import divide_by_column
 from .held_out import HeldOutRule
 from .images import (
     DatasetImages,
@@ -38,13 +39,15 @@ from .labels import (
     LabelReader,
     MultiHotLabels,
     build_label_reader,
-    describe_similar_labels,
     find_image_column,
+    get_declared_names,
+    get_item_type,
 )
 from .options import DataOptions
 from .sampling import BatchPlan, derive_seed
 from .sources import (
     Splits,
+    describe_labels,
     get_dataset_folder,
     get_dataset_name,
     open_splits,
@@ -217,18 +220,39 @@ def open_streams(options: DataOptions, use_labels: bool) -> Splits:
     """
     import datasets
 
-    streams = open_splits(options, use_labels)
-    features = read_features(next(iter(streams.values())), options.dataset)
-    image_column = find_image_column(options, features)
-    reader = None
-    if use_labels:
-        reader = build_label_reader(
-            options, features, lambda column: read_label_column(streams, column, options.dataset)
+    opened = open_splits(options, use_labels)
+    facts: dict[str, str] = {}
+    if all(isinstance(split, datasets.Dataset) for split in opened.values()):
+        opened, facts = divide_by_column(opened, options)
+        opened = {name: split.to_iterable_dataset() for name, split in opened.items()}
+    elif options.split_column is not None:
+        raise ValueError(
+            "`split_column` requires all rows, which `streaming=True` does not read. Remove one of "
+            "the two flags"
         )
-        for warning in describe_similar_labels(reader.label_space):
+    streams = opened
+    features_by_split = {
+        split: read_features(stream, options.dataset) for split, stream in streams.items()
+    }
+    features = next(iter(features_by_split.values()))
+    image_column = find_image_column(options, features)
+
+    def read_labels(column: str) -> Iterable[Any]:
+        item_type = get_item_type(features[column])
+        has_numbers = item_type is not None and getattr(item_type, "dtype", "") != "string"
+        if get_declared_names(features[column]) or (options.label_names and not has_numbers):
+            return []  # no pass over the rows
+        return read_label_column(streams, column, options.dataset)
+
+    reader = None
+    columns = [image_column]
+    if use_labels:
+        reader = build_label_reader(options, features_by_split, read_labels)
+        columns += reader.column_names
+        facts["labels"] = describe_labels(reader)
+        for warning in reader.warnings:
             warn_on_first_process(f"WARNING: {options.dataset}: {warning}")
     label_space = UNLABELED if reader is None else reader.label_space
-    columns = [image_column, *label_space.columns]
     name = get_dataset_name(options.dataset)
     folder = get_dataset_folder(options.dataset)
     images_by_split = {}
@@ -239,11 +263,11 @@ def open_streams(options: DataOptions, use_labels: bool) -> Splits:
             name=name,
             stream=stream.select_columns(columns),
             image_column=image_column,
-            reader=reader,
+            reader=reader and reader.for_split(features_by_split[split]),
             folder=folder,
             shuffle_buffer_size=options.shuffle_buffer,
         )
-    return Splits(name, label_space, images_by_split, list(streams))
+    return Splits(name, label_space, images_by_split, list(streams), facts)
 
 
 def read_label_column(streams: Any, column: str, dataset: str) -> Iterator[Any]:

@@ -23,7 +23,7 @@ from ..data.held_out import read_held_out_record
 from ..data.images import LabeledImages
 from ..data.options import DataOptions
 from ..data.splits import load_training_data
-from ..hub.local_paths import BUILT_IN_DATASET, resolve_name, strip_folders
+from ..hub.local_paths import resolve_name, strip_folders
 from ..hub.model_folder import ModelFolder
 from ..inference.evaluate import EvaluationSetup, load_evaluation, set_label_columns
 from ..inference.exported_graphs import INPUT_NAME, ExportedModel
@@ -88,7 +88,7 @@ class ExportImages:
         assert self.setup is not None
         metric = next(iter(metrics))
         return {
-            "dataset": strip_folders(resolve_name(self.dataset, self.dataset == BUILT_IN_DATASET)),
+            "dataset": strip_folders(resolve_name(self.dataset)),
             "split": self.setup.data.split,
             "num_images": metrics["num_images"],
             "metric": metric,

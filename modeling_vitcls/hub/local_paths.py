@@ -23,11 +23,16 @@ BUILT_IN_DATASET = "digits"  # name of scikit-learn's digits dataset, which is n
 RELATIVE_PREFIXES = ("./", "../")  # prefixes of relative paths; no Hub id starts with a dot
 
 
+def is_built_in_dataset(dataset: str) -> bool:
+    """Return whether a dataset is scikit-learn's digits. A path with this name takes precedence."""
+    return dataset == BUILT_IN_DATASET and not Path(dataset).exists()
+
+
 def resolve_name(name: str, is_built_in: bool = False) -> str:
     """Return a name in which the path of an existing file or folder is absolute.
 
     `name` is a path, a Hub id, `timm:NAME`, `timm:local-dir:FOLDER` or `transformers:...`. A
-    built-in name (`digits`, a preset) takes precedence over a path.
+    built-in name (a preset) takes precedence over a path.
     """
     prefix, path = split_prefix(name)
     if path and not is_built_in and Path(path).exists():

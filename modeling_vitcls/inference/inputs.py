@@ -49,6 +49,7 @@ from ..data.sources import (
     warn_on_first_process,
 )
 from ..data.streaming import read_features
+from ..hub.local_paths import is_built_in_dataset
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..runtime.errors import format_error
 from .options import PredictOptions
@@ -256,7 +257,7 @@ def open_input(options: PredictOptions) -> PredictionInput:
         dataset, image_column=options.image_column, streaming=options.streaming
     )
     path = Path(dataset)
-    if not options.streaming and (dataset == "digits" or is_idx_folder(path)):
+    if not options.streaming and (is_built_in_dataset(dataset) or is_idx_folder(path)):
         images = select_split(
             load_splits(data_options, use_labels=False).images_by_split, options
         ).images

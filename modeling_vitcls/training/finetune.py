@@ -135,7 +135,7 @@ def build_training_setup(
         describe_imbalance=partial(describe_imbalance, options, data),
         results={
             "teacher": strip_folders(teacher_name) if teacher_name else None,
-            "label_column": list(labels.columns),
+            "label_column": list(options.data.label_column or labels.columns),
             "label_separator": options.data.label_separator,
         },
         probe=probe,

@@ -18,8 +18,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from ..data.aspect_ratio import MAX_MEASURED_IMAGES, describe_fit
+from ..data.labels import MultiHotLabels
 from ..data.sampling import BatchPlan
-from ..data.splits import HELD_OUT_SPLITS, TrainingData, is_stratified
+from ..data.splits import HELD_OUT_SPLITS, TrainingData
 from ..data.streaming import StreamedImages
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
@@ -185,6 +186,7 @@ def describe_splits(
     class_text = describe_class_sizes(data)
     if class_text:
         lines["classes"] = class_text
+    lines |= data.facts
     if data.selection is not None:
         lines["selection"] = (
             f"the best checkpoint is selected on {selection_text} separate images "
@@ -207,14 +209,18 @@ def describe_splits(
 def describe_class_sizes(data: TrainingData) -> str:
     """Return the number of images of each class or, of many classes, the smallest and largest.
 
-    It is "" for streams, and for images without labels or with several labels.
+    It is "" for streams, for images without labels, and for several tasks.
     """
     parts: list[Any] = [data.train, data.held_out]
     if data.selection is not None:
         parts.append(data.selection)
-    if not data.label_space.columns or not all(map(is_stratified, parts)):
+    is_stream = any(isinstance(part, StreamedImages) for part in parts)
+    if is_stream or not data.label_space.columns or data.label_space.kind == "multi_task":
         return ""
-    counts = Counter(label for part in parts for label in part.labels)
+    counts: Counter[int] = Counter()
+    for part in parts:
+        is_multi_hot = isinstance(part.labels, MultiHotLabels)
+        counts.update(part.labels.indices.tolist() if is_multi_hot else part.labels)
     names = map(replace_control_characters, data.label_space.names)
     sizes = [(counts[label], name) for label, name in enumerate(names)]
     if len(sizes) > MAX_NAMED_CLASSES:

@@ -21,7 +21,6 @@ import yaml
 from ..conversion.any_checkpoint import is_preset, pin_revision
 from ..data.splits import describe_change
 from ..hub.local_paths import (
-    BUILT_IN_DATASET,
     is_same_source,
     make_relative,
     resolve_name,
@@ -63,7 +62,7 @@ class RecordedFlags:
 def resolve_local_paths(options: Any) -> Any:
     """Return the options with absolute paths for a local dataset, model and teacher."""
     data = options.data
-    dataset = resolve_name(data.dataset, is_built_in=data.dataset == BUILT_IN_DATASET)
+    dataset = resolve_name(data.dataset)
     exclude = data.exclude and data.exclude.absolute()
     options = replace(options, data=replace(data, dataset=dataset, exclude=exclude))
     return replace_sources(

@@ -28,7 +28,7 @@ def build_reader(
 ) -> LabelReader:
     """Build the reader of a column `label` with these values."""
     options = DataOptions(dataset="table.csv", label_names=names, **flags)
-    return build_label_reader(options, {"label": feature}, lambda column: values)
+    return build_label_reader(options, {"train": {"label": feature}}, lambda column: values)
 
 
 def read_all(reader: LabelReader, values: list[Any]) -> list[Any]:
@@ -66,8 +66,8 @@ def test_integers_are_never_indices_if_any_name_is_an_integer(names: tuple[str, 
 
 def test_integers_are_indices_if_no_name_is_an_integer() -> None:
     reader = build_reader([], names=("cat", "dog"), label_column=("label",))
-    assert read_all(reader, [0, 1, 1.0, "cat", "dog"]) == [0, 1, 1, 0, 1]
-    for value in (-1, 2, "0", 0.5):
+    assert read_all(reader, [0, 1, 1.0, "1", "cat", "dog"]) == [0, 1, 1, 1, 0, 1]
+    for value in (-1, 2, "00", 0.5):
         with raises_one_line(f"row has the label {value!r}, not one of the 2 classes"):
             reader.read({"label": value}, "row")
 
@@ -184,7 +184,7 @@ def test_the_image_column_contains_images() -> None:
     for name in "label labels class target category fine_label cls".split():
         features = {"image": image, "a": text, name: INTEGERS}
         assert build_label_reader(
-            DataOptions("table"), features, lambda column: [1]
+            DataOptions("table"), {"train": features}, lambda column: [1]
         ).label_space.columns == {name: ["1"]}
     with raises_one_line("cannot identify the image column among a, b. Set `image_column`"):
         find_image_column(options, {"a": image, "b": image})

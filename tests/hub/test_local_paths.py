@@ -164,20 +164,19 @@ def test_files_of_a_run_contain_no_local_paths(
         (".hidden", "./.hidden"),
         ("timm:local-dir:data/teach", "timm:local-dir:./data/teach"),
         ("acme/none", "acme/none"),
-        ("digits", "digits"),
     ],
 )
 def test_relative_names_are_resolved_to_the_same_path(here: Path, name: str, relative: str) -> None:
-    resolved = resolve_name(name, is_built_in=name == "digits")
+    resolved = resolve_name(name)
     assert make_relative(resolved) == make_relative(relative) == relative
     assert is_local(relative) is is_local(resolved)
-    assert resolve_name(relative, is_built_in=name == "digits") == resolved
+    assert resolve_name(relative) == resolved
     assert make_relative(None) is None
 
 
-def test_built_in_data_and_presets_take_precedence_over_folders(here: Path, tmp_path: Path) -> None:
+def test_a_folder_takes_precedence_over_built_in_data(here: Path, tmp_path: Path) -> None:
     options = resolve_local_paths(options_of(tmp_path / "run", "digits"))
-    assert (options.data.dataset, options.model.model) == ("digits", "vitcls-tiny")
+    assert (options.data.dataset, options.model.model) == (f"{here}/digits", "vitcls-tiny")
     pretraining = resolve_local_paths(
         PretrainOptions(tmp_path, DataOptions("data/teach"), ModelOptions("acme/data"))
     )

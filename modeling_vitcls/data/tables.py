@@ -1,0 +1,159 @@
+"""Tables on this machine, read into memory as they are written.
+
+    .csv, .tsv    every cell is text: 001, 1e3, true, NA and null stay as they are; an empty cell is a missing value
+    .jsonl        values keep their JSON type; a column with values of several types is text
+    .parquet      values keep their type
+
+There is no cache, so that a table is never older than its file. The separator of a CSV file (comma,
+semicolon, tab or bar) is the one that divides its header into most columns; lines before the header
+may be comments (`#`) or `sep=;`.
+"""
+
+import codecs
+import csv
+import io
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..runtime.errors import format_error
+from .labels import spell_label
+
+
+TABLE_READERS = (".csv", ".tsv", ".jsonl", ".parquet")
+SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
+# blank lines and comments before the header, and the line in which spreadsheets name the separator
+PREAMBLE = re.compile(r'(?:[ \t]*(?:#[^\r\n]*)?[\r\n]+)*(?:"?sep=(?P<separator>.)"?[\r\n]+)?')
+
+
+def read_table(file: Path) -> Any:
+    """Return a table as a `datasets.Dataset` in memory.
+
+    Raise ValueError if the file is not a table of its type.
+    """
+    suffix = file.suffix.lower()
+    if suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            return wrap_table(pyarrow.parquet.read_table(file))
+        except pyarrow.ArrowException as error:
+            raise ValueError(f"cannot read {file} as Parquet: {format_error(error)}") from error
+    text = read_text(file)
+    columns = read_json_lines(file, text) if suffix == ".jsonl" else read_csv(file, text)
+    if not any(columns.values()):
+        raise ValueError(f"{file} is empty. Add rows with images")
+    return wrap_table({name: build_column(values) for name, values in columns.items()})
+
+
+def read_text(file: Path) -> str:
+    """Return the text of a file in UTF-8 or UTF-16, without its byte order mark."""
+    content = file.read_bytes()
+    encoding = "utf-8-sig"
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        encoding = "utf-16"
+    elif b"\0" in content[:2]:
+        encoding = "utf-16-be" if content[:1] == b"\0" else "utf-16-le"
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError:
+        raise ValueError(
+            f"{file} is not encoded as UTF-8. Save it as UTF-8, such as with the file type 'CSV "
+            "UTF-8' of a spreadsheet"
+        ) from None
+
+
+def read_csv(file: Path, text: str) -> dict[str, list[str]]:
+    """Return the columns of a CSV file. Columns without a name, such as an index, are left out.
+
+    Raise ValueError if a row has more fields than the header, or the quotes do not match.
+    """
+    preamble = PREAMBLE.match(text)
+    assert preamble is not None
+    text = text[preamble.end() :]
+    separator = preamble["separator"] or choose_separator(text)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    first_line = preamble.group().count("\n") or preamble.group().count("\r")
+
+    rows = []
+    try:
+        header = [name.strip() for name in next(reader, [])]
+        for row in reader:
+            while len(row) > len(header) and not row[-1].strip():
+                row.pop()  # a separator at the end of the line
+            if len(row) > len(header):
+                raise ValueError(
+                    f"{file}, line {first_line + reader.line_num}: the row has {len(row)} fields, "
+                    f"but the header has {len(header)} (separated by a {SEPARATORS[separator]}). "
+                    "Put fields that contain the separator in double quotes"
+                )
+            if any(cell.strip() for cell in row):
+                rows.append(row + [""] * (len(header) - len(row)))
+    except csv.Error as error:
+        raise ValueError(
+            f"{file}, line {first_line + reader.line_num}: {error}. Check the quotes of this field"
+        ) from error
+
+    named = [name for name in header if name]
+    if len(set(named)) < len(named):
+        raise ValueError(f"{file} has two columns with the same name: {', '.join(named)}")
+    columns = dict(zip(header, map(list, zip(*rows, strict=True)), strict=True)) if rows else {}
+    return {name: columns.get(name, []) for name in named}
+
+
+def choose_separator(text: str) -> str:
+    """Return the separator that divides the header into most columns."""
+
+    def count_columns(separator: str) -> int:
+        return len(next(csv.reader(io.StringIO(text, newline=""), delimiter=separator), []))
+
+    return max(SEPARATORS, key=count_columns)
+
+
+def read_json_lines(file: Path, text: str) -> dict[str, list[Any]]:
+    """Return the columns of a file with one JSON object per line."""
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{file}, line {number}: not valid JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(
+                f"{file}, line {number}: not a JSON object. Write one object per line, such as "
+                '{"file_name": "1.jpg", "label": "cat"}'
+            )
+        rows.append(row)
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def build_column(values: Sequence[Any]) -> Any:
+    """Return a column as an Arrow array; as text if its values are of several types."""
+    import pyarrow
+
+    types = {type(value) for value in values if value is not None}
+    if len(types) <= 1 or types == {int, float}:
+        try:
+            return pyarrow.array(values)
+        except (pyarrow.ArrowException, OverflowError):  # lists with several types, large numbers
+            pass
+    texts = [
+        json.dumps(value) if isinstance(value, list | dict) else spell_label(value)
+        for value in values
+    ]
+    return pyarrow.array(texts, pyarrow.string())
+
+
+def wrap_table(columns: Mapping[str, Any] | Any) -> Any:
+    """Return a `datasets.Dataset` of an Arrow table, or of Arrow arrays by column."""
+    import datasets
+    import pyarrow
+
+    table = pyarrow.table(columns) if isinstance(columns, dict) else columns
+    return datasets.Dataset(datasets.table.InMemoryTable(table))

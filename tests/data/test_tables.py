@@ -1,0 +1,405 @@
+"""Tables as people have them: spelled labels, separators, lists, columns of splits and groups."""
+
+import json
+import os
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pandas as pd
+import pytest
+from helpers.tiny_models import raises_one_line
+from PIL import Image
+
+from modeling_vitcls.data.in_memory import add_dataset
+from modeling_vitcls.data.labels import LabelSpace
+from modeling_vitcls.data.options import DataOptions
+from modeling_vitcls.data.sources import load_splits
+from modeling_vitcls.data.splits import load_training_data
+
+
+NUM_IMAGES = 12
+FILES = [f"{index}.png" for index in range(NUM_IMAGES)]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with different images 0.png, 1.png, ..."""
+    folder = tmp_path_factory.mktemp("photos")
+    for index, name in enumerate(FILES):
+        Image.new("RGB", (8, 8), (20 * index, 10, 200)).save(folder / name)
+    return folder
+
+
+def write_csv(
+    photos: Path, labels: list[str], name: str = "table.csv", separator: str = ",", **columns: Any
+) -> str:
+    """Write a table of the first images and their labels, with more columns."""
+    rows = zip(FILES, labels, *columns.values(), strict=False)
+    lines = [["file_name", "label", *columns], *map(list, rows)]
+    text = "\n".join(separator.join(map(str, line)) for line in lines)
+    (photos / name).write_text(text + "\n", encoding="utf-8")
+    return str(photos / name)
+
+
+def read_labels(dataset: Any, split: str = "train", **options: Any) -> list[str | None]:
+    """Return the labels of a split as text."""
+    splits = load_splits(DataOptions(str(dataset), **options))
+    labels = splits.images_by_split[split].labels
+    return [splits.label_space.format_label(label) for label in labels]
+
+
+# Text ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        ["001", "002", "1"],
+        ["1e3", "1000", "1E3"],
+        ["true", "True", "false"],
+        ["None", "NA", "null"],
+        ["nan", "n/a", "cat"],
+        ["01067", "9007199254740993", "9007199254740992"],
+        ["1.0", "1", "C#"],
+        ["2024-01-02", "12:30", " cat"],
+    ],
+)
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet", "/metadata.csv"])
+def test_text_labels_keep_their_spelling(
+    labels: list[str], suffix: str, photos: Path, tmp_path: Path
+) -> None:
+    paths = [str(photos / name) for name in FILES[: len(labels)]]
+    if suffix == "/metadata.csv":
+        for name in FILES:
+            os.link(photos / name, tmp_path / name)
+        paths = FILES[: len(labels)]
+    table = pd.DataFrame({"file_name": paths, "label": labels})
+    file = Path(f"{tmp_path}{suffix}")
+    if suffix == ".parquet":
+        table.to_parquet(file)
+    elif suffix == ".jsonl":
+        table.to_json(file, orient="records", lines=True)
+    else:
+        table.to_csv(file, index=False, sep="\t" if suffix == ".tsv" else ",")
+    assert read_labels(tmp_path if suffix == "/metadata.csv" else file) == labels
+
+
+def test_only_an_empty_cell_is_a_missing_label(
+    photos: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    table = write_csv(photos, ["NA", "", "cat"], "missing.csv")
+    assert read_labels(table) == ["NA", "cat"]
+    assert "skipped 1 of 3 images (no label)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("values", "names"),
+    [([1, "1", "a"], ["1", "1", "a"]), ([True, "x", 2.0], ["True", "x", "2"])],
+)
+def test_numbers_and_text_in_one_json_column_are_text(
+    values: list[Any], names: list[str], photos: Path
+) -> None:
+    lines = (
+        json.dumps({"file_name": file, "label": value})
+        for file, value in zip(FILES, values, strict=False)
+    )
+    (photos / "mixed.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    assert read_labels(photos / "mixed.jsonl") == names
+
+
+def test_numbers_of_a_parquet_column_have_one_spelling(photos: Path) -> None:
+    for name, labels in (
+        ("int", pd.array([1, None, 10], dtype="Int64")),
+        ("float", [1.0, None, 10.0]),
+        ("category", pd.Categorical(["1", None, "10"])),
+    ):
+        file = photos / f"{name}.parquet"
+        pd.DataFrame({"file_name": FILES[:3], "label": labels}).to_parquet(file)
+        assert read_labels(file) == ["1", "10"]
+
+
+def test_numeric_image_ids_are_names_of_files(tmp_path: Path) -> None:
+    for name in ("1000", "00012"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name, "PNG")
+    for ids in (["1000", "00012"], [1000, 1000]):
+        pd.DataFrame({"id": ids, "label": ["a", "b"]}).to_parquet(tmp_path / "table.parquet")
+        options = DataOptions(str(tmp_path / "table.parquet"), image_column="id")
+        images = load_splits(options).images_by_split["train"].images
+        assert images[0].size == images[1].size == (8, 8)
+
+
+def test_a_column_without_names_of_files_is_an_error(tmp_path: Path) -> None:
+    pd.DataFrame({"file": [1, 2], "label": ["a", "b"]}).to_csv(tmp_path / "t.csv", index=False)
+    with raises_one_line("the column 'file' has no names of files", "such as '1'"):
+        read_labels(tmp_path / "t.csv")
+
+
+def test_truth_values_are_names_and_never_indices(photos: Path) -> None:
+    values = [True, False, True]
+    file = photos / "truth.parquet"
+    pd.DataFrame({"file_name": FILES[:3], "label": values}).to_parquet(file)
+    texts = write_csv(photos, [str(value) for value in values], "truth.csv")
+    pairs = [(str(photos / name), value) for name, value in zip(FILES, values, strict=False)]
+    for dataset in (file, texts, add_dataset(pairs)):
+        assert read_labels(dataset) == ["True", "False", "True"]
+        assert read_labels(dataset, label_names=("True", "False")) == ["True", "False", "True"]
+        with raises_one_line("not one of the 2 classes"):
+            read_labels(dataset, label_names=("no", "yes"))
+
+
+def test_decimal_numbers_are_no_labels_unless_they_are_named(photos: Path) -> None:
+    table = write_csv(photos, ["0.5", "1.25", "1"], "decimal.csv")
+    with raises_one_line("'label' has decimal numbers", "`label_names`"):
+        read_labels(table)
+    assert read_labels(table, label_names=("0.5", "1", "1.25")) == ["0.5", "1.25", "1"]
+
+
+def test_the_unicode_forms_of_a_name_are_one_class(
+    photos: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    forms = [unicodedata.normalize(form, "café") for form in ("NFC", "NFD")]
+    table = write_csv(photos, [*forms, "tea"], "unicode.csv")
+    assert read_labels(table) == ["café", "café", "tea"]
+    assert "'cafe\\u0301' and 'caf\\xe9' (one class)" in caplog.text
+
+
+def test_labels_that_look_alike_are_named(photos: Path, caplog: pytest.LogCaptureFixture) -> None:
+    table = write_csv(photos, ["cat", "cat\u200b", "Dog", "dog ", "owl"], "alike.csv")
+    assert len(set(read_labels(table))) == 5
+    for name in ("'cat\\u200b'", "'dog '", "separate classes"):
+        assert name in caplog.text
+
+
+# Dialects -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("separator", [";", "\t", "|"])
+def test_other_separators_are_read(separator: str, photos: Path) -> None:
+    table = write_csv(photos, ["a,b", "c", "d"], "separator.csv", separator)
+    assert read_labels(table) == ["a,b", "c", "d"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"sep=;\nfile_name;label\n0.png;cat\n",
+        b"# made by a tool, version 2\n\nfile_name,label\n0.png,cat\n",
+        b"\xef\xbb\xbffile_name,label\r\n0.png,cat\r\n",
+        b"file_name,label\r0.png,cat\r",
+        b"file_name,label,\n0.png,cat,\n",
+        b"file_name,label\n0.png,cat,\n",
+        b",file_name,label\n0,0.png,cat\n",
+        b' file_name , Label\n"0.png","cat"\n\n,\n',
+        "file_name;label\n0.png;cat\n".encode("utf-16"),
+        "file_name,label\n0.png,cat\n".encode("utf-16-le"),
+    ],
+)
+def test_dialects_of_spreadsheets_are_read(content: bytes, photos: Path) -> None:
+    (photos / "dialect.csv").write_bytes(content)
+    assert read_labels(photos / "dialect.csv") == ["cat"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("file_name,label\n0.png,Smith, John\n", ["line 2", "3 fields", "a comma"]),
+        ('file_name,label\n0.png,"cat\n1.png,dog\n', ["line 3", "Check the quotes"]),
+        ("file_name,label,label\n0.png,a,b\n", ["two columns with the same name"]),
+        ("file_name label\n0.png cat\n", ["separated by commas, semicolons, tabs or bars"]),
+        ("file_name,label\n", ["is empty"]),
+        ("", ["is empty"]),
+    ],
+)
+def test_damaged_tables_are_named(content: str, words: list[str], photos: Path) -> None:
+    (photos / "damaged.csv").write_text(content, encoding="utf-8")
+    with raises_one_line("damaged.csv", *words):
+        read_labels(photos / "damaged.csv")
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [("t.xlsx", "CSV UTF-8"), ("t.json", ".jsonl"), ("t.txt", "save it as .csv"), ("t", "folder")],
+)
+def test_files_of_other_types_have_a_remedy(name: str, remedy: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("{}", encoding="utf-8")
+    with raises_one_line("is not a table that can be read", remedy):
+        read_labels(tmp_path / name)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_a_table_that_changed_at_the_same_time_is_read_again(suffix: str, photos: Path) -> None:
+    file = photos / f"changed{suffix}"
+    for labels in (["cat", "dog"], ["dog", "cat"], ["dog"]):
+        table = pd.DataFrame({"file_name": FILES[: len(labels)], "label": labels})
+        if suffix == ".csv":
+            table.to_csv(file, index=False)
+        elif suffix == ".jsonl":
+            table.to_json(file, orient="records", lines=True)
+        else:
+            table.to_parquet(file)
+        os.utime(file, (1_700_000_000, 1_700_000_000))
+        assert read_labels(file) == labels
+
+
+# Lists --------------------------------------------------------------------------------------------
+
+
+def test_vectors_of_bits_need_names(photos: Path) -> None:
+    vectors = [[1, 0, 0], [0, 1, 1], [0, 0, 0]]
+    file = photos / "vectors.parquet"
+    pd.DataFrame({"file_name": FILES[:3], "label": vectors}).to_parquet(file)
+    with raises_one_line("3 places with 0 or 1", "`label_names`"):
+        read_labels(file)
+    with raises_one_line("3 places with 0 or 1", "not 2"):
+        read_labels(file, label_names=("cat", "dog"))
+    assert read_labels(file, label_names=("cat", "dog", "owl")) == ["cat", "dog, owl", "no label"]
+
+
+def test_vectors_of_a_declared_or_torch_dataset_have_its_names(photos: Path) -> None:
+    vectors = [[1, 0, 0], [0, 1, 1]]
+    paths = [str(photos / name) for name in FILES[:2]]
+    names = ["cat", "dog", "owl"]
+    feature = datasets.List(datasets.ClassLabel(names=names))
+    declared = datasets.Dataset.from_dict({"image": paths, "label": vectors}).cast_column(
+        "label", feature
+    )
+
+    class Tags(list[Any]):
+        classes = names
+
+    for data in (declared, Tags(zip(paths, vectors, strict=True))):
+        assert read_labels(add_dataset(data)) == ["cat", "dog, owl"]
+
+
+def test_lists_of_indices_are_no_vectors(photos: Path) -> None:
+    file = photos / "indices.parquet"
+    pd.DataFrame({"file_name": FILES[:3], "label": [[0, 1], [1], []]}).to_parquet(file)
+    assert read_labels(file, label_names=("cat", "dog")) == ["cat, dog", "dog", "no label"]
+
+
+def test_text_that_looks_like_a_list_is_read_as_one(photos: Path) -> None:
+    rows = ['"[""cat"", ""dog""]"', "\"['dog']\"", "[]"]
+    assert read_labels(write_csv(photos, rows, "lists.csv")) == ["cat, dog", "dog", "no label"]
+    table = write_csv(photos, ["[cat dog]", "[dog]"], "lists.csv")
+    with raises_one_line("look like lists", "JSON"):
+        read_labels(table)
+
+
+@pytest.mark.parametrize("bits", [["0", "1"], ["False", "True"], ["0.0", "1.0"]])
+def test_one_column_of_bits_per_class_is_multi_label(bits: list[str], photos: Path) -> None:
+    no, yes = bits
+    table = write_csv(photos, [no, yes, no], "bits.csv", dog=[no, yes, yes])
+    splits = load_splits(DataOptions(table, label_column=("label", "dog")))
+    assert splits.label_space == LabelSpace(
+        "multi_label_classification", {"labels": ["label", "dog"]}
+    )
+    assert list(splits.images_by_split["train"].labels) == [[0, 0], [1, 1], [0, 1]]
+
+
+def test_columns_of_names_are_tasks(photos: Path) -> None:
+    table = write_csv(photos, ["cat", "dog"], "tasks.csv", age=[0, 1])
+    splits = load_splits(DataOptions(table, label_column=("label", "age")))
+    assert splits.label_space.kind == "multi_task"
+
+
+# Splits -------------------------------------------------------------------------------------------
+
+
+def build_split(photos: Path, order: str, labels: str) -> datasets.Dataset:
+    """Return images whose class indices refer to the names in `order`."""
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=list(order))}
+    )
+    paths = [str(photos / name) for name in FILES[: len(labels)]]
+    rows = {"image": paths, "label": [order.index(label) for label in labels]}
+    return datasets.Dataset.from_dict(rows, features=features)
+
+
+@pytest.mark.parametrize(("order", "labels"), [("cab", "abc"), ("bc", "bcb"), ("dab", "bda")])
+@pytest.mark.parametrize("is_saved", [False, True])
+def test_the_labels_of_each_split_are_matched_by_name(
+    order: str, labels: str, is_saved: bool, photos: Path, tmp_path: Path
+) -> None:
+    splits = datasets.DatasetDict(
+        train=build_split(photos, "abc", "abc"), test=build_split(photos, order, labels)
+    )
+    dataset = add_dataset(splits)
+    if is_saved:
+        splits.save_to_disk(tmp_path / "saved")
+        dataset = str(tmp_path / "saved")
+    assert read_labels(dataset, "train") == list("abc")
+    assert read_labels(dataset, "test") == list(labels)
+
+
+@pytest.mark.parametrize(
+    ("name", "spellings"),
+    [("split", ["Train", "TEST", "valid"]), ("Subset", ["training", "testing", "val"])],
+)
+def test_a_column_of_splits_is_used(name: str, spellings: list[str], photos: Path) -> None:
+    parts = [spellings[index % 3] for index in range(NUM_IMAGES)]
+    table = write_csv(photos, ["a", "b", "a", "b"] * 3, "split.csv", **{name: parts})
+    data = load_training_data(DataOptions(table), use_selection_split=True)
+    for images, first in ((data.train, 0), (data.held_out, 1), (data.selection, 2)):
+        assert images.images.get_names() == FILES[first::3]
+    assert data.facts["splits"] == f"column {name!r}: train 4, validation 4, test 4 rows"
+
+
+def test_another_column_of_splits_can_be_named(photos: Path) -> None:
+    part = ["train", "test"] * 6
+    table = write_csv(photos, ["a", "b", "b", "a"] * 3, "part.csv", part=part)
+    data = load_training_data(DataOptions(table, split_column="part"))
+    assert data.held_out.images.get_names() == FILES[1::2]
+    with raises_one_line("no column 'x'", "part"):
+        load_training_data(DataOptions(table, split_column="x"))
+
+
+def test_a_column_with_other_values_than_splits_is_named(photos: Path) -> None:
+    colors = ["red", "blue"] * 6
+    table = write_csv(photos, ["a", "b", "b", "a"] * 3, "set.csv", set=colors)
+    assert "'set' is not used" in load_training_data(DataOptions(table)).facts["splits"]
+    with raises_one_line("'set' contains 'blue', 'red'"):
+        load_training_data(DataOptions(table, split_column="set"))
+    some = write_csv(photos, ["a", "b", "b", "a"] * 3, "some.csv", split=["train", ""] * 6)
+    with raises_one_line("'split' contains 'None'", "train, validation or test"):
+        load_training_data(DataOptions(some))
+
+
+@pytest.mark.parametrize("folds", [None, 3])
+def test_the_images_of_a_group_are_on_one_side(folds: int | None, photos: Path) -> None:
+    patients = [f"p{index // 2}" for index in range(NUM_IMAGES)]
+    table = write_csv(photos, ["a", "b"] * 6, "patients.csv", patient=patients)
+    options = DataOptions(table, group_column="patient", folds=folds, fold=folds and 1)
+    data = load_training_data(options)
+    held_out, train = (
+        {patients[FILES.index(name)] for name in part.images.get_names()}
+        for part in (data.held_out, data.train)
+    )
+    assert len(held_out) in (1, 2)
+    assert not held_out & train
+    assert data.facts["groups"] == "column 'patient': 6 groups"
+
+
+@pytest.mark.parametrize("name", ["patient", "Patient_ID", "camera", "video id"])
+def test_a_column_of_groups_that_is_not_used_is_named(name: str, photos: Path) -> None:
+    table = write_csv(photos, ["a", "b"] * 6, "groups.csv", **{name: ["p", "q", "q"] * 4})
+    fact = load_training_data(DataOptions(table)).facts["groups"]
+    assert fact.startswith(f"the column {name!r} is not used")
+    assert f"`group_column={name!r}`" in fact
+    table = write_csv(photos, ["a", "b"] * 6, "groups.csv", **{name: range(NUM_IMAGES)})
+    assert "groups" not in load_training_data(DataOptions(table)).facts
+
+
+def test_a_label_column_of_bytes_is_not_the_image_column(photos: Path) -> None:
+    file = photos / "bytes.parquet"
+    pd.DataFrame({"file_name": FILES[:2], "label": [b"cat", b"dog"]}).to_parquet(file)
+    assert read_labels(file) == ["cat", "dog"]
+
+
+def test_tables_of_a_folder_are_its_splits(photos: Path, tmp_path: Path) -> None:
+    for name, labels in (("train", ["01", "1"]), ("test", ["1", "01"])):
+        rows = {"image": [str(photos / file) for file in FILES[:2]], "label": labels}
+        pd.DataFrame(rows).to_csv(tmp_path / f"{name}.csv", index=False)
+    assert read_labels(tmp_path, "train") == ["01", "1"]
+    assert read_labels(tmp_path, "test") == ["1", "01"]
