@@ -115,6 +115,7 @@ def verify(repo_id: str, revision: str = "main", folder: ModelFolder | None = No
             check_hashes(commit, files, folder)
 
         is_native = reference.is_native
+        code = "no code" if is_native else describe_code_differences(files)
         # AutoBackbone queries the Hub even for a local folder.
         expected_outputs, _ = collect_outputs(
             str(reference.path), {"trust_remote_code": False}, ViTCLSBackbone
@@ -138,8 +139,7 @@ def verify(repo_id: str, revision: str = "main", folder: ModelFolder | None = No
 
     lines = [
         f"verified: {repo_id} at {commit.sha}",
-        f"  {len(files)} files match their hashes; "
-        f"{'no code' if is_native else describe_code_differences(files)}",
+        f"  {len(files)} files match their hashes; {code}",
         "  outputs of a new process (empty cache, no modeling_vitcls), compared with "
         f"{reference_text}:",
         *(
