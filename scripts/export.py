@@ -5,7 +5,7 @@
 # [tool.uv.sources]
 # modeling_vitcls = { path = "..", editable = true }
 # ///
-"""Export a model to ONNX, OpenVINO or transformers.js.
+"""Export a model to ONNX or OpenVINO.
 
 This script is equivalent to `vitcls export`.
 

@@ -5,13 +5,13 @@
 # [tool.uv.sources]
 # modeling_vitcls = { path = "..", editable = true }
 # ///
-"""Publish a Space that shows the predictions for images and the attention of the special tokens.
+"""Publish a Space that labels photos with a model on the Hub.
 
     python scripts/push_space.py --model me/my-model --space-id me/my-model-demo
     python scripts/push_space.py --model me/my-model --output space      # only write the files
     python scripts/push_space.py --model me/my-model --static            # the model runs in the browser
 
-`vitcls demo` serves the page locally. The Spaces are implemented in space/.
+`vitcls demo` serves a page on your own machine. The Spaces are implemented in space/.
 """
 
 import tempfile
@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING
 
 from modeling_vitcls.cli.export import silence_exporters
 from modeling_vitcls.cli.parsing import run_script
-from modeling_vitcls.runtime.files import read_json
 
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SpaceOptions:
-    """Publish a Space that shows the predictions and attention of a model on the Hub."""
+    """Publish a Space that labels photos with a classifier on the Hub."""
 
     model: str
     """Hub id of the model, optionally with @REVISION (commit, branch or tag; default: main). The
@@ -43,8 +42,8 @@ class SpaceOptions:
     examples: tuple[Path, ...] = ()
     """Image files to show as examples."""
     static: bool = False
-    """Build a page that runs a copy of the model in the browser, with transformers.js. The model
-    must have a classifier."""
+    """Build a page that runs a copy of the model in the browser, with transformers.js, and shows the
+    attention of the CLS tokens."""
     output: Path | None = None
     """Write the files of the Space to this folder instead of pushing them."""
 
@@ -102,15 +101,10 @@ def write_files(options: SpaceOptions, model: "HubCommit", folder: Path) -> None
         write_space(folder, model, options.examples)
         return
     from space.static_space import MODEL_FOLDER, write_static_space
-
-    from modeling_vitcls.export.transformers_js import export_for_transformers_js
+    from space.transformers_js import export_for_transformers_js
 
     silence_exporters()
     export_for_transformers_js(f"{model.repo_id}@{model.sha}", folder / MODEL_FOLDER)
-    if "id2label" not in read_json(folder / MODEL_FOLDER / "config.json"):
-        raise ValueError(
-            f"--static requires a classifier, but {model.repo_id} is an encoder. Remove --static"
-        )
     write_static_space(folder, model)
 
 

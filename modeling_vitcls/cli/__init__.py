@@ -9,7 +9,6 @@
     functions.py      the commands as Python functions
     flags.py          their keyword arguments, with types (written by scripts/make_flags.py)
     NAME.py           vitcls NAME, with underscores for hyphens
-    demo_page.py      the page of `vitcls demo`
 
 A subcommand defines OPTIONS_CLASS and `run(options)`. OPTIONS_CLASS is a dataclass whose fields are
 the flags, and whose `__post_init__` raises ValueError if flags contradict each other. ValueErrors

@@ -1,129 +1,156 @@
-"""`vitcls demo`: serve a web page that shows predictions and the attention of the tokens.
+"""`vitcls demo`: serve a web page that labels a photo and draws its sheet.
 
-    vitcls demo --model runs/mine
-    vitcls demo --model someone/their-model@COMMIT --port 8000
+vitcls demo --model runs/mine
+vitcls demo --model someone/their-model@COMMIT --port 8000
 
-`scripts/push_space.py` publishes the same page on the Hub. The page is implemented in demo_page.py.
+photo  ->  for each task: the answer, and the probabilities of the labels  ->  the sheet of `vitcls look`
 """
 
-import logging
-from collections.abc import Sequence
+import os
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import Any
 
 from ..runtime.errors import describe_installation
-from ..runtime.messages import format_message
 
 
-if TYPE_CHECKING:
-    from ..hub.model_folder import ModelFolder
-
-LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")  # no other machine can see the page
-NUM_EXAMPLES = 8  # maximum number of held-out images
-MAX_EXAMPLE_SIDE = 1024  # maximum length of the sides of a held-out image, in pixels
-# Modes of Pillow that PNG files do not have
-MODES_WITHOUT_PNG = ("CMYK", "YCbCr", "LAB", "HSV", "F")
-
-logger = logging.getLogger(__name__)
+NUM_LABELS = 5  # maximum number of labels with a probability
+NONE_OF_THESE = "none of these"  # answer for a photo that shows none of the labels
+# The page loads no fonts from other hosts.
+FONTS: dict[str, Any] = {
+    "font": ("system-ui", "sans-serif"),
+    "font_mono": ("ui-monospace", "monospace"),
+}
 
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """Serve a web page that shows the predictions and attention of a model."""
+    """Serve a web page that labels photos and shows what the tokens of the model look at."""
 
     model: str
     """Folder or Hub id of a vitcls model (`ID@COMMIT` pins the model), or another ViT, which is
-    converted once."""
+    converted once. The model must be a classifier."""
     examples: tuple[Path, ...] = ()
-    """Image files to show as examples. Default: images that the run of the model held out, if its
-    dataset is `digits` or local, and no other machine can see the page (`--host`)."""
+    """Image files to show as examples."""
     host: str = "127.0.0.1"
     """Address of the server. 0.0.0.0 allows connections from other machines."""
     port: int | None = None
     """Port of the server. Default: the first free port from 7860 upward."""
-    backend: str = "auto"
-    """Engine: `torch`, or `onnx` or `openvino` for model.onnx or model.xml in the model's folder,
-    which then requires no other weights, or a file that `vitcls export` wrote. Exported files have
-    no attention maps; `auto` is `torch` unless the folder only has such files."""
 
 
 OPTIONS_CLASS = DemoOptions
 
 
 def run(options: DemoOptions) -> None:
-    """Load the model and serve the demo page. Raise ValueError if gradio is not installed."""
+    """Load the model and serve the page until the process is stopped.
+
+    Raises:
+        ValueError: If gradio is not installed, or the model is not a classifier.
+        OSError: If the model cannot be found, or the port is in use.
+    """
     if find_spec("gradio") is None:
         raise ValueError(f"vitcls demo requires gradio. {describe_installation('demo')}")
-    from ..conversion.any_checkpoint import resolve
-    from ..hub.loading import force_offline
-    from ..hub.local_paths import get_title
-    from ..inference.load_model import load_model
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read on import
+    import gradio
 
-    folder = resolve(options.model, options.backend)
-    # All files are local at this point.
-    with force_offline(), TemporaryDirectory(prefix="vitcls-demo-") as examples_folder:
-        model, processor = load_model(folder, use_head=None, backend=options.backend)
-        examples: Sequence[Path] = options.examples
-        if not examples and options.host in LOCAL_HOSTS:
-            examples = write_examples(folder, Path(examples_folder))
-        from .demo_page import serve_demo  # importing gradio is slow
-
-        serve_demo(
-            model=model.eval(),
-            processor=processor,
-            title=get_title(options.model),
-            examples=examples,
-            host=options.host,
-            port=options.port,
-        )
-
-
-def write_examples(run: "ModelFolder", output: Path) -> list[Path]:
-    """Write held-out images of the run of a model to a folder, and return their files.
-
-    The images are drawn at random. There are none if the folder is not the output of a run, if the
-    dataset would have to be downloaded, or if it cannot be read.
-    """
-    from ..data.evaluated_images import load_evaluation_data
-    from ..data.held_out import read_held_out_record
-    from ..data.images import UnreadableImage
-    from ..hub.local_paths import BUILT_IN_DATASET, is_local
-    from ..publishing.report import read_data_options
-
-    data_options = read_data_options(run) if run.results else None
-    if data_options is None:
-        return []
-    if data_options.dataset != BUILT_IN_DATASET and not is_local(data_options.dataset):
-        return []
+    page = build_page(options)
     try:
-        record = read_held_out_record(run)
-        data = load_evaluation_data(
-            options=data_options,
-            split=None,
-            record=record,
-            use_labels=run.architecture != "ViTCLSForMaskedImageModeling",  # as in training
-            max_images=NUM_EXAMPLES,
+        _, address, _ = page.launch(
+            server_name=options.host,
+            server_port=options.port,
+            share=False,
+            ssr_mode=False,
+            prevent_thread_lock=True,
+            quiet=True,
+            show_error=True,
+            theme=gradio.themes.Default(**FONTS),
+            footer_links=["gradio"],
         )
-    except (OSError, ValueError) as error:
-        logger.warning(
-            format_message(f"the page has no examples: {error}. Set `examples` to image files")
-        )
-        return []
-    if record is None or data.part.warning is not None:  # training may have used the images
-        return []
-    images = data.images.images
-    files = []
-    for index in range(len(images)):
+    except OSError as error:  # gradio's message does not mention --port
+        raise OSError(
+            f"Cannot open port {options.port or '7860 or above'}. Set --port to a free port."
+        ) from error
+    print(f"{options.model}: {address}", flush=True)
+    page.block_thread()
+
+
+def build_page(options: DemoOptions) -> Any:
+    """Load the model, and build the page as a `gradio.Interface`."""
+    import gradio
+
+    from ..analysis.photo import measure_photo
+    from ..analysis.sheet import draw_sheet
+    from ..hub.local_paths import get_title
+    from ..inference.inputs import ImageRecord
+    from ..inference.options import PredictOptions
+    from ..inference.predict import build_predictor
+    from ..model.image_processing_vitcls import read_image
+    from ..runtime.distributed import build_accelerator
+
+    title = get_title(options.model)
+    settings = PredictOptions(
+        model=options.model, paths=("photo",), top_k=NUM_LABELS, backend="torch"
+    )
+    predictor = build_predictor(settings, build_accelerator())
+    columns: Any = predictor.columns
+    tasks = [*columns.single_labels, *columns.label_lists]
+
+    def answer(file: str | None) -> list[Any]:
+        if file is None:
+            raise gradio.Error("select a photo", print_exception=False)
         try:
-            image = images[index]
-        except UnreadableImage:
-            continue
-        if image.mode in MODES_WITHOUT_PNG:
-            image = image.convert("RGB")
-        image.thumbnail((MAX_EXAMPLE_SIDE, MAX_EXAMPLE_SIDE))
-        files.append(output / f"{index + 1}.png")
-        image.save(files[-1])
-    return files
+            photo = read_image(file)
+        except ValueError as error:
+            message = str(error).replace(file, "the file")
+            raise gradio.Error(message, print_exception=False) from None
+        (row,) = predictor.iterate_rows(iter([ImageRecord(0, "photo", photo)]))
+        if row["error"]:
+            raise gradio.Error(row["error"], print_exception=False)
+        values = [value for task in tasks for value in read_answer(row, columns, task)]
+        return [*values, draw_sheet(measure_photo(predictor.model, predictor.processor, photo))]
+
+    outputs = []
+    for task in tasks:
+        outputs += [
+            gradio.Textbox(label=task or "Answer"),
+            gradio.Label(label="Probabilities", num_top_classes=NUM_LABELS, show_heading=False),
+        ]
+    photo_input = gradio.Image(label="Photo", type="filepath")
+    # gradio would decode the file. Formats and messages are those of `vitcls predict`.
+    photo_input.preprocess = lambda payload: payload and payload.path
+    sheet = gradio.Image(
+        label="Sheet", show_label=False, format="png", buttons=["download", "fullscreen"]
+    )
+    return gradio.Interface(
+        answer,
+        photo_input,
+        [*outputs, sheet],
+        examples=[[str(file)] for file in options.examples] or None,
+        cache_examples=False,
+        title=title,
+        flagging_mode="never",
+        api_name="predict",
+    )
+
+
+def read_answer(row: dict[str, Any], columns: Any, task: str) -> tuple[str, dict[str, float]]:
+    """Return the answer of a task, and the probabilities of its most probable labels.
+
+    Args:
+        row: The row of a photo, as in `vitcls predict`.
+        columns: The columns of the row (LabelColumns).
+        task: The task; empty for the classifier itself.
+    """
+    from ..inference.prediction_rows import name_column
+
+    if task in columns.label_lists:
+        names = row[name_column(task, "labels")]
+        probabilities = row[name_column(task, "probabilities")]
+        answer = ", ".join(names) or NONE_OF_THESE
+    else:
+        pairs = columns.column_pairs[task]
+        names = [row[label] for label, _ in pairs]
+        probabilities = [row[probability] for _, probability in pairs]
+        answer = NONE_OF_THESE if row.get(name_column(task, "unknown")) else names[0]
+    return answer, dict(zip(names, probabilities, strict=True))

@@ -1,4 +1,4 @@
-"""`vitcls export`: export a model to ONNX, OpenVINO or transformers.js, and compare the outputs.
+"""`vitcls export`: export a model to ONNX or OpenVINO, and compare the outputs.
 
     vitcls export --model runs/mine --format onnx --output mine.onnx
     vitcls export --model runs/mine --format openvino --output mine.xml --no-dynamic --image-size 224 320
@@ -21,25 +21,8 @@ OPTIONS_CLASS = ExportOptions
 def run(options: ExportOptions) -> None:
     """Export the model and print the largest differences."""
     from ..export.exporter import export_model
-    from ..export.transformers_js import export_for_transformers_js
 
     silence_exporters()
-    if options.format == "transformers.js":
-        web_report = export_for_transformers_js(
-            options.model, options.output, options.dataset, options.split
-        )
-        for comparison in web_report["comparisons"]:
-            agreement = comparison["top1_agreement"]
-            text = "" if agreement is None else f", same top-1 label: {agreement:.1%}"
-            print(
-                f"{comparison['file']:26} largest difference "
-                f"{comparison['largest_difference']:.1e}{text}"
-            )
-        print(
-            f"Wrote the files to {options.output}; onnx/report.json contains all comparisons and "
-            "scores"
-        )
-        return
     print_report(export_model(options), options.output)
 
 

@@ -1,4 +1,4 @@
-"""Export a model to a graph that runs without this package: ONNX, OpenVINO or transformers.js.
+"""Export a model to a graph that runs without this package: ONNX or OpenVINO.
 
     options.py            flags of `vitcls export`
     exportable.py         load the model and its image processor, and name the model's outputs
@@ -6,7 +6,6 @@
     formats.py            write the graph to a file and run the file in the runtime of its format
     exporter.py           write the file and its report if the outputs of the file match those of the model
     engine_choice.py      measure PyTorch, ONNX Runtime and OpenVINO, and choose the fastest (`--backend auto`)
-    transformers_js.py    write a folder that transformers.js loads in Node.js and browsers
 
 The files in this folder are not copied to the Hub. The extra `export` installs the required
 packages.

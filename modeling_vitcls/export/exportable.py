@@ -5,9 +5,6 @@ ViTCLSForImageClassification        logits; if there are two heads, also cls_log
 ViTCLSForMultiTaskClassification    one output per task, named after the task
 both classifiers                    then one output per extra head, named after its task
 ViTCLSBackbone                      feature maps, named after their stages
-
-With `output_attentions=True`, the model also outputs `cls_attention` [B, layers, CLS tokens, rows,
-columns], the attention of the CLS tokens to the patches, averaged over the heads.
 """
 
 from collections.abc import Callable
@@ -17,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..analysis.maps import extract_patch_maps
 from ..conversion.any_checkpoint import is_preset, resolve
 from ..data.aspect_ratio import set_fit
 from ..hub.model_folder import ModelFolder
@@ -38,30 +34,14 @@ Outputs = dict[str, torch.Tensor]
 class NamedOutputsModel(nn.Module):
     """Model wrapper that takes only images as input and returns a dict of float32 outputs."""
 
-    def __init__(self, model: ViTCLSPreTrainedModel, output_attentions: bool = False) -> None:
+    def __init__(self, model: ViTCLSPreTrainedModel) -> None:
         super().__init__()
         self.model = model
-        self.output_attentions = output_attentions
         self.select_outputs = OUTPUT_SELECTORS[type(model)]
 
     def forward(self, pixel_values: torch.Tensor) -> Outputs:
         """Return a dict that maps output names to outputs [B, ...] for images [B, C, H, W]."""
-        attention_outputs: Outputs = {}
-        if self.output_attentions:
-            model_outputs: list[Any] = []  # outputs of the forward pass that `token_attention` runs
-            hook = self.model.register_forward_hook(
-                lambda module, inputs, output: model_outputs.append(output)
-            )
-            # mean over heads
-            cls_attention = self.model.token_attention(pixel_values, tokens=["cls"]).mean(2)
-            hook.remove()
-            height, width = pixel_values.shape[-2:]
-            attention_outputs["cls_attention"] = extract_patch_maps(
-                cls_attention, self.model.config, (height, width)
-            )
-        else:
-            model_outputs = [self.model(pixel_values)]
-        outputs = self.select_outputs(model_outputs[0], self.model) | attention_outputs
+        outputs = self.select_outputs(self.model(pixel_values), self.model)
         return {name: output.float() for name, output in outputs.items() if output is not None}
 
 
@@ -94,10 +74,10 @@ MODEL_CLASSES: dict[str, Any] = {
 
 @torch.no_grad()
 def compute_named_outputs(
-    model: ViTCLSPreTrainedModel, batches: list[torch.Tensor], output_attentions: bool = False
+    model: ViTCLSPreTrainedModel, batches: list[torch.Tensor]
 ) -> list[Outputs]:
     """Return the outputs of the model for each batch of images [B, C, H, W]."""
-    wrapped_model = NamedOutputsModel(model, output_attentions)
+    wrapped_model = NamedOutputsModel(model)
     return [wrapped_model(batch) for batch in batches]
 
 

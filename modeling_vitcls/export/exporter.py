@@ -31,7 +31,7 @@ from ..runtime.errors import describe_installation
 from ..runtime.files import write_json
 from ..runtime.staging import create_output_files
 from ..runtime.system import get_versions
-from .exportable import ExportableModel, Outputs, compute_named_outputs, load_exportable_model
+from .exportable import Outputs, compute_named_outputs, load_exportable_model
 from .formats import FORMATS, run_graph
 from .measurement import (
     NUM_COMPARED_IMAGES,
@@ -51,18 +51,11 @@ LIMITS: dict[str, tuple[float, float]] = {"float32": (1e-4, 0.0), "float16": (1e
 Report = dict[str, Any]
 
 
-def export_model(
-    options: ExportOptions,
-    output_attentions: bool = False,
-    exportable: ExportableModel | None = None,
-) -> Report:
+def export_model(options: ExportOptions) -> Report:
     """Export a model to a file, such as mine.onnx, and write a report to mine.onnx.json.
 
     Args:
-        options: The flags of `vitcls export`. The format is "onnx" or "openvino".
-        output_attentions: Whether the graph also outputs the attention of the CLS tokens
-            (exportable.py).
-        exportable: The model that `options` names, if it is already loaded.
+        options: The flags of `vitcls export`.
 
     Returns:
         The contents of the report (docs/exporting.md). If a dynamic image size is not possible, the
@@ -91,7 +84,7 @@ def export_model(
             f"{', '.join(missing_packages)}. {describe_installation('export')}"
         )
 
-    exportable = exportable or load_exportable_model(options.model)
+    exportable = load_exportable_model(options.model)
     model = exportable.model
     processor = exportable.processor
     folder = exportable.folder
@@ -114,9 +107,9 @@ def export_model(
     batches = [
         build_random_images(shape) for shape in select_image_shapes(model.config, graph_shape)
     ]
-    reference_outputs = compute_named_outputs(model, batches, output_attentions)
+    reference_outputs = compute_named_outputs(model, batches)
     names = list(reference_outputs[0])
-    graph = trace_model(model, graph_shape, getattr(torch, options.dtype), output_attentions)
+    graph = trace_model(model, graph_shape, getattr(torch, options.dtype))
 
     with create_output_files(target, last=get_report_path(target).name) as output_folder:
         file = output_folder / target.name

@@ -1,7 +1,7 @@
 """Accuracy, differences and speed of an exported file on the images of a dataset.
 
     images = load_export_images(folder, "digits")        # split as in the run of the model
-    images.measure_accuracy({"model.xml": Path("model.xml")})
+    images.measure_file(Path("model.xml"))
 
 Training images calibrate int8 graphs. Held-out images measure the accuracy and, also without
 labels, the differences between the outputs of the file and the model.
@@ -9,7 +9,7 @@ labels, the differences between the outputs of the file and the model.
 
 import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,16 +48,6 @@ class ExportImages:
     training: Any  # sequence of images
     held_out: Any
     setup: EvaluationSetup | None
-
-    def measure_accuracy(self, files: Mapping[str, Path]) -> dict[str, Any] | None:
-        """Return the metric of the model and of each file, by name; None without labels."""
-        if self.setup is None:
-            return None
-        scores = self.describe_metrics(self.setup.evaluator(self.setup.model))
-        accuracies = {
-            name: self.evaluate_file(file)[scores["metric"]] for name, file in files.items()
-        }
-        return scores | {"files": accuracies}
 
     def measure_file(self, file: Path) -> dict[str, Any] | None:
         """Return the metric of the model and of one file; None without labels.

@@ -14,15 +14,14 @@ class ExportOptions:
 
     model: str
     """A model folder, the id of a model on the Hub, or a preset (random weights)."""
-    format: Literal["onnx", "openvino", "transformers.js"]
-    """ONNX (.onnx), OpenVINO (.xml and .bin), or a folder for transformers.js."""
+    format: Literal["onnx", "openvino"]
+    """ONNX (.onnx), or OpenVINO (.xml and .bin)."""
     output: Path
     """Output file, which must not exist yet, or a folder: model.onnx (or model.xml) and all files
-    that `predict` and `evaluate` with --backend require. With --format transformers.js: a new or
-    empty folder."""
+    that `predict` and `evaluate` with --backend require."""
     int8: bool = False
-    """With --format onnx or openvino: quantize the matrix products to int8 (NNCF), calibrated on
-    training images of --dataset. The image size is fixed."""
+    """Quantize the matrix products to int8 (NNCF), calibrated on training images of --dataset. The
+    image size is fixed."""
     max_drop: float = 0.5
     """With --int8: largest loss of accuracy, in points. If the images show a larger loss with 95%
     confidence, nothing is written."""
@@ -44,23 +43,13 @@ class ExportOptions:
     def __post_init__(self) -> None:
         size = self.image_size
         has_dataset = self.dataset is not None
-        is_js = self.format == "transformers.js"
-        has_graph_settings = (size, self.dynamic, self.dtype) != (None, True, "float32")
         checks = (
             (
                 size is not None and min(size) < 1,
                 f"`image_size` requires positive numbers, but got {size}. Set `image_size` to a "
                 "height and a width",
             ),
-            (
-                is_js and has_graph_settings,
-                "`format='transformers.js'` does not support `image_size`, `dynamic=False` or "
-                "`dtype`. Remove the flag",
-            ),
-            (
-                self.int8 and (is_js or not has_dataset),
-                "`int8=True` requires `format='onnx'` or `format='openvino'`, and `dataset`",
-            ),
+            (self.int8 and not has_dataset, "`int8=True` requires `dataset`"),
             (
                 self.int8 and (not self.dynamic or self.dtype != "float32"),
                 "`int8=True` does not support `dtype` or `dynamic=False`. Remove the flag",

@@ -96,7 +96,6 @@ def trace_model(
     model: ViTCLSPreTrainedModel,
     graph_shape: GraphShape,
     dtype: torch.dtype,
-    output_attentions: bool = False,
 ) -> ExportedProgram:
     """Trace a copy of a model to a graph with float32 inputs and outputs.
 
@@ -123,7 +122,7 @@ def trace_model(
     try:
         with torch.no_grad():
             graph = torch.export.export(
-                NamedOutputsModel(model, output_attentions).eval(),
+                NamedOutputsModel(model).eval(),
                 (images,),
                 dynamic_shapes=build_dynamic_shapes(graph_shape),
             )

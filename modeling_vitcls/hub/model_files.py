@@ -6,7 +6,7 @@ config.json, preprocessor_config.json, model*.safetensors, *_vitcls.py      the 
 results.json, config.resolved.yaml, metrics.jsonl                           a training run
 parity_report.json                                                          a conversion
 certificate.json                                                            an added task or class
-README.md, report.html, images/, onnx/                                     for publication
+README.md, report.html, images/                                            for publication
 """
 
 from collections.abc import Iterable, Iterator
@@ -65,10 +65,6 @@ EXPORT_SUFFIXES = (".onnx", ".xml")
 EXPORT_PATTERNS = ("*.onnx", "*.onnx.json", "*.xml", "*.xml.json", "model.bin")
 # Files that `--backend onnx` and `--backend openvino` read, and their reports.
 DEFAULT_EXPORT_PATTERNS = ("model.onnx", "model.onnx.*", "model.xml", "model.xml.json", "model.bin")
-# Files of `vitcls export --format transformers.js`.
-ONNX_REPORT_FILE = "onnx/report.json"
-ONNX_FILES = tuple(f"onnx/{name}.onnx" for name in ("model", "model_fp16", "model_quantized"))
-ONNX_PATTERNS = ("onnx/*.onnx", ONNX_REPORT_FILE)
 
 
 def is_match(name: str, patterns: Iterable[str]) -> bool:

@@ -28,7 +28,6 @@ from .model_files import (
     INDEX_FILE,
     LICENSE_FILES,
     LICENSE_PATTERNS,
-    ONNX_REPORT_FILE,
     PARITY_REPORT_FILE,
     PROCESSOR_FILE,
     RECIPE_FILE,
@@ -217,11 +216,6 @@ class ModelFolder:
     def certificate(self) -> dict[str, Any]:
         """The certificate of an added task or class; empty if it belongs to other weights."""
         return self.read_current(CERTIFICATE_FILE, "weights_sha256")
-
-    @cached_property
-    def onnx_report(self) -> dict[str, Any]:
-        """The contents of onnx/report.json; empty if it belongs to other weights."""
-        return self.read_current(ONNX_REPORT_FILE, "weights_sha256")
 
     @cached_property
     def exports(self) -> dict[str, dict[str, Any]]:

@@ -119,7 +119,6 @@ def render_card(
         "is_native": folder.is_native,
         "tasks": folder.config.task_labels() if folder.config is not None else {},
         "parity": folder.parity_report,
-        "onnx": folder.onnx_report,
         "certificate": folder.certificate,
         "added_classes": [format_name(label) for label in list_added_classes(folder)],
         "additions": [

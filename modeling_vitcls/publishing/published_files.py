@@ -23,9 +23,6 @@ from ..hub.model_files import (
     IMAGES_FOLDER,
     INDEX_FILE,
     MODEL_PATTERNS,
-    ONNX_FILES,
-    ONNX_PATTERNS,
-    ONNX_REPORT_FILE,
     PARITY_REPORT_FILE,
     RECIPE_FILE,
     RESULT_IMAGE_PATTERNS,
@@ -46,7 +43,6 @@ DELETE_PATTERNS = [
     *MODEL_PATTERNS,
     *RUN_FILES,
     *RESULT_IMAGE_PATTERNS,
-    *ONNX_PATTERNS,
     *EXPORT_PATTERNS,
     PARITY_REPORT_FILE,
     CERTIFICATE_FILE,
@@ -93,7 +89,6 @@ def list_published_files(folder: ModelFolder) -> set[str]:
         names |= {*CONFIG_FILES, *list_weight_files(folder.path), INDEX_FILE, *folder.code_files}
         names |= {PARITY_REPORT_FILE} if folder.parity_report else set()
         names |= {CERTIFICATE_FILE} if folder.certificate else set()
-        names |= {ONNX_REPORT_FILE, *ONNX_FILES} if folder.onnx_report else set()
         if folder.results or not (folder.path / RESULTS_FILE).is_file():
             names |= set(RUN_FILES)
         names |= set(folder.images.values())

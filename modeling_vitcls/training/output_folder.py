@@ -32,7 +32,6 @@ from ..hub.model_files import (
     LICENSE_PATTERNS,
     METRICS_FILE,
     MODEL_PATTERNS,
-    ONNX_PATTERNS,
     PARITY_REPORT_FILE,
     PREDICTIONS_FILE,
     RECIPE_FILE,
@@ -69,7 +68,6 @@ FINAL_FILE_PATTERNS = (
         *LICENSE_PATTERNS,
         REPORT_FILE,
         PARITY_REPORT_FILE,
-        *ONNX_PATTERNS,
     ),
     f"{IMAGES_FOLDER}/*.png",
     *DEFAULT_EXPORT_PATTERNS,
@@ -167,7 +165,7 @@ def prepare(
 
 def list_final_files(folder: Path) -> list[str]:
     """Return the names of the existing final files, in the order of `FINAL_FILE_PATTERNS`."""
-    patterns = ("*", f"{IMAGES_FOLDER}/*", "onnx/*")
+    patterns = ("*", f"{IMAGES_FOLDER}/*")
     files = (
         path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()
     )

@@ -1,13 +1,12 @@
-"""A Space on the Hub that runs the page of `vitcls demo`.
+"""A Space on the Hub that labels photos with a model.
 
     model = find_published_model("someone/model@COMMIT")
     write_space(folder, model)
     push_result = push_space(folder, model, "someone/model-demo")
 
-    app.py              the model, the commit, and the call that serves the page
-    vitcls_demo/        the files of the page from this package, which is not installed in the Space
+    app.py              transformers' pipeline of the model at a commit, as a page of gradio
     examples/           example images
-    requirements.txt    requirements of the page, with the minimum versions from pyproject.toml
+    requirements.txt    requirements of the app, with the minimum versions from pyproject.toml
     README.md           the settings of the Space
 
 The Space does not contain a copy of the model; the app loads the model at a pinned commit.
@@ -29,27 +28,21 @@ from modeling_vitcls.hub.local_paths import split_revision
 from modeling_vitcls.hub.model_files import CONFIG_FILES
 from modeling_vitcls.hub.model_folder import list_strings
 from modeling_vitcls.model.configuration_vitcls import ViTCLSConfig
-from modeling_vitcls.publishing.published_files import PACKAGE_FOLDER
 from modeling_vitcls.publishing.push import PushResult, build_push_command, upload_files
 from modeling_vitcls.runtime.files import read_json
 
 
-PAGE_FOLDER = "vitcls_demo"
 EXAMPLES_FOLDER = "examples"
 
-# Files from this package that the page requires. These files import no other files from this
-# package.
-PAGE_FILES = ("cli/demo_page.py", "inference/token_names.py")
-# Libraries that the page files and the model's code import. The SDK of the Space contains gradio.
-REQUIRED_LIBRARIES = (
-    "huggingface_hub matplotlib numpy pillow safetensors torch torchvision transformers".split()
-)
+# Libraries that the app and the model's code import. The SDK of the Space contains gradio.
+REQUIRED_LIBRARIES = "huggingface_hub numpy pillow safetensors torch torchvision transformers"
 
-APP_TEMPLATE = '''"""Run the demo page of a model. The code of the page is in {folder}/."""
+APP_TEMPLATE = '''"""Label photos with a model of the Hub."""
 
 from pathlib import Path
 
-from {folder}.cli.demo_page import load_from_hub, serve_demo
+import gradio
+from transformers import pipeline
 
 
 MODEL = {model!r}
@@ -57,13 +50,18 @@ MODEL = {model!r}
 COMMIT = {commit!r}
 
 if __name__ == "__main__":
-    examples = sorted(Path(__file__).parent.glob("{examples}/*"))
-    serve_demo(*load_from_hub(MODEL, COMMIT), MODEL, examples)
+    classifier = pipeline(
+        "image-classification", model=MODEL, revision=COMMIT, trust_remote_code=True
+    )
+    examples = [[str(file)] for file in sorted(Path(__file__).parent.glob("{examples}/*"))]
+    page = gradio.Interface.from_pipeline(
+        classifier, title=MODEL, examples=examples or None, cache_examples=False
+    )
+    page.launch()
 '''
 
 DESCRIPTION_TEMPLATE = """
-Upload an image to see the predictions of the Vision Transformer [{model}]({url}), and the attention
-maps of its special tokens (CLS, distillation, registers) in every layer.
+Upload an image to see the labels that the Vision Transformer [{model}]({url}) predicts.
 
 The model is loaded at commit [`{commit}`]({url}/tree/{commit}). The commit is set in `app.py`.
 To run this page on your own machine: `pip install gradio=={gradio} -r requirements.txt`, then
@@ -97,6 +95,8 @@ def find_published_model(source: str) -> HubCommit:
             f"{repo_id} at {model.sha} does not contain a {ViTCLSConfig.model_type} model with its "
             "code. Convert the model with `vitcls convert` and push the result"
         )
+    if not any("Classification" in name for name in config_dict.get("architectures") or ()):
+        raise ValueError(f"a Space requires a classifier, but {repo_id} is an encoder")
     if not processor_config_file.is_file():
         raise ValueError(
             f"{repo_id} has no preprocessor_config.json. Save the image processor next to the model"
@@ -122,24 +122,23 @@ def write_space(folder: Path, model: HubCommit, examples: Sequence[Path] = ()) -
     }
     card = build_space_card(model, DESCRIPTION_TEMPLATE, settings, gradio=gradio_version)
     requirements = [
-        Requirement(line) for line in importlib.metadata.requires(PACKAGE_FOLDER.name) or ()
+        Requirement(line) for line in importlib.metadata.requires("modeling_vitcls") or ()
     ]
     specifiers = {
         requirement.name: str(requirement.specifier)
         for requirement in requirements
         if requirement.specifier
     }
-    files = {f"{PAGE_FOLDER}/{name}": PACKAGE_FOLDER / name for name in PAGE_FILES}
-    files |= {f"{EXAMPLES_FOLDER}/{index}_{file.name}": file for index, file in enumerate(examples)}
-    for name, file in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, folder / name)
-    app_code = APP_TEMPLATE.format(
-        folder=PAGE_FOLDER, model=model.repo_id, commit=model.sha, examples=EXAMPLES_FOLDER
-    )
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, file in enumerate(examples):
+        (folder / EXAMPLES_FOLDER).mkdir(exist_ok=True)
+        shutil.copyfile(file, folder / EXAMPLES_FOLDER / f"{index}_{file.name}")
+    app_code = APP_TEMPLATE.format(model=model.repo_id, commit=model.sha, examples=EXAMPLES_FOLDER)
     (folder / "app.py").write_text(app_code, encoding="utf-8")
     (folder / "README.md").write_text(card, encoding="utf-8")
-    requirements_text = "".join(f"{name}{specifiers[name]}\n" for name in REQUIRED_LIBRARIES)
+    requirements_text = "".join(
+        f"{name}{specifiers[name]}\n" for name in REQUIRED_LIBRARIES.split()
+    )
     (folder / "requirements.txt").write_text(requirements_text, encoding="utf-8")
 
 
@@ -151,7 +150,7 @@ def build_space_card(
     `description` is a template with the placeholders `model`, `commit`, `url` and the names in
     `fields`.
     """
-    title = f"{model.repo_id.partition('/')[2]}: labels and attention"
+    title = f"{model.repo_id.partition('/')[2]}: labels of a photo"
     header = SpaceCardData(
         title=title,
         emoji="🔎",
@@ -159,7 +158,7 @@ def build_space_card(
         colorTo="gray",
         models=[model.repo_id],
         tags=["vision", "vit", "vitcls"],
-        short_description="Predictions and attention maps of a ViT",
+        short_description="Labels that a Vision Transformer predicts",
         license="apache-2.0",  # of the page
         **settings,
     )
@@ -177,11 +176,7 @@ def push_space(folder: Path, model: HubCommit, space_id: str) -> PushResult:
     commit is made. Raise PushError if the push fails. The message is a single line and ends with
     the remedy.
     """
-    subfolders = {
-        PAGE_FOLDER,
-        EXAMPLES_FOLDER,
-        *(file.name for file in folder.iterdir() if file.is_dir()),
-    }
+    subfolders = {EXAMPLES_FOLDER, *(file.name for file in folder.iterdir() if file.is_dir())}
     message = f"Show {model.repo_id} at {model.sha[:7]}"
     delete_patterns = [f"{name}/*" for name in subfolders]
     files = {

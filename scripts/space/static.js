@@ -1,5 +1,5 @@
 // Classify an image in the browser, and draw the attention of the CLS tokens. The folder model/ is written by
-// `vitcls export --format transformers.js`. `?dtype=fp16` or `?dtype=q8` in the URL selects another ONNX file.
+// transformers_js.py. `?dtype=fp16` or `?dtype=q8` in the URL selects another ONNX file.
 
 import { AutoImageProcessor, AutoModelForImageClassification, RawImage, env, softmax } from "transformers.js";
 

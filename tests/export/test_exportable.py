@@ -2,7 +2,6 @@
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -57,35 +56,6 @@ def test_an_encoder_in_half_precision_is_exported_in_float32(tmp_path: Path) -> 
     )
 
 
-@torch.no_grad()
-def test_the_attention_of_cls_tokens_is_an_output() -> None:
-    model = randomize(
-        ViTCLSForImageClassification(build_tiny_config(num_cls_tokens=2, num_register_tokens=3))
-    )
-    pixel_values = build_images(2, 24, 40)
-
-    outputs = NamedOutputsModel(model, output_attentions=True)(pixel_values)
-    assert list(outputs) == ["logits", "cls_attention"]
-    assert not model._forward_hooks
-
-    expected = model(pixel_values)
-    torch.testing.assert_close(outputs["logits"], expected.logits)
-    model.set_attn_implementation("eager")
-    attentions = torch.stack(model(pixel_values, output_attentions=True).attentions, dim=1)
-
-    # [B, layers, CLS tokens, rows, columns]
-    maps = attentions.mean(2)[:, :, :2, 5:].unflatten(-1, (3, 5))
-    torch.testing.assert_close(outputs["cls_attention"], maps)
-    assert (
-        NamedOutputsModel(model.bfloat16())(pixel_values.bfloat16())["logits"].dtype
-        == torch.float32
-    )
-    assert list(compute_named_outputs(model.float(), [pixel_values], True)[0]) == [
-        "logits",
-        "cls_attention",
-    ]
-
-
 def read_number(image: int | None, return_tensors: str) -> dict[str, Any]:
     """Stand in for an image processor; None is an unreadable image."""
     if image is None:
@@ -120,9 +90,7 @@ def test_a_loss_that_a_few_images_cannot_show_is_accepted() -> None:
     check_drop(report, 0.5, None, torch.empty(0))
 
 
-def test_calibration_uses_the_training_images_of_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_calibration_uses_the_training_images_of_the_run(tmp_path: Path) -> None:
     config = build_tiny_config(num_labels=10, id2label={label: str(label) for label in range(10)})
     save_with_processor(ViTCLSForImageClassification(config), tmp_path)
     record = load_training_data(DataOptions("digits", split_seed=5)).build_record()
@@ -135,17 +103,6 @@ def test_calibration_uses_the_training_images_of_the_run(
     assert images.setup.evaluator.batch_size == 7
     assert prepare_images([0, None, 2, 3, 4, 5, 6], read_number, 3) == [0, 2, 4]
     assert prepare_images([0, None, 2], read_number, 4) == [0, 2]
-
-    setup: Any = SimpleNamespace(
-        data=SimpleNamespace(split="test"),
-        model=images.setup.model,
-        evaluator=lambda model: {"num_images": 2},
-    )
-    monkeypatch.chdir(tmp_path)
-    for dataset, published in (("digits", "digits"), ("mine", "path/to/mine")):
-        Path(dataset).mkdir()  # "digits" is not the folder
-        scores: Any = replace(images, dataset=dataset, setup=setup).measure_accuracy({})
-        assert scores["dataset"] == published
 
     save_with_processor(ViTCLSModel(config), tmp_path / "encoder")
     unlabeled = load_export_images(ModelFolder(tmp_path / "encoder"), "digits")

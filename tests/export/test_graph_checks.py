@@ -2,10 +2,8 @@
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -30,7 +28,6 @@ Command = Callable[[Path, Path], list[str]]
 COMMANDS: dict[str, Command] = {
     "predict": lambda model, photos: ["predict", "--model", str(model), str(photos)],
     "evaluate": lambda model, photos: ["evaluate", "--model", str(model), "--dataset", str(photos)],
-    "demo": lambda model, photos: ["demo", "--model", str(model)],
 }
 
 
@@ -84,13 +81,6 @@ def model(saved: Path, tmp_path: Path) -> Path:
     folder = shutil.copytree(saved, tmp_path / "model")
     write_graph(folder / "model.onnx")
     return folder
-
-
-@pytest.fixture(autouse=True)
-def no_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let `vitcls demo` end in place of serving its page."""
-    page = SimpleNamespace(serve_demo=lambda **arguments: None)
-    monkeypatch.setitem(sys.modules, "modeling_vitcls.cli.demo_page", page)
 
 
 def check_error(command: list[str], capsys: pytest.CaptureFixture[str], *words: str) -> None:

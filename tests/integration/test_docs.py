@@ -78,6 +78,7 @@ PROGRAMS = (
     "scripts/benchmark.py",
     "scripts/compare_tools.py",
     "scripts/push_space.py",
+    "scripts/space/transformers_js.py",
     "scripts/study.py",
 )
 ALL_PROGRAMS = (*cli.COMMANDS, *PROGRAMS)
@@ -101,7 +102,7 @@ FENCE = re.compile(
 REPLACEMENT = re.compile(r'run with: "(.+)" instead of "(.+)"')
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 COMMAND = re.compile(
-    r"(vitcls [a-z]+|python scripts/(?:benchmark|study|push_space)\.py|"
+    r"(vitcls [a-z]+|python scripts/(?:benchmark|study|push_space|space/transformers_js)\.py|"
     r"accelerate launch -m modeling_vitcls\.cli [a-z]+) \S"
 )  # in inline code
 INLINE = re.compile(r"`([^`\n]+)`")
@@ -221,7 +222,7 @@ def read_flags(name: str) -> frozenset[str]:
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
         if name in PROGRAMS:
-            assert run_in_process(Path(name).name, "--help") == 0
+            assert run_in_process(name.removeprefix("scripts/"), "--help") == 0
         else:
             assert run_here(name, "--help-all") == 0
     return frozenset(FLAG.findall(output.getvalue()))

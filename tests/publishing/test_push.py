@@ -24,7 +24,6 @@ import modeling_vitcls as vitcls
 from modeling_vitcls.cli.push import PushOptions
 from modeling_vitcls.cli.push import run as run_push
 from modeling_vitcls.hub import connection
-from modeling_vitcls.hub.model_files import hash_weights
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.publishing.card import write_card
 from modeling_vitcls.publishing.push import (
@@ -141,19 +140,13 @@ def test_a_push_is_one_commit_of_the_model_files(
 
 
 def test_only_files_that_the_package_wrote_are_pushed(hub: LocalHub, folder: Path) -> None:
-    (folder / "onnx").mkdir()
-    (folder / "onnx" / "model.onnx").write_bytes(b"graph")
-    (folder / "onnx" / "report.json").write_text(
-        json.dumps({"weights_sha256": hash_weights(folder)})
-    )
-
     write_export(folder, sha256={"model.xml": "", "model.bin": "", "notes.txt": ""})
     assert run_push_command(folder) == 0
 
     published = set(hub.files("ann/model"))
-    assert {"images/attention.png", "onnx/model.onnx", "model.bin", "LICENSE"} <= published
+    assert {"images/attention.png", "model.bin", "LICENSE"} <= published
     planted = (
-        "LICENSE-secret.txt NOTICE.env evil_vitcls.py other.onnx other.bin onnx/other.onnx "
+        "LICENSE-secret.txt NOTICE.env evil_vitcls.py other.onnx other.bin "
         "images/private.png images/confusion_matrix_other.png model-00001-of-00002.safetensors"
     )
     for name in planted.split():
@@ -247,37 +240,6 @@ def test_results_of_other_weights_are_not_published(
 
     (message,) = (text for text in caplog.messages if "results.json" in text)
     assert "\n" not in message
-
-
-def test_onnx_files_are_pushed_only_with_the_weights_they_were_created_from(
-    hub: LocalHub, folder: Path
-) -> None:
-    (folder / "onnx").mkdir()
-    (folder / "onnx" / "model.onnx").write_bytes(b"graph")
-    digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
-    comparison = {"file": "onnx/model.onnx", "largest_difference": 2.5e-7, "top1_agreement": 1.0}
-    scores = {
-        "dataset": "digits",
-        "split": "test",
-        "num_images": 1000,
-        "metric": "accuracy",
-        "model": 0.974,
-    }
-    report = {"weights_sha256": {WEIGHTS: digest}, "comparisons": [comparison]}
-    report["labeled"] = scores | {"files": {"model.onnx": 0.9725}}
-    (folder / "onnx" / "report.json").write_text(json.dumps(report))
-    push_folder(ModelFolder(folder), "ann/model")
-    assert {"onnx/model.onnx", "onnx/report.json"} <= set(hub.files("ann/model"))
-
-    card = read_card(hub)
-    assert "| `onnx/model.onnx` | 2.5e-07 | 100.00% | 97.25% |\n" in card
-    assert "97.40%" in card
-
-    replace_weights(folder)
-
-    push_folder(ModelFolder(folder), "ann/model")
-    assert not [name for name in hub.files("ann/model") if name.startswith("onnx/")]
-    assert "onnx" not in read_card(hub)
 
 
 def write_export(folder: Path, **values: Any) -> None:

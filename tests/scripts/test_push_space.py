@@ -34,7 +34,7 @@ def test_a_space_shows_a_commit_of_a_model(
     for photo in photos:
         photo.parent.mkdir()
         photo.write_text(str(photo))
-    files = {"examples/old.png": b"old", "vitcls_demo/old.py": b"old", "notes.md": b"mine"}
+    files = {"examples/old.png": b"old", "notes.md": b"mine"}
     hub.create("spaces/ann/mine-demo", private=False, files=files)
     run(SpaceOptions(f"ann/mine@{first}", examples=photos))
     names = {
@@ -44,8 +44,6 @@ def test_a_space_shows_a_commit_of_a_model(
         "examples/0_photo.png",
         "examples/1_photo.png",
     }
-    names |= {f"vitcls_demo/{name}" for name in ("cli/demo_page.py", "inference/token_names.py")}
-
     space = {
         name: hub.read("spaces/ann/mine-demo", name).decode()
         for name in hub.files("spaces/ann/mine-demo")
@@ -99,7 +97,7 @@ def test_weights_of_private_models_are_published_in_private_spaces_only(
         folder.mkdir(parents=True)
         write_json(folder / "config.json", config | {"source": source})
 
-    monkeypatch.setattr("modeling_vitcls.export.transformers_js.export_for_transformers_js", export)
+    monkeypatch.setattr("space.transformers_js.export_for_transformers_js", export)
     with raises_one_line("ann/mine", "--private"):
         run(SpaceOptions("ann/mine", static=True))
     run(SpaceOptions("ann/mine", static=True, private=True, space_id="page"))
@@ -119,14 +117,12 @@ def test_weights_of_private_models_are_published_in_private_spaces_only(
     run(SpaceOptions("ann/mine"))
     assert not hub.repositories["spaces/ann/mine-demo"].private
     assert "HF_TOKEN" in capsys.readouterr().out
-    config.clear()
-    with raises_one_line("ann/mine is an encoder"):
-        run(SpaceOptions("ann/mine", static=True, output=tmp_path / "encoder"))
 
 
 @pytest.mark.integration
 def test_a_space_requires_a_model_on_the_hub(hub: LocalHub, tmp_path: Path) -> None:
     code = b'{"model_type": "vitcls", "auto_map": {"AutoModel": "modeling_vitcls.ViTCLSModel"}}'
+    classifier = code.replace(b"{", b'{"architectures": ["ViTCLSForImageClassification"], ', 1)
     for name, config in (
         ("ann/vit", code.replace(b"cls", b"")),
         ("ann/code", b'{"model_type": "vitcls"}'),
@@ -134,7 +130,8 @@ def test_a_space_requires_a_model_on_the_hub(hub: LocalHub, tmp_path: Path) -> N
         hub.create(
             name, private=False, files={"config.json": config, "preprocessor_config.json": b"{}"}
         )
-    hub.create("ann/bare", private=False, files={"config.json": code})
+    hub.create("ann/bare", private=False, files={"config.json": classifier})
+    hub.create("ann/encoder", private=False, files={"config.json": code})
 
     words = {
         str(tmp_path): f"vitcls push --model {tmp_path} ",
@@ -143,17 +140,12 @@ def test_a_space_requires_a_model_on_the_hub(hub: LocalHub, tmp_path: Path) -> N
     }
 
     for source, remedy in (
-        words | {"ann/bare": "preprocessor_config.json", "ann/none": "no such model"}
+        words
+        | {
+            "ann/encoder": "classifier",
+            "ann/bare": "preprocessor_config.json",
+            "ann/none": "no such model",
+        }
     ).items():
         with raises_one_line(source, remedy, error=(ValueError, OSError)):
             find_published_model(source)
-
-
-def test_flags_that_only_apply_to_pushes_are_errors_of_other_spaces(tmp_path: Path) -> None:
-    for flags, name in (({"space_id": "ann/demo"}, "--space-id"), ({"private": True}, "--private")):
-        with raises_one_line("--output", name):
-            SpaceOptions("ann/model", output=tmp_path, **flags)
-        assert SpaceOptions("ann/model", **flags).output is None
-    with raises_one_line("--static", "--examples"):
-        SpaceOptions("ann/model", static=True, examples=(tmp_path,))
-    assert SpaceOptions("ann/model", output=tmp_path, static=True).output == tmp_path

@@ -272,7 +272,7 @@ def test_only_the_files_of_a_run_are_removed(earlier: Path) -> None:
 @pytest.mark.parametrize("name", ["results.json", "config.json", "config.resolved.yaml", None])
 def test_only_folders_of_runs_and_models_are_cleared(folder: Path, name: str | None) -> None:
     """A folder with checkpoints is that of a run, too, which requires a flag."""
-    names = ["README.md", "images/a.png", "onnx/model.onnx", "report.html", "parity_report.json"]
+    names = ["README.md", "images/a.png", "report.html", "parity_report.json"]
     store = CheckpointStore(folder / "checkpoints", num_kept=2)
     for each in names:
         (folder / each).parent.mkdir(parents=True, exist_ok=True)
@@ -295,7 +295,7 @@ def test_only_folders_of_runs_and_models_are_cleared(folder: Path, name: str | N
 def test_the_configuration_is_moved_first_and_the_results_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = ["config.json", "README.md", "model.safetensors", "onnx/a.onnx", "results.json"]
+    names = ["config.json", "README.md", "images/a.png", "model.safetensors", "results.json"]
     moved = []
     move = Path.replace
 
@@ -305,7 +305,7 @@ def test_the_configuration_is_moved_first_and_the_results_last(
 
     (tmp_path / ".model.partial" / "of an earlier attempt").mkdir(parents=True)
     with stage_files(tmp_path, "config.json", "results.json") as folder:
-        (folder / "onnx").mkdir()
+        (folder / "images").mkdir()
         for name in (*names[2:], *names[:2]):
             (folder / name).touch()
         monkeypatch.setattr(Path, "replace", note)

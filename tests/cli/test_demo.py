@@ -1,0 +1,131 @@
+"""The page of `vitcls demo`: answers, probabilities, the sheet, and files that are refused."""
+
+import socket
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
+from helpers.tiny_models import (
+    KINDS,
+    build_tiny_config,
+    raises_one_line,
+    randomize,
+    save_with_processor,
+)
+from PIL import Image
+
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, predict
+from modeling_vitcls.cli.demo import DemoOptions, build_page, run
+
+
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate")]
+
+NAMES = ("cat", "dog", "fox")
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+def save_classifier(folder: Path, **fields: Any) -> Path:
+    labels = {
+        "id2label": dict(enumerate(NAMES)),
+        "label2id": {name: i for i, name in enumerate(NAMES)},
+    }
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(**labels | fields)))
+    return save_with_processor(model, folder)
+
+
+def ask(model: Path, photo: Path) -> list[Any]:
+    """Call the function of the page with an uploaded file."""
+    page = build_page(DemoOptions(str(model)))
+    (function,) = {each.fn for each in page.fns.values() if each.api_name == "predict"}
+    return function(str(photo))
+
+
+def test_the_page_has_the_answer_the_probabilities_and_the_sheet(
+    tmp_path: Path, photo: Path
+) -> None:
+    model = save_classifier(tmp_path / "model")
+    (row,) = predict(model, photo, top_k=3)
+    answer, probabilities, sheet = ask(model, photo)
+    assert answer == row["label"]
+    assert probabilities == pytest.approx(
+        {row[f"label{end}"]: row[f"probability{end}"] for end in ("", "_2", "_3")}
+    )
+    assert sheet.width == 1800
+
+
+def test_an_unknown_photo_shows_none_of_the_labels(tmp_path: Path, photo: Path) -> None:
+    model = save_classifier(tmp_path / "model", energy_threshold=-1000.0)
+    answer, probabilities, _ = ask(model, photo)
+    assert answer == "none of these"
+    assert set(probabilities) == set(NAMES)
+
+
+def test_each_task_has_an_answer(tmp_path: Path, photo: Path) -> None:
+    model_class, fields, _ = KINDS["multi_task"]
+    model = save_with_processor(randomize(model_class(build_tiny_config(**fields))), tmp_path / "m")
+    (row,) = predict(model, photo)
+    tasks = [name.removesuffix("_label") for name in row if name.endswith("_label")]
+    assert ask(model, photo)[: 2 * len(tasks) : 2] == [row[f"{task}_label"] for task in tasks]
+
+
+def test_several_labels_are_those_above_the_threshold(tmp_path: Path, photo: Path) -> None:
+    model = save_classifier(tmp_path / "model", problem_type="multi_label_classification")
+    (row,) = predict(model, photo)
+    assert ask(model, photo)[0] == (", ".join(row["labels"]) or "none of these")
+
+
+def test_a_model_without_labels_is_refused(tmp_path: Path) -> None:
+    encoder = save_with_processor(ViTCLSModel(build_tiny_config()), tmp_path / "encoder")
+    with raises_one_line("classifier"):
+        build_page(DemoOptions(str(encoder)))
+
+
+@pytest.fixture
+def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Serve the page of a classifier while the test runs, and return its address."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
+    page = build_page(DemoOptions(str(save_classifier(tmp_path / "model"))))
+    _, address, _ = page.launch(
+        prevent_thread_lock=True, quiet=True, show_error=True, ssr_mode=False
+    )
+    yield address
+    page.close()
+
+
+def test_files_that_are_no_photos_get_a_message(address: str, tmp_path: Path) -> None:
+    Image.fromarray(np.linspace(0, 9, 64, dtype=np.float32).reshape(8, 8)).save(tmp_path / "a.tif")
+    (tmp_path / "b.png").write_bytes(b"\x89PNG of nothing")
+    client = Client(address, verbose=False)
+    for name in ("a.tif", "b.png"):
+        with pytest.raises(AppError, match="image") as raised:
+            client.predict(handle_file(tmp_path / name), api_name="/predict")
+        assert str(tmp_path) not in str(raised.value)
+
+
+def test_files_of_the_server_are_not_opened(address: str, photo: Path) -> None:
+    """The client would upload a path, so that the request is sent without it."""
+    for path in (str(photo), "/etc/hostname"):
+        data = {"data": [{"path": path, "meta": {"_type": "gradio.FileData"}}]}
+        call = f"{address}gradio_api/call/predict"
+        event = httpx.post(call, json=data).json()["event_id"]
+        assert "event: error" in httpx.get(f"{call}/{event}", timeout=60).text
+
+
+def test_a_port_that_is_in_use_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = save_classifier(tmp_path / "model")
+    with closing(socket.socket()) as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with raises_one_line("--port", error=OSError):
+            run(DemoOptions(str(model), port=taken.getsockname()[1]))
