@@ -68,6 +68,7 @@ def run(options: PushOptions) -> None:
     assert options.model is not None
     folder = ModelFolder(options.model)
     folder.check_is_complete()
+    folder.warn_about_edited_settings()
     repo_id = prepare_repository(
         options.hub_model_id, options.model.resolve().name, options.private
     )

@@ -28,11 +28,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from ..hub.loading import (
     CONFIG_FILE,
     CONFIG_FILES,
-    check_is_vitcls,
     get_cached_commit,
     get_model_folder,
 )
 from ..hub.local_paths import split_prefix, split_revision
+from ..hub.model_checks import check_is_vitcls
 from ..hub.model_files import PARITY_REPORT_FILE, RESULTS_FILE, list_backend_files
 from ..hub.model_folder import ModelFolder
 from ..model.configuration_vitcls import PRESETS

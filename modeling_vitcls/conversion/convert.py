@@ -16,8 +16,9 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from ..hub.loading import check_is_vitcls, get_model_folder
+from ..hub.loading import get_model_folder
 from ..hub.local_paths import resolve_name, split_revision, strip_folders
+from ..hub.model_checks import check_is_vitcls
 from ..hub.model_files import PARITY_REPORT_FILE, RECIPE_FILE, RESULTS_FILE, hash_weights
 from ..hub.model_folder import ModelFolder
 from ..hub.provenance import find_provenance
@@ -200,12 +201,12 @@ def write_native_model(source: str, output: Path) -> Report:
     check_output_is_empty(output)
     name, revision = split_revision(source)
     path = Path(get_model_folder(name, revision=revision))
-    check_is_vitcls(source, path)
+    check_is_vitcls(source, path)  # also refuses a model that was converted before
     folder = ModelFolder(path, source)
 
     is_classifier = folder.architecture == ViTCLSForImageClassification.__name__
     model_class = ViTCLSForImageClassification if is_classifier else ViTCLSModel
-    model: ViTCLSPreTrainedModel = model_class.from_pretrained(path)
+    model: ViTCLSPreTrainedModel = folder.load(model_class)
 
     native_size_reason = ""
     try:

@@ -172,6 +172,7 @@ def read_held_out_record(folder: ModelFolder, task: str | None = None) -> HeldOu
         results = get_run_results(folder, task)
         record = results.get(HELD_OUT_RECORD_KEY)
         if record is None:
+            folder.warn_about_lost_results()
             return None
         return HeldOutRecord(**{"dataset": results.get("dataset"), **record})
     except (ValueError, TypeError) as error:

@@ -26,7 +26,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from huggingface_hub import HfApi, constants, is_offline_mode, snapshot_download
 from huggingface_hub.errors import (
     HFValidationError,
@@ -36,9 +35,6 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
-from ..model.adaptation_vitcls import check_checkpoint_folder
-from ..model.configuration_vitcls import ViTCLSConfig
-from ..runtime.files import read_json
 from .connection import (
     HUB_ERRORS,
     describe_no_response,
@@ -47,17 +43,18 @@ from .connection import (
     retry,
     set_hub_timeout,
 )
-from .model_files import CONFIG_FILE, CONFIG_FILES, WEIGHTS_PATTERNS, list_weight_files
-
-
-# Files of a model that this package reads. The model's code files are not needed.
-MODEL_FILE_PATTERNS = (*CONFIG_FILES, *WEIGHTS_PATTERNS)
-# Pickled weight files, which older models from other projects contain.
-PICKLED_WEIGHTS_PATTERNS = (
-    "pytorch_model.bin",
-    "pytorch_model-*-of-*.bin",
-    "pytorch_model.bin.index.json",
+from .model_files import (
+    ADAPTER_FILE,
+    CONFIG_FILE,
+    CONFIG_FILES,
+    PICKLED_WEIGHTS_PATTERNS,
+    WEIGHTS_PATTERNS,
 )
+
+
+# Files of a model that this package reads, and one that it refuses. The model's code files are not
+# needed.
+MODEL_FILE_PATTERNS = (*CONFIG_FILES, *WEIGHTS_PATTERNS, ADAPTER_FILE)
 
 TIMEOUT = 6.0  # maximum time without a response, in seconds
 COMMIT_TIMEOUT = 60.0  # maximum time without a response for the files of a commit, in seconds
@@ -107,45 +104,6 @@ def get_model_folder(
         raise OSError(describe_missing_repo(source))
     with fall_back_to_cache(source, revision=revision):
         return download_model(source, patterns, revision)
-
-
-def check_is_vitcls(source: str, folder: str | Path) -> None:
-    """Check that a folder contains a vitcls model.
-
-    `source` is the name of the model in error messages. Raise ValueError for other model types, a
-    damaged config.json or a damaged index of the weights, and OSError if config.json is missing or
-    the weights may not be read.
-    """
-    check_checkpoint_folder(str(folder), needs_config_file=True)
-    config_dict = read_json(Path(folder, CONFIG_FILE))
-    model_type = config_dict.get("model_type")
-    if model_type != ViTCLSConfig.model_type:
-        raise ValueError(
-            f"{source} contains a model of type {model_type!r}, not {ViTCLSConfig.model_type!r}. "
-            "Convert the model with `vitcls convert` first"
-        )
-
-    dtype = config_dict.get("dtype") or "float32"
-    if not isinstance(getattr(torch, str(dtype), None), torch.dtype):
-        raise ValueError(
-            f"{Path(folder, CONFIG_FILE)}: `dtype` is {dtype!r}, but it must be a type such as "
-            "float32"
-        )
-
-    is_classifier = any(
-        str(name).endswith("Classification") for name in config_dict.get("architectures") or ()
-    )
-    if is_classifier and not config_dict.get("tasks") and config_dict.get("id2label", {}) is None:
-        raise ValueError(
-            f"{Path(folder, CONFIG_FILE)}: `id2label` is null, but a classifier requires the names "
-            "of its labels. Download or save the model again"
-        )
-
-    for name in list_weight_files(Path(folder)):
-        file = Path(folder, name)
-        if file.exists():
-            # otherwise, safetensors reports a file without read permission as missing
-            file.open("rb").close()
 
 
 def get_external_model_folder(source: str, revision: str | None = None) -> str:

@@ -9,6 +9,8 @@ certificate.json                                                            an a
 README.md, report.html, images/                                            for publication
 """
 
+import hashlib
+import json
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -19,6 +21,8 @@ from ..runtime.files import compute_file_digest, read_json
 CONFIG_FILE = "config.json"
 PROCESSOR_FILE = "preprocessor_config.json"
 CONFIG_FILES = (CONFIG_FILE, PROCESSOR_FILE)
+# Settings in these files that do not change outputs.
+UNMEASURED_SETTINGS = ("auto_map", "transformers_version", "_name_or_path")
 RESULTS_FILE = "results.json"
 RECIPE_FILE = "config.resolved.yaml"  # the flags of a run
 PREDICTIONS_FILE = "predictions.parquet"  # predictions of the held-out images
@@ -34,6 +38,13 @@ CODE_PATTERN = "*_vitcls.py"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = f"{WEIGHTS_FILE}.index.json"  # which file contains which weight, if there are several
 WEIGHTS_PATTERNS = (WEIGHTS_FILE, "model-*-of-*.safetensors", INDEX_FILE)
+# Pickled weight files, which older models from other projects contain.
+PICKLED_WEIGHTS_PATTERNS = (
+    "pytorch_model.bin",
+    "pytorch_model-*-of-*.bin",
+    "pytorch_model.bin.index.json",
+)
+ADAPTER_FILE = "adapter_config.json"  # transformers adds the adapter that it describes
 
 
 def iter_license_patterns() -> Iterator[str]:
@@ -80,7 +91,7 @@ def is_match(name: str, patterns: Iterable[str]) -> bool:
 def list_backend_files(backend: str) -> tuple[str, ...]:
     """Return the patterns of the files that define a model, and that a backend reads."""
     if backend not in BACKEND_FILES:
-        return (*CONFIG_FILES, *WEIGHTS_PATTERNS)
+        return (*CONFIG_FILES, *WEIGHTS_PATTERNS, ADAPTER_FILE)
     graph_files = BACKEND_FILES[backend]
     return (*CONFIG_FILES, *graph_files, f"{graph_files[0]}.json")
 
@@ -108,6 +119,21 @@ def list_weight_files(folder: Path) -> list[str]:
 def hash_weights(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of each weight file, by file name."""
     return hash_files(folder / name for name in list_weight_files(folder))
+
+
+def hash_settings(folder: Path) -> dict[str, str]:
+    """Return a SHA-256 of the values in config.json and preprocessor_config.json, by file name.
+
+    Values that do not change outputs are left out.
+    """
+    hashes = {}
+    for name in CONFIG_FILES:
+        if (folder / name).is_file():
+            values = read_json(folder / name)
+            settings = {key: values[key] for key in values if key not in UNMEASURED_SETTINGS}
+            text = json.dumps(settings, sort_keys=True)
+            hashes[name] = hashlib.sha256(text.encode()).hexdigest()
+    return hashes
 
 
 def list_export_files(folder: Path) -> list[str]:

@@ -14,11 +14,12 @@ from transformers.dynamic_module_utils import get_relative_imports
 from ..model.adaptation_vitcls import load_checkpoint
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
+from ..model.modeling_vitcls import ViTCLSModel
 from ..runtime.files import read_json
 from ..runtime.messages import format_message
 from .connection import silence_transformers
-from .loading import check_is_vitcls
 from .local_paths import can_publish_images, strip_folders
+from .model_checks import check_is_vitcls
 from .model_files import (
     CERTIFICATE_FILE,
     CONFIG_FILE,
@@ -35,6 +36,7 @@ from .model_files import (
     RESULTS_FILE,
     SAMPLE_IMAGES_FILE,
     WEIGHTS_FILE,
+    hash_settings,
     hash_weights,
     is_match,
     list_weight_files,
@@ -44,6 +46,9 @@ from .provenance import Provenance, read_folder_provenance
 
 # Model types that `vitcls convert --to transformers` writes.
 NATIVE_MODEL_TYPES = ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit")
+
+# First parts of the names of weights that an encoder without a classifier does not use.
+HEADS = {"classifier", "classifiers", "distillation_classifier", "extra_heads", "decoder"}
 
 SOURCE_FLAGS = ("dataset", "model", "teacher")  # flags that may contain local paths
 # Names or prefixes of the flags that are not published: the destination of a push, and how the run
@@ -133,20 +138,69 @@ class ModelFolder:
     def load(self, model_class: Any, **arguments: Any) -> Any:
         """Load the model in evaluation mode, with further arguments of `from_pretrained`.
 
-        Raise ValueError if a weight is missing.
+        Raise ValueError if a weight is missing, and as `load_partly` does.
         """
-        # Without transformers' warnings: missing weights are an error, and a classifier may be
-        # unused.
-        with silence_transformers():
-            model, loading_info = model_class.from_pretrained(
-                self.path, output_loading_info=True, **arguments
-            )
-        if missing_weights := loading_info["missing_keys"]:
+        model, missing_weights = self.load_partly(model_class, **arguments)
+        if missing_weights:
             raise ValueError(
                 f"the checkpoint {self.source} does not contain the weight {min(missing_weights)}. "
                 "Train the model first"
             )
         return model
+
+    def load_partly(self, model_class: Any, **arguments: Any) -> tuple[Any, set[str]]:
+        """Load the model, and return it with the names of the weights that the folder lacks.
+
+        `arguments` are those of `from_pretrained`. Raise ValueError if the folder has weights that
+        config.json has no place for. Heads may be unused.
+        """
+        self.weights_sha256  # noqa: B018  # results name the weights that are read here
+        self.warn_about_edited_settings()
+
+        # without transformers' warnings about missing and unused weights
+        with silence_transformers():
+            model, loading_info = model_class.from_pretrained(
+                self.path, output_loading_info=True, **arguments
+            )
+
+        unused_modules = HEADS if model_class is ViTCLSModel else set()
+        if getattr(model.base_model, "pooler", None) is None:
+            unused_modules = unused_modules | {"pooler"}
+        unexpected = [
+            name
+            for name in sorted(loading_info["unexpected_keys"])
+            if name.removeprefix("vitcls.").partition(".")[0] not in unused_modules
+        ]
+        if unexpected:
+            num_others = len(unexpected) - 3
+            others = f" and {num_others} more" if num_others > 0 else ""
+            raise ValueError(
+                f"{self.source} has weights that {CONFIG_FILE} has no place for: "
+                f"{', '.join(unexpected[:3])}{others}. Restore the {CONFIG_FILE} that belongs to "
+                "the weights, or save the model again"
+            )
+        return model, set(loading_info["missing_keys"])
+
+    def warn_about_edited_settings(self) -> None:
+        """Log a line if settings of the model or the image processor changed after training."""
+        trained_settings = self.saved_results.get("settings_sha256")
+        if not isinstance(trained_settings, dict):
+            return
+        settings = hash_settings(self.path)
+        edited = [name for name, value in trained_settings.items() if settings.get(name) != value]
+        if edited:
+            warn_once(
+                f"{' and '.join(edited)} of {self.source} changed after training, so the outputs "
+                f"may differ from those that {RESULTS_FILE} describes"
+            )
+
+    def warn_about_lost_results(self) -> None:
+        """Log a line if a run has flags but no results, which name the images that it held out."""
+        if (self.path / RECIPE_FILE).is_file() and not (self.path / RESULTS_FILE).is_file():
+            warn_once(
+                f"{RESULTS_FILE} of {self.source} is missing, so images that the model was trained "
+                "on are not recognized"
+            )
 
     @cached_property
     def num_parameters(self) -> int:

@@ -125,10 +125,14 @@ ADAPTABLE_FIELDS = (
 
 # Field of an earlier version -> default value, with which a stored configuration still loads.
 REMOVED_FIELDS: dict[str, Any] = {
+    "merged_patches_per_layer": 0,
     "patch_drop_rate": 0,
     "specialized_layers": None,
     "distillation_teachers": None,
 }
+
+# Attention implementations that config.json may name. Others may be kernels of any repository.
+STORED_ATTENTIONS = ("sdpa", "eager", "flex_attention")
 
 # Field -> smallest and largest value. The upper limits only reject typos that would exhaust the
 # memory.
@@ -637,6 +641,18 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                     "supported. Remove the field from config.json, or train the model without it."
                 )
 
+        for name in (
+            "attn_implementation",
+            "_attn_implementation",
+            "_attn_implementation_internal",
+        ):
+            if config_dict.get(name) not in (None, *STORED_ATTENTIONS):
+                raise ValueError(
+                    f"The stored configuration has {name}={config_dict[name]!r}, but only "
+                    f"{', '.join(STORED_ATTENTIONS)} are read from a file. Remove the field, and "
+                    "pass `attn_implementation` to `from_pretrained`."
+                )
+
         unknown_fields = {
             name: config_dict.pop(name)
             for name in list(config_dict)
@@ -1127,14 +1143,21 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             )
 
     def _check_labels(self, num_labels: Any) -> None:
-        """Check `num_labels` and `id2label` before transformers builds label names."""
+        """Check `num_labels`, `id2label` and `label2id` before transformers builds label names."""
         if self.id2label is not None:
+            for label in self.id2label.values():
+                if not isinstance(label, str):
+                    raise ValueError(
+                        f"`id2label` has the label {label!r}, which is not a string. Write it in "
+                        "quotes."
+                    )
             expected_ids = set(map(str, range(len(self.id2label))))
             if set(map(str, self.id2label)) != expected_ids:
                 raise ValueError(
                     f"`id2label` has the ids {list(self.id2label)}. Number the labels from 0 "
                     "without gaps."
                 )
+            self._check_label_ids()
         if num_labels is not None and not (
             isinstance(num_labels, int) and 0 <= num_labels <= MAX_LABELS
         ):
@@ -1151,6 +1174,16 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"`num_labels` is {num_labels}, but `id2label` has {len(self.id2label)} labels. "
                 "Omit `num_labels`."
             )
+
+    def _check_label_ids(self) -> None:
+        """Check that `label2id` does not contradict `id2label`; labels may repeat."""
+        labels = {str(index): label for index, label in (self.id2label or {}).items()}
+        for label, index in (self.label2id or {}).items():
+            if labels.get(str(index)) != label:
+                raise ValueError(
+                    f"`label2id` maps {label!r} to {index}, but `id2label` maps {index} to "
+                    f"{labels.get(str(index))!r}. Correct one of them, or remove `label2id`."
+                )
 
     def validate_image(self) -> None:
         """Check that sizes are positive, and that patches divide the image."""

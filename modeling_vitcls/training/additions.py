@@ -34,7 +34,13 @@ from ..data.sources import load_splits
 from ..data.splits import TrainingData, choose_training_splits, load_training_data
 from ..hub.connection import silence_transformers
 from ..hub.local_paths import strip_folders
-from ..hub.model_files import CERTIFICATE_FILE, RECIPE_FILE, RESULTS_FILE, hash_weights
+from ..hub.model_files import (
+    CERTIFICATE_FILE,
+    RECIPE_FILE,
+    RESULTS_FILE,
+    hash_settings,
+    hash_weights,
+)
 from ..hub.model_folder import ModelFolder
 from ..hub.provenance import Provenance, find_provenance
 from ..inference.confidence import find_energy_threshold
@@ -440,6 +446,7 @@ def write_model(
     provenance = copy_provenance(base, folder)
     results = {"versions": get_versions()} | base.folder.results
     additions = {"provenance": provenance, ADDITIONS_KEY: records}
+    hashes["settings_sha256"] = hash_settings(folder)
     write_json(folder / RESULTS_FILE, results | hashes | additions)
     return describe_certificate(certificate)
 

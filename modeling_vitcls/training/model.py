@@ -163,21 +163,18 @@ def load_with_label_space(
 
     has_same_class = model_class.__name__ in (stored_config.architectures or ())
     if has_labels(stored_config, label_space) and has_same_class:
-        model, loading_info = model_class.from_pretrained(
-            initial.folder.path,
+        model, new_parameter_names = initial.folder.load_partly(
+            model_class,
             dtype=torch.float32,
-            output_loading_info=True,
             gate_new_tokens=initial.gate_new_tokens,
             **config_values,
         )
-        new_parameter_names = set(loading_info["missing_keys"])
     else:
         if reads_patches_by_default(initial, config_values, label_space):
             config_values = {"pooling": "cls_mean"} | config_values
-        encoder, loading_info = ViTCLSModel.from_pretrained(
-            initial.folder.path,
+        encoder, missing_weights = initial.folder.load_partly(
+            ViTCLSModel,
             dtype=torch.float32,
-            output_loading_info=True,
             gate_new_tokens=initial.gate_new_tokens,
             tasks=None,  # the checkpoint's tasks may not match the number of CLS tokens
             **config_values,
@@ -192,9 +189,7 @@ def load_with_label_space(
             encoder.state_dict(), strict=label_space.kind != "multi_task"
         )
 
-        missing_names = {
-            f"vitcls.{name}" for name in [*loading_info["missing_keys"], *load_result.missing_keys]
-        }
+        missing_names = {f"vitcls.{name}" for name in [*missing_weights, *load_result.missing_keys]}
         head_names = {
             name for name, _ in model.named_parameters() if not name.startswith("vitcls.")
         }

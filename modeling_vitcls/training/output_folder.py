@@ -37,6 +37,7 @@ from ..hub.model_files import (
     RECIPE_FILE,
     REPORT_FILE,
     RESULTS_FILE,
+    hash_settings,
     hash_weights,
     is_match,
     list_export_files,
@@ -257,7 +258,11 @@ def write_model_files(
     setup.processor.save_pretrained(folder)
 
     # provenance None: random weights
-    results = results | {"weights_sha256": hash_weights(folder), "provenance": None}
+    results = results | {
+        "weights_sha256": hash_weights(folder),
+        "settings_sha256": hash_settings(folder),
+        "provenance": None,
+    }
     if not initial.has_random_weights:
         provenance = find_provenance(initial.name)
         provenance.copy_license(folder)

@@ -245,11 +245,10 @@ def build_encoder(
         encoder = ViTCLSModel(ViTCLSConfig.from_preset(name, **config_values))
         processor = ViTCLSImageProcessor()
     else:
-        gate_new_tokens = initial.gate_new_tokens
-        encoder = ViTCLSModel.from_pretrained(
-            initial.folder.path,
+        encoder, _ = initial.folder.load_partly(
+            ViTCLSModel,
             dtype=torch.float32,
-            gate_new_tokens=gate_new_tokens,
+            gate_new_tokens=initial.gate_new_tokens,
             **config_values,
         )
         processor = initial.folder.load_processor()

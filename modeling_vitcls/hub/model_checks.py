@@ -1,0 +1,97 @@
+"""Checks of the files of a vitcls folder before they are read.
+
+The errors are lines that name the file, the problem and a remedy.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..model.adaptation_vitcls import check_checkpoint_folder
+from ..model.configuration_vitcls import ViTCLSConfig
+from ..runtime.files import read_json
+from .model_files import (
+    ADAPTER_FILE,
+    CONFIG_FILE,
+    INDEX_FILE,
+    PICKLED_WEIGHTS_PATTERNS,
+    PROCESSOR_FILE,
+    WEIGHTS_FILE,
+    is_match,
+    list_weight_files,
+)
+
+
+def check_is_vitcls(source: str, folder: str | Path) -> None:
+    """Check that a folder contains one vitcls model, whose files can be read without running code.
+
+    `source` is the name of the model in error messages. Raise ValueError for other model types, a
+    damaged config.json or preprocessor_config.json, an adapter, pickled weights or two sets of
+    weights, and OSError if config.json is missing or the weights may not be read.
+    """
+    folder = Path(folder)
+    check_checkpoint_folder(str(folder), needs_config_file=True)
+    check_config(source, folder / CONFIG_FILE, read_json(folder / CONFIG_FILE))
+    if (folder / PROCESSOR_FILE).is_file():
+        read_json(folder / PROCESSOR_FILE)
+    check_weight_files(source, folder)
+
+
+def check_config(source: str, file: Path, config_dict: dict[str, Any]) -> None:
+    """Check the values of config.json that `ViTCLSConfig` does not check."""
+    model_type = config_dict.get("model_type")
+    if model_type != ViTCLSConfig.model_type:
+        raise ValueError(
+            f"{source} contains a model of type {model_type!r}, not {ViTCLSConfig.model_type!r}. "
+            "Convert the model with `vitcls convert` first"
+        )
+
+    dtype = config_dict.get("dtype") or "float32"
+    if not isinstance(getattr(torch, str(dtype), None), torch.dtype):
+        raise ValueError(f"{file}: `dtype` is {dtype!r}, but it must be a type such as float32")
+
+    if config_dict.get("quantization_config") is not None:
+        raise ValueError(
+            f"{file}: `quantization_config` is set, but quantized weights are not supported. Use "
+            "the model that was quantized; `vitcls export --int8` quantizes its graph"
+        )
+
+    is_classifier = any(
+        str(name).endswith("Classification") for name in config_dict.get("architectures") or ()
+    )
+    if is_classifier and not config_dict.get("tasks") and config_dict.get("id2label", {}) is None:
+        raise ValueError(
+            f"{file}: `id2label` is null, but a classifier requires the names of its labels. "
+            "Download or save the model again"
+        )
+
+
+def check_weight_files(source: str, folder: Path) -> None:
+    """Check that the folder has one set of weights in safetensors, or only exported files."""
+    if (folder / ADAPTER_FILE).is_file():
+        raise ValueError(
+            f"{source} contains an adapter ({ADAPTER_FILE}), which would change all outputs. Merge "
+            "it into the model (PEFT's `merge_and_unload`) and save the model, or remove "
+            f"{ADAPTER_FILE}"
+        )
+
+    has_one_file = (folder / WEIGHTS_FILE).is_file()
+    if has_one_file and (folder / INDEX_FILE).is_file():
+        raise ValueError(
+            f"{source} contains two sets of weights: {WEIGHTS_FILE} and those of {INDEX_FILE}. "
+            "Remove the set that does not belong to the model"
+        )
+
+    is_pickled = any(is_match(file.name, PICKLED_WEIGHTS_PATTERNS) for file in folder.iterdir())
+    if is_pickled and not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"{source} contains pickled weights, which can run code when they are read, and no "
+            f"{WEIGHTS_FILE}. Load the weights with torch where you trust them, and save the "
+            "model again with `save_pretrained`"
+        )
+
+    for name in list_weight_files(folder):
+        if (folder / name).exists():
+            # otherwise, safetensors reports a file without read permission as missing
+            (folder / name).open("rb").close()

@@ -1,0 +1,214 @@
+"""Commands read a model folder whose files do not belong together, or that would run code."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.command_in_process import run_here
+from helpers.photo_folders import write_photos
+from helpers.tiny_models import build_tiny_config, save_with_processor
+from safetensors.torch import load_file, save_file
+
+from modeling_vitcls import ViTCLSForImageClassification
+from modeling_vitcls.hub.model_files import hash_weights
+from modeling_vitcls.hub.model_folder import warn_once
+from modeling_vitcls.inference.evaluator import Evaluator
+
+
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate")]
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Return a folder of photographs of two classes."""
+    return write_photos(tmp_path / "photos", range(8))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return the folder of a classifier with a register and a task, for the photographs."""
+    config = build_tiny_config(
+        num_labels=2,
+        id2label={0: "cat", 1: "dog"},
+        num_register_tokens=1,
+        extra_heads={"weather": {"labels": ["rain", "sun"]}},
+    )
+    return save_with_processor(ViTCLSForImageClassification(config), tmp_path / "model")
+
+
+def edit(folder: Path, file: str = "config.json", **values: Any) -> None:
+    """Change values in a JSON file of a folder."""
+    path = folder / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def add_second_set_of_weights(folder: Path) -> None:
+    """Write the same weights as a shard with an index, beside model.safetensors."""
+    weights = load_file(folder / "model.safetensors")
+    shard = "model-00001-of-00001.safetensors"
+    save_file(weights, folder / shard, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, shard)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def pickle_weights(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def add_stray_layer(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["vitcls.layers.2.mlp.fc1.weight"] = torch.zeros(2)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+# Change of a folder -> words of the error.
+CHANGES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
+    "registers without a place": (
+        lambda folder: edit(folder, num_register_tokens=0),
+        ("vitcls.embeddings.register_tokens", "config.json"),
+    ),
+    "a task without a place": (
+        lambda folder: edit(folder, extra_heads=None),
+        ("extra_heads.task_weather.bias", "config.json"),
+    ),
+    "a stray layer": (add_stray_layer, ("vitcls.layers.2.mlp.fc1.weight",)),
+    "an adapter": (
+        lambda folder: (folder / "adapter_config.json").write_text("{}"),
+        ("Merge", "remove adapter_config.json"),
+    ),
+    "two sets of weights": (
+        add_second_set_of_weights,
+        ("two sets of weights", "model.safetensors.index.json"),
+    ),
+    "pickled weights": (pickle_weights, ("pickled weights", "save_pretrained")),
+    "labels that contradict": (
+        lambda folder: edit(folder, label2id={"cat": 1, "dog": 0}),
+        ("label2id", "id2label"),
+    ),
+    "labels that are numbers": (
+        lambda folder: edit(folder, id2label={"0": 1, "1": 2}),
+        ("id2label", "quotes"),
+    ),
+    "kernels of a repository": (
+        lambda folder: edit(folder, attn_implementation="evil-org/evil"),
+        ("attn_implementation='evil-org/evil'",),
+    ),
+    "an attention that is not installed": (
+        lambda folder: edit(folder, _attn_implementation="flash_attention_2"),
+        ("flash_attention_2",),
+    ),
+    "quantized weights": (
+        lambda folder: edit(folder, quantization_config={"quant_method": "torchao"}),
+        ("quantization_config",),
+    ),
+    "a list as an image processor": (
+        lambda folder: (folder / "preprocessor_config.json").write_text("[]"),
+        ("preprocessor_config.json",),
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_folder_that_would_give_other_outputs_is_one_line(
+    change: str, folder: Path, photos: Path, run_with_error: Callable[..., str]
+) -> None:
+    spoil, words = CHANGES[change]
+    spoil(folder)
+    error = run_with_error("evaluate", "--model", folder, "--dataset", photos, "--num-workers", 0)
+    assert all(word in error for word in words), error
+
+
+@pytest.mark.parametrize("command", ["finetune", "pretrain"])
+def test_training_does_not_start_from_weights_without_a_place(
+    command: str, folder: Path, photos: Path, tmp_path: Path, run_with_error: Callable[..., str]
+) -> None:
+    edit(folder, num_register_tokens=0)
+    flags = ["--model", folder, "--dataset", photos, "--output-dir", tmp_path / "run"]
+    assert "register_tokens" in run_with_error(command, *flags, "--num-workers", 0)
+
+
+def test_an_encoder_may_leave_the_heads_of_a_classifier_unused(
+    folder: Path, photos: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "features.parquet"
+    flags = ["--features", "cls", "--output", str(output), "--num-workers", "1"]
+    assert run_here("predict", "--model", str(folder), str(photos), *flags) == 0
+    assert output.is_file()
+
+
+def test_the_hash_of_a_result_is_that_of_the_weights_that_were_read(
+    folder: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights are replaced while the images are evaluated."""
+    read_weights = hash_weights(folder)
+    evaluate_images = Evaluator.__call__
+
+    def replace_weights(self: Evaluator, *arguments: Any) -> Any:
+        add_stray_layer(folder)
+        return evaluate_images(self, *arguments)
+
+    monkeypatch.setattr(Evaluator, "__call__", replace_weights)
+    output = tmp_path / "results.json"
+    flags = ["--output", str(output), "--num-workers", "0"]
+    assert run_here("evaluate", "--model", str(folder), "--dataset", str(photos), *flags) == 0
+
+    assert hash_weights(folder) != read_weights
+    assert json.loads(output.read_text())["weights_sha256"] == read_weights
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a run whose photographs are next to it."""
+    base = tmp_path_factory.mktemp("trained")
+    photos = write_photos(base / "photos", range(8))
+    sizes = "--hidden-size 16 --num-hidden-layers 1 --num-attention-heads 2 --intermediate-size 16"
+    training = "--image-size 16 --patch-size 8 --max-steps 1 --batch-size 4 --num-workers 0"
+    flags = ["--dataset", str(photos), "--output-dir", str(base / "run"), "--no-report"]
+    words = f"finetune --model vitcls-tiny {sizes} {training}".split()
+    assert run_here(*words, *flags) == 0
+    return base / "run"
+
+
+@pytest.fixture
+def trained(run: Path, tmp_path: Path) -> Path:
+    """Return a copy of the run."""
+    warn_once.cache_clear()
+    return Path(shutil.copytree(run, tmp_path / "copy"))
+
+
+def test_settings_that_were_edited_after_training_are_named(
+    trained: Path, run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    commands = (
+        ["evaluate", "--dataset", str(run.parent / "photos"), "--num-workers", "0"],
+        ["predict", str(run.parent / "photos"), "--num-workers", "1"],
+    )
+    for command, *flags in commands:
+        assert run_here(command, "--model", str(trained), *flags) == 0
+    assert "after training" not in caplog.text
+
+    edit(trained, temperature=9.0)
+    edit(trained, "preprocessor_config.json", do_normalize=False)
+    for command, *flags in commands:
+        warn_once.cache_clear()
+        caplog.clear()
+        assert run_here(command, "--model", str(trained), *flags) == 0
+        (line,) = [line for line in caplog.messages if "after training" in line]
+        assert line.startswith("config.json and preprocessor_config.json of ")
+
+
+def test_an_evaluation_says_that_the_results_of_the_run_are_missing(
+    trained: Path, run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They contain which images the run held out."""
+    (trained / "results.json").unlink()
+    dataset = str(run.parent / "photos")
+    flags = ["--model", str(trained), "--dataset", dataset, "--num-workers", "0"]
+    assert run_here("evaluate", *flags) == 0
+    (line,) = [line for line in caplog.messages if "is missing" in line]
+    assert line.startswith("results.json of ")
