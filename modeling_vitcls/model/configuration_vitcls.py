@@ -1176,10 +1176,14 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             )
 
     def _check_label_ids(self) -> None:
-        """Check that `label2id` does not contradict `id2label`; labels may repeat."""
+        """Check that `label2id` does not contradict `id2label`; labels may repeat.
+
+        The names that transformers generates are not a contradiction: they remain if a person sets
+        only `id2label`.
+        """
         labels = {str(index): label for index, label in (self.id2label or {}).items()}
         for label, index in (self.label2id or {}).items():
-            if labels.get(str(index)) != label:
+            if label not in (labels.get(str(index)), f"LABEL_{index}"):
                 raise ValueError(
                     f"`label2id` maps {label!r} to {index}, but `id2label` maps {index} to "
                     f"{labels.get(str(index))!r}. Correct one of them, or remove `label2id`."
