@@ -1,0 +1,213 @@
+"""Class means and a shared covariance of features: a classifier, a distance, and added classes.
+
+    features and labels -> ClassStatistics.fit -> .build_classifier()    weight and bias, without steps
+                                               -> .compute_distances()   how far an image is from all classes
+                                               -> .add_class()           row and bias of another class
+
+This is linear discriminant analysis (Gaussian classes with one covariance), which is better than
+logistic regression with few labels (Wang et al. 2024, arXiv 2402.04087). Each kind of token of each
+layer has its own means and covariance; the logits of all of them are averaged, so that the
+classifier is one linear layer on the concatenated tokens. The covariance is that of scikit-learn's
+`LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto")`: the average over the classes of
+Ledoit-Wolf estimates.
+
+The logits of this classifier are overconfident, so that a model divides them by
+`config.temperature`. An added row is on the scale of the logits *before* this division: append it
+to the rows of `build_classifier`, and the temperature serves it as well. If the classifier was
+trained in another way, its logits h and those of the statistics, g, have different scales. The new
+row is then put between the old ones by their means over the old classes: with the standard
+deviations over images and old classes of g and h, each centered for every image,
+`h_new = mean(h) + std(h) / std(g) * (g_new - mean(g))`. This is linear in the features, too.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import linalg
+
+
+Token = tuple[int, str]  # negative index of a layer, and "cls" or "mean" (of the patches)
+TokenFeatures = Mapping[Token, np.ndarray]  # [N, D] of each token, after the final norm
+
+
+@dataclass(frozen=True)
+class ClassStatistics:
+    """Statistics of the features of T tokens for K classes.
+
+    Attributes:
+        tokens: what the statistics are of, in the order in which a classifier reads them.
+        means: one [K, D] for each token; zeros for a class without images.
+        precisions: one [D, D] for each token, the inverse of the covariance within the classes.
+        sizes: [T] trace of precision times the covariance without shrinkage, the effective
+            number of features.
+        counts: [K] number of images of each class.
+
+    Example::
+
+        statistics = ClassStatistics.fit({(-1, "cls"): features}, labels, num_labels=3)
+        weight, bias = statistics.build_classifier()
+        predicted = (features @ weight.T + bias).argmax(axis=1)
+    """
+
+    tokens: tuple[Token, ...]
+    means: tuple[np.ndarray, ...]
+    precisions: tuple[np.ndarray, ...]
+    sizes: np.ndarray
+    counts: np.ndarray
+
+    @classmethod
+    def fit(cls, features: TokenFeatures, labels: np.ndarray, num_labels: int) -> "ClassStatistics":
+        """Compute the statistics of features and labels [N] from 0 to `num_labels` - 1.
+
+        Raises:
+            ValueError: if no class has two images.
+        """
+        counts = np.bincount(labels, minlength=num_labels)
+        if counts.max(initial=0) < 2:
+            raise ValueError("class statistics require a class with two images. Add images")
+        means, precisions, sizes = [], [], []
+        for values in features.values():
+            values = values.astype(np.float64)
+            mean = compute_means(values, labels, counts)
+            covariance, own_covariance = compute_covariances(values - mean[labels], labels, counts)
+            precision = linalg.inv(covariance, overwrite_a=True)
+            means.append(mean)
+            precisions.append((precision + precision.T) / 2)
+            sizes.append(float((precision * own_covariance).sum()))
+        return cls(tuple(features), tuple(means), tuple(precisions), np.array(sizes), counts)
+
+    def select(self, tokens: Sequence[Token]) -> "ClassStatistics":
+        """Return the statistics of some of the tokens."""
+        chosen = [self.tokens.index(token) for token in tokens]
+        return ClassStatistics(
+            tuple(tokens),
+            tuple(self.means[index] for index in chosen),
+            tuple(self.precisions[index] for index in chosen),
+            self.sizes[chosen],
+            self.counts,
+        )
+
+    def build_classifier(self, has_equal_priors: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """Return weight [K, T * D] and bias [K] of the averaged linear discriminants.
+
+        A class is as frequent as in the images, or as each other class with `has_equal_priors`.
+        The rows of classes without images are zero, with a bias of minus infinity.
+        """
+        weights = [
+            mean @ precision for mean, precision in zip(self.means, self.precisions, strict=True)
+        ]
+        biases = [
+            -(weight * mean).sum(axis=1) / 2
+            for weight, mean in zip(weights, self.means, strict=True)
+        ]
+        priors = (self.counts > 0) if has_equal_priors else self.counts
+        with np.errstate(divide="ignore"):
+            bias = np.mean(biases, axis=0) + np.log(priors / priors.sum())
+        return np.concatenate(weights, axis=1) / len(weights), bias
+
+    def add_class(self, features: TokenFeatures) -> tuple[np.ndarray, float]:
+        """Return the row [T * D] and the bias of a further class with images [n, D] of each token.
+
+        The mean of n images is farther from the origin than that of the class, by its noise. This
+        lowers the bias, which is corrected by `sizes` / (2n), beyond the same error of the old
+        classes. The new class is as frequent as the mean of the others.
+        """
+        known = self.counts > 0
+        rows = []
+        biases = []
+        for index, token in enumerate(self.tokens):
+            values = features[token]
+            mean = values.astype(np.float64).mean(axis=0)
+            row = self.precisions[index] @ mean
+            noise = 1 / len(values) - (1 / self.counts[known]).mean()
+            rows.append(row)
+            biases.append(-row @ mean / 2 + self.sizes[index] * noise / 2)
+        prior = self.counts[known].mean() / self.counts.sum()
+        return np.concatenate(rows) / len(rows), float(np.mean(biases) + np.log(prior))
+
+    def compute_distances(self, features: TokenFeatures) -> np.ndarray:
+        """Return the Mahalanobis distance [N] to the nearest class mean (arXiv 1807.03888).
+
+        With several tokens, it is the root of the mean of their squared distances.
+        """
+        known = self.counts > 0
+        squares = []
+        for token, mean, precision in zip(self.tokens, self.means, self.precisions, strict=True):
+            values = features[token].astype(np.float64)
+            own = np.einsum("nd,nd->n", values @ precision, values)[:, None]
+            rows = mean[known] @ precision
+            squares.append(own - 2 * values @ rows.T + (rows * mean[known]).sum(axis=1))
+        nearest = np.mean(squares, axis=0).min(axis=1)  # [N], of [N, K]
+        return np.sqrt(np.maximum(nearest, 0))
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """Return the arrays that a model stores, in single precision."""
+        return {
+            "means": np.stack(self.means).astype(np.float32),  # [T, K, D]
+            "precisions": np.stack(self.precisions).astype(np.float32),  # [T, D, D]
+            "sizes": self.sizes.astype(np.float32),  # [T]
+            "counts": self.counts.astype(np.int64),  # [K]
+        }
+
+    @classmethod
+    def from_arrays(cls, tokens: Sequence[Token], arrays: Mapping[str, Any]) -> "ClassStatistics":
+        """Return the statistics that `to_arrays` described."""
+        means, precisions, sizes = (
+            np.asarray(arrays[name], dtype=np.float64) for name in ("means", "precisions", "sizes")
+        )
+        counts = np.asarray(arrays["counts"])
+        return cls(tuple(tokens), tuple(means), tuple(precisions), sizes, counts)
+
+
+def compute_means(values: np.ndarray, labels: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Return the mean [K, D] of the values [N, D] of each class."""
+    sums = np.zeros((len(counts), values.shape[1]))
+    np.add.at(sums, labels, values)
+    return sums / np.maximum(counts, 1)[:, None]
+
+
+def compute_covariances(
+    residuals: np.ndarray, labels: np.ndarray, counts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the covariance [D, D] within the classes, with and without shrinkage.
+
+    Each class is shrunk towards the variances of its own features, and weighted by its images.
+
+    Args:
+        residuals: [N, D] differences of the features from the mean of their class.
+    """
+    num_images, width = residuals.shape
+    weights = np.zeros(num_images)  # of each image
+    target = np.zeros(width)  # diagonal
+    for label in np.flatnonzero(counts):
+        rows = labels == label
+        variances = residuals[rows].var(axis=0)
+        variances[variances == 0] = 1
+        shrinkage, mean_variance = estimate_shrinkage(residuals[rows] / np.sqrt(variances))
+        weights[rows] = 1 - shrinkage
+        target += counts[label] * shrinkage * mean_variance * variances
+    own_covariance = residuals.T @ residuals / num_images
+    weighted = residuals * np.sqrt(weights)[:, None]
+    covariance = (weighted.T @ weighted + np.diag(target)) / num_images
+    return covariance, own_covariance
+
+
+def estimate_shrinkage(values: np.ndarray) -> tuple[float, float]:
+    """Return Ledoit and Wolf's shrinkage of centered values [n, D], and their mean variance.
+
+    It is that of scikit-learn's `ledoit_wolf_shrinkage`, from the smaller of the two matrices
+    [n, n] and [D, D] (Ledoit and Wolf 2004, "A well-conditioned estimator for large-dimensional
+    covariance matrices").
+    """
+    num_values, width = values.shape
+    norms = (values**2).sum(axis=1)
+    mean_variance = norms.sum() / (num_values * width)
+    products = values @ values.T if num_values < width else values.T @ values
+    squared_norm = (products**2).sum() / num_values**2
+    distance = squared_norm / width - mean_variance**2
+    noise = ((norms**2).mean() - squared_norm) / (num_values * width)
+    if noise <= 0:
+        return 0.0, mean_variance
+    return min(noise / distance, 1.0) if distance > 0 else 1.0, mean_variance

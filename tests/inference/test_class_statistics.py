@@ -1,0 +1,98 @@
+"""Class statistics, compared with scikit-learn's linear discriminant analysis and scipy."""
+
+import numpy as np
+import pytest
+from scipy.spatial.distance import mahalanobis
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+from modeling_vitcls.inference.class_statistics import ClassStatistics
+
+
+CLS, MEAN = (-1, "cls"), (-1, "mean")
+
+
+def draw_features(num_images: int = 90, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Return features [N, 24] of three classes of different sizes, and labels [N]."""
+    generator = np.random.default_rng(seed)
+    labels = np.sort(generator.choice(3, num_images, p=(0.5, 0.3, 0.2)))
+    centers = np.random.default_rng(7).normal(size=(3, 24))
+    scales = np.linspace(0.5, 3, 24)
+    return centers[labels] + generator.normal(size=(num_images, 24)) * scales, labels
+
+
+@pytest.mark.parametrize("num_images", [30, 300])
+def test_the_classifier_is_scikit_learns_discriminant_analysis(num_images: int) -> None:
+    features, labels = draw_features(num_images)
+    weight, bias = ClassStatistics.fit({CLS: features}, labels, 3).build_classifier()
+
+    expected = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto").fit(features, labels)
+    np.testing.assert_allclose(weight, expected.coef_, atol=1e-8)
+    np.testing.assert_allclose(bias, expected.intercept_, atol=1e-8)
+
+
+def test_the_classifier_of_two_tokens_averages_their_logits() -> None:
+    features, labels = draw_features()
+    tokens = {CLS: features, MEAN: features**2}
+    logits = []
+    for token in tokens:
+        weight, bias = ClassStatistics.fit({token: tokens[token]}, labels, 3).build_classifier()
+        logits.append(tokens[token] @ weight.T + bias)
+
+    weight, bias = ClassStatistics.fit(tokens, labels, 3).build_classifier()
+    combined = np.concatenate(list(tokens.values()), axis=1) @ weight.T + bias
+    np.testing.assert_allclose(combined, np.mean(logits, axis=0))
+
+
+def test_a_distance_is_scipys_to_the_nearest_class_mean() -> None:
+    features, labels = draw_features()
+    statistics = ClassStatistics.fit({CLS: features}, labels, 3)
+
+    distances = statistics.compute_distances({CLS: features[:2]})
+    precision = statistics.precisions[0]
+    expected = [
+        min(mahalanobis(row, mean, precision) for mean in statistics.means[0])
+        for row in features[:2]
+    ]
+    np.testing.assert_allclose(distances, expected)
+
+
+def test_an_added_class_of_many_images_has_the_row_of_a_fitted_one() -> None:
+    features, labels = draw_features(3000)
+    statistics = ClassStatistics.fit({CLS: features[labels < 2]}, labels[labels < 2], 2)
+    row, _ = statistics.add_class({CLS: features[labels == 2]})
+
+    weight, _ = ClassStatistics.fit({CLS: features}, labels, 3).build_classifier()
+    assert np.corrcoef(row, weight[2])[0, 1] > 0.99
+
+
+def test_a_class_of_five_images_is_found_as_often_as_one_of_many() -> None:
+    features, labels = draw_features(4000)
+    is_new = labels == 2
+    statistics = ClassStatistics.fit({CLS: features[~is_new]}, labels[~is_new], 2)
+    weight, bias = statistics.build_classifier(has_equal_priors=True)
+
+    recalls = []
+    for start in range(0, 500, 5):
+        row, row_bias = statistics.add_class({CLS: features[is_new][start : start + 5]})
+        logits = features[is_new][500:] @ np.vstack([weight, row]).T + [*bias, row_bias]
+        recalls.append((logits.argmax(axis=1) == 2).mean())
+    row, row_bias = statistics.add_class({CLS: features[is_new][:500]})
+    logits = features[is_new][500:] @ np.vstack([weight, row]).T + [*bias, row_bias]
+    assert np.mean(recalls) == pytest.approx((logits.argmax(axis=1) == 2).mean(), abs=0.1)
+
+
+def test_a_class_without_images_is_never_predicted() -> None:
+    features, labels = draw_features()
+    weight, bias = ClassStatistics.fit({CLS: features}, labels * 2, 6).build_classifier()
+    assert set((features @ weight.T + bias).argmax(axis=1)) == {0, 2, 4}
+
+
+def test_statistics_are_the_same_after_they_were_stored() -> None:
+    features, labels = draw_features()
+    statistics = ClassStatistics.fit({CLS: features}, labels, 3)
+    loaded = ClassStatistics.from_arrays([CLS], statistics.to_arrays())
+    np.testing.assert_allclose(
+        loaded.compute_distances({CLS: features}),
+        statistics.compute_distances({CLS: features}),
+        rtol=1e-5,
+    )
