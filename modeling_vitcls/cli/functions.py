@@ -13,7 +13,6 @@ dataset is a path, a Hub id, or data in memory (data/in_memory.py).
 """
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Unpack, get_args, get_origin, get_type_hints
@@ -21,7 +20,6 @@ from typing import Any, Literal, TypeVar, Unpack, get_args, get_origin, get_type
 from ..analysis.options import InspectOptions, LookOptions
 from ..inference.options import EvaluateOptions, PredictOptions
 from ..runtime.flags import find_similar_flag, get_flag_fields, get_value_types
-from ..runtime.messages import format_message
 from ..training.options import (
     AddClassOptions,
     AddTaskOptions,
@@ -156,20 +154,7 @@ def run_evaluation(options: EvaluateOptions) -> dict[str, Any]:
         return audit_checkpoint(options)
     if options.frozen:
         return evaluate_frozen(options)
-    return evaluate_checkpoint(options, choose_engine)
-
-
-def choose_engine(job: Any) -> Any:
-    """Return the model of a job, or a faster graph of it, and print the choice.
-
-    This is for `backend="auto"`.
-    """
-    from ..export.engine_choice import choose_engine as choose
-
-    def print_line(text: str) -> None:
-        print(format_message(text), file=sys.stderr)
-
-    return choose(job, print_line)
+    return evaluate_checkpoint(options)
 
 
 def predict(
@@ -207,7 +192,7 @@ def predict(
         name: getattr(PredictOptions, name) for name in ("shard_size", "shard", "merge")
     }
     options = build_options(PredictOptions, model=model, **fixed_flags, **flags)
-    return predict_from_options(options, images, choose_engine)
+    return predict_from_options(options, images)
 
 
 def list_images(images: Any) -> list[Any]:

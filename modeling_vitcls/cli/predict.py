@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import tyro
 
 from ..inference.options import PredictOptions
-from .functions import choose_engine
 from .parsing import exit_with_message
 
 
@@ -41,7 +40,7 @@ def run(options: PredictCommandOptions) -> None:
     if options.merge is not None:
         print(merge_shards(options.merge, options.output))
         return
-    summary = predict_images(options, choose_engine)
+    summary = predict_images(options)
     if options.output is not None and summary.num_images:
         print(
             f"{options.output}: {summary.num_images:,} images, {summary.num_failed:,} without a "

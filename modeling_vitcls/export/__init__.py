@@ -5,7 +5,6 @@
     tracing.py            trace the model to a graph, with a dynamic image size if possible
     formats.py            write the graph to a file and run the file in the runtime of its format
     exporter.py           write the file and its report if the outputs of the file match those of the model
-    engine_choice.py      measure PyTorch, ONNX Runtime and OpenVINO, and choose the fastest (`--backend auto`)
 
 The files in this folder are not copied to the Hub. The extra `export` installs the required
 packages.

@@ -20,7 +20,7 @@ from ..conversion.processors import SHARED_SETTINGS, select_settings
 from ..data.held_out import HELD_OUT_RECORD_KEY
 from ..data.labels import get_label_space
 from ..hub.local_paths import resolve_name, strip_folders
-from ..hub.model_files import CONFIG_FILES, RESULTS_FILE, hash_files
+from ..hub.model_files import CONFIG_FILE, CONFIG_FILES, RESULTS_FILE, hash_files
 from ..hub.model_folder import ModelFolder
 from ..inference.exported_graphs import INPUT_NAME, ExportedModel
 from ..inference.speed import measure_inference_speed
@@ -165,6 +165,7 @@ def export_model(options: ExportOptions) -> Report:
             report["compile_config"] = {"INFERENCE_PRECISION_HINT": "f32"}
         if folder is not None:
             report["weights_sha256"] = folder.weights_sha256
+            report["config_sha256"] = hash_files([folder.path / CONFIG_FILE])
 
         has_native_size = (
             graph_shape.is_dynamic or graph_shape.image_size == model.config.image_height_width

@@ -17,9 +17,8 @@ from PIL import Image
 
 from ..conversion.any_checkpoint import resolve
 from ..model.image_processing_vitcls import SOURCE_TYPES
-from .engines import Job, select_engine
 from .inputs import build_record
-from .load_model import LoadedModel, choose_batch_size, load_model
+from .load_model import choose_batch_size, load_model
 from .predict import MAX_BATCH_SIZE, Predictor, get_num_workers
 from .prediction_rows import FeatureColumns
 
@@ -49,9 +48,8 @@ class EmbedImages:
         batch_size: maximum number of images per forward pass. Default: as in `vitcls predict`.
         fit: see `vitcls predict --fit`.
         device: device of the model. Default: CUDA if it is available.
-        backend: engine as in `vitcls predict --backend`, but "auto" measures nothing: it uses a
-            graph that `vitcls predict --features ... --mixed-precision no` has chosen for this
-            model, kind of CPU and batch size.
+        backend: engine as in `vitcls predict --backend`. "auto" is "torch" if the folder has
+            weights.
 
     Example:
         >>> from datasets import load_dataset
@@ -128,18 +126,7 @@ class EmbedImages:
         batch_size = choose_batch_size(
             self.batch_size, model.config, processor, device, MAX_BATCH_SIZE
         )
-        loaded = LoadedModel(folder, model.eval().to(device), processor, batch_size)
-
-        model = loaded.model
-        if device.type == "cpu" and not any("@" in name for name in self.features):
-            job = Job(
-                loaded=loaded,
-                use_head=False,
-                compute=lambda model, images: model(images),
-                num_images=None,
-                mixed_precision="no",
-            )
-            model = select_engine(job, self.backend)
+        model = model.eval().to(device)
         return Predictor(
             model=model,
             processor=processor,

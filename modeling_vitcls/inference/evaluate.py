@@ -33,9 +33,9 @@ from ..runtime.distributed import build_accelerator
 from ..runtime.files import write_json
 from ..runtime.messages import format_message
 from ..runtime.system import describe_device, get_versions
-from .engines import EngineChooser, Job, compute_logits, get_engine_name, select_engine
 from .evaluator import Evaluator
-from .load_model import check_is_classifier, load_for_inference
+from .exported_graphs import ExportedModel
+from .load_model import TORCH, check_is_classifier, load_for_inference
 from .metric_tables import build_class_tables, build_metric_rows
 from .options import EvaluateOptions
 from .per_image import write_predictions
@@ -61,9 +61,8 @@ def load_evaluation(
     accelerator: Accelerator,
     warn: Callable[[str], None],
     print_line: Callable[[str], None] = print,
-    choose_engine: EngineChooser | None = None,
 ) -> EvaluationSetup:
-    """Load the model and the labeled images, and choose an engine (engines.py).
+    """Load the model and the labeled images.
 
     The errors are the same as in `evaluate_checkpoint`.
     """
@@ -105,18 +104,8 @@ def load_evaluation(
     )
     evaluator = build_evaluator(match_labels(data.images, data.label_space, model_space))
     evaluator.task = options.task
-    model = loaded.model
-    if accelerator.num_processes == 1:
-        job = Job(
-            loaded=loaded,
-            use_head=True,
-            compute=compute_logits,
-            num_images=data.images.num_images,
-            mixed_precision=accelerator.mixed_precision,
-        )
-        model = select_engine(job, options.backend, choose_engine)
     return EvaluationSetup(
-        model=model,
+        model=loaded.model,
         config=config,
         evaluator=evaluator,
         build_evaluator=build_evaluator,
@@ -134,9 +123,7 @@ def check_is_not_of_a_run(file: Path) -> None:
         )
 
 
-def evaluate_checkpoint(
-    options: EvaluateOptions, choose_engine: EngineChooser | None = None
-) -> dict[str, Any]:
+def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     """Evaluate a saved model, print and return the results, and write them to `output` if set.
 
     Args:
@@ -157,7 +144,7 @@ def evaluate_checkpoint(
     with accelerator.main_process_first():  # the main process downloads the files
         folder = resolve(options.model, options.backend)
     print_line = partial(console.print, markup=False)
-    setup = load_evaluation(folder, options, accelerator, warn, print_line, choose_engine)
+    setup = load_evaluation(folder, options, accelerator, warn, print_line)
     model, evaluator, kind = setup.model, setup.evaluator, setup.evaluator.label_space.kind
     if options.per_image is not None and kind == "multi_task":
         raise ValueError(
@@ -169,7 +156,7 @@ def evaluate_checkpoint(
     seconds = time.perf_counter() - start_time
     results = {
         **describe_evaluation(options, setup.data, metrics["num_images"], seconds, accelerator),
-        "engine": get_engine_name(model),
+        "engine": model.file.name if isinstance(model, ExportedModel) else TORCH,
         "weights_sha256": folder.weights_sha256,
         **metrics,
     }

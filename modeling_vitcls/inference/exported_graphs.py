@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..hub.model_files import BACKEND_FILES, hash_files
+from ..data.aspect_ratio import has_fixed_size
+from ..hub.model_files import BACKEND_FILES, CONFIG_FILE, hash_files
 from ..hub.model_folder import ModelFolder
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
@@ -142,6 +143,7 @@ class ExportedModel(nn.Module):
             raise ValueError(
                 f"{file.name} supports `mixed_precision` {' or '.join(supported)}. Set one of them"
             )
+        self.file = file
         self.config = config
         self.use_head = use_head
         weights_file = file.with_suffix(".bin") if file.suffix == ".xml" else Path(f"{file}.data")
@@ -194,6 +196,34 @@ class ExportedModel(nn.Module):
         )
 
 
+def find_graph(
+    folder: ModelFolder,
+    processor: ViTCLSImageProcessor,
+    mixed_precision: str,
+    print_line: Callable[[str], None],
+) -> ExportedModel | None:
+    """Return the graph in a folder that `backend="auto"` runs, or None for PyTorch.
+
+    It is model.xml or model.onnx, if it was exported from the weights and the configuration of the
+    folder and computes in the precision of the job. A line says which engine runs and, if a graph
+    is not used, why.
+    """
+    if not has_fixed_size(processor):
+        return None
+    for backend in ("openvino", "onnx"):
+        file = folder.path / BACKEND_FILES[backend][0]
+        if not file.is_file():
+            continue
+        try:
+            model = load_exported_model(backend, folder, processor, True, mixed_precision)
+        except ValueError as error:
+            print_line(f"engine: not {file.name}, because {error}")
+            continue
+        print_line(f"engine: {file.name}. `backend='torch'` turns it off")
+        return model
+    return None
+
+
 def load_exported_model(
     backend: str,
     folder: ModelFolder,
@@ -222,9 +252,10 @@ def load_exported_model(
 
 
 def check_weights(file: Path, folder: ModelFolder, requires_report: bool) -> None:
-    """Raise GraphError if a graph was exported from other weights than those in `folder`.
+    """Raise GraphError if a graph was exported from another model than the one in `folder`.
 
-    The report of the graph contains the hash of the weights. A graph without a report cannot be
+    The report of the graph contains the hashes of the weights and of the configuration, whose
+    temperature the graph contains. A graph without a report cannot be
     checked: this is an error if `requires_report` is set. Nothing is checked if the folder has only
     the graph.
     """
@@ -247,6 +278,9 @@ def check_weights(file: Path, folder: ModelFolder, requires_report: bool) -> Non
         raise GraphError(
             f"{file} was exported from other weights than those in {folder.path}. {remedy}"
         )
+
+    if report.get("config_sha256") != hash_files([folder.path / CONFIG_FILE]):
+        raise GraphError(f"{CONFIG_FILE} has changed since {file} was exported. {remedy}")
 
     file_hashes = report.get("sha256", {})
     files = [file.with_name(name) for name in file_hashes]

@@ -23,7 +23,7 @@ from ..model.modeling_vitcls import (
 )
 from ..runtime.distributed import set_mixed_precision
 from ..runtime.messages import format_message
-from .exported_graphs import load_exported_model
+from .exported_graphs import find_graph, load_exported_model
 from .options import EvaluateOptions, PredictOptions
 
 
@@ -83,8 +83,11 @@ def load_for_inference(
         if accelerator.mixed_precision != "no":
             print_line(f"mixed precision: {format_message(text)}")
 
+    backend = options.backend
+    if backend == "auto" and accelerator.device.type != "cpu" and folder.has_weights:
+        backend = TORCH  # graphs are computed on CPUs
     model, processor = load_model(
-        folder, use_head, options.fit, options.backend, accelerator.mixed_precision
+        folder, use_head, options.fit, backend, accelerator.mixed_precision, print_line
     )
     batch_size = choose_batch_size(
         options.batch_size, model.config, processor, accelerator.device, max_batch_size
@@ -98,6 +101,7 @@ def load_model(
     fit: str | None = None,
     backend: str = "torch",
     mixed_precision: str = "no",
+    print_line: Callable[[str], None] = print,
 ) -> tuple[Any, ViTCLSImageProcessor]:
     """Load a model and its image processor for prediction.
 
@@ -106,8 +110,9 @@ def load_model(
         use_head: Whether to load the classifier; None to load it if there is one.
         fit: Fit of the image processor. Default: unchanged.
         backend: "torch", "onnx", "openvino" or an exported file, which replaces the weights. "auto"
-            is "torch" unless the folder only has graphs.
+            is a classifier's graph in the folder that fits (exported_graphs.py), or else "torch".
         mixed_precision: Precision of an exported file (exported_graphs.py).
+        print_line: Prints which graph "auto" runs.
 
     Raises:
         ValueError: If the model lacks weights, or has no classifier although one is requested, or
@@ -135,8 +140,13 @@ def load_model(
         set_fit(processor, fit, get_output_size(processor, config.image_height_width))
     backends = [name for name, (file, _) in BACKEND_FILES.items() if (folder.path / file).is_file()]
     has_only_graphs = bool(backends) and not any(folder.path.glob("*.safetensors"))
+    if backend == "auto" and has_only_graphs:
+        backend = backends[-1]
     if backend == "auto":
-        backend = backends[-1] if has_only_graphs else TORCH
+        graph = find_graph(folder, processor, mixed_precision, print_line) if use_head else None
+        if graph is not None:
+            return graph, processor
+        backend = TORCH
     if backend != TORCH:
         graph = load_exported_model(
             backend=backend,

@@ -22,9 +22,9 @@ class EngineOptions:
     and otherwise `no`."""
     backend: str = "auto"
     """Engine: `torch`, or `onnx` or `openvino` for model.onnx or model.xml in the model's folder,
-    which then requires no other weights, or a file that `vitcls export` wrote. `auto`: on CPUs, for
-    many images and if the extra `export` is installed, the engine that is measured to be fastest;
-    otherwise `torch`."""
+    which then requires no other weights, or a file that `vitcls export` wrote. `auto`: for labels on
+    CPUs, model.xml or model.onnx in the folder if it was exported from this model; otherwise
+    `torch`."""
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,6 @@ from ..conversion.any_checkpoint import resolve
 from ..data.splits import load_on_main
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..runtime.distributed import build_accelerator, run_on_main
-from .engines import EngineChooser, Job, select_engine
 from .exported_graphs import ExportedModel
 from .inputs import (
     ImageRecord,
@@ -86,9 +85,7 @@ class PredictionCounts(NamedTuple):
     num_failed: int
 
 
-def predict_from_options(
-    options: PredictOptions, images: list[Any], choose_engine: EngineChooser | None = None
-) -> list[Row]:
+def predict_from_options(options: PredictOptions, images: list[Any]) -> list[Row]:
     """Return the rows that `vitcls predict` would write, computed in this process.
 
     `images` are paths, URLs, folders, encoded bytes, PIL images and arrays. If `images` is empty,
@@ -96,7 +93,7 @@ def predict_from_options(
     """
     accelerator = build_accelerator(mixed_precision=options.mixed_precision)
     source = wrap_images(images) if images else open_input(options)
-    predictor = build_predictor(options, accelerator, source.num_images, choose_engine)
+    predictor = build_predictor(options, accelerator)
     return list(predictor.iterate_rows(read_all_records(source)))
 
 
@@ -107,55 +104,28 @@ def read_all_records(source: PredictionInput) -> Iterator[ImageRecord]:
     return source.read_records(range(source.num_images))
 
 
-def build_predictor(
-    options: PredictOptions,
-    accelerator: Accelerator,
-    num_images: int | None = None,
-    choose_engine: EngineChooser | None = None,
-) -> Predictor:
-    """Load the model and its image processor on the device, and build a predictor.
-
-    For `backend="auto"`, `choose_engine` chooses the engine for the number of images (engines.py).
-    """
+def build_predictor(options: PredictOptions, accelerator: Accelerator) -> Predictor:
+    """Load the model and its image processor on the device, and build a predictor."""
     assert options.model is not None
-    folder = resolve(options.model, options.backend)
     loaded = load_for_inference(
-        folder,
+        resolve(options.model, options.backend),
         options,
         accelerator,
         use_head=options.features is None,
         max_batch_size=MAX_BATCH_SIZE,
         print_line=accelerator.on_main_process(partial(print, file=sys.stderr)),
     )
-
-    def build_columns(model: Any) -> PredictionColumns:
-        return build_prediction_columns(
-            model=model,
-            top_k=options.top_k,
-            threshold=options.threshold,
-            features=options.features,
-            feature_dtype=options.feature_dtype,
-        )
-
-    def compute_outputs(model: Any, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-        return build_columns(model).predict(pixel_values)
-
-    # Graphs have only the last layer, and all shards must be written by the same engine.
-    model = loaded.model
-    has_layers = any("@" in name for name in options.features or ())
-    if accelerator.num_processes == 1 and options.shard is None and not has_layers:
-        job = Job(
-            loaded=loaded,
-            use_head=options.features is None,
-            compute=compute_outputs,
-            num_images=num_images,
-            mixed_precision=accelerator.mixed_precision,
-        )
-        model = select_engine(job, options.backend, choose_engine)
+    columns = build_prediction_columns(
+        model=loaded.model,
+        top_k=options.top_k,
+        threshold=options.threshold,
+        features=options.features,
+        feature_dtype=options.feature_dtype,
+    )
     return Predictor(
-        model=model,
+        model=loaded.model,
         processor=loaded.processor,
-        columns=build_columns(model),
+        columns=columns,
         autocast=accelerator.autocast,
         batch_size=loaded.batch_size,
         num_workers=options.num_workers or get_num_workers(),
@@ -179,9 +149,7 @@ def wrap_images(images: Sequence[Any]) -> ListInput:
     return ListInput(names, contents)
 
 
-def predict_images(
-    options: PredictOptions, choose_engine: EngineChooser | None = None
-) -> PredictionCounts:
+def predict_images(options: PredictOptions) -> PredictionCounts:
     """Run the prediction that the options specify, and print or write the rows.
 
     Raise ValueError or OSError with a single-line message if the images or the model cannot be
@@ -190,7 +158,7 @@ def predict_images(
     accelerator = build_accelerator(mixed_precision=options.mixed_precision)
     source = load_on_main(accelerator, options.dataset or "", partial(open_input, options))
     with accelerator.main_process_first():  # the main process downloads the files
-        predictor = build_predictor(options, accelerator, source.num_images, choose_engine)
+        predictor = build_predictor(options, accelerator)
     is_folder = options.output is not None and options.output.suffix.lower() not in WRITERS
     counts = (predict_to_folder if is_folder else predict_to_file)(
         options, accelerator, source, predictor

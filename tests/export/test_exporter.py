@@ -351,6 +351,7 @@ def test_the_report_describes_inputs_and_outputs(exported: tuple[Any, Path]) -> 
         "sha256": hash_files(file.with_name(name) for name in names),
         "num_bytes": sum(file.with_name(name).stat().st_size for name in names),
         "weights_sha256": weights_sha256,
+        "config_sha256": hash_files([file.parents[2] / "model" / "config.json"]),
         "excluded_layers": [],
         "num_calibration_images": 0,
         "evaluation": None,

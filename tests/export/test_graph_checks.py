@@ -14,7 +14,7 @@ from helpers.tiny_models import build_tiny_config, save_with_processor
 from onnx import TensorProto, helper
 
 from modeling_vitcls import ViTCLSForImageClassification
-from modeling_vitcls.hub.model_files import hash_weights
+from modeling_vitcls.hub.model_files import hash_files, hash_weights
 
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate")]
@@ -60,7 +60,11 @@ def write_graph(
 
 
 def write_report(file: Path) -> None:
-    report = {"weights_sha256": hash_weights(file.parent), "sha256": {}}
+    report = {
+        "weights_sha256": hash_weights(file.parent),
+        "config_sha256": hash_files([file.parent / "config.json"]),
+        "sha256": {},
+    }
     file.with_name(f"{file.name}.json").write_text(json.dumps(report))
 
 
@@ -97,6 +101,42 @@ def test_a_graph_of_the_model_is_run(
 ) -> None:
     assert run_here(*COMMANDS["predict"](model, photos), "--backend", "onnx") == 0
     assert len([line for line in capsys.readouterr().out.splitlines() if ".png" in line]) == 12
+
+
+def run_auto(
+    command: Command, model: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> str:
+    """Run a command with the default engine in float32, and return what it prints."""
+    assert run_here(*command(model, photos), "--mixed-precision", "no") == 0
+    printed = capsys.readouterr()
+    return printed.out + printed.err
+
+
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
+def test_a_graph_in_the_folder_is_run_by_default(
+    command: Command, model: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "engine: model.onnx" in run_auto(command, model, photos, capsys)
+
+
+def test_the_default_engine_is_torch_without_a_graph(
+    saved: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "engine" not in run_auto(COMMANDS["predict"], saved, photos, capsys)
+
+
+@pytest.mark.parametrize("changed", ["model.safetensors", "config.json", "model.onnx"])
+def test_a_graph_that_does_not_fit_is_not_run_by_default(
+    changed: str, model: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if changed == "config.json":
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(config | {"temperature": 2.0}))
+    elif changed == "model.safetensors":
+        ViTCLSForImageClassification(build_tiny_config(**LABELS)).save_pretrained(model)
+    else:
+        write_graph(model / "model.onnx", num_outputs=7)
+    assert "engine: not model.onnx" in run_auto(COMMANDS["predict"], model, photos, capsys)
 
 
 @pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
@@ -168,10 +208,8 @@ def test_a_folder_with_a_graph_and_results_of_other_weights_is_an_error(
 def test_a_graph_that_replaced_the_exported_one_is_an_error(
     model: Path, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    report = {
-        "weights_sha256": hash_weights(model),
-        "sha256": {"model.onnx": "of the exported file"},
-    }
+    report = json.loads((model / "model.onnx.json").read_text())
+    report["sha256"] = {"model.onnx": "of the exported file"}
     (model / "model.onnx.json").write_text(json.dumps(report))
     check_error(COMMANDS["predict"](model, photos), capsys, "has changed")
 
