@@ -24,7 +24,7 @@ import signal
 import sys
 from types import ModuleType
 
-from ..runtime.errors import describe_installation
+from ..runtime.errors import describe_exhaustion, describe_installation
 
 
 # Names of the subcommands, in the order of the help
@@ -43,27 +43,48 @@ def main(arguments: list[str] | None = None) -> None:
         arguments: The subcommand and its flags. Default: `sys.argv[1:]`.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] in (["--version"], ["-V"]):
-        from ..version import __version__
-
-        print(f"vitcls {__version__}")
-        return
+    open_closed_streams()
     try:
         try:
             run_command(arguments)
         finally:
             sys.stdout.flush()
     except BrokenPipeError:  # the reader of the output has read enough: `vitcls demo --help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        discard_output()
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
             print("interrupted by Ctrl-C", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
+    except Exception as error:
+        message = describe_exhaustion(error)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        discard_output()
+        raise SystemExit(1) from None
+
+
+def open_closed_streams() -> None:
+    """Discard what is written to an output stream that the caller has closed (`>&-`)."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+
+
+def discard_output() -> None:
+    """Discard what is still written to the standard output, which is flushed at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run_command(arguments: list[str]) -> None:
     """Parse the flags, import the libraries, and run the subcommand."""
+    if arguments[:1] in (["--version"], ["-V"]):
+        from ..version import __version__
+
+        print(f"vitcls {__version__}")
+        return
+
     modules = load_modules()
     from ..runtime.flags import get_flag_fields
     from .flag_messages import messages_name_flags

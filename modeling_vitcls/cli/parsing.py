@@ -416,8 +416,8 @@ def exit_on_error() -> Iterator[None]:
         if "can't start new thread" not in str(error):
             raise
         exit_with_message(
-            "error: no more threads can be started. Raise the limit of processes (ulimit -u), or "
-            "end other programs",
+            "error: no more threads can be started. Raise the limit of processes (ulimit -u) or of "
+            "memory (ulimit -v), or end other programs",
             status=1,
             is_on_all_processes=False,
         )

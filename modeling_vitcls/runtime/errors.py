@@ -1,10 +1,13 @@
 """Errors in one line, missing extras, and errors that all processes of a run raise."""
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 MAX_MESSAGE_LENGTH = 400  # maximum length of a formatted error message, in characters
+# parts of messages about too little memory, in lower case, of Python, PyTorch and the loader
+MEMORY_MESSAGES = ("allocate memory", "out of memory", "failed to map segment", "bad_alloc")
 ALL_PROCESSES_NOTE = "on all processes"  # note that marks errors that are raised on all processes
 
 
@@ -25,10 +28,30 @@ def format_error(error: BaseException) -> str:
 
 def describe_error(error: BaseException) -> str:
     """Return the message of an error; that of a file operation names the file and the reason."""
-    if not isinstance(error, OSError) or error.errno is None or error.filename is None:
+    if not isinstance(error, OSError) or error.errno is None:
         return str(error)
+    if error.filename is None:
+        return describe_exhaustion(error) or str(error)
     file = error.filename2 or error.filename  # a rename has two
     return f"cannot use {file}: {error.strerror}. Check the path and its permissions"
+
+
+def describe_exhaustion(error: BaseException) -> str | None:
+    """Return the line for an error of a machine without memory, files or space; None for others."""
+    text = str(error).lower()
+    number = getattr(error, "errno", None)
+    if number == errno.ENOSPC:
+        return "cannot write the output: no space is left on the device. Free space, then repeat"
+    if number in (errno.EMFILE, errno.ENFILE) or "too many open files" in text:
+        return "too many files are open. Raise the limit (ulimit -n), or end other programs"
+
+    is_memory_error = isinstance(error, MemoryError) or number == errno.ENOMEM
+    if is_memory_error or any(part in text for part in MEMORY_MESSAGES):
+        return (
+            "there is not enough memory. End other programs, raise the limit (ulimit -v), or use a "
+            "smaller batch"
+        )
+    return None
 
 
 @contextmanager

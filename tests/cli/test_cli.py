@@ -98,6 +98,45 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
         assert capsys.readouterr().out == f"vitcls {__version__}\n"
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_version_that_cannot_be_written_is_one_line() -> None:
+    command = [sys.executable, "-m", "modeling_vitcls.cli", "--version"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_closed_standard_output_does_not_end_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Daemons close it (`>&-`)."""
+    monkeypatch.setattr(sys, "stdout", None)
+    assert run_here("env") == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs the limits of Linux")
+@pytest.mark.parametrize(
+    ("limit", "value", "word"), [("NOFILE", 5, "ulimit -n"), ("AS", 1_500_000_000, "memory")]
+)
+def test_too_few_files_and_too_little_memory_are_one_line(
+    limit: str, value: int, word: str
+) -> None:
+    import resource
+
+    number = getattr(resource, f"RLIMIT_{limit}")
+    command = [sys.executable, "-m", "modeling_vitcls.cli", "env"]
+    done = subprocess.run(
+        command,
+        preexec_fn=lambda: resource.setrlimit(number, (value, value)),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert word in done.stderr
+
+
 @pytest.mark.parametrize("missing", ["tyro", "yaml"])
 def test_a_missing_extra_is_named(
     missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
