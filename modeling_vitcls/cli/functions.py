@@ -7,6 +7,9 @@
     rows = predict("runs/mine", [image, "photo.jpg"], top_k=3)
     look("runs/mine", "photo.jpg")      # a PIL image, which a notebook shows
 
+The functions compute with torch's default dtype, device and gradient mode, whatever the caller has
+set, and leave the caller's random state as it was.
+
 Keyword arguments are the flags of the commands: `learning_rate=1e-4` is `--learning-rate 1e-4`.
 flags.py lists them with their types, for editors and type checkers. Errors name these arguments. A
 dataset is a path, a Hub id, or data in memory (data/in_memory.py).
@@ -19,6 +22,7 @@ from typing import Any, Literal, TypeVar, Unpack, get_args, get_origin, get_type
 
 from ..analysis.options import InspectOptions, LookOptions
 from ..inference.options import EvaluateOptions, PredictOptions
+from ..runtime.caller_state import with_own_state
 from ..runtime.flags import find_similar_flag, get_flag_fields, get_value_types
 from ..training.options import (
     AddClassOptions,
@@ -40,6 +44,7 @@ from .flags import (
 Options = TypeVar("Options")
 
 
+@with_own_state
 def finetune(
     model: str | Path, dataset: Any, output_dir: str | Path, **flags: Unpack[FinetuneFlags]
 ) -> dict[str, Any]:
@@ -73,6 +78,7 @@ def finetune(
     return run_training(options)
 
 
+@with_own_state
 def pretrain(
     model: str | Path, dataset: Any, output_dir: str | Path, **flags: Unpack[PretrainFlags]
 ) -> dict[str, Any]:
@@ -118,6 +124,7 @@ def run_training(options: Any) -> dict[str, Any]:
     return train_one(options)
 
 
+@with_own_state
 def evaluate(model: str | Path, dataset: Any, **flags: Unpack[EvaluateFlags]) -> dict[str, Any]:
     """Evaluate a saved model or its frozen features, as `vitcls evaluate` does.
 
@@ -157,6 +164,7 @@ def run_evaluation(options: EvaluateOptions) -> dict[str, Any]:
     return evaluate_checkpoint(options)
 
 
+@with_own_state
 def predict(
     model: str | Path, images: Any = (), **flags: Unpack[PredictFlags]
 ) -> list[dict[str, Any]]:
@@ -206,6 +214,7 @@ def list_images(images: Any) -> list[Any]:
     return list(flatten_images(images if is_image or is_array else list(images)))
 
 
+@with_own_state
 def inspect_tokens(model: str | Path, images: Any = (), **flags: Unpack[InspectFlags]) -> Any:
     """Write the report on the special tokens of a model, as `vitcls inspect` does.
 
@@ -241,6 +250,7 @@ def inspect_tokens(model: str | Path, images: Any = (), **flags: Unpack[InspectF
     )
 
 
+@with_own_state
 def look(model: str | Path, image: Any, **flags: Unpack[LookFlags]) -> Any:
     """Draw what a model sees in a photo, as `vitcls look` does.
 
@@ -267,6 +277,7 @@ def look(model: str | Path, image: Any, **flags: Unpack[LookFlags]) -> Any:
     return draw_photo(build_options(LookOptions, model=model, **fixed_flags, **flags), image)
 
 
+@with_own_state
 def add_task(
     model: str | Path, dataset: Any, name: str | None, output_dir: str | Path, **flags: Any
 ) -> dict[str, Any]:
@@ -297,6 +308,7 @@ def add_task(
     return run_addition(options)
 
 
+@with_own_state
 def add_class(
     model: str | Path, dataset: Any, output_dir: str | Path, **flags: Any
 ) -> dict[str, Any]:
@@ -345,6 +357,7 @@ def run_addition(options: AddTaskOptions | AddClassOptions) -> dict[str, Any]:
     return record
 
 
+@with_own_state
 def verify_unchanged(
     old: str | Path, new: str | Path, dataset: Any = None, **flags: Any
 ) -> dict[str, Any]:
