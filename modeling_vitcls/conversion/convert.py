@@ -19,7 +19,13 @@ from transformers import PreTrainedModel
 from ..hub.loading import get_model_folder
 from ..hub.local_paths import resolve_name, split_revision, strip_folders
 from ..hub.model_checks import check_is_vitcls
-from ..hub.model_files import PARITY_REPORT_FILE, RECIPE_FILE, RESULTS_FILE, hash_weights
+from ..hub.model_files import (
+    PARITY_REPORT_FILE,
+    RECIPE_FILE,
+    RESULTS_FILE,
+    hash_settings,
+    hash_weights,
+)
 from ..hub.model_folder import ModelFolder
 from ..hub.provenance import find_provenance
 from ..model.configuration_vitcls import ViTCLSConfig
@@ -255,7 +261,10 @@ def copy_results(folder: ModelFolder, output_folder: Path) -> None:
     Results of other weights are not copied.
     """
     if folder.results:
-        hashes = {"weights_sha256": hash_weights(output_folder)}
+        hashes = {
+            "weights_sha256": hash_weights(output_folder),
+            "settings_sha256": hash_settings(output_folder),
+        }
         write_json(output_folder / RESULTS_FILE, folder.results | hashes)
         with suppress(FileNotFoundError):
             shutil.copyfile(folder.path / RECIPE_FILE, output_folder / RECIPE_FILE)

@@ -31,11 +31,22 @@ def check_is_vitcls(source: str, folder: str | Path) -> None:
     weights, and OSError if config.json is missing or the weights may not be read.
     """
     folder = Path(folder)
+    check_adapter(source, folder)
     check_checkpoint_folder(str(folder), needs_config_file=True)
     check_config(source, folder / CONFIG_FILE, read_json(folder / CONFIG_FILE))
     if (folder / PROCESSOR_FILE).is_file():
         read_json(folder / PROCESSOR_FILE)
     check_weight_files(source, folder)
+
+
+def check_adapter(source: str, folder: Path) -> None:
+    """Raise ValueError if the folder contains an adapter, which transformers would load as well."""
+    if (folder / ADAPTER_FILE).is_file():
+        raise ValueError(
+            f"{source} contains an adapter ({ADAPTER_FILE}), which would change all outputs. Merge "
+            "it into its model (PEFT's `merge_and_unload`) and save the model, or remove "
+            f"{ADAPTER_FILE}"
+        )
 
 
 def check_config(source: str, file: Path, config_dict: dict[str, Any]) -> None:
@@ -69,13 +80,6 @@ def check_config(source: str, file: Path, config_dict: dict[str, Any]) -> None:
 
 def check_weight_files(source: str, folder: Path) -> None:
     """Check that the folder has one set of weights in safetensors, or only exported files."""
-    if (folder / ADAPTER_FILE).is_file():
-        raise ValueError(
-            f"{source} contains an adapter ({ADAPTER_FILE}), which would change all outputs. Merge "
-            "it into the model (PEFT's `merge_and_unload`) and save the model, or remove "
-            f"{ADAPTER_FILE}"
-        )
-
     has_one_file = (folder / WEIGHTS_FILE).is_file()
     if has_one_file and (folder / INDEX_FILE).is_file():
         raise ValueError(

@@ -16,7 +16,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.cli.convert import ConvertOptions, run
 from modeling_vitcls.conversion.convert import copy_results, write_native_model
-from modeling_vitcls.hub.model_files import hash_weights
+from modeling_vitcls.hub.model_files import hash_settings, hash_weights
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.publishing.push import push_folder
 from modeling_vitcls.publishing.verify import verify
@@ -211,7 +211,11 @@ def test_results_of_the_same_weights_are_kept(tmp_path: Path) -> None:
     assert report["required_versions"] == {"transformers": "4.30"}
 
     kept = json.loads((tmp_path / "native" / "results.json").read_text())
-    assert kept == {"accuracy": 0.5, "weights_sha256": hash_weights(tmp_path / "native")}
+    assert kept == {
+        "accuracy": 0.5,
+        "weights_sha256": hash_weights(tmp_path / "native"),
+        "settings_sha256": hash_settings(tmp_path / "native"),
+    }
     assert (tmp_path / "native" / "config.resolved.yaml").is_file()
 
     for name in ("results.json", "config.resolved.yaml"):
