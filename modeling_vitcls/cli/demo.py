@@ -118,7 +118,9 @@ def build_page(options: DemoOptions) -> Any:
         ]
     photo_input = gradio.Image(label="Photo", type="filepath")
     # gradio would decode the file. Formats and messages are those of `vitcls predict`.
-    photo_input.preprocess = lambda payload: payload and payload.path
+    photo_input.preprocess = (  # type: ignore[method-assign]
+        lambda payload: payload and payload.path  # type: ignore[assignment, return-value]
+    )
     sheet = gradio.Image(
         label="Sheet", show_label=False, format="png", buttons=["download", "fullscreen"]
     )
