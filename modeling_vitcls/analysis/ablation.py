@@ -549,23 +549,3 @@ def predict_labels(logits: torch.Tensor, config: ViTCLSConfig) -> torch.Tensor:
     if is_multi_label(config):
         return (logits.float().sigmoid() >= DEFAULT_THRESHOLD).long()
     return logits.argmax(dim=-1, keepdim=True)
-
-
-def encode_label(label: Any, config: ViTCLSConfig) -> torch.Tensor:
-    """Return a dataset label (data/images.py) as a tensor [A] with the columns of all tasks.
-
-    None becomes IGNORED_LABEL. A class index for a multi-label model means that only this label
-    applies.
-    """
-    if config.tasks:
-        task_labels = label or {}
-        return torch.tensor([task_labels.get(task, IGNORED_LABEL) for task in config.task_labels()])
-
-    if not is_multi_label(config):
-        return torch.tensor([IGNORED_LABEL if label is None else int(label)])
-
-    if isinstance(label, list | tuple):
-        return torch.tensor([int(value) for value in label])
-    if label is None or label < 0:
-        return torch.full((config.num_labels or 0,), IGNORED_LABEL)
-    return torch.tensor([int(index == label) for index in range(config.num_labels or 0)])

@@ -1,11 +1,11 @@
-"""Figures of statistics over depth and of the patch norms, for reports and notebooks.
+"""The two figures of the report, for notebooks too.
 
-plot_curve, plot_norms       statistics over depth (`Findings`)
+plot_entropy                 entropy of the attention of each special token, by layer
 plot_norm_histogram          norms of the patches after one layer
 
 Each function returns a matplotlib `Figure` with a white background, created without pyplot.
 `render_svg` returns a figure as text for HTML. "After layer 0" means the embeddings.
-publishing/card_images.py draws the figures of cards.
+publishing/card_images.py draws the confusion matrix of cards.
 """
 
 import io
@@ -13,7 +13,6 @@ import math
 
 import matplotlib
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.colors import to_rgb
@@ -23,7 +22,6 @@ from matplotlib.ticker import (
     LogLocator,
     MaxNLocator,
     NullFormatter,
-    PercentFormatter,
 )
 
 from ..inference.token_names import get_token_names_by_group
@@ -44,33 +42,16 @@ GROUP_COLORS = {
 DARK_GRAY = "#222222"
 
 
-# Curves over depth --------------------------------------------------------------------------------
-
 FIGURE_SIZE = 7.0, 3.0  # width and height in inches
 MAX_LEGEND_NAME = 24  # maximum length of a name in a legend, in characters
-MIN_RATIO_FOR_LOG_SCALE = 30.0  # minimum ratio of largest to smallest norm for a logarithmic scale
-# quantiles of the patch norms: lower edge of the band, line, upper edge
-PATCH_QUANTILES = (0.05, 0.5, 0.95)
 NUM_BINS = 48  # number of bins in a histogram
 OUTLIER_COLOR = "#B3261E"  # color of the bars of the second mode
 DASHES = ("o-", "s--", "^:", "D-.")  # markers and dashes of the tokens of a group
 MAX_WHITE_FRACTION = 0.55  # fraction of white in the color of the last token of a group
 
-# Attribute of `Findings` -> title, label of the y axis, and whether values are percentages. Shapes
-# are [L, H, S] for attention and [L + 1, S] for states.
-CURVES = {
-    "entropy": ("Entropy of attention", "nats", False),
-    "variation": ("Variation between images", "fraction of the norm", True),
-}
 
-# Name, color and matplotlib format of a line. Groups differ in color, tokens of a group in
-# lightness, dash and marker.
-LineStyle = tuple[str, tuple[float, ...], str]
-PATCH_STYLE: LineStyle = ("patches", to_rgb(GROUP_COLORS["patches"]), DASHES[0])
-
-
-def plot_curve(config: ViTCLSConfig, findings: Findings, name: str) -> Figure:
-    """Plot one of CURVES: "entropy" or "variation".
+def plot_entropy(config: ViTCLSConfig, findings: Findings) -> Figure:
+    """Plot the entropy of the attention of each special token over the layers.
 
     Each line is the mean over heads, each band is the range over heads, and dashed lines show the
     entropy of uniform attention.
@@ -78,96 +59,40 @@ def plot_curve(config: ViTCLSConfig, findings: Findings, name: str) -> Figure:
     Args:
         config: configuration of the model.
         findings: statistics over many images (`TokenStatistics`).
-        name: name of the figure.
     """
-    title, y_label, is_percentage = CURVES[name]
-    styles = get_token_styles(config)
-    lines = getattr(findings, name)  # [L, H, S] or [L + 1, S]
-    first_layer = 0 if lines.ndim == 2 else 1
-    uniform_values = findings.uniform_entropy_by_token.tolist() if name == "entropy" else []
-    baselines = sorted({float(f"{value:.5g}") for value in uniform_values})
-
-    figure, axes = create_titled_figure(title, y_label)
-    for style, line in zip(styles, lines.unbind(dim=-1), strict=True):
-        head_values = line if line.ndim == 2 else line.unsqueeze(1)  # [L, H]
-        draw_line(
-            axes,
-            style,
-            mean=head_values.mean(dim=1),
-            low=head_values.amin(dim=1),
-            high=head_values.amax(dim=1),
-            first_layer=first_layer,
-        )
-
-    for index, value in enumerate(baselines):
-        axes.axhline(
-            value, color=DARK_GRAY, linewidth=1, linestyle="--", label="_" * (index > 0) + "uniform"
-        )
-
-    axes.set_ylim(bottom=min(axes.get_ylim()[0], 0))
-    if is_percentage:
-        axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
-    format_layer_axis(figure, axes, len(lines), first_layer)
-    return figure
-
-
-def get_token_styles(config: ViTCLSConfig) -> list[LineStyle]:
-    """Return one line style per special token, in sequence order."""
-    styles = []
+    figure, axes = create_titled_figure("Entropy of attention", "nats")
+    layers = range(1, len(findings.entropy) + 1)
+    token = 0
     for group, names in get_token_names_by_group(config).items():
         for index, name in enumerate(names):
             white = MAX_WHITE_FRACTION * index / max(len(names) - 1, 1)
             color = tuple(white + (1 - white) * channel for channel in to_rgb(GROUP_COLORS[group]))
-            styles.append((shorten_text(name, MAX_LEGEND_NAME), color, DASHES[index % len(DASHES)]))
-    return styles
+            values = findings.entropy[:, :, token]  # [L, H]
+            low, high = values.amin(dim=1).numpy(), values.amax(dim=1).numpy()
+            axes.fill_between(layers, low, high, color=color, alpha=0.15, linewidth=0)
+            axes.plot(
+                layers,
+                values.mean(dim=1),
+                DASHES[index % len(DASHES)],
+                color=color,
+                markersize=4,
+                linewidth=1.6,
+                label=shorten_text(name, MAX_LEGEND_NAME),
+            )
+            token += 1
 
+    uniform = {float(f"{value:.5g}") for value in findings.uniform_entropy_by_token.tolist()}
+    for index, value in enumerate(sorted(uniform)):
+        label = "_" * (index > 0) + "uniform"
+        axes.axhline(value, color=DARK_GRAY, linewidth=1, linestyle="--", label=label)
 
-def draw_line(
-    axes: Axes,
-    style: LineStyle,
-    mean: torch.Tensor,
-    low: torch.Tensor,
-    high: torch.Tensor,
-    first_layer: int,
-) -> None:
-    """Draw the `mean` [L] as a line over the layers, and `low` to `high` as a band."""
-    name, color, line_format = style
-    layer_numbers = range(first_layer, first_layer + len(mean))
-    if bool((high > low).any()):
-        axes.fill_between(
-            layer_numbers, low.numpy(), high.numpy(), color=color, alpha=0.15, linewidth=0
-        )
-    axes.plot(
-        layer_numbers, mean, line_format, color=color, markersize=4, linewidth=1.6, label=name
-    )
-
-
-# Norms --------------------------------------------------------------------------------------------
-
-
-def plot_norms(config: ViTCLSConfig, findings: Findings) -> Figure:
-    """Plot the norms of the special tokens, and the median and 90% range of the patch norms.
-
-    Models without registers may store global information in uninformative patches, whose norms then
-    become outliers (Darcet et al. 2023, arXiv 2309.16588).
-    """
-    styles = get_token_styles(config)
-    figure, axes = create_titled_figure("Norms of tokens and patches", "norm")
-
-    # [L + 1] each
-    low, median, high = findings.patch_norms.float().quantile(torch.tensor(PATCH_QUANTILES), dim=1)
-    draw_line(axes, PATCH_STYLE, mean=median, low=low, high=high, first_layer=0)
-    for style, line in zip(styles, findings.token_norms.unbind(dim=-1), strict=True):
-        draw_line(axes, style, mean=line, low=line, high=line, first_layer=0)
-
-    min_value, max_value = torch.cat([low, high, findings.token_norms.flatten()]).aminmax()
-    if min_value > 0 and max_value > MIN_RATIO_FOR_LOG_SCALE * min_value:
-        axes.set(yscale="log", ylabel="norm, logarithmic")
-        use_plain_numbers(axes.yaxis)
-    else:
-        axes.set_ylim(bottom=0)
-
-    format_layer_axis(figure, axes, len(median), 0)
+    axes.set_xlabel("layer")
+    axes.set_xlim(0.7, len(layers) + 0.3)
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(axis="y", color="#E4E4E4", linewidth=0.8)
+    axes.set_axisbelow(True)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8.5)
     return figure
 
 
@@ -242,18 +167,6 @@ def use_plain_numbers(axis: Axis) -> None:
     axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.5g}"))
     axis.set_minor_formatter(NullFormatter())
-
-
-def format_layer_axis(figure: Figure, axes: Axes, num_values: int, first_layer: int) -> None:
-    """Label the x axis with layer indices, and draw a grid and a legend of several names."""
-    axes.set_xlabel("layer" if first_layer else "after layer")
-    axes.set_xlim(first_layer - 0.3, first_layer + num_values - 0.7)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(axis="y", color="#E4E4E4", linewidth=0.8)
-    axes.set_axisbelow(True)
-    lines, _ = axes.get_legend_handles_labels()
-    if len(lines) > 1:
-        figure.legend(handles=lines, loc="outside right upper", frameon=False, fontsize=8.5)
 
 
 def create_figure(width: float, height: float) -> Figure:

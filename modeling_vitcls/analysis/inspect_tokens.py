@@ -9,18 +9,17 @@ from rich.markup import escape
 from ..conversion.any_checkpoint import resolve
 from ..data.held_out import read_held_out_record
 from ..hub.local_paths import get_title
-from ..inference.load_model import choose_batch_size, load_model
+from ..inference.load_model import load_model
 from ..runtime.distributed import choose_precision
 from ..runtime.messages import format_message
 from ..runtime.progress import track
 from .inspection import Inspection, inspect_model
 from .inspection_images import open_images
 from .options import InspectOptions
-from .report import SIGNS, write_json_values, write_page
+from .report import SIGNS, measure_shown_photo, write_json_values, write_page
 from .verdict_texts import describe_verdict
 
 
-MAX_BATCH_SIZE = 32  # default number of images per forward pass on GPUs
 RATING_STYLES = {"good": "green", "bad": "red", "doubtful": "yellow", "neutral": "dim"}
 
 
@@ -43,26 +42,40 @@ def inspect_tokens(options: InspectOptions) -> Inspection:
         if precision == "bf16":
             text = "mixed precision: bf16. `mixed_precision='no'` turns it off"
             console.print(format_message(text), markup=False)
-    images = open_images(options, model, read_held_out_record(folder))
+    record = read_held_out_record(folder)
+    images = open_images(options, model, record).draw(options.max_images)
     for file in (options.output, options.json):
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)  # raise errors before the measurements
+    watch = partial(track, console=error_console, unit="")
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         inspection = inspect_model(
             model,
             processor,
-            **images.build_arguments(options.num_images, options.max_images),
+            images.images,
+            labels=images.labels,
+            num_shown=options.num_images,
             token_movement=folder.saved_results.get("token_movement"),
-            batch_size=choose_batch_size(
-                options.batch_size, model.config, processor, device, MAX_BATCH_SIZE
-            ),
+            batch_size=options.batch_size,
             on_warning=lambda message: error_console.print(
                 f"WARNING: {message}", style="bold yellow", markup=False
             ),
-            watch=partial(track, console=error_console, unit=""),
+            watch=watch,
         )
+    # in float32, as in `vitcls look`
+    photos = [
+        measure_shown_photo(
+            model,
+            processor,
+            images.images[index],
+            images.names[index],
+            images.format_label(index, model.config),
+            kind,
+        )
+        for index, kind in watch(inspection.shown_images.items(), "drawing photos")
+    ]
     title = get_title(options.model)
-    write_page(options.output, inspection, title, images.source)
+    write_page(options.output, inspection, photos, title, images.source)
     if options.json is not None:
         write_json_values(options.json, inspection, title)
     print_inspection(inspection, options, console)
@@ -82,7 +95,7 @@ def print_inspection(inspection: Inspection, options: InspectOptions, console: C
             f"[bold]{escape(verdict.token)}[/]: {headline}. {escape(describe_verdict(verdict))}"
         )
     num_images = inspection.findings.num_images
-    num_shown = len(inspection.image_reports)
+    num_shown = len(inspection.shown_images)
     console.print(
         f"saved {options.output} ({num_images:,} images, {num_shown} shown)", markup=False
     )

@@ -1,25 +1,27 @@
-"""All measurements of the report (report.py).
+"""All measurements of the report (report.py): statistics over many images, effects and verdicts.
 
-They are maps of a few images, statistics over many images, and verdicts.
+images -> batches in random order (inference/image_pass.py) -> token_statistics.py -> ablation.py
+       -> diagnosis.py, and the images to show
 
-images -> pixels in memory -> token_statistics.py -> ablation.py -> diagnosis.py
-       -> image_report.py, for the images to show
-
-The images of `vitcls inspect` are opened in inspection_images.py.
+The images of `vitcls inspect` are opened in inspection_images.py. The photos that the report shows
+are measured one by one (photo.py).
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image
 
-from ..data.images import check_channels
-from ..data.labels import get_label_space, is_multi_label
-from ..inference.image_pass import ImageBatch, group_by_shape
-from ..model.configuration_vitcls import ViTCLSConfig
-from ..runtime.errors import format_error
+from ..data.aspect_ratio import has_fixed_size
+from ..data.images import LabeledImages
+from ..data.labels import UNLABELED, get_label_space, is_multi_label
+from ..inference.image_pass import BatchDataset, ImageBatch
+from ..inference.load_model import choose_batch_size
+from ..model.heads_vitcls import IGNORED_LABEL
 from .ablation import (
     MIN_IMAGES,
     Ablations,
@@ -28,17 +30,14 @@ from .ablation import (
     Watch,
     collect_outputs,
     compute_ablations,
-    count_images,
-    encode_label,
 )
 from .diagnosis import Outcome, Verdict, diagnose_patches, diagnose_tokens, summarize_diagnosis
-from .image_report import ImageReport, build_image_report
 from .model_utils import count_tokens, evaluation_mode, is_classifier, unwrap_model
 from .token_statistics import Findings, TokenStatistics
 from .token_use import TokenUse
 
 
-MAX_BATCH_BYTES = 2**29  # maximum memory of a batch in bytes (`get_max_batch_size`)
+MAX_BATCH_SIZE = 32  # default number of images per forward pass on GPUs
 # Maximum number of images for effects and their null distributions, and maximum number of
 # floating-point operations in a pass over these images; MIN_IMAGES images are always used
 MAX_ABLATION_IMAGES = 256
@@ -62,7 +61,7 @@ class Inspection:
         verdicts: one verdict per special token, and one per group of several special tokens. If the
             effects were not measured, only the tokens with a fault.
         patches: verdict on the patch norms.
-        image_reports: reports of the images to show.
+        shown_images: index of each image to show, and why (`select_images`); None for an encoder.
         num_unreadable: number of images that could not be read.
     """
 
@@ -74,7 +73,7 @@ class Inspection:
     num_ablation_images: int
     verdicts: list[Verdict]
     patches: Verdict
-    image_reports: list[ImageReport]
+    shown_images: dict[int, str | None]
     num_unreadable: int
 
     @property
@@ -91,14 +90,13 @@ class Inspection:
 def inspect_model(
     model: Any,
     processor: Any,
-    images: Sequence[Image.Image],
+    images: Sequence[Any],
     *,
-    names: Sequence[str] | None = None,
     labels: Sequence[Any] | None = None,
-    num_shown: int | None = None,
+    num_shown: int = 6,
     has_ablations: bool = True,
     token_movement: Mapping[str, float] | None = None,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     on_warning: WarningCallback = lambda message: None,
     watch: Watch = lambda items, description: items,
 ) -> Inspection:
@@ -110,18 +108,15 @@ def inspect_model(
         model: any ViTCLS classifier or encoder, with or without special tokens. The model may be
             compiled or have PEFT adapters.
         processor: the image processor of the model.
-        images: images to measure and to show. Unreadable images cause a warning and are skipped.
-        names: names of the images.
-        labels: labels of the images: class indices, lists with 0.0 or 1.0 per class, or {task:
-            class index}; None or -100 if unknown.
-        num_shown: number of images to show, selected by their predictions (`select_images`).
-            Default: all images.
+        images: images to measure. Unreadable images cause a warning and are skipped.
+        labels: labels of the images, as in a dataset (data/labels.py); -100 if unknown.
+        num_shown: number of images to select for the report.
         has_ablations: whether to measure the effect of each token, which takes up to 16 passes per
             token and image (`compute_ablations`). Without the effects, only the faults of tokens
             have a verdict.
         token_movement: distance by which training moved each token (`token_movement` in
             results.json).
-        batch_size: maximum number of images per forward pass.
+        batch_size: number of images per forward pass. Default: chosen for the device.
         on_warning: called with a message for each skipped image.
         watch: function that returns the same items and shows the progress, such as
             `rich.progress.track`.
@@ -130,126 +125,121 @@ def inspect_model(
         ValueError: if no image can be read, or the hidden states of the model are not finite.
     """
     model = unwrap_model(model)
-    config: ViTCLSConfig = model.config
+    config = model.config
     use = TokenUse(config, is_classifier(model))
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     measured_model = model if use.has_head else model.base_model
 
-    pixels = read_pixels(processor, config.num_channels, images, on_warning, watch)
-    known_labels: dict[int, Any] = {}
-    if labels is not None and use.has_head:
-        known_labels = {index: labels[index] for index in pixels}
-    encoded_labels = {index: encode_label(label, config) for index, label in known_labels.items()}
-    batches = InspectionBatches(measured_model, pixels, encoded_labels, batch_size)
-    num_affordable = count_affordable_images(measured_model, num_parameters, pixels.values())
+    batch_size = choose_batch_size(batch_size, config, processor, model.device, MAX_BATCH_SIZE)
+    batches = read_batches(
+        use, processor, images, labels if use.has_head else None, batch_size, on_warning, watch
+    )
+    indices = [index for batch in batches for index in batch.indices]
 
     ablations: Ablations = {}
-    num_ablation_images = 0
+    ablation_batches: list[ImageBatch] = []
     with evaluation_mode(model):
         findings, outputs = collect_statistics(measured_model, batches, watch)
         if has_ablations:
-            num_ablated = min(max(num_affordable, MIN_IMAGES), MAX_ABLATION_IMAGES)
-            sample_batches = batches.sample(num_ablated)
-            ablations = compute_ablations(measured_model, use, sample_batches, watch)
-            num_ablation_images = len(sample_batches.pixels)
+            pixel_values: Any = batches[0].pixel_values
+            flops = 2 * num_parameters * count_tokens(model, pixel_values)
+            num_affordable = max(int(MAX_ABLATION_FLOPS / flops), MIN_IMAGES)
+            ablation_batches = take_images(batches, min(num_affordable, MAX_ABLATION_IMAGES))
+            ablations = compute_ablations(measured_model, use, ablation_batches, watch)
 
     verdicts = diagnose_tokens(use, findings, ablations, token_movement)
     if not has_ablations:
         verdicts = [verdict for verdict in verdicts if verdict.headline is not Outcome.NOT_MEASURED]
 
-    kinds_by_index = dict.fromkeys(pixels)
-    if num_shown is not None:
-        selected_images = select_images(outputs, config, num_shown)
-        kinds_by_index = {
-            batches.order[position]: kind for position, kind in selected_images.items()
+    shown_images: dict[int, str | None] = dict.fromkeys(indices[:num_shown])
+    if use.has_head:
+        shown_images = {
+            indices[position]: kind
+            for position, kind in select_images(*rate_outputs(outputs, config), num_shown).items()
         }
-
-    label_space = get_label_space(config)
-    image_reports = []
-    for index, kind in watch(kinds_by_index.items(), "computing maps"):
-        name = f"image {index + 1}" if names is None else names[index]
-        truth = label_space.format_label(known_labels[index]) if known_labels else None
-        image_reports.append(build_image_report(model, processor, images[index], name, truth, kind))
-
     return Inspection(
         use=use,
         model_class=type(model).__name__,
         num_parameters=num_parameters,
         findings=findings,
         ablations=ablations,
-        num_ablation_images=num_ablation_images,
+        num_ablation_images=sum(len(batch.indices) for batch in ablation_batches),
         verdicts=verdicts,
         patches=diagnose_patches(use, findings),
-        image_reports=image_reports,
-        num_unreadable=len(images) - len(pixels),
+        shown_images=shown_images,
+        num_unreadable=len(images) - len(indices),
     )
 
 
-def select_images(outputs: Outputs, config: Any, num_selected: int) -> dict[int, str | None]:
-    """Return the indices of the most instructive images, with the kind of each image.
+# Images -------------------------------------------------------------------------------------------
 
-    Up to half of the selected images, or more if there are too few other images, have the most
-    confident wrong predictions. About a quarter have the least confident correct or unlabeled
-    predictions. The remaining images are evenly spaced. For an encoder, all selected images are
-    evenly spaced and have no kind.
+
+def read_batches(
+    use: TokenUse,
+    processor: Any,
+    images: Sequence[Any],
+    labels: Sequence[Any] | None,
+    batch_size: int,
+    on_warning: WarningCallback,
+    watch: Watch,
+) -> list[ImageBatch]:
+    """Return the preprocessed images in random order, because datasets are often sorted by class.
+
+    Raise ValueError if no image is readable.
     """
-    tasks = [
-        predictions for predictions in outputs.values() if isinstance(predictions, Predictions)
-    ]
-    if not tasks:
-        return dict.fromkeys(select_evenly_spaced(range(count_images(outputs)), num_selected))
-
-    confidences = (
-        torch.stack([compute_confidences(task.logits, config) for task in tasks])
-        .amin(dim=0)
-        .tolist()
+    config = use.config
+    if not has_fixed_size(processor):
+        batch_size = 1
+    dataset = BatchDataset(
+        source=LabeledImages(images, [IGNORED_LABEL] * len(images) if labels is None else labels),
+        processor=processor,
+        label_space=UNLABELED if labels is None else get_label_space(config),
+        batch_size=batch_size,
+        process_index=0,
+        num_processes=1,
+        num_channels=config.num_channels,
     )
-    sorted_indices = sorted(range(len(tasks[0])), key=lambda index: confidences[index])
+    order = np.random.default_rng(0).permutation(len(images)).tolist()
+    starts = range(0, len(order), batch_size)
 
-    is_wrong = torch.stack(
-        [((task.predicted != task.labels) & task.is_known).any(dim=1) for task in tasks]
-    ).any(dim=0)
-    other_indices = [index for index in sorted_indices if not is_wrong[index]]
-    num_wrong = max((num_selected + 1) // 2, num_selected - len(other_indices))
-    wrong_indices = [index for index in reversed(sorted_indices) if is_wrong[index]][:num_wrong]
+    batches = []
+    error_messages: list[str] = []
+    for start in watch(starts, "reading images"):
+        batch = dataset[order[start : start + batch_size]]
+        error_messages += batch.error_messages.values()
+        for message in batch.error_messages.values():
+            on_warning(f"skipped an image: {message}")
+        if labels is None:
+            batch.labels = None
+        elif config.tasks:
+            batch.labels = torch.stack([batch.labels[task] for task in config.task_labels()], dim=1)
+        if batch.indices:
+            batches.append(batch)
 
-    uncertain_indices = other_indices[: (num_selected + 3) // 4]
-    num_typical = num_selected - len(wrong_indices) - len(uncertain_indices)
-    typical_indices = select_evenly_spaced(
-        sorted(other_indices[len(uncertain_indices) :]), num_typical
-    )
-
-    indices_by_kind = {
-        "wrong": wrong_indices,
-        "uncertain": uncertain_indices,
-        "typical": typical_indices,
-    }
-    kinds = [(index, kind) for kind, indices in indices_by_kind.items() for index in indices]
-    return dict(kinds[:num_selected])
-
-
-def compute_confidences(logits: torch.Tensor, config: Any) -> torch.Tensor:
-    """Return the probability [images] of each prediction.
-
-    For a multi-label model, it is the minimum over labels.
-    """
-    if is_multi_label(config):
-        probabilities = logits.sigmoid()
-        return probabilities.maximum(1 - probabilities).amin(dim=1)
-    return logits.softmax(dim=1).amax(dim=1)
+    if not batches:
+        first_error = f" ({error_messages[0]})" if error_messages else ""
+        raise ValueError(
+            f"An inspection requires at least one image, but none of {len(images)} images can be "
+            f"read{first_error}. Check the images."
+        )
+    return batches
 
 
-def select_evenly_spaced(indices: Sequence[int], num_selected: int) -> list[int]:
-    """Return at most `num_selected` evenly spaced indices from `indices`."""
-    num_selected = max(min(num_selected, len(indices)), 0)
-    return [
-        indices[(2 * number + 1) * len(indices) // (2 * num_selected)]
-        for number in range(num_selected)
-    ]
+def take_images(batches: Sequence[ImageBatch], num_images: int) -> list[ImageBatch]:
+    """Return the first `num_images` images of the batches."""
+    taken: list[ImageBatch] = []
+    for batch in batches:
+        assert batch.pixel_values is not None
+        count = min(num_images, len(batch.indices))
+        labels = None if batch.labels is None else batch.labels[:count]
+        if count:
+            taken.append(ImageBatch(batch.pixel_values[:count], labels, batch.indices[:count]))
+        num_images -= count
+    return taken
 
 
 def collect_statistics(
-    model: Any, batches: "InspectionBatches", watch: Watch
+    model: Any, batches: Sequence[ImageBatch], watch: Watch
 ) -> tuple[Findings, Outputs]:
     """Return the statistics over all images, and the outputs of the same forward passes."""
     statistics = TokenStatistics(model)
@@ -264,108 +254,62 @@ def collect_statistics(
     return findings, outputs
 
 
-# Pixels -------------------------------------------------------------------------------------------
+# Images to show -----------------------------------------------------------------------------------
 
 
-def read_pixels(
-    processor: Any,
-    num_channels: int,
-    images: Sequence[Image.Image],
-    on_warning: WarningCallback,
-    watch: Watch,
-) -> dict[int, torch.Tensor]:
-    """Return the pixels [C, H, W] of each usable image by index, and warn about each other image.
+def rate_outputs(
+    outputs: Outputs, config: Any
+) -> tuple[list[float], list[bool], Sequence[Hashable]]:
+    """Return the arguments of `select_images` for the outputs of a classifier."""
+    tasks: list[Predictions] = list(outputs.values())
+    confidences = torch.stack([compute_confidences(task.logits, config) for task in tasks])
+    is_wrong = torch.stack(
+        [((task.predicted != task.labels) & task.is_known).any(dim=1) for task in tasks]
+    ).any(dim=0)
 
-    Raise ValueError if no image is usable.
+    classes: list[int] = [0] * len(is_wrong)
+    if len(tasks) == 1 and not is_multi_label(config):
+        (task,) = tasks
+        classes = torch.where(task.is_known, task.labels, task.predicted)[:, 0].tolist()
+    return confidences.amin(dim=0).tolist(), is_wrong.tolist(), classes
+
+
+def select_images(
+    confidences: Sequence[float],
+    is_wrong: Sequence[bool],
+    classes: Sequence[Hashable],
+    num_selected: int,
+) -> dict[int, str | None]:
+    """Return the indices of the most instructive images, with the kind of each image.
+
+    Kinds take turns: the most confident wrong prediction, the least confident right prediction, a
+    typical image, and so on. Each is of a class of which the fewest images are selected.
     """
-    pixels_by_index = {}
-    error_messages = []
-
-    for index in watch(range(len(images)), "reading images"):
-        try:
-            image = images[index]
-            pixels = processor(image, return_tensors="pt")["pixel_values"][0]  # [C, H, W]
-            check_channels(image, pixels, num_channels)
-            pixels_by_index[index] = pixels
-        except (ValueError, OSError) as error:
-            error_messages.append(format_error(error))
-            on_warning(f"skipped an image: {error_messages[-1]}")
-
-    if not pixels_by_index:
-        first_error = f" ({error_messages[0]})" if error_messages else ""
-        raise ValueError(
-            f"An inspection requires at least one image, but none of {len(images)} images can be "
-            f"read{first_error}. Check the images."
-        )
-    return pixels_by_index
+    order = sorted(range(len(confidences)), key=confidences.__getitem__)
+    right = [index for index in order if not is_wrong[index]]
+    rankings = {
+        "wrong": [index for index in reversed(order) if is_wrong[index]],
+        "uncertain": right,
+        "typical": right[::-1],
+    }
+    selected: dict[int, str | None] = {}
+    kinds = cycle(rankings)
+    while len(selected) < min(num_selected, len(order)):
+        kind = next(kinds)
+        num_selected_by_class = Counter(classes[index] for index in selected)
+        candidates = [index for index in rankings[kind] if index not in selected]
+        if candidates:
+            best = min(candidates, key=lambda index: num_selected_by_class[classes[index]])
+            selected[best] = kind
+    return selected
 
 
-class InspectionBatches(Sequence):
-    """Batches of equally shaped images in memory, with their labels.
+def compute_confidences(logits: torch.Tensor, config: Any) -> torch.Tensor:
+    """Return the probability [images] of each prediction.
 
-    Batches are smaller than `batch_size` if full batches would require more than MAX_BATCH_BYTES of
-    memory.
-
-    Args:
-        model: the model that processes the images.
-        pixels: images [C, H, W] by index.
-        labels: labels [A] by index (`Predictions.labels`); empty if they are unknown.
-        batch_size: maximum number of images per batch.
+    For a multi-label model, it is the minimum over labels.
     """
-
-    def __init__(
-        self,
-        model: Any,
-        pixels: dict[int, torch.Tensor],
-        labels: dict[int, torch.Tensor],
-        batch_size: int,
-    ) -> None:
-        self.model = model
-        self.pixels = pixels
-        self.labels = labels
-        self.batch_size = batch_size
-
-        self.index_batches: list[list[int]] = []
-        for indices in map(list, group_by_shape(pixels)):
-            size = min(batch_size, get_max_batch_size(model, pixels[indices[0]]))
-            for start in range(0, len(indices), size):
-                self.index_batches.append(indices[start : start + size])
-        self.order = [index for batch_indices in self.index_batches for index in batch_indices]
-
-    def __len__(self) -> int:
-        return len(self.index_batches)
-
-    def __getitem__(self, number: Any) -> Any:
-        indices = self.index_batches[number]
-        pixel_values = torch.stack([self.pixels[index] for index in indices])  # [B, C, H, W]
-        labels = None
-        if self.labels:
-            labels = torch.stack([self.labels[index] for index in indices])  # [B, A]
-        return ImageBatch(pixel_values, labels, indices)
-
-    def sample(self, num_selected: int) -> "InspectionBatches":
-        """Return the batches of a sample of at most `num_selected` evenly spaced images."""
-        indices = select_evenly_spaced(self.order, num_selected)
-        pixels = {index: self.pixels[index] for index in indices}
-        return InspectionBatches(self.model, pixels, self.labels, self.batch_size)
-
-
-def get_max_batch_size(model: Any, pixels: torch.Tensor) -> int:
-    """Return the largest batch size for images [C, H, W] that fits in MAX_BATCH_BYTES, or 1.
-
-    The estimate includes all hidden states, a few copies of the attention maps of one layer, and
-    the activations of one MLP.
-    """
-    config = model.config
-    num_tokens = count_tokens(model, pixels.unsqueeze(0))
-    num_maps = config.num_attention_heads * (2 if config.attention_type == "differential" else 1)
-    num_states = (config.num_hidden_layers + 8) * num_tokens * config.hidden_size
-    num_activations = 2 * num_tokens * config.intermediate_size
-    num_values = num_states + num_activations + 3 * num_maps * num_tokens**2
-    return max(MAX_BATCH_BYTES // (4 * num_values), 1)
-
-
-def count_affordable_images(model: Any, num_parameters: int, pixels: Iterable[torch.Tensor]) -> int:
-    """Return the number of images that a pass of MAX_ABLATION_FLOPS operations can process."""
-    flops = 2 * num_parameters * max(count_tokens(model, image.unsqueeze(0)) for image in pixels)
-    return int(MAX_ABLATION_FLOPS / flops)
+    if is_multi_label(config):
+        probabilities = logits.sigmoid()
+        return probabilities.maximum(1 - probabilities).amin(dim=1)
+    return logits.softmax(dim=1).amax(dim=1)

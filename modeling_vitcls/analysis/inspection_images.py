@@ -5,7 +5,7 @@ PATHS       files, folders and URLs; if a folder has the name of a class, its im
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..data.label_matching import match_labels
 from ..data.labels import LabelSpace, get_label_space
 from ..data.options import DataOptions
 from ..inference.inputs import build_list_input
+from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.heads_vitcls import IGNORED_LABEL
 from .model_utils import is_classifier
 from .options import InspectOptions
@@ -32,19 +33,22 @@ class InspectionImages:
     labels: Sequence[Any] | None  # None if unknown
     source: str
 
-    def build_arguments(self, num_shown: int, num_measured: int) -> dict[str, Any]:
-        """Return arguments of `inspect_model`: `num_measured` images, `num_shown` of them shown.
-
-        The images are drawn at random, because datasets are often sorted by class.
-        """
-        drawn = np.random.default_rng(0).permutation(len(self.names))[:num_measured]
+    def draw(self, num_images: int) -> "InspectionImages":
+        """Return at most `num_images` images, drawn at random, in the same order."""
+        drawn = np.random.default_rng(0).permutation(len(self.names))[:num_images]
         indices = np.sort(drawn).tolist()
-        return {
-            "images": self.images.select(indices),
-            "names": [self.names[index] for index in indices],
-            "labels": None if self.labels is None else [self.labels[index] for index in indices],
-            "num_shown": num_shown,
-        }
+        return replace(
+            self,
+            images=self.images.select(indices),
+            names=[self.names[index] for index in indices],
+            labels=None if self.labels is None else [self.labels[index] for index in indices],
+        )
+
+    def format_label(self, index: int, config: ViTCLSConfig) -> str | None:
+        """Return the label of an image as text; None if it is unknown."""
+        if self.labels is None:
+            return None
+        return get_label_space(config).format_label(self.labels[index])
 
 
 def open_images(

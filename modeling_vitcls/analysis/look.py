@@ -1,15 +1,14 @@
 """Draw one sheet per photo: `vitcls look`, and the function `look`.
 
-PATHS -> frames -> measure_photo (photo.py) -> draw_sheet (sheet.py) -> image files, and JSON values
+PATHS -> measure_photo (photo.py) -> draw_sheet (sheet.py) -> image files, and JSON values
 """
 
 import mimetypes
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageSequence
+from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from torchvision.transforms.v2.functional import to_pil_image
@@ -27,8 +26,14 @@ from .photo import build_json_record, measure_photo
 from .sheet import draw_sheet
 
 
+DEFAULT_OUTPUT = Path("look.png")
+
+
 def draw_photo(options: LookOptions, image: Any) -> Image.Image:
-    """Return the sheet of one photo: a path, a URL, encoded bytes, a PIL image or an array."""
+    """Return the sheet of one photo: a path, a URL, encoded bytes, a PIL image or an array.
+
+    With `output` or `json`, the sheet or its numbers are also written.
+    """
     is_source = isinstance(image, str | bytes | Path)
     if is_source:
         photo = read_image(image)
@@ -39,10 +44,18 @@ def draw_photo(options: LookOptions, image: Any) -> Image.Image:
     else:
         raise ValueError(f"cannot draw a {type(image).__name__}. Pass one photo")
     model, processor = load_adjusted_model(options)
-    title = get_title(options.model)
-    if is_source and not isinstance(image, bytes):
-        title += f" · {Path(image).name}"
-    return draw_sheet(measure_photo(model, processor, photo), title)
+    name = Path(image).name if is_source and not isinstance(image, bytes) else ""
+    model_name = get_title(options.model)
+    measurements = measure_photo(model, processor, photo)
+    sheet = draw_sheet(measurements, " · ".join(filter(None, (model_name, name))))
+    record = {"photo": name, **build_json_record(measurements)}
+    if options.output is not None:
+        file = choose_file(options.output, Path(name).stem or "sheet", is_single=True, written=[])
+        save_image(sheet, file)
+        record["sheet"] = str(file)
+    if options.json is not None:
+        write_numbers(options.json, model_name, [record])
+    return sheet
 
 
 def write_sheets(options: LookOptions) -> list[Path]:
@@ -55,6 +68,7 @@ def write_sheets(options: LookOptions) -> list[Path]:
     """
     console = Console(soft_wrap=True, highlight=False)
     error_console = Console(stderr=True, soft_wrap=True, highlight=False)
+    output = options.output or DEFAULT_OUTPUT
     sources = build_list_input(options.paths)
     model, processor = load_adjusted_model(options)
     model_name = get_title(options.model)
@@ -66,32 +80,25 @@ def write_sheets(options: LookOptions) -> list[Path]:
     )
     for name, source in zip(watch, sources.contents, strict=True):
         try:
-            for frame_name, photo in iterate_frames(name, source):
-                measurements = measure_photo(model, processor, photo)
-                file = choose_file(
-                    options.output, Path(frame_name).stem, is_single and frame_name == name, written
-                )
-                save_image(
-                    draw_sheet(measurements, f"{model_name} · {Path(frame_name).name}"), file
-                )
-                written.append(file)
-                records.append(
-                    {"photo": frame_name, "sheet": str(file), **build_json_record(measurements)}
-                )
-                console.print(f"saved {file}", markup=False)
+            measurements = measure_photo(model, processor, read_photo(name, source))
         except ValueError as error:
             if is_single:
                 raise
             error_console.print(
                 f"WARNING: skipped a photo: {error}", style="bold yellow", markup=False
             )
+            continue
+        file = choose_file(output, Path(name).stem, is_single, written)
+        save_image(draw_sheet(measurements, f"{model_name} · {Path(name).name}"), file)
+        written.append(file)
+        records.append({"photo": name, "sheet": str(file), **build_json_record(measurements)})
+        console.print(f"saved {file}", markup=False)
     if not records:
         raise ValueError(
             f"none of the {len(sources.names)} photos can be read. Pass other image files"
         )
     if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        write_json(options.json, {"model": model_name, "photos": records})
+        write_numbers(options.json, model_name, records)
         console.print(f"saved {options.json}", markup=False)
     return written
 
@@ -111,10 +118,8 @@ def load_adjusted_model(options: LookOptions) -> tuple[Any, Any]:
     return model.to(device).eval(), processor  # type: ignore[arg-type]  # `to` is decorated
 
 
-def iterate_frames(name: str, source: str) -> Iterator[tuple[str, Image.Image]]:
-    """Yield the name and the frames of an image file or a URL.
-
-    Most files have one frame, with the name of the file.
+def read_photo(name: str, source: str) -> Image.Image:
+    """Read a photo; of an animation, the first frame.
 
     Raises:
         ValueError: if the source is a video, or cannot be read.
@@ -123,20 +128,7 @@ def iterate_frames(name: str, source: str) -> Iterator[tuple[str, Image.Image]]:
         raise ValueError(
             f"{name} is a video. Extract its frames first: ffmpeg -i {name} frames/%04d.png"
         )
-    image = read_image(source)
-    if "://" in source:
-        yield name, image
-        return
-    with Image.open(source) as file:
-        num_frames = getattr(file, "n_frames", 1)
-        if num_frames == 1:
-            yield name, image
-            return
-        path = Path(name)
-        num_digits = len(str(num_frames))
-        for number, frame in enumerate(ImageSequence.Iterator(file), start=1):
-            frame_path = path.with_name(f"{path.stem}-{number:0{num_digits}}{path.suffix}")
-            yield str(frame_path), frame.convert("RGBA")
+    return read_image(source)
 
 
 def choose_file(output: Path, stem: str, is_single: bool, written: list[Path]) -> Path:
@@ -155,6 +147,12 @@ def choose_file(output: Path, stem: str, is_single: bool, written: list[Path]) -
         number += 1
         file = base.with_name(f"{base.name}-{number}{suffix}")
     return file
+
+
+def write_numbers(file: Path, model_name: str, records: list[dict[str, Any]]) -> None:
+    """Write the numbers of the sheets as JSON."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, {"model": model_name, "photos": records})
 
 
 def save_image(image: Image.Image, file: Path) -> None:

@@ -62,8 +62,7 @@ class InspectOptions(ImageOptions):
 class LookOptions:
     """Draw one sheet per photo: attention by head and layer, and features and norms of the patches.
 
-    The photos are image files, folders or URLs. Each frame of an animated image has a sheet of its
-    own.
+    The photos are image files, folders or URLs.
     """
 
     model: str
@@ -71,7 +70,7 @@ class LookOptions:
     converted once (`timm:NAME`, `transformers:ID`, a folder, a Hub id, a file)."""
     paths: tuple[str, ...] = ()
     """Image files, folders (including subfolders), or URLs."""
-    output: Path = Path("look.png")
+    output: Path | None = None
     """Image file for the sheet, or a folder. For several photos, the name of each photo is appended
     to the file name."""
     json: Path | None = None
@@ -94,7 +93,7 @@ class LookOptions:
             self, "image_size", all(size is None or size >= 1 for size in sizes), "1 or more"
         )
         suffixes = ("", ".png", ".jpg", ".jpeg", ".webp")
-        if self.output.suffix.lower() not in suffixes:
+        if self.output is not None and self.output.suffix.lower() not in suffixes:
             raise ValueError(
                 f"`output={str(self.output)!r}`: set a .png, .jpg or .webp file, or a folder "
                 "without a suffix"

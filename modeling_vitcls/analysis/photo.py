@@ -1,34 +1,72 @@
-"""What the special tokens attend to in one photo, and what its patches contain: `vitcls look`.
+"""What a model predicts for one photo, what its tokens attend to, and what its patches contain.
 
     measurements = measure_photo(model, processor, photo)
     draw_sheet(measurements, "mine")        # a PIL image (sheet.py)
     build_json_record(measurements)         # the numbers
 
-The report on many images is in report.py.
+Patches of one object have similar features and thus similar colors (Oquab et al. 2023, arXiv
+2304.07193, figure 1). Features are hidden states before the final norm. Statistics over many images
+are in token_statistics.py.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
+from sklearn.decomposition import PCA
 
 from ..data.aspect_ratio import Size, VisibleRegion, get_visible_region
+from ..data.labels import get_label_space, is_multi_label
+from ..inference.prediction_rows import (
+    DEFAULT_THRESHOLD,
+    Label,
+    select_probable_labels,
+    select_top_labels,
+)
 from ..inference.token_names import get_token_names_by_group
 from ..model.configuration_vitcls import ViTCLSConfig
 from .attribution import AttentionTrace, trace_attention
-from .image_report import ImagePrediction, build_image_predictions, decompose_patches
 from .maps import extract_patch_maps, get_head_names, to_upright_rgb
 from .model_utils import is_classifier, unwrap_model
 from .register_neurons import OUTLIER_RATIO
 from .token_use import TokenUse
 
 
+MAX_LABELS = 3  # maximum number of labels shown per prediction
+NUM_COLOR_CHANNELS = 3  # number of color channels: red, green and blue
+# Quantiles of a component that are drawn in the darkest and the brightest color; values beyond
+# these quantiles are clipped.
+COLOR_QUANTILES = 0.02, 0.98
+
+
+@dataclass(frozen=True)
+class ImagePrediction:
+    """Prediction for an image: of a model, of one of its tasks, or of an added task."""
+
+    task: str | None
+    # in order of decreasing probability; empty if a multi-label model predicts no label
+    labels: list[Label]
+    indices: list[int]  # class indices of the labels
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """Contribution of each patch to the score of a label."""
+
+    task: str | None
+    label: Label
+    values: torch.Tensor  # [gh, gw] (`AttentionTrace.compute_attribution`)
+
+
 @dataclass(frozen=True)
 class PhotoMeasurements:
-    """Attention and patch features of one photo.
+    """Predictions, attention and patch features of one photo.
 
     Shapes: L layers, H heads, S tokens, N keys, gh x gw patches.
 
@@ -42,6 +80,7 @@ class PhotoMeasurements:
         input_size: height and width of the preprocessed photo, in pixels.
         predictions: one prediction, or one per task, and one per added task; empty for an encoder
             without tasks.
+        attributions: one per label of the predictions, for at most MAX_LABELS of each.
         token_names: [S], name of each token.
         token_groups: [S], group of each token in `config.token_layout`.
         token_layers: [S], last layer in which each token is used, numbered from 1.
@@ -60,6 +99,7 @@ class PhotoMeasurements:
     visible_region: VisibleRegion
     input_size: Size
     predictions: list[ImagePrediction]
+    attributions: list[Attribution]
     token_names: list[str]
     token_groups: list[str]
     token_layers: list[int]
@@ -87,7 +127,9 @@ def measure_photo(model: Any, processor: Any, image: Image.Image) -> PhotoMeasur
     # [1, C, H, W]
     pixel_values = processor(image, return_tensors="pt")["pixel_values"].to(model.device)
     input_size = tuple(pixel_values.shape[-2:])
-    trace = trace_attention(model, pixel_values)
+    use = TokenUse(config, is_classifier(model))
+    has_predictions = use.has_head or bool(config.extra_heads)
+    trace = trace_attention(model, pixel_values, needs_gradients=has_predictions)
 
     # [L, N, D]
     states = torch.stack(
@@ -98,10 +140,9 @@ def measure_photo(model: Any, processor: Any, image: Image.Image) -> PhotoMeasur
             "the features of the model are not finite. Load the model in float32, or train it again"
         )
     features = extract_patch_maps(states.mT, config, input_size).movedim(1, -1)  # [L, gh, gw, D]
-    decompositions = [decompose_patches([layer]) for layer in features]
-    colors = torch.stack([layer_colors for (layer_colors,), _ in decompositions])  # [L, gh, gw, 3]
+    decompositions = [decompose_patches(layer) for layer in features]
+    colors = torch.stack([layer_colors for layer_colors, _ in decompositions])  # [L, gh, gw, 3]
 
-    use = TokenUse(config, is_classifier(model))
     *token_layers, patch_layer = [max(number, 1) for number in use.num_layers]
     names_by_group = get_token_names_by_group(config)
     token_names = [name for names in names_by_group.values() for name in names]
@@ -113,6 +154,12 @@ def measure_photo(model: Any, processor: Any, image: Image.Image) -> PhotoMeasur
         token_layers.insert(0, patch_layer)
         attention = torch.cat([compute_patch_attention(trace), attention], dim=2)
 
+    predictions = build_predictions(use, trace.outputs)
+    attributions = [
+        Attribution(task, label, extract_patch_maps(rows.float().cpu(), config, input_size))
+        for task, label, rows in attribute_predictions(trace, predictions)
+    ]
+
     upright_image = to_upright_rgb(image)
     image_size = (upright_image.height, upright_image.width)
     return PhotoMeasurements(
@@ -120,7 +167,8 @@ def measure_photo(model: Any, processor: Any, image: Image.Image) -> PhotoMeasur
         image=upright_image,
         visible_region=get_visible_region(processor, image_size, config.patch_height_width),
         input_size=input_size,
-        predictions=build_image_predictions(use, trace.outputs),
+        predictions=predictions,
+        attributions=attributions,
         token_names=token_names,
         token_groups=token_groups,
         token_layers=token_layers,
@@ -131,6 +179,83 @@ def measure_photo(model: Any, processor: Any, image: Image.Image) -> PhotoMeasur
         colors=match_colors(colors, patch_layer - 1),
         explained_variance=[variance for _, variance in decompositions],
     )
+
+
+def build_predictions(use: TokenUse, outputs: Any) -> list[ImagePrediction]:
+    """Return the predictions for the outputs of one image.
+
+    That is the prediction of the classifier, or of each task, and of each added task. Encoders and
+    regression models have none of their own.
+    """
+    config = use.config
+    predictions = []
+
+    if use.has_head and config.tasks:
+        for task, names in config.task_labels().items():
+            predictions.append(build_prediction(task, outputs.logits[task], names))
+    elif use.has_head:
+        names = get_label_space(config).names
+        threshold = DEFAULT_THRESHOLD if is_multi_label(config) else None
+        predictions.append(build_prediction(None, outputs.logits, names, threshold))
+
+    for task, logits in (getattr(outputs, "task_logits", None) or {}).items():
+        head = config.get_added_tasks()[task]
+        threshold = None
+        if head.problem_type == "multi_label_classification":
+            threshold = head.threshold or DEFAULT_THRESHOLD
+        predictions.append(build_prediction(task, logits, head.labels, threshold))
+    return predictions
+
+
+def build_prediction(
+    task: str | None, logits: torch.Tensor, names: list[str], threshold: float | None = None
+) -> ImagePrediction:
+    """Return the prediction for logits [1, labels].
+
+    With several labels per image, `threshold` is the probability from which a label is predicted.
+    """
+    if threshold is None:
+        (labels,) = select_top_labels(logits, names, MAX_LABELS)
+    else:
+        (labels,) = select_probable_labels(logits, names, threshold)
+    order = logits[0].float().sort(descending=True, stable=True).indices
+    return ImagePrediction(task, labels, order[: len(labels)].tolist())
+
+
+def attribute_predictions(
+    trace: AttentionTrace, predictions: list[ImagePrediction]
+) -> Iterator[tuple[str | None, Label, torch.Tensor]]:
+    """Yield the task, the label and the attribution [N] of each label that is shown."""
+    for prediction in predictions:
+        pairs = zip(prediction.labels, prediction.indices, strict=True)
+        for label, index in islice(pairs, MAX_LABELS):
+            yield prediction.task, label, trace.compute_attribution(index, prediction.task)[0]
+
+
+def decompose_patches(features: torch.Tensor) -> tuple[torch.Tensor, list[float]]:
+    """Return the first three principal components of the patches of one layer as colors.
+
+    The sign of a component is arbitrary.
+
+    Args:
+        features: [gh, gw, D].
+
+    Returns:
+        Colors [gh, gw, 3], values from 0 to 1, and the fraction of the variance that each component
+        explains.
+    """
+    rows = features.flatten(0, 1).numpy()  # [patches, D]
+    num_components = min(NUM_COLOR_CHANNELS, *rows.shape)
+    pca = PCA(num_components, random_state=0)
+    with np.errstate(invalid="ignore"):  # the variance of equal patches is 0
+        components = pca.fit_transform(rows)  # [patches, components]
+
+    low, high = np.quantile(components, COLOR_QUANTILES, axis=0)
+    # 0.5 is the value of missing components if there are fewer than three components.
+    colors = np.full((len(rows), NUM_COLOR_CHANNELS), 0.5, dtype=np.float32)
+    colors[:, :num_components] = ((components - low) / np.maximum(high - low, 1e-12)).clip(0, 1)
+    shares = np.nan_to_num(pca.explained_variance_ratio_).tolist()
+    return torch.from_numpy(colors).unflatten(0, features.shape[:2]), shares
 
 
 @torch.no_grad()

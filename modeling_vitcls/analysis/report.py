@@ -1,23 +1,21 @@
-"""The HTML report: one self-contained page about the special tokens of a model.
+"""The HTML report: one self-contained page about the special tokens of a model, without a script.
 
-    write_page("report.html", inspect_model(model, processor, images))
+inspection = inspect_model(model, processor, images)
+photos = [measure_shown_photo(model, processor, images[0], "cat.jpg")]
+write_page("report.html", inspection, photos)
 
-    inspection.py      measurements
-    figures.py         figures, embedded as SVG
-    report.html.j2     text and tables
-    report.css         style
-    report_maps.js     draws maps of layers and heads over images
-
-The page does not load any other files. A map is stored as one byte per patch, which encodes the
-square root of (value / maximum of the map). This encoding keeps a page with thousands of maps small
-and is precise for weak attention.
+inspection.py      measurements of many images
+sheet.py           the sheet of each photo
+figures.py         the curve and the histogram, embedded as SVG
+report.html.j2     text and tables
+page.css           style of every page
 """
 
 import base64
 import io
-import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -25,51 +23,78 @@ from typing import Any
 import jinja2
 import numpy as np
 import torch
-from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
-from matplotlib import colormaps
 from PIL import Image
 
 from ..hub.loading import get_cached_commit
 from ..hub.local_paths import get_title
-from ..inference.token_names import get_token_names
 from ..runtime.files import write_atomically
 from ..version import __version__
-from .ablation import get_token_keys
 from .diagnosis import Verdict
-from .figures import plot_curve, plot_norm_histogram, plot_norms, render_svg, shorten_text
-from .image_report import IMAGE_KINDS, ImageReport, compute_patch_colors
+from .figures import plot_entropy, plot_norm_histogram, render_svg, shorten_text
 from .inspection import Inspection
-from .maps import (
-    COLORMAP,
-    MIN_SCALE,
-    draw_patch_colors,
-    get_head_names,
-    overlay,
-    resize_with_region,
-)
+from .maps import draw_region, overlay
+from .photo import PhotoMeasurements, measure_photo
+from .sheet import draw_sheet
 from .verdict_texts import describe_verdict
 
 
 TEMPLATE_FOLDER = Path(__file__).parent
-NUM_OVERVIEW_IMAGES = 6  # number of images on the first screen
 NUM_LARGE_WRONG_IMAGES = 6  # number of wrong images on the first screen
 MAX_FILE_NAME = 24  # maximum length of a file name under an image, in characters
-OVERVIEW_SIDE = 160  # longer side of an image on the first screen, in pixels
-MAX_OVERVIEW_TOKENS = 8  # maximum number of tokens per image on the first screen
-# Maximum total size, in bytes, of the per-head attention maps, before base64 encoding (which adds a
-# third). The maps of individual heads are omitted for the last images if the maps of all images
-# would exceed the limit.
-MAX_MAP_BYTES = 11 * 2**20
-MAX_IMAGE_SIDE = 640  # maximum length of the longer side of an image in the page, in pixels
+THUMBNAIL_SIDE = 200  # longer side of the pictures of a photo beside its name, in pixels
 MAX_PNG_SIDE = 96  # maximum length of the longer side of an image that is stored as PNG, in pixels
 # symbols distinguish ratings without color
 SIGNS = {"good": "✓", "bad": "✕", "doubtful": "≈", "neutral": "○"}
+# Kinds of photos (`select_images`) and their names in the report.
+KINDS = {"wrong": "wrong prediction", "uncertain": "least confident", "typical": "typical"}
+
+
+@dataclass(frozen=True)
+class ShownPhoto:
+    """A photo that the report shows.
+
+    Attributes:
+        name: name of the photo.
+        measurements: what its sheet is drawn from.
+        truth: true label as text; None if unknown.
+        kind: reason why the photo is shown, one of KINDS; None without a reason.
+    """
+
+    name: str
+    measurements: PhotoMeasurements
+    truth: str | None = None
+    kind: str | None = None
+
+    @property
+    def caption(self) -> str:
+        """Return the true and the predicted labels, or the name of the photo."""
+        predicted = ", ".join(
+            prediction.labels[0][0]
+            for prediction in self.measurements.predictions
+            if prediction.labels
+        )
+        if self.truth and predicted:
+            return f"{self.truth} → {predicted}"
+        return predicted or shorten_name(self.name)
+
+
+def measure_shown_photo(
+    model: Any,
+    processor: Any,
+    image: Image.Image,
+    name: str,
+    truth: str | None = None,
+    kind: str | None = None,
+) -> ShownPhoto:
+    """Measure a photo for the report."""
+    return ShownPhoto(name, measure_photo(model, processor, image), truth, kind)
 
 
 def write_page(
     file: str | Path,
     inspection: Inspection,
+    photos: Sequence[ShownPhoto] = (),
     title: str | None = None,
     source: str | None = None,
     predictions: Mapping[str, Any] | None = None,
@@ -78,6 +103,8 @@ def write_page(
 
     Args:
         file: path of the HTML file.
+        inspection: measurements of many images.
+        photos: photos to show.
         title: name of the model. Default: name of the folder or Hub id that the model was loaded
             from.
         source: description of the images.
@@ -87,18 +114,12 @@ def write_page(
     Raises:
         OSError: if the file cannot be written.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATE_FOLDER),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-
     config = inspection.config
+    title = title or get_title(config.name_or_path) or inspection.model_class
     shown_verdicts, other_verdicts = sort_verdicts(inspection)
-    text = environment.get_template("report.html.j2").render(
-        title=title or get_title(config.name_or_path) or inspection.model_class,
+    text = render_page(
+        "report.html.j2",
+        title=title,
         source=source,
         commit=get_commit(config),
         version=__version__,
@@ -107,25 +128,29 @@ def write_page(
         findings=inspection.findings,
         shown_verdicts=shown_verdicts,
         other_verdicts=other_verdicts,
-        overview=build_overview(inspection),
+        photos=[build_photo_row(photo, title) for photo in photos],
         predictions=predictions,
         effects=build_effect_rows(inspection.verdicts),
         figures=build_figures(inspection),
-        image_kinds=IMAGE_KINDS,
-        first_token=next(iter(get_token_names(config)), None),
-        is_cropped=any(map(is_cropped, inspection.image_reports[:NUM_OVERVIEW_IMAGES])),
-        has_unused_maps=min(inspection.use.num_layers) < config.num_hidden_layers,
         num_large=NUM_LARGE_WRONG_IMAGES,
-        shorten=lambda name: shorten_text(name.rpartition("/")[2], MAX_FILE_NAME),
+        shorten=shorten_name,
         signs=SIGNS,
         describe=describe_verdict,
-        data=htmlsafe_json_dumps(
-            build_page_data(inspection), allow_nan=False, separators=(",", ":")
-        ),
-        style=Markup((TEMPLATE_FOLDER / "report.css").read_text(encoding="utf-8")),
-        script=Markup((TEMPLATE_FOLDER / "report_maps.js").read_text(encoding="utf-8")),
     )
     write_text(file, text)
+
+
+def render_page(template: str, **values: Any) -> str:
+    """Return a page of this folder as HTML, in the style of every page."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATE_FOLDER),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    style = Markup((TEMPLATE_FOLDER / "page.css").read_text(encoding="utf-8"))
+    return environment.get_template(template).render(style=style, **values)
 
 
 def write_json_values(file: str | Path, inspection: Inspection, model: str) -> None:
@@ -156,86 +181,51 @@ def write_text(file: str | Path, text: str) -> None:
 # The page -----------------------------------------------------------------------------------------
 
 
-def iterate_overview(
-    inspection: Inspection, num_images: int
-) -> Iterator[tuple[ImageReport, str, dict[str, torch.Tensor]]]:
-    """Yield the first images with a caption and the attention map [gh, gw] of each special token.
+def build_photo_row(photo: ShownPhoto, title: str) -> dict[str, Any]:
+    """Return the pictures of a photo as data URLs, and the texts beside them.
 
-    The attention is that of the last layer in which it is used, averaged over heads.
+    The pictures are what the model sees, the attention of the first token, and the features of the
+    patches; and the sheet.
     """
-    *used_layers, _ = inspection.use.num_layers
-    layers = torch.tensor(used_layers, dtype=torch.long).sub(1).clamp(min=0)  # [S]
-    names = get_token_names(inspection.config)[:MAX_OVERVIEW_TOKENS]
-    for report in inspection.image_reports[:num_images]:
-        maps = report.attention.mean(dim=1)[layers, torch.arange(len(layers))]  # [S, gh, gw]
-        labels = [label for prediction in report.predictions for label, _ in prediction.labels[:1]]
-        caption = ", ".join(labels)
-        if report.truth and labels:
-            caption = f"{report.truth} → {caption}"
-        yield report, caption, dict(zip(names, maps, strict=False))
+    measurements = photo.measurements
+    layer = measurements.token_layers[0]
+    attention = measurements.maps[layer - 1, :, 0].mean(dim=0)  # [gh, gw]
+    visible_part = draw_region(measurements.image, measurements.visible_region, THUMBNAIL_SIDE)
+    colors = measurements.colors[measurements.patch_layer - 1].numpy()
+    features = Image.fromarray((colors * 255).round().astype(np.uint8))
+    pictures = {
+        photo.name: visible_part,
+        f"attention of {measurements.token_names[0]}": overlay(visible_part, attention),
+        "patch features": features.resize(visible_part.size, Image.Resampling.NEAREST),
+    }
+    sheet = draw_sheet(measurements, f"{title} · {shorten_name(photo.name)}")
+    return {
+        "name": photo.name,
+        "caption": photo.caption,
+        "kind": KINDS.get(photo.kind or ""),
+        "pictures": {name: encode_data_url(picture) for name, picture in pictures.items()},
+        "sheet": encode_data_url(sheet),
+    }
 
 
-def is_cropped(report: ImageReport) -> bool:
-    """Return whether the model receives only a part of the image."""
-    left, top, right, bottom = report.visible_region
-    width, height = report.image.size
-    return left > 0 or top > 0 or right < width or bottom < height
-
-
-def build_overview(inspection: Inspection) -> list[dict[str, Any]]:
-    """Return the images of the first screen, and their maps as data URLs.
-
-    The maps are the attention of each special token, and the patch features as colors.
-    """
-    rows: list[dict[str, Any]] = []
-    reports = inspection.image_reports[:NUM_OVERVIEW_IMAGES]
-    if not reports:
-        return rows
-
-    last_layer = max(inspection.use.num_layers[-1], 1) - 1
-    patch_colors = compute_patch_colors([report.features[last_layer] for report in reports])
-    overview = iterate_overview(inspection, NUM_OVERVIEW_IMAGES)
-    for (report, caption, maps), colors in zip(overview, patch_colors, strict=True):
-        sides = {"max_side": OVERVIEW_SIDE, "min_side": OVERVIEW_SIDE}
-        overlays = [
-            {
-                "name": name,
-                "url": encode_data_url(
-                    overlay(report.image, values, report.visible_region, **sides)
-                ),
-            }
-            for name, values in maps.items()
-        ]
-
-        color_image = draw_patch_colors(report.image, colors, report.visible_region, OVERVIEW_SIDE)
-        overlays.append({"name": "patch features", "url": encode_data_url(color_image)})
-        image, _ = resize_with_region(report.image, None, OVERVIEW_SIDE, OVERVIEW_SIDE)
-
-        rows.append(
-            {
-                "name": report.name,
-                "caption": caption,
-                "url": encode_data_url(image),
-                "maps": overlays,
-            }
-        )
-    return rows
+def shorten_name(name: str) -> str:
+    """Return the last part of the name of an image, shortened to MAX_FILE_NAME characters."""
+    return shorten_text(name.rpartition("/")[2], MAX_FILE_NAME)
 
 
 def sort_verdicts(inspection: Inspection) -> tuple[list[Verdict], list[Verdict]]:
     """Return the verdicts for the first screen, and the others, which would surprise nobody.
 
     A token has a verdict on the first screen if there are several tokens or something is wrong with
-    it; everything else only if something is wrong."""
+    it; the patches only if something is wrong.
+    """
     has_several_tokens = inspection.config.token_layout.num_prefix_tokens > 1
-    shown = [
-        verdict
-        for verdict in inspection.verdicts
-        if has_several_tokens or verdict.rating in ("bad", "doubtful")
-    ]
-    others = [verdict for verdict in inspection.verdicts if verdict not in shown]
-    is_wrong = inspection.patches.rating in ("bad", "doubtful")
-    (shown if is_wrong else others).append(inspection.patches)
+    shown: list[Verdict] = []
+    others: list[Verdict] = []
+    for verdict in (*inspection.verdicts, inspection.patches):
+        is_wrong = verdict.rating in ("bad", "doubtful")
+        is_shown = is_wrong or (has_several_tokens and verdict is not inspection.patches)
+        (shown if is_shown else others).append(verdict)
     return shown, others
 
 
@@ -269,11 +259,9 @@ def build_figures(inspection: Inspection) -> list[Markup]:
     """Return the figures of the page as SVG."""
     config = inspection.config
     findings = inspection.findings
-    histogram = plot_norm_histogram(config, findings, inspection.patches.numbers["layer"])
-    figures = [plot_norms(config, findings), histogram]
+    figures = [plot_norm_histogram(config, findings, inspection.patches.numbers["layer"])]
     if config.token_layout.num_prefix_tokens:
-        curves = [plot_curve(config, findings, name) for name in ("entropy", "variation")]
-        figures = [*curves, *figures]
+        figures.insert(0, plot_entropy(config, findings))
     return [Markup(render_svg(figure)) for figure in figures]
 
 
@@ -282,112 +270,12 @@ def get_commit(config: Any) -> str | None:
     return getattr(config, "_commit_hash", None) or get_cached_commit(config.name_or_path)
 
 
-# Values and maps for the script of the page -------------------------------------------------------
-
-
-def build_page_data(inspection: Inspection) -> dict[str, Any]:
-    """Return all values that the script of the page reads."""
-    reports = inspection.image_reports
-    config = inspection.config
-    num_images_with_heads = count_images_with_heads(reports)
-    *num_used_layers, num_used_patch_layers = inspection.use.num_layers
-    groups = [key.partition("[")[0] for key in get_token_keys(config.token_layout)]
-
-    color_table = (colormaps[COLORMAP](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
-    features_by_layer = zip(*(report.features for report in reports), strict=True)
-    # colors of each layer and image
-    patch_colors = [compute_patch_colors(layer) for layer in features_by_layer]
-
-    tokens = [
-        {"name": name, "group": group, "used": num_layers}
-        for name, group, num_layers in zip(
-            get_token_names(config), groups, num_used_layers, strict=True
-        )
-    ]
-    images = []
-    for index, report in enumerate(reports):
-        colors = torch.stack([layer[index] for layer in patch_colors])  # [L, gh, gw, 3]
-        images.append(build_image_data(report, colors, index < num_images_with_heads))
-
-    return {
-        "tokens": tokens,
-        "layers": config.num_hidden_layers,
-        "patch_layers": num_used_patch_layers,
-        "heads": get_head_names(config) if num_images_with_heads else [],
-        "colors": color_table.tobytes().hex(),
-        "min_scale": MIN_SCALE,
-        "images": images,
-    }
-
-
-def count_images_with_heads(image_reports: list[ImageReport]) -> int:
-    """Return the number of leading images whose maps of all heads fit in MAX_MAP_BYTES."""
-    cumulative_sizes = itertools.accumulate(report.attention.numel() for report in image_reports)
-    return sum(size <= MAX_MAP_BYTES for size in cumulative_sizes)
-
-
-def build_image_data(
-    report: ImageReport, colors: torch.Tensor, has_head_maps: bool
-) -> dict[str, Any]:
-    """Return the values of one image.
-
-    `colors` are the patch colors [L, gh, gw, 3]. Attention maps are in the order [layer, mean and
-    heads, token].
-    """
-    width, height = report.image.size
-    mean = report.attention.mean(dim=1, keepdim=True)  # [L, 1, S, gh, gw]
-    attention = torch.cat([mean, report.attention], dim=1) if has_head_maps else mean
-    left, top, right, bottom = report.visible_region
-
-    return {
-        "name": report.name,
-        "width": width,
-        "height": height,
-        "url": encode_data_url(report.image),
-        "visible_region": [left / width, top / height, right / width, bottom / height],
-        "grid": list(attention.shape[-2:]),
-        "attention": pack_maps(attention),
-        "num_heads": report.attention.shape[1] if has_head_maps else 0,
-        "attribution": pack_maps(torch.stack(report.attributions)) if report.attributions else None,
-        "attributed": [
-            ": ".join(filter(None, (prediction.task, prediction.top_label)))
-            for prediction in report.predictions
-        ],
-        "patch_colors": encode_base64((colors * 255).round().to(torch.uint8)),
-    }
-
-
 def encode_data_url(image: Image.Image) -> str:
-    """Return an image as a data URL. An image larger than MAX_IMAGE_SIDE is scaled down."""
-    thumbnail = image.copy()
+    """Return an image as a data URL."""
     buffer = io.BytesIO()
-    thumbnail.thumbnail((MAX_IMAGE_SIDE, MAX_IMAGE_SIDE))
-    file_type = "png" if max(thumbnail.size) <= MAX_PNG_SIDE else "jpeg"
-    thumbnail.save(buffer, file_type, quality=85)
+    file_type = "png" if max(image.size) <= MAX_PNG_SIDE else "jpeg"
+    image.save(buffer, file_type, quality=85)
     return f"data:image/{file_type};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def pack_maps(maps: torch.Tensor) -> dict[str, str]:
-    """Encode nonnegative maps [..., gh, gw] in base64.
-
-    The result has `values` (one byte per patch), and the `largest` value and `sum` of each map. The
-    value of a patch is (byte / 255)² times the largest value of the map.
-    """
-    maps = maps.double()
-    maxima = maps.amax(dim=(-2, -1), keepdim=True)  # [..., 1, 1]
-    return {
-        "values": encode_base64(
-            ((maps / maxima.clamp(min=1e-30)).sqrt() * 255).round().to(torch.uint8)
-        ),
-        "largest": encode_base64(maxima.float()),
-        "sum": encode_base64(maps.sum(dim=(-2, -1)).float()),
-    }
-
-
-def encode_base64(values: torch.Tensor) -> str:
-    """Return the bytes of a tensor in base64, in little-endian order as in browsers."""
-    array = values.contiguous().numpy()
-    return base64.b64encode(array.astype(array.dtype.newbyteorder("<")).tobytes()).decode()
 
 
 # Values for programs ------------------------------------------------------------------------------

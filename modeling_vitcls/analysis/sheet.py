@@ -1,14 +1,16 @@
-"""Draw the sheet of one photo for `vitcls look`, from the measurements in photo.py.
+"""Draw the sheet of one photo for `vitcls look` and the report, from the measurements in photo.py.
 
     title, and the whole photo if the model sees only a part
     photo | attention | principal components of the patches | norms of the patches
+    attribution                  one tile per label of the predictions
     attention of each head       one row per token, in the last layer in which the token is used
     layer by layer               one row per token, then principal components and norms
 
-All positions and sizes are in inches from the upper left corner of the sheet, so that tiles are
-aligned.
+Each section is a figure of the width of the sheet and as high as its contents. The sheet is one
+section below the other.
 """
 
+import io
 import textwrap
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -16,47 +18,52 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from matplotlib import colormaps
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
+from mpl_toolkits.axes_grid1 import ImageGrid
 from PIL import Image
 
-from ..data.aspect_ratio import VisibleRegion
 from ..inference.token_names import SINGLE_TOKEN_NAMES
 from ..model.configuration_vitcls import ViTCLSConfig
 from .figures import DARK_GRAY, GROUP_COLORS, shorten_text
-from .maps import COLORMAP, MIN_SCALE, overlay, resize_with_region
+from .maps import COLORMAP, MIN_SCALE, draw_region, get_brightest_value, limit_region, overlay
 from .photo import PhotoMeasurements
 
 
-WIDTH = 12.0  # width of the sheet
+WIDTH = 12.0  # width of the sheet in inches
 DPI = 150
-MARGIN = 0.3
-GAP = 0.07  # between tiles
-NAME_WIDTH = 1.15  # width of the names of rows
-CAPTION_HEIGHT = 0.155
+LEFT, RIGHT = 0.025, 0.975  # margins, as fractions of the width
+TILES_LEFT = 0.12  # left edge of the tiles, right of the names of the rows
+GAP = 0.12  # between sections, in inches
+LARGE_SIDE = 640  # longer side of a picture in the first row, in pixels
+LARGE_GAP = 0.25  # between the pictures in the first row, in inches
+MAX_LARGE_HEIGHT = 3.4  # of these pictures, in inches
 
-LARGE_SIDE = 640  # longer side of a tile in the first row, in pixels
-SMALL_SIDE = 256  # longer side of a tile in the other rows, in pixels
-MAX_LARGE_HEIGHT = 3.4  # of the tiles in the first row
 MAX_COLUMNS = 17  # maximum number of tiles per line: the mean and 16 heads
 # tiles are not larger than in a line of this number of tiles
 MIN_COLUMNS = 7
 MIN_COLUMNS_OF_MANY = 12
 MANY_TOKENS = 3  # minimum number of tokens for MIN_COLUMNS_OF_MANY
 MAX_TOKENS = 9  # maximum number of tokens with a row
+MAX_ATTRIBUTIONS = 12  # maximum number of labels with an attribution
 MAX_TITLE = 64  # maximum number of characters of the title, beside the small photo
 
 MEDIUM_GRAY = "#666666"
 NORM_COLORMAP = "viridis"
 BRIGHT_QUANTILE = 0.99  # quantile of an attention map that is drawn in the brightest color
 HIDDEN_OPACITY = 0.3  # of the part of the photo that the model does not see
+UNUSED_OPACITY = 0.35  # of maps that no output of the model depends on
 
 
 class Tile(NamedTuple):
-    """A picture, and the text above it."""
+    """A picture [h, w, 3], and the text above it."""
 
-    picture: Image.Image
-    caption: str = ""
+    picture: np.ndarray
+    caption: str
+    is_used: bool = True
 
 
 class Row(NamedTuple):
@@ -78,112 +85,55 @@ def draw_sheet(measurements: PhotoMeasurements, title: str = "") -> Image.Image:
     Returns:
         An RGB image that is 1,800 pixels wide.
     """
-    sheet = Sheet()
-    draw_header(sheet, measurements, title)
-    draw_overview(sheet, measurements)
-    draw_heads(sheet, measurements)
-    draw_layers(sheet, measurements)
-    return sheet.render()
+    figures = [
+        draw_header(measurements, title),
+        draw_overview(measurements),
+        *draw_attributions(measurements),
+        *draw_heads(measurements),
+        *draw_layers(measurements),
+    ]
+    sections = [render(figure) for figure in figures]
+    margin = round(GAP * DPI)
+    height = sum(section.height for section in sections) + 2 * margin
+    sheet = Image.new("RGB", (sections[0].width, height), "white")
+    y = margin
+    for section in sections:
+        sheet.paste(section, (0, y))
+        y += section.height
+    return sheet
 
 
-class Sheet:
-    """A figure on which text and pictures are placed from top to bottom."""
+def render(figure: Figure) -> Image.Image:
+    """Return a figure as an image of the width of the sheet and the height of its contents."""
+    contents = figure.get_tightbbox()
+    region = Bbox.from_extents(0, contents.y0 - GAP, WIDTH, contents.y1 + GAP)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, bbox_inches=region, pil_kwargs={"compress_level": 1})
+    return Image.open(buffer).convert("RGB")
 
-    def __init__(self) -> None:
-        self.figure = Figure(figsize=(WIDTH, WIDTH), dpi=DPI, facecolor="white")
-        self.axes = self.figure.add_axes((0, 0, 1, 1))
-        self.axes.axis("off")
-        self.y = MARGIN  # upper edge of the free space
 
-    def place(
-        self, picture: Image.Image | np.ndarray, x: float, y: float, width: float, height: float
-    ) -> None:
-        """Place a picture, stretched to a size, with its upper left corner at (x, y)."""
-        self.axes.imshow(
-            picture,
-            extent=(x, x + width, y + height, y),
-            aspect="auto",
-            interpolation="antialiased",
-        )
+def create_section(height: float) -> Figure:
+    """Create a white figure of the width of the sheet; the height is in inches."""
+    return Figure(figsize=(WIDTH, height), dpi=DPI, facecolor="white")
 
-    def write(
-        self,
-        x: float,
-        y: float,
-        text: str,
-        size: float = 8.5,
-        color: str = MEDIUM_GRAY,
-        **style: Any,
-    ) -> None:
-        """Write text on the baseline y."""
-        self.axes.text(x, y, text, fontsize=size, color=color, parse_math=False, **style)
 
-    def write_heading(self, heading: str, explanation: str) -> None:
-        """Write the heading of a section and one line in gray."""
-        self.y += 0.34
-        self.write(MARGIN, self.y, heading, size=11.5, color=DARK_GRAY, weight="bold")
-        self.y += 0.19
-        self.write(MARGIN, self.y, explanation)
-        self.y += 0.06
-
-    def draw_rows(self, headers: Sequence[str], rows: Sequence[Row], min_columns: int) -> None:
-        """Draw rows of tiles with headers above the columns.
-
-        If there are too many columns, all rows continue on further lines.
-        """
-        # rounded up
-        num_lines = -(-len(headers) // MAX_COLUMNS)
-        num_columns = -(-len(headers) // num_lines)
-        width = (WIDTH - 2 * MARGIN - NAME_WIDTH + GAP) / max(num_columns, min_columns) - GAP
-
-        for start in range(0, len(headers), num_columns):
-            columns = slice(start, start + num_columns)
-            self.y += 0.17
-            for index, header in enumerate(headers[columns]):
-                self.write(
-                    MARGIN + NAME_WIDTH + index * (width + GAP),
-                    self.y,
-                    header,
-                    size=7.5,
-                    color=DARK_GRAY,
-                )
-            for row in rows:
-                self.draw_line(row, row.tiles[columns], width)
-            self.y += 0.05
-
-    def draw_line(self, row: Row, tiles: Sequence[Tile], width: float) -> None:
-        """Draw one line of tiles and the name of the row."""
-        picture = tiles[0].picture
-        height = width * picture.height / picture.width
-        self.y += CAPTION_HEIGHT
-
-        lines = textwrap.wrap(shorten_text(row.name, 36), 13)
-        y = self.y + height / 2 - 0.075 * len(lines) + 0.07
-        for line in lines:
-            self.write(MARGIN, y, line, color=row.color, weight="bold")
-            y += 0.15
-        self.write(MARGIN, y, row.note, size=7.5)
-
-        for index, tile in enumerate(tiles):
-            x = MARGIN + NAME_WIDTH + index * (width + GAP)
-            self.write(x, self.y - 0.04, tile.caption, size=7)
-            self.place(tile.picture, x, self.y, width, height)
-        self.y += height + GAP
-
-    def render(self) -> Image.Image:
-        """Return the sheet as an image that ends below the last tile."""
-        height = self.y + MARGIN
-        self.figure.set_size_inches(WIDTH, height)
-        self.axes.set(xlim=(0, WIDTH), ylim=(height, 0))
-        canvas = FigureCanvasAgg(self.figure)
-        canvas.draw()
-        return Image.fromarray(np.asarray(canvas.buffer_rgba())[:, :, :3].copy())
+def write(
+    figure: Figure,
+    text: str,
+    inches: float,
+    size: float = 9,
+    color: str = MEDIUM_GRAY,
+    **style: Any,
+) -> None:
+    """Write a line whose baseline is `inches` above the upper edge of the figure."""
+    y = 1 + inches / figure.get_figheight()
+    figure.text(LEFT, y, text, fontsize=size, color=color, parse_math=False, **style)
 
 
 # Sections -----------------------------------------------------------------------------------------
 
 
-def draw_header(sheet: Sheet, measurements: PhotoMeasurements, title: str) -> None:
+def draw_header(measurements: PhotoMeasurements, title: str) -> Figure:
     """Write the title, the size of the model, what it sees of the photo, and the predictions."""
     config = measurements.config
     image = measurements.image
@@ -197,98 +147,113 @@ def draw_header(sheet: Sheet, measurements: PhotoMeasurements, title: str) -> No
         f"photo of {image.width} × {image.height} pixels; the model sees {visible_part} at "
         f"{width} × {height} pixels, as {columns} × {rows} patches",
     ]
-
     for prediction in measurements.predictions:
-        labels = ", ".join(
-            f"{shorten_text(label, 40)} {probability:.0%}"
-            for label, probability in prediction.labels
-        )
+        labels = ", ".join(map(format_label, prediction.labels))
         lines.append(f"{prediction.task or 'prediction'}: {labels or 'no label'}")
 
-    sheet.y += 0.14
-    sheet.write(
-        MARGIN, sheet.y, shorten_text(title, MAX_TITLE), size=15, color=DARK_GRAY, weight="bold"
-    )
-    for line in lines:
-        sheet.y += 0.2
-        sheet.write(MARGIN, sheet.y, line, size=9)
+    figure = create_section(0.3 + 0.2 * len(lines))
+    write(figure, shorten_text(title, MAX_TITLE), -0.2, 15, DARK_GRAY, weight="bold")
+    for number, line in enumerate(lines, start=1):
+        write(figure, line, -0.2 - 0.2 * number)
     if visible_part != "all of it":
-        thumbnail = draw_whole_photo(measurements)
-        max_height = sheet.y - MARGIN + 0.05
-        thumbnail_width = min(max_height * thumbnail.width / thumbnail.height, 2.65)
-        thumbnail_height = thumbnail_width * thumbnail.height / thumbnail.width
-        x = WIDTH - MARGIN - thumbnail_width
-        sheet.place(thumbnail, x, MARGIN, thumbnail_width, thumbnail_height)
+        axes = figure.add_axes((0.75, 0, RIGHT - 0.75, 1), anchor="NE")
+        axes.imshow(draw_whole_photo(measurements))
+        axes.set_axis_off()
+    return figure
 
 
-def draw_overview(sheet: Sheet, measurements: PhotoMeasurements) -> None:
+def draw_overview(measurements: PhotoMeasurements) -> Figure:
     """Draw what the model sees, the attention of the first token, and the patches."""
-    token = measurements.token_names[0]
+    token = shorten_text(measurements.token_names[0], 11)
     token_layer = measurements.token_layers[0]
     attention = measurements.maps[token_layer - 1, :, 0].mean(dim=0)  # [gh, gw]
     layer = measurements.patch_layer
     norms = measurements.norms[layer - 1]  # [gh, gw]
+    photo = draw_visible_part(measurements)
 
-    sheet.y += 0.42
-    pitch = (WIDTH - 2 * MARGIN + 0.25) / 4
-    picture = draw_visible_part(measurements, LARGE_SIDE)
-    width = min(pitch - 0.25, MAX_LARGE_HEIGHT * picture.width / picture.height)
-    height = width * picture.height / picture.width
-
-    tiles = [
-        Tile(picture, "What the model sees"),
-        Tile(
-            draw_overlay(measurements, attention),
-            f"Attention of {shorten_text(token, 11)}, layer {token_layer}",
-        ),
-        Tile(draw_colors(measurements, layer - 1, LARGE_SIDE), f"Patch features, layer {layer}"),
-        Tile(draw_norms(measurements, layer - 1, LARGE_SIDE), f"Patch norms, layer {layer}"),
-    ]
-
-    for index, tile in enumerate(tiles):
-        x = MARGIN + index * pitch
-        sheet.write(x, sheet.y - 0.08, tile.caption, size=10, color=DARK_GRAY, weight="bold")
-        sheet.place(tile.picture, x, sheet.y, width, height)
-
-    sheet.y += height + 0.08
-    brightest = max(attention.max().item(), MIN_SCALE * attention.mean().item())  # as in `overlay`
-    draw_color_bar(
-        sheet,
-        x=MARGIN + pitch,
-        width=width,
-        colormap=COLORMAP,
-        low="0",
-        high=f"{brightest:.2%} in one patch",
+    slot = ((RIGHT - LEFT) * WIDTH - 3 * LARGE_GAP) / 4
+    figure = create_section(min(slot * photo.height / photo.width, MAX_LARGE_HEIGHT))
+    slots = figure.subplots(
+        ncols=4,
+        gridspec_kw={
+            "left": LEFT,
+            "right": RIGHT,
+            "bottom": 0,
+            "top": 1,
+            "wspace": LARGE_GAP / slot,
+        },
     )
-    draw_color_bar(
-        sheet,
-        x=MARGIN + 3 * pitch,
-        width=width,
-        colormap=NORM_COLORMAP,
-        low=f"{norms.min():.3g}",
-        high=f"{norms.max():.3g}",
-    )
+    pictures = {
+        "What the model sees": photo,
+        f"Attention of {token}, layer {token_layer}": overlay(photo, attention),
+        f"Patch features, layer {layer}": measurements.colors[layer - 1].numpy(),
+        f"Patch norms, layer {layer}": color_norms(norms),
+    }
+    for axes, (title, picture) in zip(slots, pictures.items(), strict=True):
+        axes.set_anchor("NW")
+        show_tile(axes, picture, photo)
+        axes.set_title(title, loc="left", fontsize=10, color=DARK_GRAY, weight="bold", pad=4)
+
+    brightest = get_brightest_value(attention)
+    draw_color_bar(figure, slots[1], COLORMAP, {0: "0", brightest: f"{brightest:.2%} in one patch"})
+    limits = {value: f"{value:.3g}" for value in (norms.min().item(), norms.max().item())}
+    draw_color_bar(figure, slots[3], NORM_COLORMAP, limits)
 
     share = sum(measurements.explained_variance[layer - 1])
-    sheet.write(
-        MARGIN + 2 * pitch, sheet.y + 0.08, "red, green, blue: 3 principal components,", size=8
+    slots[2].annotate(
+        f"red, green, blue: 3 principal components,\nwhich explain {share:.0%} of the variance",
+        (0, 0),
+        xycoords="axes fraction",
+        xytext=(0, -6),
+        textcoords="offset points",
+        va="top",
+        fontsize=8,
+        color=MEDIUM_GRAY,
     )
-    sheet.write(
-        MARGIN + 2 * pitch, sheet.y + 0.22, f"which explain {share:.0%} of the variance", size=8
+    return figure
+
+
+def draw_color_bar(figure: Figure, axes: Axes, colormap: str, labels: dict[float, str]) -> None:
+    """Draw a color bar below a picture, with labels of its ends."""
+    low, high = min(labels), max(labels)
+    inch = 1 / figure.get_figheight()
+    bar = figure.colorbar(
+        ScalarMappable(Normalize(low, max(high, low + 1e-12)), colormap),
+        cax=axes.inset_axes((0, -0.15 * inch, 1, 0.07 * inch)),
+        orientation="horizontal",
     )
-    sheet.y += 0.28
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(length=0, labelsize=8, labelcolor=MEDIUM_GRAY)
+    bar.set_ticks([low, high], labels=[labels[low], labels[high]])
+    left, right = bar.ax.get_xticklabels()
+    left.set_horizontalalignment("left")
+    right.set_horizontalalignment("right")
 
 
-def draw_color_bar(
-    sheet: Sheet, x: float, width: float, colormap: str, low: str, high: str
-) -> None:
-    """Draw a color bar with the values at its ends."""
-    sheet.place(colormaps[colormap](np.linspace(0, 1, 256))[None], x, sheet.y, width, 0.07)
-    sheet.write(x, sheet.y + 0.22, low, size=8)
-    sheet.write(x + width, sheet.y + 0.22, high, size=8, ha="right")
+def draw_attributions(measurements: PhotoMeasurements) -> list[Figure]:
+    """Draw the attribution of each label of the predictions over the photo."""
+    attributions = measurements.attributions[:MAX_ATTRIBUTIONS]
+    if not attributions:
+        return []
+    photo = draw_visible_part(measurements)
+    headers = []
+    tiles = []
+    for attribution in attributions:
+        name, probability = attribution.label
+        headers.append(shorten_text(": ".join(filter(None, (attribution.task, name))), 24))
+        picture = np.asarray(overlay(photo, attribution.values))
+        tiles.append(Tile(picture, f"{probability:.0%}"))
+    return draw_rows(
+        measurements,
+        "What counts for a label",
+        "Attribution: attention weighted by its gradient (Chefer et al. 2021). Bright patches raise "
+        "the score of the label",
+        headers,
+        [Row("prediction", "attribution", DARK_GRAY, tiles)],
+    )
 
 
-def draw_heads(sheet: Sheet, measurements: PhotoMeasurements) -> None:
+def draw_heads(measurements: PhotoMeasurements) -> list[Figure]:
     """Draw the mean and the heads of each token in the last layer in which the token is used."""
     num_tokens = len(measurements.token_names)
     heading = "Attention by head"
@@ -299,8 +264,6 @@ def draw_heads(sheet: Sheet, measurements: PhotoMeasurements) -> None:
         "special tokens. Each map has its own scale: black is 0, bright is the highest 1% of its "
         "values"
     )
-    sheet.write_heading(heading, explanation)
-
     noun = "map" if measurements.config.attention_type == "differential" else "head"
     headers = ["mean", *(f"{noun} {number}" for number in range(1, measurements.maps.shape[1] + 1))]
 
@@ -308,51 +271,166 @@ def draw_heads(sheet: Sheet, measurements: PhotoMeasurements) -> None:
     for index, layer in enumerate(measurements.token_layers[:MAX_TOKENS]):
         maps = measurements.maps[layer - 1, :, index]  # [H, gh, gw]
         maps = torch.cat([maps.mean(dim=0, keepdim=True), maps])  # [1 + H, gh, gw]
-        rows.append(draw_attention_row(measurements, index, f"layer {layer}", maps))
+        rows.append(build_attention_row(measurements, index, f"layer {layer}", maps))
+    return draw_rows(measurements, heading, explanation, headers, rows)
 
-    sheet.draw_rows(headers, rows, get_min_columns(measurements))
 
-
-def draw_layers(sheet: Sheet, measurements: PhotoMeasurements) -> None:
+def draw_layers(measurements: PhotoMeasurements) -> list[Figure]:
     """Draw the attention of each token, the features and the norms after each layer."""
     explanation = (
         "Attention: mean over heads, with the percentage on patches. Features: 3 components per "
         "layer, with the variance that they explain; their colors are matched between layers"
     )
-    sheet.write_heading("Layer by layer", explanation)
+    num_layers = len(measurements.maps)
+    if min(measurements.patch_layer, *measurements.token_layers) < num_layers:
+        explanation += ". Pale: not used"
 
-    layers = range(len(measurements.maps))
     rows = []
-    for index in range(len(measurements.token_names[:MAX_TOKENS])):
+    for index, num_used in enumerate(measurements.token_layers[:MAX_TOKENS]):
         maps = measurements.maps[:, :, index].mean(dim=1)  # [L, gh, gw]
-        rows.append(draw_attention_row(measurements, index, "attention", maps))
+        rows.append(build_attention_row(measurements, index, "attention", maps, num_used))
 
-    shares = [f"{sum(each):.0%}" for each in measurements.explained_variance]
-    tiles = [Tile(draw_colors(measurements, layer, SMALL_SIDE), shares[layer]) for layer in layers]
-    rows.append(Row("patches", "features", DARK_GRAY, tiles))
+    features = []
+    norms = []
+    for layer in range(num_layers):
+        is_used = layer < measurements.patch_layer
+        share = sum(measurements.explained_variance[layer])
+        values = measurements.norms[layer]
+        features.append(Tile(measurements.colors[layer].numpy(), f"{share:.0%}", is_used))
+        norms.append(
+            Tile(color_norms(values), f"{values.min():.3g} to {values.max():.3g}", is_used)
+        )
+    rows.append(Row("patches", "features", DARK_GRAY, features))
+    rows.append(Row("patches", "norms", DARK_GRAY, norms))
 
-    ranges = [f"{norms.min():.3g} to {norms.max():.3g}" for norms in measurements.norms]
-    tiles = [Tile(draw_norms(measurements, layer, SMALL_SIDE), ranges[layer]) for layer in layers]
-    rows.append(Row("patches", "norms", DARK_GRAY, tiles))
-
-    sheet.draw_rows([f"layer {layer + 1}" for layer in layers], rows, get_min_columns(measurements))
+    headers = [f"layer {layer + 1}" for layer in range(num_layers)]
+    return draw_rows(measurements, "Layer by layer", explanation, headers, rows)
 
 
-def draw_attention_row(
-    measurements: PhotoMeasurements, index: int, note: str, maps: torch.Tensor
+def build_attention_row(
+    measurements: PhotoMeasurements,
+    index: int,
+    note: str,
+    maps: torch.Tensor,
+    num_used: int | None = None,
 ) -> Row:
-    """Return the row of a token, with one tile for each map [n, gh, gw]."""
+    """Return the row of a token, with one tile for each map [n, gh, gw].
+
+    The first `num_used` maps are used; all of them by default.
+    """
     color = GROUP_COLORS[measurements.token_groups[index]]
-    tiles = [Tile(draw_attention(measurements, values), f"{values.sum():.0%}") for values in maps]
+    tiles = [
+        Tile(color_attention(values), f"{values.sum():.0%}", num_used is None or layer < num_used)
+        for layer, values in enumerate(maps)
+    ]
     return Row(measurements.token_names[index], note, color, tiles)
 
 
-def get_min_columns(measurements: PhotoMeasurements) -> int:
-    """Return the minimum number of columns, which limits the size of tiles."""
-    return MIN_COLUMNS if len(measurements.token_names) < MANY_TOKENS else MIN_COLUMNS_OF_MANY
+# Rows of tiles ------------------------------------------------------------------------------------
+
+
+def draw_rows(
+    measurements: PhotoMeasurements,
+    heading: str,
+    explanation: str,
+    headers: Sequence[str],
+    rows: Sequence[Row],
+) -> list[Figure]:
+    """Draw a heading, one line in gray, and rows of tiles with headers above the columns.
+
+    If there are too many columns, all rows continue in further figures.
+    """
+    has_many = len(measurements.token_names) >= MANY_TOKENS
+    min_columns = MIN_COLUMNS_OF_MANY if has_many else MIN_COLUMNS
+    # rounded up
+    num_lines = -(-len(headers) // MAX_COLUMNS)
+    num_columns = -(-len(headers) // num_lines)
+
+    figures = []
+    for start in range(0, len(headers), num_columns):
+        columns = slice(start, start + num_columns)
+        figures.append(
+            draw_grid(
+                draw_visible_part(measurements),
+                headers[columns],
+                [row._replace(tiles=row.tiles[columns]) for row in rows],
+                max(num_columns, min_columns),
+            )
+        )
+    write(figures[0], heading, 0.6, 11.5, DARK_GRAY, weight="bold")
+    write(figures[0], explanation, 0.41, 8.5)
+    return figures
+
+
+def draw_grid(
+    photo: Image.Image, headers: Sequence[str], rows: Sequence[Row], num_slots: int
+) -> Figure:
+    """Draw rows of tiles. They are as wide as in a line of `num_slots` tiles."""
+    share = (RIGHT - TILES_LEFT) * len(headers) / num_slots  # of the width
+    tile_height = share * WIDTH / len(headers) * photo.height / photo.width
+    figure = create_section((tile_height + 0.2) * len(rows))
+    grid = ImageGrid(
+        figure,
+        (TILES_LEFT, 0, share, 1),
+        nrows_ncols=(len(rows), len(headers)),
+        axes_pad=(0.07, 0.2),
+    )
+    grid.get_divider().set_anchor("NW")
+
+    for line, row in zip(grid.axes_row, rows, strict=True):
+        for axes, tile in zip(line, row.tiles, strict=True):
+            show_tile(axes, tile.picture, photo, 1 if tile.is_used else UNUSED_OPACITY)
+            axes.set_title(tile.caption, loc="left", fontsize=7, color=MEDIUM_GRAY, pad=2)
+        place = {"xycoords": ("figure fraction", "axes fraction"), "textcoords": "offset points"}
+        name = "\n".join(textwrap.wrap(shorten_text(row.name, 36), 13))
+        line[0].annotate(
+            name,
+            (LEFT, 0.5),
+            (0, 0),
+            va="bottom",
+            color=row.color,
+            fontsize=8.5,
+            weight="bold",
+            **place,
+        )
+        line[0].annotate(
+            row.note, (LEFT, 0.5), (0, -2), va="top", color=MEDIUM_GRAY, fontsize=7.5, **place
+        )
+
+    for axes, header in zip(grid.axes_row[0], headers, strict=True):
+        axes.annotate(
+            header,
+            (0, 1),
+            (0, 11),
+            xycoords="axes fraction",
+            textcoords="offset points",
+            color=DARK_GRAY,
+            fontsize=7.5,
+            parse_math=False,
+        )
+    return figure
+
+
+def show_tile(axes: Axes, picture: Any, photo: Image.Image, opacity: float = 1.0) -> None:
+    """Show a picture in the proportions of the photo, without axes. A patch is one rectangle."""
+    extent = (0, photo.width, photo.height, 0)
+    is_photo = isinstance(picture, Image.Image)
+    axes.imshow(
+        picture,
+        extent=extent,
+        alpha=opacity,
+        interpolation="antialiased" if is_photo else "nearest",
+    )
+    axes.set_axis_off()
 
 
 # Text ---------------------------------------------------------------------------------------------
+
+
+def format_label(label: tuple[str, float]) -> str:
+    """Return a label with its probability as text."""
+    name, probability = label
+    return f"{shorten_text(name, 40)} {probability:.0%}"
 
 
 def describe_tokens(config: ViTCLSConfig) -> str:
@@ -372,74 +450,41 @@ def describe_tokens(config: ViTCLSConfig) -> str:
 def describe_visible_part(measurements: PhotoMeasurements) -> str:
     """Return which part of the photo the model sees."""
     image = measurements.image
-    left, top, right, bottom = measurements.visible_region
-    visible_width = min(right, image.width) - max(left, 0)
-    visible_height = min(bottom, image.height) - max(top, 0)
-    share = visible_width * visible_height / (image.width * image.height)
+    inside = limit_region(measurements.visible_region, image)
+    area = (inside.right - inside.left) * (inside.bottom - inside.top)
+    share = area / (image.width * image.height)
     return "all of it" if share > 0.995 else f"the central {share:.0%} of it"
 
 
 # Pictures -----------------------------------------------------------------------------------------
 
 
-def crop_to_region(image: Image.Image, region: VisibleRegion) -> Image.Image:
-    """Return the region of an image. Padding outside the image is gray."""
-    left, top, right, bottom = map(round, region)
-    cropped = Image.new("RGB", (max(right - left, 1), max(bottom - top, 1)), "#808080")
-    cropped.paste(image, (-left, -top))
-    return cropped
-
-
-def draw_visible_part(measurements: PhotoMeasurements, side: int) -> Image.Image:
+def draw_visible_part(measurements: PhotoMeasurements) -> Image.Image:
     """Draw the part of the photo that the model sees."""
-    image, region = resize_with_region(measurements.image, measurements.visible_region, side, side)
-    return crop_to_region(image, region)
+    return draw_region(measurements.image, measurements.visible_region, LARGE_SIDE)
 
 
 def draw_whole_photo(measurements: PhotoMeasurements) -> Image.Image:
     """Draw the whole photo. The part that the model does not see is pale."""
-    image, region = resize_with_region(
-        measurements.image, measurements.visible_region, LARGE_SIDE, LARGE_SIDE
-    )
-    left, top, right, bottom = map(round, region)
-    box = (max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height))
-    pale = Image.blend(
-        Image.new("RGB", image.size, "white"), image.convert("L").convert("RGB"), HIDDEN_OPACITY
-    )
-    pale.paste(image.crop(box), box[:2])
+    photo = measurements.image.copy()
+    photo.thumbnail((LARGE_SIDE, LARGE_SIDE))
+    scale = photo.width / measurements.image.width
+    inside = limit_region(measurements.visible_region, measurements.image)
+    left, top, right, bottom = (round(edge * scale) for edge in inside)
+    gray = photo.convert("L").convert("RGB")
+    pale = Image.blend(Image.new("RGB", photo.size, "white"), gray, HIDDEN_OPACITY)
+    pale.paste(photo.crop((left, top, right, bottom)), (left, top))
     return pale
 
 
-def draw_overlay(measurements: PhotoMeasurements, values: torch.Tensor) -> Image.Image:
-    """Draw an attention map [gh, gw] over the photo."""
-    image, region = resize_with_region(
-        measurements.image, measurements.visible_region, LARGE_SIDE, LARGE_SIDE
-    )
-    return crop_to_region(overlay(image, values, region), region)
-
-
-def draw_attention(measurements: PhotoMeasurements, values: torch.Tensor) -> Image.Image:
-    """Draw an attention map [gh, gw]. Each patch has one color."""
+def color_attention(values: torch.Tensor) -> np.ndarray:
+    """Return the colors [gh, gw, 3] of an attention map [gh, gw]."""
     brightest = max(values.quantile(BRIGHT_QUANTILE).item(), MIN_SCALE * values.mean().item())
     strength = values / brightest if brightest > 0 else values
-    return fill_region(measurements, colormaps[COLORMAP](strength.numpy())[:, :, :3], SMALL_SIDE)
+    return colormaps[COLORMAP](strength.numpy())[:, :, :3]
 
 
-def draw_colors(measurements: PhotoMeasurements, layer: int, side: int) -> Image.Image:
-    """Draw the principal components after a layer as colors."""
-    return fill_region(measurements, measurements.colors[layer].numpy(), side)
-
-
-def draw_norms(measurements: PhotoMeasurements, layer: int, side: int) -> Image.Image:
-    """Draw the norms of the patches after a layer, from the smallest to the largest norm."""
-    norms = measurements.norms[layer]
+def color_norms(norms: torch.Tensor) -> np.ndarray:
+    """Return the colors [gh, gw, 3] of norms [gh, gw], from the smallest to the largest norm."""
     strength = (norms - norms.min()) / (norms.max() - norms.min()).clamp(min=1e-12)
-    return fill_region(measurements, colormaps[NORM_COLORMAP](strength.numpy())[:, :, :3], side)
-
-
-def fill_region(measurements: PhotoMeasurements, colors: np.ndarray, side: int) -> Image.Image:
-    """Return colors of patches [gh, gw, 3] (0 to 1) as an image of the visible part's size."""
-    size = draw_visible_part(measurements, side).size
-    return Image.fromarray((colors * 255).round().astype(np.uint8)).resize(
-        size, Image.Resampling.NEAREST
-    )
+    return colormaps[NORM_COLORMAP](strength.numpy())[:, :, :3]

@@ -118,9 +118,7 @@ def build_page(options: DemoOptions) -> Any:
         ]
     photo_input = gradio.Image(label="Photo", type="filepath")
     # gradio would decode the file. Formats and messages are those of `vitcls predict`.
-    photo_input.preprocess = (  # type: ignore[method-assign]
-        lambda payload: payload and payload.path  # type: ignore[assignment, return-value]
-    )
+    photo_input.preprocess = lambda payload: payload and payload.path
     sheet = gradio.Image(
         label="Sheet", show_label=False, format="png", buttons=["download", "fullscreen"]
     )

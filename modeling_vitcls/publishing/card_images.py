@@ -1,10 +1,9 @@
-"""Images of a model card, drawn from results.json and from the measurements of the report.
+"""Images of a model card, drawn from results.json and from the sheet of a photo.
 
 images/confusion_matrix[_TASK].png    if results are given
-images/attention.png                  if the model has special tokens and an inspection is given
+images/attention.png                  the sheet, if it is given
 """
 
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,21 +11,15 @@ from typing import Any
 import numpy as np
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from PIL import Image
 from sklearn.metrics import ConfusionMatrixDisplay
 
 from ..analysis.figures import create_figure, shorten_text
-from ..analysis.inspection import Inspection
-from ..analysis.maps import overlay, resize_with_region
-from ..analysis.report import iterate_overview
 from ..data.labels import get_label_space
-from ..hub.model_files import IMAGES_FOLDER, RESULT_IMAGE_PATTERNS
+from ..hub.model_files import IMAGES_FOLDER, RESULT_IMAGE_PATTERNS, SAMPLE_IMAGES_FILE
 from ..model.configuration_vitcls import ViTCLSConfig
 
 
-MAX_IMAGES = 4  # maximum number of images in the attention figure
-TILE_WIDTH = 1.45  # width of an image, in inches
-TITLE_HEIGHT = 0.35  # height of the title of an image, in inches
-TILE_SIDE = 320  # longer side of an image, in pixels
 MAX_CLASSES_WITH_COUNTS = 20  # maximum number of classes for which counts are shown
 MAX_CLASSES_WITH_NAMES = 50  # maximum number of classes for which names are shown
 
@@ -35,38 +28,33 @@ def write_card_images(
     folder: Path,
     config: ViTCLSConfig,
     results: Mapping[str, Any],
-    inspection: Inspection | None = None,
+    sheet: Image.Image | None = None,
 ) -> None:
     """Write the images of a card to `folder`/images, and delete those of an earlier run.
 
     Args:
         config: configuration of the model.
         results: measured values as in results.json; every confusion matrix is drawn.
-        inspection: measurements of the report, with the images to show.
+        sheet: the sheet of a photo.
 
     Raises:
         OSError: if a file cannot be written.
     """
-    matrices = find_confusion_matrices(results, config)
     figures = {
-        name: plot_confusion_matrix(matrix, class_names) for name, matrix, class_names in matrices
+        name: plot_confusion_matrix(matrix, class_names)
+        for name, matrix, class_names in find_confusion_matrices(results, config)
     }
-    if (
-        inspection is not None
-        and inspection.image_reports
-        and config.token_layout.num_prefix_tokens
-    ):
-        figures["attention"] = plot_attention(inspection)
-
     for pattern in RESULT_IMAGE_PATTERNS:
         for file in folder.glob(pattern):
             file.unlink()
-    if figures:
+    if figures or sheet is not None:
         (folder / IMAGES_FOLDER).mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         figure.savefig(
             folder / IMAGES_FOLDER / f"{name}.png", facecolor="white", pil_kwargs={"optimize": True}
         )
+    if sheet is not None:
+        sheet.save(folder / SAMPLE_IMAGES_FILE, optimize=True)
 
 
 def find_confusion_matrices(
@@ -110,37 +98,4 @@ def plot_confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence
     if num_classes > MAX_CLASSES_WITH_NAMES:
         axes.set(xticks=[], yticks=[])
     axes.tick_params(labelsize=9 if num_classes <= MAX_CLASSES_WITH_COUNTS else 6)
-    return figure
-
-
-def plot_attention(inspection: Inspection) -> Figure:
-    """Plot one row per image: the image, and the attention of each special token as an overlay.
-
-    The row is that of the first screen of the report. Each overlay has its own scale.
-    """
-    rows = []
-    for report, caption, maps in iterate_overview(inspection, MAX_IMAGES):
-        image, region = resize_with_region(
-            report.image, report.visible_region, TILE_SIDE, TILE_SIDE
-        )
-        rows.append(
-            {caption: image}
-            | {name: overlay(image, values, region) for name, values in maps.items()}
-        )
-
-    heights = []
-    for row in rows:
-        aspect_ratio = max(image.height / image.width for image in row.values())
-        heights.append(TILE_WIDTH * min(aspect_ratio, 1))
-    size = (TILE_WIDTH * len(rows[0]), sum(heights) + TITLE_HEIGHT * len(rows))
-    figure = Figure(figsize=size, dpi=100, facecolor="white", layout="constrained")
-    grid = figure.subplots(
-        len(rows), len(rows[0]), squeeze=False, gridspec_kw={"height_ratios": heights}
-    )
-
-    tiles = [tile for row in rows for tile in row.items()]
-    for axes, (title, image) in zip(grid.flat, tiles, strict=True):
-        axes.axis("off")
-        axes.imshow(image, interpolation="nearest")
-        axes.set_title(textwrap.fill(shorten_text(title, 60), 22), fontsize=8)
     return figure

@@ -1,18 +1,21 @@
 """What predictions.parquet says about the held-out images of a run, for report and card.
 
-These results exist only for classifiers with one label per image.
+    rows = read_predictions(folder)                   one row per image, None without predictions
+    describe_predictions(folder, find_images(data))   headline, wrong images, calibration
+
+These results exist only for classifiers with one label per image. The images of the rows are found
+in the data of the run by their names.
 """
 
-from collections import defaultdict
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
-from PIL import Image
 
-from ..analysis.maps import resize_with_region, to_upright_rgb
+from ..analysis.maps import to_upright_rgb
 from ..analysis.report import encode_data_url
 from ..data.images import LabeledImages
+from ..data.labels import get_label_space
 from ..data.splits import TrainingData
 from ..hub.model_files import PREDICTIONS_FILE
 from ..hub.model_folder import ModelFolder, warn_once
@@ -25,17 +28,28 @@ THUMBNAIL_SIDE = 240  # longer side of a wrong image in the report, in pixels
 NEAREST_SIDE = 120  # longer side of a nearest training image
 
 
-def describe_predictions(
-    folder: ModelFolder, data: TrainingData | None = None
-) -> dict[str, Any] | None:
-    """Return what the report says about the predictions of held-out images.
+class FoundImage(NamedTuple):
+    """An image of the data of a run: the images of a split, and its position there."""
 
-    That is a headline, the wrong images, and the calibration; None if the folder has no predictions of these weights.
+    images: LabeledImages
+    position: int
 
-    Args:
-        folder: The folder of a run.
-        data: Its data, for thumbnails of the images with the highest losses and of their nearest
-            training images.
+
+def find_images(data: TrainingData) -> dict[str, FoundImage]:
+    """Return the images of a run by name, without names that several images have."""
+    found: dict[str, list[FoundImage]] = {}
+    for images in (data.held_out, data.train, data.selection):
+        if isinstance(images, LabeledImages):
+            for index, name in enumerate(images.images.get_names()):
+                found.setdefault(name, []).append(FoundImage(images, index))
+    return {name: places[0] for name, places in found.items() if len(places) == 1}
+
+
+def read_predictions(folder: ModelFolder) -> Any:
+    """Return one row per image of predictions.parquet, a pandas DataFrame with `confidence`.
+
+    Return None if the folder has no predictions of these weights, or the images do not have exactly
+    one label.
     """
     import pandas as pd
 
@@ -47,7 +61,7 @@ def describe_predictions(
         if read_weights_hash(file) != folder.weights_sha256:
             warn_once(f"ignoring {file}, because it contains the predictions of other weights")
             return None
-        columns = ["index", "image", "label", "prediction", "probabilities", "loss"]
+        columns = ["image", "label", "prediction", "probabilities", "loss"]
         if "nearest_images" in pq.read_schema(file).names:
             columns.append("nearest_images")
         rows = pd.read_parquet(file, columns=columns)
@@ -59,17 +73,31 @@ def describe_predictions(
         return None
     if not len(rows) or not isinstance(rows["label"][0], str):
         return None
+    return rows.assign(confidence=rows["probabilities"].map(max))
 
-    rows["confidence"] = rows["probabilities"].map(max)
+
+def describe_predictions(
+    folder: ModelFolder, images: Mapping[str, FoundImage] | None = None
+) -> dict[str, Any] | None:
+    """Return what the report says about the predictions of held-out images.
+
+    That is a headline, the wrong images, and the calibration; None without predictions.
+
+    Args:
+        folder: The folder of a run.
+        images: Its images by name, for thumbnails of the images with the highest losses and of
+            their nearest training images.
+    """
+    rows = read_predictions(folder)
+    if rows is None:
+        return None
     wrong = rows[rows["label"] != rows["prediction"]].sort_values("loss", ascending=False)
     shown = wrong.head(MAX_WRONG_IMAGES)
-    columns = ["index", "image", "label", "prediction", "confidence"]
+    columns = ["image", "label", "prediction", "confidence"]
     wrong_rows = shown[columns].assign(url=None, nearest=None).to_dict("records")
-    if data is not None:
-        for row in wrong_rows:
-            row["url"] = draw_thumbnail(data.held_out.images, row["index"], THUMBNAIL_SIDE)
-        if "nearest_images" in shown:
-            add_nearest_images(wrong_rows, list(shown["nearest_images"]), data)
+    for row, names in zip(wrong_rows, shown.get("nearest_images", [()] * len(shown)), strict=True):
+        row["url"] = draw_thumbnail(images or {}, row["image"], THUMBNAIL_SIDE)
+        row["nearest"] = describe_nearest_images(images or {}, names, folder)
 
     is_trained = (
         folder.results.get("steps") and folder.results.get("selection", {}).get("step") != 0
@@ -86,51 +114,35 @@ def describe_predictions(
     }
 
 
-def draw_thumbnail(images: Sequence[Image.Image], index: int, side: int) -> str | None:
+def draw_thumbnail(images: Mapping[str, FoundImage], name: str, side: int) -> str | None:
     """Return a small image as a data URL.
 
     Return None if the dataset has changed, or the image is unreadable.
     """
-    try:
-        image = to_upright_rgb(images[index])
-    except (IndexError, ValueError):
+    if name not in images:
         return None
-    thumbnail, _ = resize_with_region(image, None, side, 1)
-    return encode_data_url(thumbnail)
+    found = images[name]
+    try:
+        image = to_upright_rgb(found.images.images[found.position])
+    except ValueError:
+        return None
+    image.thumbnail((side, side))
+    return encode_data_url(image)
 
 
-def add_nearest_images(
-    rows: list[dict[str, Any]], nearest_names: list[Sequence[str]], data: TrainingData
-) -> None:
-    """Add the nearest training images to the rows of wrong predictions.
-
-    Args:
-        rows: The rows, which get the thumbnails, names and labels.
-        nearest_names: Names of the nearest training images of each row.
-        data: The data of the run. The nearest images may be selection images, to which a frozen
-            model is fitted, too.
-    """
-    class_names = data.label_space.names
-    images_by_name: dict[str, list[tuple[LabeledImages, int]]] = defaultdict(list)
-    for images in (data.train, data.selection):
-        if isinstance(images, LabeledImages):
-            for index, name in enumerate(images.images.get_names()):
-                images_by_name[name].append((images, index))
-
-    for row, names in zip(rows, nearest_names, strict=True):
-        row["nearest"] = []
-        for name in names:
-            found = images_by_name[name]
-            if len(found) != 1:  # the dataset has changed, or its names are ambiguous
-                continue
-            images, index = found[0]
-            row["nearest"].append(
-                {
-                    "image": name,
-                    "label": class_names[images.labels[index]],
-                    "url": draw_thumbnail(images.images, index, NEAREST_SIDE),
-                }
-            )
+def describe_nearest_images(
+    images: Mapping[str, FoundImage], names: Sequence[str], folder: ModelFolder
+) -> list[dict[str, Any]]:
+    """Return the names, labels and thumbnails of the nearest training images that are found."""
+    class_names = get_label_space(folder.config).names
+    nearest = []
+    for name in names:
+        if name in images:
+            found = images[name]
+            label = class_names[found.images.labels[found.position]]
+            url = draw_thumbnail(images, name, NEAREST_SIDE)
+            nearest.append({"image": name, "label": label, "url": url})
+    return nearest
 
 
 def describe_accuracy(rows: Any) -> str:

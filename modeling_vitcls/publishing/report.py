@@ -7,16 +7,16 @@ Their predictions are read from predictions.parquet. The report of a run measure
 effects than `vitcls inspect`.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import Any
 
 import torch
 
-from ..analysis.inspection import Inspection, inspect_model
-from ..analysis.inspection_images import InspectionImages, name_images
-from ..analysis.report import write_page
+from ..analysis.inspection import Inspection, inspect_model, select_images
+from ..analysis.report import ShownPhoto, measure_shown_photo, write_page
+from ..analysis.sheet import draw_sheet
 from ..data.options import DataOptions
 from ..data.splits import TrainingData, load_training_data
 from ..data.streaming import StreamedImages
@@ -26,7 +26,12 @@ from ..model import modeling_vitcls
 from ..runtime.progress import track
 from .card import has_token_effects
 from .card_images import write_card_images
-from .held_out_predictions import describe_predictions
+from .held_out_predictions import (
+    FoundImage,
+    describe_predictions,
+    find_images,
+    read_predictions,
+)
 
 
 # Number of images for the statistics, and number of images shown. A model whose statistics would
@@ -46,42 +51,98 @@ def write_report(folder: ModelFolder, warn: Callable[[str], None]) -> str | None
     wrote the folder. Errors are passed to `warn`, and the missing files are not written.
     """
     inspection: Inspection | None = None
+    photos: list[ShownPhoto] = []
+    name = folder.path.resolve().name
     with convert_errors(warn, f"{REPORT_FILE} could not be written"):
         data = load_run_data(folder) if folder.results else None
         if data is not None and isinstance(data.held_out, StreamedImages):
             data = replace(data, held_out=data.held_out.read_first(NUM_STREAMED_IMAGES))
         if data is not None and len(data.held_out):
-            labels = data.held_out.labels if data.label_space.columns else None
-            names = name_images(data.held_out.images, "held out,")
+            images_by_name = find_images(data)
             source = f"{folder.results['dataset']}, {folder.results['split']}"
-            images = InspectionImages(data.held_out.images, names, labels, source)
-            inspection = inspect_run(folder, images)
-            predictions = describe_predictions(folder, data)
-            name = folder.path.resolve().name
-            write_page(folder.path / REPORT_FILE, inspection, name, images.source, predictions)
+            inspection, photos = inspect_run(folder, data, images_by_name)
+            predictions = describe_predictions(folder, images_by_name)
+            report = folder.path / REPORT_FILE
+            write_page(report, inspection, photos, name, source, predictions)
     if folder.config is not None:
         with convert_errors(warn, "the card has no images, because the images could not be drawn"):
-            write_card_images(folder.path, folder.config, folder.results, inspection)
+            sheet = draw_sheet(photos[0].measurements, name) if photos else None
+            write_card_images(folder.path, folder.config, folder.results, sheet)
     return inspection.summary if inspection else None
 
 
-def inspect_run(folder: ModelFolder, images: InspectionImages) -> Inspection:
-    """Measure the model of a run on its held-out images, in the precision of the run."""
+def inspect_run(
+    folder: ModelFolder, data: TrainingData, images_by_name: Mapping[str, FoundImage]
+) -> tuple[Inspection, list[ShownPhoto]]:
+    """Measure the model of a run on its held-out images, in the precision of the run.
+
+    Return the measurements of a sample of the images, and the photos to show, which are selected
+    from all predictions of the run.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = folder.load(getattr(modeling_vitcls, folder.architecture)).to(device)
+    processor = folder.load_processor()
     is_bfloat16 = folder.results.get("mixed_precision") == "bf16"
 
+    num_shown, num_measured = choose_numbers_of_images(folder.results)
+    sample = data.held_out.draw(num_measured)
+    has_labels = bool(data.label_space.columns)
+
     with torch.autocast(device.type, torch.bfloat16, enabled=is_bfloat16):
-        return inspect_model(
+        inspection = inspect_model(
             model,
-            folder.load_processor(),
-            **images.build_arguments(*choose_numbers_of_images(folder.results)),
+            processor,
+            sample.images,
+            labels=sample.labels if has_labels else None,
+            num_shown=num_shown,
             has_ablations=has_token_effects(folder),
             token_movement=folder.results.get("token_movement"),
-            watch=lambda items, description: track(
-                items, f"report, {description}", unit="", has_bar=False
-            ),
+            watch=watch,
         )
+
+    # in float32, as in `vitcls look`
+    shown = select_predicted_images(folder, images_by_name, num_shown)
+    if not shown:
+        names = sample.images.get_names()
+        shown = [
+            (names[index], FoundImage(sample, index), kind)
+            for index, kind in inspection.shown_images.items()
+        ]
+    photos = []
+    for name, (images, index), kind in watch(shown, "drawing photos"):
+        truth = data.label_space.format_label(images.labels[index]) if has_labels else None
+        image = images.images[index]
+        photos.append(measure_shown_photo(model, processor, image, name, truth, kind))
+    return inspection, photos
+
+
+def select_predicted_images(
+    folder: ModelFolder, images_by_name: Mapping[str, FoundImage], num_shown: int
+) -> list[tuple[str, FoundImage, str | None]]:
+    """Return the names of the most instructive images of all predictions, the images, and why.
+
+    The list is empty without predictions.
+    """
+    rows = read_predictions(folder)
+    if rows is None:
+        return []
+    rows = rows[rows["image"].isin(images_by_name.keys())]
+    selected = select_images(
+        rows["confidence"].tolist(),
+        (rows["label"] != rows["prediction"]).tolist(),
+        rows["label"].tolist(),
+        num_shown,
+    )
+    names = rows["image"].tolist()
+    return [
+        (names[position], images_by_name[names[position]], kind)
+        for position, kind in selected.items()
+    ]
+
+
+def watch(items: Collection[Any], description: str) -> Iterable[Any]:
+    """Return the same items, and print lines about the progress."""
+    return track(items, f"report, {description}", unit="", has_bar=False)
 
 
 def choose_numbers_of_images(results: Mapping[str, Any]) -> tuple[int, int]:

@@ -7,7 +7,6 @@ import pytest
 import torch
 from helpers.tiny_models import (
     LAYOUTS,
-    TASKS,
     build_images,
     build_tiny_config,
     get_largest_difference,
@@ -33,7 +32,6 @@ from modeling_vitcls.analysis.ablation import (
     compute_ablations,
     compute_effect,
     count_images,
-    encode_label,
     get_token_keys,
     redraw_tokens,
     replace_by_means,
@@ -419,32 +417,3 @@ def test_features_are_the_tokens_and_the_pooled_vector(
     assert count_images(found) == 3
     for name, vectors in expected.items():
         assert torch.allclose(torch.stack(found[name].vectors), vectors, atol=1e-6), name
-
-
-# Labels -------------------------------------------------------------------------------------------
-
-
-MULTI_LABEL: dict[str, Any] = {"problem_type": "multi_label_classification"}
-MULTI_TASK: dict[str, Any] = {"num_cls_tokens": 2, "tasks": TASKS}
-
-
-@pytest.mark.parametrize(
-    ("fields", "label", "expected"),
-    [
-        ({}, 2, [2]),
-        ({}, None, [IGNORED_LABEL]),
-        (MULTI_LABEL, [0.0, 1.0, 1.0], [0, 1, 1]),
-        (MULTI_LABEL, 2, [0, 0, 1]),  # the only label of the image
-        (MULTI_LABEL, None, [IGNORED_LABEL] * 3),
-        (MULTI_LABEL, IGNORED_LABEL, [IGNORED_LABEL] * 3),
-        ({"num_labels": 1}, 0, [1]),
-        ({"num_labels": 1}, [0.0], [0]),
-        (MULTI_TASK, {"species": 3, "age": 1}, [1, 3]),
-        (MULTI_TASK, {"species": 3}, [IGNORED_LABEL, 3]),
-        (MULTI_TASK, None, [IGNORED_LABEL] * 2),
-    ],
-)
-def test_labels_of_datasets_are_converted(
-    fields: dict[str, Any], label: Any, expected: list[int]
-) -> None:
-    assert encode_label(label, build_tiny_config(**fields)).tolist() == expected

@@ -119,13 +119,10 @@ def test_an_encoder_reads_the_selected_split(tmp_path: Path) -> None:
 def test_images_are_drawn_at_random_with_their_names_and_labels() -> None:
     """Every second image has another class: regular intervals would select one class only."""
     images = ArrayImages(np.arange(200, dtype=np.uint8).reshape(200, 1, 1))
-    found = InspectionImages(
-        images, [f"image {value}" for value in range(200)], range(200), "a test"
-    )
-    arguments = found.build_arguments(2, 20)
-    values = [arguments["images"][index].getpixel((0, 0)) for index in range(20)]
+    names = [f"image {value}" for value in range(200)]
+    found = InspectionImages(images, names, range(200), "a test").draw(20)
+    values = [found.images[index].getpixel((0, 0)) for index in range(20)]
     assert values == sorted(set(values))
     assert 0 < sum(value % 2 for value in values) < 20
-    assert arguments["names"] == [f"image {value}" for value in values]
-    assert arguments["labels"] == values
-    assert arguments["num_shown"] == 2
+    assert found.names == [f"image {value}" for value in values]
+    assert found.labels == values

@@ -17,8 +17,10 @@ from helpers.tiny_models import (
     randomize,
     save_with_processor,
 )
-from matplotlib import colormaps
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.text import Text
 from PIL import Image
 
 from modeling_vitcls import (
@@ -29,13 +31,11 @@ from modeling_vitcls import (
     look,
 )
 from modeling_vitcls.analysis import look as look_module
-from modeling_vitcls.analysis.photo import (
-    PhotoMeasurements,
-    build_json_record,
-    match_colors,
-    measure_photo,
-)
-from modeling_vitcls.analysis.sheet import COLORMAP, Sheet, draw_attention, draw_sheet
+from modeling_vitcls.analysis import sheet as sheet_module
+from modeling_vitcls.analysis.look import draw_photo
+from modeling_vitcls.analysis.options import LookOptions
+from modeling_vitcls.analysis.photo import PhotoMeasurements, build_json_record, measure_photo
+from modeling_vitcls.analysis.sheet import color_attention, draw_layers, draw_sheet, render
 
 
 PROCESSOR = ViTCLSImageProcessor(size=32)
@@ -101,23 +101,6 @@ def test_several_photos_do_not_overwrite_one_file(model: str, photo: str, tmp_pa
     photos = [photo, str(tmp_path / "flower.jpg")]
     assert run_here("look", *photos, "--model", model, "-o", str(tmp_path / "out.webp")) == 0
     assert {file.name for file in tmp_path.glob("*.webp")} == {"out-china.webp", "out-flower.webp"}
-
-
-def test_an_animated_image_gives_one_sheet_per_frame(model: str, tmp_path: Path) -> None:
-    frames = [photograph(name) for name in ("china.jpg", "flower.jpg", "china.jpg")]
-    frames[0].save(tmp_path / "clip.gif", save_all=True, append_images=frames[1:])
-    numbers = tmp_path / "numbers.json"
-    flags = ["--model", model, "-o", str(tmp_path / "out.png"), "--json", str(numbers)]
-
-    assert run_here("look", str(tmp_path / "clip.gif"), *flags) == 0
-    first, second, third = json.loads(numbers.read_text())["photos"]
-    assert [Path(each["sheet"]).name for each in (first, second, third)] == [
-        "out-clip-1.png",
-        "out-clip-2.png",
-        "out-clip-3.png",
-    ]
-    assert first["tokens"] == third["tokens"]
-    assert first["tokens"] != second["tokens"]
 
 
 def test_a_video_is_an_error_with_a_remedy(
@@ -223,27 +206,34 @@ def test_registers_are_shown_in_the_last_layer_that_uses_them() -> None:
     assert measured.patch_layer == 1
 
 
-def test_components_keep_their_color_from_layer_to_layer() -> None:
-    last = torch.rand(5, 6, 3, generator=torch.Generator().manual_seed(0))
-    earlier = torch.stack([1 - last[..., 2], last[..., 0], 1 - last[..., 1]], dim=-1)
-    matched = match_colors(torch.stack([earlier, last, last.flip(-1)]), last_layer=1)
-    assert torch.allclose(matched, last.expand(3, -1, -1, -1))
-
-
 # Sheets -------------------------------------------------------------------------------------------
 
 
 def test_the_brightest_patch_has_the_most_attention() -> None:
-    measured = measure(ViTCLSModel(build_tiny_config(), add_pooling_layer=False))
     values = torch.zeros(4, 4)
     values[2, 1] = 1.0
-    picture = np.asarray(draw_attention(measured, values))
-    height, width = picture.shape[:2]
-    brightest = np.array(colormaps[COLORMAP](1.0)[:3]) * 255
-    is_bright = np.abs(picture - brightest).max(axis=-1) <= 1
-    rows, columns = np.nonzero(is_bright)
-    assert (rows.mean() + 0.5) / height == pytest.approx(2.5 / 4, abs=0.02)
-    assert (columns.mean() + 0.5) / width == pytest.approx(1.5 / 4, abs=0.02)
+    assert color_attention(values).sum(axis=-1).argmax() == 2 * 4 + 1
+
+
+def test_maps_that_the_head_does_not_read_are_pale(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head reads CLS after layer 2 of 4, and the patches and the register of layer 1."""
+    config = build_tiny_config(num_hidden_layers=4, pooled_layers=[2], num_register_tokens=1)
+    rows = []
+    monkeypatch.setattr(sheet_module, "draw_rows", lambda *arguments: rows.append(arguments[-1]))
+    draw_layers(measure(ViTCLSForImageClassification(config)))
+    used = {f"{row.name} {row.note}": [tile.is_used for tile in row.tiles] for row in rows[0]}
+    assert used["CLS attention"] == [True, True, False, False]
+    for name in ("register attention", "patches features", "patches norms"):
+        assert used[name] == [True, False, False, False]
+
+
+def list_texts(figure: Figure) -> list[Text]:
+    """Return the texts of a figure, without the labels of axes that are not drawn."""
+    texts = list(figure.texts)
+    for axes in filter(Axes.get_visible, figure.findobj(Axes)):
+        texts += [child for child in axes.get_children() if isinstance(child, Text)]
+        texts += axes.get_xticklabels() if axes.axison else []
+    return texts
 
 
 MANY_HEADS = {"hidden_size": 96, "num_attention_heads": 24, "num_hidden_layers": 3}
@@ -253,8 +243,8 @@ MANY_TOKENS = {"num_cls_tokens": 12, "num_register_tokens": 16}
 
 @pytest.mark.parametrize(
     "fields",
-    [*LAYOUTS.values(), MANY_HEADS, LONG_NAMES, MANY_TOKENS, {"attention_type": "differential"}],
-    ids=[*LAYOUTS, "many_heads", "long_names", "many_tokens", "differential"],
+    [LAYOUTS["one_cls"], LAYOUTS["no_cls"], MANY_HEADS, LONG_NAMES, MANY_TOKENS],
+    ids=["one_cls", "no_cls", "many_heads", "long_names", "many_tokens"],
 )
 def test_no_text_covers_a_tile_or_another_text_or_is_cut_off(
     fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -262,31 +252,27 @@ def test_no_text_covers_a_tile_or_another_text_or_is_cut_off(
     model_class = (
         ViTCLSForMultiTaskClassification if "tasks" in fields else ViTCLSForImageClassification
     )
-    drawn: list[Sheet] = []
-    render = Sheet.render
+    drawn: list[Figure] = []
 
-    def keep_and_render(sheet: Sheet) -> Image.Image:
-        drawn.append(sheet)
-        return render(sheet)
+    def keep_and_render(figure: Figure) -> Image.Image:
+        drawn.append(figure)
+        return render(figure)
 
-    monkeypatch.setattr(Sheet, "render", keep_and_render)
+    monkeypatch.setattr(sheet_module, "render", keep_and_render)
     # a part of the photo is hidden
     processor = ViTCLSImageProcessor(size=40, do_center_crop=True, crop_size=32)
-    picture = draw_sheet(
+    draw_sheet(
         measure(model_class(build_tiny_config(**fields)), processor), "model · " + "photo" * 30
     )
-    (sheet,) = drawn
-    renderer = FigureCanvasAgg(sheet.figure).get_renderer()
-    texts = [text for text in sheet.axes.texts if text.get_text()]
-    boxes = [text.get_window_extent(renderer).padded(-2) for text in texts]
-    tiles = [tile.get_window_extent(renderer) for tile in sheet.axes.images]
-    for text, box in zip(texts, boxes, strict=True):
-        is_inside = (
-            box.x0 >= 0 and box.x1 <= picture.width and box.y0 >= 0 and box.y1 <= picture.height
-        )
-        assert is_inside, text.get_text()
-        assert not box.count_overlaps(tiles), text.get_text()
-        assert box.count_overlaps(boxes) == 1, text.get_text()  # only itself
+    for figure in drawn:
+        texts = [text for text in list_texts(figure) if text.get_text()]
+        boxes = [text.get_window_extent().padded(-2) for text in texts]
+        tiles = [tile.get_window_extent() for tile in figure.findobj(AxesImage)]
+        for text, box in zip(texts, boxes, strict=True):
+            assert box.x0 >= 0, text.get_text()
+            assert box.x1 <= figure.bbox.width, text.get_text()
+            assert not box.count_overlaps(tiles), text.get_text()
+            assert box.count_overlaps(boxes) == 1, text.get_text()  # only itself
 
 
 def test_the_function_returns_the_image_of_the_command(
@@ -300,6 +286,16 @@ def test_the_function_returns_the_image_of_the_command(
     )
     sheet = look(model, photo, image_size=64)
     assert np.array_equal(np.asarray(sheet), np.asarray(Image.open(tmp_path / "out.png")))
+
+
+def test_an_output_file_is_written_and_the_sheet_is_returned(
+    model: str, photo: str, tmp_path: Path
+) -> None:
+    output, numbers = tmp_path / "new" / "sheet.png", tmp_path / "numbers.json"
+    sheet = draw_photo(LookOptions(model, (photo,), output, numbers), photo)
+    assert np.array_equal(np.asarray(sheet), np.asarray(Image.open(output)))
+    (record,) = json.loads(numbers.read_text())["photos"]
+    assert record["photo"] == Path(photo).name
 
 
 def test_an_array_and_a_tensor_have_the_numbers_of_the_photo(

@@ -1,7 +1,5 @@
 """Maps on the pixels of the image, compared with the input that image processors create."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -15,11 +13,10 @@ from modeling_vitcls import (
     ViTCLSModel,
 )
 from modeling_vitcls.analysis.maps import (
+    draw_region,
     extract_patch_maps,
     get_head_names,
     overlay,
-    resize_with_region,
-    upsample_maps,
 )
 from modeling_vitcls.data.aspect_ratio import VisibleRegion, get_visible_region
 
@@ -123,78 +120,41 @@ def test_the_visible_part_equals_the_input_of_the_model(settings, backend, size)
         ).abs().max() < 0.76  # rounded to integer gray levels
 
 
-# Maps on the image --------------------------------------------------------------------------------
+# Pictures -----------------------------------------------------------------------------------------
 
 
-def test_maps_are_bilinear_between_centers_and_nan_outside():
-    """Cells are 3 x 2 pixels, with centers at x = 2.5 and 5.5 and at y = 2 and 4."""
-    maps = torch.tensor([[1.0, 3.0], [10.0, 30.0]])
-    drawn = upsample_maps(maps, (6, 8), VisibleRegion(1, 1, 7, 5))
-    x = torch.tensor([math.nan, 1, 1, 1 + 2 / 3, 1 + 4 / 3, 3, 3, math.nan])
-    y = torch.tensor([math.nan, 1, 3.25, 7.75, 10, math.nan])
-    assert torch.allclose(drawn, torch.outer(y, x), equal_nan=True, atol=1e-5)
+def test_maps_are_bilinear_between_the_centers_of_patches():
+    """A patch is 2 x 2 pixels; its maximum is the brightest color."""
+    values = torch.tensor([[0.0, 4.0], [0.0, 4.0]])
+    drawn = np.asarray(overlay(Image.new("RGB", (4, 4), "black"), values), dtype=float)[0]
+    # the scale ends at three times the mean, which is 2
+    for color, strength in zip(drawn, [0, 1 / 6, 1 / 2, 2 / 3], strict=True):
+        expected = np.array(colormaps["inferno"](strength)[:3]) * 255 * (0.25 + 0.6 * strength)
+        assert np.abs(color - expected).max() < 1
 
 
-# Overlays -----------------------------------------------------------------------------------------
-
-
-def build_photograph(height: int = 60, width: int = 90) -> Image.Image:
-    """Return a random color image."""
-    return Image.fromarray(
-        np.random.default_rng(0).integers(60, 200, (height, width, 3)).astype(np.uint8)
-    )
-
-
-def build_spot(rows: int = 4, columns: int = 6, place: tuple[int, int] = (1, 4)) -> torch.Tensor:
-    """Return a map with one cell of 1."""
-    values = torch.zeros(rows, columns)
-    values[place] = 0.5
-    return values
-
-
-def get_lightness(picture: Image.Image) -> np.ndarray:
-    """Return the lightness of an image [h, w]."""
-    return np.asarray(picture.convert("L"), dtype=float)
-
-
-def test_the_maximum_is_bright_the_invisible_part_is_dark_and_uniform_maps_are_not_bright():
-    """The value of the brightest color is at least three times the mean over the visible part."""
+def test_uniform_maps_are_not_bright():
+    """The value of the brightest color is at least three times the mean."""
     gray = Image.new("RGB", (90, 60), (200, 200, 200))
     for value, strength in ((1.0, 1 / 3), (0.0, 0.0)):
-        drawn = np.asarray(
-            overlay(gray, torch.full((4, 4), value), VisibleRegion(15, 0, 75, 60)), dtype=float
-        )
+        drawn = np.asarray(overlay(gray, torch.full((4, 4), value)), dtype=float)
         color = np.array(colormaps["inferno"](strength)[:3]) * 255
         opacity = 0.25 + 0.6 * strength
-        assert np.abs(drawn[:, 15:75] - (200 * 0.75 * (1 - opacity) + color * opacity)).max() < 1
-        assert (drawn[:, :15] == 70).all()
-        assert (drawn[:, 75:] == 70).all()
-    y, x = np.nonzero(get_lightness(overlay(build_photograph(), build_spot())) > 150)
-
-    assert len(y) > 20
-    assert y.min() >= 15
-    assert y.max() < 30
-    assert x.min() >= 60
-    assert x.max() < 75
+        assert np.abs(drawn - (200 * 0.75 * (1 - opacity) + color * opacity)).max() < 1
 
 
-def test_overlays_of_large_and_small_images_are_scaled_on_request():
-    assert overlay(build_photograph(600, 900), build_spot(), max_side=300).size == (300, 200)
-    assert overlay(build_photograph(6, 9), build_spot(), min_side=40).size == (45, 30)
-    assert overlay(build_photograph(1, 900), build_spot(), max_side=300).size == (300, 1)
-    assert overlay(build_photograph(900, 1), build_spot(), max_side=300).size == (1, 300)
-    assert overlay(build_photograph(), build_spot(), max_side=300, min_side=40).size == (90, 60)
+def test_the_drawn_region_is_that_of_the_model():
+    """Small images are enlarged without smoothing, and padding is gray."""
+    image = build_coordinates(6, 9)
+    inside = np.asarray(draw_region(image, VisibleRegion(2, 1, 7, 4), 50))
+    assert inside.shape == (30, 50, 3)
+    assert (inside[:, :10, 0] == 2 + BLACK).all()
+    assert (inside[-10:, :, 1] == 3 + BLACK).all()
 
-    stripes = Image.fromarray(np.uint8([[0, 200] * 300] * 400))
-    # averages
-    assert resize_with_region(stripes, None, 300, None)[0].getcolors() == [(300 * 200, 100)]
-    assert resize_with_region(stripes.crop((0, 0, 4, 4)), None, None, 8)[0].getcolors() == [
-        (32, 0),
-        (32, 200),
-    ]
+    padded = np.asarray(draw_region(image, VisibleRegion(0, -3, 9, 6), 90))
+    assert padded.shape == (90, 90, 3)
+    assert (padded[:30] == 128).all()
+    assert (padded[30:40, :, 1] == BLACK).all()
 
-    seen = VisibleRegion(150, 0, 750, 600)
-    small = overlay(build_photograph(600, 900), build_spot(), seen, max_side=90)
-    large = overlay(build_photograph(), build_spot(), seen)
-    assert small.size == large.size
-    assert (get_lightness(small)[:, :14] < 110).all()
+    large = draw_region(Image.new("RGB", (900, 600)), VisibleRegion(150, 0, 750, 600), 300)
+    assert large.size == (300, 300)

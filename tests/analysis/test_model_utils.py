@@ -58,8 +58,6 @@ def test_a_wrapped_model_in_training_is_measured_like_the_inner_model(wrap: Any)
     assert not plain.vitcls.layers[0].training
     assert torch.equal(found.findings.entropy, expected.findings.entropy)
     assert found.ablations == expected.ablations
-    for one, other in zip(found.image_reports, expected.image_reports, strict=True):
-        assert torch.equal(one.attributions[0], other.attributions[0])
 
 
 def test_remote_code_has_its_own_classes(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ DATA_FILES = (
     "py.typed",
     "model_cards/training.md.j2",
     "recipes/digits.yaml",
-    "analysis/report.css",
+    "analysis/page.css",
 )
 
 

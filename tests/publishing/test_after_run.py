@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from helpers.local_hub import LocalHub
-from helpers.model_folders import write_run_folder
+from helpers.model_folders import write_predictions, write_run_folder
 from helpers.photo_folders import write_photos
 from helpers.tiny_models import build_tiny_config, raises_one_line, save_with_processor
 from huggingface_hub import ModelCard
@@ -70,8 +70,8 @@ def test_a_run_gets_a_report_and_a_card_from_its_folder(
     assert float(headline[1]) == pytest.approx(100 * results["accuracy"], abs=0.05)
     assert f"{num_wrong} of {len(rows)} predictions are wrong" in report
     assert f"- {num_wrong} of {len(rows)} " in card
-    assert report.count('alt="held out, ') == 6
-    assert sum(name in report for name in wrong["image"]) == min(num_wrong, 12)
+    assert report.count('class="sheet"') == 6
+    assert sum(f'alt="{name}"' in report for name in wrong["image"]) >= min(num_wrong, 12)
 
     # The folder is all that publishing reads.
     for file in (folder / "README.md", folder / "report.html", *(folder / "images").iterdir()):
@@ -145,31 +145,39 @@ def test_the_data_of_a_run_are_loaded_again(tmp_path: Path) -> None:
     assert load_run_data(ModelFolder(folder.path)) is None
 
 
-def test_the_report_shows_held_out_images_of_a_stream(
+def test_the_report_shows_photos_of_all_classes_of_all_predictions(tmp_path: Path) -> None:
+    """A large model is measured on 16 images; its wrong predictions are all of the large class."""
+    write_photos(tmp_path / "photos" / "train", range(2), "dusk", "noon", "x")
+    write_photos(tmp_path / "photos" / "test", range(40), "dusk")
+    write_photos(tmp_path / "photos" / "test", range(2), "noon", "x")
+    run = write_run_folder(
+        tmp_path / "run",
+        {"steps": 0, "forward_flops_per_image": 1e11},
+        {"dataset": str(tmp_path / "photos")},
+    )
+    names = load_run_data(ModelFolder(run)).held_out.images.get_names()
+    labels = [Path(name).parent.name for name in names]
+    predictions = ["noon" if label == "dusk" else label for label in labels]
+    rows = {"image": names, "label": labels, "prediction": predictions}
+    rows |= {"probabilities": [[0.2, 0.8]] * len(names), "loss": [1.0] * len(names)}
+    write_predictions(run, pd.DataFrame(rows))
+
+    assert write_report(ModelFolder(run), pytest.fail) is not None
+    captions = re.findall(r"<strong>(\w+) → .*</strong>", (run / "report.html").read_text())
+    assert set(captions) == {"dusk", "noon", "x"}
+
+
+def test_an_error_of_the_report_is_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It measures 64 of at most 80 images, and shows six.
-
-    An error of the measurement is a warning.
-    """
     measure = Mock(side_effect=RuntimeError)
-    warnings = []
     monkeypatch.setattr("modeling_vitcls.publishing.report.inspect_model", measure)
-    monkeypatch.setattr("modeling_vitcls.publishing.report.NUM_STREAMED_IMAGES", 80)
-    for split, numbers in (("train", range(1)), ("test", range(30))):
-        write_photos(tmp_path / "photos" / split, numbers, "dusk", "noon", "x")
-    flags = {"dataset": str(tmp_path / "photos"), "streaming": True}
-
-    assert (
-        write_report(ModelFolder(write_run_folder(tmp_path / "run", None, flags)), warnings.append)
-        is None
-    )
-    found = measure.call_args.kwargs
-    assert [len(found[name]) for name in ("images", "labels", "names")] == [64] * 3
-    assert found["num_shown"] == 6
-    assert all(Path(name).suffix == ".png" for name in found["names"])
-    assert len(warnings) == 1
-    assert "RuntimeError" in warnings[0]
+    write_photos(tmp_path / "photos", range(4), "dusk", "noon", "x")
+    run = write_run_folder(tmp_path / "run", None, {"dataset": str(tmp_path / "photos")})
+    warnings: list[str] = []
+    assert write_report(ModelFolder(run), warnings.append) is None
+    (warning,) = warnings
+    assert "RuntimeError" in warning
 
 
 @pytest.mark.integration

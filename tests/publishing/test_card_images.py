@@ -4,34 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from helpers.tiny_models import build_tiny_config, randomize
+from helpers.tiny_models import build_tiny_config
 from matplotlib.figure import Figure
 from PIL import Image
-from sklearn.datasets import load_digits
 
-from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
-from modeling_vitcls.analysis.inspection import inspect_model
-from modeling_vitcls.analysis.maps import overlay
-from modeling_vitcls.analysis.report import iterate_overview
-from modeling_vitcls.inference.token_names import get_token_names
-from modeling_vitcls.publishing.card_images import (
-    plot_attention,
-    plot_confusion_matrix,
-    write_card_images,
-)
-
-
-PROCESSOR = ViTCLSImageProcessor(
-    size={"height": 40, "width": 40}, do_center_crop=True, crop_size=32
-)
-
-
-def load_digit_images(count: int) -> list[Image.Image]:
-    """Return handwritten digits of 8 x 8 gray pixels."""
-    return [
-        Image.fromarray((values * 15).astype(np.uint8)) for values in load_digits().images[:count]
-    ]
+from modeling_vitcls.publishing.card_images import plot_confusion_matrix, write_card_images
 
 
 def get_matrix_texts(figure: Figure) -> list[str]:
@@ -94,41 +71,7 @@ def test_counts_and_names_are_shown_if_there_is_space(
     assert figure.get_figheight() == 8  # inches, for any number of classes
 
 
-def test_the_attention_of_each_token_is_drawn_over_its_image() -> None:
-    """The maps show the last layer that is read: for registers, the layer before the last."""
-    model = randomize(ViTCLSForImageClassification(build_tiny_config(num_register_tokens=2)))
-    images = load_digit_images(8)
-    names = get_token_names(model.config)
-    inspection = inspect_model(model, PROCESSOR, images, labels=[0, 1, 2, 0, 1, 2, 0, 1])
-    overview = list(iterate_overview(inspection, 8))
-    for image, (_, caption, maps) in zip(images, overview, strict=True):
-        pixel_values = PROCESSOR(image, return_tensors="pt")["pixel_values"]
-        with torch.no_grad():
-            rows = model.token_attention(pixel_values)[0].mean(dim=1)  # [L, S, key]
-            predicted = model.config.id2label[model(pixel_values).logits.argmax().item()]
-        expected = torch.cat([rows[-1, :1], rows[-2, 1:]])[:, 3:].unflatten(1, (4, 4))
-        assert torch.allclose(torch.stack(list(maps.values())), expected, atol=1e-6)
-        assert caption.endswith(f" → {predicted}")
-
-    grid = plot_attention(inspection).axes
-    assert len(grid) == 4 * 4  # at most four images, each with three maps
-    assert [axes.get_title() for axes in grid[1:4]] == names
-    assert np.asarray(grid[0].images[0].get_array()).shape == (320, 320, 3)
-
-    expected = overlay(images[1], overview[1][2]["CLS"], overview[1][0].visible_region, 320, 320)
-    assert np.array_equal(grid[4 + 1].images[0].get_array(), np.asarray(expected))
-    square, wide = (
-        inspect_model(model, PROCESSOR, [images[0].resize((width, 8))]) for width in (8, 16)
-    )
-    assert plot_attention(wide).get_figheight() < plot_attention(square).get_figheight()
-
-
-def test_a_model_without_special_tokens_has_no_attention_figure(tmp_path: Path) -> None:
-    config = build_tiny_config(num_cls_tokens=0, pooling="mean")
-    inspection = inspect_model(
-        randomize(ViTCLSForImageClassification(config)), PROCESSOR, load_digit_images(5)
-    )
-    write_card_images(
-        tmp_path, config, {"confusion_matrix": [[3, 1, 0], [0, 0, 0], [0, 0, 1]]}, inspection
-    )
-    assert [file.name for file in (tmp_path / "images").iterdir()] == ["confusion_matrix.png"]
+def test_the_sheet_of_a_photo_is_an_image_of_the_card(tmp_path: Path) -> None:
+    sheet = Image.new("RGB", (30, 20), "red")
+    write_card_images(tmp_path, build_tiny_config(), {}, sheet)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "images" / "attention.png")), sheet)

@@ -18,7 +18,11 @@ from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.data.splits import TrainingData
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.publishing.card import render_card
-from modeling_vitcls.publishing.held_out_predictions import describe_accuracy, describe_predictions
+from modeling_vitcls.publishing.held_out_predictions import (
+    describe_accuracy,
+    describe_predictions,
+    find_images,
+)
 
 
 NAMES = ["dusk", "noon", "x"]
@@ -66,24 +70,31 @@ def build_data(held_out: LabeledImages, train: LabeledImages = NO_IMAGES) -> Tra
 def test_wrong_images_are_counted(folder: Path) -> None:
     rows = pd.read_parquet(folder / "predictions.parquet")
     wrong = rows[rows["label"] != rows["prediction"]].sort_values("loss")
-    num_images = wrong["index"].tolist()[-1]  # the image with the highest loss is missing
-    images = LabeledImages([Image.new("RGB", (300, 200))] * num_images, [0] * num_images)
-
-    found = describe_predictions(ModelFolder(folder), build_data(images))
+    found = describe_predictions(ModelFolder(folder))
     assert found["num_wrong"] == len(wrong) > 12 == len(found["wrong"])
     assert found["num_images"] == 400
     assert found["calibration"]["num_images"] == 180
     assert found["num_confident_errors"] == sum(
         max(values) > 0.9 for values in wrong["probabilities"]
     )
-    assert [row["index"] for row in found["wrong"]] == wrong["index"].tolist()[:-13:-1]
-    assert [row["index"] < num_images for row in found["wrong"]] == [
-        row["url"] is not None for row in found["wrong"]
-    ]
+    assert [row["image"] for row in found["wrong"]] == wrong["image"].tolist()[:-13:-1]
 
-    urls = [row["url"] for row in found["wrong"] if row["url"]]
-    assert urls
-    assert all(Image.open(urlopen(url)).size == (240, 160) for url in urls)
+
+def test_wrong_images_are_found_by_their_names_in_any_split(folder: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (400, 20, 30)).astype(np.uint8)
+    images = ArrayImages(pixels)
+    rows = pd.read_parquet(folder / "predictions.parquet")
+    write_predictions(folder, rows.assign(image=images.get_names()))
+    held_out, train = (
+        LabeledImages(images.select(part), [0] * len(part))
+        for part in (range(100), range(100, 399))
+    )
+    found = describe_predictions(ModelFolder(folder), find_images(build_data(held_out, train)))
+    last = images.get_names()[399]  # the dataset has changed
+    for row in found["wrong"]:
+        assert (row["url"] is None) == (row["image"] == last)
+        if row["url"]:
+            assert Image.open(urlopen(row["url"])).size == (30, 20)
 
 
 def test_a_wrong_image_stands_above_its_nearest_training_images(folder: Path) -> None:
@@ -92,7 +103,7 @@ def test_a_wrong_image_stands_above_its_nearest_training_images(folder: Path) ->
     names = train.images.get_names()
     rows = pd.read_parquet(folder / "predictions.parquet")
     write_predictions(folder, rows.assign(nearest_images=[[names[2], names[0]]] * len(rows)))
-    found = describe_predictions(ModelFolder(folder), build_data(NO_IMAGES, train))
+    found = describe_predictions(ModelFolder(folder), find_images(build_data(NO_IMAGES, train)))
     nearest = found["wrong"][0]["nearest"]
     assert [image["label"] for image in nearest] == [NAMES[2], NAMES[0]]
     shown = np.asarray(Image.open(urlopen(nearest[0]["url"])).resize((8, 8)).convert("L"))
@@ -103,7 +114,7 @@ def test_a_name_of_several_training_images_is_not_shown(folder: Path) -> None:
     train = LabeledImages(ArrayImages(np.zeros((2, 8, 8), np.uint8)), [0, 1])
     rows = pd.read_parquet(folder / "predictions.parquet")
     write_predictions(folder, rows.assign(nearest_images=[train.images.get_names()] * len(rows)))
-    found = describe_predictions(ModelFolder(folder), build_data(NO_IMAGES, train))
+    found = describe_predictions(ModelFolder(folder), find_images(build_data(NO_IMAGES, train)))
     assert found["wrong"][0]["nearest"] == []
 
 

@@ -1,0 +1,155 @@
+"""Measurements of one photo, compared with the model: predictions, attributions, features, maps."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.tiny_models import TASKS, build_tiny_config, get_largest_difference, randomize
+from PIL import Image
+
+from modeling_vitcls import (
+    ViTCLSForImageClassification,
+    ViTCLSForMultiTaskClassification,
+    ViTCLSImageProcessor,
+)
+from modeling_vitcls.analysis.attribution import trace_attention
+from modeling_vitcls.analysis.maps import extract_patch_maps
+from modeling_vitcls.analysis.photo import decompose_patches, match_colors, measure_photo
+from modeling_vitcls.data.aspect_ratio import VisibleRegion
+
+
+PROCESSOR = ViTCLSImageProcessor(
+    size={"shortest_edge": 40}, do_center_crop=True, crop_size={"height": 32, "width": 40}
+)
+PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 120, 3), dtype=np.uint8))
+PIXELS = PROCESSOR(PHOTO, return_tensors="pt")["pixel_values"]
+TOKENS: dict[str, Any] = {"num_register_tokens": 2, "num_hidden_layers": 3}
+
+
+def compute_attribution(model: Any, target: int, task: str | None = None) -> torch.Tensor:
+    trace = trace_attention(model, PIXELS, needs_gradients=True)
+    return extract_patch_maps(
+        trace.compute_attribution(target, task)[0], model.config, PIXELS.shape[-2:]
+    )
+
+
+def test_predictions_maps_and_norms_are_those_of_the_model() -> None:
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(num_labels=5, **TOKENS)))
+    found = measure_photo(model, PROCESSOR, PHOTO)
+    # the crop of 40 x 60 pixels, twice as large
+    assert found.visible_region == VisibleRegion(20, 8, 100, 72)
+
+    with torch.no_grad():
+        outputs = model(PIXELS, output_hidden_states=True)
+        rows = extract_patch_maps(model.token_attention(PIXELS)[0], model.config, (32, 40))
+    probabilities, indices = outputs.logits[0].softmax(dim=0).topk(3)
+    (prediction,) = found.predictions
+    assert [name for name, _ in prediction.labels] == [f"LABEL_{index}" for index in indices]
+    assert [value for _, value in prediction.labels] == pytest.approx(probabilities.tolist())
+    assert get_largest_difference(found.maps, rows) < 1e-5
+    for norms, states in zip(found.norms, outputs.hidden_states[1:], strict=True):
+        assert get_largest_difference(norms.flatten(), states[0, 3:].norm(dim=-1)) < 1e-5
+    for attribution, index in zip(found.attributions, indices.tolist(), strict=True):
+        assert attribution.label[0] == f"LABEL_{index}"
+        assert get_largest_difference(attribution.values, compute_attribution(model, index)) < 1e-5
+
+
+def test_each_task_has_a_prediction_and_attributions() -> None:
+    config = build_tiny_config(num_cls_tokens=2, tasks=TASKS)
+    model = randomize(ViTCLSForMultiTaskClassification(config))
+    found = measure_photo(model, PROCESSOR, PHOTO)
+    assert [prediction.task for prediction in found.predictions] == ["age", "species"]
+    for prediction in found.predictions:
+        first = next(each for each in found.attributions if each.task == prediction.task)
+        with torch.no_grad():
+            index = int(model(PIXELS).logits[prediction.task][0].argmax())
+        assert prediction.labels[0][0] == first.label[0] == f"LABEL_{index}"
+        expected = compute_attribution(model, index, prediction.task)
+        assert get_largest_difference(first.values, expected) < 1e-5
+
+
+def test_added_tasks_have_the_attributions_of_a_model_for_the_task() -> None:
+    heads: dict[str, dict[str, Any]] = {
+        "weather": {"labels": ["rain", "snow", "sun"], "pooled_layers": [-2, -1]},
+        "tags": {"labels": ["old", "new"], "problem_type": "multi_label_classification"},
+    }
+    config = build_tiny_config(num_labels=5, extra_heads=heads, pooled_layers=[-2, -1], **TOKENS)
+    model = randomize(ViTCLSForImageClassification(config))
+    found = measure_photo(model, PROCESSOR, PHOTO)
+    assert [each.task for each in found.predictions] == [None, "tags", "weather"]
+    (prediction,) = (each for each in found.predictions if each.task == "weather")
+    (first, *_) = (each for each in found.attributions if each.task == "weather")
+    alone = compute_attribution(model.select_task("weather"), prediction.indices[0])
+    assert get_largest_difference(first.values, alone) < 1e-5
+
+
+def test_several_labels_are_predicted_from_one_half() -> None:
+    config = build_tiny_config(num_labels=5, problem_type="multi_label_classification")
+    model = randomize(ViTCLSForImageClassification(config))
+    with torch.no_grad():
+        logits = model(PIXELS).logits[0]
+    for threshold, num_labels in ((logits.sort().values[:2].mean(), 4), (logits.max() + 1, 0)):
+        with torch.no_grad():
+            model.classifier.bias -= threshold
+        (prediction,) = measure_photo(model, PROCESSOR, PHOTO).predictions
+        with torch.no_grad():
+            model.classifier.bias += threshold
+        order = logits.argsort(descending=True)[:num_labels]
+        assert [name for name, _ in prediction.labels] == [f"LABEL_{index}" for index in order]
+
+
+def test_a_rotated_photo_is_upright_and_pixels_without_a_patch_are_not_covered() -> None:
+    model = randomize(ViTCLSForImageClassification(build_tiny_config()))
+    photo = PHOTO.copy()
+    photo.getexif()[0x0112] = 6  # the EXIF tag of the orientation: rotate clockwise
+    crop = {"height": 36, "width": 32}  # 4 rows of patches, and 4 additional rows of pixels
+    processor = ViTCLSImageProcessor(
+        size={"shortest_edge": 40}, do_center_crop=True, crop_size=crop
+    )
+    found = measure_photo(model, processor, photo)
+    assert np.array_equal(np.asarray(found.image), np.rot90(np.asarray(PHOTO), -1))
+    # of 80 x 120 pixels, twice as large as resized
+    assert found.visible_region == VisibleRegion(8, 24, 72, 88)
+
+
+# Colors -------------------------------------------------------------------------------------------
+
+
+def test_colors_are_the_principal_components() -> None:
+    """The components are scaled between two quantiles; their signs are arbitrary."""
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.arange(12, 0, -1).float() ** 2
+    features = torch.randn(4, 5, 12, generator=generator) * scales + 3
+    rows = features.flatten(0, 1).double().numpy()
+    centered = rows - rows.mean(axis=0)
+    _, sizes, directions = np.linalg.svd(centered, full_matrices=False)
+    components = centered @ directions[:3].T
+
+    colors, shares = decompose_patches(features)
+    assert shares == pytest.approx((sizes**2 / (sizes**2).sum())[:3], rel=1e-4)
+    found = colors.flatten(0, 1).double().numpy()
+    for channel in range(3):
+        candidates = []
+        for sign in (1, -1):
+            low, high = np.quantile(sign * components[:, channel], (0.02, 0.98))
+            candidates.append(((sign * components[:, channel] - low) / (high - low)).clip(0, 1))
+        assert min(np.abs(found[:, channel] - one).max() for one in candidates) < 1e-4
+
+
+@pytest.mark.filterwarnings("error")
+def test_few_patches_and_equal_patches_have_colors_too() -> None:
+    """For example, the patches of a black image are equal."""
+    colors, _ = decompose_patches(torch.randn(1, 2, 4))
+    assert colors.isfinite().all()
+    assert (colors[..., 2] == 0.5).all()
+    equal, _ = decompose_patches(torch.ones(3, 4, 8))
+    assert equal.isfinite().all()
+    assert len(equal.flatten(0, 1).unique(dim=0)) == 1
+
+
+def test_components_keep_their_color_from_layer_to_layer() -> None:
+    last = torch.rand(5, 6, 3, generator=torch.Generator().manual_seed(0))
+    earlier = torch.stack([1 - last[..., 2], last[..., 0], 1 - last[..., 1]], dim=-1)
+    matched = match_colors(torch.stack([earlier, last, last.flip(-1)]), last_layer=1)
+    assert torch.allclose(matched, last.expand(3, -1, -1, -1))
