@@ -47,7 +47,7 @@ FUNCTIONS = {
 OMITTED = {"model", "paths", "output_dir", "config"}
 OMITTED_IN_CLASS = {
     DataOptions: {"dataset"},
-    PredictOptions: {"output", "shard_size", "shard", "merge"},
+    PredictOptions: {"output", "shard"},
     LookOptions: {"output", "json"},
 }
 # Fields with strings that can be paths, and fields that also accept data in memory

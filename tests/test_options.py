@@ -74,7 +74,7 @@ LIMITS: list[tuple[type, str, list[Any], list[Any]]] = [
     (RunOptions, "hub_checkpoint_branch", [None], ["", "main"]),
     (EvaluateOptions, "batch_size", [1], [0]),
     (PredictOptions, "threshold", [0, 1], [-0.1, 1.1]),
-    (PredictOptions, "shard_size batch_size top_k num_workers", [1], [0]),
+    (PredictOptions, "batch_size top_k num_workers", [1], [0]),
     (PredictOptions, "shard", ["1/1", "2/12"], ["0/2", "3/2", "2", "1/0"]),
     (
         PredictOptions,
@@ -115,12 +115,6 @@ COMBINATIONS: list[tuple[type, dict[str, Any], dict[str, Any], str]] = [
     ),
     (EvaluateOptions, {"frozen": "knn"}, {"backend": "onnx"}, "`backend`"),
     (EvaluateOptions, {"audit": Path("a.html")}, {"backend": "onnx"}, "`backend`"),
-    (
-        PredictOptions,
-        {"merge": Path("a"), "model": None, "paths": ()},
-        {"merge": None, "paths": ("a",)},
-        "`model`",
-    ),
     (PredictOptions, {"paths": ("a",)}, {"paths": ()}, "`images`"),
     (PredictOptions, {"paths": (), "list": Path("b")}, {"dataset": "c"}, "`images`"),
     (PredictOptions, {"output": Path("a.JSON")}, {"output": Path("a.txt")}, "`output='a.txt'`"),
@@ -148,10 +142,7 @@ COMBINATIONS: list[tuple[type, dict[str, Any], dict[str, Any], str]] = [
     (ExportOptions, {"int8": True}, {"dataset": None}, "`int8=True`"),
     (ExportOptions, {"int8": True, "exclude_layers": (1,)}, {"int8": False}, "`exclude_layers`"),
     (ExportOptions, {"split": "test"}, {"dataset": None}, "`split`"),
-    *(
-        (PredictOptions, {}, {name: "a"}, "`dataset`")
-        for name in ("split", "image_column", "streaming")
-    ),
+    *((PredictOptions, {}, {name: "a"}, "`dataset`") for name in ("split", "image_column")),
     *(
         (InspectOptions, {}, {name: "a"}, "`dataset`")
         for name in ("image_column", "label_column", "label_separator")
@@ -222,7 +213,7 @@ DEFAULTS = """
     model=m dataset=digits held_out_fraction=0.2 shuffle_buffer=1000 max_unreadable_images=100
     num_workers=2 backend=auto mixed_precision=auto
 
-    model=m dataset=digits shard_size=10000 threshold=0.5 feature_dtype=float32 backend=auto
+    model=m dataset=digits threshold=0.5 feature_dtype=float32 backend=auto
     mixed_precision=auto
 
     model=m dataset=digits output=report.html num_images=8 max_images=256 mixed_precision=auto

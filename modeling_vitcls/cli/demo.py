@@ -81,6 +81,7 @@ def build_page(options: DemoOptions) -> Any:
 
     from ..analysis.photo import measure_photo
     from ..analysis.sheet import draw_sheet
+    from ..conversion.any_checkpoint import resolve
     from ..hub.local_paths import get_title
     from ..inference.inputs import ImageRecord
     from ..inference.options import PredictOptions
@@ -92,7 +93,7 @@ def build_page(options: DemoOptions) -> Any:
     settings = PredictOptions(
         model=options.model, paths=("photo",), top_k=NUM_LABELS, backend="torch"
     )
-    predictor = build_predictor(settings, build_accelerator())
+    predictor = build_predictor(settings, resolve(options.model), build_accelerator())
     columns: Any = predictor.columns
     tasks = [*columns.single_labels, *columns.label_lists]
 
@@ -116,7 +117,7 @@ def build_page(options: DemoOptions) -> Any:
             gradio.Textbox(label=task or "Answer"),
             gradio.Label(label="Probabilities", num_top_classes=NUM_LABELS, show_heading=False),
         ]
-    photo_input = gradio.Image(label="Photo", type="filepath")
+    photo_input: Any = gradio.Image(label="Photo", type="filepath")
     # gradio would decode the file. Formats and messages are those of `vitcls predict`.
     photo_input.preprocess = lambda payload: payload and payload.path
     sheet = gradio.Image(

@@ -192,7 +192,6 @@ class PredictFlags(ImageFlags, EngineFlags, total=False):
 
     list: str | Path | None
     split: str | None
-    streaming: bool
     top_k: int | None
     threshold: float
     features: str | Sequence[str] | None

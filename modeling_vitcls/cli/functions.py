@@ -194,10 +194,11 @@ def predict(
     images = list_images(images)
     # PredictOptions requires one path per image
     placeholder_paths = tuple(map(str, range(len(images))))
-    # Features require an output file. The other flags are about output folders.
-    fixed_flags: dict[str, Any] = {"paths": placeholder_paths, "output": Path("not-written.json")}
-    fixed_flags |= {
-        name: getattr(PredictOptions, name) for name in ("shard_size", "shard", "merge")
+    # features require an output file
+    fixed_flags: dict[str, Any] = {
+        "paths": placeholder_paths,
+        "output": Path("not-written.json"),
+        "shard": None,
     }
     options = build_options(PredictOptions, model=model, **fixed_flags, **flags)
     return predict_from_options(options, images)

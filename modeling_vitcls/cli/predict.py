@@ -3,7 +3,7 @@
     vitcls predict --model runs/mine photo.jpg path/to/folder
     vitcls predict --model runs/mine --list files.txt --output labels.csv
     vitcls predict --model runs/mine --dataset path/or/hub-id --features cls --output features
-    vitcls predict --merge features --output features.parquet
+    vitcls predict --model runs/mine --list files.txt --features cls --output features --shard 3/16
 
 The prediction is implemented in modeling_vitcls/inference/predict.py.
 """
@@ -35,11 +35,7 @@ def run(options: PredictCommandOptions) -> None:
     In the output, the row of an unreadable image contains an error message.
     """
     from ..inference.predict import predict_images
-    from ..inference.shards import merge_shards
 
-    if options.merge is not None:
-        print(merge_shards(options.merge, options.output))
-        return
     summary = predict_images(options)
     if options.output is not None and summary.num_images:
         print(

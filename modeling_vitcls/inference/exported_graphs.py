@@ -146,8 +146,6 @@ class ExportedModel(nn.Module):
         self.file = file
         self.config = config
         self.use_head = use_head
-        weights_file = file.with_suffix(".bin") if file.suffix == ".xml" else Path(f"{file}.data")
-        self.files = [file, *filter(Path.is_file, [weights_file])]
         self.graph = ExportedGraph(file, "bf16" if mixed_precision == "bf16" else "fp32")
 
     @property

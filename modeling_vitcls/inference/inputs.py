@@ -4,10 +4,9 @@ Inputs yield records: index, name and undecoded image.
 
     PATHS, --list, digits, MNIST files    ListInput      complete list, known at the start
     other datasets                        DatasetInput   random access with the `datasets` library
-    --streaming                           StreamInput    read once, in one part per worker
 
-Lists and datasets are read in ranges of indices, and streams in the parts of the workers. Several
-threads decode and preprocess images ahead of the forward pass.
+They are read in ranges of indices. Several threads decode and preprocess images ahead of the
+forward pass.
 
 Threads are faster than worker processes, because decoding and resizing release the GIL and no data
 is copied between processes. On two cores, two threads loaded JPEG files of 500 x 375 pixels 1.3
@@ -48,7 +47,6 @@ from ..data.sources import (
     open_splits,
     warn_on_first_process,
 )
-from ..data.streaming import read_features
 from ..hub.local_paths import is_built_in_dataset
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..runtime.errors import format_error
@@ -212,32 +210,7 @@ class DatasetInput:
                 yield build_record(index, value, self.folder)
 
 
-@dataclass(frozen=True)
-class StreamInput:
-    """A dataset that is streamed during prediction.
-
-    Each worker reads its part, in the order of the stream.
-    """
-
-    dataset: Any  # datasets.IterableDataset
-    column: str
-    folder: Path
-    settings: dict[str, Any]
-    num_images: None = None
-
-    def compute_fingerprint(self) -> dict[str, Any]:
-        """Return the options of the dataset."""
-        return self.settings
-
-    def build_records(
-        self, rows: Iterable[dict[str, Any]], indices: Iterable[int]
-    ) -> Iterator[ImageRecord]:
-        """Yield the records of rows of the dataset."""
-        for row, index in zip(rows, indices, strict=False):
-            yield build_record(index, row[self.column], self.folder)
-
-
-PredictionInput = ListInput | DatasetInput | StreamInput
+PredictionInput = ListInput | DatasetInput
 
 
 def open_input(options: PredictOptions) -> PredictionInput:
@@ -253,28 +226,24 @@ def open_input(options: PredictOptions) -> PredictionInput:
     import datasets
 
     dataset = options.dataset
-    data_options = DataOptions(
-        dataset, image_column=options.image_column, streaming=options.streaming
-    )
+    data_options = DataOptions(dataset, image_column=options.image_column)
     path = Path(dataset)
-    if not options.streaming and (is_built_in_dataset(dataset) or is_idx_folder(path)):
+    if is_built_in_dataset(dataset) or is_idx_folder(path):
         images = select_split(
             load_splits(data_options, use_labels=False).images_by_split, options
         ).images
         return ListInput([f"{path.name}/{index}" for index in range(len(images))], images)
 
     split = select_split(open_splits(data_options, use_labels=False), options)
-    features = read_features(split, dataset)
+    features = split.features
     column = find_image_column(data_options, features)
     folder = get_dataset_folder(dataset)
     settings: dict[str, Any] = {"dataset": dataset, "split": options.split, "column": column}
-    if options.streaming or path.is_file():
+    if path.is_file():
         settings["files"] = compute_files_digest(path)
     split = split.select_columns([column])
     if isinstance(features[column], datasets.Image):  # the threads decode the images
         split = split.cast_column(column, datasets.Image(decode=False))
-    if options.streaming:
-        return StreamInput(split, column, folder, settings)
     if not len(split):
         raise ValueError(f"the dataset {dataset} is empty. Add images")
     return DatasetInput(split, column, folder, settings)

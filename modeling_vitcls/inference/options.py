@@ -79,7 +79,7 @@ class EvaluateOptions(EngineOptions):
 class ImageOptions:
     """Model and image flags that prediction and inspection share. Labels are not required."""
 
-    model: str | None
+    model: str
     """Folder or Hub id of a vitcls model (`ID@COMMIT` pins the model), or another ViT, which is
     converted once (`timm:NAME`, `transformers:ID`, a folder, a Hub id, a file)."""
     paths: tuple[str, ...] = ()
@@ -104,27 +104,17 @@ class PredictOptions(ImageOptions, EngineOptions):
     row of an unreadable image contains an error message.
     """
 
-    model: str | None = None
-    """Folder or Hub id of a vitcls model (`ID@COMMIT` pins the model), or another ViT, which is
-    converted once (`timm:NAME`, `transformers:ID`, a folder, a Hub id, a file)."""
     list: Path | None = None
     """Text file with one image file, folder or URL per line."""
     split: str | None = None
     """Dataset split with the images. Default: the only split."""
-    streaming: bool = False
-    """Stream the dataset instead of downloading it."""
     output: Path | None = None
-    """Output file (.csv, .json, .jsonl or .parquet), or a folder for Parquet files with
-    --shard-size images each. In an existing folder, only missing files are written. Default: print
-    a table."""
-    shard_size: int = 10_000
-    """Number of images per Parquet file, if --output is a folder."""
+    """Output file (.csv, .json, .jsonl or .parquet), or a folder for the file of --shard. Default:
+    print a table."""
     shard: str | None = None
-    """`i/n`: compute the i-th of n parts (numbered from 1) of the files in the folder --output, for
-    array jobs. The jobs do not communicate."""
-    merge: Path | None = None
-    """Check that a folder of Parquet files is complete, and write all rows to --output if it is
-    set. No images are read."""
+    """`i/n`: compute the i-th of n parts of the images (numbered from 1), and write
+    OUTPUT/part-i-of-n.parquet, for array jobs. A job whose file exists ends at once. The jobs do not
+    communicate. Default for a folder: 1/1."""
     top_k: int | None = None
     """Maximum number of predicted labels per image. Default: 1 or, for multi-label models, all
     labels with a probability of at least --threshold."""
@@ -141,18 +131,14 @@ class PredictOptions(ImageOptions, EngineOptions):
     8."""
 
     def __post_init__(self) -> None:
-        check_minimum(self, 1, "shard_size", "batch_size", "top_k", "num_workers")
+        check_minimum(self, 1, "batch_size", "top_k", "num_workers")
         check_value(self, "threshold", 0 <= self.threshold <= 1, "from 0 to 1")
-        if self.merge is None and self.model is None:
-            raise ValueError("Set `model` to the model, or `merge` to a folder of predictions.")
-        if self.merge is None and sum(map(bool, (self.paths, self.list, self.dataset))) != 1:
+        if sum(map(bool, (self.paths, self.list, self.dataset))) != 1:
             raise ValueError(
                 "Set exactly one of `images`, `list` and `dataset` to select the images."
             )
-        if self.dataset is None and (self.split or self.image_column or self.streaming):
-            raise ValueError(
-                "`split`, `image_column` and `streaming=True` require `dataset`. Set `dataset`."
-            )
+        if self.dataset is None and (self.split or self.image_column):
+            raise ValueError("`split` and `image_column` require `dataset`. Set `dataset`.")
         for name in self.features or ():
             is_feature = bool(
                 re.fullmatch(r"(cls|registers|distillation|patches|mean)(@[1-9]\d*)?", name)

@@ -1,7 +1,9 @@
-"""Rows as a printed table or a file. shards.py writes folders of Parquet files."""
+"""Rows as a printed table or a file."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -39,21 +41,46 @@ def show_progress(
 # Files --------------------------------------------------------------------------------------------
 
 
+@dataclass
+class PredictionCounts:
+    """Number of images, and number of images without a prediction."""
+
+    num_images: int = 0
+    num_failed: int = 0
+
+
+def count_rows(rows: Iterable[Row], counts: PredictionCounts) -> Iterator[Row]:
+    """Yield the rows, and count them."""
+    for row in rows:
+        counts.num_images += 1
+        counts.num_failed += row["error"] is not None
+        yield row
+
+
 def write_rows(
     rows: Iterable[Row], columns: Columns, file: Path, metadata: dict[str, str] | None = None
 ) -> None:
     """Write rows to a file in the format of its suffix, and replace an existing file.
 
-    If an OSError is raised, no partial file remains. Parquet files also store `metadata`.
+    If an error is raised, no partial file remains. The rows of a Parquet file, which also stores
+    `metadata`, are written while they are computed.
     """
-    write_table(pa.Table.from_pylist(list(rows), pa.schema(list(columns.items()), metadata)), file)
-
-
-def write_table(table: pa.Table, file: Path) -> None:
-    """Write an Arrow table as `write_rows` does."""
     file.parent.mkdir(parents=True, exist_ok=True)
+    schema = pa.schema(list(columns.items()), metadata)
     with write_atomically(file) as temporary_file:
-        WRITERS[file.suffix.lower()](table, temporary_file)
+        if file.suffix.lower() == ".parquet":
+            write_parquet(rows, schema, temporary_file)
+        else:
+            table = pa.Table.from_pylist(list(rows), schema)
+            WRITERS[file.suffix.lower()](table, temporary_file)
+
+
+def write_parquet(rows: Iterable[Row], schema: pa.Schema, file: Path) -> None:
+    """Write a Parquet file, one group of rows after another."""
+    remaining = iter(rows)
+    with pq.ParquetWriter(file, schema) as writer:
+        while group := list(islice(remaining, ROWS_PER_GROUP)):
+            writer.write_table(pa.Table.from_pylist(group, schema))
 
 
 def write_csv(table: pa.Table, file: Path) -> None:
@@ -94,7 +121,6 @@ WRITERS: dict[str, Callable[[pa.Table, Path], None]] = {
     ".csv": write_csv,
     ".json": lambda table, file: write_json(table, file, "[\n{}\n]\n", ",\n"),
     ".jsonl": lambda table, file: write_json(table, file, "{}\n", "\n"),
-    ".parquet": lambda table, file: pq.write_table(table, file, row_group_size=ROWS_PER_GROUP),
 }
 
 

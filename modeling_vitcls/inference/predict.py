@@ -1,47 +1,49 @@
 """Prediction of labels or features for any number of images, from options to rows.
 
-    images -> records -> pixels -> predictions -> rows -> table, file, or folder of Parquet files
-    inputs.py ----------------->   prediction_rows.py ->  outputs.py   shards.py
+    images -> records -> pixels -> predictions -> rows -> table, file, or one part of an array job
+    inputs.py ----------------->   prediction_rows.py ->  outputs.py   array_jobs.py
 
-The images are divided by index into chunks of equal size: a shard if the output is a folder, or a
-batch otherwise. The chunks are assigned to the processes in turn, and a batch never spans two
-chunks. The output is therefore bit-identical for any number of processes, even after a restart. A
-stream is divided among the workers (shards.py) by `datasets`.
+The images are divided into batches by index, and the batches are assigned to the processes in turn.
+The output is therefore bit-identical for any number of processes.
 """
 
-import hashlib
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, count, islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers import PreTrainedModel
 
 from ..conversion.any_checkpoint import resolve
 from ..data.splits import load_on_main
+from ..hub.model_folder import ModelFolder
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..runtime.distributed import build_accelerator, run_on_main
-from .exported_graphs import ExportedModel
+from .array_jobs import METADATA_KEY, Part, describe_settings, read_finished_part
 from .inputs import (
     ImageRecord,
     ListInput,
     PredictionInput,
-    StreamInput,
     build_list_input,
     open_input,
     prepare_images,
 )
 from .load_model import load_for_inference
 from .options import PredictOptions
-from .outputs import WRITERS, get_output_columns, print_table, show_progress, write_rows
+from .outputs import (
+    PredictionCounts,
+    count_rows,
+    get_output_columns,
+    print_table,
+    show_progress,
+    write_rows,
+)
 from .prediction_rows import (
     AutocastFactory,
     PredictionColumns,
@@ -49,7 +51,6 @@ from .prediction_rows import (
     build_prediction_columns,
     predict_rows,
 )
-from .shards import ShardFolder, list_shard_indices
 
 
 MAX_BATCH_SIZE = 32  # default number of images per forward pass on GPUs
@@ -75,16 +76,6 @@ class Predictor:
         return predict_rows(batches, self.columns, self.model.device, self.autocast)
 
 
-class PredictionCounts(NamedTuple):
-    """Number of images, and number of images without a prediction.
-
-    Both numbers are 0 except on the main process.
-    """
-
-    num_images: int
-    num_failed: int
-
-
 def predict_from_options(options: PredictOptions, images: list[Any]) -> list[Row]:
     """Return the rows that `vitcls predict` would write, computed in this process.
 
@@ -93,22 +84,56 @@ def predict_from_options(options: PredictOptions, images: list[Any]) -> list[Row
     """
     accelerator = build_accelerator(mixed_precision=options.mixed_precision)
     source = wrap_images(images) if images else open_input(options)
-    predictor = build_predictor(options, accelerator)
-    return list(predictor.iterate_rows(read_all_records(source)))
+    predictor = build_predictor(options, resolve(options.model, options.backend), accelerator)
+    return list(predictor.iterate_rows(source.read_records(range(source.num_images))))
 
 
-def read_all_records(source: PredictionInput) -> Iterator[ImageRecord]:
-    """Yield the records of all images."""
-    if isinstance(source, StreamInput):
-        return source.build_records(source.dataset, count())
-    return source.read_records(range(source.num_images))
+def predict_images(options: PredictOptions) -> PredictionCounts:
+    """Run the prediction that the options specify, and print or write the rows.
+
+    The counts are 0 except on the main process.
+
+    Raises:
+        ValueError, OSError: If the images or the model cannot be read, or the output cannot be
+            written. The message is a single line.
+    """
+    accelerator = build_accelerator(mixed_precision=options.mixed_precision)
+    source = load_on_main(accelerator, options.dataset or "", partial(open_input, options))
+    with accelerator.main_process_first():  # the main process downloads the files
+        folder = resolve(options.model, options.backend)
+
+    file = options.output
+    indices = range(source.num_images)
+    metadata = None
+    if file is not None and (file.is_dir() or not file.suffix):
+        part = Part.from_text(options.shard or "1/1")
+        file = file / part.file_name
+        indices = part.select(source.num_images)
+        settings = run_on_main(accelerator, lambda: describe_settings(options, folder, source))
+        finished = run_on_main(accelerator, lambda: read_finished_part(file, settings, indices))
+        if finished is not None:
+            accelerator.end_training()
+            return finished if accelerator.is_main_process else PredictionCounts()
+        metadata = {METADATA_KEY: settings}
+
+    predictor = build_predictor(options, folder, accelerator)
+    counts = PredictionCounts()
+    rows = count_rows(compute_rows(accelerator, source, predictor, indices), counts)
+    columns = get_output_columns(predictor.columns.columns)
+    if accelerator.is_main_process and file is None:
+        print_table(rows, columns)
+    elif accelerator.is_main_process and file is not None:
+        write_rows(rows, columns, file, metadata)
+    accelerator.end_training()
+    return counts
 
 
-def build_predictor(options: PredictOptions, accelerator: Accelerator) -> Predictor:
+def build_predictor(
+    options: PredictOptions, folder: ModelFolder, accelerator: Accelerator
+) -> Predictor:
     """Load the model and its image processor on the device, and build a predictor."""
-    assert options.model is not None
     loaded = load_for_inference(
-        resolve(options.model, options.backend),
+        folder,
         options,
         accelerator,
         use_head=options.features is None,
@@ -132,6 +157,29 @@ def build_predictor(options: PredictOptions, accelerator: Accelerator) -> Predic
     )
 
 
+def compute_rows(
+    accelerator: Accelerator, source: PredictionInput, predictor: Predictor, indices: range
+) -> Iterator[Row]:
+    """Return the rows of the images with these indices, in order.
+
+    With several processes, the main process gathers the rows; otherwise, they are computed while
+    the iterator is read.
+    """
+    size = predictor.batch_size
+    batches = [indices[start : start + size] for start in range(0, len(indices), size)]
+    local_batches = batches[accelerator.process_index :: accelerator.num_processes]
+    records = chain.from_iterable(map(source.read_records, local_batches))
+    rows = show_progress(
+        predictor.iterate_rows(records),
+        "images",
+        sum(map(len, local_batches)),
+        accelerator.is_main_process,
+    )
+    if accelerator.num_processes == 1:
+        return iter(rows)
+    return iter(sorted(gather_object(list(rows)), key=lambda row: row["index"]))
+
+
 def wrap_images(images: Sequence[Any]) -> ListInput:
     """Return an input with images from paths, folders and memory.
 
@@ -149,175 +197,7 @@ def wrap_images(images: Sequence[Any]) -> ListInput:
     return ListInput(names, contents)
 
 
-def predict_images(options: PredictOptions) -> PredictionCounts:
-    """Run the prediction that the options specify, and print or write the rows.
-
-    Raise ValueError or OSError with a single-line message if the images or the model cannot be
-    read, or if the output cannot be written.
-    """
-    accelerator = build_accelerator(mixed_precision=options.mixed_precision)
-    source = load_on_main(accelerator, options.dataset or "", partial(open_input, options))
-    with accelerator.main_process_first():  # the main process downloads the files
-        predictor = build_predictor(options, accelerator)
-    is_folder = options.output is not None and options.output.suffix.lower() not in WRITERS
-    counts = (predict_to_folder if is_folder else predict_to_file)(
-        options, accelerator, source, predictor
-    )
-    accelerator.end_training()
-    return counts if accelerator.is_main_process else PredictionCounts(0, 0)
-
-
 def get_num_workers() -> int:
     """Return the number of CPU cores per local process, clamped to [1, 8]."""
     num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, min(8, (os.cpu_count() or 1) // num_processes))
-
-
-def predict_to_file(
-    options: PredictOptions, accelerator: Accelerator, source: PredictionInput, predictor: Predictor
-) -> PredictionCounts:
-    """Print a table or write one file. The main process gathers the rows of all processes."""
-    if isinstance(source, StreamInput):
-        if accelerator.num_processes > 1:
-            raise ValueError(
-                "`streaming=True` with several processes requires a folder. Set `output` to a "
-                "folder"
-            )
-        records = read_all_records(source)
-        num_local_images = None
-    else:
-        chunks = list_shard_indices(source.num_images, predictor.batch_size)
-        ranges = chunks[accelerator.process_index :: accelerator.num_processes]
-        records = chain.from_iterable(map(source.read_records, ranges))
-        num_local_images = sum(map(len, ranges))
-    columns = get_output_columns(predictor.columns.columns)
-    is_main = accelerator.is_main_process
-    rows = list(show_progress(predictor.iterate_rows(records), "images", num_local_images, is_main))
-    if accelerator.num_processes > 1:
-        rows = sorted(gather_object(rows), key=lambda row: row["index"])
-    if is_main and options.output is None:
-        print_table(rows, columns)
-    elif is_main and options.output is not None:
-        write_rows(rows, columns, options.output)
-    return PredictionCounts(len(rows), sum(row["error"] is not None for row in rows))
-
-
-# A folder of Parquet files ------------------------------------------------------------------------
-
-
-def predict_to_folder(
-    options: PredictOptions, accelerator: Accelerator, source: PredictionInput, predictor: Predictor
-) -> PredictionCounts:
-    """Write the missing shards of each process, and return the numbers of images of this job."""
-    assert options.output is not None
-    job, num_jobs = map(int, (options.shard or "1/1").split("/"))
-    worker_index = (job - 1) * accelerator.num_processes + accelerator.process_index
-    num_workers = num_jobs * accelerator.num_processes
-    settings = {
-        "shard_size": options.shard_size,
-        "features": options.features,
-        "feature_dtype": options.feature_dtype,
-        "top_k": options.top_k,
-        "threshold": options.threshold,
-        "mixed_precision": accelerator.mixed_precision,
-        "input": run_on_main(accelerator, source.compute_fingerprint),
-        "model": compute_model_digest(predictor.model, predictor.processor),
-    }
-    num_shards = None
-    write_shards: Any = write_stream_shards
-    if isinstance(source, StreamInput):
-        settings["num_workers"] = num_workers
-    else:
-        num_shards = len(list_shard_indices(source.num_images, options.shard_size))
-        write_shards = write_list_shards
-    folder = ShardFolder(
-        options.output, options.shard_size, json.loads(json.dumps(settings)), num_shards
-    )
-    folder.open()
-    is_shown = accelerator.is_main_process
-    shards = gather_object(
-        write_shards(folder, worker_index, num_workers, source, predictor, is_shown)
-    )
-    return PredictionCounts(
-        num_images=sum(shard["images"] for shard in shards),
-        num_failed=sum(shard["failed"] for shard in shards),
-    )
-
-
-def write_list_shards(
-    folder: ShardFolder,
-    worker_index: int,
-    num_workers: int,
-    source: Any,
-    predictor: Predictor,
-    is_shown: bool,
-) -> list[dict[str, Any]]:
-    """Write the missing shards of one worker, and return the metadata of each shard."""
-    shards = list_shard_indices(source.num_images, folder.shard_size)
-    local_shards = shards[worker_index::num_workers]
-    files = [folder.get_file(indices.start // folder.shard_size) for indices in local_shards]
-    # all are checked before the first image
-    metadata = [folder.read_finished(file) for file in files]
-    for position in show_progress(range(len(files)), "files", len(files), is_shown):
-        if metadata[position] is None:
-            rows = list(predictor.iterate_rows(source.read_records(local_shards[position])))
-            metadata[position] = folder.write(
-                files[position], rows, predictor.columns.columns, num_shards=len(shards)
-            )
-    return [fields for fields in metadata if fields is not None]
-
-
-def write_stream_shards(
-    folder: ShardFolder,
-    worker_index: int,
-    num_workers: int,
-    source: StreamInput,
-    predictor: Predictor,
-    is_shown: bool,
-) -> list[dict[str, Any]]:
-    """Continue the shards of one worker from the state of the stream in its last shard.
-
-    Return the metadata as `write_list_shards`.
-    """
-    from datasets.distributed import split_dataset_by_node
-
-    stream = split_dataset_by_node(source.dataset, worker_index, num_workers)
-    metadata = []
-    first_shard = 0
-    while (
-        finished := folder.read_finished(folder.get_file(first_shard, worker_index))
-    ) is not None:
-        metadata.append(finished)
-        if finished["is_last"]:
-            return metadata
-        stream.load_state_dict(finished["state"])
-        first_shard += 1
-    examples = iter(stream)
-    indices = count(first_shard * folder.shard_size * num_workers + worker_index, num_workers)
-    for shard_index in show_progress(count(first_shard), "files", None, is_shown):
-        records = source.build_records(islice(examples, folder.shard_size), indices)
-        rows = list(predictor.iterate_rows(records))
-        state = stream.state_dict()  # before the next example is read
-        next_example = list(islice(examples, 1))
-        examples = chain(next_example, examples)
-        file = folder.get_file(shard_index, worker_index)
-        finished = folder.write(
-            file, rows, predictor.columns.columns, is_last=not next_example, state=state
-        )
-        metadata.append(finished)
-        if not next_example:
-            break
-    return metadata
-
-
-def compute_model_digest(model: PreTrainedModel, processor: ViTCLSImageProcessor) -> str:
-    """Return a digest of what determines predictions: weights, labels and preprocessing."""
-    settings = [model.config.id2label, model.config.tasks, processor.to_dict()]
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, weights in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(weights.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    if isinstance(model, ExportedModel):
-        for file in model.files:
-            digest.update(file.read_bytes())
-    return digest.hexdigest()

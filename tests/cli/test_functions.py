@@ -128,7 +128,7 @@ def test_images_in_memory_files_and_bytes_have_the_same_prediction(
     assert len(predict(folder, dataset="digits", features="cls")) == 300
     assert len(predict(folder, images, features="registers")[0]["features"]) == 16
 
-    for flag in ("output", "shard", "shard_size", "merge", "config"):
+    for flag in ("output", "shard", "config"):
         with raises_one_line(flag, error=TypeError):
             predict(folder, images, **{flag: None})
 

@@ -38,7 +38,6 @@ from modeling_vitcls.export.options import ExportOptions
 from modeling_vitcls.export.quantization import check_drop, rank_layers, round_to_int8
 from modeling_vitcls.inference.exported_graphs import ExportedGraph, ExportedModel
 from modeling_vitcls.inference.intervals import compute_proportion_interval
-from modeling_vitcls.inference.predict import compute_model_digest
 
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate")]
@@ -218,13 +217,11 @@ def test_the_precision_of_a_graph_is_checked(
     assert "--mixed-precision" in capsys.readouterr().err
 
 
-def test_predictions_are_continued_only_with_the_same_graph(model: Path, tmp_path: Path) -> None:
+def test_a_part_of_another_engine_is_not_kept(model: Path, tmp_path: Path) -> None:
     words = [
         "--model",
         str(model),
         str(model.parent / "images"),
-        "--shard-size",
-        "4",
         "--output",
         str(tmp_path),
     ]
@@ -250,25 +247,11 @@ def test_missing_and_damaged_files_are_one_line(
         assert error.strip().count("\n") == 0, error
 
 
-def test_graphs_are_identified_by_all_their_files(model: Path, tmp_path: Path) -> None:
-    """Large ONNX files have their weights in a second file.
-
-    The graphs of a classifier have logits only.
-    """
-    shutil.copy(model / "model.onnx", tmp_path)
-    (tmp_path / "model.onnx.data").write_bytes(b"weights")
+def test_a_graph_of_a_classifier_has_no_features(model: Path) -> None:
     config = ViTCLSConfig.from_pretrained(model)
-    processor = ViTCLSImageProcessor.from_pretrained(model)
-    names = (["model.onnx"], ["model.xml", "model.bin"], ["model.onnx", "model.onnx.data"])
-    digests = set()
-    for folder, files in zip((model, model, tmp_path), names, strict=True):
-        graph = ExportedModel(folder / files[0], config, use_head=False)
-        assert [file.name for file in graph.files] == files
-        digests.add(compute_model_digest(graph, processor))
-        with raises_one_line("no output last_hidden_state"):
-            graph(build_images(1))
-
-    assert len(digests) == 3
+    graph = ExportedModel(model / "model.onnx", config, use_head=False)
+    with raises_one_line("no output last_hidden_state"):
+        graph(build_images(1))
     with raises_one_line("`backend='torch'`"):
         graph(build_images(1), output_hidden_states=True)
 

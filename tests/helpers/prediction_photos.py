@@ -8,7 +8,7 @@ import pytest
 import sklearn.datasets
 from PIL import Image
 
-from modeling_vitcls.inference.predict import Predictor, read_all_records, wrap_images
+from modeling_vitcls.inference.predict import Predictor, wrap_images
 from modeling_vitcls.inference.prediction_rows import build_prediction_columns
 
 
@@ -62,4 +62,4 @@ def predict(
     columns = build_prediction_columns(model.eval(), top_k, threshold, names)
     predictor = Predictor(model, processor, columns, nullcontext, batch_size, num_workers=1)
     source = wrap_images(images if isinstance(images, list) else [images])
-    return list(predictor.iterate_rows(read_all_records(source)))
+    return list(predictor.iterate_rows(source.read_records(range(source.num_images))))

@@ -127,7 +127,7 @@ def test_rows_of_a_dataset_keep_their_index_in_any_ranges(tmp_path: Path) -> Non
 
 
 def test_an_input_is_identified_by_its_content(photos: Path, tmp_path: Path) -> None:
-    """Check inputs of equal names and sizes: files, a folder, a table, also as a stream."""
+    """Check inputs of equal names and sizes: files, a folder, a table."""
     folder = tmp_path / "data" / "x"
     table = tmp_path / "table.csv"
     folder.mkdir(parents=True)
@@ -138,7 +138,6 @@ def test_an_input_is_identified_by_its_content(photos: Path, tmp_path: Path) -> 
         {"paths": (str(folder),)},
         {"dataset": str(folder.parent)},
         {"dataset": str(table)},
-        {"dataset": str(table), "streaming": True, "split": "train"},
     ]
 
     def identities() -> list[dict[str, Any]]:
@@ -150,7 +149,6 @@ def test_an_input_is_identified_by_its_content(photos: Path, tmp_path: Path) -> 
     first = identities()
     assert identities() == first
     settings = {"dataset": str(table), "column": "image", "files": compute_files_digest(table)}
-    assert first[3] == settings | {"split": "train"}
     assert first[2] == settings | {
         "split": None,
         "images": 1,
@@ -317,8 +315,6 @@ def test_datasets_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         open_input(PredictOptions("model", dataset=str(tmp_path / "empty")))
     with raises_one_line("there are no images in"):
         open_input(PredictOptions("model", (str(tmp_path),)))
-    with raises_one_line("`streaming=True`"):
-        open_input(PredictOptions("model", dataset="digits", streaming=True))
 
 
 def test_one_of_several_splits_has_to_be_named(tmp_path: Path) -> None:

@@ -8,14 +8,15 @@ import csv
 import io
 import json
 import os
-import time
-from dataclasses import replace
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import datasets
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import sklearn.datasets
@@ -25,7 +26,7 @@ from helpers.accelerate_state import reset_accelerate
 from helpers.prediction_photos import predict, sorted_photos
 from helpers.scripts_in_process import run_in_process
 from helpers.tiny_models import build_tiny_config, raises_one_line, randomize
-from helpers.warm_processes import OFFLINE, READY, run_script, run_together
+from helpers.warm_processes import OFFLINE, run_together
 from PIL import Image
 from transformers import pipeline
 
@@ -37,10 +38,11 @@ from modeling_vitcls import (
     ViTCLSModel,
 )
 from modeling_vitcls.cli import functions
+from modeling_vitcls.conversion.any_checkpoint import resolve
 from modeling_vitcls.inference import predict as predict_module
 from modeling_vitcls.inference.options import PredictOptions
-from modeling_vitcls.inference.predict import PredictionCounts, compute_model_digest, predict_images
-from modeling_vitcls.inference.shards import merge_shards
+from modeling_vitcls.inference.outputs import PredictionCounts
+from modeling_vitcls.inference.predict import predict_images
 from modeling_vitcls.runtime import distributed
 from modeling_vitcls.runtime.distributed import build_accelerator
 
@@ -65,7 +67,7 @@ KINDS = {
     "encoder": lambda: ViTCLSModel(build_tiny_config(**TOKENS)),
     "masked": lambda: ViTCLSForMaskedImageModeling(build_tiny_config()),
 }
-NUM_STREAMED = 1000
+NUM_DIGITS = 1000
 photos = prediction_photos.photos  # a fixture
 
 
@@ -93,15 +95,6 @@ def unreadable(tmp_path: Path, photos: Path) -> Path:
 
 def read_json(file: Path) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
-
-
-def read_shards(folder: Path) -> list[dict[str, Any]]:
-    """Return all rows of a folder, in the order of its files."""
-    return [
-        row
-        for file in sorted(folder.glob("shard-*.parquet"))
-        for row in pq.read_table(file).to_pylist()
-    ]
 
 
 def pixel_values(photos: Path) -> torch.Tensor:
@@ -329,7 +322,7 @@ def test_features_of_any_layer_are_those_after_the_final_norm(
 
 
 def test_datasets_are_read_like_files(models: Path, photos: Path, tmp_path: Path) -> None:
-    """Check a CSV file of relative paths, and Parquet with embedded images, also as a stream."""
+    """Check a CSV file of relative paths, and Parquet with embedded images."""
     paths = sorted_photos(photos)
     lines = [str(Path(path).relative_to(photos)) for path in paths]
     (photos / "list.csv").write_text("\n".join(["file_name", *lines]), encoding="utf-8")
@@ -342,7 +335,6 @@ def test_datasets_are_read_like_files(models: Path, photos: Path, tmp_path: Path
         {"paths": (str(photos),)},
         {"dataset": str(photos / "list.csv")},
         {"dataset": str(tmp_path / "images.parquet"), "image_column": "photo"},
-        {"dataset": str(tmp_path / "images.parquet"), "image_column": "photo", "streaming": True},
     ):
         output = tmp_path / "out.json"
         predict_images(
@@ -354,121 +346,48 @@ def test_datasets_are_read_like_files(models: Path, photos: Path, tmp_path: Path
         assert answers == expected
     assert len(expected or []) == 9
 
-    options = PredictOptions("model", **given)  # the stream
-    source = predict_module.open_input(options)
-    with raises_one_line("`streaming=True`", "`output`"):
-        predict_module.predict_to_file(options, SimpleNamespace(num_processes=2), source, None)
 
-
-# Folders of shards --------------------------------------------------------------------------------
+# Processes and array jobs -------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def streamed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def digits_table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a Parquet file of a thousand digits, of which every hundredth is unreadable."""
     values = []
-    for index, image in enumerate(sklearn.datasets.load_digits().images[:NUM_STREAMED]):
+    for index, image in enumerate(sklearn.datasets.load_digits().images[:NUM_DIGITS]):
         encoded = io.BytesIO()
         Image.fromarray((image * 15).astype(np.uint8)).save(encoded, format="PNG")
         values.append(
             {"bytes": encoded.getvalue() if index % 100 else b"broken", "path": f"{index}.png"}
         )
-    file = tmp_path_factory.mktemp("streamed") / "digits.parquet"
+    file = tmp_path_factory.mktemp("digits") / "digits.parquet"
     datasets.Dataset.from_dict({"image": values}).cast_column("image", datasets.Image()).to_parquet(
         file
     )
     return file
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("is_streaming", [False, True])
-def test_a_killed_job_is_continued(
-    models: Path, streamed: Path, tmp_path: Path, is_streaming: bool
-) -> None:
-    """The result must equal that of one uninterrupted run.
-
-    A stream continues from the state in its last shard.
-    """
-    flags = [
-        "--model",
-        models / "encoder",
-        "--dataset",
-        streamed,
-        "--features",
-        "cls",
-        "--shard-size",
-        30,
-    ]
-    flags += ["--batch-size", 8, *(["--streaming"] if is_streaming else [])]
-    folder = tmp_path / "features"
-    log = tmp_path / "killed"
-    words = [str(word) for word in (*flags, "--output", folder)]
-    process = READY.Process(target=run_script, args=("predict.py", words, log, log, OFFLINE))
-    process.start()
-    while len(list(folder.glob("shard-*"))) < 3 and process.is_alive():
-        time.sleep(0.002)
-    process.kill()
-    process.join()
-    before = {file.name: file.stat().st_mtime_ns for file in folder.glob("shard-*")}
-    assert 3 <= len(before) < 34, "it was not killed in the middle"
-    with raises_one_line(str(folder), "lacks"):
-        merge_shards(folder, None)
-
-    processes = 1 if is_streaming else 2
-    how = {"log": tmp_path / "log", "environment": OFFLINE, "processes": processes}
-    printed = run_together("predict.py", *flags, "--output", folder, **how)
-    assert printed == f"{folder}: 1,000 images, 10 without a prediction\n"
-    assert all((folder / name).stat().st_mtime_ns == written for name, written in before.items())
-    whole = tmp_path / "whole"
-    options = {"features": ("cls",), "shard_size": 30, "batch_size": 8, "output": whole}
-    predict_images(PredictOptions(str(models / "encoder"), dataset=str(streamed), **options))
-    merged = []
-    for part in (folder, whole):
-        assert "1,000 images" in merge_shards(part, part.with_suffix(".jsonl"))
-        merged.append(
-            [json.loads(line) for line in part.with_suffix(".jsonl").read_text().splitlines()]
-        )
-    assert [row["index"] for row in merged[0]] == list(range(NUM_STREAMED))
-    assert merged[0] == merged[1]
-
-
-def test_processes_take_batches_and_shards_in_turn(
+def test_processes_take_batches_in_turn(
     models: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second process of three predicts every third batch.
-
-    In the second job of two, it writes every sixth file.
-    """
+    """The second process of three predicts every third batch."""
     # processes are not in order
     monkeypatch.setattr(predict_module, "gather_object", lambda rows: rows[::-1])
     options = PredictOptions(
         str(models / "one_label"), (str(photos),), output=tmp_path / "a.jsonl", batch_size=2
     )
     source = predict_module.open_input(options)
-    predictor = predict_module.build_predictor(options, build_accelerator())
-    for is_main, output in ((True, tmp_path / "a.jsonl"), (False, tmp_path / "b.jsonl")):
-        process = SimpleNamespace(
-            num_processes=3, process_index=1, is_main_process=is_main, mixed_precision="no"
-        )
-        predict_module.predict_to_file(replace(options, output=output), process, source, predictor)
-    lines = (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()
-
-    assert [json.loads(line)["index"] for line in lines] == [2, 3, 8]
-    assert not output.exists()
-
-    process.is_main_process = True  # computes the fingerprint
-    folder = replace(options, output=tmp_path / "folder", shard="2/2", shard_size=1)
-    assert predict_module.predict_to_folder(folder, process, source, predictor) == PredictionCounts(
-        1, 0
-    )
-    assert [file.name for file in folder.output.iterdir()] == ["shard-000004.parquet"]
+    predictor = predict_module.build_predictor(options, resolve(options.model), build_accelerator())
+    process: Any = SimpleNamespace(num_processes=3, process_index=1, is_main_process=True)
+    rows = predict_module.compute_rows(process, source, predictor, range(9))
+    assert [row["index"] for row in rows] == [2, 3, 8]
 
 
 @pytest.mark.slow
 def test_two_processes_write_the_same_file_as_one(
-    models: Path, streamed: Path, tmp_path: Path
+    models: Path, digits_table: Path, tmp_path: Path
 ) -> None:
-    flags = ["--model", models / "one_label", "--dataset", streamed, "--batch-size", 30]
+    flags = ["--model", models / "one_label", "--dataset", digits_table, "--batch-size", 30]
     for processes, name in ((1, "one.csv"), (2, "two.csv")):
         how = {"log": tmp_path / f"{name}.log", "environment": OFFLINE, "processes": processes}
         printed = run_together("predict.py", *flags, "--output", tmp_path / name, **how)
@@ -476,81 +395,32 @@ def test_two_processes_write_the_same_file_as_one(
     assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "two.csv").read_bytes()
 
 
-def test_array_jobs_write_every_shard_once(
-    models: Path,
-    photos: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_array_jobs_write_one_file_each_that_pandas_reads_together(
+    models: Path, photos: Path, tmp_path: Path
 ) -> None:
-    """Three jobs of one process write the features of one job. Missing shards are named."""
-    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
-    rows = {}
-    folder = tmp_path / "jobs"
+    model = str(models / "encoder")
+    for shard in ("3/3", "1/3", "2/3"):
+        flags = ["--output", tmp_path / "jobs", "--shard", shard, "--features", "cls"]
+        assert run_in_process("predict.py", "--model", model, photos, *flags) == 0
+        reset_accelerate()
+    names = {file.name for file in (tmp_path / "jobs").iterdir()}
+    assert names == {f"part-{number}-of-3.parquet" for number in (1, 2, 3)}
 
-    for output, shards in ((tmp_path / "whole", [None]), (folder, ["1/3", "3/3", "2/3"])):
-        for shard in shards:
-            if shard == "2/3":
-                with raises_one_line(str(folder), "shard-000001.parquet, shard-000004.parquet"):
-                    merge_shards(folder, tmp_path / "out.csv")
-            options = {"output": output, "shard_size": 2, "shard": shard, "features": ("cls",)}
-            predict_images(PredictOptions(str(models / "encoder"), (str(photos),), **options))
-            assert "100%" in capsys.readouterr().err
-            reset_accelerate()
-        assert f"{tmp_path / 'out.jsonl'}: 9 images, 0 without" in merge_shards(
-            output, tmp_path / "out.jsonl"
-        )
-        rows[output] = (tmp_path / "out.jsonl").read_text(encoding="utf-8")
-    assert rows[folder] == rows[tmp_path / "whole"]
-
-    flags = ["--merge", folder, "--output", tmp_path / "merged.csv"]
-    assert run_in_process("predict.py", *flags) == 0
-    assert len(list(csv.DictReader((tmp_path / "merged.csv").open()))) == 9
-    with raises_one_line("`merge`"):
-        merge_shards(tmp_path / "absent", None)
+    found = pd.read_parquet(tmp_path / "jobs").sort_values("index")
+    rows = functions.predict(model, photos, features="cls")
+    assert found["image"].tolist() == [row["image"] for row in rows]
+    expected = np.stack([row["features"] for row in rows])
+    np.testing.assert_allclose(np.stack(found["features"]), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("num_files", [1, 4])
-def test_a_stream_is_divided_among_jobs_and_continued(
-    models: Path, streamed: Path, tmp_path: Path, num_files: int
+def test_more_jobs_than_images_write_empty_files(
+    models: Path, photos: Path, tmp_path: Path
 ) -> None:
-    """With four files, two jobs read two files each.
-
-    With one file, each job reads every other row.
-    """
-    table = datasets.load_dataset("parquet", data_files=str(streamed), split="train").select(
-        range(21)
-    )
-    folder = tmp_path / "data"
-    folder.mkdir()
-    for index in range(num_files):
-        table.shard(num_files, index).to_parquet(folder / f"{index}.parquet")
-    output = tmp_path / "labels"
-    options = {"dataset": str(folder), "streaming": True, "output": output, "shard_size": 4}
-
-    for shard in ("1/2", "2/2"):
-        predict_images(PredictOptions(str(models / "one_label"), shard=shard, **options))
+    for number in range(1, 12):
+        options = {"output": tmp_path / "jobs", "shard": f"{number}/11"}
+        predict_images(PredictOptions(str(models / "one_label"), (str(photos),), **options))
         reset_accelerate()
-    expected = {row["image"]: (row["index"], row["label"]) for row in read_shards(output)}
-    assert len(expected) == 21
-    assert len({row["index"] for row in read_shards(output)}) == 21
-
-    files = sorted(output.glob("shard-0001-*"))
-    written = set(output.iterdir())
-    kept = files[0].read_bytes()
-
-    for file in files[1:]:
-        file.unlink()
-    with raises_one_line("lacks", "shard-0001-000001.parquet"):
-        merge_shards(output, None)
-
-    for shard in ("1/2", "2/2"):  # the first job was finished
-        predict_images(PredictOptions(str(models / "one_label"), shard=shard, **options))
-        reset_accelerate()
-    assert {row["image"]: (row["index"], row["label"]) for row in read_shards(output)} == expected
-    assert set(output.iterdir()) == written
-    assert files[0].read_bytes() == kept
-    assert f"{output}: 21 images, 1 without" in merge_shards(output, None)
+    assert sorted(pd.read_parquet(tmp_path / "jobs")["index"]) == list(range(9))
 
 
 @pytest.mark.parametrize(
@@ -565,104 +435,91 @@ def test_threads_are_divided_among_the_processes(
     assert predict_module.get_num_workers() == expected
 
 
-def test_a_second_start_must_have_the_same_options(
-    models: Path, photos: Path, tmp_path: Path
-) -> None:
-    folder = tmp_path / "labels"
+@pytest.fixture
+def start(models: Path, photos: Path, tmp_path: Path) -> Callable[..., PredictionCounts]:
+    """Return a function that starts the job 1/2, with other options if there are any."""
 
-    def again(model: str = "one_label", path: Path = photos, **others: Any) -> PredictionCounts:
+    def start(
+        model: str = "one_label", path: Path = photos, shard: str = "1/2", **others: Any
+    ) -> PredictionCounts:
         reset_accelerate()
-        options: dict[str, Any] = {"shard_size": 4, **others}
-        return predict_images(
-            PredictOptions(str(models / model), (str(path),), output=folder, **options)
-        )
+        options: dict[str, Any] = {"output": tmp_path / "labels", "shard": shard, **others}
+        return predict_images(PredictOptions(str(models / model), (str(path),), **options))
 
-    assert again() == PredictionCounts(9, 0)
-    written = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
-    assert len(written) == 3
-    for change, words in {
-        "`shard_size`": {"shard_size": 5},
-        "`threshold`": {"threshold": 0.6},
-        "`top_k`": {"top_k": 2},
-        "`features`": {"features": ("mean",)},
-        "`feature_dtype`": {"feature_dtype": "float16"},
-        "`mixed_precision`": {"mixed_precision": "bf16"},
-        "another model": {"model": "several_labels"},
-        "another input": {"path": photos / "inner"},
-    }.items():
-        with raises_one_line(f"`output='{folder}'`", change):
-            again(**words)
-    with raises_one_line("another model"):  # other preprocessing
-        again(fit="crop")
-    assert again(batch_size=3, num_workers=1) == PredictionCounts(9, 0)  # may change
-    assert {file: file.stat().st_mtime_ns for file in folder.iterdir()} == written
-
-    (folder / "shard-000001.parquet").unlink()
-    unfinished = folder / ".shard-000001.parquet.7.unfinished"
-    unfinished.write_bytes(b"half a file")
-    os.utime(unfinished, (0, 0))  # of a process that was killed long ago
-    kept = {file: file.stat().st_mtime_ns for file in folder.glob("shard-*")}
-    assert again() == PredictionCounts(9, 0)
-    assert {
-        file: file.stat().st_mtime_ns for file in kept
-    } == kept  # only the missing shard is written
-    assert [row["index"] for row in read_shards(folder)] == list(range(9))
-    assert len(list(folder.iterdir())) == 3
-    shard = folder / "shard-000001.parquet"
-    table = pq.read_table(shard)
-    fields = json.loads(pq.read_schema(shard).metadata[b"vitcls"])
-    assert fields["settings"]["mixed_precision"] == "no"  # of the accelerator
-    for change, words in (({"images": 3}, "4 of 3 rows"), ({"settings": {}}, "other flags")):
-        pq.write_table(
-            table.replace_schema_metadata({"vitcls": json.dumps(fields | change)}), shard
-        )
-        with raises_one_line(str(shard), words):
-            merge_shards(folder, None)
-    pq.write_table(table, shard)
-    (folder / "shard-000002.parquet").write_bytes(b"half")
-    with raises_one_line("shard-000002.parquet", "Delete the file"):
-        again()
+    return start
 
 
-def test_a_model_is_identified_by_everything_that_affects_predictions() -> None:
-    """Otherwise, a folder could contain predictions of different models."""
-
-    def build(processor_size: int = 32, **fields: Any) -> str:
-        model = randomize(ViTCLSForImageClassification(build_tiny_config(**LABELS | fields)))
-        return compute_model_digest(
-            model.train("training" in fields), ViTCLSImageProcessor(size=processor_size)
-        )
-
-    digest = build()
-    assert build() == digest
-    renamed = {
-        "id2label": {0: "bee", 1: "ant", 2: "cat"},
-        "label2id": {"bee": 0, "ant": 1, "cat": 2},
-    }
-    assert digest not in {build(processor_size=48), build(**renamed), build(num_register_tokens=1)}
-    tasks = [{"age": ["old", "young"]}, {"age": ["young", "old"]}]
-    models = [
-        randomize(ViTCLSForMultiTaskClassification(build_tiny_config(tasks=names)))
-        for names in tasks
-    ]
-    assert (
-        len({compute_model_digest(model, ViTCLSImageProcessor(size=32)) for model in models}) == 2
-    )
-    model = randomize(ViTCLSForImageClassification(build_tiny_config(**LABELS)))
-    model.classifier.bias.data[2] += 1e-6
-    assert compute_model_digest(model, ViTCLSImageProcessor(size=32)) != digest
+def test_a_finished_job_ends_without_loading_the_model(
+    start: Callable[..., PredictionCounts], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = start()
+    (file,) = (tmp_path / "labels").iterdir()
+    written = file.stat().st_mtime_ns
+    monkeypatch.delattr(predict_module, "build_predictor")
+    assert start(batch_size=3, num_workers=1) == first == PredictionCounts(4, 0)
+    assert file.stat().st_mtime_ns == written
 
 
-def test_a_folder_with_other_files_is_an_error(models: Path, photos: Path, tmp_path: Path) -> None:
-    options = PredictOptions(
-        str(models / "one_label"), (str(photos / "a.jpg"),), output=tmp_path / "out"
-    )
-    predict_images(options)  # also next to shards
-    for folder, name in ((tmp_path / "empty", "table.parquet"), (tmp_path / "out", "shard-1.tex")):
-        folder.mkdir(exist_ok=True)
-        (folder / name).write_text("", encoding="utf-8")
-        with raises_one_line("contains other files"):
-            predict_images(replace(options, output=folder))
+CHANGES: dict[str, dict[str, Any]] = {
+    "`threshold`": {"threshold": 0.6},
+    "`top_k`": {"top_k": 2},
+    "`features`": {"features": ("mean",)},
+    "`feature_dtype`": {"feature_dtype": "float16"},
+    "`mixed_precision`": {"mixed_precision": "bf16"},
+    "`fit`": {"fit": "crop"},
+    "another model": {"model": "several_labels"},
+    "another number of jobs": {"shard": "1/3"},
+}
+
+
+@pytest.mark.parametrize("shard", ["1/2", "2/2"])
+@pytest.mark.parametrize(("words", "change"), CHANGES.items(), ids=CHANGES)
+def test_parts_of_other_predictions_are_not_mixed(
+    words: str, change: dict[str, Any], shard: str, start: Callable[..., PredictionCounts]
+) -> None:
+    start()
+    with raises_one_line("part-1-of-2.parquet", words):
+        start(**{"shard": shard, **change})
+
+
+def test_a_job_on_other_images_is_refused(
+    start: Callable[..., PredictionCounts], photos: Path
+) -> None:
+    start()
+    with raises_one_line("part-1-of-2.parquet", "another input"):
+        start(path=photos / "inner")
+
+
+def test_a_damaged_part_is_named(start: Callable[..., PredictionCounts], tmp_path: Path) -> None:
+    start()
+    (tmp_path / "labels" / "part-1-of-2.parquet").write_bytes(b"half")
+    with raises_one_line("part-1-of-2.parquet", "damaged", "Delete it"):
+        start()
+
+
+def test_a_part_with_the_rows_of_another_part_is_refused(
+    start: Callable[..., PredictionCounts], tmp_path: Path
+) -> None:
+    start(shard="2/2")
+    folder = tmp_path / "labels"
+    shutil.copy(folder / "part-2-of-2.parquet", folder / "part-1-of-2.parquet")
+    with raises_one_line("part-1-of-2.parquet", "other images"):
+        start()
+
+
+def test_an_interrupted_job_leaves_no_file(
+    start: Callable[..., PredictionCounts], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error is raised while rows are written."""
+
+    def fail(*arguments: Any) -> Any:
+        yield {"index": 0, "image": "a", "label": "ant", "probability": 1.0, "error": None}
+        raise OSError("the server cannot be reached")
+
+    monkeypatch.setattr(predict_module, "predict_rows", fail)
+    with pytest.raises(OSError, match="server"):
+        start()
+    assert not any((tmp_path / "labels").iterdir())
 
 
 # Models -------------------------------------------------------------------------------------------
@@ -741,10 +598,6 @@ def test_rows_of_options_have_the_settings_of_the_options(models: Path, photos: 
     options = PredictOptions(
         source, (str(photos),), mixed_precision="bf16", num_workers=1, batch_size=7, **flags
     )
-    predictor = predict_module.build_predictor(options, build_accelerator(mixed_precision="bf16"))
-
-    assert (predictor.num_workers, predictor.batch_size) == (1, 7)
-
     with torch.autocast("cpu", torch.bfloat16):
         expected = predict(model, processor, photos, **flags)
     assert predict_module.predict_from_options(options, []) == expected
