@@ -72,7 +72,7 @@ class LookOptions:
     """Image files, folders (including subfolders), or URLs."""
     output: Path | None = None
     """Image file for the sheet, or a folder. For several photos, the name of each photo is appended
-    to the file name."""
+    to the file name. The command writes `look.png` by default."""
     json: Path | None = None
     """JSON file for the numbers: attention by head, token and layer, patch norms, and explained
     variance."""

@@ -278,12 +278,13 @@ def draw_heads(measurements: PhotoMeasurements) -> list[Figure]:
 def draw_layers(measurements: PhotoMeasurements) -> list[Figure]:
     """Draw the attention of each token, the features and the norms after each layer."""
     explanation = (
-        "Attention: mean over heads, with the percentage on patches. Features: 3 components per "
-        "layer, with the variance that they explain; their colors are matched between layers"
+        "Attention: mean over heads, and percentage on patches. Features: 3 components, and the "
+        "variance that they explain; their colors are matched between layers"
     )
     num_layers = len(measurements.maps)
     if min(measurements.patch_layer, *measurements.token_layers) < num_layers:
-        explanation += ". Pale: not used"
+        reader = "not read by the classifier" if measurements.predictions else "not in the output"
+        explanation += f". Pale: {reader}"
 
     rows = []
     for index, num_used in enumerate(measurements.token_layers[:MAX_TOKENS]):

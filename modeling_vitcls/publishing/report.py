@@ -48,7 +48,8 @@ def write_report(folder: ModelFolder, warn: Callable[[str], None]) -> str | None
     """Write report.html and the card's images, and return a summary of the diagnosis.
 
     Returns None without a report. The images of the report are the held-out images of the run that
-    wrote the folder. Errors are passed to `warn`, and the missing files are not written.
+    wrote the folder or, if it predicted its training images out of fold, these. Errors are passed
+    to `warn`, and the missing files are not written.
     """
     inspection: Inspection | None = None
     photos: list[ShownPhoto] = []
@@ -57,7 +58,8 @@ def write_report(folder: ModelFolder, warn: Callable[[str], None]) -> str | None
         data = load_run_data(folder) if folder.results else None
         if data is not None and isinstance(data.held_out, StreamedImages):
             data = replace(data, held_out=data.held_out.read_first(NUM_STREAMED_IMAGES))
-        if data is not None and len(data.held_out):
+        has_predictions = read_predictions(folder) is not None
+        if data is not None and (len(data.held_out) or has_predictions):
             images_by_name = find_images(data)
             source = f"{folder.results['dataset']}, {folder.results['split']}"
             inspection, photos = inspect_run(folder, data, images_by_name)
@@ -74,7 +76,7 @@ def write_report(folder: ModelFolder, warn: Callable[[str], None]) -> str | None
 def inspect_run(
     folder: ModelFolder, data: TrainingData, images_by_name: Mapping[str, FoundImage]
 ) -> tuple[Inspection, list[ShownPhoto]]:
-    """Measure the model of a run on its held-out images, in the precision of the run.
+    """Measure the model of a run on its held-out or training images, in the precision of the run.
 
     Return the measurements of a sample of the images, and the photos to show, which are selected
     from all predictions of the run.
@@ -85,7 +87,8 @@ def inspect_run(
     is_bfloat16 = folder.results.get("mixed_precision") == "bf16"
 
     num_shown, num_measured = choose_numbers_of_images(folder.results)
-    sample = data.held_out.draw(num_measured)
+    measured: Any = data.held_out if len(data.held_out) else data.train
+    sample = measured.draw(num_measured)
     has_labels = bool(data.label_space.columns)
 
     with torch.autocast(device.type, torch.bfloat16, enabled=is_bfloat16):
