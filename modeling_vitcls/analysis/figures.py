@@ -104,7 +104,7 @@ def plot_norm_histogram(config: ViTCLSConfig, findings: Findings, layer: int = -
     of this mode. Triangles mark the mean norms of the registers.
     """
     ratios = findings.patch_ratios[layer].float().clamp(min=1e-3)
-    median = findings.patch_norms[layer].median().clamp(min=1e-12)
+    median = findings.patch_norms[layer].clamp(min=1e-12)
     registers = (
         (findings.token_norms[layer, config.token_layout.registers] / median)
         .clamp(min=1e-3)

@@ -288,7 +288,7 @@ def build_json_values(inspection: Inspection) -> dict[str, Any]:
     groups of several tokens; `effects` contains all values by output (`Effect`), and `decided_by`
     names the output that decided the outcome.
     """
-    omitted_names = ("mean_states", "patch_norms", "patch_ratios")
+    omitted_names = ("mean_states", "patch_ratios")
     findings = {
         name: value
         for name, value in vars(inspection.findings).items()

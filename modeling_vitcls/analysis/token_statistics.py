@@ -15,10 +15,6 @@ import torch
 from ..model.configuration_vitcls import TokenLayout
 from ..model.token_attention_vitcls import select_mask_rows
 from .attribution import RecordedLayer, process_attention_layers
-from .register_neurons import OUTLIER_RATIO
-
-
-MAX_NORMS = 200_000  # maximum number of stored patch norms per layer, for histograms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +45,9 @@ class Findings:
             |mean|. One very large channel that is the same for all images makes `variation` small,
             but not `channel_variation`.
         mean_states: [L + 1, S, D], states of the special tokens, averaged over images.
-        patch_norms: [L + 1, n], norms of patch states, for at most MAX_NORMS patches.
-        outliers: [L + 1], fraction of patches whose norm exceeds 3 times the median patch norm of
-            the image (Darcet et al. 2023, arXiv 2309.16588, also detect artifacts by norm).
-        patch_ratios: [L + 1, n], `patch_norms` divided by the median patch norm of the image.
+        patch_norms: [L + 1], median norm of the patches of an image.
+        patch_ratios: [L + 1, n], norms of all patches, divided by the median of their image (Darcet
+            et al. 2023, arXiv 2309.16588, detect artifacts by norm).
         map_selectivity: [L, S], mean total variation distance between the attention maps of a
             special token and uniform attention to all visible tokens.
         map_variation: [L, S], root mean square distance between the attention map of a special
@@ -71,7 +66,6 @@ class Findings:
     channel_variation: torch.Tensor
     mean_states: torch.Tensor
     patch_norms: torch.Tensor
-    outliers: torch.Tensor
     patch_ratios: torch.Tensor
     map_selectivity: torch.Tensor
     map_variation: torch.Tensor
@@ -86,8 +80,7 @@ class TokenStatistics:
         self.layout: TokenLayout = model.config.token_layout
         self.num_images = 0
         self.sums: dict[str, torch.Tensor] = {}
-        # name -> one tensor [L + 1, n] per batch
-        self.patch_values: dict[str, list[torch.Tensor]] = {}
+        self.patch_ratios: list[torch.Tensor] = []  # one tensor [L + 1, n] per batch
 
     @torch.no_grad()
     def update(self, pixel_values: torch.Tensor) -> Any:
@@ -118,9 +111,9 @@ class TokenStatistics:
         statistics |= self.compute_state_statistics(outputs.hidden_states)
 
         norms = self.compute_patch_norms(outputs.hidden_states)  # [B, L + 1, P]
-        patch_statistics = {"norms": norms, "ratios": divide_by_median(norms)}
-        # [B, L + 1]
-        statistics["outliers"] = (patch_statistics["ratios"] > OUTLIER_RATIO).float().mean(dim=-1)
+        statistics["patch_norms"] = norms.median(dim=-1).values  # [B, L + 1]
+        ratios = norms / statistics["patch_norms"].unsqueeze(-1).clamp(min=1e-12)
+        self.patch_ratios.append(ratios.transpose(0, 1).flatten(1).cpu())
         for name, value in statistics.items():
             total = value.cpu().double().sum(dim=0)  # some devices do not support double precision
             if name == "maps" and name in self.sums and self.sums[name].shape != total.shape:
@@ -128,28 +121,11 @@ class TokenStatistics:
                 self.sums[name] = total
             self.sums[name] = self.sums.get(name, 0) + total
 
-        for name, patch_values in patch_statistics.items():
-            batches = self.patch_values.setdefault(name, [])
-            num_stored_norms = sum(batch.shape[1] for batch in batches)
-            batches.append(
-                patch_values.transpose(0, 1).flatten(1)[:, : MAX_NORMS - num_stored_norms].cpu()
-            )
-
         self.num_images += len(pixel_values)
         return outputs
 
     def compute(self) -> Findings:
-        """Return the statistics over all images.
-
-        Raises:
-            ValueError: if `update` has not been called.
-        """
-        if not self.num_images:
-            raise ValueError(
-                "Statistics require at least one image, but no images were added. Call update "
-                "first."
-            )
-
+        """Return the statistics over all images, of which there must be at least one."""
         means = {name: total / self.num_images for name, total in self.sums.items()}
         mean_states = means.pop("states")  # [L + 1, S, D]
         # [L + 1, S, D]
@@ -171,11 +147,8 @@ class TokenStatistics:
             .median(dim=-1)
             .values.float(),
             state_distance=means.pop("squared_distances").sqrt().float(),
+            patch_ratios=torch.cat(self.patch_ratios, dim=1),
             **{name: mean.float() for name, mean in means.items()},
-            **{
-                f"patch_{name}": torch.cat(batches, dim=1)
-                for name, batches in self.patch_values.items()
-            },
         )
 
     # Statistics of one batch, tensors [B, ...]
@@ -226,11 +199,6 @@ class TokenStatistics:
             "squares": special_states.cpu().double().square(),
             "token_norms": special_states.norm(dim=-1),
         }
-
-
-def divide_by_median(norms: torch.Tensor) -> torch.Tensor:
-    """Return patch norms [..., P] divided by the median patch norm of the image."""
-    return norms / norms.median(dim=-1, keepdim=True).values.clamp(min=1e-12)
 
 
 def get_visible_keys(layer: RecordedLayer, num_rows: int) -> torch.Tensor:

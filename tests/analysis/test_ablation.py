@@ -270,7 +270,7 @@ def test_an_effect_is_beyond_its_limit() -> None:
 
 
 def test_each_task_has_its_own_output() -> None:
-    """The tasks are in alphabetical order. Each has its own CLS token, labels and accuracy."""
+    """The tasks are in alphabetical order. Each has its own labels and accuracy."""
     config = build_tiny_config(
         num_cls_tokens=2, num_register_tokens=1, tasks={"species": 9, "age": 7}
     )
@@ -297,17 +297,6 @@ def test_each_task_has_its_own_output() -> None:
     }
     assert drops == {"age": False, "species": True}
     assert effects["cls"]["age"].null_sizes == ()
-
-    for index, key in enumerate(("cls[0]", "cls[1]")):
-        with replace_by_means(
-            model, TokenUse(model.config), [index], collect_means(model)[:, [index]]
-        ):
-            after = collect_outputs(model, build_batches(labels))
-        own = list(found)[index]
-        assert len(after[own].predicted.unique()) == 1 < len(found[own].predicted.unique())
-        for task, effect in effects[key].items():
-            changed = (after[task].predicted != found[task].predicted).float().mean().item()
-            assert effect.changed == pytest.approx(changed)
 
 
 def test_each_of_several_labels_is_a_prediction() -> None:
@@ -349,15 +338,6 @@ def build_predictions(predicted: list[list[int]], labels: list[list[int]]) -> Pr
 
 
 # Chance -------------------------------------------------------------------------------------------
-
-
-def test_a_task_without_labels_does_not_change_chance() -> None:
-    unknown = IGNORED_LABEL
-    found = build_predictions(
-        [[0, 1]] * 4, [[0, unknown], [0, unknown], [1, unknown], [unknown, unknown]]
-    )
-    assert found.compute_chance() == pytest.approx(2 / 3) == pytest.approx(found.compute_accuracy())
-    assert build_predictions([[0]], [[unknown]]).is_better_than_chance() is None
 
 
 def test_each_image_with_a_known_label_counts_as_one_image() -> None:

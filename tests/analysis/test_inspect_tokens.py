@@ -97,47 +97,27 @@ def test_the_page_names_the_commit_of_a_model_on_the_hub(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The page contains the commit, and everything is printed.
-
-    A missing revision is a one-line error.
-    """
-    shutil.copytree(model, tmp_path / "hub" / "ann" / "pets")
-    write_json(
-        tmp_path / "hub" / "ann" / "pets" / "results.json",
-        {"token_movement": {"registers[1]": 0.25}},
-    )
-    page = tmp_path / "new" / "folders" / "report.html"
-    figures = tmp_path / "other" / "folders" / "figures.json"
+    hub_model = tmp_path / "hub" / "ann" / "pets"
+    shutil.copytree(model, hub_model)
+    write_json(hub_model / "results.json", {"token_movement": {"registers[1]": 0.25}})
+    page = tmp_path / "new" / "report.html"
+    figures = tmp_path / "other" / "figures.json"
     flags = [str(image_folder / "owl"), "--output", str(page), "--json", str(figures)]
 
     with running_hub(tmp_path / "hub") as hub:
         point_client_at(hub.url, None, monkeypatch, tmp_path / "home")
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
         assert run_in_process("inspect_tokens.py", "--model", "ann/pets@main", *flags) == 0
-        printed = capsys.readouterr().out
         assert run_in_process("inspect_tokens.py", "--model", "ann/pets@v2", *flags) == 1
     assert "v2" in capsys.readouterr().err
 
     (commit,) = (tmp_path / "cache" / "models--ann--pets" / "snapshots").iterdir()
     text = page.read_text()
     found = json.loads(figures.read_text())
-    assert "ann/pets" in text
     assert f"<code>{commit.name}</code>" in text
     assert str(tmp_path) not in text
-    assert "5 images of owl" in text
     assert (found["model"], found["commit"]) == ("ann/pets", commit.name)
     assert [token["movement"] for token in found["tokens"][:3]] == [None, None, 0.25]
-    assert [each["token"] for each in found["tokens"]] == [
-        "CLS",
-        "register 1",
-        "register 2",
-        "all 2 registers",
-    ]
-
-    lines = printed.splitlines()
-    assert str(page) in lines[-2]
-    assert "5 shown" in lines[-2]
-    assert lines[-1] == f"saved {figures}"
 
 
 def test_the_evaluation_split_is_read(image_folder: Path, tmp_path: Path, capsys: Any) -> None:

@@ -213,26 +213,6 @@ def test_the_register_of_a_gated_group_is_open() -> None:
     assert compute_outlier_fraction(better, build_images()) == 0.0
 
 
-def test_images_without_outliers_do_not_count() -> None:
-    """The mean is over the images that have outliers."""
-    model = build_planted_model(hidden_dropout_prob=0.5).train()  # measured in evaluation mode
-    with torch.no_grad():
-        model.embeddings.position_embeddings.patches[:, PATCHES, :2] = 0
-        # now brightness activates the neuron at a patch
-        model.embeddings.patch_embeddings.projection.weight[0] = 1.0
-    bright = build_images(1, seed=3) * 0.01
-    bright[:, :, 8:16, 8:16] = 0.2
-    dark = build_images(1, seed=4) * 0.01
-
-    assert compute_outlier_fraction(model, bright) == 1 / 16
-    assert compute_outlier_fraction(model, dark) == 0
-
-    both = torch.cat([bright, dark])
-    assert find_register_neurons(model, both, num_neurons=5) == find_register_neurons(
-        model, bright, num_neurons=5
-    )
-
-
 def test_unsupported_models_are_errors() -> None:
     healthy = randomize(ViTCLSModel(build_tiny_config()))
     with raises_one_line("ratio"):

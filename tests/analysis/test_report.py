@@ -187,14 +187,14 @@ def test_every_kind_of_model_has_a_report(name: str, browser: Browser, tmp_path:
 def test_values_for_programs_are_null_if_they_are_not_finite(
     inspection: Inspection, tmp_path: Path
 ) -> None:
-    """Values that are not finite are null. Norms of single patches are omitted."""
+    """Values of single patches are omitted."""
     findings = replace(inspection.findings, map_variation=torch.tensor([torch.inf, 1.0]))
     changed = replace(inspection, findings=findings, num_ablation_images=7)
     write_json_values(tmp_path / "values.json", changed, "mine")
 
     found = json.loads((tmp_path / "values.json").read_text())
     assert found["findings"]["map_variation"] == [None, 1.0]
-    assert not [name for name in found["findings"] if name.startswith(("patch_", "mean_"))]
+    assert not [name for name in found["findings"] if name.startswith(("patch_ratios", "mean_"))]
     assert (found["model"], found["version"], found["diagnosis"]) == (
         "mine",
         __version__,
