@@ -5,25 +5,24 @@ Images are not copied.
     photos/cat/1.jpg, photos/dog/2.jpg                  classes cat, dog; one split, "train"
     photos/cat/2024/may/1.jpg                           class cat: images may be at any depth in a class folder
     photos/train/cat/1.jpg, photos/Testing/cat/2.jpg    splits "train" and "test"
+    photos/training_set/cat/.., photos/test_set/cat/..  the same, because both folders contain the same classes
+    photos/cat/train/1.jpg, photos/cat/test/2.jpg       the same: class folders that contain only split folders
+    photos/fold1/cat/1.jpg, photos/fold2/cat/2.jpg      an error: splits or classes?
     photos/bus/1.jpg, photos/train/2.jpg                classes bus, train
     photos/1.jpg                                        no classes: only for predictions and pre-training
-    photos/metadata.csv (or .jsonl, .parquet)           read by `load_dataset("imagefolder")`, also in split folders
+    photos/metadata.csv (or .jsonl, .parquet)           a table of labels, also in split folders
 
-Splits are recognized only by the names of the first-level folders (`SPLIT_BY_FOLDER_NAME`,
-case-insensitive). Other folder and file names are not interpreted. The first-level folders are
-splits if all first-level folders with images have split names. If only some of the first-level
-folders have split names, all first-level folders are classes. In this case, an error is raised if a
-folder with a split name contains class folders, because the structure is ambiguous.
-
-`ImageFolder.notes` lists the unused files (other file types, images next to class folders), and
-`ImageFolder.warnings` the folders that are not read although they look like classes. Hidden files
-are ignored, and so are the folders of models and training runs, which contain figures. A folder
-that contains at least as many tables as images, and no metadata files, is read by the `datasets`
-library.
+File names are not interpreted. `ImageFolder.notes` lists what is skipped (other file types, images
+next to class folders, folders of the system), and `ImageFolder.warnings` the folders that are not
+read although they look like classes. Hidden files are ignored, and so are the folders of models and
+training runs, which contain figures. A folder that contains at least as many tables as images, and
+no metadata files, is read by the `datasets` library; a table named like an image beside it does not
+count.
 """
 
 import hashlib
 import os
+import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -31,12 +30,11 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from itertools import chain, pairwise
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..hub.model_files import CONFIG_FILES, RECIPE_FILE
 from ..runtime.errors import format_error
-from ..runtime.files import replace_control_characters, write_atomically
-from .images import get_cache_file
+from ..runtime.files import replace_control_characters
 from .tables import read_table, wrap_table
 
 
@@ -50,6 +48,7 @@ HEIC_REMEDY = "To read HEIC, `pip install pillow-heif`, or convert the images to
 if find_spec("pillow_heif"):
     IMAGE_SUFFIXES |= HEIF_SUFFIXES
 TABLE_SUFFIXES = frozenset(".arrow .csv .json .jsonl .parquet .tar .tsv .zip".split())
+LABEL_TABLE_SUFFIXES = frozenset(".csv .jsonl .parquet .tsv".split())
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 # Split by lowercase folder name.
@@ -58,10 +57,19 @@ SPLIT_BY_FOLDER_NAME = {
     **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
+# A word in the name of a folder, such as Train in "TrainImages" and test in "test_set-2"
+WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+DATE = re.compile(r"(19|20)\d\d([-_. ]?\d\d){0,2}")  # in names of folders that are no classes
+
+# Folders and files of operating systems and network storage, in lower case
+SYSTEM_PREFIXES = ("@", "$", "#recycle", "#snapshot", "lost+found")
+HIDDEN_NAMES = frozenset(
+    "__macosx, desktop.ini, ehthumbs.db, network trash folder, recycled, recycler, "
+    "system volume information, temporary items, thumbs.db".split(", ")
+)
+
 ROOT = "."  # the image folder itself, as a relative path
 MAX_NAMED_FOLDERS = 10  # in one warning
-# Number of images from which the table of a folder is stored in the cache.
-MIN_STORED_IMAGES = 10_000
 
 
 @dataclass(frozen=True)
@@ -77,39 +85,50 @@ class ImageFolder:
     tables: list[str] = field(default_factory=list)
     # also files with names that are not valid text
     other_files: list[str] = field(default_factory=list)
+    folders: list[str] = field(default_factory=list)  # visible subfolders
     run_folders: list[str] = field(default_factory=list)  # whose files are not listed
+    system_folders: list[str] = field(default_factory=list)  # likewise, without the hidden ones
     notes: list[str] = field(default_factory=list)  # one line for each kind of unused file
     warnings: list[str] = field(default_factory=list)  # one line for each kind of unused folder
 
     @property
+    def files(self) -> list[str]:
+        """Return all files."""
+        return [*self.images, *self.metadata, *self.tables, *self.other_files]
+
+    def add(self, file: str) -> None:
+        """Add a file to the list of its kind."""
+        suffix = PurePosixPath(file).suffix.lower()
+        if make_printable(file) != file:
+            self.other_files.append(file)
+        elif PurePosixPath(file).name in METADATA_FILES:
+            self.metadata.append(file)
+        elif suffix in IMAGE_SUFFIXES:
+            self.images.append(file)
+        else:
+            (self.tables if suffix in TABLE_SUFFIXES else self.other_files).append(file)
+
+    @property
     def is_image_folder(self) -> bool:
-        """Return whether the folder is read as an image folder, and not as a folder of tables."""
-        return bool(self.images) and (bool(self.metadata) or len(self.images) > len(self.tables))
+        """Return whether the folder is read as an image folder, and not as a folder of tables.
+
+        JSON files, and tables beside an image of the same name, are annotations of single images.
+        """
+        names = {PurePosixPath(image).with_suffix("").as_posix() for image in self.images}
+        names.update(self.images)
+        num_tables = 0
+        for table in map(PurePosixPath, self.tables):
+            is_annotation = table.with_suffix("").as_posix() in names
+            num_tables += not is_annotation and table.suffix.lower() != ".json"
+        return bool(self.images) and (bool(self.metadata) or len(self.images) > num_tables)
 
 
 def scan_folder(path: Path) -> ImageFolder:
-    """Return the files of a folder and its subfolders."""
-    folder = ImageFolder(path)
-    for file in list_files(path, folder.run_folders):
-        suffix = PurePosixPath(file).suffix.lower()
-        if make_printable(file) != file:
-            folder.other_files.append(file)
-        elif PurePosixPath(file).name in METADATA_FILES:
-            folder.metadata.append(file)
-        elif suffix in IMAGE_SUFFIXES:
-            folder.images.append(file)
-        else:
-            (folder.tables if suffix in TABLE_SUFFIXES else folder.other_files).append(file)
-    return folder
+    """Return the files of a folder and its subfolders, sorted within each folder.
 
-
-def list_files(root: str | Path, run_folders: list[str]) -> Iterator[str]:
-    """Yield the paths of the files in a folder and its subfolders, sorted within each folder.
-
-    Paths are relative to the folder. Hidden files are ignored. Symbolic links to folders are
-    followed, except cycles. The folders of models and training runs, which contain figures, are
-    added to `run_folders`; the subfolders among them are skipped. Raise OSError if a folder cannot
-    be read.
+    Hidden files are ignored. Symbolic links to folders are followed, except cycles. The folders of
+    models and training runs, which contain figures, and those of the system are skipped. Raise
+    OSError if a folder cannot be read.
     """
 
     def stop(error: OSError) -> None:
@@ -118,20 +137,30 @@ def list_files(root: str | Path, run_folders: list[str]) -> Iterator[str]:
             "or move it elsewhere"
         ) from error
 
+    folder = ImageFolder(path)
     visited = set()
-    for parent, folders, files in os.walk(root, onerror=stop, followlinks=True):
+    for parent, subfolders, files in os.walk(path, onerror=stop, followlinks=True):
         visited.add(Path(parent).resolve())
-        visible = sorted(name for name in folders if not is_hidden(name))
-        folders[:] = [name for name in visible if Path(parent, name).resolve() not in visited]
-        relative_parent = Path(parent).relative_to(root)
+        relative_parent = PurePosixPath(Path(parent).relative_to(path).as_posix())
         if RECIPE_FILE in files or set(CONFIG_FILES) <= set(files):
-            run_folders.append(relative_parent.as_posix())
+            folder.run_folders.append(str(relative_parent))
             if relative_parent.parts:
-                folders.clear()
+                subfolders.clear()
                 continue
-        yield from (
-            (relative_parent / name).as_posix() for name in sorted(files) if not is_hidden(name)
-        )
+
+        visible = sorted(name for name in subfolders if not is_hidden(name))
+        system = [name for name in visible if name.lower().startswith(SYSTEM_PREFIXES)]
+        folder.system_folders.extend(str(relative_parent / name) for name in system)
+        subfolders[:] = [
+            name
+            for name in visible
+            if name not in system and Path(parent, name).resolve() not in visited
+        ]
+        folder.folders.extend(str(relative_parent / name) for name in subfolders)
+        for name in sorted(files):
+            if not is_hidden(name):
+                folder.add(str(relative_parent / name))
+    return folder
 
 
 def compute_files_digest(path: Path) -> str | None:
@@ -140,13 +169,9 @@ def compute_files_digest(path: Path) -> str | None:
     It is computed from names, sizes and modification times. Files are not read. Folders of training
     runs are skipped, because they change during a run.
     """
-    suffixes = IMAGE_SUFFIXES | TABLE_SUFFIXES
     if path.is_dir():
-        files = [
-            path / name
-            for name in list_files(path, run_folders=[])
-            if PurePosixPath(name).suffix.lower() in suffixes
-        ]
+        folder = scan_folder(path)
+        files = [path / name for name in (*folder.images, *folder.metadata, *folder.tables)]
     elif path.is_file():
         files = [path]
     else:
@@ -162,8 +187,8 @@ def compute_files_digest(path: Path) -> str | None:
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a file or folder is hidden or is a `__MACOSX` folder of an archive."""
-    return name.startswith(".") or name == "__MACOSX"
+    """Return whether file managers hide a file or folder."""
+    return name.startswith(".") or name.lower() in HIDDEN_NAMES
 
 
 def make_printable(name: str) -> str:
@@ -188,29 +213,29 @@ def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
             f"{folder.path} contains the files of a training run next to the images. Move the "
             "images, or the folders of the classes, to a folder of their own"
         )
-    images_by_folder = divide_into_splits(folder)
-    skipped = [name for name in folder.run_folders if is_in_splits(name, images_by_folder)]
+    layout = find_layout(folder, use_labels)
+    images_by_split = divide_images(folder, layout)
+    skipped = [name for name in folder.run_folders if layout.get_split(name.split("/"))]
     if skipped:
         folder.warnings.append(f"{folder.path}: {describe_skipped_runs(skipped)}")
-    images_by_split = {
-        SPLIT_BY_FOLDER_NAME.get(name.lower(), "train"): images
-        for name, images in images_by_folder.items()
-    }
     note_unused_files(folder, sorted([*folder.other_files, *folder.tables]), "of other types")
-    if folder.metadata:
-        return read_metadata(folder, list(images_by_folder))
-    if use_labels:
-        warn_about_folders_without_images(folder, list(images_by_folder))
-        return build_labeled_splits(
-            folder, images_by_split, depth=0 if "" in images_by_folder else 1
+    if folder.system_folders:
+        folder.notes.append(
+            f"{folder.path}: skipped folders of the system: "
+            f"{format_name_list(folder.system_folders)}"
         )
+    if folder.metadata:
+        return read_metadata(folder, layout)
+    if use_labels:
+        warn_about_folders_without_images(folder, layout)
+        return build_labeled_splits(folder, images_by_split, layout)
     parts = {
         split: build_dataset(folder, split, images) for split, images in images_by_split.items()
     }
     return datasets.DatasetDict(parts)
 
 
-def read_metadata(folder: ImageFolder, split_folders: Sequence[str]) -> Any:
+def read_metadata(folder: ImageFolder, layout: "Layout") -> Any:
     """Return the rows of the metadata files by split, with the columns of the first file of each.
 
     Raise ValueError if a metadata file has no column `file_name`.
@@ -220,8 +245,8 @@ def read_metadata(folder: ImageFolder, split_folders: Sequence[str]) -> Any:
 
     parts: dict[str, list[Any]] = {}
     for file in folder.metadata:
-        name = file.partition("/")[0] if "" not in split_folders else ""
-        if name not in split_folders:
+        split = layout.get_split(file.split("/")[:-1])
+        if split is None:
             continue
         table = read_table(folder.path / file)
         if "file_name" not in table.features:
@@ -238,7 +263,6 @@ def read_metadata(folder: ImageFolder, split_folders: Sequence[str]) -> Any:
         others = table.remove_columns("file_name").with_format("arrow")[:]
         columns = {name: others[name] for name in others.column_names}
         dataset = wrap_table({"image": images, **columns})
-        split = SPLIT_BY_FOLDER_NAME.get(name.lower(), "train")
         parts.setdefault(split, []).append(dataset.cast_column("image", datasets.Image()))
     return datasets.DatasetDict(
         {split: datasets.concatenate_datasets(part) for split, part in parts.items()}
@@ -280,53 +304,149 @@ def explain_reading_errors(name: str) -> Iterator[None]:
 # Splits and classes -------------------------------------------------------------------------------
 
 
-def divide_into_splits(folder: ImageFolder) -> dict[str, list[str]]:
-    """Return the images of each split folder, in the order train, validation, test.
+class Layout(NamedTuple):
+    """Where the splits and the classes are in the paths of an image folder."""
 
-    All images are under the name "" if the first-level folders are not splits (see the module
-    docstring). Raise ValueError if two folder names refer to the same split, or if it is ambiguous
-    whether a folder is a split.
+    # name of a split folder -> name of the split; empty if there is only the split "train"
+    splits: dict[str, str]
+    split_depth: int = 0  # number of folders above the split folders
+    class_depth: int = 0  # number of folders above the class folders
+
+    def get_split(self, folders: Sequence[str]) -> str | None:
+        """Return the split of a file in nested folders; None if it is beside the split folders."""
+        if not self.splits:
+            return "train"
+        return self.splits.get(next(iter(folders[self.split_depth :]), ""))
+
+    def get_class(self, folders: Sequence[str]) -> str | None:
+        """Return the class of an image in nested folders; None if it is beside class folders."""
+        return next(iter(folders[self.class_depth :]), None)
+
+
+def find_layout(folder: ImageFolder, use_labels: bool) -> Layout:
+    """Find the splits and the classes in the names of folders (see the module docstring).
+
+    Raise ValueError if two folders are the same split, or if it is ambiguous whether folders are
+    splits or classes.
     """
-    images_by_folder: dict[str, list[str]] = {}
+    paths: dict[str, list[list[str]]] = {}  # first-level folder -> folders of each image
     for image in folder.images:
-        if "/" in image:
-            images_by_folder.setdefault(image.partition("/")[0], []).append(image)
+        path = image.split("/")[:-1]
+        if path:
+            paths.setdefault(path[0], []).append(path)
 
-    splits = list(dict.fromkeys(SPLIT_BY_FOLDER_NAME.values()))
-    split_folders = [name for name in images_by_folder if name.lower() in SPLIT_BY_FOLDER_NAME]
-    other_folders = [name for name in images_by_folder if name not in split_folders]
+    splits = {
+        name: SPLIT_BY_FOLDER_NAME[name.lower()]
+        for name in paths
+        if name.lower() in SPLIT_BY_FOLDER_NAME
+    }
+    has_only_splits = len(splits) == len(paths) > 0
+    if folder.metadata:
+        is_divided = has_only_splits and all("/" in file for file in folder.metadata)
+        return Layout(sort_splits(folder, splits) if is_divided else {})
+    if has_only_splits:
+        class_depth = find_class_depth(paths.values()) or 1
+        return Layout(sort_splits(folder, splits), class_depth=class_depth)
 
-    if not split_folders or other_folders or any("/" not in file for file in folder.metadata):
-        for name in split_folders if not folder.metadata else []:
-            subfolders = sorted(
-                {image.split("/")[1] for image in images_by_folder[name] if image.count("/") > 1}
+    # Names such as seg_train and test_set are also those of classes, unless the folders contain the
+    # same subfolders.
+    named = {name: split for name in paths if (split := guess_split(name))}
+    class_depth = find_class_depth([paths[name] for name in named])
+    if class_depth and len(named) == len(paths):
+        folder.notes.append(
+            f"{folder.path}: "
+            + ", ".join(f"{name} is the split {split!r}" for name, split in named.items())
+        )
+        return Layout(sort_splits(folder, named), class_depth=class_depth)
+
+    for name in named if class_depth else splits:
+        subfolders = sorted(list_names(paths[name], depth=1))
+        other = next(other for other in paths if other not in (named if class_depth else splits))
+        if subfolders:
+            raise ValueError(
+                f"{folder.path}: {name!r} has the name of a split and contains folders "
+                f"({format_name_list(subfolders)}), but {other!r} is not a split (train, "
+                f"validation, test). Move {other!r} elsewhere, or rename {name!r}"
             )
-            if subfolders:
-                raise ValueError(
-                    f"{folder.path}: {name!r} has the name of a split and contains folders "
-                    f"({format_name_list(subfolders)}), but {other_folders[0]!r} is not a split "
-                    f"({', '.join(splits)}). Move {other_folders[0]!r} elsewhere, or rename "
-                    f"{name!r}"
-                )
-        return {"": folder.images}
 
-    split_folders.sort(key=lambda name: splits.index(SPLIT_BY_FOLDER_NAME[name.lower()]))
-    for first, second in pairwise(split_folders):
-        if SPLIT_BY_FOLDER_NAME[first.lower()] == SPLIT_BY_FOLDER_NAME[second.lower()]:
+    subfolders = sorted(set().union(*(list_names(each, depth=1) for each in paths.values())))
+    inner = {name: SPLIT_BY_FOLDER_NAME.get(name.lower(), "") for name in subfolders}
+    has_files = any(len(path) == 1 for path in chain.from_iterable(paths.values()))
+    if all(inner.values()) and len(set(inner.values())) > 1 and not has_files:
+        return Layout(inner, split_depth=1)
+
+    if use_labels and not has_files and find_class_depth(paths.values(), min_names=2):
+        raise ValueError(
+            f"{folder.path}: the folders {format_name_list(sorted(paths))} contain the same "
+            f"folders ({format_name_list(subfolders)}), so these may be the classes. If so, rename "
+            "the outer folders to train, validation and test, or merge them; otherwise, move the "
+            "images out of the inner folders"
+        )
+    return Layout({})
+
+
+def list_names(paths: Collection[Sequence[str]], depth: int) -> set[str]:
+    """Return the names of folders at a depth of nested folders."""
+    return {path[depth] for path in paths if len(path) > depth}
+
+
+def find_class_depth(paths: Collection[Collection[Sequence[str]]], min_names: int = 1) -> int:
+    """Return the depth at which several folders contain the same subfolders: 1, 2, or 0 if none.
+
+    It is 2 if each of the folders contains a single subfolder: seg_train/seg_train/cat. Half of the
+    subfolders of each folder must be in another one, because a class may be missing in a split.
+    `paths` are the nested folders of the images in each folder.
+    """
+
+    def have_same_names(depth: int) -> bool:
+        names = [list_names(each, depth) for each in paths]
+        counts = Counter(chain.from_iterable(names))
+        shared = {name for name in counts if counts[name] > 1 and not DATE.fullmatch(name)}
+        return len(shared) >= min_names and all(
+            2 * len(each & shared) >= len(each) > 0 for each in names
+        )
+
+    have_one_folder = all(
+        len(list_names(each, depth=1)) == 1 and min(map(len, each)) > 1 for each in paths
+    )
+    if have_one_folder and have_same_names(depth=2):
+        return 2
+    return 1 if have_same_names(depth=1) else 0
+
+
+def guess_split(name: str) -> str | None:
+    """Return the split that a word in the name of a folder names, as in `seg_train`, or None."""
+    words = [re.sub("(set|data|images)$", "", word.lower()) or word for word in WORD.findall(name)]
+    splits = {SPLIT_BY_FOLDER_NAME[word] for word in words if word in SPLIT_BY_FOLDER_NAME}
+    return splits.pop() if len(splits) == 1 else None
+
+
+def sort_splits(folder: ImageFolder, splits: dict[str, str]) -> dict[str, str]:
+    """Return split folders in the order train, validation, test.
+
+    Raise ValueError if two of them are the same split.
+    """
+    order = list(dict.fromkeys(SPLIT_BY_FOLDER_NAME.values()))
+    names = sorted(splits, key=lambda name: order.index(splits[name]))
+    for first, second in pairwise(names):
+        if splits[first] == splits[second]:
             raise ValueError(
                 f"{folder.path}: the folders {first!r} and {second!r} are the same split. Merge "
                 "them"
             )
-
-    note_unused_files(
-        folder, [image for image in folder.images if "/" not in image], "next to the split folders"
-    )
-    return {name: images_by_folder[name] for name in split_folders}
+    return {name: splits[name] for name in names}
 
 
-def is_in_splits(path: str, names: Collection[str]) -> bool:
-    """Return whether a relative path is in one of the folders that `divide_into_splits` returns."""
-    return "" in names or path.partition("/")[0] in names
+def divide_images(folder: ImageFolder, layout: Layout) -> dict[str, list[str]]:
+    """Return the images of each split, and note those beside the split folders."""
+    images_by_split: dict[str, list[str]] = {split: [] for split in layout.splits.values()}
+    images_by_split.setdefault("train", [])
+    unused = []
+    for image in folder.images:
+        split = layout.get_split(image.split("/")[:-1])
+        (unused if split is None else images_by_split[split]).append(image)
+    note_unused_files(folder, unused, "next to the split folders")
+    return {split: images for split, images in images_by_split.items() if images}
 
 
 def check_output_is_not_read(output_dir: Path, dataset: str) -> None:
@@ -340,7 +460,7 @@ def check_output_is_not_read(output_dir: Path, dataset: str) -> None:
     is_read = folder == root
     scanned = scan_folder(root)
     if scanned.is_image_folder and not any(map(is_hidden, path.parts)):
-        is_read = is_read or is_in_splits(path.as_posix(), divide_into_splits(scanned))
+        is_read = is_read or bool(find_layout(scanned, use_labels=False).get_split(path.parts))
     if is_read:
         raise ValueError(
             f"`output_dir={str(output_dir)!r}` is in the folder of the dataset, so that the "
@@ -349,31 +469,25 @@ def check_output_is_not_read(output_dir: Path, dataset: str) -> None:
         )
 
 
-def warn_about_folders_without_images(folder: ImageFolder, split_folders: list[str]) -> None:
-    """Add a warning about folders in the places of classes and splits that have no images.
-
-    `split_folders` are those of `divide_into_splits`.
-    """
+def warn_about_folders_without_images(folder: ImageFolder, layout: Layout) -> None:
+    """Add a warning about folders in the places of classes and splits that have no images."""
     with_images = set()
-    for image in folder.images:
-        parts = image.split("/", 2)
-        with_images |= {parts[0], "/".join(parts[:2])}
-
-    candidates = list_subfolders(folder.path)
-    if "" not in split_folders:
-        candidates = [name for name in candidates if name.lower() in SPLIT_BY_FOLDER_NAME]
-        for split_folder in split_folders:
-            names = list_subfolders(folder.path / split_folder)
-            candidates += [f"{split_folder}/{name}" for name in names]
+    for file in (*folder.images, *(f"{run}/{RECIPE_FILE}" for run in folder.run_folders)):
+        with_images.update(map(str, PurePosixPath(file).parents))
 
     descriptions = []
     unread_files = []
-    for name in candidates:
-        prefix = f"{name}/"
-        has_runs = any(f"{run}/".startswith(prefix) for run in folder.run_folders)
-        if name in with_images or has_runs:
+    for name in folder.folders:
+        folders = name.split("/")
+        is_class = len(folders) == layout.class_depth + 1 and (
+            layout.split_depth > 0 or layout.get_split(folders) is not None
+        )
+        is_split = len(folders) == 1 and name.lower() in SPLIT_BY_FOLDER_NAME
+        if name in with_images or not (is_class or is_split):
             continue
-        files = [file for file in (*folder.other_files, *folder.tables) if file.startswith(prefix)]
+        files = [
+            file for file in (*folder.other_files, *folder.tables) if file.startswith(f"{name}/")
+        ]
         unread_files += files
         descriptions.append(f"{name} ({describe_types(files) or 'empty'})")
 
@@ -407,35 +521,26 @@ def get_heic_remedy(files: Sequence[str]) -> str:
     return HEIC_REMEDY if is_heic else ""
 
 
-def list_subfolders(path: Path) -> list[str]:
-    """Return the names of the visible subfolders, sorted."""
-    return sorted(
-        entry.name for entry in path.iterdir() if entry.is_dir() and not is_hidden(entry.name)
-    )
-
-
 def build_labeled_splits(
-    folder: ImageFolder, images_by_split: dict[str, list[str]], depth: int
+    folder: ImageFolder, images_by_split: dict[str, list[str]], layout: Layout
 ) -> Any:
     """Return the `DatasetDict` of the splits that have class folders.
 
-    Class folders are first-level folders (`depth` 0) or subfolders of split folders (`depth` 1).
     Raise ValueError if no split has class folders.
     """
     import datasets
 
-    labels: dict[str, str | None] = {
-        image: next(iter(image.split("/")[depth:-1]), None)
+    labels = {
+        image: layout.get_class(image.split("/")[:-1])
         for image in chain.from_iterable(images_by_split.values())
     }
     classes = sorted({label for label in labels.values() if label is not None})
     unlabeled_images = [image for image, label in labels.items() if label is None]
     if not classes:
         parent = folder.path / PurePosixPath(unlabeled_images[0]).parent
-        tables = [folder.path / table for table in folder.tables]
-        tables += sorted(
-            file for file in folder.path.parent.iterdir() if file.suffix.lower() in TABLE_SUFFIXES
-        )
+        files = [folder.path / table for table in folder.tables]
+        files += sorted(folder.path.parent.iterdir())
+        tables = [file for file in files if file.suffix.lower() in LABEL_TABLE_SUFFIXES]
         raise ValueError(
             f"{parent} contains images, but no class folders. Move the images of each class into a "
             "separate folder, or set `dataset` to "
@@ -467,8 +572,7 @@ def build_dataset(
     """Return a `datasets.Dataset` with the image paths and, if there are classes, the labels.
 
     The fingerprint is a hash of the labels, and of the names, sizes and modification times of the
-    images. A large table is stored in the cache of `datasets` under its fingerprint, so that all
-    processes share its memory.
+    images.
     """
     import datasets
     import pyarrow
@@ -482,29 +586,17 @@ def build_dataset(
         columns["label"] = pyarrow.array(labels, pyarrow.int64())
         features["label"] = datasets.ClassLabel(names=list(classes))
 
-    table = pyarrow.table(columns)
     digest = hashlib.sha256(repr([classes, labels]).encode())
     for image in images:
         with suppress(OSError):  # an error is reported when the image is read
             stat = (folder.path / image).stat()
             digest.update(f"{image} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    fingerprint = digest.hexdigest()[:16]
 
-    stored_table = datasets.table.InMemoryTable(table)
-    if len(images) >= MIN_STORED_IMAGES:
-        file = get_cache_file(f"{fingerprint}.arrow")
-        with suppress(OSError):  # a full disk
-            if not file.is_file():
-                with (
-                    write_atomically(file) as temporary,
-                    pyarrow.ipc.new_stream(temporary, table.schema) as writer,
-                ):
-                    writer.write_table(table)
-            stored_table = datasets.table.MemoryMappedTable.from_file(str(file))
-
-    info = datasets.DatasetInfo(features=datasets.Features(features))
     return datasets.Dataset(
-        stored_table, info=info, split=datasets.NamedSplit(split), fingerprint=fingerprint
+        datasets.table.InMemoryTable(pyarrow.table(columns)),
+        info=datasets.DatasetInfo(features=datasets.Features(features)),
+        split=datasets.NamedSplit(split),
+        fingerprint=digest.hexdigest()[:16],
     )
 
 

@@ -24,15 +24,15 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from PIL import Image
 
+from ..model.fast_image_processing_vitcls import open_regular_file
 from ..model.image_processing_vitcls import read_image, shorten_text
 from ..runtime.errors import format_error
-from ..runtime.files import write_atomically
 from .held_out import compute_content_key, compute_image_key
 from .labels import MultiHotLabels
 
@@ -185,25 +185,6 @@ class DatasetImages(Sequence):
             for row, name in zip(rows.tolist(), self.iterate_names(rows), strict=True)
         ]
 
-    def compute_keys(self) -> np.ndarray:
-        """Return the keys of the images.
-
-        The keys of a table on disk are computed once and stored in the cache of `datasets`.
-        """
-        if not self.dataset.cache_files:
-            keys = self.compute_all_keys()
-        else:
-            file = get_cache_file(f"{self.dataset._fingerprint}-keys.npy")
-            if not file.is_file():
-                with (
-                    suppress(OSError),
-                    write_atomically(file) as temporary_file,
-                    temporary_file.open("wb") as stream,
-                ):
-                    np.save(stream, self.compute_all_keys())
-            keys = np.load(file) if file.is_file() else self.compute_all_keys()
-        return keys if self.rows is None else keys[self.rows]
-
     def compute_content_keys(self) -> np.ndarray:
         """Return a key of the content of each image. Files are read by several threads."""
         keys: list[int] = []
@@ -234,32 +215,28 @@ class DatasetImages(Sequence):
         for start in range(0, len(rows), ROWS_PER_READ):
             yield self.dataset[rows[start : start + ROWS_PER_READ]][self.column]
 
-    def compute_all_keys(self) -> np.ndarray:
-        """Return the keys of all rows.
+    def compute_keys(self) -> np.ndarray:
+        """Return the keys of the images.
 
-        A key is a checksum of the path if all paths differ or the rows contain only paths;
-        otherwise of the row number, or of the bytes if the rows are in memory.
+        A key is a checksum of the path if the paths of all rows differ or the rows contain only
+        paths; otherwise of the row number, or of the bytes if the rows are in memory.
         """
         num_rows = len(self.dataset)
         no_name = compute_image_key(b"")
-        keys = np.fromiter(
-            (compute_image_key(name.encode()) for name in self.iterate_names(None)),
-            np.int64,
-            num_rows,
-        )
-        if not self.has_bytes() or (len(np.unique(keys)) == num_rows and no_name not in keys):
-            return keys
-
-        if self.dataset.cache_files:
-            return np.fromiter(
-                (compute_image_key(b"row %d" % row) for row in range(num_rows)), np.int64, num_rows
-            )
-
-        values = chain.from_iterable(self.read_values(np.arange(num_rows)))
-        encoded_images = (to_encoded_image(value, self.folder) for value in values)
-        return np.fromiter(
-            (compute_encoded_image_key(image, self.folder) for image in encoded_images), np.int64
-        )
+        names = (compute_image_key(name.encode()) for name in self.iterate_names(None))
+        keys = np.fromiter(names, np.int64, num_rows)
+        is_named = len(np.unique(keys)) == num_rows and no_name not in keys
+        if self.has_bytes() and not is_named:
+            if self.dataset.cache_files:
+                contents = (compute_image_key(b"row %d" % row) for row in range(num_rows))
+            else:
+                values = chain.from_iterable(self.read_values(np.arange(num_rows)))
+                contents = (
+                    compute_encoded_image_key(to_encoded_image(value, self.folder), self.folder)
+                    for value in values
+                )
+            keys = np.fromiter(contents, np.int64, num_rows)
+        return keys if self.rows is None else keys[self.rows]
 
     def iterate_names(self, rows: np.ndarray | None) -> Iterator[str]:
         """Yield the path of each image within the folder, or "". Images are not read."""
@@ -285,13 +262,10 @@ class DatasetImages(Sequence):
 
 
 def get_cache_file(name: str) -> Path:
-    """Return the path of a file in the cache of `datasets`, whose folder is created if possible."""
+    """Return the path of a file or folder in the cache of `datasets`."""
     import datasets
 
-    folder = Path(datasets.config.HF_DATASETS_CACHE, "vitcls")
-    with suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-    return folder / name
+    return Path(datasets.config.HF_DATASETS_CACHE, "vitcls", name)
 
 
 def compute_encoded_image_key(encoded_image: dict[str, Any], folder: Path) -> int:
@@ -305,19 +279,24 @@ def compute_encoded_image_key(encoded_image: dict[str, Any], folder: Path) -> in
 
 
 def compute_encoded_content_key(encoded_image: dict[str, Any]) -> int:
-    """Return the key of the content of an encoded image.
+    """Return the key of the content of an encoded image."""
+    with open_encoded_image(encoded_image) as stream:
+        return compute_content_key(stream)
 
-    If it is neither in memory nor a local file, it is the key of its path.
+
+def open_encoded_image(encoded_image: dict[str, Any]) -> BinaryIO:
+    """Open an encoded image for reading.
+
+    If it is neither in memory nor a local file, the content is its path.
     """
     content = encoded_image["bytes"]
     path = encoded_image["path"] or ""
     if content is not None:
-        return compute_content_key(io.BytesIO(content))
+        return io.BytesIO(content)
     try:
-        with Path(path).open("rb", buffering=0) as stream:
-            return compute_content_key(stream)
-    except OSError:  # a URL, a file in an archive, or a missing file
-        return compute_content_key(io.BytesIO(path.encode()))
+        return open_regular_file(path)
+    except OSError:  # a URL, a file in an archive, a device, or a missing file
+        return io.BytesIO(path.encode(errors="surrogateescape"))
 
 
 def check_channels(image: Image.Image, pixels: torch.Tensor, num_channels: int | None) -> None:

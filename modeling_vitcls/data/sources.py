@@ -2,7 +2,7 @@
 
     digits                1,797 handwritten digits of 8 x 8 pixels from scikit-learn, in memory
     a folder of idx files MNIST, Fashion-MNIST and other datasets in this format, in memory
-    an image folder       a subfolder per class, or metadata.csv; read by image_folder.py
+    an image folder       a subfolder per class, or metadata.csv; read by image_folder.py, also in a .zip file
     CSV, JSON Lines       a file, or a folder with a file per split; read by tables.py
     Parquet, WebDataset   a file, or a folder with a file per split; read by the `datasets` library, offline
     saved with `datasets` a folder written by `save_to_disk`
@@ -34,10 +34,10 @@ from ..hub.local_paths import is_built_in_dataset
 from ..model.heads_vitcls import IGNORED_LABEL
 from ..runtime.errors import format_error
 from .columns import divide_by_column, read_groups
+from .copies import check_copies
 from .image_folder import (
     SPLIT_BY_FOLDER_NAME,
     explain_reading_errors,
-    list_files,
     read_image_folder,
     scan_folder,
 )
@@ -53,6 +53,7 @@ from .labels import (
 )
 from .options import DataOptions
 from .tables import read_table
+from .zip_files import is_zip_file, unpack_zip
 
 
 # files that the `datasets` library reads
@@ -71,7 +72,6 @@ REMEDIES = {
     ".txt": "Add a line with the names of the columns, such as file_name,label, and save it as .csv",
     ".xml": "Write the labels to a CSV file with the columns file_name and label",
     ".gz": "Unpack it",
-    ".zip": "Unpack it",
 }
 
 IDX_SPLITS = {"train": "train", "t10k": "test"}
@@ -274,6 +274,8 @@ def load_table(options: DataOptions, use_labels: bool, select: SplitSelector) ->
         )
         images = LabeledImages(images_by_split[split], labels, groups_by_split.get(split))
         labeled_splits[split] = drop_unlabeled_images(images, f"{options.dataset}, split {split!r}")
+    if reader.label_space.kind == "single_label_classification":
+        check_copies(options.dataset, labeled_splits, reader.label_space.names)
     return Splits(name, reader.label_space, labeled_splits, list(all_splits), facts)
 
 
@@ -352,6 +354,8 @@ def open_local_splits(path: Path, options: DataOptions, use_labels: bool) -> Any
     """Return the splits of a file or folder on this machine."""
     import datasets
 
+    if is_zip_file(path):
+        path = unpack_zip(path)
     if path.is_dir() and (folder := scan_folder(path)).is_image_folder:
         image_splits = read_image_folder(folder, use_labels)
         for note in folder.notes:
@@ -359,6 +363,11 @@ def open_local_splits(path: Path, options: DataOptions, use_labels: bool) -> Any
         for warning in folder.warnings:
             warn_on_first_process(f"WARNING: {warning}")
         return image_splits
+    if is_zip_file(Path(options.dataset)):
+        raise ValueError(
+            f"{options.dataset} contains no image folder. Unpack it, and set `dataset` to what "
+            "contains the images and labels"
+        )
 
     suffix = path.suffix.lower()
     if path.is_file() and suffix in TEXT_TABLES:
@@ -396,7 +405,7 @@ def load_files(path: Path, **arguments: Any) -> Any:
 def compute_content_digest(path: Path) -> str:
     """Return a hash of the content of a file, or of the names and the content of all its files."""
     digest = hashlib.blake2b(digest_size=16)
-    files = [path] if path.is_file() else [path / name for name in list_files(path, [])]
+    files = [path] if path.is_file() else [path / name for name in scan_folder(path).files]
     for file in files:
         digest.update(f"{file.relative_to(path.parent)}\0".encode())
         with file.open("rb") as stream:
@@ -406,7 +415,7 @@ def compute_content_digest(path: Path) -> str:
 
 def find_text_tables(folder: Path) -> dict[str, list[Path]]:
     """Return the text tables of a folder by the split that their names or folders begin with."""
-    files = [folder / name for name in list_files(folder, [])]
+    files = [folder / name for name in scan_folder(folder).files]
     tables: dict[str, list[Path]] = {}
     for file in files:
         if file.suffix.lower() in TEXT_TABLES:
@@ -427,6 +436,8 @@ def get_dataset_folder(dataset: str) -> Path:
     if dataset.startswith(MEMORY_PREFIX):
         return Path("/")
     path = Path(dataset)
+    if is_zip_file(path):
+        return unpack_zip(path)
     return path.parent if path.suffix.lower() in DATASET_SUFFIXES else path
 
 

@@ -34,8 +34,8 @@ from ..data.image_folder import (
     describe_types,
     format_name_list,
     get_heic_remedy,
-    list_files,
     make_printable,
+    scan_folder,
 )
 from ..data.images import ROWS_PER_READ, ArrayImages, resolve_path
 from ..data.labels import find_image_column
@@ -116,11 +116,13 @@ def build_list_input(paths: Iterable[str]) -> ListInput:
             files.append(path)
             continue
         folders.append(path)
-        runs: list[str] = []
-        for name in list_files(path, runs):
+        folder = scan_folder(Path(path))
+        unused = (*folder.other_files, *folder.tables, *folder.metadata)
+        for name in (*folder.images, *unused):
+            # the name of an image in `unused` is not valid text
             is_image = Path(name).suffix.lower() in IMAGE_SUFFIXES
             (files if is_image else other_files).append(str(Path(path, name)))
-        run_folders += [str(Path(path, run)) for run in runs if run != ROOT]
+        run_folders += [str(Path(path, run)) for run in folder.run_folders if run != ROOT]
 
     if run_folders:
         warn_on_first_process(describe_skipped_runs(run_folders))

@@ -15,7 +15,7 @@ machine.
 import os
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -62,13 +62,22 @@ def read_jpeg_bytes(source: Any) -> bytearray | None:
     if not isinstance(source, str | os.PathLike) or str(source).startswith(URL_PREFIXES):
         return None
     try:
-        if not Path(source).is_file():  # opening a named pipe would block
-            return None
-        with Path(source).open("rb") as file:
+        with open_regular_file(source) as file:
             signature = file.read(len(JPEG_SIGNATURE))
             return bytearray(signature + file.read()) if signature == JPEG_SIGNATURE else None
     except OSError:
         return None
+
+
+def open_regular_file(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a file for reading.
+
+    Raise OSError if it is missing, or not a regular file after links: a named pipe would block, and
+    a device would fill the memory.
+    """
+    if Path(path).exists() and not Path(path).is_file():
+        raise OSError("it is not a regular file")
+    return Path(path).open("rb")
 
 
 def get_settings(processor: Any, names: list[str]) -> tuple[Any, ...]:

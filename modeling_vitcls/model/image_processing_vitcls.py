@@ -17,7 +17,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,6 +45,7 @@ from .fast_image_processing_vitcls import (
     can_use_fast_path,
     get_settings,
     normalize_batch,
+    open_regular_file,
     read_jpeg,
     resize_and_crop,
 )
@@ -346,22 +346,20 @@ def read_image(source: ImageSource) -> PIL.Image.Image:
         ValueError: If the source cannot be read or is not a complete image. The message names the
             source.
     """
-    file: str | BytesIO
+    content: bytes | bytearray | None = None
     if isinstance(source, bytes | bytearray):
-        file = BytesIO(source)
+        content = source
         source_name = f"{len(source)} bytes"
-    elif str(source).startswith(URL_PREFIXES):
-        source_name = shorten_text(str(source))
-        file = BytesIO(read_url(str(source), source_name))
     else:
-        file = os.fspath(source)
         source_name = shorten_text(os.fspath(source))
+        if str(source).startswith(URL_PREFIXES):
+            content = read_url(str(source), source_name)
 
     try:
-        # opening a pipe would block
-        if isinstance(file, str) and Path(file).exists() and not Path(file).is_file():
-            raise OSError("it is not a regular file")
-        with PIL.Image.open(file, formats=get_image_formats()) as image:
+        with (
+            BytesIO(content) if content is not None else open_regular_file(source) as file,
+            PIL.Image.open(file, formats=get_image_formats()) as image,
+        ):
             return PIL.ImageOps.exif_transpose(image)
     except PIL.UnidentifiedImageError as error:
         # PIL's message contains the repr of a BytesIO object

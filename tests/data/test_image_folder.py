@@ -1,6 +1,8 @@
 """Image folders: distinguish splits from classes, and use or name every file."""
 
 import os
+import shutil
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,10 @@ from modeling_vitcls.model.image_processing_vitcls import get_image_formats
 
 def write_images(root: Path, *names: str) -> Path:
     """Write small images of different colors."""
-    for number, name in enumerate(names):
+    for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (8, 8), (number % 256, number // 256, 99)).save(root / name)
+        color = tuple(zlib.crc32(os.fsencode(name)).to_bytes(4, "big")[:3])
+        Image.new("RGB", (8, 8), color).save(root / name)
     return root
 
 
@@ -214,6 +217,130 @@ def test_links_are_followed_without_cycles(tmp_path: Path, monkeypatch: pytest.M
         assert read(folder) == {
             "train": {"cat": ["cat/0.png", "cat/1.png"], "dog": ["dog/0.png", "dog/1.png"]}
         }
+
+
+# Folders as programs and people leave them --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("training_set", "test_set"),
+        ("TrainImages", "TestImages"),
+        ("chips-train", "chips-val"),
+        ("seg_train/seg_train", "seg_test/seg_test"),
+        ("train/images", "valid/images"),
+    ],
+)
+def test_folders_of_the_same_classes_are_splits_if_their_names_say_so(
+    tmp_path: Path, train: str, test: str
+) -> None:
+    for number, folder in enumerate((train, test, test)):
+        write_photos(tmp_path / folder, range(number, number + 1))
+    data = load(tmp_path)
+
+    assert data.label_space.names == ["cat", "dog"]
+    assert (len(data.train), len(data.held_out)) == (2, 4)
+    assert {name.split("/")[0] for name in data.held_out.images.get_names()} == {test.split("/")[0]}
+
+
+def test_class_folders_that_contain_split_folders_are_read(tmp_path: Path) -> None:
+    write_class(tmp_path, "cat/train", 2)
+    write_class(tmp_path, "cat/val", 1)
+    write_class(tmp_path, "dog/train", 3)
+
+    assert read(tmp_path) == {
+        "train": {
+            "cat": ["cat/train/0.png", "cat/train/1.png"],
+            "dog": ["dog/train/0.png", "dog/train/1.png", "dog/train/2.png"],
+        },
+        "validation": {"cat": ["cat/val/0.png"], "dog": []},
+    }
+
+
+@pytest.mark.parametrize("names", [("fold0", "fold1"), ("berlin", "paris", "rome")])
+def test_folders_of_the_same_classes_without_names_of_splits_are_errors(
+    tmp_path: Path, names: tuple[str, ...]
+) -> None:
+    for name in names:
+        write_photos(tmp_path / name, range(1))
+    write_class(tmp_path, f"{names[0]}/only_here", 1)
+
+    with raises_one_line(", ".join(names), "cat, dog", "rename"):
+        read(tmp_path)
+    assert len(read(tmp_path, use_labels=False)["train"][""]) == 2 * len(names) + 1
+
+
+def test_a_split_beside_a_folder_that_is_none_is_an_error(tmp_path: Path) -> None:
+    for name in ("seg_train/seg_train", "seg_test/seg_test"):
+        write_photos(tmp_path / name, range(1))
+    write_class(tmp_path, "seg_pred", 2)
+
+    with raises_one_line("'seg_test' has the name of a split", "Move 'seg_pred' elsewhere"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("cat/2023/1.png", "cat/2024/2.png", "dog/2023/3.png", "dog/2024/4.png"),
+        ("cat/day/1.png", "cat/night/2.png", "cat/3.png", "dog/day/4.png", "dog/night/5.png"),
+        ("train_station/left/1.png", "bus_stop/right/2.png", "airport/3.png"),
+    ],
+)
+def test_folders_within_class_folders_are_no_classes(
+    tmp_path: Path, names: tuple[str, ...]
+) -> None:
+    write_images(tmp_path, *names)
+    assert list(read(tmp_path)) == ["train"]
+    assert set(read(tmp_path)["train"]) == {name.split("/")[0] for name in names}
+
+
+def test_folders_of_the_system_are_no_classes_and_are_named(tmp_path: Path) -> None:
+    write_photos(tmp_path, range(2))
+    trash = "#recycle/cat/1.png $RECYCLE.BIN/S-1-5/$R1.png @Recycle/1.png lost+found/1.png".split()
+    thumbnails = ["@eaDir/1.png/THUMB_M.jpg", "cat/@eaDir/1.png/THUMB_M.jpg", ".thumbs/1.png"]
+    write_images(tmp_path, *trash, *thumbnails, "__MACOSX/cat/._1.png", "cat/._0.png")
+    (tmp_path / "cat" / "Thumbs.db").touch()
+
+    found = read(tmp_path)["train"]
+
+    assert {name: len(files) for name, files in found.items()} == {"cat": 2, "dog": 2}
+    (note,) = get_notes(tmp_path).splitlines()
+    assert "skipped folders of the system: #recycle, $RECYCLE.BIN, @Recycle and 3 more" in note
+
+
+@pytest.mark.parametrize("name", ["{}.json", "{}.png.json", "{}.txt", "{}.csv", "{}.tar"])
+def test_a_file_of_annotations_beside_each_image_is_no_table(tmp_path: Path, name: str) -> None:
+    write_photos(tmp_path, range(3))
+    for image in [*tmp_path.glob("*/*.png")]:
+        image.with_name(name.format(image.stem)).write_text("{}", encoding="utf-8")
+
+    assert {label: len(files) for label, files in read(tmp_path)["train"].items()} == {
+        "cat": 3,
+        "dog": 3,
+    }
+    assert "skipped 6 files of other types" in get_notes(tmp_path)
+
+
+@pytest.mark.parametrize("copy", ["dog/other name.png", "test/dog/1.png"])
+def test_copies_of_an_image_with_several_labels_are_an_error(tmp_path: Path, copy: str) -> None:
+    root = write_photos(tmp_path / "train" if "test" in copy else tmp_path, range(12))
+    (tmp_path / copy).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(root / "cat" / "7.png", tmp_path / copy)
+    shutil.copy(root / "dog" / "8.png", root / "dog" / "8 copy.png")
+
+    with raises_one_line("1 image has several labels", "cat/7.png is 'cat' and ", "'dog'"):
+        load(tmp_path)
+
+
+def test_ten_images_with_several_labels_are_named(tmp_path: Path) -> None:
+    write_photos(tmp_path, range(11))
+    for number in range(11):
+        shutil.copy(tmp_path / f"cat/{number}.png", tmp_path / f"dog/{number}.png")
+
+    with raises_one_line("11 images have several labels", "png is 'cat'", "and 1 more"):
+        load(tmp_path)
 
 
 # Other readers of folders -------------------------------------------------------------------------

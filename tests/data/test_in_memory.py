@@ -163,7 +163,7 @@ def test_gray_arrays_and_numbers_as_labels_are_read() -> None:
 def test_pixels_are_scaled_only_from_floats_between_0_and_1(
     pixels: torch.Tensor, expected: list[list[int]]
 ) -> None:
-    splits = load_splits(DataOptions(add_dataset([(pixels, 0), (pixels.numpy(), 1)])))
+    splits = load_splits(DataOptions(add_dataset([(pixels, 0), (pixels.numpy(), 0)])))
     for image in splits.images_by_split["train"].images:
         assert np.array(image).tolist() == expected
 

@@ -60,7 +60,8 @@ def test_other_files_in_folders_are_counted_with_the_remedy_for_heic(
 ) -> None:
     """Without pillow-heif, Pillow has no decoder for HEIC."""
     suffixes = image_folder.IMAGE_SUFFIXES - image_folder.HEIF_SUFFIXES
-    monkeypatch.setattr(inputs, "IMAGE_SUFFIXES", suffixes)
+    for module in (inputs, image_folder):
+        monkeypatch.setattr(module, "IMAGE_SUFFIXES", suffixes)
     for name in ("a.heic", "inner/b.HEIC", "notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
